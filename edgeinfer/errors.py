@@ -1,0 +1,106 @@
+"""The exceptions edgeinfer raises, each also the builtin that an embedding program would catch.
+
+Knows nothing of how or where they are raised. A message states what was found, what is
+supported and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+
+class EdgeInferError(Exception):
+    """Base of every error that edgeinfer raises on purpose."""
+
+
+class ModelNotFoundError(EdgeInferError, FileNotFoundError):
+    """No model by this name or path."""
+
+
+class DownloadError(EdgeInferError, OSError):
+    """A model could not be fetched."""
+
+
+class InvalidModelError(EdgeInferError, ValueError):
+    """The file is damaged or not what it claims to be.
+
+    `field` names the part of the file, `offset` its byte position (None when it has none).
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        path: str | Path | None = None,
+        field: str | None = None,
+        offset: int | None = None,
+    ) -> None:
+        self.path, self.field, self.offset = path, field, offset
+        where = [str(path)] if path is not None else []
+        where += [f"field {field}"] if field is not None else []
+        where += [f"offset {offset}"] if offset is not None else []
+        super().__init__(f"{message} ({', '.join(where)})" if where else message)
+
+
+class UnsupportedModelError(EdgeInferError):
+    """A sound file that this version can't run; `missing` names the operations or types it lacks."""
+
+    def __init__(
+        self, message: str, *, architecture: str | None = None, missing: Sequence[str] = ()
+    ) -> None:
+        self.architecture, self.missing = architecture, tuple(missing)
+        super().__init__(message)
+
+
+class PlanError(EdgeInferError, MemoryError):
+    """The model does not fit: bytes `needed` and `available`, and in words what `fits`."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        needed: int | None = None,
+        available: int | None = None,
+        fits: str | None = None,
+    ) -> None:
+        self.needed, self.available, self.fits = needed, available, fits
+        super().__init__(message)
+
+
+class ContextLengthError(EdgeInferError, ValueError):
+    """More tokens than the context holds."""
+
+    code = "context_length_exceeded"
+
+    def __init__(self, message: str, *, n_tokens: int, n_ctx: int) -> None:
+        self.n_tokens, self.n_ctx = n_tokens, n_ctx
+        super().__init__(message)
+
+
+class InvalidRequestError(EdgeInferError, ValueError):
+    """A parameter has a value that can't be used; `param` is its name."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        self.param = param
+        super().__init__(message)
+
+
+class TemplateError(EdgeInferError):
+    """A chat template failed; `line` is its line number, None when unknown."""
+
+    def __init__(self, message: str, *, line: int | None = None) -> None:
+        self.line = line
+        super().__init__(message)
+
+
+class DeviceError(EdgeInferError):
+    """A device is absent or can't do what was asked."""
+
+
+class BusyError(EdgeInferError):
+    """Every slot is taken."""
+
+
+class ClosedError(EdgeInferError):
+    """The object was closed, or belongs to the parent of a forked process."""

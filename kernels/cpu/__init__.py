@@ -1,0 +1,1 @@
+"""Kernels for the CPU, written in Python and compiled to machine code for this machine."""

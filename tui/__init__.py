@@ -1,0 +1,1 @@
+"""The terminal chat. Imports only the public names of edgeinfer."""
