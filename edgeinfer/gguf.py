@@ -1,0 +1,641 @@
+"""Opens GGUF files: metadata, and tensors as views of the mapped file. Every number is checked.
+
+Knows nothing of what the metadata means, of architectures or of running a tensor's type.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+
+from edgeinfer.errors import ClosedError, InvalidModelError, ModelNotFoundError
+from edgeinfer.quant import Weight, quant_type
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Scalar: TypeAlias = bool | int | float | str
+Value: TypeAlias = "Scalar | Array"
+
+
+class GGUFFile:
+    """A model file, or all parts of a split one, mapped into memory until `close`.
+
+    `metadata` is that of the first part; `tensors` are those of all parts in file order, also
+    the ones whose type this version can't run.
+    """
+
+    @classmethod
+    def open(cls, path: str | Path) -> GGUFFile:
+        """Open a GGUF file; of a split one any part may be named, all must be present."""
+        parts = [_Part(Path(path))]
+        try:
+            if parts[0].metadata.get_int("split.count", 1, high=_MAX_PARTS) > 1:
+                siblings = _siblings(parts[0])
+                parts.pop().close()
+                for sibling in siblings:
+                    parts.append(_Part(sibling))
+                _check_parts(parts)
+            return cls(parts)
+        except BaseException:
+            for part in parts:
+                part.close()
+            raise
+
+    def __init__(self, parts: list[_Part]) -> None:
+        self._parts = parts
+        self.path = parts[0].path
+        self.paths = tuple(part.path for part in parts)
+        self.version = parts[0].version
+        self.metadata = parts[0].metadata
+        self.tensors: dict[str, Weight] = {}
+        for part in parts:
+            for name, weight in part.tensors.items():
+                if name in self.tensors:
+                    raise InvalidModelError(
+                        f"a second tensor of this name; {_AGAIN}", path=part.path, field=name
+                    )
+                self.tensors[name] = weight
+
+    @property
+    def n_bytes(self) -> int:
+        """Size on disk of all parts."""
+        return sum(part.size for part in self._parts)
+
+    def close(self) -> None:
+        """Unmap the file; where NumPy still views it, as soon as that view is gone."""
+        for part in self._parts:
+            part.close()
+
+    def __enter__(self) -> GGUFFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class Metadata(Mapping[str, Value]):
+    """The key/value pairs of a file, in file order. Strings are decoded when asked for.
+
+    The typed getters raise InvalidModelError naming the key when its value is absent (and no
+    default is given), of another type, or out of range.
+    """
+
+    def __init__(self, path: Path, entries: dict[str, _Entry]) -> None:
+        self._path, self._entries = path, entries
+
+    def __getitem__(self, key: str) -> Value:
+        value = self._entries[key].value
+        return _text(value) if isinstance(value, bytes) else value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get_int(
+        self, key: str, default: int | None = None, *, low: int = 0, high: int = 2**31 - 1
+    ) -> int:
+        value = self._find(key, default)
+        if isinstance(value, bool) or not isinstance(value, int):
+            self._wrong(key, value, "an integer")
+        return self._in_range(key, value, low, high)
+
+    def get_float(self, key: str, default: float | None = None) -> float:
+        """A finite number; integers are accepted."""
+        value = self._find(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            self._wrong(key, value, "a number")
+        if not math.isfinite(value):
+            self._wrong(key, value, "a finite number")
+        return float(value)
+
+    def get_str(self, key: str, default: str | None = None) -> str:
+        value = self._find(key, default)
+        if isinstance(value, bytes):
+            return _text(value)
+        if not isinstance(value, str):
+            self._wrong(key, value, "a string")
+        return value
+
+    def get_bytes(self, key: str) -> bytes:
+        """A string as it is in the file, valid UTF-8 or not."""
+        value = self._find(key, None)
+        if not isinstance(value, bytes):
+            self._wrong(key, value, "a string")
+        return value
+
+    def get_bool(self, key: str, default: bool | None = None) -> bool:
+        value = self._find(key, default)
+        if not isinstance(value, bool):
+            self._wrong(key, value, "a boolean")
+        return value
+
+    def get_array(self, key: str) -> Array:
+        value = self._find(key, None)
+        if not isinstance(value, Array):
+            self._wrong(key, value, "an array")
+        return value
+
+    def get_ints(
+        self, key: str, n: int | None = None, *, low: int = 0, high: int = 2**31 - 1
+    ) -> tuple[int, ...]:
+        """An integer array; with `n` it must have that length, and a single integer is repeated."""
+        value = self._find(key, None)
+        if n is not None and isinstance(value, int):
+            return (self.get_int(key, low=low, high=high),) * n
+        items = self._items(key, n, int, "integers")
+        return tuple(self._in_range(key, item, low, high) for item in items)
+
+    def get_floats(self, key: str, n: int | None = None) -> tuple[float, ...]:
+        """An array of finite numbers; with `n` it must have that length."""
+        items = self._items(key, n, (int, float), "numbers")
+        if not all(map(math.isfinite, items)):
+            self._wrong(key, self.get_array(key), "finite numbers")
+        return tuple(map(float, items))
+
+    def get_bools(self, key: str, n: int | None = None) -> tuple[bool, ...]:
+        """A boolean array; with `n` it must have that length, and a single boolean is repeated."""
+        value = self._find(key, None)
+        if n is not None and isinstance(value, bool):
+            return (value,) * n
+        return tuple(self._items(key, n, bool, "booleans"))
+
+    def _items(
+        self, key: str, n: int | None, kind: type | tuple[type, ...], what: str
+    ) -> list[Any]:
+        array = self.get_array(key)
+        if n is not None and len(array) != n:
+            self._wrong(key, array, f"{n} {what}")
+        if array.item_type == "string" or (array.item_type == "bool") != (kind is bool):
+            self._wrong(key, array, f"an array of {what}")
+        items = array.tolist()
+        if not all(isinstance(item, kind) for item in items):
+            self._wrong(key, array, f"an array of {what}")
+        return items
+
+    def _find(self, key: str, default: Scalar | None) -> Scalar | bytes | Array:
+        if key in self._entries:
+            return self._entries[key].value
+        if default is None:
+            raise InvalidModelError(
+                "the file lacks this metadata key; take a file from another publisher",
+                path=self._path,
+                field=key,
+            )
+        return default
+
+    def _in_range(self, key: str, value: int, low: int, high: int) -> int:
+        if not low <= value <= high:
+            self._wrong(key, value, f"an integer from {low} to {high}")
+        return value
+
+    def _wrong(self, key: str, value: Scalar | bytes | Array, wanted: str) -> NoReturn:
+        shown = repr(_text(value[:40]) if isinstance(value, bytes) else value)
+        entry = self._entries.get(key)
+        raise InvalidModelError(
+            f"found {shown}, need {wanted}",
+            path=self._path,
+            field=key,
+            offset=entry.offset if entry else None,
+        )
+
+
+class Array:
+    """An array of the metadata, read from the mapped file each time it is asked for.
+
+    `item_type` is one of bool, string, int8 to int64, uint8 to uint64, float32, float64.
+    """
+
+    def __init__(self, data: memoryview, item_type: str, start: int, n: int, origin: _Origin):
+        self.item_type = item_type
+        self._data, self._start, self._n, self._origin = data, start, n, origin
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __repr__(self) -> str:
+        return f"Array({self._n} x {self.item_type})"
+
+    def bytes(self) -> list[bytes]:
+        """The strings as they are in the file, valid UTF-8 or not."""
+        if self.item_type != "string":
+            self._origin.fail(f"found an array of {self.item_type}, need strings")
+        data, at = self._open_data(), self._start
+        unpack, items = _U64.unpack_from, []
+        for _ in range(self._n):
+            end = at + 8 + unpack(data, at)[0]
+            items.append(bytes(data[at + 8 : end]))
+            at = end
+        return items
+
+    def strings(self) -> list[str]:
+        """The strings, with U+FFFD for what is not UTF-8."""
+        return [_text(item) for item in self.bytes()]
+
+    def numpy(self) -> NDArray[Any]:
+        """The numbers or booleans as a read-only view of the mapped file."""
+        import numpy as np
+
+        if self.item_type == "string":
+            self._origin.fail("found an array of strings, need numbers")
+        dtype = np.dtype(self.item_type).newbyteorder("<")
+        numbers = np.frombuffer(self._open_data(), dtype, self._n, self._start)
+        if self.item_type == "bool" and numbers.view(np.uint8).max(initial=0) > 1:
+            self._origin.fail("a boolean is neither 0 nor 1")
+        return numbers
+
+    def tolist(self) -> list[Any]:
+        """The items as Python values."""
+        if self.item_type == "string":
+            return self.strings()
+        form = f"<{self._n}{_CODES[self.item_type]}"
+        items = list(struct.unpack_from(form, self._open_data(), self._start))
+        if self.item_type != "bool":
+            return items
+        if not {0, 1}.issuperset(items):
+            self._origin.fail("a boolean is neither 0 nor 1")
+        return [item == 1 for item in items]
+
+    def _open_data(self) -> memoryview:
+        try:
+            return self._data[:]
+        except ValueError:
+            raise ClosedError(f"{self._origin.path} was closed") from None
+
+
+_MAGIC = b"GGUF"
+_MAX_PARTS = 99_999
+# Far above any model in use: a hostile file can't make opening slow or large.
+_MAX_KEYS = _MAX_TENSORS = 1 << 16
+_MAX_NAME = 1 << 16
+_MAX_STRINGS = 1 << 22
+_MAX_DIMS = 4
+
+_AGAIN = "the file is damaged; download it again"
+_CUT = "the file is cut short or damaged; download it again"
+
+_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
+# A boolean is read as a byte, so that a value other than 0 and 1 is noticed.
+_CODES = {
+    "uint8": "B", "int8": "b", "uint16": "H", "int16": "h", "uint32": "I", "int32": "i",
+    "float32": "f", "bool": "B", "uint64": "Q", "int64": "q", "float64": "d",
+}  # fmt: skip
+_SCALARS = {kind: struct.Struct("<" + code) for kind, code in _CODES.items()}
+_TYPES = (
+    "uint8", "int8", "uint16", "int16", "uint32", "int32", "float32", "bool", "string", "array",
+    "uint64", "int64", "float64",
+)  # fmt: skip
+_SPLIT_NAME = re.compile(r"(?P<stem>.*)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf")
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    value: bool | int | float | bytes | Array
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """Where in which file something was read, for the error message."""
+
+    path: Path
+    field: str
+    offset: int
+
+    def fail(self, message: str) -> NoReturn:
+        raise InvalidModelError(message, path=self.path, field=self.field, offset=self.offset)
+
+
+class _Part:
+    """One mapped file and what its header says."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.exists():
+            raise ModelNotFoundError(f"no file {path}")
+        if not path.is_file():
+            raise ModelNotFoundError(f"{path} is not a file; name a .gguf file")
+        with path.open("rb") as file:
+            head = file.read(64)
+            _check_magic(path, head)
+            self._mmap = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._data = memoryview(self._mmap)
+        self.size = len(self._data)
+        self.tensors: dict[str, Weight] = {}
+        try:
+            self._read()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        for view in (self._data, *(weight.data for weight in self.tensors.values())):
+            try:
+                view.release()
+            except BufferError:  # a NumPy array looks at it; freed with that array
+                pass
+        try:
+            self._mmap.close()
+        except BufferError:
+            pass
+
+    def _read(self) -> None:
+        header = _Header(self.path, self._data)
+        self.version = header.version()
+        n_tensors = header.count("tensor count", _MAX_TENSORS)
+        n_keys = header.count("metadata count", _MAX_KEYS)
+        self.metadata = header.metadata(n_keys)
+        infos = [header.tensor() for _ in range(n_tensors)]
+        alignment = self._alignment()
+        start = -(-header.at // alignment) * alignment
+        _check_tensors(self.path, infos, start, alignment, self.size)
+        for info in infos:
+            begin = start + info.offset
+            data = self._data[begin : begin + info.n_bytes]
+            self.tensors[info.name] = Weight(info.name, info.shape, quant_type(info.type), data)
+
+    def _alignment(self) -> int:
+        key = "general.alignment"
+        alignment = self.metadata.get_int(key, 32, low=1, high=1 << 30)
+        if alignment & (alignment - 1):
+            raise InvalidModelError(
+                f"found {alignment}, need a power of two; {_AGAIN}", path=self.path, field=key
+            )
+        return alignment
+
+
+@dataclass(frozen=True, slots=True)
+class _TensorInfo:
+    """`at` is where the file describes the tensor, `offset` where its data begins."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: int
+    offset: int
+    n_bytes: int
+    at: int
+
+
+class _Header:
+    """Reads the header front to back; `at` never passes the end of the file."""
+
+    def __init__(self, path: Path, data: memoryview) -> None:
+        self.path, self.at = path, len(_MAGIC)
+        self._data, self._size = data, len(data)
+        self._n_strings = 0
+
+    def version(self) -> int:
+        version = int(self._unpack(_U32, "version"))
+        if version in (2, 3):
+            return version
+        if version & 0xFFFF == 0 and version:
+            self._fail(
+                "a big-endian GGUF, edgeinfer reads little-endian ones; download the "
+                "little-endian file, or convert this one with gguf-py's gguf_convert_endian",
+                "version",
+                4,
+            )
+        advice = "convert the model again" if version == 1 else "update edgeinfer"
+        self._fail(f"GGUF version {version}, edgeinfer reads 2 and 3; {advice}", "version", 4)
+
+    def count(self, field: str, high: int) -> int:
+        offset = self.at
+        n = int(self._unpack(_U64, field))
+        if n > high:
+            self._fail(f"found {n}, at most {high} are supported; {_AGAIN}", field, offset)
+        return n
+
+    def metadata(self, n: int) -> Metadata:
+        entries: dict[str, _Entry] = {}
+        for i in range(n):
+            offset = self.at
+            key = self._name(f"metadata key {i}")
+            if key in entries:
+                self._fail(f"a second value for this key; {_AGAIN}", key, offset)
+            kind = self._type(key)
+            offset = self.at
+            entries[key] = _Entry(self._value(kind, key), offset)
+        return Metadata(self.path, entries)
+
+    def tensor(self) -> _TensorInfo:
+        at = self.at
+        name = self._name("tensor name")
+        n_dims = int(self._unpack(_U32, name))
+        if n_dims > _MAX_DIMS:
+            self._fail(
+                f"{n_dims} dimensions, at most {_MAX_DIMS} are supported; {_AGAIN}", name, at
+            )
+        dims = [int(self._unpack(_U64, name)) for _ in range(n_dims)]
+        if 0 in dims:
+            self._fail(f"a dimension of 0; {_AGAIN}", name, at)
+        ggml_id = int(self._unpack(_U32, name))
+        offset = int(self._unpack(_U64, name))
+        kind, n_bytes = quant_type(ggml_id), 0
+        if kind.is_known:
+            row = dims[0] if dims else 1
+            if row % kind.block:
+                self._fail(
+                    f"rows of {row} elements are not whole {kind.name} blocks of {kind.block}; "
+                    f"{_AGAIN}",
+                    name,
+                    at,
+                )
+            n_bytes = kind.row_bytes(row) * math.prod(dims[1:])
+        return _TensorInfo(name, tuple(reversed(dims)), ggml_id, offset, n_bytes, at)
+
+    def _value(self, kind: str, field: str) -> bool | int | float | bytes | Array:
+        if kind == "string":
+            return self._string(field)
+        if kind == "array":
+            return self._array(field)
+        offset = self.at
+        value: int | float = self._unpack(_SCALARS[kind], field)
+        if kind == "bool" and value not in (0, 1):
+            self._fail(f"a boolean of {value}, need 0 or 1; {_AGAIN}", field, offset)
+        return value == 1 if kind == "bool" else value
+
+    def _array(self, field: str) -> Array:
+        offset = self.at
+        item_type = self._type(field)
+        if item_type == "array":
+            self._fail("an array of arrays, supported are arrays of plain values", field, offset)
+        n = int(self._unpack(_U64, field))
+        array = Array(self._data, item_type, self.at, n, _Origin(self.path, field, offset))
+        if item_type == "string":
+            self._skip_strings(n, field, offset)
+        else:
+            self._skip(n * _SCALARS[item_type].size, field)
+        return array
+
+    def _skip_strings(self, n: int, field: str, offset: int) -> None:
+        self._n_strings += n
+        if self._n_strings > _MAX_STRINGS:
+            self._fail(
+                f"{n} strings, at most {_MAX_STRINGS} are supported; {_AGAIN}", field, offset
+            )
+        data, at, last, unpack = self._data, self.at, self._size - 8, _U64.unpack_from
+        for _ in range(n):
+            if at > last:
+                break
+            at += 8 + unpack(data, at)[0]
+        else:
+            if at <= self._size:
+                self.at = at
+                return
+        self._fail(f"{n} strings run past the end, byte {self._size}; {_CUT}", field, offset)
+
+    def _name(self, field: str) -> str:
+        offset = self.at
+        name = self._string(field, _MAX_NAME)
+        if not name:
+            self._fail(f"an empty name; {_AGAIN}", field, offset)
+        return _text(name)
+
+    def _string(self, field: str, high: int | None = None) -> bytes:
+        offset = self.at
+        n = int(self._unpack(_U64, field))
+        if high is not None and n > high:
+            self._fail(f"a name of {n} bytes, at most {high} are supported; {_CUT}", field, offset)
+        start = self.at
+        self._skip(n, field)
+        return bytes(self._data[start : self.at])
+
+    def _type(self, field: str) -> str:
+        offset = self.at
+        kind = int(self._unpack(_U32, field))
+        if kind >= len(_TYPES):
+            self._fail(
+                f"value type {kind}, known are 0 to {len(_TYPES) - 1}; {_AGAIN}", field, offset
+            )
+        return _TYPES[kind]
+
+    def _unpack(self, form: struct.Struct, field: str) -> Any:
+        start = self.at
+        self._skip(form.size, field)
+        return form.unpack_from(self._data, start)[0]
+
+    def _skip(self, n: int, field: str) -> None:
+        if n > self._size - self.at:
+            self._fail(
+                f"{n} bytes needed at byte {self.at}, the file ends at {self._size}; {_CUT}",
+                field,
+                self.at,
+            )
+        self.at += n
+
+    def _fail(self, message: str, field: str, offset: int) -> NoReturn:
+        raise InvalidModelError(message, path=self.path, field=field, offset=offset)
+
+
+def _check_tensors(
+    path: Path, infos: list[_TensorInfo], start: int, alignment: int, size: int
+) -> None:
+    seen: set[str] = set()
+    for info in infos:
+        if info.name in seen:
+            message = f"a second tensor of this name; {_AGAIN}"
+            raise InvalidModelError(message, path=path, field=info.name, offset=info.at)
+        seen.add(info.name)
+        if info.offset % alignment:
+            message = f"data at {info.offset}, need a multiple of {alignment}; {_AGAIN}"
+            raise InvalidModelError(message, path=path, field=info.name, offset=info.at)
+    ordered = sorted(infos, key=lambda info: (info.offset, info.n_bytes))
+    need = max((start + info.offset + info.n_bytes for info in infos), default=0)
+    if need > size:
+        bad = next(info for info in ordered if start + info.offset + info.n_bytes > size)
+        message = f"the tensors need {need} bytes, the file has {size}; {_CUT}"
+        raise InvalidModelError(message, path=path, field=bad.name, offset=start + bad.offset)
+    for left, right in zip(ordered, ordered[1:], strict=False):
+        # Overlaps would let a small file describe a model of any size.
+        if left.offset + left.n_bytes > right.offset:
+            message = f"its data overlaps that of {left.name}; {_AGAIN}"
+            raise InvalidModelError(message, path=path, field=right.name, offset=right.at)
+
+
+def _siblings(part: _Part) -> list[Path]:
+    """The paths of all parts of the split file that `part` belongs to."""
+    count = part.metadata.get_int("split.count")
+    match = _SPLIT_NAME.fullmatch(part.path.name)
+    if match is None or int(match["count"]) != count:
+        raise InvalidModelError(
+            f"a part of a model split into {count} files, which must be named "
+            f"NAME-00001-of-{count:05}.gguf and so on; give the files their original names",
+            path=part.path,
+            field="split.count",
+        )
+    paths = [
+        part.path.with_name(f"{match['stem']}-{no:05}-of-{count:05}.gguf")
+        for no in range(1, count + 1)
+    ]
+    for no, path in enumerate(paths, 1):
+        if not path.is_file():
+            raise InvalidModelError(
+                f"part {no} of {count} is missing: {path.name}; download it to the same folder",
+                path=path,
+                field="split.count",
+            )
+    return paths
+
+
+def _check_parts(parts: list[_Part]) -> None:
+    for no, part in enumerate(parts):
+        for key, wanted in (("split.count", len(parts)), ("split.no", no)):
+            found = part.metadata.get_int(key)
+            if found != wanted:
+                raise InvalidModelError(
+                    f"found {found}, need {wanted}: a part of another model or under a wrong "
+                    "name; download the parts again",
+                    path=part.path,
+                    field=key,
+                )
+    key, n_tensors = "split.tensors.count", sum(len(part.tensors) for part in parts)
+    wanted = parts[0].metadata.get_int(key, n_tensors)
+    if wanted != n_tensors:
+        raise InvalidModelError(
+            f"the parts hold {n_tensors} tensors, need {wanted}; download the parts again",
+            path=parts[0].path,
+            field=key,
+        )
+
+
+def _check_magic(path: Path, head: bytes) -> None:
+    if head.startswith(_MAGIC):
+        return
+    hint = "name a .gguf file"
+    if not head:
+        hint = "it is empty; download it again"
+    elif not head.strip(b"\0"):
+        hint = "it begins with zeros, as an unfinished download does; download it again"
+    elif head.startswith(b"version https://git-lfs"):
+        hint = "a git-lfs pointer, not the model itself; run `git lfs pull` or download the file"
+    elif head.lstrip()[:1] == b"<":
+        hint = "a web page; download the file itself (its link has `resolve`, not `blob`)"
+    elif head[8:9] == b"{":
+        hint = "probably safetensors; download a GGUF of this model"
+    elif head.startswith(b"PK"):
+        hint = "a zip archive or PyTorch checkpoint; unpack it or download a GGUF of this model"
+    elif head[:4] in (b"lmgg", b"tjgg", b"fmgg", b"algg"):
+        hint = "a GGML file from before GGUF (2023); download a GGUF of this model"
+    elif head.startswith(b"FUGG"):
+        hint = "a byte-swapped GGUF; download it again"
+    raise InvalidModelError(
+        f"not a GGUF file, it begins with {head[:16]!r}: {hint}", path=path, field="magic", offset=0
+    )
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode("utf-8", errors="replace")
