@@ -1,0 +1,105 @@
+"""What one step computes and what it yields: the flat arrays between the engine and a backend.
+
+Knows no scheduling and no text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeinfer.sampling import SampleTable
+
+PAGE = 32  # positions in a KV page
+SEGMENT_PAGES = 16  # pages whose partial attention folds into one segment (512 positions)
+
+OutputKind: TypeAlias = Literal["logits", "hidden", "ids"]
+
+
+@dataclass(frozen=True, slots=True)
+class PageTable:
+    """Where the pages of one sequence lie, and which of them a query sees.
+
+    Absolute page a (positions 32a .. 32a + 31) is stored in page `pages[slot(a)]` of the arena;
+    the first `n_pinned` pages stay for ever, the others share a ring. A query at position p sees
+    every pinned page and the last `n_visible` ring pages up to p's own. While nothing has been
+    overwritten that is every page up to p.
+    """
+
+    pages: NDArray[np.int32]  # (n_pinned + ring length,)
+    n_pinned: int
+    n_visible: int
+
+    def slot(self, page: int) -> int:
+        """Index into `pages` of absolute page `page`."""
+        if page < self.n_pinned:
+            return page
+        return self.n_pinned + (page - self.n_pinned) % (len(self.pages) - self.n_pinned)
+
+    def first_ring_page(self, pos: int) -> int:
+        """The oldest unpinned absolute page that a query at `pos` sees."""
+        return max(self.n_pinned, pos // PAGE - self.n_visible + 1)
+
+    def visible(self, pos: int) -> list[int]:
+        """Absolute pages that a query at `pos` sees, ascending."""
+        last = pos // PAGE
+        pinned = range(min(self.n_pinned, last + 1))
+        return [*pinned, *range(self.first_ring_page(pos), last + 1)]
+
+    def pinned_pos(self, pos: int) -> int:
+        """The position by which a query at `pos` is rotated for the pinned pages.
+
+        Once pages between the pinned ones and the ring are gone, distances to pinned keys are
+        counted inside the cache (StreamingLLM, Xiao et al. 2023), so they stay bounded.
+        """
+        return pos - PAGE * (self.first_ring_page(pos) - self.n_pinned)
+
+
+@dataclass(slots=True)
+class Batch:
+    """One step: T input rows of any number of sequences.
+
+    Rows of one sequence are consecutive and their positions ascend by one. Input is `ids`, or
+    `hidden` for a segment that does not start with token ids.
+    """
+
+    ids: NDArray[np.int32]  # (T,)
+    pos: NDArray[np.int64]  # (T,) absolute positions
+    seq: NDArray[np.int32]  # (T,) index into `tables`
+    tables: list[PageTable]
+    wanted: NDArray[np.int32]  # (R,) rows whose output is asked for, ascending
+    output: OutputKind = "logits"
+    hidden: NDArray[np.float32] | None = None  # (T, D)
+    samples: SampleTable | None = None  # R rows, with output "ids"
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.pos)
+
+
+@dataclass(slots=True)
+class Outputs:
+    """What a step yields; arrays that were not asked for have no rows.
+
+    `logits` and `hidden` are views into the program's memory, valid until its next submit.
+    """
+
+    logits: NDArray[np.float32]  # (R, V)
+    hidden: NDArray[np.float32]  # (R, D); for a segment before the last every row of the step
+    ids: NDArray[np.int32]  # (R,)
+    logprobs: list[tuple[NDArray[np.int32], NDArray[np.float32]]] = field(default_factory=list)
+    aborted: bool = False  # the step was cut short: nothing else here means anything
+
+
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """The largest step a program must be ready for; all its memory follows from these."""
+
+    n_pages: int  # KV pages of 32 positions, shared by all sequences
+    max_rows: int  # T
+    max_outputs: int  # R
+    max_sequences: int
+    n_threads: int

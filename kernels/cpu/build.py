@@ -1,0 +1,117 @@
+"""Builds kernels: Python sources to LLVM IR with Numba, IR to object files with llvmlite.
+
+Runs in processes of its own (`python -m edgeinfer.kernels.cpu.build`), so that a program that
+only runs models never imports Numba. Knows nothing of models.
+
+Numba compiles without optimising; every machine instruction in its output is still a call of a
+placeholder `ei.*`, so any host can build any family. Then the placeholders become LLVM
+intrinsics, everything but the kernel becomes internal, and one O3 pass inlines it all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from edgeinfer.kernels.cpu.library import Target, symbol, write_object
+
+# What a placeholder stands for. The family is in the name, so one table serves all.
+_PLACEHOLDERS = {
+    "ei.x86.pmaddubsw": "llvm.x86.avx2.pmadd.ub.sw",
+    "ei.x86.pmaddwd": "llvm.x86.avx2.pmadd.wd",
+    "ei.x86.vpdpbusd": "llvm.x86.avx512.vpdpbusd.256",
+    "ei.x86.pause": "llvm.x86.sse2.pause",
+}
+
+
+class KernelBuildError(Exception):
+    """A kernel's code calls something that no object may call."""
+
+
+def kernel_ir(name: str, family: str) -> tuple[str, str]:
+    """LLVM IR of one kernel and the name of its function, unoptimised."""
+    os.environ["NUMBA_OPT"] = "0"  # read when Numba is first imported
+    from numba import cfunc, types
+
+    import llvmlite.binding as llvm
+
+    from edgeinfer.kernels.cpu.native import registry
+
+    for placeholder in _PLACEHOLDERS:
+        llvm.add_symbol(placeholder, 1)  # Numba links its own copy, which nobody calls
+
+    kernel = registry.make(name, family)
+    signature = types.void(*[types.intp] * kernel.__code__.co_argcount)
+    compiled = cfunc(signature, error_model="numpy")(kernel)
+    return compiled.inspect_llvm(), compiled.native_name
+
+
+def optimise(ir: str, native_name: str, name: str, target: Target) -> Any:
+    """The optimised llvmlite module of one kernel for `target`, and its target machine."""
+    import llvmlite.binding as llvm
+
+    for placeholder, intrinsic in _PLACEHOLDERS.items():
+        ir = ir.replace(f'"{placeholder}"', f'"{intrinsic}"').replace(placeholder, intrinsic)
+    ir = ir.replace(native_name, symbol(name)).replace("linkonce_odr", "internal")
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    machine = llvm.Target.from_triple(target.triple).create_target_machine(
+        cpu=target.cpu, features=target.features, opt=3, reloc="pic", codemodel="small"
+    )
+    ir = re.sub(r'target triple = ".*"', f'target triple = "{target.triple}"', ir)
+    ir = re.sub(r'target datalayout = ".*"', f'target datalayout = "{machine.target_data}"', ir)
+    module = llvm.parse_assembly(ir)
+    for function in module.functions:
+        if not function.is_declaration and function.name != symbol(name):
+            function.linkage = llvm.Linkage.internal
+            function.add_function_attribute("alwaysinline")
+    for variable in module.global_variables:
+        if not variable.is_declaration:
+            variable.linkage = llvm.Linkage.internal
+    options = llvm.create_pipeline_tuning_options(speed_level=3)
+    # The kernels are vectorised by hand; doing it again only costs code and time.
+
+    options.loop_vectorization = False
+    options.slp_vectorization = False
+    passes = llvm.create_pass_builder(machine, options)
+    manager = passes.getModulePassManager()
+    manager.run(module, passes)
+    foreign = [
+        f.name for f in module.functions if f.is_declaration and not f.name.startswith("llvm.")
+    ]
+    if foreign:
+        raise KernelBuildError(f"kernel {name} would call {', '.join(foreign)}")
+    return module, machine
+
+
+def build(name: str, target: Target) -> bytes:
+    """The object file of one kernel."""
+    ir, native_name = kernel_ir(name, target.family)
+    module, machine = optimise(ir, native_name, name, target)
+    data: bytes = machine.emit_object(module)
+    return data
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Build CPU kernels into a folder.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("names", nargs="+")
+    parser.add_argument("--family", default=None, help="instead of the host's own")
+    parser.add_argument("--asm", action="store_true", help="print assembly instead")
+    args = parser.parse_args()
+    target = Target.host(args.family)
+    for name in args.names:
+        if args.asm:
+            module, machine = optimise(*kernel_ir(name, target.family), name, target)
+            print(machine.emit_assembly(module))
+        else:
+            write_object(args.folder, name, build(name, target))
+            print(name, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""The memory layouts that host code and native kernels share: header, argument blocks, buffers.
+
+Imports nothing; knows no operation. Every word is 8 bytes.
+
+A kernel is `kernel(header, args, chunk)`: addresses of the step's header and of the op's argument
+words, and which piece of the work to do. Chunks of one op are independent of each other.
+
+Activations come in three formats, "rows" meaning tokens:
+- f32: row-major floats, (rows, K).
+- a32: blocks of 32 values, 40 bytes each: 32 int8 q, float d, int32 sum of q. x = d * q.
+- a256: blocks of 256 values, 296 bytes each: 256 int8 q, float d, 4 bytes unused, 16 int16 sums
+  of 16 q each.
+d = max|x| / 127 and q = roundeven(x * (127 / max|x|)), all zero where max|x| is zero.
+Blocks of a32 and a256 are stored tile by tile: rows are cut into tiles of 8, the rest into one of
+4, one of 2 and one of 1 as its binary digits say (13 = 8 + 4 + 1); inside a tile of n rows that
+starts at row t0, block b of row t0 + i lies at t0 * row_bytes + (b * n + i) * block_bytes, where
+row_bytes = K / block * block_bytes.
+
+Packed weights are cut into groups of 8 rows, one SIMD lane per row; each format says in
+`native/formats.py` how a group's block looks.
+
+A KV page holds 32 positions of one layer. K of a page: [kv head][k_dim][32 positions] halves;
+V of a page: [kv head][32 positions][v_dim] halves. Page p of a layer starts p * page_bytes after
+the layer's base.
+"""
+
+WORD = 8
+
+A32_BYTES = 40
+A32_D = 32  # offset of d
+A32_SUM = 36
+A256_BYTES = 296
+A256_D = 256
+A256_SUMS = 264
+MAX_TILE = 8
+
+PAGE = 32  # positions
+SEGMENT_PAGES = 16
+
+# Step header: byte offsets of its words.
+H_ROWS = 0 * WORD  # T, input rows of this step
+H_WANTED_ROWS = 1 * WORD  # R, rows whose output is wanted
+H_POS = 2 * WORD  # address: int64[T] absolute positions
+H_SEQ = 3 * WORD  # address: int32[T] sequence of each row
+H_IDS = 4 * WORD  # address: int32[T] token ids
+H_WANTED = 5 * WORD  # address: int32[R] row indices, ascending
+H_TABLES = 6 * WORD  # address: one page table record per sequence
+H_N_SEQUENCES = 7 * WORD
+H_ITEMS = 8 * WORD  # address: attention work items, written by the prologue
+H_N_ITEMS = 9 * WORD  # attention work items of this step
+H_ABORT = 10 * WORD  # set from any thread: the rest of the step does nothing
+H_SAMPLES = 11 * WORD  # address of the sample table's argument words, 0 when not sampling
+HEADER_WORDS = 32
+
+# Page table record, one per sequence (batch.PageTable): byte offsets.
+TABLE_PAGES = 0 * WORD  # address: int32[n_slots] page of the arena
+TABLE_SLOTS = 1 * WORD
+TABLE_PINNED = 2 * WORD
+TABLE_VISIBLE = 3 * WORD
+TABLE_BYTES = 4 * WORD
+
+# "Which rows" of an op: every input row, or the wanted ones.
+ALL_ROWS = 0
+WANTED_ROWS = 1
+
+# Argument words, as offsets in bytes. An address of 0 means "absent".
+#
+# pack.<type>: GGUF rows -> packed groups. A chunk is `per_chunk` groups; missing rows become 0.
+PACK_SRC, PACK_DST, PACK_N_ROWS, PACK_N_BLOCKS, PACK_PER_CHUNK = (i * WORD for i in range(5))
+#
+# matmul.<type>: out[t, n] = sum_k W[n, k] x[t, k] (+ bias[n]) (+ residual[t, n]).
+# x is a32, a256 or f32 as the weight type asks; out, residual: float rows of `stride` bytes.
+# A chunk is `per_chunk` groups of 8 weight rows, for all tokens.
+(
+    MATMUL_W, MATMUL_N_GROUPS, MATMUL_N_BLOCKS, MATMUL_X, MATMUL_OUT, MATMUL_STRIDE,
+    MATMUL_BIAS, MATMUL_RESIDUAL, MATMUL_PER_CHUNK, MATMUL_ROWS, MATMUL_X_ROW_BYTES,
+) = (i * WORD for i in range(11))  # fmt: skip
+#
+# embed.<type>: out[t] = row ids[t] of a packed matrix, as floats. A chunk is one row.
+EMBED_W, EMBED_N_BLOCKS, EMBED_OUT, EMBED_STRIDE, EMBED_DIM = (i * WORD for i in range(5))
+#
+# The three places where a row of floats can be left, in this order, as the tail of an argument
+# block ("sinks"): f32 rows (address, stride), a32, a256. The f32 one is always there: it is what
+# the quantisers read.
+SINK_F32, SINK_STRIDE, SINK_A32, SINK_A256 = (i * WORD for i in range(4))
+SINK_WORDS = 4
+#
+# norm: sink[i] = rms_norm(x[row i]) * weight. With WANTED_ROWS, row i is wanted[i]. A chunk is
+# one row. eps is a float's bits.
+NORM_X, NORM_STRIDE, NORM_WEIGHT, NORM_EPS, NORM_DIM, NORM_ROWS = (i * WORD for i in range(6))
+NORM_SINK = 6 * WORD
+#
+# swiglu: sink[t] = silu(gate[t]) * up[t]. A chunk is one row.
+SWIGLU_GATE, SWIGLU_UP, SWIGLU_STRIDE, SWIGLU_DIM = (i * WORD for i in range(4))
+SWIGLU_SINK = 4 * WORD
+#
+# quantise: sink[t] = x[t], for a value that nothing else quantises on its way. A chunk is a row.
+QUANTISE_X, QUANTISE_STRIDE, QUANTISE_DIM, QUANTISE_ROWS = (i * WORD for i in range(4))
+QUANTISE_SINK = 4 * WORD
+#
+# copy_rows: out[i] = x[wanted[i]] (or every row). A chunk is one row.
+COPY_X, COPY_STRIDE, COPY_OUT, COPY_OUT_STRIDE, COPY_DIM, COPY_ROWS = (i * WORD for i in range(6))
+#
+# angles: cos and sin of every row's rotation, [n_pairs cos, n_pairs sin] floats a row, at its
+# position and at its position for pinned pages (PageTable.pinned_pos). freqs: double[n_pairs].
+ANGLES_FREQS, ANGLES_N_PAIRS, ANGLES_OUT, ANGLES_PINNED_OUT = (i * WORD for i in range(4))
+#
+# rotate.<norm|neox>: for one row: normalise q and k heads (where weights are given), rotate them,
+# write q back, write q rotated for pinned pages to `pinned_q` where the row's sequence has slid
+# (PageTable.first_ring_page > n_pinned), store k and v as halves in the row's page.
+(
+    ROTATE_Q, ROTATE_Q_STRIDE, ROTATE_K, ROTATE_K_STRIDE, ROTATE_V, ROTATE_V_STRIDE,
+    ROTATE_PINNED_Q, ROTATE_N_HEADS, ROTATE_N_KV_HEADS, ROTATE_K_DIM, ROTATE_V_DIM,
+    ROTATE_N_PAIRS, ROTATE_ANGLES, ROTATE_PINNED_ANGLES, ROTATE_Q_NORM, ROTATE_K_NORM,
+    ROTATE_EPS, ROTATE_K_BASE, ROTATE_K_PAGE_BYTES, ROTATE_V_BASE, ROTATE_V_PAGE_BYTES,
+) = (i * WORD for i in range(21))  # fmt: skip
+#
+# plan_attention (run by the prologue, chunk 0): fill the work items of H_ITEMS, set H_N_ITEMS.
+# attend.<k_dim>.<v_dim>: one work item; partial results go to `parts`.
+# fold: one row: fold its parts in order, divide, leave the row in the sinks.
+(
+    ATTEND_Q, ATTEND_Q_STRIDE, ATTEND_PINNED_Q, ATTEND_N_HEADS, ATTEND_N_KV_HEADS, ATTEND_SCALE,
+    ATTEND_K_BASE, ATTEND_K_PAGE_BYTES, ATTEND_V_BASE, ATTEND_V_PAGE_BYTES, ATTEND_PARTS,
+    ATTEND_MAX_PARTS, ATTEND_K_DIM, ATTEND_V_DIM,
+) = (i * WORD for i in range(14))  # fmt: skip
+ATTEND_SINK = 14 * WORD

@@ -1,0 +1,180 @@
+"""Loads compiled kernels, building the missing ones first; caches them for this exact machine.
+
+Never imports Numba: building runs in other processes. Knows kernels by name only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from edgeinfer.errors import DeviceError
+
+_DIGEST = 32  # bytes of SHA-256 in front of every cached object
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A machine to compile for: its instruction-set family, and LLVM's names for it."""
+
+    family: str
+    triple: str
+    cpu: str
+    features: str
+
+    @classmethod
+    def host(cls, family: str | None = None) -> Target:
+        """This machine; `family` forces a poorer vocabulary ("generic", "avx2")."""
+        import llvmlite.binding as llvm
+
+        features = llvm.get_host_cpu_features()
+        if family is None:
+            family = os.environ.get("EDGEINFER_ISA") or _family(features)
+        return cls(
+            family, llvm.get_process_triple(), llvm.get_host_cpu_name(), features.flatten()
+        )
+
+
+def _family(features: Any) -> str:
+    if features.get("avx2") and features.get("fma") and features.get("f16c"):
+        vnni = features.get("avx512vnni") and features.get("avx512vl")
+        return "vnni" if vnni or features.get("avxvnni") else "avx2"
+    return "generic"
+
+
+def symbol(name: str) -> str:
+    """The linker's name of a kernel: `matmul.q4_0.8` is `ei_matmul_q4_0_8`."""
+    return "ei_" + name.replace(".", "_")
+
+
+@cache
+def source_key() -> str:
+    """Changes whenever the kernel sources or the way of building them change."""
+    digest = hashlib.sha256()
+    here = Path(__file__).parent
+    for path in sorted([*(here / "native").glob("*.py"), here / "build.py"]):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def cache_folder(root: Path, target: Target) -> Path:
+    """Where objects for these sources, this machine and this LLVM are kept."""
+    import llvmlite
+
+    facts = (source_key(), target, llvmlite.__version__)
+    return root / "kernels" / hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
+
+
+def write_object(folder: Path, name: str, data: bytes) -> None:
+    """Write an object with its digest; complete or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder, suffix=".part", delete=False) as file:
+        file.write(hashlib.sha256(data).digest() + data)
+    os.replace(file.name, folder / f"{name}.o")
+
+
+def read_object(folder: Path, name: str) -> bytes | None:
+    """The object, or None where it is absent or damaged (LLVM dies on a damaged one)."""
+    try:
+        data = (folder / f"{name}.o").read_bytes()
+    except OSError:
+        return None
+    if hashlib.sha256(data[_DIGEST:]).digest() != data[:_DIGEST]:
+        return None
+    return data[_DIGEST:]
+
+
+class Library:
+    """Kernels of one target in executable memory, by name; addresses live as long as this."""
+
+    def __init__(self, target: Target, folder: Path) -> None:
+        self.target, self.folder = target, folder
+        self._addresses: dict[str, int] = {}
+        self._engines: list[Any] = []
+
+    def load(
+        self, names: Iterable[str], progress: Callable[[int, int, str], None] | None = None
+    ) -> None:
+        """Make these kernels callable. `progress(done, total, name)` is told of every build."""
+        wanted = sorted(set(names) - self._addresses.keys())
+        if not wanted:
+            return
+        objects = {name: read_object(self.folder, name) for name in wanted}
+        missing = [name for name, data in objects.items() if data is None]
+        if missing:
+            _build(self.folder, missing, self.target, progress)
+            objects |= {name: read_object(self.folder, name) for name in missing}
+        self._link({name: data for name, data in objects.items() if data is not None})
+        lost = [name for name in wanted if name not in self._addresses]
+        if lost:
+            raise DeviceError(
+                f"kernels {', '.join(lost)} could not be stored in {self.folder}; "
+                "set EDGEINFER_HOME to a folder that can be written"
+            )
+
+    def address(self, name: str) -> int:
+        """Address of a loaded kernel."""
+        return self._addresses[name]
+
+    def _link(self, objects: dict[str, bytes]) -> None:
+        import llvmlite.binding as llvm
+
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
+        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+        for data in objects.values():
+            engine.add_object_file(llvm.ObjectFileRef.from_data(data))
+        engine.finalize_object()
+        self._engines.append(engine)
+        for name in objects:
+            address = engine.get_function_address(symbol(name))
+            if address:
+                self._addresses[name] = address
+
+
+def _build(
+    folder: Path,
+    names: Sequence[str],
+    target: Target,
+    progress: Callable[[int, int, str], None] | None,
+) -> None:
+    """Build in as many processes as there are cores; Numba compiles on one core each."""
+    n_jobs = max(1, min(os.cpu_count() or 1, len(names) // 2, 8))
+    command = [sys.executable, "-m", "edgeinfer.kernels.cpu.build", "--family", target.family]
+    jobs = [
+        subprocess.Popen(
+            [*command, str(folder), *names[i::n_jobs]],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(n_jobs)
+    ]
+    done = 0
+    try:
+        if progress:
+            progress(0, len(names), names[0])
+        for job in jobs:
+            assert job.stdout is not None
+            for line in job.stdout:
+                done += 1
+                if progress:
+                    progress(done, len(names), line.strip())
+        for job in jobs:
+            _, errors = job.communicate()
+            if job.returncode:
+                raise DeviceError(f"building CPU kernels failed:\n{errors.strip()[-2000:]}")
+    finally:
+        for job in jobs:
+            if job.poll() is None:
+                job.kill()
+                job.wait()
