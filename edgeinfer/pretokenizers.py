@@ -103,10 +103,7 @@ _ROWS: tuple[tuple[str, PreTokenizer], ...] = (
     (
         "gpt-4o llama4 kanana2 talkie minimax-m2",
         PreTokenizer(
-            (
-                _CASED % (f"{_CONTRACTION}?", f"{_CONTRACTION}?")
-                + rf"|\p{{N}}{{1,3}}|{_CASED_TAIL}",
-            )
+            (_CASED % (f"{_CONTRACTION}?", f"{_CONTRACTION}?") + rf"|\p{{N}}{{1,3}}|{_CASED_TAIL}",)
         ),
     ),
     (
