@@ -328,10 +328,9 @@ def add_byte_tokenizer(writer: gguf.GGUFWriter, vocab: int) -> None:
     """A byte-level BPE: 256 bytes, two control tokens, a few merges, fillers up to `vocab`."""
     merges = ["Ġ t", "h e", "Ġt he", "i n", "Ġ a", "e r", "o n", "Ġa n"]
     tokens = [*byte_letters(), "<|bos|>", "<|eos|>"]
+    tokens += [merge.replace(" ", "") for merge in merges]
     if vocab < len(tokens):
         raise ValueError(f"vocab is {vocab}, the byte tokenizer needs at least {len(tokens)}")
-    merges = merges[: vocab - len(tokens)]
-    tokens += [merge.replace(" ", "") for merge in merges]
     tokens += [f"tok{i}" for i in range(len(tokens), vocab)]
     kinds = [gguf.TokenType.NORMAL] * vocab
     kinds[256 : 256 + N_CONTROL] = [gguf.TokenType.CONTROL] * N_CONTROL
@@ -339,8 +338,7 @@ def add_byte_tokenizer(writer: gguf.GGUFWriter, vocab: int) -> None:
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
-    if merges:
-        writer.add_token_merges(merges)
+    writer.add_token_merges(merges)
     writer.add_bos_token_id(256)
     writer.add_eos_token_id(257)
     writer.add_add_bos_token(True)

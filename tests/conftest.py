@@ -1,0 +1,34 @@
+"""What all tests share: where the data that is too large for the repository lies.
+
+Knows nothing of any one test.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+_REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def shared_data() -> Path | None:
+    """The folder of shared test data, None where there is none."""
+    named = os.environ.get("EDGEINFER_TEST_DATA")
+    folder = Path(named) if named else _REPOSITORY.parent / "shared" / "data"
+    return folder if folder.is_dir() else None
+
+
+@pytest.fixture(scope="session")
+def data_file() -> Callable[[str], Path]:
+    """`data_file("vocab/x.gguf")`: that file of the shared data; the test is skipped without it."""
+
+    def find(name: str) -> Path:
+        folder = shared_data()
+        if folder is None or not (folder / name).exists():
+            pytest.skip(f"no {name}: set EDGEINFER_TEST_DATA to a folder that holds it")
+        return folder / name
+
+    return find
