@@ -622,10 +622,10 @@ def _check_magic(path: Path, head: bytes) -> None:
         hint = "it begins with zeros, as an unfinished download does; download it again"
     elif head.startswith(b"version https://git-lfs"):
         hint = "a git-lfs pointer, not the model itself; run `git lfs pull` or download the file"
-    elif head.lstrip()[:1] == b"<":
-        hint = "a web page; download the file itself (its link has `resolve`, not `blob`)"
     elif head[8:9] == b"{":
         hint = "probably safetensors; download a GGUF of this model"
+    elif head.lstrip()[:1] == b"<":
+        hint = "a web page; download the file itself (its link has `resolve`, not `blob`)"
     elif head.startswith(b"PK"):
         hint = "a zip archive or PyTorch checkpoint; unpack it or download a GGUF of this model"
     elif head[:4] in (b"lmgg", b"tjgg", b"fmgg", b"algg"):
