@@ -25,6 +25,7 @@ _PLACEHOLDERS = {
     "ei.x86.pmaddwd": "llvm.x86.avx2.pmadd.wd",
     "ei.x86.vpdpbusd": "llvm.x86.avx512.vpdpbusd.256",
     "ei.x86.pause": "llvm.x86.sse2.pause",
+    "ei.x86.ldmxcsr": "llvm.x86.sse.ldmxcsr",
 }
 
 

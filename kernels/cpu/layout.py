@@ -59,6 +59,29 @@ TABLE_PINNED = 2 * WORD
 TABLE_VISIBLE = 3 * WORD
 TABLE_BYTES = 4 * WORD
 
+# Thread team: byte offsets of its words, the hot ones on cache lines of their own.
+TEAM_EPOCH = 0
+TEAM_TAPE = 64  # address of the current step's tape
+TEAM_STOP = 128
+TEAM_SLEEPERS = 192  # workers parked or about to
+TEAM_ACTIVE = 256  # workers that may touch a tape
+TEAM_YIELD, TEAM_WAIT, TEAM_FUTEX, TEAM_SLEEP_ARG = (320 + i * WORD for i in range(4))
+TEAM_BYTES = 384
+
+# Tape: words, then one slot per op. The threads of a team beyond n_threads leave it alone.
+TAPE_HEADER, TAPE_N_OPS, TAPE_N_THREADS, TAPE_PROLOGUE = (i * WORD for i in range(4))
+TAPE_SLOTS = 64
+SLOT_TICKET = 0
+SLOT_COUNT = 64
+SLOT_DONE = 128
+SLOT_PARTS, SLOT_N_PARTS = 192, 200
+SLOT_BYTES = 256
+# An op has one or more parts: a kernel, its arguments, its chunks in this step, and the rule that
+# counts them: a fixed number (>= 0) or one of COUNT_*.
+PART_KERNEL, PART_ARGS, PART_COUNT, PART_RULE = (i * WORD for i in range(4))
+PART_BYTES = 4 * WORD
+COUNT_ROWS, COUNT_WANTED, COUNT_ITEMS = -1, -2, -3
+
 # "Which rows" of an op: every input row, or the wanted ones.
 ALL_ROWS = 0
 WANTED_ROWS = 1

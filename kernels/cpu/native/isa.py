@@ -53,6 +53,7 @@ class Isa:
     wide_dot: Callable
     signed_dot: Callable
     pause: Callable
+    reset_float: Callable  # round to nearest, denormals kept, whatever this thread had before
 
 
 def _broadcast(b, x, stride, i):
@@ -115,9 +116,19 @@ def _signed_avx2(b, acc, w, x):
     return b.add(acc, _widen(b, pairs))
 
 
+_MXCSR_DEFAULT = 0x1F80
+
+
+def _emit_reset_float(b):
+    slot = b.alloca(I32)
+    b.store(I32(_MXCSR_DEFAULT), slot)
+    call(b, "ei.x86.ldmxcsr", ir.VoidType(), slot)
+
+
 _pause_x86 = simd.scalar(
     types.void, (), lambda b: (call(b, "ei.x86.pause", ir.VoidType()), None)[1]
 )
+_reset_float_x86 = simd.scalar(types.void, (), _emit_reset_float)
 
 AVX2 = Isa(
     "avx2",
@@ -127,6 +138,7 @@ AVX2 = Isa(
     wide_dot=_per_token(lambda b, acc, u, x: b.add(acc, _widen(b, _pairs(b, u, x)))),
     signed_dot=_per_token(_signed_avx2),
     pause=_pause_x86,
+    reset_float=_reset_float_x86,
 )
 
 
@@ -149,6 +161,7 @@ VNNI = Isa(
     wide_dot=_per_token(_vpdpbusd),
     signed_dot=_per_token(_signed_vnni),
     pause=_pause_x86,
+    reset_float=_reset_float_x86,
 )
 
 
@@ -177,6 +190,7 @@ GENERIC = Isa(
     wide_dot=_generic_unsigned,
     signed_dot=_per_token(lambda b, acc, w, x: _dot4(b, acc, w, x, b.sext)),
     pause=simd.scalar(types.void, (), lambda b: None),
+    reset_float=simd.scalar(types.void, (), lambda b: None),
 )
 
 FAMILIES = {isa.name: isa for isa in (AVX2, VNNI, GENERIC)}

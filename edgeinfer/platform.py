@@ -1,0 +1,199 @@
+"""Every question to the operating system, each with an answer for systems that don't know it.
+
+Knows nothing of models or kernels.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import platform as _platform
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+_CGROUP = Path("/sys/fs/cgroup")
+_FALLBACK_MEMORY = 4 << 30
+_HUGE_PAGE = 2 << 20
+
+
+# -- processors ----------------------------------------------------------------------------------
+
+
+def default_threads() -> int:
+    """Physical cores that this process may use: affinity and cgroup quota respected."""
+    allowed = _affinity()
+    cores = _physical_cores(allowed) if allowed else None
+    count = cores or (len(allowed) if allowed else os.cpu_count() or 1)
+    quota = _cgroup_cpus()
+    return max(1, min(count, quota) if quota else count)
+
+
+def _affinity() -> set[int] | None:
+    if hasattr(os, "sched_getaffinity"):
+        return set(os.sched_getaffinity(0))
+    return None
+
+
+def _physical_cores(cpus: set[int]) -> int | None:
+    """Cores behind these logical processors; None where the system doesn't tell."""
+    siblings = set()
+    for cpu in cpus:
+        text = _read(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"))
+        if text is None:
+            return None
+        siblings.add(text)
+    return len(siblings)
+
+
+def _cgroup_cpus() -> int | None:
+    """Whole processors that the cgroup's quota grants, at least one."""
+    fields = (_read(_CGROUP / "cpu.max") or "max").split()
+    if fields[0] == "max" or len(fields) < 2:
+        return None
+    return max(1, int(fields[0]) // int(fields[1]))
+
+
+def cpu_name() -> str:
+    """The processor's name as its maker gives it."""
+    for line in (_read(Path("/proc/cpuinfo")) or "").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return _platform.processor() or _platform.machine()
+
+
+# -- memory --------------------------------------------------------------------------------------
+
+
+def available_memory() -> int:
+    """Bytes that a new allocation may take without swapping; never more than the cgroup allows."""
+    available = _meminfo("MemAvailable") or _windows_memory() or _sysconf_memory()
+    limit, used = _read(_CGROUP / "memory.max"), _read(_CGROUP / "memory.current")
+    if limit and used and limit != "max":
+        available = min(available, max(0, int(limit) - int(used)))
+    return available
+
+
+def peak_rss() -> int:
+    """The most memory this process has held, in bytes; 0 where the system doesn't tell."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def rss() -> int:
+    """The memory this process holds now, in bytes; 0 where the system doesn't tell."""
+    fields = (_read(Path("/proc/self/statm")) or "0 0").split()
+    return int(fields[1]) * mmap.PAGESIZE
+
+
+def _meminfo(field: str) -> int | None:
+    for line in (_read(Path("/proc/meminfo")) or "").splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _sysconf_memory() -> int:
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return _FALLBACK_MEMORY
+
+
+class _MemoryStatus(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ulong), ("load", ctypes.c_ulong)] + [
+        (name, ctypes.c_ulonglong)
+        for name in ("total", "available", "page_total", "page_free", "virtual", "free", "extended")
+    ]
+
+
+def _windows_memory() -> int | None:
+    windll = getattr(ctypes, "windll", None)
+    if windll is None:
+        return None
+    status = _MemoryStatus(length=ctypes.sizeof(_MemoryStatus))
+    return int(status.available) if windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)) else None
+
+
+class Memory:
+    """Zeroed memory outside the Python heap; pages cost nothing until they are touched.
+
+    With `huge` it asks for huge pages, for data that is read from end to end.
+    """
+
+    def __init__(self, n_bytes: int, *, huge: bool = False) -> None:
+        self.n_bytes = n_bytes
+        # One huge page more, so that the start can be aligned; a prefetch may run past the end.
+        self._map = mmap.mmap(-1, n_bytes + _HUGE_PAGE + mmap.PAGESIZE)
+        if huge and hasattr(mmap, "MADV_HUGEPAGE"):
+            try:
+                self._map.madvise(mmap.MADV_HUGEPAGE)
+            except OSError:  # a kernel without transparent huge pages
+                pass
+        self._view = (ctypes.c_char * len(self._map)).from_buffer(self._map)
+        base = ctypes.addressof(self._view)
+        self.address = -(-base // _HUGE_PAGE) * _HUGE_PAGE
+
+    def close(self) -> None:
+        """Return the memory; every address into it is dead from here on."""
+        if self.address:
+            self.address = 0
+            del self._view
+            self._map.close()
+
+
+def forget_pages(address: int, n_bytes: int) -> None:
+    """Drop pages of a file mapping from this process; they are read again when touched."""
+    if not sys.platform.startswith("linux"):
+        return
+    start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (address + n_bytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
+    if length > 0:
+        libc = ctypes.CDLL(None)
+        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
+
+
+# -- what native threads call --------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ThreadCalls:
+    """Addresses of C functions by which native threads yield and sleep.
+
+    With `futex` set, `wait` is libc's `syscall` and sleepers are woken by the same; without it,
+    `wait` is a plain sleep of `sleep_arg`, and a sleeper looks by itself.
+    """
+
+    yield_: int
+    wait: int
+    futex: int  # the system call's number, 0 for none
+    sleep_arg: int
+
+
+_FUTEX_NUMBERS = {"x86_64": 202, "aarch64": 98}
+
+
+def thread_calls() -> ThreadCalls:
+    if sys.platform == "win32":
+        kernel32 = ctypes.windll.kernel32
+        return ThreadCalls(_address(kernel32.SwitchToThread), _address(kernel32.Sleep), 0, 1)
+    libc = ctypes.CDLL(None)
+    number = _FUTEX_NUMBERS.get(_platform.machine(), 0) if sys.platform.startswith("linux") else 0
+    wait = libc.syscall if number else libc.usleep
+    return ThreadCalls(_address(libc.sched_yield), _address(wait), number, 200)
+
+
+def _address(function: object) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0  # type: ignore[arg-type]
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return None

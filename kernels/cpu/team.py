@@ -1,0 +1,186 @@
+"""The thread team's Python half: starts workers, runs tapes on them, ends cleanly.
+
+Knows no operation and no model. Workers enter native code once in their life and never touch the
+interpreter lock; the thread that calls `run` works with them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import os
+import threading
+import weakref
+from dataclasses import dataclass, field
+
+from edgeinfer import platform
+from edgeinfer.errors import ClosedError
+from edgeinfer.kernels.cpu import layout
+from edgeinfer.kernels.cpu.library import Library
+
+KERNELS = ("team.work", "team.step")
+_JOIN_SECONDS = 2.0
+_FUTEX_WAKE = 129
+
+
+def _word(address: int) -> ctypes.c_int64:
+    return ctypes.c_int64.from_address(address)
+
+
+@dataclass(slots=True)
+class Part:
+    """A kernel, its argument words, and how many chunks it has: a number or a layout.COUNT_*."""
+
+    kernel: int
+    args: list[int]
+    rule: int
+
+
+@dataclass(slots=True)
+class Op:
+    """Parts that may run at the same time, in any order."""
+
+    parts: list[Part] = field(default_factory=list)
+
+
+class Tape:
+    """A list of ops in the memory layout that the team walks (see layout.py)."""
+
+    def __init__(
+        self, ops: list[Op], header: int, n_threads: int, prologue: Part | None = None
+    ) -> None:
+        parts = [part for op in ops for part in op.parts] + ([prologue] if prologue else [])
+        parts_at = layout.TAPE_SLOTS + layout.SLOT_BYTES * len(ops)
+        args_at = parts_at + layout.PART_BYTES * len(parts)
+        n_bytes = args_at + sum(len(part.args) for part in parts) * layout.WORD
+        self._memory = platform.Memory(n_bytes)
+        self.address = self._memory.address
+        part_address, args_address = self.address + parts_at, self.address + args_at
+        part_addresses = []
+        for part in parts:
+            part_addresses.append(part_address)
+            self._write(part_address, [part.kernel, args_address, 0, part.rule])
+            self._write(args_address, part.args)
+            part_address += layout.PART_BYTES
+            args_address += len(part.args) * layout.WORD
+        first = 0
+        for i, op in enumerate(ops):
+            slot = self.address + layout.TAPE_SLOTS + layout.SLOT_BYTES * i
+            self._write(slot + layout.SLOT_PARTS, [part_addresses[first], len(op.parts)])
+            first += len(op.parts)
+        prologue_address = part_addresses[-1] if prologue else 0
+        self._write(self.address, [header, len(ops), n_threads, prologue_address])
+
+    @staticmethod
+    def _write(address: int, words: list[int]) -> None:
+        (ctypes.c_int64 * len(words)).from_address(address)[:] = words
+
+    def close(self) -> None:
+        """Free the tape; only after `Team.quiesce`."""
+        self._memory.close()
+        self.address = 0
+
+
+class Team:
+    """Worker threads for one process. One tape runs at a time."""
+
+    def __init__(self, library: Library) -> None:
+        library.load(KERNELS)
+        calls = platform.thread_calls()
+        self._memory = platform.Memory(layout.TEAM_BYTES)
+        self._base = self._memory.address
+        _word(self._base + layout.TEAM_YIELD).value = calls.yield_
+        _word(self._base + layout.TEAM_WAIT).value = calls.wait
+        _word(self._base + layout.TEAM_FUTEX).value = calls.futex
+        _word(self._base + layout.TEAM_SLEEP_ARG).value = calls.sleep_arg
+        two_words = ctypes.CFUNCTYPE(None, ctypes.c_ssize_t, ctypes.c_ssize_t)
+        self._work = two_words(library.address("team.work"))
+        self._step = two_words(library.address("team.step"))
+        self._library = library  # owns the code the workers run
+        self._workers: list[threading.Thread] = []
+        self._lock = threading.Lock()
+        self._dead = False
+
+    @property
+    def n_workers(self) -> int:
+        return len(self._workers)
+
+    def grow(self, n_threads: int) -> None:
+        """Have at least n_threads - 1 workers; the caller of `run` is the remaining thread."""
+        with self._lock:
+            while len(self._workers) < n_threads - 1:
+                index = len(self._workers) + 1
+                thread = threading.Thread(
+                    target=self._work,
+                    args=(self._base, index),
+                    name=f"edgeinfer-worker-{index}",
+                    daemon=True,
+                )
+                thread.start()
+                self._workers.append(thread)
+
+    def run(self, tape: Tape) -> None:
+        """Run one step to its end, on this thread and the workers; other threads may use Python."""
+        if self._dead:
+            raise ClosedError("this process was forked after the model was loaded; load it again")
+        with self._lock:
+            self._step(self._base, tape.address)
+
+    def quiesce(self) -> None:
+        """Return once no worker can touch a tape that has run: then it may be freed."""
+        with self._lock:
+            _word(self._base + layout.TEAM_TAPE).value = 0
+            while not self._dead and _word(self._base + layout.TEAM_ACTIVE).value:
+                threading.Event().wait(0.0002)
+
+    def close(self) -> None:
+        """End the workers; joins with a timeout, so that an exit never hangs."""
+        if self._dead:
+            return
+        self._dead = True
+        _word(self._base + layout.TEAM_STOP).value = 1
+        futex = _word(self._base + layout.TEAM_FUTEX).value
+        if futex:
+            syscall = ctypes.CFUNCTYPE(ctypes.c_long, *[ctypes.c_ssize_t] * 6)
+            wake = syscall(_word(self._base + layout.TEAM_WAIT).value)
+            wake(futex, self._base + layout.TEAM_EPOCH, _FUTEX_WAKE, 1 << 30, 0, 0)
+        for worker in self._workers:
+            worker.join(_JOIN_SECONDS)
+
+    def abandon(self) -> None:
+        """In a forked child: the workers do not exist there."""
+        self._dead = True
+
+
+_teams: dict[int, Team] = {}
+_teams_lock = threading.Lock()
+
+
+def shared_team(library: Library, n_threads: int) -> Team:
+    """The team of this process, shared by all models, with room for n_threads."""
+    with _teams_lock:
+        pid = os.getpid()
+        team = _teams.get(pid)
+        if team is None:
+            team = _teams[pid] = Team(library)
+            _close_at_exit(team)
+    team.grow(n_threads)
+    return team
+
+
+def _close_at_exit(team: Team) -> None:
+    reference = weakref.ref(team)
+
+    def close() -> None:
+        alive = reference()
+        if alive is not None:
+            alive.close()
+
+    def abandon() -> None:
+        alive = reference()
+        if alive is not None:
+            alive.abandon()
+
+    atexit.register(close)
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=abandon)
