@@ -5,6 +5,7 @@ Knows nothing of what the metadata means, of architectures or of running a tenso
 
 from __future__ import annotations
 
+import builtins
 import math
 import mmap
 import re
@@ -230,21 +231,13 @@ class Array:
     def __repr__(self) -> str:
         return f"Array({self._n} x {self.item_type})"
 
-    def bytes(self) -> list[bytes]:
+    def bytes(self) -> list[builtins.bytes]:
         """The strings as they are in the file, valid UTF-8 or not."""
-        if self.item_type != "string":
-            self._origin.fail(f"found an array of {self.item_type}, need strings")
-        data, at = self._open_data(), self._start
-        unpack, items = _U64.unpack_from, []
-        for _ in range(self._n):
-            end = at + 8 + unpack(data, at)[0]
-            items.append(bytes(data[at + 8 : end]))
-            at = end
-        return items
+        return list(self._raw_strings())
 
     def strings(self) -> list[str]:
         """The strings, with U+FFFD for what is not UTF-8."""
-        return [_text(item) for item in self.bytes()]
+        return [_text(item) for item in self._raw_strings()]
 
     def numpy(self) -> NDArray[Any]:
         """The numbers or booleans as a read-only view of the mapped file."""
@@ -259,9 +252,11 @@ class Array:
         return numbers
 
     def tolist(self) -> list[Any]:
-        """The items as Python values."""
+        """The items as Python values; of millions of numbers ask `numpy` instead."""
         if self.item_type == "string":
             return self.strings()
+        if self._n > _MAX_ITEMS:
+            self._origin.fail(f"found {self._n} numbers, at most {_MAX_ITEMS} are supported")
         form = f"<{self._n}{_CODES[self.item_type]}"
         items = list(struct.unpack_from(form, self._open_data(), self._start))
         if self.item_type != "bool":
@@ -269,6 +264,15 @@ class Array:
         if not {0, 1}.issuperset(items):
             self._origin.fail("a boolean is neither 0 nor 1")
         return [item == 1 for item in items]
+
+    def _raw_strings(self) -> Iterator[builtins.bytes]:
+        if self.item_type != "string":
+            self._origin.fail(f"found an array of {self.item_type}, need strings")
+        data, at, unpack = self._open_data(), self._start, _U64.unpack_from
+        for _ in range(self._n):
+            end = at + 8 + unpack(data, at)[0]
+            yield data[at + 8 : end].tobytes()
+            at = end
 
     def _open_data(self) -> memoryview:
         try:
@@ -283,6 +287,8 @@ _MAX_PARTS = 99_999
 _MAX_KEYS = _MAX_TENSORS = 1 << 16
 _MAX_NAME = 1 << 16
 _MAX_STRINGS = 1 << 22
+_MAX_TEXT = 1 << 28
+_MAX_ITEMS = 1 << 20
 _MAX_DIMS = 4
 
 _AGAIN = "the file is damaged; download it again"
@@ -396,7 +402,7 @@ class _Header:
     def __init__(self, path: Path, data: memoryview) -> None:
         self.path, self.at = path, len(_MAGIC)
         self._data, self._size = data, len(data)
-        self._n_strings = 0
+        self._n_strings = self._n_text = 0
 
     def version(self) -> int:
         version = int(self._unpack(_U32, "version"))
@@ -494,6 +500,7 @@ class _Header:
             at += 8 + unpack(data, at)[0]
         else:
             if at <= self._size:
+                self._count_text(at - self.at, field)
                 self.at = at
                 return
         self._fail(f"{n} strings run past the end, byte {self._size}; {_CUT}", field, offset)
@@ -510,9 +517,16 @@ class _Header:
         n = int(self._unpack(_U64, field))
         if high is not None and n > high:
             self._fail(f"a name of {n} bytes, at most {high} are supported; {_CUT}", field, offset)
+        self._count_text(n, field)
         start = self.at
         self._skip(n, field)
-        return bytes(self._data[start : self.at])
+        return self._data[start : self.at].tobytes()
+
+    def _count_text(self, n: int, field: str) -> None:
+        self._n_text += n
+        if self._n_text > _MAX_TEXT:
+            message = f"{n} bytes more text, at most {_MAX_TEXT} in all are supported; {_CUT}"
+            self._fail(message, field, self.at)
 
     def _type(self, field: str) -> str:
         offset = self.at

@@ -22,7 +22,7 @@ Bytes = NDArray[np.uint8]
 LLAMA_1B: dict[str, Any] = dict(
     n_layers=16, dim=2048, n_heads=32, n_kv_heads=8, ffn_dim=8192, vocab=32000
 )
-# preset: (most matrices, output and the "more bits" matrices, llama.cpp's file type id)
+# preset: (most matrices, attn_v and ffn_down in layers with more bits, file type id); head Q6_K
 PRESETS = {
     "Q4_K_M": ("Q4_K", "Q6_K", 15),
     "Q5_K_M": ("Q5_K", "Q6_K", 17),
