@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bench.make_model import make_model
+from .bench.make_model import make_model
 
 
 def tiny_model(folder: Path, **overrides: Any) -> Path:

@@ -14,11 +14,12 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from models_for_tests import tiny_model
 
 from edgeinfer.errors import ClosedError, InvalidModelError, ModelNotFoundError
 from edgeinfer.gguf import Array, GGUFFile, Metadata
 from edgeinfer.quant import dequantize
+
+from .models_for_tests import tiny_model
 
 U32, STRING, ARRAY, BOOL = 4, 8, 9, 7
 

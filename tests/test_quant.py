@@ -12,11 +12,12 @@ import sys
 import gguf
 import numpy as np
 import pytest
-from bench.make_model import quantize
 
 from edgeinfer import quant
 from edgeinfer.errors import UnsupportedModelError
 from edgeinfer.quant import QUANT_TYPES, RUNNABLE, QuantType, Weight, dequantize, quant_type
+
+from .bench.make_model import quantize
 
 _BY_NAME = {t.name: t for t in RUNNABLE}
 # Root mean square error of unit normal values: what each type's precision allows.
