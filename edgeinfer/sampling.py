@@ -1,0 +1,403 @@
+"""How a token is picked: the parameters of a request, and the flat table that backends read.
+
+Knows no logits: the chain itself is in `sampler.py` and, natively, in the kernel `sample`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from numbers import Integral, Real
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeinfer.errors import InvalidModelError, InvalidRequestError
+
+MAX_LOGPROBS = 128
+
+# Names under `general.sampling.` that differ from ours. The order of samplers is fixed here.
+_FILE_NAMES = {
+    "temp": "temperature",
+    "penalty_last_n": "repeat_last_n",
+    "penalty_repeat": "repeat_penalty",
+}
+_FILE_PREFIX = "general.sampling."
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens of one request are picked; names and defaults are llama.cpp's.
+
+    The chain: logit_bias, penalties, DRY, top_n_sigma, top_k, typical_p, top_p, min_p, XTC,
+    temperature, draw. Mirostat replaces all but logit_bias and temperature. A temperature of 0
+    or less picks the highest logit after bias and penalties.
+    """
+
+    temperature: float = 0.8
+    top_k: int = 40  # 0 or less: off
+    top_p: float = 0.95  # 1: off
+    min_p: float = 0.05  # 0: off
+    typical_p: float = 1.0  # 1: off
+    top_n_sigma: float = -1.0  # 0 or less: off
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1  # above 0.5: off
+    repeat_last_n: int = 64  # -1: the whole sequence
+    repeat_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    dry_multiplier: float = 0.0  # 0: off
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = 64  # -1: the whole sequence
+    dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
+    dynatemp_range: float = 0.0
+    dynatemp_exponent: float = 1.0
+    mirostat: int = 0  # or 1 or 2
+    mirostat_tau: float = 5.0
+    mirostat_eta: float = 0.1
+    min_keep: int = 0
+    seed: int | None = None  # None: drawn by `resolve`
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None  # the chosen token's and those of the n likeliest
+    # The breakers as tokens, (head, *tail), found with `breaker_tokens` when DRY is on.
+    dry_breaker_tokens: tuple[tuple[int, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in _INTEGERS:
+            _require(name, getattr(self, name), "an integer", _is_int)
+        for name in _NUMBERS:
+            _require(name, getattr(self, name), "a finite number", _is_number)
+        for name in ("top_p", "min_p", "typical_p", "xtc_probability", "xtc_threshold"):
+            _require(name, getattr(self, name), "a number from 0 to 1", lambda x: 0 <= x <= 1)
+        for name in ("repeat_last_n", "dry_penalty_last_n"):
+            _require(name, getattr(self, name), "-1 (all) or a count", lambda x: x >= -1)
+        for name in (
+            "min_keep", "dry_multiplier", "dry_base", "dry_allowed_length", "dynatemp_range",
+            "dynatemp_exponent", "mirostat_tau", "mirostat_eta",
+        ):  # fmt: skip
+            _require(name, getattr(self, name), "0 or more", lambda x: x >= 0)
+        _require("repeat_penalty", self.repeat_penalty, "more than 0", lambda x: x > 0)
+        _require("mirostat", self.mirostat, "0, 1 or 2", lambda x: x in (0, 1, 2))
+        for name in ("top_k", "min_keep", "repeat_last_n", "dry_penalty_last_n"):
+            _require(name, getattr(self, name), "less than 2**31", lambda x: abs(x) < 2**31)
+        if self.seed is not None:
+            _require("seed", self.seed, "None or 0 .. 2**64 - 1", _is_seed)
+        if self.logprobs is not None:
+            supported = f"None or 0 .. {MAX_LOGPROBS}"
+            _require("logprobs", self.logprobs, supported, _is_logprobs)
+        _require("logit_bias", self.logit_bias, "token ids with numbers", _is_bias)
+        _require("dry_sequence_breakers", self.dry_sequence_breakers, "strings", _is_strings)
+
+    @classmethod
+    def resolve(
+        cls, given: Mapping[str, Any], model_defaults: Mapping[str, Any] | None = None
+    ) -> SamplingParams:
+        """What the user set, else what the file recommends, else the default; a seed is drawn.
+
+        `model_defaults` are the file's `general.sampling.*` values, with or without that prefix.
+        A value of None counts as unset.
+        """
+        names = [f.name for f in fields(cls)]
+        for name in given:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, 1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise TypeError(f"unknown sampling parameter {name!r}{hint}")
+        from_file = {}
+        for key, value in (model_defaults or {}).items():
+            bare = key.removeprefix(_FILE_PREFIX)
+            name = _FILE_NAMES.get(bare, bare)
+            if name in names:
+                from_file[name] = value
+                try:
+                    cls(**{name: value})
+                except InvalidRequestError as error:
+                    raise InvalidModelError(str(error), field=_FILE_PREFIX + bare) from None
+        values = from_file | {name: v for name, v in given.items() if v is not None}
+        if "dry_sequence_breakers" in values and not isinstance(
+            values["dry_sequence_breakers"], str
+        ):
+            values["dry_sequence_breakers"] = tuple(values["dry_sequence_breakers"])
+        if values.get("seed") is None:
+            values["seed"] = secrets.randbits(32)
+        return cls(**values)
+
+    def check_vocabulary(self, n_vocab: int) -> None:
+        """Raise for a token id that the model does not have."""
+        for token in self.logit_bias:
+            if token >= n_vocab:
+                raise InvalidRequestError(
+                    f"logit_bias names token {token}; the vocabulary has 0 .. {n_vocab - 1}",
+                    param="logit_bias",
+                )
+
+    @property
+    def has_penalties(self) -> bool:
+        changes = (self.repeat_penalty - 1, self.presence_penalty, self.frequency_penalty)
+        return self.mirostat == 0 and self.repeat_last_n != 0 and any(changes)
+
+    @property
+    def has_dry(self) -> bool:
+        on = self.dry_multiplier > 0 and self.dry_base >= 1 and self.dry_penalty_last_n != 0
+        return self.mirostat == 0 and on
+
+    @cached_property
+    def n_history(self) -> int:
+        """How many of the latest tokens the chain looks at; -1 for all."""
+        wanted = [self.repeat_last_n] * self.has_penalties
+        wanted += [self.dry_penalty_last_n] * self.has_dry
+        return -1 if -1 in wanted else max(wanted, default=0)
+
+    @cached_property
+    def bias_arrays(self) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        ids = np.array(sorted(self.logit_bias), np.int32)
+        values = np.array([self.logit_bias[int(i)] for i in ids], np.float64)
+        return ids, values.astype(np.float32)
+
+    @cached_property
+    def breaker_array(self) -> NDArray[np.int32]:
+        """n heads ascending, n ends of tails counted from the first tail, then the tails."""
+        sequences = sorted(set(self.dry_breaker_tokens))
+        ends = np.cumsum([len(s) - 1 for s in sequences], dtype=np.int64)
+        tails = [t for s in sequences for t in s[1:]]
+        return np.array([*(s[0] for s in sequences), *ends, *tails], np.int32)
+
+    @cached_property
+    def words(self) -> NDArray[np.int64]:
+        """The fields of ROW that are the same for every token of a request."""
+        row = np.zeros(1, ROW)
+        for f in fields(self):
+            if f.name in _STATIC:
+                row[f.name] = getattr(self, f.name)
+        ids, values = self.bias_arrays
+        row["bias_ids"], row["bias_values"] = ids.ctypes.data, values.ctypes.data
+        row["n_bias"] = len(ids)
+        row["breakers"] = self.breaker_array.ctypes.data
+        row["n_breakers"] = len(set(self.dry_breaker_tokens))
+        row["n_logprobs"] = -1 if self.logprobs is None else self.logprobs
+        row["repeat_last_n"] = self.repeat_last_n if self.has_penalties else 0
+        row["dry_penalty_last_n"] = self.dry_penalty_last_n if self.has_dry else 0
+        return row.view(np.int64)[: len(_STATIC)]
+
+
+def _is_int(x: Any) -> bool:
+    return isinstance(x, Integral) and not isinstance(x, bool)
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def _is_seed(x: Any) -> bool:
+    return _is_int(x) and 0 <= x < 2**64
+
+
+def _is_logprobs(x: Any) -> bool:
+    return _is_int(x) and 0 <= x <= MAX_LOGPROBS
+
+
+def _is_bias(x: Any) -> bool:
+    return isinstance(x, Mapping) and all(
+        _is_int(i) and 0 <= i < 2**31 and isinstance(v, Real) and not math.isnan(v)
+        for i, v in x.items()
+    )
+
+
+def _is_strings(x: Any) -> bool:
+    return not isinstance(x, str) and all(isinstance(s, str) and s for s in x)
+
+
+def _require(name: str, value: Any, supported: str, check: Callable[[Any], bool]) -> None:
+    if not check(value):
+        raise InvalidRequestError(f"{name} is {value!r}; it must be {supported}", param=name)
+
+
+def breaker_tokens(
+    breakers: Sequence[str], pieces: Sequence[bytes], encode: Callable[[str], Sequence[int]]
+) -> tuple[tuple[int, ...], ...]:
+    """Token sequences that stop a DRY match, for the vocabulary whose tokens read `pieces`.
+
+    A token containing a breaker is one by itself; a token ending in the start of a breaker is
+    one when followed by the tokens of the rest (at most 20, so that the search stays linear).
+    """
+    found: set[tuple[int, ...]] = set()
+    for text in breakers:
+        whole = text.encode()
+        rests = {n: tuple(encode(_decode(whole[n:])))[:20] for n in range(1, len(whole))}
+        for token, piece in enumerate(pieces):
+            if whole in piece:
+                found.add((token,))
+                continue
+            for n, rest in rests.items():
+                if piece.endswith(whole[:n]):
+                    found.add((token, *rest))
+    return tuple(sorted(found))
+
+
+def _decode(tail: bytes) -> str:
+    return tail.decode(errors="ignore")
+
+
+# -- random numbers ------------------------------------------------------------------------------
+
+
+def philox(counter: Sequence[int], key: Sequence[int]) -> tuple[int, int, int, int]:
+    """Philox4x32-10 (Salmon et al. 2011): four 32-bit words from a counter and a key."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = b >> 32 ^ c1 ^ k0, b & 0xFFFFFFFF, a >> 32 ^ c3 ^ k1, a & 0xFFFFFFFF
+        k0, k1 = k0 + 0x9E3779B9 & 0xFFFFFFFF, k1 + 0xBB67AE85 & 0xFFFFFFFF
+    return c0, c1, c2, c3
+
+
+def uniforms(seed: int, index: int) -> tuple[float, float]:
+    """Two numbers in [0, 1) for the token at `index`: one draws it, one is XTC's chance."""
+    low = 0xFFFFFFFF
+    a, b, c, d = philox((index & low, index >> 32, 0, 0), (seed & low, seed >> 32))
+    return _uniform(a, b), _uniform(c, d)
+
+
+def _uniform(a: int, b: int) -> float:
+    return ((a >> 5) * 2.0**26 + (b >> 6)) * 2.0**-53
+
+
+# -- the table -----------------------------------------------------------------------------------
+
+# One row as backends read it; every field has 8 bytes. The first ones follow SamplingParams.
+_STATIC = (
+    "temperature", "top_k", "top_p", "min_p", "typical_p", "top_n_sigma", "xtc_probability",
+    "xtc_threshold", "dynatemp_range", "dynatemp_exponent", "mirostat", "mirostat_tau",
+    "mirostat_eta", "min_keep", "repeat_penalty", "presence_penalty", "frequency_penalty",
+    "repeat_last_n", "dry_multiplier", "dry_base", "dry_allowed_length", "dry_penalty_last_n",
+    "breakers", "n_breakers", "bias_ids", "bias_values", "n_bias", "n_logprobs",
+)  # fmt: skip
+_DYNAMIC = ("seed", "index", "history", "n_history", "mu")
+_INTEGERS = (
+    "top_k", "repeat_last_n", "dry_allowed_length", "dry_penalty_last_n", "mirostat", "min_keep",
+)  # fmt: skip
+_NUMBERS = (
+    "temperature", "top_p", "min_p", "typical_p", "top_n_sigma", "xtc_probability",
+    "xtc_threshold", "repeat_penalty", "presence_penalty", "frequency_penalty", "dry_multiplier",
+    "dry_base", "dynatemp_range", "dynatemp_exponent", "mirostat_tau", "mirostat_eta",
+)  # fmt: skip
+ROW = np.dtype([(n, "f8" if n in (*_NUMBERS, "mu") else "i8") for n in (*_STATIC, *_DYNAMIC)])
+
+OK, NO_CANDIDATE = 0, 1  # status: NO_CANDIDATE where every logit is NaN or -inf
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SampleRow:
+    """Everything that decides one token, besides its logits."""
+
+    params: SamplingParams
+    seed: int
+    index: int  # of the token within its sequence: the counter of the random numbers
+    history: NDArray[np.int32]  # tokens before it, at least the last `params.n_history`
+    mu: float  # mirostat's state
+
+
+class Sampled(NamedTuple):
+    """One token; `logprob` and `top` are those of the untouched logits, if asked for."""
+
+    id: int
+    logprob: float  # NaN where params.logprobs is None
+    top: tuple[NDArray[np.int32], NDArray[np.float32]]
+    mu: float  # for the next token
+    status: int
+
+
+class SampleTable:
+    """The rows to sample in a step, in flat arrays that are filled anew for every step.
+
+    Output arrays are indexed by row and valid until the next step.
+    """
+
+    def __init__(self, max_rows: int, max_logprobs: int = MAX_LOGPROBS) -> None:
+        self.rows = np.zeros(max_rows, ROW)
+        self.ids = np.zeros(max_rows, np.int32)
+        self.status = np.zeros(max_rows, np.int32)
+        self.logprobs = np.full(max_rows, np.nan, np.float32)
+        self.mu = np.zeros(max_rows, np.float64)
+        self.top_ids = np.zeros((max_rows, max_logprobs), np.int32)
+        self.top_logprobs = np.zeros((max_rows, max_logprobs), np.float32)
+        self.n_rows = 0
+        self._words = self.rows.view(np.int64).reshape(max_rows, -1)
+        self._mu_in = self.rows["mu"]
+        self._given: list[SampleRow | None] = [None] * max_rows
+        self._arguments = np.array(
+            [
+                self.rows.ctypes.data, ROW.itemsize, self.ids.ctypes.data,
+                self.status.ctypes.data, self.logprobs.ctypes.data, self.mu.ctypes.data,
+                self.top_ids.ctypes.data, self.top_logprobs.ctypes.data, max_logprobs,
+            ],
+            np.int64,
+        )  # fmt: skip
+        self.address: int = self._arguments.ctypes.data
+
+    @property
+    def n_bytes(self) -> int:
+        outputs = (self.ids, self.status, self.logprobs, self.mu, self.top_ids, self.top_logprobs)
+        return self.rows.nbytes + sum(a.nbytes for a in outputs) + self._arguments.nbytes
+
+    def clear(self) -> None:
+        """Start a step with no rows."""
+        self.n_rows = 0
+
+    def set_row(
+        self,
+        i: int,
+        params: SamplingParams,
+        seed: int,
+        index: int,
+        history: NDArray[np.int32] | Sequence[int] = (),
+        mu: float | None = None,
+    ) -> None:
+        """Describe row i. The tokens of `history` must not change until the step is done.
+
+        `mu` is the `mu` output of the token before, None for the first one.
+        """
+        n = params.n_history
+        tokens = _EMPTY
+        if n != 0 and len(history):
+            tokens = np.ascontiguousarray(history if n < 0 else history[-n:], np.int32)
+        mu = 2.0 * params.mirostat_tau if mu is None else mu
+        words = self._words[i]
+        words[: len(_STATIC)] = params.words
+        words[len(_STATIC) : len(_STATIC) + 4] = (
+            seed if seed < 2**63 else seed - 2**64,
+            index,
+            tokens.__array_interface__["data"][0],
+            len(tokens),
+        )
+        self._mu_in[i] = mu
+        self._given[i] = SampleRow(params, seed, index, tokens, mu)
+        self.n_rows = max(self.n_rows, i + 1)
+
+    def row(self, i: int) -> SampleRow:
+        """What `set_row` was given."""
+        given = self._given[i]
+        assert given is not None
+        return given
+
+    def store(self, i: int, sampled: Sampled) -> None:
+        """Fill row i's outputs, for a backend that samples in Python."""
+        self.ids[i], self.status[i], self.mu[i] = sampled.id, sampled.status, sampled.mu
+        self.logprobs[i] = sampled.logprob
+        ids, logprobs = sampled.top
+        self.top_ids[i, : len(ids)], self.top_logprobs[i, : len(ids)] = ids, logprobs
+
+    def top(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """The likeliest tokens of row i and their logprobs, as many as were asked for."""
+        n = max(0, int(self.rows["n_logprobs"][i]))
+        return self.top_ids[i, :n].copy(), self.top_logprobs[i, :n].copy()
+
+
+_EMPTY = np.zeros(0, np.int32)
