@@ -1,6 +1,6 @@
 """Writes GGUF models of any shape and tensor type with random, well-conditioned weights.
 
-Knows nothing of running them. Also a command: `python tests/bench/make_model.py --help`.
+Knows nothing of running them. Also a command: `python -m tests.bench.make_model --help`.
 """
 
 from __future__ import annotations
