@@ -1,0 +1,317 @@
+"""A segment of a model made runnable on the CPU: packed weights, KV pages, scratch and a tape.
+
+Knows no scheduling and no files. One step is one native call; see `team.py`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeinfer import platform
+from edgeinfer.batch import PAGE, SEGMENT_PAGES, Batch, Outputs, StepLimits
+from edgeinfer.errors import ClosedError
+from edgeinfer.graph import Embed, Linear, RmsNorm, Segment
+from edgeinfer.kernels.cpu import layout
+from edgeinfer.kernels.cpu.library import Library, Target, cache_folder
+from edgeinfer.kernels.cpu.lower import (
+    Buffer,
+    KernelOp,
+    KernelPart,
+    LayerCache,
+    Lowered,
+    Lowering,
+    row_stride,
+)
+from edgeinfer.kernels.cpu.team import KERNELS, Op, Part, Tape, Team, shared_team
+from edgeinfer.kernels.cpu.weights import PackedWeights
+from edgeinfer.quant import Weight
+
+Progress: TypeAlias = Callable[[str, int, int], None]  # stage, done, total
+
+_READ_CHUNK = 256 << 10
+
+
+class CpuBackend:
+    """Compiles segments for this machine's CPU.
+
+    `cache_dir` keeps compiled kernels. `release(weight)` is told when a weight's file pages are
+    no longer needed. `progress("kernels" | "weights", done, total)` follows `compile`.
+    """
+
+    name = "cpu"
+
+    def __init__(
+        self,
+        cache_dir: Path,
+        n_threads: int | None = None,
+        progress: Progress | None = None,
+        release: Callable[[Weight], None] | None = None,
+        isa: str | None = None,
+    ) -> None:
+        self.n_threads = n_threads or platform.default_threads()
+        self._progress = progress or (lambda stage, done, total: None)
+        self._release = release or (lambda weight: None)
+        target = Target.host(isa)
+        self.library = Library(target, cache_folder(cache_dir, target))
+
+    def compile(self, segment: Segment, limits: StepLimits) -> CpuProgram:
+        """Load or build kernels, pack weights, reserve memory for `limits`."""
+        return CpuProgram(self, segment, limits)
+
+    def load(self, names: set[str]) -> None:
+        self.library.load(names, lambda done, total, name: self._progress("kernels", done, total))
+
+    def pack(self, weights: PackedWeights, team: Team) -> None:
+        weights.pack(
+            team,
+            self.library,
+            self.n_threads,
+            self._release,
+            lambda done, total: self._progress("weights", done, total),
+        )
+
+
+class CpuTicket:
+    """A submitted step."""
+
+    def __init__(self, program: CpuProgram, batch: Batch, tape: Tape) -> None:
+        self._program, self._batch, self._tape = program, batch, tape
+
+    def wait(self) -> Outputs:
+        """Run the step on this thread and the team, without the interpreter lock."""
+        return self._program._run(self._batch, self._tape)
+
+    def abort(self) -> None:
+        """Cut the step short, from any thread."""
+        self._program._set(layout.H_ABORT, 1)
+
+
+class CpuProgram:
+    """Runs batches of one segment. Not thread-safe: one step at a time."""
+
+    def __init__(self, backend: CpuBackend, segment: Segment, limits: StepLimits) -> None:
+        self.segment, self.limits = segment, limits
+        self._backend, self._closed = backend, False
+        self._weights = PackedWeights(*_weights_of(segment))
+        self._kv, caches = _place_caches(segment, limits.n_pages)
+        max_segments = -(-limits.n_pages // SEGMENT_PAGES) + 2
+        lowered = Lowering(segment, limits, self._weights, caches, max_segments).run()
+        self._scratch = platform.Memory(lowered.scratch_bytes)
+        for buffer in lowered.scratch:
+            buffer.address += self._scratch.address
+        self._lowered = lowered
+        sample = self._sample_op() if segment.is_last else None
+        self._load_kernels(sample)
+        self._team = shared_team(backend.library, backend.n_threads)
+        backend.pack(self._weights, self._team)
+        self._make_step_arrays(max_segments)
+        self._make_tapes(sample)
+        self.memory = {
+            **{f"weights {kind}": n for kind, n in self._weights.bytes_by_type.items()},
+            "kv": limits.n_pages * PAGE * _cache_bytes(segment),
+            "scratch": lowered.scratch_bytes,
+        }
+
+    # -- steps ---------------------------------------------------------------------------------
+
+    def submit(self, batch: Batch) -> CpuTicket:
+        """Prepare one step; it runs when the ticket is waited for."""
+        if self._closed:
+            raise ClosedError("this program was closed")
+        n_rows, n_wanted, limits = batch.n_rows, len(batch.wanted), self.limits
+        assert 0 < n_rows <= limits.max_rows, f"{n_rows} rows, room for {limits.max_rows}"
+        assert n_wanted <= limits.max_outputs, f"{n_wanted} outputs, room for {limits.max_outputs}"
+        assert len(batch.tables) <= limits.max_sequences
+        self._pos[:n_rows], self._seq[:n_rows] = batch.pos, batch.seq
+        self._wanted[:n_wanted] = batch.wanted
+        if batch.hidden is None:
+            self._ids[:n_rows] = batch.ids
+        else:
+            self._input[:n_rows] = batch.hidden
+        for i, table in enumerate(batch.tables):
+            pages = table.pages
+            self._tables[i] = pages.ctypes.data, len(pages), table.n_pinned, table.n_visible
+        self._set(layout.H_ROWS, n_rows)
+        self._set(layout.H_WANTED_ROWS, n_wanted)
+        self._set(layout.H_N_SEQUENCES, len(batch.tables))
+        self._set(layout.H_SAMPLES, batch.samples.address if batch.samples else 0)
+        self._set(layout.H_ABORT, 0)
+        return CpuTicket(self, batch, self._tapes[batch.output])
+
+    def _run(self, batch: Batch, tape: Tape) -> Outputs:
+        self._team.run(tape)
+        n = len(batch.wanted)
+        out = Outputs(self._no_rows, self._no_rows, self._no_ids, aborted=bool(self._get(layout.H_ABORT)))
+        if not self.segment.is_last:
+            out.hidden = self._hidden[: batch.n_rows]
+        elif batch.output == "hidden":
+            out.hidden = self._hidden[:n]
+        elif batch.output == "logits":
+            out.logits = self._logits[:n]
+        elif batch.samples is not None:
+            out.ids = batch.samples.ids[:n]
+        return out
+
+    def close(self) -> None:
+        """Free everything; views into outputs are dead from here on."""
+        if self._closed:
+            return
+        self._closed = True
+        self._team.quiesce()
+        for tape in set(self._tapes.values()):
+            tape.close()
+        self._forget_views()
+        for memory in (self._kv, self._scratch):
+            memory.close()
+        self._weights.close()
+
+    def __enter__(self) -> CpuProgram:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # -- construction --------------------------------------------------------------------------
+
+    def _load_kernels(self, sample: KernelOp | None) -> None:
+        names = {part.kernel for op in self._ops(sample) for part in op.parts}
+        if self._lowered.prologue:
+            names.add(self._lowered.prologue.kernel)
+        names |= {f"pack.{name.lower()}" for name in self._weights.matrix_types}
+        self._backend.load(names | {*KERNELS, "read"})
+
+    def _ops(self, sample: KernelOp | None) -> list[KernelOp]:
+        return [*self._lowered.ops, *([sample] if sample else [])]
+
+    def _sample_op(self) -> KernelOp:
+        logits, vocab = self._lowered.logits, self.segment.output.dim
+        assert logits is not None
+        row_bytes = layout.sample_scratch_bytes(vocab)
+        self._sample_scratch = platform.Memory(row_bytes * self.limits.max_outputs)
+        args: list[int | Buffer] = [
+            logits, row_stride(vocab), vocab, self._sample_scratch.address, row_bytes,
+        ]  # fmt: skip
+        return KernelOp("sample", [KernelPart("sample", args, layout.COUNT_WANTED)])
+
+    def _make_step_arrays(self, max_segments: int) -> None:
+        limits = self.limits
+        self._header = np.zeros(layout.HEADER_WORDS, np.int64)
+        self._pos = np.zeros(limits.max_rows, np.int64)
+        self._seq = np.zeros(limits.max_rows, np.int32)
+        self._ids = np.zeros(limits.max_rows, np.int32)
+        self._wanted = np.zeros(limits.max_outputs, np.int32)
+        self._tables = np.zeros((limits.max_sequences, layout.TABLE_BYTES // 8), np.int64)
+        self._items = platform.Memory(layout.items_bytes(limits, self.segment, max_segments))
+        for word, array in (
+            (layout.H_POS, self._pos),
+            (layout.H_SEQ, self._seq),
+            (layout.H_IDS, self._ids),
+            (layout.H_WANTED, self._wanted),
+            (layout.H_TABLES, self._tables),
+        ):
+            self._set(word, array.ctypes.data)
+        self._set(layout.H_ITEMS, self._items.address)
+        self._no_rows = np.zeros((0, 0), np.float32)
+        self._no_ids = np.zeros(0, np.int32)
+        lowered, dim = self._lowered, self.segment.graph.hparams.dim
+        if lowered.input:
+            self._input = _float_view(lowered.input, limits.max_rows, dim)
+        assert lowered.hidden is not None
+        n_hidden = limits.max_outputs if self.segment.is_last else limits.max_rows
+        self._hidden = _float_view(lowered.hidden, n_hidden, dim)
+        if lowered.logits:
+            vocab = self.segment.output.dim
+            self._logits = _float_view(lowered.logits, limits.max_outputs, vocab)
+
+    def _make_tapes(self, sample: KernelOp | None) -> None:
+        ops, head = self._lowered.ops, self._lowered.head
+        hidden, logits = self._tape(ops[:head]), self._tape(ops)
+        ids = self._tape(self._ops(sample)) if sample else logits
+        self._tapes = {"hidden": hidden, "logits": logits, "ids": ids}
+
+    def _tape(self, ops: list[KernelOp]) -> Tape:
+        prologue = self._lowered.prologue
+        return Tape(
+            [Op([self._part(part) for part in op.parts]) for op in ops],
+            self._header.ctypes.data,
+            self._backend.n_threads,
+            self._part(prologue) if prologue else None,
+        )
+
+    def _part(self, part: KernelPart) -> Part:
+        args = [arg.address if isinstance(arg, Buffer) else arg for arg in part.args]
+        return Part(self._backend.library.address(part.kernel), args, part.rule)
+
+    def _set(self, word: int, value: int) -> None:
+        self._header[word // layout.WORD] = value
+
+    def _get(self, word: int) -> int:
+        return int(self._header[word // layout.WORD])
+
+    def _forget_views(self) -> None:
+        self._hidden = self._no_rows
+        self._logits = self._no_rows
+        self._input = self._no_rows
+
+    # -- measuring -----------------------------------------------------------------------------
+
+    def read_bandwidth(self) -> float:
+        """Bytes per second at which the team reads the packed weights once, doing nothing else."""
+        address, n_bytes = self._weights.address, self._weights.n_bytes
+        n_chunks = -(-n_bytes // _READ_CHUNK)
+        sink = np.zeros(1, np.int64)
+        args = [address, n_bytes // 64 * 64, _READ_CHUNK, sink.ctypes.data]
+        part = Part(self._backend.library.address("read"), args, n_chunks)
+        tape = Tape([Op([part])], self._header.ctypes.data, self._backend.n_threads)
+        self._set(layout.H_ABORT, 0)
+        start = time.perf_counter()
+        self._team.run(tape)
+        seconds = time.perf_counter() - start
+        self._team.quiesce()
+        tape.close()
+        return n_bytes / seconds
+
+
+def _float_view(buffer: Buffer, n_rows: int, dim: int) -> NDArray[np.float32]:
+    stride = row_stride(dim)
+    raw = (ctypes.c_char * (n_rows * stride)).from_address(buffer.address)
+    return np.frombuffer(raw, np.float32).reshape(n_rows, stride // 4)[:, :dim]
+
+
+def _weights_of(segment: Segment) -> tuple[list[Weight], list[Weight]]:
+    """The matrices and the vectors that a segment's ops read."""
+    matrices, vectors = [], []
+    for op in segment.ops:
+        if isinstance(op, (Embed, Linear)):
+            matrices.append(op.weight)
+        if isinstance(op, RmsNorm):
+            vectors.append(op.weight)
+        if isinstance(op, Linear) and op.bias is not None:
+            vectors.append(op.bias)
+    return matrices, vectors
+
+
+def _cache_bytes(segment: Segment) -> int:
+    """Bytes of K and V per position, as halves."""
+    return sum(2 * kv.n_heads * (kv.k_dim + kv.v_dim) for kv in segment.caches.values())
+
+
+def _place_caches(
+    segment: Segment, n_pages: int
+) -> tuple[platform.Memory, dict[int, LayerCache]]:
+    """One arena of pages; a page holds its 32 positions of every layer, so it is touched whole."""
+    page_bytes = PAGE * _cache_bytes(segment)
+    memory = platform.Memory(n_pages * page_bytes)
+    offset, caches = memory.address, {}
+    for layer, kv in segment.caches.items():
+        k_bytes, v_bytes = (2 * PAGE * kv.n_heads * dim for dim in (kv.k_dim, kv.v_dim))
+        caches[layer] = LayerCache(offset, offset + k_bytes, page_bytes)
+        offset += k_bytes + v_bytes
+    return memory, caches
