@@ -158,7 +158,8 @@ class SamplingParams:
     def bias_arrays(self) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         ids = np.array(sorted(self.logit_bias), np.int32)
         values = np.array([self.logit_bias[int(i)] for i in ids], np.float64)
-        return ids, values.astype(np.float32)
+        with np.errstate(over="ignore"):
+            return ids, values.astype(np.float32)
 
     @cached_property
     def breaker_array(self) -> NDArray[np.int32]:
