@@ -1,0 +1,90 @@
+"""RMS norm of rows. Knows no model."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from edgeinfer.kernels.cpu.layout import (
+    H_ROWS,
+    H_WANTED,
+    H_WANTED_ROWS,
+    NORM_DIM,
+    NORM_EPS,
+    NORM_ROWS,
+    NORM_SINK,
+    NORM_STRIDE,
+    NORM_WEIGHT,
+    NORM_X,
+    SINK_F32,
+    SINK_STRIDE,
+    WANTED_ROWS,
+)
+from edgeinfer.kernels.cpu.native.simd import (
+    add_f,
+    fma,
+    load_f32,
+    load_f32x8,
+    load_i32,
+    load_rows_f32,
+    mul_f,
+    row,
+    splat_f32,
+    sqrt_f32,
+    store_f32x8,
+    sum_lanes,
+    word,
+    zeros_f32,
+)
+from edgeinfer.kernels.cpu.native.sink import leave
+
+jit = njit(error_model="numpy")
+
+
+@jit
+def sum_squares(x, n):
+    """Sum of n squares (n a multiple of 8) in the lane-sum order."""
+    acc = zeros_f32(4)
+    for _ in range(n // 32):
+        v = load_rows_f32(x, 32, 4)
+        acc = fma(v, v, acc)
+        x += 128
+    a0, a1, a2 = row(acc, 0), row(acc, 1), row(acc, 2)
+    rest = n // 8 % 4
+    if rest > 0:
+        a0 = _add_square(x, a0)
+    if rest > 1:
+        a1 = _add_square(x + 32, a1)
+    if rest > 2:
+        a2 = _add_square(x + 64, a2)
+    return sum_lanes(add_f(add_f(a0, a1), add_f(a2, row(acc, 3))))
+
+
+@jit
+def _add_square(x, acc):
+    v = load_f32x8(x)
+    return fma(v, v, acc)
+
+
+@jit
+def normalise(x, weight, eps, n, out):
+    """RMS norm of n floats; `out` may be `x`."""
+    mean = sum_squares(x, n) / np.float32(n)
+    s = splat_f32(np.float32(1) / sqrt_f32(mean + eps))
+    for i in range(0, 4 * n, 32):
+        store_f32x8(out + i, mul_f(mul_f(load_f32x8(x + i), s), load_f32x8(weight + i)))
+
+
+def make(isa):
+    def kernel(h, a, chunk):
+        n_rows, source = word(h + H_ROWS), chunk
+        if word(a + NORM_ROWS) == WANTED_ROWS:
+            n_rows = word(h + H_WANTED_ROWS)
+            source = load_i32(word(h + H_WANTED) + 4 * chunk)
+        dim, sink = word(a + NORM_DIM), a + NORM_SINK
+        x = word(a + NORM_X) + source * word(a + NORM_STRIDE)
+        out = word(sink + SINK_F32) + chunk * word(sink + SINK_STRIDE)
+        normalise(x, word(a + NORM_WEIGHT), load_f32(a + NORM_EPS), dim, out)
+        leave(out, dim, sink, chunk, n_rows)
+
+    return kernel

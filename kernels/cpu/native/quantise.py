@@ -1,0 +1,34 @@
+"""Leaves rows that nothing else leaves on its way. Knows no model."""
+
+from __future__ import annotations
+
+from edgeinfer.kernels.cpu.layout import (
+    H_ROWS,
+    H_WANTED_ROWS,
+    QUANTISE_DIM,
+    QUANTISE_ROWS,
+    QUANTISE_SINK,
+    QUANTISE_STRIDE,
+    QUANTISE_X,
+    SINK_F32,
+    SINK_STRIDE,
+    WANTED_ROWS,
+)
+from edgeinfer.kernels.cpu.native.copy_rows import copy
+from edgeinfer.kernels.cpu.native.simd import word
+from edgeinfer.kernels.cpu.native.sink import leave
+
+
+def make(isa):
+    def kernel(h, a, chunk):
+        n_rows = word(h + H_ROWS)
+        if word(a + QUANTISE_ROWS) == WANTED_ROWS:
+            n_rows = word(h + H_WANTED_ROWS)
+        dim, sink = word(a + QUANTISE_DIM), a + QUANTISE_SINK
+        x = word(a + QUANTISE_X) + chunk * word(a + QUANTISE_STRIDE)
+        out = word(sink + SINK_F32)
+        if out != 0 and out != word(a + QUANTISE_X):
+            copy(x, out + chunk * word(sink + SINK_STRIDE), dim)
+        leave(x, dim, sink, chunk, n_rows)
+
+    return kernel
