@@ -12,7 +12,7 @@ import struct
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, Protocol, runtime_checkable
 
 from .errors import InvalidModelError, InvalidRequestError, UnsupportedModelError
@@ -666,17 +666,13 @@ def _build_bpe(vocab: _Vocab, meta: Mapping[str, Any]) -> Callable[[str], list[i
         if kind == CONTROL:
             del words[vocab.texts[i]]
     merges = _merges(meta)
-
-    def build(merges: list[tuple[str, str]]) -> BPE:
-        return BPE(words, merges, ignore_merges=row.ignore_merges, byte_fallback=not row.byte_level)
-
-    try:
-        model = build(merges)
-    except Exception as error:
-        kept = _merges_without_control(vocab, words, merges)
-        if len(kept) == len(merges):
-            raise InvalidModelError(str(error), field=_KEY + "merges") from error
-        model = build(kept)
+    # NOTE: the library panics, past any except clause, on a merge longer than every token.
+    names = words.__contains__
+    if not all(map(names, chain.from_iterable(merges))) or not all(
+        map(names, map("".join, merges))
+    ):
+        merges = _merges_without_control(vocab, words, merges)
+    model = BPE(words, merges, ignore_merges=row.ignore_merges, byte_fallback=not row.byte_level)
     backend = BytePairTokenizer(model)
     steps: list[Any] = [Split(Regex(pattern), "isolated") for pattern in row.patterns]
     if row.byte_level:
