@@ -28,6 +28,13 @@ _PLACEHOLDERS = {
     "ei.x86.ldmxcsr": "llvm.x86.sse.ldmxcsr",
 }
 
+_ALLOWED = re.compile(
+    r"llvm\.(fma|sqrt|roundeven|fabs|s?u?max|s?u?min|abs|ctlz|cttz|ctpop|bswap|fshl|fshr"
+    r"|umul|smul|uadd|sadd|usub|ssub|prefetch|assume|lifetime|memcpy|memset|memmove|experimental"
+    r"|vector\.reduce\.(add|s?u?max|s?u?min|or|and|xor)|x86|aarch64)\b.*"
+)
+_FAST_MATH = re.compile(r"^.*\b(fast|reassoc|contract|nnan|ninf|nsz|arcp|afn)\b .*$", re.MULTILINE)
+
 
 class KernelBuildError(Exception):
     """A kernel's code calls something that no object may call."""
@@ -81,12 +88,23 @@ def optimise(ir: str, native_name: str, name: str, target: Target) -> Any:
     passes = llvm.create_pass_builder(machine, options)
     manager = passes.getModulePassManager()
     manager.run(module, passes)
-    foreign = [
-        f.name for f in module.functions if f.is_declaration and not f.name.startswith("llvm.")
-    ]
+    check(name, module)
+    return module, machine
+
+
+def check(name: str, module: Any) -> None:
+    """Refuse code that could give other bits on another machine (contract 1), or jump to nowhere.
+
+    MCJIT takes an unresolved symbol without a word and jumps to address 0; a libm function
+    differs between systems; a fast-math flag or `fmuladd` lets LLVM order or fuse at will.
+    """
+    declared = [f.name for f in module.functions if f.is_declaration]
+    foreign = [f for f in declared if not _ALLOWED.fullmatch(f)]
     if foreign:
         raise KernelBuildError(f"kernel {name} would call {', '.join(foreign)}")
-    return module, machine
+    flagged = _FAST_MATH.search(str(module))
+    if flagged:
+        raise KernelBuildError(f"kernel {name} has a fast-math flag: {flagged[0].strip()}")
 
 
 def build(name: str, target: Target) -> bytes:
