@@ -1,0 +1,103 @@
+"""Runs GGUF language models from readable Python kernels; `LLM` is the way in.
+
+Importing this loads neither NumPy nor anything slower: what needs them comes when first named.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeinfer.errors import (
+    BusyError,
+    ClosedError,
+    ContextLengthError,
+    DeviceError,
+    DownloadError,
+    EdgeInferError,
+    InvalidModelError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    PlanError,
+    TemplateError,
+    UnsupportedModelError,
+)
+
+if TYPE_CHECKING:
+    from edgeinfer.llm import LLM, AsyncLLM
+    from edgeinfer.options import LoadOptions, Message, Progress, Sampling
+    from edgeinfer.plan import MemoryPlan
+    from edgeinfer.results import (
+        Completion,
+        Delta,
+        Done,
+        Event,
+        PromptProgress,
+        Timings,
+        TokenLogprob,
+        Usage,
+    )
+    from edgeinfer.stream import AsyncStream, Stream
+
+__version__ = "0.1.0"
+
+# A checkout without symbolic links holds `kernels` beside this folder, not in it.
+if not (Path(__file__).parent / "kernels").is_dir():
+    __path__.append(str(Path(__file__).parent.parent))
+
+_HOME = {
+    "LLM": "llm", "AsyncLLM": "llm",
+    "LoadOptions": "options", "Message": "options", "Progress": "options", "Sampling": "options",
+    "MemoryPlan": "plan",
+    "Completion": "results", "Delta": "results", "Done": "results", "Event": "results",
+    "PromptProgress": "results", "Timings": "results", "TokenLogprob": "results",
+    "Usage": "results",
+    "AsyncStream": "stream", "Stream": "stream",
+}  # fmt: skip
+
+__all__ = [
+    "AsyncLLM",
+    "AsyncStream",
+    "BusyError",
+    "ClosedError",
+    "Completion",
+    "ContextLengthError",
+    "Delta",
+    "DeviceError",
+    "Done",
+    "DownloadError",
+    "EdgeInferError",
+    "Event",
+    "InvalidModelError",
+    "InvalidRequestError",
+    "LLM",
+    "LoadOptions",
+    "MemoryPlan",
+    "Message",
+    "ModelNotFoundError",
+    "PlanError",
+    "Progress",
+    "PromptProgress",
+    "Sampling",
+    "Stream",
+    "TemplateError",
+    "Timings",
+    "TokenLogprob",
+    "UnsupportedModelError",
+    "Usage",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    module = _HOME.get(name)
+    if module is None:
+        raise AttributeError(f"module 'edgeinfer' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"edgeinfer.{module}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,88 @@
+"""The machines a model can run on, behind one interface; the only importer of kernels.
+
+Knows nothing of sequences, text or scheduling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, TypeAlias
+
+from edgeinfer.batch import Batch, Outputs, StepLimits
+from edgeinfer.config import cache_folder
+from edgeinfer.errors import DeviceError
+from edgeinfer.graph import Segment
+from edgeinfer.platform import forget_pages
+from edgeinfer.quant import Weight
+
+# stage ("kernels", "weights"), done, total
+CompileProgress: TypeAlias = Callable[[str, int, int], None]
+
+DEVICES = ("auto", "cpu", "cuda", "reference")
+
+
+class Ticket(Protocol):
+    """One step on its way."""
+
+    def wait(self) -> Outputs:
+        """Block, with the GIL released, until the step is done."""
+        ...
+
+    def abort(self) -> None:
+        """Cut the step short, from any thread; its outputs then say so."""
+        ...
+
+
+class Program(Protocol):
+    """A segment made runnable: owns packed weights, scratch and KV pages."""
+
+    def submit(self, batch: Batch) -> Ticket: ...
+
+    def close(self) -> None: ...
+
+
+class Backend(Protocol):
+    """A machine that segments can be compiled for."""
+
+    def compile(self, segment: Segment, limits: StepLimits) -> Program: ...
+
+
+def device_kind(device: str) -> str:
+    """ "cpu" or "reference" for the name of a device; DeviceError for what can't be had."""
+    kind = device.partition(":")[0]
+    if kind not in DEVICES or (":" in device and kind != "cuda"):
+        raise DeviceError(f"no device {device!r}; there are auto, cpu and reference")
+    if kind == "cuda":
+        raise DeviceError("cuda is not in this version; use device='cpu' or 'auto'")
+    return "cpu" if kind == "auto" else kind
+
+
+def open_backend(
+    device: str, *, n_threads: int, progress: CompileProgress | None = None
+) -> Backend:
+    """The backend of a device; its kernels are imported here and nowhere else."""
+    if device_kind(device) == "reference":
+        from edgeinfer.kernels.reference import ReferenceBackend
+        from edgeinfer.sampler import sample_reference
+
+        return ReferenceBackend(sample_reference)
+    from edgeinfer.kernels.cpu.program import CpuBackend
+
+    return CpuBackend(cache_folder(), n_threads, progress, _release)
+
+
+def packed_bytes(device: str, weight: Weight) -> int:
+    """Memory that a weight matrix takes once the device's backend holds it."""
+    if device_kind(device) == "reference":
+        return 4 * weight.n_elements
+    from edgeinfer.kernels.cpu import formats
+
+    n_rows, n_cols = weight.shape
+    return formats.packed_bytes(weight.type.name.lower(), n_rows, n_cols)
+
+
+def _release(weight: Weight) -> None:
+    """Drop the mapped file pages of a weight that has been packed."""
+    import numpy as np
+
+    forget_pages(np.frombuffer(weight.data, np.uint8).ctypes.data, len(weight.data))

@@ -1,0 +1,473 @@
+"""The loop that runs generations: schedules them into steps, commits tokens, streams events.
+
+Sees token ids only; knows nothing of text, files or devices.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeinfer.backend import Program, Ticket
+from edgeinfer.batch import PAGE, Batch, Outputs, StepLimits
+from edgeinfer.errors import (
+    ClosedError,
+    ContextLengthError,
+    EdgeInferError,
+    InvalidRequestError,
+    PlanError,
+)
+from edgeinfer.generation import Generation, LogitsJob
+from edgeinfer.kvcache import CacheLayout, PagePool, SequenceCache
+from edgeinfer.sampling import OK, SampleTable
+from edgeinfer.sequence import Finished, FinishReason, Prefilled, Request, Sequence, Token
+
+# Prompt rows in a step that also decodes: the other generations wait no longer than these take.
+_SHARED_PREFILL = 64
+_JOIN_SECONDS = 5.0
+_FORKED = "this process was forked from the one that loaded the model; load it again here"
+
+
+@dataclass(slots=True)
+class _Rows:
+    """A part of a step: the next `n` rows of a sequence, with the output of the last ones."""
+
+    sequence: Sequence
+    n: int
+    n_wanted: int
+    owner: Generation | LogitsJob
+
+
+class Engine:
+    """Owns the cache bookkeeping and the one thread that runs steps of a program."""
+
+    def __init__(self, program: Program, limits: StepLimits, n_ctx: int, n_vocab: int) -> None:
+        self.limits, self.n_ctx, self.n_vocab = limits, n_ctx, n_vocab
+        self.pool = PagePool(limits.n_pages)
+        self._program = program
+        self._samples = SampleTable(limits.max_sequences)
+        self._changed = threading.Condition()
+        self._waiting: deque[Generation] = deque()
+        self._jobs: deque[LogitsJob] = deque()
+        self._running: list[Generation] = []
+        self._idle: list[Sequence] = []  # ended ones, the latest last
+        self._ticket: Ticket | None = None
+        self._in_step: list[Generation | LogitsJob] = []
+        self._closed = ""
+        self._pid = os.getpid()
+        self._thread = threading.Thread(target=self._loop, name="edgeinfer-engine", daemon=True)
+        self._thread.start()
+        _engines.add(self)
+
+    # -- any thread ------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> Generation:
+        """Queue a request; what can be refused is refused here."""
+        self._check_ids(request.ids)
+        if request.max_tokens is not None and request.max_tokens < 1:
+            raise InvalidRequestError(
+                f"max_tokens is {request.max_tokens}, need at least 1", param="max_tokens"
+            )
+        if request.overflow == "error":
+            self._check_length(len(request.ids))
+        request.params.check_vocabulary(self.n_vocab)
+        layout = CacheLayout.of(request.overflow, self.n_ctx, request.n_pinned)
+        generation = Generation(self, request, layout)
+        with self._changed:
+            self._check_open()
+            self._waiting.append(generation)
+            self._changed.notify()
+        return generation
+
+    def logits(
+        self,
+        ids: SequenceOf[int],
+        last: int | None = None,
+        prefill_chunk: int | None = None,
+        batch_with: SequenceOf[SequenceOf[int]] | None = None,
+    ) -> NDArray[np.float32]:
+        """Logits after each of the `last` tokens of `ids` (all by default), (last, V).
+
+        Steps take at most `prefill_chunk` rows of `ids`, beside rows of the `batch_with` lists.
+        """
+        n_out = len(ids) if last is None else last
+        others = [tuple(other) for other in batch_with or ()]
+        for each in (tuple(ids), *others):
+            self._check_ids(each)
+            self._check_length(len(each))
+        if not 0 < n_out <= len(ids):
+            raise InvalidRequestError(f"last is {last}, need 1 to {len(ids)}", param="last")
+        if prefill_chunk is not None and prefill_chunk < 1:
+            raise InvalidRequestError(
+                f"prefill_chunk is {prefill_chunk}, need at least 1", param="prefill_chunk"
+            )
+        most = self.limits.max_sequences - 1
+        if len(others) > most:
+            raise InvalidRequestError(
+                f"{len(others)} token lists, at most {most} fit in a step", param="batch_with"
+            )
+        chunk = min(prefill_chunk or self.limits.max_rows, self.limits.max_rows - len(others))
+        out = np.empty((n_out, self.n_vocab), np.float32)
+        layout = CacheLayout.of("error", self.n_ctx)
+        job = LogitsJob(tuple(ids), others, len(ids) - n_out, chunk, layout, out)
+        if job.n_pages > self.pool.n_pages:
+            raise PlanError(
+                f"the token lists take {job.n_pages * PAGE} cache positions, there are "
+                f"{self.pool.n_pages * PAGE}; raise slots"
+            )
+        with self._changed:
+            self._check_open()
+            self._jobs.append(job)
+            self._changed.notify()
+        return job.wait(self)
+
+    def interrupt(self, work: Generation | LogitsJob) -> None:
+        """Look at cancelled work now, also when a step of it is running."""
+        if self._pid != os.getpid():
+            return
+        with self._changed:
+            if self._ticket is not None and any(work is each for each in self._in_step):
+                self._ticket.abort()
+            self._changed.notify()
+
+    def check_alive(self) -> None:
+        """Raise ClosedError unless events can still come."""
+        if self._pid != os.getpid() or not self._thread.is_alive():
+            raise ClosedError(self._closed or _FORKED)
+
+    def close(self, timeout: float = _JOIN_SECONDS) -> None:
+        """End every generation and the thread; safe to call twice and from any thread."""
+        if self._pid != os.getpid():
+            return
+        with self._changed:
+            self._closed = self._closed or "the model was closed"
+            if self._ticket is not None:
+                self._ticket.abort()
+            self._changed.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout)
+        # A thread that is still in a step keeps its memory: freeing it would crash.
+        if not self._thread.is_alive():
+            self._program.close()
+
+    def mark_forked(self) -> None:
+        """In the child of a fork the thread does not exist: every use is an error."""
+        self._closed, self._changed = _FORKED, threading.Condition()
+
+    def _check_ids(self, ids: tuple[int, ...]) -> None:
+        if not ids:
+            raise InvalidRequestError("the prompt has no tokens", param="prompt")
+        for id in (min(ids), max(ids)):
+            if not 0 <= id < self.n_vocab:
+                raise InvalidRequestError(
+                    f"token id {id} is outside the vocabulary of {self.n_vocab} tokens",
+                    param="prompt",
+                )
+
+    def _check_length(self, n_tokens: int) -> None:
+        if n_tokens > self.n_ctx:
+            raise ContextLengthError(
+                f"the prompt is {n_tokens} tokens, the context holds {self.n_ctx}; raise n_ctx, "
+                "shorten the prompt, or use overflow='slide'",
+                n_tokens=n_tokens,
+                n_ctx=self.n_ctx,
+            )
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError(self._closed)
+
+    # -- the engine's thread: one step after the other -------------------------------------------
+
+    def _loop(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._closed or self._waiting or self._running or self._jobs):
+                    self._changed.wait()
+            if self._closed:
+                break
+            self._drop_cancelled()
+            self._admit()
+            if self._running:
+                self._step(self._schedule())
+            if self._jobs:
+                self._advance_job(self._jobs[0])
+        self._end_all(ClosedError(self._closed))
+
+    def _drop_cancelled(self) -> None:
+        for generation in [g for g in self._running if g.is_cancelled]:
+            self._finish(generation, "cancelled")
+        for generation in [g for g in tuple(self._waiting) if g.is_cancelled]:
+            self._waiting.remove(generation)
+            generation.emit(Finished("cancelled", time.perf_counter()))
+
+    def _admit(self) -> None:
+        """Start waiting requests, in order, while all that run can grow to their full length."""
+        while self._waiting and len(self._running) < self.limits.max_sequences:
+            if self._waiting[0].most_pages > self.pool.n_pages - self._n_reserved:
+                return
+            generation = self._waiting.popleft()
+            sequence = generation.sequence = self._open_sequence(generation)
+            self._running.append(generation)
+            done = sequence.n_cached
+            generation.emit(Prefilled(done, sequence.n_prompt, done, time.perf_counter()))
+
+    @property
+    def _n_reserved(self) -> int:
+        """Pages promised to what runs."""
+        promised = sum(generation.most_pages for generation in self._running)
+        return promised + sum(job.n_pages for job in self._jobs if job.sequences)
+
+    def _open_sequence(self, generation: Generation) -> Sequence:
+        """A sequence for the request, on the cache of an ended one where their tokens agree."""
+        ids, layout = generation.request.ids, generation.layout
+        n_cached, best = 0, None
+        for ended in self._idle:
+            n = ended.common_prefix(ids, layout)
+            if n > n_cached:
+                n_cached, best = n, ended
+        if best is None:
+            return Sequence(list(ids), len(ids), SequenceCache(self.pool, layout))
+        self._idle.remove(best)
+        best.cache.truncate(n_cached)
+        return Sequence(list(ids), len(ids), best.cache, n_cached)
+
+    def _schedule(self) -> list[_Rows]:
+        """One row of every generation that decodes, and a slice of the prompts that wait."""
+        parts: list[_Rows] = []
+        n_left = self.limits.max_rows
+        # Decoding rows first: at most max_sequences, so there is always room for them.
+        for generation in sorted(self._running, key=lambda g: _sequence(g).n_waiting > 1):
+            sequence = _sequence(generation)
+            n = min(sequence.n_waiting, n_left, sequence.cache.step_limit())
+            if n:
+                parts.append(_Rows(sequence, n, int(n == sequence.n_waiting), generation))
+            n_left -= n
+            if sequence.n_generated:
+                n_left = min(n_left, max(_SHARED_PREFILL, len(self._running)))
+        return parts
+
+    def _step(self, parts: list[_Rows]) -> None:
+        try:
+            samples = self._fill_samples([part for part in parts if part.n_wanted])
+            outputs = self._run(parts, samples)
+        except Exception as error:
+            for part in parts:
+                assert isinstance(part.owner, Generation)
+                self._finish(part.owner, "error", error=_public(error))
+            return
+        # The rows of an aborted step are computed again, without what was cancelled.
+        if not outputs.aborted:
+            self._commit(parts, outputs)
+
+    def _fill_samples(self, parts: list[_Rows]) -> SampleTable:
+        self._samples.clear()
+        for i, part in enumerate(parts):
+            assert isinstance(part.owner, Generation)
+            params, sequence = part.owner.request.params, part.sequence
+            self._samples.set_row(
+                i, params, params.seed or 0, sequence.n_generated, sequence.ids, sequence.mu
+            )
+        return self._samples
+
+    def _run(self, parts: list[_Rows], samples: SampleTable | None) -> Outputs:
+        """Run one step; its outputs are views that the next step overwrites."""
+        for part in parts:
+            self._make_room(part)
+            part.sequence.cache.grow(part.n)
+        batch = _batch(parts, samples)
+        with self._changed:
+            if self._closed or any(part.owner.is_cancelled for part in parts):
+                return _NOTHING
+            self._in_step = [part.owner for part in parts]
+            self._ticket = ticket = self._program.submit(batch)
+        try:
+            return ticket.wait()
+        finally:
+            with self._changed:
+                self._ticket, self._in_step = None, []
+
+    def _make_room(self, part: _Rows) -> None:
+        """Give up ended sequences, oldest first, until this part's new pages are free."""
+        cache = part.sequence.cache
+        n_new = cache.layout.pages_needed(cache.n_tokens + part.n) - cache.n_pages
+        while self.pool.n_free < n_new:
+            assert self._idle, "what runs holds more pages than were promised"
+            self._idle.pop(0).cache.free()
+
+    def _commit(self, parts: list[_Rows], outputs: Outputs) -> None:
+        now, row = time.perf_counter(), 0
+        for part in parts:
+            sequence = part.sequence
+            sequence.cache.n_tokens += part.n
+            assert isinstance(part.owner, Generation)
+            if not sequence.n_generated:
+                done = sequence.cache.n_tokens
+                part.owner.emit(Prefilled(done, sequence.n_prompt, sequence.n_cached, now))
+            if part.n_wanted:
+                self._take_token(part.owner, sequence, int(outputs.ids[row]), row, now)
+                row += 1
+
+    def _take_token(
+        self, generation: Generation, sequence: Sequence, token: int, row: int, now: float
+    ) -> None:
+        request, samples = generation.request, self._samples
+        if samples.status[row] != OK:
+            error = EdgeInferError("the model yields no number to choose a token by")
+            self._finish(generation, "error", error=error)
+            return
+        sequence.mu = float(samples.mu[row])
+        if token in request.stop_ids:
+            self._finish(generation, "stop", stop_id=token)
+            return
+        sequence.ids.append(token)
+        if request.params.logprobs is None:
+            generation.emit(Token(token, now))
+        else:
+            ids, logprobs = samples.top(row)
+            top = tuple(zip(ids.tolist(), logprobs.tolist(), strict=True))
+            generation.emit(Token(token, now, float(samples.logprobs[row]), top))
+        if sequence.n_generated == request.max_tokens or not sequence.cache.step_limit():
+            self._finish(generation, "length")
+
+    def _finish(
+        self,
+        generation: Generation,
+        reason: FinishReason,
+        *,
+        stop_id: int | None = None,
+        error: BaseException | None = None,
+    ) -> None:
+        """End a generation: its pages are kept for a later prompt or go back at once."""
+        self._running.remove(generation)
+        sequence = _sequence(generation)
+        # An aborted step may have overwritten pages that a slid cache still needs.
+        is_whole = reason in ("stop", "length") or not sequence.cache.has_slid
+        if reason in ("stop", "length") or (generation.keeps_cache and is_whole):
+            self._idle.append(sequence)
+            if len(self._idle) > self.limits.max_sequences:
+                self._idle.pop(0).cache.free()
+        else:
+            sequence.cache.free()
+        generation.sequence = None
+        generation.emit(Finished(reason, time.perf_counter(), stop_id, error))
+
+    def _end_all(self, error: ClosedError) -> None:
+        for generation in list(self._running):
+            self._finish(generation, "error", error=error)
+        while self._waiting:
+            self._waiting.popleft().emit(Finished("error", time.perf_counter(), error=error))
+        while self._jobs:
+            self._jobs.popleft().finish(error)
+
+    # -- the engine's thread: logits -------------------------------------------------------------
+
+    def _advance_job(self, job: LogitsJob) -> None:
+        """One step of a job, once there is room for all of it."""
+        error: BaseException | None = None
+        if not job.sequences and not job.is_cancelled:
+            if job.n_pages > self.pool.n_pages - self._n_reserved:
+                return
+            lists = (job.ids, *job.others)
+            job.sequences = [
+                Sequence(list(ids), len(ids), SequenceCache(self.pool, job.layout)) for ids in lists
+            ]
+        try:
+            if not job.is_cancelled:
+                self._job_step(job)
+        except Exception as caught:
+            error = _public(caught)
+        if error or job.is_cancelled or not job.sequences[0].n_waiting:
+            self._jobs.popleft()
+            for sequence in job.sequences:
+                sequence.cache.free()
+            job.finish(error)
+
+    def _job_step(self, job: LogitsJob) -> None:
+        main, *others = job.sequences
+        start = main.cache.n_tokens
+        n = min(job.chunk, main.n_waiting)
+        n_wanted = max(0, start + n - max(start, job.first))
+        excess = max(0, n_wanted - self.limits.max_outputs)
+        n, n_wanted = n - excess, n_wanted - excess
+        parts = [_Rows(main, n, n_wanted, job)]
+        n_left = self.limits.max_rows - n
+        for i, other in enumerate(others):
+            n_other = min(other.n_waiting, n_left // len(others))
+            if n_other:
+                # Before and after, so that the rows of `ids` lie anywhere in the step.
+                parts.insert(0 if i % 2 else len(parts), _Rows(other, n_other, 0, job))
+        outputs = self._run(parts, None)
+        if outputs.aborted:
+            return
+        for part in parts:
+            part.sequence.cache.n_tokens += part.n
+        if n_wanted:
+            at = main.cache.n_tokens - n_wanted - job.first
+            job.out[at : at + n_wanted] = outputs.logits
+
+
+def _sequence(generation: Generation) -> Sequence:
+    assert generation.sequence is not None, "the generation does not run"
+    return generation.sequence
+
+
+def _batch(parts: list[_Rows], samples: SampleTable | None) -> Batch:
+    """The flat arrays of a step."""
+    ids: list[int] = []
+    pos: list[int] = []
+    wanted: list[int] = []
+    for part in parts:
+        start = part.sequence.cache.n_tokens
+        end = start + part.n
+        ids += part.sequence.ids[start:end]
+        pos += range(start, end)
+        wanted += range(len(pos) - part.n_wanted, len(pos))
+    return Batch(
+        ids=np.array(ids, np.int32),
+        pos=np.array(pos, np.int64),
+        seq=np.repeat(np.arange(len(parts), dtype=np.int32), [part.n for part in parts]),
+        tables=[part.sequence.cache.table for part in parts],
+        wanted=np.array(wanted, np.int32),
+        output="logits" if samples is None else "ids",
+        samples=samples,
+    )
+
+
+def _public(error: Exception) -> Exception:
+    """Memory that runs out inside a step is a PlanError like memory that would."""
+    if isinstance(error, MemoryError) and not isinstance(error, EdgeInferError):
+        return PlanError("memory ran out in a step; lower n_ctx or slots")
+    return error
+
+
+_NOTHING = Outputs(
+    np.empty((0, 0), np.float32), np.empty((0, 0), np.float32), np.empty(0, np.int32), aborted=True
+)
+
+# NOTE: the only module state; the interpreter's exit and fork have no other way to find engines.
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _close_engines() -> None:
+    for engine in list(_engines):
+        engine.close(timeout=2.0)
+
+
+def _mark_forked() -> None:
+    for engine in list(_engines):
+        engine.mark_forked()
+
+
+atexit.register(_close_engines)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_mark_forked)

@@ -1,0 +1,113 @@
+"""The two kinds of work that callers hand to the engine, and how they wait for it.
+
+Knows nothing of scheduling.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeinfer.kvcache import CacheLayout
+from edgeinfer.sequence import Event, Finished, Request, Sequence
+
+# Waking up now and then lets signals in where a wait can't be interrupted.
+_WAKE_SECONDS = 0.1
+
+
+class Worker(Protocol):
+    """What a generation asks of the engine that runs it."""
+
+    def interrupt(self, work: Generation | LogitsJob) -> None:
+        """Look at cancelled work now, also when a step of it is running."""
+
+    def check_alive(self) -> None:
+        """Raise ClosedError unless events can still come."""
+
+
+class Generation:
+    """A request on its way: yields its events to one consumer, in any thread."""
+
+    def __init__(self, worker: Worker, request: Request, layout: CacheLayout) -> None:
+        self.request, self.layout = request, layout
+        self.sequence: Sequence | None = None  # the engine's, while it runs
+        self.submitted_at = time.perf_counter()
+        self.is_cancelled = False
+        self.keeps_cache = False
+        self._worker = worker
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._is_finished = False
+
+    def __iter__(self) -> Generation:
+        return self
+
+    def __next__(self) -> Event:
+        if self._is_finished:
+            raise StopIteration
+        while True:
+            try:
+                event = self._events.get(timeout=_WAKE_SECONDS)
+                break
+            except queue.Empty:
+                self._worker.check_alive()
+        self._is_finished = isinstance(event, Finished)
+        return event
+
+    @property
+    def most_pages(self) -> int:
+        """Pages it holds at its full length; the last token generated is never stored."""
+        if self.request.max_tokens is None:
+            return self.layout.n_slots
+        return self.layout.pages_needed(len(self.request.ids) + self.request.max_tokens - 1)
+
+    def emit(self, event: Event) -> None:
+        self._events.put(event)
+
+    def cancel(self, *, keep_cache: bool = False) -> None:
+        """End it now, from any thread. With `keep_cache` its pages may serve a later prompt."""
+        self.keeps_cache = keep_cache
+        self.is_cancelled = True
+        self._worker.interrupt(self)
+
+
+@dataclass(slots=True, eq=False)
+class LogitsJob:
+    """Logits of `ids` from position `first` on, computed beside the token lists `others`."""
+
+    ids: tuple[int, ...]
+    others: list[tuple[int, ...]]
+    first: int
+    chunk: int
+    layout: CacheLayout
+    out: NDArray[np.float32]  # (len(ids) - first, V)
+    sequences: list[Sequence] = field(default_factory=list)  # the engine's, while it runs
+    error: BaseException | None = None
+    is_cancelled: bool = False
+    _done: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def n_pages(self) -> int:
+        return sum(self.layout.pages_needed(len(ids)) for ids in (self.ids, *self.others))
+
+    def finish(self, error: BaseException | None = None) -> None:
+        self.error = error
+        self._done.set()
+
+    def wait(self, worker: Worker) -> NDArray[np.float32]:
+        """The logits; an interrupted wait cancels the job."""
+        try:
+            while not self._done.wait(_WAKE_SECONDS):
+                worker.check_alive()
+        except BaseException:
+            self.is_cancelled = True
+            worker.interrupt(self)
+            raise
+        if self.error is not None:
+            raise self.error
+        return self.out

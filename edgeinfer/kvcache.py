@@ -1,0 +1,142 @@
+"""Bookkeeping of KV pages: who holds which page of the arena, for how long.
+
+Never touches K or V values, and knows nothing of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from edgeinfer.batch import PAGE, PageTable
+from edgeinfer.errors import InvalidRequestError
+
+Overflow: TypeAlias = Literal["error", "slide"]
+
+
+def pages_for(n_tokens: int) -> int:
+    """Pages that hold `n_tokens` positions."""
+    return -(-n_tokens // PAGE)
+
+
+class PagePool:
+    """The pages of one arena, all there from the start; a page with several holders is shared."""
+
+    def __init__(self, n_pages: int) -> None:
+        self.n_pages = n_pages
+        self._free = list(range(n_pages - 1, -1, -1))
+        self._n_holders = [0] * n_pages
+
+    @property
+    def n_free(self) -> int:
+        return len(self._free)
+
+    def take(self) -> int:
+        """A page for the caller alone."""
+        page = self._free.pop()
+        self._n_holders[page] = 1
+        return page
+
+    def share(self, page: int) -> None:
+        """One more holder of a full page, which nobody writes any more."""
+        assert self._n_holders[page] > 0, "a free page can't be shared"
+        self._n_holders[page] += 1
+
+    def release(self, pages: Iterable[int]) -> None:
+        for page in pages:
+            assert self._n_holders[page] > 0, "a page was released twice"
+            self._n_holders[page] -= 1
+            if not self._n_holders[page]:
+                self._free.append(page)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheLayout:
+    """How the cache of a sequence is cut: what its logits depend on besides its tokens.
+
+    `n_visible` is the number of unpinned pages that a query sees; a sliding ring has one page
+    more, so that the page being written is never one that the step before still saw.
+    """
+
+    overflow: Overflow
+    n_slots: int
+    n_pinned: int
+    n_visible: int
+
+    def pages_needed(self, n_tokens: int) -> int:
+        """Pages held once `n_tokens` positions have been written."""
+        return min(pages_for(n_tokens), self.n_slots)
+
+    @classmethod
+    def of(cls, overflow: Overflow, n_ctx: int, n_pinned_tokens: int = 0) -> CacheLayout:
+        """For a context of `n_ctx`; `n_pinned_tokens` tokens stay for ever when it slides."""
+        n_slots = pages_for(n_ctx)
+        if overflow == "error":
+            return cls(overflow, n_slots, 0, n_slots)
+        if n_slots < _MIN_SLIDING_PAGES:
+            raise InvalidRequestError(
+                f"a context of {n_ctx} tokens is too short to slide, it takes "
+                f"{_MIN_SLIDING_PAGES * PAGE}; raise n_ctx or use overflow='error'",
+                param="overflow",
+            )
+        n_pinned = min(pages_for(n_pinned_tokens), n_slots // 4)
+        return cls(overflow, n_slots, n_pinned, n_slots - n_pinned - 1)
+
+
+_MIN_SLIDING_PAGES = 4  # one pinned, two visible, one being written
+
+
+class SequenceCache:
+    """The pages of one sequence: taken as it grows, recycled when it slides."""
+
+    def __init__(self, pool: PagePool, layout: CacheLayout) -> None:
+        self._pool = pool
+        self.layout = layout
+        pages = np.full(layout.n_slots, -1, np.int32)
+        self.table = PageTable(pages, layout.n_pinned, layout.n_visible)
+        self.n_tokens = 0  # positions whose K and V are stored
+
+    @property
+    def n_pages(self) -> int:
+        """Pages held now."""
+        return int(np.count_nonzero(self.table.pages >= 0))
+
+    @property
+    def has_slid(self) -> bool:
+        """Whether positions were overwritten, so that the cache can't be cut back."""
+        return pages_for(self.n_tokens) > self.layout.n_slots
+
+    def step_limit(self) -> int:
+        """Rows that the next step may add: none of them overwrites what another still sees."""
+        left = self.layout.n_slots * PAGE - self.n_tokens
+        if self.layout.overflow == "error" or left > 0:
+            return left
+        return PAGE - self.n_tokens % PAGE
+
+    def grow(self, n_tokens: int) -> None:
+        """Hold the pages for `n_tokens` more positions; the pool must have them."""
+        last = (self.n_tokens + n_tokens - 1) // PAGE
+        for page in range(self.n_tokens // PAGE, last + 1):
+            slot = self.table.slot(page)
+            if self.table.pages[slot] < 0:
+                self.table.pages[slot] = self._pool.take()
+
+    def truncate(self, n_tokens: int) -> None:
+        """Forget positions from `n_tokens` on; a cache that has slid can't."""
+        assert n_tokens == self.n_tokens or not self.has_slid
+        if not self.has_slid:
+            self._drop(range(pages_for(n_tokens), self.layout.n_slots))
+        self.n_tokens = n_tokens
+
+    def free(self) -> None:
+        """Give every page back."""
+        self._drop(range(self.layout.n_slots))
+        self.n_tokens = 0
+
+    def _drop(self, slots: range) -> None:
+        held = self.table.pages[slots.start : slots.stop]
+        self._pool.release(int(page) for page in held if page >= 0)
+        held[:] = -1

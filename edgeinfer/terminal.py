@@ -1,0 +1,48 @@
+"""Makes text that others wrote safe to show on a terminal.
+
+Knows nothing of where the text comes from.
+"""
+
+from __future__ import annotations
+
+import re
+
+# Control sequences (CSI), strings (OSC, DCS, ...) up to BEL or ST, and two-character escapes.
+_SEQUENCE = re.compile(
+    "(?:\x1b\\[|\x9b)[0-?]*[ -/]*[@-~]"
+    "|(?:\x1b[\\]PX^_]|[\x90\x98\x9d\x9e\x9f])[^\x07\x1b\x9c]{0,256}(?:\x07|\x1b\\\\|\x9c)"
+    "|\x1b[ -/]+[0-~]|\x1b[0-Z`-~]"
+)
+# A sequence that the end of the text cuts off.
+_UNFINISHED = re.compile(
+    "(?:(?:\x1b\\[|\x9b)[0-?]{0,64}[ -/]{0,8}"
+    "|(?:\x1b[\\]PX^_]|[\x90\x98\x9d\x9e\x9f])[^\x07\x1b\x9c]{0,256}\x1b?"
+    "|\x1b[ -/]{0,8})$"
+)
+# Tab and newline stay; bidirectional overrides go, they hide what is written.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """`text` without escape sequences and control characters, tab and newline excepted."""
+    return _CONTROL.sub("", _SEQUENCE.sub("", text))
+
+
+class StreamFilter:
+    """The same for text that comes in parts: a sequence cut in two is still removed."""
+
+    def __init__(self) -> None:
+        self._held = ""
+
+    def push(self, text: str) -> str:
+        """What can be shown now."""
+        text = self._held + text
+        cut = _UNFINISHED.search(text)
+        end = cut.start() if cut else len(text)
+        self._held = text[end:]
+        return printable(text[:end])
+
+    def flush(self) -> str:
+        """What is left once no more can come."""
+        text, self._held = self._held, ""
+        return printable(text)
