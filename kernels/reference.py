@@ -164,28 +164,26 @@ class ReferenceProgram:
     def _attend(self, op: Attention, values: Mapping[int, Floats], batch: Batch) -> Floats:
         """Store this step's K and V, then let every row read the pages that it sees."""
         n_rows, cache, pages = batch.n_rows, op.cache, self._pages[op.layer]
-        tables = [batch.tables[i] for i in batch.seq]
+        rows = [
+            (batch.tables[i], pos) for i, pos in zip(batch.seq, batch.pos.tolist(), strict=True)
+        ]
         k = values[op.k.index].reshape(n_rows, cache.n_heads, cache.k_dim)
         v = values[op.v.index].reshape(n_rows, cache.n_heads, cache.v_dim)
-        for row, (table, pos) in enumerate(zip(tables, batch.pos.tolist(), strict=True)):
+        for row, (table, pos) in enumerate(rows):
             page = table.pages[table.slot(pos // PAGE)]
             pages.k[page, pos % PAGE], pages.v[page, pos % PAGE] = k[row], v[row]
 
         q = pinned_q = values[op.q.index]
         if op.rope is not None:
             rotation = self._rotations[op.q.index]
-            pinned_pos = [
-                table.pinned_pos(pos) for table, pos in zip(tables, batch.pos.tolist(), strict=True)
-            ]
-            pinned_q = _rotate(
-                self._numerics, rotation, values[rotation.x.index], np.array(pinned_pos, np.int64)
-            )
+            pinned_pos = np.array([table.pinned_pos(pos) for table, pos in rows], np.int64)
+            pinned_q = _rotate(self._numerics, rotation, values[rotation.x.index], pinned_pos)
         shape = n_rows, op.n_heads, cache.k_dim
         q, pinned_q = q.reshape(shape), pinned_q.reshape(shape)
         kv_head = np.arange(op.n_heads) // (op.n_heads // cache.n_heads)
         out = np.empty((n_rows, op.n_heads, cache.v_dim), np.float32)
-        for row, (table, pos) in enumerate(zip(tables, batch.pos.tolist(), strict=True)):
-            absolute = np.array(table.visible(pos))
+        for row, (table, pos) in enumerate(rows):
+            absolute = np.array(table.visible(pos), np.int64)
             arena = table.pages[[table.slot(page) for page in absolute.tolist()]]
             is_pinned = (absolute < table.n_pinned)[:, None, None]
             out[row] = self._numerics.attend(
@@ -536,7 +534,7 @@ def quantise(x: Floats, block: int) -> tuple[Doubles, Floats]:
     """
     blocks = x.reshape(len(x), -1, block)
     m = np.abs(blocks).max(axis=2)
-    inverse = np.where(m > 0, np.float32(127) / m, np.float32(0))
+    inverse = np.divide(np.float32(127), m, out=np.zeros_like(m), where=m > 0)
     return np.rint(blocks * inverse[:, :, None]).astype(np.float64), m / np.float32(127)
 
 
