@@ -25,8 +25,9 @@ from edgeinfer.errors import (
 )
 
 if TYPE_CHECKING:
+    from edgeinfer.chat import Message
     from edgeinfer.llm import LLM, AsyncLLM
-    from edgeinfer.options import LoadOptions, Message, Progress, Sampling
+    from edgeinfer.options import LoadOptions, Progress, Sampling
     from edgeinfer.plan import MemoryPlan
     from edgeinfer.results import (
         Completion,
@@ -48,7 +49,7 @@ if not (Path(__file__).parent / "kernels").is_dir():
 
 _HOME = {
     "LLM": "llm", "AsyncLLM": "llm",
-    "LoadOptions": "options", "Message": "options", "Progress": "options", "Sampling": "options",
+    "LoadOptions": "options", "Message": "chat", "Progress": "options", "Sampling": "options",
     "MemoryPlan": "plan",
     "Completion": "results", "Delta": "results", "Done": "results", "Event": "results",
     "PromptProgress": "results", "Timings": "results", "TokenLogprob": "results",

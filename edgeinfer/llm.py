@@ -1,0 +1,321 @@
+"""The public face: open a model, generate, chat, look at tokens and logits.
+
+Knows nothing of terminals or command lines.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from os import PathLike
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import Unpack
+
+from edgeinfer import platform, runtime
+from edgeinfer.chat import Message, ReasoningSplitter, encode_chat, opens_reasoning
+from edgeinfer.errors import ClosedError, EdgeInferError, InvalidRequestError, PlanError
+from edgeinfer.options import LoadOptions, Sampling, check_keywords, parse_stop
+from edgeinfer.plan import MemoryPlan
+from edgeinfer.results import Completion
+from edgeinfer.runtime import Runtime
+from edgeinfer.sampling import SamplingParams, breaker_tokens
+from edgeinfer.sequence import Request
+from edgeinfer.stream import AnswerText, AsyncStream, Stream
+
+_OURS = ("max_tokens", "stop", "overflow")  # the rest of Sampling is SamplingParams
+
+
+class LLM:
+    """An open model. A context manager; every method may be called from any thread."""
+
+    def __init__(self, model: str | PathLike[str], **load: Unpack[LoadOptions]) -> None:
+        self._runtime = runtime.load(model, load)
+        # Closes the model when it is dropped, and at exit at the latest.
+        self._close = weakref.finalize(self, self._runtime.close)
+
+    @property
+    def name(self) -> str:
+        """The model's name as its file gives it."""
+        return self._runtime.model.name
+
+    @property
+    def n_ctx(self) -> int:
+        """Tokens that a prompt and its answer may have together."""
+        return self._runtime.plan.n_ctx
+
+    @property
+    def plan(self) -> MemoryPlan:
+        """What the model takes, by purpose."""
+        return self._runtime.plan
+
+    @property
+    def runtime(self) -> Runtime:
+        """What the model consists of, for tools that look inside."""
+        return self._open()
+
+    # -- text ------------------------------------------------------------------------------------
+
+    def generate(self, prompt: str | Sequence[int], **sampling: Unpack[Sampling]) -> Completion:
+        """Continue a text or a list of token ids."""
+        return self.stream(prompt, **sampling).run()
+
+    def stream(self, prompt: str | Sequence[int], **sampling: Unpack[Sampling]) -> Stream:
+        """`generate`, as events while it runs."""
+        check_keywords("stream", sampling, Sampling.__annotations__)
+        return self._submit(self._prompt_ids(prompt), sampling, None, n_pinned=1)
+
+    def generate_batch(
+        self, prompts: Iterable[str | Sequence[int]], **sampling: Unpack[Sampling]
+    ) -> list[Completion]:
+        """Continue several prompts side by side."""
+        return _run_all(lambda prompt: self.stream(prompt, **sampling), prompts)
+
+    # -- chat ------------------------------------------------------------------------------------
+
+    def chat(
+        self,
+        messages: str | Sequence[Message],
+        *,
+        template_args: Mapping[str, Any] | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> Completion:
+        """Answer a conversation; the turns it shares with the last one are not read again."""
+        return self.stream_chat(messages, template_args=template_args, **sampling).run()
+
+    def stream_chat(
+        self,
+        messages: str | Sequence[Message],
+        *,
+        template_args: Mapping[str, Any] | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> Stream:
+        """`chat`, as events while it runs."""
+        check_keywords("stream_chat", sampling, Sampling.__annotations__)
+        opened = self._open()
+        turns = _turns(messages)
+        ids = encode_chat(opened.tokenizer, opened.template, turns, **(template_args or {}))
+        n_pinned = 1
+        if sampling.get("overflow") == "slide":
+            n_pinned = self._n_system_tokens(turns, ids)
+        end = opened.tokenizer.decode(ids[-16:], special=True)
+        splitter = ReasoningSplitter(starts_open=opens_reasoning(end))
+        return self._submit(ids, sampling, splitter, n_pinned)
+
+    def chat_batch(
+        self,
+        conversations: Iterable[str | Sequence[Message]],
+        *,
+        template_args: Mapping[str, Any] | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> list[Completion]:
+        """Answer several conversations side by side."""
+        return _run_all(
+            lambda each: self.stream_chat(each, template_args=template_args, **sampling),
+            conversations,
+        )
+
+    # -- tokens and logits -----------------------------------------------------------------------
+
+    def tokenize(self, text: str, *, bos: bool = False, special: bool = False) -> list[int]:
+        """Token ids of a text; with `special`, spellings of control tokens become those."""
+        return self._open().tokenizer.encode(text, bos=bos, parse_special=special)
+
+    def detokenize(self, token_ids: Sequence[int], *, special: bool = False) -> str:
+        """The text of token ids; control tokens are left out unless `special`."""
+        return self._open().tokenizer.decode(token_ids, special=special)
+
+    def logits(
+        self,
+        token_ids: Sequence[int],
+        *,
+        last: int | None = None,
+        prefill_chunk: int | None = None,
+        batch_with: Sequence[Sequence[int]] | None = None,
+    ) -> NDArray[np.float32]:
+        """Logits after each of the `last` tokens (all by default), (last, V).
+
+        They are the same bits whatever `prefill_chunk` (rows per step) and `batch_with` (token
+        lists in the same steps) are.
+        """
+        opened = self._open()
+        n_rows = len(token_ids) if last is None else last
+        needed = 4 * n_rows * opened.model.hparams.vocab_size
+        available = platform.available_memory()
+        if needed > available:
+            raise PlanError(
+                f"{n_rows} rows of logits are {needed >> 20} MiB, {available >> 20} MiB are "
+                "available; ask for the last ones with `last`",
+                needed=needed,
+                available=available,
+            )
+        return opened.engine.logits(token_ids, last, prefill_chunk, batch_with)
+
+    # -- end -------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """End every generation and give all memory back."""
+        self._close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _open(self) -> Runtime:
+        if not self._close.alive:
+            raise ClosedError("the model was closed")
+        return self._runtime
+
+    def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        if isinstance(prompt, str):
+            return self._open().tokenizer.encode(prompt, parse_special=True)
+        ids = list(prompt)
+        if not all(isinstance(id, (int, np.integer)) for id in ids):
+            raise InvalidRequestError("a prompt is text or a list of token ids", param="prompt")
+        return [int(id) for id in ids]
+
+    def _n_system_tokens(self, turns: Sequence[Message], ids: list[int]) -> int:
+        """Tokens before the first turn that is not the system's, at least one."""
+        system = [turn for turn in turns[:1] if turn["role"] in ("system", "developer")]
+        opened = self._open()
+        if not system:
+            return 1
+        try:
+            alone = encode_chat(
+                opened.tokenizer, opened.template, system, add_generation_prompt=False
+            )
+        except EdgeInferError:  # a template that wants a user's turn
+            return 1
+        pairs = zip(ids, alone, strict=False)
+        return max(1, next((i for i, (a, b) in enumerate(pairs) if a != b), len(alone)))
+
+    def _submit(
+        self,
+        ids: list[int],
+        sampling: Sampling,
+        splitter: ReasoningSplitter | None,
+        n_pinned: int,
+    ) -> Stream:
+        opened = self._open()
+        overflow = sampling.get("overflow") or "error"
+        if overflow not in ("error", "slide"):
+            raise InvalidRequestError(
+                f"overflow is {overflow!r}; there are 'error' and 'slide'", param="overflow"
+            )
+        answer = AnswerText.open(opened.tokenizer, parse_stop(sampling.get("stop")), splitter)
+        request = Request(
+            ids=tuple(ids),
+            params=self._params(sampling),
+            max_tokens=sampling.get("max_tokens"),
+            overflow=overflow,
+            stop_ids=frozenset(opened.tokenizer.eog_ids),
+            n_pinned=n_pinned,
+        )
+        generation = opened.engine.submit(request)
+        return Stream(
+            generation,
+            opened.tokenizer,
+            answer,
+            model=self.name,
+            load_s=opened.load_s,
+            owner=self,
+        )
+
+    def _params(self, sampling: Sampling) -> SamplingParams:
+        opened = self._open()
+        given = {name: value for name, value in sampling.items() if name not in _OURS}
+        params = SamplingParams.resolve(given, opened.model.sampling)
+        if not params.has_dry:
+            return params
+        tokenizer = opened.tokenizer
+        pieces = [tokenizer.piece(id) for id in range(tokenizer.n_vocab)]
+        found = breaker_tokens(params.dry_sequence_breakers, pieces, tokenizer.encode)
+        return SamplingParams.resolve(
+            {**given, "seed": params.seed, "dry_breaker_tokens": found}, opened.model.sampling
+        )
+
+
+class AsyncLLM:
+    """`LLM` for asyncio: `async with AsyncLLM(path) as llm: await llm.chat(...)`."""
+
+    def __init__(self, model: str | PathLike[str] | LLM, **load: Unpack[LoadOptions]) -> None:
+        self._given, self._load = model, load
+        self._llm = model if isinstance(model, LLM) else None
+
+    async def open(self) -> LLM:
+        """The model, loaded in a thread when first asked for."""
+        if self._llm is None:
+            assert not isinstance(self._given, LLM)
+            self._llm = await asyncio.to_thread(LLM, self._given, **self._load)
+        return self._llm
+
+    async def generate(
+        self, prompt: str | Sequence[int], **sampling: Unpack[Sampling]
+    ) -> Completion:
+        return await (await self.stream(prompt, **sampling)).run()
+
+    async def stream(
+        self, prompt: str | Sequence[int], **sampling: Unpack[Sampling]
+    ) -> AsyncStream:
+        llm = await self.open()
+        return AsyncStream(llm.stream(prompt, **sampling))
+
+    async def chat(
+        self,
+        messages: str | Sequence[Message],
+        *,
+        template_args: Mapping[str, Any] | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> Completion:
+        stream = await self.stream_chat(messages, template_args=template_args, **sampling)
+        return await stream.run()
+
+    async def stream_chat(
+        self,
+        messages: str | Sequence[Message],
+        *,
+        template_args: Mapping[str, Any] | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> AsyncStream:
+        llm = await self.open()
+        return AsyncStream(llm.stream_chat(messages, template_args=template_args, **sampling))
+
+    async def close(self) -> None:
+        """Close the model, unless it was given open."""
+        if self._llm is not None and self._llm is not self._given:
+            await asyncio.to_thread(self._llm.close)
+
+    async def __aenter__(self) -> AsyncLLM:
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+
+def _turns(messages: str | Sequence[Message]) -> Sequence[Message]:
+    return [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+
+
+def _run_all(open_stream: Callable[[Any], Stream], prompts: Iterable[Any]) -> list[Completion]:
+    """Run streams side by side; one that fails ends them all."""
+    with ExitStack() as stack:
+        streams = [stack.enter_context(open_stream(prompt)) for prompt in prompts]
+        return [stream.run() for stream in streams]

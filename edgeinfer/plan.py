@@ -1,0 +1,135 @@
+"""Every byte a model will take, reckoned and made to fit before anything is allocated.
+
+Knows nothing of how memory is obtained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from edgeinfer.batch import PAGE, StepLimits
+from edgeinfer.errors import InvalidRequestError, PlanError
+from edgeinfer.graph import Embed, Linear, Segment
+from edgeinfer.kvcache import pages_for
+from edgeinfer.quant import Weight
+
+DEFAULT_N_CTX = 8192
+_LEAST_N_CTX = 512  # what a default is lowered to before a model is refused
+_MAX_ROWS = 256
+_MIN_SEQUENCES = 8
+_LOGITS_BYTES = 32 << 20
+_MiB = 1 << 20
+
+# Measured on x86-64 Linux, Python 3.11: interpreter, NumPy, llvmlite and the tokenizer library.
+_PYTHON_BYTES = 90 * _MiB
+_TOKEN_BYTES = 700  # of a vocabulary entry while the tokenizer is built
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes by purpose, and the settings they were solved for."""
+
+    rows: dict[str, int]
+    available: int
+    n_ctx: int
+    slots: int
+    limits: StepLimits
+    note: str  # why n_ctx is not the usual one, "" if it is
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.rows.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.total_bytes <= self.available
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRequest:
+    """What a plan is solved for; `n_ctx` None asks for the usual length or what fits."""
+
+    n_ctx: int | None
+    slots: int
+    n_threads: int
+    available: int
+    kv_element_bytes: int
+    packed_bytes: Callable[[Weight], int]
+
+
+def solve(segment: Segment, request: PlanRequest) -> MemoryPlan:
+    """The plan that fits; PlanError says what would."""
+    trained = segment.graph.hparams.n_ctx_train
+    if request.slots < 1:
+        raise InvalidRequestError(f"slots is {request.slots}, need at least 1", param="slots")
+    if request.n_ctx is not None:
+        if request.n_ctx < 1:
+            raise InvalidRequestError(f"n_ctx is {request.n_ctx}, need at least 1", param="n_ctx")
+        plan = _plan(segment, request, request.n_ctx, "")
+        if not plan.fits:
+            raise _too_large(segment, request, plan)
+        return plan
+    usual = min(trained, DEFAULT_N_CTX)
+    n_ctx, note = usual, ""
+    while not (plan := _plan(segment, request, n_ctx, note)).fits:
+        n_ctx = n_ctx // 2 // PAGE * PAGE
+        note = f"memory is short: {usual} would be usual"
+        if n_ctx < min(usual, _LEAST_N_CTX):
+            raise _too_large(segment, request, plan)
+    return plan
+
+
+def _plan(segment: Segment, request: PlanRequest, n_ctx: int, note: str) -> MemoryPlan:
+    vocab = segment.graph.hparams.vocab_size
+    n_sequences = max(_MIN_SEQUENCES, request.slots)
+    limits = StepLimits(
+        n_pages=request.slots * pages_for(n_ctx),
+        max_rows=_MAX_ROWS,
+        max_outputs=min(_MAX_ROWS, max(n_sequences, _LOGITS_BYTES // (4 * vocab))),
+        max_sequences=n_sequences,
+        n_threads=request.n_threads,
+    )
+    rows = _weight_bytes(segment, request.packed_bytes)
+    per_position = sum(kv.n_heads * (kv.k_dim + kv.v_dim) for kv in segment.caches.values())
+    rows["KV cache"] = limits.n_pages * PAGE * per_position * request.kv_element_bytes
+    rows["scratch"] = _scratch_bytes(segment, limits)
+    rows["tokenizer"] = vocab * _TOKEN_BYTES
+    rows["Python"] = _PYTHON_BYTES
+    return MemoryPlan(rows, request.available, n_ctx, request.slots, limits, note)
+
+
+def _weight_bytes(segment: Segment, packed_bytes: Callable[[Weight], int]) -> dict[str, int]:
+    matrices = {op.weight.name: op.weight for op in segment.ops if isinstance(op, (Embed, Linear))}
+    rows: dict[str, int] = {}
+    for weight in matrices.values():
+        purpose = f"weights {weight.type.name}"
+        rows[purpose] = rows.get(purpose, 0) + packed_bytes(weight)
+    return rows
+
+
+def _scratch_bytes(segment: Segment, limits: StepLimits) -> int:
+    """Activations of a step and its logits, as a backend that keeps a few at a time needs them."""
+    hp = segment.graph.hparams
+    widths = 4 * hp.dim + 3 * hp.ffn_dim + 4 * hp.n_heads * hp.head_dim
+    activations = 6 * limits.max_rows * widths
+    return activations + 12 * limits.max_outputs * hp.vocab_size
+
+
+def _too_large(segment: Segment, request: PlanRequest, plan: MemoryPlan) -> PlanError:
+    fits = None
+    n_ctx = plan.n_ctx
+    while n_ctx > PAGE and fits is None:
+        n_ctx = n_ctx // 2 // PAGE * PAGE
+        if n_ctx and _plan(segment, request, n_ctx, "").fits:
+            fits = f"n_ctx={n_ctx}"
+    largest = max(plan.rows, key=lambda row: plan.rows[row])
+    advice = f"{fits} would fit" if fits else "no context length would fit; take a smaller file"
+    return PlanError(
+        f"the model needs {plan.total_bytes // _MiB} MiB with n_ctx={plan.n_ctx} and "
+        f"{plan.slots} slot(s), {plan.available // _MiB} MiB are available (most of it is "
+        f"{largest}, {plan.rows[largest] // _MiB} MiB); {advice}",
+        needed=plan.total_bytes,
+        available=plan.available,
+        fits=fits,
+    )

@@ -1,0 +1,89 @@
+"""What a request yields: events while it runs, a completion at the end.
+
+Knows nothing of how they come about.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Token counts; `cached_tokens` of the prompt were still in the cache from before."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timings:
+    """Seconds and tokens per second; 0 where there was nothing to measure."""
+
+    load_s: float
+    first_token_s: float
+    prefill_tok_s: float
+    decode_tok_s: float
+    total_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprob:
+    """A token's log-probability, and those of the likeliest tokens at its place."""
+
+    id: int
+    text: str
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """A finished generation. `stop` is the stop string or the token id that ended it."""
+
+    text: str
+    reasoning: str
+    token_ids: tuple[int, ...]
+    finish_reason: Literal["stop", "length", "cancelled"]
+    stop: str | int | None
+    logprobs: tuple[TokenLogprob, ...] | None
+    usage: Usage
+    timings: Timings
+    seed: int
+    model: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptProgress:
+    """`done` of `total` prompt tokens are read."""
+
+    done: int
+    total: int
+    text: str = field(default="", init=False)
+    type: Literal["prompt_progress"] = field(default="prompt_progress", init=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """New text of the answer, or of the reasoning before it."""
+
+    text: str = ""
+    reasoning: str = ""
+    type: Literal["delta"] = field(default="delta", init=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """The last event of a stream."""
+
+    completion: Completion
+    text: str = field(default="", init=False)
+    type: Literal["done"] = field(default="done", init=False)
+
+
+Event: TypeAlias = PromptProgress | Delta | Done

@@ -1,0 +1,185 @@
+"""Loads a model file into a running engine: everything an open model consists of.
+
+Knows nothing of requests or of text that is generated.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from edgeinfer import config, platform
+from edgeinfer.backend import Program, device_kind, open_backend, packed_bytes
+from edgeinfer.chat import ChatTemplate
+from edgeinfer.engine import Engine
+from edgeinfer.errors import DeviceError, InvalidRequestError, ModelNotFoundError
+from edgeinfer.gguf import GGUFFile
+from edgeinfer.model import Model
+from edgeinfer.options import LoadOptions, Progress, check_keywords, parse_memory
+from edgeinfer.plan import MemoryPlan, PlanRequest, solve
+from edgeinfer.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Runtime:
+    """An open model; `close` ends its engine and unmaps its file."""
+
+    model: Model
+    plan: MemoryPlan
+    program: Program
+    engine: Engine
+    device: str
+    n_threads: int
+    load_s: float
+    _tokenizer: _Later[Tokenizer]
+    _template: _Later[ChatTemplate]
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._tokenizer.result()
+
+    @property
+    def template(self) -> ChatTemplate:
+        return self._template.result()
+
+    def close(self) -> None:
+        self.engine.close()
+        self.model.file.close()
+
+
+def load(path: str | PathLike[str], options: LoadOptions) -> Runtime:
+    """Open, plan, load. The tokenizer is built on a thread of its own meanwhile."""
+    start = time.perf_counter()
+    check_keywords("LLM", options, LoadOptions.__annotations__)
+    file = GGUFFile.open(find_file(path))
+    try:
+        model = Model.load(file)
+        tokenizer = _Later(lambda: Tokenizer.from_metadata(file.metadata, pre=options.get("pre")))
+        chosen = options.get("chat_template")
+        template = _Later(lambda: ChatTemplate.from_metadata(file.metadata, chosen), lazy=True)
+        device = device_kind(options.get("device") or "auto")
+        n_threads = _n_threads(options)
+        plan = plan_model(model, options)
+        backend = open_backend(device, n_threads=n_threads, progress=_progress(options))
+        try:
+            program = backend.compile(model.graph.segment(), plan.limits)
+        finally:
+            tokenizer.wait()
+        try:
+            tokenizer.result()
+        except BaseException:
+            program.close()
+            raise
+    except BaseException:
+        file.close()
+        raise
+    engine = Engine(program, plan.limits, plan.n_ctx, model.hparams.vocab_size)
+    load_s = time.perf_counter() - start
+    return Runtime(model, plan, program, engine, device, n_threads, load_s, tokenizer, template)
+
+
+def find_file(path: str | PathLike[str]) -> Path:
+    """The GGUF file that a path means: itself, or the one in a folder."""
+    found = Path(path).expanduser()
+    if not found.exists():
+        raise ModelNotFoundError(f"no file or folder {str(path)!r}; give the path of a .gguf file")
+    if not found.is_dir():
+        return found
+    files = sorted(found.glob("*.gguf"))
+    # Parts of a split model are one model.
+    first = [f for f in files if "-of-" not in f.stem or "-00001-of-" in f.stem]
+    if len(first) != 1:
+        names = ", ".join(f.name for f in first) or "none"
+        raise ModelNotFoundError(f"folder {found} needs one .gguf model, it has {names}; name it")
+    return first[0]
+
+
+def plan_model(model: Model, options: LoadOptions) -> MemoryPlan:
+    """The memory that loading with these options takes."""
+    _check_unsupported(options)
+    device = device_kind(options.get("device") or "auto")
+    available = platform.available_memory()
+    memory = options.get("memory")
+    if memory is not None:
+        available = parse_memory(memory, available)
+    slots = options.get("slots")
+    return solve(
+        model.graph.segment(),
+        PlanRequest(
+            n_ctx=options.get("n_ctx"),
+            slots=1 if slots is None else slots,
+            n_threads=_n_threads(options),
+            available=available,
+            kv_element_bytes=4 if device == "reference" else 2,
+            packed_bytes=lambda weight: packed_bytes(device, weight),
+        ),
+    )
+
+
+def _n_threads(options: LoadOptions) -> int:
+    threads = options.get("threads")
+    if threads is None:
+        return config.threads() or platform.default_threads()
+    if threads < 1:
+        raise InvalidRequestError(f"threads is {threads}, need at least 1", param="threads")
+    return threads
+
+
+def _check_unsupported(options: LoadOptions) -> None:
+    kv_type = options.get("kv_type")
+    types = (kv_type,) if isinstance(kv_type, str) else kv_type or ()
+    if any(each != "f16" for each in types):
+        raise InvalidRequestError(
+            f"kv_type is {kv_type!r}; this version stores K and V as f16", param="kv_type"
+        )
+    if options.get("gpu_layers"):
+        raise DeviceError("gpu_layers needs a GPU, which this version does not run on")
+
+
+def _progress(options: LoadOptions) -> Callable[[str, int, int], None] | None:
+    report = options.get("progress")
+    if report is None:
+        return None
+    return lambda stage, done, total: report(Progress(stage, done, total))
+
+
+class _Later(Generic[T]):
+    """A value made by another thread, or when first asked for."""
+
+    def __init__(self, make: Callable[[], T], *, lazy: bool = False) -> None:
+        self._make, self._lock = make, threading.Lock()
+        self._value: Any = None
+        self._error: BaseException | None = None
+        self._is_done = False
+        self._thread: threading.Thread | None = None
+        if not lazy:
+            self._thread = threading.Thread(target=self._run, name="edgeinfer-load", daemon=True)
+            self._thread.start()
+
+    def wait(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+    def result(self) -> T:
+        with self._lock:
+            if self._thread is None and not self._is_done:
+                self._run()
+        self.wait()
+        if self._error is not None:
+            raise self._error
+        value: T = self._value
+        return value
+
+    def _run(self) -> None:
+        try:
+            self._value = self._make()
+        except BaseException as error:
+            self._error = error
+        self._is_done = True
