@@ -6,7 +6,7 @@ Knows nothing of a machine: no backend, no memory plan, no running.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -38,6 +38,8 @@ class Model:
         architecture = file.metadata.get_str("general.architecture")
         _check_architecture(architecture, file)
         hparams = read_hparams(file)
+        if operations := _operations_of(file.tensors):
+            _unsupported(architecture, f"this {architecture} file needs", operations)
         graph = Graph(hparams, file.tensors)
         forward: Callable[[Graph], None] = importlib.import_module(
             f"edgeinfer.models.{architecture}"
@@ -93,7 +95,7 @@ def read_hparams(file: GGUFFile) -> Hparams:
     if rope_dims % 2 or rope_dims > head_dim:
         read.wrong("rope.dimension_count", rope_dims, f"an even number up to {head_dim}")
     for key, (neutral, operation) in _NEUTRAL.items():
-        if read.number(key, neutral) != neutral:
+        if read.number(key, neutral[0]) not in neutral:
             read.unsupported(operation)
     norm_eps = read.number("attention.layer_norm_rms_epsilon")
     if not 0 < norm_eps < 1:
@@ -122,19 +124,19 @@ def read_hparams(file: GGUFFile) -> Hparams:
 _MAX_LAYERS = 4096
 _MAX_DIM = 1 << 20
 
-# Metadata that changes the computation unless it has this value.
-_NEUTRAL: dict[str, tuple[float, str]] = {
-    "expert_count": (0, "mixture of experts"),
-    "attention.causal": (True, "bidirectional attention"),
-    "attention.clamp_kqv": (0, "clamped q, k and v"),
-    "attention.scale": (0, "a custom attention scale"),
-    "attention.max_alibi_bias": (0, "ALiBi positions"),
-    "attn_logit_softcapping": (0, "attention logit soft-capping"),
-    "final_logit_softcapping": (0, "final logit soft-capping"),
-    "logit_scale": (0, "a logit multiplier"),
-    "embedding_scale": (0, "an embedding multiplier"),
-    "residual_scale": (0, "a residual multiplier"),
-    "nextn_predict_layers": (0, "multi-token prediction layers"),
+# Metadata that changes the computation unless it has one of these values.
+_NEUTRAL: dict[str, tuple[tuple[float, ...], str]] = {
+    "expert_count": ((0,), "mixture of experts"),
+    "attention.causal": ((True,), "bidirectional attention"),
+    "attention.clamp_kqv": ((0,), "clamped q, k and v"),
+    "attention.scale": ((0,), "a custom attention scale"),
+    "attention.max_alibi_bias": ((0,), "ALiBi positions"),
+    "attn_logit_softcapping": ((0,), "attention logit soft-capping"),
+    "final_logit_softcapping": ((0,), "final logit soft-capping"),
+    "logit_scale": ((0, 1), "a logit multiplier"),
+    "embedding_scale": ((0, 1), "an embedding multiplier"),
+    "residual_scale": ((0, 1), "a residual multiplier"),
+    "nextn_predict_layers": ((0,), "multi-token prediction layers"),
 }
 
 _MOE = "mixture of experts"
@@ -167,7 +169,6 @@ _MISSING: dict[str, tuple[str, ...]] = {
     "nemotron_h_moe": (_MAMBA, "squared ReLU", _MOE),
     "smollm3": ("layers without positions",),
     "deepseek2": ("multi-head latent attention", _MOE),
-    "ernie4_5": ("its model file",),
     "exaone4": ("norms after the block", _SWA, "layers without positions"),
     "glm4": ("norms after the block",),
     "hunyuan-dense": ("norms after the rotation",),
@@ -180,7 +181,7 @@ _MISSING: dict[str, tuple[str, ...]] = {
     "bert": ("bidirectional attention", "LayerNorm"),
     "gpt2": ("LayerNorm", "learned positions"),
 }
-# Parts of tensor names that tell which operation a file wants.
+# Parts of tensor names that tell of an operation which no supported architecture has.
 _TENSOR_OPERATIONS = {
     "_exps": _MOE,
     "ffn_gate_inp": _MOE,
@@ -191,11 +192,9 @@ _TENSOR_OPERATIONS = {
     "attn_qkv": "fused qkv",
     "post_attention_norm": "norms after the block",
     "post_ffw_norm": "norms after the block",
-    "attn_q_norm": "norms of q and k",
-    "attn_k_norm": "norms of q and k",
     "norm.bias": "LayerNorm",
     "nextn": "multi-token prediction layers",
-    "cls": "a classifier head",
+    "cls.": "a classifier head",
     "position_embd": "learned positions",
 }
 _ROPE_NAMES = {"yarn": "YaRN rope scaling", "longrope": "longrope"}
@@ -245,14 +244,14 @@ class _Reader:
         )
 
     def unsupported(self, *operations: str) -> NoReturn:
-        _unsupported(self.architecture, "this file needs", operations)
+        _unsupported(self.architecture, f"this {self.architecture} file needs", operations)
 
 
 def _check_architecture(architecture: str, file: GGUFFile) -> None:
     if architecture in ARCHITECTURES:
         return
-    missing = _MISSING.get(architecture) or _operations_of(file.tensors)
-    _unsupported(architecture, "it needs" if missing else "nothing is known of it", missing)
+    missing = _MISSING.get(architecture) or _operations_of(file.tensors) or ("a model file",)
+    _unsupported(architecture, f"architecture {architecture!r} needs", missing)
 
 
 def _check_unused(graph: Graph) -> None:
@@ -261,9 +260,8 @@ def _check_unused(graph: Graph) -> None:
     unused = [name for name in graph.unused if not name.endswith(".attn_rot_embd.weight")]
     if unused:
         shown = ", ".join(unused[:4]) + (f" and {len(unused) - 4} more" if unused[4:] else "")
-        _unsupported(
-            graph.hparams.architecture, f"no operation reads {shown}", _operations_of(unused)
-        )
+        architecture = graph.hparams.architecture
+        _unsupported(architecture, f"this {architecture} file needs operations for", [shown])
 
 
 def _check_types(graph: Graph, tensors: Mapping[str, Weight]) -> None:
@@ -340,12 +338,10 @@ def _operations_of(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(wanted)
 
 
-def _unsupported(architecture: str, reason: str, missing: Iterable[str]) -> NoReturn:
-    operations = tuple(missing)
-    listed = f": {', '.join(operations)}" if operations else ""
+def _unsupported(architecture: str, what: str, missing: Sequence[str]) -> NoReturn:
     raise UnsupportedModelError(
-        f"architecture {architecture!r} can't run: {reason}{listed}. Supported are "
-        f"{', '.join(ARCHITECTURES)} without these.",
+        f"{what} {', '.join(missing)}, which edgeinfer lacks; it runs plain "
+        f"{', '.join(ARCHITECTURES)}. Choose a model of one of these.",
         architecture=architecture,
-        missing=operations,
+        missing=missing,
     )

@@ -1,0 +1,307 @@
+"""`Model`: the numbers of each architecture, and the error for every file that can't run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from edgeinfer import model as model_module
+from edgeinfer.errors import EdgeInferError, InvalidModelError, UnsupportedModelError
+from edgeinfer.gguf import GGUFFile
+from edgeinfer.graph import Attention, Embed, Linear, RmsNorm, Rotate
+from edgeinfer.model import ARCHITECTURES, Model
+
+from .bench import make_model
+from .models_for_tests import tiny_model
+
+
+@contextmanager
+def loaded(folder: Path, **options: Any) -> Iterator[Model]:
+    with GGUFFile.open(tiny_model(folder, **options)) as file:
+        yield Model.load(file)
+
+
+def linears(model: Model) -> dict[str, Linear]:
+    return {op.weight.name: op for op in model.graph.ops if isinstance(op, Linear)}
+
+
+# -- files that run ------------------------------------------------------------------------------
+
+
+def test_architectures_are_the_files_of_models() -> None:
+    folder = Path(model_module.__file__).parent / "models"
+    files = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+    assert files == set(ARCHITECTURES)
+    assert not files & set(model_module._MISSING)
+
+
+def test_numbers(tmp_path: Path) -> None:
+    options = dict(head_dim=24, n_layers=3, rope_base=5e5, n_ctx=77, norm_eps=2**-17)
+    extra = {"general.sampling.temp": 0.5, "general.sampling.top_k": 7}
+    with loaded(tmp_path, metadata=extra, **options) as model:
+        hp = model.hparams
+        assert (hp.architecture, model.architecture) == ("llama", "llama")
+        assert (hp.n_layers, hp.dim, hp.n_heads, hp.n_kv_heads, hp.head_dim) == (3, 64, 4, 2, 24)
+        assert (hp.ffn_dim, hp.vocab_size, hp.n_ctx_train) == (128, 320, 77)
+        assert (hp.norm_eps, hp.rope_dims, hp.rope_base, hp.rope_scale) == (2**-17, 24, 5e5, 1.0)
+        assert model.name == "random llama Q4_0"
+        assert model.sampling == {"temp": 0.5, "top_k": 7}
+        n_layer = 64 * 96 * 2 + 64 * 48 * 2 + 3 * 64 * 128 + 2 * 64
+        assert model.n_params == 3 * n_layer + 2 * 320 * 64 + 64
+        assert model.quantisation.startswith("Q4_0 + Q8_0")
+        assert sum(model.bytes_by_type.values()) < model.file.n_bytes
+        assert model.graph.unused == []
+
+
+def test_llama_follows_the_tensors(tmp_path: Path) -> None:
+    with loaded(tmp_path, tied=True, rope_freqs=True, bias=True) as model:
+        head = linears(model)["token_embd.weight"]
+        embed = model.graph.ops[0]
+        assert isinstance(embed, Embed) and embed.weight is head.weight
+        rotations = [op for op in model.graph.ops if isinstance(op, Rotate)]
+        assert {op.rope.kind for op in rotations} == {"norm"}
+        assert all(op.rope.factors is not None for op in rotations)
+        assert linears(model)["blk.1.attn_k.weight"].bias is not None
+        assert linears(model)["blk.1.attn_output.weight"].bias is None
+
+
+def test_qwen2_has_biases(tmp_path: Path) -> None:
+    with loaded(tmp_path, arch="qwen2") as model:
+        for name in ("attn_q", "attn_k", "attn_v"):
+            bias = linears(model)[f"blk.0.{name}.weight"].bias
+            assert bias is not None and bias.name == f"blk.0.{name}.bias"
+        rotation = next(op for op in model.graph.ops if isinstance(op, Rotate))
+        assert rotation.rope.kind == "neox" and rotation.rope.factors is None
+
+
+def test_qwen3_norms_heads(tmp_path: Path) -> None:
+    with loaded(tmp_path, arch="qwen3", head_dim=32) as model:
+        norms = {op.weight.name: op for op in model.graph.ops if isinstance(op, RmsNorm)}
+        assert norms["blk.0.attn_q_norm.weight"].n_heads == 4
+        assert norms["blk.0.attn_k_norm.weight"].n_heads == 2
+        attention = next(op for op in model.graph.ops if isinstance(op, Attention))
+        assert attention.scale == 32**-0.5 and attention.out.dim == 4 * 32
+
+
+@pytest.mark.parametrize(
+    ("keys", "scale"),
+    [
+        ({}, 1.0),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, 1.0),
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, 0.25),
+        ({"rope.scaling.factor": 4.0}, 0.25),
+        ({"rope.scale_linear": 2.0}, 0.5),
+        ({"rope.scaling.type": "linear"}, 1.0),
+    ],
+)
+def test_rope_scaling(tmp_path: Path, keys: dict[str, Any], scale: float) -> None:
+    metadata = {f"llama.{key}": value for key, value in keys.items()}
+    with loaded(tmp_path, metadata=metadata) as model:
+        assert model.hparams.rope_scale == scale
+
+
+def test_counts_per_layer_may_be_equal_arrays(tmp_path: Path) -> None:
+    metadata = {"llama.attention.head_count_kv": [2, 2], "llama.feed_forward_length": [128, 128]}
+    with loaded(tmp_path, metadata=metadata) as model:
+        assert (model.hparams.n_kv_heads, model.hparams.ffn_dim) == (2, 128)
+
+
+def test_the_real_model(data_file: Callable[[str], Path]) -> None:
+    with GGUFFile.open(data_file("models/SmolLM2-135M-Instruct.Q4_1.gguf")) as file:
+        model = Model.load(file)
+        assert (model.hparams.n_layers, model.hparams.n_heads, model.hparams.head_dim) == (
+            30,
+            9,
+            64,
+        )
+        assert 134e6 < model.n_params < 136e6
+        assert model.quantisation == "Q4_1 + Q8_0 + F32"
+
+
+# -- files that don't ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("llama.block_count", 0),
+        ("llama.block_count", 1 << 31),
+        ("llama.block_count", "two"),
+        ("llama.embedding_length", 0),
+        ("llama.embedding_length", -64),
+        ("llama.attention.head_count", 0),
+        ("llama.attention.head_count", 1 << 30),
+        ("llama.attention.head_count_kv", 0),
+        ("llama.attention.head_count_kv", 3),
+        ("llama.attention.head_count_kv", 8),
+        ("llama.attention.head_count_kv", [2, 2, 2]),
+        ("llama.attention.head_count_kv", [0, 0]),
+        ("llama.attention.head_count_kv", ["a", "b"]),
+        ("llama.feed_forward_length", -1),
+        ("llama.attention.layer_norm_rms_epsilon", 0.0),
+        ("llama.attention.layer_norm_rms_epsilon", float("nan")),
+        ("llama.attention.layer_norm_rms_epsilon", 10.0),
+        ("llama.attention.key_length", 0),
+        ("llama.attention.key_length", 17),
+        ("llama.rope.dimension_count", 0),
+        ("llama.rope.dimension_count", 15),
+        ("llama.rope.dimension_count", 18),
+        ("llama.rope.freq_base", 0.0),
+        ("llama.rope.freq_base", float("inf")),
+        ("llama.rope.scaling.factor", -2.0),
+        ("llama.rope.scaling.factor", 1e-30),
+        ("llama.rope.scaling.type", 1),
+        ("llama.context_length", 0),
+        ("tokenizer.ggml.tokens", ["a", "b"]),
+        ("tokenizer.ggml.tokens", 5),
+        ("general.architecture", 3),
+        ("general.name", 3),
+    ],
+)
+def test_a_senseless_number_is_named(tmp_path: Path, key: str, value: Any) -> None:
+    with pytest.raises(InvalidModelError) as caught, loaded(tmp_path, metadata={key: value}):
+        pass
+    assert caught.value.field == key
+    assert key in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "field"),
+    [
+        ("llama.embedding_length", 128, "token_embd.weight"),
+        ("llama.feed_forward_length", 96, "blk.0.ffn_gate.weight"),
+        ("llama.attention.head_count_kv", 1, "blk.0.attn_k.weight"),
+        ("llama.block_count", 3, "blk.2.attn_norm.weight"),
+    ],
+)
+def test_a_number_that_contradicts_the_tensors(
+    tmp_path: Path, key: str, value: int, field: str
+) -> None:
+    with pytest.raises(InvalidModelError) as caught, loaded(tmp_path, metadata={key: value}):
+        pass
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("arch", "missing"),
+    [
+        ("qwen35", "gated delta-net layers"),
+        ("gemma3", "GeGLU"),
+        ("qwen3moe", "mixture of experts"),
+        ("phi3", "longrope"),
+        ("made-up", "a model file"),
+    ],
+)
+def test_an_unknown_architecture_says_what_it_needs(
+    tmp_path: Path, arch: str, missing: str
+) -> None:
+    metadata = {"general.architecture": arch}
+    with pytest.raises(UnsupportedModelError) as caught, loaded(tmp_path, metadata=metadata):
+        pass
+    assert caught.value.architecture == arch
+    assert missing in caught.value.missing
+    for word in (arch, missing, *ARCHITECTURES):
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "missing"),
+    [
+        ("rope.scaling.type", "yarn", "YaRN rope scaling"),
+        ("rope.scaling.type", "longrope", "longrope"),
+        ("rope.scaling.type", "other", "rope scaling 'other'"),
+        ("expert_count", 8, "mixture of experts"),
+        ("attention.causal", False, "bidirectional attention"),
+        ("final_logit_softcapping", 30.0, "final logit soft-capping"),
+        ("nextn_predict_layers", 1, "multi-token prediction layers"),
+        ("attention.value_length", 8, "value heads of 8 beside key heads of 16"),
+        ("attention.head_count_kv", [2, 1], "attention.head_count_kv that differs between layers"),
+    ],
+)
+def test_an_unsupported_setting_is_named(
+    tmp_path: Path, key: str, value: Any, missing: str
+) -> None:
+    metadata = {f"llama.{key}": value}
+    with pytest.raises(UnsupportedModelError) as caught, loaded(tmp_path, metadata=metadata):
+        pass
+    assert caught.value.missing == (missing,)
+    assert missing in str(caught.value)
+
+
+def write_with_tensors(
+    folder: Path, extra: dict[str, np.ndarray[Any, Any]], **options: Any
+) -> Path:
+    """A tiny model with more tensors, or with other contents of the ones it has."""
+    source, path = tiny_model(folder, **options), folder / "more.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    with GGUFFile.open(source) as file:
+        for key, value in file.metadata.items():
+            if key != "general.architecture" and not key.startswith("tokenizer."):
+                assert isinstance(value, (bool, int, float, str))
+                make_model.add_value(writer, key, value)
+        for name, weight in file.tensors.items():
+            if name not in extra:
+                n_rows = weight.shape[0] if len(weight.shape) == 2 else 1
+                data = np.frombuffer(weight.data, np.uint8).reshape(n_rows, -1).copy()
+                kind = gguf.GGMLQuantizationType(weight.type.ggml_id)
+                writer.add_tensor(name, data if n_rows > 1 else data[0], raw_dtype=kind)
+        for name, values in extra.items():
+            writer.add_tensor(name, values)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [
+        ("blk.0.ffn_gate_exps.weight", "mixture of experts"),
+        ("blk.1.attn_sinks.weight", "attention sinks"),
+        ("rope_factors_long.weight", "longrope"),
+        ("blk.1.attn_norm.bias", "LayerNorm"),
+        ("blk.1.something.weight", "blk.1.something.weight"),
+    ],
+)
+def test_a_tensor_that_nothing_reads_is_named(tmp_path: Path, name: str, missing: str) -> None:
+    path = write_with_tensors(tmp_path, {name: np.ones(32, np.float32)})
+    with GGUFFile.open(path) as file, pytest.raises(UnsupportedModelError) as caught:
+        Model.load(file)
+    assert caught.value.missing == (missing,)
+
+
+def test_old_rotation_tables_are_left_alone(tmp_path: Path) -> None:
+    extra = {"blk.0.attn_rot_embd.weight": np.ones(32, np.float32)}
+    with GGUFFile.open(write_with_tensors(tmp_path, extra)) as file:
+        assert Model.load(file).hparams.vocab_size == 320
+
+
+def test_rope_factors_are_positive(tmp_path: Path) -> None:
+    factors = np.ones(8, np.float32)
+    factors[3] = 0
+    path = write_with_tensors(tmp_path, {"rope_freqs.weight": factors}, rope_freqs=True)
+    with GGUFFile.open(path) as file, pytest.raises(InvalidModelError) as caught:
+        Model.load(file)
+    assert caught.value.field == "rope_freqs.weight"
+
+
+def test_a_type_that_does_not_run_is_named(tmp_path: Path) -> None:
+    path = write_with_tensors(tmp_path, {"blk.1.ffn_norm.weight": np.ones(64, np.float64)})
+    with GGUFFile.open(path) as file, pytest.raises(UnsupportedModelError) as caught:
+        Model.load(file)
+    assert caught.value.missing == ("F64",)
+    for word in ("blk.1.ffn_norm.weight", "F64", "Q4_K"):
+        assert word in str(caught.value)
+
+
+def test_vocabularies_are_no_models(data_file: Callable[[str], Path]) -> None:
+    with GGUFFile.open(data_file("vocab/ggml-vocab-llama-spm.gguf")) as file:
+        with pytest.raises(EdgeInferError):
+            Model.load(file)
