@@ -3,10 +3,13 @@
 Knows no quant type. A family offers, for 32 unsigned bytes u (8 rows x 4) and four signed bytes
 of each token's activations:
 
-- `narrow_zero(n)`, `narrow_dot(acc, u, x, stride)`, `narrow_sum(acc)`: for u <= 15, at most eight
-  dots between zero and sum (8 * 2 * 15 * 127 fits in int16 where the family sums there);
-- `wide_dot(acc, u, x, stride)`: for u <= 127, into int32 lanes, any number of times;
-- `signed_dot(acc, w, x, stride)`: for signed bytes w > -128.
+- `narrow_zero(n)`, `narrow_dot(acc, u, x, stride)`, `narrow_sum(acc)`: for u <= 63, at most
+  `narrow_dots(largest u)` dots between zero and sum, because a family may add in int16;
+- `scale_first(pairs)`, `scale_second(pairs)`, `add_scaled(total, acc, scale)`: total + scale *
+  narrow_sum(acc), the scale of each row being one of a pair of int16;
+- `pair_dot(total, pairs, x, stride)`: two int16 of each row times two int16 of each token;
+- `byte_dot(acc, u, x, stride)`, `byte_sum(acc, sums)`: for weights stored as u = w + 128, the dot
+  product of w and x; `sums` are the sums of each token's x.
 
 Lane r of a sum belongs to row r; token i's activations lie at x + i * stride. All are exact, so
 every family gives the same bits.
@@ -21,7 +24,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from edgeinfer.kernels.cpu.native import simd
+from edgeinfer.kernels.cpu.native import fields, simd
 from edgeinfer.kernels.cpu.native.simd import (
     I16,
     I32,
@@ -47,13 +50,23 @@ class Isa:
     """One family's vocabulary; see the module docstring."""
 
     name: str
+    registers: int  # vector registers that a kernel may count on
     narrow_zero: Callable
     narrow_dot: Callable
     narrow_sum: Callable
-    wide_dot: Callable
-    signed_dot: Callable
+    narrow_dots: Callable[[int], int]
+    scale_first: Callable
+    scale_second: Callable
+    add_scaled: Callable
+    pair_dot: Callable
+    byte_dot: Callable
+    byte_sum: Callable
     pause: Callable
     reset_float: Callable  # round to nearest, denormals kept, whatever this thread had before
+
+
+def _first(*vecs):
+    return vecs[0]
 
 
 def _broadcast(b, x, stride, i):
@@ -97,23 +110,29 @@ def _pairs(b, u, s):
     return call(b, "ei.x86.pmaddubsw", _I16x16, u, s)
 
 
+def _pmaddwd(b, v, w):
+    return call(b, "ei.x86.pmaddwd", _I32x8, v, w)
+
+
 def _widen(b, v):
-    return call(b, "ei.x86.pmaddwd", _I32x8, v, const_ir(i16x16, 1))
+    return _pmaddwd(b, v, const_ir(i16x16, 1))
 
 
-def _absolute(b, w):
-    zero = const_ir(u8x32, 0)
-    return b.select(b.icmp_signed("<", w, zero), b.sub(zero, w), w)
+def _add_pmaddwd(b, acc, v, w):
+    """Where VNNI is there LLVM makes one vpdpwssd of the two."""
+    return b.add(acc, _pmaddwd(b, v, w))
 
 
-def _negated_where_negative(b, x, w):
-    zero = const_ir(u8x32, 0)
-    return b.select(b.icmp_signed("<", w, zero), b.sub(zero, x), x)
+def _byte_avx2(b, acc, u, x):
+    """|w| times x with the sign of w: 128 * 127 * 2 just fits in int16."""
+    w = b.xor(u, const_ir(u8x32, -128))
+    negative = b.ashr(w, const_ir(u8x32, 7))
+    size, signed = (b.sub(b.xor(v, negative), negative) for v in (w, x))
+    return b.add(acc, _widen(b, _pairs(b, size, signed)))
 
 
-def _signed_avx2(b, acc, w, x):
-    pairs = _pairs(b, _absolute(b, w), _negated_where_negative(b, x, w))
-    return b.add(acc, _widen(b, pairs))
+def _pair_dot(emit):
+    return _per_token(lambda b, acc, w, x: emit(b, acc, w, b.bitcast(x, _I16x16)))
 
 
 _MXCSR_DEFAULT = 0x1F80
@@ -132,11 +151,17 @@ _reset_float_x86 = simd.scalar(types.void, (), _emit_reset_float)
 
 AVX2 = Isa(
     "avx2",
+    16,
     narrow_zero=simd.zeros_i16,
     narrow_dot=_per_token(lambda b, acc, u, x: b.add(acc, _pairs(b, u, x))),
     narrow_sum=mapped(1, lambda v: i32x8, _widen),
-    wide_dot=_per_token(lambda b, acc, u, x: b.add(acc, _widen(b, _pairs(b, u, x)))),
-    signed_dot=_per_token(_signed_avx2),
+    narrow_dots=lambda u: 32767 // (2 * 127 * u),
+    scale_first=fields.first_twice,
+    scale_second=fields.second_twice,
+    add_scaled=mapped(3, _first, _add_pmaddwd),
+    pair_dot=_pair_dot(_add_pmaddwd),
+    byte_dot=_per_token(_byte_avx2),
+    byte_sum=mapped(2, _first, lambda b, acc, sums: acc),
     pause=_pause_x86,
     reset_float=_reset_float_x86,
 )
@@ -149,17 +174,35 @@ def _vpdpbusd(b, acc, u, s):
     return call(b, "ei.x86.vpdpbusd", _I32x8, acc, u, s)
 
 
-def _signed_vnni(b, acc, w, x):
-    return _vpdpbusd(b, acc, _absolute(b, w), _negated_where_negative(b, x, w))
+def _first_word(b, pairs):
+    sixteen = const_ir(i32x8, 16)
+    return b.ashr(b.shl(b.bitcast(pairs, _I32x8), sixteen), sixteen)
 
+
+def _second_word(b, pairs):
+    return b.ashr(b.bitcast(pairs, _I32x8), const_ir(i32x8, 16))
+
+
+# What families that add in int32 from the start have in common.
+_WORDS = dict(
+    narrow_zero=simd.zeros_i32,
+    narrow_sum=mapped(1, _first, lambda b, acc: acc),
+    narrow_dots=lambda u: 256,
+    scale_first=mapped(1, lambda v: i32x8, _first_word),
+    scale_second=mapped(1, lambda v: i32x8, _second_word),
+    add_scaled=mapped(3, _first, lambda b, total, acc, s: b.add(total, b.mul(acc, s))),
+    byte_sum=mapped(
+        2, _first, lambda b, acc, sums: b.sub(acc, b.shl(sums, const_ir(i32x8, 7)))
+    ),
+)
 
 VNNI = Isa(
     "vnni",
-    narrow_zero=simd.zeros_i32,
+    16,
+    **_WORDS,
     narrow_dot=_per_token(_vpdpbusd),
-    narrow_sum=mapped(1, lambda v: i32x8, lambda b, v: v),
-    wide_dot=_per_token(_vpdpbusd),
-    signed_dot=_per_token(_signed_vnni),
+    pair_dot=_pair_dot(_add_pmaddwd),
+    byte_dot=_per_token(_vpdpbusd),
     pause=_pause_x86,
     reset_float=_reset_float_x86,
 )
@@ -168,27 +211,29 @@ VNNI = Isa(
 # -- any machine: plain vector arithmetic --------------------------------------------------------
 
 
-def _dot4(b, acc, w, x, extend):
-    """Widen to int16, multiply, add the four products of each row."""
-    products = b.mul(
-        extend(w, ir.VectorType(I16, 32)), b.sext(x, ir.VectorType(I16, 32))
-    )
-    wide = b.sext(products, ir.VectorType(I32, 32))
+def _dot4(b, acc, u, x):
+    """Multiply in int16, which 255 * 127 fits, and add the four products of each row."""
+    kind = ir.VectorType(I16, 32)
+    products = b.sext(b.mul(b.zext(u, kind), b.sext(x, kind)), ir.VectorType(I32, 32))
     for k in range(4):
         lanes = ir.Constant(ir.VectorType(I32, 8), [4 * r + k for r in range(8)])
-        acc = b.add(acc, b.shuffle_vector(wide, wide, lanes))
+        acc = b.add(acc, b.shuffle_vector(products, products, lanes))
     return acc
 
 
-_generic_unsigned = _per_token(lambda b, acc, u, x: _dot4(b, acc, u, x, b.zext))
+def _dot2(b, acc, w, x):
+    first = b.mul(_first_word(b, w), _first_word(b, x))
+    second = b.mul(_second_word(b, w), _second_word(b, x))
+    return b.add(acc, b.add(first, second))
+
 
 GENERIC = Isa(
     "generic",
-    narrow_zero=simd.zeros_i32,
-    narrow_dot=_generic_unsigned,
-    narrow_sum=mapped(1, lambda v: i32x8, lambda b, v: v),
-    wide_dot=_generic_unsigned,
-    signed_dot=_per_token(lambda b, acc, w, x: _dot4(b, acc, w, x, b.sext)),
+    16,
+    **_WORDS,
+    narrow_dot=_per_token(_dot4),
+    pair_dot=_pair_dot(_dot2),
+    byte_dot=_per_token(_dot4),
     pause=simd.scalar(types.void, (), lambda b: None),
     reset_float=simd.scalar(types.void, (), lambda b: None),
 )

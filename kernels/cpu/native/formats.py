@@ -1,0 +1,728 @@
+"""What the kernels know of each weight type: packing a block, its dot products, one value of it.
+
+Knows nothing of rows, chunks or tiles of a matmul. `edgeinfer.kernels.cpu.formats` describes the
+packed blocks, `edgeinfer.quant` the blocks of the file.
+
+For each type, over vectors of 8 rows (one lane per row):
+
+- `pack(src, dst, lane)`: put one row's block of the file into a packed block;
+- `accumulate(isa, n)` gives `add(p, q, stride, acc)`: acc plus packed block p times the block q
+  of n tokens that lie `stride` apart, in the order of additions that `notes/numerics.md` fixes;
+- `value(p, k, lane)`: element k of a row, as the file's dequantisation rounds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+
+from edgeinfer.kernels.cpu.layout import A32_D, A32_SUM, A256_D, A256_SUMS
+from edgeinfer.kernels.cpu.native.fields import (
+    first_twice,
+    load_i8_pairs,
+    load_u8_pairs,
+    second_twice,
+    words_left,
+    words_right,
+)
+from edgeinfer.kernels.cpu.native.simd import (
+    add_i,
+    and_i,
+    fma,
+    load_bf16,
+    load_bf16x8,
+    load_f16,
+    load_f16x8,
+    load_f32,
+    load_f32x8,
+    load_i8,
+    load_splats_f32,
+    load_splats_i32,
+    load_u8,
+    load_u8x32,
+    load_u16,
+    load_u32,
+    mul_f,
+    neg_f,
+    or_i,
+    shift_left,
+    shift_right,
+    splat_i16,
+    splat_u8,
+    store_u8,
+    store_u16,
+    store_u32,
+    sub_i,
+    to_f32,
+    zeros_i32,
+)
+
+jit = njit(error_model="numpy")
+u32, f32 = np.uint32, np.float32
+
+
+@dataclass(frozen=True)
+class Format:
+    """The code of one weight type; see the module docstring."""
+
+    pack: Callable
+    accumulate: Callable
+    value: Callable
+    n_accumulators: int = 1  # tiles of sums that a row is added up in
+
+
+# -- 32 columns, nibbles: Q4_0, Q4_1 -------------------------------------------------------------
+
+
+@jit
+def _pack_words(src, dst, lane, n):
+    """n words of one row to its lane of n vectors."""
+    for j in range(n):
+        store_u32(dst + 32 * j + 4 * lane, load_u32(src + 4 * j))
+
+
+@jit
+def _pack_q4_0(src, dst, lane):
+    store_u16(dst + 2 * lane, load_u16(src))
+    _pack_words(src + 2, dst + 16, lane, 4)
+
+
+@jit
+def _pack_q4_1(src, dst, lane):
+    store_u16(dst + 2 * lane, load_u16(src))
+    store_u16(dst + 16 + 2 * lane, load_u16(src + 2))
+    _pack_words(src + 4, dst + 32, lane, 4)
+
+
+@jit
+def _nibble(p, k, lane):
+    """Element k of 32 whose quants are at p."""
+    b = load_u8(p + ((k & 12) << 3) + 4 * lane + (k & 3))
+    return (u32(b) >> u32((k >> 4) << 2)) & u32(15)
+
+
+@jit
+def _value_q4_0(p, k, lane):
+    return load_f16(p + 2 * lane) * f32(np.int32(_nibble(p + 16, k, lane)) - np.int32(8))
+
+
+@jit
+def _value_q4_1(p, k, lane):
+    return load_f16(p + 2 * lane) * f32(_nibble(p + 32, k, lane)) + load_f16(p + 16 + 2 * lane)
+
+
+def _nibble_dots(isa, n):
+    """Eight dots, the bound of int16 for nibbles."""
+    assert isa.narrow_dots(15) >= 8
+    zero, dot = isa.narrow_zero, isa.narrow_dot
+
+    @jit
+    def dots(p, q, stride):
+        acc = zero(n)
+        for j in range(4):
+            v = load_u8x32(p + 32 * j)
+            acc = dot(acc, and_i(v, splat_u8(15)), q + 4 * j, stride)
+            acc = dot(acc, shift_right(v, 4), q + 4 * j + 16, stride)
+        return acc
+
+    return dots
+
+
+def _accumulate_q4_0(isa, n):
+    dots, total = _nibble_dots(isa, n), isa.narrow_sum
+
+    @jit
+    def add(p, q, stride, acc):
+        d = mul_f(load_f16x8(p), load_splats_f32(q + A32_D, stride, n))
+        sums = shift_left(load_splats_i32(q + A32_SUM, stride, n), 3)
+        return fma(d, to_f32(sub_i(total(dots(p + 16, q, stride)), sums)), acc)
+
+    return add
+
+
+def _with_min(n):
+    """acc + d * dot + m * sum, for Q4_1 and Q5_1."""
+
+    @jit
+    def add(p, q, stride, dot, acc):
+        dx = load_splats_f32(q + A32_D, stride, n)
+        acc = fma(mul_f(load_f16x8(p), dx), to_f32(dot), acc)
+        sums = load_splats_i32(q + A32_SUM, stride, n)
+        return fma(mul_f(load_f16x8(p + 16), dx), to_f32(sums), acc)
+
+    return add
+
+
+def _accumulate_q4_1(isa, n):
+    dots, total, with_min = _nibble_dots(isa, n), isa.narrow_sum, _with_min(n)
+
+    @jit
+    def add(p, q, stride, acc):
+        return with_min(p, q, stride, total(dots(p + 32, q, stride)), acc)
+
+    return add
+
+
+# -- 32 columns, five bits: Q5_0, Q5_1 -----------------------------------------------------------
+
+
+@jit
+def _swap_bits(x, mask, distance):
+    """Exchange the bits under `mask` with those `distance` above them."""
+    t = (x ^ (x >> u32(distance))) & u32(mask)
+    return x ^ t ^ (t << u32(distance))
+
+
+@jit
+def _fifth_bits(x):
+    """Bit 4j + k to bit 8k + j: the indices j2 j1 j0 k1 k0 become k1 k0 j2 j1 j0."""
+    x = _swap_bits(x, 0x0A0A0A0A, 3)  # index bits 0 and 2: j2 j1 k0 k1 j0
+    x = _swap_bits(x, 0x00CC00CC, 6)  # 1 and 3: j2 k1 k0 j1 j0
+    x = _swap_bits(x, 0x0000F0F0, 12)  # 2 and 4: k0 k1 j2 j1 j0
+    x = _swap_bits(x, 0x0000FF00, 8)  # 3 and 4: k1 k0 j2 j1 j0
+    return x
+
+
+@jit
+def _pack_q5_0(src, dst, lane):
+    store_u16(dst + 2 * lane, load_u16(src))
+    store_u32(dst + 16 + 4 * lane, _fifth_bits(load_u32(src + 2)))
+    _pack_words(src + 6, dst + 48, lane, 4)
+
+
+@jit
+def _pack_q5_1(src, dst, lane):
+    store_u16(dst + 2 * lane, load_u16(src))
+    store_u16(dst + 16 + 2 * lane, load_u16(src + 2))
+    store_u32(dst + 32 + 4 * lane, _fifth_bits(load_u32(src + 4)))
+    _pack_words(src + 8, dst + 64, lane, 4)
+
+
+@jit
+def _five_bits(p, k, lane):
+    """Element k of 32 whose fifth bits are at p and nibbles behind them."""
+    high = u32(load_u8(p + 4 * lane + (k & 3))) >> u32(k >> 2) & u32(1)
+    return _nibble(p + 32, k, lane) | (high << u32(4))
+
+
+@jit
+def _value_q5_0(p, k, lane):
+    return load_f16(p + 2 * lane) * f32(np.int32(_five_bits(p + 16, k, lane)) - np.int32(16))
+
+
+@jit
+def _value_q5_1(p, k, lane):
+    return load_f16(p + 2 * lane) * f32(_five_bits(p + 32, k, lane)) + load_f16(p + 16 + 2 * lane)
+
+
+def _five_bit_dots(isa, n):
+    """Two functions that each add four dots: the low and the high half of 32 elements."""
+    assert isa.narrow_dots(31) >= 4
+    dot = isa.narrow_dot
+
+    @jit
+    def low(p, q, stride, acc):
+        fifth = load_u8x32(p)
+        for j in range(4):
+            v = and_i(load_u8x32(p + 32 + 32 * j), splat_u8(15))
+            v = or_i(v, and_i(words_left(fifth, 4 - j), splat_u8(16)))
+            acc = dot(acc, v, q + 4 * j, stride)
+        return acc
+
+    @jit
+    def high(p, q, stride, acc):
+        fifth = load_u8x32(p)
+        for j in range(4):
+            v = shift_right(load_u8x32(p + 32 + 32 * j), 4)
+            v = or_i(v, and_i(words_right(fifth, j), splat_u8(16)))
+            acc = dot(acc, v, q + 4 * j + 16, stride)
+        return acc
+
+    return low, high
+
+
+def _five_bit_total(isa, n):
+    """The dot of 32 elements in int32."""
+    low, high = _five_bit_dots(isa, n)
+    zero, total = isa.narrow_zero, isa.narrow_sum
+
+    @jit
+    def in_one(p, q, stride):
+        return total(high(p, q, stride, low(p, q, stride, zero(n))))
+
+    @jit
+    def in_halves(p, q, stride):
+        first = total(low(p, q, stride, zero(n)))
+        return add_i(first, total(high(p, q, stride, zero(n))))
+
+    return in_one if isa.narrow_dots(31) >= 8 else in_halves
+
+
+def _accumulate_q5_0(isa, n):
+    total = _five_bit_total(isa, n)
+
+    @jit
+    def add(p, q, stride, acc):
+        d = mul_f(load_f16x8(p), load_splats_f32(q + A32_D, stride, n))
+        sums = shift_left(load_splats_i32(q + A32_SUM, stride, n), 4)
+        return fma(d, to_f32(sub_i(total(p + 16, q, stride), sums)), acc)
+
+    return add
+
+
+def _accumulate_q5_1(isa, n):
+    total, with_min = _five_bit_total(isa, n), _with_min(n)
+
+    @jit
+    def add(p, q, stride, acc):
+        return with_min(p, q, stride, total(p + 32, q, stride), acc)
+
+    return add
+
+
+# -- 32 columns, bytes: Q8_0 ---------------------------------------------------------------------
+
+
+@jit
+def _pack_q8_0(src, dst, lane):
+    store_u16(dst + 2 * lane, load_u16(src))
+    for j in range(8):
+        store_u32(dst + 16 + 32 * j + 4 * lane, load_u32(src + 2 + 4 * j) ^ u32(0x80808080))
+
+
+@jit
+def _value_q8_0(p, k, lane):
+    b = load_u8(p + 16 + ((k >> 2) << 5) + 4 * lane + (k & 3))
+    return load_f16(p + 2 * lane) * f32(np.int32(b) - np.int32(128))
+
+
+def _accumulate_q8_0(isa, n):
+    dot, total = isa.byte_dot, isa.byte_sum
+
+    @jit
+    def add(p, q, stride, acc):
+        dots = zeros_i32(n)
+        for j in range(8):
+            dots = dot(dots, load_u8x32(p + 16 + 32 * j), q + 4 * j, stride)
+        d = mul_f(load_f16x8(p), load_splats_f32(q + A32_D, stride, n))
+        return fma(d, to_f32(total(dots, load_splats_i32(q + A32_SUM, stride, n))), acc)
+
+    return add
+
+
+# -- 256 columns, sub-blocks of 32 with scale and min: Q4_K, Q5_K --------------------------------
+
+
+@jit
+def _pack_scales_and_mins(src, dst, lane):
+    """The 12 bytes of 6-bit fields to 8 scales at dst and 8 mins 64 bytes behind them."""
+    for i in range(4):
+        scale, low, rest = u32(load_u8(src + i)), u32(load_u8(src + 4 + i)), u32(load_u8(src + 8 + i))
+        at = dst + ((i >> 1) << 4) + 2 * lane + (i & 1)
+        store_u8(at, scale & u32(63))
+        store_u8(at + 64, low & u32(63))
+        store_u8(at + 32, (rest & u32(15)) | ((scale >> u32(6)) << u32(4)))
+        store_u8(at + 96, (rest >> u32(4)) | ((low >> u32(6)) << u32(4)))
+
+
+@jit
+def _pack_nibbles_32(src, nibble, dst, lane):
+    """One sub-block of 32: its elements are one nibble of 32 bytes of the file."""
+    shift, mask = u32(4 * nibble), u32(0x0F0F0F0F)
+    for j in range(4):
+        first = (load_u32(src + 4 * j) >> shift) & mask
+        second = (load_u32(src + 16 + 4 * j) >> shift) & mask
+        store_u32(dst + 32 * j + 4 * lane, first | (second << u32(4)))
+
+
+@jit
+def _bit_of_each(src, bit):
+    """Bit `bit` of 32 bytes: of byte 4j + k to bit j of byte k."""
+    out = u32(0)
+    for j in range(8):
+        out |= ((load_u32(src + 4 * j) >> u32(bit)) & u32(0x01010101)) << u32(j)
+    return out
+
+
+@jit
+def _pair_of_each(src, field):
+    """Bits 2 * field and above of 16 bytes: of byte 4j + k to bits 2j, 2j + 1 of byte k."""
+    out = u32(0)
+    for j in range(4):
+        out |= ((load_u32(src + 4 * j) >> u32(2 * field)) & u32(0x03030303)) << u32(2 * j)
+    return out
+
+
+@jit
+def _pack_q4_k(src, dst, lane):
+    store_u16(dst + 2 * lane, load_u16(src))
+    store_u16(dst + 16 + 2 * lane, load_u16(src + 2))
+    _pack_scales_and_mins(src + 4, dst + 32, lane)
+    for s in range(8):
+        _pack_nibbles_32(src + 16 + 32 * (s >> 1), s & 1, dst + 160 + 128 * s, lane)
+
+
+@jit
+def _pack_q5_k(src, dst, lane):
+    store_u16(dst + 2 * lane, load_u16(src))
+    store_u16(dst + 16 + 2 * lane, load_u16(src + 2))
+    _pack_scales_and_mins(src + 4, dst + 32, lane)
+    for s in range(8):
+        to = dst + 160 + 160 * s
+        store_u32(to + 4 * lane, _bit_of_each(src + 16, s))
+        _pack_nibbles_32(src + 48 + 32 * (s >> 1), s & 1, to + 32, lane)
+
+
+@jit
+def _scale_byte(p, s, lane):
+    """Byte s of a row where pairs of sub-blocks lie together."""
+    return load_u8(p + ((s >> 1) << 4) + 2 * lane + (s & 1))
+
+
+@jit
+def _scale_and_min(p, s, lane, q):
+    scale = load_f16(p + 2 * lane) * f32(_scale_byte(p + 32, s, lane))
+    low = load_f16(p + 16 + 2 * lane) * f32(_scale_byte(p + 96, s, lane))
+    return scale * f32(q) - low
+
+
+@jit
+def _value_q4_k(p, k, lane):
+    s = k >> 5
+    return _scale_and_min(p, s, lane, _nibble(p + 160 + 128 * s, k & 31, lane))
+
+
+@jit
+def _value_q5_k(p, k, lane):
+    s = k >> 5
+    return _scale_and_min(p, s, lane, _five_bits(p + 160 + 160 * s, k & 31, lane))
+
+
+def _with_mins(n):
+    """acc + d * isum - dmin * msum, for the types whose blocks start with d and dmin."""
+
+    @jit
+    def add(p, q, stride, isum, msum, acc):
+        dx = load_splats_f32(q + A256_D, stride, n)
+        acc = fma(mul_f(load_f16x8(p), dx), to_f32(isum), acc)
+        return fma(neg_f(mul_f(load_f16x8(p + 16), dx)), to_f32(msum), acc)
+
+    return add
+
+
+def _scaled_by_32(isa, n, add_sub_block, sub_bytes):
+    """Q4_K and Q5_K but for their sub-blocks: `add_sub_block(p, q, stride, scale, isum)`."""
+    first, second, pair_dot, with_mins = (
+        isa.scale_first, isa.scale_second, isa.pair_dot, _with_mins(n)
+    )  # fmt: skip
+
+    @jit
+    def add(p, q, stride, acc):
+        isum = zeros_i32(n)
+        for i in range(4):
+            scales = load_u8_pairs(p + 32 + 16 * i)
+            at, x = p + 160 + 2 * sub_bytes * i, q + 64 * i
+            isum = add_sub_block(at, x, stride, first(scales), isum)
+            isum = add_sub_block(at + sub_bytes, x + 32, stride, second(scales), isum)
+        msum = zeros_i32(n)
+        for i in range(4):
+            mins, x = load_u8_pairs(p + 96 + 16 * i), q + A256_SUMS + 8 * i
+            msum = pair_dot(msum, first_twice(mins), x, stride)
+            msum = pair_dot(msum, second_twice(mins), x + 4, stride)
+        return with_mins(p, q, stride, isum, msum, acc)
+
+    return add
+
+
+def _accumulate_q4_k(isa, n):
+    dots, add_scaled = _nibble_dots(isa, n), isa.add_scaled
+
+    @jit
+    def add_sub_block(p, q, stride, scale, isum):
+        return add_scaled(isum, dots(p, q, stride), scale)
+
+    return _scaled_by_32(isa, n, add_sub_block, 128)
+
+
+def _accumulate_q5_k(isa, n):
+    low, high = _five_bit_dots(isa, n)
+    zero, add_scaled = isa.narrow_zero, isa.add_scaled
+
+    @jit
+    def in_one(p, q, stride, scale, isum):
+        return add_scaled(isum, high(p, q, stride, low(p, q, stride, zero(n))), scale)
+
+    @jit
+    def in_halves(p, q, stride, scale, isum):
+        isum = add_scaled(isum, low(p, q, stride, zero(n)), scale)
+        return add_scaled(isum, high(p, q, stride, zero(n)), scale)
+
+    return _scaled_by_32(isa, n, in_one if isa.narrow_dots(31) >= 8 else in_halves, 160)
+
+
+# -- 256 columns, sub-blocks of 16: Q6_K, Q2_K, Q3_K ---------------------------------------------
+
+
+@jit
+def _pack_pairs(src, dst, lane, n):
+    """n pairs of scale bytes of one row to its lane."""
+    for i in range(n):
+        store_u16(dst + 16 * i + 2 * lane, load_u16(src + 2 * i))
+
+
+@jit
+def _pack_q6_k(src, dst, lane):
+    store_u16(dst + 2 * lane, load_u16(src + 208))
+    _pack_pairs(src + 192, dst + 16, lane, 8)
+    mask = u32(0x0F0F0F0F)
+    for s in range(16):
+        half, r = s >> 3, s & 7
+        low, shift = src + 64 * half + 16 * (r & 3), u32(4 * (r >> 2))
+        to = dst + 144 + 96 * s + 4 * lane
+        for j in range(2):
+            first = (load_u32(low + 4 * j) >> shift) & mask
+            second = (load_u32(low + 8 + 4 * j) >> shift) & mask
+            store_u32(to + 32 * j, first | (second << u32(4)))
+        store_u32(to + 64, _pair_of_each(src + 128 + 32 * half + 16 * (r & 1), r >> 1))
+
+
+@jit
+def _two_bits(p, k, lane):
+    """Element k of 16 whose bit pairs are at p."""
+    return (u32(load_u8(p + 4 * lane + (k & 3))) >> u32((k >> 2) << 1)) & u32(3)
+
+
+@jit
+def _value_q6_k(p, k, lane):
+    s, e = k >> 4, k & 15
+    at = p + 144 + 96 * s
+    nibbles = u32(load_u8(at + ((e & 4) << 3) + 4 * lane + (e & 3)))
+    u = ((nibbles >> u32((e >> 3) << 2)) & u32(15)) | (_two_bits(at + 64, e, lane) << u32(4))
+    scale = load_i8(p + 16 + ((s >> 1) << 4) + 2 * lane + (s & 1))
+    return load_f16(p + 2 * lane) * f32(scale) * f32(np.int32(u) - np.int32(32))
+
+
+def _accumulate_q6_k(isa, n):
+    assert isa.narrow_dots(63) >= 2
+    zero, dot, add_scaled, pair_dot = isa.narrow_zero, isa.narrow_dot, isa.add_scaled, isa.pair_dot
+    first, second, in_one = isa.scale_first, isa.scale_second, isa.narrow_dots(63) >= 4
+
+    @jit
+    def low(p, q, stride, acc):
+        a, b, high = load_u8x32(p), load_u8x32(p + 32), load_u8x32(p + 64)
+        a = or_i(and_i(a, splat_u8(15)), and_i(words_left(high, 4), splat_u8(48)))
+        b = or_i(and_i(b, splat_u8(15)), and_i(words_left(high, 2), splat_u8(48)))
+        return dot(dot(acc, a, q, stride), b, q + 4, stride)
+
+    @jit
+    def high(p, q, stride, acc):
+        a, b, high = load_u8x32(p), load_u8x32(p + 32), load_u8x32(p + 64)
+        a = or_i(shift_right(a, 4), and_i(high, splat_u8(48)))
+        b = or_i(shift_right(b, 4), and_i(words_right(high, 2), splat_u8(48)))
+        return dot(dot(acc, a, q + 8, stride), b, q + 12, stride)
+
+    @jit
+    def add_sub_block(p, q, stride, scale, isum):
+        if in_one:
+            return add_scaled(isum, high(p, q, stride, low(p, q, stride, zero(n))), scale)
+        isum = add_scaled(isum, low(p, q, stride, zero(n)), scale)
+        return add_scaled(isum, high(p, q, stride, zero(n)), scale)
+
+    @jit
+    def add(p, q, stride, acc):
+        isum = zeros_i32(n)
+        for i in range(8):
+            scales = load_i8_pairs(p + 16 + 16 * i)
+            at, x = p + 144 + 192 * i, q + 32 * i
+            isum = add_sub_block(at, x, stride, first(scales), isum)
+            isum = add_sub_block(at + 96, x + 16, stride, second(scales), isum)
+        msum = zeros_i32(n)
+        for i in range(8):
+            scales = load_i8_pairs(p + 16 + 16 * i)
+            msum = pair_dot(msum, scales, q + A256_SUMS + 4 * i, stride)
+        d = mul_f(load_f16x8(p), load_splats_f32(q + A256_D, stride, n))
+        return fma(d, to_f32(sub_i(isum, shift_left(msum, 5))), acc)
+
+    return add
+
+
+@jit
+def _pack_q2_k(src, dst, lane):
+    store_u16(dst + 2 * lane, load_u16(src + 80))
+    store_u16(dst + 16 + 2 * lane, load_u16(src + 82))
+    _pack_pairs(src, dst + 32, lane, 8)
+    for s in range(16):
+        quants = _pair_of_each(src + 16 + 32 * (s >> 3) + 16 * (s & 1), (s >> 1) & 3)
+        store_u32(dst + 160 + 32 * s + 4 * lane, quants)
+
+
+@jit
+def _value_q2_k(p, k, lane):
+    s = k >> 4
+    both = u32(_scale_byte(p + 32, s, lane))
+    scale = load_f16(p + 2 * lane) * f32(both & u32(15))
+    low = load_f16(p + 16 + 2 * lane) * f32(both >> u32(4))
+    return scale * f32(_two_bits(p + 160 + 32 * s, k & 15, lane)) - low
+
+
+def _accumulate_q2_k(isa, n):
+    assert isa.narrow_dots(3) >= 4
+    zero, dot, add_scaled, pair_dot = isa.narrow_zero, isa.narrow_dot, isa.add_scaled, isa.pair_dot
+    first, second, with_mins = isa.scale_first, isa.scale_second, _with_mins(n)
+
+    @jit
+    def add_sub_block(p, q, stride, scale, isum):
+        acc, v = zero(n), load_u8x32(p)
+        for j in range(4):
+            acc = dot(acc, and_i(words_right(v, 2 * j), splat_u8(3)), q + 4 * j, stride)
+        return add_scaled(isum, acc, scale)
+
+    @jit
+    def add(p, q, stride, acc):
+        isum = zeros_i32(n)
+        for i in range(8):
+            scales = and_i(load_u8_pairs(p + 32 + 16 * i), splat_i16(15))
+            at, x = p + 160 + 64 * i, q + 32 * i
+            isum = add_sub_block(at, x, stride, first(scales), isum)
+            isum = add_sub_block(at + 32, x + 16, stride, second(scales), isum)
+        msum = zeros_i32(n)
+        for i in range(8):
+            mins = shift_right(load_u8_pairs(p + 32 + 16 * i), 4)
+            msum = pair_dot(msum, mins, q + A256_SUMS + 4 * i, stride)
+        return with_mins(p, q, stride, isum, msum, acc)
+
+    return add
+
+
+@jit
+def _pack_q3_k(src, dst, lane):
+    store_u16(dst + 2 * lane, load_u16(src + 108))
+    _pack_pairs(src + 96, dst + 16, lane, 6)
+    for i in range(8):
+        quants, to = src + 32 + 32 * (i >> 2), dst + 112 + 96 * i + 4 * lane
+        store_u32(to, _pair_of_each(quants, i & 3))
+        store_u32(to + 32, _pair_of_each(quants + 16, i & 3))
+        store_u32(to + 64, _bit_of_each(src, i))
+
+
+@jit
+def _value_q3_k(p, k, lane):
+    s, e = k >> 4, k & 15
+    i = s >> 1
+    at = p + 112 + 96 * i
+    third = u32(load_u8(at + 64 + 4 * lane + (e & 3))) >> u32(((s & 1) << 2) + (e >> 2)) & u32(1)
+    u = _two_bits(at + ((s & 1) << 5), e, lane) | (third << u32(2))
+    low = u32(_scale_byte(p + 16, s & 7, lane)) >> u32((s >> 3) << 2) & u32(15)
+    high = u32(_scale_byte(p + 80, s & 3, lane)) >> u32((s >> 2) << 1) & u32(3)
+    scale = np.int32(low | (high << u32(4))) - np.int32(32)
+    return load_f16(p + 2 * lane) * f32(scale) * f32(np.int32(u) - np.int32(4))
+
+
+def _accumulate_q3_k(isa, n):
+    assert isa.narrow_dots(7) >= 4
+    zero, dot, add_scaled, pair_dot = isa.narrow_zero, isa.narrow_dot, isa.add_scaled, isa.pair_dot
+    first, second = isa.scale_first, isa.scale_second
+
+    @jit
+    def scale_pairs(p, i):
+        low = and_i(words_right(load_u8_pairs(p + 16 + 16 * (i & 3)), 4 * (i >> 2)), splat_i16(15))
+        high = and_i(words_right(load_u8_pairs(p + 80 + 16 * (i & 1)), 2 * (i >> 1)), splat_i16(3))
+        return sub_i(or_i(low, shift_left(high, 4)), splat_i16(32))
+
+    @jit
+    def add_sub_block(p, third, q, stride, scale, isum):
+        """`third` has the third bits of quad j at bit 2 + j."""
+        acc, v = zero(n), load_u8x32(p)
+        for j in range(4):
+            u = or_i(
+                and_i(words_right(v, 2 * j), splat_u8(3)),
+                and_i(words_right(third, j), splat_u8(4)),
+            )
+            acc = dot(acc, u, q + 4 * j, stride)
+        return add_scaled(isum, acc, scale)
+
+    @jit
+    def add(p, q, stride, acc):
+        isum = zeros_i32(n)
+        for i in range(8):
+            scales, third = scale_pairs(p, i), load_u8x32(p + 176 + 96 * i)
+            at, x = p + 112 + 96 * i, q + 32 * i
+            even, odd = words_left(third, 2), words_right(third, 2)
+            isum = add_sub_block(at, even, x, stride, first(scales), isum)
+            isum = add_sub_block(at + 32, odd, x + 16, stride, second(scales), isum)
+        msum = zeros_i32(n)
+        for i in range(8):
+            msum = pair_dot(msum, scale_pairs(p, i), q + A256_SUMS + 4 * i, stride)
+        d = mul_f(load_f16x8(p), load_splats_f32(q + A256_D, stride, n))
+        return fma(d, to_f32(sub_i(isum, shift_left(msum, 2))), acc)
+
+    return add
+
+
+# -- 4 columns of floats: F16, BF16, F32 ---------------------------------------------------------
+
+
+@jit
+def _pack_halves(src, dst, lane):
+    for k in range(4):
+        store_u16(dst + 16 * k + 2 * lane, load_u16(src + 2 * k))
+
+
+@jit
+def _pack_f32(src, dst, lane):
+    for k in range(4):
+        store_u32(dst + 32 * k + 4 * lane, load_u32(src + 4 * k))
+
+
+@jit
+def _value_f16(p, k, lane):
+    return load_f16(p + 16 * k + 2 * lane)
+
+
+@jit
+def _value_bf16(p, k, lane):
+    return load_bf16(p + 16 * k + 2 * lane)
+
+
+@jit
+def _value_f32(p, k, lane):
+    return load_f32(p + 32 * k + 4 * lane)
+
+
+def _accumulate_floats(load, size):
+    """Element k goes to accumulator k of four: four chains of fma instead of one."""
+
+    def accumulate(isa, n):
+        @jit
+        def add(p, q, stride, acc):
+            a, b, c, d = acc
+            return (
+                fma(load(p), load_splats_f32(q, stride, n), a),
+                fma(load(p + 8 * size), load_splats_f32(q + 4, stride, n), b),
+                fma(load(p + 16 * size), load_splats_f32(q + 8, stride, n), c),
+                fma(load(p + 24 * size), load_splats_f32(q + 12, stride, n), d),
+            )
+
+        return add
+
+    return accumulate
+
+
+FORMATS = {
+    "q4_0": Format(_pack_q4_0, _accumulate_q4_0, _value_q4_0),
+    "q4_1": Format(_pack_q4_1, _accumulate_q4_1, _value_q4_1),
+    "q5_0": Format(_pack_q5_0, _accumulate_q5_0, _value_q5_0),
+    "q5_1": Format(_pack_q5_1, _accumulate_q5_1, _value_q5_1),
+    "q8_0": Format(_pack_q8_0, _accumulate_q8_0, _value_q8_0),
+    "q2_k": Format(_pack_q2_k, _accumulate_q2_k, _value_q2_k),
+    "q3_k": Format(_pack_q3_k, _accumulate_q3_k, _value_q3_k),
+    "q4_k": Format(_pack_q4_k, _accumulate_q4_k, _value_q4_k),
+    "q5_k": Format(_pack_q5_k, _accumulate_q5_k, _value_q5_k),
+    "q6_k": Format(_pack_q6_k, _accumulate_q6_k, _value_q6_k),
+    "f16": Format(_pack_halves, _accumulate_floats(load_f16x8, 2), _value_f16, 4),
+    "bf16": Format(_pack_halves, _accumulate_floats(load_bf16x8, 2), _value_bf16, 4),
+    "f32": Format(_pack_f32, _accumulate_floats(load_f32x8, 4), _value_f32, 4),
+}
