@@ -6,63 +6,29 @@ Knows nothing of messages, templates or the reading of files.
 from __future__ import annotations
 
 import codecs
-import difflib
 import re
 import struct
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
-from .errors import InvalidModelError, InvalidRequestError, UnsupportedModelError
-from .pretokenizers import PRE_TOKENIZERS, PreTokenizer
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-
-_KEY = "tokenizer.ggml."
-
-# Tokens that end a generation whatever type the file gives them; the first ones are end of turn.
-_EOG_TEXTS = frozenset(
-    "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> "
-    "<|endoftext|> </s> <|eom_id|> <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> "
-    "<eos> <turn|> <|tool_response> <｜end▁of▁sentence｜> [e~[".split()
+from .errors import InvalidModelError, InvalidRequestError
+from .vocabulary import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    USER_DEFINED,
+    Vocabulary,
+    byte_value,
+    merge_pairs,
+    read_vocabulary,
+    token_scores,
 )
-_FIM_TEXTS: Mapping[str, frozenset[str]] = {
-    "fim_pre_token_id": frozenset(
-        "<|fim_prefix|> <fim-prefix> <fim_prefix> <｜fim▁begin｜> <PRE> ▁<PRE> <|code_prefix|> "
-        "<|prefix|>".split()
-    ),
-    "fim_suf_token_id": frozenset(
-        "<|fim_suffix|> <fim-suffix> <fim_suffix> <｜fim▁hole｜> <SUF> ▁<SUF> <|code_suffix|> "
-        "<|suffix|>".split()
-    ),
-    "fim_mid_token_id": frozenset(
-        "<|fim_middle|> <fim-middle> <fim_middle> <｜fim▁end｜> <MID> ▁<MID> <|code_middle|> "
-        "<|middle|>".split()
-    ),
-    "fim_pad_token_id": frozenset("<|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD]".split()),
-    "fim_rep_token_id": frozenset(
-        "<|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame>".split()
-    ),
-    "fim_sep_token_id": frozenset(["<|file_sep|>"]),
-}
-_DEPRECATED_FIM_KEYS = {
-    "fim_pre_token_id": "prefix_token_id",
-    "fim_suf_token_id": "suffix_token_id",
-    "fim_mid_token_id": "middle_token_id",
-}
-_FIM_THAT_ENDS = ("fim_pad_token_id", "fim_rep_token_id", "fim_sep_token_id")
-_ALWAYS_SHOWN = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
-_NOT_RSTRIPPED = ("<unk>", "<s>", "<|endoftext|>")
+
 _ASCII_SPACE = " \t\n\v\f\r"
-
-
-@runtime_checkable
-class LazyArray(Protocol):
-    """An array that makes its items when asked: numpy's, or a file reader's own."""
-
-    def tolist(self) -> list[Any]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +44,7 @@ class _Special:
 class Tokenizer:
     """The vocabulary of one model; build it with `from_metadata`."""
 
-    def __init__(self, vocab: _Vocab, encode_raw: Callable[[str], list[int]]) -> None:
+    def __init__(self, vocab: Vocabulary, encode_raw: Callable[[str], list[int]]) -> None:
         self.model = vocab.model
         self.pre = vocab.pre
         self.n_vocab = len(vocab.texts)
@@ -103,7 +69,7 @@ class Tokenizer:
     @classmethod
     def from_metadata(cls, meta: Mapping[str, Any], *, pre: str | None = None) -> Tokenizer:
         """Build from GGUF metadata; `pre` overrides the file's pre-tokenizer name."""
-        vocab = _read_vocab(meta, pre)
+        vocab = read_vocabulary(meta, pre)
         if vocab.model == "llama":
             return cls(vocab, _build_spm(vocab, meta))
         return cls(vocab, _build_bpe(vocab, meta))
@@ -167,7 +133,7 @@ class Tokenizer:
         if kind in (CONTROL, UNKNOWN, USER_DEFINED):
             return spelling
         if kind == BYTE:
-            return bytes([_byte_value(spelling.decode())])
+            return bytes([byte_value(spelling.decode())])
         if kind != NORMAL:
             return b""
         text = spelling.decode()
@@ -291,7 +257,7 @@ def _sound(text: str) -> str:
 # Special tokens
 
 
-def _specials(vocab: _Vocab) -> list[_Special]:
+def _specials(vocab: Vocabulary) -> list[_Special]:
     ids = [i for i, kind in enumerate(vocab.kinds) if kind in (CONTROL, UNKNOWN, USER_DEFINED)]
     ids.sort(key=lambda i: -len(vocab.texts[i].encode()))
     return [
@@ -340,260 +306,19 @@ def _partition(raw: str, groups: Mapping[str, list[_Special]]) -> list[str | int
     return result
 
 
-# Metadata
-
-
-@dataclass(slots=True)
-class _Vocab:
-    """What the metadata say, checked."""
-
-    model: str
-    pre: str
-    row: PreTokenizer | None
-    texts: list[str]
-    ids: dict[str, int]
-    file_kinds: bytes
-    kinds: bytearray
-    bos_id: int | None = None
-    eos_id: int | None = None
-    unknown_id: int | None = None
-    add_bos: bool = False
-    add_eos: bool = False
-    add_space_prefix: bool = False
-    eog_ids: frozenset[int] = frozenset()
-    rstrip_ids: frozenset[int] = frozenset()
-
-    @property
-    def byte_level(self) -> bool:
-        return self.row is not None and self.row.byte_level
-
-
-def _read_vocab(meta: Mapping[str, Any], pre: str | None) -> _Vocab:
-    model = _string(meta, _KEY + "model")
-    if model not in ("llama", "gpt2", "gemma4"):
-        raise UnsupportedModelError(
-            f"the file's tokenizer is {model!r}; generation runs with llama (SentencePiece), "
-            "gpt2 and gemma4 (byte-pair) vocabularies",
-            missing=(f"tokenizer {model}",),
-        )
-    name, row = _pre_tokenizer(meta, model, pre)
-    texts = _token_texts(meta)
-    ids = dict(zip(texts, range(len(texts)), strict=True))
-    if len(ids) != len(texts):
-        i, text = next((i, t) for i, t in enumerate(texts) if ids[t] != i)
-        raise InvalidModelError(
-            f"tokens {i} and {ids[text]} are both {text!r}", field=_KEY + "tokens"
-        )
-    kinds = bytearray(_token_types(meta, len(texts)))
-    vocab = _Vocab(model, name, row, texts, ids, bytes(kinds), kinds)
-    _override_kinds(vocab, meta)
-    _read_special_ids(vocab, meta)
-    is_spm = row is None
-    vocab.add_space_prefix = _flag(meta, _KEY + "add_space_prefix", is_spm)
-    vocab.add_bos = _flag(meta, _KEY + "add_bos_token", is_spm or (row is not None and row.add_bos))
-    vocab.add_eos = _flag(meta, _KEY + "add_eos_token", False)
-    if row is not None:
-        vocab.add_bos = vocab.add_bos or name == "gemma4"
-        vocab.add_space_prefix = False
-    if "phi-3" in (title := _string(meta, "general.name", "").lower()) or "phi3" in title:
-        special = {i for i, k in enumerate(kinds) if k in (CONTROL, UNKNOWN, USER_DEFINED)}
-        keep = {ids[t] for t in _NOT_RSTRIPPED if t in ids}
-        vocab.rstrip_ids = frozenset(special | {ids.get("</s>", -1)}) - keep
-    return vocab
-
-
-def _pre_tokenizer(
-    meta: Mapping[str, Any], model: str, override: str | None
-) -> tuple[str, PreTokenizer | None]:
-    if model == "llama":
-        if override is not None:
-            raise InvalidRequestError(
-                "the file's tokenizer is SentencePiece, which has no pre-tokenizer: drop --pre",
-                param="pre",
-            )
-        return "", None
-    found = "gemma4" if model == "gemma4" else _string(meta, _KEY + "pre", "") or "default"
-    name = override or found
-    if row := PRE_TOKENIZERS.get(name):
-        return name, row
-    near = difflib.get_close_matches(name, PRE_TOKENIZERS, n=5, cutoff=0.4)
-    names = ", ".join(near or sorted(PRE_TOKENIZERS)[:8])
-    message = f"unknown pre-tokenizer {name!r}; near names: {names}"
-    if override is not None:
-        raise InvalidRequestError(message, param="pre")
-    raise UnsupportedModelError(
-        f"{_KEY}pre: {message}; --pre NAME chooses one of them", missing=(f"pre-tokenizer {name}",)
-    )
-
-
-def _override_kinds(vocab: _Vocab, meta: Mapping[str, Any]) -> None:
-    """Some files call control tokens normal ones: the spelling decides, then the exceptions."""
-    ids, kinds = vocab.ids, vocab.kinds
-    eog = {ids[text] for text in _EOG_TEXTS if text in ids}
-    control = set(eog)
-    for key, texts in _FIM_TEXTS.items():
-        id = _special_id(meta, _KEY + key, len(kinds))
-        if id is None and key in _DEPRECATED_FIM_KEYS:
-            id = _special_id(meta, _KEY + _DEPRECATED_FIM_KEYS[key], len(kinds))
-        found = {id} if id is not None else {ids[text] for text in texts if text in ids}
-        if id is None:
-            control |= found
-        if key in _FIM_THAT_ENDS:
-            eog |= found
-    for i in control:
-        kinds[i] = CONTROL
-    for text in _ALWAYS_SHOWN:
-        if text in ids:
-            kinds[ids[text]] = USER_DEFINED
-    for name in ("eos_token_id", "eot_token_id", "eom_token_id"):
-        id = _special_id(meta, _KEY + name, len(kinds))
-        if id is not None:
-            eog.add(id)
-    has_call = "<|call|>" in ids or "<|calls|>" in ids
-    if "<|end|>" in ids and has_call and ("<|return|>" in ids or "<|flush|>" in ids):
-        eog.discard(ids["<|end|>"])
-        kinds[ids["<|end|>"]] = USER_DEFINED
-    plamo_eos = ids.get("<|plamo:eos|>")
-    if "</s>" in ids and ("<|tool_response>" in ids or plamo_eos in eog):
-        eog.discard(ids["</s>"])
-        kinds[ids["</s>"]] = NORMAL
-    vocab.eog_ids = frozenset(eog)
-
-
-def _read_special_ids(vocab: _Vocab, meta: Mapping[str, Any]) -> None:
-    n = len(vocab.texts)
-    bos = _special_id(meta, _KEY + "bos_token_id", n)
-    eos = _special_id(meta, _KEY + "eos_token_id", n)
-    unknown = _special_id(meta, _KEY + "unknown_token_id", n)
-    if vocab.row is None:
-        bos = bos if bos is not None else (1 if n > 1 else None)
-        eos = eos if eos is not None else (2 if n > 2 else None)
-        unknown = unknown if unknown is not None else 0
-    elif n > 11 and vocab.model == "gpt2" and vocab.kinds[11] == CONTROL:
-        # Files from before the keys existed have both at 11; elsewhere 11 is a comma or the like.
-        bos = bos if bos is not None or not vocab.row.has_bos else 11
-        eos = eos if eos is not None else 11
-    vocab.bos_id, vocab.eos_id, vocab.unknown_id = bos, eos, unknown
-    if eos is not None:
-        vocab.eog_ids |= {eos}
-
-
-def _token_texts(meta: Mapping[str, Any]) -> list[str]:
-    key = _KEY + "tokens"
-    texts = _strings(meta, key)
-    if not texts:
-        raise InvalidModelError("the vocabulary is empty", field=key)
-    if not all(texts):
-        texts = [text or f"[EMPTY_{i}]" for i, text in enumerate(texts)]
-    return texts
-
-
-def _token_types(meta: Mapping[str, Any], n_vocab: int) -> bytes:
-    key = _KEY + "token_type"
-    if key not in meta:
-        return bytes([NORMAL]) * n_vocab
-    types = _numbers(meta, key, n_vocab, "iu")
-    # A type that this table lacks is kept as 0: never matched, never shown.
-    known = (types >= NORMAL) & (types <= BYTE)
-    return bytes((types * known).astype("uint8"))
-
-
-def _scores(meta: Mapping[str, Any], n_vocab: int) -> list[float]:
-    key = _KEY + "scores"
-    if key not in meta:
-        return [0.0] * n_vocab
-    scores = _numbers(meta, key, n_vocab, "iuf").astype("float32")
-    if (scores != scores).any():
-        raise InvalidModelError("a score is not a number", field=key)
-    return scores.tolist()  # type: ignore[no-any-return]
-
-
-def _numbers(meta: Mapping[str, Any], key: str, n: int, kinds: str) -> Any:
-    import numpy as np
-
-    try:
-        numbers = np.asarray(_items(meta, key))
-    except (ValueError, OverflowError) as error:
-        raise InvalidModelError("not an array of numbers", field=key) from error
-    if numbers.ndim != 1 or len(numbers) != n:
-        raise InvalidModelError(f"{numbers.size} entries for a vocabulary of {n} tokens", field=key)
-    if numbers.dtype.kind not in kinds:
-        raise InvalidModelError(f"an array of {numbers.dtype} where numbers are needed", field=key)
-    return numbers
-
-
-def _strings(meta: Mapping[str, Any], key: str) -> list[str]:
-    items = _items(meta, key)
-    kinds = set(map(type, items))
-    if kinds <= {str}:
-        return items
-    if not kinds <= {str, bytes}:
-        raise InvalidModelError("an entry is not a string", field=key)
-    try:
-        return [item if isinstance(item, str) else item.decode() for item in items]
-    except UnicodeDecodeError as error:
-        raise InvalidModelError("an entry is not UTF-8", field=key) from error
-
-
-def _items(meta: Mapping[str, Any], key: str) -> list[Any]:
-    value = meta.get(key)
-    if isinstance(value, LazyArray):
-        return value.tolist()
-    if value is None:
-        raise InvalidModelError("the array is missing", field=key)
-    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
-        raise InvalidModelError(f"{type(value).__name__} where an array is needed", field=key)
-    return list(value)
-
-
-def _string(meta: Mapping[str, Any], key: str, default: str | None = None) -> str:
-    value = meta.get(key, default)
-    if isinstance(value, bytes):
-        value = value.decode(errors="replace")
-    if value is None:
-        raise InvalidModelError("the key is missing", field=key)
-    if not isinstance(value, str):
-        raise InvalidModelError(f"{type(value).__name__} where a string is needed", field=key)
-    return value
-
-
-def _flag(meta: Mapping[str, Any], key: str, default: bool) -> bool:
-    value = meta.get(key, default)
-    if isinstance(value, (str, bytes)) or value not in (0, 1):
-        raise InvalidModelError(f"{value!r} where true or false is needed", field=key)
-    return bool(value)
-
-
-def _special_id(meta: Mapping[str, Any], key: str, n_vocab: int) -> int | None:
-    value = meta.get(key)
-    if value is None:
-        return None
-    try:
-        id = value.__index__()
-    except (AttributeError, TypeError) as error:
-        message = f"{type(value).__name__} where a token id is needed"
-        raise InvalidModelError(message, field=key) from error
-    # -1, also as the unsigned number it becomes, is how files write "none".
-    if id in (-1, 0xFFFFFFFF):
-        return None
-    if isinstance(value, bool) or not 0 <= id < n_vocab:
-        raise InvalidModelError(f"{value!r} in a vocabulary of {n_vocab} tokens", field=key)
-    return int(id)
-
-
 # SentencePiece
 
 
-def _build_spm(vocab: _Vocab, meta: Mapping[str, Any]) -> Callable[[str], list[int]]:
+def _build_spm(vocab: Vocabulary, meta: Mapping[str, Any]) -> Callable[[str], list[int]]:
     from sentencepiece import SentencePieceProcessor
 
-    proto = _spm_proto(vocab, _scores(meta, len(vocab.texts)))
+    proto = _spm_proto(vocab, token_scores(meta, len(vocab.texts)))
     processor = SentencePieceProcessor()
     try:
         processor.LoadFromSerializedProto(proto)
     except RuntimeError as error:
         raise InvalidModelError(
-            f"the vocabulary can't be used: {error}", field=_KEY + "tokens"
+            f"the vocabulary can't be used: {error}", field="tokenizer.ggml.tokens"
         ) from error
 
     def encode(text: str) -> list[int]:
@@ -602,7 +327,7 @@ def _build_spm(vocab: _Vocab, meta: Mapping[str, Any]) -> Callable[[str], list[i
     return encode
 
 
-def _spm_proto(vocab: _Vocab, scores: list[float]) -> bytes:
+def _spm_proto(vocab: Vocabulary, scores: list[float]) -> bytes:
     """A serialised sentencepiece.ModelProto; a ModelProto may have one unknown piece only."""
     unknown = vocab.unknown_id or 0
     # USER_DEFINED and UNUSED take part in merging like any other; specials are cut out before.
@@ -612,7 +337,7 @@ def _spm_proto(vocab: _Vocab, scores: list[float]) -> bytes:
     for i, (text, score) in enumerate(zip(vocab.texts, scores, strict=True)):
         kind = UNKNOWN if i == unknown else proto_kind[vocab.kinds[i]]
         if kind == BYTE:
-            _byte_value(text)
+            byte_value(text)
         name = text.encode()
         piece = b"\x0a" + _varint(len(name)) + name + b"\x15" + pack_score(score)
         piece += b"\x18" + _varint(kind)
@@ -642,16 +367,10 @@ def _varint(n: int) -> bytes:
 _SMALL_VARINTS = [bytes([n]) for n in range(128)]
 
 
-def _byte_value(text: str) -> int:
-    if not re.fullmatch("<0x[0-9A-Fa-f]{2}>", text):
-        raise InvalidModelError(f"{text!r} is not a byte token <0xXX>", field=_KEY + "tokens")
-    return int(text[3:5], 16)
-
-
 # Byte-pair
 
 
-def _build_bpe(vocab: _Vocab, meta: Mapping[str, Any]) -> Callable[[str], list[int]]:
+def _build_bpe(vocab: Vocabulary, meta: Mapping[str, Any]) -> Callable[[str], list[int]]:
     from tokenizers import Regex
     from tokenizers import Tokenizer as BytePairTokenizer
     from tokenizers.models import BPE
@@ -665,7 +384,7 @@ def _build_bpe(vocab: _Vocab, meta: Mapping[str, Any]) -> Callable[[str], list[i
     for i, kind in enumerate(vocab.kinds):
         if kind == CONTROL:
             del words[vocab.texts[i]]
-    merges = _merges(meta)
+    merges = merge_pairs(meta)
     # NOTE: the library panics, past any except clause, on a merge longer than every token.
     names = words.__contains__
     if not all(map(names, chain.from_iterable(merges))) or not all(
@@ -688,23 +407,8 @@ def _build_bpe(vocab: _Vocab, meta: Mapping[str, Any]) -> Callable[[str], list[i
     return encode
 
 
-def _merges(meta: Mapping[str, Any]) -> list[tuple[str, str]]:
-    key = _KEY + "merges"
-    merges = _strings(meta, key)
-    pairs: list[Any] = [tuple(merge.split(" ")) for merge in merges]
-    if set(map(len, pairs)) <= {2} and all(map(all, pairs)):
-        return pairs
-    for i, merge in enumerate(merges):
-        # NOTE: a token may begin with a space, so the first character never separates.
-        at = merge.find(" ", 1)
-        if not 0 < at < len(merge) - 1:
-            raise InvalidModelError(f"merge {i} is {merge!r}, not two tokens", field=key)
-        pairs[i] = (merge[:at], merge[at + 1 :])
-    return pairs
-
-
 def _merges_without_control(
-    vocab: _Vocab, words: Mapping[str, int], merges: Sequence[tuple[str, str]]
+    vocab: Vocabulary, words: Mapping[str, int], merges: Sequence[tuple[str, str]]
 ) -> list[tuple[str, str]]:
     kept: list[tuple[str, str]] = []
     for i, (left, right) in enumerate(merges):
@@ -713,7 +417,7 @@ def _merges_without_control(
         elif not {left, right, left + right} <= vocab.ids.keys():
             raise InvalidModelError(
                 f"merge {i} ({left!r}, {right!r}) names a token that the vocabulary lacks",
-                field=_KEY + "merges",
+                field="tokenizer.ggml.merges",
             )
     return kept
 
