@@ -1,0 +1,134 @@
+"""Who may import whom: the layers of the design, checked by reading the sources."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = {"edgeinfer": ROOT / "edgeinfer"} | {
+    f"edgeinfer.{name}": ROOT / name for name in ("kernels", "models", "tui")
+}
+# A module imports only modules of lines above its own; parts of one package may import each other.
+LAYERS = """
+errors
+config quant platform terminal options results messages
+graph sampling
+batch
+models.* kernels.reference kernels.cpu kernels.cuda
+pretokenizers jinja_sandbox chat_templates kvcache
+sequence vocabulary sampler
+gguf weights tokenizer chat plan backend generation
+model
+engine stream
+runtime
+llm bench server
+cli
+__main__ tui
+"""
+LINE = {name: i for i, line in enumerate(LAYERS.split("\n")) for name in line.split()}
+PACKAGES = ("kernels.cpu", "kernels.cuda", "tui")
+SLOW = ("numpy", "numba", "llvmlite", "cupy", "textual", "tokenizers", "huggingface_hub", "jinja2")
+
+
+def sources() -> Iterator[tuple[str, ast.Module]]:
+    """Dotted name and syntax tree of every module; `edgeinfer.kernels` comes from `kernels`."""
+    for package, folder in FOLDERS.items():
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            if not (
+                package == "edgeinfer" and parts[0] in ("kernels", "models", "tui", "examples")
+            ):
+                name = ".".join([package, *parts]).removesuffix(".__init__")
+                yield name, ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def imports(name: str, tree: ast.Module) -> Iterator[str]:
+    """Dotted names of everything a module imports, inside functions too."""
+    is_package = name in FOLDERS or any(name == f"edgeinfer.{p}" for p in PACKAGES)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parts = name.split(".")
+            base = parts[: len(parts) - node.level + is_package] if node.level else []
+            module = ".".join(base + ([node.module] if node.module else []))
+            # `from edgeinfer import gguf` names a module, `from edgeinfer import LLM` does not.
+            modules = FOLDERS.keys()
+            yield from (
+                f"{module}.{a.name}" if module in modules and unit(f"{module}.{a.name}") else module
+                for a in node.names
+            )
+
+
+def unit(module: str) -> str | None:
+    """The entry of LAYERS that a module of ours belongs to."""
+    bare = module.removeprefix("edgeinfer.")
+    first_two = ".".join(bare.split(".")[:2])
+    wildcard = bare.split(".")[0] + ".*"
+    return next((u for u in (first_two, bare.split(".")[0], wildcard) if u in LINE), None)
+
+
+def test_imports_go_up_only() -> None:
+    wrong = []
+    for name, tree in sources():
+        if name in ("edgeinfer", "edgeinfer.kernels", "edgeinfer.models"):
+            continue
+        own = unit(name)
+        assert own is not None, f"give {name} a line in LAYERS"
+        for module in imports(name, tree):
+            if module.split(".")[0] != "edgeinfer":
+                continue
+            other = unit(module)
+            if other is None:
+                assert module == "edgeinfer", f"give {module} a line in LAYERS"
+                if LINE[own] < LINE["cli"]:
+                    wrong.append(f"{name} imports the package's public names")
+                continue
+            is_own_package = other == own and own in PACKAGES
+            if not is_own_package and LINE[other] >= LINE[own]:
+                wrong.append(f"{name} imports {module}")
+            if own.startswith("models") and module != "edgeinfer.graph":
+                wrong.append(f"{name} imports {module}")
+            if other.startswith("kernels.") and own != "backend" and other != own:
+                wrong.append(f"{name} imports {module}: only backend may")
+            if own == "tui" and not is_own_package:
+                wrong.append(f"{name} imports {module}: the TUI uses public names only")
+    assert wrong == []
+
+
+def test_the_mapped_packages_have_one_name() -> None:
+    """A bare `import kernels` makes a second module object."""
+    bare = [
+        f"{name} imports {module}"
+        for name, tree in sources()
+        for module in imports(name, tree)
+        if module.split(".")[0] in ("kernels", "models", "tui")
+    ]
+    assert bare == []
+
+
+def test_the_package_list_equals_the_folders() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    listed = settings["tool"]["setuptools"]["packages"]
+    found = {
+        ".".join([package, *path.parent.relative_to(folder).parts])
+        for package, folder in FOLDERS.items()
+        for path in folder.rglob("__init__.py")
+        if not (package == "edgeinfer" and path.parent.name in ("kernels", "models", "tui"))
+    }
+    assert sorted(listed) == sorted(found)
+
+
+def test_importing_the_package_is_cheap() -> None:
+    code = f"import edgeinfer, sys; print([m for m in {SLOW} if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
