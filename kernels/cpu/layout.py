@@ -138,12 +138,80 @@ ANGLES_FREQS, ANGLES_N_PAIRS, ANGLES_OUT, ANGLES_PINNED_OUT = (i * WORD for i in
     ROTATE_EPS, ROTATE_K_BASE, ROTATE_K_PAGE_BYTES, ROTATE_V_BASE, ROTATE_V_PAGE_BYTES,
 ) = (i * WORD for i in range(21))  # fmt: skip
 #
-# plan_attention (run by the prologue, chunk 0): fill the work items of H_ITEMS, set H_N_ITEMS.
-# attend.<k_dim>.<v_dim>: one work item; partial results go to `parts`.
+# plan_attention (run by the prologue, chunk 0): fill H_ITEMS, set H_N_ITEMS to the number of work
+# items times n_kv_heads.
+# attend.<k_dim>.<v_dim>: one (work item, kv head); partial results go to `parts`.
 # fold: one row: fold its parts in order, divide, leave the row in the sinks.
+# `pinned_q` has the stride of q. max_segments: the most segments a row of this program can see.
 (
     ATTEND_Q, ATTEND_Q_STRIDE, ATTEND_PINNED_Q, ATTEND_N_HEADS, ATTEND_N_KV_HEADS, ATTEND_SCALE,
     ATTEND_K_BASE, ATTEND_K_PAGE_BYTES, ATTEND_V_BASE, ATTEND_V_PAGE_BYTES, ATTEND_PARTS,
-    ATTEND_MAX_PARTS, ATTEND_K_DIM, ATTEND_V_DIM,
+    ATTEND_MAX_SEGMENTS, ATTEND_K_DIM, ATTEND_V_DIM,
 ) = (i * WORD for i in range(14))  # fmt: skip
 ATTEND_SINK = 14 * WORD
+#
+# H_ITEMS: one record per row of the step, then the work items. A work item is up to ATTEND_ROWS
+# consecutive rows of one sequence on one page, with all segments that they see (segment ALL) or
+# with one of them: few rows are split by segment, so that a long context uses every core.
+#
+# A part is what one work item leaves for one of its rows, all heads. Parts are counted over the
+# step; an item's are consecutive, and a split item's segments follow each other, ascending.
+ATTEND_ROWS = 16
+SPLIT_ROWS = 8  # items of more rows are not split
+ALL_SEGMENTS = -1
+ROW_PART, ROW_ITEM_ROWS, ROW_INDEX, ROW_N_PARTS = (i * WORD for i in range(4))
+ROW_BYTES = 4 * WORD
+ITEM_ROW, ITEM_N_ROWS, ITEM_SEGMENT, ITEM_PART = (i * WORD for i in range(4))
+ITEM_BYTES = 4 * WORD
+#
+# Memory of a part, per head ("query"): room for its q, two states of v_dim, and the m and l of
+# both. The queries of (item, kv head) lie together, row by row, and are cut into tiles like rows
+# of activations. A tile of n queries is [k_dim][n] q, [n][v_dim] state, [n][v_dim] state of the
+# current segment, then m and l of the first, m and l of the second, 8 floats each.
+QUERY_EXTRA = 32
+
+
+def query_bytes(k_dim: int, v_dim: int) -> int:
+    """Bytes of one query of one part."""
+    return 4 * (k_dim + 2 * v_dim + QUERY_EXTRA)
+
+
+def parts_bytes(max_rows: int, n_heads: int, k_dim: int, v_dim: int, max_segments: int) -> int:
+    """Bytes of `parts`: a part for every row, and for SPLIT_ROWS rows one for every segment."""
+    return (max_rows + SPLIT_ROWS * max_segments) * n_heads * query_bytes(k_dim, v_dim)
+
+
+def items_bytes(max_rows: int, max_segments: int) -> int:
+    """Bytes of H_ITEMS."""
+    return max_rows * ROW_BYTES + (max_rows + SPLIT_ROWS * max_segments) * ITEM_BYTES
+#
+# sample: for wanted row i (a chunk), the token that row i of the table at H_SAMPLES asks for.
+# Changed logits are restored. Scratch: N_SLOTS slots, one per thread of the team, 64-byte
+# aligned and zeroed once (the first word of a slot is its lock), of SCRATCH_BYTES each.
+(
+    SAMPLE_LOGITS, SAMPLE_STRIDE, SAMPLE_N_VOCAB, SAMPLE_SCRATCH, SAMPLE_SCRATCH_BYTES,
+    SAMPLE_N_SLOTS,
+) = (i * WORD for i in range(6))  # fmt: skip
+SAMPLE_SCRATCH_HEAD = 1216  # lock, tail of the logits, stack of the sort
+#
+# The table's argument words (sampling.SampleTable.address): rows, then arrays by row.
+(
+    SAMPLES_ROWS, SAMPLES_ROW_BYTES, SAMPLES_IDS, SAMPLES_STATUS, SAMPLES_LOGPROBS, SAMPLES_MU,
+    SAMPLES_TOP_IDS, SAMPLES_TOP_LOGPROBS, SAMPLES_MAX_LOGPROBS,
+) = (i * WORD for i in range(9))  # fmt: skip
+#
+# One row of the table (sampling.ROW); the fields are named as there.
+(
+    PARAM_TEMPERATURE, PARAM_TOP_K, PARAM_TOP_P, PARAM_MIN_P, PARAM_TYPICAL_P, PARAM_TOP_N_SIGMA,
+    PARAM_XTC_PROBABILITY, PARAM_XTC_THRESHOLD, PARAM_DYNATEMP_RANGE, PARAM_DYNATEMP_EXPONENT,
+    PARAM_MIROSTAT, PARAM_MIROSTAT_TAU, PARAM_MIROSTAT_ETA, PARAM_MIN_KEEP, PARAM_REPEAT_PENALTY,
+    PARAM_PRESENCE_PENALTY, PARAM_FREQUENCY_PENALTY, PARAM_REPEAT_LAST_N, PARAM_DRY_MULTIPLIER,
+    PARAM_DRY_BASE, PARAM_DRY_ALLOWED_LENGTH, PARAM_DRY_PENALTY_LAST_N, PARAM_BREAKERS, PARAM_N_BREAKERS,
+    PARAM_BIAS_IDS, PARAM_BIAS_VALUES, PARAM_N_BIAS, PARAM_N_LOGPROBS, PARAM_SEED, PARAM_INDEX, PARAM_HISTORY,
+    PARAM_N_HISTORY, PARAM_MU,
+) = (i * WORD for i in range(33))  # fmt: skip
+
+
+def sample_scratch_bytes(n_vocab: int) -> int:
+    """Bytes of one slot: a sort key per token, 64 keys of slack, a saved logit per token."""
+    return -(-(SAMPLE_SCRATCH_HEAD + 8 * (n_vocab + 64) + 4 * n_vocab) // 64) * 64

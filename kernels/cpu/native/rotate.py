@@ -126,10 +126,10 @@ def make(isa, style):
 
     @jit
     def queries(h, a, t, slid):
-        k_dim, n_pairs, norm = word(a + ROTATE_K_DIM), word(a + ROTATE_N_PAIRS), word(a + ROTATE_Q_NORM)
-        n_heads = word(a + ROTATE_N_HEADS)
+        n_heads, k_dim = word(a + ROTATE_N_HEADS), word(a + ROTATE_K_DIM)
+        n_pairs, norm = word(a + ROTATE_N_PAIRS), word(a + ROTATE_Q_NORM)
         q = word(a + ROTATE_Q) + t * word(a + ROTATE_Q_STRIDE)
-        pinned = word(a + ROTATE_PINNED_Q) + 4 * t * n_heads * k_dim
+        pinned = word(a + ROTATE_PINNED_Q) + t * word(a + ROTATE_Q_STRIDE)
         offset = 8 * n_pairs * t
         for _ in range(n_heads):
             if norm != 0:

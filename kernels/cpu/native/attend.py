@@ -1,0 +1,290 @@
+"""Attention of one work item over the pages its rows see, for the query heads of one kv head.
+
+Knows no activations' formats. The order of additions is part of the numerics: each page by
+itself, pages folded inside a segment, segments folded.
+"""
+
+from __future__ import annotations
+
+from numba import njit
+
+from edgeinfer.kernels.cpu.layout import (
+    ALL_SEGMENTS,
+    ATTEND_K_BASE,
+    ATTEND_K_PAGE_BYTES,
+    ATTEND_N_HEADS,
+    ATTEND_N_KV_HEADS,
+    ATTEND_PARTS,
+    ATTEND_PINNED_Q,
+    ATTEND_Q,
+    ATTEND_Q_STRIDE,
+    ATTEND_SCALE,
+    ATTEND_V_BASE,
+    ATTEND_V_PAGE_BYTES,
+    H_ITEMS,
+    H_ROWS,
+    ITEM_BYTES,
+    ITEM_N_ROWS,
+    ITEM_PART,
+    ITEM_ROW,
+    ITEM_SEGMENT,
+    MAX_TILE,
+    PAGE,
+    ROW_BYTES,
+    SEGMENT_PAGES,
+    query_bytes,
+)
+from edgeinfer.kernels.cpu.native.attention import (
+    fold_weights,
+    grid,
+    local,
+    max_rows,
+    n_pinned_visible,
+    n_segments,
+    segment,
+    sum_rows,
+)
+from edgeinfer.kernels.cpu.native.math import exp
+from edgeinfer.kernels.cpu.native.pages import (
+    arena_page,
+    first_ring_page,
+    n_gone,
+    position,
+    table_of,
+)
+from edgeinfer.kernels.cpu.native.simd import (
+    add_f,
+    fma,
+    load_f32,
+    load_f32x8,
+    load_i32,
+    load_rows_f32,
+    load_splat_f32,
+    max_f,
+    mul_f,
+    row,
+    splat_f32,
+    store_f32,
+    store_f32x8,
+    store_i32,
+    store_rows,
+    sub_f,
+    word,
+    zeros_f32,
+)
+from edgeinfer.kernels.cpu.native.sink import tile_of
+
+jit = njit(error_model="numpy")
+
+_ROW = 4 * PAGE  # bytes of one query's scores in a page
+_SUMS = MAX_TILE * _ROW  # local memory: scores, 8 vectors, the maxima, fold weights, bounds
+_MAXIMA = _SUMS + 256
+_WEIGHTS = _MAXIMA + 32
+_PART_WEIGHTS = _WEIGHTS + 32
+_BOUNDS = _PART_WEIGHTS + 32
+_LOCAL_BYTES = _BOUNDS + 32
+_INVISIBLE = float("-inf")
+_ACCUMULATORS = 8  # vectors of sums that 16 registers leave room for
+
+
+def _widest(n, n_vectors):
+    """How many vectors beside each other for n queries: a divisor of n_vectors."""
+    top = max(1, _ACCUMULATORS // n)
+    return max(w for w in range(1, top + 1) if n_vectors % w == 0)
+
+
+def _tile(n, k_dim, v_dim):
+    """Attention of n queries over one page, and the fold of a finished segment."""
+    k_wide, v_wide = _widest(n, 4), _widest(n, v_dim // 8)
+    k_multiply, _, k_store, _ = grid(n, k_wide)
+    v_multiply, v_multiply_visible, v_store, v_fold = grid(n, v_wide)
+    k_sums, v_sums = n * k_wide, n * v_wide
+    o_stride, state = 4 * v_dim, 4 * n * k_dim
+    tops = state + 8 * n * v_dim  # m and l of the first state, then of the second
+
+    @jit
+    def score(q, k, scale, s):
+        for pass_ in range(0, 4, k_wide):
+            acc = zeros_f32(k_sums)
+            column = k + 16 * pass_
+            for j in range(k_dim):
+                acc = k_multiply(acc, q + 4 * n * j, 4, column + 2 * PAGE * j)
+            k_store(s + 32 * pass_, _ROW, mul_f(acc, splat_f32(scale)))
+
+    @jit
+    def hide(s):
+        """The scores of what each query must not see."""
+        for i in range(n):
+            pos = _bound(s, i)
+            while pos < PAGE:
+                store_f32(s + _ROW * i + 4 * pos, _INVISIBLE)
+                pos += 1
+
+    @jit
+    def soften(s):
+        """Scores to p, in place; m and l of query i in lane i."""
+        v0, v1 = load_rows_f32(s, _ROW, n), load_rows_f32(s + 32, _ROW, n)
+        v2, v3 = load_rows_f32(s + 64, _ROW, n), load_rows_f32(s + 96, _ROW, n)
+        m = max_rows(max_f(max_f(v0, v1), max_f(v2, v3)))
+        store_f32x8(s + _MAXIMA, m)
+        for i in range(n):
+            p = exp(sub_f(load_rows_f32(s + _ROW * i, 32, 4), load_splat_f32(s + _MAXIMA + 4 * i)))
+            store_rows(s + _ROW * i, 32, p)
+            total = add_f(add_f(row(p, 0), row(p, 1)), add_f(row(p, 2), row(p, 3)))
+            store_f32x8(s + _SUMS + 32 * i, total)
+        return m, sum_rows(load_rows_f32(s + _SUMS, 32, n))
+
+    @jit
+    def fold_tops(at, m, l, s):  # noqa: E741
+        m, l, a, b = fold_weights(load_f32x8(at), m, load_f32x8(at + 32), l)  # noqa: E741
+        store_f32x8(at, m)
+        store_f32x8(at + 32, l)
+        store_f32x8(s + _WEIGHTS, a)
+        store_f32x8(s + _PART_WEIGHTS, b)
+
+    @jit
+    def page(tile, second, starts, k, v, scale, s, common, last):
+        """One page into a state; all n see `common` positions of it, the last query `last`."""
+        score(tile, k, scale, s)
+        if common < PAGE:
+            hide(s)
+        m, l = soften(s)  # noqa: E741
+        at, o = tile + tops + 64 * second, tile + state + second * n * o_stride
+        if starts:
+            store_f32x8(at, m)
+            store_f32x8(at + 32, l)
+        else:
+            fold_tops(at, m, l, s)
+        for d in range(0, 2 * v_dim, 16 * v_wide):
+            acc = zeros_f32(v_sums)
+            for pos in range(common):
+                acc = v_multiply(acc, s + 4 * pos, _ROW, v + d + 2 * v_dim * pos)
+            for pos in range(common, last):
+                p, seen = s + 4 * pos, v + d + 2 * v_dim * pos
+                acc = v_multiply_visible(acc, p, _ROW, seen, s + _BOUNDS, pos)
+            if starts:
+                v_store(o + 2 * d, o_stride, acc)
+            else:
+                v_fold(o + 2 * d, o_stride, acc, s + _WEIGHTS, s + _PART_WEIGHTS)
+
+    @jit
+    def fold_segment(tile, s):
+        """The second state into the first."""
+        at, o = tile + tops, tile + state
+        fold_tops(at, load_f32x8(at + 64), load_f32x8(at + 96), s)
+        for i in range(n):
+            a, b = load_splat_f32(s + _WEIGHTS + 4 * i), load_splat_f32(s + _PART_WEIGHTS + 4 * i)
+            for d in range(i * o_stride, (i + 1) * o_stride, 32):
+                part = mul_f(load_f32x8(o + n * o_stride + d), b)
+                store_f32x8(o + d, fma(load_f32x8(o + d), a, part))
+
+    return page, fold_segment
+
+
+@jit
+def _bound(s, i):
+    return load_i32(s + _BOUNDS + 4 * i)
+
+
+@jit
+def _gather(q, stride, group, k_dim, n_queries, region, size):
+    """Copy the queries of an item, row by row, into their tiles."""
+    for i in range(n_queries):
+        start, n = tile_of(i, n_queries)
+        src = q + i // group * stride + i % group * k_dim * 4
+        dst = region + start * size + 4 * (i - start)
+        for j in range(k_dim):
+            store_f32(dst + 4 * n * j, load_f32(src + 4 * j))
+
+
+@jit
+def _set_bounds(s, start, n, group, first_bound):
+    for i in range(n):
+        store_i32(s + _BOUNDS + 4 * i, first_bound + (start + i) // group)
+
+
+def make(isa, k_dim, v_dim):
+    k_dim, v_dim = int(k_dim), int(v_dim)
+    size = query_bytes(k_dim, v_dim)
+    (page_8, fold_8), (page_4, fold_4) = _tile(8, k_dim, v_dim), _tile(4, k_dim, v_dim)
+    (page_2, fold_2), (page_1, fold_1) = _tile(2, k_dim, v_dim), _tile(1, k_dim, v_dim)
+    scratch = local(_LOCAL_BYTES)
+
+    @jit
+    def one_page(region, n_queries, group, second, starts, k, v, scale, s, first_bound):
+        start = 0
+        while start < n_queries:
+            _, n = tile_of(start, n_queries)
+            tile, common, last = region + start * size, PAGE, PAGE
+            if first_bound < PAGE:
+                _set_bounds(s, start, n, group, first_bound)
+                common, last = _bound(s, 0), _bound(s, n - 1)
+            if n == 8:
+                page_8(tile, second, starts, k, v, scale, s, common, last)
+            elif n == 4:
+                page_4(tile, second, starts, k, v, scale, s, common, last)
+            elif n == 2:
+                page_2(tile, second, starts, k, v, scale, s, common, last)
+            else:
+                page_1(tile, second, starts, k, v, scale, s, common, last)
+            start += n
+
+    @jit
+    def fold_segments(region, n_queries, s):
+        start = 0
+        while start < n_queries:
+            _, n = tile_of(start, n_queries)
+            tile = region + start * size
+            if n == 8:
+                fold_8(tile, s)
+            elif n == 4:
+                fold_4(tile, s)
+            elif n == 2:
+                fold_2(tile, s)
+            else:
+                fold_1(tile, s)
+            start += n
+
+    def kernel(h, a, chunk):
+        s, n_kv_heads = scratch(), word(a + ATTEND_N_KV_HEADS)
+        n_heads, head = word(a + ATTEND_N_HEADS), chunk % n_kv_heads
+        group = n_heads // n_kv_heads
+        item = word(h + H_ITEMS) + ROW_BYTES * word(h + H_ROWS) + ITEM_BYTES * (chunk // n_kv_heads)
+        t, n_rows = word(item + ITEM_ROW), word(item + ITEM_N_ROWS)
+        n_queries = n_rows * group
+        region = word(a + ATTEND_PARTS)
+        region += (word(item + ITEM_PART) * n_heads + head * n_queries) * size
+        stride, scale = word(a + ATTEND_Q_STRIDE), load_f32(a + ATTEND_SCALE)
+        offset = t * stride + head * group * k_dim * 4
+        k_base = word(a + ATTEND_K_BASE) + head * k_dim * PAGE * 2
+        v_base = word(a + ATTEND_V_BASE) + head * v_dim * PAGE * 2
+        pos, table = position(h, t), table_of(h, t)
+        last_page = pos // PAGE
+        n_pinned, ring = n_pinned_visible(table, last_page), first_ring_page(table, last_page)
+        has_slid, source = n_gone(table, last_page) > 0, -1
+        end = n_segments(table, last_page)
+        if word(item + ITEM_SEGMENT) != ALL_SEGMENTS:
+            end = 1
+        for i in range(end):
+            which = word(item + ITEM_SEGMENT)
+            if which == ALL_SEGMENTS:
+                which = segment(table, last_page, i)
+            starts, begin = True, SEGMENT_PAGES * which
+            for p in range(begin, min(begin + SEGMENT_PAGES, last_page + 1)):
+                if p >= n_pinned and p < ring:
+                    continue
+                wanted = ATTEND_PINNED_Q if has_slid and p < n_pinned else ATTEND_Q
+                if wanted != source:
+                    q = word(a + wanted) + offset
+                    _gather(q, stride, group, k_dim, n_queries, region, size)
+                    source = wanted
+                slot = arena_page(table, p)
+                k = k_base + slot * word(a + ATTEND_K_PAGE_BYTES)
+                v = v_base + slot * word(a + ATTEND_V_PAGE_BYTES)
+                bound = pos % PAGE + 1 if p == last_page else PAGE
+                one_page(region, n_queries, group, i > 0, starts, k, v, scale, s, bound)
+                starts = False
+            if i > 0:
+                fold_segments(region, n_queries, s)
+
+    return kernel

@@ -1,0 +1,231 @@
+"""What the attention kernels share: segments a row sees, tiles of queries, folding.
+
+Knows no activations and no rotation. Work items and parts: `layout.py`.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+from edgeinfer.kernels.cpu.layout import SEGMENT_PAGES, TABLE_PINNED
+from edgeinfer.kernels.cpu.native.math import exp
+from edgeinfer.kernels.cpu.native.pages import first_ring_page
+from edgeinfer.kernels.cpu.native.simd import (
+    I8,
+    I32,
+    Tile,
+    f32x8,
+    fma,
+    intp,
+    max_f,
+    mul_f,
+    sub_f,
+    word,
+)
+
+jit = njit(error_model="numpy")
+
+
+# -- the segments that rows on one page see, those without a visible page left out ---------------
+
+
+@jit
+def n_pinned_visible(table, page):
+    """How many pinned pages a query on absolute page `page` sees."""
+    return min(word(table + TABLE_PINNED), page + 1)
+
+
+@jit
+def _n_pinned_segments(table, page):
+    return (n_pinned_visible(table, page) + SEGMENT_PAGES - 1) // SEGMENT_PAGES
+
+
+@jit
+def _first_ring_segment(table, page):
+    return max(first_ring_page(table, page) // SEGMENT_PAGES, _n_pinned_segments(table, page))
+
+
+@jit
+def n_segments(table, page):
+    """How many segments a query on absolute page `page` sees."""
+    rest = page // SEGMENT_PAGES + 1 - _first_ring_segment(table, page)
+    return _n_pinned_segments(table, page) + max(rest, 0)
+
+
+@jit
+def segment(table, page, i):
+    """The i-th of them, as 512-position segment of the sequence."""
+    pinned = _n_pinned_segments(table, page)
+    return i if i < pinned else _first_ring_segment(table, page) + i - pinned
+
+
+# -- folding -------------------------------------------------------------------------------------
+
+
+@jit
+def fold_weights(m0, m, l0, l):  # noqa: E741
+    """State (m0, l0) and part (m, l): the new m and l, and what to scale state and part by."""
+    top = max_f(m0, m)
+    a, b = exp(sub_f(m0, top)), exp(sub_f(m, top))
+    return top, fma(l0, a, mul_f(l, b)), a, b
+
+
+# -- across the lanes of up to 8 vectors ---------------------------------------------------------
+
+
+def _across(combine):
+    """Row i of a tile folded like simd.sum_lanes, in lane i; lanes without a row mean nothing."""
+
+    def mix(b, x, y, low, high):
+        first, second = (
+            b.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, 8), lanes))
+            for lanes in (low, high)
+        )
+        return combine(b, first, second)
+
+    @intrinsic
+    def across(typingctx, tile):
+        if not isinstance(tile, Tile) or tile.n > 8:
+            return None
+
+        def codegen(context, b, signature, values):
+            rows = [b.extract_value(values[0], i if i < tile.n else 0) for i in range(8)]
+            fours = [
+                mix(b, rows[i], rows[i + 4], (0, 1, 2, 3, 8, 9, 10, 11), (4, 5, 6, 7, 12, 13, 14, 15))
+                for i in range(4)
+            ]
+            twos = [
+                mix(b, fours[i], fours[i + 1], (0, 1, 8, 9, 4, 5, 12, 13), (2, 3, 10, 11, 6, 7, 14, 15))
+                for i in (0, 2)
+            ]
+            return mix(b, *twos, (0, 2, 8, 10, 4, 6, 12, 14), (1, 3, 9, 11, 5, 7, 13, 15))
+
+        return f32x8(tile), codegen
+
+    return across
+
+
+sum_rows = _across(lambda b, x, y: b.fadd(x, y))
+max_rows = _across(lambda b, x, y: b.select(b.fcmp_ordered(">", x, y), x, y))
+
+
+# -- memory of the running kernel ----------------------------------------------------------------
+
+
+def local(n_bytes):
+    """`local(n)()`: address of n bytes that live as long as the kernel runs.
+
+    NOTE: under 4096 in all, or Windows needs a stack probe, which no object may call.
+    """
+
+    @intrinsic
+    def allocate(typingctx):
+        def codegen(context, b, signature, values):
+            with b.goto_entry_block():
+                block = b.alloca(ir.ArrayType(I8, n_bytes))
+            block.align = 64
+            return b.ptrtoint(block, ir.IntType(64))
+
+        return intp(), codegen
+
+    return allocate
+
+
+# -- products of a tile of queries with K or V ---------------------------------------------------
+
+
+def _cast_all(context, builder, signature, values):
+    return [
+        v if isinstance(kind, Tile) else context.cast(builder, v, kind, intp)
+        for kind, v in zip(signature.args, values, strict=True)
+    ]
+
+
+def grid(n, wide):
+    """Operations on `n` queries x `wide` vectors of 8: row i * wide + v of a tile is (i, v).
+
+    `multiply(acc, x, x_stride, y)`: acc[i, v] + x[i] * y[v], x floats and y halves.
+    `multiply_visible(acc, x, x_stride, y, bounds, pos)`: only where pos < bounds[i] (int32).
+    `store(p, stride, acc)`; `fold(p, stride, acc, a, b)`: p[i, v] * a[i] + acc[i, v] * b[i].
+    """
+    kind = Tile(f32x8, n * wide)
+    from edgeinfer.kernels.cpu.native import simd
+
+    def splat(b, p, stride, i):
+        return simd.splat_ir(b, simd.load_ir(b, simd.offset_ir(b, p, stride, i), simd.F32), 8)
+
+    def halves(b, y):
+        wide_halves = ir.VectorType(simd.F16, 8)
+        return [
+            b.fpext(simd.load_ir(b, simd.offset_ir(b, y, ir.Constant(simd.I64, 16), v), wide_halves), f32x8.ir)
+            for v in range(wide)
+        ]
+
+    def products(b, acc, x, stride, y):
+        vectors = halves(b, y)
+        for i in range(n):
+            one = splat(b, x, stride, i)
+            for v in range(wide):
+                old = b.extract_value(acc, i * wide + v)
+                yield i, old, simd.call(b, "llvm.fma.v8f32", f32x8.ir, one, vectors[v], old)
+
+    def place(b, p, stride, i, v):
+        at = simd.offset_ir(b, p, stride, i)
+        return b.add(at, ir.Constant(simd.I64, 32 * v))
+
+    @intrinsic
+    def multiply(typingctx, acc, x, x_stride, y):
+        def codegen(context, b, signature, values):
+            acc, x, stride, y = _cast_all(context, b, signature, values)
+            return simd.tile_ir(b, kind, (new for _, _, new in products(b, acc, x, stride, y)))
+
+        return kind(acc, x, x_stride, y), codegen
+
+    @intrinsic
+    def multiply_visible(typingctx, acc, x, x_stride, y, bounds, pos):
+        def codegen(context, b, signature, values):
+            acc, x, stride, y, bounds, pos = _cast_all(context, b, signature, values)
+            here = b.trunc(pos, I32)
+
+            def rows():
+                for i, old, new in products(b, acc, x, stride, y):
+                    at = simd.offset_ir(b, bounds, ir.Constant(simd.I64, 4), i)
+                    bound = simd.splat_ir(b, simd.load_ir(b, at, I32), 8)
+                    is_seen = b.icmp_signed("<", simd.splat_ir(b, here, 8), bound)
+                    yield b.select(is_seen, new, old)
+
+            return simd.tile_ir(b, kind, rows())
+
+        return kind(acc, x, x_stride, y, bounds, pos), codegen
+
+    @intrinsic
+    def store(typingctx, p, stride, acc):
+        def codegen(context, b, signature, values):
+            p, stride, acc = _cast_all(context, b, signature, values)
+            for i in range(n):
+                for v in range(wide):
+                    vector = b.extract_value(acc, i * wide + v)
+                    simd.store_ir(b, place(b, p, stride, i, v), vector)
+            return context.get_dummy_value()
+
+        return types.void(p, stride, acc), codegen
+
+    @intrinsic
+    def fold(typingctx, p, stride, acc, weights, part_weights):
+        def codegen(context, b, signature, values):
+            p, stride, acc, weights, part_weights = _cast_all(context, b, signature, values)
+            four = ir.Constant(simd.I64, 4)
+            for i in range(n):
+                w, u = splat(b, weights, four, i), splat(b, part_weights, four, i)
+                for v in range(wide):
+                    at = place(b, p, stride, i, v)
+                    part = b.fmul(b.extract_value(acc, i * wide + v), u)
+                    state = simd.load_ir(b, at, f32x8.ir)
+                    simd.store_ir(b, at, simd.call(b, "llvm.fma.v8f32", f32x8.ir, state, w, part))
+            return context.get_dummy_value()
+
+        return types.void(p, stride, acc, weights, part_weights), codegen
+
+    return multiply, multiply_visible, store, fold

@@ -1,0 +1,81 @@
+"""Folds what the work items left for one row into the row of attention. Knows no K or V."""
+
+from __future__ import annotations
+
+from numba import njit
+
+from edgeinfer.kernels.cpu.layout import (
+    ATTEND_K_DIM,
+    ATTEND_N_HEADS,
+    ATTEND_N_KV_HEADS,
+    ATTEND_PARTS,
+    ATTEND_SINK,
+    ATTEND_V_DIM,
+    H_ITEMS,
+    H_ROWS,
+    QUERY_EXTRA,
+    ROW_BYTES,
+    ROW_INDEX,
+    ROW_ITEM_ROWS,
+    ROW_N_PARTS,
+    ROW_PART,
+    SINK_F32,
+    SINK_STRIDE,
+)
+from edgeinfer.kernels.cpu.native.attention import fold_weights
+from edgeinfer.kernels.cpu.native.copy_rows import copy
+from edgeinfer.kernels.cpu.native.simd import (
+    div_f,
+    fma,
+    load_f32x8,
+    load_splat_f32,
+    mul_f,
+    splat_f32,
+    store_f32x8,
+    word,
+)
+from edgeinfer.kernels.cpu.native.sink import leave, tile_of
+
+jit = njit(error_model="numpy")
+
+
+@jit
+def _fold_head(tile, step, n_parts, lane, n, k_dim, v_dim, out):
+    """Query `lane` of a tile of n, whose parts lie `step` bytes apart."""
+    o, tops = tile + 4 * (n * k_dim + lane * v_dim), tile + 4 * n * (k_dim + 2 * v_dim) + 4 * lane
+    copy(o, out, v_dim)
+    m, l = load_splat_f32(tops), load_splat_f32(tops + 32)  # noqa: E741
+    for part in range(1, n_parts):
+        at = part * step
+        m, l, a, b = fold_weights(  # noqa: E741
+            m, load_splat_f32(tops + at), l, load_splat_f32(tops + at + 32)
+        )
+        for d in range(0, 4 * v_dim, 32):
+            scaled = mul_f(load_f32x8(o + at + d), b)
+            store_f32x8(out + d, fma(load_f32x8(out + d), a, scaled))
+    inverse = div_f(splat_f32(1.0), l)
+    for d in range(0, 4 * v_dim, 32):
+        store_f32x8(out + d, mul_f(load_f32x8(out + d), inverse))
+
+
+def make(isa):
+    def kernel(h, a, chunk):
+        k_dim, v_dim = word(a + ATTEND_K_DIM), word(a + ATTEND_V_DIM)
+        n_heads, size = word(a + ATTEND_N_HEADS), 4 * (k_dim + 2 * v_dim + QUERY_EXTRA)
+        group = n_heads // word(a + ATTEND_N_KV_HEADS)
+        record = word(h + H_ITEMS) + ROW_BYTES * chunk
+        n_rows, index = word(record + ROW_ITEM_ROWS), word(record + ROW_INDEX)
+        parts = word(a + ATTEND_PARTS) + word(record + ROW_PART) * n_heads * size
+        step, n_queries, sink = n_rows * n_heads * size, n_rows * group, a + ATTEND_SINK
+        out = word(sink + SINK_F32) + chunk * word(sink + SINK_STRIDE)
+        for head in range(n_heads):
+            query = index * group + head % group
+            start, n = tile_of(query, n_queries)
+            tile = parts + (head // group * n_queries + start) * size
+            _fold_head(
+                tile, step, word(record + ROW_N_PARTS), query - start, n, k_dim, v_dim,
+                out + 4 * head * v_dim,
+            )  # fmt: skip
+        leave(out, n_heads * v_dim, sink, chunk, word(h + H_ROWS))
+
+    return kernel

@@ -1,0 +1,88 @@
+"""Cuts a step's rows into attention work items. Knows no heads and no K or V."""
+
+from __future__ import annotations
+
+from numba import njit
+
+from edgeinfer.kernels.cpu.layout import (
+    ALL_SEGMENTS,
+    ATTEND_MAX_SEGMENTS,
+    ATTEND_N_KV_HEADS,
+    ATTEND_ROWS,
+    H_ITEMS,
+    H_N_ITEMS,
+    H_ROWS,
+    H_SEQ,
+    ITEM_BYTES,
+    ITEM_N_ROWS,
+    ITEM_PART,
+    ITEM_ROW,
+    ITEM_SEGMENT,
+    PAGE,
+    ROW_BYTES,
+    ROW_INDEX,
+    ROW_ITEM_ROWS,
+    ROW_N_PARTS,
+    ROW_PART,
+    SPLIT_ROWS,
+)
+from edgeinfer.kernels.cpu.native.attention import n_segments, segment
+from edgeinfer.kernels.cpu.native.pages import position, table_of
+from edgeinfer.kernels.cpu.native.simd import load_i32, set_word, word
+
+jit = njit(error_model="numpy")
+
+
+@jit
+def _first_row(h, last):
+    """First row of the work item that ends with row `last`."""
+    seqs, row = word(h + H_SEQ), last
+    block = position(h, last) // ATTEND_ROWS
+    while row > 0 and load_i32(seqs + 4 * (row - 1)) == load_i32(seqs + 4 * last):
+        if position(h, row - 1) // ATTEND_ROWS != block:
+            break
+        row -= 1
+    return row
+
+
+@jit
+def _write_item(item, row, n_rows, which, part):
+    set_word(item + ITEM_ROW, row)
+    set_word(item + ITEM_N_ROWS, n_rows)
+    set_word(item + ITEM_SEGMENT, which)
+    set_word(item + ITEM_PART, part)
+
+
+@jit
+def _write_rows(h, row, n_rows, part, n_parts):
+    for i in range(n_rows):
+        record = word(h + H_ITEMS) + ROW_BYTES * (row + i)
+        set_word(record + ROW_PART, part)
+        set_word(record + ROW_ITEM_ROWS, n_rows)
+        set_word(record + ROW_INDEX, i)
+        set_word(record + ROW_N_PARTS, n_parts)
+
+
+def make(isa):
+    def kernel(h, a, chunk):
+        end, part, n_items = word(h + H_ROWS), 0, 0
+        items = word(h + H_ITEMS) + ROW_BYTES * end
+        spare = SPLIT_ROWS * word(a + ATTEND_MAX_SEGMENTS)
+        # The last rows see most: starting with them leaves the small items for the end.
+        while end > 0:
+            row = _first_row(h, end - 1)
+            n_rows, table, page = end - row, table_of(h, row), position(h, row) // PAGE
+            n_parts, n = 1, n_segments(table, page)
+            if n_rows <= SPLIT_ROWS and n_rows * (n - 1) <= spare:
+                n_parts = n
+                spare -= n_rows * (n - 1)
+            _write_rows(h, row, n_rows, part, n_parts)
+            for i in range(n_parts):
+                which = ALL_SEGMENTS if n_parts < n else segment(table, page, i)
+                _write_item(items + ITEM_BYTES * n_items, row, n_rows, which, part)
+                n_items += 1
+                part += n_rows
+            end = row
+        set_word(h + H_N_ITEMS, n_items * word(a + ATTEND_N_KV_HEADS))
+
+    return kernel

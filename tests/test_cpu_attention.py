@@ -1,0 +1,208 @@
+"""CPU attention against its NumPy twin, bit for bit, over pages in any order.
+
+Knows no model: queries, keys and values are random.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from edgeinfer.batch import PAGE, PageTable
+from edgeinfer.kernels.cpu import layout
+from edgeinfer.kernels.reference import _Quantised
+from tests import native
+
+FAMILIES = [None, "avx2", "generic"]
+Floats = NDArray[np.float32]
+
+
+@dataclass
+class Heads:
+    n_heads: int = 4
+    n_kv_heads: int = 2
+    k_dim: int = 64
+    v_dim: int = 64
+
+
+@dataclass
+class Rows:
+    """The rows of one sequence in a step: positions first .. first + n - 1."""
+
+    first: int
+    n: int = 1
+    n_pinned: int = 0
+    n_visible: int = 1 << 20
+    n_ring: int = 0  # pages of the ring; 0: as many as there are
+
+    @property
+    def pos(self) -> range:
+        return range(self.first, self.first + self.n)
+
+
+@dataclass
+class Case:
+    """A step: page tables into one arena whose unwritten bytes are NaN."""
+
+    heads: Heads
+    sequences: list[Rows]
+    rng: np.random.Generator
+    tables: list[PageTable] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        heads, rng = self.heads, self.rng
+        n_pages = [
+            min(r.pos[-1] // PAGE + 1, r.n_pinned + (r.n_ring or 1 << 20)) for r in self.sequences
+        ]
+        n_arena = sum(n_pages) + 3
+        k_shape = (n_arena, heads.n_kv_heads, heads.k_dim, PAGE)
+        v_shape = (n_arena, heads.n_kv_heads, PAGE, heads.v_dim)
+        self.k, self.v = np.full(k_shape, np.nan, "f2"), np.full(v_shape, np.nan, "f2")
+        free = rng.permutation(n_arena).astype(np.int32)
+        for rows, n in zip(self.sequences, n_pages, strict=True):
+            table = PageTable(free[:n].copy(), rows.n_pinned, min(rows.n_visible, 1 << 20))
+            free = free[n:]
+            self.tables.append(table)
+            for page in {p for pos in rows.pos for p in table.visible(pos)}:
+                self._write(table.pages[table.slot(page)], min(PAGE, rows.pos[-1] + 1 - page * PAGE))
+        n_rows = sum(r.n for r in self.sequences)
+        self.pos = np.array([p for r in self.sequences for p in r.pos], np.int64)
+        self.seq = np.repeat(np.arange(len(n_pages)), [r.n for r in self.sequences]).astype("i4")
+        shape = (n_rows, heads.n_heads, heads.k_dim)
+        self.q = rng.standard_normal(shape, np.float32)
+        self.pinned_q = rng.standard_normal(shape, np.float32)
+        self.scale = float(np.float32(1.7 / np.sqrt(heads.k_dim)))
+
+    def _write(self, page: int, n: int) -> None:
+        heads, rng = self.heads, self.rng
+        self.k[page, :, :, :n] = rng.standard_normal((heads.n_kv_heads, heads.k_dim, n))
+        self.v[page, :, :n] = rng.standard_normal((heads.n_kv_heads, n, heads.v_dim))
+
+    def has_slid(self, row: int) -> bool:
+        table = self.tables[self.seq[row]]
+        return table.first_ring_page(int(self.pos[row])) > table.n_pinned
+
+    def expected(self, row: int) -> Floats:
+        """What the twin says of one row."""
+        heads, table, pos = self.heads, self.tables[self.seq[row]], int(self.pos[row])
+        group = heads.n_heads // heads.n_kv_heads
+        pages = np.array(table.visible(pos))
+        slots = [table.pages[table.slot(p)] for p in pages]
+        pinned = self.has_slid(row) & (pages < table.n_pinned)
+        q = np.where(pinned[:, None, None], self.pinned_q[row], self.q[row])
+        k = self.k[slots].transpose(0, 1, 3, 2).astype(np.float32).repeat(group, axis=1)
+        v = self.v[slots].astype(np.float32).repeat(group, axis=1)
+        k = np.where(np.isnan(k), np.float32(0), k)  # unwritten: the twin would only warn
+        out = _Quantised().attend(q, k, v, pages, pos, self.scale)
+        return out.reshape(-1)
+
+    def run(self, rows: list[int] | None = None, family: str | None = None) -> Floats:
+        """Rows of attention from the kernels, of these rows only."""
+        chosen = list(range(len(self.pos))) if rows is None else rows
+        heads, n = self.heads, len(chosen)
+        q, pinned_q = self.q[chosen], self.pinned_q[chosen]
+        for i, row in enumerate(chosen):
+            if not self.has_slid(row):
+                pinned_q[i] = np.nan
+        pos, seq = self.pos[chosen], self.seq[chosen]
+        tables = np.array(
+            [[t.pages.ctypes.data, len(t.pages), t.n_pinned, t.n_visible] for t in self.tables]
+        )
+        max_segments = int(pos.max()) // 512 + 1
+        items = np.full(layout.items_bytes(n, max_segments) // 8, -1, np.int64)
+        dims = heads.n_heads, heads.k_dim, heads.v_dim
+        parts = np.full(layout.parts_bytes(n, *dims, max_segments) // 4, np.nan, np.float32)
+        out = np.full((n, heads.n_heads * heads.v_dim), np.nan, np.float32)
+        h = native.header(
+            H_ROWS=n, H_POS=pos.ctypes.data, H_SEQ=seq.ctypes.data,
+            H_TABLES=tables.ctypes.data, H_ITEMS=items.ctypes.data,
+        )  # fmt: skip
+        args = [
+            q.ctypes.data, q[0].nbytes, pinned_q.ctypes.data, heads.n_heads, heads.n_kv_heads,
+            native.float_bits(self.scale), self.k.ctypes.data, self.k[0].nbytes,
+            self.v.ctypes.data, self.v[0].nbytes, parts.ctypes.data, max_segments,
+            heads.k_dim, heads.v_dim, out.ctypes.data, out[0].nbytes, 0, 0,
+        ]  # fmt: skip
+        native.run("plan_attention", h, args, range(1), family)
+        n_items = int(h[layout.H_N_ITEMS // layout.WORD])
+        backwards = range(n_items - 1, -1, -1)  # chunks run in any order
+        native.run(f"attend.{heads.k_dim}.{heads.v_dim}", h, args, backwards, family)
+        native.run("fold", h, args, range(n), family)
+        return out
+
+
+def check(case: Case, family: str | None = None) -> Floats:
+    out = case.run(family=family)
+    for row in range(len(out)):
+        np.testing.assert_array_equal(out[row], case.expected(row), err_msg=f"row {row}")
+    return out
+
+
+def case_of(sequences: list[Rows], seed: int = 0, **heads: int) -> Case:
+    return Case(Heads(**heads), sequences, np.random.default_rng(seed))
+
+
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 511, 512, 513, 1500])
+def test_one_row_at_page_and_segment_borders(length: int) -> None:
+    check(case_of([Rows(length - 1)]))
+
+
+@pytest.mark.parametrize("first", [0, 20, 505, 1020])
+def test_rows_of_one_step_equal_each_row_alone(first: int) -> None:
+    case = case_of([Rows(first, 13)])
+    together = check(case)
+    for row in range(13):
+        assert np.array_equal(case.run([row])[0], together[row])
+    halves = np.concatenate([case.run(list(range(5))), case.run(list(range(5, 13)))])
+    assert np.array_equal(halves, together)
+
+
+@pytest.mark.parametrize("group", [1, 3, 4, 8])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_groups_of_query_heads(group: int, family: str | None) -> None:
+    case = case_of([Rows(500, 37)], n_heads=2 * group, n_kv_heads=2)
+    assert np.array_equal(check(case, family), case.run())
+
+
+@pytest.mark.parametrize("dims", [(8, 16), (72, 80), (80, 72), (96, 64), (128, 128), (256, 256)])
+def test_head_dims(dims: tuple[int, int]) -> None:
+    check(case_of([Rows(70, 11)], k_dim=dims[0], v_dim=dims[1]))
+
+
+def test_several_sequences_in_one_step() -> None:
+    case = case_of([Rows(700), Rows(0, 40), Rows(1300, 3), Rows(31, 2), Rows(512)])
+    together = check(case)
+    for row in (0, 1, 40, 41, 43, 45, 46):
+        assert np.array_equal(case.run([row])[0], together[row])
+
+
+@pytest.mark.parametrize("first", [255, 300, 640, 2000])
+@pytest.mark.parametrize("n_pinned", [0, 1, 3, 17])
+def test_slid_sequences(first: int, n_pinned: int) -> None:
+    """Pages between the pinned ones and the ring are gone; pinned ones are seen by pinned q."""
+    slid = Rows(first, 40, n_pinned=n_pinned, n_visible=5, n_ring=8)
+    case = case_of([slid, Rows(33), Rows(first + 500, 1, n_pinned, 20, 21)])
+    together = check(case)
+    for row in (0, 39, 40, 41):
+        assert np.array_equal(case.run([row])[0], together[row])
+
+
+def test_many_rows_fall_back_to_unsplit_items() -> None:
+    """More short runs of rows than `parts` has room to split."""
+    case = case_of([Rows(1100 + 7 * i, 1 + i % 7) for i in range(12)])
+    check(case)
+
+
+def test_families_agree() -> None:
+    case = case_of([Rows(600, 21), Rows(90)], n_heads=6, n_kv_heads=2, k_dim=80, v_dim=80)
+    first, *others = (case.run(family=family) for family in FAMILIES)
+    assert all(np.array_equal(first, other) for other in others)
+
+
+def test_large_scores() -> None:
+    case = case_of([Rows(100, 9)])
+    case.q *= 40
+    check(case)
