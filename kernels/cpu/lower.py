@@ -195,7 +195,7 @@ class Lowering:
         x = self._float_buffer(op.out, "residual")
         args = [self._weights.matrix(op.weight), op.weight.shape[1] // fmt.block, x]
         args += [row_stride(op.out.dim), op.out.dim]
-        self._emit("embed", f"embed.{fmt.name}", args, layout.COUNT_ROWS)
+        self._emit("embed", f"embed.{_type(op.weight)}", args, layout.COUNT_ROWS)
 
     def _norm(self, op: RmsNorm) -> None:
         if op.n_heads != 1:
@@ -237,12 +237,12 @@ class Lowering:
             x, row_bytes = self._floats[op.x], row_stride(n_cols)
         else:
             x, row_bytes = self._quantised[op.x, fmt.activation], _act_bytes(fmt.activation, n_cols)
-        per_chunk = self._groups_per_chunk(n_groups, n_blocks * fmt.block_bytes)
+        per_chunk = self._groups_per_chunk(n_groups, n_blocks * fmt.packed_bytes)
         args: list[int | Buffer] = [
             self._weights.matrix(op.weight), n_groups, n_blocks, x, out, row_stride(n_rows),
             self._weights.vector(op.bias) if op.bias else 0, residual or 0, per_chunk, rows, row_bytes,
         ]  # fmt: skip
-        return KernelPart(f"matmul.{fmt.name}", args, -(-n_groups // per_chunk))
+        return KernelPart(f"matmul.{_type(op.weight)}", args, -(-n_groups // per_chunk))
 
     def _residual(self, op: Linear) -> tuple[Buffer | None, Buffer]:
         """The rows to add to this matmul's result and the rows it leaves: often the same."""
@@ -283,7 +283,9 @@ class Lowering:
         limits = self._limits
         parts = Buffer(
             "attention parts",
-            layout.parts_bytes(limits.max_rows, op.n_heads, kv.v_dim, self._max_segments),
+            layout.parts_bytes(
+                limits.max_rows, op.n_heads, kv.k_dim, kv.v_dim, self._max_segments
+            ),
         )
         common: list[int | Buffer] = [
             q_buffer, q_stride, pinned_q, op.n_heads, kv.n_heads, float_bits(op.scale),
@@ -422,8 +424,12 @@ def _act_bytes(activation: str, dim: int) -> int:
     return dim // 256 * layout.A256_BYTES
 
 
+def _type(weight: Weight) -> str:
+    return weight.type.name.lower()
+
+
 def _format(weight: Weight) -> Format:
-    fmt = FORMATS.get(weight.type.name.lower())
+    fmt = FORMATS.get(_type(weight))
     if fmt is None:
         raise UnsupportedModelError(
             f"{weight.name} is {weight.type.name}; the cpu backend runs "

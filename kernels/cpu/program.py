@@ -193,10 +193,10 @@ class CpuProgram:
     def _sample_op(self) -> KernelOp:
         logits, vocab = self._lowered.logits, self.segment.output.dim
         assert logits is not None
-        row_bytes = layout.sample_scratch_bytes(vocab)
-        self._sample_scratch = platform.Memory(row_bytes * self.limits.max_outputs)
+        n_slots, slot_bytes = self._backend.n_threads, layout.sample_scratch_bytes(vocab)
+        self._sample_scratch = platform.Memory(n_slots * slot_bytes)
         args: list[int | Buffer] = [
-            logits, row_stride(vocab), vocab, self._sample_scratch.address, row_bytes,
+            logits, row_stride(vocab), vocab, self._sample_scratch.address, slot_bytes, n_slots,
         ]  # fmt: skip
         return KernelOp("sample", [KernelPart("sample", args, layout.COUNT_WANTED)])
 
@@ -208,7 +208,7 @@ class CpuProgram:
         self._ids = np.zeros(limits.max_rows, np.int32)
         self._wanted = np.zeros(limits.max_outputs, np.int32)
         self._tables = np.zeros((limits.max_sequences, layout.TABLE_BYTES // 8), np.int64)
-        self._items = platform.Memory(layout.items_bytes(limits, self.segment, max_segments))
+        self._items = platform.Memory(layout.items_bytes(limits.max_rows, max_segments))
         for word, array in (
             (layout.H_POS, self._pos),
             (layout.H_SEQ, self._seq),

@@ -81,7 +81,7 @@ class PackedWeights:
         """Fill the arena; `progress(done, total)` counts source bytes."""
         for weight in self._vectors.values():
             values = np.ascontiguousarray(
-                dequantize(weight.data, weight.type, weight.shape), np.float32
+                dequantize(weight), np.float32
             )
             ctypes.memmove(self.vector(weight), values.ctypes.data, values.nbytes)
         total = sum(len(w.data) for w in self._matrices.values())
@@ -125,9 +125,9 @@ class PackedWeights:
         fmt = FORMATS[weight.type.name.lower()]
         n_rows, n_cols = weight.shape
         n_groups, n_blocks = -(-n_rows // 8), n_cols // fmt.block
-        per_chunk = max(1, _PACK_CHUNK // (n_blocks * fmt.block_bytes))
+        per_chunk = max(1, _PACK_CHUNK // (n_blocks * fmt.packed_bytes))
         args = [source, self.matrix(weight), n_rows, n_blocks, per_chunk]
-        return Part(library.address(f"pack.{fmt.name}"), args, -(-n_groups // per_chunk))
+        return Part(library.address(f"pack.{weight.type.name.lower()}"), args, -(-n_groups // per_chunk))
 
     def close(self) -> None:
         self._memory.close()
