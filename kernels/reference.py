@@ -23,7 +23,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from itertools import groupby
-from types import TracebackType
 from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -44,7 +43,7 @@ from edgeinfer.graph import (
     Segment,
     SelectRows,
     Silu,
-)
+)  # fmt: skip
 from edgeinfer.quant import Weight, dequantize
 from edgeinfer.sampling import Sampled, SampleRow
 
@@ -114,12 +113,7 @@ class ReferenceProgram:
     def __enter__(self) -> ReferenceProgram:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def run(self, batch: Batch, ticket: ReferenceTicket) -> Outputs:
