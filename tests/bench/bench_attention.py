@@ -1,0 +1,105 @@
+"""Attention kernels on one core: GMAC/s of prefill, GB/s of decode, by head dim and depth.
+
+`python tests/bench/bench_attention.py [--family avx2]`. Knows no model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from edgeinfer.batch import PAGE  # noqa: E402
+from edgeinfer.kernels.cpu import layout  # noqa: E402
+from tests import native  # noqa: E402
+
+N_KV_HEADS = 4
+
+
+def step(
+    depth: int, n_rows: int, dim: int, group: int, family: str | None
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Calls that attend and fold the last `n_rows` of `depth` positions, once."""
+    rng = np.random.default_rng(0)
+    n_pages, n_heads = -(-depth // PAGE), N_KV_HEADS * group
+    page_bytes = N_KV_HEADS * dim * PAGE * 2
+    k = np.frombuffer(native.huge(n_pages * page_bytes), np.float16)
+    v = np.frombuffer(native.huge(n_pages * page_bytes), np.float16)
+    k[:], v[:] = rng.standard_normal(k.size), rng.standard_normal(v.size)
+    q = rng.standard_normal((n_rows, n_heads * dim), np.float32)
+    pages = rng.permutation(n_pages).astype(np.int32)
+    tables = np.array([pages.ctypes.data, n_pages, 0, 1 << 20], np.int64)
+    pos, seq = np.arange(depth - n_rows, depth), np.zeros(n_rows, np.int32)
+    n_segments = depth // 512 + 1
+    items = np.zeros(layout.items_bytes(n_rows, n_segments) // 8, np.int64)
+    parts = native.huge(layout.parts_bytes(n_rows, n_heads, dim, dim, n_segments))
+    out = np.zeros_like(q)
+    h = native.header(
+        H_ROWS=n_rows, H_POS=pos.ctypes.data, H_SEQ=seq.ctypes.data,
+        H_TABLES=tables.ctypes.data, H_ITEMS=items.ctypes.data,
+    )  # fmt: skip
+    args = [
+        q.ctypes.data, q[0].nbytes, 0, n_heads, N_KV_HEADS, native.float_bits(dim**-0.5),
+        k.ctypes.data, page_bytes, v.ctypes.data, page_bytes, parts.ctypes.data, n_segments,
+        dim, dim, out.ctypes.data, out[0].nbytes, 0, 0,
+    ]  # fmt: skip
+    native.run("plan_attention", h, args, range(1), family)
+    chunks = range(int(h[layout.H_N_ITEMS // layout.WORD]))
+    name, alive = f"attend.{dim}.{dim}", (k, v, q, pages, tables, pos, seq, items, parts, out)
+
+    def attend() -> None:
+        assert alive
+        native.run(name, h, args, chunks, family)
+
+    def fold() -> None:
+        native.run("fold", h, args, range(n_rows), family)
+
+    attend(), fold()
+    return attend, fold
+
+
+def median(call: Callable[[], None], seconds: float) -> float:
+    """Median thread time of one call."""
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < 3 or time.perf_counter() < end:
+        start = time.thread_time()
+        call()
+        times.append(time.thread_time() - start)
+    return float(np.median(times))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--family", default=None)
+    parser.add_argument("--seconds", type=float, default=0.5)
+    args = parser.parse_args()
+    print("prefill, 128 rows at depth:    attend GMAC/s   fold ms")
+    for dim in (64, 128):
+        for depth in (128, 1024, 8192):
+            attend, fold = step(depth, 128, dim, 4, args.family)
+            n_macs = sum(range(depth - 127, depth + 1)) * 4 * N_KV_HEADS * 2 * dim
+            rate = n_macs / median(attend, args.seconds) / 1e9
+            folding = median(fold, 0.05)
+            print(f"head dim {dim:3}, GQA 4, {depth:6}   {rate:12.1f}  {folding * 1e3:10.2f}")
+    print("decode, 1 row at depth:        attend GB/s   us a call   fold us")
+    for dim in (64, 128):
+        for group in (1, 4, 8):
+            for depth in (1024, 8192, 32768):
+                attend, fold = step(depth, 1, dim, group, args.family)
+                seconds, folding = median(attend, args.seconds), median(fold, 0.05)
+                rate = depth * N_KV_HEADS * dim * 4 / seconds / 1e9
+                print(
+                    f"head dim {dim:3}, GQA {group}, {depth:6}   {rate:10.1f}"
+                    f"  {seconds * 1e6:10.1f} {folding * 1e6:8.1f}"
+                )
+
+
+if __name__ == "__main__":
+    main()
