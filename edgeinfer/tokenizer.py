@@ -336,8 +336,6 @@ def _spm_proto(vocab: Vocabulary, scores: list[float]) -> bytes:
     parts: list[bytes] = []
     for i, (text, score) in enumerate(zip(vocab.texts, scores, strict=True)):
         kind = UNKNOWN if i == unknown else proto_kind[vocab.kinds[i]]
-        if kind == BYTE:
-            byte_value(text)
         name = text.encode()
         piece = b"\x0a" + _varint(len(name)) + name + b"\x15" + pack_score(score)
         piece += b"\x18" + _varint(kind)

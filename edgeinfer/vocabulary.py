@@ -102,6 +102,9 @@ def read_vocabulary(meta: Mapping[str, Any], pre: str | None) -> Vocabulary:
             f"tokens {i} and {ids[text]} are both {text!r}", field=_KEY + "tokens"
         )
     kinds = bytearray(_token_types(meta, len(texts)))
+    for text, kind in zip(texts, kinds, strict=True):
+        if kind == BYTE:
+            byte_value(text)
     vocab = Vocabulary(model, name, row, texts, ids, bytes(kinds), kinds)
     _override_kinds(vocab, meta)
     _read_special_ids(vocab, meta)

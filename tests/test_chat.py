@@ -370,6 +370,32 @@ def test_any_message_is_literal_text(
     assert encode_chat(tokenizer, template, chat) == expected
 
 
+@cache
+def vocabulary(path: Path) -> Tokenizer:
+    with GGUFFile.open(path) as file:
+        return Tokenizer.from_metadata(file.metadata)
+
+
+@pytest.mark.parametrize(
+    ("name", "template_name"), [("phi-3", "phi3"), ("qwen2", "chatml"), ("llama-bpe", "llama3")]
+)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_messages_add_no_control_tokens(
+    name: str, template_name: str, data: st.DataObject, data_file: DataFile
+) -> None:
+    tokenizer = vocabulary(data_file(f"vocab/ggml-vocab-{name}.gguf"))
+    template = ChatTemplate(BUILT_IN[template_name], bos_token=tokenizer.bos_text)
+    special = st.sampled_from([text[:n] for text in tokenizer.special_texts[:99] for n in (3, 99)])
+    content = data.draw(st.lists(special | PIECES, max_size=6).map("".join))
+
+    def control(content: str) -> list[int]:
+        ids = encode_chat(tokenizer, template, [{"role": "user", "content": content}])
+        return [id for id in ids if tokenizer.is_control(id)]
+
+    assert control(content) == control("x")
+
+
 def test_json_in_ascii_keeps_text_literal(smollm: tuple[Tokenizer, ChatTemplate]) -> None:
     tokenizer, _ = smollm
     template = ChatTemplate("{{ messages[0].content | tojson(ensure_ascii=true) }}<|im_end|>")
@@ -413,8 +439,7 @@ def test_single_character_special_stays_text() -> None:
 
 
 def test_one_bos_only(data_file: DataFile) -> None:
-    with GGUFFile.open(data_file("vocab/ggml-vocab-llama-bpe.gguf")) as file:
-        tokenizer = Tokenizer.from_metadata(file.metadata)
+    tokenizer = vocabulary(data_file("vocab/ggml-vocab-llama-bpe.gguf"))
     hello: list[Message] = [{"role": "user", "content": "Hi"}]
     for bos in ("", tokenizer.bos_text, tokenizer.bos_text * 2):
         template = ChatTemplate(BUILT_IN["llama3"], bos_token=bos)
