@@ -25,8 +25,9 @@ from edgeinfer.errors import (
 )
 
 if TYPE_CHECKING:
+    from edgeinfer.aio import AsyncLLM, AsyncStream
     from edgeinfer.chat import Message
-    from edgeinfer.llm import LLM, AsyncLLM
+    from edgeinfer.llm import LLM
     from edgeinfer.options import LoadOptions, Progress, Sampling
     from edgeinfer.plan import MemoryPlan
     from edgeinfer.results import (
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
         TokenLogprob,
         Usage,
     )
-    from edgeinfer.stream import AsyncStream, Stream
+    from edgeinfer.stream import Stream
 
 __version__ = "0.1.0"
 
@@ -48,13 +49,13 @@ if not (Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
 _HOME = {
-    "LLM": "llm", "AsyncLLM": "llm",
+    "LLM": "llm", "AsyncLLM": "aio",
     "LoadOptions": "options", "Message": "chat", "Progress": "options", "Sampling": "options",
     "MemoryPlan": "plan",
     "Completion": "results", "Delta": "results", "Done": "results", "Event": "results",
     "PromptProgress": "results", "Timings": "results", "TokenLogprob": "results",
     "Usage": "results",
-    "AsyncStream": "stream", "Stream": "stream",
+    "AsyncStream": "aio", "Stream": "stream",
 }  # fmt: skip
 
 __all__ = [

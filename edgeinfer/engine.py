@@ -11,6 +11,7 @@ import threading
 import time
 import weakref
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
@@ -95,17 +96,34 @@ class Engine:
         prefill_chunk: int | None = None,
         batch_with: SequenceOf[SequenceOf[int]] | None = None,
     ) -> NDArray[np.float32]:
-        """Logits after each of the `last` tokens of `ids` (all by default), (last, V).
+        """Logits after each of the `last` tokens of `ids` (all by default), (last, V)."""
+        n_out = len(ids) if last is None else last
+        if not 0 < n_out <= len(ids):
+            raise InvalidRequestError(f"last is {last}, need 1 to {len(ids)}", param="last")
+        out = np.empty((n_out, self.n_vocab), np.float32)
+
+        def take(row: int, logits: NDArray[np.float32]) -> None:
+            out[row : row + len(logits)] = logits
+
+        self.each_logits(ids, take, len(ids) - n_out, prefill_chunk, batch_with)
+        return out
+
+    def each_logits(
+        self,
+        ids: SequenceOf[int],
+        take: Callable[[int, NDArray[np.float32]], None],
+        first: int = 0,
+        prefill_chunk: int | None = None,
+        batch_with: SequenceOf[SequenceOf[int]] | None = None,
+    ) -> None:
+        """Call `take(row, logits)` for runs of rows, row 0 being position `first`.
 
         Steps take at most `prefill_chunk` rows of `ids`, beside rows of the `batch_with` lists.
         """
-        n_out = len(ids) if last is None else last
         others = [tuple(other) for other in batch_with or ()]
         for each in (tuple(ids), *others):
             self._check_ids(each)
             self._check_length(len(each))
-        if not 0 < n_out <= len(ids):
-            raise InvalidRequestError(f"last is {last}, need 1 to {len(ids)}", param="last")
         if prefill_chunk is not None and prefill_chunk < 1:
             raise InvalidRequestError(
                 f"prefill_chunk is {prefill_chunk}, need at least 1", param="prefill_chunk"
@@ -116,9 +134,8 @@ class Engine:
                 f"{len(others)} token lists, at most {most} fit in a step", param="batch_with"
             )
         chunk = min(prefill_chunk or self.limits.max_rows, self.limits.max_rows - len(others))
-        out = np.empty((n_out, self.n_vocab), np.float32)
         layout = CacheLayout.of("error", self.n_ctx)
-        job = LogitsJob(tuple(ids), others, len(ids) - n_out, chunk, layout, out)
+        job = LogitsJob(tuple(ids), others, first, chunk, layout, take)
         if job.n_pages > self.pool.n_pages:
             raise PlanError(
                 f"the token lists take {job.n_pages * PAGE} cache positions, there are "
@@ -128,7 +145,7 @@ class Engine:
             self._check_open()
             self._jobs.append(job)
             self._changed.notify()
-        return job.wait(self)
+        job.wait(self)
 
     def interrupt(self, work: Generation | LogitsJob) -> None:
         """Look at cancelled work now, also when a step of it is running."""
@@ -412,8 +429,7 @@ class Engine:
         for part in parts:
             part.sequence.cache.n_tokens += part.n
         if n_wanted:
-            at = main.cache.n_tokens - n_wanted - job.first
-            job.out[at : at + n_wanted] = outputs.logits
+            job.take(main.cache.n_tokens - n_wanted - job.first, outputs.logits)
 
 
 def _sequence(generation: Generation) -> Sequence:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -78,14 +79,17 @@ class Generation:
 
 @dataclass(slots=True, eq=False)
 class LogitsJob:
-    """Logits of `ids` from position `first` on, computed beside the token lists `others`."""
+    """Logits of `ids` from position `first` on, computed beside the token lists `others`.
+
+    `take(row, logits)` is called in the engine's thread with views of the next rows.
+    """
 
     ids: tuple[int, ...]
     others: list[tuple[int, ...]]
     first: int
     chunk: int
     layout: CacheLayout
-    out: NDArray[np.float32]  # (len(ids) - first, V)
+    take: Callable[[int, NDArray[np.float32]], None]
     sequences: list[Sequence] = field(default_factory=list)  # the engine's, while it runs
     error: BaseException | None = None
     is_cancelled: bool = False
@@ -99,8 +103,8 @@ class LogitsJob:
         self.error = error
         self._done.set()
 
-    def wait(self, worker: Worker) -> NDArray[np.float32]:
-        """The logits; an interrupted wait cancels the job."""
+    def wait(self, worker: Worker) -> None:
+        """Until every row was taken; an interrupted wait cancels the job."""
         try:
             while not self._done.wait(_WAKE_SECONDS):
                 worker.check_alive()
@@ -110,4 +114,3 @@ class LogitsJob:
             raise
         if self.error is not None:
             raise self.error
-        return self.out

@@ -5,7 +5,6 @@ Knows nothing of terminals or command lines.
 
 from __future__ import annotations
 
-import asyncio
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -26,7 +25,7 @@ from edgeinfer.results import Completion
 from edgeinfer.runtime import Runtime
 from edgeinfer.sampling import SamplingParams, breaker_tokens
 from edgeinfer.sequence import Request
-from edgeinfer.stream import AnswerText, AsyncStream, Stream
+from edgeinfer.stream import AnswerText, Stream
 
 _OURS = ("max_tokens", "stop", "overflow")  # the rest of Sampling is SamplingParams
 
@@ -245,69 +244,6 @@ class LLM:
         return SamplingParams.resolve(
             {**given, "seed": params.seed, "dry_breaker_tokens": found}, opened.model.sampling
         )
-
-
-class AsyncLLM:
-    """`LLM` for asyncio: `async with AsyncLLM(path) as llm: await llm.chat(...)`."""
-
-    def __init__(self, model: str | PathLike[str] | LLM, **load: Unpack[LoadOptions]) -> None:
-        self._given, self._load = model, load
-        self._llm = model if isinstance(model, LLM) else None
-
-    async def open(self) -> LLM:
-        """The model, loaded in a thread when first asked for."""
-        if self._llm is None:
-            assert not isinstance(self._given, LLM)
-            self._llm = await asyncio.to_thread(LLM, self._given, **self._load)
-        return self._llm
-
-    async def generate(
-        self, prompt: str | Sequence[int], **sampling: Unpack[Sampling]
-    ) -> Completion:
-        return await (await self.stream(prompt, **sampling)).run()
-
-    async def stream(
-        self, prompt: str | Sequence[int], **sampling: Unpack[Sampling]
-    ) -> AsyncStream:
-        llm = await self.open()
-        return AsyncStream(llm.stream(prompt, **sampling))
-
-    async def chat(
-        self,
-        messages: str | Sequence[Message],
-        *,
-        template_args: Mapping[str, Any] | None = None,
-        **sampling: Unpack[Sampling],
-    ) -> Completion:
-        stream = await self.stream_chat(messages, template_args=template_args, **sampling)
-        return await stream.run()
-
-    async def stream_chat(
-        self,
-        messages: str | Sequence[Message],
-        *,
-        template_args: Mapping[str, Any] | None = None,
-        **sampling: Unpack[Sampling],
-    ) -> AsyncStream:
-        llm = await self.open()
-        return AsyncStream(llm.stream_chat(messages, template_args=template_args, **sampling))
-
-    async def close(self) -> None:
-        """Close the model, unless it was given open."""
-        if self._llm is not None and self._llm is not self._given:
-            await asyncio.to_thread(self._llm.close)
-
-    async def __aenter__(self) -> AsyncLLM:
-        await self.open()
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self.close()
 
 
 def _turns(messages: str | Sequence[Message]) -> Sequence[Message]:

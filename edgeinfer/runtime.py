@@ -19,6 +19,7 @@ from edgeinfer.chat import ChatTemplate
 from edgeinfer.engine import Engine
 from edgeinfer.errors import DeviceError, InvalidRequestError, ModelNotFoundError
 from edgeinfer.gguf import GGUFFile
+from edgeinfer.graph import Linear
 from edgeinfer.model import Model
 from edgeinfer.options import LoadOptions, Progress, check_keywords, parse_memory
 from edgeinfer.plan import MemoryPlan, PlanRequest, solve
@@ -48,6 +49,12 @@ class Runtime:
     @property
     def template(self) -> ChatTemplate:
         return self._template.result()
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Packed weights that a decode step reads: all matrices but a lone embedding."""
+        read = {op.weight.name: op.weight for op in self.model.graph.ops if isinstance(op, Linear)}
+        return sum(packed_bytes(self.device, weight) for weight in read.values())
 
     def close(self) -> None:
         self.engine.close()

@@ -5,11 +5,10 @@ Knows nothing of prompts or of how tokens are made.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal, TypeVar
@@ -107,6 +106,11 @@ class Stream(Iterator[Event]):
         if self._completion is None:
             raise ClosedError("the stream has not ended, or failed: there is no completion")
         return self._completion
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """The tokens of the prompt, template included."""
+        return self._generation.request.ids
 
     def __iter__(self: _Self) -> _Self:
         return self
@@ -222,49 +226,3 @@ class Stream(Iterator[Event]):
             decode_tok_s=(len(self._tokens) - 1) / decode_s if decode_s else 0.0,
             total_s=time.perf_counter() - submitted,
         )
-
-
-class AsyncStream(AsyncIterator[Event]):
-    """The same for asyncio: `async for`, `async with`; cancelling the task cancels the answer."""
-
-    def __init__(self, stream: Stream) -> None:
-        self._stream = stream
-
-    @property
-    def completion(self) -> Completion:
-        return self._stream.completion
-
-    def __aiter__(self) -> AsyncStream:
-        return self
-
-    async def __anext__(self) -> Event:
-        try:
-            event = await asyncio.to_thread(next, self._stream, None)
-        except asyncio.CancelledError:
-            self._stream.close()
-            raise
-        if event is None:
-            raise StopAsyncIteration
-        return event
-
-    async def run(self) -> Completion:
-        """Wait for the end."""
-        async with self:
-            async for _ in self:
-                pass
-        return self.completion
-
-    async def close(self) -> None:
-        """Cancel what is left."""
-        self._stream.close()
-
-    async def __aenter__(self) -> AsyncStream:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self.close()

@@ -1,0 +1,129 @@
+"""`LLM` and its streams for asyncio: every wait happens in a thread.
+
+Knows nothing of models; a module of its own because importing asyncio takes 50 ms.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from os import PathLike
+from types import TracebackType
+from typing import Any
+
+from typing_extensions import Unpack
+
+from edgeinfer.chat import Message
+from edgeinfer.llm import LLM
+from edgeinfer.options import LoadOptions, Sampling
+from edgeinfer.results import Completion, Event
+from edgeinfer.stream import Stream
+
+
+class AsyncLLM:
+    """`LLM` for asyncio: `async with AsyncLLM(path) as llm: await llm.chat(...)`."""
+
+    def __init__(self, model: str | PathLike[str] | LLM, **load: Unpack[LoadOptions]) -> None:
+        self._given, self._load = model, load
+        self._llm = model if isinstance(model, LLM) else None
+
+    async def open(self) -> LLM:
+        """The model, loaded in a thread when first asked for."""
+        if self._llm is None:
+            assert not isinstance(self._given, LLM)
+            self._llm = await asyncio.to_thread(LLM, self._given, **self._load)
+        return self._llm
+
+    async def generate(
+        self, prompt: str | Sequence[int], **sampling: Unpack[Sampling]
+    ) -> Completion:
+        return await (await self.stream(prompt, **sampling)).run()
+
+    async def stream(
+        self, prompt: str | Sequence[int], **sampling: Unpack[Sampling]
+    ) -> AsyncStream:
+        llm = await self.open()
+        return AsyncStream(llm.stream(prompt, **sampling))
+
+    async def chat(
+        self,
+        messages: str | Sequence[Message],
+        *,
+        template_args: Mapping[str, Any] | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> Completion:
+        stream = await self.stream_chat(messages, template_args=template_args, **sampling)
+        return await stream.run()
+
+    async def stream_chat(
+        self,
+        messages: str | Sequence[Message],
+        *,
+        template_args: Mapping[str, Any] | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> AsyncStream:
+        llm = await self.open()
+        return AsyncStream(llm.stream_chat(messages, template_args=template_args, **sampling))
+
+    async def close(self) -> None:
+        """Close the model, unless it was given open."""
+        if self._llm is not None and self._llm is not self._given:
+            await asyncio.to_thread(self._llm.close)
+
+    async def __aenter__(self) -> AsyncLLM:
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+
+class AsyncStream(AsyncIterator[Event]):
+    """The same for asyncio: `async for`, `async with`; cancelling the task cancels the answer."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+
+    @property
+    def completion(self) -> Completion:
+        return self._stream.completion
+
+    def __aiter__(self) -> AsyncStream:
+        return self
+
+    async def __anext__(self) -> Event:
+        try:
+            event = await asyncio.to_thread(next, self._stream, None)
+        except asyncio.CancelledError:
+            self._stream.close()
+            raise
+        if event is None:
+            raise StopAsyncIteration
+        return event
+
+    async def run(self) -> Completion:
+        """Wait for the end."""
+        async with self:
+            async for _ in self:
+                pass
+        return self.completion
+
+    async def close(self) -> None:
+        """Cancel what is left."""
+        self._stream.close()
+
+    async def __aenter__(self) -> AsyncStream:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()

@@ -1,0 +1,121 @@
+"""How fast a loaded model runs here: prefill, decode, memory bandwidth, start-up.
+
+Knows nothing of text; the figures are medians over repeats.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from edgeinfer import platform
+from edgeinfer.engine import Engine
+from edgeinfer.generation import Generation
+from edgeinfer.runtime import Runtime
+from edgeinfer.sampling import SamplingParams
+from edgeinfer.sequence import Event, Finished, Prefilled, Request, Token
+
+
+@runtime_checkable
+class ReadsMemory(Protocol):
+    """A program that can tell how fast its weights can be read."""
+
+    def read_bandwidth(self) -> float: ...
+
+
+@dataclass(frozen=True, slots=True)
+class BenchResult:
+    """`decode_fraction` is the share of `read_gb_s` that decoding reads weights at."""
+
+    model: str
+    device: str
+    threads: int
+    n_ctx: int
+    prompt_tokens: int
+    gen_tokens: int
+    repeat: int
+    prefill_tok_s: float
+    decode_tok_s: float
+    decode_sampled_tok_s: float
+    read_gb_s: float | None
+    decode_fraction: float | None
+    load_s: float
+    first_token_s: float
+    peak_rss_mib: float
+
+
+def run_bench(runtime: Runtime, prompt_tokens: int, gen_tokens: int, repeat: int) -> BenchResult:
+    """Measure; every figure is taken `repeat` times, in turns."""
+    engine, program = runtime.engine, runtime.program
+    greedy, sampled = SamplingParams(temperature=0.0, seed=1), SamplingParams(seed=1)
+    prefill: list[float] = []
+    first: list[float] = []
+    decode: list[float] = []
+    with_sampling: list[float] = []
+    read: list[float] = []
+    for i in range(repeat):
+        start, rate = _prefill(engine, prompt_tokens, i)
+        prefill.append(rate)
+        first.append(start)
+        decode.append(_decode(engine, gen_tokens, greedy, i))
+        if isinstance(program, ReadsMemory):
+            read.append(program.read_bandwidth())
+        with_sampling.append(_decode(engine, gen_tokens, sampled, i))
+    decode_tok_s = statistics.median(decode)
+    read_s = statistics.median(read) if read else None
+    return BenchResult(
+        model=runtime.model.name,
+        device=runtime.device,
+        threads=runtime.n_threads,
+        n_ctx=engine.n_ctx,
+        prompt_tokens=prompt_tokens,
+        gen_tokens=gen_tokens,
+        repeat=repeat,
+        prefill_tok_s=round(statistics.median(prefill), 2),
+        decode_tok_s=round(decode_tok_s, 2),
+        decode_sampled_tok_s=round(statistics.median(with_sampling), 2),
+        read_gb_s=round(read_s / 1e9, 2) if read_s else None,
+        decode_fraction=round(decode_tok_s * runtime.bytes_per_token / read_s, 3)
+        if read_s
+        else None,
+        load_s=round(runtime.load_s, 3),
+        first_token_s=round(statistics.median(first), 4),
+        peak_rss_mib=round(platform.peak_rss() / 2**20, 1),
+    )
+
+
+def _prefill(engine: Engine, n_tokens: int, turn: int) -> tuple[float, float]:
+    """Seconds to the first token, and tokens per second, of a prompt seen never before."""
+    begun = time.perf_counter()
+    greedy = SamplingParams(temperature=0.0, seed=1)
+    events = _checked(_run(engine, n_tokens, 1, greedy, 2 * turn))
+    reads = [event for event in events if isinstance(event, Prefilled)]
+    tokens = [event for event in events if isinstance(event, Token)]
+    return tokens[0].at - begun, n_tokens / (reads[-1].at - reads[0].at)
+
+
+def _decode(engine: Engine, n_tokens: int, params: SamplingParams, turn: int) -> float:
+    """Tokens per second from depth 0 on."""
+    events = _checked(_run(engine, 1, n_tokens + 1, params, 2 * turn + 1))
+    times = [event.at for event in events if isinstance(event, Token)]
+    return (len(times) - 1) / (times[-1] - times[0])
+
+
+def _checked(generation: Generation) -> list[Event]:
+    """Its events; raises what ended it early."""
+    events = list(generation)
+    last = events[-1]
+    if isinstance(last, Finished) and last.error is not None:
+        raise last.error
+    return events
+
+
+def _run(
+    engine: Engine, n_prompt: int, n_new: int, params: SamplingParams, salt: int
+) -> Generation:
+    """A generation that no stop token ends, of a prompt whose first token is new."""
+    first = salt * 7919 + 1
+    ids = tuple((first + 31 * i) % engine.n_vocab for i in range(n_prompt))
+    return engine.submit(Request(ids=ids, params=params, max_tokens=n_new))

@@ -1,0 +1,395 @@
+"""The `edgeinfer` command. stdout carries the answer or the JSON, stderr everything else.
+
+Imports nothing that a command does not need: each command imports for itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, cast
+
+import click
+
+from edgeinfer import __version__, config
+from edgeinfer.cli_options import (
+    LOAD_NAMES,
+    SAMPLING_NAMES,
+    common_flags,
+    given,
+    input_flags,
+    load_flags,
+    sampling_flags,
+)
+from edgeinfer.console import Output, ProgressLine, note, prepare_streams, show, show_json
+from edgeinfer.errors import (
+    ContextLengthError,
+    EdgeInferError,
+    InvalidRequestError,
+    ModelNotFoundError,
+)
+
+if TYPE_CHECKING:
+    from edgeinfer.llm import LLM
+    from edgeinfer.options import LoadOptions, Progress, Sampling
+    from edgeinfer.stream import Stream
+
+_MIB = 1 << 20
+
+
+def main(args: Sequence[str] | None = None) -> NoReturn:
+    """The console script: runs a command and turns whatever ends it into an exit code."""
+    arguments = list(sys.argv[1:] if args is None else args)
+    prepare_streams()
+    code = _exit_code(arguments)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _drop_stdout()
+    sys.exit(code)
+
+
+def _exit_code(arguments: list[str]) -> int:
+    try:
+        commands.main(arguments, prog_name="edgeinfer", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except click.exceptions.Exit as exit:
+        return exit.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        sys.stderr.write("\n")
+        return 130
+    except BrokenPipeError:
+        _drop_stdout()
+    except Exception as error:
+        if "--debug" in arguments or config.is_debug():
+            traceback.print_exc()
+        note(f"edgeinfer: {_one_line(error)}")
+        is_usage = isinstance(error, InvalidRequestError)
+        return 2 if is_usage and not isinstance(error, ContextLengthError) else 1
+    return 0
+
+
+def _drop_stdout() -> None:
+    """Nobody reads any more; without this the interpreter complains when it flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, EdgeInferError):
+        return text
+    if isinstance(error, OSError) and text:
+        return text
+    return f"unexpected {type(error).__name__}: {text} (--debug shows where)"
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="edgeinfer")
+@common_flags
+def commands() -> None:
+    """Run GGUF language models on this machine."""
+
+
+@commands.command()
+@click.argument("model", required=False)
+@input_flags
+@click.option("--system", metavar="TEXT", help="System message.")
+@click.option("--raw", is_flag=True, help="Continue the text as it is, without chat template.")
+@click.option("as_json", "--json", is_flag=True, help="One JSON object instead of the text.")
+@load_flags
+@sampling_flags
+@common_flags
+def run(
+    model: str | None,
+    prompt: str | None,
+    files: tuple[str, ...],
+    system: str | None,
+    raw: bool,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Answer one prompt."""
+    text = _read_prompt(prompt, files)
+    if raw and system is not None:
+        raise click.UsageError("--system needs the chat template, --raw leaves it out")
+    sampling = cast("Sampling", given(flags, SAMPLING_NAMES))
+    with _open(model, flags) as llm:
+        if raw:
+            stream = llm.stream(text, **sampling)
+        else:
+            stream = llm.stream_chat(_conversation(system, text), **sampling)
+        with stream:
+            _follow(stream, None if as_json else Output())
+        if as_json:
+            show_json(_answer_json(stream, text, system, raw, flags))
+
+
+def _read_prompt(prompt: str | None, files: tuple[str, ...]) -> str:
+    parts = []
+    if prompt == "-" or (prompt is None and not files):
+        if prompt is None and sys.stdin.isatty():
+            raise click.UsageError("no prompt: give -p TEXT, -f FILE, or pipe text in")
+        parts.append(sys.stdin.buffer.read().decode("utf-8", "replace"))
+    elif prompt is not None:
+        parts.append(prompt)
+    parts += [Path(file).read_text("utf-8", "replace") for file in files]
+    return "\n\n".join(parts)
+
+
+def _conversation(system: str | None, text: str) -> list[Any]:
+    head = [] if system is None else [{"role": "system", "content": system}]
+    return [*head, {"role": "user", "content": text}]
+
+
+@contextlib.contextmanager
+def _open(model: str | None, flags: dict[str, Any]) -> Iterator[LLM]:
+    """The model, with a progress line while it loads and its context length on stderr."""
+    path = _model_path(model)
+    line = ProgressLine()
+
+    def progress(event: Progress) -> None:
+        line.show(event.stage, event.done, event.total)
+
+    from edgeinfer.llm import LLM
+
+    options = cast("LoadOptions", {**given(flags, LOAD_NAMES), "progress": progress})
+    try:
+        llm = LLM(path, **options)
+    finally:
+        line.clear()
+    with llm:
+        opened, plan = llm.runtime, llm.plan
+        trained = opened.model.hparams.n_ctx_train
+        why = f" ({plan.note})" if plan.note else ""
+        note(
+            f"{llm.name}: context {llm.n_ctx} of {trained} tokens{why}, {opened.n_threads} "
+            f"threads, {plan.total_bytes // _MIB} MiB planned"
+        )
+        yield llm
+
+
+def _model_path(model: str | None) -> str:
+    if model is None:
+        raise click.UsageError("no model: give the path of a .gguf file, or a folder with one")
+    if not Path(model).expanduser().exists():
+        raise ModelNotFoundError(
+            f"no file or folder {model!r}; this version takes the path of a .gguf file or of a "
+            "folder with one, not yet the name of a model"
+        )
+    return model
+
+
+def _follow(stream: Stream, output: Output | None) -> None:
+    """Write an answer as it comes; its reasoning goes to stderr where a person reads that."""
+    line, shows_reasoning = ProgressLine(), sys.stderr.isatty()
+    try:
+        for event in stream:
+            if event.type == "prompt_progress":
+                line.show("prompt", event.done, event.total)
+            elif event.type == "delta":
+                line.clear()
+                if event.reasoning and shows_reasoning:
+                    sys.stderr.write(_stderr_text(event.reasoning))
+                if output:
+                    output.write(event.text)
+    finally:
+        line.clear()
+    if output:
+        output.end()
+
+
+def _stderr_text(text: str) -> str:
+    from edgeinfer.terminal import printable
+
+    return printable(text)
+
+
+def _answer_json(
+    stream: Stream, prompt: str, system: str | None, raw: bool, flags: dict[str, Any]
+) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    answer = stream.completion
+    return {
+        "text": answer.text,
+        "reasoning": answer.reasoning,
+        "token_ids": answer.token_ids,
+        "finish_reason": answer.finish_reason,
+        "stop": answer.stop,
+        **asdict(answer.usage),
+        "seed": answer.seed,
+        "model": answer.model,
+        "prompt": prompt,
+        "prompt_token_ids": stream.prompt_ids,
+        "system": system,
+        "raw": raw,
+        "load": given(flags, LOAD_NAMES),
+        "sampling": given(flags, SAMPLING_NAMES),
+        "version": __version__,
+        "timings": asdict(answer.timings),
+    }
+
+
+@commands.command()
+@click.argument("model", required=False)
+@click.option("--plain", is_flag=True, help="Line by line, without the full-screen view.")
+@click.option("--system", metavar="TEXT", help="System message.")
+@load_flags
+@sampling_flags
+@common_flags
+def chat(model: str | None, plain: bool, system: str | None, **flags: Any) -> None:
+    """Talk to a model; a line is a message, end of input ends the chat."""
+    from edgeinfer.plain_chat import talk
+
+    with _open(model, flags) as llm:
+        if not plain and sys.stdin.isatty():
+            note("this version has only the plain chat: end with Ctrl-D, Ctrl-C stops an answer")
+        talk(llm, system, cast("Sampling", given(flags, SAMPLING_NAMES)), _follow)
+
+
+@commands.command()
+@click.argument("model", required=False)
+@click.option("as_json", "--json", is_flag=True, help="One JSON object.")
+@common_flags
+def info(model: str | None, as_json: bool) -> None:
+    """What a model file is, and whether it runs."""
+    from edgeinfer.inspect_file import describe
+
+    facts = describe(_model_path(model))
+    if as_json:
+        show_json(facts)
+        return
+    for key, value in facts.items():
+        show(f"{key.replace('_', ' ')}: {'' if value is None else value}")
+
+
+@commands.command()
+@click.argument("model", required=False)
+@click.option("as_json", "--json", is_flag=True, help="One JSON object.")
+@load_flags
+@common_flags
+def plan(model: str | None, as_json: bool, **flags: Any) -> None:
+    """How much memory a model will take, without loading it."""
+    from edgeinfer.inspect_file import plan_file
+
+    solved = plan_file(_model_path(model), cast("LoadOptions", given(flags, LOAD_NAMES)))
+    rows = [{"name": name, "bytes": size} for name, size in solved.rows.items()]
+    if as_json:
+        solution = {"n_ctx": solved.n_ctx, "slots": solved.slots, "note": solved.note}
+        total = {"fits": solved.fits, "total_bytes": solved.total_bytes}
+        show_json({**total, "rows": rows, "solved": solution})
+        return
+    for name, size in solved.rows.items():
+        show(f"{name:16} {size / _MIB:9.1f} MiB")
+    show(f"{'total':16} {solved.total_bytes / _MIB:9.1f} MiB of {solved.available / _MIB:.0f}")
+    show(f"context {solved.n_ctx} tokens {solved.note}".rstrip())
+
+
+@commands.command()
+@click.argument("model", required=False)
+@click.option("-p", "--prompt-tokens", default=256, show_default=True)
+@click.option("-n", "--gen-tokens", default=64, show_default=True)
+@click.option("-r", "--repeat", default=3, show_default=True)
+@click.option("as_json", "--json", is_flag=True, help="One JSON object.")
+@load_flags
+@common_flags
+def bench(
+    model: str | None,
+    prompt_tokens: int,
+    gen_tokens: int,
+    repeat: int,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Measure speed on this machine."""
+    from dataclasses import asdict
+
+    from edgeinfer.bench import run_bench
+
+    for name, value in (("-p", prompt_tokens), ("-n", gen_tokens), ("-r", repeat)):
+        if value < 1:
+            raise click.UsageError(f"{name} is {value}, need at least 1")
+    with _open(model, flags) as llm:
+        result = asdict(run_bench(llm.runtime, prompt_tokens, gen_tokens, repeat))
+    if as_json:
+        show_json(result)
+        return
+    for name, value in result.items():
+        if value is not None:
+            show(f"{name:22} {value}")
+
+
+@commands.command()
+@click.argument("model")
+@click.argument("file", type=click.Path())
+@click.option("as_json", "--json", is_flag=True, help="One JSON object.")
+@load_flags
+@common_flags
+def perplexity(model: str, file: str, as_json: bool, **flags: Any) -> None:
+    """How well a model predicts the text of FILE."""
+    from edgeinfer.perplexity import measure
+
+    text = Path(file).read_text("utf-8", "replace")
+    with _open(model, flags) as llm:
+        tokenizer, line = llm.runtime.tokenizer, ProgressLine()
+        ids = tokenizer.encode(text)
+        bos = tokenizer.bos_id if tokenizer.add_bos else None
+        try:
+            result = measure(
+                llm.runtime.engine, ids, bos, lambda done, all: line.show("text", done, all)
+            )
+        finally:
+            line.clear()
+    if as_json:
+        show_json({"ppl": result.ppl, "tokens": result.tokens})
+    else:
+        show(f"ppl {result.ppl:.4f} over {result.tokens} tokens")
+
+
+@commands.command()
+@click.argument("model", required=False)
+@input_flags
+@click.option("--special", is_flag=True, help="Read spellings of control tokens as those.")
+@click.option("--bos", is_flag=True, help="Begin with the token that begins a text.")
+@click.option("--pre", metavar="NAME", help="Pre-tokenizer, for a file that names none.")
+@click.option("as_json", "--json", is_flag=True, help="One JSON object.")
+@common_flags
+def tokenize(
+    model: str | None,
+    prompt: str | None,
+    files: tuple[str, ...],
+    special: bool,
+    bos: bool,
+    pre: str | None,
+    as_json: bool,
+) -> None:
+    """Show the tokens of a text."""
+    from edgeinfer.inspect_file import read_tokenizer
+
+    path = _model_path(model)
+    text = _read_prompt(prompt, files)
+    tokenizer = read_tokenizer(path, pre)
+    ids = tokenizer.encode(text, bos=bos, parse_special=special)
+    pieces = [tokenizer.piece(id).decode("utf-8", "replace") for id in ids]
+    if as_json:
+        show_json({"token_ids": ids, "pieces": pieces})
+        return
+    for id, piece in zip(ids, pieces, strict=True):
+        show(f"{id}\t{piece!r}")
+
+
+@commands.command()
+@click.argument("model", required=False)
+@load_flags
+@common_flags
+def warmup(model: str | None, **flags: Any) -> None:
+    """Build the kernels that a model needs, so that its first use starts at once."""
+    with _open(model, flags) as llm:
+        llm.generate([0], max_tokens=1)
+    note("kernels are ready")

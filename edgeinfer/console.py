@@ -1,0 +1,106 @@
+"""What commands write: answers to stdout, everything else to stderr, safe on a terminal.
+
+Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+from edgeinfer.terminal import StreamFilter, printable
+
+_QUIET_SECONDS = 1.0  # what takes no longer needs no progress line
+_REDRAW_SECONDS = 0.1
+
+
+class Output:
+    """Text of a model as it comes; filtered only where a terminal would obey it."""
+
+    def __init__(self) -> None:
+        self._filter = StreamFilter() if sys.stdout.isatty() else None
+        self._ends_line = True
+
+    def write(self, text: str) -> None:
+        shown = self._filter.push(text) if self._filter else text
+        if shown:
+            sys.stdout.write(shown)
+            sys.stdout.flush()
+            self._ends_line = shown.endswith("\n")
+
+    def end(self) -> None:
+        """Finish the text, and its last line."""
+        if self._filter:
+            sys.stdout.write(self._filter.flush())
+        if not self._ends_line:
+            sys.stdout.write("\n")
+        sys.stdout.flush()
+
+
+class ProgressLine:
+    """One line on stderr, redrawn on a terminal; shown only once something takes its time."""
+
+    def __init__(self) -> None:
+        self._start = self._drawn_at = time.perf_counter()
+        self._is_terminal = sys.stderr.isatty()
+        self._last_stage = ""
+        self._width = 0
+
+    def show(self, stage: str, done: int, total: int) -> None:
+        now = time.perf_counter()
+        if now - self._start < _QUIET_SECONDS and stage != _BUILDS:
+            return
+        if not self._is_terminal:
+            if stage != self._last_stage:
+                note(f"{_STAGES.get(stage, stage)} ...")
+            self._last_stage = stage
+            return
+        if now - self._drawn_at < _REDRAW_SECONDS and done < total:
+            return
+        share = 100 * done // total if total else 100
+        text = f"{_STAGES.get(stage, stage)} {share} %"
+        sys.stderr.write("\r" + text.ljust(self._width))
+        sys.stderr.flush()
+        self._width, self._drawn_at = len(text), now
+
+    def clear(self) -> None:
+        """Take the line away, if there is one."""
+        if self._width:
+            sys.stderr.write("\r" + " " * self._width + "\r")
+            sys.stderr.flush()
+            self._width = 0
+
+
+_BUILDS = "kernels"
+_STAGES = {
+    _BUILDS: "building kernels for this machine (only this once)",
+    "weights": "loading weights",
+    "prompt": "reading the prompt",
+}
+
+
+def prepare_streams() -> None:
+    """UTF-8 wherever the bytes go to a file or pipe; no character can end the program."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            encoding = stream.encoding if stream.isatty() else "utf-8"
+            reconfigure(encoding=encoding, errors="replace")
+
+
+def note(text: str) -> None:
+    """One line for the person at the terminal."""
+    sys.stderr.write(printable(text) + "\n")
+    sys.stderr.flush()
+
+
+def show(text: str) -> None:
+    """Lines of an answer that is not a model's, metadata included."""
+    sys.stdout.write((printable(text) if sys.stdout.isatty() else text) + "\n")
+
+
+def show_json(value: dict[str, Any]) -> None:
+    """One object on one line; escapes make it safe everywhere."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=sys.stdout.isatty()) + "\n")

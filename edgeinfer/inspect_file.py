@@ -1,0 +1,78 @@
+"""What can be told of a model file without loading its weights.
+
+Knows nothing of how it is shown.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from edgeinfer.errors import UnsupportedModelError
+from edgeinfer.gguf import Array, GGUFFile
+from edgeinfer.model import Model
+from edgeinfer.options import LoadOptions
+from edgeinfer.plan import MemoryPlan
+from edgeinfer.runtime import find_file, plan_model
+from edgeinfer.tokenizer import Tokenizer
+
+
+def describe(path: str) -> dict[str, Any]:
+    """Facts of a file; one that can't run is described as far as it is understood."""
+    with GGUFFile.open(find_file(path)) as file:
+        facts: dict[str, Any] = {
+            "name": file.metadata.get_str("general.name", "") or file.path.stem,
+            "path": str(file.path),
+            "architecture": file.metadata.get_str("general.architecture"),
+            "n_bytes": file.n_bytes,
+            "n_tensors": len(file.tensors),
+            "version": file.version,
+        }
+        try:
+            facts |= _model_facts(Model.load(file))
+        except UnsupportedModelError as error:
+            facts |= {"runs": False, "reason": str(error)}
+        facts |= _text_facts(file)
+    return facts
+
+
+def _model_facts(model: Model) -> dict[str, Any]:
+    hp = model.hparams
+    return {
+        "runs": True,
+        "n_params": model.n_params,
+        "quantisation": model.quantisation,
+        "n_layers": hp.n_layers,
+        "dim": hp.dim,
+        "n_heads": hp.n_heads,
+        "n_kv_heads": hp.n_kv_heads,
+        "head_dim": hp.head_dim,
+        "ffn_dim": hp.ffn_dim,
+        "vocab_size": hp.vocab_size,
+        "n_ctx_train": hp.n_ctx_train,
+    }
+
+
+def _text_facts(file: GGUFFile) -> dict[str, Any]:
+    wanted = {
+        "tokenizer": "tokenizer.ggml.model",
+        "pre": "tokenizer.ggml.pre",
+        "license": "general.license",
+    }
+    facts: dict[str, Any] = {}
+    for name, key in wanted.items():
+        value = file.metadata.get(key)
+        facts[name] = None if isinstance(value, Array) else value
+    facts["chat_template"] = "tokenizer.chat_template" in file.metadata
+    return facts
+
+
+def plan_file(path: str, options: LoadOptions) -> MemoryPlan:
+    """The memory that loading a file with these options takes."""
+    with GGUFFile.open(find_file(path)) as file:
+        return plan_model(Model.load(file), options)
+
+
+def read_tokenizer(path: str, pre: str | None) -> Tokenizer:
+    """The tokenizer of a file, also of one that has no weights."""
+    with GGUFFile.open(find_file(path)) as file:
+        return Tokenizer.from_metadata(file.metadata, pre=pre)
