@@ -1,0 +1,281 @@
+"""The small CPU kernels against their NumPy twins: norm, swiglu, sinks, copies, rotation.
+
+Knows no model and no attention.
+"""
+
+from __future__ import annotations
+
+import decimal
+from decimal import Decimal
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from edgeinfer.batch import PAGE, PageTable
+from edgeinfer.kernels.cpu import layout
+from edgeinfer.kernels.reference import _Quantised, exp, quantise
+from tests import native
+
+FAMILIES = [None, "avx2", "generic"]
+Floats = NDArray[np.float32]
+TWIN = _Quantised()
+
+
+def rows_of(n: int, dim: int, seed: int = 0) -> Floats:
+    """Random rows of very different sizes, some zeros among them."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((n, dim)) * np.exp(rng.uniform(-8, 8, (n, 1)))
+    x[rng.random((n, dim)) < 0.05] = 0
+    return x.astype(np.float32)
+
+
+class Sinks:
+    """Memory for rows left in all three formats."""
+
+    def __init__(self, n: int, dim: int, a32: bool = True, a256: bool = True) -> None:
+        self.rows = np.full((n, dim), np.nan, np.float32)
+        self.a32 = np.full(n * dim // 32 * layout.A32_BYTES, 0xEE, np.uint8) if a32 else None
+        self.a256 = np.full(n * dim // 256 * layout.A256_BYTES, 0xEE, np.uint8) if a256 else None
+
+    @property
+    def words(self) -> list[int]:
+        blocks = [0 if a is None else a.ctypes.data for a in (self.a32, self.a256)]
+        return [self.rows.ctypes.data, self.rows[0].nbytes, *blocks]
+
+
+def tiles(n: int) -> list[range]:
+    """Rows of every tile, as the layout says."""
+    sizes = [8] * (n // 8) + [size for size in (4, 2, 1) if n & size]
+    ends = np.cumsum(sizes).tolist()
+    return [range(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+
+
+def blocks_of(rows: Floats, block: int) -> NDArray[np.uint8]:
+    """Rows in a32 or a256, tile by tile."""
+    q, d = quantise(rows, block)
+    out = []
+    for tile in tiles(len(rows)):
+        for b in range(rows.shape[1] // block):
+            for t in tile:
+                q8 = q[t, b].astype(np.int8)
+                scale = d[t, b : b + 1].view(np.uint8)
+                if block == 32:
+                    tail = [scale, q[t, b].sum(keepdims=True).astype("i4").view(np.uint8)]
+                else:
+                    sums = q[t, b].reshape(16, 16).sum(axis=1).astype("i2").view(np.uint8)
+                    tail = [scale, np.zeros(4, np.uint8), sums]
+                out.append(np.concatenate([q8.view(np.uint8), *tail]))
+    return np.concatenate(out)
+
+
+def check_sinks(sinks: Sinks, expected: Floats) -> None:
+    np.testing.assert_array_equal(sinks.rows, expected)
+    if sinks.a32 is not None:
+        np.testing.assert_array_equal(sinks.a32, blocks_of(expected, 32))
+    if sinks.a256 is not None:
+        np.testing.assert_array_equal(sinks.a256, blocks_of(expected, 256))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 13, 23])
+def test_quantise_in_tiles(n: int) -> None:
+    x, sinks = rows_of(n, 512), Sinks(n, 512)
+    x[0, 32:64] = 0
+    x[-1, 256:] = 0
+    args = [x.ctypes.data, x[0].nbytes, 512, layout.ALL_ROWS, *sinks.words]
+    native.run("quantise", native.header(H_ROWS=n), args, range(n))
+    check_sinks(sinks, x)
+
+
+def test_quantise_counts_wanted_rows_and_keeps_its_input() -> None:
+    x, sinks = rows_of(9, 256), Sinks(3, 256)
+    args = [x.ctypes.data, x[0].nbytes, 256, layout.WANTED_ROWS, *sinks.words]
+    args[4:6] = args[0:2]
+    native.run("quantise", native.header(H_ROWS=9, H_WANTED_ROWS=3), args, range(3))
+    sinks.rows[:] = x[:3]
+    check_sinks(sinks, x[:3])
+
+
+def test_quantise_of_the_smallest_floats_stays_finite() -> None:
+    x, sinks = np.full((1, 32), 1e-40, np.float32), Sinks(1, 32, a256=False)
+    args = [x.ctypes.data, x[0].nbytes, 32, layout.ALL_ROWS, *sinks.words]
+    native.run("quantise", native.header(H_ROWS=1), args, range(1))
+    assert sinks.a32 is not None and not sinks.a32.any()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dim", [8, 16, 24, 40, 256, 576, 2048])
+def test_norm(dim: int, family: str | None) -> None:
+    n, weight, eps = 13, rows_of(1, dim, seed=1)[0], 1e-5
+    x, sinks = rows_of(n, dim), Sinks(n, dim, dim % 32 == 0, dim % 256 == 0)
+    args = [
+        x.ctypes.data, x[0].nbytes, weight.ctypes.data, native.float_bits(eps), dim,
+        layout.ALL_ROWS, *sinks.words,
+    ]  # fmt: skip
+    native.run("norm", native.header(H_ROWS=n), args, range(n), family)
+    check_sinks(sinks, TWIN.rms_norm(x, weight, eps))
+
+
+def test_norm_and_copy_of_wanted_rows() -> None:
+    x, weight, wanted = rows_of(9, 256), rows_of(1, 256, 1)[0], np.array([2, 3, 8], np.int32)
+    h = native.header(H_ROWS=9, H_WANTED_ROWS=3, H_WANTED=wanted.ctypes.data)
+    sinks, out = Sinks(3, 256), np.full((3, 77), np.nan, np.float32)
+    args = [
+        x.ctypes.data, x[0].nbytes, weight.ctypes.data, native.float_bits(1e-6), 256,
+        layout.WANTED_ROWS, *sinks.words,
+    ]  # fmt: skip
+    native.run("norm", h, args, range(3))
+    check_sinks(sinks, TWIN.rms_norm(x[wanted], weight, 1e-6))
+    for rows, chosen in ((layout.WANTED_ROWS, wanted), (layout.ALL_ROWS, np.arange(3))):
+        copy = [x.ctypes.data, x[0].nbytes, out.ctypes.data, out[0].nbytes, 77, rows]
+        native.run("copy_rows", h, copy, range(3))
+        np.testing.assert_array_equal(out, x[chosen, :77])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_swiglu(family: str | None) -> None:
+    gate, up, sinks = rows_of(5, 768), rows_of(5, 768, 1), Sinks(5, 768)
+    gate[0, :8] = [0, -0.0, 200, -200, 87.3, -87.3, -88.3, 1e-30]
+    args = [gate.ctypes.data, up.ctypes.data, gate[0].nbytes, 768, *sinks.words]
+    native.run("swiglu", native.header(H_ROWS=5), args, range(5), family)
+    check_sinks(sinks, TWIN.silu(gate) * up)
+
+
+def test_exp_is_close_to_the_truth() -> None:
+    x = np.linspace(-87.2, 88.2, 100_001).astype(np.float32)
+    truth = np.exp(x.astype(np.float64))
+    assert np.abs(exp(x) / truth - 1).max() < 2e-7
+
+
+# -- sine and cosine -----------------------------------------------------------------------------
+
+_PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459230781640628620899")
+
+
+def _true_sincos(x: float) -> tuple[Decimal, Decimal]:
+    """By 60-digit series."""
+    with decimal.localcontext() as context:
+        context.prec = 75
+        r = Decimal(x) % (2 * _PI)
+        s, c, term, n = Decimal(0), Decimal(0), Decimal(1), 0
+        while n < 20 or abs(term) > Decimal("1e-50"):
+            sign = -1 if n // 2 % 2 else 1
+            if n % 2:
+                s += sign * term
+            else:
+                c += sign * term
+            n += 1
+            term = term * r / n
+        return s, c
+
+
+def test_sincos_to_the_last_digits() -> None:
+    from edgeinfer.kernels.cpu.native.math import sincos
+
+    rng = np.random.default_rng(0)
+    near = [k * float(_PI / 2) for k in (1, 2, 3, 1000, 12345, 355, 636619771)]
+    xs = [0.0, 1e-300, 1e-9, 0.5, 1.0, *near, *(10 ** rng.uniform(-3, 9, 300)).tolist()]
+    xs += [float(n) for n in rng.integers(0, 10**9, 100)] + [-x for x in near]
+    for x in xs:
+        for got, true in zip(sincos(x), _true_sincos(x), strict=True):
+            assert abs(Decimal(got) - true) <= Decimal("1e-15") * abs(true), x
+
+
+# -- rotation ------------------------------------------------------------------------------------
+
+
+class Positions:
+    """Rows of two sequences, the second slid, and their page tables."""
+
+    def __init__(self) -> None:
+        self.tables = [
+            PageTable(np.array([5, 3, 9], np.int32), 0, 1 << 20),
+            PageTable(np.array([1, 0, 7, 8, 4, 2], np.int32), 2, 3),
+        ]
+        self.pos = np.array([30, 31, 32, 33, 34, 1000, 1001], np.int64)
+        self.seq = np.array([0] * 5 + [1] * 2, np.int32)
+        self.records = np.array(
+            [[t.pages.ctypes.data, len(t.pages), t.n_pinned, t.n_visible] for t in self.tables]
+        )
+        self.pinned_pos = np.array(
+            [self.tables[s].pinned_pos(int(p)) for s, p in zip(self.seq, self.pos, strict=True)]
+        )
+        self.header = native.header(
+            H_ROWS=7, H_POS=self.pos.ctypes.data, H_SEQ=self.seq.ctypes.data,
+            H_TABLES=self.records.ctypes.data,
+        )  # fmt: skip
+
+
+def angles_of(positions: Positions, freqs: NDArray[np.float64]) -> tuple[Floats, Floats]:
+    """The angles kernel's rows: at their positions, and at those for pinned pages."""
+    n = len(freqs)
+    out = np.full((2, 7, 2 * n), np.nan, np.float32)
+    args = [freqs.ctypes.data, n, out[0].ctypes.data, out[1].ctypes.data]
+    native.run("angles", positions.header, args, range(7))
+    return out[0], out[1]
+
+
+def frequencies(n_pairs: int) -> NDArray[np.float64]:
+    return np.asarray(1 / 10000.0 ** (np.arange(n_pairs) / n_pairs))
+
+
+def test_angles() -> None:
+    positions, freqs = Positions(), frequencies(12)
+    plain, pinned = angles_of(positions, freqs)
+    for got, pos in ((plain, positions.pos), (pinned[5:], positions.pinned_pos[5:])):
+        angles = pos[:, None] * freqs
+        expected = np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+        np.testing.assert_array_equal(got, expected)
+    assert np.isnan(pinned[:5]).all()  # nothing is gone from the first sequence
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("style", ["neox", "norm"])
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(("k_dim", "v_dim", "n_pairs"), [(64, 64, 32), (80, 72, 20), (16, 8, 0)])
+def test_rotate(
+    style: str, normed: bool, k_dim: int, v_dim: int, n_pairs: int, family: str | None
+) -> None:
+    n, n_heads, n_kv_heads, eps = 7, 6, 2, 1e-6
+    positions, freqs = Positions(), frequencies(n_pairs)
+    angles, pinned_angles = angles_of(positions, freqs)
+    q, k = rows_of(n, n_heads * k_dim), rows_of(n, n_kv_heads * k_dim, 1)
+    v = rows_of(n, n_kv_heads * v_dim, 2)
+    q_weight, k_weight = rows_of(1, k_dim, 3)[0], rows_of(1, k_dim, 4)[0]
+    pinned_q = np.full_like(q, np.nan)
+    k_cache = np.full((12, n_kv_heads, k_dim, PAGE), np.nan, np.float16)
+    v_cache = np.full((12, n_kv_heads, PAGE, v_dim), np.nan, np.float16)
+
+    def turned(x: Floats, weight: Floats, pos: NDArray[np.int64]) -> Floats:
+        heads = x.reshape(-1, k_dim)
+        out = (TWIN.rms_norm(heads, weight, eps) if normed else heads).reshape(n, -1, k_dim).copy()
+        i = np.arange(n_pairs)
+        a, b = (i, i + n_pairs) if style == "neox" else (2 * i, 2 * i + 1)
+        turns = (pos[:, None] * freqs)[:, None, :]
+        out[..., a], out[..., b] = TWIN.rotate(out[..., a], out[..., b], turns)
+        return out
+
+    expected_q, expected_k = turned(q, q_weight, positions.pos), turned(k, k_weight, positions.pos)
+    expected_pinned = turned(q, q_weight, positions.pinned_pos).reshape(n, -1)
+    args = [
+        q.ctypes.data, q[0].nbytes, k.ctypes.data, k[0].nbytes, v.ctypes.data, v[0].nbytes,
+        pinned_q.ctypes.data, n_heads, n_kv_heads, k_dim, v_dim, n_pairs,
+        angles.ctypes.data, pinned_angles.ctypes.data,
+        q_weight.ctypes.data if normed else 0, k_weight.ctypes.data if normed else 0,
+        native.float_bits(eps), k_cache.ctypes.data, k_cache[0].nbytes,
+        v_cache.ctypes.data, v_cache[0].nbytes,
+    ]  # fmt: skip
+    native.run(f"rotate.{style}", positions.header, args, range(n), family)
+    np.testing.assert_array_equal(q, expected_q.reshape(n, -1))
+    np.testing.assert_array_equal(pinned_q[5:], expected_pinned[5:])
+    assert np.isnan(pinned_q[:5]).all()
+    written = 0
+    for row in range(n):
+        table, pos = positions.tables[positions.seq[row]], int(positions.pos[row])
+        page = table.pages[table.slot(pos // PAGE)]
+        with np.errstate(over="ignore"):
+            halves = expected_k[row].astype(np.float16), v[row].astype(np.float16)
+        np.testing.assert_array_equal(k_cache[page, :, :, pos % PAGE], halves[0])
+        np.testing.assert_array_equal(v_cache[page, :, pos % PAGE], halves[1].reshape(-1, v_dim))
+        written += n_kv_heads * k_dim
+    assert np.count_nonzero(~np.isnan(k_cache)) == written
