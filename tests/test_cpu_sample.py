@@ -1,0 +1,175 @@
+"""The native sampler gives exactly what the NumPy one gives."""
+
+from __future__ import annotations
+
+import math
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from edgeinfer.kernels.cpu import layout
+from edgeinfer.sampler import sample_reference
+from edgeinfer.sampling import Sampled, SampleRow, SampleTable, SamplingParams
+from tests import native
+
+NONE = np.zeros(0, np.int32)
+
+
+def run(
+    logits: np.ndarray, rows: list[SampleRow], family: str | None = None, n_slots: int = 1
+) -> list[Sampled]:
+    n_rows, n_vocab = logits.shape
+    table = SampleTable(n_rows)
+    for i, row in enumerate(rows):
+        table.set_row(i, row.params, row.seed, row.index, row.history, row.mu)
+    n_bytes = layout.sample_scratch_bytes(n_vocab)
+    scratch = native.huge(n_bytes * n_slots)
+    before = logits.copy()
+    native.run(
+        "sample",
+        native.header(H_SAMPLES=table.address, H_WANTED_ROWS=n_rows),
+        [logits.ctypes.data, 4 * n_vocab, n_vocab, scratch.ctypes.data, n_bytes, n_slots],
+        range(n_rows),
+        family,
+    )
+    assert np.array_equal(before.view(np.int32), logits.view(np.int32)), "logits were changed"
+    return [
+        Sampled(
+            int(table.ids[i]), float(table.logprobs[i]), table.top(i), float(table.mu[i]),
+            int(table.status[i]),
+        )
+        for i in range(n_rows)
+    ]  # fmt: skip
+
+
+def check(logits: np.ndarray, rows: list[SampleRow], family: str | None = None) -> None:
+    for got, row, line in zip(run(logits, rows, family), rows, logits, strict=True):
+        want = sample_reference(line, row)
+        assert (got.id, got.mu, got.status) == (want.id, want.mu, want.status), row
+        np.testing.assert_array_equal(got.logprob, want.logprob, err_msg=str(row))
+        np.testing.assert_array_equal(got.top[0], want.top[0])
+        np.testing.assert_array_equal(got.top[1], want.top[1])
+
+
+PARAMS = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.0, 0.1, 0.8, 2.0, 1e-40]),
+    top_k=st.sampled_from([0, 1, 40, 300, 10**6]),
+    top_p=st.sampled_from([0.0, 0.5, 0.95, 1.0]),
+    min_p=st.sampled_from([0.0, 0.05, 0.5, 1.0]),
+    typical_p=st.sampled_from([1.0, 1.0, 0.9, 0.2]),
+    top_n_sigma=st.sampled_from([-1.0, -1.0, 0.3, 2.0]),
+    xtc_probability=st.sampled_from([0.0, 0.5, 1.0]),
+    xtc_threshold=st.sampled_from([0.1, 0.01]),
+    repeat_last_n=st.sampled_from([64, -1, 5]),
+    repeat_penalty=st.sampled_from([1.0, 1.3, 0.5]),
+    presence_penalty=st.sampled_from([0.0, 0.5]),
+    frequency_penalty=st.sampled_from([0.0, -0.2, 1e38]),
+    dry_multiplier=st.sampled_from([0.0, 0.8]),
+    dry_allowed_length=st.sampled_from([2, 0]),
+    dry_penalty_last_n=st.sampled_from([64, -1]),
+    dry_breaker_tokens=st.sampled_from([(), ((3,), (4, 5), (4, 5, 1), (10**6,))]),
+    dynatemp_range=st.sampled_from([0.0, 0.0, 0.5, 5.0]),
+    dynatemp_exponent=st.sampled_from([1.0, 0.0, 2.5]),
+    mirostat=st.sampled_from([0, 0, 0, 1, 2]),
+    min_keep=st.sampled_from([0, 0, 3, 1000]),
+    logprobs=st.sampled_from([None, 0, 5, 128]),
+    logit_bias=st.sampled_from([{}, {0: 2.0, 1: -math.inf, 5: math.inf, 10**6: 1.0}]),
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    params=PARAMS,
+    n_vocab=st.sampled_from([1, 2, 7, 8, 9, 63, 64, 65, 130, 1000, 5003]),
+    spread=st.sampled_from([0.0, 0.01, 1.0, 3.0, 10.0, 1e30]),
+    round_to=st.sampled_from([None, 0, 1]),
+    holes=st.sampled_from([None, math.nan, -math.inf, math.inf]),
+    index=st.integers(0, 2**40),
+    seed=st.integers(0, 2**64 - 1),
+)
+def test_any_parameters(params, n_vocab, spread, round_to, holes, index, seed):
+    random = np.random.default_rng(index)
+    logits = random.normal(0, spread, (3, n_vocab)).astype(np.float32)
+    if round_to is not None:
+        logits = np.round(logits, round_to)
+    if holes is not None:
+        logits[random.random(logits.shape) < 0.2] = holes
+    rows = []
+    for i in range(3):
+        history = random.integers(-1, 8, random.integers(0, 200)).astype(np.int32)
+        rows.append(SampleRow(params, seed, index + i, history, float(random.uniform(1, 14))))
+    check(logits, rows)
+
+
+@pytest.mark.parametrize("n_vocab", [49_152, 151_936])
+@pytest.mark.parametrize(
+    "params",
+    [
+        {}, {"temperature": 0}, {"top_k": 1000}, {"top_k": 60_000, "top_p": 1.0, "min_p": 0.0},
+        {"top_k": 0}, {"top_k": 0, "top_p": 1.0, "min_p": 0.0}, {"top_k": 0, "typical_p": 0.5},
+        {"top_k": 0, "min_p": 0.0, "top_p": 0.999}, {"top_k": 0, "top_n_sigma": 3.0},
+        {"mirostat": 1}, {"mirostat": 2}, {"logprobs": 20},
+        {"repeat_penalty": 1.2, "repeat_last_n": -1, "dry_multiplier": 1.0},
+    ],
+    ids=lambda p: ",".join(p) or "default",
+)  # fmt: skip
+def test_large_vocabularies(n_vocab, params):
+    random = np.random.default_rng(n_vocab)
+    logits = random.normal(0, 3, (3, n_vocab)).astype(np.float32)
+    logits[1] *= 0.01  # flat: much of the vocabulary must be sorted
+    logits[2] = np.sort(np.round(logits[2], 1))  # ascending and full of ties
+    history = random.integers(0, n_vocab, 5000).astype(np.int32)
+    rows = [SampleRow(SamplingParams(**params), 3, i, history, 12.0) for i in range(3)]
+    check(logits, rows)
+
+
+@pytest.mark.parametrize("family", ["generic", "avx2"])
+def test_every_family_gives_the_same(family):
+    if native.library().target.family == "generic" and family != "generic":
+        pytest.skip(f"this machine has no {family}")
+    logits = np.random.default_rng(1).normal(0, 3, (4, 3001)).astype(np.float32)
+    for params in ({"logprobs": 5}, {"top_k": 0, "typical_p": 0.9}, {"mirostat": 1}):
+        check(logits, [SampleRow(SamplingParams(**params), 5, i, NONE, 9.0) for i in range(4)], family)
+
+
+def test_one_row_does_not_depend_on_the_others():
+    random = np.random.default_rng(2)
+    logits = random.normal(0, 3, (5, 999)).astype(np.float32)
+    params = SamplingParams(repeat_penalty=1.1, logit_bias={3: 1.0})
+    rows = [SampleRow(params, i, i, np.arange(i, dtype=np.int32), 1.0) for i in range(5)]
+    together = run(logits, rows, n_slots=3)
+    alone = [run(logits[i : i + 1].copy(), rows[i : i + 1])[0] for i in range(5)]
+    assert [s.id for s in together] == [s.id for s in alone]
+
+
+def test_no_table_does_nothing():
+    native.run("sample", native.header(), [0] * 6, range(2))
+
+
+def test_threads_share_slots():
+    """More rows than slots, from two threads at once; ctypes drops the GIL."""
+    random = np.random.default_rng(3)
+    logits = random.normal(0, 3, (64, 4999)).astype(np.float32)
+    table = SampleTable(64)
+    rows = [SampleRow(SamplingParams(top_k=0), 1, i, NONE, 1.0) for i in range(64)]
+    for i, row in enumerate(rows):
+        table.set_row(i, row.params, row.seed, row.index, row.history, row.mu)
+    n_bytes = layout.sample_scratch_bytes(4999)
+    scratch = native.huge(2 * n_bytes)
+    header = native.header(H_SAMPLES=table.address)
+    words = [logits.ctypes.data, 4 * 4999, 4999, scratch.ctypes.data, n_bytes, 2]
+    native.address("sample")
+    threads = [
+        threading.Thread(target=native.run, args=("sample", header, words, range(start, 64, 2)))
+        for start in (0, 1)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    want = [sample_reference(line, row).id for line, row in zip(logits, rows, strict=True)]
+    assert table.ids.tolist() == want

@@ -1,0 +1,323 @@
+"""Sampling parameters, random numbers, the table, and what the NumPy chain does to logits."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+
+import numpy as np
+import pytest
+
+from edgeinfer import sampler
+from edgeinfer.errors import InvalidModelError, InvalidRequestError
+from edgeinfer.kernels.cpu import layout
+from edgeinfer.sampler import sample_reference
+from edgeinfer.sampling import (
+    NO_CANDIDATE,
+    ROW,
+    Sampled,
+    SampleRow,
+    SampleTable,
+    SamplingParams,
+    breaker_tokens,
+    philox,
+    uniforms,
+)
+
+OFF = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "temperature": 1.0}  # nothing but the draw
+
+
+def sample(
+    logits: object, index: int = 0, history: object = (), mu: float = 10.0, **params: object
+) -> Sampled:
+    row = SampleRow(SamplingParams(**params), 7, index, np.array(history, np.int32), mu)
+    return sample_reference(np.array(logits, np.float32), row)
+
+
+def survivors(logits: object, n: int = 300, **params: object) -> set[int]:
+    return {sample(logits, i, **params).id for i in range(n)}
+
+
+def log_probabilities(*p: float) -> list[float]:
+    return [math.log(x) for x in p]
+
+
+# -- parameters ----------------------------------------------------------------------------------
+
+
+def test_unset_means_the_file_then_the_default():
+    params = SamplingParams.resolve(
+        {"top_p": 0.5, "top_k": None},
+        {"general.sampling.top_k": 20, "temp": 0.6, "penalty_repeat": 1.05, "top_p": 0.8},
+    )
+    assert (params.top_p, params.top_k, params.temperature) == (0.5, 20, 0.6)
+    assert (params.repeat_penalty, params.min_p) == (1.05, 0.05)
+    assert params.seed is not None
+
+
+def test_an_unknown_keyword_names_the_nearest():
+    with pytest.raises(TypeError, match="'temprature'; did you mean 'temperature'"):
+        SamplingParams.resolve({"temprature": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", math.nan), ("temperature", "hot"), ("top_k", 1.5), ("top_k", True),
+        ("top_p", 1.1), ("min_p", -0.1), ("repeat_penalty", 0.0), ("repeat_last_n", -2),
+        ("mirostat", 3), ("seed", -1), ("seed", 2**64), ("logprobs", 129), ("logit_bias", {-1: 0.0}),
+        ("logit_bias", {1: math.nan}), ("dry_base", -1.0), ("dry_sequence_breakers", "abc"),
+        ("min_keep", 2**31),
+    ],
+)  # fmt: skip
+def test_an_invalid_value_names_its_parameter(name, value):
+    with pytest.raises(InvalidRequestError) as caught:
+        SamplingParams(**{name: value})
+    assert caught.value.param == name
+    assert repr(value) in str(caught.value)
+
+
+def test_an_invalid_value_in_the_file_names_its_field():
+    with pytest.raises(InvalidModelError) as caught:
+        SamplingParams.resolve({}, {"temp": "warm"})
+    assert caught.value.field == "general.sampling.temp"
+
+
+def test_a_bias_beyond_the_vocabulary_is_refused():
+    SamplingParams(logit_bias={9: 1.0}).check_vocabulary(10)
+    with pytest.raises(InvalidRequestError, match="10"):
+        SamplingParams(logit_bias={10: 1.0}).check_vocabulary(10)
+
+
+def test_only_the_history_that_is_looked_at_is_asked_for():
+    assert SamplingParams().n_history == 0
+    assert SamplingParams(repeat_penalty=1.1, dry_multiplier=1, dry_penalty_last_n=9).n_history == 64
+    assert SamplingParams(presence_penalty=1, repeat_last_n=-1).n_history == -1
+    assert SamplingParams(presence_penalty=1, mirostat=2).n_history == 0
+
+
+# -- random numbers ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [  # Random123's known answers for philox4x32-10
+        ((0,) * 4, (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_philox_known_answers(counter, key, words):
+    assert philox(counter, key) == words
+
+
+def test_uniforms_are_uniform_and_differ_by_seed_and_index():
+    pairs = np.array([uniforms(seed, i) for seed in (1, 2, 2**64 - 1) for i in range(2000)])
+    assert len(np.unique(pairs)) == pairs.size
+    assert 0 <= pairs.min() and pairs.max() < 1
+    counts = np.histogram(pairs, 20, (0, 1))[0]
+    assert ((counts - 600) ** 2 / 600).sum() < 50  # chi-square, 19 degrees: p < 1e-4
+    assert abs(np.corrcoef(pairs.T)[0, 1]) < 0.05
+
+
+# -- arithmetic ----------------------------------------------------------------------------------
+
+
+def test_exp_and_log_are_close_to_exact():
+    x = np.linspace(-699, 699, 100_001)
+    assert np.max(np.abs(sampler.exp(x) / np.exp(x) - 1)) < 1e-11
+    assert sampler.exp(np.array([0.0, -700.1, -np.inf, -1e300])).tolist() == [1.0, 0.0, 0.0, 0.0]
+    for v in np.random.default_rng(0).lognormal(0, 20, 1000):
+        assert sampler.log(v) == pytest.approx(math.log(v), rel=1e-14, abs=1e-15)
+
+
+# -- the chain -----------------------------------------------------------------------------------
+
+
+def test_draws_follow_the_distribution():
+    logits = np.array([0.0, 1.0, -1.0, 2.0, 0.5])
+    for temperature in (0.5, 1.0, 2.0):
+        n = 4000
+        picked = [sample(logits, i, **OFF | {"temperature": temperature}).id for i in range(n)]
+        expected = np.exp(logits / temperature)
+        expected *= n / expected.sum()
+        counts = np.bincount(picked, minlength=5)
+        assert ((counts - expected) ** 2 / expected).sum() < 24  # 4 degrees: p < 1e-4
+
+
+def test_the_same_seed_and_index_give_the_same_token():
+    logits = np.random.default_rng(0).normal(size=100)
+    assert sample(logits, 3, **OFF).id == sample(logits, 3, **OFF).id
+
+
+def test_greedy_takes_the_lower_id_and_ignores_nan():
+    assert sample([1, 3, math.nan, 3, 2], temperature=0).id == 1
+    assert sample([math.nan, -math.inf, -5], temperature=-1).id == 2
+    assert sample([0, math.inf, 1], temperature=0).id == 1
+    assert sample([2, 1], temperature=0, repeat_penalty=4.0, history=[0]).id == 1
+
+
+def test_no_candidate_is_reported():
+    for logits in ([math.nan] * 3, [-math.inf], [math.nan, -math.inf]):
+        for temperature in (0.0, 0.8):
+            assert sample(logits, temperature=temperature).status == NO_CANDIDATE
+    banned = sample([1.0], logit_bias={0: -math.inf}, logprobs=2)
+    assert (banned.status, banned.id) == (NO_CANDIDATE, 0)
+    assert banned.top[0].tolist() == [0, -1]
+
+
+def test_top_k_keeps_k_with_ties_to_the_lower_id():
+    assert survivors([1, 2, 2, 2, 0], **OFF | {"top_k": 2}) == {1, 2}
+
+
+def test_top_p_stops_once_reached():
+    logits = log_probabilities(0.4, 0.3, 0.2, 0.1)
+    assert survivors(logits, **OFF | {"top_p": 0.6}) == {0, 1}
+    assert survivors(logits, **OFF | {"top_p": 0.0}) == {0}
+    assert survivors(logits, **OFF | {"top_p": 0.0, "min_keep": 3}) == {0, 1, 2}
+
+
+def test_min_p_is_relative_to_the_likeliest():
+    logits = log_probabilities(0.5, 0.3, 0.15, 0.05)
+    assert survivors(logits, **OFF | {"min_p": 0.29}) == {0, 1, 2}
+    assert survivors(logits, **OFF | {"min_p": 1.0}) == {0}
+    assert survivors(logits, **OFF | {"min_p": 1.0, "min_keep": 2}) == {0, 1}
+
+
+def test_typical_can_drop_the_likeliest():
+    logits = log_probabilities(0.5, *[0.05] * 10)  # entropy 1.84; surprises 0.69 and 3.0
+    assert survivors(logits, **OFF | {"typical_p": 0.4}) == {0}
+    logits = log_probabilities(0.2, *[0.02] * 40)  # entropy 3.45; surprises 1.6 and 3.9
+    assert 0 not in survivors(logits, **OFF | {"typical_p": 0.5})
+
+
+def test_top_n_sigma():
+    logits = np.r_[np.zeros(98), 10.0, 9.5]  # mean 0.195, sigma 1.36
+    assert survivors(logits, **OFF | {"top_n_sigma": 1.0}) == {98, 99}
+    assert survivors(logits, **OFF | {"top_n_sigma": 0.1}) == {98}
+
+
+def test_xtc_keeps_the_last_of_the_likely():
+    logits = log_probabilities(0.4, 0.3, 0.2, 0.1)
+    on = OFF | {"xtc_probability": 1.0, "xtc_threshold": 0.15}
+    assert survivors(logits, **on) == {2, 3}
+    assert survivors(logits, **on | {"min_keep": 3}) == {0, 1, 2, 3}
+    assert survivors(logits, **on | {"xtc_threshold": 0.35}) == {0, 1, 2, 3}
+    n_top = sum(sample(logits, i, **on | {"xtc_probability": 0.5}).id < 2 for i in range(2000))
+    assert 600 < n_top < 800  # half of the time 70 % of the draws
+
+
+def test_logit_bias():
+    assert survivors([0, 0, 0], **OFF, logit_bias={0: -math.inf, 2: -1e9}) == {1}
+    assert survivors([0, 50, 0], **OFF, logit_bias={0: 100.0}) == {0}
+    assert survivors([-math.inf, 0], **OFF, logit_bias={0: 100.0}) == {1}
+
+
+def test_penalties_lower_what_was_said():
+    row = SampleRow(
+        SamplingParams(repeat_penalty=2.0, frequency_penalty=0.5, presence_penalty=0.25),
+        1, 0, np.array([1, 1, 2, 2, 2], np.int32), 0.0,
+    )  # fmt: skip
+    changed = sampler._changed(np.array([4, 4, -4], np.float32), row)
+    assert changed.tolist() == [4.0, 2 - 1.25, -8 - 1.75]
+    short = SampleRow(
+        SamplingParams(presence_penalty=1.0, repeat_last_n=1), 1, 0, row.history, 0.0
+    )
+    assert sampler._changed(np.zeros(3, np.float32), short).tolist() == [0.0, 0.0, -1.0]
+
+
+def dry(history: list[int], breakers: tuple[tuple[int, ...], ...] = (), **params: float):
+    chosen = SamplingParams(dry_multiplier=1.0, dry_base=2.0, dry_breaker_tokens=breakers, **params)
+    row = SampleRow(chosen, 1, 0, np.array(history, np.int32), 0.0)
+    return (-sampler._changed(np.zeros(10, np.float32), row)).tolist()
+
+
+def test_dry_penalises_what_would_continue_a_repeat():
+    history = [1, 2, 3, 4, 0, 1, 2, 3]  # 4 would continue "1 2 3"
+    assert dry(history)[4] == 2.0 ** (3 - 2)
+    assert sum(dry(history)) == 2.0
+    assert dry(history, dry_allowed_length=4) == [0] * 10
+    assert dry(history, dry_penalty_last_n=4) == [0] * 10
+
+
+def test_dry_stops_at_breakers():
+    history = [1, 2, 3, 4, 0, 1, 2, 3]
+    assert dry(history, ((1,),))[4] == 2.0 ** (2 - 2)  # only "2 3" is left
+    assert dry(history, ((2,),)) == [0] * 10
+    assert dry(history, ((4,),)) == [0] * 10  # a breaker itself is never penalised
+    assert dry(history, ((0, 1, 2),)) == [0] * 10  # only "3" is left
+    assert dry(history, ((0, 9),))[4] == 2.0
+
+
+def test_dry_takes_the_longest_match():
+    assert dry([5, 6, 9, 1, 5, 6, 9, 2, 1, 5, 6])[9] == 2.0 ** (3 - 2)
+
+
+def test_breaker_tokens():
+    pieces = [b"a", b"x\n", b"b:", b"::", b"=", b" ="]
+    encode = {"=": [4], ":": [3]}.__getitem__
+    assert breaker_tokens(["\n"], pieces, encode) == ((1,),)
+    assert breaker_tokens([":="], pieces, encode) == ((2, 4), (3, 4))
+
+
+def test_dynamic_temperature_follows_the_entropy():
+    params = SamplingParams(**OFF | {"temperature": 1.0}, dynatemp_range=0.5)
+    flat = sampler._Candidates(np.zeros(10, np.float32))
+    assert sampler._dynamic_temperature(flat, params) == pytest.approx(1.5)
+    sharp = sampler._Candidates(np.array([100.0, 0.0], np.float32))
+    assert sampler._dynamic_temperature(sharp, params) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_mirostat_holds_the_surprise_near_tau(version):
+    random = np.random.default_rng(0)
+    mu, surprises = 6.0, []
+    for i in range(600):
+        logits = random.normal(0, 2, 2000)
+        picked = sample(logits, i, mu=mu, mirostat=version, mirostat_tau=3.0, temperature=1.0)
+        p = np.exp(logits - logits.max())
+        surprises.append(-math.log2(p[picked.id] / p.sum()))
+        mu = picked.mu
+    # The surprise that mirostat steers is among those kept, so a little below this one.
+    assert 3.0 <= np.mean(surprises[100:]) < 6.0
+
+
+def test_logprobs_are_those_of_the_untouched_logits():
+    logits = np.array([1.0, 3.0, 2.0, math.nan])
+    picked = sample(logits, temperature=0, logit_bias={1: -100.0}, logprobs=5)
+    exact = logits[:3] - np.log(np.exp(logits[:3]).sum())
+    assert picked.id == 2
+    assert picked.logprob == pytest.approx(exact[2], abs=1e-6)
+    assert picked.top[0].tolist() == [1, 2, 0, -1, -1]
+    np.testing.assert_allclose(picked.top[1][:3], exact[[1, 2, 0]], atol=1e-6)
+    assert math.isnan(sample(logits).logprob)
+
+
+# -- the table -----------------------------------------------------------------------------------
+
+
+def test_the_layout_names_the_fields_of_a_row():
+    for name, (_, offset) in ROW.fields.items():
+        assert getattr(layout, f"PARAM_{name.upper()}") == offset
+    not_in_rows = {"dry_sequence_breakers", "dry_breaker_tokens", "logit_bias", "logprobs"}
+    assert {f.name for f in fields(SamplingParams)} - set(ROW.names) == not_in_rows
+
+
+def test_the_table_gives_back_what_it_was_given():
+    table = SampleTable(3)
+    params = SamplingParams(repeat_penalty=1.1, repeat_last_n=2, logprobs=1, mirostat_tau=4.0)
+    table.set_row(1, params, 2**64 - 1, 5, [1, 2, 3])
+    row = table.row(1)
+    assert (row.seed, row.index, row.history.tolist(), row.mu) == (2**64 - 1, 5, [2, 3], 8.0)
+    assert table.rows["seed"][1] == -1 and table.rows["n_history"][1] == 2
+    assert table.n_rows == 2
+    picked = sample_reference(np.arange(4, dtype=np.float32), row)
+    table.store(1, picked)
+    assert table.ids[1] == picked.id
+    assert table.top(1)[0].tolist() == [3]
+    table.clear()
+    assert table.n_rows == 0
