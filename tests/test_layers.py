@@ -27,7 +27,8 @@ gguf weights tokenizer chat plan backend generation
 model
 engine stream
 runtime
-llm bench server
+llm bench server inspect_file perplexity console cli_options
+aio plain_chat
 cli
 __main__ tui
 """
