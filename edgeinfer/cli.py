@@ -176,7 +176,7 @@ def _open(model: str | None, flags: dict[str, Any]) -> Iterator[LLM]:
 
 def _model_path(model: str | None) -> str:
     if model is None:
-        raise click.UsageError("no model: give the path of a .gguf file, or a folder with one")
+        raise ModelNotFoundError("no model: give the path of a .gguf file or of a folder with one")
     if not Path(model).expanduser().exists():
         raise ModelNotFoundError(
             f"no file or folder {model!r}; this version takes the path of a .gguf file or of a "

@@ -1,0 +1,336 @@
+"""The loop: batching, cancellation, failures, and a cache that nothing leaks from."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgeinfer.batch import Batch, Outputs, StepLimits
+from edgeinfer.engine import Engine
+from edgeinfer.errors import ClosedError, ContextLengthError, InvalidRequestError, PlanError
+from edgeinfer.generation import Generation
+from edgeinfer.gguf import GGUFFile
+from edgeinfer.kernels.reference import ReferenceBackend
+from edgeinfer.model import Model
+from edgeinfer.sampler import sample_reference
+from edgeinfer.sampling import SamplingParams
+from edgeinfer.sequence import Finished, Prefilled, Request, Token
+
+from .models_for_tests import tiny_model
+
+N_CTX = 256
+VOCAB = 320
+
+
+class Programs:
+    """A program that can be told to wait, to fail, and that counts its steps."""
+
+    def __init__(self, program: Any) -> None:
+        self.program = program
+        self.gate = threading.Event()
+        self.gate.set()
+        self.fails: BaseException | None = None
+        self.batches: list[tuple[int, int]] = []
+        self.n_aborts = 0
+        self.is_closed = False
+
+    def submit(self, batch: Batch) -> Any:
+        self.batches.append((batch.n_rows, len(batch.tables)))
+        if self.fails:
+            raise self.fails
+        return _Ticket(self, self.program.submit(batch))
+
+    def close(self) -> None:
+        self.is_closed = True
+        self.program.close()
+
+
+class _Ticket:
+    def __init__(self, owner: Programs, ticket: Any) -> None:
+        self.owner, self.ticket = owner, ticket
+        self.aborted = threading.Event()
+
+    def wait(self) -> Outputs:
+        while not self.owner.gate.is_set() and not self.aborted.is_set():
+            time.sleep(0.001)
+        return self.ticket.wait()
+
+    def abort(self) -> None:
+        self.owner.n_aborts += 1
+        self.ticket.abort()
+        self.aborted.set()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+    with GGUFFile.open(tiny_model(tmp_path_factory.mktemp("engine"))) as file:
+        yield Model.load(file)
+
+
+@pytest.fixture
+def program(model: Model) -> Programs:
+    limits = _limits()
+    return Programs(ReferenceBackend(sample_reference).compile(model.graph.segment(), limits))
+
+
+@pytest.fixture
+def engine(program: Programs) -> Iterator[Engine]:
+    engine = Engine(program, _limits(), N_CTX, VOCAB)
+    yield engine
+    program.gate.set()
+    engine.close()
+
+
+def _limits(**changes: int) -> StepLimits:
+    sizes = {"n_pages": 2 * N_CTX // 32, "max_rows": 64, "max_outputs": 16, "max_sequences": 4}
+    return StepLimits(**{**sizes, **changes}, n_threads=1)
+
+
+def _request(*ids: int, **changes: Any) -> Request:
+    params = SamplingParams(temperature=0.0, seed=1)
+    return Request(**{"ids": ids or (256, 1, 2), "params": params, "max_tokens": 8, **changes})
+
+
+def _tokens(generation: Generation) -> list[int]:
+    return [event.id for event in generation if isinstance(event, Token)]
+
+
+def _finish(generation: Generation) -> Finished:
+    last = list(generation)[-1]
+    assert isinstance(last, Finished)
+    return last
+
+
+def test_events_come_in_order(engine: Engine) -> None:
+    events = list(engine.submit(_request(max_tokens=3)))
+    kinds = [type(event) for event in events]
+    assert kinds == [Prefilled, Prefilled, Token, Token, Token, Finished]
+    assert events[1] == Prefilled(3, 3, 0, events[1].at)
+    assert events[-1].reason == "length"  # type: ignore[union-attr]
+
+
+def test_stop_id_ends_without_being_a_token(engine: Engine) -> None:
+    first, second = _tokens(engine.submit(_request(max_tokens=2)))
+    generation = engine.submit(_request(stop_ids=frozenset([second])))
+    events = list(generation)
+    assert [e.id for e in events if isinstance(e, Token)] == [first]
+    assert events[-1].reason == "stop"  # type: ignore[union-attr]
+    assert events[-1].stop_id == second  # type: ignore[union-attr]
+
+
+def test_batched_generations_equal_lone_ones(engine: Engine, program: Programs) -> None:
+    requests = [_request(256, *range(n, 3 * n), max_tokens=12) for n in (2, 9, 40)]
+    alone = [_tokens(engine.submit(request)) for request in requests]
+    program.gate.clear()
+    together = [engine.submit(request) for request in requests]
+    program.gate.set()
+    assert [_tokens(generation) for generation in together] == alone
+    assert max(n_sequences for _, n_sequences in program.batches) == 3
+    assert max(n_rows for n_rows, _ in program.batches) <= 64
+
+
+def test_a_long_prompt_does_not_starve_others(engine: Engine, program: Programs) -> None:
+    short = engine.submit(_request(max_tokens=50))
+    next(short)
+    long = engine.submit(_request(*[5] * 200, max_tokens=1))
+    assert _finish(long).reason == "length"
+    assert len(_tokens(short)) == 50
+    assert (1, 1) in program.batches
+
+
+def test_more_requests_than_sequences_wait_their_turn(engine: Engine) -> None:
+    generations = [engine.submit(_request(256, n, max_tokens=4)) for n in range(11)]
+    assert [len(_tokens(generation)) for generation in generations] == [4] * 11
+
+
+def test_requests_that_would_not_fit_together_wait(engine: Engine, program: Programs) -> None:
+    generations = [engine.submit(_request(256, n, max_tokens=None)) for n in range(3)]
+    for generation in generations:
+        assert _finish(generation).reason == "length"
+    assert max(n_sequences for _, n_sequences in program.batches) == 2
+
+
+def test_context_end_is_length(engine: Engine) -> None:
+    generation = engine.submit(_request(*[7] * N_CTX, max_tokens=None))
+    assert len(_tokens(generation)) == 1
+    assert len(_tokens(engine.submit(_request(*[8] * 250, max_tokens=99)))) == 7
+
+
+def test_too_long_a_prompt_names_both_counts(engine: Engine) -> None:
+    with pytest.raises(ContextLengthError, match=r"257 tokens.*256") as error:
+        engine.submit(_request(*[7] * (N_CTX + 1)))
+    assert (error.value.n_tokens, error.value.n_ctx) == (257, 256)
+    assert error.value.code == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("ids", [(), (-1,), (VOCAB,)])
+def test_unusable_prompts_are_refused(engine: Engine, ids: tuple[int, ...]) -> None:
+    with pytest.raises(InvalidRequestError):
+        engine.submit(Request(ids=ids, params=SamplingParams(seed=1)))
+
+
+def test_max_tokens_must_be_positive(engine: Engine) -> None:
+    with pytest.raises(InvalidRequestError, match="max_tokens"):
+        engine.submit(_request(max_tokens=0))
+
+
+def test_cancel_in_a_step_acts_at_once_and_frees_pages(
+    engine: Engine, program: Programs
+) -> None:
+    program.gate.clear()
+    generation = engine.submit(_request(*[9] * 200))
+    next(generation)
+    while not program.batches:
+        time.sleep(0.001)
+    start = time.perf_counter()
+    generation.cancel()
+    assert _finish(generation).reason == "cancelled"
+    assert time.perf_counter() - start < 0.25
+    assert program.n_aborts == 1
+    assert engine.pool.n_free == engine.pool.n_pages
+
+
+def test_an_aborted_step_is_repeated_for_the_others(engine: Engine, program: Programs) -> None:
+    expected = _tokens(engine.submit(_request(256, 4, max_tokens=6)))
+    program.gate.clear()
+    kept, cancelled = engine.submit(_request(256, 4, max_tokens=6)), engine.submit(_request(3, 3))
+    time.sleep(0.05)
+    cancelled.cancel()
+    program.gate.set()
+    assert _finish(cancelled).reason == "cancelled"
+    assert _tokens(kept) == expected
+
+
+def test_cancel_while_waiting(engine: Engine, program: Programs) -> None:
+    program.gate.clear()
+    running = [engine.submit(_request(256, n)) for n in range(4)]
+    waiting = engine.submit(_request(256, 200))
+    waiting.cancel()
+    program.gate.set()
+    assert _finish(waiting).reason == "cancelled"
+    assert all(_finish(generation).reason == "length" for generation in running)
+
+
+def test_a_failing_step_fails_its_requests_only(engine: Engine, program: Programs) -> None:
+    program.fails = RuntimeError("broken kernel")
+    last = _finish(engine.submit(_request()))
+    assert last.reason == "error"
+    assert isinstance(last.error, RuntimeError)
+    program.fails = MemoryError()
+    assert isinstance(_finish(engine.submit(_request())).error, PlanError)
+    program.fails = None
+    assert _finish(engine.submit(_request())).reason == "length"
+
+
+def test_prefix_of_an_ended_generation_is_not_read_again(engine: Engine) -> None:
+    prompt = (256, *range(40, 100))
+    answer = _tokens(engine.submit(_request(*prompt)))
+    events = list(engine.submit(_request(*prompt, *answer, 11, 12)))
+    prefilled = [event for event in events if isinstance(event, Prefilled)]
+    assert prefilled[0].cached == len(prompt) + len(answer) - 1
+    again = list(engine.submit(_request(*prompt)))
+    assert isinstance(again[0], Prefilled)
+    assert again[0].cached == len(prompt) - 1  # the last token is computed again
+    assert [event.id for event in again if isinstance(event, Token)] == answer
+
+
+def test_kept_caches_make_room(engine: Engine) -> None:
+    for n in range(20):
+        assert _finish(engine.submit(_request(*[n] * 250, max_tokens=3))).reason == "length"
+    assert engine.pool.n_free >= 0
+
+
+def test_sliding_runs_far_past_the_context_in_the_same_pages(engine: Engine) -> None:
+    request = _request(*range(30), overflow="slide", max_tokens=5 * N_CTX, n_pinned=3)
+    generation = engine.submit(request)
+    most = 0
+    for event in generation:
+        most = max(most, engine.pool.n_pages - engine.pool.n_free)
+        last = event
+    assert isinstance(last, Finished)
+    assert last.reason == "length"
+    assert most <= N_CTX // 32
+
+
+def test_sliding_gives_the_same_tokens_beside_others(engine: Engine, program: Programs) -> None:
+    request = _request(*range(30), overflow="slide", max_tokens=2 * N_CTX)
+    alone = _tokens(engine.submit(request))
+    together = engine.submit(request)
+    for n in range(3):
+        list(engine.submit(_request(*[n + 1] * 70, max_tokens=2)))
+    assert _tokens(together) == alone
+
+
+def test_seeds_reproduce(engine: Engine) -> None:
+    params = SamplingParams(temperature=1.5, seed=7)
+    first = _tokens(engine.submit(_request(params=params, max_tokens=20)))
+    assert _tokens(engine.submit(_request(params=params, max_tokens=20))) == first
+    other = SamplingParams(temperature=1.5, seed=8)
+    assert _tokens(engine.submit(_request(params=other, max_tokens=20))) != first
+
+
+def test_logprobs_come_with_tokens(engine: Engine) -> None:
+    params = SamplingParams(temperature=0.0, seed=1, logprobs=3)
+    tokens = [e for e in engine.submit(_request(params=params)) if isinstance(e, Token)]
+    for token in tokens:
+        assert len(token.top) == 3
+        assert token.top[0] == (token.id, token.logprob)
+
+
+def test_logits_are_those_of_one_pass(engine: Engine) -> None:
+    whole = engine.logits(range(50))
+    assert whole.shape == (50, VOCAB)
+    np.testing.assert_allclose(engine.logits(range(50), last=3), whole[-3:], atol=1e-4)
+    beside = engine.logits(range(50), prefill_chunk=7, batch_with=[range(80), [3, 4]])
+    np.testing.assert_allclose(beside, whole, atol=1e-4)
+    assert engine.pool.n_free == engine.pool.n_pages
+
+
+def test_logits_refuse_what_does_not_fit(engine: Engine) -> None:
+    with pytest.raises(InvalidRequestError, match="last"):
+        engine.logits([1, 2], last=3)
+    with pytest.raises(InvalidRequestError, match="prefill_chunk"):
+        engine.logits([1, 2], prefill_chunk=0)
+    with pytest.raises(InvalidRequestError, match="token lists"):
+        engine.logits([1], batch_with=[[1]] * 4)
+    with pytest.raises(PlanError, match="slots"):
+        engine.logits([1] * N_CTX, batch_with=[[1] * N_CTX, [1] * N_CTX])
+    with pytest.raises(ContextLengthError):
+        engine.logits([1] * (N_CTX + 1))
+
+
+def test_logits_fail_alone(engine: Engine, program: Programs) -> None:
+    program.fails = RuntimeError("broken kernel")
+    with pytest.raises(RuntimeError, match="broken"):
+        engine.logits([1, 2, 3])
+    program.fails = None
+    assert len(engine.logits([1, 2, 3])) == 3
+
+
+def test_generations_go_on_beside_logits(engine: Engine) -> None:
+    generation = engine.submit(_request(max_tokens=40))
+    logits = engine.logits(range(100), prefill_chunk=5)
+    assert len(logits) == 100
+    assert len(_tokens(generation)) == 40
+
+
+def test_close_ends_everything(engine: Engine, program: Programs) -> None:
+    program.gate.clear()
+    generations = [engine.submit(_request(256, n)) for n in range(6)]
+    start = time.perf_counter()
+    engine.close()
+    assert time.perf_counter() - start < 1.0
+    assert program.is_closed
+    for generation in generations:
+        assert isinstance(_finish(generation).error, ClosedError)
+    with pytest.raises(ClosedError):
+        engine.submit(_request())
+    with pytest.raises(ClosedError):
+        engine.logits([1])
+    engine.close()

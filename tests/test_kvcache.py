@@ -1,0 +1,97 @@
+"""Pages: none lost, none shared by accident, none overwritten while a query sees it."""
+
+from __future__ import annotations
+
+import pytest
+
+from edgeinfer.batch import PAGE
+from edgeinfer.errors import InvalidRequestError
+from edgeinfer.kvcache import CacheLayout, PagePool, SequenceCache, pages_for
+
+
+def test_pool_takes_every_page_once() -> None:
+    pool = PagePool(5)
+    pages = [pool.take() for _ in range(5)]
+    assert sorted(pages) == [0, 1, 2, 3, 4]
+    assert pool.n_free == 0
+    pool.release(pages)
+    assert pool.n_free == 5
+
+
+def test_shared_page_is_free_after_its_last_holder() -> None:
+    pool = PagePool(2)
+    page = pool.take()
+    pool.share(page)
+    pool.release([page])
+    assert pool.n_free == 1
+    pool.release([page])
+    assert pool.n_free == 2
+    with pytest.raises(AssertionError):
+        pool.release([page])
+
+
+@pytest.mark.parametrize(("n_tokens", "n_pages"), [(0, 0), (1, 1), (32, 1), (33, 2), (64, 2)])
+def test_pages_for(n_tokens: int, n_pages: int) -> None:
+    assert pages_for(n_tokens) == n_pages
+
+
+def test_error_layout_sees_everything() -> None:
+    layout = CacheLayout.of("error", 100)
+    assert (layout.n_slots, layout.n_pinned, layout.n_visible) == (4, 0, 4)
+
+
+def test_sliding_layout_pins_at_most_a_quarter() -> None:
+    assert CacheLayout.of("slide", 512, 1).n_pinned == 1
+    assert CacheLayout.of("slide", 512, 40).n_pinned == 2
+    layout = CacheLayout.of("slide", 512, 500)
+    assert (layout.n_slots, layout.n_pinned, layout.n_visible) == (16, 4, 11)
+
+
+def test_too_short_a_context_cannot_slide() -> None:
+    with pytest.raises(InvalidRequestError, match="too short to slide"):
+        CacheLayout.of("slide", 96)
+
+
+def test_growing_takes_pages_only_when_they_are_reached() -> None:
+    pool = PagePool(4)
+    cache = SequenceCache(pool, CacheLayout.of("error", 128))
+    for n_tokens, n_pages in ((1, 1), (31, 1), (1, 2), (32, 3)):
+        cache.grow(n_tokens)
+        cache.n_tokens += n_tokens
+        assert cache.n_pages == n_pages
+    assert cache.step_limit() == 128 - 65
+    cache.truncate(33)
+    assert (cache.n_pages, pool.n_free) == (2, 2)
+    cache.free()
+    assert pool.n_free == 4
+
+
+def test_sliding_never_overwrites_what_a_row_of_the_step_sees() -> None:
+    """Follow every physical page through 20 contexts: what a query sees is what was written."""
+    n_ctx = 256
+    pool = PagePool(pages_for(n_ctx))
+    cache = SequenceCache(pool, CacheLayout.of("slide", n_ctx, 40))
+    holds: dict[int, int] = {}  # physical page: absolute page
+    while cache.n_tokens < 20 * n_ctx:
+        n = min(cache.step_limit(), 50)
+        assert n > 0
+        cache.grow(n)
+        first, last = cache.n_tokens, cache.n_tokens + n - 1
+        for page in range(first // PAGE, last // PAGE + 1):
+            holds[int(cache.table.pages[cache.table.slot(page)])] = page
+        for pos in (first, last):
+            for page in cache.table.visible(pos):
+                assert holds[int(cache.table.pages[cache.table.slot(page)])] == page
+        cache.n_tokens += n
+        assert cache.n_pages <= pages_for(n_ctx)
+    assert cache.has_slid
+    assert pool.n_free == 0
+    cache.free()
+    assert pool.n_free == pages_for(n_ctx)
+
+
+def test_a_slid_cache_cannot_be_cut_back() -> None:
+    cache = SequenceCache(PagePool(8), CacheLayout.of("slide", 256))
+    cache.n_tokens = 300
+    with pytest.raises(AssertionError):
+        cache.truncate(100)
