@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -56,35 +57,62 @@ def symbol(name: str) -> str:
 
 
 @cache
-def source_key() -> str:
-    """Changes whenever the kernel sources or the way of building them change."""
+def source_key(module: str) -> str:
+    """Changes whenever a source that kernels of this native module are made of changes."""
     digest = hashlib.sha256()
-    here = Path(__file__).parent
-    for path in sorted([*(here / "native").glob("*.py"), here / "build.py"]):
+    for path in sorted(_sources(module)):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 
+_HERE = Path(__file__).parent
+_IMPORT = re.compile(rb"^from edgeinfer\.kernels\.cpu\.(native\.)?(\w+) import", re.MULTILINE)
+
+
+def _sources(module: str) -> set[Path]:
+    """The native module, what it imports from here, and the builder."""
+    found: set[Path] = set()
+    pending = [_HERE / "native" / f"{module}.py", _HERE / "native" / "isa.py", _HERE / "build.py"]
+    while pending:
+        path = pending.pop()
+        if path in found or path == Path(__file__):
+            continue
+        found.add(path)
+        for native, name in _IMPORT.findall(path.read_bytes()):
+            folder = _HERE / "native" if native else _HERE
+            pending.append(folder / f"{name.decode()}.py")
+    return found
+
+
 def cache_folder(root: Path, target: Target) -> Path:
-    """Where objects for these sources, this machine and this LLVM are kept."""
+    """Where objects for this machine and this LLVM are kept."""
     import llvmlite
 
-    facts = (source_key(), target, llvmlite.__version__)
-    return root / "kernels" / hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
+    facts = (target, llvmlite.__version__)
+    return root / "kernels" / hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
+def object_path(folder: Path, name: str) -> Path:
+    """The file of one kernel; its name says which sources it was made of."""
+    return folder / f"{name}-{source_key(name.partition('.')[0])[:16]}.o"
 
 
 def write_object(folder: Path, name: str, data: bytes) -> None:
-    """Write an object with its digest; complete or not at all."""
+    """Write an object with its digest, complete or not at all; older versions of it go."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=folder, suffix=".part", delete=False) as file:
         file.write(hashlib.sha256(data).digest() + data)
-    os.replace(file.name, folder / f"{name}.o")
+    path = object_path(folder, name)
+    os.replace(file.name, path)
+    for old in folder.glob(f"{name}-*.o"):
+        if old != path:
+            old.unlink(missing_ok=True)
 
 
 def read_object(folder: Path, name: str) -> bytes | None:
     """The object, or None where it is absent or damaged (LLVM dies on a damaged one)."""
     try:
-        data = (folder / f"{name}.o").read_bytes()
+        data = object_path(folder, name).read_bytes()
     except OSError:
         return None
     if hashlib.sha256(data[_DIGEST:]).digest() != data[:_DIGEST]:
