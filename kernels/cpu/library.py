@@ -66,7 +66,7 @@ def source_key(module: str) -> str:
 
 
 _HERE = Path(__file__).parent
-_IMPORT = re.compile(rb"^from edgeinfer\.kernels\.cpu\.(native\.)?(\w+) import", re.MULTILINE)
+_IMPORT = re.compile(r"^from edgeinfer\.kernels\.cpu((?:\.\w+)*) import (\(?[\w, ]*)", re.MULTILINE)
 
 
 def _sources(module: str) -> set[Path]:
@@ -78,9 +78,12 @@ def _sources(module: str) -> set[Path]:
         if path in found or path == Path(__file__):
             continue
         found.add(path)
-        for native, name in _IMPORT.findall(path.read_bytes()):
-            folder = _HERE / "native" if native else _HERE
-            pending.append(folder / f"{name.decode()}.py")
+        for dotted, names in _IMPORT.findall(path.read_text()):
+            base = _HERE.joinpath(*dotted.split("."))
+            if base.is_dir():
+                pending += [base / f"{name.strip()}.py" for name in names.split(",")]
+            else:
+                pending.append(base.with_suffix(".py"))
     return found
 
 
