@@ -66,7 +66,7 @@ def source_key(module: str) -> str:
 
 
 _HERE = Path(__file__).parent
-_IMPORT = re.compile(r"^from edgeinfer\.kernels\.cpu((?:\.\w+)*) import (\(?[\w, ]*)", re.MULTILINE)
+_IMPORT = re.compile(r"^from edgeinfer\.kernels\.cpu((?:\.\w+)*) import ([\w, ]*)", re.MULTILINE)
 
 
 def _sources(module: str) -> set[Path]:
@@ -81,7 +81,7 @@ def _sources(module: str) -> set[Path]:
         for dotted, names in _IMPORT.findall(path.read_text()):
             base = _HERE.joinpath(*dotted.split("."))
             if base.is_dir():
-                pending += [base / f"{name.strip()}.py" for name in names.split(",")]
+                pending += [base / f"{name.split()[0]}.py" for name in names.split(",")]
             else:
                 pending.append(base.with_suffix(".py"))
     return found
