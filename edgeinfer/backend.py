@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
+from edgeinfer import config
 from edgeinfer.batch import Batch, Outputs, StepLimits
-from edgeinfer.config import cache_folder
 from edgeinfer.errors import DeviceError
 from edgeinfer.graph import Segment
 from edgeinfer.platform import forget_pages
@@ -68,7 +68,7 @@ def open_backend(
         return ReferenceBackend(sample_reference)
     from edgeinfer.kernels.cpu.program import CpuBackend
 
-    return CpuBackend(cache_folder(), n_threads, progress, _release)
+    return CpuBackend(config.cache_folder(), n_threads, progress, _release, config.isa())
 
 
 def packed_bytes(device: str, weight: Weight) -> int:

@@ -40,6 +40,11 @@ def threads() -> int | None:
     return int(value) if value.isdecimal() and int(value) > 0 else None
 
 
+def isa() -> str | None:
+    """The instruction-set family asked for in the environment."""
+    return os.environ.get(ISA) or None
+
+
 def is_debug() -> bool:
     return bool(os.environ.get(DEBUG))
 

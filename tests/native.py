@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 
+from edgeinfer.config import cache_folder as cache_root
 from edgeinfer.kernels.cpu import layout
 from edgeinfer.kernels.cpu.library import Library, Target, cache_folder
-
-
-def _root() -> Path:
-    home = os.environ.get("EDGEINFER_HOME")
-    if home:
-        return Path(home)
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("edgeinfer"))
 
 
 @cache
 def library(family: str | None = None) -> Library:
     """The kernel library of this machine, or of a poorer vocabulary on it."""
     target = Target.host(family)
-    return Library(target, cache_folder(_root(), target))
+    return Library(target, cache_folder(cache_root(), target))
 
 
 def address(name: str, family: str | None = None) -> int:

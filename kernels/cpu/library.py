@@ -38,10 +38,8 @@ class Target:
 
         features = llvm.get_host_cpu_features()
         if family is None:
-            family = os.environ.get("EDGEINFER_ISA") or _family(features)
-        return cls(
-            family, llvm.get_process_triple(), llvm.get_host_cpu_name(), features.flatten()
-        )
+            family = _family(features)
+        return cls(family, llvm.get_process_triple(), llvm.get_host_cpu_name(), features.flatten())
 
 
 def _family(features: Any) -> str:

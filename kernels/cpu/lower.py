@@ -221,8 +221,10 @@ class Lowering:
         """Matmuls of one input, side by side."""
         if ops[0].out is self._segment.output:
             self._out.head = len(self._out.ops)
-        group = ops[0].weight.name.rsplit(".", 2)[-2] if len(ops) == 1 else "+".join(
-            op.weight.name.split(".")[-2] for op in ops
+        group = (
+            ops[0].weight.name.rsplit(".", 2)[-2]
+            if len(ops) == 1
+            else "+".join(op.weight.name.split(".")[-2] for op in ops)
         )
         self._out.ops.append(KernelOp(group, [self._linear(op) for op in ops]))
 
@@ -283,9 +285,7 @@ class Lowering:
         limits = self._limits
         parts = Buffer(
             "attention parts",
-            layout.parts_bytes(
-                limits.max_rows, op.n_heads, kv.k_dim, kv.v_dim, self._max_segments
-            ),
+            layout.parts_bytes(limits.max_rows, op.n_heads, kv.k_dim, kv.v_dim, self._max_segments),
         )
         common: list[int | Buffer] = [
             q_buffer, q_stride, pinned_q, op.n_heads, kv.n_heads, float_bits(op.scale),

@@ -148,7 +148,9 @@ class CpuProgram:
     def _run(self, batch: Batch, tape: Tape) -> Outputs:
         self._team.run(tape)
         n = len(batch.wanted)
-        out = Outputs(self._no_rows, self._no_rows, self._no_ids, aborted=bool(self._get(layout.H_ABORT)))
+        out = Outputs(
+            self._no_rows, self._no_rows, self._no_ids, aborted=bool(self._get(layout.H_ABORT))
+        )
         if not self.segment.is_last:
             out.hidden = self._hidden[: batch.n_rows]
         elif batch.output == "hidden":
@@ -303,9 +305,7 @@ def _cache_bytes(segment: Segment) -> int:
     return sum(2 * kv.n_heads * (kv.k_dim + kv.v_dim) for kv in segment.caches.values())
 
 
-def _place_caches(
-    segment: Segment, n_pages: int
-) -> tuple[platform.Memory, dict[int, LayerCache]]:
+def _place_caches(segment: Segment, n_pages: int) -> tuple[platform.Memory, dict[int, LayerCache]]:
     """One arena of pages; a page holds its 32 positions of every layer, so it is touched whole."""
     page_bytes = PAGE * _cache_bytes(segment)
     memory = platform.Memory(n_pages * page_bytes)

@@ -80,9 +80,7 @@ class PackedWeights:
     ) -> None:
         """Fill the arena; `progress(done, total)` counts source bytes."""
         for weight in self._vectors.values():
-            values = np.ascontiguousarray(
-                dequantize(weight), np.float32
-            )
+            values = np.ascontiguousarray(dequantize(weight), np.float32)
             ctypes.memmove(self.vector(weight), values.ctypes.data, values.nbytes)
         total = sum(len(w.data) for w in self._matrices.values())
         done, pending, pending_bytes = 0, list[Weight](), 0
@@ -127,7 +125,9 @@ class PackedWeights:
         n_groups, n_blocks = -(-n_rows // 8), n_cols // fmt.block
         per_chunk = max(1, _PACK_CHUNK // (n_blocks * fmt.packed_bytes))
         args = [source, self.matrix(weight), n_rows, n_blocks, per_chunk]
-        return Part(library.address(f"pack.{weight.type.name.lower()}"), args, -(-n_groups // per_chunk))
+        return Part(
+            library.address(f"pack.{weight.type.name.lower()}"), args, -(-n_groups // per_chunk)
+        )
 
     def close(self) -> None:
         self._memory.close()
