@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ _PLACEHOLDERS = {
     "ei.x86.pmaddubsw": "llvm.x86.avx2.pmadd.ub.sw",
     "ei.x86.pmaddwd": "llvm.x86.avx2.pmadd.wd",
     "ei.x86.vpdpbusd": "llvm.x86.avx512.vpdpbusd.256",
+    "ei.x86.vpdpwssd": "llvm.x86.avx512.vpdpwssd.256",
     "ei.x86.pause": "llvm.x86.sse2.pause",
     "ei.x86.ldmxcsr": "llvm.x86.sse.ldmxcsr",
 }
@@ -43,9 +43,8 @@ class KernelBuildError(Exception):
 def kernel_ir(name: str, family: str) -> tuple[str, str]:
     """LLVM IR of one kernel and the name of its function, unoptimised."""
     os.environ["NUMBA_OPT"] = "0"  # read when Numba is first imported
-    from numba import cfunc, types
-
     import llvmlite.binding as llvm
+    from numba import cfunc, types
 
     from edgeinfer.kernels.cpu.native import registry
 
@@ -133,4 +132,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

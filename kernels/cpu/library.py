@@ -12,12 +12,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from edgeinfer.errors import DeviceError
+
+Progress: TypeAlias = Callable[[int, int, str], None]  # done, total, kernel
 
 _DIGEST = 32  # bytes of SHA-256 in front of every cached object
 
@@ -126,12 +129,11 @@ class Library:
 
     def __init__(self, target: Target, folder: Path) -> None:
         self.target, self.folder = target, folder
+        self.is_cached = True  # False once something had to be built for this process alone
         self._addresses: dict[str, int] = {}
         self._engines: list[Any] = []
 
-    def load(
-        self, names: Iterable[str], progress: Callable[[int, int, str], None] | None = None
-    ) -> None:
+    def load(self, names: Iterable[str], progress: Progress | None = None) -> None:
         """Make these kernels callable. `progress(done, total, name)` is told of every build."""
         wanted = sorted(set(names) - self._addresses.keys())
         if not wanted:
@@ -139,15 +141,21 @@ class Library:
         objects = {name: read_object(self.folder, name) for name in wanted}
         missing = [name for name, data in objects.items() if data is None]
         if missing:
-            _build(self.folder, missing, self.target, progress)
-            objects |= {name: read_object(self.folder, name) for name in missing}
+            objects |= self._build(missing, progress)
         self._link({name: data for name, data in objects.items() if data is not None})
         lost = [name for name in wanted if name not in self._addresses]
         if lost:
-            raise DeviceError(
-                f"kernels {', '.join(lost)} could not be stored in {self.folder}; "
-                "set EDGEINFER_HOME to a folder that can be written"
-            )
+            raise DeviceError(f"kernels {', '.join(lost)} changed while they were being built")
+
+    def _build(self, names: Sequence[str], progress: Progress | None) -> dict[str, bytes | None]:
+        """Build into the cache, or where that can't be written into a folder that goes again."""
+        with ExitStack() as stack:
+            folder = self.folder
+            if not _is_writable(folder):
+                self.is_cached = False
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            _build(folder, names, self.target, progress)
+            return {name: read_object(folder, name) for name in names}
 
     def address(self, name: str) -> int:
         """Address of a loaded kernel."""
@@ -170,12 +178,16 @@ class Library:
                 self._addresses[name] = address
 
 
-def _build(
-    folder: Path,
-    names: Sequence[str],
-    target: Target,
-    progress: Callable[[int, int, str], None] | None,
-) -> None:
+def _is_writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+def _build(folder: Path, names: Sequence[str], target: Target, progress: Progress | None) -> None:
     """Build in as many processes as there are cores; Numba compiles on one core each."""
     n_jobs = max(1, min(os.cpu_count() or 1, len(names) // 2, 8))
     command = [sys.executable, "-m", "edgeinfer.kernels.cpu.build", "--family", target.family]

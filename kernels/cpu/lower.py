@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 
@@ -49,12 +49,15 @@ class Buffer:
     address: int = 0
 
 
+Args: TypeAlias = "list[int | Buffer]"  # argument words; a buffer stands for its address
+
+
 @dataclass(slots=True)
 class KernelPart:
     """One kernel with its argument words (a Buffer stands for its address) and chunk rule."""
 
     kernel: str
-    args: list[int | Buffer]
+    args: Args
     rule: int
 
 
@@ -193,7 +196,9 @@ class Lowering:
     def _embed(self, op: Embed) -> None:
         fmt = _format(op.weight)
         x = self._float_buffer(op.out, "residual")
-        args = [self._weights.matrix(op.weight), op.weight.shape[1] // fmt.block, x]
+        args: Args = [
+            self._weights.matrix(op.weight), op.weight.shape[1] // fmt.block, x,
+        ]  # fmt: skip
         args += [row_stride(op.out.dim), op.out.dim]
         self._emit("embed", f"embed.{_type(op.weight)}", args, layout.COUNT_ROWS)
 
@@ -202,7 +207,9 @@ class Lowering:
             raise _missing("a norm per head that no rotation reads")
         rows = self._rows_of(op.x)
         self._rows[op.out] = rows
-        args = [self._floats[op.x], row_stride(op.x.dim), self._weights.vector(op.weight)]
+        args: Args = [
+            self._floats[op.x], row_stride(op.x.dim), self._weights.vector(op.weight),
+        ]  # fmt: skip
         args += [float_bits(op.eps), op.x.dim, rows, *self._sinks(op.out, "norm")]
         rule = layout.COUNT_WANTED if rows == layout.WANTED_ROWS else layout.COUNT_ROWS
         self._emit("norm", "norm", args, rule)
@@ -213,7 +220,9 @@ class Lowering:
             silu, up = self._producer.get(op.b), op.a
         if not isinstance(silu, Silu):
             raise _missing("a product that is not a SwiGLU")
-        args = [self._floats[silu.x], self._floats[up], row_stride(up.dim), up.dim]
+        args: Args = [
+            self._floats[silu.x], self._floats[up], row_stride(up.dim), up.dim,
+        ]  # fmt: skip
         args += self._sinks(op.out, "ffn")
         self._emit("swiglu", "swiglu", args, layout.COUNT_ROWS)
 
@@ -240,9 +249,10 @@ class Lowering:
         else:
             x, row_bytes = self._quantised[op.x, fmt.activation], _act_bytes(fmt.activation, n_cols)
         per_chunk = self._groups_per_chunk(n_groups, n_blocks * fmt.packed_bytes)
-        args: list[int | Buffer] = [
+        bias = self._weights.vector(op.bias) if op.bias else 0
+        args: Args = [
             self._weights.matrix(op.weight), n_groups, n_blocks, x, out, row_stride(n_rows),
-            self._weights.vector(op.bias) if op.bias else 0, residual or 0, per_chunk, rows, row_bytes,
+            bias, residual or 0, per_chunk, rows, row_bytes,
         ]  # fmt: skip
         return KernelPart(f"matmul.{_type(op.weight)}", args, -(-n_groups // per_chunk))
 
@@ -273,7 +283,7 @@ class Lowering:
         q_stride = row_stride(op.q.dim)
         q_buffer = self._floats[q_x]
         pinned_q = Buffer("pinned q", q_stride * self._limits.max_rows)
-        args: list[int | Buffer] = [
+        args: Args = [
             q_buffer, q_stride, self._floats[k_x], row_stride(op.k.dim),
             self._floats[op.v], row_stride(op.v.dim), pinned_q, op.n_heads, kv.n_heads,
             kv.k_dim, kv.v_dim, n_pairs, angles, pinned_angles,
@@ -287,7 +297,7 @@ class Lowering:
             "attention parts",
             layout.parts_bytes(limits.max_rows, op.n_heads, kv.k_dim, kv.v_dim, self._max_segments),
         )
-        common: list[int | Buffer] = [
+        common: Args = [
             q_buffer, q_stride, pinned_q, op.n_heads, kv.n_heads, float_bits(op.scale),
             cache.k_base, cache.page_bytes, cache.v_base, cache.page_bytes, parts,
             self._max_segments, kv.k_dim, kv.v_dim,
@@ -338,14 +348,14 @@ class Lowering:
         wanted = self._rows_of(x) == layout.WANTED_ROWS
         return self._limits.max_outputs if wanted else self._limits.max_rows
 
-    def _sinks(self, out: Value, name: str) -> list[int | Buffer]:
+    def _sinks(self, out: Value, name: str) -> Args:
         """Sink words for a value: floats, and every quantised form that its consumers read."""
         formats = {
             _format(c.weight).activation
             for c in self._consumers.get(out, [])
             if isinstance(c, Linear)
         }
-        words: list[int | Buffer] = [self._float_buffer(out, name), row_stride(out.dim)]
+        words: Args = [self._float_buffer(out, name), row_stride(out.dim)]
         for activation in ("a32", "a256"):
             if activation in formats:
                 size = _act_bytes(activation, out.dim) * self._n_rows(out)
@@ -360,7 +370,7 @@ class Lowering:
         self._floats[value] = buffer
         return buffer
 
-    def _emit(self, group: str, kernel: str, args: list[int | Buffer], rule: int) -> None:
+    def _emit(self, group: str, kernel: str, args: Args, rule: int) -> None:
         self._out.ops.append(KernelOp(group, [KernelPart(kernel, args, rule)]))
 
     def _groups_per_chunk(self, n_groups: int, group_bytes: int) -> int:

@@ -21,11 +21,11 @@ from edgeinfer.graph import Embed, Linear, RmsNorm, Segment
 from edgeinfer.kernels.cpu import layout
 from edgeinfer.kernels.cpu.library import Library, Target, cache_folder
 from edgeinfer.kernels.cpu.lower import (
+    Args,
     Buffer,
     KernelOp,
     KernelPart,
     LayerCache,
-    Lowered,
     Lowering,
     row_stride,
 )
@@ -197,7 +197,7 @@ class CpuProgram:
         assert logits is not None
         n_slots, slot_bytes = self._backend.n_threads, layout.sample_scratch_bytes(vocab)
         self._sample_scratch = platform.Memory(n_slots * slot_bytes)
-        args: list[int | Buffer] = [
+        args: Args = [
             logits, row_stride(vocab), vocab, self._sample_scratch.address, slot_bytes, n_slots,
         ]  # fmt: skip
         return KernelOp("sample", [KernelPart("sample", args, layout.COUNT_WANTED)])
@@ -283,8 +283,8 @@ class CpuProgram:
 
 def _float_view(buffer: Buffer, n_rows: int, dim: int) -> NDArray[np.float32]:
     stride = row_stride(dim)
-    raw = (ctypes.c_char * (n_rows * stride)).from_address(buffer.address)
-    return np.frombuffer(raw, np.float32).reshape(n_rows, stride // 4)[:, :dim]
+    raw = (ctypes.c_float * (n_rows * stride // 4)).from_address(buffer.address)
+    return np.ctypeslib.as_array(raw).reshape(n_rows, stride // 4)[:, :dim]
 
 
 def _weights_of(segment: Segment) -> tuple[list[Weight], list[Weight]]:

@@ -73,7 +73,7 @@ class Tape:
 
     @staticmethod
     def _write(address: int, words: list[int]) -> None:
-        (ctypes.c_int64 * len(words)).from_address(address)[:] = words
+        (ctypes.c_int64 * len(words)).from_address(address)[:] = words  # type: ignore[assignment]
 
     def close(self) -> None:
         """Free the tape; only after `Team.quiesce`."""
