@@ -147,6 +147,11 @@ class Engine:
             self._changed.notify()
         job.wait(self)
 
+    @property
+    def n_running(self) -> int:
+        """Generations that hold pages now."""
+        return len(self._running)
+
     def interrupt(self, work: Generation | LogitsJob) -> None:
         """Look at cancelled work now, also when a step of it is running."""
         if self._pid != os.getpid():

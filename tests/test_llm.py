@@ -1,0 +1,474 @@
+"""The public API on tiny random models, and on the real small one where it is present."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import edgeinfer
+from edgeinfer import (
+    LLM,
+    AsyncLLM,
+    ClosedError,
+    Completion,
+    ContextLengthError,
+    DeviceError,
+    Done,
+    InvalidModelError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    PlanError,
+    Progress,
+)
+
+from .models_for_tests import tiny_model
+
+SMOLLM = "models/SmolLM2-135M-Instruct.Q4_1.gguf"
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("llm"), n_ctx=512, chat_template=TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def llm(path: Path) -> Iterator[LLM]:
+    with LLM(path, device="reference", slots=4) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def smollm(data_file: Callable[[str], Path]) -> Iterator[LLM]:
+    with LLM(data_file(SMOLLM), n_ctx=1024) as llm:
+        yield llm
+
+
+# -- generating ----------------------------------------------------------------------------------
+
+
+def test_all_names_are_there() -> None:
+    for name in edgeinfer.__all__:
+        assert getattr(edgeinfer, name) is not None
+    assert dir(edgeinfer) == edgeinfer.__all__
+    with pytest.raises(AttributeError, match="nothing_here"):
+        edgeinfer.nothing_here
+
+
+def test_completion_is_complete(llm: LLM) -> None:
+    answer = llm.generate("hello", max_tokens=6, seed=3)
+    assert str(answer) == answer.text
+    assert len(answer.token_ids) == answer.usage.completion_tokens == 6
+    assert answer.usage.prompt_tokens == 5  # BOS and h + e merged, l, l, o
+    assert answer.finish_reason == "length"
+    assert answer.seed == 3
+    assert answer.model == llm.name
+    assert answer.logprobs is None
+    assert answer.timings.first_token_s > 0
+
+
+def test_stream_ends_with_the_same_completion(llm: LLM) -> None:
+    events = list(llm.stream("hello", max_tokens=9, seed=3))
+    assert events[0].type == "prompt_progress"
+    assert isinstance(events[-1], Done)
+    completion = events[-1].completion
+    assert "".join(event.text for event in events) == completion.text
+    assert completion.token_ids == llm.generate("hello", max_tokens=9, seed=3).token_ids
+
+
+def test_token_ids_are_a_prompt(llm: LLM) -> None:
+    ids = llm.tokenize("hello", bos=True)
+    options: Any = dict(max_tokens=5, temperature=0)
+    assert llm.generate(ids, **options).token_ids == llm.generate("hello", **options).token_ids
+    with pytest.raises(InvalidRequestError, match="token ids"):
+        llm.generate([1.5], max_tokens=1)  # type: ignore[list-item]
+
+
+def test_seeds_reproduce_and_are_reported(llm: LLM) -> None:
+    first = llm.generate("hello", max_tokens=12, temperature=2.0)
+    again = llm.generate("hello", max_tokens=12, temperature=2.0, seed=first.seed)
+    assert again.token_ids == first.token_ids
+    assert len({llm.generate("hello", max_tokens=1).seed for _ in range(8)}) > 1
+
+
+def test_stop_strings_cut_the_text(llm: LLM) -> None:
+    whole = llm.generate("hello", max_tokens=30, seed=3).text
+    stop = whole[8:10]
+    answer = llm.generate("hello", max_tokens=30, seed=3, stop=[stop, "never here"])
+    assert (answer.text, answer.stop, answer.finish_reason) == (
+        whole[: whole.index(stop)],
+        stop,
+        "stop",
+    )
+    with pytest.raises(InvalidRequestError, match="stop"):
+        llm.generate("hello", stop="")
+
+
+def test_logprobs(llm: LLM) -> None:
+    answer = llm.generate("hello", max_tokens=4, temperature=0, logprobs=2)
+    assert answer.logprobs is not None
+    for token, id in zip(answer.logprobs, answer.token_ids, strict=True):
+        assert token.id == id == token.top[0][0]
+        assert token.logprob <= 0
+
+
+def test_logit_bias_and_dry_reach_the_sampler(llm: LLM) -> None:
+    assert llm.generate("hello", max_tokens=3, logit_bias={77: 1e9}).token_ids == (77, 77, 77)
+    biased: Any = dict(logit_bias={70: 50.0, 71: 49.0}, temperature=0, max_tokens=12)
+    free = llm.generate("hello", **biased)
+    dry = llm.generate("hello", dry_multiplier=5.0, dry_allowed_length=1, **biased)
+    assert free.token_ids != dry.token_ids
+
+
+def test_closing_a_stream_cancels(llm: LLM) -> None:
+    with llm.stream("hello", max_tokens=400) as stream:
+        for event in stream:
+            if event.type == "delta":
+                break
+    assert stream.completion.finish_reason == "cancelled"
+    assert list(stream) == []
+    _wait_until(lambda: llm.runtime.engine.n_running == 0)
+
+
+def test_dropping_a_stream_cancels(llm: LLM) -> None:
+    stream = llm.stream("hello", max_tokens=400)
+    next(stream)
+    with pytest.raises(ClosedError):
+        stream.completion
+    del stream
+    gc.collect()
+    _wait_until(lambda: llm.runtime.engine.n_running == 0)
+
+
+def test_batch_equals_one_by_one(llm: LLM) -> None:
+    prompts = ["one", "two and more", "three"]
+    options: Any = dict(max_tokens=10, seed=5)
+    alone = [llm.generate(prompt, **options).token_ids for prompt in prompts]
+    assert [c.token_ids for c in llm.generate_batch(prompts, **options)] == alone
+
+
+def test_threads_share_a_model(llm: LLM) -> None:
+    expected = llm.generate("hello", max_tokens=10, seed=5).token_ids
+    found: list[Completion] = []
+
+    def work() -> None:
+        found.append(llm.generate("hello", max_tokens=10, seed=5))
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [c.token_ids for c in found] == [expected] * 6
+
+
+def test_slide_runs_past_the_context(path: Path) -> None:
+    with LLM(path, device="reference", n_ctx=128) as llm:
+        answer = llm.generate("hello", max_tokens=640, overflow="slide", logit_bias={257: -1e9})
+        assert answer.usage.completion_tokens == 640
+        with pytest.raises(InvalidRequestError, match="overflow"):
+            llm.generate("hello", overflow="drop")  # type: ignore[typeddict-item]
+
+
+def test_without_max_tokens_the_context_is_the_end(path: Path) -> None:
+    with LLM(path, device="reference", n_ctx=64) as llm:
+        answer = llm.generate("hello", logit_bias={257: -1e9})
+        assert answer.finish_reason == "length"
+        assert answer.usage.prompt_tokens + answer.usage.completion_tokens == 65
+        with pytest.raises(ContextLengthError):
+            llm.generate("x" * 100)
+
+
+# -- chat ----------------------------------------------------------------------------------------
+
+
+def test_chat_continues_from_the_turn_before(path: Path) -> None:
+    with LLM(path, device="reference") as llm:
+        ask: Any = dict(max_tokens=5, logit_bias={i: -1e9 for i in range(320) if not 97 <= i < 123})
+        first = llm.chat("hello", **ask)
+        turns: Any = [
+            {"role": "user", "content": "hello"},
+            {"role": "assistant", "content": first.text},
+            {"role": "user", "content": "more"},
+        ]
+        second = llm.chat(turns, **ask)
+        assert second.usage.cached_tokens >= first.usage.prompt_tokens
+    with LLM(path, device="reference") as llm:
+        again = llm.chat(turns, **ask, seed=second.seed)
+        assert again.usage.cached_tokens == 0
+        assert again.token_ids == second.token_ids
+
+
+def test_chat_slides_with_its_system_message_pinned(path: Path) -> None:
+    with LLM(path, device="reference", n_ctx=256) as llm:
+        turns: Any = [
+            {"role": "system", "content": "be brief " * 4},
+            {"role": "user", "content": "hello"},
+        ]
+        stream = llm.stream_chat(
+            turns, overflow="slide", max_tokens=300, logit_bias={257: -1e9}
+        )
+        assert stream.run().usage.completion_tokens == 300
+        assert stream._generation.layout.n_pinned == 2
+
+
+def test_chat_batch(llm: LLM) -> None:
+    answers = llm.chat_batch(["one", "two"], max_tokens=4, seed=1)
+    assert [answer.usage.completion_tokens for answer in answers] == [4, 4]
+
+
+def test_reasoning_is_apart(llm: LLM) -> None:
+    """A reply that is forced to spell <think>abc</think>d."""
+    from edgeinfer.chat import ReasoningSplitter
+    from edgeinfer.stream import AnswerText
+
+    tokenizer = llm.runtime.tokenizer
+    answer = AnswerText.open(tokenizer, ("STOP",), ReasoningSplitter())
+    deltas = [answer.push(id) for id in tokenizer.encode("<think>ab c</think>\n\ndone STO", bos=False)]
+    deltas.append(answer.flush())
+    assert "".join(answer.reasoning) == "ab c"
+    assert "".join(answer.text) == "done STO"
+    assert "".join(delta.text for delta in deltas if delta) == "done STO"
+
+
+# -- tokens and logits ---------------------------------------------------------------------------
+
+
+def test_tokenize_and_back(llm: LLM) -> None:
+    ids = llm.tokenize("in the air ünd", bos=True)
+    assert ids[0] == 256
+    assert llm.detokenize(ids) == "in the air ünd"
+    assert llm.detokenize(ids, special=True).startswith("<|bos|>")
+    assert llm.tokenize("<|eos|>", special=True) == [257]
+    assert 257 not in llm.tokenize("<|eos|>")
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
+def test_logits_are_the_same_bits_however_they_are_computed(tmp_path: Path, arch: str) -> None:
+    """Contract 1: chunks, company and threads change nothing."""
+    path = tiny_model(tmp_path, arch=arch, quant="Q4_K", n_ctx=512)
+    rng = np.random.default_rng(0)
+    ids, *others = (rng.integers(0, 256, n).tolist() for n in (200, 64, 3, 150))
+    with LLM(path, threads=1, slots=2) as llm:
+        expected = llm.logits(ids)
+        for chunk in (1, 7, 64):
+            assert np.array_equal(llm.logits(ids, prefill_chunk=chunk), expected)
+        assert np.array_equal(llm.logits(ids, last=5), expected[-5:])
+    with LLM(path, threads=2, slots=2) as llm:
+        assert np.array_equal(llm.logits(ids), expected)
+        for chunk in (1, 33, None):
+            beside = llm.logits(ids, prefill_chunk=chunk, batch_with=others)
+            assert np.array_equal(beside, expected)
+
+
+def test_logits_beyond_memory_are_a_plan_error(llm: LLM, monkeypatch: Any) -> None:
+    monkeypatch.setattr("edgeinfer.platform.available_memory", lambda: 1000)
+    with pytest.raises(PlanError, match="last"):
+        llm.logits([1, 2, 3])
+
+
+# -- loading and closing -------------------------------------------------------------------------
+
+
+def test_closed_is_closed(path: Path) -> None:
+    llm = LLM(path, device="reference")
+    stream = llm.stream("hello", max_tokens=400)
+    llm.close()
+    llm.close()
+    with pytest.raises(ClosedError):
+        list(stream)
+    for use in (lambda: llm.generate("x"), lambda: llm.tokenize("x"), lambda: llm.logits([1])):
+        with pytest.raises(ClosedError):
+            use()
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"n_ctx": 0}, InvalidRequestError),
+        ({"threads": 0}, InvalidRequestError),
+        ({"slots": 0}, InvalidRequestError),
+        ({"memory": "lots"}, InvalidRequestError),
+        ({"kv_type": "q8_0"}, InvalidRequestError),
+        ({"gpu_layers": 3}, DeviceError),
+        ({"device": "cuda:0"}, DeviceError),
+        ({"device": "tpu"}, DeviceError),
+        ({"memory": "1M"}, PlanError),
+        ({"chat_template": "no such"}, InvalidRequestError),
+        ({"pre": "no such"}, edgeinfer.EdgeInferError),
+    ],
+)
+def test_bad_options(path: Path, options: Any, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        with LLM(path, **{"device": "reference", **options}) as llm:
+            llm.chat("hello", max_tokens=1)
+
+
+def test_unknown_keywords_name_the_nearest(path: Path, llm: LLM) -> None:
+    with pytest.raises(TypeError, match="n_ctx"):
+        LLM(path, n_ctxs=5)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="temperature"):
+        llm.generate("x", temperatur=1)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="max_tokens"):
+        llm.chat("x", max_token=1)  # type: ignore[call-arg]
+
+
+def test_bad_sampling_values_are_errors(llm: LLM) -> None:
+    with pytest.raises(InvalidRequestError, match="top_p"):
+        llm.generate("x", top_p=7)
+    with pytest.raises(InvalidRequestError, match="logit_bias"):
+        llm.generate("x", logit_bias={99999: 1.0})
+
+
+def test_context_is_lowered_when_memory_is_short(path: Path) -> None:
+    with LLM(path, device="reference") as llm:
+        least = llm.plan.total_bytes - llm.plan.rows["KV cache"]
+    with LLM(path, device="reference", memory=least + 2**18) as llm:
+        assert llm.n_ctx < 512 or llm.plan.fits
+    with pytest.raises(PlanError, match="would fit") as error:
+        LLM(path, device="reference", n_ctx=2**20, memory="200M")
+    assert error.value.fits is not None
+    assert error.value.needed > error.value.available  # type: ignore[operator]
+
+
+def test_paths(path: Path, tmp_path: Path) -> None:
+    with LLM(path.parent, device="reference") as llm:
+        assert llm.n_ctx == 512
+    with pytest.raises(ModelNotFoundError, match="no file"):
+        LLM(tmp_path / "absent.gguf")
+    with pytest.raises(ModelNotFoundError, match="none"):
+        LLM(tmp_path)
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(InvalidModelError):
+        LLM(broken, device="reference")
+
+
+def test_progress_reaches_the_end(path: Path) -> None:
+    seen: list[Progress] = []
+    with LLM(path, progress=seen.append):
+        pass
+    weights = [event for event in seen if event.stage == "weights"]
+    assert weights
+    assert weights[-1].done == weights[-1].total
+
+
+def test_a_dropped_model_ends_its_thread(path: Path) -> None:
+    llm = LLM(path, device="reference")
+    thread = llm.runtime.engine._thread
+    del llm
+    gc.collect()
+    thread.join(5)
+    assert not thread.is_alive()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_forked_child_is_told(path: Path) -> None:
+    code = f"""
+import os
+from edgeinfer import LLM, ClosedError
+llm = LLM({str(path)!r}, device="reference")
+pid = os.fork()
+if pid == 0:
+    try:
+        llm.generate("x", max_tokens=1)
+    except ClosedError as error:
+        os._exit(0 if "fork" in str(error) else 3)
+    os._exit(4)
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+print(len(llm.generate("x", max_tokens=2, logit_bias={{257: -1e9}}).token_ids))
+"""
+    assert _python(code).stdout.strip() == "2"
+
+
+@pytest.mark.parametrize("device", ["reference", "cpu"])
+@pytest.mark.parametrize("ending", ["", "raise SystemExit(0)", "import os, signal"])
+def test_exit_never_hangs(path: Path, device: str, ending: str) -> None:
+    code = f"""
+from edgeinfer import LLM
+llm = LLM({str(path)!r}, device={device!r})
+stream = llm.stream("hello", max_tokens=500, logit_bias={{257: -1e9}})
+next(stream)
+{ending}
+"""
+    start = time.perf_counter()
+    assert _python(code).returncode == 0
+    assert time.perf_counter() - start < 20
+
+
+def test_import_is_light() -> None:
+    code = """
+import sys, edgeinfer
+slow = {"numpy", "numba", "cupy", "textual", "tokenizers", "huggingface_hub", "jinja2"}
+print(sorted(slow & set(sys.modules)))
+"""
+    assert _python(code).stdout.strip() == "[]"
+
+
+# -- asyncio -------------------------------------------------------------------------------------
+
+
+def test_async(path: Path) -> None:
+    async def work() -> tuple[Completion, str, str]:
+        async with AsyncLLM(path, device="reference") as llm:
+            whole = await llm.chat("hello", max_tokens=5, seed=1)
+            parts = []
+            async for event in await llm.stream_chat("hello", max_tokens=5, seed=1):
+                parts.append(event.text)
+            stream = await llm.stream("hello", max_tokens=400)
+            async with stream:
+                async for _ in stream:
+                    break
+            return whole, "".join(parts), stream.completion.finish_reason
+
+    whole, parts, reason = asyncio.run(work())
+    assert parts == whole.text
+    assert reason == "cancelled"
+
+
+# -- the real small model ------------------------------------------------------------------------
+
+
+def test_smollm_answers(smollm: LLM) -> None:
+    answer = smollm.chat("What is gravity?", max_tokens=24, temperature=0)
+    assert answer.text.startswith("Gravity is a fundamental concept in physics that describes")
+    raw = smollm.generate("Once upon a time", max_tokens=16, temperature=0)
+    assert raw.text.startswith(", the city of Nova Haven was a thriving")
+
+
+def test_smollm_logits_are_near_the_truth(
+    smollm: LLM, data_file: Callable[[str], Path]
+) -> None:
+    with np.load(data_file("golden/smollm2-text1.npz")) as golden:
+        ids, top_ids = golden["ids"].tolist(), golden["top_ids"]
+        logits = smollm.logits(ids)
+        agree = logits.argmax(axis=1) == top_ids[:, 0]
+    assert agree.mean() >= 0.955
+
+
+def _python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def _wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.perf_counter() + 5
+    while not condition():
+        assert time.perf_counter() < deadline
+        time.sleep(0.005)
