@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -189,6 +188,8 @@ def _is_writable(folder: Path) -> bool:
 
 def _build(folder: Path, names: Sequence[str], target: Target, progress: Progress | None) -> None:
     """Build in as many processes as there are cores; Numba compiles on one core each."""
+    import subprocess  # 20 ms that only a first start pays
+
     n_jobs = max(1, min(os.cpu_count() or 1, len(names) // 2, 8))
     command = [sys.executable, "-m", "edgeinfer.kernels.cpu.build", "--family", target.family]
     jobs = [
