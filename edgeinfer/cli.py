@@ -55,7 +55,9 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
 
 def _exit_code(arguments: list[str]) -> int:
     try:
-        commands.main(arguments, prog_name="edgeinfer", standalone_mode=False)
+        # click's own main has its own ideas of exit codes for interrupts and pipes.
+        with commands.make_context("edgeinfer", list(arguments)) as context:
+            commands.invoke(context)
     except click.ClickException as error:
         error.show()
         return error.exit_code
