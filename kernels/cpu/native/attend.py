@@ -62,6 +62,7 @@ from edgeinfer.kernels.cpu.native.simd import (
     load_splat_f32,
     max_f,
     mul_f,
+    prefetch,
     row,
     splat_f32,
     store_f32,
@@ -103,13 +104,14 @@ def _tile(n, k_dim, v_dim):
     tops = state + 8 * n * v_dim  # m and l of the first state, then of the second
 
     @jit
-    def score(q, k, scale, s):
-        for pass_ in range(0, 4, k_wide):
-            acc = zeros_f32(k_sums)
-            column = k + 16 * pass_
+    def score(q, k, next_k, scale, s, last):
+        for first in range(0, (last + 7) // 8, k_wide):
+            acc, columns = zeros_f32(k_sums), k + 16 * first
+            soon = next_k + 16 * first * k_dim
             for j in range(k_dim):
-                acc = k_multiply(acc, q + 4 * n * j, 4, column + 2 * PAGE * j)
-            k_store(s + 32 * pass_, _ROW, mul_f(acc, splat_f32(scale)))
+                prefetch(soon + 16 * k_wide * j)
+                acc = k_multiply(acc, q + 4 * n * j, 4, columns + 2 * PAGE * j)
+            k_store(s + 32 * first, _ROW, mul_f(acc, splat_f32(scale)))
 
     @jit
     def hide(s):
@@ -143,9 +145,9 @@ def _tile(n, k_dim, v_dim):
         store_f32x8(s + _PART_WEIGHTS, b)
 
     @jit
-    def page(tile, second, starts, k, v, scale, s, common, last):
+    def page(tile, second, starts, k, v, next_k, next_v, scale, s, common, last):
         """One page into a state; all n see `common` positions of it, the last query `last`."""
-        score(tile, k, scale, s)
+        score(tile, k, next_k, scale, s, last)
         if common < PAGE:
             hide(s)
         m, l = soften(s)  # noqa: E741
@@ -158,6 +160,7 @@ def _tile(n, k_dim, v_dim):
         for d in range(0, 2 * v_dim, 16 * v_wide):
             acc = zeros_f32(v_sums)
             for pos in range(common):
+                prefetch(next_v + PAGE * d + 16 * v_wide * pos)
                 acc = v_multiply(acc, s + 4 * pos, _ROW, v + d + 2 * v_dim * pos)
             for pos in range(common, last):
                 p, seen = s + 4 * pos, v + d + 2 * v_dim * pos
@@ -203,6 +206,12 @@ def _set_bounds(s, start, n, group, first_bound):
         store_i32(s + _BOUNDS + 4 * i, first_bound + (start + i) // group)
 
 
+@jit
+def _visible(page, n_pinned, ring):
+    """The first visible page from `page` on."""
+    return ring if n_pinned <= page < ring else page
+
+
 def make(isa, k_dim, v_dim):
     k_dim, v_dim = int(k_dim), int(v_dim)
     size = query_bytes(k_dim, v_dim)
@@ -211,7 +220,9 @@ def make(isa, k_dim, v_dim):
     scratch = local(_LOCAL_BYTES)
 
     @jit
-    def one_page(region, n_queries, group, second, starts, k, v, scale, s, first_bound):
+    def one_page(
+        region, n_queries, group, second, starts, k, v, next_k, next_v, scale, s, first_bound
+    ):
         start = 0
         while start < n_queries:
             _, n = tile_of(start, n_queries)
@@ -220,13 +231,13 @@ def make(isa, k_dim, v_dim):
                 _set_bounds(s, start, n, group, first_bound)
                 common, last = _bound(s, 0), _bound(s, n - 1)
             if n == 8:
-                page_8(tile, second, starts, k, v, scale, s, common, last)
+                page_8(tile, second, starts, k, v, next_k, next_v, scale, s, common, last)
             elif n == 4:
-                page_4(tile, second, starts, k, v, scale, s, common, last)
+                page_4(tile, second, starts, k, v, next_k, next_v, scale, s, common, last)
             elif n == 2:
-                page_2(tile, second, starts, k, v, scale, s, common, last)
+                page_2(tile, second, starts, k, v, next_k, next_v, scale, s, common, last)
             else:
-                page_1(tile, second, starts, k, v, scale, s, common, last)
+                page_1(tile, second, starts, k, v, next_k, next_v, scale, s, common, last)
             start += n
 
     @jit
@@ -265,24 +276,29 @@ def make(isa, k_dim, v_dim):
         end = n_segments(table, last_page)
         if word(item + ITEM_SEGMENT) != ALL_SEGMENTS:
             end = 1
+        k_bytes, v_bytes = word(a + ATTEND_K_PAGE_BYTES), word(a + ATTEND_V_PAGE_BYTES)
         for i in range(end):
             which = word(item + ITEM_SEGMENT)
             if which == ALL_SEGMENTS:
                 which = segment(table, last_page, i)
-            starts, begin = True, SEGMENT_PAGES * which
-            for p in range(begin, min(begin + SEGMENT_PAGES, last_page + 1)):
-                if p >= n_pinned and p < ring:
-                    continue
+            starts, p = True, _visible(SEGMENT_PAGES * which, n_pinned, ring)
+            limit = min(SEGMENT_PAGES * (which + 1), last_page + 1)
+            slot = arena_page(table, p)
+            while p < limit:
                 wanted = ATTEND_PINNED_Q if has_slid and p < n_pinned else ATTEND_Q
                 if wanted != source:
                     q = word(a + wanted) + offset
                     _gather(q, stride, group, k_dim, n_queries, region, size)
                     source = wanted
-                slot = arena_page(table, p)
-                k = k_base + slot * word(a + ATTEND_K_PAGE_BYTES)
-                v = v_base + slot * word(a + ATTEND_V_PAGE_BYTES)
+                k, v = k_base + slot * k_bytes, v_base + slot * v_bytes
                 bound = pos % PAGE + 1 if p == last_page else PAGE
-                one_page(region, n_queries, group, i > 0, starts, k, v, scale, s, bound)
+                p = _visible(p + 1, n_pinned, ring)
+                if p < limit:
+                    slot = arena_page(table, p)
+                next_k, next_v = k_base + slot * k_bytes, v_base + slot * v_bytes
+                one_page(
+                    region, n_queries, group, i > 0, starts, k, v, next_k, next_v, scale, s, bound
+                )
                 starts = False
             if i > 0:
                 fold_segments(region, n_queries, s)

@@ -10,6 +10,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from edgeinfer.kernels.cpu.layout import SEGMENT_PAGES, TABLE_PINNED
+from edgeinfer.kernels.cpu.native import simd
 from edgeinfer.kernels.cpu.native.math import exp
 from edgeinfer.kernels.cpu.native.pages import first_ring_page
 from edgeinfer.kernels.cpu.native.simd import (
@@ -151,7 +152,6 @@ def grid(n, wide):
     `store(p, stride, acc)`; `fold(p, stride, acc, a, b)`: p[i, v] * a[i] + acc[i, v] * b[i].
     """
     kind = Tile(f32x8, n * wide)
-    from edgeinfer.kernels.cpu.native import simd
 
     def splat(b, p, stride, i):
         return simd.splat_ir(b, simd.load_ir(b, simd.offset_ir(b, p, stride, i), simd.F32), 8)
