@@ -83,9 +83,7 @@ def lay_out(q: np.ndarray, d: np.ndarray, kind: str) -> np.ndarray:
     else:
         sums = q.reshape(*q.shape[:2], 16, 16).sum(-1, dtype=np.int16)
         rows[..., layout.A256_SUMS :] = sums.view(np.uint8)
-    return np.concatenate(
-        [rows[t : t + n].swapaxes(0, 1).reshape(-1) for t, n in tiles(len(q))]
-    )
+    return np.concatenate([rows[t : t + n].swapaxes(0, 1).reshape(-1) for t, n in tiles(len(q))])
 
 
 # -- the law of numerics.md, in NumPy ------------------------------------------------------------
@@ -101,7 +99,9 @@ def integers(type_name: str, data: np.ndarray, n_cols: int) -> dict[str, np.ndar
     """Unsigned quants and scales of rows: every array (N, blocks, ...)."""
     form = FORMATS[type_name]
     b = data.reshape(len(data) * (n_cols // form.block), form.file_bytes)
-    half = [b[:, at : at + 2].copy().view(np.float16).astype(np.float32) for at in HALVES[type_name]]
+    half = [
+        b[:, at : at + 2].copy().view(np.float16).astype(np.float32) for at in HALVES[type_name]
+    ]
     # The oracle's dequantisation of a block with unit scales gives its integers.
     plain = b.copy()
     for i, at in enumerate(HALVES[type_name]):
@@ -165,9 +165,7 @@ def pack(type_name: str, data: np.ndarray, n_cols: int, family: str | None) -> n
     dst = native.huge(packed_bytes(type_name, len(data), n_cols))
     dst[:] = 0xA5
     args = [src.ctypes.data, dst.ctypes.data, len(data), n_cols // form.block, 2]
-    native.run(
-        f"pack.{type_name}", native.header(), args, range(-(-len(data) // 16)), family
-    )
+    native.run(f"pack.{type_name}", native.header(), args, range(-(-len(data) // 16)), family)
     return dst
 
 

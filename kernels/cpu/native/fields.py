@@ -6,6 +6,7 @@ Knows no quant type and no instruction set.
 from __future__ import annotations
 
 from llvmlite import ir
+from numba import types
 from numba.extending import intrinsic
 
 from edgeinfer.kernels.cpu.native.simd import (
@@ -33,6 +34,18 @@ def _twice(first):
 
 first_twice = _twice(0)
 second_twice = _twice(1)
+
+
+@intrinsic(prefer_literal=True)
+def splat_pair(typingctx, first):
+    """The pair (first, 0) for every row."""
+    if not isinstance(first, types.IntegerLiteral):
+        return None
+
+    def codegen(context, builder, signature, values):
+        return ir.Constant(i16x16.ir, [first.literal_value, 0] * 8)
+
+    return i16x16(first), codegen
 
 
 def _shift_words(emit):

@@ -25,6 +25,7 @@ from edgeinfer.kernels.cpu.native.fields import (
     load_i8_pairs,
     load_u8_pairs,
     second_twice,
+    splat_pair,
     words_left,
     words_right,
 )
@@ -46,6 +47,7 @@ from edgeinfer.kernels.cpu.native.simd import (
     load_u16,
     load_u32,
     mul_f,
+    mul_i,
     neg_f,
     or_i,
     shift_left,
@@ -117,11 +119,10 @@ def _value_q4_1(p, k, lane):
 def _nibble_dots(isa, n):
     """Eight dots, the bound of int16 for nibbles."""
     assert isa.narrow_dots(15) >= 8
-    zero, dot = isa.narrow_zero, isa.narrow_dot
+    dot = isa.narrow_dot
 
     @jit
-    def dots(p, q, stride):
-        acc = zero(n)
+    def dots(p, q, stride, acc):
         for j in range(4):
             v = load_u8x32(p + 32 * j)
             acc = dot(acc, and_i(v, splat_u8(15)), q + 4 * j, stride)
@@ -131,14 +132,35 @@ def _nibble_dots(isa, n):
     return dots
 
 
+def _start_with(isa, n, offset):
+    """Where sums are int32 from the start, they start at offset * sum of x; else this adds it."""
+    zero, total, pair_dot, early = (
+        isa.narrow_zero, isa.narrow_sum, isa.pair_dot, isa.narrow_is_wide
+    )  # fmt: skip
+
+    @jit
+    def start(x_sum, stride):
+        if early:
+            return pair_dot(zero(n), splat_pair(offset), x_sum, stride)
+        return zero(n)
+
+    @jit
+    def finish(acc, x_sum, stride):
+        if early:
+            return acc
+        return pair_dot(total(acc), splat_pair(offset), x_sum, stride)
+
+    return start, finish
+
+
 def _accumulate_q4_0(isa, n):
-    dots, total = _nibble_dots(isa, n), isa.narrow_sum
+    dots, (start, finish) = _nibble_dots(isa, n), _start_with(isa, n, -8)
 
     @jit
     def add(p, q, stride, acc):
         d = mul_f(load_f16x8(p), load_splats_f32(q + A32_D, stride, n))
-        sums = shift_left(load_splats_i32(q + A32_SUM, stride, n), 3)
-        return fma(d, to_f32(sub_i(total(dots(p + 16, q, stride)), sums)), acc)
+        dot = dots(p + 16, q, stride, start(q + A32_SUM, stride))
+        return fma(d, to_f32(finish(dot, q + A32_SUM, stride)), acc)
 
     return add
 
@@ -157,11 +179,12 @@ def _with_min(n):
 
 
 def _accumulate_q4_1(isa, n):
-    dots, total, with_min = _nibble_dots(isa, n), isa.narrow_sum, _with_min(n)
+    dots, with_min = _nibble_dots(isa, n), _with_min(n)
+    zero, total = isa.narrow_zero, isa.narrow_sum
 
     @jit
     def add(p, q, stride, acc):
-        return with_min(p, q, stride, total(dots(p + 32, q, stride)), acc)
+        return with_min(p, q, stride, total(dots(p + 32, q, stride, zero(n))), acc)
 
     return add
 
@@ -244,37 +267,37 @@ def _five_bit_dots(isa, n):
     return low, high
 
 
-def _five_bit_total(isa, n):
-    """The dot of 32 elements in int32."""
+def _five_bit_total(isa, n, offset):
+    """The dot of 32 elements in int32, plus offset times the sum of x."""
     low, high = _five_bit_dots(isa, n)
+    start, finish = _start_with(isa, n, offset)
     zero, total = isa.narrow_zero, isa.narrow_sum
 
     @jit
     def in_one(p, q, stride):
-        return total(high(p, q, stride, low(p, q, stride, zero(n))))
+        return total(high(p, q, stride, low(p, q, stride, start(q + A32_SUM, stride))))
 
     @jit
     def in_halves(p, q, stride):
-        first = total(low(p, q, stride, zero(n)))
+        first = finish(low(p, q, stride, zero(n)), q + A32_SUM, stride)
         return add_i(first, total(high(p, q, stride, zero(n))))
 
-    return in_one if isa.narrow_dots(31) >= 8 else in_halves
+    return in_one if isa.narrow_is_wide else in_halves
 
 
 def _accumulate_q5_0(isa, n):
-    total = _five_bit_total(isa, n)
+    total = _five_bit_total(isa, n, -16)
 
     @jit
     def add(p, q, stride, acc):
         d = mul_f(load_f16x8(p), load_splats_f32(q + A32_D, stride, n))
-        sums = shift_left(load_splats_i32(q + A32_SUM, stride, n), 4)
-        return fma(d, to_f32(sub_i(total(p + 16, q, stride), sums)), acc)
+        return fma(d, to_f32(total(p + 16, q, stride)), acc)
 
     return add
 
 
 def _accumulate_q5_1(isa, n):
-    total, with_min = _five_bit_total(isa, n), _with_min(n)
+    total, with_min = _five_bit_total(isa, n, 0), _with_min(n)
 
     @jit
     def add(p, q, stride, acc):
@@ -300,15 +323,17 @@ def _value_q8_0(p, k, lane):
 
 
 def _accumulate_q8_0(isa, n):
-    dot, total = isa.byte_dot, isa.byte_sum
+    byte_dot, pair_dot, excess = isa.byte_dot, isa.pair_dot, isa.byte_excess
 
     @jit
     def add(p, q, stride, acc):
-        dots = zeros_i32(n)
+        dot = zeros_i32(n)
+        if excess:
+            dot = pair_dot(dot, splat_pair(-128), q + A32_SUM, stride)
         for j in range(8):
-            dots = dot(dots, load_u8x32(p + 16 + 32 * j), q + 4 * j, stride)
+            dot = byte_dot(dot, load_u8x32(p + 16 + 32 * j), q + 4 * j, stride)
         d = mul_f(load_f16x8(p), load_splats_f32(q + A32_D, stride, n))
-        return fma(d, to_f32(total(dots, load_splats_i32(q + A32_SUM, stride, n))), acc)
+        return fma(d, to_f32(dot), acc)
 
     return add
 
@@ -320,7 +345,11 @@ def _accumulate_q8_0(isa, n):
 def _pack_scales_and_mins(src, dst, lane):
     """The 12 bytes of 6-bit fields to 8 scales at dst and 8 mins 64 bytes behind them."""
     for i in range(4):
-        scale, low, rest = u32(load_u8(src + i)), u32(load_u8(src + 4 + i)), u32(load_u8(src + 8 + i))
+        scale, low, rest = (
+            u32(load_u8(src + i)),
+            u32(load_u8(src + 4 + i)),
+            u32(load_u8(src + 8 + i)),
+        )
         at = dst + ((i >> 1) << 4) + 2 * lane + (i & 1)
         store_u8(at, scale & u32(63))
         store_u8(at + 64, low & u32(63))
@@ -438,11 +467,11 @@ def _scaled_by_32(isa, n, add_sub_block, sub_bytes):
 
 
 def _accumulate_q4_k(isa, n):
-    dots, add_scaled = _nibble_dots(isa, n), isa.add_scaled
+    dots, zero, add_scaled = _nibble_dots(isa, n), isa.narrow_zero, isa.add_scaled
 
     @jit
     def add_sub_block(p, q, stride, scale, isum):
-        return add_scaled(isum, dots(p, q, stride), scale)
+        return add_scaled(isum, dots(p, q, stride, zero(n)), scale)
 
     return _scaled_by_32(isa, n, add_sub_block, 128)
 
@@ -460,7 +489,7 @@ def _accumulate_q5_k(isa, n):
         isum = add_scaled(isum, low(p, q, stride, zero(n)), scale)
         return add_scaled(isum, high(p, q, stride, zero(n)), scale)
 
-    return _scaled_by_32(isa, n, in_one if isa.narrow_dots(31) >= 8 else in_halves, 160)
+    return _scaled_by_32(isa, n, in_one if isa.narrow_is_wide else in_halves, 160)
 
 
 # -- 256 columns, sub-blocks of 16: Q6_K, Q2_K, Q3_K ---------------------------------------------
@@ -508,7 +537,7 @@ def _value_q6_k(p, k, lane):
 def _accumulate_q6_k(isa, n):
     assert isa.narrow_dots(63) >= 2
     zero, dot, add_scaled, pair_dot = isa.narrow_zero, isa.narrow_dot, isa.add_scaled, isa.pair_dot
-    first, second, in_one = isa.scale_first, isa.scale_second, isa.narrow_dots(63) >= 4
+    first, second, in_one = isa.scale_first, isa.scale_second, isa.narrow_is_wide
 
     @jit
     def low(p, q, stride, acc):
@@ -539,12 +568,11 @@ def _accumulate_q6_k(isa, n):
             at, x = p + 144 + 192 * i, q + 32 * i
             isum = add_sub_block(at, x, stride, first(scales), isum)
             isum = add_sub_block(at + 96, x + 16, stride, second(scales), isum)
-        msum = zeros_i32(n)
         for i in range(8):
-            scales = load_i8_pairs(p + 16 + 16 * i)
-            msum = pair_dot(msum, scales, q + A256_SUMS + 4 * i, stride)
+            offsets = mul_i(load_i8_pairs(p + 16 + 16 * i), splat_i16(-32))
+            isum = pair_dot(isum, offsets, q + A256_SUMS + 4 * i, stride)
         d = mul_f(load_f16x8(p), load_splats_f32(q + A256_D, stride, n))
-        return fma(d, to_f32(sub_i(isum, shift_left(msum, 5))), acc)
+        return fma(d, to_f32(isum), acc)
 
     return add
 
@@ -653,11 +681,11 @@ def _accumulate_q3_k(isa, n):
             even, odd = words_left(third, 2), words_right(third, 2)
             isum = add_sub_block(at, even, x, stride, first(scales), isum)
             isum = add_sub_block(at + 32, odd, x + 16, stride, second(scales), isum)
-        msum = zeros_i32(n)
         for i in range(8):
-            msum = pair_dot(msum, scale_pairs(p, i), q + A256_SUMS + 4 * i, stride)
+            offsets = mul_i(scale_pairs(p, i), splat_i16(-4))
+            isum = pair_dot(isum, offsets, q + A256_SUMS + 4 * i, stride)
         d = mul_f(load_f16x8(p), load_splats_f32(q + A256_D, stride, n))
-        return fma(d, to_f32(sub_i(isum, shift_left(msum, 2))), acc)
+        return fma(d, to_f32(isum), acc)
 
     return add
 

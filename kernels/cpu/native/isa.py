@@ -8,8 +8,8 @@ of each token's activations:
 - `scale_first(pairs)`, `scale_second(pairs)`, `add_scaled(total, acc, scale)`: total + scale *
   narrow_sum(acc), the scale of each row being one of a pair of int16;
 - `pair_dot(total, pairs, x, stride)`: two int16 of each row times two int16 of each token;
-- `byte_dot(acc, u, x, stride)`, `byte_sum(acc, sums)`: for weights stored as u = w + 128, the dot
-  product of w and x; `sums` are the sums of each token's x.
+- `byte_dot(acc, u, x, stride)`: for weights stored as u = w + 128, the dot product of
+  w + `byte_excess` and x, which is 0 or 128.
 
 Lane r of a sum belongs to row r; token i's activations lie at x + i * stride. All are exact, so
 every family gives the same bits.
@@ -55,12 +55,13 @@ class Isa:
     narrow_dot: Callable
     narrow_sum: Callable
     narrow_dots: Callable[[int], int]
+    narrow_is_wide: bool  # the sums are int32 from the start
     scale_first: Callable
     scale_second: Callable
     add_scaled: Callable
     pair_dot: Callable
     byte_dot: Callable
-    byte_sum: Callable
+    byte_excess: int
     pause: Callable
     reset_float: Callable  # round to nearest, denormals kept, whatever this thread had before
 
@@ -119,7 +120,6 @@ def _widen(b, v):
 
 
 def _add_pmaddwd(b, acc, v, w):
-    """Where VNNI is there LLVM makes one vpdpwssd of the two."""
     return b.add(acc, _pmaddwd(b, v, w))
 
 
@@ -156,12 +156,13 @@ AVX2 = Isa(
     narrow_dot=_per_token(lambda b, acc, u, x: b.add(acc, _pairs(b, u, x))),
     narrow_sum=mapped(1, lambda v: i32x8, _widen),
     narrow_dots=lambda u: 32767 // (2 * 127 * u),
+    narrow_is_wide=False,
     scale_first=fields.first_twice,
     scale_second=fields.second_twice,
     add_scaled=mapped(3, _first, _add_pmaddwd),
     pair_dot=_pair_dot(_add_pmaddwd),
     byte_dot=_per_token(_byte_avx2),
-    byte_sum=mapped(2, _first, lambda b, acc, sums: acc),
+    byte_excess=0,
     pause=_pause_x86,
     reset_float=_reset_float_x86,
 )
@@ -172,6 +173,10 @@ AVX2 = Isa(
 
 def _vpdpbusd(b, acc, u, s):
     return call(b, "ei.x86.vpdpbusd", _I32x8, acc, u, s)
+
+
+def _vpdpwssd(b, acc, v, w):
+    return call(b, "ei.x86.vpdpwssd", _I32x8, acc, v, w)
 
 
 def _first_word(b, pairs):
@@ -188,12 +193,11 @@ _WORDS = dict(
     narrow_zero=simd.zeros_i32,
     narrow_sum=mapped(1, _first, lambda b, acc: acc),
     narrow_dots=lambda u: 256,
+    narrow_is_wide=True,
     scale_first=mapped(1, lambda v: i32x8, _first_word),
     scale_second=mapped(1, lambda v: i32x8, _second_word),
     add_scaled=mapped(3, _first, lambda b, total, acc, s: b.add(total, b.mul(acc, s))),
-    byte_sum=mapped(
-        2, _first, lambda b, acc, sums: b.sub(acc, b.shl(sums, const_ir(i32x8, 7)))
-    ),
+    byte_excess=128,
 )
 
 VNNI = Isa(
@@ -201,7 +205,7 @@ VNNI = Isa(
     16,
     **_WORDS,
     narrow_dot=_per_token(_vpdpbusd),
-    pair_dot=_pair_dot(_add_pmaddwd),
+    pair_dot=_pair_dot(_vpdpwssd),
     byte_dot=_per_token(_vpdpbusd),
     pause=_pause_x86,
     reset_float=_reset_float_x86,
