@@ -24,7 +24,7 @@ LN2, LOG2_E = 0.6931471805599453, 1.4426950408889634
 _ROUND = 6755399441055744.0  # 1.5 * 2**52: adding it rounds to an integer
 _FACTORIALS = tuple(1.0 / math.factorial(k) for k in range(9, 1, -1))
 _ODD = tuple(1.0 / k for k in range(19, 1, -2))
-DRY_LONGEST = 1000  # tokens of a repeat that count; its penalty is past any logit by then
+DRY_LONGEST = 128  # tokens of a repeat that count: by then its penalty is past any logit
 
 
 def sample_reference(logits: NDArray[np.float32], row: SampleRow) -> Sampled:
@@ -203,8 +203,8 @@ class _Candidates:
 
     def scaled(self, inverse: float = 1.0) -> Floats:
         """(logit - largest) / temperature."""
-        logits = self.logits
-        return (logits - logits[0]) * inverse
+        scaled: Floats = (self.logits - self.all[self.ids[0]]) * inverse
+        return scaled
 
     def total(self, inverse: float = 1.0) -> float:
         """Sum of the exp of `scaled`: by lanes over the vocabulary while it is whole."""

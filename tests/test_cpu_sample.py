@@ -133,7 +133,8 @@ def test_every_family_gives_the_same(family):
         pytest.skip(f"this machine has no {family}")
     logits = np.random.default_rng(1).normal(0, 3, (4, 3001)).astype(np.float32)
     for params in ({"logprobs": 5}, {"top_k": 0, "typical_p": 0.9}, {"mirostat": 1}):
-        check(logits, [SampleRow(SamplingParams(**params), 5, i, NONE, 9.0) for i in range(4)], family)
+        rows = [SampleRow(SamplingParams(**params), 5, i, NONE, 9.0) for i in range(4)]
+        check(logits, rows, family)
 
 
 def test_one_row_does_not_depend_on_the_others():

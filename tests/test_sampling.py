@@ -65,7 +65,8 @@ def test_an_unknown_keyword_names_the_nearest():
     [
         ("temperature", math.nan), ("temperature", "hot"), ("top_k", 1.5), ("top_k", True),
         ("top_p", 1.1), ("min_p", -0.1), ("repeat_penalty", 0.0), ("repeat_last_n", -2),
-        ("mirostat", 3), ("seed", -1), ("seed", 2**64), ("logprobs", 129), ("logit_bias", {-1: 0.0}),
+        ("mirostat", 3), ("seed", -1), ("seed", 2**64), ("logprobs", 129),
+        ("logit_bias", {-1: 0.0}),
         ("logit_bias", {1: math.nan}), ("dry_base", -1.0), ("dry_sequence_breakers", "abc"),
         ("min_keep", 2**31),
     ],
@@ -91,7 +92,8 @@ def test_a_bias_beyond_the_vocabulary_is_refused():
 
 def test_only_the_history_that_is_looked_at_is_asked_for():
     assert SamplingParams().n_history == 0
-    assert SamplingParams(repeat_penalty=1.1, dry_multiplier=1, dry_penalty_last_n=9).n_history == 64
+    both = SamplingParams(repeat_penalty=1.1, dry_multiplier=1, dry_penalty_last_n=9)
+    assert both.n_history == 64
     assert SamplingParams(presence_penalty=1, repeat_last_n=-1).n_history == -1
     assert SamplingParams(presence_penalty=1, mirostat=2).n_history == 0
 

@@ -53,9 +53,10 @@ _LARGEST = 3.4028234663852886e38
 _LN2_HIGH, _LN2_LOW = 6.93147180369123816490e-01, 1.90821492927058770002e-10
 _LN2, _LOG2_E = 0.6931471805599453, 1.4426950408889634
 _ROUND = 6755399441055744.0  # 1.5 * 2**52: adding it rounds to an integer
-_DRY_LONGEST = 1000
+_DRY_LONGEST = 128
 _LAZY = 256  # candidates sorted at first where the chain keeps the whole vocabulary
 _INSERTION = 16  # keys or fewer are sorted by insertion
+_DEPTH = 66  # ranges that fit in the stack
 
 # Scratch of one slot: a lock word, 8 floats, the stack of the sort, keys, saved logits.
 _TAIL, _STACK, _KEYS = 64, 128, at.SAMPLE_SCRATCH_HEAD
@@ -381,33 +382,39 @@ def _select(keys, n, k):
 
 
 @_inline
-def _sort(keys, n, stack):
-    """Quicksort; the larger part waits on the stack, so that one never holds 64."""
-    low, high, depth = 0, n, 0
-    random = n
-    while True:
-        while high - low > _INSERTION:
-            random = _next_random(random)
-            split = _partition(keys, low, high, random)
-            if split - low > high - split:
-                set_word(stack + 16 * depth, low)
-                set_word(stack + 16 * depth + 8, split)
-                low = split + 1
-            else:
-                set_word(stack + 16 * depth, split + 1)
-                set_word(stack + 16 * depth + 8, high)
-                high = split
-            depth += 1
-        _insertion(keys, low, high)
-        if depth == 0:
-            return
+def _sort_more(keys, n, stack, depth, wanted):
+    """Quicksort from the left until `wanted` keys are in place; returns how many are, and depth.
+
+    The stack holds the ranges still to sort, leftmost on top. Where it is full, which random
+    pivots all but exclude, insertion sorts the rest of a range.
+    """
+    random, done = n, 0
+    while depth > 0 and done < wanted:
         depth -= 1
         low, high = word(stack + 16 * depth), word(stack + 16 * depth + 8)
+        while high - low > _INSERTION and depth < _DEPTH:
+            random = _next_random(random)
+            split = _partition(keys, low, high, random)
+            set_word(stack + 16 * depth, split + 1)
+            set_word(stack + 16 * depth + 8, high)
+            high = split
+            depth += 1
+        _insertion(keys, low, high)
+        done = word(stack + 16 * (depth - 1)) if depth > 0 else n
+    return done, depth
 
 
 @_inline
-def _front(logits, n_vocab, scratch, k, floor):
-    """Sort the first k candidates with logits above `floor` to the keys; returns how many.
+def _push_all(stack, n):
+    """Before the first `_sort_more` of n keys; returns its depth."""
+    set_word(stack, 0)
+    set_word(stack + 8, n)
+    return 1
+
+
+@_inline
+def _gather(logits, n_vocab, scratch, k, floor):
+    """The first k candidates with logits above `floor`, unsorted; returns how many.
 
     Keys are gathered above a threshold that rises to the k-th best seen whenever they fill up.
     """
@@ -433,7 +440,15 @@ def _front(logits, n_vocab, scratch, k, floor):
             _select(keys, n, k)
             n = k
             above = _narrow(_value(word(keys + 8 * (k - 1))))
-    _sort(keys, n, scratch + _STACK)
+    return n
+
+
+@_inline
+def _front(logits, n_vocab, scratch, k, floor):
+    """The first k candidates with logits above `floor`, sorted; returns how many."""
+    n = _gather(logits, n_vocab, scratch, k, floor)
+    stack = scratch + _STACK
+    _sort_more(scratch + _KEYS, n, stack, _push_all(stack, n), n)
     return n
 
 
@@ -464,7 +479,7 @@ def _clip(last_n, n_history):
 def _save(row, logits, n_vocab, saved, back):
     """Save (or, `back`, restore) every logit that the row changes."""
     ids, n = word(row + at.PARAM_BIAS_IDS), word(row + at.PARAM_N_BIAS)
-    for part in range(2):
+    for _ in range(2):
         for i in range(n):
             token = intp(load_i32(ids + 4 * i))
             if 0 <= token < n_vocab:
@@ -748,8 +763,7 @@ def _pick(row, logits, n_vocab, scratch, largest):
         and load_f64(row + at.PARAM_XTC_THRESHOLD) <= 0.5
         and chance <= load_f64(row + at.PARAM_XTC_PROBABILITY)
     )
-    # `whole`: nothing was cut off yet. `keys` holds the first n of the candidates, sorted, out
-    # of `asked`; fewer than asked are all there are.
+    # `whole`: nothing was cut off yet. `complete`: the n keys sorted so far are all there are.
     whole = True
     lowest = -_INF
     asked = n_vocab
@@ -800,6 +814,7 @@ def _pick(row, logits, n_vocab, scratch, largest):
             cuts = True
     total = 0.0
     last = 0
+    depth, n_all = 0, 0
     for walk in range(2):
         if walk == 0 and not cuts:
             continue
@@ -825,9 +840,11 @@ def _pick(row, logits, n_vocab, scratch, largest):
         cum = 0.0
         while True:
             if i == n and not complete:
-                asked = min(n_vocab, 8 * asked)
-                n = _front(logits, n_vocab, scratch, asked, _narrow(-_INF))
-                complete = n < asked or asked == n_vocab
+                if depth == 0:
+                    n_all = _gather(logits, n_vocab, scratch, n_vocab, _narrow(-_INF))
+                    depth = _push_all(scratch + _STACK, n_all)
+                n, depth = _sort_more(keys, n_all, scratch + _STACK, depth, n + 1)
+                complete = depth == 0
             if i == n:
                 break
             value = _value(word(keys + 8 * i))
