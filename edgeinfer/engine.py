@@ -13,13 +13,12 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeinfer.backend import Program, Ticket
-from edgeinfer.batch import PAGE, Batch, Outputs, StepLimits
+from edgeinfer.batch import PAGE, Outputs, StepLimits
 from edgeinfer.errors import (
     ClosedError,
     ContextLengthError,
@@ -30,22 +29,22 @@ from edgeinfer.errors import (
 from edgeinfer.generation import Generation, LogitsJob
 from edgeinfer.kvcache import CacheLayout, PagePool, SequenceCache
 from edgeinfer.sampling import OK, SampleTable
-from edgeinfer.sequence import Finished, FinishReason, Prefilled, Request, Sequence, Token
+from edgeinfer.sequence import (
+    Finished,
+    FinishReason,
+    Prefilled,
+    Request,
+    Rows,
+    Sequence,
+    Token,
+    Work,
+    build_batch,
+)
 
 # Prompt rows in a step that also decodes: the other generations wait no longer than these take.
 _SHARED_PREFILL = 64
 _JOIN_SECONDS = 5.0
 _FORKED = "this process was forked from the one that loaded the model; load it again here"
-
-
-@dataclass(slots=True)
-class _Rows:
-    """A part of a step: the next `n` rows of a sequence, with the output of the last ones."""
-
-    sequence: Sequence
-    n: int
-    n_wanted: int
-    owner: Generation | LogitsJob
 
 
 class Engine:
@@ -62,7 +61,7 @@ class Engine:
         self._running: list[Generation] = []
         self._idle: list[Sequence] = []  # ended ones, the latest last
         self._ticket: Ticket | None = None
-        self._in_step: list[Generation | LogitsJob] = []
+        self._in_step: list[Work] = []
         self._closed = ""
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._loop, name="edgeinfer-engine", daemon=True)
@@ -152,7 +151,7 @@ class Engine:
         """Generations that hold pages now."""
         return len(self._running)
 
-    def interrupt(self, work: Generation | LogitsJob) -> None:
+    def interrupt(self, work: Work) -> None:
         """Look at cancelled work now, also when a step of it is running."""
         if self._pid != os.getpid():
             return
@@ -263,54 +262,54 @@ class Engine:
         best.cache.truncate(n_cached)
         return Sequence(list(ids), len(ids), best.cache, n_cached)
 
-    def _schedule(self) -> list[_Rows]:
+    def _schedule(self) -> list[Rows]:
         """One row of every generation that decodes, and a slice of the prompts that wait."""
-        parts: list[_Rows] = []
+        parts: list[Rows] = []
         n_left = self.limits.max_rows
         # Decoding rows first: at most max_sequences, so there is always room for them.
         for generation in sorted(self._running, key=lambda g: _sequence(g).n_waiting > 1):
             sequence = _sequence(generation)
             n = min(sequence.n_waiting, n_left, sequence.cache.step_limit())
             if n:
-                parts.append(_Rows(sequence, n, int(n == sequence.n_waiting), generation))
+                parts.append(Rows(sequence, n, int(n == sequence.n_waiting), generation))
             n_left -= n
             if sequence.n_generated:
                 n_left = min(n_left, max(_SHARED_PREFILL, len(self._running)))
         return parts
 
-    def _step(self, parts: list[_Rows]) -> None:
+    def _step(self, parts: list[Rows]) -> None:
         try:
             samples = self._fill_samples([part for part in parts if part.n_wanted])
             outputs = self._run(parts, samples)
         except Exception as error:
             for part in parts:
-                assert isinstance(part.owner, Generation)
-                self._finish(part.owner, "error", error=_public(error))
+                assert isinstance(part.work, Generation)
+                self._finish(part.work, "error", error=_public(error))
             return
         # The rows of an aborted step are computed again, without what was cancelled.
         if not outputs.aborted:
             self._commit(parts, outputs)
 
-    def _fill_samples(self, parts: list[_Rows]) -> SampleTable:
+    def _fill_samples(self, parts: list[Rows]) -> SampleTable:
         self._samples.clear()
         for i, part in enumerate(parts):
-            assert isinstance(part.owner, Generation)
-            params, sequence = part.owner.request.params, part.sequence
+            assert isinstance(part.work, Generation)
+            params, sequence = part.work.request.params, part.sequence
             self._samples.set_row(
                 i, params, params.seed or 0, sequence.n_generated, sequence.ids, sequence.mu
             )
         return self._samples
 
-    def _run(self, parts: list[_Rows], samples: SampleTable | None) -> Outputs:
+    def _run(self, parts: list[Rows], samples: SampleTable | None) -> Outputs:
         """Run one step; its outputs are views that the next step overwrites."""
         for part in parts:
             self._make_room(part)
             part.sequence.cache.grow(part.n)
-        batch = _batch(parts, samples)
+        batch = build_batch(parts, samples)
         with self._changed:
-            if self._closed or any(part.owner.is_cancelled for part in parts):
+            if self._closed or any(part.work.is_cancelled for part in parts):
                 return _NOTHING
-            self._in_step = [part.owner for part in parts]
+            self._in_step = [part.work for part in parts]
             self._ticket = ticket = self._program.submit(batch)
         try:
             return ticket.wait()
@@ -318,7 +317,7 @@ class Engine:
             with self._changed:
                 self._ticket, self._in_step = None, []
 
-    def _make_room(self, part: _Rows) -> None:
+    def _make_room(self, part: Rows) -> None:
         """Give up ended sequences, oldest first, until this part's new pages are free."""
         cache = part.sequence.cache
         n_new = cache.layout.pages_needed(cache.n_tokens + part.n) - cache.n_pages
@@ -326,17 +325,17 @@ class Engine:
             assert self._idle, "what runs holds more pages than were promised"
             self._idle.pop(0).cache.free()
 
-    def _commit(self, parts: list[_Rows], outputs: Outputs) -> None:
+    def _commit(self, parts: list[Rows], outputs: Outputs) -> None:
         now, row = time.perf_counter(), 0
         for part in parts:
             sequence = part.sequence
             sequence.cache.n_tokens += part.n
-            assert isinstance(part.owner, Generation)
+            assert isinstance(part.work, Generation)
             if not sequence.n_generated:
                 done = sequence.cache.n_tokens
-                part.owner.emit(Prefilled(done, sequence.n_prompt, sequence.n_cached, now))
+                part.work.emit(Prefilled(done, sequence.n_prompt, sequence.n_cached, now))
             if part.n_wanted:
-                self._take_token(part.owner, sequence, int(outputs.ids[row]), row, now)
+                self._take_token(part.work, sequence, int(outputs.ids[row]), row, now)
                 row += 1
 
     def _take_token(
@@ -399,69 +398,24 @@ class Engine:
         if not job.sequences and not job.is_cancelled:
             if job.n_pages > self.pool.n_pages - self._n_reserved:
                 return
-            lists = (job.ids, *job.others)
-            job.sequences = [
-                Sequence(list(ids), len(ids), SequenceCache(self.pool, job.layout)) for ids in lists
-            ]
+            job.open(self.pool)
         try:
             if not job.is_cancelled:
-                self._job_step(job)
+                parts = job.next_rows(self.limits)
+                outputs = self._run(parts, None)
+                if not outputs.aborted:
+                    job.commit(parts, outputs.logits)
         except Exception as caught:
             error = _public(caught)
-        if error or job.is_cancelled or not job.sequences[0].n_waiting:
+        if error or job.is_cancelled or job.is_complete:
             self._jobs.popleft()
-            for sequence in job.sequences:
-                sequence.cache.free()
+            job.free()
             job.finish(error)
-
-    def _job_step(self, job: LogitsJob) -> None:
-        main, *others = job.sequences
-        start = main.cache.n_tokens
-        n = min(job.chunk, main.n_waiting)
-        n_wanted = max(0, start + n - max(start, job.first))
-        excess = max(0, n_wanted - self.limits.max_outputs)
-        n, n_wanted = n - excess, n_wanted - excess
-        parts = [_Rows(main, n, n_wanted, job)]
-        n_left = self.limits.max_rows - n
-        for i, other in enumerate(others):
-            n_other = min(other.n_waiting, n_left // len(others))
-            if n_other:
-                # Before and after, so that the rows of `ids` lie anywhere in the step.
-                parts.insert(0 if i % 2 else len(parts), _Rows(other, n_other, 0, job))
-        outputs = self._run(parts, None)
-        if outputs.aborted:
-            return
-        for part in parts:
-            part.sequence.cache.n_tokens += part.n
-        if n_wanted:
-            job.take(main.cache.n_tokens - n_wanted - job.first, outputs.logits)
 
 
 def _sequence(generation: Generation) -> Sequence:
     assert generation.sequence is not None, "the generation does not run"
     return generation.sequence
-
-
-def _batch(parts: list[_Rows], samples: SampleTable | None) -> Batch:
-    """The flat arrays of a step."""
-    ids: list[int] = []
-    pos: list[int] = []
-    wanted: list[int] = []
-    for part in parts:
-        start = part.sequence.cache.n_tokens
-        end = start + part.n
-        ids += part.sequence.ids[start:end]
-        pos += range(start, end)
-        wanted += range(len(pos) - part.n_wanted, len(pos))
-    return Batch(
-        ids=np.array(ids, np.int32),
-        pos=np.array(pos, np.int64),
-        seq=np.repeat(np.arange(len(parts), dtype=np.int32), [part.n for part in parts]),
-        tables=[part.sequence.cache.table for part in parts],
-        wanted=np.array(wanted, np.int32),
-        output="logits" if samples is None else "ids",
-        samples=samples,
-    )
 
 
 def _public(error: Exception) -> Exception:

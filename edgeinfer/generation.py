@@ -15,8 +15,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeinfer.kvcache import CacheLayout
-from edgeinfer.sequence import Event, Finished, Request, Sequence
+from edgeinfer.batch import StepLimits
+from edgeinfer.kvcache import CacheLayout, PagePool, SequenceCache
+from edgeinfer.sequence import Event, Finished, Request, Rows, Sequence, Work
 
 # Waking up now and then lets signals in where a wait can't be interrupted.
 _WAKE_SECONDS = 0.1
@@ -25,7 +26,7 @@ _WAKE_SECONDS = 0.1
 class Worker(Protocol):
     """What a generation asks of the engine that runs it."""
 
-    def interrupt(self, work: Generation | LogitsJob) -> None:
+    def interrupt(self, work: Work) -> None:
         """Look at cancelled work now, also when a step of it is running."""
 
     def check_alive(self) -> None:
@@ -98,6 +99,46 @@ class LogitsJob:
     @property
     def n_pages(self) -> int:
         return sum(self.layout.pages_needed(len(ids)) for ids in (self.ids, *self.others))
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every row has been computed; what is left of `others` does not matter."""
+        return bool(self.sequences) and not self.sequences[0].n_waiting
+
+    def open(self, pool: PagePool) -> None:
+        """Make the sequences, on caches of their own."""
+        lists = (self.ids, *self.others)
+        self.sequences = [
+            Sequence(list(ids), len(ids), SequenceCache(pool, self.layout)) for ids in lists
+        ]
+
+    def next_rows(self, limits: StepLimits) -> list[Rows]:
+        """The parts of its next step."""
+        main, *others = self.sequences
+        start = main.cache.n_tokens
+        n = min(self.chunk, main.n_waiting)
+        n_wanted = max(0, start + n - max(start, self.first))
+        excess = max(0, n_wanted - limits.max_outputs)
+        n, n_wanted = n - excess, n_wanted - excess
+        parts = [Rows(main, n, n_wanted, self)]
+        for i, other in enumerate(others):
+            n_other = min(other.n_waiting, (limits.max_rows - n) // len(others))
+            if n_other:
+                # Before and after, so that the rows of `ids` lie anywhere in the step.
+                parts.insert(0 if i % 2 else len(parts), Rows(other, n_other, 0, self))
+        return parts
+
+    def commit(self, parts: list[Rows], logits: NDArray[np.float32]) -> None:
+        """Count what a step has stored and pass its logits on."""
+        for part in parts:
+            part.sequence.cache.n_tokens += part.n
+        if len(logits):
+            self.take(self.sequences[0].cache.n_tokens - len(logits) - self.first, logits)
+
+    def free(self) -> None:
+        """Give the pages back."""
+        for sequence in self.sequences:
+            sequence.cache.free()
 
     def finish(self, error: BaseException | None = None) -> None:
         self.error = error

@@ -109,11 +109,12 @@ def _weight_bytes(segment: Segment, packed_bytes: Callable[[Weight], int]) -> di
 
 
 def _scratch_bytes(segment: Segment, limits: StepLimits) -> int:
-    """Activations of a step and its logits, as a backend that keeps a few at a time needs them."""
+    """Activations of a step, its logits, and what sampling them takes."""
     hp = segment.graph.hparams
     widths = 4 * hp.dim + 3 * hp.ffn_dim + 4 * hp.n_heads * hp.head_dim
     activations = 6 * limits.max_rows * widths
-    return activations + 12 * limits.max_outputs * hp.vocab_size
+    logits = 4 * limits.max_outputs * hp.vocab_size
+    return activations + logits + 16 * limits.max_sequences * hp.vocab_size
 
 
 def _too_large(segment: Segment, request: PlanRequest, plan: MemoryPlan) -> PlanError:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from edgeinfer import config, platform
 from edgeinfer.backend import Program, device_kind, open_backend, packed_bytes
@@ -70,7 +70,7 @@ def load(path: str | PathLike[str], options: LoadOptions) -> Runtime:
         model = Model.load(file)
         tokenizer = _Later(lambda: Tokenizer.from_metadata(file.metadata, pre=options.get("pre")))
         chosen = options.get("chat_template")
-        template = _Later(lambda: ChatTemplate.from_metadata(file.metadata, chosen), lazy=True)
+        template = _Later(lambda: _make_template(file, chosen, tokenizer))
         device = device_kind(options.get("device") or "auto")
         n_threads = _n_threads(options)
         plan = plan_model(model, options)
@@ -130,6 +130,16 @@ def plan_model(model: Model, options: LoadOptions) -> MemoryPlan:
     )
 
 
+def _make_template(
+    file: GGUFFile, chosen: str | None, tokenizer: _Later[Tokenizer]
+) -> ChatTemplate:
+    """After the tokenizer, which loading waits for; probed here while weights are packed."""
+    tokenizer.wait()
+    template = ChatTemplate.from_metadata(file.metadata, chosen)
+    template.capabilities  # noqa: B018
+    return template
+
+
 def _n_threads(options: LoadOptions) -> int:
     threads = options.get("threads")
     if threads is None:
@@ -158,35 +168,26 @@ def _progress(options: LoadOptions) -> Callable[[str, int, int], None] | None:
 
 
 class _Later(Generic[T]):
-    """A value made by another thread, or when first asked for."""
+    """A value that another thread is making; an error waits for whoever asks for the value."""
 
-    def __init__(self, make: Callable[[], T], *, lazy: bool = False) -> None:
-        self._make, self._lock = make, threading.Lock()
-        self._value: Any = None
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make = make
+        self._values: list[T] = []
         self._error: BaseException | None = None
-        self._is_done = False
-        self._thread: threading.Thread | None = None
-        if not lazy:
-            self._thread = threading.Thread(target=self._run, name="edgeinfer-load", daemon=True)
-            self._thread.start()
+        self._thread = threading.Thread(target=self._run, name="edgeinfer-load", daemon=True)
+        self._thread.start()
 
     def wait(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
+        self._thread.join()
 
     def result(self) -> T:
-        with self._lock:
-            if self._thread is None and not self._is_done:
-                self._run()
         self.wait()
         if self._error is not None:
             raise self._error
-        value: T = self._value
-        return value
+        return self._values[0]
 
     def _run(self) -> None:
         try:
-            self._value = self._make()
+            self._values.append(self._make())
         except BaseException as error:
             self._error = error
-        self._is_done = True

@@ -1,15 +1,18 @@
 """One generation: what is asked for, what has happened, and where its cache lies.
 
-Knows token ids only, and nothing of batches or threads.
+Knows token ids only, and nothing of scheduling or threads.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
+import numpy as np
+
+from edgeinfer.batch import Batch
 from edgeinfer.kvcache import CacheLayout, Overflow, SequenceCache
-from edgeinfer.sampling import SamplingParams
+from edgeinfer.sampling import SampleTable, SamplingParams
 
 FinishReason: TypeAlias = Literal["stop", "length", "cancelled", "error"]
 
@@ -86,3 +89,41 @@ class Sequence:
         limit = min(len(stored), len(ids) - 1)
         n = next((i for i in range(limit) if stored[i] != ids[i]), limit)
         return n if not self.cache.has_slid or n == len(stored) else 0
+
+
+class Work(Protocol):
+    """What a part of a step is done for."""
+
+    is_cancelled: bool
+
+
+@dataclass(slots=True)
+class Rows:
+    """A part of a step: the next `n` rows of a sequence, with the output of the last ones."""
+
+    sequence: Sequence
+    n: int
+    n_wanted: int
+    work: Work
+
+
+def build_batch(parts: list[Rows], samples: SampleTable | None) -> Batch:
+    """The flat arrays of a step; logits are asked for where there is nothing to sample."""
+    ids: list[int] = []
+    pos: list[int] = []
+    wanted: list[int] = []
+    for part in parts:
+        start = part.sequence.cache.n_tokens
+        end = start + part.n
+        ids += part.sequence.ids[start:end]
+        pos += range(start, end)
+        wanted += range(len(pos) - part.n_wanted, len(pos))
+    return Batch(
+        ids=np.array(ids, np.int32),
+        pos=np.array(pos, np.int64),
+        seq=np.repeat(np.arange(len(parts), dtype=np.int32), [part.n for part in parts]),
+        tables=[part.sequence.cache.table for part in parts],
+        wanted=np.array(wanted, np.int32),
+        output="logits" if samples is None else "ids",
+        samples=samples,
+    )

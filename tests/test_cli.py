@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -67,7 +66,9 @@ def test_run_json(call: Call, path: Path) -> None:
     assert code == 0
     assert answer["completion_tokens"] == len(answer["token_ids"]) <= 4
     assert answer["prompt_token_ids"][0] == 256
-    assert {"text", "finish_reason", "prompt_tokens", "cached_tokens", "seed", "model"} <= set(answer)
+    assert {"text", "finish_reason", "prompt_tokens", "cached_tokens", "seed", "model"} <= set(
+        answer
+    )
     assert answer["timings"]["load_s"] > 0
     assert answer["sampling"] == {"max_tokens": 4}
 
@@ -111,7 +112,7 @@ def test_plan(call: Call, path: Path) -> None:
 def test_tokenize(call: Call, path: Path) -> None:
     code, out, _ = call("tokenize", path, "-p", "hi", "--json")
     assert code == 0
-    assert json.loads(out) == {"token_ids": [104, 105], "pieces": ["h", "i"]} or json.loads(out)
+    assert "".join(json.loads(out)["pieces"]) == "hi"
     assert "'h'" in call("tokenize", path, "-p", "hi")[1]
 
 
@@ -260,11 +261,11 @@ def test_every_flag_is_an_api_keyword() -> None:
 @pytest.mark.parametrize("device", ["reference", "cpu"])
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_interrupt_acts_at_once(path: Path, device: str, phase: str) -> None:
-    prompt, stop = ("x" * 200_000, "slide") if phase == "prefill" else ("hi", "slide")
+    prompt = "x" * 200_000 if phase == "prefill" else "hi"
     job = subprocess.Popen(
         [
             *COMMAND, "run", str(path), "--raw", "-p", "-", "-n", "1000000",
-            "--overflow", stop, "--logit-bias-eos" if False else "--seed", "1", "--device", device,
+            "--overflow", "slide", "--seed", "1", "--device", device,
         ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -340,10 +341,9 @@ def test_endless_sequence_does_not_hide_the_rest() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminal")
-def test_model_text_is_filtered_on_a_terminal_only(path: Path) -> None:
+def test_what_is_shown_on_a_terminal_is_filtered(path: Path) -> None:
     import pty
 
-    # Token 7 is BEL; every other token is forbidden by the greedy bias of the API, here by seed.
     arguments = [*COMMAND, "tokenize", str(path), "-p", "a\x1b[31mb"]
     leader, follower = pty.openpty()
     done = subprocess.run(arguments, stdout=follower, stderr=subprocess.PIPE, check=True)
@@ -352,5 +352,3 @@ def test_model_text_is_filtered_on_a_terminal_only(path: Path) -> None:
     os.close(leader)
     assert b"\x1b" not in shown
     assert done.returncode == 0
-
-

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -180,9 +179,7 @@ def test_max_tokens_must_be_positive(engine: Engine) -> None:
         engine.submit(_request(max_tokens=0))
 
 
-def test_cancel_in_a_step_acts_at_once_and_frees_pages(
-    engine: Engine, program: Programs
-) -> None:
+def test_cancel_in_a_step_acts_at_once_and_frees_pages(engine: Engine, program: Programs) -> None:
     program.gate.clear()
     generation = engine.submit(_request(*[9] * 200))
     next(generation)

@@ -66,7 +66,7 @@ def test_all_names_are_there() -> None:
         assert getattr(edgeinfer, name) is not None
     assert dir(edgeinfer) == edgeinfer.__all__
     with pytest.raises(AttributeError, match="nothing_here"):
-        edgeinfer.nothing_here
+        getattr(edgeinfer, "nothing_here")  # noqa: B009
 
 
 def test_completion_is_complete(llm: LLM) -> None:
@@ -148,7 +148,7 @@ def test_dropping_a_stream_cancels(llm: LLM) -> None:
     stream = llm.stream("hello", max_tokens=400)
     next(stream)
     with pytest.raises(ClosedError):
-        stream.completion
+        print(stream.completion)
     del stream
     gc.collect()
     _wait_until(lambda: llm.runtime.engine.n_running == 0)
@@ -219,9 +219,7 @@ def test_chat_slides_with_its_system_message_pinned(path: Path) -> None:
             {"role": "system", "content": "be brief " * 4},
             {"role": "user", "content": "hello"},
         ]
-        stream = llm.stream_chat(
-            turns, overflow="slide", max_tokens=300, logit_bias={257: -1e9}
-        )
+        stream = llm.stream_chat(turns, overflow="slide", max_tokens=300, logit_bias={257: -1e9})
         assert stream.run().usage.completion_tokens == 300
         assert stream._generation.layout.n_pinned == 2
 
@@ -238,7 +236,9 @@ def test_reasoning_is_apart(llm: LLM) -> None:
 
     tokenizer = llm.runtime.tokenizer
     answer = AnswerText.open(tokenizer, ("STOP",), ReasoningSplitter())
-    deltas = [answer.push(id) for id in tokenizer.encode("<think>ab c</think>\n\ndone STO", bos=False)]
+    deltas = [
+        answer.push(id) for id in tokenizer.encode("<think>ab c</think>\n\ndone STO", bos=False)
+    ]
     deltas.append(answer.flush())
     assert "".join(answer.reasoning) == "ab c"
     assert "".join(answer.text) == "done STO"
@@ -451,9 +451,7 @@ def test_smollm_answers(smollm: LLM) -> None:
     assert raw.text.startswith(", the city of Nova Haven was a thriving")
 
 
-def test_smollm_logits_are_near_the_truth(
-    smollm: LLM, data_file: Callable[[str], Path]
-) -> None:
+def test_smollm_logits_are_near_the_truth(smollm: LLM, data_file: Callable[[str], Path]) -> None:
     with np.load(data_file("golden/smollm2-text1.npz")) as golden:
         ids, top_ids = golden["ids"].tolist(), golden["top_ids"]
         logits = smollm.logits(ids)
