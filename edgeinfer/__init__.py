@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         Usage,
     )
     from edgeinfer.stream import Stream
+    from edgeinfer.terminal import StreamFilter, printable
 
 __version__ = "0.1.0"
 
@@ -56,6 +57,7 @@ _HOME = {
     "PromptProgress": "results", "Timings": "results", "TokenLogprob": "results",
     "Usage": "results",
     "AsyncStream": "aio", "Stream": "stream",
+    "StreamFilter": "terminal", "printable": "terminal",
 }  # fmt: skip
 
 __all__ = [
@@ -83,12 +85,14 @@ __all__ = [
     "PromptProgress",
     "Sampling",
     "Stream",
+    "StreamFilter",
     "TemplateError",
     "Timings",
     "TokenLogprob",
     "UnsupportedModelError",
     "Usage",
     "__version__",
+    "printable",
 ]
 
 
