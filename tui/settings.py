@@ -1,0 +1,100 @@
+"""What the chat is started with, and the little it asks of a model.
+
+Knows nothing of widgets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    from edgeinfer import Event, MemoryPlan, Message, Progress, Sampling
+
+
+class AnswerStream(Protocol):
+    """The events of one answer; `close`, from any thread, ends it at once."""
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]: ...
+
+    def __iter__(self) -> Iterator[Event]: ...
+
+    def close(self) -> None: ...
+
+
+class ChatModel(Protocol):
+    """The part of `edgeinfer.LLM` that a chat uses; tests script one."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def n_ctx(self) -> int: ...
+
+    @property
+    def plan(self) -> MemoryPlan: ...
+
+    def stream_chat(
+        self,
+        messages: str | Sequence[Message],
+        *,
+        template_args: Mapping[str, Any] | None = None,
+        **sampling: Any,
+    ) -> AnswerStream: ...
+
+    def tokenize(self, text: str, *, bos: bool = False, special: bool = False) -> list[int]: ...
+
+    def detokenize(self, token_ids: Sequence[int], *, special: bool = False) -> str: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModelChoice:
+    """A model to offer: on disk when it has a path, else it would be fetched by its name."""
+
+    name: str
+    path: str | None
+    n_bytes: int
+    note: str = ""
+
+
+OpenModel: TypeAlias = "Callable[[str, Callable[[Progress], None]], ChatModel]"
+ListModels: TypeAlias = Callable[[], list[ModelChoice]]
+PlanModel: TypeAlias = "Callable[[str], MemoryPlan]"
+Fetch: TypeAlias = Callable[[str, Callable[[int, int], None]], str]
+
+
+def _no_models() -> list[ModelChoice]:
+    return []
+
+
+def _no_memory() -> int:
+    return 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatSettings:
+    """Where to keep files, and what the command line asked for.
+
+    `plan_model` previews the memory of a file, `fetch` downloads a named model and returns its
+    path; without them there is no preview and no download.
+    """
+
+    data_folder: Path
+    open_model: OpenModel
+    model: str | None = None
+    system: str | None = None
+    sampling: Sampling = field(default_factory=lambda: _no_sampling())
+    keeps_history: bool = True
+    list_models: ListModels = _no_models
+    plan_model: PlanModel | None = None
+    fetch: Fetch | None = None
+    memory_now: Callable[[], int] = _no_memory
+
+
+def _no_sampling() -> Sampling:
+    return {}

@@ -1,0 +1,298 @@
+"""The conversation on show: a list of drawn blocks of which only the visible ones cost anything.
+
+Knows nothing of models or of the store.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.segment import Segment
+from rich.style import Style
+from textual import events
+from textual.geometry import Size
+from textual.message import Message
+from textual.scroll_view import ScrollView
+from textual.selection import Selection
+from textual.strip import Strip
+
+from .blocks import Block, BlockList
+from .entries import RunningEntry
+from .look import Look
+from .palette import Palette
+
+_GUTTER = 3
+_MOST_COLUMNS = 96  # longer lines are hard to read
+
+
+class Transcript(ScrollView, can_focus=True):
+    """Draws blocks as they come into view; follows the end until the reader scrolls away."""
+
+    ALLOW_SELECT = True
+
+    @dataclass
+    class CopyRequested(Message):
+        """Someone clicked on a code block's copy."""
+
+        text: str
+
+    @dataclass
+    class EntryClicked(Message):
+        """Someone clicked on a message."""
+
+        entry: int
+
+    def __init__(self, palette: Palette, *, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self.follows = True
+        self.selected: int | None = None
+        self._list = BlockList()
+        self._look = Look(palette)
+        self._width = 0
+        self._running: RunningEntry | None = None
+        self._running_at = 0
+        self._is_placing = False
+
+    # -- content ---------------------------------------------------------------------------------
+
+    @property
+    def blocks(self) -> list[Block]:
+        return self._list.blocks
+
+    @property
+    def look(self) -> Look:
+        return self._look
+
+    def set_palette(self, palette: Palette) -> None:
+        self._look = Look(palette)
+        for block in self.blocks:
+            block.forget()
+        self._settle()
+        self.refresh()
+
+    def show(self, blocks: list[Block]) -> None:
+        """Replace everything, and go to the end."""
+        self._running = None
+        self._list.remove(0)
+        self._append(blocks)
+        self.follows = True
+        self._settle()
+
+    def add(self, blocks: list[Block]) -> None:
+        """Blocks of finished messages, at the end."""
+        self._append(blocks)
+        self._settle()
+
+    def start(self, entry: RunningEntry) -> None:
+        """An answer begins; `update_running` draws what it has become."""
+        self._running, self._running_at = entry, len(self._list)
+
+    def update_running(self, first: int) -> None:
+        """Draw the running answer again from its block `first` on."""
+        if self._running is None:
+            return
+        at = self._running_at + first
+        self._list.remove(at)
+        self._append(self._running.blocks[first:])
+        self._settle()
+
+    def stop_running(self) -> None:
+        self._running = None
+
+    def _append(self, blocks: list[Block]) -> None:
+        for block in blocks:
+            if block.lines is None:
+                block.estimate(self._columns)
+        self._list.insert(len(self._list), blocks)
+
+    # -- selection of messages -------------------------------------------------------------------
+
+    def select(self, entry: int | None) -> None:
+        """Mark a message and bring it into view."""
+        self.selected = entry
+        if entry is not None:
+            indexes = [i for i, block in enumerate(self.blocks) if block.entry == entry]
+            if indexes:
+                self._reveal(indexes[0], indexes[-1])
+        self.refresh()
+
+    def select_next(self, step: int) -> None:
+        """Go to the message after (1) or before (-1) the marked one, from the last if none is."""
+        entries = list(dict.fromkeys(block.entry for block in self.blocks if block.entry > 0))
+        if not entries:
+            return
+        if self.selected not in entries:
+            self.select(entries[-1])
+            return
+        index = entries.index(self.selected) + step
+        self.select(entries[max(0, min(len(entries) - 1, index))])
+
+    def toggle_thinking(self, entry: int) -> bool:
+        """Fold or unfold the thoughts of a message; False if it has none."""
+        found = False
+        for index, block in enumerate(self.blocks):
+            if block.entry == entry and block.kind == "thinking":
+                self._toggle(index)
+                found = True
+        return found
+
+    def _toggle(self, index: int) -> None:
+        block = self.blocks[index]
+        block.is_folded = not block.is_folded
+        block.forget()
+        block.draw(self._look, self._columns)
+        self._list.measure(index)
+        self._settle()
+
+    def _reveal(self, first: int, last: int) -> None:
+        self._draw_range(first, last)
+        top, bottom = self._list.top(first), self._list.top(last) + self.blocks[last].height
+        if top >= self.scroll_offset.y and bottom <= self.scroll_offset.y + self.size.height:
+            return
+        self.follows = False
+        self.scroll_to(y=max(0, top - 1), animate=False)
+        self._settle()
+
+    # -- placing ---------------------------------------------------------------------------------
+
+    @property
+    def _columns(self) -> int:
+        return max(8, min(_MOST_COLUMNS, self._width - 2 * _GUTTER))
+
+    @property
+    def _left(self) -> int:
+        return max(_GUTTER, (self._width - self._columns) // 2)
+
+    def on_resize(self, event: events.Resize) -> None:
+        width = self.scrollable_content_region.width or event.size.width
+        if width != self._width:
+            index = self._list.find(self.scroll_offset.y) if len(self._list) else 0
+            self._width = width
+            for block in self.blocks:
+                block.forget()
+                block.estimate(self._columns)
+            self._list.measure()
+            if not self.follows:
+                self._resize_list()
+                self.scroll_to(y=self._list.top(index), animate=False)
+        self._settle()
+
+    def watch_scroll_y(self, old_value: float, new_value: float) -> None:
+        super().watch_scroll_y(old_value, new_value)
+        if not self._is_placing:
+            self.follows = self.is_vertical_scroll_end
+            self._settle()
+
+    def _settle(self) -> None:
+        """Draw what is in view; where guessed heights were wrong, what is read stays in place."""
+        if not self._width or self._is_placing:
+            return
+        self._is_placing = True
+        try:
+            for _ in range(8):
+                if self.follows:
+                    self._resize_list()
+                    self.scroll_to(y=self.max_scroll_y, animate=False)
+                if not self._draw_visible():
+                    break
+            self._resize_list()
+            if self.follows:
+                self.scroll_to(y=self.max_scroll_y, animate=False)
+        finally:
+            self._is_placing = False
+        self.refresh()
+
+    def _resize_list(self) -> None:
+        size = Size(self._width, self._list.n_lines)
+        if size != self.virtual_size:
+            self.virtual_size = size
+
+    def _draw_visible(self) -> bool:
+        """Draw the blocks in view; whether that moved anything."""
+        if not len(self._list):
+            return False
+        y = self.scroll_offset.y
+        first = self._list.find(y)
+        last = self._list.find(y + max(1, self.size.height))
+        above = self._list.top(first) + self.blocks[first].height - y
+        is_cut = self._list.top(first) < y and self.blocks[first].lines is None
+        moved = self._draw_range(first, last)
+        if moved and is_cut and not self.follows:
+            bottom = self._list.top(first) + self.blocks[first].height
+            self._resize_list()
+            self.scroll_to(y=max(0, bottom - above), animate=False)
+        return moved
+
+    def _draw_range(self, first: int, last: int) -> bool:
+        moved = False
+        for block in self.blocks[first : last + 1]:
+            if block.lines is None:
+                before = block.height
+                block.draw(self._look, self._columns)
+                moved = moved or block.height != before
+        if moved:
+            self._list.measure(first)
+        return moved
+
+    # -- painting --------------------------------------------------------------------------------
+
+    def render_line(self, y: int) -> Strip:
+        width, base = self.size.width, self.rich_style
+        line = y + self.scroll_offset.y
+        if not len(self._list) or line >= self._list.n_lines:
+            return Strip.blank(width, base)
+        segments = self._line_segments(line)
+        strip = Strip(Segment.apply_style(segments, base)).adjust_cell_length(width, base)
+        span = self.text_selection.get_span(line) if self.text_selection else None
+        if span is not None:
+            end = span[1] if span[1] >= 0 else width
+            marked = strip.crop(span[0], end).apply_style(self._selection_style())
+            strip = Strip.join([strip.crop(0, span[0]), marked, strip.crop(end)])
+        return strip.apply_offsets(0, line)
+
+    def _line_segments(self, line: int) -> list[Segment]:
+        index = self._list.find(line)
+        block = self.blocks[index]
+        lines = block.draw(self._look, self._columns)
+        at = line - self._list.top(index)
+        row = lines[at] if at < len(lines) else []
+        palette = self._look.palette
+        is_text = bool(row)
+        mark = " "
+        if block.entry == self.selected and (is_text or block.kind != "note"):
+            mark = "┃"
+        margin = Segment(" " * (self._left - 2) + mark, Style.parse(palette.accent))
+        if block.kind == "user" and is_text:
+            return [margin, Segment("▌", Style.parse(palette.accent)), *row]
+        return [margin, Segment(" "), *row]
+
+    def _selection_style(self) -> Style:
+        return self.screen.get_component_rich_style("screen--selection")
+
+    def get_selection(self, selection: Selection) -> tuple[str, str] | None:
+        """The text under a mouse selection, without margins."""
+        start = selection.start.y if selection.start else 0
+        end = selection.end.y if selection.end else self._list.n_lines - 1
+        rows = []
+        for line in range(start, min(end, self._list.n_lines - 1) + 1):
+            text = "".join(segment.text for segment in self._line_segments(line))
+            left, right = selection.get_span(line) or (0, -1)
+            text = text[left:] if right < 0 else text[left:right]
+            rows.append(text[max(0, self._left - left) :].rstrip())
+        return "\n".join(rows), "\n"
+
+    def selection_updated(self, selection: Selection | None) -> None:
+        self.refresh()
+
+    def on_click(self, event: events.Click) -> None:
+        line = int(event.y) + self.scroll_offset.y
+        if line >= self._list.n_lines or self.text_selection is not None:
+            return
+        index = self._list.find(line)
+        block, at = self.blocks[index], line - self._list.top(index)
+        if block.kind == "thinking" and at == 0:
+            self._toggle(index)
+        elif block.kind == "code" and at == 0:
+            self.post_message(self.CopyRequested(block.text))
+        elif block.entry > 0:
+            self.post_message(self.EntryClicked(block.entry))
