@@ -365,6 +365,7 @@ class SampleTable:
 
         `mu` is the `mu` output of the token before, None for the first one.
         """
+        assert (params.logprobs or 0) <= self.top_ids.shape[1]
         n = params.n_history
         tokens = _EMPTY
         if n != 0 and len(history):
