@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from edgeinfer.stream import Stream
 
 
+_LEAST_SLIDING = 128  # tokens: four pages of the cache
+
+
 def talk(
     llm: LLM,
     system: str | None,
@@ -26,6 +29,9 @@ def talk(
 ) -> None:
     """Answer every line until end of input. Ctrl-C ends an answer; between answers, the chat."""
     messages: list[Message] = []
+    if llm.n_ctx >= _LEAST_SLIDING:
+        sampling.setdefault("overflow", "slide")
+    told = False
     if system is not None:
         messages.append({"role": "system", "content": system})
     while (line := _read_line()) is not None:
@@ -40,7 +46,12 @@ def talk(
                     raise
                 stream.close()
                 note("\n(stopped)")
-        messages = [*turns, {"role": "assistant", "content": stream.completion.text}]
+        answer = stream.completion
+        messages = [*turns, {"role": "assistant", "content": answer.text}]
+        is_full = answer.usage.prompt_tokens + answer.usage.completion_tokens > llm.n_ctx
+        if is_full and not told:
+            note(f"(the context of {llm.n_ctx} tokens is full: the oldest turns are forgotten)")
+        told = told or is_full
 
 
 def _read_line() -> str | None:
