@@ -27,6 +27,8 @@ from edgeinfer.errors import (
 if TYPE_CHECKING:
     from edgeinfer.aio import AsyncLLM, AsyncStream
     from edgeinfer.chat import Message
+    from edgeinfer.discovery import ModelInfo, list_models
+    from edgeinfer.fetch import pull
     from edgeinfer.llm import LLM
     from edgeinfer.options import LoadOptions, Progress, Sampling
     from edgeinfer.plan import MemoryPlan
@@ -52,7 +54,7 @@ if not (Path(__file__).parent / "kernels").is_dir():
 _HOME = {
     "LLM": "llm", "AsyncLLM": "aio",
     "LoadOptions": "options", "Message": "chat", "Progress": "options", "Sampling": "options",
-    "MemoryPlan": "plan",
+    "MemoryPlan": "plan", "ModelInfo": "discovery", "list_models": "discovery", "pull": "fetch",
     "Completion": "results", "Delta": "results", "Done": "results", "Event": "results",
     "PromptProgress": "results", "Timings": "results", "TokenLogprob": "results",
     "Usage": "results",
@@ -79,6 +81,7 @@ __all__ = [
     "LoadOptions",
     "MemoryPlan",
     "Message",
+    "ModelInfo",
     "ModelNotFoundError",
     "PlanError",
     "Progress",

@@ -49,6 +49,66 @@ def is_debug() -> bool:
     return bool(os.environ.get(DEBUG))
 
 
+def environment_with(**changes: str) -> dict[str, str]:
+    """The environment of this process for a child, with changes."""
+    return {**os.environ, **changes}
+
+
+# -- variables of the Hugging Face hub and of other programs' model folders -----------------------
+
+
+def hub_endpoint() -> str:
+    """The hub's address; mirrors and tests set HF_ENDPOINT."""
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
+def hub_token() -> str | None:
+    """The user's access token: HF_TOKEN, else the file that `hf auth login` writes."""
+    token = os.environ.get("HF_TOKEN", "").strip()
+    if token:
+        return token
+    path = Path(os.environ.get("HF_TOKEN_PATH") or _hub_home() / "token").expanduser()
+    try:
+        return path.read_text("utf-8").strip() or None
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def is_offline() -> bool:
+    """Whether the user forbade every connection."""
+    return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+
+
+def model_folders() -> dict[str, list[Path]]:
+    """Where other programs keep models, by program; they need not exist."""
+    home, get = Path.home(), os.environ.get
+    hub = get("HF_HUB_CACHE") or get("HUGGINGFACE_HUB_CACHE")
+    ollama, llama = get("OLLAMA_MODELS"), get("LLAMA_CACHE")
+    shared = [Path("/usr/share/ollama/.ollama/models"), Path("/var/lib/ollama/models")]
+    return {
+        "huggingface": [Path(hub).expanduser() if hub else _hub_home() / "hub"],
+        "ollama": [Path(ollama)] if ollama else [home / ".ollama" / "models", *shared],
+        "lmstudio": [home / ".lmstudio" / "models", home / ".cache" / "lm-studio" / "models"],
+        "llama.cpp": [Path(llama)] if llama else _llama_cpp_folders(home),
+    }
+
+
+def _llama_cpp_folders(home: Path) -> list[Path]:
+    local = os.environ.get("LOCALAPPDATA")
+    windows = [Path(local) / "llama.cpp"] if local else []
+    return [_xdg_cache() / "llama.cpp", home / "Library" / "Caches" / "llama.cpp", *windows]
+
+
+def _hub_home() -> Path:
+    home = os.environ.get("HF_HOME")
+    return Path(home).expanduser() if home else _xdg_cache() / "huggingface"
+
+
+def _xdg_cache() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return Path(cache).expanduser() if cache else Path.home() / ".cache"
+
+
 def _home() -> Path | None:
     value = os.environ.get(HOME)
     return Path(value).expanduser() if value else None

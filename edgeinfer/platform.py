@@ -9,13 +9,18 @@ import ctypes
 import mmap
 import os
 import platform as _platform
+import shutil
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 _CGROUP = Path("/sys/fs/cgroup")
 _FALLBACK_MEMORY = 4 << 30
 _HUGE_PAGE = 2 << 20
+_UNKNOWN_DISK = 1 << 62
+_LOCKED_BYTE = 1 << 40  # beyond what any file holds
 
 
 # -- processors ----------------------------------------------------------------------------------
@@ -117,7 +122,11 @@ def _windows_memory() -> int | None:
     if windll is None:
         return None
     status = _MemoryStatus(length=ctypes.sizeof(_MemoryStatus))
-    return int(status.available) if windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)) else None
+    return (
+        int(status.available)
+        if windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))
+        else None
+    )
 
 
 class Memory:
@@ -190,6 +199,138 @@ def thread_calls() -> ThreadCalls:
 
 def _address(function: object) -> int:
     return ctypes.cast(function, ctypes.c_void_p).value or 0  # type: ignore[arg-type]
+
+
+# -- disks ---------------------------------------------------------------------------------------
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes that can be written below `folder`, which need not exist yet."""
+    for existing in (folder, *folder.parents):
+        if existing.is_dir():
+            try:
+                return shutil.disk_usage(existing).free
+            except OSError:
+                break
+    return _UNKNOWN_DISK
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether files can be made in `folder`; it is made when it does not exist."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+def sync(file: BinaryIO) -> None:
+    """Have what was written to a file on the disk, as far as the system promises that."""
+    file.flush()
+    try:
+        os.fsync(file.fileno())
+    except (AttributeError, OSError):
+        pass
+
+
+def try_lock(file: BinaryIO) -> bool:
+    """Claim an open file until it is closed; False where another process has it."""
+    try:
+        import fcntl
+    except ImportError:
+        return _windows_lock(file)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks: better unlocked than not at all
+        return True
+    return True
+
+
+def _windows_lock(file: BinaryIO) -> bool:
+    if sys.platform != "win32":
+        return True
+    import msvcrt
+
+    position = file.tell()
+    try:
+        file.seek(_LOCKED_BYTE)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except OSError:
+        return False
+    finally:
+        file.seek(position)
+    return True
+
+
+# -- what may run --------------------------------------------------------------------------------
+
+
+def can_run_generated_code() -> bool | None:
+    """Whether memory may be written and then executed; None where the system doesn't tell."""
+    if sys.platform == "win32":
+        return None
+    try:
+        libc = ctypes.CDLL(None)
+        with mmap.mmap(-1, mmap.PAGESIZE) as page:
+            view = ctypes.c_char.from_buffer(page)
+            address = ctypes.c_void_p(ctypes.addressof(view))
+            allowed = libc.mprotect(address, ctypes.c_size_t(mmap.PAGESIZE), 5) == 0
+            del view
+        return bool(allowed)
+    except (AttributeError, OSError, BufferError):
+        return None
+
+
+def board_name() -> str | None:
+    """The model of a single-board computer, such as a Jetson."""
+    text = _read(Path("/proc/device-tree/model"))
+    return text.strip("\0 \n") if text else None
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One CUDA device, as its driver describes it."""
+
+    name: str
+    compute_capability: str
+    n_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class CudaDriver:
+    """NVIDIA's driver: the newest CUDA it runs (13000 is 13.0), its devices, or its error."""
+
+    version: int
+    devices: tuple[Gpu, ...]
+    error: int = 0
+
+
+def cuda_driver() -> CudaDriver | None:
+    """What the CUDA driver says, None where there is none. Loads no CUDA library but libcuda."""
+    try:
+        cuda = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return None
+    version, count = ctypes.c_int(), ctypes.c_int()
+    cuda.cuDriverGetVersion(ctypes.byref(version))
+    error = cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count))
+    devices = () if error else tuple(_gpu(cuda, i) for i in range(count.value))
+    return CudaDriver(version.value, devices, error)
+
+
+def _gpu(cuda: ctypes.CDLL, index: int) -> Gpu:
+    device, n_bytes, name = ctypes.c_int(), ctypes.c_size_t(), ctypes.create_string_buffer(128)
+    cuda.cuDeviceGet(ctypes.byref(device), index)
+    cuda.cuDeviceGetName(name, len(name), device)
+    cuda.cuDeviceTotalMem_v2(ctypes.byref(n_bytes), device)
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    for value, attribute in ((major, 75), (minor, 76)):
+        cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
+    text = name.value.decode("utf-8", "replace")
+    return Gpu(text, f"{major.value}.{minor.value}", n_bytes.value)
 
 
 def _read(path: Path) -> str | None:

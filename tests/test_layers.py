@@ -18,9 +18,9 @@ FOLDERS = {"edgeinfer": ROOT / "edgeinfer"} | {
 LAYERS = """
 errors
 config quant platform terminal options results messages
-graph sampling
-batch
-models.* kernels.reference kernels.cpu kernels.cuda
+graph sampling catalog hub
+batch wheel discovery
+models.* kernels.reference kernels.cpu kernels.cuda fetch
 pretokenizers jinja_sandbox chat_templates kvcache
 sequence vocabulary sampler
 gguf weights tokenizer chat plan backend generation

