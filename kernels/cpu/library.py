@@ -21,6 +21,7 @@ from edgeinfer.errors import DeviceError
 
 Progress: TypeAlias = Callable[[int, int, str], None]  # done, total, kernel
 
+_MAX_VERSIONS = 4
 _DIGEST = 32  # bytes of SHA-256 in front of every cached object
 
 
@@ -101,15 +102,17 @@ def object_path(folder: Path, name: str) -> Path:
 
 
 def write_object(folder: Path, name: str, data: bytes) -> None:
-    """Write an object with its digest, complete or not at all; older versions of it go."""
+    """Write an object with its digest, complete or not at all.
+
+    Versions made of other sources stay, the latest few: another installation may use them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=folder, suffix=".part", delete=False) as file:
         file.write(hashlib.sha256(data).digest() + data)
-    path = object_path(folder, name)
-    os.replace(file.name, path)
-    for old in folder.glob(f"{name}-*.o"):
-        if old != path:
-            old.unlink(missing_ok=True)
+    os.replace(file.name, object_path(folder, name))
+    versions = sorted(folder.glob(f"{name}-*.o"), key=lambda path: path.stat().st_mtime)
+    for old in versions[:-_MAX_VERSIONS]:
+        old.unlink(missing_ok=True)
 
 
 def read_object(folder: Path, name: str) -> bytes | None:
