@@ -95,7 +95,9 @@ __all__ = [
     "UnsupportedModelError",
     "Usage",
     "__version__",
+    "list_models",
     "printable",
+    "pull",
 ]
 
 
