@@ -6,7 +6,7 @@ Knows nothing of sequences, text or scheduling.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from edgeinfer import config
 from edgeinfer.batch import Batch, Outputs, StepLimits
@@ -79,6 +79,15 @@ def packed_bytes(device: str, weight: Weight) -> int:
 
     n_rows, n_cols = weight.shape
     return formats.packed_bytes(weight.type.name.lower(), n_rows, n_cols)
+
+
+def cpu_target() -> dict[str, Any]:
+    """The instruction-set family that kernels are chosen by, and what LLVM finds here."""
+    from edgeinfer.kernels.cpu.library import Target
+
+    target = Target.host(config.isa())
+    features = [each[1:] for each in target.features.split(",") if each.startswith("+")]
+    return {"family": target.family, "llvm_name": target.cpu, "features": features}
 
 
 def _release(weight: Weight) -> None:

@@ -73,6 +73,49 @@ class ProgressLine:
             self._width = 0
 
 
+class DownloadLine:
+    """Bytes, speed and time left of a download: one redrawn line, or one per tenth in a log."""
+
+    def __init__(self) -> None:
+        self._start = self._drawn_at = time.perf_counter()
+        self._first: int | None = None
+        self._is_terminal = sys.stderr.isatty()
+        self._tenth = -1
+        self._width = 0
+
+    def show(self, done: int, total: int) -> None:
+        now = time.perf_counter()
+        self._first = done if self._first is None else self._first
+        if self._is_terminal:
+            if now - self._drawn_at < _REDRAW_SECONDS and done < total:
+                return
+        elif 10 * done // max(1, total) == self._tenth:
+            return
+        self._tenth, self._drawn_at = 10 * done // max(1, total), now
+        speed = (done - self._first) / max(1e-6, now - self._start)
+        left = f", {(total - done) / speed:.0f} s left" if speed and done < total else ""
+        share = done / max(1, total)
+        text = (
+            f"{share:5.0%} {done / 1e6:.0f} of {total / 1e6:.0f} MB, {speed / 1e6:.1f} MB/s{left}"
+        )
+        if not self._is_terminal:
+            note(text)
+            return
+        bar = "#" * int(_BAR_WIDTH * share)
+        text = f"[{bar:{_BAR_WIDTH}}] {text}"
+        sys.stderr.write("\r" + text.ljust(self._width))
+        sys.stderr.flush()
+        self._width = len(text)
+
+    def clear(self) -> None:
+        """End the line; its last state stays readable."""
+        if self._width:
+            sys.stderr.write("\n")
+            sys.stderr.flush()
+            self._width = 0
+
+
+_BAR_WIDTH = 24
 _BUILDS = "kernels"
 _STAGES = {
     _BUILDS: "building kernels for this machine (only this once)",

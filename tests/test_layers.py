@@ -18,7 +18,7 @@ FOLDERS = {"edgeinfer": ROOT / "edgeinfer"} | {
 LAYERS = """
 errors
 config quant platform terminal options results messages
-graph sampling catalog hub
+graph sampling catalog hub turns
 batch wheel discovery
 models.* kernels.reference kernels.cpu kernels.cuda fetch
 pretokenizers jinja_sandbox chat_templates kvcache
@@ -27,8 +27,8 @@ gguf weights tokenizer chat plan backend generation
 model
 engine stream
 runtime
-llm bench server inspect_file perplexity console cli_options
-aio plain_chat
+llm bench server doctor inspect_file perplexity console cli_options
+aio plain_chat cli_models
 cli
 __main__ tui
 """

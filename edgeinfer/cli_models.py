@@ -1,0 +1,207 @@
+"""The commands about models and this machine: pull, list, rm, cache, doctor; and model names.
+
+Knows nothing of running models.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import click
+
+from edgeinfer import config
+from edgeinfer.cli_options import common_flags
+from edgeinfer.console import DownloadLine, note, show, show_json
+from edgeinfer.errors import ModelNotFoundError
+
+if TYPE_CHECKING:
+    from edgeinfer.options import Progress
+
+_MB = 10**6
+
+
+def add_to(group: click.Group) -> None:
+    for command in (pull, list_, rm, cache, doctor):
+        group.add_command(command)
+
+
+# -- commands ------------------------------------------------------------------------------------
+
+
+@click.command(epilog="Example: edgeinfer pull qwen3-4b")
+@click.argument("name")
+@common_flags
+def pull(name: str) -> None:
+    """Fetch a model: an alias, or org/repo[:QUANT] on the Hugging Face hub."""
+    show(str(_fetch(name)))
+
+
+@click.command("list", epilog="Example: edgeinfer list --all")
+@click.option("show_all", "--all", is_flag=True, help="Also the names that can be pulled.")
+@click.option("as_json", "--json", is_flag=True, help="One JSON object.")
+@common_flags
+def list_(show_all: bool, as_json: bool) -> None:
+    """The models on this machine, those of Ollama, LM Studio and others included."""
+    from edgeinfer.catalog import ALIASES
+    from edgeinfer.discovery import list_models
+
+    here = list_models()
+    names = {info.name for info in here}
+    missing = [alias for alias in ALIASES.values() if show_all and alias.name not in names]
+    if as_json:
+        show_json(
+            {
+                "models": [
+                    {
+                        "name": info.name,
+                        "bytes": info.n_bytes,
+                        "source": info.source,
+                        "quantisation": info.quant,
+                        "path": str(info.path),
+                    }
+                    for info in here
+                ],
+                "pull": [
+                    {"name": a.name, "bytes": a.n_bytes, "source": a.source, "licence": a.licence}
+                    for a in missing
+                ],
+            }
+        )
+        return
+    rows = [(i.name, f"{i.n_bytes / _MB:.0f} MB", i.source, str(i.path)) for i in here]
+    rows += [(a.name, f"{a.n_bytes / _MB:.0f} MB", "(pull)", a.licence) for a in missing]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)] if rows else []
+    for name, size, source, path in rows:
+        show(f"{name:{widths[0]}}  {size:>{widths[1]}}  {source:{widths[2]}}  {path}")
+    if not rows:
+        note("no models here yet: `edgeinfer pull smollm2`, or `edgeinfer list --all` for names")
+
+
+@click.command(epilog="Example: edgeinfer rm qwen3-4b")
+@click.argument("name")
+@common_flags
+def rm(name: str) -> None:
+    """Delete a model that edgeinfer fetched; never one of another program."""
+    from edgeinfer.fetch import remove
+
+    for path in remove(name):
+        note(f"deleted {path}")
+
+
+@click.command(epilog="Example: edgeinfer cache --clear")
+@click.option("--clear", is_flag=True, help="Delete built kernels and unfinished downloads.")
+@click.option("as_json", "--json", is_flag=True, help="One JSON object.")
+@common_flags
+def cache(clear: bool, as_json: bool) -> None:
+    """What edgeinfer keeps on this disk, and where."""
+    from edgeinfer.discovery import models_folder
+    from edgeinfer.doctor import folder_bytes
+
+    kernels, models = config.cache_folder(), models_folder()
+    unfinished = [*models.rglob("*.part"), *models.rglob(".fetch-*")]
+    if clear:
+        shutil.rmtree(kernels, ignore_errors=True)
+        for path in unfinished:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        note(f"emptied {kernels}; models stay (edgeinfer rm NAME deletes one)")
+        return
+    sizes = {str(folder): folder_bytes(folder) for folder in (kernels, models)}
+    if as_json:
+        show_json({"folders": sizes, "unfinished": [str(path) for path in unfinished]})
+        return
+    for folder, size in sizes.items():
+        show(f"{size / _MB:8.1f} MB  {folder}")
+    for path in unfinished:
+        show(f"unfinished: {path}")
+
+
+@click.command(epilog="Example: edgeinfer doctor --json")
+@click.option("as_json", "--json", is_flag=True, help="One JSON object.")
+@common_flags
+def doctor(as_json: bool) -> None:
+    """Facts about this machine, and what to do about them, in a few seconds."""
+    from edgeinfer.doctor import examine
+
+    facts = examine()
+    if as_json:
+        show_json(facts)
+        return
+    for section, values in facts.items():
+        show(section)
+        for line in values if isinstance(values, list) else _lines(values):
+            show(f"  {line}")
+
+
+def _lines(values: dict[str, Any]) -> list[str]:
+    lines = []
+    for name, value in values.items():
+        if name.endswith("_bytes"):
+            name, value = name.removesuffix("_bytes"), f"{value / 1e9:.2f} GB"
+        elif isinstance(value, dict):
+            value = "".join(f"\n    {key}: {each}" for key, each in value.items()) or "none"
+        elif isinstance(value, list):
+            value = ", ".join(map(str, value)) or "none"
+        elif value is None or isinstance(value, bool):
+            value = {None: "-", True: "yes", False: "no"}[value]
+        lines.append(f"{name.replace('_', ' ')}: {value}")
+    return lines
+
+
+# -- names on the command line -------------------------------------------------------------------
+
+
+def choose_model(name: str | None, yes: bool, *, is_chat: bool) -> str:
+    """The path of the model that a command is about; fetches it where the user agrees."""
+    from edgeinfer.discovery import find_model
+    from edgeinfer.fetch import last_model
+
+    if name is None:
+        is_person = sys.stdin.isatty() and sys.stderr.isatty()
+        name = last_model() if is_chat and is_person else _default_name()
+        note(f"no model named: using {name}")
+    try:
+        return str(find_model(name))
+    except ModelNotFoundError:
+        if not _may_fetch(name, yes):
+            raise
+    return str(_fetch(name))
+
+
+def _default_name() -> str:
+    from edgeinfer.catalog import DEFAULT_MODEL
+
+    return DEFAULT_MODEL
+
+
+def _may_fetch(name: str, yes: bool) -> bool:
+    """Whether a model that is not here can be fetched, and the user wants that."""
+    from edgeinfer.catalog import find_alias, parse_repo
+
+    alias = find_alias(name)
+    if alias is None and (parse_repo(name) is None or Path(name).parent.is_dir()):
+        return False
+    if yes:
+        return True
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        note("nothing is fetched without a terminal unless -y is given")
+        return False
+    size = f" ({alias.n_bytes / _MB:.0f} MB, {alias.licence})" if alias else ""
+    return click.confirm(f"{name}{size} is not on this machine. Fetch it?", default=True, err=True)
+
+
+def _fetch(name: str) -> Path:
+    from edgeinfer.fetch import fetch_model
+
+    line = DownloadLine()
+
+    def report(event: Progress) -> None:
+        line.show(event.done, event.total)
+
+    try:
+        return fetch_model(name, cast("Callable[[Progress], None]", report), note)
+    finally:
+        line.clear()
