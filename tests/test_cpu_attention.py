@@ -67,7 +67,8 @@ class Case:
             free = free[n:]
             self.tables.append(table)
             for page in {p for pos in rows.pos for p in table.visible(pos)}:
-                self._write(table.pages[table.slot(page)], min(PAGE, rows.pos[-1] + 1 - page * PAGE))
+                n_written = min(PAGE, rows.pos[-1] + 1 - page * PAGE)
+                self._write(table.pages[table.slot(page)], n_written)
         n_rows = sum(r.n for r in self.sequences)
         self.pos = np.array([p for r in self.sequences for p in r.pos], np.int64)
         self.seq = np.repeat(np.arange(len(n_pages)), [r.n for r in self.sequences]).astype("i4")

@@ -85,18 +85,17 @@ _PART_WEIGHTS = _WEIGHTS + 32
 _BOUNDS = _PART_WEIGHTS + 32
 _LOCAL_BYTES = _BOUNDS + 32
 _INVISIBLE = float("-inf")
-_ACCUMULATORS = 8  # vectors of sums that 16 registers leave room for
 
 
-def _widest(n, n_vectors):
+def _widest(n, n_vectors, n_sums):
     """How many vectors beside each other for n queries: a divisor of n_vectors."""
-    top = max(1, _ACCUMULATORS // n)
+    top = max(1, n_sums // n)
     return max(w for w in range(1, top + 1) if n_vectors % w == 0)
 
 
-def _tile(n, k_dim, v_dim):
-    """Attention of n queries over one page, and the fold of a finished segment."""
-    k_wide, v_wide = _widest(n, 4), _widest(n, v_dim // 8)
+def _page_of(n, k_dim, v_dim, n_sums):
+    """Attention of a tile of n queries over one page, `n_sums` vectors of sums at a time."""
+    k_wide, v_wide = _widest(n, 4, n_sums), _widest(n, v_dim // 8, n_sums)
     k_multiply, _, k_store, _ = grid(n, k_wide)
     v_multiply, v_multiply_visible, v_store, v_fold = grid(n, v_wide)
     k_sums, v_sums = n * k_wide, n * v_wide
@@ -104,84 +103,80 @@ def _tile(n, k_dim, v_dim):
     tops = state + 8 * n * v_dim  # m and l of the first state, then of the second
 
     @jit
-    def score(q, k, next_k, scale, s, last):
+    def page(tile, second, starts, k, v, next_k, next_v, scale, s, common, last):
+        """One page into a state; all n see `common` positions of it, the last query `last`."""
         for first in range(0, (last + 7) // 8, k_wide):
-            acc, columns = zeros_f32(k_sums), k + 16 * first
-            soon = next_k + 16 * first * k_dim
+            acc, columns, soon = zeros_f32(k_sums), k + 16 * first, next_k + 16 * first * k_dim
             for j in range(k_dim):
                 prefetch(soon + 16 * k_wide * j)
-                acc = k_multiply(acc, q + 4 * n * j, 4, columns + 2 * PAGE * j)
+                acc = k_multiply(acc, tile + 4 * n * j, 4, columns + 2 * PAGE * j)
             k_store(s + 32 * first, _ROW, mul_f(acc, splat_f32(scale)))
-
-    @jit
-    def hide(s):
-        """The scores of what each query must not see."""
-        for i in range(n):
-            pos = _bound(s, i)
-            while pos < PAGE:
-                store_f32(s + _ROW * i + 4 * pos, _INVISIBLE)
-                pos += 1
-
-    @jit
-    def soften(s):
-        """Scores to p, in place; m and l of query i in lane i."""
+        if common < PAGE:
+            _hide(s, n)
         v0, v1 = load_rows_f32(s, _ROW, n), load_rows_f32(s + 32, _ROW, n)
         v2, v3 = load_rows_f32(s + 64, _ROW, n), load_rows_f32(s + 96, _ROW, n)
         m = max_rows(max_f(max_f(v0, v1), max_f(v2, v3)))
-        store_f32x8(s + _MAXIMA, m)
-        for i in range(n):
-            p = exp(sub_f(load_rows_f32(s + _ROW * i, 32, 4), load_splat_f32(s + _MAXIMA + 4 * i)))
-            store_rows(s + _ROW * i, 32, p)
-            total = add_f(add_f(row(p, 0), row(p, 1)), add_f(row(p, 2), row(p, 3)))
-            store_f32x8(s + _SUMS + 32 * i, total)
-        return m, sum_rows(load_rows_f32(s + _SUMS, 32, n))
-
-    @jit
-    def fold_tops(at, m, l, s):  # noqa: E741
-        m, l, a, b = fold_weights(load_f32x8(at), m, load_f32x8(at + 32), l)  # noqa: E741
-        store_f32x8(at, m)
-        store_f32x8(at + 32, l)
-        store_f32x8(s + _WEIGHTS, a)
-        store_f32x8(s + _PART_WEIGHTS, b)
-
-    @jit
-    def page(tile, second, starts, k, v, next_k, next_v, scale, s, common, last):
-        """One page into a state; all n see `common` positions of it, the last query `last`."""
-        score(tile, k, next_k, scale, s, last)
-        if common < PAGE:
-            hide(s)
-        m, l = soften(s)  # noqa: E741
-        at, o = tile + tops + 64 * second, tile + state + second * n * o_stride
-        if starts:
-            store_f32x8(at, m)
-            store_f32x8(at + 32, l)
-        else:
-            fold_tops(at, m, l, s)
+        _soften(s, m, n)
+        _update(tile + tops + 64 * second, m, sum_rows(load_rows_f32(s + _SUMS, 32, n)), s, starts)
+        o = tile + state + second * n * o_stride
         for d in range(0, 2 * v_dim, 16 * v_wide):
-            acc = zeros_f32(v_sums)
+            acc, column, soon = zeros_f32(v_sums), v + d, next_v + PAGE * d
             for pos in range(common):
-                prefetch(next_v + PAGE * d + 16 * v_wide * pos)
-                acc = v_multiply(acc, s + 4 * pos, _ROW, v + d + 2 * v_dim * pos)
+                prefetch(soon + 16 * v_wide * pos)
+                acc = v_multiply(acc, s + 4 * pos, _ROW, column + 2 * v_dim * pos)
             for pos in range(common, last):
-                p, seen = s + 4 * pos, v + d + 2 * v_dim * pos
+                p, seen = s + 4 * pos, column + 2 * v_dim * pos
                 acc = v_multiply_visible(acc, p, _ROW, seen, s + _BOUNDS, pos)
             if starts:
                 v_store(o + 2 * d, o_stride, acc)
             else:
                 v_fold(o + 2 * d, o_stride, acc, s + _WEIGHTS, s + _PART_WEIGHTS)
 
-    @jit
-    def fold_segment(tile, s):
-        """The second state into the first."""
-        at, o = tile + tops, tile + state
-        fold_tops(at, load_f32x8(at + 64), load_f32x8(at + 96), s)
-        for i in range(n):
-            a, b = load_splat_f32(s + _WEIGHTS + 4 * i), load_splat_f32(s + _PART_WEIGHTS + 4 * i)
-            for d in range(i * o_stride, (i + 1) * o_stride, 32):
-                part = mul_f(load_f32x8(o + n * o_stride + d), b)
-                store_f32x8(o + d, fma(load_f32x8(o + d), a, part))
+    return page
 
-    return page, fold_segment
+
+@jit
+def _hide(s, n):
+    """The scores of what each query must not see."""
+    for i in range(n):
+        for pos in range(_bound(s, i), PAGE):
+            store_f32(s + _ROW * i + 4 * pos, _INVISIBLE)
+
+
+@jit
+def _soften(s, m, n):
+    """Scores to p, in place, and the vectors whose lanes sum to l."""
+    store_f32x8(s + _MAXIMA, m)
+    for i in range(n):
+        at = s + _ROW * i
+        p = exp(sub_f(load_rows_f32(at, 32, 4), load_splat_f32(s + _MAXIMA + 4 * i)))
+        store_rows(at, 32, p)
+        total = add_f(add_f(row(p, 0), row(p, 1)), add_f(row(p, 2), row(p, 3)))
+        store_f32x8(s + _SUMS + 32 * i, total)
+
+
+@jit
+def _update(at, m, l, s, starts):  # noqa: E741
+    """m and l of a page or segment into the state's."""
+    if not starts:
+        m, l, a, b = fold_weights(load_f32x8(at), m, load_f32x8(at + 32), l)  # noqa: E741
+        store_f32x8(s + _WEIGHTS, a)
+        store_f32x8(s + _PART_WEIGHTS, b)
+    store_f32x8(at, m)
+    store_f32x8(at + 32, l)
+
+
+@jit
+def _fold_segment(tile, n, k_dim, v_dim, s):
+    """The second state of a tile into the first."""
+    o, size = tile + 4 * n * k_dim, 4 * n * v_dim
+    tops = o + 2 * size
+    _update(tops, load_f32x8(tops + 64), load_f32x8(tops + 96), s, False)
+    for i in range(n):
+        a, b = load_splat_f32(s + _WEIGHTS + 4 * i), load_splat_f32(s + _PART_WEIGHTS + 4 * i)
+        for d in range(4 * i * v_dim, 4 * (i + 1) * v_dim, 32):
+            part = mul_f(load_f32x8(o + size + d), b)
+            store_f32x8(o + d, fma(load_f32x8(o + d), a, part))
 
 
 @jit
@@ -214,9 +209,8 @@ def _visible(page, n_pinned, ring):
 
 def make(isa, k_dim, v_dim):
     k_dim, v_dim = int(k_dim), int(v_dim)
-    size = query_bytes(k_dim, v_dim)
-    (page_8, fold_8), (page_4, fold_4) = _tile(8, k_dim, v_dim), _tile(4, k_dim, v_dim)
-    (page_2, fold_2), (page_1, fold_1) = _tile(2, k_dim, v_dim), _tile(1, k_dim, v_dim)
+    size, n_sums = query_bytes(k_dim, v_dim), isa.registers // 2
+    page_8, page_4, page_2, page_1 = (_page_of(n, k_dim, v_dim, n_sums) for n in (8, 4, 2, 1))
     scratch = local(_LOCAL_BYTES)
 
     @jit
@@ -245,15 +239,7 @@ def make(isa, k_dim, v_dim):
         start = 0
         while start < n_queries:
             _, n = tile_of(start, n_queries)
-            tile = region + start * size
-            if n == 8:
-                fold_8(tile, s)
-            elif n == 4:
-                fold_4(tile, s)
-            elif n == 2:
-                fold_2(tile, s)
-            else:
-                fold_1(tile, s)
+            _fold_segment(region + start * size, n, k_dim, v_dim, s)
             start += n
 
     def kernel(h, a, chunk):

@@ -79,10 +79,11 @@ def fold_weights(m0, m, l0, l):  # noqa: E741
 def _across(combine):
     """Row i of a tile folded like simd.sum_lanes, in lane i; lanes without a row mean nothing."""
 
-    def mix(b, x, y, low, high):
+    def mix(b, x, y, lanes, step):
+        """Lanes (0 .. 15 over x and y) and those `step` further, combined."""
         first, second = (
-            b.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, 8), lanes))
-            for lanes in (low, high)
+            b.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, 8), [i + by for i in lanes]))
+            for by in (0, step)
         )
         return combine(b, first, second)
 
@@ -93,15 +94,9 @@ def _across(combine):
 
         def codegen(context, b, signature, values):
             rows = [b.extract_value(values[0], i if i < tile.n else 0) for i in range(8)]
-            fours = [
-                mix(b, rows[i], rows[i + 4], (0, 1, 2, 3, 8, 9, 10, 11), (4, 5, 6, 7, 12, 13, 14, 15))
-                for i in range(4)
-            ]
-            twos = [
-                mix(b, fours[i], fours[i + 1], (0, 1, 8, 9, 4, 5, 12, 13), (2, 3, 10, 11, 6, 7, 14, 15))
-                for i in (0, 2)
-            ]
-            return mix(b, *twos, (0, 2, 8, 10, 4, 6, 12, 14), (1, 3, 9, 11, 5, 7, 13, 15))
+            fours = [mix(b, rows[i], rows[i + 4], (0, 1, 2, 3, 8, 9, 10, 11), 4) for i in range(4)]
+            twos = [mix(b, fours[i], fours[i + 1], (0, 1, 8, 9, 4, 5, 12, 13), 2) for i in (0, 2)]
+            return mix(b, *twos, (0, 2, 8, 10, 4, 6, 12, 14), 1)
 
         return f32x8(tile), codegen
 
@@ -157,11 +152,9 @@ def grid(n, wide):
         return simd.splat_ir(b, simd.load_ir(b, simd.offset_ir(b, p, stride, i), simd.F32), 8)
 
     def halves(b, y):
-        wide_halves = ir.VectorType(simd.F16, 8)
-        return [
-            b.fpext(simd.load_ir(b, simd.offset_ir(b, y, ir.Constant(simd.I64, 16), v), wide_halves), f32x8.ir)
-            for v in range(wide)
-        ]
+        places = (b.add(y, ir.Constant(simd.I64, 16 * v)) for v in range(wide))
+        loads = (simd.load_ir(b, place, ir.VectorType(simd.F16, 8)) for place in places)
+        return [b.fpext(vector, f32x8.ir) for vector in loads]
 
     def products(b, acc, x, stride, y):
         vectors = halves(b, y)
