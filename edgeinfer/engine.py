@@ -21,12 +21,17 @@ from edgeinfer.backend import Program, Ticket
 from edgeinfer.batch import PAGE, Outputs, StepLimits
 from edgeinfer.errors import (
     ClosedError,
-    ContextLengthError,
     EdgeInferError,
     InvalidRequestError,
     PlanError,
 )
-from edgeinfer.generation import Generation, LogitsJob
+from edgeinfer.generation import (
+    Generation,
+    LogitsJob,
+    check_ids,
+    check_length,
+    public_error,
+)
 from edgeinfer.kvcache import CacheLayout, PagePool, SequenceCache
 from edgeinfer.sampling import OK, SampleTable
 from edgeinfer.sequence import (
@@ -72,13 +77,13 @@ class Engine:
 
     def submit(self, request: Request) -> Generation:
         """Queue a request; what can be refused is refused here."""
-        self._check_ids(request.ids)
+        check_ids(request.ids, self.n_vocab)
         if request.max_tokens is not None and request.max_tokens < 1:
             raise InvalidRequestError(
                 f"max_tokens is {request.max_tokens}, need at least 1", param="max_tokens"
             )
         if request.overflow == "error":
-            self._check_length(len(request.ids))
+            check_length(len(request.ids), self.n_ctx)
         request.params.check_vocabulary(self.n_vocab)
         layout = CacheLayout.of(request.overflow, self.n_ctx, request.n_pinned)
         generation = Generation(self, request, layout)
@@ -121,8 +126,8 @@ class Engine:
         """
         others = [tuple(other) for other in batch_with or ()]
         for each in (tuple(ids), *others):
-            self._check_ids(each)
-            self._check_length(len(each))
+            check_ids(each, self.n_vocab)
+            check_length(len(each), self.n_ctx)
         if prefill_chunk is not None and prefill_chunk < 1:
             raise InvalidRequestError(
                 f"prefill_chunk is {prefill_chunk}, need at least 1", param="prefill_chunk"
@@ -184,25 +189,6 @@ class Engine:
         """In the child of a fork the thread does not exist: every use is an error."""
         self._closed, self._changed = _FORKED, threading.Condition()
 
-    def _check_ids(self, ids: tuple[int, ...]) -> None:
-        if not ids:
-            raise InvalidRequestError("the prompt has no tokens", param="prompt")
-        for id in (min(ids), max(ids)):
-            if not 0 <= id < self.n_vocab:
-                raise InvalidRequestError(
-                    f"token id {id} is outside the vocabulary of {self.n_vocab} tokens",
-                    param="prompt",
-                )
-
-    def _check_length(self, n_tokens: int) -> None:
-        if n_tokens > self.n_ctx:
-            raise ContextLengthError(
-                f"the prompt is {n_tokens} tokens, the context holds {self.n_ctx}; raise n_ctx, "
-                "shorten the prompt, or use overflow='slide'",
-                n_tokens=n_tokens,
-                n_ctx=self.n_ctx,
-            )
-
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError(self._closed)
@@ -210,19 +196,25 @@ class Engine:
     # -- the engine's thread: one step after the other -------------------------------------------
 
     def _loop(self) -> None:
+        try:
+            self._serve()
+        except Exception as error:  # a bug: whoever waits is told, nobody hangs
+            self._closed = f"the engine failed: {error!r}"
+        self._end_all(ClosedError(self._closed))
+
+    def _serve(self) -> None:
         while True:
             with self._changed:
                 while not (self._closed or self._waiting or self._running or self._jobs):
                     self._changed.wait()
             if self._closed:
-                break
+                return
             self._drop_cancelled()
             self._admit()
             if self._running:
                 self._step(self._schedule())
             if self._jobs:
                 self._advance_job(self._jobs[0])
-        self._end_all(ClosedError(self._closed))
 
     def _drop_cancelled(self) -> None:
         for generation in [g for g in self._running if g.is_cancelled]:
@@ -281,14 +273,13 @@ class Engine:
         try:
             samples = self._fill_samples([part for part in parts if part.n_wanted])
             outputs = self._run(parts, samples)
+            # The rows of an aborted step are computed again, without what was cancelled.
+            if not outputs.aborted:
+                self._commit(parts, outputs)
         except Exception as error:
             for part in parts:
-                assert isinstance(part.work, Generation)
-                self._finish(part.work, "error", error=_public(error))
-            return
-        # The rows of an aborted step are computed again, without what was cancelled.
-        if not outputs.aborted:
-            self._commit(parts, outputs)
+                if isinstance(part.work, Generation) and part.work in self._running:
+                    self._finish(part.work, "error", error=public_error(error))
 
     def _fill_samples(self, parts: list[Rows]) -> SampleTable:
         self._samples.clear()
@@ -406,7 +397,7 @@ class Engine:
                 if not outputs.aborted:
                     job.commit(parts, outputs.logits)
         except Exception as caught:
-            error = _public(caught)
+            error = public_error(caught)
         if error or job.is_cancelled or job.is_complete:
             self._jobs.popleft()
             job.free()
@@ -416,13 +407,6 @@ class Engine:
 def _sequence(generation: Generation) -> Sequence:
     assert generation.sequence is not None, "the generation does not run"
     return generation.sequence
-
-
-def _public(error: Exception) -> Exception:
-    """Memory that runs out inside a step is a PlanError like memory that would."""
-    if isinstance(error, MemoryError) and not isinstance(error, EdgeInferError):
-        return PlanError("memory ran out in a step; lower n_ctx or slots")
-    return error
 
 
 _NOTHING = Outputs(

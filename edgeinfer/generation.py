@@ -16,6 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeinfer.batch import StepLimits
+from edgeinfer.errors import (
+    ContextLengthError,
+    EdgeInferError,
+    InvalidRequestError,
+    PlanError,
+)
 from edgeinfer.kvcache import CacheLayout, PagePool, SequenceCache
 from edgeinfer.sequence import Event, Finished, Request, Rows, Sequence, Work
 
@@ -155,3 +161,32 @@ class LogitsJob:
             raise
         if self.error is not None:
             raise self.error
+
+
+def check_ids(ids: tuple[int, ...], n_vocab: int) -> None:
+    """Raise unless these are one or more tokens of the vocabulary."""
+    if not ids:
+        raise InvalidRequestError("the prompt has no tokens", param="prompt")
+    for id in (min(ids), max(ids)):
+        if not 0 <= id < n_vocab:
+            raise InvalidRequestError(
+                f"token id {id} is outside the vocabulary of {n_vocab} tokens", param="prompt"
+            )
+
+
+def check_length(n_tokens: int, n_ctx: int) -> None:
+    """Raise where a context can't hold so many tokens."""
+    if n_tokens > n_ctx:
+        raise ContextLengthError(
+            f"the prompt is {n_tokens} tokens, the context holds {n_ctx}; raise n_ctx, shorten "
+            "the prompt, or use overflow='slide'",
+            n_tokens=n_tokens,
+            n_ctx=n_ctx,
+        )
+
+
+def public_error(error: Exception) -> Exception:
+    """Memory that runs out inside a step is a PlanError like memory that would."""
+    if isinstance(error, MemoryError) and not isinstance(error, EdgeInferError):
+        return PlanError("memory ran out in a step; lower n_ctx or slots")
+    return error

@@ -317,6 +317,35 @@ def test_generations_go_on_beside_logits(engine: Engine) -> None:
     assert len(_tokens(generation)) == 40
 
 
+def test_a_bug_in_the_loop_is_told_to_whoever_waits(engine: Engine) -> None:
+    def broken() -> None:
+        raise RuntimeError("a bug")
+
+    engine._admit = broken  # type: ignore[method-assign]
+    generation = engine.submit(_request())
+    with pytest.raises(ClosedError, match="a bug"):
+        raise _finish(generation).error or AssertionError
+    with pytest.raises(ClosedError, match="a bug"):
+        engine.submit(_request())
+
+
+def test_an_interrupted_wait_for_logits_ends_the_job(
+    engine: Engine, program: Programs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program.gate.clear()
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "check_alive", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.logits(range(50))
+    monkeypatch.undo()
+    program.gate.set()
+    assert _finish(engine.submit(_request())).reason == "length"
+    assert program.n_aborts == 1
+
+
 def test_close_ends_everything(engine: Engine, program: Programs) -> None:
     program.gate.clear()
     generations = [engine.submit(_request(256, n)) for n in range(6)]
