@@ -29,9 +29,10 @@ if TYPE_CHECKING:
     from edgeinfer.chat import Message
     from edgeinfer.discovery import ModelInfo, list_models
     from edgeinfer.fetch import pull
+    from edgeinfer.inspect_file import plan
     from edgeinfer.llm import LLM
+    from edgeinfer.memory_plan import MemoryPlan
     from edgeinfer.options import LoadOptions, Progress, Sampling
-    from edgeinfer.plan import MemoryPlan
     from edgeinfer.results import (
         Completion,
         Delta,
@@ -54,7 +55,8 @@ if not (Path(__file__).parent / "kernels").is_dir():
 _HOME = {
     "LLM": "llm", "AsyncLLM": "aio",
     "LoadOptions": "options", "Message": "chat", "Progress": "options", "Sampling": "options",
-    "MemoryPlan": "plan", "ModelInfo": "discovery", "list_models": "discovery", "pull": "fetch",
+    "MemoryPlan": "memory_plan", "plan": "inspect_file",
+    "ModelInfo": "discovery", "list_models": "discovery", "pull": "fetch",
     "Completion": "results", "Delta": "results", "Done": "results", "Event": "results",
     "PromptProgress": "results", "Timings": "results", "TokenLogprob": "results",
     "Usage": "results",
@@ -96,6 +98,7 @@ __all__ = [
     "Usage",
     "__version__",
     "list_models",
+    "plan",
     "printable",
     "pull",
 ]

@@ -5,13 +5,16 @@ Knows nothing of how it is shown.
 
 from __future__ import annotations
 
+from os import PathLike
 from typing import Any
+
+from typing_extensions import Unpack
 
 from edgeinfer.errors import UnsupportedModelError
 from edgeinfer.gguf import Array, GGUFFile
+from edgeinfer.memory_plan import MemoryPlan
 from edgeinfer.model import Model
-from edgeinfer.options import LoadOptions
-from edgeinfer.plan import MemoryPlan
+from edgeinfer.options import LoadOptions, check_keywords
 from edgeinfer.runtime import find_file, plan_model
 from edgeinfer.tokenizer import Tokenizer
 
@@ -66,10 +69,16 @@ def _text_facts(file: GGUFFile) -> dict[str, Any]:
     return facts
 
 
-def plan_file(path: str, options: LoadOptions) -> MemoryPlan:
+def plan_file(path: str | PathLike[str], options: LoadOptions) -> MemoryPlan:
     """The memory that loading a file with these options takes."""
     with GGUFFile.open(find_file(path)) as file:
         return plan_model(Model.load(file), options)
+
+
+def plan(model: str | PathLike[str], **load: Unpack[LoadOptions]) -> MemoryPlan:
+    """The memory that `LLM(model, **load)` would take; PlanError where it does not fit."""
+    check_keywords("plan", load, LoadOptions.__annotations__)
+    return plan_file(model, load)
 
 
 def read_tokenizer(path: str, pre: str | None) -> Tokenizer:

@@ -19,8 +19,8 @@ from typing_extensions import Unpack
 from edgeinfer import platform, runtime
 from edgeinfer.chat import Message, ReasoningSplitter, encode_chat, opens_reasoning
 from edgeinfer.errors import ClosedError, EdgeInferError, InvalidRequestError, PlanError
+from edgeinfer.memory_plan import MemoryPlan
 from edgeinfer.options import LoadOptions, Sampling, check_keywords, parse_stop
-from edgeinfer.plan import MemoryPlan
 from edgeinfer.results import Completion
 from edgeinfer.runtime import Runtime
 from edgeinfer.sampling import SamplingParams, breaker_tokens

@@ -5,6 +5,7 @@ Knows nothing of requests or of text that is generated.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -16,13 +17,14 @@ from typing import Generic, TypeVar
 from edgeinfer import config, platform
 from edgeinfer.backend import Program, device_kind, open_backend, packed_bytes
 from edgeinfer.chat import ChatTemplate
+from edgeinfer.discovery import find_model
 from edgeinfer.engine import Engine
 from edgeinfer.errors import DeviceError, InvalidRequestError, ModelNotFoundError
 from edgeinfer.gguf import GGUFFile
 from edgeinfer.graph import Linear
+from edgeinfer.memory_plan import MemoryPlan, PlanRequest, solve
 from edgeinfer.model import Model
 from edgeinfer.options import LoadOptions, Progress, check_keywords, parse_memory
-from edgeinfer.plan import MemoryPlan, PlanRequest, solve
 from edgeinfer.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -65,7 +67,7 @@ def load(path: str | PathLike[str], options: LoadOptions) -> Runtime:
     """Open, plan, load. The tokenizer is built on a thread of its own meanwhile."""
     start = time.perf_counter()
     check_keywords("LLM", options, LoadOptions.__annotations__)
-    file = GGUFFile.open(find_file(path))
+    file = GGUFFile.open(find_file(path, download=bool(options.get("download"))))
     try:
         model = Model.load(file)
         tokenizer = _Later(lambda: Tokenizer.from_metadata(file.metadata, pre=options.get("pre")))
@@ -92,20 +94,16 @@ def load(path: str | PathLike[str], options: LoadOptions) -> Runtime:
     return Runtime(model, plan, program, engine, device, n_threads, load_s, tokenizer, template)
 
 
-def find_file(path: str | PathLike[str]) -> Path:
-    """The GGUF file that a path means: itself, or the one in a folder."""
-    found = Path(path).expanduser()
-    if not found.exists():
-        raise ModelNotFoundError(f"no file or folder {str(path)!r}; give the path of a .gguf file")
-    if not found.is_dir():
-        return found
-    files = sorted(found.glob("*.gguf"))
-    # Parts of a split model are one model.
-    first = [f for f in files if "-of-" not in f.stem or "-00001-of-" in f.stem]
-    if len(first) != 1:
-        names = ", ".join(f.name for f in first) or "none"
-        raise ModelNotFoundError(f"folder {found} needs one .gguf model, it has {names}; name it")
-    return first[0]
+def find_file(name: str | PathLike[str], *, download: bool = False) -> Path:
+    """The GGUF file that a path or a model's name means; fetched only where that is allowed."""
+    try:
+        return find_model(os.fspath(name))
+    except ModelNotFoundError:
+        if not download or not isinstance(name, str):
+            raise
+    from edgeinfer.fetch import pull
+
+    return pull(name)
 
 
 def plan_model(model: Model, options: LoadOptions) -> MemoryPlan:

@@ -23,7 +23,7 @@ batch wheel discovery
 models.* kernels.reference kernels.cpu kernels.cuda fetch
 pretokenizers jinja_sandbox chat_templates kvcache
 sequence vocabulary sampler
-gguf weights tokenizer chat plan backend generation
+gguf weights tokenizer chat memory_plan backend generation
 model
 engine stream
 runtime
