@@ -115,7 +115,8 @@ class Case:
         max_segments = int(pos.max()) // 512 + 1
         items = np.full(layout.items_bytes(n, max_segments) // 8, -1, np.int64)
         dims = heads.n_heads, heads.k_dim, heads.v_dim
-        parts = np.full(layout.parts_bytes(n, *dims, max_segments) // 4, np.nan, np.float32)
+        n_parts = layout.parts_bytes(n, *dims, max_segments) // 4
+        parts = np.full(n_parts + 4096, np.nan, np.float32)
         out = np.full((n, heads.n_heads * heads.v_dim), np.nan, np.float32)
         h = native.header(
             H_ROWS=n, H_POS=pos.ctypes.data, H_SEQ=seq.ctypes.data,
@@ -132,6 +133,7 @@ class Case:
         backwards = range(n_items - 1, -1, -1)  # chunks run in any order
         native.run(f"attend.{heads.k_dim}.{heads.v_dim}", h, args, backwards, family)
         native.run("fold", h, args, range(n), family)
+        assert np.isnan(parts[n_parts:]).all()
         return out
 
 
