@@ -33,6 +33,7 @@ from edgeinfer.kernels.cpu.native.simd import (
     add_f,
     load_f32x8,
     load_rows_f32,
+    load_u8x32,
     prefetch,
     store_rows,
     word,
@@ -41,7 +42,7 @@ from edgeinfer.kernels.cpu.native.simd import (
 
 jit = njit(error_model="numpy")
 
-_PREFETCH = 1024  # bytes ahead, where a tile is too small to hide memory: see tests/bench/TUNING.md
+_PREFETCH = 2048  # bytes ahead, for tiles too small to hide memory: see tests/bench/TUNING.md
 
 
 def make(isa, type_name):
@@ -111,8 +112,16 @@ def _tile(isa, type_name, n):
 def _walk(isa, type_name, n, ahead):
     """The sums of one group of 8 rows for n tokens; prefetches `ahead` bytes where not zero."""
     form = SIZES[type_name]
-    packed_bytes, n_lines = form.packed_bytes, -(-form.packed_bytes // 64)
-    add = FORMATS[type_name].accumulate(isa, n)
+    packed_bytes = form.packed_bytes
+    # What the weight loads do not touch: all of a float block, the scales of a block of 256.
+    n_lines = {"f32": packed_bytes // 64, "a32": 0, "a256": 3}[form.activation]
+
+    @jit
+    def load_ahead(p):
+        prefetch(p + ahead)
+        return load_u8x32(p)
+
+    add = FORMATS[type_name].accumulate(isa, n, load_ahead if ahead else load_u8x32)
 
     @jit
     def blocks(p, n_blocks, x, x_stride, x_step, acc):
