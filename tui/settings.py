@@ -94,6 +94,8 @@ class ChatSettings:
     plan_model: PlanModel | None = None
     fetch: Fetch | None = None
     memory_now: Callable[[], int] = _no_memory
+    environment: Mapping[str, str] = field(default_factory=dict)
+    folder: Path = field(default_factory=Path.cwd)
 
 
 def _no_sampling() -> Sampling:

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from typing import ClassVar
+
 from rich.segment import Segment
 from rich.style import Style
 from textual import events
+from textual.binding import BindingType
 from textual.geometry import Size
 from textual.message import Message
 from textual.scroll_view import ScrollView
@@ -18,6 +21,7 @@ from textual.strip import Strip
 
 from .blocks import Block, BlockList
 from .entries import RunningEntry
+from .keys import MESSAGE_KEYS
 from .look import Look
 from .palette import Palette
 
@@ -29,6 +33,7 @@ class Transcript(ScrollView, can_focus=True):
     """Draws blocks as they come into view; follows the end until the reader scrolls away."""
 
     ALLOW_SELECT = True
+    BINDINGS: ClassVar[list[BindingType]] = MESSAGE_KEYS
 
     @dataclass
     class CopyRequested(Message):
@@ -104,6 +109,11 @@ class Transcript(ScrollView, can_focus=True):
             if block.lines is None:
                 block.estimate(self._columns)
         self._list.insert(len(self._list), blocks)
+
+    def follow(self) -> None:
+        """Go to the end and stay there."""
+        self.follows = True
+        self._settle()
 
     # -- selection of messages -------------------------------------------------------------------
 

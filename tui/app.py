@@ -1,0 +1,345 @@
+"""The chat on a terminal: puts the widgets together and keeps them up to date.
+
+Knows nothing of tokens or files; `Session` does what is asked here.
+"""
+
+from __future__ import annotations
+
+import time
+from textual import events, on
+from textual.app import ComposeResult
+from textual.containers import Container
+from textual.timer import Timer
+from textual.widgets import Static
+
+from edgeinfer import printable
+
+from . import slash
+from .commands import ChatCommands
+from .completions import Sources
+from .composer import Composer
+from .entries import RunningEntry, blocks_of
+from .files import list_files
+from .loader import Task
+from .notes import answer_note, dropped_block, hint, welcome
+from .palette import OURS, Palette
+from .session import News, Prompt, Session
+from .settings import ChatSettings
+from .status_bar import StatusBar
+from .store import FILE_NAME, Attachment, Node, Store
+from .title_bar import TitleBar
+from .transcript import Transcript
+
+_RATE = 8.0  # looks a second while something happens
+_MOST_SHARE = 0.2  # of the time may go into drawing; a slow draw is followed by a pause
+_SHORT_SCREEN = 18
+
+
+class ChatApp(ChatCommands):
+    """One conversation at a time, on one model."""
+
+    CSS_PATH = "chat.tcss"
+    AUTO_FOCUS = "#prompt"
+    TITLE = "edgeinfer"
+    NOTIFICATION_TIMEOUT = 4
+
+    def __init__(self, settings: ChatSettings) -> None:
+        super().__init__()
+        path = settings.data_folder / FILE_NAME if settings.keeps_history else None
+        self.settings = settings
+        self.session = Session(settings, Store(path))
+        self.editing: Node | None = None
+        self._entry: RunningEntry | None = None
+        self._timer: Timer | None = None
+        self._rest_until = 0.0
+        self._counts: list[tuple[Attachment, Task[int]]] = []
+        self._files: tuple[float, list[str]] = (0.0, [])
+        for theme in OURS:
+            self.register_theme(theme)
+
+    def compose(self) -> ComposeResult:
+        commands = tuple((each.name, each.help) for each in slash.COMMANDS)
+        sources = Sources(commands, lambda name: slash.arguments(self, name), self._file_names)
+        yield TitleBar(id="title")
+        yield Transcript(Palette.of(OURS[0]), id="transcript")
+        yield Static(id="welcome")
+        with Container(id="bottom"):
+            yield Composer(sources, self.settings.folder)
+        yield StatusBar(id="status")
+
+    def on_mount(self) -> None:
+        chosen = self.session.store.preference("theme")
+        self.theme = chosen if chosen in self.available_themes else OURS[0].name
+        self.theme_changed_signal.subscribe(self, lambda _: self._take_theme())
+        self._take_theme()
+        self._timer = self.set_interval(1 / _RATE, self._tick)
+        self.composer.prompt.set_history(self.session.store.prompts())
+        self.show_conversation()
+        # The first picture is out before loading takes the processor.
+        self.call_after_refresh(self._begin)
+
+    def on_unmount(self) -> None:
+        self.session.stop()
+        if self.session.model is not None:
+            self.session.model.close()
+        self.session.store.close()
+
+    def _begin(self) -> None:
+        path = self.settings.model or self.session.store.preference("model")
+        if path is None:
+            self.action_models()
+        else:
+            self.load_model(path)
+
+    @property
+    def transcript(self) -> Transcript:
+        return self.screen_stack[0].query_one(Transcript)
+
+    @property
+    def composer(self) -> Composer:
+        return self.screen_stack[0].query_one(Composer)
+
+    # -- drawing ---------------------------------------------------------------------------------
+
+    @property
+    def palette(self) -> Palette:
+        return Palette.of(self.current_theme)
+
+    def show_conversation(self) -> None:
+        """Draw the branch on show from its start."""
+        conversation = self.session.conversation
+        blocks = []
+        for node in conversation.branch():
+            blocks += blocks_of(node, answer_note(node, conversation.place(node)))
+        self.transcript.select(None)
+        self.transcript.show(blocks)
+        self._entry = None
+        self.refresh_title()
+        self.refresh_hint()
+        self._draw_status()
+
+    def refresh_title(self) -> None:
+        session = self.session
+        note = "" if session.store.path is not None else "not kept"
+        model = session.model.name if session.model is not None else session.conversation.model
+        title = self.screen_stack[0].query_one(TitleBar)
+        title.draw(model, session.conversation.title, note, self.palette)
+
+    def refresh_hint(self) -> None:
+        """The prompt's frame, and whether there is a conversation to show."""
+        is_marked = self.transcript.selected is not None
+        title, text = hint(self.session, is_editing=self.editing is not None, is_marked=is_marked)
+        self.composer.set_hint(title, text)
+        empty = not self.transcript.blocks and self.session.running is None
+        self.transcript.display = not empty
+        note = self.screen_stack[0].query_one("#welcome", Static)
+        note.display = empty
+        if empty:
+            last = self.session.store.recent(1)
+            note.update(welcome(self.session, last[0] if last else None, self.palette))
+
+    def _draw_status(self) -> None:
+        session = self.session
+        session.readings.sample_rate(time.perf_counter())
+        status = self.screen_stack[0].query_one(StatusBar)
+        status.draw(session.readings, session.loader, self.settings.memory_now(), self.palette)
+
+    def _take_theme(self) -> None:
+        self.transcript.set_palette(self.palette)
+        self.refresh_title()
+        self.refresh_hint()
+        self._draw_status()
+        if self.theme != (self.session.store.preference("theme") or OURS[0].name):
+            self.session.store.set_preference("theme", self.theme)
+
+    def on_resize(self, event: events.Resize) -> None:
+        self.screen_stack[0].set_class(event.size.height < _SHORT_SCREEN, "short")
+        self.call_after_refresh(self.refresh_title)
+        self.call_after_refresh(self._draw_status)
+
+    # -- while something happens -----------------------------------------------------------------
+
+    def _tick(self) -> None:
+        now = time.perf_counter()
+        if now < self._rest_until:
+            return
+        session = self.session
+        is_busy = session.running is not None or session.loader is not None
+        if session.loader is not None and session.loader.task.is_over:
+            self._finish_loading()
+        if session.running is not None:
+            self._take_news(session.drain())
+        self._take_counts()
+        if is_busy:
+            self._draw_status()
+        self._rest_until = now + (time.perf_counter() - now) / _MOST_SHARE
+
+    def _finish_loading(self) -> None:
+        error = self.session.take_loaded()
+        self.refresh_title()
+        self.refresh_hint()
+        if error is not None:
+            self.choose_model(f"The model did not load: {error}")
+        else:
+            self._count_waiting()
+            self._send_next()
+
+    def _take_news(self, news: News) -> None:
+        """Draw what the model has said since the last look."""
+        entry, seconds = self._entry, self.session.thinking_seconds()
+        if entry is None:
+            return
+        first = len(entry.blocks)
+        if news.n_dropped:
+            entry.blocks.insert(0, dropped_block(news.n_dropped))
+            first = 0
+        if news.text or news.reasoning:
+            first = min(first, entry.push(news.text, news.reasoning, seconds))
+            if news.text:
+                entry.end_thought(seconds)
+        else:
+            first = min(first, entry.tick(seconds))
+        if news.is_over:
+            first = min(first, self._finish_entry(entry))
+        if first < len(entry.blocks):
+            self.transcript.update_running(first)
+        if news.is_over:
+            self._end_answer()
+
+    def _finish_entry(self, entry: RunningEntry) -> int:
+        conversation = self.session.conversation
+        node = conversation.node(entry.id)
+        note = answer_note(node, conversation.place(node))
+        error = str(node.details.get("error", ""))
+        return entry.finish(note, error, float(node.details.get("thinking_s", 0.0)))
+
+    def _end_answer(self) -> None:
+        self.transcript.stop_running()
+        self._entry = None
+        self._draw_status()
+        self.refresh_hint()
+        if self.session.readings.state != "stopped":
+            self._send_next()
+
+    # -- sending ---------------------------------------------------------------------------------
+
+    @on(Composer.Submitted)
+    def _submit(self, event: Composer.Submitted) -> None:
+        prompt = Prompt(event.text, event.attachments)
+        if event.text.startswith("/"):
+            slash.run_command(self, event.text)
+        elif self.editing is not None:
+            self._ask_anew(prompt)
+        elif self.session.is_ready:
+            self._send(prompt)
+        else:
+            self.session.queue.append(prompt)
+            self._draw_queue()
+            if self.session.model is None and self.session.loader is None:
+                self.action_models()
+
+    def _send(self, prompt: Prompt) -> None:
+        conversation = self.session.conversation
+        node = self.session.ask(prompt)
+        self.transcript.select(None)
+        self.transcript.follows = True
+        self.transcript.add(blocks_of(node, answer_note(node, conversation.place(node))))
+        self.refresh_title()
+        self.start_answer()
+
+    def _ask_anew(self, prompt: Prompt) -> None:
+        node = self.editing
+        assert node is not None
+        self.stop()
+        if self.session.model is None:
+            self.say("the model is not there yet", "warning")
+            self.composer.prompt.set_text(prompt.text)
+            return
+        self.editing = None
+        self.session.edit(node, prompt.text)
+        self.show_conversation()
+        self.start_answer()
+
+    def start_answer(self) -> None:
+        """Let the model answer what is on show."""
+        node = self.session.answer()
+        self._entry = RunningEntry(node.id)
+        self.transcript.start(self._entry)
+        self.refresh_hint()
+        self._draw_status()
+
+    def _send_next(self) -> None:
+        if self.session.queue and self.session.is_ready:
+            prompt = self.session.queue.pop(0)
+            self._draw_queue()
+            self._send(prompt)
+
+    def _draw_queue(self) -> None:
+        names = [each.text or each.attachments[0].name for each in self.session.queue]
+        self.composer.show_queue(names)
+
+    @on(Composer.QueueRecalled)
+    def _recall(self) -> None:
+        """Take the last waiting message back into the prompt."""
+        if self.session.queue:
+            prompt = self.session.queue.pop()
+            self._draw_queue()
+            self.composer.prompt.set_text(prompt.text)
+            for attachment in prompt.attachments:
+                self.composer.attach(attachment)
+
+    def stop(self) -> bool:
+        """Stop the running answer and keep it; False if there is none."""
+        news = self.session.stop()
+        if news is None:
+            return False
+        self._take_news(news)
+        return True
+
+    def recall_all(self) -> None:
+        """What waits goes back into the prompt: a stopped answer may have made it pointless."""
+        prompt = self.composer.prompt
+        texts = [each.text for each in self.session.queue]
+        for each in self.session.queue:
+            for attachment in each.attachments:
+                self.composer.attach(attachment)
+        if texts:
+            self.session.queue.clear()
+            self._draw_queue()
+            prompt.set_text("\n".join([*texts, prompt.text] if prompt.text else texts))
+
+    # -- attachments -----------------------------------------------------------------------------
+
+    def _file_names(self) -> list[str]:
+        """Files to attach, looked up again after a while."""
+        at, names = self._files
+        now = time.monotonic()
+        if not at or now - at > 10:
+            names = list_files(self.settings.folder)
+            self._files = (now, names)
+        return names
+
+    @on(Composer.Attached)
+    def _count(self, event: Composer.Attached) -> None:
+        model, attachment = self.session.model, event.attachment
+        if model is not None and attachment.n_tokens is None:
+            tokenize = model.tokenize
+            task = Task(lambda: len(tokenize(attachment.text)))
+            self._counts.append((attachment, task))
+
+    def _count_waiting(self) -> None:
+        for attachment in self.composer.attachments:
+            self._count(Composer.Attached(attachment))
+
+    def _take_counts(self) -> None:
+        for attachment, task in [each for each in self._counts if each[1].is_over]:
+            self._counts.remove((attachment, task))
+            if task.error is None:
+                self.composer.set_count(attachment, task.result)
+                self._warn_if_long(attachment, task.result)
+
+    def _warn_if_long(self, attachment: Attachment, n_tokens: int) -> None:
+        n_ctx = self.session.readings.n_ctx
+        if n_ctx and n_tokens > n_ctx - min(512, n_ctx // 4):
+            name = printable(attachment.name)
+            self.say(f"{name} is {n_tokens:,} tokens, the context holds {n_ctx:,}", "warning")

@@ -1,0 +1,240 @@
+"""The app's actions: what keys, the command palette and slash commands have in common.
+
+Knows nothing of drawing; `ChatApp` fills in what is left open here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+from textual import on
+from textual.app import App, SystemCommand
+from textual.binding import BindingType
+from textual.notifications import SeverityLevel
+from textual.screen import Screen
+
+from edgeinfer import printable
+
+from . import actions, slash
+from .catalog import find_models
+from .clipboard import copy_with_tool, is_in_tmux, osc52
+from .composer import Composer
+from .history_screen import HistoryScreen
+from .keys import APP_KEYS
+from .loader import Task
+from .model_screen import ModelScreen
+from .pages import help_page, stats_page
+from .palette import Palette
+from .params_screen import ParamsScreen
+from .session import Session
+from .settings import ChatSettings, ModelChoice
+from .store import Node
+from .text_screen import TextScreen
+from .transcript import Transcript
+
+_TWICE_SECONDS = 2.0
+_FIRST_RUN = (
+    "Welcome. edgeinfer runs language models on this machine.\n"
+    "Choose one to begin with, or type the path of a .gguf file."
+)
+
+
+class ChatCommands(App[None]):
+    """Every `action_` is a key of `keys.py`."""
+
+    BINDINGS: ClassVar[list[BindingType]] = APP_KEYS
+
+    settings: ChatSettings
+    session: Session
+    editing: Node | None
+    _interrupted_at = -_TWICE_SECONDS
+
+    # -- what the app itself does ----------------------------------------------------------------
+
+    @property
+    def transcript(self) -> Transcript:
+        raise NotImplementedError
+
+    @property
+    def composer(self) -> Composer:
+        raise NotImplementedError
+
+    @property
+    def palette(self) -> Palette:
+        raise NotImplementedError
+
+    def show_conversation(self) -> None:
+        raise NotImplementedError
+
+    def refresh_title(self) -> None:
+        raise NotImplementedError
+
+    def refresh_hint(self) -> None:
+        raise NotImplementedError
+
+    def start_answer(self) -> None:
+        raise NotImplementedError
+
+    def stop(self) -> bool:
+        raise NotImplementedError
+
+    def recall_all(self) -> None:
+        raise NotImplementedError
+
+    # -- telling ---------------------------------------------------------------------------------
+
+    def say(self, text: str, severity: SeverityLevel = "information") -> None:
+        """A line that goes away by itself."""
+        self.notify(printable(text), severity=severity, markup=False)
+
+    def copy(self, text: str) -> None:
+        """Through the terminal, and through a tool of the system where there is one."""
+        environment = self.settings.environment
+        if is_in_tmux(environment) and self._driver is not None:
+            self._driver.write(osc52(text, in_tmux=True))
+            self._clipboard = text
+        else:
+            self.copy_to_clipboard(text)
+        Task(lambda: copy_with_tool(text, environment))
+        lines = text.count("\n") + 1
+        self.say(f"copied, {lines:,} line{'s' * (lines != 1)}")
+
+    def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
+        for command in slash.COMMANDS:
+            title = f"{command.name.capitalize()} {command.hint}".strip()
+            yield SystemCommand(title, command.help, lambda run=command.run: run(self, ""))
+
+    # -- models ----------------------------------------------------------------------------------
+
+    def model_choices(self) -> list[ModelChoice]:
+        return find_models(self.settings, self.session.store)
+
+    def load_model(self, path: str) -> None:
+        """Load it in the background; what runs is stopped and kept."""
+        self.stop()
+        self.session.load(path)
+        self.refresh_title()
+        self.refresh_hint()
+
+    def choose_model(self, title: str) -> None:
+        def take(path: str | None) -> None:
+            if path is not None:
+                self.load_model(path)
+
+        self.push_screen(ModelScreen(self.settings, self.model_choices(), title), take)
+
+    def action_models(self) -> None:
+        is_first = self.session.model is None and self.session.loader is None
+        self.choose_model(_FIRST_RUN if is_first else "")
+
+    # -- screens ---------------------------------------------------------------------------------
+
+    def action_history(self) -> None:
+        def take(id: int | None) -> None:
+            if id is not None:
+                actions.open_conversation(self, id)
+
+        self.push_screen(HistoryScreen(self.session.store, self.session.conversation.id), take)
+
+    def action_params(self) -> None:
+        def take(values: dict[str, Any] | None) -> None:
+            if values is not None:
+                self.session.sampling = values
+                self.say("sampling changed, from the next answer on")
+
+        self.push_screen(ParamsScreen(self.session.sampling), take)
+
+    def action_help(self) -> None:
+        rows = [(each.name, each.hint, each.help) for each in slash.COMMANDS]
+        self.push_screen(TextScreen("Keys and commands", help_page(rows, self.palette)))
+
+    def action_stats(self) -> None:
+        page = stats_page(self.session, self.settings.memory_now(), self.palette)
+        self.push_screen(TextScreen("Statistics", page))
+
+    def action_probabilities(self) -> None:
+        actions.show_probabilities(self)
+
+    def theme_names(self) -> list[str]:
+        return sorted(self.available_themes, key=lambda name: (not name.startswith("edge"), name))
+
+    # -- control ---------------------------------------------------------------------------------
+
+    def action_escape(self) -> None:
+        """Stop the answer; else leave what is marked or edited."""
+        if self.stop():
+            self.recall_all()
+        elif self.editing is not None:
+            self.editing = None
+            self.composer.prompt.set_text("")
+        self.transcript.select(None)
+        self.composer.prompt.focus()
+        self.refresh_hint()
+
+    def action_interrupt(self) -> None:
+        """Copy what is marked with the mouse; else stop the answer; twice in a row: leave."""
+        text = self.screen.get_selected_text() or self.composer.prompt.selected_text
+        if text:
+            self.copy(text)
+        elif self.stop():
+            self.recall_all()
+        elif time.monotonic() - self._interrupted_at < _TWICE_SECONDS:
+            self.exit()
+        else:
+            self._interrupted_at = time.monotonic()
+            self.say("ctrl+c again leaves")
+
+    def action_new(self) -> None:
+        actions.open_conversation(self, None)
+
+    def action_retry(self) -> None:
+        actions.retry(self, actions.selected_answer(self))
+
+    def action_edit(self) -> None:
+        actions.edit(self, actions.selected(self))
+
+    def action_branch(self, step: int) -> None:
+        actions.switch_branch(self, actions.selected(self), step)
+
+    def action_copy_answer(self) -> None:
+        last = self.session.conversation.last("assistant")
+        actions.copy(self, actions.selected(self) or last)
+
+    def action_copy_code(self) -> None:
+        actions.copy_code(self, actions.selected_answer(self))
+
+    def action_thinking(self) -> None:
+        marked = actions.selected(self)
+        last = self.session.conversation.last("assistant")
+        running = self.session.running
+        actions.toggle_thinking(self, marked or (None if running else last))
+
+    # -- moving ----------------------------------------------------------------------------------
+
+    def action_mark(self) -> None:
+        """Mark the last message, or go to the one before."""
+        self.transcript.focus()
+        self.action_move_mark(-1)
+
+    def action_move_mark(self, step: int) -> None:
+        self.transcript.select_next(step)
+        self.refresh_hint()
+
+    def action_page(self, direction: int) -> None:
+        transcript = self.transcript
+        transcript.scroll_relative(y=direction * (transcript.size.height - 2), animate=False)
+
+    def action_follow(self) -> None:
+        self.transcript.follow()
+
+    @on(Transcript.EntryClicked)
+    def _mark_clicked(self, event: Transcript.EntryClicked) -> None:
+        self.transcript.focus()
+        self.transcript.select(event.entry)
+        self.refresh_hint()
+
+    @on(Transcript.CopyRequested)
+    def _copy_clicked(self, event: Transcript.CopyRequested) -> None:
+        self.copy(event.text)

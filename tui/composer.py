@@ -1,0 +1,203 @@
+"""The bottom of the screen: what waits, what is attached, completions, and the prompt.
+
+Knows nothing of models; it posts what is sent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.text import Text
+from textual import on
+from textual.app import ComposeResult
+from textual.containers import Vertical
+from textual.message import Message
+from textual.widgets import OptionList, Static
+from textual.widgets.option_list import Option
+
+from edgeinfer import EdgeInferError, printable
+
+from .completions import Candidate, Sources, complete
+from .entries import attachment_label
+from .files import read_attachment
+from .palette import Palette
+from .prompt import Prompt
+from .store import Attachment
+
+
+class Composer(Vertical):
+    """Prompt with attachments, queue and completions around it."""
+
+    @dataclass
+    class Submitted(Message):
+        """A message to send, or a command."""
+
+        text: str
+        attachments: tuple[Attachment, ...]
+
+    @dataclass
+    class Attached(Message):
+        """A text was attached whose tokens are not counted yet."""
+
+        attachment: Attachment
+
+    class QueueRecalled(Message):
+        """The last waiting message is wanted back."""
+
+    def __init__(self, sources: Sources, root: Path) -> None:
+        super().__init__(id="composer")
+        self.attachments: list[Attachment] = []
+        self._sources, self._root = sources, root
+        self._candidates: list[Candidate] = []
+        self._queued: list[str] = []
+        self._n_pasted = 0
+
+    def compose(self) -> ComposeResult:
+        yield OptionList(id="completions", compact=True)
+        yield Static(id="tray")
+        with Vertical(id="frame"):
+            yield Prompt(id="prompt")
+
+    def on_mount(self) -> None:
+        self._popup.display = False
+        self._popup.can_focus = False
+        self.query_one("#tray").display = False
+
+    @property
+    def prompt(self) -> Prompt:
+        return self.query_one(Prompt)
+
+    @property
+    def _popup(self) -> OptionList:
+        return self.query_one("#completions", OptionList)
+
+    def set_hint(self, title: str, hint: str) -> None:
+        """What the frame says above and below the prompt."""
+        frame = self.query_one("#frame")
+        frame.border_title, frame.border_subtitle = title, hint
+
+    # -- attachments and queue -------------------------------------------------------------------
+
+    def attach(self, attachment: Attachment) -> None:
+        self.attachments = [a for a in self.attachments if a.name != attachment.name]
+        self.attachments.append(attachment)
+        self._draw_tray()
+        self.post_message(self.Attached(attachment))
+
+    def set_count(self, attachment: Attachment, n_tokens: int) -> None:
+        """The tokens of an attachment, once they are known."""
+        for i, each in enumerate(self.attachments):
+            if each is attachment:
+                self.attachments[i] = Attachment(each.name, each.text, n_tokens)
+        self._draw_tray()
+
+    def show_queue(self, texts: list[str]) -> None:
+        self._queued = texts
+        self._draw_tray()
+
+    def _draw_tray(self) -> None:
+        """Waiting messages and attachments, a line each."""
+        palette = Palette.of(self.app.current_theme)
+        room = max(10, self.size.width - 12)
+        lines = []
+        for text in self._queued:
+            shown = " ".join(printable(text).split())[:room]
+            lines.append(Text.assemble(("next  ", palette.accent), (shown, palette.muted)))
+        for each in self.attachments:
+            label = attachment_label(each.name, each.n_tokens)
+            wait = "" if each.n_tokens is not None else " · counting"
+            lines.append(Text(f"{label}{wait}", palette.muted))
+        tray = self.query_one("#tray", Static)
+        tray.display = bool(lines)
+        tray.update(Text("\n").join(lines))
+
+    @on(Prompt.LongPaste)
+    def _attach_paste(self, event: Prompt.LongPaste) -> None:
+        event.stop()
+        self._n_pasted += 1
+        self.attach(Attachment(f"pasted text {self._n_pasted}", event.text))
+
+    @on(Prompt.Left)
+    def _take_back(self, event: Prompt.Left) -> None:
+        event.stop()
+        if self.attachments:
+            self.attachments.pop()
+            self._draw_tray()
+        elif self._queued:
+            self.post_message(self.QueueRecalled())
+
+    # -- sending ---------------------------------------------------------------------------------
+
+    @on(Prompt.Sent)
+    def _send(self, event: Prompt.Sent) -> None:
+        event.stop()
+        text = event.text.strip()
+        if not text and not self.attachments:
+            return
+        attachments = () if text.startswith("/") else tuple(self.attachments)
+        self.prompt.set_text("")
+        self.prompt.remember(text)
+        if not text.startswith("/"):
+            self.attachments = []
+            self._draw_tray()
+        self.post_message(self.Submitted(text, attachments))
+
+    # -- completions -----------------------------------------------------------------------------
+
+    @on(Prompt.Changed)
+    @on(Prompt.SelectionChanged)
+    def _complete(self) -> None:
+        prompt = self.prompt
+        is_first = prompt.cursor_location[0] == 0
+        self._show_candidates(complete(prompt.line_to_cursor, is_first, self._sources))
+
+    def _show_candidates(self, candidates: list[Candidate]) -> None:
+        if candidates == self._candidates:
+            return
+        self._candidates = candidates
+        popup = self._popup
+        popup.display = self.prompt.completes = bool(candidates)
+        muted = Palette.of(self.app.current_theme).muted
+        width = max((len(each.label) for each in candidates), default=0)
+        popup.clear_options()
+        popup.add_options(
+            Option(Text.assemble(f"{printable(each.label):{width}}", (f"  {each.help}", muted)))
+            for each in candidates
+        )
+        popup.highlighted = 0 if candidates else None
+
+    @on(Prompt.Key)
+    def _take_key(self, event: Prompt.Key) -> None:
+        event.stop()
+        popup = self._popup
+        if event.key == "up":
+            popup.action_cursor_up()
+        elif event.key == "down":
+            popup.action_cursor_down()
+        elif event.key == "escape":
+            self._show_candidates([])
+        elif popup.highlighted is not None:
+            self._accept(self._candidates[popup.highlighted], event.key)
+
+    @on(OptionList.OptionSelected, "#completions")
+    def _take_click(self, event: OptionList.OptionSelected) -> None:
+        event.stop()
+        self._accept(self._candidates[event.option_index], "tab")
+        self.prompt.focus()
+
+    def _accept(self, candidate: Candidate, key: str) -> None:
+        """Write the candidate; Enter on a command that is complete already sends it."""
+        prompt = self.prompt
+        row, column = prompt.cursor_location
+        typed = prompt.line_to_cursor[candidate.start :]
+        self._show_candidates([])
+        if key == "enter" and candidate.file is None and typed.strip() == candidate.text.strip():
+            self._send(Prompt.Sent(prompt.text))
+            return
+        prompt.replace(candidate.text, (row, candidate.start), (row, column))
+        if candidate.file is not None:
+            try:
+                self.attach(read_attachment(self._root, candidate.file))
+            except EdgeInferError as error:
+                self.notify(printable(str(error)), severity="warning")

@@ -1,0 +1,84 @@
+"""Writes a conversation as Markdown or JSON.
+
+Knows nothing of widgets.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from edgeinfer import EdgeInferError
+
+from .conversation import Conversation
+from .store import Node
+
+_ROLES = {"user": "You", "assistant": "Answer"}
+
+
+def as_markdown(conversation: Conversation) -> str:
+    """The branch on show."""
+    parts = [f"# {conversation.title or 'Conversation'}"]
+    if conversation.model:
+        parts.append(f"*{conversation.model}*")
+    if conversation.system:
+        parts += ["## System", conversation.system]
+    for node in conversation.branch():
+        parts.append(f"## {_ROLES.get(node.role, node.role)}")
+        parts += [f"> attached: {each.name}" for each in node.attachments]
+        if node.reasoning.strip():
+            thoughts = node.reasoning.strip()
+            parts.append(f"<details><summary>Thoughts</summary>\n\n{thoughts}\n\n</details>")
+        parts.append(node.content)
+        if node.state == "stopped":
+            parts.append("*(stopped)*")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def as_json(conversation: Conversation) -> str:
+    """The branch on show, with everything that is known of each message."""
+    messages = [_message(node) for node in conversation.branch()]
+    whole = {
+        "title": conversation.title,
+        "model": conversation.model,
+        "system": conversation.system,
+        "messages": messages,
+    }
+    return json.dumps(whole, ensure_ascii=False, indent=2) + "\n"
+
+
+def _message(node: Node) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": node.role, "content": node.content, "state": node.state}
+    if node.reasoning:
+        message["reasoning"] = node.reasoning
+    if node.attachments:
+        message["attachments"] = [
+            {"name": each.name, "text": each.text} for each in node.attachments
+        ]
+    return message | {key: value for key, value in node.details.items() if key not in message}
+
+
+def export(conversation: Conversation, argument: str, folder: Path) -> Path:
+    """Write `[md|json] [path]`; a file that exists is not replaced unless it is named."""
+    words = argument.split(maxsplit=1)
+    kind = words.pop(0) if words and words[0] in ("md", "json") else ""
+    name = words[0] if words else ""
+    kind = kind or ("json" if name.endswith(".json") else "md")
+    path = folder / Path(name).expanduser() if name else _free_name(conversation, kind, folder)
+    text = as_json(conversation) if kind == "json" else as_markdown(conversation)
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise EdgeInferError(f"{path} can't be written: {error.strerror}") from error
+    return path
+
+
+def _free_name(conversation: Conversation, kind: str, folder: Path) -> Path:
+    base = re.sub(r"\W+", "-", conversation.title.lower()).strip("-")[:40] or "conversation"
+    path, n = folder / f"{base}.{kind}", 1
+    while path.exists():
+        n += 1
+        path = folder / f"{base}-{n}.{kind}"
+    return path

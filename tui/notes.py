@@ -1,0 +1,74 @@
+"""Short texts around the conversation: below answers, in the prompt's frame, on an empty screen.
+
+Knows nothing of widgets.
+"""
+
+from __future__ import annotations
+
+from rich.text import Text
+
+from edgeinfer import printable
+
+from .blocks import Block
+from .palette import Palette
+from .session import Session
+from .store import Node, Summary
+
+
+def answer_note(node: Node, place: tuple[int, int]) -> str:
+    """How an answer came about; its place among the branches when there are others."""
+    if node.role == "user":
+        return _branch(place)
+    details, parts = node.details, []
+    if details.get("n_tokens"):
+        parts.append(f"{details['n_tokens']:,} tokens")
+    if details.get("tok_s"):
+        parts.append(f"{details['tok_s']:.1f} tok/s")
+    if node.state == "stopped":
+        parts.append("stopped")
+    elif details.get("finish") == "length":
+        parts.append("cut off at the limit, ctrl+g raises it")
+    if _branch(place):
+        parts.append(_branch(place))
+    return " · ".join(parts)
+
+
+def _branch(place: tuple[int, int]) -> str:
+    at, n = place
+    return f"‹ {at} of {n} ›" if n > 1 else ""
+
+
+def dropped_block(n: int) -> Block:
+    text = f"the context is full: the {n} oldest messages are not read any more"
+    return Block("notice", text, 0)
+
+
+def hint(session: Session, *, is_editing: bool, is_marked: bool) -> tuple[str, str]:
+    """Title and subtitle of the prompt's frame."""
+    if is_marked:
+        return "", "c copy · e edit · r again · ← → branch · p probabilities · esc back"
+    if is_editing:
+        return "editing an earlier message", "enter ask anew · esc leave it as it was"
+    if session.running is not None:
+        return "", "esc stop · enter queue"
+    if session.loader is not None:
+        return "", "enter queue until the model is ready"
+    return "", "/ commands · @ files · f1 keys"
+
+
+def welcome(session: Session, last: Summary | None, palette: Palette) -> Text:
+    """What an empty conversation shows."""
+    name = session.model.name if session.model is not None else ""
+    text = Text(justify="center")
+    if session.loader is not None:
+        text.append("The model is on its way. You can write already.", palette.muted)
+    elif session.model is None:
+        text.append("No model yet: ctrl+l chooses one.", palette.muted)
+    else:
+        text.append(f"{printable(name)}\n\n", f"bold {palette.accent}")
+        text.append("It runs on this machine; nothing you write leaves it.", palette.muted)
+    if last is not None:
+        title = printable(last.title)
+        short = title if len(title) <= 40 else title[:39] + "…"
+        text.append(f"\n\nctrl+o  resume “{short}”", palette.muted)
+    return text

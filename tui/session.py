@@ -1,0 +1,242 @@
+"""What the chat is doing: the conversation, the model, the running answer, what waits.
+
+Knows nothing of widgets; the screen calls `drain` and draws what comes back.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from .conversation import Conversation
+from .gauge import Readings
+from .loader import ModelLoader
+from .settings import ChatModel, ChatSettings
+from .store import Attachment, Node, Store
+from .turn import Turn
+
+if TYPE_CHECKING:
+    from edgeinfer import Completion, Sampling
+
+_SAVE_SECONDS = 1.0
+
+
+@dataclass(slots=True)
+class News:
+    """What happened to the running answer since the last look."""
+
+    text: str = ""
+    reasoning: str = ""
+    is_over: bool = False
+    n_dropped: int = 0
+
+
+@dataclass(slots=True)
+class Prompt:
+    """A message that was sent, or waits to be."""
+
+    text: str
+    attachments: tuple[Attachment, ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class Running:
+    """The answer that is being written."""
+
+    node: Node
+    turn: Turn
+    saved_at: float
+    n_dropped: int = 0
+    thinking_from: float = 0.0
+    thinking_s: float = 0.0
+    completion: Completion | None = None
+
+
+@dataclass(slots=True)
+class Session:
+    """State and its changes. Every method is called by the screen's thread."""
+
+    settings: ChatSettings
+    store: Store
+    conversation: Conversation = field(init=False)
+    model: ChatModel | None = None
+    loader: ModelLoader | None = None
+    running: Running | None = None
+    queue: list[Prompt] = field(default_factory=list)
+    sampling: dict[str, Any] = field(default_factory=dict)
+    readings: Readings = field(default_factory=Readings)
+
+    def __post_init__(self) -> None:
+        self.sampling = dict(self.settings.sampling)
+        self.conversation = Conversation(self.store, system=self.settings.system)
+
+    @property
+    def is_ready(self) -> bool:
+        return self.model is not None and self.running is None and self.loader is None
+
+    # -- the model -------------------------------------------------------------------------------
+
+    def load(self, path: str) -> None:
+        """Load a model in the background, in place of the one that is open."""
+        self.stop()
+        if self.model is not None:
+            self.model.close()
+        self.model = None
+        self.loader = ModelLoader(self.settings, path)
+        self.readings.start_loading(path)
+
+    def take_loaded(self) -> BaseException | None:
+        """Once the loader is done, its model; the error when it failed."""
+        assert self.loader is not None and self.loader.task.is_over
+        loader, self.loader = self.loader, None
+        if loader.task.error is not None:
+            self.readings.fail_loading()
+            return loader.task.error
+        self.model = loader.task.result
+        self.store.set_preference("model", loader.path)
+        self.conversation.set_model(self.model.name)
+        self.readings.start_model(self.model)
+        return None
+
+    # -- asking ----------------------------------------------------------------------------------
+
+    def ask(self, prompt: Prompt) -> Node:
+        """Add the user's message to the branch; `answer` is next."""
+        self.conversation.model = self.model.name if self.model else ""
+        return self.conversation.ask(prompt.text, prompt.attachments, self.conversation.leaf)
+
+    def edit(self, node: Node, text: str) -> Node:
+        """Ask anew beside an earlier message."""
+        return self.conversation.ask(text, node.attachments, node.parent)
+
+    def answer(self) -> Node:
+        """Let the model answer the branch on show."""
+        assert self.model is not None and self.conversation.leaf is not None
+        messages = self.conversation.for_model()
+        node = self.conversation.answer(self.conversation.leaf)
+        turn = Turn(self.model, messages, self._sampling())
+        self.running = Running(node, turn, time.perf_counter())
+        self.readings.start_turn()
+        turn.start()
+        return node
+
+    def retry(self, answer: Node) -> bool:
+        """Make the message before an answer the end, so that `answer` writes another."""
+        if answer.parent is None:
+            return False
+        self.conversation.show(answer.parent)
+        return True
+
+    def undo(self) -> Node | None:
+        """Take the last exchange off the branch; its user message."""
+        node = self.conversation.last("user")
+        if node is not None:
+            self.conversation.show(node.parent)
+        return node
+
+    def _sampling(self) -> Sampling:
+        sampling: Any = {k: v for k, v in self.sampling.items() if v is not None}
+        result: Sampling = sampling
+        return result
+
+    # -- while it runs ---------------------------------------------------------------------------
+
+    def drain(self) -> News:
+        """Take what the model has said; write the partial answer down once a second."""
+        running, news = self.running, News()
+        if running is None:
+            return news
+        turn, node = running.turn, running.node
+        is_over = turn.is_over  # before the queue is emptied: nothing can come after
+        while turn.events:
+            event = turn.events.popleft()
+            if event.type == "prompt_progress":
+                self.readings.take_prompt(event.done, event.total)
+            elif event.type == "delta":
+                self._take_delta(running, event.text, event.reasoning)
+                news.text += event.text
+                news.reasoning += event.reasoning
+            else:
+                running.completion = event.completion
+        node.content += news.text
+        node.reasoning += news.reasoning
+        if turn.n_dropped != running.n_dropped:
+            news.n_dropped = running.n_dropped = turn.n_dropped
+        if is_over:
+            news.is_over = True
+            self._end("failed" if turn.error else "done")
+        elif news.text or news.reasoning:
+            self._save_partial(running)
+        return news
+
+    def stop(self) -> News | None:
+        """End the running answer now and keep what there is; None when nothing runs."""
+        running = self.running
+        if running is None:
+            return None
+        running.turn.stop()
+        news = self.drain()
+        if self.running is not None:
+            self._end("stopped")
+        news.is_over = True
+        return news
+
+    def _take_delta(self, running: Running, text: str, reasoning: str) -> None:
+        now = time.perf_counter()
+        if reasoning and not running.thinking_from:
+            running.thinking_from = now
+        if reasoning or (text and running.thinking_from and not running.thinking_s):
+            running.thinking_s = now - running.thinking_from if not reasoning else 0.0
+        self.readings.take_token(now)
+
+    def thinking_seconds(self) -> float:
+        """How long the running answer has been thinking, or thought."""
+        running = self.running
+        if running is None or not running.thinking_from:
+            return 0.0
+        return running.thinking_s or time.perf_counter() - running.thinking_from
+
+    def _save_partial(self, running: Running) -> None:
+        now = time.perf_counter()
+        if now - running.saved_at >= _SAVE_SECONDS:
+            self.conversation.save(running.node)
+            running.saved_at = now
+
+    def _end(self, state: str) -> None:
+        running = self.running
+        assert running is not None
+        node, completion = running.node, running.completion
+        self.running = None
+        node.state = "stopped" if state == "stopped" else "failed" if state == "failed" else "done"
+        if running.thinking_from:
+            took = running.thinking_s or time.perf_counter() - running.thinking_from
+            node.details["thinking_s"] = round(took, 1)
+        if running.turn.error is not None:
+            node.details["error"] = str(running.turn.error)
+        if completion is not None:
+            node.details |= self._facts(completion)
+        self.readings.end_turn(completion, state)
+        node.details.setdefault("n_tokens", self.readings.n_answer)
+        node.details.setdefault("tok_s", round(self.readings.rate, 1))
+        self.conversation.save(node)
+
+    def _facts(self, completion: Completion) -> dict[str, Any]:
+        """What is kept of an answer beside its text."""
+        facts: dict[str, Any] = {
+            "model": completion.model,
+            "n_tokens": completion.usage.completion_tokens,
+            "n_prompt": completion.usage.prompt_tokens,
+            "n_cached": completion.usage.cached_tokens,
+            "tok_s": round(completion.timings.decode_tok_s, 1),
+            "first_s": round(completion.timings.first_token_s, 3),
+            "finish": completion.finish_reason,
+            "seed": completion.seed,
+        }
+        if completion.logprobs is not None and self.model is not None:
+            name = self.model.detokenize
+            facts["logprobs"] = [
+                [each.text, each.logprob, [[name([id], special=True), p] for id, p in each.top]]
+                for each in completion.logprobs
+            ]
+        return facts

@@ -1,0 +1,86 @@
+"""The line at the bottom: what the model does, how fast, and how full context and memory are.
+
+Knows nothing of sessions: it draws readings.
+"""
+
+from __future__ import annotations
+
+from rich.text import Text
+from textual.widgets import Static
+
+from .gauge import Readings, context_bar, progress_bar, size_text, sparkline
+from .loader import ModelLoader
+from .palette import Palette
+
+_NEARLY_FULL = 0.85
+_DOTS = {"ready": "●", "writing": "●", "stopped": "○", "failed": "×", "no model": "○"}
+
+
+class StatusBar(Static):
+    """One row; parts are left out, least important first, until the rest fits."""
+
+    def draw(
+        self, readings: Readings, loader: ModelLoader | None, memory: int, palette: Palette
+    ) -> None:
+        """Show the numbers as they are now."""
+        width = max(10, self.size.width - 6)
+        left = _loading(loader, palette) if loader else _activity(readings, palette)
+        parts = _facts(readings, memory, palette)
+        while parts and left.cell_len + sum(part.cell_len + 3 for part in parts) > width:
+            parts.pop()
+        right = Text("   ").join(parts)
+        line = Text.assemble(left, " " * max(1, width - left.cell_len - right.cell_len), right)
+        line.truncate(width)
+        self.update(line, layout=False)
+
+
+def _loading(loader: ModelLoader, palette: Palette) -> Text:
+    text = Text.assemble(("◌ ", palette.accent), (loader.text, palette.text))
+    if loader.share:
+        text.append(f"  {progress_bar(loader.share, 16)}", palette.accent)
+        text.append(f"  {loader.share:.0%}", palette.muted)
+    return text
+
+
+def _activity(readings: Readings, palette: Palette) -> Text:
+    color = {"failed": palette.bad, "stopped": palette.warn}.get(readings.state, palette.accent)
+    dot = "◌" if readings.is_busy and readings.state != "writing" else _DOTS.get(readings.state, "●")
+    text = Text.assemble((f"{dot} ", color), (readings.state, palette.text))
+    if readings.is_reading and readings.state == "reading":
+        share = readings.n_read / max(1, readings.n_prompt)
+        text.append(f"  {progress_bar(share, 16)}", palette.accent)
+        text.append(f"  {readings.n_read:,} of {readings.n_prompt:,}", palette.muted)
+    elif readings.rate:
+        bars = sparkline(list(readings.history))
+        text.append(f"  {readings.rate:.1f} tok/s", palette.text)
+        text.append(f"  {bars}" if bars else "", palette.accent)
+    return text
+
+
+def _facts(readings: Readings, memory: int, palette: Palette) -> list[Text]:
+    """Most important first."""
+    if not readings.n_ctx:
+        return []
+    share = readings.n_used / readings.n_ctx
+    if share >= _NEARLY_FULL:
+        count = Text(f"{share:.0%} full, oldest turns will go", palette.warn)
+    else:
+        count = Text(f"{readings.n_used:,} of {readings.n_ctx:,}", palette.muted)
+    colors = {
+        "cached": palette.muted,
+        "new": palette.accent,
+        "answer": palette.good,
+        "free": palette.faint,
+    }
+    bar = Text()
+    for glyphs, kind in context_bar(readings, 16):
+        bar.append(glyphs, colors[kind])
+    context = Text.assemble(("context ", palette.muted), bar, " ", count)
+    facts = [context]
+    if readings.n_cached:
+        facts.append(Text(f"{readings.n_cached:,} cached", palette.muted))
+    if memory:
+        plan = f" of {size_text(readings.planned_bytes)}" if readings.planned_bytes else ""
+        over = bool(readings.planned_bytes) and memory > 1.1 * readings.planned_bytes
+        facts.append(Text(f"{size_text(memory)}{plan}", palette.warn if over else palette.muted))
+    return facts

@@ -1,0 +1,29 @@
+"""The line at the top: the model and the conversation.
+
+Knows nothing of sessions.
+"""
+
+from __future__ import annotations
+
+from rich.text import Text
+from textual.widgets import Static
+
+from edgeinfer import printable
+
+from .palette import Palette
+
+
+class TitleBar(Static):
+    """One row; the title gives way first."""
+
+    def draw(self, model: str, title: str, note: str, palette: Palette) -> None:
+        """`note` is what is special about this chat, such as that nothing is kept."""
+        width = max(10, self.size.width - 6)
+        left = Text.assemble((printable(model) or "edgeinfer", f"bold {palette.accent}"))
+        if note:
+            left.append(f"   {note}", palette.warn)
+        left.truncate(width, overflow="ellipsis")
+        right = Text(printable(title), palette.muted)
+        right.truncate(max(0, width - left.cell_len - 3), overflow="ellipsis")
+        gap = max(1, width - left.cell_len - right.cell_len)
+        self.update(Text.assemble(left, " " * gap, right), layout=False)
