@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 import click
 
 from edgeinfer import __version__, config
+from edgeinfer.cli_models import add_to, advice_after, choose_model, remember
 from edgeinfer.cli_options import (
     LOAD_NAMES,
     SAMPLING_NAMES,
@@ -26,12 +27,7 @@ from edgeinfer.cli_options import (
     sampling_flags,
 )
 from edgeinfer.console import Output, ProgressLine, note, prepare_streams, show, show_json
-from edgeinfer.errors import (
-    ContextLengthError,
-    EdgeInferError,
-    InvalidRequestError,
-    ModelNotFoundError,
-)
+from edgeinfer.errors import ContextLengthError, EdgeInferError, InvalidRequestError
 
 if TYPE_CHECKING:
     from edgeinfer.llm import LLM
@@ -39,6 +35,7 @@ if TYPE_CHECKING:
     from edgeinfer.stream import Stream
 
 _MIB = 1 << 20
+_INTERRUPTED = 130
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
@@ -50,6 +47,10 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         sys.stdout.flush()
     except BrokenPipeError:
         _drop_stdout()
+    if code == _INTERRUPTED:
+        # What still loads or builds in other threads would be waited for.
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 
@@ -65,7 +66,7 @@ def _exit_code(arguments: list[str]) -> int:
         return exit.exit_code
     except (KeyboardInterrupt, click.Abort):
         sys.stderr.write("\n")
-        return 130
+        return _INTERRUPTED
     except BrokenPipeError:
         _drop_stdout()
     except Exception as error:
@@ -98,7 +99,10 @@ def commands() -> None:
     """Run GGUF language models on this machine."""
 
 
-@commands.command()
+add_to(commands)
+
+
+@commands.command(epilog="Example: edgeinfer run qwen3-4b -p 'Why is the sky blue?'")
 @click.argument("model", required=False)
 @input_flags
 @click.option("--system", metavar="TEXT", help="System message.")
@@ -128,6 +132,9 @@ def run(
             stream = llm.stream_chat(_conversation(system, text), **sampling)
         with stream:
             _follow(stream, None if as_json else Output())
+        advice = advice_after(llm.runtime.model.file.path)
+        if model is None and advice and sys.stderr.isatty():
+            note(advice)
         if as_json:
             show_json(_answer_json(stream, text, system, raw, flags))
 
@@ -150,9 +157,9 @@ def _conversation(system: str | None, text: str) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _open(model: str | None, flags: dict[str, Any]) -> Iterator[LLM]:
+def _open(model: str | None, flags: dict[str, Any], *, is_chat: bool = False) -> Iterator[LLM]:
     """The model, with a progress line while it loads and its context length on stderr."""
-    path = _model_path(model)
+    path = choose_model(model, bool(flags.get("yes")), is_chat=is_chat)
     line = ProgressLine()
 
     def progress(event: Progress) -> None:
@@ -174,17 +181,6 @@ def _open(model: str | None, flags: dict[str, Any]) -> Iterator[LLM]:
             f"threads, {plan.total_bytes // _MIB} MiB planned"
         )
         yield llm
-
-
-def _model_path(model: str | None) -> str:
-    if model is None:
-        raise ModelNotFoundError("no model: give the path of a .gguf file or of a folder with one")
-    if not Path(model).expanduser().exists():
-        raise ModelNotFoundError(
-            f"no file or folder {model!r}; this version takes the path of a .gguf file or of a "
-            "folder with one, not yet the name of a model"
-        )
-    return model
 
 
 def _follow(stream: Stream, output: Output | None) -> None:
@@ -238,7 +234,7 @@ def _answer_json(
     }
 
 
-@commands.command()
+@commands.command(epilog="Example: edgeinfer chat qwen3-4b --system 'Answer in one sentence.'")
 @click.argument("model", required=False)
 @click.option("--plain", is_flag=True, help="Line by line, without the full-screen view.")
 @click.option("--system", metavar="TEXT", help="System message.")
@@ -249,13 +245,14 @@ def chat(model: str | None, plain: bool, system: str | None, **flags: Any) -> No
     """Talk to a model; a line is a message, end of input ends the chat."""
     from edgeinfer.plain_chat import talk
 
-    with _open(model, flags) as llm:
-        if not plain and sys.stdin.isatty():
-            note("this version has only the plain chat: end with Ctrl-D, Ctrl-C stops an answer")
-        talk(llm, system, cast("Sampling", given(flags, SAMPLING_NAMES)), _follow)
+    with _open(model, flags, is_chat=True) as llm:
+        path = llm.runtime.model.file.path
+        remember(str(path.resolve()))
+        sampling = cast("Sampling", given(flags, SAMPLING_NAMES))
+        talk(llm, system, sampling, _follow, advice_after(path))
 
 
-@commands.command()
+@commands.command(epilog="Example: edgeinfer info smollm2")
 @click.argument("model", required=False)
 @click.option("as_json", "--json", is_flag=True, help="One JSON object.")
 @common_flags
@@ -263,7 +260,7 @@ def info(model: str | None, as_json: bool) -> None:
     """What a model file is, and whether it runs."""
     from edgeinfer.inspect_file import describe
 
-    facts = describe(_model_path(model))
+    facts = describe(choose_model(model, False))
     if as_json:
         show_json(facts)
         return
@@ -271,7 +268,7 @@ def info(model: str | None, as_json: bool) -> None:
         show(f"{key.replace('_', ' ')}: {'' if value is None else value}")
 
 
-@commands.command()
+@commands.command(epilog="Example: edgeinfer plan qwen3-4b -c 16384")
 @click.argument("model", required=False)
 @click.option("as_json", "--json", is_flag=True, help="One JSON object.")
 @load_flags
@@ -280,7 +277,9 @@ def plan(model: str | None, as_json: bool, **flags: Any) -> None:
     """How much memory a model will take, without loading it."""
     from edgeinfer.inspect_file import plan_file
 
-    solved = plan_file(_model_path(model), cast("LoadOptions", given(flags, LOAD_NAMES)))
+    solved = plan_file(
+        choose_model(model, bool(flags.get("yes"))), cast("LoadOptions", given(flags, LOAD_NAMES))
+    )
     rows = [{"name": name, "bytes": size} for name, size in solved.rows.items()]
     if as_json:
         solution = {"n_ctx": solved.n_ctx, "slots": solved.slots, "note": solved.note}
@@ -293,7 +292,7 @@ def plan(model: str | None, as_json: bool, **flags: Any) -> None:
     show(f"context {solved.n_ctx} tokens {solved.note}".rstrip())
 
 
-@commands.command()
+@commands.command(epilog="Example: edgeinfer bench smollm2 -p 512 -n 128")
 @click.argument("model", required=False)
 @click.option("-p", "--prompt-tokens", default=256, show_default=True)
 @click.option("-n", "--gen-tokens", default=64, show_default=True)
@@ -327,7 +326,7 @@ def bench(
             show(f"{name:22} {value}")
 
 
-@commands.command()
+@commands.command(epilog="Example: edgeinfer perplexity smollm2 book.txt")
 @click.argument("model")
 @click.argument("file", type=click.Path())
 @click.option("as_json", "--json", is_flag=True, help="One JSON object.")
@@ -354,7 +353,7 @@ def perplexity(model: str, file: str, as_json: bool, **flags: Any) -> None:
         show(f"ppl {result.ppl:.4f} over {result.tokens} tokens")
 
 
-@commands.command()
+@commands.command(epilog="Example: edgeinfer tokenize smollm2 -p 'Hello there'")
 @click.argument("model", required=False)
 @input_flags
 @click.option("--special", is_flag=True, help="Read spellings of control tokens as those.")
@@ -374,7 +373,7 @@ def tokenize(
     """Show the tokens of a text."""
     from edgeinfer.inspect_file import read_tokenizer
 
-    path = _model_path(model)
+    path = choose_model(model, False)
     text = _read_prompt(prompt, files)
     tokenizer = read_tokenizer(path, pre)
     ids = tokenizer.encode(text, bos=bos, parse_special=special)
@@ -386,7 +385,7 @@ def tokenize(
         show(f"{id}\t{piece!r}")
 
 
-@commands.command()
+@commands.command(epilog="Example: edgeinfer warmup smollm2")
 @click.argument("model", required=False)
 @load_flags
 @common_flags

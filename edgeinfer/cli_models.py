@@ -154,7 +154,7 @@ def _lines(values: dict[str, Any]) -> list[str]:
 # -- names on the command line -------------------------------------------------------------------
 
 
-def choose_model(name: str | None, yes: bool, *, is_chat: bool) -> str:
+def choose_model(name: str | None, yes: bool, *, is_chat: bool = False) -> str:
     """The path of the model that a command is about; fetches it where the user agrees."""
     from edgeinfer.discovery import find_model
     from edgeinfer.fetch import last_model
@@ -169,6 +169,25 @@ def choose_model(name: str | None, yes: bool, *, is_chat: bool) -> str:
         if not _may_fetch(name, yes):
             raise
     return str(_fetch(name))
+
+
+def remember(name: str) -> None:
+    """The next chat without MODEL takes this one."""
+    from edgeinfer import fetch
+
+    fetch.remember(name)
+
+
+def advice_after(path: Path) -> str | None:
+    """What to fetch after trying out the default model; None for any other."""
+    from edgeinfer import platform
+    from edgeinfer.catalog import largest_that_fits
+
+    if not path.name.lower().startswith("smollm2-135m"):
+        return None
+    best = largest_that_fits(platform.available_memory())
+    size = "135 M parameters are for trying out"
+    return f"({size}; for useful answers: edgeinfer pull {best.name})" if best else f"({size})"
 
 
 def _default_name() -> str:
@@ -187,7 +206,6 @@ def _may_fetch(name: str, yes: bool) -> bool:
     if yes:
         return True
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        note("nothing is fetched without a terminal unless -y is given")
         return False
     size = f" ({alias.n_bytes / _MB:.0f} MB, {alias.licence})" if alias else ""
     return click.confirm(f"{name}{size} is not on this machine. Fetch it?", default=True, err=True)

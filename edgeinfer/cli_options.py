@@ -22,6 +22,7 @@ _LOAD = (
     click.option("--slots", type=int, help="Full-length contexts that the cache holds."),
     click.option("--pre", metavar="NAME", help="Pre-tokenizer, for a file that names none."),
     click.option("--chat-template", metavar="NAME|FILE", help="Instead of the file's own."),
+    click.option("-y", "--yes", is_flag=True, help="Fetch a model that is not here, unasked."),
 )
 LOAD_NAMES = (
     "n_ctx", "memory", "threads", "kv_type", "device", "gpu_layers", "slots", "pre",
@@ -43,8 +44,8 @@ _SAMPLING = (
     click.option("--stop", multiple=True, metavar="TEXT", help="End before this text."),
     click.option(
         "--overflow",
-        type=click.Choice(["error", "slide"]),
-        help="When the context is full: stop with an error, or forget the oldest.",
+        type=click.Choice(["error", "slide", "drop-turns"]),
+        help="When the context is full: stop with an error, or forget the oldest tokens or turns.",
     ),
 )
 SAMPLING_NAMES = ("max_tokens", "temperature", *_NUMBERS, "stop", "overflow")

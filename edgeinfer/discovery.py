@@ -106,7 +106,7 @@ def _only_model(folder: Path) -> Path:
 def _not_here(name: str) -> str:
     """What to do about a name that means nothing here: near names, or the command to fetch it."""
     if find_alias(name) or (parse_repo(name) and "\\" not in name and name.count("/") == 1):
-        return f"{name} is not on this machine; fetch it with `edgeinfer pull {name}`"
+        return f"{name} is not on this machine; fetch it with `edgeinfer pull {name}` (or add -y)"
     path = Path(name).expanduser()
     beside: list[str] = []
     if path.parent.is_dir():

@@ -87,6 +87,7 @@ class CacheLayout:
 
 
 _MIN_SLIDING_PAGES = 4  # one pinned, two visible, one being written
+LEAST_SLIDING = _MIN_SLIDING_PAGES * PAGE  # tokens of the shortest context that can slide
 
 
 class SequenceCache:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from os import PathLike
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,15 +19,18 @@ from typing_extensions import Unpack
 from edgeinfer import platform, runtime
 from edgeinfer.chat import Message, ReasoningSplitter, encode_chat, opens_reasoning
 from edgeinfer.errors import ClosedError, EdgeInferError, InvalidRequestError, PlanError
+from edgeinfer.kvcache import LEAST_SLIDING
 from edgeinfer.memory_plan import MemoryPlan
-from edgeinfer.options import LoadOptions, Sampling, check_keywords, parse_stop
+from edgeinfer.options import LoadOptions, Overflow, Sampling, check_keywords, parse_stop
 from edgeinfer.results import Completion
 from edgeinfer.runtime import Runtime
 from edgeinfer.sampling import SamplingParams, breaker_tokens
 from edgeinfer.sequence import Request
 from edgeinfer.stream import AnswerText, Stream
+from edgeinfer.turns import drop_turns
 
 _OURS = ("max_tokens", "stop", "overflow")  # the rest of Sampling is SamplingParams
+_AROUND_MESSAGE = 8  # tokens of the template beside a message, roughly
 
 
 class LLM:
@@ -97,14 +100,16 @@ class LLM:
         """`chat`, as events while it runs."""
         check_keywords("stream_chat", sampling, Sampling.__annotations__)
         opened = self._open()
-        turns = _turns(messages)
+        turns, n_dropped = _turns(messages), 0
+        if sampling.get("overflow") == "drop-turns":
+            turns, n_dropped = drop_turns(turns, self._n_message_tokens, self.n_ctx)
         ids = encode_chat(opened.tokenizer, opened.template, turns, **(template_args or {}))
         n_pinned = 1
-        if sampling.get("overflow") == "slide":
+        if sampling.get("overflow") in ("slide", "drop-turns"):
             n_pinned = self._n_system_tokens(turns, ids)
         end = opened.tokenizer.decode(ids[-16:], special=True)
         splitter = ReasoningSplitter(starts_open=opens_reasoning(end))
-        return self._submit(ids, sampling, splitter, n_pinned)
+        return self._submit(ids, sampling, splitter, n_pinned, n_dropped)
 
     def chat_batch(
         self,
@@ -185,6 +190,10 @@ class LLM:
             raise InvalidRequestError("a prompt is text or a list of token ids", param="prompt")
         return [int(id) for id in ids]
 
+    def _n_message_tokens(self, message: Message) -> int:
+        """About what a message takes in a prompt, the template's text around it included."""
+        return len(self._open().tokenizer.encode(str(message["content"]))) + _AROUND_MESSAGE
+
     def _n_system_tokens(self, turns: Sequence[Message], ids: list[int]) -> int:
         """Tokens before the first turn that is not the system's, at least one."""
         system = [turn for turn in turns[:1] if turn["role"] in ("system", "developer")]
@@ -206,13 +215,10 @@ class LLM:
         sampling: Sampling,
         splitter: ReasoningSplitter | None,
         n_pinned: int,
+        n_dropped: int = 0,
     ) -> Stream:
         opened = self._open()
-        overflow = sampling.get("overflow") or "error"
-        if overflow not in ("error", "slide"):
-            raise InvalidRequestError(
-                f"overflow is {overflow!r}; there are 'error' and 'slide'", param="overflow"
-            )
+        overflow = self._cache_overflow(sampling.get("overflow") or "error", len(ids))
         answer = AnswerText.open(opened.tokenizer, parse_stop(sampling.get("stop")), splitter)
         request = Request(
             ids=tuple(ids),
@@ -230,7 +236,20 @@ class LLM:
             model=self.name,
             load_s=opened.load_s,
             owner=self,
+            dropped_turns=n_dropped,
         )
+
+    def _cache_overflow(self, overflow: str, n_tokens: int) -> Literal["error", "slide"]:
+        """What the cache does when it is full; turns were dropped before, where that was asked."""
+        if overflow not in get_args(Overflow):
+            known = ", ".join(map(repr, get_args(Overflow)))
+            raise InvalidRequestError(f"overflow is {overflow!r}; known: {known}", param="overflow")
+        can_slide = self.n_ctx >= LEAST_SLIDING
+        if overflow == "slide" or (
+            overflow == "drop-turns" and n_tokens < self.n_ctx and can_slide
+        ):
+            return "slide"
+        return "error"
 
     def _params(self, sampling: Sampling) -> SamplingParams:
         opened = self._open()

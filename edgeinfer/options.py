@@ -14,7 +14,8 @@ from typing_extensions import TypedDict
 
 from edgeinfer.errors import InvalidRequestError
 
-Overflow: TypeAlias = Literal["error", "slide"]
+# "drop-turns" (chats only) leaves out the oldest turns before an answer and slides inside it.
+Overflow: TypeAlias = Literal["error", "slide", "drop-turns"]
 
 
 @dataclass(frozen=True, slots=True)

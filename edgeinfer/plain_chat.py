@@ -9,54 +9,192 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from edgeinfer import platform
 from edgeinfer.console import Output, note
+from edgeinfer.errors import EdgeInferError
 
 if TYPE_CHECKING:
     from edgeinfer.chat import Message
     from edgeinfer.llm import LLM
     from edgeinfer.options import Sampling
+    from edgeinfer.results import Completion
     from edgeinfer.stream import Stream
 
+HELP = """\
+/clear          forget the conversation, keep the system message
+/system TEXT    set the system message and start anew; without TEXT, show it
+/stats          tokens, speed and memory
+/exit           end (also /quit, /bye, Ctrl-D); Ctrl-C stops an answer
+Any other line is a message."""
+_ENDS = ("/exit", "/quit", "/bye")
 
-_LEAST_SLIDING = 128  # tokens: four pages of the cache
+Follow = Callable[["Stream", Output | None], None]
 
 
 def talk(
-    llm: LLM,
-    system: str | None,
-    sampling: Sampling,
-    follow: Callable[[Stream, Output | None], None],
+    llm: LLM, system: str | None, sampling: Sampling, follow: Follow, advice: str | None = None
 ) -> None:
-    """Answer every line until end of input. Ctrl-C ends an answer; between answers, the chat."""
-    messages: list[Message] = []
-    if llm.n_ctx >= _LEAST_SLIDING:
-        sampling.setdefault("overflow", "slide")
-    told = False
-    if system is not None:
-        messages.append({"role": "system", "content": system})
-    while (line := _read_line()) is not None:
-        if not line.strip():
-            continue
-        turns: list[Message] = [*messages, {"role": "user", "content": line}]
-        with llm.stream_chat(turns, **sampling) as stream:
-            try:
-                follow(stream, Output())
-            except KeyboardInterrupt:
-                if not sys.stdin.isatty():
-                    raise
-                stream.close()
-                note("\n(stopped)")
-        answer = stream.completion
-        messages = [*turns, {"role": "assistant", "content": answer.text}]
-        is_full = answer.usage.prompt_tokens + answer.usage.completion_tokens > llm.n_ctx
-        if is_full and not told:
-            note(f"(the context of {llm.n_ctx} tokens is full: the oldest turns are forgotten)")
-        told = told or is_full
-
-
-def _read_line() -> str | None:
+    """Answer every line until end of input; `advice` is one line after the first answer."""
     if sys.stdin.isatty():
-        sys.stderr.write("> ")
-        sys.stderr.flush()
-    line = sys.stdin.buffer.readline()
-    return line.decode("utf-8", "replace").rstrip("\r\n") if line else None
+        note("a line is a message, /help shows the commands, Ctrl-D ends")
+        _prepare_input()
+    conversation = _Conversation(llm, system, sampling, follow)
+    while (line := _next_line()) is not None:
+        word, _, rest = line.strip().partition(" ")
+        if word in _ENDS and not rest:
+            return
+        if word in _COMMANDS:
+            _COMMANDS[word](conversation, rest.strip())
+        elif word.startswith("/") and not rest and "/" not in word[1:]:
+            note(f"no command {word}; /help shows them")
+        elif line.strip() and conversation.answer(line) and advice:
+            note(advice)
+            advice = None
+
+
+class _Conversation:
+    """The messages so far, and what the last answer took."""
+
+    def __init__(self, llm: LLM, system: str | None, sampling: Sampling, follow: Follow) -> None:
+        self._llm, self._follow, self._sampling = llm, follow, sampling
+        self._sampling.setdefault("overflow", "drop-turns")
+        self.messages: list[Message] = []
+        self.last: Completion | None = None
+        self.n_dropped = 0
+        self._told = False
+        self.start(system)
+
+    @property
+    def system(self) -> str:
+        first = self.messages[:1]
+        return str(first[0]["content"]) if first and first[0]["role"] == "system" else ""
+
+    def start(self, system: str | None) -> None:
+        """Forget everything; the system message is what stays."""
+        self.messages = [{"role": "system", "content": system}] if system else []
+        self.last, self.n_dropped, self._told = None, 0, False
+
+    def answer(self, line: str) -> bool:
+        """Answer a message, False if that failed; what came of a stopped answer is kept."""
+        turns: list[Message] = [*self.messages, {"role": "user", "content": line}]
+        try:
+            with self._llm.stream_chat(turns, **self._sampling) as stream:
+                self._tell_dropped(stream.dropped_turns)
+                try:
+                    self._follow(stream, Output())
+                except KeyboardInterrupt:
+                    if not sys.stdin.isatty():
+                        raise
+                    stream.close()
+                    note("\n(stopped)")
+        except EdgeInferError as error:
+            if not sys.stdin.isatty():
+                raise
+            note(f"edgeinfer: {error}")
+            return False
+        self._take(turns, stream.completion)
+        return True
+
+    def _take(self, turns: list[Message], answer: Completion) -> None:
+        self.last = answer
+        if answer.text:
+            self.messages = [*turns, {"role": "assistant", "content": answer.text}]
+        used = answer.usage.prompt_tokens + answer.usage.completion_tokens
+        self._tell_dropped(int(used > self._llm.n_ctx))
+
+    def _tell_dropped(self, n_dropped: int) -> None:
+        """One line, the first time that something is forgotten."""
+        self.n_dropped = max(self.n_dropped, n_dropped)
+        if n_dropped and not self._told and self._sampling.get("overflow") != "error":
+            self._told = True
+            kept = "; the system message stays" if self.system else ""
+            full = f"the context of {self._llm.n_ctx} tokens is full"
+            note(f"({full}: the oldest turns drop out{kept})")
+
+
+# -- commands ------------------------------------------------------------------------------------
+
+
+def _show_help(conversation: _Conversation, rest: str) -> None:
+    note(HELP)
+
+
+def _clear(conversation: _Conversation, rest: str) -> None:
+    conversation.start(conversation.system or None)
+    note("(cleared)")
+
+
+def _system(conversation: _Conversation, rest: str) -> None:
+    if rest:
+        conversation.start(rest)
+    note(f"system: {conversation.system or '(none)'}")
+
+
+def _stats(conversation: _Conversation, rest: str) -> None:
+    answer, llm = conversation.last, conversation._llm
+    memory = f"{platform.rss() >> 20} MiB held, {llm.plan.total_bytes >> 20} MiB planned"
+    if answer is None:
+        note(f"no answer yet; context {llm.n_ctx} tokens; {memory}")
+        return
+    usage, times = answer.usage, answer.timings
+    used = min(usage.prompt_tokens + usage.completion_tokens, llm.n_ctx)
+    n_turns = sum(message["role"] == "user" for message in conversation.messages)
+    note(
+        f"context: {used} of {llm.n_ctx} tokens, {n_turns} turns, "
+        f"{conversation.n_dropped} of them dropped\n"
+        f"last answer: {usage.completion_tokens} tokens at {times.decode_tok_s:.1f} tok/s, first "
+        f"after {times.first_token_s:.2f} s; prompt {usage.prompt_tokens} tokens, "
+        f"{usage.cached_tokens} of them kept from before\nmemory: {memory}"
+    )
+
+
+_COMMANDS = {
+    "/help": _show_help,
+    "/?": _show_help,
+    "/clear": _clear,
+    "/system": _system,
+    "/stats": _stats,
+}
+
+
+# -- input ---------------------------------------------------------------------------------------
+
+
+def _prepare_input() -> None:
+    """Line editing and history where Python has them; no byte can end the program."""
+    try:
+        import readline  # noqa: F401
+    except ImportError:
+        pass
+    reconfigure = getattr(sys.stdin, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="replace")
+
+
+def _next_line() -> str | None:
+    """The next line, None at the end; the first Ctrl-C at the prompt only says how to end."""
+    if not sys.stdin.isatty():
+        line = sys.stdin.buffer.readline()
+        return line.decode("utf-8", "replace").rstrip("\r\n") if line else None
+    interrupted = False
+    while True:
+        try:
+            return _ask()
+        except KeyboardInterrupt:
+            if interrupted:
+                raise
+            interrupted = True
+            note("\n(Ctrl-D or /exit ends the chat, Ctrl-C once more too)")
+
+
+def _ask() -> str | None:
+    if sys.stdout.isatty():
+        try:
+            return input("> ")
+        except EOFError:
+            note("")
+            return None
+    sys.stderr.write("> ")
+    sys.stderr.flush()
+    line = sys.stdin.readline()
+    return line.rstrip("\r\n") if line else None

@@ -90,9 +90,11 @@ class Stream(Iterator[Event]):
         model: str,
         load_s: float,
         owner: object,
+        dropped_turns: int = 0,
     ) -> None:
         self._generation, self._tokenizer, self._answer = generation, tokenizer, answer
         self._model, self._load_s = model, load_s
+        self.dropped_turns = dropped_turns  # the oldest ones, that the prompt has no room for
         self._owner = owner  # keeps the model open while someone iterates
         self._ready: deque[Event] = deque()
         self._tokens: list[Token] = []

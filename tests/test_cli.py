@@ -32,6 +32,13 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("cli"), n_ctx=4096, chat_template=TEMPLATE)
 
 
+@pytest.fixture(autouse=True)
+def no_models_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Not this machine's models; its built kernels stay in use."""
+    monkeypatch.setattr("edgeinfer.config.data_folder", lambda: tmp_path / "data")
+    monkeypatch.setattr("edgeinfer.config.model_folders", dict)
+
+
 @pytest.fixture
 def call(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Runs the command in this process: (exit code, stdout, stderr)."""
@@ -175,8 +182,8 @@ def test_plain_chat_answers_line_by_line(path: Path) -> None:
         (["run", "PATH", "--bogus"], 2, "No such option"),
         (["run", "PATH", "-p", "x", "--raw", "--system", "y"], 2, "--system"),
         (["run", "PATH", "-p", "x", "--top-p", "7"], 2, "top_p"),
-        (["run", "-p", "x"], 1, "no model"),
-        (["run", "smollm2", "-p", "x"], 1, "path of a .gguf"),
+        (["run", "-p", "x"], 1, "edgeinfer pull smollm2"),
+        (["run", "smolm2", "-p", "x"], 1, "did you mean smollm2"),
         (["run", "PATH", "-p", "x", "--device", "cuda"], 1, "cuda"),
         (["run", "PATH", "-p", "x", "--memory", "1M"], 1, "MiB"),
         (["run", "PATH", "-f", "/no/such/file"], 1, "No such file"),
