@@ -1,6 +1,11 @@
 """`python -m edgeinfer` is the `edgeinfer` command."""
 
-from edgeinfer.cli import main
+import sys
 
 if __name__ == "__main__":
-    main()
+    try:
+        from edgeinfer.cli import main
+
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -64,12 +64,23 @@ class Runtime:
 
 
 def load(path: str | PathLike[str], options: LoadOptions) -> Runtime:
-    """Open, plan, load. The tokenizer is built on a thread of its own meanwhile."""
-    start = time.perf_counter()
+    """Open, plan, load; all in a thread, so that an interrupt never leaves native code half-way."""
     check_keywords("LLM", options, LoadOptions.__annotations__)
-    file = GGUFFile.open(find_file(path, download=bool(options.get("download"))))
+    found = find_file(path, download=bool(options.get("download")))
+    later = _Later(lambda: _load(found, options))
+    try:
+        return later.result()
+    except BaseException:
+        later.abandon(lambda runtime: runtime.close())
+        raise
+
+
+def _load(path: Path, options: LoadOptions) -> Runtime:
+    start = time.perf_counter()
+    file = GGUFFile.open(path)
     try:
         model = Model.load(file)
+        # Built while weights are packed.
         tokenizer = _Later(lambda: Tokenizer.from_metadata(file.metadata, pre=options.get("pre")))
         chosen = options.get("chat_template")
         template = _Later(lambda: _make_template(file, chosen, tokenizer))
@@ -170,13 +181,16 @@ class _Later(Generic[T]):
 
     def __init__(self, make: Callable[[], T]) -> None:
         self._make = make
+        self._lock = threading.Lock()
         self._values: list[T] = []
         self._error: BaseException | None = None
+        self._discard: Callable[[T], None] | None = None
         self._thread = threading.Thread(target=self._run, name="edgeinfer-load", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
-        self._thread.join()
+        while self._thread.is_alive():
+            self._thread.join(_WAKE_SECONDS)
 
     def result(self) -> T:
         self.wait()
@@ -184,8 +198,25 @@ class _Later(Generic[T]):
             raise self._error
         return self._values[0]
 
+    def abandon(self, discard: Callable[[T], None]) -> None:
+        """Nobody wants the value any more: `discard` it, as soon as it is there."""
+        with self._lock:
+            self._discard = discard
+            values = list(self._values)
+        for value in values:
+            discard(value)
+
     def _run(self) -> None:
         try:
-            self._values.append(self._make())
+            value = self._make()
         except BaseException as error:
             self._error = error
+            return
+        with self._lock:
+            self._values.append(value)
+            discard = self._discard
+        if discard is not None:
+            discard(value)
+
+
+_WAKE_SECONDS = 0.1  # lets signals in where a wait can't be interrupted
