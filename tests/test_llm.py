@@ -367,6 +367,29 @@ def test_progress_reaches_the_end(path: Path) -> None:
     assert weights[-1].done == weights[-1].total
 
 
+def test_an_interrupted_load_is_closed_when_it_is_done(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgeinfer import runtime
+
+    closed, close, wait = threading.Event(), runtime.Runtime.close, runtime._Later.wait
+
+    def interrupted(later: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            raise KeyboardInterrupt
+        wait(later)
+
+    def close_and_tell(opened: runtime.Runtime) -> None:
+        close(opened)
+        closed.set()
+
+    monkeypatch.setattr(runtime._Later, "wait", interrupted)
+    monkeypatch.setattr(runtime.Runtime, "close", close_and_tell)
+    with pytest.raises(KeyboardInterrupt):
+        LLM(path, device="reference")
+    assert closed.wait(10)
+
+
 def test_a_dropped_model_ends_its_thread(path: Path) -> None:
     llm = LLM(path, device="reference")
     thread = llm.runtime.engine._thread
