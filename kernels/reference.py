@@ -523,11 +523,13 @@ def _matmul_blocks(x: Floats, weight: _Blocks) -> Floats:
 def quantise(x: Floats, block: int) -> tuple[Doubles, Floats]:
     """Blocks of x as integers q in -127 .. 127 and a scale d, x about d * q.
 
-    m = max|x|; d = m / 127; q = roundeven(x * (127 / m)); all zero where m is 0. A block is 32
-    values for Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0, and 256 for the K-quants: the weight type decides.
+    m = max|x|; d = m / 127; q = roundeven(x * (127 / m)); all zero where m < 1e-36, since 127 / m
+    would overflow. A block is 32 values for Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0, and 256 for the
+    K-quants: the weight type decides.
     """
     blocks = x.reshape(len(x), -1, block)
     m = np.abs(blocks).max(axis=2)
+    m = np.where(m < np.float32(1e-36), np.float32(0), m)
     inverse = np.divide(np.float32(127), m, out=np.zeros_like(m), where=m > 0)
     return np.rint(blocks * inverse[:, :, None]).astype(np.float64), m / np.float32(127)
 

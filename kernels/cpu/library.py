@@ -47,8 +47,9 @@ class Target:
 
 def _family(features: Any) -> str:
     if features.get("avx2") and features.get("fma") and features.get("f16c"):
-        vnni = features.get("avx512vnni") and features.get("avx512vl")
-        return "vnni" if vnni or features.get("avxvnni") else "avx2"
+        if features.get("avx512vnni") and features.get("avx512vl"):
+            return "avx512"
+        return "vnni" if features.get("avxvnni") else "avx2"
     return "generic"
 
 

@@ -18,7 +18,7 @@ every family gives the same bits.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llvmlite import ir
 from numba import types
@@ -212,6 +212,9 @@ VNNI = Isa(
 )
 
 
+AVX512 = replace(VNNI, name="avx512", registers=32)  # the same instructions, more registers
+
+
 # -- any machine: plain vector arithmetic --------------------------------------------------------
 
 
@@ -242,4 +245,4 @@ GENERIC = Isa(
     reset_float=simd.scalar(types.void, (), lambda b: None),
 )
 
-FAMILIES = {isa.name: isa for isa in (AVX2, VNNI, GENERIC)}
+FAMILIES = {isa.name: isa for isa in (AVX2, VNNI, AVX512, GENERIC)}
