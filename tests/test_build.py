@@ -70,7 +70,9 @@ def test_foreign_calls_are_refused(name: str, n: int) -> None:
 
 def test_exact_arithmetic_is_accepted() -> None:
     declare = "declare float @llvm.fma.f32(float, float, float)"
-    build.check("norm", module_of("%z = call float @llvm.fma.f32(float %x, float %y, float %x)", declare))
+    build.check(
+        "norm", module_of("%z = call float @llvm.fma.f32(float %x, float %y, float %x)", declare)
+    )
 
 
 def test_a_damaged_object_is_built_again(tmp_path: Path) -> None:
