@@ -6,7 +6,6 @@ Knows no scheduling and no files. One step is one native call; see `team.py`.
 from __future__ import annotations
 
 import ctypes
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
@@ -98,7 +97,7 @@ class CpuProgram:
 
     def __init__(self, backend: CpuBackend, segment: Segment, limits: StepLimits) -> None:
         self.segment, self.limits = segment, limits
-        self._backend, self._closed = backend, False
+        self._backend, self._n_threads, self._closed = backend, backend.n_threads, False
         self._weights = PackedWeights(*_weights_of(segment))
         self._kv, caches = _place_caches(segment, limits.n_pages)
         max_segments = -(-limits.n_pages // SEGMENT_PAGES) + 2
@@ -195,7 +194,7 @@ class CpuProgram:
     def _sample_op(self) -> KernelOp:
         logits, vocab = self._lowered.logits, self.segment.output.dim
         assert logits is not None
-        n_slots, slot_bytes = self._backend.n_threads, layout.sample_scratch_bytes(vocab)
+        n_slots, slot_bytes = self._n_threads, layout.sample_scratch_bytes(vocab)
         self._sample_scratch = platform.Memory(n_slots * slot_bytes)
         args: Args = [
             logits, row_stride(vocab), vocab, self._sample_scratch.address, slot_bytes, n_slots,
@@ -241,9 +240,8 @@ class CpuProgram:
     def _tape(self, ops: list[KernelOp]) -> Tape:
         prologue = self._lowered.prologue
         return Tape(
-            [Op([self._part(part) for part in op.parts]) for op in ops],
-            self._header.ctypes.data,
-            self._backend.n_threads,
+            [self._op(op) for op in ops],
+            *self._team_args(),
             self._part(prologue) if prologue else None,
         )
 
@@ -271,14 +269,26 @@ class CpuProgram:
         sink = np.zeros(1, np.int64)
         args = [address, n_bytes // 64 * 64, _READ_CHUNK, sink.ctypes.data]
         part = Part(self._backend.library.address("read"), args, n_chunks)
-        tape = Tape([Op([part])], self._header.ctypes.data, self._backend.n_threads)
         self._set(layout.H_ABORT, 0)
-        start = time.perf_counter()
-        self._team.run(tape)
-        seconds = time.perf_counter() - start
-        self._team.quiesce()
-        tape.close()
+        seconds = self._team.run_once([Op([part])], *self._team_args())
         return n_bytes / seconds
+
+    def op_seconds(self, batch: Batch) -> list[tuple[KernelOp, float]]:
+        """Run a step op by op and time each; for benchmarks."""
+        self.submit(batch)
+        prologue = self._lowered.prologue
+        if prologue:  # as an op of its own: it plans the attention of this step
+            self._team.run_once([self._op(KernelOp("plan", [prologue]))], *self._team_args())
+        return [
+            (op, self._team.run_once([self._op(op)], *self._team_args()))
+            for op in self._lowered.ops
+        ]
+
+    def _team_args(self) -> tuple[int, int]:
+        return self._header.ctypes.data, self._n_threads
+
+    def _op(self, op: KernelOp) -> Op:
+        return Op([self._part(part) for part in op.parts])
 
 
 def _float_view(buffer: Buffer, n_rows: int, dim: int) -> NDArray[np.float32]:

@@ -10,6 +10,7 @@ import atexit
 import ctypes
 import os
 import threading
+import time
 import weakref
 from dataclasses import dataclass, field
 
@@ -125,6 +126,17 @@ class Team:
             raise ClosedError("this process was forked after the model was loaded; load it again")
         with self._lock:
             self._step(self._base, tape.address)
+
+    def run_once(self, ops: list[Op], header: int, n_threads: int) -> float:
+        """Run ops that are needed once; the seconds that took."""
+        tape = Tape(ops, header, n_threads)
+        try:
+            start = time.perf_counter()
+            self.run(tape)
+            return time.perf_counter() - start
+        finally:
+            self.quiesce()
+            tape.close()
 
     def quiesce(self) -> None:
         """Return once no worker can touch a tape that has run: then it may be freed."""

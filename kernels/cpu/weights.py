@@ -15,10 +15,10 @@ from edgeinfer import platform
 from edgeinfer.kernels.cpu import layout
 from edgeinfer.kernels.cpu.formats import FORMATS, packed_bytes
 from edgeinfer.kernels.cpu.library import Library
-from edgeinfer.kernels.cpu.team import Op, Part, Tape, Team
+from edgeinfer.kernels.cpu.team import Op, Part, Team
 from edgeinfer.quant import Weight, dequantize
 
-_PORTION = 64 << 20  # source bytes between two releases
+_PORTION = 8 << 20  # source bytes between two releases
 _PACK_CHUNK = 256 << 10  # packed bytes of one chunk
 _ALIGN = 64
 
@@ -111,10 +111,7 @@ class PackedWeights:
             Op([self._pack_part(weight, source.ctypes.data, library)])
             for weight, source in zip(weights, sources, strict=True)
         ]
-        tape = Tape(ops, header.ctypes.data, n_threads)
-        team.run(tape)
-        team.quiesce()
-        tape.close()
+        team.run_once(ops, header.ctypes.data, n_threads)
         del sources
         for weight in weights:
             release(weight)
