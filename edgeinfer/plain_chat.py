@@ -39,17 +39,26 @@ def talk(
         note("a line is a message, /help shows the commands, Ctrl-D ends")
         _prepare_input()
     conversation = _Conversation(llm, system, sampling, follow)
-    while (line := _next_line()) is not None:
-        word, _, rest = line.strip().partition(" ")
-        if word in _ENDS and not rest:
-            return
-        if word in _COMMANDS:
-            _COMMANDS[word](conversation, rest.strip())
-        elif word.startswith("/") and not rest and "/" not in word[1:]:
-            note(f"no command {word}; /help shows them")
-        elif line.strip() and conversation.answer(line) and advice:
-            note(advice)
-            advice = None
+    while (line := _next_line()) is not None and line.strip() not in _ENDS:
+        try:
+            if _obey(conversation, line) and advice:
+                note(advice)
+                advice = None
+        except KeyboardInterrupt:  # a second one, while the first was being dealt with
+            if not sys.stdin.isatty():
+                raise
+
+
+def _obey(conversation: _Conversation, line: str) -> bool:
+    """Run a command or answer a message; True if there was an answer."""
+    word, _, rest = line.strip().partition(" ")
+    if word in _COMMANDS:
+        _COMMANDS[word](conversation, rest.strip())
+    elif word.startswith("/") and not rest and "/" not in word[1:]:
+        note(f"no command {word}; /help shows them")
+    elif word:
+        return conversation.answer(line)
+    return False
 
 
 class _Conversation:
@@ -172,7 +181,7 @@ def _prepare_input() -> None:
 
 
 def _next_line() -> str | None:
-    """The next line, None at the end; the first Ctrl-C at the prompt only says how to end."""
+    """The next line, None at the end; the first Ctrl-C at the prompt says how to end."""
     if not sys.stdin.isatty():
         line = sys.stdin.buffer.readline()
         return line.decode("utf-8", "replace").rstrip("\r\n") if line else None
@@ -182,7 +191,7 @@ def _next_line() -> str | None:
             return _ask()
         except KeyboardInterrupt:
             if interrupted:
-                raise
+                return None
             interrupted = True
             note("\n(Ctrl-D or /exit ends the chat, Ctrl-C once more too)")
 

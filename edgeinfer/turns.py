@@ -30,19 +30,20 @@ def drop_turns(
     starts[0] = 0
     ends = [*starts[1:], len(rest)]
     turns = [rest[start:end] for start, end in zip(starts, ends, strict=True)]
-    sizes = [sum(map(n_tokens, turn)) for turn in turns]
-    fixed = sum(map(n_tokens, system))
-    first = _first_kept(sizes, fixed, n_ctx)
+    asked = [sum(map(n_tokens, turn[:1])) for turn in turns]
+    answered = [sum(map(n_tokens, turn[1:])) for turn in turns]
+    first = _first_kept(asked, answered, sum(map(n_tokens, system)), n_ctx)
     return [*system, *(message for turn in turns[first:] for message in turn)], first
 
 
-def _first_kept(sizes: list[int], fixed: int, n_ctx: int) -> int:
+def _first_kept(asked: list[int], answered: list[int], held: int, n_ctx: int) -> int:
     """Walk through the conversation as it grew, cutting where it had to be cut."""
-    first, held = 0, fixed
-    for i, size in enumerate(sizes):
-        held += size
+    first = 0
+    for i, (question, answer) in enumerate(zip(asked, answered, strict=True)):
+        held += question
         if held > n_ctx * (1 - ANSWER_SHARE):
             while first < i and held > n_ctx * _KEPT_SHARE:
-                held -= sizes[first]
+                held -= asked[first] + answered[first]
                 first += 1
+        held += answer
     return first

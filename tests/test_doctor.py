@@ -1,0 +1,97 @@
+"""The facts about this machine, and what the commands about models print."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgeinfer import doctor, platform
+from edgeinfer.cli import main
+from edgeinfer.platform import CudaDriver, Gpu
+
+
+@pytest.fixture(autouse=True)
+def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("EDGEINFER_HOME", str(tmp_path / "ours"))
+    monkeypatch.setattr("edgeinfer.config.model_folders", dict)
+    return tmp_path / "ours"
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    out, err = capsys.readouterr()
+    assert isinstance(exit.value.code, int)
+    return exit.value.code, out, err
+
+
+def test_doctor_knows_this_machine_within_seconds(capsys: pytest.CaptureFixture[str]) -> None:
+    start = time.perf_counter()
+    code, out, _ = call(capsys, "doctor", "--json")
+    assert code == 0 and time.perf_counter() - start < 5
+    facts = json.loads(out)
+    sections = ["edgeinfer", "python", "platform", "cpu", "memory", "gpu", "kernels", "models"]
+    assert list(facts) == [*sections, "advice"]
+    assert facts["cpu"]["family"] and facts["cpu"]["llvm_name"]
+    assert facts["cpu"]["read_gb_s"] > 0.5
+    assert facts["memory"]["available_bytes"] > 0
+    assert facts["models"]["default_model"] is False
+
+
+def test_doctor_reads_well(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capsys, "doctor")
+    assert code == 0 and "free disk: " in out and "advice" in out
+
+
+@pytest.mark.parametrize(("version", "extra"), [(12040, "cuda12x"), (13010, "cuda13x")])
+def test_the_command_for_the_gpu(monkeypatch: pytest.MonkeyPatch, version: int, extra: str) -> None:
+    driver = CudaDriver(version, (Gpu("Orin", "8.7", 8 << 30),))
+    monkeypatch.setattr(platform, "cuda_driver", lambda: driver)
+    needs = [f"cupy-{extra}>=14; extra == '{extra[:-1]}'", "numpy"]
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: needs)
+    gpu = doctor._gpu()
+    assert gpu["install"].endswith(f"-m pip install 'cupy-{extra}>=14'")
+    assert gpu["devices"][0]["compute_capability"] == "8.7"
+
+
+@pytest.mark.parametrize("driver", [None, CudaDriver(11040, ()), CudaDriver(13000, (), 100)])
+def test_no_usable_gpu_needs_no_command(
+    monkeypatch: pytest.MonkeyPatch, driver: CudaDriver | None
+) -> None:
+    monkeypatch.setattr(platform, "cuda_driver", lambda: driver)
+    assert doctor._gpu()["install"] is None
+
+
+def test_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "can_run_generated_code", lambda: False)
+    monkeypatch.setattr(platform, "is_writable", lambda folder: False)
+    monkeypatch.setattr(platform, "available_memory", lambda: 200 << 20)
+    text = "\n".join(doctor.examine()["advice"])
+    for part in ("--device reference", "EDGEINFER_HOME", "memory is short"):
+        assert part in text
+
+
+def test_list_and_cache_and_rm(capsys: pytest.CaptureFixture[str], home: Path) -> None:
+    assert "edgeinfer pull smollm2" in call(capsys, "list")[2]
+    assert "qwen3-4b" in call(capsys, "list", "--all")[1]
+    model = home / "data/models/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    model.parent.mkdir(parents=True)
+    model.write_bytes(b"GGUF" + bytes(100))
+    (model.parent / "x.gguf.abc.part").write_bytes(b"half")
+    kernels = home / "cache/kernels/x/k.o"
+    kernels.parent.mkdir(parents=True)
+    kernels.write_bytes(bytes(1000))
+    listed = json.loads(call(capsys, "list", "--json")[1])
+    assert [m["name"] for m in listed["models"]] == ["smollm2"] and listed["pull"] == []
+    assert "unfinished" in call(capsys, "cache")[1]
+    cached: dict[str, Any] = json.loads(call(capsys, "cache", "--json")[1])
+    assert cached["folders"][str(home / "cache")] == 1000
+    assert call(capsys, "cache", "--clear")[0] == 0
+    assert not kernels.exists() and [p.name for p in model.parent.iterdir()] == [model.name]
+    assert call(capsys, "rm", "smolm2")[0] == 1
+    assert call(capsys, "rm", "smollm2")[0] == 0
+    assert not model.parent.exists()
