@@ -6,6 +6,7 @@ Imports nothing that a command does not need: each command imports for itself.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import sys
 import traceback
@@ -238,11 +239,17 @@ def _answer_json(
 @click.argument("model", required=False)
 @click.option("--plain", is_flag=True, help="Line by line, without the full-screen view.")
 @click.option("--system", metavar="TEXT", help="System message.")
+@click.option("--no-history", is_flag=True, help="Keep nothing of this chat.")
 @load_flags
 @sampling_flags
 @common_flags
-def chat(model: str | None, plain: bool, system: str | None, **flags: Any) -> None:
-    """Talk to a model; a line is a message, end of input ends the chat."""
+def chat(
+    model: str | None, plain: bool, system: str | None, no_history: bool, **flags: Any
+) -> None:
+    """Talk to a model, full-screen on a terminal; with --plain a line is a message."""
+    if not plain and sys.stdin.isatty() and sys.stdout.isatty():
+        _open_tui(model, system, not no_history, flags)
+        return
     from edgeinfer.plain_chat import talk
 
     with _open(model, flags, is_chat=True) as llm:
@@ -250,6 +257,41 @@ def chat(model: str | None, plain: bool, system: str | None, **flags: Any) -> No
         remember(str(path.resolve()))
         sampling = cast("Sampling", given(flags, SAMPLING_NAMES))
         talk(llm, system, sampling, _follow, advice_after(path))
+
+
+def _open_tui(
+    model: str | None, system: str | None, keeps_history: bool, flags: dict[str, Any]
+) -> None:
+    from edgeinfer import platform
+    from edgeinfer.cli_models import downloadable, last_model
+
+    # The TUI is a layer above this one: it is named here, not imported.
+    importlib.import_module("edgeinfer.tui.launch").run_chat(
+        model,
+        system=system,
+        load=given(flags, LOAD_NAMES),
+        sampling=given(flags, SAMPLING_NAMES),
+        keeps_history=keeps_history,
+        data_folder=config.data_folder(),
+        environment=os.environ,
+        memory_now=platform.rss,
+        last_model=last_model,
+        remember=remember,
+        downloads=downloadable,
+    )
+
+
+@commands.command(epilog="Example: edgeinfer history --clear")
+@click.option("--clear", is_flag=True, help="Delete every conversation of the full-screen chat.")
+@common_flags
+def history(clear: bool) -> None:
+    """Where conversations are kept; --clear deletes them."""
+    store = importlib.import_module("edgeinfer.tui.store")
+    path = config.data_folder() / store.FILE_NAME
+    if clear:
+        show(f"deleted {store.clear_history(config.data_folder())} conversations")
+    else:
+        show(f"{path}{'' if path.exists() else ' (nothing yet)'}")
 
 
 @commands.command(epilog="Example: edgeinfer info smollm2")

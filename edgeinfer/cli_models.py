@@ -178,6 +178,24 @@ def remember(name: str) -> None:
     fetch.remember(name)
 
 
+def last_model() -> str | None:
+    """The model of the latest chat, else the default one, while it is on this machine."""
+    from edgeinfer import discovery, fetch
+
+    name = fetch.last_model()
+    return name if Path(name).is_file() or discovery.find_name(name) is not None else None
+
+
+def downloadable() -> list[tuple[str, int]]:
+    """Names and file sizes of the models that fit this machine, the default one first."""
+    from edgeinfer import platform
+    from edgeinfer.catalog import ALIASES, memory_needed
+
+    available = platform.available_memory()
+    fitting = [a for a in ALIASES.values() if memory_needed(a.n_bytes) <= available]
+    return [(alias.name, alias.n_bytes) for alias in fitting]
+
+
 def advice_after(path: Path) -> str | None:
     """What to fetch after trying out the default model; None for any other."""
     from edgeinfer import platform

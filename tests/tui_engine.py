@@ -32,6 +32,7 @@ class Script:
     prompt_seconds: float = 0.0  # between reports of the prompt
     n_prompt: int = 120
     n_cached: int = 40
+    n_dropped: int = 0
     error: Exception | None = None
     logprobs: bool = False
     hold: threading.Event | None = None  # wait for it before the last word
@@ -41,7 +42,7 @@ class ScriptedStream:
     """Yields a script's events; `close` from another thread ends it."""
 
     def __init__(self, script: Script, model: ScriptedModel) -> None:
-        self.prompt_ids = tuple(range(script.n_prompt))
+        self.dropped_turns = script.n_dropped
         self.is_closed = threading.Event()
         self.closed_at = 0.0
         self._script, self._model = script, model
@@ -159,4 +160,6 @@ def opener(model: ScriptedModel, hold: threading.Event | None = None, error: Any
 
 def _words(text: str) -> list[str]:
     parts = text.split(" ")
-    return [part + (" " if i < len(parts) - 1 else "") for i, part in enumerate(parts)] if text else []
+    return (
+        [part + (" " if i < len(parts) - 1 else "") for i, part in enumerate(parts)] if text else []
+    )

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-from .branch_screen import BranchScreen
-from .conversation import Conversation
-from .probabilities_screen import ProbabilitiesScreen
-from .splitter import split
-from .store import Node
+from edgeinfer.tui.branch_screen import BranchScreen
+from edgeinfer.tui.conversation import Conversation
+from edgeinfer.tui.probabilities_screen import ProbabilitiesScreen
+from edgeinfer.tui.splitter import split
+from edgeinfer.tui.store import Node
 
 if TYPE_CHECKING:
-    from .commands import ChatCommands
+    from edgeinfer.tui.commands import ChatCommands
 
 
 def selected(app: ChatCommands) -> Node | None:
@@ -124,6 +124,7 @@ def open_conversation(app: ChatCommands, id: int | None) -> None:
     found = Conversation.load(session.store, id) if id is not None else None
     session.conversation = found or Conversation(session.store, system=system)
     session.readings.clear_context()
+    session.n_dropped = 0
     app.editing = None
     app.show_conversation()
     app.composer.show_queue([])

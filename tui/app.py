@@ -6,6 +6,7 @@ Knows nothing of tokens or files; `Session` does what is asked here.
 from __future__ import annotations
 
 import time
+
 from textual import events, on
 from textual.app import ComposeResult
 from textual.containers import Container
@@ -13,22 +14,21 @@ from textual.timer import Timer
 from textual.widgets import Static
 
 from edgeinfer import printable
-
-from . import slash
-from .commands import ChatCommands
-from .completions import Sources
-from .composer import Composer
-from .entries import RunningEntry, blocks_of
-from .files import list_files
-from .loader import Task
-from .notes import answer_note, dropped_block, hint, welcome
-from .palette import OURS, Palette
-from .session import News, Prompt, Session
-from .settings import ChatSettings
-from .status_bar import StatusBar
-from .store import FILE_NAME, Attachment, Node, Store
-from .title_bar import TitleBar
-from .transcript import Transcript
+from edgeinfer.tui import slash
+from edgeinfer.tui.commands import ChatCommands
+from edgeinfer.tui.completions import Sources
+from edgeinfer.tui.composer import Composer
+from edgeinfer.tui.entries import RunningEntry, blocks_of
+from edgeinfer.tui.files import list_files
+from edgeinfer.tui.loader import Task
+from edgeinfer.tui.notes import answer_note, dropped_block, hint, welcome
+from edgeinfer.tui.palette import OURS, Palette
+from edgeinfer.tui.session import News, Prompt, Session
+from edgeinfer.tui.settings import ChatSettings
+from edgeinfer.tui.status_bar import StatusBar
+from edgeinfer.tui.store import FILE_NAME, Attachment, Node, Store
+from edgeinfer.tui.title_bar import TitleBar
+from edgeinfer.tui.transcript import Transcript
 
 _RATE = 8.0  # looks a second while something happens
 _MOST_SHARE = 0.2  # of the time may go into drawing; a slow draw is followed by a pause
@@ -85,7 +85,7 @@ class ChatApp(ChatCommands):
         self.session.store.close()
 
     def _begin(self) -> None:
-        path = self.settings.model or self.session.store.preference("model")
+        path = self.settings.model or self.settings.last_model()
         if path is None:
             self.action_models()
         else:

@@ -13,10 +13,11 @@ from typing import Literal, TypeAlias
 from rich.cells import cell_len
 from rich.segment import Segment
 
-from .look import Lines, Look
+from edgeinfer.tui.look import Lines, Look
 
 Kind: TypeAlias = Literal["user", "text", "code", "thinking", "note", "notice", "failure"]
 
+_INDENT = 2  # the grounds of code and of what the user wrote reach as far beyond the text
 _OPEN_ROWS = 80  # rows of code that are highlighted again while a block grows
 
 
@@ -48,7 +49,7 @@ class Block:
         if self.kind in ("note", "notice") or (self.kind == "thinking" and self.is_folded):
             rows = 1
         else:
-            inner = max(1, width - 4 if self.kind in ("user", "code") else width)
+            inner = max(1, width - 2 * _INDENT)
             rows = sum(max(1, -(-len(line) // inner)) for line in self.text.split("\n"))
             rows += len(self.notes) + (self.kind == "code")
         self.height = rows + len(self._gap())
@@ -72,6 +73,10 @@ class Block:
             return look.bubble(self.text, self.notes, width)
         if self.kind == "code":
             return self._code_rows(look, width)
+        rows = self._text_rows(look, max(1, width - 2 * _INDENT))
+        return [[Segment(" " * _INDENT), *row] if row else row for row in rows]
+
+    def _text_rows(self, look: Look, width: int) -> Lines:
         if self.kind == "text":
             return look.prose(self.text, width)
         if self.kind == "thinking":

@@ -17,9 +17,8 @@ from textual.widgets import OptionList, Static
 from textual.widgets.option_list import Option
 
 from edgeinfer import printable
-
-from .palette import Palette
-from .store import Node
+from edgeinfer.tui.palette import Palette
+from edgeinfer.tui.store import Node
 
 
 class BranchScreen(ModalScreen[int | None]):

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .settings import ChatSettings, ModelChoice
-from .store import Store
+from edgeinfer.tui.settings import ChatSettings, ModelChoice
+from edgeinfer.tui.store import Store
 
 _MOST = 200
 

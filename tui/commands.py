@@ -16,23 +16,22 @@ from textual.notifications import SeverityLevel
 from textual.screen import Screen
 
 from edgeinfer import printable
-
-from . import actions, slash
-from .catalog import find_models
-from .clipboard import copy_with_tool, is_in_tmux, osc52
-from .composer import Composer
-from .history_screen import HistoryScreen
-from .keys import APP_KEYS
-from .loader import Task
-from .model_screen import ModelScreen
-from .pages import help_page, stats_page
-from .palette import Palette
-from .params_screen import ParamsScreen
-from .session import Session
-from .settings import ChatSettings, ModelChoice
-from .store import Node
-from .text_screen import TextScreen
-from .transcript import Transcript
+from edgeinfer.tui import actions, slash
+from edgeinfer.tui.catalog import find_models
+from edgeinfer.tui.clipboard import copy_with_tool, is_in_tmux, osc52
+from edgeinfer.tui.composer import Composer
+from edgeinfer.tui.history_screen import HistoryScreen
+from edgeinfer.tui.keys import APP_KEYS
+from edgeinfer.tui.loader import Task
+from edgeinfer.tui.model_screen import ModelScreen
+from edgeinfer.tui.pages import help_page, stats_page
+from edgeinfer.tui.palette import Palette
+from edgeinfer.tui.params_screen import ParamsScreen
+from edgeinfer.tui.session import Session
+from edgeinfer.tui.settings import ChatSettings, ModelChoice
+from edgeinfer.tui.store import Node
+from edgeinfer.tui.text_screen import TextScreen
+from edgeinfer.tui.transcript import Transcript
 
 _TWICE_SECONDS = 2.0
 _FIRST_RUN = (
@@ -123,7 +122,9 @@ class ChatCommands(App[None]):
             if path is not None:
                 self.load_model(path)
 
-        self.push_screen(ModelScreen(self.settings, self.model_choices(), title), take)
+        current = self.session.store.preference("model")
+        choices = self.model_choices()
+        self.push_screen(ModelScreen(self.settings, choices, title, current), take)
 
     def action_models(self) -> None:
         is_first = self.session.model is None and self.session.loader is None

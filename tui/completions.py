@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .files import match
+from edgeinfer.tui.files import match
 
 _WORD_AT_END = re.compile(r"(?:^|\s)@(\S*)$")
 

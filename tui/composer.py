@@ -17,13 +17,12 @@ from textual.widgets import OptionList, Static
 from textual.widgets.option_list import Option
 
 from edgeinfer import EdgeInferError, printable
-
-from .completions import Candidate, Sources, complete
-from .entries import attachment_label
-from .files import read_attachment
-from .palette import Palette
-from .prompt import Prompt
-from .store import Attachment
+from edgeinfer.tui.completions import Candidate, Sources, complete
+from edgeinfer.tui.entries import attachment_label
+from edgeinfer.tui.files import read_attachment
+from edgeinfer.tui.palette import Palette
+from edgeinfer.tui.prompt import Prompt
+from edgeinfer.tui.store import Attachment
 
 
 class Composer(Vertical):

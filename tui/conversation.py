@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .store import Attachment, Node, Store
+from edgeinfer.tui.store import Attachment, Node, Store
 
 if TYPE_CHECKING:
     from edgeinfer import Message

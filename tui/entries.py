@@ -6,10 +6,9 @@ Knows nothing of widgets. Whatever is shown passes the filter of control charact
 from __future__ import annotations
 
 from edgeinfer import StreamFilter, printable
-
-from .blocks import Block, Kind
-from .splitter import Piece, Splitter, split
-from .store import Node
+from edgeinfer.tui.blocks import Block, Kind
+from edgeinfer.tui.splitter import Piece, Splitter, split
+from edgeinfer.tui.store import Node
 
 
 def blocks_of(node: Node, note: str) -> list[Block]:
@@ -31,9 +30,7 @@ def blocks_of(node: Node, note: str) -> list[Block]:
 
 def user_block(node: Node, note: str) -> Block:
     notes = [attachment_label(each.name, each.n_tokens) for each in node.attachments]
-    return Block(
-        "user", printable(node.content), node.id, notes=[*notes, note] if note else notes
-    )
+    return Block("user", printable(node.content), node.id, notes=[*notes, note] if note else notes)
 
 
 def attachment_label(name: str, n_tokens: int | None) -> str:
@@ -127,4 +124,4 @@ def _thinking(entry: int, text: str, heading: str) -> Block:
 
 
 def _thought(seconds: float) -> str:
-    return f"Thought for {seconds:.1f} s" if seconds else "Thought"
+    return f"Thought for {seconds:.1f} s" if seconds >= 0.1 else "Thought"

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from edgeinfer import EdgeInferError
-
-from .conversation import Conversation
-from .store import Node
+from edgeinfer.tui.conversation import Conversation
+from edgeinfer.tui.store import Node
 
 _ROLES = {"user": "You", "assistant": "Answer"}
 

@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from edgeinfer import EdgeInferError
-
-from .store import Attachment
+from edgeinfer.tui.store import Attachment
 
 _MOST_FILES = 4000
 _SECONDS = 0.08  # a slow disk gives fewer names, not a frozen screen

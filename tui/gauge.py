@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .settings import ChatModel
+from edgeinfer.tui.settings import ChatModel
 
 if TYPE_CHECKING:
     from edgeinfer import Completion
@@ -79,6 +79,8 @@ class Readings:
 
     def sample_rate(self, now: float) -> None:
         """Tokens per second over the last second, and its course over the last ones."""
+        if not self.is_busy:
+            return
         while self._times and now - self._times[0] > _WINDOW_SECONDS:
             self._times.popleft()
         if len(self._times) > 1:

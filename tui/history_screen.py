@@ -18,9 +18,8 @@ from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option
 
 from edgeinfer import printable
-
-from .palette import Palette
-from .store import Store, Summary
+from edgeinfer.tui.palette import Palette
+from edgeinfer.tui.store import Store, Summary
 
 _HINT = "enter open   ctrl+d delete   esc back"
 
@@ -36,6 +35,8 @@ class HistoryScreen(ModalScreen[int | None]):
         Binding("pageup", "move(-10)", "Back", priority=True, show=False),
         Binding("ctrl+d", "delete", "Delete", priority=True),
     ]
+
+    AUTO_FOCUS = "Input"
 
     def __init__(self, store: Store, current: int | None) -> None:
         super().__init__()

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from .settings import ChatModel, ChatSettings
+from edgeinfer.tui.settings import ChatModel, ChatSettings
 
 if TYPE_CHECKING:
     from edgeinfer import Progress

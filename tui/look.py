@@ -16,7 +16,7 @@ from rich.style import Style
 from rich.text import Text
 from rich.theme import Theme
 
-from .palette import Palette
+from edgeinfer.tui.palette import Palette
 
 if TYPE_CHECKING:
     from rich.markdown import Markdown
@@ -72,7 +72,7 @@ class Look:
         return self._console.render_lines(content, options, style=style, pad=style is not None)
 
     def _markdown(self, text: str) -> Markdown:
-        from .markdown import CalmMarkdown
+        from edgeinfer.tui.markdown import CalmMarkdown
 
         return CalmMarkdown(text, code_theme=self._syntax_theme)
 
@@ -86,7 +86,7 @@ class Look:
 
     @cached_property
     def _syntax_theme(self) -> SyntaxTheme:
-        from .markdown import CalmSyntax
+        from edgeinfer.tui.markdown import CalmSyntax
 
         return CalmSyntax(self.palette)
 
@@ -114,7 +114,6 @@ def _styles(palette: Palette) -> Theme:
             "markdown.s": "strike",
         }
     )
-
 
 
 def _is_visible(line: list[Segment]) -> bool:

@@ -8,7 +8,15 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from markdown_it import MarkdownIt
-from pygments.token import Comment, Keyword, Name, Number, Operator, String, Token
+from pygments.token import (  # type: ignore[import-untyped]
+    Comment,
+    Keyword,
+    Name,
+    Number,
+    Operator,
+    String,
+    Token,
+)
 from rich import box
 from rich.console import Console, ConsoleOptions, JustifyMethod, RenderResult
 from rich.markdown import CodeBlock, Heading, HorizontalRule, Markdown, TableElement
@@ -17,7 +25,7 @@ from rich.style import Style
 from rich.syntax import Syntax, SyntaxTheme
 from rich.table import Table
 
-from .palette import Palette
+from edgeinfer.tui.palette import Palette
 
 
 class _Heading(Heading):

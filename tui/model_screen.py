@@ -18,11 +18,10 @@ from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option
 
 from edgeinfer import MemoryPlan, PlanError, printable
-
-from .gauge import progress_bar, size_text
-from .loader import Task
-from .palette import Palette
-from .settings import ChatSettings, ModelChoice
+from edgeinfer.tui.gauge import progress_bar, size_text
+from edgeinfer.tui.loader import Task
+from edgeinfer.tui.palette import Palette
+from edgeinfer.tui.settings import ChatSettings, ModelChoice
 
 _HINT = "enter choose   type a path to a .gguf file   esc back"
 
@@ -36,9 +35,14 @@ class ModelScreen(ModalScreen[str | None]):
         Binding("up", "move(-1)", "Previous", priority=True, show=False),
     ]
 
-    def __init__(self, settings: ChatSettings, choices: list[ModelChoice], title: str) -> None:
+    AUTO_FOCUS = "#path"
+
+    def __init__(
+        self, settings: ChatSettings, choices: list[ModelChoice], title: str, current: str | None
+    ) -> None:
         super().__init__()
         self._settings, self._choices, self._title = settings, choices, title
+        self._current = current
         self._plans: dict[str, Task[MemoryPlan]] = {}
         self._fetch: Task[str] | None = None
         self._fetched = (0, 0)
@@ -67,9 +71,10 @@ class ModelScreen(ModalScreen[str | None]):
             row.append(f"  {printable(where)}" if where else "", palette.accent)
             shown.add_option(Option(row))
         shown.display = bool(self._choices)
-        shown.highlighted = 0 if self._choices else None
+        paths = [each.path for each in self._choices]
+        at = paths.index(self._current) if self._current and self._current in paths else 0
+        shown.highlighted = at if self._choices else None
         self._timer = self.set_interval(1 / 8, self._tick)
-        self.query_one(Input).focus()
 
     def action_back(self) -> None:
         if self._fetch is None:

@@ -8,11 +8,10 @@ from __future__ import annotations
 from rich.text import Text
 
 from edgeinfer import printable
-
-from .blocks import Block
-from .palette import Palette
-from .session import Session
-from .store import Node, Summary
+from edgeinfer.tui.blocks import Block
+from edgeinfer.tui.palette import Palette
+from edgeinfer.tui.session import Session
+from edgeinfer.tui.store import Node, Summary
 
 
 def answer_note(node: Node, place: tuple[int, int]) -> str:
@@ -39,7 +38,8 @@ def _branch(place: tuple[int, int]) -> str:
 
 
 def dropped_block(n: int) -> Block:
-    text = f"the context is full: the {n} oldest messages are not read any more"
+    turns = f"{n} oldest turns are" if n > 1 else "oldest turn is"
+    text = f"the context is full: the {turns} not read any more"
     return Block("notice", text, 0)
 
 

@@ -9,9 +9,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .gauge import Readings, size_text
-from .palette import Palette
-from .session import Session
+from edgeinfer.tui.gauge import Readings, size_text
+from edgeinfer.tui.palette import Palette
+from edgeinfer.tui.session import Session
 
 _KEYS = (
     ("Writing", (

@@ -22,8 +22,8 @@ class Param:
 
 
 def _overflow(text: str) -> str:
-    if text not in ("slide", "error"):
-        raise ValueError("overflow is slide (forget the oldest) or error")
+    if text not in ("drop-turns", "slide", "error"):
+        raise ValueError("overflow is drop-turns, slide (forget the oldest tokens) or error")
     return text
 
 
@@ -35,7 +35,7 @@ PARAMS = (
     Param("repeat_penalty", float, 0, 10, "above 1 makes repetition less likely"),
     Param("max_tokens", int, 1, 10_000_000, "end an answer after so many tokens"),
     Param("seed", int, 0, 2**63, "the same number gives the same answer"),
-    Param("overflow", _overflow, 0, 0, "slide or error, when an answer fills the context"),
+    Param("overflow", _overflow, 0, 0, "drop-turns, slide or error, when the context is full"),
     Param("logprobs", int, 0, 20, "keep the n likeliest tokens; p shows them"),
 )
 

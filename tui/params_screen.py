@@ -15,7 +15,7 @@ from textual.containers import Horizontal, Vertical
 from textual.screen import ModalScreen
 from textual.widgets import Input, Label, Static
 
-from .params import PARAMS, parse_param
+from edgeinfer.tui.params import PARAMS, parse_param
 
 _HINT = "tab next   enter apply   empty = the model's default   esc back"
 
@@ -28,6 +28,8 @@ class ParamsScreen(ModalScreen[dict[str, Any] | None]):
         Binding("down", "app.focus_next", "Next", priority=True, show=False),
         Binding("up", "app.focus_previous", "Previous", priority=True, show=False),
     ]
+
+    AUTO_FOCUS = "Input"
 
     def __init__(self, sampling: Mapping[str, Any]) -> None:
         super().__init__()

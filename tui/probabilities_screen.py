@@ -17,8 +17,7 @@ from textual.widgets import OptionList, Static
 from textual.widgets.option_list import Option
 
 from edgeinfer import printable
-
-from .palette import Palette
+from edgeinfer.tui.palette import Palette
 
 _BAR = 12
 _MOST_ROWS = 2000
@@ -48,7 +47,7 @@ class ProbabilitiesScreen(ModalScreen[None]):
         self.query_one(".dialog").border_title = title
         palette = Palette.of(self.app.current_theme)
         shown = self.query_one(OptionList)
-        shown.add_options(Option(_row(*each, palette)) for each in self._logprobs)
+        shown.add_options(Option(_row(*each, palette=palette)) for each in self._logprobs)
         shown.highlighted = 0 if self._logprobs else None
         shown.focus()
 
@@ -62,7 +61,7 @@ class ProbabilitiesScreen(ModalScreen[None]):
                 return
 
 
-def _row(text: str, logprob: float, top: list[Any], palette: Palette) -> Text:
+def _row(text: str, logprob: float, top: list[Any], *, palette: Palette) -> Text:
     share = 0.0 if math.isnan(logprob) else math.exp(logprob)
     color = palette.good if share >= 0.7 else palette.warn if share >= 0.3 else palette.bad
     full = max(1, round(share * _BAR))

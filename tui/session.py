@@ -9,15 +9,15 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .conversation import Conversation
-from .gauge import Readings
-from .loader import ModelLoader
-from .settings import ChatModel, ChatSettings
-from .store import Attachment, Node, Store
-from .turn import Turn
+from edgeinfer.tui.conversation import Conversation
+from edgeinfer.tui.gauge import Readings
+from edgeinfer.tui.loader import ModelLoader
+from edgeinfer.tui.settings import ChatModel, ChatSettings
+from edgeinfer.tui.store import Attachment, Node, Store
+from edgeinfer.tui.turn import Turn
 
 if TYPE_CHECKING:
-    from edgeinfer import Completion, Sampling
+    from edgeinfer import Completion
 
 _SAVE_SECONDS = 1.0
 
@@ -47,7 +47,6 @@ class Running:
     node: Node
     turn: Turn
     saved_at: float
-    n_dropped: int = 0
     thinking_from: float = 0.0
     thinking_s: float = 0.0
     completion: Completion | None = None
@@ -66,6 +65,7 @@ class Session:
     queue: list[Prompt] = field(default_factory=list)
     sampling: dict[str, Any] = field(default_factory=dict)
     readings: Readings = field(default_factory=Readings)
+    n_dropped: int = 0  # turns that are not read any more, as last told
 
     def __post_init__(self) -> None:
         self.sampling = dict(self.settings.sampling)
@@ -115,7 +115,8 @@ class Session:
         assert self.model is not None and self.conversation.leaf is not None
         messages = self.conversation.for_model()
         node = self.conversation.answer(self.conversation.leaf)
-        turn = Turn(self.model, messages, self._sampling())
+        sampling = {name: value for name, value in self.sampling.items() if value is not None}
+        turn = Turn(self.model, messages, sampling)
         self.running = Running(node, turn, time.perf_counter())
         self.readings.start_turn()
         turn.start()
@@ -134,11 +135,6 @@ class Session:
         if node is not None:
             self.conversation.show(node.parent)
         return node
-
-    def _sampling(self) -> Sampling:
-        sampling: Any = {k: v for k, v in self.sampling.items() if v is not None}
-        result: Sampling = sampling
-        return result
 
     # -- while it runs ---------------------------------------------------------------------------
 
@@ -161,8 +157,8 @@ class Session:
                 running.completion = event.completion
         node.content += news.text
         node.reasoning += news.reasoning
-        if turn.n_dropped != running.n_dropped:
-            news.n_dropped = running.n_dropped = turn.n_dropped
+        if turn.n_dropped > self.n_dropped:
+            news.n_dropped = self.n_dropped = turn.n_dropped
         if is_over:
             news.is_over = True
             self._end("failed" if turn.error else "done")

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 class AnswerStream(Protocol):
     """The events of one answer; `close`, from any thread, ends it at once."""
 
-    @property
-    def prompt_ids(self) -> tuple[int, ...]: ...
+    dropped_turns: int
 
     def __iter__(self) -> Iterator[Event]: ...
 
@@ -72,6 +71,10 @@ def _no_models() -> list[ModelChoice]:
     return []
 
 
+def _no_model() -> str | None:
+    return None
+
+
 def _no_memory() -> int:
     return 0
 
@@ -80,7 +83,7 @@ def _no_memory() -> int:
 class ChatSettings:
     """Where to keep files, and what the command line asked for.
 
-    `plan_model` previews the memory of a file, `fetch` downloads a named model and returns its
+    `last_model` is taken when `model` is None; `plan_model` previews the memory of a file, `fetch` downloads a named model and returns its
     path; without them there is no preview and no download.
     """
 
@@ -93,6 +96,7 @@ class ChatSettings:
     list_models: ListModels = _no_models
     plan_model: PlanModel | None = None
     fetch: Fetch | None = None
+    last_model: Callable[[], str | None] = _no_model
     memory_now: Callable[[], int] = _no_memory
     environment: Mapping[str, str] = field(default_factory=dict)
     folder: Path = field(default_factory=Path.cwd)

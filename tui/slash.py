@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgeinfer import EdgeInferError
-
-from . import actions
-from .export import export
-from .params import PARAMS, parse_param
+from edgeinfer.tui import actions
+from edgeinfer.tui.export import export
+from edgeinfer.tui.params import PARAMS, parse_param
 
 if TYPE_CHECKING:
-    from .commands import ChatCommands
+    from edgeinfer.tui.commands import ChatCommands
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,9 @@ from __future__ import annotations
 from rich.text import Text
 from textual.widgets import Static
 
-from .gauge import Readings, context_bar, progress_bar, size_text, sparkline
-from .loader import ModelLoader
-from .palette import Palette
+from edgeinfer.tui.gauge import Readings, context_bar, progress_bar, size_text, sparkline
+from edgeinfer.tui.loader import ModelLoader
+from edgeinfer.tui.palette import Palette
 
 _NEARLY_FULL = 0.85
 _DOTS = {"ready": "●", "writing": "●", "stopped": "○", "failed": "×", "no model": "○"}
@@ -23,11 +23,14 @@ class StatusBar(Static):
         self, readings: Readings, loader: ModelLoader | None, memory: int, palette: Palette
     ) -> None:
         """Show the numbers as they are now."""
-        width = max(10, self.size.width - 6)
+        width = max(10, self.size.width)
         left = _loading(loader, palette) if loader else _activity(readings, palette)
         parts = _facts(readings, memory, palette)
-        while parts and left.cell_len + sum(part.cell_len + 3 for part in parts) > width:
+        while len(parts) > 1 and left.cell_len + sum(part.cell_len + 3 for part in parts) > width:
             parts.pop()
+        if parts and left.cell_len + parts[0].cell_len + 3 > width:
+            share = readings.n_used / max(1, readings.n_ctx)
+            parts = [Text(f"context {share:.0%}", palette.muted)]
         right = Text("   ").join(parts)
         line = Text.assemble(left, " " * max(1, width - left.cell_len - right.cell_len), right)
         line.truncate(width)
@@ -44,7 +47,9 @@ def _loading(loader: ModelLoader, palette: Palette) -> Text:
 
 def _activity(readings: Readings, palette: Palette) -> Text:
     color = {"failed": palette.bad, "stopped": palette.warn}.get(readings.state, palette.accent)
-    dot = "◌" if readings.is_busy and readings.state != "writing" else _DOTS.get(readings.state, "●")
+    dot = (
+        "◌" if readings.is_busy and readings.state != "writing" else _DOTS.get(readings.state, "●")
+    )
     text = Text.assemble((f"{dot} ", color), (readings.state, palette.text))
     if readings.is_reading and readings.state == "reading":
         share = readings.n_read / max(1, readings.n_prompt)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from .schema import connect
+from edgeinfer.tui.schema import connect
 
 FILE_NAME = "history.db"
 State: TypeAlias = Literal["done", "partial", "stopped", "failed"]

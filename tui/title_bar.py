@@ -9,8 +9,7 @@ from rich.text import Text
 from textual.widgets import Static
 
 from edgeinfer import printable
-
-from .palette import Palette
+from edgeinfer.tui.palette import Palette
 
 
 class TitleBar(Static):
@@ -18,7 +17,7 @@ class TitleBar(Static):
 
     def draw(self, model: str, title: str, note: str, palette: Palette) -> None:
         """`note` is what is special about this chat, such as that nothing is kept."""
-        width = max(10, self.size.width - 6)
+        width = max(10, self.size.width)
         left = Text.assemble((printable(model) or "edgeinfer", f"bold {palette.accent}"))
         if note:
             left.append(f"   {note}", palette.warn)

@@ -6,7 +6,6 @@ Knows nothing of models or of the store.
 from __future__ import annotations
 
 from dataclasses import dataclass
-
 from typing import ClassVar
 
 from rich.segment import Segment
@@ -19,11 +18,11 @@ from textual.scroll_view import ScrollView
 from textual.selection import Selection
 from textual.strip import Strip
 
-from .blocks import Block, BlockList
-from .entries import RunningEntry
-from .keys import MESSAGE_KEYS
-from .look import Look
-from .palette import Palette
+from edgeinfer.tui.blocks import Block, BlockList
+from edgeinfer.tui.entries import RunningEntry
+from edgeinfer.tui.keys import MESSAGE_KEYS
+from edgeinfer.tui.look import Look
+from edgeinfer.tui.palette import Palette
 
 _GUTTER = 3
 _MOST_COLUMNS = 96  # longer lines are hard to read
@@ -54,8 +53,8 @@ class Transcript(ScrollView, can_focus=True):
         self._list = BlockList()
         self._look = Look(palette)
         self._width = 0
-        self._running: RunningEntry | None = None
-        self._running_at = 0
+        self._answer: RunningEntry | None = None
+        self._answer_at = 0
         self._is_placing = False
 
     # -- content ---------------------------------------------------------------------------------
@@ -77,7 +76,7 @@ class Transcript(ScrollView, can_focus=True):
 
     def show(self, blocks: list[Block]) -> None:
         """Replace everything, and go to the end."""
-        self._running = None
+        self._answer = None
         self._list.remove(0)
         self._append(blocks)
         self.follows = True
@@ -90,19 +89,19 @@ class Transcript(ScrollView, can_focus=True):
 
     def start(self, entry: RunningEntry) -> None:
         """An answer begins; `update_running` draws what it has become."""
-        self._running, self._running_at = entry, len(self._list)
+        self._answer, self._answer_at = entry, len(self._list)
 
     def update_running(self, first: int) -> None:
         """Draw the running answer again from its block `first` on."""
-        if self._running is None:
+        if self._answer is None:
             return
-        at = self._running_at + first
+        at = self._answer_at + first
         self._list.remove(at)
-        self._append(self._running.blocks[first:])
+        self._append(self._answer.blocks[first:])
         self._settle()
 
     def stop_running(self) -> None:
-        self._running = None
+        self._answer = None
 
     def _append(self, blocks: list[Block]) -> None:
         for block in blocks:
@@ -160,7 +159,7 @@ class Transcript(ScrollView, can_focus=True):
         if top >= self.scroll_offset.y and bottom <= self.scroll_offset.y + self.size.height:
             return
         self.follows = False
-        self.scroll_to(y=max(0, top - 1), animate=False)
+        self.scroll_to(y=max(0, top - 1), animate=False, force=True)
         self._settle()
 
     # -- placing ---------------------------------------------------------------------------------
@@ -184,7 +183,7 @@ class Transcript(ScrollView, can_focus=True):
             self._list.measure()
             if not self.follows:
                 self._resize_list()
-                self.scroll_to(y=self._list.top(index), animate=False)
+                self.scroll_to(y=self._list.top(index), animate=False, force=True)
         self._settle()
 
     def watch_scroll_y(self, old_value: float, new_value: float) -> None:
@@ -202,12 +201,12 @@ class Transcript(ScrollView, can_focus=True):
             for _ in range(8):
                 if self.follows:
                     self._resize_list()
-                    self.scroll_to(y=self.max_scroll_y, animate=False)
+                    self.scroll_to(y=self.max_scroll_y, animate=False, force=True)
                 if not self._draw_visible():
                     break
             self._resize_list()
             if self.follows:
-                self.scroll_to(y=self.max_scroll_y, animate=False)
+                self.scroll_to(y=self.max_scroll_y, animate=False, force=True)
         finally:
             self._is_placing = False
         self.refresh()
@@ -230,7 +229,7 @@ class Transcript(ScrollView, can_focus=True):
         if moved and is_cut and not self.follows:
             bottom = self._list.top(first) + self.blocks[first].height
             self._resize_list()
-            self.scroll_to(y=max(0, bottom - above), animate=False)
+            self.scroll_to(y=max(0, bottom - above), animate=False, force=True)
         return moved
 
     def _draw_range(self, first: int, last: int) -> bool:
@@ -295,8 +294,11 @@ class Transcript(ScrollView, can_focus=True):
         self.refresh()
 
     def on_click(self, event: events.Click) -> None:
-        line = int(event.y) + self.scroll_offset.y
-        if line >= self._list.n_lines or self.text_selection is not None:
+        offset = event.get_content_offset(self)
+        if offset is None or self.text_selection is not None:
+            return
+        line = offset.y + self.scroll_offset.y
+        if line >= self._list.n_lines:
             return
         index = self._list.find(line)
         block, at = self.blocks[index], line - self._list.top(index)

@@ -9,31 +9,28 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from edgeinfer import ContextLengthError
-
-from .settings import AnswerStream, ChatModel
+from edgeinfer.tui.settings import AnswerStream, ChatModel
 
 if TYPE_CHECKING:
-    from edgeinfer import Event, Message, Sampling
-
-_LEAST_ROOM = 512  # tokens kept free for the answer, a quarter of a small context
+    from edgeinfer import Event, Message
 
 
 class Turn:
     """Runs a request. `events` are the model's; `error` is set when it failed."""
 
-    def __init__(self, model: ChatModel, messages: Sequence[Message], sampling: Sampling) -> None:
+    def __init__(
+        self, model: ChatModel, messages: Sequence[Message], sampling: Mapping[str, Any]
+    ) -> None:
         self.events: deque[Event] = deque()
         self.error: BaseException | None = None
-        self.n_dropped = 0  # messages left out because the context is full
-        self.n_prompt = 0
+        self.n_dropped = 0  # turns that the prompt has no room for
         self.started_at = time.perf_counter()
         self.is_over = False
         self._model, self._messages = model, list(messages)
-        self._sampling: dict[str, Any] = dict(sampling)
+        self._sampling = {"overflow": "drop-turns", **sampling}
         self._stream: AnswerStream | None = None
         self._is_stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="edgeinfer-turn", daemon=True)
@@ -57,8 +54,9 @@ class Turn:
 
     def _run(self) -> None:
         try:
-            stream = self._open()
+            stream = self._model.stream_chat(self._messages, **self._sampling)
             self._stream = stream
+            self.n_dropped = stream.dropped_turns
             if self._is_stopping.is_set():
                 stream.close()
             for event in stream:
@@ -70,34 +68,3 @@ class Turn:
                 self.error = error
         finally:
             self.is_over = True
-
-    def _open(self) -> AnswerStream:
-        """Ask the model; while the prompt leaves no room to answer, leave out the oldest turns."""
-        strict = self._sampling.get("overflow") == "error"
-        sampling = {"overflow": "slide", **self._sampling}
-        while True:
-            stream = self._model.stream_chat(self._messages, **sampling)
-            self.n_prompt, n_ctx = len(stream.prompt_ids), self._model.n_ctx
-            room = min(_LEAST_ROOM, n_ctx // 4)
-            if strict or self.n_prompt <= n_ctx - room or self._is_stopping.is_set():
-                return stream
-            stream.close()
-            if not self._drop_oldest():
-                raise ContextLengthError(
-                    f"the message is {self.n_prompt:,} tokens, the context holds {n_ctx:,} and "
-                    f"{room} of them are for the answer; shorten it, or start with a larger --ctx",
-                    n_tokens=self.n_prompt,
-                    n_ctx=n_ctx,
-                )
-
-    def _drop_oldest(self) -> bool:
-        """Leave out the first turn that is not the system's, with its answer."""
-        start = int(self._messages[0]["role"] == "system")
-        end = start + 1
-        while end < len(self._messages) and self._messages[end]["role"] != "user":
-            end += 1
-        if end >= len(self._messages):
-            return False
-        del self._messages[start:end]
-        self.n_dropped += end - start
-        return True

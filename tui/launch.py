@@ -1,0 +1,75 @@
+"""Opens the chat for the command line.
+
+Knows nothing of flags. What takes long to import is imported once the first picture is out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from edgeinfer.tui.settings import ChatModel, ChatSettings, ModelChoice
+
+if TYPE_CHECKING:
+    from edgeinfer import LoadOptions, MemoryPlan, Progress
+
+
+def run_chat(
+    model: str | None,
+    *,
+    system: str | None,
+    load: Mapping[str, Any],
+    sampling: Mapping[str, Any],
+    keeps_history: bool,
+    data_folder: Path,
+    environment: Mapping[str, str],
+    memory_now: Callable[[], int],
+    last_model: Callable[[], str | None],
+    remember: Callable[[str], None],
+    downloads: Callable[[], Sequence[tuple[str, int]]],
+) -> None:
+    """Run until the user leaves. `downloads` are names and sizes of models that could be here."""
+    from edgeinfer.tui.app import ChatApp
+
+    options = cast("LoadOptions", dict(load))
+
+    def open_model(path: str, progress: Callable[[Progress], None]) -> ChatModel:
+        from edgeinfer import LLM
+
+        llm = LLM(path, **cast("LoadOptions", {**options, "progress": progress}))
+        remember(path)
+        return cast("ChatModel", llm)
+
+    def plan_model(path: str) -> MemoryPlan:
+        from edgeinfer import plan
+
+        return plan(path, **options)
+
+    settings = ChatSettings(
+        data_folder=data_folder, open_model=open_model, model=model, last_model=last_model,
+        system=system, sampling=cast("Any", dict(sampling)), keeps_history=keeps_history,
+        list_models=lambda: _choices(downloads()), plan_model=plan_model, fetch=_fetch,
+        memory_now=memory_now, environment=environment,
+    )  # fmt: skip
+    ChatApp(settings).run()
+
+
+def _choices(downloads: Sequence[tuple[str, int]]) -> list[ModelChoice]:
+    """Models on this machine, then those that could be fetched."""
+    from edgeinfer import list_models
+
+    here = [ModelChoice(i.name, str(i.path), i.n_bytes, _source(i.source)) for i in list_models()]
+    names = {choice.name.lower() for choice in here}
+    others = [ModelChoice(name, None, size) for name, size in downloads if name not in names]
+    return [*here, *others]
+
+
+def _source(name: str) -> str:
+    return "" if name == "edgeinfer" else f"from {name}"
+
+
+def _fetch(name: str, note: Callable[[int, int], None]) -> str:
+    from edgeinfer import pull
+
+    return str(pull(name, progress=lambda event: note(event.done, event.total)))
