@@ -133,6 +133,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(path: Path) -> None:
         time.sleep(1.0)
         os.write(parent, b"\x03")
         read_until(parent, b"(stopped)\r\n> ")
+        time.sleep(0.3)  # readline shows its prompt before it listens for signals
         os.write(parent, b"\x03")
         read_until(parent, b"ends the chat")
         os.write(parent, b"/bye\n")
