@@ -247,7 +247,8 @@ def chat(
     model: str | None, plain: bool, system: str | None, no_history: bool, **flags: Any
 ) -> None:
     """Talk to a model, full-screen on a terminal; with --plain a line is a message."""
-    if not plain and sys.stdin.isatty() and sys.stdout.isatty():
+    # Textual draws on stderr.
+    if not plain and all(s.isatty() for s in (sys.stdin, sys.stdout, sys.stderr)):
         _open_tui(model, system, not no_history, flags)
         return
     from edgeinfer.plain_chat import talk

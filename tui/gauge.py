@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from edgeinfer import Completion
 
 _WINDOW_SECONDS = 1.0
+_LEAST_SECONDS = 0.2  # two tokens that come together have no rate
 _N_SAMPLES = 16
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -83,8 +84,8 @@ class Readings:
             return
         while self._times and now - self._times[0] > _WINDOW_SECONDS:
             self._times.popleft()
-        if len(self._times) > 1:
-            span = max(1e-3, self._times[-1] - self._times[0])
+        span = self._times[-1] - self._times[0] if self._times else 0.0
+        if span >= _LEAST_SECONDS:
             self.rate = (len(self._times) - 1) / span
         if self.rate and now - self._sampled_at >= 0.25:
             self.history.append(self.rate)

@@ -83,8 +83,9 @@ def _no_memory() -> int:
 class ChatSettings:
     """Where to keep files, and what the command line asked for.
 
-    `last_model` is taken when `model` is None; `plan_model` previews the memory of a file, `fetch` downloads a named model and returns its
-    path; without them there is no preview and no download.
+    `last_model` is taken when `model` is None; `plan_model` previews the memory of a file;
+    `fetch` downloads a named model and returns its path. Without the last two there is no
+    preview and no download.
     """
 
     data_folder: Path
