@@ -1,0 +1,52 @@
+"""Questions to the operating system, and the suite's core where every one is left unanswered."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from edgeinfer import platform
+
+ROOT = Path(__file__).resolve().parent.parent
+CORE = ("test_engine.py", "test_kvcache.py", "test_team.py", "test_hub.py", "test_llm.py")
+
+
+def test_the_answers_are_plausible(tmp_path: Path) -> None:
+    assert 1 <= platform.default_threads() <= 4096
+    assert platform.available_memory() > 1 << 20
+    assert 0 < platform.free_disk(tmp_path / "not" / "there")
+    assert platform.is_writable(tmp_path / "new") and (tmp_path / "new").is_dir()
+    assert not platform.is_writable(Path(__file__))
+    assert platform.cpu_name()
+    assert platform.can_run_generated_code() in (True, None)
+
+
+def test_a_locked_file_is_refused_to_a_second_claim(tmp_path: Path) -> None:
+    with (tmp_path / "f").open("ab") as first, (tmp_path / "f").open("ab") as second:
+        assert platform.try_lock(first)
+    XX
+
+
+def test_memory_is_never_more_than_the_cgroup_grants(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = {
+        "memory.max": str(1 << 20),
+        "memory.current": str(1 << 18),
+        "cpu.max": "150000 100000",
+    }
+    monkeypatch.setattr(platform, "_read", lambda path: answers.get(path.name))
+    assert platform.available_memory() == (1 << 20) - (1 << 18)
+    assert platform.default_threads() == 1
+
+
+@pytest.mark.slow
+def test_the_core_works_without_any_of_them() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "tests.bare_system"]
+    files = [str(ROOT / "tests" / name) for name in CORE]
+    done = subprocess.run(
+        [*command, "-k", "not same_bits and not progress", "-p", "no:cacheprovider", *files],
+        cwd=ROOT, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
