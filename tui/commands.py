@@ -21,7 +21,7 @@ from edgeinfer.tui.catalog import find_models
 from edgeinfer.tui.clipboard import copy_with_tool, is_in_tmux, osc52
 from edgeinfer.tui.composer import Composer
 from edgeinfer.tui.history_screen import HistoryScreen
-from edgeinfer.tui.keys import APP_KEYS
+from edgeinfer.tui.keys import APP_KEYS, MAIN_ACTIONS
 from edgeinfer.tui.loader import Task
 from edgeinfer.tui.model_screen import ModelScreen
 from edgeinfer.tui.pages import help_page, stats_page
@@ -43,7 +43,7 @@ _FIRST_RUN = (
 class ChatCommands(App[None]):
     """Every `action_` is a key of `keys.py`."""
 
-    BINDINGS: ClassVar[list[BindingType]] = APP_KEYS
+    BINDINGS: ClassVar[list[BindingType]] = [*APP_KEYS]
 
     settings: ChatSettings
     session: Session
@@ -104,6 +104,11 @@ class ChatCommands(App[None]):
         for command in slash.COMMANDS:
             title = f"{command.name.capitalize()} {command.hint}".strip()
             yield SystemCommand(title, command.help, lambda run=command.run: run(self, ""))
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Keys of the conversation rest while a dialog is open."""
+        is_main = action in MAIN_ACTIONS and action != "interrupt"
+        return not (is_main and len(self.screen_stack) > 1)
 
     # -- models ----------------------------------------------------------------------------------
 

@@ -69,6 +69,9 @@ class RunningEntry:
     def finish(self, note: str, error: str, thinking_s: float) -> int:
         """Close everything and say how it ended."""
         self._end_thought(thinking_s)
+        if self._thinking is not None and thinking_s:
+            self._thinking.notes = [_thought(thinking_s)]
+            self._thinking.forget()
         rest = self._splitter.push(self._filter.flush())
         first = self._write([*rest, *self._splitter.flush()])
         if error:

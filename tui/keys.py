@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from textual.binding import Binding, BindingType
 
-APP_KEYS: list[BindingType] = [
+APP_KEYS: list[Binding] = [
     Binding("escape", "escape", "Stop", id="stop"),
     Binding("ctrl+c", "interrupt", "Copy or stop", priority=True, id="interrupt"),
     Binding("ctrl+n", "new", "New conversation", priority=True, id="new"),
@@ -20,10 +20,13 @@ APP_KEYS: list[BindingType] = [
     Binding("ctrl+t", "thinking", "Thoughts", priority=True, id="thinking"),
     Binding("ctrl+up", "mark", "Mark a message", priority=True, id="mark"),
     Binding("ctrl+end", "follow", "Follow", priority=True, id="follow"),
-    Binding("pageup", "page(-1)", "Scroll up", id="page_up"),
-    Binding("pagedown", "page(1)", "Scroll down", id="page_down"),
+    Binding("pageup", "page(-1)", "Scroll up", priority=True, id="page_up"),
+    Binding("pagedown", "page(1)", "Scroll down", priority=True, id="page_down"),
     Binding("f1", "help", "Keys", priority=True, id="help"),
 ]
+
+# Priority keys come before those of a dialog, where they mean nothing.
+MAIN_ACTIONS = frozenset(key.action.partition("(")[0] for key in APP_KEYS)
 
 MESSAGE_KEYS: list[BindingType] = [
     Binding("up,k", "app.move_mark(-1)", "Previous message"),

@@ -146,11 +146,11 @@ class Session:
         turn, node = running.turn, running.node
         is_over = turn.is_over  # before the queue is emptied: nothing can come after
         while turn.events:
-            event = turn.events.popleft()
+            at, event = turn.events.popleft()
             if event.type == "prompt_progress":
                 self.readings.take_prompt(event.done, event.total)
             elif event.type == "delta":
-                self._take_delta(running, event.text, event.reasoning)
+                self._take_delta(running, at, event.text, event.reasoning)
                 news.text += event.text
                 news.reasoning += event.reasoning
             else:
@@ -178,8 +178,7 @@ class Session:
         news.is_over = True
         return news
 
-    def _take_delta(self, running: Running, text: str, reasoning: str) -> None:
-        now = time.perf_counter()
+    def _take_delta(self, running: Running, now: float, text: str, reasoning: str) -> None:
         if reasoning and not running.thinking_from:
             running.thinking_from = now
         if reasoning or (text and running.thinking_from and not running.thinking_s):

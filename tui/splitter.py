@@ -11,7 +11,7 @@ from typing import Literal
 
 _FENCE = re.compile(r"^( {0,3})(`{3,}|~{3,})[ \t]*([^`\n]*)$")
 _INDENTED_FENCE = re.compile(r"^\s+(`{3,}|~{3,})")
-_ITEM = re.compile(r"^(?:[-*+]|\d{1,9}[.)])\s")
+_ITEM = re.compile(r"^(?:([-*+])|\d{1,9}([.)]))\s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class Splitter:
         if self._fence:
             return self._code_line(line)
         opening = None if self._nested_fence else _FENCE.match(line)
-        if opening:
+        if opening and not (opening[1] and self._is_list):
             closed = self._close()
             self._fence = opening[2]
             self._language = opening[3].strip().split(" ")[0]
@@ -93,7 +93,8 @@ class Splitter:
         """Whether a line after a blank one still belongs to the open list."""
         if line[:1] in " \t":
             return True
-        return bool(_ITEM.match(line) and self._lines and _ITEM.match(self._lines[0]))
+        kind = _item_kind(line)
+        return bool(kind and self._lines and kind == _item_kind(self._lines[0]))
 
     def _track_nested(self, line: str) -> None:
         if self._nested_fence:
@@ -102,10 +103,20 @@ class Splitter:
         elif found := _INDENTED_FENCE.match(line):
             self._nested_fence = found[1]
 
+    @property
+    def _is_list(self) -> bool:
+        return bool(self._lines and _item_kind(self._lines[0]))
+
     def _close(self) -> list[Piece]:
         text = "\n".join(self._lines).rstrip()
         self._lines, self._after_blank, self._nested_fence = [], False, ""
         return [Piece("text", text)] if text.strip() else []
+
+
+def _item_kind(line: str) -> str:
+    """The mark of a list item, without its number; "" for any other line."""
+    found = _ITEM.match(line)
+    return (found[1] or found[2]) if found else ""
 
 
 def split(text: str) -> list[Piece]:

@@ -24,7 +24,7 @@ class Turn:
     def __init__(
         self, model: ChatModel, messages: Sequence[Message], sampling: Mapping[str, Any]
     ) -> None:
-        self.events: deque[Event] = deque()
+        self.events: deque[tuple[float, Event]] = deque()  # with the time they came
         self.error: BaseException | None = None
         self.n_dropped = 0  # turns that the prompt has no room for
         self.started_at = time.perf_counter()
@@ -62,7 +62,7 @@ class Turn:
             for event in stream:
                 if self._is_stopping.is_set():
                     break
-                self.events.append(event)
+                self.events.append((time.perf_counter(), event))
         except BaseException as error:
             if not self._is_stopping.is_set():
                 self.error = error
