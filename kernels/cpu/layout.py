@@ -184,6 +184,8 @@ def parts_bytes(max_rows: int, n_heads: int, k_dim: int, v_dim: int, max_segment
 def items_bytes(max_rows: int, max_segments: int) -> int:
     """Bytes of H_ITEMS."""
     return max_rows * ROW_BYTES + (max_rows + SPLIT_ROWS * max_segments) * ITEM_BYTES
+
+
 #
 # sample: for wanted row i (a chunk), the token that row i of the table at H_SAMPLES asks for.
 # Changed logits are restored. Scratch: N_SLOTS slots, one per thread of the team, 64-byte
