@@ -190,7 +190,7 @@ def matmul(
         packed.ctypes.data, n_groups, n_cols // form.block, x_bytes.ctypes.data, out.ctypes.data,
         out.strides[0], 0 if bias is None else bias.ctypes.data,
         0 if residual is None else residual.ctypes.data, per_chunk, int(wanted),
-        n_cols // form.block * block_bytes[form.activation],
+        n_cols // form.block * block_bytes[form.activation], 0, 0,
     ]  # fmt: skip
     rows = dict(H_ROWS=99, H_WANTED_ROWS=n_tokens) if wanted else dict(H_ROWS=n_tokens)
     chunks = range(-(-n_groups // per_chunk))

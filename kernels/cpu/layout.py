@@ -93,11 +93,14 @@ PACK_SRC, PACK_DST, PACK_N_ROWS, PACK_N_BLOCKS, PACK_PER_CHUNK = (i * WORD for i
 #
 # matmul.<type>: out[t, n] = sum_k W[n, k] x[t, k] (+ bias[n]) (+ residual[t, n]).
 # x is a32, a256 or f32 as the weight type asks; out, residual: float rows of `stride` bytes.
-# A chunk is `per_chunk` groups of 8 weight rows, for all tokens.
+# A chunk is some groups of 8 weight rows, for all tokens: `big_chunk` groups in each of the first
+# `n_big` chunks, then `small_chunk`. Long runs let the hardware prefetch, short ones at the end
+# let all threads finish together.
 (
     MATMUL_W, MATMUL_N_GROUPS, MATMUL_N_BLOCKS, MATMUL_X, MATMUL_OUT, MATMUL_STRIDE,
-    MATMUL_BIAS, MATMUL_RESIDUAL, MATMUL_PER_CHUNK, MATMUL_ROWS, MATMUL_X_ROW_BYTES,
-) = (i * WORD for i in range(11))  # fmt: skip
+    MATMUL_BIAS, MATMUL_RESIDUAL, MATMUL_SMALL_CHUNK, MATMUL_ROWS, MATMUL_X_ROW_BYTES,
+    MATMUL_BIG_CHUNK, MATMUL_N_BIG,
+) = (i * WORD for i in range(13))  # fmt: skip
 #
 # embed.<type>: out[t] = row ids[t] of a packed matrix, as floats. A chunk is one row.
 EMBED_W, EMBED_N_BLOCKS, EMBED_OUT, EMBED_STRIDE, EMBED_DIM = (i * WORD for i in range(5))

@@ -67,7 +67,7 @@ def matmul(
     out = np.zeros((n_tokens, n_groups * 8 + 16), np.float32)
     args = [
         w, n_groups, n_blocks, x.ctypes.data, out.ctypes.data, out.strides[0], 0, 0, per_chunk,
-        layout.ALL_ROWS, row_bytes,
+        layout.ALL_ROWS, row_bytes, 0, 0,
     ]  # fmt: skip
     return Kernel(f"matmul.{type_name}", family, args, n_tokens), [x, out]
 

@@ -11,6 +11,8 @@ from numba import njit
 
 from edgeinfer.kernels.cpu.formats import FORMATS as SIZES
 from edgeinfer.kernels.cpu.layout import (
+    MATMUL_BIG_CHUNK,
+    MATMUL_N_BIG,
     A32_BYTES,
     A256_BYTES,
     H_ROWS,
@@ -19,7 +21,7 @@ from edgeinfer.kernels.cpu.layout import (
     MATMUL_N_BLOCKS,
     MATMUL_N_GROUPS,
     MATMUL_OUT,
-    MATMUL_PER_CHUNK,
+    MATMUL_SMALL_CHUNK,
     MATMUL_RESIDUAL,
     MATMUL_ROWS,
     MATMUL_STRIDE,
@@ -53,9 +55,10 @@ def make(isa, type_name):
         rows = word(header + H_ROWS)
         if word(args + MATMUL_ROWS) == WANTED_ROWS:
             rows = word(header + H_WANTED_ROWS)
-        per_chunk = word(args + MATMUL_PER_CHUNK)
-        first = chunk * per_chunk
-        last = min(word(args + MATMUL_N_GROUPS), first + per_chunk)
+        n_big, big = word(args + MATMUL_N_BIG), word(args + MATMUL_BIG_CHUNK)
+        small = word(args + MATMUL_SMALL_CHUNK)
+        first = min(chunk, n_big) * big + max(chunk - n_big, 0) * small
+        last = min(word(args + MATMUL_N_GROUPS), first + (big if chunk < n_big else small))
         t = 0
         while t + 8 <= rows:
             eight(args, first, last, t)
