@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 import click
 
 from edgeinfer import __version__, config
-from edgeinfer.cli_models import add_to, advice_after, choose_model, remember
+from edgeinfer.cli_models import add_to, advice_after, choose_model, remember, warn_unless_kept
 from edgeinfer.cli_options import (
     LOAD_NAMES,
     SAMPLING_NAMES,
@@ -164,6 +164,8 @@ def _open(model: str | None, flags: dict[str, Any], *, is_chat: bool = False) ->
     line = ProgressLine()
 
     def progress(event: Progress) -> None:
+        if event.stage == "kernels" and not event.done:
+            warn_unless_kept()
         line.show(event.stage, event.done, event.total)
 
     from edgeinfer.llm import LLM

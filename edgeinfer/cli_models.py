@@ -196,6 +196,15 @@ def downloadable() -> list[tuple[str, int]]:
     return [(alias.name, alias.n_bytes) for alias in fitting]
 
 
+def warn_unless_kept() -> None:
+    """Say so where the kernels that are being built can't be stored."""
+    from edgeinfer import platform
+
+    folder = config.cache_folder()
+    if not platform.is_writable(folder):
+        note(f"kernels can't be kept in {folder}: built for this process alone; set EDGEINFER_HOME")
+
+
 def advice_after(path: Path) -> str | None:
     """What to fetch after trying out the default model; None for any other."""
     from edgeinfer import platform

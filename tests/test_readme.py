@@ -1,0 +1,77 @@
+"""The README keeps its promises: commands, the tour of the API, paths, files."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import click
+import pytest
+
+from edgeinfer import config
+from edgeinfer.cli import commands
+from edgeinfer.discovery import models_folder
+
+from .models_for_tests import tiny_model
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+START = (
+    "python3 -m venv .venv && .venv/bin/python -m pip install . && .venv/bin/edgeinfer chat -y",
+    "python3 -m venv .venv && .venv/bin/python -m pip install '.[test]' "
+    "&& .venv/bin/python -m pytest",
+)
+
+
+def between(mark: str) -> str:
+    """The text from a mark to the next end."""
+    return README.partition(f"<!-- {mark}")[2].partition("-->")[2].partition("<!-- end -->")[0]
+
+
+def test_the_two_commands_are_there_as_they_are() -> None:
+    assert f"\n{START[0]}\n" in README
+    assert between("test command").strip().splitlines() == ["```", START[1], "```"]
+
+
+def test_the_tour_of_the_api_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(config, "data_folder", lambda: tmp_path)
+    monkeypatch.setattr(config, "model_folders", dict)
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
+    made = tiny_model(tmp_path, n_ctx=2048, chat_template=template)
+    target = models_folder() / "smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    target.parent.mkdir(parents=True)
+    shutil.move(made, target)
+    tour = between("api tour").strip().removeprefix("```python\n").removesuffix("```")
+    assert len(tour.strip().splitlines()) <= 12
+    exec(compile(tour, "README.md", "exec"), {})
+    assert "(1, 320)" in capsys.readouterr().out
+
+
+def test_every_command_is_in_the_table_and_has_one_example() -> None:
+    listed = re.findall(r"^\| `(\w+)", between("commands"), re.MULTILINE)
+    assert sorted(listed) == sorted(commands.commands)
+    for name, command in commands.commands.items():
+        assert isinstance(command, click.Command)
+        assert (command.epilog or "").startswith(f"Example: edgeinfer {name}"), name
+        assert command.help, name
+
+
+def test_every_environment_variable_is_named() -> None:
+    for name in (config.HOME, config.ISA, config.THREADS, config.DEBUG):
+        assert f"`{name}`" in README
+
+
+def test_links_and_listed_files_exist() -> None:
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        assert link.startswith("http") or (ROOT / link).exists(), link
+    folder = ""
+    for line in between("files").strip().removeprefix("```").splitlines():
+        name = line.split(" ")[0] or line.split()[0] if line.strip() else ""
+        if name.endswith("/"):
+            folder = name
+        elif name and name != "```":
+            is_inside = line.startswith(" ")
+            assert (ROOT / (folder if is_inside else "") / name).exists(), line
