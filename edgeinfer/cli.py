@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 import click
 
 from edgeinfer import __version__, config
-from edgeinfer.cli_models import add_to, advice_after, choose_model, remember, warn_unless_kept
+from edgeinfer.cli_models import (
+    add_to,
+    advice_after,
+    choose_model,
+    downloadable,
+    last_model,
+    remember,
+    warn_unless_kept,
+)
 from edgeinfer.cli_options import (
     LOAD_NAMES,
     SAMPLING_NAMES,
@@ -251,7 +259,12 @@ def chat(
     """Talk to a model, full-screen on a terminal; with --plain a line is a message."""
     # Textual draws on stderr.
     if not plain and all(s.isatty() for s in (sys.stdin, sys.stdout, sys.stderr)):
+        if model is not None or flags["yes"]:
+            model = choose_model(model, bool(flags["yes"]), is_chat=True)
         _open_tui(model, system, not no_history, flags)
+        advice = advice_after(Path(last_model() or ""))
+        if advice:
+            note(advice)
         return
     from edgeinfer.plain_chat import talk
 
@@ -266,7 +279,6 @@ def _open_tui(
     model: str | None, system: str | None, keeps_history: bool, flags: dict[str, Any]
 ) -> None:
     from edgeinfer import platform
-    from edgeinfer.cli_models import downloadable, last_model
 
     # The TUI is a layer above this one: it is named here, not imported.
     importlib.import_module("edgeinfer.tui.launch").run_chat(
