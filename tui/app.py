@@ -10,6 +10,7 @@ import time
 from textual import events, on
 from textual.app import ComposeResult
 from textual.containers import Container
+from textual.driver import Driver
 from textual.timer import Timer
 from textual.widgets import Static
 
@@ -43,8 +44,8 @@ class ChatApp(ChatCommands):
     TITLE = "edgeinfer"
     NOTIFICATION_TIMEOUT = 4
 
-    def __init__(self, settings: ChatSettings) -> None:
-        super().__init__()
+    def __init__(self, settings: ChatSettings, driver: type[Driver] | None = None) -> None:
+        super().__init__(driver_class=driver)
         path = settings.data_folder / FILE_NAME if settings.keeps_history else None
         self.settings = settings
         self.session = Session(settings, Store(path))

@@ -5,6 +5,7 @@ Knows nothing of flags. What takes long to import is imported once the first pic
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 from edgeinfer.tui.settings import ChatModel, ChatSettings, ModelChoice
 
 if TYPE_CHECKING:
+    from textual.driver import Driver
+
     from edgeinfer import LoadOptions, MemoryPlan, Progress
 
 
@@ -52,7 +55,16 @@ def run_chat(
         list_models=lambda: _choices(downloads()), plan_model=plan_model, fetch=_fetch,
         memory_now=memory_now, environment=environment,
     )  # fmt: skip
-    ChatApp(settings).run()
+    ChatApp(settings, driver()).run()
+
+
+def driver() -> type[Driver] | None:
+    """The one that answers Escape at once; None is Textual's own."""
+    if os.name != "posix":
+        return None
+    from edgeinfer.tui.driver import ChatDriver
+
+    return ChatDriver
 
 
 def _choices(downloads: Sequence[tuple[str, int]]) -> list[ModelChoice]:

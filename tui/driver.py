@@ -1,0 +1,46 @@
+"""Reads the terminal like Textual's own driver, but knows a lone Escape 20 ms after it was pressed.
+
+Knows nothing of what keys do. Textual's driver finds out after 100 to 200 ms.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+from codecs import getincrementaldecoder
+
+from textual import events
+from textual._parser import ParseError
+from textual._xterm_parser import XTermParser
+from textual.drivers.linux_driver import LinuxDriver
+
+_ESCAPE = "\x1b"
+_ESCAPE_SECONDS = 0.02  # what begins with Escape and comes later is typed by nobody
+_WAIT_SECONDS = 0.1
+_MOST_BYTES = 1 << 16
+
+
+class ChatDriver(LinuxDriver):
+    """NOTE: the one place that relies on names Textual keeps to itself."""
+
+    def run_input_thread(self) -> None:
+        """Until the app ends: bytes to events."""
+        parser = XTermParser(self._debug)
+        decode = getincrementaldecoder("utf-8")("replace").decode
+        with selectors.SelectSelector() as selector:
+            selector.register(self.fileno, selectors.EVENT_READ)
+            while not self.exit_event.is_set():
+                if selector.select(_WAIT_SECONDS):
+                    text = decode(os.read(self.fileno, _MOST_BYTES))
+                    if text == _ESCAPE and not selector.select(_ESCAPE_SECONDS):
+                        self.process_message(events.Key("escape", _ESCAPE))
+                        continue
+                    for event in parser.feed(text) if text else ():
+                        self.process_message(event)
+                for event in parser.tick():
+                    self.process_message(event)
+        try:
+            for _ in parser.feed(""):
+                pass
+        except (EOFError, ParseError):
+            pass
