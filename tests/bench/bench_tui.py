@@ -37,6 +37,7 @@ class Terminal:
     """A child on a pseudo-terminal of 100 x 40; everything it draws is read."""
 
     def __init__(self, command: list[str], home: str) -> None:
+        share_cache(Path(home))
         environment = {**os.environ, "EDGEINFER_HOME": home, "TERM": "xterm-256color"}
         environment.pop("NO_COLOR", None)
         self.started_at = time.perf_counter()
@@ -76,6 +77,15 @@ class Terminal:
         while time.perf_counter() < end and os.waitpid(self.pid, os.WNOHANG)[0] == 0:
             self.read(0.05)
         os.close(self.fd)
+
+
+def share_cache(home: Path) -> None:
+    """Kernels that are built already serve here too: building takes a minute."""
+    from edgeinfer import config
+
+    config.cache_folder().mkdir(parents=True, exist_ok=True)
+    if not (home / "cache").exists():
+        (home / "cache").symlink_to(config.cache_folder())
 
 
 def chat_command(model: Path, *flags: str) -> list[str]:
