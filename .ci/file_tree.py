@@ -31,7 +31,7 @@ def main() -> None:
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.splitlines()
     names = [name for name in tracked if not name.startswith(".git") and (ROOT / name).exists()]
-    tree = "\n".join(_lines(sorted(names, key=lambda name: (name.count("/") > 0, name))))
+    tree = "\n".join(_lines(sorted(names, key=lambda name: name.rpartition("/")[::2])))
     readme = ROOT / "README.md"
     text = readme.read_text("utf-8")
     begin = text.index(BEGIN) + len(BEGIN)
