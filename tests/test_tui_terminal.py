@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from edgeinfer import config
-from edgeinfer.tui.store import FILE_NAME, Store
+from edgeinfer.tui.conversation import Conversation
+from edgeinfer.tui.store import FILE_NAME, Attachment, Store
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "models/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -109,12 +110,12 @@ def is_answered(screen: str) -> bool:
 
 
 def test_send_stream_stop_edit_branch_and_leave(terminal: Terminal, model: str) -> None:
-    terminal.start(model, "--temperature", "0")
+    terminal.start(model, "--temperature", "0", "-n", "400")
     terminal.until("Ask anything", 15)
     terminal.until("● ready", 150)
     terminal.say("What is the capital of France?")
     terminal.until(is_answered)
-    assert "Paris" in terminal.screen
+    assert terminal.messages()[-1][2].strip()
     terminal.say("Write a very long story about the sea, with many chapters.")
     terminal.until("writing")
     time.sleep(0.5)
@@ -195,13 +196,29 @@ def test_a_pasted_megabyte(terminal: Terminal, model: str) -> None:
 
 
 def test_model_text_never_reaches_the_terminal_as_it_is(terminal: Terminal, model: str) -> None:
-    terminal.start(model, "--no-history")
+    evil = "\x1b]0;owned\x07\x1b[2J\x1b]52;c;aGk=\x07still here"
+    store = Store(terminal.home / "data" / FILE_NAME)
+    conversation = Conversation(store)
+    question = conversation.ask(evil, (Attachment(evil, evil),), None)
+    answer = conversation.answer(question.id)
+    answer.content, answer.reasoning, answer.state = f"# {evil}", evil, "done"
+    conversation.save(answer)
+    store.close()
+    terminal.start(model)
     terminal.until("● ready", 150)
-    terminal.tmux("set-buffer", "say \x1b[31mred\x1b]0;owned\x07 please")
-    terminal.tmux("paste-buffer", "-p")
+    terminal.keys("C-o")
+    terminal.until("History")
     terminal.keys("Enter")
-    terminal.until(is_answered)
+    screen = terminal.until(lambda screen: screen.count("still here") >= 4)
+    assert "owned" not in screen
     assert terminal.tmux("display-message", "-p", "#{pane_title}").strip() != "owned"
+
+
+def test_no_history_writes_none(terminal: Terminal, model: str) -> None:
+    terminal.start(model, "--no-history", "-n", "5")
+    terminal.until("● ready", 150)
+    terminal.say("Hello")
+    terminal.until(is_answered)
     assert "not kept" in terminal.screen
     assert not (terminal.home / "data" / FILE_NAME).exists()
 

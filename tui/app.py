@@ -19,9 +19,9 @@ from edgeinfer.tui import slash
 from edgeinfer.tui.commands import ChatCommands
 from edgeinfer.tui.completions import Sources
 from edgeinfer.tui.composer import Composer
+from edgeinfer.tui.counts import TokenCounts
 from edgeinfer.tui.entries import RunningEntry, blocks_of
-from edgeinfer.tui.files import list_files
-from edgeinfer.tui.loader import Task
+from edgeinfer.tui.files import FileNames
 from edgeinfer.tui.notes import answer_note, dropped_block, hint, welcome
 from edgeinfer.tui.palette import OURS, Palette
 from edgeinfer.tui.session import News, Prompt, Session
@@ -53,14 +53,14 @@ class ChatApp(ChatCommands):
         self._entry: RunningEntry | None = None
         self._timer: Timer | None = None
         self._rest_until = 0.0
-        self._counts: list[tuple[Attachment, Task[int]]] = []
-        self._files: tuple[float, list[str]] = (0.0, [])
+        self._counts = TokenCounts()
         for theme in OURS:
             self.register_theme(theme)
 
     def compose(self) -> ComposeResult:
+        files = FileNames(self.settings.folder)
         commands = tuple((each.name, each.help) for each in slash.COMMANDS)
-        sources = Sources(commands, lambda name: slash.arguments(self, name), self._file_names)
+        sources = Sources(commands, lambda name: slash.arguments(self, name), files.names)
         yield TitleBar(id="title")
         yield Transcript(Palette.of(OURS[0]), id="transcript")
         yield Static(id="welcome")
@@ -281,13 +281,7 @@ class ChatApp(ChatCommands):
 
     @on(Composer.QueueRecalled)
     def _recall(self) -> None:
-        """Take the last waiting message back into the prompt."""
-        if self.session.queue:
-            prompt = self.session.queue.pop()
-            self._draw_queue()
-            self.composer.prompt.set_text(prompt.text)
-            for attachment in prompt.attachments:
-                self.composer.attach(attachment)
+        self.recall(1)
 
     def stop(self) -> bool:
         """Stop the running answer and keep it; False if there is none."""
@@ -297,47 +291,32 @@ class ChatApp(ChatCommands):
         self._take_news(news)
         return True
 
-    def recall_all(self) -> None:
-        """What waits goes back into the prompt: a stopped answer may have made it pointless."""
-        prompt = self.composer.prompt
-        texts = [each.text for each in self.session.queue]
-        for each in self.session.queue:
-            for attachment in each.attachments:
-                self.composer.attach(attachment)
+    def recall(self, n: int | None = None) -> None:
+        """Take the last `n` waiting messages back into the prompt, all by default."""
+        queue, prompt = self.session.queue, self.composer.prompt
+        back = queue[-n:] if n else list(queue)
+        del queue[len(queue) - len(back) :]
+        self._draw_queue()
+        for attachment in (each for message in back for each in message.attachments):
+            self.composer.attach(attachment)
+        texts = [message.text for message in back]
         if texts:
-            self.session.queue.clear()
-            self._draw_queue()
             prompt.set_text("\n".join([*texts, prompt.text] if prompt.text else texts))
 
     # -- attachments -----------------------------------------------------------------------------
 
-    def _file_names(self) -> list[str]:
-        """Files to attach, looked up again after a while."""
-        at, names = self._files
-        now = time.monotonic()
-        if not at or now - at > 10:
-            names = list_files(self.settings.folder)
-            self._files = (now, names)
-        return names
-
     @on(Composer.Attached)
     def _count(self, event: Composer.Attached) -> None:
-        model, attachment = self.session.model, event.attachment
-        if model is not None and attachment.n_tokens is None:
-            tokenize = model.tokenize
-            task = Task(lambda: len(tokenize(attachment.text)))
-            self._counts.append((attachment, task))
+        self._counts.start(self.session.model, event.attachment)
 
     def _count_waiting(self) -> None:
         for attachment in self.composer.attachments:
-            self._count(Composer.Attached(attachment))
+            self._counts.start(self.session.model, attachment)
 
     def _take_counts(self) -> None:
-        for attachment, task in [each for each in self._counts if each[1].is_over]:
-            self._counts.remove((attachment, task))
-            if task.error is None:
-                self.composer.set_count(attachment, task.result)
-                self._warn_if_long(attachment, task.result)
+        for attachment, n_tokens in self._counts.take():
+            self.composer.set_count(attachment, n_tokens)
+            self._warn_if_long(attachment, n_tokens)
 
     def _warn_if_long(self, attachment: Attachment, n_tokens: int) -> None:
         n_ctx = self.session.readings.n_ctx

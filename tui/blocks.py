@@ -133,6 +133,15 @@ class BlockList:
         """The index of the block that a line is in."""
         return min(bisect_right(self._ends, line), len(self.blocks) - 1)
 
+    def entries(self) -> list[int]:
+        """The messages, in order; notices belong to none."""
+        return list(dict.fromkeys(block.entry for block in self.blocks if block.entry > 0))
+
+    def span(self, entry: int) -> tuple[int, int] | None:
+        """The first and last block of a message."""
+        indexes = [i for i, block in enumerate(self.blocks) if block.entry == entry]
+        return (indexes[0], indexes[-1]) if indexes else None
+
     def insert(self, index: int, blocks: Iterable[Block]) -> None:
         self.blocks[index:index] = blocks
         self.measure(index)

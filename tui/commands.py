@@ -79,7 +79,7 @@ class ChatCommands(App[None]):
     def stop(self) -> bool:
         raise NotImplementedError
 
-    def recall_all(self) -> None:
+    def recall(self, n: int | None = None) -> None:
         raise NotImplementedError
 
     # -- telling ---------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ class ChatCommands(App[None]):
     def action_escape(self) -> None:
         """Stop the answer; else leave what is marked or edited."""
         if self.stop():
-            self.recall_all()
+            self.recall()
         elif self.editing is not None:
             self.editing = None
             self.composer.prompt.set_text("")
@@ -185,7 +185,7 @@ class ChatCommands(App[None]):
         if text:
             self.copy(text)
         elif self.stop():
-            self.recall_all()
+            self.recall()
         elif time.monotonic() - self._interrupted_at < _TWICE_SECONDS:
             self.exit()
         else:

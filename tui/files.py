@@ -14,9 +14,25 @@ from edgeinfer import EdgeInferError
 from edgeinfer.tui.store import Attachment
 
 _MOST_FILES = 4000
+_STALE_SECONDS = 10.0
 _SECONDS = 0.08  # a slow disk gives fewer names, not a frozen screen
 _MOST_BYTES = 4 << 20
 _SKIPPED = {"node_modules", "__pycache__", "venv", "build", "dist", "target", "site-packages"}
+
+
+class FileNames:
+    """The names under a folder, looked up again after a while."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._names: list[str] = []
+        self._at = -_STALE_SECONDS
+
+    def names(self) -> list[str]:
+        now = time.monotonic()
+        if now - self._at >= _STALE_SECONDS:
+            self._names, self._at = list_files(self._root), now
+        return self._names
 
 
 def list_files(root: Path) -> list[str]:

@@ -63,10 +63,6 @@ class Transcript(ScrollView, can_focus=True):
     def blocks(self) -> list[Block]:
         return self._list.blocks
 
-    @property
-    def look(self) -> Look:
-        return self._look
-
     def set_palette(self, palette: Palette) -> None:
         self._look = Look(palette)
         for block in self.blocks:
@@ -119,15 +115,14 @@ class Transcript(ScrollView, can_focus=True):
     def select(self, entry: int | None) -> None:
         """Mark a message and bring it into view."""
         self.selected = entry
-        if entry is not None:
-            indexes = [i for i, block in enumerate(self.blocks) if block.entry == entry]
-            if indexes:
-                self._reveal(indexes[0], indexes[-1])
+        span = self._list.span(entry) if entry is not None else None
+        if span is not None:
+            self._reveal(*span)
         self.refresh()
 
     def select_next(self, step: int) -> None:
         """Go to the message after (1) or before (-1) the marked one, from the last if none is."""
-        entries = list(dict.fromkeys(block.entry for block in self.blocks if block.entry > 0))
+        entries = self._list.entries()
         if not entries:
             return
         if self.selected not in entries:
