@@ -18,12 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeinfer.backend import Program, Ticket
-from edgeinfer.batch import PAGE, Outputs, StepLimits
+from edgeinfer.batch import Outputs, StepLimits
 from edgeinfer.errors import (
     ClosedError,
     EdgeInferError,
     InvalidRequestError,
-    PlanError,
 )
 from edgeinfer.generation import (
     Generation,
@@ -45,6 +44,7 @@ from edgeinfer.sequence import (
     Work,
     build_batch,
 )
+from edgeinfer.speculation import MAX_ROWS, StepCosts, best_drafts
 
 # Prompt rows in a step that also decodes: the other generations wait no longer than these take.
 _SHARED_PREFILL = 64
@@ -55,11 +55,20 @@ _FORKED = "this process was forked from the one that loaded the model; load it a
 class Engine:
     """Owns the cache bookkeeping and the one thread that runs steps of a program."""
 
-    def __init__(self, program: Program, limits: StepLimits, n_ctx: int, n_vocab: int) -> None:
+    def __init__(
+        self,
+        program: Program,
+        limits: StepLimits,
+        n_ctx: int,
+        n_vocab: int,
+        costs: StepCosts | None = None,
+    ) -> None:
         self.limits, self.n_ctx, self.n_vocab = limits, n_ctx, n_vocab
         self.pool = PagePool(limits.n_pages)
         self._program = program
-        self._samples = SampleTable(limits.max_sequences)
+        self._costs = costs or StepCosts()
+        n_samples = min(limits.max_outputs, MAX_ROWS * limits.max_sequences)
+        self._samples = SampleTable(max(limits.max_sequences, n_samples))
         self._changed = threading.Condition()
         self._waiting: deque[Generation] = deque()
         self._jobs: deque[LogitsJob] = deque()
@@ -124,27 +133,12 @@ class Engine:
 
         Steps take at most `prefill_chunk` rows of `ids`, beside rows of the `batch_with` lists.
         """
-        others = [tuple(other) for other in batch_with or ()]
-        for each in (tuple(ids), *others):
+        lists = (ids, *(batch_with or ()))
+        for each in lists:
             check_ids(each, self.n_vocab)
             check_length(len(each), self.n_ctx)
-        if prefill_chunk is not None and prefill_chunk < 1:
-            raise InvalidRequestError(
-                f"prefill_chunk is {prefill_chunk}, need at least 1", param="prefill_chunk"
-            )
-        most = self.limits.max_sequences - 1
-        if len(others) > most:
-            raise InvalidRequestError(
-                f"{len(others)} token lists, at most {most} fit in a step", param="batch_with"
-            )
-        chunk = min(prefill_chunk or self.limits.max_rows, self.limits.max_rows - len(others))
         layout = CacheLayout.of("error", self.n_ctx)
-        job = LogitsJob(tuple(ids), others, first, chunk, layout, take)
-        if job.n_pages > self.pool.n_pages:
-            raise PlanError(
-                f"the token lists take {job.n_pages * PAGE} cache positions, there are "
-                f"{self.pool.n_pages * PAGE}; raise slots"
-            )
+        job = LogitsJob.of(lists, first, prefill_chunk, self.limits, layout, take)
         with self._changed:
             self._check_open()
             self._jobs.append(job)
@@ -267,15 +261,31 @@ class Engine:
             n_left -= n
             if sequence.n_generated:
                 n_left = min(n_left, max(_SHARED_PREFILL, len(self._running)))
+        if all(part.sequence.n_generated for part in parts):
+            self._add_drafts(parts)
         return parts
 
+    def _add_drafts(self, parts: list[Rows]) -> None:
+        """Guess tokens after the next ones, as far as checking them in this step pays."""
+        guesses = [part.work.guess() for part in parts if isinstance(part.work, Generation)]
+        if not any(tokens for tokens, _ in guesses):
+            return
+        most = min(self.limits.max_rows, len(self._samples.rows))
+        n_drafts = best_drafts([chances for _, chances in guesses], self._costs, most)
+        for part, (tokens, _), n in zip(parts, guesses, n_drafts, strict=True):
+            part.add_drafts(tokens[:n])
+
     def _step(self, parts: list[Rows]) -> None:
+        begun, is_decode = time.perf_counter(), all(part.sequence.n_generated for part in parts)
         try:
             samples = self._fill_samples([part for part in parts if part.n_wanted])
             outputs = self._run(parts, samples)
             # The rows of an aborted step are computed again, without what was cancelled.
             if not outputs.aborted:
                 self._commit(parts, outputs)
+                if is_decode:
+                    n_rows = sum(part.n for part in parts)
+                    self._costs.measure(n_rows, time.perf_counter() - begun)
         except Exception as error:
             for part in parts:
                 if isinstance(part.work, Generation) and part.work in self._running:
@@ -283,12 +293,16 @@ class Engine:
 
     def _fill_samples(self, parts: list[Rows]) -> SampleTable:
         self._samples.clear()
-        for i, part in enumerate(parts):
+        row = 0
+        for part in parts:
             assert isinstance(part.work, Generation)
             params, sequence = part.work.request.params, part.sequence
-            self._samples.set_row(
-                i, params, params.seed or 0, sequence.n_generated, sequence.ids, sequence.mu
-            )
+            history = part.history(params.n_history)
+            n_before = len(history) - len(part.drafts)
+            for i in range(part.n_wanted):
+                index, tokens = sequence.n_generated + i, history[: n_before + i]
+                self._samples.set_row(row, params, params.seed or 0, index, tokens, sequence.mu)
+                row += 1
         return self._samples
 
     def _run(self, parts: list[Rows], samples: SampleTable | None) -> Outputs:
@@ -320,14 +334,33 @@ class Engine:
         now, row = time.perf_counter(), 0
         for part in parts:
             sequence = part.sequence
-            sequence.cache.n_tokens += part.n
+            sequence.cache.n_tokens += part.n - len(part.drafts)
             assert isinstance(part.work, Generation)
             if not sequence.n_generated:
                 done = sequence.cache.n_tokens
                 part.work.emit(Prefilled(done, sequence.n_prompt, sequence.n_cached, now))
             if part.n_wanted:
-                self._take_token(part.work, sequence, int(outputs.ids[row]), row, now)
-                row += 1
+                self._take_tokens(part, outputs.ids, row, now)
+                row += part.n_wanted
+
+    def _take_tokens(self, part: Rows, ids: NDArray[np.int32], row: int, now: float) -> None:
+        """The sampled token and, while the drafts are what was sampled, those after them."""
+        generation, sequence = part.work, part.sequence
+        assert isinstance(generation, Generation)
+        n_before = len(sequence.ids)
+        generation.n_proposed += len(part.drafts)
+        for i in range(part.n_wanted):
+            if i:
+                if part.drafts[i - 1] != ids[row + i - 1]:
+                    break
+                # Only now does its row in the cache count as stored.
+                sequence.cache.n_tokens += 1
+                generation.n_accepted += 1
+            self._take_token(generation, sequence, int(ids[row + i]), row + i, now)
+            if generation.sequence is None:
+                return
+        if generation.speculator is not None:
+            generation.speculator.learn(len(sequence.ids) - n_before)
 
     def _take_token(
         self, generation: Generation, sequence: Sequence, token: int, row: int, now: float
@@ -363,8 +396,9 @@ class Engine:
         self._running.remove(generation)
         sequence = _sequence(generation)
         # An aborted step may have overwritten pages that a slid cache still needs.
-        is_whole = reason in ("stop", "length") or not sequence.cache.has_slid
+        is_whole = reason in ("stop", "length") or not sequence.cache.is_full
         if reason in ("stop", "length") or (generation.keeps_cache and is_whole):
+            sequence.cache.truncate(sequence.cache.n_tokens)  # a page of failed drafts only
             self._idle.append(sequence)
             if len(self._idle) > self.limits.max_sequences:
                 self._idle.pop(0).cache.free()

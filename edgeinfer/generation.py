@@ -9,13 +9,14 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeinfer.batch import StepLimits
+from edgeinfer.batch import PAGE, StepLimits
 from edgeinfer.errors import (
     ContextLengthError,
     EdgeInferError,
@@ -24,6 +25,7 @@ from edgeinfer.errors import (
 )
 from edgeinfer.kvcache import CacheLayout, PagePool, SequenceCache
 from edgeinfer.sequence import Event, Finished, Request, Rows, Sequence, Work
+from edgeinfer.speculation import MAX_ROWS, Speculator
 
 # Waking up now and then lets signals in where a wait can't be interrupted.
 _WAKE_SECONDS = 0.1
@@ -45,6 +47,8 @@ class Generation:
     def __init__(self, worker: Worker, request: Request, layout: CacheLayout) -> None:
         self.request, self.layout = request, layout
         self.sequence: Sequence | None = None  # the engine's, while it runs
+        self.speculator: Speculator | None = None  # the engine's
+        self.n_proposed, self.n_accepted = 0, 0  # tokens guessed, and those that came true
         self.submitted_at = time.perf_counter()
         self.is_cancelled = False
         self.keeps_cache = False
@@ -73,6 +77,18 @@ class Generation:
         if self.request.max_tokens is None:
             return self.layout.n_slots
         return self.layout.pages_needed(len(self.request.ids) + self.request.max_tokens - 1)
+
+    def guess(self) -> tuple[list[int], list[float]]:
+        """Tokens that may follow, as many as a step may check, and the chance of each."""
+        sequence, request = self.sequence, self.request
+        if sequence is None or not request.can_speculate:
+            return [], []
+        if self.speculator is None:
+            self.speculator = Speculator(sequence.ids)
+        most = min(MAX_ROWS, sequence.cache.step_limit()) - 1
+        if request.max_tokens is not None:
+            most = min(most, request.max_tokens - sequence.n_generated - 1)
+        return self.speculator.guess(most)
 
     def emit(self, event: Event) -> None:
         self._events.put(event)
@@ -110,6 +126,36 @@ class LogitsJob:
     def is_complete(self) -> bool:
         """Whether every row has been computed; what is left of `others` does not matter."""
         return bool(self.sequences) and not self.sequences[0].n_waiting
+
+    @classmethod
+    def of(
+        cls,
+        lists: SequenceOf[SequenceOf[int]],
+        first: int,
+        prefill_chunk: int | None,
+        limits: StepLimits,
+        layout: CacheLayout,
+        take: Callable[[int, NDArray[np.float32]], None],
+    ) -> LogitsJob:
+        """A job for the first of `lists`; raises where it asks for too much."""
+        if prefill_chunk is not None and prefill_chunk < 1:
+            raise InvalidRequestError(
+                f"prefill_chunk is {prefill_chunk}, need at least 1", param="prefill_chunk"
+            )
+        ids, *others = map(tuple, lists)
+        if len(others) > limits.max_sequences - 1:
+            raise InvalidRequestError(
+                f"{len(others)} token lists, at most {limits.max_sequences - 1} fit in a step",
+                param="batch_with",
+            )
+        chunk = min(prefill_chunk or limits.max_rows, limits.max_rows - len(others))
+        job = cls(ids, others, first, chunk, layout, take)
+        if job.n_pages > limits.n_pages:
+            raise PlanError(
+                f"the token lists take {job.n_pages * PAGE} cache positions, there are "
+                f"{limits.n_pages * PAGE}; raise slots"
+            )
+        return job
 
     def open(self, pool: PagePool) -> None:
         """Make the sequences, on caches of their own."""
@@ -163,9 +209,9 @@ class LogitsJob:
             raise self.error
 
 
-def check_ids(ids: tuple[int, ...], n_vocab: int) -> None:
+def check_ids(ids: SequenceOf[int], n_vocab: int) -> None:
     """Raise unless these are one or more tokens of the vocabulary."""
-    if not ids:
+    if not len(ids):
         raise InvalidRequestError("the prompt has no tokens", param="prompt")
     for id in (min(ids), max(ids)):
         if not 0 <= id < n_vocab:

@@ -110,6 +110,11 @@ class SequenceCache:
         """Whether positions were overwritten, so that the cache can't be cut back."""
         return pages_for(self.n_tokens) > self.layout.n_slots
 
+    @property
+    def is_full(self) -> bool:
+        """Whether the next position would overwrite an old one, or there is no next one."""
+        return self.n_tokens >= self.layout.n_slots * PAGE
+
     def step_limit(self) -> int:
         """Rows that the next step may add: none of them overwrites what another still sees."""
         left = self.layout.n_slots * PAGE - self.n_tokens

@@ -29,7 +29,7 @@ from edgeinfer.sequence import Request
 from edgeinfer.stream import AnswerText, Stream
 from edgeinfer.turns import drop_turns
 
-_OURS = ("max_tokens", "stop", "overflow")  # the rest of Sampling is SamplingParams
+_OURS = ("max_tokens", "stop", "overflow", "speculation")  # the rest of Sampling is SamplingParams
 _AROUND_MESSAGE = 8  # tokens of the template beside a message, roughly
 
 
@@ -227,6 +227,7 @@ class LLM:
             overflow=overflow,
             stop_ids=frozenset(opened.tokenizer.eog_ids),
             n_pinned=n_pinned,
+            speculation=self._speculates(sampling.get("speculation")),
         )
         generation = opened.engine.submit(request)
         return Stream(
@@ -238,6 +239,14 @@ class LLM:
             owner=self,
             dropped_turns=n_dropped,
         )
+
+    def _speculates(self, wanted: bool | None) -> bool:
+        if wanted not in (None, True, False):
+            raise InvalidRequestError(
+                f"speculation is {wanted!r}; give True or False", param="speculation"
+            )
+        # The reference backend computes row by row: more rows are never cheaper there.
+        return self._open().device != "reference" if wanted is None else wanted
 
     def _cache_overflow(self, overflow: str, n_tokens: int) -> Literal["error", "slide"]:
         """What the cache does when it is full; turns were dropped before, where that was asked."""

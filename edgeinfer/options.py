@@ -75,6 +75,7 @@ class Sampling(TypedDict, total=False):
     min_keep: int | None
     logit_bias: Mapping[int, float] | None
     logprobs: int | None
+    speculation: bool | None  # guess tokens ahead where that is faster: on; never changes them
 
 
 def check_keywords(function: str, given: Iterable[str], known: Iterable[str]) -> None:

@@ -20,13 +20,18 @@ class Usage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
-    """Seconds and tokens per second; 0 where there was nothing to measure."""
+    """Seconds and tokens per second; 0 where there was nothing to measure.
+
+    Of `proposed_tokens` guessed ahead (see `speculation`), `accepted_tokens` came true.
+    """
 
     load_s: float
     first_token_s: float
     prefill_tok_s: float
     decode_tok_s: float
     total_s: float
+    proposed_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,10 +5,12 @@ Knows token ids only, and nothing of scheduling or threads.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgeinfer.batch import Batch
 from edgeinfer.kvcache import CacheLayout, Overflow, SequenceCache
@@ -19,7 +21,10 @@ FinishReason: TypeAlias = Literal["stop", "length", "cancelled", "error"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """`n_pinned` tokens at the start stay visible for ever when the context slides."""
+    """`n_pinned` tokens at the start stay visible for ever when the context slides.
+
+    With `speculation` tokens are guessed ahead where that is faster; the answer is the same.
+    """
 
     ids: tuple[int, ...]
     params: SamplingParams
@@ -27,6 +32,12 @@ class Request:
     overflow: Overflow = "error"
     stop_ids: frozenset[int] = frozenset()
     n_pinned: int = 0
+    speculation: bool = False
+
+    @property
+    def can_speculate(self) -> bool:
+        # Mirostat's state after a token is known only once the token is.
+        return self.speculation and self.params.mirostat == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +110,27 @@ class Work(Protocol):
 
 @dataclass(slots=True)
 class Rows:
-    """A part of a step: the next `n` rows of a sequence, with the output of the last ones."""
+    """A part of a step: the next `n` rows of a sequence, with the output of the last ones.
+
+    The last rows may be `drafts`: guesses of tokens that the sequence does not have yet.
+    """
 
     sequence: Sequence
     n: int
     n_wanted: int
     work: Work
+    drafts: tuple[int, ...] = ()
+
+    def history(self, n: int) -> NDArray[np.int32]:
+        """The last `n` tokens before the drafts, all if n is -1, and the drafts."""
+        ids = self.sequence.ids
+        before = ids if n < 0 else ids[max(0, len(ids) - n) :]
+        return np.array([*before, *self.drafts], np.int32)
+
+    def add_drafts(self, tokens: Iterable[int]) -> None:
+        self.drafts = tuple(tokens)
+        self.n += len(self.drafts)
+        self.n_wanted += len(self.drafts)
 
 
 def build_batch(parts: list[Rows], samples: SampleTable | None) -> Batch:
@@ -116,6 +142,7 @@ def build_batch(parts: list[Rows], samples: SampleTable | None) -> Batch:
         start = part.sequence.cache.n_tokens
         end = start + part.n
         ids += part.sequence.ids[start:end]
+        ids += part.drafts
         pos += range(start, end)
         wanted += range(len(pos) - part.n_wanted, len(pos))
     return Batch(

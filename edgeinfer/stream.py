@@ -227,4 +227,6 @@ class Stream(Iterator[Event]):
             prefill_tok_s=n_prefilled / prefill_s if prefill_s else 0.0,
             decode_tok_s=(len(self._tokens) - 1) / decode_s if decode_s else 0.0,
             total_s=time.perf_counter() - submitted,
+            proposed_tokens=self._generation.n_proposed,
+            accepted_tokens=self._generation.n_accepted,
         )

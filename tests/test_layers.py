@@ -18,7 +18,7 @@ FOLDERS = {"edgeinfer": ROOT / "edgeinfer"} | {
 LAYERS = """
 errors
 config quant platform terminal options results messages
-graph sampling catalog hub turns
+graph sampling catalog hub turns speculation
 batch wheel discovery
 models.* kernels.reference kernels.cpu kernels.cuda fetch
 pretokenizers jinja_sandbox chat_templates kvcache

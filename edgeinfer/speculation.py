@@ -1,0 +1,194 @@
+"""Guesses the next tokens from what a sequence already holds, and when guessing pays.
+
+Knows nothing of logits or caches. A guess is checked by the sampler itself, so it changes the
+time a token takes and nothing else.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+MAX_ROWS = 8  # of one sequence in a step: its next token and up to 7 guessed ones
+
+_GRAM = 2  # tokens that must agree before a guess
+_MAX_MATCH = 16  # longer matches count as this long
+_MAX_CANDIDATES = 8  # earlier places that are compared, latest first
+_BUCKETS = 1 << 14
+
+
+class Lookup:
+    """Where the latest tokens occurred before; a token takes constant time and 4 bytes.
+
+    A chain links the places whose last two tokens fall into one bucket.
+    """
+
+    def __init__(self, tokens: list[int]) -> None:
+        self._tokens = tokens  # the caller's, which grows
+        self._heads = array("i", [-1]) * _BUCKETS
+        self._previous = array("i")
+        self._follows, self._length = 0, 0
+        for _ in range(len(tokens) - 1):
+            self._link()
+        self.push()
+
+    def push(self) -> None:
+        """Take in the next of the tokens that were appended."""
+        end = len(self._previous)
+        candidate = self._link()
+        self._follows, self._length = 0, 0
+        for _ in range(_MAX_CANDIDATES):
+            if candidate < 0:
+                break
+            n = self._agreement(candidate, end)
+            if n >= _GRAM and n > self._length:
+                self._follows, self._length = candidate + 1, n
+            candidate = self._previous[candidate]
+
+    def find(self, n: int) -> tuple[int, list[int]]:
+        """How long the longest recent match is, and `n` tokens to follow as they did there."""
+        if not self._length:
+            return 0, []
+        # A match that overlaps its own end repeats.
+        period = len(self._previous) - self._follows
+        return self._length, [self._tokens[self._follows + i % period] for i in range(n)]
+
+    def _link(self) -> int:
+        """Enter the next token; the latest place before it that may match, or -1."""
+        end = len(self._previous)
+        before = self._tokens[end - 1] if end else -1
+        bucket = (before * 0x9E3779B1 ^ self._tokens[end] * 0x85EBCA6B) >> 7 & _BUCKETS - 1
+        place = self._heads[bucket]
+        self._previous.append(place)
+        self._heads[bucket] = end
+        return place
+
+    def _agreement(self, a: int, b: int) -> int:
+        """How many tokens up to a and up to b agree."""
+        tokens, n = self._tokens, 0
+        while n < _MAX_MATCH and n <= a and tokens[a - n] == tokens[b - n]:
+            n += 1
+        return n
+
+
+# Matches of similar length share an estimate.
+_LEVELS = (0, 0, 0, 1, 2, 3, 3, 4, 4, 4, 5, 5, 5, 5, 5, 5, 6)  # by length
+_PRIOR = (0.2, 0.3, 0.45, 0.6, 0.7, 0.8, 0.9)  # by level
+_PRIOR_WEIGHT = 2.0
+_MEMORY = 0.95  # of a count, per later one: about the last 20 matter
+
+
+@dataclass(slots=True)
+class Acceptance:
+    """How often the token after a match was the sampled one, by the length of the match.
+
+    Every token after a match is counted, guessed in a step or not: so it costs nothing to see
+    that guesses have begun, or stopped, to come true.
+    """
+
+    hits: list[float] = field(default_factory=lambda: [w * _PRIOR_WEIGHT for w in _PRIOR])
+    tries: list[float] = field(default_factory=lambda: [_PRIOR_WEIGHT] * len(_PRIOR))
+
+    def count(self, length: int, is_hit: bool) -> None:
+        level = _LEVELS[length]
+        self.hits[level] = self.hits[level] * _MEMORY + is_hit
+        self.tries[level] = self.tries[level] * _MEMORY + 1
+
+    def chances(self, length: int, n: int) -> list[float]:
+        """For each of n guesses, that it and all before it come true."""
+        chances, chance = [], 1.0
+        for i in range(n):
+            level = _LEVELS[min(length + i, _MAX_MATCH)]
+            chance *= self.hits[level] / self.tries[level]
+            chances.append(chance)
+        return chances
+
+
+class Speculator:
+    """Guesses for one sequence, and how they fare."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self._tokens, self._lookup, self._acceptance = tokens, Lookup(tokens), Acceptance()
+
+    def guess(self, n: int) -> tuple[list[int], list[float]]:
+        """Up to `n` tokens, and the chance of each that it is reached and right."""
+        length, tokens = self._lookup.find(max(0, n))
+        return tokens, self._acceptance.chances(length, len(tokens))
+
+    def learn(self, n_new: int) -> None:
+        """`n_new` tokens were appended."""
+        for end in range(len(self._tokens) - n_new, len(self._tokens)):
+            length, guessed = self._lookup.find(1)
+            if guessed:
+                self._acceptance.count(length, guessed[0] == self._tokens[end])
+            self._lookup.push()
+
+
+class StepCosts:
+    """Seconds that a decode step takes, by its rows, as measured lately."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, float] = {}
+        self._measured_at: dict[int, int] = {}
+        self._n_steps = 0
+
+    def measure(self, n_rows: int, seconds: float) -> None:
+        """Count a step. What has not been measured for long is forgotten, and so tried again."""
+        self._n_steps += 1
+        if self._seconds:
+            # A hiccup of the machine must not outweigh what many steps have shown.
+            expected = self.of(n_rows)
+            seconds = min(max(seconds, expected / _JUMP), expected * _JUMP)
+            if n_rows in self._seconds:
+                seconds = expected + _RATE * (seconds - expected)
+        self._seconds[n_rows], self._measured_at[n_rows] = seconds, self._n_steps
+        for n in [n for n, at in self._measured_at.items() if self._n_steps - at > _KEEP]:
+            del self._seconds[n], self._measured_at[n]
+
+    def of(self, n_rows: int) -> float:
+        """Measured, else between its neighbours, else by the usual slope."""
+        known = self._seconds.get(n_rows)
+        if known is not None:
+            return known
+        below = max((n for n in self._seconds if n < n_rows), default=0)
+        above = min((n for n in self._seconds if n > n_rows), default=0)
+        if below and above:
+            low, high = self._seconds[below], self._seconds[above]
+            return low + (n_rows - below) / (above - below) * (high - low)
+        near = below or above
+        return self._seconds.get(near, 1.0) * _usual(n_rows) / _usual(near or 1)
+
+
+def _usual(n_rows: int) -> float:
+    return 1.0 + _SLOPE * (n_rows - 1)
+
+
+_SLOPE = 0.15  # of a row beyond the first; measured 0.1 to 0.2 on 2 cores (TUNING.md)
+_RATE, _JUMP = 0.25, 2.0
+_KEEP = 256  # steps until a cost is forgotten, and so tried again
+
+
+def best_drafts(guesses: Sequence[Sequence[float]], costs: StepCosts, most: int) -> list[int]:
+    """How many guesses of each sequence to check so that tokens per second are the most.
+
+    `guesses` are their chances, falling within a sequence; `most` is the most rows in the step.
+    """
+    n = len(guesses)
+    ranked = sorted(
+        ((chance, i) for i, chances in enumerate(guesses) for chance in chances), reverse=True
+    )[: max(0, most - n)]
+    plain = n / costs.of(n)
+    best, best_rate, expected = 0, plain * _LEAST_GAIN, float(n)
+    for taken, (chance, _) in enumerate(ranked, 1):
+        expected += chance
+        rate = expected / costs.of(n + taken)
+        if rate > best_rate:
+            best, best_rate = taken, rate
+    drafts = [0] * n
+    for _, i in ranked[:best]:
+        drafts[i] += 1
+    return drafts
+
+
+_LEAST_GAIN = 1.03  # what an estimate may be wrong by
