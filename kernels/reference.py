@@ -446,19 +446,22 @@ def _fold(a: _Part, b: _Part) -> _Part:
 
 @dataclass(frozen=True, slots=True)
 class _Blocks:
-    """A quantised matrix as integers: weight = d * codes + m * lows, block by block.
+    """A quantised matrix in blocks of 32 columns, whatever the blocks of its type.
 
-    `codes` holds a K-quant's sub-block scales multiplied in, `lows` its sub-block minima with
-    their sign (1 for Q4_1 and Q5_1), one for each 16 elements, which is the finest sub-block.
+    A weight is scale * code + low. `codes` are integers: quants less their zero point, times the
+    sub-block scale where sub-blocks have 16 columns (Q2_K, Q3_K, Q6_K). `scale` is d, or
+    d * float(sub-block scale) for Q4_K and Q5_K. `low` is m of Q4_1 and Q5_1 and
+    -(dmin * float(min)) of Q4_K and Q5_K; Q2_K has -dmin there, and its mins in `mins`.
     """
 
-    codes: NDArray[np.int16]  # (n_blocks, N, block)
-    d: Floats  # (n_blocks, N)
-    lows: NDArray[np.int16] | None  # (n_blocks, N, block / 16)
-    m: Floats | None  # (n_blocks, N)
+    codes: NDArray[np.int16]  # (K / 32, N, 32)
+    scale: Floats  # (K / 32, N)
+    low: Floats | None = None  # (K / 32, N)
+    mins: NDArray[np.int16] | None = None  # (K / 32, N, 2)
+    run: int = 1  # blocks of 32 that share `scale`: 8 where sub-blocks have 16 columns
 
 
-_SUB_BLOCK = 16
+_BLOCK, _SUB_BLOCK = 32, 16
 # Byte offsets in a block of d and of m or dmin, both float16.
 _SCALES: dict[str, tuple[int, int | None]] = {
     "Q4_0": (0, None),
@@ -475,15 +478,15 @@ _SCALES: dict[str, tuple[int, int | None]] = {
 
 
 def _load_blocks(weight: Weight) -> _Blocks:
-    """Take a matrix apart by dequantising it with scales of (d, m) = (1, 0) and (0, 1)."""
+    """Take a matrix apart by dequantising it with (d, m) = (1, 0) and (0, 1)."""
     n_rows, dim = weight.shape
     kind = weight.type
     blocks = np.frombuffer(weight.data, np.uint8).reshape(n_rows, -1, kind.block_bytes)
     at_d, at_m = _SCALES[kind.name]
 
-    def scales(at: int) -> Floats:
+    def halves(at: int) -> Floats:
         values = np.ascontiguousarray(blocks[:, :, at : at + 2]).view("<f2")[:, :, 0]
-        return np.ascontiguousarray(values.T).astype(np.float32)
+        return np.repeat(values.T.astype(np.float32), kind.block // _BLOCK, axis=0)
 
     def integers(d: float, m: float) -> NDArray[np.int16]:
         copy = blocks.copy()
@@ -491,43 +494,68 @@ def _load_blocks(weight: Weight) -> _Blocks:
         if at_m is not None:
             copy[:, :, at_m : at_m + 2] = np.array([m], "<f2").view(np.uint8)
         values = dequantize(copy, kind, weight.shape).astype(np.int16)
-        return np.ascontiguousarray(values.reshape(n_rows, -1, kind.block).transpose(1, 0, 2))
+        return np.ascontiguousarray(values.reshape(n_rows, -1, _BLOCK).transpose(1, 0, 2))
 
+    codes, d = integers(1, 0), halves(at_d)
     if at_m is None:
-        return _Blocks(integers(1, 0), scales(at_d), None, None)
-    lows = np.ascontiguousarray(integers(0, 1)[:, :, ::_SUB_BLOCK])
-    return _Blocks(integers(1, 0), scales(at_d), lows, scales(at_m))
+        return _Blocks(codes, d, run=kind.block // _BLOCK)
+    lows, m = integers(0, 1)[:, :, ::_SUB_BLOCK], halves(at_m)
+    if kind.block == _BLOCK:
+        return _Blocks(codes, d, m)
+    if kind.name == "Q2_K":
+        return _Blocks(codes, d, -m, -lows, kind.block // _BLOCK)
+    # A block of ones has the sub-blocks' scales as its integers.
+    at_quants = {"Q4_K": 16, "Q5_K": 48}[kind.name]
+    blocks = blocks.copy()
+    blocks[:, :, 16:at_quants], blocks[:, :, at_quants:] = 0, 0x11
+    scales = integers(1, 0)[:, :, :1]
+    codes //= np.maximum(scales, 1)
+    return _Blocks(codes, d * scales[:, :, 0], m * lows[:, :, 0])
 
 
 def _matmul_blocks(x: Floats, weight: _Blocks) -> Floats:
-    """Blocks ascending: acc = fma(d * dx, float(dot(codes, q)), acc), from +0.
+    """Blocks of 32 ascending, acc from +0, dot = float(dot(codes, q)), s = dx * float(sum of q).
 
-    Types with a minimum then add acc = fma(m * dx, float(dot(lows, sums of 16 q)), acc). Dots
-    are exact integers (below 2^28) and round once on their way to float32. For Q4_K that is
-    acc = fma(-(dmin * dx), float(sum of min * sum32), acc), and so on.
+    acc = fma(scale * dx, dot, acc), and where there is a low acc = fma(low, s, acc).
+
+    Sub-blocks of 16 (Q2_K, Q3_K, Q6_K) add up their 8 blocks of 32 first: total = fma(dx, dot,
+    total) from +0, then acc = fma(scale, total, acc). Q2_K has a second total of
+    fma(dx, float(dot(mins, sums of 16 q)), total), then acc = fma(low, total, acc).
+
+    Dots are exact integers (below 2^25) and round once on their way to float32.
     """
-    n_blocks, n_rows, block = weight.codes.shape
-    q, dx = quantise(x, block)
+    n_blocks, n_rows, _ = weight.codes.shape
+    q, dx = quantise(x)
     sums = q.reshape(len(x), n_blocks, -1, _SUB_BLOCK).sum(axis=3)
+    s = dx * _f32(sums.sum(axis=2))
     acc = np.zeros((len(x), n_rows), np.float32)
+    total, low_total = np.zeros_like(acc), np.zeros_like(acc)
     for b in range(n_blocks):
+        scale, low, d = weight.scale[b], weight.low, dx[:, b, None]
         # Integers below 2^53 are exact in float64 whatever order BLAS adds them in.
-        dots = q[:, b] @ weight.codes[b].T.astype(np.float64)
-        acc = fma(dx[:, b, None] * weight.d[b], dots.astype(np.float32), acc)
-        if weight.lows is not None and weight.m is not None:
-            dots = sums[:, b] @ weight.lows[b].T.astype(np.float64)
-            acc = fma(dx[:, b, None] * weight.m[b], dots.astype(np.float32), acc)
+        dots = _f32(q[:, b] @ weight.codes[b].T.astype(np.float64))
+        if weight.run == 1:
+            acc = fma(d * scale, dots, acc)
+            acc = acc if low is None else fma(low[b], s[:, b, None], acc)
+            continue
+        total = fma(d, dots, total)
+        if weight.mins is not None:
+            min_dots = _f32(sums[:, b] @ weight.mins[b].T.astype(np.float64))
+            low_total = fma(d, min_dots, low_total)
+        if b % weight.run == weight.run - 1:
+            acc = fma(scale, total, acc)
+            acc = acc if low is None else fma(low[b], low_total, acc)
+            total, low_total = np.zeros_like(acc), np.zeros_like(acc)
     return acc
 
 
-def quantise(x: Floats, block: int) -> tuple[Doubles, Floats]:
-    """Blocks of x as integers q in -127 .. 127 and a scale d, x about d * q.
+def quantise(x: Floats) -> tuple[Doubles, Floats]:
+    """Blocks of 32 values of x as integers q in -127 .. 127 and a scale d, x about d * q.
 
     m = max|x|; d = m / 127; q = roundeven(x * (127 / m)); all zero where m < 1e-36, since 127 / m
-    would overflow. A block is 32 values for Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0, and 256 for the
-    K-quants: the weight type decides.
+    would overflow.
     """
-    blocks = x.reshape(len(x), -1, block)
+    blocks = x.reshape(len(x), -1, _BLOCK)
     m = np.abs(blocks).max(axis=2)
     m = np.where(m < np.float32(1e-36), np.float32(0), m)
     inverse = np.divide(np.float32(127), m, out=np.zeros_like(m), where=m > 0)

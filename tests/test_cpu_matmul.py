@@ -16,6 +16,7 @@ from tests import native
 
 FAMILIES = (None, "avx2", "generic")
 TYPES = tuple(FORMATS)
+KINDS = ("pack", "embed", "matmul")
 QUANT_TYPES = {t.name.lower(): t for t in quant.RUNNABLE}
 
 
@@ -62,31 +63,27 @@ def activations(x: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray, np.nd
     """The activation bytes of `layout.py`, and the quants and scales in them."""
     if kind == "f32":
         return x.view(np.uint8).reshape(-1), x, np.ones((len(x), 1), np.float32)
-    block = 32 if kind == "a32" else 256
-    xb = x.reshape(len(x), -1, block)
+    xb = x.reshape(len(x), -1, 32)
     m = np.abs(xb).max(-1, keepdims=True)
     with np.errstate(divide="ignore", invalid="ignore"):
         q = np.where(m == 0, 0, np.rint(xb * (np.float32(127) / m))).astype(np.int8)
     d = (m / np.float32(127))[..., 0]
-    return lay_out(q, d, kind), q, d
+    return lay_out(q, d), q, d
 
 
-def lay_out(q: np.ndarray, d: np.ndarray, kind: str) -> np.ndarray:
-    """Quants (T, blocks, block) and scales (T, blocks) as bytes, tile by tile."""
-    bytes_ = layout.A32_BYTES if kind == "a32" else layout.A256_BYTES
-    rows = np.zeros((*q.shape[:2], bytes_), np.uint8)
-    rows[..., : q.shape[2]] = q.view(np.uint8)
-    rows[..., q.shape[2] : q.shape[2] + 4] = d[..., None].astype(np.float32).view(np.uint8)
-    if kind == "a32":
-        sums = q.sum(-1, dtype=np.int32, keepdims=True)
-        rows[..., layout.A32_SUM :] = sums.view(np.uint8)
-    else:
-        sums = q.reshape(*q.shape[:2], 16, 16).sum(-1, dtype=np.int16)
-        rows[..., layout.A256_SUMS :] = sums.view(np.uint8)
+def lay_out(q: np.ndarray, d: np.ndarray) -> np.ndarray:
+    """Quants (T, blocks, 32) and scales (T, blocks) as bytes, tile by tile."""
+    rows = np.zeros((*q.shape[:2], layout.A32_BYTES), np.uint8)
+    sums = q.reshape(*q.shape[:2], 2, 16).sum(-1, dtype=np.int16)
+    dsum = d * sums.sum(-1).astype(np.float32)
+    rows[..., :32] = q.view(np.uint8)
+    rows[..., layout.A32_D : layout.A32_D + 4] = d[..., None].view(np.uint8)
+    rows[..., layout.A32_DSUM : layout.A32_DSUM + 4] = dsum[..., None].view(np.uint8)
+    rows[..., layout.A32_SUMS :] = sums.view(np.uint8)
     return np.concatenate([rows[t : t + n].swapaxes(0, 1).reshape(-1) for t, n in tiles(len(q))])
 
 
-# -- the law of numerics.md, in NumPy ------------------------------------------------------------
+# -- the law of kernels/reference.py, in NumPy -----------------------------------------------------
 
 
 def fma(a, b, c):
@@ -95,31 +92,37 @@ def fma(a, b, c):
     return wide.astype(np.float32)
 
 
+def with_halves(type_name: str, data: np.ndarray, *values: float) -> np.ndarray:
+    """A copy of blocks with these half floats."""
+    copy = data.copy()
+    for at, value in zip(HALVES[type_name], values, strict=False):
+        copy[..., at : at + 2] = np.frombuffer(np.float16(value).tobytes(), np.uint8)
+    return copy
+
+
 def integers(type_name: str, data: np.ndarray, n_cols: int) -> dict[str, np.ndarray]:
-    """Unsigned quants and scales of rows: every array (N, blocks, ...)."""
+    """Integers and scales of rows, in blocks of 32 columns: every array (N, K / 32, ...)."""
     form = FORMATS[type_name]
-    b = data.reshape(len(data) * (n_cols // form.block), form.file_bytes)
-    half = [
-        b[:, at : at + 2].copy().view(np.float16).astype(np.float32) for at in HALVES[type_name]
-    ]
-    # The oracle's dequantisation of a block with unit scales gives its integers.
-    plain = b.copy()
-    for i, at in enumerate(HALVES[type_name]):
-        unit = np.float16(1 if i == 0 else 0)
-        plain[:, at : at + 2] = np.frombuffer(unit.tobytes(), np.uint8)
-    weights = quant.dequantize(plain, QUANT_TYPES[type_name], (len(b), form.block))
-    out = {"w": weights.astype(np.int64)}  # scale * (u - offset)
-    if len(half) == 2:
-        plain[:, HALVES[type_name][0] : HALVES[type_name][0] + 2] = 0
-        at = HALVES[type_name][1]
-        plain[:, at : at + 2] = np.frombuffer(np.float16(1).tobytes(), np.uint8)
-        lows = quant.dequantize(plain, QUANT_TYPES[type_name], (len(b), form.block))
-        out["low"] = np.abs(lows).astype(np.int64)  # min, for every element
-        out["m"] = half[1].reshape(len(data), -1)
-    out["d"] = half[0].reshape(len(data), -1)
-    for key in ("w", "low"):
-        if key in out:
-            out[key] = out[key].reshape(len(data), -1, form.block)
+    b = data.reshape(len(data), -1, form.file_bytes)
+
+    def values(*halves: float) -> np.ndarray:
+        """The oracle's dequantisation of blocks with unit scales gives their integers."""
+        plain = with_halves(type_name, b, *halves)
+        w = quant.dequantize(plain, QUANT_TYPES[type_name], (len(data), n_cols))
+        return w.astype(np.int64).reshape(len(data), -1, 32)
+
+    d, *m = (
+        np.repeat(b[..., at : at + 2].copy().view(np.float16)[..., 0], form.block // 32, axis=1)
+        for at in HALVES[type_name]
+    )
+    out = {"w": values(1, 0), "d": d.astype(np.float32)}
+    if m:
+        out |= {"low": values(0, 1), "m": m[0].astype(np.float32)}
+    if type_name in ("q4_k", "q5_k"):
+        packed = b[..., 4:16].astype(np.int64)
+        top = packed[..., 0:4] >> 6 << 4
+        scales = np.concatenate([packed[..., 0:4] & 63, packed[..., 8:12] & 15 | top], -1)
+        out["scale"] = scales.reshape(len(data), -1)
     return out
 
 
@@ -133,14 +136,25 @@ def expected(type_name: str, data: np.ndarray, n_cols: int, q, d) -> np.ndarray:
         return (acc[0] + acc[1]) + (acc[2] + acc[3])
     f = integers(type_name, data, n_cols)
     acc = np.zeros((len(q), len(data)), np.float32)
+    total, low_total = np.zeros_like(acc), np.zeros_like(acc)
     for i in range(q.shape[1]):
-        x = q[:, i].astype(np.int64)
-        dot = (x @ f["w"][:, i].T).astype(np.int32).astype(np.float32)
-        acc = fma(f["d"][None, :, i] * d[:, i, None], dot, acc)
+        x, w, dw, dx = q[:, i].astype(np.int64), f["w"][:, i], f["d"][None, :, i], d[:, i, None]
+        if type_name in ("q2_k", "q3_k", "q6_k"):
+            total = fma(dx, (x @ w.T).astype(np.float32), total)
+            if "low" in f:
+                low_total = fma(dx, (x @ f["low"][:, i].T).astype(np.float32), low_total)
+            if i % 8 == 7:
+                acc = fma(dw, total, acc)
+                acc = fma(f["m"][None, :, i], low_total, acc) if "low" in f else acc
+                total, low_total = np.zeros_like(acc), np.zeros_like(acc)
+            continue
+        if "scale" in f:
+            scale = f["scale"][:, i]
+            w, dw = w // np.maximum(scale, 1)[:, None], dw * scale.astype(np.float32)
+        acc = fma(dw * dx, (x @ w.T).astype(np.float32), acc)
         if "low" in f:
-            low = (x @ f["low"][:, i].T).astype(np.int32).astype(np.float32)
-            sign = np.float32(1 if FORMATS[type_name].block == 32 else -1)
-            acc = fma(sign * (f["m"][None, :, i] * d[:, i, None]), low, acc)
+            low = f["m"][:, i] * f["low"][:, i, 0].astype(np.float32)
+            acc = fma(low, dx * x.sum(-1, keepdims=True).astype(np.float32), acc)
     return acc
 
 
@@ -185,12 +199,12 @@ def matmul(
     packed, x_bytes = guarded(packed), guarded(x_bytes)
     out = np.full((n_tokens, n_groups * 8), np.nan, np.float32)
     per_chunk = 3
-    block_bytes = {"a32": layout.A32_BYTES, "a256": layout.A256_BYTES, "f32": 4 * form.block}
+    row_bytes = 4 * n_cols if form.activation == "f32" else n_cols // 32 * layout.A32_BYTES
     args = [
         packed.ctypes.data, n_groups, n_cols // form.block, x_bytes.ctypes.data, out.ctypes.data,
         out.strides[0], 0 if bias is None else bias.ctypes.data,
         0 if residual is None else residual.ctypes.data, per_chunk, int(wanted),
-        n_cols // form.block * block_bytes[form.activation], 0, 0,
+        row_bytes, 0, 0,
     ]  # fmt: skip
     rows = dict(H_ROWS=99, H_WANTED_ROWS=n_tokens) if wanted else dict(H_ROWS=n_tokens)
     chunks = range(-(-n_groups // per_chunk))
@@ -213,6 +227,13 @@ def case(type_name: str, shape: tuple[int, int], n_tokens: int):
 
 
 # -- tests ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels() -> None:
+    """All kernels of this file, built side by side."""
+    for family in FAMILIES:
+        native.library(family).load(f"{kind}.{t}" for t in TYPES for kind in KINDS)
 
 
 @pytest.mark.parametrize("type_name", TYPES)
@@ -284,16 +305,13 @@ def test_largest_quants_do_not_overflow(type_name: str, byte: int) -> None:
     """All bits set in quants, scales and mins, and activations of 127 and -127."""
     form, n_cols = FORMATS[type_name], 256
     data = np.full((8, n_cols // form.block, form.file_bytes), byte, np.uint8)
-    for at in HALVES[type_name]:
-        data[..., at : at + 2] = np.frombuffer(np.float16(0.5).tobytes(), np.uint8)
-    data = data.reshape(8, -1)
-    block = 32 if form.activation == "a32" else 256
-    q = np.full((3, n_cols // block, block), 127, np.int8)
+    data = with_halves(type_name, data, 0.5, 0.5).reshape(8, -1)
+    q = np.full((3, n_cols // 32, 32), 127, np.int8)
     q[1] = -127
     q[2, :, ::2] = -127
     d = np.full(q.shape[:2], 0.25, np.float32)
     law = expected(type_name, data, n_cols, q, d)
-    x_bytes = lay_out(q, d, form.activation)
+    x_bytes = lay_out(q, d)
     for family in FAMILIES:
         packed = pack(type_name, data, n_cols, family)
         out = matmul(type_name, packed, 8, n_cols, x_bytes, 3, family)

@@ -282,7 +282,7 @@ def test_matmul_of_every_type(kind: str) -> None:
 def test_quantise() -> None:
     x = np.zeros((2, 64), np.float32)
     x[0, 3], x[0, 4], x[0, 5] = -2, 1, 0.5 / 127 * 2
-    q, d = reference.quantise(x, 32)
+    q, d = reference.quantise(x)
     assert q[0, 0, 3:6].tolist() == [-127, 64, 0]  # 63.5 and 0.5 go to the even neighbour
     assert d[0, 0] == np.float32(2) / np.float32(127)
     assert not q[1].any() and not d[1].any()

@@ -12,12 +12,12 @@ consecutive elements of a row. Half floats are the file's own.
 - q5_0: d | fifth bits [8 rows][4]: bit j of byte k belongs to element k of quad j | quants as in
   q4_0. q5_1: d | m | fifth bits | quants.
 - q8_0: d | [8 quads][8 rows][4], every byte 128 more than the file's.
-- q4_k (256 columns): d | dmin | scales [4][8 rows][2], the two bytes for sub-blocks 2i and 2i + 1 |
-  mins likewise | for each of 8 sub-blocks of 32: quants as in q4_0.
+- q4_k (256 columns): d | dmin | scales [8 sub-blocks][8 rows] bytes | mins likewise | for each of 8
+  sub-blocks of 32: quants as in q4_0.
 - q5_k: d | dmin | scales | mins | for each sub-block: fifth bits, quants as in q5_0.
-- q6_k: d | scales int8 [8][8 rows][2] | for each of 16 sub-blocks of 16: nibbles [2][8 rows][4],
-  low nibbles of vector j for quad j, high ones for quad 2 + j; high bits [8 rows][4], bits 2j and
-  2j + 1 of byte k for element k of quad j.
+- q6_k: d | scales int8 [8][8 rows][2], the two bytes for sub-blocks 2i and 2i + 1 | for each of 16
+  sub-blocks of 16: nibbles [2][8 rows][4], low nibbles of vector j for quad j, high ones for quad
+  2 + j; high bits [8 rows][4], bits 2j and 2j + 1 of byte k for element k of quad j.
 - q2_k: d | dmin | [8][8 rows][2] bytes, scale in the low and min in the high nibble | for each of
   16 sub-blocks of 16: [8 rows][4], bits 2j and 2j + 1 of byte k for element k of quad j.
 - q3_k: d | scales' low 4 bits [4][8 rows][2], of sub-blocks 2i, 2i + 1 in the low nibbles and of
@@ -51,11 +51,11 @@ FORMATS = {
     "q5_0": Format(32, 22, 176, "a32"),
     "q5_1": Format(32, 24, 192, "a32"),
     "q8_0": Format(32, 34, 272, "a32"),
-    "q2_k": Format(256, 84, 672, "a256"),
-    "q3_k": Format(256, 110, 880, "a256"),
-    "q4_k": Format(256, 144, 1184, "a256"),
-    "q5_k": Format(256, 176, 1440, "a256"),
-    "q6_k": Format(256, 210, 1680, "a256"),
+    "q2_k": Format(256, 84, 672, "a32"),
+    "q3_k": Format(256, 110, 880, "a32"),
+    "q4_k": Format(256, 144, 1184, "a32"),
+    "q5_k": Format(256, 176, 1440, "a32"),
+    "q6_k": Format(256, 210, 1680, "a32"),
     "f16": Format(4, 8, 64, "f32"),
     "bf16": Format(4, 8, 64, "f32"),
     "f32": Format(4, 16, 128, "f32"),

@@ -5,16 +5,15 @@ Imports nothing; knows no operation. Every word is 8 bytes.
 A kernel is `kernel(header, args, chunk)`: addresses of the step's header and of the op's argument
 words, and which piece of the work to do. Chunks of one op are independent of each other.
 
-Activations come in three formats, "rows" meaning tokens:
+Activations come in two formats, "rows" meaning tokens:
 - f32: row-major floats, (rows, K).
-- a32: blocks of 32 values, 40 bytes each: 32 int8 q, float d, int32 sum of q. x = d * q.
-- a256: blocks of 256 values, 296 bytes each: 256 int8 q, float d, 4 bytes unused, 16 int16 sums
-  of 16 q each.
-d = max|x| / 127 and q = roundeven(x * (127 / max|x|)), all zero where max|x| is zero.
-Blocks of a32 and a256 are stored tile by tile: rows are cut into tiles of 8, the rest into one of
-4, one of 2 and one of 1 as its binary digits say (13 = 8 + 4 + 1); inside a tile of n rows that
-starts at row t0, block b of row t0 + i lies at t0 * row_bytes + (b * n + i) * block_bytes, where
-row_bytes = K / block * block_bytes.
+- a32: blocks of 32 values, 44 bytes each: 32 int8 q, float d, float d * sum of q, int16 sum of the
+  first 16 q, int16 sum of the last 16. x = d * q.
+d = max|x| / 127 and q = roundeven(x * (127 / max|x|)), all zero where max|x| is below 1e-36.
+Blocks of a32 are stored tile by tile: rows are cut into tiles of 8, the rest into one of 4, one of
+2 and one of 1 as its binary digits say (13 = 8 + 4 + 1); inside a tile of n rows that starts at
+row t0, block b of row t0 + i lies at t0 * row_bytes + (b * n + i) * 44, where row_bytes =
+K / 32 * 44.
 
 Packed weights are cut into groups of 8 rows, one SIMD lane per row; each format says in
 `native/formats.py` how a group's block looks.
@@ -26,12 +25,10 @@ the layer's base.
 
 WORD = 8
 
-A32_BYTES = 40
+A32_BYTES = 44
 A32_D = 32  # offset of d
-A32_SUM = 36
-A256_BYTES = 296
-A256_D = 256
-A256_SUMS = 264
+A32_DSUM = 36  # of d * sum
+A32_SUMS = 40  # of the two int16
 MAX_TILE = 8
 
 PAGE = 32  # positions
@@ -92,10 +89,12 @@ WANTED_ROWS = 1
 PACK_SRC, PACK_DST, PACK_N_ROWS, PACK_N_BLOCKS, PACK_PER_CHUNK = (i * WORD for i in range(5))
 #
 # matmul.<type>: out[t, n] = sum_k W[n, k] x[t, k] (+ bias[n]) (+ residual[t, n]).
-# x is a32, a256 or f32 as the weight type asks; out, residual: float rows of `stride` bytes.
-# A chunk is some groups of 8 weight rows, for all tokens: `big_chunk` groups in each of the first
-# `n_big` chunks, then `small_chunk`. Long runs let the hardware prefetch, short ones at the end
-# let all threads finish together.
+# x is a32 or f32 as the weight type asks; out, residual: float rows of `stride` bytes. Rows of
+# out and residual, and bias, have room for 8 * n_groups floats. For F32, F16 and BF16 weights K is
+# a multiple of 4. A chunk is some groups of 8 weight rows, for all tokens: `big_chunk` groups in
+# each of the first `n_big` chunks, then `small_chunk`. Long runs let the hardware prefetch, short
+# ones at the end let all threads finish together. Prefetches may name addresses up to 2 KiB behind
+# the weights; that cannot fault.
 (
     MATMUL_W, MATMUL_N_GROUPS, MATMUL_N_BLOCKS, MATMUL_X, MATMUL_OUT, MATMUL_STRIDE,
     MATMUL_BIAS, MATMUL_RESIDUAL, MATMUL_SMALL_CHUNK, MATMUL_ROWS, MATMUL_X_ROW_BYTES,
@@ -105,11 +104,11 @@ PACK_SRC, PACK_DST, PACK_N_ROWS, PACK_N_BLOCKS, PACK_PER_CHUNK = (i * WORD for i
 # embed.<type>: out[t] = row ids[t] of a packed matrix, as floats. A chunk is one row.
 EMBED_W, EMBED_N_BLOCKS, EMBED_OUT, EMBED_STRIDE, EMBED_DIM = (i * WORD for i in range(5))
 #
-# The three places where a row of floats can be left, in this order, as the tail of an argument
-# block ("sinks"): f32 rows (address, stride), a32, a256. The f32 one is always there: it is what
-# the quantisers read.
-SINK_F32, SINK_STRIDE, SINK_A32, SINK_A256 = (i * WORD for i in range(4))
-SINK_WORDS = 4
+# The two places where a row of floats can be left, in this order, as the tail of an argument block
+# ("sinks"): f32 rows (address, stride), a32. The f32 one is always there: it is what the quantiser
+# reads.
+SINK_F32, SINK_STRIDE, SINK_A32 = (i * WORD for i in range(3))
+SINK_WORDS = 3
 #
 # norm: sink[i] = rms_norm(x[row i]) * weight. With WANTED_ROWS, row i is wanted[i]. A chunk is
 # one row. eps is a float's bits.

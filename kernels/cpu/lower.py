@@ -143,7 +143,7 @@ class Lowering:
                 self._consumers.setdefault(value, []).append(op)
         self._order = {op.out: i for i, op in enumerate(segment.ops)}
         self._floats: dict[Value, Buffer] = {}  # where a value's f32 rows are
-        self._quantised: dict[tuple[Value, str], Buffer] = {}
+        self._quantised: dict[Value, Buffer] = {}
         self._rows: dict[Value, int] = {}  # ALL_ROWS or WANTED_ROWS
         self._angles: dict[Rope, tuple[Buffer, Buffer]] = {}
         self._out = Lowered()
@@ -249,7 +249,7 @@ class Lowering:
         if fmt.activation == "f32":
             x, row_bytes = self._floats[op.x], row_stride(n_cols)
         else:
-            x, row_bytes = self._quantised[op.x, fmt.activation], _act_bytes(fmt.activation, n_cols)
+            x, row_bytes = self._quantised[op.x], _a32_bytes(n_cols)
         chunks = cut(n_groups, n_blocks * fmt.packed_bytes, self._limits.n_threads)
         bias = self._weights.vector(op.bias) if op.bias else 0
         args: Args = [
@@ -351,20 +351,15 @@ class Lowering:
         return self._limits.max_outputs if wanted else self._limits.max_rows
 
     def _sinks(self, out: Value, name: str) -> Args:
-        """Sink words for a value: floats, and every quantised form that its consumers read."""
-        formats = {
-            _format(c.weight).activation
+        """Sink words for a value: floats, and their quantised form where a consumer reads that."""
+        is_read = any(
+            isinstance(c, Linear) and _format(c.weight).activation == "a32"
             for c in self._consumers.get(out, [])
-            if isinstance(c, Linear)
-        }
-        words: Args = [self._float_buffer(out, name), row_stride(out.dim)]
-        for activation in ("a32", "a256"):
-            if activation in formats:
-                size = _act_bytes(activation, out.dim) * self._n_rows(out)
-                self._quantised[out, activation] = buffer = Buffer(f"{name} {activation}", size)
-                words.append(buffer)
-            else:
-                words.append(0)
+        )
+        words: Args = [self._float_buffer(out, name), row_stride(out.dim), 0]
+        if is_read:
+            buffer = Buffer(f"{name} a32", _a32_bytes(out.dim) * self._n_rows(out))
+            self._quantised[out] = words[2] = buffer
         return words
 
     def _float_buffer(self, value: Value, name: str) -> Buffer:
@@ -443,11 +438,9 @@ def _aligned(n_bytes: int) -> int:
     return -(-n_bytes // 64) * 64
 
 
-def _act_bytes(activation: str, dim: int) -> int:
+def _a32_bytes(dim: int) -> int:
     """Bytes of one quantised row."""
-    if activation == "a32":
-        return dim // 32 * layout.A32_BYTES
-    return dim // 256 * layout.A256_BYTES
+    return dim // 32 * layout.A32_BYTES
 
 
 def _type(weight: Weight) -> str:

@@ -1,7 +1,8 @@
 """Weight types with blocks of 256 columns: Q2_K, Q3_K, Q4_K, Q5_K, Q6_K.
 
-Knows nothing of matmuls; `formats.py` says what pack, accumulate and value mean. Scales of
-sub-blocks multiply in integers, so a block costs one rounding (two with mins).
+Knows nothing of matmuls; `formats.py` says what pack, accumulate and value mean. Scales of 32
+columns multiply as floats. Those of 16 columns multiply as integers; the sums of 32 columns are
+added up as floats, and d multiplies once for all 256.
 """
 
 from __future__ import annotations
@@ -9,15 +10,13 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from edgeinfer.kernels.cpu.layout import (
-    A256_D,
-    A256_SUMS,
-)
-from edgeinfer.kernels.cpu.native.blocks32 import five_bit_dots, five_bits, nibble, nibble_dots
+from edgeinfer.kernels.cpu.layout import A32_D, A32_DSUM, A32_SUMS
+from edgeinfer.kernels.cpu.native.blocks32 import five_bit_total, five_bits, nibble, nibble_dots
 from edgeinfer.kernels.cpu.native.fields import (
     first_twice,
     load_i8_pairs,
     load_u8_pairs,
+    mul_words,
     second_twice,
     words_left,
     words_right,
@@ -30,6 +29,7 @@ from edgeinfer.kernels.cpu.native.simd import (
     load_i8,
     load_splats_f32,
     load_u8,
+    load_u8x8,
     load_u16,
     load_u32,
     mul_f,
@@ -45,6 +45,7 @@ from edgeinfer.kernels.cpu.native.simd import (
     store_u32,
     sub_i,
     to_f32,
+    zeros_f32,
     zeros_i32,
 )
 
@@ -64,7 +65,7 @@ def _pack_scales_and_mins(src, dst, lane):
             u32(load_u8(src + 4 + i)),
             u32(load_u8(src + 8 + i)),
         )
-        at = dst + ((i >> 1) << 4) + 2 * lane + (i & 1)
+        at = dst + 8 * i + lane
         store_u8(at, scale & u32(63))
         store_u8(at + 64, low & u32(63))
         store_u8(at + 32, (rest & u32(15)) | ((scale >> u32(6)) << u32(4)))
@@ -120,15 +121,9 @@ def pack_q5_k(src, dst, lane):
 
 
 @jit
-def _scale_byte(p, s, lane):
-    """Byte s of a row where pairs of sub-blocks lie together."""
-    return load_u8(p + ((s >> 1) << 4) + 2 * lane + (s & 1))
-
-
-@jit
 def _scale_and_min(p, s, lane, q):
-    scale = load_f16(p + 2 * lane) * f32(_scale_byte(p + 32, s, lane))
-    low = load_f16(p + 16 + 2 * lane) * f32(_scale_byte(p + 96, s, lane))
+    scale = load_f16(p + 2 * lane) * f32(load_u8(p + 32 + 8 * s + lane))
+    low = load_f16(p + 16 + 2 * lane) * f32(load_u8(p + 96 + 8 * s + lane))
     return scale * f32(q) - low
 
 
@@ -144,69 +139,45 @@ def value_q5_k(p, k, lane):
     return _scale_and_min(p, s, lane, five_bits(p + 160 + 160 * s, k & 31, lane))
 
 
-def _with_mins(n):
-    """acc + d * isum - dmin * msum, for the types whose blocks start with d and dmin."""
-
-    @jit
-    def add(p, q, stride, isum, msum, acc):
-        dx = load_splats_f32(q + A256_D, stride, n)
-        acc = fma(mul_f(load_f16x8(p), dx), to_f32(isum), acc)
-        return fma(neg_f(mul_f(load_f16x8(p + 16), dx)), to_f32(msum), acc)
-
-    return add
-
-
-def _scaled_by_32(isa, n, add_sub_block, sub_bytes):
-    """Q4_K and Q5_K but for their sub-blocks: `add_sub_block(p, q, stride, scale, isum)`."""
-    first, second, pair_dot, with_mins = (
-        isa.scale_first, isa.scale_second, isa.pair_dot, _with_mins(n)
-    )  # fmt: skip
+def _scaled_by_32(n, dot, sub_bytes):
+    """acc + (d * scale) * dx * dot - (dmin * min) * (dx * sum), sub-block by sub-block."""
 
     @jit
     def add(p, q, stride, acc):
-        isum = zeros_i32(n)
-        for i in range(4):
-            scales = load_u8_pairs(p + 32 + 16 * i)
-            at, x = p + 160 + 2 * sub_bytes * i, q + 64 * i
-            isum = add_sub_block(at, x, stride, first(scales), isum)
-            isum = add_sub_block(at + sub_bytes, x + 32, stride, second(scales), isum)
-        msum = zeros_i32(n)
-        for i in range(4):
-            mins, x = load_u8_pairs(p + 96 + 16 * i), q + A256_SUMS + 8 * i
-            msum = pair_dot(msum, first_twice(mins), x, stride)
-            msum = pair_dot(msum, second_twice(mins), x + 4, stride)
-        return with_mins(p, q, stride, isum, msum, acc)
+        d, minus_dmin = load_f16x8(p), neg_f(load_f16x8(p + 16))
+        for s in range(8):
+            scale = mul_f(d, to_f32(load_u8x8(p + 32 + 8 * s)))
+            low = mul_f(minus_dmin, to_f32(load_u8x8(p + 96 + 8 * s)))
+            scale_x = mul_f(scale, load_splats_f32(q + A32_D, stride, n))
+            acc = fma(scale_x, to_f32(dot(p + 160 + sub_bytes * s, q, stride)), acc)
+            acc = fma(low, load_splats_f32(q + A32_DSUM, stride, n), acc)
+            q += n * stride
+        return acc
 
     return add
 
 
 def accumulate_q4_k(isa, n, load):
-    dots, zero, add_scaled = nibble_dots(isa, n, load), isa.narrow_zero, isa.add_scaled
+    dots, zero, total = nibble_dots(isa, n, load), isa.narrow_zero, isa.narrow_sum
 
     @jit
-    def add_sub_block(p, q, stride, scale, isum):
-        return add_scaled(isum, dots(p, q, stride, zero(n)), scale)
+    def dot(p, q, stride):
+        return total(dots(p, q, stride, zero(n)))
 
-    return _scaled_by_32(isa, n, add_sub_block, 128)
+    return _scaled_by_32(n, dot, 128)
 
 
 def accumulate_q5_k(isa, n, load):
-    low, high = five_bit_dots(isa, n, load)
-    zero, add_scaled = isa.narrow_zero, isa.add_scaled
-
-    @jit
-    def in_one(p, q, stride, scale, isum):
-        return add_scaled(isum, high(p, q, stride, low(p, q, stride, zero(n))), scale)
-
-    @jit
-    def in_halves(p, q, stride, scale, isum):
-        isum = add_scaled(isum, low(p, q, stride, zero(n)), scale)
-        return add_scaled(isum, high(p, q, stride, zero(n)), scale)
-
-    return _scaled_by_32(isa, n, in_one if isa.narrow_is_wide else in_halves, 160)
+    return _scaled_by_32(n, five_bit_total(isa, n, load, 0), 160)
 
 
 # -- 256 columns, sub-blocks of 16: Q6_K, Q2_K, Q3_K ---------------------------------------------
+
+
+@jit
+def _scale_byte(p, s, lane):
+    """Byte s of a row where pairs of sub-blocks lie together."""
+    return load_u8(p + ((s >> 1) << 4) + 2 * lane + (s & 1))
 
 
 @jit
@@ -254,39 +225,36 @@ def accumulate_q6_k(isa, n, load):
     first, second, in_one = isa.scale_first, isa.scale_second, isa.narrow_is_wide
 
     @jit
-    def low(p, q, stride, acc):
-        a, b, high = load(p), load(p + 32), load(p + 64)
-        a = or_i(and_i(a, splat_u8(15)), and_i(words_left(high, 4), splat_u8(48)))
-        b = or_i(and_i(b, splat_u8(15)), and_i(words_left(high, 2), splat_u8(48)))
-        return dot(dot(acc, a, q, stride), b, q + 4, stride)
+    def low(p, high):
+        a = or_i(and_i(load(p), splat_u8(15)), and_i(words_left(high, 4), splat_u8(48)))
+        b = or_i(and_i(load(p + 32), splat_u8(15)), and_i(words_left(high, 2), splat_u8(48)))
+        return a, b
 
     @jit
-    def high(p, q, stride, acc):
-        a, b, high = load(p), load(p + 32), load(p + 64)
-        a = or_i(shift_right(a, 4), and_i(high, splat_u8(48)))
-        b = or_i(shift_right(b, 4), and_i(words_right(high, 2), splat_u8(48)))
-        return dot(dot(acc, a, q + 8, stride), b, q + 12, stride)
+    def high(p, high):
+        a = or_i(shift_right(load(p), 4), and_i(high, splat_u8(48)))
+        b = or_i(shift_right(load(p + 32), 4), and_i(words_right(high, 2), splat_u8(48)))
+        return a, b
 
     @jit
     def add_sub_block(p, q, stride, scale, isum):
+        bits = load(p + 64)
         if in_one:
-            return add_scaled(isum, high(p, q, stride, low(p, q, stride, zero(n))), scale)
-        isum = add_scaled(isum, low(p, q, stride, zero(n)), scale)
-        return add_scaled(isum, high(p, q, stride, zero(n)), scale)
+            return add_scaled(isum, dot(zero(n), low(p, bits) + high(p, bits), q, stride), scale)
+        isum = add_scaled(isum, dot(zero(n), low(p, bits), q, stride), scale)
+        return add_scaled(isum, dot(zero(n), high(p, bits), q + 8, stride), scale)
 
     @jit
     def add(p, q, stride, acc):
-        isum = zeros_i32(n)
+        total = zeros_f32(n)
         for i in range(8):
-            scales = load_i8_pairs(p + 16 + 16 * i)
-            at, x = p + 144 + 192 * i, q + 32 * i
-            isum = add_sub_block(at, x, stride, first(scales), isum)
-            isum = add_sub_block(at + 96, x + 16, stride, second(scales), isum)
-        for i in range(8):
-            offsets = mul_i(load_i8_pairs(p + 16 + 16 * i), splat_i16(-32))
-            isum = pair_dot(isum, offsets, q + A256_SUMS + 4 * i, stride)
-        d = mul_f(load_f16x8(p), load_splats_f32(q + A256_D, stride, n))
-        return fma(d, to_f32(isum), acc)
+            scales, at = load_i8_pairs(p + 16 + 16 * i), p + 144 + 192 * i
+            isum = add_sub_block(at, q, stride, first(scales), zeros_i32(n))
+            isum = add_sub_block(at + 96, q + 16, stride, second(scales), isum)
+            isum = pair_dot(isum, mul_i(scales, splat_i16(-32)), q + A32_SUMS, stride)
+            total = fma(load_splats_f32(q + A32_D, stride, n), to_f32(isum), total)
+            q += n * stride
+        return fma(load_f16x8(p), total, acc)
 
     return add
 
@@ -312,29 +280,54 @@ def value_q2_k(p, k, lane):
 
 def accumulate_q2_k(isa, n, load):
     assert isa.narrow_dots(3) >= 4
-    zero, dot, add_scaled, pair_dot = isa.narrow_zero, isa.narrow_dot, isa.add_scaled, isa.pair_dot
-    first, second, with_mins = isa.scale_first, isa.scale_second, _with_mins(n)
+    zero, dot, add_short, pair_dot = isa.narrow_zero, isa.narrow_dot, isa.add_short, isa.pair_dot
+    first, second, total_of = isa.short_first, isa.short_second, isa.narrow_sum
+
+    @jit
+    def quads(v):
+        return (
+            and_i(v, splat_u8(3)),
+            and_i(words_right(v, 2), splat_u8(3)),
+            and_i(words_right(v, 4), splat_u8(3)),
+            and_i(words_right(v, 6), splat_u8(3)),
+        )
+
+    @jit
+    def times(vectors, scale):
+        a, b, c, d = vectors
+        return mul_words(a, scale), mul_words(b, scale), mul_words(c, scale), mul_words(d, scale)
 
     @jit
     def add_sub_block(p, q, stride, scale, isum):
-        acc, v = zero(n), load(p)
-        for j in range(4):
-            acc = dot(acc, and_i(words_right(v, 2 * j), splat_u8(3)), q + 4 * j, stride)
-        return add_scaled(isum, acc, scale)
+        return add_short(isum, dot(zero(n), quads(load(p)), q, stride), scale)
+
+    @jit
+    def dots(p, q, stride, scales):
+        """For few tokens: scale the dots."""
+        isum = add_sub_block(p, q, stride, first(scales), zeros_i32(n))
+        return add_sub_block(p + 32, q + 16, stride, second(scales), isum)
+
+    @jit
+    def scaled_dots(p, q, stride, scales):
+        """For many: scale the weights, at most 45, two bytes in one multiplication."""
+        a = times(quads(load(p)), first_twice(scales))
+        b = times(quads(load(p + 32)), second_twice(scales))
+        return total_of(dot(zero(n), a + b, q, stride))
+
+    isum_of = scaled_dots if isa.narrow_is_wide and n >= 4 else dots
 
     @jit
     def add(p, q, stride, acc):
-        isum = zeros_i32(n)
+        total, low = zeros_f32(n), zeros_f32(n)
         for i in range(8):
-            scales = and_i(load_u8_pairs(p + 32 + 16 * i), splat_i16(15))
-            at, x = p + 160 + 64 * i, q + 32 * i
-            isum = add_sub_block(at, x, stride, first(scales), isum)
-            isum = add_sub_block(at + 32, x + 16, stride, second(scales), isum)
-        msum = zeros_i32(n)
-        for i in range(8):
-            mins = shift_right(load_u8_pairs(p + 32 + 16 * i), 4)
-            msum = pair_dot(msum, mins, q + A256_SUMS + 4 * i, stride)
-        return with_mins(p, q, stride, isum, msum, acc)
+            both = load_u8_pairs(p + 32 + 16 * i)
+            isum = isum_of(p + 160 + 64 * i, q, stride, and_i(both, splat_i16(15)))
+            msum = pair_dot(zeros_i32(n), shift_right(both, 4), q + A32_SUMS, stride)
+            dx = load_splats_f32(q + A32_D, stride, n)
+            total, low = fma(dx, to_f32(isum), total), fma(dx, to_f32(msum), low)
+            q += n * stride
+        acc = fma(load_f16x8(p), total, acc)
+        return fma(neg_f(load_f16x8(p + 16)), low, acc)
 
     return add
 
@@ -365,8 +358,8 @@ def value_q3_k(p, k, lane):
 
 def accumulate_q3_k(isa, n, load):
     assert isa.narrow_dots(7) >= 4
-    zero, dot, add_scaled, pair_dot = isa.narrow_zero, isa.narrow_dot, isa.add_scaled, isa.pair_dot
-    first, second = isa.scale_first, isa.scale_second
+    zero, dot, add_short, pair_dot = isa.narrow_zero, isa.narrow_dot, isa.add_short, isa.pair_dot
+    first, second = isa.short_first, isa.short_second
 
     @jit
     def scale_pairs(p, i):
@@ -377,28 +370,26 @@ def accumulate_q3_k(isa, n, load):
     @jit
     def add_sub_block(p, third, q, stride, scale, isum):
         """`third` has the third bits of quad j at bit 2 + j."""
-        acc, v = zero(n), load(p)
-        for j in range(4):
-            u = or_i(
-                and_i(words_right(v, 2 * j), splat_u8(3)),
-                and_i(words_right(third, j), splat_u8(4)),
-            )
-            acc = dot(acc, u, q + 4 * j, stride)
-        return add_scaled(isum, acc, scale)
+        v = load(p)
+        quads = (
+            or_i(and_i(v, splat_u8(3)), and_i(third, splat_u8(4))),
+            or_i(and_i(words_right(v, 2), splat_u8(3)), and_i(words_right(third, 1), splat_u8(4))),
+            or_i(and_i(words_right(v, 4), splat_u8(3)), and_i(words_right(third, 2), splat_u8(4))),
+            or_i(and_i(words_right(v, 6), splat_u8(3)), and_i(words_right(third, 3), splat_u8(4))),
+        )
+        return add_short(isum, dot(zero(n), quads, q, stride), scale)
 
     @jit
     def add(p, q, stride, acc):
-        isum = zeros_i32(n)
+        total = zeros_f32(n)
         for i in range(8):
-            scales, third = scale_pairs(p, i), load(p + 176 + 96 * i)
-            at, x = p + 112 + 96 * i, q + 32 * i
+            scales, at, third = scale_pairs(p, i), p + 112 + 96 * i, load(p + 176 + 96 * i)
             even, odd = words_left(third, 2), words_right(third, 2)
-            isum = add_sub_block(at, even, x, stride, first(scales), isum)
-            isum = add_sub_block(at + 32, odd, x + 16, stride, second(scales), isum)
-        for i in range(8):
-            offsets = mul_i(scale_pairs(p, i), splat_i16(-4))
-            isum = pair_dot(isum, offsets, q + A256_SUMS + 4 * i, stride)
-        d = mul_f(load_f16x8(p), load_splats_f32(q + A256_D, stride, n))
-        return fma(d, to_f32(isum), acc)
+            isum = add_sub_block(at, even, q, stride, first(scales), zeros_i32(n))
+            isum = add_sub_block(at + 32, odd, q + 16, stride, second(scales), isum)
+            isum = pair_dot(isum, mul_i(scales, splat_i16(-4)), q + A32_SUMS, stride)
+            total = fma(load_splats_f32(q + A32_D, stride, n), to_f32(isum), total)
+            q += n * stride
+        return fma(load_f16x8(p), total, acc)
 
     return add

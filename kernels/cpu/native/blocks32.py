@@ -8,15 +8,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from edgeinfer.kernels.cpu.layout import (
-    A32_D,
-    A32_SUM,
-)
-from edgeinfer.kernels.cpu.native.fields import (
-    splat_pair,
-    words_left,
-    words_right,
-)
+from edgeinfer.kernels.cpu.layout import A32_D, A32_DSUM, A32_SUMS
+from edgeinfer.kernels.cpu.native.fields import words_left, words_right
 from edgeinfer.kernels.cpu.native.simd import (
     add_i,
     and_i,
@@ -24,13 +17,13 @@ from edgeinfer.kernels.cpu.native.simd import (
     load_f16,
     load_f16x8,
     load_splats_f32,
-    load_splats_i32,
     load_u8,
     load_u16,
     load_u32,
     mul_f,
     or_i,
     shift_right,
+    splat_i16,
     splat_u8,
     store_u16,
     store_u32,
@@ -100,21 +93,20 @@ def nibble_dots(isa, n, load):
 
 def _start_with(isa, n, offset):
     """Where sums are int32 from the start, they start at offset * sum of x; else this adds it."""
-    zero, total, pair_dot, early = (
-        isa.narrow_zero, isa.narrow_sum, isa.pair_dot, isa.narrow_is_wide
-    )  # fmt: skip
+    zero, total, pair_dot = isa.narrow_zero, isa.narrow_sum, isa.pair_dot
+    early, late = offset and isa.narrow_is_wide, offset and not isa.narrow_is_wide
 
     @jit
-    def start(x_sum, stride):
+    def start(x_sums, stride):
         if early:
-            return pair_dot(zero(n), splat_pair(offset), x_sum, stride)
+            return pair_dot(zero(n), splat_i16(offset), x_sums, stride)
         return zero(n)
 
     @jit
-    def finish(acc, x_sum, stride):
-        if early:
-            return acc
-        return pair_dot(total(acc), splat_pair(offset), x_sum, stride)
+    def finish(acc, x_sums, stride):
+        if late:
+            return pair_dot(total(acc), splat_i16(offset), x_sums, stride)
+        return total(acc)
 
     return start, finish
 
@@ -125,21 +117,20 @@ def accumulate_q4_0(isa, n, load):
     @jit
     def add(p, q, stride, acc):
         d = mul_f(load_f16x8(p), load_splats_f32(q + A32_D, stride, n))
-        dot = dots(p + 16, q, stride, start(q + A32_SUM, stride))
-        return fma(d, to_f32(finish(dot, q + A32_SUM, stride)), acc)
+        dot = dots(p + 16, q, stride, start(q + A32_SUMS, stride))
+        return fma(d, to_f32(finish(dot, q + A32_SUMS, stride)), acc)
 
     return add
 
 
 def _with_min(n):
-    """acc + d * dot + m * sum, for Q4_1 and Q5_1."""
+    """acc + d * dx * dot + m * (dx * sum), for Q4_1 and Q5_1."""
 
     @jit
     def add(p, q, stride, dot, acc):
         dx = load_splats_f32(q + A32_D, stride, n)
         acc = fma(mul_f(load_f16x8(p), dx), to_f32(dot), acc)
-        sums = load_splats_i32(q + A32_SUM, stride, n)
-        return fma(mul_f(load_f16x8(p + 16), dx), to_f32(sums), acc)
+        return fma(load_f16x8(p + 16), load_splats_f32(q + A32_DSUM, stride, n), acc)
 
     return add
 
@@ -207,7 +198,7 @@ def value_q5_1(p, k, lane):
     return load_f16(p + 2 * lane) * f32(five_bits(p + 32, k, lane)) + load_f16(p + 16 + 2 * lane)
 
 
-def five_bit_dots(isa, n, load):
+def _five_bit_dots(isa, n, load):
     """Two functions that each add four dots: the low and the high half of 32 elements."""
     assert isa.narrow_dots(31) >= 4
     dot = isa.narrow_dot
@@ -233,26 +224,26 @@ def five_bit_dots(isa, n, load):
     return low, high
 
 
-def _five_bit_total(isa, n, load, offset):
+def five_bit_total(isa, n, load, offset):
     """The dot of 32 elements in int32, plus offset times the sum of x."""
-    low, high = five_bit_dots(isa, n, load)
+    low, high = _five_bit_dots(isa, n, load)
     start, finish = _start_with(isa, n, offset)
     zero, total = isa.narrow_zero, isa.narrow_sum
 
     @jit
     def in_one(p, q, stride):
-        return total(high(p, q, stride, low(p, q, stride, start(q + A32_SUM, stride))))
+        return total(high(p, q, stride, low(p, q, stride, start(q + A32_SUMS, stride))))
 
     @jit
     def in_halves(p, q, stride):
-        first = finish(low(p, q, stride, zero(n)), q + A32_SUM, stride)
+        first = finish(low(p, q, stride, zero(n)), q + A32_SUMS, stride)
         return add_i(first, total(high(p, q, stride, zero(n))))
 
     return in_one if isa.narrow_is_wide else in_halves
 
 
 def accumulate_q5_0(isa, n, load):
-    total = _five_bit_total(isa, n, load, -16)
+    total = five_bit_total(isa, n, load, -16)
 
     @jit
     def add(p, q, stride, acc):
@@ -263,7 +254,7 @@ def accumulate_q5_0(isa, n, load):
 
 
 def accumulate_q5_1(isa, n, load):
-    total, with_min = _five_bit_total(isa, n, load, 0), _with_min(n)
+    total, with_min = five_bit_total(isa, n, load, 0), _with_min(n)
 
     @jit
     def add(p, q, stride, acc):
@@ -295,7 +286,7 @@ def accumulate_q8_0(isa, n, load):
     def add(p, q, stride, acc):
         dot = zeros_i32(n)
         if excess:
-            dot = pair_dot(dot, splat_pair(-128), q + A32_SUM, stride)
+            dot = pair_dot(dot, splat_i16(-128), q + A32_SUMS, stride)
         for j in range(8):
             dot = byte_dot(dot, load(p + 16 + 32 * j), q + 4 * j, stride)
         d = mul_f(load_f16x8(p), load_splats_f32(q + A32_D, stride, n))

@@ -6,7 +6,6 @@ Knows no quant type and no instruction set.
 from __future__ import annotations
 
 from llvmlite import ir
-from numba import types
 from numba.extending import intrinsic
 
 from edgeinfer.kernels.cpu.native.simd import (
@@ -35,17 +34,10 @@ def _twice(first):
 first_twice = _twice(0)
 second_twice = _twice(1)
 
-
-@intrinsic(prefer_literal=True)
-def splat_pair(typingctx, first):
-    """The pair (first, 0) for every row."""
-    if not isinstance(first, types.IntegerLiteral):
-        return None
-
-    def codegen(context, builder, signature, values):
-        return ir.Constant(i16x16.ir, [first.literal_value, 0] * 8)
-
-    return i16x16(first), codegen
+# Every int16 of a vector of bytes times an int16.
+mul_words = mapped(
+    2, lambda v, w: v, lambda b, x, y: b.bitcast(b.mul(b.bitcast(x, i16x16.ir), y), x.type)
+)
 
 
 def _shift_words(emit):

@@ -7,8 +7,8 @@ For each type, over vectors of 8 rows (one lane per row):
 
 - `pack(src, dst, lane)`: put one row's block of the file into a packed block;
 - `accumulate(isa, n, load)` gives `add(p, q, stride, acc)`: acc plus packed block p, read with
-  `load`, times the block q of n tokens that lie `stride` apart, in the order of additions that
-  `notes/numerics.md` fixes;
+  `load`, times the blocks of n tokens, in the order of additions that `reference.py` fixes. The
+  a32 blocks of one token lie n * `stride` apart, the first block of the next token `stride`;
 - `value(p, k, lane)`: element k of a row, as the file's dequantisation rounds it.
 """
 

@@ -6,7 +6,8 @@ of each token's activations:
 - `narrow_zero(n)`, `narrow_dot(acc, u, x, stride)`, `narrow_sum(acc)`: for u <= 63, at most
   `narrow_dots(largest u)` dots between zero and sum, because a family may add in int16;
 - `scale_first(pairs)`, `scale_second(pairs)`, `add_scaled(total, acc, scale)`: total + scale *
-  narrow_sum(acc), the scale of each row being one of a pair of int16;
+  narrow_sum(acc), the scale of each row being one of a pair of int16; `short_first`,
+  `short_second` and `add_short`: the same where narrow_sum(acc) fits in int16;
 - `pair_dot(total, pairs, x, stride)`: two int16 of each row times two int16 of each token;
 - `byte_dot(acc, u, x, stride)`: for weights stored as u = w + 128, the dot product of
   w + `byte_excess` and x, which is 0 or 128.
@@ -59,6 +60,9 @@ class Isa:
     scale_first: Callable
     scale_second: Callable
     add_scaled: Callable
+    short_first: Callable
+    short_second: Callable
+    add_short: Callable
     pair_dot: Callable
     byte_dot: Callable
     byte_excess: int
@@ -76,7 +80,11 @@ def _broadcast(b, x, stride, i):
 
 
 def _per_token(emit):
-    """`dot(acc, w, x, stride)`: `emit` for each token, its activations loaded next to their use."""
+    """`dot(acc, w, x, stride)`: `emit` for each token, its activations loaded next to their use.
+
+    Of a tuple of weights, the next one meets the next four bytes; a token's dots follow each other,
+    which leaves one sum alive at a time instead of one for each token.
+    """
 
     @intrinsic
     def dot(typingctx, acc, w, x, stride):
@@ -87,15 +95,16 @@ def _per_token(emit):
             acc_value, weights, address, step = values
             address = context.cast(builder, address, signature.args[2], intp)
             step = context.cast(builder, step, signature.args[3], intp)
-            rows = (
-                emit(
-                    builder,
-                    builder.extract_value(acc_value, i),
-                    weights,
-                    _broadcast(builder, address, step, i),
-                )
-                for i in range(acc.n)
-            )
+            parts = [weights]
+            if isinstance(w, types.BaseTuple):
+                parts = [builder.extract_value(weights, j) for j in range(w.count)]
+            rows = []
+            for i in range(acc.n):
+                row, at = builder.extract_value(acc_value, i), address
+                for part in parts:
+                    row = emit(builder, row, part, _broadcast(builder, at, step, i))
+                    at = builder.add(at, simd.I64(4))
+                rows.append(row)
             return tile_ir(builder, acc, rows)
 
         return acc(acc, w, x, stride), codegen
@@ -160,6 +169,9 @@ AVX2 = Isa(
     scale_first=fields.first_twice,
     scale_second=fields.second_twice,
     add_scaled=mapped(3, _first, _add_pmaddwd),
+    short_first=fields.first_twice,
+    short_second=fields.second_twice,
+    add_short=mapped(3, _first, _add_pmaddwd),
     pair_dot=_pair_dot(_add_pmaddwd),
     byte_dot=_per_token(_byte_avx2),
     byte_excess=0,
@@ -188,6 +200,14 @@ def _second_word(b, pairs):
     return b.ashr(b.bitcast(pairs, _I32x8), const_ir(i32x8, 16))
 
 
+def _first_alone(b, pairs):
+    return b.and_(b.bitcast(pairs, _I32x8), const_ir(i32x8, 0xFFFF))
+
+
+def _second_alone(b, pairs):
+    return b.lshr(b.bitcast(pairs, _I32x8), const_ir(i32x8, 16))
+
+
 # What families that add in int32 from the start have in common.
 _WORDS = dict(
     narrow_zero=simd.zeros_i32,
@@ -197,14 +217,22 @@ _WORDS = dict(
     scale_first=mapped(1, lambda v: i32x8, _first_word),
     scale_second=mapped(1, lambda v: i32x8, _second_word),
     add_scaled=mapped(3, _first, lambda b, total, acc, s: b.add(total, b.mul(acc, s))),
+    short_first=mapped(1, lambda v: i32x8, _first_alone),
+    short_second=mapped(1, lambda v: i32x8, _second_alone),
     byte_excess=128,
 )
+
+def _add_short_vnni(b, total, acc, s):
+    """One instruction: the upper halves are multiplied by zero."""
+    return _vpdpwssd(b, total, b.bitcast(acc, _I16x16), b.bitcast(s, _I16x16))
+
 
 VNNI = Isa(
     "vnni",
     16,
     **_WORDS,
     narrow_dot=_per_token(_vpdpbusd),
+    add_short=mapped(3, _first, _add_short_vnni),
     pair_dot=_pair_dot(_vpdpwssd),
     byte_dot=_per_token(_vpdpbusd),
     pause=_pause_x86,
@@ -234,11 +262,16 @@ def _dot2(b, acc, w, x):
     return b.add(acc, b.add(first, second))
 
 
+def _add_short_generic(b, total, acc, s):
+    return b.add(total, b.mul(acc, _first_word(b, s)))
+
+
 GENERIC = Isa(
     "generic",
     16,
     **_WORDS,
     narrow_dot=_per_token(_dot4),
+    add_short=mapped(3, _first, _add_short_generic),
     pair_dot=_pair_dot(_dot2),
     byte_dot=_per_token(_dot4),
     pause=simd.scalar(types.void, (), lambda b: None),

@@ -11,19 +11,18 @@ from numba import njit
 
 from edgeinfer.kernels.cpu.formats import FORMATS as SIZES
 from edgeinfer.kernels.cpu.layout import (
-    MATMUL_BIG_CHUNK,
-    MATMUL_N_BIG,
     A32_BYTES,
-    A256_BYTES,
     H_ROWS,
     H_WANTED_ROWS,
     MATMUL_BIAS,
+    MATMUL_BIG_CHUNK,
+    MATMUL_N_BIG,
     MATMUL_N_BLOCKS,
     MATMUL_N_GROUPS,
     MATMUL_OUT,
-    MATMUL_SMALL_CHUNK,
     MATMUL_RESIDUAL,
     MATMUL_ROWS,
+    MATMUL_SMALL_CHUNK,
     MATMUL_STRIDE,
     MATMUL_W,
     MATMUL_X,
@@ -78,8 +77,7 @@ def make(isa, type_name):
 def _tile(isa, type_name, n):
     """All groups of a chunk for the tile of n tokens that starts at t."""
     form = SIZES[type_name]
-    packed_bytes, in_tiles = form.packed_bytes, form.activation != "f32"
-    x_block_bytes = {"a32": A32_BYTES, "a256": A256_BYTES, "f32": 4 * form.block}[form.activation]
+    block, packed_bytes, in_tiles = form.block, form.packed_bytes, form.activation == "a32"
     # Tokens whose sums fit in registers; the others of the tile read the group again, from L1.
     n_at_once = min(n, isa.registers // 4 if FORMATS[type_name].n_accumulators > 1 else 8)
     walk = _walk(isa, type_name, n_at_once, _PREFETCH if n < 4 else 0)
@@ -89,10 +87,10 @@ def _tile(isa, type_name, n):
         w, n_blocks = word(args + MATMUL_W), word(args + MATMUL_N_BLOCKS)
         x_stride = word(args + MATMUL_X_ROW_BYTES)
         x = word(args + MATMUL_X) + t * x_stride
-        x_step = x_block_bytes
+        x_step = 4 * block
         if in_tiles:
-            x_stride = x_block_bytes
-            x_step = x_block_bytes * n
+            x_stride = A32_BYTES
+            x_step = block // 32 * n * A32_BYTES
         stride = word(args + MATMUL_STRIDE)
         out = word(args + MATMUL_OUT) + t * stride
         bias, residual = word(args + MATMUL_BIAS), word(args + MATMUL_RESIDUAL)
@@ -117,7 +115,7 @@ def _walk(isa, type_name, n, ahead):
     form = SIZES[type_name]
     packed_bytes = form.packed_bytes
     # What the weight loads do not touch: all of a float block, the scales of a block of 256.
-    n_lines = {"f32": packed_bytes // 64, "a32": 0, "a256": 3}[form.activation]
+    n_lines = packed_bytes // 64 if form.activation == "f32" else 3 * (form.block == 256)
 
     @jit
     def load_ahead(p):

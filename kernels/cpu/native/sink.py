@@ -11,13 +11,10 @@ from numba import njit
 from edgeinfer.kernels.cpu.layout import (
     A32_BYTES,
     A32_D,
-    A32_SUM,
-    A256_BYTES,
-    A256_D,
-    A256_SUMS,
+    A32_DSUM,
+    A32_SUMS,
     MAX_TILE,
     SINK_A32,
-    SINK_A256,
 )
 from edgeinfer.kernels.cpu.native.simd import (
     abs_f,
@@ -32,7 +29,6 @@ from edgeinfer.kernels.cpu.native.simd import (
     store_f32,
     store_i8x8,
     store_i16,
-    store_i32,
     sum_lanes_i32,
     to_i32,
     word,
@@ -59,19 +55,15 @@ def tile_of(t, n_rows):
 
 @jit
 def leave(x, dim, sink, t, n_rows):
-    """Quantise row t, `dim` floats at x, into those of a sink's formats that are there."""
+    """Quantise row t, `dim` floats at x, where the sink has a place for that."""
+    a32 = word(sink + SINK_A32)
+    if a32 == 0:
+        return
     start, n = tile_of(t, n_rows)
-    a32, a256 = word(sink + SINK_A32), word(sink + SINK_A256)
-    if a32 != 0:
-        q = a32 + start * (dim // 32) * A32_BYTES + (t - start) * A32_BYTES
-        for b in range(dim // 32):
-            _quantise_32(x + 128 * b, q)
-            q += n * A32_BYTES
-    if a256 != 0:
-        q = a256 + start * (dim // 256) * A256_BYTES + (t - start) * A256_BYTES
-        for b in range(dim // 256):
-            _quantise_256(x + 1024 * b, q)
-            q += n * A256_BYTES
+    q = a32 + start * (dim // 32) * A32_BYTES + (t - start) * A32_BYTES
+    for b in range(dim // 32):
+        _quantise_32(x + 128 * b, q)
+        q += n * A32_BYTES
 
 
 @jit
@@ -90,33 +82,17 @@ def _scales(m):
 
 
 @jit
-def _store_q(x, q, inverse):
-    """Quantise 32 floats; lane by lane the sums of the first and the second 16."""
+def _quantise_32(x, q):
+    """One block, at q, of 32 floats."""
+    inverse, d = _scales(max_lanes(_largest(x)))
     v = to_i32(round_f(mul_f(load_rows_f32(x, 32, 4), splat_f32(inverse))))
     store_i8x8(q, row(v, 0))
     store_i8x8(q + 8, row(v, 1))
     store_i8x8(q + 16, row(v, 2))
     store_i8x8(q + 24, row(v, 3))
-    return add_i(row(v, 0), row(v, 1)), add_i(row(v, 2), row(v, 3))
-
-
-@jit
-def _quantise_32(x, q):
-    inverse, d = _scales(max_lanes(_largest(x)))
-    low, high = _store_q(x, q, inverse)
+    first = sum_lanes_i32(add_i(row(v, 0), row(v, 1)))
+    last = sum_lanes_i32(add_i(row(v, 2), row(v, 3)))
     store_f32(q + A32_D, d)
-    store_i32(q + A32_SUM, sum_lanes_i32(add_i(low, high)))
-
-
-@jit
-def _quantise_256(x, q):
-    m = _largest(x)
-    for i in range(1, 8):
-        m = max_f(m, _largest(x + 128 * i))
-    inverse, d = _scales(max_lanes(m))
-    for i in range(8):
-        low, high = _store_q(x + 128 * i, q + 32 * i, inverse)
-        store_i16(q + A256_SUMS + 4 * i, sum_lanes_i32(low))
-        store_i16(q + A256_SUMS + 4 * i + 2, sum_lanes_i32(high))
-    store_f32(q + A256_D, d)
-    store_i32(q + A256_D + 4, 0)
+    store_f32(q + A32_DSUM, d * np.float32(np.int32(first + last)))
+    store_i16(q + A32_SUMS, first)
+    store_i16(q + A32_SUMS + 2, last)
