@@ -74,4 +74,6 @@ def test_links_and_listed_files_exist() -> None:
             folder = name
         elif name and name != "```":
             is_inside = line.startswith(" ")
-            assert (ROOT / (folder if is_inside else "") / name).exists(), line
+            assert (ROOT / (folder if is_inside else "") / name).exists(), (
+                f"{line}: python .ci/file_tree.py writes the list anew"
+            )
