@@ -250,7 +250,8 @@ class Transcript(ScrollView, can_focus=True):
         span = self.text_selection.get_span(line) if self.text_selection else None
         if span is not None:
             end = span[1] if span[1] >= 0 else width
-            marked = strip.crop(span[0], end).apply_style(self._selection_style())
+            style = self.screen.get_component_rich_style("screen--selection")
+            marked = strip.crop(span[0], end).apply_style(style)
             strip = Strip.join([strip.crop(0, span[0]), marked, strip.crop(end)])
         return strip.apply_offsets(0, line)
 
@@ -269,9 +270,6 @@ class Transcript(ScrollView, can_focus=True):
         if block.kind == "user" and is_text:
             return [margin, Segment("▌", Style.parse(palette.accent)), *row]
         return [margin, Segment(" "), *row]
-
-    def _selection_style(self) -> Style:
-        return self.screen.get_component_rich_style("screen--selection")
 
     def get_selection(self, selection: Selection) -> tuple[str, str] | None:
         """The text under a mouse selection, without margins."""
