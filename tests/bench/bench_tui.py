@@ -7,6 +7,7 @@ app in a pseudo-terminal of its own, in a process of its own. Linux and macOS.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import json
 import os
@@ -72,7 +73,8 @@ class Terminal:
         os.write(self.fd, keys)
 
     def close(self) -> None:
-        self.send(b"\x11")
+        with contextlib.suppress(OSError):  # it may have ended by itself
+            self.send(b"\x11")
         end = time.perf_counter() + 5
         while time.perf_counter() < end and os.waitpid(self.pid, os.WNOHANG)[0] == 0:
             self.read(0.05)
