@@ -95,6 +95,17 @@ class Outputs:
 
 
 @dataclass(frozen=True, slots=True)
+class OpTime:
+    """What one op of a step took and did, for benchmarks; `macs` are of all its rows."""
+
+    name: str
+    kernels: tuple[str, ...]
+    seconds: float
+    weight_bytes: int
+    macs: int
+
+
+@dataclass(frozen=True, slots=True)
 class StepLimits:
     """The largest step a program must be ready for; all its memory follows from these."""
 

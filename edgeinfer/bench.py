@@ -7,19 +7,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-import numpy as np
-
 from edgeinfer import platform
-from edgeinfer.batch import Batch
 from edgeinfer.engine import Engine
 from edgeinfer.generation import Generation
-from edgeinfer.kvcache import CacheLayout, PagePool, SequenceCache
 from edgeinfer.runtime import Runtime
-from edgeinfer.sampling import SampleTable, SamplingParams
+from edgeinfer.sampling import SamplingParams
 from edgeinfer.sequence import Event, Finished, Prefilled, Request, Token
 
 _READS = 7
@@ -53,8 +48,13 @@ class BenchResult:
     peak_rss_mib: float
 
 
-def run_bench(runtime: Runtime, prompt_tokens: int, gen_tokens: int, repeat: int) -> BenchResult:
-    """Measure; every figure is taken `repeat` times, in turns."""
+def run_bench(
+    runtime: Runtime, prompt_tokens: int, gen_tokens: int, repeat: int, first_turn: int = 0
+) -> BenchResult:
+    """Measure; every figure is taken `repeat` times, in turns.
+
+    Prompts differ from turn to turn: one read before would be in the cache.
+    """
     engine, program = runtime.engine, runtime.program
     greedy, sampled = SamplingParams(temperature=0.0, seed=1), SamplingParams(seed=1)
     prefill: list[float] = []
@@ -62,7 +62,7 @@ def run_bench(runtime: Runtime, prompt_tokens: int, gen_tokens: int, repeat: int
     decode: list[float] = []
     with_sampling: list[float] = []
     read: list[float] = []
-    for i in range(repeat):
+    for i in range(first_turn, first_turn + repeat):
         start, rate = _prefill(engine, prompt_tokens, i)
         prefill.append(rate)
         first.append(start)
@@ -91,43 +91,6 @@ def run_bench(runtime: Runtime, prompt_tokens: int, gen_tokens: int, repeat: int
         load_s=round(runtime.load_s, 3),
         first_token_s=round(statistics.median(first), 4),
         peak_rss_mib=round(platform.peak_rss() / 2**20, 1),
-    )
-
-
-def step_seconds(
-    runtime: Runtime, rows: Iterable[int], depth: int, repeat: int
-) -> dict[int, float]:
-    """Median seconds of a step that adds so many rows to one sequence and samples each."""
-    engine, params = runtime.engine, SamplingParams(temperature=0.0, seed=1)
-    counts, limits = list(rows), engine.limits
-    cache = SequenceCache(PagePool(limits.n_pages), CacheLayout.of("error", engine.n_ctx))
-    cache.grow(depth + max(counts))
-    table = SampleTable(max(counts))
-    seconds: dict[int, list[float]] = {n: [] for n in counts}
-    for n, start in [(limits.max_rows, at) for at in range(0, depth, limits.max_rows)]:
-        runtime.program.submit(_rows(cache, start, min(n, depth - start), None)).wait()
-    for _ in range(repeat):
-        for n in counts:
-            for i in range(n):
-                table.set_row(i, params, 1, i)
-            table.n_rows = n
-            begun = time.perf_counter()
-            runtime.program.submit(_rows(cache, depth, n, table)).wait()
-            seconds[n].append(time.perf_counter() - begun)
-    return {n: statistics.median(each) for n, each in seconds.items()}
-
-
-def _rows(cache: SequenceCache, start: int, n: int, samples: SampleTable | None) -> Batch:
-    """A step of `n` rows of one sequence; without samples only the last row's logits."""
-    wanted = range(n) if samples is not None else [n - 1]
-    return Batch(
-        ids=np.arange(start, start + n, dtype=np.int32) % 97,
-        pos=np.arange(start, start + n, dtype=np.int64),
-        seq=np.zeros(n, np.int32),
-        tables=[cache.table],
-        wanted=np.array(wanted, np.int32),
-        output="logits" if samples is None else "ids",
-        samples=samples,
     )
 
 

@@ -354,6 +354,9 @@ def plan(model: str | None, as_json: bool, **flags: Any) -> None:
 @click.option("-p", "--prompt-tokens", default=256, show_default=True)
 @click.option("-n", "--gen-tokens", default=64, show_default=True)
 @click.option("-r", "--repeat", default=3, show_default=True)
+@click.option("--compare", metavar="LLAMA_BENCH", help="Against this llama-bench, in turns.")
+@click.option("--sweep", is_flag=True, help="Steps by threads, depth and rows.")
+@click.option("--ops", is_flag=True, help="A decode and a prefill step, op by op.")
 @click.option("as_json", "--json", is_flag=True, help="One JSON object.")
 @load_flags
 @common_flags
@@ -362,25 +365,33 @@ def bench(
     prompt_tokens: int,
     gen_tokens: int,
     repeat: int,
+    compare: str | None,
+    sweep: bool,
+    ops: bool,
     as_json: bool,
     **flags: Any,
 ) -> None:
     """Measure speed on this machine."""
-    from dataclasses import asdict
-
-    from edgeinfer.bench import run_bench
+    from edgeinfer import cli_bench
 
     for name, value in (("-p", prompt_tokens), ("-n", gen_tokens), ("-r", repeat)):
         if value < 1:
             raise click.UsageError(f"{name} is {value}, need at least 1")
-    with _open(model, flags) as llm:
-        result = asdict(run_bench(llm.runtime, prompt_tokens, gen_tokens, repeat))
+    if bool(compare) + sweep + ops > 1:
+        raise click.UsageError("--compare, --sweep and --ops each measure alone")
+    if sweep:
+        result, lines = cli_bench.sweep_all(
+            lambda n: _open(model, {**flags, "threads": n}), flags["threads"], repeat
+        )
+    else:
+        with _open(model, flags) as llm:
+            result, lines = cli_bench.measure(
+                llm.runtime, prompt_tokens, gen_tokens, repeat, compare, ops
+            )
     if as_json:
         show_json(result)
-        return
-    for name, value in result.items():
-        if value is not None:
-            show(f"{name:22} {value}")
+    for line in [] if as_json else lines:
+        show(line)
 
 
 @commands.command(epilog="Example: edgeinfer perplexity smollm2 book.txt")

@@ -28,7 +28,9 @@ model
 engine stream
 runtime
 llm bench server doctor inspect_file perplexity console cli_options
-aio plain_chat cli_models
+aio plain_chat cli_models bench_compare bench_steps
+bench_tables
+cli_bench
 cli
 __main__ tui
 """

@@ -56,11 +56,17 @@ Args: TypeAlias = "list[int | Buffer]"  # argument words; a buffer stands for it
 
 @dataclass(slots=True)
 class KernelPart:
-    """One kernel with its argument words (a Buffer stands for its address) and chunk rule."""
+    """One kernel with its argument words (a Buffer stands for its address) and chunk rule.
+
+    Weight bytes, and multiplications per row of `rows`, are for benchmarks.
+    """
 
     kernel: str
     args: Args
     rule: int
+    weight_bytes: int = 0
+    macs: int = 0
+    rows: int = layout.ALL_ROWS
 
 
 @dataclass(slots=True)
@@ -256,7 +262,9 @@ class Lowering:
             self._weights.matrix(op.weight), n_groups, n_blocks, x, out, row_stride(n_rows),
             bias, residual or 0, chunks.small, rows, row_bytes, chunks.big, chunks.n_big,
         ]  # fmt: skip
-        return KernelPart(f"matmul.{_type(op.weight)}", args, chunks.n)
+        n_bytes = n_groups * n_blocks * fmt.packed_bytes
+        kernel = f"matmul.{_type(op.weight)}"
+        return KernelPart(kernel, args, chunks.n, n_bytes, n_rows * n_cols, rows)
 
     def _residual(self, op: Linear) -> tuple[Buffer | None, Buffer]:
         """The rows to add to this matmul's result and the rows it leaves: often the same."""

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeinfer import platform
-from edgeinfer.batch import PAGE, SEGMENT_PAGES, Batch, Outputs, StepLimits
+from edgeinfer.batch import PAGE, SEGMENT_PAGES, Batch, OpTime, Outputs, StepLimits
 from edgeinfer.errors import ClosedError
 from edgeinfer.graph import Embed, Linear, RmsNorm, Segment
 from edgeinfer.kernels.cpu import layout
@@ -273,16 +273,22 @@ class CpuProgram:
         seconds = self._team.run_once([Op([part])], *self._team_args())
         return n_bytes / seconds
 
-    def op_seconds(self, batch: Batch) -> list[tuple[KernelOp, float]]:
+    def op_seconds(self, batch: Batch) -> list[OpTime]:
         """Run a step op by op and time each; for benchmarks."""
         self.submit(batch)
         prologue = self._lowered.prologue
         if prologue:  # as an op of its own: it plans the attention of this step
             self._team.run_once([self._op(KernelOp("plan", [prologue]))], *self._team_args())
-        return [
-            (op, self._team.run_once([self._op(op)], *self._team_args()))
-            for op in self._lowered.ops
-        ]
+        return [self._op_time(op, batch) for op in self._lowered.ops]
+
+    def _op_time(self, op: KernelOp, batch: Batch) -> OpTime:
+        seconds = self._team.run_once([self._op(op)], *self._team_args())
+        macs = 0
+        for part in op.parts:
+            is_wanted = part.rows == layout.WANTED_ROWS
+            macs += part.macs * (len(batch.wanted) if is_wanted else batch.n_rows)
+        kernels = tuple(dict.fromkeys(part.kernel for part in op.parts))
+        return OpTime(op.group, kernels, seconds, sum(p.weight_bytes for p in op.parts), macs)
 
     def _team_args(self) -> tuple[int, int]:
         return self._header.ctypes.data, self._n_threads

@@ -1,0 +1,95 @@
+"""The same measurements by llama-bench, in turns with ours: A B A B in one run.
+
+Knows llama-bench by its flags and its JSON only.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgeinfer.bench import run_bench
+from edgeinfer.errors import EdgeInferError
+from edgeinfer.runtime import Runtime
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Tokens per second, decoding from depth 0 and without sampling."""
+
+    prefill: float
+    decode: float
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Medians; `ratio` is the median of the ratios of neighbouring runs."""
+
+    what: str
+    edgeinfer: float
+    llama_cpp: float
+    ratio: float
+
+
+def compare(
+    runtime: Runtime, llama_bench: str, prompt_tokens: int, gen_tokens: int, repeat: int
+) -> list[Comparison]:
+    """Measure prefill and decode with both, `repeat` times in turns."""
+    command = llama_command(
+        llama_bench, runtime.model.file.path, runtime.n_threads, prompt_tokens, gen_tokens
+    )
+    ours: list[Rates] = []
+    theirs: list[Rates] = []
+    for turn in range(repeat):
+        result = run_bench(runtime, prompt_tokens, gen_tokens, 1, turn)
+        ours.append(Rates(result.prefill_tok_s, result.decode_tok_s))
+        theirs.append(parse_rates(_output(command)))
+    return [
+        _comparison("prefill", [r.prefill for r in ours], [r.prefill for r in theirs]),
+        _comparison("decode", [r.decode for r in ours], [r.decode for r in theirs]),
+    ]
+
+
+def llama_command(
+    llama_bench: str, model: Path, threads: int, prompt_tokens: int, gen_tokens: int
+) -> list[str]:
+    """One run of llama-bench, after its own warm-up."""
+    sizes = ["-t", str(threads), "-p", str(prompt_tokens), "-n", str(gen_tokens)]
+    return [llama_bench, "-m", str(model), *sizes, "-r", "1", "-o", "json"]
+
+
+def parse_rates(text: str) -> Rates:
+    """The two rates in llama-bench's JSON: a test of prompts only and one of generation only."""
+    try:
+        tests = json.loads(text)
+        prefill = [float(t["avg_ts"]) for t in tests if t["n_prompt"] and not t["n_gen"]]
+        decode = [float(t["avg_ts"]) for t in tests if t["n_gen"] and not t["n_prompt"]]
+        return Rates(prefill[0], decode[0])
+    except (ValueError, KeyError, TypeError, IndexError):
+        raise EdgeInferError(
+            f"llama-bench printed {text[:60]!r}, not JSON with a prompt and a generation test; "
+            "compare with llama-bench of llama.cpp"
+        ) from None
+
+
+def _output(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise EdgeInferError(
+            f"{command[0]} can't be run ({error.strerror}); give the path of llama-bench"
+        ) from None
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise EdgeInferError(f"{command[0]} failed with {done.returncode}: {last}")
+    return done.stdout
+
+
+def _comparison(what: str, ours: list[float], theirs: list[float]) -> Comparison:
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    return Comparison(
+        what, statistics.median(ours), statistics.median(theirs), statistics.median(ratios)
+    )

@@ -1,0 +1,159 @@
+"""`bench`: reading what llama-bench prints, grouping and tables. No figure is judged here."""
+
+from __future__ import annotations
+
+import json
+import stat
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from edgeinfer import LLM, DeviceError, EdgeInferError
+from edgeinfer.batch import OpTime
+from edgeinfer.bench_compare import Comparison, Rates, compare, llama_command, parse_rates
+from edgeinfer.bench_steps import OpRow, SweepRow, group_ops, sweep, sweep_threads, time_ops
+from edgeinfer.bench_tables import compare_lines, op_lines, sweep_lines, table
+from edgeinfer.cli import commands
+
+from .models_for_tests import tiny_model
+
+LLAMA = json.dumps(
+    [
+        {"n_prompt": 256, "n_gen": 0, "avg_ts": 200.5, "build_commit": "abc"},
+        {"n_prompt": 0, "n_gen": 32, "avg_ts": 40.25},
+    ]
+)
+
+
+def fake_llama_bench(folder: Path, body: str) -> str:
+    path = folder / "llama-bench"
+    path.write_text(f"#!{sys.executable}\n{body}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("bench"), n_ctx=1024)
+
+
+def test_rates_of_llama_bench() -> None:
+    assert parse_rates(LLAMA) == Rates(200.5, 40.25)
+
+
+@pytest.mark.parametrize("text", ["", "nothing", "[]", "{}", "[1]", '[{"n_prompt": 1}]', "null"])
+def test_other_output_is_refused(text: str) -> None:
+    with pytest.raises(EdgeInferError, match="llama-bench"):
+        parse_rates(text)
+
+
+def test_the_command_measures_what_we_do() -> None:
+    command = llama_command("lb", Path("m.gguf"), 3, 256, 32)
+    assert command == "lb -m m.gguf -t 3 -p 256 -n 32 -r 1 -o json".split()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a script with #! is no program there")
+def test_compare_takes_turns(path: Path, tmp_path: Path) -> None:
+    llama = fake_llama_bench(tmp_path, f"print({LLAMA!r})")
+    with LLM(path, device="reference") as llm:
+        rows = compare(llm.runtime, llama, 8, 4, 2)
+        assert [row.what for row in rows] == ["prefill", "decode"]
+        assert [row.llama_cpp for row in rows] == [200.5, 40.25]
+        assert all(row.ratio > 0 for row in rows)
+        broken = fake_llama_bench(tmp_path, "raise SystemExit('no such model')")
+        with pytest.raises(EdgeInferError, match="failed with 1: no such model"):
+            compare(llm.runtime, broken, 8, 4, 1)
+        with pytest.raises(EdgeInferError, match="can't be run"):
+            compare(llm.runtime, str(tmp_path / "missing"), 8, 4, 1)
+
+
+def test_ops_of_one_name_are_one_row() -> None:
+    def run(factor: float) -> list[OpTime]:
+        return [
+            OpTime("norm", ("norm",), 1e-3 * factor, 0, 0),
+            OpTime("ffn_down", ("matmul.q4_0",), 2e-3 * factor, 10_000_000, 20_000_000),
+            OpTime("ffn_down", ("matmul.q6_k",), 2e-3 * factor, 30_000_000, 20_000_000),
+        ]
+
+    norm, down = group_ops([run(1.0), run(9.0), run(1.0)], read_bandwidth=20e9)
+    assert (norm.n, norm.gb_s, norm.gmac_s) == (1, 0, 0)
+    assert (down.n, down.kernels) == (2, "matmul.q4_0 matmul.q6_k")
+    assert down.seconds == pytest.approx(4e-3)
+    assert down.share == pytest.approx(0.8)
+    assert down.gb_s == pytest.approx(10)
+    assert down.read_fraction == pytest.approx(0.5)
+    assert down.gmac_s == pytest.approx(10)
+
+
+def test_ops_of_a_real_step_cover_all_weights(path: Path) -> None:
+    with LLM(path) as llm:
+        for n_rows in (1, 40):
+            rows = time_ops(llm.runtime, n_rows, 0, 2)
+            assert sum(row.share for row in rows) == pytest.approx(1)
+            read = sum(row.gb_s * 1e9 * row.seconds for row in rows)
+            assert read == pytest.approx(llm.runtime.bytes_per_token)
+            head = next(row for row in rows if row.op == "output" or "token_embd" in row.op)
+            assert head.gmac_s * 1e9 * head.seconds == pytest.approx(320 * 64)
+    with LLM(path, device="reference") as llm, pytest.raises(DeviceError, match="op|step"):
+        time_ops(llm.runtime, 1, 0, 1)
+
+
+def test_sweep_goes_as_deep_as_the_context(path: Path) -> None:
+    with LLM(path, n_ctx=600, device="reference") as llm:
+        rows = sweep(llm.runtime, 1)
+        # Nothing of the sweep is left in the cache's bookkeeping.
+        assert llm.runtime.engine.pool.n_free == llm.runtime.engine.pool.n_pages
+    assert [(row.depth, row.rows) for row in rows] == [
+        (d, n) for d in (0, 512) for n in (1, 2, 4, 8)
+    ]
+    assert all(row.seconds > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("most", "counts"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])]
+)
+def test_thread_counts_double_up_to_the_most(most: int, counts: list[int]) -> None:
+    assert sweep_threads(most) == counts
+
+
+def test_tables() -> None:
+    assert table(["a", "bcd"], [["long", "1"]]) == ["a     bcd", "long    1"]
+    assert compare_lines([Comparison("decode", 60.04, 30.0, 2.0)]) == [
+        "tok/s   edgeinfer  llama.cpp  ratio",
+        "decode       60.0       30.0  2.00x",
+    ]
+    sweep = [SweepRow(2, 512, 1, 0.01), SweepRow(2, 512, 4, 0.02)]
+    assert [line.split() for line in sweep_lines(sweep)[1:]] == [
+        ["2", "512", "10.00", "20.00", "100.0", "200.0"]
+    ]
+    ops = [
+        OpRow("norm", "norm", 5, 0.001, 0.2, 0, 0, 0),
+        OpRow("output", "matmul.q6_k", 1, 0.004, 0.8, 12.0, 0.9, 7.5),
+    ]
+    assert [line.split() for line in op_lines(ops)[1:]] == [
+        ["norm", "5", "1.000", "20.0", "norm"],
+        ["output", "1", "4.000", "80.0", "12.0", "90", "7.5", "matmul.q6_k"],
+        ["all", "6", "5.000"],
+    ]
+
+
+@pytest.mark.parametrize("flags", [["--sweep"], ["--ops"]])
+def test_on_the_command_line(
+    path: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["bench", str(path), "-p", "8", "-r", "1", "-t", "1", *flags]
+    for extra in ([], ["--json"]):
+        with commands.make_context("edgeinfer", [*arguments, *extra]) as context:
+            commands.invoke(context)
+        shown = capsys.readouterr().out
+        assert json.loads(shown)["cpu"] if extra else "ms" in shown
+
+
+def test_modes_exclude_each_other(path: Path) -> None:
+    with (
+        commands.make_context("edgeinfer", ["bench", str(path), "--ops", "--sweep"]) as context,
+        pytest.raises(click.UsageError, match="alone"),
+    ):
+        commands.invoke(context)
