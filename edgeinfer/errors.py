@@ -44,7 +44,7 @@ class InvalidModelError(EdgeInferError, ValueError):
 
 
 class UnsupportedModelError(EdgeInferError):
-    """A sound file that this version can't run; `missing` names the operations or types it lacks."""
+    """A sound file that this version can't run; `missing` names the operations or types."""
 
     def __init__(
         self, message: str, *, architecture: str | None = None, missing: Sequence[str] = ()

@@ -178,9 +178,7 @@ class SelectRows:
     x: Value
 
 
-Op: TypeAlias = (
-    Embed | RmsNorm | Linear | Rotate | Attention | Add | Mul | Silu | SelectRows
-)
+Op: TypeAlias = Embed | RmsNorm | Linear | Rotate | Attention | Add | Mul | Silu | SelectRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,7 +279,14 @@ class Graph:
         return self._record(Rotate, x.dim, x=x, n_heads=n_heads, rope=rope)
 
     def attention(
-        self, q: Value, k: Value, v: Value, *, cache: KV, rope: Rope | None, scale: float | None = None
+        self,
+        q: Value,
+        k: Value,
+        v: Value,
+        *,
+        cache: KV,
+        rope: Rope | None,
+        scale: float | None = None,
     ) -> Value:
         n_heads = q.dim // cache.k_dim
         scale = cache.k_dim**-0.5 if scale is None else scale

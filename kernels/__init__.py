@@ -1,1 +1,1 @@
-"""How operations run, one folder or file per backend. Knows graph and quant, nothing of the engine."""
+"""How operations run, one folder or file per backend. Knows graph and quant, not the engine."""

@@ -226,9 +226,7 @@ def test_penalties_lower_what_was_said():
     )  # fmt: skip
     changed = sampler._changed(np.array([4, 4, -4], np.float32), row)
     assert changed.tolist() == [4.0, 2 - 1.25, -8 - 1.75]
-    short = SampleRow(
-        SamplingParams(presence_penalty=1.0, repeat_last_n=1), 1, 0, row.history, 0.0
-    )
+    short = SampleRow(SamplingParams(presence_penalty=1.0, repeat_last_n=1), 1, 0, row.history, 0.0)
     assert sampler._changed(np.zeros(3, np.float32), short).tolist() == [0.0, 0.0, -1.0]
 
 

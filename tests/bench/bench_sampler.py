@@ -1,6 +1,6 @@
 """Median time of sampling one row on one core, by vocabulary and settings.
 
-    python -m tests.bench.bench_sampler
+python -m tests.bench.bench_sampler
 """
 
 from __future__ import annotations

@@ -222,6 +222,7 @@ _WORDS = dict(
     byte_excess=128,
 )
 
+
 def _add_short_vnni(b, total, acc, s):
     """One instruction: the upper halves are multiplied by zero."""
     return _vpdpwssd(b, total, b.bitcast(acc, _I16x16), b.bitcast(s, _I16x16))

@@ -663,9 +663,7 @@ def _typical(row, keys, n):
         if run == taken and left == run and left > 0:
             run = left - 1
             distance = _surprise(keys, run, largest, log_total, entropy)
-            while run > 0 and (
-                _surprise(keys, run - 1, largest, log_total, entropy) == distance
-            ):
+            while run > 0 and (_surprise(keys, run - 1, largest, log_total, entropy) == distance):
                 run -= 1
             taken = run
         take_left = taken < left

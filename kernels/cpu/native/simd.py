@@ -210,11 +210,23 @@ min_f = mapped(2, _same, _smaller)
 sqrt_f = mapped(1, _same, _intrinsic("sqrt"))
 abs_f = mapped(1, _same, _intrinsic("fabs"))
 round_f = mapped(1, _same, _intrinsic("roundeven"))
-to_f32 = mapped(1, lambda v: Vec("f32", v.lanes), lambda b, x: b.sitofp(x, ir.VectorType(F32, x.type.count)))
-to_i32 = mapped(1, lambda v: Vec("i32", v.lanes), lambda b, x: b.fptosi(x, ir.VectorType(I32, x.type.count)))
-narrow_f64 = mapped(1, lambda v: Vec("f32", v.lanes), lambda b, x: b.fptrunc(x, ir.VectorType(F32, x.type.count)))
-bits_f32 = mapped(1, lambda v: Vec("f32", v.lanes), lambda b, x: b.bitcast(x, ir.VectorType(F32, x.type.count)))
-bits_i32 = mapped(1, lambda v: Vec("i32", v.lanes), lambda b, x: b.bitcast(x, ir.VectorType(I32, x.type.count)))
+
+
+def _converted(element, emit):
+    """`emit(builder, x, type)`: each lane to `element`."""
+    kind = _ELEMENTS[element]
+    return mapped(
+        1,
+        lambda v: Vec(element, v.lanes),
+        lambda b, x: emit(b, x, ir.VectorType(kind, x.type.count)),
+    )
+
+
+to_f32 = _converted("f32", lambda b, x, kind: b.sitofp(x, kind))
+to_i32 = _converted("i32", lambda b, x, kind: b.fptosi(x, kind))
+narrow_f64 = _converted("f32", lambda b, x, kind: b.fptrunc(x, kind))
+bits_f32 = _converted("f32", lambda b, x, kind: b.bitcast(x, kind))
+bits_i32 = _converted("i32", lambda b, x, kind: b.bitcast(x, kind))
 
 
 def _shift(emit):
@@ -322,11 +334,10 @@ def _load_splat_tile(vec):
             p, step, _ = values
             p = context.cast(builder, p, signature.args[0], intp)
             step = context.cast(builder, step, signature.args[1], intp)
-            rows = (
-                splat_ir(builder, load_ir(builder, offset_ir(builder, p, step, i), element), vec.lanes)
-                for i in range(kind.n)
+            scalars = (
+                load_ir(builder, offset_ir(builder, p, step, i), element) for i in range(kind.n)
             )
-            return tile_ir(builder, kind, rows)
+            return tile_ir(builder, kind, (splat_ir(builder, x, vec.lanes) for x in scalars))
 
         return kind(p, stride, n), codegen
 
@@ -361,9 +372,7 @@ store_i32x8 = scalar(types.void, (intp, i32x8), lambda b, p, v: store_ir(b, p, v
 store_f16x8 = scalar(
     types.void, (intp, f32x8), lambda b, p, v: store_ir(b, p, b.fptrunc(v, ir.VectorType(F16, 8)))
 )
-store_i8x8 = scalar(
-    types.void, (intp, i32x8), lambda b, p, v: store_ir(b, p, b.trunc(v, u8x8.ir))
-)
+store_i8x8 = scalar(types.void, (intp, i32x8), lambda b, p, v: store_ir(b, p, b.trunc(v, u8x8.ir)))
 prefetch = scalar(types.void, (intp,), _emit_prefetch)
 
 
@@ -424,9 +433,13 @@ def _halves(b, v, combine):
     return b.extract_element(v, I32(0))
 
 
-sum_lanes = scalar(types.float32, (f32x8,), lambda b, v: _halves(b, v, lambda b, x, y: b.fadd(x, y)))
-max_lanes = scalar(types.float32, (f32x8,), lambda b, v: _halves(b, v, _larger))
-sum_lanes_i32 = scalar(types.int32, (i32x8,), lambda b, v: _halves(b, v, lambda b, x, y: b.add(x, y)))
+def _across(vec, result, combine):
+    return scalar(result, (vec,), lambda b, v: _halves(b, v, combine))
+
+
+sum_lanes = _across(f32x8, types.float32, lambda b, x, y: b.fadd(x, y))
+max_lanes = _across(f32x8, types.float32, _larger)
+sum_lanes_i32 = _across(i32x8, types.int32, lambda b, x, y: b.add(x, y))
 
 
 # -- scalars in memory ---------------------------------------------------------------------------
@@ -503,9 +516,7 @@ def _emit_call_os(b, function, *args):
     return b.call(b.inttoptr(function, kind), args)
 
 
-load_acquire = scalar(
-    intp, (intp,), lambda b, p: b.load_atomic(pointer(b, p, _WORD), "acquire", 8)
-)
+load_acquire = scalar(intp, (intp,), lambda b, p: b.load_atomic(pointer(b, p, _WORD), "acquire", 8))
 store_release = scalar(types.void, (intp, intp), _emit_store_release)
 swap = scalar(
     intp, (intp, intp), lambda b, p, v: b.atomic_rmw("xchg", pointer(b, p, _WORD), v, "seq_cst")
