@@ -31,7 +31,8 @@ class Command:
 def run_command(app: ChatCommands, text: str) -> None:
     """Run `/name argument`."""
     name, _, argument = text[1:].partition(" ")
-    command = next((each for each in COMMANDS if each.name == name.lower()), None)
+    name = _ALIASES.get(name.lower(), name.lower())
+    command = next((each for each in COMMANDS if each.name == name), None)
     if command is None:
         app.say(f"no command /{name}; /help lists them", "warning")
     else:
@@ -156,6 +157,8 @@ def _help(app: ChatCommands, argument: str) -> None:
 def _quit(app: ChatCommands, argument: str) -> None:
     app.exit()
 
+
+_ALIASES = {"exit": "quit", "bye": "quit"}  # what other chats call it
 
 COMMANDS = (
     Command("model", "[path]", "switch to another model", _model),
