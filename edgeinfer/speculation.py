@@ -75,7 +75,7 @@ class Lookup:
 # Matches of similar length share an estimate.
 _LEVELS = (0, 0, 0, 1, 2, 3, 3, 4, 4, 4, 5, 5, 5, 5, 5, 5, 6)  # by length
 _PRIOR = (0.2, 0.3, 0.45, 0.6, 0.7, 0.8, 0.9)  # by level
-_PRIOR_WEIGHT = 2.0
+_PRIOR_WEIGHT = 4.0
 _MEMORY = 0.95  # of a count, per later one: about the last 20 matter
 
 
@@ -126,47 +126,55 @@ class Speculator:
 
 
 class StepCosts:
-    """Seconds that a decode step takes, by its rows, as measured lately."""
+    """What a decode step costs by its rows, in seconds, as measured lately.
+
+    A shared machine is twice as slow for a while: every step tells about the machine's speed,
+    and only what is left about the rows it had.
+    """
 
     def __init__(self) -> None:
-        self._seconds: dict[int, float] = {}
-        self._measured_at: dict[int, int] = {}
+        self._row_seconds = 0.0  # of a step of one row, at the machine's present speed
+        # By rows: times the usual cost, how often measured, and when last.
+        self._factors: dict[int, tuple[float, int, int]] = {}
         self._n_steps = 0
 
     def measure(self, n_rows: int, seconds: float) -> None:
         """Count a step. What has not been measured for long is forgotten, and so tried again."""
         self._n_steps += 1
-        if self._seconds:
-            # A hiccup of the machine must not outweigh what many steps have shown.
-            expected = self.of(n_rows)
-            seconds = min(max(seconds, expected / _JUMP), expected * _JUMP)
-            if n_rows in self._seconds:
-                seconds = expected + _RATE * (seconds - expected)
-        self._seconds[n_rows], self._measured_at[n_rows] = seconds, self._n_steps
-        for n in [n for n, at in self._measured_at.items() if self._n_steps - at > _KEEP]:
-            del self._seconds[n], self._measured_at[n]
+        if not self._row_seconds:
+            self._row_seconds = seconds / _usual(n_rows)
+        # A hiccup must not outweigh what many steps have shown.
+        surprise = min(max(seconds / self.of(n_rows), 1 / _JUMP), _JUMP)
+        if n_rows > 1:
+            n = self._factors.get(n_rows, (0.0, 0, 0))[1] + 1
+            factor = self._factor(n_rows) * surprise ** max(_RATE, 1 / (n + 1))
+            self._factors[n_rows] = factor, n, self._n_steps
+        self._row_seconds *= surprise**_RATE
+        for n in [n for n, (_, _, at) in self._factors.items() if self._n_steps - at > _KEEP]:
+            del self._factors[n]
 
     def of(self, n_rows: int) -> float:
-        """Measured, else between its neighbours, else by the usual slope."""
-        known = self._seconds.get(n_rows)
-        if known is not None:
-            return known
-        below = max((n for n in self._seconds if n < n_rows), default=0)
-        above = min((n for n in self._seconds if n > n_rows), default=0)
-        if below and above:
-            low, high = self._seconds[below], self._seconds[above]
-            return low + (n_rows - below) / (above - below) * (high - low)
-        near = below or above
-        return self._seconds.get(near, 1.0) * _usual(n_rows) / _usual(near or 1)
+        return (self._row_seconds or 1.0) * _usual(n_rows) * self._factor(n_rows)
+
+    def _factor(self, n_rows: int) -> float:
+        """Measured, else between its neighbours, else that of the nearest below."""
+        if n_rows in self._factors:
+            return self._factors[n_rows][0]
+        below = max((n for n in self._factors if n < n_rows), default=1)
+        above = min((n for n in self._factors if n > n_rows), default=0)
+        low = self._factors[below][0] if below > 1 else 1.0
+        high = self._factors[above][0] if above else low
+        share = (n_rows - below) / (above - below) if above else 0.0
+        return low + share * (high - low)
 
 
 def _usual(n_rows: int) -> float:
     return 1.0 + _SLOPE * (n_rows - 1)
 
 
-_SLOPE = 0.15  # of a row beyond the first; measured 0.1 to 0.2 on 2 cores (TUNING.md)
+_SLOPE = 0.17  # of a row after the first: 8 rows cost 2.1 to 2.2 on 2 cores (bench_speculation)
 _RATE, _JUMP = 0.25, 2.0
-_KEEP = 256  # steps until a cost is forgotten, and so tried again
+_KEEP = 256  # steps until a cost is forgotten
 
 
 def best_drafts(guesses: Sequence[Sequence[float]], costs: StepCosts, most: int) -> list[int]:
