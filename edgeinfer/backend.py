@@ -83,7 +83,7 @@ def packed_bytes(device: str, weight: Weight) -> int:
 
 def cpu_target() -> dict[str, Any]:
     """The instruction-set family that kernels are chosen by, and what LLVM finds here."""
-    from edgeinfer.kernels.cpu.library import Target
+    from edgeinfer.kernels.cpu.targets import Target
 
     target = Target.host(config.isa())
     features = [each[1:] for each in target.features.split(",") if each.startswith("+")]

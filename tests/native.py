@@ -9,7 +9,8 @@ import numpy as np
 
 from edgeinfer.config import cache_folder as cache_root
 from edgeinfer.kernels.cpu import layout
-from edgeinfer.kernels.cpu.library import Library, Target, cache_folder
+from edgeinfer.kernels.cpu.library import Library, cache_folder
+from edgeinfer.kernels.cpu.targets import Target
 
 
 @cache

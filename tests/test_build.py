@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 from pathlib import Path
 
 import llvmlite.binding as llvm
+import numpy as np
 import pytest
 
 from edgeinfer.errors import DeviceError
-from edgeinfer.kernels.cpu import build, library
+from edgeinfer.kernels.cpu import build, library, ready, soft_float
 from edgeinfer.kernels.cpu.formats import FORMATS
-from edgeinfer.kernels.cpu.library import Library, Target
+from edgeinfer.kernels.cpu.library import Library
+from edgeinfer.kernels.cpu.ready import Ready
+from edgeinfer.kernels.cpu.targets import Target
 
 from . import native
 
@@ -33,14 +37,14 @@ def module_of(body: str, declare: str = "") -> llvm.ModuleRef:
 def test_every_kernel_is_in_the_list() -> None:
     modules = {path.stem for path in (library._HERE / "native").glob("*.py")}
     parts = {
-        "__init__", "simd", "isa", "registry", "fields", "formats", "blocks32", "blocks256",
-        "math", "sink", "pages", "attention",
+        "__init__", "simd", "isa", "isa_aarch64", "registry", "fields", "formats", "blocks32",
+        "blocks256", "math", "sink", "pages", "attention",
     }  # fmt: skip
     assert {name.partition(".")[0] for name in KERNELS} == modules - parts
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["avx512", "vnni", "avx2", "generic"])
+@pytest.mark.parametrize("family", ["avx512", "vnni", "avx2", "generic", "neon"])
 def test_every_kernel_obeys_contract_1(family: str, tmp_path: Path) -> None:
     """The builder refuses fast-math flags and calls outside its list, so building is the scan."""
     command = [sys.executable, "-m", "edgeinfer.kernels.cpu.build", "--family", family]
@@ -124,3 +128,103 @@ def test_loading_ready_kernels_takes_no_numba() -> None:
     root = str(Path(__file__).parent.parent)
     done = subprocess.run([sys.executable, "-c", script, root], capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr
+
+
+# -- ready kernels -------------------------------------------------------------------------------
+
+
+def test_every_kernel_but_the_probe_ships() -> None:
+    assert {name.partition(".")[0] for name in KERNELS} - {"probe"} == {
+        name.partition(".")[0] for name in ready.NAMES
+    }
+
+
+@pytest.fixture
+def shipped(tmp_path: Path) -> Ready:
+    """A file of two ready kernels for any machine of this one's family, read back."""
+    host = Target.host()
+    target = Target.any(host.family, host.machine, host.triple)
+    objects = library.build_objects(tmp_path / "objects", ["norm", "read"], target, None)
+    ready.write(tmp_path, target, objects)
+    return Ready.of(target, tmp_path)
+
+
+def test_ready_kernels_are_taken_and_rebuilt_for_this_machine(
+    shipped: Ready, tmp_path: Path
+) -> None:
+    lib = Library(Target.host(), tmp_path / "cache", shipped)
+    lib.load(["norm", "read", "probe"])
+    assert lib.origins == {"norm": "ready", "read": "ready", "probe": "built"}
+    lib.rebuild()
+    again = Library(Target.host(), tmp_path / "cache", shipped)
+    again.load(["norm", "read", "probe"])
+    assert set(again.origins.values()) == {"cached"}
+    assert library.kernels_here(Target.host(), tmp_path / "cache")["norm"] == "cached"
+
+
+def test_damaged_or_stale_ready_kernels_count_as_absent(shipped: Ready) -> None:
+    entry = shipped.entries["read"]
+    assert shipped.read("read", entry.key) is not None
+    assert shipped.read("read", None) is not None  # a frozen program has no sources to compare
+    assert shipped.read("read", "of other sources") is None
+    for at in range(0, len(shipped.data), 97):
+        data = bytearray(shipped.data)
+        data[at] ^= 0x10
+        try:
+            damaged = Ready.parse(bytes(data))
+        except (ValueError, KeyError, TypeError):
+            continue
+        found = damaged.read("read", entry.key)
+        assert found is None or found == shipped.read("read", entry.key)
+    for n in range(0, len(shipped.data), 331):
+        try:
+            assert Ready.parse(shipped.data[:n]).read("read", entry.key) is None
+        except (ValueError, KeyError, TypeError):
+            continue
+
+
+# -- what LLVM has no instructions for -----------------------------------------------------------
+
+
+def test_an_object_that_calls_a_function_is_refused() -> None:
+    target = Target.any("generic", "x86_64")
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    machine = llvm.Target.from_triple(target.triple).create_target_machine(cpu=target.cpu)
+    declare = "declare float @llvm.fma.f32(float, float, float)"
+    module = module_of("%z = call float @llvm.fma.f32(float %x, float %y, float %x)", declare)
+    with pytest.raises(build.KernelBuildError, match="fmaf"):
+        build.check_symbols("norm", machine.emit_object(module))
+
+
+def test_plain_arithmetic_converts_halves_like_numpy() -> None:
+    ir = """
+define void @f(ptr %x, ptr %y, ptr %z) {
+  %a = load half, ptr %x
+  %b = fpext half %a to float
+  store float %b, ptr %y
+  %c = load float, ptr %z
+  %d = fptrunc float %c to half
+  store half %d, ptr %x
+  ret void
+}"""
+    module = llvm.parse_assembly(soft_float.without_fma(ir))
+    assert not [f.name for f in module.functions if f.is_declaration]
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    machine = llvm.Target.from_default_triple().create_target_machine()
+    engine = llvm.create_mcjit_compiler(module, machine)
+    kernel = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 3)(engine.get_function_address("f"))
+    halves = np.arange(65536, dtype=np.uint16)
+    floats = halves.view(np.float16).astype(np.float32)
+    finite = floats[np.isfinite(floats)]
+    near = np.concatenate([floats, np.nextafter(finite, np.float32(np.inf)), finite * 1.0004])
+    near = near[~np.isnan(near)].astype(np.float32)
+    with np.errstate(over="ignore"):
+        rounded = near.astype(np.float16)
+    for i, value in enumerate(near):
+        x = np.array([halves[i & 0xFFFF]])
+        y, z = np.zeros(1, np.float32), np.array([value])
+        kernel(x.ctypes.data, y.ctypes.data, z.ctypes.data)
+        assert y[0] == floats[i & 0xFFFF] or np.isnan(floats[i & 0xFFFF])
+        assert x.view(np.float16)[0] == rounded[i]

@@ -11,12 +11,19 @@ intrinsics, everything but the kernel becomes internal, and one O3 pass inlines 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import re
+import struct
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from edgeinfer.kernels.cpu.library import Target, symbol, write_object
+from edgeinfer.kernels.cpu import ready
+from edgeinfer.kernels.cpu.library import build_objects, symbol, write_object
+from edgeinfer.kernels.cpu.soft_float import without_fma
+from edgeinfer.kernels.cpu.targets import FAMILIES, Target
 
 # What a placeholder stands for. The family is in the name, so one table serves all.
 _PLACEHOLDERS = {
@@ -26,6 +33,9 @@ _PLACEHOLDERS = {
     "ei.x86.vpdpwssd": "llvm.x86.avx512.vpdpwssd.256",
     "ei.x86.pause": "llvm.x86.sse2.pause",
     "ei.x86.ldmxcsr": "llvm.x86.sse.ldmxcsr",
+    "ei.aarch64.sdot": "llvm.aarch64.neon.sdot.v4i32.v16i8",
+    "ei.aarch64.hint": "llvm.aarch64.hint",
+    "ei.aarch64.set_fpcr": "llvm.aarch64.set.fpcr",
 }
 
 _ALLOWED = re.compile(
@@ -43,18 +53,52 @@ class KernelBuildError(Exception):
 def kernel_ir(name: str, family: str) -> tuple[str, str]:
     """LLVM IR of one kernel and the name of its function, unoptimised."""
     os.environ["NUMBA_OPT"] = "0"  # read when Numba is first imported
-    import llvmlite.binding as llvm
     from numba import cfunc, types
 
     from edgeinfer.kernels.cpu.native import registry
 
-    for placeholder in _PLACEHOLDERS:
-        llvm.add_symbol(placeholder, 1)  # Numba links its own copy, which nobody calls
-
+    _make_no_host_code()
     kernel = registry.make(name, family)
     signature = types.void(*[types.intp] * kernel.__code__.co_argcount)
     compiled = cfunc(signature, error_model="numpy")(kernel)
     return compiled.inspect_llvm(), compiled.native_name
+
+
+def _make_no_host_code() -> None:
+    """Stop Numba from optimising and emitting every function for this host, and wrapping it.
+
+    That is a third of the time, and nobody runs what comes out.
+    """
+    import llvmlite.binding as llvm
+    from numba.core import codegen, lowering
+
+    for placeholder in _PLACEHOLDERS:
+        llvm.add_symbol(placeholder, 1)  # where Numba still links its own copy
+
+    def set_layout(self: Any, module: Any) -> None:
+        module.data_layout = self._codegen._data_layout
+
+    def link(self: Any, name: str) -> int:
+        self._ensure_finalized()
+        return 0
+
+    library: Any = codegen.JITCodeLibrary
+    unit: Any = codegen.JITCPUCodegen
+    lower: Any = lowering.Lower
+    wrap = getattr(lower, "_wrap", lower.create_cfunc_wrapper)
+
+    def wrap_kernel(self: Any) -> None:
+        if self.flags.no_cpython_wrapper:  # as `cfunc` asks for
+            wrap(self)
+
+    library._optimize_functions = set_layout
+    library._optimize_final_module = lambda self: None
+    library._finalize_specific = lambda self: None
+    library.get_pointer_to_function = link
+    unit._add_module = lambda self, module: None
+    unit.set_env = lambda self, name, env: None
+    lower.create_cpython_wrapper = lambda self, release_gil=False: None
+    lower._wrap, lower.create_cfunc_wrapper = wrap, wrap_kernel
 
 
 def optimise(ir: str, native_name: str, name: str, target: Target) -> Any:
@@ -64,6 +108,8 @@ def optimise(ir: str, native_name: str, name: str, target: Target) -> Any:
     for placeholder, intrinsic in _PLACEHOLDERS.items():
         ir = ir.replace(f'"{placeholder}"', f'"{intrinsic}"').replace(placeholder, intrinsic)
     ir = ir.replace(native_name, symbol(name)).replace("linkonce_odr", "internal")
+    if target.machine == "x86_64" and target.family == "generic":
+        ir = without_fma(ir)
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     machine = llvm.Target.from_triple(target.triple).create_target_machine(
@@ -81,7 +127,6 @@ def optimise(ir: str, native_name: str, name: str, target: Target) -> Any:
             variable.linkage = llvm.Linkage.internal
     options = llvm.create_pipeline_tuning_options(speed_level=3)
     # The kernels are vectorised by hand; doing it again only costs code and time.
-
     options.loop_vectorization = False
     options.slp_vectorization = False
     passes = llvm.create_pass_builder(machine, options)
@@ -106,29 +151,98 @@ def check(name: str, module: Any) -> None:
         raise KernelBuildError(f"kernel {name} has a fast-math flag: {flagged[0].strip()}")
 
 
+def check_symbols(name: str, data: bytes) -> None:
+    """Refuse an ELF object that calls what LLVM had no instructions for (`fmaf`, `memset`).
+
+    Other formats are not looked into: the same code was made into ELF when it was tested.
+    """
+    foreign = undefined_symbols(data) if data[:4] == b"\x7fELF" else []
+    if foreign:
+        raise KernelBuildError(f"kernel {name} would call {', '.join(foreign)}")
+
+
+def undefined_symbols(elf: bytes) -> list[str]:
+    """What a 64-bit little-endian ELF object expects others to define."""
+    (table,) = struct.unpack_from("<Q", elf, 0x28)
+    entry_bytes, n = struct.unpack_from("<HH", elf, 0x3A)
+    # type, offset, size and link of every section
+    sections = [struct.unpack_from("<4xI16xQQI", elf, table + entry_bytes * i) for i in range(n)]
+    found = []
+    for kind, offset, size, link in sections:
+        if kind != 2:  # SHT_SYMTAB
+            continue
+        names = sections[link][1]
+        for at in range(offset + 24, offset + size, 24):
+            name, section = struct.unpack_from("<I2xH", elf, at)
+            if section == 0:
+                end = elf.index(b"\0", names + name)
+                found.append(elf[names + name : end].decode())
+    return found
+
+
 def build(name: str, target: Target) -> bytes:
     """The object file of one kernel."""
     ir, native_name = kernel_ir(name, target.family)
     module, machine = optimise(ir, native_name, name, target)
     data: bytes = machine.emit_object(module)
+    check_symbols(name, data)
     return data
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Build CPU kernels into a folder.")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("names", nargs="+")
-    parser.add_argument("--family", default=None, help="instead of the host's own")
+    parser.add_argument("names", nargs="*", help="none: one name a line from standard input")
+    parser.add_argument("--family", default=None, help="instead of this machine exactly")
+    parser.add_argument("--triple", help="with --cpu and --features: LLVM's names of a machine")
+    parser.add_argument("--cpu", default="generic")
+    parser.add_argument("--features", default="")
     parser.add_argument("--asm", action="store_true", help="print assembly instead")
+    parser.add_argument(
+        "--wheel", action="store_true", help="all kernels, one file for each family that is NAMEd"
+    )
     args = parser.parse_args()
-    target = Target.host(args.family)
-    for name in args.names:
+    gc.disable()  # a tenth of the time; a process builds a few dozen kernels at most
+    if args.wheel:
+        _build_ready(args.folder, args.names)
+        return
+    target = Target(args.family, args.triple, args.cpu, args.features) if args.triple else None
+    if target is None:
+        target = _target_of(args.family)
+    for name in args.names or map(str.strip, sys.stdin):
         if args.asm:
             module, machine = optimise(*kernel_ir(name, target.family), name, target)
             print(machine.emit_assembly(module))
         else:
             write_object(args.folder, name, build(name, target))
             print(name, flush=True)
+
+
+def _target_of(family: str | None) -> Target:
+    """Any machine of a family, of this processor's kind where it has such a family."""
+    host = Target.host()
+    if family is None or family == host.family:
+        return host
+    machines = [machine for machine, each in FAMILIES if each == family]
+    if not machines:
+        raise SystemExit(f"no family {family!r}")
+    return Target.any(family, host.machine if host.machine in machines else machines[0])
+
+
+def _build_ready(folder: Path, families: list[str]) -> None:
+    """Files of ready kernels, of all families or of those named `avx2` or `aarch64-generic`."""
+    for machine, family in FAMILIES:
+        if families and family not in families and f"{machine}-{family}" not in families:
+            continue
+        target = Target.any(family, machine)
+
+        def report(done: int, total: int, name: str, at: str = f"{machine} {family}") -> None:
+            print(f"\r{at}: {done}/{total} {name:20}", end="", flush=True)
+
+        with tempfile.TemporaryDirectory() as scratch:
+            objects = build_objects(Path(scratch), ready.NAMES, target, report)
+        path = ready.write(folder, target, objects)
+        print(f"\r{path}: {len(objects)} kernels, {path.stat().st_size / 1e6:.2f} MB", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Loads compiled kernels, building the missing ones first; caches them for this exact machine.
+"""Loads compiled kernels: those cached for this exact machine, else ready ones, else built now.
 
 Never imports Numba: building runs in other processes. Knows kernels by name only.
 """
@@ -10,47 +10,28 @@ import os
 import re
 import sys
 import tempfile
+import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 from edgeinfer.errors import DeviceError
+from edgeinfer.kernels.cpu.ready import Ready
+from edgeinfer.kernels.cpu.targets import Target
+
+if TYPE_CHECKING:
+    import subprocess
 
 Progress: TypeAlias = Callable[[int, int, str], None]  # done, total, kernel
+# Built for this machine exactly and kept; for its family and shipped; built for this process.
+Origin: TypeAlias = Literal["cached", "ready", "built"]
 
 _MAX_VERSIONS = 4
 _DIGEST = 32  # bytes of SHA-256 in front of every cached object
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """A machine to compile for: its instruction-set family, and LLVM's names for it."""
-
-    family: str
-    triple: str
-    cpu: str
-    features: str
-
-    @classmethod
-    def host(cls, family: str | None = None) -> Target:
-        """This machine; `family` forces a poorer vocabulary ("generic", "avx2")."""
-        import llvmlite.binding as llvm
-
-        features = llvm.get_host_cpu_features()
-        if family is None:
-            family = _family(features)
-        return cls(family, llvm.get_process_triple(), llvm.get_host_cpu_name(), features.flatten())
-
-
-def _family(features: Any) -> str:
-    if features.get("avx2") and features.get("fma") and features.get("f16c"):
-        if features.get("avx512vnni") and features.get("avx512vl"):
-            return "avx512"
-        return "vnni" if features.get("avxvnni") else "avx2"
-    return "generic"
+_SLOWEST = ("sample", "attend", "matmul")  # to build, in this order
 
 
 def symbol(name: str) -> str:
@@ -68,18 +49,21 @@ def source_key(module: str) -> str:
 
 
 _HERE = Path(__file__).parent
+_BUILDER = [_HERE / "build.py", _HERE / "soft_float.py"]
 _IMPORT = re.compile(r"^from edgeinfer\.kernels\.cpu((?:\.\w+)*) import ([\w, ]*)", re.MULTILINE)
 
 
 def _sources(module: str) -> set[Path]:
-    """The native module, what it imports from here, and the builder."""
+    """The native module, what it imports from here, every vocabulary, and the builder."""
     found: set[Path] = set()
-    pending = [_HERE / "native" / f"{module}.py", _HERE / "native" / "isa.py", _HERE / "build.py"]
+    pending = [_HERE / "native" / f"{module}.py", _HERE / "native" / "registry.py", *_BUILDER]
     while pending:
         path = pending.pop()
-        if path in found or path == Path(__file__):
+        if path in found:
             continue
         found.add(path)
+        if path in _BUILDER:
+            continue
         for dotted, names in _IMPORT.findall(path.read_text()):
             base = _HERE.joinpath(*dotted.split("."))
             if base.is_dir():
@@ -130,9 +114,11 @@ def read_object(folder: Path, name: str) -> bytes | None:
 class Library:
     """Kernels of one target in executable memory, by name; addresses live as long as this."""
 
-    def __init__(self, target: Target, folder: Path) -> None:
+    def __init__(self, target: Target, folder: Path, ready: Ready | None = None) -> None:
         self.target, self.folder = target, folder
         self.is_cached = True  # False once something had to be built for this process alone
+        self.origins: dict[str, Origin] = {}  # of every loaded kernel
+        self._ready = Ready.of(target) if ready is None else ready
         self._addresses: dict[str, int] = {}
         self._engines: list[Any] = []
 
@@ -141,28 +127,47 @@ class Library:
         wanted = sorted(set(names) - self._addresses.keys())
         if not wanted:
             return
-        objects = {name: read_object(self.folder, name) for name in wanted}
-        missing = [name for name, data in objects.items() if data is None]
+        objects, origins = self._find(wanted)
+        missing = [name for name in wanted if name not in objects]
         if missing:
             objects |= self._build(missing, progress)
-        self._link({name: data for name, data in objects.items() if data is not None})
+        self._link(objects)
         lost = [name for name in wanted if name not in self._addresses]
         if lost:
             raise DeviceError(f"kernels {', '.join(lost)} changed while they were being built")
+        self.origins |= {name: origins.get(name, "built") for name in wanted}
 
-    def _build(self, names: Sequence[str], progress: Progress | None) -> dict[str, bytes | None]:
+    def rebuild(self, progress: Progress | None = None) -> None:
+        """Build what was loaded ready for this machine exactly; the next process takes that."""
+        names = [name for name, origin in self.origins.items() if origin == "ready"]
+        if names and _is_writable(self.folder):
+            build_objects(self.folder, names, self.target, progress)
+
+    def address(self, name: str) -> int:
+        """Address of a loaded kernel."""
+        return self._addresses[name]
+
+    def _find(self, names: Sequence[str]) -> tuple[dict[str, bytes], dict[str, Origin]]:
+        """The objects that are there, and where each comes from."""
+        objects: dict[str, bytes] = {}
+        origins: dict[str, Origin] = {}
+        has_cache = self.folder.is_dir()
+        for name in names:
+            data, origin = read_object(self.folder, name) if has_cache else None, "cached"
+            if data is None:
+                data, origin = self._ready.read(name, _source_key_or_none(name)), "ready"
+            if data is not None:
+                objects[name], origins[name] = data, cast(Origin, origin)
+        return objects, origins
+
+    def _build(self, names: Sequence[str], progress: Progress | None) -> dict[str, bytes]:
         """Build into the cache, or where that can't be written into a folder that goes again."""
         with ExitStack() as stack:
             folder = self.folder
             if not _is_writable(folder):
                 self.is_cached = False
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            _build(folder, names, self.target, progress)
-            return {name: read_object(folder, name) for name in names}
-
-    def address(self, name: str) -> int:
-        """Address of a loaded kernel."""
-        return self._addresses[name]
+            return build_objects(folder, names, self.target, progress)
 
     def _link(self, objects: dict[str, bytes]) -> None:
         import llvmlite.binding as llvm
@@ -181,6 +186,26 @@ class Library:
                 self._addresses[name] = address
 
 
+def kernels_here(target: Target, folder: Path) -> dict[str, Origin]:
+    """The kernels that need no building on this machine, and where each would come from."""
+    ready = Ready.of(target)
+    found: dict[str, Origin] = {
+        name: "ready" for name in ready.names if ready.has(name, _source_key_or_none(name))
+    }
+    for path in folder.glob("*.o"):
+        name = path.name.rpartition("-")[0]
+        if (_HERE / "native" / f"{name.partition('.')[0]}.py").is_file():
+            if path == object_path(folder, name):
+                found[name] = "cached"
+    return found
+
+
+def _source_key_or_none(name: str) -> str | None:
+    """None in a frozen program, which carries no sources."""
+    module = name.partition(".")[0]
+    return source_key(module) if (_HERE / "native" / f"{module}.py").is_file() else None
+
+
 def _is_writable(folder: Path) -> bool:
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -190,37 +215,76 @@ def _is_writable(folder: Path) -> bool:
         return False
 
 
-def _build(folder: Path, names: Sequence[str], target: Target, progress: Progress | None) -> None:
-    """Build in as many processes as there are cores; Numba compiles on one core each."""
+def build_objects(
+    folder: Path, names: Sequence[str], target: Target, progress: Progress | None
+) -> dict[str, bytes]:
+    """Build kernels into a folder, in as many processes as there are cores; Numba uses one each.
+
+    Each process takes the next name when it is done with one, the slowest first.
+    """
     import subprocess  # 20 ms that only a first start pays
 
-    n_jobs = max(1, min(os.cpu_count() or 1, len(names) // 2, 8))
-    command = [sys.executable, "-m", "edgeinfer.kernels.cpu.build", "--family", target.family]
-    jobs = [
-        subprocess.Popen(
-            [*command, str(folder), *names[i::n_jobs]],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(n_jobs)
-    ]
-    done = 0
+    n_jobs = max(1, min(os.cpu_count() or 1, -(-len(names) // 2), 8))
+    command = [sys.executable, "-m", "edgeinfer.kernels.cpu.build", str(folder)]
+    command += ["--family", target.family, f"--triple={target.triple}"]
+    command += [f"--cpu={target.cpu}", f"--features={target.features}"]
+    waiting, done = deque(sorted(names, key=_slowest_first)), deque[str]()
+    if progress:
+        progress(0, len(names), waiting[0])
+    with tempfile.TemporaryFile("w+") as errors:
+        jobs = [
+            subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+            )
+            for _ in range(n_jobs)
+        ]
+        feeders = [
+            threading.Thread(target=_feed, args=(job, waiting, done), daemon=True) for job in jobs
+        ]
+        try:
+            for feeder in feeders:
+                feeder.start()
+            n_told = 0
+            while any(feeder.is_alive() for feeder in feeders) or n_told < len(done):
+                for feeder in feeders:
+                    feeder.join(0.02)
+                while n_told < len(done):
+                    n_told += 1
+                    if progress:
+                        progress(n_told, len(names), done[n_told - 1])
+            if any([job.wait() for job in jobs]):
+                errors.seek(0)
+                text = errors.read().strip()[-2000:]
+                raise DeviceError(f"building CPU kernels failed:\n{text}")
+        finally:
+            for job in jobs:
+                if job.poll() is None:
+                    job.kill()
+                with job:  # closes its pipes
+                    pass
+    objects = {name: read_object(folder, name) for name in names}
+    return {name: data for name, data in objects.items() if data is not None}
+
+
+def _slowest_first(name: str) -> int:
+    module = name.partition(".")[0]
+    return _SLOWEST.index(module) if module in _SLOWEST else len(_SLOWEST)
+
+
+def _feed(job: subprocess.Popen[str], waiting: deque[str], done: deque[str]) -> None:
+    """Hand one process name after name, until none is left or it ends."""
+    assert job.stdin is not None and job.stdout is not None
     try:
-        if progress:
-            progress(0, len(names), names[0])
-        for job in jobs:
-            assert job.stdout is not None
-            for line in job.stdout:
-                done += 1
-                if progress:
-                    progress(done, len(names), line.strip())
-        for job in jobs:
-            _, errors = job.communicate()
-            if job.returncode:
-                raise DeviceError(f"building CPU kernels failed:\n{errors.strip()[-2000:]}")
+        while waiting:
+            job.stdin.write(waiting.popleft() + "\n")
+            job.stdin.flush()
+            line = job.stdout.readline()
+            if not line:
+                waiting.clear()  # it failed; the others need not go on
+                return
+            done.append(line.strip())
+    except (IndexError, OSError):  # another took the last one; it ended
+        pass
     finally:
-        for job in jobs:
-            if job.poll() is None:
-                job.kill()
-                job.wait()
+        with suppress(OSError):
+            job.stdin.close()

@@ -18,7 +18,7 @@ from edgeinfer.batch import PAGE, SEGMENT_PAGES, Batch, OpTime, Outputs, StepLim
 from edgeinfer.errors import ClosedError
 from edgeinfer.graph import Embed, Linear, RmsNorm, Segment
 from edgeinfer.kernels.cpu import layout
-from edgeinfer.kernels.cpu.library import Library, Target, cache_folder
+from edgeinfer.kernels.cpu.library import Library, cache_folder
 from edgeinfer.kernels.cpu.lower import (
     Args,
     Buffer,
@@ -28,6 +28,7 @@ from edgeinfer.kernels.cpu.lower import (
     Lowering,
     row_stride,
 )
+from edgeinfer.kernels.cpu.targets import Target
 from edgeinfer.kernels.cpu.team import KERNELS, Op, Part, Tape, Team, shared_team
 from edgeinfer.kernels.cpu.weights import PackedWeights
 from edgeinfer.quant import Weight

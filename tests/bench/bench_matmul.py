@@ -24,7 +24,7 @@ import numpy as np
 
 from edgeinfer.kernels.cpu import layout
 from edgeinfer.kernels.cpu.formats import FORMATS, packed_bytes
-from edgeinfer.kernels.cpu.library import Target
+from edgeinfer.kernels.cpu.targets import Target
 from tests import native
 
 N_COLS = 2048

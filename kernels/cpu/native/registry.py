@@ -8,7 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 
-from edgeinfer.kernels.cpu.native.isa import FAMILIES
+from edgeinfer.kernels.cpu.native import isa
+from edgeinfer.kernels.cpu.native.isa_aarch64 import NEON
+
+FAMILIES = {**isa.FAMILIES, NEON.name: NEON}
 
 
 def make(name: str, family: str) -> Callable[..., None]:

@@ -1,0 +1,124 @@
+"""Files of ready kernels: one for each family and system, written for a wheel, read at start.
+
+A file is a manifest and objects. What the manifest says is checked before LLVM sees a byte, for
+it dies on a damaged object; what does not match counts as absent. Knows kernels by name only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from edgeinfer.kernels.cpu.formats import FORMATS
+from edgeinfer.kernels.cpu.targets import Target
+
+FOLDER = Path(__file__).parent / "ready"
+HEAD_DIMS = (64, 80, 96, 128, 256)
+NAMES = (
+    *(f"{op}.{name}" for op in ("matmul", "pack", "embed") for name in FORMATS),
+    *(f"attend.{dim}.{dim}" for dim in HEAD_DIMS),
+    *("norm", "swiglu", "quantise", "copy_rows", "angles", "rotate.norm", "rotate.neox"),
+    *("plan_attention", "fold", "sample", "read", "team.work", "team.step"),
+)
+
+_MAGIC = b"edgeinfer ready kernels 1\n"
+_LENGTH = 8  # bytes of the manifest's length, little-endian, behind the magic
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """Where a kernel's compressed object lies, what it was made of, and its digest."""
+
+    key: str
+    sha256: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The readable kernels of one file; none where there is no such file or it is damaged."""
+
+    entries: Mapping[str, _Entry] = field(default_factory=dict)
+    data: bytes = b""
+
+    @classmethod
+    def of(cls, target: Target, folder: Path = FOLDER) -> Ready:
+        """Those that ship for the family and system of a target."""
+        try:
+            return cls.parse(path(folder, target).read_bytes())
+        except (OSError, ValueError, KeyError, TypeError):
+            return cls()
+
+    @classmethod
+    def parse(cls, data: bytes) -> Ready:
+        """From a file's bytes; raises ValueError, KeyError or TypeError where they are damaged."""
+        if not data.startswith(_MAGIC):
+            raise ValueError("not a file of ready kernels")
+        start = len(_MAGIC) + _LENGTH
+        end = start + int.from_bytes(data[len(_MAGIC) : start], "little")
+        manifest = json.loads(data[start:end])
+        entries = {
+            name: _Entry(str(key), str(digest), end + int(offset), int(size))
+            for name, (key, digest, offset, size) in manifest["kernels"].items()
+        }
+        return cls(entries, data)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.entries)
+
+    def has(self, name: str, key: str | None) -> bool:
+        """Whether a kernel is there that was made of the sources of this key (None: any)."""
+        entry = self.entries.get(name)
+        return entry is not None and key in (entry.key, None)
+
+    def read(self, name: str, key: str | None) -> bytes | None:
+        """The object of a kernel, or None where it is absent, of other sources, or damaged."""
+        if not self.has(name, key):
+            return None
+        entry = self.entries[name]
+        try:
+            data = zlib.decompress(self.data[entry.offset : entry.offset + entry.size])
+        except zlib.error:
+            return None
+        return data if hashlib.sha256(data).hexdigest() == entry.sha256 else None
+
+
+def path(folder: Path, target: Target) -> Path:
+    """The file of a target's family on its system."""
+    system = "linux" if "linux" in target.triple else target.triple.split("-")[-1]
+    return folder / f"{system}-{target.machine}-{target.family}.kernels"
+
+
+def write(folder: Path, target: Target, objects: Mapping[str, bytes]) -> Path:
+    """Write the file of a target's family, complete or not at all."""
+    import llvmlite
+
+    from edgeinfer.kernels.cpu.library import source_key
+
+    blobs, kernels, offset = [], {}, 0
+    for name, data in sorted(objects.items()):
+        blob = zlib.compress(data, 9)
+        key, digest = source_key(name.partition(".")[0]), hashlib.sha256(data).hexdigest()
+        kernels[name] = [key, digest, offset, len(blob)]
+        blobs.append(blob)
+        offset += len(blob)
+    manifest = {
+        "triple": target.triple,
+        "cpu": target.cpu,
+        "features": target.features,
+        "llvmlite": llvmlite.__version__.rpartition(".")[0],
+        "kernels": kernels,
+    }
+    text = json.dumps(manifest, indent=1).encode()
+    folder.mkdir(parents=True, exist_ok=True)
+    part = path(folder, target).with_suffix(".part")
+    part.write_bytes(_MAGIC + len(text).to_bytes(_LENGTH, "little") + text + b"".join(blobs))
+    os.replace(part, path(folder, target))
+    return path(folder, target)

@@ -1,0 +1,101 @@
+"""Machines to compile kernels for: this one exactly, or any of an instruction-set family.
+
+Knows no kernel.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgeinfer.errors import DeviceError
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A machine to compile for: its instruction-set family, and LLVM's names for it."""
+
+    family: str
+    triple: str
+    cpu: str
+    features: str
+
+    @property
+    def machine(self) -> str:
+        """ "x86_64" or "aarch64", whatever the system calls it."""
+        first = self.triple.partition("-")[0]
+        return {"amd64": "x86_64", "arm64": "aarch64"}.get(first, first)
+
+    @classmethod
+    def host(cls, family: str | None = None) -> Target:
+        """This machine; a family that is not its own means any machine of that family."""
+        import llvmlite.binding as llvm
+
+        features, triple = host_features(), llvm.get_process_triple()
+        flags = llvm.get_host_cpu_features().flatten()
+        exact = cls("generic", triple, llvm.get_host_cpu_name(), flags)
+        families = runnable(exact.machine, features)
+        if family is None or family == families[0]:
+            if families[0] == "neon" and "+dotprod" not in flags:
+                flags = ",".join(filter(None, (flags, "+dotprod")))
+            return cls(families[0], triple, exact.cpu, flags)
+        if family not in families:
+            raise DeviceError(f"no {family} on this processor; it runs {', '.join(families)}")
+        return cls.any(family, exact.machine, triple)
+
+    @classmethod
+    def any(cls, family: str, machine: str, triple: str | None = None) -> Target:
+        """Any machine of a family, running Linux if `triple` does not say otherwise."""
+        cpu, features = _PORTABLE[machine, family]
+        return cls(family, triple or f"{machine}-unknown-linux-gnu", cpu, features)
+
+
+# The machine that stands for a family, by LLVM's name and features. Every family needs them all:
+# it has to run on the poorest of its machines. Best first.
+_PORTABLE = {
+    ("x86_64", "avx512"): ("x86-64-v4", "+avx512vnni"),
+    ("x86_64", "vnni"): ("x86-64-v3", "+avxvnni"),
+    ("x86_64", "avx2"): ("x86-64-v3", ""),
+    ("x86_64", "generic"): ("x86-64-v2", ""),
+    ("aarch64", "neon"): ("generic", "+v8.2a,+dotprod"),
+    ("aarch64", "generic"): ("generic", ""),
+}
+_V3 = {"avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe"}
+_V4 = _V3 | {"avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"}
+_NEEDS: dict[str, set[str]] = {
+    "avx512": _V4 | {"avx512vnni"},
+    "vnni": _V3 | {"avxvnni"},
+    "avx2": _V3,
+    "neon": {"dotprod"},
+    "generic": set(),
+}
+
+FAMILIES = tuple(_PORTABLE)  # (machine, family)
+
+
+def runnable(machine: str, features: set[str]) -> list[str]:
+    """The families that a processor runs, best first."""
+    families = [family for each, family in FAMILIES if each == machine]
+    return [family for family in families if _NEEDS[family] <= features] or ["generic"]
+
+
+def host_features() -> set[str]:
+    """LLVM's names of what this processor has."""
+    import llvmlite.binding as llvm
+
+    features = {name for name, present in llvm.get_host_cpu_features().items() if present}
+    if llvm.get_host_cpu_name().startswith("apple-m") or "asimddp" in _linux_features():
+        features.add("dotprod")  # older LLVM does not look for it
+    return features
+
+
+def _linux_features() -> list[str]:
+    """The kernel's own list on an AArch64 Linux."""
+    if sys.platform != "linux":
+        return []
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+    return next((line.partition(":")[2].split() for line in lines if line[:8] == "Features"), [])
