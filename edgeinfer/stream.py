@@ -132,9 +132,12 @@ class Stream(Iterator[Event]):
         return self.completion
 
     def close(self) -> None:
-        """Cancel what is left of the generation; what was generated is in `completion`."""
+        """Cancel what is left of the generation; what was generated is in `completion`.
+
+        What was read and written stays in the cache until the room is needed.
+        """
         if not self._is_over:
-            self._generation.cancel()
+            self._generation.cancel(keep_cache=True)
             self._end("cancelled", None)
         self._ready.clear()
 

@@ -144,6 +144,17 @@ def test_closing_a_stream_cancels(llm: LLM) -> None:
     _wait_until(lambda: llm.runtime.engine.n_running == 0)
 
 
+def test_what_a_closed_stream_read_is_not_read_again(llm: LLM) -> None:
+    prompt = "the same words, read once and then again"
+    with llm.stream(prompt, max_tokens=400) as stream:
+        for event in stream:
+            if event.type == "delta":
+                break
+    _wait_until(lambda: llm.runtime.engine.n_running == 0)
+    usage = llm.generate(prompt, max_tokens=2).usage
+    assert usage.cached_tokens == usage.prompt_tokens - 1
+
+
 def test_dropping_a_stream_cancels(llm: LLM) -> None:
     stream = llm.stream("hello", max_tokens=400)
     next(stream)

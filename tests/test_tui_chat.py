@@ -333,15 +333,18 @@ def test_every_command_has_a_use() -> None:
         for name in ("help", "stats", "model", "load", "params"):
             await chat.send(f"/{name}")
             assert len(chat.app.screen_stack) == 2, name
+            if name == "stats":
+                assert "20 tokens, 14 of them right (70%)" in chat.screen_text
             await chat.press("escape")
             await chat.pilot.pause()
+        assert "70% guessed right" in chat.screen_text
         for name in ("save a title", "copy", "copy code", "system", "retry"):
             await chat.send(f"/{name}")
             await chat.idle()
         assert chat.app.session.conversation.title != ""
         await chat.send("/quit")
 
-    drive(body)
+    drive(body, ScriptedModel([Script(n_guessed=20, n_guessed_right=14)]))
 
 
 def test_a_file_is_attached_with_its_token_count(tmp_path: Path) -> None:

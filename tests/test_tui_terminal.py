@@ -179,6 +179,24 @@ def test_resize_while_streaming(terminal: Terminal, model: str) -> None:
     terminal.until("stopped", 3)
 
 
+def test_stopped_and_continued_by_signals(terminal: Terminal, model: str) -> None:
+    terminal.start(model)
+    terminal.until("● ready", 150)
+    for stop in (None, signal.SIGSTOP, signal.SIGTSTP):
+        if stop is not None:
+            os.kill(terminal.chat_pid, stop)
+            time.sleep(0.3)
+        os.kill(terminal.chat_pid, signal.SIGCONT)
+        time.sleep(0.5)
+        text = f"every letter comes, in order, after {stop}"
+        for letter in text:
+            terminal.tmux("send-keys", "-l", letter)
+        terminal.until(text, 5)
+        terminal.keys("C-u")
+    terminal.keys("C-q")
+    terminal.until("LEFT 0", 10)
+
+
 def test_a_pasted_megabyte(terminal: Terminal, model: str) -> None:
     text = "The sea was calm and the boat went on its way.\n" * 22_000
     terminal.start(model)
@@ -229,7 +247,7 @@ def test_a_long_answer(terminal: Terminal, model: str) -> None:
     terminal.until("● ready", 150)
     terminal.say("Write an endless list of numbers and words. Never stop.")
     terminal.until("writing")
-    terminal.until(lambda screen: "● ready" in screen or "failed" in screen, 240)
+    terminal.until(lambda screen: "● ready" in screen or "failed" in screen, 500)
     terminal.keys("PPage")
     terminal.until("Ask anything", 3)
     assert terminal.messages()[-1][1] == "done"

@@ -33,6 +33,8 @@ class Script:
     n_prompt: int = 120
     n_cached: int = 40
     n_dropped: int = 0
+    n_guessed: int = 0
+    n_guessed_right: int = 0
     error: Exception | None = None
     logprobs: bool = False
     hold: threading.Event | None = None  # wait for it before the last word
@@ -96,7 +98,8 @@ class ScriptedStream:
                 cached_tokens=script.n_cached,
             ),
             timings=Timings(
-                load_s=0.1, first_token_s=0.2, prefill_tok_s=900.0, decode_tok_s=42.0, total_s=1.0
+                load_s=0.1, first_token_s=0.2, prefill_tok_s=900.0, decode_tok_s=42.0, total_s=1.0,
+                proposed_tokens=script.n_guessed, accepted_tokens=script.n_guessed_right,
             ),
         )  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Reads the terminal like Textual's own driver, but knows a lone Escape 20 ms after it was pressed.
 
-Knows nothing of what keys do. Textual's driver finds out after 100 to 200 ms.
+Knows nothing of what keys do. Textual's driver finds out after 100 to 200 ms, and reads twice
+after a SIGCONT that no SIGTSTP came before.
 """
 
 from __future__ import annotations
@@ -22,6 +23,13 @@ _MOST_BYTES = 1 << 16
 
 class ChatDriver(LinuxDriver):
     """NOTE: the one place that relies on names Textual keeps to itself."""
+
+    def _sigcont_application(self, *_: object) -> None:
+        if self._auto_restart and not self._must_signal_resume:
+            # It went on after a SIGSTOP, or was never stopped: a second thread that reads would
+            # take half of the keys, and the shell may have changed the terminal's modes.
+            self.suspend_application_mode()
+        super()._sigcont_application()
 
     def run_input_thread(self) -> None:
         """Until the app ends: bytes to events."""

@@ -38,6 +38,8 @@ class Readings:
     is_reading: bool = False
     first_s: float = 0.0
     prefill_tok_s: float = 0.0
+    n_guessed: int = 0  # ahead of the model, by speculation
+    n_guessed_right: int = 0
     history: deque[float] = field(default_factory=lambda: deque(maxlen=_N_SAMPLES))
     _times: deque[float] = field(default_factory=deque)
     _sampled_at: float = 0.0
@@ -56,6 +58,7 @@ class Readings:
 
     def clear_context(self) -> None:
         self.n_prompt = self.n_read = self.n_cached = self.n_answer = 0
+        self.n_guessed = self.n_guessed_right = 0
 
     def start_turn(self) -> None:
         self.state, self.is_busy, self.is_reading = "thinking", True, False
@@ -98,8 +101,11 @@ class Readings:
             self.n_answer = completion.usage.completion_tokens
             self.n_prompt = self.n_read = completion.usage.prompt_tokens
             self.n_cached = completion.usage.cached_tokens
-            self.prefill_tok_s = completion.timings.prefill_tok_s
-            self.rate = completion.timings.decode_tok_s or self.rate
+            timings = completion.timings
+            self.prefill_tok_s = timings.prefill_tok_s
+            self.rate = timings.decode_tok_s or self.rate
+            self.n_guessed = timings.proposed_tokens
+            self.n_guessed_right = timings.accepted_tokens
 
     @property
     def n_used(self) -> int:

@@ -71,6 +71,7 @@ def stats_page(session: Session, memory: int, palette: Palette) -> RenderableTyp
         ("first token", f"{readings.first_s:.2f} s"),
         ("prompt speed", f"{readings.prefill_tok_s:,.0f} tok/s"),
         ("answer speed", f"{readings.rate:.1f} tok/s"),
+        ("guessed ahead", _guessed(readings)),
         ("context", f"{readings.n_used:,} of {readings.n_ctx:,} tokens"),
         ("when full", "the oldest turns go, the system message stays"),
         ("memory", f"{size_text(memory)} of {size_text(readings.planned_bytes)} planned"),
@@ -80,6 +81,12 @@ def stats_page(session: Session, memory: int, palette: Palette) -> RenderableTyp
         plan = [(name, size_text(size)) for name, size in session.model.plan.rows.items()]
         parts += [Text(), Text("Planned", f"bold {palette.accent}"), _table(tuple(plan), palette)]
     return Group(*parts)
+
+
+def _guessed(readings: Readings) -> str:
+    """How well speculation did in the last answer."""
+    n, n_right = readings.n_guessed, readings.n_guessed_right
+    return f"{n:,} tokens, {n_right:,} of them right ({n_right / n:.0%})" if n else "no tokens"
 
 
 def _table(rows: tuple[tuple[str, str], ...], palette: Palette) -> Table:

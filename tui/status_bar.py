@@ -88,4 +88,7 @@ def _facts(readings: Readings, memory: int, palette: Palette) -> list[Text]:
         plan = f" of {size_text(readings.planned_bytes)}" if readings.planned_bytes else ""
         over = bool(readings.planned_bytes) and memory > 1.1 * readings.planned_bytes
         facts.append(Text(f"{size_text(memory)}{plan}", palette.warn if over else palette.muted))
+    if readings.n_guessed:
+        right = readings.n_guessed_right / readings.n_guessed
+        facts.append(Text(f"{right:.0%} guessed right", palette.muted))
     return facts
