@@ -16,7 +16,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
-from edgeinfer import platform
 from edgeinfer.errors import ClosedError, InvalidModelError, ModelNotFoundError
 from edgeinfer.quant import Weight, quant_type
 
@@ -70,13 +69,6 @@ class GGUFFile:
     def n_bytes(self) -> int:
         """Size on disk of all parts."""
         return sum(part.size for part in self._parts)
-
-    def release(self, weight: Weight) -> None:
-        """Give back the memory that this tensor's pages take; they are read again when touched."""
-        import numpy as np
-
-        view = np.frombuffer(weight.data, np.uint8)
-        platform.forget_pages(view.ctypes.data, view.nbytes)
 
     def close(self) -> None:
         """Unmap the file; where NumPy still views it, as soon as that view is gone."""
