@@ -458,7 +458,6 @@ class _Blocks:
     scale: Floats  # (K / 32, N)
     low: Floats | None = None  # (K / 32, N)
     mins: NDArray[np.int16] | None = None  # (K / 32, N, 2)
-    run: int = 1  # blocks of 32 that share `scale`: 8 where sub-blocks have 16 columns
 
 
 _BLOCK, _SUB_BLOCK = 32, 16
@@ -498,12 +497,12 @@ def _load_blocks(weight: Weight) -> _Blocks:
 
     codes, d = integers(1, 0), halves(at_d)
     if at_m is None:
-        return _Blocks(codes, d, run=kind.block // _BLOCK)
+        return _Blocks(codes, d)
     lows, m = integers(0, 1)[:, :, ::_SUB_BLOCK], halves(at_m)
     if kind.block == _BLOCK:
         return _Blocks(codes, d, m)
     if kind.name == "Q2_K":
-        return _Blocks(codes, d, -m, -lows, kind.block // _BLOCK)
+        return _Blocks(codes, d, -m, -lows)
     # A block of ones has the sub-blocks' scales as its integers.
     at_quants = {"Q4_K": 16, "Q5_K": 48}[kind.name]
     blocks = blocks.copy()
@@ -518,9 +517,7 @@ def _matmul_blocks(x: Floats, weight: _Blocks) -> Floats:
 
     acc = fma(scale * dx, dot, acc), and where there is a low acc = fma(low, s, acc).
 
-    Sub-blocks of 16 (Q2_K, Q3_K, Q6_K) add up their 8 blocks of 32 first: total = fma(dx, dot,
-    total) from +0, then acc = fma(scale, total, acc). Q2_K has a second total of
-    fma(dx, float(dot(mins, sums of 16 q)), total), then acc = fma(low, total, acc).
+    Q2_K has lows for 16 columns: acc = fma(low * dx, float(dot(mins, sums of 16 q)), acc).
 
     Dots are exact integers (below 2^25) and round once on their way to float32.
     """
@@ -529,23 +526,18 @@ def _matmul_blocks(x: Floats, weight: _Blocks) -> Floats:
     sums = q.reshape(len(x), n_blocks, -1, _SUB_BLOCK).sum(axis=3)
     s = dx * _f32(sums.sum(axis=2))
     acc = np.zeros((len(x), n_rows), np.float32)
-    total, low_total = np.zeros_like(acc), np.zeros_like(acc)
     for b in range(n_blocks):
-        scale, low, d = weight.scale[b], weight.low, dx[:, b, None]
+        scale, d = weight.scale[b], dx[:, b, None]
         # Integers below 2^53 are exact in float64 whatever order BLAS adds them in.
         dots = _f32(q[:, b] @ weight.codes[b].T.astype(np.float64))
-        if weight.run == 1:
-            acc = fma(d * scale, dots, acc)
-            acc = acc if low is None else fma(low[b], s[:, b, None], acc)
+        acc = fma(d * scale, dots, acc)
+        if weight.low is None:
             continue
-        total = fma(d, dots, total)
-        if weight.mins is not None:
+        if weight.mins is None:
+            acc = fma(weight.low[b], s[:, b, None], acc)
+        else:
             min_dots = _f32(sums[:, b] @ weight.mins[b].T.astype(np.float64))
-            low_total = fma(d, min_dots, low_total)
-        if b % weight.run == weight.run - 1:
-            acc = fma(scale, total, acc)
-            acc = acc if low is None else fma(low[b], low_total, acc)
-            total, low_total = np.zeros_like(acc), np.zeros_like(acc)
+            acc = fma(weight.low[b] * d, min_dots, acc)
     return acc
 
 

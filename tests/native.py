@@ -36,13 +36,18 @@ def header(**words: int) -> np.ndarray:
 
 
 def run(
-    name: str, h: np.ndarray, args: list[int], chunks: range, family: str | None = None
+    name: str,
+    h: np.ndarray,
+    args: list[int],
+    chunks: range,
+    family: str | None = None,
+    thread: int = 0,
 ) -> None:
-    """Call kernel `name` for every chunk, on this thread."""
-    kernel = ctypes.CFUNCTYPE(None, *[ctypes.c_ssize_t] * 3)(address(name, family))
+    """Call kernel `name` for every chunk, as thread `thread` of a team."""
+    kernel = ctypes.CFUNCTYPE(None, *[ctypes.c_ssize_t] * 4)(address(name, family))
     words = np.array(args, np.int64)
     for chunk in chunks:
-        kernel(h.ctypes.data, words.ctypes.data, chunk)
+        kernel(h.ctypes.data, words.ctypes.data, chunk, thread)
 
 
 def huge(n_bytes: int) -> np.ndarray:

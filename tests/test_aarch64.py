@@ -31,14 +31,14 @@ KERNELS = [
     *(f"{op}.{name}" for op in ("pack", "matmul") for name in TYPES),
     *("quantise", "norm", "swiglu", "plan_attention", "attend.64.64", "fold"),
 ]
-N_ROWS, N_COLS, N_TOKENS = 40, 512, 13  # tiles of 8, 4 and 1
+N_ROWS, N_COLS, N_TOKENS = 40, 512, 13
 
 # Reads an arena and the calls to make in it, as `Arena` writes them; writes the arena back.
 DRIVER = """
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
-typedef void kernel(int64_t, int64_t, int64_t);
+typedef void kernel(int64_t, int64_t, int64_t, int64_t);
 %(declarations)s
 static kernel *const kernels[] = {%(kernels)s};
 static int64_t word(void) { int64_t v; if (fread(&v, 8, 1, stdin) != 1) exit(2); return v; }
@@ -53,7 +53,7 @@ int main(void) {
     int64_t which = word(), header = word(), args = word(), n_chunks = word();
     if (n_chunks < 0) n_chunks = *(int64_t *)(arena - n_chunks);
     for (int64_t c = 0; c < n_chunks; c++)
-      kernels[which]((int64_t)arena + header, (int64_t)arena + args, c);
+      kernels[which]((int64_t)arena + header, (int64_t)arena + args, c, 0);
   }
   for (int64_t i = 0; i < n_addresses; i++) *(int64_t *)(arena + at[i]) -= (int64_t)arena;
   return fwrite(arena, 1, size, stdout) != size;
@@ -106,11 +106,11 @@ class Arena:
         for at in self.addresses:
             memory[at : at + 8].view(np.int64)[0] += base
         for name, header, args, n_chunks in self.calls:
-            kernel = ctypes.CFUNCTYPE(None, *[ctypes.c_ssize_t] * 3)(native.address(name))
+            kernel = ctypes.CFUNCTYPE(None, *[ctypes.c_ssize_t] * 4)(native.address(name))
             if n_chunks < 0:
                 n_chunks = int(memory[-n_chunks : 8 - n_chunks].view(np.int64)[0])
             for chunk in range(n_chunks):
-                kernel(base + header, base + args, chunk)
+                kernel(base + header, base + args, chunk, 0)
         for at in self.addresses:
             memory[at : at + 8].view(np.int64)[0] -= base
         return memory
@@ -203,6 +203,7 @@ def test_matmul(driver: Path, name: str) -> None:
         STRIDE=4 * N_ROWS, BIG_CHUNK=2, N_BIG=1, SMALL_CHUNK=1, X_ROW_BYTES=x_row_bytes,
         BIAS=arena.put(rng.standard_normal(N_ROWS, np.float32)),
         RESIDUAL=arena.put(rng.standard_normal((N_TOKENS, N_ROWS), np.float32)),
+        SCRATCH=arena.room(layout.MATMUL_SCRATCH_BYTES),
     )  # fmt: skip
     arena.call(f"matmul.{name}", header, matmul, N_ROWS // 8 - 1)
     memory = same_here_and_emulated(arena, driver)

@@ -50,13 +50,8 @@ HALVES = {
 
 def tiles(n_tokens: int) -> list[tuple[int, int]]:
     """First token and size of every tile."""
-    cut = [(t, 8) for t in range(0, n_tokens // 8 * 8, 8)]
-    t = len(cut) * 8
-    for n in (4, 2, 1):
-        if n_tokens & n:
-            cut.append((t, n))
-            t += n
-    return cut
+    size = layout.MAX_TILE
+    return [(t, min(size, n_tokens - t)) for t in range(0, n_tokens, size)]
 
 
 def activations(x: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -136,23 +131,15 @@ def expected(type_name: str, data: np.ndarray, n_cols: int, q, d) -> np.ndarray:
         return (acc[0] + acc[1]) + (acc[2] + acc[3])
     f = integers(type_name, data, n_cols)
     acc = np.zeros((len(q), len(data)), np.float32)
-    total, low_total = np.zeros_like(acc), np.zeros_like(acc)
     for i in range(q.shape[1]):
         x, w, dw, dx = q[:, i].astype(np.int64), f["w"][:, i], f["d"][None, :, i], d[:, i, None]
-        if type_name in ("q2_k", "q3_k", "q6_k"):
-            total = fma(dx, (x @ w.T).astype(np.float32), total)
-            if "low" in f:
-                low_total = fma(dx, (x @ f["low"][:, i].T).astype(np.float32), low_total)
-            if i % 8 == 7:
-                acc = fma(dw, total, acc)
-                acc = fma(f["m"][None, :, i], low_total, acc) if "low" in f else acc
-                total, low_total = np.zeros_like(acc), np.zeros_like(acc)
-            continue
         if "scale" in f:
             scale = f["scale"][:, i]
             w, dw = w // np.maximum(scale, 1)[:, None], dw * scale.astype(np.float32)
         acc = fma(dw * dx, (x @ w.T).astype(np.float32), acc)
-        if "low" in f:
+        if type_name == "q2_k":
+            acc = fma(f["m"][None, :, i] * dx, (x @ f["low"][:, i].T).astype(np.float32), acc)
+        elif "low" in f:
             low = f["m"][:, i] * f["low"][:, i, 0].astype(np.float32)
             acc = fma(low, dx * x.sum(-1, keepdims=True).astype(np.float32), acc)
     return acc
@@ -198,13 +185,13 @@ def matmul(
     form, n_groups = FORMATS[type_name], -(-n_rows // 8)
     packed, x_bytes = guarded(packed), guarded(x_bytes)
     out = np.full((n_tokens, n_groups * 8), np.nan, np.float32)
-    per_chunk = 3
+    per_chunk, scratch = 3, native.huge(layout.MATMUL_SCRATCH_BYTES)
     row_bytes = 4 * n_cols if form.activation == "f32" else n_cols // 32 * layout.A32_BYTES
     args = [
         packed.ctypes.data, n_groups, n_cols // form.block, x_bytes.ctypes.data, out.ctypes.data,
         out.strides[0], 0 if bias is None else bias.ctypes.data,
         0 if residual is None else residual.ctypes.data, per_chunk, int(wanted),
-        row_bytes, 0, 0,
+        row_bytes, 0, 0, scratch.ctypes.data,
     ]  # fmt: skip
     rows = dict(H_ROWS=99, H_WANTED_ROWS=n_tokens) if wanted else dict(H_ROWS=n_tokens)
     chunks = range(-(-n_groups // per_chunk))
@@ -277,23 +264,23 @@ def test_every_family_packs_the_same(type_name: str) -> None:
 
 @pytest.mark.parametrize("type_name", TYPES)
 def test_matmul_is_the_law(type_name: str) -> None:
-    """One token or thirteen, whatever the family: the same bits, and those of `expected`."""
-    kind = FORMATS[type_name].activation
+    """One token or many, whatever the family: the same bits, and those of `expected`."""
+    kind, n = FORMATS[type_name].activation, layout.MAX_TILE + 3
     for shape in shapes(type_name):
-        data, x = case(type_name, shape, 13)
+        data, x = case(type_name, shape, n)
         packed = pack(type_name, data, shape[1], None)
         x_bytes, q, d = activations(x, kind)
         law = expected(type_name, data, shape[1], q, d)
-        whole = matmul(type_name, packed, *shape, x_bytes, 13)
+        whole = matmul(type_name, packed, *shape, x_bytes, n)
         scale = np.abs(law).max()
         np.testing.assert_allclose(whole, law, rtol=1e-6, atol=1e-6 * scale)
         assert np.mean(whole == law) > 0.97
         for family in FAMILIES:
-            for n_tokens in (1, 2, 3, 5, 8, 13):
+            for n_tokens in (1, 2, 3, 5, 8, 13, n):
                 some = activations(x[:n_tokens], kind)[0]
                 out = matmul(type_name, packed, *shape, some, n_tokens, family)
                 np.testing.assert_array_equal(out.view(np.int32), whole[:n_tokens].view(np.int32))
-        for t in range(13):
+        for t in range(0, n, 7):
             alone = activations(x[t : t + 1], kind)[0]
             out = matmul(type_name, packed, *shape, alone, 1)
             np.testing.assert_array_equal(out[0].view(np.int32), whole[t].view(np.int32))

@@ -43,11 +43,9 @@ class Sinks:
         return [self.rows.ctypes.data, self.rows[0].nbytes, a32]
 
 
-def tiles(n: int) -> list[range]:
+def tiles(n: int) -> list[slice]:
     """Rows of every tile, as the layout says."""
-    sizes = [8] * (n // 8) + [size for size in (4, 2, 1) if n & size]
-    ends = np.cumsum(sizes).tolist()
-    return [range(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+    return [slice(t, min(t + layout.MAX_TILE, n)) for t in range(0, n, layout.MAX_TILE)]
 
 
 def blocks_of(rows: Floats) -> NDArray[np.uint8]:

@@ -18,20 +18,18 @@ from tests import native
 NONE = np.zeros(0, np.int32)
 
 
-def run(
-    logits: np.ndarray, rows: list[SampleRow], family: str | None = None, n_slots: int = 1
-) -> list[Sampled]:
+def run(logits: np.ndarray, rows: list[SampleRow], family: str | None = None) -> list[Sampled]:
     n_rows, n_vocab = logits.shape
     table = SampleTable(n_rows)
     for i, row in enumerate(rows):
         table.set_row(i, row.params, row.seed, row.index, row.history, row.mu)
     n_bytes = layout.sample_scratch_bytes(n_vocab)
-    scratch = native.huge(n_bytes * n_slots)
+    scratch = native.huge(n_bytes)
     before = logits.copy()
     native.run(
         "sample",
         native.header(H_SAMPLES=table.address, H_WANTED_ROWS=n_rows),
-        [logits.ctypes.data, 4 * n_vocab, n_vocab, scratch.ctypes.data, n_bytes, n_slots],
+        [logits.ctypes.data, 4 * n_vocab, n_vocab, scratch.ctypes.data, n_bytes],
         range(n_rows),
         family,
     )
@@ -142,17 +140,17 @@ def test_one_row_does_not_depend_on_the_others():
     logits = random.normal(0, 3, (5, 999)).astype(np.float32)
     params = SamplingParams(repeat_penalty=1.1, logit_bias={3: 1.0})
     rows = [SampleRow(params, i, i, np.arange(i, dtype=np.int32), 1.0) for i in range(5)]
-    together = run(logits, rows, n_slots=3)
+    together = run(logits, rows)
     alone = [run(logits[i : i + 1].copy(), rows[i : i + 1])[0] for i in range(5)]
     assert [s.id for s in together] == [s.id for s in alone]
 
 
 def test_no_table_does_nothing():
-    native.run("sample", native.header(), [0] * 6, range(2))
+    native.run("sample", native.header(), [0] * 5, range(2))
 
 
-def test_threads_share_slots():
-    """More rows than slots, from two threads at once; ctypes drops the GIL."""
+def test_threads_have_scratch_of_their_own():
+    """Two threads at once; ctypes drops the GIL."""
     random = np.random.default_rng(3)
     logits = random.normal(0, 3, (64, 4999)).astype(np.float32)
     table = SampleTable(64)
@@ -162,11 +160,13 @@ def test_threads_share_slots():
     n_bytes = layout.sample_scratch_bytes(4999)
     scratch = native.huge(2 * n_bytes)
     header = native.header(H_SAMPLES=table.address)
-    words = [logits.ctypes.data, 4 * 4999, 4999, scratch.ctypes.data, n_bytes, 2]
+    words = [logits.ctypes.data, 4 * 4999, 4999, scratch.ctypes.data, n_bytes]
     native.address("sample")
     threads = [
-        threading.Thread(target=native.run, args=("sample", header, words, range(start, 64, 2)))
-        for start in (0, 1)
+        threading.Thread(
+            target=native.run, args=("sample", header, words, range(i, 64, 2), None, i)
+        )
+        for i in (0, 1)
     ]
     for thread in threads:
         thread.start()

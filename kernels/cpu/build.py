@@ -29,6 +29,7 @@ from edgeinfer.kernels.cpu.targets import FAMILIES, Target
 _PLACEHOLDERS = {
     "ei.x86.pmaddubsw": "llvm.x86.avx2.pmadd.ub.sw",
     "ei.x86.pmaddwd": "llvm.x86.avx2.pmadd.wd",
+    "ei.x86.psignb": "llvm.x86.avx2.psign.b",
     "ei.x86.vpdpbusd": "llvm.x86.avx512.vpdpbusd.256",
     "ei.x86.vpdpwssd": "llvm.x86.avx512.vpdpwssd.256",
     "ei.x86.pause": "llvm.x86.sse2.pause",
@@ -110,6 +111,7 @@ def optimise(ir: str, native_name: str, name: str, target: Target) -> Any:
     ir = ir.replace(native_name, symbol(name)).replace("linkonce_odr", "internal")
     if target.machine == "x86_64" and target.family == "generic":
         ir = without_fma(ir)
+    llvm.set_option("", "--x86-machine-combiner=false")
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     machine = llvm.Target.from_triple(target.triple).create_target_machine(

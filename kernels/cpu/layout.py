@@ -2,18 +2,19 @@
 
 Imports nothing; knows no operation. Every word is 8 bytes.
 
-A kernel is `kernel(header, args, chunk)`: addresses of the step's header and of the op's argument
-words, and which piece of the work to do. Chunks of one op are independent of each other.
+A kernel is `kernel(header, args, chunk, thread)`: addresses of the step's header and of the op's
+argument words, which piece of the work to do, and which thread of the team does it: no two threads
+of a step have the same number, and each is below the team's n_threads. Chunks of one op are
+independent of each other.
 
 Activations come in two formats, "rows" meaning tokens:
 - f32: row-major floats, (rows, K).
 - a32: blocks of 32 values, 44 bytes each: 32 int8 q, float d, float d * sum of q, int16 sum of the
   first 16 q, int16 sum of the last 16. x = d * q.
 d = max|x| / 127 and q = roundeven(x * (127 / max|x|)), all zero where max|x| is below 1e-36.
-Blocks of a32 are stored tile by tile: rows are cut into tiles of 8, the rest into one of 4, one of
-2 and one of 1 as its binary digits say (13 = 8 + 4 + 1); inside a tile of n rows that starts at
-row t0, block b of row t0 + i lies at t0 * row_bytes + (b * n + i) * 44, where row_bytes =
-K / 32 * 44.
+Blocks of a32 are stored tile by tile: rows are cut into tiles of MAX_TILE, the rest is one smaller
+tile; inside a tile of n rows that starts at row t0, block b of row t0 + i lies at t0 * row_bytes +
+(b * n + i) * 44, where row_bytes = K / 32 * 44.
 
 Packed weights are cut into groups of 8 rows, one SIMD lane per row; each format says in
 `native/formats.py` how a group's block looks.
@@ -29,7 +30,7 @@ A32_BYTES = 44
 A32_D = 32  # offset of d
 A32_DSUM = 36  # of d * sum
 A32_SUMS = 40  # of the two int16
-MAX_TILE = 8
+MAX_TILE = 64  # rows
 
 PAGE = 32  # positions
 SEGMENT_PAGES = 16
@@ -98,8 +99,13 @@ PACK_SRC, PACK_DST, PACK_N_ROWS, PACK_N_BLOCKS, PACK_PER_CHUNK = (i * WORD for i
 (
     MATMUL_W, MATMUL_N_GROUPS, MATMUL_N_BLOCKS, MATMUL_X, MATMUL_OUT, MATMUL_STRIDE,
     MATMUL_BIAS, MATMUL_RESIDUAL, MATMUL_SMALL_CHUNK, MATMUL_ROWS, MATMUL_X_ROW_BYTES,
-    MATMUL_BIG_CHUNK, MATMUL_N_BIG,
-) = (i * WORD for i in range(13))  # fmt: skip
+    MATMUL_BIG_CHUNK, MATMUL_N_BIG, MATMUL_SCRATCH,
+) = (i * WORD for i in range(14))  # fmt: skip
+# Quantised weights meet several tokens in panels of PANEL_GROUPS groups. Scratch of each thread,
+# 64-byte aligned: the sums of MAX_TILE rows and a panel of at most PANEL_FIELDS vectors a group.
+PANEL_GROUPS, PANEL_FIELDS = 4, 20
+MATMUL_SUMS_BYTES = MAX_TILE * PANEL_GROUPS * 32
+MATMUL_SCRATCH_BYTES = MATMUL_SUMS_BYTES + PANEL_FIELDS * PANEL_GROUPS * 32
 #
 # embed.<type>: out[t] = row ids[t] of a packed matrix, as floats. A chunk is one row.
 EMBED_W, EMBED_N_BLOCKS, EMBED_OUT, EMBED_STRIDE, EMBED_DIM = (i * WORD for i in range(5))
@@ -167,9 +173,11 @@ ITEM_ROW, ITEM_N_ROWS, ITEM_SEGMENT, ITEM_PART = (i * WORD for i in range(4))
 ITEM_BYTES = 4 * WORD
 #
 # Memory of a part, per head ("query"): room for its q, two states of v_dim, and the m and l of
-# both. The queries of (item, kv head) lie together, row by row, and are cut into tiles like rows
-# of activations. A tile of n queries is [k_dim][n] q, [n][v_dim] state, [n][v_dim] state of the
-# current segment, then m and l of the first, m and l of the second, 8 floats each.
+# both. The queries of (item, kv head) lie together, row by row, and are cut into tiles of 8, the
+# rest into one of 4, one of 2 and one of 1 as its binary digits say. A tile of n queries is
+# [k_dim][n] q, [n][v_dim] state, [n][v_dim] state of the current segment, then m and l of the
+# first, m and l of the second, 8 floats each.
+MAX_QUERIES = 8
 QUERY_EXTRA = 32
 
 
@@ -190,13 +198,11 @@ def items_bytes(max_rows: int, max_segments: int) -> int:
 
 #
 # sample: for wanted row i (a chunk), the token that row i of the table at H_SAMPLES asks for.
-# Changed logits are restored. Scratch: N_SLOTS slots, one per thread of the team, 64-byte
-# aligned and zeroed once (the first word of a slot is its lock), of SCRATCH_BYTES each.
+# Changed logits are restored. Scratch: 64-byte aligned, SCRATCH_BYTES for each thread.
 (
     SAMPLE_LOGITS, SAMPLE_STRIDE, SAMPLE_N_VOCAB, SAMPLE_SCRATCH, SAMPLE_SCRATCH_BYTES,
-    SAMPLE_N_SLOTS,
-) = (i * WORD for i in range(6))  # fmt: skip
-SAMPLE_SCRATCH_HEAD = 1216  # lock, tail of the logits, stack of the sort
+) = (i * WORD for i in range(5))  # fmt: skip
+SAMPLE_SCRATCH_HEAD = 1216  # tail of the logits, stack of the sort
 #
 # The table's argument words (sampling.SampleTable.address): rows, then arrays by row.
 (
@@ -217,5 +223,5 @@ SAMPLE_SCRATCH_HEAD = 1216  # lock, tail of the logits, stack of the sort
 
 
 def sample_scratch_bytes(n_vocab: int) -> int:
-    """Bytes of one slot: a sort key per token, 64 keys of slack, a saved logit per token."""
+    """Bytes of one thread: a sort key per token, 64 keys of slack, a saved logit per token."""
     return -(-(SAMPLE_SCRATCH_HEAD + 8 * (n_vocab + 64) + 4 * n_vocab) // 64) * 64

@@ -152,6 +152,8 @@ class Lowering:
         self._quantised: dict[Value, Buffer] = {}
         self._rows: dict[Value, int] = {}  # ALL_ROWS or WANTED_ROWS
         self._angles: dict[Rope, tuple[Buffer, Buffer]] = {}
+        scratch_bytes = limits.n_threads * layout.MATMUL_SCRATCH_BYTES
+        self._matmul_scratch = Buffer("matmul scratch", scratch_bytes)
         self._out = Lowered()
 
     def run(self) -> Lowered:
@@ -261,6 +263,7 @@ class Lowering:
         args: Args = [
             self._weights.matrix(op.weight), n_groups, n_blocks, x, out, row_stride(n_rows),
             bias, residual or 0, chunks.small, rows, row_bytes, chunks.big, chunks.n_big,
+            self._matmul_scratch,
         ]  # fmt: skip
         n_bytes = n_groups * n_blocks * fmt.packed_bytes
         kernel = f"matmul.{_type(op.weight)}"

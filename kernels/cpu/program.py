@@ -195,10 +195,10 @@ class CpuProgram:
     def _sample_op(self) -> KernelOp:
         logits, vocab = self._lowered.logits, self.segment.output.dim
         assert logits is not None
-        n_slots, slot_bytes = self._n_threads, layout.sample_scratch_bytes(vocab)
-        self._sample_scratch = platform.Memory(n_slots * slot_bytes)
+        scratch_bytes = layout.sample_scratch_bytes(vocab)
+        self._sample_scratch = platform.Memory(self._n_threads * scratch_bytes)
         args: Args = [
-            logits, row_stride(vocab), vocab, self._sample_scratch.address, slot_bytes, n_slots,
+            logits, row_stride(vocab), vocab, self._sample_scratch.address, scratch_bytes,
         ]  # fmt: skip
         return KernelOp("sample", [KernelPart("sample", args, layout.COUNT_WANTED)])
 

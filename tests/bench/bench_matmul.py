@@ -47,12 +47,12 @@ class Kernel:
     """A kernel with its arguments, as a function of the chunk; ctypes releases the GIL."""
 
     def __init__(self, name: str, family: str | None, args: list[int], n_tokens: int = 1) -> None:
-        self.call = ctypes.CFUNCTYPE(None, *[ctypes.c_ssize_t] * 3)(native.address(name, family))
+        self.call = ctypes.CFUNCTYPE(None, *[ctypes.c_ssize_t] * 4)(native.address(name, family))
         self.header = native.header(H_ROWS=n_tokens)
         self.words = np.array(args, np.int64)
 
-    def __call__(self, chunk: int) -> None:
-        self.call(self.header.ctypes.data, self.words.ctypes.data, chunk)
+    def __call__(self, chunk: int, thread: int = 0) -> None:
+        self.call(self.header.ctypes.data, self.words.ctypes.data, chunk, thread)
 
 
 def matmul(
@@ -64,11 +64,12 @@ def matmul(
     row_bytes = 4 * N_COLS if form.activation == "f32" else N_COLS // 32 * layout.A32_BYTES
     x = native.huge(row_bytes * n_tokens)
     out = np.zeros((n_tokens, n_groups * 8 + 16), np.float32)
+    scratch = native.huge(layout.MATMUL_SCRATCH_BYTES * 64)
     args = [
         w, n_groups, n_blocks, x.ctypes.data, out.ctypes.data, out.strides[0], 0, 0, per_chunk,
-        layout.ALL_ROWS, row_bytes, 0, 0,
+        layout.ALL_ROWS, row_bytes, 0, 0, scratch.ctypes.data,
     ]  # fmt: skip
-    return Kernel(f"matmul.{type_name}", family, args, n_tokens), [x, out]
+    return Kernel(f"matmul.{type_name}", family, args, n_tokens), [x, out, scratch]
 
 
 def on_threads(n_threads: int, kernel: Callable[[int], None], n_chunks: int) -> float:

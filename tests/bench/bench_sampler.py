@@ -35,15 +35,15 @@ def median_us(params: SamplingParams, logits: np.ndarray, n: int = 21) -> float:
     n_bytes = layout.sample_scratch_bytes(n_vocab)
     scratch = native.huge(n_bytes)
     history = (np.arange(1000, dtype=np.int32) * 7) % 50
-    words = [logits.ctypes.data, 4 * n_vocab, n_vocab, scratch.ctypes.data, n_bytes, 1]
+    words = [logits.ctypes.data, 4 * n_vocab, n_vocab, scratch.ctypes.data, n_bytes]
     arguments = np.array(words, np.int64)
     header = native.header(H_SAMPLES=table.address, H_WANTED_ROWS=1)
-    kernel = ctypes.CFUNCTYPE(None, *[ctypes.c_ssize_t] * 3)(native.address("sample"))
+    kernel = ctypes.CFUNCTYPE(None, *[ctypes.c_ssize_t] * 4)(native.address("sample"))
     times = []
     for i in range(n):
         table.set_row(0, params, 1, i, history)
         start = time.perf_counter()
-        kernel(header.ctypes.data, arguments.ctypes.data, 0)
+        kernel(header.ctypes.data, arguments.ctypes.data, 0, 0)
         times.append(time.perf_counter() - start)
     return statistics.median(times) * 1e6
 

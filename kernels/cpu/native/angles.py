@@ -26,7 +26,7 @@ def _write(pos, freqs, n_pairs, out):
 
 
 def make(isa):
-    def kernel(h, a, chunk):
+    def kernel(h, a, chunk, thread):
         freqs, n_pairs = word(a + ANGLES_FREQS), word(a + ANGLES_N_PAIRS)
         pos, table, offset = position(h, chunk), table_of(h, chunk), 8 * n_pairs * chunk
         _write(pos, freqs, n_pairs, word(a + ANGLES_OUT) + offset)

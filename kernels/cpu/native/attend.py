@@ -28,7 +28,7 @@ from edgeinfer.kernels.cpu.layout import (
     ITEM_PART,
     ITEM_ROW,
     ITEM_SEGMENT,
-    MAX_TILE,
+    MAX_QUERIES,
     PAGE,
     ROW_BYTES,
     SEGMENT_PAGES,
@@ -37,12 +37,12 @@ from edgeinfer.kernels.cpu.layout import (
 from edgeinfer.kernels.cpu.native.attention import (
     fold_weights,
     grid,
-    local,
     max_rows,
     n_pinned_visible,
     n_segments,
     segment,
     sum_rows,
+    tile_of,
 )
 from edgeinfer.kernels.cpu.native.math import exp
 from edgeinfer.kernels.cpu.native.pages import (
@@ -60,6 +60,7 @@ from edgeinfer.kernels.cpu.native.simd import (
     load_i32,
     load_rows_f32,
     load_splat_f32,
+    local,
     max_f,
     mul_f,
     prefetch,
@@ -73,12 +74,11 @@ from edgeinfer.kernels.cpu.native.simd import (
     word,
     zeros_f32,
 )
-from edgeinfer.kernels.cpu.native.sink import tile_of
 
 jit = njit(error_model="numpy")
 
 _ROW = 4 * PAGE  # bytes of one query's scores in a page
-_SUMS = MAX_TILE * _ROW  # local memory: scores, 8 vectors, the maxima, fold weights, bounds
+_SUMS = MAX_QUERIES * _ROW  # local memory: scores, 8 vectors, the maxima, fold weights, bounds
 _MAXIMA = _SUMS + 256
 _WEIGHTS = _MAXIMA + 32
 _PART_WEIGHTS = _WEIGHTS + 32
@@ -242,7 +242,7 @@ def make(isa, k_dim, v_dim):
             _fold_segment(region + start * size, n, k_dim, v_dim, s)
             start += n
 
-    def kernel(h, a, chunk):
+    def kernel(h, a, chunk, thread):
         s, n_kv_heads = scratch(), word(a + ATTEND_N_KV_HEADS)
         n_heads, head = word(a + ATTEND_N_HEADS), chunk % n_kv_heads
         group = n_heads // n_kv_heads

@@ -9,12 +9,11 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from edgeinfer.kernels.cpu.layout import SEGMENT_PAGES, TABLE_PINNED
+from edgeinfer.kernels.cpu.layout import MAX_QUERIES, SEGMENT_PAGES, TABLE_PINNED
 from edgeinfer.kernels.cpu.native import simd
 from edgeinfer.kernels.cpu.native.math import exp
 from edgeinfer.kernels.cpu.native.pages import first_ring_page
 from edgeinfer.kernels.cpu.native.simd import (
-    I8,
     I32,
     Tile,
     f32x8,
@@ -62,6 +61,21 @@ def segment(table, page, i):
     return i if i < pinned else _first_ring_segment(table, page) + i - pinned
 
 
+# -- tiles of queries ---------------------------------------------------------------------------
+
+
+@jit
+def tile_of(query, n_queries):
+    """First query and size of the tile that one of n_queries belongs to: 8, then 4, 2 and 1."""
+    start, n = n_queries & -MAX_QUERIES, MAX_QUERIES // 2
+    if query < start:
+        return query & -MAX_QUERIES, MAX_QUERIES
+    while n > 1 and (n_queries & n == 0 or query >= start + n):
+        start += n_queries & n
+        n >>= 1
+    return start, n
+
+
 # -- folding -------------------------------------------------------------------------------------
 
 
@@ -105,28 +119,6 @@ def _across(combine):
 
 sum_rows = _across(lambda b, x, y: b.fadd(x, y))
 max_rows = _across(lambda b, x, y: b.select(b.fcmp_ordered(">", x, y), x, y))
-
-
-# -- memory of the running kernel ----------------------------------------------------------------
-
-
-def local(n_bytes):
-    """`local(n)()`: address of n bytes that live as long as the kernel runs.
-
-    NOTE: under 4096 in all, or Windows needs a stack probe, which no object may call.
-    """
-
-    @intrinsic
-    def allocate(typingctx):
-        def codegen(context, b, signature, values):
-            with b.goto_entry_block():
-                block = b.alloca(ir.ArrayType(I8, n_bytes))
-            block.align = 64
-            return b.ptrtoint(block, ir.IntType(64))
-
-        return intp(), codegen
-
-    return allocate
 
 
 # -- products of a tile of queries with K or V ---------------------------------------------------

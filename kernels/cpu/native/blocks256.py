@@ -1,8 +1,7 @@
 """Weight types with blocks of 256 columns: Q2_K, Q3_K, Q4_K, Q5_K, Q6_K.
 
-Knows nothing of matmuls; `formats.py` says what pack, accumulate and value mean. Scales of 32
-columns multiply as floats. Those of 16 columns multiply as integers; the sums of 32 columns are
-added up as floats, and d multiplies once for all 256.
+Knows nothing of matmuls; `formats.py` says what pack and value mean, `grid.py` what a product is.
+Scales of 32 columns multiply as floats, those of 16 columns as integers.
 """
 
 from __future__ import annotations
@@ -10,24 +9,27 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from edgeinfer.kernels.cpu.layout import A32_D, A32_DSUM, A32_SUMS
-from edgeinfer.kernels.cpu.native.blocks32 import five_bit_total, five_bits, nibble, nibble_dots
+from edgeinfer.kernels.cpu.native.blocks32 import (
+    five_bits,
+    fives,
+    nibble,
+    nibbles,
+    scaled_with_low,
+)
 from edgeinfer.kernels.cpu.native.fields import (
-    first_twice,
     load_i8_pairs,
     load_u8_pairs,
-    mul_words,
-    second_twice,
+    of_pairs,
     words_left,
     words_right,
 )
+from edgeinfer.kernels.cpu.native.grid import Product
 from edgeinfer.kernels.cpu.native.simd import (
     and_i,
     fma,
     load_f16,
     load_f16x8,
     load_i8,
-    load_splats_f32,
     load_u8,
     load_u8x8,
     load_u16,
@@ -45,8 +47,6 @@ from edgeinfer.kernels.cpu.native.simd import (
     store_u32,
     sub_i,
     to_f32,
-    zeros_f32,
-    zeros_i32,
 )
 
 jit = njit(error_model="numpy")
@@ -139,36 +139,24 @@ def value_q5_k(p, k, lane):
     return _scale_and_min(p, s, lane, five_bits(p + 160 + 160 * s, k & 31, lane))
 
 
-def _scaled_by_32(n, dot, sub_bytes):
-    """acc + (d * scale) * dx * dot - (dmin * min) * (dx * sum), sub-block by sub-block."""
+def _product_by_32(quads, largest, sub_bytes):
+    """acc + (d * scale) * dx * dot - (dmin * min) * (dx * sum of x)."""
 
     @jit
-    def add(p, q, stride, acc):
-        d, minus_dmin = load_f16x8(p), neg_f(load_f16x8(p + 16))
-        for s in range(8):
-            scale = mul_f(d, to_f32(load_u8x8(p + 32 + 8 * s)))
-            low = mul_f(minus_dmin, to_f32(load_u8x8(p + 96 + 8 * s)))
-            scale_x = mul_f(scale, load_splats_f32(q + A32_D, stride, n))
-            acc = fma(scale_x, to_f32(dot(p + 160 + sub_bytes * s, q, stride)), acc)
-            acc = fma(low, load_splats_f32(q + A32_DSUM, stride, n), acc)
-            q += n * stride
-        return acc
+    def unpack(p, i):
+        scale = mul_f(load_f16x8(p), to_f32(load_u8x8(p + 32 + 8 * i)))
+        low = mul_f(neg_f(load_f16x8(p + 16)), to_f32(load_u8x8(p + 96 + 8 * i)))
+        return (scale, low) + quads(p + 160 + sub_bytes * i)
 
-    return add
+    return Product(10, unpack, scaled_with_low(largest))
 
 
-def accumulate_q4_k(isa, n, load):
-    dots, zero, total = nibble_dots(isa, n, load), isa.narrow_zero, isa.narrow_sum
-
-    @jit
-    def dot(p, q, stride):
-        return total(dots(p, q, stride, zero(n)))
-
-    return _scaled_by_32(n, dot, 128)
+def product_q4_k(isa, load):
+    return _product_by_32(nibbles(load), 15, 128)
 
 
-def accumulate_q5_k(isa, n, load):
-    return _scaled_by_32(n, five_bit_total(isa, n, load, 0), 160)
+def product_q5_k(isa, load):
+    return _product_by_32(fives(load), 31, 160)
 
 
 # -- 256 columns, sub-blocks of 16: Q6_K, Q2_K, Q3_K ---------------------------------------------
@@ -219,44 +207,48 @@ def value_q6_k(p, k, lane):
     return load_f16(p + 2 * lane) * f32(scale) * f32(np.int32(u) - np.int32(32))
 
 
-def accumulate_q6_k(isa, n, load):
-    assert isa.narrow_dots(63) >= 2
-    zero, dot, add_scaled, pair_dot = isa.narrow_zero, isa.narrow_dot, isa.add_scaled, isa.pair_dot
-    first, second, in_one = isa.scale_first, isa.scale_second, isa.narrow_is_wide
+def _scaled_by_16(largest, is_short=False):
+    """acc + d * dx * (the dots of two sub-blocks times their scales, plus pairs times sums of x).
+
+    The fields are d, two scales, pairs, and 8 quads.
+    """
+
+    def add_of(grid):
+        scale, pair_dots = grid.scale(0), grid.pair_dots(3)
+        add_dots = grid.scaled_dots(1, 4, largest, is_short)
+
+        @jit
+        def add(fields, x, stride, acc):
+            dots = add_dots(fields, x, stride, pair_dots(fields, x, stride))
+            return fma(scale(fields, x, stride), to_f32(dots), acc)
+
+        return add
+
+    return add_of
+
+
+def product_q6_k(isa, load):
+    first, second = of_pairs(isa.scale_first), of_pairs(isa.scale_second)
 
     @jit
-    def low(p, high):
-        a = or_i(and_i(load(p), splat_u8(15)), and_i(words_left(high, 4), splat_u8(48)))
-        b = or_i(and_i(load(p + 32), splat_u8(15)), and_i(words_left(high, 2), splat_u8(48)))
-        return a, b
+    def quads(p):
+        """Quads 0 to 3 of a sub-block of 16."""
+        a, b, high = load(p), load(p + 32), load(p + 64)
+        return (
+            or_i(and_i(a, splat_u8(15)), and_i(words_left(high, 4), splat_u8(48))),
+            or_i(and_i(b, splat_u8(15)), and_i(words_left(high, 2), splat_u8(48))),
+            or_i(shift_right(a, 4), and_i(high, splat_u8(48))),
+            or_i(shift_right(b, 4), and_i(words_right(high, 2), splat_u8(48))),
+        )
 
     @jit
-    def high(p, high):
-        a = or_i(shift_right(load(p), 4), and_i(high, splat_u8(48)))
-        b = or_i(shift_right(load(p + 32), 4), and_i(words_right(high, 2), splat_u8(48)))
-        return a, b
+    def unpack(p, i):
+        scales, at = load_i8_pairs(p + 16 + 16 * i), p + 144 + 192 * i
+        offsets = mul_i(scales, splat_i16(-32))
+        scale = (load_f16x8(p), first(scales), second(scales), offsets)
+        return scale + quads(at) + quads(at + 96)
 
-    @jit
-    def add_sub_block(p, q, stride, scale, isum):
-        bits = load(p + 64)
-        if in_one:
-            return add_scaled(isum, dot(zero(n), low(p, bits) + high(p, bits), q, stride), scale)
-        isum = add_scaled(isum, dot(zero(n), low(p, bits), q, stride), scale)
-        return add_scaled(isum, dot(zero(n), high(p, bits), q + 8, stride), scale)
-
-    @jit
-    def add(p, q, stride, acc):
-        total = zeros_f32(n)
-        for i in range(8):
-            scales, at = load_i8_pairs(p + 16 + 16 * i), p + 144 + 192 * i
-            isum = add_sub_block(at, q, stride, first(scales), zeros_i32(n))
-            isum = add_sub_block(at + 96, q + 16, stride, second(scales), isum)
-            isum = pair_dot(isum, mul_i(scales, splat_i16(-32)), q + A32_SUMS, stride)
-            total = fma(load_splats_f32(q + A32_D, stride, n), to_f32(isum), total)
-            q += n * stride
-        return fma(load_f16x8(p), total, acc)
-
-    return add
+    return Product(12, unpack, _scaled_by_16(63))
 
 
 @jit
@@ -278,58 +270,42 @@ def value_q2_k(p, k, lane):
     return scale * f32(_two_bits(p + 160 + 32 * s, k & 15, lane)) - low
 
 
-def accumulate_q2_k(isa, n, load):
-    assert isa.narrow_dots(3) >= 4
-    zero, dot, add_short, pair_dot = isa.narrow_zero, isa.narrow_dot, isa.add_short, isa.pair_dot
-    first, second, total_of = isa.short_first, isa.short_second, isa.narrow_sum
+@jit
+def _pairs_of_bits(v):
+    """The four pairs of bits of every byte."""
+    three = splat_u8(3)
+    return (
+        and_i(v, three),
+        and_i(words_right(v, 2), three),
+        and_i(words_right(v, 4), three),
+        and_i(words_right(v, 6), three),
+    )
+
+
+def product_q2_k(isa, load):
+    first, second = of_pairs(isa.short_first), of_pairs(isa.short_second)
 
     @jit
-    def quads(v):
-        return (
-            and_i(v, splat_u8(3)),
-            and_i(words_right(v, 2), splat_u8(3)),
-            and_i(words_right(v, 4), splat_u8(3)),
-            and_i(words_right(v, 6), splat_u8(3)),
-        )
+    def unpack(p, i):
+        both, at = load_u8_pairs(p + 32 + 16 * i), p + 160 + 64 * i
+        scales, lows = and_i(both, splat_i16(15)), shift_right(both, 4)
+        d, minus_dmin = load_f16x8(p), neg_f(load_f16x8(p + 16))
+        scale = (d, minus_dmin, first(scales), second(scales), lows)
+        return scale + _pairs_of_bits(load(at)) + _pairs_of_bits(load(at + 32))
 
-    @jit
-    def times(vectors, scale):
-        a, b, c, d = vectors
-        return mul_words(a, scale), mul_words(b, scale), mul_words(c, scale), mul_words(d, scale)
+    def add_of(grid):
+        scale, low_scale, low_dots = grid.scale(0), grid.scale(1), grid.pair_dots(4)
+        add_dots, zeros = grid.scaled_dots(2, 5, 3, is_short=True), grid.zeros
 
-    @jit
-    def add_sub_block(p, q, stride, scale, isum):
-        return add_short(isum, dot(zero(n), quads(load(p)), q, stride), scale)
+        @jit
+        def add(fields, x, stride, acc):
+            dots, lows = add_dots(fields, x, stride, zeros()), low_dots(fields, x, stride)
+            acc = fma(scale(fields, x, stride), to_f32(dots), acc)
+            return fma(low_scale(fields, x, stride), to_f32(lows), acc)
 
-    @jit
-    def dots(p, q, stride, scales):
-        """For few tokens: scale the dots."""
-        isum = add_sub_block(p, q, stride, first(scales), zeros_i32(n))
-        return add_sub_block(p + 32, q + 16, stride, second(scales), isum)
+        return add
 
-    @jit
-    def scaled_dots(p, q, stride, scales):
-        """For many: scale the weights, at most 45, two bytes in one multiplication."""
-        a = times(quads(load(p)), first_twice(scales))
-        b = times(quads(load(p + 32)), second_twice(scales))
-        return total_of(dot(zero(n), a + b, q, stride))
-
-    isum_of = scaled_dots if isa.narrow_is_wide and n >= 4 else dots
-
-    @jit
-    def add(p, q, stride, acc):
-        total, low = zeros_f32(n), zeros_f32(n)
-        for i in range(8):
-            both = load_u8_pairs(p + 32 + 16 * i)
-            isum = isum_of(p + 160 + 64 * i, q, stride, and_i(both, splat_i16(15)))
-            msum = pair_dot(zeros_i32(n), shift_right(both, 4), q + A32_SUMS, stride)
-            dx = load_splats_f32(q + A32_D, stride, n)
-            total, low = fma(dx, to_f32(isum), total), fma(dx, to_f32(msum), low)
-            q += n * stride
-        acc = fma(load_f16x8(p), total, acc)
-        return fma(neg_f(load_f16x8(p + 16)), low, acc)
-
-    return add
+    return Product(13, unpack, add_of, n_tokens=1)
 
 
 @jit
@@ -356,10 +332,8 @@ def value_q3_k(p, k, lane):
     return load_f16(p + 2 * lane) * f32(scale) * f32(np.int32(u) - np.int32(4))
 
 
-def accumulate_q3_k(isa, n, load):
-    assert isa.narrow_dots(7) >= 4
-    zero, dot, add_short, pair_dot = isa.narrow_zero, isa.narrow_dot, isa.add_short, isa.pair_dot
-    first, second = isa.short_first, isa.short_second
+def product_q3_k(isa, load):
+    first, second = of_pairs(isa.short_first), of_pairs(isa.short_second)
 
     @jit
     def scale_pairs(p, i):
@@ -368,28 +342,22 @@ def accumulate_q3_k(isa, n, load):
         return sub_i(or_i(low, shift_left(high, 4)), splat_i16(32))
 
     @jit
-    def add_sub_block(p, third, q, stride, scale, isum):
+    def quads(v, third):
         """`third` has the third bits of quad j at bit 2 + j."""
-        v = load(p)
-        quads = (
-            or_i(and_i(v, splat_u8(3)), and_i(third, splat_u8(4))),
-            or_i(and_i(words_right(v, 2), splat_u8(3)), and_i(words_right(third, 1), splat_u8(4))),
-            or_i(and_i(words_right(v, 4), splat_u8(3)), and_i(words_right(third, 2), splat_u8(4))),
-            or_i(and_i(words_right(v, 6), splat_u8(3)), and_i(words_right(third, 3), splat_u8(4))),
+        (a, b, c, d), four = _pairs_of_bits(v), splat_u8(4)
+        return (
+            or_i(a, and_i(third, four)),
+            or_i(b, and_i(words_right(third, 1), four)),
+            or_i(c, and_i(words_right(third, 2), four)),
+            or_i(d, and_i(words_right(third, 3), four)),
         )
-        return add_short(isum, dot(zero(n), quads, q, stride), scale)
 
     @jit
-    def add(p, q, stride, acc):
-        total = zeros_f32(n)
-        for i in range(8):
-            scales, at, third = scale_pairs(p, i), p + 112 + 96 * i, load(p + 176 + 96 * i)
-            even, odd = words_left(third, 2), words_right(third, 2)
-            isum = add_sub_block(at, even, q, stride, first(scales), zeros_i32(n))
-            isum = add_sub_block(at + 32, odd, q + 16, stride, second(scales), isum)
-            isum = pair_dot(isum, mul_i(scales, splat_i16(-4)), q + A32_SUMS, stride)
-            total = fma(load_splats_f32(q + A32_D, stride, n), to_f32(isum), total)
-            q += n * stride
-        return fma(load_f16x8(p), total, acc)
+    def unpack(p, i):
+        scales, at = scale_pairs(p, i), p + 112 + 96 * i
+        third, offsets = load(at + 64), mul_i(scales, splat_i16(-4))
+        even = quads(load(at), words_left(third, 2))
+        odd = quads(load(at + 32), words_right(third, 2))
+        return (load_f16x8(p), first(scales), second(scales), offsets) + even + odd
 
-    return add
+    return Product(12, unpack, _scaled_by_16(7, is_short=True), n_tokens=1)

@@ -1,6 +1,7 @@
 """Weight types with blocks of 32 columns: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0.
 
-Knows nothing of matmuls; `formats.py` says what pack, accumulate and value mean.
+Knows nothing of matmuls; `formats.py` says what pack and value mean, `grid.py` what a product
+is.
 """
 
 from __future__ import annotations
@@ -8,27 +9,22 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from edgeinfer.kernels.cpu.layout import A32_D, A32_DSUM, A32_SUMS
-from edgeinfer.kernels.cpu.native.fields import words_left, words_right
+from edgeinfer.kernels.cpu.native.fields import split_bytes, words_left, words_right
+from edgeinfer.kernels.cpu.native.grid import Product
 from edgeinfer.kernels.cpu.native.simd import (
-    add_i,
     and_i,
     fma,
     load_f16,
     load_f16x8,
-    load_splats_f32,
     load_u8,
     load_u16,
     load_u32,
-    mul_f,
     or_i,
     shift_right,
-    splat_i16,
     splat_u8,
     store_u16,
     store_u32,
     to_f32,
-    zeros_i32,
 )
 
 jit = njit(error_model="numpy")
@@ -75,75 +71,72 @@ def value_q4_1(p, k, lane):
     return load_f16(p + 2 * lane) * f32(nibble(p + 32, k, lane)) + load_f16(p + 16 + 2 * lane)
 
 
-def nibble_dots(isa, n, load):
-    """Eight dots, the bound of int16 for nibbles."""
-    assert isa.narrow_dots(15) >= 8
-    dot = isa.narrow_dot
+def nibbles(load):
+    """Quads 0 to 7 of 32 columns whose quants are at p."""
 
     @jit
-    def dots(p, q, stride, acc):
-        for j in range(4):
-            v = load(p + 32 * j)
-            acc = dot(acc, and_i(v, splat_u8(15)), q + 4 * j, stride)
-            acc = dot(acc, shift_right(v, 4), q + 4 * j + 16, stride)
-        return acc
+    def unpack(p):
+        a, b, c, d = load(p), load(p + 32), load(p + 64), load(p + 96)
+        low = splat_u8(15)
+        return (
+            and_i(a, low), and_i(b, low), and_i(c, low), and_i(d, low),
+            shift_right(a, 4), shift_right(b, 4), shift_right(c, 4), shift_right(d, 4),
+        )  # fmt: skip
 
-    return dots
-
-
-def _start_with(isa, n, offset):
-    """Where sums are int32 from the start, they start at offset * sum of x; else this adds it."""
-    zero, total, pair_dot = isa.narrow_zero, isa.narrow_sum, isa.pair_dot
-    early, late = offset and isa.narrow_is_wide, offset and not isa.narrow_is_wide
-
-    @jit
-    def start(x_sums, stride):
-        if early:
-            return pair_dot(zero(n), splat_i16(offset), x_sums, stride)
-        return zero(n)
-
-    @jit
-    def finish(acc, x_sums, stride):
-        if late:
-            return pair_dot(total(acc), splat_i16(offset), x_sums, stride)
-        return total(acc)
-
-    return start, finish
+    return unpack
 
 
-def accumulate_q4_0(isa, n, load):
-    dots, (start, finish) = nibble_dots(isa, n, load), _start_with(isa, n, -8)
+def scaled(largest, offset):
+    """acc + d * dx * (dot + offset * sum of x); the fields are d and 8 quads."""
 
-    @jit
-    def add(p, q, stride, acc):
-        d = mul_f(load_f16x8(p), load_splats_f32(q + A32_D, stride, n))
-        dot = dots(p + 16, q, stride, start(q + A32_SUMS, stride))
-        return fma(d, to_f32(finish(dot, q + A32_SUMS, stride)), acc)
+    def add_of(grid):
+        scale, dots = grid.scale(0), grid.dots(1, largest, offset)
 
-    return add
+        @jit
+        def add(fields, x, stride, acc):
+            dot = to_f32(dots(fields, x, stride))
+            return fma(scale(fields, x, stride), dot, acc)
 
+        return add
 
-def _with_min(n):
-    """acc + d * dx * dot + m * (dx * sum), for Q4_1 and Q5_1."""
-
-    @jit
-    def add(p, q, stride, dot, acc):
-        dx = load_splats_f32(q + A32_D, stride, n)
-        acc = fma(mul_f(load_f16x8(p), dx), to_f32(dot), acc)
-        return fma(load_f16x8(p + 16), load_splats_f32(q + A32_DSUM, stride, n), acc)
-
-    return add
+    return add_of
 
 
-def accumulate_q4_1(isa, n, load):
-    dots, with_min = nibble_dots(isa, n, load), _with_min(n)
-    zero, total = isa.narrow_zero, isa.narrow_sum
+def scaled_with_low(largest):
+    """acc + d * dx * dot + m * (dx * sum of x); the fields are d, m and 8 quads."""
+
+    def add_of(grid):
+        scale, add_low, dots = grid.scale(0), grid.add_low(1), grid.dots(2, largest)
+
+        @jit
+        def add(fields, x, stride, acc):
+            dot = to_f32(dots(fields, x, stride))
+            acc = fma(scale(fields, x, stride), dot, acc)
+            return add_low(fields, x, stride, acc)
+
+        return add
+
+    return add_of
+
+
+def product_q4_0(isa, load):
+    quads = nibbles(load)
 
     @jit
-    def add(p, q, stride, acc):
-        return with_min(p, q, stride, total(dots(p + 32, q, stride, zero(n))), acc)
+    def unpack(p, i):
+        return (load_f16x8(p),) + quads(p + 16)
 
-    return add
+    return Product(9, unpack, scaled(15, -8))
+
+
+def product_q4_1(isa, load):
+    quads = nibbles(load)
+
+    @jit
+    def unpack(p, i):
+        return (load_f16x8(p), load_f16x8(p + 16)) + quads(p + 32)
+
+    return Product(10, unpack, scaled_with_low(15))
 
 
 # -- 32 columns, five bits: Q5_0, Q5_1 -----------------------------------------------------------
@@ -198,69 +191,49 @@ def value_q5_1(p, k, lane):
     return load_f16(p + 2 * lane) * f32(five_bits(p + 32, k, lane)) + load_f16(p + 16 + 2 * lane)
 
 
-def _five_bit_dots(isa, n, load):
-    """Two functions that each add four dots: the low and the high half of 32 elements."""
-    assert isa.narrow_dots(31) >= 4
-    dot = isa.narrow_dot
+def fives(load):
+    """Quads 0 to 7 of 32 columns whose fifth bits are at p and nibbles behind them."""
+    quads = nibbles(load)
 
     @jit
-    def low(p, q, stride, acc):
-        fifth = load(p)
-        for j in range(4):
-            v = and_i(load(p + 32 + 32 * j), splat_u8(15))
-            v = or_i(v, and_i(words_left(fifth, 4 - j), splat_u8(16)))
-            acc = dot(acc, v, q + 4 * j, stride)
-        return acc
+    def bit(v):
+        return and_i(v, splat_u8(16))
 
     @jit
-    def high(p, q, stride, acc):
-        fifth = load(p)
-        for j in range(4):
-            v = shift_right(load(p + 32 + 32 * j), 4)
-            v = or_i(v, and_i(words_right(fifth, j), splat_u8(16)))
-            acc = dot(acc, v, q + 4 * j + 16, stride)
-        return acc
+    def unpack(p):
+        fifth, (a, b, c, d, e, f, g, h) = load(p), quads(p + 32)
+        return (
+            or_i(a, bit(words_left(fifth, 4))),
+            or_i(b, bit(words_left(fifth, 3))),
+            or_i(c, bit(words_left(fifth, 2))),
+            or_i(d, bit(words_left(fifth, 1))),
+            or_i(e, bit(fifth)),
+            or_i(f, bit(words_right(fifth, 1))),
+            or_i(g, bit(words_right(fifth, 2))),
+            or_i(h, bit(words_right(fifth, 3))),
+        )
 
-    return low, high
+    return unpack
 
 
-def five_bit_total(isa, n, load, offset):
-    """The dot of 32 elements in int32, plus offset times the sum of x."""
-    low, high = _five_bit_dots(isa, n, load)
-    start, finish = _start_with(isa, n, offset)
-    zero, total = isa.narrow_zero, isa.narrow_sum
-
-    @jit
-    def in_one(p, q, stride):
-        return total(high(p, q, stride, low(p, q, stride, start(q + A32_SUMS, stride))))
+def product_q5_0(isa, load):
+    quads = fives(load)
 
     @jit
-    def in_halves(p, q, stride):
-        first = finish(low(p, q, stride, zero(n)), q + A32_SUMS, stride)
-        return add_i(first, total(high(p, q, stride, zero(n))))
+    def unpack(p, i):
+        return (load_f16x8(p),) + quads(p + 16)
 
-    return in_one if isa.narrow_is_wide else in_halves
-
-
-def accumulate_q5_0(isa, n, load):
-    total = five_bit_total(isa, n, load, -16)
-
-    @jit
-    def add(p, q, stride, acc):
-        d = mul_f(load_f16x8(p), load_splats_f32(q + A32_D, stride, n))
-        return fma(d, to_f32(total(p + 16, q, stride)), acc)
-
-    return add
+    return Product(9, unpack, scaled(31, -16))
 
 
-def accumulate_q5_1(isa, n, load):
-    total, with_min = five_bit_total(isa, n, load, 0), _with_min(n)
+def product_q5_1(isa, load):
+    quads = fives(load)
 
     @jit
-    def add(p, q, stride, acc):
-        return with_min(p, q, stride, total(p + 32, q, stride), acc)
+    def unpack(p, i):
+        return (load_f16x8(p), load_f16x8(p + 16)) + quads(p + 32)
 
-    return add
+    return Product(10, unpack, scaled_with_low(31))
 
 
 # -- 32 columns, bytes: Q8_0 ---------------------------------------------------------------------
@@ -279,17 +252,25 @@ def value_q8_0(p, k, lane):
     return load_f16(p + 2 * lane) * f32(np.int32(b) - np.int32(128))
 
 
-def accumulate_q8_0(isa, n, load):
-    byte_dot, pair_dot, excess = isa.byte_dot, isa.pair_dot, isa.byte_excess
+def product_q8_0(isa, load):
+    parts = split_bytes(isa)
 
     @jit
-    def add(p, q, stride, acc):
-        dot = zeros_i32(n)
-        if excess:
-            dot = pair_dot(dot, splat_i16(-128), q + A32_SUMS, stride)
-        for j in range(8):
-            dot = byte_dot(dot, load(p + 16 + 32 * j), q + 4 * j, stride)
-        d = mul_f(load_f16x8(p), load_splats_f32(q + A32_D, stride, n))
-        return fma(d, to_f32(dot), acc)
+    def unpack(p, i):
+        q = p + 16
+        first = parts(load(q)) + parts(load(q + 32)) + parts(load(q + 64)) + parts(load(q + 96))
+        q += 128
+        last = parts(load(q)) + parts(load(q + 32)) + parts(load(q + 64)) + parts(load(q + 96))
+        return (load_f16x8(p),) + first + last
 
-    return add
+    def add_of(grid):
+        scale, dots = grid.scale(0), grid.byte_dots(1)
+
+        @jit
+        def add(fields, x, stride, acc):
+            dot = to_f32(dots(fields, x, stride))
+            return fma(scale(fields, x, stride), dot, acc)
+
+        return add
+
+    return Product(1 + 8 * isa.n_byte_parts, unpack, add_of)

@@ -39,7 +39,7 @@ def copy(x, out, n):
 
 
 def make(isa):
-    def kernel(h, a, chunk):
+    def kernel(h, a, chunk, thread):
         source = chunk
         if word(a + COPY_ROWS) == WANTED_ROWS:
             source = load_i32(word(h + H_WANTED) + 4 * chunk)

@@ -22,7 +22,7 @@ def make(isa, type_name):
     block, packed_bytes = SIZES[type_name].block, SIZES[type_name].packed_bytes
     value = FORMATS[type_name].value
 
-    def kernel(header, args, chunk):
+    def kernel(header, args, chunk, thread):
         row = load_i32(word(header + H_IDS) + 4 * chunk)
         n_blocks = word(args + EMBED_N_BLOCKS)
         p = word(args + EMBED_W) + (row >> 3) * n_blocks * packed_bytes

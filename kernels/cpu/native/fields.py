@@ -6,6 +6,7 @@ Knows no quant type and no instruction set.
 from __future__ import annotations
 
 from llvmlite import ir
+from numba import types
 from numba.extending import intrinsic
 
 from edgeinfer.kernels.cpu.native.simd import (
@@ -18,6 +19,7 @@ from edgeinfer.kernels.cpu.native.simd import (
     scalar,
     splat_ir,
     u8x16,
+    u8x32,
 )
 
 # Two bytes of each of 8 rows, widened.
@@ -26,18 +28,13 @@ load_i8_pairs = scalar(i16x16, (intp,), lambda b, p: b.sext(load_ir(b, p, u8x16.
 
 
 def _twice(first):
-    """Both halves of every pair become one of them."""
+    """Emits: both halves of every pair become one of them."""
     mask = ir.Constant(ir.VectorType(I32, 16), [i // 2 * 2 + first for i in range(16)])
-    return mapped(1, lambda v: v, lambda b, x: b.shuffle_vector(x, x, mask))
+    return lambda b, x: b.shuffle_vector(x, x, mask)
 
 
 first_twice = _twice(0)
 second_twice = _twice(1)
-
-# Every int16 of a vector of bytes times an int16.
-mul_words = mapped(
-    2, lambda v, w: v, lambda b, x, y: b.bitcast(b.mul(b.bitcast(x, i16x16.ir), y), x.type)
-)
 
 
 def _shift_words(emit):
@@ -58,3 +55,23 @@ def _shift_words(emit):
 
 words_left = _shift_words(lambda b, x, k: b.shl(x, k))
 words_right = _shift_words(lambda b, x, k: b.lshr(x, k))
+
+
+def of_pairs(emit):
+    """An operation on pairs of int16 from what a family emits for it; gives bytes."""
+    return mapped(1, lambda v: u8x32, lambda b, pairs: b.bitcast(emit(b, pairs), u8x32.ir))
+
+
+def split_bytes(isa):
+    """`split(u)`: the tuple of vectors that a family's `byte_dot` takes."""
+
+    @intrinsic
+    def split(typingctx, u):
+        kind = types.UniTuple(u8x32, isa.n_byte_parts)
+
+        def codegen(context, builder, signature, values):
+            return context.make_tuple(builder, kind, isa.byte_parts(builder, values[0]))
+
+        return kind(u), codegen
+
+    return split

@@ -22,7 +22,7 @@ from edgeinfer.kernels.cpu.layout import (
     SINK_F32,
     SINK_STRIDE,
 )
-from edgeinfer.kernels.cpu.native.attention import fold_weights
+from edgeinfer.kernels.cpu.native.attention import fold_weights, tile_of
 from edgeinfer.kernels.cpu.native.copy_rows import copy
 from edgeinfer.kernels.cpu.native.simd import (
     div_f,
@@ -34,7 +34,7 @@ from edgeinfer.kernels.cpu.native.simd import (
     store_f32x8,
     word,
 )
-from edgeinfer.kernels.cpu.native.sink import leave, tile_of
+from edgeinfer.kernels.cpu.native.sink import leave
 
 jit = njit(error_model="numpy")
 
@@ -59,7 +59,7 @@ def _fold_head(tile, step, n_parts, lane, n, k_dim, v_dim, out):
 
 
 def make(isa):
-    def kernel(h, a, chunk):
+    def kernel(h, a, chunk, thread):
         k_dim, v_dim = word(a + ATTEND_K_DIM), word(a + ATTEND_V_DIM)
         n_heads, size = word(a + ATTEND_N_HEADS), 4 * (k_dim + 2 * v_dim + QUERY_EXTRA)
         group = n_heads // word(a + ATTEND_N_KV_HEADS)

@@ -1,15 +1,11 @@
 """What the kernels know of each weight type: packing a block, its dot products, one value of it.
 
 Knows nothing of rows, chunks or tiles of a matmul. `edgeinfer.kernels.cpu.formats` describes the
-packed blocks, `edgeinfer.quant` the blocks of the file.
+packed blocks, `edgeinfer.quant` the blocks of the file. Vectors have a lane for each of 8 rows.
 
-For each type, over vectors of 8 rows (one lane per row):
-
-- `pack(src, dst, lane)`: put one row's block of the file into a packed block;
-- `accumulate(isa, n, load)` gives `add(p, q, stride, acc)`: acc plus packed block p, read with
-  `load`, times the blocks of n tokens, in the order of additions that `reference.py` fixes. The
-  a32 blocks of one token lie n * `stride` apart, the first block of the next token `stride`;
-- `value(p, k, lane)`: element k of a row, as the file's dequantisation rounds it.
+`FORMATS`: how to pack a block and to read a value of it. `PRODUCTS`: `product(isa, load)`, how
+packed blocks, read with `load`, meet quantised activations. `FLOATS`: `add(n)`, how float blocks
+meet n rows of floats.
 """
 
 from __future__ import annotations
@@ -40,12 +36,11 @@ jit = njit(error_model="numpy")
 
 @dataclass(frozen=True)
 class Format:
-    """The code of one weight type; see the module docstring."""
+    """`pack(src, dst, lane)` puts one row's block of the file into a packed block;
+    `value(p, k, lane)` is element k of a row, as the file's dequantisation rounds it."""
 
     pack: Callable
-    accumulate: Callable
     value: Callable
-    n_accumulators: int = 1  # tiles of sums that a row is added up in
 
 
 # -- 4 columns of floats: F16, BF16, F32 ---------------------------------------------------------
@@ -78,37 +73,55 @@ def _value_f32(p, k, lane):
     return load_f32(p + 32 * k + 4 * lane)
 
 
-def _accumulate_floats(load, size):
-    """Element k goes to accumulator k of four: four chains of fma instead of one."""
+def _fma_floats(load, size):
+    """`add(n)` gives `add(p, x, stride, sums)`: element k of 4, times that of n rows `stride` bytes
+    apart, goes to sum k."""
 
-    def accumulate(isa, n, _):
+    def add_of(n):
         @jit
-        def add(p, q, stride, acc):
-            a, b, c, d = acc
+        def add(p, x, stride, sums):
+            a, b, c, d = sums
             return (
-                fma(load(p), load_splats_f32(q, stride, n), a),
-                fma(load(p + 8 * size), load_splats_f32(q + 4, stride, n), b),
-                fma(load(p + 16 * size), load_splats_f32(q + 8, stride, n), c),
-                fma(load(p + 24 * size), load_splats_f32(q + 12, stride, n), d),
+                fma(load(p), load_splats_f32(x, stride, n), a),
+                fma(load(p + 8 * size), load_splats_f32(x + 4, stride, n), b),
+                fma(load(p + 16 * size), load_splats_f32(x + 8, stride, n), c),
+                fma(load(p + 24 * size), load_splats_f32(x + 12, stride, n), d),
             )
 
         return add
 
-    return accumulate
+    return add_of
 
 
 FORMATS = {
-    "q4_0": Format(blocks32.pack_q4_0, blocks32.accumulate_q4_0, blocks32.value_q4_0),
-    "q4_1": Format(blocks32.pack_q4_1, blocks32.accumulate_q4_1, blocks32.value_q4_1),
-    "q5_0": Format(blocks32.pack_q5_0, blocks32.accumulate_q5_0, blocks32.value_q5_0),
-    "q5_1": Format(blocks32.pack_q5_1, blocks32.accumulate_q5_1, blocks32.value_q5_1),
-    "q8_0": Format(blocks32.pack_q8_0, blocks32.accumulate_q8_0, blocks32.value_q8_0),
-    "q2_k": Format(blocks256.pack_q2_k, blocks256.accumulate_q2_k, blocks256.value_q2_k),
-    "q3_k": Format(blocks256.pack_q3_k, blocks256.accumulate_q3_k, blocks256.value_q3_k),
-    "q4_k": Format(blocks256.pack_q4_k, blocks256.accumulate_q4_k, blocks256.value_q4_k),
-    "q5_k": Format(blocks256.pack_q5_k, blocks256.accumulate_q5_k, blocks256.value_q5_k),
-    "q6_k": Format(blocks256.pack_q6_k, blocks256.accumulate_q6_k, blocks256.value_q6_k),
-    "f16": Format(_pack_halves, _accumulate_floats(load_f16x8, 2), _value_f16, 4),
-    "bf16": Format(_pack_halves, _accumulate_floats(load_bf16x8, 2), _value_bf16, 4),
-    "f32": Format(_pack_f32, _accumulate_floats(load_f32x8, 4), _value_f32, 4),
+    "q4_0": Format(blocks32.pack_q4_0, blocks32.value_q4_0),
+    "q4_1": Format(blocks32.pack_q4_1, blocks32.value_q4_1),
+    "q5_0": Format(blocks32.pack_q5_0, blocks32.value_q5_0),
+    "q5_1": Format(blocks32.pack_q5_1, blocks32.value_q5_1),
+    "q8_0": Format(blocks32.pack_q8_0, blocks32.value_q8_0),
+    "q2_k": Format(blocks256.pack_q2_k, blocks256.value_q2_k),
+    "q3_k": Format(blocks256.pack_q3_k, blocks256.value_q3_k),
+    "q4_k": Format(blocks256.pack_q4_k, blocks256.value_q4_k),
+    "q5_k": Format(blocks256.pack_q5_k, blocks256.value_q5_k),
+    "q6_k": Format(blocks256.pack_q6_k, blocks256.value_q6_k),
+    "f16": Format(_pack_halves, _value_f16),
+    "bf16": Format(_pack_halves, _value_bf16),
+    "f32": Format(_pack_f32, _value_f32),
+}
+PRODUCTS = {
+    "q4_0": blocks32.product_q4_0,
+    "q4_1": blocks32.product_q4_1,
+    "q5_0": blocks32.product_q5_0,
+    "q5_1": blocks32.product_q5_1,
+    "q8_0": blocks32.product_q8_0,
+    "q2_k": blocks256.product_q2_k,
+    "q3_k": blocks256.product_q3_k,
+    "q4_k": blocks256.product_q4_k,
+    "q5_k": blocks256.product_q5_k,
+    "q6_k": blocks256.product_q6_k,
+}
+FLOATS = {
+    "f16": _fma_floats(load_f16x8, 2),
+    "bf16": _fma_floats(load_bf16x8, 2),
+    "f32": _fma_floats(load_f32x8, 4),
 }

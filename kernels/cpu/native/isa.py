@@ -1,19 +1,20 @@
 """The integer dot product of each instruction-set family, under the same names for all of them.
 
-Knows no quant type. A family offers, for 32 unsigned bytes u (8 rows x 4) and four signed bytes
-of each token's activations:
+Knows no quant type and no tile. All but `pause` and `reset_float` emit LLVM instructions: they
+take an IR builder and values. `u` is 32 unsigned bytes of weights, 8 rows x 4; `x` four signed
+bytes of activations in every 32-bit lane. Lane r of a sum belongs to row r. A family offers:
 
-- `narrow_zero(n)`, `narrow_dot(acc, u, x, stride)`, `narrow_sum(acc)`: for u <= 63, at most
+- `narrow_zero`, `narrow_dot(b, acc, u, x)`, `narrow_sum(b, acc)`: for u <= 63, at most
   `narrow_dots(largest u)` dots between zero and sum, because a family may add in int16;
-- `scale_first(pairs)`, `scale_second(pairs)`, `add_scaled(total, acc, scale)`: total + scale *
-  narrow_sum(acc), the scale of each row being one of a pair of int16; `short_first`,
+- `scale_first(b, pairs)`, `scale_second(b, pairs)`, `add_scaled(b, total, acc, scale)`: total +
+  scale * narrow_sum(acc), the scale of each row being one of a pair of int16; `short_first`,
   `short_second` and `add_short`: the same where narrow_sum(acc) fits in int16;
-- `pair_dot(total, pairs, x, stride)`: two int16 of each row times two int16 of each token;
-- `byte_dot(acc, u, x, stride)`: for weights stored as u = w + 128, the dot product of
-  w + `byte_excess` and x, which is 0 or 128.
+- `pair_dot(b, total, pairs, x)`: two int16 of each row times the two int16 in every lane of x;
+- `byte_parts(b, u)` and `byte_dot(b, acc, parts, x)`: for weights stored as u = w + 128,
+  `n_byte_parts` vectors made of u once, and with them the dot product of w + `byte_excess`, which
+  is 0 or 128, and x.
 
-Lane r of a sum belongs to row r; token i's activations lie at x + i * stride. All are exact, so
-every family gives the same bits.
+All are exact, so every family gives the same bits.
 """
 
 from __future__ import annotations
@@ -23,25 +24,9 @@ from dataclasses import dataclass, replace
 
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
 from edgeinfer.kernels.cpu.native import fields, simd
-from edgeinfer.kernels.cpu.native.simd import (
-    I16,
-    I32,
-    Tile,
-    call,
-    const_ir,
-    i16x16,
-    i32x8,
-    intp,
-    load_ir,
-    mapped,
-    offset_ir,
-    splat_ir,
-    tile_ir,
-    u8x32,
-)
+from edgeinfer.kernels.cpu.native.simd import I16, I32, call, const_ir, i16x16, i32x8, u8x32
 
 _I8x32, _I16x16, _I32x8 = u8x32.ir, i16x16.ir, i32x8.ir
 
@@ -52,7 +37,7 @@ class Isa:
 
     name: str
     registers: int  # vector registers that a kernel may count on
-    narrow_zero: Callable
+    narrow_zero: ir.Constant
     narrow_dot: Callable
     narrow_sum: Callable
     narrow_dots: Callable[[int], int]
@@ -64,52 +49,12 @@ class Isa:
     short_second: Callable
     add_short: Callable
     pair_dot: Callable
+    byte_parts: Callable
     byte_dot: Callable
     byte_excess: int
+    n_byte_parts: int
     pause: Callable
     reset_float: Callable  # round to nearest, denormals kept, whatever this thread had before
-
-
-def _first(*vecs):
-    return vecs[0]
-
-
-def _broadcast(b, x, stride, i):
-    """Four activation bytes of token i in every 32-bit lane."""
-    return b.bitcast(splat_ir(b, load_ir(b, offset_ir(b, x, stride, i), I32), 8), _I8x32)
-
-
-def _per_token(emit):
-    """`dot(acc, w, x, stride)`: `emit` for each token, its activations loaded next to their use.
-
-    Of a tuple of weights, the next one meets the next four bytes; a token's dots follow each other,
-    which leaves one sum alive at a time instead of one for each token.
-    """
-
-    @intrinsic
-    def dot(typingctx, acc, w, x, stride):
-        if not isinstance(acc, Tile):
-            return None
-
-        def codegen(context, builder, signature, values):
-            acc_value, weights, address, step = values
-            address = context.cast(builder, address, signature.args[2], intp)
-            step = context.cast(builder, step, signature.args[3], intp)
-            parts = [weights]
-            if isinstance(w, types.BaseTuple):
-                parts = [builder.extract_value(weights, j) for j in range(w.count)]
-            rows = []
-            for i in range(acc.n):
-                row, at = builder.extract_value(acc_value, i), address
-                for part in parts:
-                    row = emit(builder, row, part, _broadcast(builder, at, step, i))
-                    at = builder.add(at, simd.I64(4))
-                rows.append(row)
-            return tile_ir(builder, acc, rows)
-
-        return acc(acc, w, x, stride), codegen
-
-    return dot
 
 
 # -- AVX2: pairs into int16, then into int32 -----------------------------------------------------
@@ -129,19 +74,24 @@ def _widen(b, v):
 
 
 def _add_pmaddwd(b, acc, v, w):
-    return b.add(acc, _pmaddwd(b, v, w))
+    return b.add(acc, _pmaddwd(b, v, b.bitcast(w, _I16x16)))
 
 
-def _byte_avx2(b, acc, u, x):
-    """|w| times x with the sign of w: 128 * 127 * 2 just fits in int16."""
+def _add_pairs(b, acc, u, x):
+    return b.add(acc, _pairs(b, u, x))
+
+
+def _size_and_sign(b, u):
+    """|w| and w. 128 * 127 * 2 just fits in int16."""
     w = b.xor(u, const_ir(u8x32, -128))
     negative = b.ashr(w, const_ir(u8x32, 7))
-    size, signed = (b.sub(b.xor(v, negative), negative) for v in (w, x))
-    return b.add(acc, _widen(b, _pairs(b, size, signed)))
+    return b.sub(b.xor(w, negative), negative), w
 
 
-def _pair_dot(emit):
-    return _per_token(lambda b, acc, w, x: emit(b, acc, w, b.bitcast(x, _I16x16)))
+def _byte_avx2(b, acc, parts, x):
+    """|w| times x with the sign of w."""
+    size, w = parts
+    return b.add(acc, _widen(b, _pairs(b, size, call(b, "ei.x86.psignb", _I8x32, x, w))))
 
 
 _MXCSR_DEFAULT = 0x1F80
@@ -161,20 +111,22 @@ _reset_float_x86 = simd.scalar(types.void, (), _emit_reset_float)
 AVX2 = Isa(
     "avx2",
     16,
-    narrow_zero=simd.zeros_i16,
-    narrow_dot=_per_token(lambda b, acc, u, x: b.add(acc, _pairs(b, u, x))),
-    narrow_sum=mapped(1, lambda v: i32x8, _widen),
+    narrow_zero=const_ir(i16x16, 0),
+    narrow_dot=_add_pairs,
+    narrow_sum=_widen,
     narrow_dots=lambda u: 32767 // (2 * 127 * u),
     narrow_is_wide=False,
     scale_first=fields.first_twice,
     scale_second=fields.second_twice,
-    add_scaled=mapped(3, _first, _add_pmaddwd),
+    add_scaled=_add_pmaddwd,
     short_first=fields.first_twice,
     short_second=fields.second_twice,
-    add_short=mapped(3, _first, _add_pmaddwd),
-    pair_dot=_pair_dot(_add_pmaddwd),
-    byte_dot=_per_token(_byte_avx2),
+    add_short=_add_pmaddwd,
+    pair_dot=_add_pmaddwd,
+    byte_parts=_size_and_sign,
+    byte_dot=_byte_avx2,
     byte_excess=0,
+    n_byte_parts=2,
     pause=_pause_x86,
     reset_float=_reset_float_x86,
 )
@@ -188,7 +140,7 @@ def _vpdpbusd(b, acc, u, s):
 
 
 def _vpdpwssd(b, acc, v, w):
-    return call(b, "ei.x86.vpdpwssd", _I32x8, acc, v, w)
+    return call(b, "ei.x86.vpdpwssd", _I32x8, acc, b.bitcast(v, _I16x16), b.bitcast(w, _I16x16))
 
 
 def _first_word(b, pairs):
@@ -210,32 +162,28 @@ def _second_alone(b, pairs):
 
 # What families that add in int32 from the start have in common.
 _WORDS = dict(
-    narrow_zero=simd.zeros_i32,
-    narrow_sum=mapped(1, _first, lambda b, acc: acc),
+    narrow_zero=const_ir(i32x8, 0),
+    narrow_sum=lambda b, acc: acc,
     narrow_dots=lambda u: 256,
     narrow_is_wide=True,
-    scale_first=mapped(1, lambda v: i32x8, _first_word),
-    scale_second=mapped(1, lambda v: i32x8, _second_word),
-    add_scaled=mapped(3, _first, lambda b, total, acc, s: b.add(total, b.mul(acc, s))),
-    short_first=mapped(1, lambda v: i32x8, _first_alone),
-    short_second=mapped(1, lambda v: i32x8, _second_alone),
+    scale_first=_first_word,
+    scale_second=_second_word,
+    add_scaled=lambda b, total, acc, scale: b.add(total, b.mul(acc, scale)),
+    short_first=_first_alone,
+    short_second=_second_alone,
+    byte_parts=lambda b, u: (u,),
     byte_excess=128,
+    n_byte_parts=1,
 )
-
-
-def _add_short_vnni(b, total, acc, s):
-    """One instruction: the upper halves are multiplied by zero."""
-    return _vpdpwssd(b, total, b.bitcast(acc, _I16x16), b.bitcast(s, _I16x16))
-
 
 VNNI = Isa(
     "vnni",
     16,
     **_WORDS,
-    narrow_dot=_per_token(_vpdpbusd),
-    add_short=mapped(3, _first, _add_short_vnni),
-    pair_dot=_pair_dot(_vpdpwssd),
-    byte_dot=_per_token(_vpdpbusd),
+    narrow_dot=_vpdpbusd,
+    add_short=_vpdpwssd,  # the upper halves are multiplied by zero
+    pair_dot=_vpdpwssd,
+    byte_dot=lambda b, acc, parts, x: _vpdpbusd(b, acc, *parts, x),
     pause=_pause_x86,
     reset_float=_reset_float_x86,
 )
@@ -263,18 +211,18 @@ def _dot2(b, acc, w, x):
     return b.add(acc, b.add(first, second))
 
 
-def _add_short_generic(b, total, acc, s):
-    return b.add(total, b.mul(acc, _first_word(b, s)))
+def _add_short_generic(b, total, acc, scale):
+    return b.add(total, b.mul(acc, _first_word(b, scale)))
 
 
 GENERIC = Isa(
     "generic",
     16,
     **_WORDS,
-    narrow_dot=_per_token(_dot4),
-    add_short=mapped(3, _first, _add_short_generic),
-    pair_dot=_pair_dot(_dot2),
-    byte_dot=_per_token(_dot4),
+    narrow_dot=_dot4,
+    add_short=_add_short_generic,
+    pair_dot=_dot2,
+    byte_dot=lambda b, acc, parts, x: _dot4(b, acc, *parts, x),
     pause=simd.scalar(types.void, (), lambda b: None),
     reset_float=simd.scalar(types.void, (), lambda b: None),
 )

@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba import types
 
 from edgeinfer.kernels.cpu.native import simd
-from edgeinfer.kernels.cpu.native.isa import GENERIC, _per_token
+from edgeinfer.kernels.cpu.native.isa import GENERIC
 from edgeinfer.kernels.cpu.native.simd import I8, I32, I64, call, const_ir, u8x32
 
 _I8x16, _I32x4 = ir.VectorType(I8, 16), ir.VectorType(I32, 4)
@@ -33,9 +33,9 @@ def _sdot(b, acc, w, x):
     return b.shuffle_vector(low, high, ir.Constant(ir.VectorType(I32, 8), list(range(8))))
 
 
-def _byte(b, acc, u, x):
+def _signed(b, u):
     """u = w + 128 with its top bit turned is w, which fits in a signed byte."""
-    return _sdot(b, acc, b.xor(u, const_ir(u8x32, -128)), x)
+    return (b.xor(u, const_ir(u8x32, -128)),)
 
 
 def _emit_pause(b):
@@ -50,8 +50,9 @@ def _emit_reset_float(b):
 NEON = replace(
     GENERIC,
     name="neon",
-    narrow_dot=_per_token(_sdot),
-    byte_dot=_per_token(_byte),
+    narrow_dot=_sdot,
+    byte_parts=_signed,
+    byte_dot=lambda b, acc, parts, x: _sdot(b, acc, *parts, x),
     byte_excess=0,
     pause=simd.scalar(types.void, (), _emit_pause),
     reset_float=simd.scalar(types.void, (), _emit_reset_float),

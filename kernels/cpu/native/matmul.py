@@ -1,8 +1,8 @@
 """matmul.<type>: packed weights times a step's activations, for any number of tokens.
 
-Knows nothing of a type's blocks beyond their sizes. One walk over the weights serves decode and
-prefill: the number of tokens in a tile changes how often a block is read, never the order in which
-the products of one row and token are added.
+Knows nothing of a type's blocks beyond their sizes. One product serves decode and prefill: the
+number of tokens in a tile changes how often weights are unpacked, never the order in which the
+products of one row and token are added.
 """
 
 from __future__ import annotations
@@ -22,35 +22,43 @@ from edgeinfer.kernels.cpu.layout import (
     MATMUL_OUT,
     MATMUL_RESIDUAL,
     MATMUL_ROWS,
+    MATMUL_SCRATCH,
+    MATMUL_SCRATCH_BYTES,
     MATMUL_SMALL_CHUNK,
     MATMUL_STRIDE,
+    MATMUL_SUMS_BYTES,
     MATMUL_W,
     MATMUL_X,
     MATMUL_X_ROW_BYTES,
+    MAX_TILE,
+    PANEL_FIELDS,
+    PANEL_GROUPS,
     WANTED_ROWS,
 )
-from edgeinfer.kernels.cpu.native.formats import FORMATS
+from edgeinfer.kernels.cpu.native.formats import FLOATS, PRODUCTS
+from edgeinfer.kernels.cpu.native.grid import VECTOR, Grid, keep
 from edgeinfer.kernels.cpu.native.simd import (
     add_f,
     load_f32x8,
     load_rows_f32,
     load_u8x32,
     prefetch,
+    store_f32x8,
     store_rows,
     word,
+    zero_f32,
     zeros_f32,
 )
 
 jit = njit(error_model="numpy")
 
-_PREFETCH = 2048  # bytes ahead, for tiles too small to hide memory: see tests/bench/TUNING.md
+_PREFETCH = 2048  # bytes ahead: see tests/bench/TUNING.md
 
 
 def make(isa, type_name):
-    tiles = {n: _tile(isa, type_name, n) for n in (8, 4, 2, 1)}
-    eight, four, two, one = tiles[8], tiles[4], tiles[2], tiles[1]
+    tiles = _quantised(isa, type_name) if type_name in PRODUCTS else _floats(type_name)
 
-    def kernel(header, args, chunk):
+    def kernel(header, args, chunk, thread):
         rows = word(header + H_ROWS)
         if word(args + MATMUL_ROWS) == WANTED_ROWS:
             rows = word(header + H_WANTED_ROWS)
@@ -58,6 +66,125 @@ def make(isa, type_name):
         small = word(args + MATMUL_SMALL_CHUNK)
         first = min(chunk, n_big) * big + max(chunk - n_big, 0) * small
         last = min(word(args + MATMUL_N_GROUPS), first + (big if chunk < n_big else small))
+        tiles(args, first, last, rows, thread)
+
+    return kernel
+
+
+@jit
+def _load_ahead(p):
+    prefetch(p + _PREFETCH)
+    return load_u8x32(p)
+
+
+def _finish(n):
+    """Puts the sums of 8 weight rows and of n tokens from t on where the op wants them."""
+
+    @jit
+    def finish(args, group, t, acc):
+        stride, bias = word(args + MATMUL_STRIDE), word(args + MATMUL_BIAS)
+        at, residual = 32 * group + t * stride, word(args + MATMUL_RESIDUAL)
+        if bias:
+            acc = add_f(acc, load_f32x8(bias + 32 * group))
+        if residual:
+            acc = add_f(load_rows_f32(residual + at, stride, n), acc)
+        store_rows(word(args + MATMUL_OUT) + at, stride, acc)
+
+    return finish
+
+
+# -- integer products ------------------------------------------------------------------------------
+
+
+def _quantised(isa, type_name):
+    """One token meets the weights as they are unpacked; several a panel of unpacked groups."""
+    form, product = SIZES[type_name], PRODUCTS[type_name](isa, _load_ahead)
+    packed_bytes, n_parts, unpack = form.packed_bytes, form.block // 32, product.unpack
+    n_lines = 3 * (form.block == 256)  # of scales, which the weight loads do not touch
+    finish, keep_fields = _finish(1), keep(PANEL_GROUPS)
+    beside = product.n_tokens
+    add_one = product.add(Grid(isa, 1, 1, in_registers=True))
+    add_beside, add_last = (product.add(Grid(isa, PANEL_GROUPS, n)) for n in (beside, 1))
+    n_beside, token_bytes = PANEL_GROUPS * beside, PANEL_GROUPS * VECTOR  # of sums
+    assert product.n_fields <= PANEL_FIELDS
+
+    @jit
+    def prefetch_scales(p):
+        for i in range(n_lines):
+            prefetch(p + _PREFETCH + 64 * i)
+
+    @jit
+    def one(p, n_blocks, x):
+        acc = zeros_f32(1)
+        for _ in range(n_blocks):
+            prefetch_scales(p)
+            for i in range(n_parts):
+                acc = add_one(unpack(p, i), x, 0, acc)
+                x += A32_BYTES
+            p += packed_bytes
+        return acc
+
+    @jit
+    def some(p, group_bytes, n_groups, n_blocks, x, n, acc):
+        """Leaves the sums of n tokens and a panel of groups at acc, token by token."""
+        panel = acc + MATMUL_SUMS_BYTES
+        for at in range(acc, acc + n * token_bytes, VECTOR):
+            store_f32x8(at, zero_f32())
+        for _ in range(n_blocks):
+            for g in range(n_groups):
+                prefetch_scales(p + g * group_bytes)
+            for i in range(n_parts):
+                for g in range(n_groups):
+                    keep_fields(panel, g, unpack(p + g * group_bytes, i))
+                at = acc
+                for _ in range(n // beside):
+                    sums = load_rows_f32(at, VECTOR, n_beside)
+                    store_rows(at, VECTOR, add_beside(panel, x, A32_BYTES, sums))
+                    at += beside * token_bytes
+                    x += beside * A32_BYTES
+                for _ in range(n % beside):
+                    sums = load_rows_f32(at, VECTOR, PANEL_GROUPS)
+                    store_rows(at, VECTOR, add_last(panel, x, A32_BYTES, sums))
+                    at += token_bytes
+                    x += A32_BYTES
+            p += packed_bytes
+
+    @jit
+    def tiles(args, first, last, rows, thread):
+        w, n_blocks = word(args + MATMUL_W), word(args + MATMUL_N_BLOCKS)
+        x, acc = word(args + MATMUL_X), word(args + MATMUL_SCRATCH) + thread * MATMUL_SCRATCH_BYTES
+        group_bytes = n_blocks * packed_bytes
+        if rows == 1:
+            for group in range(first, last):
+                finish(args, group, 0, one(w + group * group_bytes, n_blocks, x))
+            return
+        # Chunks begin and end at whole panels, but for the matrix's last.
+        first &= -PANEL_GROUPS
+        if last < word(args + MATMUL_N_GROUPS):
+            last &= -PANEL_GROUPS
+        for t in range(0, rows, MAX_TILE):
+            n = min(MAX_TILE, rows - t)
+            for group in range(first, last, PANEL_GROUPS):
+                n_groups = min(PANEL_GROUPS, last - group)
+                some(w + group * group_bytes, group_bytes, n_groups, n_blocks, x, n, acc)
+                for i in range(n):
+                    for g in range(n_groups):
+                        at = acc + token_bytes * i + VECTOR * g
+                        finish(args, group + g, t + i, load_rows_f32(at, VECTOR, 1))
+            x += MAX_TILE * word(args + MATMUL_X_ROW_BYTES)
+
+    return tiles
+
+
+# -- products of floats ----------------------------------------------------------------------------
+
+
+def _floats(type_name):
+    """Tiles of 8, 4, 2 and 1 tokens with their sums in registers."""
+    eight, four, two, one = (_float_tile(type_name, n) for n in (8, 4, 2, 1))
+
+    @jit
+    def tiles(args, first, last, rows, thread):
         t = 0
         while t + 8 <= rows:
             eight(args, first, last, t)
@@ -71,78 +198,28 @@ def make(isa, type_name):
         if rows & 1:
             one(args, first, last, t)
 
-    return kernel
+    return tiles
 
 
-def _tile(isa, type_name, n):
+def _float_tile(type_name, n):
     """All groups of a chunk for the tile of n tokens that starts at t."""
-    form = SIZES[type_name]
-    block, packed_bytes, in_tiles = form.block, form.packed_bytes, form.activation == "a32"
-    # Tokens whose sums fit in registers; the others of the tile read the group again, from L1.
-    n_at_once = min(n, isa.registers // 4 if FORMATS[type_name].n_accumulators > 1 else 8)
-    walk = _walk(isa, type_name, n_at_once, _PREFETCH if n < 4 else 0)
+    block, packed_bytes = SIZES[type_name].block, SIZES[type_name].packed_bytes
+    add, finish = FLOATS[type_name](n), _finish(n)
 
     @jit
     def tile(args, first, last, t):
         w, n_blocks = word(args + MATMUL_W), word(args + MATMUL_N_BLOCKS)
-        x_stride = word(args + MATMUL_X_ROW_BYTES)
-        x = word(args + MATMUL_X) + t * x_stride
-        x_step = 4 * block
-        if in_tiles:
-            x_stride = A32_BYTES
-            x_step = block // 32 * n * A32_BYTES
-        stride = word(args + MATMUL_STRIDE)
-        out = word(args + MATMUL_OUT) + t * stride
-        bias, residual = word(args + MATMUL_BIAS), word(args + MATMUL_RESIDUAL)
-        if residual:
-            residual += t * stride
-        for g in range(first, last):
-            p = w + g * n_blocks * packed_bytes
-            for i in range(0, n, n_at_once):
-                acc = walk(p, n_blocks, x + i * x_stride, x_stride, x_step)
-                if bias:
-                    acc = add_f(acc, load_f32x8(bias + 32 * g))
-                at = 32 * g + i * stride
-                if residual:
-                    acc = add_f(load_rows_f32(residual + at, stride, n_at_once), acc)
-                store_rows(out + at, stride, acc)
+        stride = word(args + MATMUL_X_ROW_BYTES)
+        for group in range(first, last):
+            p, x = w + group * n_blocks * packed_bytes, word(args + MATMUL_X) + t * stride
+            sums = (zeros_f32(n), zeros_f32(n), zeros_f32(n), zeros_f32(n))
+            for _ in range(n_blocks):
+                for line in range(0, packed_bytes, 64):
+                    prefetch(p + _PREFETCH + line)
+                sums = add(p, x, stride, sums)
+                p += packed_bytes
+                x += 4 * block
+            a, b, c, d = sums
+            finish(args, group, t, add_f(add_f(a, b), add_f(c, d)))
 
     return tile
-
-
-def _walk(isa, type_name, n, ahead):
-    """The sums of one group of 8 rows for n tokens; prefetches `ahead` bytes where not zero."""
-    form = SIZES[type_name]
-    packed_bytes = form.packed_bytes
-    # What the weight loads do not touch: all of a float block, the scales of a block of 256.
-    n_lines = packed_bytes // 64 if form.activation == "f32" else 3 * (form.block == 256)
-
-    @jit
-    def load_ahead(p):
-        prefetch(p + ahead)
-        return load_u8x32(p)
-
-    add = FORMATS[type_name].accumulate(isa, n, load_ahead if ahead else load_u8x32)
-
-    @jit
-    def blocks(p, n_blocks, x, x_stride, x_step, acc):
-        for _ in range(n_blocks):
-            if ahead:
-                for i in range(n_lines):
-                    prefetch(p + ahead + 64 * i)
-            acc = add(p, x, x_stride, acc)
-            p += packed_bytes
-            x += x_step
-        return acc
-
-    @jit
-    def one_sum(p, n_blocks, x, x_stride, x_step):
-        return blocks(p, n_blocks, x, x_stride, x_step, zeros_f32(n))
-
-    @jit
-    def four_sums(p, n_blocks, x, x_stride, x_step):
-        start = (zeros_f32(n), zeros_f32(n), zeros_f32(n), zeros_f32(n))
-        a, b, c, d = blocks(p, n_blocks, x, x_stride, x_step, start)
-        return add_f(add_f(a, b), add_f(c, d))
-
-    return four_sums if FORMATS[type_name].n_accumulators == 4 else one_sum

@@ -76,7 +76,7 @@ def normalise(x, weight, eps, n, out):
 
 
 def make(isa):
-    def kernel(h, a, chunk):
+    def kernel(h, a, chunk, thread):
         n_rows, source = word(h + H_ROWS), chunk
         if word(a + NORM_ROWS) == WANTED_ROWS:
             n_rows = word(h + H_WANTED_ROWS)

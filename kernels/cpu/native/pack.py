@@ -47,7 +47,7 @@ def make(isa, type_name):
             src += file_bytes
             dst += packed_bytes
 
-    def kernel(header, args, chunk):
+    def kernel(header, args, chunk, thread):
         n_rows, n_blocks = word(args + PACK_N_ROWS), word(args + PACK_N_BLOCKS)
         per_chunk = word(args + PACK_PER_CHUNK)
         row_bytes, group_bytes = n_blocks * file_bytes, n_blocks * packed_bytes

@@ -64,7 +64,7 @@ def _write_rows(h, row, n_rows, part, n_parts):
 
 
 def make(isa):
-    def kernel(h, a, chunk):
+    def kernel(h, a, chunk, thread):
         end, part, n_items = word(h + H_ROWS), 0, 0
         items = word(h + H_ITEMS) + ROW_BYTES * end
         spare = SPLIT_ROWS * word(a + ATTEND_MAX_SEGMENTS)

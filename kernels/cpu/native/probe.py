@@ -11,7 +11,7 @@ from edgeinfer.kernels.cpu.native.simd import fetch_add, load_acquire, word
 
 
 def make(isa):
-    def kernel(h, a, chunk):
+    def kernel(h, a, chunk, thread):
         record = word(a)
         if word(record) and load_acquire(word(record)) != load_acquire(word(record + 24)):
             fetch_add(record + 8, 1)

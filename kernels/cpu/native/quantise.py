@@ -20,7 +20,7 @@ from edgeinfer.kernels.cpu.native.sink import leave
 
 
 def make(isa):
-    def kernel(h, a, chunk):
+    def kernel(h, a, chunk, thread):
         n_rows = word(h + H_ROWS)
         if word(a + QUANTISE_ROWS) == WANTED_ROWS:
             n_rows = word(h + H_WANTED_ROWS)

@@ -33,7 +33,7 @@ def make(isa):
             p += _LINE
         return sum_lanes_i32(add_i(a, b))
 
-    def kernel(h, a, chunk):
+    def kernel(h, a, chunk, thread):
         address, n_bytes, step = word(a), word(a + 8), word(a + 16)
         first = address + chunk * step
         fetch_add(word(a + 24), total(first, min(first + step, address + n_bytes)))

@@ -141,7 +141,7 @@ def make(isa, style):
             q += 4 * k_dim
             pinned += 4 * k_dim
 
-    def kernel(h, a, chunk):
+    def kernel(h, a, chunk, thread):
         pos, table = position(h, chunk), table_of(h, chunk)
         page, place = arena_page(table, pos // PAGE), pos % PAGE
         slid = word(a + ROTATE_PINNED_Q) != 0 and n_gone(table, pos // PAGE) > 0

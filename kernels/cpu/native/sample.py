@@ -20,7 +20,6 @@ from edgeinfer.kernels.cpu.native.simd import (
     Vec,
     add_f,
     call,
-    compare_and_swap,
     f32x8,
     f64x8,
     intp,
@@ -42,7 +41,6 @@ from edgeinfer.kernels.cpu.native.simd import (
     store_f32,
     store_f64,
     store_i32,
-    store_release,
     sub_f,
     word,
 )
@@ -946,20 +944,12 @@ def _sample(table, i, logits, n_vocab, scratch):
 
 
 def make(isa):
-    pause = isa.pause
-
-    def kernel(h, a, chunk):
+    def kernel(h, a, chunk, thread):
         table = word(h + at.H_SAMPLES)
         if table == 0:
             return
-        n_bytes, n_slots = word(a + at.SAMPLE_SCRATCH_BYTES), word(a + at.SAMPLE_N_SLOTS)
-        slot = chunk % n_slots
-        while compare_and_swap(word(a + at.SAMPLE_SCRATCH) + slot * n_bytes, 0, 1) == 0:
-            slot = (slot + 1) % n_slots
-            pause()
-        scratch = word(a + at.SAMPLE_SCRATCH) + slot * n_bytes
+        scratch = word(a + at.SAMPLE_SCRATCH) + thread * word(a + at.SAMPLE_SCRATCH_BYTES)
         logits = word(a + at.SAMPLE_LOGITS) + chunk * word(a + at.SAMPLE_STRIDE)
         _sample(table, chunk, logits, word(a + at.SAMPLE_N_VOCAB), scratch)
-        store_release(scratch, 0)
 
     return kernel

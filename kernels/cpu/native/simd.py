@@ -303,9 +303,14 @@ def zeros(vec):
     return tile
 
 
+def zero(vec):
+    """`zero(i32x8)()` is a vector of zeros."""
+    return scalar(vec, (), lambda b: const_ir(vec, 0.0 if vec.element.startswith("f") else 0))
+
+
 zeros_f32 = zeros(f32x8)
-zeros_i32 = zeros(i32x8)
-zeros_i16 = zeros(i16x16)
+zero_f32 = zero(f32x8)
+zero_i32 = zero(i32x8)
 
 
 # -- memory --------------------------------------------------------------------------------------
@@ -422,6 +427,25 @@ def load_rows_f32(typingctx, p, stride, n):
     return kind(p, stride, n), codegen
 
 
+def local(n_bytes):
+    """`local(n)()`: address of n bytes that live as long as the kernel runs.
+
+    NOTE: under 4096 in all, or Windows needs a stack probe, which no object may call.
+    """
+
+    @intrinsic
+    def allocate(typingctx):
+        def codegen(context, b, signature, values):
+            with b.goto_entry_block():
+                block = b.alloca(ir.ArrayType(I8, n_bytes))
+            block.align = 64
+            return b.ptrtoint(block, I64)
+
+        return intp(), codegen
+
+    return allocate
+
+
 # -- across the lanes of one f32x8 ---------------------------------------------------------------
 
 
@@ -506,9 +530,9 @@ def _emit_cas(b, p, old, new):
     return b.zext(b.extract_value(pair, 1), I64)
 
 
-def _emit_invoke(b, function, header, args, chunk):
-    kind = ir.FunctionType(ir.VoidType(), [I64] * 3).as_pointer()
-    b.call(b.inttoptr(function, kind), [header, args, chunk])
+def _emit_invoke(b, function, *args):
+    kind = ir.FunctionType(ir.VoidType(), [I64] * len(args)).as_pointer()
+    b.call(b.inttoptr(function, kind), args)
 
 
 def _emit_call_os(b, function, *args):
@@ -528,14 +552,14 @@ compare_and_swap = scalar(intp, (intp,) * 3, _emit_cas)  # 1 where it took place
 
 
 @intrinsic
-def invoke(typingctx, function, header, args, chunk):
+def invoke(typingctx, function, header, args, chunk, thread):
     """Call a kernel by address."""
 
     def codegen(context, builder, signature, values):
         _emit_invoke(builder, *values)
         return context.get_dummy_value()
 
-    return types.void(intp, intp, intp, intp), codegen
+    return types.void(intp, intp, intp, intp, intp), codegen
 
 
 call_os = scalar(intp, (intp,) * 6, _emit_call_os)  # a C function of five words

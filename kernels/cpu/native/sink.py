@@ -44,13 +44,8 @@ _SMALLEST = np.float32(1e-36)
 @jit
 def tile_of(t, n_rows):
     """First row and size of the tile that row t of n_rows belongs to."""
-    start, n = n_rows & -MAX_TILE, MAX_TILE // 2
-    if t < start:
-        return t & -MAX_TILE, MAX_TILE
-    while n > 1 and (n_rows & n == 0 or t >= start + n):
-        start += n_rows & n
-        n >>= 1
-    return start, n
+    start = t & -MAX_TILE
+    return start, min(MAX_TILE, n_rows - start)
 
 
 @jit

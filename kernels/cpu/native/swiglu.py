@@ -18,7 +18,7 @@ from edgeinfer.kernels.cpu.native.sink import leave
 
 
 def make(isa):
-    def kernel(h, a, chunk):
+    def kernel(h, a, chunk, thread):
         dim, sink = word(a + SWIGLU_DIM), a + SWIGLU_SINK
         gate = word(a + SWIGLU_GATE) + chunk * word(a + SWIGLU_STRIDE)
         up = word(a + SWIGLU_UP) + chunk * word(a + SWIGLU_STRIDE)

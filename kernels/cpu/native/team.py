@@ -71,18 +71,18 @@ def make(isa, function):
     pause, reset_float = isa.pause, isa.reset_float
 
     @jit
-    def run_chunk(slot, chunk, header):
+    def run_chunk(slot, chunk, header, thread):
         part = word(slot + SLOT_PARTS)
         for _ in range(word(slot + SLOT_N_PARTS)):
             count = word(part + PART_COUNT)
             if chunk < count:
-                invoke(word(part + PART_KERNEL), header, word(part + PART_ARGS), chunk)
+                invoke(word(part + PART_KERNEL), header, word(part + PART_ARGS), chunk, thread)
                 return
             chunk -= count
             part += PART_BYTES
 
     @jit
-    def walk(team, tape, epoch):
+    def walk(team, tape, epoch, thread):
         """Run every op of this epoch, or leave when a newer one has begun."""
         header = word(tape + TAPE_HEADER)
         slot = tape + TAPE_SLOTS
@@ -101,7 +101,7 @@ def make(isa, function):
                     break
                 if compare_and_swap(slot + SLOT_TICKET, ticket, ticket + 1):
                     if not load_acquire(header + H_ABORT):
-                        run_chunk(slot, chunk, header)
+                        run_chunk(slot, chunk, header, thread)
                     fetch_add(slot + SLOT_DONE, 1)
             spins = 0
             while True:
@@ -143,7 +143,7 @@ def make(isa, function):
             seen = load_acquire(team + TEAM_EPOCH)
             tape = load_acquire(team + TEAM_TAPE)
             if tape and worker < word(tape + TAPE_N_THREADS):
-                walk(team, tape, seen)
+                walk(team, tape, seen, worker)
             fetch_add(team + TEAM_ACTIVE, -1)
 
     @jit
@@ -181,7 +181,7 @@ def make(isa, function):
         prologue = word(tape + TAPE_PROLOGUE)
         if prologue:
             kernel, args = word(prologue + PART_KERNEL), word(prologue + PART_ARGS)
-            invoke(kernel, word(tape + TAPE_HEADER), args, 0)
+            invoke(kernel, word(tape + TAPE_HEADER), args, 0, 0)
         epoch = load_acquire(team + TEAM_EPOCH) + 1
         publish(tape, epoch)
         swap(team + TEAM_TAPE, tape)
@@ -189,6 +189,6 @@ def make(isa, function):
         if load_acquire(team + TEAM_SLEEPERS) > 0 and word(team + TEAM_FUTEX):
             futex, everyone = word(team + TEAM_FUTEX), 1 << 30
             call_os(word(team + TEAM_WAIT), futex, team + TEAM_EPOCH, _FUTEX_WAKE, everyone, 0)
-        walk(team, tape, epoch)
+        walk(team, tape, epoch, 0)
 
     return {"work": work, "step": step}[function]
