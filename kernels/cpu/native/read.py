@@ -1,6 +1,8 @@
 """`read`: touch memory and do nothing else, the yardstick for kernels bound by bandwidth.
 
-Argument words: address, bytes, bytes per chunk, address of a word that takes the sum.
+Argument words: address, bytes, bytes per chunk, address of a word that takes the sum. It reads as
+matmuls of one token do, in two streams: one reaches 10 to 20 % less. Of an odd number of lines in
+a chunk the last stays unread.
 """
 
 from __future__ import annotations
@@ -17,25 +19,28 @@ from edgeinfer.kernels.cpu.native.simd import (
     word,
 )
 
-_LINE = 64
+_LINE, _AHEAD = 64, 1024
 
 
 def make(isa):
     jit = njit(error_model="numpy")
 
     @jit
-    def total(p, end):
-        a, b = splat_i32(0), splat_i32(0)
+    def total(p, apart):
+        """Two streams, each of `apart` bytes."""
+        a, b, end = splat_i32(0), splat_i32(0), p + apart
         while p < end:
-            prefetch(p + 1024)
-            a = add_i(a, load_i32x8(p))
-            b = add_i(b, load_i32x8(p + 32))
+            prefetch(p + _AHEAD)
+            prefetch(p + apart + _AHEAD)
+            a = add_i(add_i(a, load_i32x8(p)), load_i32x8(p + 32))
+            b = add_i(add_i(b, load_i32x8(p + apart)), load_i32x8(p + apart + 32))
             p += _LINE
         return sum_lanes_i32(add_i(a, b))
 
     def kernel(h, a, chunk, thread):
         address, n_bytes, step = word(a), word(a + 8), word(a + 16)
-        first = address + chunk * step
-        fetch_add(word(a + 24), total(first, min(first + step, address + n_bytes)))
+        first = chunk * step
+        half = min(step, n_bytes - first) // (2 * _LINE) * _LINE
+        fetch_add(word(a + 24), total(address + first, half))
 
     return kernel
