@@ -57,9 +57,7 @@ def device_kind(device: str) -> str:
     return "cpu" if kind == "auto" else kind
 
 
-def open_backend(
-    device: str, *, n_threads: int, progress: CompileProgress | None = None
-) -> Backend:
+def open_backend(device: str, *, progress: CompileProgress | None = None) -> Backend:
     """The backend of a device; its kernels are imported here and nowhere else."""
     if device_kind(device) == "reference":
         from edgeinfer.kernels.reference import ReferenceBackend
@@ -68,7 +66,7 @@ def open_backend(
         return ReferenceBackend(sample_reference)
     from edgeinfer.kernels.cpu.program import CpuBackend
 
-    return CpuBackend(config.cache_folder(), n_threads, progress, _release, config.isa())
+    return CpuBackend(config.cache_folder(), progress, _release, config.isa())
 
 
 def packed_bytes(device: str, weight: Weight) -> int:

@@ -87,7 +87,7 @@ def _load(path: Path, options: LoadOptions) -> Runtime:
         device = device_kind(options.get("device") or "auto")
         n_threads = _n_threads(options)
         plan = plan_model(model, options)
-        backend = open_backend(device, n_threads=n_threads, progress=_progress(options))
+        backend = open_backend(device, progress=_progress(options))
         try:
             program = backend.compile(model.graph.segment(), plan.limits)
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,8 @@ def batch_of(
 
 
 def cpu(segment: Segment, n_threads: int = 2, isa: str | None = None) -> CpuProgram:
-    return CpuBackend(cache_root(), n_threads, isa=isa).compile(segment, LIMITS)
+    limits = replace(LIMITS, n_threads=n_threads)
+    return CpuBackend(cache_root(), isa=isa).compile(segment, limits)
 
 
 def logits(segment: Segment, ids: list[int], **options: object) -> NDArray[np.float32]:

@@ -199,7 +199,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     )
     with GGUFFile.open(tiny_model(tmp_path_factory.mktemp("speculation"))) as file:
         segment = Model.load(file).graph.segment()
-        program = Program(CpuBackend(cache_root(), 2).compile(segment, limits))
+        program = Program(CpuBackend(cache_root()).compile(segment, limits))
         engine = Engine(program, limits, N_CTX, VOCAB, Free())
         yield engine
         engine.close()

@@ -50,12 +50,10 @@ class CpuBackend:
     def __init__(
         self,
         cache_dir: Path,
-        n_threads: int | None = None,
         progress: Progress | None = None,
         release: Callable[[Weight], None] | None = None,
         isa: str | None = None,
     ) -> None:
-        self.n_threads = n_threads or platform.default_threads()
         self._progress = progress or (lambda stage, done, total: None)
         self._release = release or (lambda weight: None)
         target = Target.host(isa)
@@ -68,11 +66,11 @@ class CpuBackend:
     def load(self, names: set[str]) -> None:
         self.library.load(names, lambda done, total, name: self._progress("kernels", done, total))
 
-    def pack(self, weights: PackedWeights, team: Team) -> None:
+    def pack(self, weights: PackedWeights, team: Team, n_threads: int) -> None:
         weights.pack(
             team,
             self.library,
-            self.n_threads,
+            n_threads,
             self._release,
             lambda done, total: self._progress("weights", done, total),
         )
@@ -98,7 +96,7 @@ class CpuProgram:
 
     def __init__(self, backend: CpuBackend, segment: Segment, limits: StepLimits) -> None:
         self.segment, self.limits = segment, limits
-        self._backend, self._n_threads, self._closed = backend, backend.n_threads, False
+        self._backend, self._n_threads, self._closed = backend, limits.n_threads, False
         self._weights = PackedWeights(*_weights_of(segment))
         self._kv, caches = _place_caches(segment, limits.n_pages)
         max_segments = -(-limits.n_pages // SEGMENT_PAGES) + 2
@@ -109,8 +107,8 @@ class CpuProgram:
         self._lowered = lowered
         sample = self._sample_op() if segment.is_last else None
         self._load_kernels(sample)
-        self._team = shared_team(backend.library, backend.n_threads)
-        backend.pack(self._weights, self._team)
+        self._team = shared_team(backend.library, limits.n_threads)
+        backend.pack(self._weights, self._team, limits.n_threads)
         self._make_step_arrays(max_segments)
         self._make_tapes(sample)
         self.memory = {
