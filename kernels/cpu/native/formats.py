@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from numba import njit
 
-from edgeinfer.kernels.cpu.native import blocks32, blocks256
+from edgeinfer.kernels.cpu.native import blocks32, blocks256, blocks_table
 from edgeinfer.kernels.cpu.native.simd import (
     fma,
     load_bf16,
@@ -108,6 +108,15 @@ FORMATS = {
     "q4_k": Format(blocks256.pack_q4_k, blocks256.accumulate_q4_k, blocks256.value_q4_k),
     "q5_k": Format(blocks256.pack_q5_k, blocks256.accumulate_q5_k, blocks256.value_q5_k),
     "q6_k": Format(blocks256.pack_q6_k, blocks256.accumulate_q6_k, blocks256.value_q6_k),
+    "iq4_nl": Format(
+        blocks_table.pack_iq4_nl, blocks_table.accumulate_iq4_nl, blocks_table.value_iq4_nl
+    ),
+    "iq4_xs": Format(
+        blocks_table.pack_iq4_xs, blocks_table.accumulate_iq4_xs, blocks_table.value_iq4_xs
+    ),
+    "mxfp4": Format(
+        blocks_table.pack_mxfp4, blocks_table.accumulate_mxfp4, blocks_table.value_mxfp4
+    ),
     "f16": Format(_pack_halves, _accumulate_floats(load_f16x8, 2), _value_f16, 4),
     "bf16": Format(_pack_halves, _accumulate_floats(load_bf16x8, 2), _value_bf16, 4),
     "f32": Format(_pack_f32, _accumulate_floats(load_f32x8, 4), _value_f32, 4),

@@ -10,7 +10,10 @@ of each token's activations:
   `short_second` and `add_short`: the same where narrow_sum(acc) fits in int16;
 - `pair_dot(total, pairs, x, stride)`: two int16 of each row times two int16 of each token;
 - `byte_dot(acc, u, x, stride)`: for weights stored as u = w + 128, the dot product of
-  w + `byte_excess` and x, which is 0 or 128.
+  w + `byte_excess` and x, which is 0 or 128;
+- `look_up(table)(v)`: for places v of 0 to 15, the bytes that a table of 16 holds there;
+- `table_dot(acc, t, x, stride)`: for bytes t = w + `byte_excess` of a table, |w| at most 127, the
+  dot product of t and x.
 
 Lane r of a sum belongs to row r; token i's activations lie at x + i * stride. All are exact, so
 every family gives the same bits.
@@ -66,6 +69,8 @@ class Isa:
     pair_dot: Callable
     byte_dot: Callable
     byte_excess: int
+    look_up: Callable
+    table_dot: Callable
     pause: Callable
     reset_float: Callable  # round to nearest, denormals kept, whatever this thread had before
 
@@ -140,6 +145,18 @@ def _byte_avx2(b, acc, u, x):
     return b.add(acc, _widen(b, _pairs(b, size, signed)))
 
 
+def _signed_avx2(b, acc, w, x):
+    """The same, the sign by one instruction per token."""
+    size = call(b, "llvm.abs.v32i8", _I8x32, w, simd.I1(0))
+    signed = call(b, "ei.x86.psignb", _I8x32, x, w)
+    return b.add(acc, _widen(b, _pairs(b, size, signed)))
+
+
+def _look_up_x86(table):
+    both = ir.Constant(_I8x32, list(table) * 2)  # each half of a register has its own
+    return mapped(1, _first, lambda b, v: call(b, "ei.x86.pshufb", _I8x32, both, v))
+
+
 def _pair_dot(emit):
     return _per_token(lambda b, acc, w, x: emit(b, acc, w, b.bitcast(x, _I16x16)))
 
@@ -175,6 +192,8 @@ AVX2 = Isa(
     pair_dot=_pair_dot(_add_pmaddwd),
     byte_dot=_per_token(_byte_avx2),
     byte_excess=0,
+    look_up=_look_up_x86,
+    table_dot=_per_token(_signed_avx2),
     pause=_pause_x86,
     reset_float=_reset_float_x86,
 )
@@ -236,6 +255,8 @@ VNNI = Isa(
     add_short=mapped(3, _first, _add_short_vnni),
     pair_dot=_pair_dot(_vpdpwssd),
     byte_dot=_per_token(_vpdpbusd),
+    look_up=_look_up_x86,
+    table_dot=_per_token(_vpdpbusd),
     pause=_pause_x86,
     reset_float=_reset_float_x86,
 )
@@ -267,6 +288,21 @@ def _add_short_generic(b, total, acc, s):
     return b.add(total, b.mul(acc, _first_word(b, s)))
 
 
+def _look_up_generic(table):
+    """Halve the table by each bit of the place."""
+
+    def emit(b, v):
+        left, one = [const_ir(u8x32, entry) for entry in table], const_ir(u8x32, 1)
+        for bit in range(4):
+            is_set = b.and_(b.lshr(v, const_ir(u8x32, bit)), one)
+            mask = b.sub(const_ir(u8x32, 0), is_set)
+            pairs = zip(left[::2], left[1::2], strict=True)
+            left = [b.xor(x, b.and_(b.xor(x, y), mask)) for x, y in pairs]
+        return left[0]
+
+    return mapped(1, _first, emit)
+
+
 GENERIC = Isa(
     "generic",
     16,
@@ -275,6 +311,8 @@ GENERIC = Isa(
     add_short=mapped(3, _first, _add_short_generic),
     pair_dot=_pair_dot(_dot2),
     byte_dot=_per_token(_dot4),
+    look_up=_look_up_generic,
+    table_dot=_per_token(_dot4),
     pause=simd.scalar(types.void, (), lambda b: None),
     reset_float=simd.scalar(types.void, (), lambda b: None),
 )

@@ -12,7 +12,7 @@ from numba import types
 
 from edgeinfer.kernels.cpu.native import simd
 from edgeinfer.kernels.cpu.native.isa import GENERIC, _per_token
-from edgeinfer.kernels.cpu.native.simd import I8, I32, I64, call, const_ir, u8x32
+from edgeinfer.kernels.cpu.native.simd import I8, I32, I64, call, const_ir, mapped, u8x32
 
 _I8x16, _I32x4 = ir.VectorType(I8, 16), ir.VectorType(I32, 4)
 _YIELD = 1  # its number among the hints
@@ -38,6 +38,18 @@ def _byte(b, acc, u, x):
     return _sdot(b, acc, b.xor(u, const_ir(u8x32, -128)), x)
 
 
+def _look_up(table):
+    entries = ir.Constant(_I8x16, list(table))
+
+    def emit(b, v):
+        low, high = (
+            call(b, "ei.aarch64.tbl", _I8x16, entries, _lanes(b, v, 16 * i, 16)) for i in (0, 1)
+        )
+        return b.shuffle_vector(low, high, ir.Constant(ir.VectorType(I32, 32), list(range(32))))
+
+    return mapped(1, lambda v: v, emit)
+
+
 def _emit_pause(b):
     call(b, "ei.aarch64.hint", ir.VoidType(), I32(_YIELD))
 
@@ -53,6 +65,8 @@ NEON = replace(
     narrow_dot=_per_token(_sdot),
     byte_dot=_per_token(_byte),
     byte_excess=0,
+    look_up=_look_up,
+    table_dot=_per_token(_sdot),
     pause=simd.scalar(types.void, (), _emit_pause),
     reset_float=simd.scalar(types.void, (), _emit_reset_float),
 )
