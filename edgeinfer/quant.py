@@ -66,9 +66,19 @@ Q3_K = QuantType("Q3_K", 11, 256, 110)
 Q4_K = QuantType("Q4_K", 12, 256, 144)
 Q5_K = QuantType("Q5_K", 13, 256, 176)
 Q6_K = QuantType("Q6_K", 14, 256, 210)
+IQ4_NL = QuantType("IQ4_NL", 20, 32, 18)
+IQ4_XS = QuantType("IQ4_XS", 23, 256, 136)
 BF16 = QuantType("BF16", 30, 1, 2)
+MXFP4 = QuantType("MXFP4", 39, 32, 17)
 
-RUNNABLE = (F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K)
+RUNNABLE = (
+    F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS,
+    MXFP4,
+)  # fmt: skip
+
+# What a nibble stands for, times the scale of its block.
+IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+E2M1_DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
 QUANT_TYPES = {
     t.ggml_id: t
@@ -80,10 +90,8 @@ QUANT_TYPES = {
         QuantType("IQ2_XS", 17, 256, 74),
         QuantType("IQ3_XXS", 18, 256, 98),
         QuantType("IQ1_S", 19, 256, 50),
-        QuantType("IQ4_NL", 20, 32, 18),
         QuantType("IQ3_S", 21, 256, 110),
         QuantType("IQ2_S", 22, 256, 82),
-        QuantType("IQ4_XS", 23, 256, 136),
         QuantType("I8", 24, 1, 1),
         QuantType("I16", 25, 1, 2),
         QuantType("I32", 26, 1, 4),
@@ -92,7 +100,6 @@ QUANT_TYPES = {
         QuantType("IQ1_M", 29, 256, 56),
         QuantType("TQ1_0", 34, 256, 54),
         QuantType("TQ2_0", 35, 256, 66),
-        QuantType("MXFP4", 39, 32, 17),
         QuantType("NVFP4", 40, 64, 36),
         QuantType("Q1_0", 41, 128, 18),
         QuantType("Q2_0", 42, 64, 18),
@@ -271,6 +278,36 @@ def _q6_k(b: Bytes) -> Floats:
     return (scale[:, :, None] * q.reshape(-1, 16, 16)).reshape(-1, 256)
 
 
+def _iq4_nl(b: Bytes) -> Floats:
+    """d f16 | 16 bytes of nibbles as in Q4_0. d * IQ4_VALUES[q]."""
+    return _f16(b[:, 0:2]) * _looked_up(IQ4_VALUES, _nibbles(b[:, 2:18], 16))
+
+
+def _iq4_xs(b: Bytes) -> Floats:
+    """d f16 | u16: high 2 bits of scales | 4 bytes: their low 4 bits | 128 bytes of nibbles.
+
+    Sub-block s of 32 elements: d * (scale[s] - 32) * IQ4_VALUES[q]. Each 16 bytes of nibbles are a
+    sub-block as in Q4_0.
+    """
+    import numpy as np
+
+    high = b[:, 2:4][:, :, None] >> np.arange(0, 8, 2, dtype=np.uint8) & 3
+    low = b[:, 4:8][:, :, None] >> np.array([0, 4], np.uint8) & 15
+    scale = _f16(b[:, 0:2]) * _signed(low.reshape(-1, 8) | high.reshape(-1, 8) << 4, 32)
+    values = _looked_up(IQ4_VALUES, _nibbles(b[:, 8:136], 16))
+    return (scale[:, :, None] * values.reshape(-1, 8, 32)).reshape(-1, 256)
+
+
+def _mxfp4(b: Bytes) -> Floats:
+    """Exponent e | 16 bytes of nibbles as in Q4_0. 2^(e - 128) * E2M1_DOUBLED[q]."""
+    import numpy as np
+
+    e = b[:, 0:1].astype(np.int32)
+    # Where 2^(e - 128) is denormal, for e below 2, the second is larger.
+    scale: Floats = np.maximum((e - 1) << 23, (e + 1) << 21).view(np.float32)
+    return scale * _looked_up(E2M1_DOUBLED, _nibbles(b[:, 1:17], 16))
+
+
 _UNPACK: dict[str, Callable[[Bytes], Floats]] = {
     "F32": _f32,
     "F16": _f16,
@@ -285,6 +322,9 @@ _UNPACK: dict[str, Callable[[Bytes], Floats]] = {
     "Q4_K": _q4_k,
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
+    "IQ4_NL": _iq4_nl,
+    "IQ4_XS": _iq4_xs,
+    "MXFP4": _mxfp4,
 }
 
 
@@ -340,6 +380,13 @@ def _signed(q: Bytes, zero: int) -> NDArray[np.int8]:
 
     signed: NDArray[np.int8] = q.view(np.int8) - np.int8(zero)
     return signed
+
+
+def _looked_up(table: tuple[int, ...], q: Bytes) -> NDArray[np.int8]:
+    """table[q]."""
+    import numpy as np
+
+    return np.array(table, np.int8)[q]
 
 
 def _product(shape: tuple[int, ...]) -> int:

@@ -449,8 +449,9 @@ class _Blocks:
     """A quantised matrix in blocks of 32 columns, whatever the blocks of its type.
 
     A weight is scale * code + low. `codes` are integers: quants less their zero point, times the
-    sub-block scale where sub-blocks have 16 columns (Q2_K, Q3_K, Q6_K). `scale` is d, or
-    d * float(sub-block scale) for Q4_K and Q5_K. `low` is m of Q4_1 and Q5_1 and
+    sub-block scale where sub-blocks have 16 columns (Q2_K, Q3_K, Q6_K), or what the table of
+    IQ4_NL, IQ4_XS and MXFP4 (doubled) holds. `scale` is d, d * float(sub-block scale) for Q4_K,
+    Q5_K and IQ4_XS, 2^(e - 128) for MXFP4. `low` is m of Q4_1 and Q5_1 and
     -(dmin * float(min)) of Q4_K and Q5_K; Q2_K has -dmin there, and its mins in `mins`.
     """
 
@@ -474,6 +475,12 @@ _SCALES: dict[str, tuple[int, int | None]] = {
     "Q5_K": (0, 2),
     "Q6_K": (208, None),
 }
+# What stands before the nibbles when every scale is 1, and a nibble that stands for 1.
+_TABLES: dict[str, tuple[bytes, int]] = {
+    "IQ4_NL": (b"\x00\x3c", 8),
+    "IQ4_XS": (b"\x00\x3c\xaa\xaa\x11\x11\x11\x11", 8),
+    "MXFP4": (b"\x80", 1),
+}
 
 
 def _load_blocks(weight: Weight) -> _Blocks:
@@ -481,6 +488,8 @@ def _load_blocks(weight: Weight) -> _Blocks:
     n_rows, dim = weight.shape
     kind = weight.type
     blocks = np.frombuffer(weight.data, np.uint8).reshape(n_rows, -1, kind.block_bytes)
+    if kind.name in _TABLES:
+        return _load_table_blocks(weight, blocks)
     at_d, at_m = _SCALES[kind.name]
 
     def halves(at: int) -> Floats:
@@ -510,6 +519,22 @@ def _load_blocks(weight: Weight) -> _Blocks:
     scales = integers(1, 0)[:, :, :1]
     codes //= np.maximum(scales, 1)
     return _Blocks(codes, d * scales[:, :, 0], m * lows[:, :, 0])
+
+
+def _load_table_blocks(weight: Weight, blocks: NDArray[np.uint8]) -> _Blocks:
+    """Likewise, with scales of 1 and with nibbles that stand for 1."""
+    unit_scales, one = _TABLES[weight.type.name]
+    at_quants = len(unit_scales)
+
+    def values(before: NDArray[np.uint8], quants: NDArray[np.uint8] | np.uint8) -> Floats:
+        copy = blocks.copy()
+        copy[:, :, :at_quants], copy[:, :, at_quants:] = before, quants
+        rows = dequantize(copy, weight.type, weight.shape)
+        return np.ascontiguousarray(rows.reshape(len(rows), -1, _BLOCK).transpose(1, 0, 2))
+
+    codes = values(np.frombuffer(unit_scales, np.uint8), blocks[:, :, at_quants:])
+    scale = values(blocks[:, :, :at_quants], np.uint8(0x11 * one))
+    return _Blocks(codes.astype(np.int16), scale[:, :, 0])
 
 
 def _matmul_blocks(x: Floats, weight: _Blocks) -> Floats:

@@ -38,7 +38,7 @@ def test_every_kernel_is_in_the_list() -> None:
     modules = {path.stem for path in (library._HERE / "native").glob("*.py")}
     parts = {
         "__init__", "simd", "isa", "isa_aarch64", "registry", "fields", "formats", "blocks32",
-        "blocks256", "grid", "math", "sink", "pages", "attention",
+        "blocks256", "blocks_table", "grid", "math", "sink", "pages", "attention",
     }  # fmt: skip
     assert {name.partition(".")[0] for name in KERNELS} == modules - parts
 

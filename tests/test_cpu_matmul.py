@@ -38,13 +38,17 @@ def random_rows(type_name: str, n_rows: int, n_cols: int, seed: int = 0) -> np.n
     halves = rng.uniform(-0.02, 0.02, (*blocks.shape[:2], 2)).astype(np.float16).view(np.uint8)
     for i, at in enumerate(HALVES[type_name]):
         blocks[..., at : at + 2] = halves[..., 2 * i : 2 * i + 2]
+    if type_name == "mxfp4":
+        blocks[..., 0] = rng.integers(115, 122, blocks.shape[:2])
+        blocks[0, 0, 0] = 0  # denormal
     return blocks.reshape(n_rows, -1)
 
 
 # Where a block of the file has its half floats.
 HALVES = {
     "q4_0": (0,), "q4_1": (0, 2), "q5_0": (0,), "q5_1": (0, 2), "q8_0": (0,), "q2_k": (80, 82),
-    "q3_k": (108,), "q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,),
+    "q3_k": (108,), "q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,), "iq4_nl": (0,),
+    "iq4_xs": (0,), "mxfp4": (),
 }  # fmt: skip
 
 
@@ -92,6 +96,8 @@ def with_halves(type_name: str, data: np.ndarray, *values: float) -> np.ndarray:
     copy = data.copy()
     for at, value in zip(HALVES[type_name], values, strict=False):
         copy[..., at : at + 2] = np.frombuffer(np.float16(value).tobytes(), np.uint8)
+    if type_name == "mxfp4":
+        copy[..., 0] = 128  # its scale of 1
     return copy
 
 
@@ -106,6 +112,9 @@ def integers(type_name: str, data: np.ndarray, n_cols: int) -> dict[str, np.ndar
         w = quant.dequantize(plain, QUANT_TYPES[type_name], (len(data), n_cols))
         return w.astype(np.int64).reshape(len(data), -1, 32)
 
+    if type_name == "mxfp4":
+        d = np.ldexp(np.float32(1), b[..., 0].astype(np.int32) - 128)
+        return {"w": values(), "d": d.astype(np.float32)}
     d, *m = (
         np.repeat(b[..., at : at + 2].copy().view(np.float16)[..., 0], form.block // 32, axis=1)
         for at in HALVES[type_name]
@@ -118,6 +127,11 @@ def integers(type_name: str, data: np.ndarray, n_cols: int) -> dict[str, np.ndar
         top = packed[..., 0:4] >> 6 << 4
         scales = np.concatenate([packed[..., 0:4] & 63, packed[..., 8:12] & 15 | top], -1)
         out["scale"] = scales.reshape(len(data), -1)
+    if type_name == "iq4_xs":
+        packed = b[..., 2:8].astype(np.int64)
+        high = packed[..., 0:2, None] >> np.arange(0, 8, 2) & 3
+        low = packed[..., 2:6, None] >> np.arange(0, 8, 4) & 15
+        out["scale"] = (high.reshape(len(data), -1) << 4 | low.reshape(len(data), -1)) - 32
     return out
 
 
@@ -135,7 +149,7 @@ def expected(type_name: str, data: np.ndarray, n_cols: int, q, d) -> np.ndarray:
         x, w, dw, dx = q[:, i].astype(np.int64), f["w"][:, i], f["d"][None, :, i], d[:, i, None]
         if "scale" in f:
             scale = f["scale"][:, i]
-            w, dw = w // np.maximum(scale, 1)[:, None], dw * scale.astype(np.float32)
+            w, dw = w // np.where(scale == 0, 1, scale)[:, None], dw * scale.astype(np.float32)
         acc = fma(dw * dx, (x @ w.T).astype(np.float32), acc)
         if type_name == "q2_k":
             acc = fma(f["m"][None, :, i] * dx, (x @ f["low"][:, i].T).astype(np.float32), acc)

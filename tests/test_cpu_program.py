@@ -24,7 +24,7 @@ IDS = [3, 141, 59, 26, 5, 35, 89, 79, 32, 38, 46]
 LIMITS = StepLimits(n_pages=8, max_rows=16, max_outputs=16, max_sequences=4, n_threads=2)
 TYPES = [
     "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K",
-    "Q6_K", "Q4_K_M",
+    "Q6_K", "Q4_K_M", "IQ4_NL", "IQ4_XS", "MXFP4",
 ]  # fmt: skip
 
 

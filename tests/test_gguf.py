@@ -246,6 +246,25 @@ def test_a_tiny_model(tmp_path: Path) -> None:
         assert file.metadata.get_int("llama.block_count") == 8
 
 
+@pytest.mark.parametrize(
+    ("quant", "embedding", "value", "head"),
+    [
+        ("IQ4_XS", "IQ4_XS", "Q5_K", "Q6_K"),
+        ("IQ4_NL", "IQ4_NL", "IQ4_NL", "Q6_K"),
+        ("MXFP4", "MXFP4", "MXFP4", "Q8_0"),
+    ],
+)
+def test_mixes_of_types_with_tables(
+    tmp_path: Path, quant: str, embedding: str, value: str, head: str
+) -> None:
+    path = tiny_model(tmp_path, quant=quant, n_layers=8, dim=256, ffn_dim=512)
+    with GGUFFile.open(path) as file:
+        types = {name: weight.type.name for name, weight in file.tensors.items()}
+    assert types["token_embd.weight"] == types["blk.1.attn_v.weight"] == embedding
+    assert types["blk.7.attn_v.weight"] == value
+    assert types["output.weight"] == head
+
+
 @pytest.mark.parametrize("name", ["llama-bpe", "llama-spm", "qwen2", "gpt-2", "bert-bge"])
 def test_vocabularies_open_at_once(data_file: Callable[[str], Path], name: str) -> None:
     path = data_file(f"vocab/ggml-vocab-{name}.gguf")

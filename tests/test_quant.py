@@ -24,7 +24,7 @@ _BY_NAME = {t.name: t for t in RUNNABLE}
 _RMSE = {
     "F32": 0.0, "F16": 0.0003, "BF16": 0.002, "Q8_0": 0.006, "Q6_K": 0.02, "Q5_K": 0.04,
     "Q5_1": 0.04, "Q5_0": 0.045, "Q4_K": 0.08, "Q4_1": 0.08, "Q4_0": 0.09, "Q3_K": 0.2,
-    "Q2_K": 0.35,
+    "Q2_K": 0.35, "IQ4_NL": 0.085, "IQ4_XS": 0.085, "MXFP4": 0.125,
 }  # fmt: skip
 
 
@@ -104,6 +104,16 @@ _BY_HAND: dict[str, tuple[bytes, dict[int, float], float | None]] = {
          **dict.fromkeys(range(240, 255), 48.0), 255: -1.5},
         0.0,
     ),
+    "IQ4_NL": (_half(0.5) + b"\x1f" + b"\x88" * 15, {0: 56.5, 16: -52.0}, 0.5),
+    # Scale 0 is 63 - 32, scale 7 is 17 - 32, the others are 32 - 32.
+    "IQ4_XS": (
+        _block(136, {0: _half(0.5), 2: b"\xab\x6a", 4: b"\x0f\0\0\x10", 8: b"\x0f", 135: b"\x80"}),
+        {0: 1751.5, **dict.fromkeys(range(1, 32), -1968.5),
+         **dict.fromkeys(range(224, 255), 952.5), 255: -7.5},
+        0.0,
+    ),
+    "MXFP4": (b"\x81\x1f" + b"\x70" * 15, {0: -24.0, 16: 2.0, **dict.fromkeys(range(17, 32), 24.0)},
+              0.0),
 }  # fmt: skip
 
 
@@ -134,6 +144,15 @@ def test_quantised_values_come_back(type: QuantType) -> None:
     back = dequantize(quantize(values, type.name), type, values.shape)
     assert not back[0].any()
     assert np.sqrt(np.mean((values - back) ** 2)) <= _RMSE[type.name]
+
+
+def test_every_exponent_of_mxfp4() -> None:
+    blocks = np.zeros((256, 17), np.uint8)
+    blocks[:, 0], blocks[:, 1:] = np.arange(256), 0x91
+    values = dequantize(blocks, quant.MXFP4, (256, 32))
+    powers = np.ldexp(1.0, np.arange(256) - 128)
+    np.testing.assert_array_equal(values[:, 0], powers)
+    np.testing.assert_array_equal(values[:, 16], -powers)
 
 
 def test_long_tensors_are_unpacked_in_pieces_without_a_seam(

@@ -30,11 +30,13 @@ _PLACEHOLDERS = {
     "ei.x86.pmaddubsw": "llvm.x86.avx2.pmadd.ub.sw",
     "ei.x86.pmaddwd": "llvm.x86.avx2.pmadd.wd",
     "ei.x86.psignb": "llvm.x86.avx2.psign.b",
+    "ei.x86.pshufb": "llvm.x86.avx2.pshuf.b",
     "ei.x86.vpdpbusd": "llvm.x86.avx512.vpdpbusd.256",
     "ei.x86.vpdpwssd": "llvm.x86.avx512.vpdpwssd.256",
     "ei.x86.pause": "llvm.x86.sse2.pause",
     "ei.x86.ldmxcsr": "llvm.x86.sse.ldmxcsr",
     "ei.aarch64.sdot": "llvm.aarch64.neon.sdot.v4i32.v16i8",
+    "ei.aarch64.tbl": "llvm.aarch64.neon.tbl1.v16i8",
     "ei.aarch64.hint": "llvm.aarch64.hint",
     "ei.aarch64.set_fpcr": "llvm.aarch64.set.fpcr",
 }

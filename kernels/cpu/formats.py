@@ -24,6 +24,8 @@ consecutive elements of a row. Half floats are the file's own.
   8 + 2i, 9 + 2i in the high ones | their high 2 bits [2][8 rows][2], of pair i (sub-blocks 2i and
   2i + 1) in bits 2 (i // 2) of [i % 2] | for each pair: [2][8 rows][4] as in q2_k, third bits
   [8 rows][4], bit 4s + j of byte k for element k of quad j of the pair's sub-block s.
+- iq4_nl: as q4_0. iq4_xs (256 columns): d | scales int8 [8 sub-blocks][8 rows] | for each of 8
+  sub-blocks of 32: quants as in q4_0. mxfp4 (32 columns): exponents [8 rows] bytes | quants.
 - f16, bf16, f32 (4 columns): [4][8 rows] elements.
 """
 
@@ -56,6 +58,9 @@ FORMATS = {
     "q4_k": Format(256, 144, 1184, "a32"),
     "q5_k": Format(256, 176, 1440, "a32"),
     "q6_k": Format(256, 210, 1680, "a32"),
+    "iq4_nl": Format(32, 18, 144, "a32"),
+    "iq4_xs": Format(256, 136, 1104, "a32"),
+    "mxfp4": Format(32, 17, 136, "a32"),
     "f16": Format(4, 8, 64, "f32"),
     "bf16": Format(4, 8, 64, "f32"),
     "f32": Format(4, 16, 128, "f32"),

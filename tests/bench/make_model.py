@@ -15,6 +15,8 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeinfer.quant import E2M1_DOUBLED, IQ4_VALUES
+
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
@@ -27,14 +29,18 @@ PRESETS = {
     "Q4_K_M": ("Q4_K", "Q6_K", 15),
     "Q5_K_M": ("Q5_K", "Q6_K", 17),
     "Q3_K_M": ("Q3_K", "Q5_K", 12),
+    "IQ4_XS": ("IQ4_XS", "Q5_K", 30),
 }
 FILE_TYPES = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10,
-    "Q3_K": 11, "Q4_K": 14, "Q5_K": 16, "Q6_K": 18, "BF16": 32,
+    "Q3_K": 11, "Q4_K": 14, "Q5_K": 16, "Q6_K": 18, "IQ4_NL": 25, "BF16": 32, "MXFP4": 38,
 }  # fmt: skip
-Q6_K_HEADS = {"Q4_0", "Q4_1", "Q5_0", "Q5_1"}
+Q6_K_HEADS = {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL"}
 # What a row that is not a multiple of 256 falls back to.
-NARROW = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+NARROW = {
+    "Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
+    "IQ4_XS": "IQ4_NL",
+}  # fmt: skip
 N_CONTROL = 2  # <|bos|> and <|eos|>, after the 256 bytes
 
 
@@ -64,9 +70,10 @@ def make_model(
 ) -> Path:
     """Write a model and return its path.
 
-    `quant` is a tensor type or a preset (Q4_K_M, Q5_K_M, Q3_K_M); Q4_0 to Q5_1 get a Q6_K head,
-    as published files do. `bias` (q, k, v) and `qk_norm` default to what `arch` has. `tokenizer`
-    is "bytes" or a GGUF file to copy one from, which then sets `vocab`. `metadata` adds keys.
+    `quant` is a tensor type or a preset (Q4_K_M, Q5_K_M, Q3_K_M, IQ4_XS); Q4_0 to Q5_1 and IQ4_NL
+    get a Q6_K head and MXFP4 one of Q8_0, as published files do. `bias` (q, k, v) and `qk_norm`
+    default to what `arch` has. `tokenizer` is "bytes" or a GGUF file to copy one from, which then
+    sets `vocab`. `metadata` adds keys.
     """
     path, rng = Path(path), np.random.default_rng(seed)
     head_dim = head_dim or dim // n_heads
@@ -170,6 +177,7 @@ def tensor_type(name: str, shape: tuple[int, ...], quant: str, n_layers: int, ti
         kind = better if has_more_bits(layer, n_layers) else kind
     if is_head:
         kind = "Q6_K" if quant in PRESETS or quant in Q6_K_HEADS else kind
+        kind = "Q8_0" if quant == "MXFP4" else kind
     block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][0]
     return NARROW.get(kind, kind) if shape[-1] % block else kind
 
@@ -222,7 +230,8 @@ def quantize(values: Floats, kind: str) -> Bytes:
     if pack is None:
         packed = gguf.quantize(values, gguf.GGMLQuantizationType[kind])
         return np.ascontiguousarray(packed).view(np.uint8).reshape(len(values), -1)
-    parts = np.array_split(values.reshape(-1, 256), 1 + (values.size >> 20))
+    block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][0]
+    parts = np.array_split(values.reshape(-1, block), 1 + (values.size >> 20))
     return np.concatenate([pack(part) for part in parts]).reshape(len(values), -1)
 
 
@@ -263,12 +272,49 @@ def _pack_q6_k(x: Floats) -> Bytes:
     return np.concatenate([low, high, scale.astype(np.int8).view(np.uint8), d], axis=1)
 
 
+def _pack_iq4_nl(x: Floats) -> Bytes:
+    d, d_bytes = _half(_largest(x) / -127)
+    return np.concatenate([d_bytes, _pack_nibbles(_nearest(x, d, IQ4_VALUES), 16)], axis=1)
+
+
+def _pack_iq4_xs(x: Floats) -> Bytes:
+    sub_blocks = x.reshape(-1, 8, 32)
+    step = _largest(sub_blocks)[:, :, 0] / -127
+    d, d_bytes = _half(np.abs(step).max(axis=1, keepdims=True) / 31)
+    scale = _ratio(step, d, 31, -32)
+    nibbles = _nearest(sub_blocks, (d * scale)[:, :, None], IQ4_VALUES)
+    fields = (scale + 32).astype(np.uint8)
+    high = fields.reshape(-1, 2, 4) >> 4 << np.arange(0, 8, 2, dtype=np.uint8)
+    low = fields[:, ::2] & 15 | (fields[:, 1::2] & 15) << 4
+    return np.concatenate(
+        [
+            d_bytes,
+            np.bitwise_or.reduce(high, axis=2),
+            low,
+            _pack_nibbles(nibbles.reshape(len(x), 256), 16),
+        ],
+        axis=1,
+    )
+
+
+def _pack_mxfp4(x: Floats) -> Bytes:
+    largest = np.abs(_largest(x))
+    # 6 is the largest element: the power of two that lets the largest weight be 4 to 8 of it.
+    power = np.frexp(largest)[1] - 3
+    exponent = np.where(largest > 0, np.clip(power + 127, 0, 254), 0).astype(np.uint8)
+    d = np.ldexp(np.float32(1), exponent.astype(np.int32) - 128).astype(np.float32)
+    return np.concatenate([exponent, _pack_nibbles(_nearest(x, d, E2M1_DOUBLED), 16)], axis=1)
+
+
 _PACK: dict[str, Callable[[Floats], Bytes]] = {
     "Q2_K": _pack_q2_k,
     "Q3_K": _pack_q3_k,
     "Q4_K": _pack_q4_k,
     "Q5_K": _pack_q5_k,
     "Q6_K": _pack_q6_k,
+    "IQ4_NL": _pack_iq4_nl,
+    "IQ4_XS": _pack_iq4_xs,
+    "MXFP4": _pack_mxfp4,
 }
 
 
@@ -300,6 +346,22 @@ def _ratio(a: Floats, b: Floats, high: int, low: int = 0) -> Floats:
     """a / b rounded and clipped, 0 where b is 0."""
     rounded = np.rint(np.divide(a, b, out=np.zeros_like(a), where=b != 0))
     return np.clip(rounded, low, high)
+
+
+def _largest(x: Floats) -> Floats:
+    """The value farthest from 0 of every last axis, which stays as one of length 1."""
+    at = np.abs(x).argmax(axis=-1, keepdims=True)
+    return np.take_along_axis(x, at, axis=-1)
+
+
+def _nearest(x: Floats, d: Floats, table: Sequence[int]) -> Bytes:
+    """The place in a table of the value nearest to x / d; that of 0 or 1 where d is 0."""
+    order = np.argsort(table, kind="stable")
+    values = np.array(table, np.float32)[order]
+    ratio = np.divide(x, d, out=np.zeros_like(x), where=d != 0)
+    nearest = np.searchsorted((values[1:] + values[:-1]) / 2, ratio)
+    places: Bytes = order.astype(np.uint8)[nearest]
+    return places
 
 
 def _half(values: Floats) -> tuple[Floats, Bytes]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from edgeinfer.kernels.cpu.native.fields import split_bytes, words_left, words_right
+from edgeinfer.kernels.cpu.native.fields import bytes_of, words_left, words_right
 from edgeinfer.kernels.cpu.native.grid import Product
 from edgeinfer.kernels.cpu.native.simd import (
     and_i,
@@ -252,8 +252,20 @@ def value_q8_0(p, k, lane):
     return load_f16(p + 2 * lane) * f32(np.int32(b) - np.int32(128))
 
 
+def scaled_bytes(grid):
+    """acc + d * dx * dot; the fields are d and 8 quads of signed bytes in a family's form."""
+    scale, dots = grid.scale(0), grid.byte_dots(1)
+
+    @jit
+    def add(fields, x, stride, acc):
+        dot = to_f32(dots(fields, x, stride))
+        return fma(scale(fields, x, stride), dot, acc)
+
+    return add
+
+
 def product_q8_0(isa, load):
-    parts = split_bytes(isa)
+    parts = bytes_of(isa)
 
     @jit
     def unpack(p, i):
@@ -263,14 +275,4 @@ def product_q8_0(isa, load):
         last = parts(load(q)) + parts(load(q + 32)) + parts(load(q + 64)) + parts(load(q + 96))
         return (load_f16x8(p),) + first + last
 
-    def add_of(grid):
-        scale, dots = grid.scale(0), grid.byte_dots(1)
-
-        @jit
-        def add(fields, x, stride, acc):
-            dot = to_f32(dots(fields, x, stride))
-            return fma(scale(fields, x, stride), dot, acc)
-
-        return add
-
-    return Product(1 + 8 * isa.n_byte_parts, unpack, add_of)
+    return Product(1 + 8 * len(isa.byte_form(0)), unpack, scaled_bytes)

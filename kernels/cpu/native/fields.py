@@ -62,16 +62,32 @@ def of_pairs(emit):
     return mapped(1, lambda v: u8x32, lambda b, pairs: b.bitcast(emit(b, pairs), u8x32.ir))
 
 
-def split_bytes(isa):
-    """`split(u)`: the tuple of vectors that a family's `byte_dot` takes."""
+def _parts(n, emit):
+    """`parts(v)`: the tuple of the n vectors of bytes that `emit(builder, v)` lists."""
 
     @intrinsic
-    def split(typingctx, u):
-        kind = types.UniTuple(u8x32, isa.n_byte_parts)
+    def parts(typingctx, v):
+        kind = types.UniTuple(u8x32, n)
 
         def codegen(context, builder, signature, values):
-            return context.make_tuple(builder, kind, isa.byte_parts(builder, values[0]))
+            return context.make_tuple(builder, kind, emit(builder, values[0]))
 
-        return kind(u), codegen
+        return kind(v), codegen
 
-    return split
+    return parts
+
+
+def bytes_of(isa):
+    """`parts(u)`: bytes w, stored as u = w + 128, as a family's `byte_dot` takes them."""
+    return _parts(len(isa.byte_form(0)), isa.byte_parts)
+
+
+def bytes_at(isa, table):
+    """`parts(v)`: bytes w that a table of 16 holds at v, likewise."""
+    tables = list(zip(*map(isa.byte_form, table), strict=True))
+    return _parts(len(tables), lambda b, v: [isa.look_up(b, each, v) for each in tables])
+
+
+def at_places(isa, table):
+    """`entries(v)`: the bytes that a table of 16 holds at v."""
+    return mapped(1, lambda v: v, lambda b, v: isa.look_up(b, table, v))

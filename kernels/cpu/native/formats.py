@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from numba import njit
 
-from edgeinfer.kernels.cpu.native import blocks32, blocks256
+from edgeinfer.kernels.cpu.native import blocks32, blocks256, blocks_table
 from edgeinfer.kernels.cpu.native.simd import (
     fma,
     load_bf16,
@@ -104,6 +104,9 @@ FORMATS = {
     "q4_k": Format(blocks256.pack_q4_k, blocks256.value_q4_k),
     "q5_k": Format(blocks256.pack_q5_k, blocks256.value_q5_k),
     "q6_k": Format(blocks256.pack_q6_k, blocks256.value_q6_k),
+    "iq4_nl": Format(blocks_table.pack_iq4_nl, blocks_table.value_iq4_nl),
+    "iq4_xs": Format(blocks_table.pack_iq4_xs, blocks_table.value_iq4_xs),
+    "mxfp4": Format(blocks_table.pack_mxfp4, blocks_table.value_mxfp4),
     "f16": Format(_pack_halves, _value_f16),
     "bf16": Format(_pack_halves, _value_bf16),
     "f32": Format(_pack_f32, _value_f32),
@@ -119,6 +122,9 @@ PRODUCTS = {
     "q4_k": blocks256.product_q4_k,
     "q5_k": blocks256.product_q5_k,
     "q6_k": blocks256.product_q6_k,
+    "iq4_nl": blocks_table.product_iq4_nl,
+    "iq4_xs": blocks_table.product_iq4_xs,
+    "mxfp4": blocks_table.product_mxfp4,
 }
 FLOATS = {
     "f16": _fma_floats(load_f16x8, 2),

@@ -82,7 +82,7 @@ class Grid:
         """`dots(fields, x, stride)`: int32 dots of 8 fields, whose bytes are at most `largest`,
         with 32 activations, plus offset times the sum of these."""
         isa = self.isa
-        step = min(8, isa.narrow_dots(largest))
+        step = next(n for n in (8, 4, 2) if n <= isa.narrow_dots(largest))
 
         def cells(b: Any, fields: Any, x: Any, stride: Any, _: Any) -> list[Any]:
             total = self._offset_sums(b, x, stride, offset)
@@ -102,7 +102,7 @@ class Grid:
         """`dots(fields, x, stride, total)`: int32 total plus, for both halves of 32 columns, their
         dot times one of the two fields from `scales` on. `is_short`: the dot fits in int16."""
         isa = self.isa
-        step = min(4, isa.narrow_dots(largest))
+        step = next(n for n in (4, 2) if n <= isa.narrow_dots(largest))
         add = isa.add_short if is_short else isa.add_scaled
 
         def cells(b: Any, fields: Any, x: Any, stride: Any, total: list[Any]) -> list[Any]:
@@ -132,12 +132,12 @@ class Grid:
         return self._define(i32x8, cells)
 
     def byte_dots(self, field: int) -> Callable[..., Any]:
-        """`dots(fields, x, stride)`: int32 dots of 8 lots of `byte_parts` with 32 activations."""
+        """`dots(fields, x, stride)`: int32 dots of 8 lots of `byte_form` with 32 activations."""
         isa = self.isa
 
         def cells(b: Any, fields: Any, x: Any, stride: Any, _: Any) -> list[Any]:
             total = self._offset_sums(b, x, stride, -isa.byte_excess)
-            n_parts = isa.n_byte_parts
+            n_parts = len(isa.byte_form(0))
             return self._dot(b, total, isa.byte_dot, fields, field, 8, x, stride, n_parts=n_parts)
 
         return self._define(i32x8, cells)

@@ -10,9 +10,10 @@ bytes of activations in every 32-bit lane. Lane r of a sum belongs to row r. A f
   scale * narrow_sum(acc), the scale of each row being one of a pair of int16; `short_first`,
   `short_second` and `add_short`: the same where narrow_sum(acc) fits in int16;
 - `pair_dot(b, total, pairs, x)`: two int16 of each row times the two int16 in every lane of x;
-- `byte_parts(b, u)` and `byte_dot(b, acc, parts, x)`: for weights stored as u = w + 128,
-  `n_byte_parts` vectors made of u once, and with them the dot product of w + `byte_excess`, which
-  is 0 or 128, and x.
+- `byte_dot(b, acc, parts, x)`: the dot product of w + `byte_excess`, 0 or 128, and x, for signed
+  bytes w as a family likes to have them: `byte_form(w)`, a tuple of vectors. `byte_parts(b, u)`
+  makes it of u = w + 128;
+- `look_up(b, table, v)`: for places v of 0 to 15, the bytes that a table of 16 holds there.
 
 All are exact, so every family gives the same bits.
 """
@@ -49,10 +50,11 @@ class Isa:
     short_second: Callable
     add_short: Callable
     pair_dot: Callable
+    byte_form: Callable[[int], tuple[int, ...]]
     byte_parts: Callable
     byte_dot: Callable
     byte_excess: int
-    n_byte_parts: int
+    look_up: Callable
     pause: Callable
     reset_float: Callable  # round to nearest, denormals kept, whatever this thread had before
 
@@ -94,6 +96,11 @@ def _byte_avx2(b, acc, parts, x):
     return b.add(acc, _widen(b, _pairs(b, size, call(b, "ei.x86.psignb", _I8x32, x, w))))
 
 
+def _look_up_x86(b, table, v):
+    both = ir.Constant(_I8x32, list(table) * 2)  # each half of a register has its own
+    return call(b, "ei.x86.pshufb", _I8x32, both, v)
+
+
 _MXCSR_DEFAULT = 0x1F80
 
 
@@ -123,10 +130,11 @@ AVX2 = Isa(
     short_second=fields.second_twice,
     add_short=_add_pmaddwd,
     pair_dot=_add_pmaddwd,
+    byte_form=lambda w: (abs(w), w),
     byte_parts=_size_and_sign,
     byte_dot=_byte_avx2,
     byte_excess=0,
-    n_byte_parts=2,
+    look_up=_look_up_x86,
     pause=_pause_x86,
     reset_float=_reset_float_x86,
 )
@@ -172,8 +180,8 @@ _WORDS = dict(
     short_first=_first_alone,
     short_second=_second_alone,
     byte_parts=lambda b, u: (u,),
+    byte_form=lambda w: (w + 128,),
     byte_excess=128,
-    n_byte_parts=1,
 )
 
 VNNI = Isa(
@@ -184,6 +192,7 @@ VNNI = Isa(
     add_short=_vpdpwssd,  # the upper halves are multiplied by zero
     pair_dot=_vpdpwssd,
     byte_dot=lambda b, acc, parts, x: _vpdpbusd(b, acc, *parts, x),
+    look_up=_look_up_x86,
     pause=_pause_x86,
     reset_float=_reset_float_x86,
 )
@@ -215,6 +224,17 @@ def _add_short_generic(b, total, acc, scale):
     return b.add(total, b.mul(acc, _first_word(b, scale)))
 
 
+def _look_up_generic(b, table, v):
+    """Halve the table by each bit of the place."""
+    left, one = [const_ir(u8x32, entry) for entry in table], const_ir(u8x32, 1)
+    for bit in range(4):
+        is_set = b.and_(b.lshr(v, const_ir(u8x32, bit)), one)
+        mask = b.sub(const_ir(u8x32, 0), is_set)
+        pairs = zip(left[::2], left[1::2], strict=True)
+        left = [b.xor(x, b.and_(b.xor(x, y), mask)) for x, y in pairs]
+    return left[0]
+
+
 GENERIC = Isa(
     "generic",
     16,
@@ -223,6 +243,7 @@ GENERIC = Isa(
     add_short=_add_short_generic,
     pair_dot=_dot2,
     byte_dot=lambda b, acc, parts, x: _dot4(b, acc, *parts, x),
+    look_up=_look_up_generic,
     pause=simd.scalar(types.void, (), lambda b: None),
     reset_float=simd.scalar(types.void, (), lambda b: None),
 )

@@ -38,6 +38,14 @@ def _signed(b, u):
     return (b.xor(u, const_ir(u8x32, -128)),)
 
 
+def _look_up(b, table, v):
+    entries = ir.Constant(_I8x16, list(table))
+    low, high = (
+        call(b, "ei.aarch64.tbl", _I8x16, entries, _lanes(b, v, 16 * i, 16)) for i in (0, 1)
+    )
+    return b.shuffle_vector(low, high, ir.Constant(ir.VectorType(I32, 32), list(range(32))))
+
+
 def _emit_pause(b):
     call(b, "ei.aarch64.hint", ir.VoidType(), I32(_YIELD))
 
@@ -51,9 +59,11 @@ NEON = replace(
     GENERIC,
     name="neon",
     narrow_dot=_sdot,
+    byte_form=lambda w: (w,),
     byte_parts=_signed,
     byte_dot=lambda b, acc, parts, x: _sdot(b, acc, *parts, x),
     byte_excess=0,
+    look_up=_look_up,
     pause=simd.scalar(types.void, (), _emit_pause),
     reset_float=simd.scalar(types.void, (), _emit_reset_float),
 )
