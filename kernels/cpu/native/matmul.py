@@ -128,17 +128,17 @@ def _quantised(isa, type_name):
         return first, second
 
     @jit
-    def some(p, group_bytes, n_groups, n_blocks, x, n, acc):
+    def some(p, apart, n_groups, n_blocks, x, n, acc):
         """Leaves the sums of n tokens and a panel of groups at acc, token by token."""
         panel = acc + MATMUL_SUMS_BYTES
         for at in range(acc, acc + n * token_bytes, VECTOR):
             store_f32x8(at, zero_f32())
         for _ in range(n_blocks):
             for g in range(n_groups):
-                prefetch_scales(p + g * group_bytes)
+                prefetch_scales(p + g * apart)
             for i in range(n_parts):
                 for g in range(n_groups):
-                    keep_fields(panel, g, unpack(p + g * group_bytes, i))
+                    keep_fields(panel, g, unpack(p + g * apart, i))
                 at = acc
                 for _ in range(n // beside):
                     sums = load_rows_f32(at, VECTOR, n_beside)
@@ -170,15 +170,17 @@ def _quantised(isa, type_name):
         first &= -PANEL_GROUPS
         if last < word(args + MATMUL_N_GROUPS):
             last &= -PANEL_GROUPS
+        # A panel's groups lie as far apart as they can: memory serves far streams faster.
+        far = (last - first + PANEL_GROUPS - 1) // PANEL_GROUPS
         for t in range(0, rows, MAX_TILE):
             n = min(MAX_TILE, rows - t)
-            for group in range(first, last, PANEL_GROUPS):
-                n_groups = min(PANEL_GROUPS, last - group)
-                some(w + group * group_bytes, group_bytes, n_groups, n_blocks, x, n, acc)
+            for group in range(first, first + far):
+                n_groups = (last - group + far - 1) // far
+                some(w + group * group_bytes, far * group_bytes, n_groups, n_blocks, x, n, acc)
                 for i in range(n):
                     for g in range(n_groups):
                         at = acc + token_bytes * i + VECTOR * g
-                        finish(args, group + g, t + i, load_rows_f32(at, VECTOR, 1))
+                        finish(args, group + g * far, t + i, load_rows_f32(at, VECTOR, 1))
             x += MAX_TILE * word(args + MATMUL_X_ROW_BYTES)
 
     return tiles
