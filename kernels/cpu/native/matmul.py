@@ -53,6 +53,7 @@ from edgeinfer.kernels.cpu.native.simd import (
 jit = njit(error_model="numpy")
 
 _PREFETCH = 1024  # bytes ahead: see tests/bench/TUNING.md
+_FEW = 2  # tokens for which unpacking into memory does not pay
 
 
 def make(isa, type_name):
@@ -97,7 +98,7 @@ def _finish(n):
 
 
 def _quantised(isa, type_name):
-    """One token meets the weights as they are unpacked; several a panel of unpacked groups."""
+    """A token or two meet the weights as they are unpacked; more a panel of unpacked groups."""
     form, product = SIZES[type_name], PRODUCTS[type_name](isa, _load_ahead)
     packed_bytes, n_parts, unpack = form.packed_bytes, form.block // 32, product.unpack
     n_lines = 3 * (form.block == 256)  # of scales, which the weight loads do not touch
@@ -114,18 +115,25 @@ def _quantised(isa, type_name):
             prefetch(p + _PREFETCH + 64 * i)
 
     @jit
-    def two(p, apart, n_blocks, x):
-        """Sums of one token and of two groups that lie `apart`: two streams that memory serves."""
-        first, second = zeros_f32(1), zeros_f32(1)
+    def add_few(fields, x, n, at):
+        for _ in range(n):
+            store_rows(at, 0, add_one(fields, x, 0, load_rows_f32(at, 0, 1)))
+            x += A32_BYTES
+            at += 2 * VECTOR
+
+    @jit
+    def few(p, apart, n_blocks, x, n, acc):
+        """Leaves the sums of n tokens and of two groups at acc, token by token."""
+        for at in range(acc, acc + 2 * n * VECTOR, VECTOR):
+            store_f32x8(at, zero_f32())
         for _ in range(n_blocks):
             prefetch_scales(p)
             prefetch_scales(p + apart)
             for i in range(n_parts):
-                first = add_one(unpack(p, i), x, 0, first)
-                second = add_one(unpack(p + apart, i), x, 0, second)
-                x += A32_BYTES
+                add_few(unpack(p, i), x, n, acc)
+                add_few(unpack(p + apart, i), x, n, acc + VECTOR)
+                x += n * A32_BYTES
             p += packed_bytes
-        return first, second
 
     @jit
     def some(p, apart, n_groups, n_blocks, x, n, acc):
@@ -157,14 +165,17 @@ def _quantised(isa, type_name):
         w, n_blocks = word(args + MATMUL_W), word(args + MATMUL_N_BLOCKS)
         x, acc = word(args + MATMUL_X), word(args + MATMUL_SCRATCH) + thread * MATMUL_SCRATCH_BYTES
         group_bytes = n_blocks * packed_bytes
-        if rows == 1:
+        if rows <= _FEW:
             half = (last - first + 1) // 2
             for group in range(first, first + half):
                 far = group + half if group + half < last else group
-                one, other = two(w + group * group_bytes, (far - group) * group_bytes, n_blocks, x)
-                finish(args, group, 0, one)
-                if far != group:
-                    finish(args, far, 0, other)
+                apart = (far - group) * group_bytes
+                few(w + group * group_bytes, apart, n_blocks, x, rows, acc)
+                for t in range(rows):
+                    at = acc + 2 * VECTOR * t
+                    finish(args, group, t, load_rows_f32(at, VECTOR, 1))
+                    if far != group:
+                        finish(args, far, t, load_rows_f32(at + VECTOR, VECTOR, 1))
             return
         # Chunks begin and end at whole panels, but for the matrix's last.
         first &= -PANEL_GROUPS
