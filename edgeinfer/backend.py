@@ -90,6 +90,28 @@ def cpu_target() -> dict[str, Any]:
     return {"family": target.family, "llvm_name": target.cpu, "features": features}
 
 
+def build_exactly(program: Program, progress: Callable[[int, int], None]) -> int:
+    """Build a program's kernels for this machine alone where they were made for its family.
+
+    Returns how many; the next process takes them. `progress(done, total)` follows.
+    """
+    from edgeinfer.kernels.cpu.program import CpuProgram
+
+    return program.build_exactly(progress) if isinstance(program, CpuProgram) else 0
+
+
+def kernel_origins() -> dict[str, int]:
+    """How many CPU kernels are cached for this machine, came ready with the package, or neither."""
+    from edgeinfer.kernels.cpu.library import cache_folder, kernels_here
+    from edgeinfer.kernels.cpu.ready import NAMES
+    from edgeinfer.kernels.cpu.targets import Target
+
+    target = Target.host(config.isa())
+    here = kernels_here(target, cache_folder(config.cache_folder(), target))
+    counts = {origin: list(here.values()).count(origin) for origin in ("cached", "ready")}
+    return {**counts, "to_build": len(set(NAMES) - here.keys())}
+
+
 def _release(weight: Weight) -> None:
     """Drop the mapped file pages of a weight that has been packed."""
     import numpy as np

@@ -137,11 +137,21 @@ class Library:
             raise DeviceError(f"kernels {', '.join(lost)} changed while they were being built")
         self.origins |= {name: origins.get(name, "built") for name in wanted}
 
-    def rebuild(self, progress: Progress | None = None) -> None:
-        """Build what was loaded ready for this machine exactly; the next process takes that."""
-        names = [name for name, origin in self.origins.items() if origin == "ready"]
-        if names and _is_writable(self.folder):
+    def inexact(self) -> list[str]:
+        """Loaded kernels that were made for a whole family, where this machine can have its own."""
+        is_exact = self.target == Target.any(
+            self.target.family, self.target.machine, self.target.triple
+        )
+        if is_exact or not can_build() or not _is_writable(self.folder):
+            return []
+        return [name for name, origin in self.origins.items() if origin == "ready"]
+
+    def rebuild(self, progress: Progress | None = None) -> int:
+        """Build `inexact` kernels for this machine exactly; the next process takes those."""
+        names = self.inexact()
+        if names:
             build_objects(self.folder, names, self.target, progress)
+        return len(names)
 
     def address(self, name: str) -> int:
         """Address of a loaded kernel."""
@@ -162,6 +172,13 @@ class Library:
 
     def _build(self, names: Sequence[str], progress: Progress | None) -> dict[str, bytes]:
         """Build into the cache, or where that can't be written into a folder that goes again."""
+        if not can_build():
+            raise DeviceError(
+                f"this program was frozen without the kernels {', '.join(names)} for "
+                f"{self.target.system} {self.target.machine} {self.target.family}, and a frozen "
+                "program can't build them: freeze it where edgeinfer was installed from a wheel "
+                "made by .ci/wheel.py, or use device='reference' (slow)"
+            )
         with ExitStack() as stack:
             folder = self.folder
             if not _is_writable(folder):
@@ -206,6 +223,11 @@ def _source_key_or_none(name: str) -> str | None:
     return source_key(module) if (_HERE / "native" / f"{module}.py").is_file() else None
 
 
+def can_build() -> bool:
+    """Whether there are sources and an interpreter to build with: not in a frozen program."""
+    return not getattr(sys, "frozen", False) and (_HERE / "build.py").is_file()
+
+
 def _is_writable(folder: Path) -> bool:
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -225,9 +247,7 @@ def build_objects(
     import subprocess  # 20 ms that only a first start pays
 
     n_jobs = max(1, min(os.cpu_count() or 1, -(-len(names) // 2), 8))
-    command = [sys.executable, "-m", "edgeinfer.kernels.cpu.build", str(folder)]
-    command += ["--family", target.family, f"--triple={target.triple}"]
-    command += [f"--cpu={target.cpu}", f"--features={target.features}"]
+    command = build_command(folder, target)
     waiting, done = deque(sorted(names, key=_slowest_first)), deque[str]()
     if progress:
         progress(0, len(names), waiting[0])
@@ -264,6 +284,13 @@ def build_objects(
                     pass
     objects = {name: read_object(folder, name) for name in names}
     return {name: data for name, data in objects.items() if data is not None}
+
+
+def build_command(folder: Path, target: Target) -> list[str]:
+    """A process that builds the kernels whose names it reads, and answers each with its name."""
+    command = [sys.executable, "-m", "edgeinfer.kernels.cpu.build", str(folder)]
+    command += ["--family", target.family, f"--triple={target.triple}"]
+    return [*command, f"--cpu={target.cpu}", f"--features={target.features}"]
 
 
 def _slowest_first(name: str) -> int:
