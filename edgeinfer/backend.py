@@ -6,6 +6,7 @@ Knows nothing of sequences, text or scheduling.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from edgeinfer import config
@@ -110,6 +111,13 @@ def kernel_origins() -> dict[str, int]:
     here = kernels_here(target, cache_folder(config.cache_folder(), target))
     counts = {origin: list(here.values()).count(origin) for origin in ("cached", "ready")}
     return {**counts, "to_build": len(set(NAMES) - here.keys())}
+
+
+def ready_kernel_files() -> list[Path]:
+    """Files of ready kernels that were made of the sources here, for a program to be frozen."""
+    from edgeinfer.kernels.cpu.library import current_files
+
+    return current_files()
 
 
 def _release(weight: Weight) -> None:

@@ -226,6 +226,24 @@ def test_a_frozen_program_says_which_kernels_it_lacks(
     assert lib.inexact() == []
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs prctl")
+def test_a_system_that_forbids_generated_code_is_told_apart() -> None:
+    native.library().load(["norm"])
+    script = (
+        "import ctypes, sys; sys.path.insert(0, sys.argv[1])\n"
+        "from tests import native; from edgeinfer.errors import DeviceError\n"
+        "print(ctypes.CDLL(None).prctl(65, 1, 0, 0, 0))  # PR_SET_MDWE\n"
+        "try: native.library().load(['norm'])\n"
+        "except DeviceError as error: print(error)"
+    )
+    root = str(Path(__file__).parent.parent)
+    done = subprocess.run([sys.executable, "-c", script, root], capture_output=True, text=True)
+    if done.stdout.startswith("-1"):
+        pytest.skip("a kernel before Linux 6.3 can't forbid it to one process")
+    assert "forbids generated code" in done.stdout, done.stderr
+    assert done.returncode == 0
+
+
 # -- objects for other systems -------------------------------------------------------------------
 
 

@@ -132,6 +132,10 @@ def test_the_token_is_sent_to_the_hub_only(
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(DownloadError, match="refuses your token"):
         edgeinfer.pull(REPO)
+    server.refused.add(REPO)
+    monkeypatch.setenv("HF_TOKEN", "hf_right")
+    with pytest.raises(DownloadError, match=r"accept its licence \(HTTP 403\): open .* accept it$"):
+        edgeinfer.pull(REPO)
     request = hub.urllib.request.Request("https://hub/x")
     request.add_unredirected_header("Authorization", "Bearer hf_right")
     for url, kept in (("https://cdn/x", False), ("https://hub/y", True)):

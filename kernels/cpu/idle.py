@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -122,16 +123,19 @@ class IdleBuild:
     def _feed(self, job: subprocess.Popen[str]) -> bool:
         """Hand over one name after the other; False when the process is gone."""
         assert job.stdin is not None and job.stdout is not None
-        while self._names:
-            name = self._names[0]
-            # Another process may have built it meanwhile.
-            if read_object(self._folder, name) is None:
-                try:
+        try:
+            while self._names:
+                name = self._names[0]
+                # Another process may have built it meanwhile.
+                if read_object(self._folder, name) is None:
                     job.stdin.write(name + "\n")
                     job.stdin.flush()
-                except OSError:
-                    return False
-                if not job.stdout.readline():
-                    return False
-            self._names.popleft()
+                    if not job.stdout.readline():
+                        return False
+                self._names.popleft()
+        except OSError:
+            return False
+        finally:
+            with suppress(OSError):
+                job.stdin.close()
         return True

@@ -18,8 +18,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
+from edgeinfer import platform
 from edgeinfer.errors import DeviceError
-from edgeinfer.kernels.cpu.ready import Ready
+from edgeinfer.kernels.cpu.ready import FOLDER, Ready
 from edgeinfer.kernels.cpu.targets import Target
 
 if TYPE_CHECKING:
@@ -139,12 +140,11 @@ class Library:
 
     def inexact(self) -> list[str]:
         """Loaded kernels that were made for a whole family, where this machine can have its own."""
-        is_exact = self.target == Target.any(
-            self.target.family, self.target.machine, self.target.triple
-        )
-        if is_exact or not can_build() or not _is_writable(self.folder):
-            return []
-        return [name for name, origin in self.origins.items() if origin == "ready"]
+        names = [name for name, origin in self.origins.items() if origin == "ready"]
+        target = self.target
+        is_exact = target == Target.any(target.family, target.machine, target.triple)
+        can_change = names and not is_exact and can_build() and _is_writable(self.folder)
+        return names if can_change else []
 
     def rebuild(self, progress: Progress | None = None) -> int:
         """Build `inexact` kernels for this machine exactly; the next process takes those."""
@@ -187,6 +187,12 @@ class Library:
             return build_objects(folder, names, self.target, progress)
 
     def _link(self, objects: dict[str, bytes]) -> None:
+        # LLVM does not look whether it may: the first call of a kernel would end the process.
+        if platform.can_run_generated_code() is False:
+            raise DeviceError(
+                "this system forbids generated code (SELinux's execmem, a hardened service): allow "
+                "it for this program, or use device='reference' (slow)"
+            )
         import llvmlite.binding as llvm
 
         llvm.initialize_native_target()
@@ -214,6 +220,16 @@ def kernels_here(target: Target, folder: Path) -> dict[str, Origin]:
         if (_HERE / "native" / f"{name.partition('.')[0]}.py").is_file():
             if path == object_path(folder, name):
                 found[name] = "cached"
+    return found
+
+
+def current_files(folder: Path = FOLDER) -> list[Path]:
+    """Files of ready kernels that were all made of the sources that are here."""
+    found = []
+    for path in sorted(folder.glob("*.kernels")):
+        ready = Ready.open(path)
+        if ready.names and all(ready.has(name, _source_key_or_none(name)) for name in ready.names):
+            found.append(path)
     return found
 
 

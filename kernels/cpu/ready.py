@@ -51,8 +51,13 @@ class Ready:
     @classmethod
     def of(cls, target: Target, folder: Path = FOLDER) -> Ready:
         """Those that ship for the family and system of a target."""
+        return cls.open(path(folder, target))
+
+    @classmethod
+    def open(cls, file: Path) -> Ready:
+        """Those of a file; none where it is absent or damaged."""
         try:
-            return cls.parse(path(folder, target).read_bytes())
+            return cls.parse(file.read_bytes())
         except (OSError, ValueError, KeyError, TypeError):
             return cls()
 
