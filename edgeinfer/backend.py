@@ -113,6 +113,13 @@ def kernel_origins() -> dict[str, int]:
     return {**counts, "to_build": len(set(NAMES) - here.keys())}
 
 
+def can_build_kernels() -> bool:
+    """Whether kernels that are not here can be built: not in a frozen program."""
+    from edgeinfer.kernels.cpu.library import can_build
+
+    return can_build()
+
+
 def ready_kernel_files() -> list[Path]:
     """Files of ready kernels that were made of the sources here, for a program to be frozen."""
     from edgeinfer.kernels.cpu.library import current_files

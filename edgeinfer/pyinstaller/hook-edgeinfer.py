@@ -20,6 +20,7 @@ _BUILD_ONLY = (
     "edgeinfer.kernels.cpu.build",
     "edgeinfer.pyinstaller",
 )
+_SHOWN_BY_DOCTOR = ("edgeinfer", "llvmlite", "numpy", "sentencepiece", "textual", "tokenizers")
 
 excludedimports = ["numba", "cupy"]
 hiddenimports = [
@@ -30,7 +31,7 @@ kernels = ready_kernel_files()
 datas = [
     *collect_data_files("edgeinfer.tui"),
     *((str(path), "edgeinfer/kernels/cpu/ready") for path in kernels),
-    *copy_metadata("edgeinfer"),
+    *(file for name in _SHOWN_BY_DOCTOR for file in copy_metadata(name)),
 ]
 if not kernels:
     logger.warning(
