@@ -128,6 +128,12 @@ class Library:
         wanted = sorted(set(names) - self._addresses.keys())
         if not wanted:
             return
+        # LLVM does not look whether it may: the first call of a kernel would end the process.
+        if platform.can_run_generated_code() is False:
+            raise DeviceError(
+                "this system forbids generated code (SELinux's execmem, a hardened service): allow "
+                "it for this program, or use device='reference' (slow)"
+            )
         objects, origins = self._find(wanted)
         missing = [name for name in wanted if name not in objects]
         if missing:
@@ -173,8 +179,9 @@ class Library:
     def _build(self, names: Sequence[str], progress: Progress | None) -> dict[str, bytes]:
         """Build into the cache, or where that can't be written into a folder that goes again."""
         if not can_build():
+            listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
             raise DeviceError(
-                f"this program was frozen without the kernels {', '.join(names)} for "
+                f"this program was frozen without the kernels {listed} for "
                 f"{self.target.system} {self.target.machine} {self.target.family}, and a frozen "
                 "program can't build them: freeze it where edgeinfer was installed from a wheel "
                 "made by .ci/wheel.py, or use device='reference' (slow)"
@@ -187,12 +194,6 @@ class Library:
             return build_objects(folder, names, self.target, progress)
 
     def _link(self, objects: dict[str, bytes]) -> None:
-        # LLVM does not look whether it may: the first call of a kernel would end the process.
-        if platform.can_run_generated_code() is False:
-            raise DeviceError(
-                "this system forbids generated code (SELinux's execmem, a hardened service): allow "
-                "it for this program, or use device='reference' (slow)"
-            )
         import llvmlite.binding as llvm
 
         llvm.initialize_native_target()
