@@ -124,6 +124,15 @@ def test_a_kernel_that_does_not_exist_says_so(tmp_path: Path) -> None:
         Library(Target.host(), tmp_path).load(["nonsense"])
 
 
+def test_what_lies_in_the_current_folder_does_not_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("edgeinfer", "numba", "argparse"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('not this one')")
+    monkeypatch.chdir(tmp_path)
+    Library(Target.host(), tmp_path / "cache").load(["probe"])
+
+
 def test_loading_ready_kernels_takes_no_numba() -> None:
     native.library().load(["norm", "team.work"])
     script = (

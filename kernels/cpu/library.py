@@ -303,10 +303,19 @@ def build_objects(
     return {name: data for name, data in objects.items() if data is not None}
 
 
+# Python looks in the current folder first, where another edgeinfer or anything else may lie.
+_RUN_BUILDER = """
+import runpy, sys
+ours = sys.argv.pop(1)
+sys.path[:1] = [] if ours in sys.path[1:] else [ours]
+runpy.run_module("edgeinfer.kernels.cpu.build", run_name="__main__")
+"""
+
+
 def build_command(folder: Path, target: Target) -> list[str]:
     """A process that builds the kernels whose names it reads, and answers each with its name."""
-    command = [sys.executable, "-m", "edgeinfer.kernels.cpu.build", str(folder)]
-    command += ["--family", target.family, f"--triple={target.triple}"]
+    command = [sys.executable, "-c", _RUN_BUILDER, str(Path(platform.__file__).parent.parent)]
+    command += [str(folder), "--family", target.family, f"--triple={target.triple}"]
     return [*command, f"--cpu={target.cpu}", f"--features={target.features}"]
 
 
