@@ -127,7 +127,7 @@ def test_a_kernel_that_does_not_exist_says_so(tmp_path: Path) -> None:
 def test_what_lies_in_the_current_folder_does_not_build(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("edgeinfer", "numba", "argparse"):
+    for name in ("edgeinfer", "numba", "argparse", "runpy"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('not this one')")
     monkeypatch.chdir(tmp_path)
     Library(Target.host(), tmp_path / "cache").load(["probe"])

@@ -305,9 +305,12 @@ def build_objects(
 
 # Python looks in the current folder first, where another edgeinfer or anything else may lie.
 _RUN_BUILDER = """
-import runpy, sys
+import sys
 ours = sys.argv.pop(1)
-sys.path[:1] = [] if ours in sys.path[1:] else [ours]
+sys.path = [folder for folder in sys.path if folder]
+if ours not in sys.path:
+    sys.path.insert(0, ours)
+import runpy
 runpy.run_module("edgeinfer.kernels.cpu.build", run_name="__main__")
 """
 
