@@ -6,6 +6,7 @@ Knows nothing of sequences, text or scheduling.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from edgeinfer import config
@@ -86,6 +87,42 @@ def cpu_target() -> dict[str, Any]:
     target = Target.host(config.isa())
     features = [each[1:] for each in target.features.split(",") if each.startswith("+")]
     return {"family": target.family, "llvm_name": target.cpu, "features": features}
+
+
+def build_exactly(program: Program, progress: Callable[[int, int], None]) -> int:
+    """Build a program's kernels for this machine alone where they were made for its family.
+
+    Returns how many; the next process takes them. `progress(done, total)` follows.
+    """
+    from edgeinfer.kernels.cpu.program import CpuProgram
+
+    return program.build_exactly(progress) if isinstance(program, CpuProgram) else 0
+
+
+def kernel_origins() -> dict[str, int]:
+    """How many CPU kernels are cached for this machine, came ready with the package, or neither."""
+    from edgeinfer.kernels.cpu.library import cache_folder, kernels_here
+    from edgeinfer.kernels.cpu.ready import NAMES
+    from edgeinfer.kernels.cpu.targets import Target
+
+    target = Target.host(config.isa())
+    here = kernels_here(target, cache_folder(config.cache_folder(), target))
+    counts = {origin: list(here.values()).count(origin) for origin in ("cached", "ready")}
+    return {**counts, "to_build": len(set(NAMES) - here.keys())}
+
+
+def can_build_kernels() -> bool:
+    """Whether kernels that are not here can be built: not in a frozen program."""
+    from edgeinfer.kernels.cpu.library import can_build
+
+    return can_build()
+
+
+def ready_kernel_files() -> list[Path]:
+    """Files of ready kernels that were made of the sources here, for a program to be frozen."""
+    from edgeinfer.kernels.cpu.library import current_files
+
+    return current_files()
 
 
 def _release(weight: Weight) -> None:

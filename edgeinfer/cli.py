@@ -459,6 +459,13 @@ def tokenize(
 @common_flags
 def warmup(model: str | None, **flags: Any) -> None:
     """Build the kernels that a model needs, so that its first use starts at once."""
+    from edgeinfer.backend import build_exactly
+
     with _open(model, flags) as llm:
         llm.generate([0], max_tokens=1)
-    note("kernels are ready")
+        line = ProgressLine()
+        try:
+            n = build_exactly(llm.runtime.program, lambda d, all: line.show("kernels", d, all))
+        finally:
+            line.clear()
+    note(f"kernels are ready{f'; {n} were rebuilt for this very processor' if n else ''}")

@@ -155,6 +155,8 @@ def _kernels() -> dict[str, Any]:
         "writable": platform.is_writable(folder),
         "n_objects": len(list(folder.glob("kernels/*/*.o"))),
         "n_bytes": folder_bytes(folder),
+        "can_build": backend.can_build_kernels(),
+        "origins": backend.kernel_origins(),
     }
 
 
@@ -191,9 +193,12 @@ def _advice(facts: dict[str, Any]) -> list[str]:
         advice.append("this system forbids generated code (SELinux execmem?): --device reference")
     if facts["cpu"]["family"] == "generic":
         advice.append("this processor has no AVX2 or its like: expect a third of the usual speed")
-    if not facts["kernels"]["writable"]:
+    if not facts["kernels"]["can_build"]:
+        if facts["kernels"]["origins"]["to_build"]:
+            advice.append("this frozen program lacks kernels: freeze it with a released wheel")
+    elif not facts["kernels"]["writable"]:
         advice.append("the kernel cache can't be written, every start builds: set EDGEINFER_HOME")
-    elif not facts["kernels"]["n_objects"]:
+    elif not (facts["kernels"]["origins"]["cached"] or facts["kernels"]["origins"]["ready"]):
         advice.append("no kernels are built yet: the first start takes longer (edgeinfer warmup)")
     if facts["gpu"]["install"] and not any(
         facts["edgeinfer"][name] for name in _PACKAGES if name.startswith("cupy")

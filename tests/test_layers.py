@@ -32,7 +32,7 @@ aio plain_chat cli_models bench_compare bench_steps
 bench_tables
 cli_bench
 cli
-__main__ tui
+__main__ tui pyinstaller
 """
 LINE = {name: i for i, line in enumerate(LAYERS.split("\n")) for name in line.split()}
 PACKAGES = ("kernels.cpu", "kernels.cuda", "tui")

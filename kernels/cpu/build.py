@@ -14,14 +14,12 @@ import argparse
 import gc
 import os
 import re
-import struct
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from edgeinfer.kernels.cpu import ready
-from edgeinfer.kernels.cpu.library import build_objects, symbol, write_object
+from edgeinfer.kernels.cpu.library import symbol, write_object
+from edgeinfer.kernels.cpu.object_files import undefined_symbols
 from edgeinfer.kernels.cpu.soft_float import without_fma
 from edgeinfer.kernels.cpu.targets import FAMILIES, Target
 
@@ -156,32 +154,13 @@ def check(name: str, module: Any) -> None:
 
 
 def check_symbols(name: str, data: bytes) -> None:
-    """Refuse an ELF object that calls what LLVM had no instructions for (`fmaf`, `memset`).
-
-    Other formats are not looked into: the same code was made into ELF when it was tested.
-    """
-    foreign = undefined_symbols(data) if data[:4] == b"\x7fELF" else []
+    """Refuse an object that calls what LLVM had no instructions for (`fmaf`, `memset`)."""
+    try:
+        foreign = undefined_symbols(data)
+    except ValueError as error:
+        raise KernelBuildError(f"kernel {name} can't be checked: {error}") from error
     if foreign:
         raise KernelBuildError(f"kernel {name} would call {', '.join(foreign)}")
-
-
-def undefined_symbols(elf: bytes) -> list[str]:
-    """What a 64-bit little-endian ELF object expects others to define."""
-    (table,) = struct.unpack_from("<Q", elf, 0x28)
-    entry_bytes, n = struct.unpack_from("<HH", elf, 0x3A)
-    # type, offset, size and link of every section
-    sections = [struct.unpack_from("<4xI16xQQI", elf, table + entry_bytes * i) for i in range(n)]
-    found = []
-    for kind, offset, size, link in sections:
-        if kind != 2:  # SHT_SYMTAB
-            continue
-        names = sections[link][1]
-        for at in range(offset + 24, offset + size, 24):
-            name, section = struct.unpack_from("<I2xH", elf, at)
-            if section == 0:
-                end = elf.index(b"\0", names + name)
-                found.append(elf[names + name : end].decode())
-    return found
 
 
 def build(name: str, target: Target) -> bytes:
@@ -202,14 +181,8 @@ def main() -> None:
     parser.add_argument("--cpu", default="generic")
     parser.add_argument("--features", default="")
     parser.add_argument("--asm", action="store_true", help="print assembly instead")
-    parser.add_argument(
-        "--wheel", action="store_true", help="all kernels, one file for each family that is NAMEd"
-    )
     args = parser.parse_args()
     gc.disable()  # a tenth of the time; a process builds a few dozen kernels at most
-    if args.wheel:
-        _build_ready(args.folder, args.names)
-        return
     target = Target(args.family, args.triple, args.cpu, args.features) if args.triple else None
     if target is None:
         target = _target_of(args.family)
@@ -231,22 +204,6 @@ def _target_of(family: str | None) -> Target:
     if not machines:
         raise SystemExit(f"no family {family!r}")
     return Target.any(family, host.machine if host.machine in machines else machines[0])
-
-
-def _build_ready(folder: Path, families: list[str]) -> None:
-    """Files of ready kernels, of all families or of those named `avx2` or `aarch64-generic`."""
-    for machine, family in FAMILIES:
-        if families and family not in families and f"{machine}-{family}" not in families:
-            continue
-        target = Target.any(family, machine)
-
-        def report(done: int, total: int, name: str, at: str = f"{machine} {family}") -> None:
-            print(f"\r{at}: {done}/{total} {name:20}", end="", flush=True)
-
-        with tempfile.TemporaryDirectory() as scratch:
-            objects = build_objects(Path(scratch), ready.NAMES, target, report)
-        path = ready.write(folder, target, objects)
-        print(f"\r{path}: {len(objects)} kernels, {path.stat().st_size / 1e6:.2f} MB", flush=True)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
+from edgeinfer import platform
 from edgeinfer.errors import DeviceError
-from edgeinfer.kernels.cpu.ready import Ready
+from edgeinfer.kernels.cpu.ready import FOLDER, Ready
 from edgeinfer.kernels.cpu.targets import Target
 
 if TYPE_CHECKING:
@@ -127,6 +128,12 @@ class Library:
         wanted = sorted(set(names) - self._addresses.keys())
         if not wanted:
             return
+        # LLVM does not look whether it may: the first call of a kernel would end the process.
+        if platform.can_run_generated_code() is False:
+            raise DeviceError(
+                "this system forbids generated code (SELinux's execmem, a hardened service): allow "
+                "it for this program, or use device='reference' (slow)"
+            )
         objects, origins = self._find(wanted)
         missing = [name for name in wanted if name not in objects]
         if missing:
@@ -137,11 +144,20 @@ class Library:
             raise DeviceError(f"kernels {', '.join(lost)} changed while they were being built")
         self.origins |= {name: origins.get(name, "built") for name in wanted}
 
-    def rebuild(self, progress: Progress | None = None) -> None:
-        """Build what was loaded ready for this machine exactly; the next process takes that."""
+    def inexact(self) -> list[str]:
+        """Loaded kernels that were made for a whole family, where this machine can have its own."""
         names = [name for name, origin in self.origins.items() if origin == "ready"]
-        if names and _is_writable(self.folder):
+        target = self.target
+        is_exact = target == Target.any(target.family, target.machine, target.triple)
+        can_change = names and not is_exact and can_build() and _is_writable(self.folder)
+        return names if can_change else []
+
+    def rebuild(self, progress: Progress | None = None) -> int:
+        """Build `inexact` kernels for this machine exactly; the next process takes those."""
+        names = self.inexact()
+        if names:
             build_objects(self.folder, names, self.target, progress)
+        return len(names)
 
     def address(self, name: str) -> int:
         """Address of a loaded kernel."""
@@ -162,6 +178,14 @@ class Library:
 
     def _build(self, names: Sequence[str], progress: Progress | None) -> dict[str, bytes]:
         """Build into the cache, or where that can't be written into a folder that goes again."""
+        if not can_build():
+            listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
+            raise DeviceError(
+                f"this program was frozen without the kernels {listed} for "
+                f"{self.target.system} {self.target.machine} {self.target.family}, and a frozen "
+                "program can't build them: freeze it where edgeinfer was installed from a wheel "
+                "made by .ci/wheel.py, or use device='reference' (slow)"
+            )
         with ExitStack() as stack:
             folder = self.folder
             if not _is_writable(folder):
@@ -200,10 +224,25 @@ def kernels_here(target: Target, folder: Path) -> dict[str, Origin]:
     return found
 
 
+def current_files(folder: Path = FOLDER) -> list[Path]:
+    """Files of ready kernels that were all made of the sources that are here."""
+    found = []
+    for path in sorted(folder.glob("*.kernels")):
+        ready = Ready.open(path)
+        if ready.names and all(ready.has(name, _source_key_or_none(name)) for name in ready.names):
+            found.append(path)
+    return found
+
+
 def _source_key_or_none(name: str) -> str | None:
     """None in a frozen program, which carries no sources."""
     module = name.partition(".")[0]
     return source_key(module) if (_HERE / "native" / f"{module}.py").is_file() else None
+
+
+def can_build() -> bool:
+    """Whether there are sources and an interpreter to build with: not in a frozen program."""
+    return not getattr(sys, "frozen", False) and (_HERE / "build.py").is_file()
 
 
 def _is_writable(folder: Path) -> bool:
@@ -225,9 +264,7 @@ def build_objects(
     import subprocess  # 20 ms that only a first start pays
 
     n_jobs = max(1, min(os.cpu_count() or 1, -(-len(names) // 2), 8))
-    command = [sys.executable, "-m", "edgeinfer.kernels.cpu.build", str(folder)]
-    command += ["--family", target.family, f"--triple={target.triple}"]
-    command += [f"--cpu={target.cpu}", f"--features={target.features}"]
+    command = build_command(folder, target)
     waiting, done = deque(sorted(names, key=_slowest_first)), deque[str]()
     if progress:
         progress(0, len(names), waiting[0])
@@ -264,6 +301,25 @@ def build_objects(
                     pass
     objects = {name: read_object(folder, name) for name in names}
     return {name: data for name, data in objects.items() if data is not None}
+
+
+# Python looks in the current folder first, where another edgeinfer or anything else may lie.
+_RUN_BUILDER = """
+import sys
+ours = sys.argv.pop(1)
+sys.path = [folder for folder in sys.path if folder]
+if ours not in sys.path:
+    sys.path.insert(0, ours)
+import runpy
+runpy.run_module("edgeinfer.kernels.cpu.build", run_name="__main__")
+"""
+
+
+def build_command(folder: Path, target: Target) -> list[str]:
+    """A process that builds the kernels whose names it reads, and answers each with its name."""
+    command = [sys.executable, "-c", _RUN_BUILDER, str(Path(platform.__file__).parent.parent)]
+    command += [str(folder), "--family", target.family, f"--triple={target.triple}"]
+    return [*command, f"--cpu={target.cpu}", f"--features={target.features}"]
 
 
 def _slowest_first(name: str) -> int:

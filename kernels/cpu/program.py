@@ -18,6 +18,7 @@ from edgeinfer.batch import PAGE, SEGMENT_PAGES, Batch, OpTime, Outputs, StepLim
 from edgeinfer.errors import ClosedError
 from edgeinfer.graph import Embed, Linear, RmsNorm, Segment
 from edgeinfer.kernels.cpu import layout
+from edgeinfer.kernels.cpu.idle import IdleBuild
 from edgeinfer.kernels.cpu.library import Library, cache_folder
 from edgeinfer.kernels.cpu.lower import (
     Args,
@@ -107,7 +108,9 @@ class CpuProgram:
         self._lowered = lowered
         sample = self._sample_op() if segment.is_last else None
         self._load_kernels(sample)
-        self._team = shared_team(backend.library, limits.n_threads)
+        library = backend.library
+        self._idle_build = IdleBuild(library.inexact(), library.folder, library.target)
+        self._team = shared_team(library, limits.n_threads)
         backend.pack(self._weights, self._team, limits.n_threads)
         self._make_step_arrays(max_segments)
         self._make_tapes(sample)
@@ -144,7 +147,11 @@ class CpuProgram:
         return CpuTicket(self, batch, self._tapes[batch.output])
 
     def _run(self, batch: Batch, tape: Tape) -> Outputs:
-        self._team.run(tape)
+        self._idle_build.begin_step()
+        try:
+            self._team.run(tape)
+        finally:
+            self._idle_build.end_step()
         n = len(batch.wanted)
         out = Outputs(
             self._no_rows, self._no_rows, self._no_ids, aborted=bool(self._get(layout.H_ABORT))
@@ -159,11 +166,16 @@ class CpuProgram:
             out.ids = batch.samples.ids[:n]
         return out
 
+    def build_exactly(self, progress: Callable[[int, int], None]) -> int:
+        """Build now what would be built when idle; returns how many kernels that were."""
+        return self._backend.library.rebuild(lambda done, total, name: progress(done, total))
+
     def close(self) -> None:
         """Free everything; views into outputs are dead from here on."""
         if self._closed:
             return
         self._closed = True
+        self._idle_build.close()
         self._team.quiesce()
         for tape in set(self._tapes.values()):
             tape.close()

@@ -18,7 +18,8 @@ from edgeinfer.kernels.cpu.formats import FORMATS
 from edgeinfer.kernels.cpu.targets import Target
 
 FOLDER = Path(__file__).parent / "ready"
-HEAD_DIMS = (64, 80, 96, 128, 256)
+# Widths of heads in published models that run; others are built when they are asked for.
+HEAD_DIMS = (32, 48, 64, 80, 96, 100, 120, 128, 256)
 NAMES = (
     *(f"{op}.{name}" for op in ("matmul", "pack", "embed") for name in FORMATS),
     *(f"attend.{dim}.{dim}" for dim in HEAD_DIMS),
@@ -50,8 +51,13 @@ class Ready:
     @classmethod
     def of(cls, target: Target, folder: Path = FOLDER) -> Ready:
         """Those that ship for the family and system of a target."""
+        return cls.open(path(folder, target))
+
+    @classmethod
+    def open(cls, file: Path) -> Ready:
+        """Those of a file; none where it is absent or damaged."""
         try:
-            return cls.parse(path(folder, target).read_bytes())
+            return cls.parse(file.read_bytes())
         except (OSError, ValueError, KeyError, TypeError):
             return cls()
 
@@ -92,8 +98,7 @@ class Ready:
 
 def path(folder: Path, target: Target) -> Path:
     """The file of a target's family on its system."""
-    system = "linux" if "linux" in target.triple else target.triple.split("-")[-1]
-    return folder / f"{system}-{target.machine}-{target.family}.kernels"
+    return folder / f"{target.system}-{target.machine}-{target.family}.kernels"
 
 
 def write(folder: Path, target: Target, objects: Mapping[str, bytes]) -> Path:

@@ -27,12 +27,17 @@ class Target:
         first = self.triple.partition("-")[0]
         return {"amd64": "x86_64", "arm64": "aarch64"}.get(first, first)
 
+    @property
+    def system(self) -> str:
+        """What objects for it are called after: "linux", "macos", "windows" or "other"."""
+        return next((name for word, name in _SYSTEMS.items() if word in self.triple), "other")
+
     @classmethod
     def host(cls, family: str | None = None) -> Target:
         """This machine; a family that is not its own means any machine of that family."""
         import llvmlite.binding as llvm
 
-        features, triple = host_features(), llvm.get_process_triple()
+        features, triple = host_features(), _for_objects(llvm.get_process_triple())
         flags = llvm.get_host_cpu_features().flatten()
         exact = cls("generic", triple, llvm.get_host_cpu_name(), flags)
         families = runnable(exact.machine, features)
@@ -71,7 +76,19 @@ _NEEDS: dict[str, set[str]] = {
     "generic": set(),
 }
 
+_SYSTEMS = {"linux": "linux", "darwin": "macos", "macos": "macos", "windows": "windows"}
+# Systems that numba has wheels for, by processor.
+TRIPLES = {
+    "x86_64": ("x86_64-unknown-linux-gnu", "x86_64-pc-windows-msvc-elf"),
+    "aarch64": ("aarch64-unknown-linux-gnu", "arm64-apple-darwin"),
+}
 FAMILIES = tuple(_PORTABLE)  # (machine, family)
+
+
+def _for_objects(triple: str) -> str:
+    """The triple that makes objects which LLVM's linker can load: on Windows it wants ELF."""
+    is_coff = "windows" in triple and not triple.endswith("-elf")
+    return f"{triple}-elf" if is_coff else triple
 
 
 def runnable(machine: str, features: set[str]) -> list[str]:

@@ -1,0 +1,96 @@
+"""Builds the wheel to release: the package with ready kernels for every system and family.
+
+    .venv/bin/python .ci/wheel.py FOLDER [linux-x86_64-avx2 ...]
+
+Names limit it to some files of ready kernels. What was built before is taken from the kernel
+cache. The checkout stays as it is: the wheel is made of a copy. Knows kernels by name only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from edgeinfer.config import cache_folder as cache_root
+from edgeinfer.kernels.cpu import ready
+from edgeinfer.kernels.cpu.library import build_objects, cache_folder, read_object
+from edgeinfer.kernels.cpu.targets import FAMILIES, TRIPLES, Target
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGED = (
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+    "NOTICE",
+    *("edgeinfer", "kernels", "models"),
+    "tui",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Build a wheel with ready kernels.")
+    parser.add_argument("folder", type=Path, help="where the wheel goes")
+    parser.add_argument("names", nargs="*", help="some of: " + " ".join(_targets()))
+    args = parser.parse_args()
+    unknown = set(args.names) - _targets().keys()
+    if unknown:
+        parser.error(f"no {', '.join(sorted(unknown))}; there are {' '.join(_targets())}")
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch)
+        for name in PACKAGED:
+            _copy(ROOT / name, source / name)
+        for name in args.names or _targets():
+            _add_kernels(source / "kernels" / "cpu" / "ready", _targets()[name])
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "-q"]
+        subprocess.run([*pip, "--no-deps", "-w", str(args.folder), str(source)], check=True)
+    for wheel in args.folder.glob("edgeinfer-*.whl"):
+        print(f"{wheel}: {wheel.stat().st_size / 1e6:.2f} MB")
+
+
+def _targets() -> dict[str, Target]:
+    """Every machine that a wheel has kernels for, by the name of their file."""
+    return {ready.path(Path(), target).stem: target for target in _each_target()}
+
+
+def _each_target() -> Iterator[Target]:
+    for machine, family in FAMILIES:
+        for triple in TRIPLES[machine]:
+            # Every Mac that numba runs on has the instructions of the better family.
+            if not ("darwin" in triple and family == "generic"):
+                yield Target.any(family, machine, triple)
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.is_dir():
+        ignored = shutil.ignore_patterns("__pycache__", "ready")
+        shutil.copytree(source, target, symlinks=True, ignore=ignored)
+    else:
+        shutil.copy(source, target)
+
+
+def _add_kernels(folder: Path, target: Target) -> None:
+    cache = cache_folder(cache_root(), target)
+    found = {name: read_object(cache, name) for name in ready.NAMES}
+    objects = {name: data for name, data in found.items() if data is not None}
+    missing = [name for name in ready.NAMES if name not in objects]
+    label = ready.path(folder, target).stem
+    if missing:
+        objects |= build_objects(
+            cache,
+            missing,
+            target,
+            lambda done, total, name: print(
+                f"\r{label}: {done}/{total} {name:20}", end="", flush=True
+            ),
+        )
+    path = ready.write(folder, target, objects)
+    print(f"\r{path.name}: {len(objects)} kernels, {path.stat().st_size / 1e6:.2f} MB", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Kernels for this very processor, built while nothing runs: never in the way, never left."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgeinfer.batch import StepLimits
+from edgeinfer.gguf import GGUFFile
+from edgeinfer.kernels.cpu import library, ready
+from edgeinfer.kernels.cpu.idle import IdleBuild
+from edgeinfer.kernels.cpu.library import Library
+from edgeinfer.kernels.cpu.program import CpuBackend
+from edgeinfer.kernels.cpu.ready import Ready
+from edgeinfer.kernels.cpu.targets import Target
+from edgeinfer.model import Model
+
+from .models_for_tests import tiny_model
+from .native import cache_root
+from .test_cpu_program import IDS, batch_of
+
+LIMITS = StepLimits(n_pages=8, max_rows=16, max_outputs=16, max_sequences=4, n_threads=2)
+NAMES = ["norm", "swiglu"]
+
+
+def until(happened: Callable[[], object], seconds: float = 60.0) -> bool:
+    end = time.monotonic() + seconds
+    while not happened() and time.monotonic() < end:
+        time.sleep(0.01)
+    return bool(happened())
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError:
+        return False
+    return True
+
+
+def test_it_builds_when_idle_and_a_step_ends_it_at_once(tmp_path: Path) -> None:
+    build = IdleBuild(NAMES, tmp_path, Target.host(), idle_seconds=0.05)
+    time.sleep(0.2)
+    assert build._thread is None  # nothing before the first step
+    build.begin_step()
+    build.end_step()
+    assert until(lambda: build._job)
+    process = build._job
+    assert process is not None
+    if hasattr(os, "getpriority"):
+        assert until(lambda: os.getpriority(os.PRIO_PROCESS, process.pid) == 19, 5)
+    begun = time.perf_counter()
+    build.begin_step()
+    assert time.perf_counter() - begun < 0.1
+    assert until(lambda: process.returncode is not None, 5)
+    time.sleep(0.3)
+    assert build._job is None  # a step runs, for however long
+    build.end_step()
+    assert build.wait(60)
+    assert all(library.read_object(tmp_path, name) for name in NAMES)
+    build.close()
+
+
+def test_closing_ends_its_process(tmp_path: Path) -> None:
+    build = IdleBuild(NAMES, tmp_path, Target.host(), idle_seconds=0.0)
+    build.end_step()
+    assert until(lambda: build._job)
+    process = build._job
+    assert process is not None
+    build.close()
+    assert until(lambda: process.returncode is not None, 5)
+    assert not is_running(process.pid)
+    build.end_step()
+    assert build._thread is not None and not build._thread.is_alive()
+
+
+def test_what_cannot_be_built_is_not_tried_again(tmp_path: Path) -> None:
+    build = IdleBuild(["nonsense", "norm"], tmp_path, Target.host(), idle_seconds=0.0)
+    build.end_step()
+    assert build.wait(60)
+    assert not list(tmp_path.glob("*.o"))
+
+
+def test_a_program_changes_to_exact_kernels_without_changing_a_bit(tmp_path: Path) -> None:
+    """The kernels of a family, then those of this processor: contract 1 across a rebuild."""
+    host = Target.host()
+    portable = Target.any(host.family, host.machine, host.triple)
+    with GGUFFile.open(tiny_model(tmp_path)) as file:
+        segment = Model.load(file).graph.segment()
+        with CpuBackend(cache_root(), 2).compile(segment, LIMITS) as program:
+            names = [*program._backend.library.origins]
+            expected = program.submit(batch_of(IDS)).wait().logits.copy()
+        exact = library.cache_folder(cache_root(), host)
+        # Only one kernel is another than the exact one, so that the test takes no minute.
+        objects = library.build_objects(tmp_path / "objects", ["norm"], portable, None)
+        objects |= {
+            name: data
+            for name in names
+            if name not in objects and (data := library.read_object(exact, name))
+        }
+        ready.write(tmp_path, portable, objects)
+        backend = CpuBackend(tmp_path / "cache", 2)
+        backend.library = Library(host, tmp_path / "cache", Ready.of(portable, tmp_path))
+        with backend.compile(segment, LIMITS) as program:
+            assert set(backend.library.origins.values()) == {"ready"}
+            idle = program._idle_build = IdleBuild(
+                ["norm"], backend.library.folder, host, idle_seconds=0.0
+            )
+            assert np.array_equal(program.submit(batch_of(IDS)).wait().logits, expected)
+            assert idle.wait(60)
+            assert np.array_equal(program.submit(batch_of(IDS)).wait().logits, expected)
+        backend.library = Library(host, tmp_path / "cache", Ready.of(portable, tmp_path))
+        with backend.compile(segment, LIMITS) as program:
+            assert backend.library.origins["norm"] == "cached"
+            assert np.array_equal(program.submit(batch_of(IDS)).wait().logits, expected)
+
+
+@pytest.mark.parametrize("family", [None, "generic"])
+def test_only_kernels_that_can_become_better_are_built(tmp_path: Path, family: str | None) -> None:
+    """Kernels of a family that is forced are what they are."""
+    target = Target.host(family)
+    lib = Library(target, tmp_path, Ready())
+    lib.origins |= {"norm": "ready", "swiglu": "cached", "read": "built"}
+    is_exact = target == Target.any(target.family, target.machine, target.triple)
+    assert lib.inexact() == ([] if is_exact else ["norm"])
+    assert is_exact or family is None
