@@ -157,7 +157,7 @@ def _lines(values: dict[str, Any]) -> list[str]:
 def choose_model(name: str | None, yes: bool, *, is_chat: bool = False) -> str:
     """The path of the model that a command is about; fetches it where the user agrees."""
     from edgeinfer.discovery import find_model
-    from edgeinfer.fetch import last_model
+    from edgeinfer.recent import last_model
 
     if name is None:
         is_person = sys.stdin.isatty() and sys.stderr.isatty()
@@ -173,16 +173,16 @@ def choose_model(name: str | None, yes: bool, *, is_chat: bool = False) -> str:
 
 def remember(name: str) -> None:
     """The next chat without MODEL takes this one."""
-    from edgeinfer import fetch
+    from edgeinfer import recent
 
-    fetch.remember(name)
+    recent.remember(name)
 
 
 def last_model() -> str | None:
     """The model of the latest chat, else the default one, while it is on this machine."""
-    from edgeinfer import discovery, fetch
+    from edgeinfer import discovery, recent
 
-    name = fetch.last_model()
+    name = recent.last_model()
     return name if Path(name).is_file() or discovery.find_name(name) is not None else None
 
 

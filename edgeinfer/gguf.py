@@ -10,11 +10,11 @@ import math
 import mmap
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeVar
 
 from edgeinfer.errors import ClosedError, InvalidModelError, ModelNotFoundError
 from edgeinfer.quant import Weight, quant_type
@@ -22,6 +22,7 @@ from edgeinfer.quant import Weight, quant_type
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+T = TypeVar("T")
 Scalar: TypeAlias = bool | int | float | str
 Value: TypeAlias = "Scalar | Array"
 
@@ -233,11 +234,11 @@ class Array:
 
     def bytes(self) -> list[builtins.bytes]:
         """The strings as they are in the file, valid UTF-8 or not."""
-        return list(self._raw_strings())
+        return list(self._strings(builtins.bytes))
 
     def strings(self) -> list[str]:
         """The strings, with U+FFFD for what is not UTF-8."""
-        return [_text(item) for item in self._raw_strings()]
+        return list(self._strings(lambda raw: str(raw, "utf-8", "replace")))
 
     def numpy(self) -> NDArray[Any]:
         """The numbers or booleans as a read-only view of the mapped file."""
@@ -265,13 +266,13 @@ class Array:
             self._origin.fail("a boolean is neither 0 nor 1")
         return [item == 1 for item in items]
 
-    def _raw_strings(self) -> Iterator[builtins.bytes]:
+    def _strings(self, make: Callable[[memoryview], T]) -> Iterator[T]:
         if self.item_type != "string":
             self._origin.fail(f"found an array of {self.item_type}, need strings")
         data, at, unpack = self._open_data(), self._start, _U64.unpack_from
         for _ in range(self._n):
             end = at + 8 + unpack(data, at)[0]
-            yield data[at + 8 : end].tobytes()
+            yield make(data[at + 8 : end])
             at = end
 
     def _open_data(self) -> memoryview:

@@ -45,7 +45,7 @@ def source_key(module: str) -> str:
     """Changes whenever a source that kernels of this native module are made of changes."""
     digest = hashlib.sha256()
     for path in sorted(_sources(module)):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+        digest.update(path.name.encode() + b"\0" + _read(path))
     return digest.hexdigest()
 
 
@@ -65,13 +65,26 @@ def _sources(module: str) -> set[Path]:
         found.add(path)
         if path in _BUILDER:
             continue
-        for dotted, names in _IMPORT.findall(path.read_text()):
-            base = _HERE.joinpath(*dotted.split("."))
-            if base.is_dir():
-                pending += [base / f"{name.split()[0]}.py" for name in names.split(",")]
-            else:
-                pending.append(base.with_suffix(".py"))
+        pending += _imports(path)
     return found
+
+
+@cache
+def _imports(path: Path) -> list[Path]:
+    """What a source imports from here."""
+    found: list[Path] = []
+    for dotted, names in _IMPORT.findall(_read(path).decode()):
+        base = _HERE.joinpath(*dotted.split("."))
+        if base.is_dir():
+            found += [base / f"{name.split()[0]}.py" for name in names.split(",")]
+        else:
+            found.append(base.with_suffix(".py"))
+    return found
+
+
+@cache
+def _read(path: Path) -> bytes:
+    return path.read_bytes()
 
 
 def cache_folder(root: Path, target: Target) -> Path:

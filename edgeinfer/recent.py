@@ -1,0 +1,30 @@
+"""Which model the latest chat was held with. Knows nothing of how models come here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edgeinfer import config
+from edgeinfer.catalog import DEFAULT_MODEL
+from edgeinfer.discovery import find_name
+
+_LAST = "last-model"
+
+
+def remember(name: str) -> None:
+    """Note the model of the latest chat; a folder that can't be written is no reason to stop."""
+    try:
+        config.data_folder().mkdir(parents=True, exist_ok=True)
+        (config.data_folder() / _LAST).write_text(name, "utf-8")
+    except OSError:
+        pass
+
+
+def last_model() -> str:
+    """The model of the latest chat while it is here, else the default one."""
+    try:
+        name = (config.data_folder() / _LAST).read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return DEFAULT_MODEL
+    is_here = name and (Path(name).is_file() or find_name(name) is not None)
+    return name if is_here else DEFAULT_MODEL
