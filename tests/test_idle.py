@@ -92,7 +92,7 @@ def test_a_program_changes_to_exact_kernels_without_changing_a_bit(tmp_path: Pat
     portable = Target.any(host.family, host.machine, host.triple)
     with GGUFFile.open(tiny_model(tmp_path)) as file:
         segment = Model.load(file).graph.segment()
-        with CpuBackend(cache_root(), 2).compile(segment, LIMITS) as program:
+        with CpuBackend(cache_root()).compile(segment, LIMITS) as program:
             names = [*program._backend.library.origins]
             expected = program.submit(batch_of(IDS)).wait().logits.copy()
         exact = library.cache_folder(cache_root(), host)
@@ -104,7 +104,7 @@ def test_a_program_changes_to_exact_kernels_without_changing_a_bit(tmp_path: Pat
             if name not in objects and (data := library.read_object(exact, name))
         }
         ready.write(tmp_path, portable, objects)
-        backend = CpuBackend(tmp_path / "cache", 2)
+        backend = CpuBackend(tmp_path / "cache")
         backend.library = Library(host, tmp_path / "cache", Ready.of(portable, tmp_path))
         with backend.compile(segment, LIMITS) as program:
             assert set(backend.library.origins.values()) == {"ready"}

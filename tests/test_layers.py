@@ -20,7 +20,7 @@ errors
 config quant platform terminal options results messages
 graph sampling catalog hub turns speculation
 batch wheel discovery
-models.* kernels.reference kernels.cpu kernels.cuda fetch
+models.* kernels.reference kernels.cpu kernels.cuda fetch recent
 pretokenizers jinja_sandbox chat_templates kvcache
 sequence vocabulary sampler
 gguf weights tokenizer chat memory_plan backend generation
