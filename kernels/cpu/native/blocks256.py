@@ -218,9 +218,9 @@ def _scaled_by_16(largest, is_short=False):
         add_dots = grid.scaled_dots(1, 4, largest, is_short)
 
         @jit
-        def add(fields, x, stride, acc):
-            dots = add_dots(fields, x, stride, pair_dots(fields, x, stride))
-            return fma(scale(fields, x, stride), to_f32(dots), acc)
+        def add(fields, x, acc):
+            dots = add_dots(fields, x, pair_dots(fields, x))
+            return fma(scale(fields, x), to_f32(dots), acc)
 
         return add
 
@@ -298,10 +298,10 @@ def product_q2_k(isa, load):
         add_dots, zeros = grid.scaled_dots(2, 5, 3, is_short=True), grid.zeros
 
         @jit
-        def add(fields, x, stride, acc):
-            dots, lows = add_dots(fields, x, stride, zeros()), low_dots(fields, x, stride)
-            acc = fma(scale(fields, x, stride), to_f32(dots), acc)
-            return fma(low_scale(fields, x, stride), to_f32(lows), acc)
+        def add(fields, x, acc):
+            dots, lows = add_dots(fields, x, zeros()), low_dots(fields, x)
+            acc = fma(scale(fields, x), to_f32(dots), acc)
+            return fma(low_scale(fields, x), to_f32(lows), acc)
 
         return add
 

@@ -93,9 +93,9 @@ def scaled(largest, offset):
         scale, dots = grid.scale(0), grid.dots(1, largest, offset)
 
         @jit
-        def add(fields, x, stride, acc):
-            dot = to_f32(dots(fields, x, stride))
-            return fma(scale(fields, x, stride), dot, acc)
+        def add(fields, x, acc):
+            dot = to_f32(dots(fields, x))
+            return fma(scale(fields, x), dot, acc)
 
         return add
 
@@ -109,10 +109,10 @@ def scaled_with_low(largest):
         scale, add_low, dots = grid.scale(0), grid.add_low(1), grid.dots(2, largest)
 
         @jit
-        def add(fields, x, stride, acc):
-            dot = to_f32(dots(fields, x, stride))
-            acc = fma(scale(fields, x, stride), dot, acc)
-            return add_low(fields, x, stride, acc)
+        def add(fields, x, acc):
+            dot = to_f32(dots(fields, x))
+            acc = fma(scale(fields, x), dot, acc)
+            return add_low(fields, x, acc)
 
         return add
 
@@ -257,9 +257,9 @@ def scaled_bytes(grid):
     scale, dots = grid.scale(0), grid.byte_dots(1)
 
     @jit
-    def add(fields, x, stride, acc):
-        dot = to_f32(dots(fields, x, stride))
-        return fma(scale(fields, x, stride), dot, acc)
+    def add(fields, x, acc):
+        dot = to_f32(dots(fields, x))
+        return fma(scale(fields, x), dot, acc)
 
     return add
 

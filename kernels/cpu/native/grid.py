@@ -11,7 +11,7 @@ Values are tiles of vectors: R for weights, T for activations, and R x T for sum
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,10 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from edgeinfer.kernels.cpu.layout import A32_D, A32_DSUM, A32_SUMS
+from edgeinfer.kernels.cpu.layout import A32_BYTES, A32_D, A32_DSUM, A32_SUMS
 from edgeinfer.kernels.cpu.native import simd
 from edgeinfer.kernels.cpu.native.isa import Isa
-from edgeinfer.kernels.cpu.native.simd import I32, I64, Tile, Vec, f32x8, i16x16, i32x8, intp, u8x32
+from edgeinfer.kernels.cpu.native.simd import I32, I64, Tile, f32x8, i16x16, i32x8, intp, u8x32
 
 VECTOR = 32  # bytes
 
@@ -32,9 +32,9 @@ class Product:
     """What a weight type offers to a matmul.
 
     `unpack(p, i)`: the fields of columns 32 i to 32 i + 31 of packed block p of one group, a tuple
-    of `n_fields` vectors. `add(grid)` gives `add(fields, x, stride, acc)`: acc, the sums of R x T,
-    plus the products of the fields with the a32 blocks of T tokens, `stride` bytes apart, in the
-    order of additions that `reference.py` fixes.
+    of `n_fields` vectors. `add(grid)` gives `add(fields, x, acc)`: acc, the sums of R x T, plus
+    the products of the fields with the T a32 blocks at x, one for each token, in the order of
+    additions that `reference.py` fixes.
     """
 
     n_fields: int
@@ -54,61 +54,59 @@ class Grid:
 
     # -- operations on floats ------------------------------------------------------------------
 
-    def scale(self, field: int) -> Callable[..., Any]:
-        """`scale(fields, x, stride)`: that field times the activations' d."""
+    def scale(self, field):
+        """`scale(fields, x)`: that field times the activations' d."""
         return self._floats(field, A32_D, lambda b, w, x: b.fmul(w, x))
 
-    def add_low(self, field: int) -> Callable[..., Any]:
-        """`add_low(fields, x, stride, acc)`: acc + that field * the activations' d * sum."""
+    def add_low(self, field):
+        """`add_low(fields, x, acc)`: acc + that field * the activations' d * sum."""
         return self._floats(field, A32_DSUM, _fma, adds=True)
 
-    def _floats(self, field: int, at: int, emit: Any, adds: bool = False) -> Any:
-        def cells(b: Any, fields: Any, x: Any, stride: Any, sums: list[Any]) -> list[Any]:
-            splats = [b.bitcast(v, f32x8.ir) for v in self._splats(b, x, stride, at)]
+    def _floats(self, field, at, emit, adds=False):
+        def cells(b, fields, x, sums):
+            splats = [b.bitcast(v, f32x8.ir) for v in self._splats(b, x, at)]
             weights = [b.bitcast(v, f32x8.ir) for v in self._fields(b, fields, field)]
             return [emit(b, weights[r], splats[t], *sums[i : i + 1]) for i, t, r in self._cells()]
 
         return self._define(f32x8, cells, adds)
 
     @property
-    def zeros(self) -> Callable[..., Any]:
+    def zeros(self):
         """`zeros()`: int32 sums of nothing."""
         kind = Tile(i32x8, self.n_groups * self.n_tokens)
         return simd.scalar(kind, (), lambda b: ir.Constant(kind.ir, None))
 
     # -- operations on integers ----------------------------------------------------------------
 
-    def dots(self, field: int, largest: int, offset: int = 0) -> Callable[..., Any]:
-        """`dots(fields, x, stride)`: int32 dots of 8 fields, whose bytes are at most `largest`,
+    def dots(self, field, largest, offset=0):
+        """`dots(fields, x)`: int32 dots of 8 fields, whose bytes are at most `largest`,
         with 32 activations, plus offset times the sum of these."""
         isa = self.isa
         step = next(n for n in (8, 4, 2) if n <= isa.narrow_dots(largest))
 
-        def cells(b: Any, fields: Any, x: Any, stride: Any, _: Any) -> list[Any]:
-            total = self._offset_sums(b, x, stride, offset)
+        def cells(b, fields, x, _):
+            total = self._offset_sums(b, x, offset)
             if isa.narrow_is_wide:
-                return self._dot(b, total, isa.narrow_dot, fields, field, 8, x, stride)
+                return self._dot(b, total, isa.narrow_dot, fields, field, 8, x)
             for j in range(0, 8, step):
                 acc = [isa.narrow_zero] * len(total)
-                acc = self._dot(b, acc, isa.narrow_dot, fields, field + j, step, x, stride, j)
+                acc = self._dot(b, acc, isa.narrow_dot, fields, field + j, step, x, j)
                 total = [b.add(i, isa.narrow_sum(b, k)) for i, k in zip(total, acc, strict=True)]
             return total
 
         return self._define(i32x8, cells)
 
-    def scaled_dots(
-        self, scales: int, field: int, largest: int, is_short: bool = False
-    ) -> Callable[..., Any]:
-        """`dots(fields, x, stride, total)`: int32 total plus, for both halves of 32 columns, their
+    def scaled_dots(self, scales, field, largest, is_short=False):
+        """`dots(fields, x, total)`: int32 total plus, for both halves of 32 columns, their
         dot times one of the two fields from `scales` on. `is_short`: the dot fits in int16."""
         isa = self.isa
         step = next(n for n in (4, 2) if n <= isa.narrow_dots(largest))
         add = isa.add_short if is_short else isa.add_scaled
 
-        def cells(b: Any, fields: Any, x: Any, stride: Any, total: list[Any]) -> list[Any]:
+        def cells(b, fields, x, total):
             for j in range(0, 8, step):
                 scales_here = self._fields(b, fields, scales + j // 4)
-                quads = [list(self._splats(b, x, stride, 4 * (j + k))) for k in range(step)]
+                quads = [self._splats(b, x, 4 * (j + k)) for k in range(step)]
                 for r in range(self.n_groups):
                     weights = [self._field(b, fields, field + j + k, r) for k in range(step)]
                     for t in range(self.n_tokens):
@@ -121,104 +119,98 @@ class Grid:
 
         return self._define(i32x8, cells, adds=True)
 
-    def pair_dots(self, field: int) -> Callable[..., Any]:
-        """`dots(fields, x, stride)`: int32 dots of pairs of int16 with the two sums of 16 q."""
+    def pair_dots(self, field):
+        """`dots(fields, x)`: int32 dots of pairs of int16 with the two sums of 16 q."""
 
-        def cells(b: Any, fields: Any, x: Any, stride: Any, _: Any) -> list[Any]:
+        def cells(b, fields, x, _):
             pairs = [b.bitcast(v, i16x16.ir) for v in self._fields(b, fields, field)]
-            sums, zero = list(self._splats(b, x, stride, A32_SUMS)), simd.const_ir(i32x8, 0)
+            sums, zero = self._splats(b, x, A32_SUMS), simd.const_ir(i32x8, 0)
             return [self.isa.pair_dot(b, zero, pairs[r], sums[t]) for _, t, r in self._cells()]
 
         return self._define(i32x8, cells)
 
-    def byte_dots(self, field: int) -> Callable[..., Any]:
-        """`dots(fields, x, stride)`: int32 dots of 8 lots of `byte_form` with 32 activations."""
+    def byte_dots(self, field):
+        """`dots(fields, x)`: int32 dots of 8 lots of `byte_form` with 32 activations."""
         isa = self.isa
 
-        def cells(b: Any, fields: Any, x: Any, stride: Any, _: Any) -> list[Any]:
-            total = self._offset_sums(b, x, stride, -isa.byte_excess)
+        def cells(b, fields, x, _):
+            total = self._offset_sums(b, x, -isa.byte_excess)
             n_parts = len(isa.byte_form(0))
-            return self._dot(b, total, isa.byte_dot, fields, field, 8, x, stride, n_parts=n_parts)
+            return self._dot(b, total, isa.byte_dot, fields, field, 8, x, n_parts=n_parts)
 
         return self._define(i32x8, cells)
 
-    def _offset_sums(self, b: Any, x: Any, stride: Any, offset: int) -> list[Any]:
+    def _offset_sums(self, b, x, offset):
         """offset times each token's sum of 32 q, for every cell."""
         zero = simd.const_ir(i32x8, 0)
         if offset == 0:
             return [zero] * (self.n_groups * self.n_tokens)
         pairs = simd.const_ir(i16x16, offset)
         by_token = [
-            self.isa.pair_dot(b, zero, pairs, sums) for sums in self._splats(b, x, stride, A32_SUMS)
+            self.isa.pair_dot(b, zero, pairs, sums) for sums in self._splats(b, x, A32_SUMS)
         ]
         return [by_token[t] for _, t, _ in self._cells()]
 
-    def _dot(
-        self, b: Any, acc: list[Any], emit: Any, fields: Any, field: int, n: int, x: Any,
-        stride: Any, first: int = 0, n_parts: int = 1,
-    ) -> list[Any]:  # fmt: skip
-        """n fields from `field` on meet quads `first` and on of every token."""
+    def _dot(self, b, acc, emit, fields, field, n, x, first=0, n_parts=1):
+        """n lots of `n_parts` fields, from `field` on, meet quads `first` and on of every token."""
         for j in range(n):
             lots = [self._fields(b, fields, field + j * n_parts + part) for part in range(n_parts)]
             weights = lots[0] if emit is self.isa.narrow_dot else list(zip(*lots, strict=True))
-            quads = list(self._splats(b, x, stride, 4 * (first + j)))
+            quads = self._splats(b, x, 4 * (first + j))
             acc = [emit(b, acc[i], weights[r], quads[t]) for i, t, r in self._cells()]
         return acc
 
     # -- operands ------------------------------------------------------------------------------
 
-    def _cells(self) -> Iterator[tuple[int, int, int]]:
+    def _cells(self):
         """(cell, token, group) in the order of tiles."""
         for t in range(self.n_tokens):
             for r in range(self.n_groups):
                 yield t * self.n_groups + r, t, r
 
-    def _fields(self, b: Any, fields: Any, k: int) -> list[Any]:
+    def _fields(self, b, fields, k):
         """Field k of every group, as bytes."""
         return [self._field(b, fields, k, r) for r in range(self.n_groups)]
 
-    def _field(self, b: Any, fields: Any, k: int, group: int) -> Any:
+    def _field(self, b, fields, k, group):
         if self.in_registers:
             return b.bitcast(b.extract_value(fields, k), u8x32.ir)
         at = I64(VECTOR * (k * self.n_groups + group))
         return simd.load_ir(b, b.add(fields, at), u8x32.ir, VECTOR)
 
-    def _splats(self, b: Any, x: Any, stride: Any, at: int) -> Iterator[Any]:
+    def _splats(self, b, x, at):
         """Four bytes of every token's block, in every lane, as bytes."""
-        for t in range(self.n_tokens):
-            address = b.add(simd.offset_ir(b, x, stride, t), I64(at))
-            yield b.bitcast(simd.splat_ir(b, simd.load_ir(b, address, I32), 8), u8x32.ir)
+        places = (b.add(x, I64(A32_BYTES * t + at)) for t in range(self.n_tokens))
+        words = (simd.load_ir(b, place, I32) for place in places)
+        return [b.bitcast(simd.splat_ir(b, word, 8), u8x32.ir) for word in words]
 
-    def _define(self, vec: Vec, cells: Callable[..., list[Any]], adds: bool = False) -> Any:
-        """`(fields, x, stride)`, and the sums to add to where it `adds`, to a tile of all cells."""
+    def _define(self, vec, cells, adds=False):
+        """`(fields, x)`, and the sums to add to where it `adds`, to a tile of all cells."""
         kind = Tile(vec, self.n_groups * self.n_tokens)
 
-        def codegen(context: Any, b: Any, signature: Any, values: Any) -> ir.Value:
-            fields, x, stride = values[:3]
+        def codegen(context, b, signature, values):
+            fields, x = values[:2]
             x = context.cast(b, x, signature.args[1], intp)
-            stride = context.cast(b, stride, signature.args[2], intp)
             if not self.in_registers:
                 fields = context.cast(b, fields, signature.args[0], intp)
-            sums = [b.extract_value(values[3], i) for i in range(kind.n)] if adds else []
-            return simd.tile_ir(b, kind, cells(b, fields, x, stride, sums))
+            sums = [b.extract_value(values[2], i) for i in range(kind.n)] if adds else []
+            return simd.tile_ir(b, kind, cells(b, fields, x, sums))
 
         if adds:
-            return intrinsic(
-                lambda _, fields, x, stride, acc: (kind(fields, x, stride, acc), codegen)
-            )
-        return intrinsic(lambda _, fields, x, stride: (kind(fields, x, stride), codegen))
+            return intrinsic(lambda _, fields, x, acc: (kind(fields, x, acc), codegen))
+        return intrinsic(lambda _, fields, x: (kind(fields, x), codegen))
 
 
-def _fma(b: Any, w: Any, x: Any, acc: Any) -> Any:
+def _fma(b, w, x, acc):
     return simd.call(b, "llvm.fma.v8f32", f32x8.ir, w, x, acc)
 
 
-def keep(n_groups: int) -> Callable[..., Any]:
+def keep(n_groups):
     """`keep(panel, group, fields)`: one group's fields, to its places in a panel."""
 
     @intrinsic
-    def store(typingctx: Any, panel: Any, group: Any, fields: Any) -> Any:
-        def codegen(context: Any, b: Any, signature: Any, values: Any) -> Any:
+    def store(typingctx, panel, group, fields):
+        def codegen(context, b, signature, values):
             panel, group, fields = values
             panel = context.cast(b, panel, signature.args[0], intp)
             group = context.cast(b, group, signature.args[1], intp)

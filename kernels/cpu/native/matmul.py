@@ -117,7 +117,7 @@ def _quantised(isa, type_name):
     @jit
     def add_few(fields, x, n, at):
         for _ in range(n):
-            store_rows(at, 0, add_one(fields, x, 0, load_rows_f32(at, 0, 1)))
+            store_rows(at, 0, add_one(fields, x, load_rows_f32(at, 0, 1)))
             x += A32_BYTES
             at += 2 * VECTOR
 
@@ -150,12 +150,12 @@ def _quantised(isa, type_name):
                 at = acc
                 for _ in range(n // beside):
                     sums = load_rows_f32(at, VECTOR, n_beside)
-                    store_rows(at, VECTOR, add_beside(panel, x, A32_BYTES, sums))
+                    store_rows(at, VECTOR, add_beside(panel, x, sums))
                     at += beside * token_bytes
                     x += beside * A32_BYTES
                 for _ in range(n % beside):
                     sums = load_rows_f32(at, VECTOR, PANEL_GROUPS)
-                    store_rows(at, VECTOR, add_last(panel, x, A32_BYTES, sums))
+                    store_rows(at, VECTOR, add_last(panel, x, sums))
                     at += token_bytes
                     x += A32_BYTES
             p += packed_bytes
