@@ -6,7 +6,8 @@ where field k of group r lies at (k * R + r) * 32. A panel is unpacked once for 
 step's tile, and each of its vectors is loaded once for T of them: with two tokens beside each
 other, 256 products take 27 instructions, with one 36.
 
-Values are tiles of vectors: R for weights, T for activations, and R x T for sums, token by token.
+Values are tiles of vectors: for weights, for activations, and for sums, token by token. Where a
+family has wider vectors for panels, one holds the same field of several groups.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from numba.extending import intrinsic
 from edgeinfer.kernels.cpu.layout import A32_BYTES, A32_D, A32_DSUM, A32_SUMS
 from edgeinfer.kernels.cpu.native import simd
 from edgeinfer.kernels.cpu.native.isa import Isa
-from edgeinfer.kernels.cpu.native.simd import I32, I64, Tile, f32x8, i16x16, i32x8, intp, u8x32
+from edgeinfer.kernels.cpu.native.simd import I32, I64, Tile, Vec, f32x8, i16x16, i32x8, intp, u8x32
 
 VECTOR = 32  # bytes
 
@@ -52,6 +53,42 @@ class Grid:
     n_tokens: int
     in_registers: bool = False
 
+    @property
+    def width(self) -> int:
+        """Groups in one vector."""
+        return 1 if self.in_registers else self.isa.panel_width
+
+    def _wide(self, vec):
+        return Vec(vec.element, vec.lanes * self.width)
+
+    def _sums(self, vec):
+        return Tile(self._wide(vec), self.n_groups // self.width * self.n_tokens)
+
+    # -- sums in memory ------------------------------------------------------------------------
+
+    @property
+    def load(self):
+        """`load(p)`: the sums at p, those of one token and group after the other."""
+        kind = self._sums(f32x8)
+
+        def emit(b, p):
+            places = (b.add(p, I64(VECTOR * self.width * i)) for i in range(kind.n))
+            return simd.tile_ir(b, kind, [simd.load_ir(b, at, kind.vec.ir) for at in places])
+
+        return simd.scalar(kind, (intp,), emit)
+
+    @property
+    def store(self):
+        """`store(p, sums)`"""
+        kind = self._sums(f32x8)
+
+        def emit(b, p, sums):
+            for i in range(kind.n):
+                at = b.add(p, I64(VECTOR * self.width * i))
+                simd.store_ir(b, at, b.extract_value(sums, i))
+
+        return simd.scalar(types.void, (intp, kind), emit)
+
     # -- operations on floats ------------------------------------------------------------------
 
     def scale(self, field):
@@ -64,8 +101,9 @@ class Grid:
 
     def _floats(self, field, at, emit, adds=False):
         def cells(b, fields, x, sums):
-            splats = [b.bitcast(v, f32x8.ir) for v in self._splats(b, x, at)]
-            weights = [b.bitcast(v, f32x8.ir) for v in self._fields(b, fields, field)]
+            floats = self._wide(f32x8).ir
+            splats = [b.bitcast(v, floats) for v in self._splats(b, x, at)]
+            weights = [b.bitcast(v, floats) for v in self._fields(b, fields, field)]
             return [emit(b, weights[r], splats[t], *sums[i : i + 1]) for i, t, r in self._cells()]
 
         return self._define(f32x8, cells, adds)
@@ -73,7 +111,7 @@ class Grid:
     @property
     def zeros(self):
         """`zeros()`: int32 sums of nothing."""
-        kind = Tile(i32x8, self.n_groups * self.n_tokens)
+        kind = self._sums(i32x8)
         return simd.scalar(kind, (), lambda b: ir.Constant(kind.ir, None))
 
     # -- operations on integers ----------------------------------------------------------------
@@ -89,7 +127,7 @@ class Grid:
             if isa.narrow_is_wide:
                 return self._dot(b, total, isa.narrow_dot, fields, field, 8, x)
             for j in range(0, 8, step):
-                acc = [isa.narrow_zero] * len(total)
+                acc = [simd.const_ir(self._wide(isa.narrow), 0)] * len(total)
                 acc = self._dot(b, acc, isa.narrow_dot, fields, field + j, step, x, j)
                 total = [b.add(i, isa.narrow_sum(b, k)) for i, k in zip(total, acc, strict=True)]
             return total
@@ -107,13 +145,14 @@ class Grid:
             for j in range(0, 8, step):
                 scales_here = self._fields(b, fields, scales + j // 4)
                 quads = [self._splats(b, x, 4 * (j + k)) for k in range(step)]
-                for r in range(self.n_groups):
+                for r in range(self.n_groups // self.width):
                     weights = [self._field(b, fields, field + j + k, r) for k in range(step)]
                     for t in range(self.n_tokens):
-                        acc = isa.narrow_zero
+                        acc = simd.const_ir(self._wide(isa.narrow), 0)
                         for k in range(step):
                             acc = isa.narrow_dot(b, acc, weights[k], quads[k][t])
-                        i, scale = t * self.n_groups + r, b.bitcast(scales_here[r], acc.type)
+                        i = t * (self.n_groups // self.width) + r
+                        scale = b.bitcast(scales_here[r], acc.type)
                         total[i] = add(b, total[i], acc, scale)
             return total
 
@@ -123,8 +162,9 @@ class Grid:
         """`dots(fields, x)`: int32 dots of pairs of int16 with the two sums of 16 q."""
 
         def cells(b, fields, x, _):
-            pairs = [b.bitcast(v, i16x16.ir) for v in self._fields(b, fields, field)]
-            sums, zero = self._splats(b, x, A32_SUMS), simd.const_ir(i32x8, 0)
+            words = self._wide(i16x16).ir
+            pairs = [b.bitcast(v, words) for v in self._fields(b, fields, field)]
+            sums, zero = self._splats(b, x, A32_SUMS), simd.const_ir(self._wide(i32x8), 0)
             return [self.isa.pair_dot(b, zero, pairs[r], sums[t]) for _, t, r in self._cells()]
 
         return self._define(i32x8, cells)
@@ -142,10 +182,10 @@ class Grid:
 
     def _offset_sums(self, b, x, offset):
         """offset times each token's sum of 32 q, for every cell."""
-        zero = simd.const_ir(i32x8, 0)
+        zero = simd.const_ir(self._wide(i32x8), 0)
         if offset == 0:
-            return [zero] * (self.n_groups * self.n_tokens)
-        pairs = simd.const_ir(i16x16, offset)
+            return [zero] * self._sums(i32x8).n
+        pairs = simd.const_ir(self._wide(i16x16), offset)
         by_token = [
             self.isa.pair_dot(b, zero, pairs, sums) for sums in self._splats(b, x, A32_SUMS)
         ]
@@ -163,30 +203,32 @@ class Grid:
     # -- operands ------------------------------------------------------------------------------
 
     def _cells(self):
-        """(cell, token, group) in the order of tiles."""
+        """(cell, token, vector of weights) in the order of tiles."""
+        n = self.n_groups // self.width
         for t in range(self.n_tokens):
-            for r in range(self.n_groups):
-                yield t * self.n_groups + r, t, r
+            for r in range(n):
+                yield t * n + r, t, r
 
     def _fields(self, b, fields, k):
         """Field k of every group, as bytes."""
-        return [self._field(b, fields, k, r) for r in range(self.n_groups)]
+        return [self._field(b, fields, k, r) for r in range(self.n_groups // self.width)]
 
-    def _field(self, b, fields, k, group):
+    def _field(self, b, fields, k, r):
         if self.in_registers:
             return b.bitcast(b.extract_value(fields, k), u8x32.ir)
-        at = I64(VECTOR * (k * self.n_groups + group))
-        return simd.load_ir(b, b.add(fields, at), u8x32.ir, VECTOR)
+        at = I64(VECTOR * (k * self.n_groups + r * self.width))
+        return simd.load_ir(b, b.add(fields, at), self._wide(u8x32).ir, VECTOR)
 
     def _splats(self, b, x, at):
         """Four bytes of every token's block, in every lane, as bytes."""
         places = (b.add(x, I64(A32_BYTES * t + at)) for t in range(self.n_tokens))
         words = (simd.load_ir(b, place, I32) for place in places)
-        return [b.bitcast(simd.splat_ir(b, word, 8), u8x32.ir) for word in words]
+        kind = self._wide(u8x32).ir
+        return [b.bitcast(simd.splat_ir(b, word, 8 * self.width), kind) for word in words]
 
     def _define(self, vec, cells, adds=False):
         """`(fields, x)`, and the sums to add to where it `adds`, to a tile of all cells."""
-        kind = Tile(vec, self.n_groups * self.n_tokens)
+        kind = self._sums(vec)
 
         def codegen(context, b, signature, values):
             fields, x = values[:2]
@@ -202,7 +244,7 @@ class Grid:
 
 
 def _fma(b, w, x, acc):
-    return simd.call(b, "llvm.fma.v8f32", f32x8.ir, w, x, acc)
+    return simd.call(b, f"llvm.fma.v{acc.type.count}f32", acc.type, w, x, acc)
 
 
 def keep(n_groups):

@@ -4,7 +4,7 @@ Knows no quant type and no tile. All but `pause` and `reset_float` emit LLVM ins
 take an IR builder and values. `u` is 32 unsigned bytes of weights, 8 rows x 4; `x` four signed
 bytes of activations in every 32-bit lane. Lane r of a sum belongs to row r. A family offers:
 
-- `narrow_zero`, `narrow_dot(b, acc, u, x)`, `narrow_sum(b, acc)`: for u <= 63, at most
+- `narrow`, the type of sums, `narrow_dot(b, acc, u, x)`, `narrow_sum(b, acc)`: for u <= 63, at most
   `narrow_dots(largest u)` dots between zero and sum, because a family may add in int16;
 - `scale_first(b, pairs)`, `scale_second(b, pairs)`, `add_scaled(b, total, acc, scale)`: total +
   scale * narrow_sum(acc), the scale of each row being one of a pair of int16; `short_first`,
@@ -15,7 +15,8 @@ bytes of activations in every 32-bit lane. Lane r of a sum belongs to row r. A f
   makes it of u = w + 128;
 - `look_up(b, table, v)`: for places v of 0 to 15, the bytes that a table of 16 holds there.
 
-All are exact, so every family gives the same bits.
+Sums and the vectors that meet in them may be `panel_width` times as wide, for as many groups of 8
+rows beside each other. All are exact, so every family gives the same bits.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Isa:
 
     name: str
     registers: int  # vector registers that a kernel may count on
-    narrow_zero: ir.Constant
+    narrow: simd.Vec
     narrow_dot: Callable
     narrow_sum: Callable
     narrow_dots: Callable[[int], int]
@@ -57,6 +58,7 @@ class Isa:
     look_up: Callable
     pause: Callable
     reset_float: Callable  # round to nearest, denormals kept, whatever this thread had before
+    panel_width: int = 1  # groups in one vector of a panel
 
 
 # -- AVX2: pairs into int16, then into int32 -----------------------------------------------------
@@ -118,7 +120,7 @@ _reset_float_x86 = simd.scalar(types.void, (), _emit_reset_float)
 AVX2 = Isa(
     "avx2",
     16,
-    narrow_zero=const_ir(i16x16, 0),
+    narrow=i16x16,
     narrow_dot=_add_pairs,
     narrow_sum=_widen,
     narrow_dots=lambda u: 32767 // (2 * 127 * u),
@@ -144,33 +146,41 @@ AVX2 = Isa(
 
 
 def _vpdpbusd(b, acc, u, s):
-    return call(b, "ei.x86.vpdpbusd", _I32x8, acc, u, s)
+    return call(b, f"ei.x86.vpdpbusd.{32 * acc.type.count}", acc.type, acc, u, s)
 
 
 def _vpdpwssd(b, acc, v, w):
-    return call(b, "ei.x86.vpdpwssd", _I32x8, acc, b.bitcast(v, _I16x16), b.bitcast(w, _I16x16))
+    pairs = ir.VectorType(I16, 2 * acc.type.count)
+    name = f"ei.x86.vpdpwssd.{32 * acc.type.count}"
+    return call(b, name, acc.type, acc, b.bitcast(v, pairs), b.bitcast(w, pairs))
+
+
+def _as_words(b, v, each):
+    """v as int32, and a vector of `each`."""
+    n = v.type.count * v.type.element.width // 32
+    return b.bitcast(v, ir.VectorType(I32, n)), ir.Constant(ir.VectorType(I32, n), [each] * n)
 
 
 def _first_word(b, pairs):
-    sixteen = const_ir(i32x8, 16)
-    return b.ashr(b.shl(b.bitcast(pairs, _I32x8), sixteen), sixteen)
+    words, sixteen = _as_words(b, pairs, 16)
+    return b.ashr(b.shl(words, sixteen), sixteen)
 
 
 def _second_word(b, pairs):
-    return b.ashr(b.bitcast(pairs, _I32x8), const_ir(i32x8, 16))
+    return b.ashr(*_as_words(b, pairs, 16))
 
 
 def _first_alone(b, pairs):
-    return b.and_(b.bitcast(pairs, _I32x8), const_ir(i32x8, 0xFFFF))
+    return b.and_(*_as_words(b, pairs, 0xFFFF))
 
 
 def _second_alone(b, pairs):
-    return b.lshr(b.bitcast(pairs, _I32x8), const_ir(i32x8, 16))
+    return b.lshr(*_as_words(b, pairs, 16))
 
 
 # What families that add in int32 from the start have in common.
 _WORDS = dict(
-    narrow_zero=const_ir(i32x8, 0),
+    narrow=i32x8,
     narrow_sum=lambda b, acc: acc,
     narrow_dots=lambda u: 256,
     narrow_is_wide=True,
@@ -198,7 +208,9 @@ VNNI = Isa(
 )
 
 
-AVX512 = replace(VNNI, name="avx512", registers=32)  # the same instructions, more registers
+# The same instructions on more registers, and on twice as wide ones for panels: their port bound
+# is half, and no processor has less than half as many of them.
+AVX512 = replace(VNNI, name="avx512", registers=32, panel_width=2)
 
 
 # -- any machine: plain vector arithmetic --------------------------------------------------------
@@ -206,10 +218,11 @@ AVX512 = replace(VNNI, name="avx512", registers=32)  # the same instructions, mo
 
 def _dot4(b, acc, u, x):
     """Multiply in int16, which 255 * 127 fits, and add the four products of each row."""
-    kind = ir.VectorType(I16, 32)
-    products = b.sext(b.mul(b.zext(u, kind), b.sext(x, kind)), ir.VectorType(I32, 32))
+    n = acc.type.count
+    kind = ir.VectorType(I16, 4 * n)
+    products = b.sext(b.mul(b.zext(u, kind), b.sext(x, kind)), ir.VectorType(I32, 4 * n))
     for k in range(4):
-        lanes = ir.Constant(ir.VectorType(I32, 8), [4 * r + k for r in range(8)])
+        lanes = ir.Constant(ir.VectorType(I32, n), [4 * r + k for r in range(n)])
         acc = b.add(acc, b.shuffle_vector(products, products, lanes))
     return acc
 

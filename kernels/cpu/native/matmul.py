@@ -105,8 +105,10 @@ def _quantised(isa, type_name):
     finish, keep_fields = _finish(1), keep(PANEL_GROUPS)
     beside = product.n_tokens
     add_one = product.add(Grid(isa, 1, 1, in_registers=True))
-    add_beside, add_last = (product.add(Grid(isa, PANEL_GROUPS, n)) for n in (beside, 1))
-    n_beside, token_bytes = PANEL_GROUPS * beside, PANEL_GROUPS * VECTOR  # of sums
+    grid, last_grid = (Grid(isa, PANEL_GROUPS, n) for n in (beside, 1))
+    add_beside, load_beside, store_beside = product.add(grid), grid.load, grid.store
+    add_last, load_last, store_last = product.add(last_grid), last_grid.load, last_grid.store
+    token_bytes = PANEL_GROUPS * VECTOR  # of sums
     assert product.n_fields <= PANEL_FIELDS
 
     @jit
@@ -149,13 +151,11 @@ def _quantised(isa, type_name):
                     keep_fields(panel, g, unpack(p + g * apart, i))
                 at = acc
                 for _ in range(n // beside):
-                    sums = load_rows_f32(at, VECTOR, n_beside)
-                    store_rows(at, VECTOR, add_beside(panel, x, sums))
+                    store_beside(at, add_beside(panel, x, load_beside(at)))
                     at += beside * token_bytes
                     x += beside * A32_BYTES
                 for _ in range(n % beside):
-                    sums = load_rows_f32(at, VECTOR, PANEL_GROUPS)
-                    store_rows(at, VECTOR, add_last(panel, x, sums))
+                    store_last(at, add_last(panel, x, load_last(at)))
                     at += token_bytes
                     x += A32_BYTES
             p += packed_bytes

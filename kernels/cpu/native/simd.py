@@ -207,7 +207,6 @@ def _intrinsic(name):
 fma = mapped(3, _same, _fma)  # x * y + z, rounded once
 max_f = mapped(2, _same, _larger)
 min_f = mapped(2, _same, _smaller)
-sqrt_f = mapped(1, _same, _intrinsic("sqrt"))
 abs_f = mapped(1, _same, _intrinsic("fabs"))
 round_f = mapped(1, _same, _intrinsic("roundeven"))
 
@@ -224,9 +223,7 @@ def _converted(element, emit):
 
 to_f32 = _converted("f32", lambda b, x, kind: b.sitofp(x, kind))
 to_i32 = _converted("i32", lambda b, x, kind: b.fptosi(x, kind))
-narrow_f64 = _converted("f32", lambda b, x, kind: b.fptrunc(x, kind))
 bits_f32 = _converted("f32", lambda b, x, kind: b.bitcast(x, kind))
-bits_i32 = _converted("i32", lambda b, x, kind: b.bitcast(x, kind))
 
 
 def _shift(emit):
@@ -252,7 +249,6 @@ def _shift(emit):
 
 shift_left = _shift(lambda b, x, n: b.shl(x, n))
 shift_right = _shift(lambda b, x, n: b.lshr(x, n))  # zeros come in
-shift_right_signed = _shift(lambda b, x, n: b.ashr(x, n))
 
 
 # -- constants -----------------------------------------------------------------------------------
@@ -372,7 +368,6 @@ load_i8x8 = scalar(i32x8, (intp,), lambda b, p: b.sext(load_ir(b, p, u8x8.ir), i
 load_splat_f32 = _load_splat(f32x8)
 load_splats_f32 = _load_splat_tile(f32x8)
 store_f32x8 = scalar(types.void, (intp, f32x8), lambda b, p, v: store_ir(b, p, v))
-store_i32x8 = scalar(types.void, (intp, i32x8), lambda b, p, v: store_ir(b, p, v))
 store_f16x8 = scalar(
     types.void, (intp, f32x8), lambda b, p, v: store_ir(b, p, b.fptrunc(v, ir.VectorType(F16, 8)))
 )
@@ -481,7 +476,6 @@ set_word = scalar(types.void, (intp, intp), lambda b, p, v: store_ir(b, p, v, 8)
 load_f32 = _load_scalar(F32, types.float32)
 load_f64 = _load_scalar(F64, types.float64)
 load_i32 = _load_scalar(I32, types.int32)
-load_i16 = _load_scalar(I16, types.int16)
 load_i8 = _load_scalar(I8, types.int8)
 load_u8 = _load_scalar(I8, types.uint8)
 load_u16 = _load_scalar(I16, types.uint16)
