@@ -50,6 +50,7 @@ class Kernel:
         self.call = ctypes.CFUNCTYPE(None, *[ctypes.c_ssize_t] * 4)(native.address(name, family))
         self.header = native.header(H_ROWS=n_tokens)
         self.words = np.array(args, np.int64)
+        self.keep: list[object] = []  # what must live as long
 
     def __call__(self, chunk: int, thread: int = 0) -> None:
         self.call(self.header.ctypes.data, self.words.ctypes.data, chunk, thread)
@@ -57,8 +58,8 @@ class Kernel:
 
 def matmul(
     type_name: str, family: str | None, w: int, n_groups: int, n_tokens: int, per_chunk: int
-) -> tuple[Kernel, list[np.ndarray]]:
-    """The kernel, and the arrays that must outlive it."""
+) -> Kernel:
+    """A matmul of packed weights at w."""
     form = FORMATS[type_name]
     n_blocks = N_COLS // form.block
     row_bytes = 4 * N_COLS if form.activation == "f32" else N_COLS // 32 * layout.A32_BYTES
@@ -69,18 +70,20 @@ def matmul(
         w, n_groups, n_blocks, x.ctypes.data, out.ctypes.data, out.strides[0], 0, 0, per_chunk,
         layout.ALL_ROWS, row_bytes, 0, 0, scratch.ctypes.data,
     ]  # fmt: skip
-    return Kernel(f"matmul.{type_name}", family, args, n_tokens), [x, out, scratch]
+    kernel = Kernel(f"matmul.{type_name}", family, args, n_tokens)
+    kernel.keep = [x, out, scratch]
+    return kernel
 
 
-def on_threads(n_threads: int, kernel: Callable[[int], None], n_chunks: int) -> float:
+def on_threads(n_threads: int, kernel: Callable[[int, int], None], n_chunks: int) -> float:
     """Seconds for all chunks; threads take chunks as they go."""
     chunks = iter(range(n_chunks))
 
-    def work() -> None:
+    def work(thread: int) -> None:
         for chunk in chunks:
-            kernel(chunk)
+            kernel(chunk, thread)
 
-    threads = [threading.Thread(target=work) for _ in range(n_threads)]
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(n_threads)]
     start = time.perf_counter()
     for thread in threads:
         thread.start()
@@ -97,7 +100,7 @@ def gemv(
     n_groups = (len(buffer.array) - (2 << 20)) // group_bytes
     per_chunk = max(1, CHUNK_BYTES // group_bytes)
     n_bytes = n_groups * group_bytes
-    kernel, keep = matmul(type_name, family, buffer.address, n_groups, tokens, per_chunk)
+    kernel = matmul(type_name, family, buffer.address, n_groups, tokens, per_chunk)
     total = np.zeros(1, np.int64)
     read = Kernel("read", family, [buffer.address, n_bytes, CHUNK_BYTES, total.ctypes.data])
     rates, shares = [], []
@@ -106,7 +109,6 @@ def gemv(
         taken = on_threads(n_threads, kernel, -(-n_groups // per_chunk))
         rates.append(n_bytes / taken / 1e9)
         shares.append(baseline / taken)
-    del keep
     return statistics.median(rates), statistics.median(shares)
 
 
@@ -114,10 +116,9 @@ def gemm(type_name: str, family: str | None, buffer: Buffer, n_tokens: int, runs
     """GMAC/s of one core with the weights of one chunk in cache."""
     group_bytes = packed_bytes(type_name, 8, N_COLS)
     n_groups = max(1, (256 << 10) // group_bytes)
-    kernel, keep = matmul(type_name, family, buffer.address, n_groups, n_tokens, n_groups)
+    kernel = matmul(type_name, family, buffer.address, n_groups, n_tokens, n_groups)
     kernel(0)
-    best = min(_thread_seconds(kernel) for _ in range(runs))
-    del keep
+    best = min(thread_seconds(kernel) for _ in range(runs))
     return n_tokens * n_groups * 8 * N_COLS / best / 1e9
 
 
@@ -130,12 +131,13 @@ def pack(type_name: str, family: str | None, buffer: Buffer, runs: int) -> float
     args = [buffer.address, buffer.address + (16 << 20), n_rows, n_blocks, n_rows // 8]
     kernel = Kernel(f"pack.{type_name}", family, args)
     kernel(0)
-    rate = n_rows * row_bytes / min(_thread_seconds(kernel) for _ in range(runs)) / 1e9
+    rate = n_rows * row_bytes / min(thread_seconds(kernel) for _ in range(runs)) / 1e9
     buffer.array[16 << 20 : 32 << 20] = 0x2A
     return rate
 
 
-def _thread_seconds(kernel: Kernel) -> float:
+def thread_seconds(kernel: Kernel) -> float:
+    """CPU time of one call, of the only chunk."""
     start = time.thread_time()
     kernel(0)
     return time.thread_time() - start
