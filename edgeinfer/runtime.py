@@ -5,13 +5,10 @@ Knows nothing of requests or of text that is generated.
 
 from __future__ import annotations
 
-import gc
 import os
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -70,34 +67,12 @@ def load(path: str | PathLike[str], options: LoadOptions) -> Runtime:
     """Open, plan, load; all in a thread, so that an interrupt never leaves native code half-way."""
     check_keywords("LLM", options, LoadOptions.__annotations__)
     found = find_file(path, download=bool(options.get("download")))
-    with _taking_turns():
-        later = _Later(lambda: _load(found, options))
-        try:
-            return later.result()
-        except BaseException:
-            later.abandon(lambda runtime: runtime.close())
-            raise
-
-
-@contextmanager
-def _taking_turns() -> Iterator[None]:
-    """Interpreter settings for two threads, of which one reads many small files and one computes.
-
-    By default a thread that was in a system call waits 5 ms for the other to let go; and making
-    some 100,000 strings and tuples, none of them garbage, sets off collection after collection.
-    """
-    interval, collects = sys.getswitchinterval(), gc.isenabled()
-    sys.setswitchinterval(min(interval, _TURN_SECONDS))
-    gc.disable()
+    later = _Later(lambda: _load(found, options))
     try:
-        yield
-    finally:
-        sys.setswitchinterval(interval)
-        if collects:
-            gc.enable()
-
-
-_TURN_SECONDS = 0.0005
+        return later.result()
+    except BaseException:
+        later.abandon(lambda runtime: runtime.close())
+        raise
 
 
 def _load(path: Path, options: LoadOptions) -> Runtime:
