@@ -97,7 +97,7 @@ class CpuProgram:
 
     def __init__(self, backend: CpuBackend, segment: Segment, limits: StepLimits) -> None:
         self.segment, self.limits = segment, limits
-        self._backend, self._n_threads, self._closed = backend, limits.n_threads, False
+        self._backend, self._closed = backend, False
         self._weights = PackedWeights(*_weights_of(segment))
         self._kv, caches = _place_caches(segment, limits.n_pages)
         max_segments = -(-limits.n_pages // SEGMENT_PAGES) + 2
@@ -206,7 +206,7 @@ class CpuProgram:
         logits, vocab = self._lowered.logits, self.segment.output.dim
         assert logits is not None
         scratch_bytes = layout.sample_scratch_bytes(vocab)
-        self._sample_scratch = platform.Memory(self._n_threads * scratch_bytes)
+        self._sample_scratch = platform.Memory(self.limits.n_threads * scratch_bytes)
         args: Args = [
             logits, row_stride(vocab), vocab, self._sample_scratch.address, scratch_bytes,
         ]  # fmt: skip
@@ -302,7 +302,7 @@ class CpuProgram:
         return OpTime(op.group, kernels, seconds, sum(p.weight_bytes for p in op.parts), macs)
 
     def _team_args(self) -> tuple[int, int]:
-        return self._header.ctypes.data, self._n_threads
+        return self._header.ctypes.data, self.limits.n_threads
 
     def _op(self, op: KernelOp) -> Op:
         return Op([self._part(part) for part in op.parts])

@@ -123,12 +123,15 @@ class Grid:
         step = next(n for n in (8, 4, 2) if n <= isa.narrow_dots(largest))
 
         def cells(b, fields, x, _):
+            def quad(j):
+                return self._fields(b, fields, field + j)
+
             total = self._offset_sums(b, x, offset)
             if isa.narrow_is_wide:
-                return self._dot(b, total, isa.narrow_dot, fields, field, 8, x)
+                return self._dot(b, total, isa.narrow_dot, quad, range(8), x)
             for j in range(0, 8, step):
                 acc = [simd.const_ir(self._wide(isa.narrow), 0)] * len(total)
-                acc = self._dot(b, acc, isa.narrow_dot, fields, field + j, step, x, j)
+                acc = self._dot(b, acc, isa.narrow_dot, quad, range(j, j + step), x)
                 total = [b.add(i, isa.narrow_sum(b, k)) for i, k in zip(total, acc, strict=True)]
             return total
 
@@ -173,10 +176,16 @@ class Grid:
         """`dots(fields, x)`: int32 dots of 8 lots of `byte_form` with 32 activations."""
         isa = self.isa
 
+        n_parts = len(isa.byte_form(0))
+
         def cells(b, fields, x, _):
+            def quad(j):
+                first = field + n_parts * j
+                parts = [self._fields(b, fields, k) for k in range(first, first + n_parts)]
+                return list(zip(*parts, strict=True))
+
             total = self._offset_sums(b, x, -isa.byte_excess)
-            n_parts = len(isa.byte_form(0))
-            return self._dot(b, total, isa.byte_dot, fields, field, 8, x, n_parts=n_parts)
+            return self._dot(b, total, isa.byte_dot, quad, range(8), x)
 
         return self._define(i32x8, cells)
 
@@ -191,13 +200,11 @@ class Grid:
         ]
         return [by_token[t] for _, t, _ in self._cells()]
 
-    def _dot(self, b, acc, emit, fields, field, n, x, first=0, n_parts=1):
-        """n lots of `n_parts` fields, from `field` on, meet quads `first` and on of every token."""
-        for j in range(n):
-            lots = [self._fields(b, fields, field + j * n_parts + part) for part in range(n_parts)]
-            weights = lots[0] if emit is self.isa.narrow_dot else list(zip(*lots, strict=True))
-            quads = self._splats(b, x, 4 * (first + j))
-            acc = [emit(b, acc[i], weights[r], quads[t]) for i, t, r in self._cells()]
+    def _dot(self, b, acc, emit, quad, which, x):
+        """The weights of each of these quads, `quad(j)`, meet quad j of every token."""
+        for j in which:
+            weights, splats = quad(j), self._splats(b, x, 4 * j)
+            acc = [emit(b, acc[i], weights[r], splats[t]) for i, t, r in self._cells()]
         return acc
 
     # -- operands ------------------------------------------------------------------------------

@@ -97,6 +97,17 @@ def _finish(n):
 # -- integer products ------------------------------------------------------------------------------
 
 
+def _into(product, grid):
+    """Adds the products of a grid to the sums at an address."""
+    add, load, store = product.add(grid), grid.load, grid.store
+
+    @jit
+    def add_into(at, fields, x):
+        store(at, add(fields, x, load(at)))
+
+    return add_into
+
+
 def _quantised(isa, type_name):
     """A token or two meet the weights as they are unpacked; more a panel of unpacked groups."""
     form, product = SIZES[type_name], PRODUCTS[type_name](isa, _load_ahead)
@@ -104,10 +115,8 @@ def _quantised(isa, type_name):
     n_lines = 3 * (form.block == 256)  # of scales, which the weight loads do not touch
     finish, keep_fields = _finish(1), keep(PANEL_GROUPS)
     beside = product.n_tokens
-    add_one = product.add(Grid(isa, 1, 1, in_registers=True))
-    grid, last_grid = (Grid(isa, PANEL_GROUPS, n) for n in (beside, 1))
-    add_beside, load_beside, store_beside = product.add(grid), grid.load, grid.store
-    add_last, load_last, store_last = product.add(last_grid), last_grid.load, last_grid.store
+    add_one = _into(product, Grid(isa, 1, 1, in_registers=True))
+    add_beside, add_last = (_into(product, Grid(isa, PANEL_GROUPS, n)) for n in (beside, 1))
     token_bytes = PANEL_GROUPS * VECTOR  # of sums
     assert product.n_fields <= PANEL_FIELDS
 
@@ -119,7 +128,7 @@ def _quantised(isa, type_name):
     @jit
     def add_few(fields, x, n, at):
         for _ in range(n):
-            store_rows(at, 0, add_one(fields, x, load_rows_f32(at, 0, 1)))
+            add_one(at, fields, x)
             x += A32_BYTES
             at += 2 * VECTOR
 
@@ -151,11 +160,11 @@ def _quantised(isa, type_name):
                     keep_fields(panel, g, unpack(p + g * apart, i))
                 at = acc
                 for _ in range(n // beside):
-                    store_beside(at, add_beside(panel, x, load_beside(at)))
+                    add_beside(at, panel, x)
                     at += beside * token_bytes
                     x += beside * A32_BYTES
                 for _ in range(n % beside):
-                    store_last(at, add_last(panel, x, load_last(at)))
+                    add_last(at, panel, x)
                     at += token_bytes
                     x += A32_BYTES
             p += packed_bytes
