@@ -32,6 +32,7 @@ KERNELS = [
     *("quantise", "norm", "swiglu", "plan_attention", "attend.64.64", "fold"),
 ]
 N_ROWS, N_COLS, N_TOKENS = 40, 512, 13
+BOUNDS = (0, layout.PANEL_GROUPS, N_ROWS // 8)  # of the matmuls' chunks
 
 # Reads an arena and the calls to make in it, as `Arena` writes them; writes the arena back.
 DRIVER = """
@@ -207,13 +208,16 @@ def test_matmul(driver: Path, name: str) -> None:
         arena.call("quantise", header, quantise, N_TOKENS)
     out = arena.room(N_TOKENS * 4 * N_ROWS)
     matmul = arena.words(
-        "MATMUL", 16, W=packed, N_GROUPS=N_ROWS // 8, N_BLOCKS=n_blocks, X=x, OUT=out,
-        STRIDE=4 * N_ROWS, BIG_CHUNK=2, N_BIG=1, SMALL_CHUNK=1, X_ROW_BYTES=x_row_bytes,
+        "MATMUL", layout.MATMUL_BOUNDS // layout.WORD + len(BOUNDS), W=packed,
+        N_BLOCKS=n_blocks, X=x, OUT=out,
+        STRIDE=4 * N_ROWS, X_ROW_BYTES=x_row_bytes,
         BIAS=arena.put(rng.standard_normal(N_ROWS, np.float32)),
         RESIDUAL=arena.put(rng.standard_normal((N_TOKENS, N_ROWS), np.float32)),
         SCRATCH=arena.scratch_room(layout.MATMUL_SCRATCH_BYTES),
     )  # fmt: skip
-    arena.call(f"matmul.{name}", header, matmul, N_ROWS // 8 - 1)
+    at = matmul.offset + layout.MATMUL_BOUNDS
+    arena.data[at : at + 8 * len(BOUNDS)] = np.array(BOUNDS, np.int64).tobytes()
+    arena.call(f"matmul.{name}", header, matmul, len(BOUNDS) - 1)
     memory = same_here_and_emulated(arena, driver)
     y = memory[out.offset : out.offset + 4 * N_TOKENS * N_ROWS].view(np.float32)
     assert np.isfinite(y).all() and np.unique(y).size > y.size // 2

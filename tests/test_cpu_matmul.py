@@ -199,16 +199,17 @@ def matmul(
     form, n_groups = FORMATS[type_name], -(-n_rows // 8)
     packed, x_bytes = guarded(packed), guarded(x_bytes)
     out = np.full((n_tokens, n_groups * 8), np.nan, np.float32)
-    per_chunk, scratch = 3, native.huge(layout.MATMUL_SCRATCH_BYTES)
+    bounds = [*range(0, n_groups, layout.PANEL_GROUPS), n_groups]
+    scratch = native.huge(layout.MATMUL_SCRATCH_BYTES)
     row_bytes = 4 * n_cols if form.activation == "f32" else n_cols // 32 * layout.A32_BYTES
     args = [
-        packed.ctypes.data, n_groups, n_cols // form.block, x_bytes.ctypes.data, out.ctypes.data,
+        packed.ctypes.data, n_cols // form.block, x_bytes.ctypes.data, out.ctypes.data,
         out.strides[0], 0 if bias is None else bias.ctypes.data,
-        0 if residual is None else residual.ctypes.data, per_chunk, int(wanted),
-        row_bytes, 0, 0, scratch.ctypes.data,
+        0 if residual is None else residual.ctypes.data, int(wanted), row_bytes,
+        scratch.ctypes.data, *bounds,
     ]  # fmt: skip
     rows = dict(H_ROWS=99, H_WANTED_ROWS=n_tokens) if wanted else dict(H_ROWS=n_tokens)
-    chunks = range(-(-n_groups // per_chunk))
+    chunks = range(len(bounds) - 1)
     native.run(f"matmul.{type_name}", native.header(**rows), args, chunks, family)
     return out[:, :n_rows]
 

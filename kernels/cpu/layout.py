@@ -91,16 +91,15 @@ PACK_SRC, PACK_DST, PACK_N_ROWS, PACK_N_BLOCKS, PACK_PER_CHUNK = (i * WORD for i
 #
 # matmul.<type>: out[t, n] = sum_k W[n, k] x[t, k] (+ bias[n]) (+ residual[t, n]).
 # x is a32 or f32 as the weight type asks; out, residual: float rows of `stride` bytes. Rows of
-# out and residual, and bias, have room for 8 * n_groups floats. For F32, F16 and BF16 weights K is
-# a multiple of 4. A chunk is some groups of 8 weight rows, for all tokens: `big_chunk` groups in
-# each of the first `n_big` chunks, then `small_chunk`. Long runs let the hardware prefetch, short
-# ones at the end let all threads finish together. Prefetches may name addresses up to 2 KiB behind
+# out and residual, and bias, have room for 8 floats a group. For F32, F16 and BF16 weights K is
+# a multiple of 4. A chunk is some groups of 8 weight rows, for all tokens: chunk c is the groups
+# from bounds[c] up to bounds[c + 1], words that follow the others. Every bound but the last is a
+# multiple of PANEL_GROUPS. Prefetches may name addresses up to 2 KiB behind
 # the weights; that cannot fault.
 (
-    MATMUL_W, MATMUL_N_GROUPS, MATMUL_N_BLOCKS, MATMUL_X, MATMUL_OUT, MATMUL_STRIDE,
-    MATMUL_BIAS, MATMUL_RESIDUAL, MATMUL_SMALL_CHUNK, MATMUL_ROWS, MATMUL_X_ROW_BYTES,
-    MATMUL_BIG_CHUNK, MATMUL_N_BIG, MATMUL_SCRATCH,
-) = (i * WORD for i in range(14))  # fmt: skip
+    MATMUL_W, MATMUL_N_BLOCKS, MATMUL_X, MATMUL_OUT, MATMUL_STRIDE, MATMUL_BIAS,
+    MATMUL_RESIDUAL, MATMUL_ROWS, MATMUL_X_ROW_BYTES, MATMUL_SCRATCH, MATMUL_BOUNDS,
+) = (i * WORD for i in range(11))  # fmt: skip
 # Quantised weights meet several tokens in panels of PANEL_GROUPS groups. Scratch of each thread,
 # 64-byte aligned: the sums of MAX_TILE rows and a panel of at most PANEL_FIELDS vectors a group.
 PANEL_GROUPS, PANEL_FIELDS = 4, 20

@@ -33,13 +33,12 @@ from edgeinfer.graph import (
     Value,
 )
 from edgeinfer.kernels.cpu import layout
-from edgeinfer.kernels.cpu.formats import FORMATS, Format
+from edgeinfer.kernels.cpu.formats import FORMATS, Format, packed_bytes
 from edgeinfer.quant import Weight
 
-# Weight bytes of a matmul's chunks. Long ones let the hardware prefetch (decode of 1 B Q4_0 on
-# 2 threads: 32 KiB 72 % of the read bandwidth, 256 KiB 90 %), short ones even out the end.
-_BIG_CHUNK, _SMALL_CHUNK = 256 << 10, 32 << 10
-_BIG_SHARE = 0.75  # of a matmul's groups, at most
+# Weight bytes of a matmul's chunks: long ones read memory fastest, short ones even out the end.
+# Measured in tests/bench/TUNING.md, "Chunks".
+_MOST_CHUNK, _LEAST_CHUNK = 1 << 20, 32 << 10
 
 
 @dataclass(eq=False, slots=True)
@@ -245,9 +244,15 @@ class Lowering:
             if len(ops) == 1
             else "+".join(op.weight.name.split(".")[-2] for op in ops)
         )
-        self._out.ops.append(KernelOp(group, [self._linear(op) for op in ops]))
+        parts: list[KernelPart] = []
+        left = sum(_packed_bytes(op.weight) for op in ops)
+        for op in ops:
+            parts.append(self._linear(op, left))
+            left -= parts[-1].weight_bytes
+        self._out.ops.append(KernelOp(group, parts))
 
-    def _linear(self, op: Linear) -> KernelPart:
+    def _linear(self, op: Linear, left: int) -> KernelPart:
+        """The first of matmuls that have `left` bytes of weights to read."""
         fmt = _format(op.weight)
         n_rows, n_cols = op.weight.shape
         n_groups, n_blocks = -(-n_rows // 8), n_cols // fmt.block
@@ -258,16 +263,15 @@ class Lowering:
             x, row_bytes = self._floats[op.x], row_stride(n_cols)
         else:
             x, row_bytes = self._quantised[op.x], _a32_bytes(n_cols)
-        chunks = cut(n_groups, n_blocks * fmt.packed_bytes, self._limits.n_threads)
+        bounds = cut(n_groups, n_blocks * fmt.packed_bytes, left, self._limits.n_threads)
         bias = self._weights.vector(op.bias) if op.bias else 0
         args: Args = [
-            self._weights.matrix(op.weight), n_groups, n_blocks, x, out, row_stride(n_rows),
-            bias, residual or 0, chunks.small, rows, row_bytes, chunks.big, chunks.n_big,
-            self._matmul_scratch,
+            self._weights.matrix(op.weight), n_blocks, x, out, row_stride(n_rows),
+            bias, residual or 0, rows, row_bytes, self._matmul_scratch, *bounds,
         ]  # fmt: skip
         n_bytes = n_groups * n_blocks * fmt.packed_bytes
         kernel = f"matmul.{_type(op.weight)}"
-        return KernelPart(kernel, args, chunks.n, n_bytes, n_rows * n_cols, rows)
+        return KernelPart(kernel, args, len(bounds) - 1, n_bytes, n_rows * n_cols, rows)
 
     def _residual(self, op: Linear) -> tuple[Buffer | None, Buffer]:
         """The rows to add to this matmul's result and the rows it leaves: often the same."""
@@ -409,23 +413,23 @@ class Lowering:
         out.scratch = list(first)
 
 
-@dataclass(frozen=True, slots=True)
-class Chunks:
-    """How a matmul's groups are cut: n_big chunks of `big` groups, then chunks of `small`."""
+def cut(n_groups: int, group_bytes: int, left: int, n_threads: int) -> list[int]:
+    """Bounds of chunks of n_groups groups of 8 weight rows, the first of `left` bytes to be read.
 
-    big: int
-    n_big: int
-    small: int
-    n: int
+    Whoever comes next takes half of what would be a thread's even share of the rest (guided
+    self-scheduling, Polychronopoulos and Kuck 1987), in whole panels of groups.
+    """
+    bounds = [0]
+    while bounds[-1] < n_groups:
+        n_bytes = max(_LEAST_CHUNK, min(left // (2 * n_threads), _MOST_CHUNK))
+        n_panels = max(1, round(n_bytes / (group_bytes * layout.PANEL_GROUPS)))
+        bounds.append(min(bounds[-1] + n_panels * layout.PANEL_GROUPS, n_groups))
+        left -= (bounds[-1] - bounds[-2]) * group_bytes
+    return bounds
 
 
-def cut(n_groups: int, group_bytes: int, n_threads: int) -> Chunks:
-    """Chunks for n_groups groups of 8 weight rows."""
-    big = max(1, min(_BIG_CHUNK // group_bytes, n_groups // (4 * n_threads)))
-    small = max(1, min(_SMALL_CHUNK // group_bytes, big))
-    n_big = int(n_groups * _BIG_SHARE) // big
-    rest = n_groups - n_big * big
-    return Chunks(big, n_big, small, n_big + -(-rest // small))
+def _packed_bytes(weight: Weight) -> int:
+    return packed_bytes(_type(weight), *weight.shape)
 
 
 def _by_op(when: Mapping[Buffer, int], n_ops: int) -> list[list[Buffer]]:

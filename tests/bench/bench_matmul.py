@@ -67,8 +67,8 @@ def matmul(
     out = np.zeros((n_tokens, n_groups * 8 + 16), np.float32)
     scratch = native.huge(layout.MATMUL_SCRATCH_BYTES * 64)
     args = [
-        w, n_groups, n_blocks, x.ctypes.data, out.ctypes.data, out.strides[0], 0, 0, per_chunk,
-        layout.ALL_ROWS, row_bytes, 0, 0, scratch.ctypes.data,
+        w, n_blocks, x.ctypes.data, out.ctypes.data, out.strides[0], 0, 0, layout.ALL_ROWS,
+        row_bytes, scratch.ctypes.data, *range(0, n_groups, per_chunk), n_groups,
     ]  # fmt: skip
     kernel = Kernel(f"matmul.{type_name}", family, args, n_tokens)
     kernel.keep = [x, out, scratch]

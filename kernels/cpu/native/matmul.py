@@ -15,16 +15,13 @@ from edgeinfer.kernels.cpu.layout import (
     H_ROWS,
     H_WANTED_ROWS,
     MATMUL_BIAS,
-    MATMUL_BIG_CHUNK,
-    MATMUL_N_BIG,
+    MATMUL_BOUNDS,
     MATMUL_N_BLOCKS,
-    MATMUL_N_GROUPS,
     MATMUL_OUT,
     MATMUL_RESIDUAL,
     MATMUL_ROWS,
     MATMUL_SCRATCH,
     MATMUL_SCRATCH_BYTES,
-    MATMUL_SMALL_CHUNK,
     MATMUL_STRIDE,
     MATMUL_SUMS_BYTES,
     MATMUL_W,
@@ -34,6 +31,7 @@ from edgeinfer.kernels.cpu.layout import (
     PANEL_FIELDS,
     PANEL_GROUPS,
     WANTED_ROWS,
+    WORD,
 )
 from edgeinfer.kernels.cpu.native.formats import FLOATS, PRODUCTS
 from edgeinfer.kernels.cpu.native.grid import VECTOR, Grid, keep
@@ -53,7 +51,6 @@ from edgeinfer.kernels.cpu.native.simd import (
 jit = njit(error_model="numpy")
 
 _PREFETCH = 1024  # bytes ahead: see tests/bench/TUNING.md
-_FEW = 2  # tokens for which unpacking into memory does not pay
 
 
 def make(isa, type_name):
@@ -63,10 +60,8 @@ def make(isa, type_name):
         rows = word(header + H_ROWS)
         if word(args + MATMUL_ROWS) == WANTED_ROWS:
             rows = word(header + H_WANTED_ROWS)
-        n_big, big = word(args + MATMUL_N_BIG), word(args + MATMUL_BIG_CHUNK)
-        small = word(args + MATMUL_SMALL_CHUNK)
-        first = min(chunk, n_big) * big + max(chunk - n_big, 0) * small
-        last = min(word(args + MATMUL_N_GROUPS), first + (big if chunk < n_big else small))
+        bounds = args + MATMUL_BOUNDS + WORD * chunk
+        first, last = word(bounds), word(bounds + WORD)
         tiles(args, first, last, rows, thread)
 
     return kernel
@@ -115,7 +110,6 @@ def _quantised(isa, type_name):
     n_lines = 3 * (form.block == 256)  # of scales, which the weight loads do not touch
     finish, keep_fields = _finish(1), keep(PANEL_GROUPS)
     beside = product.n_tokens
-    add_one = _into(product, Grid(isa, 1, 1, in_registers=True))
     add_beside, add_last = (_into(product, Grid(isa, PANEL_GROUPS, n)) for n in (beside, 1))
     token_bytes = PANEL_GROUPS * VECTOR  # of sums
     assert product.n_fields <= PANEL_FIELDS
@@ -125,26 +119,38 @@ def _quantised(isa, type_name):
         for i in range(n_lines):
             prefetch(p + _PREFETCH + 64 * i)
 
-    @jit
-    def add_few(fields, x, n, at):
-        for _ in range(n):
-            add_one(at, fields, x)
-            x += A32_BYTES
-            at += 2 * VECTOR
+    def few(n):
+        """All groups of a chunk for n tokens, two groups in turns: their sums stay in registers.
 
-    @jit
-    def few(p, apart, n_blocks, x, n, acc):
-        """Leaves the sums of n tokens and of two groups at acc, token by token."""
-        for at in range(acc, acc + 2 * n * VECTOR, VECTOR):
-            store_f32x8(at, zero_f32())
-        for _ in range(n_blocks):
-            prefetch_scales(p)
-            prefetch_scales(p + apart)
-            for i in range(n_parts):
-                add_few(unpack(p, i), x, n, acc)
-                add_few(unpack(p + apart, i), x, n, acc + VECTOR)
-                x += n * A32_BYTES
-            p += packed_bytes
+        The two lie half a chunk apart, because memory serves far streams faster. One body does
+        both: in a body of its own for each, LLVM would unpack both at once and spill.
+        """
+        add, finish = product.add(Grid(isa, 1, n, in_registers=True)), _finish(n)
+
+        @jit
+        def tile(args, first, last):
+            n_blocks = word(args + MATMUL_N_BLOCKS)
+            group_bytes = n_blocks * packed_bytes
+            half = (last - first + 1) // 2
+            for group in range(first, first + half):
+                far = group + half if group + half < last else group
+                w = word(args + MATMUL_W)
+                p, q = w + group * group_bytes, w + far * group_bytes
+                x, here, there = word(args + MATMUL_X), zeros_f32(n), zeros_f32(n)
+                for turn in range(2 * n_blocks * n_parts):
+                    i = (turn >> 1) & (n_parts - 1)
+                    if i == 0:
+                        prefetch_scales(p)
+                    here, there = there, add(unpack(p, i), x, here)
+                    p, q = q, p + (packed_bytes if i == n_parts - 1 else 0)
+                    x += (turn & 1) * n * A32_BYTES
+                finish(args, group, 0, here)
+                if far != group:
+                    finish(args, far, 0, there)
+
+        return tile
+
+    one, two = few(1), few(2)
 
     @jit
     def some(p, apart, n_groups, n_blocks, x, n, acc):
@@ -171,25 +177,15 @@ def _quantised(isa, type_name):
 
     @jit
     def tiles(args, first, last, rows, thread):
+        if rows <= 2:
+            if rows == 2:
+                two(args, first, last)
+            elif rows == 1:
+                one(args, first, last)
+            return
         w, n_blocks = word(args + MATMUL_W), word(args + MATMUL_N_BLOCKS)
         x, acc = word(args + MATMUL_X), word(args + MATMUL_SCRATCH) + thread * MATMUL_SCRATCH_BYTES
         group_bytes = n_blocks * packed_bytes
-        if rows <= _FEW:
-            half = (last - first + 1) // 2
-            for group in range(first, first + half):
-                far = group + half if group + half < last else group
-                apart = (far - group) * group_bytes
-                few(w + group * group_bytes, apart, n_blocks, x, rows, acc)
-                for t in range(rows):
-                    at = acc + 2 * VECTOR * t
-                    finish(args, group, t, load_rows_f32(at, VECTOR, 1))
-                    if far != group:
-                        finish(args, far, t, load_rows_f32(at + VECTOR, VECTOR, 1))
-            return
-        # Chunks begin and end at whole panels, but for the matrix's last.
-        first &= -PANEL_GROUPS
-        if last < word(args + MATMUL_N_GROUPS):
-            last &= -PANEL_GROUPS
         # A panel's groups lie as far apart as they can: memory serves far streams faster.
         far = (last - first + PANEL_GROUPS - 1) // PANEL_GROUPS
         for t in range(0, rows, MAX_TILE):
