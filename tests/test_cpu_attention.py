@@ -126,7 +126,7 @@ class Case:
             q.ctypes.data, q[0].nbytes, pinned_q.ctypes.data, heads.n_heads, heads.n_kv_heads,
             native.float_bits(self.scale), self.k.ctypes.data, self.k[0].nbytes,
             self.v.ctypes.data, self.v[0].nbytes, parts.ctypes.data, max_segments,
-            heads.k_dim, heads.v_dim, out.ctypes.data, out[0].nbytes, 0,
+            heads.k_dim, heads.v_dim, out.ctypes.data, out[0].nbytes, 0, 0,
         ]  # fmt: skip
         native.run("plan_attention", h, args, range(1), family)
         n_items = int(h[layout.H_N_ITEMS // layout.WORD])

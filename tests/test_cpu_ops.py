@@ -40,7 +40,7 @@ class Sinks:
     @property
     def words(self) -> list[int]:
         a32 = 0 if self.a32 is None else self.a32.ctypes.data
-        return [self.rows.ctypes.data, self.rows[0].nbytes, a32]
+        return [self.rows.ctypes.data, self.rows[0].nbytes, 0, a32]
 
 
 def tiles(n: int) -> list[slice]:
@@ -101,6 +101,22 @@ def test_norm(dim: int, family: str | None) -> None:
     ]  # fmt: skip
     native.run("norm", native.header(H_ROWS=n), args, range(n), family)
     check_sinks(sinks, TWIN.rms_norm(x, weight, eps))
+
+
+def test_floats_that_nobody_reads_take_one_row_a_thread() -> None:
+    x, weight, sinks = rows_of(5, 256), rows_of(1, 256, 1)[0], Sinks(5, 256)
+    words = sinks.words
+    words[1:3] = 0, sinks.rows[0].nbytes
+    args = [
+        x.ctypes.data, x[0].nbytes, weight.ctypes.data, native.float_bits(1e-5), 256,
+        layout.ALL_ROWS, *words,
+    ]  # fmt: skip
+    native.run("norm", native.header(H_ROWS=5), args, range(5))
+    expected = TWIN.rms_norm(x, weight, 1e-5)
+    assert sinks.a32 is not None
+    np.testing.assert_array_equal(sinks.a32, blocks_of(expected))
+    np.testing.assert_array_equal(sinks.rows[0], expected[-1])  # thread 0 made all, the last stays
+    assert np.isnan(sinks.rows[1:]).all()
 
 
 def test_norm_and_copy_of_wanted_rows() -> None:

@@ -110,10 +110,11 @@ MATMUL_SCRATCH_BYTES = MATMUL_SUMS_BYTES + PANEL_FIELDS * PANEL_GROUPS * 32
 EMBED_W, EMBED_N_BLOCKS, EMBED_OUT, EMBED_STRIDE, EMBED_DIM = (i * WORD for i in range(5))
 #
 # The two places where a row of floats can be left, in this order, as the tail of an argument block
-# ("sinks"): f32 rows (address, stride), a32. The f32 one is always there: it is what the quantiser
-# reads.
-SINK_F32, SINK_STRIDE, SINK_A32 = (i * WORD for i in range(3))
-SINK_WORDS = 3
+# ("sinks"): f32 rows, a32. The f32 one is always there: it is what the quantiser reads. Row t that
+# thread i makes lies at address + t * stride + i * thread_stride: where nobody reads the floats,
+# each thread has a single row, which stays in its cache.
+SINK_F32, SINK_STRIDE, SINK_THREAD_STRIDE, SINK_A32 = (i * WORD for i in range(4))
+SINK_WORDS = 4
 #
 # norm: sink[i] = rms_norm(x[row i]) * weight. With WANTED_ROWS, row i is wanted[i]. A chunk is
 # one row. eps is a float's bits.

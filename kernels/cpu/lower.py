@@ -367,14 +367,20 @@ class Lowering:
 
     def _sinks(self, out: Value, name: str) -> Args:
         """Sink words for a value: floats, and their quantised form where a consumer reads that."""
-        is_read = any(
-            isinstance(c, Linear) and _format(c.weight).activation == "a32"
-            for c in self._consumers.get(out, [])
-        )
-        words: Args = [self._float_buffer(out, name), row_stride(out.dim), 0]
-        if is_read:
+        consumers = self._consumers.get(out, [])
+        quantised = [
+            isinstance(c, Linear) and _format(c.weight).activation == "a32" for c in consumers
+        ]
+        is_hidden = any(c.out is self._segment.output for c in consumers)
+        stride = row_stride(out.dim)
+        if all(quantised) and quantised and not is_hidden:
+            row = Buffer(f"{name} of each thread", stride * self._limits.n_threads)
+            words: Args = [row, 0, stride, 0]
+        else:
+            words = [self._float_buffer(out, name), stride, 0, 0]
+        if any(quantised):
             buffer = Buffer(f"{name} a32", _a32_bytes(out.dim) * self._n_rows(out))
-            self._quantised[out] = words[2] = buffer
+            self._quantised[out] = words[layout.SINK_A32 // layout.WORD] = buffer
         return words
 
     def _float_buffer(self, value: Value, name: str) -> Buffer:

@@ -19,8 +19,6 @@ from edgeinfer.kernels.cpu.layout import (
     ROW_ITEM_ROWS,
     ROW_N_PARTS,
     ROW_PART,
-    SINK_F32,
-    SINK_STRIDE,
 )
 from edgeinfer.kernels.cpu.native.attention import fold_weights, tile_of
 from edgeinfer.kernels.cpu.native.copy_rows import copy
@@ -34,7 +32,7 @@ from edgeinfer.kernels.cpu.native.simd import (
     store_f32x8,
     word,
 )
-from edgeinfer.kernels.cpu.native.sink import leave
+from edgeinfer.kernels.cpu.native.sink import leave, row_at
 
 jit = njit(error_model="numpy")
 
@@ -67,7 +65,7 @@ def make(isa):
         n_rows, index = word(record + ROW_ITEM_ROWS), word(record + ROW_INDEX)
         parts = word(a + ATTEND_PARTS) + word(record + ROW_PART) * n_heads * size
         step, n_queries, sink = n_rows * n_heads * size, n_rows * group, a + ATTEND_SINK
-        out = word(sink + SINK_F32) + chunk * word(sink + SINK_STRIDE)
+        out = row_at(sink, chunk, thread)
         for head in range(n_heads):
             query = index * group + head % group
             start, n = tile_of(query, n_queries)

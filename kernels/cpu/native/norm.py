@@ -16,8 +16,6 @@ from edgeinfer.kernels.cpu.layout import (
     NORM_STRIDE,
     NORM_WEIGHT,
     NORM_X,
-    SINK_F32,
-    SINK_STRIDE,
     WANTED_ROWS,
 )
 from edgeinfer.kernels.cpu.native.simd import (
@@ -36,7 +34,7 @@ from edgeinfer.kernels.cpu.native.simd import (
     word,
     zeros_f32,
 )
-from edgeinfer.kernels.cpu.native.sink import leave
+from edgeinfer.kernels.cpu.native.sink import leave, row_at
 
 jit = njit(error_model="numpy")
 
@@ -83,7 +81,7 @@ def make(isa):
             source = load_i32(word(h + H_WANTED) + 4 * chunk)
         dim, sink = word(a + NORM_DIM), a + NORM_SINK
         x = word(a + NORM_X) + source * word(a + NORM_STRIDE)
-        out = word(sink + SINK_F32) + chunk * word(sink + SINK_STRIDE)
+        out = row_at(sink, chunk, thread)
         normalise(x, word(a + NORM_WEIGHT), load_f32(a + NORM_EPS), dim, out)
         leave(out, dim, sink, chunk, n_rows)
 

@@ -11,12 +11,11 @@ from edgeinfer.kernels.cpu.layout import (
     QUANTISE_STRIDE,
     QUANTISE_X,
     SINK_F32,
-    SINK_STRIDE,
     WANTED_ROWS,
 )
 from edgeinfer.kernels.cpu.native.copy_rows import copy
 from edgeinfer.kernels.cpu.native.simd import word
-from edgeinfer.kernels.cpu.native.sink import leave
+from edgeinfer.kernels.cpu.native.sink import leave, row_at
 
 
 def make(isa):
@@ -28,7 +27,7 @@ def make(isa):
         x = word(a + QUANTISE_X) + chunk * word(a + QUANTISE_STRIDE)
         out = word(sink + SINK_F32)
         if out != 0 and out != word(a + QUANTISE_X):
-            copy(x, out + chunk * word(sink + SINK_STRIDE), dim)
+            copy(x, row_at(sink, chunk, thread), dim)
         leave(x, dim, sink, chunk, n_rows)
 
     return kernel

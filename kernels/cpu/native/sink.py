@@ -15,6 +15,9 @@ from edgeinfer.kernels.cpu.layout import (
     A32_SUMS,
     MAX_TILE,
     SINK_A32,
+    SINK_F32,
+    SINK_STRIDE,
+    SINK_THREAD_STRIDE,
 )
 from edgeinfer.kernels.cpu.native.simd import (
     abs_f,
@@ -46,6 +49,13 @@ def tile_of(t, n_rows):
     """First row and size of the tile that row t of n_rows belongs to."""
     start = t & -MAX_TILE
     return start, min(MAX_TILE, n_rows - start)
+
+
+@jit
+def row_at(sink, t, thread):
+    """Where the floats of row t go."""
+    at = word(sink + SINK_F32) + t * word(sink + SINK_STRIDE)
+    return at + thread * word(sink + SINK_THREAD_STRIDE)
 
 
 @jit

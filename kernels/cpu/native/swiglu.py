@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from edgeinfer.kernels.cpu.layout import (
     H_ROWS,
-    SINK_F32,
-    SINK_STRIDE,
     SWIGLU_DIM,
     SWIGLU_GATE,
     SWIGLU_SINK,
@@ -14,7 +12,7 @@ from edgeinfer.kernels.cpu.layout import (
 )
 from edgeinfer.kernels.cpu.native.math import silu
 from edgeinfer.kernels.cpu.native.simd import load_f32x8, mul_f, store_f32x8, word
-from edgeinfer.kernels.cpu.native.sink import leave
+from edgeinfer.kernels.cpu.native.sink import leave, row_at
 
 
 def make(isa):
@@ -22,7 +20,7 @@ def make(isa):
         dim, sink = word(a + SWIGLU_DIM), a + SWIGLU_SINK
         gate = word(a + SWIGLU_GATE) + chunk * word(a + SWIGLU_STRIDE)
         up = word(a + SWIGLU_UP) + chunk * word(a + SWIGLU_STRIDE)
-        out = word(sink + SINK_F32) + chunk * word(sink + SINK_STRIDE)
+        out = row_at(sink, chunk, thread)
         for i in range(0, 4 * dim, 32):
             store_f32x8(out + i, mul_f(silu(load_f32x8(gate + i)), load_f32x8(up + i)))
         leave(out, dim, sink, chunk, word(h + H_ROWS))
