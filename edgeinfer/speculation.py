@@ -201,7 +201,7 @@ class StepCosts:
             n = self._factors.get(n_rows, (0.0, 0, 0))[1] + 1
             factor = self._factor(n_rows) * surprise ** max(_RATE, 1 / (n + 1))
             self._factors[n_rows] = factor, n, self._n_steps
-        self._row_seconds *= surprise**_RATE
+        self._row_seconds *= surprise**_SPEED_RATE
         for n in [n for n, (_, _, at) in self._factors.items() if self._n_steps - at > _KEEP]:
             del self._factors[n]
 
@@ -225,8 +225,9 @@ def _usual(n_rows: int) -> float:
 
 
 _SLOPE = 0.17  # of a row after the first: 8 rows cost 2.1 to 2.2 on 2 cores (bench_speculation)
-_RATE, _JUMP = 0.25, 2.0
-_KEEP = 256  # steps until a cost is forgotten
+# Kernels cost the same for ever, a shared machine changes within steps.
+_RATE, _SPEED_RATE, _JUMP = 0.05, 0.25, 2.0
+_KEEP = 512  # steps until a cost is forgotten
 
 
 def best_drafts(guesses: Sequence[Sequence[float]], costs: StepCosts, most: int) -> list[int]:
