@@ -252,4 +252,4 @@ def best_drafts(guesses: Sequence[Sequence[float]], costs: StepCosts, most: int)
     return drafts
 
 
-_LEAST_GAIN = 1.03  # what an estimate may be wrong by
+_LEAST_GAIN = 1.05  # what an estimate may be wrong by
