@@ -69,11 +69,10 @@ def print_receipt(items, tax_rate):
 PROMPTS = {
     "summarise": [
         f"Summarise this text in its own words, sentence by sentence:\n\n{HARBOUR}",
+        f"Summarize the following text in three sentences.\n\n{HARBOUR}",
         f"Summarise this text:\n\n{GLACIERS}",
         f"Summarise this text:\n\n{BATS}",
-        f"Summarize the following text in three sentences.\n\n{BATS}",
         f"Summarize the following text in three sentences.\n\n{NEWS}",
-        f"{NEWS}\n\nWhat are the key points of the text above?",
     ],
     "answer": [
         f"{NEWS}\n\nWhat does the plan allow and what does it ban?",
