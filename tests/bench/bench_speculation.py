@@ -65,7 +65,7 @@ def print_receipt(items, tax_rate):
         print(item.name, item.quantity, item.price)
     print("Total:", total_price(items, tax_rate))
 '''
-# By kind. SmolLM2's summaries gain as much together as those of 25 other prompts: TUNING.md.
+# By kind. The summaries together gain about as much as the 29 recorded ones of TUNING.md.
 PROMPTS = {
     "summarise": [
         f"Summarise this text in its own words, sentence by sentence:\n\n{HARBOUR}",
