@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 
 from edgeinfer import platform
 from edgeinfer.engine import Engine
-from edgeinfer.generation import Generation
+from edgeinfer.generation import Generation, check_length
 from edgeinfer.runtime import Runtime
 from edgeinfer.sampling import SamplingParams
 from edgeinfer.sequence import Event, Finished, Prefilled, Request, Token
@@ -29,7 +29,10 @@ class ReadsMemory(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class BenchResult:
-    """`decode_fraction` is the share of `read_gb_s` that decoding reads weights at."""
+    """Rates are those after `depth` tokens of context.
+
+    `decode_fraction` is the share of `read_gb_s` that decoding reads weights at.
+    """
 
     model: str
     device: str
@@ -37,6 +40,7 @@ class BenchResult:
     n_ctx: int
     prompt_tokens: int
     gen_tokens: int
+    depth: int
     repeat: int
     prefill_tok_s: float
     decode_tok_s: float
@@ -49,13 +53,22 @@ class BenchResult:
 
 
 def run_bench(
-    runtime: Runtime, prompt_tokens: int, gen_tokens: int, repeat: int, first_turn: int = 0
+    runtime: Runtime,
+    prompt_tokens: int,
+    gen_tokens: int,
+    depth: int,
+    repeat: int,
+    first_turn: int = 0,
 ) -> BenchResult:
     """Measure; every figure is taken `repeat` times, in turns.
 
-    Prompts differ from turn to turn: one read before would be in the cache.
+    Prompts differ from turn to turn: one read before would be in the cache. The context before
+    them is the same: it is read once, and found in the cache from then on.
     """
     engine, program = runtime.engine, runtime.program
+    check_length(depth + max(prompt_tokens, gen_tokens + 1), engine.n_ctx)
+    if depth:
+        _checked(_run(engine, depth, (), 1, SamplingParams(temperature=0.0, seed=1)))
     greedy, sampled = SamplingParams(temperature=0.0, seed=1), SamplingParams(seed=1)
     prefill: list[float] = []
     first: list[float] = []
@@ -63,14 +76,14 @@ def run_bench(
     with_sampling: list[float] = []
     read: list[float] = []
     for i in range(first_turn, first_turn + repeat):
-        start, rate = _prefill(engine, prompt_tokens, i)
+        start, rate = _prefill(engine, depth, prompt_tokens, i)
         prefill.append(rate)
         first.append(start)
-        decode.append(_decode(engine, gen_tokens, greedy, i))
+        decode.append(_decode(engine, depth, gen_tokens, greedy, i))
         if isinstance(program, ReadsMemory):
             # A pass takes milliseconds: several, beside the decoding that they are compared with.
             read += [program.read_bandwidth() for _ in range(_READS)]
-        with_sampling.append(_decode(engine, gen_tokens, sampled, i))
+        with_sampling.append(_decode(engine, depth, gen_tokens, sampled, i))
     decode_tok_s = statistics.median(decode)
     read_s = statistics.median(read) if read else None
     return BenchResult(
@@ -80,6 +93,7 @@ def run_bench(
         n_ctx=engine.n_ctx,
         prompt_tokens=prompt_tokens,
         gen_tokens=gen_tokens,
+        depth=depth,
         repeat=repeat,
         prefill_tok_s=round(statistics.median(prefill), 2),
         decode_tok_s=round(decode_tok_s, 2),
@@ -94,19 +108,21 @@ def run_bench(
     )
 
 
-def _prefill(engine: Engine, n_tokens: int, turn: int) -> tuple[float, float]:
+def _prefill(engine: Engine, depth: int, n_tokens: int, turn: int) -> tuple[float, float]:
     """Seconds to the first token, and tokens per second, of a prompt seen never before."""
     begun = time.perf_counter()
     greedy = SamplingParams(temperature=0.0, seed=1)
-    events = _checked(_run(engine, n_tokens, 1, greedy, 2 * turn))
+    events = _checked(_run(engine, depth, _new_ids(engine, n_tokens, 2 * turn), 1, greedy))
     reads = [event for event in events if isinstance(event, Prefilled)]
     tokens = [event for event in events if isinstance(event, Token)]
-    return tokens[0].at - begun, n_tokens / (reads[-1].at - reads[0].at)
+    n_read = reads[-1].done - reads[0].done
+    return tokens[0].at - begun, n_read / (reads[-1].at - reads[0].at)
 
 
-def _decode(engine: Engine, n_tokens: int, params: SamplingParams, turn: int) -> float:
-    """Tokens per second from depth 0 on."""
-    events = _checked(_run(engine, 1, n_tokens + 1, params, 2 * turn + 1))
+def _decode(engine: Engine, depth: int, n_tokens: int, params: SamplingParams, turn: int) -> float:
+    """Tokens per second from a depth on."""
+    prompt = _new_ids(engine, 1, 2 * turn + 1)
+    events = _checked(_run(engine, depth, prompt, n_tokens + 1, params))
     times = [event.at for event in events if isinstance(event, Token)]
     return (len(times) - 1) / (times[-1] - times[0])
 
@@ -121,9 +137,14 @@ def _checked(generation: Generation) -> list[Event]:
 
 
 def _run(
-    engine: Engine, n_prompt: int, n_new: int, params: SamplingParams, salt: int
+    engine: Engine, depth: int, prompt: tuple[int, ...], n_new: int, params: SamplingParams
 ) -> Generation:
-    """A generation that no stop token ends, of a prompt whose first token is new."""
+    """A generation that no stop token ends, of the context of a depth and a prompt after it."""
+    context = tuple((17 + 29 * i) % engine.n_vocab for i in range(depth))
+    return engine.submit(Request(ids=context + prompt, params=params, max_tokens=n_new))
+
+
+def _new_ids(engine: Engine, n: int, salt: int) -> tuple[int, ...]:
+    """Tokens of which the first is another for every salt."""
     first = salt * 7919 + 1
-    ids = tuple((first + 31 * i) % engine.n_vocab for i in range(n_prompt))
-    return engine.submit(Request(ids=ids, params=params, max_tokens=n_new))
+    return tuple((first + 31 * i) % engine.n_vocab for i in range(n))

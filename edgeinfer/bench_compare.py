@@ -18,7 +18,7 @@ from edgeinfer.runtime import Runtime
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Tokens per second, decoding from depth 0 and without sampling."""
+    """Tokens per second after a depth of context, decoding without sampling."""
 
     prefill: float
     decode: float
@@ -35,16 +35,21 @@ class Comparison:
 
 
 def compare(
-    runtime: Runtime, llama_bench: str, prompt_tokens: int, gen_tokens: int, repeat: int
+    runtime: Runtime,
+    llama_bench: str,
+    prompt_tokens: int,
+    gen_tokens: int,
+    depth: int,
+    repeat: int,
 ) -> list[Comparison]:
-    """Measure prefill and decode with both, `repeat` times in turns."""
+    """Measure prefill and decode after `depth` tokens with both, `repeat` times in turns."""
     command = llama_command(
-        llama_bench, runtime.model.file.path, runtime.n_threads, prompt_tokens, gen_tokens
+        llama_bench, runtime.model.file.path, runtime.n_threads, prompt_tokens, gen_tokens, depth
     )
     ours: list[Rates] = []
     theirs: list[Rates] = []
     for turn in range(repeat):
-        result = run_bench(runtime, prompt_tokens, gen_tokens, 1, turn)
+        result = run_bench(runtime, prompt_tokens, gen_tokens, depth, 1, turn)
         ours.append(Rates(result.prefill_tok_s, result.decode_tok_s))
         theirs.append(parse_rates(_output(command)))
     return [
@@ -54,10 +59,12 @@ def compare(
 
 
 def llama_command(
-    llama_bench: str, model: Path, threads: int, prompt_tokens: int, gen_tokens: int
+    llama_bench: str, model: Path, threads: int, prompt_tokens: int, gen_tokens: int, depth: int
 ) -> list[str]:
     """One run of llama-bench, after its own warm-up."""
     sizes = ["-t", str(threads), "-p", str(prompt_tokens), "-n", str(gen_tokens)]
+    if depth:  # of 2025 and later only
+        sizes += ["-d", str(depth)]
     return [llama_bench, "-m", str(model), *sizes, "-r", "1", "-o", "json"]
 
 

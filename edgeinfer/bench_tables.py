@@ -24,9 +24,10 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     ]
 
 
-def compare_lines(rows: list[Comparison]) -> list[str]:
-    """Tokens per second, and how many times ours are theirs."""
-    header = ("tok/s", "edgeinfer", "llama.cpp", "ratio")
+def compare_lines(rows: list[Comparison], depth: int) -> list[str]:
+    """Tokens per second after a depth of context, and how many times ours are theirs."""
+    unit = f"tok/s at depth {depth}" if depth else "tok/s"
+    header = (unit, "edgeinfer", "llama.cpp", "ratio")
     cells = [(r.what, f"{r.edgeinfer:.1f}", f"{r.llama_cpp:.1f}", f"{r.ratio:.2f}x") for r in rows]
     return table(header, cells)
 

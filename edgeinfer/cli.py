@@ -353,6 +353,7 @@ def plan(model: str | None, as_json: bool, **flags: Any) -> None:
 @click.argument("model", required=False)
 @click.option("-p", "--prompt-tokens", default=256, show_default=True)
 @click.option("-n", "--gen-tokens", default=64, show_default=True)
+@click.option("-d", "--depth", default=0, show_default=True, help="Tokens of context before.")
 @click.option("-r", "--repeat", default=3, show_default=True)
 @click.option("--compare", metavar="LLAMA_BENCH", help="Against this llama-bench, in turns.")
 @click.option("--sweep", is_flag=True, help="Steps by threads, depth and rows.")
@@ -364,6 +365,7 @@ def bench(
     model: str | None,
     prompt_tokens: int,
     gen_tokens: int,
+    depth: int,
     repeat: int,
     compare: str | None,
     sweep: bool,
@@ -377,6 +379,10 @@ def bench(
     for name, value in (("-p", prompt_tokens), ("-n", gen_tokens), ("-r", repeat)):
         if value < 1:
             raise click.UsageError(f"{name} is {value}, need at least 1")
+    if depth < 0:
+        raise click.UsageError(f"-d is {depth}, need at least 0")
+    if sweep and depth:
+        raise click.UsageError("--sweep goes through depths of its own; leave -d out")
     if bool(compare) + sweep + ops > 1:
         raise click.UsageError("--compare, --sweep and --ops each measure alone")
     if sweep:
@@ -386,7 +392,7 @@ def bench(
     else:
         with _open(model, flags) as llm:
             result, lines = cli_bench.measure(
-                llm.runtime, prompt_tokens, gen_tokens, repeat, compare, ops
+                llm.runtime, prompt_tokens, gen_tokens, depth, repeat, compare, ops
             )
     if as_json:
         show_json(result)

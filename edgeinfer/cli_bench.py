@@ -25,6 +25,7 @@ def measure(
     runtime: Runtime,
     prompt_tokens: int,
     gen_tokens: int,
+    depth: int,
     repeat: int,
     compare: str | None,
     ops: bool,
@@ -32,21 +33,26 @@ def measure(
     """The usual figures, or those of a comparison, or of the ops of a step."""
     about = {"model": runtime.model.name, "cpu": platform.cpu_name(), "threads": runtime.n_threads}
     if compare is not None:
-        rows = compare_with(runtime, compare, prompt_tokens, gen_tokens, repeat)
-        sizes = {"prompt_tokens": prompt_tokens, "gen_tokens": gen_tokens, "repeat": repeat}
-        result = {**about, **sizes, "comparison": [asdict(row) for row in rows]}
-        return result, compare_lines(rows)
+        rows = compare_with(runtime, compare, prompt_tokens, gen_tokens, depth, repeat)
+        sizes = {"prompt_tokens": prompt_tokens, "gen_tokens": gen_tokens, "depth": depth}
+        result = {**about, **sizes, "repeat": repeat, "comparison": [asdict(row) for row in rows]}
+        return result, compare_lines(rows, depth)
     if ops:
-        decode = time_ops(runtime, 1, 0, repeat)
-        prefill = time_ops(runtime, prompt_tokens, 0, repeat)
+        decode = time_ops(runtime, 1, depth, repeat)
+        prefill = time_ops(runtime, prompt_tokens, depth, repeat)
         result = {
             **about,
+            "depth": depth,
             "decode": [asdict(row) for row in decode],
             "prefill": [asdict(row) for row in prefill],
         }
-        titles = "one decode step", f"prefill of up to {prompt_tokens} tokens in one step"
+        after = f" at depth {depth}" if depth else ""
+        titles = (
+            f"one decode step{after}",
+            f"prefill of up to {prompt_tokens} tokens in one step{after}",
+        )
         return result, [titles[0], *op_lines(decode), "", titles[1], *op_lines(prefill)]
-    figures = asdict(run_bench(runtime, prompt_tokens, gen_tokens, repeat))
+    figures = asdict(run_bench(runtime, prompt_tokens, gen_tokens, depth, repeat))
     return figures, [f"{name:22} {value}" for name, value in figures.items() if value is not None]
 
 

@@ -12,23 +12,41 @@ from dataclasses import dataclass, field
 
 MAX_ROWS = 8  # of one sequence in a step: its next token and up to 7 guessed ones
 
-_GRAM = 2  # tokens that must agree before a guess
+_GRAM = 2  # tokens that must agree for a match; below it the last token alone may tell
 _MAX_MATCH = 16  # longer matches count as this long
 _MAX_CANDIDATES = 8  # earlier places that are compared, latest first
 _BUCKETS = 1 << 14
+
+_MAX_LEAD = 4
+
+
+class Grounds:
+    """What speaks for a guess, the worst first; a match of n tokens is PAIR + n - 2."""
+
+    NONE = 0
+    DISPUTED = 1  # the last token was followed by this and other tokens alike
+    REPLACED = 2  # a match has just ended: as if one token of it were another now
+    ONCE = 3  # the last token was followed by this, the one time that it was there
+    OFTEN = 4  # ... by this more than by any other
+    PAIR = 5  # the last two tokens were
+    LONGEST = PAIR + _MAX_MATCH - _GRAM
 
 
 class Lookup:
     """Where the latest tokens occurred before; a token takes constant time and 4 bytes.
 
-    A chain links the places whose last two tokens fall into one bucket.
+    A chain links the places whose last two tokens fall into one bucket. Where no two tokens match,
+    the guess is what followed the last one mostly, or the place at which a match just ended.
     """
 
     def __init__(self, tokens: list[int]) -> None:
         self._tokens = tokens  # the caller's, which grows
         self._heads = array("i", [-1]) * _BUCKETS
         self._previous = array("i")
-        self._follows, self._length = 0, 0
+        # By token: the latest place of what followed it mostly, and by how many times it leads.
+        self._followers = array("i", [0]) * _BUCKETS
+        self._leads = bytearray(_BUCKETS)
+        self._follows, self._grounds = 0, Grounds.NONE
         for _ in range(len(tokens) - 1):
             self._link()
         self.push()
@@ -37,32 +55,62 @@ class Lookup:
         """Take in the next of the tokens that were appended."""
         end = len(self._previous)
         candidate = self._link()
-        self._follows, self._length = 0, 0
+        missed, was_match = self._follows, self._grounds >= Grounds.PAIR
+        longest = 0
         for _ in range(_MAX_CANDIDATES):
             if candidate < 0:
                 break
             n = self._agreement(candidate, end)
-            if n >= _GRAM and n > self._length:
-                self._follows, self._length = candidate + 1, n
+            if n >= _GRAM and n > longest:
+                self._follows, longest = candidate + 1, n
             candidate = self._previous[candidate]
+        if longest:
+            self._grounds = Grounds.PAIR + longest - _GRAM
+            return
+        bucket = self._tokens[end] % _BUCKETS
+        place = self._followers[bucket]
+        if place and self._tokens[place - 1] == self._tokens[end]:
+            self._follows, self._grounds = place, _LEADS[self._leads[bucket]]
+        elif was_match and missed + 1 < end:
+            self._follows, self._grounds = missed + 1, Grounds.REPLACED
+        else:
+            self._grounds = Grounds.NONE
 
     def find(self, n: int) -> tuple[int, list[int]]:
-        """How long the longest recent match is, and `n` tokens to follow as they did there."""
-        if not self._length:
-            return 0, []
+        """The grounds of the best guess, 0 for none, and its next `n` tokens."""
+        if not self._grounds:
+            return Grounds.NONE, []
         # A match that overlaps its own end repeats.
         period = len(self._previous) - self._follows
-        return self._length, [self._tokens[self._follows + i % period] for i in range(n)]
+        return self._grounds, [self._tokens[self._follows + i % period] for i in range(n)]
 
     def _link(self) -> int:
         """Enter the next token; the latest place before it that may match, or -1."""
         end = len(self._previous)
-        before = self._tokens[end - 1] if end else -1
+        before = -1
+        if end:
+            before = self._tokens[end - 1]
+            self._vote(before, end)
         bucket = (before * 0x9E3779B1 ^ self._tokens[end] * 0x85EBCA6B) >> 7 & _BUCKETS - 1
         place = self._heads[bucket]
         self._previous.append(place)
         self._heads[bucket] = end
         return place
+
+    def _vote(self, token: int, place: int) -> None:
+        """`token` is followed by what is at `place`: a lead grows, or shrinks until it is lost."""
+        tokens, bucket = self._tokens, token % _BUCKETS
+        leader, lead = self._followers[bucket], self._leads[bucket]
+        if not leader or tokens[leader - 1] != token:
+            lead = 1
+        elif tokens[leader] == tokens[place]:
+            lead = min(lead + 1, _MAX_LEAD)
+        elif lead > 1:
+            self._leads[bucket] = lead - 1
+            return
+        else:
+            lead = 0
+        self._followers[bucket], self._leads[bucket] = place, lead
 
     def _agreement(self, a: int, b: int) -> int:
         """How many tokens up to a and up to b agree."""
@@ -72,36 +120,40 @@ class Lookup:
         return n
 
 
-# Matches of similar length share an estimate.
-_LEVELS = (0, 0, 0, 1, 2, 3, 3, 4, 4, 4, 5, 5, 5, 5, 5, 5, 6)  # by length
-_PRIOR = (0.2, 0.3, 0.45, 0.6, 0.7, 0.8, 0.9)  # by level
-_PRIOR_WEIGHT = 4.0
-_MEMORY = 0.95  # of a count, per later one: about the last 20 matter
+_LEADS = (Grounds.DISPUTED, Grounds.ONCE, *[Grounds.OFTEN] * (_MAX_LEAD - 1))  # grounds by lead
+
+# Matches of similar length share an estimate; those of recorded answers to begin with.
+_PRIOR = (0.0, 0.11, 0.2, 0.3, 0.52, 0.46, 0.6, 0.7, 0.78, 0.84, 0.88, 0.95)  # by level
+_LEVELS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 8, 9, 9, 9, 10, 10, 10, 10, 10, 10, 11)  # by grounds
+_PRIOR_WEIGHT = 8.0
+_MEMORY = 0.97  # of a count, per later one: about the last 30 matter
 
 
 @dataclass(slots=True)
 class Acceptance:
-    """How often the token after a match was the sampled one, by the length of the match.
+    """How often the token after a guess's grounds was the sampled one.
 
-    Every token after a match is counted, guessed in a step or not: so it costs nothing to see
+    Every guessable token is counted, guessed in a step or not: so it costs nothing to see
     that guesses have begun, or stopped, to come true.
     """
 
     hits: list[float] = field(default_factory=lambda: [w * _PRIOR_WEIGHT for w in _PRIOR])
     tries: list[float] = field(default_factory=lambda: [_PRIOR_WEIGHT] * len(_PRIOR))
 
-    def count(self, length: int, is_hit: bool) -> None:
-        level = _LEVELS[length]
+    def count(self, grounds: int, is_hit: bool) -> None:
+        level = _LEVELS[grounds]
         self.hits[level] = self.hits[level] * _MEMORY + is_hit
         self.tries[level] = self.tries[level] * _MEMORY + 1
 
-    def chances(self, length: int, n: int) -> list[float]:
+    def chances(self, grounds: int, n: int) -> list[float]:
         """For each of n guesses, that it and all before it come true."""
         chances, chance = [], 1.0
-        for i in range(n):
-            level = _LEVELS[min(length + i, _MAX_MATCH)]
+        for _ in range(n):
+            level = _LEVELS[grounds]
             chance *= self.hits[level] / self.tries[level]
             chances.append(chance)
+            # Once right, two tokens match, then three.
+            grounds = min(max(grounds + 1, Grounds.PAIR), Grounds.LONGEST)
         return chances
 
 
@@ -113,15 +165,15 @@ class Speculator:
 
     def guess(self, n: int) -> tuple[list[int], list[float]]:
         """Up to `n` tokens, and the chance of each that it is reached and right."""
-        length, tokens = self._lookup.find(max(0, n))
-        return tokens, self._acceptance.chances(length, len(tokens))
+        grounds, tokens = self._lookup.find(max(0, n))
+        return tokens, self._acceptance.chances(grounds, len(tokens))
 
     def learn(self, n_new: int) -> None:
         """`n_new` tokens were appended."""
         for end in range(len(self._tokens) - n_new, len(self._tokens)):
-            length, guessed = self._lookup.find(1)
+            grounds, guessed = self._lookup.find(1)
             if guessed:
-                self._acceptance.count(length, guessed[0] == self._tokens[end])
+                self._acceptance.count(grounds, guessed[0] == self._tokens[end])
             self._lookup.push()
 
 
@@ -149,7 +201,7 @@ class StepCosts:
             n = self._factors.get(n_rows, (0.0, 0, 0))[1] + 1
             factor = self._factor(n_rows) * surprise ** max(_RATE, 1 / (n + 1))
             self._factors[n_rows] = factor, n, self._n_steps
-        self._row_seconds *= surprise**_RATE
+        self._row_seconds *= surprise**_SPEED_RATE
         for n in [n for n, (_, _, at) in self._factors.items() if self._n_steps - at > _KEEP]:
             del self._factors[n]
 
@@ -173,8 +225,9 @@ def _usual(n_rows: int) -> float:
 
 
 _SLOPE = 0.17  # of a row after the first: 8 rows cost 2.1 to 2.2 on 2 cores (bench_speculation)
-_RATE, _JUMP = 0.25, 2.0
-_KEEP = 256  # steps until a cost is forgotten
+# Kernels cost the same for ever, a shared machine changes within steps.
+_RATE, _SPEED_RATE, _JUMP = 0.05, 0.25, 2.0
+_KEEP = 512  # steps until a cost is forgotten
 
 
 def best_drafts(guesses: Sequence[Sequence[float]], costs: StepCosts, most: int) -> list[int]:
@@ -199,4 +252,4 @@ def best_drafts(guesses: Sequence[Sequence[float]], costs: StepCosts, most: int)
     return drafts
 
 
-_LEAST_GAIN = 1.03  # what an estimate may be wrong by
+_LEAST_GAIN = 1.05  # what an estimate may be wrong by

@@ -6,12 +6,14 @@ import json
 import stat
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 
-from edgeinfer import LLM, DeviceError, EdgeInferError
+from edgeinfer import LLM, ContextLengthError, DeviceError, EdgeInferError
 from edgeinfer.batch import OpTime
+from edgeinfer.bench import run_bench
 from edgeinfer.bench_compare import Comparison, Rates, compare, llama_command, parse_rates
 from edgeinfer.bench_steps import OpRow, SweepRow, group_ops, sweep, sweep_threads, time_ops
 from edgeinfer.bench_tables import compare_lines, op_lines, sweep_lines, table
@@ -50,23 +52,60 @@ def test_other_output_is_refused(text: str) -> None:
 
 
 def test_the_command_measures_what_we_do() -> None:
-    command = llama_command("lb", Path("m.gguf"), 3, 256, 32)
+    command = llama_command("lb", Path("m.gguf"), 3, 256, 32, 0)
     assert command == "lb -m m.gguf -t 3 -p 256 -n 32 -r 1 -o json".split()
+    command = llama_command("lb", Path("m.gguf"), 3, 256, 32, 4096)
+    assert command == "lb -m m.gguf -t 3 -p 256 -n 32 -d 4096 -r 1 -o json".split()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a script with #! is no program there")
 def test_compare_takes_turns(path: Path, tmp_path: Path) -> None:
     llama = fake_llama_bench(tmp_path, f"print({LLAMA!r})")
     with LLM(path, device="reference") as llm:
-        rows = compare(llm.runtime, llama, 8, 4, 2)
+        rows = compare(llm.runtime, llama, 8, 4, 0, 2)
         assert [row.what for row in rows] == ["prefill", "decode"]
         assert [row.llama_cpp for row in rows] == [200.5, 40.25]
         assert all(row.ratio > 0 for row in rows)
         broken = fake_llama_bench(tmp_path, "raise SystemExit('no such model')")
         with pytest.raises(EdgeInferError, match="failed with 1: no such model"):
-            compare(llm.runtime, broken, 8, 4, 1)
+            compare(llm.runtime, broken, 8, 4, 0, 1)
         with pytest.raises(EdgeInferError, match="can't be run"):
-            compare(llm.runtime, str(tmp_path / "missing"), 8, 4, 1)
+            compare(llm.runtime, str(tmp_path / "missing"), 8, 4, 0, 1)
+
+
+class Program:
+    """Counts the rows of all steps."""
+
+    def __init__(self, program: Any) -> None:
+        self.program, self.n_rows = program, 0
+
+    def submit(self, batch: Any) -> Any:
+        self.n_rows += batch.n_rows
+        return self.program.submit(batch)
+
+    def close(self) -> None:
+        self.program.close()
+
+
+@pytest.mark.parametrize("depth", [0, 70])
+def test_a_context_is_read_once_and_every_prompt_after_it_anew(path: Path, depth: int) -> None:
+    with LLM(path, n_ctx=128, threads=1) as llm:
+        engine = llm.runtime.engine
+        engine._program = program = Program(engine._program)
+        result = run_bench(llm.runtime, 40, 8, depth, 2)
+        assert (result.depth, result.prompt_tokens, result.gen_tokens) == (depth, 40, 8)
+        assert program.n_rows == depth + 2 * (40 + 9 + 9)
+        assert min(result.prefill_tok_s, result.decode_tok_s, result.first_token_s) > 0
+
+
+def test_a_depth_that_the_context_does_not_hold_is_refused(path: Path) -> None:
+    with LLM(path, n_ctx=128, threads=1) as llm:
+        for n_prompt, n_gen in ((40, 8), (8, 39)):
+            with pytest.raises(ContextLengthError, match="129 tokens"):
+                run_bench(llm.runtime, n_prompt, n_gen, 89, 1)
+        with pytest.raises(ContextLengthError, match="129 tokens"):
+            time_ops(llm.runtime, 1, 128, 1)
+        assert run_bench(llm.runtime, 40, 39, 88, 1).decode_tok_s > 0
 
 
 def test_ops_of_one_name_are_one_row() -> None:
@@ -120,10 +159,12 @@ def test_thread_counts_double_up_to_the_most(most: int, counts: list[int]) -> No
 
 def test_tables() -> None:
     assert table(["a", "bcd"], [["long", "1"]]) == ["a     bcd", "long    1"]
-    assert compare_lines([Comparison("decode", 60.04, 30.0, 2.0)]) == [
+    compared = [Comparison("decode", 60.04, 30.0, 2.0)]
+    assert compare_lines(compared, 0) == [
         "tok/s   edgeinfer  llama.cpp  ratio",
         "decode       60.0       30.0  2.00x",
     ]
+    assert compare_lines(compared, 512)[0].startswith("tok/s at depth 512  edgeinfer")
     sweep = [SweepRow(2, 512, 1, 0.01), SweepRow(2, 512, 4, 0.02)]
     assert [line.split() for line in sweep_lines(sweep)[1:]] == [
         ["2", "512", "10.00", "20.00", "100.0", "200.0"]
@@ -139,16 +180,40 @@ def test_tables() -> None:
     ]
 
 
-@pytest.mark.parametrize("flags", [["--sweep"], ["--ops"]])
+def shown(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with commands.make_context("edgeinfer", ["bench", *arguments]) as context:
+        commands.invoke(context)
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [["--sweep"], ["--ops"], ["--ops", "-d", "100"]])
 def test_on_the_command_line(
     path: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["bench", str(path), "-p", "8", "-r", "1", "-t", "1", *flags]
-    for extra in ([], ["--json"]):
-        with commands.make_context("edgeinfer", [*arguments, *extra]) as context:
-            commands.invoke(context)
-        shown = capsys.readouterr().out
-        assert json.loads(shown)["cpu"] if extra else "ms" in shown
+    arguments = [str(path), "-p", "8", "-r", "1", "-t", "1", *flags]
+    text = shown(arguments, capsys)
+    assert "ms" in text and ("at depth 100" in text) == ("-d" in flags)
+    assert json.loads(shown([*arguments, "--json"], capsys))["cpu"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a script with #! is no program there")
+def test_depth_on_the_command_line(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    body = f"import sys; assert sys.argv[sys.argv.index('-d') + 1] == '50'; print({LLAMA!r})"
+    sizes = ["-p", "8", "-n", "4", "-r", "1", "-t", "1", "-d", "50"]
+    assert "depth                  50\n" in shown([str(path), *sizes], capsys)
+    sizes += ["--compare", fake_llama_bench(tmp_path, body)]
+    assert "tok/s at depth 50" in shown([str(path), *sizes], capsys)
+    assert json.loads(shown([str(path), *sizes, "--json"], capsys))["depth"] == 50
+
+
+@pytest.mark.parametrize("flags", [["-d", "-1"], ["-d", "8", "--sweep"]])
+def test_depths_that_mean_nothing(
+    path: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(click.UsageError, match="-d"):
+        shown([str(path), *flags], capsys)
 
 
 def test_modes_exclude_each_other(path: Path) -> None:
