@@ -143,8 +143,7 @@ def _make_template(
     file: GGUFFile, chosen: str | None, tokenizer: _Later[Tokenizer]
 ) -> ChatTemplate:
     """After the tokenizer, which loading waits for; probed here while weights are packed."""
-    tokenizer.wait()
-    template = ChatTemplate.from_metadata(file.metadata, chosen)
+    template = ChatTemplate.from_metadata(file.metadata, chosen, tokenizer.result().texts)
     template.capabilities  # noqa: B018
     return template
 

@@ -9,6 +9,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, Protocol, runtime_checkable
 
 from .errors import InvalidModelError, InvalidRequestError, UnsupportedModelError
@@ -102,9 +103,10 @@ def read_vocabulary(meta: Mapping[str, Any], pre: str | None) -> Vocabulary:
             f"tokens {i} and {ids[text]} are both {text!r}", field=_KEY + "tokens"
         )
     kinds = bytearray(_token_types(meta, len(texts)))
-    for text, kind in zip(texts, kinds, strict=True):
-        if kind == BYTE:
-            byte_value(text)
+    if BYTE in kinds:
+        for text, kind in zip(texts, kinds, strict=True):
+            if kind == BYTE:
+                byte_value(text)
     vocab = Vocabulary(model, name, row, texts, ids, bytes(kinds), kinds)
     _override_kinds(vocab, meta)
     _read_special_ids(vocab, meta)
@@ -301,19 +303,30 @@ def _special_id(meta: Mapping[str, Any], key: str, n_vocab: int) -> int | None:
     return int(id)
 
 
-def merge_pairs(meta: Mapping[str, Any]) -> list[tuple[str, str]]:
+def merge_ranks(meta: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, int]:
+    """The rank of every merge, by its spelling "left right"; both and what they make are tokens."""
     key = _KEY + "merges"
     merges = _strings(meta, key)
-    pairs: list[Any] = [tuple(merge.split(" ")) for merge in merges]
-    if set(map(len, pairs)) <= {2} and all(map(all, pairs)):
-        return pairs
+    ranks = dict(zip(merges, range(len(merges)), strict=True))
+    known, space = ids.__contains__, repeat(" ")
+    if (
+        set(map(str.count, merges, space)) <= {1}
+        and all(map(known, " ".join(merges).split(" ") if merges else ()))
+        and all(map(known, map(str.replace, merges, space, repeat(""))))
+    ):
+        return ranks
     for i, merge in enumerate(merges):
         # NOTE: a token may begin with a space, so the first character never separates.
         at = merge.find(" ", 1)
         if not 0 < at < len(merge) - 1:
             raise InvalidModelError(f"merge {i} is {merge!r}, not two tokens", field=key)
-        pairs[i] = (merge[:at], merge[at + 1 :])
-    return pairs
+        left, right = merge[:at], merge[at + 1 :]
+        if not {left, right, left + right} <= ids.keys():
+            raise InvalidModelError(
+                f"merge {i} ({left!r}, {right!r}) names a token that the vocabulary lacks",
+                field=key,
+            )
+    return ranks
 
 
 def byte_value(text: str) -> int:
