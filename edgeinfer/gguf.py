@@ -10,11 +10,11 @@ import math
 import mmap
 import re
 import struct
+from array import array
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeAlias
 
 from edgeinfer.errors import ClosedError, InvalidModelError, ModelNotFoundError
 from edgeinfer.quant import Weight, quant_type
@@ -222,10 +222,17 @@ class Array:
     """
 
     def __init__(
-        self, data: memoryview, item_type: str, start: int, end: int, n: int, origin: _Origin
+        self,
+        data: memoryview,
+        item_type: str,
+        start: int,
+        n: int,
+        lengths: array[int],
+        origin: _Origin,
     ) -> None:
         self.item_type = item_type
-        self._data, self._start, self._end, self._n, self._origin = data, start, end, n, origin
+        self._data, self._start, self._n, self._origin = data, start, n, origin
+        self._lengths = lengths  # of strings, in bytes
 
     def __len__(self) -> int:
         return self._n
@@ -237,14 +244,9 @@ class Array:
         """The strings as they are in the file, valid UTF-8 or not."""
         if self.item_type != "string":
             self._origin.fail(f"found an array of {self.item_type}, need strings")
-        # Slices of bytes cost half of what slices of a memoryview do.
-        data, at, unpack = self._open_data()[self._start : self._end].tobytes(), 0, _U64.unpack_from
-        strings: list[builtins.bytes] = []
-        for _ in range(self._n):
-            start = at + 8
-            at = start + unpack(data, at)[0]
-            strings.append(data[start:at])
-        return strings
+        # One call takes a third of the time that a loop does; 8 bytes are each string's length.
+        form = struct.Struct("8x%ds" * self._n % tuple(self._lengths))
+        return list(form.unpack_from(self._open_data(), self._start))
 
     def strings(self) -> list[str]:
         """The strings, with U+FFFD for what is not UTF-8."""
@@ -314,14 +316,12 @@ _TYPES = (
 _SPLIT_NAME = re.compile(r"(?P<stem>.*)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
+class _Entry(NamedTuple):
     value: bool | int | float | bytes | Array
     offset: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Origin:
+class _Origin(NamedTuple):
     """Where in which file something was read, for the error message."""
 
     path: Path
@@ -390,8 +390,7 @@ class _Part:
         return alignment
 
 
-@dataclass(frozen=True, slots=True)
-class _TensorInfo:
+class _TensorInfo(NamedTuple):
     """`at` is where the file describes the tensor, `offset` where its data begins."""
 
     name: str
@@ -486,30 +485,34 @@ class _Header:
         if item_type == "array":
             self._fail("an array of arrays, supported are arrays of plain values", field, offset)
         n = int(self._unpack(_U64, field))
-        start = self.at
+        start, lengths = self.at, array("I")
         if item_type == "string":
-            self._skip_strings(n, field, offset)
+            lengths = self._skip_strings(n, field, offset)
         else:
             self._skip(n * _SCALARS[item_type].size, field)
         origin = _Origin(self.path, field, offset)
-        return Array(self._data, item_type, start, self.at, n, origin)
+        return Array(self._data, item_type, start, n, lengths, origin)
 
-    def _skip_strings(self, n: int, field: str, offset: int) -> None:
+    def _skip_strings(self, n: int, field: str, offset: int) -> array[int]:
+        """Their lengths in bytes."""
         self._n_strings += n
         if self._n_strings > _MAX_STRINGS:
             self._fail(
                 f"{n} strings, at most {_MAX_STRINGS} are supported; {_AGAIN}", field, offset
             )
         data, at, last, unpack = self._data, self.at, self._size - 8, _U64.unpack_from
+        lengths: list[int] = []
         for _ in range(n):
             if at > last:
                 break
-            at += 8 + unpack(data, at)[0]
+            (length,) = unpack(data, at)
+            at += 8 + length
+            lengths.append(length)
         else:
             if at <= self._size:
                 self._count_text(at - self.at, field)
                 self.at = at
-                return
+                return array("I", lengths)
         self._fail(f"{n} strings run past the end, byte {self._size}; {_CUT}", field, offset)
 
     def _name(self, field: str) -> str:

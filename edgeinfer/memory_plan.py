@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from edgeinfer.batch import PAGE, StepLimits
 from edgeinfer.errors import InvalidRequestError, PlanError
@@ -46,8 +47,7 @@ class MemoryPlan:
         return self.total_bytes <= self.available
 
 
-@dataclass(frozen=True, slots=True)
-class PlanRequest:
+class PlanRequest(NamedTuple):
     """What a plan is solved for; `n_ctx` None asks for the usual length or what fits."""
 
     n_ctx: int | None

@@ -9,8 +9,7 @@ import codecs
 import re
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from .byte_pair import BytePair
 from .errors import InvalidModelError, InvalidRequestError
@@ -30,8 +29,7 @@ from .vocabulary import (
 _ASCII_SPACE = " \t\n\v\f\r"
 
 
-@dataclass(frozen=True, slots=True)
-class _Special:
+class _Special(NamedTuple):
     text: str
     id: int
     rank: int  # the order of partition: longest first in UTF-8 bytes
