@@ -235,7 +235,9 @@ def forget_pages(address: int, n_bytes: int) -> None:
     start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
     length = (address + n_bytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
     if length > 0:
-        libc = ctypes.CDLL(None)
+        # Keeps the interpreter lock: getting it back takes far longer than this call, hundreds of
+        # times while weights are packed beside a busy thread.
+        libc = ctypes.PyDLL(None)
         libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
 
 
