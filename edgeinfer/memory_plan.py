@@ -22,7 +22,8 @@ _MIN_SEQUENCES = 8
 _LOGITS_BYTES = 32 << 20
 _MiB = 1 << 20
 
-# Measured on x86-64 Linux, Python 3.11: interpreter, NumPy, llvmlite and the tokenizer library.
+# Measured on x86-64 Linux, Python 3.11: interpreter, NumPy, the tokenizer library, and LLVM
+# where it has to link or to be asked.
 _PYTHON_BYTES = 90 * _MiB
 _TOKEN_BYTES = 700  # of a vocabulary entry while the tokenizer is built
 
