@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from edgeinfer.errors import ModelNotFoundError
 
@@ -19,8 +19,7 @@ _MB = 10**6
 _OVERHEAD = 700 * _MB
 
 
-@dataclass(frozen=True, slots=True)
-class Alias:
+class Alias(NamedTuple):
     """A short name; `source` is `org/repo:QUANT` on the hub, or `pypi:NAME==VERSION`."""
 
     name: str
@@ -29,8 +28,7 @@ class Alias:
     licence: str
 
 
-@dataclass(frozen=True, slots=True)
-class RepoName:
+class RepoName(NamedTuple):
     """`org/repo[:QUANT]`; `quant` is in capitals, None where none was asked for."""
 
     repo: str

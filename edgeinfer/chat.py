@@ -71,10 +71,18 @@ class ChatTemplate:
             )
 
     @classmethod
-    def from_metadata(cls, meta: Mapping[str, Any], override: str | None = None) -> ChatTemplate:
-        """The file's template, or `override`: the name of one, or a file that holds one."""
+    def from_metadata(
+        cls,
+        meta: Mapping[str, Any],
+        override: str | None = None,
+        texts: Sequence[str] | None = None,
+    ) -> ChatTemplate:
+        """The file's template, or `override`: the name of one, or a file that holds one.
+
+        `texts` is the vocabulary, where someone has read it already.
+        """
         own = own_templates(meta)
-        texts = token_texts(meta)
+        texts = token_texts(meta) if texts is None else texts
         bos, eos = (
             special_text(meta, texts, "bos_token_id", 1),
             special_text(meta, texts, "eos_token_id", 2),

@@ -10,11 +10,11 @@ import math
 import mmap
 import re
 import struct
+from array import array
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeAlias
 
 from edgeinfer.errors import ClosedError, InvalidModelError, ModelNotFoundError
 from edgeinfer.quant import Weight, quant_type
@@ -222,10 +222,17 @@ class Array:
     """
 
     def __init__(
-        self, data: memoryview, item_type: str, start: int, end: int, n: int, origin: _Origin
+        self,
+        data: memoryview,
+        item_type: str,
+        start: int,
+        n: int,
+        lengths: array[int],
+        origin: _Origin,
     ) -> None:
         self.item_type = item_type
-        self._data, self._start, self._end, self._n, self._origin = data, start, end, n, origin
+        self._data, self._start, self._n, self._origin = data, start, n, origin
+        self._lengths = lengths  # of strings, in bytes
 
     def __len__(self) -> int:
         return self._n
@@ -235,11 +242,19 @@ class Array:
 
     def bytes(self) -> list[builtins.bytes]:
         """The strings as they are in the file, valid UTF-8 or not."""
-        return list(self._raw_strings())
+        if self.item_type != "string":
+            self._origin.fail(f"found an array of {self.item_type}, need strings")
+        # One call takes a third of the time that a loop does; 8 bytes are each string's length.
+        form = struct.Struct("8x%ds" * self._n % tuple(self._lengths))
+        return list(form.unpack_from(self._open_data(), self._start))
 
     def strings(self) -> list[str]:
         """The strings, with U+FFFD for what is not UTF-8."""
-        return [str(raw, "utf-8", "replace") for raw in self._raw_strings()]
+        raw = self.bytes()
+        try:
+            return list(map(builtins.bytes.decode, raw))
+        except UnicodeDecodeError:
+            return [_text(each) for each in raw]
 
     def numpy(self) -> NDArray[Any]:
         """The numbers or booleans as a read-only view of the mapped file."""
@@ -266,16 +281,6 @@ class Array:
         if not {0, 1}.issuperset(items):
             self._origin.fail("a boolean is neither 0 nor 1")
         return [item == 1 for item in items]
-
-    def _raw_strings(self) -> Iterator[builtins.bytes]:
-        if self.item_type != "string":
-            self._origin.fail(f"found an array of {self.item_type}, need strings")
-        # Slices of bytes cost half of what slices of a memoryview do.
-        data, at, unpack = self._open_data()[self._start : self._end].tobytes(), 0, _U64.unpack_from
-        for _ in range(self._n):
-            end = at + 8 + unpack(data, at)[0]
-            yield data[at + 8 : end]
-            at = end
 
     def _open_data(self) -> memoryview:
         try:
@@ -311,14 +316,12 @@ _TYPES = (
 _SPLIT_NAME = re.compile(r"(?P<stem>.*)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
+class _Entry(NamedTuple):
     value: bool | int | float | bytes | Array
     offset: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Origin:
+class _Origin(NamedTuple):
     """Where in which file something was read, for the error message."""
 
     path: Path
@@ -387,8 +390,7 @@ class _Part:
         return alignment
 
 
-@dataclass(frozen=True, slots=True)
-class _TensorInfo:
+class _TensorInfo(NamedTuple):
     """`at` is where the file describes the tensor, `offset` where its data begins."""
 
     name: str
@@ -483,30 +485,34 @@ class _Header:
         if item_type == "array":
             self._fail("an array of arrays, supported are arrays of plain values", field, offset)
         n = int(self._unpack(_U64, field))
-        start = self.at
+        start, lengths = self.at, array("I")
         if item_type == "string":
-            self._skip_strings(n, field, offset)
+            lengths = self._skip_strings(n, field, offset)
         else:
             self._skip(n * _SCALARS[item_type].size, field)
         origin = _Origin(self.path, field, offset)
-        return Array(self._data, item_type, start, self.at, n, origin)
+        return Array(self._data, item_type, start, n, lengths, origin)
 
-    def _skip_strings(self, n: int, field: str, offset: int) -> None:
+    def _skip_strings(self, n: int, field: str, offset: int) -> array[int]:
+        """Their lengths in bytes."""
         self._n_strings += n
         if self._n_strings > _MAX_STRINGS:
             self._fail(
                 f"{n} strings, at most {_MAX_STRINGS} are supported; {_AGAIN}", field, offset
             )
         data, at, last, unpack = self._data, self.at, self._size - 8, _U64.unpack_from
+        lengths: list[int] = []
         for _ in range(n):
             if at > last:
                 break
-            at += 8 + unpack(data, at)[0]
+            (length,) = unpack(data, at)
+            at += 8 + length
+            lengths.append(length)
         else:
             if at <= self._size:
                 self._count_text(at - self.at, field)
                 self.at = at
-                return
+                return array("I", lengths)
         self._fail(f"{n} strings run past the end, byte {self._size}; {_CUT}", field, offset)
 
     def _name(self, field: str) -> str:

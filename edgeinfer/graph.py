@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from edgeinfer.errors import InvalidModelError
 from edgeinfer.quant import Weight
@@ -19,8 +19,7 @@ from edgeinfer.quant import Weight
 RopeKind: TypeAlias = Literal["norm", "neox"]
 
 
-@dataclass(frozen=True, slots=True)
-class Rope:
+class Rope(NamedTuple):
     """Rotary position embedding (Su et al. 2021) of the first `n_dims` of a head.
 
     `kind` pairs neighbours (2i, 2i+1: "norm") or halves (i, i + n_dims/2: "neox"). The angle of
@@ -53,8 +52,7 @@ class Hparams:
     rope_scale: float = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class KV:
+class KV(NamedTuple):
     """The cache that one attention layer keeps: per position K heads of k_dim and of v_dim."""
 
     n_heads: int

@@ -6,8 +6,7 @@ Never touches K or V values, and knows nothing of tokens.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -53,8 +52,7 @@ class PagePool:
                 self._free.append(page)
 
 
-@dataclass(frozen=True, slots=True)
-class CacheLayout:
+class CacheLayout(NamedTuple):
     """How the cache of a sequence is cut: what its logits depend on besides its tokens.
 
     `n_visible` is the number of unpinned pages that a query sees; a sliding ring has one page

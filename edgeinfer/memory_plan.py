@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from edgeinfer.batch import PAGE, StepLimits
 from edgeinfer.errors import InvalidRequestError, PlanError
@@ -21,7 +22,8 @@ _MIN_SEQUENCES = 8
 _LOGITS_BYTES = 32 << 20
 _MiB = 1 << 20
 
-# Measured on x86-64 Linux, Python 3.11: interpreter, NumPy, llvmlite and the tokenizer library.
+# Measured on x86-64 Linux, Python 3.11: interpreter, NumPy, the tokenizer library, and LLVM
+# where it has to link or to be asked.
 _PYTHON_BYTES = 90 * _MiB
 _TOKEN_BYTES = 700  # of a vocabulary entry while the tokenizer is built
 
@@ -46,8 +48,7 @@ class MemoryPlan:
         return self.total_bytes <= self.available
 
 
-@dataclass(frozen=True, slots=True)
-class PlanRequest:
+class PlanRequest(NamedTuple):
     """What a plan is solved for; `n_ctx` None asks for the usual length or what fits."""
 
     n_ctx: int | None

@@ -8,8 +8,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from typing_extensions import Required, TypedDict
 
@@ -27,8 +26,7 @@ class Message(TypedDict, total=False):
     tool_call_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class Capabilities:
+class Capabilities(NamedTuple):
     """What a template can do with a conversation, found by rendering some."""
 
     system_role: bool

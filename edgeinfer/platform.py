@@ -12,9 +12,8 @@ import platform as _platform
 import shutil
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 if TYPE_CHECKING:
     import subprocess
@@ -90,9 +89,21 @@ def start_in_background(command: list[str]) -> subprocess.Popen[str]:
 _BACKGROUND_FLAGS = ("IDLE_PRIORITY_CLASS", "CREATE_NEW_PROCESS_GROUP", "CREATE_NO_WINDOW")
 
 
+def processor_facts() -> str | None:
+    """What the system says of the first processor and never changes while it is this one."""
+    text = (_read(_CPUINFO) or "").partition("\n\n")[0]
+    lines = [line for line in text.splitlines() if not line.startswith(_CHANGING_FACTS)]
+    return "\n".join([_platform.machine(), *lines]) if lines else None
+
+
+_CPUINFO = Path("/proc/cpuinfo")
+_CHANGING_FACTS = ("processor", "cpu MHz", "bogomips", "BogoMIPS", "apicid", "initial apicid",
+    "core id", "physical id")  # fmt: skip
+
+
 def cpu_name() -> str:
     """The processor's name as its maker gives it."""
-    for line in (_read(Path("/proc/cpuinfo")) or "").splitlines():
+    for line in (_read(_CPUINFO) or "").splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return _platform.processor() or _platform.machine()
@@ -168,7 +179,7 @@ class Memory:
     def __init__(self, n_bytes: int, *, huge: bool = False) -> None:
         self.n_bytes = n_bytes
         # One huge page more, so that the start can be aligned; a prefetch may run past the end.
-        self._map = mmap.mmap(-1, n_bytes + _HUGE_PAGE + mmap.PAGESIZE)
+        self._map = _map_anonymous(n_bytes + _HUGE_PAGE + mmap.PAGESIZE)
         if huge and hasattr(mmap, "MADV_HUGEPAGE"):
             try:
                 self._map.madvise(mmap.MADV_HUGEPAGE)
@@ -186,6 +197,37 @@ class Memory:
             self._map.close()
 
 
+class Code:
+    """Machine code in memory that can be run and no longer written; OSError where that fails."""
+
+    def __init__(self, image: bytes) -> None:
+        self._map = _map_anonymous(len(image))
+        self._map.write(image)
+        # Whoever holds the view keeps the memory: it is freed when this object is dropped.
+        self._view = (ctypes.c_char * len(image)).from_buffer(self._map)
+        self.address = ctypes.addressof(self._view)
+        protect = getattr(_libc(), "mprotect", None)
+        if protect is None:
+            raise OSError("this system has no mprotect")
+        address, n_bytes = ctypes.c_void_p(self.address), ctypes.c_size_t(len(image))
+        if protect(address, n_bytes, _READ_AND_RUN):
+            raise OSError("memory can't be made executable")
+
+
+def _map_anonymous(n_bytes: int) -> mmap.mmap:
+    # Python's default is shared memory, of which Linux makes no huge pages.
+    if hasattr(mmap, "MAP_PRIVATE") and hasattr(mmap, "MAP_ANONYMOUS"):
+        return mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return mmap.mmap(-1, n_bytes)
+
+
+_READ_AND_RUN = 5  # mprotect's PROT_READ | PROT_EXEC
+
+
+def _libc() -> ctypes.CDLL | None:
+    return None if sys.platform == "win32" else ctypes.CDLL(None)
+
+
 def forget_pages(address: int, n_bytes: int) -> None:
     """Drop pages of a file mapping from this process; they are read again when touched."""
     if not sys.platform.startswith("linux"):
@@ -193,15 +235,16 @@ def forget_pages(address: int, n_bytes: int) -> None:
     start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
     length = (address + n_bytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
     if length > 0:
-        libc = ctypes.CDLL(None)
+        # Keeps the interpreter lock: getting it back takes far longer than this call, hundreds of
+        # times while weights are packed beside a busy thread.
+        libc = ctypes.PyDLL(None)
         libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
 
 
 # -- what native threads call --------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class ThreadCalls:
+class ThreadCalls(NamedTuple):
     """Addresses of C functions by which native threads yield and sleep.
 
     With `futex` set, `wait` is libc's `syscall` and sleepers are woken by the same; without it,
@@ -320,8 +363,7 @@ def board_name() -> str | None:
     return text.strip("\0 \n") if text else None
 
 
-@dataclass(frozen=True, slots=True)
-class Gpu:
+class Gpu(NamedTuple):
     """One CUDA device, as its driver describes it."""
 
     name: str
@@ -329,8 +371,7 @@ class Gpu:
     n_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class CudaDriver:
+class CudaDriver(NamedTuple):
     """NVIDIA's driver: the newest CUDA it runs (13000 is 13.0), its devices, or its error."""
 
     version: int

@@ -6,12 +6,11 @@ Knows nothing of vocabularies, merges or files.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class PreTokenizer:
+class PreTokenizer(NamedTuple):
     """One way of cutting: each pattern splits further what the patterns before it left."""
 
     patterns: tuple[str, ...]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from edgeinfer.errors import UnsupportedModelError
 
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     Floats: TypeAlias = NDArray[np.float32]
 
 
-@dataclass(frozen=True, slots=True)
-class QuantType:
+class QuantType(NamedTuple):
     """A tensor type: `block` consecutive elements of a row are stored in `block_bytes` bytes.
 
     A type that this version has no row for has `block` 0.

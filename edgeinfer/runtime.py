@@ -80,17 +80,18 @@ def _load(path: Path, options: LoadOptions) -> Runtime:
     file = GGUFFile.open(path)
     try:
         model = Model.load(file)
-        # Built while weights are packed.
-        tokenizer = _Later(lambda: Tokenizer.from_metadata(file.metadata, pre=options.get("pre")))
-        chosen = options.get("chat_template")
-        template = _Later(lambda: _make_template(file, chosen, tokenizer))
         device = device_kind(options.get("device") or "auto")
         n_threads = _n_threads(options)
         plan = plan_model(model, options)
-        backend = open_backend(device, progress=_progress(options))
+        # Text is got ready while weights are packed, which needs no Python: sooner it delays that.
+        packs = threading.Event()
+        tokenizer = _Later(lambda: _make_tokenizer(file, options, packs))
+        template = _Later(lambda: _make_template(file, options, tokenizer))
+        backend = open_backend(device, progress=_progress(options, packs))
         try:
             program = backend.compile(model.graph.segment(), plan.limits)
         finally:
+            packs.set()
             tokenizer.wait()
         try:
             tokenizer.result()
@@ -139,12 +140,17 @@ def plan_model(model: Model, options: LoadOptions) -> MemoryPlan:
     )
 
 
+def _make_tokenizer(file: GGUFFile, options: LoadOptions, packs: threading.Event) -> Tokenizer:
+    packs.wait()
+    return Tokenizer.from_metadata(file.metadata, pre=options.get("pre"))
+
+
 def _make_template(
-    file: GGUFFile, chosen: str | None, tokenizer: _Later[Tokenizer]
+    file: GGUFFile, options: LoadOptions, tokenizer: _Later[Tokenizer]
 ) -> ChatTemplate:
     """After the tokenizer, which loading waits for; probed here while weights are packed."""
-    tokenizer.wait()
-    template = ChatTemplate.from_metadata(file.metadata, chosen)
+    texts = tokenizer.result().texts
+    template = ChatTemplate.from_metadata(file.metadata, options.get("chat_template"), texts)
     template.capabilities  # noqa: B018
     return template
 
@@ -169,11 +175,17 @@ def _check_unsupported(options: LoadOptions) -> None:
         raise DeviceError("gpu_layers needs a GPU, which this version does not run on")
 
 
-def _progress(options: LoadOptions) -> Callable[[str, int, int], None] | None:
+def _progress(options: LoadOptions, packs: threading.Event) -> Callable[[str, int, int], None]:
+    """Tells whoever asked, and sets `packs` once weights are packed."""
     report = options.get("progress")
-    if report is None:
-        return None
-    return lambda stage, done, total: report(Progress(stage, done, total))
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage == "weights":
+            packs.set()
+        if report is not None:
+            report(Progress(stage, done, total))
+
+    return progress
 
 
 class _Later(Generic[T]):

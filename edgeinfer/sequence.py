@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,8 +40,7 @@ class Request:
         return self.speculation and self.params.mirostat == 0
 
 
-@dataclass(frozen=True, slots=True)
-class Prefilled:
+class Prefilled(NamedTuple):
     """`done` of `total` prompt tokens are in the cache, `cached` of them from before."""
 
     done: int
@@ -50,8 +49,7 @@ class Prefilled:
     at: float  # time.perf_counter(), taken by the engine
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
+class Token(NamedTuple):
     """A sampled token; log-probabilities where they were asked for."""
 
     id: int
@@ -60,8 +58,7 @@ class Token:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
+class Finished(NamedTuple):
     """The last event. `stop_id` is the token that ended the generation, if one did."""
 
     reason: FinishReason

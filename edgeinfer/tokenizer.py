@@ -8,12 +8,10 @@ from __future__ import annotations
 import codecs
 import re
 import struct
-from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate, chain
-from typing import Any
+from typing import Any, NamedTuple
 
+from .byte_pair import BytePair
 from .errors import InvalidModelError, InvalidRequestError
 from .vocabulary import (
     BYTE,
@@ -23,7 +21,7 @@ from .vocabulary import (
     USER_DEFINED,
     Vocabulary,
     byte_value,
-    merge_pairs,
+    merge_ranks,
     read_vocabulary,
     token_scores,
 )
@@ -31,8 +29,7 @@ from .vocabulary import (
 _ASCII_SPACE = " \t\n\v\f\r"
 
 
-@dataclass(frozen=True, slots=True)
-class _Special:
+class _Special(NamedTuple):
     text: str
     id: int
     rank: int  # the order of partition: longest first in UTF-8 bytes
@@ -55,10 +52,7 @@ class Tokenizer:
         self._encode_raw = encode_raw
         self._byte_level = vocab.byte_level
         self._kinds = bytes(vocab.kinds)
-        encoded = [text.encode() for text in vocab.texts]
-        # One block and its offsets: a list of 150k short strings costs ten times the memory.
-        self._blob = b"".join(encoded)
-        self._ends = array("L", accumulate(map(len, encoded)))
+        self.texts = vocab.texts
         specials = _specials(vocab)
         self._special_ids = {s.text: s.id for s in specials}
         self.special_texts = tuple(s.text for s in specials if s.guarded)
@@ -119,7 +113,8 @@ class Tokenizer:
 
     def text(self, id: int) -> str:
         """The vocabulary's own spelling of a token."""
-        return self._spelling(id).decode()
+        self._check(id)
+        return self.texts[id]
 
     def is_control(self, id: int) -> bool:
         """True for tokens that structure a prompt and are hidden from readers."""
@@ -128,21 +123,19 @@ class Tokenizer:
 
     def piece(self, id: int) -> bytes:
         """The bytes a token stands for; part of a character for some."""
-        spelling = self._spelling(id)
-        kind = self._kinds[id]
+        text, kind = self.text(id), self._kinds[id]
         if kind in (CONTROL, UNKNOWN, USER_DEFINED):
-            return spelling
+            return text.encode()
         if kind == BYTE:
-            return bytes([byte_value(spelling.decode())])
+            return bytes([byte_value(text)])
         if kind != NORMAL:
             return b""
-        text = spelling.decode()
         if not self._byte_level:
             return text.replace("▁", " ").encode()
         try:
             return bytes([_BYTE_OF_CHAR[c] for c in text])
         except KeyError:
-            return spelling
+            return text.encode()
 
     def _check(self, id: int) -> None:
         if not 0 <= id < self.n_vocab:
@@ -150,10 +143,6 @@ class Tokenizer:
                 f"token id {id} is outside the vocabulary of {self.n_vocab} tokens",
                 param="token_ids",
             )
-
-    def _spelling(self, id: int) -> bytes:
-        self._check(id)
-        return self._blob[self._ends[id - 1] if id else 0 : self._ends[id]]
 
     def _with_bos(self, ids: list[int], bos: bool | None) -> list[int]:
         wanted = self.add_bos if bos is None else bos
@@ -370,54 +359,35 @@ _SMALL_VARINTS = [bytes([n]) for n in range(128)]
 
 def _build_bpe(vocab: Vocabulary, meta: Mapping[str, Any]) -> Callable[[str], list[int]]:
     from tokenizers import Regex
-    from tokenizers import Tokenizer as BytePairTokenizer
-    from tokenizers.models import BPE
     from tokenizers.pre_tokenizers import ByteLevel, Split
     from tokenizers.pre_tokenizers import Sequence as Steps
 
     assert vocab.row is not None
     row = vocab.row
     # Without the control tokens raw text can't become one, whatever the merges say.
-    words = dict(vocab.ids)
+    tokens = dict(vocab.ids)
     for i, kind in enumerate(vocab.kinds):
         if kind == CONTROL:
-            del words[vocab.texts[i]]
-    merges = merge_pairs(meta)
-    # NOTE: the library panics, past any except clause, on a merge longer than every token.
-    names = words.__contains__
-    if not all(map(names, chain.from_iterable(merges))) or not all(
-        map(names, map("".join, merges))
-    ):
-        merges = _merges_without_control(vocab, words, merges)
-    model = BPE(words, merges, ignore_merges=row.ignore_merges, byte_fallback=not row.byte_level)
-    backend = BytePairTokenizer(model)
+            del tokens[vocab.texts[i]]
+    pairs = BytePair(
+        tokens,
+        merge_ranks(meta, vocab.ids),
+        ignore_merges=row.ignore_merges,
+        byte_fallback=not row.byte_level,
+    )
+    # NOTE: the library is asked for words only. Merging in Python costs little beside a model,
+    # and handing it a vocabulary costs a fifth of a second.
     steps: list[Any] = [Split(Regex(pattern), "isolated") for pattern in row.patterns]
     if row.byte_level:
         steps.append(ByteLevel(add_prefix_space=False, use_regex=False))
-    backend.pre_tokenizer = Steps(steps)
-    encode_backend = backend.encode
+    words = Steps(steps).pre_tokenize_str
 
     def encode(text: str) -> list[int]:
         if not row.byte_level:
             text = text.replace(" ", "▁")
-        return encode_backend(text, add_special_tokens=False).ids
+        return [id for word, _ in words(text) for id in pairs.encode(word)]
 
     return encode
-
-
-def _merges_without_control(
-    vocab: Vocabulary, words: Mapping[str, int], merges: Sequence[tuple[str, str]]
-) -> list[tuple[str, str]]:
-    kept: list[tuple[str, str]] = []
-    for i, (left, right) in enumerate(merges):
-        if left in words and right in words and left + right in words:
-            kept.append((left, right))
-        elif not {left, right, left + right} <= vocab.ids.keys():
-            raise InvalidModelError(
-                f"merge {i} ({left!r}, {right!r}) names a token that the vocabulary lacks",
-                field="tokenizer.ggml.merges",
-            )
-    return kept
 
 
 def _char_bytes() -> dict[str, int]:

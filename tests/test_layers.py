@@ -22,7 +22,7 @@ graph sampling catalog hub turns speculation
 batch wheel discovery
 models.* kernels.reference kernels.cpu kernels.cuda fetch recent
 pretokenizers jinja_sandbox chat_templates kvcache
-sequence vocabulary sampler
+sequence vocabulary byte_pair sampler
 gguf weights tokenizer chat memory_plan backend generation
 model
 engine stream

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 from edgeinfer import platform
 from edgeinfer.errors import DeviceError
+from edgeinfer.kernels.cpu import linker
 from edgeinfer.kernels.cpu.ready import FOLDER, Ready
 from edgeinfer.kernels.cpu.targets import Target
 
@@ -134,7 +135,7 @@ class Library:
         self.origins: dict[str, Origin] = {}  # of every loaded kernel
         self._ready = Ready.of(target) if ready is None else ready
         self._addresses: dict[str, int] = {}
-        self._engines: list[Any] = []
+        self._code: list[Any] = []  # what owns the memory that addresses point into
 
     def load(self, names: Iterable[str], progress: Progress | None = None) -> None:
         """Make these kernels callable. `progress(done, total, name)` is told of every build."""
@@ -207,6 +208,19 @@ class Library:
             return build_objects(folder, names, self.target, progress)
 
     def _link(self, objects: dict[str, bytes]) -> None:
+        try:
+            image, places = linker.lay_out(objects)
+            code = platform.Code(image)
+        except (linker.UnknownObject, OSError):
+            self._link_with_llvm(objects)
+            return
+        self._code.append(code)
+        for name in objects:
+            if symbol(name) in places:
+                self._addresses[name] = code.address + places[symbol(name)]
+
+    def _link_with_llvm(self, objects: dict[str, bytes]) -> None:
+        """Takes whatever LLVM has made, on every system."""
         import llvmlite.binding as llvm
 
         llvm.initialize_native_target()
@@ -216,7 +230,7 @@ class Library:
         for data in objects.values():
             engine.add_object_file(llvm.ObjectFileRef.from_data(data))
         engine.finalize_object()
-        self._engines.append(engine)
+        self._code.append(engine)
         for name in objects:
             address = engine.get_function_address(symbol(name))
             if address:

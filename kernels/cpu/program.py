@@ -57,7 +57,7 @@ class CpuBackend:
     ) -> None:
         self._progress = progress or (lambda stage, done, total: None)
         self._release = release or (lambda weight: None)
-        target = Target.host(isa)
+        target = Target.host(isa, memory=cache_dir)
         self.library = Library(target, cache_folder(cache_dir, target))
 
     def compile(self, segment: Segment, limits: StepLimits) -> CpuProgram:

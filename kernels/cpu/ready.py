@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from edgeinfer.kernels.cpu.formats import FORMATS
 from edgeinfer.kernels.cpu.targets import Target
@@ -31,8 +32,7 @@ _MAGIC = b"edgeinfer ready kernels 1\n"
 _LENGTH = 8  # bytes of the manifest's length, little-endian, behind the magic
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
+class _Entry(NamedTuple):
     """Where a kernel's compressed object lies, what it was made of, and its digest."""
 
     key: str

@@ -5,15 +5,19 @@ Knows no kernel.
 
 from __future__ import annotations
 
+import hashlib
+import os
 import sys
-from dataclasses import dataclass
+import tempfile
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
+from edgeinfer import platform
 from edgeinfer.errors import DeviceError
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(NamedTuple):
     """A machine to compile for: its instruction-set family, and LLVM's names for it."""
 
     family: str
@@ -33,14 +37,15 @@ class Target:
         return next((name for word, name in _SYSTEMS.items() if word in self.triple), "other")
 
     @classmethod
-    def host(cls, family: str | None = None) -> Target:
-        """This machine; a family that is not its own means any machine of that family."""
-        import llvmlite.binding as llvm
+    def host(cls, family: str | None = None, memory: Path | None = None) -> Target:
+        """This machine; a family that is not its own means any machine of that family.
 
-        features, triple = host_features(), _for_objects(llvm.get_process_triple())
-        flags = llvm.get_host_cpu_features().flatten()
-        exact = cls("generic", triple, llvm.get_host_cpu_name(), flags)
-        families = runnable(exact.machine, features)
+        With a folder as `memory` LLVM is asked once, and its answer kept there.
+        """
+        triple, cpu, flags = _host_facts(memory)
+        triple = _for_objects(triple)
+        exact = cls("generic", triple, cpu, flags)
+        families = runnable(exact.machine, _features(cpu, flags))
         if family is None or family == families[0]:
             if families[0] == "neon" and "+dotprod" not in flags:
                 flags = ",".join(filter(None, (flags, "+dotprod")))
@@ -99,12 +104,50 @@ def runnable(machine: str, features: set[str]) -> list[str]:
 
 def host_features() -> set[str]:
     """LLVM's names of what this processor has."""
-    import llvmlite.binding as llvm
+    _, cpu, flags = _ask_llvm()
+    return _features(cpu, flags)
 
-    features = {name for name, present in llvm.get_host_cpu_features().items() if present}
-    if llvm.get_host_cpu_name().startswith("apple-m") or "asimddp" in _linux_features():
+
+def _features(cpu: str, flags: str) -> set[str]:
+    features = {flag[1:] for flag in flags.split(",") if flag.startswith("+")}
+    if cpu.startswith("apple-m") or "asimddp" in _linux_features():
         features.add("dotprod")  # older LLVM does not look for it
     return features
+
+
+def _ask_llvm() -> tuple[str, str, str]:
+    """The triple of this process, the processor's name and its features."""
+    import llvmlite.binding as llvm
+
+    flags = llvm.get_host_cpu_features().flatten()
+    return llvm.get_process_triple(), llvm.get_host_cpu_name(), flags
+
+
+def _host_facts(memory: Path | None) -> tuple[str, str, str]:
+    """LLVM's answer, from `memory` where it was asked about this very processor before.
+
+    Importing LLVM takes a tenth of a start, which needs nothing else of it.
+    """
+    system = platform.processor_facts()
+    if memory is None or system is None:
+        return _ask_llvm()
+    import llvmlite
+
+    asked = hashlib.sha256(f"{llvmlite.__version__}\n{system}".encode()).hexdigest()
+    path = memory / f"processor-{asked[:16]}"
+    with suppress(OSError, ValueError):
+        found_asked, digest, facts = path.read_text("utf-8").split("\n", 2)
+        if (found_asked, digest) == (asked, hashlib.sha256(facts.encode()).hexdigest()):
+            triple, cpu, flags = facts.split("\n")
+            return triple, cpu, flags
+    facts = "\n".join(answer := _ask_llvm())
+    with suppress(OSError):
+        memory.mkdir(parents=True, exist_ok=True)
+        digest = hashlib.sha256(facts.encode()).hexdigest()
+        with tempfile.NamedTemporaryFile("w", dir=memory, suffix=".part", delete=False) as file:
+            file.write(f"{asked}\n{digest}\n{facts}")
+        os.replace(file.name, path)
+    return answer
 
 
 def _linux_features() -> list[str]:
