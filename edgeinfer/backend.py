@@ -99,6 +99,13 @@ def build_exactly(program: Program, progress: Callable[[int, int], None]) -> int
     return program.build_exactly(progress) if isinstance(program, CpuProgram) else 0
 
 
+def tune(program: Program) -> int | None:
+    """Find out how a program decodes fastest here, if it doesn't know yet: on how many threads."""
+    from edgeinfer.kernels.cpu.program import CpuProgram
+
+    return program.tune().n_threads if isinstance(program, CpuProgram) else None
+
+
 def kernel_origins() -> dict[str, int]:
     """How many CPU kernels are cached for this machine, came ready with the package, or neither."""
     from edgeinfer.kernels.cpu.library import cache_folder, kernels_here

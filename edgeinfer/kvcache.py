@@ -97,11 +97,7 @@ class SequenceCache:
         pages = np.full(layout.n_slots, -1, np.int32)
         self.table = PageTable(pages, layout.n_pinned, layout.n_visible)
         self.n_tokens = 0  # positions whose K and V are stored
-
-    @property
-    def n_pages(self) -> int:
-        """Pages held now."""
-        return int(np.count_nonzero(self.table.pages >= 0))
+        self.n_pages = 0  # held now
 
     @property
     def has_slid(self) -> bool:
@@ -127,6 +123,7 @@ class SequenceCache:
             slot = self.table.slot(page)
             if self.table.pages[slot] < 0:
                 self.table.pages[slot] = self._pool.take()
+                self.n_pages += 1
 
     def truncate(self, n_tokens: int) -> None:
         """Forget positions from `n_tokens` on; a cache that has slid can't."""
@@ -142,5 +139,7 @@ class SequenceCache:
 
     def _drop(self, slots: range) -> None:
         held = self.table.pages[slots.start : slots.stop]
-        self._pool.release(int(page) for page in held if page >= 0)
+        pages = [int(page) for page in held if page >= 0]
+        self._pool.release(pages)
+        self.n_pages -= len(pages)
         held[:] = -1

@@ -371,8 +371,9 @@ class SampleTable:
         if n != 0 and len(history):
             tokens = np.ascontiguousarray(history if n < 0 else history[-n:], np.int32)
         mu = 2.0 * params.mirostat_tau if mu is None else mu
-        words = self._words[i]
-        words[: len(_STATIC)] = params.words
+        words, given = self._words[i], self._given[i]
+        if given is None or given.params is not params:
+            words[: len(_STATIC)] = params.words
         words[len(_STATIC) : len(_STATIC) + 4] = (
             seed if seed < 2**63 else seed - 2**64,
             index,

@@ -134,18 +134,20 @@ def build_batch(parts: list[Rows], samples: SampleTable | None) -> Batch:
     """The flat arrays of a step; logits are asked for where there is nothing to sample."""
     ids: list[int] = []
     pos: list[int] = []
+    seq: list[int] = []
     wanted: list[int] = []
-    for part in parts:
+    for i, part in enumerate(parts):
         start = part.sequence.cache.n_tokens
         end = start + part.n
         ids += part.sequence.ids[start:end]
         ids += part.drafts
         pos += range(start, end)
+        seq += [i] * part.n
         wanted += range(len(pos) - part.n_wanted, len(pos))
     return Batch(
         ids=np.array(ids, np.int32),
         pos=np.array(pos, np.int64),
-        seq=np.repeat(np.arange(len(parts), dtype=np.int32), [part.n for part in parts]),
+        seq=np.array(seq, np.int32),
         tables=[part.sequence.cache.table for part in parts],
         wanted=np.array(wanted, np.int32),
         output="logits" if samples is None else "ids",

@@ -108,7 +108,7 @@ def test_a_program_changes_to_exact_kernels_without_changing_a_bit(tmp_path: Pat
         backend.library = Library(host, tmp_path / "cache", Ready.of(portable, tmp_path))
         with backend.compile(segment, LIMITS) as program:
             assert set(backend.library.origins.values()) == {"ready"}
-            idle = program._idle_build = IdleBuild(
+            idle = program._idle = IdleBuild(
                 ["norm"], backend.library.folder, host, idle_seconds=0.0
             )
             assert np.array_equal(program.submit(batch_of(IDS)).wait().logits, expected)

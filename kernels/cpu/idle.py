@@ -1,13 +1,14 @@
-"""Builds kernels for this machine exactly while no step runs: one process at the lowest priority.
+"""Work for the moments in which no step runs, in a thread of its own: building, and tuning.
 
-The first step that comes ends that process; kernels that were done by then are kept, and the next
-idle moment goes on with the rest. Knows no programs.
+A step that comes interrupts it at once; what was done by then is kept, and the next idle moment
+goes on with the rest. Knows no programs.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
@@ -21,77 +22,89 @@ from edgeinfer.kernels.cpu.targets import Target
 if TYPE_CHECKING:
     import subprocess
 
-_IDLE_SECONDS = 2.0  # since the last step; a person who reads an answer takes longer
+IDLE_SECONDS = 2.0  # since the last step; a person who reads an answer takes longer
 _LEAST_MEMORY = 1 << 30  # Numba and LLVM take a quarter of that
 _JOIN_SECONDS = 2.0
 
 
-class IdleBuild:
-    """Kernels to build into a folder whenever there has been no step for a while.
+class IdleWork(ABC):
+    """Goes on whenever there has been no step for a while.
 
-    No thread exists before the first step has ended, and none when there is nothing to build.
+    No thread exists before the first step has ended, and none when there is nothing to do.
     """
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        folder: Path,
-        target: Target,
-        idle_seconds: float = _IDLE_SECONDS,
-    ) -> None:
-        self._names = deque(names)
-        self._folder, self._target, self._idle_seconds = folder, target, idle_seconds
+    def __init__(self, idle_seconds: float = IDLE_SECONDS) -> None:
+        self._idle_seconds = idle_seconds
         self._changed = threading.Condition()
-        self._idle_from = float("inf")  # the moment from which on it may build
+        self._idle_from = float("inf")  # the moment from which on it may work
         self._is_closed = False
-        self._job: subprocess.Popen[str] | None = None
         self._thread: threading.Thread | None = None
 
+    @property
+    @abstractmethod
+    def is_done(self) -> bool:
+        """Whether nothing is left to do."""
+
+    @abstractmethod
+    def _go_on(self) -> bool:
+        """Work until it is done or interrupted; False where it can't be done."""
+
+    @abstractmethod
+    def _interrupt(self) -> None:
+        """Have `_go_on` return soon, if it runs; called from any thread, inside `_changed`."""
+
     def begin_step(self) -> None:
-        """End what builds: a step takes the machine for itself."""
-        if not self._names:
+        """Interrupt: a step takes the machine for itself."""
+        if self.is_done:
             return
         with self._changed:
             self._idle_from = float("inf")
-            self._kill()
+            self._interrupt()
 
     def end_step(self) -> None:
-        if not self._names:
+        if self.is_done:
             return
+        self._begin_at(time.monotonic() + self._idle_seconds)
+
+    def finish(self) -> None:
+        """Do all of it now; no step may run meanwhile."""
+        self._begin_at(0.0)
+        if self._thread is not None:
+            self._thread.join()
+
+    def wait(self, timeout: float) -> bool:
+        """Wait until nothing is left to do; False where that takes longer."""
+        thread = self._thread
+        if thread is not None:
+            thread.join(timeout)
+        return self.is_done
+
+    def close(self) -> None:
+        """End the thread and what it does."""
         with self._changed:
-            self._idle_from = time.monotonic() + self._idle_seconds
-            if self._thread is None and not self._is_closed:
+            self._is_closed = True
+            self._interrupt()
+            self._changed.notify()
+        self.wait(_JOIN_SECONDS)
+
+    def _begin_at(self, moment: float) -> None:
+        with self._changed:
+            self._idle_from = moment
+            if self._thread is None and not self._is_closed and not self.is_done:
                 self._thread = threading.Thread(
                     target=self._run, name="edgeinfer-idle", daemon=True
                 )
                 self._thread.start()
-
-    def wait(self, timeout: float) -> bool:
-        """Wait until nothing is left to build; False where that takes longer."""
-        thread = self._thread
-        if thread is not None:
-            thread.join(timeout)
-        return not self._names
-
-    def close(self) -> None:
-        """End the thread and its process."""
-        with self._changed:
-            self._is_closed = True
-            self._kill()
             self._changed.notify()
-        self.wait(_JOIN_SECONDS)
 
-    def _kill(self) -> None:
-        if self._job is not None:
-            self._job.kill()
-            self._job = None
-
-    # -- its thread ------------------------------------------------------------------------------
+    @property
+    def _must_stop(self) -> bool:
+        return self._is_closed or time.monotonic() < self._idle_from
 
     def _run(self) -> None:
-        while self._names and self._wait_for_idle():
-            if platform.available_memory() < _LEAST_MEMORY or not self._build():
-                self._names.clear()
+        while not self.is_done and self._wait_for_idle():
+            if not self._go_on():
+                return
 
     def _wait_for_idle(self) -> bool:
         """True once nothing has run for a while, False when this is closed."""
@@ -103,6 +116,37 @@ class IdleBuild:
                 self._changed.wait(min(left, self._idle_seconds))
         return False
 
+
+class IdleBuild(IdleWork):
+    """Builds kernels for this machine exactly, in one process at the lowest priority."""
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        folder: Path,
+        target: Target,
+        idle_seconds: float = IDLE_SECONDS,
+    ) -> None:
+        super().__init__(idle_seconds)
+        self._names = deque(names)
+        self._folder, self._target = folder, target
+        self._job: subprocess.Popen[str] | None = None
+
+    @property
+    def is_done(self) -> bool:
+        return not self._names
+
+    def _go_on(self) -> bool:
+        if platform.available_memory() < _LEAST_MEMORY or not self._build():
+            self._names.clear()
+            return False
+        return True
+
+    def _interrupt(self) -> None:
+        if self._job is not None:
+            self._job.kill()
+            self._job = None
+
     def _build(self) -> bool:
         """Build until all is done or a step comes; False where building fails."""
         try:
@@ -112,12 +156,12 @@ class IdleBuild:
         with job:
             with self._changed:
                 self._job = job
-                if self._is_closed or time.monotonic() < self._idle_from:
-                    self._kill()
+                if self._must_stop:
+                    self._interrupt()
             is_fed = self._feed(job)
             with self._changed:
                 was_ended = self._job is None
-                self._kill()
+                self._interrupt()
         return is_fed or was_ended
 
     def _feed(self, job: subprocess.Popen[str]) -> bool:

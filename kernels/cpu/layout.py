@@ -35,19 +35,19 @@ MAX_TILE = 64  # rows
 PAGE = 32  # positions
 SEGMENT_PAGES = 16
 
-# Step header: byte offsets of its words.
+# Step header: byte offsets of its words. Those that change with every step come first.
 H_ROWS = 0 * WORD  # T, input rows of this step
 H_WANTED_ROWS = 1 * WORD  # R, rows whose output is wanted
-H_POS = 2 * WORD  # address: int64[T] absolute positions
-H_SEQ = 3 * WORD  # address: int32[T] sequence of each row
-H_IDS = 4 * WORD  # address: int32[T] token ids
-H_WANTED = 5 * WORD  # address: int32[R] row indices, ascending
-H_TABLES = 6 * WORD  # address: one page table record per sequence
-H_N_SEQUENCES = 7 * WORD
-H_ITEMS = 8 * WORD  # address: attention work items, written by the prologue
-H_N_ITEMS = 9 * WORD  # attention work items of this step
-H_ABORT = 10 * WORD  # set from any thread: the rest of the step does nothing
-H_SAMPLES = 11 * WORD  # address of the sample table's argument words, 0 when not sampling
+H_N_SEQUENCES = 2 * WORD
+H_SAMPLES = 3 * WORD  # address of the sample table's argument words, 0 when not sampling
+H_ABORT = 4 * WORD  # set from any thread: the rest of the step does nothing
+H_POS = 5 * WORD  # address: int64[T] absolute positions
+H_SEQ = 6 * WORD  # address: int32[T] sequence of each row
+H_IDS = 7 * WORD  # address: int32[T] token ids
+H_WANTED = 8 * WORD  # address: int32[R] row indices, ascending
+H_TABLES = 9 * WORD  # address: one page table record per sequence
+H_ITEMS = 10 * WORD  # address: attention work items, written by the prologue
+H_N_ITEMS = 11 * WORD  # attention work items of this step
 HEADER_WORDS = 32
 
 # Page table record, one per sequence (batch.PageTable): byte offsets.

@@ -10,7 +10,7 @@ leaves its row quantised on the way out.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -74,6 +74,11 @@ class KernelOp:
 
     group: str
     parts: list[KernelPart]
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether these are matmuls."""
+        return self.parts[0].kernel.startswith("matmul.")
 
     def buffers(self) -> Iterable[Buffer]:
         for part in self.parts:
@@ -418,19 +423,35 @@ class Lowering:
         out.scratch = list(first)
 
 
-def cut(n_groups: int, group_bytes: int, left: int, n_threads: int) -> list[int]:
+def cut(
+    n_groups: int, group_bytes: int, left: int, n_threads: int, share: float = 2.0
+) -> list[int]:
     """Bounds of chunks of n_groups groups of 8 weight rows, the first of `left` bytes to be read.
 
-    Whoever comes next takes half of what would be a thread's even share of the rest (guided
+    Whoever comes next takes 1 / `share` of what would be a thread's even share of the rest (guided
     self-scheduling, Polychronopoulos and Kuck 1987), in whole panels of groups.
     """
     bounds = [0]
     while bounds[-1] < n_groups:
-        n_bytes = max(_LEAST_CHUNK, min(left // (2 * n_threads), _MOST_CHUNK))
+        n_bytes = max(_LEAST_CHUNK, min(left / (share * n_threads), _MOST_CHUNK))
         n_panels = max(1, round(n_bytes / (group_bytes * layout.PANEL_GROUPS)))
         bounds.append(min(bounds[-1] + n_panels * layout.PANEL_GROUPS, n_groups))
         left -= (bounds[-1] - bounds[-2]) * group_bytes
     return bounds
+
+
+def recut(op: KernelOp, n_threads: int, share: float) -> KernelOp:
+    """The same matmuls in other chunks."""
+    parts = []
+    left = sum(part.weight_bytes for part in op.parts)
+    for part in op.parts:
+        first = layout.MATMUL_BOUNDS // layout.WORD
+        n_groups = part.args[-1]
+        assert isinstance(n_groups, int)
+        bounds = cut(n_groups, part.weight_bytes // n_groups, left, n_threads, share)
+        left -= part.weight_bytes
+        parts.append(replace(part, args=[*part.args[:first], *bounds], rule=len(bounds) - 1))
+    return KernelOp(op.group, parts)
 
 
 def _packed_bytes(weight: Weight) -> int:

@@ -6,7 +6,7 @@ Knows no scheduling and no files. One step is one native call; see `team.py`.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -18,7 +18,7 @@ from edgeinfer.batch import PAGE, SEGMENT_PAGES, Batch, OpTime, Outputs, StepLim
 from edgeinfer.errors import ClosedError
 from edgeinfer.graph import Embed, Linear, RmsNorm, Segment
 from edgeinfer.kernels.cpu import layout
-from edgeinfer.kernels.cpu.idle import IdleBuild
+from edgeinfer.kernels.cpu.idle import IdleBuild, IdleWork
 from edgeinfer.kernels.cpu.library import Library, cache_folder
 from edgeinfer.kernels.cpu.lower import (
     Args,
@@ -27,16 +27,21 @@ from edgeinfer.kernels.cpu.lower import (
     KernelPart,
     LayerCache,
     Lowering,
+    recut,
     row_stride,
 )
 from edgeinfer.kernels.cpu.targets import Target
 from edgeinfer.kernels.cpu.team import KERNELS, Op, Part, Tape, Team, shared_team
+from edgeinfer.kernels.cpu.trial import Trial
+from edgeinfer.kernels.cpu.tune import Tuning, Way, ways
 from edgeinfer.kernels.cpu.weights import PackedWeights
 from edgeinfer.quant import Weight
 
 Progress: TypeAlias = Callable[[str, int, int], None]  # stage, done, total
 
 _READ_CHUNK = 256 << 10
+_FEW_ROWS = 8  # of steps that read weights faster than they multiply
+_STEP_WORDS = layout.H_ABORT // layout.WORD + 1  # of the header, from H_ROWS on
 
 
 class CpuBackend:
@@ -106,14 +111,21 @@ class CpuProgram:
         for buffer in lowered.scratch:
             buffer.address += self._scratch.address
         self._lowered = lowered
-        sample = self._sample_op() if segment.is_last else None
-        self._load_kernels(sample)
+        self._sample = self._sample_op() if segment.is_last else None
+        self._load_kernels()
         library = backend.library
-        self._idle_build = IdleBuild(library.inexact(), library.folder, library.target)
         self._team = shared_team(library, limits.n_threads)
         backend.pack(self._weights, self._team, limits.n_threads)
         self._make_step_arrays(max_segments)
-        self._make_tapes(sample)
+        self._tapes = self._few_tapes = self._make_tapes(lowered.ops, limits.n_threads)
+        self._trial = Trial(self._team, lowered.ops, self._bare_tape)
+        known = ways(limits.n_threads)
+        self._way = known[0]
+        path = library.folder / f"decode-{self._trial.key}-{limits.n_threads}.json"
+        self._tuning = Tuning(known, path, self._trial)
+        # One after the other: what is measured must be the kernels that will run.
+        build = IdleBuild(library.inexact(), library.folder, library.target)
+        self._idle: IdleWork = self._tuning if build.is_done else build
         self.memory = {
             **{f"weights {kind}": n for kind, n in self._weights.bytes_by_type.items()},
             "kv": limits.n_pages * PAGE * _cache_bytes(segment),
@@ -139,19 +151,20 @@ class CpuProgram:
         for i, table in enumerate(batch.tables):
             pages = table.pages
             self._tables[i] = pages.ctypes.data, len(pages), table.n_pinned, table.n_visible
-        self._set(layout.H_ROWS, n_rows)
-        self._set(layout.H_WANTED_ROWS, n_wanted)
-        self._set(layout.H_N_SEQUENCES, len(batch.tables))
-        self._set(layout.H_SAMPLES, batch.samples.address if batch.samples else 0)
-        self._set(layout.H_ABORT, 0)
-        return CpuTicket(self, batch, self._tapes[batch.output])
+        samples = batch.samples.address if batch.samples else 0
+        self._header[:_STEP_WORDS] = n_rows, n_wanted, len(batch.tables), samples, 0
+        if n_rows > _FEW_ROWS:
+            return CpuTicket(self, batch, self._tapes[batch.output])
+        if self._tuning.way not in (None, self._way):
+            self._take(self._tuning.way)
+        return CpuTicket(self, batch, self._few_tapes[batch.output])
 
     def _run(self, batch: Batch, tape: Tape) -> Outputs:
-        self._idle_build.begin_step()
+        self._idle.begin_step()
         try:
             self._team.run(tape)
         finally:
-            self._idle_build.end_step()
+            self._idle.end_step()
         n = len(batch.wanted)
         out = Outputs(
             self._no_rows, self._no_rows, self._no_ids, aborted=bool(self._get(layout.H_ABORT))
@@ -166,6 +179,11 @@ class CpuProgram:
             out.ids = batch.samples.ids[:n]
         return out
 
+    def tune(self) -> Way:
+        """Find out now what would be when idle: how steps of few rows run fastest."""
+        self._tuning.finish()
+        return self._tuning.way or self._way
+
     def build_exactly(self, progress: Callable[[int, int], None]) -> int:
         """Build now what would be built when idle; returns how many kernels that were."""
         return self._backend.library.rebuild(lambda done, total, name: progress(done, total))
@@ -175,10 +193,11 @@ class CpuProgram:
         if self._closed:
             return
         self._closed = True
-        self._idle_build.close()
+        self._idle.close()
         self._team.quiesce()
-        for tape in set(self._tapes.values()):
-            tape.close()
+        self._trial.close()
+        for tapes in (self._tapes, self._few_tapes):
+            _close(tapes)
         self._forget_views()
         for memory in (self._kv, self._scratch):
             memory.close()
@@ -192,15 +211,13 @@ class CpuProgram:
 
     # -- construction --------------------------------------------------------------------------
 
-    def _load_kernels(self, sample: KernelOp | None) -> None:
-        names = {part.kernel for op in self._ops(sample) for part in op.parts}
+    def _load_kernels(self) -> None:
+        ops = [*self._lowered.ops, *([self._sample] if self._sample else [])]
+        names = {part.kernel for op in ops for part in op.parts}
         if self._lowered.prologue:
             names.add(self._lowered.prologue.kernel)
         names |= {f"pack.{name.lower()}" for name in self._weights.matrix_types}
         self._backend.load(names | {*KERNELS, "read"})
-
-    def _ops(self, sample: KernelOp | None) -> list[KernelOp]:
-        return [*self._lowered.ops, *([sample] if sample else [])]
 
     def _sample_op(self) -> KernelOp:
         logits, vocab = self._lowered.logits, self.segment.output.dim
@@ -242,19 +259,28 @@ class CpuProgram:
             vocab = self.segment.output.dim
             self._logits = _float_view(lowered.logits, limits.max_outputs, vocab)
 
-    def _make_tapes(self, sample: KernelOp | None) -> None:
-        ops, head = self._lowered.ops, self._lowered.head
-        hidden, logits = self._tape(ops[:head]), self._tape(ops)
-        ids = self._tape(self._ops(sample)) if sample else logits
-        self._tapes = {"hidden": hidden, "logits": logits, "ids": ids}
+    def _make_tapes(self, ops: list[KernelOp], n_threads: int) -> dict[str, Tape]:
+        """One for each kind of output."""
+        hidden, logits = (self._tape(each, n_threads) for each in (ops[: self._lowered.head], ops))
+        ids = self._tape([*ops, self._sample], n_threads) if self._sample else logits
+        return {"hidden": hidden, "logits": logits, "ids": ids}
 
-    def _tape(self, ops: list[KernelOp]) -> Tape:
-        prologue = self._lowered.prologue
-        return Tape(
-            [self._op(op) for op in ops],
-            *self._team_args(),
-            self._part(prologue) if prologue else None,
-        )
+    def _take(self, way: Way) -> None:
+        """Run steps of few rows this way from now on."""
+        ops = [recut(op, *way) if op.reads_weights else op for op in self._lowered.ops]
+        old, self._few_tapes = self._few_tapes, self._make_tapes(ops, way.n_threads)
+        self._way = way
+        if old is not self._tapes:
+            self._team.quiesce()
+            _close(old)
+
+    def _tape(self, ops: Sequence[KernelOp], n_threads: int) -> Tape:
+        prologue = self._part(self._lowered.prologue) if self._lowered.prologue else None
+        header = self._header.ctypes.data
+        return Tape([self._op(op) for op in ops], header, n_threads, prologue)
+
+    def _bare_tape(self, ops: Sequence[KernelOp], header: int, n_threads: int) -> Tape:
+        return Tape([self._op(op) for op in ops], header, n_threads)
 
     def _part(self, part: KernelPart) -> Part:
         args = [arg.address if isinstance(arg, Buffer) else arg for arg in part.args]
@@ -306,6 +332,12 @@ class CpuProgram:
 
     def _op(self, op: KernelOp) -> Op:
         return Op([self._part(part) for part in op.parts])
+
+
+def _close(tapes: dict[str, Tape]) -> None:
+    """Free them; closing one twice does nothing."""
+    for tape in tapes.values():
+        tape.close()
 
 
 def _float_view(buffer: Buffer, n_rows: int, dim: int) -> NDArray[np.float32]:

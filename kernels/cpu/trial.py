@@ -1,0 +1,68 @@
+"""A decode step's matmuls in every way that it might run, to be timed. Knows no scheduling.
+
+They read the weights that a step reads, on a header of their own, and leave nothing that a later
+step looks at.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import numpy as np
+
+from edgeinfer.kernels.cpu import layout
+from edgeinfer.kernels.cpu.lower import KernelOp, recut
+from edgeinfer.kernels.cpu.team import Tape, Team
+from edgeinfer.kernels.cpu.tune import Way
+
+MakeTape: TypeAlias = Callable[[Sequence[KernelOp], int, int], Tape]  # ops, header, n_threads
+
+
+class Trial:
+    """What `tune.Tuning` measures for one program."""
+
+    def __init__(self, team: Team, ops: Sequence[KernelOp], make_tape: MakeTape) -> None:
+        self._team, self._make_tape = team, make_tape
+        self._ops = [op for op in ops if op.reads_weights]
+        self._header = np.zeros(layout.HEADER_WORDS, np.int64)
+        for word in (layout.H_ROWS, layout.H_WANTED_ROWS):
+            self._header[word // layout.WORD] = 1
+        self._tapes: dict[Way, Tape] = {}
+
+    @property
+    def key(self) -> str:
+        """The same for models whose matmuls are alike, on as many threads."""
+        facts = [
+            (part.kernel, part.args[-1], part.weight_bytes) for op in self._ops for part in op.parts
+        ]
+        return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+    def allow(self) -> None:
+        """Runs may go on from here, until the next `interrupt`."""
+        self._header[_ABORT] = 0
+
+    def interrupt(self) -> None:
+        """Cut a run short, from any thread."""
+        self._header[_ABORT] = 1
+
+    def run(self, way: Way) -> float | None:
+        """Seconds of a step, None where it was cut short."""
+        if way not in self._tapes:
+            ops = [recut(op, *way) for op in self._ops]
+            self._tapes[way] = self._make_tape(ops, self._header.ctypes.data, way.n_threads)
+        begun = time.perf_counter()
+        self._team.run(self._tapes[way])
+        seconds = time.perf_counter() - begun
+        return None if self._header[_ABORT] else seconds
+
+    def close(self) -> None:
+        """Free the tapes; only after `Team.quiesce`."""
+        for tape in self._tapes.values():
+            tape.close()
+        self._tapes.clear()
+
+
+_ABORT = layout.H_ABORT // layout.WORD

@@ -1,0 +1,114 @@
+"""Which of a few ways to run a decode step is the fastest here: measured once, and remembered.
+
+Ways differ in threads and in how work is cut, never in results. Knows no operations: it is given
+what runs a step one way.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from edgeinfer.kernels.cpu.idle import IDLE_SECONDS, IdleWork
+
+_ROUNDS = 15
+_LEAST_GAIN = 0.03  # of the time: less may be chance
+
+
+class Way(NamedTuple):
+    """Threads, and how many times smaller a chunk is than a thread's even share of the rest."""
+
+    n_threads: int
+    share: float
+
+
+def ways(n_threads: int) -> list[Way]:
+    """What is tried where a program may use so many threads; the first is right untuned.
+
+    Larger chunks read memory faster, and wait longer for the slowest core. Memory may be busy
+    with fewer threads: those of one core disturb each other, and slow cores hold up fast ones.
+    """
+    fewer = {n_threads - n_threads // 4, n_threads // 2} - {0, n_threads}
+    return [
+        Way(n_threads, 2.0),
+        Way(n_threads, 1.25),
+        *(Way(n, 2.0) for n in sorted(fewer, reverse=True)),
+    ]
+
+
+def read(path: Path, known: Sequence[Way]) -> Way | None:
+    """What was found before; None where nothing was, or nothing that makes sense."""
+    with suppress(OSError, ValueError, TypeError):
+        way = Way(*json.loads(path.read_text()))
+        return way if way in known else None
+    return None
+
+
+def fastest(rounds: Sequence[Sequence[float]]) -> int:
+    """Index of the way to take, from the seconds of every way in rounds of turns."""
+    ratios = [
+        statistics.median(seconds[i] / seconds[0] for seconds in rounds)
+        for i in range(len(rounds[0]))
+    ]
+    best = min(range(len(ratios)), key=ratios.__getitem__)
+    return best if ratios[best] < 1 - _LEAST_GAIN else 0
+
+
+class Runs(Protocol):
+    """What can be measured: see `trial.Trial`."""
+
+    def allow(self) -> None: ...
+    def interrupt(self) -> None: ...
+    def run(self, way: Way) -> float | None: ...
+
+
+class Tuning(IdleWork):
+    """Measures when idle; `way` is None until it is known."""
+
+    def __init__(
+        self, known: Sequence[Way], path: Path, runs: Runs, idle_seconds: float = IDLE_SECONDS
+    ) -> None:
+        super().__init__(idle_seconds)
+        self._known, self._path, self._runs = known, path, runs
+        self._rounds: list[list[float]] = []
+        self.way = read(path, known)
+
+    @property
+    def is_done(self) -> bool:
+        return self.way is not None
+
+    def _go_on(self) -> bool:
+        while len(self._rounds) < _ROUNDS:
+            seconds: list[float] = []
+            for way in self._known:
+                with self._changed:
+                    if self._must_stop:
+                        return True
+                    self._runs.allow()
+                measured = self._runs.run(way)
+                if measured is None:
+                    return True
+                seconds.append(measured)
+            self._rounds.append(seconds)
+        way = self._known[fastest(self._rounds)]
+        _write(self._path, way)
+        self.way = way
+        return True
+
+    def _interrupt(self) -> None:
+        self._runs.interrupt()
+
+
+def _write(path: Path, way: Way) -> None:
+    """Complete or not at all; where nothing can be written, the next process measures again."""
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(way, file)
+        os.replace(file.name, path)

@@ -1,0 +1,151 @@
+"""The fastest way to run a decode step: found when idle, kept, and never another result."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgeinfer.batch import StepLimits
+from edgeinfer.gguf import GGUFFile
+from edgeinfer.kernels.cpu import layout, tune
+from edgeinfer.kernels.cpu.lower import KernelOp, KernelPart, recut
+from edgeinfer.kernels.cpu.program import CpuBackend
+from edgeinfer.kernels.cpu.tune import Tuning, Way, fastest, ways
+from edgeinfer.model import Model
+
+from .models_for_tests import tiny_model
+from .native import cache_root
+from .test_cpu_program import IDS, batch_of
+
+KNOWN = ways(4)
+
+
+class Runs:
+    """Steps whose time is given; counts them, and can hold one until it is interrupted."""
+
+    def __init__(self, seconds: dict[Way, float]) -> None:
+        self.seconds, self.n = seconds, 0
+        self.holds = False
+        self.began, self._stop = threading.Event(), threading.Event()
+
+    def allow(self) -> None:
+        self._stop.clear()
+
+    def interrupt(self) -> None:
+        self._stop.set()
+
+    def run(self, way: Way) -> float | None:
+        self.n += 1
+        self.began.set()
+        if self.holds and self._stop.wait(20):
+            return None
+        return self.seconds[way]
+
+
+def test_ways_use_no_more_threads_than_there_are() -> None:
+    assert [way.n_threads for way in ways(1)] == [1, 1]
+    assert {way.n_threads for way in ways(2)} == {2, 1}
+    assert {way.n_threads for way in ways(8)} == {8, 6, 4}
+
+
+def test_a_clear_gain_is_taken_and_chance_is_not() -> None:
+    assert fastest([[1.0, 0.9, 1.2]] * 5) == 1
+    assert fastest([[1.0, 0.99, 1.2]] * 5) == 0
+    # A machine that is slow for a while slows what takes turns alike.
+    assert fastest([[1.0, 0.9], [3.0, 2.7], [1.0, 0.9]]) == 1
+    assert fastest([[1.0, 1.0], [9.0, 1.0], [1.0, 1.0]]) == 0
+
+
+def test_what_was_found_is_kept_and_nonsense_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "decode.json"
+    runs = Runs({way: 1.0 - 0.1 * i for i, way in enumerate(KNOWN)})
+    tuning = Tuning(KNOWN, path, runs)
+    assert not tuning.is_done
+    tuning.finish()
+    assert tuning.way == KNOWN[-1]
+    again = Runs({})
+    assert Tuning(KNOWN, path, again).way == KNOWN[-1]
+    assert Tuning(ways(1), path, again).way is None
+    for text in ("", "{}", "[1]", "[4, 2.0", '["4", 2.0]', "[4, 99.0]", "null"):
+        path.write_text(text)
+        assert tune.read(path, KNOWN) is None
+    assert again.n == 0
+
+
+def test_a_step_interrupts_it_and_what_was_measured_stays(tmp_path: Path) -> None:
+    runs = Runs(dict.fromkeys(KNOWN, 1.0))
+    tuning = Tuning(KNOWN, tmp_path / "x.json", runs, idle_seconds=0.0)
+    time.sleep(0.05)
+    assert runs.n == 0, "nothing before the first step"
+    runs.holds = True
+    tuning.end_step()
+    assert runs.began.wait(10)
+    begun = time.monotonic()
+    tuning.begin_step()
+    time.sleep(0.1)
+    n = runs.n
+    assert tuning.way is None and time.monotonic() - begun < 5
+    time.sleep(0.1)
+    assert runs.n == n, "it went on beside a step"
+    runs.holds = False
+    tuning.end_step()
+    assert tuning.wait(20) and tuning.way == KNOWN[0]
+    tuning.close()
+
+
+def test_closing_ends_it(tmp_path: Path) -> None:
+    runs = Runs(dict.fromkeys(KNOWN, 1.0))
+    runs.holds = True
+    tuning = Tuning(KNOWN, tmp_path / "x.json", runs, idle_seconds=0.0)
+    tuning.end_step()
+    assert runs.began.wait(10)
+    tuning.close()
+    assert tuning._thread is not None and not tuning._thread.is_alive()
+
+
+def test_recut_keeps_every_group() -> None:
+    n_words = layout.MATMUL_BOUNDS // layout.WORD
+    parts = [KernelPart("matmul.q4_0", [7] * n_words + [0, n], 1, n * 2880) for n in (72, 24, 24)]
+    op = recut(KernelOp("qkv", parts), 2, 1.25)
+    for part, n in zip(op.parts, (72, 24, 24), strict=True):
+        bounds = part.args[n_words:]
+        assert part.args[:n_words] == [7] * n_words
+        assert bounds[0] == 0 and bounds[-1] == n and part.rule == len(bounds) - 1
+
+
+@pytest.mark.parametrize("way", ways(2), ids=str)
+def test_every_way_gives_the_same_bits(tmp_path: Path, way: Way) -> None:
+    limits = StepLimits(n_pages=8, max_rows=16, max_outputs=16, max_sequences=4, n_threads=2)
+    with GGUFFile.open(tiny_model(tmp_path)) as file:
+        segment = Model.load(file).graph.segment()
+        with CpuBackend(cache_root()).compile(segment, limits) as program:
+            program._tuning.way = program._way  # as good as tuned
+            expected = [
+                program.submit(batch_of(ids)).wait().logits.copy() for ids in (IDS[:4], IDS)
+            ]
+            program._tuning.way = way
+            for ids, logits in zip((IDS[:4], IDS), expected, strict=True):
+                assert np.array_equal(program.submit(batch_of(ids)).wait().logits, logits)
+            assert program._way == way
+
+
+def test_a_program_tunes_itself(tmp_path: Path) -> None:
+    """On the real team, with steps before, between and after."""
+    limits = StepLimits(n_pages=8, max_rows=16, max_outputs=16, max_sequences=4, n_threads=2)
+    with GGUFFile.open(tiny_model(tmp_path)) as file:
+        segment = Model.load(file).graph.segment()
+        with CpuBackend(cache_root()).compile(segment, limits) as program:
+            path = tmp_path / "decode.json"
+            program._idle.close()
+            program._tuning = Tuning(ways(2), path, program._trial, idle_seconds=0.0)
+            program._idle = program._tuning
+            expected = program.submit(batch_of(IDS[:4])).wait().logits.copy()
+            for _ in range(20):
+                assert np.array_equal(program.submit(batch_of(IDS[:4])).wait().logits, expected)
+            assert program.tune() in ways(2)
+            assert tune.read(path, ways(2)) == program._tuning.way
+            assert np.array_equal(program.submit(batch_of(IDS[:4])).wait().logits, expected)
