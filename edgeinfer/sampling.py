@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 import secrets
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -281,6 +282,7 @@ _STATIC = (
     "breakers", "n_breakers", "bias_ids", "bias_values", "n_bias", "n_logprobs",
 )  # fmt: skip
 _DYNAMIC = ("seed", "index", "history", "n_history", "mu")
+_DYNAMIC_FIELDS = struct.Struct("=QqQqd")
 _INTEGERS = (
     "top_k", "repeat_last_n", "dry_allowed_length", "dry_penalty_last_n", "mirostat", "min_keep",
 )  # fmt: skip
@@ -331,7 +333,7 @@ class SampleTable:
         self.top_logprobs = np.zeros((max_rows, max_logprobs), np.float32)
         self.n_rows = 0
         self._words = self.rows.view(np.int64).reshape(max_rows, -1)
-        self._mu_in = self.rows["mu"]
+        self._bytes = memoryview(self.rows.view(np.uint8))
         self._given: list[SampleRow | None] = [None] * max_rows
         self._arguments = np.array(
             [
@@ -371,16 +373,12 @@ class SampleTable:
         if n != 0 and len(history):
             tokens = np.ascontiguousarray(history if n < 0 else history[-n:], np.int32)
         mu = 2.0 * params.mirostat_tau if mu is None else mu
-        words, given = self._words[i], self._given[i]
+        given = self._given[i]
         if given is None or given.params is not params:
-            words[: len(_STATIC)] = params.words
-        words[len(_STATIC) : len(_STATIC) + 4] = (
-            seed if seed < 2**63 else seed - 2**64,
-            index,
-            tokens.__array_interface__["data"][0],
-            len(tokens),
-        )
-        self._mu_in[i] = mu
+            self._words[i, : len(_STATIC)] = params.words
+        at = i * ROW.itemsize + 8 * len(_STATIC)
+        address = tokens.ctypes.data if len(tokens) else 0
+        _DYNAMIC_FIELDS.pack_into(self._bytes, at, seed, index, address, len(tokens), mu)
         self._given[i] = SampleRow(params, seed, index, tokens, mu)
         self.n_rows = max(self.n_rows, i + 1)
 
