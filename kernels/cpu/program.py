@@ -6,6 +6,7 @@ Knows no scheduling and no files. One step is one native call; see `team.py`.
 from __future__ import annotations
 
 import ctypes
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -40,6 +41,8 @@ from edgeinfer.quant import Weight
 Progress: TypeAlias = Callable[[str, int, int], None]  # stage, done, total
 
 _READ_CHUNK = 256 << 10
+_STARTS = 9  # of an empty op, to know what starting one costs
+_LEAST_SECONDS = 1e-7  # of an op: less is not measured
 _FEW_ROWS = 8  # of steps that read weights faster than they multiply
 _STEP_WORDS = layout.H_ABORT // layout.WORD + 1  # of the header, from H_ROWS on
 
@@ -311,15 +314,19 @@ class CpuProgram:
         return n_bytes / seconds
 
     def op_seconds(self, batch: Batch) -> list[OpTime]:
-        """Run a step op by op and time each; for benchmarks."""
+        """Run a step op by op and time each, less what starting any costs; for benchmarks."""
         self.submit(batch)
         prologue = self._lowered.prologue
         if prologue:  # as an op of its own: it plans the attention of this step
             self._team.run_once([self._op(KernelOp("plan", [prologue]))], *self._team_args())
-        return [self._op_time(op, batch) for op in self._lowered.ops]
+        starting = statistics.median(
+            self._team.run_once([], *self._team_args()) for _ in range(_STARTS)
+        )
+        return [self._op_time(op, batch, starting) for op in self._lowered.ops]
 
-    def _op_time(self, op: KernelOp, batch: Batch) -> OpTime:
+    def _op_time(self, op: KernelOp, batch: Batch, starting: float) -> OpTime:
         seconds = self._team.run_once([self._op(op)], *self._team_args())
+        seconds = max(seconds - starting, _LEAST_SECONDS)
         macs = 0
         for part in op.parts:
             is_wanted = part.rows == layout.WANTED_ROWS
