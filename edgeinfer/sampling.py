@@ -333,7 +333,7 @@ class SampleTable:
         self.top_logprobs = np.zeros((max_rows, max_logprobs), np.float32)
         self.n_rows = 0
         self._words = self.rows.view(np.int64).reshape(max_rows, -1)
-        self._bytes = memoryview(self.rows.view(np.uint8))
+        self._bytes = self.rows.view(np.uint8).data
         self._given: list[SampleRow | None] = [None] * max_rows
         self._arguments = np.array(
             [
