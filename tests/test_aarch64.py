@@ -182,11 +182,12 @@ def test_neon_multiplies_with_sdot(objects: dict[str, Path], name: str) -> None:
     assert subprocess.run(command, capture_output=True, text=True).stdout.count("sdot\t") >= 16
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 4, N_TOKENS])
 @pytest.mark.parametrize("name", TYPES)
-def test_matmul(driver: Path, name: str) -> None:
+def test_matmul(driver: Path, name: str, n: int) -> None:
     rng = np.random.default_rng(1)
     arena, form = Arena(), FORMATS[name]
-    header = arena.words("H", layout.HEADER_WORDS, ROWS=N_TOKENS, WANTED_ROWS=N_TOKENS)
+    header = arena.words("H", layout.HEADER_WORDS, ROWS=n, WANTED_ROWS=n)
     source = arena.put(random_rows(name, N_ROWS, N_COLS))
     n_blocks = N_COLS // form.block
     packed = arena.room(packed_bytes(name, N_ROWS, N_COLS))
@@ -194,32 +195,32 @@ def test_matmul(driver: Path, name: str) -> None:
         "PACK", 5, SRC=source, DST=packed, N_ROWS=N_ROWS, N_BLOCKS=n_blocks, PER_CHUNK=2
     )
     arena.call(f"pack.{name}", header, pack, -(-N_ROWS // 16))
-    floats = arena.put(rng.standard_normal((N_TOKENS, N_COLS), np.float32))
+    floats = arena.put(rng.standard_normal((n, N_COLS), np.float32))
     x, x_row_bytes = floats, 4 * N_COLS
     if form.activation != "f32":
         kind = form.activation.upper()
         block_bytes = getattr(layout, f"{kind}_BYTES")
         x_row_bytes = N_COLS // int(kind[1:]) * block_bytes
-        x = arena.room(N_TOKENS * x_row_bytes)
+        x = arena.room(n * x_row_bytes)
         quantise = arena.words("QUANTISE", 12, X=floats, STRIDE=4 * N_COLS, DIM=N_COLS)
         place = quantise.offset + layout.QUANTISE_SINK + getattr(layout, f"SINK_{kind}")
         arena.data[place : place + 8] = np.int64(x.offset).tobytes()
         arena.addresses.append(place)
-        arena.call("quantise", header, quantise, N_TOKENS)
-    out = arena.room(N_TOKENS * 4 * N_ROWS)
+        arena.call("quantise", header, quantise, n)
+    out = arena.room(n * 4 * N_ROWS)
     matmul = arena.words(
         "MATMUL", layout.MATMUL_BOUNDS // layout.WORD + len(BOUNDS), W=packed,
         N_BLOCKS=n_blocks, X=x, OUT=out,
         STRIDE=4 * N_ROWS, X_ROW_BYTES=x_row_bytes,
         BIAS=arena.put(rng.standard_normal(N_ROWS, np.float32)),
-        RESIDUAL=arena.put(rng.standard_normal((N_TOKENS, N_ROWS), np.float32)),
+        RESIDUAL=arena.put(rng.standard_normal((n, N_ROWS), np.float32)),
         SCRATCH=arena.scratch_room(layout.MATMUL_SCRATCH_BYTES),
     )  # fmt: skip
     at = matmul.offset + layout.MATMUL_BOUNDS
     arena.data[at : at + 8 * len(BOUNDS)] = np.array(BOUNDS, np.int64).tobytes()
     arena.call(f"matmul.{name}", header, matmul, len(BOUNDS) - 1)
     memory = same_here_and_emulated(arena, driver)
-    y = memory[out.offset : out.offset + 4 * N_TOKENS * N_ROWS].view(np.float32)
+    y = memory[out.offset : out.offset + 4 * n * N_ROWS].view(np.float32)
     assert np.isfinite(y).all() and np.unique(y).size > y.size // 2
 
 

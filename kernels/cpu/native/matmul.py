@@ -104,7 +104,7 @@ def _into(product, grid):
 
 
 def _quantised(isa, type_name):
-    """Up to 3 tokens meet the weights as they are unpacked, more a panel of unpacked groups."""
+    """Up to 4 tokens meet the weights as they are unpacked, more a panel of unpacked groups."""
     form, product = SIZES[type_name], PRODUCTS[type_name](isa, _load_ahead)
     packed_bytes, n_parts, unpack = form.packed_bytes, form.block // 32, product.unpack
     n_lines = 3 * (form.block == 256)  # of scales, which the weight loads do not touch
@@ -150,7 +150,7 @@ def _quantised(isa, type_name):
 
         return tile
 
-    one, two, three = few(1), few(2), few(3)
+    one, two, three, four = few(1), few(2), few(3), few(4)
 
     @jit
     def some(p, apart, n_groups, n_blocks, x, n, acc):
@@ -177,8 +177,10 @@ def _quantised(isa, type_name):
 
     @jit
     def tiles(args, first, last, rows, thread):
-        if rows <= 3:
-            if rows == 3:
+        if rows <= 4:
+            if rows == 4:
+                four(args, first, last)
+            elif rows == 3:
                 three(args, first, last)
             elif rows == 2:
                 two(args, first, last)
