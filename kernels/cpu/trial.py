@@ -26,7 +26,7 @@ class Trial:
 
     def __init__(self, team: Team, ops: Sequence[KernelOp], make_tape: MakeTape) -> None:
         self._team, self._make_tape = team, make_tape
-        self._ops = [op for op in ops if op.reads_weights]
+        self._ops = _first([op for op in ops if op.reads_weights])
         self._header = np.zeros(layout.HEADER_WORDS, np.int64)
         for word in (layout.H_ROWS, layout.H_WANTED_ROWS):
             self._header[word // layout.WORD] = 1
@@ -34,7 +34,7 @@ class Trial:
 
     @property
     def key(self) -> str:
-        """The same for models whose matmuls are alike, on as many threads."""
+        """The same for models whose matmuls are alike."""
         facts = [
             (part.kernel, part.args[-1], part.weight_bytes) for op in self._ops for part in op.parts
         ]
@@ -66,3 +66,14 @@ class Trial:
 
 
 _ABORT = layout.H_ABORT // layout.WORD
+_ENOUGH = 512 << 20  # bytes of weights, more than any cache holds; layers are alike
+
+
+def _first(ops: Sequence[KernelOp]) -> list[KernelOp]:
+    """As many as read enough."""
+    chosen, n_bytes = [], 0
+    for op in ops:
+        if n_bytes < _ENOUGH:
+            chosen.append(op)
+            n_bytes += sum(part.weight_bytes for part in op.parts)
+    return chosen
