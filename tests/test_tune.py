@@ -134,18 +134,22 @@ def test_every_way_gives_the_same_bits(tmp_path: Path, way: Way) -> None:
 
 
 def test_a_program_tunes_itself(tmp_path: Path) -> None:
-    """On the real team, with steps before, between and after."""
+    """On the real team: what a step left stays, and steps may come at any moment."""
     limits = StepLimits(n_pages=8, max_rows=16, max_outputs=16, max_sequences=4, n_threads=2)
+    batch, path = batch_of(IDS[:4]), tmp_path / "decode.json"
     with GGUFFile.open(tiny_model(tmp_path)) as file:
         segment = Model.load(file).graph.segment()
         with CpuBackend(cache_root()).compile(segment, limits) as program:
-            path = tmp_path / "decode.json"
             program._idle.close()
-            program._tuning = Tuning(ways(2), path, program._trial, idle_seconds=0.0)
-            program._idle = program._tuning
-            expected = program.submit(batch_of(IDS[:4])).wait().logits.copy()
-            for _ in range(20):
-                assert np.array_equal(program.submit(batch_of(IDS[:4])).wait().logits, expected)
-            assert program.tune() in ways(2)
-            assert tune.read(path, ways(2)) == program._tuning.way
-            assert np.array_equal(program.submit(batch_of(IDS[:4])).wait().logits, expected)
+            for n_steps in (1, 20):
+                path.unlink(missing_ok=True)
+                tuning = Tuning(ways(2), path, program._trial, idle_seconds=0.0)
+                program._tuning = program._idle = tuning
+                logits = program.submit(batch).wait().logits
+                expected = logits.copy()
+                for _ in range(1, n_steps):
+                    logits = program.submit(batch).wait().logits
+                assert program.tune() in ways(2)
+                assert np.array_equal(logits, expected), "views are valid until the next step"
+                assert tune.read(path, ways(2)) == tuning.way
+            assert np.array_equal(program.submit(batch).wait().logits, expected)

@@ -1,7 +1,7 @@
 """A decode step's matmuls in every way that it might run, to be timed. Knows no scheduling.
 
-They read the weights that a step reads, on a header of their own, and leave nothing that a later
-step looks at.
+They read the weights that a step reads, on a header and into memory of their own: what the last
+step left stays as it is.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
 import numpy as np
 
 from edgeinfer.kernels.cpu import layout
-from edgeinfer.kernels.cpu.lower import KernelOp, recut
+from edgeinfer.kernels.cpu.lower import KernelOp, KernelPart, recut
 from edgeinfer.kernels.cpu.team import Tape, Team
 from edgeinfer.kernels.cpu.tune import Way
 
@@ -31,6 +32,8 @@ class Trial:
         for word in (layout.H_ROWS, layout.H_WANTED_ROWS):
             self._header[word // layout.WORD] = 1
         self._tapes: dict[Way, Tape] = {}
+        n_bytes = max((sum(map(_out_bytes, op.parts)) for op in self._ops), default=0)
+        self._out = np.empty(n_bytes, np.uint8)
 
     @property
     def key(self) -> str:
@@ -51,18 +54,36 @@ class Trial:
     def run(self, way: Way) -> float | None:
         """Seconds of a step, None where it was cut short."""
         if way not in self._tapes:
-            ops = [recut(op, *way) for op in self._ops]
+            ops = [self._apart(recut(op, *way)) for op in self._ops]
             self._tapes[way] = self._make_tape(ops, self._header.ctypes.data, way.n_threads)
         begun = time.perf_counter()
         self._team.run(self._tapes[way])
         seconds = time.perf_counter() - begun
         return None if self._header[_ABORT] else seconds
 
+    def _apart(self, op: KernelOp) -> KernelOp:
+        """The same, but what it leaves goes to our own memory."""
+        parts, out = [], self._out.ctypes.data
+        for part in op.parts:
+            args = list(part.args)
+            args[layout.MATMUL_OUT // layout.WORD] = out
+            args[layout.MATMUL_RESIDUAL // layout.WORD] = 0
+            parts.append(replace(part, args=args))
+            out += _out_bytes(part)
+        return KernelOp(op.group, parts)
+
     def close(self) -> None:
         """Free the tapes; only after `Team.quiesce`."""
         for tape in self._tapes.values():
             tape.close()
         self._tapes.clear()
+
+
+def _out_bytes(part: KernelPart) -> int:
+    """Of one row: 8 floats for each of the groups that its last bound counts."""
+    n_groups = part.args[-1]
+    assert isinstance(n_groups, int)
+    return 32 * n_groups
 
 
 _ABORT = layout.H_ABORT // layout.WORD
