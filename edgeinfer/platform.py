@@ -298,6 +298,14 @@ def is_writable(folder: Path) -> bool:
         return False
 
 
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file completely or not at all, whoever writes it at the same time; makes folders."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
+        file.write(data)
+    os.replace(file.name, path)
+
+
 def sync(file: BinaryIO) -> None:
     """Have what was written to a file on the disk, as far as the system promises that."""
     file.flush()

@@ -106,10 +106,7 @@ def write_object(folder: Path, name: str, data: bytes) -> None:
 
     Versions made of other sources stay, the latest few: another installation may use them.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=folder, suffix=".part", delete=False) as file:
-        file.write(hashlib.sha256(data).digest() + data)
-    os.replace(file.name, object_path(folder, name))
+    platform.write_whole(object_path(folder, name), hashlib.sha256(data).digest() + data)
     versions = sorted(folder.glob(f"{name}-*.o"), key=lambda path: path.stat().st_mtime)
     for old in versions[:-_MAX_VERSIONS]:
         old.unlink(missing_ok=True)

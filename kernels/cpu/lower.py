@@ -33,12 +33,13 @@ from edgeinfer.graph import (
     Value,
 )
 from edgeinfer.kernels.cpu import layout
-from edgeinfer.kernels.cpu.formats import FORMATS, Format, packed_bytes
+from edgeinfer.kernels.cpu.formats import FORMATS, Format
 from edgeinfer.quant import Weight
 
 # Weight bytes of a matmul's chunks: long ones read memory fastest, short ones even out the end.
 # Measured in tests/bench/TUNING.md, "Chunks".
 _MOST_CHUNK, _LEAST_CHUNK = 1 << 20, 32 << 10
+SHARE = 2.0  # how many times smaller a chunk is than a thread's even share of the rest
 
 
 @dataclass(eq=False, slots=True)
@@ -248,15 +249,11 @@ class Lowering:
             if len(ops) == 1
             else "+".join(op.weight.name.split(".")[-2] for op in ops)
         )
-        parts: list[KernelPart] = []
-        left = sum(_packed_bytes(op.weight) for op in ops)
-        for op in ops:
-            parts.append(self._linear(op, left))
-            left -= parts[-1].weight_bytes
-        self._out.ops.append(KernelOp(group, parts))
+        whole = KernelOp(group, [self._linear(op) for op in ops])
+        self._out.ops.append(recut(whole, self._limits.n_threads, SHARE))
 
-    def _linear(self, op: Linear, left: int) -> KernelPart:
-        """The first of matmuls that have `left` bytes of weights to read."""
+    def _linear(self, op: Linear) -> KernelPart:
+        """A matmul in one chunk."""
         fmt = _format(op.weight)
         n_rows, n_cols = op.weight.shape
         n_groups, n_blocks = -(-n_rows // 8), n_cols // fmt.block
@@ -267,15 +264,14 @@ class Lowering:
             x, row_bytes = self._floats[op.x], row_stride(n_cols)
         else:
             x, row_bytes = self._quantised[op.x], _a32_bytes(n_cols)
-        bounds = cut(n_groups, n_blocks * fmt.packed_bytes, left, self._limits.n_threads)
         bias = self._weights.vector(op.bias) if op.bias else 0
         args: Args = [
             self._weights.matrix(op.weight), n_blocks, x, out, row_stride(n_rows),
-            bias, residual or 0, rows, row_bytes, self._matmul_scratch, *bounds,
+            bias, residual or 0, rows, row_bytes, self._matmul_scratch, 0, n_groups,
         ]  # fmt: skip
         n_bytes = n_groups * n_blocks * fmt.packed_bytes
         kernel = f"matmul.{_type(op.weight)}"
-        return KernelPart(kernel, args, len(bounds) - 1, n_bytes, n_rows * n_cols, rows)
+        return KernelPart(kernel, args, 1, n_bytes, n_rows * n_cols, rows)
 
     def _residual(self, op: Linear) -> tuple[Buffer | None, Buffer]:
         """The rows to add to this matmul's result and the rows it leaves: often the same."""
@@ -424,7 +420,7 @@ class Lowering:
 
 
 def cut(
-    n_groups: int, group_bytes: int, left: int, n_threads: int, share: float = 2.0
+    n_groups: int, group_bytes: int, left: int, n_threads: int, share: float = SHARE
 ) -> list[int]:
     """Bounds of chunks of n_groups groups of 8 weight rows, the first of `left` bytes to be read.
 
@@ -452,10 +448,6 @@ def recut(op: KernelOp, n_threads: int, share: float) -> KernelOp:
         left -= part.weight_bytes
         parts.append(replace(part, args=[*part.args[:first], *bounds], rule=len(bounds) - 1))
     return KernelOp(op.group, parts)
-
-
-def _packed_bytes(weight: Weight) -> int:
-    return packed_bytes(_type(weight), *weight.shape)
 
 
 def _by_op(when: Mapping[Buffer, int], n_ops: int) -> list[list[Buffer]]:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeinfer import platform
-from edgeinfer.batch import PAGE, SEGMENT_PAGES, Batch, OpTime, Outputs, StepLimits
+from edgeinfer.batch import PAGE, SEGMENT_PAGES, Batch, OpTime, OutputKind, Outputs, StepLimits
 from edgeinfer.errors import ClosedError
 from edgeinfer.graph import Embed, Linear, RmsNorm, Segment
 from edgeinfer.kernels.cpu import layout
@@ -120,12 +120,11 @@ class CpuProgram:
         self._team = shared_team(library, limits.n_threads)
         backend.pack(self._weights, self._team, limits.n_threads)
         self._make_step_arrays(max_segments)
-        self._tapes = self._few_tapes = self._make_tapes(lowered.ops, limits.n_threads)
-        self._trial = Trial(self._team, lowered.ops, self._bare_tape)
-        known = ways(limits.n_threads)
-        self._way = known[0]
+        self._tapes: dict[tuple[Way, OutputKind], Tape] = {}  # those that steps have asked for
+        self._trial = Trial(self._team, lowered.ops, self._tape)
+        self._ways = ways(limits.n_threads)
         path = library.folder / f"decode-{self._trial.key}-{limits.n_threads}.json"
-        self._tuning = Tuning(known, path, self._trial)
+        self._tuning = Tuning(self._ways, path, self._trial)
         # One after the other: what is measured must be the kernels that will run.
         build = IdleBuild(library.inexact(), library.folder, library.target)
         self._idle: IdleWork = self._tuning if build.is_done else build
@@ -156,11 +155,8 @@ class CpuProgram:
             self._tables[i] = pages.ctypes.data, len(pages), table.n_pinned, table.n_visible
         samples = batch.samples.address if batch.samples else 0
         self._header[:_STEP_WORDS] = n_rows, n_wanted, len(batch.tables), samples, 0
-        if n_rows > _FEW_ROWS:
-            return CpuTicket(self, batch, self._tapes[batch.output])
-        if self._tuning.way not in (None, self._way):
-            self._take(self._tuning.way)
-        return CpuTicket(self, batch, self._few_tapes[batch.output])
+        way = self._way if n_rows <= _FEW_ROWS else self._ways[0]
+        return CpuTicket(self, batch, self._step_tape(way, batch.output))
 
     def _run(self, batch: Batch, tape: Tape) -> Outputs:
         self._idle.begin_step()
@@ -185,7 +181,7 @@ class CpuProgram:
     def tune(self) -> Way:
         """Find out now what would be when idle: how steps of few rows run fastest."""
         self._tuning.finish()
-        return self._tuning.way or self._way
+        return self._way
 
     def build_exactly(self, progress: Callable[[int, int], None]) -> int:
         """Build now what would be built when idle; returns how many kernels that were."""
@@ -199,8 +195,8 @@ class CpuProgram:
         self._idle.close()
         self._team.quiesce()
         self._trial.close()
-        for tapes in (self._tapes, self._few_tapes):
-            _close(tapes)
+        for tape in self._tapes.values():
+            tape.close()
         self._forget_views()
         for memory in (self._kv, self._scratch):
             memory.close()
@@ -262,28 +258,28 @@ class CpuProgram:
             vocab = self.segment.output.dim
             self._logits = _float_view(lowered.logits, limits.max_outputs, vocab)
 
-    def _make_tapes(self, ops: list[KernelOp], n_threads: int) -> dict[str, Tape]:
-        """One for each kind of output."""
-        hidden, logits = (self._tape(each, n_threads) for each in (ops[: self._lowered.head], ops))
-        ids = self._tape([*ops, self._sample], n_threads) if self._sample else logits
-        return {"hidden": hidden, "logits": logits, "ids": ids}
+    @property
+    def _way(self) -> Way:
+        """How steps of few rows run."""
+        return self._tuning.way or self._ways[0]
 
-    def _take(self, way: Way) -> None:
-        """Run steps of few rows this way from now on."""
-        ops = [recut(op, *way) if op.reads_weights else op for op in self._lowered.ops]
-        old, self._few_tapes = self._few_tapes, self._make_tapes(ops, way.n_threads)
-        self._way = way
-        if old is not self._tapes:
-            self._team.quiesce()
-            _close(old)
+    def _step_tape(self, way: Way, output: OutputKind) -> Tape:
+        if (way, output) not in self._tapes:
+            lowered = self._lowered
+            ops = lowered.ops[: lowered.head] if output == "hidden" else [*lowered.ops]
+            if way != self._ways[0]:
+                ops = [recut(op, *way) if op.reads_weights else op for op in ops]
+            if output == "ids" and self._sample:
+                ops.append(self._sample)
+            prologue = self._part(lowered.prologue) if lowered.prologue else None
+            tape = self._tape(ops, self._header.ctypes.data, way.n_threads, prologue)
+            self._tapes[way, output] = tape
+        return self._tapes[way, output]
 
-    def _tape(self, ops: Sequence[KernelOp], n_threads: int) -> Tape:
-        prologue = self._part(self._lowered.prologue) if self._lowered.prologue else None
-        header = self._header.ctypes.data
+    def _tape(
+        self, ops: Sequence[KernelOp], header: int, n_threads: int, prologue: Part | None = None
+    ) -> Tape:
         return Tape([self._op(op) for op in ops], header, n_threads, prologue)
-
-    def _bare_tape(self, ops: Sequence[KernelOp], header: int, n_threads: int) -> Tape:
-        return Tape([self._op(op) for op in ops], header, n_threads)
 
     def _part(self, part: KernelPart) -> Part:
         args = [arg.address if isinstance(arg, Buffer) else arg for arg in part.args]
@@ -339,12 +335,6 @@ class CpuProgram:
 
     def _op(self, op: KernelOp) -> Op:
         return Op([self._part(part) for part in op.parts])
-
-
-def _close(tapes: dict[str, Tape]) -> None:
-    """Free them; closing one twice does nothing."""
-    for tape in tapes.values():
-        tape.close()
 
 
 def _float_view(buffer: Buffer, n_rows: int, dim: int) -> NDArray[np.float32]:

@@ -6,9 +6,7 @@ Knows no kernel.
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -142,11 +140,8 @@ def _host_facts(memory: Path | None) -> tuple[str, str, str]:
             return triple, cpu, flags
     facts = "\n".join(answer := _ask_llvm())
     with suppress(OSError):
-        memory.mkdir(parents=True, exist_ok=True)
         digest = hashlib.sha256(facts.encode()).hexdigest()
-        with tempfile.NamedTemporaryFile("w", dir=memory, suffix=".part", delete=False) as file:
-            file.write(f"{asked}\n{digest}\n{facts}")
-        os.replace(file.name, path)
+        platform.write_whole(path, f"{asked}\n{digest}\n{facts}".encode())
     return answer
 
 

@@ -7,15 +7,15 @@ what runs a step one way.
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from edgeinfer import platform
 from edgeinfer.kernels.cpu.idle import IDLE_SECONDS, IdleWork
+from edgeinfer.kernels.cpu.lower import SHARE
 
 _ROUNDS = 15
 _LEAST_GAIN = 0.03  # of the time: less may be chance
@@ -36,9 +36,9 @@ def ways(n_threads: int) -> list[Way]:
     """
     fewer = {n_threads - n_threads // 4, n_threads // 2} - {0, n_threads}
     return [
-        Way(n_threads, 2.0),
+        Way(n_threads, SHARE),
         Way(n_threads, 1.25),
-        *(Way(n, 2.0) for n in sorted(fewer, reverse=True)),
+        *(Way(n, SHARE) for n in sorted(fewer, reverse=True)),
     ]
 
 
@@ -97,18 +97,10 @@ class Tuning(IdleWork):
                 seconds.append(measured)
             self._rounds.append(seconds)
         way = self._known[fastest(self._rounds)]
-        _write(self._path, way)
+        with suppress(OSError):  # where nothing can be written, the next process measures again
+            platform.write_whole(self._path, json.dumps(way).encode())
         self.way = way
         return True
 
     def _interrupt(self) -> None:
         self._runs.interrupt()
-
-
-def _write(path: Path, way: Way) -> None:
-    """Complete or not at all; where nothing can be written, the next process measures again."""
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(way, file)
-        os.replace(file.name, path)
