@@ -160,12 +160,14 @@ ATTEND_SINK = 14 * WORD
 #
 # H_ITEMS: one record per row of the step, then the work items. A work item is up to ATTEND_ROWS
 # consecutive rows of one sequence on one page, with all segments that they see (segment ALL) or
-# with one of them: few rows are split by segment, so that a long context uses every core.
+# with one of them: few rows are split by segment, so that a long context uses every core, and a
+# step of few rows into items of few, so that a short one does.
 #
 # A part is what one work item leaves for one of its rows, all heads. Parts are counted over the
 # step; an item's are consecutive, and a split item's segments follow each other, ascending.
 ATTEND_ROWS = 16
-SPLIT_ROWS = 8  # items of more rows are not split
+ATTEND_FEW_ROWS = 4  # in steps of up to SPLIT_ROWS rows
+SPLIT_ROWS = 8  # items of more rows are not split by segment
 ALL_SEGMENTS = -1
 ROW_PART, ROW_ITEM_ROWS, ROW_INDEX, ROW_N_PARTS = (i * WORD for i in range(4))
 ROW_BYTES = 4 * WORD
@@ -173,11 +175,12 @@ ITEM_ROW, ITEM_N_ROWS, ITEM_SEGMENT, ITEM_PART = (i * WORD for i in range(4))
 ITEM_BYTES = 4 * WORD
 #
 # Memory of a part, per head ("query"): room for its q, two states of v_dim, and the m and l of
-# both. The queries of (item, kv head) lie together, row by row, and are cut into tiles of 8, the
-# rest into one of 4, one of 2 and one of 1 as its binary digits say. A tile of n queries is
+# both. The queries of (item, kv head) lie together, row by row, and are cut into tiles of 4,
+# the rest is one more: the sums of 4 queries and 2 vectors of positions or values, and what they
+# are made of, fit 16 registers. A tile of n queries is
 # [k_dim][n] q, [n][v_dim] state, [n][v_dim] state of the current segment, then m and l of the
 # first, m and l of the second, 8 floats each.
-MAX_QUERIES = 8
+MAX_QUERIES = 4
 QUERY_EXTRA = 32
 
 

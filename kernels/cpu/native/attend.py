@@ -210,7 +210,7 @@ def _visible(page, n_pinned, ring):
 def make(isa, k_dim, v_dim):
     k_dim, v_dim = int(k_dim), int(v_dim)
     size, n_sums = query_bytes(k_dim, v_dim), isa.registers // 2
-    page_8, page_4, page_2, page_1 = (_page_of(n, k_dim, v_dim, n_sums) for n in (8, 4, 2, 1))
+    page_4, page_3, page_2, page_1 = (_page_of(n, k_dim, v_dim, n_sums) for n in (4, 3, 2, 1))
     scratch = local(_LOCAL_BYTES)
 
     @jit
@@ -224,10 +224,10 @@ def make(isa, k_dim, v_dim):
             if first_bound < PAGE:
                 _set_bounds(s, start, n, group, first_bound)
                 common, last = _bound(s, 0), _bound(s, n - 1)
-            if n == 8:
-                page_8(tile, second, starts, k, v, next_k, next_v, scale, s, common, last)
-            elif n == 4:
+            if n == 4:
                 page_4(tile, second, starts, k, v, next_k, next_v, scale, s, common, last)
+            elif n == 3:
+                page_3(tile, second, starts, k, v, next_k, next_v, scale, s, common, last)
             elif n == 2:
                 page_2(tile, second, starts, k, v, next_k, next_v, scale, s, common, last)
             else:

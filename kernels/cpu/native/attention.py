@@ -66,14 +66,9 @@ def segment(table, page, i):
 
 @jit
 def tile_of(query, n_queries):
-    """First query and size of the tile that one of n_queries belongs to: 8, then 4, 2 and 1."""
-    start, n = n_queries & -MAX_QUERIES, MAX_QUERIES // 2
-    if query < start:
-        return query & -MAX_QUERIES, MAX_QUERIES
-    while n > 1 and (n_queries & n == 0 or query >= start + n):
-        start += n_queries & n
-        n >>= 1
-    return start, n
+    """First query and size of the tile that one of n_queries belongs to."""
+    start = query // MAX_QUERIES * MAX_QUERIES
+    return start, min(MAX_QUERIES, n_queries - start)
 
 
 # -- folding -------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from numba import njit
 
 from edgeinfer.kernels.cpu.layout import (
     ALL_SEGMENTS,
+    ATTEND_FEW_ROWS,
     ATTEND_MAX_SEGMENTS,
     ATTEND_N_KV_HEADS,
     ATTEND_ROWS,
@@ -34,12 +35,12 @@ jit = njit(error_model="numpy")
 
 
 @jit
-def _first_row(h, last):
-    """First row of the work item that ends with row `last`."""
+def _first_row(h, last, most):
+    """First row of the work item that ends with row `last`: `most` positions are a block."""
     seqs, row = word(h + H_SEQ), last
-    block = position(h, last) // ATTEND_ROWS
+    block = position(h, last) // most
     while row > 0 and load_i32(seqs + 4 * (row - 1)) == load_i32(seqs + 4 * last):
-        if position(h, row - 1) // ATTEND_ROWS != block:
+        if position(h, row - 1) // most != block:
             break
         row -= 1
     return row
@@ -68,9 +69,10 @@ def make(isa):
         end, part, n_items = word(h + H_ROWS), 0, 0
         items = word(h + H_ITEMS) + ROW_BYTES * end
         spare = SPLIT_ROWS * word(a + ATTEND_MAX_SEGMENTS)
+        most = ATTEND_ROWS if end > SPLIT_ROWS else ATTEND_FEW_ROWS
         # The last rows see most: starting with them leaves the small items for the end.
         while end > 0:
-            row = _first_row(h, end - 1)
+            row = _first_row(h, end - 1, most)
             n_rows, table, page = end - row, table_of(h, row), position(h, row) // PAGE
             n_parts, n = 1, n_segments(table, page)
             if n_rows <= SPLIT_ROWS and n_rows * (n - 1) <= spare:
