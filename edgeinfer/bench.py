@@ -12,7 +12,8 @@ from typing import Protocol, runtime_checkable
 
 from edgeinfer import platform
 from edgeinfer.engine import Engine
-from edgeinfer.generation import Generation, check_length
+from edgeinfer.errors import ContextLengthError
+from edgeinfer.generation import Generation
 from edgeinfer.runtime import Runtime
 from edgeinfer.sampling import SamplingParams
 from edgeinfer.sequence import Event, Finished, Prefilled, Request, Token
@@ -66,7 +67,7 @@ def run_bench(
     them is the same: it is read once, and found in the cache from then on.
     """
     engine, program = runtime.engine, runtime.program
-    check_length(depth + max(prompt_tokens, gen_tokens + 1), engine.n_ctx)
+    check_room(depth, max(prompt_tokens, gen_tokens + 1), engine.n_ctx)
     if depth:
         _checked(_run(engine, depth, (), 1, SamplingParams(temperature=0.0, seed=1)))
     greedy, sampled = SamplingParams(temperature=0.0, seed=1), SamplingParams(seed=1)
@@ -106,6 +107,18 @@ def run_bench(
         first_token_s=round(statistics.median(first), 4),
         peak_rss_mib=round(platform.peak_rss() / 2**20, 1),
     )
+
+
+def check_room(depth: int, n_more: int, n_ctx: int) -> None:
+    """Raise where a context can't hold a depth and so many tokens more."""
+    n_tokens = depth + n_more
+    if n_tokens > n_ctx:
+        raise ContextLengthError(
+            f"a depth of {depth} and {n_more} more tokens need a context of {n_tokens}, this one "
+            f"holds {n_ctx}; raise n_ctx, or measure fewer",
+            n_tokens=n_tokens,
+            n_ctx=n_ctx,
+        )
 
 
 def _prefill(engine: Engine, depth: int, n_tokens: int, turn: int) -> tuple[float, float]:

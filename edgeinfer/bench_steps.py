@@ -14,9 +14,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from edgeinfer.batch import Batch, OpTime
-from edgeinfer.bench import ReadsMemory
+from edgeinfer.bench import ReadsMemory, check_room
 from edgeinfer.errors import DeviceError
-from edgeinfer.generation import check_length
 from edgeinfer.kvcache import CacheLayout, PagePool, SequenceCache
 from edgeinfer.runtime import Runtime
 from edgeinfer.sampling import SampleTable, SamplingParams
@@ -96,7 +95,7 @@ def time_ops(runtime: Runtime, n_rows: int, depth: int, repeat: int) -> list[OpR
     program = runtime.program
     if not isinstance(program, TimesOps) or not isinstance(program, ReadsMemory):
         raise DeviceError(f"the {runtime.device} device does not run step by step; take cpu")
-    check_length(depth + 1, runtime.engine.n_ctx)
+    check_room(depth, 1, runtime.engine.n_ctx)
     n_rows = min(n_rows, runtime.engine.limits.max_rows, runtime.engine.n_ctx - depth)
     cache = _filled(runtime, depth, n_rows)
     runs, reads = [], []

@@ -478,7 +478,10 @@ def warmup(model: str | None, **flags: Any) -> None:
             n = build_exactly(llm.runtime.program, lambda d, all: line.show("kernels", d, all))
         finally:
             line.clear()
-        n_threads = tune(llm.runtime.program)
+        n_threads = None if n else tune(llm.runtime.program)
+    if n:  # what was built is what must be measured
+        with _open(model, flags) as llm:
+            n_threads = tune(llm.runtime.program)
     rebuilt = f"; {n} were rebuilt for this very processor" if n else ""
     threads = f"; it decodes fastest on {n_threads} threads" if n_threads else ""
     note(f"kernels are ready{rebuilt}{threads}")
