@@ -4,8 +4,8 @@ Knows nothing of rows, chunks or tiles of a matmul. `edgeinfer.kernels.cpu.forma
 packed blocks, `edgeinfer.quant` the blocks of the file. Vectors have a lane for each of 8 rows.
 
 `FORMATS`: how to pack a block and to read a value of it. `PRODUCTS`: `product(isa, load)`, how
-packed blocks, read with `load`, meet quantised activations. `FLOATS`: `add(n)`, how float blocks
-meet n rows of floats.
+packed blocks, read with `load`, meet quantised activations. `FLOATS`: `load(p)`, 8 floats of one
+column, and the bytes of one.
 """
 
 from __future__ import annotations
@@ -17,14 +17,12 @@ from numba import njit
 
 from edgeinfer.kernels.cpu.native import blocks32, blocks256, blocks_table
 from edgeinfer.kernels.cpu.native.simd import (
-    fma,
     load_bf16,
     load_bf16x8,
     load_f16,
     load_f16x8,
     load_f32,
     load_f32x8,
-    load_splats_f32,
     load_u16,
     load_u32,
     store_u16,
@@ -73,26 +71,6 @@ def _value_f32(p, k, lane):
     return load_f32(p + 32 * k + 4 * lane)
 
 
-def _fma_floats(load, size):
-    """`add(n)` gives `add(p, x, stride, sums)`: element k of 4, times that of n rows `stride` bytes
-    apart, goes to sum k."""
-
-    def add_of(n):
-        @jit
-        def add(p, x, stride, sums):
-            a, b, c, d = sums
-            return (
-                fma(load(p), load_splats_f32(x, stride, n), a),
-                fma(load(p + 8 * size), load_splats_f32(x + 4, stride, n), b),
-                fma(load(p + 16 * size), load_splats_f32(x + 8, stride, n), c),
-                fma(load(p + 24 * size), load_splats_f32(x + 12, stride, n), d),
-            )
-
-        return add
-
-    return add_of
-
-
 FORMATS = {
     "q4_0": Format(blocks32.pack_q4_0, blocks32.value_q4_0),
     "q4_1": Format(blocks32.pack_q4_1, blocks32.value_q4_1),
@@ -127,7 +105,7 @@ PRODUCTS = {
     "mxfp4": blocks_table.product_mxfp4,
 }
 FLOATS = {
-    "f16": _fma_floats(load_f16x8, 2),
-    "bf16": _fma_floats(load_bf16x8, 2),
-    "f32": _fma_floats(load_f32x8, 4),
+    "f16": (load_f16x8, 2),
+    "bf16": (load_bf16x8, 2),
+    "f32": (load_f32x8, 4),
 }

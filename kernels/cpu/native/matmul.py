@@ -37,8 +37,10 @@ from edgeinfer.kernels.cpu.native.formats import FLOATS, PRODUCTS
 from edgeinfer.kernels.cpu.native.grid import VECTOR, Grid, keep
 from edgeinfer.kernels.cpu.native.simd import (
     add_f,
+    fma,
     load_f32x8,
     load_rows_f32,
+    load_splats_f32,
     load_u8x32,
     prefetch,
     store_f32x8,
@@ -51,6 +53,8 @@ from edgeinfer.kernels.cpu.native.simd import (
 jit = njit(error_model="numpy")
 
 _PREFETCH = 1024  # bytes ahead: see tests/bench/TUNING.md
+_SPAN = 2048  # bytes of a group of floats between two changes of sums
+_TOKENS = 16  # of floats that the second-level cache holds beside weights
 
 
 def make(isa, type_name):
@@ -210,31 +214,34 @@ def _quantised(isa, type_name):
 
 
 def _floats(type_name):
-    """Tiles of 8, 4, 2 and 1 tokens with their sums in registers."""
-    eight, four, two, one = (_float_tile(type_name, n) for n in (8, 4, 2, 1))
+    """One and two tokens with their 4 sums in registers, more in tiles of 4 and one of 3."""
+    four, three = _float_tile(type_name, 4), _float_tile(type_name, 3)
+    two, one = _few_floats(type_name, 2), _few_floats(type_name, 1)
 
     @jit
     def tiles(args, first, last, rows, thread):
-        t = 0
-        while t + 8 <= rows:
-            eight(args, first, last, t)
-            t += 8
-        if rows & 4:
-            four(args, first, last, t)
-            t += 4
-        if rows & 2:
-            two(args, first, last, t)
-            t += 2
-        if rows & 1:
-            one(args, first, last, t)
+        # Groups that meet the same tokens lie half a chunk apart, as those of quantised weights.
+        half, rest = (last - first + 1) // 2, rows & 3
+        end = rows - rest
+        for start in range(0, rows, _TOKENS):
+            for group in range(first, first + half):
+                far = group + half if group + half < last else group
+                for t in range(start, min(start + _TOKENS, end), 4):
+                    four(args, group, far, t, thread)
+                if rest == 3 and start + _TOKENS >= rows:
+                    three(args, group, far, end, thread)
+        if rest == 2:
+            two(args, first, last, end)
+        elif rest == 1:
+            one(args, first, last, end)
 
     return tiles
 
 
-def _float_tile(type_name, n):
-    """All groups of a chunk for the tile of n tokens that starts at t."""
-    block, packed_bytes = SIZES[type_name].block, SIZES[type_name].packed_bytes
-    add, finish = FLOATS[type_name](n), _finish(n)
+def _few_floats(type_name, n):
+    """All groups of a chunk for n tokens from t on."""
+    load, size = FLOATS[type_name]
+    packed_bytes, finish = SIZES[type_name].packed_bytes, _finish(n)
 
     @jit
     def tile(args, first, last, t):
@@ -242,14 +249,69 @@ def _float_tile(type_name, n):
         stride = word(args + MATMUL_X_ROW_BYTES)
         for group in range(first, last):
             p, x = w + group * n_blocks * packed_bytes, word(args + MATMUL_X) + t * stride
-            sums = (zeros_f32(n), zeros_f32(n), zeros_f32(n), zeros_f32(n))
+            a, b, c, d = zeros_f32(n), zeros_f32(n), zeros_f32(n), zeros_f32(n)
             for _ in range(n_blocks):
                 for line in range(0, packed_bytes, 64):
                     prefetch(p + _PREFETCH + line)
-                sums = add(p, x, stride, sums)
+                a = fma(load(p), load_splats_f32(x, stride, n), a)
+                b = fma(load(p + 8 * size), load_splats_f32(x + 4, stride, n), b)
+                c = fma(load(p + 16 * size), load_splats_f32(x + 8, stride, n), c)
+                d = fma(load(p + 24 * size), load_splats_f32(x + 12, stride, n), d)
                 p += packed_bytes
-                x += 4 * block
-            a, b, c, d = sums
+                x += 16
             finish(args, group, t, add_f(add_f(a, b), add_f(c, d)))
+
+    return tile
+
+
+def _float_tile(type_name, n):
+    """Two groups for n tokens from t on, with one of the 4 sums in registers at a time.
+
+    All 4 would be 16 vectors for 4 tokens and one group. The sums change after every
+    _SPAN bytes of a group, which the first-level cache holds.
+    """
+    load, size = FLOATS[type_name]
+    packed_bytes, finish, sums_bytes = SIZES[type_name].packed_bytes, _finish(n), n * VECTOR
+    n_lines = 2 * packed_bytes // 64  # of both groups' blocks
+
+    @jit
+    def load_sums(at):
+        return load_rows_f32(at, VECTOR, n)
+
+    @jit
+    def total(acc):
+        a, b = load_sums(acc), load_sums(acc + 2 * sums_bytes)
+        c, d = load_sums(acc + 4 * sums_bytes), load_sums(acc + 6 * sums_bytes)
+        return add_f(add_f(a, b), add_f(c, d))
+
+    @jit
+    def tile(args, group, far, t, thread):
+        group_bytes = word(args + MATMUL_N_BLOCKS) * packed_bytes
+        w = word(args + MATMUL_W)
+        p, q = w + group * group_bytes, w + far * group_bytes
+        stride = word(args + MATMUL_X_ROW_BYTES)
+        x = word(args + MATMUL_X) + t * stride
+        acc = word(args + MATMUL_SCRATCH) + thread * MATMUL_SCRATCH_BYTES
+        for at in range(acc, acc + 8 * sums_bytes, VECTOR):
+            store_f32x8(at, zero_f32())
+        for start in range(0, group_bytes, _SPAN):
+            end = min(start + _SPAN, group_bytes)
+            for k in range(4):
+                at, column = acc + 2 * k * sums_bytes, 8 * size * k
+                here, there = load_sums(at), load_sums(at + sums_bytes)
+                values, soon = x + 4 * k, (q if k & 1 else p) + _SPAN + 64 * (k >> 1)
+                for block in range(start, end, packed_bytes):
+                    if k < n_lines:
+                        prefetch(soon + block)
+                    splats = load_splats_f32(values, stride, n)
+                    here = fma(load(p + block + column), splats, here)
+                    there = fma(load(q + block + column), splats, there)
+                    values += 16
+                store_rows(at, VECTOR, here)
+                store_rows(at + sums_bytes, VECTOR, there)
+            x += (end - start) // packed_bytes * 16
+        finish(args, group, t, total(acc))
+        if far != group:
+            finish(args, far, t, total(acc + sums_bytes))
 
     return tile
