@@ -6,12 +6,14 @@ Knows no scheduling and no text.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgeinfer.sampling import SampleTable
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 PAGE = 32  # positions in a KV page
 SEGMENT_PAGES = 16  # pages whose partial attention folds into one segment (512 positions)
@@ -19,8 +21,7 @@ SEGMENT_PAGES = 16  # pages whose partial attention folds into one segment (512 
 OutputKind: TypeAlias = Literal["logits", "hidden", "ids"]
 
 
-@dataclass(frozen=True, slots=True)
-class PageTable:
+class PageTable(NamedTuple):
     """Where the pages of one sequence lie, and which of them a query sees.
 
     Absolute page a (positions 32a .. 32a + 31) is stored in page `pages[slot(a)]` of the arena;
@@ -94,8 +95,7 @@ class Outputs:
     aborted: bool = False  # the step was cut short: nothing else here means anything
 
 
-@dataclass(frozen=True, slots=True)
-class OpTime:
+class OpTime(NamedTuple):
     """What one op of a step took and did, for benchmarks; `macs` are of all its rows."""
 
     name: str
@@ -105,8 +105,7 @@ class OpTime:
     macs: int
 
 
-@dataclass(frozen=True, slots=True)
-class StepLimits:
+class StepLimits(NamedTuple):
     """The largest step a program must be ready for; all its memory follows from these."""
 
     n_pages: int  # KV pages of 32 positions, shared by all sequences

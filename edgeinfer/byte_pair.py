@@ -16,7 +16,7 @@ _LONGEST_KEPT = 64  # characters; longer words hardly come twice
 class BytePair:
     """Merges words of one vocabulary.
 
-    `ranks` are the merges as files spell them, "left right", the lower the sooner. With
+    `ranks` are the merges as files spell them, b"left right", the lower the sooner. With
     `ignore_merges` a word that is a token is taken whole; with `byte_fallback` a character that is
     none becomes its <0xXX> tokens.
     """
@@ -24,7 +24,7 @@ class BytePair:
     def __init__(
         self,
         tokens: Mapping[str, int],
-        ranks: Mapping[str, int],
+        ranks: Mapping[bytes, int],
         *,
         ignore_merges: bool = False,
         byte_fallback: bool = False,
@@ -86,5 +86,5 @@ class BytePair:
 
     def _rank(self, left: str, right: str) -> int | None:
         """The rank of a merge, None where there is none or it makes no token."""
-        rank = self._ranks.get(f"{left} {right}")
+        rank = self._ranks.get(f"{left} {right}".encode())
         return rank if rank is not None and left + right in self._tokens else None

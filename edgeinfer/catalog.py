@@ -5,7 +5,6 @@ Knows nothing of disks or networks.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -80,6 +79,8 @@ def memory_needed(n_file_bytes: int) -> int:
 
 def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
     """Names that look like a mistyped `name`, the closest first."""
+    import difflib  # 2 ms that starts don't need
+
     by_key = {each.lower(): each for each in known}
     close = difflib.get_close_matches(name.lower(), by_key, n, cutoff=0.6)
     return [by_key[key] for key in close]

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from edgeinfer import config
 from edgeinfer.catalog import (
@@ -27,8 +27,7 @@ OURS = "edgeinfer"
 _MAGIC = b"GGUF"
 
 
-@dataclass(frozen=True, slots=True)
-class ModelInfo:
+class ModelInfo(NamedTuple):
     """A model on this machine; `name` is what every command takes for it."""
 
     name: str

@@ -13,9 +13,9 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgeinfer.backend import Program, Ticket
 from edgeinfer.batch import Outputs, StepLimits
@@ -45,6 +45,9 @@ from edgeinfer.sequence import (
     build_batch,
 )
 from edgeinfer.speculation import MAX_ROWS, StepCosts, best_drafts
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 # Prompt rows in a step that also decodes: the other generations wait no longer than these take.
 _SHARED_PREFILL = 64

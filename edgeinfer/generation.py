@@ -11,10 +11,9 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgeinfer.batch import PAGE, StepLimits
 from edgeinfer.errors import (
@@ -26,6 +25,9 @@ from edgeinfer.errors import (
 from edgeinfer.kvcache import CacheLayout, PagePool, SequenceCache
 from edgeinfer.sequence import Event, Finished, Request, Rows, Sequence, Work
 from edgeinfer.speculation import MAX_ROWS, Speculator
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 # Waking up now and then lets signals in where a wait can't be interrupted.
 _WAKE_SECONDS = 0.1

@@ -33,8 +33,7 @@ class Rope(NamedTuple):
     factors: Weight | None = None  # (n_dims / 2,), Llama 3's `rope_freqs`
 
 
-@dataclass(frozen=True, slots=True)
-class Hparams:
+class Hparams(NamedTuple):
     """The numbers of one model, from its metadata."""
 
     architecture: str
@@ -75,8 +74,7 @@ class Value:
         return self.graph.mul(self, other)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Embed:
+class Embed(NamedTuple):
     """out = weight[token id]; weight (V, D)."""
 
     layer: int
@@ -84,8 +82,7 @@ class Embed:
     weight: Weight
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class RmsNorm:
+class RmsNorm(NamedTuple):
     """out = x / sqrt(mean(x^2) + eps) * weight over each of `n_heads` equal parts of a row."""
 
     layer: int
@@ -96,8 +93,7 @@ class RmsNorm:
     n_heads: int
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Linear:
+class Linear(NamedTuple):
     """out = x W^T + bias; weight (out dim, in dim), bias (out dim,) or None."""
 
     layer: int
@@ -107,8 +103,7 @@ class Linear:
     bias: Weight | None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Rotate:
+class Rotate(NamedTuple):
     """out = x with each of `n_heads` heads rotated by its row's position."""
 
     layer: int
@@ -118,8 +113,7 @@ class Rotate:
     rope: Rope
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Attention:
+class Attention(NamedTuple):
     """Store k and v of this step in the layer's cache, then out = softmax(q K^T * scale) V, causal.
 
     q (T, H * k_dim), k (T, K * k_dim), v (T, K * v_dim), out (T, H * v_dim); query head h reads
@@ -138,8 +132,7 @@ class Attention:
     rope: Rope | None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Add:
+class Add(NamedTuple):
     """out = a + b."""
 
     layer: int
@@ -148,8 +141,7 @@ class Add:
     b: Value
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Mul:
+class Mul(NamedTuple):
     """out = a * b, element by element."""
 
     layer: int
@@ -158,8 +150,7 @@ class Mul:
     b: Value
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Silu:
+class Silu(NamedTuple):
     """out = x / (1 + exp(-x))."""
 
     layer: int
@@ -167,8 +158,7 @@ class Silu:
     x: Value
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class SelectRows:
+class SelectRows(NamedTuple):
     """out = the rows of x whose result the step was asked for."""
 
     layer: int
@@ -179,15 +169,14 @@ class SelectRows:
 Op: TypeAlias = Embed | RmsNorm | Linear | Rotate | Attention | Add | Mul | Silu | SelectRows
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """A range of layers of one graph, the unit that a backend compiles.
 
     `input` is None where the segment starts with token ids, else the residual stream that enters
     it. `output` is the value it yields: logits of the selected rows, or the residual stream.
     """
 
-    graph: Graph = field(repr=False)
+    graph: Graph
     ops: tuple[Op, ...]
     input: Value | None
     output: Value

@@ -10,11 +10,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from os import PathLike
 from types import TracebackType
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
-from numpy.typing import NDArray
-from typing_extensions import Unpack
 
 from edgeinfer import platform, runtime
 from edgeinfer.chat import Message, ReasoningSplitter, encode_chat, opens_reasoning
@@ -28,6 +26,10 @@ from edgeinfer.sampling import SamplingParams, breaker_tokens
 from edgeinfer.sequence import Request
 from edgeinfer.stream import AnswerText, Stream
 from edgeinfer.turns import drop_turns
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from typing_extensions import Unpack
 
 _OURS = ("max_tokens", "stop", "overflow", "speculation")  # the rest of Sampling is SamplingParams
 _AROUND_MESSAGE = 8  # tokens of the template beside a message, roughly

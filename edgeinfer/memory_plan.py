@@ -6,7 +6,6 @@ Knows nothing of how memory is obtained.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from edgeinfer.batch import PAGE, StepLimits
@@ -28,8 +27,7 @@ _PYTHON_BYTES = 90 * _MiB
 _TOKEN_BYTES = 700  # of a vocabulary entry while the tokenizer is built
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryPlan:
+class MemoryPlan(NamedTuple):
     """Bytes by purpose, and the settings they were solved for."""
 
     rows: dict[str, int]

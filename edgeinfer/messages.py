@@ -8,11 +8,12 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
-
-from typing_extensions import Required, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 from .errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from typing_extensions import Required
 
 
 class Message(TypedDict, total=False):

@@ -5,12 +5,8 @@ Knows nothing of what they do.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
-
-from typing_extensions import TypedDict
+from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict
 
 from edgeinfer.errors import InvalidRequestError
 
@@ -18,8 +14,7 @@ from edgeinfer.errors import InvalidRequestError
 Overflow: TypeAlias = Literal["error", "slide", "drop-turns"]
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
+class Progress(NamedTuple):
     """How far loading is. Stages: "kernels" (builds), "weights" (bytes)."""
 
     stage: str
@@ -83,6 +78,8 @@ def check_keywords(function: str, given: Iterable[str], known: Iterable[str]) ->
     names = list(known)
     for name in given:
         if name not in names:
+            import difflib  # 2 ms that starts don't need
+
             near = difflib.get_close_matches(name, names, 1, cutoff=0.5)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise TypeError(f"{function}() has no keyword {name!r}{hint}")

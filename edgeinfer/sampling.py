@@ -5,20 +5,20 @@ Knows no logits: the chain itself is in `sampler.py` and, natively, in the kerne
 
 from __future__ import annotations
 
-import difflib
 import math
-import secrets
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgeinfer.errors import InvalidModelError, InvalidRequestError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 MAX_LOGPROBS = 128
 
@@ -107,6 +107,8 @@ class SamplingParams:
         names = [f.name for f in fields(cls)]
         for name in given:
             if name not in names:
+                import difflib  # 2 ms that starts don't need
+
                 near = difflib.get_close_matches(name, names, 1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise TypeError(f"unknown sampling parameter {name!r}{hint}")
@@ -126,6 +128,8 @@ class SamplingParams:
         ):
             values["dry_sequence_breakers"] = tuple(values["dry_sequence_breakers"])
         if values.get("seed") is None:
+            import secrets  # 2 ms that a given seed saves
+
             values["seed"] = secrets.randbits(32)
         return cls(**values)
 

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgeinfer.batch import Batch
 from edgeinfer.kvcache import CacheLayout, Overflow, SequenceCache
 from edgeinfer.sampling import SampleTable, SamplingParams
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 FinishReason: TypeAlias = Literal["stop", "length", "cancelled", "error"]
 

@@ -247,7 +247,7 @@ def _sound(text: str) -> str:
 
 
 def _specials(vocab: Vocabulary) -> list[_Special]:
-    ids = [i for i, kind in enumerate(vocab.kinds) if kind in (CONTROL, UNKNOWN, USER_DEFINED)]
+    ids = vocab.of_kinds(CONTROL, UNKNOWN, USER_DEFINED)
     ids.sort(key=lambda i: -len(vocab.texts[i].encode()))
     return [
         _Special(
@@ -366,9 +366,8 @@ def _build_bpe(vocab: Vocabulary, meta: Mapping[str, Any]) -> Callable[[str], li
     row = vocab.row
     # Without the control tokens raw text can't become one, whatever the merges say.
     tokens = dict(vocab.ids)
-    for i, kind in enumerate(vocab.kinds):
-        if kind == CONTROL:
-            del tokens[vocab.texts[i]]
+    for i in vocab.of_kinds(CONTROL):
+        del tokens[vocab.texts[i]]
     pairs = BytePair(
         tokens,
         merge_ranks(meta, vocab.ids),

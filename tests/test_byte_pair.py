@@ -43,7 +43,7 @@ def test_equals_the_library(
 ) -> None:
     tokens, merges = vocabulary
     library = BPE(tokens, merges, ignore_merges=ignore_merges, byte_fallback=byte_fallback)
-    ranks = {f"{left} {right}": rank for rank, (left, right) in enumerate(merges)}
+    ranks = {f"{left} {right}".encode(): rank for rank, (left, right) in enumerate(merges)}
     ours = BytePair(tokens, ranks, ignore_merges=ignore_merges, byte_fallback=byte_fallback)
     for word in words:
         assert list(ours.encode(word)) == [token.id for token in library.tokenize(word)]
@@ -51,6 +51,6 @@ def test_equals_the_library(
 
 def test_a_long_word_takes_no_longer_than_its_length_asks() -> None:
     tokens = {"a" * (1 << n): n for n in range(16)}
-    ranks = {f"{'a' * (1 << n)} {'a' * (1 << n)}": n for n in range(15)}
+    ranks = {b"%s %s" % (b"a" * (1 << n), b"a" * (1 << n)): n for n in range(15)}
     pairs = BytePair(tokens, ranks)
     assert list(pairs.encode("a" * 100_000)) == [15, 15, 15, 10, 9, 7, 5]

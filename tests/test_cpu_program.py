@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +43,7 @@ def batch_of(
 
 
 def cpu(segment: Segment, n_threads: int = 2, isa: str | None = None) -> CpuProgram:
-    limits = replace(LIMITS, n_threads=n_threads)
+    limits = LIMITS._replace(n_threads=n_threads)
     return CpuBackend(cache_root(), isa=isa).compile(segment, limits)
 
 

@@ -203,6 +203,22 @@ def test_text_that_is_not_utf8_is_shown_with_marks_and_kept(tmp_path: Path) -> N
         assert file.metadata.get_array("a").bytes() == [b"\xff\xfe"]
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [b"x" * 256, b"y" * 70_000, b"", b"a" + bytes(9), bytes(300), b"\x08" + bytes(7)],
+    ids=["256 bytes", "70,000 bytes", "empty", "zeros behind", "zeros", "like a length"],
+)
+@pytest.mark.parametrize("at", [0, 5, 1500, 29_999])
+def test_strings_are_found_whatever_is_in_them(tmp_path: Path, odd: bytes, at: int) -> None:
+    strings = [b"s%d" % i + b"." * (i % 30) for i in range(30_000)]  # more than one window
+    strings[at] = odd
+    array = struct.pack("<IQ", STRING, len(strings)) + b"".join(map(_string, strings))
+    keys = (_key("a", ARRAY, array), _key("after", STRING, _string("it")))
+    with _open(tmp_path, _file(keys)) as file:
+        assert file.metadata.get_array("a").bytes() == strings
+        assert file.metadata["after"] == "it"
+
+
 def test_version_2_and_alignment(tmp_path: Path) -> None:
     keys = (_key("general.alignment", U32, struct.pack("<I", 256)),)
     content = _file(keys, (_tensor("x", [4], 0, 256),), version=2)

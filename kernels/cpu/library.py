@@ -51,8 +51,11 @@ def source_key(module: str) -> str:
 
 
 _HERE = Path(__file__).parent
+_PACKAGES = {"": _HERE, ".native": _HERE / "native"}
 _BUILDER = [_HERE / "build.py", _HERE / "soft_float.py"]
-_IMPORT = re.compile(r"^from edgeinfer\.kernels\.cpu((?:\.\w+)*) import ([\w, ]*)", re.MULTILINE)
+_IMPORT = re.compile(
+    r"\nfrom edgeinfer\.kernels\.cpu((?:\.\w+)*) import ([\w, ]*)"
+)  # "^" is slower
 
 
 def _sources(module: str) -> set[Path]:
@@ -75,11 +78,11 @@ def _imports(path: Path) -> list[Path]:
     """What a source imports from here."""
     found: list[Path] = []
     for dotted, names in _IMPORT.findall(_read(path).decode()):
-        base = _HERE.joinpath(*dotted.split("."))
-        if base.is_dir():
-            found += [base / f"{name.split()[0]}.py" for name in names.split(",")]
+        folder = _PACKAGES.get(dotted)
+        if folder is None:
+            found.append(_HERE / (dotted[1:].replace(".", "/") + ".py"))
         else:
-            found.append(base.with_suffix(".py"))
+            found += [folder / f"{name.split()[0]}.py" for name in names.split(",")]
     return found
 
 

@@ -10,7 +10,7 @@ leaves its row quantised on the way out.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -54,8 +54,7 @@ class Buffer:
 Args: TypeAlias = "list[int | Buffer]"  # argument words; a buffer stands for its address
 
 
-@dataclass(slots=True)
-class KernelPart:
+class KernelPart(NamedTuple):
     """One kernel with its argument words (a Buffer stands for its address) and chunk rule.
 
     Weight bytes, and multiplications per row of `rows`, are for benchmarks.
@@ -69,8 +68,7 @@ class KernelPart:
     rows: int = layout.ALL_ROWS
 
 
-@dataclass(slots=True)
-class KernelOp:
+class KernelOp(NamedTuple):
     """Kernels that may run side by side. `group` names what the op is, for benchmarks."""
 
     group: str
@@ -446,7 +444,7 @@ def recut(op: KernelOp, n_threads: int, share: float) -> KernelOp:
         assert isinstance(n_groups, int)
         bounds = cut(n_groups, part.weight_bytes // n_groups, left, n_threads, share)
         left -= part.weight_bytes
-        parts.append(replace(part, args=[*part.args[:first], *bounds], rule=len(bounds) - 1))
+        parts.append(part._replace(args=[*part.args[:first], *bounds], rule=len(bounds) - 1))
     return KernelOp(op.group, parts)
 
 

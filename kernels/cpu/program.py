@@ -6,13 +6,11 @@ Knows no scheduling and no files. One step is one native call; see `team.py`.
 from __future__ import annotations
 
 import ctypes
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgeinfer import platform
 from edgeinfer.batch import PAGE, SEGMENT_PAGES, Batch, OpTime, OutputKind, Outputs, StepLimits
@@ -37,6 +35,9 @@ from edgeinfer.kernels.cpu.trial import Trial
 from edgeinfer.kernels.cpu.tune import Tuning, Way, ways
 from edgeinfer.kernels.cpu.weights import PackedWeights
 from edgeinfer.quant import Weight
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 Progress: TypeAlias = Callable[[str, int, int], None]  # stage, done, total
 
@@ -311,6 +312,8 @@ class CpuProgram:
 
     def op_seconds(self, batch: Batch) -> list[OpTime]:
         """Run a step op by op and time each, less what starting any costs; for benchmarks."""
+        import statistics  # 5 ms that starts don't need
+
         self.submit(batch)
         prologue = self._lowered.prologue
         if prologue:  # as an op of its own: it plans the attention of this step
@@ -340,7 +343,7 @@ class CpuProgram:
 def _float_view(buffer: Buffer, n_rows: int, dim: int) -> NDArray[np.float32]:
     stride = row_stride(dim)
     raw = (ctypes.c_float * (n_rows * stride // 4)).from_address(buffer.address)
-    return np.ctypeslib.as_array(raw).reshape(n_rows, stride // 4)[:, :dim]
+    return np.frombuffer(memoryview(raw), np.float32).reshape(n_rows, stride // 4)[:, :dim]
 
 
 def _weights_of(segment: Segment) -> tuple[list[Weight], list[Weight]]:

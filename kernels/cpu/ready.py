@@ -11,8 +11,8 @@ import json
 import os
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from edgeinfer.kernels.cpu.formats import FORMATS
@@ -41,11 +41,10 @@ class _Entry(NamedTuple):
     size: int
 
 
-@dataclass(frozen=True, slots=True)
-class Ready:
+class Ready(NamedTuple):
     """The readable kernels of one file; none where there is no such file or it is damaged."""
 
-    entries: Mapping[str, _Entry] = field(default_factory=dict)
+    entries: Mapping[str, _Entry] = MappingProxyType({})
     data: bytes = b""
 
     @classmethod

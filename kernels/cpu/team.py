@@ -12,7 +12,7 @@ import os
 import threading
 import time
 import weakref
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from edgeinfer import platform
 from edgeinfer.errors import ClosedError
@@ -28,8 +28,7 @@ def _word(address: int) -> ctypes.c_int64:
     return ctypes.c_int64.from_address(address)
 
 
-@dataclass(slots=True)
-class Part:
+class Part(NamedTuple):
     """A kernel, its argument words, and how many chunks it has: a number or a layout.COUNT_*."""
 
     kernel: int
@@ -37,11 +36,10 @@ class Part:
     rule: int
 
 
-@dataclass(slots=True)
-class Op:
+class Op(NamedTuple):
     """Parts that may run at the same time, in any order."""
 
-    parts: list[Part] = field(default_factory=list)
+    parts: list[Part]
 
 
 class Tape:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TypeAlias
 
 import numpy as np
@@ -68,7 +67,7 @@ class Trial:
             args = list(part.args)
             args[layout.MATMUL_OUT // layout.WORD] = out
             args[layout.MATMUL_RESIDUAL // layout.WORD] = 0
-            parts.append(replace(part, args=args))
+            parts.append(part._replace(args=args))
             out += _out_bytes(part)
         return KernelOp(op.group, parts)
 
