@@ -65,7 +65,7 @@ def print_receipt(items, tax_rate):
         print(item.name, item.quantity, item.price)
     print("Total:", total_price(items, tax_rate))
 '''
-# By kind. Simulated, these summaries together gain 1.42x and the 29 of TUNING.md 1.37x.
+# By kind. Simulated, these summaries together gain 3 to 4 % more than the 29 of TUNING.md.
 PROMPTS = {
     "summarise": [
         f"Summarise this text in its own words, sentence by sentence:\n\n{HARBOUR}",
