@@ -102,6 +102,7 @@ PACK_SRC, PACK_DST, PACK_N_ROWS, PACK_N_BLOCKS, PACK_PER_CHUNK = (i * WORD for i
 ) = (i * WORD for i in range(11))  # fmt: skip
 # Quantised weights meet several tokens in panels of PANEL_GROUPS groups. Scratch of each thread,
 # 64-byte aligned: the sums of MAX_TILE rows and a panel of at most PANEL_FIELDS vectors a group.
+# Floats keep the sums of a tile there.
 PANEL_GROUPS, PANEL_FIELDS = 4, 20
 MATMUL_SUMS_BYTES = MAX_TILE * PANEL_GROUPS * 32
 MATMUL_SCRATCH_BYTES = MATMUL_SUMS_BYTES + PANEL_FIELDS * PANEL_GROUPS * 32

@@ -78,8 +78,9 @@ from edgeinfer.kernels.cpu.native.simd import (
 jit = njit(error_model="numpy")
 
 _ROW = 4 * PAGE  # bytes of one query's scores in a page
-_SUMS = MAX_QUERIES * _ROW  # local memory: scores, 8 vectors, the maxima, fold weights, bounds
-_MAXIMA = _SUMS + 256
+# Local memory: scores, a vector of sums for each query, the maxima, fold weights, bounds.
+_SUMS = MAX_QUERIES * _ROW
+_MAXIMA = _SUMS + MAX_QUERIES * 32
 _WEIGHTS = _MAXIMA + 32
 _PART_WEIGHTS = _WEIGHTS + 32
 _BOUNDS = _PART_WEIGHTS + 32

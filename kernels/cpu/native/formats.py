@@ -4,8 +4,8 @@ Knows nothing of rows, chunks or tiles of a matmul. `edgeinfer.kernels.cpu.forma
 packed blocks, `edgeinfer.quant` the blocks of the file. Vectors have a lane for each of 8 rows.
 
 `FORMATS`: how to pack a block and to read a value of it. `PRODUCTS`: `product(isa, load)`, how
-packed blocks, read with `load`, meet quantised activations. `FLOATS`: `load(p)`, 8 floats of one
-column, and the bytes of one.
+packed blocks, read with `load`, meet quantised activations. `FLOATS`: `load(p)`, one column of a
+float block.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ PRODUCTS = {
     "mxfp4": blocks_table.product_mxfp4,
 }
 FLOATS = {
-    "f16": (load_f16x8, 2),
-    "bf16": (load_bf16x8, 2),
-    "f32": (load_f32x8, 4),
+    "f16": load_f16x8,
+    "bf16": load_bf16x8,
+    "f32": load_f32x8,
 }

@@ -240,8 +240,8 @@ def _floats(type_name):
 
 def _few_floats(type_name, n):
     """All groups of a chunk for n tokens from t on."""
-    load, size = FLOATS[type_name]
-    packed_bytes, finish = SIZES[type_name].packed_bytes, _finish(n)
+    load, packed_bytes, finish = FLOATS[type_name], SIZES[type_name].packed_bytes, _finish(n)
+    column_bytes = packed_bytes // 4
 
     @jit
     def tile(args, first, last, t):
@@ -254,9 +254,9 @@ def _few_floats(type_name, n):
                 for line in range(0, packed_bytes, 64):
                     prefetch(p + _PREFETCH + line)
                 a = fma(load(p), load_splats_f32(x, stride, n), a)
-                b = fma(load(p + 8 * size), load_splats_f32(x + 4, stride, n), b)
-                c = fma(load(p + 16 * size), load_splats_f32(x + 8, stride, n), c)
-                d = fma(load(p + 24 * size), load_splats_f32(x + 12, stride, n), d)
+                b = fma(load(p + column_bytes), load_splats_f32(x + 4, stride, n), b)
+                c = fma(load(p + 2 * column_bytes), load_splats_f32(x + 8, stride, n), c)
+                d = fma(load(p + 3 * column_bytes), load_splats_f32(x + 12, stride, n), d)
                 p += packed_bytes
                 x += 16
             finish(args, group, t, add_f(add_f(a, b), add_f(c, d)))
@@ -270,8 +270,8 @@ def _float_tile(type_name, n):
     All 4 would be 16 vectors for 4 tokens and one group. The sums change after every
     _SPAN bytes of a group, which the first-level cache holds.
     """
-    load, size = FLOATS[type_name]
-    packed_bytes, finish, sums_bytes = SIZES[type_name].packed_bytes, _finish(n), n * VECTOR
+    load, packed_bytes, finish = FLOATS[type_name], SIZES[type_name].packed_bytes, _finish(n)
+    column_bytes, sums_bytes = packed_bytes // 4, n * VECTOR
     n_lines = 2 * packed_bytes // 64  # of both groups' blocks
 
     @jit
@@ -297,7 +297,7 @@ def _float_tile(type_name, n):
         for start in range(0, group_bytes, _SPAN):
             end = min(start + _SPAN, group_bytes)
             for k in range(4):
-                at, column = acc + 2 * k * sums_bytes, 8 * size * k
+                at, column = acc + 2 * k * sums_bytes, column_bytes * k
                 here, there = load_sums(at), load_sums(at + sums_bytes)
                 values, soon = x + 4 * k, (q if k & 1 else p) + _SPAN + 64 * (k >> 1)
                 for block in range(start, end, packed_bytes):
