@@ -49,11 +49,6 @@ def is_debug() -> bool:
     return bool(os.environ.get(DEBUG))
 
 
-def environment_with(**changes: str) -> dict[str, str]:
-    """The environment of this process for a child, with changes."""
-    return {**os.environ, **changes}
-
-
 # -- variables of the Hugging Face hub and of other programs' model folders -----------------------
 
 
@@ -111,4 +106,4 @@ def _xdg_cache() -> Path:
 
 def _home() -> Path | None:
     value = os.environ.get(HOME)
-    return Path(value).expanduser() if value else None
+    return Path(value).expanduser().absolute() if value else None

@@ -12,8 +12,10 @@ import platform as _platform
 import shutil
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from types import MappingProxyType
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 if TYPE_CHECKING:
     import subprocess
@@ -60,33 +62,6 @@ def _cgroup_cpus() -> int | None:
     if fields[0] == "max" or len(fields) < 2:
         return None
     return max(1, int(fields[0]) // int(fields[1]))
-
-
-def start_in_background(command: list[str]) -> subprocess.Popen[str]:
-    """A process that gets only what processors have left over; the terminal's keys don't reach it.
-
-    It reads and writes pipes of text, and nobody hears its errors.
-    """
-    import subprocess  # 20 ms that most starts don't need
-
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-        creationflags=sum(getattr(subprocess, name, 0) for name in _BACKGROUND_FLAGS),
-    )
-    try:
-        os.setpriority(os.PRIO_PROCESS, process.pid, 19)
-        os.sched_setscheduler(process.pid, os.SCHED_IDLE, os.sched_param(0))
-    except (AttributeError, OSError):  # not this system's way, or it forbids that
-        pass
-    return process
-
-
-_BACKGROUND_FLAGS = ("IDLE_PRIORITY_CLASS", "CREATE_NEW_PROCESS_GROUP", "CREATE_NO_WINDOW")
 
 
 def processor_facts() -> str | None:
@@ -344,6 +319,125 @@ def _windows_lock(file: BinaryIO) -> bool:
     finally:
         file.seek(position)
     return True
+
+
+# -- other programs ------------------------------------------------------------------------------
+
+
+def can_start_python() -> bool:
+    """Whether there is an interpreter to start: a frozen program would start itself."""
+    return bool(sys.executable) and not getattr(sys, "frozen", False)
+
+
+def python_command(module: str, *arguments: str, folders: Sequence[str] = ()) -> list[str]:
+    """A command that runs a module as `python -m` does, for `start_program`.
+
+    Modules are found in `folders`, then where this process finds them, but never in the folder it
+    is started in: anything may lie there.
+    """
+    # -I doesn't look at PYTHONHOME either, without which a moved Python finds nothing.
+    alone = "-s" if "PYTHONHOME" in os.environ else "-I"
+    flags = [alone, "-B"] if sys.dont_write_bytecode else [alone]
+    found = "\n".join([*folders, *module_folders()])
+    return [sys.executable, *flags, "-c", _RUN_MODULE, found, module, *arguments]
+
+
+_RUN_MODULE = """
+import sys
+found = sys.argv.pop(1).split("\\n")
+sys.path = found + [folder for folder in sys.path if folder and folder not in found]
+del sys.argv[0]
+import runpy
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+
+
+def module_folders() -> list[str]:
+    """Where this process finds modules, but for the folder it was started in."""
+    ours = str(Path(__file__).parent.parent)
+    found = [folder for folder in sys.path if os.path.isabs(folder) and not _is_here(folder)]
+    return found if ours in found else [ours, *found]
+
+
+def _is_here(folder: str) -> bool:
+    try:
+        return os.path.samefile(folder, os.curdir)
+    except OSError:
+        return False
+
+
+def find_program(name: str) -> str | None:
+    """The path of a program in PATH; never one in the current folder, where Windows looks first."""
+    endings = ["", *os.environ.get("PATHEXT", "").split(";")] if sys.platform == "win32" else [""]
+    for folder in filter(os.path.isabs, os.get_exec_path()):
+        for path in (os.path.join(folder, name + ending) for ending in endings):
+            if os.path.isfile(path) and os.access(path, os.X_OK):
+                return path
+    return None
+
+
+def run_tool(command: Sequence[str], text: bytes) -> bool:
+    """Give a text to a program of PATH that takes it at once; False where that fails."""
+    import subprocess
+
+    program = find_program(command[0])
+    if program is None:
+        return False
+    try:
+        # Nobody reads what it says: xclip stays in the background, and would keep a pipe open.
+        done = subprocess.run(
+            [program, *command[1:]], input=text, timeout=_TOOL_SECONDS, cwd=Path(__file__).parent,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0
+
+
+_TOOL_SECONDS = 2.0
+
+
+def start_program(
+    command: Sequence[str],
+    *,
+    errors: IO[Any] | None = None,
+    talks: bool = True,
+    folder: Path | None = None,
+    variables: Mapping[str, str] = MappingProxyType({}),
+    in_background: bool = False,
+) -> subprocess.Popen[str]:
+    """A child whose standard streams are pipes of text where it `talks`, else closed.
+
+    It runs in `folder`, by default our own: what lies where this process was started can't change
+    what it does. `in_background` it gets only what processors have left over, and the terminal's
+    keys don't reach it.
+    """
+    import subprocess  # 20 ms that most starts don't need
+
+    stream = subprocess.PIPE if talks else subprocess.DEVNULL
+    mine = {k: v for k, v in os.environ.items() if k == "PYTHONHOME" or k[:6] != "PYTHON"}
+    names = _BACKGROUND_FLAGS if in_background else ()
+    process = subprocess.Popen(
+        command,
+        stdin=stream,
+        stdout=stream,
+        stderr=subprocess.DEVNULL if errors is None else errors,
+        text=True,
+        cwd=folder or Path(__file__).parent,
+        env={**mine, **variables},
+        start_new_session=in_background,
+        creationflags=sum(getattr(subprocess, name, 0) for name in names),
+    )
+    if in_background:
+        try:
+            os.setpriority(os.PRIO_PROCESS, process.pid, 19)
+            os.sched_setscheduler(process.pid, os.SCHED_IDLE, os.sched_param(0))
+        except (AttributeError, OSError):  # not this system's way, or it forbids that
+            pass
+    return process
+
+
+_BACKGROUND_FLAGS = ("IDLE_PRIORITY_CLASS", "CREATE_NEW_PROCESS_GROUP", "CREATE_NO_WINDOW")
 
 
 # -- what may run --------------------------------------------------------------------------------

