@@ -167,7 +167,7 @@ def _ollama(root: Path) -> Iterator[ModelInfo]:
                 for layer in layers
                 if layer["mediaType"] == "application/vnd.ollama.image.model"
             )
-        except (OSError, ValueError, KeyError, TypeError, StopIteration):
+        except (OSError, ValueError, KeyError, TypeError, StopIteration, RecursionError):
             continue
         path = root / "blobs" / digest.replace(":", "-")
         if "/" in digest or "\\" in digest or not _is_gguf(path):

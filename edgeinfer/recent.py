@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edgeinfer import config
+from edgeinfer import config, platform
 from edgeinfer.catalog import DEFAULT_MODEL
 from edgeinfer.discovery import find_name
 
@@ -14,8 +14,7 @@ _LAST = "last-model"
 def remember(name: str) -> None:
     """Note the model of the latest chat; a folder that can't be written is no reason to stop."""
     try:
-        config.data_folder().mkdir(parents=True, exist_ok=True)
-        (config.data_folder() / _LAST).write_text(name, "utf-8")
+        platform.write_whole(config.data_folder() / _LAST, name.encode())
     except OSError:
         pass
 
