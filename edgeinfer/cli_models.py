@@ -100,13 +100,13 @@ def cache(clear: bool, as_json: bool) -> None:
     """What edgeinfer keeps on this disk, and where."""
     from edgeinfer.discovery import models_folder
     from edgeinfer.doctor import folder_bytes
+    from edgeinfer.fetch import discard_unfinished
 
     kernels, models = config.cache_folder(), models_folder()
     unfinished = [*models.rglob("*.part"), *models.rglob(".fetch-*")]
     if clear:
         shutil.rmtree(kernels, ignore_errors=True)
-        for path in unfinished:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        discard_unfinished()
         note(f"emptied {kernels}; models stay (edgeinfer rm NAME deletes one)")
         return
     sizes = {str(folder): folder_bytes(folder) for folder in (kernels, models)}

