@@ -33,9 +33,12 @@ def _leave_if_interrupted(ignored: sys.UnraisableHookArgs) -> None:
 
 def _forget_current_folder() -> None:
     """`python -m` looks there first for whatever is imported; only our own package may be there."""
-    here, ours = os.path.realpath(sys.path[0]), os.path.dirname(os.path.dirname(__file__))
-    if here == os.path.realpath(os.curdir) and here != os.path.realpath(ours):
-        del sys.path[0]
+    first, ours = sys.path[0] or os.curdir, os.path.dirname(os.path.dirname(__file__))
+    try:
+        if os.path.samefile(first, os.curdir) and not os.path.samefile(first, ours):
+            del sys.path[0]
+    except OSError:  # the folder was deleted
+        pass
 
 
 if __name__ == "__main__":

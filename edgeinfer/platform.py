@@ -254,10 +254,18 @@ def _address(function: object) -> int:
 # -- disks ---------------------------------------------------------------------------------------
 
 
+def files_below(folder: Path, pattern: str) -> list[Path]:
+    """What matches in a folder, in order; nothing where it is absent or not ours to look into."""
+    try:
+        return sorted(folder.glob(pattern))
+    except OSError:
+        return []
+
+
 def free_disk(folder: Path) -> int:
     """Bytes that can be written below `folder`, which need not exist yet."""
     for existing in (folder, *folder.parents):
-        if existing.is_dir():
+        if os.path.isdir(existing):
             try:
                 return shutil.disk_usage(existing).free
             except OSError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
 from edgeinfer import config, platform
 from edgeinfer.catalog import DEFAULT_MODEL
@@ -25,5 +25,5 @@ def last_model() -> str:
         name = (config.data_folder() / _LAST).read_text("utf-8").strip()
     except (OSError, UnicodeDecodeError):
         return DEFAULT_MODEL
-    is_here = name and (Path(name).is_file() or find_name(name) is not None)
+    is_here = name and (os.path.isfile(name) or find_name(name) is not None)
     return name if is_here else DEFAULT_MODEL

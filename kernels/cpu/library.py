@@ -181,7 +181,7 @@ class Library:
         """The objects that are there, and where each comes from."""
         objects: dict[str, bytes] = {}
         origins: dict[str, Origin] = {}
-        has_cache = self._is_trusted and self.folder.is_dir()
+        has_cache = self._is_trusted and os.path.isdir(self.folder)
         for name in names:
             data, origin = read_object(self.folder, name) if has_cache else None, "cached"
             if data is None:
@@ -258,7 +258,8 @@ def kernels_here(target: Target, folder: Path) -> dict[str, Origin]:
     found: dict[str, Origin] = {
         name: "ready" for name in ready.names if ready.has(name, _source_key_or_none(name))
     }
-    for path in folder.glob("*.o") if platform.distrust(folder) is None else ():
+    is_trusted = platform.distrust(folder) is None
+    for path in platform.files_below(folder, "*.o") if is_trusted else []:
         name = path.name.rpartition("-")[0]
         if (_HERE / "native" / f"{name.partition('.')[0]}.py").is_file():
             if path == object_path(folder, name):
