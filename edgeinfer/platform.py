@@ -218,6 +218,11 @@ def forget_pages(address: int, n_bytes: int) -> None:
         libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
 
 
+def keep(thing: object) -> None:
+    """Let an object live as long as the process: an interpreter that ends would free it before."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+
+
 # -- what native threads call --------------------------------------------------------------------
 
 
