@@ -1,4 +1,4 @@
-"""Opens GGUF files: metadata, and tensors as views of the mapped file. Every number is checked.
+"""Opens GGUF files: metadata, and tensors that are read when asked for. Every number is checked.
 
 Knows nothing of what the metadata means, of architectures or of running a tensor's type.
 """
@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import builtins
 import math
-import mmap
 import re
 import struct
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeAlias
 
+from edgeinfer import platform
 from edgeinfer.errors import ClosedError, InvalidModelError, ModelNotFoundError
 from edgeinfer.quant import Weight, quant_type
 
@@ -27,7 +27,9 @@ Value: TypeAlias = "Scalar | Array"
 
 
 class GGUFFile:
-    """A model file, or all parts of a split one, mapped into memory until `close`.
+    """A model file, or all parts of a split one, open until `close`.
+
+    Nothing is mapped: a file that is cut short or written to while it is read is an error.
 
     `metadata` is that of the first part; `tensors` are those of all parts in file order, also
     the ones whose type this version can't run.
@@ -44,6 +46,8 @@ class GGUFFile:
                 for sibling in siblings:
                     parts.append(_Part(sibling))
                 _check_parts(parts)
+                for part in parts:
+                    part.check_in_place()
             return cls(parts)
         except BaseException:
             for part in parts:
@@ -71,7 +75,7 @@ class GGUFFile:
         return sum(part.size for part in self._parts)
 
     def close(self) -> None:
-        """Unmap the file; where NumPy still views it, as soon as that view is gone."""
+        """Close the file and drop its header; what was read of tensors stays."""
         for part in self._parts:
             part.close()
 
@@ -216,14 +220,14 @@ class Metadata(Mapping[str, Value]):
 
 
 class Array:
-    """An array of the metadata, read from the mapped file each time it is asked for.
+    """An array of the metadata, taken from the file's header each time it is asked for.
 
     `item_type` is one of bool, string, int8 to int64, uint8 to uint64, float32, float64.
     """
 
     def __init__(
         self,
-        data: memoryview,
+        header: _Bytes,
         item_type: str,
         start: int,
         n: int,
@@ -231,7 +235,7 @@ class Array:
         origin: _Origin,
     ) -> None:
         self.item_type = item_type
-        self._data, self._start, self._n, self._origin = data, start, n, origin
+        self._header, self._start, self._n, self._origin = header, start, n, origin
         self._lengths = lengths  # of strings, in bytes
 
     def __len__(self) -> int:
@@ -257,7 +261,7 @@ class Array:
             return [_text(each) for each in raw]
 
     def numpy(self) -> NDArray[Any]:
-        """The numbers or booleans as a read-only view of the mapped file."""
+        """The numbers or booleans as a read-only view of the header."""
         import numpy as np
 
         if self.item_type == "string":
@@ -283,10 +287,90 @@ class Array:
         return [item == 1 for item in items]
 
     def _open_data(self) -> memoryview:
+        return self._header.all()
+
+
+class TensorBytes:
+    """The bytes of a tensor in its file: a slice reads them, and belongs to whoever asked."""
+
+    def __init__(self, source: _Bytes, start: int, n_bytes: int) -> None:
+        self._source, self._start, self._n_bytes = source, start, n_bytes
+
+    def __len__(self) -> int:
+        return self._n_bytes
+
+    def __getitem__(self, part: slice) -> memoryview:
+        begin, end, step = part.indices(self._n_bytes)
+        assert step == 1
+        return self._source.read(self._start + begin, max(0, end - begin))
+
+
+class _Bytes:
+    """A file's bytes: its header, which stays, and whatever else is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
         try:
-            return self._data[:]
-        except ValueError:
-            raise ClosedError(f"{self._origin.path} was closed") from None
+            self._file = platform.ReadableFile(path)
+        except OSError as error:
+            self._fail_to_read(error)
+        self.size = self._file.n_bytes
+        self._header = bytearray()
+        self._view: memoryview | None = None
+
+    def header(self, end: int) -> bytearray:
+        """The file up to `end` at least; more of it is read as it is needed."""
+        n = len(self._header)
+        if end > n:
+            # Doubling, so that few steps lead to a large header.
+            more = self.read(n, min(max(end - n, n, _HEADER_STEP), self.size - n))
+            self._header += more
+        return self._header
+
+    def end_header(self, end: int) -> None:
+        """Keep what was the header, and no more."""
+        del self._header[end:]
+        self._view = memoryview(self._header).toreadonly()
+
+    def all(self) -> memoryview:
+        """The header."""
+        if self._view is None:
+            raise ClosedError(f"{self.path} was closed")
+        return self._view
+
+    def read(self, start: int, n_bytes: int) -> memoryview:
+        """Fresh bytes of the file; InvalidModelError where it is not what was opened any more."""
+        import numpy as np
+
+        if self._file.is_closed:
+            raise ClosedError(f"{self.path} was closed")
+        buffer = np.empty(n_bytes, np.uint8).data
+        try:
+            n_read = self._file.read_into(buffer, start)
+            is_unchanged = self._file.is_unchanged()
+        except OSError as error:
+            self._fail_to_read(error)
+        if n_read < n_bytes or not is_unchanged:
+            raise InvalidModelError(
+                "the file was cut short or written to while it was read; load it again once it is "
+                "complete",
+                path=self.path,
+                offset=start,
+            )
+        return buffer.toreadonly()
+
+    def is_in_place(self) -> bool:
+        return self._file.is_in_place()
+
+    def close(self) -> None:
+        self._file.close()
+        self._view = None
+        self._header = bytearray()
+
+    def _fail_to_read(self, error: OSError) -> NoReturn:
+        raise InvalidModelError(
+            f"can't be read ({error.strerror or error})", path=self.path
+        ) from error
 
 
 _MAGIC = b"GGUF"
@@ -298,6 +382,8 @@ _MAX_STRINGS = 1 << 22
 _MAX_TEXT = 1 << 28
 _MAX_ITEMS = 1 << 20
 _MAX_DIMS = 4
+_MAX_HEADER = 1 << 29
+_HEADER_STEP = 1 << 20
 
 _AGAIN = "the file is damaged; download it again"
 _CUT = "the file is cut short or damaged; download it again"
@@ -333,7 +419,7 @@ class _Origin(NamedTuple):
 
 
 class _Part:
-    """One mapped file and what its header says."""
+    """One file and what its header says."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -341,43 +427,42 @@ class _Part:
             raise ModelNotFoundError(f"no file {path}")
         if not path.is_file():
             raise ModelNotFoundError(f"{path} is not a file; name a .gguf file")
-        with path.open("rb") as file:
-            head = file.read(64)
-            _check_magic(path, head)
-            self._mmap = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._data = memoryview(self._mmap)
-        self.size = len(self._data)
+        self._bytes = _Bytes(path)
+        self.size = self._bytes.size
         self.tensors: dict[str, Weight] = {}
         try:
+            _check_magic(path, bytes(self._bytes.header(min(64, self.size))[:64]))
             self._read()
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
-        for view in (self._data, *(weight.data for weight in self.tensors.values())):
-            try:
-                view.release()
-            except BufferError:  # a NumPy array looks at it; freed with that array
-                pass
-        try:
-            self._mmap.close()
-        except BufferError:
-            pass
+        self._bytes.close()
+
+    def check_in_place(self) -> None:
+        """InvalidModelError where another file got this name since it was opened."""
+        if not self._bytes.is_in_place():
+            raise InvalidModelError(
+                "the file was replaced while the parts of its model were opened; load it again "
+                "once all are complete",
+                path=self.path,
+            )
 
     def _read(self) -> None:
-        header = _Header(self.path, self._data)
+        header = _Header(self.path, self._bytes)
         self.version = header.version()
         n_tensors = header.count("tensor count", _MAX_TENSORS)
         n_keys = header.count("metadata count", _MAX_KEYS)
         self.metadata = header.metadata(n_keys)
         infos = [header.tensor() for _ in range(n_tensors)]
+        header.end()
         alignment = self._alignment()
         start = -(-header.at // alignment) * alignment
         _check_tensors(self.path, infos, start, alignment, self.size)
         for info in infos:
             begin = start + info.offset
-            data = self._data[begin : begin + info.n_bytes]
+            data = TensorBytes(self._bytes, begin, info.n_bytes)
             self.tensors[info.name] = Weight(info.name, info.shape, quant_type(info.type), data)
 
     def _alignment(self) -> int:
@@ -404,9 +489,9 @@ class _TensorInfo(NamedTuple):
 class _Header:
     """Reads the header front to back; `at` never passes the end of the file."""
 
-    def __init__(self, path: Path, data: memoryview) -> None:
+    def __init__(self, path: Path, data: _Bytes) -> None:
         self.path, self.at = path, len(_MAGIC)
-        self._data, self._size = data, len(data)
+        self._data, self._size = data, data.size
         self._n_strings = self._n_text = 0
 
     def version(self) -> int:
@@ -500,11 +585,14 @@ class _Header:
             self._fail(
                 f"{n} strings, at most {_MAX_STRINGS} are supported; {_AGAIN}", field, offset
             )
-        data, last, unpack = self._data, self._size - 8, _U64.unpack_from
-        lengths, at = _short_lengths(data, self.at, n)
+        last, unpack = self._size - 8, _U64.unpack_from
+        lengths, at = _short_lengths(self._window, self.at, n)
+        data = self._loaded(at)
         for _ in range(n - len(lengths)):
             if at > last:
                 break
+            if at + 8 > len(data):
+                data = self._loaded(at + 8)
             (length,) = unpack(data, at)
             at += 8 + length
             lengths.append(length)
@@ -530,7 +618,7 @@ class _Header:
         self._count_text(n, field)
         start = self.at
         self._skip(n, field)
-        return self._data[start : self.at].tobytes()
+        return bytes(self._loaded(self.at)[start : self.at])
 
     def _count_text(self, n: int, field: str) -> None:
         self._n_text += n
@@ -550,7 +638,22 @@ class _Header:
     def _unpack(self, form: struct.Struct, field: str) -> Any:
         start = self.at
         self._skip(form.size, field)
-        return form.unpack_from(self._data, start)[0]
+        return form.unpack_from(self._loaded(self.at), start)[0]
+
+    def end(self) -> None:
+        """All of it is read, and is kept."""
+        self._loaded(self.at)
+        self._data.end_header(self.at)
+
+    def _loaded(self, end: int) -> bytearray:
+        """The file up to `end` at least, or as far as it goes."""
+        if end > _MAX_HEADER:
+            self._fail(f"a header of more than {_MAX_HEADER} bytes; {_AGAIN}", "header", self.at)
+        return self._data.header(min(end, self._size))
+
+    def _window(self, at: int) -> bytes:
+        end = min(at + _WINDOW, self._size)
+        return bytes(memoryview(self._loaded(end))[at:end])
 
     def _skip(self, n: int, field: str) -> None:
         if n > self._size - self.at:
@@ -565,7 +668,7 @@ class _Header:
         raise InvalidModelError(message, path=self.path, field=field, offset=offset)
 
 
-def _short_lengths(data: memoryview, at: int, n: int) -> tuple[list[int], int]:
+def _short_lengths(window_at: Callable[[int], bytes], at: int, n: int) -> tuple[list[int], int]:
     """Lengths of up to `n` strings from `at` on, found many at once, and where the next begins.
 
     A string of less than 256 bytes begins where 8 bytes are that small a number. Once something
@@ -575,7 +678,7 @@ def _short_lengths(data: memoryview, at: int, n: int) -> tuple[list[int], int]:
 
     lengths: list[int] = []
     while len(lengths) < n:
-        window = data[at : at + _WINDOW]
+        window = window_at(at)
         if len(window) < 16:
             break
         words = np.ndarray(len(window) - 7, "<u8", window, strides=(1,))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 from edgeinfer.errors import UnsupportedModelError
 
@@ -106,18 +106,26 @@ QUANT_TYPES = {
 }
 
 
+class Sliced(Protocol):
+    """Bytes of which slices are taken: a memoryview, or a part of a file."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> memoryview: ...
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Weight:
-    """A tensor of a model file: what it is called, its shape and a view of its bytes.
+    """A tensor of a model file: what it is called, its shape and its bytes.
 
     `shape` is in NumPy order, (rows N, columns K) for a matrix and (n,) for a vector. `data` is
-    read-only and as long-lived as the file it maps; it is empty when the type is not known.
+    read from the file, while that is open, slice by slice; it is empty when the type isn't known.
     """
 
     name: str
     shape: tuple[int, ...]
     type: QuantType
-    data: memoryview
+    data: Sliced
 
     @property
     def n_elements(self) -> int:
@@ -149,7 +157,7 @@ def dequantize(
     import numpy as np
 
     if isinstance(source, Weight):
-        name, type, shape, data = source.name, source.type, source.shape, source.data
+        name, type, shape, data = source.name, source.type, source.shape, source.data[:]
     else:
         assert type is not None and shape is not None, "raw bytes need a type and a shape"
         view = source.data if isinstance(source, np.ndarray) else memoryview(source)

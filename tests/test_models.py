@@ -248,7 +248,7 @@ def write_with_tensors(
         for name, weight in file.tensors.items():
             if name not in extra:
                 n_rows = weight.shape[0] if len(weight.shape) == 2 else 1
-                data = np.frombuffer(weight.data, np.uint8).reshape(n_rows, -1).copy()
+                data = np.frombuffer(weight.data[:], np.uint8).reshape(n_rows, -1).copy()
                 kind = gguf.GGMLQuantizationType(weight.type.ggml_id)
                 writer.add_tensor(name, data if n_rows > 1 else data[0], raw_dtype=kind)
         for name, values in extra.items():
