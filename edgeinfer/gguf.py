@@ -304,6 +304,10 @@ class TensorBytes:
         assert step == 1
         return self._source.read(self._start + begin, max(0, end - begin))
 
+    def read_into(self, buffer: memoryview, start: int) -> None:
+        assert start + len(buffer) <= self._n_bytes
+        self._source.read_into(buffer, self._start + start)
+
 
 class _Bytes:
     """A file's bytes: its header, which stays, and whatever else is asked for."""
@@ -339,25 +343,29 @@ class _Bytes:
         return self._view
 
     def read(self, start: int, n_bytes: int) -> memoryview:
-        """Fresh bytes of the file; InvalidModelError where it is not what was opened any more."""
+        """Fresh bytes of the file."""
         import numpy as np
 
+        buffer = np.empty(n_bytes, np.uint8).data
+        self.read_into(buffer, start)
+        return buffer.toreadonly()
+
+    def read_into(self, buffer: memoryview, start: int) -> None:
+        """Fill a buffer; InvalidModelError where the file is not what was opened any more."""
         if self._file.is_closed:
             raise ClosedError(f"{self.path} was closed")
-        buffer = np.empty(n_bytes, np.uint8).data
         try:
             n_read = self._file.read_into(buffer, start)
             is_unchanged = self._file.is_unchanged()
         except OSError as error:
             self._fail_to_read(error)
-        if n_read < n_bytes or not is_unchanged:
+        if n_read < len(buffer) or not is_unchanged:
             raise InvalidModelError(
                 "the file was cut short or written to while it was read; load it again once it is "
                 "complete",
                 path=self.path,
                 offset=start,
             )
-        return buffer.toreadonly()
 
     def is_in_place(self) -> bool:
         return self._file.is_in_place()

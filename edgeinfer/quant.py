@@ -106,12 +106,14 @@ QUANT_TYPES = {
 }
 
 
-class Sliced(Protocol):
-    """Bytes of which slices are taken: a memoryview, or a part of a file."""
+class FileBytes(Protocol):
+    """Bytes in a file: a slice reads them."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, part: slice, /) -> memoryview: ...
+
+    def read_into(self, buffer: memoryview, start: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,12 +127,19 @@ class Weight:
     name: str
     shape: tuple[int, ...]
     type: QuantType
-    data: Sliced
+    data: memoryview | FileBytes
 
     @property
     def n_elements(self) -> int:
         """The product of the shape."""
         return _product(self.shape)
+
+    def read_into(self, buffer: memoryview, start: int = 0) -> None:
+        """Fill a buffer with the bytes from `start` on."""
+        if isinstance(self.data, memoryview):
+            buffer[:] = self.data[start : start + len(buffer)]
+        else:
+            self.data.read_into(buffer, start)
 
 
 def quant_type(ggml_id: int) -> QuantType:
