@@ -17,7 +17,7 @@ FOLDERS = {"edgeinfer": ROOT / "edgeinfer"} | {
 # A module imports only modules of lines above its own; parts of one package may import each other.
 LAYERS = """
 errors
-config quant platform terminal options results messages
+config quant platform terminal options parameters results messages
 graph sampling catalog hub turns speculation
 batch wheel discovery
 models.* kernels.reference kernels.cpu kernels.cuda fetch recent
