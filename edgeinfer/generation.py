@@ -16,12 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from edgeinfer.batch import PAGE, StepLimits
-from edgeinfer.errors import (
-    ContextLengthError,
-    EdgeInferError,
-    InvalidRequestError,
-    PlanError,
-)
+from edgeinfer.errors import ContextLengthError, EdgeInferError, InvalidRequestError, PlanError
 from edgeinfer.kvcache import CacheLayout, PagePool, SequenceCache
 from edgeinfer.sequence import Event, Finished, Request, Rows, Sequence, Work
 from edgeinfer.speculation import MAX_ROWS, Speculator
@@ -54,6 +49,15 @@ class Generation:
         self.submitted_at = time.perf_counter()
         self.is_cancelled = False
         self.keeps_cache = False
+        # Prompt and answer are no longer together than the context; one that slides has no end.
+        self.max_tokens = request.max_tokens
+        if layout.n_ctx is not None:
+            room = layout.n_ctx - len(request.ids)
+            self.max_tokens = room if request.max_tokens is None else min(request.max_tokens, room)
+        # Pages it holds at its full length; the last token generated is never stored.
+        self.most_pages = layout.n_slots
+        if self.max_tokens is not None:
+            self.most_pages = layout.pages_needed(len(request.ids) + self.max_tokens - 1)
         self._worker = worker
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._is_finished = False
@@ -73,13 +77,6 @@ class Generation:
         self._is_finished = isinstance(event, Finished)
         return event
 
-    @property
-    def most_pages(self) -> int:
-        """Pages it holds at its full length; the last token generated is never stored."""
-        if self.request.max_tokens is None:
-            return self.layout.n_slots
-        return self.layout.pages_needed(len(self.request.ids) + self.request.max_tokens - 1)
-
     def guess(self) -> tuple[list[int], list[float]]:
         """Tokens that may follow, as many as a step may check, and the chance of each."""
         sequence, request = self.sequence, self.request
@@ -88,8 +85,8 @@ class Generation:
         if self.speculator is None:
             self.speculator = Speculator(sequence.ids)
         most = min(MAX_ROWS, sequence.cache.step_limit()) - 1
-        if request.max_tokens is not None:
-            most = min(most, request.max_tokens - sequence.n_generated - 1)
+        if self.max_tokens is not None:
+            most = min(most, self.max_tokens - sequence.n_generated - 1)
         return self.speculator.guess(most)
 
     def emit(self, event: Event) -> None:
@@ -121,8 +118,13 @@ class LogitsJob:
     _done: threading.Event = field(default_factory=threading.Event)
 
     @property
-    def n_pages(self) -> int:
+    def most_pages(self) -> int:
         return sum(self.layout.pages_needed(len(ids)) for ids in (self.ids, *self.others))
+
+    @property
+    def n_left(self) -> int:
+        """Rows of `ids` that are still to be computed."""
+        return self.sequences[0].n_waiting if self.sequences else len(self.ids)
 
     @property
     def is_complete(self) -> bool:
@@ -152,9 +154,9 @@ class LogitsJob:
             )
         chunk = min(prefill_chunk or limits.max_rows, limits.max_rows - len(others))
         job = cls(ids, others, first, chunk, layout, take)
-        if job.n_pages > limits.n_pages:
+        if job.most_pages > limits.n_pages:
             raise PlanError(
-                f"the token lists take {job.n_pages * PAGE} cache positions, there are "
+                f"the token lists take {job.most_pages * PAGE} cache positions, there are "
                 f"{limits.n_pages * PAGE}; raise slots"
             )
         return job
@@ -222,19 +224,24 @@ def check_ids(ids: SequenceOf[int], n_vocab: int) -> None:
             )
 
 
-def check_length(n_tokens: int, n_ctx: int) -> None:
-    """Raise where a context can't hold so many tokens."""
-    if n_tokens > n_ctx:
+def check_length(n_tokens: int, n_ctx: int, n_answer: int = 0) -> None:
+    """Raise where a context can't hold so many tokens, and so many of an answer."""
+    if n_tokens + n_answer > n_ctx:
+        room = f" with {n_answer} of an answer" if n_answer and n_tokens == n_ctx else ""
         raise ContextLengthError(
-            f"the prompt is {n_tokens} tokens, the context holds {n_ctx}; raise n_ctx, shorten "
-            "the prompt, or use overflow='slide'",
+            f"the prompt is {n_tokens} tokens, the context holds {n_ctx}{room}; raise n_ctx, "
+            "shorten the prompt, or use overflow='slide'",
             n_tokens=n_tokens,
             n_ctx=n_ctx,
         )
 
 
-def public_error(error: Exception) -> Exception:
-    """Memory that runs out inside a step is a PlanError like memory that would."""
-    if isinstance(error, MemoryError) and not isinstance(error, EdgeInferError):
+def public_error(error: BaseException) -> BaseException:
+    """What the caller is told: what ended a step may mean something else in another thread."""
+    if isinstance(error, EdgeInferError):
+        return error
+    if isinstance(error, MemoryError):  # like memory that would run out
         return PlanError("memory ran out in a step; lower n_ctx or slots")
-    return error
+    if isinstance(error, Exception) and not isinstance(error, (StopIteration, StopAsyncIteration)):
+        return error
+    return EdgeInferError(f"the request was cut short by {error!r}")

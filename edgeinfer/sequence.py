@@ -13,6 +13,7 @@ import numpy as np
 
 from edgeinfer.batch import Batch
 from edgeinfer.kvcache import CacheLayout, Overflow, SequenceCache
+from edgeinfer.parameters import REQUEST
 from edgeinfer.sampling import SampleTable, SamplingParams
 
 if TYPE_CHECKING:
@@ -35,6 +36,10 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     n_pinned: int = 0
     speculation: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None:
+            REQUEST["max_tokens"].check(self.max_tokens)
 
     @property
     def can_speculate(self) -> bool:
@@ -126,10 +131,10 @@ class Rows:
         before = ids if n < 0 else ids[max(0, len(ids) - n) :]
         return np.array([*before, *self.drafts], np.int32)
 
-    def add_drafts(self, tokens: Iterable[int]) -> None:
-        self.drafts = tuple(tokens)
-        self.n += len(self.drafts)
-        self.n_wanted += len(self.drafts)
+    def with_drafts(self, tokens: Iterable[int]) -> Rows:
+        drafts = tuple(tokens)
+        n = len(drafts)
+        return Rows(self.sequence, self.n + n, self.n_wanted + n, self.work, drafts)
 
 
 def build_batch(parts: list[Rows], samples: SampleTable | None) -> Batch:

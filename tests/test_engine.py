@@ -156,9 +156,9 @@ def test_requests_that_would_not_fit_together_wait(engine: Engine, program: Prog
 
 
 def test_context_end_is_length(engine: Engine) -> None:
-    generation = engine.submit(_request(*[7] * N_CTX, max_tokens=None))
+    generation = engine.submit(_request(*[7] * (N_CTX - 1), max_tokens=None))
     assert len(_tokens(generation)) == 1
-    assert len(_tokens(engine.submit(_request(*[8] * 250, max_tokens=99)))) == 7
+    assert len(_tokens(engine.submit(_request(*[8] * 250, max_tokens=99)))) == 6
 
 
 def test_too_long_a_prompt_names_both_counts(engine: Engine) -> None:
@@ -321,7 +321,7 @@ def test_a_bug_in_the_loop_is_told_to_whoever_waits(engine: Engine) -> None:
     def broken() -> None:
         raise RuntimeError("a bug")
 
-    engine._admit = broken  # type: ignore[method-assign]
+    engine._scheduler.admit = broken  # type: ignore[method-assign]
     generation = engine.submit(_request())
     with pytest.raises(ClosedError, match="a bug"):
         raise _finish(generation).error or AssertionError

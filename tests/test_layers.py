@@ -24,7 +24,7 @@ models.* kernels.reference kernels.cpu kernels.cuda fetch recent
 pretokenizers jinja_sandbox chat_templates kvcache
 sequence vocabulary byte_pair sampler
 gguf weights tokenizer chat memory_plan backend generation
-model
+model scheduler
 engine stream
 runtime
 llm bench server doctor inspect_file perplexity console cli_options
