@@ -43,6 +43,9 @@ _SAMPLING = (
     *(click.option("--" + name.replace("_", "-"), type=kind) for name, kind in _NUMBERS.items()),
     click.option("--stop", multiple=True, metavar="TEXT", help="End before this text."),
     click.option(
+        "--stop-token-ids", type=int, multiple=True, metavar="ID", help="End at this token."
+    ),
+    click.option(
         "--overflow",
         type=click.Choice(["error", "slide", "drop-turns"]),
         help="When the context is full: stop with an error, or forget the oldest tokens or turns.",
@@ -53,7 +56,15 @@ _SAMPLING = (
         help="Guess tokens ahead where that is faster (on); the answer is the same.",
     ),
 )
-SAMPLING_NAMES = ("max_tokens", "temperature", *_NUMBERS, "stop", "overflow", "speculation")
+SAMPLING_NAMES = (
+    "max_tokens",
+    "temperature",
+    *_NUMBERS,
+    "stop",
+    "stop_token_ids",
+    "overflow",
+    "speculation",
+)
 
 
 def load_flags(command: F) -> F:

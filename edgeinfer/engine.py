@@ -76,6 +76,7 @@ class Engine:
         self._waiting: deque[Generation] = deque()
         self._jobs: deque[LogitsJob] = deque()
         self._running: list[Generation] = []
+        self._paused: list[Generation] = []  # until they are read; they may lose their pages
         self._idle: list[Sequence] = []  # ended ones, the latest last
         self._ticket: Ticket | None = None
         self._in_step: list[Work] = []
@@ -150,7 +151,7 @@ class Engine:
 
     @property
     def n_running(self) -> int:
-        """Generations that hold pages now."""
+        """Generations whose tokens are being computed."""
         return len(self._running)
 
     def interrupt(self, work: Work) -> None:
@@ -161,6 +162,12 @@ class Engine:
             if self._ticket is not None and any(work is each for each in self._in_step):
                 self._ticket.abort()
             self._changed.notify()
+
+    def wake(self) -> None:
+        """Look at what is paused now."""
+        if self._pid == os.getpid():
+            with self._changed:
+                self._changed.notify()
 
     def check_alive(self) -> None:
         """Raise ClosedError unless events can still come."""
@@ -202,32 +209,57 @@ class Engine:
     def _serve(self) -> None:
         while True:
             with self._changed:
-                while not (self._closed or self._waiting or self._running or self._jobs):
+                while not (self._closed or self._has_work):
                     self._changed.wait()
             if self._closed:
                 return
             self._drop_cancelled()
+            self._pause_unread()
             self._admit()
             if self._running:
                 self._step(self._schedule())
             if self._jobs:
                 self._advance_job(self._jobs[0])
 
+    @property
+    def _has_work(self) -> bool:
+        if self._waiting or self._running or self._jobs:
+            return True
+        return any(g.is_cancelled or g.events.has_room for g in self._paused)
+
     def _drop_cancelled(self) -> None:
-        for generation in [g for g in self._running if g.is_cancelled]:
+        for generation in [g for g in (*self._running, *self._paused) if g.is_cancelled]:
             self._finish(generation, "cancelled")
         for generation in [g for g in tuple(self._waiting) if g.is_cancelled]:
             self._waiting.remove(generation)
             generation.emit(Finished("cancelled", time.perf_counter()))
 
+    def _pause_unread(self) -> None:
+        """Without a reader a generation promises itself no pages; it keeps them while it can."""
+        for generation in [g for g in self._running if g.is_unread]:
+            self._running.remove(generation)
+            self._paused.append(generation)
+            generation.events.pause()
+
     def _admit(self) -> None:
-        """Start waiting requests, in order, while all that run can grow to their full length."""
-        while self._waiting and len(self._running) < self.limits.max_sequences:
-            if self._waiting[0].most_pages > self.pool.n_pages - self._n_reserved:
+        """Start waiting requests, in order, while all that run can grow to their full length.
+
+        Those that were paused and are read again have waited before.
+        """
+        while len(self._running) < self.limits.max_sequences:
+            resumed = [g for g in self._paused if g.events.has_room]
+            candidates = resumed or self._waiting
+            if not candidates:
                 return
-            generation = self._waiting.popleft()
-            sequence = generation.sequence = self._open_sequence(generation)
+            generation = candidates[0]
+            if generation.most_pages > self.pool.n_pages - self._n_reserved:
+                return
             self._running.append(generation)
+            if resumed:
+                self._paused.remove(generation)
+                continue
+            self._waiting.popleft()
+            sequence = generation.sequence = self._open_sequence(generation)
             done = sequence.n_cached
             generation.emit(Prefilled(done, sequence.n_prompt, done, time.perf_counter()))
 
@@ -264,7 +296,7 @@ class Engine:
             n_left -= n
             if sequence.n_generated:
                 n_left = min(n_left, max(_SHARED_PREFILL, len(self._running)))
-        if all(part.sequence.n_generated for part in parts):
+        if all(part.sequence.is_decoding for part in parts):
             self._add_drafts(parts)
         return parts
 
@@ -279,7 +311,7 @@ class Engine:
             part.add_drafts(tokens[:n])
 
     def _step(self, parts: list[Rows]) -> None:
-        begun, is_decode = time.perf_counter(), all(part.sequence.n_generated for part in parts)
+        begun, is_decode = time.perf_counter(), all(part.sequence.is_decoding for part in parts)
         try:
             samples = self._fill_samples([part for part in parts if part.n_wanted])
             outputs = self._run(parts, samples)
@@ -326,12 +358,19 @@ class Engine:
                 self._ticket, self._in_step = None, []
 
     def _make_room(self, part: Rows) -> None:
-        """Give up ended sequences, oldest first, until this part's new pages are free."""
+        """Take pages of what has ended, then of what is paused, until the new ones are free.
+
+        A paused generation computes its tokens again from the first on: the same bits.
+        """
         cache = part.sequence.cache
         n_new = cache.layout.pages_needed(cache.n_tokens + part.n) - cache.n_pages
         while self.pool.n_free < n_new:
-            assert self._idle, "what runs holds more pages than were promised"
-            self._idle.pop(0).cache.free()
+            if self._idle:
+                self._idle.pop(0).cache.free()
+                continue
+            paused = [g for g in self._paused if _sequence(g).cache.n_pages]
+            assert paused, "what runs holds more pages than were promised"
+            _sequence(paused[0]).cache.free()
 
     def _commit(self, parts: list[Rows], outputs: Outputs) -> None:
         now, row = time.perf_counter(), 0
@@ -396,7 +435,7 @@ class Engine:
         error: BaseException | None = None,
     ) -> None:
         """End a generation: its pages are kept for a later prompt or go back at once."""
-        self._running.remove(generation)
+        (self._paused if generation in self._paused else self._running).remove(generation)
         sequence = _sequence(generation)
         # An aborted step may have overwritten pages that a slid cache still needs.
         is_whole = reason in ("stop", "length") or not sequence.cache.is_full
@@ -411,7 +450,7 @@ class Engine:
         generation.emit(Finished(reason, time.perf_counter(), stop_id, error))
 
     def _end_all(self, error: ClosedError) -> None:
-        for generation in list(self._running):
+        for generation in [*self._running, *self._paused]:
             self._finish(generation, "error", error=error)
         while self._waiting:
             self._waiting.popleft().emit(Finished("error", time.perf_counter(), error=error))

@@ -15,23 +15,32 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from edgeinfer import platform, runtime
-from edgeinfer.chat import Message, ReasoningSplitter, encode_chat, opens_reasoning
+from edgeinfer.chat import Message, encode_chat
 from edgeinfer.errors import ClosedError, EdgeInferError, InvalidRequestError, PlanError
 from edgeinfer.kvcache import LEAST_SLIDING
 from edgeinfer.memory_plan import MemoryPlan
-from edgeinfer.options import LoadOptions, Overflow, Sampling, check_keywords, parse_stop
+from edgeinfer.options import (
+    LoadOptions,
+    Overflow,
+    Sampling,
+    check_keywords,
+    parse_stop,
+    parse_stop_token_ids,
+)
+from edgeinfer.reply import AnswerText, ReasoningSplitter, opened_tags, reasoning_tags
 from edgeinfer.results import Completion
 from edgeinfer.runtime import Runtime
 from edgeinfer.sampling import SamplingParams, breaker_tokens
 from edgeinfer.sequence import Request
-from edgeinfer.stream import AnswerText, Stream
+from edgeinfer.stream import Stream, read_all
 from edgeinfer.turns import drop_turns
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from typing_extensions import Unpack
 
-_OURS = ("max_tokens", "stop", "overflow", "speculation")  # the rest of Sampling is SamplingParams
+# The rest of Sampling is SamplingParams.
+_OURS = ("max_tokens", "stop", "stop_token_ids", "overflow", "speculation")
 _AROUND_MESSAGE = 8  # tokens of the template beside a message, roughly
 
 
@@ -110,7 +119,8 @@ class LLM:
         if sampling.get("overflow") in ("slide", "drop-turns"):
             n_pinned = self._n_system_tokens(turns, ids)
         end = opened.tokenizer.decode(ids[-16:], special=True)
-        splitter = ReasoningSplitter(starts_open=opens_reasoning(end))
+        tags = reasoning_tags(opened.template.source, opened.tokenizer)
+        splitter = ReasoningSplitter(tags, opened_tags(end, tags))
         return self._submit(ids, sampling, splitter, n_pinned, n_dropped)
 
     def chat_batch(
@@ -227,7 +237,8 @@ class LLM:
             params=self._params(sampling),
             max_tokens=sampling.get("max_tokens"),
             overflow=overflow,
-            stop_ids=frozenset(opened.tokenizer.eog_ids),
+            stop_ids=opened.tokenizer.eog_ids
+            | parse_stop_token_ids(sampling.get("stop_token_ids"), opened.tokenizer.n_vocab),
             n_pinned=n_pinned,
             speculation=self._speculates(sampling.get("speculation")),
         )
@@ -284,4 +295,4 @@ def _run_all(open_stream: Callable[[Any], Stream], prompts: Iterable[Any]) -> li
     """Run streams side by side; one that fails ends them all."""
     with ExitStack() as stack:
         streams = [stack.enter_context(open_stream(prompt)) for prompt in prompts]
-        return [stream.run() for stream in streams]
+        return read_all(streams)

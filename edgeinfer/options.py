@@ -5,6 +5,7 @@ Knows nothing of what they do.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict
 
@@ -43,6 +44,7 @@ class Sampling(TypedDict, total=False):
 
     max_tokens: int | None  # None: to the end of generation or context
     stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int] | None  # beside those that end a generation anyway
     overflow: Overflow | None
     seed: int | None
     temperature: float | None
@@ -111,3 +113,18 @@ def parse_stop(stop: Any) -> tuple[str, ...]:
             f"stop is {stop!r}; give a string or several, none empty", param="stop"
         )
     return stops
+
+
+def parse_stop_token_ids(ids: Any, n_vocab: int) -> frozenset[int]:
+    """Token ids that end an answer; raises where one is no token of the vocabulary."""
+    given = () if ids is None else ids
+    try:
+        # NOTE: True counts as 1 everywhere, so it is refused by name.
+        found = frozenset(-1 if isinstance(id, bool) else operator.index(id) for id in given)
+    except TypeError:
+        found = frozenset({-1})
+    if not all(0 <= id < n_vocab for id in found):
+        raise InvalidRequestError(
+            f"stop_token_ids is {ids!r}; give token ids below {n_vocab}", param="stop_token_ids"
+        )
+    return found
