@@ -25,7 +25,7 @@ _SPELLINGS = {
 }
 _METAVARS = {
     "memory": "2G|80%", "kv_type": "TYPE[/TYPE]", "device": "auto|cpu|reference", "pre": "NAME",
-    "chat_template": "NAME|FILE", "stop": "TEXT",
+    "chat_template": "NAME|FILE", "stop": "TEXT", "stop_token_ids": "ID",
 }  # fmt: skip
 _KIND_METAVARS = {int: "INTEGER", float: "NUMBER"}
 _NOT_FLAGS = (
@@ -54,10 +54,10 @@ def _flag(parameter: Parameter) -> Callable[[F], F]:
         shape = {"type": click.Choice(parameter.choices)}
     elif parameter.kind is bool:
         shape = {"default": None}
+    elif name in ("stop", "stop_token_ids"):
+        shape |= {"multiple": True, "type": int if name == "stop_token_ids" else str}
     spellings = _SPELLINGS.get(name, ("--" + name.replace("_", "-"),))
-    return click.option(
-        name, *spellings, help=parameter.help, callback=check, multiple=name == "stop", **shape
-    )
+    return click.option(name, *spellings, help=parameter.help, callback=check, **shape)
 
 
 _LOAD = (

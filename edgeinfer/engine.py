@@ -35,7 +35,7 @@ from edgeinfer.speculation import StepCosts
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-MAX_WAITING = 1024  # requests; at a second each the last one waits minutes, and holds its prompt
+MAX_WAITING = 4096  # requests: thousands of clients are real, and each holds its prompt
 _MOST_FAULTS = 3  # turns in a row that an error ended outside of any one request
 _JOIN_SECONDS = 5.0
 _FORKED = "this process was forked from the one that loaded the model; load it again here"
@@ -121,7 +121,7 @@ class Engine:
 
     @property
     def n_running(self) -> int:
-        """Generations that hold pages now."""
+        """Generations whose tokens are being computed."""
         return len(self._scheduler.running)
 
     @property
@@ -136,6 +136,12 @@ class Engine:
             if self._ticket is not None and any(work is each for each in self._in_step):
                 self._ticket.abort()
             self._changed.notify()
+
+    def wake(self) -> None:
+        """Look at what is paused now."""
+        if self._pid == os.getpid():
+            with self._changed:
+                self._changed.notify()
 
     def check_alive(self) -> None:
         """Raise ClosedError unless events can still come."""
@@ -201,13 +207,14 @@ class Engine:
         """False once the engine is closed."""
         scheduler = self._scheduler
         with self._changed:
-            while not (self._closed or scheduler.waiting or scheduler.running or scheduler.jobs):
+            while not (self._closed or scheduler.has_work):
                 self._changed.wait()
         return not self._closed
 
     def _turn(self) -> None:
         scheduler = self._scheduler
         scheduler.drop_cancelled()
+        scheduler.pause_unread()
         scheduler.admit()
         if scheduler.running:
             self._step(scheduler.next_step())
@@ -218,7 +225,7 @@ class Engine:
         """Run a step. One that fails is repeated part by part: only whose own fails ends."""
         if not parts:
             return
-        begun, is_decode = time.perf_counter(), all(part.sequence.n_generated for part in parts)
+        begun, is_decode = time.perf_counter(), all(part.sequence.is_decoding for part in parts)
         try:
             samples = self._fill_samples([part for part in parts if part.n_wanted])
             outputs = self._run(parts, samples)

@@ -17,6 +17,7 @@ import numpy as np
 
 from edgeinfer.batch import PAGE, StepLimits
 from edgeinfer.errors import ContextLengthError, EdgeInferError, InvalidRequestError, PlanError
+from edgeinfer.event_queue import EventQueue
 from edgeinfer.kvcache import CacheLayout, PagePool, SequenceCache
 from edgeinfer.sequence import Event, Finished, Request, Rows, Sequence, Work
 from edgeinfer.speculation import MAX_ROWS, Speculator
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # Waking up now and then lets signals in where a wait can't be interrupted.
-_WAKE_SECONDS = 0.1
+WAKE_SECONDS = 0.1
+MOST_UNREAD = 256  # events; a step may add a few more, 40 KiB in all
 
 
 class Worker(Protocol):
@@ -34,12 +36,19 @@ class Worker(Protocol):
     def interrupt(self, work: Work) -> None:
         """Look at cancelled work now, also when a step of it is running."""
 
+    def wake(self) -> None:
+        """Look at what is paused now: one that waits for its reader has room again."""
+
     def check_alive(self) -> None:
         """Raise ClosedError unless events can still come."""
 
 
 class Generation:
-    """A request on its way: yields its events to one consumer, in any thread."""
+    """A request on its way: yields its events to one consumer, in any thread.
+
+    With more than MOST_UNREAD events unread it pauses once its prompt is read: others may take its
+    place and its pages. It goes on, with the same tokens, when half of them have been read.
+    """
 
     def __init__(self, worker: Worker, request: Request, layout: CacheLayout) -> None:
         self.request, self.layout = request, layout
@@ -58,8 +67,8 @@ class Generation:
         self.most_pages = layout.n_slots
         if self.max_tokens is not None:
             self.most_pages = layout.pages_needed(len(request.ids) + self.max_tokens - 1)
+        self.events: EventQueue[Event] = EventQueue(MOST_UNREAD, worker.wake)
         self._worker = worker
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._is_finished = False
 
     def __iter__(self) -> Generation:
@@ -70,12 +79,21 @@ class Generation:
             raise StopIteration
         while True:
             try:
-                event = self._events.get(timeout=_WAKE_SECONDS)
+                event = self.events.get(WAKE_SECONDS)
                 break
             except queue.Empty:
-                self._worker.check_alive()
+                self.check_alive()
         self._is_finished = isinstance(event, Finished)
         return event
+
+    def check_alive(self) -> None:
+        """Raise ClosedError unless events can still come."""
+        self._worker.check_alive()
+
+    @property
+    def is_unread(self) -> bool:
+        """Whether it should pause."""
+        return self.events.is_full and self.sequence is not None and self.sequence.n_generated > 0
 
     def guess(self) -> tuple[list[int], list[float]]:
         """Tokens that may follow, as many as a step may check, and the chance of each."""
@@ -90,7 +108,10 @@ class Generation:
         return self.speculator.guess(most)
 
     def emit(self, event: Event) -> None:
-        self._events.put(event)
+        try:
+            self.events.put(event)
+        except BaseException:  # of the reader's callback: nobody can be told any more
+            self.is_cancelled = True
 
     def cancel(self, *, keep_cache: bool = False) -> None:
         """End it now, from any thread. With `keep_cache` its pages may serve a later prompt."""
@@ -203,7 +224,7 @@ class LogitsJob:
     def wait(self, worker: Worker) -> None:
         """Until every row was taken; an interrupted wait cancels the job."""
         try:
-            while not self._done.wait(_WAKE_SECONDS):
+            while not self._done.wait(WAKE_SECONDS):
                 worker.check_alive()
         except BaseException:
             self.is_cancelled = True

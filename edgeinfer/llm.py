@@ -6,7 +6,6 @@ Knows nothing of terminals or command lines.
 from __future__ import annotations
 
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
@@ -14,17 +13,18 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgeinfer import platform, runtime
-from edgeinfer.chat import Message, ReasoningSplitter, encode_chat, opens_reasoning
+from edgeinfer.chat import Message, encode_chat
 from edgeinfer.errors import ClosedError, EdgeInferError, InvalidRequestError, PlanError
 from edgeinfer.kvcache import LEAST_SLIDING
 from edgeinfer.memory_plan import MemoryPlan
 from edgeinfer.options import LoadOptions, Sampling
 from edgeinfer.parameters import ANSWER, LOGITS, REQUEST, checked, id_list, shown
+from edgeinfer.reply import AnswerText, ReasoningSplitter, opened_tags, reasoning_tags
 from edgeinfer.results import Completion
 from edgeinfer.runtime import Runtime
 from edgeinfer.sampling import SamplingParams, breaker_tokens
 from edgeinfer.sequence import Request
-from edgeinfer.stream import AnswerText, Stream
+from edgeinfer.stream import Stream, read_all
 from edgeinfer.turns import drop_turns
 
 if TYPE_CHECKING:
@@ -110,7 +110,8 @@ class LLM:
         if given.get("overflow") in ("slide", "drop-turns"):
             n_pinned = self._n_system_tokens(turns, ids)
         end = opened.tokenizer.decode(ids[-16:], special=True)
-        splitter = ReasoningSplitter(starts_open=opens_reasoning(end))
+        tags = reasoning_tags(opened.template.source, opened.tokenizer)
+        splitter = ReasoningSplitter(tags, opened_tags(end, tags))
         return self._submit(ids, given, splitter, n_pinned, n_dropped)
 
     def chat_batch(
@@ -228,7 +229,7 @@ class LLM:
             params=self._params(given),
             max_tokens=given.get("max_tokens"),
             overflow=self._cache_overflow(given.get("overflow", "error"), len(ids)),
-            stop_ids=frozenset(opened.tokenizer.eog_ids),
+            stop_ids=self._stop_ids(given.get("stop_token_ids", frozenset())),
             n_pinned=n_pinned,
             # The reference backend computes row by row: more rows are never cheaper there.
             speculation=given.get("speculation", opened.device != "reference"),
@@ -243,6 +244,17 @@ class LLM:
             owner=self,
             dropped_turns=n_dropped,
         )
+
+    def _stop_ids(self, given: frozenset[int]) -> frozenset[int]:
+        tokenizer = self._open().tokenizer
+        unknown = [id for id in given if id >= tokenizer.n_vocab]
+        if unknown:
+            raise InvalidRequestError(
+                f"stop_token_ids names {min(unknown)}; the vocabulary has 0 .. "
+                f"{tokenizer.n_vocab - 1}",
+                param="stop_token_ids",
+            )
+        return given | frozenset(tokenizer.eog_ids)
 
     def _cache_overflow(self, overflow: str, n_tokens: int) -> Literal["error", "slide"]:
         """What the cache does when it is full; turns were dropped before, where that was asked."""
@@ -267,21 +279,9 @@ class LLM:
     def _run_all(
         self, open_stream: Callable[[Any], Stream], asked: Iterable[Any], param: str
     ) -> list[Completion]:
-        """Run streams side by side, never so many that some wait long; one that fails ends all."""
+        """Run streams side by side, a few more than can run; one that fails ends them all."""
         most = 2 * self.plan.limits.max_sequences
-        running: deque[Stream] = deque()
-        answers: list[Completion] = []
-        try:
-            for each in _items(asked, param):
-                running.append(open_stream(each))
-                if len(running) == most:
-                    answers.append(running.popleft().run())
-            while running:
-                answers.append(running.popleft().run())
-        finally:
-            for stream in running:
-                stream.close()
-        return answers
+        return read_all(map(open_stream, _items(asked, param)), most)
 
 
 def _turns(messages: str | Sequence[Message]) -> Sequence[Message]:

@@ -38,6 +38,7 @@ class Sampling(TypedDict, total=False):
 
     max_tokens: int | None  # None: to the end of generation or context
     stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int] | None  # beside those that end a generation anyway
     overflow: Overflow | None
     seed: int | None
     temperature: float | None

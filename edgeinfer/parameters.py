@@ -122,6 +122,15 @@ def text_or_texts(value: Any) -> tuple[str, ...]:
     return texts((value,) if isinstance(value, str) else value)
 
 
+def id_set(value: Any) -> frozenset[int]:
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Collection):
+        raise ValueError
+    checked = frozenset(map(integer, value))
+    if any(not 0 <= token <= _INT32 for token in checked):
+        raise ValueError
+    return checked
+
+
 def biases(value: Any) -> dict[int, float]:
     """What is added to a token's logit, by id; infinities ban and force."""
     if not isinstance(value, Mapping):
@@ -178,6 +187,7 @@ _WORDS: dict[Callable[[Any], Any], str] = {
     text: "a text",
     texts: "texts, none empty",
     text_or_texts: "a text or several, none empty",
+    id_set: "token ids",
     biases: "numbers by token id",
     memory_size: "bytes, 512M, 2G, or a share such as 80%",
     cache_types: "a type, or one for K and one for V",
@@ -253,6 +263,7 @@ REQUEST = _by_name(
         "max_tokens", integer, "Most tokens to generate.", 1, _INT64, usual=(1, 10_000_000)
     ),
     Parameter("stop", text_or_texts, "End before this text.", default=()),
+    Parameter("stop_token_ids", id_set, "End at this token.", default=frozenset()),
     Parameter(
         "overflow", text,
         "When the context is full: stop with an error, or forget the oldest tokens or turns.",

@@ -34,6 +34,7 @@ class Scheduler:
         )
         self.waiting: list[AnyWork] = []  # in order of arrival; other threads append
         self.running: list[Generation] = []
+        self.paused: list[Generation] = []  # until they are read; they may lose their pages
         self.jobs: list[LogitsJob] = []
         self.may_start = False  # whether something came or went since `admit` looked
         self.idle: list[Sequence] = []  # ended ones, the latest last
@@ -41,26 +42,42 @@ class Scheduler:
         self._blocked: AnyWork | None = None  # the first in line, which does not fit
         self._deadline = math.inf  # the step from which on it fits for certain
 
+    @property
+    def has_work(self) -> bool:
+        if self.waiting or self.running or self.jobs:
+            return True
+        return any(work.is_cancelled or work.events.has_room for work in self.paused)
+
     # -- beginning and end -----------------------------------------------------------------------
 
     def drop_cancelled(self) -> None:
-        for work in [w for w in (*self.running, *self.jobs, *self.waiting) if w.is_cancelled]:
+        for work in [w for w in (*self._begun, *self.waiting) if w.is_cancelled]:
             try:
                 self.finish(work, "cancelled")
             except BaseException as error:
                 self.fail(work, error)
 
+    def pause_unread(self) -> None:
+        """Without a reader a generation promises itself no pages; it keeps them while it can."""
+        for generation in [g for g in self.running if g.is_unread]:
+            self.may_start = True
+            self.paused.append(generation)
+            self.running.remove(generation)
+            generation.events.pause()
+
     def admit(self) -> None:
         """Start what waits, in order of arrival, while all that runs can grow to its full length.
 
         Where the first in line does not fit, later ones that fit pass it if they end, at the
-        latest, before it would fit for certain: they never make it wait longer.
+        latest, before it would fit for certain: they never make it wait longer. Those that were
+        paused and are read again have waited before.
         """
-        if not self.may_start:
+        resumed = [generation for generation in self.paused if generation.events.has_room]
+        if not (self.may_start or resumed):
             return
         self.may_start = False
         n_free, is_first = self.pool.n_pages - self._n_promised(), True
-        for work in tuple(self.waiting):
+        for work in (*resumed, *self.waiting):
             if isinstance(work, Generation) and len(self.running) >= self.limits.max_sequences:
                 return
             if work.most_pages <= n_free and (is_first or self._ends_in_time(work)):
@@ -94,6 +111,10 @@ class Scheduler:
     def _at_work(self) -> tuple[AnyWork, ...]:
         return (*self.running, *self.jobs)
 
+    @property
+    def _begun(self) -> tuple[AnyWork, ...]:
+        return (*self.running, *self.paused, *self.jobs)
+
     def _steps_left(self, work: AnyWork) -> float:
         """The most steps until it ends, as far as is known; company may delay a prompt."""
         if isinstance(work, LogitsJob):
@@ -109,6 +130,10 @@ class Scheduler:
             work.open(self.pool)
             self.jobs.append(work)
             self.waiting.remove(work)
+            return
+        if work.sequence is not None:
+            self.running.append(work)
+            self.paused.remove(work)
             return
         sequence = work.sequence = self._open_sequence(work)
         self.running.append(work)
@@ -155,7 +180,7 @@ class Scheduler:
             self.idle.pop(0).cache.free()
 
     def _forget(self, work: AnyWork) -> None:
-        for group in (self.waiting, self.running, self.jobs):
+        for group in (self.waiting, self.running, self.paused, self.jobs):
             with contextlib.suppress(ValueError):
                 group.remove(work)  # type: ignore[arg-type]
         if isinstance(work, Generation):
@@ -168,8 +193,8 @@ class Scheduler:
         self._tell(work, error)
 
     def fail_all(self, error: BaseException, *, also_waiting: bool = False) -> None:
-        """End all that runs."""
-        ended = (*self._at_work, *(self.waiting if also_waiting else ()))
+        """End all that has begun."""
+        ended = (*self._begun, *(self.waiting if also_waiting else ()))
         for work in ended:
             self._forget(work)
         self.recover()
@@ -190,7 +215,9 @@ class Scheduler:
         for work in self._at_work:
             with contextlib.suppress(ValueError):
                 self.waiting.remove(work)  # it was being started
-        used = [generation.sequence for generation in self.running if generation.sequence]
+        self.paused = [work for work in self.paused if work not in self.running]
+        begun = (*self.running, *self.paused)
+        used = [generation.sequence for generation in begun if generation.sequence]
         used += [sequence for job in self.jobs for sequence in job.sequences]
         caches = [sequence.cache for sequence in used]
         self.idle = [each for each in self.idle if each.cache not in caches]
@@ -221,7 +248,7 @@ class Scheduler:
                 if part.sequence.n_generated:
                     n_left = min(n_left, max(_SHARED_PREFILL, len(self.running)))
         parts = decoding + reading
-        if all(part.sequence.n_generated for part in parts):
+        if all(part.sequence.is_decoding for part in parts):
             return self._with_drafts(parts)
         return parts
 
@@ -258,10 +285,17 @@ class Scheduler:
             return kept
 
     def make_room(self, part: Rows) -> None:
-        """Hold the pages for a part's rows; ended sequences give theirs up, the oldest first."""
+        """Hold the pages for a part's rows, taken of what has ended, then of what is paused.
+
+        A paused generation computes its tokens again from the first on: the same bits.
+        """
         cache = part.sequence.cache
         n_new = cache.layout.pages_needed(cache.n_tokens + part.n) - cache.n_pages
         while self.pool.n_free < n_new:
-            assert self.idle, "what runs holds more pages than were promised"
-            self.idle.pop(0).cache.free()
+            if self.idle:
+                self.idle.pop(0).cache.free()
+                continue
+            paused = [g.sequence for g in self.paused if g.sequence and g.sequence.cache.n_pages]
+            assert paused, "what runs holds more pages than were promised"
+            paused[0].cache.free()
         cache.grow(part.n)

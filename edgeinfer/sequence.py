@@ -96,6 +96,11 @@ class Sequence:
         """Tokens whose K and V are not stored yet: 1 while decoding."""
         return len(self.ids) - self.cache.n_tokens
 
+    @property
+    def is_decoding(self) -> bool:
+        """Whether only its latest token waits: nothing of the prompt, nor of a cache it lost."""
+        return self.n_generated > 0 and self.n_waiting == 1
+
     def common_prefix(self, ids: tuple[int, ...], layout: CacheLayout) -> int:
         """How many of `ids` this sequence's cache can serve, the last one excepted."""
         if layout != self.cache.layout:

@@ -240,22 +240,6 @@ def test_chat_batch(llm: LLM) -> None:
     assert [answer.usage.completion_tokens for answer in answers] == [4, 4]
 
 
-def test_reasoning_is_apart(llm: LLM) -> None:
-    """A reply that is forced to spell <think>abc</think>d."""
-    from edgeinfer.chat import ReasoningSplitter
-    from edgeinfer.stream import AnswerText
-
-    tokenizer = llm.runtime.tokenizer
-    answer = AnswerText.open(tokenizer, ("STOP",), ReasoningSplitter())
-    deltas = [
-        answer.push(id) for id in tokenizer.encode("<think>ab c</think>\n\ndone STO", bos=False)
-    ]
-    deltas.append(answer.flush())
-    assert "".join(answer.reasoning) == "ab c"
-    assert "".join(answer.text) == "done STO"
-    assert "".join(delta.text for delta in deltas if delta) == "done STO"
-
-
 # -- tokens and logits ---------------------------------------------------------------------------
 
 
