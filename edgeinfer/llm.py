@@ -294,5 +294,4 @@ def _turns(messages: str | Sequence[Message]) -> Sequence[Message]:
 def _run_all(open_stream: Callable[[Any], Stream], prompts: Iterable[Any]) -> list[Completion]:
     """Run streams side by side; one that fails ends them all."""
     with ExitStack() as stack:
-        streams = [stack.enter_context(open_stream(prompt)) for prompt in prompts]
-        return read_all(streams)
+        return read_all(stack.enter_context(open_stream(prompt)) for prompt in prompts)
