@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from os import PathLike
 from types import TracebackType
@@ -78,7 +79,7 @@ class LLM:
         self, prompts: Iterable[str | Sequence[int]], **sampling: Unpack[Sampling]
     ) -> list[Completion]:
         """Continue several prompts side by side."""
-        return self._run_all(lambda prompt: self.stream(prompt, **sampling), prompts, "prompts")
+        return _run_all(lambda prompt: self.stream(prompt, **sampling), prompts, "prompts")
 
     # -- chat ------------------------------------------------------------------------------------
 
@@ -122,7 +123,7 @@ class LLM:
         **sampling: Unpack[Sampling],
     ) -> list[Completion]:
         """Answer several conversations side by side."""
-        return self._run_all(
+        return _run_all(
             lambda each: self.stream_chat(each, template_args=template_args, **sampling),
             conversations,
             "conversations",
@@ -276,16 +277,17 @@ class LLM:
         found = breaker_tokens(params.dry_sequence_breakers, pieces, tokenizer.encode)
         return replace(params, dry_breaker_tokens=found)
 
-    def _run_all(
-        self, open_stream: Callable[[Any], Stream], asked: Iterable[Any], param: str
-    ) -> list[Completion]:
-        """Run streams side by side, a few more than can run; one that fails ends them all."""
-        most = 2 * self.plan.limits.max_sequences
-        return read_all(map(open_stream, _items(asked, param)), most)
-
 
 def _turns(messages: str | Sequence[Message]) -> Sequence[Message]:
     return [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+
+
+def _run_all(
+    open_stream: Callable[[Any], Stream], asked: Iterable[Any], param: str
+) -> list[Completion]:
+    """Run streams side by side; one that fails ends them all."""
+    with ExitStack() as stack:
+        return read_all(stack.enter_context(open_stream(each)) for each in _items(asked, param))
 
 
 def _items(given: Iterable[Any], param: str) -> Iterable[Any]:

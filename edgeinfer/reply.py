@@ -68,16 +68,21 @@ class AnswerText:
         pieces: list[Piece] = []
         if self.stop is None:
             pieces += self._find(Piece(self.decoder.flush()))
-        if self.stop is None and last is not None and self.tokenizer.is_control(last):
+        if self.stop is None and last is not None and self._is_hidden(last):
             pieces += self._find(self._piece(last))
         if self.stop is None:
             pieces += self.stops.flush()
         return self._add(pieces, is_last=True)
 
     def _piece(self, token: int) -> Piece:
-        if self.tokenizer.is_control(token):
+        text = self.decoder.push(token)
+        if not text and self._is_hidden(token):
             return Piece(self.tokenizer.text(token), is_control=True)
-        return Piece(self.decoder.push(token))
+        return Piece(text)
+
+    def _is_hidden(self, token: int) -> bool:
+        """Control tokens, and those of types that stand for no text."""
+        return self.tokenizer.is_control(token) or not self.tokenizer.piece(token)
 
     def _find(self, piece: Piece) -> list[Piece]:
         pieces, self.stop = self.stops.push(piece)

@@ -12,7 +12,6 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import islice
 from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Literal, TypeVar
@@ -35,6 +34,7 @@ from edgeinfer.tokenizer import Tokenizer
 
 _Self = TypeVar("_Self", bound="Stream")
 _Reason = Literal["stop", "length", "cancelled"]
+MOST_OPEN = 256  # streams of a batch: more than steps take, fewer than may wait
 
 
 class Stream(Iterator[Event]):
@@ -244,27 +244,27 @@ class Stream(Iterator[Event]):
         )
 
 
-def read_all(streams: Iterable[Stream], most: int) -> list[Completion]:
-    """The completions of streams, `most` at a time, read as their events come; in order."""
+def read_all(streams: Iterable[Stream]) -> list[Completion]:
+    """The completions of streams that are read side by side, as their events come.
+
+    An iterator that opens each as it is asked for has at most MOST_OPEN open.
+    """
     ready: SimpleQueue[Stream] = SimpleQueue()
-    left, opened, n_open = iter(streams), list[Stream](), 0
-    try:
-        while True:
-            for stream in islice(left, most - n_open):
-                opened.append(stream)
-                n_open += 1
-                stream.notify(partial(ready.put, stream))
-            if not n_open:
-                return [stream.completion for stream in opened]
-            try:
-                stream = ready.get(timeout=WAKE_SECONDS)
-                while stream.poll() is not None:
-                    pass
-                stream.notify(partial(ready.put, stream))
-            except Empty:
-                opened[0].check_alive()
-            except StopIteration:
-                n_open -= 1
-    finally:
-        for stream in opened:
-            stream.close()
+    opened: list[Stream] = []
+    more, n_open = iter(streams), 0
+    while True:
+        while n_open < MOST_OPEN and (stream := next(more, None)) is not None:
+            opened.append(stream)
+            stream.notify(partial(ready.put, stream))
+            n_open += 1
+        if not n_open:
+            return [stream.completion for stream in opened]
+        try:
+            stream = ready.get(timeout=WAKE_SECONDS)
+            while stream.poll() is not None:
+                pass
+            stream.notify(partial(ready.put, stream))
+        except Empty:
+            opened[-1].check_alive()
+        except StopIteration:
+            n_open -= 1

@@ -23,7 +23,7 @@ from edgeinfer.reply import (
     reasoning_tags,
 )
 from edgeinfer.tokenizer import Tokenizer
-from edgeinfer.vocabulary import CONTROL, NORMAL, USER_DEFINED
+from edgeinfer.vocabulary import CONTROL, NORMAL, UNUSED, USER_DEFINED
 
 MISTRAL = Tags("[THINK]", "[/THINK]")
 # Tokens after the 256 bytes: (spelling, type).
@@ -35,6 +35,7 @@ SPECIALS = [
     ("<think>", CONTROL),
     ("</think>", CONTROL),
     ("<mark>", USER_DEFINED),
+    ("<unused>", UNUSED),
 ]
 ID = {text: 256 + i for i, (text, _) in enumerate(SPECIALS)}
 
@@ -101,6 +102,13 @@ def test_a_stop_string_matches_a_control_token(
 ) -> None:
     answer = read(tokenizer, text, stop)
     assert (answer.text, answer.stop) == (shown, stop)
+
+
+def test_a_stop_string_matches_any_token_that_is_not_shown(tokenizer: Tokenizer) -> None:
+    answer = AnswerText.open(tokenizer, ("b<unused>",), None)
+    for token in (ord("a"), ord("b"), ID["<unused>"]):
+        answer.push(token)
+    assert (answer.text, answer.stop) == ("a", "b<unused>")
 
 
 @pytest.mark.parametrize("text", ["one<|im_start|>two", "one<|im_start|>\nfoo two"])

@@ -20,7 +20,7 @@ import pytest
 from edgeinfer import LLM, AsyncLLM, AsyncStream, ClosedError, Completion, Done, InvalidRequestError
 from edgeinfer.generation import MOST_UNREAD
 from edgeinfer.speculation import MAX_ROWS
-from edgeinfer.stream import Stream
+from edgeinfer.stream import MOST_OPEN, Stream
 
 from .models_for_tests import tiny_model
 
@@ -28,6 +28,10 @@ N_CTX = 512
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
 ENDLESS: Any = dict(logit_bias={257: -1e9}, seed=1)  # without the token that ends an answer
 SLIDING: Any = dict(overflow="slide", **ENDLESS)
+
+needs_signals = pytest.mark.skipif(
+    not hasattr(signal, "pthread_kill"), reason="no signals to threads on this system"
+)
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +174,12 @@ def test_closing_the_model_ends_what_is_paused(llm: LLM) -> None:
         list(stream)
 
 
+def test_a_batch_of_any_size(llm: LLM) -> None:
+    answers = llm.generate_batch(([n % 250] for n in range(2 * MOST_OPEN + 5)), max_tokens=1)
+    assert len(answers) == 2 * MOST_OPEN + 5
+    assert llm.generate_batch([]) == []
+
+
 # -- readers that go away ------------------------------------------------------------------------
 
 
@@ -184,7 +194,8 @@ def test_a_stream_left_in_a_variable_stops(llm: LLM) -> None:
     assert stream.completion.finish_reason == "cancelled"
 
 
-@pytest.mark.parametrize("method", ["stream", "generate", "chat"])
+@needs_signals
+@pytest.mark.parametrize("method", ["stream", "generate", "chat", "generate_batch"])
 def test_an_interrupt_cancels_what_was_waited_for(llm: LLM, method: str) -> None:
     """With its traceback kept, as notebooks do: the stream is never dropped."""
     kept: list[BaseException] = []
@@ -195,7 +206,8 @@ def test_an_interrupt_cancels_what_was_waited_for(llm: LLM, method: str) -> None
         stream = llm.stream("hello", **SLIDING)
         read: Callable[[], Any] = partial(all, (event is not None for event in stream))
     else:
-        read = partial(getattr(llm, method), "hello", **SLIDING)
+        prompt = ["one", "two"] if method == "generate_batch" else "hello"
+        read = partial(getattr(llm, method), prompt, **SLIDING)
     timer.start()
     try:
         read()
@@ -224,6 +236,7 @@ def test_an_interrupted_stream_has_what_came_before(
     assert list(stream) == []
 
 
+@needs_signals
 def test_a_signal_handler_may_close_the_stream_being_read(llm: LLM) -> None:
     stream = llm.stream("hello", **SLIDING)
     main = threading.main_thread().ident
