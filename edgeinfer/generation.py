@@ -108,10 +108,7 @@ class Generation:
         return self.speculator.guess(most)
 
     def emit(self, event: Event) -> None:
-        try:
-            self.events.put(event)
-        except BaseException:  # of the reader's callback: nobody can be told any more
-            self.is_cancelled = True
+        self.events.put(event)
 
     def cancel(self, *, keep_cache: bool = False) -> None:
         """End it now, from any thread. With `keep_cache` its pages may serve a later prompt."""

@@ -5,6 +5,7 @@ What callers give is checked against it where it enters; flags and forms are mad
 
 from __future__ import annotations
 
+import contextlib
 import math
 import reprlib
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -199,13 +200,12 @@ def id_list(value: Any, param: str) -> list[int]:
     """Token ids from a list, a range or an array; InvalidRequestError for anything else."""
     is_list = hasattr(value, "__len__") and hasattr(value, "__getitem__")
     if is_list and not isinstance(value, (str, bytes, bytearray, memoryview, Mapping)):
-        ids = list(value)
-        if all(type(id) is int for id in ids):
-            return ids
-        try:
-            return [integer(id) for id in ids]
-        except ValueError:
-            pass
+        with contextlib.suppress(TypeError, ValueError):
+            ids = list(value)
+            if not all(type(id) is int for id in ids):
+                ids = [integer(id) for id in ids]
+            if not ids or -_INT64 <= min(ids) <= max(ids) <= _INT64:
+                return ids
     kind = "text or a list of token ids" if param == "prompt" else "a list of token ids"
     raise InvalidRequestError(f"{param} is {shown(value)}; it must be {kind}", param=param)
 

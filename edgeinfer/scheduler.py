@@ -203,7 +203,7 @@ class Scheduler:
 
     def _tell(self, work: AnyWork, error: BaseException) -> None:
         told = public_error(error)
-        with contextlib.suppress(Exception):  # whoever listens must not end the others
+        with contextlib.suppress(BaseException):  # whoever listens must not end the others
             if isinstance(work, LogitsJob):
                 work.finish(told)
             else:
