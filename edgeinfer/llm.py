@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgeinfer import platform, runtime
+from edgeinfer.batch import PAGE
 from edgeinfer.chat import Message, encode_chat
 from edgeinfer.errors import ClosedError, EdgeInferError, InvalidRequestError, PlanError
 from edgeinfer.kvcache import LEAST_SLIDING
@@ -260,9 +261,9 @@ class LLM:
     def _cache_overflow(self, overflow: str, n_tokens: int) -> Literal["error", "slide"]:
         """What the cache does when it is full; turns were dropped before, where that was asked."""
         can_slide = self.n_ctx >= LEAST_SLIDING
-        if overflow == "slide" or (
-            overflow == "drop-turns" and n_tokens < self.n_ctx and can_slide
-        ):
+        # What slides holds whole pages: a prompt that it would cut short does not slide.
+        fits = n_tokens < self.n_ctx // PAGE * PAGE
+        if overflow == "slide" or (overflow == "drop-turns" and can_slide and fits):
             return "slide"
         return "error"
 

@@ -204,6 +204,30 @@ def test_without_max_tokens_the_context_is_the_end(path: Path) -> None:
             llm.generate("x" * 100)
 
 
+@pytest.mark.parametrize("n_ctx", [1, 2, 31, 33, 64, 100, 127, 128, 130, 159, 160])
+def test_the_context_bounds_prompt_and_answer(path: Path, n_ctx: int) -> None:
+    """Also where it is no multiple of a page; one that slides sees no more than that at once."""
+    with LLM(path, n_ctx=n_ctx, threads=1) as llm:
+        endless: Any = dict(logit_bias={257: -1e9}, temperature=0)
+        for n in range(1, n_ctx, max(1, n_ctx // 7)):
+            for asked in (None, n_ctx, 3 * n_ctx):
+                usage = llm.generate([70] * n, max_tokens=asked, **endless).usage
+                assert usage.prompt_tokens + usage.completion_tokens == n_ctx
+        for n in (n_ctx, n_ctx + 1):
+            with pytest.raises(ContextLengthError, match=f"{n} tokens, the context holds {n_ctx}"):
+                llm.generate([70] * n)
+        assert len(llm.logits([70] * n_ctx)) == n_ctx
+        if n_ctx < 128:
+            with pytest.raises(InvalidRequestError, match="too short to slide"):
+                llm.generate([70], overflow="slide")
+            return
+        for overflow in ("slide", "drop-turns"):
+            stream = llm.stream([70], overflow=overflow, max_tokens=2 * n_ctx, **endless)  # type: ignore[arg-type]
+            assert stream.run().usage.completion_tokens == 2 * n_ctx
+            layout = stream._generation.layout
+            assert 32 * (layout.n_pinned + layout.n_visible + 1) <= n_ctx
+
+
 # -- chat ----------------------------------------------------------------------------------------
 
 
