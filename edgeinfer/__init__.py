@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from edgeinfer.llm import LLM
     from edgeinfer.memory_plan import MemoryPlan
     from edgeinfer.options import LoadOptions, Progress, Sampling
+    from edgeinfer.parameters import ANSWER, LOAD, Parameter
     from edgeinfer.results import (
         Completion,
         Delta,
@@ -55,6 +56,7 @@ if not os.path.isdir(os.path.join(os.path.dirname(__file__), "kernels")):
 _HOME = {
     "LLM": "llm", "AsyncLLM": "aio",
     "LoadOptions": "options", "Message": "chat", "Progress": "options", "Sampling": "options",
+    "ANSWER": "parameters", "LOAD": "parameters", "Parameter": "parameters",
     "MemoryPlan": "memory_plan", "plan": "inspect_file",
     "ModelInfo": "discovery", "list_models": "discovery", "pull": "fetch",
     "Completion": "results", "Delta": "results", "Done": "results", "Event": "results",
@@ -70,6 +72,7 @@ _HOME = {
 }  # fmt: skip
 
 __all__ = [
+    "ANSWER",
     "AsyncLLM",
     "AsyncStream",
     "BusyError",
@@ -85,11 +88,13 @@ __all__ = [
     "InvalidModelError",
     "InvalidRequestError",
     "LLM",
+    "LOAD",
     "LoadOptions",
     "MemoryPlan",
     "Message",
     "ModelInfo",
     "ModelNotFoundError",
+    "Parameter",
     "PlanError",
     "Progress",
     "PromptProgress",

@@ -99,7 +99,7 @@ class DeviceError(EdgeInferError):
 
 
 class BusyError(EdgeInferError):
-    """Every slot is taken."""
+    """So many requests wait already that no other is taken on."""
 
 
 class ClosedError(EdgeInferError):

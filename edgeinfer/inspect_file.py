@@ -14,8 +14,8 @@ from edgeinfer.errors import UnsupportedModelError
 from edgeinfer.gguf import Array, GGUFFile
 from edgeinfer.memory_plan import MemoryPlan
 from edgeinfer.model import Model
-from edgeinfer.options import LoadOptions, check_keywords
-from edgeinfer.runtime import find_file, plan_model
+from edgeinfer.options import LoadOptions
+from edgeinfer.runtime import checked_options, find_file, plan_model
 from edgeinfer.tokenizer import Tokenizer
 
 
@@ -71,13 +71,13 @@ def _text_facts(file: GGUFFile) -> dict[str, Any]:
 
 def plan_file(path: str | PathLike[str], options: LoadOptions) -> MemoryPlan:
     """The memory that loading a file with these options takes."""
+    options = checked_options("plan", options)
     with GGUFFile.open(find_file(path)) as file:
         return plan_model(Model.load(file), options)
 
 
 def plan(model: str | PathLike[str], **load: Unpack[LoadOptions]) -> MemoryPlan:
     """The memory that `LLM(model, **load)` would take; PlanError where it does not fit."""
-    check_keywords("plan", load, LoadOptions.__annotations__)
     return plan_file(model, load)
 
 

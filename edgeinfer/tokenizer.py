@@ -8,7 +8,7 @@ from __future__ import annotations
 import codecs
 import re
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from .byte_pair import BytePair
@@ -192,47 +192,6 @@ class StreamDecoder:
     def flush(self) -> str:
         """What is left at the end: U+FFFD for an unfinished character, else nothing."""
         return self._decoder.decode(b"", final=True)
-
-
-class StopFinder:
-    """Finds the first stop string in text that comes in parts.
-
-    Text that might begin a stop string is held back: at most max(len(stop)) - 1 characters.
-    """
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        if not all(stops):
-            raise InvalidRequestError("a stop string is empty", param="stop")
-        self._stops = tuple(stops)
-        self._held = ""
-
-    def push(self, text: str) -> tuple[str, str | None]:
-        """Text that can be shown, and the stop string that was completed or None.
-
-        After a match the text before the stop string is all there is.
-        """
-        text = self._held + text
-        matches = [(at + len(s), at, s) for s in self._stops if (at := text.find(s)) >= 0]
-        if matches:
-            _, start, stop = min(matches)
-            self._held = ""
-            return text[:start], stop
-        n_held = max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[len(text) - n_held :]
-        return text[: len(text) - n_held], None
-
-    def flush(self) -> str:
-        """The text held back, once no more can come."""
-        held, self._held = self._held, ""
-        return held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that begins `stop`."""
-    for n in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:n]):
-            return n
-    return 0
 
 
 def _sound(text: str) -> str:

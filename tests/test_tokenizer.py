@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from edgeinfer.errors import InvalidModelError, InvalidRequestError, UnsupportedModelError
 from edgeinfer.gguf import GGUFFile
 from edgeinfer.pretokenizers import PRE_TOKENIZERS
-from edgeinfer.tokenizer import StopFinder, StreamDecoder, Tokenizer
+from edgeinfer.tokenizer import StreamDecoder, Tokenizer
 
 DataFile = Callable[[str], Path]
 
@@ -300,43 +300,6 @@ def test_ids_outside_the_vocabulary() -> None:
     for id in (-1, 257, 1 << 40):
         with pytest.raises(InvalidRequestError, match="vocabulary of 257"):
             tokenizer.piece(id)
-
-
-def find_stop(text: str, stops: list[str]) -> tuple[str, str | None]:
-    """What a finder fed one character at a time must come to."""
-    for end in range(len(text) + 1):
-        done = [stop for stop in stops if text[:end].endswith(stop)]
-        if done:
-            stop = max(done, key=len)
-            return text[: end - len(stop)], stop
-    return text, None
-
-
-@settings(max_examples=400, deadline=None)
-@given(
-    parts=st.lists(st.text("ab<", max_size=5), max_size=8),
-    stops=st.lists(st.text("ab<", min_size=1, max_size=4), min_size=1, max_size=3),
-)
-def test_stop_does_not_depend_on_where_text_is_cut(parts: list[str], stops: list[str]) -> None:
-    finder, shown, found = StopFinder(stops), "", None
-    for n, part in enumerate(parts, 1):
-        emitted, found = finder.push(part)
-        shown += emitted
-        if found:
-            break
-        assert len("".join(parts[:n])) - len(shown) < max(map(len, stops))
-    assert (shown + finder.flush(), found) == find_stop("".join(parts), stops)
-
-
-def test_stop_split_over_tokens() -> None:
-    finder = StopFinder(["</s>", "User:"])
-    assert finder.push("Hi <") == ("Hi ", None)
-    assert finder.push("/") == ("", None)
-    assert finder.push("b> Us") == ("</b> ", None)
-    assert finder.push("er: no") == ("", "User:")
-    assert StopFinder([]).push("<") == ("<", None)
-    with pytest.raises(InvalidRequestError):
-        StopFinder([""])
 
 
 # Files that are wrong
