@@ -44,7 +44,7 @@ if TYPE_CHECKING:
         Usage,
     )
     from edgeinfer.stream import Stream
-    from edgeinfer.terminal import StreamFilter, printable
+    from edgeinfer.terminal import StreamFilter, one_line, printable
 
 __version__ = "0.1.0"
 
@@ -61,7 +61,7 @@ _HOME = {
     "PromptProgress": "results", "Timings": "results", "TokenLogprob": "results",
     "Usage": "results",
     "AsyncStream": "aio", "Stream": "stream",
-    "StreamFilter": "terminal", "printable": "terminal",
+    "StreamFilter": "terminal", "one_line": "terminal", "printable": "terminal",
 }  # fmt: skip
 
 __all__ = [
@@ -98,6 +98,7 @@ __all__ = [
     "Usage",
     "__version__",
     "list_models",
+    "one_line",
     "plan",
     "printable",
     "pull",

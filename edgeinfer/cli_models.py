@@ -17,11 +17,13 @@ from edgeinfer import config
 from edgeinfer.cli_options import common_flags
 from edgeinfer.console import DownloadLine, note, show, show_json
 from edgeinfer.errors import ModelNotFoundError
+from edgeinfer.terminal import one_line
 
 if TYPE_CHECKING:
     from edgeinfer.options import Progress
 
 _MB = 10**6
+_MAX_PATH = 1000  # characters of it that are shown
 
 
 def add_to(group: click.Group) -> None:
@@ -72,7 +74,10 @@ def list_(show_all: bool, as_json: bool) -> None:
             }
         )
         return
-    rows = [(i.name, f"{i.n_bytes / _MB:.0f} MB", i.source, str(i.path)) for i in here]
+    rows = [
+        (one_line(i.name), f"{i.n_bytes / _MB:.0f} MB", i.source, one_line(str(i.path), _MAX_PATH))
+        for i in here
+    ]
     rows += [(a.name, f"{a.n_bytes / _MB:.0f} MB", "(pull)", a.licence) for a in missing]
     widths = [max(len(row[column]) for row in rows) for column in range(3)] if rows else []
     for name, size, source, path in rows:
@@ -89,7 +94,7 @@ def rm(name: str) -> None:
     from edgeinfer.fetch import remove
 
     for path in remove(name):
-        note(f"deleted {path}")
+        note(f"deleted {one_line(str(path), _MAX_PATH)}")
 
 
 @click.command(epilog="Example: edgeinfer cache --clear")
@@ -116,7 +121,7 @@ def cache(clear: bool, as_json: bool) -> None:
     for folder, size in sizes.items():
         show(f"{size / _MB:8.1f} MB  {folder}")
     for path in unfinished:
-        show(f"unfinished: {path}")
+        show(f"unfinished: {one_line(str(path), _MAX_PATH)}")
 
 
 @click.command(epilog="Example: edgeinfer doctor --json")
@@ -162,7 +167,7 @@ def choose_model(name: str | None, yes: bool, *, is_chat: bool = False) -> str:
     if name is None:
         is_person = sys.stdin.isatty() and sys.stderr.isatty()
         name = last_model() if is_chat and is_person else _default_name()
-        note(f"no model named: using {name}")
+        note(f"no model named: using {one_line(name, _MAX_PATH)}")
     try:
         return str(find_model(name))
     except ModelNotFoundError:
