@@ -116,7 +116,7 @@ class SamplingParams:
         for key, value in (model_defaults or {}).items():
             bare = key.removeprefix(_FILE_PREFIX)
             name = _FILE_NAMES.get(bare, bare)
-            if name in names:
+            if name in names and given.get(name) is None:
                 from_file[name] = value
                 try:
                     cls(**{name: value})
