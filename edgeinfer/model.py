@@ -182,7 +182,35 @@ def _read_sampling(file: GGUFFile) -> dict[str, bool | int | float | str]:
         value = file.metadata[key] if key.startswith(prefix) else None
         if value is not None and not isinstance(value, Array):
             values[key.removeprefix(prefix)] = value
-    return values
+    sequence = values.pop("sequence", None)
+    return values if sequence is None else {**values, **_off(str(sequence), file)}
+
+
+# The samplers in the order that is fixed here, by their names in `general.sampling.sequence`, and
+# what turns off those that a file leaves out.
+_CHAIN: dict[str, tuple[str, float]] = {
+    "penalties": ("penalty_last_n", 0),
+    "dry": ("dry_multiplier", 0),
+    "top_n_sigma": ("top_n_sigma", -1),
+    "top_k": ("top_k", 0),
+    "typ_p": ("typical_p", 1),
+    "top_p": ("top_p", 1),
+    "min_p": ("min_p", 0),
+    "xtc": ("xtc_probability", 0),
+    "temperature": ("temp", 1),
+}
+
+
+def _off(sequence: str, file: GGUFFile) -> dict[str, float]:
+    """Values that leave only the samplers of a sequence such as "top_k;top_p;temperature"."""
+    names = [name for name in sequence.split(";") if name]
+    if names != [name for name in _CHAIN if name in names]:
+        unsupported(
+            file.metadata.get_str("general.architecture"),
+            "this file asks for",
+            [f"the sampler order {one_line(sequence, 60)}"],
+        )
+    return dict(off for name, off in _CHAIN.items() if name not in names)
 
 
 def _operations_of(names: Iterable[str]) -> tuple[str, ...]:

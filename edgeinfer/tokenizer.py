@@ -338,7 +338,7 @@ def _extra_pieces(vocab: Vocabulary) -> dict[str, int]:
         return {}
     extra = {}
     for text in missing:
-        alone = bytes([byte_value(text)]).decode(errors="surrogateescape")
+        alone = bytes([BYTE_TEXTS[text]]).decode(errors="surrogateescape")
         extra[text] = vocab.ids.get(alone, unknown)
     name = "<unk>"
     while name in vocab.ids:
@@ -354,20 +354,20 @@ def _spm_proto(vocab: Vocabulary, scores: list[float], extra: Mapping[str, int])
     # USER_DEFINED and UNUSED take part in merging like any other; specials are cut out before.
     proto_kind = (CONTROL, NORMAL, CONTROL, CONTROL, NORMAL, NORMAL, BYTE)
     pack_score = struct.Struct("<f").pack
+    names = list(map(str.encode if vocab.is_utf8 else utf8, texts))
+    scores = [*scores, *[0.0] * len(extra)]
     parts: list[bytes] = []
-    for i, (text, score) in enumerate(zip(texts, [*scores, *[0.0] * len(extra)], strict=True)):
+    for i, (name, score) in enumerate(zip(names, scores, strict=True)):
         kind = UNKNOWN if i == unknown else proto_kind[kinds[i]]
-        if kind == BYTE and text not in BYTE_TEXTS:  # a second spelling of a byte
+        if kind == BYTE and texts[i] not in BYTE_TEXTS:  # a second spelling of a byte
             kind = CONTROL
-        name = utf8(text)
         piece = b"\x0a" + _varint(len(name)) + name + b"\x15" + pack_score(score)
         piece += b"\x18" + _varint(kind)
         parts += (b"\x0a", _varint(len(piece)), piece)
-    has_bytes = bool(extra) or BYTE_TEXTS[0] in vocab.ids
-    unknown_text = utf8(texts[unknown])
+    has_bytes = bool(extra) or "<0x00>" in vocab.ids
     trainer = b"\x18\x02\x20" + _varint(len(texts)) + b"\x98\x02" + _varint(has_bytes)
     trainer += b"\xc0\x02" + _varint(unknown)
-    trainer += b"\xea\x02" + _varint(len(unknown_text)) + unknown_text
+    trainer += b"\xea\x02" + _varint(len(names[unknown])) + names[unknown]
     normalizer = b"\x0a\x08identity\x18\x00\x20\x00\x28\x01"
     parts += (b"\x12", _varint(len(trainer)), trainer)
     parts += (b"\x1a", _varint(len(normalizer)), normalizer)

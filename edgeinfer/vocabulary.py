@@ -387,10 +387,12 @@ def merge_ranks(meta: Mapping[str, Any]) -> dict[bytes, int]:
     return ranks
 
 
-BYTE_TEXTS = tuple(f"<0x{byte:02X}>" for byte in range(256))
+BYTE_TEXTS = {f"<0x{byte:02X}>": byte for byte in range(256)}
 
 
 def byte_value(text: str) -> int:
+    if (byte := BYTE_TEXTS.get(text)) is not None:
+        return byte
     if not re.fullmatch("<0x[0-9A-Fa-f]{2}>", text):
         raise InvalidModelError(f"{_shown(text)} is not a byte token <0xXX>", field=_KEY + "tokens")
     return int(text[3:5], 16)
