@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from unicodedata import category
 
-from edgeinfer.errors import EdgeInferError, UnsupportedModelError
-from edgeinfer.gguf import Array, GGUFFile
+from edgeinfer.errors import EdgeInferError
+from edgeinfer.gguf import Array, GGUFFile, Metadata
 from edgeinfer.quant import dequantize
 
 from .models_for_tests import tiny_model
@@ -376,7 +376,7 @@ class Untold(Exception):
 def read_all(path: Path, *, renders: bool, generates: bool) -> int:
     """Put a file through all that reads one; how many of the parts refused it.
 
-    `renders` is for what takes longer: templates, and the facts of `info`.
+    `renders` is for what takes longer: templates, weights, every getter, the facts of `info`.
     """
     n_refused = 0
 
@@ -404,6 +404,9 @@ def read_all(path: Path, *, renders: bool, generates: bool) -> int:
     with file:
         for key in file.metadata:
             attempt(lambda key=key: _read_value(file.metadata[key]))
+            if renders:
+                for read in _GETTERS:
+                    attempt(lambda key=key, read=read: read(file.metadata, key))
         model = attempt(lambda: Model.load(file))
         if model is not None:
             attempt(lambda: plan_model(model, {"device": "reference", "threads": 1}))
@@ -411,6 +414,8 @@ def read_all(path: Path, *, renders: bool, generates: bool) -> int:
         if tokenizer is not None:
             attempt(lambda: _round_trip(tokenizer))
         if renders:
+            for weight in file.tensors.values():
+                attempt(lambda weight=weight: dequantize(weight))
             texts = None if tokenizer is None else tokenizer.texts
             template = attempt(lambda: ChatTemplate.from_metadata(file.metadata, texts=texts))
             if template is not None:
@@ -420,6 +425,12 @@ def read_all(path: Path, *, renders: bool, generates: bool) -> int:
     if generates and model is not None and tokenizer is not None:
         attempt(lambda: _generate(LLM, path))
     return n_refused
+
+
+_GETTERS: tuple[Callable[[Metadata, str], object], ...] = (
+    Metadata.get_int, Metadata.get_float, Metadata.get_str, Metadata.get_bytes, Metadata.get_bool,
+    Metadata.get_ints, Metadata.get_floats, Metadata.get_bools,
+)  # fmt: skip
 
 
 def _read_value(value: Any) -> None:
@@ -444,19 +455,6 @@ def _round_trip(tokenizer: Any) -> None:
 def _generate(kind: Any, path: Path) -> None:
     with kind(path, n_ctx=64, threads=1, memory="200M") as llm:
         llm.generate([1, 2, 3], max_tokens=2, temperature=0)
-
-
-def weights_read(path: Path) -> None:
-    """Every value of every tensor that a type is known for."""
-    try:
-        with GGUFFile.open(path) as file:
-            for weight in file.tensors.values():
-                try:
-                    dequantize(weight)
-                except UnsupportedModelError:
-                    pass
-    except EdgeInferError:
-        pass
 
 
 # -- running -------------------------------------------------------------------------------------
