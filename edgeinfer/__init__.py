@@ -45,7 +45,7 @@ if TYPE_CHECKING:
         Usage,
     )
     from edgeinfer.stream import Stream
-    from edgeinfer.terminal import StreamFilter, printable
+    from edgeinfer.terminal import StreamFilter, one_line, printable
 
 __version__ = "0.1.0"
 
@@ -63,7 +63,7 @@ _HOME = {
     "PromptProgress": "results", "Timings": "results", "TokenLogprob": "results",
     "Usage": "results",
     "AsyncStream": "aio", "Stream": "stream",
-    "StreamFilter": "terminal", "printable": "terminal",
+    "StreamFilter": "terminal", "one_line": "terminal", "printable": "terminal",
     "BusyError": "errors", "ClosedError": "errors", "ContextLengthError": "errors",
     "DeviceError": "errors", "DownloadError": "errors", "EdgeInferError": "errors",
     "InvalidModelError": "errors", "InvalidRequestError": "errors",
@@ -108,6 +108,7 @@ __all__ = [
     "Usage",
     "__version__",
     "list_models",
+    "one_line",
     "plan",
     "printable",
     "pull",
