@@ -80,6 +80,15 @@ def packed_bytes(device: str, weight: Weight) -> int:
     return formats.packed_bytes(weight.type.name.lower(), n_rows, n_cols)
 
 
+def cache_bytes(device: str, segment: Segment) -> int:
+    """Memory that K and V of one position take, in all layers of a segment."""
+    if device_kind(device) == "reference":
+        return sum(4 * kv.n_heads * (kv.k_dim + kv.v_dim) for kv in segment.caches.values())
+    from edgeinfer.kernels.cpu import layout
+
+    return layout.cache_bytes(segment.caches.values())
+
+
 def cpu_target() -> dict[str, Any]:
     """The instruction-set family that kernels are chosen by, and what LLVM finds here."""
     from edgeinfer.kernels.cpu.targets import Target
@@ -132,8 +141,8 @@ def ready_kernel_files() -> list[Path]:
     return current_files()
 
 
-def _release(weight: Weight) -> None:
-    """Drop the mapped file pages of a weight that has been packed."""
+def _release(data: memoryview) -> None:
+    """Drop the mapped file pages of weights that have been packed."""
     import numpy as np
 
-    forget_pages(np.frombuffer(weight.data, np.uint8).ctypes.data, len(weight.data))
+    forget_pages(np.frombuffer(data, np.uint8).ctypes.data, len(data))

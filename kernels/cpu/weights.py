@@ -1,24 +1,28 @@
-"""The packed weights of one program: one arena, filled tensor by tensor by the thread team.
+"""The packed weights of one program: one arena, filled piece by piece by the thread team.
 
 Knows no graph. The packed copy replaces the file's: source pages are released as they are packed,
-so the peak is the packed model and one portion of the file.
+so the peak is the packed model and one portion of the file, below 16 MiB.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from edgeinfer import platform
 from edgeinfer.kernels.cpu import layout
-from edgeinfer.kernels.cpu.formats import FORMATS, packed_bytes
+from edgeinfer.kernels.cpu.formats import FORMATS, GROUP_ROWS, packed_bytes
 from edgeinfer.kernels.cpu.library import Library
 from edgeinfer.kernels.cpu.team import Op, Part, Team
 from edgeinfer.quant import Weight, dequantize
 
-_PORTION = 8 << 20  # source bytes between two releases
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_PORTION = 8 << 20  # source bytes after which pages are released, and the most of one piece
 _PACK_CHUNK = 256 << 10  # packed bytes of one chunk
 _ALIGN = 64
 
@@ -37,7 +41,7 @@ class PackedWeights:
             n_bytes = packed_bytes(weight.type.name.lower(), *weight.shape)
             size = self._place("m:" + weight.name, weight.type.name, size, n_bytes)
         for weight in self._vectors.values():
-            n_bytes = -(-weight.shape[0] // 8) * 8 * 4
+            n_bytes = 4 * layout.whole_vectors(weight.shape[0])
             size = self._place("v:" + weight.name, "F32", size, n_bytes)
         self.n_bytes = size
         self._memory = platform.Memory(size, huge=True)
@@ -75,57 +79,93 @@ class PackedWeights:
         team: Team,
         library: Library,
         n_threads: int,
-        release: Callable[[Weight], None],
+        release: Callable[[memoryview], None],
         progress: Callable[[int, int], None],
     ) -> None:
-        """Fill the arena; `progress(done, total)` counts source bytes."""
+        """Fill the arena; `progress(done, total)` counts source bytes, `release` gets read ones."""
         for weight in self._vectors.values():
             values = np.ascontiguousarray(dequantize(weight), np.float32)
             ctypes.memmove(self.vector(weight), values.ctypes.data, values.nbytes)
         total = sum(len(w.data) for w in self._matrices.values())
-        done, pending, pending_bytes = 0, list[Weight](), 0
+        done, portion, n_bytes = 0, list[_Piece](), 0
         progress(0, total)
-        for weight in self._matrices.values():
-            pending.append(weight)
-            pending_bytes += len(weight.data)
-            if pending_bytes >= _PORTION:
-                self._pack(pending, team, library, n_threads, release)
-                done, pending, pending_bytes = done + pending_bytes, [], 0
+        for piece in (piece for w in self._matrices.values() for piece in _pieces(w)):
+            portion.append(piece)
+            n_bytes += len(piece.data)
+            if n_bytes >= _PORTION:
+                self._pack(portion, team, library, n_threads, release)
+                done, portion, n_bytes = done + n_bytes, [], 0
                 progress(done, total)
-        self._pack(pending, team, library, n_threads, release)
+        self._pack(portion, team, library, n_threads, release)
         progress(total, total)
 
     def _pack(
         self,
-        weights: list[Weight],
+        pieces: list[_Piece],
         team: Team,
         library: Library,
         n_threads: int,
-        release: Callable[[Weight], None],
+        release: Callable[[memoryview], None],
     ) -> None:
-        if not weights:
+        if not pieces:
             return
         header = np.zeros(layout.HEADER_WORDS, np.int64)
-        sources = [np.frombuffer(weight.data, np.uint8) for weight in weights]
+        sources = [piece.whole_blocks() for piece in pieces]
         ops = [
-            Op([self._pack_part(weight, source.ctypes.data, library)])
-            for weight, source in zip(weights, sources, strict=True)
+            Op([self._pack_part(piece, source.ctypes.data, library)])
+            for piece, source in zip(pieces, sources, strict=True)
         ]
         team.run_once(ops, header.ctypes.data, n_threads)
         del sources
-        for weight in weights:
-            release(weight)
+        for piece in pieces:
+            release(piece.up_to_here)
 
-    def _pack_part(self, weight: Weight, source: int, library: Library) -> Part:
-        fmt = FORMATS[weight.type.name.lower()]
-        n_rows, n_cols = weight.shape
-        n_groups, n_blocks = -(-n_rows // 8), n_cols // fmt.block
-        per_chunk = max(1, _PACK_CHUNK // (n_blocks * fmt.packed_bytes))
-        args = [source, self.matrix(weight), n_rows, n_blocks, per_chunk]
-        return Part(
-            library.address(f"pack.{weight.type.name.lower()}"), args, -(-n_groups // per_chunk)
-        )
+    def _pack_part(self, piece: _Piece, source: int, library: Library) -> Part:
+        name = piece.weight.type.name.lower()
+        n_groups, n_blocks = -(-piece.n_rows // GROUP_ROWS), piece.n_blocks
+        group_bytes = n_blocks * FORMATS[name].packed_bytes
+        to = self.matrix(piece.weight) + piece.first // GROUP_ROWS * group_bytes
+        per_chunk = max(1, _PACK_CHUNK // group_bytes)
+        args = [source, to, piece.n_rows, n_blocks, per_chunk]
+        return Part(library.address(f"pack.{name}"), args, -(-n_groups // per_chunk))
 
     def close(self) -> None:
         self._memory.close()
         self._doubles.clear()
+
+
+class _Piece(NamedTuple):
+    """Rows of a matrix: whole groups, but for those at its end."""
+
+    weight: Weight
+    first: int
+    n_rows: int
+    row_bytes: int
+
+    @property
+    def data(self) -> memoryview:
+        return self.up_to_here[self.first * self.row_bytes :]
+
+    @property
+    def up_to_here(self) -> memoryview:
+        """From the matrix's first row on: reading a page brings some before it back."""
+        return memoryview(self.weight.data)[: (self.first + self.n_rows) * self.row_bytes]
+
+    @property
+    def n_blocks(self) -> int:
+        return FORMATS[self.weight.type.name.lower()].n_blocks(self.weight.shape[1])
+
+    def whole_blocks(self) -> NDArray[np.uint8]:
+        """The rows as the file has them, or where their last block isn't whole, with zeros."""
+        rows = np.frombuffer(self.data, np.uint8).reshape(self.n_rows, self.row_bytes)
+        missing = self.n_blocks * FORMATS[self.weight.type.name.lower()].file_bytes - self.row_bytes
+        return np.pad(rows, ((0, 0), (0, missing))) if missing else rows
+
+
+def _pieces(weight: Weight) -> Iterator[_Piece]:
+    """A matrix in pieces of at most a portion, if 8 rows aren't more."""
+    n_rows = weight.shape[0]
+    row_bytes = len(weight.data) // n_rows
+    step = max(1, _PORTION // (GROUP_ROWS * row_bytes)) * GROUP_ROWS
+    for first in range(0, n_rows, step):
+        yield _Piece(weight, first, min(step, n_rows - first), row_bytes)
