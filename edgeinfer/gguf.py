@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeAlias
 from edgeinfer import platform
 from edgeinfer.errors import ClosedError, InvalidModelError, ModelNotFoundError
 from edgeinfer.quant import Weight, quant_type
+from edgeinfer.terminal import one_line
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -94,8 +95,9 @@ class GGUFFile:
 class Metadata(Mapping[str, Value]):
     """The key/value pairs of a file, in file order. Strings are decoded when asked for.
 
-    The typed getters raise InvalidModelError naming the key when its value is absent (and no
-    default is given), of another type, or out of range.
+    One above 1 MiB is no text that anything here reads: asking for it raises. So do the typed
+    getters, naming the key, when its value is absent (and no default is given), of another type,
+    or out of range.
     """
 
     def __init__(self, path: Path, entries: dict[str, _Entry]) -> None:
@@ -103,7 +105,7 @@ class Metadata(Mapping[str, Value]):
 
     def __getitem__(self, key: str) -> Value:
         value = self._entries[key].value
-        return _text(value) if isinstance(value, bytes) else value
+        return self._text(key, value) if isinstance(value, bytes) else value
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -131,7 +133,7 @@ class Metadata(Mapping[str, Value]):
     def get_str(self, key: str, default: str | None = None) -> str:
         value = self._find(key, default)
         if isinstance(value, bytes):
-            return _text(value)
+            return self._text(key, value)
         if not isinstance(value, str):
             self._wrong(key, value, "a string")
         return value
@@ -192,6 +194,11 @@ class Metadata(Mapping[str, Value]):
             self._wrong(key, array, f"an array of {what}")
         return items
 
+    def _text(self, key: str, raw: bytes) -> str:
+        if len(raw) > _MAX_VALUE:
+            self._wrong(key, raw, f"at most {_MAX_VALUE} bytes, it has {len(raw)}")
+        return _text(raw)
+
     def _find(self, key: str, default: Scalar | None) -> Scalar | bytes | Array:
         if key in self._entries:
             return self._entries[key].value
@@ -222,7 +229,8 @@ class Metadata(Mapping[str, Value]):
 class Array:
     """An array of the metadata, taken from the file's header each time it is asked for.
 
-    `item_type` is one of bool, string, int8 to int64, uint8 to uint64, float32, float64.
+    It takes `n_bytes` there. `item_type` is one of bool, string, int8 to int64, uint8 to uint64,
+    float32, float64.
     """
 
     def __init__(
@@ -231,10 +239,11 @@ class Array:
         item_type: str,
         start: int,
         n: int,
+        n_bytes: int,
         lengths: array[int],
         origin: _Origin,
     ) -> None:
-        self.item_type = item_type
+        self.item_type, self.n_bytes = item_type, n_bytes
         self._header, self._start, self._n, self._origin = header, start, n, origin
         self._lengths = lengths  # of strings, in bytes
 
@@ -388,6 +397,7 @@ _MAX_KEYS = _MAX_TENSORS = 1 << 16
 _MAX_NAME = 1 << 16
 _MAX_STRINGS = 1 << 22
 _MAX_TEXT = 1 << 28
+_MAX_VALUE = 1 << 20
 _MAX_ITEMS = 1 << 20
 _MAX_DIMS = 4
 _MAX_HEADER = 1 << 29
@@ -585,7 +595,7 @@ class _Header:
         else:
             self._skip(n * _SCALARS[item_type].size, field)
         origin = _Origin(self.path, field, offset)
-        return Array(self._data, item_type, start, n, lengths, origin)
+        return Array(self._data, item_type, start, n, self.at - start, lengths, origin)
 
     def _skip_strings(self, n: int, field: str, offset: int) -> array[int]:
         """Their lengths in bytes."""
@@ -732,7 +742,7 @@ def _check_tensors(
     for left, right in zip(ordered, ordered[1:], strict=False):
         # Overlaps would let a small file describe a model of any size.
         if left.offset + left.n_bytes > right.offset:
-            message = f"its data overlaps that of {left.name}; {_AGAIN}"
+            message = f"its data overlaps that of {one_line(left.name)}; {_AGAIN}"
             raise InvalidModelError(message, path=path, field=right.name, offset=right.at)
 
 
