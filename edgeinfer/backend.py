@@ -79,6 +79,15 @@ def packed_bytes(device: str, weight: Weight) -> int:
     return formats.packed_bytes(weight.type.name.lower(), n_rows, n_cols)
 
 
+def cache_bytes(device: str, segment: Segment) -> int:
+    """Memory that K and V of one position take, in all layers of a segment."""
+    if device_kind(device) == "reference":
+        return sum(4 * kv.n_heads * (kv.k_dim + kv.v_dim) for kv in segment.caches.values())
+    from edgeinfer.kernels.cpu import layout
+
+    return layout.cache_bytes(segment.caches.values())
+
+
 def cpu_target() -> dict[str, Any]:
     """The instruction-set family that kernels are chosen by, and what LLVM finds here."""
     from edgeinfer.kernels.cpu.targets import Target

@@ -516,6 +516,7 @@ class _Header:
     def __init__(self, path: Path, data: _Bytes) -> None:
         self.path, self.at = path, len(_MAGIC)
         self._data, self._size = data, data.size
+        self._loaded = data.header(0)  # grows
         self._n_strings = self._n_text = 0
 
     def version(self) -> int:
@@ -611,12 +612,12 @@ class _Header:
             )
         last, unpack = self._size - 8, _U64.unpack_from
         lengths, at = _short_lengths(self._window, self.at, n)
-        data = self._loaded(at)
+        data = self._loaded
         for _ in range(n - len(lengths)):
             if at > last:
                 break
             if at + 8 > len(data):
-                data = self._loaded(at + 8)
+                self._load(at + 8)
             (length,) = unpack(data, at)
             at += 8 + length
             lengths.append(length)
@@ -642,7 +643,8 @@ class _Header:
         self._count_text(n, field)
         start = self.at
         self._skip(n, field)
-        return bytes(self._loaded(self.at)[start : self.at])
+        self._load(self.at)
+        return bytes(self._loaded[start : self.at])
 
     def _count_text(self, n: int, field: str) -> None:
         self._n_text += n
@@ -662,22 +664,25 @@ class _Header:
     def _unpack(self, form: struct.Struct, field: str) -> Any:
         start = self.at
         self._skip(form.size, field)
-        return form.unpack_from(self._loaded(self.at), start)[0]
+        if self.at > len(self._loaded):
+            self._load(self.at)
+        return form.unpack_from(self._loaded, start)[0]
 
     def end(self) -> None:
         """All of it is read, and is kept."""
-        self._loaded(self.at)
+        self._load(self.at)
         self._data.end_header(self.at)
 
-    def _loaded(self, end: int) -> bytearray:
-        """The file up to `end` at least, or as far as it goes."""
+    def _load(self, end: int) -> None:
+        """Have the file up to `end` at least, or as far as it goes."""
         if end > _MAX_HEADER:
             self._fail(f"a header of more than {_MAX_HEADER} bytes; {_AGAIN}", "header", self.at)
-        return self._data.header(min(end, self._size))
+        self._data.header(min(end, self._size))
 
     def _window(self, at: int) -> bytes:
         end = min(at + _WINDOW, self._size)
-        return bytes(memoryview(self._loaded(end))[at:end])
+        self._load(end)
+        return bytes(memoryview(self._loaded)[at:end])
 
     def _skip(self, n: int, field: str) -> None:
         if n > self._size - self.at:

@@ -107,7 +107,9 @@ def claim(part: Path) -> Iterator[BinaryIO]:
     with platform.open_appending(part) as out:
         # One that was deleted since it was opened may be somebody's again, under the same name.
         if not (platform.try_lock(out) and platform.is_at(out, part)):
-            raise DownloadError(f"{part.stem} is being downloaded by another process")
+            raise DownloadError(
+                f"{part.stem} is being downloaded by another process; wait until that is done"
+            )
         yield out
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Generic, TypeVar, cast
 
 from edgeinfer import config, platform
-from edgeinfer.backend import Program, device_kind, open_backend, packed_bytes
+from edgeinfer.backend import Program, cache_bytes, device_kind, open_backend, packed_bytes
 from edgeinfer.chat import ChatTemplate
 from edgeinfer.discovery import find_model
 from edgeinfer.engine import Engine
@@ -151,14 +151,15 @@ def plan_model(model: Model, options: LoadOptions) -> MemoryPlan:
     memory = options.get("memory")
     if memory is not None:
         available = parse_memory(memory, available)
+    segment = model.graph.segment()
     return solve(
-        model.graph.segment(),
+        segment,
         PlanRequest(
             n_ctx=options.get("n_ctx"),
             slots=options.get("slots") or 1,
             n_threads=_n_threads(options),
             available=available,
-            kv_element_bytes=4 if device == "reference" else 2,
+            cache_bytes=cache_bytes(device, segment),
             packed_bytes=lambda weight: packed_bytes(device, weight),
         ),
     )

@@ -128,7 +128,7 @@ class CpuProgram:
         self._idle: IdleWork = self._tuning if build.is_done else build
         self.memory = {
             **{f"weights {kind}": n for kind, n in self._weights.bytes_by_type.items()},
-            "kv": limits.n_pages * PAGE * _cache_bytes(segment),
+            "kv": limits.n_pages * PAGE * layout.cache_bytes(segment.caches.values()),
             "scratch": lowered.scratch_bytes,
         }
 
@@ -356,18 +356,13 @@ def _weights_of(segment: Segment) -> tuple[list[Weight], list[Weight]]:
     return matrices, vectors
 
 
-def _cache_bytes(segment: Segment) -> int:
-    """Bytes of K and V per position, as halves."""
-    return sum(2 * kv.n_heads * (kv.k_dim + kv.v_dim) for kv in segment.caches.values())
-
-
 def _place_caches(segment: Segment, n_pages: int) -> tuple[platform.Memory, dict[int, LayerCache]]:
     """One arena of pages; a page holds its 32 positions of every layer, so it is touched whole."""
-    page_bytes = PAGE * _cache_bytes(segment)
+    page_bytes = PAGE * layout.cache_bytes(segment.caches.values())
     memory = platform.Memory(n_pages * page_bytes)
     offset, caches = memory.address, {}
     for layer, kv in segment.caches.items():
-        k_bytes, v_bytes = (2 * PAGE * kv.n_heads * dim for dim in (kv.k_dim, kv.v_dim))
+        k_bytes, v_bytes = (PAGE * n_bytes for n_bytes in layout.position_bytes(*kv))
         caches[layer] = LayerCache(offset, offset + k_bytes, page_bytes)
         offset += k_bytes + v_bytes
     return memory, caches
