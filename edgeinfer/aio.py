@@ -111,6 +111,8 @@ class AsyncStream(AsyncIterator[Event]):
             return event
         except StopIteration:
             raise StopAsyncIteration from None
+        except InvalidRequestError:  # someone else is reading it
+            raise
         except BaseException:
             self._stream.close()
             raise

@@ -61,7 +61,7 @@ class Stream(Iterator[Event]):
         self._owner = owner  # keeps the model open while someone iterates
         # Reentrant: a signal's handler may close the stream that its thread is reading.
         self._lock = threading.RLock()
-        self._reader = 0  # the thread that is in `__next__`
+        self._reader = 0  # the thread that is in `__next__` or `poll`
         self._ready: deque[Event] = deque()
         self._ids = array("i")
         self._first_at = self._last_at = 0.0  # of its tokens
@@ -86,10 +86,7 @@ class Stream(Iterator[Event]):
         return self
 
     def __next__(self) -> Event:
-        with self._lock:
-            if self._reader not in (0, threading.get_ident()):
-                raise InvalidRequestError("the stream is being read already; it has one reader")
-            self._reader = threading.get_ident()
+        self._begin_reading()
         try:
             while (event := self._next_ready()) is None:
                 self._take(next(self._generation))
@@ -104,12 +101,16 @@ class Stream(Iterator[Event]):
 
     def poll(self) -> Event | None:
         """The next event if it has come, else None; raises StopIteration after the last."""
-        while (event := self._next_ready()) is None:
-            taken = self._generation.events.poll()
-            if taken is None:
-                return None
-            self._take(taken)
-        return event
+        self._begin_reading()
+        try:
+            while (event := self._next_ready()) is None:
+                taken = self._generation.events.poll()
+                if taken is None:
+                    return None
+                self._take(taken)
+            return event
+        finally:
+            self._reader = 0
 
     def notify(self, callback: Callable[[], object]) -> None:
         """Call `callback` once when `poll` has something: at once, or in the engine's thread.
@@ -158,6 +159,12 @@ class Stream(Iterator[Event]):
         if not getattr(self, "_is_over", True):
             with contextlib.suppress(Exception):
                 self._generation.cancel()
+
+    def _begin_reading(self) -> None:
+        with self._lock:
+            if self._reader not in (0, threading.get_ident()):
+                raise InvalidRequestError("the stream is being read already; it has one reader")
+            self._reader = threading.get_ident()
 
     def _next_ready(self) -> Event | None:
         with self._lock:

@@ -287,6 +287,37 @@ def test_a_tag_in_text_does_not_go_on_behind_a_control_token() -> None:
     assert split([Piece("<think>a</th"), hidden, Piece("ink>b")]) == ("a</think>b", "")
 
 
+_PARTS = st.one_of(
+    st.sampled_from(["<think>", "</think>", "[THINK]", "<th", "ink>", "</th", "a", " ", "\n"]).map(
+        Piece
+    ),
+    st.sampled_from(["<think>", "</think>", "[THINK]", "[/THINK]", "<c>"]).map(
+        lambda text: Piece(text, is_control=True)
+    ),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(parts=st.lists(_PARTS, max_size=8), opened=st.sampled_from([None, THINK, MISTRAL]))
+def test_reasoning_does_not_depend_on_where_text_is_cut(
+    parts: list[Piece], opened: Tags | None
+) -> None:
+    joined: list[Piece] = []
+    for part in parts:
+        if joined and not joined[-1].is_control and not part.is_control:
+            joined[-1] = Piece(joined[-1].text + part.text)
+        else:
+            joined.append(part)
+    characters = [
+        piece for part in parts for piece in ([part] if part.is_control else map(Piece, part.text))
+    ]
+    found = split(parts, opened)
+    assert found == split(joined, opened) == split(characters, opened)
+    # Nothing is lost but tags and the space beside them.
+    n_letters = sum(part.text.count("a") for part in parts if not part.is_control)
+    assert "".join(found).count("a") == n_letters
+
+
 def test_reasoning_streams() -> None:
     splitter = ReasoningSplitter()
     assert splitter.push(Piece("<think>one two")) == ("one two", "")

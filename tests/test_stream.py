@@ -411,6 +411,18 @@ def test_a_loop_that_is_closed_under_its_reader(llm: LLM) -> None:
     assert llm.generate("next", max_tokens=3, **ENDLESS).usage.completion_tokens == 3
 
 
+def test_an_async_reader_is_told_that_the_model_was_closed(llm: LLM) -> None:
+    async def work() -> None:
+        stream = await AsyncLLM(llm).stream("hello", **SLIDING)
+        reading = asyncio.create_task(stream.run())
+        await asyncio.sleep(0.01)
+        llm.close()
+        with pytest.raises(ClosedError):
+            await reading
+
+    asyncio.run(work())
+
+
 def test_two_tasks_on_one_stream(llm: LLM) -> None:
     async def work() -> tuple[Completion, BaseException]:
         stream = await AsyncLLM(llm).stream("hello", max_tokens=100, **ENDLESS)
