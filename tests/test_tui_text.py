@@ -21,9 +21,10 @@ from edgeinfer.tui.gauge import Readings, context_bar, sparkline
 from edgeinfer.tui.look import Look
 from edgeinfer.tui.palette import DARK, LIGHT, Palette
 from edgeinfer.tui.params import parse_param
+from edgeinfer.tui.records import Attachment, Node
 from edgeinfer.tui.schema import _STEPS, VERSION
 from edgeinfer.tui.splitter import Splitter, split
-from edgeinfer.tui.store import FILE_NAME, Attachment, Node, Store, clear_history
+from edgeinfer.tui.store import FILE_NAME, Store, clear_history
 
 MARKDOWN = """# Title
 

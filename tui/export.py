@@ -12,7 +12,7 @@ from typing import Any
 
 from edgeinfer import EdgeInferError
 from edgeinfer.tui.conversation import Conversation
-from edgeinfer.tui.store import Node
+from edgeinfer.tui.records import Node
 
 _ROLES = {"user": "You", "assistant": "Answer"}
 

@@ -6,10 +6,12 @@ Knows nothing of flags. What takes long to import is imported once the first pic
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from edgeinfer import printable
 from edgeinfer.tui.settings import ChatModel, ChatSettings, ModelChoice
 
 if TYPE_CHECKING:
@@ -32,7 +34,10 @@ def run_chat(
     remember: Callable[[str], None],
     downloads: Callable[[], Sequence[tuple[str, int]]],
 ) -> None:
-    """Run until the user leaves. `downloads` are names and sizes of models that could be here."""
+    """Run until the user leaves; raises what ended the chat before.
+
+    `downloads` are names and sizes of models that could be here.
+    """
     from edgeinfer.tui.app import ChatApp
 
     options = cast("LoadOptions", dict(load))
@@ -55,7 +60,12 @@ def run_chat(
         list_models=lambda: _choices(downloads()), plan_model=plan_model, fetch=_fetch,
         memory_now=memory_now, environment=environment,
     )  # fmt: skip
-    ChatApp(settings, driver()).run()
+    app = ChatApp(settings, driver())
+    app.run()
+    if app.session.notice:
+        sys.stderr.write(f"edgeinfer: {printable(app.session.notice)}\n")
+    if app.failure is not None:
+        raise app.failure
 
 
 def driver() -> type[Driver] | None:

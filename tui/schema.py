@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from edgeinfer import EdgeInferError
@@ -35,21 +37,40 @@ _STEPS = (
 VERSION = len(_STEPS)
 
 
-def connect(path: Path | None) -> sqlite3.Connection:
-    """The history file, readable by its owner only; None keeps everything in memory."""
+# What must be there, in a file that claims to be of our version.
+_PROBE = (
+    "SELECT id, title, created, updated, model, system, leaf FROM conversation LIMIT 0",
+    "SELECT id, parent, role, content, reasoning, attachments, state, details, created, "
+    "conversation FROM message LIMIT 0",
+    "SELECT name, value FROM preference LIMIT 0",
+    "SELECT rowid, text FROM found LIMIT 0",
+)
+
+
+def connect(path: Path | None, seconds: float = 0.25) -> sqlite3.Connection:
+    """The history file, readable by its owner only; None keeps everything in memory.
+
+    No statement waits longer than `seconds` for another process. Raises sqlite3.Error, OSError, or
+    EdgeInferError for a file that is another's or a newer version's.
+    """
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise EdgeInferError("it is no file, but a folder or a pipe; move it away")
         # SQLite gives its -wal and -shm files the mode of the file itself.
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
         if os.name == "posix":
             os.chmod(path, 0o600)
-    db = sqlite3.connect(path or ":memory:", isolation_level=None, timeout=5.0)
+    db = sqlite3.connect(path or ":memory:", isolation_level=None, timeout=seconds)
     try:
         db.row_factory = sqlite3.Row
+        db.text_factory = lambda data: data.decode("utf-8", "replace")
         for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
             db.execute(f"PRAGMA {pragma}")
         db.execute("PRAGMA secure_delete=ON")
         migrate(db)
+        for query in _PROBE:
+            db.execute(query)
     except BaseException:
         db.close()
         raise
@@ -59,24 +80,63 @@ def connect(path: Path | None) -> sqlite3.Connection:
 def migrate(db: sqlite3.Connection) -> None:
     """Run the steps that the file lacks, each as one transaction."""
     version = _version(db)
-    if version > VERSION:
+    if not 0 <= version <= VERSION:
         raise EdgeInferError(
-            f"the chat history was written by a newer edgeinfer (format {version}, this one "
-            f"knows {VERSION}); update edgeinfer, or use --no-history"
+            f"it was written by a newer edgeinfer (format {version}, this one knows {VERSION}); "
+            "update edgeinfer, or move it away"
         )
     while version < VERSION:
-        db.execute("BEGIN IMMEDIATE")
-        try:
+        with transaction(db):
             version = _version(db)  # another process may have been first
             if version < VERSION:
                 for statement in _STEPS[version].split(";\n"):
                     db.execute(statement)
                 db.execute(f"PRAGMA user_version = {version + 1}")
-            db.execute("COMMIT")
-        except BaseException:
-            db.execute("ROLLBACK")
-            raise
         version = _version(db)
+
+
+@contextmanager
+def transaction(db: sqlite3.Connection) -> Iterator[None]:
+    """All of what is written inside, or nothing."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        # SQLite has rolled back by itself after some errors, a full disk among them.
+        if db.in_transaction:
+            with suppress(sqlite3.Error):
+                db.execute("ROLLBACK")
+        raise
+
+
+def is_damaged(error: Exception) -> bool:
+    """Whether the file is not to be touched again, until another lies there."""
+    return isinstance(error, EdgeInferError) or any(sign in str(error) for sign in _DAMAGES)
+
+
+def can_wait(error: Exception) -> bool:
+    """Whether the same connection will do once the reason is gone."""
+    return isinstance(error, sqlite3.Error) and any(sign in str(error) for sign in _WAITS)
+
+
+def explain(error: Exception, path: Path) -> str:
+    """Why the history is not written, and what to do about it: one line."""
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    if isinstance(error, EdgeInferError):
+        return f"{path} is left alone: {text}"
+    if is_damaged(error):
+        what = f"{path} is damaged ({text})"
+        return f"{what}: move it away, or `edgeinfer history --clear` deletes it"
+    if "locked" in text:
+        return f"{path} is locked by another program; it is written once that lets go"
+    if "full" in text:
+        return f"no room for {path}: it is written once there is room on the disk"
+    return f"{path} can't be written ({text}); mend that, or set EDGEINFER_HOME to another folder"
+
+
+_DAMAGES = ("not a database", "malformed", "no such", "has no column", "already exists")
+_WAITS = ("locked", "full", "readonly")
 
 
 def _version(db: sqlite3.Connection) -> int:
