@@ -314,9 +314,19 @@ def history(clear: bool) -> None:
     store = importlib.import_module("edgeinfer.tui.store")
     path = config.data_folder() / store.FILE_NAME
     if clear:
-        show(f"deleted {store.clear_history(config.data_folder())} conversations")
-    else:
-        show(f"{path}{'' if path.exists() else ' (nothing yet)'}")
+        n = store.clear_history(config.data_folder())
+        show(
+            f"deleted {path}, which could not be read"
+            if n is None
+            else f"deleted {n} conversations"
+        )
+        return
+    show(f"{path}{'' if path.exists() else ' (nothing yet)'}")
+    if path.exists():
+        try:
+            store.count_conversations(path)
+        except EdgeInferError as error:
+            note(f"edgeinfer: {error}")
 
 
 @commands.command(epilog="Example: edgeinfer info smollm2")

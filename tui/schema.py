@@ -65,26 +65,35 @@ def connect(path: Path | None, seconds: float = 0.25) -> sqlite3.Connection:
     try:
         db.row_factory = sqlite3.Row
         db.text_factory = lambda data: data.decode("utf-8", "replace")
+        _check_kind(db)  # before anything is written
         for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
             db.execute(f"PRAGMA {pragma}")
         db.execute("PRAGMA secure_delete=ON")
         migrate(db)
-        for query in _PROBE:
-            db.execute(query)
     except BaseException:
         db.close()
         raise
     return db
 
 
-def migrate(db: sqlite3.Connection) -> None:
-    """Run the steps that the file lacks, each as one transaction."""
+def _check_kind(db: sqlite3.Connection) -> None:
+    """Refuse what a newer version or another program has made."""
     version = _version(db)
-    if not 0 <= version <= VERSION:
+    if version > VERSION:
         raise EdgeInferError(
             f"it was written by a newer edgeinfer (format {version}, this one knows {VERSION}); "
             "update edgeinfer, or move it away"
         )
+    is_empty = not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+    if version < 0 or (version == 0 and not is_empty):
+        raise EdgeInferError("it is another program's database; move it away")
+    for query in _PROBE if version == VERSION else ():
+        db.execute(query)
+
+
+def migrate(db: sqlite3.Connection) -> None:
+    """Run the steps that the file lacks, each as one transaction."""
+    version = _version(db)
     while version < VERSION:
         with transaction(db):
             version = _version(db)  # another process may have been first
@@ -112,7 +121,8 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
 
 def is_damaged(error: Exception) -> bool:
     """Whether the file is not to be touched again, until another lies there."""
-    return isinstance(error, EdgeInferError) or any(sign in str(error) for sign in _DAMAGES)
+    is_passing = any(sign in str(error) for sign in (*_WAITS, *_PASSES))
+    return isinstance(error, EdgeInferError) or isinstance(error, sqlite3.Error) and not is_passing
 
 
 def can_wait(error: Exception) -> bool:
@@ -135,8 +145,9 @@ def explain(error: Exception, path: Path) -> str:
     return f"{path} can't be written ({text}); mend that, or set EDGEINFER_HOME to another folder"
 
 
-_DAMAGES = ("not a database", "malformed", "no such", "has no column", "already exists")
+# Parts of SQLite's messages: Python 3.10 has no error codes.
 _WAITS = ("locked", "full", "readonly")
+_PASSES = ("unable to open", "disk I/O", "too big", "memory")
 
 
 def _version(db: sqlite3.Connection) -> int:

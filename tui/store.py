@@ -359,11 +359,14 @@ def _write(db: sqlite3.Connection, id: int, unsaved: _Unsaved) -> bool:
 
 def count_conversations(path: Path) -> int:
     """How many a file holds; raises EdgeInferError where it can't be read."""
+    if not path.is_file():
+        raise EdgeInferError(f"{path} can't be read: it is no file; move it away")
+    address = f"{path.absolute().as_uri()}?mode=ro"
     try:
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
+        with closing(sqlite3.connect(address, uri=True, timeout=1.0)) as db:
             return int(db.execute("SELECT count(*) FROM conversation").fetchone()[0])
     except (sqlite3.Error, OSError) as error:
-        raise EdgeInferError(f"{path} can't be read: {error}") from error
+        raise EdgeInferError(f"the history can't be read: {explain(error, path)}") from error
 
 
 def clear_history(data_folder: Path) -> int | None:
