@@ -22,6 +22,11 @@ def answering() -> ScriptedModel:
     return ScriptedModel([Script(f"answer to {text}") for text in ("one", "two", "three")])
 
 
+def flat(chat: Chat) -> str:
+    """What the terminal shows, its lines joined."""
+    return " ".join(chat.screen_text.split())
+
+
 def test_a_locked_history_holds_up_nothing_and_gets_all_of_it_later(tmp_path: Path) -> None:
     path = tmp_path / FILE_NAME
     Store(path).close()
@@ -34,11 +39,11 @@ def test_a_locked_history_holds_up_nothing_and_gets_all_of_it_later(tmp_path: Pa
             await chat.ask("two")
             chat.app.composer.prompt.set_text("typed")
             assert time.monotonic() - start < 3.0
-            await chat.until(lambda: "is locked by another program" in chat.screen_text)
+            await chat.until(lambda: "is locked by another program" in flat(chat))
             assert "not kept" in chat.screen_text.splitlines()[1]
             assert "answer to two" in chat.shown and chat.app.composer.prompt.text == "typed"
-        await chat.until(lambda: "is locked" not in chat.screen_text)
-        assert "not kept" not in chat.screen_text
+        await chat.until(lambda: "is locked" not in flat(chat))
+        assert "not kept" not in flat(chat)
         assert texts(path, chat.app.session.conversation.id) == both("one", "two")
 
     drive(body, answering(), folder=tmp_path)
@@ -51,18 +56,18 @@ def test_a_history_that_is_garbage_is_said_for_as_long_as_the_chat_lasts(tmp_pat
     async def body(chat: Chat) -> None:
         await chat.idle()
         await chat.ask("one")
-        await chat.until(lambda: "is damaged" in chat.screen_text)
+        await chat.until(lambda: "is damaged" in flat(chat))
         await chat.send("/clear")
         await chat.ask("two")
         await chat.press("ctrl+o")
         await chat.pilot.pause()
-        assert "one" in chat.screen_text and "is damaged" in chat.screen_text
+        assert "one" in chat.screen_text and "damaged" in chat.screen_text
         await chat.press("down", "enter")
         await chat.pilot.pause()
         assert "answer to one" in chat.shown
         await chat.send("/save")
         await chat.send("/theme textual-dark")
-        assert "edgeinfer history --clear" in chat.screen_text.replace("\n", " ")
+        assert "edgeinfer history --clear" in flat(chat)
 
     drive(body, answering(), folder=tmp_path, size=(160, 30))
     assert path.read_bytes() == b"garbage" * 1000
@@ -78,10 +83,10 @@ def test_a_history_that_another_window_clears_is_said_and_can_be_saved_anew(
         await chat.ask("one")
         clear_history(tmp_path)
         await chat.ask("two")
-        await chat.until(lambda: "deleted in another window" in chat.screen_text)
+        await chat.until(lambda: "deleted in another window" in flat(chat))
         assert "answer to one" in chat.shown
         await chat.send("/save")
-        await chat.until(lambda: "deleted in another window" not in chat.screen_text)
+        await chat.until(lambda: "deleted in another window" not in flat(chat))
         assert texts(path, chat.app.session.conversation.id) == both("one", "two")
 
     drive(body, answering(), folder=tmp_path)
@@ -101,7 +106,8 @@ def test_a_conversation_deleted_behind_the_list_opens_no_other(tmp_path: Path) -
         await chat.press("down", "enter")
         await chat.pilot.pause()
         assert "answer to two" in chat.shown
-        assert "was deleted in another window" in chat.screen_text
+        told = [each.message for each in chat.app._notifications]
+        assert told == ["that conversation was deleted in another window"]
 
     drive(body, answering(), folder=tmp_path)
 
