@@ -9,6 +9,7 @@ import contextlib
 import gc
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -70,7 +71,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
 def _exit_code(arguments: list[str]) -> int:
     try:
         # click's own main has its own ideas of exit codes for interrupts and pipes.
-        with commands.make_context("edgeinfer", list(arguments)) as context:
+        with _interrupts_raise(), commands.make_context("edgeinfer", [*arguments]) as context:
             commands.invoke(context)
     except click.ClickException as error:
         error.show()
@@ -91,6 +92,19 @@ def _exit_code(arguments: list[str]) -> int:
         is_usage = isinstance(error, InvalidRequestError)
         return 2 if is_usage and not isinstance(error, ContextLengthError) else 1
     return 0
+
+
+@contextlib.contextmanager
+def _interrupts_raise() -> Iterator[None]:
+    """While a command runs, an interrupt is KeyboardInterrupt, whatever it is around it."""
+    outside = signal.getsignal(signal.SIGINT)
+    if callable(outside) and outside is not signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if callable(outside) and outside is not signal.default_int_handler:
+            signal.signal(signal.SIGINT, outside)
 
 
 def _drop_stdout() -> None:
@@ -300,6 +314,7 @@ def _open_tui(
         data_folder=config.data_folder(),
         environment=os.environ,
         memory_now=platform.rss,
+        run_tool=platform.run_tool,
         last_model=last_model,
         remember=remember,
         downloads=downloadable,
@@ -315,14 +330,11 @@ def history(clear: bool) -> None:
     path = config.data_folder() / store.FILE_NAME
     if clear:
         n = store.clear_history(config.data_folder())
-        show(
-            f"deleted {path}, which could not be read"
-            if n is None
-            else f"deleted {n} conversations"
-        )
+        unread = f"deleted {path}, which could not be read"
+        show(unread if n is None else f"deleted {n} conversations")
         return
-    show(f"{path}{'' if path.exists() else ' (nothing yet)'}")
-    if path.exists():
+    show(f"{path}{'' if os.path.exists(path) else ' (nothing yet)'}")
+    if os.path.exists(path):
         try:
             store.count_conversations(path)
         except EdgeInferError as error:

@@ -5,6 +5,7 @@ Knows nothing of running models.
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from edgeinfer import config
+from edgeinfer import config, platform
 from edgeinfer.cli_options import common_flags
 from edgeinfer.console import DownloadLine, note, show, show_json
 from edgeinfer.errors import ModelNotFoundError
@@ -100,13 +101,15 @@ def cache(clear: bool, as_json: bool) -> None:
     """What edgeinfer keeps on this disk, and where."""
     from edgeinfer.discovery import models_folder
     from edgeinfer.doctor import folder_bytes
+    from edgeinfer.fetch import UNFINISHED, discard_unfinished
 
     kernels, models = config.cache_folder(), models_folder()
-    unfinished = [*models.rglob("*.part"), *models.rglob(".fetch-*")]
+    unfinished = [
+        path for name in UNFINISHED for path in platform.files_below(models, f"**/{name}")
+    ]
     if clear:
         shutil.rmtree(kernels, ignore_errors=True)
-        for path in unfinished:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        discard_unfinished()
         note(f"emptied {kernels}; models stay (edgeinfer rm NAME deletes one)")
         return
     sizes = {str(folder): folder_bytes(folder) for folder in (kernels, models)}
@@ -183,12 +186,11 @@ def last_model() -> str | None:
     from edgeinfer import discovery, recent
 
     name = recent.last_model()
-    return name if Path(name).is_file() or discovery.find_name(name) is not None else None
+    return name if os.path.isfile(name) or discovery.find_name(name) is not None else None
 
 
 def downloadable() -> list[tuple[str, int]]:
     """Names and file sizes of the models that fit this machine, the default one first."""
-    from edgeinfer import platform
     from edgeinfer.catalog import ALIASES, memory_needed
 
     available = platform.available_memory()
@@ -198,8 +200,6 @@ def downloadable() -> list[tuple[str, int]]:
 
 def warn_unless_kept() -> None:
     """Say so where the kernels that are being built can't be stored."""
-    from edgeinfer import platform
-
     folder = config.cache_folder()
     if not platform.is_writable(folder):
         note(f"kernels can't be kept in {folder}: built for this process alone; set EDGEINFER_HOME")
@@ -207,7 +207,6 @@ def warn_unless_kept() -> None:
 
 def advice_after(path: Path) -> str | None:
     """What to fetch after trying out the default model; None for any other."""
-    from edgeinfer import platform
     from edgeinfer.catalog import largest_that_fits
 
     if not path.name.lower().startswith("smollm2-135m"):

@@ -67,12 +67,20 @@ def load(path: str | PathLike[str], options: LoadOptions) -> Runtime:
     """Open, plan, load; all in a thread, so that an interrupt never leaves native code half-way."""
     check_keywords("LLM", options, LoadOptions.__annotations__)
     found = find_file(path, download=bool(options.get("download")))
-    later = _Later(lambda: _load(found, options))
     try:
-        return later.result()
-    except BaseException:
-        later.abandon(lambda runtime: runtime.close())
-        raise
+        later = _Later(lambda: _load(found, options))
+        try:
+            return later.result()
+        except BaseException:
+            later.abandon(lambda runtime: runtime.close())
+            raise
+    except RuntimeError as error:
+        if "new thread" not in str(error):
+            raise
+        raise DeviceError(
+            f"{error}: loading a model needs a few; load it before the interpreter exits, or "
+            "raise this process's limit (ulimit -u)"
+        ) from error
 
 
 def _load(path: Path, options: LoadOptions) -> Runtime:
@@ -86,22 +94,22 @@ def _load(path: Path, options: LoadOptions) -> Runtime:
         # Text is got ready while weights are packed, which needs no Python: sooner it delays that.
         packs = threading.Event()
         tokenizer = _Later(lambda: _make_tokenizer(file, options, packs))
-        template = _Later(lambda: _make_template(file, options, tokenizer))
-        backend = open_backend(device, progress=_progress(options, packs))
         try:
+            template = _Later(lambda: _make_template(file, options, tokenizer))
+            backend = open_backend(device, progress=_progress(options, packs))
             program = backend.compile(model.graph.segment(), plan.limits)
         finally:
             packs.set()
             tokenizer.wait()
         try:
             tokenizer.result()
+            engine = Engine(program, plan.limits, plan.n_ctx, model.hparams.vocab_size)
         except BaseException:
             program.close()
             raise
     except BaseException:
         file.close()
         raise
-    engine = Engine(program, plan.limits, plan.n_ctx, model.hparams.vocab_size)
     load_s = time.perf_counter() - start
     return Runtime(model, plan, program, engine, device, n_threads, load_s, tokenizer, template)
 

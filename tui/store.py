@@ -359,7 +359,7 @@ def _write(db: sqlite3.Connection, id: int, unsaved: _Unsaved) -> bool:
 
 def count_conversations(path: Path) -> int:
     """How many a file holds; raises EdgeInferError where it can't be read."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise EdgeInferError(f"{path} can't be read: it is no file; move it away")
     address = f"{path.absolute().as_uri()}?mode=ro"
     try:
@@ -376,7 +376,7 @@ def clear_history(data_folder: Path) -> int | None:
     """
     path = data_folder / FILE_NAME
     n: int | None = 0
-    if path.exists():
+    if os.path.exists(path):
         try:
             n = count_conversations(path)
         except EdgeInferError:
