@@ -192,10 +192,9 @@ def _open(model: str | None, flags: dict[str, Any], *, is_chat: bool = False) ->
     line = ProgressLine()
 
     def progress(event: Progress) -> None:
-        if event.stage == "kernels" and not event.done:
-            warn_unless_kept()
         line.show(event.stage, event.done, event.total)
 
+    from edgeinfer.backend import unkept_kernels
     from edgeinfer.llm import LLM
 
     options = cast("LoadOptions", {**given(flags, LOAD_NAMES), "progress": progress})
@@ -203,6 +202,7 @@ def _open(model: str | None, flags: dict[str, Any], *, is_chat: bool = False) ->
         llm = LLM(path, **options)
     finally:
         line.clear()
+    warn_unless_kept(unkept_kernels(llm.runtime.program))
     # What a start has made stays: no later collection, nor the one at exit, needs to look at it.
     gc.freeze()
     gc.set_threshold(_GC_THRESHOLD)

@@ -6,7 +6,6 @@ Knows nothing of running models.
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ import click
 from edgeinfer import config, platform
 from edgeinfer.cli_options import common_flags
 from edgeinfer.console import DownloadLine, note, show, show_json
-from edgeinfer.errors import ModelNotFoundError
+from edgeinfer.errors import EdgeInferError, ModelNotFoundError
 
 if TYPE_CHECKING:
     from edgeinfer.options import Progress
@@ -108,8 +107,14 @@ def cache(clear: bool, as_json: bool) -> None:
         path for name in UNFINISHED for path in platform.files_below(models, f"**/{name}")
     ]
     if clear:
-        shutil.rmtree(kernels, ignore_errors=True)
-        discard_unfinished()
+        try:
+            discard_unfinished()
+            platform.delete_all(kernels)
+        except OSError as error:
+            raise EdgeInferError(
+                f"{error.filename or kernels} can't be deleted: {error.strerror or error}; end "
+                "what uses it, or delete it yourself"
+            ) from error
         note(f"emptied {kernels}; models stay (edgeinfer rm NAME deletes one)")
         return
     sizes = {str(folder): folder_bytes(folder) for folder in (kernels, models)}
@@ -178,7 +183,9 @@ def remember(name: str) -> None:
     """The next chat without MODEL takes this one."""
     from edgeinfer import recent
 
-    recent.remember(name)
+    reason = recent.remember(name)
+    if reason:
+        note(f"the next chat will not know that this was {name}: {reason}; set EDGEINFER_HOME")
 
 
 def last_model() -> str | None:
@@ -198,10 +205,10 @@ def downloadable() -> list[tuple[str, int]]:
     return [(alias.name, alias.n_bytes) for alias in fitting]
 
 
-def warn_unless_kept() -> None:
-    """Say so where the kernels that are being built can't be stored."""
-    folder = config.cache_folder()
-    if not platform.is_writable(folder):
+def warn_unless_kept(reason: str) -> None:
+    """Say so where kernels that were built could not be stored, for what reason."""
+    if reason:
+        folder = f"{config.cache_folder()} ({reason})"
         note(f"kernels can't be kept in {folder}: built for this process alone; set EDGEINFER_HOME")
 
 

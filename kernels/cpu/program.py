@@ -188,6 +188,11 @@ class CpuProgram:
         """Build now what would be built when idle; returns how many kernels that were."""
         return self._backend.library.rebuild(lambda done, total, name: progress(done, total))
 
+    @property
+    def unkept(self) -> str:
+        """Why kernels that were built here are for this process alone; "" where they are kept."""
+        return self._backend.library.unkept
+
     def close(self) -> None:
         """Free everything; views into outputs are dead from here on."""
         if self._closed:
