@@ -100,7 +100,7 @@ def build_exactly(program: Program, progress: Callable[[int, int], None]) -> int
 
 
 def unkept_kernels(program: Program) -> str:
-    """Why kernels that were built can't be kept for the next process; "" where they are."""
+    """Why what was built or measured can't be kept for the next process; "" where it is."""
     from edgeinfer.kernels.cpu.program import CpuProgram
 
     return program.unkept if isinstance(program, CpuProgram) else ""

@@ -19,6 +19,7 @@ from edgeinfer.console import DownloadLine, note, show, show_json
 from edgeinfer.errors import EdgeInferError, ModelNotFoundError
 
 if TYPE_CHECKING:
+    from edgeinfer.llm import LLM
     from edgeinfer.options import Progress
 
 _MB = 10**6
@@ -179,13 +180,13 @@ def choose_model(name: str | None, yes: bool, *, is_chat: bool = False) -> str:
     return str(_fetch(name))
 
 
-def remember(name: str) -> None:
-    """The next chat without MODEL takes this one."""
+def remember(name: str) -> list[str]:
+    """The next chat without MODEL takes this one; else a line that says why not."""
     from edgeinfer import recent
 
     reason = recent.remember(name)
-    if reason:
-        note(f"the next chat will not know that this was {name}: {reason}; set EDGEINFER_HOME")
+    why = f"the next chat will not know that this was {name}: {reason}; set EDGEINFER_HOME"
+    return [why] if reason else []
 
 
 def last_model() -> str | None:
@@ -205,11 +206,14 @@ def downloadable() -> list[tuple[str, int]]:
     return [(alias.name, alias.n_bytes) for alias in fitting]
 
 
-def warn_unless_kept(reason: str) -> None:
-    """Say so where kernels that were built could not be stored, for what reason."""
-    if reason:
-        folder = f"{config.cache_folder()} ({reason})"
-        note(f"kernels can't be kept in {folder}: built for this process alone; set EDGEINFER_HOME")
+def unkept(llm: LLM) -> list[str]:
+    """A line where kernels that were built could not be stored, with the reason."""
+    from edgeinfer.backend import unkept_kernels
+
+    reason = unkept_kernels(llm.runtime.program)
+    where = f"{config.cache_folder()} ({reason})"
+    why = f"kernels can't be kept in {where}: built for this process alone; set EDGEINFER_HOME"
+    return [why] if reason else []
 
 
 def advice_after(path: Path) -> str | None:

@@ -118,6 +118,7 @@ from edgeinfer.cli import main
 from edgeinfer.tui.app import ChatApp
 
 def fail(self):
+    self.composer.prompt.set_text("what was typed")
     raise RuntimeError("a mistake of ours")
 
 ChatApp._begin = fail
@@ -148,4 +149,5 @@ def test_a_chat_that_ends_by_an_error_exits_with_1_and_a_line(
     os.close(parent)
     assert process.wait(10) == 1
     assert b"edgeinfer: unexpected RuntimeError: a mistake of ours (--debug shows where)" in seen
+    assert b"not sent: what was typed" in seen
     assert (b"Traceback" in seen) == is_debug

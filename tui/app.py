@@ -6,6 +6,7 @@ Knows nothing of tokens or files; `Session` does what is asked here.
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 
 from rich.text import Text
 from textual import events, on
@@ -58,6 +59,7 @@ class ChatApp(ChatCommands):
         self._counts = TokenCounts()
         self._notice = ""
         self.failure: Exception | None = None
+        self.unsent = ""  # what was typed when it failed
         for theme in OURS:
             self.register_theme(theme)
 
@@ -95,6 +97,9 @@ class ChatApp(ChatCommands):
         # NOTE: Textual's name. It writes pages of local variables and forgets the error, which
         # whoever runs the chat tells in a line.
         self.failure = self.failure or error
+        with suppress(Exception):
+            waiting = [each.text for each in self.session.queue]
+            self.unsent = "\n".join([*waiting, self.composer.prompt.text]).strip()
         super()._handle_exception(error)
         self._exit_renderables.clear()
 

@@ -17,7 +17,7 @@ from edgeinfer.tui.settings import ChatModel, ChatSettings, ModelChoice
 if TYPE_CHECKING:
     from textual.driver import Driver
 
-    from edgeinfer import LoadOptions, MemoryPlan, Progress
+    from edgeinfer import LLM, LoadOptions, MemoryPlan, Progress
 
 
 def run_chat(
@@ -32,12 +32,13 @@ def run_chat(
     memory_now: Callable[[], int],
     run_tool: Callable[[Sequence[str], bytes], bool],
     last_model: Callable[[], str | None],
-    remember: Callable[[str], None],
+    take_loaded: Callable[[str, LLM], None],
     downloads: Callable[[], Sequence[tuple[str, int]]],
 ) -> None:
     """Run until the user leaves; raises what ended the chat before.
 
-    `downloads` are names and sizes of models that could be here.
+    `take_loaded` hears of every model that was opened. `downloads` are names and sizes of models
+    that could be here.
     """
     from edgeinfer.tui.app import ChatApp
 
@@ -47,7 +48,7 @@ def run_chat(
         from edgeinfer import LLM
 
         llm = LLM(path, **cast("LoadOptions", {**options, "progress": progress}))
-        remember(path)
+        take_loaded(path, llm)
         return cast("ChatModel", llm)
 
     def plan_model(path: str) -> MemoryPlan:
@@ -65,6 +66,8 @@ def run_chat(
     app.run()
     if app.session.notice:
         sys.stderr.write(f"edgeinfer: {printable(app.session.notice)}\n")
+    if app.unsent:
+        sys.stderr.write(f"edgeinfer: not sent: {printable(app.unsent)}\n")
     if app.failure is not None:
         raise app.failure
 

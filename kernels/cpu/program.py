@@ -190,8 +190,8 @@ class CpuProgram:
 
     @property
     def unkept(self) -> str:
-        """Why kernels that were built here are for this process alone; "" where they are kept."""
-        return self._backend.library.unkept
+        """Why what was built and measured here is for this process alone; "" where it is kept."""
+        return self._backend.library.unkept or self._tuning.unkept
 
     def close(self) -> None:
         """Free everything; views into outputs are dead from here on."""
