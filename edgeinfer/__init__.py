@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from edgeinfer.llm import LLM
     from edgeinfer.memory_plan import MemoryPlan
     from edgeinfer.options import LoadOptions, Progress, Sampling
+    from edgeinfer.parameters import ANSWER, LOAD, Parameter
     from edgeinfer.results import (
         Completion,
         Delta,
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
         Usage,
     )
     from edgeinfer.stream import Stream
-    from edgeinfer.terminal import StreamFilter, printable
+    from edgeinfer.terminal import StreamFilter, one_line, printable
 
 __version__ = "0.1.0"
 
@@ -55,13 +56,14 @@ if not os.path.isdir(os.path.join(os.path.dirname(__file__), "kernels")):
 _HOME = {
     "LLM": "llm", "AsyncLLM": "aio",
     "LoadOptions": "options", "Message": "chat", "Progress": "options", "Sampling": "options",
+    "ANSWER": "parameters", "LOAD": "parameters", "Parameter": "parameters",
     "MemoryPlan": "memory_plan", "plan": "inspect_file",
     "ModelInfo": "discovery", "list_models": "discovery", "pull": "fetch",
     "Completion": "results", "Delta": "results", "Done": "results", "Event": "results",
     "PromptProgress": "results", "Timings": "results", "TokenLogprob": "results",
     "Usage": "results",
     "AsyncStream": "aio", "Stream": "stream",
-    "StreamFilter": "terminal", "printable": "terminal",
+    "StreamFilter": "terminal", "one_line": "terminal", "printable": "terminal",
     "BusyError": "errors", "ClosedError": "errors", "ContextLengthError": "errors",
     "DeviceError": "errors", "DownloadError": "errors", "EdgeInferError": "errors",
     "InvalidModelError": "errors", "InvalidRequestError": "errors",
@@ -70,6 +72,7 @@ _HOME = {
 }  # fmt: skip
 
 __all__ = [
+    "ANSWER",
     "AsyncLLM",
     "AsyncStream",
     "BusyError",
@@ -85,11 +88,13 @@ __all__ = [
     "InvalidModelError",
     "InvalidRequestError",
     "LLM",
+    "LOAD",
     "LoadOptions",
     "MemoryPlan",
     "Message",
     "ModelInfo",
     "ModelNotFoundError",
+    "Parameter",
     "PlanError",
     "Progress",
     "PromptProgress",
@@ -103,6 +108,7 @@ __all__ = [
     "Usage",
     "__version__",
     "list_models",
+    "one_line",
     "plan",
     "printable",
     "pull",

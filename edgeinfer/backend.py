@@ -13,7 +13,6 @@ from edgeinfer import config
 from edgeinfer.batch import Batch, Outputs, StepLimits
 from edgeinfer.errors import DeviceError
 from edgeinfer.graph import Segment
-from edgeinfer.platform import forget_pages
 from edgeinfer.quant import Weight
 
 # stage ("kernels", "weights"), done, total
@@ -67,7 +66,7 @@ def open_backend(device: str, *, progress: CompileProgress | None = None) -> Bac
         return ReferenceBackend(sample_reference)
     from edgeinfer.kernels.cpu.program import CpuBackend
 
-    return CpuBackend(config.cache_folder(), progress, _release, config.isa())
+    return CpuBackend(config.cache_folder(), progress, config.isa())
 
 
 def packed_bytes(device: str, weight: Weight) -> int:
@@ -137,10 +136,3 @@ def ready_kernel_files() -> list[Path]:
     from edgeinfer.kernels.cpu.library import current_files
 
     return current_files()
-
-
-def _release(weight: Weight) -> None:
-    """Drop the mapped file pages of a weight that has been packed."""
-    import numpy as np
-
-    forget_pages(np.frombuffer(weight.data, np.uint8).ctypes.data, len(weight.data))

@@ -38,6 +38,7 @@ from edgeinfer.cli_options import (
 )
 from edgeinfer.console import Output, ProgressLine, note, prepare_streams, show, show_json
 from edgeinfer.errors import ContextLengthError, EdgeInferError, InvalidRequestError
+from edgeinfer.terminal import one_line, printable
 
 if TYPE_CHECKING:
     from edgeinfer.llm import LLM
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
 _MIB = 1 << 20
 _INTERRUPTED = 130
+_MAX_LINE = 2000  # characters
 _GC_THRESHOLD = 10_000  # new objects between two collections; Python's own are 700 to 2,000
 _GC_THRESHOLD_OF_START = 200_000  # more than a start makes
 
@@ -113,7 +115,7 @@ def _drop_stdout() -> None:
 
 
 def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
+    text = one_line(" ".join(str(error).split()), _MAX_LINE)
     if isinstance(error, EdgeInferError):
         return text
     if isinstance(error, OSError) and text:
@@ -227,19 +229,13 @@ def _follow(stream: Stream, output: Output | None) -> None:
             elif event.type == "delta":
                 line.clear()
                 if event.reasoning and shows_reasoning:
-                    sys.stderr.write(_stderr_text(event.reasoning))
+                    sys.stderr.write(printable(event.reasoning))
                 if output:
                     output.write(event.text)
     finally:
         line.clear()
     if output:
         output.end()
-
-
-def _stderr_text(text: str) -> str:
-    from edgeinfer.terminal import printable
-
-    return printable(text)
 
 
 def _answer_json(
@@ -362,7 +358,7 @@ def info(model: str | None, as_json: bool) -> None:
         show_json(facts)
         return
     for key, value in facts.items():
-        show(f"{key.replace('_', ' ')}: {'' if value is None else value}")
+        show(f"{key.replace('_', ' ')}: {'' if value is None else one_line(str(value), _MAX_LINE)}")
 
 
 @commands.command(epilog="Example: edgeinfer plan qwen3-4b -c 16384")

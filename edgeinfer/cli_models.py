@@ -17,12 +17,14 @@ from edgeinfer import config, platform
 from edgeinfer.cli_options import common_flags
 from edgeinfer.console import DownloadLine, note, show, show_json
 from edgeinfer.errors import EdgeInferError, ModelNotFoundError
+from edgeinfer.terminal import one_line
 
 if TYPE_CHECKING:
     from edgeinfer.llm import LLM
     from edgeinfer.options import Progress
 
 _MB = 10**6
+_MAX_SHOWN = 1000  # characters of a path or a fact
 
 
 def add_to(group: click.Group) -> None:
@@ -73,7 +75,7 @@ def list_(show_all: bool, as_json: bool) -> None:
             }
         )
         return
-    rows = [(i.name, f"{i.n_bytes / _MB:.0f} MB", i.source, str(i.path)) for i in here]
+    rows = [(one_line(i.name), f"{i.n_bytes / _MB:.0f} MB", i.source, _shown(i.path)) for i in here]
     rows += [(a.name, f"{a.n_bytes / _MB:.0f} MB", "(pull)", a.licence) for a in missing]
     widths = [max(len(row[column]) for row in rows) for column in range(3)] if rows else []
     for name, size, source, path in rows:
@@ -90,7 +92,7 @@ def rm(name: str) -> None:
     from edgeinfer.fetch import remove
 
     for path in remove(name):
-        note(f"deleted {path}")
+        note(f"deleted {_shown(path)}")
 
 
 @click.command(epilog="Example: edgeinfer cache --clear")
@@ -125,7 +127,7 @@ def cache(clear: bool, as_json: bool) -> None:
     for folder, size in sizes.items():
         show(f"{size / _MB:8.1f} MB  {folder}")
     for path in unfinished:
-        show(f"unfinished: {path}")
+        show(f"unfinished: {_shown(path)}")
 
 
 @click.command(epilog="Example: edgeinfer doctor --json")
@@ -151,13 +153,19 @@ def _lines(values: dict[str, Any]) -> list[str]:
         if name.endswith("_bytes"):
             name, value = name.removesuffix("_bytes"), f"{value / 1e9:.2f} GB"
         elif isinstance(value, dict):
-            value = "".join(f"\n    {key}: {each}" for key, each in value.items()) or "none"
+            lines.append(f"{name.replace('_', ' ')}:{'' if value else ' none'}")
+            lines += [f"  {_shown(key)}: {_shown(each)}" for key, each in value.items()]
+            continue
         elif isinstance(value, list):
             value = ", ".join(map(str, value)) or "none"
         elif value is None or isinstance(value, bool):
             value = {None: "-", True: "yes", False: "no"}[value]
-        lines.append(f"{name.replace('_', ' ')}: {value}")
+        lines.append(f"{name.replace('_', ' ')}: {_shown(value)}")
     return lines
+
+
+def _shown(value: object) -> str:
+    return one_line(str(value), _MAX_SHOWN)
 
 
 # -- names on the command line -------------------------------------------------------------------
@@ -171,7 +179,7 @@ def choose_model(name: str | None, yes: bool, *, is_chat: bool = False) -> str:
     if name is None:
         is_person = sys.stdin.isatty() and sys.stderr.isatty()
         name = last_model() if is_chat and is_person else _default_name()
-        note(f"no model named: using {name}")
+        note(f"no model named: using {_shown(name)}")
     try:
         return str(find_model(name))
     except ModelNotFoundError:

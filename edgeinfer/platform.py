@@ -14,8 +14,10 @@ import shutil
 import stat
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, NamedTuple
@@ -208,19 +210,6 @@ def _libc() -> ctypes.CDLL | None:
     return None if sys.platform == "win32" else ctypes.CDLL(None)
 
 
-def forget_pages(address: int, n_bytes: int) -> None:
-    """Drop pages of a file mapping from this process; they are read again when touched."""
-    if not sys.platform.startswith("linux"):
-        return
-    start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = (address + n_bytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
-    if length > 0:
-        # Keeps the interpreter lock: getting it back takes far longer than this call, hundreds of
-        # times while weights are packed beside a busy thread.
-        libc = ctypes.PyDLL(None)
-        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
-
-
 def keep(thing: object) -> None:
     """Let an object live as long as the process: an interpreter that ends would free it before."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
@@ -341,7 +330,57 @@ def _open_plain(path: str, flags: int) -> int:
     return descriptor
 
 
-def is_at(file: BinaryIO, path: Path) -> bool:
+class ReadableFile:
+    """A file that is read at any place, by any thread, until `close`; it is never mapped.
+
+    What is mapped and cut short by another process ends this one with a bus error.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = open(path, "rb", buffering=0)
+        self._lock = threading.Lock()
+        status = os.fstat(self._file.fileno())
+        self.n_bytes, self._changed = status.st_size, status.st_mtime_ns
+
+    def read_into(self, buffer: memoryview, at: int) -> int:
+        """Fill a buffer from byte `at` on; fewer bytes than it has where the file ends."""
+        n_done = 0
+        while n_done < len(buffer):
+            n = self._read_some(buffer[n_done:], at + n_done)
+            if not n:
+                break
+            n_done += n
+        return n_done
+
+    def _read_some(self, buffer: memoryview, at: int) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._file.fileno(), [buffer], at)
+        with self._lock:
+            self._file.seek(at)
+            return self._file.readinto(buffer) or 0
+
+    def is_unchanged(self) -> bool:
+        """Whether nobody has written to it since it was opened, as far as its time tells."""
+        status = os.fstat(self._file.fileno())
+        return (status.st_size, status.st_mtime_ns) == (self.n_bytes, self._changed)
+
+    def is_in_place(self) -> bool:
+        """Whether its path still names it."""
+        return is_at(self._file, self.path)
+
+    @property
+    def is_closed(self) -> bool:
+        return self._file.closed
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __del__(self) -> None:
+        self._file.close()
+
+
+def is_at(file: BinaryIO | FileIO, path: Path) -> bool:
     """Whether an open file is still what `path` names."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())

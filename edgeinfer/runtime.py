@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 from edgeinfer import config, platform
 from edgeinfer.backend import Program, device_kind, open_backend, packed_bytes
@@ -24,7 +24,8 @@ from edgeinfer.gguf import GGUFFile
 from edgeinfer.graph import Linear
 from edgeinfer.memory_plan import MemoryPlan, PlanRequest, solve
 from edgeinfer.model import Model
-from edgeinfer.options import LoadOptions, Progress, check_keywords, parse_memory
+from edgeinfer.options import LoadOptions, Progress
+from edgeinfer.parameters import LOAD, checked, parse_memory, shown
 from edgeinfer.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -65,7 +66,7 @@ class Runtime:
 
 def load(path: str | PathLike[str], options: LoadOptions) -> Runtime:
     """Open, plan, load; all in a thread, so that an interrupt never leaves native code half-way."""
-    check_keywords("LLM", options, LoadOptions.__annotations__)
+    options = checked_options("LLM", options)
     found = find_file(path, download=bool(options.get("download")))
     try:
         later = _Later(lambda: _load(found, options))
@@ -114,8 +115,25 @@ def _load(path: Path, options: LoadOptions) -> Runtime:
     return Runtime(model, plan, program, engine, device, n_threads, load_s, tokenizer, template)
 
 
+def checked_options(function: str, given: LoadOptions) -> LoadOptions:
+    """The options in the types that are used; raises what names the one that can't be."""
+    options = cast(LoadOptions, checked(function, given, LOAD))
+    kv_type = options.get("kv_type", "f16")
+    if any(each != "f16" for each in ((kv_type,) if isinstance(kv_type, str) else kv_type or ())):
+        raise InvalidRequestError(
+            f"kv_type is {shown(kv_type)}; this version stores K and V as f16", param="kv_type"
+        )
+    if options.get("gpu_layers"):
+        raise DeviceError("gpu_layers needs a GPU, which this version does not run on")
+    return options
+
+
 def find_file(name: str | PathLike[str], *, download: bool = False) -> Path:
     """The GGUF file that a path or a model's name means; fetched only where that is allowed."""
+    if not isinstance(name, (str, PathLike)) or not isinstance(os.fspath(name), str):
+        raise InvalidRequestError(
+            f"model is {shown(name)}; it must be a path or a name", param="model"
+        )
     try:
         return find_model(os.fspath(name))
     except ModelNotFoundError:
@@ -128,18 +146,16 @@ def find_file(name: str | PathLike[str], *, download: bool = False) -> Path:
 
 def plan_model(model: Model, options: LoadOptions) -> MemoryPlan:
     """The memory that loading with these options takes."""
-    _check_unsupported(options)
     device = device_kind(options.get("device") or "auto")
     available = platform.available_memory()
     memory = options.get("memory")
     if memory is not None:
         available = parse_memory(memory, available)
-    slots = options.get("slots")
     return solve(
         model.graph.segment(),
         PlanRequest(
             n_ctx=options.get("n_ctx"),
-            slots=1 if slots is None else slots,
+            slots=options.get("slots") or 1,
             n_threads=_n_threads(options),
             available=available,
             kv_element_bytes=4 if device == "reference" else 2,
@@ -164,23 +180,8 @@ def _make_template(
 
 
 def _n_threads(options: LoadOptions) -> int:
-    threads = options.get("threads")
-    if threads is None:
-        return config.threads() or platform.default_threads()
-    if threads < 1:
-        raise InvalidRequestError(f"threads is {threads}, need at least 1", param="threads")
-    return threads
-
-
-def _check_unsupported(options: LoadOptions) -> None:
-    kv_type = options.get("kv_type")
-    types = (kv_type,) if isinstance(kv_type, str) else kv_type or ()
-    if any(each != "f16" for each in types):
-        raise InvalidRequestError(
-            f"kv_type is {kv_type!r}; this version stores K and V as f16", param="kv_type"
-        )
-    if options.get("gpu_layers"):
-        raise DeviceError("gpu_layers needs a GPU, which this version does not run on")
+    asked = options.get("threads") or config.threads()
+    return int(LOAD["threads"].check(asked)) if asked else platform.default_threads()
 
 
 def _progress(options: LoadOptions, packs: threading.Event) -> Callable[[str, int, int], None]:

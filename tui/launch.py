@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from edgeinfer import printable
+from edgeinfer import one_line, printable
 from edgeinfer.tui.settings import ChatModel, ChatSettings, ModelChoice
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def run_chat(
     app = ChatApp(settings, driver())
     app.run()
     if app.session.notice:
-        sys.stderr.write(f"edgeinfer: {printable(app.session.notice)}\n")
+        sys.stderr.write(f"edgeinfer: {one_line(app.session.notice, 500)}\n")
     if app.unsent:
         sys.stderr.write(f"edgeinfer: not sent: {printable(app.unsent)}\n")
     if app.failure is not None:

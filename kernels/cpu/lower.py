@@ -460,7 +460,7 @@ def frequencies(rope: Rope) -> np.ndarray:
     exponents = np.arange(rope.n_dims // 2, dtype=np.float64) * 2 / rope.n_dims
     factors = np.ones(rope.n_dims // 2)
     if rope.factors is not None:
-        factors = np.frombuffer(rope.factors.data, np.float32).astype(np.float64)
+        factors = np.frombuffer(rope.factors.data[:], np.float32).astype(np.float64)
     freqs: np.ndarray = rope.scale / (np.float64(rope.base) ** exponents * factors)
     return freqs
 

@@ -51,8 +51,8 @@ _STEP_WORDS = layout.H_ABORT // layout.WORD + 1  # of the header, from H_ROWS on
 class CpuBackend:
     """Compiles segments for this machine's CPU.
 
-    `cache_dir` keeps compiled kernels. `release(weight)` is told when a weight's file pages are
-    no longer needed. `progress("kernels" | "weights", done, total)` follows `compile`.
+    `cache_dir` keeps compiled kernels. `progress("kernels" | "weights", done, total)` follows
+    `compile`.
     """
 
     name = "cpu"
@@ -61,11 +61,9 @@ class CpuBackend:
         self,
         cache_dir: Path,
         progress: Progress | None = None,
-        release: Callable[[Weight], None] | None = None,
         isa: str | None = None,
     ) -> None:
         self._progress = progress or (lambda stage, done, total: None)
-        self._release = release or (lambda weight: None)
         target = Target.host(isa, memory=cache_dir)
         self.library = Library(target, cache_folder(cache_dir, target))
 
@@ -81,7 +79,6 @@ class CpuBackend:
             team,
             self.library,
             n_threads,
-            self._release,
             lambda done, total: self._progress("weights", done, total),
         )
 

@@ -1,7 +1,7 @@
 """The packed weights of one program: one arena, filled tensor by tensor by the thread team.
 
-Knows no graph. The packed copy replaces the file's: source pages are released as they are packed,
-so the peak is the packed model and one portion of the file.
+Knows no graph. The packed copy replaces the file's, which is read portion by portion, so the peak
+is the packed model and one portion of the file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from edgeinfer.kernels.cpu.library import Library
 from edgeinfer.kernels.cpu.team import Op, Part, Team
 from edgeinfer.quant import Weight, dequantize
 
-_PORTION = 8 << 20  # source bytes between two releases
+_PORTION = 8 << 20  # source bytes that are held at a time
 _PACK_CHUNK = 256 << 10  # packed bytes of one chunk
 _ALIGN = 64
 
@@ -75,7 +75,6 @@ class PackedWeights:
         team: Team,
         library: Library,
         n_threads: int,
-        release: Callable[[Weight], None],
         progress: Callable[[int, int], None],
     ) -> None:
         """Fill the arena; `progress(done, total)` counts source bytes."""
@@ -89,10 +88,10 @@ class PackedWeights:
             pending.append(weight)
             pending_bytes += len(weight.data)
             if pending_bytes >= _PORTION:
-                self._pack(pending, team, library, n_threads, release)
+                self._pack(pending, team, library, n_threads)
                 done, pending, pending_bytes = done + pending_bytes, [], 0
                 progress(done, total)
-        self._pack(pending, team, library, n_threads, release)
+        self._pack(pending, team, library, n_threads)
         progress(total, total)
 
     def _pack(
@@ -101,20 +100,16 @@ class PackedWeights:
         team: Team,
         library: Library,
         n_threads: int,
-        release: Callable[[Weight], None],
     ) -> None:
         if not weights:
             return
         header = np.zeros(layout.HEADER_WORDS, np.int64)
-        sources = [np.frombuffer(weight.data, np.uint8) for weight in weights]
+        sources = [np.frombuffer(weight.data[:], np.uint8) for weight in weights]
         ops = [
             Op([self._pack_part(weight, source.ctypes.data, library)])
             for weight, source in zip(weights, sources, strict=True)
         ]
         team.run_once(ops, header.ctypes.data, n_threads)
-        del sources
-        for weight in weights:
-            release(weight)
 
     def _pack_part(self, weight: Weight, source: int, library: Library) -> Part:
         fmt = FORMATS[weight.type.name.lower()]
