@@ -468,8 +468,11 @@ def test_what_was_acknowledged_is_there(
 
 
 @pytest.mark.slow
-def test_what_was_acknowledged_is_there_in_many_runs(tmp_path: Path) -> None:
-    for seed in range(100, 400):
+def test_what_was_acknowledged_is_there_in_many_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgeinfer.tui.store._PATIENCE_SECONDS", 0.01)
+    for seed in range(100, 300):
         (tmp_path / str(seed)).mkdir()
         run_windows(tmp_path / str(seed) / FILE_NAME, seed, 80)
 

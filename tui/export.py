@@ -6,8 +6,8 @@ Knows nothing of widgets.
 from __future__ import annotations
 
 import json
+import os
 import re
-import secrets
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -86,7 +86,7 @@ def _write(path: Path, data: bytes) -> None:
         path.write_bytes(data)
         return
     path = path.resolve()
-    part = path.with_name(f".{path.name[:80]}.{secrets.token_hex(4)}.part")
+    part = path.with_name(f".{path.name[:80]}.{os.urandom(4).hex()}.part")
     try:
         with part.open("xb") as file:
             file.write(data)
