@@ -295,6 +295,25 @@ def test_a_chat_on_a_full_disk_is_kept_once_there_is_room(
     again.close()
 
 
+def test_a_chat_on_a_disk_that_is_read_only_is_kept_once_it_is_not(small_disk: Path) -> None:
+    def remount(mode: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,{mode}", str(small_disk)], check=True)
+
+    path = small_disk / FILE_NAME
+    Store(path).close()
+    remount("ro")
+    store = Store(path)
+    conversation = Conversation(store)
+    conversation.ask("one", (), None)
+    assert f"{path} can't be written" in store.notice(conversation.id)
+    remount("rw")
+    store._retry_at = 0.0
+    store.tend()
+    assert store.notice(conversation.id) == ""
+    assert conversation.id is not None and len(store.messages(conversation.id)) == 1
+    store.close()
+
+
 @pytest.mark.slow
 def test_a_first_start_on_a_full_disk_answers(small_disk: Path, tmp_path: Path) -> None:
     fill(small_disk)
