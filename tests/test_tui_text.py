@@ -21,6 +21,7 @@ from edgeinfer.tui.gauge import Readings, context_bar, sparkline
 from edgeinfer.tui.look import Look
 from edgeinfer.tui.palette import DARK, LIGHT, Palette
 from edgeinfer.tui.params import parse_param
+from edgeinfer.tui.rows import Row
 from edgeinfer.tui.schema import _STEPS, VERSION
 from edgeinfer.tui.splitter import Splitter, split
 from edgeinfer.tui.store import FILE_NAME, Attachment, Node, Store, clear_history
@@ -119,6 +120,11 @@ def test_text_of_a_model_loses_its_escape_sequences() -> None:
     assert "\u202e" not in shown
 
 
+def shown(rows: list[Row]) -> str:
+    """What the terminal gets."""
+    return "\n".join("".join(segment.text for segment in row.segments) for row in rows)
+
+
 @pytest.mark.parametrize("theme", [DARK, LIGHT])
 @pytest.mark.parametrize("width", [20, 56, 96])
 def test_no_line_is_wider_than_asked(theme: object, width: int) -> None:
@@ -126,14 +132,13 @@ def test_no_line_is_wider_than_asked(theme: object, width: int) -> None:
     text = MARKDOWN + "\n\n" + "word" * 50 + "\n\n漢字" + "漢" * 80 + "\n\n- x\n  - " + "y " * 60
     for block in blocks_of(Node(1, None, "assistant", text, reasoning="hm " * 90), "n"):
         block.is_folded = False
-        for line in block.draw(look, width):
-            assert sum(segment.cell_length for segment in line) <= width
+        for row in block.draw(look, width):
+            assert sum(segment.cell_length for segment in row.segments) <= width
 
 
 def test_tags_and_links_stay_visible() -> None:
     look = Look(Palette.of(DARK))
-    lines = look.prose("<b>bold</b> [here](http://evil.example)\n\n<div>x</div>", 80)
-    text = "\n".join("".join(segment.text for segment in line) for line in lines)
+    text = shown(look.prose("<b>bold</b> [here](http://evil.example)\n\n<div>x</div>", 80).rows)
     assert "<b>" in text and "http://evil.example" in text and "<div>x</div>" in text
 
 
