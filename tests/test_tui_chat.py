@@ -63,8 +63,7 @@ class Chat:
         transcript = self.app.transcript
         lines = range(transcript._list.n_lines)
         return "\n".join(
-            "".join(segment.text for segment in transcript.segments_of(i)).rstrip()
-            for i in lines
+            "".join(segment.text for segment in transcript.segments_of(i)).rstrip() for i in lines
         )
 
     @property

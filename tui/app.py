@@ -162,7 +162,7 @@ class ChatApp(ChatCommands):
 
     def _tick(self) -> None:
         now = time.perf_counter()
-        if now < self._rest_until:
+        if now < self._rest_until or not self.is_running:
             return
         session = self.session
         is_busy = session.running is not None or session.loader is not None

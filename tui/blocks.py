@@ -21,7 +21,9 @@ Kind: TypeAlias = Literal["user", "text", "code", "thinking", "note", "notice", 
 
 _INDENT = 2  # the grounds of code and of what the user wrote reach as far beyond the text
 # Two clicks take addresses and paths whole, but not the mark that ends a sentence.
-_WORD = re.compile(r"[\w@%&#=+~$/\\-](?:[\w@%&#=+~$/\\.:?!,;-]*[\w@%&#=+~$/\\-])?")
+_WORD = re.compile(
+    r"\w+://\S*[^\s.,;:!?)>'\"]|[\w@%&#=+~$/\\-](?:[\w@%&#=+~$/\\.:?!,;-]*[\w@%&#=+~$/\\-])?"
+)
 _OPEN_ROWS = 80  # rows of code that are highlighted again while a block grows
 
 

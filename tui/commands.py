@@ -175,6 +175,7 @@ class ChatCommands(App[None]):
         elif self.editing is not None:
             self.editing = None
             self.composer.prompt.set_text("")
+        self.screen.clear_selection()
         self.transcript.select(None)
         self.composer.prompt.focus()
         self.refresh_hint()
@@ -184,6 +185,7 @@ class ChatCommands(App[None]):
         text = self.screen.get_selected_text() or self.composer.prompt.selected_text
         if text:
             self.copy(text)
+            self.screen.clear_selection()
         elif self.stop():
             self.recall()
         elif time.monotonic() - self._interrupted_at < _TWICE_SECONDS:

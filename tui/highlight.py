@@ -58,8 +58,8 @@ def highlighted(code: str, language: str, theme: SyntaxTheme) -> Text:
     ground = theme.get_background_style()
     text = Syntax(code, language or "text", theme=theme).highlight(code)
     # Lexers drop or add line ends: what is shown is what was written.
-    if text.plain.rstrip("\n") != code.rstrip("\n"):
+    body = code.rstrip("\n")
+    if text.plain.rstrip("\n") != body:
         return Text(code, ground)
-    text.right_crop(max(0, len(text) - len(code)))
-    text.append("\n" * (len(code) - len(text)))
-    return text
+    text = text[: len(body)]
+    return text.append(code[len(body) :])

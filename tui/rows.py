@@ -48,9 +48,8 @@ class Row(NamedTuple):
             left, right = max(start, first), min(end, last)
             if left < right:
                 begin = at + cell_len(text[first:left])
-                cuts = [begin, begin + cell_len(text[left:right]), _cells(segments)]
-                before, inside, after = Segment.divide(segments, cuts)
-                segments = [*before, *Segment.apply_style(inside, post_style=style), *after]
+                end_cell = begin + cell_len(text[left:right])
+                segments = list(_styled(segments, begin, end_cell, style))
         return segments
 
     def place(self, text: str, cell: int) -> int | None:
@@ -171,9 +170,7 @@ class Sheet:
         base = self._next_line(margins.copied + text) + len(margins.copied)
         at = cell_len(margins.first.plain)
         bounds = wrapped(line.plain, max(1, self.width - at))
-        for i, ((start, end), part) in enumerate(
-            zip(bounds, self._cut(line, bounds), strict=True)
-        ):
+        for i, ((start, end), part) in enumerate(zip(bounds, self._cut(line, bounds), strict=True)):
             spans = [Span(at, base + start, base + end)]
             if not i and margins.copied:
                 n = len(margins.copied)
@@ -223,5 +220,18 @@ def verbatim(source: str, start: int, end: int) -> str:
     return "".join(found)
 
 
-def _cells(segments: list[Segment]) -> int:
-    return sum(segment.cell_length for segment in segments)
+def _styled(segments: list[Segment], begin: int, end: int, style: Style) -> Iterator[Segment]:
+    """Segments with another style over the cells from `begin` to `end`; no cluster is cut."""
+    at = 0
+    for text, old, _ in segments:
+        cuts, cell = [0, 0], at
+        for first, last in clusters(text):
+            cuts = [
+                last if cell < edge else cut for cut, edge in zip(cuts, (begin, end), strict=True)
+            ]
+            cell += cell_len(text[first:last])
+        at = cell
+        left, right = cuts
+        new = (old or Style.null()) + style
+        parts = (text[:left], old), (text[left:right], new), (text[right:], old)
+        yield from (Segment(part, each) for part, each in parts if part)

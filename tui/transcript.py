@@ -194,14 +194,16 @@ class Transcript(Selectable, can_focus=True):
             return
         self._is_placing = True
         try:
+            # What is being selected stays under the mouse.
+            follows = self.follows and self.text_selection is None
             for _ in range(8):
-                if self.follows:
+                if follows:
                     self._resize_list()
                     self.scroll_to(y=self.max_scroll_y, animate=False, force=True)
                 if not self._draw_visible():
                     break
             self._resize_list()
-            if self.follows:
+            if follows:
                 self.scroll_to(y=self.max_scroll_y, animate=False, force=True)
         finally:
             self._is_placing = False
