@@ -330,7 +330,8 @@ def test_titles_are_short() -> None:
 
 def test_the_clipboard_sequence_is_wrapped_for_tmux() -> None:
     assert osc52("hi", in_tmux=False) == "\x1b]52;c;aGk=\a"
-    assert osc52("hi", in_tmux=True) == "\x1bPtmux;\x1b\x1b]52;c;aGk=\a\x1b\\"
+    wrapped = "\x1bPtmux;\x1b\x1b]52;c;aGk=\a\x1b\\"
+    assert osc52("hi", in_tmux=True) == f"\x1b]52;c;aGk=\a{wrapped}"
 
 
 def test_errors_of_files_are_shown_without_control_characters() -> None:

@@ -19,15 +19,17 @@ from edgeinfer.tui import slash
 from edgeinfer.tui.commands import ChatCommands
 from edgeinfer.tui.completions import Sources
 from edgeinfer.tui.composer import Composer
+from edgeinfer.tui.copying import Copies
 from edgeinfer.tui.counts import TokenCounts
 from edgeinfer.tui.entries import RunningEntry, blocks_of
 from edgeinfer.tui.files import FileNames
 from edgeinfer.tui.notes import answer_note, dropped_block, hint, welcome
-from edgeinfer.tui.palette import OURS, Palette
+from edgeinfer.tui.palette import DARK, LIGHT, OURS, Palette, row_colors
 from edgeinfer.tui.session import News, Prompt, Session
 from edgeinfer.tui.settings import ChatSettings
 from edgeinfer.tui.status_bar import StatusBar
 from edgeinfer.tui.store import FILE_NAME, Attachment, Node, Store
+from edgeinfer.tui.terminal_colors import TerminalBackground, is_light_by
 from edgeinfer.tui.title_bar import TitleBar
 from edgeinfer.tui.transcript import Transcript
 
@@ -54,6 +56,8 @@ class ChatApp(ChatCommands):
         self._timer: Timer | None = None
         self._rest_until = 0.0
         self._counts = TokenCounts()
+        self.copies = Copies(settings.environment, self._write)
+        self._automatic = OURS[0].name  # the theme that fits the terminal
         for theme in OURS:
             self.register_theme(theme)
 
@@ -69,8 +73,7 @@ class ChatApp(ChatCommands):
         yield StatusBar(id="status")
 
     def on_mount(self) -> None:
-        chosen = self.session.store.preference("theme")
-        self.theme = chosen if chosen in self.available_themes else OURS[0].name
+        self._fit_theme(is_light=is_light_by(self.settings.environment))
         self.theme_changed_signal.subscribe(self, lambda _: self._take_theme())
         self._take_theme()
         self._timer = self.set_interval(1 / _RATE, self._tick)
@@ -150,8 +153,28 @@ class ChatApp(ChatCommands):
         self.refresh_title()
         self.refresh_hint()
         self._draw_status()
-        if self.theme != (self.session.store.preference("theme") or OURS[0].name):
+        if self.theme != (self.session.store.preference("theme") or self._automatic):
             self.session.store.set_preference("theme", self.theme)
+
+    def get_theme_variable_defaults(self) -> dict[str, str]:
+        return row_colors(self.current_theme)
+
+    def _fit_theme(self, *, is_light: bool) -> None:
+        """The theme that was chosen, or else the one that fits the terminal."""
+        if self.console.color_system == "standard":
+            # Sixteen colours: ours would become one, the terminal's own are told apart.
+            self._automatic = "ansi-light" if is_light else "ansi-dark"
+        else:
+            self._automatic = (LIGHT if is_light else DARK).name
+        chosen = self.session.store.preference("theme")
+        self.theme = chosen if chosen in self.available_themes else self._automatic
+
+    def on_terminal_background(self, message: TerminalBackground) -> None:
+        self._fit_theme(is_light=message.is_light)
+
+    def _write(self, sequence: str) -> None:
+        if self._driver is not None:
+            self._driver.write(sequence)
 
     def on_resize(self, event: events.Resize) -> None:
         self.screen_stack[0].set_class(event.size.height < _SHORT_SCREEN, "short")
@@ -171,6 +194,8 @@ class ChatApp(ChatCommands):
         if session.running is not None:
             self._take_news(session.drain())
         self._take_counts()
+        for text, is_bad in self.copies.take():
+            self.say(text, "warning" if is_bad else "information")
         if is_busy:
             self._draw_status()
         self._rest_until = now + (time.perf_counter() - now) / _MOST_SHARE

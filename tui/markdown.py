@@ -22,6 +22,7 @@ from edgeinfer.tui.markup import parse
 from edgeinfer.tui.rows import Margins, Row, Sheet, Span
 
 _BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
+_SAME_TWICE = re.compile(r"\[([^\]]+)\]\(<?(?:mailto:)?\1>?\)")  # shown once
 _NARROWEST = 4  # cells of a table's column
 _GAP = 3  # between columns
 _INLINE = {
@@ -43,7 +44,8 @@ def draw(source: str, console: Console, width: int, code: DrawCode) -> Sheet:
     page = _Page(console, width, code)
     page.blocks(parse(source).children, is_loose=True)
     seen = Counter(_letters("".join(s.text for row in page.sheet.rows for s in row.segments)))
-    if Counter(_letters(_BREAK.sub("", html.unescape(source)))) - seen:
+    wanted = _BREAK.sub("", html.unescape(_SAME_TWICE.sub(r"\1", source)))
+    if Counter(_letters(wanted)) - seen:
         # The parser has dropped something: too many cells in a row, nesting without end.
         page = _Page(console, width, code)
         for line in source.split("\n"):
@@ -207,11 +209,12 @@ class _Page:
         """Of the columns; none when so many do not fit."""
         room = self._width - _GAP * (len(cells[0]) - 1)
         widths = [
-            min(room, max((line.cell_len for lines in column for line in lines), default=0))
+            max((line.cell_len for lines in column for line in lines), default=0)
             for column in zip(*cells, strict=True)
         ]
         if room < sum(min(_NARROWEST, width) for width in widths):
             return []
+        widths = [min(room, width) for width in widths]
         while sum(widths) > room:
             widths[widths.index(max(widths))] -= 1
         return widths

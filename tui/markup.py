@@ -94,7 +94,8 @@ def _escape(state: StateInline, silent: bool) -> bool:
         return False
     char = state.src[at + 1]
     if char == "\n":
-        return False
+        state.pos += 1
+        return True
     if not silent:
         state.pending += char if char in _ESCAPABLE else f"\\{char}"
     state.pos += 2
