@@ -161,7 +161,7 @@ class ChatApp(ChatCommands):
 
     def _fit_theme(self, *, is_light: bool) -> None:
         """The theme that was chosen, or else the one that fits the terminal."""
-        if self.console.color_system == "standard":
+        if self.console.color_system == "standard" and not self.is_headless:
             # Sixteen colours: ours would become one, the terminal's own are told apart.
             self._automatic = "ansi-light" if is_light else "ansi-dark"
         else:

@@ -132,16 +132,16 @@ class Block:
             return look.code(self.text, self.language, width)
         if len(lines) - self._n_frozen > _OPEN_ROWS:
             end = len(lines) - _OPEN_ROWS // 2
-            part = self._code_part(look, width, lines, end)
-            self._frozen += part[1:] if self._n_frozen else part
+            self._frozen += self._code_part(look, width, lines, end)
             self._n_frozen = end
-        return [*self._frozen, *self._code_part(look, width, lines, len(lines))[1:]]
+        return [*self._frozen, *self._code_part(look, width, lines, len(lines))]
 
     def _code_part(self, look: Look, width: int, lines: list[str], end: int) -> list[Row]:
-        """The lines from the frozen ones to `end`, under a label."""
+        """The lines from the frozen ones to `end`, under the label if they are the first."""
         above = "".join(f"{line}\n" for line in lines[: self._n_frozen])
         part = "\n".join(lines[self._n_frozen : end])
-        return look.code(part, self.language, width, len(above.expandtabs(TAB)))
+        rows = look.code(part, self.language, width, len(above.expandtabs(TAB)))
+        return [row for row in rows if row.spans] if self._n_frozen else rows
 
     def _thinking_rows(self, look: Look, width: int) -> list[Row]:
         """`notes` holds the heading; while it grows, the last words follow it."""

@@ -57,6 +57,8 @@ def highlighted(code: str, language: str, theme: SyntaxTheme) -> Text:
     """The code as it is, styled; unknown languages stay plain."""
     ground = theme.get_background_style()
     text = Syntax(code, language or "text", theme=theme).highlight(code)
+    if text.plain == code:
+        return text
     # Lexers drop or add line ends: what is shown is what was written.
     body = code.rstrip("\n")
     if text.plain.rstrip("\n") != body:

@@ -9,6 +9,7 @@ from functools import cached_property
 from io import StringIO
 from typing import TYPE_CHECKING
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.segment import Segment
 from rich.style import Style
@@ -45,9 +46,13 @@ class Look:
 
         `base` is where `text` begins in the block's text.
         """
-        room = max(0, width - 2 * _EDGE - len("copy"))
-        label = Text((language or "text")[:room].ljust(room) + "copy", self.palette.muted)
-        return self._on_ground([label], self._code_lines(text, language), width, base).rows
+        inner = max(1, width - 2 * _EDGE)
+        name = language or "text"
+        labels = [name.ljust(inner - len("copy")) + "copy"]
+        if cell_len(labels[0]) > inner:
+            labels = ["copy".rjust(inner), name]
+        above = [Text(label, self.palette.muted) for label in labels]
+        return self._on_ground(above, self._code_lines(text, language), width, base).rows
 
     def plain(self, text: str, width: int, style: str = "") -> list[Row]:
         """Text as it is, wrapped."""

@@ -23,7 +23,7 @@ from edgeinfer.tui.loader import Task
 from edgeinfer.tui.palette import Palette
 from edgeinfer.tui.settings import ChatSettings, ModelChoice
 
-_HINT = "enter choose   type a path to a .gguf file   esc back"
+_HINT = "enter choose   esc back   or type the path of a .gguf file"
 
 
 class ModelScreen(Dialog[str | None]):

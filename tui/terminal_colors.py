@@ -16,8 +16,8 @@ _ANSWER = re.compile(
     "(?:\x07|\x1b\\\\)",
     re.IGNORECASE,
 )
-# The beginning of an answer, at the end of what was read; two characters make one unlikely.
-_UNFINISHED = re.compile("\x1b\\](?:1|11|11;[rgba:/0-9a-fA-F]{0,40}\x1b?)?$")
+# The beginning of an answer, at the end of what was read.
+_UNFINISHED = re.compile("\x1b(?:\\](?:1|11|11;[rgba:/0-9a-fA-F]{0,40}\x1b?)?)?$")
 
 
 class TerminalBackground(Message):

@@ -22,6 +22,7 @@ from edgeinfer.tui.entries import RunningEntry
 from edgeinfer.tui.keys import MESSAGE_KEYS
 from edgeinfer.tui.look import Look
 from edgeinfer.tui.palette import Palette
+from edgeinfer.tui.rows import Row
 from edgeinfer.tui.selectable import Selectable
 
 _GUTTER = 3
@@ -255,7 +256,8 @@ class Transcript(Selectable, can_focus=True):
         """A line of the conversation as it is drawn, the selection included."""
         index = self._list.find(line)
         block, at = self.blocks[index], line - self._list.top(index)
-        row = block.draw(self._look, self._columns)[at]
+        rows = block.draw(self._look, self._columns)
+        row = rows[at] if at < len(rows) else Row([])
         is_text = bool(row.segments)
         mark = " "
         if block.entry == self.selected and (is_text or block.kind != "note"):
@@ -271,7 +273,9 @@ class Transcript(Selectable, can_focus=True):
     def _selection_style(self) -> Style:
         if self.app.no_color:
             return Style(reverse=True)
-        return self.screen.get_component_rich_style("screen--selection")
+        style = self.screen.get_component_rich_style("screen--selection")
+        # Most themes leave the text's colour, for which Textual would take the ground's.
+        return style if self.app.current_theme.ansi else Style(bgcolor=style.bgcolor)
 
     # -- the mouse -------------------------------------------------------------------------------
 
