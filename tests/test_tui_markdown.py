@@ -134,14 +134,14 @@ def unseen(text: str) -> Counter[str]:
     return Counter(c for c in source if not c.isspace()) - shown
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(SOURCES)
 @example("| a | b |\n|---|---|\n| c | d | e |")
 def test_every_character_is_seen_but_markup(text: str) -> None:
     assert set(unseen(text)) <= MARKUP, text
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(SOURCES)
 def test_pieces_hold_every_line(text: str) -> None:
     pieces = "".join(piece.text + piece.language for piece in split(text))

@@ -74,7 +74,7 @@ def test_the_terminals_answer_is_taken_out_of_what_is_typed(
     assert typed + answers.flush() == "ab\x1b[Ac\x1b]d\x1b[B" and said == [is_light]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.lists(st.sampled_from(["\x1b", "]", "1", "11;", "rgb:", "/", "f", "x", "\x07", "\\"])))
 def test_nothing_typed_is_lost_beside_answers(parts: list[str]) -> None:
     answers, text = Answers(), "".join(parts)
@@ -326,11 +326,11 @@ def tmux(tmp_path: Path) -> Iterator[Tmux]:
 
 
 def test_what_is_copied_in_tmux_is_in_its_buffer(tmux: Tmux) -> None:
-    long = "".join(f"línea {i} 漢字 \\[x\\]\n" for i in range(6000))  # 130 kB
+    long = "".join(f"línea {i} 漢字 \\[x\\]\n" for i in range(4000))  # 85 kB
     tmux.start(long)
     tmux.ask()
     tmux.run("send-keys", "C-y")
-    tmux.until("copied to tmux, 6,001 lines")
+    tmux.until("copied to tmux, 4,001 lines")
     assert tmux.run("show-buffer") == long
 
 

@@ -199,7 +199,7 @@ PIECES = st.sampled_from(
 SOURCES = st.lists(PIECES, max_size=30).map("".join)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(SOURCES, st.sampled_from(["user", "code", "text", "failure"]), st.integers(6, 60))
 def test_every_cell_of_a_block_shows_the_text_it_points_at(
     source: str, kind: str, width: int
@@ -220,7 +220,7 @@ def test_every_cell_of_a_block_shows_the_text_it_points_at(
         assert all(block.shown[i].isspace() for i in unseen)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(SOURCES.filter(lambda text: "\n" not in text), st.integers(2, 40))
 def test_wrapping_loses_no_character_and_cuts_no_cluster(text: str, width: int) -> None:
     rows, at = wrapped(text, width), 0
