@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from rich.color import Color, ColorSystem
 from textual.widgets import OptionList
 
-from edgeinfer import InvalidModelError
+from edgeinfer import InvalidModelError, platform
 from edgeinfer.tui.app import ChatApp
-from edgeinfer.tui.clipboard import copy_with_tools, find_program, osc52
+from edgeinfer.tui.clipboard import copy_with_tools, osc52
 from edgeinfer.tui.model_screen import ModelScreen
 from edgeinfer.tui.palette import OURS, Palette
 from edgeinfer.tui.settings import ModelChoice
@@ -170,7 +170,9 @@ def test_a_screen_too_small_for_anything_comes_back(size: tuple[int, int]) -> No
 
 
 @pytest.mark.parametrize("size", [(80, 24), (60, 16)])
-def test_a_notice_covers_neither_prompt_nor_status(size: tuple[int, int]) -> None:
+def test_a_notice_covers_neither_prompt_nor_status(
+    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def body(chat: Chat) -> None:
         await chat.idle()
         await chat.press(*"my draft")
@@ -181,11 +183,8 @@ def test_a_notice_covers_neither_prompt_nor_status(size: tuple[int, int]) -> Non
         assert "my draft" in text and "● ready" in text and "context" in text
         await chat.until(lambda: "notice" not in chat.screen_text)
 
-    ChatApp.NOTIFICATION_TIMEOUT, old = 0.5, ChatApp.NOTIFICATION_TIMEOUT
-    try:
-        drive(body, size=size)
-    finally:
-        ChatApp.NOTIFICATION_TIMEOUT = old
+    monkeypatch.setattr(ChatApp, "NOTIFICATION_TIMEOUT", 0.5)
+    drive(body, size=size)
 
 
 def test_text_of_others_is_no_markup_anywhere() -> None:
@@ -224,9 +223,9 @@ def fake_tool(folder: Path, name: str, script: str) -> None:
 
 
 @posix
-def test_copied_is_said_when_it_is_known(tmp_path: Path) -> None:
+def test_copied_is_said_when_it_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
-    works = {"PATH": str(tmp_path), "DISPLAY": ":0"}
+    monkeypatch.setenv("PATH", str(tmp_path))
 
     async def body(chat: Chat) -> None:
         await chat.idle()
@@ -241,7 +240,10 @@ def test_copied_is_said_when_it_is_known(tmp_path: Path) -> None:
         chat.app.copy_to_clipboard("x" * 80_000)
         await chat.until(lambda: "not copied: 78 kB" in chat.screen_text)
 
-    drive(body, ScriptedModel([Script("täxt\nline")]), environment=works)
+    drive(
+        body, ScriptedModel([Script("täxt\nline")]), environment={"DISPLAY": ":0"},
+        run_tool=platform.run_tool,
+    )  # fmt: skip
 
 
 def test_text_that_terminals_would_cut_is_not_sent_to_them() -> None:
@@ -258,8 +260,9 @@ def test_programs_are_never_taken_from_the_current_folder(
     for name in ("tmux", "xclip", "wl-copy"):
         fake_tool(tmp_path, name, f"/bin/touch {mark}")
     for path in ("", ".", ":.:", "::"):
-        found = {"PATH": path, "TMUX": "x", "DISPLAY": ":0", "WAYLAND_DISPLAY": "w"}
-        assert copy_with_tools("secret", found) == [] and find_program("tmux", found) is None
+        monkeypatch.setenv("PATH", path)
+        found = {"TMUX": "x", "DISPLAY": ":0", "WAYLAND_DISPLAY": "w"}
+        assert copy_with_tools("secret", found, platform.run_tool) == []
     assert not mark.exists()
 
 
@@ -268,6 +271,7 @@ def test_programs_are_never_taken_from_the_current_folder(
 CHAT = """
 import os, sys
 from pathlib import Path
+from edgeinfer import platform
 from edgeinfer.tui.app import ChatApp
 from edgeinfer.tui.launch import driver
 from edgeinfer.tui.settings import ChatSettings
@@ -275,7 +279,7 @@ from tests.tui_engine import Script, ScriptedModel, opener
 text = Path(sys.argv[1]).read_text("utf-8")
 ChatApp(ChatSettings(
     data_folder=Path("/nowhere"), keeps_history=False, model="x", environment=os.environ,
-    open_model=opener(ScriptedModel([Script(text)])),
+    open_model=opener(ScriptedModel([Script(text)])), run_tool=platform.run_tool,
 ), driver()).run()
 """
 

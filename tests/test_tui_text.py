@@ -142,6 +142,23 @@ def test_tags_and_links_stay_visible() -> None:
     assert "<b>" in text and "http://evil.example" in text and "<div>x</div>" in text
 
 
+def test_every_part_has_its_colour() -> None:
+    palette = Palette.of(DARK)
+    look = Look(palette)
+    colors = {}
+    text = "# Title\n\ntext\n\n```py\nx\n```\n\n| head |\n|---|\n| cell |"
+    for block in blocks_of(Node(1, None, "assistant", text, reasoning="hm"), "note"):
+        for row in block.draw(look, 60):
+            for segment in row.segments:
+                if segment.text.strip() and segment.style and segment.style.color:
+                    colors[segment.text.split()[0][:5]] = segment.style.color.name
+                    bold = segment.style.bold
+                    assert bold or segment.text.strip() not in ("Title", "head")
+    wanted = {"Title": palette.accent, "py": palette.muted, "note": palette.muted}
+    wanted |= {"▸": palette.muted, "────": palette.faint}
+    assert {name: colors.get(name, "").upper() for name in wanted} == wanted
+
+
 def test_every_estimate_is_near_the_height() -> None:
     look = Look(Palette.of(DARK))
     for block in blocks_of(Node(1, None, "assistant", MARKDOWN * 3), ""):

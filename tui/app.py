@@ -56,7 +56,7 @@ class ChatApp(ChatCommands):
         self._timer: Timer | None = None
         self._rest_until = 0.0
         self._counts = TokenCounts()
-        self.copies = Copies(settings.environment, self._write)
+        self.copies = Copies(settings.environment, settings.run_tool, self._write)
         self._automatic = OURS[0].name  # the theme that fits the terminal
         for theme in OURS:
             self.register_theme(theme)

@@ -10,22 +10,25 @@ from collections.abc import Callable, Mapping
 from edgeinfer.tui.clipboard import copy_with_tools, is_in_tmux, osc52
 from edgeinfer.tui.gauge import size_text
 from edgeinfer.tui.loader import Task
+from edgeinfer.tui.settings import RunTool
 
 
 class Copies:
     """Starts copies; `take` gives what became of them, in words that are true."""
 
-    def __init__(self, environment: Mapping[str, str], write: Callable[[str], None]) -> None:
+    def __init__(
+        self, environment: Mapping[str, str], run_tool: RunTool, write: Callable[[str], None]
+    ) -> None:
         """`write` sends a sequence to the terminal."""
-        self._environment, self._write = environment, write
+        self._environment, self._run_tool, self._write = environment, run_tool, write
         self._tasks: list[tuple[str, Task[list[str]]]] = []
 
     def start(self, text: str) -> None:
         """Tools are asked beside the chat; without tmux the terminal is told at once."""
-        environment = self._environment
+        environment, run_tool = self._environment, self._run_tool
         if not is_in_tmux(environment):
             self._send(text)
-        self._tasks.append((text, Task(lambda: copy_with_tools(text, environment))))
+        self._tasks.append((text, Task(lambda: copy_with_tools(text, environment, run_tool))))
 
     def take(self) -> list[tuple[str, bool]]:
         """Copies that are over since the last look: what to say, and whether it went wrong."""

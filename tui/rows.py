@@ -187,6 +187,9 @@ class Sheet:
             self.rows.append(Row(segments, moved))
 
     def segments(self, line: Text) -> list[Segment]:
+        if not line.spans:  # rich would forget the style of the whole
+            style = self._console.get_style(line.style)
+            return [Segment(line.plain, style)] if line.plain else []
         return [each for each in line.render(self._console) if each.text]
 
     def _cut(self, line: Text, bounds: list[tuple[int, int]]) -> list[list[Segment]]:
