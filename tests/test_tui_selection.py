@@ -116,7 +116,7 @@ def test_a_selection_across_blocks_is_what_was_written() -> None:
     answered(body)
 
 
-@pytest.mark.parametrize("text", ["世界", "한국", "👨‍👩‍👧", "é", "👍🏽 end"])  # noqa: RUF001
+@pytest.mark.parametrize("text", ["世界", "👨‍👩‍👧", "é👍🏽 end"])  # noqa: RUF001
 def test_wide_and_joined_characters_are_taken_whole(text: str) -> None:
     async def body(chat: Chat) -> None:
         start, end = place(chat, text), place(chat, text, last=True)
@@ -132,8 +132,8 @@ def test_wide_and_joined_characters_are_taken_whole(text: str) -> None:
 @pytest.mark.parametrize(
     ("at", "clicks", "text"),
     [
-        ("example.org", 2, LONG), ("words", 2, "words"), ("answer.", 2, "answer"),
-        ("an answer", 3, "an answer."), ("item two", 3, f"- item two is long {'word ' * 30}"),
+        ("example.org", 2, LONG), ("answer.", 2, "answer"),
+        ("item two", 3, f"- item two is long {'word ' * 30}"),
         ("example.org", 3, f"See {LONG} there."), ("return", 3, CODE.split("\n")[1]),
     ],
 )  # fmt: skip

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from textual import on
 from textual.app import App
 from textual.binding import BindingType
-from textual.command import Provider
 from textual.content import Content
 from textual.notifications import SeverityLevel
 
 from edgeinfer import printable
 from edgeinfer.tui import actions, slash
 from edgeinfer.tui.catalog import find_models
-from edgeinfer.tui.command_search import CommandSearch
 from edgeinfer.tui.composer import Composer
 from edgeinfer.tui.copying import Copies
 from edgeinfer.tui.history_screen import HistoryScreen
@@ -34,6 +32,9 @@ from edgeinfer.tui.store import Node
 from edgeinfer.tui.text_screen import TextScreen
 from edgeinfer.tui.transcript import Transcript
 
+if TYPE_CHECKING:
+    from textual.command import Provider
+
 _TWICE_SECONDS = 2.0
 _FIRST_RUN = (
     "Welcome. edgeinfer runs language models on this machine.\n"
@@ -41,11 +42,18 @@ _FIRST_RUN = (
 )
 
 
+def _command_search() -> type[Provider]:
+    """Imported when the palette is opened."""
+    from edgeinfer.tui.command_search import CommandSearch
+
+    return CommandSearch
+
+
 class ChatCommands(App[None]):
     """Every `action_` is a key of `keys.py`."""
 
     BINDINGS: ClassVar[list[BindingType]] = [*APP_KEYS]
-    COMMANDS: ClassVar[set[type[Provider] | Callable[[], type[Provider]]]] = {CommandSearch}
+    COMMANDS: ClassVar[set[type[Provider] | Callable[[], type[Provider]]]] = {_command_search}
 
     settings: ChatSettings
     session: Session
