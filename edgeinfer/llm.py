@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from os import PathLike
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from edgeinfer import platform, runtime
 from edgeinfer.batch import PAGE
@@ -19,6 +19,8 @@ from edgeinfer.chat import Message, encode_chat
 from edgeinfer.errors import ClosedError, EdgeInferError, InvalidRequestError, PlanError
 from edgeinfer.kvcache import LEAST_SLIDING
 from edgeinfer.memory_plan import MemoryPlan
+from edgeinfer.messages import checked as checked_messages
+from edgeinfer.messages import text_of
 from edgeinfer.options import LoadOptions, Sampling
 from edgeinfer.parameters import ANSWER, LOGITS, REQUEST, checked, id_list, shown
 from edgeinfer.reply import AnswerText, ReasoningSplitter, opened_tags, reasoning_tags
@@ -201,7 +203,7 @@ class LLM:
 
     def _n_message_tokens(self, message: Message) -> int:
         """About what a message takes in a prompt, the template's text around it included."""
-        return len(self._open().tokenizer.encode(str(message["content"]))) + _AROUND_MESSAGE
+        return len(self._open().tokenizer.encode(text_of(message))) + _AROUND_MESSAGE
 
     def _n_system_tokens(self, turns: Sequence[Message], ids: list[int]) -> int:
         """Tokens before the first turn that is not the system's, at least one."""
@@ -281,8 +283,11 @@ class LLM:
         return replace(params, dry_breaker_tokens=found)
 
 
-def _turns(messages: str | Sequence[Message]) -> Sequence[Message]:
-    return [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+def _turns(messages: str | Iterable[Message]) -> Sequence[Message]:
+    """The messages, checked before anything reads them."""
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    return cast("Sequence[Message]", checked_messages(messages))
 
 
 def _run_all(

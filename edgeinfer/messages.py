@@ -5,15 +5,19 @@ Knows nothing of template engines or tokens.
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, cast
 
 from .errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from typing_extensions import Required
+
+
+_DEEPEST = 100
 
 
 class Message(TypedDict, total=False):
@@ -39,17 +43,71 @@ class Capabilities(NamedTuple):
     object_arguments: bool
 
 
-def checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    if not messages or isinstance(messages, (str, bytes)):
-        raise InvalidRequestError("a chat needs at least one message", param="messages")
-    checked = []
-    for i, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise InvalidRequestError(f"message {i} has no role", param="messages")
-        plain: dict[str, Any] = copy.deepcopy(dict(message))
-        plain["content"] = _joined(plain.get("content"), i)
-        checked.append(plain)
-    return checked
+def checked(messages: Iterable[Message]) -> list[dict[str, Any]]:
+    """Messages of plain data, each with a role and text as its content; never what was given.
+
+    Whatever else reads messages reads these; InvalidRequestError says what they lack.
+    """
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
+        raise _wrong(
+            f"messages is of type {_kind(messages)}; a list with at least one message is needed"
+        )
+    found = [_checked(message, i) for i, message in enumerate(messages)]
+    if not found:
+        raise _wrong("a chat needs at least one message")
+    return found
+
+
+def _checked(message: Any, i: int) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise _wrong(
+            f"message {i} is of type {_kind(message)}; a mapping with role and content is needed"
+        )
+    if not isinstance(message.get("role"), str):
+        raise _wrong(f"message {i} has no role; it is text, such as 'user'")
+    known = plain({**message, "content": _joined(message.get("content"), i)}, "messages")
+    calls = known.get("tool_calls")
+    if calls is not None and not (
+        isinstance(calls, (list, tuple)) and all(isinstance(call, dict) for call in calls)
+    ):
+        raise _wrong(f"message {i} has tool_calls that are no list of objects")
+    return cast("dict[str, Any]", known)
+
+
+def plain(value: Any, param: str, depth: int = 0) -> Any:
+    """A copy of dicts, lists, tuples, text, numbers, booleans and None: what a template can get."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if depth > _DEEPEST:
+        raise _wrong(f"{param} are nested over {_DEEPEST} deep", param)
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, Mapping):
+        return {plain(k, param, depth + 1): plain(v, param, depth + 1) for k, v in value.items()}
+    if isinstance(value, tuple):
+        return tuple(plain(item, param, depth + 1) for item in value)
+    if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray, memoryview)):
+        return [plain(item, param, depth + 1) for item in value]
+    for convert in (operator.index, float):
+        with suppress(TypeError, ValueError):
+            return convert(value)
+    raise _wrong(
+        f"{param} hold a value of type {_kind(value)}; text, numbers, lists and objects work",
+        param,
+    )
+
+
+def _wrong(message: str, param: str = "messages") -> InvalidRequestError:
+    return InvalidRequestError(message, param=param)
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__
+
+
+def text_of(message: Mapping[str, Any]) -> str:
+    """The text of a checked message, its calls of tools included."""
+    return "\n".join([message["content"], *_spelled(message.get("tool_calls") or ())])
 
 
 def _joined(content: Any, i: int) -> str:

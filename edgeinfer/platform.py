@@ -11,10 +11,12 @@ import mmap
 import os
 import platform as _platform
 import shutil
+import signal
 import stat
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from io import FileIO
@@ -246,6 +248,122 @@ def thread_calls() -> ThreadCalls:
 
 def _address(function: object) -> int:
     return ctypes.cast(function, ctypes.c_void_p).value or 0  # type: ignore[arg-type]
+
+
+# -- limits of this process ------------------------------------------------------------------------
+
+
+def ended_for_time(status: int) -> bool:
+    """Whether a process ran too long, by its exit status: `allow_seconds` or `kill` ended it."""
+    if sys.platform == "win32":
+        return status in (1, _WINDOWS_QUOTA)
+    return -status in (signal.SIGPROF, signal.SIGKILL)
+
+
+_WINDOWS_QUOTA = 1816
+
+
+class ProcessLimits:
+    """What the system holds this process to: `n_bytes` more memory, and seconds of a processor.
+
+    `ends_loops` is False where the system can't end what runs too long; macOS keeps no limit of
+    memory.
+    """
+
+    def __init__(self, n_bytes: int) -> None:
+        self._job = _Job.of_this_process() if sys.platform == "win32" else None
+        self.ends_loops = self._job is not None or hasattr(signal, "setitimer")
+        if self._job is not None:
+            self._job.limit(memory=n_bytes + _WINDOWS_BASE)
+        if hasattr(signal, "setitimer"):
+            # Who started us may have ignored or blocked signals, which a process inherits.
+            signal.signal(signal.SIGPROF, signal.SIG_DFL)
+            signal.signal(signal.SIGVTALRM, _raise_timeout)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF, signal.SIGVTALRM])
+        pages = int((_read(Path("/proc/self/statm")) or "0").split()[0])
+        if pages:
+            _lower_limit("RLIMIT_AS", pages * mmap.PAGESIZE + n_bytes)
+        _lower_limit("RLIMIT_CORE", 0)
+
+    def allow_seconds(self, seconds: float | None) -> None:
+        """End the process once it has run this much longer; None takes the limit off.
+
+        TimeoutError comes a little before that, if Python code runs then.
+        """
+        if self._job is not None:
+            self._job.limit(seconds=None if seconds is None else time.process_time() + seconds)
+        elif hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_VIRTUAL, _WARNED_SHARE * (seconds or 0))
+            signal.setitimer(signal.ITIMER_PROF, seconds or 0)
+
+
+_WARNED_SHARE = 0.8
+_WINDOWS_BASE = 64 << 20  # what Python itself has committed there
+
+
+def _raise_timeout(*_: object) -> None:
+    raise TimeoutError("time")
+
+
+def _lower_limit(name: str, value: int) -> None:
+    try:
+        import resource
+
+        which = getattr(resource, name)
+        hard = resource.getrlimit(which)[1]
+        lower = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(which, (lower, lower))
+    except (ImportError, AttributeError, OSError, ValueError):  # not this system's way
+        pass
+
+
+class _JobLimits(ctypes.Structure):
+    """JOBOBJECT_EXTENDED_LIMIT_INFORMATION."""
+
+    _fields_ = [
+        ("process_time", ctypes.c_longlong),
+        ("job_time", ctypes.c_longlong),
+        ("flags", ctypes.c_uint32),
+        ("working_sets", ctypes.c_size_t * 2),
+        ("n_processes", ctypes.c_uint32),
+        ("affinity", ctypes.c_size_t),
+        ("classes", ctypes.c_uint32 * 2),
+        ("io", ctypes.c_ulonglong * 6),
+        ("process_memory", ctypes.c_size_t),
+        ("others", ctypes.c_size_t * 3),
+    ]
+
+
+class _Job:
+    """A Windows job object that holds this process alone."""
+
+    def __init__(self, kernel32: Any, handle: Any) -> None:
+        self._kernel32, self._handle = kernel32, handle
+        self._limits = _JobLimits()
+
+    @classmethod
+    def of_this_process(cls) -> _Job | None:
+        kernel32 = ctypes.WinDLL("kernel32")  # type: ignore[attr-defined,unused-ignore]
+        for name in ("CreateJobObjectW", "GetCurrentProcess"):
+            getattr(kernel32, name).restype = ctypes.c_void_p
+        handle = ctypes.c_void_p(kernel32.CreateJobObjectW(None, None))
+        us = ctypes.c_void_p(kernel32.GetCurrentProcess())
+        joined = handle and kernel32.AssignProcessToJobObject(handle, us)
+        return cls(kernel32, handle) if joined else None
+
+    def limit(self, *, memory: int | None = None, seconds: float | None = None) -> None:
+        """Keep to bytes from now on, and to seconds since the process began (None: no end)."""
+        if memory is not None:
+            self._limits.process_memory = memory
+            self._limits.flags |= _JOB_PROCESS_MEMORY
+        self._limits.process_time = int((seconds or 0) * 1e7)
+        self._limits.flags &= ~_JOB_PROCESS_TIME
+        self._limits.flags |= _JOB_PROCESS_TIME if seconds is not None else 0
+        limits = ctypes.byref(self._limits)
+        self._kernel32.SetInformationJobObject(self._handle, 9, limits, ctypes.sizeof(_JobLimits))
+
+
+_JOB_PROCESS_TIME, _JOB_PROCESS_MEMORY = 0x2, 0x100
 
 
 # -- disks ---------------------------------------------------------------------------------------
@@ -559,6 +677,32 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
 
 
+def start_isolated(module: str, folders: Sequence[str]) -> subprocess.Popen[str]:
+    """Start `main()` of a module that lies in `folders`, as is all that Python lacks of itself.
+
+    OSError where no such process can be started.
+    """
+    if getattr(sys, STARTS_ITSELF, False):
+        command = [sys.executable, MODULE_FLAG, module]
+    elif can_start_python():
+        # Without `site` it is ready 20 ms sooner.
+        alone = "-s" if "PYTHONHOME" in os.environ else "-I"
+        command = [sys.executable, alone, "-S", "-c", _RUN_MAIN, module, *folders]
+    else:
+        raise OSError("this program can't start a second Python, since it is frozen or embedded")
+    return start_program(command, hears_keys=False)
+
+
+STARTS_ITSELF = "_edgeinfer_starts_itself"  # set in `sys` by a frozen program that knows the flag
+MODULE_FLAG = "--edgeinfer-module"
+_RUN_MAIN = """
+import sys
+sys.path = [folder for folder in sys.path if folder] + sys.argv[2:]
+import importlib
+importlib.import_module(sys.argv[1]).main()
+"""
+
+
 def module_folders() -> list[str]:
     """Where this process finds modules, but for the folder it was started in."""
     ours = str(Path(__file__).parent.parent)
@@ -612,18 +756,20 @@ def start_program(
     folder: Path | None = None,
     variables: Mapping[str, str] = MappingProxyType({}),
     in_background: bool = False,
+    hears_keys: bool = True,
 ) -> subprocess.Popen[str]:
     """A child whose standard streams are pipes of text where it `talks`, else closed.
 
     It runs in `folder`, by default our own: what lies where this process was started can't change
-    what it does. `in_background` it gets only what processors have left over, and the terminal's
-    keys don't reach it.
+    what it does. `in_background` it gets only what processors have left over; then, and where it
+    does not hear keys, an interrupt from the terminal doesn't reach it.
     """
     import subprocess  # 20 ms that most starts don't need
 
     stream = subprocess.PIPE if talks else subprocess.DEVNULL
     mine = {k: v for k, v in os.environ.items() if k == "PYTHONHOME" or k[:6] != "PYTHON"}
-    names = _BACKGROUND_FLAGS if in_background else ()
+    is_apart = in_background or not hears_keys
+    names = _BACKGROUND_FLAGS[not in_background :] if is_apart else ()
     process = subprocess.Popen(
         command,
         stdin=stream,
@@ -632,7 +778,7 @@ def start_program(
         text=True,
         cwd=folder or Path(__file__).parent,
         env={**mine, **variables},
-        start_new_session=in_background,
+        start_new_session=is_apart,
         creationflags=sum(getattr(subprocess, name, 0) for name in names),
     )
     if in_background:

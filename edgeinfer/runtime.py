@@ -26,6 +26,7 @@ from edgeinfer.memory_plan import MemoryPlan, PlanRequest, solve
 from edgeinfer.model import Model
 from edgeinfer.options import LoadOptions, Progress
 from edgeinfer.parameters import LOAD, checked, parse_memory, shown
+from edgeinfer.template_engine import TemplateEngine
 from edgeinfer.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -61,6 +62,7 @@ class Runtime:
 
     def close(self) -> None:
         self.engine.close()
+        self._template.abandon(lambda template: template.close())
         self.model.file.close()
 
 
@@ -96,7 +98,7 @@ def _load(path: Path, options: LoadOptions) -> Runtime:
         packs = threading.Event()
         tokenizer = _Later(lambda: _make_tokenizer(file, options, packs))
         try:
-            template = _Later(lambda: _make_template(file, options, tokenizer))
+            template = _Later(lambda: _make_template(file, options, packs, tokenizer))
             backend = open_backend(device, progress=_progress(options, packs))
             program = backend.compile(model.graph.segment(), plan.limits)
         finally:
@@ -171,12 +173,23 @@ def _make_tokenizer(file: GGUFFile, options: LoadOptions, packs: threading.Event
 
 
 def _make_template(
-    file: GGUFFile, options: LoadOptions, tokenizer: _Later[Tokenizer]
+    file: GGUFFile,
+    options: LoadOptions,
+    packs: threading.Event,
+    tokenizer: _Later[Tokenizer],
 ) -> ChatTemplate:
     """After the tokenizer, which loading waits for; probed here while weights are packed."""
-    texts = tokenizer.result().texts
-    template = ChatTemplate.from_metadata(file.metadata, options.get("chat_template"), texts)
-    template.capabilities  # noqa: B018
+    packs.wait()
+    engine = TemplateEngine()
+    try:
+        engine.start()  # it gets ready beside the tokenizer
+        texts = tokenizer.result().texts
+        override = options.get("chat_template")
+        template = ChatTemplate.from_metadata(file.metadata, override, texts, engine=engine)
+        template.capabilities  # noqa: B018
+    except BaseException:
+        engine.close()
+        raise
     return template
 
 

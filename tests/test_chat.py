@@ -5,13 +5,17 @@ Knows nothing of generation.
 
 from __future__ import annotations
 
+import copy
 import json
-import time
+import os
 from collections.abc import Callable
+from datetime import datetime
+from enum import Enum
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -24,6 +28,7 @@ from edgeinfer.chat import (
 )
 from edgeinfer.errors import InvalidModelError, InvalidRequestError, TemplateError
 from edgeinfer.gguf import GGUFFile
+from edgeinfer.template_engine import Budget, RenderError, TemplateEngine
 from edgeinfer.tokenizer import Tokenizer
 
 DataFile = Callable[[str], Path]
@@ -68,10 +73,21 @@ WEATHER = {
 }
 
 
+ENGINE = TemplateEngine()
+
+
+def chat_template(source: str, **options: Any) -> ChatTemplate:
+    return ChatTemplate(source, engine=ENGINE, **options)
+
+
+def template_of(meta: dict[str, Any], override: str | None = None) -> ChatTemplate:
+    return ChatTemplate.from_metadata(meta, override, engine=ENGINE)
+
+
 @cache
 def smollm_parts(path: Path) -> tuple[Tokenizer, ChatTemplate]:
     with GGUFFile.open(path) as file:
-        return Tokenizer.from_metadata(file.metadata), ChatTemplate.from_metadata(file.metadata)
+        return Tokenizer.from_metadata(file.metadata), template_of(file.metadata)
 
 
 @pytest.fixture(scope="session")
@@ -82,7 +98,7 @@ def smollm(data_file: DataFile) -> tuple[Tokenizer, ChatTemplate]:
 @pytest.fixture(params=TEMPLATES)
 def template(request: pytest.FixtureRequest, data_file: DataFile) -> ChatTemplate:
     source = data_file(f"templates/{request.param}.jinja").read_text(encoding="utf-8")
-    return ChatTemplate(source, bos_token="<s>", eos_token="</s>", name=request.param)
+    return chat_template(source, bos_token="<s>", eos_token="</s>", name=request.param)
 
 
 def in_order(text: str, *parts: str) -> bool:
@@ -173,6 +189,82 @@ def test_probing_is_quick_and_done_once(template: ChatTemplate) -> None:
     assert template.capabilities is capabilities
 
 
+def plain_jinja(source: str, variables: dict[str, Any]) -> str | None:
+    """What Jinja makes of it in this process, None where it fails."""
+    import jinja2.ext
+    import jinja2.sandbox
+
+    class Generation(jinja2.ext.Extension):
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def fail(message: str) -> None:
+        raise ValueError(message)
+
+    def as_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    environment = jinja2.sandbox.SandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters |= {"tojson": as_json, "from_json": json.loads}
+    environment.globals |= {"raise_exception": fail, "strftime_now": datetime.now().strftime}
+    try:
+        return environment.from_string(source).render(copy.deepcopy(variables))
+    except Exception:
+        return None
+
+
+def conversations() -> list[dict[str, Any]]:
+    function = {"name": "get_weather", "arguments": {"city": "ROME <é'>"}}
+    call = {"id": "call00001", "type": "function", "function": function}
+    result = {"role": "tool", "tool_call_id": "call00001", "name": "get_weather", "content": "SUN"}
+    called = [LONG_CHAT[1], {"role": "assistant", "content": "", "tool_calls": [call]}, result]
+    thought = {
+        "role": "assistant",
+        "content": "<think>\nhm\n</think>\n\nx",
+        "reasoning_content": "y",
+    }
+    texts = {"bos_token": "<s>", "eos_token": "</s>", "add_generation_prompt": True}
+    return [
+        {**texts, "messages": LONG_CHAT, "tools": None},
+        {**texts, "messages": LONG_CHAT[1:], "add_generation_prompt": False},
+        {**texts, "messages": [*LONG_CHAT[1:2], thought, *LONG_CHAT[3:]], "enable_thinking": False},
+        {**texts, "messages": LONG_CHAT[1:2], "tools": [WEATHER]},
+        {**texts, "messages": called, "tools": [WEATHER]},
+        {**texts, "messages": [*called, thought, *LONG_CHAT[3:]], "tools": []},
+    ]
+
+
+def same_as_jinja(source: str) -> list[bool]:
+    """For each conversation; the process may succeed where plain Jinja can't write JSON."""
+    same = []
+    for variables in conversations():
+        expected = plain_jinja(source, variables)
+        try:
+            text = ENGINE.render(source, variables, Budget())
+        except RenderError:
+            same.append(expected is None)
+        else:
+            same.append(text == expected or expected is None)
+    return same
+
+
+def test_templates_render_as_jinja_renders_them(template: ChatTemplate) -> None:
+    assert same_as_jinja(template.source) == [True] * 6
+
+
+def test_public_templates_render_as_jinja_renders_them() -> None:
+    folder = os.environ.get("EDGEINFER_TEST_TEMPLATES")
+    if not folder:
+        pytest.skip("no public templates: set EDGEINFER_TEST_TEMPLATES to a folder of *.jinja")
+    for path in sorted(Path(folder).glob("*.jinja")):
+        assert same_as_jinja(path.read_text(encoding="utf-8")) == [True] * 6, path.name
+
+
 # Which template
 
 
@@ -194,21 +286,21 @@ def test_the_files_own_template(smollm: tuple[Tokenizer, ChatTemplate]) -> None:
 )
 def test_fallback_by_vocabulary(token: str, name: str, start: str) -> None:
     meta = {"tokenizer.ggml.tokens": ["<B>", token], "tokenizer.ggml.bos_token_id": 0}
-    template = ChatTemplate.from_metadata(meta)
+    template = template_of(meta)
     assert template.name == name
     assert template.render([{"role": "user", "content": "Hi"}]).startswith(start)
 
 
 def test_fallback_by_name_or_not_at_all() -> None:
     meta = {"tokenizer.ggml.tokens": ["a"], "general.name": "TinyLlama 1.1B Chat v1.0"}
-    assert ChatTemplate.from_metadata(meta).name == "zephyr"
+    assert template_of(meta).name == "zephyr"
     with pytest.raises(TemplateError, match="base model.*--chat-template"):
-        ChatTemplate.from_metadata({"tokenizer.ggml.tokens": ["a"], "general.name": "x"})
+        template_of({"tokenizer.ggml.tokens": ["a"], "general.name": "x"})
 
 
 @pytest.mark.parametrize("name", sorted(BUILT_IN))
 def test_built_in_templates(name: str) -> None:
-    template = ChatTemplate(BUILT_IN[name], bos_token="<s>", eos_token="</s>", name=name)
+    template = chat_template(BUILT_IN[name], bos_token="<s>", eos_token="</s>", name=name)
     text = template.render(LONG_CHAT)
     assert in_order(text, "SYSTEM-TEXT", "FIRST-TEXT", "REPLY-TEXT", "SECOND-TEXT")
 
@@ -220,16 +312,16 @@ def test_override_by_name_or_file(tmp_path: Path) -> None:
         "tokenizer.chat_template.tool_use": "{% for t in tools %}{{ t.function.name }}{% endfor %}",
     }
     hello: list[Message] = [{"role": "user", "content": "Hi"}]
-    assert ChatTemplate.from_metadata(meta).render(hello) == "own"
-    assert ChatTemplate.from_metadata(meta).render(hello, tools=[WEATHER]) == "get_weather"
-    assert ChatTemplate.from_metadata(meta, "rag").render(hello) == "for documents"
-    assert ChatTemplate.from_metadata(meta, "chatml").name == "chatml"
+    assert template_of(meta).render(hello) == "own"
+    assert template_of(meta).render(hello, tools=[WEATHER]) == "get_weather"
+    assert template_of(meta, "rag").render(hello) == "for documents"
+    assert template_of(meta, "chatml").name == "chatml"
     (tmp_path / "my.jinja").write_text("mine {{ messages[0].content }}")
-    assert ChatTemplate.from_metadata(meta, str(tmp_path / "my.jinja")).render(hello) == "mine Hi"
+    assert template_of(meta, str(tmp_path / "my.jinja")).render(hello) == "mine Hi"
     with pytest.raises(InvalidRequestError, match=r"'nope'.*chatml"):
-        ChatTemplate.from_metadata(meta, "nope")
+        template_of(meta, "nope")
     with pytest.raises(InvalidModelError, match="chat_template"):
-        ChatTemplate.from_metadata({"tokenizer.chat_template": 5})
+        template_of({"tokenizer.chat_template": 5})
 
 
 # What goes wrong
@@ -248,49 +340,13 @@ def test_override_by_name_or_file(tmp_path: Path) -> None:
 )
 def test_error_names_the_line(source: str, line: int, what: str) -> None:
     with pytest.raises(TemplateError, match=what) as caught:
-        ChatTemplate(source, name="t").render([{"role": "user", "content": "x"}])
+        chat_template(source, name="t").render([{"role": "user", "content": "x"}])
     assert caught.value.line == line
     assert f"line {line}" in str(caught.value)
 
 
-DOUBLED = (
-    "{%% set ns = namespace(x=%s) %%}{%% for i in range(60) %%}{%% set ns.x = %s %%}{%% endfor %%}"
-)
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-        "{% macro f(n) %}{% if n %}{{ f(n-1) ~ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
-        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-        "{{ range(10**9) | list }}",
-        "{{ 'a' * 10**10 }}",
-        "{{ 10**(10**9) }}",
-        "{% if 'a' | center(10**10) %}{% endif %}",
-        "{{ 'a'.ljust(10**10) }}",
-        "{{ '%9999999999d' % 1 }}",
-        "{{ '{:9999999999}'.format(1) }}",
-        "{{ '{:{w}}'.format(1, w=10**10) }}",
-        "{{ ('a' * 100000).replace('a', 'b' * 100000) }}",
-        "{{ (range(99999) | list) | join('a' * 100000) }}",
-        "{{ 'x' | tojson(indent=10**9) }}",
-        DOUBLED % ("'ab'", "ns.x + ns.x"),
-        DOUBLED % ("'ab'", "ns.x ~ ns.x"),
-        DOUBLED % ("[1]", "ns.x + ns.x"),
-        DOUBLED % ("[1]", "[ns.x, ns.x]") + "{{ ns.x }}",
-        "{% set x = 'ab' %}" + "{% set x %}{{ x }}{{ x }}{% endset %}" * 60,
-        "{% for i in range(99999) %}" + "a" * 1000 + "{% endfor %}",
-        "{{" + "(" * 3000 + "1" + ")" * 3000 + "}}",
-        "a" * (1 << 21),
-    ],
-)
-def test_hostile_template_ends_soon(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgeinfer.jinja_sandbox.render.__kwdefaults__", {"seconds": 0.05})
-    start = time.monotonic()
-    with pytest.raises(TemplateError):
-        ChatTemplate(source).render([{"role": "user", "content": "x"}])
-    assert time.monotonic() - start < 10
+ENDLESS: list[Any] = []
+ENDLESS.append(ENDLESS)
 
 
 @pytest.mark.parametrize(
@@ -301,15 +357,46 @@ def test_hostile_template_ends_soon(source: str, monkeypatch: pytest.MonkeyPatch
         ([{"content": "x"}], "no role"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "image_url"),
         ([{"role": "user", "content": 5}], "int"),
+        ({"role": "user", "content": "x"}, "messages is of type dict"),
+        (5, "messages is of type int"),
+        (None, "messages is of type NoneType"),
+        (iter(()), "at least one"),
+        (["hello"], "message 0 is of type str"),
+        ([{"role": 5, "content": "x"}], "no role"),
+        ([{"role": "user", "content": "x"}, None], "message 1 is of type NoneType"),
+        ([{"role": "user", "content": "x", "tool_calls": "abc"}], "tool_calls"),
+        ([{"role": "user", "content": "x", "tool_calls": [5]}], "tool_calls"),
+        ([{"role": "user", "content": "x", "name": object()}], "of type object"),
+        ([{"role": "user", "content": "x", "name": ENDLESS}], "deep"),
     ],
 )
 def test_wrong_messages(messages: Any, what: str) -> None:
     with pytest.raises(InvalidRequestError, match=what):
-        ChatTemplate("x").render(messages)
+        chat_template("x").render(messages)
+
+
+@pytest.mark.parametrize(
+    "tools", [5, "abc", {"type": "function"}, ["abc"], [{"name": object()}], [{"name": ENDLESS}]]
+)
+def test_wrong_tools(tools: Any) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        chat_template("{{ tools }}").render([{"role": "user", "content": "x"}], tools=tools)
+    assert caught.value.param == "tools"
+
+
+def test_messages_may_come_from_anywhere() -> None:
+    class Role(str, Enum):
+        user = "user"
+
+    template = chat_template("{% for m in messages %}{{ m.role }} {{ m.content }};{% endfor %}")
+    messages: Any = ({"role": Role.user, "content": f"{i}"} for i in range(2))
+    assert template.render(messages) == "user 0;user 1;"
+    one: Any = [{"role": "user", "content": ({"type": "text", "text": "a"},)}]
+    assert template.render(one, level=np.int64(3)) == "user a;"
 
 
 def test_template_arguments() -> None:
-    template = ChatTemplate("{{ enable_thinking }} {{ level }}")
+    template = chat_template("{{ enable_thinking }} {{ level }}")
     hello: list[Message] = [{"role": "user", "content": "Hi"}]
     assert template.render(hello, enable_thinking=False, level="high") == "False high"
     with pytest.raises(InvalidRequestError, match="bos_token"):
@@ -322,7 +409,7 @@ def test_helpers_of_templates() -> None:
         "{% generation %}!{% endgeneration %}{{ {'a': '<é>'} | tojson }}{{ '[1]' | from_json }}"
         "{{ strftime_now('%Y') | length }}{{ messages.append(1) or messages | length }}"
     )
-    text = ChatTemplate(source).render([{"role": "user", "content": "x"}])
+    text = chat_template(source).render([{"role": "user", "content": "x"}])
     assert text == '1!{"a": "<é>"}[1]42'
 
 
@@ -383,7 +470,7 @@ def test_messages_add_no_control_tokens(
     name: str, template_name: str, data: st.DataObject, data_file: DataFile
 ) -> None:
     tokenizer = vocabulary(data_file(f"vocab/ggml-vocab-{name}.gguf"))
-    template = ChatTemplate(BUILT_IN[template_name], bos_token=tokenizer.bos_text)
+    template = chat_template(BUILT_IN[template_name], bos_token=tokenizer.bos_text)
     special = st.sampled_from([text[:n] for text in tokenizer.special_texts[:99] for n in (3, 99)])
     content = data.draw(st.lists(special | PIECES, max_size=6).map("".join))
 
@@ -396,7 +483,7 @@ def test_messages_add_no_control_tokens(
 
 def test_json_in_ascii_keeps_text_literal(smollm: tuple[Tokenizer, ChatTemplate]) -> None:
     tokenizer, _ = smollm
-    template = ChatTemplate("{{ messages[0].content | tojson(ensure_ascii=true) }}<|im_end|>")
+    template = chat_template("{{ messages[0].content | tojson(ensure_ascii=true) }}<|im_end|>")
     ids = encode_chat(tokenizer, template, [{"role": "user", "content": "é<|im_end|>\\ue000"}])
     assert ids.count(tokenizer.eos_id or 0) == 1
     text = tokenizer.decode(ids)
@@ -408,7 +495,7 @@ def test_tools_and_arguments_stay_text(
 ) -> None:
     tokenizer = smollm[0]
     source = data_file("templates/Qwen-Qwen3-0.6B.jinja").read_text(encoding="utf-8")
-    template = ChatTemplate(source)
+    template = chat_template(source)
     tool = json.loads(json.dumps(WEATHER).replace("Says", "<|im_end|>"))
     function = {"name": "get_weather", "arguments": '{"city": "<|im_end|>"}'}
     call = {"type": "function", "function": function}
@@ -432,7 +519,7 @@ def test_single_character_special_stays_text() -> None:
             return [len(parts), *map(len, parts)]
 
     chat: list[Message] = [{"role": "user", "content": "a#b<e>"}]
-    ids = encode_chat(Letters(), ChatTemplate("#{{ messages[0].content }}#"), chat)
+    ids = encode_chat(Letters(), chat_template("#{{ messages[0].content }}#"), chat)
     assert ids == [3, 0, 6, 0]
 
 
@@ -440,5 +527,5 @@ def test_one_bos_only(data_file: DataFile) -> None:
     tokenizer = vocabulary(data_file("vocab/ggml-vocab-llama-bpe.gguf"))
     hello: list[Message] = [{"role": "user", "content": "Hi"}]
     for bos in ("", tokenizer.bos_text, tokenizer.bos_text * 2):
-        template = ChatTemplate(BUILT_IN["llama3"], bos_token=bos)
+        template = chat_template(BUILT_IN["llama3"], bos_token=bos)
         assert encode_chat(tokenizer, template, hello).count(tokenizer.bos_id or 0) == 1

@@ -22,8 +22,8 @@ config quant platform options parameters results messages event_queue
 graph sampling catalog hub turns speculation
 batch wheel discovery
 models.* kernels.reference kernels.cpu kernels.cuda fetch recent
-pretokenizers jinja_sandbox chat_templates kvcache
-sequence vocabulary byte_pair sampler
+pretokenizers jinja_process chat_templates kvcache hiding
+sequence vocabulary byte_pair sampler template_engine
 gguf weights tokenizer chat memory_plan backend generation
 hparams
 model scheduler reply

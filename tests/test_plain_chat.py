@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,6 +85,25 @@ def test_a_long_chat_keeps_going_in_a_short_context(llm: LLM) -> None:
         messages.append({"role": "assistant", "content": answer.text})
     assert dropped[0] == 0 < dropped[-1]
     assert dropped == sorted(dropped)
+
+
+@pytest.mark.parametrize("overflow", ["error", "slide", "drop-turns"])
+def test_messages_are_checked_before_anything_reads_them(llm: LLM, overflow: Any) -> None:
+    call = {"type": "function", "function": {"name": "look", "arguments": "{}"}}
+    calls: list[Any] = [
+        {"role": "system", "content": None},
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "user", "content": [{"type": "text", "text": "x"}]},
+    ]
+    options: Any = {"overflow": overflow, "max_tokens": 2, "seed": 1}
+    generator: Any = iter(calls)
+    assert llm.chat(calls, **options).text == llm.chat(generator, **options).text
+    wrong: list[Any] = [[{"content": "x"}], ["x"], [None], {}, [], iter(()), 5, None, [{"role": 1}]]
+    for messages in wrong:
+        with pytest.raises(InvalidRequestError) as caught:
+            llm.chat(messages, **options)
+        assert caught.value.param == "messages"
 
 
 def test_a_single_message_that_is_too_long_names_both_counts(llm: LLM) -> None:
