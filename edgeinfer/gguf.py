@@ -644,7 +644,8 @@ class _Header:
         start = self.at
         self._skip(n, field)
         self._load(self.at)
-        return bytes(self._loaded[start : self.at])
+        with memoryview(self._loaded) as view:
+            return bytes(view[start : self.at])
 
     def _count_text(self, n: int, field: str) -> None:
         self._n_text += n

@@ -6,7 +6,7 @@ Knows nothing of how text is cut or joined.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Protocol, runtime_checkable
@@ -22,6 +22,7 @@ _KEY = "tokenizer.ggml."
 # Above what the largest vocabularies in use have: 262,144 tokens and 580,604 merges.
 _MAX_TOKENS = 1 << 19
 _MAX_MERGES = 5 << 17
+_MAX_ENDS = 1000
 _MAX_TEXT = 1 << 25
 _MAX_NAME = 60  # characters of a name that are looked at
 
@@ -86,6 +87,13 @@ class RawStrings(Protocol):
     def __len__(self) -> int: ...
 
     def bytes(self) -> list[bytes]: ...
+
+
+@runtime_checkable
+class RawNumbers(Protocol):
+    """An array of a file, of which `numpy` makes no copy; it raises where it holds strings."""
+
+    def numpy(self) -> Any: ...
 
 
 @dataclass(slots=True)
@@ -185,7 +193,7 @@ def _pre_tokenizer(
 def _check_neutral(meta: Mapping[str, Any]) -> None:
     for name, operation in _UNSUPPORTED.items():
         value = meta.get(_KEY + name)
-        if value is not None and (value.tolist() if isinstance(value, LazyArray) else value):
+        if len(value) if isinstance(value, Sized) else value:
             raise UnsupportedModelError(
                 f"{_KEY}{name} asks for {operation}, which edgeinfer lacks; take a file of "
                 "another publisher",
@@ -291,10 +299,14 @@ def token_scores(meta: Mapping[str, Any], n_vocab: int) -> list[float]:
 def _numbers(meta: Mapping[str, Any], key: str, n: int, kinds: str) -> Any:
     import numpy as np
 
-    try:
-        numbers = np.asarray(_items(meta, key))
-    except (ValueError, OverflowError) as error:
-        raise InvalidModelError("not an array of numbers", field=key) from error
+    value = meta.get(key)
+    if isinstance(value, RawNumbers):
+        numbers = value.numpy()
+    else:
+        try:
+            numbers = np.asarray(_items(meta, key))
+        except (ValueError, OverflowError) as error:
+            raise InvalidModelError("not an array of numbers", field=key) from error
     if numbers.ndim != 1 or len(numbers) != n:
         raise InvalidModelError(f"{numbers.size} entries for a vocabulary of {n} tokens", field=key)
     if numbers.dtype.kind not in kinds:
@@ -356,7 +368,11 @@ def _end_ids(meta: Mapping[str, Any], n_vocab: int) -> set[int]:
     ids = {_special_id(meta, _KEY + name, n_vocab) for name in names}
     key = _KEY + "eos_token_ids"
     if (value := meta.get(key)) is not None:
-        values = [value] if isinstance(value, Integral) else _items(meta, key)
+        if isinstance(value, Sized):
+            _check_most(key, "ids", len(value), _MAX_ENDS)
+        if isinstance(value, RawNumbers):
+            value = value.numpy()
+        values = [value] if isinstance(value, Integral) else _items({key: value}, key)
         ids |= {_token_id(each, key, n_vocab) for each in values}
     return {id for id in ids if id is not None}
 

@@ -63,12 +63,12 @@ def test_damaged_files_with_real_vocabularies(
     run_damaged(tmp_path, *numbers, "--vocabulary", vocabulary, seconds=3600)
 
 
-def test_the_sound_files_are_read_and_run(tmp_path: Path) -> None:
+def test_the_sound_files_are_read(tmp_path: Path) -> None:
     for i, sound in enumerate(damage_gguf.sound_files(tmp_path, None)):
         path = tmp_path / f"sound{i}.gguf"
         path.write_bytes(sound.written())
         n_getters = len(damage_gguf._GETTERS)
-        n_refused = damage_gguf.read_all(path, renders=True, generates=i < 3)
+        n_refused = damage_gguf.read_all(path, renders=True, generates=False)
         # Each key is refused by the getters of other types, and by nothing else.
         assert n_refused < len(sound.keys) * n_getters
         assert damage_gguf.read_all(path, renders=False, generates=False) == 0

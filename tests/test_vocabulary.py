@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import random
 import time
+import tracemalloc
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,9 +20,11 @@ from tokenizers.pre_tokenizers import Split
 
 from edgeinfer import vocabulary
 from edgeinfer.errors import EdgeInferError, InvalidModelError, UnsupportedModelError
+from edgeinfer.gguf import GGUFFile
 from edgeinfer.pretokenizers import PRE_TOKENIZERS, in_threes
 from edgeinfer.tokenizer import Tokenizer
 
+from .models_for_tests import tiny_model
 from .test_tokenizer import BYTE_LEVEL, byte_pair, sentence_piece
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -202,6 +206,18 @@ def test_vocabularies_of_any_size_are_refused_unread(key: str, n: int, n_bytes: 
     meta = byte_pair(**{key: Strings(n, n_bytes)})
     with pytest.raises(InvalidModelError, match="at most"):
         Tokenizer.from_metadata(meta)
+
+
+@pytest.mark.parametrize("key", ["token_type", "eos_token_ids"])
+def test_strings_where_numbers_belong_take_no_memory(key: str, tmp_path: Path) -> None:
+    # As an array of one width, 300 strings of up to 1 MB would take 1.2 GB.
+    strings = ["1"] * 299 + ["1" * 10**6]
+    path = tiny_model(tmp_path, metadata={f"tokenizer.ggml.{key}": strings})
+    tracemalloc.start()
+    with GGUFFile.open(path) as file, pytest.raises(InvalidModelError, match=key):
+        Tokenizer.from_metadata(file.metadata)
+    assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("key", ["pre", "model"])
