@@ -5,29 +5,29 @@ Importing this loads neither NumPy nor anything slower: what needs them comes wh
 
 from __future__ import annotations
 
-import importlib
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import os.path
 
-from edgeinfer.errors import (
-    BusyError,
-    ClosedError,
-    ContextLengthError,
-    DeviceError,
-    DownloadError,
-    EdgeInferError,
-    InvalidModelError,
-    InvalidRequestError,
-    ModelNotFoundError,
-    PlanError,
-    TemplateError,
-    UnsupportedModelError,
-)
-
+TYPE_CHECKING = False  # `typing` is 5 ms in which an interrupt would print a traceback
 if TYPE_CHECKING:
+    from typing import Any
+
     from edgeinfer.aio import AsyncLLM, AsyncStream
     from edgeinfer.chat import Message
     from edgeinfer.discovery import ModelInfo, list_models
+    from edgeinfer.errors import (
+        BusyError,
+        ClosedError,
+        ContextLengthError,
+        DeviceError,
+        DownloadError,
+        EdgeInferError,
+        InvalidModelError,
+        InvalidRequestError,
+        ModelNotFoundError,
+        PlanError,
+        TemplateError,
+        UnsupportedModelError,
+    )
     from edgeinfer.fetch import pull
     from edgeinfer.inspect_file import plan
     from edgeinfer.llm import LLM
@@ -45,13 +45,13 @@ if TYPE_CHECKING:
         Usage,
     )
     from edgeinfer.stream import Stream
-    from edgeinfer.terminal import StreamFilter, printable
+    from edgeinfer.terminal import StreamFilter, one_line, printable
 
 __version__ = "0.1.0"
 
 # A checkout without symbolic links holds `kernels` beside this folder, not in it.
-if not (Path(__file__).parent / "kernels").is_dir():
-    __path__.append(str(Path(__file__).parent.parent))
+if not os.path.isdir(os.path.join(os.path.dirname(__file__), "kernels")):
+    __path__.append(os.path.dirname(os.path.dirname(__file__)))
 
 _HOME = {
     "LLM": "llm", "AsyncLLM": "aio",
@@ -63,7 +63,12 @@ _HOME = {
     "PromptProgress": "results", "Timings": "results", "TokenLogprob": "results",
     "Usage": "results",
     "AsyncStream": "aio", "Stream": "stream",
-    "StreamFilter": "terminal", "printable": "terminal",
+    "StreamFilter": "terminal", "one_line": "terminal", "printable": "terminal",
+    "BusyError": "errors", "ClosedError": "errors", "ContextLengthError": "errors",
+    "DeviceError": "errors", "DownloadError": "errors", "EdgeInferError": "errors",
+    "InvalidModelError": "errors", "InvalidRequestError": "errors",
+    "ModelNotFoundError": "errors", "PlanError": "errors", "TemplateError": "errors",
+    "UnsupportedModelError": "errors",
 }  # fmt: skip
 
 __all__ = [
@@ -103,6 +108,7 @@ __all__ = [
     "Usage",
     "__version__",
     "list_models",
+    "one_line",
     "plan",
     "printable",
     "pull",
@@ -110,6 +116,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    import importlib
+
     module = _HOME.get(name)
     if module is None:
         raise AttributeError(f"module 'edgeinfer' has no attribute {name!r}")

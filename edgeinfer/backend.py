@@ -13,7 +13,6 @@ from edgeinfer import config
 from edgeinfer.batch import Batch, Outputs, StepLimits
 from edgeinfer.errors import DeviceError
 from edgeinfer.graph import Segment
-from edgeinfer.platform import forget_pages
 from edgeinfer.quant import Weight
 
 # stage ("kernels", "weights"), done, total
@@ -67,7 +66,7 @@ def open_backend(device: str, *, progress: CompileProgress | None = None) -> Bac
         return ReferenceBackend(sample_reference)
     from edgeinfer.kernels.cpu.program import CpuBackend
 
-    return CpuBackend(config.cache_folder(), progress, _release, config.isa())
+    return CpuBackend(config.cache_folder(), progress, config.isa())
 
 
 def packed_bytes(device: str, weight: Weight) -> int:
@@ -78,6 +77,15 @@ def packed_bytes(device: str, weight: Weight) -> int:
 
     n_rows, n_cols = weight.shape
     return formats.packed_bytes(weight.type.name.lower(), n_rows, n_cols)
+
+
+def cache_bytes(device: str, segment: Segment) -> int:
+    """Memory that K and V of one position take, in all layers of a segment."""
+    if device_kind(device) == "reference":
+        return sum(4 * kv.n_heads * (kv.k_dim + kv.v_dim) for kv in segment.caches.values())
+    from edgeinfer.kernels.cpu import layout
+
+    return layout.cache_bytes(segment.caches.values())
 
 
 def cpu_target() -> dict[str, Any]:
@@ -97,6 +105,13 @@ def build_exactly(program: Program, progress: Callable[[int, int], None]) -> int
     from edgeinfer.kernels.cpu.program import CpuProgram
 
     return program.build_exactly(progress) if isinstance(program, CpuProgram) else 0
+
+
+def unkept_kernels(program: Program) -> str:
+    """Why what was built or measured can't be kept for the next process; "" where it is."""
+    from edgeinfer.kernels.cpu.program import CpuProgram
+
+    return program.unkept if isinstance(program, CpuProgram) else ""
 
 
 def tune(program: Program) -> int | None:
@@ -130,10 +145,3 @@ def ready_kernel_files() -> list[Path]:
     from edgeinfer.kernels.cpu.library import current_files
 
     return current_files()
-
-
-def _release(weight: Weight) -> None:
-    """Drop the mapped file pages of a weight that has been packed."""
-    import numpy as np
-
-    forget_pages(np.frombuffer(weight.data, np.uint8).ctypes.data, len(weight.data))

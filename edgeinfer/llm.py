@@ -190,6 +190,8 @@ class LLM:
     def _open(self) -> Runtime:
         if not self._close.alive:
             raise ClosedError("the model was closed")
+        # In a forked child, too: what threads there were still making will never be there.
+        self._runtime.engine.check_alive()
         return self._runtime
 
     def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:

@@ -53,7 +53,7 @@ class PlanRequest(NamedTuple):
     slots: int
     n_threads: int
     available: int
-    kv_element_bytes: int
+    cache_bytes: int  # of K and V, all layers, per position
     packed_bytes: Callable[[Weight], int]
 
 
@@ -87,8 +87,7 @@ def _plan(segment: Segment, request: PlanRequest, n_ctx: int, note: str) -> Memo
         n_threads=request.n_threads,
     )
     rows = _weight_bytes(segment, request.packed_bytes)
-    per_position = sum(kv.n_heads * (kv.k_dim + kv.v_dim) for kv in segment.caches.values())
-    rows["KV cache"] = limits.n_pages * PAGE * per_position * request.kv_element_bytes
+    rows["KV cache"] = limits.n_pages * PAGE * request.cache_bytes
     rows["scratch"] = _scratch_bytes(segment, limits)
     rows["tokenizer"] = vocab * _TOKEN_BYTES
     rows["Python"] = _PYTHON_BYTES

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
-from edgeinfer import config
+from edgeinfer import config, platform
 from edgeinfer.catalog import DEFAULT_MODEL
 from edgeinfer.discovery import find_name
 
 _LAST = "last-model"
 
 
-def remember(name: str) -> None:
-    """Note the model of the latest chat; a folder that can't be written is no reason to stop."""
+def remember(name: str) -> str:
+    """Note the model of the latest chat; why that can't be written, which is no reason to stop."""
+    path = config.data_folder() / _LAST
     try:
-        config.data_folder().mkdir(parents=True, exist_ok=True)
-        (config.data_folder() / _LAST).write_text(name, "utf-8")
-    except OSError:
-        pass
+        platform.write_whole(path, name.encode("utf-8", "surrogateescape"))
+    except OSError as error:
+        return f"{path} can't be written ({error.strerror or error})"
+    return ""
 
 
 def last_model() -> str:
@@ -26,5 +27,5 @@ def last_model() -> str:
         name = (config.data_folder() / _LAST).read_text("utf-8").strip()
     except (OSError, UnicodeDecodeError):
         return DEFAULT_MODEL
-    is_here = name and (Path(name).is_file() or find_name(name) is not None)
+    is_here = name and (os.path.isfile(name) or find_name(name) is not None)
     return name if is_here else DEFAULT_MODEL

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Generic, TypeVar, cast
 
 from edgeinfer import config, platform
-from edgeinfer.backend import Program, device_kind, open_backend, packed_bytes
+from edgeinfer.backend import Program, cache_bytes, device_kind, open_backend, packed_bytes
 from edgeinfer.chat import ChatTemplate
 from edgeinfer.discovery import find_model
 from edgeinfer.engine import Engine
@@ -68,12 +68,20 @@ def load(path: str | PathLike[str], options: LoadOptions) -> Runtime:
     """Open, plan, load; all in a thread, so that an interrupt never leaves native code half-way."""
     options = checked_options("LLM", options)
     found = find_file(path, download=bool(options.get("download")))
-    later = _Later(lambda: _load(found, options))
     try:
-        return later.result()
-    except BaseException:
-        later.abandon(lambda runtime: runtime.close())
-        raise
+        later = _Later(lambda: _load(found, options))
+        try:
+            return later.result()
+        except BaseException:
+            later.abandon(lambda runtime: runtime.close())
+            raise
+    except RuntimeError as error:
+        if "new thread" not in str(error):
+            raise
+        raise DeviceError(
+            f"{error}: loading a model needs a few; load it before the interpreter exits, or "
+            "raise this process's limit (ulimit -u)"
+        ) from error
 
 
 def _load(path: Path, options: LoadOptions) -> Runtime:
@@ -87,22 +95,22 @@ def _load(path: Path, options: LoadOptions) -> Runtime:
         # Text is got ready while weights are packed, which needs no Python: sooner it delays that.
         packs = threading.Event()
         tokenizer = _Later(lambda: _make_tokenizer(file, options, packs))
-        template = _Later(lambda: _make_template(file, options, tokenizer))
-        backend = open_backend(device, progress=_progress(options, packs))
         try:
+            template = _Later(lambda: _make_template(file, options, tokenizer))
+            backend = open_backend(device, progress=_progress(options, packs))
             program = backend.compile(model.graph.segment(), plan.limits)
         finally:
             packs.set()
             tokenizer.wait()
         try:
             tokenizer.result()
+            engine = Engine(program, plan.limits, plan.n_ctx, model.hparams.vocab_size)
         except BaseException:
             program.close()
             raise
     except BaseException:
         file.close()
         raise
-    engine = Engine(program, plan.limits, plan.n_ctx, model.hparams.vocab_size)
     load_s = time.perf_counter() - start
     return Runtime(model, plan, program, engine, device, n_threads, load_s, tokenizer, template)
 
@@ -143,14 +151,15 @@ def plan_model(model: Model, options: LoadOptions) -> MemoryPlan:
     memory = options.get("memory")
     if memory is not None:
         available = parse_memory(memory, available)
+    segment = model.graph.segment()
     return solve(
-        model.graph.segment(),
+        segment,
         PlanRequest(
             n_ctx=options.get("n_ctx"),
             slots=options.get("slots") or 1,
             n_threads=_n_threads(options),
             available=available,
-            kv_element_bytes=4 if device == "reference" else 2,
+            cache_bytes=cache_bytes(device, segment),
             packed_bytes=lambda weight: packed_bytes(device, weight),
         ),
     )

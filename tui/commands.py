@@ -27,9 +27,9 @@ from edgeinfer.tui.model_screen import ModelScreen
 from edgeinfer.tui.pages import help_page, stats_page
 from edgeinfer.tui.palette import Palette
 from edgeinfer.tui.params_screen import ParamsScreen
+from edgeinfer.tui.records import Node
 from edgeinfer.tui.session import Session
 from edgeinfer.tui.settings import ChatSettings, ModelChoice
-from edgeinfer.tui.store import Node
 from edgeinfer.tui.text_screen import TextScreen
 from edgeinfer.tui.transcript import Transcript
 
@@ -96,7 +96,7 @@ class ChatCommands(App[None]):
             self._clipboard = text
         else:
             self.copy_to_clipboard(text)
-        Task(lambda: copy_with_tool(text, environment))
+        Task(lambda: copy_with_tool(text, environment, self.settings.run_tool))
         lines = text.count("\n") + 1
         self.say(f"copied, {lines:,} line{'s' * (lines != 1)}")
 

@@ -26,7 +26,7 @@ consecutive elements of a row. Half floats are the file's own.
   [8 rows][4], bit 4s + j of byte k for element k of quad j of the pair's sub-block s.
 - iq4_nl: as q4_0. iq4_xs (256 columns): d | scales int8 [8 sub-blocks][8 rows] | for each of 8
   sub-blocks of 32: quants as in q4_0. mxfp4 (32 columns): exponents [8 rows] bytes | quants.
-- f16, bf16, f32 (4 columns): [4][8 rows] elements.
+- f16, bf16, f32 (4 columns): [4][8 rows] elements; columns that a last block lacks are 0.
 """
 
 from __future__ import annotations
@@ -45,6 +45,11 @@ class Format:
     file_bytes: int
     packed_bytes: int
     activation: str
+
+    def n_blocks(self, n_cols: int) -> int:
+        """Blocks of a row; a file holds whole ones of every type but floats."""
+        assert self.activation == "f32" or n_cols % self.block == 0
+        return -(-n_cols // self.block)
 
 
 FORMATS = {
@@ -70,6 +75,4 @@ FORMATS = {
 def packed_bytes(type_name: str, n_rows: int, n_cols: int) -> int:
     """Bytes of a packed matrix; rows are padded to whole groups."""
     form = FORMATS[type_name]
-    if n_cols % form.block:
-        raise ValueError(f"{n_cols} columns are not whole {type_name} blocks of {form.block}")
-    return -(-n_rows // GROUP_ROWS) * (n_cols // form.block) * form.packed_bytes
+    return -(-n_rows // GROUP_ROWS) * form.n_blocks(n_cols) * form.packed_bytes

@@ -1,6 +1,6 @@
 """The memory layouts that host code and native kernels share: header, argument blocks, buffers.
 
-Imports nothing; knows no operation. Every word is 8 bytes.
+Imports nothing of ours; knows no operation. Every word is 8 bytes.
 
 A kernel is `kernel(header, args, chunk, thread)`: addresses of the step's header and of the op's
 argument words, which piece of the work to do, and which thread of the team does it: no two threads
@@ -16,15 +16,26 @@ Blocks of a32 are stored tile by tile: rows are cut into tiles of MAX_TILE, the 
 tile; inside a tile of n rows that starts at row t0, block b of row t0 + i lies at t0 * row_bytes +
 (b * n + i) * 44, where row_bytes = K / 32 * 44.
 
+A row of floats has room for whole vectors of 8. What a kernel leaves behind its last value is 0,
+so that a matmul may read whole blocks of 4.
+
 Packed weights are cut into groups of 8 rows, one SIMD lane per row; each format says in
 `native/formats.py` how a group's block looks.
 
 A KV page holds 32 positions of one layer. K of a page: [kv head][k_dim][32 positions] halves;
-V of a page: [kv head][32 positions][v_dim] halves. Page p of a layer starts p * page_bytes after
-the layer's base.
+V of a page: [kv head][32 positions][v_dim in whole vectors] halves. Page p of a layer starts
+p * page_bytes after the layer's base.
 """
 
+from collections.abc import Iterable
+
 WORD = 8
+
+
+def whole_vectors(n: int) -> int:
+    """The places that n values take: vectors of 8."""
+    return (n + 7) & -8
+
 
 A32_BYTES = 44
 A32_D = 32  # offset of d
@@ -91,8 +102,7 @@ PACK_SRC, PACK_DST, PACK_N_ROWS, PACK_N_BLOCKS, PACK_PER_CHUNK = (i * WORD for i
 #
 # matmul.<type>: out[t, n] = sum_k W[n, k] x[t, k] (+ bias[n]) (+ residual[t, n]).
 # x is a32 or f32 as the weight type asks; out, residual: float rows of `stride` bytes. Rows of
-# out and residual, and bias, have room for 8 floats a group. For F32, F16 and BF16 weights K is
-# a multiple of 4. A chunk is some groups of 8 weight rows, for all tokens: chunk c is the groups
+# out and residual, and bias, have room for 8 floats a group. A chunk is some groups of 8 weight rows, for all tokens: chunk c is the groups
 # from bounds[c] up to bounds[c + 1], words that follow the others. Every bound but the last is a
 # multiple of PANEL_GROUPS. Prefetches may name addresses up to 2 KiB behind
 # the weights; that cannot fault.
@@ -180,14 +190,25 @@ ITEM_BYTES = 4 * WORD
 # the rest is one more: the sums of 4 queries and 2 vectors of positions or values, and what they
 # are made of, fit 16 registers. A tile of n queries is
 # [k_dim][n] q, [n][v_dim] state, [n][v_dim] state of the current segment, then m and l of the
-# first, m and l of the second, 8 floats each.
+# first, m and l of the second, 8 floats each. A v_dim takes whole vectors; what is in the places
+# behind its values means nothing.
 MAX_QUERIES = 4
 QUERY_EXTRA = 32
 
 
 def query_bytes(k_dim: int, v_dim: int) -> int:
     """Bytes of one query of one part."""
-    return 4 * (k_dim + 2 * v_dim + QUERY_EXTRA)
+    return 4 * (k_dim + 2 * whole_vectors(v_dim) + QUERY_EXTRA)
+
+
+def position_bytes(n_kv_heads: int, k_dim: int, v_dim: int) -> tuple[int, int]:
+    """Bytes of K and of V that a layer keeps of one position."""
+    return 2 * n_kv_heads * k_dim, 2 * n_kv_heads * whole_vectors(v_dim)
+
+
+def cache_bytes(layers: Iterable[tuple[int, int, int]]) -> int:
+    """Bytes of K and V per position, of layers of (n_kv_heads, k_dim, v_dim)."""
+    return sum(sum(position_bytes(*layer)) for layer in layers)
 
 
 def parts_bytes(max_rows: int, n_heads: int, k_dim: int, v_dim: int, max_segments: int) -> int:

@@ -34,7 +34,7 @@ from edgeinfer.graph import (
 )
 from edgeinfer.kernels.cpu import layout
 from edgeinfer.kernels.cpu.formats import FORMATS, Format
-from edgeinfer.quant import Weight
+from edgeinfer.quant import Weight, dequantize
 
 # Weight bytes of a matmul's chunks: long ones read memory fastest, short ones even out the end.
 # Measured in tests/bench/TUNING.md, "Chunks".
@@ -121,8 +121,8 @@ class Lowered:
 
 
 def row_stride(dim: int) -> int:
-    """Bytes between rows of floats: whole vectors of 8."""
-    return -(-dim // 8) * 8 * 4
+    """Bytes between rows of floats."""
+    return 4 * layout.whole_vectors(dim)
 
 
 def float_bits(x: float) -> int:
@@ -209,7 +209,7 @@ class Lowering:
         fmt = _format(op.weight)
         x = self._float_buffer(op.out, "residual")
         args: Args = [
-            self._weights.matrix(op.weight), op.weight.shape[1] // fmt.block, x,
+            self._weights.matrix(op.weight), fmt.n_blocks(op.weight.shape[1]), x,
         ]  # fmt: skip
         args += [row_stride(op.out.dim), op.out.dim]
         self._emit("embed", f"embed.{_type(op.weight)}", args, layout.COUNT_ROWS)
@@ -254,7 +254,7 @@ class Lowering:
         """A matmul in one chunk."""
         fmt = _format(op.weight)
         n_rows, n_cols = op.weight.shape
-        n_groups, n_blocks = -(-n_rows // 8), n_cols // fmt.block
+        n_groups, n_blocks = -(-n_rows // 8), fmt.n_blocks(n_cols)
         rows = self._rows_of(op.x)
         self._rows[op.out] = rows
         residual, out = self._residual(op)
@@ -460,7 +460,7 @@ def frequencies(rope: Rope) -> np.ndarray:
     exponents = np.arange(rope.n_dims // 2, dtype=np.float64) * 2 / rope.n_dims
     factors = np.ones(rope.n_dims // 2)
     if rope.factors is not None:
-        factors = np.frombuffer(rope.factors.data, np.float32).astype(np.float64)
+        factors = dequantize(rope.factors).astype(np.float64)
     freqs: np.ndarray = rope.scale / (np.float64(rope.base) ** exponents * factors)
     return freqs
 

@@ -51,8 +51,8 @@ _STEP_WORDS = layout.H_ABORT // layout.WORD + 1  # of the header, from H_ROWS on
 class CpuBackend:
     """Compiles segments for this machine's CPU.
 
-    `cache_dir` keeps compiled kernels. `release(weight)` is told when a weight's file pages are
-    no longer needed. `progress("kernels" | "weights", done, total)` follows `compile`.
+    `cache_dir` keeps compiled kernels. `progress("kernels" | "weights", done, total)` follows
+    `compile`.
     """
 
     name = "cpu"
@@ -61,11 +61,9 @@ class CpuBackend:
         self,
         cache_dir: Path,
         progress: Progress | None = None,
-        release: Callable[[Weight], None] | None = None,
         isa: str | None = None,
     ) -> None:
         self._progress = progress or (lambda stage, done, total: None)
-        self._release = release or (lambda weight: None)
         target = Target.host(isa, memory=cache_dir)
         self.library = Library(target, cache_folder(cache_dir, target))
 
@@ -81,7 +79,6 @@ class CpuBackend:
             team,
             self.library,
             n_threads,
-            self._release,
             lambda done, total: self._progress("weights", done, total),
         )
 
@@ -131,7 +128,7 @@ class CpuProgram:
         self._idle: IdleWork = self._tuning if build.is_done else build
         self.memory = {
             **{f"weights {kind}": n for kind, n in self._weights.bytes_by_type.items()},
-            "kv": limits.n_pages * PAGE * _cache_bytes(segment),
+            "kv": limits.n_pages * PAGE * layout.cache_bytes(segment.caches.values()),
             "scratch": lowered.scratch_bytes,
         }
 
@@ -187,6 +184,11 @@ class CpuProgram:
     def build_exactly(self, progress: Callable[[int, int], None]) -> int:
         """Build now what would be built when idle; returns how many kernels that were."""
         return self._backend.library.rebuild(lambda done, total, name: progress(done, total))
+
+    @property
+    def unkept(self) -> str:
+        """Why what was built and measured here is for this process alone; "" where it is kept."""
+        return self._backend.library.unkept or self._tuning.unkept
 
     def close(self) -> None:
         """Free everything; views into outputs are dead from here on."""
@@ -359,18 +361,13 @@ def _weights_of(segment: Segment) -> tuple[list[Weight], list[Weight]]:
     return matrices, vectors
 
 
-def _cache_bytes(segment: Segment) -> int:
-    """Bytes of K and V per position, as halves."""
-    return sum(2 * kv.n_heads * (kv.k_dim + kv.v_dim) for kv in segment.caches.values())
-
-
 def _place_caches(segment: Segment, n_pages: int) -> tuple[platform.Memory, dict[int, LayerCache]]:
     """One arena of pages; a page holds its 32 positions of every layer, so it is touched whole."""
-    page_bytes = PAGE * _cache_bytes(segment)
+    page_bytes = PAGE * layout.cache_bytes(segment.caches.values())
     memory = platform.Memory(n_pages * page_bytes)
     offset, caches = memory.address, {}
     for layer, kv in segment.caches.items():
-        k_bytes, v_bytes = (2 * PAGE * kv.n_heads * dim for dim in (kv.k_dim, kv.v_dim))
+        k_bytes, v_bytes = (PAGE * n_bytes for n_bytes in layout.position_bytes(*kv))
         caches[layer] = LayerCache(offset, offset + k_bytes, page_bytes)
         offset += k_bytes + v_bytes
     return memory, caches

@@ -1,24 +1,25 @@
-"""The packed weights of one program: one arena, filled tensor by tensor by the thread team.
+"""The packed weights of one program: one arena, filled piece by piece by the thread team.
 
-Knows no graph. The packed copy replaces the file's: source pages are released as they are packed,
-so the peak is the packed model and one portion of the file.
+Knows no graph. The packed copy replaces the file's, which is read portion by portion: the peak is
+the packed model and one portion, below 16 MiB.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
 from edgeinfer import platform
 from edgeinfer.kernels.cpu import layout
-from edgeinfer.kernels.cpu.formats import FORMATS, packed_bytes
+from edgeinfer.kernels.cpu.formats import FORMATS, GROUP_ROWS, packed_bytes
 from edgeinfer.kernels.cpu.library import Library
 from edgeinfer.kernels.cpu.team import Op, Part, Team
 from edgeinfer.quant import Weight, dequantize
 
-_PORTION = 8 << 20  # source bytes between two releases
+_PORTION = 8 << 20  # source bytes after which packing begins, and the most of one piece
 _PACK_CHUNK = 256 << 10  # packed bytes of one chunk
 _ALIGN = 64
 
@@ -37,7 +38,7 @@ class PackedWeights:
             n_bytes = packed_bytes(weight.type.name.lower(), *weight.shape)
             size = self._place("m:" + weight.name, weight.type.name, size, n_bytes)
         for weight in self._vectors.values():
-            n_bytes = -(-weight.shape[0] // 8) * 8 * 4
+            n_bytes = 4 * layout.whole_vectors(weight.shape[0])
             size = self._place("v:" + weight.name, "F32", size, n_bytes)
         self.n_bytes = size
         self._memory = platform.Memory(size, huge=True)
@@ -75,57 +76,110 @@ class PackedWeights:
         team: Team,
         library: Library,
         n_threads: int,
-        release: Callable[[Weight], None],
         progress: Callable[[int, int], None],
     ) -> None:
         """Fill the arena; `progress(done, total)` counts source bytes."""
         for weight in self._vectors.values():
             values = np.ascontiguousarray(dequantize(weight), np.float32)
             ctypes.memmove(self.vector(weight), values.ctypes.data, values.nbytes)
-        total = sum(len(w.data) for w in self._matrices.values())
-        done, pending, pending_bytes = 0, list[Weight](), 0
+        portions = list(_portions(self._matrices.values()))
+        done, total = 0, sum(len(w.data) for w in self._matrices.values())
         progress(0, total)
-        for weight in self._matrices.values():
-            pending.append(weight)
-            pending_bytes += len(weight.data)
-            if pending_bytes >= _PORTION:
-                self._pack(pending, team, library, n_threads, release)
-                done, pending, pending_bytes = done + pending_bytes, [], 0
+        memory = platform.Memory(max(map(_room, portions), default=0), huge=True)
+        try:
+            for portion in portions:
+                self._pack(portion, memory.address, team, library, n_threads)
+                done += sum(piece.n_bytes for piece in portion)
                 progress(done, total)
-        self._pack(pending, team, library, n_threads, release)
-        progress(total, total)
+        finally:
+            memory.close()
 
     def _pack(
-        self,
-        weights: list[Weight],
-        team: Team,
-        library: Library,
-        n_threads: int,
-        release: Callable[[Weight], None],
+        self, pieces: list[_Piece], at: int, team: Team, library: Library, n_threads: int
     ) -> None:
-        if not weights:
-            return
-        header = np.zeros(layout.HEADER_WORDS, np.int64)
-        sources = [np.frombuffer(weight.data, np.uint8) for weight in weights]
-        ops = [
-            Op([self._pack_part(weight, source.ctypes.data, library)])
-            for weight, source in zip(weights, sources, strict=True)
-        ]
+        """Read pieces to `at` and pack them."""
+        header, ops = np.zeros(layout.HEADER_WORDS, np.int64), list[Op]()
+        for piece in pieces:
+            piece.read_to(at)
+            ops.append(Op([self._pack_part(piece, at, library)]))
+            at += piece.room
         team.run_once(ops, header.ctypes.data, n_threads)
-        del sources
-        for weight in weights:
-            release(weight)
 
-    def _pack_part(self, weight: Weight, source: int, library: Library) -> Part:
-        fmt = FORMATS[weight.type.name.lower()]
-        n_rows, n_cols = weight.shape
-        n_groups, n_blocks = -(-n_rows // 8), n_cols // fmt.block
-        per_chunk = max(1, _PACK_CHUNK // (n_blocks * fmt.packed_bytes))
-        args = [source, self.matrix(weight), n_rows, n_blocks, per_chunk]
-        return Part(
-            library.address(f"pack.{weight.type.name.lower()}"), args, -(-n_groups // per_chunk)
-        )
+    def _pack_part(self, piece: _Piece, source: int, library: Library) -> Part:
+        name = piece.weight.type.name.lower()
+        n_groups, n_blocks = -(-piece.n_rows // GROUP_ROWS), piece.n_blocks
+        group_bytes = n_blocks * FORMATS[name].packed_bytes
+        to = self.matrix(piece.weight) + piece.first // GROUP_ROWS * group_bytes
+        per_chunk = max(1, _PACK_CHUNK // group_bytes)
+        args = [source, to, piece.n_rows, n_blocks, per_chunk]
+        return Part(library.address(f"pack.{name}"), args, -(-n_groups // per_chunk))
 
     def close(self) -> None:
         self._memory.close()
         self._doubles.clear()
+
+
+class _Piece(NamedTuple):
+    """Rows of a matrix: whole groups, but for those at its end."""
+
+    weight: Weight
+    first: int
+    n_rows: int
+    row_bytes: int
+
+    @property
+    def n_bytes(self) -> int:
+        """In the file."""
+        return self.n_rows * self.row_bytes
+
+    @property
+    def n_blocks(self) -> int:
+        return FORMATS[self.weight.type.name.lower()].n_blocks(self.weight.shape[1])
+
+    @property
+    def whole_row_bytes(self) -> int:
+        return self.n_blocks * FORMATS[self.weight.type.name.lower()].file_bytes
+
+    @property
+    def room(self) -> int:
+        """Bytes that `read_to` fills, aligned."""
+        return -(-self.n_rows * self.whole_row_bytes // _ALIGN) * _ALIGN
+
+    def read_to(self, address: int) -> None:
+        """Read the rows as the file has them; where their last block isn't whole, with zeros."""
+        start = self.first * self.row_bytes
+        if self.whole_row_bytes == self.row_bytes:
+            memory = (ctypes.c_ubyte * self.n_bytes).from_address(address)
+            self.weight.read_into(memoryview(memory).cast("B"), start)
+            return
+        rows = np.frombuffer(self.weight.data[start : start + self.n_bytes], np.uint8)
+        raw = (ctypes.c_ubyte * (self.n_rows * self.whole_row_bytes)).from_address(address)
+        whole = np.frombuffer(memoryview(raw), np.uint8).reshape(self.n_rows, -1)
+        whole[:, : self.row_bytes] = rows.reshape(self.n_rows, -1)
+        whole[:, self.row_bytes :] = 0
+
+
+def _portions(matrices: Iterable[Weight]) -> Iterator[list[_Piece]]:
+    """Pieces, as many as are read before they are packed together."""
+    portion, n_bytes = list[_Piece](), 0
+    for piece in (piece for weight in matrices for piece in _pieces(weight)):
+        portion.append(piece)
+        n_bytes += piece.n_bytes
+        if n_bytes >= _PORTION:
+            yield portion
+            portion, n_bytes = [], 0
+    if portion:
+        yield portion
+
+
+def _room(portion: list[_Piece]) -> int:
+    return sum(piece.room for piece in portion)
+
+
+def _pieces(weight: Weight) -> Iterator[_Piece]:
+    """A matrix in pieces of at most a portion, if 8 rows aren't more."""
+    n_rows = weight.shape[0]
+    row_bytes = len(weight.data) // n_rows
+    step = max(1, _PORTION // (GROUP_ROWS * row_bytes)) * GROUP_ROWS
+    for first in range(0, n_rows, step):
+        yield _Piece(weight, first, min(step, n_rows - first), row_bytes)

@@ -33,6 +33,7 @@ from edgeinfer.kernels.cpu.layout import (
     ROW_BYTES,
     SEGMENT_PAGES,
     query_bytes,
+    whole_vectors,
 )
 from edgeinfer.kernels.cpu.native.attention import (
     fold_weights,
@@ -95,7 +96,10 @@ def _widest(n, n_vectors, n_sums):
 
 
 def _page_of(n, k_dim, v_dim, n_sums):
-    """Attention of a tile of n queries over one page, `n_sums` vectors of sums at a time."""
+    """Attention of a tile of n queries over one page, `n_sums` vectors of sums at a time.
+
+    v_dim is a multiple of 8.
+    """
     k_wide, v_wide = _widest(n, 4, n_sums), _widest(n, v_dim // 8, n_sums)
     k_multiply, _, k_store, _ = grid(n, k_wide)
     v_multiply, v_multiply_visible, v_store, v_fold = grid(n, v_wide)
@@ -209,7 +213,7 @@ def _visible(page, n_pinned, ring):
 
 
 def make(isa, k_dim, v_dim):
-    k_dim, v_dim = int(k_dim), int(v_dim)
+    k_dim, v_dim = int(k_dim), whole_vectors(int(v_dim))
     size, n_sums = query_bytes(k_dim, v_dim), isa.registers // 2
     page_4, page_3, page_2, page_1 = (_page_of(n, k_dim, v_dim, n_sums) for n in (4, 3, 2, 1))
     scratch = local(_LOCAL_BYTES)

@@ -16,6 +16,7 @@ from edgeinfer.kernels.cpu.layout import (
 )
 from edgeinfer.kernels.cpu.native.formats import FORMATS
 from edgeinfer.kernels.cpu.native.simd import load_i32, store_f32, word
+from edgeinfer.kernels.cpu.native.sink import clear_behind
 
 
 def make(isa, type_name):
@@ -28,6 +29,7 @@ def make(isa, type_name):
         p = word(args + EMBED_W) + (row >> 3) * n_blocks * packed_bytes
         out = word(args + EMBED_OUT) + chunk * word(args + EMBED_STRIDE)
         left = word(args + EMBED_DIM)
+        clear_behind(out, left)
         while left > 0:
             for k in range(min(left, block)):
                 store_f32(out + 4 * k, value(p, k, row & 7))

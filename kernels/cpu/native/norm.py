@@ -21,6 +21,7 @@ from edgeinfer.kernels.cpu.layout import (
 from edgeinfer.kernels.cpu.native.simd import (
     add_f,
     fma,
+    insert_f32,
     load_f32,
     load_f32x8,
     load_i32,
@@ -29,9 +30,11 @@ from edgeinfer.kernels.cpu.native.simd import (
     row,
     splat_f32,
     sqrt_f32,
+    store_f32,
     store_f32x8,
     sum_lanes,
     word,
+    zero_f32,
     zeros_f32,
 )
 from edgeinfer.kernels.cpu.native.sink import leave, row_at
@@ -41,26 +44,31 @@ jit = njit(error_model="numpy")
 
 @jit
 def sum_squares(x, n):
-    """Sum of n squares (n a multiple of 8) in the lane-sum order."""
+    """Sum of n squares in the lane-sum order."""
     acc = zeros_f32(4)
     for _ in range(n // 32):
         v = load_rows_f32(x, 32, 4)
         acc = fma(v, v, acc)
         x += 128
-    a0, a1, a2 = row(acc, 0), row(acc, 1), row(acc, 2)
-    rest = n // 8 % 4
+    a0, a1, a2, a3 = row(acc, 0), row(acc, 1), row(acc, 2), row(acc, 3)
+    rest = n % 32
     if rest > 0:
-        a0 = _add_square(x, a0)
-    if rest > 1:
-        a1 = _add_square(x + 32, a1)
-    if rest > 2:
-        a2 = _add_square(x + 64, a2)
-    return sum_lanes(add_f(add_f(a0, a1), add_f(a2, row(acc, 3))))
+        a0 = _add_squares(x, rest, a0)
+        a1 = _add_squares(x + 32, rest - 8, a1)
+        a2 = _add_squares(x + 64, rest - 16, a2)
+        a3 = _add_squares(x + 96, rest - 24, a3)
+    return sum_lanes(add_f(add_f(a0, a1), add_f(a2, a3)))
 
 
 @jit
-def _add_square(x, acc):
-    v = load_f32x8(x)
+def _add_squares(x, n, acc):
+    """Of the first n of 8 floats; 0 squared changes no sum."""
+    v = zero_f32()
+    if n >= 8:
+        v = load_f32x8(x)
+    else:
+        for i in range(n):
+            v = insert_f32(v, load_f32(x + 4 * i), i)
     return fma(v, v, acc)
 
 
@@ -68,9 +76,11 @@ def _add_square(x, acc):
 def normalise(x, weight, eps, n, out):
     """RMS norm of n floats; `out` may be `x`."""
     mean = sum_squares(x, n) / np.float32(n)
-    s = splat_f32(np.float32(1) / sqrt_f32(mean + eps))
-    for i in range(0, 4 * n, 32):
-        store_f32x8(out + i, mul_f(mul_f(load_f32x8(x + i), s), load_f32x8(weight + i)))
+    s, n_whole = np.float32(1) / sqrt_f32(mean + eps), n & -8
+    for i in range(0, 4 * n_whole, 32):
+        store_f32x8(out + i, mul_f(mul_f(load_f32x8(x + i), splat_f32(s)), load_f32x8(weight + i)))
+    for i in range(4 * n_whole, 4 * n, 4):
+        store_f32(out + i, (load_f32(x + i) * s) * load_f32(weight + i))
 
 
 def make(isa):

@@ -31,6 +31,7 @@ from edgeinfer.kernels.cpu.layout import (
     ROTATE_V_DIM,
     ROTATE_V_PAGE_BYTES,
     ROTATE_V_STRIDE,
+    whole_vectors,
 )
 from edgeinfer.kernels.cpu.native.copy_rows import copy
 from edgeinfer.kernels.cpu.native.norm import normalise
@@ -53,6 +54,7 @@ from edgeinfer.kernels.cpu.native.simd import (
 )
 
 jit = njit(error_model="numpy")
+_whole_vectors = jit(whole_vectors)
 
 
 def _shuffle(*lanes):
@@ -117,8 +119,11 @@ def _store_k(k, page, k_dim):
 
 @jit
 def _store_v(v, page, v_dim):
-    for j in range(0, v_dim, 8):
+    n_whole = v_dim & -8
+    for j in range(0, n_whole, 8):
         store_f16x8(page + 2 * j, load_f32x8(v + 4 * j))
+    for j in range(n_whole, v_dim):
+        store_f16(page + 2 * j, load_f32(v + 4 * j))
 
 
 def make(isa, style):
@@ -147,13 +152,14 @@ def make(isa, style):
         slid = word(a + ROTATE_PINNED_Q) != 0 and n_gone(table, pos // PAGE) > 0
         queries(h, a, chunk, slid)
         k_dim, v_dim = word(a + ROTATE_K_DIM), word(a + ROTATE_V_DIM)
+        v_room = _whole_vectors(v_dim)
         n_pairs, norm = word(a + ROTATE_N_PAIRS), word(a + ROTATE_K_NORM)
         angles = word(a + ROTATE_ANGLES) + 8 * n_pairs * chunk
         k = word(a + ROTATE_K) + chunk * word(a + ROTATE_K_STRIDE)
         v = word(a + ROTATE_V) + chunk * word(a + ROTATE_V_STRIDE)
         k_page = word(a + ROTATE_K_BASE) + page * word(a + ROTATE_K_PAGE_BYTES) + 2 * place
         v_page = word(a + ROTATE_V_BASE) + page * word(a + ROTATE_V_PAGE_BYTES)
-        v_page += 2 * v_dim * place
+        v_page += 2 * v_room * place
         for _ in range(word(a + ROTATE_N_KV_HEADS)):
             if norm != 0:
                 normalise(k, norm, load_f32(a + ROTATE_EPS), k_dim, k)
@@ -163,6 +169,6 @@ def make(isa, style):
             k += 4 * k_dim
             v += 4 * v_dim
             k_page += 2 * PAGE * k_dim
-            v_page += 2 * PAGE * v_dim
+            v_page += 2 * PAGE * v_room
 
     return kernel

@@ -373,6 +373,10 @@ store_f16x8 = scalar(
 )
 store_i8x8 = scalar(types.void, (intp, i32x8), lambda b, p, v: store_ir(b, p, b.trunc(v, u8x8.ir)))
 prefetch = scalar(types.void, (intp,), _emit_prefetch)
+# A vector with x in lane i, which need not be a constant.
+insert_f32 = scalar(
+    f32x8, (f32x8, types.float32, intp), lambda b, v, x, i: b.insert_element(v, x, b.trunc(i, I32))
+)
 
 
 @intrinsic(prefer_literal=True)

@@ -18,6 +18,7 @@ from edgeinfer.kernels.cpu.layout import (
     SINK_F32,
     SINK_STRIDE,
     SINK_THREAD_STRIDE,
+    whole_vectors,
 )
 from edgeinfer.kernels.cpu.native.simd import (
     abs_f,
@@ -38,6 +39,7 @@ from edgeinfer.kernels.cpu.native.simd import (
 )
 
 jit = njit(error_model="numpy")
+_whole_vectors = jit(whole_vectors)
 
 _TOP = np.float32(127)
 # Below this 127 / m overflows: such a block counts as zero.
@@ -59,8 +61,16 @@ def row_at(sink, t, thread):
 
 
 @jit
+def clear_behind(x, dim):
+    """Zeros behind a row's last value, to the end of its vector."""
+    for i in range(dim, _whole_vectors(dim)):
+        store_f32(x + 4 * i, np.float32(0))
+
+
+@jit
 def leave(x, dim, sink, t, n_rows):
-    """Quantise row t, `dim` floats at x, where the sink has a place for that."""
+    """Row t is whole, `dim` floats at x: quantise it where the sink has a place for that."""
+    clear_behind(x, dim)
     a32 = word(sink + SINK_A32)
     if a32 == 0:
         return
