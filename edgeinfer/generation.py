@@ -5,6 +5,7 @@ Knows nothing of scheduling.
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
@@ -58,6 +59,7 @@ class Generation:
         self.submitted_at = time.perf_counter()
         self.is_cancelled = False
         self.keeps_cache = False
+        self.starts_by = math.inf  # the scheduler's: the step from which on it fits for certain
         # Prompt and answer are no longer together than the context; one that slides has no end.
         self.max_tokens = request.max_tokens
         if layout.n_ctx is not None:
@@ -133,6 +135,7 @@ class LogitsJob:
     sequences: list[Sequence] = field(default_factory=list)  # the engine's, while it runs
     error: BaseException | None = None
     is_cancelled: bool = False
+    starts_by: float = math.inf
     _done: threading.Event = field(default_factory=threading.Event)
 
     @property

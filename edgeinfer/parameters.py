@@ -40,7 +40,7 @@ class Parameter(NamedTuple):
     def supported(self) -> str:
         """What a value must be, in words."""
         if self.choices:
-            return " or ".join(map(repr, self.choices))
+            return f"one of {', '.join(map(repr, self.choices))}"
         return _WORDS[self.read] + _range(self.least, self.most)
 
     def check(self, value: Any) -> Any:

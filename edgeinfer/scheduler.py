@@ -39,8 +39,6 @@ class Scheduler:
         self.may_start = False  # whether something came or went since `admit` looked
         self.idle: list[Sequence] = []  # ended ones, the latest last
         self._n_steps = 0
-        self._blocked: AnyWork | None = None  # the first in line, which does not fit
-        self._deadline = math.inf  # the step from which on it fits for certain
 
     @property
     def has_work(self) -> bool:
@@ -76,36 +74,34 @@ class Scheduler:
         if not (self.may_start or resumed):
             return
         self.may_start = False
-        n_free, is_first = self.pool.n_pages - self._n_promised(), True
+        n_free = self.pool.n_pages - sum(work.most_pages for work in self._at_work)
+        deadline: float | None = None
         for work in (*resumed, *self.waiting):
-            if isinstance(work, Generation) and len(self.running) >= self.limits.max_sequences:
-                return
-            if work.most_pages <= n_free and (is_first or self._ends_in_time(work)):
+            if work.most_pages > n_free or self._n_places(work) < 1:
+                if deadline is None:
+                    deadline = self._reserve(work, n_free)
+            elif deadline is None or self._n_steps + self._steps_left(work) <= deadline:
                 n_free -= work.most_pages
                 try:
                     self._start(work)
                 except BaseException as error:
                     self.fail(work, error)
-            elif is_first:
-                is_first = False
-                self._reserve(work, n_free)
 
-    def _n_promised(self) -> int:
-        return sum(work.most_pages for work in self._at_work)
+    def _n_places(self, work: AnyWork) -> float:
+        """How many like it a step has room for; logits are computed in steps of their own."""
+        is_job = isinstance(work, LogitsJob)
+        return math.inf if is_job else self.limits.max_sequences - len(self.running)
 
-    def _ends_in_time(self, work: AnyWork) -> bool:
-        return self._n_steps + self._steps_left(work) <= self._deadline
-
-    def _reserve(self, work: AnyWork, n_free: int) -> None:
-        """Note the step in which `work` fits at the latest; it only ever gets nearer."""
-        if work is not self._blocked:
-            self._blocked, self._deadline = work, math.inf
-        by_end = sorted((self._steps_left(each), each.most_pages) for each in self._at_work)
-        for n_steps, n_pages in by_end:
-            n_free += n_pages
-            if n_free >= work.most_pages:
-                self._deadline = min(self._deadline, self._n_steps + n_steps)
-                return
+    def _reserve(self, work: AnyWork, n_free: int) -> float:
+        """The step from which on `work` fits for certain; noted, it only ever gets nearer."""
+        n_places = self._n_places(work)
+        ends = [(self._steps_left(w), w.most_pages, w in self.running) for w in self._at_work]
+        for n_steps, n_pages, is_place in sorted(ends):
+            n_free, n_places = n_free + n_pages, n_places + is_place
+            if n_free >= work.most_pages and n_places >= 1:
+                work.starts_by = min(work.starts_by, self._n_steps + n_steps)
+                break
+        return work.starts_by
 
     @property
     def _at_work(self) -> tuple[AnyWork, ...]:

@@ -180,6 +180,17 @@ def test_a_small_request_passes_what_does_not_fit(engine: Engine) -> None:
     assert not job.is_alive()
 
 
+def test_logits_pass_a_generation_that_has_no_place(engine: Engine) -> None:
+    running = [engine.submit(_request(256, n, max_tokens=90)) for n in range(4)]
+    for generation in running:
+        next(generation)
+    waiting = engine.submit(_request(256, 9, max_tokens=90))
+    assert len(engine.logits([1, 2, 3])) == 3
+    assert engine.n_running == 4
+    for generation in (*running, waiting):
+        assert _finish(generation).reason == "length"
+
+
 def test_small_requests_that_keep_coming_do_not_starve_a_large_one(
     engine: Engine, program: Programs
 ) -> None:
