@@ -120,7 +120,7 @@ class AsyncStream(AsyncIterator[Event]):
             self._reading.release()
 
     async def _wait(self) -> None:
-        """Until the engine's thread has an event; a closed loop cancels the answer there."""
+        """Until the engine's thread has an event; a closed loop ends the answer there."""
         loop = asyncio.get_running_loop()
         woken = loop.create_future()
         self._stream.notify(partial(loop.call_soon_threadsafe, _wake, woken))

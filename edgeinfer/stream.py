@@ -115,7 +115,7 @@ class Stream(Iterator[Event]):
     def notify(self, callback: Callable[[], object]) -> None:
         """Call `callback` once when `poll` has something: at once, or in the engine's thread.
 
-        It must not block; if it raises, the answer is cancelled.
+        It must not block; if it raises in that thread, the answer ends with the error.
         """
         if self._ready or self._is_over:
             callback()

@@ -17,7 +17,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgeinfer import LLM, AsyncLLM, AsyncStream, ClosedError, Completion, Done, InvalidRequestError
+from edgeinfer import (
+    LLM,
+    AsyncLLM,
+    AsyncStream,
+    ClosedError,
+    Completion,
+    Done,
+    EdgeInferError,
+    InvalidRequestError,
+)
 from edgeinfer.generation import MOST_UNREAD
 from edgeinfer.speculation import MAX_ROWS
 from edgeinfer.stream import MOST_OPEN, Stream
@@ -57,6 +66,20 @@ def _wait_paused(llm: LLM) -> None:
     """Nothing is computed any more, though nothing has ended."""
     engine = llm.runtime.engine
     _wait_until(lambda: bool(engine._scheduler.paused) and not engine._scheduler.running)
+
+
+def _gate(llm: LLM) -> threading.Event:
+    """Until it is set nothing new is begun."""
+    scheduler, gate = llm.runtime.engine._scheduler, threading.Event()
+    admit = scheduler.admit
+    scheduler.admit = lambda: gate.wait() and admit()  # type: ignore[method-assign, assignment]
+    return gate
+
+
+def _wait_ended(llm: LLM) -> None:
+    scheduler = llm.runtime.engine._scheduler
+    _wait_until(lambda: not (scheduler.waiting or scheduler.running or scheduler.paused))
+    assert _pages_held(llm) == 0
 
 
 def _n_unread(stream: Stream) -> int:
@@ -397,9 +420,7 @@ def test_a_stream_goes_on_in_another_loop(llm: LLM) -> None:
 
 
 def test_a_loop_that_is_closed_under_its_reader(llm: LLM) -> None:
-    engine, gate = llm.runtime.engine, threading.Event()
-    admit = engine._scheduler.admit
-    engine._scheduler.admit = lambda: gate.wait() and admit()  # type: ignore[method-assign, assignment]
+    gate = _gate(llm)
     loop = asyncio.new_event_loop()
     stream = loop.run_until_complete(AsyncLLM(llm).stream("hello", **SLIDING))
     task = loop.create_task(stream.run())
@@ -407,7 +428,7 @@ def test_a_loop_that_is_closed_under_its_reader(llm: LLM) -> None:
     task._log_destroy_pending = False  # type: ignore[attr-defined]
     loop.close()
     gate.set()
-    _wait_until(lambda: _pages_held(llm) == 0)
+    _wait_ended(llm)
     assert llm.generate("next", max_tokens=3, **ENDLESS).usage.completion_tokens == 3
 
 
@@ -443,12 +464,13 @@ def test_a_callback_that_fails_ends_its_own_answer_only(llm: LLM) -> None:
     def broken() -> None:
         raise SystemExit("a bug of the reader's")
 
+    gate = _gate(llm)
     stream = llm.stream("hello", **SLIDING)
-    while stream.poll() is not None:
-        pass
     stream.notify(broken)
-    _wait_until(lambda: _pages_held(llm) == 0)
-    assert stream.run().finish_reason == "cancelled"
+    gate.set()
+    _wait_ended(llm)
+    with pytest.raises(EdgeInferError, match="a bug of the reader's"):
+        stream.run()
     assert llm.generate("next", max_tokens=3, **ENDLESS).usage.completion_tokens == 3
 
 

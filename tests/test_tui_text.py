@@ -21,9 +21,10 @@ from edgeinfer.tui.gauge import Readings, context_bar, sparkline
 from edgeinfer.tui.look import Look
 from edgeinfer.tui.palette import DARK, LIGHT, Palette
 from edgeinfer.tui.params import parse_param
-from edgeinfer.tui.schema import _STEPS, VERSION
+from edgeinfer.tui.records import Attachment, Node
+from edgeinfer.tui.schema import _STEPS
 from edgeinfer.tui.splitter import Splitter, split
-from edgeinfer.tui.store import FILE_NAME, Attachment, Node, Store, clear_history
+from edgeinfer.tui.store import FILE_NAME, Store, clear_history
 
 MARKDOWN = """# Title
 
@@ -239,15 +240,6 @@ def test_old_files_are_brought_up_to_date(tmp_path: Path) -> None:
     store = Store(path)
     assert [s.title for s in store.search("ancient")] == ["old"]
     store.close()
-
-
-def test_a_file_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
-    path = tmp_path / FILE_NAME
-    db = sqlite3.connect(path)
-    db.execute(f"PRAGMA user_version = {VERSION + 1}")
-    db.close()
-    with pytest.raises(EdgeInferError, match="newer"):
-        Store(path)
 
 
 def test_clear_history_deletes_every_file(tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ Knows nothing of tokens or files; `Session` does what is asked here.
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 
+from rich.text import Text
 from textual import events, on
 from textual.app import ComposeResult
 from textual.containers import Container
@@ -24,10 +26,11 @@ from edgeinfer.tui.entries import RunningEntry, blocks_of
 from edgeinfer.tui.files import FileNames
 from edgeinfer.tui.notes import answer_note, dropped_block, hint, welcome
 from edgeinfer.tui.palette import OURS, Palette
+from edgeinfer.tui.records import Attachment, Node
 from edgeinfer.tui.session import News, Prompt, Session
 from edgeinfer.tui.settings import ChatSettings
 from edgeinfer.tui.status_bar import StatusBar
-from edgeinfer.tui.store import FILE_NAME, Attachment, Node, Store
+from edgeinfer.tui.store import FILE_NAME, Store
 from edgeinfer.tui.title_bar import TitleBar
 from edgeinfer.tui.transcript import Transcript
 
@@ -54,6 +57,9 @@ class ChatApp(ChatCommands):
         self._timer: Timer | None = None
         self._rest_until = 0.0
         self._counts = TokenCounts()
+        self._notice = ""
+        self.failure: Exception | None = None
+        self.unsent = ""  # what was typed when it failed
         for theme in OURS:
             self.register_theme(theme)
 
@@ -65,6 +71,7 @@ class ChatApp(ChatCommands):
         yield Transcript(Palette.of(OURS[0]), id="transcript")
         yield Static(id="welcome")
         with Container(id="bottom"):
+            yield Static(id="notice")
             yield Composer(sources, self.settings.folder)
         yield StatusBar(id="status")
 
@@ -73,6 +80,7 @@ class ChatApp(ChatCommands):
         self.theme = chosen if chosen in self.available_themes else OURS[0].name
         self.theme_changed_signal.subscribe(self, lambda _: self._take_theme())
         self._take_theme()
+        self.screen_stack[0].query_one("#notice").display = False
         self._timer = self.set_interval(1 / _RATE, self._tick)
         self.composer.prompt.set_history(self.session.store.prompts())
         self.show_conversation()
@@ -84,6 +92,16 @@ class ChatApp(ChatCommands):
         if self.session.model is not None:
             self.session.model.close()
         self.session.store.close()
+
+    def _handle_exception(self, error: Exception) -> None:
+        # NOTE: Textual's name. It writes pages of local variables and forgets the error, which
+        # whoever runs the chat tells in a line.
+        self.failure = self.failure or error
+        with suppress(Exception):
+            waiting = [each.text for each in self.session.queue]
+            self.unsent = "\n".join([*waiting, self.composer.prompt.text]).strip()
+        super()._handle_exception(error)
+        self._exit_renderables.clear()
 
     def _begin(self) -> None:
         path = self.settings.model or self.settings.last_model()
@@ -121,7 +139,7 @@ class ChatApp(ChatCommands):
 
     def refresh_title(self) -> None:
         session = self.session
-        note = "" if session.store.path is not None else "not kept"
+        note = "not kept" if session.store.path is None or self._notice else ""
         model = session.model.name if session.model is not None else session.conversation.model
         title = self.screen_stack[0].query_one(TitleBar)
         title.draw(model, session.conversation.title, note, self.palette)
@@ -145,6 +163,17 @@ class ChatApp(ChatCommands):
         status = self.screen_stack[0].query_one(StatusBar)
         status.draw(session.readings, session.loader, self.settings.memory_now(), self.palette)
 
+    def _draw_notice(self) -> None:
+        """What lasts: that, and why, the conversation is not kept."""
+        text = self.session.notice
+        if text == self._notice:
+            return
+        self._notice = text
+        notice = self.screen_stack[0].query_one("#notice", Static)
+        notice.display = bool(text)
+        notice.update(Text(one_line(text, 500), self.palette.warn))
+        self.refresh_title()
+
     def _take_theme(self) -> None:
         self.transcript.set_palette(self.palette)
         self.refresh_title()
@@ -165,6 +194,8 @@ class ChatApp(ChatCommands):
         if now < self._rest_until:
             return
         session = self.session
+        session.store.tend()
+        self._draw_notice()
         is_busy = session.running is not None or session.loader is not None
         if session.loader is not None and session.loader.task.is_over:
             self._finish_loading()

@@ -27,9 +27,9 @@ from edgeinfer.tui.model_screen import ModelScreen
 from edgeinfer.tui.pages import help_page, stats_page
 from edgeinfer.tui.palette import Palette
 from edgeinfer.tui.params_screen import ParamsScreen
+from edgeinfer.tui.records import Node
 from edgeinfer.tui.session import Session
 from edgeinfer.tui.settings import ChatSettings, ModelChoice
-from edgeinfer.tui.store import Node
 from edgeinfer.tui.text_screen import TextScreen
 from edgeinfer.tui.transcript import Transcript
 

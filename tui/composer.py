@@ -22,7 +22,7 @@ from edgeinfer.tui.entries import attachment_label
 from edgeinfer.tui.files import read_attachment
 from edgeinfer.tui.palette import Palette
 from edgeinfer.tui.prompt import Prompt
-from edgeinfer.tui.store import Attachment
+from edgeinfer.tui.records import Attachment
 
 
 class Composer(Vertical):
