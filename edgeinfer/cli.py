@@ -36,7 +36,15 @@ from edgeinfer.cli_options import (
     load_flags,
     sampling_flags,
 )
-from edgeinfer.console import Output, ProgressLine, note, prepare_streams, show, show_json
+from edgeinfer.console import (
+    Output,
+    ProgressLine,
+    draws_screens,
+    note,
+    prepare_streams,
+    show,
+    show_json,
+)
 from edgeinfer.errors import ContextLengthError, EdgeInferError, InvalidRequestError
 from edgeinfer.terminal import one_line, printable
 
@@ -276,8 +284,7 @@ def chat(
     model: str | None, plain: bool, system: str | None, no_history: bool, **flags: Any
 ) -> None:
     """Talk to a model, full-screen on a terminal; with --plain a line is a message."""
-    # Textual draws on stderr.
-    if not plain and all(s.isatty() for s in (sys.stdin, sys.stdout, sys.stderr)):
+    if not plain and draws_screens(os.environ):
         if model is not None or flags["yes"]:
             model = choose_model(model, bool(flags["yes"]), is_chat=True)
         _open_tui(model, system, not no_history, flags)

@@ -39,14 +39,14 @@ def copy(app: ChatCommands, node: Node | None) -> None:
     if node is None or not node.content:
         app.say("nothing to copy yet", "warning")
     else:
-        app.copy(node.content)
+        app.copy_to_clipboard(node.content)
 
 
 def copy_code(app: ChatCommands, node: Node | None) -> None:
     """The last code block of a message."""
     blocks = [piece.text for piece in split(node.content) if piece.kind == "code"] if node else []
     if blocks:
-        app.copy(blocks[-1])
+        app.copy_to_clipboard(blocks[-1])
     else:
         app.say("no code in this answer", "warning")
 

@@ -147,6 +147,7 @@ def _copy(app: ChatCommands, argument: str) -> None:
 def _theme(app: ChatCommands, argument: str) -> None:
     if argument in app.theme_names():
         app.theme = argument
+        app.session.store.set_preference("theme", argument)
     else:
         app.action_change_theme()
 
