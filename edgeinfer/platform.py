@@ -564,15 +564,15 @@ def _windows_lock(file: BinaryIO) -> bool:
 # -- whom files are from -------------------------------------------------------------------------
 
 
-def distrust(path: Path) -> str | None:
-    """Why others may have put what is at `path`: like the StrictModes of OpenSSH.
+def distrust(folder: Path) -> str | None:
+    """Why others may have put what lies in a folder: like the StrictModes of OpenSSH.
 
     None where every folder from the root on, through links, belongs to this user or root and
     nobody else can write there, or only add files (sticky). What does not exist is no reason.
     """
     if os.name != "posix":
         return None
-    pending, at = _parts(os.fspath(path.absolute())), "/"
+    pending, at = _parts(os.fspath(folder.absolute())), "/"
     n_links = 0
     while True:
         try:
@@ -580,9 +580,11 @@ def distrust(path: Path) -> str | None:
             target = os.readlink(at) if stat.S_ISLNK(status.st_mode) else None
         except OSError:  # what we can't look at, we can't read either
             return None
+        if target is None and not stat.S_ISDIR(status.st_mode):  # nothing can lie there
+            return None
         reason = _not_ours(status, at)
         if reason is not None or n_links > _MOST_LINKS:
-            return reason or f"{path} is too many links"
+            return reason or f"{folder} is too many links"
         if target is not None:
             target = os.path.join(os.path.dirname(at), target)
             n_links, at, pending = n_links + 1, "/", [*_parts(target), *pending]
