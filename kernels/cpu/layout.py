@@ -102,10 +102,10 @@ PACK_SRC, PACK_DST, PACK_N_ROWS, PACK_N_BLOCKS, PACK_PER_CHUNK = (i * WORD for i
 #
 # matmul.<type>: out[t, n] = sum_k W[n, k] x[t, k] (+ bias[n]) (+ residual[t, n]).
 # x is a32 or f32 as the weight type asks; out, residual: float rows of `stride` bytes. Rows of
-# out and residual, and bias, have room for 8 floats a group. A chunk is some groups of 8 weight rows, for all tokens: chunk c is the groups
-# from bounds[c] up to bounds[c + 1], words that follow the others. Every bound but the last is a
-# multiple of PANEL_GROUPS. Prefetches may name addresses up to 2 KiB behind
-# the weights; that cannot fault.
+# out and residual, and bias, have room for 8 floats a group. A chunk is some groups of 8 weight
+# rows, for all tokens: chunk c is the groups from bounds[c] up to bounds[c + 1], words that follow
+# the others. Every bound but the last is a multiple of PANEL_GROUPS. Prefetches may name addresses
+# up to 2 KiB behind the weights; that cannot fault.
 (
     MATMUL_W, MATMUL_N_BLOCKS, MATMUL_X, MATMUL_OUT, MATMUL_STRIDE, MATMUL_BIAS,
     MATMUL_RESIDUAL, MATMUL_ROWS, MATMUL_X_ROW_BYTES, MATMUL_SCRATCH, MATMUL_BOUNDS,

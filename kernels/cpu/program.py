@@ -29,6 +29,7 @@ from edgeinfer.kernels.cpu.lower import (
     recut,
     row_stride,
 )
+from edgeinfer.kernels.cpu.shapes import check_shapes
 from edgeinfer.kernels.cpu.targets import Target
 from edgeinfer.kernels.cpu.team import KERNELS, Op, Part, Tape, Team, shared_team
 from edgeinfer.kernels.cpu.trial import Trial
@@ -70,7 +71,11 @@ class CpuBackend:
         self.library = Library(target, cache_folder(cache_dir, target))
 
     def compile(self, segment: Segment, limits: StepLimits) -> CpuProgram:
-        """Load or build kernels, pack weights, reserve memory for `limits`."""
+        """Load or build kernels, pack weights, reserve memory for `limits`.
+
+        UnsupportedModelError names what no kernel takes.
+        """
+        check_shapes(segment)
         return CpuProgram(self, segment, limits)
 
     def load(self, names: set[str]) -> None:
