@@ -5,6 +5,7 @@ Knows nothing of requests or of text that is generated.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -15,14 +16,20 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from edgeinfer import config, platform
-from edgeinfer.backend import Program, cache_bytes, device_kind, open_backend, packed_bytes
+from edgeinfer.backend import Backend, Program, cache_bytes, device_kind, open_backend, packed_bytes
 from edgeinfer.chat import ChatTemplate
 from edgeinfer.discovery import find_model
 from edgeinfer.engine import Engine
-from edgeinfer.errors import DeviceError, InvalidRequestError, ModelNotFoundError
+from edgeinfer.errors import (
+    DeviceError,
+    EdgeInferError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    PlanError,
+)
 from edgeinfer.gguf import GGUFFile
 from edgeinfer.graph import Linear
-from edgeinfer.memory_plan import MemoryPlan, PlanRequest, solve
+from edgeinfer.memory_plan import PYTHON_BYTES, MemoryPlan, PlanRequest, solve
 from edgeinfer.model import Model
 from edgeinfer.options import LoadOptions, Progress, check_keywords, parse_memory
 from edgeinfer.tokenizer import Tokenizer
@@ -67,12 +74,29 @@ def load(path: str | PathLike[str], options: LoadOptions) -> Runtime:
     """Open, plan, load; all in a thread, so that an interrupt never leaves native code half-way."""
     check_keywords("LLM", options, LoadOptions.__annotations__)
     found = find_file(path, download=bool(options.get("download")))
-    later = _Later(lambda: _load(found, options))
     try:
-        return later.result()
-    except BaseException:
-        later.abandon(lambda runtime: runtime.close())
-        raise
+        later = _Later(lambda: _load(found, options))
+        try:
+            return later.result()
+        except BaseException:
+            later.abandon(lambda runtime: runtime.close())
+            raise
+    except (MemoryError, OSError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise PlanError(
+            f"memory ran out while the model was loaded ({error or 'nothing was left'}): close "
+            "other programs, raise this one's limits (`ulimit -v`, `-d`), or give a smaller n_ctx",
+            available=platform.available_memory(),
+        ) from None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether the system refused memory, or a thread for want of it."""
+    if isinstance(error, EdgeInferError):
+        return False
+    is_refused = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    return is_refused or isinstance(error, MemoryError) or "start new thread" in str(error)
 
 
 def _load(path: Path, options: LoadOptions) -> Runtime:
@@ -80,14 +104,14 @@ def _load(path: Path, options: LoadOptions) -> Runtime:
     file = GGUFFile.open(path)
     try:
         model = Model.load(file)
-        device = device_kind(options.get("device") or "auto")
+        device, packs = device_kind(options.get("device") or "auto"), threading.Event()
         n_threads = _n_threads(options)
-        plan = plan_model(model, options)
+        memory = _available_memory(options) - PYTHON_BYTES
+        backend = open_backend(device, progress=_progress(options, packs), memory=memory)
+        plan = plan_model(model, options, backend)
         # Text is got ready while weights are packed, which needs no Python: sooner it delays that.
-        packs = threading.Event()
         tokenizer = _Later(lambda: _make_tokenizer(file, options, packs))
         template = _Later(lambda: _make_template(file, options, tokenizer))
-        backend = open_backend(device, progress=_progress(options, packs))
         try:
             program = backend.compile(model.graph.segment(), plan.limits)
         finally:
@@ -118,14 +142,12 @@ def find_file(name: str | PathLike[str], *, download: bool = False) -> Path:
     return pull(name)
 
 
-def plan_model(model: Model, options: LoadOptions) -> MemoryPlan:
-    """The memory that loading with these options takes."""
+def plan_model(model: Model, options: LoadOptions, backend: Backend | None = None) -> MemoryPlan:
+    """The memory that loading with these options takes, on a backend that is open or could be."""
     _check_unsupported(options)
     device = device_kind(options.get("device") or "auto")
-    available = platform.available_memory()
-    memory = options.get("memory")
-    if memory is not None:
-        available = parse_memory(memory, available)
+    available = _available_memory(options)
+    backend = backend or open_backend(device, memory=available - PYTHON_BYTES)
     slots = options.get("slots")
     segment = model.graph.segment()
     return solve(
@@ -137,8 +159,15 @@ def plan_model(model: Model, options: LoadOptions) -> MemoryPlan:
             available=available,
             cache_bytes=cache_bytes(device, segment),
             packed_bytes=lambda weight: packed_bytes(device, weight),
+            building_bytes=backend.building_bytes(segment),
         ),
     )
+
+
+def _available_memory(options: LoadOptions) -> int:
+    """What the user allows, or else what there is."""
+    available, memory = platform.available_memory(), options.get("memory")
+    return available if memory is None else parse_memory(memory, available)
 
 
 def _make_tokenizer(file: GGUFFile, options: LoadOptions, packs: threading.Event) -> Tokenizer:
