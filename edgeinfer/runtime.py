@@ -75,6 +75,8 @@ def load(path: str | PathLike[str], options: LoadOptions) -> Runtime:
     check_keywords("LLM", options, LoadOptions.__annotations__)
     found = find_file(path, download=bool(options.get("download")))
     try:
+        if (available := platform.available_memory()) < _LEAST_MEMORY:
+            raise MemoryError(f"{available >> 10} KiB are available")
         later = _Later(lambda: _load(found, options))
         try:
             return later.result()
@@ -261,4 +263,5 @@ class _Later(Generic[T]):
             discard(value)
 
 
+_LEAST_MEMORY = 32 << 20  # with less, a thread may fail before Python can say that it did
 _WAKE_SECONDS = 0.1  # lets signals in where a wait can't be interrupted

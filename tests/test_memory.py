@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +13,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeinfer import platform
-from edgeinfer.config import cache_folder as cache_root
+from edgeinfer.batch import StepLimits
 from edgeinfer.errors import PlanError
 from edgeinfer.gguf import GGUFFile
-from edgeinfer.kernels.cpu import library
 from edgeinfer.kernels.cpu.library import BUILDER_BYTES, build_command, n_builders
 from edgeinfer.kernels.cpu.program import CpuBackend, kernels_of
 from edgeinfer.kernels.cpu.ready import NAMES
 from edgeinfer.kernels.cpu.targets import Target
+from edgeinfer.kernels.cpu.team import shared_team
+from edgeinfer.kernels.cpu.weights import PackedWeights
 from edgeinfer.memory_plan import PYTHON_BYTES
 from edgeinfer.model import Model
+from edgeinfer.quant import QUANT_TYPES, Weight
 from edgeinfer.runtime import plan_model
 
 from .bench.make_model import make_model
 from .models_for_tests import tiny_model
+from .native import cache_root, library
 
 ROOT = Path(__file__).resolve().parent.parent
 MiB = 1 << 20
@@ -196,3 +199,121 @@ def test_every_limit_of_the_process_is_a_plan_error(
     sizes = [*range(0, 300, 3), 4000]
     lines = under_limits(model, limit, field, sizes, warm.format(model=str(model)))
     assert lines[0] == "0 PlanError" and lines[-1] == "free 1"
+
+
+# -- what a plan promises ------------------------------------------------------------------------
+
+_LOAD_AND_RUN = """
+import sys
+sys.path.insert(0, {root!r})
+from edgeinfer import LLM
+with LLM({model!r}, threads=2, n_ctx=512) as llm:
+    llm.generate([1 + i % 90 for i in range(300)], max_tokens=4, temperature=0.8, seed=1)
+    status = open("/proc/self/status").read().split()
+    print(llm.plan.total_bytes, int(status[status.index("VmHWM:") + 1]) << 10)
+"""
+
+
+def promised_and_taken(model: Path) -> tuple[int, int]:
+    """The plan's bytes, and the most that a process held which loaded and ran the model."""
+    code = _LOAD_AND_RUN.format(root=str(ROOT), model=str(model))
+    run = [sys.executable, "-c", code]
+    done = subprocess.run(run, check=True, capture_output=True, text=True)
+    promised, taken = map(int, done.stdout.split())
+    print(f"{model.stem}: plan {promised / MiB:.0f} MiB, peak {taken / MiB:.0f} MiB")
+    return promised, taken
+
+
+_WIDE = dict(dim=1024, n_heads=16, n_kv_heads=4, head_dim=64, ffn_dim=3072, n_layers=4)
+_SMALL = dict(dim=256, n_heads=4, n_kv_heads=2, head_dim=64, ffn_dim=512, n_layers=2)
+LARGE: list[dict[str, Any]] = [
+    *(dict(quant=quant, vocab=150_000, **_WIDE) for quant in ("F16", "Q8_0", "Q4_0", "Q6_K")),
+    *(dict(quant=quant, vocab=150_000, tied=True, **_WIDE) for quant in ("F16", "BF16", "Q4_K_M")),
+    dict(quant="F32", vocab=100_000, **_WIDE),
+    dict(quant="Q8_0", vocab=260_000, tied=True, **_WIDE),
+    *(dict(quant=quant, vocab=32_000, **_WIDE) for quant in ("Q4_1", "Q5_1", "MXFP4", "F16")),
+    dict(quant="Q4_0", vocab=32_000, arch="qwen3", **{**_WIDE, "n_layers": 16}),
+    dict(quant="F16", vocab=50_257, **{**_WIDE, "dim": 1020, "head_dim": 100}),
+]
+
+
+@ONLY_LINUX
+@pytest.mark.parametrize("quant", ["F16", "Q8_0"])
+def test_the_peak_is_never_above_the_plan(tmp_path: Path, quant: str) -> None:
+    """One tensor has most of the bytes."""
+    model = make_model(tmp_path / "m.gguf", quant=quant, vocab=60_000, tied=True, **_SMALL)
+    promised, taken = promised_and_taken(model)
+    assert taken <= promised
+
+
+@ONLY_LINUX
+@pytest.mark.slow
+@pytest.mark.parametrize("options", LARGE, ids=lambda o: f"{o['quant']}-{o['vocab']}")
+def test_the_peak_is_never_above_the_plan_of_any_of_these(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    name = f"{options['quant']}-{options['vocab']}{'-tied' * options.get('tied', False)}"
+    promised, taken = promised_and_taken(make_model(tmp_path / f"{name}.gguf", **options))
+    assert taken <= promised
+
+
+def test_no_more_of_a_matrix_is_in_memory_twice_than_a_portion() -> None:
+    half = next(kind for kind in QUANT_TYPES.values() if kind.name == "F16")
+    n_rows, n_cols = 20_003, 1024
+    data = memoryview(bytes(2 * n_rows * n_cols))
+    weights = PackedWeights([Weight("w", (n_rows, n_cols), half, data)], [])
+    kernels, released = library(), [0]
+    kernels.load(["pack.f16"])
+    team = shared_team(kernels, 2)
+    weights.pack(team, kernels, 2, lambda part: released.append(len(part)), lambda *_: None)
+    weights.close()
+    assert released[-1] == len(data)
+    assert max(b - a for a, b in pairwise(released)) <= 16 * MiB
+
+
+# -- building kernels ----------------------------------------------------------------------------
+
+
+def test_the_kernels_of_a_plan_are_those_that_load(tmp_path: Path) -> None:
+    with GGUFFile.open(tiny_model(tmp_path, arch="qwen3", quant="Q4_K_M")) as file:
+        segment = Model.load(file).graph.segment()
+        backend = CpuBackend(cache_root())
+        with backend.compile(segment, StepLimits(2, 4, 4, 1, 1)):
+            assert set(backend.library.origins) == kernels_of(segment)
+        assert backend.building_bytes(segment) == 0
+
+
+def test_building_is_planned_and_takes_no_more_than_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGEINFER_HOME", str(tmp_path / "empty"))
+    with GGUFFile.open(tiny_model(tmp_path, head_dim=24)) as file:
+        model, least = Model.load(file), PYTHON_BYTES + BUILDER_BYTES
+        plan = plan_model(model, {"memory": least, "n_ctx": 64})
+        assert plan.total_bytes == least and plan.fits
+        with pytest.raises(PlanError, match="warmup"):
+            plan_model(model, {"memory": least - 1, "n_ctx": 64})
+    assert [n_builders(99, n * BUILDER_BYTES) for n in (0, 1)] == [1, 1]
+    assert n_builders(99, 100 * BUILDER_BYTES) == n_builders(99, None) <= 8
+    assert n_builders(1, None) == 1
+
+
+@ONLY_LINUX
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [None, "avx2", "generic"])
+def test_a_builder_of_all_kernels_takes_no_more_than_planned(
+    tmp_path: Path, family: str | None
+) -> None:
+    command = build_command(tmp_path, Target.host(family))
+    job = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert job.stdin is not None and job.stdout is not None
+    with job:
+        for name in NAMES:
+            job.stdin.write(name + "\n")
+            job.stdin.flush()
+            assert job.stdout.readline().strip() == name
+        status = Path(f"/proc/{job.pid}/status").read_text().split()
+        job.stdin.close()
+    peak = int(status[status.index("VmHWM:") + 1]) << 10
+    print(f"{family}: {peak / MiB:.0f} MiB")
+    assert peak <= BUILDER_BYTES
