@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from edgeinfer.config import cache_folder as cache_root
 from edgeinfer.kernels.cpu import ready
 from edgeinfer.kernels.cpu.library import build_objects, cache_folder, read_object
 from edgeinfer.kernels.cpu.targets import FAMILIES, TRIPLES, Target
+from edgeinfer.platform import python_command
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGED = (
@@ -46,8 +46,8 @@ def main() -> None:
             _copy(ROOT / name, source / name)
         for name in args.names or _targets():
             _add_kernels(source / "kernels" / "cpu" / "ready", _targets()[name])
-        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "-q"]
-        subprocess.run([*pip, "--no-deps", "-w", str(args.folder), str(source)], check=True)
+        build = ("--disable-pip-version-check", "wheel", "-q", "--no-deps", "-w", str(args.folder))
+        subprocess.run(python_command("pip", *build, str(source)), check=True)
     for wheel in args.folder.glob("edgeinfer-*.whl"):
         print(f"{wheel}: {wheel.stat().st_size / 1e6:.2f} MB")
 

@@ -5,34 +5,35 @@ Importing this loads neither NumPy nor anything slower: what needs them comes wh
 
 from __future__ import annotations
 
-import importlib
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import os.path
 
-from edgeinfer.errors import (
-    BusyError,
-    ClosedError,
-    ContextLengthError,
-    DeviceError,
-    DownloadError,
-    EdgeInferError,
-    InvalidModelError,
-    InvalidRequestError,
-    ModelNotFoundError,
-    PlanError,
-    TemplateError,
-    UnsupportedModelError,
-)
-
+TYPE_CHECKING = False  # `typing` is 5 ms in which an interrupt would print a traceback
 if TYPE_CHECKING:
+    from typing import Any
+
     from edgeinfer.aio import AsyncLLM, AsyncStream
     from edgeinfer.chat import Message
     from edgeinfer.discovery import ModelInfo, list_models
+    from edgeinfer.errors import (
+        BusyError,
+        ClosedError,
+        ContextLengthError,
+        DeviceError,
+        DownloadError,
+        EdgeInferError,
+        InvalidModelError,
+        InvalidRequestError,
+        ModelNotFoundError,
+        PlanError,
+        TemplateError,
+        UnsupportedModelError,
+    )
     from edgeinfer.fetch import pull
     from edgeinfer.inspect_file import plan
     from edgeinfer.llm import LLM
     from edgeinfer.memory_plan import MemoryPlan
     from edgeinfer.options import LoadOptions, Progress, Sampling
+    from edgeinfer.parameters import ANSWER, LOAD, Parameter
     from edgeinfer.results import (
         Completion,
         Delta,
@@ -44,27 +45,34 @@ if TYPE_CHECKING:
         Usage,
     )
     from edgeinfer.stream import Stream
-    from edgeinfer.terminal import StreamFilter, printable
+    from edgeinfer.terminal import StreamFilter, one_line, printable
 
 __version__ = "0.1.0"
 
 # A checkout without symbolic links holds `kernels` beside this folder, not in it.
-if not (Path(__file__).parent / "kernels").is_dir():
-    __path__.append(str(Path(__file__).parent.parent))
+if not os.path.isdir(os.path.join(os.path.dirname(__file__), "kernels")):
+    __path__.append(os.path.dirname(os.path.dirname(__file__)))
 
 _HOME = {
     "LLM": "llm", "AsyncLLM": "aio",
     "LoadOptions": "options", "Message": "chat", "Progress": "options", "Sampling": "options",
+    "ANSWER": "parameters", "LOAD": "parameters", "Parameter": "parameters",
     "MemoryPlan": "memory_plan", "plan": "inspect_file",
     "ModelInfo": "discovery", "list_models": "discovery", "pull": "fetch",
     "Completion": "results", "Delta": "results", "Done": "results", "Event": "results",
     "PromptProgress": "results", "Timings": "results", "TokenLogprob": "results",
     "Usage": "results",
     "AsyncStream": "aio", "Stream": "stream",
-    "StreamFilter": "terminal", "printable": "terminal",
+    "StreamFilter": "terminal", "one_line": "terminal", "printable": "terminal",
+    "BusyError": "errors", "ClosedError": "errors", "ContextLengthError": "errors",
+    "DeviceError": "errors", "DownloadError": "errors", "EdgeInferError": "errors",
+    "InvalidModelError": "errors", "InvalidRequestError": "errors",
+    "ModelNotFoundError": "errors", "PlanError": "errors", "TemplateError": "errors",
+    "UnsupportedModelError": "errors",
 }  # fmt: skip
 
 __all__ = [
+    "ANSWER",
     "AsyncLLM",
     "AsyncStream",
     "BusyError",
@@ -80,11 +88,13 @@ __all__ = [
     "InvalidModelError",
     "InvalidRequestError",
     "LLM",
+    "LOAD",
     "LoadOptions",
     "MemoryPlan",
     "Message",
     "ModelInfo",
     "ModelNotFoundError",
+    "Parameter",
     "PlanError",
     "Progress",
     "PromptProgress",
@@ -98,6 +108,7 @@ __all__ = [
     "Usage",
     "__version__",
     "list_models",
+    "one_line",
     "plan",
     "printable",
     "pull",
@@ -105,6 +116,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    import importlib
+
     module = _HOME.get(name)
     if module is None:
         raise AttributeError(f"module 'edgeinfer' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""`LLM` and its streams for asyncio: every wait happens in a thread.
+"""`LLM` and its streams for asyncio: loading takes a thread, waiting for events takes none.
 
 Knows nothing of models; a module of its own because importing asyncio takes 50 ms.
 """
@@ -6,7 +6,9 @@ Knows nothing of models; a module of its own because importing asyncio takes 50 
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Mapping, Sequence
+from functools import partial
 from os import PathLike
 from types import TracebackType
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 from typing_extensions import Unpack
 
 from edgeinfer.chat import Message
+from edgeinfer.errors import InvalidRequestError
 from edgeinfer.llm import LLM
 from edgeinfer.options import LoadOptions, Sampling
 from edgeinfer.results import Completion, Event
@@ -88,6 +91,7 @@ class AsyncStream(AsyncIterator[Event]):
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
+        self._reading = threading.Lock()
 
     @property
     def completion(self) -> Completion:
@@ -97,14 +101,30 @@ class AsyncStream(AsyncIterator[Event]):
         return self
 
     async def __anext__(self) -> Event:
+        if not self._reading.acquire(blocking=False):
+            raise InvalidRequestError("the stream is being read already; it has one reader")
         try:
-            event = await asyncio.to_thread(next, self._stream, None)
-        except asyncio.CancelledError:
+            # Also when there is an event: the loop's other tasks get their turn.
+            await asyncio.sleep(0)
+            while (event := self._stream.poll()) is None:
+                await self._wait()
+            return event
+        except StopIteration:
+            raise StopAsyncIteration from None
+        except InvalidRequestError:  # someone else is reading it
+            raise
+        except BaseException:
             self._stream.close()
             raise
-        if event is None:
-            raise StopAsyncIteration
-        return event
+        finally:
+            self._reading.release()
+
+    async def _wait(self) -> None:
+        """Until the engine's thread has an event; a closed loop ends the answer there."""
+        loop = asyncio.get_running_loop()
+        woken = loop.create_future()
+        self._stream.notify(partial(loop.call_soon_threadsafe, _wake, woken))
+        await woken
 
     async def run(self) -> Completion:
         """Wait for the end."""
@@ -127,3 +147,8 @@ class AsyncStream(AsyncIterator[Event]):
         trace: TracebackType | None,
     ) -> None:
         await self.close()
+
+
+def _wake(woken: asyncio.Future[None]) -> None:
+    if not woken.done():
+        woken.set_result(None)

@@ -13,7 +13,6 @@ from edgeinfer import config
 from edgeinfer.batch import Batch, Outputs, StepLimits
 from edgeinfer.errors import DeviceError
 from edgeinfer.graph import Segment
-from edgeinfer.platform import forget_pages
 from edgeinfer.quant import Weight
 
 # stage ("kernels", "weights"), done, total
@@ -76,7 +75,7 @@ def open_backend(
         return ReferenceBackend(sample_reference)
     from edgeinfer.kernels.cpu.program import CpuBackend
 
-    return CpuBackend(config.cache_folder(), progress, _release, config.isa(), memory)
+    return CpuBackend(config.cache_folder(), progress, config.isa(), memory)
 
 
 def packed_bytes(device: str, weight: Weight) -> int:
@@ -148,10 +147,3 @@ def ready_kernel_files() -> list[Path]:
     from edgeinfer.kernels.cpu.library import current_files
 
     return current_files()
-
-
-def _release(data: memoryview) -> None:
-    """Drop the mapped file pages of weights that have been packed."""
-    import numpy as np
-
-    forget_pages(np.frombuffer(data, np.uint8).ctypes.data, len(data))

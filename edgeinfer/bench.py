@@ -67,7 +67,7 @@ def run_bench(
     them is the same: it is read once, and found in the cache from then on.
     """
     engine, program = runtime.engine, runtime.program
-    check_room(depth, max(prompt_tokens, gen_tokens + 1), engine.n_ctx)
+    check_room(depth, max(prompt_tokens, gen_tokens + 1) + 1, engine.n_ctx)
     if depth:
         _checked(_run(engine, depth, (), 1, SamplingParams(temperature=0.0, seed=1)))
     greedy, sampled = SamplingParams(temperature=0.0, seed=1), SamplingParams(seed=1)

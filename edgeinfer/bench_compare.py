@@ -11,6 +11,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgeinfer import platform
 from edgeinfer.bench import run_bench
 from edgeinfer.errors import EdgeInferError
 from edgeinfer.runtime import Runtime
@@ -83,8 +84,13 @@ def parse_rates(text: str) -> Rates:
 
 
 def _output(command: list[str]) -> str:
+    # Windows would take one in the current folder first; who wants that one gives its path.
+    is_path = Path(command[0]).name != command[0]
+    program = command[0] if is_path else platform.find_program(command[0])
+    if program is None:
+        raise EdgeInferError(f"no {command[0]} in PATH; give the path of llama-bench")
     try:
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run([program, *command[1:]], capture_output=True, text=True)
     except OSError as error:
         raise EdgeInferError(
             f"{command[0]} can't be run ({error.strerror}); give the path of llama-bench"

@@ -1,4 +1,4 @@
-"""Messages to prompt text through the model's chat template, and replies into reasoning and text.
+"""Messages to prompt text, and to token ids, through the model's chat template.
 
 Knows nothing of how tokens are made, only of something that turns marked text into ids.
 """
@@ -31,9 +31,7 @@ __all__ = [
     "ChatTemplate",
     "ChatTokenizer",
     "Message",
-    "ReasoningSplitter",
     "encode_chat",
-    "opens_reasoning",
 ]
 
 _RESERVED = ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token")
@@ -226,69 +224,6 @@ def encode_chat(
     text = template._render(messages, tools, add_generation_prompt, template_args, hiding)
     ids = tokenizer.encode_marked(hiding.without_escapes(text), hiding.restore)
     return ids[1:] if ids[:2] == [tokenizer.bos_id] * 2 else ids
-
-
-class ReasoningSplitter:
-    """Splits a reply that comes in parts into reasoning and text.
-
-    Reasoning is what stands between the tags at the very beginning; `starts_open` says that the
-    prompt has opened it already (see `opens_reasoning`).
-    """
-
-    def __init__(
-        self, *, starts_open: bool = False, tags: tuple[str, str] = ("<think>", "</think>")
-    ) -> None:
-        self._open, self._close = tags
-        self._starts_open = starts_open
-        self._state = "start"
-        self._held = ""
-        self._empty = True
-
-    def push(self, text: str) -> tuple[str, str]:
-        """The reasoning and the text that are certain by now."""
-        self._held += text
-        if self._state == "start":
-            self._begin()
-        reasoning = self._reason() if self._state == "reasoning" else ""
-        if self._state == "between":
-            self._held = self._held.lstrip()
-            self._state = "text" if self._held else "between"
-        shown = ""
-        if self._state == "text":
-            shown, self._held = self._held, ""
-        return reasoning, shown
-
-    def flush(self) -> tuple[str, str]:
-        """What was held back, once no more can come."""
-        held, self._held = self._held, ""
-        in_reasoning = self._state == "reasoning" or (self._state == "start" and self._starts_open)
-        return (held.rstrip(), "") if in_reasoning else ("", held)
-
-    def _begin(self) -> None:
-        text = self._held.lstrip()
-        if text.startswith(self._open):
-            self._held, self._state = text[len(self._open) :], "reasoning"
-        elif not self._open.startswith(text):
-            self._state = "reasoning" if self._starts_open else "text"
-
-    def _reason(self) -> str:
-        if self._empty:
-            self._held = self._held.lstrip()
-        at = self._held.find(self._close)
-        if at >= 0:
-            self._state = "between"
-            reasoning, self._held = self._held[:at].rstrip(), self._held[at + len(self._close) :]
-            return reasoning
-        n = next(n for n in range(len(self._close), -1, -1) if self._held.endswith(self._close[:n]))
-        sure = self._held[: len(self._held) - n].rstrip()
-        self._held = self._held[len(sure) :]
-        self._empty = self._empty and not sure
-        return sure
-
-
-def opens_reasoning(prompt: str, tag: str = "<think>") -> bool:
-    """True when the prompt ends inside reasoning that the reply continues."""
-    return prompt.rstrip().endswith(tag)
 
 
 # Text that stays text

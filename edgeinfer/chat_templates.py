@@ -21,7 +21,7 @@ class _LazyArray(Protocol):
 
 def own_templates(meta: Mapping[str, Any]) -> dict[str, str]:
     prefix = _TEMPLATE_KEY + "."
-    found = {key[len(prefix) :]: value for key, value in meta.items() if key.startswith(prefix)}
+    found = {key[len(prefix) :]: meta[key] for key in meta if key.startswith(prefix)}
     if _TEMPLATE_KEY in meta:
         found["default"] = meta[_TEMPLATE_KEY]
     for name, source in found.items():
@@ -64,8 +64,10 @@ def fallback_name(meta: Mapping[str, Any], texts: Sequence[str]) -> str:
 
 def special_text(meta: Mapping[str, Any], texts: Sequence[str], name: str, spm_default: int) -> str:
     default = spm_default if meta.get("tokenizer.ggml.model") == "llama" else None
-    id = meta.get(f"tokenizer.ggml.{name}", default)
-    return texts[id] if isinstance(id, int) and 0 <= id < len(texts) else ""
+    id = meta.get(f"tokenizer.ggml.{name}")
+    if not isinstance(id, int) or not 0 <= id < len(texts):
+        id = default
+    return texts[id] if id is not None and id < len(texts) else ""
 
 
 def token_texts(meta: Mapping[str, Any]) -> Sequence[str]:

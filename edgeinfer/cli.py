@@ -9,6 +9,7 @@ import contextlib
 import gc
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -37,6 +38,7 @@ from edgeinfer.cli_options import (
 )
 from edgeinfer.console import Output, ProgressLine, note, prepare_streams, show, show_json
 from edgeinfer.errors import ContextLengthError, EdgeInferError, InvalidRequestError
+from edgeinfer.terminal import one_line, printable
 
 if TYPE_CHECKING:
     from edgeinfer.llm import LLM
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 
 _MIB = 1 << 20
 _INTERRUPTED = 130
+_MAX_LINE = 2000  # characters
 _GC_THRESHOLD = 10_000  # new objects between two collections; Python's own are 700 to 2,000
 _GC_THRESHOLD_OF_START = 200_000  # more than a start makes
 
@@ -70,7 +73,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
 def _exit_code(arguments: list[str]) -> int:
     try:
         # click's own main has its own ideas of exit codes for interrupts and pipes.
-        with commands.make_context("edgeinfer", list(arguments)) as context:
+        with _interrupts_raise(), commands.make_context("edgeinfer", [*arguments]) as context:
             commands.invoke(context)
     except click.ClickException as error:
         error.show()
@@ -93,13 +96,26 @@ def _exit_code(arguments: list[str]) -> int:
     return 0
 
 
+@contextlib.contextmanager
+def _interrupts_raise() -> Iterator[None]:
+    """While a command runs, an interrupt is KeyboardInterrupt, whatever it is around it."""
+    outside = signal.getsignal(signal.SIGINT)
+    if callable(outside) and outside is not signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if callable(outside) and outside is not signal.default_int_handler:
+            signal.signal(signal.SIGINT, outside)
+
+
 def _drop_stdout() -> None:
     """Nobody reads any more; without this the interpreter complains when it flushes at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
+    text = one_line(" ".join(str(error).split()), _MAX_LINE)
     if isinstance(error, EdgeInferError):
         return text
     if isinstance(error, OSError) and text:
@@ -213,19 +229,13 @@ def _follow(stream: Stream, output: Output | None) -> None:
             elif event.type == "delta":
                 line.clear()
                 if event.reasoning and shows_reasoning:
-                    sys.stderr.write(_stderr_text(event.reasoning))
+                    sys.stderr.write(printable(event.reasoning))
                 if output:
                     output.write(event.text)
     finally:
         line.clear()
     if output:
         output.end()
-
-
-def _stderr_text(text: str) -> str:
-    from edgeinfer.terminal import printable
-
-    return printable(text)
 
 
 def _answer_json(
@@ -300,6 +310,7 @@ def _open_tui(
         data_folder=config.data_folder(),
         environment=os.environ,
         memory_now=platform.rss,
+        run_tool=platform.run_tool,
         last_model=last_model,
         remember=remember,
         downloads=downloadable,
@@ -316,7 +327,7 @@ def history(clear: bool) -> None:
     if clear:
         show(f"deleted {store.clear_history(config.data_folder())} conversations")
     else:
-        show(f"{path}{'' if path.exists() else ' (nothing yet)'}")
+        show(f"{path}{'' if os.path.exists(path) else ' (nothing yet)'}")
 
 
 @commands.command(epilog="Example: edgeinfer info smollm2")
@@ -332,7 +343,7 @@ def info(model: str | None, as_json: bool) -> None:
         show_json(facts)
         return
     for key, value in facts.items():
-        show(f"{key.replace('_', ' ')}: {'' if value is None else value}")
+        show(f"{key.replace('_', ' ')}: {'' if value is None else one_line(str(value), _MAX_LINE)}")
 
 
 @commands.command(epilog="Example: edgeinfer plan qwen3-4b -c 16384")

@@ -5,6 +5,7 @@ Knows nothing of running models.
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -13,15 +14,17 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from edgeinfer import config
+from edgeinfer import config, platform
 from edgeinfer.cli_options import common_flags
 from edgeinfer.console import DownloadLine, note, show, show_json
 from edgeinfer.errors import ModelNotFoundError
+from edgeinfer.terminal import one_line
 
 if TYPE_CHECKING:
     from edgeinfer.options import Progress
 
 _MB = 10**6
+_MAX_SHOWN = 1000  # characters of a path or a fact
 
 
 def add_to(group: click.Group) -> None:
@@ -72,7 +75,7 @@ def list_(show_all: bool, as_json: bool) -> None:
             }
         )
         return
-    rows = [(i.name, f"{i.n_bytes / _MB:.0f} MB", i.source, str(i.path)) for i in here]
+    rows = [(one_line(i.name), f"{i.n_bytes / _MB:.0f} MB", i.source, _shown(i.path)) for i in here]
     rows += [(a.name, f"{a.n_bytes / _MB:.0f} MB", "(pull)", a.licence) for a in missing]
     widths = [max(len(row[column]) for row in rows) for column in range(3)] if rows else []
     for name, size, source, path in rows:
@@ -89,7 +92,7 @@ def rm(name: str) -> None:
     from edgeinfer.fetch import remove
 
     for path in remove(name):
-        note(f"deleted {path}")
+        note(f"deleted {_shown(path)}")
 
 
 @click.command(epilog="Example: edgeinfer cache --clear")
@@ -100,13 +103,15 @@ def cache(clear: bool, as_json: bool) -> None:
     """What edgeinfer keeps on this disk, and where."""
     from edgeinfer.discovery import models_folder
     from edgeinfer.doctor import folder_bytes
+    from edgeinfer.fetch import UNFINISHED, discard_unfinished
 
     kernels, models = config.cache_folder(), models_folder()
-    unfinished = [*models.rglob("*.part"), *models.rglob(".fetch-*")]
+    unfinished = [
+        path for name in UNFINISHED for path in platform.files_below(models, f"**/{name}")
+    ]
     if clear:
         shutil.rmtree(kernels, ignore_errors=True)
-        for path in unfinished:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        discard_unfinished()
         note(f"emptied {kernels}; models stay (edgeinfer rm NAME deletes one)")
         return
     sizes = {str(folder): folder_bytes(folder) for folder in (kernels, models)}
@@ -116,7 +121,7 @@ def cache(clear: bool, as_json: bool) -> None:
     for folder, size in sizes.items():
         show(f"{size / _MB:8.1f} MB  {folder}")
     for path in unfinished:
-        show(f"unfinished: {path}")
+        show(f"unfinished: {_shown(path)}")
 
 
 @click.command(epilog="Example: edgeinfer doctor --json")
@@ -142,13 +147,19 @@ def _lines(values: dict[str, Any]) -> list[str]:
         if name.endswith("_bytes"):
             name, value = name.removesuffix("_bytes"), f"{value / 1e9:.2f} GB"
         elif isinstance(value, dict):
-            value = "".join(f"\n    {key}: {each}" for key, each in value.items()) or "none"
+            lines.append(f"{name.replace('_', ' ')}:{'' if value else ' none'}")
+            lines += [f"  {_shown(key)}: {_shown(each)}" for key, each in value.items()]
+            continue
         elif isinstance(value, list):
             value = ", ".join(map(str, value)) or "none"
         elif value is None or isinstance(value, bool):
             value = {None: "-", True: "yes", False: "no"}[value]
-        lines.append(f"{name.replace('_', ' ')}: {value}")
+        lines.append(f"{name.replace('_', ' ')}: {_shown(value)}")
     return lines
+
+
+def _shown(value: object) -> str:
+    return one_line(str(value), _MAX_SHOWN)
 
 
 # -- names on the command line -------------------------------------------------------------------
@@ -162,7 +173,7 @@ def choose_model(name: str | None, yes: bool, *, is_chat: bool = False) -> str:
     if name is None:
         is_person = sys.stdin.isatty() and sys.stderr.isatty()
         name = last_model() if is_chat and is_person else _default_name()
-        note(f"no model named: using {name}")
+        note(f"no model named: using {_shown(name)}")
     try:
         return str(find_model(name))
     except ModelNotFoundError:
@@ -183,12 +194,11 @@ def last_model() -> str | None:
     from edgeinfer import discovery, recent
 
     name = recent.last_model()
-    return name if Path(name).is_file() or discovery.find_name(name) is not None else None
+    return name if os.path.isfile(name) or discovery.find_name(name) is not None else None
 
 
 def downloadable() -> list[tuple[str, int]]:
     """Names and file sizes of the models that fit this machine, the default one first."""
-    from edgeinfer import platform
     from edgeinfer.catalog import ALIASES, memory_needed
 
     available = platform.available_memory()
@@ -198,8 +208,6 @@ def downloadable() -> list[tuple[str, int]]:
 
 def warn_unless_kept() -> None:
     """Say so where the kernels that are being built can't be stored."""
-    from edgeinfer import platform
-
     folder = config.cache_folder()
     if not platform.is_writable(folder):
         note(f"kernels can't be kept in {folder}: built for this process alone; set EDGEINFER_HOME")
@@ -207,7 +215,6 @@ def warn_unless_kept() -> None:
 
 def advice_after(path: Path) -> str | None:
     """What to fetch after trying out the default model; None for any other."""
-    from edgeinfer import platform
     from edgeinfer.catalog import largest_that_fits
 
     if not path.name.lower().startswith("smollm2-135m"):

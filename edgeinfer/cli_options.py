@@ -10,50 +10,61 @@ from typing import Any, TypeVar
 
 import click
 
+from edgeinfer.errors import InvalidRequestError
+from edgeinfer.parameters import ANSWER, LOAD, Parameter
+
 F = TypeVar("F", bound=Callable[..., Any])
 
+# Short forms and second names; every other flag is the keyword alone.
+_SPELLINGS = {
+    "n_ctx": ("-c", "--ctx", "--n-ctx"),
+    "threads": ("-t", "--threads"),
+    "max_tokens": ("-n", "--max-tokens"),
+    "temperature": ("--temperature", "--temp"),
+    "speculation": ("--speculation/--no-speculation",),
+}
+_METAVARS = {
+    "memory": "2G|80%", "kv_type": "TYPE[/TYPE]", "device": "auto|cpu|reference", "pre": "NAME",
+    "chat_template": "NAME|FILE", "stop": "TEXT", "stop_token_ids": "ID",
+}  # fmt: skip
+_KIND_METAVARS = {int: "INTEGER", float: "NUMBER"}
+_NOT_FLAGS = (
+    "download", "progress", "dry_sequence_breakers", "min_keep", "logit_bias", "logprobs",
+)  # fmt: skip
+LOAD_NAMES = tuple(name for name in LOAD if name not in _NOT_FLAGS)
+SAMPLING_NAMES = tuple(name for name in ANSWER if name not in _NOT_FLAGS)
+
+
+def _flag(parameter: Parameter) -> Callable[[F], F]:
+    """The flag of a parameter; its value is checked before anything is loaded."""
+
+    def check(context: click.Context, flag: click.Parameter, value: Any) -> Any:
+        if value in (None, ()):
+            return value
+        if parameter.name == "kv_type" and "/" in value:
+            value = tuple(value.split("/", 1))
+        try:
+            return parameter.parse(value) if isinstance(value, str) else parameter.check(value)
+        except InvalidRequestError as error:
+            raise click.BadParameter(str(error), context, flag) from None
+
+    name = parameter.name
+    shape: dict[str, Any] = {"metavar": _METAVARS.get(name) or _KIND_METAVARS.get(parameter.kind)}
+    if parameter.choices:
+        shape = {"type": click.Choice(parameter.choices)}
+    elif parameter.kind is bool:
+        shape = {"default": None}
+    elif name in ("stop", "stop_token_ids"):
+        shape |= {"multiple": True, "type": int if name == "stop_token_ids" else str}
+    spellings = _SPELLINGS.get(name, ("--" + name.replace("_", "-"),))
+    return click.option(name, *spellings, help=parameter.help, callback=check, **shape)
+
+
 _LOAD = (
-    click.option("n_ctx", "-c", "--ctx", "--n-ctx", type=int, help="Context length in tokens."),
-    click.option("--memory", metavar="2G|80%", help="Most memory to use."),
-    click.option("-t", "--threads", type=int, help="CPU threads."),
-    click.option("--kv-type", metavar="TYPE[/TYPE]", help="Type of K and V in the cache (f16)."),
-    click.option("--device", metavar="auto|cpu|reference", help="Where to run."),
-    click.option("--gpu-layers", type=int, help="Layers on the GPU."),
-    click.option("--slots", type=int, help="Full-length contexts that the cache holds."),
-    click.option("--pre", metavar="NAME", help="Pre-tokenizer, for a file that names none."),
-    click.option("--chat-template", metavar="NAME|FILE", help="Instead of the file's own."),
+    *(_flag(LOAD[name]) for name in LOAD_NAMES),
     click.option("-y", "--yes", is_flag=True, help="Fetch a model that is not here, unasked."),
 )
-LOAD_NAMES = (
-    "n_ctx", "memory", "threads", "kv_type", "device", "gpu_layers", "slots", "pre",
-    "chat_template",
-)  # fmt: skip
-
-_NUMBERS: dict[str, type] = {
-    "top_k": int, "top_p": float, "min_p": float, "typical_p": float, "top_n_sigma": float,
-    "xtc_probability": float, "xtc_threshold": float, "repeat_last_n": int,
-    "repeat_penalty": float, "presence_penalty": float, "frequency_penalty": float,
-    "dry_multiplier": float, "dry_base": float, "dry_allowed_length": int,
-    "dry_penalty_last_n": int, "dynatemp_range": float, "dynatemp_exponent": float,
-    "mirostat": int, "mirostat_tau": float, "mirostat_eta": float, "seed": int,
-}  # fmt: skip
-_SAMPLING = (
-    click.option("-n", "--max-tokens", type=int, help="Most tokens to generate."),
-    click.option("temperature", "--temperature", "--temp", type=float, help="0 is greedy."),
-    *(click.option("--" + name.replace("_", "-"), type=kind) for name, kind in _NUMBERS.items()),
-    click.option("--stop", multiple=True, metavar="TEXT", help="End before this text."),
-    click.option(
-        "--overflow",
-        type=click.Choice(["error", "slide", "drop-turns"]),
-        help="When the context is full: stop with an error, or forget the oldest tokens or turns.",
-    ),
-    click.option(
-        "--speculation/--no-speculation",
-        default=None,
-        help="Guess tokens ahead where that is faster (on); the answer is the same.",
-    ),
-)
-SAMPLING_NAMES = ("max_tokens", "temperature", *_NUMBERS, "stop", "overflow", "speculation")
+_SAMPLING = tuple(_flag(ANSWER[name]) for name in SAMPLING_NAMES)
 
 
 def load_flags(command: F) -> F:
@@ -89,8 +100,4 @@ def _with(command: F, flags: tuple[Callable[[F], F], ...]) -> F:
 
 def given(flags: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     """Those of `names` that were set on the command line."""
-    chosen = {name: flags[name] for name in names if flags.get(name) not in (None, ())}
-    kv_type = chosen.get("kv_type")
-    if kv_type and "/" in kv_type:
-        chosen["kv_type"] = tuple(kv_type.split("/", 1))
-    return chosen
+    return {name: flags[name] for name in names if flags.get(name) not in (None, ())}

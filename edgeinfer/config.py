@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 HOME = "EDGEINFER_HOME"  # one folder for everything we write
 ISA = "EDGEINFER_ISA"  # force a poorer instruction set: "avx2", "generic"
@@ -14,24 +15,37 @@ THREADS = "EDGEINFER_THREADS"  # default of `threads`
 DEBUG = "EDGEINFER_DEBUG"  # any value: tracebacks instead of one-line errors
 
 
+# What is neither found nor kept where nobody knows a home: files can't even be made by root there.
+_NOWHERE = Path(os.devnull, "no-home-folder")
+
+
 def cache_folder() -> Path:
     """Compiled kernels and other files that can be made again."""
-    home = _home()
-    if home is not None:
-        return home / "cache"
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("edgeinfer", appauthor=False))
+    return _folder("cache")
 
 
 def data_folder() -> Path:
     """Models, sessions and settings."""
-    home = _home()
-    if home is not None:
-        return home / "data"
+    return _folder("data")
+
+
+def _folder(kind: Literal["cache", "data"]) -> Path:
+    value = os.environ.get(HOME)
+    if value:
+        return expand_user(value).absolute() / kind
     import platformdirs
 
-    return Path(platformdirs.user_data_dir("edgeinfer", appauthor=False))
+    find = {"cache": platformdirs.user_cache_dir, "data": platformdirs.user_data_dir}[kind]
+    try:
+        path = Path(find("edgeinfer", appauthor=False))
+    except RuntimeError:  # no HOME, and the system does not know this user
+        return _NOWHERE
+    return path if path.is_absolute() else _NOWHERE
+
+
+def expand_user(path: str | Path) -> Path:
+    """A path with the home it begins with; as it is where that is not known."""
+    return Path(os.path.expanduser(path))
 
 
 def threads() -> int | None:
@@ -49,11 +63,6 @@ def is_debug() -> bool:
     return bool(os.environ.get(DEBUG))
 
 
-def environment_with(**changes: str) -> dict[str, str]:
-    """The environment of this process for a child, with changes."""
-    return {**os.environ, **changes}
-
-
 # -- variables of the Hugging Face hub and of other programs' model folders -----------------------
 
 
@@ -67,7 +76,7 @@ def hub_token() -> str | None:
     token = os.environ.get("HF_TOKEN", "").strip()
     if token:
         return token
-    path = Path(os.environ.get("HF_TOKEN_PATH") or _hub_home() / "token").expanduser()
+    path = expand_user(os.environ.get("HF_TOKEN_PATH") or _hub_home() / "token")
     try:
         return path.read_text("utf-8").strip() or None
     except (OSError, UnicodeDecodeError):
@@ -81,12 +90,12 @@ def is_offline() -> bool:
 
 def model_folders() -> dict[str, list[Path]]:
     """Where other programs keep models, by program; they need not exist."""
-    home, get = Path.home(), os.environ.get
+    home, get = _user_home(), os.environ.get
     hub = get("HF_HUB_CACHE") or get("HUGGINGFACE_HUB_CACHE")
     ollama, llama = get("OLLAMA_MODELS"), get("LLAMA_CACHE")
     shared = [Path("/usr/share/ollama/.ollama/models"), Path("/var/lib/ollama/models")]
     return {
-        "huggingface": [Path(hub).expanduser() if hub else _hub_home() / "hub"],
+        "huggingface": [expand_user(hub) if hub else _hub_home() / "hub"],
         "ollama": [Path(ollama)] if ollama else [home / ".ollama" / "models", *shared],
         "lmstudio": [home / ".lmstudio" / "models", home / ".cache" / "lm-studio" / "models"],
         "llama.cpp": [Path(llama)] if llama else _llama_cpp_folders(home),
@@ -101,14 +110,14 @@ def _llama_cpp_folders(home: Path) -> list[Path]:
 
 def _hub_home() -> Path:
     home = os.environ.get("HF_HOME")
-    return Path(home).expanduser() if home else _xdg_cache() / "huggingface"
+    return expand_user(home) if home else _xdg_cache() / "huggingface"
 
 
 def _xdg_cache() -> Path:
     cache = os.environ.get("XDG_CACHE_HOME")
-    return Path(cache).expanduser() if cache else Path.home() / ".cache"
+    return expand_user(cache) if cache else _user_home() / ".cache"
 
 
-def _home() -> Path | None:
-    value = os.environ.get(HOME)
-    return Path(value).expanduser() if value else None
+def _user_home() -> Path:
+    home = expand_user("~")
+    return home if home.is_absolute() and os.environ.get("HOME") != "" else _NOWHERE

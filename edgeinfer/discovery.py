@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from edgeinfer import config
+from edgeinfer import config, platform
 from edgeinfer.catalog import (
     ALIASES,
     choose_file,
@@ -66,7 +66,7 @@ def list_models() -> list[ModelInfo]:
 
 def find_model(name: str) -> Path:
     """The file that a path or a model's name means on this machine; ModelNotFoundError if none."""
-    path = Path(name).expanduser()
+    path = config.expand_user(name)
     if path.is_dir() and (any(path.glob("*.gguf")) or parse_repo(name) is None):
         return _only_model(path)
     if path.is_file():
@@ -106,7 +106,7 @@ def _not_here(name: str) -> str:
     """What to do about a name that means nothing here: near names, or the command to fetch it."""
     if find_alias(name) or (parse_repo(name) and "\\" not in name and name.count("/") == 1):
         return f"{name} is not on this machine; fetch it with `edgeinfer pull {name}` (or add -y)"
-    path = Path(name).expanduser()
+    path = config.expand_user(name)
     beside: list[str] = []
     if path.parent.is_dir():
         beside = [p.name for p in path.parent.iterdir() if p.is_dir() or p.suffix == ".gguf"]
@@ -167,7 +167,7 @@ def _ollama(root: Path) -> Iterator[ModelInfo]:
                 for layer in layers
                 if layer["mediaType"] == "application/vnd.ollama.image.model"
             )
-        except (OSError, ValueError, KeyError, TypeError, StopIteration):
+        except (OSError, ValueError, KeyError, TypeError, StopIteration, RecursionError):
             continue
         path = root / "blobs" / digest.replace(":", "-")
         if "/" in digest or "\\" in digest or not _is_gguf(path):
@@ -181,7 +181,7 @@ def _ollama(root: Path) -> Iterator[ModelInfo]:
 
 def _files(root: Path, source: str, pattern: str = "**/*.gguf") -> Iterator[ModelInfo]:
     """Whole models below a folder, named by their files."""
-    for path in sorted(root.glob(pattern)):
+    for path in platform.files_below(root, pattern):
         parts = [path.with_name(name) for name in parts_of(path.name)]
         if is_model_file(path.name) and all(_is_gguf(part) for part in parts):
             n_bytes = sum(part.stat().st_size for part in parts)

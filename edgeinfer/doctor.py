@@ -153,7 +153,7 @@ def _kernels() -> dict[str, Any]:
     return {
         "folder": str(folder),
         "writable": platform.is_writable(folder),
-        "n_objects": len(list(folder.glob("kernels/*/*.o"))),
+        "n_objects": len(platform.files_below(folder, "kernels/*/*.o")),
         "n_bytes": folder_bytes(folder),
         "can_build": backend.can_build_kernels(),
         "origins": backend.kernel_origins(),
@@ -174,7 +174,7 @@ def _models() -> dict[str, Any]:
             str(path): sum(path in info.path.parents for info in here)
             for paths in folders.values()
             for path in paths
-            if path.is_dir()
+            if os.path.isdir(path)
         },
         "hub": config.hub_endpoint(),
         "token": config.hub_token() is not None,
@@ -184,7 +184,8 @@ def _models() -> dict[str, Any]:
 
 def folder_bytes(folder: Path) -> int:
     """The size of all files below a folder."""
-    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+    files = platform.files_below(folder, "**/*")
+    return sum(os.lstat(path).st_size for path in files if os.path.isfile(path))
 
 
 def _advice(facts: dict[str, Any]) -> list[str]:

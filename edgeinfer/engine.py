@@ -1,4 +1,4 @@
-"""The loop that runs generations: schedules them into steps, commits tokens, streams events.
+"""The loop that runs generations: one step after the other, tokens committed, events emitted.
 
 Sees token ids only; knows nothing of text, files or devices.
 """
@@ -6,11 +6,11 @@ Sees token ids only; knows nothing of text, files or devices.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from typing import TYPE_CHECKING
@@ -19,44 +19,30 @@ import numpy as np
 
 from edgeinfer.backend import Program, Ticket
 from edgeinfer.batch import Outputs, StepLimits
-from edgeinfer.errors import (
-    ClosedError,
-    EdgeInferError,
-    InvalidRequestError,
-)
+from edgeinfer.errors import BusyError, ClosedError, EdgeInferError, InvalidRequestError
 from edgeinfer.generation import (
     Generation,
     LogitsJob,
     check_ids,
     check_length,
-    public_error,
 )
-from edgeinfer.kvcache import CacheLayout, PagePool, SequenceCache
+from edgeinfer.kvcache import CacheLayout, PagePool
 from edgeinfer.sampling import OK, SampleTable
-from edgeinfer.sequence import (
-    Finished,
-    FinishReason,
-    Prefilled,
-    Request,
-    Rows,
-    Sequence,
-    Token,
-    Work,
-    build_batch,
-)
-from edgeinfer.speculation import MAX_ROWS, StepCosts, best_drafts
+from edgeinfer.scheduler import AnyWork, Scheduler
+from edgeinfer.sequence import Prefilled, Request, Rows, Sequence, Token, Work, build_batch
+from edgeinfer.speculation import StepCosts
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# Prompt rows in a step that also decodes: the other generations wait no longer than these take.
-_SHARED_PREFILL = 64
+MAX_WAITING = 4096  # requests: thousands of clients are real, and each holds its prompt
+_MOST_FAULTS = 3  # turns in a row that an error ended outside of any one request
 _JOIN_SECONDS = 5.0
 _FORKED = "this process was forked from the one that loaded the model; load it again here"
 
 
 class Engine:
-    """Owns the cache bookkeeping and the one thread that runs steps of a program."""
+    """Owns the one thread that runs steps of a program, and what is scheduled on it."""
 
     def __init__(
         self,
@@ -67,16 +53,11 @@ class Engine:
         costs: StepCosts | None = None,
     ) -> None:
         self.limits, self.n_ctx, self.n_vocab = limits, n_ctx, n_vocab
-        self.pool = PagePool(limits.n_pages)
         self._program = program
         self._costs = costs or StepCosts()
-        n_samples = min(limits.max_outputs, MAX_ROWS * limits.max_sequences)
-        self._samples = SampleTable(max(limits.max_sequences, n_samples))
+        self._scheduler = Scheduler(limits, self._costs)
+        self._samples = SampleTable(self._scheduler.max_samples)
         self._changed = threading.Condition()
-        self._waiting: deque[Generation] = deque()
-        self._jobs: deque[LogitsJob] = deque()
-        self._running: list[Generation] = []
-        self._idle: list[Sequence] = []  # ended ones, the latest last
         self._ticket: Ticket | None = None
         self._in_step: list[Work] = []
         self._closed = ""
@@ -90,19 +71,12 @@ class Engine:
     def submit(self, request: Request) -> Generation:
         """Queue a request; what can be refused is refused here."""
         check_ids(request.ids, self.n_vocab)
-        if request.max_tokens is not None and request.max_tokens < 1:
-            raise InvalidRequestError(
-                f"max_tokens is {request.max_tokens}, need at least 1", param="max_tokens"
-            )
         if request.overflow == "error":
-            check_length(len(request.ids), self.n_ctx)
+            check_length(len(request.ids), self.n_ctx, n_answer=1)
         request.params.check_vocabulary(self.n_vocab)
         layout = CacheLayout.of(request.overflow, self.n_ctx, request.n_pinned)
         generation = Generation(self, request, layout)
-        with self._changed:
-            self._check_open()
-            self._waiting.append(generation)
-            self._changed.notify()
+        self._queue(generation)
         return generation
 
     def logits(
@@ -142,16 +116,17 @@ class Engine:
             check_length(len(each), self.n_ctx)
         layout = CacheLayout.of("error", self.n_ctx)
         job = LogitsJob.of(lists, first, prefill_chunk, self.limits, layout, take)
-        with self._changed:
-            self._check_open()
-            self._jobs.append(job)
-            self._changed.notify()
+        self._queue(job)
         job.wait(self)
 
     @property
     def n_running(self) -> int:
-        """Generations that hold pages now."""
-        return len(self._running)
+        """Generations whose tokens are being computed."""
+        return len(self._scheduler.running)
+
+    @property
+    def pool(self) -> PagePool:
+        return self._scheduler.pool
 
     def interrupt(self, work: Work) -> None:
         """Look at cancelled work now, also when a step of it is running."""
@@ -161,6 +136,12 @@ class Engine:
             if self._ticket is not None and any(work is each for each in self._in_step):
                 self._ticket.abort()
             self._changed.notify()
+
+    def wake(self) -> None:
+        """Look at what is paused now."""
+        if self._pid == os.getpid():
+            with self._changed:
+                self._changed.notify()
 
     def check_alive(self) -> None:
         """Raise ClosedError unless events can still come."""
@@ -186,113 +167,87 @@ class Engine:
         """In the child of a fork the thread does not exist: every use is an error."""
         self._closed, self._changed = _FORKED, threading.Condition()
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ClosedError(self._closed)
+    def _queue(self, work: AnyWork) -> None:
+        with self._changed:
+            if self._closed:
+                raise ClosedError(self._closed)
+            if len(self._scheduler.waiting) >= MAX_WAITING:
+                raise BusyError(f"{MAX_WAITING} requests wait already; try again later")
+            self._scheduler.waiting.append(work)
+            self._scheduler.may_start = True
+            self._changed.notify()
 
     # -- the engine's thread: one step after the other -------------------------------------------
 
     def _loop(self) -> None:
         try:
             self._serve()
-        except Exception as error:  # a bug: whoever waits is told, nobody hangs
+        except BaseException as error:  # a bug: whoever waits is told, nobody hangs
             self._closed = f"the engine failed: {error!r}"
-        self._end_all(ClosedError(self._closed))
+        self._scheduler.fail_all(ClosedError(self._closed), also_waiting=True)
 
     def _serve(self) -> None:
+        """Turns until it is closed. An error outside of any one request costs a turn at first."""
+        n_faults = 0
         while True:
-            with self._changed:
-                while not (self._closed or self._waiting or self._running or self._jobs):
-                    self._changed.wait()
-            if self._closed:
-                return
-            self._drop_cancelled()
-            self._admit()
-            if self._running:
-                self._step(self._schedule())
-            if self._jobs:
-                self._advance_job(self._jobs[0])
+            try:
+                if not self._wait_for_work():
+                    return
+                self._turn()
+                n_faults = 0
+            except BaseException as error:
+                n_faults += 1
+                if n_faults == _MOST_FAULTS:
+                    raise
+                self._scheduler.recover()
+                if n_faults > 1:  # it stays: those that run can't go on
+                    self._scheduler.fail_all(error)
 
-    def _drop_cancelled(self) -> None:
-        for generation in [g for g in self._running if g.is_cancelled]:
-            self._finish(generation, "cancelled")
-        for generation in [g for g in tuple(self._waiting) if g.is_cancelled]:
-            self._waiting.remove(generation)
-            generation.emit(Finished("cancelled", time.perf_counter()))
+    def _wait_for_work(self) -> bool:
+        """False once the engine is closed."""
+        scheduler = self._scheduler
+        with self._changed:
+            while not (self._closed or scheduler.has_work):
+                self._changed.wait()
+        return not self._closed
 
-    def _admit(self) -> None:
-        """Start waiting requests, in order, while all that run can grow to their full length."""
-        while self._waiting and len(self._running) < self.limits.max_sequences:
-            if self._waiting[0].most_pages > self.pool.n_pages - self._n_reserved:
-                return
-            generation = self._waiting.popleft()
-            sequence = generation.sequence = self._open_sequence(generation)
-            self._running.append(generation)
-            done = sequence.n_cached
-            generation.emit(Prefilled(done, sequence.n_prompt, done, time.perf_counter()))
-
-    @property
-    def _n_reserved(self) -> int:
-        """Pages promised to what runs."""
-        promised = sum(generation.most_pages for generation in self._running)
-        return promised + sum(job.n_pages for job in self._jobs if job.sequences)
-
-    def _open_sequence(self, generation: Generation) -> Sequence:
-        """A sequence for the request, on the cache of an ended one where their tokens agree."""
-        ids, layout = generation.request.ids, generation.layout
-        n_cached, best = 0, None
-        for ended in self._idle:
-            n = ended.common_prefix(ids, layout)
-            if n > n_cached:
-                n_cached, best = n, ended
-        if best is None:
-            return Sequence(list(ids), len(ids), SequenceCache(self.pool, layout))
-        self._idle.remove(best)
-        best.cache.truncate(n_cached)
-        return Sequence(list(ids), len(ids), best.cache, n_cached)
-
-    def _schedule(self) -> list[Rows]:
-        """One row of every generation that decodes, and a slice of the prompts that wait."""
-        parts: list[Rows] = []
-        n_left = self.limits.max_rows
-        # Decoding rows first: at most max_sequences, so there is always room for them.
-        for generation in sorted(self._running, key=lambda g: _sequence(g).n_waiting > 1):
-            sequence = _sequence(generation)
-            n = min(sequence.n_waiting, n_left, sequence.cache.step_limit())
-            if n:
-                parts.append(Rows(sequence, n, int(n == sequence.n_waiting), generation))
-            n_left -= n
-            if sequence.n_generated:
-                n_left = min(n_left, max(_SHARED_PREFILL, len(self._running)))
-        if all(part.sequence.n_generated for part in parts):
-            self._add_drafts(parts)
-        return parts
-
-    def _add_drafts(self, parts: list[Rows]) -> None:
-        """Guess tokens after the next ones, as far as checking them in this step pays."""
-        guesses = [part.work.guess() for part in parts if isinstance(part.work, Generation)]
-        if not any(tokens for tokens, _ in guesses):
-            return
-        most = min(self.limits.max_rows, len(self._samples.rows))
-        n_drafts = best_drafts([chances for _, chances in guesses], self._costs, most)
-        for part, (tokens, _), n in zip(parts, guesses, n_drafts, strict=True):
-            part.add_drafts(tokens[:n])
+    def _turn(self) -> None:
+        scheduler = self._scheduler
+        scheduler.drop_cancelled()
+        scheduler.pause_unread()
+        scheduler.admit()
+        if scheduler.running:
+            self._step(scheduler.next_step())
+        for job in tuple(scheduler.jobs):
+            self._advance_job(job)
 
     def _step(self, parts: list[Rows]) -> None:
-        begun, is_decode = time.perf_counter(), all(part.sequence.n_generated for part in parts)
+        """Run a step. One that fails is repeated part by part: only whose own fails ends."""
+        if not parts:
+            return
+        begun, is_decode = time.perf_counter(), all(part.sequence.is_decoding for part in parts)
         try:
             samples = self._fill_samples([part for part in parts if part.n_wanted])
             outputs = self._run(parts, samples)
-            # The rows of an aborted step are computed again, without what was cancelled.
-            if not outputs.aborted:
-                self._commit(parts, outputs)
-                if is_decode:
-                    n_rows = sum(part.n for part in parts)
-                    self._costs.measure(n_rows, time.perf_counter() - begun)
-        except Exception as error:
+        except BaseException as error:
+            self._scheduler.recover()
             for part in parts:
-                if isinstance(part.work, Generation) and part.work in self._running:
-                    self._finish(part.work, "error", error=public_error(error))
+                if len(parts) > 1:
+                    self._step([part])
+                else:
+                    self._fail(part, error)
+            return
+        # The rows of an aborted step are computed again, without what was cancelled.
+        if not outputs.aborted:
+            self._commit(parts, outputs)
+            if is_decode:
+                n_rows = sum(part.n for part in parts)
+                with contextlib.suppress(Exception):  # decides about guesses, never about answers
+                    self._costs.measure(n_rows, time.perf_counter() - begun)
+
+    def _fail(self, part: Rows, error: BaseException) -> None:
+        assert isinstance(part.work, Generation)
+        self._scheduler.fail(part.work, error)
 
     def _fill_samples(self, parts: list[Rows]) -> SampleTable:
         self._samples.clear()
@@ -311,8 +266,7 @@ class Engine:
     def _run(self, parts: list[Rows], samples: SampleTable | None) -> Outputs:
         """Run one step; its outputs are views that the next step overwrites."""
         for part in parts:
-            self._make_room(part)
-            part.sequence.cache.grow(part.n)
+            self._scheduler.make_room(part)
         batch = build_batch(parts, samples)
         with self._changed:
             if self._closed or any(part.work.is_cancelled for part in parts):
@@ -321,30 +275,35 @@ class Engine:
             self._ticket = ticket = self._program.submit(batch)
         try:
             return ticket.wait()
+        except BaseException:
+            # Nothing of it may run any more once its pages go to others.
+            ticket.abort()
+            with contextlib.suppress(BaseException):
+                ticket.wait()
+            raise
         finally:
             with self._changed:
                 self._ticket, self._in_step = None, []
 
-    def _make_room(self, part: Rows) -> None:
-        """Give up ended sequences, oldest first, until this part's new pages are free."""
-        cache = part.sequence.cache
-        n_new = cache.layout.pages_needed(cache.n_tokens + part.n) - cache.n_pages
-        while self.pool.n_free < n_new:
-            assert self._idle, "what runs holds more pages than were promised"
-            self._idle.pop(0).cache.free()
-
     def _commit(self, parts: list[Rows], outputs: Outputs) -> None:
+        """The one place where what a step has computed becomes part of its sequences."""
         now, row = time.perf_counter(), 0
         for part in parts:
-            sequence = part.sequence
-            sequence.cache.n_tokens += part.n - len(part.drafts)
-            assert isinstance(part.work, Generation)
-            if not sequence.n_generated:
-                done = sequence.cache.n_tokens
-                part.work.emit(Prefilled(done, sequence.n_prompt, sequence.n_cached, now))
-            if part.n_wanted:
-                self._take_tokens(part, outputs.ids, row, now)
-                row += part.n_wanted
+            try:
+                self._commit_part(part, outputs.ids, row, now)
+            except BaseException as error:
+                self._fail(part, error)
+            row += part.n_wanted
+
+    def _commit_part(self, part: Rows, ids: NDArray[np.int32], row: int, now: float) -> None:
+        sequence = part.sequence
+        sequence.cache.n_tokens += part.n - len(part.drafts)
+        assert isinstance(part.work, Generation)
+        if not sequence.n_generated:
+            done = sequence.cache.n_tokens
+            part.work.emit(Prefilled(done, sequence.n_prompt, sequence.n_cached, now))
+        if part.n_wanted:
+            self._take_tokens(part, ids, row, now)
 
     def _take_tokens(self, part: Rows, ids: NDArray[np.int32], row: int, now: float) -> None:
         """The sampled token and, while the drafts are what was sampled, those after them."""
@@ -370,12 +329,10 @@ class Engine:
     ) -> None:
         request, samples = generation.request, self._samples
         if samples.status[row] != OK:
-            error = EdgeInferError("the model yields no number to choose a token by")
-            self._finish(generation, "error", error=error)
-            return
+            raise EdgeInferError("the model yields no number to choose a token by")
         sequence.mu = float(samples.mu[row])
         if token in request.stop_ids:
-            self._finish(generation, "stop", stop_id=token)
+            self._scheduler.finish(generation, "stop", token)
             return
         sequence.ids.append(token)
         if request.params.logprobs is None:
@@ -384,66 +341,23 @@ class Engine:
             ids, logprobs = samples.top(row)
             top = tuple(zip(ids.tolist(), logprobs.tolist(), strict=True))
             generation.emit(Token(token, now, float(samples.logprobs[row]), top))
-        if sequence.n_generated == request.max_tokens or not sequence.cache.step_limit():
-            self._finish(generation, "length")
-
-    def _finish(
-        self,
-        generation: Generation,
-        reason: FinishReason,
-        *,
-        stop_id: int | None = None,
-        error: BaseException | None = None,
-    ) -> None:
-        """End a generation: its pages are kept for a later prompt or go back at once."""
-        self._running.remove(generation)
-        sequence = _sequence(generation)
-        # An aborted step may have overwritten pages that a slid cache still needs.
-        is_whole = reason in ("stop", "length") or not sequence.cache.is_full
-        if reason in ("stop", "length") or (generation.keeps_cache and is_whole):
-            sequence.cache.truncate(sequence.cache.n_tokens)  # a page of failed drafts only
-            self._idle.append(sequence)
-            if len(self._idle) > self.limits.max_sequences:
-                self._idle.pop(0).cache.free()
-        else:
-            sequence.cache.free()
-        generation.sequence = None
-        generation.emit(Finished(reason, time.perf_counter(), stop_id, error))
-
-    def _end_all(self, error: ClosedError) -> None:
-        for generation in list(self._running):
-            self._finish(generation, "error", error=error)
-        while self._waiting:
-            self._waiting.popleft().emit(Finished("error", time.perf_counter(), error=error))
-        while self._jobs:
-            self._jobs.popleft().finish(error)
+        if sequence.n_generated == generation.max_tokens:
+            self._scheduler.finish(generation, "length")
 
     # -- the engine's thread: logits -------------------------------------------------------------
 
     def _advance_job(self, job: LogitsJob) -> None:
-        """One step of a job, once there is room for all of it."""
-        error: BaseException | None = None
-        if not job.sequences and not job.is_cancelled:
-            if job.n_pages > self.pool.n_pages - self._n_reserved:
-                return
-            job.open(self.pool)
+        """One step of a job."""
         try:
             if not job.is_cancelled:
                 parts = job.next_rows(self.limits)
                 outputs = self._run(parts, None)
                 if not outputs.aborted:
                     job.commit(parts, outputs.logits)
-        except Exception as caught:
-            error = public_error(caught)
-        if error or job.is_cancelled or job.is_complete:
-            self._jobs.popleft()
-            job.free()
-            job.finish(error)
-
-
-def _sequence(generation: Generation) -> Sequence:
-    assert generation.sequence is not None, "the generation does not run"
-    return generation.sequence
+                if job.is_complete:
+                    self._scheduler.finish(job, "stop")
+        except BaseException as error:
+            self._scheduler.fail(job, error)
 
 
 _NOTHING = Outputs(

@@ -1,7 +1,7 @@
 """The exceptions edgeinfer raises, each also the builtin that an embedding program would catch.
 
-Knows nothing of how or where they are raised. A message states what was found, what is
-supported and what to do.
+A message states what was found, what is supported and what to do, in one line: what a file or
+a server put into it can neither hide nor fake a part of it, wherever it is shown.
 """
 
 from __future__ import annotations
@@ -12,6 +12,19 @@ from pathlib import Path
 
 class EdgeInferError(Exception):
     """Base of every error that edgeinfer raises on purpose."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(_clean(message, _MAX_MESSAGE))
+
+
+_MAX_MESSAGE = 2000
+_MAX_PATH = 1000
+
+
+def _clean(text: str, limit: int = 200) -> str:
+    from edgeinfer.terminal import one_line  # a start needs no errors
+
+    return one_line(text, limit)
 
 
 class ModelNotFoundError(EdgeInferError, FileNotFoundError):
@@ -36,9 +49,10 @@ class InvalidModelError(EdgeInferError, ValueError):
         field: str | None = None,
         offset: int | None = None,
     ) -> None:
-        self.path, self.field, self.offset = path, field, offset
-        where = [str(path)] if path is not None else []
-        where += [f"field {field}"] if field is not None else []
+        self.path, self.offset = path, offset
+        self.field = field if field is None else _clean(field)
+        where = [_clean(str(path), _MAX_PATH)] if path is not None else []
+        where += [f"field {self.field}"] if field is not None else []
         where += [f"offset {offset}"] if offset is not None else []
         super().__init__(f"{message} ({', '.join(where)})" if where else message)
 
@@ -49,7 +63,8 @@ class UnsupportedModelError(EdgeInferError):
     def __init__(
         self, message: str, *, architecture: str | None = None, missing: Sequence[str] = ()
     ) -> None:
-        self.architecture, self.missing = architecture, tuple(missing)
+        self.architecture = architecture if architecture is None else _clean(architecture)
+        self.missing = tuple(map(_clean, missing))
         super().__init__(message)
 
 
@@ -99,7 +114,7 @@ class DeviceError(EdgeInferError):
 
 
 class BusyError(EdgeInferError):
-    """Every slot is taken."""
+    """So many requests wait already that no other is taken on."""
 
 
 class ClosedError(EdgeInferError):

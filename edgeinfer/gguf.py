@@ -1,4 +1,4 @@
-"""Opens GGUF files: metadata, and tensors as views of the mapped file. Every number is checked.
+"""Opens GGUF files: metadata, and tensors that are read when asked for. Every number is checked.
 
 Knows nothing of what the metadata means, of architectures or of running a tensor's type.
 """
@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import builtins
 import math
-import mmap
 import re
 import struct
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeAlias
 
+from edgeinfer import platform
 from edgeinfer.errors import ClosedError, InvalidModelError, ModelNotFoundError
 from edgeinfer.quant import Weight, quant_type
+from edgeinfer.terminal import one_line
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,7 +28,9 @@ Value: TypeAlias = "Scalar | Array"
 
 
 class GGUFFile:
-    """A model file, or all parts of a split one, mapped into memory until `close`.
+    """A model file, or all parts of a split one, open until `close`.
+
+    Nothing is mapped: a file that is cut short or written to while it is read is an error.
 
     `metadata` is that of the first part; `tensors` are those of all parts in file order, also
     the ones whose type this version can't run.
@@ -44,6 +47,8 @@ class GGUFFile:
                 for sibling in siblings:
                     parts.append(_Part(sibling))
                 _check_parts(parts)
+                for part in parts:
+                    part.check_in_place()
             return cls(parts)
         except BaseException:
             for part in parts:
@@ -71,7 +76,7 @@ class GGUFFile:
         return sum(part.size for part in self._parts)
 
     def close(self) -> None:
-        """Unmap the file; where NumPy still views it, as soon as that view is gone."""
+        """Close the file and drop its header; what was read of tensors stays."""
         for part in self._parts:
             part.close()
 
@@ -90,8 +95,9 @@ class GGUFFile:
 class Metadata(Mapping[str, Value]):
     """The key/value pairs of a file, in file order. Strings are decoded when asked for.
 
-    The typed getters raise InvalidModelError naming the key when its value is absent (and no
-    default is given), of another type, or out of range.
+    One above 1 MiB is no text that anything here reads: asking for it raises. So do the typed
+    getters, naming the key, when its value is absent (and no default is given), of another type,
+    or out of range.
     """
 
     def __init__(self, path: Path, entries: dict[str, _Entry]) -> None:
@@ -99,7 +105,7 @@ class Metadata(Mapping[str, Value]):
 
     def __getitem__(self, key: str) -> Value:
         value = self._entries[key].value
-        return _text(value) if isinstance(value, bytes) else value
+        return self._text(key, value) if isinstance(value, bytes) else value
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -127,7 +133,7 @@ class Metadata(Mapping[str, Value]):
     def get_str(self, key: str, default: str | None = None) -> str:
         value = self._find(key, default)
         if isinstance(value, bytes):
-            return _text(value)
+            return self._text(key, value)
         if not isinstance(value, str):
             self._wrong(key, value, "a string")
         return value
@@ -188,6 +194,11 @@ class Metadata(Mapping[str, Value]):
             self._wrong(key, array, f"an array of {what}")
         return items
 
+    def _text(self, key: str, raw: bytes) -> str:
+        if len(raw) > _MAX_VALUE:
+            self._wrong(key, raw, f"at most {_MAX_VALUE} bytes, it has {len(raw)}")
+        return _text(raw)
+
     def _find(self, key: str, default: Scalar | None) -> Scalar | bytes | Array:
         if key in self._entries:
             return self._entries[key].value
@@ -216,22 +227,24 @@ class Metadata(Mapping[str, Value]):
 
 
 class Array:
-    """An array of the metadata, read from the mapped file each time it is asked for.
+    """An array of the metadata, taken from the file's header each time it is asked for.
 
-    `item_type` is one of bool, string, int8 to int64, uint8 to uint64, float32, float64.
+    It takes `n_bytes` there. `item_type` is one of bool, string, int8 to int64, uint8 to uint64,
+    float32, float64.
     """
 
     def __init__(
         self,
-        data: memoryview,
+        header: _Bytes,
         item_type: str,
         start: int,
         n: int,
+        n_bytes: int,
         lengths: array[int],
         origin: _Origin,
     ) -> None:
-        self.item_type = item_type
-        self._data, self._start, self._n, self._origin = data, start, n, origin
+        self.item_type, self.n_bytes = item_type, n_bytes
+        self._header, self._start, self._n, self._origin = header, start, n, origin
         self._lengths = lengths  # of strings, in bytes
 
     def __len__(self) -> int:
@@ -257,7 +270,7 @@ class Array:
             return [_text(each) for each in raw]
 
     def numpy(self) -> NDArray[Any]:
-        """The numbers or booleans as a read-only view of the mapped file."""
+        """The numbers or booleans as a read-only view of the header."""
         import numpy as np
 
         if self.item_type == "string":
@@ -283,10 +296,98 @@ class Array:
         return [item == 1 for item in items]
 
     def _open_data(self) -> memoryview:
+        return self._header.all()
+
+
+class TensorBytes:
+    """The bytes of a tensor in its file: a slice reads them, and belongs to whoever asked."""
+
+    def __init__(self, source: _Bytes, start: int, n_bytes: int) -> None:
+        self._source, self._start, self._n_bytes = source, start, n_bytes
+
+    def __len__(self) -> int:
+        return self._n_bytes
+
+    def __getitem__(self, part: slice) -> memoryview:
+        begin, end, step = part.indices(self._n_bytes)
+        assert step == 1
+        return self._source.read(self._start + begin, max(0, end - begin))
+
+    def read_into(self, buffer: memoryview, start: int) -> None:
+        assert start + len(buffer) <= self._n_bytes
+        self._source.read_into(buffer, self._start + start)
+
+
+class _Bytes:
+    """A file's bytes: its header, which stays, and whatever else is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
         try:
-            return self._data[:]
-        except ValueError:
-            raise ClosedError(f"{self._origin.path} was closed") from None
+            self._file = platform.ReadableFile(path)
+        except OSError as error:
+            self._fail_to_read(error)
+        self.size = self._file.n_bytes
+        self._header = bytearray()
+        self._view: memoryview | None = None
+
+    def header(self, end: int) -> bytearray:
+        """The file up to `end` at least; more of it is read as it is needed."""
+        n = len(self._header)
+        if end > n:
+            # Doubling, so that few steps lead to a large header.
+            more = self.read(n, min(max(end - n, n, _HEADER_STEP), self.size - n))
+            self._header += more
+        return self._header
+
+    def end_header(self, end: int) -> None:
+        """Keep what was the header, and no more."""
+        del self._header[end:]
+        self._view = memoryview(self._header).toreadonly()
+
+    def all(self) -> memoryview:
+        """The header."""
+        if self._view is None:
+            raise ClosedError(f"{self.path} was closed")
+        return self._view
+
+    def read(self, start: int, n_bytes: int) -> memoryview:
+        """Fresh bytes of the file."""
+        import numpy as np
+
+        buffer = np.empty(n_bytes, np.uint8).data
+        self.read_into(buffer, start)
+        return buffer.toreadonly()
+
+    def read_into(self, buffer: memoryview, start: int) -> None:
+        """Fill a buffer; InvalidModelError where the file is not what was opened any more."""
+        if self._file.is_closed:
+            raise ClosedError(f"{self.path} was closed")
+        try:
+            n_read = self._file.read_into(buffer, start)
+            is_unchanged = self._file.is_unchanged()
+        except OSError as error:
+            self._fail_to_read(error)
+        if n_read < len(buffer) or not is_unchanged:
+            raise InvalidModelError(
+                "the file was cut short or written to while it was read; load it again once it is "
+                "complete",
+                path=self.path,
+                offset=start,
+            )
+
+    def is_in_place(self) -> bool:
+        return self._file.is_in_place()
+
+    def close(self) -> None:
+        self._file.close()
+        self._view = None
+        self._header = bytearray()
+
+    def _fail_to_read(self, error: OSError) -> NoReturn:
+        raise InvalidModelError(
+            f"can't be read ({error.strerror or error})", path=self.path
+        ) from error
 
 
 _MAGIC = b"GGUF"
@@ -296,8 +397,11 @@ _MAX_KEYS = _MAX_TENSORS = 1 << 16
 _MAX_NAME = 1 << 16
 _MAX_STRINGS = 1 << 22
 _MAX_TEXT = 1 << 28
+_MAX_VALUE = 1 << 20
 _MAX_ITEMS = 1 << 20
 _MAX_DIMS = 4
+_MAX_HEADER = 1 << 29
+_HEADER_STEP = 1 << 20
 
 _AGAIN = "the file is damaged; download it again"
 _CUT = "the file is cut short or damaged; download it again"
@@ -333,7 +437,7 @@ class _Origin(NamedTuple):
 
 
 class _Part:
-    """One mapped file and what its header says."""
+    """One file and what its header says."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -341,43 +445,42 @@ class _Part:
             raise ModelNotFoundError(f"no file {path}")
         if not path.is_file():
             raise ModelNotFoundError(f"{path} is not a file; name a .gguf file")
-        with path.open("rb") as file:
-            head = file.read(64)
-            _check_magic(path, head)
-            self._mmap = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._data = memoryview(self._mmap)
-        self.size = len(self._data)
+        self._bytes = _Bytes(path)
+        self.size = self._bytes.size
         self.tensors: dict[str, Weight] = {}
         try:
+            _check_magic(path, bytes(self._bytes.header(min(64, self.size))[:64]))
             self._read()
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
-        for view in (self._data, *(weight.data for weight in self.tensors.values())):
-            try:
-                view.release()
-            except BufferError:  # a NumPy array looks at it; freed with that array
-                pass
-        try:
-            self._mmap.close()
-        except BufferError:
-            pass
+        self._bytes.close()
+
+    def check_in_place(self) -> None:
+        """InvalidModelError where another file got this name since it was opened."""
+        if not self._bytes.is_in_place():
+            raise InvalidModelError(
+                "the file was replaced while the parts of its model were opened; load it again "
+                "once all are complete",
+                path=self.path,
+            )
 
     def _read(self) -> None:
-        header = _Header(self.path, self._data)
+        header = _Header(self.path, self._bytes)
         self.version = header.version()
         n_tensors = header.count("tensor count", _MAX_TENSORS)
         n_keys = header.count("metadata count", _MAX_KEYS)
         self.metadata = header.metadata(n_keys)
         infos = [header.tensor() for _ in range(n_tensors)]
+        header.end()
         alignment = self._alignment()
         start = -(-header.at // alignment) * alignment
         _check_tensors(self.path, infos, start, alignment, self.size)
         for info in infos:
             begin = start + info.offset
-            data = self._data[begin : begin + info.n_bytes]
+            data = TensorBytes(self._bytes, begin, info.n_bytes)
             self.tensors[info.name] = Weight(info.name, info.shape, quant_type(info.type), data)
 
     def _alignment(self) -> int:
@@ -404,9 +507,9 @@ class _TensorInfo(NamedTuple):
 class _Header:
     """Reads the header front to back; `at` never passes the end of the file."""
 
-    def __init__(self, path: Path, data: memoryview) -> None:
+    def __init__(self, path: Path, data: _Bytes) -> None:
         self.path, self.at = path, len(_MAGIC)
-        self._data, self._size = data, len(data)
+        self._data, self._size = data, data.size
         self._n_strings = self._n_text = 0
 
     def version(self) -> int:
@@ -491,7 +594,7 @@ class _Header:
         else:
             self._skip(n * _SCALARS[item_type].size, field)
         origin = _Origin(self.path, field, offset)
-        return Array(self._data, item_type, start, n, lengths, origin)
+        return Array(self._data, item_type, start, n, self.at - start, lengths, origin)
 
     def _skip_strings(self, n: int, field: str, offset: int) -> array[int]:
         """Their lengths in bytes."""
@@ -500,11 +603,14 @@ class _Header:
             self._fail(
                 f"{n} strings, at most {_MAX_STRINGS} are supported; {_AGAIN}", field, offset
             )
-        data, last, unpack = self._data, self._size - 8, _U64.unpack_from
-        lengths, at = _short_lengths(data, self.at, n)
+        last, unpack = self._size - 8, _U64.unpack_from
+        lengths, at = _short_lengths(self._window, self.at, n)
+        data = self._loaded(at)
         for _ in range(n - len(lengths)):
             if at > last:
                 break
+            if at + 8 > len(data):
+                data = self._loaded(at + 8)
             (length,) = unpack(data, at)
             at += 8 + length
             lengths.append(length)
@@ -530,7 +636,7 @@ class _Header:
         self._count_text(n, field)
         start = self.at
         self._skip(n, field)
-        return self._data[start : self.at].tobytes()
+        return bytes(self._loaded(self.at)[start : self.at])
 
     def _count_text(self, n: int, field: str) -> None:
         self._n_text += n
@@ -550,7 +656,22 @@ class _Header:
     def _unpack(self, form: struct.Struct, field: str) -> Any:
         start = self.at
         self._skip(form.size, field)
-        return form.unpack_from(self._data, start)[0]
+        return form.unpack_from(self._loaded(self.at), start)[0]
+
+    def end(self) -> None:
+        """All of it is read, and is kept."""
+        self._loaded(self.at)
+        self._data.end_header(self.at)
+
+    def _loaded(self, end: int) -> bytearray:
+        """The file up to `end` at least, or as far as it goes."""
+        if end > _MAX_HEADER:
+            self._fail(f"a header of more than {_MAX_HEADER} bytes; {_AGAIN}", "header", self.at)
+        return self._data.header(min(end, self._size))
+
+    def _window(self, at: int) -> bytes:
+        end = min(at + _WINDOW, self._size)
+        return bytes(memoryview(self._loaded(end))[at:end])
 
     def _skip(self, n: int, field: str) -> None:
         if n > self._size - self.at:
@@ -565,7 +686,7 @@ class _Header:
         raise InvalidModelError(message, path=self.path, field=field, offset=offset)
 
 
-def _short_lengths(data: memoryview, at: int, n: int) -> tuple[list[int], int]:
+def _short_lengths(window_at: Callable[[int], bytes], at: int, n: int) -> tuple[list[int], int]:
     """Lengths of up to `n` strings from `at` on, found many at once, and where the next begins.
 
     A string of less than 256 bytes begins where 8 bytes are that small a number. Once something
@@ -575,7 +696,7 @@ def _short_lengths(data: memoryview, at: int, n: int) -> tuple[list[int], int]:
 
     lengths: list[int] = []
     while len(lengths) < n:
-        window = data[at : at + _WINDOW]
+        window = window_at(at)
         if len(window) < 16:
             break
         words = np.ndarray(len(window) - 7, "<u8", window, strides=(1,))
@@ -616,7 +737,7 @@ def _check_tensors(
     for left, right in zip(ordered, ordered[1:], strict=False):
         # Overlaps would let a small file describe a model of any size.
         if left.offset + left.n_bytes > right.offset:
-            message = f"its data overlaps that of {left.name}; {_AGAIN}"
+            message = f"its data overlaps that of {one_line(left.name)}; {_AGAIN}"
             raise InvalidModelError(message, path=path, field=right.name, offset=right.at)
 
 

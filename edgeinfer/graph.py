@@ -10,7 +10,7 @@ d head dim, F feed-forward dim, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, TypeAlias
 
 from edgeinfer.errors import InvalidModelError
@@ -199,7 +199,7 @@ class Graph:
         self.hparams = hparams
         self.ops: list[Op] = []
         self.logits: Value | None = None
-        self._weights = weights
+        self._weights = dict(weights)
         self._used: set[str] = set()
         self._n_values = 0
         self._layer = -1
@@ -319,8 +319,16 @@ class Graph:
                 f"the file lacks a tensor that {self.hparams.architecture} needs", field=name
             )
         if weight.shape != shape:
-            raise InvalidModelError(
-                f"shape is {weight.shape}, the metadata asks for {shape}", field=name
-            )
+            if without_leading_ones(weight.shape) != without_leading_ones(shape):
+                raise InvalidModelError(
+                    f"shape is {weight.shape}, the metadata asks for {shape}", field=name
+                )
+            weight = self._weights[name] = replace(weight, shape=shape)
         self._used.add(name)
         return weight
+
+
+def without_leading_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Files may write a vector (n,) as (1, n): what counts is the rest."""
+    n_ones = next((i for i, n in enumerate(shape) if n != 1), len(shape))
+    return shape[n_ones:]

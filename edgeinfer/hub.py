@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import json
+import re
 import ssl
 import time
 import urllib.error
@@ -30,6 +31,10 @@ _CHUNK = 1 << 20
 _TIMEOUT = 30.0
 _ATTEMPTS = 5  # in a row without a new byte
 _SPARE = 64 << 20  # disk space that is left free
+_MOST_FACTS = 64 << 20  # bytes of what a hub says about a repository
+_MOST_BYTES = 1 << 50  # of a file
+_MOST_NAME = 200  # bytes of a file's name: file systems take 255, and we add to it
+_NO_FACTS = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 _RETRIED = (408, 425, 429, 500, 502, 503, 504)
 
 
@@ -56,14 +61,14 @@ def look_up(repo: str) -> Repository:
     """What the hub's main revision of `org/repo` holds."""
     try:
         with _open(f"/api/models/{repo}?blobs=true", repo) as response:
-            return _repository(repo, json.load(response))
+            return _repository(repo, json.loads(response.read(_MOST_FACTS)))
     except (DownloadError, ModelNotFoundError):
         raise
     except OSError as error:
         raise DownloadError(
             f"{config.hub_endpoint()} does not answer ({error}); try again later"
         ) from error
-    except (ValueError, KeyError, TypeError, http.client.HTTPException) as error:
+    except (*_NO_FACTS, http.client.HTTPException) as error:
         raise DownloadError(
             f"{config.hub_endpoint()} does not answer like a model hub; check HF_ENDPOINT"
         ) from error
@@ -76,10 +81,9 @@ def download(
     target.parent.mkdir(parents=True, exist_ok=True)
     mark = (file.sha256 or repository.revision)[:12]
     part = target.with_name(f"{target.name}.{mark}.part")
-    with part.open("ab+") as out:
-        if not platform.try_lock(out):
-            raise DownloadError(f"{target.name} is being downloaded by another process")
-        if is_current(file, target):  # that process has just finished
+    with claim(part) as out:
+        if is_current(file, target):  # another process has just finished
+            platform.unlink_open(part)
             return
         found = _fetch(repository, file, out, progress)
         if file.sha256 not in (None, found):
@@ -89,8 +93,22 @@ def download(
                 f"{file.sha256}; run the command again"
             )
         platform.sync(out)
-    part.replace(target)
-    _digest_file(target).write_text(found, "utf-8")
+    try:
+        part.replace(target)
+    except FileNotFoundError:  # another process found it complete and was faster
+        if not target.exists():
+            raise
+    platform.write_whole(_digest_file(target), found.encode())
+
+
+@contextmanager
+def claim(part: Path) -> Iterator[BinaryIO]:
+    """The file of an unfinished download; DownloadError while another process fills it."""
+    with platform.open_appending(part) as out:
+        # One that was deleted since it was opened may be somebody's again, under the same name.
+        if not (platform.try_lock(out) and platform.is_at(out, part)):
+            raise DownloadError(f"{part.stem} is being downloaded by another process")
+        yield out
 
 
 def is_current(file: RemoteFile, target: Path) -> bool:
@@ -102,7 +120,8 @@ def is_current(file: RemoteFile, target: Path) -> bool:
     noted = _digest_file(target)
     if not noted.exists():
         with target.open("rb") as stored:
-            noted.write_text(_digest_of(stored, file.n_bytes).hexdigest(), "utf-8")
+            found = _digest_of(stored, file.n_bytes).hexdigest()
+        platform.write_whole(noted, found.encode())
     return noted.read_text("utf-8").strip() == file.sha256
 
 
@@ -133,6 +152,8 @@ def _fetch(repo: Repository, file: RemoteFile, out: BinaryIO, progress: BytesPro
                     _write(out, chunk, file)
                     digest.update(chunk)
                     progress(out.tell(), file.n_bytes)
+                    if out.tell() > file.n_bytes:
+                        break
         except (OSError, http.client.HTTPException) as error:
             if isinstance(error, (DownloadError, ModelNotFoundError)):
                 raise
@@ -202,6 +223,10 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(
         self, request: Any, fp: Any, code: int, msg: str, headers: Any, url: str
     ) -> Any:
+        scheme, before = (urllib.parse.urlsplit(each).scheme for each in (url, request.full_url))
+        if scheme != "https" and scheme != before:
+            where = _origin(url)
+            raise DownloadError(f"{_origin(request.full_url)} redirects to {where}: not followed")
         known = 307 if code == 308 else code  # Python 3.10 refuses 308
         again = super().redirect_request(request, fp, known, msg, headers, url)
         token = request.unredirected_hdrs.get("Authorization")
@@ -279,20 +304,44 @@ def _repository(repo: str, facts: dict[str, Any]) -> Repository:
     files = {}
     for entry in facts["siblings"]:
         name, large = str(entry["rfilename"]), entry.get("lfs") or {}
-        size = large.get("size", entry.get("size"))
+        size, digest = large.get("size", entry.get("size")), large.get("sha256")
         if name.lower().endswith(".gguf") and _is_plain(name) and size is not None:
-            files[name] = RemoteFile(name, int(size), large.get("sha256"))
+            if type(size) is not int or not 0 < size < _MOST_BYTES:
+                raise ValueError(f"{name} of {size!r} bytes")
+            if digest is not None:
+                digest = _matching(_SHA256, digest).lower()
+            files[name] = RemoteFile(name, size, digest)
     licence = (facts.get("cardData") or {}).get("license")
     full_name = str(facts.get("id") or repo)
     return Repository(
-        full_name if _is_plain(full_name) else repo,
-        str(facts["sha"]),
+        full_name if _is_plain(full_name) and full_name.count("/") == 1 else repo,
+        _matching(_REVISION, facts["sha"]),
         licence if isinstance(licence, str) else None,
         files,
     )
 
 
+_SHA256, _REVISION = re.compile(r"[0-9A-Fa-f]{64}"), re.compile(r"[0-9A-Za-z]{1,64}")
+
+
+def _matching(form: re.Pattern[str], text: object) -> str:
+    """A text of this form; ValueError for anything else. It becomes part of a file's name."""
+    if not isinstance(text, str) or not form.fullmatch(text):
+        raise ValueError(f"{text!r} is not {form.pattern}")
+    return text
+
+
 def _is_plain(name: str) -> bool:
-    """Whether a name can become a path below our folder."""
-    parts = name.split("/")
-    return not any(part in ("", ".", "..") or set(part) & set('\\:*?"<>|\0') for part in parts)
+    """Whether a name can become a path below our folder, on every system."""
+    return all(_PLAIN.fullmatch(part) and _is_short(part) for part in name.split("/"))
+
+
+# Windows drops dots and spaces at the end, and means devices by some names.
+_PLAIN = re.compile(
+    r"(?!(?:con|prn|aux|nul|com\d|lpt\d)(?:\.|$))(?!\.+$)[^\x00-\x1f\x7f\\:*?\"<>|]+(?<![. ])",
+    re.IGNORECASE,
+)
+
+
+def _is_short(part: str) -> bool:
+    return len(part.encode("utf-8", "surrogatepass")) <= _MOST_NAME

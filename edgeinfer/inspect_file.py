@@ -11,11 +11,12 @@ from typing import Any
 from typing_extensions import Unpack
 
 from edgeinfer.errors import UnsupportedModelError
-from edgeinfer.gguf import Array, GGUFFile
+from edgeinfer.gguf import GGUFFile
 from edgeinfer.memory_plan import MemoryPlan
 from edgeinfer.model import Model
-from edgeinfer.options import LoadOptions, check_keywords
-from edgeinfer.runtime import find_file, plan_model
+from edgeinfer.options import LoadOptions
+from edgeinfer.runtime import checked_options, find_file, plan_model
+from edgeinfer.terminal import one_line
 from edgeinfer.tokenizer import Tokenizer
 
 
@@ -23,9 +24,9 @@ def describe(path: str) -> dict[str, Any]:
     """Facts of a file; one that can't run is described as far as it is understood."""
     with GGUFFile.open(find_file(path)) as file:
         facts: dict[str, Any] = {
-            "name": file.metadata.get_str("general.name", "") or file.path.stem,
+            "name": one_line(file.metadata.get_str("general.name", "") or file.path.stem),
             "path": str(file.path),
-            "architecture": file.metadata.get_str("general.architecture"),
+            "architecture": one_line(file.metadata.get_str("general.architecture")),
             "n_bytes": file.n_bytes,
             "n_tensors": len(file.tensors),
             "version": file.version,
@@ -64,20 +65,20 @@ def _text_facts(file: GGUFFile) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     for name, key in wanted.items():
         value = file.metadata.get(key)
-        facts[name] = None if isinstance(value, Array) else value
+        facts[name] = one_line(value) if isinstance(value, str) else None
     facts["chat_template"] = "tokenizer.chat_template" in file.metadata
     return facts
 
 
 def plan_file(path: str | PathLike[str], options: LoadOptions) -> MemoryPlan:
     """The memory that loading a file with these options takes."""
+    options = checked_options("plan", options)
     with GGUFFile.open(find_file(path)) as file:
         return plan_model(Model.load(file), options)
 
 
 def plan(model: str | PathLike[str], **load: Unpack[LoadOptions]) -> MemoryPlan:
     """The memory that `LLM(model, **load)` would take; PlanError where it does not fit."""
-    check_keywords("plan", load, LoadOptions.__annotations__)
     return plan_file(model, load)
 
 

@@ -44,6 +44,16 @@ class PagePool:
         assert self._n_holders[page] > 0, "a free page can't be shared"
         self._n_holders[page] += 1
 
+    def reset(self, held: Iterable[Iterable[int]]) -> None:
+        """Count anew who holds which page, from every page table; -1 is none."""
+        n_holders = [0] * self.n_pages
+        for pages in held:
+            for page in pages:
+                if page >= 0:
+                    n_holders[page] += 1
+        self._n_holders = n_holders
+        self._free = [page for page in range(self.n_pages - 1, -1, -1) if not n_holders[page]]
+
     def release(self, pages: Iterable[int]) -> None:
         for page in pages:
             assert self._n_holders[page] > 0, "a page was released twice"
@@ -57,12 +67,14 @@ class CacheLayout(NamedTuple):
 
     `n_visible` is the number of unpinned pages that a query sees; a sliding ring has one page
     more, so that the page being written is never one that the step before still saw.
+    `n_ctx` bounds the tokens of a sequence, None where it slides; what slides sees no more.
     """
 
     overflow: Overflow
     n_slots: int
     n_pinned: int
     n_visible: int
+    n_ctx: int | None
 
     def pages_needed(self, n_tokens: int) -> int:
         """Pages held once `n_tokens` positions have been written."""
@@ -71,9 +83,10 @@ class CacheLayout(NamedTuple):
     @classmethod
     def of(cls, overflow: Overflow, n_ctx: int, n_pinned_tokens: int = 0) -> CacheLayout:
         """For a context of `n_ctx`; `n_pinned_tokens` tokens stay for ever when it slides."""
-        n_slots = pages_for(n_ctx)
         if overflow == "error":
-            return cls(overflow, n_slots, 0, n_slots)
+            n_slots = pages_for(n_ctx)
+            return cls(overflow, n_slots, 0, n_slots, n_ctx)
+        n_slots = n_ctx // PAGE
         if n_slots < _MIN_SLIDING_PAGES:
             raise InvalidRequestError(
                 f"a context of {n_ctx} tokens is too short to slide, it takes "
@@ -81,7 +94,7 @@ class CacheLayout(NamedTuple):
                 param="overflow",
             )
         n_pinned = min(pages_for(n_pinned_tokens), n_slots // 4)
-        return cls(overflow, n_slots, n_pinned, n_slots - n_pinned - 1)
+        return cls(overflow, n_slots, n_pinned, n_slots - n_pinned - 1, None)
 
 
 _MIN_SLIDING_PAGES = 4  # one pinned, two visible, one being written
@@ -97,7 +110,11 @@ class SequenceCache:
         pages = np.full(layout.n_slots, -1, np.int32)
         self.table = PageTable(pages, layout.n_pinned, layout.n_visible)
         self.n_tokens = 0  # positions whose K and V are stored
-        self.n_pages = 0  # held now
+
+    @property
+    def n_pages(self) -> int:
+        """Pages held now."""
+        return int(np.count_nonzero(self.table.pages >= 0))
 
     @property
     def has_slid(self) -> bool:
@@ -123,7 +140,6 @@ class SequenceCache:
             slot = self.table.slot(page)
             if self.table.pages[slot] < 0:
                 self.table.pages[slot] = self._pool.take()
-                self.n_pages += 1
 
     def truncate(self, n_tokens: int) -> None:
         """Forget positions from `n_tokens` on; a cache that has slid can't."""
@@ -140,6 +156,5 @@ class SequenceCache:
     def _drop(self, slots: range) -> None:
         held = self.table.pages[slots.start : slots.stop]
         pages = [int(page) for page in held if page >= 0]
-        self._pool.release(pages)
-        self.n_pages -= len(pages)
         held[:] = -1
+        self._pool.release(pages)

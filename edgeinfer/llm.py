@@ -8,30 +8,32 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from os import PathLike
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, get_args
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Literal
 
 from edgeinfer import platform, runtime
-from edgeinfer.chat import Message, ReasoningSplitter, encode_chat, opens_reasoning
+from edgeinfer.batch import PAGE
+from edgeinfer.chat import Message, encode_chat
 from edgeinfer.errors import ClosedError, EdgeInferError, InvalidRequestError, PlanError
 from edgeinfer.kvcache import LEAST_SLIDING
 from edgeinfer.memory_plan import MemoryPlan
-from edgeinfer.options import LoadOptions, Overflow, Sampling, check_keywords, parse_stop
+from edgeinfer.options import LoadOptions, Sampling
+from edgeinfer.parameters import ANSWER, LOGITS, REQUEST, checked, id_list, shown
+from edgeinfer.reply import AnswerText, ReasoningSplitter, opened_tags, reasoning_tags
 from edgeinfer.results import Completion
 from edgeinfer.runtime import Runtime
 from edgeinfer.sampling import SamplingParams, breaker_tokens
 from edgeinfer.sequence import Request
-from edgeinfer.stream import AnswerText, Stream
+from edgeinfer.stream import Stream, read_all
 from edgeinfer.turns import drop_turns
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
     from typing_extensions import Unpack
 
-_OURS = ("max_tokens", "stop", "overflow", "speculation")  # the rest of Sampling is SamplingParams
 _AROUND_MESSAGE = 8  # tokens of the template beside a message, roughly
 
 
@@ -71,14 +73,14 @@ class LLM:
 
     def stream(self, prompt: str | Sequence[int], **sampling: Unpack[Sampling]) -> Stream:
         """`generate`, as events while it runs."""
-        check_keywords("stream", sampling, Sampling.__annotations__)
-        return self._submit(self._prompt_ids(prompt), sampling, None, n_pinned=1)
+        given = checked("stream", sampling, ANSWER)
+        return self._submit(self._prompt_ids(prompt), given, None, n_pinned=1)
 
     def generate_batch(
         self, prompts: Iterable[str | Sequence[int]], **sampling: Unpack[Sampling]
     ) -> list[Completion]:
         """Continue several prompts side by side."""
-        return _run_all(lambda prompt: self.stream(prompt, **sampling), prompts)
+        return _run_all(lambda prompt: self.stream(prompt, **sampling), prompts, "prompts")
 
     # -- chat ------------------------------------------------------------------------------------
 
@@ -100,18 +102,19 @@ class LLM:
         **sampling: Unpack[Sampling],
     ) -> Stream:
         """`chat`, as events while it runs."""
-        check_keywords("stream_chat", sampling, Sampling.__annotations__)
+        given = checked("stream_chat", sampling, ANSWER)
         opened = self._open()
         turns, n_dropped = _turns(messages), 0
-        if sampling.get("overflow") == "drop-turns":
+        if given.get("overflow") == "drop-turns":
             turns, n_dropped = drop_turns(turns, self._n_message_tokens, self.n_ctx)
         ids = encode_chat(opened.tokenizer, opened.template, turns, **(template_args or {}))
         n_pinned = 1
-        if sampling.get("overflow") in ("slide", "drop-turns"):
+        if given.get("overflow") in ("slide", "drop-turns"):
             n_pinned = self._n_system_tokens(turns, ids)
         end = opened.tokenizer.decode(ids[-16:], special=True)
-        splitter = ReasoningSplitter(starts_open=opens_reasoning(end))
-        return self._submit(ids, sampling, splitter, n_pinned, n_dropped)
+        tags = reasoning_tags(opened.template.source, opened.tokenizer)
+        splitter = ReasoningSplitter(tags, opened_tags(end, tags))
+        return self._submit(ids, given, splitter, n_pinned, n_dropped)
 
     def chat_batch(
         self,
@@ -124,17 +127,19 @@ class LLM:
         return _run_all(
             lambda each: self.stream_chat(each, template_args=template_args, **sampling),
             conversations,
+            "conversations",
         )
 
     # -- tokens and logits -----------------------------------------------------------------------
 
     def tokenize(self, text: str, *, bos: bool = False, special: bool = False) -> list[int]:
         """Token ids of a text; with `special`, spellings of control tokens become those."""
+        _check_text(text, "text")
         return self._open().tokenizer.encode(text, bos=bos, parse_special=special)
 
     def detokenize(self, token_ids: Sequence[int], *, special: bool = False) -> str:
         """The text of token ids; control tokens are left out unless `special`."""
-        return self._open().tokenizer.decode(token_ids, special=special)
+        return self._open().tokenizer.decode(id_list(token_ids, "token_ids"), special=special)
 
     def logits(
         self,
@@ -150,7 +155,10 @@ class LLM:
         lists in the same steps) are.
         """
         opened = self._open()
-        n_rows = len(token_ids) if last is None else last
+        given = checked("logits", {"last": last, "prefill_chunk": prefill_chunk}, LOGITS)
+        ids = id_list(token_ids, "token_ids")
+        others = [id_list(each, "batch_with") for each in _items(batch_with or (), "batch_with")]
+        n_rows = given.get("last", len(ids))
         needed = 4 * n_rows * opened.model.hparams.vocab_size
         available = platform.available_memory()
         if needed > available:
@@ -160,7 +168,7 @@ class LLM:
                 needed=needed,
                 available=available,
             )
-        return opened.engine.logits(token_ids, last, prefill_chunk, batch_with)
+        return opened.engine.logits(ids, n_rows, given.get("prefill_chunk"), others)
 
     # -- end -------------------------------------------------------------------------------------
 
@@ -182,15 +190,14 @@ class LLM:
     def _open(self) -> Runtime:
         if not self._close.alive:
             raise ClosedError("the model was closed")
+        # In a forked child, too: what threads there were still making will never be there.
+        self._runtime.engine.check_alive()
         return self._runtime
 
     def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):
             return self._open().tokenizer.encode(prompt, parse_special=True)
-        ids = list(prompt)
-        if not all(isinstance(id, (int, np.integer)) for id in ids):
-            raise InvalidRequestError("a prompt is text or a list of token ids", param="prompt")
-        return [int(id) for id in ids]
+        return id_list(prompt, "prompt")
 
     def _n_message_tokens(self, message: Message) -> int:
         """About what a message takes in a prompt, the template's text around it included."""
@@ -214,22 +221,22 @@ class LLM:
     def _submit(
         self,
         ids: list[int],
-        sampling: Sampling,
+        given: dict[str, Any],
         splitter: ReasoningSplitter | None,
         n_pinned: int,
         n_dropped: int = 0,
     ) -> Stream:
         opened = self._open()
-        overflow = self._cache_overflow(sampling.get("overflow") or "error", len(ids))
-        answer = AnswerText.open(opened.tokenizer, parse_stop(sampling.get("stop")), splitter)
+        answer = AnswerText.open(opened.tokenizer, given.get("stop", ()), splitter)
         request = Request(
             ids=tuple(ids),
-            params=self._params(sampling),
-            max_tokens=sampling.get("max_tokens"),
-            overflow=overflow,
-            stop_ids=frozenset(opened.tokenizer.eog_ids),
+            params=self._params(given),
+            max_tokens=given.get("max_tokens"),
+            overflow=self._cache_overflow(given.get("overflow", "error"), len(ids)),
+            stop_ids=self._stop_ids(given.get("stop_token_ids", frozenset())),
             n_pinned=n_pinned,
-            speculation=self._speculates(sampling.get("speculation")),
+            # The reference backend computes row by row: more rows are never cheaper there.
+            speculation=given.get("speculation", opened.device != "reference"),
         )
         generation = opened.engine.submit(request)
         return Stream(
@@ -242,46 +249,57 @@ class LLM:
             dropped_turns=n_dropped,
         )
 
-    def _speculates(self, wanted: bool | None) -> bool:
-        if wanted not in (None, True, False):
+    def _stop_ids(self, given: frozenset[int]) -> frozenset[int]:
+        tokenizer = self._open().tokenizer
+        unknown = [id for id in given if id >= tokenizer.n_vocab]
+        if unknown:
             raise InvalidRequestError(
-                f"speculation is {wanted!r}; give True or False", param="speculation"
+                f"stop_token_ids names {min(unknown)}; the vocabulary has 0 .. "
+                f"{tokenizer.n_vocab - 1}",
+                param="stop_token_ids",
             )
-        # The reference backend computes row by row: more rows are never cheaper there.
-        return self._open().device != "reference" if wanted is None else wanted
+        return given | frozenset(tokenizer.eog_ids)
 
     def _cache_overflow(self, overflow: str, n_tokens: int) -> Literal["error", "slide"]:
         """What the cache does when it is full; turns were dropped before, where that was asked."""
-        if overflow not in get_args(Overflow):
-            known = ", ".join(map(repr, get_args(Overflow)))
-            raise InvalidRequestError(f"overflow is {overflow!r}; known: {known}", param="overflow")
         can_slide = self.n_ctx >= LEAST_SLIDING
-        if overflow == "slide" or (
-            overflow == "drop-turns" and n_tokens < self.n_ctx and can_slide
-        ):
+        # What slides holds whole pages: a prompt that it would cut short does not slide.
+        fits = n_tokens < self.n_ctx // PAGE * PAGE
+        if overflow == "slide" or (overflow == "drop-turns" and can_slide and fits):
             return "slide"
         return "error"
 
-    def _params(self, sampling: Sampling) -> SamplingParams:
+    def _params(self, given: dict[str, Any]) -> SamplingParams:
         opened = self._open()
-        given = {name: value for name, value in sampling.items() if name not in _OURS}
-        params = SamplingParams.resolve(given, opened.model.sampling)
+        sampling = {name: value for name, value in given.items() if name not in REQUEST}
+        params = SamplingParams.resolve(sampling, opened.model.sampling)
         if not params.has_dry:
             return params
         tokenizer = opened.tokenizer
         pieces = [tokenizer.piece(id) for id in range(tokenizer.n_vocab)]
         found = breaker_tokens(params.dry_sequence_breakers, pieces, tokenizer.encode)
-        return SamplingParams.resolve(
-            {**given, "seed": params.seed, "dry_breaker_tokens": found}, opened.model.sampling
-        )
+        return replace(params, dry_breaker_tokens=found)
 
 
 def _turns(messages: str | Sequence[Message]) -> Sequence[Message]:
     return [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
 
 
-def _run_all(open_stream: Callable[[Any], Stream], prompts: Iterable[Any]) -> list[Completion]:
+def _run_all(
+    open_stream: Callable[[Any], Stream], asked: Iterable[Any], param: str
+) -> list[Completion]:
     """Run streams side by side; one that fails ends them all."""
     with ExitStack() as stack:
-        streams = [stack.enter_context(open_stream(prompt)) for prompt in prompts]
-        return [stream.run() for stream in streams]
+        return read_all(stack.enter_context(open_stream(each)) for each in _items(asked, param))
+
+
+def _items(given: Iterable[Any], param: str) -> Iterable[Any]:
+    """What to go through; a text would be gone through letter by letter."""
+    if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable):
+        raise InvalidRequestError(f"{param} is {shown(given)}; it must be a list", param=param)
+    return given
+
+
+def _check_text(value: str, param: str) -> None:
+    if not isinstance(value, str):
+        raise InvalidRequestError(f"{param} is {shown(value)}; it must be a text", param=param)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from edgeinfer.batch import PAGE, StepLimits
-from edgeinfer.errors import InvalidRequestError, PlanError
+from edgeinfer.errors import PlanError
 from edgeinfer.graph import Embed, Linear, Segment
 from edgeinfer.kvcache import pages_for
 from edgeinfer.quant import Weight
@@ -62,11 +62,7 @@ class PlanRequest(NamedTuple):
 def solve(segment: Segment, request: PlanRequest) -> MemoryPlan:
     """The plan that fits; PlanError says what would."""
     trained = segment.graph.hparams.n_ctx_train
-    if request.slots < 1:
-        raise InvalidRequestError(f"slots is {request.slots}, need at least 1", param="slots")
     if request.n_ctx is not None:
-        if request.n_ctx < 1:
-            raise InvalidRequestError(f"n_ctx is {request.n_ctx}, need at least 1", param="n_ctx")
         plan = _plan(segment, request, request.n_ctx, "")
         if not plan.fits:
             raise _too_large(segment, request, plan)
@@ -83,7 +79,8 @@ def solve(segment: Segment, request: PlanRequest) -> MemoryPlan:
 
 def _plan(segment: Segment, request: PlanRequest, n_ctx: int, note: str) -> MemoryPlan:
     vocab = segment.graph.hparams.vocab_size
-    n_sequences = max(_MIN_SEQUENCES, request.slots)
+    # Each may decode, so a step has a row for every one of them.
+    n_sequences = min(max(_MIN_SEQUENCES, request.slots), _MAX_ROWS)
     limits = StepLimits(
         n_pages=request.slots * pages_for(n_ctx),
         max_rows=_MAX_ROWS,

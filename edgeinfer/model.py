@@ -6,17 +6,15 @@ Knows nothing of a machine: no backend, no memory plan, no running.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import NoReturn
 
 from edgeinfer.errors import InvalidModelError, UnsupportedModelError
 from edgeinfer.gguf import Array, GGUFFile
 from edgeinfer.graph import Attention, Graph, Hparams
+from edgeinfer.hparams import ARCHITECTURES, read_hparams, unsupported
 from edgeinfer.quant import RUNNABLE, Weight, dequantize
-
-# Each is a module of edgeinfer.models with a `forward(g)`.
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+from edgeinfer.terminal import one_line
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,7 +37,7 @@ class Model:
         _check_architecture(architecture, file)
         hparams = read_hparams(file)
         if operations := _operations_of(file.tensors):
-            _unsupported(architecture, f"this {architecture} file needs", operations)
+            unsupported(architecture, f"this {architecture} file needs", operations)
         graph = Graph(hparams, file.tensors)
         forward: Callable[[Graph], None] = importlib.import_module(
             f"edgeinfer.models.{architecture}"
@@ -48,7 +46,7 @@ class Model:
         _check_unused(graph)
         _check_types(graph, file.tensors)
         _check_rope_factors(graph)
-        name = file.metadata.get_str("general.name", "") or file.path.stem
+        name = one_line(file.metadata.get_str("general.name", "") or file.path.stem)
         return cls(file, name, hparams, graph, _read_sampling(file))
 
     @property
@@ -73,71 +71,6 @@ class Model:
         """The types of the weights, the one with most bytes first: "Q4_K + Q6_K + F32"."""
         return " + ".join(self.bytes_by_type)
 
-
-def read_hparams(file: GGUFFile) -> Hparams:
-    """The numbers of a model of a known architecture, each checked for sense."""
-    read = _Reader(file)
-    n_layers = read.count("block_count", high=_MAX_LAYERS)
-    dim = read.count("embedding_length")
-    n_heads = read.per_layer("attention.head_count", n_layers)
-    n_kv_heads = read.per_layer("attention.head_count_kv", n_layers, n_heads)
-    ffn_dim = read.per_layer("feed_forward_length", n_layers)
-    if n_heads % n_kv_heads:
-        read.wrong("attention.head_count_kv", n_kv_heads, f"a divisor of the {n_heads} heads")
-    if not read.has("attention.key_length") and dim % n_heads:
-        read.wrong("attention.head_count", n_heads, f"a divisor of the embedding length {dim}")
-    head_dim = read.count("attention.key_length", dim // n_heads)
-    if head_dim % 2:
-        read.wrong("attention.key_length", head_dim, "an even number")
-    if (v_dim := read.count("attention.value_length", head_dim)) != head_dim:
-        read.unsupported(f"value heads of {v_dim} beside key heads of {head_dim}")
-    rope_dims = read.count("rope.dimension_count", head_dim)
-    if rope_dims % 2 or rope_dims > head_dim:
-        read.wrong("rope.dimension_count", rope_dims, f"an even number up to {head_dim}")
-    for key, (neutral, operation) in _NEUTRAL.items():
-        if read.number(key, neutral[0]) not in neutral:
-            read.unsupported(operation)
-    norm_eps = read.number("attention.layer_norm_rms_epsilon")
-    if not 0 < norm_eps < 1:
-        read.wrong("attention.layer_norm_rms_epsilon", norm_eps, "a number between 0 and 1")
-    rope_base = read.number("rope.freq_base", 10000.0)
-    if not 1 <= rope_base <= 1e12:
-        read.wrong("rope.freq_base", rope_base, "a number from 1 to 1e12")
-    return Hparams(
-        architecture=read.architecture,
-        n_layers=n_layers,
-        dim=dim,
-        n_heads=n_heads,
-        n_kv_heads=n_kv_heads,
-        head_dim=head_dim,
-        ffn_dim=ffn_dim,
-        vocab_size=_vocab_size(file),
-        n_ctx_train=read.count("context_length", high=2**31 - 1),
-        norm_eps=norm_eps,
-        rope_dims=rope_dims,
-        rope_base=rope_base,
-        rope_scale=_rope_scale(read),
-    )
-
-
-# Far above any model in use: a hostile file can't make loading slow or sizes overflow.
-_MAX_LAYERS = 4096
-_MAX_DIM = 1 << 20
-
-# Metadata that changes the computation unless it has one of these values.
-_NEUTRAL: dict[str, tuple[tuple[float, ...], str]] = {
-    "expert_count": ((0,), "mixture of experts"),
-    "attention.causal": ((True,), "bidirectional attention"),
-    "attention.clamp_kqv": ((0,), "clamped q, k and v"),
-    "attention.scale": ((0,), "a custom attention scale"),
-    "attention.max_alibi_bias": ((0,), "ALiBi positions"),
-    "attn_logit_softcapping": ((0,), "attention logit soft-capping"),
-    "final_logit_softcapping": ((0,), "final logit soft-capping"),
-    "logit_scale": ((0, 1), "a logit multiplier"),
-    "embedding_scale": ((0, 1), "an embedding multiplier"),
-    "residual_scale": ((0, 1), "a residual multiplier"),
-    "nextn_predict_layers": ((0,), "multi-token prediction layers"),
-}
 
 _MOE = "mixture of experts"
 _SWA = "sliding-window attention"
@@ -197,61 +130,13 @@ _TENSOR_OPERATIONS = {
     "cls.": "a classifier head",
     "position_embd": "learned positions",
 }
-_ROPE_NAMES = {"yarn": "YaRN rope scaling", "longrope": "longrope"}
-
-
-class _Reader:
-    """Typed metadata of one architecture; keys are written without its prefix."""
-
-    def __init__(self, file: GGUFFile) -> None:
-        self.architecture = file.metadata.get_str("general.architecture")
-        self._file, self._metadata = file, file.metadata
-
-    def key(self, name: str) -> str:
-        return f"{self.architecture}.{name}"
-
-    def has(self, name: str) -> bool:
-        return self.key(name) in self._metadata
-
-    def count(self, name: str, default: int | None = None, high: int = _MAX_DIM) -> int:
-        return self._metadata.get_int(self.key(name), default, low=1, high=high)
-
-    def number(self, name: str, default: float | None = None) -> float:
-        """A number, or a boolean where the default is one."""
-        if isinstance(default, bool):
-            return self._metadata.get_bool(self.key(name), default)
-        return self._metadata.get_float(self.key(name), default)
-
-    def text(self, name: str, default: str) -> str:
-        return self._metadata.get_str(self.key(name), default)
-
-    def per_layer(self, name: str, n_layers: int, default: int | None = None) -> int:
-        """A count, or an array of the same count for every layer."""
-        if not isinstance(self._metadata.get(self.key(name)), Array):
-            return self.count(name, default)
-        counts = set(self._metadata.get_ints(self.key(name), n_layers, high=_MAX_DIM))
-        if len(counts) > 1:
-            self.unsupported(f"{name} that differs between layers")
-        if counts == {0}:
-            self.wrong(name, 0, "1 or more")
-        return counts.pop()
-
-    def wrong(self, name: str, value: float, wanted: str) -> NoReturn:
-        raise InvalidModelError(
-            f"found {value}, need {wanted}; take a file from another publisher",
-            path=self._file.path,
-            field=self.key(name),
-        )
-
-    def unsupported(self, *operations: str) -> NoReturn:
-        _unsupported(self.architecture, f"this {self.architecture} file needs", operations)
 
 
 def _check_architecture(architecture: str, file: GGUFFile) -> None:
     if architecture in ARCHITECTURES:
         return
     missing = _MISSING.get(architecture) or _operations_of(file.tensors) or ("a model file",)
-    _unsupported(architecture, f"architecture {architecture!r} needs", missing)
+    unsupported(architecture, f"architecture {one_line(architecture, 60)!r} needs", missing)
 
 
 def _check_unused(graph: Graph) -> None:
@@ -259,9 +144,10 @@ def _check_unused(graph: Graph) -> None:
     # Old converters wrote rotation tables that every runtime computes itself.
     unused = [name for name in graph.unused if not name.endswith(".attn_rot_embd.weight")]
     if unused:
-        shown = ", ".join(unused[:4]) + (f" and {len(unused) - 4} more" if unused[4:] else "")
+        shown = ", ".join(one_line(name, 60) for name in unused[:4])
+        shown += f" and {len(unused) - 4} more" if unused[4:] else ""
         architecture = graph.hparams.architecture
-        _unsupported(architecture, f"this {architecture} file needs operations for", [shown])
+        unsupported(architecture, f"this {architecture} file needs operations for", [shown])
 
 
 def _check_types(graph: Graph, tensors: Mapping[str, Weight]) -> None:
@@ -270,9 +156,9 @@ def _check_types(graph: Graph, tensors: Mapping[str, Weight]) -> None:
     bad = [w for name, w in tensors.items() if name not in unused and not w.type.is_runnable]
     if bad:
         types = sorted({weight.type.name for weight in bad})
-        more = f" ({len(bad)} tensors are {', '.join(types)})" if bad[1:] else ""
+        more = f" ({len(bad)} tensors are {', '.join(types[:4])})" if bad[1:] else ""
         raise UnsupportedModelError(
-            f"{bad[0].name} is {bad[0].type.name}{more}; edgeinfer runs "
+            f"{one_line(bad[0].name)} is {bad[0].type.name}{more}; edgeinfer runs "
             f"{', '.join(t.name for t in RUNNABLE)}. Choose another quantisation of this model, "
             "for example Q4_K_M.",
             architecture=graph.hparams.architecture,
@@ -290,58 +176,44 @@ def _check_rope_factors(graph: Graph) -> None:
         )
 
 
-def _vocab_size(file: GGUFFile) -> int:
-    """Rows of the embedding, which must match the tokenizer's vocabulary where there is one."""
-    embedding = file.tensors.get("token_embd.weight")
-    if embedding is None or len(embedding.shape) != 2:
-        found = "no such tensor" if embedding is None else f"shape {embedding.shape}"
-        raise InvalidModelError(
-            f"found {found}, need a matrix; this file holds no language model, or is damaged",
-            path=file.path,
-            field="token_embd.weight",
-        )
-    n_rows, key = embedding.shape[0], "tokenizer.ggml.tokens"
-    if key in file.metadata and len(file.metadata.get_array(key)) != n_rows:
-        raise InvalidModelError(
-            f"found {len(file.metadata.get_array(key))} tokens, token_embd.weight has {n_rows} "
-            "rows; take a file from another publisher",
-            path=file.path,
-            field=key,
-        )
-    return n_rows
-
-
-def _rope_scale(read: _Reader) -> float:
-    """By what positions are multiplied: the inverse of a linear scaling's factor."""
-    kind = read.text("rope.scaling.type", "linear")
-    if kind not in ("none", "linear"):
-        read.unsupported(_ROPE_NAMES.get(kind, f"rope scaling {kind!r}"))
-    name = "rope.scaling.factor" if read.has("rope.scaling.factor") else "rope.scale_linear"
-    factor = read.number(name, 0.0)
-    if factor < 0 or 0 < factor < 1e-6 or factor > 1e6:
-        read.wrong(name, factor, "0 or a number from 1e-6 to 1e6")
-    return 1.0 if kind == "none" or factor == 0 else 1 / factor
-
-
 def _read_sampling(file: GGUFFile) -> dict[str, bool | int | float | str]:
     prefix, values = "general.sampling.", {}
     for key in file.metadata:
         value = file.metadata[key] if key.startswith(prefix) else None
         if value is not None and not isinstance(value, Array):
             values[key.removeprefix(prefix)] = value
-    return values
+    sequence = values.pop("sequence", None)
+    return values if sequence is None else {**values, **_off(str(sequence), file)}
+
+
+# The samplers in the order that is fixed here, by their names in `general.sampling.sequence`, and
+# what turns off those that a file leaves out.
+_CHAIN: dict[str, tuple[str, float]] = {
+    "penalties": ("penalty_last_n", 0),
+    "dry": ("dry_multiplier", 0),
+    "top_n_sigma": ("top_n_sigma", -1),
+    "top_k": ("top_k", 0),
+    "typ_p": ("typical_p", 1),
+    "top_p": ("top_p", 1),
+    "min_p": ("min_p", 0),
+    "xtc": ("xtc_probability", 0),
+    "temperature": ("temp", 1),
+}
+
+
+def _off(sequence: str, file: GGUFFile) -> dict[str, float]:
+    """Values that leave only the samplers of a sequence such as "top_k;top_p;temperature"."""
+    names = [name for name in sequence.split(";") if name]
+    if names != [name for name in _CHAIN if name in names]:
+        unsupported(
+            file.metadata.get_str("general.architecture"),
+            "this file asks for",
+            [f"the sampler order {one_line(sequence, 60)}"],
+        )
+    return dict(off for name, off in _CHAIN.items() if name not in names)
 
 
 def _operations_of(names: Iterable[str]) -> tuple[str, ...]:
     """What the tensors of these names are for, as far as it is known."""
     wanted = {op: None for name in names for part, op in _TENSOR_OPERATIONS.items() if part in name}
     return tuple(wanted)
-
-
-def _unsupported(architecture: str, what: str, missing: Sequence[str]) -> NoReturn:
-    raise UnsupportedModelError(
-        f"{what} {', '.join(missing)}, which edgeinfer lacks; it runs plain "
-        f"{', '.join(ARCHITECTURES)}. Choose a model of one of these.",
-        architecture=architecture,
-        missing=missing,
-    )

@@ -1,14 +1,9 @@
-"""The keywords of the public API, and the check that no unknown one slips through.
-
-Knows nothing of what they do.
-"""
+"""The keywords of the public API as types; their ranges and defaults are in `parameters`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict
-
-from edgeinfer.errors import InvalidRequestError
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple, TypeAlias, TypedDict
 
 # "drop-turns" (chats only) leaves out the oldest turns before an answer and slides inside it.
 Overflow: TypeAlias = Literal["error", "slide", "drop-turns"]
@@ -43,6 +38,7 @@ class Sampling(TypedDict, total=False):
 
     max_tokens: int | None  # None: to the end of generation or context
     stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int] | None  # beside those that end a generation anyway
     overflow: Overflow | None
     seed: int | None
     temperature: float | None
@@ -71,43 +67,3 @@ class Sampling(TypedDict, total=False):
     logit_bias: Mapping[int, float] | None
     logprobs: int | None
     speculation: bool | None  # guess tokens ahead where that is faster: on; never changes them
-
-
-def check_keywords(function: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Raise TypeError for a keyword that `function` does not have, naming the nearest one."""
-    names = list(known)
-    for name in given:
-        if name not in names:
-            import difflib  # 2 ms that starts don't need
-
-            near = difflib.get_close_matches(name, names, 1, cutoff=0.5)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise TypeError(f"{function}() has no keyword {name!r}{hint}")
-
-
-def parse_memory(value: int | str, available: int) -> int:
-    """Bytes from a count, "512M", "2G" or "80%" of `available`."""
-    text = str(value).strip().upper().removesuffix("IB").removesuffix("B")
-    number, unit = (text[:-1], text[-1:]) if text[-1:] in _UNITS else (text, "")
-    try:
-        size = float(number)
-    except ValueError:
-        size = -1.0
-    if not 0 < size < 2**60:
-        raise InvalidRequestError(
-            f"memory is {value!r}; give bytes, 512M, 2G, or a share such as 80%", param="memory"
-        )
-    return int(available * size / 100) if unit == "%" else int(size * _UNITS[unit])
-
-
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "%": 0}
-
-
-def parse_stop(stop: Any) -> tuple[str, ...]:
-    """Stop strings from one or several."""
-    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
-    if not all(isinstance(s, str) and s for s in stops):
-        raise InvalidRequestError(
-            f"stop is {stop!r}; give a string or several, none empty", param="stop"
-        )
-    return stops

@@ -6,15 +6,20 @@ Knows nothing of models or kernels.
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import platform as _platform
 import shutil
+import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from types import MappingProxyType
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 if TYPE_CHECKING:
     import subprocess
@@ -82,33 +87,6 @@ def _cgroups(root: Path, controller: str) -> Iterator[Path]:
         parts = [] if ".." in path else path.strip("/").split("/")
         for n in range(len(parts), -1, -1):
             yield mount.joinpath(*parts[:n])
-
-
-def start_in_background(command: list[str]) -> subprocess.Popen[str]:
-    """A process that gets only what processors have left over; the terminal's keys don't reach it.
-
-    It reads and writes pipes of text, and nobody hears its errors.
-    """
-    import subprocess  # 20 ms that most starts don't need
-
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-        creationflags=sum(getattr(subprocess, name, 0) for name in _BACKGROUND_FLAGS),
-    )
-    try:
-        os.setpriority(os.PRIO_PROCESS, process.pid, 19)
-        os.sched_setscheduler(process.pid, os.SCHED_IDLE, os.sched_param(0))
-    except (AttributeError, OSError):  # not this system's way, or it forbids that
-        pass
-    return process
-
-
-_BACKGROUND_FLAGS = ("IDLE_PRIORITY_CLASS", "CREATE_NEW_PROCESS_GROUP", "CREATE_NO_WINDOW")
 
 
 def processor_facts() -> str | None:
@@ -297,17 +275,9 @@ def _libc() -> ctypes.CDLL | None:
     return None if sys.platform == "win32" else ctypes.CDLL(None)
 
 
-def forget_pages(address: int, n_bytes: int) -> None:
-    """Drop pages of a file mapping from this process; they are read again when touched."""
-    if not sys.platform.startswith("linux"):
-        return
-    start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = (address + n_bytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
-    if length > 0:
-        # Keeps the interpreter lock: getting it back takes far longer than this call, hundreds of
-        # times while weights are packed beside a busy thread.
-        libc = ctypes.PyDLL(None)
-        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
+def keep(thing: object) -> None:
+    """Let an object live as long as the process: an interpreter that ends would free it before."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
 # -- what native threads call --------------------------------------------------------------------
@@ -346,10 +316,18 @@ def _address(function: object) -> int:
 # -- disks ---------------------------------------------------------------------------------------
 
 
+def files_below(folder: Path, pattern: str) -> list[Path]:
+    """What matches in a folder, in order; nothing where it is absent or not ours to look into."""
+    try:
+        return sorted(folder.glob(pattern))
+    except OSError:
+        return []
+
+
 def free_disk(folder: Path) -> int:
     """Bytes that can be written below `folder`, which need not exist yet."""
     for existing in (folder, *folder.parents):
-        if existing.is_dir():
+        if os.path.isdir(existing):
             try:
                 return shutil.disk_usage(existing).free
             except OSError:
@@ -360,7 +338,7 @@ def free_disk(folder: Path) -> int:
 def is_writable(folder: Path) -> bool:
     """Whether files can be made in `folder`; it is made when it does not exist."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         with tempfile.TemporaryFile(dir=folder):
             return True
     except OSError:
@@ -369,10 +347,91 @@ def is_writable(folder: Path) -> bool:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file completely or not at all, whoever writes it at the same time; makes folders."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
         file.write(data)
     os.replace(file.name, path)
+
+
+def open_appending(path: Path) -> BinaryIO:
+    """Open or make a file to read and append to; OSError for a link, or what has another name."""
+    return open(path, "ab+", opener=_open_plain)
+
+
+def _open_plain(path: str, flags: int) -> int:
+    no_link = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    descriptor = os.open(path, flags | no_link, 0o666)
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        os.close(descriptor)
+        raise PermissionError(errno.EPERM, "not a plain file", path)
+    return descriptor
+
+
+class ReadableFile:
+    """A file that is read at any place, by any thread, until `close`; it is never mapped.
+
+    What is mapped and cut short by another process ends this one with a bus error.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = open(path, "rb", buffering=0)
+        self._lock = threading.Lock()
+        status = os.fstat(self._file.fileno())
+        self.n_bytes, self._changed = status.st_size, status.st_mtime_ns
+
+    def read_into(self, buffer: memoryview, at: int) -> int:
+        """Fill a buffer from byte `at` on; fewer bytes than it has where the file ends."""
+        n_done = 0
+        while n_done < len(buffer):
+            n = self._read_some(buffer[n_done:], at + n_done)
+            if not n:
+                break
+            n_done += n
+        return n_done
+
+    def _read_some(self, buffer: memoryview, at: int) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._file.fileno(), [buffer], at)
+        with self._lock:
+            self._file.seek(at)
+            return self._file.readinto(buffer) or 0
+
+    def is_unchanged(self) -> bool:
+        """Whether nobody has written to it since it was opened, as far as its time tells."""
+        status = os.fstat(self._file.fileno())
+        return (status.st_size, status.st_mtime_ns) == (self.n_bytes, self._changed)
+
+    def is_in_place(self) -> bool:
+        """Whether its path still names it."""
+        return is_at(self._file, self.path)
+
+    @property
+    def is_closed(self) -> bool:
+        return self._file.closed
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __del__(self) -> None:
+        self._file.close()
+
+
+def is_at(file: BinaryIO | FileIO, path: Path) -> bool:
+    """Whether an open file is still what `path` names."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError:
+        return False
+
+
+def unlink_open(path: Path) -> None:
+    """Delete a file that is open here, where the system allows that: Windows does not."""
+    try:
+        path.unlink(missing_ok=True)
+    except PermissionError:
+        pass
 
 
 def sync(file: BinaryIO) -> None:
@@ -413,6 +472,210 @@ def _windows_lock(file: BinaryIO) -> bool:
     finally:
         file.seek(position)
     return True
+
+
+# -- whom files are from -------------------------------------------------------------------------
+
+
+def distrust(path: Path) -> str | None:
+    """Why others may have put what is at `path`: like the StrictModes of OpenSSH.
+
+    None where every folder from the root on, through links, belongs to this user or root and
+    nobody else can write there, or only add files (sticky). What does not exist is no reason.
+    """
+    if os.name != "posix":
+        return None
+    pending, at = _parts(os.fspath(path.absolute())), "/"
+    n_links = 0
+    while True:
+        try:
+            status = os.lstat(at)
+            target = os.readlink(at) if stat.S_ISLNK(status.st_mode) else None
+        except OSError:  # what we can't look at, we can't read either
+            return None
+        reason = _not_ours(status, at)
+        if reason is not None or n_links > _MOST_LINKS:
+            return reason or f"{path} is too many links"
+        if target is not None:
+            target = os.path.join(os.path.dirname(at), target)
+            n_links, at, pending = n_links + 1, "/", [*_parts(target), *pending]
+        elif not pending:
+            return None
+        else:
+            at = os.path.normpath(os.path.join(at, pending.pop(0)))
+
+
+_MOST_LINKS = 40
+
+
+def _parts(path: str) -> list[str]:
+    return [part for part in path.split("/") if part]
+
+
+def _not_ours(status: os.stat_result, path: str) -> str | None:
+    """Why others can change a file or folder of this status."""
+    mode, uid = stat.S_IMODE(status.st_mode), status.st_uid
+    if uid not in (0, os.geteuid()):
+        return f"{path} belongs to user {uid}"
+    if stat.S_ISLNK(status.st_mode) or (stat.S_ISDIR(status.st_mode) and mode & stat.S_ISVTX):
+        return None
+    if mode & stat.S_IWOTH or (mode & stat.S_IWGRP and not _is_only_member(status.st_gid)):
+        return f"others can write to {path} (mode {mode:04o})"
+    return None
+
+
+def _is_only_member(gid: int) -> bool:
+    """Whether a group is the private one of this user, as many systems make one for each."""
+    import grp
+    import pwd
+
+    try:
+        group, user = grp.getgrgid(gid), pwd.getpwuid(os.geteuid())
+    except KeyError:
+        return False
+    is_private = gid == user.pw_gid and group.gr_name == user.pw_name
+    return is_private and set(group.gr_mem) <= {user.pw_name}
+
+
+def read_private(path: Path) -> bytes:
+    """A file that only this user or root can have written; PermissionError for any other.
+
+    Whether others can put another file there is the folder's to say: see `distrust`.
+    """
+    flags = ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY")  # of a pipe nobody waits for
+    descriptor = os.open(path, os.O_RDONLY | sum(getattr(os, flag, 0) for flag in flags))
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        reason = _not_ours(status, str(path)) if os.name == "posix" else None
+        if reason is not None or not stat.S_ISREG(status.st_mode):
+            raise PermissionError(errno.EPERM, reason or "not a plain file", str(path))
+        return file.read()
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and what is missing above it, for this user alone."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    for each in reversed(missing):
+        each.mkdir(mode=0o700, exist_ok=True)
+
+
+# -- other programs ------------------------------------------------------------------------------
+
+
+def can_start_python() -> bool:
+    """Whether there is an interpreter to start: a frozen program would start itself."""
+    return bool(sys.executable) and not getattr(sys, "frozen", False)
+
+
+def python_command(module: str, *arguments: str, folders: Sequence[str] = ()) -> list[str]:
+    """A command that runs a module as `python -m` does, for `start_program`.
+
+    Modules are found in `folders`, then where this process finds them, but never in the folder it
+    is started in: anything may lie there.
+    """
+    # -I doesn't look at PYTHONHOME either, without which a moved Python finds nothing.
+    alone = "-s" if "PYTHONHOME" in os.environ else "-I"
+    flags = [alone, "-B"] if sys.dont_write_bytecode else [alone]
+    found = "\n".join([*folders, *module_folders()])
+    return [sys.executable, *flags, "-c", _RUN_MODULE, found, module, *arguments]
+
+
+_RUN_MODULE = """
+import sys
+found = sys.argv.pop(1).split("\\n")
+sys.path = found + [folder for folder in sys.path if folder and folder not in found]
+del sys.argv[0]
+import runpy
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+
+
+def module_folders() -> list[str]:
+    """Where this process finds modules, but for the folder it was started in."""
+    ours = str(Path(__file__).parent.parent)
+    found = [folder for folder in sys.path if os.path.isabs(folder) and not _is_here(folder)]
+    return found if ours in found else [ours, *found]
+
+
+def _is_here(folder: str) -> bool:
+    try:
+        return os.path.samefile(folder, os.curdir)
+    except OSError:
+        return False
+
+
+def find_program(name: str) -> str | None:
+    """The path of a program in PATH; never one in the current folder, where Windows looks first."""
+    endings = ["", *os.environ.get("PATHEXT", "").split(";")] if sys.platform == "win32" else [""]
+    for folder in filter(os.path.isabs, os.get_exec_path()):
+        for path in (os.path.join(folder, name + ending) for ending in endings):
+            if os.path.isfile(path) and os.access(path, os.X_OK):
+                return path
+    return None
+
+
+def run_tool(command: Sequence[str], text: bytes) -> bool:
+    """Give a text to a program of PATH that takes it at once; False where that fails."""
+    import subprocess
+
+    program = find_program(command[0])
+    if program is None:
+        return False
+    try:
+        # Nobody reads what it says: xclip stays in the background, and would keep a pipe open.
+        done = subprocess.run(
+            [program, *command[1:]], input=text, timeout=_TOOL_SECONDS, cwd=Path(__file__).parent,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0
+
+
+_TOOL_SECONDS = 2.0
+
+
+def start_program(
+    command: Sequence[str],
+    *,
+    errors: IO[Any] | None = None,
+    talks: bool = True,
+    folder: Path | None = None,
+    variables: Mapping[str, str] = MappingProxyType({}),
+    in_background: bool = False,
+) -> subprocess.Popen[str]:
+    """A child whose standard streams are pipes of text where it `talks`, else closed.
+
+    It runs in `folder`, by default our own: what lies where this process was started can't change
+    what it does. `in_background` it gets only what processors have left over, and the terminal's
+    keys don't reach it.
+    """
+    import subprocess  # 20 ms that most starts don't need
+
+    stream = subprocess.PIPE if talks else subprocess.DEVNULL
+    mine = {k: v for k, v in os.environ.items() if k == "PYTHONHOME" or k[:6] != "PYTHON"}
+    names = _BACKGROUND_FLAGS if in_background else ()
+    process = subprocess.Popen(
+        command,
+        stdin=stream,
+        stdout=stream,
+        stderr=subprocess.DEVNULL if errors is None else errors,
+        text=True,
+        cwd=folder or Path(__file__).parent,
+        env={**mine, **variables},
+        start_new_session=in_background,
+        creationflags=sum(getattr(subprocess, name, 0) for name in names),
+    )
+    if in_background:
+        try:
+            os.setpriority(os.PRIO_PROCESS, process.pid, 19)
+            os.sched_setscheduler(process.pid, os.SCHED_IDLE, os.sched_param(0))
+        except (AttributeError, OSError):  # not this system's way, or it forbids that
+            pass
+    return process
+
+
+_BACKGROUND_FLAGS = ("IDLE_PRIORITY_CLASS", "CREATE_NEW_PROCESS_GROUP", "CREATE_NO_WINDOW")
 
 
 # -- what may run --------------------------------------------------------------------------------

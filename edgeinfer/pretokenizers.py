@@ -5,15 +5,23 @@ Knows nothing of vocabularies, merges or files.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
+from unicodedata import category
 
 
 class PreTokenizer(NamedTuple):
-    """One way of cutting: each pattern splits further what the patterns before it left."""
+    """One way of cutting: each pattern splits further what the patterns before it left.
+
+    `threes` come before the patterns: runs that the first one matches are words of their own, in
+    which what the second (of Python's `re`) matches is cut into groups of three from the right. A
+    pattern can do that only by looking ahead to the end of the number from every digit of it.
+    """
 
     patterns: tuple[str, ...]
+    threes: tuple[str, str] | None = None
     ignore_merges: bool = False  # a whole word that is in the vocabulary is taken without merging
     add_bos: bool = False  # the default when the file does not say
     has_bos: bool = True  # False: the vocabulary has no BOS unless the file names one
@@ -114,10 +122,8 @@ _ROWS: tuple[tuple[str, PreTokenizer], ...] = (
     (
         "tiny_aya cohere2moe",
         PreTokenizer(
-            (
-                r"\d{1,3}(?=(?:\d{3})*(?!\d))",
-                rf"{_MARKED}|\p{{N}}{{1,3}}|{_CASED_TAIL}",
-            )
+            (rf"{_MARKED}|\p{{N}}{{1,3}}|{_CASED_TAIL}",),
+            threes=(r"\d+", r"\d+"),
         ),
     ),
     (
@@ -206,12 +212,12 @@ _ROWS: tuple[tuple[str, PreTokenizer], ...] = (
         "afmoe",
         PreTokenizer(
             (
-                r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))",
                 "[\u4e00-\u9fff\u3400-\u4dbf\u8c48-\ufaff\u3040-\u309f\u30a0-\u30ff\uff65-\uff9f"
                 "\u2f00-\u2fdf\u0e40-\u0e7f\u0e80-\u0eff\u1780-\u17ff\u1000-\u109f\uaa60-\uaa7f"
                 "\ua9e0-\ua9ff\uac00-\ud7af\u1100-\u11ff]+",
                 rf"{_DEEPSEEK3}[\r\n]*|{_SPACES}",
-            )
+            ),
+            threes=(r"\p{N}+", r".+"),
         ),
     ),
     ("poro-chat bloom gpt3-finnish", PreTokenizer((_PROSE,))),
@@ -230,7 +236,7 @@ _ROWS: tuple[tuple[str, PreTokenizer], ...] = (
             add_bos=True,
         ),
     ),
-    ("superbpe", PreTokenizer((r"\p{N}+", r"(?=(\d{3})+(?!\d))"))),
+    ("superbpe", PreTokenizer((), threes=(r"\p{N}+", r"\d+"))),
     ("gemma4", PreTokenizer((r"[^\n]+|[\n]+",), add_bos=True, byte_level=False)),
     ("sarvam-moe", PreTokenizer((r"[^\n]+|[\n]+",), byte_level=False)),
 )
@@ -238,3 +244,14 @@ _ROWS: tuple[tuple[str, PreTokenizer], ...] = (
 PRE_TOKENIZERS: Mapping[str, PreTokenizer] = MappingProxyType(
     {name: row for names, row in _ROWS for name in names.split()}
 )
+
+
+def in_threes(run: str, digits: str) -> list[str]:
+    """A run of numbers cut in groups of three, from the right of what `digits` matches."""
+    if not category(run[0]).startswith("N"):
+        return [run]
+    cuts = [0, len(run)]
+    for found in re.finditer(digits, run):
+        cuts += range(found.end() - 3, found.start() - 1, -3)
+    cuts = sorted(set(cuts))
+    return [run[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]

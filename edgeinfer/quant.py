@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 from edgeinfer.errors import UnsupportedModelError
 
@@ -106,23 +106,40 @@ QUANT_TYPES = {
 }
 
 
+class FileBytes(Protocol):
+    """Bytes in a file: a slice reads them."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> memoryview: ...
+
+    def read_into(self, buffer: memoryview, start: int) -> None: ...
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Weight:
-    """A tensor of a model file: what it is called, its shape and a view of its bytes.
+    """A tensor of a model file: what it is called, its shape and its bytes.
 
     `shape` is in NumPy order, (rows N, columns K) for a matrix and (n,) for a vector. `data` is
-    read-only and as long-lived as the file it maps; it is empty when the type is not known.
+    read from the file, while that is open, slice by slice; it is empty when the type isn't known.
     """
 
     name: str
     shape: tuple[int, ...]
     type: QuantType
-    data: memoryview
+    data: memoryview | FileBytes
 
     @property
     def n_elements(self) -> int:
         """The product of the shape."""
         return _product(self.shape)
+
+    def read_into(self, buffer: memoryview, start: int = 0) -> None:
+        """Fill a buffer with the bytes from `start` on."""
+        if isinstance(self.data, memoryview):
+            buffer[:] = self.data[start : start + len(buffer)]
+        else:
+            self.data.read_into(buffer, start)
 
 
 def quant_type(ggml_id: int) -> QuantType:
@@ -149,7 +166,7 @@ def dequantize(
     import numpy as np
 
     if isinstance(source, Weight):
-        name, type, shape, data = source.name, source.type, source.shape, source.data
+        name, type, shape, data = source.name, source.type, source.shape, source.data[:]
     else:
         assert type is not None and shape is not None, "raw bytes need a type and a shape"
         view = source.data if isinstance(source, np.ndarray) else memoryview(source)

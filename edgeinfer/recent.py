@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
-from edgeinfer import config
+from edgeinfer import config, platform
 from edgeinfer.catalog import DEFAULT_MODEL
 from edgeinfer.discovery import find_name
 
@@ -14,8 +14,7 @@ _LAST = "last-model"
 def remember(name: str) -> None:
     """Note the model of the latest chat; a folder that can't be written is no reason to stop."""
     try:
-        config.data_folder().mkdir(parents=True, exist_ok=True)
-        (config.data_folder() / _LAST).write_text(name, "utf-8")
+        platform.write_whole(config.data_folder() / _LAST, name.encode())
     except OSError:
         pass
 
@@ -26,5 +25,5 @@ def last_model() -> str:
         name = (config.data_folder() / _LAST).read_text("utf-8").strip()
     except (OSError, UnicodeDecodeError):
         return DEFAULT_MODEL
-    is_here = name and (Path(name).is_file() or find_name(name) is not None)
+    is_here = name and (os.path.isfile(name) or find_name(name) is not None)
     return name if is_here else DEFAULT_MODEL

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 from edgeinfer import config, platform
 from edgeinfer.backend import Backend, Program, cache_bytes, device_kind, open_backend, packed_bytes
@@ -31,7 +31,8 @@ from edgeinfer.gguf import GGUFFile
 from edgeinfer.graph import Linear
 from edgeinfer.memory_plan import PYTHON_BYTES, MemoryPlan, PlanRequest, solve
 from edgeinfer.model import Model
-from edgeinfer.options import LoadOptions, Progress, check_keywords, parse_memory
+from edgeinfer.options import LoadOptions, Progress
+from edgeinfer.parameters import LOAD, checked, parse_memory, shown
 from edgeinfer.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -72,7 +73,7 @@ class Runtime:
 
 def load(path: str | PathLike[str], options: LoadOptions) -> Runtime:
     """Open, plan, load; all in a thread, so that an interrupt never leaves native code half-way."""
-    check_keywords("LLM", options, LoadOptions.__annotations__)
+    options = checked_options("LLM", options)
     found = find_file(path, download=bool(options.get("download")))
     try:
         if (available := platform.available_memory()) < _LEAST_MEMORY:
@@ -84,21 +85,27 @@ def load(path: str | PathLike[str], options: LoadOptions) -> Runtime:
             later.abandon(lambda runtime: runtime.close())
             raise
     except (MemoryError, OSError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if (explained := _explained(error)) is None:
             raise
-        raise PlanError(
-            f"memory ran out while the model was loaded ({error or 'nothing was left'}): close "
-            "other programs, raise this one's limits (`ulimit -v`, `-d`), or give a smaller n_ctx",
-            available=platform.available_memory(),
-        ) from None
+        raise explained from None
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether the system refused memory, or a thread for want of it."""
+def _explained(error: Exception) -> EdgeInferError | None:
+    """What to tell of an error of the system's: memory that ran out, a thread not to be had."""
     if isinstance(error, EdgeInferError):
-        return False
-    is_refused = isinstance(error, OSError) and error.errno == errno.ENOMEM
-    return is_refused or isinstance(error, MemoryError) or "start new thread" in str(error)
+        return None
+    if isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM:
+        return PlanError(
+            f"memory ran out while the model was loaded ({error or 'nothing was left'}): close "
+            "other programs, raise this one's limits (ulimit -v, -d), or give a smaller n_ctx",
+            available=platform.available_memory(),
+        )
+    if isinstance(error, RuntimeError) and "new thread" in str(error):
+        return DeviceError(
+            f"{error}: loading a model needs a few; load it before the interpreter exits, or "
+            "raise this process's limits (ulimit -u, -v)"
+        )
+    return None
 
 
 def _load(path: Path, options: LoadOptions) -> Runtime:
@@ -113,27 +120,44 @@ def _load(path: Path, options: LoadOptions) -> Runtime:
         plan = plan_model(model, options, backend)
         # Text is got ready while weights are packed, which needs no Python: sooner it delays that.
         tokenizer = _Later(lambda: _make_tokenizer(file, options, packs))
-        template = _Later(lambda: _make_template(file, options, tokenizer))
         try:
+            template = _Later(lambda: _make_template(file, options, tokenizer))
             program = backend.compile(model.graph.segment(), plan.limits)
         finally:
             packs.set()
             tokenizer.wait()
         try:
             tokenizer.result()
+            engine = Engine(program, plan.limits, plan.n_ctx, model.hparams.vocab_size)
         except BaseException:
             program.close()
             raise
     except BaseException:
         file.close()
         raise
-    engine = Engine(program, plan.limits, plan.n_ctx, model.hparams.vocab_size)
     load_s = time.perf_counter() - start
     return Runtime(model, plan, program, engine, device, n_threads, load_s, tokenizer, template)
 
 
+def checked_options(function: str, given: LoadOptions) -> LoadOptions:
+    """The options in the types that are used; raises what names the one that can't be."""
+    options = cast(LoadOptions, checked(function, given, LOAD))
+    kv_type = options.get("kv_type", "f16")
+    if any(each != "f16" for each in ((kv_type,) if isinstance(kv_type, str) else kv_type or ())):
+        raise InvalidRequestError(
+            f"kv_type is {shown(kv_type)}; this version stores K and V as f16", param="kv_type"
+        )
+    if options.get("gpu_layers"):
+        raise DeviceError("gpu_layers needs a GPU, which this version does not run on")
+    return options
+
+
 def find_file(name: str | PathLike[str], *, download: bool = False) -> Path:
     """The GGUF file that a path or a model's name means; fetched only where that is allowed."""
+    if not isinstance(name, (str, PathLike)) or not isinstance(os.fspath(name), str):
+        raise InvalidRequestError(
+            f"model is {shown(name)}; it must be a path or a name", param="model"
+        )
     try:
         return find_model(os.fspath(name))
     except ModelNotFoundError:
@@ -146,17 +170,15 @@ def find_file(name: str | PathLike[str], *, download: bool = False) -> Path:
 
 def plan_model(model: Model, options: LoadOptions, backend: Backend | None = None) -> MemoryPlan:
     """The memory that loading with these options takes, on a backend that is open or could be."""
-    _check_unsupported(options)
     device = device_kind(options.get("device") or "auto")
     available = _available_memory(options)
     backend = backend or open_backend(device, memory=available - PYTHON_BYTES)
-    slots = options.get("slots")
     segment = model.graph.segment()
     return solve(
         segment,
         PlanRequest(
             n_ctx=options.get("n_ctx"),
-            slots=1 if slots is None else slots,
+            slots=options.get("slots") or 1,
             n_threads=_n_threads(options),
             available=available,
             cache_bytes=cache_bytes(device, segment),
@@ -188,23 +210,8 @@ def _make_template(
 
 
 def _n_threads(options: LoadOptions) -> int:
-    threads = options.get("threads")
-    if threads is None:
-        return config.threads() or platform.default_threads()
-    if threads < 1:
-        raise InvalidRequestError(f"threads is {threads}, need at least 1", param="threads")
-    return threads
-
-
-def _check_unsupported(options: LoadOptions) -> None:
-    kv_type = options.get("kv_type")
-    types = (kv_type,) if isinstance(kv_type, str) else kv_type or ()
-    if any(each != "f16" for each in types):
-        raise InvalidRequestError(
-            f"kv_type is {kv_type!r}; this version stores K and V as f16", param="kv_type"
-        )
-    if options.get("gpu_layers"):
-        raise DeviceError("gpu_layers needs a GPU, which this version does not run on")
+    asked = options.get("threads") or config.threads()
+    return int(LOAD["threads"].check(asked)) if asked else platform.default_threads()
 
 
 def _progress(options: LoadOptions, packs: threading.Event) -> Callable[[str, int, int], None]:

@@ -5,22 +5,19 @@ Knows no logits: the chain itself is in `sampler.py` and, natively, in the kerne
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import cached_property
-from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from edgeinfer.errors import InvalidModelError, InvalidRequestError
+from edgeinfer.parameters import MAX_LOGPROBS, SAMPLING, checked
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-MAX_LOGPROBS = 128
 
 # Names under `general.sampling.` that differ from ours. The order of samplers is fixed here.
 _FILE_NAMES = {
@@ -31,69 +28,50 @@ _FILE_NAMES = {
 _FILE_PREFIX = "general.sampling."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class SamplingParams:
-    """How tokens of one request are picked; names and defaults are llama.cpp's.
+    """How tokens of one request are picked; ranges and defaults are those of `SAMPLING`.
 
     The chain: logit_bias, penalties, DRY, top_n_sigma, top_k, typical_p, top_p, min_p, XTC,
     temperature, draw. Mirostat replaces all but logit_bias and temperature. A temperature of 0
     or less picks the highest logit after bias and penalties.
     """
 
-    temperature: float = 0.8
-    top_k: int = 40  # 0 or less: off
-    top_p: float = 0.95  # 1: off
-    min_p: float = 0.05  # 0: off
-    typical_p: float = 1.0  # 1: off
-    top_n_sigma: float = -1.0  # 0 or less: off
-    xtc_probability: float = 0.0
-    xtc_threshold: float = 0.1  # above 0.5: off
-    repeat_last_n: int = 64  # -1: the whole sequence
-    repeat_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    dry_multiplier: float = 0.0  # 0: off
-    dry_base: float = 1.75
-    dry_allowed_length: int = 2
-    dry_penalty_last_n: int = 64  # -1: the whole sequence
-    dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
-    dynatemp_range: float = 0.0
-    dynatemp_exponent: float = 1.0
-    mirostat: int = 0  # or 1 or 2
-    mirostat_tau: float = 5.0
-    mirostat_eta: float = 0.1
-    min_keep: int = 0
-    seed: int | None = None  # None: drawn by `resolve`
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    logprobs: int | None = None  # the chosen token's and those of the n likeliest
+    temperature: float
+    top_k: int  # 0 or less: off
+    top_p: float  # 1: off
+    min_p: float  # 0: off
+    typical_p: float  # 1: off
+    top_n_sigma: float  # 0 or less: off
+    xtc_probability: float
+    xtc_threshold: float  # above 0.5: off
+    repeat_last_n: int  # -1: the whole sequence
+    repeat_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    dry_multiplier: float  # 0: off
+    dry_base: float
+    dry_allowed_length: int
+    dry_penalty_last_n: int  # -1: the whole sequence
+    dry_sequence_breakers: tuple[str, ...]
+    dynatemp_range: float
+    dynatemp_exponent: float
+    mirostat: int  # or 1 or 2
+    mirostat_tau: float
+    mirostat_eta: float
+    min_keep: int
+    seed: int | None  # None: drawn by `resolve`
+    logit_bias: Mapping[int, float]
+    logprobs: int | None  # the chosen token's and those of the n likeliest
     # The breakers as tokens, (head, *tail), found with `breaker_tokens` when DRY is on.
-    dry_breaker_tokens: tuple[tuple[int, ...], ...] = ()
+    dry_breaker_tokens: tuple[tuple[int, ...], ...]
 
-    def __post_init__(self) -> None:
-        for name in _INTEGERS:
-            _require(name, getattr(self, name), "an integer", _is_int)
-        for name in _NUMBERS:
-            _require(name, getattr(self, name), "a finite number", _is_number)
-        for name in ("top_p", "min_p", "typical_p", "xtc_probability", "xtc_threshold"):
-            _require(name, getattr(self, name), "a number from 0 to 1", lambda x: 0 <= x <= 1)
-        for name in ("repeat_last_n", "dry_penalty_last_n"):
-            _require(name, getattr(self, name), "-1 (all) or a count", lambda x: x >= -1)
-        for name in (
-            "min_keep", "dry_multiplier", "dry_base", "dry_allowed_length", "dynatemp_range",
-            "dynatemp_exponent", "mirostat_tau", "mirostat_eta",
-        ):  # fmt: skip
-            _require(name, getattr(self, name), "0 or more", lambda x: x >= 0)
-        _require("repeat_penalty", self.repeat_penalty, "more than 0", lambda x: x > 0)
-        _require("mirostat", self.mirostat, "0, 1 or 2", lambda x: x in (0, 1, 2))
-        for name in ("top_k", "min_keep", "repeat_last_n", "dry_penalty_last_n"):
-            _require(name, getattr(self, name), "less than 2**31", lambda x: abs(x) < 2**31)
-        if self.seed is not None:
-            _require("seed", self.seed, "None or 0 .. 2**64 - 1", _is_seed)
-        if self.logprobs is not None:
-            supported = f"None or 0 .. {MAX_LOGPROBS}"
-            _require("logprobs", self.logprobs, supported, _is_logprobs)
-        _require("logit_bias", self.logit_bias, "token ids with numbers", _is_bias)
-        _require("dry_sequence_breakers", self.dry_sequence_breakers, "strings", _is_strings)
+    def __init__(
+        self, *, dry_breaker_tokens: tuple[tuple[int, ...], ...] = (), **given: Any
+    ) -> None:
+        values = {name: parameter.default for name, parameter in SAMPLING.items()}
+        values |= checked("SamplingParams", given, SAMPLING)
+        vars(self).update(values, dry_breaker_tokens=dry_breaker_tokens)
 
     @classmethod
     def resolve(
@@ -104,30 +82,16 @@ class SamplingParams:
         `model_defaults` are the file's `general.sampling.*` values, with or without that prefix.
         A value of None counts as unset.
         """
-        names = [f.name for f in fields(cls)]
-        for name in given:
-            if name not in names:
-                import difflib  # 2 ms that starts don't need
-
-                near = difflib.get_close_matches(name, names, 1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise TypeError(f"unknown sampling parameter {name!r}{hint}")
-        from_file = {}
+        values = checked("SamplingParams", given, SAMPLING)
         for key, value in (model_defaults or {}).items():
             bare = key.removeprefix(_FILE_PREFIX)
             name = _FILE_NAMES.get(bare, bare)
-            if name in names:
-                from_file[name] = value
+            if name in SAMPLING and name not in values:
                 try:
-                    cls(**{name: value})
+                    values[name] = SAMPLING[name].check(value)
                 except InvalidRequestError as error:
                     raise InvalidModelError(str(error), field=_FILE_PREFIX + bare) from None
-        values = from_file | {name: v for name, v in given.items() if v is not None}
-        if "dry_sequence_breakers" in values and not isinstance(
-            values["dry_sequence_breakers"], str
-        ):
-            values["dry_sequence_breakers"] = tuple(values["dry_sequence_breakers"])
-        if values.get("seed") is None:
+        if "seed" not in values:
             import secrets  # 2 ms that a given seed saves
 
             values["seed"] = secrets.randbits(32)
@@ -190,38 +154,6 @@ class SamplingParams:
         row["repeat_last_n"] = self.repeat_last_n if self.has_penalties else 0
         row["dry_penalty_last_n"] = self.dry_penalty_last_n if self.has_dry else 0
         return row.view(np.int64)[: len(_STATIC)]
-
-
-def _is_int(x: Any) -> bool:
-    return isinstance(x, Integral) and not isinstance(x, bool)
-
-
-def _is_number(x: Any) -> bool:
-    return isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x)
-
-
-def _is_seed(x: Any) -> bool:
-    return _is_int(x) and 0 <= x < 2**64
-
-
-def _is_logprobs(x: Any) -> bool:
-    return _is_int(x) and 0 <= x <= MAX_LOGPROBS
-
-
-def _is_bias(x: Any) -> bool:
-    return isinstance(x, Mapping) and all(
-        _is_int(i) and 0 <= i < 2**31 and isinstance(v, Real) and not math.isnan(v)
-        for i, v in x.items()
-    )
-
-
-def _is_strings(x: Any) -> bool:
-    return not isinstance(x, str) and all(isinstance(s, str) and s for s in x)
-
-
-def _require(name: str, value: Any, supported: str, check: Callable[[Any], bool]) -> None:
-    if not check(value):
-        raise InvalidRequestError(f"{name} is {value!r}; it must be {supported}", param=name)
 
 
 def breaker_tokens(
@@ -287,15 +219,8 @@ _STATIC = (
 )  # fmt: skip
 _DYNAMIC = ("seed", "index", "history", "n_history", "mu")
 _DYNAMIC_FIELDS = struct.Struct("=QqQqd")
-_INTEGERS = (
-    "top_k", "repeat_last_n", "dry_allowed_length", "dry_penalty_last_n", "mirostat", "min_keep",
-)  # fmt: skip
-_NUMBERS = (
-    "temperature", "top_p", "min_p", "typical_p", "top_n_sigma", "xtc_probability",
-    "xtc_threshold", "repeat_penalty", "presence_penalty", "frequency_penalty", "dry_multiplier",
-    "dry_base", "dynatemp_range", "dynatemp_exponent", "mirostat_tau", "mirostat_eta",
-)  # fmt: skip
-ROW = np.dtype([(n, "f8" if n in (*_NUMBERS, "mu") else "i8") for n in (*_STATIC, *_DYNAMIC)])
+_FLOATS = {"mu", *(name for name, parameter in SAMPLING.items() if parameter.kind is float)}
+ROW = np.dtype([(n, "f8" if n in _FLOATS else "i8") for n in (*_STATIC, *_DYNAMIC)])
 
 OK, NO_CANDIDATE = 0, 1  # status: NO_CANDIDATE where every logit is NaN or -inf
 
@@ -377,7 +302,7 @@ class SampleTable:
         if n != 0 and len(history):
             tokens = np.ascontiguousarray(history if n < 0 else history[-n:], np.int32)
         mu = 2.0 * params.mirostat_tau if mu is None else mu
-        given = self._given[i]
+        given, self._given[i] = self._given[i], None  # what a fault cuts short is written anew
         if given is None or given.params is not params:
             self._words[i, : len(_STATIC)] = params.words
         at = i * ROW.itemsize + 8 * len(_STATIC)

@@ -13,6 +13,7 @@ import numpy as np
 
 from edgeinfer.batch import Batch
 from edgeinfer.kvcache import CacheLayout, Overflow, SequenceCache
+from edgeinfer.parameters import REQUEST
 from edgeinfer.sampling import SampleTable, SamplingParams
 
 if TYPE_CHECKING:
@@ -35,6 +36,10 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     n_pinned: int = 0
     speculation: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None:
+            REQUEST["max_tokens"].check(self.max_tokens)
 
     @property
     def can_speculate(self) -> bool:
@@ -91,6 +96,11 @@ class Sequence:
         """Tokens whose K and V are not stored yet: 1 while decoding."""
         return len(self.ids) - self.cache.n_tokens
 
+    @property
+    def is_decoding(self) -> bool:
+        """Whether only its latest token waits: nothing of the prompt, nor of a cache it lost."""
+        return self.n_generated > 0 and self.n_waiting == 1
+
     def common_prefix(self, ids: tuple[int, ...], layout: CacheLayout) -> int:
         """How many of `ids` this sequence's cache can serve, the last one excepted."""
         if layout != self.cache.layout:
@@ -126,10 +136,10 @@ class Rows:
         before = ids if n < 0 else ids[max(0, len(ids) - n) :]
         return np.array([*before, *self.drafts], np.int32)
 
-    def add_drafts(self, tokens: Iterable[int]) -> None:
-        self.drafts = tuple(tokens)
-        self.n += len(self.drafts)
-        self.n_wanted += len(self.drafts)
+    def with_drafts(self, tokens: Iterable[int]) -> Rows:
+        drafts = tuple(tokens)
+        n = len(drafts)
+        return Rows(self.sequence, self.n + n, self.n_wanted + n, self.work, drafts)
 
 
 def build_batch(parts: list[Rows], samples: SampleTable | None) -> Batch:

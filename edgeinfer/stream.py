@@ -1,4 +1,4 @@
-"""Turns the tokens of a generation into text: deltas as they come, a completion at the end.
+"""The events of one answer as its reader gets them: deltas as they come, a completion at the end.
 
 Knows nothing of prompts or of how tokens are made.
 """
@@ -6,16 +6,19 @@ Knows nothing of prompts or of how tokens are made.
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
+from array import array
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Literal, TypeVar
 
-from edgeinfer.chat import ReasoningSplitter
-from edgeinfer.errors import ClosedError
-from edgeinfer.generation import Generation
+from edgeinfer.errors import ClosedError, InvalidRequestError
+from edgeinfer.generation import WAKE_SECONDS, Generation
+from edgeinfer.reply import AnswerText
 from edgeinfer.results import (
     Completion,
     Delta,
@@ -27,59 +30,19 @@ from edgeinfer.results import (
     Usage,
 )
 from edgeinfer.sequence import Finished, Prefilled, Token
-from edgeinfer.tokenizer import StopFinder, StreamDecoder, Tokenizer
+from edgeinfer.tokenizer import Tokenizer
 
 _Self = TypeVar("_Self", bound="Stream")
 _Reason = Literal["stop", "length", "cancelled"]
-
-
-@dataclass(slots=True)
-class AnswerText:
-    """Text from token ids: whole characters, nothing of a stop string, reasoning apart."""
-
-    decoder: StreamDecoder
-    stops: StopFinder
-    splitter: ReasoningSplitter | None
-    text: list[str] = field(default_factory=list)
-    reasoning: list[str] = field(default_factory=list)
-    stop: str | None = None
-
-    @classmethod
-    def open(
-        cls, tokenizer: Tokenizer, stop: tuple[str, ...], splitter: ReasoningSplitter | None
-    ) -> AnswerText:
-        """A `splitter` means a chat, else the answer continues the prompt's text."""
-        strip_space = None if splitter is not None else False
-        decoder = StreamDecoder(tokenizer, strip_space=strip_space)
-        return cls(decoder, StopFinder(stop), splitter)
-
-    def push(self, token: int) -> Delta | None:
-        """What the token adds; nothing while it may belong to a stop string."""
-        text, self.stop = self.stops.push(self.decoder.push(token))
-        return self._add(*(self.splitter.push(text) if self.splitter else ("", text)))
-
-    def flush(self) -> Delta | None:
-        """What was held back, at the end of the generation."""
-        text = ""
-        if self.stop is None:
-            text, self.stop = self.stops.push(self.decoder.flush())
-            text += self.stops.flush() if self.stop is None else ""
-        if self.splitter is None:
-            return self._add("", text)
-        reasoning, shown = self.splitter.push(text)
-        more_reasoning, more_shown = self.splitter.flush()
-        return self._add(reasoning + more_reasoning, shown + more_shown)
-
-    def _add(self, reasoning: str, text: str) -> Delta | None:
-        if not reasoning and not text:
-            return None
-        self.reasoning.append(reasoning)
-        self.text.append(text)
-        return Delta(text=text, reasoning=reasoning)
+MOST_OPEN = 256  # streams of a batch: more than steps take, fewer than may wait
 
 
 class Stream(Iterator[Event]):
-    """The events of one answer. `close` cancels it; so does dropping the last reference."""
+    """The events of one answer, for one reader at a time.
+
+    `close`, from any thread, cancels it; so do dropping the last reference and an exception that
+    ends the wait for an event. Unread it runs some 250 tokens ahead and then pauses.
+    """
 
     def __init__(
         self,
@@ -96,8 +59,13 @@ class Stream(Iterator[Event]):
         self._model, self._load_s = model, load_s
         self.dropped_turns = dropped_turns  # the oldest ones, that the prompt has no room for
         self._owner = owner  # keeps the model open while someone iterates
+        # Reentrant: a signal's handler may close the stream that its thread is reading.
+        self._lock = threading.RLock()
+        self._reader = 0  # the thread that is in `__next__` or `poll`
         self._ready: deque[Event] = deque()
-        self._tokens: list[Token] = []
+        self._ids = array("i")
+        self._first_at = self._last_at = 0.0  # of its tokens
+        self._logprobs: list[TokenLogprob] = []
         self._prefill: list[Prefilled] = []
         self._completion: Completion | None = None
         self._is_over = False
@@ -118,11 +86,45 @@ class Stream(Iterator[Event]):
         return self
 
     def __next__(self) -> Event:
-        while not self._ready:
-            if self._is_over:
-                raise StopIteration
-            self._take(next(self._generation))
-        return self._ready.popleft()
+        self._begin_reading()
+        try:
+            while (event := self._next_ready()) is None:
+                self._take(next(self._generation))
+            return event
+        except StopIteration:
+            raise
+        except BaseException:  # an interrupt too: whoever keeps its traceback keeps the stream
+            self.close()
+            raise
+        finally:
+            self._reader = 0
+
+    def poll(self) -> Event | None:
+        """The next event if it has come, else None; raises StopIteration after the last."""
+        self._begin_reading()
+        try:
+            while (event := self._next_ready()) is None:
+                taken = self._generation.events.poll()
+                if taken is None:
+                    return None
+                self._take(taken)
+            return event
+        finally:
+            self._reader = 0
+
+    def notify(self, callback: Callable[[], object]) -> None:
+        """Call `callback` once when `poll` has something: at once, or in the engine's thread.
+
+        It must not block; if it raises in that thread, the answer ends with the error.
+        """
+        if self._ready or self._is_over:
+            callback()
+        else:
+            self._generation.events.notify(callback)
+
+    def check_alive(self) -> None:
+        """Raise ClosedError unless events can still come."""
+        self._generation.check_alive()
 
     def run(self) -> Completion:
         """Wait for the end; an interrupted wait cancels the generation."""
@@ -136,10 +138,11 @@ class Stream(Iterator[Event]):
 
         What was read and written stays in the cache until the room is needed.
         """
-        if not self._is_over:
-            self._generation.cancel(keep_cache=True)
-            self._end("cancelled", None)
-        self._ready.clear()
+        with self._lock:
+            if not self._is_over:
+                self._generation.cancel(keep_cache=True)
+                self._end("cancelled", None)
+            self._ready.clear()
 
     def __enter__(self: _Self) -> _Self:
         return self
@@ -157,22 +160,46 @@ class Stream(Iterator[Event]):
             with contextlib.suppress(Exception):
                 self._generation.cancel()
 
+    def _begin_reading(self) -> None:
+        with self._lock:
+            if self._reader not in (0, threading.get_ident()):
+                raise InvalidRequestError("the stream is being read already; it has one reader")
+            self._reader = threading.get_ident()
+
+    def _next_ready(self) -> Event | None:
+        with self._lock:
+            if self._ready:
+                return self._ready.popleft()
+            if self._is_over:
+                raise StopIteration
+            return None
+
     def _take(self, event: Prefilled | Token | Finished) -> None:
-        if isinstance(event, Prefilled):
-            self._prefill.append(event)
-            self._ready.append(PromptProgress(done=event.done, total=event.total))
-        elif isinstance(event, Token):
-            self._tokens.append(event)
-            self._show(self._answer.push(event.id))
-            if self._answer.stop is not None:
-                self._generation.cancel(keep_cache=True)
-                self._end("stop", self._answer.stop)
-        elif event.error is not None:
-            self._is_over = True
-            raise event.error
-        else:
-            assert event.reason != "error"
-            self._end(event.reason, event.stop_id)
+        with self._lock:
+            if self._is_over:  # another thread has closed it
+                return
+            if isinstance(event, Token):
+                self._take_token(event)
+            elif isinstance(event, Prefilled):
+                self._prefill.append(event)
+                self._ready.append(PromptProgress(done=event.done, total=event.total))
+            elif event.error is not None:
+                self._is_over = True
+                raise event.error
+            else:
+                assert event.reason != "error"
+                self._end(event.reason, event.stop_id)
+
+    def _take_token(self, token: Token) -> None:
+        self._first_at = self._first_at or token.at
+        self._last_at = token.at
+        self._ids.append(token.id)
+        if token.logprob is not None:
+            self._logprobs.append(self._logprob(token))
+        self._show(self._answer.push(token.id))
+        if self._answer.stop is not None:
+            self._generation.cancel(keep_cache=True)
+            self._end("stop", self._answer.stop)
 
     def _show(self, delta: Delta | None) -> None:
         if delta is not None:
@@ -180,20 +207,20 @@ class Stream(Iterator[Event]):
 
     def _end(self, reason: _Reason, stop: str | int | None) -> None:
         self._is_over = True
-        self._show(self._answer.flush())
+        self._show(self._answer.flush(stop if isinstance(stop, int) else None))
         if self._answer.stop is not None:
             reason, stop = "stop", self._answer.stop
         prompt, first = self._generation.request, self._prefill[:1]
         self._completion = Completion(
-            text="".join(self._answer.text),
-            reasoning="".join(self._answer.reasoning),
-            token_ids=tuple(token.id for token in self._tokens),
+            text=self._answer.text,
+            reasoning=self._answer.reasoning,
+            token_ids=tuple(self._ids),
             finish_reason=reason,
             stop=stop,
-            logprobs=self._logprobs(),
+            logprobs=None if prompt.params.logprobs is None else tuple(self._logprobs),
             usage=Usage(
                 prompt_tokens=len(prompt.ids),
-                completion_tokens=len(self._tokens),
+                completion_tokens=len(self._ids),
                 cached_tokens=first[0].cached if first else 0,
             ),
             timings=self._timings(),
@@ -202,34 +229,49 @@ class Stream(Iterator[Event]):
         )
         self._ready.append(Done(completion=self._completion))
 
-    def _logprobs(self) -> tuple[TokenLogprob, ...] | None:
-        if self._generation.request.params.logprobs is None:
-            return None
-        return tuple(
-            TokenLogprob(
-                id=token.id,
-                text=self._tokenizer.piece(token.id).decode(errors="replace"),
-                logprob=float("nan") if token.logprob is None else token.logprob,
-                top=token.top,
-            )
-            for token in self._tokens
-        )
+    def _logprob(self, token: Token) -> TokenLogprob:
+        assert token.logprob is not None
+        text = self._tokenizer.piece(token.id).decode(errors="replace")
+        return TokenLogprob(id=token.id, text=text, logprob=token.logprob, top=token.top)
 
     def _timings(self) -> Timings:
         submitted = self._generation.submitted_at
-        prefill_s, n_prefilled, first_s, decode_s = 0.0, 0, 0.0, 0.0
+        prefill_s, n_prefilled, decode_s = 0.0, 0, self._last_at - self._first_at
         if self._prefill:
             start, end = self._prefill[0], self._prefill[-1]
             prefill_s, n_prefilled = end.at - start.at, end.done - start.cached
-        if self._tokens:
-            first_s = self._tokens[0].at - submitted
-            decode_s = self._tokens[-1].at - self._tokens[0].at
         return Timings(
             load_s=self._load_s,
-            first_token_s=first_s,
+            first_token_s=self._first_at - submitted if self._ids else 0.0,
             prefill_tok_s=n_prefilled / prefill_s if prefill_s else 0.0,
-            decode_tok_s=(len(self._tokens) - 1) / decode_s if decode_s else 0.0,
+            decode_tok_s=(len(self._ids) - 1) / decode_s if decode_s else 0.0,
             total_s=time.perf_counter() - submitted,
             proposed_tokens=self._generation.n_proposed,
             accepted_tokens=self._generation.n_accepted,
         )
+
+
+def read_all(streams: Iterable[Stream]) -> list[Completion]:
+    """The completions of streams that are read side by side, as their events come.
+
+    An iterator that opens each as it is asked for has at most MOST_OPEN open.
+    """
+    ready: SimpleQueue[Stream] = SimpleQueue()
+    opened: list[Stream] = []
+    more, n_open = iter(streams), 0
+    while True:
+        while n_open < MOST_OPEN and (stream := next(more, None)) is not None:
+            opened.append(stream)
+            stream.notify(partial(ready.put, stream))
+            n_open += 1
+        if not n_open:
+            return [stream.completion for stream in opened]
+        try:
+            stream = ready.get(timeout=WAKE_SECONDS)
+            while stream.poll() is not None:
+                pass
+            stream.notify(partial(ready.put, stream))
+        except Empty:
+            opened[-1].check_alive()
+        except StopIteration:
+            n_open -= 1

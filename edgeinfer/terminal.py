@@ -1,4 +1,4 @@
-"""Makes text that others wrote safe to show on a terminal.
+"""Makes text that others wrote safe to show: on a terminal, in a log, in an error.
 
 Knows nothing of where the text comes from.
 """
@@ -6,6 +6,7 @@ Knows nothing of where the text comes from.
 from __future__ import annotations
 
 import re
+from unicodedata import category
 
 # Control sequences (CSI), strings (OSC, DCS, ...) up to BEL or ST, and two-character escapes.
 _SEQUENCE = re.compile(
@@ -26,6 +27,25 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 def printable(text: str) -> str:
     """`text` without escape sequences and control characters, tab and newline excepted."""
     return _CONTROL.sub("", _SEQUENCE.sub("", text))
+
+
+def one_line(text: str, limit: int = 200) -> str:
+    """`text` as a part of one line: no escape sequence, control or invisible character.
+
+    What ends a line becomes a space, a lone surrogate U+FFFD. Of a longer text than `limit` the
+    middle is left out, but for its length.
+    """
+    if len(text) > limit:
+        text = f"{text[: limit * 2 // 3]}… [{len(text)} characters] …{text[-limit // 4 :]}"
+    if text.isprintable():
+        return text
+    text = _SEQUENCE.sub("", text).translate(_LINE_ENDS)
+    return "".join(_UNSEEN.get(category(c), c) for c in text)
+
+
+_LINE_ENDS = dict.fromkeys(map(ord, "\t\n\v\f\r\x1c\x1d\x1e\x1f\x85\u2028\u2029"), " ")
+# Controls, zero-width characters and those that turn the direction, lone surrogates.
+_UNSEEN = {"Cc": "", "Cf": "", "Cs": "\ufffd"}
 
 
 class StreamFilter:

@@ -8,13 +8,15 @@ from __future__ import annotations
 import codecs
 import re
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from .byte_pair import BytePair
 from .errors import InvalidModelError, InvalidRequestError
+from .pretokenizers import in_threes
 from .vocabulary import (
     BYTE,
+    BYTE_TEXTS,
     CONTROL,
     NORMAL,
     UNKNOWN,
@@ -24,6 +26,7 @@ from .vocabulary import (
     merge_ranks,
     read_vocabulary,
     token_scores,
+    utf8,
 )
 
 _ASCII_SPACE = " \t\n\v\f\r"
@@ -52,7 +55,8 @@ class Tokenizer:
         self._encode_raw = encode_raw
         self._byte_level = vocab.byte_level
         self._kinds = bytes(vocab.kinds)
-        self.texts = vocab.texts
+        self._spellings = vocab.texts
+        self.texts = vocab.texts if vocab.is_utf8 else [_sound(text) for text in vocab.texts]
         specials = _specials(vocab)
         self._special_ids = {s.text: s.id for s in specials}
         self.special_texts = tuple(s.text for s in specials if s.guarded)
@@ -112,7 +116,7 @@ class Tokenizer:
         return "".join([stream.push(id) for id in ids]) + stream.flush()
 
     def text(self, id: int) -> str:
-        """The vocabulary's own spelling of a token."""
+        """The vocabulary's own spelling of a token, with U+FFFD for what is not UTF-8."""
         self._check(id)
         return self.texts[id]
 
@@ -123,19 +127,20 @@ class Tokenizer:
 
     def piece(self, id: int) -> bytes:
         """The bytes a token stands for; part of a character for some."""
-        text, kind = self.text(id), self._kinds[id]
+        self._check(id)
+        text, kind = self._spellings[id], self._kinds[id]
         if kind in (CONTROL, UNKNOWN, USER_DEFINED):
-            return text.encode()
+            return utf8(text)
         if kind == BYTE:
             return bytes([byte_value(text)])
         if kind != NORMAL:
             return b""
         if not self._byte_level:
-            return text.replace("▁", " ").encode()
+            return utf8(text.replace("▁", " "))
         try:
             return bytes([_BYTE_OF_CHAR[c] for c in text])
         except KeyError:
-            return text.encode()
+            return utf8(text)
 
     def _check(self, id: int) -> None:
         if not 0 <= id < self.n_vocab:
@@ -194,47 +199,6 @@ class StreamDecoder:
         return self._decoder.decode(b"", final=True)
 
 
-class StopFinder:
-    """Finds the first stop string in text that comes in parts.
-
-    Text that might begin a stop string is held back: at most max(len(stop)) - 1 characters.
-    """
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        if not all(stops):
-            raise InvalidRequestError("a stop string is empty", param="stop")
-        self._stops = tuple(stops)
-        self._held = ""
-
-    def push(self, text: str) -> tuple[str, str | None]:
-        """Text that can be shown, and the stop string that was completed or None.
-
-        After a match the text before the stop string is all there is.
-        """
-        text = self._held + text
-        matches = [(at + len(s), at, s) for s in self._stops if (at := text.find(s)) >= 0]
-        if matches:
-            _, start, stop = min(matches)
-            self._held = ""
-            return text[:start], stop
-        n_held = max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[len(text) - n_held :]
-        return text[: len(text) - n_held], None
-
-    def flush(self) -> str:
-        """The text held back, once no more can come."""
-        held, self._held = self._held, ""
-        return held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that begins `stop`."""
-    for n in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:n]):
-            return n
-    return 0
-
-
 def _sound(text: str) -> str:
     try:
         text.encode()
@@ -248,7 +212,9 @@ def _sound(text: str) -> str:
 
 def _specials(vocab: Vocabulary) -> list[_Special]:
     ids = vocab.of_kinds(CONTROL, UNKNOWN, USER_DEFINED)
-    ids.sort(key=lambda i: -len(vocab.texts[i].encode()))
+    if not vocab.is_utf8:  # no text has what is not UTF-8
+        ids = [i for i in ids if _sound(vocab.texts[i]) == vocab.texts[i]]
+    ids.sort(key=lambda i: -len(utf8(vocab.texts[i])))
     return [
         _Special(
             text=vocab.texts[i],
@@ -301,7 +267,8 @@ def _partition(raw: str, groups: Mapping[str, list[_Special]]) -> list[str | int
 def _build_spm(vocab: Vocabulary, meta: Mapping[str, Any]) -> Callable[[str], list[int]]:
     from sentencepiece import SentencePieceProcessor
 
-    proto = _spm_proto(vocab, token_scores(meta, len(vocab.texts)))
+    extra = _extra_pieces(vocab)
+    proto = _spm_proto(vocab, token_scores(meta, len(vocab.texts)), extra)
     processor = SentencePieceProcessor()
     try:
         processor.LoadFromSerializedProto(proto)
@@ -309,31 +276,57 @@ def _build_spm(vocab: Vocabulary, meta: Mapping[str, Any]) -> Callable[[str], li
         raise InvalidModelError(
             f"the vocabulary can't be used: {error}", field="tokenizer.ggml.tokens"
         ) from error
+    if not extra:
+        return processor.EncodeAsIds
+    n_vocab, meant = len(vocab.texts), list(extra.values())
 
     def encode(text: str) -> list[int]:
-        return processor.EncodeAsIds(text)  # type: ignore[no-any-return]
+        return [id if id < n_vocab else meant[id - n_vocab] for id in processor.EncodeAsIds(text)]
 
     return encode
 
 
-def _spm_proto(vocab: Vocabulary, scores: list[float]) -> bytes:
-    """A serialised sentencepiece.ModelProto; a ModelProto may have one unknown piece only."""
+def _extra_pieces(vocab: Vocabulary) -> dict[str, int]:
+    """Pieces that the library insists on, with the tokens they mean: every byte, an unknown last.
+
+    A byte without token of its own means the token that is this byte alone, else the unknown one.
+    """
     unknown = vocab.unknown_id or 0
+    missing = [text for text in BYTE_TEXTS if text not in vocab.ids]
+    if len(missing) == len(BYTE_TEXTS) or not (missing or vocab.kinds[unknown] == BYTE):
+        return {}
+    extra = {}
+    for text in missing:
+        alone = bytes([BYTE_TEXTS[text]]).decode(errors="surrogateescape")
+        extra[text] = vocab.ids.get(alone, unknown)
+    name = "<unk>"
+    while name in vocab.ids:
+        name += ">"
+    return {**extra, name: unknown}
+
+
+def _spm_proto(vocab: Vocabulary, scores: list[float], extra: Mapping[str, int]) -> bytes:
+    """A serialised sentencepiece.ModelProto; a ModelProto may have one unknown piece only."""
+    texts = [*vocab.texts, *extra]
+    kinds = vocab.kinds + bytes([BYTE]) * len(extra)
+    unknown = len(texts) - 1 if extra else vocab.unknown_id or 0
     # USER_DEFINED and UNUSED take part in merging like any other; specials are cut out before.
     proto_kind = (CONTROL, NORMAL, CONTROL, CONTROL, NORMAL, NORMAL, BYTE)
     pack_score = struct.Struct("<f").pack
+    names = list(map(str.encode if vocab.is_utf8 else utf8, texts))
+    scores = [*scores, *[0.0] * len(extra)]
     parts: list[bytes] = []
-    for i, (text, score) in enumerate(zip(vocab.texts, scores, strict=True)):
-        kind = UNKNOWN if i == unknown else proto_kind[vocab.kinds[i]]
-        name = text.encode()
+    for i, (name, score) in enumerate(zip(names, scores, strict=True)):
+        kind = UNKNOWN if i == unknown else proto_kind[kinds[i]]
+        if kind == BYTE and texts[i] not in BYTE_TEXTS:  # a second spelling of a byte
+            kind = CONTROL
         piece = b"\x0a" + _varint(len(name)) + name + b"\x15" + pack_score(score)
         piece += b"\x18" + _varint(kind)
         parts += (b"\x0a", _varint(len(piece)), piece)
-    has_bytes = vocab.kinds.count(BYTE) == 256
-    unknown_text = vocab.texts[unknown].encode()
-    trainer = b"\x18\x02\x20" + _varint(len(vocab.texts)) + b"\x98\x02" + _varint(has_bytes)
+    has_bytes = bool(extra) or "<0x00>" in vocab.ids
+    trainer = b"\x18\x02\x20" + _varint(len(texts)) + b"\x98\x02" + _varint(has_bytes)
     trainer += b"\xc0\x02" + _varint(unknown)
-    trainer += b"\xea\x02" + _varint(len(unknown_text)) + unknown_text
+    trainer += b"\xea\x02" + _varint(len(names[unknown])) + names[unknown]
     normalizer = b"\x0a\x08identity\x18\x00\x20\x00\x28\x01"
     parts += (b"\x12", _varint(len(trainer)), trainer)
     parts += (b"\x1a", _varint(len(normalizer)), normalizer)
@@ -370,7 +363,7 @@ def _build_bpe(vocab: Vocabulary, meta: Mapping[str, Any]) -> Callable[[str], li
         del tokens[vocab.texts[i]]
     pairs = BytePair(
         tokens,
-        merge_ranks(meta, vocab.ids),
+        merge_ranks(meta),
         ignore_merges=row.ignore_merges,
         byte_fallback=not row.byte_level,
     )
@@ -386,7 +379,16 @@ def _build_bpe(vocab: Vocabulary, meta: Mapping[str, Any]) -> Callable[[str], li
             text = text.replace(" ", "▁")
         return [id for word, _ in words(text) for id in pairs.encode(word)]
 
-    return encode
+    if row.threes is None:
+        return encode
+    numbers, digits = row.threes
+    runs = Split(Regex(numbers), "isolated").pre_tokenize_str
+
+    def encode_in_threes(text: str) -> list[int]:
+        pieces = [piece for run, _ in runs(text) for piece in in_threes(run, digits)]
+        return [id for piece in pieces for id in encode(piece)]
+
+    return encode_in_threes
 
 
 def _char_bytes() -> dict[str, int]:

@@ -8,14 +8,31 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Protocol, runtime_checkable
 
 from .errors import InvalidModelError, InvalidRequestError, UnsupportedModelError
 from .pretokenizers import PRE_TOKENIZERS, PreTokenizer
+from .terminal import one_line
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 _KEY = "tokenizer.ggml."
+
+# Twice what the largest vocabularies in use have.
+_MAX_TOKENS = 1 << 19
+_MAX_MERGES = 1 << 20
+_MAX_TEXT = 1 << 25
+_MAX_NAME = 60  # characters of a name that are looked at
+
+# Metadata that changes what text becomes. Without effect on these vocabularies are
+# `remove_extra_whitespaces`, `precompiled_charsmap`, `add_sep_token` and the ids that go with them;
+# `add_eos_token` too, since what is encoded here is to be continued.
+_UNSUPPORTED = {
+    "suppress_tokens": "tokens that are never generated",
+    "normalizer.lowercase": "text in lower case",
+    "normalizer.strip_accents": "text without accents",
+}
 
 # Tokens that end a generation, whatever type the file gives them.
 _EOG_TEXTS = frozenset(
@@ -49,6 +66,7 @@ _DEPRECATED_FIM_KEYS = {
 }
 _FIM_THAT_ENDS = ("fim_pad_token_id", "fim_rep_token_id", "fim_sep_token_id")
 _ALWAYS_SHOWN = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
+_HAS_SURROGATE = re.compile("[\ud800-\udfff]").search
 _NOT_RSTRIPPED = ("<unk>", "<s>", "<|endoftext|>")
 
 
@@ -61,7 +79,11 @@ class LazyArray(Protocol):
 
 @runtime_checkable
 class RawStrings(Protocol):
-    """An array of strings that can be had as they are in the file."""
+    """An array of strings that can be had as they are in the file, where they take `n_bytes`."""
+
+    n_bytes: int
+
+    def __len__(self) -> int: ...
 
     def bytes(self) -> list[bytes]: ...
 
@@ -74,6 +96,7 @@ class Vocabulary:
     pre: str
     row: PreTokenizer | None
     texts: list[str]
+    is_utf8: bool
     ids: dict[str, int]
     file_kinds: bytes
     kinds: bytearray
@@ -100,25 +123,23 @@ def read_vocabulary(meta: Mapping[str, Any], pre: str | None) -> Vocabulary:
     model = _string(meta, _KEY + "model")
     if model not in ("llama", "gpt2", "gemma4"):
         raise UnsupportedModelError(
-            f"the file's tokenizer is {model!r}; generation runs with llama (SentencePiece), "
+            f"the file's tokenizer is {_shown(model)}; generation runs with llama (SentencePiece), "
             "gpt2 and gemma4 (byte-pair) vocabularies",
-            missing=(f"tokenizer {model}",),
+            missing=(f"tokenizer {one_line(model)}",),
         )
     name, row = _pre_tokenizer(meta, model, pre)
-    texts = _token_texts(meta)
+    texts, is_utf8 = _token_texts(meta)
     ids = dict(zip(texts, range(len(texts)), strict=True))
     if len(ids) != len(texts):
         i, text = next((i, t) for i, t in enumerate(texts) if ids[t] != i)
         raise InvalidModelError(
-            f"tokens {i} and {ids[text]} are both {text!r}", field=_KEY + "tokens"
+            f"tokens {i} and {ids[text]} are both {_shown(text)}", field=_KEY + "tokens"
         )
+    _check_neutral(meta)
     kinds = bytearray(_token_types(meta, len(texts)))
-    if BYTE in kinds:
-        for text, kind in zip(texts, kinds, strict=True):
-            if kind == BYTE:
-                byte_value(text)
-    vocab = Vocabulary(model, name, row, texts, ids, bytes(kinds), kinds)
+    vocab = Vocabulary(model, name, row, texts, is_utf8, ids, bytes(kinds), kinds)
     _override_kinds(vocab, meta)
+    _find_bytes(vocab)
     _read_special_ids(vocab, meta)
     is_spm = row is None
     vocab.add_space_prefix = _flag(meta, _KEY + "add_space_prefix", is_spm)
@@ -150,6 +171,7 @@ def _pre_tokenizer(
         return name, row
     import difflib  # 2 ms that starts don't need
 
+    name = one_line(name, _MAX_NAME)
     near = difflib.get_close_matches(name, PRE_TOKENIZERS, n=5, cutoff=0.4)
     names = ", ".join(near or sorted(PRE_TOKENIZERS)[:8])
     message = f"unknown pre-tokenizer {name!r}; near names: {names}"
@@ -158,6 +180,27 @@ def _pre_tokenizer(
     raise UnsupportedModelError(
         f"{_KEY}pre: {message}; --pre NAME chooses one of them", missing=(f"pre-tokenizer {name}",)
     )
+
+
+def _check_neutral(meta: Mapping[str, Any]) -> None:
+    for name, operation in _UNSUPPORTED.items():
+        value = meta.get(_KEY + name)
+        if value is not None and (value.tolist() if isinstance(value, LazyArray) else value):
+            raise UnsupportedModelError(
+                f"{_KEY}{name} asks for {operation}, which edgeinfer lacks; take a file of "
+                "another publisher",
+                missing=(operation,),
+            )
+
+
+def _find_bytes(vocab: Vocabulary) -> None:
+    """A byte is a token spelled <0xXX>: some files call them normal, or have no types."""
+    if not vocab.byte_level:
+        for text in BYTE_TEXTS:
+            if (id := vocab.ids.get(text)) is not None:
+                vocab.kinds[id] = BYTE
+    for id in vocab.of_kinds(BYTE):
+        byte_value(vocab.texts[id])
 
 
 def _override_kinds(vocab: Vocabulary, meta: Mapping[str, Any]) -> None:
@@ -179,10 +222,7 @@ def _override_kinds(vocab: Vocabulary, meta: Mapping[str, Any]) -> None:
     for text in _ALWAYS_SHOWN:
         if text in ids:
             kinds[ids[text]] = USER_DEFINED
-    for name in ("eos_token_id", "eot_token_id", "eom_token_id"):
-        id = _special_id(meta, _KEY + name, len(kinds))
-        if id is not None:
-            eog.add(id)
+    eog |= _end_ids(meta, len(kinds))
     has_call = "<|call|>" in ids or "<|calls|>" in ids
     if "<|end|>" in ids and has_call and ("<|return|>" in ids or "<|flush|>" in ids):
         eog.discard(ids["<|end|>"])
@@ -212,14 +252,20 @@ def _read_special_ids(vocab: Vocabulary, meta: Mapping[str, Any]) -> None:
         vocab.eog_ids |= {eos}
 
 
-def _token_texts(meta: Mapping[str, Any]) -> list[str]:
+def _token_texts(meta: Mapping[str, Any]) -> tuple[list[str], bool]:
+    """The tokens, and whether all are UTF-8; of others each wrong byte is a lone surrogate."""
     key = _KEY + "tokens"
-    texts = _strings(meta, key)
+    items, is_utf8 = _raw_strings(meta, key, _MAX_TOKENS), True
+    try:
+        texts = list(map(bytes.decode, items))
+    except (TypeError, UnicodeDecodeError):
+        texts = [i if isinstance(i, str) else i.decode(errors="surrogateescape") for i in items]
+        is_utf8 = not any(map(_HAS_SURROGATE, texts))
     if not texts:
         raise InvalidModelError("the vocabulary is empty", field=key)
     if not all(texts):
         texts = [text or f"[EMPTY_{i}]" for i, text in enumerate(texts)]
-    return texts
+    return texts, is_utf8
 
 
 def _token_types(meta: Mapping[str, Any], n_vocab: int) -> bytes:
@@ -256,17 +302,23 @@ def _numbers(meta: Mapping[str, Any], key: str, n: int, kinds: str) -> Any:
     return numbers
 
 
-def _strings(meta: Mapping[str, Any], key: str) -> list[str]:
+def _raw_strings(meta: Mapping[str, Any], key: str, most: int) -> Sequence[Any]:
+    """Strings or bytes, of no more than can be a vocabulary's."""
+    value = meta.get(key)
+    if isinstance(value, RawStrings):
+        _check_most(key, "strings", len(value), most)
+        _check_most(key, "bytes of text", value.n_bytes, _MAX_TEXT)
+        return value.bytes()
     items = _items(meta, key)
-    kinds = set(map(type, items))
-    if kinds <= {str}:
-        return items
-    if not kinds <= {str, bytes}:
+    _check_most(key, "strings", len(items), most)
+    if not set(map(type, items)) <= {str, bytes}:
         raise InvalidModelError("an entry is not a string", field=key)
-    try:
-        return [item if isinstance(item, str) else item.decode() for item in items]
-    except UnicodeDecodeError as error:
-        raise InvalidModelError("an entry is not UTF-8", field=key) from error
+    return items
+
+
+def _check_most(key: str, what: str, n: int, most: int) -> None:
+    if n > most:
+        raise InvalidModelError(f"found {n} {what}, at most {most} are supported", field=key)
 
 
 def _items(meta: Mapping[str, Any], key: str) -> list[Any]:
@@ -298,53 +350,61 @@ def _flag(meta: Mapping[str, Any], key: str, default: bool) -> bool:
     return bool(value)
 
 
+def _end_ids(meta: Mapping[str, Any], n_vocab: int) -> set[int]:
+    """Tokens that the file says end a generation; some have several."""
+    names = ("eos_token_id", "eot_token_id", "eom_token_id")
+    ids = {_special_id(meta, _KEY + name, n_vocab) for name in names}
+    key = _KEY + "eos_token_ids"
+    if (value := meta.get(key)) is not None:
+        values = [value] if isinstance(value, Integral) else _items(meta, key)
+        ids |= {_token_id(each, key, n_vocab) for each in values}
+    return {id for id in ids if id is not None}
+
+
 def _special_id(meta: Mapping[str, Any], key: str, n_vocab: int) -> int | None:
     value = meta.get(key)
-    if value is None:
-        return None
-    try:
-        id = value.__index__()
-    except (AttributeError, TypeError) as error:
+    return None if value is None else _token_id(value, key, n_vocab)
+
+
+def _token_id(value: Any, key: str, n_vocab: int) -> int | None:
+    """None for a number that is no token's: -1, or one past the end, is how files write "none"."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
         message = f"{type(value).__name__} where a token id is needed"
-        raise InvalidModelError(message, field=key) from error
-    # -1, also as the unsigned number it becomes, is how files write "none".
-    if id in (-1, 0xFFFFFFFF):
-        return None
-    if isinstance(value, bool) or not 0 <= id < n_vocab:
-        raise InvalidModelError(f"{value!r} in a vocabulary of {n_vocab} tokens", field=key)
-    return int(id)
+        raise InvalidModelError(message, field=key)
+    id = int(value)
+    return id if 0 <= id < n_vocab else None
 
 
-def merge_ranks(meta: Mapping[str, Any], ids: Mapping[str, int]) -> dict[bytes, int]:
-    """The rank of every merge, by its spelling "left right" in UTF-8: most are never decoded."""
+def merge_ranks(meta: Mapping[str, Any]) -> dict[bytes, int]:
+    """The rank of every merge, by its spelling "left right" in UTF-8: most are never decoded.
+
+    One that names no tokens is harmless: what is no token never comes up in merging.
+    """
     key = _KEY + "merges"
-    array = meta.get(key)
-    merges = (
-        array.bytes()
-        if isinstance(array, RawStrings)
-        else [text.encode() for text in _strings(meta, key)]
-    )
-    # A sample tells merges of another vocabulary. Checking all takes a twentieth of a start, and
-    # what is no token never comes up in merging.
-    for i in range(0, len(merges), max(1, len(merges) // _CHECKED_MERGES)):
-        # NOTE: a token may begin with a space, so the first character never separates.
-        merge = merges[i].decode(errors="replace")
-        at = merge.find(" ", 1)
-        if not 0 < at < len(merge) - 1:
-            raise InvalidModelError(f"merge {i} is {merge!r}, not two tokens", field=key)
-        left, right = merge[:at], merge[at + 1 :]
-        if not {left, right, left + right} <= ids.keys():
-            raise InvalidModelError(
-                f"merge {i} ({left!r}, {right!r}) names a token that the vocabulary lacks",
-                field=key,
-            )
-    return dict(zip(merges, range(len(merges)), strict=True))
+    merges = _raw_strings(meta, key, _MAX_MERGES)
+    if not isinstance(meta[key], RawStrings):  # a copy of those of a file takes 2 ms
+        merges = [text.encode() if isinstance(text, str) else text for text in merges]
+    ranks = dict(zip(merges, range(len(merges)), strict=True))
+    if len(ranks) < len(merges):  # the first of equals counts
+        ranks = dict(zip(reversed(merges), reversed(range(len(merges))), strict=True))
+    return ranks
 
 
-_CHECKED_MERGES = 500
+BYTE_TEXTS = {f"<0x{byte:02X}>": byte for byte in range(256)}
 
 
 def byte_value(text: str) -> int:
+    if (byte := BYTE_TEXTS.get(text)) is not None:
+        return byte
     if not re.fullmatch("<0x[0-9A-Fa-f]{2}>", text):
-        raise InvalidModelError(f"{text!r} is not a byte token <0xXX>", field=_KEY + "tokens")
+        raise InvalidModelError(f"{_shown(text)} is not a byte token <0xXX>", field=_KEY + "tokens")
     return int(text[3:5], 16)
+
+
+def utf8(text: str) -> bytes:
+    """A token's bytes as the file has them."""
+    return text.encode(errors="surrogateescape")
+
+
+def _shown(text: str) -> str:
+    return repr(one_line(text, _MAX_NAME))

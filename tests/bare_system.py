@@ -13,7 +13,7 @@ from typing import Any
 
 _OS_CALLS = (
     "sched_getaffinity", "sysconf", "posix_fadvise", "fork", "forkpty", "register_at_fork",
-    "getloadavg", "fsync",
+    "getloadavg", "fsync", "preadv",
 )  # fmt: skip
 _ADVICE = ("MADV_HUGEPAGE", "MADV_DONTNEED", "MADV_WILLNEED", "MADV_SEQUENTIAL")
 
@@ -31,6 +31,5 @@ def pytest_configure(config: Any) -> None:
 
     platform._read = lambda path: None
     platform._FUTEX_NUMBERS.clear()
-    platform.forget_pages = lambda address, n_bytes: None
     platform.can_run_generated_code = lambda: None
     platform.cuda_driver = lambda: None

@@ -102,10 +102,10 @@ def test_a_depth_that_the_context_does_not_hold_is_refused(path: Path) -> None:
     with LLM(path, n_ctx=128, threads=1) as llm:
         for n_prompt, n_gen in ((40, 8), (8, 39)):
             with pytest.raises(ContextLengthError, match="a context of 129"):
-                run_bench(llm.runtime, n_prompt, n_gen, 89, 1)
+                run_bench(llm.runtime, n_prompt, n_gen, 88, 1)
         with pytest.raises(ContextLengthError, match="a context of 129"):
             time_ops(llm.runtime, 1, 128, 1)
-        assert run_bench(llm.runtime, 40, 39, 88, 1).decode_tok_s > 0
+        assert run_bench(llm.runtime, 40, 39, 87, 1).decode_tok_s > 0
 
 
 def test_ops_of_one_name_are_one_row() -> None:

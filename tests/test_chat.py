@@ -20,9 +20,7 @@ from edgeinfer.chat import (
     BUILT_IN,
     ChatTemplate,
     Message,
-    ReasoningSplitter,
     encode_chat,
-    opens_reasoning,
 )
 from edgeinfer.errors import InvalidModelError, InvalidRequestError, TemplateError
 from edgeinfer.gguf import GGUFFile
@@ -444,52 +442,3 @@ def test_one_bos_only(data_file: DataFile) -> None:
     for bos in ("", tokenizer.bos_text, tokenizer.bos_text * 2):
         template = ChatTemplate(BUILT_IN["llama3"], bos_token=bos)
         assert encode_chat(tokenizer, template, hello).count(tokenizer.bos_id or 0) == 1
-
-
-# Reasoning
-
-
-def split(parts: list[str], *, starts_open: bool = False) -> tuple[str, str]:
-    splitter = ReasoningSplitter(starts_open=starts_open)
-    pairs = [splitter.push(part) for part in parts] + [splitter.flush()]
-    return "".join(r for r, _ in pairs), "".join(t for _, t in pairs)
-
-
-REPLIES = [
-    ("<think>\nfirst\n</think>\n\nthen", False, ("first", "then")),
-    ("first</think>then", True, ("first", "then")),
-    ("<think>first</think>then", True, ("first", "then")),
-    ("plain <think>not</think>", False, ("", "plain <think>not</think>")),
-    ("\n <thin air", False, ("", "\n <thin air")),
-    ("<think>never ends </thin", False, ("never ends </thin", "")),
-    ("never ends", True, ("never ends", "")),
-    ("<think>\n\n</think>\n\nthen", False, ("", "then")),
-    ("<think>a\n\nb </ c</think>d </think> e", False, ("a\n\nb </ c", "d </think> e")),
-    ("", False, ("", "")),
-    ("<thi", False, ("", "<thi")),
-]
-
-
-@pytest.mark.parametrize(("reply", "starts_open", "expected"), REPLIES)
-def test_reasoning_is_split_wherever_text_is_cut(
-    reply: str, starts_open: bool, expected: tuple[str, str]
-) -> None:
-    assert split([reply], starts_open=starts_open) == expected
-    assert split(list(reply), starts_open=starts_open) == expected
-    for at in range(len(reply)):
-        assert split([reply[:at], reply[at:]], starts_open=starts_open) == expected
-
-
-def test_reasoning_streams() -> None:
-    splitter = ReasoningSplitter()
-    assert splitter.push("<think>one two") == ("one two", "")
-    assert splitter.push(" three</") == (" three", "")
-    assert splitter.push("think>\nfour") == ("", "four")
-    assert splitter.push(" five") == ("", " five")
-
-
-def test_prompt_that_opens_reasoning(data_file: DataFile) -> None:
-    source = data_file("templates/deepseek-ai-DeepSeek-R1-Distill-Qwen-32B.jinja").read_text()
-    prompt = ChatTemplate(source).render([{"role": "user", "content": "Hi"}])
-    assert opens_reasoning(prompt) == prompt.rstrip().endswith("<think>")
-    assert opens_reasoning("<|Assistant|><think>\n") and not opens_reasoning("x <think> y")

@@ -261,6 +261,24 @@ def test_every_flag_is_an_api_keyword() -> None:
     assert set(SAMPLING_NAMES) <= set(Sampling.__annotations__)
 
 
+@pytest.mark.parametrize(
+    ("flag", "text"),
+    [
+        ("-c", "64.0"), ("-c", "0"), ("-t", "1000000"), ("--slots", "x"), ("--memory", "lots"),
+        ("-n", "0"), ("-n", "1.5"), ("--top-p", "1.5"), ("--temp", "nan"), ("--seed", "-1"),
+        ("--stop", ""), ("--mirostat", "3"), ("--repeat-penalty", "0"), ("--overflow", "drop"),
+        ("--stop-token-ids", "-1"),
+    ],
+)  # fmt: skip
+def test_flags_are_checked_before_a_model_is_looked_for(
+    call: Call, flag: str, text: str, tmp_path: Path
+) -> None:
+    code, out, error = call("run", tmp_path / "none.gguf", "-p", "x", flag, text)
+    assert (code, out) == (2, "")
+    assert flag in error
+    assert "none.gguf" not in error
+
+
 # -- interrupts and pipes ------------------------------------------------------------------------
 
 

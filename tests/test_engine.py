@@ -11,8 +11,14 @@ import numpy as np
 import pytest
 
 from edgeinfer.batch import Batch, Outputs, StepLimits
-from edgeinfer.engine import Engine
-from edgeinfer.errors import ClosedError, ContextLengthError, InvalidRequestError, PlanError
+from edgeinfer.engine import MAX_WAITING, Engine
+from edgeinfer.errors import (
+    BusyError,
+    ClosedError,
+    ContextLengthError,
+    InvalidRequestError,
+    PlanError,
+)
 from edgeinfer.generation import Generation
 from edgeinfer.gguf import GGUFFile
 from edgeinfer.kernels.reference import ReferenceBackend
@@ -155,10 +161,67 @@ def test_requests_that_would_not_fit_together_wait(engine: Engine, program: Prog
     assert max(n_sequences for _, n_sequences in program.batches) == 2
 
 
+def test_a_small_request_passes_what_does_not_fit(engine: Engine) -> None:
+    """Seven of 16 pages each: a full context waits, be it of a generation or of logits."""
+    running = [engine.submit(_request(256, n, max_tokens=200)) for n in range(2)]
+    for generation in running:
+        next(generation)
+    large = engine.submit(_request(256, 9, max_tokens=None))
+    job = threading.Thread(target=engine.logits, args=([5] * N_CTX,))
+    job.start()
+    assert _finish(engine.submit(_request(256, 4, max_tokens=3))).reason == "length"
+    assert engine.n_running == 2
+    too_long = engine.submit(_request(256, 4, max_tokens=40))  # it would fit too, but not end
+    assert _finish(engine.submit(_request(256, 5, max_tokens=3))).reason == "length"
+    assert large.events.has_room and large.sequence is None
+    for generation in (*running, large, too_long):
+        assert _finish(generation).reason == "length"
+    job.join(30)
+    assert not job.is_alive()
+
+
+def test_small_requests_that_keep_coming_do_not_starve_a_large_one(
+    engine: Engine, program: Programs
+) -> None:
+    """It starts at the latest when what ran at its arrival has ended at its full length."""
+    running = [engine.submit(_request(256, n, max_tokens=200)) for n in range(2)]
+    for generation in running:
+        next(generation)
+    large = engine.submit(_request(256, 9, max_tokens=None))
+    n_small, is_begun = 0, threading.Event()
+    waiter = threading.Thread(target=lambda: (next(large), is_begun.set()))
+    waiter.start()
+    while not is_begun.is_set():
+        assert _finish(engine.submit(_request(256, n_small % 250, max_tokens=3))).reason
+        n_small += 1
+    assert 0 < n_small < 200
+    assert _finish(large).reason == "length"
+    for generation in running:
+        assert _finish(generation).reason == "length"
+    waiter.join()
+
+
+def test_the_queue_has_a_bound(engine: Engine, program: Programs) -> None:
+    program.gate.clear()
+    waiting = []
+    with pytest.raises(BusyError, match="try again"):
+        for n in range(2 * MAX_WAITING):
+            waiting.append(engine.submit(_request(256, n % 250, max_tokens=1)))
+    with pytest.raises(BusyError):
+        engine.logits([1])
+    assert MAX_WAITING <= len(waiting) <= MAX_WAITING + engine.limits.max_sequences
+    for generation in waiting[4:]:
+        generation.cancel()
+    program.gate.set()
+    assert [_finish(generation).reason for generation in waiting[:4]] == ["length"] * 4
+    assert {_finish(generation).reason for generation in waiting[4:]} == {"cancelled"}
+    assert _finish(engine.submit(_request())).reason == "length"
+
+
 def test_context_end_is_length(engine: Engine) -> None:
-    generation = engine.submit(_request(*[7] * N_CTX, max_tokens=None))
+    generation = engine.submit(_request(*[7] * (N_CTX - 1), max_tokens=None))
     assert len(_tokens(generation)) == 1
-    assert len(_tokens(engine.submit(_request(*[8] * 250, max_tokens=99)))) == 7
+    assert len(_tokens(engine.submit(_request(*[8] * 250, max_tokens=99)))) == 6
 
 
 def test_too_long_a_prompt_names_both_counts(engine: Engine) -> None:
@@ -321,7 +384,7 @@ def test_a_bug_in_the_loop_is_told_to_whoever_waits(engine: Engine) -> None:
     def broken() -> None:
         raise RuntimeError("a bug")
 
-    engine._admit = broken  # type: ignore[method-assign]
+    engine._scheduler.admit = broken  # type: ignore[method-assign]
     generation = engine.submit(_request())
     with pytest.raises(ClosedError, match="a bug"):
         raise _finish(generation).error or AssertionError

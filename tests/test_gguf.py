@@ -123,7 +123,7 @@ def test_metadata_of_every_type(written: tuple[Path, Any]) -> None:
         assert list(meta)[0] == "general.architecture" and len(meta) == len(list(meta))
 
 
-def test_tensors_are_views(written: tuple[Path, dict[str, np.ndarray[Any, Any]]]) -> None:
+def test_tensors_are_read(written: tuple[Path, dict[str, np.ndarray[Any, Any]]]) -> None:
     path, tensors = written
     with GGUFFile.open(path) as file:
         assert list(file.tensors) == [*tensors, "packed"]
@@ -131,7 +131,8 @@ def test_tensors_are_views(written: tuple[Path, dict[str, np.ndarray[Any, Any]]]
             weight = file.tensors[name]
             assert weight.shape == values.shape and weight.name == name
             np.testing.assert_array_equal(dequantize(weight), values.astype(np.float32))
-            assert weight.data.readonly and weight.data.nbytes == values.nbytes
+            assert weight.data[:].readonly and len(weight.data) == values.nbytes
+            assert bytes(weight.data[4:8]) == values.tobytes()[4:8]
         assert file.tensors["packed"].type.name == "Q8_0"
         assert file.tensors["packed"].shape == (3, 64)
         assert file.n_bytes == path.stat().st_size
@@ -238,16 +239,16 @@ def test_types_that_do_not_run_are_listed(tmp_path: Path) -> None:
 def test_closing(written: tuple[Path, Any]) -> None:
     file = GGUFFile.open(written[0])
     numbers = file.metadata.get_array("t.ints").numpy()
-    values = np.frombuffer(file.tensors["matrix"].data, np.float32)
+    values = np.frombuffer(file.tensors["matrix"].data[:], np.float32)
     strings, vector = file.metadata.get_array("t.strings"), file.tensors["vector"]
     file.close()
     file.close()
-    assert numbers.tolist() == [1, -2, 3]  # a NumPy view keeps the mapping
+    assert numbers.tolist() == [1, -2, 3]  # a NumPy view keeps what it looks at
     assert np.isfinite(values).all()
     assert file.metadata["t.string"] == "grüße"
     with pytest.raises(ClosedError, match="was closed"):
         strings.strings()
-    with pytest.raises(ValueError, match="released"):
+    with pytest.raises(ClosedError, match="was closed"):
         dequantize(vector)
 
 
@@ -427,7 +428,8 @@ def test_a_boolean_array_holds_only_0_and_1(tmp_path: Path) -> None:
         (struct.pack("<IQ", STRING, 2**23), "8388608 strings, at most 4194304"),
         (struct.pack("<IQQ", STRING, 1, 2**33), "bytes more text, at most 268435456"),
         (struct.pack("<IQ", STRING, 2**22), None),
-        (struct.pack("<IQ", 0, 2**33), None),
+        (struct.pack("<IQ", 0, 2**33), "a header of more than 536870912 bytes"),
+        (struct.pack("<IQ", 0, 2**23), None),
     ],
 )
 def test_a_file_that_is_really_huge_costs_little(
@@ -449,8 +451,8 @@ def test_a_file_that_is_really_huge_costs_little(
             array = file.metadata.get_array("k")
             assert len(array) >= 2**22
             if array.item_type != "string":
-                assert len(array.numpy()) == 2**33
-                with pytest.raises(InvalidModelError, match="found 8589934592 numbers, at most"):
+                assert len(array.numpy()) == 2**23
+                with pytest.raises(InvalidModelError, match="found 8388608 numbers, at most"):
                     array.tolist()
     assert time.perf_counter() - start < 3
 

@@ -16,15 +16,17 @@ FOLDERS = {"edgeinfer": ROOT / "edgeinfer"} | {
 }
 # A module imports only modules of lines above its own; parts of one package may import each other.
 LAYERS = """
+terminal
 errors
-config quant platform terminal options results messages
+config quant platform options parameters results messages event_queue
 graph sampling catalog hub turns speculation
 batch wheel discovery
 models.* kernels.reference kernels.cpu kernels.cuda fetch recent
 pretokenizers jinja_sandbox chat_templates kvcache
 sequence vocabulary byte_pair sampler
 gguf weights tokenizer chat memory_plan backend generation
-model
+hparams
+model scheduler reply
 engine stream
 runtime
 llm bench server doctor inspect_file perplexity console cli_options

@@ -199,9 +199,33 @@ def test_without_max_tokens_the_context_is_the_end(path: Path) -> None:
     with LLM(path, device="reference", n_ctx=64) as llm:
         answer = llm.generate("hello", logit_bias={257: -1e9})
         assert answer.finish_reason == "length"
-        assert answer.usage.prompt_tokens + answer.usage.completion_tokens == 65
+        assert answer.usage.prompt_tokens + answer.usage.completion_tokens == 64
         with pytest.raises(ContextLengthError):
             llm.generate("x" * 100)
+
+
+@pytest.mark.parametrize("n_ctx", [1, 2, 31, 33, 64, 100, 127, 128, 130, 159, 160])
+def test_the_context_bounds_prompt_and_answer(path: Path, n_ctx: int) -> None:
+    """Also where it is no multiple of a page; one that slides sees no more than that at once."""
+    with LLM(path, n_ctx=n_ctx, threads=1) as llm:
+        endless: Any = dict(logit_bias={257: -1e9}, temperature=0)
+        for n in range(1, n_ctx, max(1, n_ctx // 7)):
+            for asked in (None, n_ctx, 3 * n_ctx):
+                usage = llm.generate([70] * n, max_tokens=asked, **endless).usage
+                assert usage.prompt_tokens + usage.completion_tokens == n_ctx
+        for n in (n_ctx, n_ctx + 1):
+            with pytest.raises(ContextLengthError, match=f"{n} tokens, the context holds {n_ctx}"):
+                llm.generate([70] * n)
+        assert len(llm.logits([70] * n_ctx)) == n_ctx
+        if n_ctx < 128:
+            with pytest.raises(InvalidRequestError, match="too short to slide"):
+                llm.generate([70], overflow="slide")
+            return
+        for overflow in ("slide", "drop-turns"):
+            stream = llm.stream([70], overflow=overflow, max_tokens=2 * n_ctx, **endless)  # type: ignore[arg-type]
+            assert stream.run().usage.completion_tokens == 2 * n_ctx
+            layout = stream._generation.layout
+            assert 32 * (layout.n_pinned + layout.n_visible + 1) <= n_ctx
 
 
 # -- chat ----------------------------------------------------------------------------------------
@@ -238,22 +262,6 @@ def test_chat_slides_with_its_system_message_pinned(path: Path) -> None:
 def test_chat_batch(llm: LLM) -> None:
     answers = llm.chat_batch(["one", "two"], max_tokens=4, seed=1)
     assert [answer.usage.completion_tokens for answer in answers] == [4, 4]
-
-
-def test_reasoning_is_apart(llm: LLM) -> None:
-    """A reply that is forced to spell <think>abc</think>d."""
-    from edgeinfer.chat import ReasoningSplitter
-    from edgeinfer.stream import AnswerText
-
-    tokenizer = llm.runtime.tokenizer
-    answer = AnswerText.open(tokenizer, ("STOP",), ReasoningSplitter())
-    deltas = [
-        answer.push(id) for id in tokenizer.encode("<think>ab c</think>\n\ndone STO", bos=False)
-    ]
-    deltas.append(answer.flush())
-    assert "".join(answer.reasoning) == "ab c"
-    assert "".join(answer.text) == "done STO"
-    assert "".join(delta.text for delta in deltas if delta) == "done STO"
 
 
 # -- tokens and logits ---------------------------------------------------------------------------

@@ -11,11 +11,13 @@ import gguf
 import numpy as np
 import pytest
 
+from edgeinfer import hparams
 from edgeinfer import model as model_module
 from edgeinfer.errors import EdgeInferError, InvalidModelError, UnsupportedModelError
 from edgeinfer.gguf import GGUFFile
 from edgeinfer.graph import Attention, Embed, Linear, RmsNorm, Rotate
 from edgeinfer.model import ARCHITECTURES, Model
+from edgeinfer.sampling import SamplingParams
 
 from .bench import make_model
 from .models_for_tests import tiny_model
@@ -220,6 +222,8 @@ def test_an_unknown_architecture_says_what_it_needs(
         ("attention.causal", False, "bidirectional attention"),
         ("final_logit_softcapping", 30.0, "final logit soft-capping"),
         ("nextn_predict_layers", 1, "multi-token prediction layers"),
+        ("attention.sliding_window", 255, "sliding-window attention"),
+        ("attention.sliding_window", [0, 64], "sliding-window attention"),
         ("attention.value_length", 8, "value heads of 8 beside key heads of 16"),
         ("attention.head_count_kv", [2, 1], "attention.head_count_kv that differs between layers"),
     ],
@@ -232,6 +236,84 @@ def test_an_unsupported_setting_is_named(
         pass
     assert caught.value.missing == (missing,)
     assert missing in str(caught.value)
+
+
+# What no other value of the table is.
+OTHER = {True: False, False: True}
+
+
+@pytest.mark.parametrize("name", hparams._NEUTRAL)
+def test_metadata_that_changes_the_result_acts_or_is_refused(tmp_path: Path, name: str) -> None:
+    neutral, operation = hparams._NEUTRAL[name]
+    key = f"llama.{name}"
+    for value in neutral:
+        with loaded(tmp_path, metadata={key: value}):
+            pass
+    first = neutral[0]
+    value = OTHER[first] if isinstance(first, bool) else "gelu" if isinstance(first, str) else 0.25
+    for found in (value, [value, value], float("nan"), "text\n"):
+        with pytest.raises(UnsupportedModelError) as caught:
+            with loaded(tmp_path, metadata={key: found}):
+                pass
+        assert caught.value.missing == (operation,)
+        assert key in str(caught.value) and str(caught.value).isprintable()
+
+
+def test_the_order_of_samplers_acts_or_is_refused(tmp_path: Path) -> None:
+    key = "general.sampling.sequence"
+    with loaded(tmp_path, metadata={key: "top_k;temperature"}) as model:
+        params = SamplingParams.resolve({}, model.sampling)
+    assert (params.top_k, params.temperature) == (40, 0.8)
+    assert (params.top_p, params.min_p, params.typical_p, params.repeat_last_n) == (1, 0, 1, 0)
+    default = ";".join(model_module._CHAIN)
+    with loaded(tmp_path, metadata={key: default}) as model:
+        assert SamplingParams.resolve({"seed": 1}, model.sampling) == SamplingParams(seed=1)
+    for odd in ("temperature;top_k", "top_k;top_k", "top_k;made\nup"):
+        with pytest.raises(UnsupportedModelError, match="sampler order"):
+            with loaded(tmp_path, metadata={key: odd}):
+                pass
+
+
+def test_a_window_that_holds_the_context_changes_nothing(tmp_path: Path) -> None:
+    for window in (0, 256, 4096):
+        with loaded(tmp_path, metadata={"llama.attention.sliding_window": window}) as model:
+            assert model.hparams.n_ctx_train == 256
+
+
+def test_what_nobody_knows_is_left_aside(tmp_path: Path) -> None:
+    keys = ("llama.no_such_key", "other.logit_scale", "llama.vocab_size", "llama.pooling_type")
+    with loaded(tmp_path, metadata=dict.fromkeys(keys, 7)):
+        pass
+
+
+def test_shapes_may_have_leading_ones(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    extra = {
+        "output_norm.weight": np.ones((1, 64), np.float32),
+        "blk.1.ffn_norm.weight": np.ones((1, 1, 64), np.float32),
+        "rope_freqs.weight": np.ones((1, 8), np.float32),
+        "token_embd.weight": rng.standard_normal((1, 320, 64), dtype=np.float32),
+        "blk.0.attn_q.weight": rng.standard_normal((1, 1, 64, 64), dtype=np.float32),
+    }
+    path = write_with_tensors(tmp_path, extra, rope_freqs=True, tied=True)
+    with GGUFFile.open(path) as file:
+        model = Model.load(file)
+        norm = next(op for op in model.graph.ops if isinstance(op, RmsNorm))
+        assert norm.weight.shape == (64,)
+        embed, head = model.graph.ops[0], linears(model)["token_embd.weight"]
+        assert isinstance(embed, Embed) and embed.weight is head.weight
+        assert embed.weight.shape == (320, 64)
+        assert linears(model)["blk.0.attn_q.weight"].weight.shape == (64, 64)
+
+
+@pytest.mark.parametrize("shape", [(64, 1), (2, 32), (1, 63)])
+def test_other_shapes_of_as_many_numbers_are_refused(
+    tmp_path: Path, shape: tuple[int, ...]
+) -> None:
+    path = write_with_tensors(tmp_path, {"output_norm.weight": np.ones(shape, np.float32)})
+    with GGUFFile.open(path) as file, pytest.raises(InvalidModelError) as caught:
+        Model.load(file)
+    assert caught.value.field == "output_norm.weight"
 
 
 def write_with_tensors(
@@ -248,7 +330,7 @@ def write_with_tensors(
         for name, weight in file.tensors.items():
             if name not in extra:
                 n_rows = weight.shape[0] if len(weight.shape) == 2 else 1
-                data = np.frombuffer(weight.data, np.uint8).reshape(n_rows, -1).copy()
+                data = np.frombuffer(weight.data[:], np.uint8).reshape(n_rows, -1).copy()
                 kind = gguf.GGMLQuantizationType(weight.type.ggml_id)
                 writer.add_tensor(name, data if n_rows > 1 else data[0], raw_dtype=kind)
         for name, values in extra.items():

@@ -84,6 +84,13 @@ def test_an_invalid_value_in_the_file_names_its_field():
     assert caught.value.field == "general.sampling.temp"
 
 
+@pytest.mark.parametrize("bad", [float("nan"), -1.0, "high", True])
+def test_a_value_in_the_file_that_the_user_replaces_is_not_checked(bad):
+    assert SamplingParams.resolve({"top_p": 0.5}, {"top_p": bad}).top_p == 0.5
+    with pytest.raises(InvalidModelError):
+        SamplingParams.resolve({"top_p": None}, {"top_p": bad})
+
+
 def test_a_bias_beyond_the_vocabulary_is_refused():
     SamplingParams(logit_bias={9: 1.0}).check_vocabulary(10)
     with pytest.raises(InvalidRequestError, match="10"):

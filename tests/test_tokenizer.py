@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from edgeinfer.errors import InvalidModelError, InvalidRequestError, UnsupportedModelError
 from edgeinfer.gguf import GGUFFile
 from edgeinfer.pretokenizers import PRE_TOKENIZERS
-from edgeinfer.tokenizer import StopFinder, StreamDecoder, Tokenizer
+from edgeinfer.tokenizer import StreamDecoder, Tokenizer
 
 DataFile = Callable[[str], Path]
 
@@ -302,43 +302,6 @@ def test_ids_outside_the_vocabulary() -> None:
             tokenizer.piece(id)
 
 
-def find_stop(text: str, stops: list[str]) -> tuple[str, str | None]:
-    """What a finder fed one character at a time must come to."""
-    for end in range(len(text) + 1):
-        done = [stop for stop in stops if text[:end].endswith(stop)]
-        if done:
-            stop = max(done, key=len)
-            return text[: end - len(stop)], stop
-    return text, None
-
-
-@settings(max_examples=400, deadline=None)
-@given(
-    parts=st.lists(st.text("ab<", max_size=5), max_size=8),
-    stops=st.lists(st.text("ab<", min_size=1, max_size=4), min_size=1, max_size=3),
-)
-def test_stop_does_not_depend_on_where_text_is_cut(parts: list[str], stops: list[str]) -> None:
-    finder, shown, found = StopFinder(stops), "", None
-    for n, part in enumerate(parts, 1):
-        emitted, found = finder.push(part)
-        shown += emitted
-        if found:
-            break
-        assert len("".join(parts[:n])) - len(shown) < max(map(len, stops))
-    assert (shown + finder.flush(), found) == find_stop("".join(parts), stops)
-
-
-def test_stop_split_over_tokens() -> None:
-    finder = StopFinder(["</s>", "User:"])
-    assert finder.push("Hi <") == ("Hi ", None)
-    assert finder.push("/") == ("", None)
-    assert finder.push("b> Us") == ("</b> ", None)
-    assert finder.push("er: no") == ("", "User:")
-    assert StopFinder([]).push("<") == ("<", None)
-    with pytest.raises(InvalidRequestError):
-        StopFinder([""])
-
-
 # Files that are wrong
 
 
@@ -374,7 +337,6 @@ BROKEN_BYTE_PAIR: list[tuple[str, Any]] = [
     ("tokens", 5),
     ("tokens", [1, 2, 3]),
     ("tokens", ["a", "b", "a"]),
-    ("tokens", [b"\xff\xfe"]),
     ("token_type", [1, 1]),
     ("token_type", ["x"] * 257),
     ("token_type", [0.5] * 257),
@@ -383,18 +345,12 @@ BROKEN_BYTE_PAIR: list[tuple[str, Any]] = [
     ("token_type", 3),
     ("token_type", [BYTE] * 257),
     ("merges", DELETE),
-    ("merges", ["ab"]),
-    ("merges", [""]),
-    ("merges", [" "]),
-    ("merges", ["a b c"]),
-    ("merges", ["a zzz"]),
     ("merges", [3]),
-    ("eos_token_id", 257),
-    ("eos_token_id", -2),
     ("eos_token_id", "0"),
     ("eos_token_id", 1.5),
-    ("bos_token_id", 1 << 31),
-    ("eot_token_id", 9999),
+    ("eos_token_ids", "0"),
+    ("eos_token_ids", [0.5]),
+    ("eos_token_ids", [[1]]),
     ("fim_pad_token_id", True),
     ("add_bos_token", "yes"),
     ("pre", 3),
@@ -405,7 +361,6 @@ BROKEN_SENTENCE_PIECE: list[tuple[str, Any]] = [
     ("scores", "high"),
     ("token_type", [1]),
     ("token_type", [BYTE] * 263),
-    ("unknown_token_id", 263),
     ("add_space_prefix", 7),
 ]
 

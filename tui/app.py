@@ -14,7 +14,7 @@ from textual.driver import Driver
 from textual.timer import Timer
 from textual.widgets import Static
 
-from edgeinfer import printable
+from edgeinfer import one_line
 from edgeinfer.tui import slash
 from edgeinfer.tui.commands import ChatCommands
 from edgeinfer.tui.completions import Sources
@@ -321,5 +321,5 @@ class ChatApp(ChatCommands):
     def _warn_if_long(self, attachment: Attachment, n_tokens: int) -> None:
         n_ctx = self.session.readings.n_ctx
         if n_ctx and n_tokens > n_ctx - min(512, n_ctx // 4):
-            name = printable(attachment.name)
+            name = one_line(attachment.name)
             self.say(f"{name} is {n_tokens:,} tokens, the context holds {n_ctx:,}", "warning")

@@ -6,16 +6,15 @@ Knows nothing of widgets.
 from __future__ import annotations
 
 import base64
-import shutil
-import subprocess
 import sys
 from collections.abc import Mapping
+
+from edgeinfer.tui.settings import RunTool
 
 _TOOLS = (
     ("pbcopy",), ("wl-copy",), ("xclip", "-selection", "clipboard"),
     ("xsel", "--clipboard", "--input"), ("clip.exe",),
 )  # fmt: skip
-_SECONDS = 2.0
 _MOST_BYTES = 74_000  # terminals drop longer OSC 52 sequences
 
 
@@ -32,21 +31,10 @@ def is_in_tmux(environment: Mapping[str, str]) -> bool:
     return bool(environment.get("TMUX"))
 
 
-def copy_with_tool(text: str, environment: Mapping[str, str]) -> bool:
+def copy_with_tool(text: str, environment: Mapping[str, str], run_tool: RunTool) -> bool:
     """Hand the text to the system's clipboard tool, if there is one that works here."""
-    for tool in _TOOLS:
-        if not _is_usable(tool[0], environment):
-            continue
-        try:
-            done = subprocess.run(
-                tool, input=text.encode(), timeout=_SECONDS, check=False,
-                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            )  # fmt: skip
-        except (OSError, subprocess.TimeoutExpired):
-            continue
-        if done.returncode == 0:
-            return True
-    return False
+    usable = (tool for tool in _TOOLS if _is_usable(tool[0], environment))
+    return any(run_tool(tool, text.encode()) for tool in usable)
 
 
 def _is_usable(tool: str, environment: Mapping[str, str]) -> bool:
@@ -54,4 +42,4 @@ def _is_usable(tool: str, environment: Mapping[str, str]) -> bool:
         return False
     if tool in ("xclip", "xsel") and not environment.get("DISPLAY"):
         return False
-    return (tool != "pbcopy" or sys.platform == "darwin") and shutil.which(tool) is not None
+    return tool != "pbcopy" or sys.platform == "darwin"

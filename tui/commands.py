@@ -96,7 +96,7 @@ class ChatCommands(App[None]):
             self._clipboard = text
         else:
             self.copy_to_clipboard(text)
-        Task(lambda: copy_with_tool(text, environment))
+        Task(lambda: copy_with_tool(text, environment, self.settings.run_tool))
         lines = text.count("\n") + 1
         self.say(f"copied, {lines:,} line{'s' * (lines != 1)}")
 

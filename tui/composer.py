@@ -16,7 +16,7 @@ from textual.message import Message
 from textual.widgets import OptionList, Static
 from textual.widgets.option_list import Option
 
-from edgeinfer import EdgeInferError, printable
+from edgeinfer import EdgeInferError, one_line, printable
 from edgeinfer.tui.completions import Candidate, Sources, complete
 from edgeinfer.tui.entries import attachment_label
 from edgeinfer.tui.files import read_attachment
@@ -160,10 +160,9 @@ class Composer(Vertical):
         muted = Palette.of(self.app.current_theme).muted
         width = max((len(each.label) for each in candidates), default=0)
         popup.clear_options()
-        popup.add_options(
-            Option(Text.assemble(f"{printable(each.label):{width}}", (f"  {each.help}", muted)))
-            for each in candidates
-        )
+        for each in candidates:
+            help = (f"  {one_line(each.help)}", muted)
+            popup.add_option(Option(Text.assemble(f"{one_line(each.label):{width}}", help)))
         popup.highlighted = 0 if candidates else None
 
     @on(Prompt.Key)

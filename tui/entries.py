@@ -5,7 +5,7 @@ Knows nothing of widgets. Whatever is shown passes the filter of control charact
 
 from __future__ import annotations
 
-from edgeinfer import StreamFilter, printable
+from edgeinfer import StreamFilter, one_line, printable
 from edgeinfer.tui.blocks import Block, Kind
 from edgeinfer.tui.splitter import Piece, Splitter, split
 from edgeinfer.tui.store import Node
@@ -35,7 +35,7 @@ def user_block(node: Node, note: str) -> Block:
 
 def attachment_label(name: str, n_tokens: int | None) -> str:
     size = "" if n_tokens is None else f" · {n_tokens:,} tokens"
-    return f"+ {printable(name)}{size}"
+    return f"+ {one_line(name)}{size}"
 
 
 class RunningEntry:

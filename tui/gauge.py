@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgeinfer import one_line
 from edgeinfer.tui.settings import ChatModel
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Readings:
     _started_at: float = 0.0
 
     def start_loading(self, path: str) -> None:
-        self.state, self.is_busy = f"opening {Path(path).name}", True
+        self.state, self.is_busy = f"opening {one_line(Path(path).name)}", True
 
     def fail_loading(self) -> None:
         self.state, self.is_busy = "no model", False

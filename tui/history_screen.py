@@ -17,7 +17,7 @@ from textual.screen import ModalScreen
 from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option
 
-from edgeinfer import printable
+from edgeinfer import one_line, printable
 from edgeinfer.tui.palette import Palette
 from edgeinfer.tui.store import Store, Summary
 
@@ -85,7 +85,7 @@ class HistoryScreen(ModalScreen[int | None]):
             self._hint("the conversation that is open can't be deleted; /clear leaves it")
         elif self._doomed != summary.id:
             self._doomed = summary.id
-            self._hint(f"ctrl+d again deletes “{printable(summary.title)[:40]}” for good")
+            self._hint(f"ctrl+d again deletes “{one_line(summary.title)[:40]}” for good")
         else:
             self._store.delete_conversation(summary.id)
             at = shown.highlighted
@@ -113,8 +113,8 @@ class HistoryScreen(ModalScreen[int | None]):
 
 def _row(summary: Summary, palette: Palette) -> Text:
     count = f"{summary.n_messages} message{'s' * (summary.n_messages != 1)}"
-    model = f" · {printable(summary.model)}" if summary.model else ""
-    row = Text(printable(summary.title), no_wrap=True, overflow="ellipsis")
+    model = f" · {one_line(summary.model)}" if summary.model else ""
+    row = Text(one_line(summary.title), no_wrap=True, overflow="ellipsis")
     row.append(f"\n{_ago(summary.updated)} · {count}{model}", palette.muted)
     snippet = " ".join(printable(summary.snippet).split())
     if snippet:

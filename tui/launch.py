@@ -28,6 +28,7 @@ def run_chat(
     data_folder: Path,
     environment: Mapping[str, str],
     memory_now: Callable[[], int],
+    run_tool: Callable[[Sequence[str], bytes], bool],
     last_model: Callable[[], str | None],
     remember: Callable[[str], None],
     downloads: Callable[[], Sequence[tuple[str, int]]],
@@ -53,7 +54,7 @@ def run_chat(
         data_folder=data_folder, open_model=open_model, model=model, last_model=last_model,
         system=system, sampling=cast("Any", dict(sampling)), keeps_history=keeps_history,
         list_models=lambda: _choices(downloads()), plan_model=plan_model, fetch=_fetch,
-        memory_now=memory_now, environment=environment,
+        memory_now=memory_now, run_tool=run_tool, environment=environment,
     )  # fmt: skip
     ChatApp(settings, driver()).run()
 

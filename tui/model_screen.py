@@ -17,7 +17,7 @@ from textual.timer import Timer
 from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option
 
-from edgeinfer import MemoryPlan, PlanError, printable
+from edgeinfer import MemoryPlan, PlanError, one_line, printable
 from edgeinfer.tui.gauge import progress_bar, size_text
 from edgeinfer.tui.loader import Task
 from edgeinfer.tui.palette import Palette
@@ -66,9 +66,9 @@ class ModelScreen(ModalScreen[str | None]):
         width = max((len(each.name) for each in self._choices), default=0)
         for each in self._choices:
             where = each.note or ("" if each.path else "download")
-            row = Text(f"{printable(each.name):{min(44, width)}}", no_wrap=True)
+            row = Text(f"{one_line(each.name):{min(44, width)}}", no_wrap=True)
             row.append(f"  {size_text(each.n_bytes):>8}", palette.muted)
-            row.append(f"  {printable(where)}" if where else "", palette.accent)
+            row.append(f"  {one_line(where)}" if where else "", palette.accent)
             shown.add_option(Option(row))
         shown.display = bool(self._choices)
         paths = [each.path for each in self._choices]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from rich.text import Text
 
-from edgeinfer import printable
+from edgeinfer import one_line
 from edgeinfer.tui.blocks import Block
 from edgeinfer.tui.palette import Palette
 from edgeinfer.tui.session import Session
@@ -65,10 +65,10 @@ def welcome(session: Session, last: Summary | None, palette: Palette) -> Text:
     elif session.model is None:
         text.append("No model yet: ctrl+l chooses one.", palette.muted)
     else:
-        text.append(f"{printable(name)}\n\n", f"bold {palette.accent}")
+        text.append(f"{one_line(name)}\n\n", f"bold {palette.accent}")
         text.append("It runs on this machine; nothing you write leaves it.", palette.muted)
     if last is not None:
-        title = printable(last.title)
+        title = one_line(last.title)
         short = title if len(title) <= 40 else title[:39] + "…"
         text.append(f"\n\nctrl+o  resume “{short}”", palette.muted)
     return text

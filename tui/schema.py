@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import stat
 from pathlib import Path
 
 from edgeinfer import EdgeInferError
@@ -39,10 +40,7 @@ def connect(path: Path | None) -> sqlite3.Connection:
     """The history file, readable by its owner only; None keeps everything in memory."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        # SQLite gives its -wal and -shm files the mode of the file itself.
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-        if os.name == "posix":
-            os.chmod(path, 0o600)
+        _claim(path)
     db = sqlite3.connect(path or ":memory:", isolation_level=None, timeout=5.0)
     try:
         db.row_factory = sqlite3.Row
@@ -54,6 +52,29 @@ def connect(path: Path | None) -> sqlite3.Connection:
         db.close()
         raise
     return db
+
+
+def _claim(path: Path) -> None:
+    """Have the file there, for its owner alone; EdgeInferError for what isn't this user's to open.
+
+    SQLite gives its -wal and -shm files the mode of the file itself.
+    """
+    if path.is_symlink():
+        raise EdgeInferError("it is a link; put the file itself there, or move the link away")
+    # Between looking and opening a link may come; of a pipe nobody waits for a reader.
+    flags = os.O_CREAT | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    descriptor = os.open(path, flags, 0o600)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise EdgeInferError("it is no file, but a folder or a pipe; move it away")
+        if os.name == "posix":
+            if status.st_uid != os.geteuid() or status.st_nlink > 1:
+                what = "belongs to another user" if status.st_nlink < 2 else "has a second name"
+                raise EdgeInferError(f"it {what}; move it away")
+            os.fchmod(descriptor, 0o600)
+    finally:
+        os.close(descriptor)
 
 
 def migrate(db: sqlite3.Connection) -> None:

@@ -65,6 +65,7 @@ OpenModel: TypeAlias = "Callable[[str, Callable[[Progress], None]], ChatModel]"
 ListModels: TypeAlias = Callable[[], list[ModelChoice]]
 PlanModel: TypeAlias = "Callable[[str], MemoryPlan]"
 Fetch: TypeAlias = Callable[[str, Callable[[int, int], None]], str]
+RunTool: TypeAlias = Callable[[Sequence[str], bytes], bool]
 
 
 def _no_models() -> list[ModelChoice]:
@@ -79,13 +80,17 @@ def _no_memory() -> int:
     return 0
 
 
+def _no_tool(command: Sequence[str], text: bytes) -> bool:
+    return False
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatSettings:
     """Where to keep files, and what the command line asked for.
 
     `last_model` is taken when `model` is None; `plan_model` previews the memory of a file;
     `fetch` downloads a named model and returns its path. Without the last two there is no
-    preview and no download.
+    preview and no download. `run_tool` gives a text to a program of the system.
     """
 
     data_folder: Path
@@ -99,6 +104,7 @@ class ChatSettings:
     fetch: Fetch | None = None
     last_model: Callable[[], str | None] = _no_model
     memory_now: Callable[[], int] = _no_memory
+    run_tool: RunTool = _no_tool
     environment: Mapping[str, str] = field(default_factory=dict)
     folder: Path = field(default_factory=Path.cwd)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from rich.text import Text
 from textual.widgets import Static
 
-from edgeinfer import printable
+from edgeinfer import one_line
 from edgeinfer.tui.palette import Palette
 
 
@@ -18,11 +18,11 @@ class TitleBar(Static):
     def draw(self, model: str, title: str, note: str, palette: Palette) -> None:
         """`note` is what is special about this chat, such as that nothing is kept."""
         width = max(10, self.size.width)
-        left = Text.assemble((printable(model) or "edgeinfer", f"bold {palette.accent}"))
+        left = Text.assemble((one_line(model) or "edgeinfer", f"bold {palette.accent}"))
         if note:
             left.append(f"   {note}", palette.warn)
         left.truncate(width, overflow="ellipsis")
-        right = Text(printable(title), palette.muted)
+        right = Text(one_line(title), palette.muted)
         right.truncate(max(0, width - left.cell_len - 3), overflow="ellipsis")
         gap = max(1, width - left.cell_len - right.cell_len)
         self.update(Text.assemble(left, " " * gap, right), layout=False)

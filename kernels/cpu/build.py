@@ -178,7 +178,7 @@ def build(name: str, target: Target) -> bytes:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Build CPU kernels into a folder.")
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="-: into no file, but behind each name")
     parser.add_argument("names", nargs="*", help="none: one name a line from standard input")
     parser.add_argument("--family", default=None, help="instead of this machine exactly")
     parser.add_argument("--triple", help="with --cpu and --features: LLVM's names of a machine")
@@ -196,6 +196,8 @@ def main() -> None:
         if args.asm:
             module, machine = optimise(*kernel_ir(name, target.family), name, target)
             print(machine.emit_assembly(module))
+        elif args.folder == Path("-"):
+            print(name, build(name, target).hex(), flush=True)
         else:
             write_object(args.folder, name, build(name, target))
             print(name, flush=True)

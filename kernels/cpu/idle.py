@@ -150,7 +150,8 @@ class IdleBuild(IdleWork):
     def _build(self) -> bool:
         """Build until all is done or a step comes; False where building fails."""
         try:
-            job = platform.start_in_background(build_command(self._folder, self._target))
+            command = build_command(self._folder, self._target)
+            job = platform.start_program(command, in_background=True)
         except OSError:
             return False
         with job:

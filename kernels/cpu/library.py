@@ -8,12 +8,11 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import sys
 import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
@@ -23,6 +22,7 @@ from edgeinfer.errors import DeviceError
 from edgeinfer.kernels.cpu import linker
 from edgeinfer.kernels.cpu.ready import FOLDER, Ready
 from edgeinfer.kernels.cpu.targets import Target
+from edgeinfer.terminal import printable
 
 if TYPE_CHECKING:
     import subprocess
@@ -117,9 +117,9 @@ def write_object(folder: Path, name: str, data: bytes) -> None:
 
 
 def read_object(folder: Path, name: str) -> bytes | None:
-    """The object, or None where it is absent or damaged (LLVM dies on a damaged one)."""
+    """The object, or None where it is absent, damaged (LLVM dies on that), or another user's."""
     try:
-        data = object_path(folder, name).read_bytes()
+        data = platform.read_private(object_path(folder, name))
     except OSError:
         return None
     if hashlib.sha256(data[_DIGEST:]).digest() != data[:_DIGEST]:
@@ -141,6 +141,7 @@ class Library:
         self.is_cached = True  # False once something had to be built for this process alone
         self.origins: dict[str, Origin] = {}  # of every loaded kernel
         self._ready = Ready.of(target) if ready is None else ready
+        self._is_trusted = _is_trusted(folder)
         self._addresses: dict[str, int] = {}
         self._code: list[Any] = []  # what owns the memory that addresses point into
 
@@ -170,7 +171,7 @@ class Library:
         names = [name for name, origin in self.origins.items() if origin == "ready"]
         target = self.target
         is_exact = target == Target.any(target.family, target.machine, target.triple)
-        can_change = names and not is_exact and can_build() and platform.is_writable(self.folder)
+        can_change = names and not is_exact and can_build() and self._can_keep()
         return names if can_change else []
 
     def rebuild(self, progress: Progress | None = None) -> int:
@@ -201,7 +202,7 @@ class Library:
         """The objects that are there, and where each comes from."""
         objects: dict[str, bytes] = {}
         origins: dict[str, Origin] = {}
-        has_cache = self.folder.is_dir()
+        has_cache = self._is_trusted and os.path.isdir(self.folder)
         for name in names:
             data, origin = read_object(self.folder, name) if has_cache else None, "cached"
             if data is None:
@@ -210,8 +211,13 @@ class Library:
                 objects[name], origins[name] = data, cast(Origin, origin)
         return objects, origins
 
+    def _can_keep(self) -> bool:
+        """Whether the next process may take what is built; only now the folder surely exists."""
+        is_there = self._is_trusted and platform.is_writable(self.folder)
+        return is_there and platform.distrust(self.folder) is None
+
     def _build(self, names: Sequence[str], progress: Progress | None) -> dict[str, bytes]:
-        """Build into the cache, or where that can't be written into a folder that goes again."""
+        """Build into the cache, or where it can't be written or others can, in memory alone."""
         if not can_build():
             listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
             raise DeviceError(
@@ -220,12 +226,9 @@ class Library:
                 "program can't build them: freeze it where edgeinfer was installed from a wheel "
                 "made by .ci/wheel.py, or use device='reference' (slow)"
             )
-        with ExitStack() as stack:
-            folder = self.folder
-            if not platform.is_writable(folder):
-                self.is_cached = False
-                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            return build_objects(folder, names, self.target, progress, self._memory)
+        self.is_cached = self._can_keep()
+        folder = self.folder if self.is_cached else None
+        return build_objects(folder, names, self.target, progress, self._memory)
 
     def _link(self, objects: dict[str, bytes]) -> None:
         try:
@@ -257,13 +260,27 @@ class Library:
                 self._addresses[name] = address
 
 
+def _is_trusted(folder: Path) -> bool:
+    """Whether nobody else can have put kernels there; says so where somebody can."""
+    reason = platform.distrust(folder)
+    if reason is not None:
+        import logging
+
+        logging.getLogger("edgeinfer").warning(
+            "compiled kernels in %s are not used: %s; set EDGEINFER_HOME to a folder of your own",
+            *map(printable, (str(folder), reason)),
+        )
+    return reason is None
+
+
 def kernels_here(target: Target, folder: Path) -> dict[str, Origin]:
     """The kernels that need no building on this machine, and where each would come from."""
     ready = Ready.of(target)
     found: dict[str, Origin] = {
         name: "ready" for name in ready.names if ready.has(name, _source_key_or_none(name))
     }
-    for path in folder.glob("*.o"):
+    is_trusted = platform.distrust(folder) is None
+    for path in platform.files_below(folder, "*.o") if is_trusted else []:
         name = path.name.rpartition("-")[0]
         if (_HERE / "native" / f"{name.partition('.')[0]}.py").is_file():
             if path == object_path(folder, name):
@@ -289,7 +306,7 @@ def _source_key_or_none(name: str) -> str | None:
 
 def can_build() -> bool:
     """Whether there are sources and an interpreter to build with: not in a frozen program."""
-    return not getattr(sys, "frozen", False) and (_HERE / "build.py").is_file()
+    return platform.can_start_python() and (_HERE / "build.py").is_file()
 
 
 def n_builders(n_kernels: int, memory: int | None) -> int:
@@ -299,30 +316,23 @@ def n_builders(n_kernels: int, memory: int | None) -> int:
 
 
 def build_objects(
-    folder: Path,
+    folder: Path | None,
     names: Sequence[str],
     target: Target,
     progress: Progress | None,
     memory: int | None = None,
 ) -> dict[str, bytes]:
-    """Build kernels into a folder, in `n_builders` processes.
+    """Build kernels, into a folder if there is one, in `n_builders` processes.
 
     Each process takes the next name when it is done with one, the slowest first.
     """
-    import subprocess  # 20 ms that only a first start pays
-
     n_jobs = n_builders(len(names), memory)
     command = build_command(folder, target)
-    waiting, done = deque(sorted(names, key=_slowest_first)), deque[str]()
+    waiting, done = deque(sorted(names, key=_slowest_first)), dict[str, bytes]()
     if progress:
         progress(0, len(names), waiting[0])
     with tempfile.TemporaryFile("w+") as errors:
-        jobs = [
-            subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
-            )
-            for _ in range(n_jobs)
-        ]
+        jobs = [platform.start_program(command, errors=errors) for _ in range(n_jobs)]
         feeders = [
             threading.Thread(target=_feed, args=(job, waiting, done), daemon=True) for job in jobs
         ]
@@ -333,10 +343,10 @@ def build_objects(
             while any(feeder.is_alive() for feeder in feeders) or n_told < len(done):
                 for feeder in feeders:
                     feeder.join(0.02)
-                while n_told < len(done):
+                for name in list(done)[n_told:]:
                     n_told += 1
                     if progress:
-                        progress(n_told, len(names), done[n_told - 1])
+                        progress(n_told, len(names), name)
             if any([job.wait() for job in jobs]):
                 errors.seek(0)
                 text = errors.read().strip()[-2000:]
@@ -347,27 +357,22 @@ def build_objects(
                     job.kill()
                 with job:  # closes its pipes
                     pass
+    if folder is None:
+        return done
     objects = {name: read_object(folder, name) for name in names}
     return {name: data for name, data in objects.items() if data is not None}
 
 
-# Python looks in the current folder first, where another edgeinfer or anything else may lie.
-_RUN_BUILDER = """
-import sys
-ours = sys.argv.pop(1)
-sys.path = [folder for folder in sys.path if folder]
-if ours not in sys.path:
-    sys.path.insert(0, ours)
-import runpy
-runpy.run_module("edgeinfer.kernels.cpu.build", run_name="__main__")
-"""
+def build_command(folder: Path | None, target: Target) -> list[str]:
+    """A process that builds the kernels whose names it reads, and answers each with its name.
 
-
-def build_command(folder: Path, target: Target) -> list[str]:
-    """A process that builds the kernels whose names it reads, and answers each with its name."""
-    command = [sys.executable, "-c", _RUN_BUILDER, str(Path(platform.__file__).parent.parent)]
-    command += [str(folder), "--family", target.family, f"--triple={target.triple}"]
-    return [*command, f"--cpu={target.cpu}", f"--features={target.features}"]
+    Where there is no folder to write them to, the object follows, in hexadecimal.
+    """
+    to = "-" if folder is None else str(folder.absolute())
+    facts = [f"--triple={target.triple}", f"--cpu={target.cpu}", f"--features={target.features}"]
+    return platform.python_command(
+        "edgeinfer.kernels.cpu.build", to, "--family", target.family, *facts
+    )
 
 
 def _slowest_first(name: str) -> int:
@@ -375,7 +380,7 @@ def _slowest_first(name: str) -> int:
     return _SLOWEST.index(module) if module in _SLOWEST else len(_SLOWEST)
 
 
-def _feed(job: subprocess.Popen[str], waiting: deque[str], done: deque[str]) -> None:
+def _feed(job: subprocess.Popen[str], waiting: deque[str], done: dict[str, bytes]) -> None:
     """Hand one process name after name, until none is left or it ends."""
     assert job.stdin is not None and job.stdout is not None
     try:
@@ -386,7 +391,8 @@ def _feed(job: subprocess.Popen[str], waiting: deque[str], done: deque[str]) -> 
             if not line:
                 waiting.clear()  # it failed; the others need not go on
                 return
-            done.append(line.strip())
+            name, _, data = line.strip().partition(" ")
+            done[name] = bytes.fromhex(data)
     except (IndexError, OSError):  # another took the last one; it ended
         pass
     finally:

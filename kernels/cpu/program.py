@@ -52,9 +52,8 @@ _STEP_WORDS = layout.H_ABORT // layout.WORD + 1  # of the header, from H_ROWS on
 class CpuBackend:
     """Compiles segments for this machine's CPU.
 
-    `cache_dir` keeps compiled kernels. `release(data)` is told which bytes of a weight's file
-    pages are no longer needed. `memory` is how many bytes there are for all that is done here.
-    `progress("kernels" | "weights", done, total)` follows `compile`.
+    `cache_dir` keeps compiled kernels. `progress("kernels" | "weights", done, total)` follows
+    `compile`. `memory` is how many bytes there are for all that is done here.
     """
 
     name = "cpu"
@@ -63,12 +62,10 @@ class CpuBackend:
         self,
         cache_dir: Path,
         progress: Progress | None = None,
-        release: Callable[[memoryview], None] | None = None,
         isa: str | None = None,
         memory: int | None = None,
     ) -> None:
         self._progress = progress or (lambda stage, done, total: None)
-        self._release = release or (lambda data: None)
         target = Target.host(isa, memory=cache_dir)
         self.library = Library(target, cache_folder(cache_dir, target), memory=memory)
         self._memory = memory
@@ -97,7 +94,6 @@ class CpuBackend:
             team,
             self.library,
             n_threads,
-            self._release,
             lambda done, total: self._progress("weights", done, total),
         )
 

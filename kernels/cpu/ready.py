@@ -57,7 +57,7 @@ class Ready(NamedTuple):
         """Those of a file; none where it is absent or damaged."""
         try:
             return cls.parse(file.read_bytes())
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return cls()
 
     @classmethod

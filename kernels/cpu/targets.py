@@ -127,14 +127,14 @@ def _host_facts(memory: Path | None) -> tuple[str, str, str]:
     Importing LLVM takes a tenth of a start, which needs nothing else of it.
     """
     system = platform.processor_facts()
-    if memory is None or system is None:
+    if memory is None or system is None or platform.distrust(memory) is not None:
         return _ask_llvm()
     import llvmlite
 
     asked = hashlib.sha256(f"{llvmlite.__version__}\n{system}".encode()).hexdigest()
     path = memory / f"processor-{asked[:16]}"
     with suppress(OSError, ValueError):
-        found_asked, digest, facts = path.read_text("utf-8").split("\n", 2)
+        found_asked, digest, facts = platform.read_private(path).decode().split("\n", 2)
         if (found_asked, digest) == (asked, hashlib.sha256(facts.encode()).hexdigest()):
             triple, cpu, flags = facts.split("\n")
             return triple, cpu, flags

@@ -173,6 +173,8 @@ def shared_team(library: Library, n_threads: int) -> Team:
         team = _teams.get(pid)
         if team is None:
             team = _teams[pid] = Team(library)
+            # A team that is made while the interpreter ends is not closed, and its workers run on.
+            platform.keep(team)
             _close_at_exit(team)
     team.grow(n_threads)
     return team

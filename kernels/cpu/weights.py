@@ -1,7 +1,7 @@
 """The packed weights of one program: one arena, filled piece by piece by the thread team.
 
-Knows no graph. The packed copy replaces the file's: source pages are released as they are packed,
-so the peak is the packed model and one portion of the file, below 16 MiB.
+Knows no graph. The packed copy replaces the file's, which is read portion by portion, so the peak
+is the packed model and one portion of the file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from edgeinfer.quant import Weight, dequantize
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_PORTION = 8 << 20  # source bytes after which pages are released, and the most of one piece
+_PORTION = 8 << 20  # source bytes that are held at a time
 _PACK_CHUNK = 256 << 10  # packed bytes of one chunk
 _ALIGN = 64
 
@@ -79,46 +79,44 @@ class PackedWeights:
         team: Team,
         library: Library,
         n_threads: int,
-        release: Callable[[memoryview], None],
         progress: Callable[[int, int], None],
     ) -> None:
-        """Fill the arena; `progress(done, total)` counts source bytes, `release` gets read ones."""
+        """Fill the arena; `progress(done, total)` counts source bytes."""
         for weight in self._vectors.values():
             values = np.ascontiguousarray(dequantize(weight), np.float32)
             ctypes.memmove(self.vector(weight), values.ctypes.data, values.nbytes)
         total = sum(len(w.data) for w in self._matrices.values())
         done, portion, n_bytes = 0, list[_Piece](), 0
         progress(0, total)
-        for piece in (piece for w in self._matrices.values() for piece in _pieces(w)):
-            portion.append(piece)
-            n_bytes += len(piece.data)
-            if n_bytes >= _PORTION:
-                self._pack(portion, team, library, n_threads, release)
+        pieces = [piece for w in self._matrices.values() for piece in _pieces(w)]
+        buffer = np.empty(max([_PORTION, *(piece.n_bytes for piece in pieces)]), np.uint8)
+        for piece in pieces:
+            if n_bytes + piece.n_bytes > len(buffer):
+                self._pack(portion, buffer, team, library, n_threads)
                 done, portion, n_bytes = done + n_bytes, [], 0
                 progress(done, total)
-        self._pack(portion, team, library, n_threads, release)
+            portion.append(piece)
+            n_bytes += piece.n_bytes
+        self._pack(portion, buffer, team, library, n_threads)
         progress(total, total)
 
     def _pack(
         self,
         pieces: list[_Piece],
+        buffer: NDArray[np.uint8],
         team: Team,
         library: Library,
         n_threads: int,
-        release: Callable[[memoryview], None],
     ) -> None:
         if not pieces:
             return
         header = np.zeros(layout.HEADER_WORDS, np.int64)
-        sources = [piece.whole_blocks() for piece in pieces]
+        sources = _read(pieces, buffer)
         ops = [
             Op([self._pack_part(piece, source.ctypes.data, library)])
             for piece, source in zip(pieces, sources, strict=True)
         ]
         team.run_once(ops, header.ctypes.data, n_threads)
-        del sources
-        for piece in pieces:
-            release(piece.up_to_here)
 
     def _pack_part(self, piece: _Piece, source: int, library: Library) -> Part:
         name = piece.weight.type.name.lower()
@@ -143,23 +141,12 @@ class _Piece(NamedTuple):
     row_bytes: int
 
     @property
-    def data(self) -> memoryview:
-        return self.up_to_here[self.first * self.row_bytes :]
-
-    @property
-    def up_to_here(self) -> memoryview:
-        """From the matrix's first row on: reading a page brings some before it back."""
-        return memoryview(self.weight.data)[: (self.first + self.n_rows) * self.row_bytes]
+    def n_bytes(self) -> int:
+        return self.n_rows * self.row_bytes
 
     @property
     def n_blocks(self) -> int:
         return FORMATS[self.weight.type.name.lower()].n_blocks(self.weight.shape[1])
-
-    def whole_blocks(self) -> NDArray[np.uint8]:
-        """The rows as the file has them, or where their last block isn't whole, with zeros."""
-        rows = np.frombuffer(self.data, np.uint8).reshape(self.n_rows, self.row_bytes)
-        missing = self.n_blocks * FORMATS[self.weight.type.name.lower()].file_bytes - self.row_bytes
-        return np.pad(rows, ((0, 0), (0, missing))) if missing else rows
 
 
 def _pieces(weight: Weight) -> Iterator[_Piece]:
@@ -169,3 +156,17 @@ def _pieces(weight: Weight) -> Iterator[_Piece]:
     step = max(1, _PORTION // (GROUP_ROWS * row_bytes)) * GROUP_ROWS
     for first in range(0, n_rows, step):
         yield _Piece(weight, first, min(step, n_rows - first), row_bytes)
+
+
+def _read(pieces: Iterable[_Piece], buffer: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
+    """The pieces' rows, one piece behind the other; zeros where a last block isn't whole."""
+    sources, at = [], 0
+    for piece in pieces:
+        rows = buffer[at : at + piece.n_bytes]
+        piece.weight.read_into(rows.data, piece.first * piece.row_bytes)
+        at += piece.n_bytes
+        file_bytes = FORMATS[piece.weight.type.name.lower()].file_bytes
+        if missing := piece.n_blocks * file_bytes - piece.row_bytes:
+            rows = np.pad(rows.reshape(piece.n_rows, -1), ((0, 0), (0, missing)))
+        sources.append(rows)
+    return sources

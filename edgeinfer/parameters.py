@@ -1,0 +1,350 @@
+"""Every keyword of the API in one table: its type, range, default and help.
+
+What callers give is checked against it where it enters; flags and forms are made of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import reprlib
+from collections.abc import Callable, Collection, Iterable, Mapping
+from numbers import Integral, Real
+from typing import Any, NamedTuple
+
+from edgeinfer.errors import InvalidRequestError
+
+MAX_LOGPROBS = 128
+_INT32, _INT64 = 2**31 - 1, 2**63 - 1
+_MOST_THREADS = 1024  # more than any machine has; each takes a stack
+
+
+class Parameter(NamedTuple):
+    """A keyword. `read` makes a value of the type that is used, or raises ValueError."""
+
+    name: str
+    read: Callable[[Any], Any]
+    help: str
+    least: float = -math.inf
+    most: float = math.inf
+    default: Any = None
+    choices: tuple[str, ...] = ()
+    usual: tuple[float, float] | None = None  # what a person who fills in a form can mean
+
+    @property
+    def kind(self) -> type:
+        """How a flag or a form spells it: int, float, bool or str."""
+        return _KINDS.get(self.read, str)
+
+    @property
+    def supported(self) -> str:
+        """What a value must be, in words."""
+        if self.choices:
+            return " or ".join(map(repr, self.choices))
+        return _WORDS[self.read] + _range(self.least, self.most)
+
+    def check(self, value: Any) -> Any:
+        """The value in the type that is used; InvalidRequestError where it can't be one."""
+        try:
+            checked = self.read(value)
+        except (TypeError, ValueError, OverflowError):
+            raise self._refused(value) from None
+        if self.choices and checked not in self.choices:
+            raise self._refused(value)
+        if self.kind in (int, float) and not self.least <= checked <= self.most:
+            raise self._refused(value)
+        return checked
+
+    def parse(self, text: str, *, in_form: bool = False) -> Any:
+        """The value that a flag spells, or a form, which takes usual ones only."""
+        try:
+            value: Any = self.kind(text) if self.kind in (int, float) else text
+        except ValueError:
+            raise self._refused(text) from None
+        if in_form and self.usual and not self.usual[0] <= value <= self.usual[1]:
+            usual = _WORDS[self.read] + _range(*self.usual)
+            raise InvalidRequestError(f"{self.name} is {text}; give {usual}", param=self.name)
+        return self.check(value)
+
+    def _refused(self, value: Any) -> InvalidRequestError:
+        return InvalidRequestError(
+            f"{self.name} is {shown(value)}; it must be {self.supported}", param=self.name
+        )
+
+
+# -- what values are -----------------------------------------------------------------------------
+
+
+def integer(value: Any) -> int:
+    """A whole number of Python or NumPy; True and 60.0 are none."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise ValueError
+    return int(value)
+
+
+def number(value: Any) -> float:
+    """A finite number of Python or NumPy."""
+    checked = _real(value)
+    if not math.isfinite(checked):
+        raise ValueError
+    return checked
+
+
+def positive(value: Any) -> float:
+    checked = number(value)
+    if checked <= 0:
+        raise ValueError
+    return checked
+
+
+def switch(value: Any) -> bool:
+    # NumPy's booleans are no bool, and what they are registered as differs by version.
+    if not isinstance(value, bool) and type(value).__name__ not in ("bool_", "bool"):
+        raise ValueError
+    return bool(value)
+
+
+def text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError
+    return value
+
+
+def texts(value: Any) -> tuple[str, ...]:
+    """Several texts, none empty; they can be gone through again, so no generator."""
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Collection):
+        raise ValueError
+    if not all(isinstance(each, str) and each for each in value):
+        raise ValueError
+    return tuple(value)
+
+
+def text_or_texts(value: Any) -> tuple[str, ...]:
+    return texts((value,) if isinstance(value, str) else value)
+
+
+def id_set(value: Any) -> frozenset[int]:
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Collection):
+        raise ValueError
+    checked = frozenset(map(integer, value))
+    if any(not 0 <= token <= _INT32 for token in checked):
+        raise ValueError
+    return checked
+
+
+def biases(value: Any) -> dict[int, float]:
+    """What is added to a token's logit, by id; infinities ban and force."""
+    if not isinstance(value, Mapping):
+        raise ValueError
+    checked = {integer(token): _real(bias) for token, bias in value.items()}
+    if any(not 0 <= token <= _INT32 or math.isnan(bias) for token, bias in checked.items()):
+        raise ValueError
+    return checked
+
+
+def memory_size(value: Any) -> int | str:
+    """Bytes, or a text that `parse_memory` reads."""
+    size = value if isinstance(value, str) else int(_real(value))
+    parse_memory(size, 0)
+    return size
+
+
+def cache_types(value: Any) -> str | tuple[str, ...]:
+    return value if isinstance(value, str) else texts(value)
+
+
+def function(value: Any) -> Callable[..., Any]:
+    if not callable(value):
+        raise ValueError
+    checked: Callable[..., Any] = value
+    return checked
+
+
+def _real(value: Any) -> float:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise ValueError
+    return float(value)
+
+
+def parse_memory(value: int | str, available: int) -> int:
+    """Bytes from a count, "512M", "2G" or "80%" of `available`."""
+    text = str(value).strip().upper().removesuffix("IB").removesuffix("B")
+    number, unit = (text[:-1], text[-1:]) if text[-1:] in _UNITS else (text, "")
+    size = float(number)
+    if not 0 < size < 2**60:
+        raise ValueError
+    return int(available * size / 100) if unit == "%" else int(size * _UNITS[unit])
+
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "%": 0}
+_KINDS: dict[Callable[[Any], Any], type] = {
+    integer: int, number: float, positive: float, switch: bool,
+}  # fmt: skip
+_WORDS: dict[Callable[[Any], Any], str] = {
+    integer: "an integer",
+    number: "a finite number",
+    positive: "a number above 0",
+    switch: "True or False",
+    text: "a text",
+    texts: "texts, none empty",
+    text_or_texts: "a text or several, none empty",
+    id_set: "token ids",
+    biases: "numbers by token id",
+    memory_size: "bytes, 512M, 2G, or a share such as 80%",
+    cache_types: "a type, or one for K and one for V",
+    function: "a function",
+}
+
+
+def id_list(value: Any, param: str) -> list[int]:
+    """Token ids from a list, a range or an array; InvalidRequestError for anything else."""
+    is_list = hasattr(value, "__len__") and hasattr(value, "__getitem__")
+    if is_list and not isinstance(value, (str, bytes, bytearray, memoryview, Mapping)):
+        with contextlib.suppress(TypeError, ValueError):
+            ids = list(value)
+            if not all(type(id) is int for id in ids):
+                ids = [integer(id) for id in ids]
+            if not ids or -_INT64 <= min(ids) <= max(ids) <= _INT64:
+                return ids
+    kind = "text or a list of token ids" if param == "prompt" else "a list of token ids"
+    raise InvalidRequestError(f"{param} is {shown(value)}; it must be {kind}", param=param)
+
+
+def shown(value: Any) -> str:
+    """A value in an error: short, whatever it is."""
+    try:
+        return _SHORT.repr(value)
+    except Exception:  # an integer of 5,000 digits has no repr
+        return f"a value of type {type(value).__name__}"
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+
+
+def _range(least: float, most: float) -> str:
+    if math.isinf(most):
+        return "" if math.isinf(least) else f", {least:g} or more"
+    return f" from {_limit(least)} to {_limit(most)}"
+
+
+def _limit(value: float) -> str:
+    bits = int(abs(value)).bit_length()
+    if bits <= 30:
+        return f"{value:g}"
+    return f"2**{bits} - 1" if value > 0 else f"-2**{bits} + 1"
+
+
+# -- the table -----------------------------------------------------------------------------------
+
+
+def _by_name(*parameters: Parameter) -> dict[str, Parameter]:
+    return {parameter.name: parameter for parameter in parameters}
+
+
+# How a model is loaded.
+LOAD = _by_name(
+    Parameter("n_ctx", integer, "Context length in tokens.", 1, _INT32),
+    Parameter("memory", memory_size, "Most memory to use."),
+    Parameter("threads", integer, "CPU threads.", 1, _MOST_THREADS),
+    Parameter("kv_type", cache_types, "Type of K and V in the cache (f16)."),
+    Parameter("device", text, "Where to run."),
+    Parameter("gpu_layers", integer, "Layers on the GPU.", -1, _INT32),
+    Parameter("slots", integer, "Full-length contexts that the cache holds.", 1, _INT32),
+    Parameter("pre", text, "Pre-tokenizer, for a file that names none."),
+    Parameter("chat_template", text, "Instead of the file's own."),
+    Parameter("download", switch, "Fetch a model that is not here.", default=False),
+    Parameter("progress", function, "Told how far loading is."),
+)
+
+# When an answer ends, and how it is made.
+REQUEST = _by_name(
+    Parameter(
+        "max_tokens", integer, "Most tokens to generate.", 1, _INT64, usual=(1, 10_000_000)
+    ),
+    Parameter("stop", text_or_texts, "End before this text.", default=()),
+    Parameter("stop_token_ids", id_set, "End at this token.", default=frozenset()),
+    Parameter(
+        "overflow", text,
+        "When the context is full: stop with an error, or forget the oldest tokens or turns.",
+        default="error", choices=("error", "slide", "drop-turns"),
+    ),
+    Parameter(
+        "speculation", switch,
+        "Guess tokens ahead where that is faster (on); the answer is the same.",
+    ),
+)  # fmt: skip
+
+# How a token is picked; names and defaults are llama.cpp's. Unset, the file's value comes first.
+SAMPLING = _by_name(
+    Parameter(
+        "temperature", number, "0 always takes the likeliest token, 1 is lively.", default=0.8,
+        usual=(0, 5),
+    ),
+    Parameter(
+        "top_k", integer, "Choose among the k likeliest; 0: all.", -_INT32, _INT32, 40,
+        usual=(0, 1_000_000),
+    ),
+    Parameter("top_p", number, "Choose among those that make up this share.", 0, 1, 0.95),
+    Parameter("min_p", number, "Leave out what is below this share of the likeliest.", 0, 1, 0.05),
+    Parameter("typical_p", number, "Locally typical sampling; 1: off.", 0, 1, 1.0),
+    Parameter("top_n_sigma", number, "Keep logits within n sigma; 0 or less: off.", default=-1.0),
+    Parameter("xtc_probability", number, "Chance to leave out top choices.", 0, 1, 0.0),
+    Parameter("xtc_threshold", number, "What a top choice has; above 0.5: off.", 0, 1, 0.1),
+    Parameter("repeat_last_n", integer, "Tokens that penalties look at; -1: all.", -1, _INT32, 64),
+    Parameter(
+        "repeat_penalty", positive, "Above 1 makes repetition less likely.", default=1.0,
+        usual=(0, 10),
+    ),
+    Parameter("presence_penalty", number, "For each token that was there.", default=0.0),
+    Parameter("frequency_penalty", number, "For each time that a token was there.", default=0.0),
+    Parameter("dry_multiplier", number, "Penalise long repeats; 0: off.", 0, default=0.0),
+    Parameter("dry_base", number, "How DRY grows with a repeat's length.", 0, default=1.75),
+    Parameter("dry_allowed_length", integer, "Repeats that cost nothing.", 0, _INT32, 2),
+    Parameter("dry_penalty_last_n", integer, "Tokens that DRY looks at; -1: all.", -1, _INT32, 64),
+    Parameter(
+        "dry_sequence_breakers", texts, "Texts that no repeat goes across.",
+        default=("\n", ":", '"', "*"),
+    ),
+    Parameter("dynatemp_range", number, "Temperature by entropy, this far around.", 0, default=0.0),
+    Parameter("dynatemp_exponent", number, "How it depends on entropy.", 0, default=1.0),
+    Parameter("mirostat", integer, "Hold the surprise near tau: version 1 or 2.", 0, 2, 0),
+    Parameter("mirostat_tau", number, "The surprise to hold.", 0, default=5.0),
+    Parameter("mirostat_eta", number, "How fast mirostat learns.", 0, default=0.1),
+    Parameter("min_keep", integer, "Candidates that filters leave.", 0, _INT32, 0),
+    Parameter(
+        "seed", integer, "The same number gives the same answer.", 0, 2**64 - 1, usual=(0, 2**63)
+    ),
+    Parameter("logit_bias", biases, "Added to logits, by token id.", default={}),
+    Parameter(
+        "logprobs", integer, "Keep the n likeliest tokens of each place.", 0, MAX_LOGPROBS,
+        usual=(0, 20),
+    ),
+)  # fmt: skip
+ANSWER = REQUEST | SAMPLING
+
+# What `logits` takes beside token ids.
+LOGITS = _by_name(
+    Parameter("last", integer, "Rows to give back, the last ones.", 1, _INT64),
+    Parameter("prefill_chunk", integer, "Most rows in a step.", 1, _INT64),
+)
+
+
+def checked(
+    function: str, given: Mapping[str, Any], table: Mapping[str, Parameter]
+) -> dict[str, Any]:
+    """What was given of a table, None being the same as nothing; TypeError for other names."""
+    check_keywords(function, given, table)
+    return {name: table[name].check(value) for name, value in given.items() if value is not None}
+
+
+def check_keywords(function: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise TypeError for a keyword that `function` does not have, naming the nearest one."""
+    names = list(known)
+    for name in given:
+        if name not in names:
+            import difflib  # 2 ms that starts don't need
+
+            near = difflib.get_close_matches(name, names, 1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"{function}() has no keyword {name!r}{hint}")

@@ -1,0 +1,215 @@
+"""Arguments of every type and size: refused by name where they enter, or used; never a fault."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from edgeinfer import ANSWER, LLM, LOAD, InvalidRequestError, LoadOptions, Sampling, plan
+from edgeinfer.cli_options import LOAD_NAMES, SAMPLING_NAMES
+from edgeinfer.errors import EdgeInferError
+from edgeinfer.parameters import SAMPLING, Parameter
+from edgeinfer.sampling import SamplingParams
+
+from .models_for_tests import tiny_model
+
+N_CTX = 128
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("parameters"), n_ctx=N_CTX, chat_template="{{ 1 }}")
+
+
+@pytest.fixture(scope="module")
+def llm(path: Path) -> Iterator[LLM]:
+    with LLM(path, threads=1) as llm:
+        yield llm
+
+
+def _is_unharmed(llm: LLM) -> bool:
+    return llm.generate("abcd" * 9, temperature=0, max_tokens=9).usage.completion_tokens == 9
+
+
+class Odd:
+    """No number, though it looks like one; its repr fails."""
+
+    def __index__(self) -> int:
+        return 5
+
+    def __float__(self) -> float:
+        return 5.0
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no repr")
+
+
+WRONG_INTEGERS = [
+    60.0, 1.5, "5", b"5", True, False, np.bool_(True), math.nan, math.inf, 2**70, -(2**70),
+    10**5000, [5], (5,), {5}, {5: 5}, 5j, Odd(), object, np.float64(5), np.array([5]), range(5),
+]  # fmt: skip
+WRONG_NUMBERS = [
+    "0.5", b"1", True, np.bool_(False), math.nan, math.inf, -math.inf, np.float32("nan"), 10**400,
+    [0.5], {0.5}, 0.5j, Odd(), np.array([0.5]), np.array(0.5),
+]  # fmt: skip
+
+
+def _wrong(parameter: Parameter) -> list[Any]:
+    if parameter.kind in (int, float):
+        wrong = list(WRONG_INTEGERS if parameter.kind is int else WRONG_NUMBERS)
+        wrong += [
+            edge for limit, step in ((parameter.least, -1), (parameter.most, 1))
+            if math.isfinite(limit) for edge in (limit + step,) if edge != limit
+        ]  # fmt: skip
+        return wrong
+    if parameter.kind is bool:
+        return [1, 0, "yes", "", b"", 1.0, [], [True], Odd()]
+    return {
+        "stop": [5, 1.5, "", b"x", ["a", ""], ["a", 5], [["a"]], {"a": 1}, True, iter("ab"), Odd()],
+        "stop_token_ids": [5, "1", b"1", [1.0], [True], ["1"], [-1], [2**70], [[1]], {1: 2}, Odd()],
+        "overflow": ["drop", "", "ERROR", 1, b"error", True, ["slide"], {"slide"}, Odd()],
+        "dry_sequence_breakers": ["abc", 5, [""], [5], b"abc", {"a": 1}, iter("ab"), Odd()],
+        "logit_bias": [
+            5, "5", [5], [(5, 1.0)], {"5": 1.0}, {5: "1"}, {5.0: 1.0}, {True: 1.0}, {-1: 1.0},
+            {2**40: 1.0}, {320: 1.0}, {5: math.nan}, {5: True}, {5: None}, {5: 10**400}, Odd(),
+        ],
+        "memory": [True, math.nan, math.inf, -1, 0, 0.5, "", "lots", "-1G", b"1G", [1], Odd()],
+        "kv_type": [5, "q8_0", ("f16", "q8_0"), ["f16", 5], b"f16", True, Odd()],
+        "device": [5, b"cpu", ["cpu"], True, Odd()],
+        "pre": [5, b"x", ["x"], True, Odd()],
+        "chat_template": [5, b"x", ["x"], True, Odd()],
+        "progress": [5, "x", True, [print], object()],
+    }[parameter.name]  # fmt: skip
+
+
+def test_no_keyword_is_missing_from_the_table() -> None:
+    assert set(LOAD) == set(LoadOptions.__annotations__)
+    assert set(ANSWER) == set(Sampling.__annotations__)
+    assert set(LOAD_NAMES) | {"download", "progress"} == set(LOAD)
+    assert set(SAMPLING_NAMES) < set(ANSWER)
+    assert set(SAMPLING) | {"dry_breaker_tokens"} == set(SamplingParams.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("parameter", ANSWER.values(), ids=list(ANSWER))
+def test_a_wrong_value_of_an_answer_is_refused_by_name(llm: LLM, parameter: Parameter) -> None:
+    for value in _wrong(parameter):
+        asked: Any = {"temperature": 0, "max_tokens": 3, parameter.name: value}
+        calls: list[Callable[[], Any]] = [
+            lambda asked=asked: llm.generate("abcd" * 4, **asked),
+            lambda asked=asked: llm.stream_chat("abcd", **asked),
+            lambda asked=asked: llm.generate_batch(["abcd"], **asked),
+        ]
+        for ask in calls:
+            with pytest.raises(InvalidRequestError, match=parameter.name) as caught:
+                ask()
+            assert caught.value.param == parameter.name
+            assert len(str(caught.value)) < 400
+    assert _is_unharmed(llm)
+
+
+@pytest.mark.parametrize("parameter", LOAD.values(), ids=list(LOAD))
+def test_a_wrong_value_of_loading_is_refused_by_name(path: Path, parameter: Parameter) -> None:
+    for value in _wrong(parameter):
+        options: Any = {"device": "reference", parameter.name: value}
+        for load in (LLM, plan):
+            with pytest.raises(InvalidRequestError, match=parameter.name) as caught:
+                load(path, **options)
+            assert caught.value.param == parameter.name
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int8, np.uint16, np.intp])
+def test_numbers_of_numpy_are_welcome(llm: LLM, path: Path, kind: Any) -> None:
+    asked: Any = dict(temperature=0.5, top_k=5, top_p=1, seed=7, max_tokens=9, logprobs=2)
+    expected = llm.generate([5, 6, 7], logit_bias={70: 2.0}, **asked)
+    given: Any = {name: kind(n) if type(n) is int else n for name, n in asked.items()}
+    given |= {"temperature": np.float32(0.5), "logit_bias": {kind(70): np.float16(2)}}
+    for prompt in (np.array([5, 6, 7], kind), [kind(5), 6, kind(7)], (5, 6, 7), range(5, 8)):
+        answer = llm.generate(prompt, **given)  # type: ignore[arg-type]
+        assert (answer.token_ids, answer.logprobs) == (expected.token_ids, expected.logprobs)
+    logits = llm.logits(np.array([5, 6], kind), last=kind(1), prefill_chunk=kind(1))  # type: ignore[arg-type]
+    assert np.array_equal(logits, llm.logits([5, 6], last=1))
+    with LLM(path, n_ctx=kind(64), threads=kind(1), slots=kind(1), memory=np.float64(2e9)) as other:
+        assert other.n_ctx == 64
+
+
+WRONG_PROMPTS = [
+    None, 5, 1.5, b"abc", bytearray(b"abc"), memoryview(b"abc"), {1, 2}, frozenset({1}), {1: 2},
+    iter([1, 2]), (id for id in [1, 2]), [[1, 2]], [1.0], [True], ["a"], [None], [-1], [320],
+    [2**70], [10**5000], [], (), np.array([[1, 2]]), np.array([1.0]), np.array(5), np.array(["a"]),
+    np.array([True]), Odd(), [Odd()], object, True,
+]  # fmt: skip
+
+
+def test_a_prompt_that_is_none_is_refused(llm: LLM) -> None:
+    for prompt in WRONG_PROMPTS:
+        for ask in (
+            llm.generate,
+            llm.stream,
+            lambda each, **s: llm.generate_batch([each], **s),
+        ):
+            with pytest.raises(InvalidRequestError, match=r"prompt|token id") as caught:
+                ask(prompt, max_tokens=1)  # type: ignore[operator]
+            assert caught.value.param == "prompt"
+    for prompts in ("abc", b"abc", None, 5, {"abc": 1}):
+        with pytest.raises(InvalidRequestError, match="prompts") as caught:
+            llm.generate_batch(prompts)  # type: ignore[arg-type]
+    assert _is_unharmed(llm)
+
+
+def test_texts_and_ids_elsewhere(llm: LLM) -> None:
+    for text in (None, 5, b"abc", ["abc"]):
+        with pytest.raises(InvalidRequestError, match="text"):
+            llm.tokenize(text)  # type: ignore[arg-type]
+    for ids in (None, 5, "abc", b"abc", {1}, [1.5], [True], ["a"], [320], [-1]):
+        for ask in (llm.logits, llm.detokenize):
+            with pytest.raises(InvalidRequestError):
+                ask(ids)  # type: ignore[operator]
+        with pytest.raises(InvalidRequestError):
+            llm.logits([1], batch_with=[ids])  # type: ignore[list-item]
+    for others in (5, "abc", b"abc", [5], [[]]):
+        with pytest.raises(InvalidRequestError):
+            llm.logits([1], batch_with=others)  # type: ignore[arg-type]
+    for name in ("last", "prefill_chunk"):
+        for value in [*WRONG_INTEGERS, 0, -1]:
+            with pytest.raises(InvalidRequestError, match=name):
+                llm.logits([1, 2], **{name: value})
+    with pytest.raises(InvalidRequestError, match="last"):
+        llm.logits([1, 2], last=3)
+    assert _is_unharmed(llm)
+
+
+@pytest.mark.parametrize("model", [None, 5, b"model.gguf", ["x"], True])
+def test_a_model_that_is_no_path_is_refused(model: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="model"):
+        LLM(model)
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
+    | st.binary(max_size=3) | st.complex_numbers() | st.fractions() | st.decimals()
+    | st.integers(-128, 127).map(np.int8) | st.floats(width=16).map(np.float16),
+    lambda x: st.lists(x, max_size=3) | st.tuples(x) | st.dictionaries(
+        st.integers(-1, 330) | st.text(max_size=2), x, max_size=3
+    ),
+)  # fmt: skip
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.dictionaries(st.sampled_from([*ANSWER, "prompt"]), ANYTHING, min_size=1, max_size=3))
+def test_whatever_is_given_is_used_or_refused(llm: LLM, given: dict[str, Any]) -> None:
+    prompt = given.pop("prompt", "abcd" * 9)
+    most = given.get("max_tokens", 3)
+    given["max_tokens"] = min(most, 5) if type(most) is int else most
+    try:
+        answer = llm.generate(prompt, **given)
+        assert answer.finish_reason
+    except EdgeInferError as error:
+        assert isinstance(error, InvalidRequestError) or "no number" in str(error), error
+    assert llm.runtime.engine._thread.is_alive()
