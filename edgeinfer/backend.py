@@ -116,6 +116,13 @@ def build_exactly(program: Program, progress: Callable[[int, int], None]) -> int
     return program.build_exactly(progress) if isinstance(program, CpuProgram) else 0
 
 
+def unkept_kernels(program: Program) -> str:
+    """Why what was built or measured can't be kept for the next process; "" where it is."""
+    from edgeinfer.kernels.cpu.program import CpuProgram
+
+    return program.unkept if isinstance(program, CpuProgram) else ""
+
+
 def tune(program: Program) -> int | None:
     """Find out how a program decodes fastest here, if it doesn't know yet: on how many threads."""
     from edgeinfer.kernels.cpu.program import CpuProgram

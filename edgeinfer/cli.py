@@ -25,7 +25,7 @@ from edgeinfer.cli_models import (
     downloadable,
     last_model,
     remember,
-    warn_unless_kept,
+    unkept,
 )
 from edgeinfer.cli_options import (
     LOAD_NAMES,
@@ -36,7 +36,15 @@ from edgeinfer.cli_options import (
     load_flags,
     sampling_flags,
 )
-from edgeinfer.console import Output, ProgressLine, note, prepare_streams, show, show_json
+from edgeinfer.console import (
+    Output,
+    ProgressLine,
+    draws_screens,
+    note,
+    prepare_streams,
+    show,
+    show_json,
+)
 from edgeinfer.errors import ContextLengthError, EdgeInferError, InvalidRequestError
 from edgeinfer.terminal import one_line, printable
 
@@ -194,8 +202,6 @@ def _open(model: str | None, flags: dict[str, Any], *, is_chat: bool = False) ->
     line = ProgressLine()
 
     def progress(event: Progress) -> None:
-        if event.stage == "kernels" and not event.done:
-            warn_unless_kept()
         line.show(event.stage, event.done, event.total)
 
     from edgeinfer.llm import LLM
@@ -205,6 +211,8 @@ def _open(model: str | None, flags: dict[str, Any], *, is_chat: bool = False) ->
         llm = LLM(path, **options)
     finally:
         line.clear()
+    for why in unkept(llm):
+        note(why)
     # What a start has made stays: no later collection, nor the one at exit, needs to look at it.
     gc.freeze()
     gc.set_threshold(_GC_THRESHOLD)
@@ -276,8 +284,7 @@ def chat(
     model: str | None, plain: bool, system: str | None, no_history: bool, **flags: Any
 ) -> None:
     """Talk to a model, full-screen on a terminal; with --plain a line is a message."""
-    # Textual draws on stderr.
-    if not plain and all(s.isatty() for s in (sys.stdin, sys.stdout, sys.stderr)):
+    if not plain and draws_screens(os.environ):
         if model is not None or flags["yes"]:
             model = choose_model(model, bool(flags["yes"]), is_chat=True)
         _open_tui(model, system, not no_history, flags)
@@ -289,7 +296,8 @@ def chat(
 
     with _open(model, flags, is_chat=True) as llm:
         path = llm.runtime.model.file.path
-        remember(str(path.resolve()))
+        for why in remember(str(path.resolve())):
+            note(why)
         sampling = cast("Sampling", given(flags, SAMPLING_NAMES))
         talk(llm, system, sampling, _follow, advice_after(path))
 
@@ -300,6 +308,11 @@ def _open_tui(
     from edgeinfer import platform
 
     gc.set_threshold(_GC_THRESHOLD)
+    notes: dict[str, None] = {}  # said once the screen is the shell's again
+
+    def take_loaded(path: str, llm: LLM) -> None:
+        notes.update(dict.fromkeys([*remember(path), *unkept(llm)]))
+
     # The TUI is a layer above this one: it is named here, not imported.
     importlib.import_module("edgeinfer.tui.launch").run_chat(
         model,
@@ -312,9 +325,11 @@ def _open_tui(
         memory_now=platform.rss,
         run_tool=platform.run_tool,
         last_model=last_model,
-        remember=remember,
+        take_loaded=take_loaded,
         downloads=downloadable,
     )
+    for line in notes:
+        note(line)
 
 
 @commands.command(epilog="Example: edgeinfer history --clear")
@@ -325,9 +340,16 @@ def history(clear: bool) -> None:
     store = importlib.import_module("edgeinfer.tui.store")
     path = config.data_folder() / store.FILE_NAME
     if clear:
-        show(f"deleted {store.clear_history(config.data_folder())} conversations")
-    else:
-        show(f"{path}{'' if os.path.exists(path) else ' (nothing yet)'}")
+        n = store.clear_history(config.data_folder())
+        unread = f"deleted {path}, which could not be read"
+        show(unread if n is None else f"deleted {n} conversations")
+        return
+    show(f"{path}{'' if os.path.exists(path) else ' (nothing yet)'}")
+    if os.path.exists(path):
+        try:
+            store.count_conversations(path)
+        except EdgeInferError as error:
+            note(f"edgeinfer: {error}")
 
 
 @commands.command(epilog="Example: edgeinfer info smollm2")
@@ -496,9 +518,13 @@ def warmup(model: str | None, **flags: Any) -> None:
         finally:
             line.clear()
         n_threads = None if n else tune(llm.runtime.program)
+        lost = unkept(llm)
     if n:  # what was built is what must be measured
         with _open(model, flags) as llm:
             n_threads = tune(llm.runtime.program)
+            lost = unkept(llm)
+    if lost:
+        raise EdgeInferError(lost[0])
     rebuilt = f"; {n} were rebuilt for this very processor" if n else ""
     threads = f"; it decodes fastest on {n_threads} threads" if n_threads else ""
     note(f"kernels are ready{rebuilt}{threads}")

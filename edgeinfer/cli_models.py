@@ -6,7 +6,6 @@ Knows nothing of running models.
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +16,11 @@ import click
 from edgeinfer import config, platform
 from edgeinfer.cli_options import common_flags
 from edgeinfer.console import DownloadLine, note, show, show_json
-from edgeinfer.errors import ModelNotFoundError
+from edgeinfer.errors import EdgeInferError, ModelNotFoundError
 from edgeinfer.terminal import one_line
 
 if TYPE_CHECKING:
+    from edgeinfer.llm import LLM
     from edgeinfer.options import Progress
 
 _MB = 10**6
@@ -110,8 +110,14 @@ def cache(clear: bool, as_json: bool) -> None:
         path for name in UNFINISHED for path in platform.files_below(models, f"**/{name}")
     ]
     if clear:
-        shutil.rmtree(kernels, ignore_errors=True)
-        discard_unfinished()
+        try:
+            discard_unfinished()
+            platform.delete_all(kernels)
+        except OSError as error:
+            raise EdgeInferError(
+                f"{error.filename or kernels} can't be deleted: {error.strerror or error}; end "
+                "what uses it, or delete it yourself"
+            ) from error
         note(f"emptied {kernels}; models stay (edgeinfer rm NAME deletes one)")
         return
     sizes = {str(folder): folder_bytes(folder) for folder in (kernels, models)}
@@ -182,11 +188,13 @@ def choose_model(name: str | None, yes: bool, *, is_chat: bool = False) -> str:
     return str(_fetch(name))
 
 
-def remember(name: str) -> None:
-    """The next chat without MODEL takes this one."""
+def remember(name: str) -> list[str]:
+    """The next chat without MODEL takes this one; else a line that says why not."""
     from edgeinfer import recent
 
-    recent.remember(name)
+    reason = recent.remember(name)
+    why = f"the next chat will not know that this was {name}: {reason}; set EDGEINFER_HOME"
+    return [why] if reason else []
 
 
 def last_model() -> str | None:
@@ -206,11 +214,14 @@ def downloadable() -> list[tuple[str, int]]:
     return [(alias.name, alias.n_bytes) for alias in fitting]
 
 
-def warn_unless_kept() -> None:
-    """Say so where the kernels that are being built can't be stored."""
-    folder = config.cache_folder()
-    if not platform.is_writable(folder):
-        note(f"kernels can't be kept in {folder}: built for this process alone; set EDGEINFER_HOME")
+def unkept(llm: LLM) -> list[str]:
+    """A line where kernels that were built could not be stored, with the reason."""
+    from edgeinfer.backend import unkept_kernels
+
+    reason = unkept_kernels(llm.runtime.program)
+    where = f"{config.cache_folder()} ({reason})"
+    why = f"kernels can't be kept in {where}: built for this process alone; set EDGEINFER_HOME"
+    return [why] if reason else []
 
 
 def advice_after(path: Path) -> str | None:

@@ -38,7 +38,7 @@ def _folder(kind: Literal["cache", "data"]) -> Path:
     find = {"cache": platformdirs.user_cache_dir, "data": platformdirs.user_data_dir}[kind]
     try:
         path = Path(find("edgeinfer", appauthor=False))
-    except RuntimeError:  # no HOME, and the system does not know this user
+    except RuntimeError:
         return _NOWHERE
     return path if path.is_absolute() else _NOWHERE
 
@@ -119,5 +119,8 @@ def _xdg_cache() -> Path:
 
 
 def _user_home() -> Path:
-    home = expand_user("~")
+    try:
+        home = Path.home()
+    except RuntimeError:  # no HOME, and the system does not know this user
+        return _NOWHERE
     return home if home.is_absolute() and os.environ.get("HOME") != "" else _NOWHERE

@@ -6,14 +6,24 @@ Knows nothing of models.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from edgeinfer.terminal import StreamFilter, printable
 
 _QUIET_SECONDS = 1.0  # what takes no longer needs no progress line
 _REDRAW_SECONDS = 0.1
+
+
+def draws_screens(environment: Mapping[str, str]) -> bool:
+    """Whether there is a terminal that takes a full-screen view, which is drawn on stderr."""
+    if not all(s.isatty() for s in (sys.stdin, sys.stdout, sys.stderr)):
+        return False
+    # Windows' consoles have no TERM.
+    return os.name == "nt" or environment.get("TERM", "") not in ("", "dumb", "unknown")
 
 
 class Output:

@@ -5,7 +5,6 @@ Knows nothing of how progress is shown.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -135,19 +134,25 @@ class _Writable:
 
 
 def discard_unfinished() -> None:
-    """Delete what downloads that were cut short have left; those that run are left alone."""
+    """Delete what downloads that were cut short have left; those that run are left alone.
+
+    Raises OSError for what can't be deleted.
+    """
     running, (parts, folders) = set(), UNFINISHED
     for part in platform.files_below(models_folder(), f"**/{parts}"):
+        if part.is_symlink() or not part.is_file():  # nothing of ours
+            continue
         try:
             with hub.claim(part):
-                platform.unlink_open(part)
+                is_gone = platform.unlink_open(part)
         except DownloadError:
             running.add(part.parent)
-        except OSError:  # a link, a folder: nothing of ours
             continue
+        if not is_gone:
+            part.unlink()
     for left in platform.files_below(models_folder(), f"**/{folders}"):
         if left.parent not in running:
-            shutil.rmtree(left, ignore_errors=True)
+            platform.delete_all(left)
 
 
 # -- what is here --------------------------------------------------------------------------------
@@ -166,8 +171,14 @@ def remove(name: str) -> list[Path]:
             f"{info.name} belongs to {info.source} ({info.path}); delete it there", param="name"
         )
     files = [info.path.with_name(part) for part in parts_of(info.path.name)]
-    for file in files:
-        hub.delete(file)
+    for file in reversed(files):  # by its first part a model is found, to be deleted again
+        try:
+            hub.delete(file)
+        except OSError as error:
+            raise EdgeInferError(
+                f"{file} can't be deleted: {error.strerror or error}; end what uses it, or delete "
+                "it yourself"
+            ) from error
     _drop_empty(info.path.parent)
     return files
 

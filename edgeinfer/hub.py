@@ -16,7 +16,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -98,7 +98,7 @@ def download(
     except FileNotFoundError:  # another process found it complete and was faster
         if not target.exists():
             raise
-    platform.write_whole(_digest_file(target), found.encode())
+    _note_digest(target, found)
 
 
 @contextmanager
@@ -107,7 +107,9 @@ def claim(part: Path) -> Iterator[BinaryIO]:
     with platform.open_appending(part) as out:
         # One that was deleted since it was opened may be somebody's again, under the same name.
         if not (platform.try_lock(out) and platform.is_at(out, part)):
-            raise DownloadError(f"{part.stem} is being downloaded by another process")
+            raise DownloadError(
+                f"{part.stem} is being downloaded by another process; wait until that is done"
+            )
         yield out
 
 
@@ -117,18 +119,27 @@ def is_current(file: RemoteFile, target: Path) -> bool:
         return False
     if file.sha256 is None:
         return True
-    noted = _digest_file(target)
-    if not noted.exists():
+    try:
+        noted = _digest_file(target).read_text("ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        noted = ""
+    if not _SHA256.fullmatch(noted):
         with target.open("rb") as stored:
-            found = _digest_of(stored, file.n_bytes).hexdigest()
-        platform.write_whole(noted, found.encode())
-    return noted.read_text("utf-8").strip() == file.sha256
+            noted = _digest_of(stored, file.n_bytes).hexdigest()
+        _note_digest(target, noted)
+    return noted == file.sha256
 
 
 def delete(target: Path) -> None:
     """Take away a downloaded file and what was noted of it."""
-    target.unlink()
     _digest_file(target).unlink(missing_ok=True)
+    target.unlink(missing_ok=True)
+
+
+def _note_digest(target: Path, digest: str) -> None:
+    """Spare the next look at a file the reading of it; where that fails, it is read."""
+    with suppress(OSError):
+        platform.write_whole(_digest_file(target), digest.encode())
 
 
 def _digest_file(target: Path) -> Path:

@@ -135,11 +135,15 @@ class SequenceCache:
 
     def grow(self, n_tokens: int) -> None:
         """Hold the pages for `n_tokens` more positions; the pool must have them."""
+        for slot in self.missing(n_tokens):
+            self.table.pages[slot] = self._pool.take()
+
+    def missing(self, n_tokens: int) -> list[int]:
+        """Slots that have no page yet, of those that the next `n_tokens` positions take."""
+        pages, table = self.table.pages, self.table
         last = (self.n_tokens + n_tokens - 1) // PAGE
-        for page in range(self.n_tokens // PAGE, last + 1):
-            slot = self.table.slot(page)
-            if self.table.pages[slot] < 0:
-                self.table.pages[slot] = self._pool.take()
+        slots = [table.slot(page) for page in range(self.n_tokens // PAGE, last + 1)]
+        return [slot for slot in slots if pages[slot] < 0]
 
     def truncate(self, n_tokens: int) -> None:
         """Forget positions from `n_tokens` on; a cache that has slid can't."""

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 from types import MappingProxyType
@@ -28,6 +29,8 @@ _ROOT = Path("/")
 _FALLBACK_MEMORY = 4 << 30
 _HUGE_PAGE = 2 << 20
 _UNKNOWN_DISK = 1 << 62
+_SMALL_FILE = 64 << 10  # bytes of a kernel
+_LOSSES = (errno.EIO, errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 _LOCKED_BYTE = 1 << 40  # beyond what any file holds
 
 
@@ -336,10 +339,12 @@ def free_disk(folder: Path) -> int:
 
 
 def is_writable(folder: Path) -> bool:
-    """Whether files can be made in `folder`; it is made when it does not exist."""
+    """Whether files can be made and filled in `folder`; it is made when it does not exist."""
     try:
         make_folder(folder)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(_SMALL_FILE))  # a full disk takes empty ones
+            file.flush()
             return True
     except OSError:
         return False
@@ -348,9 +353,34 @@ def is_writable(folder: Path) -> bool:
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file completely or not at all, whoever writes it at the same time; makes folders."""
     make_folder(path.parent)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-        file.write(data)
-    os.replace(file.name, path)
+    descriptor, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(data)
+        os.replace(part, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(part)
+        raise
+
+
+def delete_all(path: Path) -> None:
+    """Delete a file or a folder with all that is in it; OSError for the first that stays."""
+    shutil.rmtree(path, ignore_errors=True)  # whatever can go goes
+    try:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    except FileNotFoundError:
+        pass
+
+
+def open_scratch() -> IO[bytes] | None:
+    """A file of no name, in memory where that can be; None where there is no room for one."""
+    try:
+        if hasattr(os, "memfd_create"):
+            return open(os.memfd_create("edgeinfer"), "w+b")
+        return tempfile.TemporaryFile()
+    except OSError:
+        return None
 
 
 def open_appending(path: Path) -> BinaryIO:
@@ -426,21 +456,28 @@ def is_at(file: BinaryIO | FileIO, path: Path) -> bool:
         return False
 
 
-def unlink_open(path: Path) -> None:
-    """Delete a file that is open here, where the system allows that: Windows does not."""
+def unlink_open(path: Path) -> bool:
+    """Delete a file that is open here; False where the system forbids that, as Windows does."""
     try:
         path.unlink(missing_ok=True)
     except PermissionError:
-        pass
+        return False
+    return True
 
 
 def sync(file: BinaryIO) -> None:
-    """Have what was written to a file on the disk, as far as the system promises that."""
+    """Have what was written to a file on the disk, as far as the system promises that.
+
+    OSError where the system says that it is not there.
+    """
     file.flush()
     try:
         os.fsync(file.fileno())
-    except (AttributeError, OSError):
+    except AttributeError:
         pass
+    except OSError as error:
+        if error.errno in _LOSSES:
+            raise
 
 
 def try_lock(file: BinaryIO) -> bool:

@@ -9,7 +9,6 @@ import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
-from unicodedata import category
 
 
 class PreTokenizer(NamedTuple):
@@ -248,6 +247,8 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = MappingProxyType(
 
 def in_threes(run: str, digits: str) -> list[str]:
     """A run of numbers cut in groups of three, from the right of what `digits` matches."""
+    from unicodedata import category  # a library that few vocabularies need
+
     if not category(run[0]).startswith("N"):
         return [run]
     cuts = [0, len(run)]

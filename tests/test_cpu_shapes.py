@@ -1,4 +1,4 @@
-"""Models of any shape: the CPU backend gives the reference's bits, or refuses a shape by name."""
+"""Models of any shape: the CPU has the reference's bits, or a width is refused by name."""
 
 from __future__ import annotations
 

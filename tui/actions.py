@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
+from edgeinfer import EdgeInferError
 from edgeinfer.tui.branch_screen import BranchScreen
 from edgeinfer.tui.conversation import Conversation
 from edgeinfer.tui.probabilities_screen import ProbabilitiesScreen
+from edgeinfer.tui.records import Node
 from edgeinfer.tui.splitter import split
-from edgeinfer.tui.store import Node
 
 if TYPE_CHECKING:
     from edgeinfer.tui.commands import ChatCommands
@@ -38,14 +39,14 @@ def copy(app: ChatCommands, node: Node | None) -> None:
     if node is None or not node.content:
         app.say("nothing to copy yet", "warning")
     else:
-        app.copy(node.content)
+        app.copy_to_clipboard(node.content)
 
 
 def copy_code(app: ChatCommands, node: Node | None) -> None:
     """The last code block of a message."""
     blocks = [piece.text for piece in split(node.content) if piece.kind == "code"] if node else []
     if blocks:
-        app.copy(blocks[-1])
+        app.copy_to_clipboard(blocks[-1])
     else:
         app.say("no code in this answer", "warning")
 
@@ -119,9 +120,16 @@ def open_conversation(app: ChatCommands, id: int | None) -> None:
     """Show a stored conversation, or a new one."""
     app.stop()
     session = app.session
+    try:
+        found = Conversation.load(session.store, id) if id is not None else None
+    except EdgeInferError as error:
+        app.say(str(error), "error")
+        return
+    if id is not None and found is None:
+        app.say("that conversation was deleted in another window", "warning")
+        return
     session.queue.clear()
     system = session.settings.system
-    found = Conversation.load(session.store, id) if id is not None else None
     session.conversation = found or Conversation(session.store, system=system)
     session.readings.clear_context()
     session.n_dropped = 0

@@ -6,7 +6,9 @@ Knows nothing of tokens or files; `Session` does what is asked here.
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 
+from rich.text import Text
 from textual import events, on
 from textual.app import ComposeResult
 from textual.containers import Container
@@ -19,15 +21,18 @@ from edgeinfer.tui import slash
 from edgeinfer.tui.commands import ChatCommands
 from edgeinfer.tui.completions import Sources
 from edgeinfer.tui.composer import Composer
+from edgeinfer.tui.copying import Copies
 from edgeinfer.tui.counts import TokenCounts
 from edgeinfer.tui.entries import RunningEntry, blocks_of
 from edgeinfer.tui.files import FileNames
 from edgeinfer.tui.notes import answer_note, dropped_block, hint, welcome
-from edgeinfer.tui.palette import OURS, Palette
+from edgeinfer.tui.palette import DARK, LIGHT, OURS, Palette, row_colors
+from edgeinfer.tui.records import Attachment, Node
 from edgeinfer.tui.session import News, Prompt, Session
 from edgeinfer.tui.settings import ChatSettings
 from edgeinfer.tui.status_bar import StatusBar
-from edgeinfer.tui.store import FILE_NAME, Attachment, Node, Store
+from edgeinfer.tui.store import FILE_NAME, Store
+from edgeinfer.tui.terminal_colors import TerminalBackground, is_light_by
 from edgeinfer.tui.title_bar import TitleBar
 from edgeinfer.tui.transcript import Transcript
 
@@ -54,6 +59,11 @@ class ChatApp(ChatCommands):
         self._timer: Timer | None = None
         self._rest_until = 0.0
         self._counts = TokenCounts()
+        self._lasting = ""
+        self.failure: Exception | None = None
+        self.unsent = ""  # what was typed when it failed
+        self.copies = Copies(settings.environment, settings.run_tool, self._write)
+        self._automatic = OURS[0].name  # the theme that fits the terminal
         for theme in OURS:
             self.register_theme(theme)
 
@@ -65,14 +75,15 @@ class ChatApp(ChatCommands):
         yield Transcript(Palette.of(OURS[0]), id="transcript")
         yield Static(id="welcome")
         with Container(id="bottom"):
+            yield Static(id="lasting")
             yield Composer(sources, self.settings.folder)
         yield StatusBar(id="status")
 
     def on_mount(self) -> None:
-        chosen = self.session.store.preference("theme")
-        self.theme = chosen if chosen in self.available_themes else OURS[0].name
+        self._fit_theme(is_light=is_light_by(self.settings.environment))
         self.theme_changed_signal.subscribe(self, lambda _: self._take_theme())
         self._take_theme()
+        self.screen_stack[0].query_one("#lasting").display = False
         self._timer = self.set_interval(1 / _RATE, self._tick)
         self.composer.prompt.set_history(self.session.store.prompts())
         self.show_conversation()
@@ -84,6 +95,16 @@ class ChatApp(ChatCommands):
         if self.session.model is not None:
             self.session.model.close()
         self.session.store.close()
+
+    def _handle_exception(self, error: Exception) -> None:
+        # NOTE: Textual's name. It writes pages of local variables and forgets the error, which
+        # whoever runs the chat tells in a line.
+        self.failure = self.failure or error
+        with suppress(Exception):
+            waiting = [each.text for each in self.session.queue]
+            self.unsent = "\n".join([*waiting, self.composer.prompt.text]).strip()
+        super()._handle_exception(error)
+        self._exit_renderables.clear()
 
     def _begin(self) -> None:
         path = self.settings.model or self.settings.last_model()
@@ -121,7 +142,7 @@ class ChatApp(ChatCommands):
 
     def refresh_title(self) -> None:
         session = self.session
-        note = "" if session.store.path is not None else "not kept"
+        note = "not kept" if session.store.path is None or self._lasting else ""
         model = session.model.name if session.model is not None else session.conversation.model
         title = self.screen_stack[0].query_one(TitleBar)
         title.draw(model, session.conversation.title, note, self.palette)
@@ -145,13 +166,44 @@ class ChatApp(ChatCommands):
         status = self.screen_stack[0].query_one(StatusBar)
         status.draw(session.readings, session.loader, self.settings.memory_now(), self.palette)
 
+    def _draw_lasting(self) -> None:
+        """What lasts: that, and why, the conversation is not kept."""
+        text = self.session.notice
+        if text == self._lasting:
+            return
+        self._lasting = text
+        lasting = self.screen_stack[0].query_one("#lasting", Static)
+        lasting.display = bool(text)
+        lasting.update(Text(one_line(text, 500), self.palette.warn))
+        self.refresh_title()
+
     def _take_theme(self) -> None:
         self.transcript.set_palette(self.palette)
         self.refresh_title()
         self.refresh_hint()
         self._draw_status()
-        if self.theme != (self.session.store.preference("theme") or OURS[0].name):
+        if self.theme != (self.session.store.preference("theme") or self._automatic):
             self.session.store.set_preference("theme", self.theme)
+
+    def get_theme_variable_defaults(self) -> dict[str, str]:
+        return row_colors(self.current_theme)
+
+    def _fit_theme(self, *, is_light: bool) -> None:
+        """The theme that was chosen, or else the one that fits the terminal."""
+        if self.console.color_system == "standard" and not self.is_headless:
+            # Sixteen colours: ours would become one, the terminal's own are told apart.
+            self._automatic = "ansi-light" if is_light else "ansi-dark"
+        else:
+            self._automatic = (LIGHT if is_light else DARK).name
+        chosen = self.session.store.preference("theme")
+        self.theme = chosen if chosen in self.available_themes else self._automatic
+
+    def on_terminal_background(self, message: TerminalBackground) -> None:
+        self._fit_theme(is_light=message.is_light)
+
+    def _write(self, sequence: str) -> None:
+        if self._driver is not None:
+            self._driver.write(sequence)
 
     def on_resize(self, event: events.Resize) -> None:
         self.screen_stack[0].set_class(event.size.height < _SHORT_SCREEN, "short")
@@ -162,15 +214,19 @@ class ChatApp(ChatCommands):
 
     def _tick(self) -> None:
         now = time.perf_counter()
-        if now < self._rest_until:
+        if now < self._rest_until or not self.is_running:
             return
         session = self.session
+        session.store.tend()
+        self._draw_lasting()
         is_busy = session.running is not None or session.loader is not None
         if session.loader is not None and session.loader.task.is_over:
             self._finish_loading()
         if session.running is not None:
             self._take_news(session.drain())
         self._take_counts()
+        for text, is_bad in self.copies.take():
+            self.say(text, "warning" if is_bad else "information")
         if is_busy:
             self._draw_status()
         self._rest_until = now + (time.perf_counter() - now) / _MOST_SHARE

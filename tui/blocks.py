@@ -5,6 +5,7 @@ Knows nothing of widgets; heights of blocks that were not drawn yet are estimate
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -13,11 +14,16 @@ from typing import Literal, TypeAlias
 from rich.cells import cell_len
 from rich.segment import Segment
 
-from edgeinfer.tui.look import Lines, Look
+from edgeinfer.tui.look import Look
+from edgeinfer.tui.rows import TAB, Row, snapped, verbatim
 
 Kind: TypeAlias = Literal["user", "text", "code", "thinking", "note", "notice", "failure"]
 
 _INDENT = 2  # the grounds of code and of what the user wrote reach as far beyond the text
+# Two clicks take addresses and paths whole, but not the mark that ends a sentence.
+_WORD = re.compile(
+    r"\w+://\S*[^\s.,;:!?)>'\"]|[\w@%&#=+~$/\\-](?:[\w@%&#=+~$/\\.:?!,;-]*[\w@%&#=+~$/\\-])?"
+)
 _OPEN_ROWS = 80  # rows of code that are highlighted again while a block grows
 
 
@@ -32,17 +38,44 @@ class Block:
     notes: list[str] = field(default_factory=list)
     is_open: bool = False
     is_folded: bool = True
-    lines: Lines | None = None
+    rows: list[Row] | None = None
+    shown: str = ""  # what the spans of the rows point into, once drawn
     height: int = 1
-    _frozen: Lines = field(default_factory=list)
+    _frozen: list[Row] = field(default_factory=list)
     _n_frozen: int = 0
 
-    def draw(self, look: Look, width: int) -> Lines:
-        """Its lines, drawn once until `forget`."""
-        if self.lines is None:
-            self.lines = [*self._rows(look, width), *self._gap()]
-            self.height = len(self.lines)
-        return self.lines
+    def draw(self, look: Look, width: int) -> list[Row]:
+        """Its rows, drawn once until `forget`."""
+        if self.rows is None:
+            self.rows = [*self._drawn(look, width), *self._gap()]
+            self.height = len(self.rows)
+        return self.rows
+
+    def place(self, row: int, cell: int) -> int:
+        """Where in the text a cell of the drawn block is, as `Row.place` counts."""
+        rows = self.rows or []
+        found = rows[row].place(self.shown, cell) if row < len(rows) else None
+        if found is not None:
+            return found
+        above = next((each for each in rows[row::-1] if each.spans), None)
+        return 2 * above.spans[-1].end - 1 if above else -1
+
+    def copied(self, start: int, end: int) -> str:
+        """The text between two indexes of `shown`, as it was written."""
+        start, end = snapped(self.shown, start, end)
+        return self.shown[start:end] if self.kind == "text" else verbatim(self._source, start, end)
+
+    def range_around(self, index: int, *, whole_line: bool) -> tuple[int, int]:
+        """The bounds in `shown` of the word or line that holds a character."""
+        line_start = self.shown.rfind("\n", 0, index) + 1
+        line_end = self.shown.find("\n", index)
+        line_end = len(self.shown) if line_end < 0 else line_end
+        if whole_line:
+            return line_start, line_end
+        for found in _WORD.finditer(self.shown, line_start, line_end):
+            if found.start() <= index < found.end():
+                return found.span()
+        return index, min(index + 1, line_end)
 
     def estimate(self, width: int) -> None:
         """Guess the height of a block that is not drawn."""
@@ -56,7 +89,7 @@ class Block:
 
     def forget(self, *, width_changed: bool = True) -> None:
         """Draw again when next seen."""
-        self.lines = None
+        self.rows = None
         if width_changed:
             self._frozen, self._n_frozen = [], 0
 
@@ -65,51 +98,67 @@ class Block:
         self.is_open = False
         self.forget()
 
-    def _gap(self) -> Lines:
-        return [[] for _ in range(2 if self.kind in ("note", "failure") else 1)]
+    def _gap(self) -> list[Row]:
+        return [Row([]) for _ in range(2 if self.kind in ("note", "failure") else 1)]
 
-    def _rows(self, look: Look, width: int) -> Lines:
+    @property
+    def _source(self) -> str:
+        return self.text.strip() if self.kind == "thinking" else self.text
+
+    def _drawn(self, look: Look, width: int) -> list[Row]:
+        self.shown = self._source.expandtabs(TAB)
         if self.kind == "user":
             return look.bubble(self.text, self.notes, width)
         if self.kind == "code":
             return self._code_rows(look, width)
-        rows = self._text_rows(look, max(1, width - 2 * _INDENT))
-        return [[Segment(" " * _INDENT), *row] if row else row for row in rows]
+        indent = [Segment(" " * _INDENT)]
+        return [row.moved(indent) for row in self._text_rows(look, max(1, width - 2 * _INDENT))]
 
-    def _text_rows(self, look: Look, width: int) -> Lines:
+    def _text_rows(self, look: Look, width: int) -> list[Row]:
         if self.kind == "text":
-            return look.prose(self.text, width)
+            sheet = look.prose(self.text, width)
+            self.shown = sheet.text
+            return sheet.rows
         if self.kind == "thinking":
             return self._thinking_rows(look, width)
-        color = look.palette.bad if self.kind == "failure" else look.palette.muted
-        return look.plain(self.text, width, color)
+        if self.kind == "failure":
+            return look.plain(self.text, width, look.palette.bad)
+        self.shown = ""  # notes are no part of what was said
+        return [Row(row.segments) for row in look.plain(self.text, width, look.palette.muted)]
 
-    def _code_rows(self, look: Look, width: int) -> Lines:
-        rows = self.text.split("\n")
-        if not self.is_open or len(rows) <= _OPEN_ROWS:
+    def _code_rows(self, look: Look, width: int) -> list[Row]:
+        lines = self.text.split("\n")
+        if not self.is_open or len(lines) <= _OPEN_ROWS:
             return look.code(self.text, self.language, width)
-        if len(rows) - self._n_frozen > _OPEN_ROWS:
-            end = len(rows) - _OPEN_ROWS // 2
-            part = look.code("\n".join(rows[self._n_frozen : end]), self.language, width)
-            self._frozen += part[1:] if self._n_frozen else part
+        if len(lines) - self._n_frozen > _OPEN_ROWS:
+            end = len(lines) - _OPEN_ROWS // 2
+            self._frozen += self._code_part(look, width, lines, end)
             self._n_frozen = end
-        rest = look.code("\n".join(rows[self._n_frozen :]), self.language, width)
-        return [*self._frozen, *rest[1:]]
+        return [*self._frozen, *self._code_part(look, width, lines, len(lines))]
 
-    def _thinking_rows(self, look: Look, width: int) -> Lines:
+    def _code_part(self, look: Look, width: int, lines: list[str], end: int) -> list[Row]:
+        """The lines from the frozen ones to `end`, under the label if they are the first."""
+        above = "".join(f"{line}\n" for line in lines[: self._n_frozen])
+        part = "\n".join(lines[self._n_frozen : end])
+        rows = look.code(part, self.language, width, len(above.expandtabs(TAB)))
+        return [row for row in rows if row.spans] if self._n_frozen else rows
+
+    def _thinking_rows(self, look: Look, width: int) -> list[Row]:
         """`notes` holds the heading; while it grows, the last words follow it."""
         mark = "▸" if self.is_folded else "▾"
         heading = f"{mark} {self.notes[0] if self.notes else 'Thinking'}"
         muted = look.palette.muted
         if not self.is_folded:
-            body = look.plain(self.text.strip(), max(1, width - 2), f"italic {muted}")
-            rows = [[Segment("  "), *line] for line in body]
-            return [*look.plain(heading, width, muted), *rows]
+            body = look.plain(self._source, max(1, width - 2), f"italic {muted}")
+            title = look.plain(heading, width, muted)
+            rows = [row.moved([Segment("  ")]) for row in body]
+            return [*(Row(row.segments) for row in title), *rows]
         if self.is_open:
             room = width - cell_len(heading) - 4
             last = self.text.strip().rsplit("\n", 1)[-1][-max(0, room) :] if room > 8 else ""
             heading = f"{heading}  {last}" if last else heading
-        return look.plain(heading[:width], width, muted)[:1]
+        self.shown = ""
+        return [Row(row.segments) for row in look.plain(heading[:width], width, muted)[:1]]
 
 
 class BlockList:

@@ -18,7 +18,7 @@ from textual.widgets.option_list import Option
 
 from edgeinfer import printable
 from edgeinfer.tui.palette import Palette
-from edgeinfer.tui.store import Node
+from edgeinfer.tui.records import Node
 
 
 class BranchScreen(ModalScreen[int | None]):

@@ -1,4 +1,4 @@
-"""Puts text on the clipboard: through the terminal, and through the system where it can.
+"""Puts text on the clipboard: through tools that can tell that it arrived, and the terminal.
 
 Knows nothing of widgets.
 """
@@ -15,15 +15,22 @@ _TOOLS = (
     ("pbcopy",), ("wl-copy",), ("xclip", "-selection", "clipboard"),
     ("xsel", "--clipboard", "--input"), ("clip.exe",),
 )  # fmt: skip
+# Into a buffer of tmux, which passes it on where it is told to; -w is new in 3.2.
+_TMUX = (("tmux", "load-buffer", "-w", "-"), ("tmux", "load-buffer", "-"))
 _MOST_BYTES = 74_000  # terminals drop longer OSC 52 sequences
 
 
-def osc52(text: str, *, in_tmux: bool) -> str:
-    """The sequence that sets the clipboard; tmux passes it on when it is wrapped."""
-    data = base64.b64encode(text.encode()[:_MOST_BYTES]).decode()
-    sequence = f"\x1b]52;c;{data}\a"
+def osc52(text: str, *, in_tmux: bool) -> str | None:
+    """The sequence that sets the clipboard, which no terminal confirms; None for too much text.
+
+    In tmux it comes twice: plain for `set-clipboard on`, wrapped for `allow-passthrough on`.
+    """
+    data = text.encode(errors="replace")
+    if len(data) > _MOST_BYTES:
+        return None
+    sequence = f"\x1b]52;c;{base64.b64encode(data).decode()}\a"
     if in_tmux:
-        return "\x1bPtmux;" + sequence.replace("\x1b", "\x1b\x1b") + "\x1b\\"
+        return sequence + "\x1bPtmux;" + sequence.replace("\x1b", "\x1b\x1b") + "\x1b\\"
     return sequence
 
 
@@ -31,10 +38,20 @@ def is_in_tmux(environment: Mapping[str, str]) -> bool:
     return bool(environment.get("TMUX"))
 
 
-def copy_with_tool(text: str, environment: Mapping[str, str], run_tool: RunTool) -> bool:
-    """Hand the text to the system's clipboard tool, if there is one that works here."""
+def copy_with_tools(text: str, environment: Mapping[str, str], run_tool: RunTool) -> list[str]:
+    """What has the text for certain: "tmux", "the clipboard", both or neither."""
+    found = []
+    if is_in_tmux(environment) and any(run_tool(tool, _bytes(text, "")) for tool in _TMUX):
+        found.append("tmux")
     usable = (tool for tool in _TOOLS if _is_usable(tool[0], environment))
-    return any(run_tool(tool, text.encode()) for tool in usable)
+    if any(run_tool(tool, _bytes(text, tool[0])) for tool in usable):
+        found.append("the clipboard")
+    return found
+
+
+def _bytes(text: str, tool: str) -> bytes:
+    """Windows' tool would take UTF-8 for text of a code page."""
+    return text.encode("utf-16-le" if tool == "clip.exe" else "utf-8", "replace")
 
 
 def _is_usable(tool: str, environment: Mapping[str, str]) -> bool:

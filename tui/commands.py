@@ -6,32 +6,34 @@ Knows nothing of drawing; `ChatApp` fills in what is left open here.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from textual import on
-from textual.app import App, SystemCommand
+from textual.app import App
 from textual.binding import BindingType
+from textual.content import Content
 from textual.notifications import SeverityLevel
-from textual.screen import Screen
 
 from edgeinfer import printable
 from edgeinfer.tui import actions, slash
 from edgeinfer.tui.catalog import find_models
-from edgeinfer.tui.clipboard import copy_with_tool, is_in_tmux, osc52
 from edgeinfer.tui.composer import Composer
+from edgeinfer.tui.copying import Copies
 from edgeinfer.tui.history_screen import HistoryScreen
 from edgeinfer.tui.keys import APP_KEYS, MAIN_ACTIONS
-from edgeinfer.tui.loader import Task
 from edgeinfer.tui.model_screen import ModelScreen
 from edgeinfer.tui.pages import help_page, stats_page
 from edgeinfer.tui.palette import Palette
 from edgeinfer.tui.params_screen import ParamsScreen
+from edgeinfer.tui.records import Node
 from edgeinfer.tui.session import Session
 from edgeinfer.tui.settings import ChatSettings, ModelChoice
-from edgeinfer.tui.store import Node
 from edgeinfer.tui.text_screen import TextScreen
 from edgeinfer.tui.transcript import Transcript
+
+if TYPE_CHECKING:
+    from textual.command import Provider
 
 _TWICE_SECONDS = 2.0
 _FIRST_RUN = (
@@ -40,13 +42,22 @@ _FIRST_RUN = (
 )
 
 
+def _command_search() -> type[Provider]:
+    """Imported when the palette is opened."""
+    from edgeinfer.tui.command_search import CommandSearch
+
+    return CommandSearch
+
+
 class ChatCommands(App[None]):
     """Every `action_` is a key of `keys.py`."""
 
     BINDINGS: ClassVar[list[BindingType]] = [*APP_KEYS]
+    COMMANDS: ClassVar[set[type[Provider] | Callable[[], type[Provider]]]] = {_command_search}
 
     settings: ChatSettings
     session: Session
+    copies: Copies
     editing: Node | None
     _interrupted_at = -_TWICE_SECONDS
 
@@ -85,25 +96,29 @@ class ChatCommands(App[None]):
     # -- telling ---------------------------------------------------------------------------------
 
     def say(self, text: str, severity: SeverityLevel = "information") -> None:
-        """A line that goes away by itself."""
+        """A line that goes away by itself, where it covers nothing."""
         self.notify(printable(text), severity=severity, markup=False)
 
-    def copy(self, text: str) -> None:
-        """Through the terminal, and through a tool of the system where there is one."""
-        environment = self.settings.environment
-        if is_in_tmux(environment) and self._driver is not None:
-            self._driver.write(osc52(text, in_tmux=True))
-            self._clipboard = text
+    def notify(
+        self,
+        message: str,
+        *,
+        title: str = "",
+        severity: SeverityLevel = "information",
+        timeout: float | None = None,
+        markup: bool = True,
+    ) -> None:
+        """Above the prompt; over a dialog, which may hide the prompt, at the top."""
+        if len(self.screen_stack) > 1:
+            super().notify(message, title=title, severity=severity, timeout=timeout, markup=markup)
         else:
-            self.copy_to_clipboard(text)
-        Task(lambda: copy_with_tool(text, environment, self.settings.run_tool))
-        lines = text.count("\n") + 1
-        self.say(f"copied, {lines:,} line{'s' * (lines != 1)}")
+            text = Content.from_markup(message) if markup else Content(message)
+            self.composer.tell(text, severity, timeout or self.NOTIFICATION_TIMEOUT)
 
-    def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
-        for command in slash.COMMANDS:
-            title = f"{command.name.capitalize()} {command.hint}".strip()
-            yield SystemCommand(title, command.help, lambda run=command.run: run(self, ""))
+    def copy_to_clipboard(self, text: str) -> None:
+        """Through the terminal, and through tools of the system; what came of it is told later."""
+        self._clipboard = text
+        self.copies.start(text)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Keys of the conversation rest while a dialog is open."""
@@ -175,6 +190,7 @@ class ChatCommands(App[None]):
         elif self.editing is not None:
             self.editing = None
             self.composer.prompt.set_text("")
+        self.screen.clear_selection()
         self.transcript.select(None)
         self.composer.prompt.focus()
         self.refresh_hint()
@@ -183,7 +199,8 @@ class ChatCommands(App[None]):
         """Copy what is marked with the mouse; else stop the answer; twice in a row: leave."""
         text = self.screen.get_selected_text() or self.composer.prompt.selected_text
         if text:
-            self.copy(text)
+            self.copy_to_clipboard(text)
+            self.screen.clear_selection()
         elif self.stop():
             self.recall()
         elif time.monotonic() - self._interrupted_at < _TWICE_SECONDS:
@@ -243,4 +260,4 @@ class ChatCommands(App[None]):
 
     @on(Transcript.CopyRequested)
     def _copy_clicked(self, event: Transcript.CopyRequested) -> None:
-        self.copy(event.text)
+        self.copy_to_clipboard(event.text)

@@ -12,7 +12,10 @@ from rich.text import Text
 from textual import on
 from textual.app import ComposeResult
 from textual.containers import Vertical
+from textual.content import Content
 from textual.message import Message
+from textual.notifications import SeverityLevel
+from textual.timer import Timer
 from textual.widgets import OptionList, Static
 from textual.widgets.option_list import Option
 
@@ -22,7 +25,7 @@ from edgeinfer.tui.entries import attachment_label
 from edgeinfer.tui.files import read_attachment
 from edgeinfer.tui.palette import Palette
 from edgeinfer.tui.prompt import Prompt
-from edgeinfer.tui.store import Attachment
+from edgeinfer.tui.records import Attachment
 
 
 class Composer(Vertical):
@@ -51,8 +54,10 @@ class Composer(Vertical):
         self._candidates: list[Candidate] = []
         self._queued: list[str] = []
         self._n_pasted = 0
+        self._notice_timer: Timer | None = None
 
     def compose(self) -> ComposeResult:
+        yield Static(id="notice")
         yield OptionList(id="completions", compact=True)
         yield Static(id="tray")
         with Vertical(id="frame"):
@@ -62,6 +67,7 @@ class Composer(Vertical):
         self._popup.display = False
         self._popup.can_focus = False
         self.query_one("#tray").display = False
+        self.query_one("#notice").display = False
 
     @property
     def prompt(self) -> Prompt:
@@ -75,6 +81,19 @@ class Composer(Vertical):
         """What the frame says above and below the prompt."""
         frame = self.query_one("#frame")
         frame.border_title, frame.border_subtitle = title, hint
+
+    def tell(self, text: Content, severity: SeverityLevel, seconds: float) -> None:
+        """Show a notice above the prompt for a while."""
+        notice = self.query_one("#notice", Static)
+        notice.set_classes(f"-{severity}")
+        notice.update(text)
+        notice.display = True
+        if self._notice_timer is not None:
+            self._notice_timer.stop()
+        self._notice_timer = self.set_timer(seconds, self._end_notice)
+
+    def _end_notice(self) -> None:
+        self.query_one("#notice").display = False
 
     # -- attachments and queue -------------------------------------------------------------------
 
@@ -198,4 +217,4 @@ class Composer(Vertical):
             try:
                 self.attach(read_attachment(self._root, candidate.file))
             except EdgeInferError as error:
-                self.notify(printable(str(error)), severity="warning")
+                self.app.notify(printable(str(error)), severity="warning", markup=False)

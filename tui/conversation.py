@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from edgeinfer.tui.store import Attachment, Node, Store
+from edgeinfer.tui.records import Attachment, Header, Node
+from edgeinfer.tui.store import Store
 
 if TYPE_CHECKING:
     from edgeinfer import Message
@@ -29,17 +30,23 @@ class Conversation:
 
     @classmethod
     def load(cls, store: Store, id: int) -> Conversation | None:
-        """A stored one; an answer that a crash cut off is marked as stopped."""
-        row = store.conversation(id)
-        if row is None:
+        """A stored one; an answer that a crash cut off is marked as stopped.
+
+        None when it was deleted; raises EdgeInferError where the file can't be read.
+        """
+        header = store.conversation(id)
+        if header is None:
             return None
-        found = cls(store, row["model"], row["system"])
-        found.id, found.title, found.leaf = id, row["title"], row["leaf"]
+        found = cls(store, header.model, header.system)
+        found.id, found.title = id, header.title
         for node in store.messages(id):
+            if node.parent not in found._nodes:  # as a cycle would have it
+                node.parent = None
+            found._insert(node)
             if node.state == "partial":
                 node.state = "stopped"
-                store.update_message(node)
-            found._insert(node)
+                found.save(node)
+        found.leaf = header.leaf if header.leaf in found._nodes else max(found._nodes, default=None)
         return found
 
     # -- looking ---------------------------------------------------------------------------------
@@ -94,7 +101,15 @@ class Conversation:
         return self._add(Node(0, parent, "assistant", "", state="partial"))
 
     def save(self, node: Node) -> None:
-        self._store.update_message(node)
+        """Write what a message has become."""
+        assert self.id is not None
+        self._store.update_message(self.id, node)
+
+    def keep(self) -> None:
+        """Write all of it, also where others have deleted it."""
+        if self.id is not None:
+            header = Header(self.title, self.model, self.system, self.leaf)
+            self._store.keep_anew(self.id, header, self._nodes.values())
 
     def show(self, leaf: int | None) -> None:
         """Make the branch that ends there the one on show."""
@@ -131,7 +146,7 @@ class Conversation:
 
     def _add(self, node: Node) -> Node:
         assert self.id is not None
-        node.id = self._store.add_message(self.id, node)
+        self._store.add_message(self.id, node)
         self._insert(node)
         self.leaf = node.id
         return node

@@ -6,8 +6,8 @@ Knows nothing of widgets.
 from __future__ import annotations
 
 from edgeinfer.tui.loader import Task
+from edgeinfer.tui.records import Attachment
 from edgeinfer.tui.settings import ChatModel
-from edgeinfer.tui.store import Attachment
 
 
 class TokenCounts:

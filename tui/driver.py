@@ -15,6 +15,8 @@ from textual._parser import ParseError
 from textual._xterm_parser import XTermParser
 from textual.drivers.linux_driver import LinuxDriver
 
+from edgeinfer.tui.terminal_colors import ASK, Answers, TerminalBackground
+
 _ESCAPE = "\x1b"
 _ESCAPE_SECONDS = 0.02  # what begins with Escape and comes later is typed by nobody
 _WAIT_SECONDS = 0.1
@@ -23,6 +25,12 @@ _MOST_BYTES = 1 << 16
 
 class ChatDriver(LinuxDriver):
     """NOTE: the one place that relies on names Textual keeps to itself."""
+
+    def start_application_mode(self) -> None:
+        super().start_application_mode()  # type: ignore[no-untyped-call]
+        # Nobody waits for the answer: it comes with the keys, or never.
+        self.write(ASK)
+        self.flush()
 
     def _sigcont_application(self, *_: object) -> None:
         if self._auto_restart and not self._must_signal_resume:
@@ -35,6 +43,7 @@ class ChatDriver(LinuxDriver):
         """Until the app ends: bytes to events."""
         parser = XTermParser(self._debug)
         decode = getincrementaldecoder("utf-8")("replace").decode
+        answers = Answers()
         with selectors.SelectSelector() as selector:
             selector.register(self.fileno, selectors.EVENT_READ)
             while not self.exit_event.is_set():
@@ -43,6 +52,11 @@ class ChatDriver(LinuxDriver):
                     if text == _ESCAPE and not selector.select(_ESCAPE_SECONDS):
                         self.process_message(events.Key("escape", _ESCAPE))
                         continue
+                    text, is_light = answers.push(text)
+                    if is_light is not None:
+                        self.send_message(TerminalBackground(is_light))
+                    if answers.is_unfinished and not selector.select(_ESCAPE_SECONDS):
+                        text += answers.flush()
                     for event in parser.feed(text) if text else ():
                         self.process_message(event)
                 for event in parser.tick():

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from edgeinfer import StreamFilter, one_line, printable
 from edgeinfer.tui.blocks import Block, Kind
+from edgeinfer.tui.records import Node
 from edgeinfer.tui.splitter import Piece, Splitter, split
-from edgeinfer.tui.store import Node
 
 
 def blocks_of(node: Node, note: str) -> list[Block]:

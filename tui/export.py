@@ -6,13 +6,16 @@ Knows nothing of widgets.
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from edgeinfer import EdgeInferError
 from edgeinfer.tui.conversation import Conversation
-from edgeinfer.tui.store import Node
+from edgeinfer.tui.records import Node
 
 _ROLES = {"user": "You", "assistant": "Answer"}
 
@@ -68,10 +71,32 @@ def export(conversation: Conversation, argument: str, folder: Path) -> Path:
     path = folder / Path(name).expanduser() if name else _free_name(conversation, kind, folder)
     text = as_json(conversation) if kind == "json" else as_markdown(conversation)
     try:
-        path.write_text(text, encoding="utf-8")
+        _write(path, text.encode("utf-8", "replace"))
     except OSError as error:
-        raise EdgeInferError(f"{path} can't be written: {error.strerror}") from error
+        raise EdgeInferError(
+            f"{path} can't be written ({error.strerror or error}); /export {kind} PATH takes "
+            "another place"
+        ) from error
     return path
+
+
+def _write(path: Path, data: bytes) -> None:
+    """All of it or nothing: what was there before stays where it fails."""
+    if path.exists() and not path.is_file():  # a pipe, a terminal
+        path.write_bytes(data)
+        return
+    path = path.resolve()
+    part = path.with_name(f".{path.name[:80]}.{os.urandom(4).hex()}.part")
+    try:
+        with part.open("xb") as file:
+            file.write(data)
+        if path.exists():
+            shutil.copymode(path, part)
+        part.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
 
 
 def _free_name(conversation: Conversation, kind: str, folder: Path) -> Path:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from edgeinfer import EdgeInferError
-from edgeinfer.tui.store import Attachment
+from edgeinfer.tui.records import Attachment
 
 _MOST_FILES = 4000
 _STALE_SECONDS = 10.0

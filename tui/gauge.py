@@ -148,4 +148,6 @@ def size_text(n_bytes: int) -> str:
     """Bytes as people read them."""
     if n_bytes >= 1 << 30:
         return f"{n_bytes / (1 << 30):.1f} GB"
-    return f"{n_bytes / (1 << 20):.0f} MB"
+    if n_bytes >= 1 << 20:
+        return f"{n_bytes / (1 << 20):.0f} MB"
+    return f"{n_bytes / 1024:.0f} kB"

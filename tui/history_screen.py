@@ -17,9 +17,10 @@ from textual.screen import ModalScreen
 from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option
 
-from edgeinfer import one_line, printable
+from edgeinfer import EdgeInferError, one_line, printable
 from edgeinfer.tui.palette import Palette
-from edgeinfer.tui.store import Store, Summary
+from edgeinfer.tui.records import Summary
+from edgeinfer.tui.store import Store
 
 _HINT = "enter open   ctrl+d delete   esc back"
 
@@ -87,7 +88,11 @@ class HistoryScreen(ModalScreen[int | None]):
             self._doomed = summary.id
             self._hint(f"ctrl+d again deletes “{one_line(summary.title)[:40]}” for good")
         else:
-            self._store.delete_conversation(summary.id)
+            try:
+                self._store.delete_conversation(summary.id)
+            except EdgeInferError as error:
+                self._hint(printable(str(error)))
+                return
             at = shown.highlighted
             self._search(self.query_one(Input).value)
             shown.highlighted = min(at, len(self._found) - 1) if self._found else None
@@ -99,7 +104,7 @@ class HistoryScreen(ModalScreen[int | None]):
     def _search(self, words: str) -> None:
         self._found = self._store.search(words)
         self._doomed = None
-        self._hint(_HINT)
+        self._hint(self._store.notice(None) or _HINT)
         shown = self.query_one(OptionList)
         shown.clear_options()
         palette = Palette.of(self.app.current_theme)

@@ -6,16 +6,18 @@ Knows nothing of flags. What takes long to import is imported once the first pic
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from edgeinfer import one_line, printable
 from edgeinfer.tui.settings import ChatModel, ChatSettings, ModelChoice
 
 if TYPE_CHECKING:
     from textual.driver import Driver
 
-    from edgeinfer import LoadOptions, MemoryPlan, Progress
+    from edgeinfer import LLM, LoadOptions, MemoryPlan, Progress
 
 
 def run_chat(
@@ -30,10 +32,14 @@ def run_chat(
     memory_now: Callable[[], int],
     run_tool: Callable[[Sequence[str], bytes], bool],
     last_model: Callable[[], str | None],
-    remember: Callable[[str], None],
+    take_loaded: Callable[[str, LLM], None],
     downloads: Callable[[], Sequence[tuple[str, int]]],
 ) -> None:
-    """Run until the user leaves. `downloads` are names and sizes of models that could be here."""
+    """Run until the user leaves; raises what ended the chat before.
+
+    `take_loaded` hears of every model that was opened. `downloads` are names and sizes of models
+    that could be here.
+    """
     from edgeinfer.tui.app import ChatApp
 
     options = cast("LoadOptions", dict(load))
@@ -42,7 +48,7 @@ def run_chat(
         from edgeinfer import LLM
 
         llm = LLM(path, **cast("LoadOptions", {**options, "progress": progress}))
-        remember(path)
+        take_loaded(path, llm)
         return cast("ChatModel", llm)
 
     def plan_model(path: str) -> MemoryPlan:
@@ -56,7 +62,14 @@ def run_chat(
         list_models=lambda: _choices(downloads()), plan_model=plan_model, fetch=_fetch,
         memory_now=memory_now, run_tool=run_tool, environment=environment,
     )  # fmt: skip
-    ChatApp(settings, driver()).run()
+    app = ChatApp(settings, driver())
+    app.run()
+    if app.session.notice:
+        sys.stderr.write(f"edgeinfer: {one_line(app.session.notice, 500)}\n")
+    if app.unsent:
+        sys.stderr.write(f"edgeinfer: not sent: {printable(app.unsent)}\n")
+    if app.failure is not None:
+        raise app.failure
 
 
 def driver() -> type[Driver] | None:

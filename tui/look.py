@@ -1,4 +1,4 @@
-"""Renders the pieces of a message as lines of styled text.
+"""Draws the pieces of a message as rows of styled text.
 
 Knows nothing of scrolling or of conversations.
 """
@@ -9,24 +9,24 @@ from functools import cached_property
 from io import StringIO
 from typing import TYPE_CHECKING
 
-from rich.console import Console, RenderableType
-from rich.padding import Padding
+from rich.cells import cell_len
+from rich.console import Console
 from rich.segment import Segment
 from rich.style import Style
 from rich.text import Text
 from rich.theme import Theme
 
 from edgeinfer.tui.palette import Palette
+from edgeinfer.tui.rows import TAB, Row, Sheet
 
 if TYPE_CHECKING:
-    from rich.markdown import Markdown
     from rich.syntax import SyntaxTheme
 
-Lines = list[list[Segment]]
+_EDGE = 2  # cells of ground beside code and what the user wrote
 
 
 class Look:
-    """One palette's way to draw; every method returns lines of at most `width` cells."""
+    """One palette's way to draw; every row has at most `width` cells."""
 
     def __init__(self, palette: Palette) -> None:
         self.palette = palette
@@ -35,60 +35,87 @@ class Look:
             legacy_windows=False, _environ={},
         )  # fmt: skip
 
-    def prose(self, text: str, width: int) -> Lines:
-        """Markdown without fenced code."""
-        lines = self._lines(self._markdown(text), width)
-        while lines and not _is_visible(lines[0]):
-            del lines[0]
-        while lines and not _is_visible(lines[-1]):
-            del lines[-1]
-        return lines
+    def prose(self, text: str, width: int) -> Sheet:
+        """Markdown; its `text` is what the model wrote, without markup."""
+        from edgeinfer.tui.markdown import draw
 
-    def code(self, text: str, language: str, width: int) -> Lines:
-        """A block of code on a ground of its own, its language above it."""
-        room = max(0, width - 4 - len("copy"))
-        label = Text((language or "text")[:room].ljust(room) + "copy", self.palette.muted)
-        body = self._highlighted(text, language)
-        ground = Style.parse(f"on {self.palette.code}" if self.palette.code else "none")
-        rows = self._lines(body, max(1, width - 4), ground)
-        head = self._lines(label, max(1, width - 4), ground)
-        edge = Segment("  ", ground)
-        return [[edge, *line, edge] for line in [*head, *rows]]
+        return draw(text, self._console, width, self._nested_code)
 
-    def plain(self, text: str, width: int, style: str = "") -> Lines:
+    def code(self, text: str, language: str, width: int, base: int = 0) -> list[Row]:
+        """A block of code on a ground of its own, its language above it.
+
+        `base` is where `text` begins in the block's text.
+        """
+        inner = max(1, width - 2 * _EDGE)
+        name = language or "text"
+        labels = [name.ljust(inner - len("copy")) + "copy"]
+        if cell_len(labels[0]) > inner:
+            labels = ["copy".rjust(inner), name]
+        above = [Text(label, self.palette.muted) for label in labels]
+        return self._on_ground(above, self._code_lines(text, language), width, base).rows
+
+    def plain(self, text: str, width: int, style: str = "") -> list[Row]:
         """Text as it is, wrapped."""
-        return self._lines(Text(text, style), width)
+        sheet = Sheet(self._console, width)
+        for line in text.expandtabs(TAB).split("\n"):
+            sheet.add(Text(line, style))
+        return sheet.rows
 
-    def bubble(self, text: str, notes: list[str], width: int) -> Lines:
+    def bubble(self, text: str, notes: list[str], width: int) -> list[Row]:
         """What the user wrote, on a tinted ground; `notes` name what goes with it."""
-        content = Text(text, self.palette.text)
-        for note in notes:
-            content.append(f"{chr(10) if content else ''}{note}", self.palette.muted)
-        ground = Style.parse(f"on {self.palette.tint}" if self.palette.tint else "none")
-        return self._lines(Padding(content, (0, 2)), width, ground)
+        lines = text.expandtabs(TAB).split("\n") if text else []
+        body = [Text(line, self.palette.text) for line in lines]
+        below = [Text(note, self.palette.muted) for note in notes]
+        return self._on_ground([], body, width, 0, below, self.palette.tint).rows
 
-    def _lines(self, content: RenderableType, width: int, style: Style | None = None) -> Lines:
-        options = self._console.options.update(width=width, height=None, highlight=False)
-        return self._console.render_lines(content, options, style=style, pad=style is not None)
+    def _nested_code(self, text: str, language: str, width: int) -> Sheet:
+        """Code inside a list item or a quote."""
+        label = [Text(language, self.palette.muted)] if language else []
+        return self._on_ground(label, self._code_lines(text, language), width, 0)
 
-    def _markdown(self, text: str) -> Markdown:
-        from edgeinfer.tui.markdown import CalmMarkdown
+    def _on_ground(
+        self,
+        above: list[Text],
+        body: list[Text],
+        width: int,
+        base: int,
+        below: list[Text] | None = None,
+        color: str | None = None,
+    ) -> Sheet:
+        """Lines on a ground that reaches beyond them; `above` and `below` are no text."""
+        color = self.palette.code if color is None else color
+        ground = Style.parse(f"on {color}" if color else "none")
+        sheet = Sheet(self._console, width, base)
+        inner = max(1, width - 2 * _EDGE)
+        for lines, has_text in ((above, False), (body, True), (below or [], False)):
+            part = Sheet(self._console, inner)
+            for line in lines:
+                part.add(line)
+            rows = [_grounded(row, inner, ground) for row in part.rows]
+            if rows:
+                sheet.add_rows(rows, part.text if has_text else None)
+        return sheet
 
-        return CalmMarkdown(text, code_theme=self._syntax_theme)
+    def _code_lines(self, text: str, language: str) -> list[Text]:
+        from edgeinfer.tui.highlight import highlighted
 
-    def _highlighted(self, text: str, language: str) -> RenderableType:
-        from rich.syntax import Syntax
-
-        return Syntax(
-            text.expandtabs(4) or " ", language or "text", theme=self._syntax_theme,
-            word_wrap=True, background_color=self.palette.code or "default",
-        )  # fmt: skip
+        name = language.split(" ")[0]
+        code = highlighted(text.expandtabs(TAB), name, self._syntax_theme)
+        return list(code.split("\n", allow_blank=True))
 
     @cached_property
     def _syntax_theme(self) -> SyntaxTheme:
-        from edgeinfer.tui.markdown import CalmSyntax
+        from edgeinfer.tui.highlight import CalmSyntax
 
         return CalmSyntax(self.palette)
+
+
+def _grounded(row: Row, width: int, ground: Style) -> Row:
+    """A row with the ground under it and beside it."""
+    free = max(0, width - sum(segment.cell_length for segment in row.segments))
+    segments = list(Segment.apply_style(row.segments, ground))
+    edge = Segment(" " * _EDGE, ground)
+    return Row(segments, row.spans).moved([edge], [Segment(" " * (free + _EDGE), ground)])
 
 
 def _styles(palette: Palette) -> Theme:
@@ -114,7 +141,3 @@ def _styles(palette: Palette) -> Theme:
             "markdown.s": "strike",
         }
     )
-
-
-def _is_visible(line: list[Segment]) -> bool:
-    return any(segment.text.strip() for segment in line)

@@ -12,21 +12,21 @@ from textual import on
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
-from textual.screen import ModalScreen
 from textual.timer import Timer
 from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option
 
 from edgeinfer import MemoryPlan, PlanError, one_line, printable
+from edgeinfer.tui.dialog import Dialog
 from edgeinfer.tui.gauge import progress_bar, size_text
 from edgeinfer.tui.loader import Task
 from edgeinfer.tui.palette import Palette
 from edgeinfer.tui.settings import ChatSettings, ModelChoice
 
-_HINT = "enter choose   type a path to a .gguf file   esc back"
+_HINT = "enter choose   esc back   or type the path of a .gguf file"
 
 
-class ModelScreen(ModalScreen[str | None]):
+class ModelScreen(Dialog[str | None]):
     """Ends with the path of the model to load, None for none."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -36,6 +36,7 @@ class ModelScreen(ModalScreen[str | None]):
     ]
 
     AUTO_FOCUS = "#path"
+    GIVES_WAY = "#choices"
 
     def __init__(
         self, settings: ChatSettings, choices: list[ModelChoice], title: str, current: str | None
@@ -160,7 +161,9 @@ class ModelScreen(ModalScreen[str | None]):
     def _say(self, text: str, *, is_bad: bool = False) -> None:
         palette = Palette.of(self.app.current_theme)
         color = palette.bad if is_bad else palette.muted
-        self.query_one("#preview", Static).update(Text(printable(text), color))
+        preview = self.query_one("#preview", Static)
+        preview.update(Text(printable(text), color))
+        self.fit()
 
     def _highlighted(self) -> ModelChoice | None:
         at = self.query_one(OptionList).highlighted

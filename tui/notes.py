@@ -10,8 +10,8 @@ from rich.text import Text
 from edgeinfer import one_line
 from edgeinfer.tui.blocks import Block
 from edgeinfer.tui.palette import Palette
+from edgeinfer.tui.records import Node, Summary
 from edgeinfer.tui.session import Session
-from edgeinfer.tui.store import Node, Summary
 
 
 def answer_note(node: Node, place: tuple[int, int]) -> str:

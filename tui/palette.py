@@ -1,6 +1,7 @@
 """Colours: the two themes of our own, and what the transcript takes from any theme.
 
-Knows nothing of what is coloured.
+Knows nothing of what is coloured. The grounds of our themes differ in 256 colours too: those near
+black have so little colour that they become greys, of which there are more.
 """
 
 from __future__ import annotations
@@ -16,14 +17,18 @@ DARK = Theme(
     secondary="#8f9bb3",
     accent="#7aa2c9",
     foreground="#d5d9e0",
-    background="#15181d",
-    surface="#1c2027",
-    panel="#242a33",
+    background="#16181c",
+    surface="#1d2026",
+    panel="#282c33",
     success="#8fb573",
     warning="#d9a95c",
     error="#d97373",
     dark=True,
-    variables={"block-cursor-foreground": "#15181d", "input-selection-background": "#7aa2c9 30%"},
+    variables={
+        "block-cursor-foreground": "#16181c",
+        "input-selection-background": "#7aa2c9 30%",
+        "row-background": "#2c323b",
+    },
 )
 LIGHT = Theme(
     name="edge-light",
@@ -41,6 +46,14 @@ LIGHT = Theme(
     variables={"block-cursor-foreground": "#fbfbf9", "input-selection-background": "#2f6493 25%"},
 )
 OURS = (DARK, LIGHT)
+
+
+def row_colors(theme: Theme) -> dict[str, str]:
+    """Variables for the row of a list that the cursor is on."""
+    if theme.ansi:
+        return {"row-background": "ansi_cyan", "row-color": "ansi_black"}
+    colors = theme.to_color_system().generate()
+    return {"row-background": f"{colors['primary']} 18%", "row-color": colors["foreground"]}
 
 
 @dataclass(frozen=True, slots=True)

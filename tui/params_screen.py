@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from rich.text import Text
 from textual import on
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
@@ -60,7 +61,7 @@ class ParamsScreen(ModalScreen[dict[str, Any] | None]):
             try:
                 values[field.id] = parse_param(field.id, field.value)
             except ValueError as error:
-                self.query_one(".hint", Static).update(str(error))
+                self.query_one(".hint", Static).update(Text(str(error)))
                 field.focus()
                 return
         self.dismiss({name: value for name, value in values.items() if value is not None})

@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import sqlite3
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from edgeinfer import EdgeInferError
@@ -36,14 +38,31 @@ _STEPS = (
 VERSION = len(_STEPS)
 
 
-def connect(path: Path | None) -> sqlite3.Connection:
-    """The history file, readable by its owner only; None keeps everything in memory."""
+_NO_FILE = "it is no file, but a folder or a pipe; move it away"
+# What must be there, in a file that claims to be of our version.
+_PROBE = (
+    "SELECT id, title, created, updated, model, system, leaf FROM conversation LIMIT 0",
+    "SELECT id, parent, role, content, reasoning, attachments, state, details, created, "
+    "conversation FROM message LIMIT 0",
+    "SELECT name, value FROM preference LIMIT 0",
+    "SELECT rowid, text FROM found LIMIT 0",
+)
+
+
+def connect(path: Path | None, seconds: float = 0.25) -> sqlite3.Connection:
+    """The history file, readable by its owner only; None keeps everything in memory.
+
+    No statement waits longer than `seconds` for another process. Raises sqlite3.Error, OSError, or
+    EdgeInferError for a file that is another's or a newer version's.
+    """
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         _claim(path)
-    db = sqlite3.connect(path or ":memory:", isolation_level=None, timeout=5.0)
+    db = sqlite3.connect(path or ":memory:", isolation_level=None, timeout=seconds)
     try:
         db.row_factory = sqlite3.Row
+        db.text_factory = lambda data: data.decode("utf-8", "replace")
+        _check_kind(db)  # before anything is written
         for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
             db.execute(f"PRAGMA {pragma}")
         db.execute("PRAGMA secure_delete=ON")
@@ -61,13 +80,15 @@ def _claim(path: Path) -> None:
     """
     if path.is_symlink():
         raise EdgeInferError("it is a link; put the file itself there, or move the link away")
+    if path.is_dir():
+        raise EdgeInferError(_NO_FILE)
     # Between looking and opening a link may come; of a pipe nobody waits for a reader.
     flags = os.O_CREAT | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     descriptor = os.open(path, flags, 0o600)
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise EdgeInferError("it is no file, but a folder or a pipe; move it away")
+            raise EdgeInferError(_NO_FILE)
         if os.name == "posix":
             if status.st_uid != os.geteuid() or status.st_nlink > 1:
                 what = "belongs to another user" if status.st_nlink < 2 else "has a second name"
@@ -77,27 +98,78 @@ def _claim(path: Path) -> None:
         os.close(descriptor)
 
 
-def migrate(db: sqlite3.Connection) -> None:
-    """Run the steps that the file lacks, each as one transaction."""
+def _check_kind(db: sqlite3.Connection) -> None:
+    """Refuse what a newer version or another program has made."""
     version = _version(db)
     if version > VERSION:
         raise EdgeInferError(
-            f"the chat history was written by a newer edgeinfer (format {version}, this one "
-            f"knows {VERSION}); update edgeinfer, or use --no-history"
+            f"it was written by a newer edgeinfer (format {version}, this one knows {VERSION}); "
+            "update edgeinfer, or move it away"
         )
+    is_empty = not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+    if version < 0 or (version == 0 and not is_empty):
+        raise EdgeInferError("it is another program's database; move it away")
+    for query in _PROBE if version == VERSION else ():
+        db.execute(query)
+
+
+def migrate(db: sqlite3.Connection) -> None:
+    """Run the steps that the file lacks, each as one transaction."""
+    version = _version(db)
     while version < VERSION:
-        db.execute("BEGIN IMMEDIATE")
-        try:
+        with transaction(db):
             version = _version(db)  # another process may have been first
             if version < VERSION:
                 for statement in _STEPS[version].split(";\n"):
                     db.execute(statement)
                 db.execute(f"PRAGMA user_version = {version + 1}")
-            db.execute("COMMIT")
-        except BaseException:
-            db.execute("ROLLBACK")
-            raise
         version = _version(db)
+
+
+@contextmanager
+def transaction(db: sqlite3.Connection) -> Iterator[None]:
+    """All of what is written inside, or nothing."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        # SQLite has rolled back by itself after some errors, a full disk among them.
+        if db.in_transaction:
+            with suppress(sqlite3.Error):
+                db.execute("ROLLBACK")
+        raise
+
+
+def is_damaged(error: Exception) -> bool:
+    """Whether the file is not to be touched again, until another lies there."""
+    is_passing = any(sign in str(error) for sign in (*_WAITS, *_PASSES))
+    return isinstance(error, EdgeInferError) or isinstance(error, sqlite3.Error) and not is_passing
+
+
+def can_wait(error: Exception) -> bool:
+    """Whether the same connection will do once the reason is gone."""
+    return isinstance(error, sqlite3.Error) and any(sign in str(error) for sign in _WAITS)
+
+
+def explain(error: Exception, path: Path) -> str:
+    """Why the history is not written, and what to do about it: one line."""
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    if isinstance(error, EdgeInferError):
+        return f"{path} is left alone: {text}"
+    if is_damaged(error):
+        what = f"{path} is damaged ({text})"
+        return f"{what}: move it away, or `edgeinfer history --clear` deletes it"
+    if "locked" in text:
+        return f"{path} is locked by another program; it is written once that lets go"
+    if "full" in text:
+        return f"no room for {path}: it is written once there is room on the disk"
+    return f"{path} can't be written ({text}); mend that, or set EDGEINFER_HOME to another folder"
+
+
+# Parts of SQLite's messages: Python 3.10 has no error codes.
+_WAITS = ("locked", "full", "readonly")
+_PASSES = ("unable to open", "disk I/O", "too big", "memory")
 
 
 def _version(db: sqlite3.Connection) -> int:

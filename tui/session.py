@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from edgeinfer.tui.conversation import Conversation
 from edgeinfer.tui.gauge import Readings
 from edgeinfer.tui.loader import ModelLoader
+from edgeinfer.tui.records import Attachment, Node
 from edgeinfer.tui.settings import ChatModel, ChatSettings
-from edgeinfer.tui.store import Attachment, Node, Store
+from edgeinfer.tui.store import Store
 from edgeinfer.tui.turn import Turn
 
 if TYPE_CHECKING:
@@ -74,6 +75,11 @@ class Session:
     @property
     def is_ready(self) -> bool:
         return self.model is not None and self.running is None and self.loader is None
+
+    @property
+    def notice(self) -> str:
+        """Why the conversation is not being kept; "" while it is, and where none shall be."""
+        return self.store.notice(self.conversation.id)
 
     # -- the model -------------------------------------------------------------------------------
 

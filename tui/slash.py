@@ -111,8 +111,13 @@ def _save(app: ChatCommands, argument: str) -> None:
     else:
         if argument:
             conversation.rename(argument)
+        if app.session.notice:
+            conversation.keep()
         app.refresh_title()
-        app.say(f"saved as “{conversation.title}”")
+        if app.session.notice:
+            app.say(app.session.notice, "error")
+        else:
+            app.say(f"saved as “{conversation.title}”")
 
 
 def _load(app: ChatCommands, argument: str) -> None:
@@ -123,7 +128,7 @@ def _load(app: ChatCommands, argument: str) -> None:
     if found:
         actions.open_conversation(app, found[0].id)
     else:
-        app.say(f"no conversation with “{argument}”", "warning")
+        app.say(app.session.notice or f"no conversation with “{argument}”", "warning")
 
 
 def _export(app: ChatCommands, argument: str) -> None:
@@ -142,6 +147,7 @@ def _copy(app: ChatCommands, argument: str) -> None:
 def _theme(app: ChatCommands, argument: str) -> None:
     if argument in app.theme_names():
         app.theme = argument
+        app.session.store.set_preference("theme", argument)
     else:
         app.action_change_theme()
 

@@ -16,7 +16,10 @@ _ITEM = re.compile(r"^(?:([-*+])|\d{1,9}([.)]))\s")
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A block of Markdown, or the inside of a fenced code block."""
+    """A block of Markdown, or the inside of a fenced code block.
+
+    `language` is all that the fence says; its first word is the language's name.
+    """
 
     kind: Literal["text", "code"]
     text: str
@@ -66,7 +69,7 @@ class Splitter:
         if opening and not (opening[1] and self._is_list):
             closed = self._close()
             self._fence = opening[2]
-            self._language = opening[3].strip().split(" ")[0]
+            self._language = opening[3].strip()
             return closed
         self._track_nested(line)
         closed = []

@@ -1,243 +1,392 @@
 """Conversations in a SQLite file: written as they happen, searched, exported, deleted.
 
+What can't be written is held here and written as soon as that is possible again; `notice` says so.
 Knows nothing of widgets or models.
 """
 
 from __future__ import annotations
 
-import json
+import os
+import random
 import re
 import sqlite3
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeVar
 
-from edgeinfer.tui.schema import connect
+from edgeinfer import EdgeInferError
+from edgeinfer.tui.records import (
+    Header,
+    Node,
+    Summary,
+    columns_of,
+    header_of,
+    node_of,
+    summary_of,
+    text_of,
+)
+from edgeinfer.tui.schema import can_wait, connect, explain, is_damaged, transaction
 
 FILE_NAME = "history.db"
-State: TypeAlias = Literal["done", "partial", "stopped", "failed"]
+T = TypeVar("T")
+
+_FAULTS = (sqlite3.Error, OSError, EdgeInferError)
+_PATIENCE_SECONDS = 0.25  # with a lock
+_RETRY_SECONDS = 1.0
+_LAST_WAIT_SECONDS = 2.0  # at the end, for another program to let go
+_GONE = (
+    "not kept: this conversation was deleted in another window, or the history with it; /save "
+    "keeps it anew, /clear begins another"
+)
 
 
-@dataclass(frozen=True, slots=True)
-class Attachment:
-    """A text that goes with a message; `n_tokens` None until it was counted."""
+@dataclass(slots=True)
+class _Unsaved:
+    """What a conversation has become since it was written; all of it where it `is_new`."""
 
-    name: str
-    text: str
-    n_tokens: int | None = None
-
-
-@dataclass(slots=True, eq=False)
-class Node:
-    """A message of the tree. An answer is `partial` from its first token to its end."""
-
-    id: int
-    parent: int | None
-    role: str
-    content: str
-    reasoning: str = ""
-    attachments: tuple[Attachment, ...] = ()
-    state: State = "done"
-    details: dict[str, Any] = field(default_factory=dict)
+    is_new: bool = False
+    columns: dict[str, Any] = field(default_factory=dict)
+    nodes: dict[int, Node] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """A line of the list of conversations; `snippet` is where a search matched."""
-
-    id: int
-    title: str
-    updated: float
-    model: str
-    n_messages: int
-    snippet: str = ""
+class _NotNow(Exception):
+    """The file failed a moment ago: it is not tried again yet."""
 
 
 class Store:
-    """The history file; `Store(None)` forgets everything at the end."""
+    """The history file; `Store(None)` forgets everything at the end.
+
+    No method but those that say so raises where the file fails. One thread uses it.
+    """
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self._db = connect(path)
+        self._db: sqlite3.Connection | None = None
+        self._file: tuple[float, ...] = ()  # which one is open
+        self._patience = _PATIENCE_SECONDS
+        self._trouble = ""
+        self._retry_at = 0.0
+        self._refused: tuple[float, ...] | None = None  # the damaged file, as it was
+        self._unsaved: dict[int, _Unsaved] = {}
+        self._preferences: dict[str, str] = {}  # those that are not written yet
+        self._gone: set[int] = set()  # deleted by others
+        self._last_id = 0
+        with suppress(EdgeInferError):
+            self._get(lambda db: None)
+
+    def notice(self, id: int | None) -> str:
+        """Why conversation `id` is not being kept; "" while it is."""
+        if self._trouble:
+            return f"not kept: {self._trouble}"
+        return _GONE if id in self._gone else ""
+
+    def tend(self) -> None:
+        """Write what could not be written before; to be called now and then."""
+        if (self._trouble or self._unsaved) and time.monotonic() >= self._retry_at:
+            self._flush()
 
     def close(self) -> None:
-        self._db.close()
+        """Write what is left, if that is possible; `notice` knows afterwards whether it was."""
+        if self._unsaved or self._preferences:
+            self._retry_at = 0.0
+            self._wait_at_most(_LAST_WAIT_SECONDS)
+            self._flush()
+        elif self._trouble:
+            self._trouble = ""  # nothing was said that is not kept
+        self._disconnect()
 
     # -- conversations ---------------------------------------------------------------------------
 
     def add_conversation(self, title: str, model: str, system: str | None) -> int:
-        now = time.time()
-        row = self._db.execute(
-            "INSERT INTO conversation (title, created, updated, model, system) "
-            "VALUES (?, ?, ?, ?, ?)",
-            (title, now, now, model, system),
-        )
-        assert row.lastrowid is not None
-        return row.lastrowid
+        """A new one; it is written with its first message."""
+        id = self._new_id()
+        columns = {"title": title, "model": model, "system": system, "leaf": None}
+        self._unsaved[id] = _Unsaved(is_new=True, columns=columns)
+        return id
 
-    def conversation(self, id: int) -> sqlite3.Row | None:
-        """Its columns, None when it was deleted."""
-        row = self._db.execute("SELECT * FROM conversation WHERE id = ?", (id,)).fetchone()
-        return row if isinstance(row, sqlite3.Row) else None
+    def conversation(self, id: int) -> Header | None:
+        """None when it was deleted; raises EdgeInferError where the file can't be read."""
+        unsaved = self._unsaved.get(id)
+        if unsaved is not None and unsaved.is_new:
+            return Header(**unsaved.columns)
+        query = "SELECT * FROM conversation WHERE id = ?"
+        row = self._get(lambda db: db.execute(query, (id,)).fetchone())
+        return None if row is None else header_of(row)
 
     def update_conversation(self, id: int, **columns: str | int | None) -> None:
         """Set `title`, `model`, `system` or `leaf`."""
         assert columns.keys() <= {"title", "model", "system", "leaf"}
-        sets = ", ".join(f"{name} = ?" for name in columns)
-        self._db.execute(
-            f"UPDATE conversation SET {sets}, updated = ? WHERE id = ?",
-            (*columns.values(), time.time(), id),
-        )
+        self._changed(id).columns.update(columns)
+        self._flush()
+
+    def keep_anew(self, id: int, header: Header, nodes: Iterable[Node]) -> None:
+        """Write a whole conversation that others may have deleted."""
+        self._gone.discard(id)
+        columns = {name: getattr(header, name) for name in ("title", "model", "system", "leaf")}
+        self._unsaved[id] = _Unsaved(True, columns, {node.id: node for node in nodes})
+        self._retry_at = 0.0
+        self._flush()
 
     def delete_conversation(self, id: int) -> None:
-        with self._transaction():
-            self._db.execute(
-                "DELETE FROM found WHERE rowid IN (SELECT id FROM message WHERE conversation = ?)",
-                (id,),
-            )
-            self._db.execute("DELETE FROM conversation WHERE id = ?", (id,))
+        """Delete it for good; raises EdgeInferError where that fails."""
+
+        def delete(db: sqlite3.Connection) -> None:
+            with transaction(db):
+                db.execute(
+                    "DELETE FROM found WHERE rowid IN "
+                    "(SELECT id FROM message WHERE conversation = ?)",
+                    (id,),
+                )
+                db.execute("DELETE FROM conversation WHERE id = ?", (id,))
+
+        try:
+            self._get(delete)
+        except EdgeInferError:
+            if not self._unsaved.get(id, _Unsaved()).is_new:
+                raise
+        self._unsaved.pop(id, None)
 
     def recent(self, limit: int = 200) -> list[Summary]:
         """The latest conversations, newest first."""
-        rows = self._db.execute(
+        query = (
             "SELECT id, title, updated, model, (SELECT count(*) FROM message "
             "WHERE conversation = c.id) AS n, '' AS snippet FROM conversation AS c "
-            "ORDER BY updated DESC LIMIT ?",
-            (limit,),
+            "ORDER BY updated DESC LIMIT ?"
         )
-        return [_summary(row) for row in rows]
+        kept = map(summary_of, self._rows(query, limit))
+        return [*self._new_ones([]), *kept][:limit]
 
     def search(self, words: str, limit: int = 100) -> list[Summary]:
         """Conversations whose messages hold all words, the last one possibly unfinished."""
         terms = re.findall(r"\w+", words)
         if not terms:
             return self.recent(limit)
-        query = " ".join(f'"{term}"' for term in terms[:-1]) + f' "{terms[-1]}"*'
-        rows = self._db.execute(
+        match = " ".join(f'"{term}"' for term in terms[:-1]) + f' "{terms[-1]}"*'
+        query = (
             "WITH hit AS (SELECT rowid AS id, snippet(found, 0, '', '', '…', 12) AS snippet, rank "
             "FROM found WHERE found MATCH ? ORDER BY rank LIMIT 1000) "
             "SELECT c.id, c.title, c.updated, c.model, hit.snippet, min(hit.rank), "
             "(SELECT count(*) FROM message WHERE conversation = c.id) AS n "
             "FROM hit JOIN message AS m ON m.id = hit.id JOIN conversation AS c "
-            "ON c.id = m.conversation GROUP BY c.id ORDER BY min(hit.rank), c.updated DESC LIMIT ?",
-            (query.strip(), limit),
+            "ON c.id = m.conversation GROUP BY c.id ORDER BY min(hit.rank), c.updated DESC LIMIT ?"
         )
-        return [_summary(row) for row in rows]
+        found = map(summary_of, self._rows(query, match.strip(), limit))
+        return [*self._new_ones(terms), *found][:limit]
+
+    def _new_ones(self, terms: list[str]) -> list[Summary]:
+        """Conversations that are not in the file, of which a message holds all terms."""
+        now, found = time.time(), []
+        for id, each in reversed(self._unsaved.items()):
+            texts = [node.content.lower() for node in each.nodes.values()]
+            if each.is_new and any(all(t.lower() in text for t in terms) for text in texts):
+                title, model = each.columns["title"], each.columns["model"]
+                found.append(Summary(id, title, now, model, len(each.nodes)))
+        return found
 
     # -- messages --------------------------------------------------------------------------------
 
     def add_message(self, conversation: int, node: Node) -> int:
-        """Write a new message and make it the end of the conversation's current branch."""
-        with self._transaction():
-            row = self._db.execute(
-                "INSERT INTO message (conversation, parent, role, content, reasoning, attachments,"
-                " state, details, created) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (conversation, node.parent, *_columns(node), time.time()),
-            )
-            assert row.lastrowid is not None
-            self._db.execute(
-                "UPDATE conversation SET leaf = ?, updated = ? WHERE id = ?",
-                (row.lastrowid, time.time(), conversation),
-            )
-            self._index(row.lastrowid, node)
-        return row.lastrowid
+        """Give a new message its id, and make it the end of the conversation's current branch."""
+        node.id = self._new_id()
+        changed = self._changed(conversation)
+        changed.nodes[node.id] = node
+        changed.columns["leaf"] = node.id
+        self._flush()
+        return node.id
 
-    def update_message(self, node: Node) -> None:
+    def update_message(self, conversation: int, node: Node) -> None:
         """Write what a message has become; one that still grows is not indexed yet."""
-        with self._transaction():
-            self._db.execute(
-                "UPDATE message SET role = ?, content = ?, reasoning = ?, attachments = ?, "
-                "state = ?, details = ? WHERE id = ?",
-                (*_columns(node), node.id),
-            )
-            self._index(node.id, node)
+        self._changed(conversation).nodes[node.id] = node
+        self._flush()
 
     def messages(self, conversation: int) -> list[Node]:
-        rows = self._db.execute(
-            "SELECT * FROM message WHERE conversation = ? ORDER BY id", (conversation,)
-        )
-        return [_node(row) for row in rows]
+        """Oldest first; raises EdgeInferError where the file can't be read."""
+        unsaved = self._unsaved.get(conversation, _Unsaved())
+        nodes: dict[int, Node] = {}
+        if not unsaved.is_new:
+            query = "SELECT * FROM message WHERE conversation = ? ORDER BY id"
+            rows = self._get(lambda db: db.execute(query, (conversation,)).fetchall())
+            nodes = {row["id"]: node_of(row) for row in rows}
+        nodes |= unsaved.nodes
+        self._last_id = max([self._last_id, *nodes])
+        return [nodes[id] for id in sorted(nodes)]
 
     def prompts(self, limit: int = 200) -> list[str]:
         """What was typed lately, oldest first, each text once."""
-        rows = self._db.execute(
+        query = (
             "SELECT content, max(id) AS last FROM message WHERE role = 'user' AND content <> '' "
-            "GROUP BY content ORDER BY last DESC LIMIT ?",
-            (limit,),
+            "GROUP BY content ORDER BY last DESC LIMIT ?"
         )
-        return [str(row["content"]) for row in rows][::-1]
+        return [text_of(row["content"]) for row in self._rows(query, limit)][::-1]
 
     # -- preferences -----------------------------------------------------------------------------
 
     def preference(self, name: str) -> str | None:
-        row = self._db.execute("SELECT value FROM preference WHERE name = ?", (name,)).fetchone()
-        return None if row is None else str(row[0])
+        if name in self._preferences:
+            return self._preferences[name]
+        query = "SELECT value FROM preference WHERE name = ?"
+        return next((text_of(row[0]) for row in self._rows(query, name)), None)
 
     def set_preference(self, name: str, value: str) -> None:
-        self._db.execute("INSERT OR REPLACE INTO preference VALUES (?, ?)", (name, value))
+        self._preferences[name] = value
+        self._flush()
 
-    # -- inside ----------------------------------------------------------------------------------
+    # -- reading and writing ---------------------------------------------------------------------
 
-    def _index(self, id: int, node: Node) -> None:
-        if node.state == "partial":
-            return
-        text = "\n".join([node.content, *(each.name for each in node.attachments)])
-        self._db.execute("DELETE FROM found WHERE rowid = ?", (id,))
-        self._db.execute("INSERT INTO found (rowid, text) VALUES (?, ?)", (id, text))
+    def _new_id(self) -> int:
+        """Of no other message, whichever process makes it, and larger than what it may follow."""
+        now = time.time_ns() // 1000 << 10 | random.getrandbits(10)
+        self._last_id = max(now, self._last_id + 1)
+        return self._last_id
 
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
+    def _changed(self, id: int) -> _Unsaved:
+        return self._unsaved.setdefault(id, _Unsaved())
+
+    def _get(self, query: Callable[[sqlite3.Connection], T]) -> T:
+        """What the file says; EdgeInferError where it says nothing."""
         try:
-            yield
-            self._db.execute("COMMIT")
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
+            return query(self._connection())
+        except (*_FAULTS, _NotNow) as error:
+            self._fail(error)
+            raise EdgeInferError(f"the history can't be used now: {self._trouble}") from error
+
+    def _rows(self, query: str, *values: object) -> list[sqlite3.Row]:
+        """None where the file can't be read."""
+        try:
+            return self._get(lambda db: db.execute(query, values).fetchall())
+        except EdgeInferError:
+            return []
+
+    def _flush(self) -> None:
+        """Write all that is not written; where that fails it stays, until the next time."""
+        unsaved, gone = self._unsaved, set()
+        try:
+            db = self._connection()
+            with transaction(db):
+                for id, each in unsaved.items():
+                    if id in self._gone or not _write(db, id, each):
+                        gone.add(id)
+                for item in self._preferences.items():
+                    db.execute("INSERT OR REPLACE INTO preference VALUES (?, ?)", item)
+        except (*_FAULTS, _NotNow) as error:
+            self._fail(error)
+            return
+        self._gone |= gone
+        self._unsaved, self._preferences, self._trouble = {}, {}, ""
+        self._wait_at_most(_PATIENCE_SECONDS)
+
+    def _connection(self) -> sqlite3.Connection:
+        """Opened anew where another file, or none, lies at the path."""
+        if self._db is not None and self._file != self._file_now():
+            self._disconnect()
+        if self._db is None:
+            is_refused = self._refused is not None and self._refused == self._state_now()
+            if time.monotonic() < self._retry_at or is_refused:
+                raise _NotNow
+            self._db = connect(self.path, self._patience)
+            self._file = self._file_now()
+        return self._db
+
+    def _disconnect(self) -> None:
+        if self._db is not None:
+            with suppress(sqlite3.Error):
+                self._db.close()
+        self._db = None
+
+    def _fail(self, error: Exception) -> None:
+        """Note why the file can't be used; what it said of itself stays where it was not asked."""
+        if isinstance(error, _NotNow) or self.path is None:
+            return
+        self._trouble = explain(error, self.path)
+        self._retry_at = time.monotonic() + _RETRY_SECONDS
+        if not can_wait(error):
+            self._disconnect()
+        self._wait_at_most(0.0)
+        self._refused = self._state_now() if is_damaged(error) else None
+
+    def _wait_at_most(self, seconds: float) -> None:
+        """For a lock: no longer than nobody notices, and not again while one is known."""
+        if self._db is not None and seconds != self._patience:
+            self._db.execute(f"PRAGMA busy_timeout = {round(seconds * 1000)}")
+        self._patience = seconds
+
+    def _state_now(self) -> tuple[float, ...] | None:
+        """Whether the file, or what is in it, is another than before."""
+        try:
+            found = os.stat(self.path or "")
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+    def _file_now(self) -> tuple[float, ...]:
+        return (self._state_now() or ())[:2]
 
 
-def clear_history(data_folder: Path) -> int:
-    """Delete the history file; the number of conversations that were in it."""
-    path = data_folder / FILE_NAME
-    if not path.exists():
-        return 0
-    db = sqlite3.connect(path)
+def _write(db: sqlite3.Connection, id: int, unsaved: _Unsaved) -> bool:
+    """Write what has changed; False where others have deleted the conversation."""
+    now = time.time()
+    if unsaved.is_new:
+        db.execute(
+            "INSERT OR IGNORE INTO conversation (id, title, created, updated) VALUES (?, '', ?, ?)",
+            (id, now, now),
+        )
+    elif not db.execute("SELECT 1 FROM conversation WHERE id = ?", (id,)).fetchone():
+        return False
+    if unsaved.columns:
+        sets = ", ".join(f"{name} = ?" for name in unsaved.columns)
+        values = [text_of(v) if isinstance(v, str) else v for v in unsaved.columns.values()]
+        db.execute(f"UPDATE conversation SET {sets}, updated = ? WHERE id = ?", (*values, now, id))
+    for node in unsaved.nodes.values():
+        db.execute(
+            "INSERT INTO message (id, conversation, parent, role, content, reasoning, attachments,"
+            " state, details, created) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO "
+            "UPDATE SET content = excluded.content, reasoning = excluded.reasoning, "
+            "state = excluded.state, details = excluded.details",
+            (node.id, id, node.parent, *columns_of(node), now),
+        )
+        if node.state != "partial":
+            text = "\n".join([node.content, *(each.name for each in node.attachments)])
+            db.execute("DELETE FROM found WHERE rowid = ?", (node.id,))
+            db.execute("INSERT INTO found (rowid, text) VALUES (?, ?)", (node.id, text_of(text)))
+    return True
+
+
+# -- for commands --------------------------------------------------------------------------------
+
+
+def count_conversations(path: Path) -> int:
+    """How many a file holds; raises EdgeInferError where it can't be read."""
+    if not os.path.isfile(path):
+        raise EdgeInferError(f"{path} can't be read: it is no file; move it away")
+    address = f"{path.absolute().as_uri()}?mode=ro"
     try:
-        (n,) = db.execute("SELECT count(*) FROM conversation").fetchone()
-    except sqlite3.DatabaseError:
-        n = 0
-    finally:
-        db.close()
-    for suffix in ("-wal", "-shm", ""):
-        Path(f"{path}{suffix}").unlink(missing_ok=True)
-    return int(n)
+        with closing(sqlite3.connect(address, uri=True, timeout=1.0)) as db:
+            return int(db.execute("SELECT count(*) FROM conversation").fetchone()[0])
+    except (sqlite3.Error, OSError) as error:
+        raise EdgeInferError(f"the history can't be read: {explain(error, path)}") from error
 
 
-def _columns(node: Node) -> tuple[str, ...]:
-    attachments = [[each.name, each.text, each.n_tokens] for each in node.attachments]
-    return (
-        node.role, node.content, node.reasoning, json.dumps(attachments), node.state,
-        json.dumps(node.details),
-    )  # fmt: skip
+def clear_history(data_folder: Path) -> int | None:
+    """Delete the history file; the number of conversations that were in it, None if unknown.
 
-
-def _node(row: sqlite3.Row) -> Node:
-    return Node(
-        id=row["id"],
-        parent=row["parent"],
-        role=row["role"],
-        content=row["content"],
-        reasoning=row["reasoning"],
-        attachments=tuple(Attachment(*each) for each in json.loads(row["attachments"])),
-        state=row["state"],
-        details=json.loads(row["details"]),
-    )
-
-
-def _summary(row: sqlite3.Row) -> Summary:
-    return Summary(
-        row["id"], row["title"], row["updated"], row["model"], row["n"], row["snippet"] or ""
-    )
+    Raises EdgeInferError where it can't be deleted.
+    """
+    path = data_folder / FILE_NAME
+    n: int | None = 0
+    if os.path.exists(path):
+        try:
+            n = count_conversations(path)
+        except EdgeInferError:
+            n = None
+    for each in (path, *(Path(f"{path}{suffix}") for suffix in ("-wal", "-shm", "-journal"))):
+        try:
+            each.unlink(missing_ok=True)
+        except OSError as error:
+            raise EdgeInferError(
+                f"{each} can't be deleted: {error.strerror or error}; end what uses it, or delete "
+                "it yourself"
+            ) from error
+    return n

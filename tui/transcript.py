@@ -12,9 +12,8 @@ from rich.segment import Segment
 from rich.style import Style
 from textual import events
 from textual.binding import BindingType
-from textual.geometry import Size
+from textual.geometry import Offset, Size
 from textual.message import Message
-from textual.scroll_view import ScrollView
 from textual.selection import Selection
 from textual.strip import Strip
 
@@ -23,15 +22,16 @@ from edgeinfer.tui.entries import RunningEntry
 from edgeinfer.tui.keys import MESSAGE_KEYS
 from edgeinfer.tui.look import Look
 from edgeinfer.tui.palette import Palette
+from edgeinfer.tui.rows import Row
+from edgeinfer.tui.selectable import Selectable
 
 _GUTTER = 3
 _MOST_COLUMNS = 96  # longer lines are hard to read
 
 
-class Transcript(ScrollView, can_focus=True):
+class Transcript(Selectable, can_focus=True):
     """Draws blocks as they come into view; follows the end until the reader scrolls away."""
 
-    ALLOW_SELECT = True
     BINDINGS: ClassVar[list[BindingType]] = MESSAGE_KEYS
 
     @dataclass
@@ -72,6 +72,7 @@ class Transcript(ScrollView, can_focus=True):
 
     def show(self, blocks: list[Block]) -> None:
         """Replace everything, and go to the end."""
+        self.screen.clear_selection()
         self._answer = None
         self._list.remove(0)
         self._append(blocks)
@@ -85,6 +86,7 @@ class Transcript(ScrollView, can_focus=True):
 
     def start(self, entry: RunningEntry) -> None:
         """An answer begins; `update_running` draws what it has become."""
+        self.screen.clear_selection()
         self._answer, self._answer_at = entry, len(self._list)
 
     def update_running(self, first: int) -> None:
@@ -101,7 +103,7 @@ class Transcript(ScrollView, can_focus=True):
 
     def _append(self, blocks: list[Block]) -> None:
         for block in blocks:
-            if block.lines is None:
+            if block.rows is None:
                 block.estimate(self._columns)
         self._list.insert(len(self._list), blocks)
 
@@ -193,14 +195,16 @@ class Transcript(ScrollView, can_focus=True):
             return
         self._is_placing = True
         try:
+            # What is being selected stays under the mouse.
+            follows = self.follows and self.text_selection is None
             for _ in range(8):
-                if self.follows:
+                if follows:
                     self._resize_list()
                     self.scroll_to(y=self.max_scroll_y, animate=False, force=True)
                 if not self._draw_visible():
                     break
             self._resize_list()
-            if self.follows:
+            if follows:
                 self.scroll_to(y=self.max_scroll_y, animate=False, force=True)
         finally:
             self._is_placing = False
@@ -219,7 +223,7 @@ class Transcript(ScrollView, can_focus=True):
         first = self._list.find(y)
         last = self._list.find(y + max(1, self.size.height))
         above = self._list.top(first) + self.blocks[first].height - y
-        is_cut = self._list.top(first) < y and self.blocks[first].lines is None
+        is_cut = self._list.top(first) < y and self.blocks[first].rows is None
         moved = self._draw_range(first, last)
         if moved and is_cut and not self.follows:
             bottom = self._list.top(first) + self.blocks[first].height
@@ -230,7 +234,7 @@ class Transcript(ScrollView, can_focus=True):
     def _draw_range(self, first: int, last: int) -> bool:
         moved = False
         for block in self.blocks[first : last + 1]:
-            if block.lines is None:
+            if block.rows is None:
                 before = block.height
                 block.draw(self._look, self._columns)
                 moved = moved or block.height != before
@@ -245,53 +249,68 @@ class Transcript(ScrollView, can_focus=True):
         line = y + self.scroll_offset.y
         if not len(self._list) or line >= self._list.n_lines:
             return Strip.blank(width, base)
-        segments = self._line_segments(line)
-        strip = Strip(Segment.apply_style(segments, base)).adjust_cell_length(width, base)
-        span = self.text_selection.get_span(line) if self.text_selection else None
-        if span is not None:
-            end = span[1] if span[1] >= 0 else width
-            style = self.screen.get_component_rich_style("screen--selection")
-            marked = strip.crop(span[0], end).apply_style(style)
-            strip = Strip.join([strip.crop(0, span[0]), marked, strip.crop(end)])
-        return strip.apply_offsets(0, line)
+        segments = Segment.apply_style(self.segments_of(line), base)
+        return Strip(segments).adjust_cell_length(width, base)
 
-    def _line_segments(self, line: int) -> list[Segment]:
+    def segments_of(self, line: int) -> list[Segment]:
+        """A line of the conversation as it is drawn, the selection included."""
         index = self._list.find(line)
-        block = self.blocks[index]
-        lines = block.draw(self._look, self._columns)
-        at = line - self._list.top(index)
-        row = lines[at] if at < len(lines) else []
-        palette = self._look.palette
-        is_text = bool(row)
+        block, at = self.blocks[index], line - self._list.top(index)
+        rows = block.draw(self._look, self._columns)
+        row = rows[at] if at < len(rows) else Row([])
+        is_text = bool(row.segments)
         mark = " "
         if block.entry == self.selected and (is_text or block.kind != "note"):
             mark = "┃"
-        margin = Segment(" " * (self._left - 2) + mark, Style.parse(palette.accent))
-        if block.kind == "user" and is_text:
-            return [margin, Segment("▌", Style.parse(palette.accent)), *row]
-        return [margin, Segment(" "), *row]
+        accent = Style.parse(self._look.palette.accent)
+        margin = Segment(" " * (self._left - 2) + mark, accent)
+        bar = Segment("▌", accent) if block.kind == "user" and is_text else Segment(" ")
+        found = self.selected_range(index, len(block.shown))
+        segments = row.marked(block.shown, *found, self._selection_style) if found else row.segments
+        return [margin, bar, *segments]
+
+    @property
+    def _selection_style(self) -> Style:
+        if self.app.no_color:
+            return Style(reverse=True)
+        style = self.screen.get_component_rich_style("screen--selection")
+        # Most themes leave the text's colour, for which Textual would take the ground's.
+        return style if self.app.current_theme.ansi else Style(bgcolor=style.bgcolor)
+
+    # -- the mouse -------------------------------------------------------------------------------
+
+    def place_at(self, offset: Offset) -> Offset | None:
+        if not len(self._list):
+            return None
+        y = max(0, min(offset.y, self.scrollable_content_region.height - 1))
+        line = min(y + self.scroll_offset.y, self._list.n_lines - 1)
+        index = self._list.find(line)
+        block = self.blocks[index]
+        block.draw(self._look, self._columns)
+        return Offset(block.place(line - self._list.top(index), offset.x - self._left), index)
+
+    def range_around(self, place: Offset, *, whole_line: bool) -> tuple[int, int]:
+        return self.blocks[place.y].range_around((place.x + 1) // 2, whole_line=whole_line)
 
     def get_selection(self, selection: Selection) -> tuple[str, str] | None:
-        """The text under a mouse selection, without margins."""
-        start = selection.start.y if selection.start else 0
-        end = selection.end.y if selection.end else self._list.n_lines - 1
-        rows = []
-        for line in range(start, min(end, self._list.n_lines - 1) + 1):
-            text = "".join(segment.text for segment in self._line_segments(line))
-            left, right = selection.get_span(line) or (0, -1)
-            text = text[left:] if right < 0 else text[left:right]
-            rows.append(text[max(0, self._left - left) :].rstrip())
-        return "\n".join(rows), "\n"
-
-    def selection_updated(self, selection: Selection | None) -> None:
-        self.refresh()
+        """The text under a mouse selection, as it was written."""
+        parts = []
+        for index, block in enumerate(self.blocks):
+            block.draw(self._look, self._columns)
+            found = self.selected_range(index, len(block.shown))
+            if found and block.shown:
+                parts.append(block.copied(*found))
+        return "\n\n".join(parts), "\n"
 
     def on_click(self, event: events.Click) -> None:
         offset = event.get_content_offset(self)
-        if offset is None or self.text_selection is not None:
+        if offset is None or event.button != 1:
+            return
+        if event.chain > 1:
+            self.select_around(offset, whole_line=event.chain > 2)
             return
         line = offset.y + self.scroll_offset.y
-        if line >= self._list.n_lines:
+        if self.text_selection is not None or line >= self._list.n_lines:
             return
         index = self._list.find(line)
         block, at = self.blocks[index], line - self._list.top(index)

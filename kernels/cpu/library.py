@@ -8,14 +8,13 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 from edgeinfer import platform
 from edgeinfer.errors import DeviceError
@@ -111,9 +110,10 @@ def write_object(folder: Path, name: str, data: bytes) -> None:
     Versions made of other sources stay, the latest few: another installation may use them.
     """
     platform.write_whole(object_path(folder, name), hashlib.sha256(data).digest() + data)
-    versions = sorted(folder.glob(f"{name}-*.o"), key=lambda path: path.stat().st_mtime)
-    for old in versions[:-_MAX_VERSIONS]:
-        old.unlink(missing_ok=True)
+    with suppress(OSError):  # too many do no harm
+        versions = sorted(folder.glob(f"{name}-*.o"), key=lambda path: path.stat().st_mtime)
+        for old in versions[:-_MAX_VERSIONS]:
+            old.unlink(missing_ok=True)
 
 
 def read_object(folder: Path, name: str) -> bytes | None:
@@ -139,6 +139,7 @@ class Library:
     ) -> None:
         self.target, self.folder, self._memory = target, folder, memory
         self.is_cached = True  # False once something had to be built for this process alone
+        self.unkept = ""  # what the system says of why
         self.origins: dict[str, Origin] = {}  # of every loaded kernel
         self._ready = Ready.of(target) if ready is None else ready
         self._is_trusted = _is_trusted(folder)
@@ -175,10 +176,18 @@ class Library:
         return names if can_change else []
 
     def rebuild(self, progress: Progress | None = None) -> int:
-        """Build `inexact` kernels for this machine exactly; the next process takes those."""
+        """Build `inexact` kernels for this machine exactly; the next process takes those.
+
+        Returns how many; raises DeviceError where they can't be kept.
+        """
         names = self.inexact()
         if names:
-            build_objects(self.folder, names, self.target, progress, self._memory)
+            self._build(names, progress)
+        if names and not self.is_cached:
+            raise DeviceError(
+                f"kernels can't be kept in {self.folder} ({self.unkept}); make room, or set "
+                "EDGEINFER_HOME to another folder"
+            )
         return len(names)
 
     def building_bytes(self, names: Iterable[str]) -> int:
@@ -190,7 +199,7 @@ class Library:
         if name in self._addresses or self._ready.has(name, _source_key_or_none(name)):
             return True
         try:
-            return object_path(self.folder, name).is_file()
+            return self._is_trusted and object_path(self.folder, name).is_file()
         except OSError:  # a frozen program, which carries no sources
             return False
 
@@ -226,9 +235,18 @@ class Library:
                 "program can't build them: freeze it where edgeinfer was installed from a wheel "
                 "made by .ci/wheel.py, or use device='reference' (slow)"
             )
-        self.is_cached = self._can_keep()
-        folder = self.folder if self.is_cached else None
-        return build_objects(folder, names, self.target, progress, self._memory)
+        failed: list[OSError] = []
+        folder = self.folder if self._is_trusted else None
+        try:
+            platform.make_folder(self.folder)
+        except OSError as error:
+            failed.append(error)
+        if failed or platform.distrust(self.folder) is not None:
+            folder = None
+        objects = build_objects(folder, names, self.target, progress, failed, self._memory)
+        self.is_cached = folder is not None and not failed
+        self.unkept = "".join(error.strerror or str(error) for error in failed[:1])
+        return objects
 
     def _link(self, objects: dict[str, bytes]) -> None:
         try:
@@ -320,21 +338,33 @@ def build_objects(
     names: Sequence[str],
     target: Target,
     progress: Progress | None,
+    failed: list[OSError] | None = None,
     memory: int | None = None,
 ) -> dict[str, bytes]:
     """Build kernels, into a folder if there is one, in `n_builders` processes.
 
-    Each process takes the next name when it is done with one, the slowest first.
+    Each process takes the next name when it is done with one, the slowest first. Where the folder
+    takes one no more, why goes to `failed`, and no further ones are written.
     """
     n_jobs = n_builders(len(names), memory)
-    command = build_command(folder, target)
+    command = build_command(None, target)
+    failed = [] if failed is None else failed
+
+    def keep(name: str, data: bytes) -> None:
+        if folder is not None and not failed:
+            try:
+                write_object(folder, name, data)
+            except OSError as error:
+                failed.append(error)
+
     waiting, done = deque(sorted(names, key=_slowest_first)), dict[str, bytes]()
     if progress:
         progress(0, len(names), waiting[0])
-    with tempfile.TemporaryFile("w+") as errors:
+    with platform.open_scratch() or nullcontext() as errors:
         jobs = [platform.start_program(command, errors=errors) for _ in range(n_jobs)]
         feeders = [
-            threading.Thread(target=_feed, args=(job, waiting, done), daemon=True) for job in jobs
+            threading.Thread(target=_feed, args=(job, waiting, done, keep), daemon=True)
+            for job in jobs
         ]
         try:
             for feeder in feeders:
@@ -348,19 +378,22 @@ def build_objects(
                     if progress:
                         progress(n_told, len(names), name)
             if any([job.wait() for job in jobs]):
-                errors.seek(0)
-                text = errors.read().strip()[-2000:]
-                raise DeviceError(f"building CPU kernels failed:\n{text}")
+                raise DeviceError(f"building CPU kernels failed:\n{_end_of(errors)}")
         finally:
             for job in jobs:
                 if job.poll() is None:
                     job.kill()
                 with job:  # closes its pipes
                     pass
-    if folder is None:
-        return done
-    objects = {name: read_object(folder, name) for name in names}
-    return {name: data for name, data in objects.items() if data is not None}
+    return done
+
+
+def _end_of(errors: IO[bytes] | None) -> str:
+    """The last of what children have said on their standard error."""
+    if errors is None:
+        return "there was no room for what was said of it"
+    errors.seek(0)
+    return errors.read().decode("utf-8", "replace").strip()[-2000:]
 
 
 def build_command(folder: Path | None, target: Target) -> list[str]:
@@ -380,7 +413,12 @@ def _slowest_first(name: str) -> int:
     return _SLOWEST.index(module) if module in _SLOWEST else len(_SLOWEST)
 
 
-def _feed(job: subprocess.Popen[str], waiting: deque[str], done: dict[str, bytes]) -> None:
+def _feed(
+    job: subprocess.Popen[str],
+    waiting: deque[str],
+    done: dict[str, bytes],
+    keep: Callable[[str, bytes], None],
+) -> None:
     """Hand one process name after name, until none is left or it ends."""
     assert job.stdin is not None and job.stdout is not None
     try:
@@ -392,7 +430,9 @@ def _feed(job: subprocess.Popen[str], waiting: deque[str], done: dict[str, bytes
                 waiting.clear()  # it failed; the others need not go on
                 return
             name, _, data = line.strip().partition(" ")
-            done[name] = bytes.fromhex(data)
+            built = bytes.fromhex(data)
+            keep(name, built)
+            done[name] = built
     except (IndexError, OSError):  # another took the last one; it ended
         pass
     finally:

@@ -210,6 +210,11 @@ class CpuProgram:
         """Build now what would be built when idle; returns how many kernels that were."""
         return self._backend.library.rebuild(lambda done, total, name: progress(done, total))
 
+    @property
+    def unkept(self) -> str:
+        """Why what was built and measured here is for this process alone; "" where it is kept."""
+        return self._backend.library.unkept or self._tuning.unkept
+
     def close(self) -> None:
         """Free everything; views into outputs are dead from here on."""
         if self._closed:

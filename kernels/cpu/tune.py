@@ -79,6 +79,7 @@ class Tuning(IdleWork):
         self._known, self._path, self._runs = known, path, runs
         self._rounds: list[list[float]] = []
         self.way = read(path, known)
+        self.unkept = ""  # why the next process will have to measure again
 
     @property
     def is_done(self) -> bool:
@@ -98,8 +99,10 @@ class Tuning(IdleWork):
                 seconds.append(measured)
             self._rounds.append(seconds)
         way = self._known[fastest(self._rounds)]
-        with suppress(OSError):  # where nothing can be written, the next process measures again
+        try:
             platform.write_whole(self._path, json.dumps(way).encode())
+        except OSError as error:  # the next process measures again
+            self.unkept = error.strerror or str(error)
         self.way = way
         return True
 

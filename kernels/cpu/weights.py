@@ -1,14 +1,14 @@
 """The packed weights of one program: one arena, filled piece by piece by the thread team.
 
-Knows no graph. The packed copy replaces the file's, which is read portion by portion, so the peak
-is the packed model and one portion of the file.
+Knows no graph. The packed copy replaces the file's, which is read portion by portion: the peak is
+the packed model and one portion, below 16 MiB.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,10 +19,7 @@ from edgeinfer.kernels.cpu.library import Library
 from edgeinfer.kernels.cpu.team import Op, Part, Team
 from edgeinfer.quant import Weight, dequantize
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-_PORTION = 8 << 20  # source bytes that are held at a time
+_PORTION = 8 << 20  # source bytes after which packing begins, and the most of one piece
 _PACK_CHUNK = 256 << 10  # packed bytes of one chunk
 _ALIGN = 64
 
@@ -85,37 +82,27 @@ class PackedWeights:
         for weight in self._vectors.values():
             values = np.ascontiguousarray(dequantize(weight), np.float32)
             ctypes.memmove(self.vector(weight), values.ctypes.data, values.nbytes)
-        total = sum(len(w.data) for w in self._matrices.values())
-        done, portion, n_bytes = 0, list[_Piece](), 0
+        portions = list(_portions(self._matrices.values()))
+        done, total = 0, sum(len(w.data) for w in self._matrices.values())
         progress(0, total)
-        pieces = [piece for w in self._matrices.values() for piece in _pieces(w)]
-        buffer = np.empty(max([_PORTION, *(piece.n_bytes for piece in pieces)]), np.uint8)
-        for piece in pieces:
-            if n_bytes + piece.n_bytes > len(buffer):
-                self._pack(portion, buffer, team, library, n_threads)
-                done, portion, n_bytes = done + n_bytes, [], 0
+        memory = platform.Memory(max(map(_room, portions), default=0), huge=True)
+        try:
+            for portion in portions:
+                self._pack(portion, memory.address, team, library, n_threads)
+                done += sum(piece.n_bytes for piece in portion)
                 progress(done, total)
-            portion.append(piece)
-            n_bytes += piece.n_bytes
-        self._pack(portion, buffer, team, library, n_threads)
-        progress(total, total)
+        finally:
+            memory.close()
 
     def _pack(
-        self,
-        pieces: list[_Piece],
-        buffer: NDArray[np.uint8],
-        team: Team,
-        library: Library,
-        n_threads: int,
+        self, pieces: list[_Piece], at: int, team: Team, library: Library, n_threads: int
     ) -> None:
-        if not pieces:
-            return
-        header = np.zeros(layout.HEADER_WORDS, np.int64)
-        sources = _read(pieces, buffer)
-        ops = [
-            Op([self._pack_part(piece, source.ctypes.data, library)])
-            for piece, source in zip(pieces, sources, strict=True)
-        ]
+        """Read pieces to `at` and pack them."""
+        header, ops = np.zeros(layout.HEADER_WORDS, np.int64), list[Op]()
+        for piece in pieces:
+            piece.read_to(at)
+            ops.append(Op([self._pack_part(piece, at, library)]))
+            at += piece.room
         team.run_once(ops, header.ctypes.data, n_threads)
 
     def _pack_part(self, piece: _Piece, source: int, library: Library) -> Part:
@@ -142,11 +129,51 @@ class _Piece(NamedTuple):
 
     @property
     def n_bytes(self) -> int:
+        """In the file."""
         return self.n_rows * self.row_bytes
 
     @property
     def n_blocks(self) -> int:
         return FORMATS[self.weight.type.name.lower()].n_blocks(self.weight.shape[1])
+
+    @property
+    def whole_row_bytes(self) -> int:
+        return self.n_blocks * FORMATS[self.weight.type.name.lower()].file_bytes
+
+    @property
+    def room(self) -> int:
+        """Bytes that `read_to` fills, aligned."""
+        return -(-self.n_rows * self.whole_row_bytes // _ALIGN) * _ALIGN
+
+    def read_to(self, address: int) -> None:
+        """Read the rows as the file has them; where their last block isn't whole, with zeros."""
+        start = self.first * self.row_bytes
+        if self.whole_row_bytes == self.row_bytes:
+            memory = (ctypes.c_ubyte * self.n_bytes).from_address(address)
+            self.weight.read_into(memoryview(memory).cast("B"), start)
+            return
+        rows = np.frombuffer(self.weight.data[start : start + self.n_bytes], np.uint8)
+        raw = (ctypes.c_ubyte * (self.n_rows * self.whole_row_bytes)).from_address(address)
+        whole = np.frombuffer(memoryview(raw), np.uint8).reshape(self.n_rows, -1)
+        whole[:, : self.row_bytes] = rows.reshape(self.n_rows, -1)
+        whole[:, self.row_bytes :] = 0
+
+
+def _portions(matrices: Iterable[Weight]) -> Iterator[list[_Piece]]:
+    """Pieces, as many as are read before they are packed together."""
+    portion, n_bytes = list[_Piece](), 0
+    for piece in (piece for weight in matrices for piece in _pieces(weight)):
+        portion.append(piece)
+        n_bytes += piece.n_bytes
+        if n_bytes >= _PORTION:
+            yield portion
+            portion, n_bytes = [], 0
+    if portion:
+        yield portion
+
+
+def _room(portion: list[_Piece]) -> int:
+    return sum(piece.room for piece in portion)
 
 
 def _pieces(weight: Weight) -> Iterator[_Piece]:
@@ -156,17 +183,3 @@ def _pieces(weight: Weight) -> Iterator[_Piece]:
     step = max(1, _PORTION // (GROUP_ROWS * row_bytes)) * GROUP_ROWS
     for first in range(0, n_rows, step):
         yield _Piece(weight, first, min(step, n_rows - first), row_bytes)
-
-
-def _read(pieces: Iterable[_Piece], buffer: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
-    """The pieces' rows, one piece behind the other; zeros where a last block isn't whole."""
-    sources, at = [], 0
-    for piece in pieces:
-        rows = buffer[at : at + piece.n_bytes]
-        piece.weight.read_into(rows.data, piece.first * piece.row_bytes)
-        at += piece.n_bytes
-        file_bytes = FORMATS[piece.weight.type.name.lower()].file_bytes
-        if missing := piece.n_blocks * file_bytes - piece.row_bytes:
-            rows = np.pad(rows.reshape(piece.n_rows, -1), ((0, 0), (0, missing)))
-        sources.append(rows)
-    return sources

