@@ -46,6 +46,10 @@ class Backend(Protocol):
 
     def compile(self, segment: Segment, limits: StepLimits) -> Program: ...
 
+    def building_bytes(self, segment: Segment) -> int:
+        """Memory that building what a segment needs takes, before `compile` takes any itself."""
+        ...
+
 
 def device_kind(device: str) -> str:
     """ "cpu" or "reference" for the name of a device; DeviceError for what can't be had."""
@@ -57,8 +61,13 @@ def device_kind(device: str) -> str:
     return "cpu" if kind == "auto" else kind
 
 
-def open_backend(device: str, *, progress: CompileProgress | None = None) -> Backend:
-    """The backend of a device; its kernels are imported here and nowhere else."""
+def open_backend(
+    device: str, *, progress: CompileProgress | None = None, memory: int | None = None
+) -> Backend:
+    """The backend of a device; its kernels are imported here and nowhere else.
+
+    `memory` is how many bytes there are for all that it does.
+    """
     if device_kind(device) == "reference":
         from edgeinfer.kernels.reference import ReferenceBackend
         from edgeinfer.sampler import sample_reference
@@ -66,7 +75,7 @@ def open_backend(device: str, *, progress: CompileProgress | None = None) -> Bac
         return ReferenceBackend(sample_reference)
     from edgeinfer.kernels.cpu.program import CpuBackend
 
-    return CpuBackend(config.cache_folder(), progress, config.isa())
+    return CpuBackend(config.cache_folder(), progress, config.isa(), memory)
 
 
 def packed_bytes(device: str, weight: Weight) -> int:

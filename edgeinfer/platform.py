@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
@@ -27,7 +27,7 @@ from typing import IO, TYPE_CHECKING, Any, BinaryIO, NamedTuple
 if TYPE_CHECKING:
     import subprocess
 
-_CGROUP = Path("/sys/fs/cgroup")
+_ROOT = Path("/")
 _FALLBACK_MEMORY = 4 << 30
 _HUGE_PAGE = 2 << 20
 _UNKNOWN_DISK = 1 << 62
@@ -39,13 +39,15 @@ _LOCKED_BYTE = 1 << 40  # beyond what any file holds
 # -- processors ----------------------------------------------------------------------------------
 
 
-def default_threads() -> int:
-    """Physical cores that this process may use: affinity and cgroup quota respected."""
+def default_threads(root: Path = _ROOT) -> int:
+    """Physical cores that this process may use: affinity and cgroup quotas respected.
+
+    `root` is where the system's own files are looked for.
+    """
     allowed = _affinity()
     cores = _physical_cores(allowed) if allowed else None
     count = cores or (len(allowed) if allowed else os.cpu_count() or 1)
-    quota = _cgroup_cpus()
-    return max(1, min(count, quota) if quota else count)
+    return max(1, min([count, *_cgroup_cpus(root)]))
 
 
 def _affinity() -> set[int] | None:
@@ -65,12 +67,31 @@ def _physical_cores(cpus: set[int]) -> int | None:
     return len(siblings)
 
 
-def _cgroup_cpus() -> int | None:
-    """Whole processors that the cgroup's quota grants, at least one."""
-    fields = (_read(_CGROUP / "cpu.max") or "max").split()
-    if fields[0] == "max" or len(fields) < 2:
-        return None
-    return max(1, int(fields[0]) // int(fields[1]))
+def _cgroup_cpus(root: Path) -> Iterator[int]:
+    """Whole processors that the quota of each of our cgroups grants."""
+    for folder in _cgroups(root, "cpu"):
+        fields = (_read(folder / "cpu.max") or "").split()  # version 2: quota and period
+        if len(fields) < 2:
+            fields = [_read(folder / f"cpu.cfs_{name}_us") or "" for name in ("quota", "period")]
+        quota, period = map(_number, fields[:2])
+        if quota is not None and period:
+            yield quota // period
+
+
+def _cgroups(root: Path, controller: str) -> Iterator[Path]:
+    """Folders of the cgroups that this process is in, inner ones first; versions 1 and 2."""
+    for line in (_read(root / "proc/self/cgroup") or "0::/").splitlines():
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        mount = root / "sys/fs/cgroup"
+        if controllers:  # version 1 has a tree for each controller, or for a few
+            if controller not in controllers.split(","):
+                continue
+            mounts = (mount / controllers, mount / controller)
+            mount = next((each for each in mounts if os.path.isdir(each)), mount)
+        # In a container the path may be the host's: then only the mounted root is there.
+        parts = [] if ".." in path else path.strip("/").split("/")
+        for n in range(len(parts), -1, -1):
+            yield mount.joinpath(*parts[:n])
 
 
 def processor_facts() -> str | None:
@@ -96,13 +117,67 @@ def cpu_name() -> str:
 # -- memory --------------------------------------------------------------------------------------
 
 
-def available_memory() -> int:
-    """Bytes that a new allocation may take without swapping; never more than the cgroup allows."""
-    available = _meminfo("MemAvailable") or _windows_memory() or _sysconf_memory()
-    limit, used = _read(_CGROUP / "memory.max"), _read(_CGROUP / "memory.current")
-    if limit and used and limit != "max":
-        available = min(available, max(0, int(limit) - int(used)))
-    return available
+def available_memory(root: Path = _ROOT) -> int:
+    """Bytes that a new allocation may take without swapping.
+
+    Never more than our cgroups and this process's own limits allow; clean pages of files count as
+    free. `root` is where the system's own files are looked for.
+    """
+    available = _field(root / "proc/meminfo", "MemAvailable:", 1024)
+    if available is None:
+        available = _windows_memory() or _sysconf_memory()
+    return max(0, min([available, *_cgroup_memory(root), *_address_space(root)]))
+
+
+def _cgroup_memory(root: Path) -> Iterator[int]:
+    """Bytes below the limit of each of our cgroups."""
+    for folder in _cgroups(root, "memory"):
+        for limit_name, used_name, prefix in _MEMORY_LIMITS:
+            limit, used = _number(_read(folder / limit_name)), _number(_read(folder / used_name))
+            if limit is None or used is None:
+                continue
+            stat = folder / "memory.stat"
+            clean, dirty = (
+                sum(_field(stat, prefix + name, 1) or 0 for name in names)
+                for names in (("inactive_file", "active_file"), _DIRTY_FILES[prefix])
+            )
+            yield limit - used + min(used, max(0, clean - dirty))
+
+
+# Version 2, where `high` is what a group is slowed down at, and version 1.
+_MEMORY_LIMITS = (
+    ("memory.max", "memory.current", ""),
+    ("memory.high", "memory.current", ""),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+)
+_DIRTY_FILES = {"": ("file_dirty", "file_writeback"), "total_": ("dirty", "writeback")}
+
+
+def _address_space(root: Path) -> Iterator[int]:
+    """Bytes below the limits that were set for this process itself (`ulimit -v`, `-d`)."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    status = root / "proc/self/status"
+    for limit_name, used_name in (("RLIMIT_AS", "VmSize:"), ("RLIMIT_DATA", "VmData:")):
+        which = getattr(resource, limit_name, None)  # not every system has both
+        if which is not None and (limit := resource.getrlimit(which)[0]) >= 0:  # -1: none
+            yield limit - (_field(status, used_name, 1024) or 0)
+
+
+def _field(path: Path, name: str, unit: int) -> int | None:
+    """A number behind a name at the start of a line, in bytes; None where there is none."""
+    for line in (_read(path) or "").splitlines():
+        words = line.split()
+        if len(words) > 1 and words[0] == name and (number := _number(words[1])) is not None:
+            return number * unit
+    return None
+
+
+def _number(text: str | None) -> int | None:
+    """A count of up to 20 digits; None for "max", -1 and anything else."""
+    return int(text) if text and len(text) <= 20 and text.isascii() and text.isdigit() else None
 
 
 def peak_rss() -> int:
@@ -119,13 +194,6 @@ def rss() -> int:
     """The memory this process holds now, in bytes; 0 where the system doesn't tell."""
     fields = (_read(Path("/proc/self/statm")) or "0 0").split()
     return int(fields[1]) * mmap.PAGESIZE
-
-
-def _meminfo(field: str) -> int | None:
-    for line in (_read(Path("/proc/meminfo")) or "").splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    return None
 
 
 def _sysconf_memory() -> int:
@@ -863,6 +931,6 @@ def _gpu(cuda: ctypes.CDLL, index: int) -> Gpu:
 
 def _read(path: Path) -> str | None:
     try:
-        return path.read_text().strip()
-    except OSError:
+        return path.read_text("utf-8", "replace").strip()
+    except (OSError, ValueError):
         return None

@@ -5,6 +5,7 @@ Knows nothing of requests or of text that is generated.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -15,14 +16,20 @@ from pathlib import Path
 from typing import Generic, TypeVar, cast
 
 from edgeinfer import config, platform
-from edgeinfer.backend import Program, cache_bytes, device_kind, open_backend, packed_bytes
+from edgeinfer.backend import Backend, Program, cache_bytes, device_kind, open_backend, packed_bytes
 from edgeinfer.chat import ChatTemplate
 from edgeinfer.discovery import find_model
 from edgeinfer.engine import Engine
-from edgeinfer.errors import DeviceError, InvalidRequestError, ModelNotFoundError
+from edgeinfer.errors import (
+    DeviceError,
+    EdgeInferError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    PlanError,
+)
 from edgeinfer.gguf import GGUFFile
 from edgeinfer.graph import Linear
-from edgeinfer.memory_plan import MemoryPlan, PlanRequest, solve
+from edgeinfer.memory_plan import PYTHON_BYTES, MemoryPlan, PlanRequest, solve
 from edgeinfer.model import Model
 from edgeinfer.options import LoadOptions, Progress
 from edgeinfer.parameters import LOAD, checked, parse_memory, shown
@@ -71,19 +78,36 @@ def load(path: str | PathLike[str], options: LoadOptions) -> Runtime:
     options = checked_options("LLM", options)
     found = find_file(path, download=bool(options.get("download")))
     try:
+        if (available := platform.available_memory()) < _LEAST_MEMORY:
+            raise MemoryError(f"{available >> 10} KiB are available")
         later = _Later(lambda: _load(found, options))
         try:
             return later.result()
         except BaseException:
             later.abandon(lambda runtime: runtime.close())
             raise
-    except RuntimeError as error:
-        if "new thread" not in str(error):
+    except (MemoryError, OSError, RuntimeError) as error:
+        if (explained := _explained(error)) is None:
             raise
-        raise DeviceError(
+        raise explained from None
+
+
+def _explained(error: Exception) -> EdgeInferError | None:
+    """What to tell of an error of the system's: memory that ran out, a thread not to be had."""
+    if isinstance(error, EdgeInferError):
+        return None
+    if isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM:
+        return PlanError(
+            f"memory ran out while the model was loaded ({error or 'nothing was left'}): close "
+            "other programs, raise this one's limits (ulimit -v, -d), or give a smaller n_ctx",
+            available=platform.available_memory(),
+        )
+    if isinstance(error, RuntimeError) and "new thread" in str(error):
+        return DeviceError(
             f"{error}: loading a model needs a few; load it before the interpreter exits, or "
-            "raise this process's limit (ulimit -u)"
-        ) from error
+            "raise this process's limits (ulimit -u, -v)"
+        )
+    return None
 
 
 def _load(path: Path, options: LoadOptions) -> Runtime:
@@ -91,15 +115,15 @@ def _load(path: Path, options: LoadOptions) -> Runtime:
     file = GGUFFile.open(path)
     try:
         model = Model.load(file)
-        device = device_kind(options.get("device") or "auto")
+        device, packs = device_kind(options.get("device") or "auto"), threading.Event()
         n_threads = _n_threads(options)
-        plan = plan_model(model, options)
+        memory = _available_memory(options) - PYTHON_BYTES
+        backend = open_backend(device, progress=_progress(options, packs), memory=memory)
+        plan = plan_model(model, options, backend)
         # Text is got ready while weights are packed, which needs no Python: sooner it delays that.
-        packs = threading.Event()
         tokenizer = _Later(lambda: _make_tokenizer(file, options, packs))
         try:
             template = _Later(lambda: _make_template(file, options, packs, tokenizer))
-            backend = open_backend(device, progress=_progress(options, packs))
             program = backend.compile(model.graph.segment(), plan.limits)
         finally:
             packs.set()
@@ -146,13 +170,11 @@ def find_file(name: str | PathLike[str], *, download: bool = False) -> Path:
     return pull(name)
 
 
-def plan_model(model: Model, options: LoadOptions) -> MemoryPlan:
-    """The memory that loading with these options takes."""
+def plan_model(model: Model, options: LoadOptions, backend: Backend | None = None) -> MemoryPlan:
+    """The memory that loading with these options takes, on a backend that is open or could be."""
     device = device_kind(options.get("device") or "auto")
-    available = platform.available_memory()
-    memory = options.get("memory")
-    if memory is not None:
-        available = parse_memory(memory, available)
+    available = _available_memory(options)
+    backend = backend or open_backend(device, memory=available - PYTHON_BYTES)
     segment = model.graph.segment()
     return solve(
         segment,
@@ -163,8 +185,15 @@ def plan_model(model: Model, options: LoadOptions) -> MemoryPlan:
             available=available,
             cache_bytes=cache_bytes(device, segment),
             packed_bytes=lambda weight: packed_bytes(device, weight),
+            building_bytes=backend.building_bytes(segment),
         ),
     )
+
+
+def _available_memory(options: LoadOptions) -> int:
+    """What the user allows, or else what there is."""
+    available, memory = platform.available_memory(), options.get("memory")
+    return available if memory is None else parse_memory(memory, available)
 
 
 def _make_tokenizer(file: GGUFFile, options: LoadOptions, packs: threading.Event) -> Tokenizer:
@@ -254,4 +283,5 @@ class _Later(Generic[T]):
             discard(value)
 
 
+_LEAST_MEMORY = 32 << 20  # with less, a thread may fail before Python can say that it did
 _WAKE_SECONDS = 0.1  # lets signals in where a wait can't be interrupted

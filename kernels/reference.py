@@ -63,6 +63,10 @@ class ReferenceBackend:
     def __init__(self, sampler: Sampler | None = None) -> None:
         self._sampler = sampler
 
+    def building_bytes(self, segment: Segment) -> int:
+        """Nothing has to be built."""
+        return 0
+
     def compile(
         self, segment: Segment, limits: StepLimits, *, mode: Mode = "exact"
     ) -> ReferenceProgram:

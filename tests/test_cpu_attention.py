@@ -59,7 +59,7 @@ class Case:
         ]
         n_arena = sum(n_pages) + 3
         k_shape = (n_arena, heads.n_kv_heads, heads.k_dim, PAGE)
-        v_shape = (n_arena, heads.n_kv_heads, PAGE, heads.v_dim)
+        v_shape = (n_arena, heads.n_kv_heads, PAGE, layout.whole_vectors(heads.v_dim))
         self.k, self.v = np.full(k_shape, np.nan, "f2"), np.full(v_shape, np.nan, "f2")
         free = rng.permutation(n_arena).astype(np.int32)
         for rows, n in zip(self.sequences, n_pages, strict=True):
@@ -80,7 +80,7 @@ class Case:
     def _write(self, page: int, n: int) -> None:
         heads, rng = self.heads, self.rng
         self.k[page, :, :, :n] = rng.standard_normal((heads.n_kv_heads, heads.k_dim, n))
-        self.v[page, :, :n] = rng.standard_normal((heads.n_kv_heads, n, heads.v_dim))
+        self.v[page, :, :n, : heads.v_dim] = rng.standard_normal((heads.n_kv_heads, n, heads.v_dim))
 
     def has_slid(self, row: int) -> bool:
         table = self.tables[self.seq[row]]
@@ -95,7 +95,7 @@ class Case:
         pinned = self.has_slid(row) & (pages < table.n_pinned)
         q = np.where(pinned[:, None, None], self.pinned_q[row], self.q[row])
         k = self.k[slots].transpose(0, 1, 3, 2).astype(np.float32).repeat(group, axis=1)
-        v = self.v[slots].astype(np.float32).repeat(group, axis=1)
+        v = self.v[slots][..., : heads.v_dim].astype(np.float32).repeat(group, axis=1)
         k = np.where(np.isnan(k), np.float32(0), k)  # unwritten: the twin would only warn
         out = _Quantised().attend(q, k, v, pages, pos, self.scale)
         return out.reshape(-1)
@@ -173,6 +173,15 @@ def test_groups_of_query_heads(group: int, family: str | None) -> None:
 @pytest.mark.parametrize("dims", [(8, 16), (72, 80), (80, 72), (96, 64), (128, 128), (256, 256)])
 def test_head_dims(dims: tuple[int, int]) -> None:
     check(case_of([Rows(70, 11)], k_dim=dims[0], v_dim=dims[1]))
+
+
+@pytest.mark.parametrize("dims", [(100, 100), (6, 20)])
+def test_heads_that_are_no_whole_vectors(dims: tuple[int, int]) -> None:
+    """Over pages, segments, split and whole items, and a slid sequence."""
+    slid = Rows(640, 40, n_pinned=3, n_visible=5, n_ring=8)
+    case = case_of([Rows(1030, 13), slid, Rows(2)], n_heads=6, k_dim=dims[0], v_dim=dims[1])
+    together = check(case)
+    assert np.array_equal(case.run([12])[0], together[12])
 
 
 def test_several_sequences_in_one_step() -> None:

@@ -34,13 +34,14 @@ class Sinks:
     """Memory for rows left in both formats."""
 
     def __init__(self, n: int, dim: int, a32: bool = True) -> None:
-        self.rows = np.full((n, dim), np.nan, np.float32)
+        self.whole = np.full((n, layout.whole_vectors(dim)), np.nan, np.float32)
+        self.rows = self.whole[:, :dim]
         self.a32 = np.full(n * dim // 32 * layout.A32_BYTES, 0xEE, np.uint8) if a32 else None
 
     @property
     def words(self) -> list[int]:
         a32 = 0 if self.a32 is None else self.a32.ctypes.data
-        return [self.rows.ctypes.data, self.rows[0].nbytes, 0, a32]
+        return [self.whole.ctypes.data, self.whole[0].nbytes, 0, a32]
 
 
 def tiles(n: int) -> list[slice]:
@@ -60,6 +61,7 @@ def blocks_of(rows: Floats) -> NDArray[np.uint8]:
 
 def check_sinks(sinks: Sinks, expected: Floats) -> None:
     np.testing.assert_array_equal(sinks.rows, expected)
+    assert not sinks.whole[:, expected.shape[1] :].any()
     if sinks.a32 is not None:
         np.testing.assert_array_equal(sinks.a32, blocks_of(expected))
 
@@ -91,7 +93,7 @@ def test_quantise_of_the_smallest_floats_stays_finite() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dim", [8, 16, 24, 40, 256, 576, 2048])
+@pytest.mark.parametrize("dim", [1, 7, 8, 16, 24, 37, 40, 100, 256, 576, 2048])
 def test_norm(dim: int, family: str | None) -> None:
     n, weight, eps = 13, rows_of(1, dim, seed=1)[0], 1e-5
     x, sinks = rows_of(n, dim), Sinks(n, dim, dim % 32 == 0)
@@ -136,12 +138,14 @@ def test_norm_and_copy_of_wanted_rows() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_swiglu(family: str | None) -> None:
-    gate, up, sinks = rows_of(5, 768), rows_of(5, 768, 1), Sinks(5, 768)
+@pytest.mark.parametrize("dim", [768, 37])
+def test_swiglu(dim: int, family: str | None) -> None:
+    n_whole = layout.whole_vectors(dim)
+    gate, up, sinks = rows_of(5, n_whole), rows_of(5, n_whole, 1), Sinks(5, dim, dim % 32 == 0)
     gate[0, :8] = [0, -0.0, 200, -200, 87.3, -87.3, -88.3, 1e-30]
-    args = [gate.ctypes.data, up.ctypes.data, gate[0].nbytes, 768, *sinks.words]
+    args = [gate.ctypes.data, up.ctypes.data, gate[0].nbytes, dim, *sinks.words]
     native.run("swiglu", native.header(H_ROWS=5), args, range(5), family)
-    check_sinks(sinks, TWIN.silu(gate) * up)
+    check_sinks(sinks, (TWIN.silu(gate) * up)[:, :dim])
 
 
 def test_exp_is_close_to_the_truth() -> None:
@@ -235,7 +239,10 @@ def test_angles() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("style", ["neox", "norm"])
 @pytest.mark.parametrize("normed", [False, True])
-@pytest.mark.parametrize(("k_dim", "v_dim", "n_pairs"), [(64, 64, 32), (80, 72, 20), (16, 8, 0)])
+@pytest.mark.parametrize(
+    ("k_dim", "v_dim", "n_pairs"),
+    [(64, 64, 32), (80, 72, 20), (16, 8, 0), (6, 20, 3), (100, 100, 50), (2, 1, 1)],
+)
 def test_rotate(
     style: str, normed: bool, k_dim: int, v_dim: int, n_pairs: int, family: str | None
 ) -> None:
@@ -247,7 +254,8 @@ def test_rotate(
     q_weight, k_weight = rows_of(1, k_dim, 3)[0], rows_of(1, k_dim, 4)[0]
     pinned_q = np.full_like(q, np.nan)
     k_cache = np.full((12, n_kv_heads, k_dim, PAGE), np.nan, np.float16)
-    v_cache = np.full((12, n_kv_heads, PAGE, v_dim), np.nan, np.float16)
+    v_room = layout.whole_vectors(v_dim)
+    v_cache = np.full((12, n_kv_heads, PAGE, v_room), np.nan, np.float16)
 
     def turned(x: Floats, weight: Floats, pos: NDArray[np.int64]) -> Floats:
         heads = x.reshape(-1, k_dim)
@@ -279,6 +287,9 @@ def test_rotate(
         with np.errstate(over="ignore"):
             halves = expected_k[row].astype(np.float16), v[row].astype(np.float16)
         np.testing.assert_array_equal(k_cache[page, :, :, pos % PAGE], halves[0])
-        np.testing.assert_array_equal(v_cache[page, :, pos % PAGE], halves[1].reshape(-1, v_dim))
+        np.testing.assert_array_equal(
+            v_cache[page, :, pos % PAGE, :v_dim], halves[1].reshape(-1, v_dim)
+        )
         written += n_kv_heads * k_dim
     assert np.count_nonzero(~np.isnan(k_cache)) == written
+    assert np.count_nonzero(~np.isnan(v_cache)) == written // k_dim * v_dim

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -13,7 +14,20 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from edgeinfer.batch import Batch, PageTable, StepLimits
-from edgeinfer.graph import KV, Graph, Hparams, Segment
+from edgeinfer.errors import UnsupportedModelError
+from edgeinfer.graph import (
+    KV,
+    Add,
+    Attention,
+    Embed,
+    Graph,
+    Hparams,
+    Linear,
+    Op,
+    RmsNorm,
+    Rotate,
+    Segment,
+)
 from edgeinfer.kernels.cpu.program import CpuBackend, CpuProgram
 from edgeinfer.kernels.reference import ReferenceBackend
 from edgeinfer.platform import Memory
@@ -46,6 +60,7 @@ class Shape:
     tied: bool = False
     factors: bool = False
     types: tuple[str, ...] = ("F32",)
+    n_prompt: int = 5
     seed: int = 0
 
 
@@ -118,7 +133,8 @@ def forward(g: Graph, s: Shape, rows: dict[str, int]) -> None:
 
 def steps(shape: Shape) -> list[Batch]:
     """A prompt, and a token behind it."""
-    ids = np.random.default_rng(shape.seed).integers(0, shape.vocab, 6).astype(np.int32)
+    n = shape.n_prompt
+    ids = np.random.default_rng(shape.seed).integers(0, shape.vocab, n + 1).astype(np.int32)
     return [
         Batch(
             ids=ids[first:last],
@@ -128,7 +144,7 @@ def steps(shape: Shape) -> list[Batch]:
             wanted=np.arange(last - first, dtype=np.int32),
             output="logits",
         )
-        for first, last in ((0, 5), (5, 6))
+        for first, last in ((0, n), (n, n + 1))
     ]
 
 
@@ -186,6 +202,7 @@ def shapes(draw: st.DrawFn, heads: st.SearchStrategy[tuple[int, int]]) -> Shape:
         tied=draw(flag),
         factors=draw(flag),
         types=tuple(draw(st.lists(st.sampled_from(FLOATS + BLOCKS_OF_32), min_size=1, max_size=3))),
+        n_prompt=draw(st.integers(1, LIMITS.max_rows)),
         seed=draw(st.integers(0, 99)),
     )
 
@@ -207,3 +224,48 @@ def test_every_width_gives_the_references_bits(shape: Shape) -> None:
 @given(shapes(st.sampled_from([*HEADS_IN_CI, (2, 2), (4, 9), (12, 12), (36, 8), (72, 71)])))
 def test_thousands_of_shapes_on_every_vocabulary(isa: str | None, shape: Shape) -> None:
     check(shape, isa)
+
+
+# -- what no kernel takes ------------------------------------------------------------------------
+
+
+def replaced(segment: Segment, kind: type[Op], **fields: Any) -> Segment:
+    """A segment whose first op of a kind claims something else."""
+    ops = list(segment.ops)
+    i = next(i for i, op in enumerate(ops) if isinstance(op, kind))
+    ops[i] = ops[i]._replace(**fields)
+    return segment._replace(ops=tuple(ops))
+
+
+def claims() -> Iterator[tuple[Segment, str]]:
+    """Segments that no kernel may be given, and what the error must name."""
+    segment = record(Shape(dim=64, factors=True, bias=True))
+    norm, linear, rotation, attention, add = (
+        next(op for op in segment.ops if isinstance(op, kind))
+        for kind in (RmsNorm, Linear, Rotate, Attention, Add)
+    )
+    assert isinstance(norm, RmsNorm) and isinstance(linear, Linear) and isinstance(add, Add)
+    assert isinstance(rotation, Rotate) and isinstance(attention, Attention)
+    weight, rope, kv = linear.weight, rotation.rope, attention.cache
+    yield replaced(segment, Embed, weight=replace(weight, shape=(320, 60))), r"\(320, 60\)"
+    yield replaced(segment, Linear, weight=replace(weight, shape=(200, 63))), "attn_q.*63"
+    yield replaced(segment, Linear, weight=replace(weight, type=TYPES["Q4_K"])), "64.*256"
+    yield replaced(segment, Linear, weight=replace(weight, type=TYPES["IQ2_XS"])), "IQ2_XS.*Q4_0"
+    yield replaced(segment, Linear, bias=replace(weight, shape=(8,))), r"\(8,\).*\(200,\)"
+    yield replaced(segment, RmsNorm, weight=replace(norm.weight, shape=(65,))), "attn_norm.*65"
+    yield replaced(segment, RmsNorm, n_heads=3), "64.*multiples of 3"
+    for n_dims in (7, 102):
+        yield replaced(segment, Rotate, rope=rope._replace(n_dims=n_dims)), f"{n_dims} wide.*100"
+    yield replaced(segment, Rotate, rope=rope._replace(n_dims=98)), r"rope_freqs.*\(50,\).*\(49,\)"
+    yield replaced(segment, Rotate, n_heads=3), "200.*multiples of 3"
+    yield replaced(segment, Attention, cache=kv._replace(n_heads=3)), "2.*multiples of 3"
+    yield replaced(segment, Attention, cache=kv._replace(k_dim=99)), "query.*200 wide.*198"
+    yield replaced(segment, Attention, cache=kv._replace(v_dim=99)), "value.*100 wide.*99"
+    yield replaced(segment, Add, b=linear.out), "Add.*200"
+
+
+@pytest.mark.parametrize("number", range(15))
+def test_a_shape_that_no_kernel_takes_is_refused_by_name(number: int) -> None:
+    segment, named = list(claims())[number]
+    with pytest.raises(UnsupportedModelError, match=named):
+        CpuBackend(cache_root()).compile(segment, LIMITS)

@@ -30,17 +30,6 @@ def test_a_locked_file_is_refused_to_a_second_claim(tmp_path: Path) -> None:
         assert not platform.try_lock(second)
 
 
-def test_memory_is_never_more_than_the_cgroup_grants(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = {
-        "memory.max": str(1 << 20),
-        "memory.current": str(1 << 18),
-        "cpu.max": "150000 100000",
-    }
-    monkeypatch.setattr(platform, "_read", lambda path: answers.get(path.name))
-    assert platform.available_memory() == (1 << 20) - (1 << 18)
-    assert platform.default_threads() == 1
-
-
 @pytest.mark.slow
 def test_the_core_works_without_any_of_them() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "tests.bare_system"]

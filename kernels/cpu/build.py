@@ -48,6 +48,8 @@ _ALLOWED = re.compile(
 )
 _FAST_MATH = re.compile(r"^.*\b(fast|reassoc|contract|nnan|ninf|nsz|arcp|afn)\b .*$", re.MULTILINE)
 
+_COLLECTED = 4  # kernels between two collections of garbage, 25 MB each
+
 
 class KernelBuildError(Exception):
     """A kernel's code calls something that no object may call."""
@@ -184,11 +186,13 @@ def main() -> None:
     parser.add_argument("--features", default="")
     parser.add_argument("--asm", action="store_true", help="print assembly instead")
     args = parser.parse_args()
-    gc.disable()  # a tenth of the time; a process builds a few dozen kernels at most
+    gc.disable()  # a tenth of the time
     target = Target(args.family, args.triple, args.cpu, args.features) if args.triple else None
     if target is None:
         target = _target_of(args.family)
-    for name in args.names or map(str.strip, sys.stdin):
+    for i, name in enumerate(args.names or map(str.strip, sys.stdin), 1):
+        if i % _COLLECTED == 0:
+            gc.collect()
         if args.asm:
             module, machine = optimise(*kernel_ir(name, target.family), name, target)
             print(machine.emit_assembly(module))

@@ -47,8 +47,9 @@ class Format:
     activation: str
 
     def n_blocks(self, n_cols: int) -> int:
-        """Blocks of a row; a file holds whole ones of every type but floats."""
-        assert self.activation == "f32" or n_cols % self.block == 0
+        """Blocks of a row: floats may leave their last one short, ValueError for other types."""
+        if self.activation != "f32" and n_cols % self.block:
+            raise ValueError(f"{n_cols} columns are not whole blocks of {self.block}")
         return -(-n_cols // self.block)
 
 

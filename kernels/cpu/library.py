@@ -32,6 +32,8 @@ Origin: TypeAlias = Literal["cached", "ready", "built"]
 
 _MAX_VERSIONS = 4
 _DIGEST = 32  # bytes of SHA-256 in front of every cached object
+# The most a process that builds kernels takes: x86-64 Linux, LLVM 20 and 22, all kernels in one.
+BUILDER_BYTES = 400 << 20
 _SLOWEST = ("sample", "attend", "matmul")  # to build, in this order
 
 
@@ -128,8 +130,14 @@ def read_object(folder: Path, name: str) -> bytes | None:
 class Library:
     """Kernels of one target in executable memory, by name; addresses live as long as this."""
 
-    def __init__(self, target: Target, folder: Path, ready: Ready | None = None) -> None:
-        self.target, self.folder = target, folder
+    def __init__(
+        self,
+        target: Target,
+        folder: Path,
+        ready: Ready | None = None,
+        memory: int | None = None,  # bytes that building may take, None: without end
+    ) -> None:
+        self.target, self.folder, self._memory = target, folder, memory
         self.is_cached = True  # False once something had to be built for this process alone
         self.unkept = ""  # what the system says of why
         self.origins: dict[str, Origin] = {}  # of every loaded kernel
@@ -182,6 +190,19 @@ class Library:
             )
         return len(names)
 
+    def building_bytes(self, names: Iterable[str]) -> int:
+        """Memory that the processes take which will build those of these kernels not here."""
+        n_missing = sum(not self._is_here(name) for name in names)
+        return n_builders(n_missing, self._memory) * BUILDER_BYTES if n_missing else 0
+
+    def _is_here(self, name: str) -> bool:
+        if name in self._addresses or self._ready.has(name, _source_key_or_none(name)):
+            return True
+        try:
+            return self._is_trusted and object_path(self.folder, name).is_file()
+        except OSError:  # a frozen program, which carries no sources
+            return False
+
     def address(self, name: str) -> int:
         """Address of a loaded kernel."""
         return self._addresses[name]
@@ -222,7 +243,7 @@ class Library:
             failed.append(error)
         if failed or platform.distrust(self.folder) is not None:
             folder = None
-        objects = build_objects(folder, names, self.target, progress, failed)
+        objects = build_objects(folder, names, self.target, progress, failed, self._memory)
         self.is_cached = folder is not None and not failed
         self.unkept = "".join(error.strerror or str(error) for error in failed[:1])
         return objects
@@ -306,19 +327,26 @@ def can_build() -> bool:
     return platform.can_start_python() and (_HERE / "build.py").is_file()
 
 
+def n_builders(n_kernels: int, memory: int | None) -> int:
+    """Processes that build: as many as there are cores and memory for; Numba uses one core each."""
+    n = min(os.cpu_count() or 1, -(-n_kernels // 2), 8)
+    return max(1, n if memory is None else min(n, memory // BUILDER_BYTES))
+
+
 def build_objects(
     folder: Path | None,
     names: Sequence[str],
     target: Target,
     progress: Progress | None,
     failed: list[OSError] | None = None,
+    memory: int | None = None,
 ) -> dict[str, bytes]:
-    """Build kernels, into a folder if there is one, in a process for every core.
+    """Build kernels, into a folder if there is one, in `n_builders` processes.
 
     Each process takes the next name when it is done with one, the slowest first. Where the folder
     takes one no more, why goes to `failed`, and no further ones are written.
     """
-    n_jobs = max(1, min(os.cpu_count() or 1, -(-len(names) // 2), 8))
+    n_jobs = n_builders(len(names), memory)
     command = build_command(None, target)
     failed = [] if failed is None else failed
 

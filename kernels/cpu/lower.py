@@ -1,6 +1,7 @@
 """Lowers a recorded graph to CPU ops: which kernel runs on which buffers, in which order.
 
-Knows kernels by name and argument layout only; runs nothing and allocates nothing.
+Knows kernels by name and argument layout only; runs nothing and allocates nothing. Shapes and
+types are what `shapes.py` has let through.
 
 Fusion happens here: projections of one input run side by side in one op, an addition rides in
 the matmul that feeds it, q/k norms ride in the rotation, and whatever feeds a quantised matmul
@@ -479,14 +480,7 @@ def _type(weight: Weight) -> str:
 
 
 def _format(weight: Weight) -> Format:
-    fmt = FORMATS.get(_type(weight))
-    if fmt is None:
-        raise UnsupportedModelError(
-            f"{weight.name} is {weight.type.name}; the cpu backend runs "
-            f"{', '.join(name.upper() for name in FORMATS)}",
-            missing=[weight.type.name],
-        )
-    return fmt
+    return FORMATS[_type(weight)]
 
 
 def _missing(what: str) -> UnsupportedModelError:

@@ -15,10 +15,10 @@ import numpy as np
 from edgeinfer import platform
 from edgeinfer.batch import PAGE, SEGMENT_PAGES, Batch, OpTime, OutputKind, Outputs, StepLimits
 from edgeinfer.errors import ClosedError
-from edgeinfer.graph import Embed, Linear, RmsNorm, Segment
+from edgeinfer.graph import Attention, Embed, Linear, RmsNorm, Rotate, Segment
 from edgeinfer.kernels.cpu import layout
 from edgeinfer.kernels.cpu.idle import IdleBuild, IdleWork
-from edgeinfer.kernels.cpu.library import Library, cache_folder
+from edgeinfer.kernels.cpu.library import BUILDER_BYTES, Library, cache_folder
 from edgeinfer.kernels.cpu.lower import (
     Args,
     Buffer,
@@ -29,6 +29,7 @@ from edgeinfer.kernels.cpu.lower import (
     recut,
     row_stride,
 )
+from edgeinfer.kernels.cpu.shapes import check_shapes
 from edgeinfer.kernels.cpu.targets import Target
 from edgeinfer.kernels.cpu.team import KERNELS, Op, Part, Tape, Team, shared_team
 from edgeinfer.kernels.cpu.trial import Trial
@@ -52,7 +53,7 @@ class CpuBackend:
     """Compiles segments for this machine's CPU.
 
     `cache_dir` keeps compiled kernels. `progress("kernels" | "weights", done, total)` follows
-    `compile`.
+    `compile`. `memory` is how many bytes there are for all that is done here.
     """
 
     name = "cpu"
@@ -62,13 +63,27 @@ class CpuBackend:
         cache_dir: Path,
         progress: Progress | None = None,
         isa: str | None = None,
+        memory: int | None = None,
     ) -> None:
         self._progress = progress or (lambda stage, done, total: None)
         target = Target.host(isa, memory=cache_dir)
-        self.library = Library(target, cache_folder(cache_dir, target))
+        self.library = Library(target, cache_folder(cache_dir, target), memory=memory)
+        self._memory = memory
+
+    def building_bytes(self, segment: Segment) -> int:
+        """Memory that building kernels for a segment takes, before `compile` takes any."""
+        return self.library.building_bytes(kernels_of(segment))
+
+    def can_build_beside(self, n_bytes: int) -> bool:
+        """Whether there is memory for building when idle, beside what a program takes."""
+        return self._memory is None or self._memory - n_bytes >= BUILDER_BYTES
 
     def compile(self, segment: Segment, limits: StepLimits) -> CpuProgram:
-        """Load or build kernels, pack weights, reserve memory for `limits`."""
+        """Load or build kernels, pack weights, reserve memory for `limits`.
+
+        UnsupportedModelError names what no kernel takes.
+        """
+        check_shapes(segment)
         return CpuProgram(self, segment, limits)
 
     def load(self, names: set[str]) -> None:
@@ -105,10 +120,19 @@ class CpuProgram:
         self.segment, self.limits = segment, limits
         self._backend, self._closed = backend, False
         self._weights = PackedWeights(*_weights_of(segment))
-        self._kv, caches = _place_caches(segment, limits.n_pages)
+        self._memories: list[platform.Memory] = []
+        try:
+            self._make()
+        except BaseException:
+            self._free()  # an error keeps what its frames refer to
+            raise
+
+    def _make(self) -> None:
+        backend, segment, limits = self._backend, self.segment, self.limits
+        self._kv, caches = _place_caches(segment, self._reserve, limits.n_pages)
         max_segments = -(-limits.n_pages // SEGMENT_PAGES) + 2
         lowered = Lowering(segment, limits, self._weights, caches, max_segments).run()
-        self._scratch = platform.Memory(lowered.scratch_bytes)
+        self._scratch = self._reserve(lowered.scratch_bytes)
         for buffer in lowered.scratch:
             buffer.address += self._scratch.address
         self._lowered = lowered
@@ -123,14 +147,15 @@ class CpuProgram:
         self._ways = ways(limits.n_threads)
         path = library.folder / f"decode-{self._trial.key}-{limits.n_threads}.json"
         self._tuning = Tuning(self._ways, path, self._trial)
-        # One after the other: what is measured must be the kernels that will run.
-        build = IdleBuild(library.inexact(), library.folder, library.target)
-        self._idle: IdleWork = self._tuning if build.is_done else build
         self.memory = {
             **{f"weights {kind}": n for kind, n in self._weights.bytes_by_type.items()},
             "kv": limits.n_pages * PAGE * layout.cache_bytes(segment.caches.values()),
             "scratch": lowered.scratch_bytes,
         }
+        can_build = backend.can_build_beside(sum(self.memory.values()))
+        # One after the other: what is measured must be the kernels that will run.
+        build = IdleBuild(library.inexact() if can_build else (), library.folder, library.target)
+        self._idle: IdleWork = self._tuning if build.is_done else build
 
     # -- steps ---------------------------------------------------------------------------------
 
@@ -201,7 +226,16 @@ class CpuProgram:
         for tape in self._tapes.values():
             tape.close()
         self._forget_views()
-        for memory in (self._kv, self._scratch):
+        self._free()
+
+    def _reserve(self, n_bytes: int) -> platform.Memory:
+        """Memory that `close` frees."""
+        memory = platform.Memory(n_bytes)
+        self._memories.append(memory)
+        return memory
+
+    def _free(self) -> None:
+        for memory in self._memories:
             memory.close()
         self._weights.close()
 
@@ -225,7 +259,7 @@ class CpuProgram:
         logits, vocab = self._lowered.logits, self.segment.output.dim
         assert logits is not None
         scratch_bytes = layout.sample_scratch_bytes(vocab)
-        self._sample_scratch = platform.Memory(self.limits.n_threads * scratch_bytes)
+        self._sample_scratch = self._reserve(self.limits.n_threads * scratch_bytes)
         args: Args = [
             logits, row_stride(vocab), vocab, self._sample_scratch.address, scratch_bytes,
         ]  # fmt: skip
@@ -239,7 +273,7 @@ class CpuProgram:
         self._ids = np.zeros(limits.max_rows, np.int32)
         self._wanted = np.zeros(limits.max_outputs, np.int32)
         self._tables = np.zeros((limits.max_sequences, layout.TABLE_BYTES // 8), np.int64)
-        self._items = platform.Memory(layout.items_bytes(limits.max_rows, max_segments))
+        self._items = self._reserve(layout.items_bytes(limits.max_rows, max_segments))
         for word, array in (
             (layout.H_POS, self._pos),
             (layout.H_SEQ, self._seq),
@@ -361,10 +395,27 @@ def _weights_of(segment: Segment) -> tuple[list[Weight], list[Weight]]:
     return matrices, vectors
 
 
-def _place_caches(segment: Segment, n_pages: int) -> tuple[platform.Memory, dict[int, LayerCache]]:
+def kernels_of(segment: Segment) -> set[str]:
+    """Names of the kernels that a program of this segment loads."""
+    names = {"norm", "swiglu", "angles", "plan_attention", "fold", "read", *KERNELS}
+    names |= {"sample"} if segment.is_last else set()
+    for op in segment.ops:
+        if isinstance(op, (Embed, Linear)):
+            use, kind = "embed" if isinstance(op, Embed) else "matmul", op.weight.type.name.lower()
+            names |= {f"{use}.{kind}", f"pack.{kind}"}
+        elif isinstance(op, Attention):
+            names.add(f"attend.{op.cache.k_dim}.{op.cache.v_dim}")
+        elif isinstance(op, Rotate):
+            names.add(f"rotate.{op.rope.kind}")
+    return names
+
+
+def _place_caches(
+    segment: Segment, reserve: Callable[[int], platform.Memory], n_pages: int
+) -> tuple[platform.Memory, dict[int, LayerCache]]:
     """One arena of pages; a page holds its 32 positions of every layer, so it is touched whole."""
     page_bytes = PAGE * layout.cache_bytes(segment.caches.values())
-    memory = platform.Memory(n_pages * page_bytes)
+    memory = reserve(n_pages * page_bytes)
     offset, caches = memory.address, {}
     for layer, kv in segment.caches.items():
         k_bytes, v_bytes = (PAGE * n_bytes for n_bytes in layout.position_bytes(*kv))
