@@ -106,8 +106,8 @@ def test_a_conversation_deleted_behind_the_list_opens_no_other(tmp_path: Path) -
         await chat.press("down", "enter")
         await chat.pilot.pause()
         assert "answer to two" in chat.shown
-        told = [each.message for each in chat.app._notifications]
-        assert told == ["that conversation was deleted in another window"]
+        notice = str(chat.app.composer.query_one("#notice", Static).content)
+        assert notice == "that conversation was deleted in another window"
 
     drive(body, answering(), folder=tmp_path)
 
