@@ -109,7 +109,7 @@ def test_messages_are_checked_before_anything_reads_them(llm: LLM, overflow: Any
 def test_a_single_message_that_is_too_long_names_both_counts(llm: LLM) -> None:
     with pytest.raises(ContextLengthError, match=r"is \d+ tokens, the context holds 256"):
         llm.chat("long " * 300, overflow="drop-turns")
-    with pytest.raises(InvalidRequestError, match="'error' or 'slide' or 'drop-turns'"):
+    with pytest.raises(InvalidRequestError, match="'error', 'slide', 'drop-turns'"):
         llm.chat("x", overflow="forget")  # type: ignore[typeddict-item]
 
 

@@ -11,6 +11,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from textual.widgets import Static
 
 from edgeinfer.tui.store import FILE_NAME, Store, clear_history
 from tests.test_history_faults import both, locked, texts
