@@ -45,7 +45,12 @@ from edgeinfer.console import (
     show,
     show_json,
 )
-from edgeinfer.errors import ContextLengthError, EdgeInferError, InvalidRequestError
+from edgeinfer.errors import (
+    ContextLengthError,
+    EdgeInferError,
+    InvalidRequestError,
+    TemplateError,
+)
 from edgeinfer.terminal import one_line, printable
 
 if TYPE_CHECKING:
@@ -198,17 +203,23 @@ def _conversation(system: str | None, text: str) -> list[Any]:
 @contextlib.contextmanager
 def _open(model: str | None, flags: dict[str, Any], *, is_chat: bool = False) -> Iterator[LLM]:
     """The model, with a progress line while it loads and its context length on stderr."""
+    from edgeinfer.template_engine import TemplateEngine
+
     path = choose_model(model, bool(flags.get("yes")), is_chat=is_chat)
+    templates = TemplateEngine()
+    with contextlib.suppress(TemplateError):
+        templates.start()  # it gets ready while this process imports NumPy
     line = ProgressLine()
 
     def progress(event: Progress) -> None:
         line.show(event.stage, event.done, event.total)
 
+    from edgeinfer import runtime
     from edgeinfer.llm import LLM
 
     options = cast("LoadOptions", {**given(flags, LOAD_NAMES), "progress": progress})
     try:
-        llm = LLM(path, **options)
+        llm = LLM.of(runtime.load(path, options, templates))
     finally:
         line.clear()
     for why in unkept(llm):

@@ -43,7 +43,17 @@ class LLM:
     """An open model. A context manager; every method may be called from any thread."""
 
     def __init__(self, model: str | PathLike[str], **load: Unpack[LoadOptions]) -> None:
-        self._runtime = runtime.load(model, load)
+        self._take(runtime.load(model, load))
+
+    @classmethod
+    def of(cls, loaded: Runtime) -> LLM:
+        """The face of a model that `runtime.load` has opened; it is closed with it."""
+        llm = cls.__new__(cls)
+        llm._take(loaded)
+        return llm
+
+    def _take(self, loaded: Runtime) -> None:
+        self._runtime = loaded
         # Closes the model when it is dropped, and at exit at the latest.
         self._close = weakref.finalize(self, self._runtime.close)
 

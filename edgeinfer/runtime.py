@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -26,6 +27,7 @@ from edgeinfer.errors import (
     InvalidRequestError,
     ModelNotFoundError,
     PlanError,
+    TemplateError,
 )
 from edgeinfer.gguf import GGUFFile
 from edgeinfer.graph import Linear
@@ -73,14 +75,30 @@ class Runtime:
         self.model.file.close()
 
 
-def load(path: str | PathLike[str], options: LoadOptions) -> Runtime:
-    """Open, plan, load; all in a thread, so that an interrupt never leaves native code half-way."""
-    options = checked_options("LLM", options)
-    found = find_file(path, download=bool(options.get("download")))
+def load(
+    path: str | PathLike[str], options: LoadOptions, templates: TemplateEngine | None = None
+) -> Runtime:
+    """Open, plan, load; all in a thread, so that an interrupt never leaves native code half-way.
+
+    `templates` may be getting ready already; it is the model's from here on.
+    """
+    templates = templates or TemplateEngine()
+    try:
+        options = checked_options("LLM", options)
+        found = find_file(path, download=bool(options.get("download")))
+        with suppress(TemplateError):  # a model needs none, until a chat does
+            templates.start()
+        return _load_apart(found, options, templates)
+    except BaseException:
+        templates.close()
+        raise
+
+
+def _load_apart(found: Path, options: LoadOptions, templates: TemplateEngine) -> Runtime:
     try:
         if (available := platform.available_memory()) < _LEAST_MEMORY:
             raise MemoryError(f"{available >> 10} KiB are available")
-        later = _Later(lambda: _load(found, options))
+        later = _Later(lambda: _load(found, options, templates))
         try:
             return later.result()
         except BaseException:
@@ -110,7 +128,7 @@ def _explained(error: Exception) -> EdgeInferError | None:
     return None
 
 
-def _load(path: Path, options: LoadOptions) -> Runtime:
+def _load(path: Path, options: LoadOptions, templates: TemplateEngine) -> Runtime:
     start = time.perf_counter()
     file = GGUFFile.open(path)
     try:
@@ -123,7 +141,7 @@ def _load(path: Path, options: LoadOptions) -> Runtime:
         # Text is got ready while weights are packed, which needs no Python: sooner it delays that.
         tokenizer = _Later(lambda: _make_tokenizer(file, options, packs))
         try:
-            template = _Later(lambda: _make_template(file, options, packs, tokenizer))
+            template = _Later(lambda: _make_template(file, options, templates, tokenizer))
             program = backend.compile(model.graph.segment(), plan.limits)
         finally:
             packs.set()
@@ -204,21 +222,14 @@ def _make_tokenizer(file: GGUFFile, options: LoadOptions, packs: threading.Event
 def _make_template(
     file: GGUFFile,
     options: LoadOptions,
-    packs: threading.Event,
+    templates: TemplateEngine,
     tokenizer: _Later[Tokenizer],
 ) -> ChatTemplate:
     """After the tokenizer, which loading waits for; probed here while weights are packed."""
-    packs.wait()
-    engine = TemplateEngine()
-    try:
-        engine.start()  # it gets ready beside the tokenizer
-        texts = tokenizer.result().texts
-        override = options.get("chat_template")
-        template = ChatTemplate.from_metadata(file.metadata, override, texts, engine=engine)
-        template.capabilities  # noqa: B018
-    except BaseException:
-        engine.close()
-        raise
+    texts = tokenizer.result().texts
+    override = options.get("chat_template")
+    template = ChatTemplate.from_metadata(file.metadata, override, texts, engine=templates)
+    template.capabilities  # noqa: B018
     return template
 
 
