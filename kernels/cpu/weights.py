@@ -1,13 +1,15 @@
 """The packed weights of one program: one arena, filled piece by piece by the thread team.
 
 Knows no graph. The packed copy replaces the file's, which is read portion by portion: the peak is
-the packed model and one portion, below 16 MiB.
+the packed model and two portions, below 16 MiB together.
 """
 
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from queue import SimpleQueue
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +21,7 @@ from edgeinfer.kernels.cpu.library import Library
 from edgeinfer.kernels.cpu.team import Op, Part, Team
 from edgeinfer.quant import Weight, dequantize
 
-_PORTION = 8 << 20  # source bytes after which packing begins, and the most of one piece
+_PORTION = 4 << 20  # source bytes after which packing begins, and the most of one piece
 _PACK_CHUNK = 256 << 10  # packed bytes of one chunk
 _ALIGN = 64
 
@@ -85,22 +87,18 @@ class PackedWeights:
         portions = list(_portions(self._matrices.values()))
         done, total = 0, sum(len(w.data) for w in self._matrices.values())
         progress(0, total)
-        memory = platform.Memory(max(map(_room, portions), default=0), huge=True)
-        try:
-            for portion in portions:
-                self._pack(portion, memory.address, team, library, n_threads)
+        with _Reader(portions) as reader:
+            for portion, address in reader.read():
+                self._pack(portion, address, team, library, n_threads)
                 done += sum(piece.n_bytes for piece in portion)
                 progress(done, total)
-        finally:
-            memory.close()
 
     def _pack(
         self, pieces: list[_Piece], at: int, team: Team, library: Library, n_threads: int
     ) -> None:
-        """Read pieces to `at` and pack them."""
+        """Pack pieces that have been read to `at`."""
         header, ops = np.zeros(layout.HEADER_WORDS, np.int64), list[Op]()
         for piece in pieces:
-            piece.read_to(at)
             ops.append(Op([self._pack_part(piece, at, library)]))
             at += piece.room
         team.run_once(ops, header.ctypes.data, n_threads)
@@ -117,6 +115,54 @@ class PackedWeights:
     def close(self) -> None:
         self._memory.close()
         self._doubles.clear()
+
+
+class _Reader:
+    """Reads portions in a thread of its own: the next one comes while one is packed."""
+
+    def __init__(self, portions: list[list[_Piece]]) -> None:
+        self._portions = portions
+        size = max(map(_room, portions), default=0)
+        self._memory = platform.Memory(2 * size, huge=True)
+        self._free, self._filled = SimpleQueue[int | None](), SimpleQueue[int | BaseException]()
+        for address in (self._memory.address, self._memory.address + size):
+            self._free.put(address)
+        self._thread = threading.Thread(target=self._fill, name="edgeinfer-read", daemon=True)
+
+    def read(self) -> Iterator[tuple[list[_Piece], int]]:
+        """Portions and where they are, until the next one is asked for."""
+        for portion in self._portions:
+            address = self._filled.get()
+            if isinstance(address, BaseException):
+                raise address
+            yield portion, address
+            self._free.put(address)
+
+    def _fill(self) -> None:
+        try:
+            for portion in self._portions:
+                if (address := self._free.get()) is None:
+                    return
+                at = address
+                for piece in portion:
+                    piece.read_to(at)
+                    at += piece.room
+                self._filled.put(address)
+        except BaseException as error:
+            self._filled.put(error)
+
+    def __enter__(self) -> _Reader:
+        try:
+            self._thread.start()
+        except BaseException:
+            self._memory.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._free.put(None)
+        self._thread.join()
+        self._memory.close()
 
 
 class _Piece(NamedTuple):
