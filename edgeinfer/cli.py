@@ -45,12 +45,7 @@ from edgeinfer.console import (
     show,
     show_json,
 )
-from edgeinfer.errors import (
-    ContextLengthError,
-    EdgeInferError,
-    InvalidRequestError,
-    TemplateError,
-)
+from edgeinfer.errors import ContextLengthError, EdgeInferError, InvalidRequestError
 from edgeinfer.terminal import one_line, printable
 
 if TYPE_CHECKING:
@@ -169,7 +164,7 @@ def run(
     if raw and system is not None:
         raise click.UsageError("--system needs the chat template, --raw leaves it out")
     sampling = cast("Sampling", given(flags, SAMPLING_NAMES))
-    with _open(model, flags) as llm:
+    with _open(model, flags, templates=not raw) as llm:
         if raw:
             stream = llm.stream(text, **sampling)
         else:
@@ -201,14 +196,19 @@ def _conversation(system: str | None, text: str) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _open(model: str | None, flags: dict[str, Any], *, is_chat: bool = False) -> Iterator[LLM]:
-    """The model, with a progress line while it loads and its context length on stderr."""
+def _open(
+    model: str | None, flags: dict[str, Any], *, is_chat: bool = False, templates: bool = False
+) -> Iterator[LLM]:
+    """The model, with a progress line while it loads and its context length on stderr.
+
+    `templates` says that its chat template will be needed: that gets ready beside it.
+    """
     from edgeinfer.template_engine import TemplateEngine
 
     path = choose_model(model, bool(flags.get("yes")), is_chat=is_chat)
-    templates = TemplateEngine()
-    with contextlib.suppress(TemplateError):
-        templates.start()  # it gets ready while this process imports NumPy
+    engine = TemplateEngine() if templates else None
+    if engine is not None:
+        engine.start()  # while this process imports NumPy
     line = ProgressLine()
 
     def progress(event: Progress) -> None:
@@ -219,7 +219,7 @@ def _open(model: str | None, flags: dict[str, Any], *, is_chat: bool = False) ->
 
     options = cast("LoadOptions", {**given(flags, LOAD_NAMES), "progress": progress})
     try:
-        llm = LLM.of(runtime.load(path, options, templates))
+        llm = LLM.of(runtime.load(path, options, engine))
     finally:
         line.clear()
     for why in unkept(llm):
@@ -305,7 +305,7 @@ def chat(
         return
     from edgeinfer.plain_chat import talk
 
-    with _open(model, flags, is_chat=True) as llm:
+    with _open(model, flags, is_chat=True, templates=True) as llm:
         path = llm.runtime.model.file.path
         for why in remember(str(path.resolve())):
             note(why)

@@ -29,6 +29,7 @@ from edgeinfer.runtime import Runtime
 from edgeinfer.sampling import SamplingParams, breaker_tokens
 from edgeinfer.sequence import Request
 from edgeinfer.stream import Stream, read_all
+from edgeinfer.template_engine import TemplateEngine
 from edgeinfer.turns import drop_turns
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class LLM:
     """An open model. A context manager; every method may be called from any thread."""
 
     def __init__(self, model: str | PathLike[str], **load: Unpack[LoadOptions]) -> None:
-        self._take(runtime.load(model, load))
+        self._take(runtime.load(model, load, TemplateEngine()))
 
     @classmethod
     def of(cls, loaded: Runtime) -> LLM:

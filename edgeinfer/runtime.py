@@ -10,7 +10,6 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -27,7 +26,6 @@ from edgeinfer.errors import (
     InvalidRequestError,
     ModelNotFoundError,
     PlanError,
-    TemplateError,
 )
 from edgeinfer.gguf import GGUFFile
 from edgeinfer.graph import Linear
@@ -80,21 +78,22 @@ def load(
 ) -> Runtime:
     """Open, plan, load; all in a thread, so that an interrupt never leaves native code half-way.
 
-    `templates` may be getting ready already; it is the model's from here on.
+    Where `templates` are given they get ready, and the model's is looked into, beside loading;
+    else that waits for the first chat.
     """
-    templates = templates or TemplateEngine()
     try:
         options = checked_options("LLM", options)
         found = find_file(path, download=bool(options.get("download")))
-        with suppress(TemplateError):  # a model needs none, until a chat does
+        if templates is not None:
             templates.start()
         return _load_apart(found, options, templates)
     except BaseException:
-        templates.close()
+        if templates is not None:
+            templates.close()
         raise
 
 
-def _load_apart(found: Path, options: LoadOptions, templates: TemplateEngine) -> Runtime:
+def _load_apart(found: Path, options: LoadOptions, templates: TemplateEngine | None) -> Runtime:
     try:
         if (available := platform.available_memory()) < _LEAST_MEMORY:
             raise MemoryError(f"{available >> 10} KiB are available")
@@ -128,7 +127,7 @@ def _explained(error: Exception) -> EdgeInferError | None:
     return None
 
 
-def _load(path: Path, options: LoadOptions, templates: TemplateEngine) -> Runtime:
+def _load(path: Path, options: LoadOptions, templates: TemplateEngine | None) -> Runtime:
     start = time.perf_counter()
     file = GGUFFile.open(path)
     try:
@@ -222,14 +221,15 @@ def _make_tokenizer(file: GGUFFile, options: LoadOptions, packs: threading.Event
 def _make_template(
     file: GGUFFile,
     options: LoadOptions,
-    templates: TemplateEngine,
+    templates: TemplateEngine | None,
     tokenizer: _Later[Tokenizer],
 ) -> ChatTemplate:
     """After the tokenizer, which loading waits for; probed here while weights are packed."""
     texts = tokenizer.result().texts
     override = options.get("chat_template")
     template = ChatTemplate.from_metadata(file.metadata, override, texts, engine=templates)
-    template.capabilities  # noqa: B018
+    if templates is not None:
+        template.capabilities  # noqa: B018
     return template
 
 

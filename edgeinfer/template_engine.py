@@ -59,8 +59,8 @@ class TemplateEngine:
         self._worker: _Worker | None = None
 
     def start(self) -> None:
-        """Let the process get ready while the caller does something else."""
-        with self._lock:
+        """Let the process get ready meanwhile; that it can't is told by whoever renders."""
+        with self._lock, suppress(TemplateError):
             self._running()
 
     def render(self, source: str, variables: Mapping[str, Any], budget: Budget) -> str:
