@@ -25,6 +25,7 @@ _BUILDING = "building kernels, once"
 # Measured on x86-64 Linux, Python 3.11: interpreter, NumPy, the tokenizer library, and LLVM
 # where it has to link or to be asked.
 PYTHON_BYTES = 90 * _MiB
+_TEMPLATES_BYTES = 22 * _MiB  # the process that renders chat templates, with one of them
 _TOKEN_BYTES = 700  # of a vocabulary entry while the tokenizer is built
 
 
@@ -93,6 +94,7 @@ def _plan(segment: Segment, request: PlanRequest, n_ctx: int, note: str) -> Memo
     rows["scratch"] = _scratch_bytes(segment, limits)
     rows["tokenizer"] = vocab * _TOKEN_BYTES
     rows["Python"] = PYTHON_BYTES
+    rows["chat templates"] = _TEMPLATES_BYTES
     # Builders have ended before weights are packed: only what they take beyond that counts.
     if (excess := request.building_bytes + PYTHON_BYTES - sum(rows.values())) > 0:
         rows[_BUILDING] = excess

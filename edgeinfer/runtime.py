@@ -84,8 +84,6 @@ def load(
     try:
         options = checked_options("LLM", options)
         found = find_file(path, download=bool(options.get("download")))
-        if templates is not None:
-            templates.start()
         return _load_apart(found, options, templates)
     except BaseException:
         if templates is not None:
@@ -97,13 +95,15 @@ def _load_apart(found: Path, options: LoadOptions, templates: TemplateEngine | N
     try:
         if (available := platform.available_memory()) < _LEAST_MEMORY:
             raise MemoryError(f"{available >> 10} KiB are available")
+        if templates is not None:
+            templates.start()
         later = _Later(lambda: _load(found, options, templates))
         try:
             return later.result()
         except BaseException:
             later.abandon(lambda runtime: runtime.close())
             raise
-    except (MemoryError, OSError, RuntimeError) as error:
+    except (MemoryError, OSError, RuntimeError, ImportError) as error:
         if (explained := _explained(error)) is None:
             raise
         raise explained from None
@@ -113,7 +113,8 @@ def _explained(error: Exception) -> EdgeInferError | None:
     """What to tell of an error of the system's: memory that ran out, a thread not to be had."""
     if isinstance(error, EdgeInferError):
         return None
-    if isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM:
+    is_unmapped = isinstance(error, ImportError) and "failed to map" in str(error)
+    if isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM or is_unmapped:
         return PlanError(
             f"memory ran out while the model was loaded ({error or 'nothing was left'}): close "
             "other programs, raise this one's limits (ulimit -v, -d), or give a smaller n_ctx",
