@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Runtime:
-    """An open model; `close` ends its engine and unmaps its file."""
+    """An open model; `close` ends its engine and closes its file."""
 
     model: Model
     plan: MemoryPlan
