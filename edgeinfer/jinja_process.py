@@ -5,6 +5,7 @@ It answers one request after another and ends when whoever started it closes its
 
 from __future__ import annotations
 
+import gc
 import json
 import marshal
 import struct
@@ -49,6 +50,7 @@ def main() -> None:
     """Serve standard input; first comes one byte, 1 if the system keeps processor time."""
     requests, replies = sys.stdin.buffer, sys.stdout.buffer
     templates = _Templates()
+    gc.enable()
     limits = platform.ProcessLimits(MEMORY)
     _send(replies, bytes([limits.ends_loops]))
     while header := requests.read(LENGTH.size):
