@@ -15,7 +15,7 @@ from .chat_templates import (
     BUILT_IN,
     choose_template,
     fallback_name,
-    own_templates,
+    own_template,
     special_text,
     token_texts,
 )
@@ -90,20 +90,19 @@ class ChatTemplate:
 
         `texts` is the vocabulary, where someone has read it already.
         """
-        own = own_templates(meta)
         texts = token_texts(meta) if texts is None else texts
         bos, eos = (
             special_text(meta, texts, "bos_token_id", 1),
             special_text(meta, texts, "eos_token_id", 2),
         )
         if override is not None:
-            name, source = override, choose_template(override, own)
-        elif "default" in own:
-            name, source = "the file's own", own["default"]
+            name, source = override, choose_template(override, meta)
+        elif found := own_template(meta):
+            name, source = "the file's own", found
         else:
             name = fallback_name(meta, texts)
             source = BUILT_IN[name]
-        tool_source = own.get("tool_use") if override is None else None
+        tool_source = own_template(meta, "tool_use") if override is None else None
         return cls(
             source,
             bos_token=bos,
@@ -120,6 +119,7 @@ class ChatTemplate:
     def render(
         self,
         messages: Iterable[Message],
+        /,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
@@ -230,6 +230,7 @@ def encode_chat(
     tokenizer: ChatTokenizer,
     template: ChatTemplate,
     messages: Iterable[Message],
+    /,
     *,
     tools: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = True,

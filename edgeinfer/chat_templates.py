@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any, Protocol, runtime_checkable
 
 from .errors import InvalidModelError, InvalidRequestError, TemplateError
 
 _TEMPLATE_KEY = "tokenizer.chat_template"
+_PREFIX = f"{_TEMPLATE_KEY}."
 
 
 @runtime_checkable
@@ -19,29 +21,29 @@ class _LazyArray(Protocol):
     def tolist(self) -> list[Any]: ...
 
 
-def own_templates(meta: Mapping[str, Any]) -> dict[str, str]:
-    prefix = _TEMPLATE_KEY + "."
-    found = {key[len(prefix) :]: meta[key] for key in meta if key.startswith(prefix)}
-    if _TEMPLATE_KEY in meta:
-        found["default"] = meta[_TEMPLATE_KEY]
-    for name, source in found.items():
-        if isinstance(source, bytes):
-            found[name] = source.decode(errors="replace")
-        elif not isinstance(source, str):
-            key = _TEMPLATE_KEY if name == "default" else prefix + name
-            raise InvalidModelError(f"{type(source).__name__} where a string is needed", field=key)
-    return {name: source for name, source in found.items() if source}
+def own_template(meta: Mapping[str, Any], name: str = "default") -> str | None:
+    """The file's template of that name; a wrong one that nobody asks for does no harm."""
+    key = _PREFIX + name
+    if name == "default" and _TEMPLATE_KEY in meta:
+        key = _TEMPLATE_KEY
+    source = meta.get(key)
+    if isinstance(source, bytes):
+        source = source.decode(errors="replace")
+    if not isinstance(source, (str, NoneType)):
+        raise InvalidModelError(f"{type(source).__name__} where a string is needed", field=key)
+    return source or None
 
 
-def choose_template(override: str, own: Mapping[str, str]) -> str:
-    if override in own:
-        return own[override]
+def choose_template(override: str, meta: Mapping[str, Any]) -> str:
+    if (found := own_template(meta, override)) is not None:
+        return found
     if override in BUILT_IN:
         return BUILT_IN[override]
-    names = ", ".join(sorted({*own, *BUILT_IN}))
     try:
         return Path(override).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
+        own = {key[len(_PREFIX) :] or "default" for key in meta if key.startswith(_TEMPLATE_KEY)}
+        names = ", ".join(sorted({*own, *BUILT_IN}))
         raise InvalidRequestError(
             f"no chat template {override!r}: neither a file that can be read nor one of {names}",
             param="chat_template",

@@ -113,6 +113,9 @@ class Metadata(Mapping[str, Value]):
     def __len__(self) -> int:
         return len(self._entries)
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._entries
+
     def get_int(
         self, key: str, default: int | None = None, *, low: int = 0, high: int = 2**31 - 1
     ) -> int:

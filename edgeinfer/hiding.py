@@ -18,7 +18,7 @@ _THINK_TAGS = ("<think>", "</think>")
 # Of a longer special token, its first and its last characters stand for the whole.
 _LONGEST = 256
 _PRIVATE = ((0xE000, 0xF900), (0xF0000, 0xFFFFE), (0x100000, 0x10FFFE))
-_ESCAPE = re.compile(r"\\u[0-9a-f]{4}")
+_ESCAPE = re.compile(r"\\u[0-9a-fA-F]{4}")
 
 
 class Hiding:
@@ -145,7 +145,7 @@ def _unused_characters(conversation: Any) -> Iterator[str]:
 
     map_strings(conversation, note)
     used: set[str] = set().union(*(text for text in texts if not text.isascii()))
-    escapes = {escape for text in texts for escape in _ESCAPE.findall(text)}
+    escapes = {escape.lower() for text in texts for escape in _ESCAPE.findall(text)}
     for start, stop in _PRIVATE:
         for character in map(chr, range(start, stop)):
             if character not in used and not escapes.issuperset(_spelled(character)):

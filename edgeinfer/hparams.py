@@ -172,10 +172,11 @@ def _check_neutral(read: _Reader, n_ctx_train: int) -> None:
                 read.unsupported(operation, f" ({read.key(name)} is {one_line(str(value), 40)})")
     # A window that holds the whole context changes nothing.
     name = "attention.sliding_window"
-    window = max((n for n in read.values(name) if isinstance(n, (int, float))), default=0)
-    if 0 < window < n_ctx_train:
-        found = f" ({read.key(name)} is {window} of {n_ctx_train} tokens)"
-        read.unsupported("sliding-window attention", found)
+    for window in read.values(name):
+        if not isinstance(window, int) or 0 < window < n_ctx_train:
+            shown = one_line(str(window), 40)
+            found = f" ({read.key(name)} is {shown} of {n_ctx_train} tokens)"
+            read.unsupported("sliding-window attention", found)
 
 
 def _rope_scale(read: _Reader) -> float:

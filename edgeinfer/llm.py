@@ -120,7 +120,8 @@ class LLM:
         turns, n_dropped = _turns(messages), 0
         if given.get("overflow") == "drop-turns":
             turns, n_dropped = drop_turns(turns, self._n_message_tokens, self.n_ctx)
-        ids = encode_chat(opened.tokenizer, opened.template, turns, **(template_args or {}))
+        more = _keywords(template_args)
+        ids = encode_chat(opened.tokenizer, opened.template, turns, **more)
         n_pinned = 1
         if given.get("overflow") in ("slide", "drop-turns"):
             n_pinned = self._n_system_tokens(turns, ids)
@@ -299,6 +300,16 @@ def _turns(messages: str | Iterable[Message]) -> Sequence[Message]:
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
     return cast("Sequence[Message]", checked_messages(messages))
+
+
+def _keywords(template_args: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    found = {} if template_args is None else template_args
+    if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
+        raise InvalidRequestError(
+            f"template_args is {shown(found)}; it must be a mapping of names to values",
+            param="template_args",
+        )
+    return found
 
 
 def _run_all(

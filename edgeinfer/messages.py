@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 _DEEPEST = 100
+_MOST_BITS = 4096  # of an integer: Python writes none of over 4,300 digits
 
 
 class Message(TypedDict, total=False):
@@ -68,29 +69,41 @@ def _checked(message: Any, i: int) -> dict[str, Any]:
     known = plain({**message, "content": _joined(message.get("content"), i)}, "messages")
     calls = known.get("tool_calls")
     if calls is not None and not (
-        isinstance(calls, (list, tuple)) and all(isinstance(call, dict) for call in calls)
+        isinstance(calls, (list, tuple))
+        and all(isinstance(c, dict) and isinstance(c.get("function", c), dict) for c in calls)
     ):
-        raise _wrong(f"message {i} has tool_calls that are no list of objects")
+        raise _wrong(
+            f"message {i} has tool_calls that are no list of objects, each of a function that is "
+            "an object"
+        )
     return cast("dict[str, Any]", known)
 
 
 def plain(value: Any, param: str, depth: int = 0) -> Any:
     """A copy of dicts, lists, tuples, text, numbers, booleans and None: what a template can get."""
-    if value is None or type(value) in (str, int, float, bool):
+    if value is None or type(value) in (str, float, bool):
+        return value
+    if type(value) is int:
+        if value.bit_length() > _MOST_BITS:
+            raise _wrong(f"{param} hold an integer of over {_MOST_BITS} bits", param)
         return value
     if depth > _DEEPEST:
         raise _wrong(f"{param} are nested over {_DEEPEST} deep", param)
     if isinstance(value, str):
         return str.__str__(value)
     if isinstance(value, Mapping):
-        return {plain(k, param, depth + 1): plain(v, param, depth + 1) for k, v in value.items()}
+        keys = [plain(key, param, depth + 1) for key in value]
+        if any(isinstance(key, (dict, list, tuple)) for key in keys):
+            raise _wrong(f"{param} hold an object with a key that is no text", param)
+        items = [plain(item, param, depth + 1) for item in value.values()]
+        return dict(zip(keys, items, strict=True))
     if isinstance(value, tuple):
         return tuple(plain(item, param, depth + 1) for item in value)
     if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray, memoryview)):
         return [plain(item, param, depth + 1) for item in value]
     for convert in (operator.index, float):
-        with suppress(TypeError, ValueError):
-            return convert(value)
+        with suppress(TypeError, ValueError, OverflowError):
+            return plain(convert(value), param)
     raise _wrong(
         f"{param} hold a value of type {_kind(value)}; text, numbers, lists and objects work",
         param,
@@ -154,8 +167,8 @@ def _with_arguments(call: Any, as_object: bool) -> Any:
     arguments = call.get("arguments")
     if as_object and isinstance(arguments, str):
         try:
-            return {**call, "arguments": json.loads(arguments)}
-        except ValueError:
+            return {**call, "arguments": plain(json.loads(arguments), "messages")}
+        except (ValueError, RecursionError):  # what is no object of a sane depth stays text
             return call
     if not as_object and isinstance(arguments, Mapping):
         return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}

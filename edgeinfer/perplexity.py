@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeinfer.engine import Engine
-from edgeinfer.errors import InvalidRequestError
+from edgeinfer.errors import EdgeInferError, InvalidRequestError
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,4 +63,6 @@ class _Score:
         for one, token in zip(logits, wanted, strict=True):
             wide = one.astype(np.float64)
             peak = wide.max()
+            if not math.isfinite(peak):
+                raise EdgeInferError("the model yields no number to tell probabilities by")
             self.total += float(peak + np.log(np.exp(wide - peak).sum()) - wide[token])

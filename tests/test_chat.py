@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from datetime import datetime
 from enum import Enum
+from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -320,8 +321,14 @@ def test_override_by_name_or_file(tmp_path: Path) -> None:
     assert template_of(meta, str(tmp_path / "my.jinja")).render(hello) == "mine Hi"
     with pytest.raises(InvalidRequestError, match=r"'nope'.*chatml"):
         template_of(meta, "nope")
-    with pytest.raises(InvalidModelError, match="chat_template"):
-        template_of({"tokenizer.chat_template": 5})
+    for key in ("tokenizer.chat_template", "tokenizer.chat_template.tool_use"):
+        wrong: dict[str, Any] = {**meta, key: 5}
+        with pytest.raises(InvalidModelError, match=key):
+            template_of(wrong)
+        for chosen in ("chatml", "rag", str(tmp_path / "my.jinja")):
+            assert template_of(wrong, chosen).render(hello)
+    assert template_of({"tokenizer.chat_template.default": "d"}, "default").render(hello) == "d"
+    assert template_of({**meta, "tokenizer.chat_template.default": "d"}).render(hello) == "own"
 
 
 # What goes wrong
@@ -368,6 +375,16 @@ ENDLESS.append(ENDLESS)
         ([{"role": "user", "content": "x", "tool_calls": [5]}], "tool_calls"),
         ([{"role": "user", "content": "x", "name": object()}], "of type object"),
         ([{"role": "user", "content": "x", "name": ENDLESS}], "deep"),
+        ([{"role": "user", "content": "x", "name": 10**5000}], "bits"),
+        ([{"role": "user", "content": "x", "name": Fraction(10**5000, 3)}], "of type Fraction"),
+        *(
+            ([{"role": "user", "content": "x", "tool_calls": [{"function": odd}]}], "tool_calls")
+            for odd in ("name", None, ["name"], 5)
+        ),
+        *(
+            ([{"role": "user", "content": "x", "name": {key: 1}}], "a key that is no text")
+            for key in (range(3), (1, 2))
+        ),
     ],
 )
 def test_wrong_messages(messages: Any, what: str) -> None:
@@ -382,6 +399,37 @@ def test_wrong_tools(tools: Any) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         chat_template("{{ tools }}").render([{"role": "user", "content": "x"}], tools=tools)
     assert caught.value.param == "tools"
+
+
+@pytest.mark.parametrize("depth", [90, 101, 900, 100_000])
+@pytest.mark.parametrize("knows_calls", [True, False])
+def test_arguments_of_any_depth_are_text_or_objects(depth: int, knows_calls: bool) -> None:
+    calls = "{% for c in m.tool_calls or [] %}{{ c.function.arguments | tojson }}{% endfor %}"
+    template = chat_template(
+        "{% for m in messages %}{{ m.content }}" + calls * knows_calls + "{% endfor %}"
+    )
+    arguments = "[" * depth + "]" * depth
+    function = {"name": "f", "arguments": arguments}
+    call: list[Message] = [
+        {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}
+    ]
+    assert arguments in template.render(call)
+
+
+@pytest.mark.parametrize("name", ["messages", "tools", "bos_token"])
+def test_names_that_templates_rely_on_are_no_arguments(name: str) -> None:
+    template, odd = chat_template("x"), {name: {}}
+    with pytest.raises(InvalidRequestError):
+        template.render([{"role": "user", "content": "x"}], **odd)
+
+
+def test_arguments_of_any_other_name_reach_the_template(
+    smollm: tuple[Tokenizer, ChatTemplate],
+) -> None:
+    more = {"template": "a", "tokenizer": "b", "self": "c"}
+    template = chat_template("{{ template ~ tokenizer }}")
+    ids = encode_chat(smollm[0], template, [{"role": "user", "content": "x"}], **more)
+    assert smollm[0].decode(ids) == "ab"
 
 
 def test_messages_may_come_from_anywhere() -> None:
@@ -488,6 +536,19 @@ def test_json_in_ascii_keeps_text_literal(smollm: tuple[Tokenizer, ChatTemplate]
     assert ids.count(tokenizer.eos_id or 0) == 1
     text = tokenizer.decode(ids)
     assert text == json.dumps("é<|im_end|>\\ue000")
+
+
+@pytest.mark.parametrize("escape", ["\\ue000", "\\uE000", "\\uE000\\ue001"])
+def test_no_character_of_arguments_is_taken_for_a_mark(
+    escape: str, smollm: tuple[Tokenizer, ChatTemplate], data_file: DataFile
+) -> None:
+    source = data_file("templates/Qwen-Qwen3-0.6B.jinja").read_text(encoding="utf-8")
+    function = {"name": "f", "arguments": f'{{"a": "<|im_end|>{escape}"}}'}
+    chat: list[Message] = [{"role": "user", "content": "x"}]
+    chat += [{"role": "assistant", "content": "", "tool_calls": [{"function": function}]}]
+    template = chat_template(source)
+    ids = encode_chat(smollm[0], template, chat)
+    assert smollm[0].decode(ids, special=True) == template.render(chat)
 
 
 def test_tools_and_arguments_stay_text(

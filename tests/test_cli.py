@@ -154,6 +154,15 @@ def test_perplexity_in_windows(call: Call, path: Path, tmp_path: Path) -> None:
     assert "ppl" in call(*arguments)[1]
 
 
+def test_a_model_without_numbers_has_no_perplexity(call: Call, tmp_path: Path) -> None:
+    model, text = tiny_model(tmp_path, quant="F32"), tmp_path / "text.txt"
+    text.write_text("a few words of text")
+    raw = model.read_bytes()
+    model.write_bytes(raw[:-4096] + b"\xff" * 4096)  # the last rows of the head: not a number
+    code, out, err = call("perplexity", model, text, "--device", "reference", "--json")
+    assert (code, out) == (1, "") and "yields no number" in err.splitlines()[-1]
+
+
 def test_warmup(call: Call, path: Path) -> None:
     code, out, err = call("warmup", path, "--device", "reference")
     assert (code, out) == (0, "")

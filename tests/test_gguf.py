@@ -195,6 +195,13 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path: Path) -> None:
             file.metadata.get_float("x")
 
 
+def test_a_value_too_long_to_read_is_still_there(tmp_path: Path) -> None:
+    with _open(tmp_path, _file((_key("s", STRING, _string(b"a" * (1 << 21))),))) as file:
+        assert "s" in file.metadata and "t" not in file.metadata
+        with pytest.raises(InvalidModelError, match="field s"):
+            file.metadata["s"]
+
+
 def test_text_that_is_not_utf8_is_shown_with_marks_and_kept(tmp_path: Path) -> None:
     array = struct.pack("<IQ", STRING, 1) + _string(b"\xff\xfe")
     keys = (_key("s", STRING, _string(b"a\xff")), _key("a", ARRAY, array))

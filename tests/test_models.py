@@ -224,6 +224,8 @@ def test_an_unknown_architecture_says_what_it_needs(
         ("nextn_predict_layers", 1, "multi-token prediction layers"),
         ("attention.sliding_window", 255, "sliding-window attention"),
         ("attention.sliding_window", [0, 64], "sliding-window attention"),
+        ("attention.sliding_window", "64", "sliding-window attention"),
+        ("attention.sliding_window", float("nan"), "sliding-window attention"),
         ("attention.value_length", 8, "value heads of 8 beside key heads of 16"),
         ("attention.head_count_kv", [2, 1], "attention.head_count_kv that differs between layers"),
     ],

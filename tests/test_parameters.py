@@ -114,6 +114,13 @@ def test_a_wrong_value_of_an_answer_is_refused_by_name(llm: LLM, parameter: Para
     assert _is_unharmed(llm)
 
 
+@pytest.mark.parametrize("value", [5, "ab", ["a"], {5: 1}, {"messages": []}])
+def test_wrong_template_args_are_refused_by_name(llm: LLM, value: Any) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        llm.stream_chat("x", template_args=value)
+    assert caught.value.param == "template_args"
+
+
 @pytest.mark.parametrize("parameter", LOAD.values(), ids=list(LOAD))
 def test_a_wrong_value_of_loading_is_refused_by_name(path: Path, parameter: Parameter) -> None:
     for value in _wrong(parameter):
