@@ -19,7 +19,7 @@ from edgeinfer.config import cache_folder as cache_root
 from edgeinfer.kernels.cpu import ready
 from edgeinfer.kernels.cpu.library import build_objects, cache_folder, read_object
 from edgeinfer.kernels.cpu.targets import FAMILIES, TRIPLES, Target
-from edgeinfer.platform import python_command
+from edgeinfer.platform.children import python_command
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGED = (

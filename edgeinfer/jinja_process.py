@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from datetime import datetime
 from typing import Any, BinaryIO, NamedTuple
 
-from edgeinfer import platform
+from edgeinfer.platform.limits import ProcessLimits
 
 # What a template may take beyond what the process has when it is ready.
 MEMORY = 112 << 20
@@ -51,7 +51,7 @@ def main() -> None:
     requests, replies = sys.stdin.buffer, sys.stdout.buffer
     templates = _Templates()
     gc.enable()
-    limits = platform.ProcessLimits(MEMORY)
+    limits = ProcessLimits(MEMORY)
     _send(replies, bytes([limits.ends_loops]))
     while header := requests.read(LENGTH.size):
         data = requests.read(*LENGTH.unpack(header))
@@ -71,9 +71,7 @@ def _over(error: MemoryError | TimeoutError) -> Answer:
     return Answer(LIMIT, "memory" if isinstance(error, MemoryError) else "time", _error_line(error))
 
 
-def _answer(
-    templates: _Templates, limits: platform.ProcessLimits, data: bytes
-) -> tuple[Answer, bytes]:
+def _answer(templates: _Templates, limits: ProcessLimits, data: bytes) -> tuple[Answer, bytes]:
     request = Request(*marshal.loads(data))
     limits.allow_seconds(request.seconds)
     answer = templates.answer(request, most_chars(len(data)))

@@ -28,8 +28,9 @@ def pytest_configure(config: Any) -> None:
     for module in ("resource", "fcntl"):
         sys.modules[module] = None  # type: ignore[assignment]
     from edgeinfer import platform
+    from edgeinfer.platform import native, system_files
 
-    platform._read = lambda path: None
-    platform._FUTEX_NUMBERS.clear()
+    system_files.read = lambda path: None
+    native._FUTEX_NUMBERS.clear()
     platform.can_run_generated_code = lambda: None
     platform.cuda_driver = lambda: None

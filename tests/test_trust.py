@@ -20,6 +20,7 @@ from edgeinfer.kernels.cpu.library import Library
 from edgeinfer.kernels.cpu.ready import Ready
 from edgeinfer.kernels.cpu.targets import Target
 from edgeinfer.kernels.cpu.tune import Way
+from edgeinfer.platform import trust
 from edgeinfer.tui import schema
 
 from . import native
@@ -80,7 +81,7 @@ def test_a_kernel_below_a_folder_that_others_can_write_is_not_run(
     cache: Path, mode: int, level: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert takes(cache)
-    monkeypatch.setattr(platform, "_is_only_member", lambda gid: False)
+    monkeypatch.setattr(trust, "_is_only_member", lambda gid: False)
     [cache, *cache.parents][level].chmod(mode)
     assert not takes(cache)
 
@@ -89,7 +90,7 @@ def test_a_kernel_below_a_folder_that_others_can_write_is_not_run(
 def test_a_kernel_that_others_can_write_is_not_run(
     cache: Path, mode: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(platform, "_is_only_member", lambda gid: False)
+    monkeypatch.setattr(trust, "_is_only_member", lambda gid: False)
     library.object_path(cache, "norm").chmod(mode)
     assert not takes(cache)
 
@@ -97,7 +98,7 @@ def test_a_kernel_that_others_can_write_is_not_run(
 def test_the_group_of_this_user_alone_may_write(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(platform, "_is_only_member", lambda gid: True)
+    monkeypatch.setattr(trust, "_is_only_member", lambda gid: True)
     cache.chmod(0o770)
     assert takes(cache)
     cache.chmod(0o772)

@@ -1,6 +1,6 @@
 """Runs before a frozen program: lets it start itself as the process of one of our modules.
 
-The names are those of edgeinfer.platform, which a program need not load to start.
+The names are those of edgeinfer.platform.children, which a program need not load to start.
 """
 
 import sys

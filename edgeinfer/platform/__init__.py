@@ -1,0 +1,123 @@
+"""Every question to the operating system, each with an answer for systems that don't know it.
+
+Knows nothing of models or kernels. A name's module is imported when the name is first used: the
+process in which templates run needs one of them, a start few.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edgeinfer.platform.children import (
+        MODULE_FLAG,
+        STARTS_ITSELF,
+        can_start_python,
+        find_program,
+        module_folders,
+        python_command,
+        run_tool,
+        start_isolated,
+        start_program,
+    )
+    from edgeinfer.platform.devices import CudaDriver, Gpu, board_name, cuda_driver
+    from edgeinfer.platform.files import (
+        ReadableFile,
+        delete_all,
+        files_below,
+        free_disk,
+        is_at,
+        is_writable,
+        make_folder,
+        open_appending,
+        open_scratch,
+        sync,
+        try_lock,
+        unlink_open,
+        write_whole,
+    )
+    from edgeinfer.platform.limits import ProcessLimits, ended_for_time
+    from edgeinfer.platform.memory import available_memory, peak_rss, rss
+    from edgeinfer.platform.native import (
+        Code,
+        Memory,
+        ThreadCalls,
+        can_run_generated_code,
+        keep,
+        thread_calls,
+    )
+    from edgeinfer.platform.processors import cpu_name, default_threads, processor_facts
+    from edgeinfer.platform.trust import distrust, read_private
+
+_NAMES = {
+    "children": (
+        "MODULE_FLAG STARTS_ITSELF can_start_python find_program module_folders "
+        "python_command run_tool start_isolated start_program"
+    ),
+    "devices": "CudaDriver Gpu board_name cuda_driver",
+    "files": (
+        "ReadableFile delete_all files_below free_disk is_at is_writable make_folder "
+        "open_appending open_scratch sync try_lock unlink_open write_whole"
+    ),
+    "limits": "ProcessLimits ended_for_time",
+    "memory": "available_memory peak_rss rss",
+    "native": "Code Memory ThreadCalls can_run_generated_code keep thread_calls",
+    "processors": "cpu_name default_threads processor_facts",
+    "trust": "distrust read_private",
+}
+_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
+
+__all__ = [
+    "Code",
+    "CudaDriver",
+    "Gpu",
+    "MODULE_FLAG",
+    "Memory",
+    "ProcessLimits",
+    "ReadableFile",
+    "STARTS_ITSELF",
+    "ThreadCalls",
+    "available_memory",
+    "board_name",
+    "can_run_generated_code",
+    "can_start_python",
+    "cpu_name",
+    "cuda_driver",
+    "default_threads",
+    "delete_all",
+    "distrust",
+    "ended_for_time",
+    "files_below",
+    "find_program",
+    "free_disk",
+    "is_at",
+    "is_writable",
+    "keep",
+    "make_folder",
+    "module_folders",
+    "open_appending",
+    "open_scratch",
+    "peak_rss",
+    "processor_facts",
+    "python_command",
+    "read_private",
+    "rss",
+    "run_tool",
+    "start_isolated",
+    "start_program",
+    "sync",
+    "thread_calls",
+    "try_lock",
+    "unlink_open",
+    "write_whole",
+]
+
+
+def __getattr__(name: str) -> Any:
+    module = _HOME.get(name)
+    if module is None:
+        raise AttributeError(f"module 'edgeinfer.platform' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"edgeinfer.platform.{module}"), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,161 @@
+"""Other programs: how they are found and started, Python above all."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import subprocess
+
+_PACKAGE = Path(__file__).parent.parent
+
+
+def can_start_python() -> bool:
+    """Whether there is an interpreter to start: a frozen program would start itself."""
+    return bool(sys.executable) and not getattr(sys, "frozen", False)
+
+
+def python_command(module: str, *arguments: str, folders: Sequence[str] = ()) -> list[str]:
+    """A command that runs a module as `python -m` does, for `start_program`.
+
+    Modules are found in `folders`, then where this process finds them, but never in the folder it
+    is started in: anything may lie there.
+    """
+    # -I doesn't look at PYTHONHOME either, without which a moved Python finds nothing.
+    alone = "-s" if "PYTHONHOME" in os.environ else "-I"
+    flags = [alone, "-B"] if sys.dont_write_bytecode else [alone]
+    found = "\n".join([*folders, *module_folders()])
+    return [sys.executable, *flags, "-c", _RUN_MODULE, found, module, *arguments]
+
+
+_RUN_MODULE = """
+import sys
+found = sys.argv.pop(1).split("\\n")
+sys.path = found + [folder for folder in sys.path if folder and folder not in found]
+del sys.argv[0]
+import runpy
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+
+
+def start_isolated(module: str, folders: Sequence[str]) -> subprocess.Popen[str]:
+    """Start `main()` of a module that lies in `folders`, as is all that Python lacks of itself.
+
+    No garbage is collected before it asks for that: imports would be a tenth slower.
+    OSError where no such process can be started.
+    """
+    if getattr(sys, STARTS_ITSELF, False):
+        command = [sys.executable, MODULE_FLAG, module]
+    elif can_start_python():
+        # Without `site` it is ready 20 ms sooner.
+        alone = "-s" if "PYTHONHOME" in os.environ else "-I"
+        command = [sys.executable, alone, "-S", "-c", _RUN_MAIN, module, *folders]
+    else:
+        raise OSError("this program can't start a second Python, since it is frozen or embedded")
+    return start_program(command, hears_keys=False)
+
+
+STARTS_ITSELF = "_edgeinfer_starts_itself"  # set in `sys` by a frozen program that knows the flag
+MODULE_FLAG = "--edgeinfer-module"
+_RUN_MAIN = """
+import gc, sys
+gc.disable()
+sys.path = [folder for folder in sys.path if folder] + sys.argv[2:]
+import importlib
+importlib.import_module(sys.argv[1]).main()
+"""
+
+
+def module_folders() -> list[str]:
+    """Where this process finds modules, but for the folder it was started in."""
+    ours = str(_PACKAGE.parent)
+    found = [folder for folder in sys.path if os.path.isabs(folder) and not _is_here(folder)]
+    return found if ours in found else [ours, *found]
+
+
+def _is_here(folder: str) -> bool:
+    try:
+        return os.path.samefile(folder, os.curdir)
+    except OSError:
+        return False
+
+
+def find_program(name: str) -> str | None:
+    """The path of a program in PATH; never one in the current folder, where Windows looks first."""
+    endings = ["", *os.environ.get("PATHEXT", "").split(";")] if sys.platform == "win32" else [""]
+    for folder in filter(os.path.isabs, os.get_exec_path()):
+        for path in (os.path.join(folder, name + ending) for ending in endings):
+            if os.path.isfile(path) and os.access(path, os.X_OK):
+                return path
+    return None
+
+
+def run_tool(command: Sequence[str], text: bytes) -> bool:
+    """Give a text to a program of PATH that takes it at once; False where that fails."""
+    import subprocess
+
+    program = find_program(command[0])
+    if program is None:
+        return False
+    try:
+        # Nobody reads what it says: xclip stays in the background, and would keep a pipe open.
+        done = subprocess.run(
+            [program, *command[1:]], input=text, timeout=_TOOL_SECONDS, cwd=_PACKAGE,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0
+
+
+_TOOL_SECONDS = 2.0
+
+
+def start_program(
+    command: Sequence[str],
+    *,
+    errors: IO[Any] | None = None,
+    talks: bool = True,
+    folder: Path | None = None,
+    variables: Mapping[str, str] = MappingProxyType({}),
+    in_background: bool = False,
+    hears_keys: bool = True,
+) -> subprocess.Popen[str]:
+    """A child whose standard streams are pipes of text where it `talks`, else closed.
+
+    It runs in `folder`, by default our own: what lies where this process was started can't change
+    what it does. `in_background` it gets only what processors have left over; then, and where it
+    does not hear keys, an interrupt from the terminal doesn't reach it.
+    """
+    import subprocess  # 20 ms that most starts don't need
+
+    stream = subprocess.PIPE if talks else subprocess.DEVNULL
+    mine = {k: v for k, v in os.environ.items() if k == "PYTHONHOME" or k[:6] != "PYTHON"}
+    is_apart = in_background or not hears_keys
+    names = _BACKGROUND_FLAGS[not in_background :] if is_apart else ()
+    process = subprocess.Popen(
+        command,
+        stdin=stream,
+        stdout=stream,
+        stderr=subprocess.DEVNULL if errors is None else errors,
+        text=True,
+        cwd=folder or _PACKAGE,
+        env={**mine, **variables},
+        start_new_session=is_apart,
+        creationflags=sum(getattr(subprocess, name, 0) for name in names),
+    )
+    if in_background:
+        try:
+            os.setpriority(os.PRIO_PROCESS, process.pid, 19)
+            os.sched_setscheduler(process.pid, os.SCHED_IDLE, os.sched_param(0))
+        except (AttributeError, OSError):  # not this system's way, or it forbids that
+            pass
+    return process
+
+
+_BACKGROUND_FLAGS = ("IDLE_PRIORITY_CLASS", "CREATE_NEW_PROCESS_GROUP", "CREATE_NO_WINDOW")

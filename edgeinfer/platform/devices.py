@@ -1,0 +1,56 @@
+"""The board, the CUDA driver and its devices."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from typing import NamedTuple
+
+from edgeinfer.platform import system_files
+
+
+def board_name() -> str | None:
+    """The model of a single-board computer, such as a Jetson."""
+    text = system_files.read("/proc/device-tree/model")
+    return text.strip("\0 \n") if text else None
+
+
+class Gpu(NamedTuple):
+    """One CUDA device, as its driver describes it."""
+
+    name: str
+    compute_capability: str
+    n_bytes: int
+
+
+class CudaDriver(NamedTuple):
+    """NVIDIA's driver: the newest CUDA it runs (13000 is 13.0), its devices, or its error."""
+
+    version: int
+    devices: tuple[Gpu, ...]
+    error: int = 0
+
+
+def cuda_driver() -> CudaDriver | None:
+    """What the CUDA driver says, None where there is none. Loads no CUDA library but libcuda."""
+    try:
+        cuda = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return None
+    version, count = ctypes.c_int(), ctypes.c_int()
+    cuda.cuDriverGetVersion(ctypes.byref(version))
+    error = cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count))
+    devices = () if error else tuple(_gpu(cuda, i) for i in range(count.value))
+    return CudaDriver(version.value, devices, error)
+
+
+def _gpu(cuda: ctypes.CDLL, index: int) -> Gpu:
+    device, n_bytes, name = ctypes.c_int(), ctypes.c_size_t(), ctypes.create_string_buffer(128)
+    cuda.cuDeviceGet(ctypes.byref(device), index)
+    cuda.cuDeviceGetName(name, len(name), device)
+    cuda.cuDeviceTotalMem_v2(ctypes.byref(n_bytes), device)
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    for value, attribute in ((major, 75), (minor, 76)):
+        cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
+    text = name.value.decode("utf-8", "replace")
+    return Gpu(text, f"{major.value}.{minor.value}", n_bytes.value)

@@ -1,0 +1,219 @@
+"""Files and folders: written whole or not at all, read at any place, locked, on the disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+import sys
+import tempfile
+import threading
+from contextlib import suppress
+from io import FileIO
+from pathlib import Path
+from typing import IO, BinaryIO
+
+_UNKNOWN_DISK = 1 << 62
+_SMALL_FILE = 64 << 10  # bytes of a kernel
+_LOSSES = (errno.EIO, errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+_LOCKED_BYTE = 1 << 40  # beyond what any file holds
+
+
+def files_below(folder: Path, pattern: str) -> list[Path]:
+    """What matches in a folder, in order; nothing where it is absent or not ours to look into."""
+    try:
+        return sorted(folder.glob(pattern))
+    except OSError:
+        return []
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes that can be written below `folder`, which need not exist yet."""
+    for existing in (folder, *folder.parents):
+        if os.path.isdir(existing):
+            try:
+                return shutil.disk_usage(existing).free
+            except OSError:
+                break
+    return _UNKNOWN_DISK
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether files can be made and filled in `folder`; it is made when it does not exist."""
+    try:
+        make_folder(folder)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(_SMALL_FILE))  # a full disk takes empty ones
+            file.flush()
+            return True
+    except OSError:
+        return False
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file completely or not at all, whoever writes it at the same time; makes folders."""
+    make_folder(path.parent)
+    descriptor, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(data)
+        os.replace(part, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(part)
+        raise
+
+
+def delete_all(path: Path) -> None:
+    """Delete a file or a folder with all that is in it; OSError for the first that stays."""
+    shutil.rmtree(path, ignore_errors=True)  # whatever can go goes
+    try:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    except FileNotFoundError:
+        pass
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and what is missing above it, for this user alone."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    for each in reversed(missing):
+        each.mkdir(mode=0o700, exist_ok=True)
+
+
+def open_scratch() -> IO[bytes] | None:
+    """A file of no name, in memory where that can be; None where there is no room for one."""
+    try:
+        if hasattr(os, "memfd_create"):
+            return open(os.memfd_create("edgeinfer"), "w+b")
+        return tempfile.TemporaryFile()
+    except OSError:
+        return None
+
+
+def open_appending(path: Path) -> BinaryIO:
+    """Open or make a file to read and append to; OSError for a link, or what has another name."""
+    return open(path, "ab+", opener=_open_plain)
+
+
+def _open_plain(path: str, flags: int) -> int:
+    no_link = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    descriptor = os.open(path, flags | no_link, 0o666)
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        os.close(descriptor)
+        raise PermissionError(errno.EPERM, "not a plain file", path)
+    return descriptor
+
+
+class ReadableFile:
+    """A file that is read at any place, by any thread, until `close`; it is never mapped.
+
+    What is mapped and cut short by another process ends this one with a bus error.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = open(path, "rb", buffering=0)
+        self._lock = threading.Lock()
+        status = os.fstat(self._file.fileno())
+        self.n_bytes, self._changed = status.st_size, status.st_mtime_ns
+
+    def read_into(self, buffer: memoryview, at: int) -> int:
+        """Fill a buffer from byte `at` on; fewer bytes than it has where the file ends."""
+        n_done = 0
+        while n_done < len(buffer):
+            n = self._read_some(buffer[n_done:], at + n_done)
+            if not n:
+                break
+            n_done += n
+        return n_done
+
+    def _read_some(self, buffer: memoryview, at: int) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._file.fileno(), [buffer], at)
+        with self._lock:
+            self._file.seek(at)
+            return self._file.readinto(buffer) or 0
+
+    def is_unchanged(self) -> bool:
+        """Whether nobody has written to it since it was opened, as far as its time tells."""
+        status = os.fstat(self._file.fileno())
+        return (status.st_size, status.st_mtime_ns) == (self.n_bytes, self._changed)
+
+    def is_in_place(self) -> bool:
+        """Whether its path still names it."""
+        return is_at(self._file, self.path)
+
+    @property
+    def is_closed(self) -> bool:
+        return self._file.closed
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __del__(self) -> None:
+        self._file.close()
+
+
+def is_at(file: BinaryIO | FileIO, path: Path) -> bool:
+    """Whether an open file is still what `path` names."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError:
+        return False
+
+
+def unlink_open(path: Path) -> bool:
+    """Delete a file that is open here; False where the system forbids that, as Windows does."""
+    try:
+        path.unlink(missing_ok=True)
+    except PermissionError:
+        return False
+    return True
+
+
+def sync(file: BinaryIO) -> None:
+    """Have what was written to a file on the disk, as far as the system promises that.
+
+    OSError where the system says that it is not there.
+    """
+    file.flush()
+    try:
+        os.fsync(file.fileno())
+    except AttributeError:
+        pass
+    except OSError as error:
+        if error.errno in _LOSSES:
+            raise
+
+
+def try_lock(file: BinaryIO) -> bool:
+    """Claim an open file until it is closed; False where another process has it."""
+    try:
+        import fcntl
+    except ImportError:
+        return _windows_lock(file)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks: better unlocked than not at all
+        return True
+    return True
+
+
+def _windows_lock(file: BinaryIO) -> bool:
+    if sys.platform != "win32":
+        return True
+    import msvcrt
+
+    position = file.tell()
+    try:
+        file.seek(_LOCKED_BYTE)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except OSError:
+        return False
+    finally:
+        file.seek(position)
+    return True

@@ -1,0 +1,95 @@
+"""How much memory is free for this process, and how much it holds."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from edgeinfer.platform import system_files
+
+_ROOT = Path("/")
+_FALLBACK_MEMORY = 4 << 30
+
+
+def available_memory(root: Path = _ROOT) -> int:
+    """Bytes that a new allocation may take without swapping.
+
+    Never more than our cgroups and this process's own limits allow; clean pages of files count as
+    free. `root` is where the system's own files are looked for.
+    """
+    available = system_files.field(root / "proc/meminfo", "MemAvailable:", 1024)
+    if available is None:
+        available = _windows_memory() or _sysconf_memory()
+    return max(0, min([available, *_cgroup_memory(root), *_address_space(root)]))
+
+
+def _cgroup_memory(root: Path) -> Iterator[int]:
+    """Bytes below the limit of each of our cgroups."""
+    for folder in system_files.cgroups(root, "memory"):
+        for limit_name, used_name, prefix in _MEMORY_LIMITS:
+            texts = (system_files.read(folder / name) for name in (limit_name, used_name))
+            limit, used = map(system_files.number, texts)
+            if limit is None or used is None:
+                continue
+            stat = folder / "memory.stat"
+            clean, dirty = (
+                sum(system_files.field(stat, prefix + name, 1) or 0 for name in names)
+                for names in (("inactive_file", "active_file"), _DIRTY_FILES[prefix])
+            )
+            yield limit - used + min(used, max(0, clean - dirty))
+
+
+# Version 2, where `high` is what a group is slowed down at, and version 1.
+_MEMORY_LIMITS = (
+    ("memory.max", "memory.current", ""),
+    ("memory.high", "memory.current", ""),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+)
+_DIRTY_FILES = {"": ("file_dirty", "file_writeback"), "total_": ("dirty", "writeback")}
+
+
+def _address_space(root: Path) -> Iterator[int]:
+    """Bytes below the limits that were set for this process itself (`ulimit -v`, `-d`)."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    status = root / "proc/self/status"
+    for limit_name, used_name in (("RLIMIT_AS", "VmSize:"), ("RLIMIT_DATA", "VmData:")):
+        which = getattr(resource, limit_name, None)  # not every system has both
+        if which is not None and (limit := resource.getrlimit(which)[0]) >= 0:  # -1: none
+            yield limit - (system_files.field(status, used_name, 1024) or 0)
+
+
+def peak_rss() -> int:
+    """The most memory this process has held, in bytes; 0 where the system doesn't tell."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def rss() -> int:
+    """The memory this process holds now, in bytes; 0 where the system doesn't tell."""
+    fields = (system_files.read("/proc/self/statm") or "0 0").split()
+    return int(fields[1]) * mmap.PAGESIZE
+
+
+def _windows_memory() -> int | None:
+    if sys.platform != "win32":
+        return None
+    from edgeinfer.platform import windows
+
+    return windows.available_memory()
+
+
+def _sysconf_memory() -> int:
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return _FALLBACK_MEMORY
