@@ -37,7 +37,7 @@ cli
 __main__ tui pyinstaller
 """
 LINE = {name: i for i, line in enumerate(LAYERS.split("\n")) for name in line.split()}
-PACKAGES = ("platform", "kernels.cpu", "kernels.cuda", "tui")
+PACKAGES = ("platform", "gguf", "kernels.cpu", "kernels.cuda", "tui")
 SLOW = ("numpy", "numba", "llvmlite", "cupy", "textual", "tokenizers", "huggingface_hub", "jinja2")
 
 
