@@ -1,13 +1,14 @@
-"""Files and folders: written whole or not at all, read at any place, locked, on the disk."""
+"""Files and folders: written whole or not at all, read at any place, locked, on the disk.
+
+`tempfile` and `shutil` are imported where used: most starts write no file.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
-import shutil
 import stat
 import sys
-import tempfile
 import threading
 from contextlib import suppress
 from io import FileIO
@@ -30,6 +31,8 @@ def files_below(folder: Path, pattern: str) -> list[Path]:
 
 def free_disk(folder: Path) -> int:
     """Bytes that can be written below `folder`, which need not exist yet."""
+    import shutil
+
     for existing in (folder, *folder.parents):
         if os.path.isdir(existing):
             try:
@@ -41,6 +44,8 @@ def free_disk(folder: Path) -> int:
 
 def is_writable(folder: Path) -> bool:
     """Whether files can be made and filled in `folder`; it is made when it does not exist."""
+    import tempfile
+
     try:
         make_folder(folder)
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -53,6 +58,8 @@ def is_writable(folder: Path) -> bool:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file completely or not at all, whoever writes it at the same time; makes folders."""
+    import tempfile
+
     make_folder(path.parent)
     descriptor, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
     try:
@@ -67,6 +74,8 @@ def write_whole(path: Path, data: bytes) -> None:
 
 def delete_all(path: Path) -> None:
     """Delete a file or a folder with all that is in it; OSError for the first that stays."""
+    import shutil
+
     shutil.rmtree(path, ignore_errors=True)  # whatever can go goes
     try:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -86,6 +95,8 @@ def open_scratch() -> IO[bytes] | None:
     try:
         if hasattr(os, "memfd_create"):
             return open(os.memfd_create("edgeinfer"), "w+b")
+        import tempfile
+
         return tempfile.TemporaryFile()
     except OSError:
         return None
