@@ -102,7 +102,6 @@ def rm(name: str) -> None:
 def cache(clear: bool, as_json: bool) -> None:
     """What edgeinfer keeps on this disk, and where."""
     from edgeinfer.discovery import models_folder
-    from edgeinfer.doctor import folder_bytes
     from edgeinfer.fetch import UNFINISHED, discard_unfinished
 
     kernels, models = config.cache_folder(), models_folder()
@@ -120,7 +119,7 @@ def cache(clear: bool, as_json: bool) -> None:
             ) from error
         note(f"emptied {kernels}; models stay (edgeinfer rm NAME deletes one)")
         return
-    sizes = {str(folder): folder_bytes(folder) for folder in (kernels, models)}
+    sizes = {str(folder): platform.bytes_below(folder) for folder in (kernels, models)}
     if as_json:
         show_json({"folders": sizes, "unfinished": [str(path) for path in unfinished]})
         return
@@ -246,7 +245,8 @@ def _may_fetch(name: str, yes: bool) -> bool:
     from edgeinfer.catalog import find_alias, parse_repo
 
     alias = find_alias(name)
-    if alias is None and (parse_repo(name) is None or Path(name).parent.is_dir()):
+    beside = os.path.dirname(name) or os.curdir
+    if alias is None and (parse_repo(name) is None or os.path.isdir(beside)):
         return False
     if yes:
         return True

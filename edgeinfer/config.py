@@ -32,7 +32,10 @@ def data_folder() -> Path:
 def _folder(kind: Literal["cache", "data"]) -> Path:
     value = os.environ.get(HOME)
     if value:
-        return expand_user(value).absolute() / kind
+        try:
+            return expand_user(value).absolute() / kind
+        except OSError:  # the folder that it is relative to was deleted
+            return _NOWHERE
     import platformdirs
 
     find = {"cache": platformdirs.user_cache_dir, "data": platformdirs.user_data_dir}[kind]

@@ -66,15 +66,24 @@ def list_models() -> list[ModelInfo]:
 
 def find_model(name: str) -> Path:
     """The file that a path or a model's name means on this machine; ModelNotFoundError if none."""
+    try:
+        path = _at_path(name)
+        if path is None and (info := find_name(name)) is not None:
+            path = info.path
+        if path is None:
+            raise ModelNotFoundError(_not_here(name))
+    except ModelNotFoundError:
+        raise
+    except OSError as error:  # too long a name, a folder of another user
+        raise ModelNotFoundError(f"{name} can't be opened: {error.strerror}") from error
+    return path
+
+
+def _at_path(name: str) -> Path | None:
     path = config.expand_user(name)
     if path.is_dir() and (any(path.glob("*.gguf")) or parse_repo(name) is None):
         return _only_model(path)
-    if path.is_file():
-        return path
-    found = find_name(name)
-    if found is None:
-        raise ModelNotFoundError(_not_here(name))
-    return found.path
+    return path if path.is_file() else None
 
 
 def find_name(name: str) -> ModelInfo | None:
@@ -184,7 +193,10 @@ def _files(root: Path, source: str, pattern: str = "**/*.gguf") -> Iterator[Mode
     for path in platform.files_below(root, pattern):
         parts = [path.with_name(name) for name in parts_of(path.name)]
         if is_model_file(path.name) and all(_is_gguf(part) for part in parts):
-            n_bytes = sum(part.stat().st_size for part in parts)
+            try:
+                n_bytes = sum(part.stat().st_size for part in parts)
+            except OSError:  # deleted meanwhile
+                continue
             yield ModelInfo(path.stem, path, n_bytes, source, quant_of(path.name), "")
 
 

@@ -11,7 +11,6 @@ import platform as _platform
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 from edgeinfer import backend, config, platform
@@ -154,7 +153,7 @@ def _kernels() -> dict[str, Any]:
         "folder": str(folder),
         "writable": platform.is_writable(folder),
         "n_objects": len(platform.files_below(folder, "kernels/*/*.o")),
-        "n_bytes": folder_bytes(folder),
+        "n_bytes": platform.bytes_below(folder),
         "can_build": backend.can_build_kernels(),
         "origins": backend.kernel_origins(),
     }
@@ -180,12 +179,6 @@ def _models() -> dict[str, Any]:
         "token": config.hub_token() is not None,
         "offline": config.is_offline(),
     }
-
-
-def folder_bytes(folder: Path) -> int:
-    """The size of all files below a folder."""
-    files = platform.files_below(folder, "**/*")
-    return sum(os.lstat(path).st_size for path in files if os.path.isfile(path))
 
 
 def _advice(facts: dict[str, Any]) -> list[str]:

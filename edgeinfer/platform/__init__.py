@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from edgeinfer.platform.devices import CudaDriver, Gpu, board_name, cuda_driver
     from edgeinfer.platform.files import (
         ReadableFile,
+        bytes_below,
         delete_all,
         files_below,
         free_disk,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
         make_folder,
         open_appending,
         open_scratch,
+        read_whole,
         sync,
         try_lock,
         unlink_open,
@@ -57,8 +59,8 @@ _NAMES = {
     ),
     "devices": "CudaDriver Gpu board_name cuda_driver",
     "files": (
-        "ReadableFile delete_all files_below free_disk is_at is_writable make_folder "
-        "open_appending open_scratch sync try_lock unlink_open write_whole"
+        "ReadableFile bytes_below delete_all files_below free_disk is_at is_writable make_folder "
+        "open_appending open_scratch read_whole sync try_lock unlink_open write_whole"
     ),
     "limits": "ProcessLimits ended_for_time",
     "memory": "available_memory peak_rss rss",
@@ -80,6 +82,7 @@ __all__ = [
     "ThreadCalls",
     "available_memory",
     "board_name",
+    "bytes_below",
     "can_run_generated_code",
     "can_start_python",
     "cpu_name",
@@ -102,6 +105,7 @@ __all__ = [
     "processor_facts",
     "python_command",
     "read_private",
+    "read_whole",
     "rss",
     "run_tool",
     "start_isolated",

@@ -18,15 +18,32 @@ from typing import IO, BinaryIO
 _UNKNOWN_DISK = 1 << 62
 _SMALL_FILE = 64 << 10  # bytes of a kernel
 _LOSSES = (errno.EIO, errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+_MOST_LOOKS = 100
+_PORTION = 1 << 20  # bytes of a read
 _LOCKED_BYTE = 1 << 40  # beyond what any file holds
 
 
 def files_below(folder: Path, pattern: str) -> list[Path]:
     """What matches in a folder, in order; nothing where it is absent or not ours to look into."""
-    try:
-        return sorted(folder.glob(pattern))
-    except OSError:
-        return []
+    for _ in range(_MOST_LOOKS):
+        try:
+            return sorted(folder.glob(pattern))
+        except FileNotFoundError:  # another program has deleted a folder meanwhile
+            continue
+        except OSError:
+            break
+    return []
+
+
+def bytes_below(folder: Path) -> int:
+    """The size of all files below a folder, as far as they stay while it looks."""
+    total = 0
+    for at, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                status = os.lstat(os.path.join(at, name))
+                total += status.st_size if stat.S_ISREG(status.st_mode) else 0
+    return total
 
 
 def free_disk(folder: Path) -> int:
@@ -54,6 +71,19 @@ def is_writable(folder: Path) -> bool:
             return True
     except OSError:
         return False
+
+
+def read_whole(file: BinaryIO, most: int) -> bytes:
+    """What is left of a file or pipe; OSError where that is more than `most` bytes.
+
+    A device may have no end.
+    """
+    data = bytearray()
+    while part := file.read(_PORTION):
+        data += part
+        if len(data) > most:
+            raise OSError(errno.EFBIG, f"more than {most >> 20} MiB are not read", file.name)
+    return bytes(data)
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -164,7 +194,8 @@ class ReadableFile:
         self._file.close()
 
     def __del__(self) -> None:
-        self._file.close()
+        if "_file" in vars(self):  # it could be opened
+            self._file.close()
 
 
 def is_at(file: BinaryIO | FileIO, path: Path) -> bool:

@@ -7,6 +7,10 @@ import os
 import stat
 from pathlib import Path
 
+from edgeinfer.platform.files import read_whole
+
+_MOST_BYTES = 64 << 20  # of a kernel, with room to spare
+
 
 def distrust(folder: Path) -> str | None:
     """Why others may have put what lies in a folder: like the StrictModes of OpenSSH.
@@ -82,4 +86,4 @@ def read_private(path: Path) -> bytes:
         reason = _not_ours(status, str(path)) if os.name == "posix" else None
         if reason is not None or not stat.S_ISREG(status.st_mode):
             raise PermissionError(errno.EPERM, reason or "not a plain file", str(path))
-        return file.read()
+        return read_whole(file, _MOST_BYTES)
