@@ -6,14 +6,15 @@ Knows nothing of rendering.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import NoneType
 from typing import Any, Protocol, runtime_checkable
 
+from . import platform
 from .errors import InvalidModelError, InvalidRequestError, TemplateError
 
 _TEMPLATE_KEY = "tokenizer.chat_template"
 _PREFIX = f"{_TEMPLATE_KEY}."
+_MOST_SOURCE = 16 << 20  # bytes of a file
 
 
 @runtime_checkable
@@ -40,7 +41,8 @@ def choose_template(override: str, meta: Mapping[str, Any]) -> str:
     if override in BUILT_IN:
         return BUILT_IN[override]
     try:
-        return Path(override).read_text(encoding="utf-8")
+        with open(override, "rb") as file:
+            return platform.read_whole(file, _MOST_SOURCE).decode()
     except (OSError, ValueError) as error:
         own = {key[len(_PREFIX) :] or "default" for key in meta if key.startswith(_TEMPLATE_KEY)}
         names = ", ".join(sorted({*own, *BUILT_IN}))

@@ -13,11 +13,11 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, cast
 
 import click
 
-from edgeinfer import __version__, config
+from edgeinfer import __version__, config, platform
 from edgeinfer.cli_models import (
     add_to,
     advice_after,
@@ -40,10 +40,13 @@ from edgeinfer.console import (
     Output,
     ProgressLine,
     draws_screens,
+    drop,
     note,
     prepare_streams,
     show,
     show_json,
+    tell,
+    unheard,
 )
 from edgeinfer.errors import ContextLengthError, EdgeInferError, InvalidRequestError
 from edgeinfer.terminal import one_line, printable
@@ -56,6 +59,7 @@ if TYPE_CHECKING:
 _MIB = 1 << 20
 _INTERRUPTED = 130
 _MAX_LINE = 2000  # characters
+_MOST_TEXT = 256 << 20  # bytes of a prompt or a book
 _GC_THRESHOLD = 10_000  # new objects between two collections; Python's own are 700 to 2,000
 _GC_THRESHOLD_OF_START = 200_000  # more than a start makes
 
@@ -70,10 +74,13 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        _drop_stdout()
+        drop(sys.stdout)
+    except OSError as error:
+        note(f"edgeinfer: {_one_line(error)}")
+        drop(sys.stdout)
+        code = code or 1
     if code == _INTERRUPTED:
         # What still loads or builds in other threads would be waited for.
-        sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 
@@ -84,20 +91,22 @@ def _exit_code(arguments: list[str]) -> int:
         with _interrupts_raise(), commands.make_context("edgeinfer", [*arguments]) as context:
             commands.invoke(context)
     except click.ClickException as error:
-        error.show()
+        with unheard():
+            error.show()
         return error.exit_code
     except click.exceptions.Exit as exit:
         return exit.exit_code
     except (KeyboardInterrupt, click.Abort):
-        sys.stderr.write("\n")
+        tell("\n")
         return _INTERRUPTED
     except BrokenPipeError:
-        _drop_stdout()
+        drop(sys.stdout)
     except Exception as error:
         if "--debug" in arguments or config.is_debug():
             import traceback
 
-            traceback.print_exc()
+            with unheard():
+                traceback.print_exc()
         note(f"edgeinfer: {_one_line(error)}")
         is_usage = isinstance(error, InvalidRequestError)
         return 2 if is_usage and not isinstance(error, ContextLengthError) else 1
@@ -115,11 +124,6 @@ def _interrupts_raise() -> Iterator[None]:
     finally:
         if callable(outside) and outside is not signal.default_int_handler:
             signal.signal(signal.SIGINT, outside)
-
-
-def _drop_stdout() -> None:
-    """Nobody reads any more; without this the interpreter complains when it flushes at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _one_line(error: Exception) -> str:
@@ -183,11 +187,20 @@ def _read_prompt(prompt: str | None, files: tuple[str, ...]) -> str:
     if prompt == "-" or (prompt is None and not files):
         if prompt is None and sys.stdin.isatty():
             raise click.UsageError("no prompt: give -p TEXT, -f FILE, or pipe text in")
-        parts.append(sys.stdin.buffer.read().decode("utf-8", "replace"))
+        parts.append(_read_text(sys.stdin.buffer))
     elif prompt is not None:
         parts.append(prompt)
-    parts += [Path(file).read_text("utf-8", "replace") for file in files]
+    parts += map(_read_file, files)
     return "\n\n".join(parts)
+
+
+def _read_file(path: str) -> str:
+    with open(path, "rb") as file:
+        return _read_text(file)
+
+
+def _read_text(file: BinaryIO) -> str:
+    return platform.read_whole(file, _MOST_TEXT).decode("utf-8", "replace")
 
 
 def _conversation(system: str | None, text: str) -> list[Any]:
@@ -248,7 +261,7 @@ def _follow(stream: Stream, output: Output | None) -> None:
             elif event.type == "delta":
                 line.clear()
                 if event.reasoning and shows_reasoning:
-                    sys.stderr.write(printable(event.reasoning))
+                    tell(printable(event.reasoning))
                 if output:
                     output.write(event.text)
     finally:
@@ -316,8 +329,6 @@ def chat(
 def _open_tui(
     model: str | None, system: str | None, keeps_history: bool, flags: dict[str, Any]
 ) -> None:
-    from edgeinfer import platform
-
     gc.set_threshold(_GC_THRESHOLD)
     notes: dict[str, None] = {}  # said once the screen is the shell's again
 
@@ -464,7 +475,7 @@ def perplexity(model: str, file: str, as_json: bool, **flags: Any) -> None:
     """How well a model predicts the text of FILE."""
     from edgeinfer.perplexity import measure
 
-    text = Path(file).read_text("utf-8", "replace")
+    text = _read_file(file)
     with _open(model, flags) as llm:
         tokenizer, line = llm.runtime.tokenizer, ProgressLine()
         ids = tokenizer.encode(text)

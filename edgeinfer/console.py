@@ -9,8 +9,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TextIO
 
 from edgeinfer.terminal import StreamFilter, printable
 
@@ -71,15 +72,13 @@ class ProgressLine:
             return
         share = 100 * done // total if total else 100
         text = f"{_STAGES.get(stage, stage)} {share} %"
-        sys.stderr.write("\r" + text.ljust(self._width))
-        sys.stderr.flush()
+        tell("\r" + text.ljust(self._width))
         self._width, self._drawn_at = len(text), now
 
     def clear(self) -> None:
         """Take the line away, if there is one."""
         if self._width:
-            sys.stderr.write("\r" + " " * self._width + "\r")
-            sys.stderr.flush()
+            tell("\r" + " " * self._width + "\r")
             self._width = 0
 
 
@@ -113,15 +112,13 @@ class DownloadLine:
             return
         bar = "#" * int(_BAR_WIDTH * share)
         text = f"[{bar:{_BAR_WIDTH}}] {text}"
-        sys.stderr.write("\r" + text.ljust(self._width))
-        sys.stderr.flush()
+        tell("\r" + text.ljust(self._width))
         self._width = len(text)
 
     def clear(self) -> None:
         """End the line; its last state stays readable."""
         if self._width:
-            sys.stderr.write("\n")
-            sys.stderr.flush()
+            tell("\n")
             self._width = 0
 
 
@@ -135,7 +132,14 @@ _STAGES = {
 
 
 def prepare_streams() -> None:
-    """UTF-8 wherever the bytes go to a file or pipe; no character can end the program."""
+    """UTF-8 wherever the bytes go to a file or pipe; no character can end the program.
+
+    One that whoever started us has closed is empty, or takes what nobody reads.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            # In this order they get the numbers of those: else a model's file might.
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
@@ -143,10 +147,30 @@ def prepare_streams() -> None:
             reconfigure(encoding=encoding, errors="replace")
 
 
+def drop(stream: TextIO) -> None:
+    """Nobody reads any more; without this the interpreter complains when it flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """What stderr does not take, on a full disk or without a reader, costs no answer."""
+    try:
+        yield
+    except OSError:
+        drop(sys.stderr)
+
+
+def tell(text: str) -> None:
+    """Text for the person at the terminal."""
+    with unheard():
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
 def note(text: str) -> None:
     """One line for the person at the terminal."""
-    sys.stderr.write(printable(text) + "\n")
-    sys.stderr.flush()
+    tell(printable(text) + "\n")
 
 
 def show(text: str) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from edgeinfer import platform
-from edgeinfer.console import Output, note
+from edgeinfer.console import Output, note, tell
 from edgeinfer.errors import EdgeInferError
 
 if TYPE_CHECKING:
@@ -203,7 +203,6 @@ def _ask() -> str | None:
         except EOFError:
             note("")
             return None
-    sys.stderr.write("> ")
-    sys.stderr.flush()
+    tell("> ")
     line = sys.stdin.readline()
     return line.rstrip("\r\n") if line else None

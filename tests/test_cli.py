@@ -16,7 +16,10 @@ import pytest
 from edgeinfer import __version__
 from edgeinfer.cli import main
 from edgeinfer.cli_options import LOAD_NAMES, SAMPLING_NAMES
+from edgeinfer.discovery import find_model
+from edgeinfer.errors import ModelNotFoundError
 from edgeinfer.options import LoadOptions, Sampling
+from edgeinfer.platform import ReadableFile
 from edgeinfer.terminal import StreamFilter, printable
 
 from .models_for_tests import tiny_model
@@ -386,3 +389,86 @@ def test_what_is_shown_on_a_terminal_is_filtered(path: Path) -> None:
     os.close(leader)
     assert b"\x1b" not in shown
     assert done.returncode == 0
+
+
+# -- standard streams and files that are not what they should be -----------------------------------
+
+
+def _shell(path: Path, script: str) -> subprocess.CompletedProcess[str]:
+    """Run a script in which `edgeinfer` is the command and $FILE the model."""
+    script = f'edgeinfer() {{ "$PYTHON" -m edgeinfer "$@"; }}; {script}'
+    environment = {**os.environ, "PYTHON": sys.executable, "FILE": str(path)}
+    return subprocess.run(["sh", "-c", script], capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    ("script", "code", "says"),
+    [
+        ("edgeinfer plan $FILE --json 2>/dev/full", 0, "total_bytes"),
+        (
+            "edgeinfer run $FILE --raw -p a -n 1 --json --device reference 2>/dev/full",
+            0,
+            "token_ids",
+        ),
+        ("edgeinfer plan --nothing 2>/dev/full", 2, ""),
+        ("edgeinfer plan /nowhere/x.gguf 2>/dev/full", 1, ""),
+        ("edgeinfer plan $FILE --json 2>&-", 0, "total_bytes"),
+        ("edgeinfer plan $FILE >&-", 0, ""),
+        ("edgeinfer tokenize $FILE --json <&-", 0, '"token_ids": []'),
+        ("edgeinfer plan $FILE >/dev/full", 1, "edgeinfer: [Errno 28]"),
+    ],
+)
+def test_a_standard_stream_that_is_full_or_closed(
+    path: Path, script: str, code: int, says: str
+) -> None:
+    """What stderr does not take costs no answer; a full stdout is one line."""
+    done = _shell(path, script)
+    assert done.returncode == code, done
+    assert says in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="needs /dev/zero")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("run", "FILE", "--raw", "-f", "/dev/zero"),
+        ("perplexity", "FILE", "/dev/zero"),
+        ("run", "FILE", "-p", "a", "--chat-template", "/dev/zero", "--device", "reference"),
+    ],
+)
+def test_a_file_without_end_is_not_read_to_the_end(
+    call: Call, path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr("edgeinfer.cli._MOST_TEXT", 3 << 20)
+    code, out, err = call(*(path if each == "FILE" else each for each in arguments))
+    assert code in (1, 2)
+    assert not out
+    assert "/dev/zero" in err
+    assert "unexpected" not in err
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "/" + "x" * 300 + "/y.gguf", "x" * 5000])
+def test_a_name_that_no_file_can_have_is_no_model(call: Call, name: str) -> None:
+    with pytest.raises(ModelNotFoundError):
+        find_model(name)
+    code, _, err = call("run", name, "-p", "a", "-y")
+    assert code == 1
+    assert err.count("\n") == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a folder in use can't be deleted there")
+def test_a_home_relative_to_a_folder_that_is_gone(path: Path, tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    done = _shell(
+        path, f"cd '{gone}' && rmdir '{gone}' && EDGEINFER_HOME=here edgeinfer list --json"
+    )
+    assert done.returncode == 0, done
+
+
+def test_a_file_that_can_not_be_opened_leaves_nothing_to_close(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):  # what a destructor can't do is an error in tests
+        ReadableFile(tmp_path / "nothing")

@@ -306,7 +306,10 @@ def test_files(tmp_path: Path) -> None:
     assert list_files(tmp_path) == ["a.py", "raw.bin", "sub/b.py"]
     assert match("by", ["a.py", "sub/b.py"]) == ["sub/b.py"]
     assert read_attachment(tmp_path, "a.py").text == "text"
-    for name in ("raw.bin", "no.txt", "sub"):
+    os.symlink(os.devnull, tmp_path / "device")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")  # which nobody writes to
+    for name in ("raw.bin", "no.txt", "sub", "device", *(["pipe"] if os.name == "posix" else [])):
         with pytest.raises(EdgeInferError):
             read_attachment(tmp_path, name)
 

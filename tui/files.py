@@ -87,6 +87,8 @@ def read_attachment(root: Path, name: str) -> Attachment:
     """The text of a file; EdgeInferError says why it can't be attached."""
     path = (root / Path(name).expanduser()).resolve()
     try:
+        if not path.is_file():  # a pipe would be waited for, a device may have no end
+            raise EdgeInferError(f"{name} is no file")
         size = path.stat().st_size
         if size > _MOST_BYTES:
             raise EdgeInferError(
