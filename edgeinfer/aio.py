@@ -29,13 +29,21 @@ class AsyncLLM:
     def __init__(self, model: str | PathLike[str] | LLM, **load: Unpack[LoadOptions]) -> None:
         self._given, self._load = model, load
         self._llm = model if isinstance(model, LLM) else None
+        self._opening = threading.Lock()
 
     async def open(self) -> LLM:
         """The model, loaded in a thread when first asked for."""
         if self._llm is None:
-            assert not isinstance(self._given, LLM)
-            self._llm = await asyncio.to_thread(LLM, self._given, **self._load)
+            return await asyncio.to_thread(self._open)
         return self._llm
+
+    def _open(self) -> LLM:
+        with self._opening:  # tasks that ask at once get the same
+            llm = self._llm
+            if llm is None:
+                assert not isinstance(self._given, LLM)
+                llm = self._llm = LLM(self._given, **self._load)
+        return llm
 
     async def generate(
         self, prompt: str | Sequence[int], **sampling: Unpack[Sampling]
@@ -70,8 +78,13 @@ class AsyncLLM:
 
     async def close(self) -> None:
         """Close the model, unless it was given open."""
-        if self._llm is not None and self._llm is not self._given:
-            await asyncio.to_thread(self._llm.close)
+        if self._llm is not self._given:
+            await asyncio.to_thread(self._close)
+
+    def _close(self) -> None:
+        with self._opening:  # what is still being loaded too
+            if self._llm is not None:
+                self._llm.close()
 
     async def __aenter__(self) -> AsyncLLM:
         await self.open()

@@ -148,6 +148,12 @@ class Engine:
         if self._pid != os.getpid() or not self._thread.is_alive():
             raise ClosedError(self._closed or _FORKED)
 
+    def check_waiting(self) -> None:
+        """The same for who waits for them here: a callback that does stops all that runs."""
+        self.check_alive()
+        if threading.current_thread() is self._thread:
+            raise InvalidRequestError("a callback can't wait for an answer; wait in a thread")
+
     def close(self, timeout: float = _JOIN_SECONDS) -> None:
         """End every generation and the thread; safe to call twice and from any thread."""
         if self._pid != os.getpid():

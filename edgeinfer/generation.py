@@ -40,8 +40,8 @@ class Worker(Protocol):
     def wake(self) -> None:
         """Look at what is paused now: one that waits for its reader has room again."""
 
-    def check_alive(self) -> None:
-        """Raise ClosedError unless events can still come."""
+    def check_waiting(self) -> None:
+        """Raise unless events can still come to who waits for them in this thread."""
 
 
 class Generation:
@@ -84,13 +84,13 @@ class Generation:
                 event = self.events.get(WAKE_SECONDS)
                 break
             except queue.Empty:
-                self.check_alive()
+                self.check_waiting()
         self._is_finished = isinstance(event, Finished)
         return event
 
-    def check_alive(self) -> None:
-        """Raise ClosedError unless events can still come."""
-        self._worker.check_alive()
+    def check_waiting(self) -> None:
+        """Raise unless events can still come to who waits for them in this thread."""
+        self._worker.check_waiting()
 
     @property
     def is_unread(self) -> bool:
@@ -225,7 +225,7 @@ class LogitsJob:
         """Until every row was taken; an interrupted wait cancels the job."""
         try:
             while not self._done.wait(WAKE_SECONDS):
-                worker.check_alive()
+                worker.check_waiting()
         except BaseException:
             self.is_cancelled = True
             worker.interrupt(self)

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from os import PathLike
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 
 from edgeinfer import platform, runtime
 from edgeinfer.batch import PAGE
@@ -171,7 +171,8 @@ class LLM:
         opened = self._open()
         given = checked("logits", {"last": last, "prefill_chunk": prefill_chunk}, LOGITS)
         ids = id_list(token_ids, "token_ids")
-        others = [id_list(each, "batch_with") for each in _items(batch_with or (), "batch_with")]
+        given_others = () if batch_with is None else batch_with
+        others = [id_list(each, "batch_with") for each in _items(given_others, "batch_with")]
         n_rows = given.get("last", len(ids))
         needed = 4 * n_rows * opened.model.hparams.vocab_size
         available = platform.available_memory()
@@ -189,6 +190,9 @@ class LLM:
     def close(self) -> None:
         """End every generation and give all memory back."""
         self._close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an open model can't be copied or pickled; load it again there")
 
     def __enter__(self) -> LLM:
         return self
@@ -322,9 +326,10 @@ def _run_all(
 
 def _items(given: Iterable[Any], param: str) -> Iterable[Any]:
     """What to go through; a text would be gone through letter by letter."""
-    if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable):
-        raise InvalidRequestError(f"{param} is {shown(given)}; it must be a list", param=param)
-    return given
+    with suppress(TypeError):  # NumPy's arrays of no dimension are iterable by their type alone
+        if not isinstance(given, (str, bytes, Mapping)):
+            return iter(given)
+    raise InvalidRequestError(f"{param} is {shown(given)}; it must be a list", param=param)
 
 
 def _check_text(value: str, param: str) -> None:

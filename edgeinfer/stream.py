@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from queue import Empty, SimpleQueue
 from types import TracebackType
-from typing import Literal, TypeVar
+from typing import Literal, NoReturn, TypeVar
 
 from edgeinfer.errors import ClosedError, InvalidRequestError
 from edgeinfer.generation import WAKE_SECONDS, Generation
@@ -122,9 +122,9 @@ class Stream(Iterator[Event]):
         else:
             self._generation.events.notify(callback)
 
-    def check_alive(self) -> None:
-        """Raise ClosedError unless events can still come."""
-        self._generation.check_alive()
+    def check_waiting(self) -> None:
+        """Raise unless events can still come to who waits for them in this thread."""
+        self._generation.check_waiting()
 
     def run(self) -> Completion:
         """Wait for the end; an interrupted wait cancels the generation."""
@@ -154,6 +154,10 @@ class Stream(Iterator[Event]):
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        # A copy that is dropped would end the answer of the one that is read.
+        raise TypeError("a stream can't be copied or pickled; its completion can")
 
     def __del__(self) -> None:
         if not getattr(self, "_is_over", True):
@@ -272,6 +276,6 @@ def read_all(streams: Iterable[Stream]) -> list[Completion]:
                 pass
             stream.notify(partial(ready.put, stream))
         except Empty:
-            opened[-1].check_alive()
+            opened[-1].check_waiting()
         except StopIteration:
             n_open -= 1

@@ -411,7 +411,7 @@ def test_an_interrupted_wait_for_logits_ends_the_job(
     def interrupted() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine, "check_alive", interrupted)
+    monkeypatch.setattr(engine, "check_waiting", interrupted)
     with pytest.raises(KeyboardInterrupt):
         engine.logits(range(50))
     monkeypatch.undo()

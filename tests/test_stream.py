@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import gc
+import pickle
 import random
 import signal
 import threading
@@ -657,3 +659,51 @@ def test_logprobs_spell_hidden_tokens(llm: LLM) -> None:
     assert (stopped.stop, stopped.usage.completion_tokens) == ("<|bos|>", 1)
     ended = llm.generate("hello", max_tokens=2, logit_bias={257: 1e9}, stop="<|eos|>")
     assert (ended.stop, ended.finish_reason) == ("<|eos|>", "stop")
+
+
+def test_a_callback_that_waits_for_an_answer_is_refused(llm: LLM) -> None:
+    """It runs where answers are made: all of them would wait for ever."""
+    stream, refused, done = llm.stream("ab", **ENDLESS), [], threading.Event()
+
+    def wait() -> None:
+        for waiting in (lambda: llm.generate("ab", max_tokens=3), lambda: llm.logits([5])):
+            try:
+                waiting()
+            except InvalidRequestError as error:
+                refused.append(str(error))
+        done.set()
+
+    while stream.poll() is not None:
+        pass
+    stream.notify(wait)
+    assert done.wait(9)
+    stream.close()
+    assert len(refused) == 2
+    assert llm.generate("ab", max_tokens=3, temperature=0).usage.prompt_tokens
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_what_runs_has_no_copies(llm: LLM, copied: Callable[[Any], Any]) -> None:
+    stream = llm.stream("ab" * 9, temperature=0, max_tokens=9, logit_bias={257: -1e9})
+    for thing in (stream, llm):
+        with pytest.raises(TypeError, match="can't be copied"):
+            copied(thing)
+    gc.collect()
+    assert len(stream.run().token_ids) == 9
+
+
+def test_a_model_that_is_opened_twice_at_once_is_loaded_once(path: Path) -> None:
+    async def open_all() -> None:
+        model = AsyncLLM(path, device="reference")
+        first, *others = await asyncio.gather(*(model.open() for _ in range(4)))
+        assert all(other is first for other in others)
+        opening = asyncio.create_task(AsyncLLM.open(late := AsyncLLM(path, device="reference")))
+        await asyncio.sleep(0)
+        await late.close()
+        with pytest.raises(ClosedError):
+            (await opening).tokenize("a")
+        await model.close()
+        with pytest.raises(ClosedError):
+            first.tokenize("a")
+
+    asyncio.run(open_all())
