@@ -88,7 +88,8 @@ class ContextLengthError(EdgeInferError, ValueError):
 
     code = "context_length_exceeded"
 
-    def __init__(self, message: str, *, n_tokens: int, n_ctx: int) -> None:
+    # Defaults, or it could not be unpickled: a pool of processes would wait for it for ever.
+    def __init__(self, message: str, *, n_tokens: int = 0, n_ctx: int = 0) -> None:
         self.n_tokens, self.n_ctx = n_tokens, n_ctx
         super().__init__(message)
 

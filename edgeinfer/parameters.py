@@ -200,7 +200,7 @@ def id_list(value: Any, param: str) -> list[int]:
     """Token ids from a list, a range or an array; InvalidRequestError for anything else."""
     is_list = hasattr(value, "__len__") and hasattr(value, "__getitem__")
     if is_list and not isinstance(value, (str, bytes, bytearray, memoryview, Mapping)):
-        with contextlib.suppress(TypeError, ValueError):
+        with contextlib.suppress(TypeError, ValueError, OverflowError, MemoryError):
             ids = list(value)
             if not all(type(id) is int for id in ids):
                 ids = [integer(id) for id in ids]

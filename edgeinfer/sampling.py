@@ -5,6 +5,7 @@ Knows no logits: the chain itself is in `sampler.py` and, natively, in the kerne
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -166,7 +167,7 @@ def breaker_tokens(
     """
     found: set[tuple[int, ...]] = set()
     for text in breakers:
-        whole = text.encode()
+        whole = _LONE_SURROGATE.sub("\ufffd", text).encode()  # as the tokenizer reads it
         rests = {n: tuple(encode(_decode(whole[n:])))[:20] for n in range(1, len(whole))}
         for token, piece in enumerate(pieces):
             if whole in piece:
@@ -176,6 +177,9 @@ def breaker_tokens(
                 if piece.endswith(whole[:n]):
                     found.add((token, *rest))
     return tuple(sorted(found))
+
+
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def _decode(tail: bytes) -> str:

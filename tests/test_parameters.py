@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,14 @@ from hypothesis import strategies as st
 
 from edgeinfer import ANSWER, LLM, LOAD, InvalidRequestError, LoadOptions, Sampling, plan
 from edgeinfer.cli_options import LOAD_NAMES, SAMPLING_NAMES
-from edgeinfer.errors import EdgeInferError
+from edgeinfer.errors import (
+    ContextLengthError,
+    EdgeInferError,
+    InvalidModelError,
+    PlanError,
+    TemplateError,
+    UnsupportedModelError,
+)
 from edgeinfer.parameters import SAMPLING, Parameter
 from edgeinfer.sampling import SamplingParams
 
@@ -220,3 +228,33 @@ def test_whatever_is_given_is_used_or_refused(llm: LLM, given: dict[str, Any]) -
     except EdgeInferError as error:
         assert isinstance(error, InvalidRequestError) or "no number" in str(error), error
     assert llm.runtime.engine._thread.is_alive()
+
+
+def test_lists_of_lists_may_be_arrays(llm: LLM) -> None:
+    expected = llm.logits([5, 6, 7])
+    found = llm.logits(np.array([5, 6, 7]), batch_with=np.array([[8, 9], [5, 5]]))
+    assert np.array_equal(found, expected)
+    with pytest.raises(InvalidRequestError, match="batch_with"):
+        llm.logits([5], batch_with=np.array(5))  # type: ignore[arg-type]
+
+
+def test_a_breaker_that_no_encoding_takes(llm: LLM) -> None:
+    given: Sampling = {"dry_multiplier": 1.0, "temperature": 0, "max_tokens": 5}
+    assert llm.generate("ab", dry_sequence_breakers=("\ud800",), **given).token_ids
+
+
+ERRORS = [
+    ContextLengthError("long", n_tokens=9, n_ctx=8),
+    InvalidModelError("bad", path="x.gguf", field="f", offset=3),
+    PlanError("big", needed=9, available=8),
+    TemplateError("wrong", line=3),
+    UnsupportedModelError("new", architecture="a", missing=("b",)),
+    InvalidRequestError("odd", param="p"),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_errors_come_through_between_processes(error: EdgeInferError) -> None:
+    """A pool of processes waits for ever for an error that can't be unpickled."""
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))

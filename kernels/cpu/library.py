@@ -377,8 +377,10 @@ def build_objects(
                     n_told += 1
                     if progress:
                         progress(n_told, len(names), name)
-            if any([job.wait() for job in jobs]):
-                raise DeviceError(f"building CPU kernels failed:\n{_end_of(errors)}")
+            if status := next(filter(None, [job.wait() for job in jobs]), 0):
+                why = _end_of(errors) or f"a builder ended with status {status}, as one that is "
+                "killed where memory runs out"
+                raise DeviceError(f"building CPU kernels failed:\n{why}")
         finally:
             for job in jobs:
                 if job.poll() is None:
