@@ -20,9 +20,8 @@ def available_memory(root: Path = _ROOT) -> int:
     Never more than our cgroups and this process's own limits allow; clean pages of files count as
     free. `root` is where the system's own files are looked for.
     """
-    available = system_files.field(root / "proc/meminfo", "MemAvailable:", 1024)
-    if available is None:
-        available = _windows_memory() or _sysconf_memory()
+    kib = system_files.fields(root / "proc/meminfo").get("MemAvailable:")
+    available = kib * 1024 if kib is not None else _windows_memory() or _sysconf_memory()
     return max(0, min([available, *_cgroup_memory(root), *_address_space(root)]))
 
 
@@ -34,9 +33,9 @@ def _cgroup_memory(root: Path) -> Iterator[int]:
             limit, used = map(system_files.number, texts)
             if limit is None or used is None:
                 continue
-            stat = folder / "memory.stat"
+            stat = system_files.fields(folder / "memory.stat")
             clean, dirty = (
-                sum(system_files.field(stat, prefix + name, 1) or 0 for name in names)
+                sum(stat.get(prefix + name, 0) for name in names)
                 for names in (("inactive_file", "active_file"), _DIRTY_FILES[prefix])
             )
             yield limit - used + min(used, max(0, clean - dirty))
@@ -57,11 +56,13 @@ def _address_space(root: Path) -> Iterator[int]:
         import resource
     except ImportError:  # Windows
         return
-    status = root / "proc/self/status"
+    status: dict[str, int] | None = None
     for limit_name, used_name in (("RLIMIT_AS", "VmSize:"), ("RLIMIT_DATA", "VmData:")):
         which = getattr(resource, limit_name, None)  # not every system has both
         if which is not None and (limit := resource.getrlimit(which)[0]) >= 0:  # -1: none
-            yield limit - (system_files.field(status, used_name, 1024) or 0)
+            if status is None:  # most processes have no such limits
+                status = system_files.fields(root / "proc/self/status")
+            yield limit - 1024 * status.get(used_name, 0)
 
 
 def peak_rss() -> int:

@@ -43,15 +43,11 @@ def _physical_cores(cpus: set[int]) -> int | None:
 def _cgroup_cpus(root: Path) -> Iterator[int]:
     """Whole processors that the quota of each of our cgroups grants."""
     for folder in system_files.cgroups(root, "cpu"):
-        fields = (
-            system_files.read(folder / "cpu.max") or ""
-        ).split()  # version 2: quota and period
-        if len(fields) < 2:
-            fields = [
-                system_files.read(folder / f"cpu.cfs_{name}_us") or ""
-                for name in ("quota", "period")
-            ]
-        quota, period = map(system_files.number, fields[:2])
+        words = (system_files.read(folder / "cpu.max") or "").split()
+        if len(words) < 2:  # version 1
+            files = (folder / f"cpu.cfs_{name}_us" for name in ("quota", "period"))
+            words = [system_files.read(file) or "" for file in files]
+        quota, period = map(system_files.number, words[:2])
         if quota is not None and period:
             yield quota // period
 

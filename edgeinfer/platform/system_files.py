@@ -26,13 +26,14 @@ def cgroups(root: Path, controller: str) -> Iterator[Path]:
             yield mount.joinpath(*parts[:n])
 
 
-def field(path: Path, name: str, unit: int) -> int | None:
-    """A number behind a name at the start of a line, in bytes; None where there is none."""
+def fields(path: Path) -> dict[str, int]:
+    """The numbers behind the names at the starts of lines; of equal names the first."""
+    found: dict[str, int] = {}
     for line in (read(path) or "").splitlines():
         words = line.split()
-        if len(words) > 1 and words[0] == name and (count := number(words[1])) is not None:
-            return count * unit
-    return None
+        if len(words) > 1 and (count := number(words[1])) is not None:
+            found.setdefault(words[0], count)
+    return found
 
 
 def number(text: str | None) -> int | None:
