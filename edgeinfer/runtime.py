@@ -13,10 +13,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Generic, TypeVar, cast
+from typing import Generic, NamedTuple, TypeVar, cast
 
 from edgeinfer import config, platform
-from edgeinfer.backend import Backend, Program, cache_bytes, device_kind, open_backend, packed_bytes
+from edgeinfer.backend import (
+    Backend,
+    CompileProgress,
+    Program,
+    cache_bytes,
+    device_kind,
+    open_backend,
+    packed_bytes,
+)
 from edgeinfer.chat import ChatTemplate
 from edgeinfer.discovery import find_model
 from edgeinfer.engine import Engine
@@ -27,6 +35,7 @@ from edgeinfer.errors import (
     ModelNotFoundError,
     PlanError,
 )
+from edgeinfer.generation import WAKE_SECONDS
 from edgeinfer.gguf import GGUFFile
 from edgeinfer.graph import Linear
 from edgeinfer.memory_plan import PYTHON_BYTES, MemoryPlan, PlanRequest, solve
@@ -132,12 +141,10 @@ def _load(path: Path, options: LoadOptions, templates: TemplateEngine | None) ->
     start = time.perf_counter()
     file = GGUFFile.open(path)
     try:
-        model = Model.load(file)
-        device, packs = device_kind(options.get("device") or "auto"), threading.Event()
-        n_threads = _n_threads(options)
-        memory = _available_memory(options) - PYTHON_BYTES
-        backend = open_backend(device, progress=_progress(options, packs), memory=memory)
-        plan = plan_model(model, options, backend)
+        model, packs = Model.load(file), threading.Event()
+        machine = _Machine.of(options)
+        backend = machine.open_backend(_progress(options, packs))
+        plan = _plan(model, options, machine, backend)
         # Text is got ready while weights are packed, which needs no Python: sooner it delays that.
         tokenizer = _Later(lambda: _make_tokenizer(file, options, packs))
         try:
@@ -156,7 +163,9 @@ def _load(path: Path, options: LoadOptions, templates: TemplateEngine | None) ->
         file.close()
         raise
     load_s = time.perf_counter() - start
-    return Runtime(model, plan, program, engine, device, n_threads, load_s, tokenizer, template)
+    return Runtime(
+        model, plan, program, engine, machine.device, machine.n_threads, load_s, tokenizer, template
+    )
 
 
 def checked_options(function: str, given: LoadOptions) -> LoadOptions:
@@ -188,30 +197,48 @@ def find_file(name: str | PathLike[str], *, download: bool = False) -> Path:
     return pull(name)
 
 
-def plan_model(model: Model, options: LoadOptions, backend: Backend | None = None) -> MemoryPlan:
-    """The memory that loading with these options takes, on a backend that is open or could be."""
-    device = device_kind(options.get("device") or "auto")
-    available = _available_memory(options)
-    backend = backend or open_backend(device, memory=available - PYTHON_BYTES)
+def plan_model(model: Model, options: LoadOptions) -> MemoryPlan:
+    """The memory that loading with these options takes."""
+    machine = _Machine.of(options)
+    return _plan(model, options, machine, machine.open_backend())
+
+
+def _plan(model: Model, options: LoadOptions, machine: _Machine, backend: Backend) -> MemoryPlan:
     segment = model.graph.segment()
     return solve(
         segment,
         PlanRequest(
             n_ctx=options.get("n_ctx"),
             slots=options.get("slots") or 1,
-            n_threads=_n_threads(options),
-            available=available,
-            cache_bytes=cache_bytes(device, segment),
-            packed_bytes=lambda weight: packed_bytes(device, weight),
+            n_threads=machine.n_threads,
+            available=machine.available,
+            cache_bytes=cache_bytes(machine.device, segment),
+            packed_bytes=lambda weight: packed_bytes(machine.device, weight),
             building_bytes=backend.building_bytes(segment),
         ),
     )
 
 
-def _available_memory(options: LoadOptions) -> int:
-    """What the user allows, or else what there is."""
-    available, memory = platform.available_memory(), options.get("memory")
-    return available if memory is None else parse_memory(memory, available)
+class _Machine(NamedTuple):
+    """Where a model runs and what it may take there: asked of the system once, a millisecond."""
+
+    device: str
+    n_threads: int
+    available: int  # bytes that the user allows, or else that there are
+
+    @classmethod
+    def of(cls, options: LoadOptions) -> _Machine:
+        threads = options.get("threads") or config.threads()
+        checked_threads = int(LOAD["threads"].check(threads)) if threads else None
+        available, memory = platform.available_memory(), options.get("memory")
+        return cls(
+            device_kind(options.get("device") or "auto"),
+            checked_threads or platform.default_threads(),
+            available if memory is None else parse_memory(memory, available),
+        )
+
+    def open_backend(self, progress: CompileProgress | None = None) -> Backend:
+        return open_backend(self.device, progress=progress, memory=self.available - PYTHON_BYTES)
 
 
 def _make_tokenizer(file: GGUFFile, options: LoadOptions, packs: threading.Event) -> Tokenizer:
@@ -234,12 +261,7 @@ def _make_template(
     return template
 
 
-def _n_threads(options: LoadOptions) -> int:
-    asked = options.get("threads") or config.threads()
-    return int(LOAD["threads"].check(asked)) if asked else platform.default_threads()
-
-
-def _progress(options: LoadOptions, packs: threading.Event) -> Callable[[str, int, int], None]:
+def _progress(options: LoadOptions, packs: threading.Event) -> CompileProgress:
     """Tells whoever asked, and sets `packs` once weights are packed."""
     report = options.get("progress")
 
@@ -266,7 +288,7 @@ class _Later(Generic[T]):
 
     def wait(self) -> None:
         while self._thread.is_alive():
-            self._thread.join(_WAKE_SECONDS)
+            self._thread.join(WAKE_SECONDS)
 
     def result(self) -> T:
         self.wait()
@@ -296,4 +318,3 @@ class _Later(Generic[T]):
 
 
 _LEAST_MEMORY = 32 << 20  # with less, a thread may fail before Python can say that it did
-_WAKE_SECONDS = 0.1  # lets signals in where a wait can't be interrupted
