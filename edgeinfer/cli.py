@@ -221,7 +221,7 @@ def _open(
     path = choose_model(model, bool(flags.get("yes")), is_chat=is_chat)
     engine = TemplateEngine() if templates else None
     if engine is not None:
-        engine.start()  # while this process imports NumPy
+        engine.start(may_fork=True)  # while this process imports NumPy
     line = ProgressLine()
 
     def progress(event: Progress) -> None:

@@ -13,7 +13,6 @@ import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib.machinery import PathFinder
-from io import TextIOWrapper
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
@@ -23,6 +22,10 @@ from edgeinfer.jinja_process import ERROR, LENGTH, LIMIT, REPLY, Request, most_c
 
 if TYPE_CHECKING:
     import subprocess
+
+    from edgeinfer.platform import ForkedProcess
+
+    Process = subprocess.Popen[bytes] | ForkedProcess
 
 MAX_SOURCE = 1 << 16  # characters; the largest of 82 public templates has 16,714
 _SECONDS = 1.0  # of a processor, for all renders of a request together
@@ -58,10 +61,13 @@ class TemplateEngine:
         self._lock = threading.Lock()
         self._worker: _Worker | None = None
 
-    def start(self) -> None:
-        """Let the process get ready meanwhile; that it can't is told by whoever renders."""
+    def start(self, *, may_fork: bool = False) -> None:
+        """Let the process get ready meanwhile; that it can't is told by whoever renders.
+
+        It `may_fork` from one that holds nothing which a template should not be near.
+        """
         with self._lock, suppress(TemplateError):
-            self._running()
+            self._running(may_fork)
 
     def render(self, source: str, variables: Mapping[str, Any], budget: Budget) -> str:
         """The text; RenderError where the template is to blame, TemplateError where none runs.
@@ -88,10 +94,10 @@ class TemplateEngine:
         with self._lock:
             self._end()
 
-    def _running(self) -> _Worker:
+    def _running(self, may_fork: bool = False) -> _Worker:
         if self._worker is None or not self._worker.is_usable():
             self._end()
-            self._worker = _Worker()
+            self._worker = _Worker(may_fork)
         return self._worker
 
     def _give_up(self, budget: Budget) -> None:
@@ -107,16 +113,15 @@ class TemplateEngine:
 class _Worker:
     """One process and its pipes; it is ended by `close`, and when nobody holds it any more."""
 
-    def __init__(self) -> None:
+    def __init__(self, may_fork: bool) -> None:
         try:
-            self._process = platform.start_isolated(_MODULE, _folders())
+            self._process = platform.start_isolated(_MODULE, _folders(), may_fork=may_fork)
         except OSError as error:
             raise TemplateError(
                 f"chat templates run in a process of their own, which can't be started: {error}; "
                 "a prompt without a template (`run --raw`, generate) needs none"
             ) from error
-        self._requests = _bytes_of(self._process.stdin)
-        self._replies = _bytes_of(self._process.stdout)
+        self._requests, self._replies = _pipes(self._process)
         self._patience: float | None = None
         self._owner = os.getpid()
         self.close = weakref.finalize(self, _end_process, self._process, self._owner)
@@ -165,14 +170,14 @@ class _Worker:
         return f"the template ended the process that ran it (status {status})"
 
 
-def _bytes_of(pipe: IO[str] | None) -> IO[bytes]:
-    return cast(IO[bytes], cast(TextIOWrapper, pipe).buffer)
+def _pipes(process: Process) -> tuple[IO[bytes], IO[bytes]]:
+    return cast(IO[bytes], process.stdin), cast(IO[bytes], process.stdout)
 
 
 class _Alarm:
     """Kills a process unless the block is left within some seconds."""
 
-    def __init__(self, seconds: float, process: subprocess.Popen[str]) -> None:
+    def __init__(self, seconds: float, process: Process) -> None:
         self._timer = threading.Timer(seconds, process.kill)
         self._timer.daemon = True
 
@@ -183,14 +188,14 @@ class _Alarm:
         self._timer.cancel()
 
 
-def _end_process(process: subprocess.Popen[str], owner: int) -> None:
+def _end_process(process: Process, owner: int) -> None:
     if os.getpid() != owner:
         return
     process.kill()
     process.wait()
-    for pipe in (process.stdin, process.stdout):
+    for pipe in _pipes(process):
         with suppress(OSError):
-            cast(IO[str], pipe).close()
+            pipe.close()
 
 
 def _folders() -> list[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import edgeinfer
 from edgeinfer import platform
 from edgeinfer.kernels.cpu.library import build_command, build_objects
 from edgeinfer.kernels.cpu.targets import Target
@@ -127,6 +128,67 @@ def test_children_run_elsewhere_and_without_our_python_variables(
     with platform.start_program(platform.python_command("this")) as child:
         assert child.stdout is not None and "Zen" in child.stdout.read()
     assert not trap.exists()
+
+
+FORKED = """
+import json, os, signal, sys, threading, time
+from edgeinfer.template_engine import Budget, LimitError, TemplateEngine
+signal.signal(signal.SIGTERM, lambda *_: open(sys.argv[2], "a").write("handler "))
+sys.path.insert(0, "")
+secret = open(sys.argv[1])
+os.closerange(0, int(sys.argv[3]))  # a program may be started without standard streams
+engine = TemplateEngine()
+engine.start(may_fork=True)
+child = engine._worker._process
+said = [type(child).__name__, engine.render("{{ 6 * 7 }}", {}, Budget())]
+its = f"/proc/{child.pid}"
+said.append([os.readlink(f"{its}/fd/{name}") for name in os.listdir(f"{its}/fd")])
+said += [os.readlink(f"{its}/cwd"), os.getsid(child.pid) == child.pid]
+try:
+    endless = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
+    engine.render(endless, {}, Budget())
+except LimitError as error:
+    said.append(str(error))
+engine.start(may_fork=True)
+again, pid = engine._worker._process, engine._worker._process.pid
+os.kill(pid, signal.SIGTERM)
+said += [type(again).__name__, again.wait(), again.poll(), again.kill()]
+threading.Thread(target=time.sleep, args=(30,), daemon=True).start()
+engine.start(may_fork=True)
+last = engine._worker._process
+said += [type(last).__name__, last.pid]
+open(sys.argv[4], "w").write(json.dumps(said))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux forks safely")
+@pytest.mark.parametrize("n_closed", [0, 1, 3])
+def test_a_copy_has_nothing_of_its_parent_and_is_made_only_where_it_is_whole(
+    trap: Path, tmp_path: Path, n_closed: int
+) -> None:
+    program, secret, report = (tmp_path / name for name in ("program.py", "secret", "report"))
+    program.write_text(FORKED)
+    secret.write_text("secret")
+    start = [sys.executable, str(program), str(secret), str(trap), str(n_closed), str(report)]
+    ours = str(Path(edgeinfer.__file__).parent.parent)
+    subprocess.run(start, timeout=60, env={**os.environ, "PYTHONPATH": ours}, capture_output=True)
+    kind, text, files, folder, is_apart, limit, again, status, polled, _, last, pid = json.loads(
+        report.read_text()
+    )
+    assert (kind, text, is_apart) == ("ForkedProcess", "42", True)
+    assert len(files) == 3 and not [f for f in files if not f.startswith(("pipe:", "/dev/null"))]
+    assert "trap" not in folder and "time" in limit
+    assert (again, status, polled) == ("ForkedProcess", -signal.SIGTERM, -signal.SIGTERM)
+    assert last == "Popen"
+    assert not trap.exists()
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}/cmdline").exists() and time.monotonic() < deadline:
+        if not Path(f"/proc/{pid}/cmdline").read_bytes():  # a zombie that nobody asks about
+            break
+        time.sleep(0.02)
+    else:
+        assert not Path(f"/proc/{pid}").exists(), "it outlives who started it"
 
 
 def test_a_relative_cache_is_the_same_for_a_builder(trap: Path) -> None:

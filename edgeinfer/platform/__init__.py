@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         unlink_open,
         write_whole,
     )
+    from edgeinfer.platform.forks import ForkedProcess
     from edgeinfer.platform.limits import ProcessLimits, ended_for_time
     from edgeinfer.platform.memory import available_memory, peak_rss, rss
     from edgeinfer.platform.native import (
@@ -57,6 +58,7 @@ _NAMES = {
         "MODULE_FLAG STARTS_ITSELF can_start_python find_program module_folders "
         "python_command run_tool start_isolated start_program"
     ),
+    "forks": "ForkedProcess",
     "devices": "CudaDriver Gpu board_name cuda_driver",
     "files": (
         "ReadableFile bytes_below delete_all files_below free_disk is_at is_writable make_folder "
@@ -73,6 +75,7 @@ _HOME = {name: module for module, names in _NAMES.items() for name in names.spli
 __all__ = [
     "Code",
     "CudaDriver",
+    "ForkedProcess",
     "Gpu",
     "MODULE_FLAG",
     "Memory",
