@@ -149,6 +149,8 @@ try:
     engine.render(endless, {}, Budget())
 except LimitError as error:
     said.append(str(error))
+while len(os.listdir("/proc/self/task")) > 1:  # what watched over the time may still end
+    time.sleep(0.001)
 engine.start(may_fork=True)
 again, pid = engine._worker._process, engine._worker._process.pid
 os.kill(pid, signal.SIGTERM)
@@ -163,7 +165,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux forks safely")
-@pytest.mark.parametrize("n_closed", [0, 1, 3])
+@pytest.mark.parametrize("n_closed", [0, 3])
 def test_a_copy_has_nothing_of_its_parent_and_is_made_only_where_it_is_whole(
     trap: Path, tmp_path: Path, n_closed: int
 ) -> None:

@@ -43,7 +43,7 @@ def run_damaged(folder: Path, *arguments: str, seconds: float) -> dict[str, Any]
 
 
 def test_damaged_files(tmp_path: Path) -> None:
-    assert run_damaged(tmp_path, "--count", "3000", seconds=300)["files"] == 3000
+    assert run_damaged(tmp_path, "--count", "1000", seconds=300)["files"] == 1000
 
 
 @pytest.mark.slow
