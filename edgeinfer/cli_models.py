@@ -16,7 +16,7 @@ import click
 from edgeinfer import config, platform
 from edgeinfer.cli_options import common_flags
 from edgeinfer.console import DownloadLine, note, show, show_json
-from edgeinfer.errors import EdgeInferError, ModelNotFoundError
+from edgeinfer.errors import ModelNotFoundError
 from edgeinfer.terminal import one_line
 
 if TYPE_CHECKING:
@@ -102,21 +102,16 @@ def rm(name: str) -> None:
 def cache(clear: bool, as_json: bool) -> None:
     """What edgeinfer keeps on this disk, and where."""
     from edgeinfer.discovery import models_folder
-    from edgeinfer.fetch import UNFINISHED, discard_unfinished
+    from edgeinfer.fetch import UNFINISHED, discard_unfinished, said_if_undeletable
 
     kernels, models = config.cache_folder(), models_folder()
     unfinished = [
         path for name in UNFINISHED for path in platform.files_below(models, f"**/{name}")
     ]
     if clear:
-        try:
+        with said_if_undeletable(kernels):
             discard_unfinished()
             platform.delete_all(kernels)
-        except OSError as error:
-            raise EdgeInferError(
-                f"{error.filename or kernels} can't be deleted: {error.strerror or error}; end "
-                "what uses it, or delete it yourself"
-            ) from error
         note(f"emptied {kernels}; models stay (edgeinfer rm NAME deletes one)")
         return
     sizes = {str(folder): platform.bytes_below(folder) for folder in (kernels, models)}

@@ -5,7 +5,8 @@ Knows nothing of how progress is shown.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from edgeinfer import config, hub, platform, wheel
@@ -133,6 +134,18 @@ class _Writable:
         )
 
 
+@contextmanager
+def said_if_undeletable(path: Path) -> Iterator[None]:
+    """An OSError within the block is said to be about the file that it names, else `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise EdgeInferError(
+            f"{error.filename or path} can't be deleted: {error.strerror or error}; end what uses "
+            "it, or delete it yourself"
+        ) from error
+
+
 def discard_unfinished() -> None:
     """Delete what downloads that were cut short have left; those that run are left alone.
 
@@ -172,13 +185,8 @@ def remove(name: str) -> list[Path]:
         )
     files = [info.path.with_name(part) for part in parts_of(info.path.name)]
     for file in reversed(files):  # by its first part a model is found, to be deleted again
-        try:
+        with said_if_undeletable(file):
             hub.delete(file)
-        except OSError as error:
-            raise EdgeInferError(
-                f"{file} can't be deleted: {error.strerror or error}; end what uses it, or delete "
-                "it yourself"
-            ) from error
     _drop_empty(info.path.parent)
     return files
 

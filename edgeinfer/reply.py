@@ -245,8 +245,11 @@ class ReasoningSplitter:
     def flush(self) -> tuple[str, str]:
         """What was held back, once no more can come."""
         held, self._held = self._held, ""
-        in_reasoning = self._state == "reasoning" or (self._state == "start" and self._opened)
-        return (held.rstrip(), "") if in_reasoning else ("", held)
+        return (held.rstrip(), "") if self._in_reasoning else ("", held)
+
+    @property
+    def _in_reasoning(self) -> bool:
+        return self._state == "reasoning" or (self._state == "start" and bool(self._opened))
 
     def _begin(self) -> None:
         text = self._held.lstrip()
@@ -289,9 +292,8 @@ class ReasoningSplitter:
         return "", ""
 
     def _pass_control(self, text: str) -> None:
-        in_reasoning = self._state == "reasoning" or (self._state == "start" and self._opened)
         opened = next((tags for tags in self._known if tags.open == text), None)
-        if in_reasoning and text == self._close:
+        if self._in_reasoning and text == self._close:
             self._held, self._state = "", "between"
         elif opened is not None and self._state != "reasoning":
             self._held, self._close = "", opened.close

@@ -134,17 +134,30 @@ def open_scratch() -> IO[bytes] | None:
 
 def open_appending(path: Path) -> BinaryIO:
     """Open or make a file to read and append to; OSError for a link, or what has another name."""
-    return open(path, "ab+", opener=_open_plain)
+    return open(path, "ab+", opener=_open_sole)
 
 
-def _open_plain(path: str, flags: int) -> int:
-    no_link = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    descriptor = os.open(path, flags | no_link, 0o666)
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+def _open_sole(path: str, flags: int) -> int:
+    descriptor, status = open_plain(path, flags)
+    if status.st_nlink > 1:
         os.close(descriptor)
-        raise PermissionError(errno.EPERM, "not a plain file", path)
+        raise PermissionError(errno.EPERM, "it has another name too", path)
     return descriptor
+
+
+def open_plain(path: str | Path, flags: int) -> tuple[int, os.stat_result]:
+    """A file's descriptor, never that of a link's target, pipe or device; for a pipe nobody waits.
+
+    PermissionError for what is no file; OSError where nothing can be opened.
+    """
+    for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):
+        flags |= getattr(os, name, 0)
+    descriptor = os.open(path, flags, 0o666)
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise PermissionError(errno.EPERM, "not a plain file", str(path))
+    return descriptor, status
 
 
 class ReadableFile:

@@ -7,7 +7,7 @@ import os
 import stat
 from pathlib import Path
 
-from edgeinfer.platform.files import read_whole
+from edgeinfer.platform.files import open_plain, read_whole
 
 _MOST_BYTES = 64 << 20  # of a kernel, with room to spare
 
@@ -79,11 +79,9 @@ def read_private(path: Path) -> bytes:
 
     Whether others can put another file there is the folder's to say: see `distrust`.
     """
-    flags = ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY")  # of a pipe nobody waits for
-    descriptor = os.open(path, os.O_RDONLY | sum(getattr(os, flag, 0) for flag in flags))
+    descriptor, status = open_plain(path, os.O_RDONLY)
     with open(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
         reason = _not_ours(status, str(path)) if os.name == "posix" else None
-        if reason is not None or not stat.S_ISREG(status.st_mode):
-            raise PermissionError(errno.EPERM, reason or "not a plain file", str(path))
+        if reason is not None:
+            raise PermissionError(errno.EPERM, reason, str(path))
         return read_whole(file, _MOST_BYTES)
