@@ -48,7 +48,7 @@ class Chat:
     async def send(self, text: str) -> None:
         self.app.composer.prompt.set_text(text)
         await self.pilot.pause()
-        if self.app.composer.prompt.completes:
+        if self.app.composer.is_completing:
             await self.press("escape")
         await self.press("enter")
         await self.pilot.pause()
@@ -310,7 +310,7 @@ def test_system_and_params_count_from_the_next_answer_on() -> None:
 def test_slash_commands_complete() -> None:
     async def body(chat: Chat) -> None:
         await chat.idle()
-        await chat.press(*"/th")
+        await chat.press(*"/the")
         await chat.pilot.pause()
         assert "/theme" in chat.screen_text
         await chat.press("tab")

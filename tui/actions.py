@@ -1,4 +1,4 @@
-"""What can be done with a message or a conversation, whichever key or command asks for it.
+"""What can be done with a message or a conversation: what commands of the table do.
 
 Knows nothing of how things are drawn.
 """
@@ -8,24 +8,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, cast
 
 from edgeinfer import EdgeInferError
-from edgeinfer.tui.branch_screen import BranchScreen
 from edgeinfer.tui.conversation import Conversation
-from edgeinfer.tui.probabilities_screen import ProbabilitiesScreen
 from edgeinfer.tui.records import Node
 from edgeinfer.tui.splitter import split
 
 if TYPE_CHECKING:
-    from edgeinfer.tui.commands import ChatCommands
+    from edgeinfer.tui.app import ChatApp
+
+# -- a message -----------------------------------------------------------------------------------
 
 
-def selected(app: ChatCommands) -> Node | None:
+def selected(app: ChatApp) -> Node | None:
     """The message that is marked."""
     entry = app.transcript.selected
     ids = {node.id: node for node in app.session.conversation.branch()}
     return ids.get(entry) if entry is not None else None
 
 
-def selected_answer(app: ChatCommands) -> Node | None:
+def selected_answer(app: ChatApp) -> Node | None:
     """The marked answer, the answer to the marked message, or the last one."""
     node = selected(app)
     branch = app.session.conversation.branch()
@@ -35,15 +35,30 @@ def selected_answer(app: ChatCommands) -> Node | None:
     return node or app.session.conversation.last("assistant")
 
 
-def copy(app: ChatCommands, node: Node | None) -> None:
-    if node is None or not node.content:
+def mark(app: ChatApp) -> None:
+    """Mark the last message, or go to the one before."""
+    app.transcript.focus()
+    move_mark(app, -1)
+
+
+def move_mark(app: ChatApp, step: int) -> None:
+    app.transcript.select_next(step)
+    app.refresh_hint()
+
+
+def copy(app: ChatApp, argument: str) -> None:
+    """A message, or `code`: its last code block."""
+    node = selected(app) or app.session.conversation.last("assistant")
+    if argument == "code":
+        copy_code(app)
+    elif node is None or not node.content:
         app.say("nothing to copy yet", "warning")
     else:
         app.copy_to_clipboard(node.content)
 
 
-def copy_code(app: ChatCommands, node: Node | None) -> None:
-    """The last code block of a message."""
+def copy_code(app: ChatApp) -> None:
+    node = selected_answer(app)
     blocks = [piece.text for piece in split(node.content) if piece.kind == "code"] if node else []
     if blocks:
         app.copy_to_clipboard(blocks[-1])
@@ -51,8 +66,9 @@ def copy_code(app: ChatCommands, node: Node | None) -> None:
         app.say("no code in this answer", "warning")
 
 
-def edit(app: ChatCommands, node: Node | None) -> None:
+def edit(app: ChatApp) -> None:
     """Put an earlier message into the prompt; sending it begins a branch."""
+    node = selected(app) or app.session.conversation.last("user")
     if node is None or node.role != "user":
         app.say("only your own messages can be edited", "warning")
         return
@@ -63,8 +79,9 @@ def edit(app: ChatCommands, node: Node | None) -> None:
     app.refresh_hint()
 
 
-def retry(app: ChatCommands, answer: Node | None) -> None:
+def retry(app: ChatApp) -> None:
     """Write another answer, in a branch beside the one there is."""
+    answer = selected_answer(app)
     if answer is None:
         app.say("there is no answer yet", "warning")
         return
@@ -76,8 +93,32 @@ def retry(app: ChatCommands, answer: Node | None) -> None:
         app.start_answer()
 
 
-def switch_branch(app: ChatCommands, node: Node | None, step: int) -> None:
-    """Show the alternative before or after a message."""
+def show_probabilities(app: ChatApp) -> None:
+    from edgeinfer.tui.probabilities_screen import ProbabilitiesScreen
+
+    node = selected_answer(app)
+    logprobs = cast("list[object]", node.details.get("logprobs", [])) if node else []
+    if logprobs:
+        app.push_screen(ProbabilitiesScreen(logprobs))
+    else:
+        app.say("no probabilities were kept; /params logprobs 5 keeps them from the next answer on")
+
+
+def toggle_thinking(app: ChatApp) -> None:
+    """Of the marked message, else of the running or the last answer."""
+    session = app.session
+    last = session.running.node if session.running else session.conversation.last("assistant")
+    node = selected(app) or last
+    if node is None or not app.transcript.toggle_thinking(node.id):
+        app.say("no thoughts in this answer")
+
+
+# -- branches ------------------------------------------------------------------------------------
+
+
+def switch_branch(app: ChatApp, step: int) -> None:
+    """Show the alternative before or after the marked message."""
+    node = selected(app)
     if node is None:
         return
     app.stop()
@@ -90,7 +131,9 @@ def switch_branch(app: ChatCommands, node: Node | None, step: int) -> None:
         app.say("no other branch there")
 
 
-def choose_branch(app: ChatCommands) -> None:
+def choose_branch(app: ChatApp) -> None:
+    from edgeinfer.tui.branch_screen import BranchScreen
+
     conversation = app.session.conversation
     leaves = conversation.leaves()
     if len(leaves) < 2:
@@ -106,7 +149,10 @@ def choose_branch(app: ChatCommands) -> None:
     app.push_screen(BranchScreen(leaves, conversation.leaf), show)
 
 
-def undo(app: ChatCommands) -> None:
+# -- the conversation ----------------------------------------------------------------------------
+
+
+def undo(app: ChatApp) -> None:
     app.stop()
     node = app.session.undo()
     if node is None:
@@ -116,7 +162,7 @@ def undo(app: ChatCommands) -> None:
     app.say("taken back; /branch still has it")
 
 
-def open_conversation(app: ChatCommands, id: int | None) -> None:
+def open_conversation(app: ChatApp, id: int | None) -> None:
     """Show a stored conversation, or a new one."""
     app.stop()
     session = app.session
@@ -139,17 +185,64 @@ def open_conversation(app: ChatCommands, id: int | None) -> None:
     app.composer.prompt.focus()
 
 
-def show_probabilities(app: ChatCommands) -> None:
-    node = selected_answer(app)
-    logprobs = cast("list[object]", node.details.get("logprobs", [])) if node else []
-    if logprobs:
-        app.push_screen(ProbabilitiesScreen(logprobs))
+def begin_anew(app: ChatApp) -> None:
+    open_conversation(app, None)
+
+
+def load(app: ChatApp, words: str) -> None:
+    """Open the conversation that has the words, or choose one."""
+    from edgeinfer.tui.history_screen import HistoryScreen
+
+    session = app.session
+    found = session.store.search(words, limit=1) if words else []
+    if found:
+        open_conversation(app, found[0].id)
+    elif words:
+        app.say(session.notice or f"no conversation with “{words}”", "warning")
     else:
-        app.say("no probabilities were kept; /params logprobs 5 keeps them from the next answer on")
+
+        def take(id: int | None) -> None:
+            if id is not None:
+                open_conversation(app, id)
+
+        app.push_screen(HistoryScreen(session.store, session.conversation.id), take)
 
 
-def toggle_thinking(app: ChatCommands, node: Node | None) -> None:
-    running = app.session.running
-    entry = running.node.id if running and node is None else node.id if node else None
-    if entry is None or not app.transcript.toggle_thinking(entry):
-        app.say("no thoughts in this answer")
+def save(app: ChatApp, title: str) -> None:
+    conversation = app.session.conversation
+    if conversation.id is None:
+        app.say("nothing to save yet", "warning")
+    elif app.session.store.path is None:
+        app.say("this chat keeps no history (--no-history); /export writes a file", "warning")
+    else:
+        if title:
+            conversation.rename(title)
+        if app.session.notice:
+            conversation.keep()
+        app.refresh_title()
+        if app.session.notice:
+            app.say(app.session.notice, "error")
+        else:
+            app.say(f"saved as “{conversation.title}”")
+
+
+def export_conversation(app: ChatApp, argument: str) -> None:
+    from edgeinfer.tui.export import export
+
+    try:
+        path = export(app.session.conversation, argument, app.settings.folder)
+    except EdgeInferError as error:
+        app.say(str(error), "error")
+        return
+    app.say(f"written: {path}")
+
+
+def set_system(app: ChatApp, text: str) -> None:
+    """Show the system message, set it, or take it away."""
+    conversation = app.session.conversation
+    if not text:
+        current = conversation.system
+        app.say(f"system: {current}" if current else "no system message; /system TEXT sets one")
+        return
+    conversation.set_system(None if text in ("-", "none", "off") else text)
+    app.say("the system message counts from the next answer on")

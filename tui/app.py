@@ -6,7 +6,9 @@ Knows nothing of tokens or files; `Session` does what is asked here.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from rich.text import Text
 from textual import events, on
@@ -17,32 +19,49 @@ from textual.timer import Timer
 from textual.widgets import Static
 
 from edgeinfer import one_line
-from edgeinfer.tui import slash
-from edgeinfer.tui.commands import ChatCommands
+from edgeinfer.tui import commands, controls
+from edgeinfer.tui.catalog import find_models
 from edgeinfer.tui.completions import Sources
 from edgeinfer.tui.composer import Composer
-from edgeinfer.tui.copying import Copies
 from edgeinfer.tui.counts import TokenCounts
 from edgeinfer.tui.entries import RunningEntry, blocks_of
 from edgeinfer.tui.files import FileNames
+from edgeinfer.tui.keys import Keys
 from edgeinfer.tui.notes import answer_note, dropped_block, hint, welcome
-from edgeinfer.tui.palette import DARK, LIGHT, OURS, Palette, row_colors
+from edgeinfer.tui.palette import OURS, Palette
 from edgeinfer.tui.records import Attachment, Node
 from edgeinfer.tui.session import News, Prompt, Session
-from edgeinfer.tui.settings import ChatSettings
+from edgeinfer.tui.settings import ChatSettings, ModelChoice
+from edgeinfer.tui.settings_file import FILE_NAME as SETTINGS
+from edgeinfer.tui.settings_file import read_settings
 from edgeinfer.tui.status_bar import StatusBar
 from edgeinfer.tui.store import FILE_NAME, Store
-from edgeinfer.tui.terminal_colors import TerminalBackground, is_light_by
+from edgeinfer.tui.terminal_app import TerminalApp
 from edgeinfer.tui.title_bar import TitleBar
 from edgeinfer.tui.transcript import Transcript
+
+if TYPE_CHECKING:
+    from textual.command import Provider
+
+    from edgeinfer.tui.commands import Place
 
 _RATE = 8.0  # looks a second while something happens
 _MOST_SHARE = 0.2  # of the time may go into drawing; a slow draw is followed by a pause
 _SHORT_SCREEN = 18
 
 
-class ChatApp(ChatCommands):
+def _command_search() -> type[Provider]:
+    """Imported when the palette is opened."""
+    from edgeinfer.tui.command_search import CommandSearch
+
+    return CommandSearch
+
+
+class ChatApp(TerminalApp):
     """One conversation at a time, on one model."""
+
+    ENABLE_COMMAND_PALETTE = False  # by a key of Textual's own
+    COMMANDS: ClassVar[set[type[Provider] | Callable[[], type[Provider]]]] = {_command_search}
 
     CSS_PATH = "chat.tcss"
     AUTO_FOCUS = "#prompt"
@@ -50,10 +69,13 @@ class ChatApp(ChatCommands):
     NOTIFICATION_TIMEOUT = 4
 
     def __init__(self, settings: ChatSettings, driver: type[Driver] | None = None) -> None:
-        super().__init__(driver_class=driver)
         path = settings.data_folder / FILE_NAME if settings.keeps_history else None
-        self.settings = settings
-        self.session = Session(settings, Store(path))
+        store = Store(path)
+        super().__init__(settings, store, driver)
+        self.session = Session(settings, store)
+        written, complaints = read_settings(settings.data_folder / SETTINGS)
+        self.keys = Keys(written.get("keys", {}))
+        self.complaints = [*complaints, *self.keys.complaints]
         self.editing: Node | None = None
         self._entry: RunningEntry | None = None
         self._timer: Timer | None = None
@@ -62,15 +84,12 @@ class ChatApp(ChatCommands):
         self._lasting = ""
         self.failure: Exception | None = None
         self.unsent = ""  # what was typed when it failed
-        self.copies = Copies(settings.environment, settings.run_tool, self._write)
-        self._automatic = OURS[0].name  # the theme that fits the terminal
-        for theme in OURS:
-            self.register_theme(theme)
+        self.interrupted_at = float("-inf")
 
     def compose(self) -> ComposeResult:
         files = FileNames(self.settings.folder)
-        commands = tuple((each.name, each.help) for each in slash.COMMANDS)
-        sources = Sources(commands, lambda name: slash.arguments(self, name), files.names)
+        known = tuple((each.name, each.help) for each in commands.TYPED.values())
+        sources = Sources(known, self._argument_values, files.names)
         yield TitleBar(id="title")
         yield Transcript(Palette.of(OURS[0]), id="transcript")
         yield Static(id="welcome")
@@ -79,14 +98,17 @@ class ChatApp(ChatCommands):
             yield Composer(sources, self.settings.folder)
         yield StatusBar(id="status")
 
+    def _argument_values(self, name: str) -> list[tuple[str, str]]:
+        command = commands.typed(name)
+        return command.values(self) if command else []
+
     def on_mount(self) -> None:
-        self._fit_theme(is_light=is_light_by(self.settings.environment))
-        self.theme_changed_signal.subscribe(self, lambda _: self._take_theme())
-        self._take_theme()
         self.screen_stack[0].query_one("#lasting").display = False
         self._timer = self.set_interval(1 / _RATE, self._tick)
         self.composer.prompt.set_history(self.session.store.prompts())
         self.show_conversation()
+        if self.complaints:
+            self.say("\n".join(self.complaints), "warning")
         # The first picture is out before loading takes the processor.
         self.call_after_refresh(self._begin)
 
@@ -109,23 +131,32 @@ class ChatApp(ChatCommands):
     def _begin(self) -> None:
         path = self.settings.model or self.settings.last_model()
         if path is None:
-            self.action_models()
+            controls.choose_model(self)
         else:
-            self.load_model(path)
+            controls.load_model(self, path)
 
     @property
     def transcript(self) -> Transcript:
         return self.screen_stack[0].query_one(Transcript)
 
-    @property
-    def composer(self) -> Composer:
-        return self.screen_stack[0].query_one(Composer)
+    def obey(self, event: events.Key) -> bool:
+        """Keys of the conversation rest while a dialog is open."""
+        if len(self.screen_stack) > 1:
+            command = self.keys.find(event, ["always"])
+        elif self.composer.takes(event.key):
+            return True
+        else:
+            is_marked = self.transcript.has_focus and self.transcript.selected is not None
+            here: Place = "message" if is_marked else "prompt"
+            command = self.keys.find(event, [here, "main", "always"])
+        if command is not None:
+            command(self)
+        return command is not None
+
+    def model_choices(self) -> list[ModelChoice]:
+        return find_models(self.settings, self.session.store)
 
     # -- drawing ---------------------------------------------------------------------------------
-
-    @property
-    def palette(self) -> Palette:
-        return Palette.of(self.current_theme)
 
     def show_conversation(self) -> None:
         """Draw the branch on show from its start."""
@@ -150,7 +181,8 @@ class ChatApp(ChatCommands):
     def refresh_hint(self) -> None:
         """The prompt's frame, and whether there is a conversation to show."""
         is_marked = self.transcript.selected is not None
-        title, text = hint(self.session, is_editing=self.editing is not None, is_marked=is_marked)
+        is_editing = self.editing is not None
+        title, text = hint(self.session, self.keys, is_editing=is_editing, is_marked=is_marked)
         self.composer.set_hint(title, text)
         empty = not self.transcript.blocks and self.session.running is None
         self.transcript.display = not empty
@@ -158,7 +190,8 @@ class ChatApp(ChatCommands):
         note.display = empty
         if empty:
             last = self.session.store.recent(1)
-            note.update(welcome(self.session, last[0] if last else None, self.palette))
+            first = last[0] if last else None
+            note.update(welcome(self.session, self.keys, first, self.palette))
 
     def _draw_status(self) -> None:
         session = self.session
@@ -177,33 +210,11 @@ class ChatApp(ChatCommands):
         lasting.update(Text(one_line(text, 500), self.palette.warn))
         self.refresh_title()
 
-    def _take_theme(self) -> None:
+    def take_theme(self) -> None:
         self.transcript.set_palette(self.palette)
         self.refresh_title()
         self.refresh_hint()
         self._draw_status()
-        if self.theme != (self.session.store.preference("theme") or self._automatic):
-            self.session.store.set_preference("theme", self.theme)
-
-    def get_theme_variable_defaults(self) -> dict[str, str]:
-        return row_colors(self.current_theme)
-
-    def _fit_theme(self, *, is_light: bool) -> None:
-        """The theme that was chosen, or else the one that fits the terminal."""
-        if self.console.color_system == "standard" and not self.is_headless:
-            # Sixteen colours: ours would become one, the terminal's own are told apart.
-            self._automatic = "ansi-light" if is_light else "ansi-dark"
-        else:
-            self._automatic = (LIGHT if is_light else DARK).name
-        chosen = self.session.store.preference("theme")
-        self.theme = chosen if chosen in self.available_themes else self._automatic
-
-    def on_terminal_background(self, message: TerminalBackground) -> None:
-        self._fit_theme(is_light=message.is_light)
-
-    def _write(self, sequence: str) -> None:
-        if self._driver is not None:
-            self._driver.write(sequence)
 
     def on_resize(self, event: events.Resize) -> None:
         self.screen_stack[0].set_class(event.size.height < _SHORT_SCREEN, "short")
@@ -225,8 +236,7 @@ class ChatApp(ChatCommands):
         if session.running is not None:
             self._take_news(session.drain())
         self._take_counts()
-        for text, is_bad in self.copies.take():
-            self.say(text, "warning" if is_bad else "information")
+        self.tell_copies()
         if is_busy:
             self._draw_status()
         self._rest_until = now + (time.perf_counter() - now) / _MOST_SHARE
@@ -236,7 +246,7 @@ class ChatApp(ChatCommands):
         self.refresh_title()
         self.refresh_hint()
         if error is not None:
-            self.choose_model(f"The model did not load: {error}")
+            controls.choose_model(self, f"The model did not load: {error}")
         else:
             self._count_waiting()
             self._send_next()
@@ -284,7 +294,7 @@ class ChatApp(ChatCommands):
     def _submit(self, event: Composer.Submitted) -> None:
         prompt = Prompt(event.text, event.attachments)
         if event.text.startswith("/"):
-            slash.run_command(self, event.text)
+            commands.run_line(self, event.text)
         elif self.editing is not None:
             self._ask_anew(prompt)
         elif self.session.is_ready:
@@ -293,7 +303,7 @@ class ChatApp(ChatCommands):
             self.session.queue.append(prompt)
             self._draw_queue()
             if self.session.model is None and self.session.loader is None:
-                self.action_models()
+                controls.choose_model(self)
 
     def _send(self, prompt: Prompt) -> None:
         conversation = self.session.conversation
@@ -339,6 +349,16 @@ class ChatApp(ChatCommands):
     def _recall(self) -> None:
         self.recall(1)
 
+    @on(Transcript.EntryClicked)
+    def _mark_clicked(self, event: Transcript.EntryClicked) -> None:
+        self.transcript.focus()
+        self.transcript.select(event.entry)
+        self.refresh_hint()
+
+    @on(Transcript.CopyRequested)
+    def _copy_clicked(self, event: Transcript.CopyRequested) -> None:
+        self.copy_to_clipboard(event.text)
+
     def stop(self) -> bool:
         """Stop the running answer and keep it; False if there is none."""
         news = self.session.stop()
@@ -358,6 +378,12 @@ class ChatApp(ChatCommands):
         texts = [message.text for message in back]
         if texts:
             prompt.set_text("\n".join([*texts, prompt.text] if prompt.text else texts))
+
+    def take_sampling(self, values: dict[str, Any] | None) -> None:
+        """What the form says; None leaves it as it was."""
+        if values is not None:
+            self.session.sampling = values
+            self.say("sampling changed, from the next answer on")
 
     # -- attachments -----------------------------------------------------------------------------
 

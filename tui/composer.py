@@ -147,10 +147,9 @@ class Composer(Vertical):
 
     # -- sending ---------------------------------------------------------------------------------
 
-    @on(Prompt.Sent)
-    def _send(self, event: Prompt.Sent) -> None:
-        event.stop()
-        text = event.text.strip()
+    def send(self) -> None:
+        """Take what is written and attached."""
+        text = self.prompt.text.strip()
         if not text and not self.attachments:
             return
         attachments = () if text.startswith("/") else tuple(self.attachments)
@@ -175,7 +174,7 @@ class Composer(Vertical):
             return
         self._candidates = candidates
         popup = self._popup
-        popup.display = self.prompt.completes = bool(candidates)
+        popup.display = bool(candidates)
         muted = Palette.of(self.app.current_theme).muted
         width = max((len(each.label) for each in candidates), default=0)
         popup.clear_options()
@@ -184,18 +183,24 @@ class Composer(Vertical):
             popup.add_option(Option(Text.assemble(f"{one_line(each.label):{width}}", help)))
         popup.highlighted = 0 if candidates else None
 
-    @on(Prompt.Key)
-    def _take_key(self, event: Prompt.Key) -> None:
-        event.stop()
+    @property
+    def is_completing(self) -> bool:
+        return bool(self._candidates)
+
+    def takes(self, key: str) -> bool:
+        """Whether a key was for the list of completions."""
         popup = self._popup
-        if event.key == "up":
+        if not self._candidates or key not in ("up", "down", "tab", "enter", "escape"):
+            return False
+        if key == "up":
             popup.action_cursor_up()
-        elif event.key == "down":
+        elif key == "down":
             popup.action_cursor_down()
-        elif event.key == "escape":
+        elif key == "escape":
             self._show_candidates([])
         elif popup.highlighted is not None:
-            self._accept(self._candidates[popup.highlighted], event.key)
+            self._accept(self._candidates[popup.highlighted], key)
+        return True
 
     @on(OptionList.OptionSelected, "#completions")
     def _take_click(self, event: OptionList.OptionSelected) -> None:
@@ -210,7 +215,7 @@ class Composer(Vertical):
         typed = prompt.line_to_cursor[candidate.start :]
         self._show_candidates([])
         if key == "enter" and candidate.file is None and typed.strip() == candidate.text.strip():
-            self._send(Prompt.Sent(prompt.text))
+            self.send()
             return
         prompt.replace(candidate.text, (row, candidate.start), (row, column))
         if candidate.file is not None:

@@ -1,44 +1,124 @@
-"""Which key does what: of the app, and of a marked message.
-
-Knows nothing of what the actions do.
-"""
+"""Which key means which command: as the table has it, or as the settings file says instead."""
 
 from __future__ import annotations
 
-from textual.binding import Binding, BindingType
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 
-APP_KEYS: list[Binding] = [
-    Binding("escape", "escape", "Stop", id="stop"),
-    Binding("ctrl+c", "interrupt", "Copy or stop", priority=True, id="interrupt"),
-    Binding("ctrl+n", "new", "New conversation", priority=True, id="new"),
-    Binding("ctrl+o", "history", "History", priority=True, id="history"),
-    Binding("ctrl+l", "models", "Model", priority=True, id="models"),
-    Binding("ctrl+g", "params", "Sampling", priority=True, id="params"),
-    Binding("ctrl+r", "retry", "Answer again", priority=True, id="retry"),
-    Binding("ctrl+y", "copy_answer", "Copy answer", priority=True, id="copy_answer"),
-    Binding("ctrl+b", "copy_code", "Copy code", priority=True, id="copy_code"),
-    Binding("ctrl+t", "thinking", "Thoughts", priority=True, id="thinking"),
-    Binding("ctrl+up", "mark", "Mark a message", priority=True, id="mark"),
-    Binding("ctrl+end", "follow", "Follow", priority=True, id="follow"),
-    Binding("pageup", "page(-1)", "Scroll up", priority=True, id="page_up"),
-    Binding("pagedown", "page(1)", "Scroll down", priority=True, id="page_down"),
-    Binding("f1", "help", "Keys", priority=True, id="help"),
-]
+from textual import events
+from textual.keys import key_to_character
 
-# Priority keys come before those of a dialog, where they mean nothing.
-MAIN_ACTIONS = frozenset(key.action.partition("(")[0] for key in APP_KEYS)
+from edgeinfer.tui.commands import COMMANDS, Command, Place
+from edgeinfer.tui.settings_file import Entry
 
-MESSAGE_KEYS: list[BindingType] = [
-    Binding("up,k", "app.move_mark(-1)", "Previous message"),
-    Binding("down,j", "app.move_mark(1)", "Next message"),
-    Binding("left,left_square_bracket", "app.branch(-1)", "Previous branch"),
-    Binding("right,right_square_bracket", "app.branch(1)", "Next branch"),
-    Binding("c,y", "app.copy_answer", "Copy"),
-    Binding("b", "app.copy_code", "Copy code"),
-    Binding("e", "app.edit", "Edit"),
-    Binding("r", "app.retry", "Answer again"),
-    Binding("p", "app.probabilities", "Probabilities"),
-    Binding("t", "app.thinking", "Thoughts"),
-    Binding("home", "scroll_home", "Top"),
-    Binding("end", "app.follow", "End"),
-]
+_MODIFIERS = {"ctrl", "alt", "shift", "super", "meta", "hyper"}
+_WRITING = {
+    "space", "backspace", "delete", "tab", "enter", "home", "end", "up", "down", "left", "right",
+}  # fmt: skip
+_OTHERS = {"escape", "insert", "pageup", "pagedown", *(f"f{i}" for i in range(1, 25))}
+_SHOWN = {
+    "up": "↑", "down": "↓", "left": "←", "right": "→", "escape": "esc", "pageup": "pgup",
+    "pagedown": "pgdn",
+}  # fmt: skip
+
+
+class Keys:
+    """`complaints` says which entries of the settings file were left aside, and why.
+
+    What writes or moves in the prompt, like a letter, means a command only while a message is
+    marked.
+    """
+
+    def __init__(self, entries: Mapping[str, Entry]) -> None:
+        self.complaints: list[str] = []
+        self._of: dict[str, list[str]] = {command.name: [] for command in COMMANDS}
+        self._meanings: dict[str, dict[Place, Command]] = {}
+        self._entries = entries
+        by_name = {command.name: command for command in COMMANDS}
+        for name in (name for name in entries if name not in by_name):
+            near = [f"; did you mean {each}" for each in get_close_matches(name, by_name, 1)]
+            self._complain(name, "".join([f"no command {name}", *near]))
+        for command in sorted(COMMANDS, key=lambda each: each.name not in entries):
+            entry = entries.get(command.name)
+            for key in _split(command.keys if entry is None else entry.value):
+                self._give(key, command)
+
+    def find(self, event: events.Key, places: Iterable[Place]) -> Command | None:
+        """What a key means there."""
+        names = [event.key, *event.aliases]
+        if event.is_printable and event.character:
+            names.append(event.character)
+        meanings = [self._meanings.get(name, {}) for name in names]
+        return next((each[place] for place in places for each in meanings if place in each), None)
+
+    def label(self, name: str, place: Place = "main") -> str:
+        """The first key of a command in a place, as people read it; "" for none."""
+        keys = (key for key in self._of[name] if self._meanings[key].get(place))
+        return _shown(next(keys, ""))
+
+    def labels(self, name: str) -> str:
+        """All keys of a command."""
+        return ", ".join(map(_shown, self._of[name]))
+
+    def hints(self, place: Place) -> str:
+        """The keys and words of the commands that have a word for the prompt's frame."""
+        words: dict[str, list[str]] = {}
+        for command in COMMANDS:
+            label = self.label(command.name, place) if command.hint else ""
+            if label:
+                words.setdefault(command.hint, []).append(label)
+        return " · ".join(f"{' '.join(labels)} {word}" for word, labels in words.items())
+
+    def _give(self, key: str, command: Command) -> None:
+        place = command.place
+        if not _is_key(key):
+            self._complain(command.name, f"no key {key}; keys are written like ctrl+r, alt+x, f5")
+            return
+        if _writes(key) and place != "message":
+            if place == "prompt" and key not in ("enter", "tab"):
+                self._complain(command.name, f"{key} could not be typed any more")
+                return
+            place = place if place == "prompt" else "message"
+        held = self._meanings.setdefault(key, {})
+        rival = next((held[each] for each in held if _is_beside(each, place)), None)
+        if rival is None:
+            held[place] = command
+            self._of[command.name].append(key)
+        else:
+            of = command.name if command.name in self._entries else rival.name
+            self._complain(of, f"{key} means {rival.name}, no longer {command.name}")
+
+    def _complain(self, name: str, text: str) -> None:
+        self.complaints.append(f"{self._entries[name].place}: {text}")
+
+
+def _split(keys: str) -> list[str]:
+    """Keys by one name each: `[` is also called left_square_bracket."""
+    return [_name(key.strip()) for key in keys.split(",") if key.strip()]
+
+
+def _name(key: str) -> str:
+    character = key_to_character(key) if key not in _WRITING | _OTHERS else None
+    return character if character and character.isprintable() else key
+
+
+def _is_key(key: str) -> bool:
+    if len(key) == 1:
+        return key.isprintable()
+    *modifiers, base = key.split("+")
+    is_known = len(base) == 1 or base in _WRITING | _OTHERS or key_to_character(base)
+    return set(modifiers) <= _MODIFIERS and bool(is_known or base == "underscore")
+
+
+def _writes(key: str) -> bool:
+    return len(key) == 1 or key in _WRITING
+
+
+def _is_beside(one: Place, other: Place) -> bool:
+    """Whether both places count at the same time."""
+    return {one, other} != {"prompt", "message"}
+
+
+def _shown(key: str) -> str:
+    *modifiers, base = key.split("+") if len(key) > 1 else [key]
+    return "+".join([*modifiers, _SHOWN.get(base, base)])

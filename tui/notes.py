@@ -9,6 +9,7 @@ from rich.text import Text
 
 from edgeinfer import one_line
 from edgeinfer.tui.blocks import Block
+from edgeinfer.tui.keys import Keys
 from edgeinfer.tui.palette import Palette
 from edgeinfer.tui.records import Node, Summary
 from edgeinfer.tui.session import Session
@@ -26,7 +27,7 @@ def answer_note(node: Node, place: tuple[int, int]) -> str:
     if node.state == "stopped":
         parts.append("stopped")
     elif details.get("finish") == "length":
-        parts.append("cut off at the limit, ctrl+g raises it")
+        parts.append("cut off at the limit, /params raises it")
     if _branch(place):
         parts.append(_branch(place))
     return " · ".join(parts)
@@ -43,32 +44,34 @@ def dropped_block(n: int) -> Block:
     return Block("notice", text, 0)
 
 
-def hint(session: Session, *, is_editing: bool, is_marked: bool) -> tuple[str, str]:
+def hint(session: Session, keys: Keys, *, is_editing: bool, is_marked: bool) -> tuple[str, str]:
     """Title and subtitle of the prompt's frame."""
+    send, stop = keys.label("send", "prompt"), keys.label("stop")
     if is_marked:
-        return "", "c copy · e edit · r again · ← → branch · p probabilities · esc back"
+        return "", f"{keys.hints('message')} · {stop} back"
     if is_editing:
-        return "editing an earlier message", "enter ask anew · esc leave it as it was"
+        return "editing an earlier message", f"{send} ask anew · {stop} leave it as it was"
     if session.running is not None:
-        return "", "esc stop · enter queue"
+        return "", f"{stop} stop · {send} queue"
     if session.loader is not None:
-        return "", "enter queue until the model is ready"
-    return "", "/ commands · @ files · f1 keys"
+        return "", f"{send} queue until the model is ready"
+    return "", f"/ commands · @ files · {keys.hints('main')}"
 
 
-def welcome(session: Session, last: Summary | None, palette: Palette) -> Text:
+def welcome(session: Session, keys: Keys, last: Summary | None, palette: Palette) -> Text:
     """What an empty conversation shows."""
     name = session.model.name if session.model is not None else ""
     text = Text(justify="center")
     if session.loader is not None:
         text.append("The model is on its way. You can write already.", palette.muted)
     elif session.model is None:
-        text.append("No model yet: ctrl+l chooses one.", palette.muted)
+        text.append(f"No model yet: {keys.label('model') or '/model'} chooses one.", palette.muted)
     else:
         text.append(f"{one_line(name)}\n\n", f"bold {palette.accent}")
         text.append("It runs on this machine; nothing you write leaves it.", palette.muted)
     if last is not None:
         title = one_line(last.title)
         short = title if len(title) <= 40 else title[:39] + "…"
-        text.append(f"\n\nctrl+o  resume “{short}”", palette.muted)
+        key = keys.label("load") or "/load"
+        text.append(f"\n\n{key}  resume “{short}”", palette.muted)
     return text

@@ -5,60 +5,52 @@ Knows nothing of screens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from edgeinfer import printable
+from edgeinfer.tui.commands import COMMANDS
 from edgeinfer.tui.gauge import Readings, size_text
+from edgeinfer.tui.keys import Keys
 from edgeinfer.tui.palette import Palette
 from edgeinfer.tui.session import Session
 
-_KEYS = (
-    ("Writing", (
-        ("enter", "send; while an answer runs: let it wait its turn"),
-        ("ctrl+j, shift+enter", "new line"),
-        ("↑ ↓", "earlier prompts, at the edge of the text"),
-        ("@", "attach a file, with its token count"),
-        ("/", "commands"),
-        ("backspace", "in an empty prompt: take the last attachment or waiting message back"),
-    )),
-    ("Answers", (
-        ("esc", "stop, and keep what there is"),
-        ("ctrl+r", "answer again"),
-        ("ctrl+y", "copy the last answer"),
-        ("ctrl+b", "copy the last code block"),
-        ("ctrl+t", "show or hide the thoughts"),
-    )),
-    ("A message (ctrl+↑ or a click marks one)", (
-        ("↑ ↓", "the one before or after"),
-        ("← →", "another branch"),
-        ("e", "edit and ask anew, in a branch of its own"),
-        ("r", "answer again"),
-        ("c, b", "copy the message, its last code block"),
-        ("p", "token probabilities, when logprobs are on"),
-        ("t", "thoughts"),
-    )),
-    ("Everywhere", (
-        ("ctrl+p", "command palette"),
-        ("ctrl+n", "new conversation"),
-        ("ctrl+o", "history and search"),
-        ("ctrl+l", "switch model"),
-        ("ctrl+g", "sampling"),
-        ("pgup pgdn, ctrl+end", "scroll; follow the answer again"),
-        ("f1", "this page"),
-        ("ctrl+q", "quit"),
-    )),
-)  # fmt: skip
+_MORE = {
+    "Writing": [
+        ("", "/", "commands"),
+        ("", "@", "attach a file, with its token count"),
+        ("", "↑ ↓", "earlier prompts, at the edge of the text"),
+        ("", "backspace", "in an empty prompt: the last attachment or waiting message back"),
+    ]
+}
+_OTHER_KEYS = """\
+Other keys: write them into {path}
+
+[keys]
+retry = ctrl+r, f5, r
+
+Keys that write or move in the prompt count while a message is marked."""
 
 
-def help_page(commands: list[tuple[str, str, str]], palette: Palette) -> RenderableType:
-    """Keys and commands, by what one is doing."""
+def help_page(
+    keys: Keys, complaints: list[str], settings: Path, palette: Palette
+) -> RenderableType:
+    """Commands and their keys, by what one is doing; then how to have others."""
     parts: list[RenderableType] = []
-    for title, rows in _KEYS:
-        parts += [Text(title, f"bold {palette.accent}"), _table(rows, palette), Text()]
-    parts.append(Text("Commands", f"bold {palette.accent}"))
-    rows_of = [(f"/{name} {hint}".strip(), help) for name, hint, help in commands]
-    parts.append(_table(tuple(rows_of), palette))
+    for group in dict.fromkeys(command.group for command in COMMANDS):
+        rows = [
+            (f"/{each.name} {each.argument}" if each.is_typed else each.name,
+             keys.labels(each.name), each.help)
+            for each in COMMANDS if each.group == group
+        ]  # fmt: skip
+        parts += [Text(group, f"bold {palette.accent}")]
+        parts += [_table([*rows, *_MORE.get(group, [])], palette, (20, 18)), Text()]
+    parts.append(Text(_OTHER_KEYS.format(path=printable(str(settings))), palette.muted))
+    parts += [Text(printable(each), palette.warn) for each in complaints]
     return Group(*parts)
 
 
@@ -76,10 +68,10 @@ def stats_page(session: Session, memory: int, palette: Palette) -> RenderableTyp
         ("when full", "the oldest turns go, the system message stays"),
         ("memory", f"{size_text(memory)} of {size_text(readings.planned_bytes)} planned"),
     ]
-    parts: list[RenderableType] = [_table(tuple(rows), palette)]
+    parts: list[RenderableType] = [_table(rows, palette)]
     if session.model is not None:
         plan = [(name, size_text(size)) for name, size in session.model.plan.rows.items()]
-        parts += [Text(), Text("Planned", f"bold {palette.accent}"), _table(tuple(plan), palette)]
+        parts += [Text(), Text("Planned", f"bold {palette.accent}"), _table(plan, palette)]
     return Group(*parts)
 
 
@@ -89,10 +81,13 @@ def _guessed(readings: Readings) -> str:
     return f"{n:,} tokens, {n_right:,} of them right ({n_right / n:.0%})" if n else "no tokens"
 
 
-def _table(rows: tuple[tuple[str, str], ...], palette: Palette) -> Table:
-    table = Table.grid(padding=(0, 3, 0, 0))
-    table.add_column(width=22, style=palette.text or None)
+def _table(
+    rows: Sequence[tuple[str, ...]], palette: Palette, widths: tuple[int, ...] = (22,)
+) -> Table:
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for width in widths:
+        table.add_column(width=width, style=palette.text or None)
     table.add_column(style=palette.muted)
-    for name, value in rows:
-        table.add_row(Text(name), Text(value))
+    for row in rows:
+        table.add_row(*map(Text, row))
     return table

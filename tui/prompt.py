@@ -1,4 +1,4 @@
-"""The text that is being written: grows with its lines, knows its history, sends on Enter.
+"""The text that is being written: grows with its lines, knows its history.
 
 Knows nothing of what becomes of the text.
 """
@@ -6,10 +6,8 @@ Knows nothing of what becomes of the text.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from textual import events
-from textual.binding import Binding, BindingType
 from textual.message import Message
 from textual.widgets import TextArea
 
@@ -18,17 +16,7 @@ _LONG_PASTE = 4000  # characters; more becomes an attachment, an editor of a meg
 
 
 class Prompt(TextArea):
-    """Enter sends; Ctrl+J or Shift+Enter begin a line; Up and Down leave it through history."""
-
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("shift+enter,ctrl+j", "newline", "New line", show=False),
-    ]
-
-    @dataclass
-    class Sent(Message):
-        """Enter was pressed on some text, or on none."""
-
-        text: str
+    """Up and Down leave it through history; the table of commands has the keys that do more."""
 
     @dataclass
     class LongPaste(Message):
@@ -39,18 +27,11 @@ class Prompt(TextArea):
     class Left(Message):
         """A key that means nothing in an empty prompt: the one before the text goes away."""
 
-    @dataclass
-    class Key(Message):
-        """A key that may belong to the list of completions."""
-
-        key: str
-
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(
             id=id, soft_wrap=True, compact=True, show_line_numbers=False,
             highlight_cursor_line=False, tab_behavior="focus", placeholder="Ask anything",
         )  # fmt: skip
-        self.completes = False
         self._history: list[str] = []
         self._at: int | None = None
         self._draft = ""
@@ -87,16 +68,9 @@ class Prompt(TextArea):
     def on_text_area_changed(self) -> None:
         self.fit()
 
-    def action_newline(self) -> None:
-        self.insert("\n")
-
     def on_key(self, event: events.Key) -> None:
         """Keys that mean something else here than in an editor."""
-        if self.completes and event.key in ("up", "down", "tab", "enter", "escape"):
-            self.post_message(self.Key(event.key))
-        elif event.key == "enter":
-            self.post_message(self.Sent(self.text))
-        elif event.key == "up" and self._at_edge(first=True):
+        if event.key == "up" and self._at_edge(first=True):
             self._browse(-1)
         elif event.key == "down" and self._at_edge(first=False) and self._at is not None:
             self._browse(1)

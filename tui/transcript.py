@@ -6,12 +6,10 @@ Knows nothing of models or of the store.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from rich.segment import Segment
 from rich.style import Style
 from textual import events
-from textual.binding import BindingType
 from textual.geometry import Offset, Size
 from textual.message import Message
 from textual.selection import Selection
@@ -19,7 +17,6 @@ from textual.strip import Strip
 
 from edgeinfer.tui.blocks import Block, BlockList
 from edgeinfer.tui.entries import RunningEntry
-from edgeinfer.tui.keys import MESSAGE_KEYS
 from edgeinfer.tui.look import Look
 from edgeinfer.tui.palette import Palette
 from edgeinfer.tui.rows import Row
@@ -29,10 +26,8 @@ _GUTTER = 3
 _MOST_COLUMNS = 96  # longer lines are hard to read
 
 
-class Transcript(Selectable, can_focus=True):
+class Transcript(Selectable, can_focus=True, inherit_bindings=False):
     """Draws blocks as they come into view; follows the end until the reader scrolls away."""
-
-    BINDINGS: ClassVar[list[BindingType]] = MESSAGE_KEYS
 
     @dataclass
     class CopyRequested(Message):

@@ -1,0 +1,163 @@
+"""What commands of the table do beside messages: the prompt, the model, pages, stop and leave."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from edgeinfer.tui.params import PARAMS, parse_param
+from edgeinfer.tui.settings_file import FILE_NAME
+
+if TYPE_CHECKING:
+    from edgeinfer.tui.app import ChatApp
+
+_TWICE_SECONDS = 2.0
+_FIRST_RUN = (
+    "Welcome. edgeinfer runs language models on this machine.\n"
+    "Choose one to begin with, or type the path of a .gguf file."
+)
+
+# -- the prompt ----------------------------------------------------------------------------------
+
+
+def send(app: ChatApp) -> None:
+    app.composer.send()
+
+
+def newline(app: ChatApp) -> None:
+    app.composer.prompt.insert("\n")
+
+
+# -- stop and leave ------------------------------------------------------------------------------
+
+
+def stop(app: ChatApp) -> None:
+    """Stop the answer; else leave what is marked or edited."""
+    if app.stop():
+        app.recall()
+    elif app.editing is not None:
+        app.editing = None
+        app.composer.prompt.set_text("")
+    app.screen.clear_selection()
+    app.transcript.select(None)
+    app.composer.prompt.focus()
+    app.refresh_hint()
+
+
+def interrupt(app: ChatApp) -> None:
+    """Copy what is marked with the mouse; else stop the answer; twice in a row: leave."""
+    text = app.screen.get_selected_text() or app.composer.prompt.selected_text
+    if text:
+        app.copy_to_clipboard(text)
+        app.screen.clear_selection()
+    elif app.stop():
+        app.recall()
+    elif time.monotonic() - app.interrupted_at < _TWICE_SECONDS:
+        app.exit()
+    else:
+        app.interrupted_at = time.monotonic()
+        app.say(f"{app.keys.label('interrupt', 'always')} again leaves")
+
+
+def leave(app: ChatApp) -> None:
+    app.exit()
+
+
+# -- the model -----------------------------------------------------------------------------------
+
+
+def load_model(app: ChatApp, path: str) -> None:
+    """Load it in the background; what runs is stopped and kept."""
+    app.stop()
+    app.session.load(path)
+    app.refresh_title()
+    app.refresh_hint()
+
+
+def choose_model(app: ChatApp, title: str = "") -> None:
+    """Let one be chosen; `title` says why, where nobody asked."""
+    from edgeinfer.tui.model_screen import ModelScreen
+
+    current = app.session.store.preference("model")
+    if app.session.model is None and app.session.loader is None:
+        title = title or _FIRST_RUN
+
+    def take(path: str | None) -> None:
+        if path is not None:
+            load_model(app, path)
+
+    app.push_screen(ModelScreen(app.settings, app.model_choices(), title, current), take)
+
+
+def switch_model(app: ChatApp, path: str) -> None:
+    load_model(app, path) if path else choose_model(app)
+
+
+def model_values(app: ChatApp) -> list[tuple[str, str]]:
+    return [(each.path, each.name) for each in app.model_choices() if each.path]
+
+
+def set_params(app: ChatApp, argument: str) -> None:
+    """`name value`, or a form."""
+    from edgeinfer.tui.params_screen import ParamsScreen
+
+    if not argument:
+        app.push_screen(ParamsScreen(app.session.sampling), app.take_sampling)
+        return
+    name, _, value = argument.replace("=", " ").partition(" ")
+    try:
+        app.session.sampling[name] = parse_param(name, value)
+    except ValueError as error:
+        app.say(str(error), "warning")
+        return
+    app.say(f"{name} = {value.strip() or 'the model’s default'}, from the next answer on")
+
+
+def param_values(app: ChatApp) -> list[tuple[str, str]]:
+    return [(f"{param.name} ", param.help) for param in PARAMS]
+
+
+# -- the screen ----------------------------------------------------------------------------------
+
+
+def set_theme(app: ChatApp, name: str) -> None:
+    if name in app.theme_names():
+        app.theme = name
+        app.session.store.set_preference("theme", name)
+    else:
+        app.search_themes()
+
+
+def show_stats(app: ChatApp) -> None:
+    from edgeinfer.tui.pages import stats_page
+    from edgeinfer.tui.text_screen import TextScreen
+
+    page = stats_page(app.session, app.settings.memory_now(), app.palette)
+    app.push_screen(TextScreen("Statistics", page))
+
+
+def show_help(app: ChatApp) -> None:
+    from edgeinfer.tui.pages import help_page
+    from edgeinfer.tui.text_screen import TextScreen
+
+    page = help_page(app.keys, app.complaints, app.settings.data_folder / FILE_NAME, app.palette)
+    app.push_screen(TextScreen("Keys and commands", page))
+
+
+def open_palette(app: ChatApp) -> None:
+    from textual.command import CommandPalette
+
+    app.push_screen(CommandPalette())
+
+
+def scroll_home(app: ChatApp) -> None:
+    app.transcript.scroll_home(animate=False)
+
+
+def turn_page(app: ChatApp, direction: int) -> None:
+    transcript = app.transcript
+    transcript.scroll_relative(y=direction * (transcript.size.height - 2), animate=False)
+
+
+def follow(app: ChatApp) -> None:
+    app.transcript.follow()
