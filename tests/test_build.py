@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import ctypes
 import subprocess
 import sys
@@ -47,6 +48,19 @@ def test_every_kernel_is_in_the_list() -> None:
         "blocks256", "blocks_table", "grid", "math", "sink", "pages", "attention",
     }  # fmt: skip
     assert {name.partition(".")[0] for name in KERNELS} == modules - parts
+
+
+@pytest.mark.parametrize("module", sorted({name.partition(".")[0] for name in KERNELS}))
+def test_a_kernels_key_covers_all_of_ours_that_its_sources_import(module: str) -> None:
+    sources = library._sources(module)
+    names = {path.stem for path in sources}
+    for path in sources - set(library._BUILDER):
+        if path.parent == library._CONSTANTS:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("edgeinfer"):
+                own = {str(node.module).rpartition(".")[2], *(alias.name for alias in node.names)}
+                assert own & names, f"{path.name} imports {node.module}"
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
-from edgeinfer import platform
+from edgeinfer import platform, quant
 from edgeinfer.errors import DeviceError
 from edgeinfer.kernels.cpu import linker
 from edgeinfer.kernels.cpu.ready import FOLDER, Ready
@@ -46,20 +46,21 @@ def symbol(name: str) -> str:
 def source_key(module: str) -> str:
     """Changes whenever a source that kernels of this native module are made of changes."""
     digest = hashlib.sha256()
-    for path in sorted(_sources(module)):
+    for path in sorted(_sources(module), key=lambda path: (path.parent == _CONSTANTS, path)):
         digest.update(path.name.encode() + b"\0" + _read(path))
     return digest.hexdigest()
 
 
 _HERE = Path(__file__).parent
-_PACKAGES = {"": _HERE, ".native": _HERE / "native"}
+_PACKAGES = {"kernels.cpu": _HERE, "kernels.cpu.native": _HERE / "native"}
+_CONSTANTS = Path(quant.__file__).parent  # of modules that no kernel runs code of
 _BUILDER = [_HERE / "build.py", _HERE / "soft_float.py"]
 # A newline, not "^": a search for a literal prefix takes a fraction of the time.
-_IMPORT = re.compile(r"\nfrom edgeinfer\.kernels\.cpu((?:\.\w+)*) import ([\w, ]*)")
+_IMPORT = re.compile(r"\nfrom edgeinfer\.((?:\w+\.)*\w+) import ([\w, ]*)")
 
 
 def _sources(module: str) -> set[Path]:
-    """The native module, what it imports from here, every vocabulary, and the builder."""
+    """The native module, what it imports of ours, every vocabulary, and the builder."""
     found: set[Path] = set()
     pending = [_HERE / "native" / f"{module}.py", _HERE / "native" / "registry.py", *_BUILDER]
     while pending:
@@ -67,7 +68,7 @@ def _sources(module: str) -> set[Path]:
         if path in found:
             continue
         found.add(path)
-        if path in _BUILDER:
+        if path in _BUILDER or path.parent == _CONSTANTS:
             continue
         pending += _imports(path)
     return found
@@ -75,14 +76,16 @@ def _sources(module: str) -> set[Path]:
 
 @cache
 def _imports(path: Path) -> list[Path]:
-    """What a source imports from here."""
+    """What a source imports of ours."""
     found: list[Path] = []
     for dotted, names in _IMPORT.findall(_read(path).decode()):
-        folder = _PACKAGES.get(dotted)
-        if folder is None:
-            found.append(_HERE / (dotted[1:].replace(".", "/") + ".py"))
-        else:
+        folder, inner = _PACKAGES.get(dotted), dotted.removeprefix("kernels.cpu.")
+        if folder is not None:
             found += [folder / f"{name.split()[0]}.py" for name in names.split(",")]
+        elif inner != dotted:
+            found.append(_HERE / (inner.replace(".", "/") + ".py"))
+        else:
+            found.append(_CONSTANTS / (dotted.replace(".", "/") + ".py"))
     return found
 
 
