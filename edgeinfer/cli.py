@@ -95,11 +95,21 @@ def _interrupts_raise() -> Iterator[None]:
 
 def _one_line(error: Exception) -> str:
     text = one_line(" ".join(str(error).split()), _MAX_LINE)
+    if isinstance(error, FileNotFoundError) and not _is_somewhere():
+        text += "; the folder you are in was deleted: cd to another"
     if isinstance(error, EdgeInferError):
         return text
     if isinstance(error, OSError) and text:
         return text
     return f"unexpected {type(error).__name__}: {text} (--debug shows where)"
+
+
+def _is_somewhere() -> bool:
+    try:
+        os.getcwd()
+    except OSError:
+        return False
+    return True
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

@@ -69,6 +69,7 @@ def plan(model: str | None, as_json: bool, **flags: Any) -> None:
 @common_flags
 def tokenize(
     model: str | None,
+    words: tuple[str, ...],
     prompt: str | None,
     files: tuple[str, ...],
     special: bool,
@@ -76,11 +77,11 @@ def tokenize(
     pre: str | None,
     as_json: bool,
 ) -> None:
-    """Show the tokens of a text."""
+    """Show the tokens of a text: TEXT, what is piped in, and files, in this order."""
     from edgeinfer.inspect_file import read_tokenizer
 
     path = choose_model(model, False)
-    text = read_prompt(prompt, files)
+    text = read_prompt(words, prompt, files)
     tokenizer = read_tokenizer(path, pre)
     ids = tokenizer.encode(text, bos=bos, parse_special=special)
     pieces = [tokenizer.piece(id).decode("utf-8", "replace") for id in ids]

@@ -90,7 +90,7 @@ def test_run_reads_stdin_and_files(path: Path, tmp_path: Path) -> None:
     for extra, expected in (
         ([], "piped"),
         (["-p", "-", "-f", str(file)], "piped\n\nfrom a file"),
-        (["-p", "given", "-f", str(file)], "given\n\nfrom a file"),
+        (["-p", "given", "-f", str(file)], "given\n\npiped\n\nfrom a file"),
     ):
         done = subprocess.run([*base, *extra], input=b"piped", capture_output=True, check=True)
         assert json.loads(done.stdout)["prompt"] == expected

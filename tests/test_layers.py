@@ -18,7 +18,7 @@ FOLDERS = {"edgeinfer": ROOT / "edgeinfer"} | {
 LAYERS = """
 terminal
 errors
-config quant platform options parameters results messages event_queue
+config quant platform options parameters results messages event_queue plain_text
 graph sampling catalog hub turns speculation
 batch wheel discovery
 models.* kernels.reference kernels.cpu kernels.cuda fetch recent
