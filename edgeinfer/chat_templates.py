@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from . import platform
 from .errors import InvalidModelError, InvalidRequestError, TemplateError
+from .plain_text import decode
 
 _TEMPLATE_KEY = "tokenizer.chat_template"
 _PREFIX = f"{_TEMPLATE_KEY}."
@@ -42,7 +43,10 @@ def choose_template(override: str, meta: Mapping[str, Any]) -> str:
         return BUILT_IN[override]
     try:
         with open(override, "rb") as file:
-            return platform.read_whole(file, _MOST_SOURCE).decode()
+            source, n_lost = decode(platform.read_whole(file, _MOST_SOURCE), override)
+        if not n_lost:
+            return source
+        raise ValueError(f"{n_lost} characters are not UTF-8")
     except (OSError, ValueError) as error:
         own = {key[len(_PREFIX) :] or "default" for key in meta if key.startswith(_TEMPLATE_KEY)}
         names = ", ".join(sorted({*own, *BUILT_IN}))

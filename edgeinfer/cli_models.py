@@ -27,11 +27,6 @@ _MB = 10**6
 _MAX_SHOWN = 1000  # characters of a path or a fact
 
 
-def add_to(group: click.Group) -> None:
-    for command in (pull, list_, rm, cache, doctor):
-        group.add_command(command)
-
-
 # -- commands ------------------------------------------------------------------------------------
 
 

@@ -23,6 +23,8 @@ _SPELLINGS = {
     "temperature": ("--temperature", "--temp"),
     "speculation": ("--speculation/--no-speculation",),
 }
+_NO_LIMIT = -1  # of tokens, as a flag spells it
+_MORE_HELP = {"max_tokens": " -1: no limit."}
 _METAVARS = {
     "memory": "2G|80%", "kv_type": "TYPE[/TYPE]", "device": "auto|cpu|reference", "pre": "NAME",
     "chat_template": "NAME|FILE", "stop": "TEXT", "stop_token_ids": "ID",
@@ -43,6 +45,8 @@ def _flag(parameter: Parameter) -> Callable[[F], F]:
             return value
         if parameter.name == "kv_type" and "/" in value:
             value = tuple(value.split("/", 1))
+        if parameter.name == "max_tokens" and value == str(_NO_LIMIT):
+            return _NO_LIMIT
         try:
             return parameter.parse(value) if isinstance(value, str) else parameter.check(value)
         except InvalidRequestError as error:
@@ -57,7 +61,8 @@ def _flag(parameter: Parameter) -> Callable[[F], F]:
     elif name in ("stop", "stop_token_ids"):
         shape |= {"multiple": True, "type": int if name == "stop_token_ids" else str}
     spellings = _SPELLINGS.get(name, ("--" + name.replace("_", "-"),))
-    return click.option(name, *spellings, help=parameter.help, callback=check, **shape)
+    text = parameter.help + _MORE_HELP.get(name, "")
+    return click.option(name, *spellings, help=text, callback=check, **shape)
 
 
 _LOAD = (
@@ -85,11 +90,14 @@ def common_flags(command: F) -> F:
 
 def input_flags(command: F) -> F:
     """Where text comes from."""
-    prompt = click.option("-p", "--prompt", metavar="TEXT", help="The text; - reads stdin.")
+    words = click.argument("words", metavar="[TEXT]", nargs=-1)
+    prompt = click.option(
+        "-p", "--prompt", metavar="TEXT", help="The text, which may also follow MODEL."
+    )
     file = click.option(
         "files", "-f", "--file", multiple=True, type=click.Path(), help="Append this file."
     )
-    return _with(command, (prompt, file))
+    return _with(command, (words, prompt, file))
 
 
 def _with(command: F, flags: tuple[Callable[[F], F], ...]) -> F:
@@ -100,4 +108,7 @@ def _with(command: F, flags: tuple[Callable[[F], F], ...]) -> F:
 
 def given(flags: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     """Those of `names` that were set on the command line."""
-    return {name: flags[name] for name in names if flags.get(name) not in (None, ())}
+    unset = {"max_tokens": (None, _NO_LIMIT)}
+    return {
+        name: flags[name] for name in names if flags.get(name) not in unset.get(name, (None, ()))
+    }

@@ -90,7 +90,7 @@ def test_run_reads_stdin_and_files(path: Path, tmp_path: Path) -> None:
     for extra, expected in (
         ([], "piped"),
         (["-p", "-", "-f", str(file)], "piped\n\nfrom a file"),
-        (["-p", "given", "-f", str(file)], "given\n\nfrom a file"),
+        (["-p", "given", "-f", str(file)], "given\n\npiped\n\nfrom a file"),
     ):
         done = subprocess.run([*base, *extra], input=b"piped", capture_output=True, check=True)
         assert json.loads(done.stdout)["prompt"] == expected
@@ -442,7 +442,7 @@ def test_a_standard_stream_that_is_full_or_closed(
 def test_a_file_without_end_is_not_read_to_the_end(
     call: Call, path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr("edgeinfer.cli._MOST_TEXT", 3 << 20)
+    monkeypatch.setattr("edgeinfer.cli_input._MOST_TEXT", 3 << 20)
     code, out, err = call(*(path if each == "FILE" else each for each in arguments))
     assert code in (1, 2)
     assert not out

@@ -78,8 +78,13 @@ def read_whole(file: BinaryIO, most: int) -> bytes:
 
     A device may have no end.
     """
-    data = bytearray()
-    while part := file.read(_PORTION):
+    data, raw = bytearray(), getattr(file, "raw", file)  # a terminal's end is told once
+    while (part := raw.read(_PORTION)) != b"":
+        if part is None:  # whoever shares a pipe may have made it one that never waits
+            import select
+
+            select.select([file], [], [])
+            continue
         data += part
         if len(data) > most:
             raise OSError(errno.EFBIG, f"more than {most >> 20} MiB are not read", file.name)

@@ -1,0 +1,120 @@
+"""The commands that measure a model and this machine: bench, perplexity, warmup."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from edgeinfer.cli_input import read_file
+from edgeinfer.cli_models import unkept
+from edgeinfer.cli_open import open_model
+from edgeinfer.cli_options import common_flags, load_flags
+from edgeinfer.console import ProgressLine, note, show, show_json
+from edgeinfer.errors import EdgeInferError
+
+
+@click.command(epilog="Example: edgeinfer bench smollm2 -p 512 -n 128")
+@click.argument("model", required=False)
+@click.option("-p", "--prompt-tokens", default=256, show_default=True)
+@click.option("-n", "--gen-tokens", default=64, show_default=True)
+@click.option("-d", "--depth", default=0, show_default=True, help="Tokens of context before.")
+@click.option("-r", "--repeat", default=3, show_default=True)
+@click.option("--compare", metavar="LLAMA_BENCH", help="Against this llama-bench, in turns.")
+@click.option("--sweep", is_flag=True, help="Steps by threads, depth and rows.")
+@click.option("--ops", is_flag=True, help="A decode and a prefill step, op by op.")
+@click.option("as_json", "--json", is_flag=True, help="One JSON object.")
+@load_flags
+@common_flags
+def bench(
+    model: str | None,
+    prompt_tokens: int,
+    gen_tokens: int,
+    depth: int,
+    repeat: int,
+    compare: str | None,
+    sweep: bool,
+    ops: bool,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Measure speed on this machine."""
+    from edgeinfer import cli_bench
+
+    for name, value in (("-p", prompt_tokens), ("-n", gen_tokens), ("-r", repeat)):
+        if value < 1:
+            raise click.UsageError(f"{name} is {value}, need at least 1")
+    if depth < 0:
+        raise click.UsageError(f"-d is {depth}, need at least 0")
+    if sweep and depth:
+        raise click.UsageError("--sweep goes through depths of its own; leave -d out")
+    if bool(compare) + sweep + ops > 1:
+        raise click.UsageError("--compare, --sweep and --ops each measure alone")
+    if sweep:
+        result, lines = cli_bench.sweep_all(
+            lambda n: open_model(model, {**flags, "threads": n}), flags["threads"], repeat
+        )
+    else:
+        with open_model(model, flags) as llm:
+            result, lines = cli_bench.measure(
+                llm.runtime, prompt_tokens, gen_tokens, depth, repeat, compare, ops
+            )
+    if as_json:
+        show_json(result)
+    for line in [] if as_json else lines:
+        show(line)
+
+
+@click.command(epilog="Example: edgeinfer perplexity smollm2 book.txt")
+@click.argument("model")
+@click.argument("file", type=click.Path())
+@click.option("as_json", "--json", is_flag=True, help="One JSON object.")
+@load_flags
+@common_flags
+def perplexity(model: str, file: str, as_json: bool, **flags: Any) -> None:
+    """How well a model predicts the text of FILE."""
+    from edgeinfer.perplexity import measure
+
+    text = read_file(file)
+    with open_model(model, flags) as llm:
+        tokenizer, line = llm.runtime.tokenizer, ProgressLine()
+        ids = tokenizer.encode(text)
+        bos = tokenizer.bos_id if tokenizer.add_bos else None
+        try:
+            result = measure(
+                llm.runtime.engine, ids, bos, lambda done, all: line.show("text", done, all)
+            )
+        finally:
+            line.clear()
+    if as_json:
+        show_json({"ppl": result.ppl, "tokens": result.tokens})
+    else:
+        show(f"ppl {result.ppl:.4f} over {result.tokens} tokens")
+
+
+@click.command(epilog="Example: edgeinfer warmup smollm2")
+@click.argument("model", required=False)
+@load_flags
+@common_flags
+def warmup(model: str | None, **flags: Any) -> None:
+    """Build and tune what a model needs, so that its first use starts at once and runs fastest."""
+    from edgeinfer.backend import build_exactly, tune
+
+    with open_model(model, flags) as llm:
+        llm.generate([0], max_tokens=1)
+        line = ProgressLine()
+        try:
+            n = build_exactly(llm.runtime.program, lambda d, all: line.show("kernels", d, all))
+        finally:
+            line.clear()
+        n_threads = None if n else tune(llm.runtime.program)
+        lost = unkept(llm)
+    if n:  # what was built is what must be measured
+        with open_model(model, flags) as llm:
+            n_threads = tune(llm.runtime.program)
+            lost = unkept(llm)
+    if lost:
+        raise EdgeInferError(lost[0])
+    rebuilt = f"; {n} were rebuilt for this very processor" if n else ""
+    threads = f"; it decodes fastest on {n_threads} threads" if n_threads else ""
+    note(f"kernels are ready{rebuilt}{threads}")
