@@ -128,12 +128,12 @@ class Engine:
     def pool(self) -> PagePool:
         return self._scheduler.pool
 
-    def interrupt(self, work: Work) -> None:
-        """Look at cancelled work now, also when a step of it is running."""
+    def interrupt(self) -> None:
+        """Look at cancelled work now. A step that others share runs on: they need its rows."""
         if self._pid != os.getpid():
             return
         with self._changed:
-            if self._ticket is not None and any(work is each for each in self._in_step):
+            if self._ticket is not None and all(each.is_cancelled for each in self._in_step):
                 self._ticket.abort()
             self._changed.notify()
 
@@ -243,7 +243,7 @@ class Engine:
                 else:
                     self._fail(part, error)
             return
-        # The rows of an aborted step are computed again, without what was cancelled.
+        # Rows of a step that did not run to its end are computed again, for who still wants them.
         if not outputs.aborted:
             self._commit(parts, outputs)
             if is_decode:
@@ -298,7 +298,8 @@ class Engine:
         now, row = time.perf_counter(), 0
         for part in parts:
             try:
-                self._commit_part(part, outputs.ids, row, now)
+                if not part.work.is_cancelled:
+                    self._commit_part(part, outputs.ids, row, now)
             except BaseException as error:
                 self._fail(part, error)
             row += part.n_wanted

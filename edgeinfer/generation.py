@@ -20,7 +20,7 @@ from edgeinfer.batch import PAGE, StepLimits
 from edgeinfer.errors import ContextLengthError, EdgeInferError, InvalidRequestError, PlanError
 from edgeinfer.event_queue import EventQueue
 from edgeinfer.kvcache import CacheLayout, PagePool, SequenceCache
-from edgeinfer.sequence import Event, Finished, Request, Rows, Sequence, Work
+from edgeinfer.sequence import Event, Finished, Request, Rows, Sequence
 from edgeinfer.speculation import MAX_ROWS, Speculator
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ MOST_UNREAD = 256  # events; a step may add a few more, 40 KiB in all
 class Worker(Protocol):
     """What a generation asks of the engine that runs it."""
 
-    def interrupt(self, work: Work) -> None:
+    def interrupt(self) -> None:
         """Look at cancelled work now, also when a step of it is running."""
 
     def wake(self) -> None:
@@ -116,7 +116,7 @@ class Generation:
         """End it now, from any thread. With `keep_cache` its pages may serve a later prompt."""
         self.keeps_cache = keep_cache
         self.is_cancelled = True
-        self._worker.interrupt(self)
+        self._worker.interrupt()
 
 
 @dataclass(slots=True, eq=False)
@@ -228,7 +228,7 @@ class LogitsJob:
                 worker.check_waiting()
         except BaseException:
             self.is_cancelled = True
-            worker.interrupt(self)
+            worker.interrupt()
             raise
         if self.error is not None:
             raise self.error

@@ -267,15 +267,32 @@ def test_cancel_in_a_step_acts_at_once_and_frees_pages(engine: Engine, program: 
     assert engine.pool.n_free == engine.pool.n_pages
 
 
-def test_an_aborted_step_is_repeated_for_the_others(engine: Engine, program: Programs) -> None:
-    expected = _tokens(engine.submit(_request(256, 4, max_tokens=6)))
+@pytest.mark.parametrize("n_cancelled", [1, 2, 3])
+def test_a_step_runs_on_while_anybody_wants_its_rows(
+    engine: Engine, program: Programs, n_cancelled: int
+) -> None:
+    requests = [_request(256, n, max_tokens=6) for n in range(4, 7)]
+    expected = [_tokens(engine.submit(request)) for request in requests]
     program.gate.clear()
-    kept, cancelled = engine.submit(_request(256, 4, max_tokens=6)), engine.submit(_request(3, 3))
-    time.sleep(0.05)
-    cancelled.cancel()
+    first = engine.submit(_request(7))  # what comes meanwhile shares the next step
+    while engine._ticket is None:
+        time.sleep(0.001)
+    generations = [engine.submit(request) for request in requests]
+    program.batches.clear()
+    first.cancel()
+    while not program.batches or engine._ticket is None:
+        time.sleep(0.001)
+    assert program.batches[-1][1] == 3
+    n_before = len(program.batches)
+    for generation in generations[:n_cancelled]:
+        generation.cancel()
+    assert program.n_aborts == 1 + (n_cancelled == 3)
     program.gate.set()
-    assert _finish(cancelled).reason == "cancelled"
-    assert _tokens(kept) == expected
+    assert all(_finish(each).reason == "cancelled" for each in generations[:n_cancelled])
+    for tokens, generation in zip(expected[n_cancelled:], generations[n_cancelled:], strict=True):
+        assert _tokens(generation) == tokens
+    if n_cancelled < 3:  # nothing is computed twice
+        assert len(program.batches) - n_before <= 5
 
 
 def test_cancel_while_waiting(engine: Engine, program: Programs) -> None:
