@@ -36,9 +36,10 @@ def selected_answer(app: ChatApp) -> Node | None:
 
 
 def mark(app: ChatApp) -> None:
-    """Mark the last message, or go to the one before."""
-    app.transcript.focus()
-    move_mark(app, -1)
+    """Mark the last message, or go to the one before; one marked with the mouse stays."""
+    is_first = not app.has_mark and selected(app) is not None
+    app.set_focus(app.transcript)
+    move_mark(app, 0 if is_first else -1)
 
 
 def move_mark(app: ChatApp, step: int) -> None:
@@ -72,11 +73,8 @@ def edit(app: ChatApp) -> None:
     if node is None or node.role != "user":
         app.say("only your own messages can be edited", "warning")
         return
-    app.editing = node
     app.transcript.select(None)
-    app.composer.prompt.set_text(node.content)
-    app.composer.prompt.focus()
-    app.refresh_hint()
+    app.begin_edit(node)
 
 
 def retry(app: ChatApp) -> None:
@@ -85,10 +83,11 @@ def retry(app: ChatApp) -> None:
     if answer is None:
         app.say("there is no answer yet", "warning")
         return
-    app.stop()
     if app.session.model is None:
         app.say("the model is not there yet", "warning")
-    elif app.session.retry(answer):
+        return
+    app.stop()
+    if app.session.retry(answer):
         app.show_conversation()
         app.start_answer()
 
@@ -121,14 +120,17 @@ def switch_branch(app: ChatApp, step: int) -> None:
     node = selected(app)
     if node is None:
         return
-    app.stop()
     conversation = app.session.conversation
-    depth = [each.id for each in conversation.branch()].index(node.id)
-    if conversation.switch(node, step):
-        app.show_conversation()
-        app.transcript.select(conversation.branch()[depth].id)
-    else:
+    at, n_branches = conversation.place(node)
+    if not 1 <= at + step <= n_branches:
         app.say("no other branch there")
+        return
+    app.halt()
+    depth = [each.id for each in conversation.branch()].index(node.id)
+    conversation.switch(node, step)
+    app.show_conversation()
+    app.transcript.select(conversation.branch()[depth].id)
+    app.refresh_hint()
 
 
 def choose_branch(app: ChatApp) -> None:
@@ -142,7 +144,7 @@ def choose_branch(app: ChatApp) -> None:
 
     def show(leaf: int | None) -> None:
         if leaf is not None:
-            app.stop()
+            app.halt()
             conversation.show(leaf)
             app.show_conversation()
 
@@ -153,19 +155,20 @@ def choose_branch(app: ChatApp) -> None:
 
 
 def undo(app: ChatApp) -> None:
-    app.stop()
-    node = app.session.undo()
-    if node is None:
+    if app.session.conversation.last("user") is None:
         app.say("nothing to take back", "warning")
         return
+    app.halt()
+    app.session.undo()
     app.show_conversation()
     app.say("taken back; /branch still has it")
 
 
 def open_conversation(app: ChatApp, id: int | None) -> None:
-    """Show a stored conversation, or a new one."""
-    app.stop()
+    """Show a stored conversation, or a new one; what waits or is edited goes into the prompt."""
     session = app.session
+    if id is not None and id == session.conversation.id:
+        return
     try:
         found = Conversation.load(session.store, id) if id is not None else None
     except EdgeInferError as error:
@@ -174,14 +177,13 @@ def open_conversation(app: ChatApp, id: int | None) -> None:
     if id is not None and found is None:
         app.say("that conversation was deleted in another window", "warning")
         return
-    session.queue.clear()
+    app.halt()
+    app.end_edit()
     system = session.settings.system
     session.conversation = found or Conversation(session.store, system=system)
     session.readings.clear_context()
     session.n_dropped = 0
-    app.editing = None
     app.show_conversation()
-    app.composer.show_queue([])
     app.composer.prompt.focus()
 
 
@@ -229,12 +231,17 @@ def save(app: ChatApp, title: str) -> None:
 def export_conversation(app: ChatApp, argument: str) -> None:
     from edgeinfer.tui.export import export
 
+    conversation, folder = app.session.conversation, app.settings.folder
     try:
-        path = export(app.session.conversation, argument, app.settings.folder)
+        path = export(conversation, argument, folder, replaces=argument == app.refused)
+    except FileExistsError as error:
+        app.refused = argument
+        app.say(f"{error} is there already; the same command again replaces it", "warning")
     except EdgeInferError as error:
         app.say(str(error), "error")
-        return
-    app.say(f"written: {path}")
+    else:
+        app.refused = ""
+        app.say(f"written: {path}")
 
 
 def set_system(app: ChatApp, text: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rich.text import Text
 from textual import events, on
@@ -27,10 +27,11 @@ from edgeinfer.tui.counts import TokenCounts
 from edgeinfer.tui.entries import RunningEntry, blocks_of
 from edgeinfer.tui.files import FileNames
 from edgeinfer.tui.keys import Keys
+from edgeinfer.tui.loader import Task
 from edgeinfer.tui.notes import answer_note, dropped_block, hint, welcome
 from edgeinfer.tui.palette import OURS, Palette
-from edgeinfer.tui.records import Attachment, Node
-from edgeinfer.tui.session import News, Prompt, Session
+from edgeinfer.tui.records import Attachment, Draft, Node
+from edgeinfer.tui.session import News, Session
 from edgeinfer.tui.settings import ChatSettings, ModelChoice
 from edgeinfer.tui.settings_file import FILE_NAME as SETTINGS
 from edgeinfer.tui.settings_file import read_settings
@@ -77,14 +78,17 @@ class ChatApp(TerminalApp):
         self.keys = Keys(written.get("keys", {}))
         self.complaints = [*complaints, *self.keys.complaints]
         self.editing: Node | None = None
+        self._aside = Draft()  # what was being written before
         self._entry: RunningEntry | None = None
         self._timer: Timer | None = None
         self._rest_until = 0.0
         self._counts = TokenCounts()
         self._lasting = ""
         self.failure: Exception | None = None
+        self.closing: Task[None] | None = None  # of the model, which may take seconds
         self.unsent = ""  # what was typed when it failed
         self.interrupted_at = float("-inf")
+        self.refused = ""  # the last command that would have replaced a file
 
     def compose(self) -> ComposeResult:
         files = FileNames(self.settings.folder)
@@ -115,7 +119,7 @@ class ChatApp(TerminalApp):
     def on_unmount(self) -> None:
         self.session.stop()
         if self.session.model is not None:
-            self.session.model.close()
+            self.closing = Task(self.session.model.close)
         self.session.store.close()
 
     def _handle_exception(self, error: Exception) -> None:
@@ -123,8 +127,8 @@ class ChatApp(TerminalApp):
         # whoever runs the chat tells in a line.
         self.failure = self.failure or error
         with suppress(Exception):
-            waiting = [each.text for each in self.session.queue]
-            self.unsent = "\n".join([*waiting, self.composer.prompt.text]).strip()
+            waiting = [*self.session.queue, self._aside, self.composer.draft]
+            self.unsent = "\n".join(each.text for each in waiting if each.text).strip()
         super()._handle_exception(error)
         self._exit_renderables.clear()
 
@@ -139,19 +143,27 @@ class ChatApp(TerminalApp):
     def transcript(self) -> Transcript:
         return self.screen_stack[0].query_one(Transcript)
 
-    def obey(self, event: events.Key) -> bool:
-        """Keys of the conversation rest while a dialog is open."""
-        if len(self.screen_stack) > 1:
-            command = self.keys.find(event, ["always"])
-        elif self.composer.takes(event.key):
-            return True
-        else:
-            is_marked = self.transcript.has_focus and self.transcript.selected is not None
-            here: Place = "message" if is_marked else "prompt"
-            command = self.keys.find(event, [here, "main", "always"])
-        if command is not None:
-            command(self)
-        return command is not None
+    def obey(self, event: events.Key | events.Paste) -> bool:
+        """Keys of the conversation rest while a dialog is open; what is written is the prompt's."""
+        is_main, keeps_mark = len(self.screen_stack) == 1, False
+        if isinstance(event, events.Key):
+            if is_main and self.composer.takes(event.key):
+                return True
+            here: Place = "message" if self.has_mark else "prompt"
+            command = self.keys.find(event, [here, "main", "always"] if is_main else ["always"])
+            if command is not None:
+                command(self)
+                return True
+            keeps_mark = self.has_mark and not event.is_printable
+        if is_main and not keeps_mark:
+            self.set_focus(self.composer.prompt)
+            self.refresh_hint()
+        return False
+
+    @property
+    def has_mark(self) -> bool:
+        """Whether letters are commands: a message was marked by a key."""
+        return self.transcript.has_focus and self.transcript.selected is not None
 
     def model_choices(self) -> list[ModelChoice]:
         return find_models(self.settings, self.session.store)
@@ -180,9 +192,11 @@ class ChatApp(TerminalApp):
 
     def refresh_hint(self) -> None:
         """The prompt's frame, and whether there is a conversation to show."""
-        is_marked = self.transcript.selected is not None
+        marked: Literal["keys", "mouse"] | None = None
+        if self.transcript.selected is not None:
+            marked = "keys" if self.has_mark else "mouse"
         is_editing = self.editing is not None
-        title, text = hint(self.session, self.keys, is_editing=is_editing, is_marked=is_marked)
+        title, text = hint(self.session, self.keys, is_editing=is_editing, marked=marked)
         self.composer.set_hint(title, text)
         empty = not self.transcript.blocks and self.session.running is None
         self.transcript.display = not empty
@@ -231,6 +245,9 @@ class ChatApp(TerminalApp):
         session.store.tend()
         self._draw_lasting()
         is_busy = session.running is not None or session.loader is not None
+        if session.loader is not None and session.loader.wants_old:
+            self.stop()
+            session.hand_over()
         if session.loader is not None and session.loader.task.is_over:
             self._finish_loading()
         if session.running is not None:
@@ -242,14 +259,20 @@ class ChatApp(TerminalApp):
         self._rest_until = now + (time.perf_counter() - now) / _MOST_SHARE
 
     def _finish_loading(self) -> None:
-        error = self.session.take_loaded()
+        session = self.session
+        error = session.take_loaded()
         self.refresh_title()
         self.refresh_hint()
-        if error is not None:
-            controls.choose_model(self, f"The model did not load: {error}")
-        else:
+        if error is None:
             self._count_waiting()
-            self._send_next()
+        elif session.model is not None:
+            self.recall()  # it was meant for another model
+            self.say(f"{error}; {session.model.name} stays", "error")
+        elif session.loader is None and self.composer.draft.is_empty:
+            controls.choose_model(self, f"The model did not load: {error}")
+        else:  # a dialog would take what is typed for a path
+            self.say(f"The model did not load: {error}", "error")
+        self._send_next()
 
     def _take_news(self, news: News) -> None:
         """Draw what the model has said since the last look."""
@@ -290,42 +313,52 @@ class ChatApp(TerminalApp):
 
     # -- sending ---------------------------------------------------------------------------------
 
-    @on(Composer.Submitted)
-    def _submit(self, event: Composer.Submitted) -> None:
-        prompt = Prompt(event.text, event.attachments)
-        if event.text.startswith("/"):
-            commands.run_line(self, event.text)
-        elif self.editing is not None:
-            self._ask_anew(prompt)
+    def submit(self, draft: Draft) -> None:
+        """Send a message, now or when its turn comes; an edited one at once."""
+        if self.editing is not None:
+            self._ask_anew(self.editing, draft)
         elif self.session.is_ready:
-            self._send(prompt)
+            self._send(draft)
         else:
-            self.session.queue.append(prompt)
+            self.session.queue.append(draft)
             self._draw_queue()
             if self.session.model is None and self.session.loader is None:
                 controls.choose_model(self)
 
-    def _send(self, prompt: Prompt) -> None:
+    def _send(self, draft: Draft) -> None:
         conversation = self.session.conversation
-        node = self.session.ask(prompt)
+        node = self.session.ask(draft)
         self.transcript.select(None)
         self.transcript.follows = True
         self.transcript.add(blocks_of(node, answer_note(node, conversation.place(node))))
         self.refresh_title()
         self.start_answer()
 
-    def _ask_anew(self, prompt: Prompt) -> None:
-        node = self.editing
-        assert node is not None
+    def _ask_anew(self, node: Node, draft: Draft) -> None:
         self.stop()
-        if self.session.model is None:
-            self.say("the model is not there yet", "warning")
-            self.composer.prompt.set_text(prompt.text)
-            return
-        self.editing = None
-        self.session.edit(node, prompt.text)
+        self.end_edit()
+        self.session.edit(node, draft)
         self.show_conversation()
         self.start_answer()
+
+    def begin_edit(self, node: Node) -> None:
+        """Write an earlier message anew; what was being written comes back afterwards."""
+        self.end_edit()
+        self._aside = self.composer.draft
+        self.editing = node
+        self.composer.show(Draft(node.content, node.attachments))
+        self.composer.prompt.focus()
+        self.refresh_hint()
+
+    def end_edit(self) -> None:
+        """Have what was being written back; what the edit was lies with the earlier prompts."""
+        if self.editing is not None:
+            if self.composer.prompt.text != self.editing.content:
+                self.composer.prompt.remember(self.composer.prompt.text)
+            self.editing = None
+            self.composer.show(self._aside)
+            self._aside = Draft()
+            self.refresh_hint()
 
     def start_answer(self) -> None:
         """Let the model answer what is on show."""
@@ -337,9 +370,9 @@ class ChatApp(TerminalApp):
 
     def _send_next(self) -> None:
         if self.session.queue and self.session.is_ready:
-            prompt = self.session.queue.pop(0)
+            draft = self.session.queue.pop(0)
             self._draw_queue()
-            self._send(prompt)
+            self._send(draft)
 
     def _draw_queue(self) -> None:
         names = [each.text or each.attachments[0].name for each in self.session.queue]
@@ -351,7 +384,7 @@ class ChatApp(TerminalApp):
 
     @on(Transcript.EntryClicked)
     def _mark_clicked(self, event: Transcript.EntryClicked) -> None:
-        self.transcript.focus()
+        self.set_focus(self.composer.prompt)
         self.transcript.select(event.entry)
         self.refresh_hint()
 
@@ -367,17 +400,26 @@ class ChatApp(TerminalApp):
         self._take_news(news)
         return True
 
+    def halt(self) -> None:
+        """Stop what runs; what waits for its end is what one is writing again."""
+        self.stop()
+        self.recall()
+
     def recall(self, n: int | None = None) -> None:
         """Take the last `n` waiting messages back into the prompt, all by default."""
-        queue, prompt = self.session.queue, self.composer.prompt
+        queue = self.session.queue
         back = queue[-n:] if n else list(queue)
         del queue[len(queue) - len(back) :]
         self._draw_queue()
-        for attachment in (each for message in back for each in message.attachments):
-            self.composer.attach(attachment)
-        texts = [message.text for message in back]
-        if texts:
-            prompt.set_text("\n".join([*texts, prompt.text] if prompt.text else texts))
+        if back:
+            drafts = [*back, self._aside if self.editing else self.composer.draft]
+            texts = [draft.text for draft in drafts if draft.text]
+            attachments = tuple(each for draft in drafts for each in draft.attachments)
+            whole = Draft("\n".join(texts), attachments)
+            if self.editing:
+                self._aside = whole
+            else:
+                self.composer.show(whole)
 
     def take_sampling(self, values: dict[str, Any] | None) -> None:
         """What the form says; None leaves it as it was."""

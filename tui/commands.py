@@ -6,8 +6,10 @@ give a command other keys.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -30,7 +32,7 @@ class Command:
     """A row of the table. `keys` are separated by commas.
 
     `run` takes the app, and what follows the name where there is an `argument`: that shows what
-    may follow, `values` completes it. `hint` is the word for it in the prompt's frame.
+    may follow, `values` completes it. `hint` is the word for it while a message is marked.
     """
 
     name: str
@@ -111,7 +113,7 @@ COMMANDS = (
          controls.follow),
     _key("interrupt", _CHAT, "copy what is selected, or stop; twice: leave", "ctrl+c",
          controls.interrupt, place="always"),
-    Command("help", _CHAT, "keys and commands", controls.show_help, "f1", hint="keys"),
+    Command("help", _CHAT, "keys and commands", controls.show_help, "f1"),
     Command("quit", _CHAT, "leave", controls.leave, "ctrl+q", "always"),
 )  # fmt: skip
 
@@ -124,11 +126,19 @@ def typed(name: str) -> Command | None:
     return TYPED.get(_ALIASES.get(name.lower(), name.lower()))
 
 
-def run_line(app: ChatApp, line: str) -> None:
-    """Run `/name argument`."""
-    name, _, argument = line[1:].partition(" ")
-    command = typed(name)
+def parse(text: str) -> tuple[Command, str] | None:
+    """A command and its argument, None for a message; ValueError for what may be meant as one.
+
+    A path, a comment and what begins with a space are messages.
+    """
+    found = re.fullmatch(r"/([A-Za-z][\w-]*|$)(?:\s+(.*))?", text.rstrip(), re.DOTALL)
+    if found is None:
+        return None
+    name, argument = found[1], (found[2] or "").strip()
+    command, as_it_is = typed(name), "with a space before it, it is a message"
     if command is None:
-        app.say(f"no command /{name}; /help lists them", "warning")
-    else:
-        command(app, argument.strip())
+        near = "".join(f" did you mean /{each}?" for each in get_close_matches(name, TYPED, 1))
+        raise ValueError(f"no command /{name};{near} {as_it_is}")
+    if argument and not command.argument:
+        raise ValueError(f"/{name} takes nothing after it; {as_it_is}")
+    return command, argument

@@ -1,6 +1,6 @@
 """The bottom of the screen: what waits, what is attached, completions, and the prompt.
 
-Knows nothing of models; it posts what is sent.
+Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -25,18 +25,11 @@ from edgeinfer.tui.entries import attachment_label
 from edgeinfer.tui.files import read_attachment
 from edgeinfer.tui.palette import Palette
 from edgeinfer.tui.prompt import Prompt
-from edgeinfer.tui.records import Attachment
+from edgeinfer.tui.records import Attachment, Draft
 
 
 class Composer(Vertical):
     """Prompt with attachments, queue and completions around it."""
-
-    @dataclass
-    class Submitted(Message):
-        """A message to send, or a command."""
-
-        text: str
-        attachments: tuple[Attachment, ...]
 
     @dataclass
     class Attached(Message):
@@ -147,18 +140,18 @@ class Composer(Vertical):
 
     # -- sending ---------------------------------------------------------------------------------
 
-    def send(self) -> None:
-        """Take what is written and attached."""
-        text = self.prompt.text.strip()
-        if not text and not self.attachments:
-            return
-        attachments = () if text.startswith("/") else tuple(self.attachments)
-        self.prompt.set_text("")
-        self.prompt.remember(text)
-        if not text.startswith("/"):
-            self.attachments = []
-            self._draw_tray()
-        self.post_message(self.Submitted(text, attachments))
+    @property
+    def draft(self) -> Draft:
+        """What is written and attached."""
+        return Draft(self.prompt.text, tuple(self.attachments))
+
+    def show(self, draft: Draft) -> None:
+        """Have this written and attached instead."""
+        self.prompt.set_text(draft.text)
+        self.attachments = []
+        for attachment in draft.attachments:
+            self.attach(attachment)
+        self._draw_tray()
 
     # -- completions -----------------------------------------------------------------------------
 
@@ -188,7 +181,10 @@ class Composer(Vertical):
         return bool(self._candidates)
 
     def takes(self, key: str) -> bool:
-        """Whether a key was for the list of completions."""
+        """Whether a key was for the list of completions.
+
+        Enter on a command that is complete already sends it.
+        """
         popup = self._popup
         if not self._candidates or key not in ("up", "down", "tab", "enter", "escape"):
             return False
@@ -199,27 +195,27 @@ class Composer(Vertical):
         elif key == "escape":
             self._show_candidates([])
         elif popup.highlighted is not None:
-            self._accept(self._candidates[popup.highlighted], key)
+            return self._accept(self._candidates[popup.highlighted]) or key != "enter"
         return True
 
     @on(OptionList.OptionSelected, "#completions")
     def _take_click(self, event: OptionList.OptionSelected) -> None:
         event.stop()
-        self._accept(self._candidates[event.option_index], "tab")
+        self._accept(self._candidates[event.option_index])
         self.prompt.focus()
 
-    def _accept(self, candidate: Candidate, key: str) -> None:
-        """Write the candidate; Enter on a command that is complete already sends it."""
+    def _accept(self, candidate: Candidate) -> bool:
+        """Write the candidate; False where it is written already."""
         prompt = self.prompt
         row, column = prompt.cursor_location
         typed = prompt.line_to_cursor[candidate.start :]
         self._show_candidates([])
-        if key == "enter" and candidate.file is None and typed.strip() == candidate.text.strip():
-            self.send()
-            return
+        if candidate.file is None and typed.strip() == candidate.text.strip():
+            return False
         prompt.replace(candidate.text, (row, candidate.start), (row, column))
         if candidate.file is not None:
             try:
                 self.attach(read_attachment(self._root, candidate.file))
             except EdgeInferError as error:
                 self.app.notify(printable(str(error)), severity="warning", markup=False)
+        return True

@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from edgeinfer.tui.params import PARAMS, parse_param
+from edgeinfer.tui.records import Draft
 from edgeinfer.tui.settings_file import FILE_NAME
 
 if TYPE_CHECKING:
@@ -21,7 +22,29 @@ _FIRST_RUN = (
 
 
 def send(app: ChatApp) -> None:
-    app.composer.send()
+    """Run the command that is written, or send the message; what can't be done stays written."""
+    from edgeinfer.tui.commands import parse
+
+    draft, prompt = app.composer.draft, app.composer.prompt
+    try:
+        found = parse(draft.text)
+    except ValueError as error:
+        app.say(str(error), "warning")
+        return
+    if found is not None:
+        prompt.remember(draft.text.strip())
+        prompt.set_text("")
+        command, argument = found
+        command(app, argument)
+    elif draft.is_empty:
+        return
+    elif app.editing is not None and app.session.model is None:
+        app.say("the model is not there yet", "warning")
+    else:
+        text = draft.text.strip()
+        prompt.remember(draft.text.rstrip() if text.startswith("/") else text)
+        app.composer.show(Draft())
+        app.submit(Draft(text, draft.attachments))
 
 
 def newline(app: ChatApp) -> None:
@@ -35,9 +58,8 @@ def stop(app: ChatApp) -> None:
     """Stop the answer; else leave what is marked or edited."""
     if app.stop():
         app.recall()
-    elif app.editing is not None:
-        app.editing = None
-        app.composer.prompt.set_text("")
+    else:
+        app.end_edit()
     app.screen.clear_selection()
     app.transcript.select(None)
     app.composer.prompt.focus()
@@ -67,8 +89,9 @@ def leave(app: ChatApp) -> None:
 
 
 def load_model(app: ChatApp, path: str) -> None:
-    """Load it in the background; what runs is stopped and kept."""
-    app.stop()
+    """Load it in the background; an answer runs until the model changes."""
+    if app.session.loader is not None:
+        app.say("another model is loading; this one comes after it")
     app.session.load(path)
     app.refresh_title()
     app.refresh_hint()

@@ -62,8 +62,10 @@ def _message(node: Node) -> dict[str, Any]:
     return message | {key: value for key, value in node.details.items() if key not in message}
 
 
-def export(conversation: Conversation, argument: str, folder: Path) -> Path:
-    """Write `[md|json] [path]`; a file that exists is not replaced unless it is named."""
+def export(
+    conversation: Conversation, argument: str, folder: Path, *, replaces: bool = False
+) -> Path:
+    """Write `[md|json] [path]`; FileExistsError where that would replace a file unasked."""
     words = argument.split(maxsplit=1)
     kind = words.pop(0) if words and words[0] in ("md", "json") else ""
     name = words[0] if words else ""
@@ -71,7 +73,11 @@ def export(conversation: Conversation, argument: str, folder: Path) -> Path:
     path = folder / Path(name).expanduser() if name else _free_name(conversation, kind, folder)
     text = as_json(conversation) if kind == "json" else as_markdown(conversation)
     try:
+        if path.is_file() and not replaces:
+            raise FileExistsError(path)
         _write(path, text.encode("utf-8", "replace"))
+    except FileExistsError:
+        raise
     except OSError as error:
         raise EdgeInferError(
             f"{path} can't be written ({error.strerror or error}); /export {kind} PATH takes "

@@ -60,11 +60,11 @@ class Keys:
         """All keys of a command."""
         return ", ".join(map(_shown, self._of[name]))
 
-    def hints(self, place: Place) -> str:
-        """The keys and words of the commands that have a word for the prompt's frame."""
+    def hints(self) -> str:
+        """The keys and words of the commands that a marked message has."""
         words: dict[str, list[str]] = {}
         for command in COMMANDS:
-            label = self.label(command.name, place) if command.hint else ""
+            label = self.label(command.name, "message") if command.hint else ""
             if label:
                 words.setdefault(command.hint, []).append(label)
         return " · ".join(f"{' '.join(labels)} {word}" for word, labels in words.items())

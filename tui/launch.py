@@ -64,6 +64,8 @@ def run_chat(
     )  # fmt: skip
     app = ChatApp(settings, driver())
     app.run()
+    if app.closing is not None:
+        app.closing.wait()
     if app.session.notice:
         sys.stderr.write(f"edgeinfer: {one_line(app.session.notice, 500)}\n")
     if app.unsent:

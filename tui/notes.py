@@ -5,6 +5,8 @@ Knows nothing of widgets.
 
 from __future__ import annotations
 
+from typing import Literal
+
 from rich.text import Text
 
 from edgeinfer import one_line
@@ -44,18 +46,22 @@ def dropped_block(n: int) -> Block:
     return Block("notice", text, 0)
 
 
-def hint(session: Session, keys: Keys, *, is_editing: bool, is_marked: bool) -> tuple[str, str]:
-    """Title and subtitle of the prompt's frame."""
+def hint(
+    session: Session, keys: Keys, *, is_editing: bool, marked: Literal["keys", "mouse"] | None
+) -> tuple[str, str]:
+    """Title and subtitle of the prompt's frame; `marked` is what a message is marked with."""
     send, stop = keys.label("send", "prompt"), keys.label("stop")
-    if is_marked:
-        return "", f"{keys.hints('message')} · {stop} back"
+    if marked == "keys":
+        return "", f"{keys.hints()} · {stop} back"
+    if marked == "mouse":
+        return "", f"{keys.label('copy')} copy · {keys.label('mark')} more · {stop} back"
     if is_editing:
         return "editing an earlier message", f"{send} ask anew · {stop} leave it as it was"
     if session.running is not None:
         return "", f"{stop} stop · {send} queue"
     if session.loader is not None:
         return "", f"{send} queue until the model is ready"
-    return "", f"/ commands · @ files · {keys.hints('main')}"
+    return "", f"/ commands · @ files · {keys.label('help') or '/help'} keys"
 
 
 def welcome(session: Session, keys: Keys, last: Summary | None, palette: Palette) -> Text:

@@ -34,20 +34,26 @@ class Prompt(TextArea):
         )  # fmt: skip
         self._history: list[str] = []
         self._at: int | None = None
-        self._draft = ""
+        self._written: dict[int, str] = {}  # by place in history
 
     def set_history(self, prompts: list[str]) -> None:
         self._history = list(prompts)
         self._at = None
 
     def remember(self, text: str) -> None:
+        """Have it among the earlier prompts, after what was being written beside it."""
+        self._leave_history()
         if text and (not self._history or self._history[-1] != text):
             self._history.append(text)
-        self._at = None
 
     def set_text(self, text: str) -> None:
         """Replace everything; the cursor goes to the end."""
-        self.load_text(text)
+        self._leave_history()
+        self._show(text)
+
+    def _show(self, text: str) -> None:
+        self.history.checkpoint()
+        self.replace(text, (0, 0), self.document.end)
         self.move_cursor(self.document.end)
         self.fit()
 
@@ -94,13 +100,24 @@ class Prompt(TextArea):
         return offset.y == (0 if first else self.wrapped_document.height - 1)
 
     def _browse(self, step: int) -> None:
-        """Go through history; what was being written is the last entry."""
+        """Go through history; what was being written is the last entry, and changes stay."""
         if not self._history:
             return
-        if self._at is None:
-            self._draft, self._at = self.text, len(self._history)
-        self._at = max(0, min(len(self._history), self._at + step))
-        is_draft = self._at == len(self._history)
-        self.set_text(self._draft if is_draft else self._history[self._at])
-        if is_draft:
+        earlier = [*self._history, ""]
+        end = len(self._history)
+        before = end if self._at is None else self._at
+        self._at = max(0, min(end, before + step))
+        self._written[before] = self.text
+        self._show(self._written.get(self._at) or earlier[self._at])
+        if self._at == end:
             self._at = None
+
+    def _leave_history(self) -> None:
+        """Of what was written while going through history, only what is shown goes on."""
+        known = dict(enumerate(self._history))
+        shown = len(known) if self._at is None else self._at
+        self._at = None
+        for at, text in sorted(self._written.items()):
+            if at != shown and text.strip() and text != known.get(at):
+                self._history.append(text)
+        self._written.clear()

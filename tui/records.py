@@ -24,6 +24,18 @@ class Attachment:
     n_tokens: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A message that is being written, waits or is sent."""
+
+    text: str = ""
+    attachments: tuple[Attachment, ...] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.text.strip() and not self.attachments
+
+
 @dataclass(slots=True, eq=False)
 class Node:
     """A message of the tree. An answer is `partial` from its first token to its end."""

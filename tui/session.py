@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from edgeinfer.tui.conversation import Conversation
 from edgeinfer.tui.gauge import Readings
 from edgeinfer.tui.loader import ModelLoader
-from edgeinfer.tui.records import Attachment, Node
+from edgeinfer.tui.records import Draft, Node
 from edgeinfer.tui.settings import ChatModel, ChatSettings
 from edgeinfer.tui.store import Store
 from edgeinfer.tui.turn import Turn
@@ -31,14 +31,6 @@ class News:
     reasoning: str = ""
     is_over: bool = False
     n_dropped: int = 0
-
-
-@dataclass(slots=True)
-class Prompt:
-    """A message that was sent, or waits to be."""
-
-    text: str
-    attachments: tuple[Attachment, ...] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -61,9 +53,11 @@ class Session:
     store: Store
     conversation: Conversation = field(init=False)
     model: ChatModel | None = None
+    path: str = ""  # of the model
     loader: ModelLoader | None = None
+    next_path: str = ""  # to load after what loads
     running: Running | None = None
-    queue: list[Prompt] = field(default_factory=list)
+    queue: list[Draft] = field(default_factory=list)
     sampling: dict[str, Any] = field(default_factory=dict)
     readings: Readings = field(default_factory=Readings)
     n_dropped: int = 0  # turns that are not read any more, as last told
@@ -84,37 +78,53 @@ class Session:
     # -- the model -------------------------------------------------------------------------------
 
     def load(self, path: str) -> None:
-        """Load a model in the background, in place of the one that is open."""
+        """Load a model in the background; the one that is open goes once that can work."""
+        if self.loader is not None:
+            self.next_path = path
+            return
+        self.loader = ModelLoader(self.settings, path, replaces=self.model is not None)
+        if self.model is None:
+            self.readings.start_loading(path)
+
+    def hand_over(self) -> None:
+        """Give the open model to the loader, which closes it: that may take seconds."""
+        assert self.loader is not None and self.model is not None
         self.stop()
-        if self.model is not None:
-            self.model.close()
+        self.readings.start_loading(self.loader.path)
+        self.loader.give(self.model, self.path)
         self.model = None
-        self.loader = ModelLoader(self.settings, path)
-        self.readings.start_loading(path)
 
     def take_loaded(self) -> BaseException | None:
-        """Once the loader is done, its model; the error when it failed."""
+        """Once the loader is done, its model; the error when it failed.
+
+        The model that was open before is then open still, or again where that could be.
+        """
         assert self.loader is not None and self.loader.task.is_over
         loader, self.loader = self.loader, None
-        if loader.task.error is not None:
+        error = loader.task.error or loader.error
+        if loader.task.error is None:
+            self.model, self.path = loader.task.result, loader.path
+            self.conversation.set_model(self.model.name)
+            self.readings.start_model(self.model)
+        elif self.model is None:
             self.readings.fail_loading()
-            return loader.task.error
-        self.model = loader.task.result
-        self.store.set_preference("model", loader.path)
-        self.conversation.set_model(self.model.name)
-        self.readings.start_model(self.model)
-        return None
+        if error is None:
+            self.store.set_preference("model", loader.path)
+        if self.next_path:
+            path, self.next_path = self.next_path, ""
+            self.load(path)
+        return error
 
     # -- asking ----------------------------------------------------------------------------------
 
-    def ask(self, prompt: Prompt) -> Node:
+    def ask(self, draft: Draft) -> Node:
         """Add the user's message to the branch; `answer` is next."""
         self.conversation.model = self.model.name if self.model else ""
-        return self.conversation.ask(prompt.text, prompt.attachments, self.conversation.leaf)
+        return self.conversation.ask(draft.text, draft.attachments, self.conversation.leaf)
 
-    def edit(self, node: Node, text: str) -> Node:
+    def edit(self, node: Node, draft: Draft) -> Node:
         """Ask anew beside an earlier message."""
-        return self.conversation.ask(text, node.attachments, node.parent)
+        return self.conversation.ask(draft.text, draft.attachments, node.parent)
 
     def answer(self) -> Node:
         """Let the model answer the branch on show."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
 
 from textual import events
@@ -20,7 +19,7 @@ from edgeinfer.tui.settings import ChatSettings
 from edgeinfer.tui.store import Store
 from edgeinfer.tui.terminal_colors import TerminalBackground, is_light_by
 
-_PATIENCE_SECONDS = 0.5  # for what a key sets off; then the next one is taken all the same
+_MOST_LOOKS = 500  # a millisecond apart, at what a key set off; then the next is taken anyway
 
 
 class TerminalApp(App[None], inherit_bindings=False):
@@ -54,12 +53,16 @@ class TerminalApp(App[None], inherit_bindings=False):
                 self._taking = asyncio.create_task(self._take_typed())
 
     async def _take_typed(self) -> None:
-        while self._typed:
-            end = time.monotonic() + _PATIENCE_SECONDS
-            while not self._is_settled() and time.monotonic() < end:
-                await asyncio.sleep(0.001)
-            await self._take(self._typed[0])
-            self._typed.popleft()
+        try:
+            while self._typed and not self._exit:
+                for _ in range(_MOST_LOOKS):
+                    if self._is_settled():
+                        break
+                    await asyncio.sleep(0.001)
+                await self._take(self._typed[0])
+                self._typed.popleft()
+        except Exception as error:
+            self._handle_exception(error)
 
     def _is_settled(self) -> bool:
         """Whether everything that the keys before have set off is done."""
@@ -69,11 +72,11 @@ class TerminalApp(App[None], inherit_bindings=False):
         return not any(node.message_queue_size for node in chain)
 
     async def _take(self, event: events.Key | events.Paste) -> None:
-        if not (isinstance(event, events.Key) and self.obey(event)):
+        if not self.obey(event):
             await super().on_event(event)
 
-    def obey(self, event: events.Key) -> bool:
-        """Do what a key is a command for; False where it is none."""
+    def obey(self, event: events.Key | events.Paste) -> bool:
+        """Do what a key is a command for; False for what is for the widget that has the focus."""
         raise NotImplementedError
 
     # -- telling ---------------------------------------------------------------------------------

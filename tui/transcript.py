@@ -29,6 +29,8 @@ _MOST_COLUMNS = 96  # longer lines are hard to read
 class Transcript(Selectable, can_focus=True, inherit_bindings=False):
     """Draws blocks as they come into view; follows the end until the reader scrolls away."""
 
+    FOCUS_ON_CLICK = False  # what is typed belongs in the prompt
+
     @dataclass
     class CopyRequested(Message):
         """Someone clicked on a code block's copy."""

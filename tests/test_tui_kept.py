@@ -1,0 +1,323 @@
+"""What was typed, attached, queued or set up is kept, whatever one does next."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from textual import events
+from textual.widgets import Static
+
+from edgeinfer import InvalidModelError, ModelNotFoundError
+from edgeinfer.tui.commands import TYPED, parse
+from edgeinfer.tui.records import Attachment, Draft
+from tests.test_tui_chat import SLOW, Chat, drive
+from tests.tui_engine import Script, ScriptedModel
+
+KEYS = {"\r": "enter", "\t": "tab", "\x0e": "ctrl+n", "\x0f": "ctrl+o", "\x1b": "escape"}
+
+
+def burst(chat: Chat, text: str) -> None:
+    """All keys at once, as from a terminal that was slow to send them."""
+    assert chat.app._driver is not None
+    for character in text:
+        key = KEYS.get(character, character if character.isalnum() else None)
+        name = key or {" ": "space", "/": "slash", "-": "minus", "@": "at"}[character]
+        chat.app._driver.send_message(
+            events.Key(name, character if character.isprintable() else None)
+        )
+
+
+def notice(chat: Chat) -> str:
+    return str(chat.app.composer.query_one("#notice", Static).content)
+
+
+def contents(model: ScriptedModel) -> list[str]:
+    return [messages[-1]["content"] for messages in model.asked]
+
+
+# -- typed ahead ---------------------------------------------------------------------------------
+
+
+def test_keys_that_come_all_at_once_mean_what_they_mean_one_by_one(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("in the file")
+
+    async def body(chat: Chat) -> None:
+        prompt = chat.app.composer.prompt
+        await chat.idle()
+        burst(chat, "first\rsecond\rthi")
+        await chat.until(lambda: len(model.asked) == 2 and prompt.text == "thi")
+        await chat.idle()
+        burst(chat, "rd\r/theme edge-l\t\r\x0ein a new one\rrest")
+        await chat.until(lambda: len(model.asked) == 4 and prompt.text == "rest")
+        assert chat.app.theme == "edge-light" and len(chat.app.session.conversation.branch()) == 2
+        await chat.idle()
+        burst(chat, " of @not\tit\r\x0ffirst\r")
+        await chat.until(lambda: "second" in chat.shown)
+        assert prompt.text == "" and len(chat.app.screen_stack) == 1
+        await chat.idle()
+        burst(chat, "\x0fthi\x1bagain")
+        await chat.until(lambda: prompt.text == "again")
+
+    model = ScriptedModel()
+    drive(body, model, folder=tmp_path)
+    assert contents(model)[:4] == ["first", "second", "third", "in a new one"]
+    assert contents(model)[4].endswith("in the file\n</file>\n\nrest of @notes.txt it")
+
+
+# -- letters belong in the prompt ----------------------------------------------------------------
+
+
+def test_letters_are_commands_only_where_a_key_marked_a_message() -> None:
+    async def body(chat: Chat) -> None:
+        prompt, transcript = chat.app.composer.prompt, chat.app.transcript
+        await chat.idle()
+        await chat.ask("question")
+        await chat.pilot.click(transcript, offset=(8, 3))
+        await chat.pilot.pause()
+        assert transcript.selected is not None
+        await chat.press(*"there is more")
+        assert prompt.text == "there is more" and len(model.asked) == 1
+        await chat.press("ctrl+up")  # the one that was clicked, now by a key
+        assert chat.app.has_mark
+        chat.app.post_message(events.Paste(" pasted"))
+        await chat.until(lambda: prompt.text == "there is more pasted")
+        await chat.press("tab", *" and", "f8", "x")
+        assert prompt.text == "there is more pasted andx"
+        chat.app.set_focus(None)
+        await chat.press("y")
+        assert prompt.text == "there is more pasted andxy" and len(model.asked) == 1
+        await chat.press("f8", "r")
+        await chat.until(lambda: len(model.asked) == 2)
+
+    model = ScriptedModel()
+    drive(body, model)
+
+
+# -- queued, drafted, attached -------------------------------------------------------------------
+
+
+def test_what_waits_or_is_written_survives_leaving_a_conversation_or_branch(
+    tmp_path: Path,
+) -> None:
+    async def body(chat: Chat) -> None:
+        composer, session = chat.app.composer, chat.app.session
+        await chat.idle()
+        await chat.ask("first")
+        await chat.press("ctrl+r")
+        await chat.idle()
+        ways = (["f8", "up", "up", "left"], ["undo"], ["ctrl+n"], ["f2", *"first", "enter"])
+        for leave in ways:
+            await chat.send("go")
+            composer.attach(Attachment("a.txt", "attached"))
+            await chat.send("one")
+            await chat.send("two")
+            await chat.press(*"draft")
+            if leave == ["undo"]:
+                TYPED["undo"](chat.app)  # as the palette does
+            else:
+                await chat.press(*leave)
+            await chat.until(lambda: session.running is None)
+            assert composer.prompt.text == "one\ntwo\ndraft" and session.queue == [], leave
+            assert [each.text for each in composer.attachments] == ["attached"]
+            composer.show(Draft())
+            await chat.press("escape")
+
+    drive(body, ScriptedModel([Script(), Script(), SLOW]), folder=tmp_path)
+
+
+def test_an_edit_keeps_the_draft_and_the_attachments_of_both() -> None:
+    async def body(chat: Chat) -> None:
+        composer, prompt, session = chat.app.composer, chat.app.composer.prompt, chat.app.session
+        await chat.idle()
+        composer.attach(Attachment("old.txt", "of old"))
+        await chat.ask("first")
+        composer.attach(Attachment("new.txt", "of new"))
+        await chat.press(*"draft", "ctrl+up", "up", "e")
+        assert prompt.text == "first" and composer.attachments[0].name == "old.txt"
+        await chat.press(*" changed", "escape")
+        assert prompt.text == "draft" and composer.attachments[0].name == "new.txt"
+        await chat.press("up")
+        assert prompt.text == "first changed"
+        await chat.press("down", "ctrl+up", "up", "e", *" anew")
+        await chat.press("enter")
+        await chat.idle()
+        assert prompt.text == "draft" and len(composer.attachments) == 1
+        await chat.press("ctrl+up", "up", "e")
+        kept, session.model = session.model, None
+        await chat.press(*"!", "enter")
+        assert prompt.text == "first anew!" and composer.attachments[0].name == "old.txt"
+        session.model = kept
+        await chat.press("ctrl+n")
+        assert prompt.text == "draft" and composer.attachments[0].name == "new.txt"
+
+    model = ScriptedModel()
+    drive(body, model)
+    assert "of old" in contents(model)[1] and contents(model)[1].endswith("first anew")
+
+
+def test_what_was_written_beside_an_earlier_prompt_is_among_them_then() -> None:
+    async def body(chat: Chat) -> None:
+        prompt = chat.app.composer.prompt
+        prompt.set_history(["one", "two"])
+        await chat.idle()
+        await chat.press(*"draft", "up", *" more", "up", "down")
+        assert prompt.text == "two more"
+        await chat.press("down")
+        assert prompt.text == "draft"
+        await chat.press("up", "up", "enter")
+        await chat.idle()
+        seen = set()
+        for _ in range(6):
+            await chat.press("up")
+            seen.add(prompt.text)
+        assert seen == {"one", "two", "two more", "draft"}
+
+    drive(body)
+
+
+# -- what is no command, and what commands would replace -----------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("/etc/hosts what is it", None),
+        ("// comment", None),
+        ("/home/me/a file.txt", None),
+        ("/*", None),
+        ("/ x", None),
+        (" /clear", None),
+        ("/3 of them", None),
+        ("hello /clear", None),
+        ("/CLEAR ", ("clear", "")),
+        ("/new", ("clear", "")),
+        ("/system line\nline", ("system", "line\nline")),
+        ("/export  md  a b.md", ("export", "md  a b.md")),
+        ("/", "no command /;"),
+        ("/tmp", "no command /tmp;"),
+        ("/themes", "did you mean /theme?"),
+        ("/clear the table please", "/clear takes nothing after it"),
+        ("/retry\nthat", "/retry takes nothing after it"),
+    ],
+)
+def test_only_what_is_meant_as_a_command_is_one(
+    text: str, found: tuple[str, str] | str | None
+) -> None:
+    if isinstance(found, str):
+        with pytest.raises(ValueError, match=re.escape(found)):
+            parse(text)
+    else:
+        parsed = parse(text)
+        assert (parsed and (parsed[0].name, parsed[1])) == found
+
+
+def test_what_can_not_be_done_stays_written(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("precious")
+
+    async def body(chat: Chat) -> None:
+        prompt = chat.app.composer.prompt
+        await chat.idle()
+        chat.app.composer.attach(Attachment("a.txt", "attached"))
+        for text in ("/nonsense", "/clear the table"):
+            await chat.send(text)
+            assert prompt.text == text and len(chat.app.composer.attachments) == 1
+        await chat.send(" /clear is a command")
+        await chat.idle()
+        await chat.press("up")
+        assert prompt.text == " /clear is a command"
+        await chat.send("/export mine.txt")
+        assert (tmp_path / "mine.txt").read_text() == "precious"
+        await chat.until(lambda: "is there already; the same" in notice(chat))
+        await chat.send("/export mine.txt")
+        assert "/clear is a command" in (tmp_path / "mine.txt").read_text()
+
+    model = ScriptedModel()
+    drive(body, model, folder=tmp_path, size=(160, 30))
+    assert contents(model)[0].endswith("\n\n/clear is a command")
+    assert "attached" in contents(model)[0]
+
+
+# -- models --------------------------------------------------------------------------------------
+
+
+class Slow(ScriptedModel):
+    """Takes its time to close, and notes in which thread that is."""
+
+    closed_by: threading.Thread | None = None
+
+    def close(self) -> None:
+        self.closed_by = threading.current_thread()
+        time.sleep(0.3)
+        super().close()
+
+
+def test_a_model_goes_only_for_one_that_can_work_and_off_the_screens_thread() -> None:
+    models = {"scripted.gguf": Slow([SLOW]), "next.gguf": Slow([Script("from the next")])}
+    opened: list[str] = []
+
+    def open_model(path: str, progress: Any) -> ScriptedModel:
+        opened.append(path)
+        if path not in models:
+            raise InvalidModelError("truncated", path=path)
+        models[path].is_closed = False
+        return models[path]
+
+    def plan_model(path: str) -> Any:
+        if path == "typo.gguf":
+            raise ModelNotFoundError("no model 'typo.gguf'")
+        return models["next.gguf"].plan
+
+    async def body(chat: Chat) -> None:
+        session = chat.app.session
+        await chat.idle()
+        await chat.send("go")
+        await chat.until(lambda: "word" in chat.shown)
+        await chat.send("/model typo.gguf")
+        await chat.until(lambda: "no model 'typo.gguf'; Scripted 1B stays" in chat.screen_text)
+        assert session.running is not None and opened == ["scripted.gguf"]
+        await chat.send("/model broken.gguf")
+        await chat.send("for the next")
+        await chat.until(lambda: len(opened) == 3 and session.is_ready)
+        assert notice(chat) == "truncated (broken.gguf); Scripted 1B stays"
+        assert opened[1:] == ["broken.gguf", "scripted.gguf"]
+        assert chat.app.composer.prompt.text == "for the next"
+        await chat.send("/model next.gguf")
+        await chat.send("for the next")
+        await chat.until(lambda: "from the next" in chat.shown)
+        assert session.model is models["next.gguf"] and models["scripted.gguf"].is_closed
+        assert len(chat.app.screen_stack) == 1
+
+    drive(body, open_model=open_model, plan_model=plan_model, size=(120, 30))
+    for model in models.values():
+        assert model.closed_by not in (None, threading.main_thread())
+
+
+def test_a_second_model_waits_for_the_first_and_no_dialog_takes_what_is_typed() -> None:
+    hold, models = threading.Event(), [ScriptedModel(), ScriptedModel()]
+
+    def open_model(path: str, progress: Any) -> ScriptedModel:
+        if path == "scripted.gguf":
+            hold.wait(20)
+            raise InvalidModelError("truncated", path=path)
+        return models[path == "second.gguf"]
+
+    async def body(chat: Chat) -> None:
+        await chat.until(lambda: chat.app.session.loader)
+        await chat.press(*"typing")
+        hold.set()
+        await chat.until(lambda: "The model did not load" in chat.screen_text)
+        await chat.press(*" on")
+        assert chat.app.composer.prompt.text == "typing on"
+        hold.clear()
+        await chat.send("/model scripted.gguf")
+        await chat.send("/model second.gguf")
+        hold.set()
+        await chat.until(lambda: chat.app.session.model is models[1])
+        assert len(chat.app.screen_stack) == 1
+
+    drive(body, models[0], open_model=open_model)
