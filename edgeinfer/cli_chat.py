@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from edgeinfer.llm import LLM
     from edgeinfer.options import Sampling
 
+_TYPED = "typed-lines"  # at a plain terminal
+
 
 @click.command(epilog="Example: edgeinfer chat qwen3-4b --system 'Answer in one sentence.'")
 @click.argument("model", required=False)
@@ -63,7 +65,8 @@ def chat(
         for why in remember(str(path.resolve())):
             note(why)
         sampling = cast("Sampling", given(flags, SAMPLING_NAMES))
-        talk(llm, system, sampling, follow, advice_after(path))
+        typed = None if no_history else config.data_folder() / _TYPED
+        talk(llm, system, sampling, follow, advice_after(path), typed)
 
 
 def _open_tui(
@@ -95,13 +98,16 @@ def _open_tui(
 
 
 @click.command(epilog="Example: edgeinfer history --clear")
-@click.option("--clear", is_flag=True, help="Delete every conversation of the full-screen chat.")
+@click.option(
+    "--clear", is_flag=True, help="Delete every conversation, and the lines typed in plain chats."
+)
 @common_flags
 def history(clear: bool) -> None:
     """Where conversations are kept; --clear deletes them."""
     store = importlib.import_module("edgeinfer.tui.store")
     path = config.data_folder() / store.FILE_NAME
     if clear:
+        (config.data_folder() / _TYPED).unlink(missing_ok=True)
         n = store.clear_history(config.data_folder())
         unread = f"deleted {path}, which could not be read"
         show(unread if n is None else f"deleted {n} conversations")

@@ -21,8 +21,12 @@ _REDRAW_SECONDS = 0.1
 
 def draws_screens(environment: Mapping[str, str]) -> bool:
     """Whether there is a terminal that takes a full-screen view, which is drawn on stderr."""
-    if not all(s.isatty() for s in (sys.stdin, sys.stdout, sys.stderr)):
-        return False
+    is_terminal = all(s.isatty() for s in (sys.stdin, sys.stdout, sys.stderr))
+    return is_terminal and takes_escapes(environment)
+
+
+def takes_escapes(environment: Mapping[str, str]) -> bool:
+    """Whether a terminal, if there is one, obeys escape sequences."""
     # Windows' consoles have no TERM.
     return os.name == "nt" or environment.get("TERM", "") not in ("", "dumb", "unknown")
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeinfer import platform
-from edgeinfer.console import Output, note, tell
+from edgeinfer.console import Output, note
 from edgeinfer.errors import EdgeInferError
+from edgeinfer.line_input import LineInput
 
 if TYPE_CHECKING:
     from edgeinfer.chat import Message
@@ -25,21 +27,29 @@ HELP = """\
 /system TEXT    set the system message and start anew; without TEXT, show it
 /stats          tokens, speed and memory
 /exit           end (also /quit, /bye, Ctrl-D); Ctrl-C stops an answer
-Any other line is a message."""
+Any other line is a message; so is a text of several lines that is pasted."""
 _ENDS = ("/exit", "/quit", "/bye")
 
 Follow = Callable[["Stream", Output | None], None]
 
 
 def talk(
-    llm: LLM, system: str | None, sampling: Sampling, follow: Follow, advice: str | None = None
+    llm: LLM,
+    system: str | None,
+    sampling: Sampling,
+    follow: Follow,
+    advice: str | None = None,
+    history: Path | None = None,
 ) -> None:
-    """Answer every line until end of input; `advice` is one line after the first answer."""
+    """Answer every line until end of input; `advice` is one line after the first answer.
+
+    `history` is the file in which lines are kept that are typed.
+    """
     if sys.stdin.isatty():
-        note("a line is a message, /help shows the commands, Ctrl-D ends")
-        _prepare_input()
+        note("a line or a paste is a message, /help shows the commands, Ctrl-D ends")
+    typed = LineInput(history)
     conversation = _Conversation(llm, system, sampling, follow)
-    while (line := _next_line()) is not None and line.strip() not in _ENDS:
+    while (line := typed.next()) is not None and line.strip() not in _ENDS:
         try:
             if _obey(conversation, line) and advice:
                 note(advice)
@@ -50,8 +60,10 @@ def talk(
 
 
 def _obey(conversation: _Conversation, line: str) -> bool:
-    """Run a command or answer a message; True if there was an answer."""
+    """Run a command or answer a message; True if there was an answer. No command has two lines."""
     word, _, rest = line.strip().partition(" ")
+    if "\n" in line.strip():
+        return conversation.answer(line)
     if word in _COMMANDS:
         _COMMANDS[word](conversation, rest.strip())
     elif word.startswith("/") and not rest and "/" not in word[1:]:
@@ -164,45 +176,3 @@ _COMMANDS = {
     "/system": _system,
     "/stats": _stats,
 }
-
-
-# -- input ---------------------------------------------------------------------------------------
-
-
-def _prepare_input() -> None:
-    """Line editing and history where Python has them; no byte can end the program."""
-    try:
-        import readline  # noqa: F401
-    except ImportError:
-        pass
-    reconfigure = getattr(sys.stdin, "reconfigure", None)
-    if reconfigure is not None:
-        reconfigure(errors="replace")
-
-
-def _next_line() -> str | None:
-    """The next line, None at the end; the first Ctrl-C at the prompt says how to end."""
-    if not sys.stdin.isatty():
-        line = sys.stdin.buffer.readline()
-        return line.decode("utf-8", "replace").rstrip("\r\n") if line else None
-    interrupted = False
-    while True:
-        try:
-            return _ask()
-        except KeyboardInterrupt:
-            if interrupted:
-                return None
-            interrupted = True
-            note("\n(Ctrl-D or /exit ends the chat, Ctrl-C once more too)")
-
-
-def _ask() -> str | None:
-    if sys.stdout.isatty():
-        try:
-            return input("> ")
-        except EOFError:
-            note("")
-            return None
-    tell("> ")
-    line = sys.stdin.readline()
-    return line.rstrip("\r\n") if line else None

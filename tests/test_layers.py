@@ -30,7 +30,7 @@ model scheduler reply
 engine stream
 runtime
 llm bench server doctor inspect_file perplexity console cli_options
-aio cli_input cli_models bench_compare bench_steps
+aio cli_input line_input cli_models bench_compare bench_steps
 plain_chat cli_open bench_tables
 cli_bench
 cli_run cli_chat cli_inspect cli_measure

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from edgeinfer import LLM, ContextLengthError, InvalidRequestError, Message
+from edgeinfer.line_input import LineInput
+from edgeinfer.plain_chat import talk as talk_to
 from edgeinfer.turns import ANSWER_SHARE, drop_turns
 
 from .models_for_tests import tiny_model
@@ -128,6 +130,23 @@ def test_commands_in_a_pipe(path: Path) -> None:
     assert b"never" not in done.stderr
 
 
+def test_a_text_of_several_lines_is_a_message_whatever_it_begins_with(
+    llm: LLM, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = iter(["/clear\nis a command\n/help", "/stats", None])
+    monkeypatch.setattr(LineInput, "next", lambda self: next(read))
+    talk_to(llm, None, {"max_tokens": 2}, lambda stream, output: stream.run())
+    assert "1 turns" in capsys.readouterr().err
+
+
+def test_a_pipe_in_utf16_is_read_line_by_line(path: Path) -> None:
+    command = [*COMMAND, str(path), "-n", "2"]
+    text = "\ufeffhi\r\n/stats\r\n/exit\r\n".encode("utf-16-le")
+    done = subprocess.run(command, input=text, capture_output=True, timeout=120)
+    assert done.returncode == 0
+    assert b"1 turns" in done.stderr
+
+
 def test_the_first_drop_is_one_line(path: Path) -> None:
     done = run(path, "tell me more\n" * 12, "-c", "128", "--system", "be brief")
     assert done.returncode == 0
@@ -152,7 +171,8 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(path: Path) -> None:
         os.write(parent, b"hello\n")
         time.sleep(1.0)
         os.write(parent, b"\x03")
-        read_until(parent, b"(stopped)\r\n> ")
+        read_until(parent, b"(stopped)\r\n")
+        read_until(parent, b"> ")
         time.sleep(0.3)  # readline shows its prompt before it listens for signals
         os.write(parent, b"\x03")
         read_until(parent, b"ends the chat")

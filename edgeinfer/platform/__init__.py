@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from edgeinfer.platform.devices import CudaDriver, Gpu, board_name, cuda_driver
     from edgeinfer.platform.files import (
         ReadableFile,
+        append_private,
         bytes_below,
         delete_all,
         files_below,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
         thread_calls,
     )
     from edgeinfer.platform.processors import cpu_name, default_threads, processor_facts
+    from edgeinfer.platform.terminals import input_waits
     from edgeinfer.platform.trust import distrust, read_private
 
 _NAMES = {
@@ -61,13 +63,15 @@ _NAMES = {
     "forks": "ForkedProcess",
     "devices": "CudaDriver Gpu board_name cuda_driver",
     "files": (
-        "ReadableFile bytes_below delete_all files_below free_disk is_at is_writable make_folder "
-        "open_appending open_scratch read_whole sync try_lock unlink_open write_whole"
+        "ReadableFile append_private bytes_below delete_all files_below free_disk is_at "
+        "is_writable make_folder open_appending open_scratch read_whole sync try_lock "
+        "unlink_open write_whole"
     ),
     "limits": "ProcessLimits ended_for_time",
     "memory": "available_memory peak_rss rss",
     "native": "Code Memory ThreadCalls can_run_generated_code keep thread_calls",
     "processors": "cpu_name default_threads processor_facts",
+    "terminals": "input_waits",
     "trust": "distrust read_private",
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
@@ -83,6 +87,7 @@ __all__ = [
     "ReadableFile",
     "STARTS_ITSELF",
     "ThreadCalls",
+    "append_private",
     "available_memory",
     "board_name",
     "bytes_below",
@@ -97,6 +102,7 @@ __all__ = [
     "files_below",
     "find_program",
     "free_disk",
+    "input_waits",
     "is_at",
     "is_writable",
     "keep",

@@ -11,6 +11,7 @@ import stat
 import sys
 import threading
 from contextlib import suppress
+from functools import partial
 from io import FileIO
 from pathlib import Path
 from typing import IO, BinaryIO
@@ -142,22 +143,31 @@ def open_appending(path: Path) -> BinaryIO:
     return open(path, "ab+", opener=_open_sole)
 
 
-def _open_sole(path: str, flags: int) -> int:
-    descriptor, status = open_plain(path, flags)
+def append_private(path: Path, data: bytes) -> None:
+    """Add to a file that is this user's alone, made with its folder where there is none."""
+    make_folder(path.parent)
+    with open(path, "ab", opener=partial(_open_sole, mode=0o600), buffering=0) as file:
+        if hasattr(os, "fchmod"):
+            os.fchmod(file.fileno(), 0o600)
+        file.write(data)
+
+
+def _open_sole(path: str, flags: int, mode: int = 0o666) -> int:
+    descriptor, status = open_plain(path, flags, mode)
     if status.st_nlink > 1:
         os.close(descriptor)
         raise PermissionError(errno.EPERM, "it has another name too", path)
     return descriptor
 
 
-def open_plain(path: str | Path, flags: int) -> tuple[int, os.stat_result]:
+def open_plain(path: str | Path, flags: int, mode: int = 0o666) -> tuple[int, os.stat_result]:
     """A file's descriptor, never that of a link's target, pipe or device; for a pipe nobody waits.
 
     PermissionError for what is no file; OSError where nothing can be opened.
     """
     for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):
         flags |= getattr(os, name, 0)
-    descriptor = os.open(path, flags, 0o666)
+    descriptor = os.open(path, flags, mode)
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)

@@ -1,0 +1,182 @@
+"""Lines at a plain terminal: pastes, history, interrupts, terminals that can do little."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from edgeinfer.line_input import _History
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+
+SCRIPT = """
+import sys
+from pathlib import Path
+if sys.argv[2] == "bare":
+    sys.modules["readline"] = None
+from edgeinfer import line_input
+line_input._TWICE_SECONDS = 0.8
+typed = line_input.LineInput(Path(sys.argv[1]) if sys.argv[1] else None)
+while (text := typed.next()) is not None:
+    print("got", ascii(text))
+print("ended")
+"""
+UP = b"\x1b[A"
+TWICE = 0.8  # seconds
+
+
+class Terminal:
+    """The script in a terminal of its own."""
+
+    def __init__(self, history: Path | str = "", term: str = "xterm", editor: str = "") -> None:
+        import pty
+
+        self.parent, child = pty.openpty()
+        self.seen, self.all = b"", b""
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, str(history), editor],
+            stdin=child, stdout=child, stderr=child, start_new_session=True,
+            env={**os.environ, "TERM": term, "INPUTRC": os.devnull},
+            preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+        )  # fmt: skip
+        os.close(child)
+        self.expect("> ")
+
+    def type(self, text: bytes, then: str) -> None:
+        os.write(self.parent, text)
+        self.expect(then)
+
+    def interrupt(self, then: str) -> None:
+        time.sleep(0.15)  # readline shows its prompt before it listens for signals
+        self.type(b"\x03", then)
+        if then != "ended":
+            self.expect("> ")
+
+    def expect(self, text: str) -> None:
+        """Wait for a text; what came before it is done with."""
+        end = time.monotonic() + 20
+        while text.encode() not in self.seen:
+            assert time.monotonic() < end, f"no {text!r} in {self.seen!r}"
+            if select.select([self.parent], [], [], 0.1)[0]:
+                part = os.read(self.parent, 65536)
+                self.seen, self.all = self.seen + part, self.all + part
+        self.seen = self.seen.partition(text.encode())[2]
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.parent)
+
+
+@pytest.fixture
+def opened() -> Iterator[list[Terminal]]:
+    terminals: list[Terminal] = []
+    yield terminals
+    for each in terminals:
+        each.close()
+
+
+def marks_pastes() -> bool:
+    try:
+        import readline
+    except ImportError:
+        return False
+    return "GNU" in str(readline.__doc__)
+
+
+@pytest.mark.skipif(not marks_pastes(), reason="needs GNU readline")
+def test_a_marked_paste_is_one_message_and_what_is_typed_ahead_are_several(
+    opened: list[Terminal],
+) -> None:
+    opened.append(terminal := Terminal())
+    paste = b"\x1b[200~one\n\n/clear\nthree\x1b[201~"
+    terminal.type(paste + b"\r", "got 'one\\n\\n/clear\\nthree'")
+    terminal.type(b"first\rsecond\r", "got 'first'")
+    terminal.expect("got 'second'")
+    terminal.type(UP + UP + UP + b"!\r", "got 'one\\n\\n/clear\\nthree!'")
+
+
+@pytest.mark.parametrize(("term", "editor"), [("dumb", ""), ("xterm", "bare")])
+def test_a_paste_that_nothing_marks_is_one_message_too(
+    opened: list[Terminal], term: str, editor: str
+) -> None:
+    opened.append(terminal := Terminal(term=term, editor=editor))
+    terminal.type(b"one\ntwo\nthree\n", "got 'one\\ntwo\\nthree'")
+    terminal.type(b"typed\n", "got 'typed'")
+    terminal.expect("> ")
+    terminal.type(b"\x04", "ended")
+    assert b"\x1b" not in terminal.all
+
+
+@pytest.mark.skipif(not marks_pastes(), reason="needs GNU readline")
+def test_an_interrupt_clears_the_line_keeps_it_and_ends_only_when_it_comes_twice(
+    opened: list[Terminal],
+) -> None:
+    opened.append(terminal := Terminal())
+    terminal.type(b"half a thought", "thought")
+    terminal.interrupt("brings it back")
+    terminal.type(UP + b"!\r", "got 'half a thought!'")
+    terminal.expect("> ")
+    terminal.interrupt("once more")
+    time.sleep(TWICE)
+    terminal.interrupt("once more")  # much later: as the first one
+    terminal.type(b"text", "text")
+    terminal.interrupt("brings it back")  # at once, but there was something to lose
+    terminal.interrupt("ended")
+
+
+@pytest.mark.skipif(not marks_pastes(), reason="needs GNU readline")
+def test_what_was_typed_is_there_in_the_next_chat_for_its_user_alone(
+    opened: list[Terminal], tmp_path: Path
+) -> None:
+    history = tmp_path / "home" / "typed-lines"
+    for n, (keys, text) in enumerate(
+        [
+            (b"\x1b[200~two\nlines\x1b[201~\r", "two\\nlines"),
+            ("naïve\r".encode(), "na\\xefve"),
+            (UP + UP + b"\r", "two\\nlines"),
+        ]
+    ):
+        if n == 2:
+            history.chmod(0o644)
+            history.write_bytes(history.read_bytes() + b'{"damaged": \n')
+        opened.append(terminal := Terminal(history))
+        terminal.type(keys, f"got '{text}'")
+        terminal.expect("> ")
+    assert stat.S_IMODE(history.stat().st_mode) == 0o600
+    kept = history.read_text().splitlines()
+    assert [json.loads(kept[i]) for i in (0, 1, 3)] == ["two\nlines", "naïve", "two\nlines"]
+
+
+def test_a_history_is_cut_to_its_newest_lines(tmp_path: Path) -> None:
+    path = tmp_path / "typed-lines"
+    path.write_bytes(
+        b"".join(json.dumps(f"{n} {'x' * 1000}").encode() + b"\n" for n in range(2000))
+    )
+    texts = _History(path).read()
+    assert (texts[0].split()[0], texts[-1].split()[0]) == ("1000", "1999")
+    assert len(path.read_text().splitlines()) == 1000
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_history_that_can_not_be_kept_ends_no_chat(
+    opened: list[Terminal], tmp_path: Path
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_text("")
+    (tmp_path / "link").symlink_to(elsewhere)
+    (tmp_path / "folder").mkdir()
+    for name in ("link", "folder", "elsewhere/below"):
+        opened.append(terminal := Terminal(tmp_path / name))
+        terminal.type(b"a\r", "got 'a'")
+        terminal.type(b"b\r", "got 'b'")
+    assert elsewhere.read_text() == ""
