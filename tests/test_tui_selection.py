@@ -211,8 +211,8 @@ def test_every_cell_of_a_block_shows_the_text_it_points_at(
             part = block.shown[start:end]
             before = next(i for i in range(len(line) + 1) if cell_len(line[:i]) >= at)
             drawn = line[before : before + len(part)]
-            # A bullet stands for the mark that was written, numbers of an inner list may follow.
-            assert drawn == part or re.fullmatch(r"[\s*+-]+(\d+[.)]\s*)*", part)
+            # A bullet stands for the mark that was written, beside the numbers of other lists.
+            assert drawn == part or re.fullmatch(r"([\s*+-]|\d+[.)])*", part)
     if kind != "text":
         assert block.copied(0, len(block.shown)) == source
         points = [span for row in block.rows or [] for span in row.spans]
