@@ -89,6 +89,7 @@ def _open_tui(
         environment=os.environ,
         memory_now=platform.rss,
         run_tool=platform.run_tool,
+        run_editor=platform.run_editor,
         last_model=last_model,
         take_loaded=take_loaded,
         downloads=downloadable,

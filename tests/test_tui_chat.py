@@ -294,7 +294,7 @@ def test_system_and_params_count_from_the_next_answer_on() -> None:
         await chat.send("/params top_k=5")
         await chat.send("/params top_k nonsense")
         await chat.ask("q")
-        await chat.press("ctrl+g")
+        await chat.press("f4")
         await chat.pilot.pause()
         assert isinstance(chat.app.screen, ParamsScreen)
         await chat.press("backspace", "backspace", "backspace", *"1.5", "enter")

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import re
+import sys
+import tempfile
 import threading
 import time
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from textual import events
 from textual.widgets import Static
 
-from edgeinfer import InvalidModelError, ModelNotFoundError
-from edgeinfer.tui.commands import TYPED, parse
+from edgeinfer import EdgeInferError, InvalidModelError, ModelNotFoundError, platform
+from edgeinfer.tui.commands import COMMANDS, TYPED, parse
+from edgeinfer.tui.editor import editor_command, write_in_editor
 from edgeinfer.tui.records import Attachment, Draft
 from tests.test_tui_chat import SLOW, Chat, drive
 from tests.tui_engine import Script, ScriptedModel
@@ -321,3 +327,143 @@ def test_a_second_model_waits_for_the_first_and_no_dialog_takes_what_is_typed() 
         assert len(chat.app.screen_stack) == 1
 
     drive(body, models[0], open_model=open_model)
+
+
+# -- lines, clearing, leaving --------------------------------------------------------------------
+
+
+def test_lines_begin_clearing_is_undone_and_only_an_empty_prompt_is_left() -> None:
+    async def body(chat: Chat) -> None:
+        prompt = chat.app.composer.prompt
+        await chat.idle()
+        await chat.press(*"a", "backslash", "enter", *"b", "alt+enter", *"c", "shift+enter", *"d")
+        assert prompt.text == "a\nb\nc\nd" and model.asked == []
+        await chat.press("backslash", "backslash", "escape", "x", "backspace", "escape", "escape")
+        assert prompt.text == "" and "ctrl+_ brings it back" in notice(chat)
+        await chat.press("ctrl+underscore")
+        assert prompt.text == "a\nb\nc\nd\\\\"
+        await chat.press("enter")  # two are the text's own
+        await chat.idle()
+        assert contents(model) == ["a\nb\nc\nd\\\\"]
+        await chat.press("alt+z")  # even what was sent
+        assert prompt.text == "a\nb\nc\nd\\\\"
+        await chat.press("home", "ctrl+d")
+        assert prompt.text == "a\nb\nc\n\\\\" and not chat.app._exit
+        await chat.press("escape", "escape")
+        chat.app.composer.attach(Attachment("a.txt", "attached"))
+        await chat.press("ctrl+d")
+        assert not chat.app._exit
+        await chat.press("backspace", "ctrl+d")
+        await chat.until(lambda: chat.app._exit)
+
+    model = ScriptedModel()
+    drive(body, model)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="reads a terminal of Unix")
+@pytest.mark.parametrize(
+    ("sequence", "key"),
+    [
+        ("\r", "enter"),
+        ("\x1b\r", "alt+enter"),
+        ("\x1b[13;2u", "shift+enter"),
+        ("\x1b[13;3u", "alt+enter"),
+        ("\x1b[27;2;13~", "shift+enter"),
+        ("\x1b[27;5;13~", "ctrl+enter"),
+        ("\x1f", "ctrl+underscore"),
+        ("\x1b[122;3u", "alt+z"),
+    ],
+)
+def test_terminals_write_enter_with_modifiers_in_several_ways(sequence: str, key: str) -> None:
+    from edgeinfer.tui.driver import _Parser
+
+    for parts in ([sequence], list(sequence)):
+        parser = _Parser(False)
+        found = [event for part in parts for event in parser.feed(part)]
+        assert [event.key for event in found if isinstance(event, events.Key)] == [key]
+
+
+# -- the editor ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("variables", "command"),
+    [
+        ({"EDITOR": "vim"}, ["vim"]),
+        ({"VISUAL": "code --wait", "EDITOR": "vim"}, ["code", "--wait"]),
+        ({"VISUAL": " ", "EDITOR": "'my editor' -x"}, ["my editor", "-x"]),
+        ({"EDITOR": sys.executable}, [sys.executable]),
+        ({}, ["notepad" if sys.platform == "win32" else "vi"]),
+    ],
+)
+def test_the_editor_is_the_one_that_is_asked_for(
+    variables: dict[str, str], command: list[str]
+) -> None:
+    assert editor_command(variables) == command
+    with pytest.raises(EdgeInferError, match="EDITOR can't be read"):
+        editor_command({"EDITOR": "vim '"})
+
+
+WRITES = "open(sys.argv[1], 'a').write(' and more')"
+
+
+@pytest.mark.parametrize(
+    ("program", "written", "said"),
+    [
+        (WRITES, "draft\n and more", ""),
+        (f"{WRITES}; sys.exit(3)", "draft\n and more", "ended with 3"),
+        ("open(sys.argv[1], 'w')", "", ""),
+        ("time.sleep(1.1)", "draft", ""),
+        ("pass", "draft", "it may need --wait"),
+        ("os.unlink(sys.argv[1])", "draft", "can't be read"),
+        ("os.unlink(sys.argv[1]); os.mkdir(sys.argv[1])", "draft", "can't be read"),
+        ("open(sys.argv[1], 'wb').write(b'\\xff\\xfe')", "draft", "can't be read"),
+        ("open(sys.argv[1], 'wb').truncate(9 << 20)", "draft", "is over 4 MB and stays there"),
+        (None, "draft", "can't be started (no such program in PATH); VISUAL or EDITOR names"),
+    ],
+)
+def test_whatever_an_editor_does_the_draft_is_there(
+    program: str | None,
+    written: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    script = tmp_path / "editor with spaces"
+    if program is not None:
+        script.write_text(f"#!{sys.executable}\nimport os, sys, time\n{program}\n")
+        script.chmod(0o700)
+    app, said_lines = SimpleNamespace(), []
+    app.settings = SimpleNamespace(
+        environment={"EDITOR": str(script) if program else "nosuchprogram"},
+        run_editor=platform.run_editor,
+    )
+    app.suspend, app.say = nullcontext, lambda text, severity: said_lines.append(text)
+    try:
+        text = write_in_editor(app, "draft")
+    except EdgeInferError as error:
+        text = "draft"
+        said_lines.append(str(error))
+    assert text == written
+    assert said in said_lines[0] if said else said_lines == []
+    left = list(tmp_path.glob("edgeinfer-*"))
+    assert len(left) == (said.startswith(("it may", "is over")) or "read" in said)
+
+
+def test_keys_are_changed_in_the_editor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_editor(command: Sequence[str], file: Path) -> int:
+        text = file.read_text()
+        assert "\n# retry = ctrl+r, f5, r\n" in text and text.count("\n#") == len(COMMANDS) + 1
+        file.write_text(text.replace("# retry = ctrl+r", "retry = f9"))
+        return 0
+
+    async def body(chat: Chat) -> None:
+        await chat.idle()
+        await chat.press(*"draft", "ctrl+g")
+        assert "this terminal can't be given" in notice(chat)
+        monkeypatch.setattr(type(chat.app._driver), "can_suspend", True)
+        TYPED["settings"](chat.app)
+        assert chat.app.keys.label("retry") == "f9" and chat.app.composer.prompt.text == "draft"
+
+    drive(body, folder=tmp_path, run_editor=run_editor, environment={"EDITOR": "ed"})

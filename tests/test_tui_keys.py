@@ -113,4 +113,4 @@ def test_keys_of_the_settings_file_are_those_of_the_chat(tmp_path: Path) -> None
         assert "/retry" in text and "f9" in text and "no command nope" in text
 
     model = ScriptedModel([Script("first answer"), Script("second answer")])
-    assert len(drive(body, model, folder=tmp_path, size=(100, 80)).asked) == 2
+    assert len(drive(body, model, folder=tmp_path, size=(100, 120)).asked) == 2

@@ -156,7 +156,7 @@ def test_a_screen_too_small_for_anything_comes_back(size: tuple[int, int]) -> No
     async def body(chat: Chat) -> None:
         await chat.idle()
         await chat.ask("question [x] 漢字 | a |")
-        for key in ("f1", "escape", "ctrl+l", "escape", "ctrl+o", "escape", "ctrl+g", "escape"):
+        for key in ("f1", "escape", "ctrl+l", "escape", "ctrl+o", "escape", "f4", "escape"):
             await chat.press(key)
             await chat.pilot.pause()
         await chat.pilot.resize_terminal(80, 24)
@@ -203,7 +203,7 @@ def test_text_of_others_is_no_markup_anywhere() -> None:
         await chat.send("/system")
         assert f"system: {evil}" in chat.screen_text
         await chat.send(f"/save {evil}")
-        await chat.press("ctrl+g")
+        await chat.press("f4")
         await chat.pilot.pause()
         await chat.press("backspace", *"[/x]", "enter")
         await chat.pilot.pause()
@@ -280,6 +280,7 @@ text = Path(sys.argv[1]).read_text("utf-8")
 ChatApp(ChatSettings(
     data_folder=Path("/nowhere"), keeps_history=False, model="x", environment=os.environ,
     open_model=opener(ScriptedModel([Script(text)])), run_tool=platform.run_tool,
+    run_editor=platform.run_editor,
 ), driver()).run()
 """
 
@@ -361,13 +362,32 @@ def test_a_mouse_in_tmux_selects_what_is_copied(tmux: Tmux) -> None:
     assert screen.count("48;5;59m") >= 6 and "48;5;234m" in screen
 
 
+def test_an_editor_has_the_terminal_and_its_interrupts(tmux: Tmux, tmp_path: Path) -> None:
+    editor = tmp_path / "editor"
+    editor.write_text(
+        "#!/bin/sh\ntest -t 0 && test -t 1 || exit 9\nkill -INT $PPID\n"
+        "echo IN THE EDITOR\nread line\necho $line >> $1\n"
+    )
+    editor.chmod(0o700)
+    tmux.start("the answer", VISUAL=str(editor))
+    tmux.until("ready")
+    # All in one write, as a slow connection brings it; Alt+Enter as the oldest terminals write it.
+    tmux.run("send-keys", "one", "Enter", "two", "M-Enter", "lines", "C-g")
+    tmux.until("IN THE EDITOR")
+    tmux.run("send-keys", "and more", "Enter")
+    screen = tmux.until("and more")
+    lines = [line.strip(" │") for line in screen.splitlines()]
+    assert lines[lines.index("two", 10) :][:3] == ["two", "lines", "and more"]
+    assert "the answer" in screen and "EDITOR" not in screen
+
+
 def test_sixteen_colours_are_the_terminals_own(tmux: Tmux) -> None:
     tmux.start("Text\n\n```py\nx = 1\n```", term="xterm")
     tmux.ask()
     tmux.run("send-keys", "-l", "/")
     tmux.until("/load")
     screen = tmux.until("\x1b[30m\x1b[46m", "-e")
-    assert "/branch" in screen and "48;5" not in screen and "48;2" not in screen
+    assert "/retry" in screen and "48;5" not in screen and "48;2" not in screen
 
 
 def test_the_chat_asks_the_terminal_for_its_colour(tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 _RATE = 8.0  # looks a second while something happens
 _MOST_SHARE = 0.2  # of the time may go into drawing; a slow draw is followed by a pause
 _SHORT_SCREEN = 18
+_TWICE_SECONDS = 2.0
 
 
 def _command_search() -> type[Provider]:
@@ -74,9 +75,7 @@ class ChatApp(TerminalApp):
         store = Store(path)
         super().__init__(settings, store, driver)
         self.session = Session(settings, store)
-        written, complaints = read_settings(settings.data_folder / SETTINGS)
-        self.keys = Keys(written.get("keys", {}))
-        self.complaints = [*complaints, *self.keys.complaints]
+        self.read_settings()
         self.editing: Node | None = None
         self._aside = Draft()  # what was being written before
         self._entry: RunningEntry | None = None
@@ -87,8 +86,21 @@ class ChatApp(TerminalApp):
         self.failure: Exception | None = None
         self.closing: Task[None] | None = None  # of the model, which may take seconds
         self.unsent = ""  # what was typed when it failed
-        self.interrupted_at = float("-inf")
+        self._asked = "", 0.0
         self.refused = ""  # the last command that would have replaced a file
+
+    def read_settings(self) -> None:
+        """Take the keys that the settings file gives; `complaints` says what is wrong with it."""
+        written, complaints = read_settings(self.settings.data_folder / SETTINGS)
+        self.keys = Keys(written.get("keys", {}))
+        self.complaints = [*complaints, *self.keys.complaints]
+
+    def is_again(self, what: str) -> bool:
+        """Whether the same was asked for a moment ago, as what can't be taken back must be."""
+        (before, at), now = self._asked, time.monotonic()
+        is_again = before == what and now - at < _TWICE_SECONDS
+        self._asked = "" if is_again else what, now
+        return is_again
 
     def compose(self) -> ComposeResult:
         files = FileNames(self.settings.folder)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
+from edgeinfer import EdgeInferError
 from edgeinfer.tui.params import PARAMS, parse_param
 from edgeinfer.tui.records import Draft
 from edgeinfer.tui.settings_file import FILE_NAME
@@ -12,7 +12,6 @@ from edgeinfer.tui.settings_file import FILE_NAME
 if TYPE_CHECKING:
     from edgeinfer.tui.app import ChatApp
 
-_TWICE_SECONDS = 2.0
 _FIRST_RUN = (
     "Welcome. edgeinfer runs language models on this machine.\n"
     "Choose one to begin with, or type the path of a .gguf file."
@@ -26,6 +25,8 @@ def send(app: ChatApp) -> None:
     from edgeinfer.tui.commands import parse
 
     draft, prompt = app.composer.draft, app.composer.prompt
+    if prompt.begins_line():
+        return
     try:
         found = parse(draft.text)
     except ValueError as error:
@@ -51,15 +52,57 @@ def newline(app: ChatApp) -> None:
     app.composer.prompt.insert("\n")
 
 
+def undo_writing(app: ChatApp) -> None:
+    app.composer.prompt.undo()
+
+
+def write_in_editor(app: ChatApp) -> None:
+    """Go on writing in $VISUAL or $EDITOR; undo brings back what was written before."""
+    from edgeinfer.tui import editor
+
+    prompt = app.composer.prompt
+    try:
+        text = editor.write_in_editor(app, prompt.text)
+    except EdgeInferError as error:
+        app.say(str(error), "error")
+        return
+    if text != prompt.text:
+        prompt.set_text(text)
+
+
+def open_settings(app: ChatApp) -> None:
+    """Edit the settings file; a new one has every command's keys to change."""
+    from edgeinfer.tui import editor
+
+    path = app.settings.data_folder / FILE_NAME
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(app.keys.template(), "utf-8")
+        complaint = editor.open_in_editor(app, path)
+    except (OSError, EdgeInferError) as error:
+        app.say(f"{path}: {error}", "error")
+        return
+    app.read_settings()
+    app.say("\n".join(filter(None, [complaint, *app.complaints])) or f"{path} counts", "warning")
+
+
 # -- stop and leave ------------------------------------------------------------------------------
 
 
 def stop(app: ChatApp) -> None:
-    """Stop the answer; else leave what is marked or edited."""
+    """Stop the answer; else leave what is edited or marked; twice with neither: clear."""
+    prompt = app.composer.prompt
     if app.stop():
         app.recall()
-    else:
+    elif app.editing is not None:
         app.end_edit()
+    elif app.transcript.selected is None and not app.screen.selections and prompt.text:
+        if app.is_again("stop"):
+            prompt.set_text("")
+            app.say(f"cleared; {app.keys.label('undo-writing', 'prompt')} brings it back")
+        else:
+            app.say(f"{app.keys.label('stop')} again clears the prompt")
     app.screen.clear_selection()
     app.transcript.select(None)
     app.composer.prompt.focus()
@@ -74,15 +117,22 @@ def interrupt(app: ChatApp) -> None:
         app.screen.clear_selection()
     elif app.stop():
         app.recall()
-    elif time.monotonic() - app.interrupted_at < _TWICE_SECONDS:
+    elif app.is_again("interrupt"):
         app.exit()
     else:
-        app.interrupted_at = time.monotonic()
         app.say(f"{app.keys.label('interrupt', 'always')} again leaves")
 
 
 def leave(app: ChatApp) -> None:
     app.exit()
+
+
+def end_of_input(app: ChatApp) -> None:
+    """Leave, as shells do, where nothing is written or waits; else delete what follows."""
+    if app.composer.draft.is_empty and not app.session.queue:
+        app.exit()
+    else:
+        app.composer.prompt.action_delete_right()
 
 
 # -- the model -----------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import selectors
 from codecs import getincrementaldecoder
+from collections.abc import Iterable
 
 from textual import events
 from textual._parser import ParseError
@@ -21,6 +22,24 @@ _ESCAPE = "\x1b"
 _ESCAPE_SECONDS = 0.02  # what begins with Escape and comes later is typed by nobody
 _WAIT_SECONDS = 0.1
 _MOST_BYTES = 1 << 16
+
+
+# As terminals write it that have no protocol for keys, and as xterm and tmux may.
+_ENTERS = {
+    "\x1b\r": "alt+enter",
+    "\x1b[27;2;13~": "shift+enter",
+    "\x1b[27;3;13~": "alt+enter",
+    "\x1b[27;5;13~": "ctrl+enter",
+}
+
+
+class _Parser(XTermParser):
+    """Knows Enter with modifiers in every way that terminals write it."""
+
+    def _sequence_to_key_events(self, sequence: str, alt: bool = False) -> Iterable[events.Key]:
+        if sequence in _ENTERS:
+            return [events.Key(_ENTERS[sequence], None)]
+        return super()._sequence_to_key_events(sequence, alt)
 
 
 class ChatDriver(LinuxDriver):
@@ -41,7 +60,7 @@ class ChatDriver(LinuxDriver):
 
     def run_input_thread(self) -> None:
         """Until the app ends: bytes to events."""
-        parser = XTermParser(self._debug)
+        parser = _Parser(self._debug)
         decode = getincrementaldecoder("utf-8")("replace").decode
         answers = Answers()
         with selectors.SelectSelector() as selector:

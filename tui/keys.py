@@ -18,8 +18,13 @@ _WRITING = {
 _OTHERS = {"escape", "insert", "pageup", "pagedown", *(f"f{i}" for i in range(1, 25))}
 _SHOWN = {
     "up": "↑", "down": "↓", "left": "←", "right": "→", "escape": "esc", "pageup": "pgup",
-    "pagedown": "pgdn",
+    "pagedown": "pgdn", "underscore": "_",
 }  # fmt: skip
+
+_TEMPLATE = """\
+# Keys of the edgeinfer chat: take the # from a line and write others, with commas between them,
+# or none. Those that write or move in the prompt count while a message is marked.
+[keys]"""
 
 
 class Keys:
@@ -59,6 +64,11 @@ class Keys:
     def labels(self, name: str) -> str:
         """All keys of a command."""
         return ", ".join(map(_shown, self._of[name]))
+
+    def template(self) -> str:
+        """A settings file in which every command can be given other keys."""
+        rows = [f"# {command.name} = {', '.join(self._of[command.name])}" for command in COMMANDS]
+        return "\n".join([_TEMPLATE, *rows, ""])
 
     def hints(self) -> str:
         """The keys and words of the commands that a marked message has."""

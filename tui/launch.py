@@ -31,6 +31,7 @@ def run_chat(
     environment: Mapping[str, str],
     memory_now: Callable[[], int],
     run_tool: Callable[[Sequence[str], bytes], bool],
+    run_editor: Callable[[Sequence[str], Path], int],
     last_model: Callable[[], str | None],
     take_loaded: Callable[[str, LLM], None],
     downloads: Callable[[], Sequence[tuple[str, int]]],
@@ -60,7 +61,8 @@ def run_chat(
         data_folder=data_folder, open_model=open_model, model=model, last_model=last_model,
         system=system, sampling=cast("Any", dict(sampling)), keeps_history=keeps_history,
         list_models=lambda: _choices(downloads()), plan_model=plan_model, fetch=_fetch,
-        memory_now=memory_now, run_tool=run_tool, environment=environment,
+        memory_now=memory_now, run_tool=run_tool, run_editor=run_editor,
+        environment=environment,
     )  # fmt: skip
     app = ChatApp(settings, driver())
     app.run()

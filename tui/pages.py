@@ -28,7 +28,7 @@ _MORE = {
     ]
 }
 _OTHER_KEYS = """\
-Other keys: write them into {path}
+Other keys: /settings opens {path}
 
 [keys]
 retry = ctrl+r, f5, r

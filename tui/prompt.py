@@ -57,6 +57,15 @@ class Prompt(TextArea):
         self.move_cursor(self.document.end)
         self.fit()
 
+    def begins_line(self) -> bool:
+        """Whether a backslash before the cursor made Enter begin a line; two are a text's own."""
+        before = self.line_to_cursor
+        if (len(before) - len(before.rstrip("\\"))) % 2 == 0 or self.selected_text:
+            return False
+        row, column = self.cursor_location
+        self.replace("\n", (row, column - 1), (row, column), maintain_selection_offset=False)
+        return True
+
     @property
     def line_to_cursor(self) -> str:
         row, column = self.cursor_location

@@ -66,6 +66,7 @@ ListModels: TypeAlias = Callable[[], list[ModelChoice]]
 PlanModel: TypeAlias = "Callable[[str], MemoryPlan]"
 Fetch: TypeAlias = Callable[[str, Callable[[int, int], None]], str]
 RunTool: TypeAlias = Callable[[Sequence[str], bytes], bool]
+RunEditor: TypeAlias = Callable[[Sequence[str], Path], int]
 
 
 def _no_models() -> list[ModelChoice]:
@@ -84,13 +85,18 @@ def _no_tool(command: Sequence[str], text: bytes) -> bool:
     return False
 
 
+def _no_editor(command: Sequence[str], file: Path) -> int:
+    raise OSError("there is no terminal for an editor")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatSettings:
     """Where to keep files, and what the command line asked for.
 
     `last_model` is taken when `model` is None; `plan_model` previews the memory of a file;
     `fetch` downloads a named model and returns its path. Without the last two there is no
-    preview and no download. `run_tool` gives a text to a program of the system.
+    preview and no download. `run_tool` gives a text to a program of the system, `run_editor` a
+    file and the terminal.
     """
 
     data_folder: Path
@@ -105,6 +111,7 @@ class ChatSettings:
     last_model: Callable[[], str | None] = _no_model
     memory_now: Callable[[], int] = _no_memory
     run_tool: RunTool = _no_tool
+    run_editor: RunEditor = _no_editor
     environment: Mapping[str, str] = field(default_factory=dict)
     folder: Path = field(default_factory=Path.cwd)
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         find_program,
         module_folders,
         python_command,
+        run_editor,
         run_tool,
         start_isolated,
         start_program,
@@ -58,7 +59,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "children": (
         "MODULE_FLAG STARTS_ITSELF can_start_python find_program module_folders "
-        "python_command run_tool start_isolated start_program"
+        "python_command run_editor run_tool start_isolated start_program"
     ),
     "forks": "ForkedProcess",
     "devices": "CudaDriver Gpu board_name cuda_driver",
@@ -116,6 +117,7 @@ __all__ = [
     "read_private",
     "read_whole",
     "rss",
+    "run_editor",
     "run_tool",
     "start_isolated",
     "start_program",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -128,6 +130,37 @@ def run_tool(command: Sequence[str], text: bytes) -> bool:
 _TOOL_SECONDS = 2.0
 
 
+def run_editor(command: Sequence[str], file: Path) -> int:
+    """Run a program of PATH that has the terminal and writes a file; its exit code.
+
+    It runs in the file's folder: nothing that lies in the current one changes what it does. Keys
+    that interrupt are the program's. OSError where it can't be started.
+    """
+    import signal
+    import subprocess
+
+    program = find_program(command[0])
+    if program is None:
+        raise FileNotFoundError(errno.ENOENT, "no such program in PATH", command[0])
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        # A handler, unlike SIG_IGN, is not handed down to the program.
+        numbers = (getattr(signal, name, None) for name in ("SIGINT", "SIGQUIT"))
+        before = {n: signal.signal(n, lambda *_: None) for n in numbers if n is not None}
+    try:
+        return subprocess.run(
+            [program, *command[1:], str(file)], cwd=file.parent, env=_environment(), check=False
+        ).returncode
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _environment() -> dict[str, str]:
+    """Ours, but for what would change what a child that is written in Python imports."""
+    return {k: v for k, v in os.environ.items() if k == "PYTHONHOME" or k[:6] != "PYTHON"}
+
+
 def start_program(
     command: Sequence[str],
     *,
@@ -148,7 +181,6 @@ def start_program(
     import subprocess  # 20 ms that most starts don't need
 
     stream = subprocess.PIPE if talks else subprocess.DEVNULL
-    mine = {k: v for k, v in os.environ.items() if k == "PYTHONHOME" or k[:6] != "PYTHON"}
     is_apart = in_background or not hears_keys
     names = _BACKGROUND_FLAGS[not in_background :] if is_apart else ()
     process = subprocess.Popen(
@@ -158,7 +190,7 @@ def start_program(
         stderr=subprocess.DEVNULL if errors is None else errors,
         text=is_text,
         cwd=folder or _PACKAGE,
-        env={**mine, **variables},
+        env={**_environment(), **variables},
         start_new_session=is_apart,
         creationflags=sum(getattr(subprocess, name, 0) for name in names),
     )

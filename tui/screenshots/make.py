@@ -140,7 +140,7 @@ async def keys(pilot: Pilot[None], app: ChatApp) -> None:
 
 async def params(pilot: Pilot[None], app: ChatApp) -> None:
     await idle(pilot, app)
-    await pilot.press("ctrl+g")
+    await pilot.press("f4")
     await pilot.pause(0.3)
 
 
