@@ -1,4 +1,4 @@
-"""`LLM` and its streams for asyncio: loading takes a thread, waiting for events takes none.
+"""`LLM` and its streams for asyncio: work takes one thread, waiting for events takes none.
 
 Knows nothing of models; a module of its own because importing asyncio takes 50 ms.
 """
@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from typing_extensions import Unpack
 
@@ -22,23 +23,29 @@ from edgeinfer.options import LoadOptions, Sampling
 from edgeinfer.results import Completion, Event
 from edgeinfer.stream import Stream
 
+T = TypeVar("T")
+
 
 class AsyncLLM:
-    """`LLM` for asyncio: `async with AsyncLLM(path) as llm: await llm.chat(...)`."""
+    """`LLM` for asyncio: `async with AsyncLLM(path) as llm: await llm.chat(...)`.
+
+    Loading, templates and tokens are work for a thread, in the order in which they are asked for.
+    """
 
     def __init__(self, model: str | PathLike[str] | LLM, **load: Unpack[LoadOptions]) -> None:
         self._given, self._load = model, load
         self._llm = model if isinstance(model, LLM) else None
         self._opening = threading.Lock()
+        self._worker = _Worker()
 
     async def open(self) -> LLM:
-        """The model, loaded in a thread when first asked for."""
+        """The model, loaded when first asked for."""
         if self._llm is None:
-            return await asyncio.to_thread(self._open)
+            return await self._worker.do(self._open)
         return self._llm
 
     def _open(self) -> LLM:
-        with self._opening:  # tasks that ask at once get the same
+        with self._opening:  # `_close` waits for what is still being loaded
             llm = self._llm
             if llm is None:
                 assert not isinstance(self._given, LLM)
@@ -48,13 +55,14 @@ class AsyncLLM:
     async def generate(
         self, prompt: str | Sequence[int], **sampling: Unpack[Sampling]
     ) -> Completion:
+        """Continue a text or a list of token ids."""
         return await (await self.stream(prompt, **sampling)).run()
 
     async def stream(
         self, prompt: str | Sequence[int], **sampling: Unpack[Sampling]
     ) -> AsyncStream:
-        llm = await self.open()
-        return AsyncStream(llm.stream(prompt, **sampling))
+        """`generate`, as events while it runs."""
+        return await self._begin(lambda llm: llm.stream(prompt, **sampling))
 
     async def chat(
         self,
@@ -63,6 +71,7 @@ class AsyncLLM:
         template_args: Mapping[str, Any] | None = None,
         **sampling: Unpack[Sampling],
     ) -> Completion:
+        """Answer a conversation."""
         stream = await self.stream_chat(messages, template_args=template_args, **sampling)
         return await stream.run()
 
@@ -73,16 +82,21 @@ class AsyncLLM:
         template_args: Mapping[str, Any] | None = None,
         **sampling: Unpack[Sampling],
     ) -> AsyncStream:
-        llm = await self.open()
-        return AsyncStream(llm.stream_chat(messages, template_args=template_args, **sampling))
+        """`chat`, as events while it runs."""
+        return await self._begin(
+            lambda llm: llm.stream_chat(messages, template_args=template_args, **sampling)
+        )
+
+    async def _begin(self, stream: Callable[[LLM], Stream]) -> AsyncStream:
+        return AsyncStream(await self._worker.do(lambda: stream(self._open()), Stream.close))
 
     async def close(self) -> None:
         """Close the model, unless it was given open."""
         if self._llm is not self._given:
-            await asyncio.to_thread(self._close)
+            await _Worker().do(self._close)  # not behind what waits for its turn
 
     def _close(self) -> None:
-        with self._opening:  # what is still being loaded too
+        with self._opening:
             if self._llm is not None:
                 self._llm.close()
 
@@ -165,3 +179,75 @@ class AsyncStream(AsyncIterator[Event]):
 def _wake(woken: asyncio.Future[None]) -> None:
     if not woken.done():
         woken.set_result(None)
+
+
+class _Worker:
+    """Does what would hold up an event loop, one after the other, in a thread while there is any.
+
+    A thread of its own: a loop's executor is for what else the program waits for.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: deque[Callable[[], None]] = deque()
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    async def do(
+        self, work: Callable[[], T], discard: Callable[[T], object] = lambda found: None
+    ) -> T:
+        """The result of `work`; `discard` it where the task was cancelled meanwhile."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[T] = loop.create_future()
+
+        def job() -> None:
+            if done.cancelled():
+                return
+            try:
+                found = work()
+            except BaseException as error:
+                _tell(loop, _fail, done, error)
+            else:
+                if not _tell(loop, _finish, done, found, discard):
+                    discard(found)
+
+        self._add(job)
+        return await done
+
+    def _add(self, job: Callable[[], None]) -> None:
+        with self._lock:
+            if self._thread is None or not self._thread.is_alive():  # a fork has no threads
+                self._thread = threading.Thread(
+                    target=self._run, name="edgeinfer-text", daemon=True
+                )
+                self._thread.start()
+            self._jobs.append(job)
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                if not self._jobs:
+                    self._thread = None
+                    return
+                job = self._jobs.popleft()
+            job()
+
+
+def _tell(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *values: Any) -> bool:
+    """Have the loop make a call; False where it was closed."""
+    try:
+        loop.call_soon_threadsafe(call, *values)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _finish(done: asyncio.Future[T], found: T, discard: Callable[[T], object]) -> None:
+    if done.done():  # its task was cancelled
+        discard(found)
+    else:
+        done.set_result(found)
+
+
+def _fail(done: asyncio.Future[T], error: BaseException) -> None:
+    if not done.done():
+        done.set_exception(error)

@@ -43,7 +43,12 @@ class ChatTokenizer(Protocol):
     special_texts: tuple[str, ...]
 
     def encode_marked(
-        self, text: str, restore: Mapping[int, str | None], *, bos: bool | None = None
+        self,
+        text: str,
+        restore: Mapping[int, str | None],
+        *,
+        bos: bool | None = None,
+        most: int | None = None,
     ) -> list[int]: ...
 
 
@@ -230,6 +235,7 @@ def encode_chat(
     tokenizer: ChatTokenizer,
     template: ChatTemplate,
     messages: Iterable[Message],
+    most: int | None = None,
     /,
     *,
     tools: Sequence[Mapping[str, Any]] | None = None,
@@ -238,13 +244,14 @@ def encode_chat(
 ) -> list[int]:
     """Prompt ids in which only the template makes control tokens: messages stay text.
 
-    Assistant turns keep their <think> tags, since templates look for them.
+    Assistant turns keep their <think> tags, since templates look for them. What the tokenizer
+    raises once there are more than `most` ids comes through.
     """
     known, more = checked(messages), _checked_more(tools, template_args)
     hiding = Hiding(tokenizer.special_texts, [template.source, known, more])
     more["add_generation_prompt"] = add_generation_prompt
     text = template._render(known, more, hiding)
-    ids = tokenizer.encode_marked(hiding.without_escapes(text), hiding.restore)
+    ids = tokenizer.encode_marked(hiding.without_escapes(text), hiding.restore, most=most)
     return ids[1:] if ids[:2] == [tokenizer.bos_id] * 2 else ids
 
 

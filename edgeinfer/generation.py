@@ -245,12 +245,16 @@ def check_ids(ids: SequenceOf[int], n_vocab: int) -> None:
             )
 
 
-def check_length(n_tokens: int, n_ctx: int, n_answer: int = 0) -> None:
-    """Raise where a context can't hold so many tokens, and so many of an answer."""
+def check_length(n_tokens: int, n_ctx: int, n_answer: int = 0, *, is_least: bool = False) -> None:
+    """Raise where a context can't hold so many tokens, and so many of an answer.
+
+    `is_least` says that there are more, which nobody has counted.
+    """
     if n_tokens + n_answer > n_ctx:
         room = f" with {n_answer} of an answer" if n_answer and n_tokens == n_ctx else ""
+        counted = f"at least {n_tokens}" if is_least else f"{n_tokens}"
         raise ContextLengthError(
-            f"the prompt is {n_tokens} tokens, the context holds {n_ctx}{room}; raise n_ctx, "
+            f"the prompt is {counted} tokens, the context holds {n_ctx}{room}; raise n_ctx, "
             "shorten the prompt, or use overflow='slide'",
             n_tokens=n_tokens,
             n_ctx=n_ctx,

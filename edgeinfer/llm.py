@@ -6,9 +6,10 @@ Knows nothing of terminals or command lines.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from os import PathLike
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
@@ -17,12 +18,13 @@ from edgeinfer import platform, runtime
 from edgeinfer.batch import PAGE
 from edgeinfer.chat import Message, encode_chat
 from edgeinfer.errors import ClosedError, EdgeInferError, InvalidRequestError, PlanError
+from edgeinfer.generation import check_length
 from edgeinfer.kvcache import LEAST_SLIDING
 from edgeinfer.memory_plan import MemoryPlan
 from edgeinfer.messages import checked as checked_messages
 from edgeinfer.messages import text_of
 from edgeinfer.options import LoadOptions, Sampling
-from edgeinfer.parameters import ANSWER, LOGITS, REQUEST, checked, id_list, shown
+from edgeinfer.parameters import ANSWER, LOGITS, REQUEST, TEXT, checked, id_list, shown
 from edgeinfer.reply import AnswerText, ReasoningSplitter, opened_tags, reasoning_tags
 from edgeinfer.results import Completion
 from edgeinfer.runtime import Runtime
@@ -30,6 +32,7 @@ from edgeinfer.sampling import SamplingParams, breaker_tokens
 from edgeinfer.sequence import Request
 from edgeinfer.stream import Stream, read_all
 from edgeinfer.template_engine import TemplateEngine
+from edgeinfer.tokenizer import TooManyTokens
 from edgeinfer.turns import drop_turns
 
 if TYPE_CHECKING:
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _AROUND_MESSAGE = 8  # tokens of the template beside a message, roughly
+_COUNTED_BEYOND = 1 << 16  # tokens that an error may count beyond the context: 0.2 s
 
 
 class LLM:
@@ -87,7 +91,7 @@ class LLM:
     def stream(self, prompt: str | Sequence[int], **sampling: Unpack[Sampling]) -> Stream:
         """`generate`, as events while it runs."""
         given = checked("stream", sampling, ANSWER)
-        return self._submit(self._prompt_ids(prompt), given, None, n_pinned=1)
+        return self._submit(self._prompt_ids(prompt, given), given, None, n_pinned=1)
 
     def generate_batch(
         self, prompts: Iterable[str | Sequence[int]], **sampling: Unpack[Sampling]
@@ -121,7 +125,9 @@ class LLM:
         if given.get("overflow") == "drop-turns":
             turns, n_dropped = drop_turns(turns, self._n_message_tokens, self.n_ctx)
         more = _keywords(template_args)
-        ids = encode_chat(opened.tokenizer, opened.template, turns, **more)
+        most = self._most_tokens(given)
+        with self._counting():
+            ids = encode_chat(opened.tokenizer, opened.template, turns, most, **more)
         n_pinned = 1
         if given.get("overflow") in ("slide", "drop-turns"):
             n_pinned = self._n_system_tokens(turns, ids)
@@ -149,11 +155,13 @@ class LLM:
     def tokenize(self, text: str, *, bos: bool = False, special: bool = False) -> list[int]:
         """Token ids of a text; with `special`, spellings of control tokens become those."""
         _check_text(text, "text")
+        bos, special = TEXT["bos"].check(bos), TEXT["special"].check(special)
         return self._open().tokenizer.encode(text, bos=bos, parse_special=special)
 
     def detokenize(self, token_ids: Sequence[int], *, special: bool = False) -> str:
         """The text of token ids; control tokens are left out unless `special`."""
-        return self._open().tokenizer.decode(id_list(token_ids, "token_ids"), special=special)
+        ids, special = id_list(token_ids, "token_ids"), TEXT["special"].check(special)
+        return self._open().tokenizer.decode(ids, special=special)
 
     def logits(
         self,
@@ -170,9 +178,10 @@ class LLM:
         """
         opened = self._open()
         given = checked("logits", {"last": last, "prefill_chunk": prefill_chunk}, LOGITS)
-        ids = id_list(token_ids, "token_ids")
+        fits = partial(check_length, n_ctx=self.n_ctx)
+        ids = id_list(token_ids, "token_ids", fits)
         given_others = () if batch_with is None else batch_with
-        others = [id_list(each, "batch_with") for each in _items(given_others, "batch_with")]
+        others = [id_list(each, "batch_with", fits) for each in _items(given_others, "batch_with")]
         n_rows = given.get("last", len(ids))
         needed = 4 * n_rows * opened.model.hparams.vocab_size
         available = platform.available_memory()
@@ -212,14 +221,33 @@ class LLM:
         self._runtime.engine.check_alive()
         return self._runtime
 
-    def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
+    def _prompt_ids(self, prompt: str | Sequence[int], given: dict[str, Any]) -> list[int]:
+        most = self._most_tokens(given)
         if isinstance(prompt, str):
-            return self._open().tokenizer.encode(prompt, parse_special=True)
-        return id_list(prompt, "prompt")
+            with self._counting():
+                return self._open().tokenizer.encode(prompt, parse_special=True, most=most)
+        fits = None if most is None else partial(check_length, n_ctx=self.n_ctx, n_answer=1)
+        return id_list(prompt, "prompt", fits)
+
+    def _most_tokens(self, given: dict[str, Any]) -> int | None:
+        """How far a prompt is counted: what can't fit is refused before all of it is tokens."""
+        return None if given.get("overflow") == "slide" else self.n_ctx + _COUNTED_BEYOND
+
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
+        """What has more tokens than are counted does not fit."""
+        try:
+            yield
+        except TooManyTokens as error:
+            check_length(error.at_least, self.n_ctx, is_least=True)
 
     def _n_message_tokens(self, message: Message) -> int:
         """About what a message takes in a prompt, the template's text around it included."""
-        return len(self._open().tokenizer.encode(text_of(message))) + _AROUND_MESSAGE
+        tokenizer, most = self._open().tokenizer, self.n_ctx + _COUNTED_BEYOND
+        try:
+            return len(tokenizer.encode(text_of(message), most=most)) + _AROUND_MESSAGE
+        except TooManyTokens as error:
+            return error.at_least
 
     def _n_system_tokens(self, turns: Sequence[Message], ids: list[int]) -> int:
         """Tokens before the first turn that is not the system's, at least one."""

@@ -9,12 +9,14 @@ import contextlib
 import math
 import reprlib
 from collections.abc import Callable, Collection, Iterable, Mapping
+from itertools import islice
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 from edgeinfer.errors import InvalidRequestError
 
 MAX_LOGPROBS = 128
+MOST_IDS = 1 << 24  # more than any context holds; copied they take 0.7 GB
 _INT32, _INT64 = 2**31 - 1, 2**63 - 1
 _MOST_THREADS = 1024  # more than any machine has; each takes a stack
 
@@ -126,6 +128,8 @@ def text_or_texts(value: Any) -> tuple[str, ...]:
 def id_set(value: Any) -> frozenset[int]:
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Collection):
         raise ValueError
+    if len(value) > MOST_IDS:
+        raise ValueError
     checked = frozenset(map(integer, value))
     if any(not 0 <= token <= _INT32 for token in checked):
         raise ValueError
@@ -134,7 +138,7 @@ def id_set(value: Any) -> frozenset[int]:
 
 def biases(value: Any) -> dict[int, float]:
     """What is added to a token's logit, by id; infinities ban and force."""
-    if not isinstance(value, Mapping):
+    if not isinstance(value, Mapping) or len(value) > MOST_IDS:
         raise ValueError
     checked = {integer(token): _real(bias) for token, bias in value.items()}
     if any(not 0 <= token <= _INT32 or math.isnan(bias) for token, bias in checked.items()):
@@ -196,18 +200,40 @@ _WORDS: dict[Callable[[Any], Any], str] = {
 }
 
 
-def id_list(value: Any, param: str) -> list[int]:
-    """Token ids from a list, a range or an array; InvalidRequestError for anything else."""
-    is_list = hasattr(value, "__len__") and hasattr(value, "__getitem__")
-    if is_list and not isinstance(value, (str, bytes, bytearray, memoryview, Mapping)):
+def id_list(
+    value: Any, param: str, check_length: Callable[[int], object] | None = None
+) -> list[int]:
+    """Token ids from a list, a range or an array; InvalidRequestError for anything else.
+
+    How many there are is told to `check_length`, which may raise, before they are copied.
+    """
+    n_ids = _n_items(value)
+    if n_ids is not None:
+        if check_length is not None:
+            check_length(n_ids)
+        if n_ids > MOST_IDS:
+            raise InvalidRequestError(
+                f"{param} has {n_ids:,} ids; at most {MOST_IDS:,} are taken", param=param
+            )
         with contextlib.suppress(TypeError, ValueError, OverflowError, MemoryError):
-            ids = list(value)
+            ids = list(islice(value, n_ids + 1))  # whatever it says of its length
             if not all(type(id) is int for id in ids):
                 ids = [integer(id) for id in ids]
-            if not ids or -_INT64 <= min(ids) <= max(ids) <= _INT64:
+            if len(ids) == n_ids and (not ids or -_INT64 <= min(ids) <= max(ids) <= _INT64):
                 return ids
     kind = "text or a list of token ids" if param == "prompt" else "a list of token ids"
     raise InvalidRequestError(f"{param} is {shown(value)}; it must be {kind}", param=param)
+
+
+def _n_items(value: Any) -> int | None:
+    """The length of a list, a range or an array, None for anything else."""
+    is_text = isinstance(value, (str, bytes, bytearray, memoryview, Mapping))
+    if is_text or not (hasattr(value, "__len__") and hasattr(value, "__getitem__")):
+        return None
+    try:
+        return len(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def shown(value: Any) -> str:
@@ -327,6 +353,12 @@ ANSWER = REQUEST | SAMPLING
 LOGITS = _by_name(
     Parameter("last", integer, "Rows to give back, the last ones.", 1, _INT64),
     Parameter("prefill_chunk", integer, "Most rows in a step.", 1, _INT64),
+)
+
+# What `tokenize` and `detokenize` take beside the text or the ids.
+TEXT = _by_name(
+    Parameter("bos", switch, "Begin with the token that begins a text.", default=False),
+    Parameter("special", switch, "Spellings of control tokens are those.", default=False),
 )
 
 

@@ -9,11 +9,12 @@ import codecs
 import re
 import struct
 from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from .byte_pair import BytePair
 from .errors import InvalidModelError, InvalidRequestError
-from .pretokenizers import in_threes
+from .pretokenizers import in_threes, portions
 from .vocabulary import (
     BYTE,
     BYTE_TEXTS,
@@ -41,10 +42,23 @@ class _Special(NamedTuple):
     rstrip: bool
 
 
-class Tokenizer:
-    """The vocabulary of one model; build it with `from_metadata`."""
+class TooManyTokens(Exception):
+    """A text has `at_least` so many tokens, more than were asked for."""
 
-    def __init__(self, vocab: Vocabulary, encode_raw: Callable[[str], list[int]]) -> None:
+    def __init__(self, at_least: int) -> None:
+        self.at_least = at_least
+        super().__init__(f"at least {at_least} tokens")
+
+
+class Tokenizer:
+    """The vocabulary of one model; build it with `from_metadata`.
+
+    `encode_raw` gives the ids of a text; before `word_ends` it may be cut, see `portions`.
+    """
+
+    def __init__(
+        self, vocab: Vocabulary, encode_raw: Callable[[str], list[int]], word_ends: str = ""
+    ) -> None:
         self.model = vocab.model
         self.pre = vocab.pre
         self.n_vocab = len(vocab.texts)
@@ -52,7 +66,7 @@ class Tokenizer:
         self.add_bos, self.add_eos = vocab.add_bos, vocab.add_eos
         self.add_space_prefix = vocab.add_space_prefix
         self.eog_ids = vocab.eog_ids
-        self._encode_raw = encode_raw
+        self._encode_raw, self._word_ends = encode_raw, word_ends
         self._byte_level = vocab.byte_level
         self._kinds = bytes(vocab.kinds)
         self._spellings = vocab.texts
@@ -70,7 +84,8 @@ class Tokenizer:
         vocab = read_vocabulary(meta, pre)
         if vocab.model == "llama":
             return cls(vocab, _build_spm(vocab, meta))
-        return cls(vocab, _build_bpe(vocab, meta))
+        assert vocab.row is not None
+        return cls(vocab, _build_bpe(vocab, meta), vocab.row.ends)
 
     @property
     def bos_text(self) -> str:
@@ -85,22 +100,33 @@ class Tokenizer:
         return self._special_ids.get(text)
 
     def encode(
-        self, text: str, *, bos: bool | None = None, parse_special: bool = False
+        self,
+        text: str,
+        *,
+        bos: bool | None = None,
+        parse_special: bool = False,
+        most: int | None = None,
     ) -> list[int]:
         """Token ids of `text`; `bos=None` does what the file asks, and never adds a second BOS.
 
         With `parse_special` the spelling of a control token becomes that token. Lone surrogates
-        are read as U+FFFD.
+        are read as U+FFFD. TooManyTokens as soon as there must be more than `most`.
         """
         fragments = _partition(_sound(text), self._parsed if parse_special else self._literal)
-        return self._with_bos(self._encode_fragments(fragments), bos)
+        return self._with_bos(self._encode_fragments(fragments, most), bos)
 
     def encode_marked(
-        self, text: str, restore: Mapping[int, str | None], *, bos: bool | None = None
+        self,
+        text: str,
+        restore: Mapping[int, str | None],
+        *,
+        bos: bool | None = None,
+        most: int | None = None,
     ) -> list[int]:
         """Parse special tokens first, then put marked text back by `str.translate(restore)`.
 
-        What a mark has hidden stays text: it can't become a control token.
+        What a mark has hidden stays text: it can't become a control token. TooManyTokens as soon
+        as there must be more than `most`.
         """
         fragments: list[str | int] = []
         for fragment in _partition(_sound(text), self._parsed):
@@ -108,7 +134,7 @@ class Tokenizer:
                 fragments.append(fragment)
             elif restored := fragment.translate(restore):
                 fragments += _partition(restored, self._unguarded)
-        return self._with_bos(self._encode_fragments(fragments), bos)
+        return self._with_bos(self._encode_fragments(fragments, most), bos)
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
@@ -155,18 +181,43 @@ class Tokenizer:
             ids.insert(0, self.bos_id)
         return ids
 
-    def _encode_fragments(self, fragments: Iterable[str | int]) -> list[int]:
+    def _encode_fragments(self, fragments: Iterable[str | int], most: int | None) -> list[int]:
         ids: list[int] = []
         after_special = True
         for fragment in fragments:
             if isinstance(fragment, int):
                 ids.append(fragment)
-            elif self.add_space_prefix and after_special:
-                ids += self._encode_raw(" " + fragment)
-            else:
-                ids += self._encode_raw(fragment)
-            after_special = isinstance(fragment, int)
+                after_special = True
+                continue
+            if self.add_space_prefix and after_special:
+                fragment = " " + fragment
+            after_special = False
+            _check_count(len(ids) + self._least_tokens(fragment, most), most)
+            for portion in portions(fragment, self._word_ends):
+                ids += self._encode_raw(portion)
+                _check_count(len(ids), most)
+        _check_count(len(ids), most)
         return ids
+
+    def _least_tokens(self, text: str, most: int | None) -> int:
+        """Tokens that a text has at least; 0 for one that is too short to be looked into."""
+        if most is None or len(text) <= most:
+            return 0
+        if self._byte_level:
+            n_units = len(text.encode().translate(None, self._lacking))
+        else:
+            n_units = 0 if self._lacking else len(text)
+        return -(-n_units // max(map(len, self._spellings)))
+
+    @cached_property
+    def _lacking(self) -> bytes:
+        """Bytes without a token: of text that has them, some may leave no token behind."""
+        tokens = zip(self._spellings, self._kinds, strict=True)
+        if self._byte_level:
+            have = {text for text, kind in tokens if kind != CONTROL}
+            return bytes(byte for text, byte in _BYTE_OF_CHAR.items() if text not in have)
+        have = {text for text, kind in tokens if kind == BYTE}
+        return bytes(byte for text, byte in BYTE_TEXTS.items() if text not in have)
 
 
 class StreamDecoder:
@@ -197,6 +248,11 @@ class StreamDecoder:
     def flush(self) -> str:
         """What is left at the end: U+FFFD for an unfinished character, else nothing."""
         return self._decoder.decode(b"", final=True)
+
+
+def _check_count(n_tokens: int, most: int | None) -> None:
+    if most is not None and n_tokens > most:
+        raise TooManyTokens(n_tokens)
 
 
 def _sound(text: str) -> str:

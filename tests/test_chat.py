@@ -575,7 +575,9 @@ def test_single_character_special_stays_text() -> None:
         bos_id = None
         special_texts = ("#", "<e>")
 
-        def encode_marked(self, text: str, restore: Any, *, bos: bool | None = None) -> list[int]:
+        def encode_marked(
+            self, text: str, restore: Any, *, bos: bool | None = None, most: int | None = None
+        ) -> list[int]:
             parts = [part.translate(restore) for part in text.split("#")]
             return [len(parts), *map(len, parts)]
 

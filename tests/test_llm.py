@@ -231,6 +231,55 @@ def test_the_context_bounds_prompt_and_answer(path: Path, n_ctx: int) -> None:
 # -- chat ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("overflow", ["error", "drop-turns"])
+def test_what_can_not_fit_is_refused_before_it_is_read_or_copied(llm: LLM, overflow: Any) -> None:
+    text, ids = "some words " * 500_000, range(10**9)
+    begun = time.perf_counter()
+    for ask in (
+        lambda: llm.generate(text, overflow=overflow),
+        lambda: llm.generate("x" * 10_000_000, overflow=overflow),
+        lambda: llm.generate(ids, overflow=overflow),
+        lambda: llm.generate(np.broadcast_to(np.int32(1), (10**11,)), overflow=overflow),  # type: ignore[arg-type]
+        lambda: llm.chat(text, overflow=overflow),
+        lambda: llm.logits(ids, last=1),
+        lambda: llm.logits([1], batch_with=[ids]),
+    ):
+        with pytest.raises(ContextLengthError) as caught:
+            ask()
+        assert caught.value.n_tokens > caught.value.n_ctx == llm.n_ctx
+    for ask in (
+        lambda: llm.generate(ids, overflow="slide"),
+        lambda: llm.detokenize(ids),
+        lambda: llm.generate("a", stop_token_ids=ids),
+        lambda: llm.generate(_Lying(), overflow=overflow),  # type: ignore[arg-type]
+        lambda: llm.detokenize(_Lying()),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(InvalidRequestError):
+            ask()
+    assert time.perf_counter() - begun < 6  # before: the memory of the machine, or minutes
+
+
+class _Lying:
+    """A sequence that has more than it says."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> int:
+        return 1
+
+
+def test_a_switch_is_a_boolean(llm: LLM) -> None:
+    for ask in (
+        lambda: llm.tokenize("a", bos="no"),  # type: ignore[arg-type]
+        lambda: llm.tokenize("a", special=1),  # type: ignore[arg-type]
+        lambda: llm.detokenize([1], special="yes"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(InvalidRequestError, match="it must be True or False"):
+            ask()
+    assert llm.tokenize("a", bos=np.True_, special=np.False_) == llm.tokenize("a", bos=True)
+
+
 def test_chat_continues_from_the_turn_before(path: Path) -> None:
     with LLM(path, device="reference") as llm:
         ask: Any = dict(max_tokens=5, logit_bias={i: -1e9 for i in range(320) if not 97 <= i < 123})

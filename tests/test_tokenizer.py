@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -19,8 +21,8 @@ from hypothesis import strategies as st
 
 from edgeinfer.errors import InvalidModelError, InvalidRequestError, UnsupportedModelError
 from edgeinfer.gguf import GGUFFile
-from edgeinfer.pretokenizers import PRE_TOKENIZERS
-from edgeinfer.tokenizer import StreamDecoder, Tokenizer
+from edgeinfer.pretokenizers import PRE_TOKENIZERS, portions
+from edgeinfer.tokenizer import StreamDecoder, Tokenizer, TooManyTokens
 
 DataFile = Callable[[str], Path]
 
@@ -410,3 +412,93 @@ def test_importing_loads_no_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# -- long texts ----------------------------------------------------------------------------------
+
+# What the patterns treat apart: letters, marks, numbers, spaces, punctuation, contractions.
+_PIECES = [
+    *"aZ09'st.,!?/-<([{$^~_…。，、！字漢ひカ가дЖß²٣😀", "IMGIMGAZ", "<sentinel:12>", "'LL", "'re",
+    "   ", " ", " ", "\n", "\n\n", "\t", "\r\n", "\u00a0", "\u3000", "\u0308", "\u200d",
+]  # fmt: skip
+
+
+def all_pairs(pre: str) -> Tokenizer:
+    """A vocabulary that joins any two neighbours in a word: where words end, its ids tell."""
+    chars = [byte_chars()[byte] for byte in sorted({*"".join(_PIECES).encode()})]
+    pairs = [(a, b) for a in chars for b in chars]
+    meta = byte_pair(pre=pre, merges=[f"{a} {b}" for a, b in pairs])
+    tokens = [*byte_chars(), *(a + b for a, b in pairs)]
+    meta["tokenizer.ggml.tokens"] = tokens
+    meta["tokenizer.ggml.token_type"] = [1] * len(tokens)
+    return Tokenizer.from_metadata(meta)
+
+
+def check_portions(names: list[str], n_texts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    random = Random(1)
+    for name in names:
+        tokenizer = all_pairs(name)
+        for _ in range(n_texts):
+            text = "".join(random.choices(_PIECES, k=random.randint(2, 40)))
+            monkeypatch.setattr("edgeinfer.pretokenizers._PORTION", 1 << 13)
+            whole = tokenizer.encode(text)
+            monkeypatch.setattr("edgeinfer.pretokenizers._PORTION", 1)
+            assert tokenizer.encode(text) == whole, (name, text)
+
+
+_ONE_OF_EACH = list(
+    {id(row): name for name, row in PRE_TOKENIZERS.items() if row.byte_level}.values()
+)
+
+
+def test_a_long_text_is_cut_where_a_word_ends_anyway(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_portions(_ONE_OF_EACH, 25, monkeypatch)
+
+
+@pytest.mark.slow
+def test_a_long_text_is_cut_where_a_word_ends_anyway_10000(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_portions(_ONE_OF_EACH, 10_000, monkeypatch)
+
+
+def test_portions_are_the_text() -> None:
+    text = "some words, 天气。" * 5000
+    parts = list(portions(text, PRE_TOKENIZERS["qwen2"].ends))
+    assert "".join(parts) == text
+    assert len(parts) > 5 and max(map(len, parts)) < 8300
+    assert list(portions(text, "")) == [text]
+
+
+@settings(max_examples=50)
+@given(st.text(max_size=200), st.integers(0, 40))
+def test_what_has_more_tokens_than_asked_for_is_told_truly(text: str, most: int) -> None:
+    for tokenizer in (BYTES, PIECES):
+        n_tokens = len(tokenizer.encode(text, bos=False))
+        assert tokenizer._least_tokens(text, 0) <= n_tokens
+        if n_tokens <= most:
+            assert len(tokenizer.encode(text, bos=False, most=most)) == n_tokens
+            continue
+        with pytest.raises(TooManyTokens) as caught:
+            tokenizer.encode(text, bos=False, most=most)
+        assert most < caught.value.at_least <= n_tokens
+
+
+BYTES = Tokenizer.from_metadata(byte_pair())
+PIECES = Tokenizer.from_metadata(sentence_piece())
+
+
+def test_a_text_that_can_not_fit_is_not_read(smollm: Tokenizer) -> None:
+    words, letters = "some words " * 1_000_000, "x" * 10_000_000
+    for text in (words, letters, "<|im_end|>" * 1_000_000):
+        begun = time.perf_counter()
+        with pytest.raises(TooManyTokens):
+            smollm.encode(text, parse_special=True, most=50_000)
+        assert time.perf_counter() - begun < 1.5  # before: 4 to 30 s
+
+
+def test_where_characters_may_have_no_token_no_length_is_too_long() -> None:
+    meta = byte_pair()
+    kept = [i for i, text in enumerate(meta["tokenizer.ggml.tokens"]) if text != "x"]
+    meta["tokenizer.ggml.tokens"] = [meta["tokenizer.ggml.tokens"][i] for i in kept]
+    meta["tokenizer.ggml.token_type"] = [1] * len(kept)
+    tokenizer = Tokenizer.from_metadata(meta)
+    assert tokenizer.encode("x" * 10_000 + "ab", most=5) == tokenizer.encode("ab")

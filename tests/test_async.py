@@ -1,0 +1,159 @@
+"""An event loop beside the model: what takes long runs elsewhere, in order, and can be given up."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgeinfer import LLM, AsyncLLM, ClosedError, InvalidRequestError
+
+from .models_for_tests import tiny_model
+
+TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
+LONG = "some words of a book, again and again " * 16_000  # 600 kB, half a second of tokens
+SLIDING: Any = {"overflow": "slide", "max_tokens": 1, "seed": 1}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("async"), n_ctx=256, chat_template=TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def llm(path: Path) -> Iterator[LLM]:
+    with LLM(path, device="reference") as llm:
+        yield llm
+
+
+class NoExecutor(ThreadPoolExecutor):
+    def submit(self, *_: Any, **__: Any) -> Any:
+        raise AssertionError("the loop's executor is for others")
+
+
+async def longest_pause(until: asyncio.Task[Any]) -> float:
+    """The longest that the loop did nothing else, in seconds."""
+    pauses, last = [0.0], time.perf_counter()
+    while not until.done():
+        await asyncio.sleep(0.002)
+        now = time.perf_counter()
+        pauses.append(now - last)
+        last = now
+    return max(pauses)
+
+
+def wait_for_threads() -> None:
+    """Until none is left that works for a loop."""
+    end = time.monotonic() + 10
+    while any(thread.name == "edgeinfer-text" for thread in threading.enumerate()):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_a_long_prompt_does_not_stop_the_loop(llm: LLM, is_chat: bool) -> None:
+    async def work() -> tuple[float, float]:
+        model = AsyncLLM(llm)
+        begun = time.perf_counter()
+        prompt = model.stream_chat(LONG, **SLIDING) if is_chat else model.stream(LONG, **SLIDING)
+        task = asyncio.create_task(prompt)
+        pause = await longest_pause(task)
+        await (await task).close()
+        return pause, time.perf_counter() - begun
+
+    pause, whole = asyncio.run(work())
+    assert pause < max(0.15, whole / 4), (pause, whole)  # before: all of it
+
+
+def test_work_is_begun_in_order_without_the_loops_executor(path: Path) -> None:
+    begun: list[str] = []
+
+    async def work() -> None:
+        asyncio.get_running_loop().set_default_executor(NoExecutor())
+        async with AsyncLLM(path, device="reference") as model:
+            assert model._llm is not None
+            submit = model._llm.runtime.engine.submit
+
+            def noted(request: Any) -> Any:
+                begun.append(len(request.ids))
+                return submit(request)
+
+            model._llm.runtime.engine.submit = noted  # type: ignore[method-assign]
+            texts = ["x" * 50, "y", LONG, "zz", "www"]
+            tasks = [asyncio.create_task(model.stream(text, **SLIDING)) for text in texts]
+            for stream in await asyncio.gather(*tasks):
+                await stream.close()
+
+    asyncio.run(work())
+    assert len(begun) == 5 and begun[0] > begun[1] < begun[2] > begun[3] < begun[4]
+    wait_for_threads()
+
+
+def test_errors_come_to_who_asked_and_to_nobody_else(llm: LLM) -> None:
+    async def work() -> None:
+        model = AsyncLLM(llm)
+        results = await asyncio.gather(
+            model.generate("a", **SLIDING),
+            model.generate("a", temperature="hot"),  # type: ignore[arg-type]
+            model.generate([999_999]),
+            model.chat([{"role": "user", "content": 5}]),  # type: ignore[typeddict-item]
+            model.generate("a", **SLIDING),
+            return_exceptions=True,
+        )
+        kinds = [isinstance(each, InvalidRequestError) for each in results]
+        assert kinds == [False, True, True, True, False]
+
+    asyncio.run(work())
+
+
+def test_what_is_cancelled_is_given_up_at_once(llm: LLM) -> None:
+    async def work() -> None:
+        model = AsyncLLM(llm)
+        first = asyncio.create_task(model.stream(LONG, **SLIDING))
+        second = asyncio.create_task(model.stream("never", **SLIDING))
+        await asyncio.sleep(0.05)
+        begun = time.perf_counter()
+        for task in (first, second):
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        assert time.perf_counter() - begun < 0.2
+        answer = await model.generate("still answers", **SLIDING)
+        assert answer.usage.completion_tokens == 1
+        # The stream that nobody took was closed: it holds no place.
+        while llm.runtime.engine.n_running:
+            await asyncio.sleep(0.01)
+
+    asyncio.run(work())
+
+
+def test_closing_does_not_wait_for_what_waits(path: Path) -> None:
+    async def work() -> None:
+        model = AsyncLLM(path, device="reference")
+        await model.open()
+        tasks = [asyncio.create_task(model.stream(LONG, **SLIDING)) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        begun = time.perf_counter()
+        await model.close()
+        assert time.perf_counter() - begun < 0.5
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(each, ClosedError) for each in results), results
+
+    asyncio.run(work())
+
+
+def test_a_loop_that_ends_leaves_nothing_behind(llm: LLM) -> None:
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(AsyncLLM(llm).stream(LONG, **SLIDING))
+    loop.run_until_complete(asyncio.sleep(0.05))
+    task.cancel()
+    loop.run_until_complete(asyncio.gather(task, return_exceptions=True))
+    loop.close()
+    wait_for_threads()
+    assert not llm.runtime.engine.n_running
