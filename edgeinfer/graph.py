@@ -17,6 +17,7 @@ from edgeinfer.errors import InvalidModelError
 from edgeinfer.quant import Weight
 
 RopeKind: TypeAlias = Literal["norm", "neox"]
+ActivationKind: TypeAlias = Literal["silu", "gelu", "sigmoid", "softplus", "relu2"]
 
 
 class Rope(NamedTuple):
@@ -88,7 +89,7 @@ class RmsNorm(NamedTuple):
     layer: int
     out: Value
     x: Value
-    weight: Weight
+    weight: Weight | None  # (x dim / n_heads,); None is all ones
     eps: float
     n_heads: int
 
@@ -117,8 +118,8 @@ class Attention(NamedTuple):
     """Store k and v of this step in the layer's cache, then out = softmax(q K^T * scale) V, causal.
 
     q (T, H * k_dim), k (T, K * k_dim), v (T, K * v_dim), out (T, H * v_dim); query head h reads
-    key/value head h // (H / K). `rope` is the rotation that q already carries: a slid cache
-    rotates q a second time for its pinned pages.
+    key/value head h // (H / K). Pinned pages of a slid cache are read by q as it would be at
+    another position: see `pinned_query`.
     """
 
     layer: int
@@ -129,7 +130,6 @@ class Attention(NamedTuple):
     n_heads: int
     cache: KV
     scale: float
-    rope: Rope | None
 
 
 class Add(NamedTuple):
@@ -150,12 +150,44 @@ class Mul(NamedTuple):
     b: Value
 
 
-class Silu(NamedTuple):
-    """out = x / (1 + exp(-x))."""
+class Bias(NamedTuple):
+    """out = x + weight in every row; weight (x dim,)."""
 
     layer: int
     out: Value
     x: Value
+    weight: Weight
+
+
+class Scale(NamedTuple):
+    """out = x * factor, a float32."""
+
+    layer: int
+    out: Value
+    x: Value
+    factor: float
+
+
+class SoftCap(NamedTuple):
+    """out = cap * tanh(x / cap): values beyond +-cap fade into it."""
+
+    layer: int
+    out: Value
+    x: Value
+    cap: float
+
+
+class Activation(NamedTuple):
+    """out = f(x), element by element.
+
+    silu: x / (1 + exp(-x)); gelu: x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)));
+    sigmoid: 1 / (1 + exp(-x)); softplus: log(1 + exp(x)); relu2: max(x, 0)^2.
+    """
+
+    layer: int
+    out: Value
+    x: Value
+    kind: ActivationKind
 
 
 class SelectRows(NamedTuple):
@@ -166,7 +198,15 @@ class SelectRows(NamedTuple):
     x: Value
 
 
-Op: TypeAlias = Embed | RmsNorm | Linear | Rotate | Attention | Add | Mul | Silu | SelectRows
+Op: TypeAlias = (
+    Embed | RmsNorm | Linear | Rotate | Attention | Add | Mul | Bias | Scale | SoftCap | Activation
+    | SelectRows
+)  # fmt: skip
+
+
+def inputs(op: Op) -> list[Value]:
+    """The values that an op reads, one that it reads twice twice."""
+    return [field for field in op[2:] if isinstance(field, Value)]
 
 
 class Segment(NamedTuple):
@@ -174,12 +214,14 @@ class Segment(NamedTuple):
 
     `input` is None where the segment starts with token ids, else the residual stream that enters
     it. `output` is the value it yields: logits of the selected rows, or the residual stream.
+    `hidden` is what steps yield that want no logits: what the head reads, or the output.
     """
 
     graph: Graph
     ops: tuple[Op, ...]
     input: Value | None
     output: Value
+    hidden: Value
     is_last: bool
 
     @property
@@ -199,6 +241,7 @@ class Graph:
         self.hparams = hparams
         self.ops: list[Op] = []
         self.logits: Value | None = None
+        self.hidden: Value | None = None  # what the head reads
         self._weights = dict(weights)
         self._used: set[str] = set()
         self._n_values = 0
@@ -229,10 +272,10 @@ class Graph:
         high = n if last == n else last - 1
         ops = tuple(op for op in self.ops if low <= op.layer <= high)
         output = self.logits if last == n else self._boundaries[last - 1]
-        assert output is not None, "the model's forward() recorded no head"
-        return Segment(
-            self, ops, None if first == 0 else self._boundaries[first - 1], output, last == n
-        )
+        hidden = self.hidden if last == n else output
+        assert output is not None and hidden is not None, "the model's forward() recorded no head"
+        entering = None if first == 0 else self._boundaries[first - 1]
+        return Segment(self, ops, entering, output, hidden, last == n)
 
     @property
     def unused(self) -> list[str]:
@@ -245,8 +288,9 @@ class Graph:
         weight = self._weight(f"{name}.weight", self.hparams.vocab_size, self.hparams.dim)
         return self._record(Embed, weight.shape[1], weight=weight)
 
-    def rms_norm(self, x: Value, name: str, n_heads: int = 1) -> Value:
-        weight = self._weight(f"{name}.weight", x.dim // n_heads)
+    def rms_norm(self, x: Value, name: str | None, n_heads: int = 1) -> Value:
+        """Over each of `n_heads` parts of a row; without a name there is no weight."""
+        weight = None if name is None else self._weight(f"{name}.weight", x.dim // n_heads)
         return self._record(
             RmsNorm, x.dim, x=x, weight=weight, eps=self.hparams.norm_eps, n_heads=n_heads
         )
@@ -266,21 +310,14 @@ class Graph:
         return self._record(Rotate, x.dim, x=x, n_heads=n_heads, rope=rope)
 
     def attention(
-        self,
-        q: Value,
-        k: Value,
-        v: Value,
-        *,
-        cache: KV,
-        rope: Rope | None,
-        scale: float | None = None,
+        self, q: Value, k: Value, v: Value, *, cache: KV, scale: float | None = None
     ) -> Value:
         n_heads = q.dim // cache.k_dim
         scale = cache.k_dim**-0.5 if scale is None else scale
         return self._record(
             Attention,
             n_heads * cache.v_dim,
-            q=q, k=k, v=v, n_heads=n_heads, cache=cache, scale=scale, rope=rope,
+            q=q, k=k, v=v, n_heads=n_heads, cache=cache, scale=scale,
         )  # fmt: skip
 
     def add(self, a: Value, b: Value) -> Value:
@@ -289,16 +326,34 @@ class Graph:
     def mul(self, a: Value, b: Value) -> Value:
         return self._record(Mul, a.dim, a=a, b=b)
 
+    def add_vector(self, x: Value, name: str) -> Value:
+        """x plus a tensor (full name) of one row."""
+        return self._record(Bias, x.dim, x=x, weight=self._weight(name, x.dim))
+
+    def scale(self, x: Value, factor: float) -> Value:
+        return self._record(Scale, x.dim, x=x, factor=factor)
+
+    def soft_cap(self, x: Value, cap: float) -> Value:
+        return self._record(SoftCap, x.dim, x=x, cap=cap)
+
+    def activation(self, kind: ActivationKind, x: Value) -> Value:
+        return self._record(Activation, x.dim, x=x, kind=kind)
+
     def silu(self, x: Value) -> Value:
-        return self._record(Silu, x.dim, x=x)
+        return self.activation("silu", x)
 
     def select_rows(self, x: Value) -> Value:
         return self._record(SelectRows, x.dim, x=x)
 
-    def head(self, x: Value) -> None:
-        """Logits from `output.weight`, or from the embedding where the file ties the two."""
+    def head(self, x: Value, scale: float = 1.0, soft_cap: float = 0.0) -> None:
+        """Logits from `output.weight`, or from the embedding where the file ties the two.
+
+        They are multiplied by `scale`, then kept below `soft_cap` where there is one.
+        """
         name = "output" if self.has("output.weight") else "token_embd"
-        self.logits = self.linear(x, name, self.hparams.vocab_size)
+        self.hidden, logits = x, self.linear(x, name, self.hparams.vocab_size)
+        logits = logits if scale == 1 else self.scale(logits, scale)
+        self.logits = self.soft_cap(logits, soft_cap) if soft_cap else logits
 
     def has(self, name: str) -> bool:
         """Whether the file holds this tensor (full name)."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from edgeinfer.errors import InvalidModelError, UnsupportedModelError
 from edgeinfer.gguf import Array, GGUFFile
-from edgeinfer.graph import Attention, Graph, Hparams
+from edgeinfer.graph import Graph, Hparams, Rotate
 from edgeinfer.hparams import ARCHITECTURES, read_hparams, unsupported
 from edgeinfer.quant import RUNNABLE, Weight, dequantize
 from edgeinfer.terminal import one_line
@@ -167,13 +167,13 @@ def _check_types(graph: Graph, tensors: Mapping[str, Weight]) -> None:
 
 
 def _check_rope_factors(graph: Graph) -> None:
-    """Rotation divides by them."""
-    ropes = (op.rope for op in graph.ops if isinstance(op, Attention))
-    factors = next((rope.factors for rope in ropes if rope is not None), None)
-    if factors is not None and not all(1e-6 < x < 1e6 for x in dequantize(factors).tolist()):
-        raise InvalidModelError(
-            "a factor is not a positive number; download the file again", field=factors.name
-        )
+    """Rotation divides by them; an infinite one leaves its pair as it is."""
+    ropes = {op.rope for op in graph.ops if isinstance(op, Rotate)}
+    for factors in {rope.factors for rope in ropes if rope.factors is not None}:
+        if not all(x > 1e-6 for x in dequantize(factors).tolist()):
+            raise InvalidModelError(
+                "a factor is not a positive number; download the file again", field=factors.name
+            )
 
 
 def _read_sampling(file: GGUFFile) -> dict[str, bool | int | float | str]:

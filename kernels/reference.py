@@ -23,16 +23,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from itertools import groupby
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeinfer.batch import PAGE, SEGMENT_PAGES, Batch, Outputs, StepLimits
 from edgeinfer.errors import ClosedError
+from edgeinfer.fusion import Known, Uses, check, fields, pinned_query
 from edgeinfer.graph import (
+    KV,
+    Activation,
+    ActivationKind,
     Add,
     Attention,
+    Bias,
     Embed,
     Linear,
     Mul,
@@ -40,10 +45,11 @@ from edgeinfer.graph import (
     RmsNorm,
     Rope,
     Rotate,
+    Scale,
     Segment,
     SelectRows,
-    Silu,
-)  # fmt: skip
+    SoftCap,
+)
 from edgeinfer.quant import Weight, dequantize
 from edgeinfer.sampling import Sampled, SampleRow
 
@@ -52,6 +58,24 @@ Doubles: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
 Mode: TypeAlias = Literal["exact", "quantised"]
 Sampler: TypeAlias = Callable[[Floats, SampleRow], Sampled]
+
+
+KNOWN: Known = {
+    Embed: fields("weight"),
+    RmsNorm: fields("x weight eps n_heads"),
+    Linear: fields("x weight bias"),
+    Rotate: fields("x n_heads rope"),
+    Rope: fields("kind n_dims base scale factors", kind=("norm", "neox")),
+    Attention: fields("q k v n_heads cache scale"),
+    KV: fields("n_heads k_dim v_dim"),
+    Add: fields("a b"),
+    Mul: fields("a b"),
+    Bias: fields("x weight"),
+    Scale: fields("x factor"),
+    SoftCap: fields("x cap"),
+    Activation: fields("x kind", kind=get_args(ActivationKind)),
+    SelectRows: fields("x"),
+}
 
 
 class ReferenceBackend:
@@ -70,6 +94,7 @@ class ReferenceBackend:
     def compile(
         self, segment: Segment, limits: StepLimits, *, mode: Mode = "exact"
     ) -> ReferenceProgram:
+        check(segment, KNOWN, "reference")
         numerics = _Exact() if mode == "exact" else _Quantised()
         return ReferenceProgram(segment, limits, numerics, self._sampler)
 
@@ -93,7 +118,10 @@ class ReferenceProgram:
             )
             for layer, kv in segment.caches.items()
         }
-        self._rotations = {op.out.index: op for op in segment.ops if isinstance(op, Rotate)}
+        uses = Uses(segment)
+        self._pinned = {
+            op.out.index: pinned_query(op, uses) for op in segment.ops if isinstance(op, Attention)
+        }
         self._ticket: ReferenceTicket | None = None
         self._is_closed = False
 
@@ -131,31 +159,38 @@ class ReferenceProgram:
             for op in self._segment.ops:
                 if ticket.is_aborted:
                     return self._outputs(aborted=True)
-                values[op.out.index] = self._run_op(op, values, batch)
+                values[op.out.index] = self._run_op(op, values, batch, batch.pos)
             return self._collect(values, batch)
 
-    def _run_op(self, op: Op, values: Mapping[int, Floats], batch: Batch) -> Floats:
+    def _run_op(self, op: Op, values: Mapping[int, Floats], batch: Batch, pos: Ints) -> Floats:
+        """The value that an op makes, of rows at positions `pos`."""
         numerics = self._numerics
         match op:
             case Embed():
                 return _embed(op.weight, batch.ids)
             case RmsNorm():
                 rows = values[op.x.index].reshape(-1, op.x.dim // op.n_heads)
-                normed = numerics.rms_norm(rows, dequantize(op.weight), op.eps)
-                return normed.reshape(-1, op.x.dim)
+                weight = None if op.weight is None else dequantize(op.weight)
+                return numerics.rms_norm(rows, weight, op.eps).reshape(-1, op.x.dim)
             case Linear():
                 out = numerics.matmul(values[op.x.index], self._weights[op.weight.name])
                 return out if op.bias is None else out + dequantize(op.bias)
             case Rotate():
-                return _rotate(numerics, op, values[op.x.index], batch.pos)
+                return _rotate(numerics, op, values[op.x.index], pos)
             case Attention():
                 return self._attend(op, values, batch)
             case Add():
                 return values[op.a.index] + values[op.b.index]
             case Mul():
                 return values[op.a.index] * values[op.b.index]
-            case Silu():
-                return numerics.silu(values[op.x.index])
+            case Bias():
+                return values[op.x.index] + dequantize(op.weight)
+            case Scale():
+                return _scaled(values[op.x.index], op.factor)
+            case SoftCap():
+                return numerics.soft_cap(values[op.x.index], op.cap)
+            case Activation():
+                return numerics.activation(op.kind, values[op.x.index])
             case SelectRows():
                 return values[op.x.index][batch.wanted]
 
@@ -171,11 +206,11 @@ class ReferenceProgram:
             page = table.pages[table.slot(pos // PAGE)]
             pages.k[page, pos % PAGE], pages.v[page, pos % PAGE] = k[row], v[row]
 
-        q = pinned_q = values[op.q.index]
-        if op.rope is not None:
-            rotation = self._rotations[op.q.index]
-            pinned_pos = np.array([table.pinned_pos(pos) for table, pos in rows], np.int64)
-            pinned_q = _rotate(self._numerics, rotation, values[rotation.x.index], pinned_pos)
+        pinned_pos = np.array([table.pinned_pos(pos) for table, pos in rows], np.int64)
+        pinned = dict(values)
+        for each in self._pinned[op.out.index]:
+            pinned[each.out.index] = self._run_op(each, pinned, batch, pinned_pos)
+        q, pinned_q = values[op.q.index], pinned[op.q.index]
         shape = n_rows, op.n_heads, cache.k_dim
         q, pinned_q = q.reshape(shape), pinned_q.reshape(shape)
         kv_head = np.arange(op.n_heads) // (op.n_heads // cache.n_heads)
@@ -200,9 +235,7 @@ class ReferenceProgram:
         if not self._segment.is_last:
             return self._outputs(hidden=result)
         if batch.output == "hidden":
-            head = self._segment.ops[-1]
-            assert isinstance(head, Linear)
-            return self._outputs(hidden=values[head.x.index])
+            return self._outputs(hidden=values[self._segment.hidden.index])
         if batch.output == "logits":
             return self._outputs(logits=result)
         table = batch.samples
@@ -269,11 +302,14 @@ class _Numerics(Protocol):
     def matmul(self, x: Floats, weight: Any) -> Floats:
         """x W^T, x (T, K)."""
 
-    def rms_norm(self, x: Floats, weight: Floats, eps: float) -> Floats:
+    def rms_norm(self, x: Floats, weight: Floats | None, eps: float) -> Floats:
         """Each row of x divided by its root mean square, times weight."""
 
-    def silu(self, x: Floats) -> Floats:
-        """x / (1 + exp(-x))."""
+    def activation(self, kind: ActivationKind, x: Floats) -> Floats:
+        """`graph.Activation` of every value."""
+
+    def soft_cap(self, x: Floats, cap: float) -> Floats:
+        """cap * tanh(x / cap)."""
 
     def rotate(self, x0: Floats, x1: Floats, angles: Doubles) -> tuple[Floats, Floats]:
         """Pairs (x0, x1) turned by their angles."""
@@ -298,6 +334,11 @@ def _embed(weight: Weight, ids: NDArray[np.int32]) -> Floats:
     out = np.empty((len(ids), dim), np.float32)
     for i, row in enumerate(ids.tolist()):
         out[i] = dequantize(weight.data[row * size : (row + 1) * size], weight.type, (dim,))
+    return out
+
+
+def _scaled(x: Floats, factor: float) -> Floats:
+    out: Floats = x * np.float32(factor)
     return out
 
 
@@ -340,14 +381,16 @@ class _Exact:
         out: Floats = x @ weight.T
         return out
 
-    def rms_norm(self, x: Floats, weight: Floats, eps: float) -> Floats:
+    def rms_norm(self, x: Floats, weight: Floats | None, eps: float) -> Floats:
         wide = x.astype(np.float64)
         mean: Doubles = (wide * wide).mean(axis=1, keepdims=True)
-        return _f32(wide / np.sqrt(mean + eps) * weight)
+        return _f32(wide / np.sqrt(mean + eps) * (1 if weight is None else weight))
 
-    def silu(self, x: Floats) -> Floats:
-        wide = x.astype(np.float64)
-        return _f32(wide / (1 + np.exp(-wide)))
+    def activation(self, kind: ActivationKind, x: Floats) -> Floats:
+        return _f32(_EXACT_ACTIVATIONS[kind](x.astype(np.float64)))
+
+    def soft_cap(self, x: Floats, cap: float) -> Floats:
+        return _f32(cap * np.tanh(x.astype(np.float64) / cap))
 
     def rotate(self, x0: Floats, x1: Floats, angles: Doubles) -> tuple[Floats, Floats]:
         c, s = np.cos(angles), np.sin(angles)
@@ -365,6 +408,15 @@ class _Exact:
         return _f32(np.einsum("hps,phsd->hd", p, seen, dtype=np.float64))
 
 
+_EXACT_ACTIVATIONS: dict[ActivationKind, Callable[[Doubles], Any]] = {
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "gelu": lambda x: x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    "softplus": lambda x: np.logaddexp(0, x),
+    "relu2": lambda x: np.maximum(x, 0) ** 2,
+}
+
+
 # -- quantised: what kernels compute, bit for bit ------------------------------------------------
 
 
@@ -379,17 +431,19 @@ class _Quantised:
             return _matmul_blocks(x, weight)
         return _matmul_floats(x, weight)
 
-    def rms_norm(self, x: Floats, weight: Floats, eps: float) -> Floats:
-        """s = 1 / sqrt(sum(x^2) / n + eps); out = (x * s) * weight."""
+    def rms_norm(self, x: Floats, weight: Floats | None, eps: float) -> Floats:
+        """s = 1 / sqrt(sum(x^2) / n + eps); out = (x * s) * weight, or x * s."""
         mean = _sum_of_squares(x) / np.float32(x.shape[1])
         s = np.float32(1) / np.sqrt(mean + np.float32(eps))
-        out: Floats = (x * s[:, None]) * weight
-        return out
+        out: Floats = x * s[:, None]
+        return out if weight is None else out * weight
 
-    def silu(self, x: Floats) -> Floats:
-        """x / (1 + exp(-x))."""
-        out: Floats = x / (np.float32(1) + exp(-x))
-        return out
+    def activation(self, kind: ActivationKind, x: Floats) -> Floats:
+        return _ACTIVATIONS[kind](x)
+
+    def soft_cap(self, x: Floats, cap: float) -> Floats:
+        """tanh(x / cap) * cap."""
+        return _scaled(tanh(x / np.float32(cap)), cap)
 
     def rotate(self, x0: Floats, x1: Floats, angles: Doubles) -> tuple[Floats, Floats]:
         """x0' = fma(x0, c, -(x1 * s)), x1' = fma(x0, s, x1 * c).
@@ -625,6 +679,70 @@ def exp(x: Floats) -> Floats:
     p = fma(p, r * r, r) + f(1)
     out: Floats = np.where(x < f(-87.3), f(0), np.ldexp(p, n.astype(np.int32)))
     return out
+
+
+def tanh(x: Floats) -> Floats:
+    """A polynomial below 0.625, else 1 - 2 / (e^2|x| + 1) with the sign of x."""
+    f, z = np.float32, x * x
+    p = np.full_like(x, -5.70498872745e-3)
+    for c in (2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1):
+        p = fma(p, z, f(c))
+    size = np.abs(x)
+    large = f(1) - f(2) / (exp(size + size) + f(1))
+    large = np.where(x < 0, -large, large)
+    out: Floats = np.where(size < f(0.625), fma(p * z, x, x), large)
+    return out
+
+
+def silu(x: Floats) -> Floats:
+    """x / (1 + exp(-x))."""
+    out: Floats = x / (np.float32(1) + exp(-x))
+    return out
+
+
+def gelu(x: Floats) -> Floats:
+    """w = fma(x * x, 0.044715, 1); (x * 0.5) * (tanh((x * sqrt(2 / pi)) * w) + 1)."""
+    f = np.float32
+    w = fma(x * x, f(0.044715), f(1))
+    out: Floats = (x * f(0.5)) * (tanh((x * f(0.79788456)) * w) + f(1))
+    return out
+
+
+def sigmoid(x: Floats) -> Floats:
+    """1 / (1 + exp(-x))."""
+    out: Floats = np.float32(1) / (exp(-x) + np.float32(1))
+    return out
+
+
+def softplus(x: Floats) -> Floats:
+    """u = exp(-|x|), s = u / (2 + u), z = s * s: max(x, 0) + (s + s) * (1 + z / 3 + z^2 / 5 ...).
+
+    The series is that of 2 atanh(s) = log(1 + u), up to z^7 / 15, in fma from its end.
+    """
+    f = np.float32
+    u = exp(-np.abs(x))
+    s = u / (u + f(2))
+    z = s * s
+    p = np.full_like(x, 1 / 15)
+    for n in (13, 11, 9, 7, 5, 3, 1):
+        p = fma(p, z, f(1 / n))
+    out: Floats = np.where(x > 0, x, f(0)) + (s + s) * p
+    return out
+
+
+def relu2(x: Floats) -> Floats:
+    """The square of what is above 0."""
+    y = np.where(x > 0, x, np.float32(0))
+    return y * y
+
+
+_ACTIVATIONS: dict[ActivationKind, Callable[[Floats], Floats]] = {
+    "silu": silu,
+    "gelu": gelu,
+    "sigmoid": sigmoid,
+    "softplus": softplus,
+    "relu2": relu2,
+}
 
 
 def fma(a: Floats | np.float32, b: Floats | np.float32, c: Floats | np.float32) -> Floats:

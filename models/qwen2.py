@@ -17,7 +17,7 @@ def forward(g: Graph) -> None:
         k = g.linear(h, f"{blk}.attn_k", kv_dim)  # (T, K * d)
         v = g.linear(h, f"{blk}.attn_v", kv_dim)
         q, k = g.rotate(q, hp.n_heads, rope), g.rotate(k, hp.n_kv_heads, rope)
-        a = g.attention(q, k, v, cache=cache, rope=rope)
+        a = g.attention(q, k, v, cache=cache)
         x = x + g.linear(a, f"{blk}.attn_output", hp.dim)
         h = g.rms_norm(x, f"{blk}.ffn_norm")
         gate = g.linear(h, f"{blk}.ffn_gate", hp.ffn_dim)  # (T, F)

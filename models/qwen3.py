@@ -19,7 +19,7 @@ def forward(g: Graph) -> None:
         q = g.rms_norm(q, f"{blk}.attn_q_norm", hp.n_heads)
         k = g.rms_norm(k, f"{blk}.attn_k_norm", hp.n_kv_heads)
         q, k = g.rotate(q, hp.n_heads, rope), g.rotate(k, hp.n_kv_heads, rope)
-        a = g.attention(q, k, v, cache=cache, rope=rope)
+        a = g.attention(q, k, v, cache=cache)
         x = x + g.linear(a, f"{blk}.attn_output", hp.dim)
         h = g.rms_norm(x, f"{blk}.ffn_norm")
         gate = g.linear(h, f"{blk}.ffn_gate", hp.ffn_dim)  # (T, F)

@@ -30,6 +30,7 @@ from .models_for_tests import tiny_model
 KERNELS = [
     *(f"{op}.{name}" for op in ("matmul", "pack", "embed") for name in FORMATS),
     *("norm", "swiglu", "quantise", "copy_rows", "angles", "rotate.norm", "rotate.neox"),
+    *("norm_heads", *(f"pointwise.{kind}" for kind in ready.POINTWISE)),
     *("plan_attention", "attend.64.64", "attend.128.128", "fold", "sample", "read", "probe"),
     *("team.work", "team.step"),
 ]
@@ -45,7 +46,7 @@ def test_every_kernel_is_in_the_list() -> None:
     modules = {path.stem for path in (library._HERE / "native").glob("*.py")}
     parts = {
         "__init__", "simd", "isa", "isa_aarch64", "registry", "fields", "formats", "blocks32",
-        "blocks256", "blocks_table", "grid", "math", "sink", "pages", "attention",
+        "blocks256", "blocks_table", "grid", "math", "activations", "sink", "pages", "attention",
     }  # fmt: skip
     assert {name.partition(".")[0] for name in KERNELS} == modules - parts
 
@@ -236,7 +237,8 @@ def test_ready_kernels_cover_what_supported_models_need(
                     CpuBackend(tmp_path).compile(segment, limits)
     assert asked - {*ready.NAMES} == set()
     used = {name.partition(".")[0] for name in asked}
-    assert {name.partition(".")[0] for name in ready.NAMES} - used <= {"copy_rows", "quantise"}
+    plain = {"copy_rows", "quantise", "norm_heads", "pointwise"}  # that no such model needs
+    assert {name.partition(".")[0] for name in ready.NAMES} - used <= plain
 
 
 def test_a_frozen_program_says_which_kernels_it_lacks(

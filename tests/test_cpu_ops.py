@@ -6,6 +6,7 @@ Knows no model and no attention.
 from __future__ import annotations
 
 import decimal
+from collections.abc import Callable
 from decimal import Decimal
 
 import numpy as np
@@ -13,7 +14,9 @@ import pytest
 from numpy.typing import NDArray
 
 from edgeinfer.batch import PAGE, PageTable
-from edgeinfer.kernels.cpu import layout
+from edgeinfer.graph import ActivationKind
+from edgeinfer.kernels import reference
+from edgeinfer.kernels.cpu import layout, ready
 from edgeinfer.kernels.reference import _Quantised, exp, quantise
 from tests import native
 
@@ -124,17 +127,85 @@ def test_floats_that_nobody_reads_take_one_row_a_thread() -> None:
 def test_norm_and_copy_of_wanted_rows() -> None:
     x, weight, wanted = rows_of(9, 256), rows_of(1, 256, 1)[0], np.array([2, 3, 8], np.int32)
     h = native.header(H_ROWS=9, H_WANTED_ROWS=3, H_WANTED=wanted.ctypes.data)
-    sinks, out = Sinks(3, 256), np.full((3, 77), np.nan, np.float32)
+    sinks = Sinks(3, 256)
     args = [
         x.ctypes.data, x[0].nbytes, weight.ctypes.data, native.float_bits(1e-6), 256,
         layout.WANTED_ROWS, *sinks.words,
     ]  # fmt: skip
     native.run("norm", h, args, range(3))
     check_sinks(sinks, TWIN.rms_norm(x[wanted], weight, 1e-6))
-    for rows, chosen in ((layout.WANTED_ROWS, wanted), (layout.ALL_ROWS, np.arange(3))):
-        copy = [x.ctypes.data, x[0].nbytes, out.ctypes.data, out[0].nbytes, 77, rows]
-        native.run("copy_rows", h, copy, range(3))
-        np.testing.assert_array_equal(out, x[chosen, :77])
+    for rows, chosen in ((layout.WANTED_ROWS, wanted), (layout.ALL_ROWS, np.arange(9))):
+        for dim in (77, 256):
+            sinks = Sinks(len(chosen), dim, dim == 256)
+            copy = [x.ctypes.data, x[0].nbytes, dim, rows, *sinks.words]
+            native.run("copy_rows", h, copy, range(len(chosen)))
+            check_sinks(sinks, x[chosen, :dim])
+
+
+@pytest.mark.parametrize(("n_heads", "head_dim"), [(1, 37), (4, 8), (3, 32), (2, 100)])
+@pytest.mark.parametrize("has_weight", [True, False])
+def test_norm_of_heads(n_heads: int, head_dim: int, has_weight: bool) -> None:
+    dim, weight = n_heads * head_dim, rows_of(1, head_dim, seed=1)[0]
+    x, sinks = rows_of(5, dim), Sinks(3, dim, dim % 32 == 0)
+    args = [
+        x.ctypes.data, x[0].nbytes, weight.ctypes.data if has_weight else 0,
+        native.float_bits(1e-5), n_heads, head_dim, layout.WANTED_ROWS, *sinks.words,
+    ]  # fmt: skip
+    native.run("norm_heads", native.header(H_ROWS=5, H_WANTED_ROWS=3), args, range(3))
+    heads = x[:3].reshape(-1, head_dim)
+    expected = TWIN.rms_norm(heads, weight if has_weight else None, 1e-5)
+    check_sinks(sinks, expected.reshape(3, dim))
+
+
+# Each a kernel, and what it does to a, b and the parameter 0.7.
+POINTWISE: dict[str, Callable[[Floats, Floats], Floats]] = {
+    **{kind: lambda a, b, f=f: f(a) for kind, f in reference._ACTIVATIONS.items()},
+    "add": lambda a, b: a + b,
+    "mul": lambda a, b: a * b,
+    "scale": lambda a, b: a * np.float32(0.7),
+    "soft_cap": lambda a, b: TWIN.soft_cap(a, 0.7),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", POINTWISE)
+def test_pointwise(kind: str, family: str | None) -> None:
+    assert set(POINTWISE) == set(ready.POINTWISE)
+    for dim, stride, n_rows in ((768, 1, 5), (37, 1, 5), (64, 0, 3)):
+        n_whole = layout.whole_vectors(dim)
+        a, b = rows_of(5, n_whole), rows_of(5, n_whole, 1)
+        a[0, :16] = [0, -0.0, 200, -200, 88, -88, 0.625, -0.625, 0.62, 9, -9, 20, -20, 1e9, 1e-9, 1]
+        sinks = Sinks(n_rows, dim, dim % 32 == 0)
+        rows = layout.WANTED_ROWS if n_rows == 3 else layout.ALL_ROWS
+        args = [
+            a.ctypes.data, a[0].nbytes, b.ctypes.data, stride * b[0].nbytes,
+            native.float_bits(0.7), dim, rows, *sinks.words,
+        ]  # fmt: skip
+        h = native.header(H_ROWS=5, H_WANTED_ROWS=3)
+        native.run(f"pointwise.{kind}", h, args, range(n_rows), family)
+        with np.errstate(over="ignore"):
+            expected = POINTWISE[kind](a, b if stride else b[:1])
+        check_sinks(sinks, expected[:n_rows, :dim])
+
+
+@pytest.mark.parametrize("kind", reference._ACTIVATIONS)
+def test_activations_are_close_to_the_truth(kind: ActivationKind) -> None:
+    x = np.concatenate([np.linspace(-30, 30, 100_001), np.linspace(-1, 1, 10_001)])
+    x = np.append(x, [100.0, -85.0, 1e-20, -1e-20]).astype(np.float32)
+    with np.errstate(over="ignore"):
+        ours, truth = TWIN.activation(kind, x), reference._Exact().activation(kind, x)
+    # gelu subtracts what is nearly equal: as in every float32 one, its error is that of 1.
+    slack = 1e-7 * np.abs(x) if kind == "gelu" else 0
+    assert (np.abs(ours - truth) <= 4e-7 * np.abs(truth) + slack).all()
+
+
+def test_tanh_and_soft_caps_are_close_to_the_truth() -> None:
+    x = np.linspace(-20, 20, 100_001).astype(np.float32)
+    truth = np.tanh(x.astype(np.float64))
+    assert (np.abs(reference.tanh(x) - truth) <= 3e-7 * np.abs(truth)).all()
+    capped, exact = TWIN.soft_cap(50 * x, 30.0), reference._Exact().soft_cap(50 * x, 30.0)
+    assert (np.abs(capped - exact) <= 4e-7 * np.abs(exact)).all()
+    assert np.abs(capped).max() <= 30
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -145,7 +216,7 @@ def test_swiglu(dim: int, family: str | None) -> None:
     gate[0, :8] = [0, -0.0, 200, -200, 87.3, -87.3, -88.3, 1e-30]
     args = [gate.ctypes.data, up.ctypes.data, gate[0].nbytes, dim, *sinks.words]
     native.run("swiglu", native.header(H_ROWS=5), args, range(5), family)
-    check_sinks(sinks, (TWIN.silu(gate) * up)[:, :dim])
+    check_sinks(sinks, (reference.silu(gate) * up)[:, :dim])
 
 
 def test_exp_is_close_to_the_truth() -> None:

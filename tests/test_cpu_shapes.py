@@ -123,7 +123,7 @@ def forward(g: Graph, s: Shape, rows: dict[str, int]) -> None:
             k = g.rms_norm(k, f"{blk}.attn_k_norm", s.n_kv_heads)
         q, k = g.rotate(q, n_heads, rope), g.rotate(k, s.n_kv_heads, rope)
         cache = KV(s.n_kv_heads, s.k_dim, s.v_dim)
-        a = g.attention(q, k, v, cache=cache, rope=rope)
+        a = g.attention(q, k, v, cache=cache)
         x = x + g.linear(a, f"{blk}.attn_output", s.dim)
         h = g.rms_norm(x, f"{blk}.ffn_norm")
         gate, up = (g.linear(h, f"{blk}.ffn_{name}", s.ffn_dim) for name in ("gate", "up"))

@@ -20,7 +20,7 @@ terminal
 errors
 config quant platform options parameters results messages event_queue plain_text
 graph sampling catalog hub turns speculation
-batch wheel discovery
+batch fusion wheel discovery
 models.* kernels.reference kernels.cpu kernels.cuda fetch recent
 pretokenizers jinja_process chat_templates kvcache hiding
 sequence vocabulary byte_pair sampler template_engine

@@ -35,11 +35,11 @@ def test_every_kernel_of_this_machine_is_plain() -> None:
 @pytest.mark.skipif(not PLAIN, reason="this linker knows x86-64 objects only")
 def test_laid_out_code_is_what_llvm_would_run() -> None:
     """The same kernel, read back from where each linker has put it."""
-    found = {"copy_rows": objects()["copy_rows"]}
+    found = {"team.step": objects()["team.step"]}
     ours, llvms = Library(library().target, Path()), Library(library().target, Path())
     ours._link(found)
     llvms._link_with_llvm(found)
-    code = [ctypes.string_at(lib.address("copy_rows"), 64) for lib in (ours, llvms)]
+    code = [ctypes.string_at(lib.address("team.step"), 64) for lib in (ours, llvms)]
     assert code[0] == code[1]
 
 

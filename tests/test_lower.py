@@ -6,8 +6,8 @@ from itertools import pairwise
 
 import pytest
 
+from edgeinfer.kernels.cpu.commands import cut
 from edgeinfer.kernels.cpu.layout import PANEL_GROUPS
-from edgeinfer.kernels.cpu.lower import cut
 
 
 @pytest.mark.parametrize("n_groups", [1, 2, 7, 8, 72, 576, 4000, 16032])

@@ -16,11 +16,13 @@ from edgeinfer import model as model_module
 from edgeinfer.errors import EdgeInferError, InvalidModelError, UnsupportedModelError
 from edgeinfer.gguf import GGUFFile
 from edgeinfer.graph import Attention, Embed, Linear, RmsNorm, Rotate
+from edgeinfer.kernels.reference import ReferenceBackend, inverse_frequencies
 from edgeinfer.model import ARCHITECTURES, Model
 from edgeinfer.sampling import SamplingParams
 
 from .bench import make_model
 from .models_for_tests import tiny_model
+from .test_cpu_program import IDS, LIMITS, batch_of, logits
 
 
 @contextmanager
@@ -367,13 +369,29 @@ def test_old_rotation_tables_are_left_alone(tmp_path: Path) -> None:
         assert Model.load(file).hparams.vocab_size == 320
 
 
-def test_rope_factors_are_positive(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("-inf")])
+def test_rope_factors_are_positive(tmp_path: Path, bad: float) -> None:
     factors = np.ones(8, np.float32)
-    factors[3] = 0
+    factors[3] = bad
     path = write_with_tensors(tmp_path, {"rope_freqs.weight": factors}, rope_freqs=True)
     with GGUFFile.open(path) as file, pytest.raises(InvalidModelError) as caught:
         Model.load(file)
     assert caught.value.field == "rope_freqs.weight"
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32])
+def test_rope_factors_of_any_size_and_type_act(tmp_path: Path, kind: type[Any]) -> None:
+    """1e30, which float16 holds as infinity, leaves a pair as it is."""
+    with np.errstate(over="ignore"):
+        factors = np.array([1, 2, 3, 4, 1e30, 1e30, 1e30, 1e30]).astype(kind)
+    path = write_with_tensors(tmp_path, {"rope_freqs.weight": factors}, rope_freqs=True)
+    with GGUFFile.open(path) as file:
+        segment = Model.load(file).graph.segment()
+        rope = next(op.rope for op in segment.ops if isinstance(op, Rotate))
+        assert (inverse_frequencies(rope)[4:] < 1e-20).all()
+        with ReferenceBackend().compile(segment, LIMITS, mode="quantised") as reference:
+            expected = reference.submit(batch_of(IDS)).wait().logits
+        np.testing.assert_array_equal(logits(segment, IDS), expected)
 
 
 def test_a_type_that_does_not_run_is_named(tmp_path: Path) -> None:

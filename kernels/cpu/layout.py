@@ -140,8 +140,24 @@ SWIGLU_SINK = 4 * WORD
 QUANTISE_X, QUANTISE_STRIDE, QUANTISE_DIM, QUANTISE_ROWS = (i * WORD for i in range(4))
 QUANTISE_SINK = 4 * WORD
 #
-# copy_rows: out[i] = x[wanted[i]] (or every row). A chunk is one row.
-COPY_X, COPY_STRIDE, COPY_OUT, COPY_OUT_STRIDE, COPY_DIM, COPY_ROWS = (i * WORD for i in range(6))
+# copy_rows: sink[i] = x[wanted[i]] (or every row). A chunk is one row.
+COPY_X, COPY_STRIDE, COPY_DIM, COPY_ROWS = (i * WORD for i in range(4))
+COPY_SINK = 4 * WORD
+#
+# norm_heads: as norm, but of each of n_heads parts of head_dim values, with one weight of head_dim
+# for all or none (0). With WANTED_ROWS, x has the wanted rows alone. A chunk is one row.
+(
+    HEADS_X, HEADS_STRIDE, HEADS_WEIGHT, HEADS_EPS, HEADS_N, HEADS_DIM, HEADS_ROWS,
+) = (i * WORD for i in range(7))  # fmt: skip
+HEADS_SINK = 7 * WORD
+#
+# pointwise.<kind>: sink[t] = f(a[t], b[t]) or f(a[t], parameter), the bits of a float; a b of
+# stride 0 is one row for all. Rows of b have room for whole vectors. With WANTED_ROWS, a and b have
+# the wanted rows alone. A chunk is one row.
+(
+    POINT_A, POINT_A_STRIDE, POINT_B, POINT_B_STRIDE, POINT_PARAMETER, POINT_DIM, POINT_ROWS,
+) = (i * WORD for i in range(7))  # fmt: skip
+POINT_SINK = 7 * WORD
 #
 # angles: cos and sin of every row's rotation, [n_pairs cos, n_pairs sin] floats a row, at its
 # position and at its position for pinned pages (PageTable.pinned_pos). freqs: double[n_pairs].

@@ -3,88 +3,57 @@
 Knows kernels by name and argument layout only; runs nothing and allocates nothing. Shapes and
 types are what `shapes.py` has let through.
 
-Fusion happens here: projections of one input run side by side in one op, an addition rides in
-the matmul that feeds it, q/k norms ride in the rotation, and whatever feeds a quantised matmul
-leaves its row quantised on the way out.
+What `edgeinfer.fusion` has put together runs as one kernel; every other op runs as it stands.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, NoReturn, Protocol
 
 import numpy as np
 
 from edgeinfer.batch import StepLimits
-from edgeinfer.errors import UnsupportedModelError
+from edgeinfer.fusion import (
+    Matmul,
+    Matmuls,
+    PinnedAttention,
+    PinnedRotate,
+    RotatedAttention,
+    SelectedNorm,
+    Step,
+    SwiGlu,
+    fuse,
+    selected,
+)
 from edgeinfer.graph import (
+    Activation,
     Add,
-    Attention,
+    Bias,
     Embed,
-    Linear,
     Mul,
-    Op,
     RmsNorm,
     Rope,
+    RopeKind,
     Rotate,
+    Scale,
     Segment,
     SelectRows,
-    Silu,
+    SoftCap,
     Value,
 )
 from edgeinfer.kernels.cpu import layout
+from edgeinfer.kernels.cpu.commands import (
+    SHARE,
+    Args,
+    Buffer,
+    KernelOp,
+    KernelPart,
+    Lowered,
+    recut,
+)
 from edgeinfer.kernels.cpu.formats import FORMATS, Format
 from edgeinfer.quant import Weight, dequantize
-
-# Weight bytes of a matmul's chunks: long ones read memory fastest, short ones even out the end.
-# Measured in tests/bench/TUNING.md, "Chunks".
-_MOST_CHUNK, _LEAST_CHUNK = 1 << 20, 32 << 10
-SHARE = 2.0  # how many times smaller a chunk is than a thread's even share of the rest
-
-
-@dataclass(eq=False, slots=True)
-class Buffer:
-    """Scratch memory of one step; its address is set once all lifetimes are known."""
-
-    name: str
-    n_bytes: int
-    address: int = 0
-
-
-Args: TypeAlias = "list[int | Buffer]"  # argument words; a buffer stands for its address
-
-
-class KernelPart(NamedTuple):
-    """One kernel with its argument words (a Buffer stands for its address) and chunk rule.
-
-    Weight bytes, and multiplications per row of `rows`, are for benchmarks.
-    """
-
-    kernel: str
-    args: Args
-    rule: int
-    weight_bytes: int = 0
-    macs: int = 0
-    rows: int = layout.ALL_ROWS
-
-
-class KernelOp(NamedTuple):
-    """Kernels that may run side by side. `group` names what the op is, for benchmarks."""
-
-    group: str
-    parts: list[KernelPart]
-
-    @property
-    def reads_weights(self) -> bool:
-        """Whether these are matmuls."""
-        return self.parts[0].kernel.startswith("matmul.")
-
-    def buffers(self) -> Iterable[Buffer]:
-        for part in self.parts:
-            for arg in part.args:
-                if isinstance(arg, Buffer):
-                    yield arg
 
 
 class LayerCache(NamedTuple):
@@ -103,24 +72,6 @@ class WeightAddresses(Protocol):
     def doubles(self, values: np.ndarray) -> int: ...
 
 
-@dataclass(slots=True)
-class Lowered:
-    """The ops of a segment and the buffers by which a program talks to them."""
-
-    ops: list[KernelOp] = field(default_factory=list)
-    prologue: KernelPart | None = None
-    head: int = 0  # ops before the logits: a step that wants hidden rows stops there
-    input: Buffer | None = None
-    hidden: Buffer | None = None
-    logits: Buffer | None = None
-    scratch: list[Buffer] = field(default_factory=list)
-    scratch_bytes: int = 0
-
-    def kernels(self) -> set[str]:
-        names = {part.kernel for op in self.ops for part in op.parts}
-        return names | ({self.prologue.kernel} if self.prologue else set())
-
-
 def row_stride(dim: int) -> int:
     """Bytes between rows of floats."""
     return 4 * layout.whole_vectors(dim)
@@ -131,8 +82,49 @@ def float_bits(x: float) -> int:
     return int(np.float32(x).view(np.int32))
 
 
+class _Heads(NamedTuple):
+    """Heads of rows of floats, and the norm that is to be taken of each."""
+
+    rows: Buffer | int
+    stride: int
+    n: int
+    dim: int
+    norm: Weight | None = None
+
+
+_NO_HEADS = _Heads(0, 0, 0, 0)
+NO_CACHE = LayerCache(0, 0, 0)
+
+
+class _Reads:
+    """Which steps read a value, and as what."""
+
+    def __init__(self, steps: Sequence[Step], kept: set[Value]) -> None:
+        self._reads: dict[Value, list[int]] = {}  # the steps that read it, ascending
+        self._as_floats, self._as_a32 = set(kept), set[Value]()
+        self._kept = kept
+        for i, step in enumerate(steps):
+            for op in step.parts if isinstance(step, Matmuls) else [step]:
+                for name, value in zip(op._fields[2:], op[2:], strict=True):
+                    if isinstance(value, Value):
+                        self._reads.setdefault(value, []).append(i)
+                        is_a32 = isinstance(op, Matmul) and name == "x" and _reads_a32(op)
+                        (self._as_a32 if is_a32 else self._as_floats).add(value)
+
+    def is_last(self, value: Value, i: int) -> bool:
+        """Whether step i reads a value as the only one from there on, and once."""
+        reads = self._reads[value]
+        return value not in self._kept and reads[-1] == i and reads.count(i) == 1
+
+    def is_quantised(self, value: Value) -> bool:
+        return value in self._as_a32
+
+    def is_quantised_only(self, value: Value) -> bool:
+        return value in self._as_a32 and value not in self._as_floats
+
+
 class Lowering:
-    """One pass over a segment's ops."""
+    """One pass over a segment's steps."""
 
     def __init__(
         self,
@@ -145,15 +137,11 @@ class Lowering:
         self._segment, self._limits = segment, limits
         self._weights, self._caches = weights, caches
         self._max_segments = max_segments
-        self._producer = {op.out: op for op in segment.ops}
-        self._consumers: dict[Value, list[Op]] = {}
-        for op in segment.ops:
-            for value in _inputs(op):
-                self._consumers.setdefault(value, []).append(op)
-        self._order = {op.out: i for i, op in enumerate(segment.ops)}
+        self._steps = fuse(segment)
+        self._reads = _Reads(self._steps, {segment.output, segment.hidden})
+        self._selected = selected(segment)
         self._floats: dict[Value, Buffer] = {}  # where a value's f32 rows are
         self._quantised: dict[Value, Buffer] = {}
-        self._rows: dict[Value, int] = {}  # ALL_ROWS or WANTED_ROWS
         self._angles: dict[Rope, tuple[Buffer, Buffer]] = {}
         scratch_bytes = limits.n_threads * layout.MATMUL_SCRATCH_BYTES
         self._matmul_scratch = Buffer("matmul scratch", scratch_bytes)
@@ -163,48 +151,54 @@ class Lowering:
         out, segment = self._out, self._segment
         if segment.input is not None:
             out.input = self._float_buffer(segment.input, "input")
-        for op in segment.ops:
-            self._lower(op)
-        if segment.is_last:
-            out.logits = self._floats[segment.output]
-            head = self._producer[segment.output]
-            assert isinstance(head, Linear)
-            out.hidden = self._floats[head.x]
-        else:
-            out.hidden = self._floats[segment.output]
-            out.head = len(out.ops)
-        self._place()
+        for i, step in enumerate(self._steps):
+            self._lower(step, i)
+            if segment.hidden in self._floats and not out.head:
+                out.head = len(out.ops)
+        out.hidden = self._floats[segment.hidden]
+        out.logits = self._floats[segment.output] if segment.is_last else None
+        out.place()
         return out
 
-    # -- one op --------------------------------------------------------------------------------
+    # -- one step ------------------------------------------------------------------------------
 
-    def _lower(self, op: Op) -> None:
-        if isinstance(op, Linear):
-            if op.out not in self._floats:
-                self._linears(self._siblings(op))
-        elif isinstance(op, RmsNorm):
-            if not self._is_fused_norm(op):
-                self._norm(op)
-        elif isinstance(op, Attention):
-            self._attention(op)
-        elif isinstance(op, Mul):
-            self._swiglu(op)
-        elif isinstance(op, Embed):
-            self._embed(op)
-        elif isinstance(op, Add):
-            if op.out not in self._floats:
-                raise _missing("an addition that no matmul feeds")
-        elif isinstance(op, SelectRows):
-            self._rows[op.out] = layout.WANTED_ROWS
-            self._floats[op.out] = self._floats[op.x]
-            if any(not isinstance(c, RmsNorm) for c in self._consumers.get(op.out, [])):
-                raise _missing("selected rows that no norm reads")
-        elif isinstance(op, Silu):
-            if any(not isinstance(c, Mul) for c in self._consumers.get(op.out, [])):
-                raise _missing("a SiLU that is not part of a SwiGLU")
-        elif isinstance(op, Rotate):
-            if any(not isinstance(c, Attention) for c in self._consumers.get(op.out, [])):
-                raise _missing("a rotation that no attention reads")
+    def _lower(self, step: Step, i: int) -> None:
+        match step:
+            case Embed():
+                self._embed(step)
+            case RmsNorm():
+                self._norm(step)
+            case SelectedNorm():
+                self._whole_norm(step, layout.WANTED_ROWS)
+            case Matmuls():
+                self._matmuls(step, i)
+            case SwiGlu():
+                args = self._pair(step.gate, step.up)
+                self._emit("swiglu", "swiglu", [*args, *self._sinks(step.out, "ffn")])
+            case Rotate() | PinnedRotate():
+                self._rotate(step)
+            case RotatedAttention():
+                self._rotated_attention(step)
+            case PinnedAttention():
+                self._pinned_attention(step)
+            case Add():
+                self._pointwise("add", step, step.a, step.b)
+            case Mul():
+                self._pointwise("mul", step, step.a, step.b)
+            case Bias():
+                self._pointwise("add", step, step.x, step.weight)
+            case Scale():
+                self._pointwise("scale", step, step.x, parameter=step.factor)
+            case SoftCap():
+                self._pointwise("soft_cap", step, step.x, parameter=step.cap)
+            case Activation():
+                self._pointwise(step.kind, step, step.x)
+            case SelectRows():
+                args = self._copied(step.x, layout.WANTED_ROWS)
+                args += self._sinks(step.out, "selected")
+                self._emit("select", "copy_rows", args, layout.COUNT_WANTED)
+            case _:
+                _never(step)
 
     def _embed(self, op: Embed) -> None:
         fmt = _format(op.weight)
@@ -213,13 +207,21 @@ class Lowering:
             self._weights.matrix(op.weight), fmt.n_blocks(op.weight.shape[1]), x,
         ]  # fmt: skip
         args += [row_stride(op.out.dim), op.out.dim]
-        self._emit("embed", f"embed.{_type(op.weight)}", args, layout.COUNT_ROWS)
+        self._emit("embed", f"embed.{_type(op.weight)}", args)
 
     def _norm(self, op: RmsNorm) -> None:
-        if op.n_heads != 1:
-            raise _missing("a norm per head that no rotation reads")
-        rows = self._rows_of(op.x)
-        self._rows[op.out] = rows
+        rows, rule = self._rows_of(op.x)
+        if op.n_heads == 1 and op.weight is not None and rows == layout.ALL_ROWS:
+            self._whole_norm(SelectedNorm(op.layer, op.out, op.x, op.weight, op.eps), rows)
+            return
+        args: Args = [
+            self._floats[op.x], row_stride(op.x.dim),
+            self._weights.vector(op.weight) if op.weight else 0, float_bits(op.eps),
+            op.n_heads, op.x.dim // op.n_heads, rows, *self._sinks(op.out, "norm"),
+        ]  # fmt: skip
+        self._emit("norm", "norm_heads", args, rule)
+
+    def _whole_norm(self, op: SelectedNorm, rows: int) -> None:
         args: Args = [
             self._floats[op.x], row_stride(op.x.dim), self._weights.vector(op.weight),
         ]  # fmt: skip
@@ -227,38 +229,51 @@ class Lowering:
         rule = layout.COUNT_WANTED if rows == layout.WANTED_ROWS else layout.COUNT_ROWS
         self._emit("norm", "norm", args, rule)
 
-    def _swiglu(self, op: Mul) -> None:
-        silu, up = self._producer.get(op.a), op.b
-        if not isinstance(silu, Silu):
-            silu, up = self._producer.get(op.b), op.a
-        if not isinstance(silu, Silu):
-            raise _missing("a product that is not a SwiGLU")
+    def _pointwise(
+        self,
+        kind: str,
+        op: Add | Mul | Bias | Scale | SoftCap | Activation,
+        a: Value,
+        b: Value | Weight | None = None,
+        parameter: float = 0.0,
+    ) -> None:
+        """out = f(a, b) or f(a, parameter), value by value; a vector b is the same for all rows."""
+        rows, rule = self._rows_of(op.out)
+        other: Args = [0, 0]
+        if isinstance(b, Value):
+            other = [self._floats[b], row_stride(b.dim)]
+        elif b is not None:
+            other = [self._weights.vector(b), 0]
         args: Args = [
-            self._floats[silu.x], self._floats[up], row_stride(up.dim), up.dim,
+            self._floats[a], row_stride(a.dim), *other, float_bits(parameter), a.dim, rows,
+            *self._sinks(op.out, kind),
         ]  # fmt: skip
-        args += self._sinks(op.out, "ffn")
-        self._emit("swiglu", "swiglu", args, layout.COUNT_ROWS)
+        self._emit(kind, f"pointwise.{kind}", args, rule)
 
-    def _linears(self, ops: list[Linear]) -> None:
+    def _copied(self, x: Value, rows: int) -> Args:
+        return [self._floats[x], row_stride(x.dim), x.dim, rows]
+
+    def _pair(self, a: Value, b: Value) -> Args:
+        return [self._floats[a], self._floats[b], row_stride(b.dim), b.dim]
+
+    # -- matmuls -------------------------------------------------------------------------------
+
+    def _matmuls(self, step: Matmuls, i: int) -> None:
         """Matmuls of one input, side by side."""
-        if ops[0].out is self._segment.output:
-            self._out.head = len(self._out.ops)
-        group = (
-            ops[0].weight.name.rsplit(".", 2)[-2]
-            if len(ops) == 1
-            else "+".join(op.weight.name.split(".")[-2] for op in ops)
-        )
-        whole = KernelOp(group, [self._linear(op) for op in ops])
+        x = step.parts[0].x
+        if any(map(_reads_a32, step.parts)) and x not in self._quantised:
+            self._quantise(x)
+        names = [op.weight.name.split(".")[-2] for op in step.parts]
+        whole = KernelOp("+".join(names), [self._matmul(op, i) for op in step.parts])
         self._out.ops.append(recut(whole, self._limits.n_threads, SHARE))
 
-    def _linear(self, op: Linear) -> KernelPart:
+    def _matmul(self, op: Matmul, i: int) -> KernelPart:
         """A matmul in one chunk."""
         fmt = _format(op.weight)
         n_rows, n_cols = op.weight.shape
         n_groups, n_blocks = -(-n_rows // 8), fmt.n_blocks(n_cols)
-        rows = self._rows_of(op.x)
-        self._rows[op.out] = rows
-        residual, out = self._residual(op)
+        rows, _ = self._rows_of(op.x)
+        residual, out = self._residual(op, i)
         if fmt.activation == "f32":
             x, row_bytes = self._floats[op.x], row_stride(n_cols)
         else:
@@ -272,55 +287,92 @@ class Lowering:
         kernel = f"matmul.{_type(op.weight)}"
         return KernelPart(kernel, args, 1, n_bytes, n_rows * n_cols, rows)
 
-    def _residual(self, op: Linear) -> tuple[Buffer | None, Buffer]:
+    def _residual(self, op: Matmul, i: int) -> tuple[Buffer | None, Buffer]:
         """The rows to add to this matmul's result and the rows it leaves: often the same."""
-        consumers = self._consumers.get(op.out, [])
-        if len(consumers) != 1 or not isinstance(consumers[0], Add):
+        if op.residual is None:
             return None, self._float_buffer(op.out, "linear")
-        add = consumers[0]
-        other = add.b if add.a is op.out else add.a
-        if other not in self._floats:
-            raise _missing("an addition whose other side comes later")
-        residual = self._floats[other]
-        last_use = max(self._order[c.out] for c in self._consumers[other])
-        in_place = last_use == self._order[add.out] and other is not self._segment.input
-        out = residual if in_place else self._float_buffer(add.out, "residual")
-        self._floats[op.out] = self._floats[add.out] = out
-        return residual, out
+        residual = self._floats[op.residual]
+        if op.residual is self._segment.input or not self._reads.is_last(op.residual, i):
+            return residual, self._float_buffer(op.out, "residual")
+        self._floats[op.out] = residual
+        return residual, residual
 
-    def _attention(self, op: Attention) -> None:
-        q, k = self._producer[op.q], self._producer[op.k]
-        if not isinstance(q, Rotate) or not isinstance(k, Rotate) or op.rope is None:
-            raise _missing("attention without rotary positions")
-        (q_x, q_norm), (k_x, k_norm) = self._normed(q.x), self._normed(k.x)
-        kv, cache, n_pairs = op.cache, self._caches[op.layer], op.rope.n_dims // 2
+    def _quantise(self, x: Value) -> None:
+        """A value whose rows nothing has quantised on their way."""
+        rows, rule = self._rows_of(x)
+        floats, stride = self._floats[x], row_stride(x.dim)
+        quantised = self._quantised_buffer(x, "quantised")
+        args: Args = [floats, stride, x.dim, rows, floats, stride, 0, quantised]
+        self._emit("quantise", "quantise", args, rule)
+
+    # -- attention -----------------------------------------------------------------------------
+
+    def _rotate(self, op: Rotate | PinnedRotate) -> None:
+        """The heads of a value in a place of their own."""
+        stride = row_stride(op.x.dim)
+        out = self._float_buffer(op.out, "rotated")
+        self._emit("copy", "copy_rows", [*self._copied(op.x, layout.ALL_ROWS), out, stride, 0, 0])
         angles, pinned_angles = self._angles_of(op.rope)
-        eps = next((n.eps for n in (q_norm, k_norm) if n), 0.0)
-        q_stride = row_stride(op.q.dim)
-        q_buffer = self._floats[q_x]
-        pinned_q = Buffer("pinned q", q_stride * self._limits.max_rows)
+        heads = _Heads(out, stride, op.n_heads, op.x.dim // op.n_heads)
+        angles = pinned_angles if isinstance(op, PinnedRotate) else angles
+        self._heads(op.rope.kind, q=heads, n_pairs=op.rope.n_dims // 2, angles=angles)
+
+    def _rotated_attention(self, op: RotatedAttention) -> None:
+        kv, n_pairs = op.cache, op.rope.n_dims // 2
+        angles, pinned_angles = self._angles_of(op.rope)
+        q = _Heads(self._floats[op.q], row_stride(op.q.dim), op.n_heads, kv.k_dim, op.q_norm)
+        k = _Heads(self._floats[op.k], row_stride(op.k.dim), kv.n_heads, kv.k_dim, op.k_norm)
+        v = _Heads(self._floats[op.v], row_stride(op.v.dim), kv.n_heads, kv.v_dim)
+        pinned_q = Buffer("pinned q", q.stride * self._limits.max_rows)
+        self._heads(
+            op.rope.kind, q, pinned_q, k, v, n_pairs, angles, pinned_angles, op.eps,
+            self._caches[op.layer],
+        )  # fmt: skip
+        self._attend(op, pinned_q)
+
+    def _pinned_attention(self, op: PinnedAttention) -> None:
+        kv = op.cache
+        k = _Heads(self._floats[op.k], row_stride(op.k.dim), kv.n_heads, kv.k_dim)
+        v = _Heads(self._floats[op.v], row_stride(op.v.dim), kv.n_heads, kv.v_dim)
+        self._heads("norm", k=k, v=v, cache=self._caches[op.layer])
+        self._attend(op, self._floats[op.pinned_q])
+
+    def _heads(
+        self,
+        kind: RopeKind,
+        q: _Heads = _NO_HEADS,
+        pinned_q: Buffer | int = 0,
+        k: _Heads = _NO_HEADS,
+        v: _Heads = _NO_HEADS,
+        n_pairs: int = 0,
+        angles: Buffer | int = 0,
+        pinned_angles: Buffer | int = 0,
+        eps: float = 0.0,
+        cache: LayerCache = NO_CACHE,
+    ) -> None:
+        """Norm and rotate heads in place, and store those of k and v."""
         args: Args = [
-            q_buffer, q_stride, self._floats[k_x], row_stride(op.k.dim),
-            self._floats[op.v], row_stride(op.v.dim), pinned_q, op.n_heads, kv.n_heads,
-            kv.k_dim, kv.v_dim, n_pairs, angles, pinned_angles,
-            self._weights.vector(q_norm.weight) if q_norm else 0,
-            self._weights.vector(k_norm.weight) if k_norm else 0,
+            q.rows, q.stride, k.rows, k.stride, v.rows, v.stride, pinned_q, q.n, k.n,
+            k.dim or q.dim, v.dim, n_pairs, angles, pinned_angles,
+            *(self._weights.vector(heads.norm) if heads.norm else 0 for heads in (q, k)),
             float_bits(eps), cache.k_base, cache.page_bytes, cache.v_base, cache.page_bytes,
         ]  # fmt: skip
-        self._emit("rotate", f"rotate.{op.rope.kind}", args, layout.COUNT_ROWS)
-        limits = self._limits
+        self._emit("rotate", f"rotate.{kind}", args)
+
+    def _attend(self, op: RotatedAttention | PinnedAttention, pinned_q: Buffer) -> None:
+        limits, kv, cache = self._limits, op.cache, self._caches[op.layer]
         parts = Buffer(
             "attention parts",
             layout.parts_bytes(limits.max_rows, op.n_heads, kv.k_dim, kv.v_dim, self._max_segments),
         )
         common: Args = [
-            q_buffer, q_stride, pinned_q, op.n_heads, kv.n_heads, float_bits(op.scale),
-            cache.k_base, cache.page_bytes, cache.v_base, cache.page_bytes, parts,
-            self._max_segments, kv.k_dim, kv.v_dim,
+            self._floats[op.q], row_stride(op.q.dim), pinned_q, op.n_heads, kv.n_heads,
+            float_bits(op.scale), cache.k_base, cache.page_bytes, cache.v_base, cache.page_bytes,
+            parts, self._max_segments, kv.k_dim, kv.v_dim,
         ]  # fmt: skip
         self._emit("attend", f"attend.{kv.k_dim}.{kv.v_dim}", common, layout.COUNT_ITEMS)
         fold = [*common, *self._sinks(op.out, "attention")]
-        self._emit("fold", "fold", fold, layout.COUNT_ROWS)
+        self._emit("fold", "fold", fold)
         if self._out.prologue is None:
             self._out.prologue = KernelPart("plan_attention", list(common), 1)
 
@@ -332,54 +384,31 @@ class Lowering:
             pair = Buffer("angles", size), Buffer("pinned angles", size)
             self._angles[rope] = pair
             freqs = self._weights.doubles(frequencies(rope))
-            self._emit("angles", "angles", [freqs, n_pairs, *pair], layout.COUNT_ROWS)
+            self._emit("angles", "angles", [freqs, n_pairs, *pair])
         return self._angles[rope]
 
     # -- values and buffers --------------------------------------------------------------------
 
-    def _siblings(self, first: Linear) -> list[Linear]:
-        """The run of linears that start here and share their input."""
-        start, run = self._order[first.out], []
-        for op in self._segment.ops[start:]:
-            if not isinstance(op, Linear) or op.x is not first.x:
-                break
-            run.append(op)
-        return run
+    def _rows_of(self, value: Value) -> tuple[int, int]:
+        """Which rows a value has, and the rule that counts them."""
+        if value in self._selected:
+            return layout.WANTED_ROWS, layout.COUNT_WANTED
+        return layout.ALL_ROWS, layout.COUNT_ROWS
 
-    def _normed(self, x: Value) -> tuple[Value, RmsNorm | None]:
-        """x, or what it was before a norm per head that the rotation takes over."""
-        op = self._producer.get(x)
-        if isinstance(op, RmsNorm):
-            return op.x, op
-        return x, None
-
-    def _is_fused_norm(self, op: RmsNorm) -> bool:
-        consumers = self._consumers.get(op.out, [])
-        return bool(consumers) and all(isinstance(c, Rotate) for c in consumers)
-
-    def _rows_of(self, x: Value) -> int:
-        return self._rows.get(x, layout.ALL_ROWS)
-
-    def _n_rows(self, x: Value) -> int:
-        wanted = self._rows_of(x) == layout.WANTED_ROWS
-        return self._limits.max_outputs if wanted else self._limits.max_rows
+    def _n_rows(self, value: Value) -> int:
+        is_selected = value in self._selected
+        return self._limits.max_outputs if is_selected else self._limits.max_rows
 
     def _sinks(self, out: Value, name: str) -> Args:
-        """Sink words for a value: floats, and their quantised form where a consumer reads that."""
-        consumers = self._consumers.get(out, [])
-        quantised = [
-            isinstance(c, Linear) and _format(c.weight).activation == "a32" for c in consumers
-        ]
-        is_hidden = any(c.out is self._segment.output for c in consumers)
+        """Sink words for a value: floats, and their quantised form where a matmul reads that."""
         stride = row_stride(out.dim)
-        if all(quantised) and quantised and not is_hidden:
+        if self._reads.is_quantised_only(out):
             row = Buffer(f"{name} of each thread", stride * self._limits.n_threads)
             words: Args = [row, 0, stride, 0]
         else:
             words = [self._float_buffer(out, name), stride, 0, 0]
-        if any(quantised):
-            buffer = Buffer(f"{name} a32", _a32_bytes(out.dim) * self._n_rows(out))
-            self._quantised[out] = words[layout.SINK_A32 // layout.WORD] = buffer
+        if self._reads.is_quantised(out):
+            words[layout.SINK_A32 // layout.WORD] = self._quantised_buffer(out, name)
         return words
 
     def _float_buffer(self, value: Value, name: str) -> Buffer:
@@ -387,73 +416,13 @@ class Lowering:
         self._floats[value] = buffer
         return buffer
 
-    def _emit(self, group: str, kernel: str, args: Args, rule: int) -> None:
+    def _quantised_buffer(self, value: Value, name: str) -> Buffer:
+        buffer = Buffer(f"{name} a32", _a32_bytes(value.dim) * self._n_rows(value))
+        self._quantised[value] = buffer
+        return buffer
+
+    def _emit(self, group: str, kernel: str, args: Args, rule: int = layout.COUNT_ROWS) -> None:
         self._out.ops.append(KernelOp(group, [KernelPart(kernel, args, rule)]))
-
-    def _place(self) -> None:
-        """Offsets for every buffer; one that is no longer read gives its place to the next."""
-        out = self._out
-        n_ops = len(out.ops)
-        first: dict[Buffer, int] = {}
-        last: dict[Buffer, int] = {}
-        for i, op in enumerate(out.ops):
-            for buffer in op.buffers():
-                first.setdefault(buffer, i)
-                last[buffer] = i
-        for kept in (out.input, out.hidden, out.logits):
-            if kept is not None:
-                first[kept], last[kept] = 0, n_ops
-        starting, ending = _by_op(first, n_ops), _by_op(last, n_ops)
-        free: dict[int, list[int]] = {}
-        for i in range(n_ops):
-            for buffer in starting[i]:
-                places = free.get(buffer.n_bytes)
-                if places:
-                    buffer.address = places.pop()
-                else:
-                    buffer.address = out.scratch_bytes
-                    out.scratch_bytes += _aligned(buffer.n_bytes)
-            for buffer in ending[i]:
-                free.setdefault(buffer.n_bytes, []).append(buffer.address)
-        out.scratch = list(first)
-
-
-def cut(
-    n_groups: int, group_bytes: int, left: int, n_threads: int, share: float = SHARE
-) -> list[int]:
-    """Bounds of chunks of n_groups groups of 8 weight rows, the first of `left` bytes to be read.
-
-    Whoever comes next takes 1 / `share` of what would be a thread's even share of the rest (guided
-    self-scheduling, Polychronopoulos and Kuck 1987), in whole panels of groups.
-    """
-    bounds = [0]
-    while bounds[-1] < n_groups:
-        n_bytes = max(_LEAST_CHUNK, min(left / (share * n_threads), _MOST_CHUNK))
-        n_panels = max(1, round(n_bytes / (group_bytes * layout.PANEL_GROUPS)))
-        bounds.append(min(bounds[-1] + n_panels * layout.PANEL_GROUPS, n_groups))
-        left -= (bounds[-1] - bounds[-2]) * group_bytes
-    return bounds
-
-
-def recut(op: KernelOp, n_threads: int, share: float) -> KernelOp:
-    """The same matmuls in other chunks."""
-    parts = []
-    left = sum(part.weight_bytes for part in op.parts)
-    for part in op.parts:
-        first = layout.MATMUL_BOUNDS // layout.WORD
-        n_groups = part.args[-1]
-        assert isinstance(n_groups, int)
-        bounds = cut(n_groups, part.weight_bytes // n_groups, left, n_threads, share)
-        left -= part.weight_bytes
-        parts.append(part._replace(args=[*part.args[:first], *bounds], rule=len(bounds) - 1))
-    return KernelOp(op.group, parts)
-
-
-def _by_op(when: Mapping[Buffer, int], n_ops: int) -> list[list[Buffer]]:
-    lists: list[list[Buffer]] = [[] for _ in range(n_ops + 1)]
-    for buffer, i in when.items():
-        lists[i].append(buffer)
-    return lists
 
 
 def frequencies(rope: Rope) -> np.ndarray:
@@ -466,10 +435,6 @@ def frequencies(rope: Rope) -> np.ndarray:
     return freqs
 
 
-def _aligned(n_bytes: int) -> int:
-    return -(-n_bytes // 64) * 64
-
-
 def _a32_bytes(dim: int) -> int:
     """Bytes of one quantised row."""
     return dim // 32 * layout.A32_BYTES
@@ -479,17 +444,13 @@ def _type(weight: Weight) -> str:
     return weight.type.name.lower()
 
 
+def _reads_a32(op: Matmul) -> bool:
+    return _format(op.weight).activation == "a32"
+
+
 def _format(weight: Weight) -> Format:
     return FORMATS[_type(weight)]
 
 
-def _missing(what: str) -> UnsupportedModelError:
-    return UnsupportedModelError(f"the cpu backend has no kernel for {what}", missing=[what])
-
-
-def _inputs(op: Op) -> list[Value]:
-    if isinstance(op, Attention):
-        return [op.q, op.k, op.v]
-    if isinstance(op, (Add, Mul)):
-        return [op.a, op.b]
-    return [] if isinstance(op, Embed) else [op.x]
+def _never(step: NoReturn) -> NoReturn:
+    raise AssertionError(f"no kernel for {step}")

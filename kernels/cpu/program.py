@@ -6,6 +6,7 @@ Knows no scheduling and no files. One step is one native call; see `team.py`.
 from __future__ import annotations
 
 import ctypes
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -15,20 +16,12 @@ import numpy as np
 from edgeinfer import platform
 from edgeinfer.batch import PAGE, SEGMENT_PAGES, Batch, OpTime, OutputKind, Outputs, StepLimits
 from edgeinfer.errors import ClosedError
-from edgeinfer.graph import Attention, Embed, Linear, RmsNorm, Rotate, Segment
+from edgeinfer.graph import Bias, Embed, Linear, RmsNorm, Segment
 from edgeinfer.kernels.cpu import layout
+from edgeinfer.kernels.cpu.commands import Args, Buffer, KernelOp, KernelPart, recut
 from edgeinfer.kernels.cpu.idle import IdleBuild, IdleWork
 from edgeinfer.kernels.cpu.library import BUILDER_BYTES, Library, cache_folder
-from edgeinfer.kernels.cpu.lower import (
-    Args,
-    Buffer,
-    KernelOp,
-    KernelPart,
-    LayerCache,
-    Lowering,
-    recut,
-    row_stride,
-)
+from edgeinfer.kernels.cpu.lower import NO_CACHE, LayerCache, Lowering, row_stride
 from edgeinfer.kernels.cpu.shapes import check_shapes
 from edgeinfer.kernels.cpu.targets import Target
 from edgeinfer.kernels.cpu.team import KERNELS, Op, Part, Tape, Team, shared_team
@@ -388,7 +381,7 @@ def _weights_of(segment: Segment) -> tuple[list[Weight], list[Weight]]:
     for op in segment.ops:
         if isinstance(op, (Embed, Linear)):
             matrices.append(op.weight)
-        if isinstance(op, RmsNorm):
+        if isinstance(op, (RmsNorm, Bias)) and op.weight is not None:
             vectors.append(op.weight)
         if isinstance(op, Linear) and op.bias is not None:
             vectors.append(op.bias)
@@ -397,17 +390,25 @@ def _weights_of(segment: Segment) -> tuple[list[Weight], list[Weight]]:
 
 def kernels_of(segment: Segment) -> set[str]:
     """Names of the kernels that a program of this segment loads."""
-    names = {"norm", "swiglu", "angles", "plan_attention", "fold", "read", *KERNELS}
-    names |= {"sample"} if segment.is_last else set()
-    for op in segment.ops:
-        if isinstance(op, (Embed, Linear)):
-            use, kind = "embed" if isinstance(op, Embed) else "matmul", op.weight.type.name.lower()
-            names |= {f"{use}.{kind}", f"pack.{kind}"}
-        elif isinstance(op, Attention):
-            names.add(f"attend.{op.cache.k_dim}.{op.cache.v_dim}")
-        elif isinstance(op, Rotate):
-            names.add(f"rotate.{op.rope.kind}")
-    return names
+    lowered = Lowering(segment, _NO_STEP, _Nowhere(), defaultdict(lambda: NO_CACHE), 1).run()
+    kinds = {op.weight.type.name.lower() for op in segment.ops if isinstance(op, (Embed, Linear))}
+    sample = {"sample"} if segment.is_last else set()
+    return lowered.kernels() | {f"pack.{kind}" for kind in kinds} | sample | {"read", *KERNELS}
+
+
+_NO_STEP = StepLimits(n_pages=1, max_rows=1, max_outputs=1, max_sequences=1, n_threads=1)
+
+
+class _Nowhere:
+    """Addresses of weights where only the names of kernels are asked for."""
+
+    def matrix(self, weight: Weight) -> int:
+        return 0
+
+    vector = matrix
+
+    def doubles(self, values: NDArray[np.float64]) -> int:
+        return 0
 
 
 def _place_caches(

@@ -21,10 +21,15 @@ from edgeinfer.kernels.cpu.targets import Target
 FOLDER = Path(__file__).parent / "ready"
 # Widths of heads in published models that run; others are built when they are asked for.
 HEAD_DIMS = (32, 48, 64, 80, 96, 100, 120, 128, 256)
+POINTWISE = (
+    "silu", "gelu", "sigmoid", "softplus", "relu2", "add", "mul", "scale", "soft_cap",
+)  # fmt: skip
 NAMES = (
     *(f"{op}.{name}" for op in ("matmul", "pack", "embed") for name in FORMATS),
     *(f"attend.{dim}.{dim}" for dim in HEAD_DIMS),
-    *("norm", "swiglu", "quantise", "copy_rows", "angles", "rotate.norm", "rotate.neox"),
+    *("norm", "swiglu", "angles", "rotate.norm", "rotate.neox"),
+    *("norm_heads", "copy_rows", "quantise"),
+    *(f"pointwise.{kind}" for kind in POINTWISE),
     *("plan_attention", "fold", "sample", "read", "team.work", "team.step"),
 )
 

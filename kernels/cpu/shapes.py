@@ -7,31 +7,86 @@ memory is said in `layout.py`.
 from __future__ import annotations
 
 from edgeinfer.errors import UnsupportedModelError
-from edgeinfer.graph import Add, Attention, Embed, Linear, Mul, RmsNorm, Rope, Rotate, Segment
+from edgeinfer.fusion import Known, check, fields, refuse
+from edgeinfer.graph import (
+    KV,
+    Activation,
+    Add,
+    Attention,
+    Bias,
+    Embed,
+    Linear,
+    Mul,
+    Op,
+    RmsNorm,
+    Rope,
+    Rotate,
+    Scale,
+    Segment,
+    SelectRows,
+    SoftCap,
+)
 from edgeinfer.kernels.cpu.formats import FORMATS
 from edgeinfer.quant import Weight
 
+KNOWN: Known = {
+    Embed: fields("weight"),
+    RmsNorm: fields("x weight eps n_heads"),
+    Linear: fields("x weight bias"),
+    Rotate: fields("x n_heads rope"),
+    Rope: fields("kind n_dims base scale factors", kind=("norm", "neox")),
+    Attention: fields("q k v n_heads cache scale"),
+    KV: fields("n_heads k_dim v_dim"),
+    Add: fields("a b"),
+    Mul: fields("a b"),
+    Bias: fields("x weight"),
+    Scale: fields("x factor"),
+    SoftCap: fields("x cap"),
+    Activation: fields("x kind", kind=("silu", "gelu", "sigmoid", "softplus", "relu2")),
+    SelectRows: fields("x"),
+}
+
 
 def check_shapes(segment: Segment) -> None:
-    """Raise UnsupportedModelError for the first shape or type that a kernel can't be given."""
+    """Raise UnsupportedModelError for the first op, shape or type that no kernel can be given."""
+    check(segment, KNOWN, "cpu")
     for op in segment.ops:
-        if isinstance(op, Linear):
-            _check_matrix(op.weight, op.out.dim, op.x.dim)
-            if op.bias is not None:
-                _check_vector(op.bias, op.out.dim)
-        elif isinstance(op, Embed):
-            _check_matrix(op.weight, op.weight.shape[0], op.out.dim)
-        elif isinstance(op, RmsNorm):
-            _check_parts(f"the input of {op.weight.name}", op.x.dim, op.n_heads)
+        _check_op(op)
+    _check_caches(segment)
+
+
+def _check_op(op: Op) -> None:
+    if isinstance(op, Linear):
+        _check_matrix(op.weight, op.out.dim, op.x.dim)
+        if op.bias is not None:
+            _check_vector(op.bias, op.out.dim)
+    elif isinstance(op, Embed):
+        _check_matrix(op.weight, op.weight.shape[0], op.out.dim)
+    elif isinstance(op, RmsNorm):
+        name = op.weight.name if op.weight else f"a norm in layer {op.layer}"
+        _check_parts(f"the input of {name}", op.x.dim, op.n_heads)
+        if op.weight is not None:
             _check_vector(op.weight, op.x.dim // op.n_heads)
-        elif isinstance(op, Rotate):
-            _check_parts(f"the rotated row of layer {op.layer}", op.x.dim, op.n_heads)
-            _check_rope(op.rope, op.x.dim // op.n_heads)
-        elif isinstance(op, Attention):
-            _check_attention(op)
-        elif isinstance(op, (Add, Mul)) and not op.a.dim == op.b.dim == op.out.dim:
-            what = f"an operand of {type(op).__name__} in layer {op.layer}"
-            raise _unsupported(what, f"{op.b.dim} wide", f"the width of the other, {op.a.dim}")
+    elif isinstance(op, Rotate):
+        _check_parts(f"the rotated row of layer {op.layer}", op.x.dim, op.n_heads)
+        _check_rope(op.rope, op.x.dim // op.n_heads)
+    elif isinstance(op, Attention):
+        _check_attention(op)
+    elif isinstance(op, (Add, Mul)) and not op.a.dim == op.b.dim == op.out.dim:
+        what = f"an operand of {type(op).__name__} in layer {op.layer}"
+        raise _unsupported(what, f"{op.b.dim} wide", f"the width of the other, {op.a.dim}")
+    elif isinstance(op, Bias):
+        _check_vector(op.weight, op.x.dim)
+
+
+def _check_caches(segment: Segment) -> None:
+    """One plan of attention work serves all layers, so they have as many key/value heads."""
+    attentions = [op for op in segment.ops if isinstance(op, Attention)]
+    for op in attentions:
+        n, first = op.cache.n_heads, attentions[0].cache.n_heads
+        if n != first:
+            what = f"runs as many key/value heads in every layer: {first} before, {n} here"
+            refuse(op, {op.out: op for op in segment.ops}, "cpu", what)
 
 
 def _check_matrix(weight: Weight, n_rows: int, n_cols: int) -> None:
@@ -67,8 +122,6 @@ def _check_attention(op: Attention) -> None:
     ):
         if value.dim != width or width < 1:
             raise _unsupported(f"the {name} {where}", f"{value.dim} wide", f"a width of {width}")
-    if op.rope is not None:
-        _check_rope(op.rope, kv.k_dim)
 
 
 def _check_rope(rope: Rope, head_dim: int) -> None:

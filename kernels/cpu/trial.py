@@ -14,7 +14,7 @@ from typing import TypeAlias
 import numpy as np
 
 from edgeinfer.kernels.cpu import layout
-from edgeinfer.kernels.cpu.lower import KernelOp, KernelPart, recut
+from edgeinfer.kernels.cpu.commands import KernelOp, KernelPart, recut
 from edgeinfer.kernels.cpu.team import Tape, Team
 from edgeinfer.kernels.cpu.tune import Way
 

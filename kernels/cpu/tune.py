@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from edgeinfer import platform
+from edgeinfer.kernels.cpu.commands import SHARE
 from edgeinfer.kernels.cpu.idle import IDLE_SECONDS, IdleWork
-from edgeinfer.kernels.cpu.lower import SHARE
 
 _ROUNDS = 15
 _LEAST_GAIN = 0.03  # of the time: less may be chance

@@ -6,12 +6,13 @@ from numba import njit
 
 from edgeinfer.kernels.cpu.layout import (
     COPY_DIM,
-    COPY_OUT,
-    COPY_OUT_STRIDE,
     COPY_ROWS,
+    COPY_SINK,
     COPY_STRIDE,
     COPY_X,
+    H_ROWS,
     H_WANTED,
+    H_WANTED_ROWS,
     WANTED_ROWS,
 )
 from edgeinfer.kernels.cpu.native.simd import (
@@ -22,6 +23,7 @@ from edgeinfer.kernels.cpu.native.simd import (
     store_f32x8,
     word,
 )
+from edgeinfer.kernels.cpu.native.sink import leave, row_at
 
 jit = njit(error_model="numpy")
 
@@ -40,10 +42,13 @@ def copy(x, out, n):
 
 def make(isa):
     def kernel(h, a, chunk, thread):
-        source = chunk
+        n_rows, source = word(h + H_ROWS), chunk
         if word(a + COPY_ROWS) == WANTED_ROWS:
+            n_rows = word(h + H_WANTED_ROWS)
             source = load_i32(word(h + H_WANTED) + 4 * chunk)
-        x = word(a + COPY_X) + source * word(a + COPY_STRIDE)
-        copy(x, word(a + COPY_OUT) + chunk * word(a + COPY_OUT_STRIDE), word(a + COPY_DIM))
+        dim, sink = word(a + COPY_DIM), a + COPY_SINK
+        out = row_at(sink, chunk, thread)
+        copy(word(a + COPY_X) + source * word(a + COPY_STRIDE), out, dim)
+        leave(out, dim, sink, chunk, n_rows)
 
     return kernel

@@ -1,0 +1,397 @@
+"""The ops of a segment rewritten for speed, and what every lowering makes sure of first.
+
+A pattern puts one step in the place of several ops whose result nobody else reads. It states all
+that it needs; where a part of that is missing the ops stay as they were recorded, and a backend
+runs the plain kernel of each. `check` refuses what a backend doesn't know, at load and by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Mapping, Sequence
+from typing import NamedTuple, NoReturn, TypeAlias, TypeGuard
+
+from edgeinfer.errors import UnsupportedModelError
+from edgeinfer.graph import (
+    KV,
+    Activation,
+    Add,
+    Attention,
+    Bias,
+    Embed,
+    Linear,
+    Mul,
+    Op,
+    RmsNorm,
+    Rope,
+    Rotate,
+    Scale,
+    Segment,
+    SelectRows,
+    SoftCap,
+    Value,
+    inputs,
+)
+from edgeinfer.quant import Weight
+
+
+class Matmul(NamedTuple):
+    """out = residual + (x W^T + bias)."""
+
+    layer: int
+    out: Value
+    x: Value
+    weight: Weight
+    bias: Weight | None
+    residual: Value | None
+
+
+class Matmuls(NamedTuple):
+    """Matmuls of one x, none of which reads what another leaves: they may run side by side."""
+
+    parts: tuple[Matmul, ...]
+
+
+class SwiGlu(NamedTuple):
+    """out = silu(gate) * up."""
+
+    layer: int
+    out: Value
+    gate: Value
+    up: Value
+
+
+class SelectedNorm(NamedTuple):
+    """out = the norm of the wanted rows of x, each as a whole."""
+
+    layer: int
+    out: Value
+    x: Value
+    weight: Weight
+    eps: float
+
+
+class PinnedAttention(NamedTuple):
+    """Attention as recorded, and the q by which pinned pages are read."""
+
+    layer: int
+    out: Value
+    q: Value
+    k: Value
+    v: Value
+    pinned_q: Value
+    n_heads: int
+    cache: KV
+    scale: float
+
+
+class PinnedRotate(NamedTuple):
+    """As Rotate, by the position that a row has for pinned pages."""
+
+    layer: int
+    out: Value
+    x: Value
+    n_heads: int
+    rope: Rope
+
+
+class RotatedAttention(NamedTuple):
+    """Attention that norms and rotates the heads of q and k itself.
+
+    Nobody else reads q and k, so it may do that in place.
+    """
+
+    layer: int
+    out: Value
+    q: Value
+    k: Value
+    v: Value
+    n_heads: int
+    cache: KV
+    scale: float
+    rope: Rope
+    q_norm: Weight | None  # (k_dim,)
+    k_norm: Weight | None
+    eps: float
+
+
+Step: TypeAlias = (
+    Embed | RmsNorm | Matmuls | Rotate | PinnedRotate | PinnedAttention | RotatedAttention | Add
+    | Mul | Bias | Scale | SoftCap | Activation | SelectRows | SelectedNorm | SwiGlu
+)  # fmt: skip
+
+
+def fuse(segment: Segment) -> list[Step]:
+    """What computes the same as the segment's ops, in an order that respects who reads what."""
+    uses, absorbed, steps = Uses(segment), set[Value](), list[Step | Matmul]()
+    # From the end, so that the op that ends a pattern is met before those that it takes in.
+    for op in reversed(segment.ops):
+        if op.out not in absorbed:
+            new, taken = _rewritten(op, uses)
+            absorbed.update(taken)
+            steps += reversed(new)
+    return list(_side_by_side(steps[::-1]))
+
+
+class Uses:
+    """Who makes a value, and who reads it."""
+
+    def __init__(self, segment: Segment) -> None:
+        self.segment = segment
+        self.makers = {op.out: op for op in segment.ops}
+        self.order = {op.out: i for i, op in enumerate(segment.ops)}
+        self._readers: dict[Value, list[Op]] = {}
+        for op in segment.ops:
+            for value in inputs(op):
+                self._readers.setdefault(value, []).append(op)
+        for op in segment.ops:  # what is done again for pinned pages reads again
+            for each in pinned_query(op, self) if isinstance(op, Attention) else ():
+                for value in inputs(each) if not isinstance(each, Rotate) else ():
+                    self._readers[value].append(each)
+
+    def are_only(self, value: Value, reader: Op) -> bool:
+        """Whether a value made here is read once, by this op, and not by who runs the segment."""
+        kept = value in (self.segment.output, self.segment.hidden)
+        readers = self._readers.get(value, [])
+        return value in self.makers and not kept and len(readers) == 1 and readers[0] is reader
+
+
+_Rewritten: TypeAlias = "tuple[Sequence[Step | Matmul], Sequence[Value]]"  # steps, values taken in
+
+
+def _rewritten(op: Op, uses: Uses) -> _Rewritten:
+    if isinstance(op, Attention):
+        return _rotated_attention(op, uses) or _pinned_attention(op, uses)
+    if isinstance(op, Linear):
+        return [Matmul(*op, residual=None)], []
+    if isinstance(op, Add):
+        return _residual(op, uses) or ([op], [])
+    if isinstance(op, Mul):
+        return _swiglu(op, uses) or ([op], [])
+    if isinstance(op, RmsNorm):
+        return _selected_norm(op, uses) or ([op], [])
+    return [op], []
+
+
+def _residual(op: Add, uses: Uses) -> _Rewritten | None:
+    """An addition to what a matmul leaves; of two matmuls it is the later one that adds."""
+    linears = [
+        (uses.order[value], maker, other)
+        for value, other in ((op.a, op.b), (op.b, op.a))
+        if isinstance(maker := uses.makers.get(value), Linear) and uses.are_only(value, op)
+    ]
+    if not linears:
+        return None
+    _, linear, residual = max(linears, key=lambda each: each[0])
+    matmul = Matmul(op.layer, op.out, linear.x, linear.weight, linear.bias, residual)
+    return [matmul], [linear.out]
+
+
+def _swiglu(op: Mul, uses: Uses) -> _Rewritten | None:
+    for value, up in ((op.a, op.b), (op.b, op.a)):
+        silu = uses.makers.get(value)
+        if isinstance(silu, Activation) and silu.kind == "silu" and uses.are_only(value, op):
+            return [SwiGlu(op.layer, op.out, silu.x, up)], [value]
+    return None
+
+
+def _selected_norm(op: RmsNorm, uses: Uses) -> _Rewritten | None:
+    select = uses.makers.get(op.x)
+    if not isinstance(select, SelectRows) or not uses.are_only(op.x, op):
+        return None
+    if op.n_heads != 1 or op.weight is None:
+        return None
+    return [SelectedNorm(op.layer, op.out, select.x, op.weight, op.eps)], [op.x]
+
+
+def _rotated_attention(op: Attention, uses: Uses) -> _Rewritten | None:
+    """q and k that are rotated alike, head by head, for this attention alone."""
+    q, k = uses.makers.get(op.q), uses.makers.get(op.k)
+    if not (isinstance(q, Rotate) and isinstance(k, Rotate) and q.rope == k.rope):
+        return None
+    if (q.n_heads, k.n_heads) != (op.n_heads, op.cache.n_heads):
+        return None
+    if not all(uses.are_only(r.out, op) and uses.are_only(r.x, r) for r in (q, k)):
+        return None
+    q_norm, k_norm = _head_norm(q, uses), _head_norm(k, uses)
+    if q_norm and k_norm and q_norm.eps != k_norm.eps:
+        q_norm = k_norm = None
+    norms = [norm for norm in (q_norm, k_norm) if norm]
+    step = RotatedAttention(
+        op.layer, op.out, q_norm.x if q_norm else q.x, k_norm.x if k_norm else k.x, op.v,
+        op.n_heads, op.cache, op.scale, q.rope, q_norm.weight if q_norm else None,
+        k_norm.weight if k_norm else None, norms[0].eps if norms else 0.0,
+    )  # fmt: skip
+    return [step], [op.q, op.k, *(norm.out for norm in norms)]
+
+
+def _head_norm(rotation: Rotate, uses: Uses) -> RmsNorm | None:
+    """The norm of the very heads that are rotated, of a value that nobody else reads."""
+    norm = uses.makers.get(rotation.x)
+    if not isinstance(norm, RmsNorm) or norm.weight is None:
+        return None
+    fits = norm.n_heads == rotation.n_heads and uses.are_only(norm.x, norm)
+    return norm if fits else None
+
+
+def _pinned_attention(op: Attention, uses: Uses) -> _Rewritten:
+    """Attention as it stands, behind what makes its q for pinned pages."""
+    steps: list[Step] = []
+    made: dict[Value, Value] = {}
+    for each in pinned_query(op, uses):
+        made[each.out] = Value(each.out.graph, each.out.index, each.out.dim)
+        fields = [made.get(field, field) if isinstance(field, Value) else field for field in each]
+        kind = PinnedRotate if isinstance(each, Rotate) else type(each)
+        steps.append(kind(*fields))  # type: ignore[arg-type]
+    pinned_q = made.get(op.q, op.q)
+    steps.append(
+        PinnedAttention(
+            op.layer, op.out, op.q, op.k, op.v, pinned_q, op.n_heads, op.cache, op.scale
+        )
+    )
+    return steps, []
+
+
+# What is done anew to a query on its way from its rotation to its attention.
+_REDONE = (RmsNorm, Add, Mul, Bias, Scale, SoftCap, Activation)
+
+
+def pinned_query(op: Attention, uses: Uses) -> list[Op]:
+    """The ops to repeat for pinned pages, at `PageTable.pinned_pos`: what makes q of its position.
+
+    That is its rotation, and what is done to it afterwards inside the layer, value by value.
+    """
+    turned: dict[Value, Op] = {}
+    for each in uses.segment.ops[: uses.order[op.out]]:
+        is_redone = isinstance(each, _REDONE) and any(x in turned for x in inputs(each))
+        if each.layer == op.layer and (isinstance(each, Rotate) or is_redone):
+            turned[each.out] = each
+    needed = {op.q}
+    for value in reversed(turned):
+        if value in needed:
+            needed.update(inputs(turned[value]))
+    return [each for value, each in turned.items() if value in needed]
+
+
+def _side_by_side(steps: Sequence[Step | Matmul]) -> Iterator[Step]:
+    """Runs of matmuls of one x, cut where one adds what an earlier one leaves."""
+    run: list[Matmul] = []
+    for step in steps:
+        if isinstance(step, Matmul):
+            outs = [each.out for each in run]
+            if run and (step.x is not run[0].x or step.residual in outs):
+                yield Matmuls(tuple(run))
+                run = []
+            run.append(step)
+            continue
+        if run:
+            yield Matmuls(tuple(run))
+            run = []
+        yield step
+    if run:
+        yield Matmuls(tuple(run))
+
+
+# -- what a backend knows ------------------------------------------------------------------------
+
+# The fields of each op and of what ops hold, by type; and the values that a field may have, where
+# these are names. Everything else is refused.
+Known: TypeAlias = Mapping[type, Mapping[str, Container[str] | None]]
+
+
+def fields(names: str, **values: Container[str]) -> dict[str, Container[str] | None]:
+    """An entry of `Known`: names of fields, and for some of them the values they may have."""
+    return {**dict.fromkeys(names.split()), **values}
+
+
+def check(segment: Segment, known: Known, backend: str) -> None:
+    """UnsupportedModelError for the first op, field or value that a backend does not know."""
+    makers: dict[Value, Op] = {}
+    for op in segment.ops:
+        makers[op.out] = op
+        for record in (op, *(field for field in op if _is_record(field))):
+            _check_record(op, record, known, makers, backend)
+    _check_rows(segment, makers, backend)
+    attentions = [op for op in segment.ops if isinstance(op, Attention)]
+    for op, earlier in zip(attentions[1:], attentions, strict=False):
+        if op.layer == earlier.layer:
+            refuse(op, makers, backend, "keeps one cache a layer, and this is the second")
+
+
+def selected(segment: Segment) -> set[Value]:
+    """The values that have a row for each wanted output, not for each input of a step."""
+    found: set[Value] = set()
+    for op in segment.ops:
+        if isinstance(op, SelectRows) or any(value in found for value in inputs(op)):
+            found.add(op.out)
+    return found
+
+
+def where(op: Op, makers: Mapping[Value, Op]) -> str:
+    """An op in words: its name, its layer, and the tensor that is nearest to it."""
+    n_layers = op.out.graph.hparams.n_layers
+    place = "layer " + str(op.layer) if 0 <= op.layer < n_layers else "head"
+    place = "embedding" if op.layer < 0 else place
+    tensor = _nearest_tensor(op, makers)
+    return f"{type(op).__name__} in {place}" + (f" ({tensor})" if tensor else "")
+
+
+def refuse(op: Op, makers: Mapping[Value, Op], backend: str, what: str) -> NoReturn:
+    """Say which op a backend can't run, and why."""
+    raise UnsupportedModelError(
+        f"{where(op, makers)}: the {backend} backend {what}",
+        architecture=op.out.graph.hparams.architecture,
+        missing=[f"{type(op).__name__}: {what}"],
+    )
+
+
+def _is_record(field: object) -> TypeGuard[tuple[object, ...]]:
+    return isinstance(field, tuple) and hasattr(field, "_fields")
+
+
+def _check_record(
+    op: Op, record: tuple[object, ...], known: Known, makers: Mapping[Value, Op], backend: str
+) -> None:
+    """`record` is the op or something it holds. A field at its default is as if it were not there.
+
+    NOTE: a new field of an op needs a default that changes nothing, or every backend refuses it.
+    """
+    kind = type(record)
+    if kind not in known:
+        refuse(op, makers, backend, f"has no kernel for {kind.__name__}")
+    defaults: dict[str, object] = getattr(kind, "_field_defaults", {})
+    names: tuple[str, ...] = getattr(kind, "_fields", ())
+    for name, value in zip(names, record, strict=True):
+        if name not in ("layer", "out", *known[kind]):
+            if name not in defaults or value != defaults[name]:
+                refuse(op, makers, backend, f"does not know {name} of {kind.__name__}")
+        elif (values := known[kind].get(name)) is not None and value not in values:
+            refuse(op, makers, backend, f"does not know {name} {value!r} of {kind.__name__}")
+
+
+def _check_rows(segment: Segment, makers: Mapping[Value, Op], backend: str) -> None:
+    """Every op reads rows of one kind, and what the segment yields has the kind it must have."""
+    found = selected(segment)
+    for op in segment.ops:
+        kinds = {value in found for value in inputs(op)}
+        if len(kinds) > 1:
+            refuse(op, makers, backend, "can't combine selected rows and all rows")
+        if True in kinds and isinstance(op, (Attention, Rotate, SelectRows)):
+            refuse(op, makers, backend, "can't do that to selected rows")
+    for value in (segment.output, segment.hidden):
+        if (value in found) != segment.is_last and value in makers:
+            what = "needs rows selected before the head" if segment.is_last else "yields all rows"
+            refuse(makers[value], makers, backend, what)
+
+
+def _nearest_tensor(op: Op, makers: Mapping[Value, Op]) -> str:
+    seen, waiting = set[Value](), [op]
+    while waiting:
+        each = waiting.pop(0)
+        weight = next((field for field in each if isinstance(field, Weight)), None)
+        if weight is not None:
+            return weight.name
+        for value in inputs(each):
+            if value in makers and value not in seen:
+                seen.add(value)
+                waiting.append(makers[value])
+    return ""

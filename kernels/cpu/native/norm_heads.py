@@ -1,0 +1,52 @@
+"""RMS norm of parts of rows, with or without a weight. Knows no model."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from edgeinfer.kernels.cpu.layout import (
+    H_ROWS,
+    H_WANTED_ROWS,
+    HEADS_DIM,
+    HEADS_EPS,
+    HEADS_N,
+    HEADS_ROWS,
+    HEADS_SINK,
+    HEADS_STRIDE,
+    HEADS_WEIGHT,
+    HEADS_X,
+    WANTED_ROWS,
+)
+from edgeinfer.kernels.cpu.native.norm import normalise, sum_squares
+from edgeinfer.kernels.cpu.native.simd import load_f32, sqrt_f32, store_f32, word
+from edgeinfer.kernels.cpu.native.sink import leave, row_at
+
+jit = njit(error_model="numpy")
+
+
+@jit
+def _normalise_plain(x, eps, n, out):
+    s = np.float32(1) / sqrt_f32(sum_squares(x, n) / np.float32(n) + eps)
+    for i in range(0, 4 * n, 4):
+        store_f32(out + i, load_f32(x + i) * s)
+
+
+def make(isa):
+    def kernel(h, a, chunk, thread):
+        n_rows = word(h + H_ROWS)
+        if word(a + HEADS_ROWS) == WANTED_ROWS:
+            n_rows = word(h + H_WANTED_ROWS)
+        n_heads, dim, sink = word(a + HEADS_N), word(a + HEADS_DIM), a + HEADS_SINK
+        weight, eps = word(a + HEADS_WEIGHT), load_f32(a + HEADS_EPS)
+        x = word(a + HEADS_X) + chunk * word(a + HEADS_STRIDE)
+        out = row_at(sink, chunk, thread)
+        for i in range(n_heads):
+            at = 4 * dim * i
+            if weight != 0:
+                normalise(x + at, weight, eps, dim, out + at)
+            else:
+                _normalise_plain(x + at, eps, dim, out + at)
+        leave(out, n_heads * dim, sink, chunk, n_rows)
+
+    return kernel

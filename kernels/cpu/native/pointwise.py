@@ -1,0 +1,101 @@
+"""Functions of one or two rows, value by value. Knows no model."""
+
+from __future__ import annotations
+
+from numba import njit
+
+from edgeinfer.kernels.cpu.layout import (
+    H_ROWS,
+    H_WANTED_ROWS,
+    POINT_A,
+    POINT_A_STRIDE,
+    POINT_B,
+    POINT_B_STRIDE,
+    POINT_DIM,
+    POINT_PARAMETER,
+    POINT_ROWS,
+    POINT_SINK,
+    WANTED_ROWS,
+)
+from edgeinfer.kernels.cpu.native.activations import gelu, relu2, sigmoid, softplus, tanh
+from edgeinfer.kernels.cpu.native.math import silu
+from edgeinfer.kernels.cpu.native.simd import (
+    add_f,
+    div_f,
+    load_f32,
+    load_f32x8,
+    mul_f,
+    splat_f32,
+    store_f32x8,
+    word,
+)
+from edgeinfer.kernels.cpu.native.sink import leave, row_at
+
+jit = njit(error_model="numpy")
+
+
+@jit
+def _scale(x, factor):
+    return mul_f(x, splat_f32(factor))
+
+
+@jit
+def _soft_cap(x, cap):
+    return mul_f(tanh(div_f(x, splat_f32(cap))), splat_f32(cap))
+
+
+OF_ONE = {
+    "silu": silu,
+    "gelu": gelu,
+    "sigmoid": sigmoid,
+    "softplus": softplus,
+    "relu2": relu2,
+}
+OF_TWO = {"add": add_f, "mul": mul_f}
+WITH_PARAMETER = {"scale": _scale, "soft_cap": _soft_cap}
+
+
+def _whole_row(kind):
+    """The loop over a row of `dim` values: of a, or of a and b, or of a with a parameter."""
+    if kind in OF_ONE:
+        f = OF_ONE[kind]
+
+        @jit
+        def row(a, b, parameter, dim, out):
+            for i in range(0, 4 * dim, 32):
+                store_f32x8(out + i, f(load_f32x8(a + i)))
+
+    elif kind in OF_TWO:
+        f = OF_TWO[kind]
+
+        @jit
+        def row(a, b, parameter, dim, out):
+            for i in range(0, 4 * dim, 32):
+                store_f32x8(out + i, f(load_f32x8(a + i), load_f32x8(b + i)))
+
+    else:
+        f = WITH_PARAMETER[kind]
+
+        @jit
+        def row(a, b, parameter, dim, out):
+            for i in range(0, 4 * dim, 32):
+                store_f32x8(out + i, f(load_f32x8(a + i), parameter))
+
+    return row
+
+
+def make(isa, kind):
+    whole_row = _whole_row(kind)
+
+    def kernel(h, a, chunk, thread):
+        n_rows = word(h + H_ROWS)
+        if word(a + POINT_ROWS) == WANTED_ROWS:
+            n_rows = word(h + H_WANTED_ROWS)
+        dim, sink = word(a + POINT_DIM), a + POINT_SINK
+        first = word(a + POINT_A) + chunk * word(a + POINT_A_STRIDE)
+        second = word(a + POINT_B) + chunk * word(a + POINT_B_STRIDE)
+        out = row_at(sink, chunk, thread)
+        whole_row(first, second, load_f32(a + POINT_PARAMETER), dim, out)
+        leave(out, dim, sink, chunk, n_rows)
+
+    return kernel

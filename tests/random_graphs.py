@@ -1,0 +1,284 @@
+"""Graphs of all ops in all orders, drawn by hypothesis: what a model file of tomorrow may record.
+
+Blocks look like those of real models, with one thing or another done otherwise; between them
+stand ops that no model has in that place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, get_args
+
+import numpy as np
+from hypothesis import strategies as st
+
+from edgeinfer.graph import KV, ActivationKind, Graph, Hparams, Rope, Segment, Value
+from edgeinfer.quant import QUANT_TYPES, Weight
+from tests.bench.make_model import quantize
+
+TYPES = {kind.name: kind for kind in QUANT_TYPES.values()}
+KINDS = get_args(ActivationKind)
+# Widths of key and of value heads: each pair is a kernel to be built, which takes 2 s.
+HEADS = ((8, 8), (6, 20))
+ROPES = (Rope("norm", 6, 100.0), Rope("neox", 6, 100.0), Rope("neox", 4, 10000.0, 0.5))
+
+
+class Loose(NamedTuple):
+    """An op on values made before, picked by number."""
+
+    op: str
+    a: int
+    b: int
+    choice: int
+
+
+class Layer(NamedTuple):
+    """How a layer goes; numbers choose among variants, 0 is what models do today."""
+
+    heads: int  # of HEADS
+    group: int  # query heads of a key/value head
+    q_norm: int  # heads, none, whole row, without weight
+    k_norm: int
+    ropes: int  # alike, q alone, k alone, two, none
+    after: int  # what is done to q behind its rotation
+    again: int  # who else reads q
+    v: int  # own, k before its norm, k as it is stored
+    residual: int
+    ffn: int
+    before: tuple[Loose, ...]
+    between: tuple[Loose, ...]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A model; `seed` draws its weights and their types."""
+
+    layers: tuple[Layer, ...]
+    dim: int
+    n_kv_heads: int
+    end: int  # how rows are selected and normed
+    cap: bool
+    tied: bool
+    types: tuple[str, ...]
+    n_prompt: int
+    seed: int
+
+
+_OPS = ("linear", "norm", "rotate", "add", "mul", "activation", "scale", "soft_cap", "bias")
+_NUMBER = st.integers(0, 7)
+_LOOSE = st.lists(
+    st.builds(Loose, st.sampled_from(_OPS), _NUMBER, _NUMBER, _NUMBER), max_size=4
+).map(tuple)
+
+
+def _upto(n: int) -> st.SearchStrategy[int]:
+    return st.integers(0, n)
+
+
+def _mostly_0(n: int) -> st.SearchStrategy[int]:
+    return st.sampled_from([0] * n + [*range(n + 1)])
+
+
+_LAYER = st.builds(
+    Layer, _upto(len(HEADS) - 1), st.integers(1, 3), _upto(3), _upto(3), _mostly_0(4),
+    _mostly_0(4), _mostly_0(3), _mostly_0(2), _upto(4), _upto(7), _LOOSE, _LOOSE,
+)  # fmt: skip
+MODELS = st.builds(
+    Drawn,
+    layers=st.lists(_LAYER, min_size=1, max_size=2).map(tuple),
+    dim=st.sampled_from([32, 64, 7]),
+    n_kv_heads=st.integers(1, 2),
+    end=_upto(4),
+    cap=st.booleans(),
+    tied=st.booleans(),
+    types=st.sampled_from([("F32",), ("Q4_0",), ("Q4_0", "F32"), ("Q8_0", "F16")]),
+    n_prompt=st.integers(1, 5),
+    seed=st.integers(0, 99),
+)
+
+
+class RandomGraph(Graph):
+    """A graph that finds any tensor it asks for, random and of the shape that it must have."""
+
+    def __init__(
+        self,
+        n_layers: int = 1,
+        dim: int = 32,
+        types: tuple[str, ...] = ("F32",),
+        tied: bool = False,
+        seed: int = 0,
+    ) -> None:
+        hparams = Hparams("made-up", n_layers, dim, 1, 1, 1, 1, 40, 512, 1e-5, 2, 10000.0)
+        super().__init__(hparams, {})
+        self._types, self._tied, self._rng = types, tied, np.random.default_rng(seed)
+        self._made: dict[str, Weight] = {}
+
+    def has(self, name: str) -> bool:
+        if name == "output.weight":
+            return not self._tied
+        return name.endswith(".bias") and sum(name.encode()) % 3 == 0
+
+    def _weight(self, name: str, *shape: int) -> Weight:
+        if name not in self._made:
+            values = self._rng.standard_normal(shape, np.float32)
+            if len(shape) == 1:
+                kind, rows = "F32", (1 + values / 4).astype(np.float32)
+            else:
+                fitting = [t for t in self._types if shape[1] % TYPES[t].block == 0]
+                kind = str(self._rng.choice(fitting or ["F32"]))
+                rows = quantize(values / np.float32(shape[1] ** 0.5), kind)
+            self._made[name] = Weight(name, shape, TYPES[kind], memoryview(rows.tobytes()))
+        return self._made[name]
+
+
+class Recorder:
+    """Records what was drawn."""
+
+    def __init__(self, drawn: Drawn) -> None:
+        d = self.drawn = drawn
+        self.g = RandomGraph(len(d.layers), d.dim, d.types, d.tied, d.seed)
+        self._n_names = 0
+        self.blk = ""
+
+    def segment(self) -> Segment:
+        g, end = self.g, self.drawn.end
+        x = g.embed()
+        for blk, layer in zip(g.layers(), self.drawn.layers, strict=True):
+            self.blk = blk
+            x = self._layer(x, layer)
+        if end == 3:  # the norm before the rows
+            x = g.select_rows(g.rms_norm(x, "output_norm"))
+        else:
+            x = g.select_rows(x)
+            x = [
+                lambda: g.rms_norm(x, "output_norm"),
+                lambda: x,
+                lambda: g.rms_norm(x, None),
+                lambda: x,
+                lambda: self._plain(self._linear(x, x.dim), KINDS[1]) + x,
+            ][end]()
+        g.head(x, scale=0.5 if self.drawn.cap else 1.0, soft_cap=3.0 if self.drawn.cap else 0.0)
+        return g.segment()
+
+    def name(self) -> str:
+        self._n_names += 1
+        return f"{self.blk}.t{self._n_names}"
+
+    def _linear(self, x: Value, dim: int) -> Value:
+        return self.g.linear(x, self.name(), dim)
+
+    def _plain(self, x: Value, kind: Any) -> Value:
+        return self.g.activation(kind, x)
+
+    def _layer(self, x: Value, s: Layer) -> Value:
+        g = self.g
+        x = self._loose(x, s.before)
+        x = self._residual(x, self._attention(g.rms_norm(x, self.name()), s), s.residual)
+        x = self._loose(x, s.between)
+        x = self._residual(x, self._ffn(g.rms_norm(x, self.name()), s.ffn), s.residual)
+        return g.layer_output(x)
+
+    def _residual(self, x: Value, branch: Value, way: int) -> Value:
+        g = self.g
+        out = self._linear(branch, x.dim)
+        if way == 1:
+            return out + x
+        if way == 2:  # nothing is added
+            return out
+        if way == 3:  # two matmuls are added up, then what was there
+            return self._linear(branch, x.dim) + out + x
+        if way == 4:  # a norm and a multiplier before the addition
+            return x + g.scale(g.rms_norm(out, self.name()), 0.25)
+        return x + out
+
+    def _attention(self, h: Value, s: Layer) -> Value:
+        g, n_kv = self.g, self.drawn.n_kv_heads
+        k_dim, v_dim = HEADS[s.heads]
+        n_heads, cache = n_kv * s.group, KV(n_kv, k_dim, v_dim)
+        q, raw = self._linear(h, n_heads * k_dim), self._linear(h, n_kv * k_dim)
+        v = self._linear(h, n_kv * v_dim) if s.v == 0 or k_dim != v_dim else raw
+        q, k = self._norm(q, n_heads, s.q_norm), self._norm(raw, n_kv, s.k_norm)
+        first, second = ROPES[s.after % 3], ROPES[(s.after + 1) % 3]
+        if s.ropes in (0, 1, 3):
+            q = g.rotate(q, n_heads, first)
+        turned = q
+        if s.ropes in (0, 2, 3):
+            k = g.rotate(k, n_kv, second if s.ropes == 3 else first)
+        v = k if s.v == 2 and k_dim == v_dim else v
+        if s.after == 1:
+            q = g.scale(q, 0.7)
+        elif s.after == 2:
+            q = g.rms_norm(q, self.name(), n_heads)
+        elif s.after == 3:
+            q = q * g.silu(self._linear(h, q.dim))
+        elif s.after == 4:
+            q = q + self._linear(h, q.dim)
+        a = g.attention(q, k, v, cache=cache)
+        if s.again == 1:
+            return a * self._plain(self._linear(turned, a.dim), "sigmoid")
+        if s.again == 2 and a.dim == q.dim:
+            return a + q
+        if s.again == 3:
+            return a + self._linear(k, a.dim)
+        return a
+
+    def _norm(self, x: Value, n_heads: int, way: int) -> Value:
+        if way == 1:
+            return x
+        if way == 3:
+            return self.g.rms_norm(x, None, n_heads)
+        return self.g.rms_norm(x, self.name(), 1 if way == 2 else n_heads)
+
+    def _ffn(self, h: Value, way: int) -> Value:
+        g = self.g
+        gate, up = self._linear(h, 64), self._linear(h, 64)
+        if way == 1:
+            return up * g.silu(gate)
+        if way == 2:
+            return self._plain(gate, "gelu") * up
+        if way == 3:  # the activation is read twice
+            gate = g.silu(gate)
+            return gate * up + gate
+        if way == 4:
+            return g.silu(gate) * g.silu(up)
+        if way == 5:
+            return self._plain(gate, "relu2")
+        if way == 6:
+            return g.silu(gate) * gate
+        if way == 7:
+            return self._linear(h, h.dim) + h
+        return g.silu(gate) * up
+
+    def _loose(self, x: Value, ops: tuple[Loose, ...]) -> Value:
+        """x, with what was made of it added where it is as wide."""
+        values = [x]
+        for each in ops:
+            values.append(self._one(each, values))
+        last = values[-1]
+        return x + last if last is not x and last.dim == x.dim else x
+
+    def _one(self, each: Loose, values: list[Value]) -> Value:
+        g = self.g
+        a = values[each.a % len(values)]
+        alike = [value for value in values if value.dim == a.dim]
+        b = alike[each.b % len(alike)]
+        parts = [n for n in (1, 2, 4) if a.dim % n == 0]
+        n = parts[each.b % len(parts)]
+        if each.op == "linear":
+            return self._linear(a, (32, 7, self.drawn.dim)[each.choice % 3])
+        if each.op == "norm":
+            return g.rms_norm(a, self.name() if each.choice % 2 else None, n)
+        if each.op == "rotate":
+            rope = ROPES[each.choice % 3]
+            return g.rotate(a, n, rope) if a.dim // n >= rope.n_dims else a
+        if each.op == "add":
+            return a + b
+        if each.op == "mul":
+            return a * b
+        if each.op == "activation":
+            return self._plain(a, KINDS[each.choice % len(KINDS)])
+        if each.op == "scale":
+            return g.scale(a, 0.3)
+        if each.op == "soft_cap":
+            return g.soft_cap(a, 2.0)
+        return g.add_vector(a, self.name())

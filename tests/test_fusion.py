@@ -1,0 +1,278 @@
+"""Patterns that look like the usual ones but for one thing run as recorded; unknown ops do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+
+from edgeinfer.errors import UnsupportedModelError
+from edgeinfer.fusion import Known, Matmuls, RotatedAttention, Step, SwiGlu, fuse
+from edgeinfer.graph import KV, Graph, Segment, Value
+from edgeinfer.kernels import reference
+from edgeinfer.kernels.cpu import shapes
+from edgeinfer.kernels.reference import ReferenceBackend
+
+from .random_graphs import ROPES, RandomGraph
+from .test_graphs import LIMITS, backend, check
+
+N_HEADS, N_KV, D = 4, 2, 8
+CACHE = KV(N_KV, D, D)
+NORM, NEOX = ROPES[0], ROPES[1]
+Body = Callable[[Graph, Value, str], Value]  # of a layer: what it adds to the residual stream
+
+
+def record(body: Body, n_layers: int = 1, **options: Any) -> Segment:
+    g = RandomGraph(n_layers, **options)
+    x = g.embed()
+    for blk in g.layers():
+        x = g.layer_output(x + body(g, g.rms_norm(x, f"{blk}.attn_norm"), blk))
+    g.head(g.rms_norm(g.select_rows(x), "output_norm"))
+    return g.segment()
+
+
+def qkv(g: Graph, h: Value, blk: str, n_kv: int = N_KV) -> tuple[Value, Value, Value]:
+    q, k, v = (
+        g.linear(h, f"{blk}.attn_{name}", n * D)
+        for name, n in (("q", N_HEADS), ("k", n_kv), ("v", n_kv))
+    )
+    return q, k, v
+
+
+def kinds(segment: Segment) -> list[type[Step]]:
+    return [type(step) for step in fuse(segment)]
+
+
+# -- what looks like a pattern -------------------------------------------------------------------
+
+
+def plain(g: Graph, h: Value, blk: str) -> Value:
+    """What models do."""
+    q, k, v = qkv(g, h, blk)
+    q = g.rms_norm(q, f"{blk}.attn_q_norm", N_HEADS)
+    q, k = g.rotate(q, N_HEADS, NEOX), g.rotate(k, N_KV, NEOX)
+    return g.linear(g.attention(q, k, v, cache=CACHE), f"{blk}.attn_output", h.dim)
+
+
+def norm_over_the_whole_of_q(g: Graph, h: Value, blk: str) -> Value:
+    q, k, v = qkv(g, h, blk)
+    q = g.rms_norm(q, f"{blk}.attn_q_norm")
+    q, k = g.rotate(q, N_HEADS, NEOX), g.rotate(k, N_KV, NEOX)
+    return g.linear(g.attention(q, k, v, cache=CACHE), f"{blk}.attn_output", h.dim)
+
+
+def q_is_read_again_behind_its_rotation(g: Graph, h: Value, blk: str) -> Value:
+    q, k, v = qkv(g, h, blk)
+    turned, k = g.rotate(q, N_HEADS, NEOX), g.rotate(k, N_KV, NEOX)
+    a = g.attention(turned, k, v, cache=CACHE)
+    return g.linear(a * q, f"{blk}.attn_output", h.dim)
+
+
+def q_is_rotated_otherwise_than_k(g: Graph, h: Value, blk: str) -> Value:
+    q, k, v = qkv(g, h, blk)
+    q, k = g.rotate(q, N_HEADS, NORM), g.rotate(k, N_KV, NEOX)
+    return g.linear(g.attention(q, k, v, cache=CACHE), f"{blk}.attn_output", h.dim)
+
+
+def nothing_is_rotated(g: Graph, h: Value, blk: str) -> Value:
+    a = g.attention(*qkv(g, h, blk), cache=CACHE)
+    return g.linear(a, f"{blk}.attn_output", h.dim)
+
+
+def rotated_in_other_heads(g: Graph, h: Value, blk: str) -> Value:
+    q, k, v = qkv(g, h, blk)
+    q, k = g.rotate(q, N_HEADS // 2, NEOX), g.rotate(k, N_KV, NEOX)
+    return g.linear(g.attention(q, k, v, cache=CACHE), f"{blk}.attn_output", h.dim)
+
+
+def keys_serve_as_values(g: Graph, h: Value, blk: str) -> Value:
+    q, k, _ = qkv(g, h, blk)
+    q, turned = g.rotate(q, N_HEADS, NEOX), g.rotate(k, N_KV, NEOX)
+    return g.linear(g.attention(q, turned, k, cache=CACHE), f"{blk}.attn_output", h.dim)
+
+
+def q_is_normed_behind_its_rotation(g: Graph, h: Value, blk: str) -> Value:
+    q, k, v = qkv(g, h, blk)
+    q, k = g.rotate(q, N_HEADS, NEOX), g.rotate(k, N_KV, NEOX)
+    q = g.rms_norm(q, f"{blk}.attn_q_norm", N_HEADS)
+    return g.linear(g.attention(q, k, v, cache=CACHE), f"{blk}.attn_output", h.dim)
+
+
+LIKE_ATTENTION = [
+    norm_over_the_whole_of_q, q_is_read_again_behind_its_rotation, q_is_rotated_otherwise_than_k,
+    nothing_is_rotated, rotated_in_other_heads, keys_serve_as_values,
+    q_is_normed_behind_its_rotation,
+]  # fmt: skip
+
+
+def a_matmul_adds_its_own_input(g: Graph, h: Value, blk: str) -> Value:
+    return g.linear(h, f"{blk}.ffn_up", h.dim) + h
+
+
+def a_matmul_adds_what_its_neighbour_leaves(g: Graph, h: Value, blk: str) -> Value:
+    first, second = (g.linear(h, f"{blk}.ffn_{name}", h.dim) for name in ("gate", "up"))
+    return first + second
+
+
+def a_matmul_is_doubled(g: Graph, h: Value, blk: str) -> Value:
+    out = g.linear(h, f"{blk}.ffn_up", h.dim)
+    return out + out
+
+
+def an_activation_is_read_twice(g: Graph, h: Value, blk: str) -> Value:
+    gate = g.silu(g.linear(h, f"{blk}.ffn_gate", h.dim))
+    return gate * g.linear(h, f"{blk}.ffn_up", h.dim) + gate
+
+
+def a_matmul_reads_a_matmul(g: Graph, h: Value, blk: str) -> Value:
+    return g.linear(g.linear(h, f"{blk}.ffn_up", 64), f"{blk}.ffn_down", h.dim)
+
+
+LIKE_FEED_FORWARD = [
+    a_matmul_adds_its_own_input, a_matmul_adds_what_its_neighbour_leaves, a_matmul_is_doubled,
+    an_activation_is_read_twice, a_matmul_reads_a_matmul,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("types", [("F32",), ("Q4_0",)])
+@pytest.mark.parametrize("body", [plain, *LIKE_ATTENTION, *LIKE_FEED_FORWARD])
+def test_what_differs_in_one_thing_from_the_usual_has_the_references_bits(
+    body: Body, types: tuple[str, ...]
+) -> None:
+    check(record(body, 2, types=types))
+
+
+def test_the_usual_is_put_together_and_no_more() -> None:
+    assert kinds(record(plain)).count(RotatedAttention) == 1
+    for body in LIKE_ATTENTION:
+        is_norm_alone = body is norm_over_the_whole_of_q  # beside it, heads are rotated as usual
+        assert (RotatedAttention in kinds(record(body))) == is_norm_alone
+    assert SwiGlu not in kinds(record(an_activation_is_read_twice))
+    neighbours = record(a_matmul_adds_what_its_neighbour_leaves)
+    sizes = [len(step.parts) for step in fuse(neighbours) if isinstance(step, Matmuls)]
+    assert sizes == [1, 1, 1]
+
+
+# -- what a backend does not know ----------------------------------------------------------------
+
+
+class Ghost(NamedTuple):
+    """An op of tomorrow."""
+
+    layer: int
+    out: Value
+    x: Value
+
+
+class SunkKV(NamedTuple):
+    """A cache of tomorrow."""
+
+    n_heads: int
+    k_dim: int
+    v_dim: int
+    sinks: int
+
+
+def compile_on(name: str, segment: Segment) -> None:
+    machine: Any = backend() if name == "cpu" else ReferenceBackend()
+    machine.compile(segment, LIMITS).close()
+
+
+def with_op(segment: Segment, i: int, op: Any) -> Segment:
+    ops = list(segment.ops)
+    ops[i] = op
+    return segment._replace(ops=tuple(ops))
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_an_op_that_a_backend_does_not_know_is_named(name: str) -> None:
+    segment = record(plain)
+    i, norm = next((i, op) for i, op in enumerate(segment.ops) if "attn_q_norm" in str(op[3:]))
+    said = rf"Ghost in layer 0 \(blk.0.attn_q.weight\): the {name} backend has no kernel for Ghost"
+    with pytest.raises(UnsupportedModelError, match=said):
+        compile_on(name, with_op(segment, i, Ghost(0, norm.out, norm.x)))  # type: ignore[attr-defined]
+    i, attention = next((i, op) for i, op in enumerate(segment.ops) if CACHE in op)
+    sunk = attention._replace(cache=SunkKV(*CACHE, 4))
+    with pytest.raises(UnsupportedModelError, match="no kernel for SunkKV"):
+        compile_on(name, with_op(segment, i, sunk))
+
+
+@pytest.mark.parametrize(("name", "module"), [("cpu", shapes), ("reference", reference)])
+def test_every_field_that_a_backend_does_not_know_is_named(
+    name: str, module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if each were new: a backend that isn't told of it may not run without it."""
+    known: Known = module.KNOWN
+    segment = record(all_ops)
+    for kind in known:
+        for field in known[kind]:
+            if field in getattr(kind, "_field_defaults", {}):
+                continue
+            less = {**known, kind: {n: v for n, v in known[kind].items() if n != field}}
+            monkeypatch.setattr(module, "KNOWN", less)
+            said = f"in .*: the {name} backend does not know {field} of {kind.__name__}"
+            with pytest.raises(UnsupportedModelError, match=said):
+                compile_on(name, segment)
+
+
+def all_ops(g: Graph, h: Value, blk: str) -> Value:
+    a = plain(g, h, blk)
+    a = g.add_vector(g.soft_cap(g.scale(a, 0.5), 2.0), f"{blk}.attn_output.bias")
+    return a * g.silu(h)
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_a_name_that_a_backend_does_not_know_is_named(name: str) -> None:
+    odd: Any = "sine"
+
+    def activated(g: Graph, h: Value, blk: str) -> Value:
+        return g.activation(odd, h)
+
+    def rotated(g: Graph, h: Value, blk: str) -> Value:
+        return g.rotate(h, 4, NEOX._replace(kind=odd))
+
+    for body in (activated, rotated):
+        with pytest.raises(UnsupportedModelError, match=f"the {name} backend .* kind 'sine'"):
+            compile_on(name, record(body))
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_rows_that_do_not_belong_together_are_refused(name: str) -> None:
+    def combined(g: Graph, h: Value, blk: str) -> Value:
+        return g.select_rows(h) + h
+
+    def attended(g: Graph, h: Value, blk: str) -> Value:
+        return plain(g, g.select_rows(h), blk)
+
+    g = RandomGraph()
+    x = g.embed()
+    for _ in g.layers():
+        x = g.layer_output(x)
+    g.head(g.rms_norm(x, "output_norm"))
+    for segment in (record(combined), record(attended), g.segment()):
+        with pytest.raises(UnsupportedModelError, match="rows"):
+            compile_on(name, segment)
+
+
+def test_other_head_counts_in_another_layer_are_refused_on_the_cpu() -> None:
+    def body(g: Graph, h: Value, blk: str) -> Value:
+        n_kv = 1 if blk == "blk.0" else 2
+        q, k, v = qkv(g, h, blk, n_kv)
+        q, k = g.rotate(q, N_HEADS, NEOX), g.rotate(k, n_kv, NEOX)
+        a = g.attention(q, k, v, cache=KV(n_kv, D, D))
+        return g.linear(a, f"{blk}.attn_output", h.dim)
+
+    said = r"Attention in layer 1 \(blk.1.attn_v.weight\).*key/value heads.* 1 before, 2 here"
+    with pytest.raises(UnsupportedModelError, match=said):
+        compile_on("cpu", record(body, 2))
+    compile_on("reference", record(body, 2))
+
+
+def test_a_second_attention_in_a_layer_is_refused() -> None:
+    def body(g: Graph, h: Value, blk: str) -> Value:
+        return plain(g, plain(g, h, blk), f"{blk}.again")
+
+    for name in ("cpu", "reference"):
+        with pytest.raises(UnsupportedModelError, match="one cache a layer"):
+            compile_on(name, record(body))

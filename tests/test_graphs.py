@@ -1,0 +1,90 @@
+"""Whatever graph is recorded: the CPU has the reference's bits, or an error names what it lacks."""
+
+from __future__ import annotations
+
+import ctypes
+from collections import Counter
+from functools import cache
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from numpy.typing import NDArray
+
+from edgeinfer import fusion
+from edgeinfer.batch import Batch, OutputKind, PageTable, StepLimits
+from edgeinfer.graph import Segment
+from edgeinfer.kernels.cpu.program import CpuBackend
+from edgeinfer.kernels.reference import ReferenceBackend
+
+from .native import cache_root
+from .random_graphs import MODELS, Drawn, Recorder
+
+LIMITS = StepLimits(n_pages=3, max_rows=8, max_outputs=4, max_sequences=2, n_threads=2)
+# Page 0 stays and is read by a query that is rotated for it, once page 3 has come after it.
+TABLE = PageTable(np.array([2, 0], np.int32), 1, 1)
+
+
+def batch(n: int, pos: int, wanted: list[int], output: OutputKind = "logits") -> Batch:
+    return Batch(
+        ids=(np.arange(n, dtype=np.int32) * 7 + pos) % 40,
+        pos=np.arange(pos, pos + n, dtype=np.int64),
+        seq=np.zeros(n, np.int32),
+        tables=[TABLE],
+        wanted=np.array(wanted, np.int32),
+        output=output,
+    )
+
+
+def results(program: Any, n_prompt: int) -> list[NDArray[np.float32]]:
+    """Of a prompt, of rows behind a gap of two pages, and the hidden rows of a token more."""
+    steps = [
+        batch(n_prompt, 0, sorted({0, n_prompt - 1})),
+        batch(3, 96, [0, 2]),
+        batch(1, 99, [0], "hidden"),
+    ]
+    rows = [program.submit(step).wait().logits.copy() for step in steps[:2]]
+    return [*rows, program.submit(steps[2]).wait().hidden.copy()]
+
+
+@cache
+def backend() -> CpuBackend:
+    return CpuBackend(cache_root())
+
+
+def check(segment: Segment, n_prompt: int = 5) -> None:
+    with ReferenceBackend().compile(segment, LIMITS, mode="quantised") as reference:
+        expected = results(reference, n_prompt)
+    with backend().compile(segment, LIMITS) as program:
+        # Whoever reads what was never written gets NaN.
+        ctypes.memset(program._scratch.address, 0xFF, program._scratch.n_bytes)
+        for ours, theirs in zip(results(program, n_prompt), expected, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+SEEN: Counter[type] = Counter()
+
+
+def check_drawn(drawn: Drawn) -> None:
+    segment = Recorder(drawn).segment()
+    SEEN.update(set(map(type, fusion.fuse(segment))))
+    check(segment, drawn.n_prompt)
+
+
+SETTINGS: dict[str, Any] = dict(
+    deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], database=None
+)
+
+
+def test_any_graph_gives_the_references_bits() -> None:
+    SEEN.clear()
+    settings(max_examples=500, **SETTINGS)(given(MODELS)(check_drawn))()
+    assert set(get_args(fusion.Step)) == set(SEEN)
+
+
+@pytest.mark.slow
+@settings(max_examples=20_000, **{**SETTINGS, "derandomize": False})
+@given(MODELS)
+def test_thousands_of_graphs_give_the_references_bits(drawn: Drawn) -> None:
+    check_drawn(drawn)
