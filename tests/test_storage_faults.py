@@ -90,7 +90,10 @@ def test_an_export_replaces_a_file_whole_or_leaves_it(tmp_path: Path, lasts: boo
         return folder / "chat.md"
 
     for n, folder, path, error in sweep(
-        tmp_path, make, lambda folder, path: export(conversation, "chat.md", folder), lasts=lasts
+        tmp_path,
+        make,
+        lambda folder, path: export(conversation, "chat.md", folder, replaces=True),
+        lasts=lasts,
     ):
         check_ended(error, path)
         assert (path.read_text() == "before") == (error is not None), n
@@ -100,7 +103,7 @@ def test_an_export_replaces_a_file_whole_or_leaves_it(tmp_path: Path, lasts: boo
     target.write_text("before")
     target.chmod(0o640)
     link.symlink_to(target)
-    export(conversation, "link.md", tmp_path)
+    export(conversation, "link.md", tmp_path, replaces=True)
     assert link.is_symlink() and "word" in target.read_text()
     assert target.stat().st_mode & 0o777 == 0o640
 
