@@ -12,7 +12,7 @@ import click
 
 from edgeinfer import config, platform
 from edgeinfer.cli_models import (
-    advice_after,
+    advise_after,
     choose_model,
     downloadable,
     last_model,
@@ -54,9 +54,7 @@ def chat(
         if model is not None or flags["yes"]:
             model = choose_model(model, bool(flags["yes"]), is_chat=True)
         _open_tui(model, system, not no_history, flags)
-        advice = advice_after(Path(last_model() or ""))
-        if advice:
-            note(advice)
+        advise_after(Path(last_model() or ""))
         return
     from edgeinfer.plain_chat import talk
 
@@ -66,7 +64,7 @@ def chat(
             note(why)
         sampling = cast("Sampling", given(flags, SAMPLING_NAMES))
         typed = None if no_history else config.data_folder() / _TYPED
-        talk(llm, system, sampling, follow, advice_after(path), typed)
+        talk(llm, system, sampling, follow, lambda: advise_after(path), typed)
 
 
 def _open_tui(

@@ -213,15 +213,17 @@ def unkept(llm: LLM) -> list[str]:
     return [why] if reason else []
 
 
-def advice_after(path: Path) -> str | None:
-    """What to fetch after trying out the default model; None for any other."""
+def advise_after(path: Path) -> None:
+    """Tell who tried the default model, once on this machine, what to fetch for useful answers."""
     from edgeinfer.catalog import largest_that_fits
+    from edgeinfer.recent import is_new
 
-    if not path.name.lower().startswith("smollm2-135m"):
-        return None
+    is_small = path.name.lower().startswith("smollm2-135m")
+    if not (is_small and sys.stderr.isatty() and is_new("what-to-pull")):
+        return
     best = largest_that_fits(platform.available_memory())
-    size = "135 M parameters are for trying out"
-    return f"({size}; for useful answers: edgeinfer pull {best.name})" if best else f"({size})"
+    advice = f"; for useful answers: edgeinfer pull {best.name}" if best else ""
+    note(f"(135 M parameters are for trying out{advice})")
 
 
 def _default_name() -> str:

@@ -10,7 +10,7 @@ import click
 
 from edgeinfer import __version__
 from edgeinfer.cli_input import read_prompt
-from edgeinfer.cli_models import advice_after
+from edgeinfer.cli_models import advise_after
 from edgeinfer.cli_open import follow, open_model
 from edgeinfer.cli_options import (
     LOAD_NAMES,
@@ -70,9 +70,8 @@ def run(
         with stream:
             follow(stream, None if as_json else Output())
         _tell_why_it_ended(stream, is_limited, llm.n_ctx)
-        advice = advice_after(llm.runtime.model.file.path)
-        if model is None and advice and sys.stderr.isatty():
-            note(advice)
+        if model is None:
+            advise_after(llm.runtime.model.file.path)
         if as_json:
             show_json(_answer_json(stream, text, system, raw, flags))
 

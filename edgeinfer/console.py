@@ -5,6 +5,7 @@ Knows nothing of models.
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import sys
@@ -138,8 +139,10 @@ _STAGES = {
 def prepare_streams() -> None:
     """UTF-8 wherever the bytes go to a file or pipe; no character can end the program.
 
-    One that whoever started us has closed is empty, or takes what nobody reads.
+    What a pipe is given of a file's name are the bytes that it has. A stream that whoever started
+    us has closed is empty, or takes what nobody reads.
     """
+    codecs.register_error(_AS_NAMED, _bytes_of_name)
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             # In this order they get the numbers of those: else a model's file might.
@@ -147,8 +150,21 @@ def prepare_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
-            encoding = stream.encoding if stream.isatty() else "utf-8"
-            reconfigure(encoding=encoding, errors="replace")
+            if stream.isatty():
+                reconfigure(encoding=stream.encoding, errors="replace")
+            else:
+                reconfigure(encoding="utf-8", errors=_AS_NAMED)
+
+
+_AS_NAMED = "edgeinfer.names"
+
+
+def _bytes_of_name(error: UnicodeError) -> tuple[bytes, int]:
+    """What Python could not decode of a name, as it was; "?" for what nothing can encode."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    codes = map(ord, error.object[error.start : error.end])
+    return bytes(c - 0xDC00 if 0xDC80 <= c <= 0xDCFF else ord("?") for c in codes), error.end
 
 
 def drop(stream: TextIO) -> None:
@@ -184,4 +200,7 @@ def show(text: str) -> None:
 
 def show_json(value: dict[str, Any]) -> None:
     """One object on one line; escapes make it safe everywhere."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=sys.stdout.isatty()) + "\n")
+    text = json.dumps(value, ensure_ascii=sys.stdout.isatty())
+    if any("\ud800" <= c <= "\udfff" for c in text):  # a name that is not UTF-8; JSON must be
+        text = json.dumps(value)
+    sys.stdout.write(text + "\n")

@@ -38,22 +38,23 @@ def talk(
     system: str | None,
     sampling: Sampling,
     follow: Follow,
-    advice: str | None = None,
+    advise: Callable[[], None],
     history: Path | None = None,
 ) -> None:
-    """Answer every line until end of input; `advice` is one line after the first answer.
+    """Answer every line until end of input; `advise` is called after the first answer.
 
     `history` is the file in which lines are kept that are typed.
     """
     if sys.stdin.isatty():
         note("a line or a paste is a message, /help shows the commands, Ctrl-D ends")
     typed = LineInput(history)
-    conversation = _Conversation(llm, system, sampling, follow)
+    conversation, n_answers = _Conversation(llm, system, sampling, follow), 0
     while (line := typed.next()) is not None and line.strip() not in _ENDS:
         try:
-            if _obey(conversation, line) and advice:
-                note(advice)
-                advice = None
+            if _obey(conversation, line):
+                n_answers += 1
+                if n_answers == 1:
+                    advise()
         except KeyboardInterrupt:  # a second one, while the first was being dealt with
             if not sys.stdin.isatty():
                 raise

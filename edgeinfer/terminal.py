@@ -19,13 +19,17 @@ _UNFINISHED = re.compile(
     "|(?:\x1b[\\]PX^_]|[\x90\x98\x9d\x9e\x9f])[^\x07\x1b\x9c]{0,256}\x1b?"
     "|\x1b[ -/]{0,8})$"
 )
+_LONE = re.compile("[\ud800-\udfff]")  # as names of files have them that are not UTF-8
 # Tab and newline stay; bidirectional overrides go, they hide what is written.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def printable(text: str) -> str:
-    """`text` without escape sequences and control characters, tab and newline excepted."""
-    return _CONTROL.sub("", _SEQUENCE.sub("", text))
+    """`text` without escape sequences and control characters, tab and newline excepted.
+
+    A lone surrogate, which no terminal can be sent, becomes U+FFFD.
+    """
+    return _LONE.sub("\ufffd", _CONTROL.sub("", _SEQUENCE.sub("", text)))
 
 
 def one_line(text: str, limit: int = 200) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from edgeinfer import __version__
+from edgeinfer import __version__, cli_models
 from edgeinfer.cli import main
 from edgeinfer.cli_options import LOAD_NAMES, SAMPLING_NAMES
 from edgeinfer.discovery import find_model
@@ -472,3 +472,17 @@ def test_a_home_relative_to_a_folder_that_is_gone(path: Path, tmp_path: Path) ->
 def test_a_file_that_can_not_be_opened_leaves_nothing_to_close(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):  # what a destructor can't do is an error in tests
         ReadableFile(tmp_path / "nothing")
+
+
+def test_what_to_pull_is_told_once_and_only_to_people(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("EDGEINFER_HOME", str(tmp_path))
+    small = Path("SmolLM2-135M-Instruct.Q4_1.gguf")
+    told = []
+    for is_person in (False, True, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda is_person=is_person: is_person)
+        cli_models.advise_after(Path("qwen3-4b.gguf"))
+        cli_models.advise_after(small)
+        told.append(capsys.readouterr().err)
+    assert told[0] == told[2] == "" and told[1].startswith("(135 M parameters")
