@@ -11,8 +11,12 @@ from pathlib import Path
 import pytest
 
 from edgeinfer import printable, recent
+from edgeinfer.tui.catalog import find_models
+from edgeinfer.tui.settings import ChatSettings
+from edgeinfer.tui.store import FILE_NAME, Store
 
 from .models_for_tests import tiny_model
+from .tui_engine import ScriptedModel, opener
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
 LATIN = os.fsdecode(b"caf\xe9")
@@ -47,3 +51,22 @@ def test_a_pipe_gets_the_bytes_of_a_name_and_json_stays_json(tmp_path: Path) -> 
     assert os.fsencode(home / "data" / "history.db") in told("history")
     (listed,) = json.loads(told("list", "--json").decode("utf-8"))["models"]
     assert listed["path"] == str(folder / f"{LATIN}.gguf")
+
+
+def test_the_history_keeps_a_path_of_any_bytes(tmp_path: Path) -> None:
+    path = tmp_path / LATIN / FILE_NAME
+    for model in (f"/models/{LATIN}.gguf", "/models/ü.gguf"):
+        Store(path).set_preference("model", model)
+        assert Store(path).preference("model") == model
+
+
+def test_models_that_can_not_be_looked_at_are_left_out(tmp_path: Path) -> None:
+    """A home that nobody knows, a name with a zero byte, one that is too long, links in a ring."""
+    (tmp_path / "ring.gguf").symlink_to("ring.gguf")
+    settings = ChatSettings(
+        data_folder=tmp_path, open_model=opener(ScriptedModel()), model=str(tmp_path / "ring.gguf")
+    )
+    for model in ("~nosuchuser/x.gguf", "a\0b.gguf", "x" * 999 + ".gguf"):
+        store = Store(None)
+        store.set_preference("model", model)
+        assert find_models(settings, store) == []

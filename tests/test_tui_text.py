@@ -16,7 +16,7 @@ from edgeinfer.tui.completions import Sources, complete
 from edgeinfer.tui.conversation import Conversation, full_text, title_of
 from edgeinfer.tui.entries import RunningEntry, blocks_of
 from edgeinfer.tui.export import export
-from edgeinfer.tui.files import list_files, match, read_attachment
+from edgeinfer.tui.files import FoundFile, match
 from edgeinfer.tui.gauge import Readings, context_bar, sparkline
 from edgeinfer.tui.look import Look
 from edgeinfer.tui.palette import DARK, LIGHT, Palette
@@ -286,32 +286,17 @@ def test_export(tmp_path: Path) -> None:
 # -- small things --------------------------------------------------------------------------------
 
 
-def test_completions(tmp_path: Path) -> None:
+def test_completions() -> None:
     commands = (("model", "m"), ("params", "p"))
+    files = [FoundFile("src/main.py", "/w/src/main.py"), FoundFile("a.md", "/w/a.md")]
     sources = Sources(
-        commands, lambda name: [("temperature ", "")], lambda: ["src/main.py", "a.md"]
+        commands, lambda name: [("temperature ", "")], lambda query: match(query, files)
     )
     assert [c.label for c in complete("/p", True, sources)] == ["/params"]
     assert [c.text for c in complete("/params te", True, sources)] == ["temperature "]
-    assert [c.file for c in complete("look at @mn", True, sources)] == ["src/main.py"]
+    assert [c.file for c in complete("look at @mn", True, sources)] == [files[0]]
     assert complete("mail a@main", True, sources) == []
     assert complete("/model", False, sources) == []
-
-
-def test_files(tmp_path: Path) -> None:
-    for name in ("a.py", "sub/b.py", ".git/c.py", "node_modules/d.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("text")
-    (tmp_path / "raw.bin").write_bytes(b"\0\1")
-    assert list_files(tmp_path) == ["a.py", "raw.bin", "sub/b.py"]
-    assert match("by", ["a.py", "sub/b.py"]) == ["sub/b.py"]
-    assert read_attachment(tmp_path, "a.py").text == "text"
-    os.symlink(os.devnull, tmp_path / "device")
-    if hasattr(os, "mkfifo"):
-        os.mkfifo(tmp_path / "pipe")  # which nobody writes to
-    for name in ("raw.bin", "no.txt", "sub", "device", *(["pipe"] if os.name == "posix" else [])):
-        with pytest.raises(EdgeInferError):
-            read_attachment(tmp_path, name)
 
 
 def test_params() -> None:

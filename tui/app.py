@@ -25,7 +25,7 @@ from edgeinfer.tui.completions import Sources
 from edgeinfer.tui.composer import Composer
 from edgeinfer.tui.counts import TokenCounts
 from edgeinfer.tui.entries import RunningEntry, blocks_of
-from edgeinfer.tui.files import FileNames
+from edgeinfer.tui.files import FileSearch
 from edgeinfer.tui.keys import Keys
 from edgeinfer.tui.loader import Task
 from edgeinfer.tui.notes import answer_note, dropped_block, hint, welcome
@@ -103,15 +103,15 @@ class ChatApp(TerminalApp):
         return is_again
 
     def compose(self) -> ComposeResult:
-        files = FileNames(self.settings.folder)
+        files = FileSearch(self.settings.folder)
         known = tuple((each.name, each.help) for each in commands.TYPED.values())
-        sources = Sources(known, self._argument_values, files.names)
+        sources = Sources(known, self._argument_values, files.find, lambda: files.is_busy)
         yield TitleBar(id="title")
         yield Transcript(Palette.of(OURS[0]), id="transcript")
         yield Static(id="welcome")
         with Container(id="bottom"):
             yield Static(id="lasting")
-            yield Composer(sources, self.settings.folder)
+            yield Composer(sources)
         yield StatusBar(id="status")
 
     def _argument_values(self, name: str) -> list[tuple[str, str]]:
@@ -264,6 +264,7 @@ class ChatApp(TerminalApp):
             self._finish_loading()
         if session.running is not None:
             self._take_news(session.drain())
+        self.composer.tend()
         self._take_counts()
         self.tell_copies()
         if is_busy:

@@ -5,6 +5,8 @@ Knows nothing of widgets.
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from pathlib import Path
 
 from edgeinfer.tui.settings import ChatSettings, ModelChoice
@@ -18,18 +20,21 @@ def find_models(settings: ChatSettings, store: Store) -> list[ModelChoice]:
     listed = settings.list_models()
     paths = [Path(each.path) for each in listed if each.path]
     known = [path for path in (settings.model, store.preference("model")) if path]
-    folders = [settings.data_folder / "models", *(Path(path).expanduser().parent for path in known)]
-    found = {str(path.resolve()) for path in paths if path.exists()}
+    folders = [settings.data_folder / "models"]
+    folders += [Path(os.path.expanduser(path)).parent for path in known]
+    found = {os.path.realpath(path) for path in paths}
     choices = [each for each in listed if each.path]
     for path in _gguf_files(folders, known):
-        if str(path.resolve()) not in found and len(choices) < _MOST:
-            found.add(str(path.resolve()))
-            choices.append(ModelChoice(path.stem, str(path), path.stat().st_size))
+        real = os.path.realpath(path)
+        if real not in found and len(choices) < _MOST:
+            found.add(real)
+            with suppress(OSError):  # deleted meanwhile
+                choices.append(ModelChoice(path.stem, str(path), path.stat().st_size))
     return [*choices, *(each for each in listed if not each.path and settings.fetch)]
 
 
 def _gguf_files(folders: list[Path], known: list[str]) -> list[Path]:
-    files = [Path(path).expanduser() for path in known]
+    files = [Path(os.path.expanduser(path)) for path in known]
     for folder in dict.fromkeys(folders):
         try:
             files += sorted(folder.glob("*.gguf"))
@@ -39,6 +44,6 @@ def _gguf_files(folders: list[Path], known: list[str]) -> list[Path]:
     return [
         file
         for file in files
-        if file.suffix == ".gguf" and file.is_file()
+        if file.suffix == ".gguf" and os.path.isfile(file)
         and ("-of-" not in file.stem or "-00001-of-" in file.stem)
     ]  # fmt: skip

@@ -6,12 +6,13 @@ Knows nothing of widgets.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from edgeinfer.tui.files import match
+from edgeinfer.tui.files import FoundFile
 
-_WORD_AT_END = re.compile(r"(?:^|\s)@(\S*)$")
+# A name with spaces stands between quotes, where a backslash comes before each of its own.
+_NAME_AT_END = re.compile(r"(?:^|\s)@(?:\"((?:[^\"\\]|\\.)*)|((?!\")\S*))$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,16 +23,17 @@ class Candidate:
     help: str
     text: str
     start: int
-    file: str | None = None
+    file: FoundFile | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """Where candidates come from."""
+    """Where candidates come from; there may be more of them while files are looked for."""
 
     commands: tuple[tuple[str, str], ...]
     arguments: Callable[[str], list[tuple[str, str]]]
-    files: Callable[[], list[str]]
+    files: Callable[[str], list[FoundFile]]
+    is_busy: Callable[[], bool] = lambda: False
 
 
 def complete(line: str, is_first_line: bool, sources: Sources) -> list[Candidate]:
@@ -50,9 +52,35 @@ def complete(line: str, is_first_line: bool, sources: Sources) -> list[Candidate
             for value, help in sources.arguments(name.lower())
             if argument.lower() in value.lower() and argument != value
         ][:8]
-    found = _WORD_AT_END.search(line)
+    found = _NAME_AT_END.search(line)
     if found is None:
         return []
-    start = len(line) - len(found[1]) - 1
-    names = match(found[1], sources.files())
-    return [Candidate(f"@{name}", "", f"@{name} ", start, name) for name in names]
+    start = line.index("@", found.start())
+    query = found[2] if found[1] is None else re.sub(r'\\(["\\])', r"\1", found[1])
+    return [_file_candidate(file, start) for file in sources.files(query)]
+
+
+def _file_candidate(file: FoundFile, start: int) -> Candidate:
+    """A file ends the name; what follows in a folder can be chosen next."""
+    text = mention(file.name)
+    if file.is_folder:
+        return Candidate(text, "", text.removesuffix('"'), start)
+    return Candidate(text, "", f"{text} ", start, file)
+
+
+def mention(name: str) -> str:
+    """How a file is named in a message: between quotes where it could not be told from the text."""
+    if name and not re.search(r'[\s"]', name):
+        return f"@{name}"
+    escaped = re.sub(r'(["\\])', r"\\\1", name)
+    return f'@"{escaped}"'
+
+
+def mentioned(text: str, names: Iterable[str]) -> set[str]:
+    """Those names that a message mentions; of two that begin alike, the longer one."""
+    by_mention = {mention(name): name for name in names}
+    if not by_mention:
+        return set()
+    longest_first = sorted(by_mention, key=len, reverse=True)
+    found = re.findall("|".join(map(re.escape, longest_first)), text)
+    return {by_mention[each] for each in found}

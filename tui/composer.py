@@ -5,8 +5,7 @@ Knows nothing of models.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 from rich.text import Text
 from textual import on
@@ -19,10 +18,10 @@ from textual.timer import Timer
 from textual.widgets import OptionList, Static
 from textual.widgets.option_list import Option
 
-from edgeinfer import EdgeInferError, one_line, printable
+from edgeinfer import one_line, printable
+from edgeinfer.tui.attachments import Attachments
 from edgeinfer.tui.completions import Candidate, Sources, complete
 from edgeinfer.tui.entries import attachment_label
-from edgeinfer.tui.files import read_attachment
 from edgeinfer.tui.palette import Palette
 from edgeinfer.tui.prompt import Prompt
 from edgeinfer.tui.records import Attachment, Draft
@@ -40,10 +39,11 @@ class Composer(Vertical):
     class QueueRecalled(Message):
         """The last waiting message is wanted back."""
 
-    def __init__(self, sources: Sources, root: Path) -> None:
+    def __init__(self, sources: Sources) -> None:
         super().__init__(id="composer")
-        self.attachments: list[Attachment] = []
-        self._sources, self._root = sources, root
+        self._attached = Attachments()
+        self._is_searching = False
+        self._sources = sources
         self._candidates: list[Candidate] = []
         self._queued: list[str] = []
         self._n_pasted = 0
@@ -90,17 +90,34 @@ class Composer(Vertical):
 
     # -- attachments and queue -------------------------------------------------------------------
 
+    @property
+    def attachments(self) -> list[Attachment]:
+        """What would be sent with the message now."""
+        return self._attached.shown
+
     def attach(self, attachment: Attachment) -> None:
-        self.attachments = [a for a in self.attachments if a.name != attachment.name]
-        self.attachments.append(attachment)
+        self._attached.add(attachment)
         self._draw_tray()
         self.post_message(self.Attached(attachment))
 
+    def tend(self) -> None:
+        """Take what threads have found and read; to be called now and then."""
+        read, failures = self._attached.take()
+        for attachment in read:
+            self.post_message(self.Attached(attachment))
+        for text in failures:
+            self._say(text)
+        if read or failures:
+            self._draw_tray()
+        if self._is_searching:
+            self._complete()
+
+    def _say(self, text: str) -> None:
+        self.app.notify(printable(text), severity="warning", markup=False)
+
     def set_count(self, attachment: Attachment, n_tokens: int) -> None:
         """The tokens of an attachment, once they are known."""
-        for i, each in enumerate(self.attachments):
-            if each is attachment:
-                self.attachments[i] = Attachment(each.name, each.text, n_tokens)
+        self._attached.replace(attachment, replace(attachment, n_tokens=n_tokens))
         self._draw_tray()
 
     def show_queue(self, texts: list[str]) -> None:
@@ -119,6 +136,8 @@ class Composer(Vertical):
             label = attachment_label(each.name, each.n_tokens)
             wait = "" if each.n_tokens is not None else " · counting"
             lines.append(Text(f"{label}{wait}", palette.muted))
+        for name in self._attached.reading:
+            lines.append(Text(f"{attachment_label(name, None)} · reading", palette.muted))
         tray = self.query_one("#tray", Static)
         tray.display = bool(lines)
         tray.update(Text("\n").join(lines))
@@ -132,8 +151,7 @@ class Composer(Vertical):
     @on(Prompt.Left)
     def _take_back(self, event: Prompt.Left) -> None:
         event.stop()
-        if self.attachments:
-            self.attachments.pop()
+        if self._attached.pop():
             self._draw_tray()
         elif self._queued:
             self.post_message(self.QueueRecalled())
@@ -143,17 +161,31 @@ class Composer(Vertical):
     @property
     def draft(self) -> Draft:
         """What is written and attached."""
+        self._attached.set_text(self.prompt.text)  # keys may be ahead of what was told of them
         return Draft(self.prompt.text, tuple(self.attachments))
+
+    @property
+    def reading(self) -> list[str]:
+        """Names of files that will be attached once they are read."""
+        return self._attached.reading
 
     def show(self, draft: Draft) -> None:
         """Have this written and attached instead."""
         self.prompt.set_text(draft.text)
-        self.attachments = []
+        self._attached.clear()
         for attachment in draft.attachments:
             self.attach(attachment)
+        self._attached.set_text(draft.text)
         self._draw_tray()
 
     # -- completions -----------------------------------------------------------------------------
+
+    @on(Prompt.Changed)
+    def _note_text(self) -> None:
+        before = self.attachments, self._attached.reading
+        self._attached.set_text(self.prompt.text)
+        if before != (self.attachments, self._attached.reading):
+            self._draw_tray()
 
     @on(Prompt.Changed)
     @on(Prompt.SelectionChanged)
@@ -161,6 +193,7 @@ class Composer(Vertical):
         prompt = self.prompt
         is_first = prompt.cursor_location[0] == 0
         self._show_candidates(complete(prompt.line_to_cursor, is_first, self._sources))
+        self._is_searching = self._sources.is_busy()
 
     def _show_candidates(self, candidates: list[Candidate]) -> None:
         if candidates == self._candidates:
@@ -214,8 +247,8 @@ class Composer(Vertical):
             return False
         prompt.replace(candidate.text, (row, candidate.start), (row, column))
         if candidate.file is not None:
-            try:
-                self.attach(read_attachment(self._root, candidate.file))
-            except EdgeInferError as error:
-                self.app.notify(printable(str(error)), severity="warning", markup=False)
+            self._attached.read(candidate.file)
+            self._attached.set_text(prompt.text)
+            self.tend()
+            self._draw_tray()
         return True

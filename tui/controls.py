@@ -41,6 +41,9 @@ def send(app: ChatApp) -> None:
         return
     elif app.editing is not None and app.session.model is None:
         app.say("the model is not there yet", "warning")
+    elif app.composer.reading:
+        name = app.composer.reading[0]
+        app.say(f"{name} is still read: wait, or delete its name to send without it", "warning")
     else:
         text = draft.text.strip()
         prompt.remember(draft.text.rstrip() if text.startswith("/") else text)

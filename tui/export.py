@@ -70,7 +70,8 @@ def export(
     kind = words.pop(0) if words and words[0] in ("md", "json") else ""
     name = words[0] if words else ""
     kind = kind or ("json" if name.endswith(".json") else "md")
-    path = folder / Path(name).expanduser() if name else _free_name(conversation, kind, folder)
+    # A home that nobody knows is no folder here: unlike Path's, this one does not raise.
+    path = folder / os.path.expanduser(name) if name else _free_name(conversation, kind, folder)
     text = as_json(conversation) if kind == "json" else as_markdown(conversation)
     try:
         if path.is_file() and not replaces:
@@ -78,10 +79,10 @@ def export(
         _write(path, text.encode("utf-8", "replace"))
     except FileExistsError:
         raise
-    except OSError as error:
+    except (OSError, RuntimeError, ValueError) as error:  # links in a ring, a name with a zero byte
+        reason = getattr(error, "strerror", None) or error
         raise EdgeInferError(
-            f"{path} can't be written ({error.strerror or error}); /export {kind} PATH takes "
-            "another place"
+            f"{path} can't be written ({reason}); /export {kind} PATH takes another place"
         ) from error
     return path
 

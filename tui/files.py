@@ -1,81 +1,177 @@
-"""Files under the working folder: found by a few letters, read as text to attach.
+"""Files to attach: found by a few letters or by a path, and read as text.
 
-Knows nothing of widgets.
+Knows nothing of widgets. Nothing here waits for a pipe, and nobody waits for a slow disk.
 """
 
 from __future__ import annotations
 
+import errno
+import heapq
 import os
+import re
+import stat
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 from edgeinfer import EdgeInferError
+from edgeinfer.tui.loader import Task
 from edgeinfer.tui.records import Attachment
 
-_MOST_FILES = 4000
+_MOST_FILES = 4000  # below the working folder
+_MOST_ENTRIES = 200_000  # of a folder that is named
 _STALE_SECONDS = 10.0
-_SECONDS = 0.08  # a slow disk gives fewer names, not a frozen screen
+_WALK_SECONDS = 1.0
+_PATIENCE_SECONDS = 0.03  # of the screen, with a search
+_MOST_SEARCHES = 4  # at once, where disks do not answer
+_MOST_SHOWN = 8
 _MOST_BYTES = 4 << 20
+_PORTION = 1 << 18
+_SEPARATORS = r"[/\\]" if os.name == "nt" else "/"
 _SKIPPED = {"node_modules", "__pycache__", "venv", "build", "dist", "target", "site-packages"}
 
 
-class FileNames:
-    """The names under a folder, looked up again after a while."""
+class FoundFile(NamedTuple):
+    """A file or folder; `name` is what is shown of `path`, which may not be UTF-8."""
+
+    name: str
+    path: str
+    is_folder: bool = False
+
+
+# -- finding -------------------------------------------------------------------------------------
+
+
+class FileSearch:
+    """Finds files in threads; what takes long is there at a later look."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._names: list[str] = []
-        self._at = -_STALE_SECONDS
+        self._query, self._asked_at = "", -_STALE_SECONDS
+        self._searches: list[Task[list[FoundFile]]] = []
+        self._walked: tuple[float, list[FoundFile]] = (-_STALE_SECONDS, [])
+        self._listed: tuple[str, float, list[FoundFile]] = ("", -_STALE_SECONDS, [])
 
-    def names(self) -> list[str]:
+    def find(self, query: str) -> list[FoundFile]:
+        """The best few for what was typed; none yet while `is_busy`."""
         now = time.monotonic()
-        if now - self._at >= _STALE_SECONDS:
-            self._names, self._at = list_files(self._root), now
-        return self._names
+        if query != self._query or now - self._asked_at >= _STALE_SECONDS:
+            self._searches = [each for each in self._searches if not each.is_over]
+            if len(self._searches) >= _MOST_SEARCHES:
+                return []
+            self._query, self._asked_at = query, now
+            self._searches.append(Task(lambda: self._search(query)))
+            self._searches[-1].wait(_PATIENCE_SECONDS)
+        latest = self._searches[-1]
+        return latest.result if latest.is_over and latest.error is None else []
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the latest search goes on: it may find something yet."""
+        return bool(self._searches) and not self._searches[-1].is_over
+
+    def _search(self, query: str) -> list[FoundFile]:
+        """Entries of the folder that is named, then whatever holds the letters."""
+        if query == "~":
+            return [FoundFile("~/", os.path.expanduser("~/"), is_folder=True)]
+        base = re.split(_SEPARATORS, query)[-1]
+        folder = query[: len(query) - len(base)]
+        found: list[FoundFile] = []
+        if folder or base.startswith("."):
+            found = [each for each in self._entries(folder) if base.lower() in _base(each).lower()]
+            found = [each for each in found if base.startswith(".") or not _is_hidden(each)]
+            found = heapq.nsmallest(_MOST_SHOWN, found, key=lambda each: _rank(each, base))
+        if not os.path.isabs(os.path.expanduser(folder)):
+            found += match(query, self._files())
+        return list(dict.fromkeys(found))[:_MOST_SHOWN]
+
+    def _entries(self, folder: str) -> list[FoundFile]:
+        """What a folder holds, as it is named by whoever types."""
+        listed, at, entries = self._listed
+        now = time.monotonic()
+        if listed != folder or now - at >= _STALE_SECONDS:
+            path = from_shown(os.path.join(self._root, os.path.expanduser(folder)))
+            entries = list(_scan(path, folder, _MOST_ENTRIES))
+            self._listed = (folder, now, entries)
+        return entries
+
+    def _files(self) -> list[FoundFile]:
+        at, files = self._walked
+        if time.monotonic() - at >= _STALE_SECONDS:
+            files = list_files(self._root)
+            self._walked = (time.monotonic(), files)
+        return files
 
 
-def list_files(root: Path) -> list[str]:
-    """Paths relative to `root`, near ones first; hidden and generated folders are left out."""
-    end = time.perf_counter() + _SECONDS
-    found: list[str] = []
-    for path in _walk(root):
-        found.append(path)
-        if len(found) >= _MOST_FILES or time.perf_counter() > end:
+def list_files(root: Path) -> list[FoundFile]:
+    """Files below `root`, near ones first; hidden and generated folders are left out."""
+    end = time.perf_counter() + _WALK_SECONDS
+    found: list[FoundFile] = []
+    for file in islice(_walk(root), _MOST_FILES):
+        found.append(file)
+        if time.perf_counter() > end:
             break
-    return sorted(found, key=lambda path: (path.count("/"), path))
+    return sorted(found, key=lambda file: (file.name.count("/"), file.name))
 
 
-def _walk(root: Path) -> Iterator[str]:
-    folders = [""]
+def _walk(root: Path) -> Iterator[FoundFile]:
+    folders = [FoundFile("", str(root), is_folder=True)]
     while folders:
         folder = folders.pop(0)
-        try:
-            entries = sorted(os.scandir(root / folder), key=lambda entry: entry.name)
-        except OSError:
-            continue
-        for entry in entries:
-            if entry.name.startswith(".") or entry.name in _SKIPPED:
+        entries = _scan(folder.path, folder.name, _MOST_FILES)
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if _is_hidden(entry) or _base(entry) in _SKIPPED:
                 continue
-            path = f"{folder}/{entry.name}" if folder else entry.name
-            if entry.is_dir(follow_symlinks=False):
-                folders.append(path)
-            else:
-                yield path
+            if not entry.is_folder:
+                yield entry
+            elif not os.path.islink(entry.path):
+                folders.append(entry)
 
 
-def match(query: str, names: list[str], limit: int = 8) -> list[str]:
-    """Names that hold the letters of `query` in order; those in a run and at the end first."""
+def _scan(folder: str, shown: str, most: int) -> Iterable[FoundFile]:
+    """The entries of a folder; none where it can't be read."""
+    try:
+        with os.scandir(folder) as entries:
+            for entry in islice(entries, most):
+                try:
+                    is_folder = entry.is_dir()
+                except OSError:
+                    is_folder = False
+                name = shown + shown_name(entry.name)
+                yield FoundFile(f"{name}/" if is_folder else name, entry.path, is_folder)
+    except (OSError, ValueError):
+        return
+
+
+def _base(file: FoundFile) -> str:
+    return os.path.basename(file.path)
+
+
+def _is_hidden(file: FoundFile) -> bool:
+    return _base(file).startswith(".")
+
+
+def _rank(file: FoundFile, base: str) -> tuple[bool, str]:
+    name = _base(file).lower()
+    return not name.startswith(base.lower()), name
+
+
+def match(query: str, files: list[FoundFile]) -> list[FoundFile]:
+    """Files that hold the letters of `query` in order; those in a run and at the end first."""
     wanted = query.lower()
     scored = []
-    for name in names:
-        low = name.lower()
+    for file in files:
+        low = file.name.lower()
         if wanted in low:
             base = low.rsplit("/", 1)[-1]
-            scored.append((0 if base.startswith(wanted) else 1 if wanted in base else 2, name))
+            scored.append((0 if base.startswith(wanted) else 1 if wanted in base else 2, file))
         elif _has_in_order(wanted, low):
-            scored.append((3, name))
-    return [name for _, name in sorted(scored, key=lambda each: (each[0], len(each[1])))[:limit]]
+            scored.append((3, file))
+    scored.sort(key=lambda each: (each[0], len(each[1].name)))
+    return [file for _, file in scored[:_MOST_SHOWN]]
 
 
 def _has_in_order(letters: str, text: str) -> bool:
@@ -83,20 +179,84 @@ def _has_in_order(letters: str, text: str) -> bool:
     return all(letter in at for letter in letters)
 
 
-def read_attachment(root: Path, name: str) -> Attachment:
-    """The text of a file; EdgeInferError says why it can't be attached."""
-    path = (root / Path(name).expanduser()).resolve()
+# -- names ---------------------------------------------------------------------------------------
+
+
+def shown_name(name: str) -> str:
+    """A name as text that can be shown, stored and told from others, whatever its bytes are."""
+    return name if name.isprintable() else "".join(map(_shown_character, name))
+
+
+def _shown_character(c: str) -> str:
+    code = ord(c)
+    if c.isprintable():
+        return c
+    if code < 0x80 or 0xDC80 <= code <= 0xDCFF:  # a control, or a byte that Python can't decode
+        return f"\\x{code & 0xFF:02x}"
+    return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"
+
+
+def from_shown(name: str) -> str:
+    """The name that `shown_name` shows so; itself where there is such a file."""
+    return name if os.path.lexists(name) else _ESCAPED.sub(_from_escape, name)
+
+
+_ESCAPED = re.compile(r"\\(?:x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})")
+
+
+def _from_escape(found: re.Match[str]) -> str:
+    code = int(found[0][2:], 16)
+    is_byte = found[0][1] == "x" and code >= 0x80
+    return chr(0xDC00 + code if is_byte else min(code, sys.maxunicode))
+
+
+# -- reading -------------------------------------------------------------------------------------
+
+
+def read_attachment(path: str, name: str) -> Attachment:
+    """The text of a file, called `name`; EdgeInferError says why it can't be attached."""
     try:
-        if not path.is_file():  # a pipe would be waited for, a device may have no end
-            raise EdgeInferError(f"{name} is no file")
-        size = path.stat().st_size
-        if size > _MOST_BYTES:
-            raise EdgeInferError(
-                f"{name} is {size >> 20} MB, at most {_MOST_BYTES >> 20} MB can be attached"
-            )
-        data = path.read_bytes()
-    except OSError as error:
-        raise EdgeInferError(f"{name} can't be read: {error.strerror}") from error
+        data = _read_plain(path)
+    except (OSError, ValueError) as error:  # a name with a zero byte is no OSError
+        reason = getattr(error, "strerror", None) or error
+        raise EdgeInferError(f"{name} can't be attached: {reason}") from error
     if b"\0" in data[:8192]:
-        raise EdgeInferError(f"{name} is not a text file")
+        raise EdgeInferError(f"{name} can't be attached: it is not a text file")
     return Attachment(name, data.decode("utf-8", "replace"))
+
+
+def _read_plain(path: str) -> bytes:
+    """A file, whatever becomes of it meanwhile; OSError for what is none, and for large ones."""
+    _check_plain(os.stat(path))
+    with open(path, "rb", buffering=0, opener=_open_at_once) as file:
+        _check_plain(os.fstat(file.fileno()))
+        data = bytearray()
+        while part := file.read(_PORTION):
+            data += part
+            if len(data) > _MOST_BYTES:  # it grows, or does not know its size
+                raise OSError(errno.EFBIG, f"it is more than {_MOST_BYTES >> 20} MB")
+        if part is None:
+            raise OSError(errno.EAGAIN, "it gives nothing now")
+    return bytes(data)
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """What was a file a moment ago may be a pipe now, which would be waited for."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
+
+
+def _check_plain(status: os.stat_result) -> None:
+    mode, n_bytes = status.st_mode, status.st_size
+    if not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "no file")
+        raise OSError(errno.EINVAL, f"it is {kind}; only text files can be")
+    if n_bytes > _MOST_BYTES:
+        raise OSError(
+            errno.EFBIG, f"it is {n_bytes / 1e6:,.0f} MB, at most {_MOST_BYTES >> 20} MB can be"
+        )
+
+
+_KINDS = {
+    stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+}  # fmt: skip

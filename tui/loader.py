@@ -24,7 +24,7 @@ _STAGES = {"kernels": "building kernels", "weights": "loading weights"}
 
 
 class Task(Generic[T]):
-    """A call in a thread that nobody waits for: look at `is_over`, then take the `result`."""
+    """A call in a thread of its own: look at `is_over`, then take the `result`."""
 
     def __init__(self, call: Callable[[], T]) -> None:
         self.error: BaseException | None = None
@@ -38,8 +38,10 @@ class Task(Generic[T]):
     def result(self) -> T:
         return self._result[0]
 
-    def wait(self) -> None:
-        self._thread.join()
+    def wait(self, seconds: float | None = None) -> bool:
+        """Whether it is over by then; without a limit it waits for ever."""
+        self._thread.join(seconds)
+        return self.is_over
 
     def _run(self) -> None:
         try:

@@ -228,7 +228,7 @@ class Store:
         if name in self._preferences:
             return self._preferences[name]
         query = "SELECT value FROM preference WHERE name = ?"
-        return next((text_of(row[0]) for row in self._rows(query, name)), None)
+        return next((_path_of(row[0]) for row in self._rows(query, name)), None)
 
     def set_preference(self, name: str, value: str) -> None:
         self._preferences[name] = value
@@ -269,8 +269,9 @@ class Store:
                 for id, each in unsaved.items():
                     if id in self._gone or not _write(db, id, each):
                         gone.add(id)
-                for item in self._preferences.items():
-                    db.execute("INSERT OR REPLACE INTO preference VALUES (?, ?)", item)
+                for name, value in self._preferences.items():
+                    query = "INSERT OR REPLACE INTO preference VALUES (?, ?)"
+                    db.execute(query, (name, _column_of(value)))
         except (*_FAULTS, _NotNow) as error:
             self._fail(error)
             return
@@ -323,6 +324,15 @@ class Store:
 
     def _file_now(self) -> tuple[float, ...]:
         return (self._state_now() or ())[:2]
+
+
+def _column_of(value: str) -> str | bytes:
+    """A preference as a column takes it: a path that is not UTF-8 as the bytes that it is."""
+    return value if text_of(value) == value else os.fsencode(value)
+
+
+def _path_of(column: object) -> str:
+    return os.fsdecode(column) if isinstance(column, bytes) else text_of(column)
 
 
 def _write(db: sqlite3.Connection, id: int, unsaved: _Unsaved) -> bool:

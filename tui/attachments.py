@@ -1,0 +1,106 @@
+"""What goes with the message that is being written: files named in it, long texts pasted into it.
+
+Knows nothing of widgets. A file is read in a thread; whose name is deleted goes, and comes back
+with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edgeinfer import EdgeInferError
+from edgeinfer.tui.completions import mentioned
+from edgeinfer.tui.files import FoundFile, read_attachment
+from edgeinfer.tui.loader import Task
+from edgeinfer.tui.records import Attachment
+
+_PATIENCE_SECONDS = 0.03  # of the screen, with a file
+
+
+@dataclass(slots=True)
+class _Held:
+    """An attachment, or a file that is still read; `is_named` once the text has named it."""
+
+    content: Attachment | Task[Attachment]
+    is_named: bool = False
+
+
+class Attachments:
+    """Those of one draft, by name. `shown` are the ones that would be sent now."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, _Held] = {}
+        self._text = ""
+        self._named: set[str] = set()
+
+    @property
+    def shown(self) -> list[Attachment]:
+        contents = (each.content for each in self._present().values())
+        return [each for each in contents if isinstance(each, Attachment)]
+
+    @property
+    def reading(self) -> list[str]:
+        """Names of files that are not read yet."""
+        return [name for name, each in self._present().items() if isinstance(each.content, Task)]
+
+    def add(self, attachment: Attachment) -> None:
+        """Attach a text, in place of one of the same name."""
+        self._hold(attachment.name, attachment)
+
+    def read(self, file: FoundFile) -> None:
+        """Attach a file; `take` has it once it is read, at once if that is quick."""
+        task = Task(lambda: read_attachment(file.path, file.name))
+        self._hold(file.name, task)
+        task.wait(_PATIENCE_SECONDS)
+
+    def take(self) -> tuple[list[Attachment], list[str]]:
+        """Files that have been read since the last look, and why others could not be."""
+        read, failures = [], []
+        for name, each in list(self._held.items()):
+            task = each.content
+            if not isinstance(task, Task) or not task.is_over:
+                continue
+            if task.error is None:
+                each.content = task.result
+                read.append(task.result)
+            else:
+                del self._held[name]
+                known = isinstance(task.error, EdgeInferError)
+                failures.append(str(task.error) if known else f"{name} can't be attached")
+        return read, failures
+
+    def set_text(self, text: str) -> None:
+        """What the draft has become: whose name is gone from it is not sent."""
+        self._text = text
+        self._named = mentioned(text, self._held)
+        for name in self._named:
+            self._held[name].is_named = True
+
+    def replace(self, attachment: Attachment, other: Attachment) -> None:
+        """The same text, of which more is known."""
+        for each in self._held.values():
+            if each.content is attachment:
+                each.content = other
+
+    def pop(self) -> bool:
+        """Take the last one away; False if there is none."""
+        present = self._present()
+        if present:
+            del self._held[list(present)[-1]]
+        return bool(present)
+
+    def clear(self) -> None:
+        self._held.clear()
+
+    def _hold(self, name: str, content: Attachment | Task[Attachment]) -> None:
+        self._held.pop(name, None)
+        self._held[name] = _Held(content)
+        self.set_text(self._text)
+
+    def _present(self) -> dict[str, _Held]:
+        """Those that the text names, and those that it never did."""
+        return {
+            name: each
+            for name, each in self._held.items()
+            if not each.is_named or name in self._named
+        }
