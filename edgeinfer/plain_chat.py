@@ -12,7 +12,12 @@ from typing import TYPE_CHECKING
 
 from edgeinfer import platform
 from edgeinfer.console import Output, note
-from edgeinfer.errors import EdgeInferError
+from edgeinfer.errors import (
+    ContextLengthError,
+    EdgeInferError,
+    InvalidRequestError,
+    PlanError,
+)
 from edgeinfer.line_input import LineInput
 
 if TYPE_CHECKING:
@@ -112,7 +117,7 @@ class _Conversation:
         except EdgeInferError as error:
             if not sys.stdin.isatty():
                 raise
-            note(f"edgeinfer: {error}")
+            note(f"edgeinfer: {_in_words(error)}")
             return False
         self._take(turns, stream.completion)
         return True
@@ -132,6 +137,21 @@ class _Conversation:
             kept = "; the system message stays" if self.system else ""
             full = f"the context of {self._llm.n_ctx} tokens is full"
             note(f"({full}: the oldest turns drop out{kept})")
+
+
+def _in_words(error: EdgeInferError) -> str:
+    """What was found, and what to do about it here, where nobody types keywords of the API."""
+    again = "end with /exit and begin again with"
+    if isinstance(error, ContextLengthError):
+        return (
+            f"this is too long: {error.n_tokens} tokens to read, and the context holds "
+            f"{error.n_ctx}; shorten it, /clear forgets what was said, or {again} a larger -c"
+        )
+    if isinstance(error, PlanError):
+        return f"memory ran out; close other programs, or {again} a smaller -c"
+    if isinstance(error, InvalidRequestError) and error.param == "overflow":
+        return f"the context is too short to slide; {again} a larger -c, or without --overflow"
+    return str(error)
 
 
 # -- commands ------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from edgeinfer.tui.completions import Sources
 from edgeinfer.tui.composer import Composer
 from edgeinfer.tui.counts import TokenCounts
 from edgeinfer.tui.entries import RunningEntry, blocks_of
+from edgeinfer.tui.errors import in_chat
 from edgeinfer.tui.files import FileSearch
 from edgeinfer.tui.keys import Keys
 from edgeinfer.tui.loader import Task
@@ -280,11 +281,11 @@ class ChatApp(TerminalApp):
             self._count_waiting()
         elif session.model is not None:
             self.recall()  # it was meant for another model
-            self.say(f"{error}; {session.model.name} stays", "error")
+            self.say(f"{in_chat(error)}; {session.model.name} stays", "error")
         elif session.loader is None and self.composer.draft.is_empty:
-            controls.choose_model(self, f"The model did not load: {error}")
+            controls.choose_model(self, f"The model did not load: {in_chat(error)}")
         else:  # a dialog would take what is typed for a path
-            self.say(f"The model did not load: {error}", "error")
+            self.say(f"The model did not load: {in_chat(error)}", "error")
         self._send_next()
 
     def _take_news(self, news: News) -> None:

@@ -18,6 +18,7 @@ from textual.widgets.option_list import Option
 
 from edgeinfer import MemoryPlan, PlanError, one_line, printable
 from edgeinfer.tui.dialog import Dialog
+from edgeinfer.tui.errors import in_chat
 from edgeinfer.tui.gauge import progress_bar, size_text
 from edgeinfer.tui.loader import Task
 from edgeinfer.tui.palette import Palette
@@ -147,9 +148,9 @@ class ModelScreen(Dialog[str | None]):
         if not task.is_over:
             self._say("reading the file …")
         elif isinstance(task.error, PlanError):
-            self._say(f"does not fit: {task.error}", is_bad=True)
+            self._say(f"does not fit: {in_chat(task.error)}", is_bad=True)
         elif task.error is not None:
-            self._say(str(task.error), is_bad=True)
+            self._say(in_chat(task.error), is_bad=True)
         else:
             plan = task.result
             note = f", {plan.note}" if plan.note else ""

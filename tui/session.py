@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from edgeinfer.tui.conversation import Conversation
+from edgeinfer.tui.errors import in_chat
 from edgeinfer.tui.gauge import Readings
 from edgeinfer.tui.loader import ModelLoader
 from edgeinfer.tui.records import Draft, Node
@@ -224,7 +225,8 @@ class Session:
             took = running.thinking_s or time.perf_counter() - running.thinking_from
             node.details["thinking_s"] = round(took, 1)
         if running.turn.error is not None:
-            node.details["error"] = str(running.turn.error)
+            drops = self.sampling.get("overflow") in (None, "drop-turns")
+            node.details["error"] = in_chat(running.turn.error, drops_turns=drops)
         if completion is not None:
             node.details |= self._facts(completion)
         self.readings.end_turn(completion, state)

@@ -1,0 +1,66 @@
+"""What the chat says of an error: in its own words, and what to do about it here.
+
+Knows nothing of widgets. Messages of the API name its keywords, which nobody types in a chat.
+"""
+
+from __future__ import annotations
+
+import re
+
+from edgeinfer import (
+    ClosedError,
+    ContextLengthError,
+    EdgeInferError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    PlanError,
+    one_line,
+)
+from edgeinfer.tui.gauge import size_text
+
+
+def in_chat(error: BaseException, *, drops_turns: bool = True) -> str:
+    """One line, never empty; `drops_turns` as long as old messages may go when room is short."""
+    if isinstance(error, ContextLengthError):
+        return _too_long(error, drops_turns)
+    if isinstance(error, PlanError):
+        return _too_large(error)
+    if isinstance(error, ModelNotFoundError):
+        found, _, advice = str(error).partition("; ")
+        if not advice.startswith("did you mean"):
+            advice = "/model shows the models that are here, and some to fetch"
+        return f"{found}; {advice}"
+    if isinstance(error, InvalidRequestError) and error.param == "overflow":
+        return (
+            "the context is too short to let its oldest text go: /params context makes it longer, "
+            "/params overflow drop-turns lets whole messages go instead"
+        )
+    if isinstance(error, ClosedError):
+        return f"the model is not open any more ({error}); /model opens it again"
+    if isinstance(error, EdgeInferError):
+        return str(error)
+    text = one_line(" ".join(str(error).split()), 500)
+    return f"unexpected {type(error).__name__}{f': {text}' if text else ''}; /retry tries again"
+
+
+def _too_long(error: ContextLengthError, drops_turns: bool) -> str:
+    forget = "" if drops_turns else "; /params overflow drop-turns lets the oldest messages go"
+    return (
+        f"this is too long: {error.n_tokens:,} tokens to read, and the context holds "
+        f"{error.n_ctx:,}. Shorten it or attach less; /params context makes room{forget}"
+    )
+
+
+def _too_large(error: PlanError) -> str:
+    fits = re.search(r"\d+", error.fits or "")
+    if error.needed is None or error.available is None:
+        found = "memory ran out"
+    else:
+        needed, free = size_text(error.needed), size_text(error.available)
+        found = f"the model needs {needed} of memory, {free} are free"
+    if fits:
+        return f"{found}. A context of {int(fits[0]):,} tokens would fit: /params context {fits[0]}"
+    return (
+        f"{found}. Close other programs, shorten the context with /params context, or choose a "
+        "smaller model with /model"
+    )
