@@ -13,7 +13,6 @@ from edgeinfer import (
     ClosedError,
     ContextLengthError,
     EdgeInferError,
-    PlanError,
     plan,
 )
 from edgeinfer.discovery import find_model
