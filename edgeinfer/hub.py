@@ -79,8 +79,7 @@ def download(
 ) -> None:
     """Fetch a file to `target`, which appears only once all of it is there and correct."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    mark = (file.sha256 or repository.revision)[:12]
-    part = target.with_name(f"{target.name}.{mark}.part")
+    part = _part_of(repository, file, target)
     with claim(part) as out:
         if is_current(file, target):  # another process has just finished
             platform.unlink_open(part)
@@ -99,6 +98,19 @@ def download(
         if not target.exists():
             raise
     _note_digest(target, found)
+
+
+def n_fetched(repository: Repository, file: RemoteFile, target: Path) -> int:
+    """Bytes of a file that an earlier try has left to go on from."""
+    try:
+        return min(_part_of(repository, file, target).stat().st_size, file.n_bytes)
+    except OSError:
+        return 0
+
+
+def _part_of(repository: Repository, file: RemoteFile, target: Path) -> Path:
+    mark = (file.sha256 or repository.revision)[:12]
+    return target.with_name(f"{target.name}.{mark}.part")
 
 
 @contextmanager

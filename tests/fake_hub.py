@@ -7,6 +7,7 @@ runs a command against such a hub, which has org/model. Knows nothing of the tes
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -31,6 +32,8 @@ class FakeHub:
     ignores_ranges: bool = False
     lies: bool = False  # announces another checksum than the file has
     requests: list[tuple[str, dict[str, str]]] = field(default_factory=list)
+    held_after: int = 0  # bytes of the next answers after which the rest waits for `hold`
+    hold: threading.Event | None = None
     n_busy: int = 0  # answers of 503 before the first good one
     address: str = ""
 
@@ -115,7 +118,12 @@ def _send_file(hub: FakeHub, request: BaseHTTPRequestHandler, data: bytes) -> No
     request.send_response(206 if asked else 200)
     request.send_header("Content-Length", str(len(body)))
     request.end_headers()
-    request.wfile.write(body if cut is None else body[:cut])
+    if hub.hold is not None:
+        request.wfile.write(body[: hub.held_after])
+        body = body[hub.held_after :]
+        hub.hold.wait(20)
+    with contextlib.suppress(ConnectionError):  # whoever asked has left
+        request.wfile.write(body if cut is None else body[:cut])
     if cut is not None:
         hub.n_cuts -= 1
         request.wfile.flush()

