@@ -20,6 +20,7 @@ from edgeinfer.errors import ModelNotFoundError
 from edgeinfer.terminal import one_line
 
 if TYPE_CHECKING:
+    from edgeinfer.catalog import Alias
     from edgeinfer.llm import LLM
     from edgeinfer.options import Progress
 
@@ -194,13 +195,12 @@ def last_model() -> str | None:
     return name if os.path.isfile(name) or discovery.find_name(name) is not None else None
 
 
-def downloadable() -> list[tuple[str, int]]:
-    """Names and file sizes of the models that fit this machine, the default one first."""
+def downloadable() -> list[Alias]:
+    """The models that fit this machine, the default one first."""
     from edgeinfer.catalog import ALIASES, memory_needed
 
     available = platform.available_memory()
-    fitting = [a for a in ALIASES.values() if memory_needed(a.n_bytes) <= available]
-    return [(alias.name, alias.n_bytes) for alias in fitting]
+    return [a for a in ALIASES.values() if memory_needed(a.n_bytes) <= available]
 
 
 def unkept(llm: LLM) -> list[str]:

@@ -572,6 +572,9 @@ def test_first_run_offers_models_and_downloads_one() -> None:
         await chat.until(lambda: isinstance(chat.app.screen, ModelScreen))
         assert "Welcome" in chat.screen_text and "download" in chat.screen_text
         await chat.press("enter")
+        await chat.until(lambda: "tiny is 98 MB to download" in chat.screen_text)
+        assert fetched == []
+        await chat.press("enter")
         await chat.until(lambda: "50 MB of 98 MB" in chat.screen_text)
         await chat.idle()
 

@@ -24,6 +24,7 @@ from edgeinfer.tui.catalog import find_models
 from edgeinfer.tui.completions import Sources
 from edgeinfer.tui.composer import Composer
 from edgeinfer.tui.counts import TokenCounts
+from edgeinfer.tui.downloads import Downloads
 from edgeinfer.tui.entries import RunningEntry, blocks_of
 from edgeinfer.tui.errors import in_chat
 from edgeinfer.tui.files import FileSearch
@@ -51,6 +52,7 @@ _RATE = 8.0  # looks a second while something happens
 _MOST_SHARE = 0.2  # of the time may go into drawing; a slow draw is followed by a pause
 _SHORT_SCREEN = 18
 _TWICE_SECONDS = 2.0
+_LONG_SECONDS = 20.0  # of a line that nobody waits for
 
 
 def _command_search() -> type[Provider]:
@@ -84,6 +86,8 @@ class ChatApp(TerminalApp):
         self._rest_until = 0.0
         self._counts = TokenCounts()
         self._lasting = ""
+        self.downloads = Downloads(settings.fetch)
+        self.left_download = ""  # what was being fetched when the chat ended
         self.failure: Exception | None = None
         self.closing: Task[None] | None = None  # of the model, which may take seconds
         self.unsent = ""  # what was typed when it failed
@@ -131,6 +135,7 @@ class ChatApp(TerminalApp):
 
     def on_unmount(self) -> None:
         self.session.stop()
+        self.left_download = self.downloads.close()
         if self.session.model is not None:
             self.closing = Task(self.session.model.close)
         self.session.store.close()
@@ -224,7 +229,8 @@ class ChatApp(TerminalApp):
         session = self.session
         session.readings.sample_rate(time.perf_counter())
         status = self.screen_stack[0].query_one(StatusBar)
-        status.draw(session.readings, session.loader, self.settings.memory_now(), self.palette)
+        memory, download = self.settings.memory_now(), self.downloads.current
+        status.draw(session.readings, session.loader, download, memory, self.palette)
 
     def _draw_lasting(self) -> None:
         """What lasts: that, and why, the conversation is not kept."""
@@ -266,9 +272,10 @@ class ChatApp(TerminalApp):
         if session.running is not None:
             self._take_news(session.drain())
         self.composer.tend()
+        self._take_download()
         self._take_counts()
         self.tell_copies()
-        if is_busy:
+        if is_busy or self.downloads.current is not None:
             self._draw_status()
         self._rest_until = now + (time.perf_counter() - now) / _MOST_SHARE
 
@@ -287,6 +294,22 @@ class ChatApp(TerminalApp):
         else:  # a dialog would take what is typed for a path
             self.say(f"The model did not load: {in_chat(error)}", "error")
         self._send_next()
+
+    def _take_download(self) -> None:
+        """One that nobody waits for: its model is opened where none is, else it is said."""
+        current = self.downloads.current
+        if current is None or not current.task.is_over or len(self.screen_stack) > 1:
+            return
+        self.downloads.take()
+        self._draw_status()
+        if current.task.error is not None:
+            text = f"the download of {current.name} failed: {in_chat(current.task.error)}"
+            self.notify(text, severity="error", timeout=_LONG_SECONDS, markup=False)
+        elif self.session.model is None and self.session.loader is None:
+            controls.load_model(self, current.task.result)
+        else:
+            text = f"{current.name} is here; /model switches to it"
+            self.notify(text, timeout=_LONG_SECONDS, markup=False)
 
     def _take_news(self, news: News) -> None:
         """Draw what the model has said since the last look."""

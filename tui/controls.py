@@ -162,7 +162,9 @@ def choose_model(app: ChatApp, title: str = "") -> None:
         if path is not None:
             load_model(app, path)
 
-    app.push_screen(ModelScreen(app.settings, app.model_choices(), title, current), take)
+    app.push_screen(
+        ModelScreen(app.settings, app.model_choices(), app.downloads, title, current), take
+    )
 
 
 def switch_model(app: ChatApp, path: str) -> None:

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from edgeinfer import one_line, printable
 from edgeinfer.tui.settings import ChatModel, ChatSettings, ModelChoice
@@ -18,6 +18,22 @@ if TYPE_CHECKING:
     from textual.driver import Driver
 
     from edgeinfer import LLM, LoadOptions, MemoryPlan, Progress
+
+
+class Downloadable(Protocol):
+    """A model that can be fetched by its name."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def n_bytes(self) -> int: ...
+
+    @property
+    def licence(self) -> str: ...
+
+    @property
+    def resumes(self) -> bool: ...
 
 
 def run_chat(
@@ -34,12 +50,11 @@ def run_chat(
     run_editor: Callable[[Sequence[str], Path], int],
     last_model: Callable[[], str | None],
     take_loaded: Callable[[str, LLM], None],
-    downloads: Callable[[], Sequence[tuple[str, int]]],
+    downloads: Callable[[], Sequence[Downloadable]],
 ) -> None:
     """Run until the user leaves; raises what ended the chat before.
 
-    `take_loaded` hears of every model that was opened. `downloads` are names and sizes of models
-    that could be here.
+    `take_loaded` hears of every model that was opened. `downloads` are models that could be here.
     """
     from edgeinfer.tui.app import ChatApp
 
@@ -68,6 +83,8 @@ def run_chat(
     app.run()
     if app.closing is not None:
         app.closing.wait()
+    if app.left_download:
+        sys.stderr.write(f"edgeinfer: {app.left_download}\n")
     if app.session.notice:
         sys.stderr.write(f"edgeinfer: {one_line(app.session.notice, 500)}\n")
     if app.unsent:
@@ -85,13 +102,17 @@ def driver() -> type[Driver] | None:
     return ChatDriver
 
 
-def _choices(downloads: Sequence[tuple[str, int]]) -> list[ModelChoice]:
+def _choices(downloads: Sequence[Downloadable]) -> list[ModelChoice]:
     """Models on this machine, then those that could be fetched."""
     from edgeinfer import list_models
 
     here = [ModelChoice(i.name, str(i.path), i.n_bytes, _source(i.source)) for i in list_models()]
     names = {choice.name.lower() for choice in here}
-    others = [ModelChoice(name, None, size) for name, size in downloads if name not in names]
+    others = [
+        ModelChoice(each.name, None, each.n_bytes, "", each.licence, each.resumes)
+        for each in downloads
+        if each.name not in names
+    ]
     return [*here, *others]
 
 

@@ -1,4 +1,4 @@
-"""Work that a thread does while the screen stays alive: a model that loads, a file that comes.
+"""Work that a thread does while the screen stays alive, such as to load a model.
 
 Knows nothing of widgets.
 """

@@ -1,4 +1,4 @@
-"""Chooses a model: those on disk with size and fit, one to download, or a path.
+"""Chooses a model: those on disk with size and fit, some to download, or a path.
 
 Knows nothing of conversations. Also the first screen of someone who has no model yet.
 """
@@ -18,13 +18,15 @@ from textual.widgets.option_list import Option
 
 from edgeinfer import MemoryPlan, PlanError, one_line, printable
 from edgeinfer.tui.dialog import Dialog
+from edgeinfer.tui.downloads import Download, Downloads
 from edgeinfer.tui.errors import in_chat
-from edgeinfer.tui.gauge import progress_bar, size_text
+from edgeinfer.tui.gauge import size_text
 from edgeinfer.tui.loader import Task
 from edgeinfer.tui.palette import Palette
 from edgeinfer.tui.settings import ChatSettings, ModelChoice
 
 _HINT = "enter choose   esc back   or type the path of a .gguf file"
+_HINT_RUNNING = "esc leaves the download running   ctrl+x cancels it   enter choose"
 
 
 class ModelScreen(Dialog[str | None]):
@@ -34,20 +36,26 @@ class ModelScreen(Dialog[str | None]):
         Binding("escape", "back", "Back"),
         Binding("down", "move(1)", "Next", priority=True, show=False),
         Binding("up", "move(-1)", "Previous", priority=True, show=False),
+        Binding("ctrl+x", "cancel", "Cancel the download", priority=True, show=False),
     ]
 
     AUTO_FOCUS = "#path"
     GIVES_WAY = "#choices"
 
     def __init__(
-        self, settings: ChatSettings, choices: list[ModelChoice], title: str, current: str | None
+        self,
+        settings: ChatSettings,
+        choices: list[ModelChoice],
+        downloads: Downloads,
+        title: str,
+        current: str | None,
     ) -> None:
         super().__init__()
         self._settings, self._choices, self._title = settings, choices, title
+        self._downloads = downloads
         self._current = current
         self._plans: dict[str, Task[MemoryPlan]] = {}
-        self._fetch: Task[str] | None = None
-        self._fetched = (0, 0)
+        self._asked = ""  # the model whose download waits for a yes
         self._timer: Timer | None = None
 
     def compose(self) -> ComposeResult:
@@ -56,7 +64,7 @@ class ModelScreen(Dialog[str | None]):
             yield OptionList(id="choices", compact=True)
             yield Static(id="preview")
             yield Input(placeholder="path/to/model.gguf", id="path", compact=True)
-            yield Static(_HINT, classes="hint")
+            yield Static(_HINT, id="keys", classes="hint")
 
     def on_mount(self) -> None:
         self.query_one(".dialog").border_title = "Model"
@@ -79,10 +87,24 @@ class ModelScreen(Dialog[str | None]):
         self._timer = self.set_interval(1 / 8, self._tick)
 
     def action_back(self) -> None:
-        if self._fetch is None:
-            self.dismiss(None)
-        else:
-            self._say("the download can't be left here; ctrl+q ends the chat, it resumes later")
+        running = self._downloads.current
+        if running is not None and not running.task.is_over:
+            running.is_awaited = False
+            self.app.notify(f"{running.name} goes on downloading", markup=False)
+        self.dismiss(None)
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Ctrl+X is for the path while there is nothing to cancel."""
+        return action != "cancel" or self._downloads.current is not None
+
+    def action_cancel(self) -> None:
+        running = self._downloads.current
+        if running is None:
+            return
+        self._downloads.cancel()
+        resumes = any(each.resumes for each in self._choices if each.name == running.name)
+        then = "goes on from there" if resumes else "begins anew"
+        self._say(f"cancelled at {running.share:.0%}; choosing {running.name} again {then}")
 
     def action_move(self, step: int) -> None:
         shown = self.query_one(OptionList)
@@ -92,14 +114,14 @@ class ModelScreen(Dialog[str | None]):
     @on(OptionList.OptionHighlighted)
     def _preview(self) -> None:
         """Ask, once per file, what it would take; the answer comes with a tick."""
+        self._asked = ""
         choice, plan_model = self._highlighted(), self._settings.plan_model
-        if choice is None or choice.path is None or plan_model is None:
-            self._say("")
-            return
-        path = choice.path
-        if path not in self._plans:
-            self._plans[path] = Task(lambda: plan_model(path))
-        self._draw_preview()
+        if choice is not None and choice.path is not None and plan_model is not None:
+            path = choice.path
+            if path not in self._plans:
+                self._plans[path] = Task(lambda: plan_model(path))
+        text, is_bad = self._preview_text()
+        self._say(text, is_bad=is_bad)
 
     @on(Input.Submitted)
     def _enter(self, event: Input.Submitted) -> None:
@@ -114,50 +136,73 @@ class ModelScreen(Dialog[str | None]):
         self._choose(self._choices[event.option_index])
 
     def _choose(self, choice: ModelChoice | None) -> None:
-        fetch = self._settings.fetch
-        if choice is None or self._fetch is not None:
+        if choice is None:
             return
+        current = self._downloads.current
         if choice.path is not None:
             self.dismiss(choice.path)
-        elif fetch is not None:
-            self._fetch = Task(lambda: fetch(choice.name, self._note_fetched))
+        elif current is not None:
+            self._end_download(current, choice.name)
+        elif self._asked != choice.name:
+            self._asked = choice.name
+            self._draw_preview()
+        elif (started := self._downloads.start(choice.name)) is not None:
+            self._asked = ""
+            started.is_awaited = True
+            self._tick()
 
-    def _note_fetched(self, done: int, total: int) -> None:
-        self._fetched = (done, total)
+    def _end_download(self, current: Download, chosen: str) -> None:
+        """Take the one that is over, if it failed, or is what was chosen or waited for."""
+        error = current.task.error
+        if not current.task.is_over:
+            return
+        if error is not None:
+            self._downloads.take()
+            self._say(f"the download failed: {in_chat(error)}", is_bad=True)
+        elif current.is_awaited or chosen == current.name:
+            self._downloads.take()
+            self.dismiss(current.task.result)
 
     def _tick(self) -> None:
-        if self._fetch is None:
-            self._draw_preview()
-            return
-        done, total = self._fetched
-        if not self._fetch.is_over:
-            share = done / total if total else 0.0
-            counts = f"{size_text(done)} of {size_text(total)}" if total else "starting"
-            self._say(f"downloading  {progress_bar(share, 24)}  {counts}")
-        elif self._fetch.error is not None:
-            self._say(f"the download failed: {self._fetch.error}", is_bad=True)
-            self._fetch = None
-        else:
-            self.dismiss(self._fetch.result)
+        current = self._downloads.current
+        self.query_one("#keys", Static).update(_HINT_RUNNING if current else _HINT)
+        if current is not None:
+            self._end_download(current, "")
+        self._draw_preview()
 
     def _draw_preview(self) -> None:
-        choice = self._highlighted()
+        """What was said last stays where there is nothing to say of the chosen one."""
+        text, is_bad = self._preview_text()
+        if text:
+            self._say(text, is_bad=is_bad)
+
+    def _preview_text(self) -> tuple[str, bool]:
+        """What the chosen model would take, how far a download is; and whether it is bad news."""
+        choice, current = self._highlighted(), self._downloads.current
+        text, is_bad = self._fit_of(choice)
+        if choice is not None and choice.path is None and choice.name == self._asked:
+            licence = f", licence {choice.licence}" if choice.licence else ""
+            text = f"{choice.name} is {size_text(choice.n_bytes)} to download{licence}. "
+            text += "enter again downloads it"
+        lines = [text] if text else []
+        if current is not None:
+            lines.append(f"{current.name} is here now" if current.task.is_over else current.text())
+        return "\n".join(lines), is_bad
+
+    def _fit_of(self, choice: ModelChoice | None) -> tuple[str, bool]:
+        """Whether it fits, in words."""
         task = self._plans.get(choice.path or "") if choice else None
-        if task is None or self._fetch is not None:
-            return
+        if task is None:
+            return "", False
         if not task.is_over:
-            self._say("reading the file …")
-        elif isinstance(task.error, PlanError):
-            self._say(f"does not fit: {in_chat(task.error)}", is_bad=True)
-        elif task.error is not None:
-            self._say(in_chat(task.error), is_bad=True)
-        else:
-            plan = task.result
-            note = f", {plan.note}" if plan.note else ""
-            self._say(
-                f"fits: {size_text(plan.total_bytes)} of {size_text(plan.available)} free, "
-                f"context {plan.n_ctx:,} tokens{note}"
-            )
+            return "reading the file …", False
+        if task.error is not None:
+            reason = in_chat(task.error)
+            return f"does not fit: {reason}" if isinstance(task.error, PlanError) else reason, True
+        plan = task.result
+        note = f", {plan.note}" if plan.note else ""
+        size, free = size_text(plan.total_bytes), size_text(plan.available)
+        return f"fits: {size} of {free} free, context {plan.n_ctx:,} tokens{note}", False
 
     def _say(self, text: str, *, is_bad: bool = False) -> None:
         palette = Palette.of(self.app.current_theme)

@@ -59,6 +59,8 @@ class ModelChoice:
     path: str | None
     n_bytes: int
     note: str = ""
+    licence: str = ""
+    resumes: bool = True  # a download that was cut short goes on where it stopped
 
 
 OpenModel: TypeAlias = "Callable[[str, Callable[[Progress], None]], ChatModel]"
@@ -93,10 +95,10 @@ def _no_editor(command: Sequence[str], file: Path) -> int:
 class ChatSettings:
     """Where to keep files, and what the command line asked for.
 
-    `last_model` is taken when `model` is None; `plan_model` previews the memory of a file;
-    `fetch` downloads a named model and returns its path. Without the last two there is no
-    preview and no download. `run_tool` gives a text to a program of the system, `run_editor` a
-    file and the terminal.
+        `last_model` is taken when `model` is None; `plan_model` previews the memory of a file;
+    `fetch` downloads a named model and returns its path; what it tells its progress to may raise
+    to end it. Without the last two there is no preview and no download. `run_tool` gives a text to
+    a program of the system, `run_editor` a file and the terminal.
     """
 
     data_folder: Path

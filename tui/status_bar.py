@@ -8,6 +8,8 @@ from __future__ import annotations
 from rich.text import Text
 from textual.widgets import Static
 
+from edgeinfer import one_line
+from edgeinfer.tui.downloads import Download
 from edgeinfer.tui.gauge import Readings, context_bar, progress_bar, size_text, sparkline
 from edgeinfer.tui.loader import ModelLoader
 from edgeinfer.tui.palette import Palette
@@ -20,11 +22,18 @@ class StatusBar(Static):
     """One row; parts are left out, least important first, until the rest fits."""
 
     def draw(
-        self, readings: Readings, loader: ModelLoader | None, memory: int, palette: Palette
+        self,
+        readings: Readings,
+        loader: ModelLoader | None,
+        download: Download | None,
+        memory: int,
+        palette: Palette,
     ) -> None:
         """Show the numbers as they are now."""
         width = max(10, self.size.width)
         left = _loading(loader, palette) if loader else _activity(readings, palette)
+        if download is not None:
+            left.append(f"   ↓ {one_line(download.name, 30)} {download.share:.0%}", palette.accent)
         parts = _facts(readings, memory, palette)
         while len(parts) > 1 and left.cell_len + sum(part.cell_len + 3 for part in parts) > width:
             parts.pop()

@@ -1,0 +1,150 @@
+"""Downloads in the chat: asked first, left running or cancelled, gone on from."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import edgeinfer
+from edgeinfer import DownloadError
+from edgeinfer.tui.app import ChatApp
+from edgeinfer.tui.model_screen import ModelScreen
+from edgeinfer.tui.settings import ChatSettings, ModelChoice
+
+from .fake_hub import FakeHub
+from .test_hub import DATA, REPO
+from .test_tui_chat import Chat
+from .tui_engine import ScriptedModel
+
+CHOICE = ModelChoice(REPO, None, len(DATA), "", "mit")
+
+
+def fetch(name: str, note: Callable[[int, int], None]) -> str:
+    return str(edgeinfer.pull(name, progress=lambda event: note(event.done, event.total)))
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
+    monkeypatch.setenv("EDGEINFER_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    with FakeHub() as server:
+        server.repos[REPO] = {"Tiny-Q4_K_M.gguf": DATA}
+        server.hold, server.held_after = threading.Event(), 1 << 20
+        monkeypatch.setenv("HF_ENDPOINT", server.address)
+        yield server
+        server.hold.set()
+
+
+async def begin(chat: Chat) -> None:
+    """Ask for the download, and say yes."""
+    await chat.until(lambda: isinstance(chat.app.screen, ModelScreen))
+    await chat.press("enter")
+    await chat.until(lambda: f"{REPO} is 2 MB to download, licence mit" in chat.screen_text)
+    await chat.press("enter")
+    await chat.until(lambda: "1 MB of 2 MB" in chat.screen_text)
+
+
+def run(
+    body: Callable[[Chat], Awaitable[None]], model: str | None = None, **more: Any
+) -> list[str]:
+    """Drive a chat that can download one model; what it opened."""
+    opened: list[str] = []
+
+    def open_model(path: str, progress: Any) -> ScriptedModel:
+        opened.append(path)
+        return ScriptedModel()
+
+    async def drive() -> None:
+        given: dict[str, Any] = {"list_models": lambda: [CHOICE], "fetch": fetch, **more}
+        app = ChatApp(
+            ChatSettings(
+                data_folder=Path("/nowhere"), keeps_history=False, open_model=open_model,
+                model=model, **given,
+            )
+        )  # fmt: skip
+        async with app.run_test(size=(100, 30)) as pilot:
+            await body(Chat(app, pilot))
+
+    asyncio.run(drive())
+    return opened
+
+
+def test_a_download_is_cancelled_and_goes_on_from_what_has_come(server: FakeHub) -> None:
+    async def body(chat: Chat) -> None:
+        await begin(chat)
+        await chat.press("ctrl+x")
+        await chat.until(lambda: "cancelled at 50%" in chat.screen_text)
+        assert chat.app.downloads.current is None
+        server.hold.set()
+        await chat.press("enter", "enter")
+        await chat.idle()
+
+    opened = run(body)
+    assert Path(opened[0]).read_bytes() == DATA
+    first, second = server.bytes_asked()
+    assert first is None and second is not None and int(second[6:-1]) >= 1 << 20
+
+
+def test_a_download_that_is_left_running_is_opened_where_no_model_is(server: FakeHub) -> None:
+    async def body(chat: Chat) -> None:
+        await begin(chat)
+        await chat.press("escape")
+        await chat.until(lambda: f"↓ {REPO} 50%" in chat.screen_text)
+        server.hold.set()
+        await chat.idle()
+        assert "↓" not in chat.screen_text
+
+    assert len(run(body)) == 1
+
+
+def test_a_download_left_running_beside_a_model_is_said_and_not_opened(server: FakeHub) -> None:
+    async def body(chat: Chat) -> None:
+        await chat.idle()
+        await chat.send("/model")
+        await begin(chat)
+        await chat.press("escape")
+        await chat.ask("answered meanwhile")
+        await chat.send("/model")
+        await chat.until(lambda: "esc leaves the download running" in chat.screen_text)
+        await chat.press("escape")
+        server.hold.set()
+        await chat.until(lambda: f"{REPO} is here" in chat.screen_text)
+
+    assert run(body, "scripted.gguf") == ["scripted.gguf"]
+
+
+def test_a_chat_that_ends_ends_its_download_and_says_so(server: FakeHub) -> None:
+    apps = []
+
+    async def body(chat: Chat) -> None:
+        apps.append(chat.app)
+        await begin(chat)
+
+    run(body)
+    assert apps[0].left_download.startswith(f"the download of {REPO} was stopped at 50%")
+    assert "edgeinfer pull" in apps[0].left_download
+
+
+def test_a_download_that_fails_is_said_where_the_user_is() -> None:
+    hold = threading.Event()
+
+    def failing(name: str, note: Callable[[int, int], None]) -> str:
+        note(1 << 20, 2 << 20)
+        hold.wait(20)
+        raise DownloadError("the disk is full")
+
+    async def body(chat: Chat) -> None:
+        await begin(chat)
+        await chat.press("escape")
+        hold.set()
+        await chat.until(lambda: "failed: the disk is full" in chat.screen_text)
+        await chat.send("/model")
+        await chat.press("enter", "enter")
+        await chat.until(lambda: "the download failed: the disk is full" in chat.screen_text)
+
+    run(body, fetch=failing)
