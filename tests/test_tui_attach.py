@@ -26,7 +26,9 @@ from edgeinfer.tui.files import (
     shown_name,
 )
 from edgeinfer.tui.records import Attachment
+from edgeinfer.tui.settings import ModelChoice
 from tests.test_tui_chat import Chat, drive
+from tests.tui_engine import ScriptedModel
 
 LATIN = os.fsdecode(b"caf\xe9.txt")
 has_any_names = pytest.mark.skipif(sys.platform != "linux", reason="names are any bytes on Linux")
@@ -300,11 +302,23 @@ def test_names_of_any_bytes_and_pipes_in_the_chat(tmp_path: Path) -> None:
         await chat.idle()
         chat.screen_text.encode()
         assert r"caf\xe9.txt · 1 tokens" in chat.shown and composer.attachments == []
+        await chat.press(*"/model caf")
+        await chat.press("tab", "enter")
+        await chat.until(lambda: loaded[1:] == [str(folder / f"{LATIN}.gguf")])
+        await chat.idle()
+        chat.screen_text.encode()
         await chat.send("/export json out.json")
         assert r"caf\\xe9.txt" in (folder / "out.json").read_text("utf-8")
         await chat.send("/export md ~nosuchuser/x.md")
         await chat.until(lambda: "can'tbewritten" in "".join(chat.screen_text.split()))
         chat.screen_text.encode()
 
-    model = drive(body, folder=folder)
+    loaded: list[str] = []
+    model, choice = ScriptedModel(), ModelChoice(LATIN, str(folder / f"{LATIN}.gguf"), 1)
+
+    def open_model(path: str, progress: object) -> ScriptedModel:
+        loaded.append(path)
+        return model
+
+    drive(body, folder=folder, open_model=open_model, list_models=lambda: [choice])
     assert r'<file name="caf\xe9.txt">' in model.asked[0][-1]["content"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from edgeinfer import EdgeInferError
+from edgeinfer.tui.files import from_shown, shown_name
 from edgeinfer.tui.params import PARAMS, parse_param
 from edgeinfer.tui.records import Draft
 from edgeinfer.tui.settings_file import FILE_NAME
@@ -145,7 +146,7 @@ def load_model(app: ChatApp, path: str) -> None:
     """Load it in the background; an answer runs until the model changes."""
     if app.session.loader is not None:
         app.say("another model is loading; this one comes after it")
-    app.session.load(path)
+    app.session.load(from_shown(path))
     app.refresh_title()
     app.refresh_hint()
 
@@ -172,7 +173,7 @@ def switch_model(app: ChatApp, path: str) -> None:
 
 
 def model_values(app: ChatApp) -> list[tuple[str, str]]:
-    return [(each.path, each.name) for each in app.model_choices() if each.path]
+    return [(shown_name(each.path), each.name) for each in app.model_choices() if each.path]
 
 
 def set_params(app: ChatApp, argument: str) -> None:
