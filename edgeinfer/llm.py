@@ -28,7 +28,7 @@ from edgeinfer.parameters import ANSWER, LOGITS, REQUEST, TEXT, checked, id_list
 from edgeinfer.reply import AnswerText, ReasoningSplitter, opened_tags, reasoning_tags
 from edgeinfer.results import Completion
 from edgeinfer.runtime import Runtime
-from edgeinfer.sampling import SamplingParams, breaker_tokens
+from edgeinfer.sampling import SamplingParams, breaker_tokens, recommended
 from edgeinfer.sequence import Request
 from edgeinfer.stream import Stream, read_all
 from edgeinfer.template_engine import TemplateEngine
@@ -71,6 +71,16 @@ class LLM:
     def n_ctx(self) -> int:
         """Tokens that a prompt and its answer may have together."""
         return self._runtime.plan.n_ctx
+
+    @property
+    def n_ctx_train(self) -> int:
+        """Tokens of the longest text that the model was trained on."""
+        return self._runtime.model.hparams.n_ctx_train
+
+    @property
+    def recommended(self) -> dict[str, Any]:
+        """Sampling keywords that the file sets where a request does not."""
+        return recommended(self._runtime.model.sampling)
 
     @property
     def plan(self) -> MemoryPlan:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,6 +27,23 @@ _FILE_NAMES = {
     "penalty_repeat": "repeat_penalty",
 }
 _FILE_PREFIX = "general.sampling."
+
+
+def recommended(model_defaults: Mapping[str, Any], *, but: Container[str] = ()) -> dict[str, Any]:
+    """A file's `general.sampling.*` values, with or without that prefix, by our names.
+
+    Those named in `but` are neither read nor checked; raises InvalidModelError for others.
+    """
+    values = {}
+    for key, value in model_defaults.items():
+        bare = key.removeprefix(_FILE_PREFIX)
+        name = _FILE_NAMES.get(bare, bare)
+        if name in SAMPLING and name not in but:
+            try:
+                values[name] = SAMPLING[name].check(value)
+            except InvalidRequestError as error:
+                raise InvalidModelError(str(error), field=_FILE_PREFIX + bare) from None
+    return values
 
 
 @dataclass(frozen=True, init=False)
@@ -84,14 +101,7 @@ class SamplingParams:
         A value of None counts as unset.
         """
         values = checked("SamplingParams", given, SAMPLING)
-        for key, value in (model_defaults or {}).items():
-            bare = key.removeprefix(_FILE_PREFIX)
-            name = _FILE_NAMES.get(bare, bare)
-            if name in SAMPLING and name not in values:
-                try:
-                    values[name] = SAMPLING[name].check(value)
-                except InvalidRequestError as error:
-                    raise InvalidModelError(str(error), field=_FILE_PREFIX + bare) from None
+        values = recommended(model_defaults or {}, but=values) | values
         if "seed" not in values:
             import secrets  # 2 ms that a given seed saves
 

@@ -631,7 +631,13 @@ def test_the_model_can_be_switched_with_a_preview(tmp_path: Path) -> None:
         result: ScriptedModel = plain(path, progress)
         return result
 
-    drive(body, model, folder=tmp_path, open_model=open_model, plan_model=lambda path: model.plan)
+    drive(
+        body,
+        model,
+        folder=tmp_path,
+        open_model=open_model,
+        plan_model=lambda path, n_ctx=0: model.plan,
+    )
 
 
 def test_copying() -> None:

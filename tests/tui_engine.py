@@ -111,6 +111,8 @@ class ScriptedModel:
     scripts: list[Script] = field(default_factory=lambda: [Script()])
     name: str = "Scripted 1B"
     n_ctx: int = 8192
+    n_ctx_train: int = 32768
+    recommended: dict[str, Any] = field(default_factory=dict)
     asked: list[list[Any]] = field(default_factory=list)
     sampling: list[dict[str, Any]] = field(default_factory=list)
     streams: list[ScriptedStream] = field(default_factory=list)
@@ -150,7 +152,8 @@ class ScriptedModel:
 def opener(model: ScriptedModel, hold: threading.Event | None = None, error: Any = None) -> Any:
     """`open_model` of the settings: reports progress, waits for `hold`, then gives the model."""
 
-    def open_model(path: str, progress: Any) -> ScriptedModel:
+    def open_model(path: str, progress: Any, n_ctx: int | None = None) -> ScriptedModel:
+        model.n_ctx = n_ctx or model.n_ctx
         progress(Progress("weights", 45, 100))
         if hold is not None:
             hold.wait(20)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from rich.text import Text
 from textual import events, on
@@ -457,12 +457,6 @@ class ChatApp(TerminalApp):
                 self._aside = whole
             else:
                 self.composer.show(whole)
-
-    def take_sampling(self, values: dict[str, Any] | None) -> None:
-        """What the form says; None leaves it as it was."""
-        if values is not None:
-            self.session.sampling = values
-            self.say("sampling changed, from the next answer on")
 
     # -- attachments -----------------------------------------------------------------------------
 

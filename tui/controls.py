@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from edgeinfer import EdgeInferError
+from edgeinfer import EdgeInferError, PlanError
 from edgeinfer.tui.files import from_shown, shown_name
-from edgeinfer.tui.params import PARAMS, parse_param
+from edgeinfer.tui.params import CONTEXT, PARAMS, context_in_force, in_force, parse_param
 from edgeinfer.tui.records import Draft
 from edgeinfer.tui.settings_file import FILE_NAME
 
@@ -178,18 +179,66 @@ def model_values(app: ChatApp) -> list[tuple[str, str]]:
 
 def set_params(app: ChatApp, argument: str) -> None:
     """`name value`, or a form."""
-    from edgeinfer.tui.params_screen import ParamsScreen
-
-    if not argument:
-        app.push_screen(ParamsScreen(app.session.sampling), app.take_sampling)
-        return
     name, _, value = argument.replace("=", " ").partition(" ")
+    if not name or (name == CONTEXT.name and value.strip()):
+        _show_params(app, value.strip() or None)
+        return
+    sampling = app.session.sampling
     try:
-        app.session.sampling[name] = parse_param(name, value)
+        if name != CONTEXT.name:
+            sampling = {**sampling, name: parse_param(name, value)}
     except ValueError as error:
         app.say(str(error), "warning")
         return
-    app.say(f"{name} = {value.strip() or 'the model’s default'}, from the next answer on")
+    app.session.sampling = sampling
+    app.say(_in_words(app, name))
+
+
+def _in_words(app: ChatApp, name: str) -> str:
+    session = app.session
+    if name == CONTEXT.name:
+        now = context_in_force(session.n_ctx, session.model)
+        return f"context: {now.value} tokens, {now.source}"
+    now = in_force(name, session.sampling, session.model)
+    return f"{name} = {now.value} ({now.source}), from the next answer on"
+
+
+def _show_params(app: ChatApp, context: str | None) -> None:
+    from edgeinfer.tui.params_screen import ChatParams, ParamsScreen
+
+    session = app.session
+    given = ChatParams(session.sampling, session.n_ctx)
+
+    def take(params: ChatParams | None) -> None:
+        if params is None:
+            return
+        session.sampling, before = dict(params.sampling), session.n_ctx
+        session.n_ctx = params.n_ctx
+        is_other = params.n_ctx != before and session.model is not None
+        if is_other and session.model is not None and params.n_ctx != session.model.n_ctx:
+            load_model(app, session.path)
+            app.say("the model is opened anew with another context; the conversation stays")
+        else:
+            app.say("changed, from the next answer on")
+
+    app.push_screen(ParamsScreen(given, session.model, _room_check(app), context=context), take)
+
+
+def _room_check(app: ChatApp) -> Callable[[int], None]:
+    """Raises where a context length has no room, once the open model has given back its own."""
+    plan_model, model, path = app.settings.plan_model, app.session.model, app.session.path
+    held = model.plan.total_bytes if model is not None else 0
+
+    def check(n_ctx: int) -> None:
+        if plan_model is None or model is None:
+            return
+        try:
+            plan_model(path, n_ctx=n_ctx)
+        except PlanError as error:
+            if not error.needed or error.needed > (error.available or 0) + held:
+                raise
+
+    return check
 
 
 def param_values(app: ChatApp) -> list[tuple[str, str]]:

@@ -60,17 +60,23 @@ def run_chat(
 
     options = cast("LoadOptions", dict(load))
 
-    def open_model(path: str, progress: Callable[[Progress], None]) -> ChatModel:
+    def with_length(n_ctx: int | None) -> LoadOptions:
+        """As the command line says, unless the chat asks for another context length."""
+        return options if n_ctx is None else {**options, "n_ctx": n_ctx}
+
+    def open_model(
+        path: str, progress: Callable[[Progress], None], n_ctx: int | None = None
+    ) -> ChatModel:
         from edgeinfer import LLM
 
-        llm = LLM(path, **cast("LoadOptions", {**options, "progress": progress}))
+        llm = LLM(path, **cast("LoadOptions", {**with_length(n_ctx), "progress": progress}))
         take_loaded(path, llm)
         return cast("ChatModel", llm)
 
-    def plan_model(path: str) -> MemoryPlan:
+    def plan_model(path: str, n_ctx: int | None = None) -> MemoryPlan:
         from edgeinfer import plan
 
-        return plan(path, **options)
+        return plan(path, **with_length(n_ctx))
 
     settings = ChatSettings(
         data_folder=data_folder, open_model=open_model, model=model, last_model=last_model,

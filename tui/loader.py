@@ -56,45 +56,51 @@ class ModelLoader:
     """Opens a model in a thread; `text` and `share` say how far it is.
 
     In place of another it first looks whether the file can be opened, and `wants_old` only then.
-    Where it fails after that it opens the old one again; `error` says why.
+    Where it fails after that it opens the old one again, and `path` and `n_ctx` are those of it;
+    `error` says why.
     """
 
-    def __init__(self, settings: ChatSettings, path: str, *, replaces: bool) -> None:
-        self.path = path
+    def __init__(
+        self, settings: ChatSettings, path: str, n_ctx: int | None, *, replaces: bool
+    ) -> None:
+        self.path, self.n_ctx = path, n_ctx
         self.text, self.share = "opening", 0.0
         self.started_at = time.perf_counter()
         self.error: BaseException | None = None
         self.wants_old = False
         self._settings = settings
-        self._old: SimpleQueue[tuple[ChatModel, str]] = SimpleQueue()
-        self.task = Task(self._replace if replaces else lambda: self._open(path))
+        self._old: SimpleQueue[tuple[ChatModel, str, int | None]] = SimpleQueue()
+        self.task = Task(self._replace if replaces else self._open)
 
-    def give(self, old: ChatModel, path: str) -> None:
-        """The model to replace, which nobody uses any more."""
+    def give(self, old: ChatModel, path: str, n_ctx: int | None) -> None:
+        """The model to replace, which nobody uses any more, and how it was opened."""
         self.wants_old = False
-        self._old.put((old, path))
+        self._old.put((old, path, n_ctx))
 
     def _replace(self) -> ChatModel:
         plan = self._settings.plan_model
         if plan is not None:
             with suppress(PlanError):  # the old one still holds its memory
-                plan(self.path)
+                plan(self.path, **self._asked())
         self.wants_old = True
-        old, path = self._old.get()
+        old, path, n_ctx = self._old.get()
         self.text = "closing the one before"
         old.close()
         del old  # its memory is for the next
         try:
-            return self._open(self.path)
+            return self._open()
         except Exception as error:
-            self.path, self.error = path, error
+            self.path, self.n_ctx, self.error = path, n_ctx, error
             with suppress(Exception):
-                return self._open(path)
+                return self._open()
             raise error
 
-    def _open(self, path: str) -> ChatModel:
+    def _open(self) -> ChatModel:
         self.text, self.share = "opening", 0.0
-        return self._settings.open_model(path, self._note)
+        return self._settings.open_model(self.path, self._note, **self._asked())
+
+    def _asked(self) -> dict[str, int]:
+        return {} if self.n_ctx is None else {"n_ctx": self.n_ctx}
 
     def _note(self, progress: Progress) -> None:
         self.text = _STAGES.get(progress.stage, progress.stage)

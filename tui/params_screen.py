@@ -1,28 +1,46 @@
-"""Sampling, as a form: what is left empty keeps the model's default.
+"""Sampling and the context length, as a form: what is left empty stays as it shows in grey.
 
-Knows nothing of models.
+Knows nothing of how a model is opened anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 from rich.text import Text
-from textual import on
+from textual import events, on
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
-from textual.screen import ModalScreen
 from textual.widgets import Input, Label, Static
 
-from edgeinfer.tui.params import PARAMS, parse_param
+from edgeinfer import printable
+from edgeinfer.tui.dialog import Dialog
+from edgeinfer.tui.errors import in_chat
+from edgeinfer.tui.loader import Task
+from edgeinfer.tui.palette import Palette
+from edgeinfer.tui.params import CONTEXT, PARAMS, context_in_force, in_force, parse_param
+from edgeinfer.tui.settings import ChatModel
 
-_HINT = "tab next   enter apply   empty = the model's default   esc back"
+_HINT = "tab next   enter apply   empty = the value in grey   esc back"
+
+CheckContext = Callable[[int], None]
 
 
-class ParamsScreen(ModalScreen[dict[str, Any] | None]):
-    """Ends with the new values, None when left as they were."""
+class ChatParams(NamedTuple):
+    """What the user has set: sampling by name, and the context length, None for the usual one."""
+
+    sampling: Mapping[str, Any]
+    n_ctx: int | None
+
+
+class ParamsScreen(Dialog[ChatParams | None]):
+    """Ends with the new values, None when left as they were.
+
+    `check` raises where a context length has no room; it may take its time. With `applies`, what
+    is filled in at first is applied as if Enter were pressed.
+    """
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "dismiss(None)", "Back"),
@@ -31,37 +49,90 @@ class ParamsScreen(ModalScreen[dict[str, Any] | None]):
     ]
 
     AUTO_FOCUS = "Input"
+    GIVES_WAY = "#rows"
 
-    def __init__(self, sampling: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        given: ChatParams,
+        model: ChatModel | None,
+        check: CheckContext,
+        *,
+        context: str | None = None,
+    ) -> None:
         super().__init__()
-        self._sampling = dict(sampling)
+        self._given, self._model, self._check = given, model, check
+        self._length = context
+        self._wrong = "", ""  # a field, and why it is
+        self._checking: tuple[ChatParams, Task[None]] | None = None
 
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog"):
-            for param in PARAMS:
-                value = self._sampling.get(param.name)
-                with Horizontal(classes="row"):
-                    yield Label(param.name.replace("_", " "))
-                    yield Input(
-                        "" if value is None else str(value),
-                        placeholder=param.help,
-                        id=param.name,
-                        compact=True,
-                    )
-            yield Static(_HINT, classes="hint")
+            with Vertical(id="rows"):
+                for param in PARAMS:
+                    yield from self._row(param.name)
+            yield Static(id="about", classes="hint")
+            yield Static(_HINT, id="keys", classes="hint")
+
+    def _row(self, name: str) -> ComposeResult:
+        given, model = self._given, self._model
+        if name == CONTEXT.name:
+            now, usual = context_in_force(given.n_ctx, model), context_in_force(None, model)
+            value: Any = self._length or given.n_ctx
+        else:
+            now, usual = in_force(name, given.sampling, model), in_force(name, {}, model)
+            value = given.sampling.get(name)
+        text = "" if value is None else str(value)
+        with Horizontal(classes="row"):
+            yield Label(name.replace("_", " "))
+            yield Input(text, placeholder=usual.value, id=name, compact=True)
+            yield Static(Text(printable(now.source)), classes="source")
 
     def on_mount(self) -> None:
-        self.query_one(".dialog").border_title = "Sampling"
+        self.query_one(".dialog").border_title = "Sampling and context"
+        self.set_interval(1 / 8, self._tick)
+        if self._length is not None:
+            self._apply()
+
+    def on_descendant_focus(self, event: events.DescendantFocus) -> None:
+        """Say what the field is, or what is wrong with it."""
+        about = next((each.help for each in PARAMS if each.name == event.widget.id), "")
+        wrong, why = self._wrong
+        is_wrong = wrong == event.widget.id
+        self._say(why if is_wrong else about, is_bad=is_wrong)
 
     @on(Input.Submitted)
     def _apply(self) -> None:
-        values = dict(self._sampling)
+        values: dict[str, Any] = dict(self._given.sampling)
         for field in self.query(Input):
             assert field.id is not None
             try:
                 values[field.id] = parse_param(field.id, field.value)
             except ValueError as error:
-                self.query_one(".hint", Static).update(Text(str(error)))
+                self._wrong = field.id, str(error)
+                self._say(str(error), is_bad=True)
                 field.focus()
                 return
-        self.dismiss({name: value for name, value in values.items() if value is not None})
+        self._wrong = "", ""
+        n_ctx = values.pop(CONTEXT.name)
+        set_values = {name: value for name, value in values.items() if value is not None}
+        params = ChatParams(set_values, n_ctx)
+        if n_ctx is None or n_ctx == self._given.n_ctx:
+            self.dismiss(params)
+        else:
+            self._say("looking whether that fits …")
+            self._checking = params, Task(lambda: self._check(n_ctx))
+
+    def _tick(self) -> None:
+        if self._checking is None or not self._checking[1].is_over:
+            return
+        (params, task), self._checking = self._checking, None
+        if task.error is None:
+            self.dismiss(params)
+        else:
+            self._say(in_chat(task.error), is_bad=True)
+
+    def _say(self, text: str, *, is_bad: bool = False) -> None:
+        palette = Palette.of(self.app.current_theme)
+        about = self.query_one("#about", Static)
+        about.update(Text(printable(text), palette.bad if is_bad else palette.muted))
+        self.fit()

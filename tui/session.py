@@ -13,6 +13,7 @@ from edgeinfer.tui.conversation import Conversation
 from edgeinfer.tui.errors import in_chat
 from edgeinfer.tui.gauge import Readings
 from edgeinfer.tui.loader import ModelLoader
+from edgeinfer.tui.params import CHAT_DEFAULTS
 from edgeinfer.tui.records import Draft, Node
 from edgeinfer.tui.settings import ChatModel, ChatSettings
 from edgeinfer.tui.store import Store
@@ -60,6 +61,8 @@ class Session:
     running: Running | None = None
     queue: list[Draft] = field(default_factory=list)
     sampling: dict[str, Any] = field(default_factory=dict)
+    n_ctx: int | None = None  # that is asked for in this chat
+    open_n_ctx: int | None = None  # that was asked for when the model was opened
     readings: Readings = field(default_factory=Readings)
     n_dropped: int = 0  # turns that are not read any more, as last told
 
@@ -83,7 +86,8 @@ class Session:
         if self.loader is not None:
             self.next_path = path
             return
-        self.loader = ModelLoader(self.settings, path, replaces=self.model is not None)
+        replaces = self.model is not None
+        self.loader = ModelLoader(self.settings, path, self.n_ctx, replaces=replaces)
         if self.model is None:
             self.readings.start_loading(path)
 
@@ -92,7 +96,7 @@ class Session:
         assert self.loader is not None and self.model is not None
         self.stop()
         self.readings.start_loading(self.loader.path)
-        self.loader.give(self.model, self.path)
+        self.loader.give(self.model, self.path, self.open_n_ctx)
         self.model = None
 
     def take_loaded(self) -> BaseException | None:
@@ -105,6 +109,7 @@ class Session:
         error = loader.task.error or loader.error
         if loader.task.error is None:
             self.model, self.path = loader.task.result, loader.path
+            self.n_ctx = self.open_n_ctx = loader.n_ctx
             self.conversation.set_model(self.model.name)
             self.readings.start_model(self.model)
         elif self.model is None:
@@ -225,7 +230,7 @@ class Session:
             took = running.thinking_s or time.perf_counter() - running.thinking_from
             node.details["thinking_s"] = round(took, 1)
         if running.turn.error is not None:
-            drops = self.sampling.get("overflow") in (None, "drop-turns")
+            drops = (CHAT_DEFAULTS | self.sampling)["overflow"] == "drop-turns"
             node.details["error"] = in_chat(running.turn.error, drops_turns=drops)
         if completion is not None:
             node.details |= self._facts(completion)

@@ -34,6 +34,12 @@ class ChatModel(Protocol):
     def n_ctx(self) -> int: ...
 
     @property
+    def n_ctx_train(self) -> int: ...
+
+    @property
+    def recommended(self) -> Mapping[str, Any]: ...
+
+    @property
     def plan(self) -> MemoryPlan: ...
 
     def stream_chat(
@@ -63,9 +69,21 @@ class ModelChoice:
     resumes: bool = True  # a download that was cut short goes on where it stopped
 
 
-OpenModel: TypeAlias = "Callable[[str, Callable[[Progress], None]], ChatModel]"
+class OpenModel(Protocol):
+    """Opens a file; `n_ctx` is given where the chat asks for a context length of its own."""
+
+    def __call__(
+        self, path: str, progress: Callable[[Progress], None], /, *, n_ctx: int = ...
+    ) -> ChatModel: ...
+
+
+class PlanModel(Protocol):
+    """The memory that a file would take; raises PlanError where there is too little."""
+
+    def __call__(self, path: str, /, *, n_ctx: int = ...) -> MemoryPlan: ...
+
+
 ListModels: TypeAlias = Callable[[], list[ModelChoice]]
-PlanModel: TypeAlias = "Callable[[str], MemoryPlan]"
 Fetch: TypeAlias = Callable[[str, Callable[[int, int], None]], str]
 RunTool: TypeAlias = Callable[[Sequence[str], bytes], bool]
 RunEditor: TypeAlias = Callable[[Sequence[str], Path], int]

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from edgeinfer.tui.params import CHAT_DEFAULTS
 from edgeinfer.tui.settings import AnswerStream, ChatModel
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class Turn:
         self.started_at = time.perf_counter()
         self.is_over = False
         self._model, self._messages = model, list(messages)
-        self._sampling = {"overflow": "drop-turns", **sampling}
+        self._sampling = {**CHAT_DEFAULTS, **sampling}
         self._stream: AnswerStream | None = None
         self._is_stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="edgeinfer-turn", daemon=True)
