@@ -43,7 +43,7 @@ def talk(
     system: str | None,
     sampling: Sampling,
     follow: Follow,
-    advise: Callable[[], None],
+    advise: Callable[[], None] = lambda: None,
     history: Path | None = None,
 ) -> None:
     """Answer every line until end of input; `advise` is called after the first answer.

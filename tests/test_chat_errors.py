@@ -18,6 +18,7 @@ from edgeinfer import (
 from edgeinfer.discovery import find_model
 from edgeinfer.generation import check_length, public_error
 from edgeinfer.kvcache import CacheLayout
+from edgeinfer.line_input import LineInput
 from edgeinfer.plain_chat import talk
 from edgeinfer.tui.errors import in_chat
 
@@ -83,11 +84,11 @@ def test_an_overflow_in_the_plain_chat(
     path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = iter(["long " * 400, "/stats", None])
-    monkeypatch.setattr("edgeinfer.plain_chat._next_line", lambda: next(lines))
-    monkeypatch.setattr("edgeinfer.plain_chat._prepare_input", lambda: None)
+    monkeypatch.setattr(LineInput, "__init__", lambda self, history: None)
+    monkeypatch.setattr(LineInput, "next", lambda self: next(lines))
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
     with LLM(path, device="reference", n_ctx=256) as llm:
-        talk(llm, None, {}, lambda stream, output: None, lambda: None)
+        talk(llm, None, {}, lambda stream, output: None)
     told = capsys.readouterr().err
     assert "this is too long" in told and "a larger -c" in told and "no answer yet" in told
     assert not KEYWORD.search(told)

@@ -284,12 +284,12 @@ def test_a_model_goes_only_for_one_that_can_work_and_off_the_screens_thread() ->
         await chat.send("go")
         await chat.until(lambda: "word" in chat.shown)
         await chat.send("/model typo.gguf")
-        await chat.until(lambda: "no model 'typo.gguf'; Scripted 1B stays" in chat.screen_text)
+        await chat.until(lambda: "Scripted 1B stays: no model 'typo.gguf'" in chat.screen_text)
         assert session.running is not None and opened == ["scripted.gguf"]
         await chat.send("/model broken.gguf")
         await chat.send("for the next")
         await chat.until(lambda: len(opened) == 3 and session.is_ready)
-        assert notice(chat) == "truncated (broken.gguf); Scripted 1B stays"
+        assert notice(chat) == "Scripted 1B stays: truncated (broken.gguf)"
         assert opened[1:] == ["broken.gguf", "scripted.gguf"]
         assert chat.app.composer.prompt.text == "for the next"
         await chat.send("/model next.gguf")

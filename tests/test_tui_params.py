@@ -119,7 +119,7 @@ def test_the_form_shows_what_is_in_force_and_another_context_opens_the_model_ane
         await chat.ask("what was it?")
 
     drive(body, model, size=(80, 24), open_model=opener(model), plan_model=plan_model)
-    assert asked == [900_000, 16_384]
+    assert asked == [900_000, 16_384, 16_384]  # the form looks, then the loader
     assert [message["content"] for message in model.asked[1]][::2] == [
         "remember this", "what was it?",
     ]  # fmt: skip

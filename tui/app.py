@@ -288,7 +288,7 @@ class ChatApp(TerminalApp):
             self._count_waiting()
         elif session.model is not None:
             self.recall()  # it was meant for another model
-            self.say(f"{in_chat(error)}; {session.model.name} stays", "error")
+            self.say(f"{session.model.name} stays: {in_chat(error)}", "error")
         elif session.loader is None and self.composer.draft.is_empty:
             controls.choose_model(self, f"The model did not load: {in_chat(error)}")
         else:  # a dialog would take what is typed for a path

@@ -214,9 +214,10 @@ def _show_params(app: ChatApp, context: str | None) -> None:
             return
         session.sampling, before = dict(params.sampling), session.n_ctx
         session.n_ctx = params.n_ctx
-        is_other = params.n_ctx != before and session.model is not None
-        if is_other and session.model is not None and params.n_ctx != session.model.n_ctx:
-            load_model(app, session.path)
+        path = session.loader.path if session.loader is not None else session.path
+        is_so = session.model is not None and session.model.n_ctx == params.n_ctx
+        if path and params.n_ctx != before and not is_so:
+            load_model(app, path)
             app.say("the model is opened anew with another context; the conversation stays")
         else:
             app.say("changed, from the next answer on")

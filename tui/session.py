@@ -109,7 +109,9 @@ class Session:
         error = loader.task.error or loader.error
         if loader.task.error is None:
             self.model, self.path = loader.task.result, loader.path
-            self.n_ctx = self.open_n_ctx = loader.n_ctx
+            self.open_n_ctx = loader.n_ctx
+            if loader.error is not None:
+                self.n_ctx = loader.n_ctx
             self.conversation.set_model(self.model.name)
             self.readings.start_model(self.model)
         elif self.model is None:
