@@ -76,6 +76,8 @@ def _open_tui(
     def take_loaded(path: str, llm: LLM) -> None:
         notes.update(dict.fromkeys([*remember(path), *unkept(llm)]))
 
+    from edgeinfer.plain_text import decode
+
     # The TUI is a layer above this one: it is named here, not imported.
     importlib.import_module("edgeinfer.tui.launch").run_chat(
         model,
@@ -88,6 +90,7 @@ def _open_tui(
         memory_now=platform.rss,
         run_tool=platform.run_tool,
         run_editor=platform.run_editor,
+        decode=decode,
         last_model=last_model,
         take_loaded=take_loaded,
         downloads=downloadable,

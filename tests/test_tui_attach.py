@@ -14,6 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from edgeinfer import EdgeInferError
+from edgeinfer.plain_text import decode
 from edgeinfer.tui import attachments
 from edgeinfer.tui.attachments import Attachments
 from edgeinfer.tui.completions import Candidate, Sources, complete, mention, mentioned
@@ -32,7 +33,6 @@ from tests.tui_engine import ScriptedModel
 
 LATIN = os.fsdecode(b"caf\xe9.txt")
 has_any_names = pytest.mark.skipif(sys.platform != "linux", reason="names are any bytes on Linux")
-is_root = hasattr(os, "geteuid") and os.geteuid() == 0
 
 
 def find(root: Path, query: str) -> list[str]:
@@ -84,17 +84,22 @@ def test_hidden_files_and_paths_are_found_by_naming_them(
     assert find(work, "../home/no") == ["../home/notes.md"]
     assert find(work, "~nosuchuser/") == find(work, "/no/such/") == find(work, "a\0b/") == []
     for file in _search(work, "~/my docs/a"):
-        assert read_attachment(file.path, file.name).text == "text"
+        assert read_attachment(file.path, file.name, decode)[0].text == "text"
 
 
-@pytest.mark.skipif(is_root or os.name != "posix", reason="nothing is unreadable to root")
-def test_an_unreadable_folder_has_no_completions(tmp_path: Path) -> None:
+def test_an_unreadable_folder_has_no_completions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     filled(tmp_path, "shut/a.txt", "open.txt")
-    (tmp_path / "shut").chmod(0)
-    try:
-        assert find(tmp_path, "shut/") == [] and find(tmp_path, "o") == ["open.txt"]
-    finally:
-        (tmp_path / "shut").chmod(0o700)
+    scan = os.scandir
+
+    def refuse(path: str) -> object:
+        if path.rstrip("/").endswith("shut"):
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert find(tmp_path, "shut/") == [] and find(tmp_path, "o") == ["open.txt"]
 
 
 def test_a_disk_that_does_not_answer_freezes_nothing(
@@ -180,17 +185,17 @@ def test_what_completes_is_what_the_message_mentions(chosen: list[str], other: s
 def failure(path: Path) -> str:
     start = time.perf_counter()
     with pytest.raises(EdgeInferError) as caught:
-        read_attachment(str(path), path.name)
+        read_attachment(str(path), path.name, decode)
     assert time.perf_counter() - start < 1
     return str(caught.value)
 
 
 def test_only_files_are_read_and_only_up_to_a_size(tmp_path: Path) -> None:
-    (tmp_path / "raw.bin").write_bytes(b"\0\1")
+    (tmp_path / "raw.bin").write_bytes(bytes(range(256)))
     (tmp_path / "sub").mkdir()
     with (tmp_path / "huge.txt").open("wb") as huge:
         huge.truncate(5 << 40)
-    assert "not a text file" in failure(tmp_path / "raw.bin")
+    assert "is not text" in failure(tmp_path / "raw.bin")
     assert "a folder" in failure(tmp_path / "sub")
     assert "5,497,558 MB" in failure(tmp_path / "huge.txt")
     assert "No such file" in failure(tmp_path / "no.txt")
@@ -198,6 +203,13 @@ def test_only_files_are_read_and_only_up_to_a_size(tmp_path: Path) -> None:
     assert failure(tmp_path / ("x" * 999))
     os.symlink("loop", tmp_path / "loop")
     assert failure(tmp_path / "loop")
+
+
+def test_other_encodings_are_read_and_what_is_lost_is_said(tmp_path: Path) -> None:
+    for name, data in (("u16", "Grüße".encode("utf-16")), ("latin", b"a long caf\xe9 text")):
+        (tmp_path / name).write_bytes(data)
+    assert read_attachment(str(tmp_path / "u16"), "u16", decode) == (Attachment("u16", "Grüße"), "")
+    assert "1 characters" in read_attachment(str(tmp_path / "latin"), "latin", decode)[1]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes and devices have no names there")
@@ -221,7 +233,7 @@ def test_pipes_sockets_and_devices_are_not_waited_for(tmp_path: Path) -> None:
 def test_files_of_the_system_that_name_no_size_are_read_up_to_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert "Name:" in read_attachment("/proc/self/status", "status").text
+    assert "Name:" in read_attachment("/proc/self/status", "status", decode)[0].text
     assert failure(Path("/proc/self/mem"))
     monkeypatch.setattr("edgeinfer.tui.files._MOST_BYTES", 100)
     assert "more than" in failure(Path("/proc/self/status"))
@@ -250,12 +262,12 @@ def test_a_file_that_becomes_a_pipe_or_vanishes_meanwhile(
 def test_a_slow_file_is_read_while_the_draft_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     hold = threading.Event()
 
-    def read(path: str, name: str) -> Attachment:
+    def read(path: str, name: str, decode: object) -> tuple[Attachment, str]:
         hold.wait(20)
-        return Attachment(name, "text")
+        return Attachment(name, "text"), "told of it"
 
     monkeypatch.setattr(attachments, "read_attachment", read)
-    held = Attachments()
+    held, notes = Attachments(decode), []
     held.set_text("see @a.txt and @b.txt ")
     for name in ("a.txt", "b.txt"):
         held.read(FoundFile(name, name))
@@ -265,8 +277,9 @@ def test_a_slow_file_is_read_while_the_draft_goes_on(monkeypatch: pytest.MonkeyP
     hold.set()
     end = time.monotonic() + 5
     while held.reading and time.monotonic() < end:
-        held.take()
+        notes += held.take()[1]
     assert [each.name for each in held.shown] == ["b.txt"]
+    assert "told of it" in notes
     held.set_text("see @a.txt again")  # as undo does
     assert [each.name for each in held.shown] == ["a.txt"]
 

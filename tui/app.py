@@ -116,7 +116,7 @@ class ChatApp(TerminalApp):
         yield Static(id="welcome")
         with Container(id="bottom"):
             yield Static(id="lasting")
-            yield Composer(sources)
+            yield Composer(sources, self.settings.decode)
         yield StatusBar(id="status")
 
     def _argument_values(self, name: str) -> list[tuple[str, str]]:

@@ -7,28 +7,34 @@ with it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
-from edgeinfer import EdgeInferError
 from edgeinfer.tui.completions import mentioned
+from edgeinfer.tui.errors import in_chat
 from edgeinfer.tui.files import FoundFile, read_attachment
 from edgeinfer.tui.loader import Task
 from edgeinfer.tui.records import Attachment
+from edgeinfer.tui.settings import Decode
 
 _PATIENCE_SECONDS = 0.03  # of the screen, with a file
+
+
+_Reading: TypeAlias = Task[tuple[Attachment, str]]
 
 
 @dataclass(slots=True)
 class _Held:
     """An attachment, or a file that is still read; `is_named` once the text has named it."""
 
-    content: Attachment | Task[Attachment]
+    content: Attachment | _Reading
     is_named: bool = False
 
 
 class Attachments:
     """Those of one draft, by name. `shown` are the ones that would be sent now."""
 
-    def __init__(self) -> None:
+    def __init__(self, decode: Decode) -> None:
+        self._decode = decode
         self._held: dict[str, _Held] = {}
         self._text = ""
         self._named: set[str] = set()
@@ -49,25 +55,25 @@ class Attachments:
 
     def read(self, file: FoundFile) -> None:
         """Attach a file; `take` has it once it is read, at once if that is quick."""
-        task = Task(lambda: read_attachment(file.path, file.name))
+        task = Task(lambda: read_attachment(file.path, file.name, self._decode))
         self._hold(file.name, task)
         task.wait(_PATIENCE_SECONDS)
 
     def take(self) -> tuple[list[Attachment], list[str]]:
-        """Files that have been read since the last look, and why others could not be."""
-        read, failures = [], []
+        """Files that have been read since the last look, and what is to be told of them."""
+        read, notes = [], []
         for name, each in list(self._held.items()):
             task = each.content
             if not isinstance(task, Task) or not task.is_over:
                 continue
             if task.error is None:
-                each.content = task.result
-                read.append(task.result)
+                each.content, note = task.result
+                read.append(each.content)
             else:
                 del self._held[name]
-                known = isinstance(task.error, EdgeInferError)
-                failures.append(str(task.error) if known else f"{name} can't be attached")
-        return read, failures
+                note = in_chat(task.error)
+            notes += [note] if note else []
+        return read, notes
 
     def set_text(self, text: str) -> None:
         """What the draft has become: whose name is gone from it is not sent."""
@@ -92,7 +98,7 @@ class Attachments:
     def clear(self) -> None:
         self._held.clear()
 
-    def _hold(self, name: str, content: Attachment | Task[Attachment]) -> None:
+    def _hold(self, name: str, content: Attachment | _Reading) -> None:
         self._held.pop(name, None)
         self._held[name] = _Held(content)
         self.set_text(self._text)

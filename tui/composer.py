@@ -25,6 +25,7 @@ from edgeinfer.tui.entries import attachment_label
 from edgeinfer.tui.palette import Palette
 from edgeinfer.tui.prompt import Prompt
 from edgeinfer.tui.records import Attachment, Draft
+from edgeinfer.tui.settings import Decode
 
 
 class Composer(Vertical):
@@ -39,9 +40,9 @@ class Composer(Vertical):
     class QueueRecalled(Message):
         """The last waiting message is wanted back."""
 
-    def __init__(self, sources: Sources) -> None:
+    def __init__(self, sources: Sources, decode: Decode) -> None:
         super().__init__(id="composer")
-        self._attached = Attachments()
+        self._attached = Attachments(decode)
         self._is_searching = False
         self._sources = sources
         self._candidates: list[Candidate] = []
@@ -102,12 +103,12 @@ class Composer(Vertical):
 
     def tend(self) -> None:
         """Take what threads have found and read; to be called now and then."""
-        read, failures = self._attached.take()
+        read, notes = self._attached.take()
         for attachment in read:
             self.post_message(self.Attached(attachment))
-        for text in failures:
+        for text in notes:
             self._say(text)
-        if read or failures:
+        if read or notes:
             self._draw_tray()
         if self._is_searching:
             self._complete()

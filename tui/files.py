@@ -20,6 +20,7 @@ from typing import NamedTuple
 from edgeinfer import EdgeInferError
 from edgeinfer.tui.loader import Task
 from edgeinfer.tui.records import Attachment
+from edgeinfer.tui.settings import Decode
 
 _MOST_FILES = 4000  # below the working folder
 _MOST_ENTRIES = 200_000  # of a folder that is named
@@ -213,16 +214,19 @@ def _from_escape(found: re.Match[str]) -> str:
 # -- reading -------------------------------------------------------------------------------------
 
 
-def read_attachment(path: str, name: str) -> Attachment:
-    """The text of a file, called `name`; EdgeInferError says why it can't be attached."""
+def read_attachment(path: str, name: str, decode: Decode) -> tuple[Attachment, str]:
+    """The text of a file, called `name`, and what is to be told of it, "" for nothing.
+
+    EdgeInferError says why it can't be attached.
+    """
     try:
         data = _read_plain(path)
     except (OSError, ValueError) as error:  # a name with a zero byte is no OSError
         reason = getattr(error, "strerror", None) or error
         raise EdgeInferError(f"{name} can't be attached: {reason}") from error
-    if b"\0" in data[:8192]:
-        raise EdgeInferError(f"{name} can't be attached: it is not a text file")
-    return Attachment(name, data.decode("utf-8", "replace"))
+    text, n_lost = decode(data, name)
+    lost = f"{name}: {n_lost:,} characters are not UTF-8 and were left as \ufffd"
+    return Attachment(name, text), lost if n_lost else ""
 
 
 def _read_plain(path: str) -> bytes:

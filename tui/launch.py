@@ -48,6 +48,7 @@ def run_chat(
     memory_now: Callable[[], int],
     run_tool: Callable[[Sequence[str], bytes], bool],
     run_editor: Callable[[Sequence[str], Path], int],
+    decode: Callable[[bytes, str], tuple[str, int]],
     last_model: Callable[[], str | None],
     take_loaded: Callable[[str, LLM], None],
     downloads: Callable[[], Sequence[Downloadable]],
@@ -82,7 +83,7 @@ def run_chat(
         data_folder=data_folder, open_model=open_model, model=model, last_model=last_model,
         system=system, sampling=cast("Any", dict(sampling)), keeps_history=keeps_history,
         list_models=lambda: _choices(downloads()), plan_model=plan_model, fetch=_fetch,
-        memory_now=memory_now, run_tool=run_tool, run_editor=run_editor,
+        memory_now=memory_now, run_tool=run_tool, run_editor=run_editor, decode=decode,
         environment=environment,
     )  # fmt: skip
     app = ChatApp(settings, driver())

@@ -85,8 +85,14 @@ class PlanModel(Protocol):
 
 ListModels: TypeAlias = Callable[[], list[ModelChoice]]
 Fetch: TypeAlias = Callable[[str, Callable[[int, int], None]], str]
+Decode: TypeAlias = Callable[[bytes, str], "tuple[str, int]"]
 RunTool: TypeAlias = Callable[[Sequence[str], bytes], bool]
 RunEditor: TypeAlias = Callable[[Sequence[str], Path], int]
+
+
+def _as_utf8(data: bytes, name: str) -> tuple[str, int]:
+    text = data.decode("utf-8", "replace")
+    return text, text.count("\ufffd")
 
 
 def _no_models() -> list[ModelChoice]:
@@ -113,10 +119,11 @@ def _no_editor(command: Sequence[str], file: Path) -> int:
 class ChatSettings:
     """Where to keep files, and what the command line asked for.
 
-        `last_model` is taken when `model` is None; `plan_model` previews the memory of a file;
+    `last_model` is taken when `model` is None; `plan_model` previews the memory of a file;
     `fetch` downloads a named model and returns its path; what it tells its progress to may raise
     to end it. Without the last two there is no preview and no download. `run_tool` gives a text to
-    a program of the system, `run_editor` a file and the terminal.
+    a program of the system, `run_editor` a file and the terminal. `decode` makes a text of the
+    bytes of a file, and says how many characters were none; it raises for what is no text.
     """
 
     data_folder: Path
@@ -132,6 +139,7 @@ class ChatSettings:
     memory_now: Callable[[], int] = _no_memory
     run_tool: RunTool = _no_tool
     run_editor: RunEditor = _no_editor
+    decode: Decode = _as_utf8
     environment: Mapping[str, str] = field(default_factory=dict)
     folder: Path = field(default_factory=Path.cwd)
 
