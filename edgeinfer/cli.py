@@ -23,7 +23,7 @@ from edgeinfer.cli_models import cache, doctor, list_, pull, rm
 from edgeinfer.cli_options import common_flags
 from edgeinfer.cli_run import run
 from edgeinfer.console import drop, note, prepare_streams, tell, unheard
-from edgeinfer.errors import ContextLengthError, EdgeInferError, InvalidRequestError
+from edgeinfer.errors import ContextLengthError, EdgeInferError, InvalidRequestError, PlanError
 from edgeinfer.terminal import one_line
 
 _INTERRUPTED = 130
@@ -97,11 +97,21 @@ def _one_line(error: Exception) -> str:
     text = one_line(" ".join(str(error).split()), _MAX_LINE)
     if isinstance(error, FileNotFoundError) and not _is_somewhere():
         text += "; the folder you are in was deleted: cd to another"
+    if isinstance(error, (ContextLengthError, PlanError)) or "overflow=" in text:
+        for keyword, flag in _FLAGS.items():
+            text = text.replace(keyword, flag)
     if isinstance(error, EdgeInferError):
         return text
     if isinstance(error, OSError) and text:
         return text
     return f"unexpected {type(error).__name__}: {text} (--debug shows where)"
+
+
+# What errors about room name, as it is typed here.
+_FLAGS = {
+    " and 1 slot(s)": "", "n_ctx=": "-c ", "n_ctx": "-c", "or slots": "or --slots",
+    "overflow='": "--overflow '", "'slide'": "slide", "'error'": "error",
+}  # fmt: skip
 
 
 def _is_somewhere() -> bool:

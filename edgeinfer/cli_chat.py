@@ -74,7 +74,9 @@ def _open_tui(
     notes: dict[str, None] = {}  # said once the screen is the shell's again
 
     def take_loaded(path: str, llm: LLM) -> None:
-        notes.update(dict.fromkeys([*remember(path), *unkept(llm)]))
+        # What is below the current folder must be found from another.
+        name = os.path.abspath(path) if os.path.isfile(path) else path
+        notes.update(dict.fromkeys([*remember(name), *unkept(llm)]))
 
     from edgeinfer.plain_text import decode
 

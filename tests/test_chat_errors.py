@@ -15,6 +15,7 @@ from edgeinfer import (
     EdgeInferError,
     plan,
 )
+from edgeinfer.cli import main
 from edgeinfer.discovery import find_model
 from edgeinfer.generation import check_length, public_error
 from edgeinfer.kvcache import CacheLayout
@@ -92,3 +93,18 @@ def test_an_overflow_in_the_plain_chat(
     told = capsys.readouterr().err
     assert "this is too long" in told and "a larger -c" in told and "no answer yet" in told
     assert not KEYWORD.search(told)
+
+
+def test_the_command_names_its_flags(path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for arguments, advice in (
+        (
+            ("-c", "64", "-p", "long " * 300),
+            "raise -c, shorten the prompt, or use --overflow slide",
+        ),
+        (("-c", "2147483000", "-p", "x", "--memory", "2G"), "with -c 2147483000, 2048 MiB are"),
+        (("-c", "64", "-p", "x", "--overflow", "slide"), "raise -c or use --overflow error"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["run", str(path), "--device", "reference", *arguments])
+        told = capfd.readouterr().err
+        assert advice in told and not KEYWORD.search(told.partition("edgeinfer: ")[2]), told
