@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import edgeinfer
 from edgeinfer import DownloadError
 from edgeinfer.tui.app import ChatApp
+from edgeinfer.tui.downloads import Downloads
 from edgeinfer.tui.model_screen import ModelScreen
 from edgeinfer.tui.settings import ChatSettings, ModelChoice
 
@@ -79,15 +81,28 @@ def test_a_download_is_cancelled_and_goes_on_from_what_has_come(server: FakeHub)
         await begin(chat)
         await chat.press("ctrl+x")
         await chat.until(lambda: "cancelled at 50%" in chat.screen_text)
-        assert chat.app.downloads.current is None
+        assert chat.app.downloads.current is None and server.hold is not None
         server.hold.set()
         await chat.press("enter", "enter")
         await chat.idle()
 
-    opened = run(body)
-    assert Path(opened[0]).read_bytes() == DATA
-    first, second = server.bytes_asked()
-    assert first is None and second is not None and int(second[6:-1]) >= 1 << 20
+    (opened,) = run(body)
+    assert Path(opened).read_bytes() == DATA
+    first, *later = server.bytes_asked()
+    assert first is None and all(each and int(each[6:-1]) >= 1 << 20 for each in later)
+
+
+def test_a_chat_that_ends_ends_its_download_and_says_so(server: FakeHub) -> None:
+    downloads, end = Downloads(fetch), time.monotonic() + 8
+    started = downloads.start(REPO)
+    assert started is not None and downloads.start("another") is None
+    while started.share < 0.4 and time.monotonic() < end:
+        time.sleep(0.01)
+    told = downloads.close()
+    assert told.startswith(f"the download of {REPO} was stopped at 50%; `edgeinfer pull {REPO}`")
+    assert downloads.close() == "" and server.hold is not None
+    server.hold.set()
+    assert started.task.wait(8) and started.task.error is not None
 
 
 def test_a_download_that_is_left_running_is_opened_where_no_model_is(server: FakeHub) -> None:
@@ -116,18 +131,6 @@ def test_a_download_left_running_beside_a_model_is_said_and_not_opened(server: F
         await chat.until(lambda: f"{REPO} is here" in chat.screen_text)
 
     assert run(body, "scripted.gguf") == ["scripted.gguf"]
-
-
-def test_a_chat_that_ends_ends_its_download_and_says_so(server: FakeHub) -> None:
-    apps = []
-
-    async def body(chat: Chat) -> None:
-        apps.append(chat.app)
-        await begin(chat)
-
-    run(body)
-    assert apps[0].left_download.startswith(f"the download of {REPO} was stopped at 50%")
-    assert "edgeinfer pull" in apps[0].left_download
 
 
 def test_a_download_that_fails_is_said_where_the_user_is() -> None:

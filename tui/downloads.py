@@ -11,7 +11,7 @@ from edgeinfer.tui.gauge import progress_bar, size_text
 from edgeinfer.tui.loader import Task
 from edgeinfer.tui.settings import Fetch
 
-_LAST_WAIT_SECONDS = 1.0  # at the end, for a program that fetches to be ended
+_LAST_WAIT_SECONDS = 0.5  # at the end, for a program that fetches to be ended
 
 
 class _Cancelled(Exception):
