@@ -73,6 +73,7 @@ def test_hidden_files_and_paths_are_found_by_naming_them(
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("USERPROFILE", str(home))
     assert find(work, ".") == [".env", ".github/", "y.py", "sub/x.py"]
+    assert find(work, "s") == ["sub/", "sub/x.py"]
     assert find(work, ".github/") == [".github/ci.yml"]
     assert find(work, "sub/") == ["sub/x.py"] and find(work, "sub/.") == ["sub/.hidden", "sub/x.py"]
     assert find(work, "~") == ["~/"]

@@ -11,6 +11,7 @@ import os
 import re
 import stat
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -53,6 +54,8 @@ class FileSearch:
         self._root = root
         self._query, self._asked_at = "", -_STALE_SECONDS
         self._searches: list[Task[list[FoundFile]]] = []
+        self._locks: dict[str, threading.Lock] = {}
+        self._walk_lock = threading.Lock()
         self._walked: tuple[float, list[FoundFile]] = (-_STALE_SECONDS, [])
         self._listed: tuple[str, float, list[FoundFile]] = ("", -_STALE_SECONDS, [])
 
@@ -80,31 +83,34 @@ class FileSearch:
             return [FoundFile("~/", os.path.expanduser("~/"), is_folder=True)]
         base = re.split(_SEPARATORS, query)[-1]
         folder = query[: len(query) - len(base)]
-        found: list[FoundFile] = []
-        if folder or base.startswith("."):
-            found = [each for each in self._entries(folder) if base.lower() in _base(each).lower()]
-            found = [each for each in found if base.startswith(".") or not _is_hidden(each)]
-            found = heapq.nsmallest(_MOST_SHOWN, found, key=lambda each: _rank(each, base))
-        if not os.path.isabs(os.path.expanduser(folder)):
-            found += match(query, self._files())
-        return list(dict.fromkeys(found))[:_MOST_SHOWN]
+        named = [each for each in self._entries(folder) if base.lower() in _base(each).lower()]
+        named = [each for each in named if base.startswith(".") or not _is_hidden(each)]
+        named = heapq.nsmallest(_MOST_SHOWN, named, key=lambda each: _rank(each, base))
+        if os.path.isabs(os.path.expanduser(folder)):
+            return named
+        others = match(query, self._files())
+        if not query:
+            return others
+        at_start = [each for each in named if not _rank(each, base)[0]]
+        return list(dict.fromkeys([*at_start, *others, *named]))[:_MOST_SHOWN]
 
     def _entries(self, folder: str) -> list[FoundFile]:
         """What a folder holds, as it is named by whoever types."""
-        listed, at, entries = self._listed
-        now = time.monotonic()
-        if listed != folder or now - at >= _STALE_SECONDS:
-            path = from_shown(os.path.join(self._root, os.path.expanduser(folder)))
-            entries = list(_scan(path, folder, _MOST_ENTRIES))
-            self._listed = (folder, now, entries)
-        return entries
+        with self._locks.setdefault(folder, threading.Lock()):  # one look serves all searches
+            listed, at, entries = self._listed
+            if listed != folder or time.monotonic() - at >= _STALE_SECONDS:
+                path = from_shown(os.path.join(self._root, os.path.expanduser(folder)))
+                entries = list(_scan(path, folder, _MOST_ENTRIES))
+                self._listed = (folder, time.monotonic(), entries)
+            return entries
 
     def _files(self) -> list[FoundFile]:
-        at, files = self._walked
-        if time.monotonic() - at >= _STALE_SECONDS:
-            files = list_files(self._root)
-            self._walked = (time.monotonic(), files)
-        return files
+        with self._walk_lock:
+            at, files = self._walked
+            if time.monotonic() - at >= _STALE_SECONDS:
+                files = list_files(self._root)
+                self._walked = (time.monotonic(), files)
+            return files
 
 
 def list_files(root: Path) -> list[FoundFile]:
