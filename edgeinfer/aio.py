@@ -12,14 +12,13 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from types import TracebackType
-from typing import Any, TypeVar
-
-from typing_extensions import Unpack
+from typing import Any, NoReturn, TypeVar
 
 from edgeinfer.chat import Message
 from edgeinfer.errors import InvalidRequestError
 from edgeinfer.llm import LLM
-from edgeinfer.options import LoadOptions, Sampling
+from edgeinfer.options import LoadOptions, Sampling, Unpack
+from edgeinfer.parameters import shown
 from edgeinfer.results import Completion, Event
 from edgeinfer.stream import Stream
 
@@ -100,6 +99,13 @@ class AsyncLLM:
             if self._llm is not None:
                 self._llm.close()
 
+    def __repr__(self) -> str:
+        what = shown(self._given) if self._llm is None else repr(self._llm)
+        return f"<AsyncLLM of {what}{', not loaded yet' if self._llm is None else ''}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a model can't be copied or pickled; make another AsyncLLM there")
+
     async def __aenter__(self) -> AsyncLLM:
         await self.open()
         return self
@@ -163,6 +169,12 @@ class AsyncStream(AsyncIterator[Event]):
     async def close(self) -> None:
         """Cancel what is left."""
         self._stream.close()
+
+    def __repr__(self) -> str:
+        return f"<AsyncStream of {self._stream!r}>"
+
+    def __reduce__(self) -> NoReturn:
+        self._stream.__reduce__()
 
     async def __aenter__(self) -> AsyncStream:
         return self

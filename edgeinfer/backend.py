@@ -123,11 +123,14 @@ def unkept_kernels(program: Program) -> str:
     return program.unkept if isinstance(program, CpuProgram) else ""
 
 
-def tune(program: Program) -> int | None:
-    """Find out how a program decodes fastest here, if it doesn't know yet: on how many threads."""
+def tune(program: Program, progress: Callable[[int, int], None]) -> int | None:
+    """Find out how a program decodes fastest here, if it doesn't know yet: on how many threads.
+
+    `progress(done, total)` follows.
+    """
     from edgeinfer.kernels.cpu.program import CpuProgram
 
-    return program.tune().n_threads if isinstance(program, CpuProgram) else None
+    return program.tune(progress).n_threads if isinstance(program, CpuProgram) else None
 
 
 def kernel_origins() -> dict[str, int]:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeAlias, runtime_checkable
 
 from edgeinfer import platform
 from edgeinfer.engine import Engine
@@ -19,6 +20,12 @@ from edgeinfer.sampling import SamplingParams
 from edgeinfer.sequence import Event, Finished, Prefilled, Request, Token
 
 _READS = 7
+# How far a measurement is: its stage ("depth", "bench", "llama-bench", "steps"), done, total.
+Tell: TypeAlias = Callable[[str, int, int], object]
+
+
+def quiet(stage: str, done: int, total: int) -> None:
+    """Tell nobody."""
 
 
 @runtime_checkable
@@ -60,6 +67,7 @@ def run_bench(
     depth: int,
     repeat: int,
     first_turn: int = 0,
+    tell: Tell = quiet,
 ) -> BenchResult:
     """Measure; every figure is taken `repeat` times, in turns.
 
@@ -69,7 +77,10 @@ def run_bench(
     engine, program = runtime.engine, runtime.program
     check_room(depth, max(prompt_tokens, gen_tokens + 1) + 1, engine.n_ctx)
     if depth:
-        _checked(_run(engine, depth, (), 1, SamplingParams(temperature=0.0, seed=1)))
+        for event in _run(engine, depth, (), 1, SamplingParams(temperature=0.0, seed=1)):
+            _check(event)
+            if isinstance(event, Prefilled):
+                tell("depth", event.done, event.total)
     greedy, sampled = SamplingParams(temperature=0.0, seed=1), SamplingParams(seed=1)
     prefill: list[float] = []
     first: list[float] = []
@@ -77,6 +88,7 @@ def run_bench(
     with_sampling: list[float] = []
     read: list[float] = []
     for i in range(first_turn, first_turn + repeat):
+        tell("bench", i - first_turn, repeat)
         start, rate = _prefill(engine, depth, prompt_tokens, i)
         prefill.append(rate)
         first.append(start)
@@ -143,10 +155,13 @@ def _decode(engine: Engine, depth: int, n_tokens: int, params: SamplingParams, t
 def _checked(generation: Generation) -> list[Event]:
     """Its events; raises what ended it early."""
     events = list(generation)
-    last = events[-1]
-    if isinstance(last, Finished) and last.error is not None:
-        raise last.error
+    _check(events[-1])
     return events
+
+
+def _check(event: Event) -> None:
+    if isinstance(event, Finished) and event.error is not None:
+        raise event.error
 
 
 def _run(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgeinfer import platform
-from edgeinfer.bench import run_bench
+from edgeinfer.bench import Tell, quiet, run_bench
 from edgeinfer.errors import EdgeInferError
 from edgeinfer.runtime import Runtime
 
@@ -42,6 +42,7 @@ def compare(
     gen_tokens: int,
     depth: int,
     repeat: int,
+    tell: Tell = quiet,
 ) -> list[Comparison]:
     """Measure prefill and decode after `depth` tokens with both, `repeat` times in turns."""
     command = llama_command(
@@ -50,7 +51,9 @@ def compare(
     ours: list[Rates] = []
     theirs: list[Rates] = []
     for turn in range(repeat):
+        tell("bench", turn, repeat)
         result = run_bench(runtime, prompt_tokens, gen_tokens, depth, 1, turn)
+        tell("llama-bench", turn, repeat)
         ours.append(Rates(result.prefill_tok_s, result.decode_tok_s))
         theirs.append(parse_rates(_output(command)))
     return [

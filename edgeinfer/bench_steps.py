@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from edgeinfer.batch import Batch, OpTime
-from edgeinfer.bench import ReadsMemory, check_room
+from edgeinfer.bench import ReadsMemory, Tell, check_room, quiet
 from edgeinfer.errors import DeviceError
 from edgeinfer.kvcache import CacheLayout, PagePool, SequenceCache
 from edgeinfer.runtime import Runtime
@@ -56,14 +56,14 @@ class OpRow:
     gmac_s: float
 
 
-def sweep(runtime: Runtime, repeat: int) -> list[SweepRow]:
+def sweep(runtime: Runtime, repeat: int, tell: Tell = quiet) -> list[SweepRow]:
     """Every depth that the context holds, with few and many rows."""
     deepest = runtime.engine.n_ctx - max(SWEEP_ROWS)
     return [
         SweepRow(runtime.n_threads, depth, rows, seconds)
         for depth in _SWEEP_DEPTHS
         if depth <= deepest
-        for rows, seconds in step_seconds(runtime, SWEEP_ROWS, depth, repeat).items()
+        for rows, seconds in step_seconds(runtime, SWEEP_ROWS, depth, repeat, tell).items()
     ]
 
 
@@ -73,13 +73,14 @@ def sweep_threads(most: int) -> list[int]:
 
 
 def step_seconds(
-    runtime: Runtime, rows: Iterable[int], depth: int, repeat: int
+    runtime: Runtime, rows: Iterable[int], depth: int, repeat: int, tell: Tell = quiet
 ) -> dict[int, float]:
     """Median seconds of a step that adds so many rows to one sequence and samples each."""
     params, counts = SamplingParams(temperature=0.0, seed=1), list(rows)
-    cache, table = _filled(runtime, depth, max(counts)), SampleTable(max(counts))
+    cache, table = _filled(runtime, depth, max(counts), tell), SampleTable(max(counts))
     seconds: dict[int, list[float]] = {n: [] for n in counts}
-    for _ in range(repeat):
+    for turn in range(repeat):
+        tell("steps", turn, repeat)
         for n in counts:
             for i in range(n):
                 table.set_row(i, params, 1, i)
@@ -90,16 +91,19 @@ def step_seconds(
     return {n: statistics.median(each) for n, each in seconds.items()}
 
 
-def time_ops(runtime: Runtime, n_rows: int, depth: int, repeat: int) -> list[OpRow]:
+def time_ops(
+    runtime: Runtime, n_rows: int, depth: int, repeat: int, tell: Tell = quiet
+) -> list[OpRow]:
     """One step op by op, ops of a kind together, in the order of the step."""
     program = runtime.program
     if not isinstance(program, TimesOps) or not isinstance(program, ReadsMemory):
         raise DeviceError(f"the {runtime.device} device does not run step by step; take cpu")
     check_room(depth, 1, runtime.engine.n_ctx)
     n_rows = min(n_rows, runtime.engine.limits.max_rows, runtime.engine.n_ctx - depth)
-    cache = _filled(runtime, depth, n_rows)
+    cache = _filled(runtime, depth, n_rows, tell)
     runs, reads = [], []
-    for _ in range(repeat):
+    for turn in range(repeat):
+        tell("steps", turn, repeat)
         runs.append(program.op_seconds(_rows(cache, depth, n_rows, None)))
         reads += [program.read_bandwidth() for _ in range(_READS)]
     return group_ops(runs, statistics.median(reads))
@@ -127,7 +131,7 @@ def group_ops(runs: list[list[OpTime]], read_bandwidth: float) -> list[OpRow]:
     return rows
 
 
-def _filled(runtime: Runtime, depth: int, n_more: int) -> SequenceCache:
+def _filled(runtime: Runtime, depth: int, n_more: int, tell: Tell) -> SequenceCache:
     """A sequence of `depth` tokens with room for more, on pages that idle prompts may hold."""
     engine, program = runtime.engine, runtime.program
     pool = PagePool(engine.limits.n_pages)
@@ -135,6 +139,7 @@ def _filled(runtime: Runtime, depth: int, n_more: int) -> SequenceCache:
     cache.grow(depth + n_more)
     most = engine.limits.max_rows
     for start in range(0, depth, most):
+        tell("depth", start, depth)
         program.submit(_rows(cache, start, min(most, depth - start), None)).wait()
     return cache
 

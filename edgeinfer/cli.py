@@ -17,9 +17,9 @@ import click
 
 from edgeinfer import __version__, config
 from edgeinfer.cli_chat import chat, history
-from edgeinfer.cli_inspect import info, plan, tokenize
+from edgeinfer.cli_inspect import doctor, info, plan, tokenize
 from edgeinfer.cli_measure import bench, perplexity, warmup
-from edgeinfer.cli_models import cache, doctor, list_, pull, rm
+from edgeinfer.cli_models import cache, list_, pull, rm
 from edgeinfer.cli_options import common_flags
 from edgeinfer.cli_run import run
 from edgeinfer.console import drop, note, prepare_streams, tell, unheard

@@ -1,4 +1,7 @@
-"""The commands that look at a file and load no weights: info, plan, tokenize."""
+"""The commands that look at a file or this machine and load no weights.
+
+info, plan, tokenize, doctor.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,12 @@ from edgeinfer.cli_input import read_prompt
 from edgeinfer.cli_models import choose_model
 from edgeinfer.cli_options import LOAD_NAMES, common_flags, given, input_flags, load_flags
 from edgeinfer.console import show, show_json
-from edgeinfer.terminal import one_line
+from edgeinfer.fact_lines import SECTIONS, fact_lines, version_lines
 
 if TYPE_CHECKING:
     from edgeinfer.options import LoadOptions
 
 _MIB = 1 << 20
-_MAX_LINE = 2000  # characters
 
 
 @click.command(epilog="Example: edgeinfer info smollm2")
@@ -31,8 +33,8 @@ def info(model: str | None, as_json: bool) -> None:
     if as_json:
         show_json(facts)
         return
-    for key, value in facts.items():
-        show(f"{key.replace('_', ' ')}: {'' if value is None else one_line(str(value), _MAX_LINE)}")
+    for line in fact_lines(facts):
+        show(line)
 
 
 @click.command(epilog="Example: edgeinfer plan qwen3-4b -c 16384")
@@ -90,3 +92,22 @@ def tokenize(
         return
     for id, piece in zip(ids, pieces, strict=True):
         show(f"{id}\t{piece!r}")
+
+
+@click.command(epilog="Example: edgeinfer doctor --json")
+@click.option("as_json", "--json", is_flag=True, help="One JSON object.")
+@common_flags
+def doctor(as_json: bool) -> None:
+    """Facts about this machine, and what to do about them, in a few seconds."""
+    from edgeinfer.doctor import examine
+
+    facts = examine()
+    if as_json:
+        show_json(facts)
+        return
+    for section, values in facts.items():
+        show(SECTIONS.get(section, section))
+        if section == "edgeinfer":
+            values = version_lines(values)
+        for line in values if isinstance(values, list) else fact_lines(values):
+            show(f"  {line}")

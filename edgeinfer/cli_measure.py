@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +15,9 @@ from edgeinfer.cli_open import open_model
 from edgeinfer.cli_options import common_flags, load_flags
 from edgeinfer.console import ProgressLine, note, show, show_json
 from edgeinfer.errors import EdgeInferError
+
+if TYPE_CHECKING:
+    from edgeinfer.llm import LLM
 
 
 @click.command(epilog="Example: edgeinfer bench smollm2 -p 512 -n 128")
@@ -50,19 +56,24 @@ def bench(
         raise click.UsageError("--sweep goes through depths of its own; leave -d out")
     if bool(compare) + sweep + ops > 1:
         raise click.UsageError("--compare, --sweep and --ops each measure alone")
-    if sweep:
-        result, lines = cli_bench.sweep_all(
-            lambda n: open_model(model, {**flags, "threads": n}), flags["threads"], repeat
-        )
-    else:
-        with open_model(model, flags) as llm:
-            result, lines = cli_bench.measure(
-                llm.runtime, prompt_tokens, gen_tokens, depth, repeat, compare, ops
-            )
+    with _progress() as line:
+        tell = line.on_terminals
+        if sweep:
+
+            def open_with(n_threads: int) -> AbstractContextManager[LLM]:
+                line.clear()
+                return open_model(model, {**flags, "threads": n_threads})
+
+            result, lines = cli_bench.sweep_all(open_with, flags["threads"], repeat, tell)
+        else:
+            with open_model(model, flags) as llm:
+                result, lines = cli_bench.measure(
+                    llm.runtime, prompt_tokens, gen_tokens, depth, repeat, compare, ops, tell
+                )
     if as_json:
         show_json(result)
-    for line in [] if as_json else lines:
-        show(line)
+    for text in [] if as_json else lines:
+        show(text)
 
 
 @click.command(epilog="Example: edgeinfer perplexity smollm2 book.txt")
@@ -77,15 +88,11 @@ def perplexity(model: str, file: str, as_json: bool, **flags: Any) -> None:
 
     text = read_file(file)
     with open_model(model, flags) as llm:
-        tokenizer, line = llm.runtime.tokenizer, ProgressLine()
+        tokenizer = llm.runtime.tokenizer
         ids = tokenizer.encode(text)
         bos = tokenizer.bos_id if tokenizer.add_bos else None
-        try:
-            result = measure(
-                llm.runtime.engine, ids, bos, lambda done, all: line.show("text", done, all)
-            )
-        finally:
-            line.clear()
+        with _progress() as line:
+            result = measure(llm.runtime.engine, ids, bos, partial(line.show, "text"))
     if as_json:
         show_json({"ppl": result.ppl, "tokens": result.tokens})
     else:
@@ -98,23 +105,37 @@ def perplexity(model: str, file: str, as_json: bool, **flags: Any) -> None:
 @common_flags
 def warmup(model: str | None, **flags: Any) -> None:
     """Build and tune what a model needs, so that its first use starts at once and runs fastest."""
-    from edgeinfer.backend import build_exactly, tune
+    from edgeinfer.backend import build_exactly
 
     with open_model(model, flags) as llm:
         llm.generate([0], max_tokens=1)
-        line = ProgressLine()
-        try:
-            n = build_exactly(llm.runtime.program, lambda d, all: line.show("kernels", d, all))
-        finally:
-            line.clear()
-        n_threads = None if n else tune(llm.runtime.program)
+        with _progress() as line:
+            n = build_exactly(llm.runtime.program, partial(line.show, "kernels"))
+        n_threads = None if n else _tune(llm)
         lost = unkept(llm)
     if n:  # what was built is what must be measured
         with open_model(model, flags) as llm:
-            n_threads = tune(llm.runtime.program)
+            n_threads = _tune(llm)
             lost = unkept(llm)
     if lost:
         raise EdgeInferError(lost[0])
     rebuilt = f"; {n} were rebuilt for this very processor" if n else ""
-    threads = f"; it decodes fastest on {n_threads} threads" if n_threads else ""
-    note(f"kernels are ready{rebuilt}{threads}")
+    threads = "1 thread" if n_threads == 1 else f"{n_threads} threads"
+    fastest = f"; it decodes fastest on {threads}" if n_threads else ""
+    note(f"kernels are ready{rebuilt}{fastest}")
+
+
+def _tune(llm: LLM) -> int | None:
+    from edgeinfer.backend import tune
+
+    with _progress() as line:
+        return tune(llm.runtime.program, partial(line.on_terminals, "tuning"))
+
+
+@contextmanager
+def _progress() -> Iterator[ProgressLine]:
+    line = ProgressLine()
+    try:
+        yield line
+    finally:
+        line.clear()

@@ -1,4 +1,4 @@
-"""The commands about models and this machine: pull, list, rm, cache, doctor; and model names.
+"""The commands about the models that are here: pull, list, rm, cache; and names of models.
 
 Knows nothing of running models.
 """
@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import click
 
@@ -119,40 +119,6 @@ def cache(clear: bool, as_json: bool) -> None:
         show(f"{size / _MB:8.1f} MB  {folder}")
     for path in unfinished:
         show(f"unfinished: {_shown(path)}")
-
-
-@click.command(epilog="Example: edgeinfer doctor --json")
-@click.option("as_json", "--json", is_flag=True, help="One JSON object.")
-@common_flags
-def doctor(as_json: bool) -> None:
-    """Facts about this machine, and what to do about them, in a few seconds."""
-    from edgeinfer.doctor import examine
-
-    facts = examine()
-    if as_json:
-        show_json(facts)
-        return
-    for section, values in facts.items():
-        show(section)
-        for line in values if isinstance(values, list) else _lines(values):
-            show(f"  {line}")
-
-
-def _lines(values: dict[str, Any]) -> list[str]:
-    lines = []
-    for name, value in values.items():
-        if name.endswith("_bytes"):
-            name, value = name.removesuffix("_bytes"), f"{value / 1e9:.2f} GB"
-        elif isinstance(value, dict):
-            lines.append(f"{name.replace('_', ' ')}:{'' if value else ' none'}")
-            lines += [f"  {_shown(key)}: {_shown(each)}" for key, each in value.items()]
-            continue
-        elif isinstance(value, list):
-            value = ", ".join(map(str, value)) or "none"
-        elif value is None or isinstance(value, bool):
-            value = {None: "-", True: "yes", False: "no"}[value]
-        lines.append(f"{name.replace('_', ' ')}: {_shown(value)}")
-    return lines
 
 
 def _shown(value: object) -> str:

@@ -80,6 +80,11 @@ class ProgressLine:
         tell("\r" + text.ljust(self._width))
         self._width, self._drawn_at = len(text), now
 
+    def on_terminals(self, stage: str, done: int, total: int) -> None:
+        """`show`, but nothing at all where no person looks."""
+        if self._is_terminal:
+            self.show(stage, done, total)
+
     def clear(self) -> None:
         """Take the line away, if there is one."""
         if self._width:
@@ -134,6 +139,11 @@ _STAGES = {
     _BUILDS: "building kernels for this machine (only this once)",
     "weights": "loading weights",
     "prompt": "reading the prompt",
+    "depth": "reading the context before",
+    "bench": "measuring",
+    "llama-bench": "waiting for llama-bench",
+    "steps": "measuring steps",
+    "tuning": "measuring ways to decode",
 }
 
 

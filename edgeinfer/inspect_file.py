@@ -8,13 +8,11 @@ from __future__ import annotations
 from os import PathLike
 from typing import Any
 
-from typing_extensions import Unpack
-
 from edgeinfer.errors import UnsupportedModelError
 from edgeinfer.gguf import GGUFFile
 from edgeinfer.memory_plan import MemoryPlan
 from edgeinfer.model import Model
-from edgeinfer.options import LoadOptions
+from edgeinfer.options import LoadOptions, Unpack
 from edgeinfer.runtime import checked_options, find_file, plan_model
 from edgeinfer.terminal import one_line
 from edgeinfer.tokenizer import Tokenizer

@@ -12,7 +12,10 @@ from dataclasses import replace
 from functools import partial
 from os import PathLike
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
+from typing import Any, Literal, NoReturn, cast
+
+import numpy as np
+from numpy.typing import NDArray
 
 from edgeinfer import platform, runtime
 from edgeinfer.batch import PAGE
@@ -23,7 +26,7 @@ from edgeinfer.kvcache import LEAST_SLIDING
 from edgeinfer.memory_plan import MemoryPlan
 from edgeinfer.messages import checked as checked_messages
 from edgeinfer.messages import text_of
-from edgeinfer.options import LoadOptions, Sampling
+from edgeinfer.options import LoadOptions, Sampling, Unpack
 from edgeinfer.parameters import ANSWER, LOGITS, REQUEST, TEXT, checked, id_list, shown
 from edgeinfer.reply import AnswerText, ReasoningSplitter, opened_tags, reasoning_tags
 from edgeinfer.results import Completion
@@ -34,11 +37,6 @@ from edgeinfer.stream import Stream, read_all
 from edgeinfer.template_engine import TemplateEngine
 from edgeinfer.tokenizer import TooManyTokens
 from edgeinfer.turns import drop_turns
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-    from typing_extensions import Unpack
 
 _AROUND_MESSAGE = 8  # tokens of the template beside a message, roughly
 _COUNTED_BEYOND = 1 << 16  # tokens that an error may count beyond the context: 0.2 s
@@ -209,6 +207,15 @@ class LLM:
     def close(self) -> None:
         """End every generation and give all memory back."""
         self._close()
+
+    def __repr__(self) -> str:
+        if "_runtime" not in vars(self):
+            return "<LLM, which could not be loaded>"
+        opened = self._runtime
+        state = f"context {self.n_ctx}, {opened.device}, {opened.n_threads} threads"
+        if not self._close.alive:
+            state = "closed"
+        return f"<LLM {shown(self.name)} {opened.model.quantisation}: {state}>"
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("an open model can't be copied or pickled; load it again there")

@@ -9,23 +9,22 @@ import json
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, cast
+from typing import Any, NamedTuple, TypedDict, cast
 
 from .errors import InvalidRequestError
-
-if TYPE_CHECKING:
-    from typing_extensions import Required
-
 
 _DEEPEST = 100
 _MOST_BITS = 4096  # of an integer: Python writes none of over 4,300 digits
 
 
-class Message(TypedDict, total=False):
+class _Turn(TypedDict):
+    role: str
+    content: str | Sequence[Mapping[str, Any]] | None
+
+
+class Message(_Turn, total=False):
     """One turn, in the form that chat APIs share."""
 
-    role: Required[str]
-    content: Required[str | Sequence[Mapping[str, Any]] | None]
     reasoning_content: str
     name: str
     tool_calls: Sequence[Mapping[str, Any]]

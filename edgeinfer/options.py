@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple, TypeAlias, TypedDict
+
+if sys.version_info >= (3, 11):
+    from typing import Unpack as Unpack
+else:
+    from typing_extensions import Unpack as Unpack
 
 # "drop-turns" (chats only) leaves out the oldest turns before an answer and slides inside it.
 Overflow: TypeAlias = Literal["error", "slide", "drop-turns"]

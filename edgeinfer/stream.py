@@ -18,6 +18,7 @@ from typing import Literal, NoReturn, TypeVar
 
 from edgeinfer.errors import ClosedError, InvalidRequestError
 from edgeinfer.generation import WAKE_SECONDS, Generation
+from edgeinfer.parameters import shown
 from edgeinfer.reply import AnswerText
 from edgeinfer.results import (
     Completion,
@@ -154,6 +155,11 @@ class Stream(Iterator[Event]):
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def __repr__(self) -> str:
+        done = self._completion
+        state = done.finish_reason if done is not None else "ended" if self._is_over else "running"
+        return f"<Stream of {shown(self._model)}: {len(self._ids)} tokens, {state}>"
 
     def __reduce__(self) -> NoReturn:
         # A copy that is dropped would end the answer of the one that is read.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import stat
 import sys
@@ -222,3 +223,40 @@ def test_modes_exclude_each_other(path: Path) -> None:
         pytest.raises(click.UsageError, match="alone"),
     ):
         commands.invoke(context)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a script with #! is no program there")
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["-d", "64"], ["reading the context before", "measuring 0 %"]),
+        (["--compare", "LLAMA"], ["measuring 0 %", "waiting for llama-bench 50 %"]),
+        (["--ops", "-d", "64"], ["reading the context before", "measuring steps"]),
+        (["--sweep"], ["measuring steps"]),
+    ],
+)
+def test_what_takes_long_says_how_far_it_is_to_people_only(
+    path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    says: list[str],
+) -> None:
+    monkeypatch.setattr("edgeinfer.console._QUIET_SECONDS", 0.0)
+    monkeypatch.setattr("edgeinfer.console._REDRAW_SECONDS", 0.0)
+    llama = fake_llama_bench(tmp_path, f"print({LLAMA!r})")
+    arguments = [llama if each == "LLAMA" else each for each in arguments]
+    command = ["bench", str(path), *arguments, "-p", "8", "-n", "4", "-r", "2", "-t", "1"]
+    for stderr in (Terminal(), io.StringIO()):
+        monkeypatch.setattr(sys, "stderr", stderr)
+        with commands.make_context("edgeinfer", command) as context:
+            commands.invoke(context)
+        shown = stderr.getvalue()
+        assert [each in shown for each in says] == [stderr.isatty()] * len(says), shown
+        assert ("\r" in shown) == stderr.isatty()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ import pytest
 
 from edgeinfer import doctor, platform
 from edgeinfer.cli import main
+from edgeinfer.fact_lines import fact_lines
 from edgeinfer.platform import CudaDriver, Gpu
+
+from .models_for_tests import tiny_model
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +49,35 @@ def test_doctor_knows_this_machine_within_seconds(capsys: pytest.CaptureFixture[
 def test_doctor_reads_well(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = call(capsys, "doctor")
     assert code == 0 and "free disk: " in out and "advice" in out
+    assert_reads_well(out)
+
+
+def assert_reads_well(text: str) -> None:
+    """No key of a program, no value as Python writes it, no count of bytes."""
+    for line in text.splitlines():
+        label, _, value = line.strip().partition(": ")
+        assert not re.search(r"_bytes|\bn |gb s|[{}\[\]]", label), line
+        assert value not in ("True", "False", "None", "-") and not value[4:].isdigit(), line
+
+
+def test_what_few_machines_have_reads_well() -> None:
+    gpu = {"name": "Orin", "compute_capability": "8.7", "memory_bytes": 8 * 10**9}
+    facts = {
+        "driver": "runs CUDA up to 12.6", "error": None, "devices": [gpu, gpu],
+        "install": "pip install 'x'", "folders": {"/a\x1b[1m": 1, "/b": 2}, "n_params": 7 * 10**9,
+    }  # fmt: skip
+    lines = fact_lines(facts)
+    assert "devices: Orin, compute capability 8.7, 8.00 GB; Orin, compute" in "\n".join(lines)
+    assert ["  /a: 1 model", "  /b: 2 models", "parameters: 7.00 billion"] == lines[-3:]
+
+
+def test_info_reads_well(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tiny_model(tmp_path, n_ctx=128)
+    code, out, _ = call(capsys, "info", str(path))
+    assert code == 0 and "\nruns: yes\n" in out and "\nlicence: not named\n" in out
+    assert_reads_well(out.partition("file: ")[0] + out.partition("\narchitecture")[2])
+    path.write_bytes(path.read_bytes().replace(b"llama", b"lhama"))
+    assert "\nruns: no; architecture 'lhama'" in call(capsys, "info", str(path))[1]
 
 
 @pytest.mark.parametrize(("version", "extra"), [(12040, "cuda12x"), (13010, "cuda13x")])

@@ -29,7 +29,7 @@ hparams
 model scheduler reply
 engine stream
 runtime
-llm bench server doctor inspect_file perplexity console cli_options
+llm bench server doctor inspect_file perplexity console cli_options fact_lines
 aio cli_input line_input cli_models bench_compare bench_steps
 plain_chat cli_open bench_tables
 cli_bench

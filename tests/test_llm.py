@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import gc
+import inspect
 import os
+import pickle
+import re
 import subprocess
 import sys
 import threading
 import time
+import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -350,6 +355,46 @@ def test_logits_beyond_memory_are_a_plan_error(llm: LLM, monkeypatch: Any) -> No
 
 
 # -- loading and closing -------------------------------------------------------------------------
+
+
+def test_what_is_shown_of_an_object_is_one_line_that_says_what_it_is(path: Path) -> None:
+    with LLM(path, device="reference") as llm:
+        stream, model = llm.stream("a", max_tokens=3, seed=1), AsyncLLM(llm)
+        assert re.fullmatch(r"<LLM '.+' Q4_0.*: context 512, reference, \d+ threads>", repr(llm))
+        assert repr(model) == f"<AsyncLLM of {llm!r}>"
+        assert repr(AsyncLLM("x\n.gguf")) == "<AsyncLLM of 'x\\n.gguf', not loaded yet>"
+        assert "tokens, running>" in repr(stream)
+        stream.run()
+        assert repr(stream).endswith(": 3 tokens, length>")
+        assert repr(stream) in repr(edgeinfer.AsyncStream(stream))
+    assert repr(llm).endswith(": closed>")
+    assert "not be loaded" in repr(LLM.__new__(LLM))
+
+
+def test_what_is_open_can_not_be_copied_and_what_is_done_can(llm: LLM) -> None:
+    stream = llm.stream("a", max_tokens=1)
+    bound = [AsyncLLM(llm), AsyncLLM("x.gguf"), stream, edgeinfer.AsyncStream(stream)]
+    for each in (llm, *bound, llm.runtime, llm.runtime.model, llm.runtime.model.file):
+        for copied in (pickle.dumps, copy.deepcopy):
+            with pytest.raises(TypeError, match="can('t)? be copied or pickled"):
+                copied(each)
+    for each in bound:
+        with pytest.raises(TypeError, match="can't be copied or pickled"):
+            copy.copy(each)
+    completion = stream.run()
+    assert pickle.loads(pickle.dumps(completion)) == copy.deepcopy(completion) == completion
+    assert pickle.loads(pickle.dumps(llm.plan)) == llm.plan
+
+
+def test_every_public_annotation_can_be_read() -> None:
+    for name in edgeinfer.__all__:
+        public = getattr(edgeinfer, name)
+        members = vars(public).values() if inspect.isclass(public) else ()
+        for each in (public, *members):
+            each = getattr(each, "fget", None) or getattr(each, "__func__", each)
+            if inspect.isclass(each) or inspect.isfunction(each):
+                typing.get_type_hints(each)
+    assert typing.get_type_hints(LLM.stream)["return"] is edgeinfer.Stream
 
 
 def test_closed_is_closed(path: Path) -> None:

@@ -65,8 +65,10 @@ def test_what_was_found_is_kept_and_nonsense_is_not(tmp_path: Path) -> None:
     runs = Runs({way: 1.0 - 0.1 * i for i, way in enumerate(KNOWN)})
     tuning = Tuning(KNOWN, path, runs)
     assert not tuning.is_done
-    tuning.finish()
+    told: list[tuple[int, int]] = []
+    tuning.finish(lambda: told.append(tuning.progress))
     assert tuning.way == KNOWN[-1]
+    assert told[-1] == (15, 15), "who waits can see how far it is"
     again = Runs({})
     assert Tuning(KNOWN, path, again).way == KNOWN[-1]
     assert Tuning(ways(1), path, again).way is None

@@ -14,7 +14,7 @@ from contextlib import suppress
 from functools import partial
 from io import FileIO
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, BinaryIO, NoReturn
 
 _UNKNOWN_DISK = 1 << 62
 _SMALL_FILE = 64 << 10  # bytes of a kernel
@@ -220,6 +220,9 @@ class ReadableFile:
 
     def close(self) -> None:
         self._file.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"{self.path} is open here: nothing of it can be copied or pickled")
 
     def __del__(self) -> None:
         if "_file" in vars(self):  # it could be opened

@@ -10,7 +10,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 IDLE_SECONDS = 2.0  # since the last step; a person who reads an answer takes longer
 _LEAST_MEMORY = 1 << 30  # Numba and LLVM take a quarter of that
 _JOIN_SECONDS = 2.0
+_LOOK_SECONDS = 0.1
 
 
 class IdleWork(ABC):
@@ -66,11 +67,13 @@ class IdleWork(ABC):
             return
         self._begin_at(time.monotonic() + self._idle_seconds)
 
-    def finish(self) -> None:
-        """Do all of it now; no step may run meanwhile."""
+    def finish(self, look: Callable[[], object] = lambda: None) -> None:
+        """Do all of it now, and `look` now and then; no step may run meanwhile."""
         self._begin_at(0.0)
-        if self._thread is not None:
-            self._thread.join()
+        while self._thread is not None and self._thread.is_alive():
+            look()
+            self._thread.join(_LOOK_SECONDS)
+        look()
 
     def wait(self, timeout: float) -> bool:
         """Wait until nothing is left to do; False where that takes longer."""

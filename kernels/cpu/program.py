@@ -194,9 +194,9 @@ class CpuProgram:
             out.ids = batch.samples.ids[:n]
         return out
 
-    def tune(self) -> Way:
+    def tune(self, progress: Callable[[int, int], None] = lambda done, total: None) -> Way:
         """Find out now what would be when idle: how steps of few rows run fastest."""
-        self._tuning.finish()
+        self._tuning.finish(lambda: progress(*self._tuning.progress))
         return self._way
 
     def build_exactly(self, progress: Callable[[int, int], None]) -> int:

@@ -85,6 +85,11 @@ class Tuning(IdleWork):
     def is_done(self) -> bool:
         return self.way is not None
 
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Rounds that are measured, and how many there will be."""
+        return len(self._rounds), _ROUNDS
+
     def _go_on(self) -> bool:
         while len(self._rounds) < _ROUNDS:
             seconds: list[float] = []
