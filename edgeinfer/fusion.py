@@ -173,17 +173,12 @@ def _rewritten(op: Op, uses: Uses) -> _Rewritten:
 
 
 def _residual(op: Add, uses: Uses) -> _Rewritten | None:
-    """An addition to what a matmul leaves; of two matmuls it is the later one that adds."""
-    linears = [
-        (uses.order[value], maker, other)
-        for value, other in ((op.a, op.b), (op.b, op.a))
-        if isinstance(maker := uses.makers.get(value), Linear) and uses.are_only(value, op)
-    ]
-    if not linears:
-        return None
-    _, linear, residual = max(linears, key=lambda each: each[0])
-    matmul = Matmul(op.layer, op.out, linear.x, linear.weight, linear.bias, residual)
-    return [matmul], [linear.out]
+    """An addition to what a matmul leaves for nothing else."""
+    for value, other in ((op.a, op.b), (op.b, op.a)):
+        linear = uses.makers.get(value)
+        if isinstance(linear, Linear) and uses.are_only(value, op):
+            return [Matmul(op.layer, op.out, *linear[2:], other)], [value]
+    return None
 
 
 def _swiglu(op: Mul, uses: Uses) -> _Rewritten | None:

@@ -1,252 +1,170 @@
 """The recorded forward pass of a model: a straight-line list of operations, symbolic in T.
 
 Knows no device, no file format and no text. A model file in `edgeinfer.models` calls the methods
-of `Graph` once, at load time; a backend lowers the recorded list to whatever it runs.
-
-Shape letters: T tokens in this step, S cached positions, D dim, H query heads, K key/value heads,
-d head dim, F feed-forward dim, V vocabulary.
+of `Graph` once, at load time, asks it for the numbers and tensors that it needs, and thereby says
+which take part; a backend lowers the recorded list to whatever it runs.
+Operations and shape letters: `ops.py`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple, TypeAlias
+from dataclasses import replace
+from typing import NamedTuple, NoReturn, Protocol
 
-from edgeinfer.errors import InvalidModelError
-from edgeinfer.quant import Weight
+from edgeinfer.errors import InvalidModelError, UnsupportedModelError
+from edgeinfer.ops import (
+    KV,
+    Activation,
+    ActivationKind,
+    Add,
+    Attention,
+    Bias,
+    Embed,
+    Hparams,
+    Linear,
+    Mul,
+    Op,
+    RmsNorm,
+    Rope,
+    RopeKind,
+    Rotate,
+    Scale,
+    Segment,
+    SelectRows,
+    SoftCap,
+    Value,
+    inputs,
+)
+from edgeinfer.quant import Weight, dequantize
 
-RopeKind: TypeAlias = Literal["norm", "neox"]
-ActivationKind: TypeAlias = Literal["silu", "gelu", "sigmoid", "softplus", "relu2"]
-
-
-class Rope(NamedTuple):
-    """Rotary position embedding (Su et al. 2021) of the first `n_dims` of a head.
-
-    `kind` pairs neighbours (2i, 2i+1: "norm") or halves (i, i + n_dims/2: "neox"). The angle of
-    pair i at position p is p * scale / (base ** (2i / n_dims) * factors[i]).
-    """
-
-    kind: RopeKind
-    n_dims: int
-    base: float
-    scale: float = 1.0
-    factors: Weight | None = None  # (n_dims / 2,), Llama 3's `rope_freqs`
-
-
-class Hparams(NamedTuple):
-    """The numbers of one model, from its metadata."""
-
-    architecture: str
-    n_layers: int
-    dim: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    ffn_dim: int
-    vocab_size: int
-    n_ctx_train: int
-    norm_eps: float
-    rope_dims: int
-    rope_base: float
-    rope_scale: float = 1.0
+__all__ = [
+    "Activation", "ActivationKind", "Add", "Attention", "Bias", "Embed", "Graph", "Heads",
+    "Hparams", "KV", "Linear", "Mul", "Op", "RmsNorm", "Rope", "RopeKind", "Rotate", "Scale",
+    "Segment", "SelectRows", "Settings", "SoftCap", "Value", "inputs", "without_leading_ones",
+]  # fmt: skip
 
 
-class KV(NamedTuple):
-    """The cache that one attention layer keeps: per position K heads of k_dim and of v_dim."""
+class Settings(Protocol):
+    """What a file says of its model. Each getter raises for what can't be, by the key's name."""
 
-    n_heads: int
+    def has(self, name: str) -> bool: ...
+
+    def count(
+        self, name: str, default: int | None = None, *, layer: int | None = None, low: int = 1
+    ) -> int: ...
+
+    def number(
+        self,
+        name: str,
+        default: float | None = None,
+        *,
+        layer: int | None = None,
+        low: float = ...,
+        high: float = ...,
+    ) -> float: ...
+
+    def flag(self, name: str, default: bool | None = None, *, layer: int | None = None) -> bool: ...
+
+    def text(self, name: str, default: str | None = None) -> str: ...
+
+    def wrong(self, name: str, value: object, wanted: str) -> NoReturn: ...
+
+    def unsupported(self, name: str, operation: str) -> NoReturn: ...
+
+
+class Heads(NamedTuple):
+    """The heads of a layer: n of queries, n_kv of keys and values."""
+
+    n: int
+    n_kv: int
     k_dim: int
     v_dim: int
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Value:
-    """One activation of the recorded pass, (T, dim), made by exactly one op."""
-
-    graph: Graph = field(repr=False)
-    index: int
-    dim: int
-
-    def __add__(self, other: Value) -> Value:
-        return self.graph.add(self, other)
-
-    def __mul__(self, other: Value) -> Value:
-        return self.graph.mul(self, other)
-
-
-class Embed(NamedTuple):
-    """out = weight[token id]; weight (V, D)."""
-
-    layer: int
-    out: Value
-    weight: Weight
-
-
-class RmsNorm(NamedTuple):
-    """out = x / sqrt(mean(x^2) + eps) * weight over each of `n_heads` equal parts of a row."""
-
-    layer: int
-    out: Value
-    x: Value
-    weight: Weight | None  # (x dim / n_heads,); None is all ones
-    eps: float
-    n_heads: int
-
-
-class Linear(NamedTuple):
-    """out = x W^T + bias; weight (out dim, in dim), bias (out dim,) or None."""
-
-    layer: int
-    out: Value
-    x: Value
-    weight: Weight
-    bias: Weight | None
-
-
-class Rotate(NamedTuple):
-    """out = x with each of `n_heads` heads rotated by its row's position."""
-
-    layer: int
-    out: Value
-    x: Value
-    n_heads: int
-    rope: Rope
-
-
-class Attention(NamedTuple):
-    """Store k and v of this step in the layer's cache, then out = softmax(q K^T * scale) V, causal.
-
-    q (T, H * k_dim), k (T, K * k_dim), v (T, K * v_dim), out (T, H * v_dim); query head h reads
-    key/value head h // (H / K). Pinned pages of a slid cache are read by q as it would be at
-    another position: see `pinned_query`.
-    """
-
-    layer: int
-    out: Value
-    q: Value
-    k: Value
-    v: Value
-    n_heads: int
-    cache: KV
-    scale: float
-
-
-class Add(NamedTuple):
-    """out = a + b."""
-
-    layer: int
-    out: Value
-    a: Value
-    b: Value
-
-
-class Mul(NamedTuple):
-    """out = a * b, element by element."""
-
-    layer: int
-    out: Value
-    a: Value
-    b: Value
-
-
-class Bias(NamedTuple):
-    """out = x + weight in every row; weight (x dim,)."""
-
-    layer: int
-    out: Value
-    x: Value
-    weight: Weight
-
-
-class Scale(NamedTuple):
-    """out = x * factor, a float32."""
-
-    layer: int
-    out: Value
-    x: Value
-    factor: float
-
-
-class SoftCap(NamedTuple):
-    """out = cap * tanh(x / cap): values beyond +-cap fade into it."""
-
-    layer: int
-    out: Value
-    x: Value
-    cap: float
-
-
-class Activation(NamedTuple):
-    """out = f(x), element by element.
-
-    silu: x / (1 + exp(-x)); gelu: x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)));
-    sigmoid: 1 / (1 + exp(-x)); softplus: log(1 + exp(x)); relu2: max(x, 0)^2.
-    """
-
-    layer: int
-    out: Value
-    x: Value
-    kind: ActivationKind
-
-
-class SelectRows(NamedTuple):
-    """out = the rows of x whose result the step was asked for."""
-
-    layer: int
-    out: Value
-    x: Value
-
-
-Op: TypeAlias = (
-    Embed | RmsNorm | Linear | Rotate | Attention | Add | Mul | Bias | Scale | SoftCap | Activation
-    | SelectRows
-)  # fmt: skip
-
-
-def inputs(op: Op) -> list[Value]:
-    """The values that an op reads, one that it reads twice twice."""
-    return [field for field in op[2:] if isinstance(field, Value)]
-
-
-class Segment(NamedTuple):
-    """A range of layers of one graph, the unit that a backend compiles.
-
-    `input` is None where the segment starts with token ids, else the residual stream that enters
-    it. `output` is the value it yields: logits of the selected rows, or the residual stream.
-    `hidden` is what steps yield that want no logits: what the head reads, or the output.
-    """
-
-    graph: Graph
-    ops: tuple[Op, ...]
-    input: Value | None
-    output: Value
-    hidden: Value
-    is_last: bool
-
     @property
-    def caches(self) -> dict[int, KV]:
-        """The cache of each attention layer in this segment, by layer."""
-        return {op.layer: op.cache for op in self.ops if isinstance(op, Attention)}
+    def cache(self) -> KV:
+        return KV(self.n_kv, self.k_dim, self.v_dim)
 
 
 class Graph:
     """Records the operations of one forward pass.
 
     Weights are asked for by GGUF name without suffix (`blk.0.attn_q`); what a file carries beside
-    a weight (a bias, rope factors) takes part because it is there, not because a flag says so.
+    a weight (a bias, a scale, rope factors) takes part because it is there, not because a flag
+    says so. Settings are asked for by their key without the architecture's prefix; inside
+    `layers`, an array of one value a layer answers with that layer's.
     """
 
-    def __init__(self, hparams: Hparams, weights: Mapping[str, Weight]) -> None:
+    def __init__(self, hparams: Hparams, settings: Settings, weights: Mapping[str, Weight]) -> None:
         self.hparams = hparams
         self.ops: list[Op] = []
         self.logits: Value | None = None
         self.hidden: Value | None = None  # what the head reads
-        self._weights = dict(weights)
+        self._settings, self._weights = settings, dict(weights)
         self._used: set[str] = set()
         self._n_values = 0
         self._layer = -1
         self._boundaries: list[Value] = []  # the residual stream leaving layer i
+
+    # -- numbers -----------------------------------------------------------------------------
+
+    @property
+    def dim(self) -> int:
+        return self.hparams.dim
+
+    def count(self, name: str, default: int | None = None, low: int = 1) -> int:
+        """A whole number of at least `low`; without a default the file must have it."""
+        return self._settings.count(name, default, layer=self._here, low=low)
+
+    def number(self, name: str, default: float | None = None) -> float:
+        return self._settings.number(name, default, layer=self._here)
+
+    def flag(self, name: str, default: bool | None = None) -> bool:
+        return self._settings.flag(name, default, layer=self._here)
+
+    def text(self, name: str, default: str | None = None) -> str:
+        return self._settings.text(name, default)
+
+    def heads(self) -> Heads:
+        """How many heads there are and how wide, each by its own key."""
+        n = self.count("attention.head_count")
+        n_kv = self.count("attention.head_count_kv", n)
+        if n % n_kv:
+            self._settings.wrong("attention.head_count_kv", n_kv, f"a divisor of the {n} heads")
+        if not self._settings.has("attention.key_length") and self.dim % n:
+            wanted = f"a divisor of the embedding length {self.dim}"
+            self._settings.wrong("attention.head_count", n, wanted)
+        k_dim = self.count("attention.key_length", self.dim // n)
+        return Heads(n, n_kv, k_dim, self.count("attention.value_length", k_dim))
+
+    def rope(self, kind: RopeKind, head_dim: int) -> Rope:
+        """The layer's rotation, with the factors of `rope_freqs.weight` where the file has them."""
+        n_dims = self.count("rope.dimension_count", head_dim)
+        if n_dims % 2 or n_dims > head_dim:
+            wanted = f"an even number up to {head_dim}"
+            self._settings.wrong("rope.dimension_count", n_dims, wanted)
+        base = self._settings.number("rope.freq_base", 10000.0, layer=self._here, low=1, high=1e12)
+        name = "rope_freqs.weight"
+        factors = self._weight(name, n_dims // 2) if self.has(name) else None
+        return Rope(kind, n_dims, base, self._rope_scale(), factors)
+
+    def _rope_scale(self) -> float:
+        """By what positions are multiplied: the inverse of a linear scaling's factor."""
+        kind = self.text("rope.scaling.type", "linear")
+        if kind not in ("none", "linear"):
+            self._settings.unsupported("rope.scaling.type", f"rope scaling {kind!r}")
+        old, name = "rope.scale_linear", "rope.scaling.factor"
+        name = name if self._settings.has(name) or not self._settings.has(old) else old
+        factor = self._settings.number(name, 0.0, low=0, high=1e6)
+        if 0 < factor < 1e-6:
+            self._settings.wrong(name, factor, "0 or a number from 1e-6 to 1e6")
+        return 1.0 if kind == "none" or factor == 0 else 1 / factor
+
+    @property
+    def _here(self) -> int | None:
+        """The layer that is being recorded."""
+        return self._layer if 0 <= self._layer < self.hparams.n_layers else None
 
     # -- structure ---------------------------------------------------------------------------
 
@@ -285,26 +203,59 @@ class Graph:
     # -- operations --------------------------------------------------------------------------
 
     def embed(self, name: str = "token_embd") -> Value:
-        weight = self._weight(f"{name}.weight", self.hparams.vocab_size, self.hparams.dim)
-        return self._record(Embed, weight.shape[1], weight=weight)
+        weight = self._weight(f"{name}.weight", self.hparams.vocab_size, self.dim)
+        return self._times_twin(self._record(Embed, weight.shape[1], weight=weight), name)
 
-    def rms_norm(self, x: Value, name: str | None, n_heads: int = 1) -> Value:
-        """Over each of `n_heads` parts of a row; without a name there is no weight."""
+    def rms_norm(
+        self, x: Value, name: str | None, n_heads: int = 1, eps: float | None = None
+    ) -> Value:
+        """Over each of `n_heads` parts of a row; without a name there is no weight.
+
+        `eps` is that of `attention.layer_norm_rms_epsilon` if no other is given.
+        """
         weight = None if name is None else self._weight(f"{name}.weight", x.dim // n_heads)
-        return self._record(
-            RmsNorm, x.dim, x=x, weight=weight, eps=self.hparams.norm_eps, n_heads=n_heads
-        )
+        key = "attention.layer_norm_rms_epsilon"
+        eps = self._settings.number(key, low=1e-30, high=0.99) if eps is None else eps
+        return self._record(RmsNorm, x.dim, x=x, weight=weight, eps=eps, n_heads=n_heads)
 
     def linear(self, x: Value, name: str, out_dim: int) -> Value:
         weight = self._weight(f"{name}.weight", out_dim, x.dim)
         bias = self._weight(f"{name}.bias", out_dim) if self.has(f"{name}.bias") else None
-        return self._record(Linear, out_dim, x=x, weight=weight, bias=bias)
+        return self._linear(x, weight, bias, name)
 
-    def rope(self, kind: RopeKind) -> Rope:
-        """The model's rotation, with the factors of `rope_freqs.weight` where the file has them."""
-        hp, name = self.hparams, "rope_freqs.weight"
-        factors = self._weight(name, hp.rope_dims // 2) if self.has(name) else None
-        return Rope(kind, hp.rope_dims, hp.rope_base, hp.rope_scale, factors)
+    def linears(self, x: Value, fused: str, parts: Mapping[str, int]) -> list[Value]:
+        """Linears of one x by name and width, which a file may hold as one matrix, `fused`."""
+        if not self.has(f"{fused}.weight"):
+            return [self.linear(x, name, dim) for name, dim in parts.items()]
+        weight = self._weight(f"{fused}.weight", sum(parts.values()), x.dim)
+        has_bias = self.has(f"{fused}.bias")
+        bias = self._weight(f"{fused}.bias", weight.shape[0]) if has_bias else None
+        values, end = list[Value](), 0
+        for dim in parts.values():
+            start, end = end, end + dim
+            rows = bias.rows(start, end) if bias else None
+            values.append(self._linear(x, weight.rows(start, end), rows, fused))
+        return values
+
+    def qkv(self, x: Value, blk: str, heads: Heads) -> tuple[Value, Value, Value]:
+        """Queries (T, H * k_dim), keys (T, K * k_dim) and values (T, K * v_dim) of a layer."""
+        parts = {
+            f"{blk}.attn_q": heads.n * heads.k_dim,
+            f"{blk}.attn_k": heads.n_kv * heads.k_dim,
+            f"{blk}.attn_v": heads.n_kv * heads.v_dim,
+        }
+        q, k, v = self.linears(x, f"{blk}.attn_qkv", parts)
+        return q, k, v
+
+    def gate_up(self, x: Value, blk: str) -> tuple[Value, Value]:
+        """Gate and up (T, F) of a feed-forward network; `ffn_up` alone holds both, gate first."""
+        gate, up, dim = f"{blk}.ffn_gate", f"{blk}.ffn_up", self.count("feed_forward_length")
+        whole = self._weights.get(f"{up}.weight")
+        is_fused = whole is not None and whole.shape[-2:-1] == (2 * dim,)
+        if self.has(f"{gate}.weight") or not is_fused:
+            return self.linear(x, gate, dim), self.linear(x, up, dim)
+        first, second = self.linears(x, up, {gate: dim, up: dim})
+        return first, second
 
     def rotate(self, x: Value, n_heads: int, rope: Rope) -> Value:
         return self._record(Rotate, x.dim, x=x, n_heads=n_heads, rope=rope)
@@ -361,6 +312,27 @@ class Graph:
 
     # -- recording ---------------------------------------------------------------------------
 
+    def _linear(self, x: Value, weight: Weight, bias: Weight | None, name: str) -> Value:
+        """A product, times the scale that the file may hold beside the matrix, then the bias."""
+        out_dim = weight.shape[0]
+        if not self.has(f"{name}.scale"):
+            out = self._record(Linear, out_dim, x=x, weight=weight, bias=bias)
+            return self._times_twin(out, name)
+        out = self._record(Linear, out_dim, x=x, weight=weight, bias=None)
+        out = self._times_twin(out, name)
+        return out if bias is None else self._record(Bias, out_dim, x=out, weight=bias)
+
+    def _times_twin(self, x: Value, name: str) -> Value:
+        """x times the scale beside a matrix. Its `input_scale` is for activations of 4 bits."""
+        self._used.add(f"{name}.input_scale")
+        if not self.has(f"{name}.scale"):
+            return x
+        twin = self._weight(f"{name}.scale", 1)
+        factor = float(dequantize(twin)[0]) if twin.type.is_runnable else 1.0
+        if not math.isfinite(factor):
+            raise InvalidModelError("not a finite number; download the file again", field=twin.name)
+        return self.scale(x, factor)
+
     def _record(self, op: type[Op], dim: int, **fields: object) -> Value:
         out = Value(self, self._n_values, dim)
         self._n_values += 1
@@ -370,9 +342,7 @@ class Graph:
     def _weight(self, name: str, *shape: int) -> Weight:
         weight = self._weights.get(name)
         if weight is None:
-            raise InvalidModelError(
-                f"the file lacks a tensor that {self.hparams.architecture} needs", field=name
-            )
+            self._lacks(name)
         if weight.shape != shape:
             if without_leading_ones(weight.shape) != without_leading_ones(shape):
                 raise InvalidModelError(
@@ -381,6 +351,19 @@ class Graph:
             weight = self._weights[name] = replace(weight, shape=shape)
         self._used.add(name)
         return weight
+
+    def _lacks(self, name: str) -> NoReturn:
+        """What the file holds in place of a tensor tells what kind of model it is."""
+        architecture, stem = self.hparams.architecture, name.rpartition(".")[0]
+        others = [each for each in self._weights if each.startswith(stem)]
+        if others:
+            raise UnsupportedModelError(
+                f"the file lacks {name}, which edgeinfer's {architecture} needs, and holds "
+                f"{', '.join(others[:3])}: another kind of {architecture} than it runs",
+                architecture=architecture,
+                missing=others,
+            )
+        raise InvalidModelError(f"the file lacks a tensor that {architecture} needs", field=name)
 
 
 def without_leading_ones(shape: tuple[int, ...]) -> tuple[int, ...]:

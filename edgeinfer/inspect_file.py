@@ -10,6 +10,7 @@ from typing import Any
 
 from edgeinfer.errors import UnsupportedModelError
 from edgeinfer.gguf import GGUFFile
+from edgeinfer.graph import Attention, Graph, Linear
 from edgeinfer.memory_plan import MemoryPlan
 from edgeinfer.model import Model
 from edgeinfer.options import LoadOptions, Unpack
@@ -45,12 +46,24 @@ def _model_facts(model: Model) -> dict[str, Any]:
         "quantisation": model.quantisation,
         "n_layers": hp.n_layers,
         "dim": hp.dim,
-        "n_heads": hp.n_heads,
-        "n_kv_heads": hp.n_kv_heads,
-        "head_dim": hp.head_dim,
-        "ffn_dim": hp.ffn_dim,
+        **_widths(model.graph),
         "vocab_size": hp.vocab_size,
         "n_ctx_train": hp.n_ctx_train,
+    }
+
+
+def _widths(graph: Graph) -> dict[str, Any]:
+    """Heads and feed-forward widths, a list where layers differ."""
+    attentions = [op for op in graph.ops if isinstance(op, Attention)]
+    downs = [op for op in graph.ops if isinstance(op, Linear) and "ffn_down" in op.weight.name]
+    columns = {
+        "n_heads": [op.n_heads for op in attentions],
+        "n_kv_heads": [op.cache.n_heads for op in attentions],
+        "head_dim": [op.cache.k_dim for op in attentions],
+        "ffn_dim": [op.x.dim for op in downs],
+    }
+    return {
+        name: values[0] if len(set(values)) == 1 else values for name, values in columns.items()
     }
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from edgeinfer.batch import PAGE, StepLimits
 from edgeinfer.errors import PlanError
-from edgeinfer.graph import Embed, Linear, Segment
+from edgeinfer.graph import Attention, Embed, Linear, Segment
 from edgeinfer.kvcache import pages_for
 from edgeinfer.quant import Weight
 
@@ -113,7 +113,9 @@ def _weight_bytes(segment: Segment, packed_bytes: Callable[[Weight], int]) -> di
 def _scratch_bytes(segment: Segment, limits: StepLimits) -> int:
     """Activations of a step, its logits, and what sampling them takes."""
     hp = segment.graph.hparams
-    widths = 4 * hp.dim + 3 * hp.ffn_dim + 4 * hp.n_heads * hp.head_dim
+    attentions = [op.q.dim for op in segment.ops if isinstance(op, Attention)]
+    layers = [op.out.dim for op in segment.ops if 0 <= op.layer < hp.n_layers]
+    widths = 4 * hp.dim + 3 * max(layers) + 4 * max(attentions, default=0)
     activations = 6 * limits.max_rows * widths
     logits = 4 * limits.max_outputs * hp.vocab_size
     return activations + logits + 16 * limits.max_sequences * hp.vocab_size

@@ -6,13 +6,15 @@ Knows nothing of a machine: no backend, no memory plan, no running.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+import pkgutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from edgeinfer.errors import InvalidModelError, UnsupportedModelError
 from edgeinfer.gguf import Array, GGUFFile
-from edgeinfer.graph import Graph, Hparams, Rotate
-from edgeinfer.hparams import ARCHITECTURES, read_hparams, unsupported
+from edgeinfer.graph import Graph, Hparams, Rotate, without_leading_ones
+from edgeinfer.keys import Keys
 from edgeinfer.quant import RUNNABLE, Weight, dequantize
 from edgeinfer.terminal import one_line
 
@@ -33,16 +35,18 @@ class Model:
     @classmethod
     def load(cls, file: GGUFFile) -> Model:
         """Check the file's numbers and record its forward pass."""
-        architecture = file.metadata.get_str("general.architecture")
-        _check_architecture(architecture, file)
-        hparams = read_hparams(file)
-        if operations := _operations_of(file.tensors):
-            unsupported(architecture, f"this {architecture} file needs", operations)
-        graph = Graph(hparams, file.tensors)
-        forward: Callable[[Graph], None] = importlib.import_module(
-            f"edgeinfer.models.{architecture}"
-        ).forward
+        forward = _forward(file.metadata.get_str("general.architecture"))
+        keys = Keys(file)
+        hparams = Hparams(
+            architecture=keys.architecture,
+            n_layers=keys.n_layers,
+            dim=keys.count("embedding_length"),
+            vocab_size=_vocab_size(file),
+            n_ctx_train=keys.n_ctx_train,
+        )
+        graph = Graph(hparams, keys, file.tensors)
         forward(graph)
+        keys.check_all_read()
         _check_unused(graph)
         _check_types(graph, file.tensors)
         _check_rope_factors(graph)
@@ -72,71 +76,60 @@ class Model:
         return " + ".join(self.bytes_by_type)
 
 
-_MOE = "mixture of experts"
-_SWA = "sliding-window attention"
-_DELTA = "gated delta-net layers"
-_MAMBA = "Mamba 2 layers"
-# What known architectures need beyond the operations there are.
-_MISSING: dict[str, tuple[str, ...]] = {
-    "qwen2moe": (_MOE,),
-    "qwen3moe": (_MOE,),
-    "qwen3next": (_DELTA, _MOE, "gated attention"),
-    "qwen35": (_DELTA, "gated attention", "multi-section rope"),
-    "qwen35moe": (_DELTA, "gated attention", "multi-section rope", _MOE),
-    "qwen2vl": ("multi-section rope",),
-    "qwen3vl": ("multi-section rope",),
-    "gemma": ("GeGLU", "an embedding multiplier"),
-    "gemma2": ("GeGLU", "an embedding multiplier", _SWA, "logit soft-capping"),
-    "gemma3": ("GeGLU", "an embedding multiplier", _SWA, "rope bases per layer"),
-    "gemma3n": ("GeGLU", "AltUp", "LAuReL", "per-layer embeddings", "shared K/V", _SWA),
-    "gemma4": ("GeGLU", "head sizes per layer", "shared K/V", _SWA, "final logit soft-capping"),
-    "phi3": ("fused qkv", "fused gate and up", "longrope"),
-    "mistral3": ("YaRN rope scaling", "attention temperature"),
-    "gpt-oss": (_MOE, "MXFP4", "attention sinks", _SWA, "YaRN rope scaling"),
-    "granite": ("embedding, residual, attention and logit multipliers",),
-    "granitemoe": ("embedding, residual, attention and logit multipliers", _MOE),
-    "granitehybrid": ("embedding, residual, attention and logit multipliers", _MAMBA, _MOE),
-    "lfm2": ("gated short convolutions",),
-    "lfm2moe": ("gated short convolutions", _MOE),
-    "nemotron_h": (_MAMBA, "squared ReLU"),
-    "nemotron_h_moe": (_MAMBA, "squared ReLU", _MOE),
-    "smollm3": ("layers without positions",),
-    "deepseek2": ("multi-head latent attention", _MOE),
-    "exaone4": ("norms after the block", _SWA, "layers without positions"),
-    "glm4": ("norms after the block",),
-    "hunyuan-dense": ("norms after the rotation",),
-    "olmo2": ("norms after the block",),
-    "minicpm": ("embedding, residual and logit multipliers",),
-    "falcon-h1": (_MAMBA, "attention and Mamba 2 in parallel"),
-    "cohere2": ("LayerNorm without bias", _SWA, "attention and feed-forward in parallel"),
-    "mamba": ("Mamba layers",),
-    "mamba2": (_MAMBA,),
-    "bert": ("bidirectional attention", "LayerNorm"),
-    "gpt2": ("LayerNorm", "learned positions"),
-}
-# Parts of tensor names that tell of an operation which no supported architecture has.
-_TENSOR_OPERATIONS = {
-    "_exps": _MOE,
-    "ffn_gate_inp": _MOE,
-    "rope_factors_": "longrope",
-    "ssm_": "state-space layers",
-    "shortconv": "gated short convolutions",
-    "attn_sinks": "attention sinks",
-    "attn_qkv": "fused qkv",
-    "post_attention_norm": "norms after the block",
-    "post_ffw_norm": "norms after the block",
-    "norm.bias": "LayerNorm",
-    "nextn": "multi-token prediction layers",
-    "cls.": "a classifier head",
-    "position_embd": "learned positions",
-}
+_Forward: TypeAlias = "Callable[[Graph], None]"
 
 
-def _check_architecture(architecture: str, file: GGUFFile) -> None:
-    if architecture in ARCHITECTURES:
-        return
-    missing = _MISSING.get(architecture) or _operations_of(file.tensors) or ("a model file",)
-    unsupported(architecture, f"architecture {one_line(architecture, 60)!r} needs", missing)
+def architectures() -> dict[str, _Forward]:
+    """What every file of `edgeinfer.models` records, by the names of architectures."""
+    return {name: forward for file in _model_files() for name, forward in _read(file)}
+
+
+def _model_files() -> list[str]:
+    from edgeinfer import models
+
+    return [info.name for info in pkgutil.iter_modules(models.__path__)]
+
+
+def _read(file: str) -> list[tuple[str, _Forward]]:
+    """A file is named after its architecture, or says in NAMES which ones it stands for."""
+    module = importlib.import_module(f"edgeinfer.models.{file}")
+    return [(name, module.forward) for name in getattr(module, "NAMES", (file,))]
+
+
+def _forward(architecture: str) -> _Forward:
+    files = _model_files()
+    for file in sorted(files, key=lambda file: file != architecture):  # most often the first
+        for name, forward in _read(file):
+            if name == architecture:
+                return forward
+    raise UnsupportedModelError(
+        f"no model file for architecture {one_line(architecture, 60)!r}; edgeinfer runs "
+        f"{', '.join(sorted(architectures()))}. Choose a model of one of these.",
+        architecture=architecture,
+        missing=[f"a model file for {architecture}"],
+    )
+
+
+def _vocab_size(file: GGUFFile) -> int:
+    """Rows of the embedding, which must match the tokenizer's vocabulary where there is one."""
+    embedding = file.tensors.get("token_embd.weight")
+    shape = without_leading_ones(embedding.shape) if embedding is not None else ()
+    if len(shape) != 2:
+        found = "no such tensor" if embedding is None else f"shape {embedding.shape}"
+        raise InvalidModelError(
+            f"found {found}, need a matrix; this file holds no language model, or is damaged",
+            path=file.path,
+            field="token_embd.weight",
+        )
+    n_rows, key = shape[0], "tokenizer.ggml.tokens"
+    if key in file.metadata and len(file.metadata.get_array(key)) != n_rows:
+        raise InvalidModelError(
+            f"found {len(file.metadata.get_array(key))} tokens, token_embd.weight has {n_rows} "
+            "rows; take a file from another publisher",
+            path=file.path,
+            field=key,
+        )
+    return n_rows
 
 
 def _check_unused(graph: Graph) -> None:
@@ -146,8 +139,11 @@ def _check_unused(graph: Graph) -> None:
     if unused:
         shown = ", ".join(one_line(name, 60) for name in unused[:4])
         shown += f" and {len(unused) - 4} more" if unused[4:] else ""
-        architecture = graph.hparams.architecture
-        unsupported(architecture, f"this {architecture} file needs operations for", [shown])
+        raise UnsupportedModelError(
+            f"nothing here reads {shown}: the result would be wrong; choose a model without it",
+            architecture=graph.hparams.architecture,
+            missing=unused[:4],
+        )
 
 
 def _check_types(graph: Graph, tensors: Mapping[str, Weight]) -> None:
@@ -205,15 +201,10 @@ def _off(sequence: str, file: GGUFFile) -> dict[str, float]:
     """Values that leave only the samplers of a sequence such as "top_k;top_p;temperature"."""
     names = [name for name in sequence.split(";") if name]
     if names != [name for name in _CHAIN if name in names]:
-        unsupported(
-            file.metadata.get_str("general.architecture"),
-            "this file asks for",
-            [f"the sampler order {one_line(sequence, 60)}"],
+        raise UnsupportedModelError(
+            f"general.sampling.sequence is {one_line(sequence, 60)}: edgeinfer runs samplers in "
+            f"the order {';'.join(_CHAIN)}",
+            architecture=file.metadata.get_str("general.architecture"),
+            missing=[f"the sampler order {sequence}"],
         )
     return dict(off for name, off in _CHAIN.items() if name not in names)
-
-
-def _operations_of(names: Iterable[str]) -> tuple[str, ...]:
-    """What the tensors of these names are for, as far as it is known."""
-    wanted = {op: None for name in names for part, op in _TENSOR_OPERATIONS.items() if part in name}
-    return tuple(wanted)

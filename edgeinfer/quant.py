@@ -134,12 +134,38 @@ class Weight:
         """The product of the shape."""
         return _product(self.shape)
 
+    def rows(self, first: int, last: int) -> Weight:
+        """Rows first <= i < last as a weight of its own, or those elements of a vector."""
+        row_bytes = self.type.row_bytes(_product(self.shape[1:])) if self.shape[1:] else 0
+        start, end = (n * row_bytes or self.type.row_bytes(n) for n in (first, last))
+        data = self.data
+        part = data[start:end] if isinstance(data, memoryview) else _Part(data, start, end - start)
+        name = f"{self.name}[{first}:{last}]"
+        return Weight(name, (last - first, *self.shape[1:]), self.type, part)
+
     def read_into(self, buffer: memoryview, start: int = 0) -> None:
         """Fill a buffer with the bytes from `start` on."""
         if isinstance(self.data, memoryview):
             buffer[:] = self.data[start : start + len(buffer)]
         else:
             self.data.read_into(buffer, start)
+
+
+class _Part:
+    """Some of the bytes in a file."""
+
+    def __init__(self, whole: FileBytes, start: int, n_bytes: int) -> None:
+        self._whole, self._start, self._n_bytes = whole, start, n_bytes
+
+    def __len__(self) -> int:
+        return self._n_bytes
+
+    def __getitem__(self, part: slice, /) -> memoryview:
+        begin, end, _ = part.indices(self._n_bytes)
+        return self._whole[self._start + begin : self._start + end]
+
+    def read_into(self, buffer: memoryview, start: int) -> None:
+        self._whole.read_into(buffer, self._start + start)
 
 
 def quant_type(ggml_id: int) -> QuantType:

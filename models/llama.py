@@ -1,26 +1,25 @@
-"""Llama 2 and 3, SmolLM2, Mistral: RMSNorm, grouped-query attention, rotary positions, SwiGLU.
+"""Llama 2 and 3, SmolLM2, Mistral, Qwen 2 and 2.5: grouped-query attention and SwiGLU.
 
-Adjacent rotary pairs; Llama 3's rope factors and a tied head follow from the file's tensors.
+Adjacent or half-split rotary pairs, by name. Llama 3's rope factors, Qwen's biases on q, k and v
+and a tied head follow from the file's tensors.
 """
 
-from edgeinfer.graph import KV, Graph
+from edgeinfer.graph import Graph, RopeKind
+
+NAMES: dict[str, RopeKind] = {"llama": "norm", "qwen2": "neox"}
 
 
 def forward(g: Graph) -> None:
-    hp, rope = g.hparams, g.rope("norm")
-    q_dim, kv_dim = hp.n_heads * hp.head_dim, hp.n_kv_heads * hp.head_dim
-    cache = KV(hp.n_kv_heads, hp.head_dim, hp.head_dim)
     x = g.embed()  # (T, D)
     for blk in g.layers():
+        heads = g.heads()
+        rope = g.rope(NAMES[g.hparams.architecture], heads.k_dim)
         h = g.rms_norm(x, f"{blk}.attn_norm")
-        q = g.linear(h, f"{blk}.attn_q", q_dim)  # (T, H * d)
-        k = g.linear(h, f"{blk}.attn_k", kv_dim)  # (T, K * d)
-        v = g.linear(h, f"{blk}.attn_v", kv_dim)
-        q, k = g.rotate(q, hp.n_heads, rope), g.rotate(k, hp.n_kv_heads, rope)
-        a = g.attention(q, k, v, cache=cache)
-        x = x + g.linear(a, f"{blk}.attn_output", hp.dim)
+        q, k, v = g.qkv(h, blk, heads)  # (T, H * d), (T, K * d), (T, K * d)
+        q, k = g.rotate(q, heads.n, rope), g.rotate(k, heads.n_kv, rope)
+        a = g.attention(q, k, v, cache=heads.cache)
+        x = x + g.linear(a, f"{blk}.attn_output", g.dim)
         h = g.rms_norm(x, f"{blk}.ffn_norm")
-        gate = g.linear(h, f"{blk}.ffn_gate", hp.ffn_dim)  # (T, F)
-        up = g.linear(h, f"{blk}.ffn_up", hp.ffn_dim)
-        x = g.layer_output(x + g.linear(g.silu(gate) * up, f"{blk}.ffn_down", hp.dim))
+        gate, up = g.gate_up(h, blk)  # (T, F)
+        x = g.layer_output(x + g.linear(g.silu(gate) * up, f"{blk}.ffn_down", g.dim))
     g.head(g.rms_norm(g.select_rows(x), "output_norm"))  # (wanted rows, V)

@@ -3,26 +3,22 @@
 The head width is its own number, not dim / n_heads.
 """
 
-from edgeinfer.graph import KV, Graph
+from edgeinfer.graph import Graph
 
 
 def forward(g: Graph) -> None:
-    hp, rope = g.hparams, g.rope("neox")
-    q_dim, kv_dim = hp.n_heads * hp.head_dim, hp.n_kv_heads * hp.head_dim
-    cache = KV(hp.n_kv_heads, hp.head_dim, hp.head_dim)
     x = g.embed()  # (T, D)
     for blk in g.layers():
+        heads = g.heads()
+        rope = g.rope("neox", heads.k_dim)
         h = g.rms_norm(x, f"{blk}.attn_norm")
-        q = g.linear(h, f"{blk}.attn_q", q_dim)  # (T, H * d)
-        k = g.linear(h, f"{blk}.attn_k", kv_dim)  # (T, K * d)
-        v = g.linear(h, f"{blk}.attn_v", kv_dim)
-        q = g.rms_norm(q, f"{blk}.attn_q_norm", hp.n_heads)
-        k = g.rms_norm(k, f"{blk}.attn_k_norm", hp.n_kv_heads)
-        q, k = g.rotate(q, hp.n_heads, rope), g.rotate(k, hp.n_kv_heads, rope)
-        a = g.attention(q, k, v, cache=cache)
-        x = x + g.linear(a, f"{blk}.attn_output", hp.dim)
+        q, k, v = g.qkv(h, blk, heads)  # (T, H * d), (T, K * d), (T, K * d)
+        q = g.rms_norm(q, f"{blk}.attn_q_norm", heads.n)
+        k = g.rms_norm(k, f"{blk}.attn_k_norm", heads.n_kv)
+        q, k = g.rotate(q, heads.n, rope), g.rotate(k, heads.n_kv, rope)
+        a = g.attention(q, k, v, cache=heads.cache)
+        x = x + g.linear(a, f"{blk}.attn_output", g.dim)
         h = g.rms_norm(x, f"{blk}.ffn_norm")
-        gate = g.linear(h, f"{blk}.ffn_gate", hp.ffn_dim)  # (T, F)
-        up = g.linear(h, f"{blk}.ffn_up", hp.ffn_dim)
-        x = g.layer_output(x + g.linear(g.silu(gate) * up, f"{blk}.ffn_down", hp.dim))
+        gate, up = g.gate_up(h, blk)  # (T, F)
+        x = g.layer_output(x + g.linear(g.silu(gate) * up, f"{blk}.ffn_down", g.dim))
     g.head(g.rms_norm(g.select_rows(x), "output_norm"))  # (wanted rows, V)

@@ -7,7 +7,7 @@ stand ops that no model has in that place.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, NoReturn, get_args
 
 import numpy as np
 from hypothesis import strategies as st
@@ -37,7 +37,7 @@ class Layer(NamedTuple):
 
     heads: int  # of HEADS
     group: int  # query heads of a key/value head
-    q_norm: int  # heads, none, whole row, without weight
+    q_norm: int  # heads, none, whole row, without weight, of another epsilon
     k_norm: int
     ropes: int  # alike, q alone, k alone, two, none
     after: int  # what is done to q behind its rotation
@@ -80,7 +80,7 @@ def _mostly_0(n: int) -> st.SearchStrategy[int]:
 
 
 _LAYER = st.builds(
-    Layer, _upto(len(HEADS) - 1), st.integers(1, 3), _upto(3), _upto(3), _mostly_0(4),
+    Layer, _upto(len(HEADS) - 1), st.integers(1, 3), _upto(4), _upto(4), _mostly_0(4),
     _mostly_0(4), _mostly_0(3), _mostly_0(2), _upto(4), _upto(7), _LOOSE, _LOOSE,
 )  # fmt: skip
 MODELS = st.builds(
@@ -97,6 +97,31 @@ MODELS = st.builds(
 )
 
 
+class Given:
+    """Settings of a file that has every default, and an epsilon of its norms."""
+
+    def has(self, name: str) -> bool:
+        return False
+
+    def number(self, name: str, default: Any = None, **limits: Any) -> float:
+        return 1e-5 if name.endswith("_epsilon") else float(default)
+
+    def count(self, name: str, default: Any = None, **limits: Any) -> int:
+        return int(default)
+
+    def flag(self, name: str, default: Any = None, **limits: Any) -> bool:
+        return bool(default)
+
+    def text(self, name: str, default: Any = None) -> str:
+        return str(default)
+
+    def wrong(self, name: str, value: object, wanted: str) -> NoReturn:
+        raise AssertionError(name)
+
+    def unsupported(self, name: str, operation: str) -> NoReturn:
+        raise AssertionError(name)
+
+
 class RandomGraph(Graph):
     """A graph that finds any tensor it asks for, random and of the shape that it must have."""
 
@@ -108,8 +133,7 @@ class RandomGraph(Graph):
         tied: bool = False,
         seed: int = 0,
     ) -> None:
-        hparams = Hparams("made-up", n_layers, dim, 1, 1, 1, 1, 40, 512, 1e-5, 2, 10000.0)
-        super().__init__(hparams, {})
+        super().__init__(Hparams("made-up", n_layers, dim, 40, 512), Given(), {})
         self._types, self._tied, self._rng = types, tied, np.random.default_rng(seed)
         self._made: dict[str, Weight] = {}
 
@@ -227,7 +251,8 @@ class Recorder:
             return x
         if way == 3:
             return self.g.rms_norm(x, None, n_heads)
-        return self.g.rms_norm(x, self.name(), 1 if way == 2 else n_heads)
+        eps = 0.5 if way == 4 else None
+        return self.g.rms_norm(x, self.name(), 1 if way == 2 else n_heads, eps)
 
     def _ffn(self, h: Value, way: int) -> Value:
         g = self.g

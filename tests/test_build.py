@@ -22,7 +22,7 @@ from edgeinfer.kernels.cpu.object_files import undefined_symbols
 from edgeinfer.kernels.cpu.program import CpuBackend
 from edgeinfer.kernels.cpu.ready import Ready
 from edgeinfer.kernels.cpu.targets import TRIPLES, Target
-from edgeinfer.model import ARCHITECTURES, Model
+from edgeinfer.model import Model, architectures
 
 from . import native
 from .models_for_tests import tiny_model
@@ -228,7 +228,7 @@ def test_ready_kernels_cover_what_supported_models_need(
     monkeypatch.setattr(CpuBackend, "load", record)
     limits = StepLimits(n_pages=4, max_rows=4, max_outputs=4, max_sequences=1, n_threads=1)
     asked: set[str] = set()
-    for arch in ARCHITECTURES:
+    for arch in architectures():
         for quant in ("F16", "Q4_0", "Q4_1", "Q4_K_M"):
             path = tiny_model(tmp_path, arch=arch, quant=quant, head_dim=64)
             with GGUFFile.open(path) as file:

@@ -25,6 +25,7 @@ from edgeinfer.graph import (
     Linear,
     Op,
     RmsNorm,
+    Rope,
     Rotate,
     Segment,
 )
@@ -35,6 +36,7 @@ from edgeinfer.quant import QUANT_TYPES, Weight
 from tests.bench.make_model import quantize
 
 from .native import cache_root
+from .random_graphs import Given
 
 FLOATS, BLOCKS_OF_32 = ("F32", "F16", "BF16"), ("Q4_0", "Q8_0")
 TYPES = {kind.name: kind for kind in QUANT_TYPES.values()}
@@ -103,17 +105,15 @@ def record(shape: Shape) -> Segment:
         weights.add("output.weight", s.vocab, s.dim)
     for name in ("attn_q_norm", "attn_k_norm") if s.qk_norm else ():
         weights.add(f"blk.0.{name}.weight", s.k_dim)
-    hparams = Hparams(
-        "llama", 1, s.dim, n_heads, s.n_kv_heads, s.k_dim, s.ffn_dim, s.vocab, 64, 1e-5,
-        s.rope_dims, 10000.0,
-    )  # fmt: skip
-    g = Graph(hparams, weights)
+    g = Graph(Hparams("llama", 1, s.dim, s.vocab, 64), Given(), weights)
     forward(g, s, rows)
     return g.segment()
 
 
 def forward(g: Graph, s: Shape, rows: dict[str, int]) -> None:
-    rope, n_heads = g.rope(s.rope), g.hparams.n_heads
+    n_heads = s.n_kv_heads * s.group
+    factors = g._weight("rope_freqs.weight", s.rope_dims // 2) if s.factors else None
+    rope = Rope(s.rope, s.rope_dims, 10000.0, 1.0, factors)
     x = g.embed()
     for blk in g.layers():
         h = g.rms_norm(x, f"{blk}.attn_norm")

@@ -19,13 +19,14 @@ LAYERS = """
 terminal
 errors
 config quant platform options parameters results messages event_queue plain_text
+ops
 graph sampling catalog hub turns speculation
 batch fusion wheel discovery
 models.* kernels.reference kernels.cpu kernels.cuda fetch recent
 pretokenizers jinja_process chat_templates kvcache hiding
 sequence vocabulary byte_pair sampler template_engine
 gguf weights tokenizer chat memory_plan backend generation
-hparams
+keys
 model scheduler reply
 engine stream
 runtime

@@ -1,0 +1,203 @@
+"""The keys under an architecture's prefix: read with their types, and none left aside unread.
+
+What a model file reads is ticked off. At the end every key must have been read, or hold a value
+that changes nothing, or stand in `_INERT` with the reason; else the file is refused by its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
+
+from edgeinfer.errors import InvalidModelError, UnsupportedModelError
+from edgeinfer.gguf import Array, GGUFFile
+from edgeinfer.terminal import one_line
+
+# Far above any model in use: a hostile file can't make loading slow or sizes overflow.
+_MAX_LAYERS = 4096
+_MAX_COUNT = 1 << 20
+
+
+class _Inert(NamedTuple):
+    """Why a key may stay unread: with any value, or only with one of `values`.
+
+    Not so once the model file has read the key `unless`.
+    """
+
+    reason: str
+    values: tuple[bool | float | str, ...] | None = None
+    unless: str = ""
+
+
+_SAYS_NOTHING = _Inert("tells tools about the file")
+_EMBEDDINGS = _Inert("how embeddings are made, which is not done here")
+_MULTIPLIES = _Inert("multiplies by 1", (1,))
+_WINDOWED = _Inert("of layers with a window; there are none", None, "attention.sliding_window")
+_YARN = _Inert("acts with YaRN or longrope alone, which `rope.scaling.type` asks for")
+_INERT = {
+    "vocab_size": _Inert("the embedding has as many rows"),
+    "tensor_data_layout": _Inert("how converters of 2023 ordered rows"),
+    "attention.causal": _Inert("every attention is", (True,)),
+    "attention.layer_norm_epsilon": _Inert("of norms that subtract the mean; there are none"),
+    "hidden_activation": _Inert("what the model file writes", ("silu", "swish", "swiglu")),
+    "rope.dimension_sections": _Inert("text has one position"),
+    "rope.scaling.finetuned": _SAYS_NOTHING,
+    "rope.scale_linear": _Inert("gives way to `rope.scaling.factor`"),
+    "pooling_type": _EMBEDDINGS,
+    "embedding_length_out": _EMBEDDINGS,
+    "classifier.output_labels": _EMBEDDINGS,
+    "attention.output_scale": _MULTIPLIES,
+    "attention.value_scale": _MULTIPLIES,
+    "embedding_scale": _MULTIPLIES,
+    "residual_scale": _MULTIPLIES,
+    "logit_scale": _MULTIPLIES,
+    "rope.scaling.alpha": _MULTIPLIES,
+    "rope.scaling.attn_factor": _MULTIPLIES,
+    "rope.scaling.yarn_attn_factor": _MULTIPLIES,
+    "hyper_connection.count": _Inert("one residual stream", (1,)),
+    "full_attention_interval": _Inert("every layer has attention", (1,)),
+    "attention.sliding_window_pattern": _WINDOWED,
+    "attention.key_length_swa": _WINDOWED,
+    "attention.value_length_swa": _WINDOWED,
+    "rope.dimension_count_swa": _WINDOWED,
+    "rope.freq_base_swa": _WINDOWED,
+    "rope.scaling.original_context_length": _YARN,
+    "rope.scaling.yarn_beta_fast": _YARN,
+    "rope.scaling.yarn_beta_slow": _YARN,
+    "rope.scaling.yarn_log_multiplier": _YARN,
+    "rope.scaling.yarn_ext_factor": _Inert("the default", (-1,)),
+}
+
+
+class Keys:
+    """What a file says of its model; names are written without the architecture's prefix."""
+
+    def __init__(self, file: GGUFFile) -> None:
+        self.architecture = file.metadata.get_str("general.architecture")
+        self._file, self._metadata = file, file.metadata
+        self._read: set[str] = set()
+        self._arrays: dict[str, tuple[Any, ...]] = {}
+        self.n_layers = self.count("block_count", high=_MAX_LAYERS)
+        self.n_ctx_train = self.count("context_length", high=2**31 - 1)
+
+    def has(self, name: str) -> bool:
+        return self._key(name) in self._metadata
+
+    def count(
+        self,
+        name: str,
+        default: int | None = None,
+        *,
+        layer: int | None = None,
+        low: int = 1,
+        high: int = _MAX_COUNT,
+    ) -> int:
+        """A whole number; of an array, the one of a layer."""
+        if not self._is_array(name):
+            return self._metadata.get_int(self._tick(name), default, low=low, high=high)
+        count: int = self._of_layer(name, self._metadata.get_ints, layer)
+        if not low <= count <= high:
+            self.wrong(name, count, f"integers from {low} to {high}")
+        return count
+
+    def number(
+        self,
+        name: str,
+        default: float | None = None,
+        *,
+        layer: int | None = None,
+        low: float = float("-inf"),
+        high: float = float("inf"),
+    ) -> float:
+        """A finite number; of an array, the one of a layer."""
+        value: float
+        if self._is_array(name):
+            value = self._of_layer(name, self._metadata.get_floats, layer)
+        else:
+            value = self._metadata.get_float(self._tick(name), default)
+        if not low <= value <= high:
+            self.wrong(name, value, f"a number from {low:g} to {high:g}")
+        return value
+
+    def flag(self, name: str, default: bool | None = None, *, layer: int | None = None) -> bool:
+        """True or false; of an array, that of a layer."""
+        if self._is_array(name):
+            value: bool = self._of_layer(name, self._metadata.get_bools, layer)
+            return value
+        return self._metadata.get_bool(self._tick(name), default)
+
+    def text(self, name: str, default: str | None = None) -> str:
+        return self._metadata.get_str(self._tick(name), default)
+
+    def wrong(self, name: str, value: object, wanted: str) -> NoReturn:
+        """InvalidModelError for what no model can have."""
+        raise InvalidModelError(
+            f"found {value}, need {wanted}; take a file from another publisher",
+            path=self._file.path,
+            field=self._key(name),
+        )
+
+    def unsupported(self, name: str, operation: str) -> NoReturn:
+        """UnsupportedModelError for what a model may have and this version has not."""
+        raise UnsupportedModelError(
+            f"{self._key(name)} is {self._shown(name)}: that needs {operation}, which edgeinfer "
+            "lacks; choose a model without it",
+            architecture=self.architecture,
+            missing=[operation],
+        )
+
+    def check_all_read(self) -> None:
+        """UnsupportedModelError for the first key that acts and that nobody has read."""
+        for key in self._metadata:
+            name = key.removeprefix(f"{self.architecture}.")
+            if name != key and name not in self._read and not self._is_inert(name):
+                raise UnsupportedModelError(
+                    f"{key} is {self._shown(name)}, and nothing here reads that: the result would "
+                    "be wrong; choose a model without it",
+                    architecture=self.architecture,
+                    missing=[name],
+                )
+
+    def _is_inert(self, name: str) -> bool:
+        entry, value = _INERT.get(name), self._metadata[self._key(name)]
+        acts = entry is None or entry.unless in self._read
+        if entry is not None and not acts and entry.values is None:
+            return True
+        if isinstance(value, Array) and value.item_type == "string":
+            return len(value) == 0
+        values = value.tolist() if isinstance(value, Array) else [value]
+        if name == "attention.sliding_window":  # one that holds the whole context is none
+            return all(_is_window(each, self.n_ctx_train) for each in values)
+        neutral = (0, "", *(() if entry is None or acts else entry.values or ()))
+        return all(each in neutral for each in values)
+
+    def _shown(self, name: str) -> str:
+        value = self._metadata.get(self._key(name))
+        few = isinstance(value, Array) and len(value) <= 8 and value.item_type != "string"
+        return one_line(str(value.tolist() if few else value), 40)  # type: ignore[union-attr]
+
+    def _key(self, name: str) -> str:
+        return f"{self.architecture}.{name}"
+
+    def _tick(self, name: str) -> str:
+        self._read.add(name)
+        return self._key(name)
+
+    def _is_array(self, name: str) -> bool:
+        return isinstance(self._metadata.get(self._key(name)), Array)
+
+    def _of_layer(
+        self, name: str, read: Callable[[str, int], tuple[Any, ...]], layer: int | None
+    ) -> Any:
+        """The value of a layer, or the one that all layers have."""
+        key = self._tick(name)
+        if name not in self._arrays:
+            self._arrays[name] = read(key, self.n_layers)
+        values = self._arrays[name]
+        if layer is None and len(set(values)) > 1:
+            self.unsupported(name, f"{name} that differs between layers")
+        return values[layer or 0]
+
+
+def _is_window(value: object, n_ctx_train: int) -> bool:
+    return value == 0 or isinstance(value, int) and value >= n_ctx_train
