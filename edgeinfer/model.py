@@ -103,10 +103,10 @@ def _forward(architecture: str) -> _Forward:
             if name == architecture:
                 return forward
     raise UnsupportedModelError(
-        f"no model file for architecture {one_line(architecture, 60)!r}; edgeinfer runs "
+        f"architecture {one_line(architecture, 60)!r} is not known here; edgeinfer runs "
         f"{', '.join(sorted(architectures()))}. Choose a model of one of these.",
         architecture=architecture,
-        missing=[f"a model file for {architecture}"],
+        missing=[f"architecture {architecture}"],
     )
 
 
