@@ -104,6 +104,10 @@ def _one_line(error: Exception) -> str:
         return text
     if isinstance(error, OSError) and text:
         return text
+    # A library that finds no room says so in the middle of how it can be installed.
+    is_unmapped = isinstance(error, ImportError) and "failed to map" in text
+    if is_unmapped or isinstance(error, MemoryError):
+        return "memory ran out: close other programs, or raise this one's limits (ulimit -v, -d)"
     return f"unexpected {type(error).__name__}: {text} (--debug shows where)"
 
 

@@ -215,6 +215,21 @@ def test_errors_are_one_line_with_an_exit_code(
     assert "Traceback" not in err
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="what a limit leaves room for differs")
+def test_a_library_that_finds_no_room_is_a_lack_of_memory(path: Path) -> None:
+    def limit() -> None:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (45 << 20, 45 << 20))
+
+    done = subprocess.run(
+        [*COMMAND, "run", str(path), "-p", "a"], capture_output=True, text=True, preexec_fn=limit
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("edgeinfer: memory ran out: close other programs"), done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("command", ["run", "info", "tokenize", "bench", "plan"])
 @pytest.mark.parametrize("damage", ["cut", "not gguf", "empty", "counts", "folder"])
 def test_hostile_files_are_one_line(
