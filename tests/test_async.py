@@ -17,7 +17,7 @@ from edgeinfer import LLM, AsyncLLM, ClosedError, InvalidRequestError
 from .models_for_tests import tiny_model
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
-LONG = "some words of a book, again and again " * 16_000  # 600 kB, half a second of tokens
+LONG = "some words of a book, again and again " * 12_000  # 450 kB, half a second of tokens
 SLIDING: Any = {"overflow": "slide", "max_tokens": 1, "seed": 1}
 
 

@@ -57,7 +57,9 @@ def assert_reads_well(text: str) -> None:
     for line in text.splitlines():
         label, _, value = line.strip().partition(": ")
         assert not re.search(r"_bytes|\bn |gb s|[{}\[\]]", label), line
-        assert value not in ("True", "False", "None", "-") and not re.fullmatch(r"\d{5,}", value), line
+        assert value not in ("True", "False", "None", "-") and not re.fullmatch(r"\d{5,}", value), (
+            line
+        )
 
 
 def test_what_few_machines_have_reads_well() -> None:

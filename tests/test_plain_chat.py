@@ -139,14 +139,6 @@ def test_a_text_of_several_lines_is_a_message_whatever_it_begins_with(
     assert "1 turns" in capsys.readouterr().err
 
 
-def test_a_pipe_in_utf16_is_read_line_by_line(path: Path) -> None:
-    command = [*COMMAND, str(path), "-n", "2"]
-    text = "\ufeffhi\r\n/stats\r\n/exit\r\n".encode("utf-16-le")
-    done = subprocess.run(command, input=text, capture_output=True, timeout=120)
-    assert done.returncode == 0
-    assert b"1 turns" in done.stderr
-
-
 def test_the_first_drop_is_one_line(path: Path) -> None:
     done = run(path, "tell me more\n" * 12, "-c", "128", "--system", "be brief")
     assert done.returncode == 0
@@ -171,8 +163,9 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(path: Path) -> None:
         os.write(parent, b"hello\n")
         time.sleep(1.0)
         os.write(parent, b"\x03")
-        read_until(parent, b"(stopped)\r\n")
-        read_until(parent, b"> ")
+        seen = read_until(parent, b"(stopped)\r\n")
+        if not seen.endswith(b"> "):
+            read_until(parent, b"> ")
         time.sleep(0.3)  # readline shows its prompt before it listens for signals
         os.write(parent, b"\x03")
         read_until(parent, b"ends the chat")
@@ -193,7 +186,9 @@ def read_until(terminal: int, wanted: bytes, seconds: float = 20) -> bytes:
     return seen
 
 
-def test_stdin_that_is_not_utf8_ends_nothing(path: Path) -> None:
+def test_stdin_in_utf16_with_half_a_character_is_read_line_by_line(path: Path) -> None:
     command = [*COMMAND, str(path), "-n", "2"]
-    done = subprocess.run(command, input=b"\xff\xfe\x00bad\n", capture_output=True, timeout=120)
+    text = "\ufeffhi\r\n/stats\r\n/exit\r\n".encode("utf-16-le") + b"\xff"
+    done = subprocess.run(command, input=text, capture_output=True, timeout=120)
     assert done.returncode == 0
+    assert b"1 turns" in done.stderr

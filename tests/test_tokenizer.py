@@ -452,7 +452,7 @@ _ONE_OF_EACH = list(
 
 
 def test_a_long_text_is_cut_where_a_word_ends_anyway(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_portions(_ONE_OF_EACH, 25, monkeypatch)
+    check_portions(_ONE_OF_EACH, 12, monkeypatch)
 
 
 @pytest.mark.slow
