@@ -287,12 +287,13 @@ def test_export(tmp_path: Path) -> None:
 
 
 def test_completions() -> None:
-    commands = (("model", "m"), ("params", "p"))
+    commands = (("model", "m"), ("params", "p"), ("editor", "o"), ("edit", "e"))
     files = [FoundFile("src/main.py", "/w/src/main.py"), FoundFile("a.md", "/w/a.md")]
     sources = Sources(
         commands, lambda name: [("temperature ", "")], lambda query: match(query, files)
     )
     assert [c.label for c in complete("/p", True, sources)] == ["/params"]
+    assert [c.label for c in complete("/edit", True, sources)] == ["/edit", "/editor"]
     assert [c.text for c in complete("/params te", True, sources)] == ["temperature "]
     assert [c.file for c in complete("look at @mn", True, sources)] == [files[0]]
     assert complete("mail a@main", True, sources) == []

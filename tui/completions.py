@@ -41,11 +41,11 @@ def complete(line: str, is_first_line: bool, sources: Sources) -> list[Candidate
     if is_first_line and line.startswith("/"):
         name, space, argument = line[1:].partition(" ")
         if not space:
-            return [
-                Candidate(f"/{command}", help, f"/{command} ", 0)
-                for command, help in sources.commands
-                if command.startswith(name.lower())
-            ]
+            known = [each for each in sources.commands if each[0].startswith(name.lower())]
+            known.sort(
+                key=lambda each: each[0] != name.lower()
+            )  # what is whole already comes first
+            return [Candidate(f"/{each}", help, f"/{each} ", 0) for each, help in known]
         start = len(line) - len(argument)
         return [
             Candidate(value, help, value, start)
