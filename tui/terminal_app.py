@@ -35,7 +35,7 @@ class TerminalApp(App[None], inherit_bindings=False):
         self._preferences = store
         self._typed: deque[events.Key | events.Paste] = deque()
         self._is_settled = True  # all that the keys before have set off is done
-        self._is_writing = False  # the last key was for whoever has the focus
+        self._wrote = ""  # the last key, where it was for whoever has the focus
         self._taking: asyncio.Task[None] | None = None
         self._automatic = OURS[0].name  # the theme that fits the terminal
         for theme in OURS:
@@ -58,12 +58,15 @@ class TerminalApp(App[None], inherit_bindings=False):
 
     def _writes_on(self, event: events.Key | events.Paste) -> bool:
         """Whether it is text after text, which takes no look at what else there is."""
-        return self._is_writing and self._writes(event)
+        if not (self._wrote and isinstance(event, events.Key) and self._writes(event)):
+            return False
+        # In an empty prompt Backspace brings back what waits: letters are to come after that.
+        return self._wrote != "backspace" or event.key == "backspace"
 
-    def _writes(self, event: events.Key | events.Paste) -> bool:
+    def _writes(self, event: events.Key) -> bool:
         """Whether the widget takes it at once: most keys go up first to whoever has a use."""
         edits = Prompt.EDITS if isinstance(self.focused, Prompt) else ()
-        return isinstance(event, events.Key) and (event.is_printable or event.key in edits)
+        return event.is_printable or event.key in edits
 
     async def _take_typed(self) -> None:
         try:
@@ -95,9 +98,10 @@ class TerminalApp(App[None], inherit_bindings=False):
         self._is_settled = True
 
     async def _take(self, event: events.Key | events.Paste) -> None:
-        self._is_writing = self._is_settled = False
+        self._wrote, self._is_settled = "", False
         if not self.obey(event):
-            self._is_writing = self._writes(event)
+            if isinstance(event, events.Key) and self._writes(event):
+                self._wrote = event.key
             await super().on_event(event)
 
     def obey(self, event: events.Key | events.Paste) -> bool:
