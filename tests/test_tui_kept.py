@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import sys
 import tempfile
@@ -24,7 +25,15 @@ from edgeinfer.tui.records import Attachment, Draft
 from tests.test_tui_chat import SLOW, Chat, drive
 from tests.tui_engine import Script, ScriptedModel
 
-KEYS = {"\r": "enter", "\t": "tab", "\x0e": "ctrl+n", "\x0f": "ctrl+o", "\x1b": "escape"}
+KEYS = {
+    "\x7f": "backspace",
+    "\n": "ctrl+j",
+    "\r": "enter",
+    "\t": "tab",
+    "\x0e": "ctrl+n",
+    "\x0f": "ctrl+o",
+    "\x1b": "escape",
+}
 
 
 def burst(chat: Chat, text: str) -> None:
@@ -73,6 +82,43 @@ def test_keys_that_come_all_at_once_mean_what_they_mean_one_by_one(tmp_path: Pat
     drive(body, model, folder=tmp_path)
     assert contents(model)[:4] == ["first", "second", "third", "in a new one"]
     assert contents(model)[4].endswith("in the file\n</file>\n\nrest of @notes.txt it")
+
+
+PIECES = [
+    "word", " ", "\r", "\r", "\t", "\x0e", "\x0f", "\x1b", "@no", "/theme ed", "/undo\r", "/s",
+    "\x7f", "\x0a", "/params temperature 1\r",
+]  # fmt: skip
+
+
+def state_after(parts: list[str], folder: Path) -> list[Any]:
+    """What is seen and was asked once the keys of each part, at once, have done their work."""
+    hold, state = threading.Event(), []
+    model = ScriptedModel([Script("never comes to its end", hold=hold)])
+
+    async def body(chat: Chat) -> None:
+        await chat.idle()
+        for part in parts:
+            burst(chat, part)
+            await chat.pilot.pause(0.01)
+            await chat.until(lambda: chat.app._taking is None)
+            await chat.app._settle()
+        session = chat.app.session
+        state.extend([chat.app.composer.draft.text, [each.text for each in session.queue]])
+        state.append([type(screen).__name__ for screen in chat.app.screen_stack])
+        state.extend([contents(model), session.sampling, chat.app.theme])
+        hold.set()
+
+    drive(body, model, folder=folder, keeps_history=False)
+    return state
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(40))
+def test_any_keys_at_once_are_what_they_are_one_by_one(seed: int, tmp_path: Path) -> None:
+    text = "".join(random.Random(seed).choices(PIECES, k=25))
+    (tmp_path / "notes.txt").write_text("in the file")
+    ends = [state_after(parts, tmp_path) for parts in (list(text), [text])]
+    assert ends[0] == ends[1]
 
 
 # -- letters belong in the prompt ----------------------------------------------------------------

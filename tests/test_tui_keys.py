@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from textual import events
 
 from edgeinfer.tui.commands import COMMANDS, TYPED, Place
+from edgeinfer.tui.completions import Sources, complete
 from edgeinfer.tui.keys import Keys
 from edgeinfer.tui.settings_file import FILE_NAME, read_settings
 from tests.test_tui_chat import Chat, drive
@@ -32,6 +33,14 @@ def test_the_table_has_no_two_of_anything() -> None:
     assert Keys({}).complaints == []
     assert len({command.name for command in COMMANDS}) == len(COMMANDS)
     assert all(command.is_typed or command.keys for command in COMMANDS)
+
+
+@pytest.mark.parametrize("name", TYPED)
+def test_what_is_written_whole_is_what_enter_means(name: str) -> None:
+    values = [("a.gguf.gguf", ""), ("a.gguf", "")]
+    sources = Sources(tuple((each, "") for each in TYPED), lambda _: values, lambda _: [])
+    assert complete(f"/{name}", True, sources)[0].label == f"/{name}"
+    assert complete(f"/{name} a.gguf", True, sources) == []
 
 
 def test_keys_that_tmux_macos_and_shells_own_have_others_beside_them() -> None:

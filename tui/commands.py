@@ -7,9 +7,8 @@ give a command other keys.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -146,8 +145,15 @@ def parse(text: str) -> tuple[Command, str] | None:
     name, argument = found[1], (found[2] or "").strip()
     command, as_it_is = typed(name), "with a space before it, it is a message"
     if command is None:
-        near = "".join(f" did you mean /{each}?" for each in get_close_matches(name, TYPED, 1))
-        raise ValueError(f"no command /{name};{near} {as_it_is}")
+        near = nearest(name, TYPED)
+        raise ValueError(f"no command /{name};{near and f' did you mean /{near}?'} {as_it_is}")
     if argument and not command.argument:
         raise ValueError(f"/{name} takes nothing after it; {as_it_is}")
     return command, argument
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The name that may have been meant, "" for none."""
+    from difflib import get_close_matches
+
+    return next(iter(get_close_matches(name, names, 1)), "")

@@ -41,22 +41,23 @@ def complete(line: str, is_first_line: bool, sources: Sources) -> list[Candidate
     if is_first_line and line.startswith("/"):
         name, space, argument = line[1:].partition(" ")
         if not space:
-            known = [each for each in sources.commands if each[0].startswith(name.lower())]
-            known.sort(
-                key=lambda each: each[0] != name.lower()
-            )  # what is whole already comes first
-            return [Candidate(f"/{each}", help, f"/{each} ", 0) for each, help in known]
+            found = [each for each in sources.commands if each[0].startswith(name.lower())]
+            found.sort(key=lambda each: each[0] != name.lower())  # Enter is for what is written
+            return [Candidate(f"/{command}", help, f"/{command} ", 0) for command, help in found]
         start = len(line) - len(argument)
+        values = sources.arguments(name.lower())
+        if any(argument == value.strip() for value, _ in values):
+            return []
         return [
             Candidate(value, help, value, start)
-            for value, help in sources.arguments(name.lower())
-            if argument.lower() in value.lower() and argument != value
+            for value, help in values
+            if argument.lower() in value.lower()
         ][:8]
-    found = _NAME_AT_END.search(line)
-    if found is None:
+    at = _NAME_AT_END.search(line)
+    if at is None:
         return []
-    start = line.index("@", found.start())
-    query = found[2] if found[1] is None else re.sub(r'\\(["\\])', r"\1", found[1])
+    start = line.index("@", at.start())
+    query = at[2] if at[1] is None else re.sub(r'\\(["\\])', r"\1", at[1])
     return [_file_candidate(file, start) for file in sources.files(query)]
 
 

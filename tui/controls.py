@@ -253,6 +253,8 @@ def set_theme(app: ChatApp, name: str) -> None:
     if name in app.theme_names():
         app.theme = name
         app.session.store.set_preference("theme", name)
+    elif name:
+        app.say(f"no theme {name}; there are {', '.join(app.theme_names())}", "warning")
     else:
         app.search_themes()
 

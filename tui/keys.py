@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 
 from textual import events
 from textual.keys import key_to_character
 
-from edgeinfer.tui.commands import COMMANDS, Command, Place
+from edgeinfer.tui.commands import COMMANDS, Command, Place, nearest
 from edgeinfer.tui.settings_file import Entry
 
 _MODIFIERS = {"ctrl", "alt", "shift", "super", "meta", "hyper"}
@@ -41,8 +40,8 @@ class Keys:
         self._entries = entries
         by_name = {command.name: command for command in COMMANDS}
         for name in (name for name in entries if name not in by_name):
-            near = [f"; did you mean {each}" for each in get_close_matches(name, by_name, 1)]
-            self._complain(name, "".join([f"no command {name}", *near]))
+            near = nearest(name, by_name)
+            self._complain(name, f"no command {name}{near and f'; did you mean {near}?'}")
         for command in sorted(COMMANDS, key=lambda each: each.name not in entries):
             entry = entries.get(command.name)
             for key in _split(command.keys if entry is None else entry.value):

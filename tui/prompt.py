@@ -6,6 +6,7 @@ Knows nothing of what becomes of the text.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from textual import events
 from textual.message import Message
@@ -17,6 +18,12 @@ _LONG_PASTE = 4000  # characters; more becomes an attachment, an editor of a meg
 
 class Prompt(TextArea):
     """Up and Down leave it through history; the table of commands has the keys that do more."""
+
+    # Done in the key's own event: bindings are looked for later, after the letters that follow.
+    EDITS: ClassVar[dict[str, str]] = {
+        "backspace": "delete_left", "delete": "delete_right", "left": "cursor_left",
+        "right": "cursor_right", "home": "cursor_line_start", "end": "cursor_line_end",
+    }  # fmt: skip
 
     @dataclass
     class LongPaste(Message):
@@ -91,6 +98,8 @@ class Prompt(TextArea):
             self._browse(1)
         elif event.key == "backspace" and not self.text:
             self.post_message(self.Left())
+        elif event.key in self.EDITS:
+            getattr(self, f"action_{self.EDITS[event.key]}")()
         else:
             return
         event.prevent_default()

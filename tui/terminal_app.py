@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from contextlib import suppress
 
 from textual import events
 from textual.app import App
@@ -15,11 +16,13 @@ from edgeinfer import printable
 from edgeinfer.tui.composer import Composer
 from edgeinfer.tui.copying import Copies
 from edgeinfer.tui.palette import DARK, LIGHT, OURS, Palette, row_colors
+from edgeinfer.tui.prompt import Prompt
 from edgeinfer.tui.settings import ChatSettings
 from edgeinfer.tui.store import Store
 from edgeinfer.tui.terminal_colors import TerminalBackground, is_light_by
 
-_MOST_LOOKS = 500  # a millisecond apart, at what a key set off; then the next is taken anyway
+_MOST_ROUNDS = 100  # of looks at what a key has set off; then the next one is taken all the same
+_ROUND_SECONDS = 1.0
 
 
 class TerminalApp(App[None], inherit_bindings=False):
@@ -31,6 +34,8 @@ class TerminalApp(App[None], inherit_bindings=False):
         self.copies = Copies(settings.environment, settings.run_tool, self._write)
         self._preferences = store
         self._typed: deque[events.Key | events.Paste] = deque()
+        self._is_settled = True  # all that the keys before have set off is done
+        self._wrote = ""  # the last key, where it was for whoever has the focus
         self._taking: asyncio.Task[None] | None = None
         self._automatic = OURS[0].name  # the theme that fits the terminal
         for theme in OURS:
@@ -45,34 +50,58 @@ class TerminalApp(App[None], inherit_bindings=False):
     async def on_event(self, event: events.Event) -> None:
         if not isinstance(event, (events.Key, events.Paste)) or event.is_forwarded:
             await super().on_event(event)
-        elif not self._typed and self._is_settled():
+        elif self._taking is None and (self._is_settled or self._writes_on(event)):
             await self._take(event)
         else:
             self._typed.append(event)
-            if self._taking is None or self._taking.done():
-                self._taking = asyncio.create_task(self._take_typed())
+            self._taking = self._taking or asyncio.create_task(self._take_typed())
+
+    def _writes_on(self, event: events.Key | events.Paste) -> bool:
+        """Whether it is text after text, which takes no look at what else there is."""
+        if not (self._wrote and isinstance(event, events.Key) and self._writes(event)):
+            return False
+        # In an empty prompt Backspace brings back what waits: letters are to come after that.
+        return self._wrote != "backspace" or event.key == "backspace"
+
+    def _writes(self, event: events.Key) -> bool:
+        """Whether the widget takes it at once: most keys go up first to whoever has a use."""
+        edits = Prompt.EDITS if isinstance(self.focused, Prompt) else ()
+        return event.is_printable or event.key in edits
 
     async def _take_typed(self) -> None:
         try:
             while self._typed and not self._exit:
-                for _ in range(_MOST_LOOKS):
-                    if self._is_settled():
-                        break
-                    await asyncio.sleep(0.001)
-                await self._take(self._typed[0])
-                self._typed.popleft()
+                event = self._typed.popleft()
+                if not self._writes_on(event):
+                    await self._settle()
+                await self._take(event)
         except Exception as error:
             self._handle_exception(error)
+        finally:
+            self._taking = None
 
-    def _is_settled(self) -> bool:
-        """Whether everything that the keys before have set off is done."""
-        if not self.screen.is_running or (len(self.screen_stack) > 1 and self.focused is None):
-            return False
-        chain = self.focused.ancestors_with_self if self.focused else [self.screen, self]
-        return not any(node.message_queue_size for node in chain)
+    async def _settle(self) -> None:
+        """Wait until everything that the keys before have set off is done."""
+        n_quiet = 0
+        for _ in range(_MOST_ROUNDS):
+            if n_quiet == 2 or self._exit:
+                break
+            chain = [*(self.focused.ancestors_with_self if self.focused else [self.screen, self])]
+            for node in chain:
+                done = asyncio.Event()
+                if node.is_running and node.call_later(done.set):
+                    with suppress(asyncio.TimeoutError):
+                        await asyncio.wait_for(done.wait(), _ROUND_SECONDS)
+            has_focus = len(self.screen_stack) == 1 or self.focused is not None
+            is_quiet = has_focus and not any(node.message_queue_size for node in chain)
+            n_quiet = n_quiet + 1 if is_quiet else 0
+        self._is_settled = True
 
     async def _take(self, event: events.Key | events.Paste) -> None:
+        self._wrote, self._is_settled = "", False
         if not self.obey(event):
+            if isinstance(event, events.Key) and self._writes(event):
+                self._wrote = event.key
             await super().on_event(event)
 
     def obey(self, event: events.Key | events.Paste) -> bool:
