@@ -38,11 +38,11 @@ class NoExecutor(ThreadPoolExecutor):
 
 
 async def longest_pause(until: asyncio.Task[Any]) -> float:
-    """The longest that the loop did nothing else, in seconds."""
-    pauses, last = [0.0], time.perf_counter()
+    """The most that this process did between two turns of the loop, in seconds of a processor."""
+    pauses, last = [0.0], time.process_time()
     while not until.done():
         await asyncio.sleep(0.002)
-        now = time.perf_counter()
+        now = time.process_time()  # the clock would count what other programs do
         pauses.append(now - last)
         last = now
     return max(pauses)
@@ -60,15 +60,15 @@ def wait_for_threads() -> None:
 def test_a_long_prompt_does_not_stop_the_loop(llm: LLM, is_chat: bool) -> None:
     async def work() -> tuple[float, float]:
         model = AsyncLLM(llm)
-        begun = time.perf_counter()
+        begun = time.process_time()
         prompt = model.stream_chat(LONG, **SLIDING) if is_chat else model.stream(LONG, **SLIDING)
         task = asyncio.create_task(prompt)
         pause = await longest_pause(task)
         await (await task).close()
-        return pause, time.perf_counter() - begun
+        return pause, time.process_time() - begun
 
     pause, whole = asyncio.run(work())
-    assert pause < max(0.15, whole / 4), (pause, whole)  # before: all of it
+    assert pause < max(0.1, whole / 4), (pause, whole)  # before: all of it
 
 
 def test_work_is_begun_in_order_without_the_loops_executor(path: Path) -> None:
