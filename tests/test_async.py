@@ -38,20 +38,24 @@ class NoExecutor(ThreadPoolExecutor):
 
 
 async def longest_pause(until: asyncio.Task[Any]) -> float:
-    """The longest that the loop did nothing else, in seconds."""
-    pauses, last = [0.0], time.perf_counter()
+    """The most that this process did between two turns of the loop, in seconds of a processor."""
+    pauses, last = [0.0], time.process_time()
     while not until.done():
         await asyncio.sleep(0.002)
-        now = time.perf_counter()
+        now = time.process_time()  # the clock would count what other programs do
         pauses.append(now - last)
         last = now
     return max(pauses)
 
 
+def is_working() -> bool:
+    """Whether a thread works for a loop."""
+    return any(thread.name == "edgeinfer-text" for thread in threading.enumerate())
+
+
 def wait_for_threads() -> None:
-    """Until none is left that works for a loop."""
     end = time.monotonic() + 10
-    while any(thread.name == "edgeinfer-text" for thread in threading.enumerate()):
+    while is_working():
         assert time.monotonic() < end
         time.sleep(0.01)
 
@@ -60,15 +64,15 @@ def wait_for_threads() -> None:
 def test_a_long_prompt_does_not_stop_the_loop(llm: LLM, is_chat: bool) -> None:
     async def work() -> tuple[float, float]:
         model = AsyncLLM(llm)
-        begun = time.perf_counter()
+        begun = time.process_time()
         prompt = model.stream_chat(LONG, **SLIDING) if is_chat else model.stream(LONG, **SLIDING)
         task = asyncio.create_task(prompt)
         pause = await longest_pause(task)
         await (await task).close()
-        return pause, time.perf_counter() - begun
+        return pause, time.process_time() - begun
 
     pause, whole = asyncio.run(work())
-    assert pause < max(0.15, whole / 4), (pause, whole)  # before: all of it
+    assert pause < max(0.1, whole / 4), (pause, whole)  # before: all of it
 
 
 def test_work_is_begun_in_order_without_the_loops_executor(path: Path) -> None:
@@ -118,12 +122,11 @@ def test_what_is_cancelled_is_given_up_at_once(llm: LLM) -> None:
         first = asyncio.create_task(model.stream(LONG, **SLIDING))
         second = asyncio.create_task(model.stream("never", **SLIDING))
         await asyncio.sleep(0.05)
-        begun = time.perf_counter()
         for task in (first, second):
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-        assert time.perf_counter() - begun < 0.2
+        assert is_working(), "whoever cancels does not wait for the thread"
         answer = await model.generate("still answers", **SLIDING)
         assert answer.usage.completion_tokens == 1
         # The stream that nobody took was closed: it holds no place.
@@ -139,9 +142,8 @@ def test_closing_does_not_wait_for_what_waits(path: Path) -> None:
         await model.open()
         tasks = [asyncio.create_task(model.stream(LONG, **SLIDING)) for _ in range(3)]
         await asyncio.sleep(0.05)
-        begun = time.perf_counter()
         await model.close()
-        assert time.perf_counter() - begun < 0.5
+        assert is_working()
         results = await asyncio.gather(*tasks, return_exceptions=True)
         assert all(isinstance(each, ClosedError) for each in results), results
 

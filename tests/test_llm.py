@@ -239,7 +239,7 @@ def test_the_context_bounds_prompt_and_answer(path: Path, n_ctx: int) -> None:
 @pytest.mark.parametrize("overflow", ["error", "drop-turns"])
 def test_what_can_not_fit_is_refused_before_it_is_read_or_copied(llm: LLM, overflow: Any) -> None:
     text, ids = "some words " * 500_000, range(10**9)
-    begun = time.perf_counter()
+    begun = time.process_time()
     for ask in (
         lambda: llm.generate(text, overflow=overflow),
         lambda: llm.generate("x" * 10_000_000, overflow=overflow),
@@ -261,7 +261,7 @@ def test_what_can_not_fit_is_refused_before_it_is_read_or_copied(llm: LLM, overf
     ):
         with pytest.raises(InvalidRequestError):
             ask()
-    assert time.perf_counter() - begun < 6  # before: the memory of the machine, or minutes
+    assert time.process_time() - begun < 6  # before: the memory of the machine, or minutes
 
 
 class _Lying:
