@@ -8,7 +8,7 @@ runs the plain kernel of each. `check` refuses what a backend doesn't know, at l
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
-from typing import NamedTuple, NoReturn, TypeAlias, TypeGuard
+from typing import NamedTuple, NoReturn, TypeAlias
 
 from edgeinfer.errors import UnsupportedModelError
 from edgeinfer.graph import (
@@ -138,7 +138,9 @@ class Uses:
     def __init__(self, segment: Segment) -> None:
         self.segment = segment
         self.makers = {op.out: op for op in segment.ops}
-        self.order = {op.out: i for i, op in enumerate(segment.ops)}
+        self.layers: dict[int, list[Op]] = {}
+        for op in segment.ops:
+            self.layers.setdefault(op.layer, []).append(op)
         self._readers: dict[Value, list[Op]] = {}
         for op in segment.ops:
             for value in inputs(op):
@@ -256,9 +258,11 @@ def pinned_query(op: Attention, uses: Uses) -> list[Op]:
     That is its rotation, and what is done to it afterwards inside the layer, value by value.
     """
     turned: dict[Value, Op] = {}
-    for each in uses.segment.ops[: uses.order[op.out]]:
+    for each in uses.layers[op.layer]:
+        if each is op:
+            break
         is_redone = isinstance(each, _REDONE) and any(x in turned for x in inputs(each))
-        if each.layer == op.layer and (isinstance(each, Rotate) or is_redone):
+        if isinstance(each, Rotate) or is_redone:
             turned[each.out] = each
     needed = {op.q}
     for value in reversed(turned):
@@ -301,10 +305,17 @@ def fields(names: str, **values: Container[str]) -> dict[str, Container[str] | N
 def check(segment: Segment, known: Known, backend: str) -> None:
     """UnsupportedModelError for the first op, field or value that a backend does not know."""
     makers: dict[Value, Op] = {}
+    unsure: dict[type, list[tuple[int, str]]] = {}
     for op in segment.ops:
         makers[op.out] = op
-        for record in (op, *(field for field in op if _is_record(field))):
-            _check_record(op, record, known, makers, backend)
+        for record in (op, *(field for field in op if isinstance(field, tuple))):
+            kind = type(record)
+            if kind not in unsure:
+                if kind not in known:
+                    refuse(op, makers, backend, f"has no kernel for {kind.__name__}")
+                unsure[kind] = _unsure(kind, known)
+            for i, name in unsure[kind]:
+                _check_field(op, record, i, name, known, makers, backend)
     _check_rows(segment, makers, backend)
     attentions = [op for op in segment.ops if isinstance(op, Attention)]
     for op, earlier in zip(attentions[1:], attentions, strict=False):
@@ -316,7 +327,7 @@ def selected(segment: Segment) -> set[Value]:
     """The values that have a row for each wanted output, not for each input of a step."""
     found: set[Value] = set()
     for op in segment.ops:
-        if isinstance(op, SelectRows) or any(value in found for value in inputs(op)):
+        if isinstance(op, SelectRows) or not found.isdisjoint(inputs(op)):
             found.add(op.out)
     return found
 
@@ -339,38 +350,45 @@ def refuse(op: Op, makers: Mapping[Value, Op], backend: str, what: str) -> NoRet
     )
 
 
-def _is_record(field: object) -> TypeGuard[tuple[object, ...]]:
-    return isinstance(field, tuple) and hasattr(field, "_fields")
+def _unsure(kind: type, known: Known) -> list[tuple[int, str]]:
+    """The fields of a type, by place and name, that are not known with whatever they hold."""
+    names: tuple[str, ...] = getattr(kind, "_fields", ())
+    sure = {"layer", "out", *(name for name, values in known[kind].items() if values is None)}
+    return [(i, name) for i, name in enumerate(names) if name not in sure]
 
 
-def _check_record(
-    op: Op, record: tuple[object, ...], known: Known, makers: Mapping[Value, Op], backend: str
+def _check_field(
+    op: Op,
+    record: tuple[object, ...],
+    i: int,
+    name: str,
+    known: Known,
+    makers: Mapping[Value, Op],
+    backend: str,
 ) -> None:
     """`record` is the op or something it holds. A field at its default is as if it were not there.
 
     NOTE: a new field of an op needs a default that changes nothing, or every backend refuses it.
     """
-    kind = type(record)
-    if kind not in known:
-        refuse(op, makers, backend, f"has no kernel for {kind.__name__}")
-    defaults: dict[str, object] = getattr(kind, "_field_defaults", {})
-    names: tuple[str, ...] = getattr(kind, "_fields", ())
-    for name, value in zip(names, record, strict=True):
-        if name not in ("layer", "out", *known[kind]):
-            if name not in defaults or value != defaults[name]:
-                refuse(op, makers, backend, f"does not know {name} of {kind.__name__}")
-        elif (values := known[kind].get(name)) is not None and value not in values:
+    kind, value = type(record), record[i]
+    values = known[kind].get(name)
+    if values is not None:
+        if value not in values:
             refuse(op, makers, backend, f"does not know {name} {value!r} of {kind.__name__}")
+        return
+    defaults: dict[str, object] = getattr(kind, "_field_defaults", {})
+    if name not in defaults or value != defaults[name]:
+        refuse(op, makers, backend, f"does not know {name} of {kind.__name__}")
 
 
 def _check_rows(segment: Segment, makers: Mapping[Value, Op], backend: str) -> None:
     """Every op reads rows of one kind, and what the segment yields has the kind it must have."""
     found = selected(segment)
     for op in segment.ops:
-        kinds = {value in found for value in inputs(op)}
-        if len(kinds) > 1:
+        n_selected = sum(value in found for value in inputs(op)) if found else 0
+        if 0 < n_selected < len(inputs(op)):
             refuse(op, makers, backend, "can't combine selected rows and all rows")
-        if True in kinds and isinstance(op, (Attention, Rotate, SelectRows)):
+        if n_selected and isinstance(op, (Attention, Rotate, SelectRows)):
             refuse(op, makers, backend, "can't do that to selected rows")
     for value in (segment.output, segment.hidden):
         if (value in found) != segment.is_last and value in makers:

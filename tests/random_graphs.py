@@ -88,7 +88,7 @@ MODELS = st.builds(
     layers=st.lists(_LAYER, min_size=1, max_size=2).map(tuple),
     dim=st.sampled_from([32, 64, 7]),
     n_kv_heads=st.integers(1, 2),
-    end=_upto(4),
+    end=_upto(6),
     cap=st.booleans(),
     tied=st.booleans(),
     types=st.sampled_from([("F32",), ("Q4_0",), ("Q4_0", "F32"), ("Q8_0", "F16")]),
@@ -180,6 +180,8 @@ class Recorder:
                 lambda: g.rms_norm(x, None),
                 lambda: x,
                 lambda: self._plain(self._linear(x, x.dim), KINDS[1]) + x,
+                lambda: g.rms_norm(x, "output_norm") + x,
+                lambda: g.rms_norm(x, "output_norm", 4 if x.dim % 4 == 0 else 7),
             ][end]()
         g.head(x, scale=0.5 if self.drawn.cap else 1.0, soft_cap=3.0 if self.drawn.cap else 0.0)
         return g.segment()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 
 from edgeinfer.errors import UnsupportedModelError
@@ -15,7 +17,7 @@ from edgeinfer.kernels.cpu import shapes
 from edgeinfer.kernels.reference import ReferenceBackend
 
 from .random_graphs import ROPES, RandomGraph
-from .test_graphs import LIMITS, backend, check
+from .test_graphs import LIMITS, backend, check, results
 
 N_HEADS, N_KV, D = 4, 2, 8
 CACHE = KV(N_KV, D, D)
@@ -141,6 +143,25 @@ def test_what_differs_in_one_thing_from_the_usual_has_the_references_bits(
     body: Body, types: tuple[str, ...]
 ) -> None:
     check(record(body, 2, types=types))
+
+
+def test_pinned_pages_are_read_by_all_that_was_done_to_q_behind_its_rotation() -> None:
+    """A power of two may stand before a rotation or behind it."""
+
+    def body(is_before: bool, g: Graph, h: Value, blk: str) -> Value:
+        q, k, v = qkv(g, h, blk)
+        q = g.scale(q, 0.25) if is_before else q
+        q, k = g.rotate(q, N_HEADS, NEOX), g.rotate(k, N_KV, NEOX)
+        q = q if is_before else g.scale(g.scale(q, 0.5), 0.5)
+        return g.linear(g.attention(q, k, v, cache=CACHE), f"{blk}.attn_output", h.dim)
+
+    rows = []
+    for is_before in (True, False):
+        segment = record(partial(body, is_before))
+        check(segment)
+        with ReferenceBackend().compile(segment, LIMITS, mode="quantised") as program:
+            rows.append(np.concatenate(results(program, 5)[:2]))
+    np.testing.assert_array_equal(*rows)
 
 
 def test_the_usual_is_put_together_and_no_more() -> None:

@@ -149,16 +149,28 @@ class Lowering:
 
     def run(self) -> Lowered:
         out, segment = self._out, self._segment
+        self._lower_all()
+        out.ops = [
+            recut(op, self._limits.n_threads, SHARE) if op.reads_weights else op for op in out.ops
+        ]
+        out.hidden = self._floats[segment.hidden]
+        out.logits = self._floats[segment.output] if segment.is_last else None
+        out.place()
+        return out
+
+    def kernels(self) -> set[str]:
+        """Names of the kernels that would run, instead of `run`."""
+        self._lower_all()
+        return self._out.kernels()
+
+    def _lower_all(self) -> None:
+        out, segment = self._out, self._segment
         if segment.input is not None:
             out.input = self._float_buffer(segment.input, "input")
         for i, step in enumerate(self._steps):
             self._lower(step, i)
             if segment.hidden in self._floats and not out.head:
                 out.head = len(out.ops)
-        out.hidden = self._floats[segment.hidden]
-        out.logits = self._floats[segment.output] if segment.is_last else None
-        out.place()
-        return out
 
     # -- one step ------------------------------------------------------------------------------
 
@@ -264,8 +276,8 @@ class Lowering:
         if any(map(_reads_a32, step.parts)) and x not in self._quantised:
             self._quantise(x)
         names = [op.weight.name.split(".")[-2] for op in step.parts]
-        whole = KernelOp("+".join(names), [self._matmul(op, i) for op in step.parts])
-        self._out.ops.append(recut(whole, self._limits.n_threads, SHARE))
+        parts = [self._matmul(op, i) for op in step.parts]
+        self._out.ops.append(KernelOp("+".join(names), parts))
 
     def _matmul(self, op: Matmul, i: int) -> KernelPart:
         """A matmul in one chunk."""
