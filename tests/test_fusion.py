@@ -17,7 +17,7 @@ from edgeinfer.kernels.cpu import shapes
 from edgeinfer.kernels.reference import ReferenceBackend
 
 from .random_graphs import ROPES, RandomGraph
-from .test_graphs import LIMITS, backend, check, results
+from .test_graphs import LIMITS, backend, batch, check, results
 
 N_HEADS, N_KV, D = 4, 2, 8
 CACHE = KV(N_KV, D, D)
@@ -173,6 +173,25 @@ def test_the_usual_is_put_together_and_no_more() -> None:
     neighbours = record(a_matmul_adds_what_its_neighbour_leaves)
     sizes = [len(step.parts) for step in fuse(neighbours) if isinstance(step, Matmuls)]
     assert sizes == [1, 1, 1]
+
+
+def test_what_a_segment_yields_is_neither_taken_in_nor_written_over() -> None:
+    """A residual stream that its own layer goes on to read."""
+    for marks_product in (True, False):
+        g = RandomGraph(2)
+        x = g.embed()
+        for blk in g.layers():
+            product = g.linear(g.rms_norm(x, f"{blk}.attn_norm"), f"{blk}.attn_output", x.dim)
+            x = x + product
+            mark = g.layer_output(product if marks_product else x)
+            x = x + g.linear(g.rms_norm(mark, f"{blk}.ffn_norm"), f"{blk}.ffn_down", x.dim)
+        g.head(g.rms_norm(g.select_rows(x), "output_norm"))
+        segment = g.segment(0, 1)
+        rows = batch(5, 0, list(range(5)), "hidden")
+        with ReferenceBackend().compile(segment, LIMITS, mode="quantised") as reference:
+            expected = reference.submit(rows).wait().hidden
+        with backend().compile(segment, LIMITS) as program:
+            np.testing.assert_array_equal(program.submit(rows).wait().hidden, expected)
 
 
 # -- what a backend does not know ----------------------------------------------------------------
