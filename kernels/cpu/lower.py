@@ -24,7 +24,6 @@ from edgeinfer.fusion import (
     Step,
     SwiGlu,
     fuse,
-    selected,
 )
 from edgeinfer.graph import (
     Activation,
@@ -53,7 +52,8 @@ from edgeinfer.kernels.cpu.commands import (
     recut,
 )
 from edgeinfer.kernels.cpu.formats import FORMATS, Format
-from edgeinfer.quant import Weight, dequantize
+from edgeinfer.known import selected
+from edgeinfer.quant import Weight
 
 
 class LayerCache(NamedTuple):
@@ -395,8 +395,12 @@ class Lowering:
             size = n_pairs * 2 * 4 * self._limits.max_rows
             pair = Buffer("angles", size), Buffer("pinned angles", size)
             self._angles[rope] = pair
-            freqs = self._weights.doubles(frequencies(rope))
-            self._emit("angles", "angles", [freqs, n_pairs, *pair])
+            args: Args = [self._weights.doubles(rope.frequencies()), n_pairs, *pair]
+            if rope.magnitude == 1:
+                self._emit("angles", "angles", args)
+            else:
+                magnitude = int(np.float64(rope.magnitude).view(np.int64))
+                self._emit("angles", "angles.scaled", [*args, magnitude])
         return self._angles[rope]
 
     # -- values and buffers --------------------------------------------------------------------
@@ -435,16 +439,6 @@ class Lowering:
 
     def _emit(self, group: str, kernel: str, args: Args, rule: int = layout.COUNT_ROWS) -> None:
         self._out.ops.append(KernelOp(group, [KernelPart(kernel, args, rule)]))
-
-
-def frequencies(rope: Rope) -> np.ndarray:
-    """Radians per position of each pair, in float64; the linear scale is folded in."""
-    exponents = np.arange(rope.n_dims // 2, dtype=np.float64) * 2 / rope.n_dims
-    factors = np.ones(rope.n_dims // 2)
-    if rope.factors is not None:
-        factors = dequantize(rope.factors).astype(np.float64)
-    freqs: np.ndarray = rope.scale / (np.float64(rope.base) ** exponents * factors)
-    return freqs
 
 
 def _a32_bytes(dim: int) -> int:
