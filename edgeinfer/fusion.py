@@ -1,16 +1,15 @@
-"""The ops of a segment rewritten for speed, and what every lowering makes sure of first.
+"""The ops of a segment rewritten for speed, for every lowering to read.
 
 A pattern puts one step in the place of several ops whose result nobody else reads. It states all
 that it needs; where a part of that is missing the ops stay as they were recorded, and a backend
-runs the plain kernel of each. `check` refuses what a backend doesn't know, at load and by name.
+runs the plain kernel of each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
-from typing import NamedTuple, NoReturn, TypeAlias, TypeGuard
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, TypeAlias
 
-from edgeinfer.errors import UnsupportedModelError
 from edgeinfer.graph import (
     KV,
     Activation,
@@ -138,7 +137,9 @@ class Uses:
     def __init__(self, segment: Segment) -> None:
         self.segment = segment
         self.makers = {op.out: op for op in segment.ops}
-        self.order = {op.out: i for i, op in enumerate(segment.ops)}
+        self.layers: dict[int, list[Op]] = {}
+        for op in segment.ops:
+            self.layers.setdefault(op.layer, []).append(op)
         self._readers: dict[Value, list[Op]] = {}
         for op in segment.ops:
             for value in inputs(op):
@@ -256,9 +257,11 @@ def pinned_query(op: Attention, uses: Uses) -> list[Op]:
     That is its rotation, and what is done to it afterwards inside the layer, value by value.
     """
     turned: dict[Value, Op] = {}
-    for each in uses.segment.ops[: uses.order[op.out]]:
+    for each in uses.layers[op.layer]:
+        if each is op:
+            break
         is_redone = isinstance(each, _REDONE) and any(x in turned for x in inputs(each))
-        if each.layer == op.layer and (isinstance(each, Rotate) or is_redone):
+        if isinstance(each, Rotate) or is_redone:
             turned[each.out] = each
     needed = {op.q}
     for value in reversed(turned):
@@ -284,109 +287,3 @@ def _side_by_side(steps: Sequence[Step | Matmul]) -> Iterator[Step]:
         yield step
     if run:
         yield Matmuls(tuple(run))
-
-
-# -- what a backend knows ------------------------------------------------------------------------
-
-# The fields of each op and of what ops hold, by type; and the values that a field may have, where
-# these are names. Everything else is refused.
-Known: TypeAlias = Mapping[type, Mapping[str, Container[str] | None]]
-
-
-def fields(names: str, **values: Container[str]) -> dict[str, Container[str] | None]:
-    """An entry of `Known`: names of fields, and for some of them the values they may have."""
-    return {**dict.fromkeys(names.split()), **values}
-
-
-def check(segment: Segment, known: Known, backend: str) -> None:
-    """UnsupportedModelError for the first op, field or value that a backend does not know."""
-    makers: dict[Value, Op] = {}
-    for op in segment.ops:
-        makers[op.out] = op
-        for record in (op, *(field for field in op if _is_record(field))):
-            _check_record(op, record, known, makers, backend)
-    _check_rows(segment, makers, backend)
-    attentions = [op for op in segment.ops if isinstance(op, Attention)]
-    for op, earlier in zip(attentions[1:], attentions, strict=False):
-        if op.layer == earlier.layer:
-            refuse(op, makers, backend, "keeps one cache a layer, and this is the second")
-
-
-def selected(segment: Segment) -> set[Value]:
-    """The values that have a row for each wanted output, not for each input of a step."""
-    found: set[Value] = set()
-    for op in segment.ops:
-        if isinstance(op, SelectRows) or any(value in found for value in inputs(op)):
-            found.add(op.out)
-    return found
-
-
-def where(op: Op, makers: Mapping[Value, Op]) -> str:
-    """An op in words: its name, its layer, and the tensor that is nearest to it."""
-    n_layers = op.out.graph.hparams.n_layers
-    place = "layer " + str(op.layer) if 0 <= op.layer < n_layers else "head"
-    place = "embedding" if op.layer < 0 else place
-    tensor = _nearest_tensor(op, makers)
-    return f"{type(op).__name__} in {place}" + (f" ({tensor})" if tensor else "")
-
-
-def refuse(op: Op, makers: Mapping[Value, Op], backend: str, what: str) -> NoReturn:
-    """Say which op a backend can't run, and why."""
-    raise UnsupportedModelError(
-        f"{where(op, makers)}: the {backend} backend {what}",
-        architecture=op.out.graph.hparams.architecture,
-        missing=[f"{type(op).__name__}: {what}"],
-    )
-
-
-def _is_record(field: object) -> TypeGuard[tuple[object, ...]]:
-    return isinstance(field, tuple) and hasattr(field, "_fields")
-
-
-def _check_record(
-    op: Op, record: tuple[object, ...], known: Known, makers: Mapping[Value, Op], backend: str
-) -> None:
-    """`record` is the op or something it holds. A field at its default is as if it were not there.
-
-    NOTE: a new field of an op needs a default that changes nothing, or every backend refuses it.
-    """
-    kind = type(record)
-    if kind not in known:
-        refuse(op, makers, backend, f"has no kernel for {kind.__name__}")
-    defaults: dict[str, object] = getattr(kind, "_field_defaults", {})
-    names: tuple[str, ...] = getattr(kind, "_fields", ())
-    for name, value in zip(names, record, strict=True):
-        if name not in ("layer", "out", *known[kind]):
-            if name not in defaults or value != defaults[name]:
-                refuse(op, makers, backend, f"does not know {name} of {kind.__name__}")
-        elif (values := known[kind].get(name)) is not None and value not in values:
-            refuse(op, makers, backend, f"does not know {name} {value!r} of {kind.__name__}")
-
-
-def _check_rows(segment: Segment, makers: Mapping[Value, Op], backend: str) -> None:
-    """Every op reads rows of one kind, and what the segment yields has the kind it must have."""
-    found = selected(segment)
-    for op in segment.ops:
-        kinds = {value in found for value in inputs(op)}
-        if len(kinds) > 1:
-            refuse(op, makers, backend, "can't combine selected rows and all rows")
-        if True in kinds and isinstance(op, (Attention, Rotate, SelectRows)):
-            refuse(op, makers, backend, "can't do that to selected rows")
-    for value in (segment.output, segment.hidden):
-        if (value in found) != segment.is_last and value in makers:
-            what = "needs rows selected before the head" if segment.is_last else "yields all rows"
-            refuse(makers[value], makers, backend, what)
-
-
-def _nearest_tensor(op: Op, makers: Mapping[Value, Op]) -> str:
-    seen, waiting = set[Value](), [op]
-    while waiting:
-        each = waiting.pop(0)
-        weight = next((field for field in each if isinstance(field, Weight)), None)
-        if weight is not None:
-            return weight.name
-        for value in inputs(each):
-            if value in makers and value not in seen:
-                seen.add(value)
-                waiting.append(makers[value])
-    return ""

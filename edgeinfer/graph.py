@@ -35,6 +35,7 @@ from edgeinfer.ops import (
     SelectRows,
     SoftCap,
     Value,
+    Yarn,
     inputs,
 )
 from edgeinfer.quant import Weight, dequantize
@@ -42,7 +43,8 @@ from edgeinfer.quant import Weight, dequantize
 __all__ = [
     "Activation", "ActivationKind", "Add", "Attention", "Bias", "Embed", "Graph", "Heads",
     "Hparams", "KV", "Linear", "Mul", "Op", "RmsNorm", "Rope", "RopeKind", "Rotate", "Scale",
-    "Segment", "SelectRows", "Settings", "SoftCap", "Value", "inputs", "without_leading_ones",
+    "Segment", "SelectRows", "Settings", "SoftCap", "Value", "Yarn", "inputs",
+    "without_leading_ones",
 ]  # fmt: skip
 
 
@@ -147,19 +149,33 @@ class Graph:
         base = self._settings.number("rope.freq_base", 10000.0, layer=self._here, low=1, high=1e12)
         name = "rope_freqs.weight"
         factors = self._weight(name, n_dims // 2) if self.has(name) else None
-        return Rope(kind, n_dims, base, self._rope_scale(), factors)
+        return Rope(kind, n_dims, base, *self._rope_scaling(factors))
 
-    def _rope_scale(self) -> float:
-        """By what positions are multiplied: the inverse of a linear scaling's factor."""
-        kind = self.text("rope.scaling.type", "linear")
-        if kind not in ("none", "linear"):
-            self._settings.unsupported("rope.scaling.type", f"rope scaling {kind!r}")
-        old, name = "rope.scale_linear", "rope.scaling.factor"
-        name = name if self._settings.has(name) or not self._settings.has(old) else old
-        factor = self._settings.number(name, 0.0, low=0, high=1e6)
+    def _rope_scaling(
+        self, factors: Weight | None
+    ) -> tuple[float, Weight | None, Yarn | None, float]:
+        """The rest of a rope: scale, factors, YaRN and magnitude."""
+        settings, prefix = self._settings, "rope.scaling"
+        kind = self.text(f"{prefix}.type", "linear")
+        if kind not in ("none", "linear", "yarn"):
+            settings.unsupported(f"{prefix}.type", f"rope scaling {kind!r}")
+        magnitude = settings.number(f"{prefix}.attn_factor", 1.0, low=1e-6, high=1e6)
+        old, name = "rope.scale_linear", f"{prefix}.factor"
+        name = name if settings.has(name) or not settings.has(old) else old
+        factor = settings.number(name, 0.0, low=0, high=1e6)
         if 0 < factor < 1e-6:
-            self._settings.wrong(name, factor, "0 or a number from 1e-6 to 1e6")
-        return 1.0 if kind == "none" or factor == 0 else 1 / factor
+            settings.wrong(name, factor, "0 or a number from 1e-6 to 1e6")
+        factor = 1.0 if kind == "none" or factor == 0 else factor
+        if kind != "yarn":
+            return 1 / factor, factors, None, magnitude
+        yarn = Yarn(
+            self.count(f"{prefix}.original_context_length", self.hparams.n_ctx_train),
+            settings.number(f"{prefix}.yarn_beta_fast", 32.0, low=1e-3, high=1e6),
+            settings.number(f"{prefix}.yarn_beta_slow", 1.0, low=1e-3, high=1e6),
+        )
+        multiplier = settings.number(f"{prefix}.yarn_log_multiplier", 0.0, low=0, high=1e3)
+        log = 0.1 * math.log(max(factor, 1.0))
+        return 1 / factor, factors, yarn, magnitude * (1 + log) / (1 + multiplier * log)
 
     @property
     def _here(self) -> int | None:

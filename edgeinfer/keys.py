@@ -33,7 +33,7 @@ _SAYS_NOTHING = _Inert("tells tools about the file")
 _EMBEDDINGS = _Inert("how embeddings are made, which is not done here")
 _MULTIPLIES = _Inert("multiplies by 1", (1,))
 _WINDOWED = _Inert("of layers with a window; there are none", None, "attention.sliding_window")
-_YARN = _Inert("acts with YaRN or longrope alone, which `rope.scaling.type` asks for")
+_YARN = _Inert("acts with YaRN alone, which `rope.scaling.type` asks for")
 _INERT = {
     "vocab_size": _Inert("the embedding has as many rows"),
     "tensor_data_layout": _Inert("how converters of 2023 ordered rows"),
@@ -52,7 +52,6 @@ _INERT = {
     "residual_scale": _MULTIPLIES,
     "logit_scale": _MULTIPLIES,
     "rope.scaling.alpha": _MULTIPLIES,
-    "rope.scaling.attn_factor": _MULTIPLIES,
     "rope.scaling.yarn_attn_factor": _MULTIPLIES,
     "hyper_connection.count": _Inert("one residual stream", (1,)),
     "full_attention_interval": _Inert("every layer has attention", (1,)),

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from edgeinfer.batch import PAGE, SEGMENT_PAGES, Batch, Outputs, StepLimits
 from edgeinfer.errors import ClosedError
-from edgeinfer.fusion import Known, Uses, check, fields, pinned_query
+from edgeinfer.fusion import Uses, pinned_query
 from edgeinfer.graph import (
     KV,
     Activation,
@@ -49,7 +49,9 @@ from edgeinfer.graph import (
     Segment,
     SelectRows,
     SoftCap,
+    Yarn,
 )
+from edgeinfer.known import Known, check, fields
 from edgeinfer.quant import Weight, dequantize
 from edgeinfer.sampling import Sampled, SampleRow
 
@@ -65,7 +67,8 @@ KNOWN: Known = {
     RmsNorm: fields("x weight eps n_heads"),
     Linear: fields("x weight bias"),
     Rotate: fields("x n_heads rope"),
-    Rope: fields("kind n_dims base scale factors", kind=("norm", "neox")),
+    Rope: fields("kind n_dims base scale factors yarn magnitude", kind=("norm", "neox")),
+    Yarn: fields("n_ctx beta_fast beta_slow"),
     Attention: fields("q k v n_heads cache scale"),
     KV: fields("n_heads k_dim v_dim"),
     Add: fields("a b"),
@@ -311,8 +314,10 @@ class _Numerics(Protocol):
     def soft_cap(self, x: Floats, cap: float) -> Floats:
         """cap * tanh(x / cap)."""
 
-    def rotate(self, x0: Floats, x1: Floats, angles: Doubles) -> tuple[Floats, Floats]:
-        """Pairs (x0, x1) turned by their angles."""
+    def rotate(
+        self, x0: Floats, x1: Floats, angles: Doubles, magnitude: float
+    ) -> tuple[Floats, Floats]:
+        """Pairs (x0, x1) turned by their angles, times a magnitude."""
 
     def attend(
         self, q: Floats, k: Floats, v: Floats, pages: Ints, pos: int, scale: float
@@ -345,27 +350,19 @@ def _scaled(x: Floats, factor: float) -> Floats:
 def _rotate(numerics: _Numerics, op: Rotate, x: Floats, pos: Ints) -> Floats:
     """Rotate the first n_dims of each head by its row's position, the rest stays.
 
-    The angle of pair i is pos * inv_freq[i], in float64. "norm" pairs 2i with 2i + 1, "neox" i
+    The angle of pair i is pos * frequencies()[i], in float64. "norm" pairs 2i with 2i + 1, "neox" i
     with i + n_dims / 2.
     """
     rope, out = op.rope, x.copy().reshape(len(x), op.n_heads, -1)
-    angles = (pos[:, None] * inverse_frequencies(rope))[:, None, :]
+    angles = (pos[:, None] * rope.frequencies())[:, None, :]
     n, half = rope.n_dims, rope.n_dims // 2
     first, second = slice(0, half), slice(half, n)
     if rope.kind == "norm":
         first, second = slice(0, n, 2), slice(1, n, 2)
-    out[..., first], out[..., second] = numerics.rotate(out[..., first], out[..., second], angles)
+    turned = numerics.rotate(out[..., first], out[..., second], angles, rope.magnitude)
+    out[..., first], out[..., second] = turned
     flat: Floats = out.reshape(x.shape)
     return flat
-
-
-def inverse_frequencies(rope: Rope) -> Doubles:
-    """inv_freq[i] = scale / (base ** (2i / n_dims) * factors[i]), float64, by the host."""
-    i = np.arange(rope.n_dims // 2, dtype=np.float64)
-    freqs: Doubles = np.float64(rope.base) ** (2 * i / rope.n_dims)
-    if rope.factors is not None:
-        freqs = freqs * dequantize(rope.factors)
-    return rope.scale / freqs
 
 
 # -- exact: the truth ----------------------------------------------------------------------------
@@ -392,8 +389,10 @@ class _Exact:
     def soft_cap(self, x: Floats, cap: float) -> Floats:
         return _f32(cap * np.tanh(x.astype(np.float64) / cap))
 
-    def rotate(self, x0: Floats, x1: Floats, angles: Doubles) -> tuple[Floats, Floats]:
-        c, s = np.cos(angles), np.sin(angles)
+    def rotate(
+        self, x0: Floats, x1: Floats, angles: Doubles, magnitude: float
+    ) -> tuple[Floats, Floats]:
+        c, s = np.cos(angles) * magnitude, np.sin(angles) * magnitude
         return _f32(x0 * c - x1 * s), _f32(x0 * s + x1 * c)
 
     def attend(
@@ -445,12 +444,14 @@ class _Quantised:
         """tanh(x / cap) * cap."""
         return _scaled(tanh(x / np.float32(cap)), cap)
 
-    def rotate(self, x0: Floats, x1: Floats, angles: Doubles) -> tuple[Floats, Floats]:
+    def rotate(
+        self, x0: Floats, x1: Floats, angles: Doubles, magnitude: float
+    ) -> tuple[Floats, Floats]:
         """x0' = fma(x0, c, -(x1 * s)), x1' = fma(x0, s, x1 * c).
 
-        c and s are computed in float64 and rounded to float32.
+        c and s are computed in float64, times the magnitude, and rounded to float32.
         """
-        c, s = _f32(np.cos(angles)), _f32(np.sin(angles))
+        c, s = _f32(np.cos(angles) * magnitude), _f32(np.sin(angles) * magnitude)
         return fma(x0, c, -(x1 * s)), fma(x0, s, x1 * c)
 
     def attend(

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, NoReturn, get_args
 import numpy as np
 from hypothesis import strategies as st
 
-from edgeinfer.graph import KV, ActivationKind, Graph, Hparams, Rope, Segment, Value
+from edgeinfer.graph import KV, ActivationKind, Graph, Hparams, Rope, Segment, Value, Yarn
 from edgeinfer.quant import QUANT_TYPES, Weight
 from tests.bench.make_model import quantize
 
@@ -20,7 +20,12 @@ TYPES = {kind.name: kind for kind in QUANT_TYPES.values()}
 KINDS = get_args(ActivationKind)
 # Widths of key and of value heads: each pair is a kernel to be built, which takes 2 s.
 HEADS = ((8, 8), (6, 20))
-ROPES = (Rope("norm", 6, 100.0), Rope("neox", 6, 100.0), Rope("neox", 4, 10000.0, 0.5))
+ROPES = (
+    Rope("norm", 6, 100.0),
+    Rope("neox", 6, 100.0),
+    Rope("neox", 4, 10000.0, 0.5),
+    Rope("norm", 6, 100.0, 0.25, None, Yarn(64, 8.0, 0.5), 1.2),
+)
 
 
 class Loose(NamedTuple):
@@ -88,7 +93,7 @@ MODELS = st.builds(
     layers=st.lists(_LAYER, min_size=1, max_size=2).map(tuple),
     dim=st.sampled_from([32, 64, 7]),
     n_kv_heads=st.integers(1, 2),
-    end=_upto(4),
+    end=_upto(6),
     cap=st.booleans(),
     tied=st.booleans(),
     types=st.sampled_from([("F32",), ("Q4_0",), ("Q4_0", "F32"), ("Q8_0", "F16")]),
@@ -180,6 +185,8 @@ class Recorder:
                 lambda: g.rms_norm(x, None),
                 lambda: x,
                 lambda: self._plain(self._linear(x, x.dim), KINDS[1]) + x,
+                lambda: g.rms_norm(x, "output_norm") + x,
+                lambda: g.rms_norm(x, "output_norm", 4 if x.dim % 4 == 0 else 7),
             ][end]()
         g.head(x, scale=0.5 if self.drawn.cap else 1.0, soft_cap=3.0 if self.drawn.cap else 0.0)
         return g.segment()
@@ -222,7 +229,7 @@ class Recorder:
         q, raw = self._linear(h, n_heads * k_dim), self._linear(h, n_kv * k_dim)
         v = self._linear(h, n_kv * v_dim) if s.v == 0 or k_dim != v_dim else raw
         q, k = self._norm(q, n_heads, s.q_norm), self._norm(raw, n_kv, s.k_norm)
-        first, second = ROPES[s.after % 3], ROPES[(s.after + 1) % 3]
+        first, second = ROPES[s.after % 4], ROPES[(s.after + 1) % 4]
         if s.ropes in (0, 1, 3):
             q = g.rotate(q, n_heads, first)
         turned = q
@@ -294,7 +301,7 @@ class Recorder:
         if each.op == "norm":
             return g.rms_norm(a, self.name() if each.choice % 2 else None, n)
         if each.op == "rotate":
-            rope = ROPES[each.choice % 3]
+            rope = ROPES[each.choice % 4]
             return g.rotate(a, n, rope) if a.dim // n >= rope.n_dims else a
         if each.op == "add":
             return a + b

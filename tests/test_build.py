@@ -29,7 +29,16 @@ from .models_for_tests import tiny_model
 
 KERNELS = [
     *(f"{op}.{name}" for op in ("matmul", "pack", "embed") for name in FORMATS),
-    *("norm", "swiglu", "quantise", "copy_rows", "angles", "rotate.norm", "rotate.neox"),
+    *(
+        "norm",
+        "swiglu",
+        "quantise",
+        "copy_rows",
+        "angles",
+        "angles.scaled",
+        "rotate.norm",
+        "rotate.neox",
+    ),
     *("norm_heads", *(f"pointwise.{kind}" for kind in ready.POINTWISE)),
     *("plan_attention", "attend.64.64", "attend.128.128", "fold", "sample", "read", "probe"),
     *("team.work", "team.step"),

@@ -167,9 +167,22 @@ POINTWISE: dict[str, Callable[[Floats, Floats], Floats]] = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", POINTWISE)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["avx2", "generic"])
+@pytest.mark.parametrize("kind", sorted(POINTWISE.keys() - {"gelu"}))
+def test_pointwise_on_poorer_vocabularies(kind: str, family: str) -> None:
+    check_pointwise(kind, family)
+
+
+@pytest.mark.parametrize(
+    ("kind", "family"),
+    [*((kind, None) for kind in POINTWISE), ("gelu", "avx2"), ("gelu", "generic")],
+)
 def test_pointwise(kind: str, family: str | None) -> None:
+    check_pointwise(kind, family)
+
+
+def check_pointwise(kind: str, family: str | None) -> None:
     assert set(POINTWISE) == set(ready.POINTWISE)
     for dim, stride, n_rows in ((768, 1, 5), (37, 1, 5), (64, 0, 3)):
         n_whole = layout.whole_vectors(dim)
@@ -284,12 +297,18 @@ class Positions:
         )  # fmt: skip
 
 
-def angles_of(positions: Positions, freqs: NDArray[np.float64]) -> tuple[Floats, Floats]:
+def angles_of(
+    positions: Positions, freqs: NDArray[np.float64], magnitude: float | None = None
+) -> tuple[Floats, Floats]:
     """The angles kernel's rows: at their positions, and at those for pinned pages."""
     n = len(freqs)
     out = np.full((2, 7, 2 * n), np.nan, np.float32)
     args = [freqs.ctypes.data, n, out[0].ctypes.data, out[1].ctypes.data]
-    native.run("angles", positions.header, args, range(7))
+    if magnitude is None:
+        native.run("angles", positions.header, args, range(7))
+    else:
+        args.append(int(np.float64(magnitude).view(np.int64)))
+        native.run("angles.scaled", positions.header, args, range(7))
     return out[0], out[1]
 
 
@@ -297,13 +316,14 @@ def frequencies(n_pairs: int) -> NDArray[np.float64]:
     return np.asarray(1 / 10000.0 ** (np.arange(n_pairs) / n_pairs))
 
 
-def test_angles() -> None:
+@pytest.mark.parametrize("magnitude", [None, 1.13862943])
+def test_angles(magnitude: float | None) -> None:
     positions, freqs = Positions(), frequencies(12)
-    plain, pinned = angles_of(positions, freqs)
+    plain, pinned = angles_of(positions, freqs, magnitude)
     for got, pos in ((plain, positions.pos), (pinned[5:], positions.pinned_pos[5:])):
         angles = pos[:, None] * freqs
-        expected = np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
-        np.testing.assert_array_equal(got, expected)
+        expected = np.concatenate([np.cos(angles), np.sin(angles)], axis=1) * (magnitude or 1)
+        np.testing.assert_array_equal(got, expected.astype(np.float32))
     assert np.isnan(pinned[:5]).all()  # nothing is gone from the first sequence
 
 
@@ -334,7 +354,7 @@ def test_rotate(
         i = np.arange(n_pairs)
         a, b = (i, i + n_pairs) if style == "neox" else (2 * i, 2 * i + 1)
         turns = (pos[:, None] * freqs)[:, None, :]
-        out[..., a], out[..., b] = TWIN.rotate(out[..., a], out[..., b], turns)
+        out[..., a], out[..., b] = TWIN.rotate(out[..., a], out[..., b], turns, 1.0)
         return out
 
     expected_q, expected_k = turned(q, q_weight, positions.pos), turned(k, k_weight, positions.pos)

@@ -21,7 +21,7 @@ from edgeinfer.kernels.reference import ReferenceBackend
 from .native import cache_root
 from .random_graphs import MODELS, Drawn, Recorder
 
-LIMITS = StepLimits(n_pages=3, max_rows=8, max_outputs=4, max_sequences=2, n_threads=2)
+LIMITS = StepLimits(n_pages=3, max_rows=8, max_outputs=8, max_sequences=2, n_threads=2)
 # Page 0 stays and is read by a query that is rotated for it, once page 3 has come after it.
 TABLE = PageTable(np.array([2, 0], np.int32), 1, 1)
 

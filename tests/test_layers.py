@@ -21,7 +21,7 @@ errors
 config quant platform options parameters results messages event_queue plain_text
 ops
 graph sampling catalog hub turns speculation
-batch fusion wheel discovery
+batch fusion known wheel discovery
 models.* kernels.reference kernels.cpu kernels.cuda fetch recent
 pretokenizers jinja_process chat_templates kvcache hiding
 sequence vocabulary byte_pair sampler template_engine

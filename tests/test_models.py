@@ -17,7 +17,7 @@ from edgeinfer.errors import EdgeInferError, InvalidModelError, UnsupportedModel
 from edgeinfer.gguf import GGUFFile
 from edgeinfer.graph import Attention, Embed, Linear, RmsNorm, Rope, Rotate
 from edgeinfer.inspect_file import describe
-from edgeinfer.kernels.reference import ReferenceBackend, inverse_frequencies
+from edgeinfer.kernels.reference import ReferenceBackend
 from edgeinfer.model import Model, architectures
 from edgeinfer.sampling import SamplingParams
 
@@ -116,6 +116,26 @@ def test_rope_scaling(tmp_path: Path, keys: dict[str, Any], scale: float) -> Non
     with loaded(tmp_path, metadata=metadata) as model:
         rotations = [op for op in model.graph.ops if isinstance(op, Rotate)]
         assert {op.rope.scale for op in rotations} == {scale}
+
+
+def test_yarn_keeps_fast_pairs_slows_slow_ones_and_blends_between(tmp_path: Path) -> None:
+    keys = {"type": "yarn", "factor": 4.0, "original_context_length": 64, "attn_factor": 0.5}
+    metadata = {f"llama.rope.scaling.{name}": value for name, value in keys.items()}
+    with loaded(tmp_path, metadata={**metadata, "llama.rope.freq_base": 100.0}) as model:
+        segment = model.graph.segment()
+        rope = next(op.rope for op in segment.ops if isinstance(op, Rotate))
+        # 16 dims: pairs 0 to 7 of waves 100 ** (i / 8); one turn in 64 positions is pair 4.03.
+        own = 100.0 ** (-np.arange(8) / 8)
+        kept = np.array([1, 4 / 5, 3 / 5, 2 / 5, 1 / 5, 0, 0, 0])
+        np.testing.assert_allclose(rope.frequencies(), own * kept + own / 4 * (1 - kept))
+        assert rope.magnitude == pytest.approx(0.5 * (1 + 0.1 * np.log(4)))
+        with ReferenceBackend().compile(segment, LIMITS, mode="quantised") as reference:
+            expected = reference.submit(batch_of(IDS)).wait().logits
+        np.testing.assert_array_equal(logits(segment, IDS), expected)
+    metadata["llama.rope.scaling.yarn_log_multiplier"] = 1.0
+    with loaded(tmp_path, metadata=metadata) as model:
+        rope = next(op.rope for op in model.graph.ops if isinstance(op, Rotate))
+        assert rope.magnitude == pytest.approx(0.5)
 
 
 def test_counts_per_layer_may_be_equal_arrays(tmp_path: Path) -> None:
@@ -237,7 +257,6 @@ def test_an_unknown_architecture_is_named_beside_those_that_run(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("key", "value", "missing"),
     [
-        ("rope.scaling.type", "yarn", "rope scaling 'yarn'"),
         ("rope.scaling.type", "longrope", "rope scaling 'longrope'"),
         ("expert_count", 8, "expert_count"),
         ("attention.causal", False, None),
@@ -249,7 +268,6 @@ def test_an_unknown_architecture_is_named_beside_those_that_run(tmp_path: Path, 
         ("logit_scale", 0.25, "logit_scale"),
         ("logit_scale", [1.0, 2.0], "logit_scale"),
         ("logit_scale", float("nan"), "logit_scale"),
-        ("rope.scaling.attn_factor", 0.5, "rope.scaling.attn_factor"),
         ("no_such_key", 7, "no_such_key"),
         ("no_such_key", "text\n", "no_such_key"),
         ("attention.recurrent_layers", [False, True], "attention.recurrent_layers"),
@@ -439,7 +457,7 @@ def test_rope_factors_of_any_size_and_type_act(tmp_path: Path, kind: type[Any]) 
     with GGUFFile.open(path) as file:
         segment = Model.load(file).graph.segment()
         rope = next(op.rope for op in segment.ops if isinstance(op, Rotate))
-        assert (inverse_frequencies(rope)[4:] < 1e-20).all()
+        assert (rope.frequencies()[4:] < 1e-20).all()
         with ReferenceBackend().compile(segment, LIMITS, mode="quantised") as reference:
             expected = reference.submit(batch_of(IDS)).wait().logits
         np.testing.assert_array_equal(logits(segment, IDS), expected)

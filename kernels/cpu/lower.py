@@ -24,7 +24,6 @@ from edgeinfer.fusion import (
     Step,
     SwiGlu,
     fuse,
-    selected,
 )
 from edgeinfer.graph import (
     Activation,
@@ -53,7 +52,8 @@ from edgeinfer.kernels.cpu.commands import (
     recut,
 )
 from edgeinfer.kernels.cpu.formats import FORMATS, Format
-from edgeinfer.quant import Weight, dequantize
+from edgeinfer.known import selected
+from edgeinfer.quant import Weight
 
 
 class LayerCache(NamedTuple):
@@ -149,16 +149,28 @@ class Lowering:
 
     def run(self) -> Lowered:
         out, segment = self._out, self._segment
+        self._lower_all()
+        out.ops = [
+            recut(op, self._limits.n_threads, SHARE) if op.reads_weights else op for op in out.ops
+        ]
+        out.hidden = self._floats[segment.hidden]
+        out.logits = self._floats[segment.output] if segment.is_last else None
+        out.place()
+        return out
+
+    def kernels(self) -> set[str]:
+        """Names of the kernels that would run, instead of `run`."""
+        self._lower_all()
+        return self._out.kernels()
+
+    def _lower_all(self) -> None:
+        out, segment = self._out, self._segment
         if segment.input is not None:
             out.input = self._float_buffer(segment.input, "input")
         for i, step in enumerate(self._steps):
             self._lower(step, i)
             if segment.hidden in self._floats and not out.head:
                 out.head = len(out.ops)
-        out.hidden = self._floats[segment.hidden]
-        out.logits = self._floats[segment.output] if segment.is_last else None
-        out.place()
-        return out
 
     # -- one step ------------------------------------------------------------------------------
 
@@ -264,8 +276,8 @@ class Lowering:
         if any(map(_reads_a32, step.parts)) and x not in self._quantised:
             self._quantise(x)
         names = [op.weight.name.split(".")[-2] for op in step.parts]
-        whole = KernelOp("+".join(names), [self._matmul(op, i) for op in step.parts])
-        self._out.ops.append(recut(whole, self._limits.n_threads, SHARE))
+        parts = [self._matmul(op, i) for op in step.parts]
+        self._out.ops.append(KernelOp("+".join(names), parts))
 
     def _matmul(self, op: Matmul, i: int) -> KernelPart:
         """A matmul in one chunk."""
@@ -383,8 +395,12 @@ class Lowering:
             size = n_pairs * 2 * 4 * self._limits.max_rows
             pair = Buffer("angles", size), Buffer("pinned angles", size)
             self._angles[rope] = pair
-            freqs = self._weights.doubles(frequencies(rope))
-            self._emit("angles", "angles", [freqs, n_pairs, *pair])
+            args: Args = [self._weights.doubles(rope.frequencies()), n_pairs, *pair]
+            if rope.magnitude == 1:
+                self._emit("angles", "angles", args)
+            else:
+                magnitude = int(np.float64(rope.magnitude).view(np.int64))
+                self._emit("angles", "angles.scaled", [*args, magnitude])
         return self._angles[rope]
 
     # -- values and buffers --------------------------------------------------------------------
@@ -423,16 +439,6 @@ class Lowering:
 
     def _emit(self, group: str, kernel: str, args: Args, rule: int = layout.COUNT_ROWS) -> None:
         self._out.ops.append(KernelOp(group, [KernelPart(kernel, args, rule)]))
-
-
-def frequencies(rope: Rope) -> np.ndarray:
-    """Radians per position of each pair, in float64; the linear scale is folded in."""
-    exponents = np.arange(rope.n_dims // 2, dtype=np.float64) * 2 / rope.n_dims
-    factors = np.ones(rope.n_dims // 2)
-    if rope.factors is not None:
-        factors = dequantize(rope.factors).astype(np.float64)
-    freqs: np.ndarray = rope.scale / (np.float64(rope.base) ** exponents * factors)
-    return freqs
 
 
 def _a32_bytes(dim: int) -> int:

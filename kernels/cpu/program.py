@@ -390,10 +390,10 @@ def _weights_of(segment: Segment) -> tuple[list[Weight], list[Weight]]:
 
 def kernels_of(segment: Segment) -> set[str]:
     """Names of the kernels that a program of this segment loads."""
-    lowered = Lowering(segment, _NO_STEP, _Nowhere(), defaultdict(lambda: NO_CACHE), 1).run()
+    lowering = Lowering(segment, _NO_STEP, _Nowhere(), defaultdict(lambda: NO_CACHE), 1)
     kinds = {op.weight.type.name.lower() for op in segment.ops if isinstance(op, (Embed, Linear))}
     sample = {"sample"} if segment.is_last else set()
-    return lowered.kernels() | {f"pack.{kind}" for kind in kinds} | sample | {"read", *KERNELS}
+    return lowering.kernels() | {f"pack.{kind}" for kind in kinds} | sample | {"read", *KERNELS}
 
 
 _NO_STEP = StepLimits(n_pages=1, max_rows=1, max_outputs=1, max_sequences=1, n_threads=1)

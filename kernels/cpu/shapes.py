@@ -7,7 +7,6 @@ memory is said in `layout.py`.
 from __future__ import annotations
 
 from edgeinfer.errors import UnsupportedModelError
-from edgeinfer.fusion import Known, check, fields, refuse
 from edgeinfer.graph import (
     KV,
     Activation,
@@ -25,8 +24,10 @@ from edgeinfer.graph import (
     Segment,
     SelectRows,
     SoftCap,
+    Yarn,
 )
 from edgeinfer.kernels.cpu.formats import FORMATS
+from edgeinfer.known import Known, check, fields, refuse
 from edgeinfer.quant import Weight
 
 KNOWN: Known = {
@@ -34,7 +35,8 @@ KNOWN: Known = {
     RmsNorm: fields("x weight eps n_heads"),
     Linear: fields("x weight bias"),
     Rotate: fields("x n_heads rope"),
-    Rope: fields("kind n_dims base scale factors", kind=("norm", "neox")),
+    Rope: fields("kind n_dims base scale factors yarn magnitude", kind=("norm", "neox")),
+    Yarn: fields("n_ctx beta_fast beta_slow"),
     Attention: fields("q k v n_heads cache scale"),
     KV: fields("n_heads k_dim v_dim"),
     Add: fields("a b"),

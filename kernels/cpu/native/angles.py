@@ -6,6 +6,7 @@ from numba import njit
 
 from edgeinfer.kernels.cpu.layout import (
     ANGLES_FREQS,
+    ANGLES_MAGNITUDE,
     ANGLES_N_PAIRS,
     ANGLES_OUT,
     ANGLES_PINNED_OUT,
@@ -17,21 +18,30 @@ from edgeinfer.kernels.cpu.native.simd import load_f64, store_f32, word
 jit = njit(error_model="numpy")
 
 
-@jit
-def _write(pos, freqs, n_pairs, out):
-    for i in range(n_pairs):
-        s, c = sincos(float(pos) * load_f64(freqs + 8 * i))
-        store_f32(out + 4 * i, c)
-        store_f32(out + 4 * (n_pairs + i), s)
+def make(isa, is_scaled=""):
+    @jit
+    def plain(a, x):
+        return x
 
+    @jit
+    def scaled(a, x):
+        return x * load_f64(a + ANGLES_MAGNITUDE)
 
-def make(isa):
-    def kernel(h, a, chunk, thread):
+    times_magnitude = scaled if is_scaled else plain
+
+    @jit
+    def write(a, pos, out):
         freqs, n_pairs = word(a + ANGLES_FREQS), word(a + ANGLES_N_PAIRS)
-        pos, table, offset = position(h, chunk), table_of(h, chunk), 8 * n_pairs * chunk
-        _write(pos, freqs, n_pairs, word(a + ANGLES_OUT) + offset)
-        pinned_out = word(a + ANGLES_PINNED_OUT)
+        for i in range(n_pairs):
+            s, c = sincos(float(pos) * load_f64(freqs + 8 * i))
+            store_f32(out + 4 * i, times_magnitude(a, c))
+            store_f32(out + 4 * (n_pairs + i), times_magnitude(a, s))
+
+    def kernel(h, a, chunk, thread):
+        pos, table = position(h, chunk), table_of(h, chunk)
+        offset, pinned_out = 8 * word(a + ANGLES_N_PAIRS) * chunk, word(a + ANGLES_PINNED_OUT)
+        write(a, pos, word(a + ANGLES_OUT) + offset)
         if pinned_out != 0 and n_gone(table, pos // 32) > 0:
-            _write(pinned_position(table, pos), freqs, n_pairs, pinned_out + offset)
+            write(a, pinned_position(table, pos), pinned_out + offset)
 
     return kernel
