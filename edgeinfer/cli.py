@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import click
 
-from edgeinfer import __version__, config
+from edgeinfer import __version__, config, platform
 from edgeinfer.cli_options import common_flags
 from edgeinfer.console import drop, note, prepare_streams, tell, unheard
 from edgeinfer.errors import ContextLengthError, EdgeInferError, InvalidRequestError, PlanError
@@ -42,7 +42,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         note(f"edgeinfer: {_one_line(error)}")
         drop(sys.stdout)
         code = code or 1
-    if code == _INTERRUPTED:
+    if code > platform.SIGNAL_CODE:
         # What still loads or builds in other threads would be waited for.
         os._exit(code)
     sys.exit(code)
@@ -51,7 +51,11 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
 def _exit_code(arguments: list[str]) -> int:
     try:
         # click's own main has its own ideas of exit codes for interrupts and pipes.
-        with _interrupts_raise(), commands.make_context("edgeinfer", [*arguments]) as context:
+        with (
+            _interrupts_raise(),
+            platform.signals_exit(),
+            commands.make_context("edgeinfer", [*arguments]) as context,
+        ):
             commands.invoke(context)
     except click.ClickException as error:
         with unheard():
@@ -64,6 +68,8 @@ def _exit_code(arguments: list[str]) -> int:
         return _INTERRUPTED
     except BrokenPipeError:
         drop(sys.stdout)
+    except SystemExit as end:  # a signal
+        return int(end.code or 0)
     except Exception as error:
         if "--debug" in arguments or config.is_debug():
             import traceback

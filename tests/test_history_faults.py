@@ -16,13 +16,14 @@ from click.testing import CliRunner
 
 from edgeinfer import EdgeInferError
 from edgeinfer.cli import commands
+from edgeinfer.tui.archive import clear_history
 from edgeinfer.tui.conversation import Conversation
 from edgeinfer.tui.entries import blocks_of
 from edgeinfer.tui.history_screen import _row
 from edgeinfer.tui.notes import answer_note
 from edgeinfer.tui.palette import DARK, Palette
 from edgeinfer.tui.schema import VERSION
-from edgeinfer.tui.store import FILE_NAME, Store, clear_history
+from edgeinfer.tui.store import FILE_NAME, Store
 
 
 def exchange(conversation: Conversation, text: str) -> None:
@@ -496,7 +497,7 @@ def test_the_history_command_says_what_it_finds(
     assert shown.exit_code == 0 and str(path) in shown.stdout
     if damage in (garbage, folder, pipe, foreign):
         assert "can't be read" in shown.stderr
-    cleared = CliRunner().invoke(commands, ["history", "--clear"])
+    cleared = CliRunner().invoke(commands, ["history", "--clear", "-y"])
     if damage is folder:
         assert isinstance(cleared.exception, EdgeInferError)
         assert str(path) in str(cleared.exception) and path.is_dir()

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from textual.widgets import Static
 
-from edgeinfer.tui.store import FILE_NAME, Store, clear_history
+from edgeinfer.tui.archive import clear_history
+from edgeinfer.tui.store import FILE_NAME, Store
 from tests.test_history_faults import both, locked, texts
 from tests.test_tui_chat import Chat, drive
 from tests.tui_engine import Script, ScriptedModel

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from edgeinfer import EdgeInferError, InvalidModelError
+from edgeinfer.tui.archive import clear_history
 from edgeinfer.tui.clipboard import osc52
 from edgeinfer.tui.completions import Sources, complete
 from edgeinfer.tui.conversation import Conversation, full_text, title_of
@@ -25,7 +26,7 @@ from edgeinfer.tui.records import Attachment, Node
 from edgeinfer.tui.rows import Row
 from edgeinfer.tui.schema import _STEPS
 from edgeinfer.tui.splitter import Splitter, split
-from edgeinfer.tui.store import FILE_NAME, Store, clear_history
+from edgeinfer.tui.store import FILE_NAME, Store
 
 MARKDOWN = """# Title
 

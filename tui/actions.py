@@ -204,10 +204,12 @@ def load(app: ChatApp, words: str) -> None:
     else:
 
         def take(id: int | None) -> None:
+            app.refresh_title()
             if id is not None:
                 open_conversation(app, id)
 
-        app.push_screen(HistoryScreen(session.store, session.conversation.id), take)
+        screen = HistoryScreen(session.store, session.conversation, app.settings.folder)
+        app.push_screen(screen, take)
 
 
 def save(app: ChatApp, title: str) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from rich.text import Text
@@ -36,7 +35,7 @@ from edgeinfer.tui.records import Attachment, Draft, Node
 from edgeinfer.tui.session import News, Session
 from edgeinfer.tui.settings import ChatSettings, ModelChoice
 from edgeinfer.tui.settings_file import FILE_NAME as SETTINGS
-from edgeinfer.tui.settings_file import read_settings
+from edgeinfer.tui.settings_file import Entry, read_settings
 from edgeinfer.tui.status_bar import StatusBar
 from edgeinfer.tui.store import FILE_NAME, Store
 from edgeinfer.tui.terminal_app import TerminalApp
@@ -88,16 +87,19 @@ class ChatApp(TerminalApp):
         self._lasting = ""
         self.downloads = Downloads(settings.fetch)
         self.left_download = ""  # what was being fetched when the chat ended
-        self.failure: Exception | None = None
         self.closing: Task[None] | None = None  # of the model, which may take seconds
-        self.unsent = ""  # what was typed when it failed
+        self.unsent = ""  # texts that are not in the history
         self._asked = "", 0.0
         self.refused = ""  # the last command that would have replaced a file
 
     def read_settings(self) -> None:
-        """Take the keys that the settings file gives; `complaints` says what is wrong with it."""
+        """Take what the settings file gives; `complaints` says what is wrong with it."""
         written, complaints = read_settings(self.settings.data_folder / SETTINGS)
         self.keys = Keys(written.get("keys", {}))
+        titles = written.get("chat", {}).get("titles", Entry("on", ""))
+        if titles.value not in ("on", "off"):
+            complaints.append(f"{titles.place}: titles is {titles.value[:20]}, not on or off")
+        self._finds_titles = self.settings.finds_titles and titles.value != "off"
         self.complaints = [*complaints, *self.keys.complaints]
 
     def is_again(self, what: str) -> bool:
@@ -127,6 +129,7 @@ class ChatApp(TerminalApp):
         self.screen_stack[0].query_one("#lasting").display = False
         self._timer = self.set_interval(1 / _RATE, self._tick)
         self.composer.prompt.set_history(self.session.store.prompts())
+        self.composer.show(self.session.take_draft())
         self.show_conversation()
         if self.complaints:
             self.say("\n".join(self.complaints), "warning")
@@ -134,21 +137,18 @@ class ChatApp(TerminalApp):
         self.call_after_refresh(self._begin)
 
     def on_unmount(self) -> None:
-        self.session.stop()
+        session = self.session
+        waiting = [draft.text for draft in session.queue]
+        session.end(self.draft)
         self.left_download = self.downloads.close()
-        if self.session.model is not None:
-            self.closing = Task(self.session.model.close)
-        self.session.store.close()
+        if session.model is not None and self.ended_by is None:
+            self.closing = Task(session.model.close)
+        is_kept = session.store.path is not None and not session.notice
+        left = [*([] if is_kept else waiting), self.draft.text]
+        self.unsent = "\n".join(text for text in left if text).strip()
 
-    def _handle_exception(self, error: Exception) -> None:
-        # NOTE: Textual's name. It writes pages of local variables and forgets the error, which
-        # whoever runs the chat tells in a line.
-        self.failure = self.failure or error
-        with suppress(Exception):
-            waiting = [*self.session.queue, self._aside, self.composer.draft]
-            self.unsent = "\n".join(each.text for each in waiting if each.text).strip()
-        super()._handle_exception(error)
-        self._exit_renderables.clear()
+    def note_draft(self) -> None:
+        self.draft = Draft.joined([self._aside, self.composer.draft])
 
     def _begin(self) -> None:
         path = self.settings.model or self.settings.last_model()
@@ -273,6 +273,8 @@ class ChatApp(TerminalApp):
             self._take_news(session.drain())
         self.composer.tend()
         self._take_download()
+        if self._finds_titles and session.tend_title():
+            self.refresh_title()
         self._take_counts()
         self.tell_copies()
         if is_busy or self.downloads.current is not None:
@@ -449,10 +451,7 @@ class ChatApp(TerminalApp):
         del queue[len(queue) - len(back) :]
         self._draw_queue()
         if back:
-            drafts = [*back, self._aside if self.editing else self.composer.draft]
-            texts = [draft.text for draft in drafts if draft.text]
-            attachments = tuple(each for draft in drafts for each in draft.attachments)
-            whole = Draft("\n".join(texts), attachments)
+            whole = Draft.joined([*back, self._aside if self.editing else self.composer.draft])
             if self.editing:
                 self._aside = whole
             else:

@@ -12,16 +12,16 @@ from textual import on
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
-from textual.screen import ModalScreen
 from textual.widgets import OptionList, Static
 from textual.widgets.option_list import Option
 
 from edgeinfer import printable
+from edgeinfer.tui.dialog import Modal
 from edgeinfer.tui.palette import Palette
 from edgeinfer.tui.records import Node
 
 
-class BranchScreen(ModalScreen[int | None]):
+class BranchScreen(Modal[int | None]):
     """Ends with the last message of the branch to show."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "dismiss(None)", "Back")]

@@ -118,6 +118,8 @@ COMMANDS = (
          controls.follow),
     _key("interrupt", _CHAT, "copy what is selected, or stop; twice: leave", "ctrl+c",
          controls.interrupt, place="always"),
+    _key("suspend", _CHAT, "to the shell, until `fg`", "ctrl+z", controls.suspend,
+         place="always"),
     Command("help", _CHAT, "keys and commands", controls.show_help, "f1"),
     Command("settings", _CHAT, "other keys: settings.ini in $EDITOR", controls.open_settings),
     _key("end-of-input", _CHAT, "leave, where nothing is written", "ctrl+d",

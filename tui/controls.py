@@ -128,6 +128,11 @@ def interrupt(app: ChatApp) -> None:
         app.say(f"{app.keys.label('interrupt', 'always')} again leaves")
 
 
+def suspend(app: ChatApp) -> None:
+    """Stop until the shell goes on with it; where no shell can, nothing happens."""
+    app.suspend_for_shell()
+
+
 def leave(app: ChatApp) -> None:
     app.exit()
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from edgeinfer.tui.records import Attachment, Header, Node
+from edgeinfer.tui.records import Attachment, Header, Node, tags_of
 from edgeinfer.tui.store import Store
 
 if TYPE_CHECKING:
     from edgeinfer import Message
 
-_TITLE_LENGTH = 60
+TITLE_LENGTH = 60
 
 
 class Conversation:
@@ -21,7 +21,7 @@ class Conversation:
 
     def __init__(self, store: Store, model: str = "", system: str | None = None) -> None:
         self.id: int | None = None
-        self.title = ""
+        self.title = self.tags = ""
         self.model, self.system = model, system
         self.leaf: int | None = None
         self._store = store
@@ -38,7 +38,7 @@ class Conversation:
         if header is None:
             return None
         found = cls(store, header.model, header.system)
-        found.id, found.title = id, header.title
+        found.id, found.title, found.tags = id, header.title, header.tags
         for node in store.messages(id):
             if node.parent not in found._nodes:  # as a cycle would have it
                 node.parent = None
@@ -59,6 +59,10 @@ class Conversation:
             nodes.append(self._nodes[at])
             at = self._nodes[at].parent
         return nodes[::-1]
+
+    def nodes(self) -> list[Node]:
+        """All messages of all branches, oldest first."""
+        return list(self._nodes.values())
 
     def node(self, id: int) -> Node:
         return self._nodes[id]
@@ -108,7 +112,7 @@ class Conversation:
     def keep(self) -> None:
         """Write all of it, also where others have deleted it."""
         if self.id is not None:
-            header = Header(self.title, self.model, self.system, self.leaf)
+            header = Header(self.title, self.model, self.system, self.leaf, self.tags)
             self._store.keep_anew(self.id, header, self._nodes.values())
 
     def show(self, leaf: int | None) -> None:
@@ -131,6 +135,10 @@ class Conversation:
     def rename(self, title: str) -> None:
         self.title = title
         self._update(title=title)
+
+    def set_tags(self, text: str) -> None:
+        self.tags = tags_of(text)
+        self._update(tags=self.tags)
 
     def set_system(self, system: str | None) -> None:
         self.system = system
@@ -165,6 +173,6 @@ def full_text(node: Node) -> str:
 def title_of(text: str, attachments: tuple[Attachment, ...] = ()) -> str:
     """A conversation's title, from its first message."""
     line = " ".join(text.split()) or ", ".join(each.name for each in attachments) or "Untitled"
-    if len(line) <= _TITLE_LENGTH:
+    if len(line) <= TITLE_LENGTH:
         return line
-    return line[:_TITLE_LENGTH].rsplit(" ", 1)[0] + "…"
+    return line[:TITLE_LENGTH].rsplit(" ", 1)[0] + "…"

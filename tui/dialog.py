@@ -1,4 +1,4 @@
-"""A screen over the conversation of which one part gives way, so that the rest is always seen.
+"""Screens over the conversation; of some one part gives way, so that the rest is always seen.
 
 Knows nothing of what is asked.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 from textual import events
+from textual.await_complete import AwaitComplete
 from textual.containers import Vertical
 from textual.screen import ModalScreen
 
@@ -17,7 +18,16 @@ _SHORT_SCREEN = 18
 _MOST_SHARE = 0.9  # of the screen's rows, as `.dialog` has it
 
 
-class Dialog(ModalScreen[T]):
+class Modal(ModalScreen[T]):
+    """A screen that is closed once: keys that come at once would close what is below it."""
+
+    def dismiss(self, result: T | None = None) -> AwaitComplete:
+        if self.app.screen is not self:
+            return AwaitComplete()
+        return super().dismiss(result)
+
+
+class Dialog(Modal[T]):
     """`GIVES_WAY` selects the part that becomes as small as it must, and is scrolled."""
 
     GIVES_WAY = ""

@@ -41,7 +41,7 @@ def as_markdown(conversation: Conversation) -> str:
 
 def as_json(conversation: Conversation) -> str:
     """The branch on show, with everything that is known of each message."""
-    messages = [_message(node) for node in conversation.branch()]
+    messages = [message_of(node) for node in conversation.branch()]
     whole = {
         "title": conversation.title,
         "model": conversation.model,
@@ -51,7 +51,8 @@ def as_json(conversation: Conversation) -> str:
     return json.dumps(whole, ensure_ascii=False, indent=2) + "\n"
 
 
-def _message(node: Node) -> dict[str, Any]:
+def message_of(node: Node) -> dict[str, Any]:
+    """What is known of a message."""
     message: dict[str, Any] = {"role": node.role, "content": node.content, "state": node.state}
     if node.reasoning:
         message["reasoning"] = node.reasoning
@@ -76,7 +77,7 @@ def export(
     try:
         if path.is_file() and not replaces:
             raise FileExistsError(path)
-        _write(path, text.encode("utf-8", "replace"))
+        write(path, text.encode("utf-8", "replace"))
     except FileExistsError:
         raise
     except (OSError, RuntimeError, ValueError) as error:  # links in a ring, a name with a zero byte
@@ -87,7 +88,7 @@ def export(
     return path
 
 
-def _write(path: Path, data: bytes) -> None:
+def write(path: Path, data: bytes) -> None:
     """All of it or nothing: what was there before stays where it fails."""
     if path.exists() and not path.is_file():  # a pipe, a terminal
         path.write_bytes(data)

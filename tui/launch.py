@@ -6,18 +6,22 @@ Knows nothing of flags. What takes long to import is imported once the first pic
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
-from edgeinfer import one_line, printable
-from edgeinfer.tui.settings import ChatModel, ChatSettings, ModelChoice
+from edgeinfer import one_line
+from edgeinfer.tui.settings import ChatModel, ChatSettings, ModelChoice, StopForShell
 
 if TYPE_CHECKING:
     from textual.driver import Driver
 
     from edgeinfer import LLM, LoadOptions, MemoryPlan, Progress
+
+SignalsCall: TypeAlias = Callable[
+    [Callable[[int], None], Callable[[], None]], AbstractContextManager[None]
+]
 
 
 class Downloadable(Protocol):
@@ -47,15 +51,19 @@ def run_chat(
     environment: Mapping[str, str],
     memory_now: Callable[[], int],
     run_tool: Callable[[Sequence[str], bytes], bool],
+    stop_for_shell: StopForShell,
+    signals_call: SignalsCall,
+    note: Callable[[str], None],
     run_editor: Callable[[Sequence[str], Path], int],
     decode: Callable[[bytes, str], tuple[str, int]],
     last_model: Callable[[], str | None],
     take_loaded: Callable[[str, LLM], None],
     downloads: Callable[[], Sequence[Downloadable]],
-) -> None:
-    """Run until the user leaves; raises what ended the chat before.
+) -> int | None:
+    """Run until the user leaves; raises what ended the chat before, returns the signal that did.
 
-    `take_loaded` hears of every model that was opened. `downloads` are models that could be here.
+    `note` takes a line for the shell's screen. `take_loaded` hears of every model that was opened.
+    `downloads` are models that could be here.
     """
     from edgeinfer.tui.app import ChatApp
 
@@ -82,22 +90,25 @@ def run_chat(
     settings = ChatSettings(
         data_folder=data_folder, open_model=open_model, model=model, last_model=last_model,
         system=system, sampling=cast("Any", dict(sampling)), keeps_history=keeps_history,
+        finds_titles=True,
         list_models=lambda: _choices(downloads()), plan_model=plan_model, fetch=_fetch,
         memory_now=memory_now, run_tool=run_tool, run_editor=run_editor, decode=decode,
-        environment=environment,
+        stop_for_shell=stop_for_shell, environment=environment,
     )  # fmt: skip
     app = ChatApp(settings, driver())
-    app.run()
+    with signals_call(app.end_by, app.give_up):
+        app.run()
     if app.closing is not None:
         app.closing.wait()
     if app.left_download:
-        sys.stderr.write(f"edgeinfer: {app.left_download}\n")
+        note(f"edgeinfer: {app.left_download}")
     if app.session.notice:
-        sys.stderr.write(f"edgeinfer: {one_line(app.session.notice, 500)}\n")
-    if app.unsent:
-        sys.stderr.write(f"edgeinfer: not sent: {printable(app.unsent)}\n")
+        note(f"edgeinfer: {one_line(app.session.notice, 500)}")
+    if app.unsent and (app.ended_by is not None or app.failure is not None):
+        note(f"edgeinfer: not sent: {app.unsent}")
     if app.failure is not None:
         raise app.failure
+    return app.ended_by
 
 
 def driver() -> type[Driver] | None:

@@ -12,18 +12,18 @@ from rich.text import Text
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
-from textual.screen import ModalScreen
 from textual.widgets import OptionList, Static
 from textual.widgets.option_list import Option
 
 from edgeinfer import printable
+from edgeinfer.tui.dialog import Modal
 from edgeinfer.tui.palette import Palette
 
 _BAR = 12
 _MOST_ROWS = 2000
 
 
-class ProbabilitiesScreen(ModalScreen[None]):
+class ProbabilitiesScreen(Modal[None]):
     """A row per token: its text, its probability as a bar, the alternatives."""
 
     BINDINGS: ClassVar[list[BindingType]] = [

@@ -8,11 +8,15 @@ from __future__ import annotations
 import json
 import math
 import sqlite3
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, cast, get_args
 
+from edgeinfer.tui.search import tokens
+
 State: TypeAlias = Literal["done", "partial", "stopped", "failed"]
 _MOST = 1e12  # seconds, tokens a second
+_MOST_TAGS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +39,13 @@ class Draft:
     def is_empty(self) -> bool:
         return not self.text.strip() and not self.attachments
 
+    @classmethod
+    def joined(cls, drafts: Iterable[Draft]) -> Draft:
+        """All of them as one message."""
+        kept = list(drafts)
+        attachments = tuple(each for draft in kept for each in draft.attachments)
+        return cls("\n".join(draft.text for draft in kept if draft.text), attachments)
+
 
 @dataclass(slots=True, eq=False)
 class Node:
@@ -52,12 +63,16 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What is kept of a conversation beside its messages; `leaf` ends the branch on show."""
+    """What is kept of a conversation beside its messages; `leaf` ends the branch on show.
+
+    `tags` are words, each once, apart by one space.
+    """
 
     title: str
     model: str
     system: str | None
     leaf: int | None
+    tags: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +85,7 @@ class Summary:
     model: str
     n_messages: int
     snippet: str = ""
+    tags: str = ""
 
 
 # -- from rows -----------------------------------------------------------------------------------
@@ -82,6 +98,7 @@ def header_of(row: sqlite3.Row) -> Header:
         text_of(row["model"]),
         None if system is None else text_of(system),
         leaf if isinstance(leaf, int) else None,
+        tags_of(text_of(row["tags"])),
     )
 
 
@@ -95,11 +112,11 @@ def node_of(row: sqlite3.Row) -> Node:
         reasoning=text_of(row["reasoning"]),
         attachments=_attachments(_json(row["attachments"])),
         state=cast("State", state) if state in get_args(State) else "stopped",
-        details=_details(_json(row["details"])),
+        details=details_of(_json(row["details"])),
     )
 
 
-def summary_of(row: sqlite3.Row) -> Summary:
+def summary_of(row: sqlite3.Row, snippet: str = "") -> Summary:
     updated = row["updated"]
     return Summary(
         row["id"],
@@ -107,7 +124,8 @@ def summary_of(row: sqlite3.Row) -> Summary:
         float(updated) if _is_number(updated) else 0.0,
         text_of(row["model"]),
         row["n"],
-        text_of(row["snippet"]),
+        snippet,
+        tags_of(text_of(row["tags"])),
     )
 
 
@@ -117,6 +135,14 @@ def text_of(value: object) -> str:
         return value.decode("utf-8", "replace")
     text = value if isinstance(value, str) else "" if value is None else str(value)
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+
+
+def draft_of(column: object) -> Draft:
+    """A draft as `draft_column` wrote it; an empty one for anything else."""
+    value = _json(column)
+    if not isinstance(value, dict):
+        return Draft()
+    return Draft(text_of(value.get("text")), _attachments(value.get("attachments")))
 
 
 def _json(column: object) -> Any:
@@ -138,7 +164,7 @@ def _attachments(value: Any) -> tuple[Attachment, ...]:
     )
 
 
-def _details(value: Any) -> dict[str, Any]:
+def details_of(value: Any) -> dict[str, Any]:
     """Those that are what the screen takes them for; unknown ones as they are."""
     if not isinstance(value, dict):
         return {}
@@ -184,6 +210,26 @@ _DETAILS = (
     (("model", "finish", "error"), _is_text),
     (("logprobs",), _are_logprobs),
 )
+DETAILS = frozenset(name for names, _ in _DETAILS for name in names)
+
+
+# -- for the search ------------------------------------------------------------------------------
+
+
+def message_tokens(content: object, attachments: object) -> str:
+    """What is found of a message, from its columns: its text and the names of what it holds."""
+    names = [each.name for each in _attachments(_json(attachments))]
+    return tokens("\n".join([text_of(content), *names]))
+
+
+def title_tokens(title: object) -> str:
+    return tokens(text_of(title))
+
+
+def tags_of(text: str) -> str:
+    """Tags as they are kept, however they are written: `#work, #travel`."""
+    words = (word.strip("#,;") for word in text.replace(",", " ").split())
+    return " ".join(list(dict.fromkeys(filter(None, words)))[:_MOST_TAGS])
 
 
 # -- to rows -------------------------------------------------------------------------------------
@@ -191,8 +237,15 @@ _DETAILS = (
 
 def columns_of(node: Node) -> tuple[str, ...]:
     """Role, content, reasoning, attachments, state and details."""
-    attachments = [[each.name, each.text, each.n_tokens] for each in node.attachments]
     return (
-        node.role, text_of(node.content), text_of(node.reasoning), json.dumps(attachments),
-        node.state, json.dumps(node.details),
+        node.role, text_of(node.content), text_of(node.reasoning),
+        json.dumps(_rows_of(node.attachments)), node.state, json.dumps(node.details),
     )  # fmt: skip
+
+
+def draft_column(draft: Draft) -> str:
+    return json.dumps({"text": draft.text, "attachments": _rows_of(draft.attachments)})
+
+
+def _rows_of(attachments: Iterable[Attachment]) -> list[list[object]]:
+    return [[each.name, each.text, each.n_tokens] for each in attachments]

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from edgeinfer import EdgeInferError
+from edgeinfer.tui.records import message_tokens, title_tokens
 
 # Step i brings a file from version i to i + 1. Steps are never changed, only added.
 _STEPS = (
@@ -34,6 +35,15 @@ _STEPS = (
     CREATE VIRTUAL TABLE found USING fts5 (text, tokenize = 'unicode61 remove_diacritics 2');
     INSERT INTO found (rowid, text) SELECT id, content FROM message;
     """,
+    # Tokens of our own: SQLite's know no words without spaces, and no sign newer than 2012. A
+    # title is found by the number of its conversation, less than zero.
+    """
+    ALTER TABLE conversation ADD COLUMN tags TEXT NOT NULL DEFAULT '';
+    DROP TABLE found;
+    CREATE VIRTUAL TABLE found USING fts5 (text, tokenize = 'ascii');
+    INSERT INTO found (rowid, text) SELECT id, message_tokens(content, attachments) FROM message;
+    INSERT INTO found (rowid, text) SELECT -id, title_tokens(title) FROM conversation;
+    """,
 )
 VERSION = len(_STEPS)
 
@@ -41,7 +51,7 @@ VERSION = len(_STEPS)
 _NO_FILE = "it is no file, but a folder or a pipe; move it away"
 # What must be there, in a file that claims to be of our version.
 _PROBE = (
-    "SELECT id, title, created, updated, model, system, leaf FROM conversation LIMIT 0",
+    "SELECT id, title, created, updated, model, system, leaf, tags FROM conversation LIMIT 0",
     "SELECT id, parent, role, content, reasoning, attachments, state, details, created, "
     "conversation FROM message LIMIT 0",
     "SELECT name, value FROM preference LIMIT 0",
@@ -62,6 +72,8 @@ def connect(path: Path | None, seconds: float = 0.25) -> sqlite3.Connection:
     try:
         db.row_factory = sqlite3.Row
         db.text_factory = lambda data: data.decode("utf-8", "replace")
+        db.create_function("message_tokens", 2, message_tokens)
+        db.create_function("title_tokens", 1, title_tokens)
         _check_kind(db)  # before anything is written
         for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
             db.execute(f"PRAGMA {pragma}")

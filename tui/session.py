@@ -14,15 +14,17 @@ from edgeinfer.tui.errors import in_chat
 from edgeinfer.tui.gauge import Readings
 from edgeinfer.tui.loader import ModelLoader
 from edgeinfer.tui.params import CHAT_DEFAULTS
-from edgeinfer.tui.records import Draft, Node
+from edgeinfer.tui.records import Draft, Node, draft_column, draft_of
 from edgeinfer.tui.settings import ChatModel, ChatSettings
 from edgeinfer.tui.store import Store
+from edgeinfer.tui.titles import TitleWriter
 from edgeinfer.tui.turn import Turn
 
 if TYPE_CHECKING:
     from edgeinfer import Completion
 
 _SAVE_SECONDS = 1.0
+_DRAFT = "draft"  # a preference
 
 
 @dataclass(slots=True)
@@ -65,6 +67,7 @@ class Session:
     open_n_ctx: int | None = None  # that was asked for when the model was opened
     readings: Readings = field(default_factory=Readings)
     n_dropped: int = 0  # turns that are not read any more, as last told
+    titles: TitleWriter = field(default_factory=TitleWriter)
 
     def __post_init__(self) -> None:
         self.sampling = dict(self.settings.sampling)
@@ -95,6 +98,7 @@ class Session:
         """Give the open model to the loader, which closes it: that may take seconds."""
         assert self.loader is not None and self.model is not None
         self.stop()
+        self.titles.cancel()
         self.readings.start_loading(self.loader.path)
         self.loader.give(self.model, self.path, self.open_n_ctx)
         self.model = None
@@ -123,6 +127,29 @@ class Session:
             self.load(path)
         return error
 
+    def take_draft(self) -> Draft:
+        """What was being written when a chat ended before."""
+        draft = draft_of(self.store.preference(_DRAFT))
+        if not draft.is_empty:
+            self.store.set_preference(_DRAFT, "")
+        return draft
+
+    def end(self, draft: Draft) -> None:
+        """Keep what there is, what waits to be asked and what is being written included."""
+        self.stop()
+        self.titles.cancel()
+        while self.queue:
+            self.ask(self.queue.pop(0))
+        if not draft.is_empty:
+            self.store.set_preference(_DRAFT, draft_column(draft))
+        self.store.close()
+
+    def tend_title(self) -> bool:
+        """Let the model find a title while it has nothing else to do; whether it has one."""
+        is_idle = self.is_ready and not self.queue and self.store.path is not None
+        model = self.model if is_idle else None
+        return self.titles.tend(self.conversation, model, time.monotonic())
+
     # -- asking ----------------------------------------------------------------------------------
 
     def ask(self, draft: Draft) -> Node:
@@ -137,6 +164,7 @@ class Session:
     def answer(self) -> Node:
         """Let the model answer the branch on show."""
         assert self.model is not None and self.conversation.leaf is not None
+        self.titles.cancel()
         messages = self.conversation.for_model()
         node = self.conversation.answer(self.conversation.leaf)
         sampling = {name: value for name, value in self.sampling.items() if value is not None}

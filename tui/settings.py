@@ -90,6 +90,17 @@ RunTool: TypeAlias = Callable[[Sequence[str], bytes], bool]
 RunEditor: TypeAlias = Callable[[Sequence[str], Path], int]
 
 
+class StopForShell(Protocol):
+    """Stop this process, or only wait for its terminal unless `now`; with all of its `group`.
+
+    False where it `is_ending` while the terminal is another program's.
+    """
+
+    def __call__(
+        self, terminal: int, is_ending: Callable[[], bool], *, now: bool, group: bool = False
+    ) -> bool: ...
+
+
 def _as_utf8(data: bytes, name: str) -> tuple[str, int]:
     text = data.decode("utf-8", "replace")
     return text, text.count("\ufffd")
@@ -111,6 +122,12 @@ def _no_tool(command: Sequence[str], text: bytes) -> bool:
     return False
 
 
+def _no_stop(
+    terminal: int, is_ending: Callable[[], bool], *, now: bool, group: bool = False
+) -> bool:
+    return True
+
+
 def _no_editor(command: Sequence[str], file: Path) -> int:
     raise OSError("there is no terminal for an editor")
 
@@ -124,6 +141,7 @@ class ChatSettings:
     to end it. Without the last two there is no preview and no download. `run_tool` gives a text to
     a program of the system, `run_editor` a file and the terminal. `decode` makes a text of the
     bytes of a file, and says how many characters were none; it raises for what is no text.
+    `finds_titles` lets the model name conversations while it is idle.
     """
 
     data_folder: Path
@@ -132,12 +150,14 @@ class ChatSettings:
     system: str | None = None
     sampling: Sampling = field(default_factory=lambda: _no_sampling())
     keeps_history: bool = True
+    finds_titles: bool = False
     list_models: ListModels = _no_models
     plan_model: PlanModel | None = None
     fetch: Fetch | None = None
     last_model: Callable[[], str | None] = _no_model
     memory_now: Callable[[], int] = _no_memory
     run_tool: RunTool = _no_tool
+    stop_for_shell: StopForShell = _no_stop
     run_editor: RunEditor = _no_editor
     decode: Decode = _as_utf8
     environment: Mapping[str, str] = field(default_factory=dict)

@@ -8,30 +8,33 @@ from __future__ import annotations
 
 import os
 import random
-import re
 import sqlite3
 import time
 from collections.abc import Callable, Iterable
-from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from edgeinfer import EdgeInferError
+from edgeinfer.tui import search
 from edgeinfer.tui.records import (
     Header,
     Node,
     Summary,
     columns_of,
     header_of,
+    message_tokens,
     node_of,
     summary_of,
     text_of,
+    title_tokens,
 )
 from edgeinfer.tui.schema import can_wait, connect, explain, is_damaged, transaction
 
 FILE_NAME = "history.db"
 T = TypeVar("T")
+Times: TypeAlias = tuple[float, float]  # begun, changed
 
 _FAULTS = (sqlite3.Error, OSError, EdgeInferError)
 _PATIENCE_SECONDS = 0.25  # with a lock
@@ -117,18 +120,54 @@ class Store:
         return None if row is None else header_of(row)
 
     def update_conversation(self, id: int, **columns: str | int | None) -> None:
-        """Set `title`, `model`, `system` or `leaf`."""
-        assert columns.keys() <= {"title", "model", "system", "leaf"}
+        """Set `title`, `model`, `system`, `leaf` or `tags`."""
+        assert columns.keys() <= {each.name for each in fields(Header)}
         self._changed(id).columns.update(columns)
         self._flush()
 
     def keep_anew(self, id: int, header: Header, nodes: Iterable[Node]) -> None:
         """Write a whole conversation that others may have deleted."""
         self._gone.discard(id)
-        columns = {name: getattr(header, name) for name in ("title", "model", "system", "leaf")}
-        self._unsaved[id] = _Unsaved(True, columns, {node.id: node for node in nodes})
+        self._unsaved[id] = _Unsaved(True, asdict(header), {node.id: node for node in nodes})
         self._retry_at = 0.0
         self._flush()
+
+    def insert(self, conversations: Iterable[tuple[int, Header, Iterable[Node], Times]]) -> int:
+        """Write whole conversations from elsewhere, all or none; how many were not here yet.
+
+        Messages get numbers of their own. Raises EdgeInferError where the file can't be written.
+        """
+
+        def insert(db: sqlite3.Connection) -> int:
+            n = 0
+            with transaction(db):
+                for id, header, nodes, times in conversations:
+                    if db.execute("SELECT 1 FROM conversation WHERE id = ?", (id,)).fetchone():
+                        continue
+                    header, renumbered = self._renumbered(header, nodes)
+                    _write(db, id, _Unsaved(True, asdict(header), renumbered))
+                    query = "UPDATE conversation SET created = ?, updated = ? WHERE id = ?"
+                    db.execute(query, (*times, id))
+                    n += 1
+            return n
+
+        return self._get(insert)
+
+    def _renumbered(self, header: Header, nodes: Iterable[Node]) -> tuple[Header, dict[int, Node]]:
+        new: dict[int | None, int] = {}
+        kept: dict[int, Node] = {}
+        for node in nodes:
+            id = new[node.id] = self._new_id()
+            parent = new[node.parent] if node.parent is not None else None
+            kept[id] = replace(node, id=id, parent=parent)
+        leaf = new[header.leaf] if header.leaf is not None else None
+        return replace(header, leaf=leaf), kept
+
+    def times(self, id: int) -> Times:
+        """When a conversation was begun, and changed."""
+        query = "SELECT created, updated FROM conversation WHERE id = ?"
+        row = self._get(lambda db: db.execute(query, (id,)).fetchone())
+        return (float(row[0]), float(row[1])) if row else (0.0, 0.0)
 
     def delete_conversation(self, id: int) -> None:
         """Delete it for good; raises EdgeInferError where that fails."""
@@ -136,9 +175,9 @@ class Store:
         def delete(db: sqlite3.Connection) -> None:
             with transaction(db):
                 db.execute(
-                    "DELETE FROM found WHERE rowid IN "
+                    "DELETE FROM found WHERE rowid = ? OR rowid IN "
                     "(SELECT id FROM message WHERE conversation = ?)",
-                    (id,),
+                    (-id, id),
                 )
                 db.execute("DELETE FROM conversation WHERE id = ?", (id,))
 
@@ -152,37 +191,35 @@ class Store:
     def recent(self, limit: int = 200) -> list[Summary]:
         """The latest conversations, newest first."""
         query = (
-            "SELECT id, title, updated, model, (SELECT count(*) FROM message "
-            "WHERE conversation = c.id) AS n, '' AS snippet FROM conversation AS c "
+            "SELECT id, title, updated, model, tags, (SELECT count(*) FROM message "
+            "WHERE conversation = c.id) AS n FROM conversation AS c "
             "ORDER BY updated DESC LIMIT ?"
         )
         kept = map(summary_of, self._rows(query, limit))
-        return [*self._new_ones([]), *kept][:limit]
+        return [*self._new_ones(lambda text: True), *kept][:limit]
 
     def search(self, words: str, limit: int = 100) -> list[Summary]:
-        """Conversations whose messages hold all words, the last one possibly unfinished."""
-        terms = re.findall(r"\w+", words)
-        if not terms:
-            return self.recent(limit)
-        match = " ".join(f'"{term}"' for term in terms[:-1]) + f' "{terms[-1]}"*'
-        query = (
-            "WITH hit AS (SELECT rowid AS id, snippet(found, 0, '', '', '…', 12) AS snippet, rank "
-            "FROM found WHERE found MATCH ? ORDER BY rank LIMIT 1000) "
-            "SELECT c.id, c.title, c.updated, c.model, hit.snippet, min(hit.rank), "
-            "(SELECT count(*) FROM message WHERE conversation = c.id) AS n "
-            "FROM hit JOIN message AS m ON m.id = hit.id JOIN conversation AS c "
-            "ON c.id = m.conversation GROUP BY c.id ORDER BY min(hit.rank), c.updated DESC LIMIT ?"
-        )
-        found = map(summary_of, self._rows(query, match.strip(), limit))
-        return [*self._new_ones(terms), *found][:limit]
+        """Conversations of which a message or the title has all words, the last one unfinished.
 
-    def _new_ones(self, terms: list[str]) -> list[Summary]:
-        """Conversations that are not in the file, of which a message holds all terms."""
+        Where none has, those that hold what was typed as it is, within words too.
+        """
+        words = search.typed(text_of(words))
+        if not words:
+            return self.recent(limit)
+        found = next(
+            (rows for each in search.queries(words) if (rows := self._rows(*each, limit))), []
+        )
+        kept = [summary_of(row, search.excerpt(text_of(row["content"]), words)) for row in found]
+        kept.sort(key=lambda each: not search.is_literal(_shown(each), words))
+        return [*self._new_ones(lambda text: search.holds(text, words)), *kept][:limit]
+
+    def _new_ones(self, is_sought: Callable[[str], bool]) -> list[Summary]:
+        """Conversations that are not in the file, of which a text is sought."""
         now, found = time.time(), []
         for id, each in reversed(self._unsaved.items()):
-            texts = [node.content.lower() for node in each.nodes.values()]
-            if each.is_new and any(all(t.lower() in text for t in terms) for text in texts):
-                title, model = each.columns["title"], each.columns["model"]
+            title, model = each.columns.get("title", ""), each.columns.get("model", "")
+            texts = [title, *(node.content for node in each.nodes.values())]
+            if each.is_new and each.nodes and any(map(is_sought, texts)):
                 found.append(Summary(id, title, now, model, len(each.nodes)))
         return found
 
@@ -349,6 +386,9 @@ def _write(db: sqlite3.Connection, id: int, unsaved: _Unsaved) -> bool:
         sets = ", ".join(f"{name} = ?" for name in unsaved.columns)
         values = [text_of(v) if isinstance(v, str) else v for v in unsaved.columns.values()]
         db.execute(f"UPDATE conversation SET {sets}, updated = ? WHERE id = ?", (*values, now, id))
+    if {"title", "tags"} & unsaved.columns.keys():
+        row = db.execute("SELECT title, tags FROM conversation WHERE id = ?", (id,)).fetchone()
+        _make_found(db, -id, title_tokens(" ".join(map(text_of, row))))
     for node in unsaved.nodes.values():
         db.execute(
             "INSERT INTO message (id, conversation, parent, role, content, reasoning, attachments,"
@@ -358,45 +398,16 @@ def _write(db: sqlite3.Connection, id: int, unsaved: _Unsaved) -> bool:
             (node.id, id, node.parent, *columns_of(node), now),
         )
         if node.state != "partial":
-            text = "\n".join([node.content, *(each.name for each in node.attachments)])
-            db.execute("DELETE FROM found WHERE rowid = ?", (node.id,))
-            db.execute("INSERT INTO found (rowid, text) VALUES (?, ?)", (node.id, text_of(text)))
+            columns = columns_of(node)
+            _make_found(db, node.id, message_tokens(columns[1], columns[3]))
     return True
 
 
-# -- for commands --------------------------------------------------------------------------------
+def _shown(summary: Summary) -> str:
+    tags = "".join(f" #{tag}" for tag in summary.tags.split())
+    return f"{summary.title}{tags} {summary.snippet}"
 
 
-def count_conversations(path: Path) -> int:
-    """How many a file holds; raises EdgeInferError where it can't be read."""
-    if not os.path.isfile(path):
-        raise EdgeInferError(f"{path} can't be read: it is no file; move it away")
-    address = f"{path.absolute().as_uri()}?mode=ro"
-    try:
-        with closing(sqlite3.connect(address, uri=True, timeout=1.0)) as db:
-            return int(db.execute("SELECT count(*) FROM conversation").fetchone()[0])
-    except (sqlite3.Error, OSError) as error:
-        raise EdgeInferError(f"the history can't be read: {explain(error, path)}") from error
-
-
-def clear_history(data_folder: Path) -> int | None:
-    """Delete the history file; the number of conversations that were in it, None if unknown.
-
-    Raises EdgeInferError where it can't be deleted.
-    """
-    path = data_folder / FILE_NAME
-    n: int | None = 0
-    if os.path.exists(path):
-        try:
-            n = count_conversations(path)
-        except EdgeInferError:
-            n = None
-    for each in (path, *(Path(f"{path}{suffix}") for suffix in ("-wal", "-shm", "-journal"))):
-        try:
-            each.unlink(missing_ok=True)
-        except OSError as error:
-            raise EdgeInferError(
-                f"{each} can't be deleted: {error.strerror or error}; end what uses it, or delete "
-                "it yourself"
-            ) from error
-    return n
+def _make_found(db: sqlite3.Connection, id: int, words: str) -> None:
+    db.execute("DELETE FROM found WHERE rowid = ?", (id,))
+    db.execute("INSERT INTO found (rowid, text) VALUES (?, ?)", (id, words))

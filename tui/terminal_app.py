@@ -1,28 +1,38 @@
-"""What an app needs of a terminal: keys in order, a theme that fits, notices, the clipboard."""
+"""What an app needs of a terminal: keys in order, its end, a theme, notices, the clipboard."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 from textual import events
 from textual.app import App
+from textual.await_complete import AwaitComplete
 from textual.content import Content
 from textual.driver import Driver
+from textual.geometry import Size
 from textual.notifications import SeverityLevel
+from textual.screen import Screen
 
 from edgeinfer import printable
 from edgeinfer.tui.composer import Composer
 from edgeinfer.tui.copying import Copies
 from edgeinfer.tui.palette import DARK, LIGHT, OURS, Palette, row_colors
 from edgeinfer.tui.prompt import Prompt
+from edgeinfer.tui.records import Draft
 from edgeinfer.tui.settings import ChatSettings
 from edgeinfer.tui.store import Store
 from edgeinfer.tui.terminal_colors import TerminalBackground, is_light_by
 
+_HANG_UP = 1  # SIGHUP, where a system has it
 _MOST_ROUNDS = 100  # of looks at what a key has set off; then the next one is taken all the same
 _ROUND_SECONDS = 1.0
+# A terminal that is smaller shows a part: what has borders and margins has no room then, and some
+# widgets divide by it.
+_LEAST_SIZE = Size(24, 6)
 
 
 class TerminalApp(App[None], inherit_bindings=False):
@@ -37,7 +47,11 @@ class TerminalApp(App[None], inherit_bindings=False):
         self._is_settled = True  # all that the keys before have set off is done
         self._wrote = ""  # the last key, where it was for whoever has the focus
         self._taking: asyncio.Task[None] | None = None
+        self._obeyed: Screen[Any] | None = None  # had a key before
         self._automatic = OURS[0].name  # the theme that fits the terminal
+        self.failure: Exception | None = None
+        self.ended_by: int | None = None  # a signal
+        self.draft = Draft()  # what was being written at the end
         for theme in OURS:
             self.register_theme(theme)
 
@@ -45,11 +59,21 @@ class TerminalApp(App[None], inherit_bindings=False):
     def composer(self) -> Composer:
         return self.screen_stack[0].query_one(Composer)
 
+    # -- size ------------------------------------------------------------------------------------
+
+    @property
+    def size(self) -> Size:
+        return _at_least(super().size)
+
     # -- keys ------------------------------------------------------------------------------------
 
     async def on_event(self, event: events.Event) -> None:
+        if isinstance(event, events.Resize):
+            event = events.Resize(_at_least(event.size), _at_least(event.virtual_size))
         if not isinstance(event, (events.Key, events.Paste)) or event.is_forwarded:
             await super().on_event(event)
+        elif self._is_over:
+            return
         elif self._taking is None and (self._is_settled or self._writes_on(event)):
             await self._take(event)
         else:
@@ -70,11 +94,12 @@ class TerminalApp(App[None], inherit_bindings=False):
 
     async def _take_typed(self) -> None:
         try:
-            while self._typed and not self._exit:
+            while self._typed and not self._is_over:
                 event = self._typed.popleft()
                 if not self._writes_on(event):
                     await self._settle()
-                await self._take(event)
+                if not self._is_over:
+                    await self._take(event)
         except Exception as error:
             self._handle_exception(error)
         finally:
@@ -84,7 +109,7 @@ class TerminalApp(App[None], inherit_bindings=False):
         """Wait until everything that the keys before have set off is done."""
         n_quiet = 0
         for _ in range(_MOST_ROUNDS):
-            if n_quiet == 2 or self._exit:
+            if n_quiet == 2:
                 break
             chain = [*(self.focused.ancestors_with_self if self.focused else [self.screen, self])]
             for node in chain:
@@ -92,12 +117,20 @@ class TerminalApp(App[None], inherit_bindings=False):
                 if node.is_running and node.call_later(done.set):
                     with suppress(asyncio.TimeoutError):
                         await asyncio.wait_for(done.wait(), _ROUND_SECONDS)
-            has_focus = len(self.screen_stack) == 1 or self.focused is not None
+            if self._is_over:
+                break
+            is_known = len(self.screen_stack) == 1 or self.screen is self._obeyed
+            has_focus = is_known or self.focused is not None
             is_quiet = has_focus and not any(node.message_queue_size for node in chain)
             n_quiet = n_quiet + 1 if is_quiet else 0
         self._is_settled = True
 
+    @property
+    def _is_over(self) -> bool:
+        return self._exit or not self.screen_stack
+
     async def _take(self, event: events.Key | events.Paste) -> None:
+        self._obeyed = self.screen  # where nothing has the focus, a click has taken it away
         self._wrote, self._is_settled = "", False
         if not self.obey(event):
             if isinstance(event, events.Key) and self._writes(event):
@@ -107,6 +140,74 @@ class TerminalApp(App[None], inherit_bindings=False):
     def obey(self, event: events.Key | events.Paste) -> bool:
         """Do what a key is a command for; False for what is for the widget that has the focus."""
         raise NotImplementedError
+
+    # -- what ends it ----------------------------------------------------------------------------
+
+    def end_by(self, number: int) -> None:
+        """End, since a signal asks for that; called by any thread."""
+        self.ended_by = self.ended_by or number
+        self.call_soon(self.exit)
+
+    def exit(self, *arguments: Any, **options: Any) -> None:
+        with suppress(Exception):
+            self.note_draft()
+        super().exit(*arguments, **options)
+
+    def fail(self, error: Exception) -> None:
+        """End by an error of another thread's; called by any thread."""
+
+        def fail() -> None:
+            raise error
+
+        self.call_soon(fail)
+
+    def _handle_exception(self, error: Exception) -> None:
+        # NOTE: Textual's name. It writes pages of local variables and forgets the error, which
+        # whoever runs the chat tells in a line.
+        self.failure = self.failure or error
+        with suppress(Exception):
+            self.note_draft()
+        super()._handle_exception(error)
+        self._exit_renderables.clear()
+
+    def note_draft(self) -> None:
+        """Take what is being written into `draft`."""
+        raise NotImplementedError
+
+    def give_up(self) -> None:
+        """Restore the terminal from any thread, whatever the screen's waits for."""
+        give_up = getattr(self._driver, "give_up", None)
+        if give_up is not None:
+            give_up()
+
+    def pop_screen(self) -> AwaitComplete:
+        """A dialog that is closed twice, by keys that came at once, takes nothing else away."""
+        return super().pop_screen() if len(self.screen_stack) > 1 else AwaitComplete()
+
+    # -- for the driver --------------------------------------------------------------------------
+
+    def call_soon(self, call: Callable[[], object]) -> None:
+        """From any thread, or a signal's handler, in the screen's; never once the app is over."""
+        with suppress(RuntimeError, AttributeError):
+            self._loop.call_soon_threadsafe(self.call_later, call)  # type: ignore[union-attr]
+
+    def hang_up(self) -> None:
+        """The terminal went away; called by any thread."""
+        self.end_by(_HANG_UP)
+
+    def stop_for_shell(self, terminal: int, *, now: bool, group: bool = False) -> bool:
+        stop = self.settings.stop_for_shell
+        return stop(terminal, lambda: self.ended_by is not None, now=now, group=group)
+
+    def draw_again(self) -> None:
+        """The terminal is another than before."""
+        self.refresh(layout=True)
+
+    def suspend_for_shell(self) -> None:
+        """Ctrl-Z, where the terminal knows it."""
+        pause = getattr(self._driver, "pause", None)
+        if pause is not None:
+            pause(group=True)
 
     # -- telling ---------------------------------------------------------------------------------
 
@@ -159,6 +260,8 @@ class TerminalApp(App[None], inherit_bindings=False):
         self._fit_theme(is_light=is_light_by(self.settings.environment))
         self.theme_changed_signal.subscribe(self, lambda _: self._keep_theme())
         self._keep_theme()
+        if self.ended_by is not None:  # before there was anything to end
+            self.exit()
 
     def _fit_theme(self, *, is_light: bool) -> None:
         """The theme that was chosen, or else the one that fits the terminal."""
@@ -181,3 +284,7 @@ class TerminalApp(App[None], inherit_bindings=False):
 
     def on_terminal_background(self, message: TerminalBackground) -> None:
         self._fit_theme(is_light=message.is_light)
+
+
+def _at_least(size: Size) -> Size:
+    return Size(max(size.width, _LEAST_SIZE.width), max(size.height, _LEAST_SIZE.height))

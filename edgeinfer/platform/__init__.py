@@ -53,6 +53,12 @@ if TYPE_CHECKING:
         thread_calls,
     )
     from edgeinfer.platform.processors import cpu_name, default_threads, processor_facts
+    from edgeinfer.platform.signals import (
+        SIGNAL_CODE,
+        signals_call,
+        signals_exit,
+        stop_for_shell,
+    )
     from edgeinfer.platform.terminals import input_waits
     from edgeinfer.platform.trust import distrust, read_private
 
@@ -72,6 +78,7 @@ _NAMES = {
     "memory": "available_memory peak_rss rss",
     "native": "Code Memory ThreadCalls can_run_generated_code keep thread_calls",
     "processors": "cpu_name default_threads processor_facts",
+    "signals": "SIGNAL_CODE signals_call signals_exit stop_for_shell",
     "terminals": "input_waits",
     "trust": "distrust read_private",
 }
@@ -86,6 +93,7 @@ __all__ = [
     "Memory",
     "ProcessLimits",
     "ReadableFile",
+    "SIGNAL_CODE",
     "STARTS_ITSELF",
     "ThreadCalls",
     "append_private",
@@ -119,8 +127,11 @@ __all__ = [
     "rss",
     "run_editor",
     "run_tool",
+    "signals_call",
+    "signals_exit",
     "start_isolated",
     "start_program",
+    "stop_for_shell",
     "sync",
     "thread_calls",
     "try_lock",
