@@ -41,7 +41,9 @@ class Dialog(Modal[T]):
         self.call_after_refresh(self._fit)
 
     def _fit(self) -> None:
-        dialog = self.query_one(".dialog", Vertical)
+        dialog = next(iter(self.query(".dialog").results(Vertical)), None)
+        if dialog is None:  # it was closed before it was drawn
+            return
         height = self.size.height
         room = height if self.has_class("short") else int(height * _MOST_SHARE)
         room -= dialog.gutter.height
