@@ -61,6 +61,10 @@ bind 'set enable-bracketed-paste off'
 """
 
 
+class TerminalGone(Exception):
+    """tmux has died, as it does now and then at sizes of one cell."""
+
+
 class Storm:
     """A shell in tmux with the chat inside; all that it writes is read along."""
 
@@ -68,7 +72,7 @@ class Storm:
         self.home, self.random = home, random.Random(seed)
         self.n_events = self.n_signals = self.n_lives = 0
         self.sent: list[str] = []
-        self.n_unsent = 0
+        self.n_unsent = self.n_terminals = 0
         self.trace: list[str] = []
         self.size = (100, 30)
         self._log = home / "output"
@@ -77,8 +81,15 @@ class Storm:
         self._n_seen = self._n_codes = 0
         flags = ("--device", "reference", "--temperature", "0", "-n", "300")
         self._chat = shlex.join([sys.executable, "-m", "edgeinfer", "chat", str(model), *flags])
-        self._tmux = ["tmux", "-S", str(home / "tmux"), "-f", os.devnull]
         (home / "rc").write_text(_RC, encoding="utf-8")
+        self.open_terminal()
+
+    def open_terminal(self) -> None:
+        self.n_terminals += 1
+        home = self.home
+        self._log.write_bytes(b"")
+        self._n_seen, self._n_codes = 0, len(self.codes())
+        self._tmux = ["tmux", "-S", str(home / f"tmux{self.n_terminals}"), "-f", os.devnull]
         shell = f"cd {shlex.quote(str(home))}; exec bash --rcfile rc -i"
         variables = {"EDGEINFER_HOME": str(home), "EDGEINFER_DEBUG": "1", "EDITOR": "true"}
         variables["VISUAL"] = "true"
@@ -114,8 +125,13 @@ class Storm:
     def until(self, is_so: Callable[[], object], what: str, seconds: float = 30.0) -> None:
         end = time.monotonic() + seconds
         while not is_so():
+            self.must_be_there()
             assert time.monotonic() < end, f"waited for {what}; {self.where()}"
-            time.sleep(0.02)
+            time.sleep(0.05)
+
+    def must_be_there(self) -> None:
+        if not self.tmux("list-panes"):
+            raise TerminalGone
 
     def where(self) -> str:
         screen = self.tmux("capture-pane", "-p")
@@ -135,6 +151,7 @@ class Storm:
         """Whatever the shell was given, once the chat had left."""
         self._n_codes = len(self.codes())
         while len(self.codes()) == self._n_codes:
+            self.must_be_there()
             self.bytes("\x03")
             time.sleep(0.2)
         self._n_codes = len(self.codes())
@@ -215,6 +232,14 @@ class Storm:
         assert "Traceback" not in self.tmux("capture-pane", "-p"), self.where()
         lost = [each for each in self.sent if each not in self.history()]
         assert not lost, f"lost {lost}; {self.where()}"
+
+    def end_without_terminal(self) -> None:
+        """A terminal that is gone ends the chat, and takes nothing with it."""
+        end = time.monotonic() + GRACE
+        while not self.has_left:
+            assert time.monotonic() < end, f"it goes on; {self.where()}"
+            time.sleep(0.05)
+        assert all(each in self.history() for each in self.sent), self.where()
 
     def history(self) -> str:
         address = f"{(self.home / 'data' / FILE_NAME).as_uri()}?mode=ro"
@@ -320,20 +345,29 @@ def storm(tmp_path: Path) -> Iterator[Storm]:
 def test_no_event_crashes_it_and_every_end_restores_the_terminal(storm: Storm) -> None:
     n_events = int(os.environ.get("STORM_EVENTS", "10000"))
     n_signals = int(os.environ.get("STORM_SIGNALS", "500"))
-    draw = storm.random
-    per_signal = n_events / n_signals
     while storm.n_events < n_events or storm.n_signals < n_signals:
-        storm.begin()
-        for _ in range(draw.randint(1, 8)):
-            for _ in range(round(draw.expovariate(1 / per_signal))):
-                storm.event()
-                if storm.n_events % 25 == 0:
-                    storm.send()
-                if storm.has_left:
-                    break
+        try:
+            live(storm, n_events / n_signals)
+        except TerminalGone:
+            storm.end_without_terminal()
+            storm.open_terminal()
+    print(f"\n{storm.n_events} events, {storm.n_signals} signals, {storm.n_lives} starts, "
+          f"{len(storm.sent)} messages, {storm.n_unsent} attempts at dialogs, "
+          f"{storm.n_terminals} terminals")  # fmt: skip
+
+
+def live(storm: Storm, per_signal: float) -> None:
+    """A chat from its start to a signal that ends it."""
+    draw = storm.random
+    storm.begin()
+    for _ in range(draw.randint(1, 8)):
+        for _ in range(round(draw.expovariate(1 / per_signal))):
+            storm.event()
+            if storm.n_events % 25 == 0:
+                storm.send()
             if storm.has_left:
                 break
-            storm.stop_and_go_on(draw.choice(PASSING))
-        storm.end(draw.choice(ENDING))
-    print(f"\n{storm.n_events} events, {storm.n_signals} signals, {storm.n_lives} starts, "
-          f"{len(storm.sent)} messages, {storm.n_unsent} attempts at dialogs")  # fmt: skip
+        if storm.has_left:
+            break
+        storm.stop_and_go_on(draw.choice(PASSING))
+    storm.end(draw.choice(ENDING))
