@@ -402,7 +402,9 @@ class Vocabulary:
         self.special_texts = specials
         self.seen = ""
 
-    def encode_marked(self, text: str, restore: object, *, bos: bool | None = None) -> list[int]:
+    def encode_marked(
+        self, text: str, restore: object, *, bos: bool | None = None, most: int | None = None
+    ) -> list[int]:
         self.seen = text
         return [len(text.translate(restore))]  # type: ignore[arg-type]
 
