@@ -513,3 +513,23 @@ def test_keys_are_changed_in_the_editor(tmp_path: Path, monkeypatch: pytest.Monk
         assert chat.app.keys.label("retry") == "f9" and chat.app.composer.prompt.text == "draft"
 
     drive(body, folder=tmp_path, run_editor=run_editor, environment={"EDITOR": "ed"})
+
+
+def test_an_answer_that_is_over_when_it_is_stopped_lets_nothing_else_begin(tmp_path: Path) -> None:
+    model = ScriptedModel([Script("one"), Script("two")])
+
+    async def body(chat: Chat) -> None:
+        await chat.idle()
+        assert chat.app._timer is not None
+        chat.app._timer.pause()  # nobody has looked yet whether the answer is over
+        await chat.send("first")
+        running = chat.app.session.running
+        assert running is not None and running.turn.wait(5)
+        await chat.send("second")
+        assert [draft.text for draft in chat.app.session.queue] == ["second"]
+        await chat.press("ctrl+n")
+        assert chat.app.session.running is None and len(model.asked) == 1
+        assert chat.app.composer.draft.text == "second"
+        assert chat.app.session.conversation.branch() == []
+
+    drive(body, model, folder=tmp_path)

@@ -375,7 +375,8 @@ def test_an_editor_has_the_terminal_and_its_interrupts(tmux: Tmux, tmp_path: Pat
     tmux.run("send-keys", "one", "Enter", "two", "M-Enter", "lines", "C-g")
     tmux.until("IN THE EDITOR")
     tmux.run("send-keys", "and more", "Enter")
-    screen = tmux.until("│ and more")  # not what the editor saw of it
+    tmux.until("│ and more")  # not what the editor saw of it
+    screen = tmux.until("the answer")
     lines = [line.strip(" │") for line in screen.splitlines()]
     assert lines[lines.index("two", 10) :][:3] == ["two", "lines", "and more"]
     assert "the answer" in screen and "EDITOR" not in screen

@@ -275,6 +275,8 @@ class ChatApp(TerminalApp):
             self._finish_loading()
         if session.running is not None:
             self._take_news(session.drain())
+            if session.running is None:
+                self._send_next()
         self.composer.tend()
         self._take_download()
         if self._finds_titles and session.tend_title():
@@ -351,8 +353,6 @@ class ChatApp(TerminalApp):
         self._entry = None
         self._draw_status()
         self.refresh_hint()
-        if self.session.readings.state != "stopped":
-            self._send_next()
 
     # -- sending ---------------------------------------------------------------------------------
 

@@ -34,6 +34,7 @@ _RESET = (
     "\x18\x1b[?2026l\x1b[?2004l\x1b[?7h\x1b[?2048l\x1b[?1000l\x1b[?1003l\x1b[?1015l\x1b[?1006l"
     "\x1b[?1016l\x1b[<u\x1b[?1049l\x1b[?25h\x1b[?1004l\x1b[0m"
 )
+_POP_KEYBOARD = "\x1b[<u"  # its protocol, which is pushed again
 
 
 class Owner(Protocol):
@@ -79,6 +80,8 @@ class ChatDriver(LinuxDriver):
         super().__init__(app, **options)
         self._owner = cast("Owner", app)
         self._is_on = False
+        self._beginning: list[str] = []  # what sets the modes
+        self._attributes: list[Any] = []
         self._file: Any = _Screen(self._file, self._owner.hang_up)
 
     def start_application_mode(self) -> None:
@@ -86,11 +89,19 @@ class ChatDriver(LinuxDriver):
             with suppress(OSError):
                 # A program before us may have left it so; what is written would be lost.
                 os.set_blocking(number, True)
+        self._beginning.clear()
         super().start_application_mode()  # type: ignore[no-untyped-call]
         self._is_on = True
+        with suppress(termios.error):
+            self._attributes = termios.tcgetattr(self.fileno)
         # Nobody waits for the answer: it comes with the keys, or never.
         self.write(ASK)
         self.flush()
+
+    def write(self, data: str) -> None:
+        if not self._is_on:
+            self._beginning.append(data)
+        super().write(data)
 
     def stop_application_mode(self) -> None:
         if self._is_on:
@@ -112,19 +123,21 @@ class ChatDriver(LinuxDriver):
 
     def pause(self, *, group: bool = False) -> None:
         """Ctrl-Z: stop, all that was started together where it is a `group`, until `fg`."""
-        self._restart(now=True, group=group)
+        self.suspend_application_mode()
+        if self._owner.stop_for_shell(self.fileno, now=True, group=group):
+            self.resume_application_mode()
+            self._owner.draw_again()
 
-    def _restart(self, *, now: bool = False, group: bool = False) -> None:
-        # Not the terminal before it is ours: after a SIGSTOP and `bg` the shell draws there.
-        if now:
-            self.suspend_application_mode()
-        if not self._owner.stop_for_shell(self.fileno, now=now, group=group):
+    def _go_on(self) -> None:
+        """After a SIGSTOP: have the modes that the shell may have changed; no key is lost."""
+        # Not before the terminal is ours: after `bg` the shell draws there.
+        if not self._owner.stop_for_shell(self.fileno, now=False):
             self.attrs_before = None  # those of the shell stay
-            return
-        if not now:
-            self.suspend_application_mode()
-        self.resume_application_mode()
-        self._owner.draw_again()
+        elif self._is_on:
+            with suppress(termios.error):
+                termios.tcsetattr(self.fileno, termios.TCSANOW, self._attributes)
+            self.write("".join([_POP_KEYBOARD, *self._beginning]))
+            self._owner.draw_again()
 
     def _sigtstp_application(self, *_: object) -> None:
         if self._auto_restart:
@@ -134,9 +147,8 @@ class ChatDriver(LinuxDriver):
             self._owner.stop_for_shell(self.fileno, now=True)
 
     def _sigcont_application(self, *_: object) -> None:
-        # After a SIGSTOP the shell may have changed the terminal's modes.
         if self._auto_restart:
-            self._owner.call_soon(self._restart)
+            self._owner.call_soon(self._go_on)
 
     # -- reading ---------------------------------------------------------------------------------
 
