@@ -317,7 +317,7 @@ def test_interrupt_acts_at_once(path: Path, device: str, phase: str) -> None:
     job = subprocess.Popen(
         [
             *COMMAND, "run", str(path), "--raw", "-p", "-", "-n", "1000000",
-            "--overflow", "slide", "--seed", "1", "--device", device,
+            "--overflow", "slide", "--temperature", "0", "--device", device,
         ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
