@@ -282,6 +282,8 @@ def test_a_slow_file_is_read_while_the_draft_goes_on(monkeypatch: pytest.MonkeyP
     assert [each.name for each in held.shown] == ["b.txt"]
     assert "told of it" in notes
     held.set_text("see @a.txt again")  # as undo does
+    while held.reading and time.monotonic() < end:
+        held.take()
     assert [each.name for each in held.shown] == ["a.txt"]
 
 
