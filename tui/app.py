@@ -251,12 +251,6 @@ class ChatApp(TerminalApp):
 
     def on_resize(self, event: events.Resize) -> None:
         self.screen_stack[0].set_class(event.size.height < _SHORT_SCREEN, "short")
-        self.call_after_refresh(self._draw_bars)
-
-    def _draw_bars(self) -> None:
-        if self.screen_stack:  # it may have ended meanwhile
-            self.refresh_title()
-            self._draw_status()
 
     # -- while something happens -----------------------------------------------------------------
 
