@@ -287,6 +287,33 @@ def test_a_slow_file_is_read_while_the_draft_goes_on(monkeypatch: pytest.MonkeyP
     assert [each.name for each in held.shown] == ["a.txt"]
 
 
+@pytest.mark.parametrize(
+    ("text", "sent"),
+    [
+        ("what does @notes.txt say?", ["notes.txt"]),
+        ("compare @notes.txt, @sub/more.txt.", ["notes.txt", "sub/more.txt"]),
+        ('look at @"my notes.txt" and (@notes.txt)', ["my notes.txt"]),
+        ("ask @someone, me@notes.txt or @notes.txt/x", []),
+        ("@sub is a folder, @red.png no text", []),
+    ],
+)
+def test_names_that_are_written_attach_as_those_that_are_chosen(
+    tmp_path: Path, text: str, sent: list[str]
+) -> None:
+    filled(tmp_path, "notes.txt", "my notes.txt", "sub/more.txt")
+    (tmp_path / "red.png").write_bytes(bytes(range(256)))
+    held, notes = Attachments(decode), []
+    held.set_text(text)
+    held.read_written(FileSearch(tmp_path).file)
+    end = time.monotonic() + 5
+    while True:
+        notes += held.take()[1]
+        if not held.reading or time.monotonic() > end:
+            break
+    assert sorted(each.name for each in held.shown) == sorted(sent)
+    assert len(notes) == (2 if "folder" in text else 0)
+
+
 # -- in the chat ---------------------------------------------------------------------------------
 
 
@@ -323,6 +350,9 @@ def test_names_of_any_bytes_and_pipes_in_the_chat(tmp_path: Path) -> None:
         await chat.until(lambda: loaded[1:] == [str(folder / f"{LATIN}.gguf")])
         await chat.idle()
         chat.screen_text.encode()
+        await chat.send('what does @"my notes.txt" say')
+        await chat.idle()
+        assert chat.shown.count("my notes.txt · 1 tokens") == 2
         await chat.send("/export json out.json")
         assert r"caf\\xe9.txt" in (folder / "out.json").read_text("utf-8")
         await chat.send("/export md ~nosuchuser/x.md")

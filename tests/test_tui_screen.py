@@ -162,6 +162,11 @@ def test_a_screen_too_small_for_anything_comes_back(size: tuple[int, int]) -> No
         await chat.pilot.resize_terminal(80, 24)
         await chat.until(lambda: "question [x]" in chat.screen_text)
         assert "Ask anything" in chat.screen_text
+        for width in (20, 90):
+            await chat.pilot.resize_terminal(width, 24)
+            await chat.pilot.pause(0.3)
+        assert "漢字 | a |" in chat.screen_text.split("\n")[1]
+        assert "130 of 8,192" in chat.screen_text.split("\n")[-2]
 
     drive(body, ScriptedModel([Script(TABLE)]), size)
 

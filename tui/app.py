@@ -112,7 +112,9 @@ class ChatApp(TerminalApp):
     def compose(self) -> ComposeResult:
         files = FileSearch(self.settings.folder)
         known = tuple((each.name, each.help) for each in commands.TYPED.values())
-        sources = Sources(known, self._argument_values, files.find, lambda: files.is_busy)
+        sources = Sources(
+            known, self._argument_values, files.find, lambda: files.is_busy, files.file
+        )
         yield TitleBar(id="title")
         yield Transcript(Palette.of(OURS[0]), id="transcript")
         yield Static(id="welcome")
@@ -251,12 +253,6 @@ class ChatApp(TerminalApp):
 
     def on_resize(self, event: events.Resize) -> None:
         self.screen_stack[0].set_class(event.size.height < _SHORT_SCREEN, "short")
-        self.call_after_refresh(self._draw_bars)
-
-    def _draw_bars(self) -> None:
-        if self.screen_stack:  # it may have ended meanwhile
-            self.refresh_title()
-            self._draw_status()
 
     # -- while something happens -----------------------------------------------------------------
 

@@ -6,10 +6,11 @@ with it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from edgeinfer.tui.completions import mentioned
+from edgeinfer.tui.completions import mentioned, written_names
 from edgeinfer.tui.errors import in_chat
 from edgeinfer.tui.files import FoundFile, read_attachment
 from edgeinfer.tui.loader import Task
@@ -17,6 +18,7 @@ from edgeinfer.tui.records import Attachment
 from edgeinfer.tui.settings import Decode
 
 _PATIENCE_SECONDS = 0.03  # of the screen, with a file
+_NO_FILE = (FileNotFoundError, NotADirectoryError, ValueError)
 
 
 _Reading: TypeAlias = Task[tuple[Attachment, str]]
@@ -24,10 +26,14 @@ _Reading: TypeAlias = Task[tuple[Attachment, str]]
 
 @dataclass(slots=True)
 class _Held:
-    """An attachment, or a file that is still read; `is_named` once the text has named it."""
+    """An attachment, or a file that is still read; `is_named` once the text has named it.
+
+    `is_guess`: the name may mean a file or be just a word.
+    """
 
     content: Attachment | _Reading
     is_named: bool = False
+    is_guess: bool = False
 
 
 class Attachments:
@@ -38,6 +44,7 @@ class Attachments:
         self._held: dict[str, _Held] = {}
         self._text = ""
         self._named: set[str] = set()
+        self._tried: set[str] = set()
 
     @property
     def shown(self) -> list[Attachment]:
@@ -53,11 +60,20 @@ class Attachments:
         """Attach a text, in place of one of the same name."""
         self._hold(attachment.name, attachment)
 
-    def read(self, file: FoundFile) -> None:
+    def read(self, file: FoundFile, is_guess: bool = False) -> None:
         """Attach a file; `take` has it once it is read, at once if that is quick."""
         task = Task(lambda: read_attachment(file.path, file.name, self._decode))
         self._hold(file.name, task)
+        self._held[file.name].is_guess = is_guess
         task.wait(_PATIENCE_SECONDS)
+
+    def read_written(self, file_of: Callable[[str], FoundFile]) -> None:
+        """Attach what the text names and nobody chose; a word that is no file stays a word."""
+        names = set(written_names(self._text))
+        for name in names - self._held.keys() - self._tried:
+            self._tried.add(name)
+            self.read(file_of(name), is_guess=True)
+        self._tried &= names
 
     def take(self) -> tuple[list[Attachment], list[str]]:
         """Files that have been read since the last look, and what is to be told of them."""
@@ -71,7 +87,8 @@ class Attachments:
                 read.append(each.content)
             else:
                 del self._held[name]
-                note = in_chat(task.error)
+                is_word = each.is_guess and isinstance(task.error.__cause__, _NO_FILE)
+                note = "" if is_word else in_chat(task.error)
             notes += [note] if note else []
         return read, notes
 
@@ -97,6 +114,7 @@ class Attachments:
 
     def clear(self) -> None:
         self._held.clear()
+        self._tried.clear()
 
     def _hold(self, name: str, content: Attachment | _Reading) -> None:
         self._held.pop(name, None)

@@ -13,6 +13,7 @@ from edgeinfer.tui.files import FoundFile
 
 # A name with spaces stands between quotes, where a backslash comes before each of its own.
 _NAME_AT_END = re.compile(r"(?:^|\s)@(?:\"((?:[^\"\\]|\\.)*)|((?!\")\S*))$")
+_NAME = re.compile(r"(?:^|\s)@(?:\"((?:[^\"\\]|\\.)+)\"|((?!\")\S+))(?=\s|$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,7 @@ class Sources:
     arguments: Callable[[str], list[tuple[str, str]]]
     files: Callable[[str], list[FoundFile]]
     is_busy: Callable[[], bool] = lambda: False
+    file: Callable[[str], FoundFile] = lambda name: FoundFile(name, name)
 
 
 def complete(line: str, is_first_line: bool, sources: Sources) -> list[Candidate]:
@@ -57,8 +59,17 @@ def complete(line: str, is_first_line: bool, sources: Sources) -> list[Candidate
     if at is None:
         return []
     start = line.index("@", at.start())
-    query = at[2] if at[1] is None else re.sub(r'\\(["\\])', r"\1", at[1])
-    return [_file_candidate(file, start) for file in sources.files(query)]
+    return [_file_candidate(file, start) for file in sources.files(_unquoted(at))]
+
+
+def written_names(text: str) -> list[str]:
+    """What stands after an @ as a name of a file does, a sentence's marks left off."""
+    found = [(_unquoted(at), at[1] is None) for at in _NAME.finditer(text)]
+    return [name.rstrip(".,;:!?)") if is_bare else name for name, is_bare in found]
+
+
+def _unquoted(at: re.Match[str]) -> str:
+    return at[2] if at[1] is None else re.sub(r'\\(["\\])', r"\1", at[1])
 
 
 def _file_candidate(file: FoundFile, start: int) -> Candidate:

@@ -116,6 +116,13 @@ class Composer(Vertical):
     def _say(self, text: str) -> None:
         self.app.notify(printable(text), severity="warning", markup=False)
 
+    def attach_written(self) -> None:
+        """Attach files that were named without being chosen from the list."""
+        self._attached.set_text(self.prompt.text)
+        self._attached.read_written(self._sources.file)
+        self.tend()
+        self._draw_tray()
+
     def set_count(self, attachment: Attachment, n_tokens: int) -> None:
         """The tokens of an attachment, once they are known."""
         self._attached.replace(attachment, replace(attachment, n_tokens=n_tokens))

@@ -26,9 +26,11 @@ def send(app: ChatApp) -> None:
     """Run the command that is written, or send the message; what can't be done stays written."""
     from edgeinfer.tui.commands import parse
 
-    draft, prompt = app.composer.draft, app.composer.prompt
+    prompt = app.composer.prompt
     if prompt.begins_line():
         return
+    app.composer.attach_written()
+    draft = app.composer.draft
     try:
         found = parse(draft.text)
     except ValueError as error:

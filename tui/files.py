@@ -77,6 +77,11 @@ class FileSearch:
         """Whether the latest search goes on: it may find something yet."""
         return bool(self._searches) and not self._searches[-1].is_over
 
+    def file(self, name: str) -> FoundFile:
+        """What a name would mean; whether there is such a file is not known."""
+        path = from_shown(os.path.join(self._root, os.path.expanduser(name)))
+        return FoundFile(name, path)
+
     def _search(self, query: str) -> list[FoundFile]:
         """Entries of the folder that is named, then whatever holds the letters."""
         if query == "~":

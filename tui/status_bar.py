@@ -5,6 +5,9 @@ Knows nothing of sessions: it draws readings.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from rich.text import Text
 from textual.widgets import Static
 
@@ -21,6 +24,12 @@ _DOTS = {"ready": "●", "writing": "●", "stopped": "○", "failed": "×", "no
 class StatusBar(Static):
     """One row; parts are left out, least important first, until the rest fits."""
 
+    _draw_again: Callable[[], None] | None = None
+
+    def on_resize(self) -> None:
+        if self._draw_again is not None:
+            self._draw_again()
+
     def draw(
         self,
         readings: Readings,
@@ -30,6 +39,7 @@ class StatusBar(Static):
         palette: Palette,
     ) -> None:
         """Show the numbers as they are now."""
+        self._draw_again = partial(self.draw, readings, loader, download, memory, palette)
         width = max(10, self.size.width)
         left = _loading(loader, palette) if loader else _activity(readings, palette)
         if download is not None:
