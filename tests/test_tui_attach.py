@@ -352,7 +352,8 @@ def test_names_of_any_bytes_and_pipes_in_the_chat(tmp_path: Path) -> None:
         chat.screen_text.encode()
         await chat.send('what does @"my notes.txt" say')
         await chat.idle()
-        assert chat.shown.count("my notes.txt · 1 tokens") == 2
+        said = [node for node in chat.app.session.conversation.branch() if node.role == "user"]
+        assert [each.name for each in said[-1].attachments] == ["my notes.txt"]
         await chat.send("/export json out.json")
         assert r"caf\\xe9.txt" in (folder / "out.json").read_text("utf-8")
         await chat.send("/export md ~nosuchuser/x.md")
