@@ -249,6 +249,25 @@ def test_what_the_model_reads() -> None:
     assert "text of a" in str(messages[-1]["content"]) and "a.txt" in full_text(question)
 
 
+def test_a_question_that_failed_is_not_read_again() -> None:
+    """One that was too long would be so for every question after it, and push out the rest."""
+    conversation = filled(Store(None))
+    before = conversation.for_model()
+    for error in ("too long", "out of memory"):
+        question = conversation.ask("word " * 9000, (), conversation.leaf)
+        assert len(conversation.for_model()) == len(before) + 1
+        answer = conversation.answer(question.id)
+        answer.state, answer.details["error"] = "failed", error
+    assert conversation.for_model() == before
+    answer.content = "as far as it came"
+    assert [m["role"] for m in conversation.for_model()[len(before) :]] == ["user", "assistant"]
+    alone = Conversation(Store(None))  # as an import may make it
+    alone.set_system("Be brief.")
+    alone.id = 1
+    alone._add(Node(0, None, "assistant", "", state="failed"))
+    assert [m["role"] for m in alone.for_model()] == ["system"]
+
+
 def test_old_files_are_brought_up_to_date(tmp_path: Path) -> None:
     path = tmp_path / FILE_NAME
     db = sqlite3.connect(path)

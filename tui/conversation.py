@@ -81,14 +81,19 @@ class Conversation:
         return next((node for node in reversed(self.branch()) if node.role == role), None)
 
     def for_model(self) -> list[Message]:
-        """The branch as the model reads it, the unfinished answer left out."""
+        """The branch as the model reads it, the unfinished answer left out.
+
+        A question that failed without a word is out, too: one that was too long would be it again.
+        """
         messages: list[Message] = []
         if self.system:
             messages.append({"role": "system", "content": self.system})
         for node in self.branch():
-            if node.state == "partial" or (node.role == "assistant" and not node.content):
-                continue
-            messages.append({"role": node.role, "content": full_text(node)})
+            if node.role == "assistant" and not node.content and node.state == "failed":
+                if messages and messages[-1]["role"] == "user":
+                    messages.pop()
+            elif node.state != "partial" and (node.role != "assistant" or node.content):
+                messages.append({"role": node.role, "content": full_text(node)})
         return messages
 
     # -- changing --------------------------------------------------------------------------------
