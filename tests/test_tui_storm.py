@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -61,6 +61,14 @@ bind 'set enable-bracketed-paste off'
 """
 
 
+_CHAT = """
+import faulthandler, signal
+faulthandler.register(signal.SIGUSR1, file=open("stacks", "w"))
+from edgeinfer.__main__ import main
+main()
+"""
+
+
 class TerminalGone(Exception):
     """tmux has died, as it does now and then at sizes of one cell."""
 
@@ -80,7 +88,7 @@ class Storm:
         (home / "codes").touch()
         self._n_seen = self._n_codes = 0
         flags = ("--device", "reference", "--temperature", "0", "-n", "300")
-        self._chat = shlex.join([sys.executable, "-m", "edgeinfer", "chat", str(model), *flags])
+        self._chat = shlex.join([sys.executable, "-c", _CHAT, "chat", str(model), *flags])
         (home / "rc").write_text(_RC, encoding="utf-8")
         self.open_terminal()
 
@@ -137,6 +145,10 @@ class Storm:
         screen = self.tmux("capture-pane", "-p")
         stat = ["ps", "-o", "pid,ppid,pgid,tpgid,stat,wchan:20,cmd", "--ppid", self.shell]
         screen += subprocess.run(stat, capture_output=True, text=True).stdout
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGUSR1)
+            time.sleep(0.5)
+        screen += (self.home / "stacks").read_text()
         at = f"life {self.n_lives}, event {self.n_events}, size {self.size}"
         return f"{at}:\n{screen}\nthe last of its life: {self.trace[-150:]}"
 
@@ -208,6 +220,7 @@ class Storm:
         return found.stdout.startswith("T")
 
     def signal(self, number: int) -> bool:
+        self.trace.append(f"signal {number}")
         try:
             os.kill(self.pid, number)
         except ProcessLookupError:
