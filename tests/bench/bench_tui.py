@@ -311,10 +311,12 @@ def child_stop_prefill(given: dict[str, Any]) -> None:
     app = _app(_open_real(given), given, keeps_history=True)
 
     def act() -> dict[str, Any]:
+        from edgeinfer.tui import actions
+
         took, sizes, readings = [], [], app.session.readings
         for i in range(4):
             words = f"Read this, number {i}. " + "The sea was calm and the boat went on. " * 440
-            app.call_from_thread(app.action_new)
+            app.call_from_thread(actions.begin_anew, app)
             _ask(app, words)
             took.append(_stopped_after(app, lambda: 500 < readings.n_read < readings.n_prompt))
             sizes.append(readings.n_prompt)
@@ -355,10 +357,12 @@ def child_search(given: dict[str, Any]) -> None:
     app = _app(opener(ScriptedModel()), given)
 
     def act() -> dict[str, Any]:
+        from edgeinfer.tui import actions
+
         took: dict[str, list[float]] = {"open_ms": [], "search_ms": []}
         for _ in range(5):
             start = time.perf_counter()
-            app.call_from_thread(app.action_history)
+            app.call_from_thread(actions.load, app, "")
             _drawn(app, lambda: len(app.screen_stack) == 2)
             took["open_ms"].append(1e3 * (time.perf_counter() - start))
             for i, letter in enumerate("boat", 1):
