@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from textual import events
+from textual.widgets import OptionList
 
 from edgeinfer.tui.commands import COMMANDS, TYPED, Place
 from edgeinfer.tui.completions import Sources, complete
@@ -131,6 +132,10 @@ def test_keys_over_a_dialog_in_which_nothing_has_the_focus_wait_for_nothing() ->
     async def body(chat: Chat) -> None:
         await chat.idle()
         await chat.press("ctrl+p", "a")
+        found = chat.app.screen.query_one(OptionList)
+        found.highlighted = 0
+        found._index_to_line.clear()  # as between a new size and its layout
+        await chat.press("pagedown")
         chat.app.set_focus(None)  # as a click beside everything does
         start = time.monotonic()
         for key in (*"abcdefgh", "escape"):

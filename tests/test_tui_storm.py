@@ -162,8 +162,12 @@ class Storm:
     def empty_line(self) -> None:
         """Whatever the shell was given, once the chat had left."""
         self._n_codes = len(self.codes())
+        end = time.monotonic() + 10.0
         while len(self.codes()) == self._n_codes:
             self.must_be_there()
+            if time.monotonic() > end:  # bash reads for ever, after some keys
+                self.close()
+                raise TerminalGone
             self.bytes("\x03")
             time.sleep(0.2)
         self._n_codes = len(self.codes())
@@ -274,8 +278,9 @@ class Storm:
         self.bytes(f"\x1b[200~{text} {self.text(20)}\x1b[201~")
         end = time.monotonic() + 3.0
         while not self.has_left and time.monotonic() < end:
-            rows = "".join(self.tmux("capture-pane", "-p").split("\n")[PROMPT_ROW:])
-            if text in rows and READY.search(rows):  # else it would wait, and Escape takes it back
+            rows = "".join(self.tmux("capture-pane", "-p").split("\n")[PROMPT_ROW - 1 :])
+            is_alone = re.match(r"\W*╮\W*│ " + text, rows)  # not after a command's name
+            if is_alone and READY.search(rows):  # else it would wait, and Escape takes it back
                 self.bytes("\r")
                 self.sent.append(text)
                 time.sleep(self.random.choice((0.05, 0.3)))

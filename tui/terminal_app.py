@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
 from textual import events
+from textual.actions import ActionParseResult
 from textual.app import App
 from textual.await_complete import AwaitComplete
 from textual.content import Content
+from textual.dom import DOMNode
 from textual.driver import Driver
 from textual.geometry import Size
 from textual.notifications import SeverityLevel
@@ -136,6 +138,19 @@ class TerminalApp(App[None], inherit_bindings=False):
             if isinstance(event, events.Key) and self._writes(event):
                 self._wrote = event.key
             await super().on_event(event)
+
+    async def run_action(
+        self,
+        action: str | ActionParseResult,
+        default_namespace: DOMNode | None = None,
+        namespaces: Mapping[str, DOMNode] | None = None,
+    ) -> bool:
+        try:
+            return await super().run_action(action, default_namespace, namespaces)
+        except (KeyError, IndexError):
+            if "page_" in str(action):  # of a list that is not laid out yet: it has no pages
+                return True
+            raise
 
     def obey(self, event: events.Key | events.Paste) -> bool:
         """Do what a key is a command for; False for what is for the widget that has the focus."""
