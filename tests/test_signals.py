@@ -163,7 +163,8 @@ def test_line_commands_end_as_any_program_does(tmp_path: Path, model: Path) -> N
         each.until(lambda: each.output.count(b"tok") > 20)
 
     at_prompt, answers = begin("chat", "--plain"), begin("chat", "--plain")
-    runs, closed = begin("run", "-p", "a story"), begin("chat", "--plain")
+    endless = ("run", "-p", "a story", "-n", "-1", "--overflow", "slide")
+    runs, closed = begin(*endless), begin("chat", "--plain")
     try:
         for each in (at_prompt, answers, closed):
             each.until(b"> ")
@@ -177,7 +178,8 @@ def test_line_commands_end_as_any_program_does(tmp_path: Path, model: Path) -> N
         answers.send(signal.SIGQUIT)
         runs.send(signal.SIGHUP)
         closed.hang_up()
-        assert [each.wait() for each in (at_prompt, answers, runs, closed)] == [143, 131, 129, 129]
+        assert [each.wait() for each in (at_prompt, answers, runs)] == [143, 131, 129]
+        assert closed.wait() in (129, 0)  # whichever comes first: the signal, or the input's end
         for each in (at_prompt, answers, runs):
             assert each.modes() == set() and b"Traceback" not in each.output
     finally:
