@@ -138,8 +138,11 @@ def test_it_stops_and_goes_on_with_the_shell_while_it_answers(tmp_path: Path, mo
         shell.until(b"Stopped")
         shell.write("kill %1\n")  # which lets it go on, in the background
         shell.until(lambda: not is_running(chat))
-        shell.write("\n")
-        shell.until(b"Exit 143")
+        end = time.monotonic() + 10
+        while b"Exit 143" not in shell.new and time.monotonic() < end:
+            shell.write("\n")  # a shell tells it with its next prompt, once it knows
+            time.sleep(0.1)
+        assert b"Exit 143" in shell.new
         assert not shell.modes() - SHELL_MODES
     finally:
         shell.close()
