@@ -5,13 +5,13 @@ Imports nothing that a command does not need: each command imports for itself.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import importlib
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import NoReturn
 
 import click
@@ -82,17 +82,12 @@ def _exit_code(arguments: list[str]) -> int:
     return 0
 
 
-@contextlib.contextmanager
-def _interrupts_raise() -> Iterator[None]:
+def _interrupts_raise() -> AbstractContextManager[None]:
     """While a command runs, an interrupt is KeyboardInterrupt, whatever it is around it."""
     outside = signal.getsignal(signal.SIGINT)
-    if callable(outside) and outside is not signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        if callable(outside) and outside is not signal.default_int_handler:
-            signal.signal(signal.SIGINT, outside)
+    is_another = callable(outside) and outside is not signal.default_int_handler
+    numbers = [signal.SIGINT] if is_another else []
+    return platform.signals_handled(numbers, signal.default_int_handler)
 
 
 def _one_line(error: Exception) -> str:
