@@ -212,6 +212,8 @@ def show(text: str) -> None:
 def show_json(value: dict[str, Any]) -> None:
     """One object on one line; escapes make it safe everywhere."""
     text = json.dumps(value, ensure_ascii=sys.stdout.isatty())
-    if any("\ud800" <= c <= "\udfff" for c in text):  # a name that is not UTF-8; JSON must be
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a name that is not UTF-8; JSON must be
         text = json.dumps(value)
     sys.stdout.write(text + "\n")
