@@ -19,7 +19,13 @@ import click
 from edgeinfer import __version__, config, platform
 from edgeinfer.cli_options import common_flags
 from edgeinfer.console import drop, note, prepare_streams, tell, unheard
-from edgeinfer.errors import ContextLengthError, EdgeInferError, InvalidRequestError, PlanError
+from edgeinfer.errors import (
+    ContextLengthError,
+    EdgeInferError,
+    InvalidRequestError,
+    PlanError,
+    memory_ran_out,
+)
 from edgeinfer.terminal import one_line
 
 _INTERRUPTED = 130
@@ -101,9 +107,7 @@ def _one_line(error: Exception) -> str:
         return text
     if isinstance(error, OSError) and text:
         return text
-    # A library that finds no room says so in the middle of how it can be installed.
-    is_unmapped = isinstance(error, ImportError) and "failed to map" in text
-    if is_unmapped or isinstance(error, MemoryError):
+    if memory_ran_out(error):
         return "memory ran out: close other programs, or raise this one's limits (ulimit -v, -d)"
     return f"unexpected {type(error).__name__}: {text} (--debug shows where)"
 
