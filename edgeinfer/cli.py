@@ -5,13 +5,13 @@ Imports nothing that a command does not need: each command imports for itself.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import importlib
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import NoReturn
 
 import click
@@ -19,7 +19,13 @@ import click
 from edgeinfer import __version__, config, platform
 from edgeinfer.cli_options import common_flags
 from edgeinfer.console import drop, note, prepare_streams, tell, unheard
-from edgeinfer.errors import ContextLengthError, EdgeInferError, InvalidRequestError, PlanError
+from edgeinfer.errors import (
+    ContextLengthError,
+    EdgeInferError,
+    InvalidRequestError,
+    PlanError,
+    memory_ran_out,
+)
 from edgeinfer.terminal import one_line
 
 _INTERRUPTED = 130
@@ -82,17 +88,12 @@ def _exit_code(arguments: list[str]) -> int:
     return 0
 
 
-@contextlib.contextmanager
-def _interrupts_raise() -> Iterator[None]:
+def _interrupts_raise() -> AbstractContextManager[None]:
     """While a command runs, an interrupt is KeyboardInterrupt, whatever it is around it."""
     outside = signal.getsignal(signal.SIGINT)
-    if callable(outside) and outside is not signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        if callable(outside) and outside is not signal.default_int_handler:
-            signal.signal(signal.SIGINT, outside)
+    is_another = callable(outside) and outside is not signal.default_int_handler
+    numbers = [signal.SIGINT] if is_another else []
+    return platform.signals_handled(numbers, signal.default_int_handler)
 
 
 def _one_line(error: Exception) -> str:
@@ -106,9 +107,7 @@ def _one_line(error: Exception) -> str:
         return text
     if isinstance(error, OSError) and text:
         return text
-    # A library that finds no room says so in the middle of how it can be installed.
-    is_unmapped = isinstance(error, ImportError) and "failed to map" in text
-    if is_unmapped or isinstance(error, MemoryError):
+    if memory_ran_out(error):
         return "memory ran out: close other programs, or raise this one's limits (ulimit -v, -d)"
     return f"unexpected {type(error).__name__}: {text} (--debug shows where)"
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +55,7 @@ def bench(
         raise click.UsageError("--sweep goes through depths of its own; leave -d out")
     if bool(compare) + sweep + ops > 1:
         raise click.UsageError("--compare, --sweep and --ops each measure alone")
-    with _progress() as line:
+    with ProgressLine() as line:
         tell = line.on_terminals
         if sweep:
 
@@ -91,7 +90,7 @@ def perplexity(model: str, file: str, as_json: bool, **flags: Any) -> None:
         tokenizer = llm.runtime.tokenizer
         ids = tokenizer.encode(text)
         bos = tokenizer.bos_id if tokenizer.add_bos else None
-        with _progress() as line:
+        with ProgressLine() as line:
             result = measure(llm.runtime.engine, ids, bos, partial(line.show, "text"))
     if as_json:
         show_json({"ppl": result.ppl, "tokens": result.tokens})
@@ -109,7 +108,7 @@ def warmup(model: str | None, **flags: Any) -> None:
 
     with open_model(model, flags) as llm:
         llm.generate([0], max_tokens=1)
-        with _progress() as line:
+        with ProgressLine() as line:
             n = build_exactly(llm.runtime.program, partial(line.show, "kernels"))
         n_threads = None if n else _tune(llm)
         lost = unkept(llm)
@@ -128,14 +127,5 @@ def warmup(model: str | None, **flags: Any) -> None:
 def _tune(llm: LLM) -> int | None:
     from edgeinfer.backend import tune
 
-    with _progress() as line:
+    with ProgressLine() as line:
         return tune(llm.runtime.program, partial(line.on_terminals, "tuning"))
-
-
-@contextmanager
-def _progress() -> Iterator[ProgressLine]:
-    line = ProgressLine()
-    try:
-        yield line
-    finally:
-        line.clear()

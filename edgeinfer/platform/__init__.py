@@ -57,6 +57,7 @@ if TYPE_CHECKING:
         SIGNAL_CODE,
         signals_call,
         signals_exit,
+        signals_handled,
         stop_for_shell,
     )
     from edgeinfer.platform.terminals import input_waits
@@ -78,7 +79,7 @@ _NAMES = {
     "memory": "available_memory peak_rss rss",
     "native": "Code Memory ThreadCalls can_run_generated_code keep thread_calls",
     "processors": "cpu_name default_threads processor_facts",
-    "signals": "SIGNAL_CODE signals_call signals_exit stop_for_shell",
+    "signals": "SIGNAL_CODE signals_call signals_exit signals_handled stop_for_shell",
     "terminals": "input_waits",
     "trust": "distrust read_private",
 }
@@ -129,6 +130,7 @@ __all__ = [
     "run_tool",
     "signals_call",
     "signals_exit",
+    "signals_handled",
     "start_isolated",
     "start_program",
     "stop_for_shell",

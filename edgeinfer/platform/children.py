@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import sys
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -139,21 +138,17 @@ def run_editor(command: Sequence[str], file: Path) -> int:
     import signal
     import subprocess
 
+    from edgeinfer.platform.signals import signals_handled
+
     program = find_program(command[0])
     if program is None:
         raise FileNotFoundError(errno.ENOENT, "no such program in PATH", command[0])
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        # A handler, unlike SIG_IGN, is not handed down to the program.
-        numbers = (getattr(signal, name, None) for name in ("SIGINT", "SIGQUIT"))
-        before = {n: signal.signal(n, lambda *_: None) for n in numbers if n is not None}
-    try:
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGQUIT") if hasattr(signal, name)]
+    # A handler, unlike SIG_IGN, is not handed down to the program.
+    with signals_handled(numbers, lambda *_: None):
         return subprocess.run(
             [program, *command[1:], str(file)], cwd=file.parent, env=_environment(), check=False
         ).returncode
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _environment() -> dict[str, str]:

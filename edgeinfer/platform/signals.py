@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
 from types import FrameType
@@ -35,7 +35,7 @@ def signals_exit() -> Iterator[None]:
         signal.signal(number, signal.SIG_DFL)
         raise SystemExit(SIGNAL_CODE + number)
 
-    with _listening([n for n in ending_signals() if n != signal.SIGINT], leave):
+    with signals_handled([n for n in ending_signals() if n != signal.SIGINT], leave):
         yield
 
 
@@ -63,7 +63,7 @@ def signals_call(end: Callable[[int], None], give_up: Callable[[], None]) -> Ite
 
     listener = threading.Thread(target=listen, name="edgeinfer-signals", daemon=True)
     listener.start()
-    with _listening(ending_signals(), lambda number, frame: numbers.put(number)):
+    with signals_handled(ending_signals(), lambda number, frame: numbers.put(number)):
         try:
             yield
         finally:
@@ -71,12 +71,12 @@ def signals_call(end: Callable[[int], None], give_up: Callable[[], None]) -> Ite
 
 
 @contextmanager
-def _listening(
-    numbers: list[int], handler: Callable[[int, FrameType | None], Any]
+def signals_handled(
+    numbers: Sequence[int], handler: Callable[[int, FrameType | None], Any] | signal.Handlers
 ) -> Iterator[None]:
-    """Handlers while inside; none in another thread than the main one, which can't have them."""
+    """A handler while inside; none in another thread than the main one, which can't have any."""
     if threading.current_thread() is not threading.main_thread():
-        numbers = []
+        numbers = ()
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
@@ -97,8 +97,7 @@ def stop_for_shell(
     """
     if not hasattr(signal, "SIGTSTP"):
         return True
-    before = {n: signal.signal(n, signal.SIG_DFL) for n in (signal.SIGTSTP, signal.SIGCONT)}
-    try:
+    with signals_handled((signal.SIGTSTP, signal.SIGCONT), signal.SIG_DFL):
         if now:
             os.kill(0 if group else os.getpid(), signal.SIGTSTP)
         # Not to stop again after `bg`: it might be after the `fg` that follows.
@@ -107,9 +106,6 @@ def stop_for_shell(
             if is_ending():
                 signal.signal(signal.SIGTTOU, signal.SIG_IGN)
                 return False
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
     return True
 
 
