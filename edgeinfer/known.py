@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Mapping
 from typing import NoReturn, TypeAlias
 
 from edgeinfer.errors import UnsupportedModelError
@@ -44,7 +44,7 @@ def selected(segment: Segment) -> set[Value]:
     """The values that have a row for each wanted output, not for each input of a step."""
     found: set[Value] = set()
     for op in segment.ops:
-        if isinstance(op, SelectRows) or not found.isdisjoint(inputs(op)):
+        if isinstance(op, SelectRows) or (found and not found.isdisjoint(inputs(op))):
             found.add(op.out)
     return found
 
@@ -67,12 +67,12 @@ def refuse(op: Op, makers: Mapping[Value, Op], backend: str, what: str) -> NoRet
     )
 
 
-def _records(record: tuple[object, ...]) -> Iterator[tuple[object, ...]]:
-    """An op or what it holds, and all that this holds, as a rope in it."""
-    yield record
-    for field in record:
-        if isinstance(field, tuple):
-            yield from _records(field)
+def _records(op: Op) -> list[tuple[object, ...]]:
+    """An op and all that it holds, as a rope and what that holds."""
+    records: list[tuple[object, ...]] = [op]
+    for record in records:
+        records += [field for field in record if isinstance(field, tuple)]
+    return records
 
 
 def _unsure(kind: type, known: Known) -> list[tuple[int, str]]:
@@ -110,10 +110,12 @@ def _check_rows(segment: Segment, makers: Mapping[Value, Op], backend: str) -> N
     """Every op reads rows of one kind, and what the segment yields has the kind it must have."""
     found = selected(segment)
     for op in segment.ops:
-        n_selected = sum(value in found for value in inputs(op)) if found else 0
-        if 0 < n_selected < len(inputs(op)):
+        values = inputs(op)
+        if found.isdisjoint(values):
+            continue
+        if not found.issuperset(values):
             refuse(op, makers, backend, "can't combine selected rows and all rows")
-        if n_selected and isinstance(op, (Attention, Rotate, SelectRows)):
+        if isinstance(op, (Attention, Rotate, SelectRows)):
             refuse(op, makers, backend, "can't do that to selected rows")
     for value in (segment.output, segment.hidden):
         if (value in found) != segment.is_last and value in makers:
