@@ -115,7 +115,7 @@ def _scratch_bytes(segment: Segment, limits: StepLimits) -> int:
     hp = segment.graph.hparams
     attentions = [op.q.dim for op in segment.ops if isinstance(op, Attention)]
     layers = [op.out.dim for op in segment.ops if 0 <= op.layer < hp.n_layers]
-    widths = 4 * hp.dim + 3 * max(layers) + 4 * max(attentions, default=0)
+    widths = 4 * hp.dim + 3 * max(layers, default=0) + 4 * max(attentions, default=0)
     activations = 6 * limits.max_rows * widths
     logits = 4 * limits.max_outputs * hp.vocab_size
     return activations + logits + 16 * limits.max_sequences * hp.vocab_size

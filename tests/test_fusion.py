@@ -215,7 +215,9 @@ class SunkKV(NamedTuple):
 
 
 def compile_on(name: str, segment: Segment) -> None:
+    """As a load does: what building takes is asked for first."""
     machine: Any = backend() if name == "cpu" else ReferenceBackend()
+    machine.building_bytes(segment)
     machine.compile(segment, LIMITS).close()
 
 

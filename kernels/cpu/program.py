@@ -64,7 +64,11 @@ class CpuBackend:
         self._memory = memory
 
     def building_bytes(self, segment: Segment) -> int:
-        """Memory that building kernels for a segment takes, before `compile` takes any."""
+        """Memory that building kernels for a segment takes, before `compile` takes any.
+
+        UnsupportedModelError names what no kernel takes: a load asks here first.
+        """
+        check_shapes(segment)
         return self.library.building_bytes(kernels_of(segment))
 
     def can_build_beside(self, n_bytes: int) -> bool:
