@@ -190,11 +190,7 @@ class Store:
 
     def recent(self, limit: int = 200) -> list[Summary]:
         """The latest conversations, newest first."""
-        query = (
-            "SELECT id, title, updated, model, tags, (SELECT count(*) FROM message "
-            "WHERE conversation = c.id) AS n FROM conversation AS c "
-            "ORDER BY updated DESC LIMIT ?"
-        )
+        query = f"SELECT {search.SUMMARY} FROM conversation AS c ORDER BY c.updated DESC LIMIT ?"
         kept = map(summary_of, self._rows(query, limit))
         return [*self._new_ones(lambda text: True), *kept][:limit]
 
