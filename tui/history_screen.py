@@ -21,6 +21,7 @@ from edgeinfer import EdgeInferError, one_line, printable
 from edgeinfer.tui.archive import export_history
 from edgeinfer.tui.conversation import Conversation
 from edgeinfer.tui.dialog import Modal
+from edgeinfer.tui.export import free_path
 from edgeinfer.tui.palette import Palette
 from edgeinfer.tui.records import Summary, tags_of
 from edgeinfer.tui.store import Store
@@ -121,9 +122,7 @@ class HistoryScreen(Modal[int | None]):
 
     def action_export(self) -> None:
         """All conversations, into a file of a new name."""
-        day = time.strftime("%Y-%m-%d")
-        names = (f"edgeinfer-{day}{n}.json" for n in ("", *(f"-{n}" for n in range(2, 1000))))
-        path = next(each for name in names if not (each := self._folder / name).exists())
+        path = free_path(self._folder, f"edgeinfer-{time.strftime('%Y-%m-%d')}", "json")
         try:
             n = export_history(self._store, path)
         except (EdgeInferError, FileExistsError) as error:
