@@ -34,7 +34,7 @@ _FORMAT, _VERSION = "edgeinfer history", 1
 _MOST_BYTES = 256 << 20
 _MOST_ID = 1 << 62
 _LATEST = 1e11  # seconds, of the year 5138
-_Whole = tuple[int, Header, list[Node], Times]
+_Whole = tuple[int | None, Header, list[Node], Times]
 
 
 def count_conversations(path: Path) -> int:
@@ -185,7 +185,8 @@ def _checked(whole: object) -> list[_Whole]:
         )
     each = _field(whole, "conversations", list, "it")
     found = [_conversation(one, f"conversation {i}") for i, one in enumerate(each, 1)]
-    if len({id for id, *_ in found}) < len(found):
+    ids = [id for id, *_ in found if id is not None]
+    if len(set(ids)) < len(ids):
         raise _Unfit("two of its conversations have the same id")
     return found
 
@@ -211,8 +212,7 @@ def _conversation(value: object, where: str) -> _Whole:
     )
     now = time.time()
     times = (_time(one, "begun", where, now), _time(one, "changed", where, now))
-    id = _number(one, "id", where, None)
-    return id or time.time_ns() // 1000 << 10, header, list(nodes.values()), times
+    return _number(one, "id", where, None), header, list(nodes.values()), times
 
 
 def _message(value: object, where: str, before: dict[int, Node]) -> Node:
