@@ -301,19 +301,19 @@ class ChatApp(TerminalApp):
 
     def _take_download(self) -> None:
         """One that nobody waits for: its model is opened where none is, else it is said."""
-        current = self.downloads.current
-        if current is None or not current.task.is_over or len(self.screen_stack) > 1:
+        over = self.downloads.take() if len(self.screen_stack) == 1 else None
+        if over is None:
             return
-        self.downloads.take()
         self._draw_status()
-        if current.task.error is not None:
-            text = f"the download of {current.name} failed: {in_chat(current.task.error)}"
-            self.notify(text, severity="error", timeout=_LONG_SECONDS, markup=False)
+        error = over.task.error
+        if error is not None:
+            text = f"the download of {over.name} failed: {in_chat(error)}"
+            self.say(text, "error", _LONG_SECONDS)
         elif self.session.model is None and self.session.loader is None:
-            controls.load_model(self, current.task.result)
+            controls.load_model(self, over.task.result)
         else:
-            text = f"{current.name} is here; /model switches to it"
-            self.notify(text, timeout=_LONG_SECONDS, markup=False)
+            text = f"{over.name} is here; /model switches to it"
+            self.say(text, "information", _LONG_SECONDS)
 
     def _take_news(self, news: News) -> None:
         """Draw what the model has said since the last look."""
