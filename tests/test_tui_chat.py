@@ -48,7 +48,7 @@ class Chat:
     async def send(self, text: str) -> None:
         self.app.composer.prompt.set_text(text)
         await self.pilot.pause()
-        if self.app.composer.is_completing:
+        if self.app.composer.query_one("#completions").display:
             await self.press("escape")
         await self.press("enter")
         await self.pilot.pause()
