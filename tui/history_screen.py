@@ -126,7 +126,7 @@ class HistoryScreen(Modal[int | None]):
         try:
             n = export_history(self._store, path)
         except (EdgeInferError, FileExistsError) as error:
-            self._hint(printable(str(error)))
+            self._hint(str(error))
         else:
             self._hint(f"{n} conversations written to {path}")
 
@@ -149,13 +149,13 @@ class HistoryScreen(Modal[int | None]):
             try:
                 self._store.delete_conversation(summary.id)
             except EdgeInferError as error:
-                self._hint(printable(str(error)))
+                self._hint(str(error))
                 return
             self._search_again(self.query_one(Input).value)
             self._hint("deleted")
 
     def _hint(self, text: str) -> None:
-        self.query_one(".hint", Static).update(Text(text))
+        self.query_one(".hint", Static).update(Text(printable(text)))
 
     def _search_again(self, words: str) -> None:
         """After a change: what is marked has the same place."""
