@@ -113,8 +113,9 @@ def export_history(store: Store, path: Path, *, replaces: bool = False) -> int:
     text = f'{head}, "conversations": [\n' + ",\n".join(texts) + "\n]}\n"
     try:
         write(path, text.encode("utf-8", "replace"))
-    except OSError as error:
-        raise EdgeInferError(f"{path} can't be written ({error.strerror or error})") from error
+    except (OSError, RuntimeError) as error:  # links in a ring
+        reason = getattr(error, "strerror", None) or error
+        raise EdgeInferError(f"{path} can't be written ({reason})") from error
     return len(found)
 
 
