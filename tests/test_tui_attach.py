@@ -359,6 +359,9 @@ def test_names_of_any_bytes_and_pipes_in_the_chat(tmp_path: Path) -> None:
         await chat.send("/export md ~nosuchuser/x.md")
         await chat.until(lambda: "can'tbewritten" in "".join(chat.screen_text.split()))
         chat.screen_text.encode()
+        await chat.press("ctrl+o", "ctrl+e")
+        await chat.until(lambda: "1 conversations written" in chat.screen_text)
+        chat.screen_text.encode()
 
     loaded: list[str] = []
     model, choice = ScriptedModel(), ModelChoice(LATIN, str(folder / f"{LATIN}.gguf"), 1)

@@ -48,7 +48,7 @@ class Chat:
     async def send(self, text: str) -> None:
         self.app.composer.prompt.set_text(text)
         await self.pilot.pause()
-        if self.app.composer.is_completing:
+        if self.app.composer.query_one("#completions").display:
             await self.press("escape")
         await self.press("enter")
         await self.pilot.pause()
@@ -79,15 +79,19 @@ def drive(
     model: ScriptedModel | None = None,
     size: tuple[int, int] = (100, 30),
     folder: Path | None = None,
+    path: str | None = "scripted.gguf",
     **settings: Any,
 ) -> ScriptedModel:
-    """Run `body` on a chat with a scripted model; without a folder no history is kept."""
+    """Run `body` on a chat with a scripted model; without a folder no history is kept.
+
+    `path` is what the chat opens at its start, None for no model.
+    """
     model = model or ScriptedModel()
     given = {
         "data_folder": folder or Path("/nowhere"),
         "keeps_history": folder is not None,
         "open_model": opener(model),
-        "model": "scripted.gguf",
+        "model": path,
         "folder": folder or Path.cwd(),
         **settings,
     }
@@ -579,18 +583,7 @@ def test_first_run_offers_models_and_downloads_one() -> None:
         await chat.idle()
 
     choices = [ModelChoice("tiny", None, 98 << 20)]
-    scripted = ScriptedModel()
-
-    async def run() -> None:
-        settings = ChatSettings(
-            data_folder=Path("/nowhere"), keeps_history=False, open_model=opener(scripted),
-            list_models=lambda: choices, fetch=fetch,
-        )  # fmt: skip
-        app = ChatApp(settings)
-        async with app.run_test(size=(100, 30)) as pilot:
-            await body(Chat(app, pilot))
-
-    asyncio.run(run())
+    drive(body, path=None, list_models=lambda: choices, fetch=fetch)
     assert fetched == ["tiny"]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -11,23 +10,18 @@ from typing import Any
 
 import pytest
 
-import edgeinfer
 from edgeinfer import DownloadError
-from edgeinfer.tui.app import ChatApp
 from edgeinfer.tui.downloads import Downloads
+from edgeinfer.tui.launch import _fetch
 from edgeinfer.tui.model_screen import ModelScreen
-from edgeinfer.tui.settings import ChatSettings, ModelChoice
+from edgeinfer.tui.settings import ModelChoice
 
 from .fake_hub import FakeHub
 from .test_hub import DATA, REPO
-from .test_tui_chat import Chat
+from .test_tui_chat import Chat, drive
 from .tui_engine import ScriptedModel
 
 CHOICE = ModelChoice(REPO, None, len(DATA), "", "mit")
-
-
-def fetch(name: str, note: Callable[[int, int], None]) -> str:
-    return str(edgeinfer.pull(name, progress=lambda event: note(event.done, event.total)))
 
 
 @pytest.fixture
@@ -61,18 +55,8 @@ def run(
         opened.append(path)
         return ScriptedModel()
 
-    async def drive() -> None:
-        given: dict[str, Any] = {"list_models": lambda: [CHOICE], "fetch": fetch, **more}
-        app = ChatApp(
-            ChatSettings(
-                data_folder=Path("/nowhere"), keeps_history=False, open_model=open_model,
-                model=model, **given,
-            )
-        )  # fmt: skip
-        async with app.run_test(size=(100, 30)) as pilot:
-            await body(Chat(app, pilot))
-
-    asyncio.run(drive())
+    given = {"list_models": lambda: [CHOICE], "fetch": _fetch, **more}
+    drive(body, path=model, open_model=open_model, **given)
     return opened
 
 
@@ -93,7 +77,7 @@ def test_a_download_is_cancelled_and_goes_on_from_what_has_come(server: FakeHub)
 
 
 def test_a_chat_that_ends_ends_its_download_and_says_so(server: FakeHub) -> None:
-    downloads, end = Downloads(fetch), time.monotonic() + 8
+    downloads, end = Downloads(_fetch), time.monotonic() + 8
     started = downloads.start(REPO)
     assert started is not None and downloads.start("another") is None
     while started.share < 0.4 and time.monotonic() < end:

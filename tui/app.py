@@ -1,4 +1,4 @@
-"""The chat on a terminal: puts the widgets together and keeps them up to date.
+"""The chat on a terminal: puts the widgets together, takes keys, sends, looks at what has come.
 
 Knows nothing of tokens or files; `Session` does what is asked here.
 """
@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
-from rich.text import Text
 from textual import events, on
 from textual.app import ComposeResult
 from textual.containers import Container
@@ -20,25 +19,22 @@ from textual.widgets import Static
 from edgeinfer import one_line
 from edgeinfer.tui import commands, controls
 from edgeinfer.tui.catalog import find_models
+from edgeinfer.tui.chat_view import ChatView
 from edgeinfer.tui.completions import Sources
 from edgeinfer.tui.composer import Composer
 from edgeinfer.tui.counts import TokenCounts
-from edgeinfer.tui.downloads import Downloads
-from edgeinfer.tui.entries import RunningEntry, blocks_of
+from edgeinfer.tui.entries import blocks_of
 from edgeinfer.tui.errors import in_chat
 from edgeinfer.tui.files import FileSearch
 from edgeinfer.tui.keys import Keys
 from edgeinfer.tui.loader import Task
-from edgeinfer.tui.notes import answer_note, dropped_block, hint, welcome
+from edgeinfer.tui.notes import answer_note
 from edgeinfer.tui.palette import OURS, Palette
 from edgeinfer.tui.records import Attachment, Draft, Node
-from edgeinfer.tui.session import News, Session
 from edgeinfer.tui.settings import ChatSettings, ModelChoice
 from edgeinfer.tui.settings_file import FILE_NAME as SETTINGS
 from edgeinfer.tui.settings_file import Entry, read_settings
 from edgeinfer.tui.status_bar import StatusBar
-from edgeinfer.tui.store import FILE_NAME, Store
-from edgeinfer.tui.terminal_app import TerminalApp
 from edgeinfer.tui.title_bar import TitleBar
 from edgeinfer.tui.transcript import Transcript
 
@@ -49,7 +45,6 @@ if TYPE_CHECKING:
 
 _RATE = 8.0  # looks a second while something happens
 _MOST_SHARE = 0.2  # of the time may go into drawing; a slow draw is followed by a pause
-_SHORT_SCREEN = 18
 _TWICE_SECONDS = 2.0
 _LONG_SECONDS = 20.0  # of a line that nobody waits for
 
@@ -61,7 +56,7 @@ def _command_search() -> type[Provider]:
     return CommandSearch
 
 
-class ChatApp(TerminalApp):
+class ChatApp(ChatView):
     """One conversation at a time, on one model."""
 
     ENABLE_COMMAND_PALETTE = False  # by a key of Textual's own
@@ -73,19 +68,12 @@ class ChatApp(TerminalApp):
     NOTIFICATION_TIMEOUT = 4
 
     def __init__(self, settings: ChatSettings, driver: type[Driver] | None = None) -> None:
-        path = settings.data_folder / FILE_NAME if settings.keeps_history else None
-        store = Store(path)
-        super().__init__(settings, store, driver)
-        self.session = Session(settings, store)
+        super().__init__(settings, driver)
         self.read_settings()
-        self.editing: Node | None = None
         self._aside = Draft()  # what was being written before
-        self._entry: RunningEntry | None = None
         self._timer: Timer | None = None
         self._rest_until = 0.0
         self._counts = TokenCounts()
-        self._lasting = ""
-        self.downloads = Downloads(settings.fetch)
         self.left_download = ""  # what was being fetched when the chat ended
         self.closing: Task[None] | None = None  # of the model, which may take seconds
         self.unsent = ""  # texts that are not in the history
@@ -159,10 +147,6 @@ class ChatApp(TerminalApp):
         else:
             controls.load_model(self, path)
 
-    @property
-    def transcript(self) -> Transcript:
-        return self.screen_stack[0].query_one(Transcript)
-
     def obey(self, event: events.Key | events.Paste) -> bool:
         """Keys of the conversation rest while a dialog is open; what is written is the prompt's."""
         is_main, keeps_mark = len(self.screen_stack) == 1, False
@@ -180,79 +164,8 @@ class ChatApp(TerminalApp):
             self.refresh_hint()
         return False
 
-    @property
-    def has_mark(self) -> bool:
-        """Whether letters are commands: a message was marked by a key."""
-        return self.transcript.has_focus and self.transcript.selected is not None
-
     def model_choices(self) -> list[ModelChoice]:
         return find_models(self.settings, self.session.store)
-
-    # -- drawing ---------------------------------------------------------------------------------
-
-    def show_conversation(self) -> None:
-        """Draw the branch on show from its start."""
-        conversation = self.session.conversation
-        blocks = []
-        for node in conversation.branch():
-            blocks += blocks_of(node, answer_note(node, conversation.place(node)))
-        self.transcript.select(None)
-        self.transcript.show(blocks)
-        self._entry = None
-        self.refresh_title()
-        self.refresh_hint()
-        self._draw_status()
-
-    def refresh_title(self) -> None:
-        session = self.session
-        note = "not kept" if session.store.path is None or self._lasting else ""
-        model = session.model.name if session.model is not None else session.conversation.model
-        title = self.screen_stack[0].query_one(TitleBar)
-        title.draw(model, session.conversation.title, note, self.palette)
-
-    def refresh_hint(self) -> None:
-        """The prompt's frame, and whether there is a conversation to show."""
-        marked: Literal["keys", "mouse"] | None = None
-        if self.transcript.selected is not None:
-            marked = "keys" if self.has_mark else "mouse"
-        is_editing = self.editing is not None
-        title, text = hint(self.session, self.keys, is_editing=is_editing, marked=marked)
-        self.composer.set_hint(title, text)
-        empty = not self.transcript.blocks and self.session.running is None
-        self.transcript.display = not empty
-        note = self.screen_stack[0].query_one("#welcome", Static)
-        note.display = empty
-        if empty:
-            last = self.session.store.recent(1)
-            first = last[0] if last else None
-            note.update(welcome(self.session, self.keys, first, self.palette))
-
-    def _draw_status(self) -> None:
-        session = self.session
-        session.readings.sample_rate(time.perf_counter())
-        status = self.screen_stack[0].query_one(StatusBar)
-        memory, download = self.settings.memory_now(), self.downloads.current
-        status.draw(session.readings, session.loader, download, memory, self.palette)
-
-    def _draw_lasting(self) -> None:
-        """What lasts: that, and why, the conversation is not kept."""
-        text = self.session.notice
-        if text == self._lasting:
-            return
-        self._lasting = text
-        lasting = self.screen_stack[0].query_one("#lasting", Static)
-        lasting.display = bool(text)
-        lasting.update(Text(one_line(text, 500), self.palette.warn))
-        self.refresh_title()
-
-    def take_theme(self) -> None:
-        self.transcript.set_palette(self.palette)
-        self.refresh_title()
-        self.refresh_hint()
-        self._draw_status()
-
-    def on_resize(self, event: events.Resize) -> None:
-        self.screen_stack[0].set_class(event.size.height < _SHORT_SCREEN, "short")
 
     # -- while something happens -----------------------------------------------------------------
 
@@ -301,54 +214,19 @@ class ChatApp(TerminalApp):
 
     def _take_download(self) -> None:
         """One that nobody waits for: its model is opened where none is, else it is said."""
-        current = self.downloads.current
-        if current is None or not current.task.is_over or len(self.screen_stack) > 1:
+        over = self.downloads.take() if len(self.screen_stack) == 1 else None
+        if over is None:
             return
-        self.downloads.take()
         self._draw_status()
-        if current.task.error is not None:
-            text = f"the download of {current.name} failed: {in_chat(current.task.error)}"
-            self.notify(text, severity="error", timeout=_LONG_SECONDS, markup=False)
+        error = over.task.error
+        if error is not None:
+            text = f"the download of {over.name} failed: {in_chat(error)}"
+            self.say(text, "error", _LONG_SECONDS)
         elif self.session.model is None and self.session.loader is None:
-            controls.load_model(self, current.task.result)
+            controls.load_model(self, over.task.result)
         else:
-            text = f"{current.name} is here; /model switches to it"
-            self.notify(text, timeout=_LONG_SECONDS, markup=False)
-
-    def _take_news(self, news: News) -> None:
-        """Draw what the model has said since the last look."""
-        entry, seconds = self._entry, self.session.thinking_seconds()
-        if entry is None:
-            return
-        first = len(entry.blocks)
-        if news.n_dropped:
-            entry.blocks.insert(0, dropped_block(news.n_dropped))
-            first = 0
-        if news.text or news.reasoning:
-            first = min(first, entry.push(news.text, news.reasoning, seconds))
-            if news.text:
-                entry.end_thought(seconds)
-        else:
-            first = min(first, entry.tick(seconds))
-        if news.is_over:
-            first = min(first, self._finish_entry(entry))
-        if first < len(entry.blocks):
-            self.transcript.update_running(first)
-        if news.is_over:
-            self._end_answer()
-
-    def _finish_entry(self, entry: RunningEntry) -> int:
-        conversation = self.session.conversation
-        node = conversation.node(entry.id)
-        note = answer_note(node, conversation.place(node))
-        error = str(node.details.get("error", ""))
-        return entry.finish(note, error, float(node.details.get("thinking_s", 0.0)))
-
-    def _end_answer(self) -> None:
-        self.transcript.stop_running()
-        self._entry = None
-        self._draw_status()
-        self.refresh_hint()
+            text = f"{over.name} is here; /model switches to it"
+            self.say(text, "information", _LONG_SECONDS)
 
     # -- sending ---------------------------------------------------------------------------------
 
@@ -401,11 +279,7 @@ class ChatApp(TerminalApp):
 
     def start_answer(self) -> None:
         """Let the model answer what is on show."""
-        node = self.session.answer()
-        self._entry = RunningEntry(node.id)
-        self.transcript.start(self._entry)
-        self.refresh_hint()
-        self._draw_status()
+        self._begin_answer(self.session.answer())
 
     def _send_next(self) -> None:
         if self.session.queue and self.session.is_ready:

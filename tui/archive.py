@@ -34,7 +34,7 @@ _FORMAT, _VERSION = "edgeinfer history", 1
 _MOST_BYTES = 256 << 20
 _MOST_ID = 1 << 62
 _LATEST = 1e11  # seconds, of the year 5138
-_Whole = tuple[int, Header, list[Node], Times]
+_Whole = tuple[int | None, Header, list[Node], Times]
 
 
 def count_conversations(path: Path) -> int:
@@ -113,8 +113,9 @@ def export_history(store: Store, path: Path, *, replaces: bool = False) -> int:
     text = f'{head}, "conversations": [\n' + ",\n".join(texts) + "\n]}\n"
     try:
         write(path, text.encode("utf-8", "replace"))
-    except OSError as error:
-        raise EdgeInferError(f"{path} can't be written ({error.strerror or error})") from error
+    except (OSError, RuntimeError) as error:  # links in a ring
+        reason = getattr(error, "strerror", None) or error
+        raise EdgeInferError(f"{path} can't be written ({reason})") from error
     return len(found)
 
 
@@ -185,7 +186,8 @@ def _checked(whole: object) -> list[_Whole]:
         )
     each = _field(whole, "conversations", list, "it")
     found = [_conversation(one, f"conversation {i}") for i, one in enumerate(each, 1)]
-    if len({id for id, *_ in found}) < len(found):
+    ids = [id for id, *_ in found if id is not None]
+    if len(set(ids)) < len(ids):
         raise _Unfit("two of its conversations have the same id")
     return found
 
@@ -211,8 +213,7 @@ def _conversation(value: object, where: str) -> _Whole:
     )
     now = time.time()
     times = (_time(one, "begun", where, now), _time(one, "changed", where, now))
-    id = _number(one, "id", where, None)
-    return id or time.time_ns() // 1000 << 10, header, list(nodes.values()), times
+    return _number(one, "id", where, None), header, list(nodes.values()), times
 
 
 def _message(value: object, where: str, before: dict[int, Node]) -> Node:

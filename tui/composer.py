@@ -217,10 +217,6 @@ class Composer(Vertical):
             popup.add_option(Option(Text.assemble(f"{one_line(each.label):{width}}", help)))
         popup.highlighted = 0 if candidates else None
 
-    @property
-    def is_completing(self) -> bool:
-        return bool(self._candidates)
-
     def takes(self, key: str) -> bool:
         """Whether a key was for the list of completions.
 

@@ -109,6 +109,11 @@ def write(path: Path, data: bytes) -> None:
 
 def _free_name(conversation: Conversation, kind: str, folder: Path) -> Path:
     base = re.sub(r"\W+", "-", conversation.title.lower()).strip("-")[:40] or "conversation"
+    return free_path(folder, base, kind)
+
+
+def free_path(folder: Path, base: str, kind: str) -> Path:
+    """Where no file is yet: `base.kind`, or with a number after `base`."""
     path, n = folder / f"{base}.{kind}", 1
     while path.exists():
         n += 1

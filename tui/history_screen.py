@@ -21,6 +21,7 @@ from edgeinfer import EdgeInferError, one_line, printable
 from edgeinfer.tui.archive import export_history
 from edgeinfer.tui.conversation import Conversation
 from edgeinfer.tui.dialog import Modal
+from edgeinfer.tui.export import free_path
 from edgeinfer.tui.palette import Palette
 from edgeinfer.tui.records import Summary, tags_of
 from edgeinfer.tui.store import Store
@@ -105,29 +106,27 @@ class HistoryScreen(Modal[int | None]):
     def _give(self, summary: Summary, text: str) -> None:
         text = tags_of(text) if self._naming == "tags" else one_line(text).strip()
         if text or self._naming == "tags":
-            self._store.update_conversation(summary.id, **{self._naming: text})
-            if summary.id == self._current.id:
-                setattr(self._current, self._naming, text)
+            if summary.id != self._current.id:
+                self._store.update_conversation(summary.id, **{self._naming: text})
+            elif self._naming == "tags":
+                self._current.set_tags(text)
+            else:
+                self._current.rename(text)
         self._end_naming()
 
     def _end_naming(self) -> None:
-        at = self.query_one(OptionList).highlighted
         self._naming = ""
         with self.prevent(Input.Changed):
             self.query_one(Input).value = self._words
-        self._search(self._words)
-        if self._found and at is not None:
-            self.query_one(OptionList).highlighted = min(at, len(self._found) - 1)
+        self._search_again(self._words)
 
     def action_export(self) -> None:
         """All conversations, into a file of a new name."""
-        day = time.strftime("%Y-%m-%d")
-        names = (f"edgeinfer-{day}{n}.json" for n in ("", *(f"-{n}" for n in range(2, 1000))))
-        path = next(each for name in names if not (each := self._folder / name).exists())
+        path = free_path(self._folder, f"edgeinfer-{time.strftime('%Y-%m-%d')}", "json")
         try:
             n = export_history(self._store, path)
         except (EdgeInferError, FileExistsError) as error:
-            self._hint(printable(str(error)))
+            self._hint(str(error))
         else:
             self._hint(f"{n} conversations written to {path}")
 
@@ -138,10 +137,9 @@ class HistoryScreen(Modal[int | None]):
 
     def action_delete(self) -> None:
         """The first press asks, the second one deletes."""
-        shown = self.query_one(OptionList)
-        if shown.highlighted is None or not self._found or self._naming:
+        summary = self._marked
+        if summary is None or self._naming:
             return
-        summary = self._found[shown.highlighted]
         if summary.id == self._current.id:
             self._hint("the conversation that is open can't be deleted; /clear leaves it")
         elif self._doomed != summary.id:
@@ -151,15 +149,21 @@ class HistoryScreen(Modal[int | None]):
             try:
                 self._store.delete_conversation(summary.id)
             except EdgeInferError as error:
-                self._hint(printable(str(error)))
+                self._hint(str(error))
                 return
-            at = shown.highlighted
-            self._search(self.query_one(Input).value)
-            shown.highlighted = min(at, len(self._found) - 1) if self._found else None
+            self._search_again(self.query_one(Input).value)
             self._hint("deleted")
 
     def _hint(self, text: str) -> None:
-        self.query_one(".hint", Static).update(Text(text))
+        self.query_one(".hint", Static).update(Text(printable(text)))
+
+    def _search_again(self, words: str) -> None:
+        """After a change: what is marked has the same place."""
+        shown = self.query_one(OptionList)
+        at = shown.highlighted
+        self._search(words)
+        if self._found and at is not None:
+            shown.highlighted = min(at, len(self._found) - 1)
 
     def _search(self, words: str) -> None:
         self._found = self._store.search(words)

@@ -38,8 +38,8 @@ class ChatParams(NamedTuple):
 class ParamsScreen(Dialog[ChatParams | None]):
     """Ends with the new values, None when left as they were.
 
-    `check` raises where a context length has no room; it may take its time. With `applies`, what
-    is filled in at first is applied as if Enter were pressed.
+    `check` raises where a context length has no room; it may take its time. With a `context`, that
+    is filled in and applied as if Enter were pressed.
     """
 
     BINDINGS: ClassVar[list[BindingType]] = [

@@ -25,13 +25,14 @@ _ALONE = re.compile(
 _BETWEEN = re.compile(
     "(?:[^\\w\u0900-\u0eff\u1000-\u109f\u1780-\u17ff\u2190-\u2bff\U0001f000-\U0001faff]|_)+"
 )
-_SUMMARY = (
+# Columns of a summary of conversation `c`.
+SUMMARY = (
     "c.id, c.title, c.updated, c.model, c.tags, "
     "(SELECT count(*) FROM message WHERE conversation = c.id) AS n"
 )
 _INDEXED = (
     "WITH hit AS (SELECT rowid AS id, rank FROM found WHERE found MATCH ? ORDER BY rank LIMIT 1000)"
-    f" SELECT {_SUMMARY}, m.content, min(hit.rank + (hit.id < 0)) "
+    f" SELECT {SUMMARY}, m.content, min(hit.rank + (hit.id < 0)) "
     "FROM hit LEFT JOIN message AS m ON m.id = hit.id "
     "JOIN conversation AS c ON c.id = coalesce(m.conversation, -hit.id) "
     "GROUP BY c.id ORDER BY min(hit.rank + (hit.id < 0)), c.updated DESC LIMIT ?"
@@ -65,7 +66,7 @@ def queries(words: str) -> Iterator[tuple[str, ...]]:
         f"WITH m AS (SELECT * FROM message ORDER BY id DESC LIMIT {_MOST_SCANNED}), "
         f"hit AS (SELECT conversation AS id, content FROM m WHERE {in_message} UNION ALL "
         f"SELECT id, '' FROM conversation WHERE {in_title}) "
-        f"SELECT {_SUMMARY}, hit.content FROM hit JOIN conversation AS c ON c.id = hit.id "
+        f"SELECT {SUMMARY}, hit.content FROM hit JOIN conversation AS c ON c.id = hit.id "
         "GROUP BY c.id ORDER BY c.updated DESC LIMIT ?"
     )
     yield query, *terms, *terms

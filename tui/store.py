@@ -132,10 +132,13 @@ class Store:
         self._retry_at = 0.0
         self._flush()
 
-    def insert(self, conversations: Iterable[tuple[int, Header, Iterable[Node], Times]]) -> int:
+    def insert(
+        self, conversations: Iterable[tuple[int | None, Header, Iterable[Node], Times]]
+    ) -> int:
         """Write whole conversations from elsewhere, all or none; how many were not here yet.
 
-        Messages get numbers of their own. Raises EdgeInferError where the file can't be written.
+        Messages get numbers of their own, and conversations without one. Raises EdgeInferError
+        where the file can't be written.
         """
 
         def insert(db: sqlite3.Connection) -> int:
@@ -144,6 +147,7 @@ class Store:
                 for id, header, nodes, times in conversations:
                     if db.execute("SELECT 1 FROM conversation WHERE id = ?", (id,)).fetchone():
                         continue
+                    id = self._new_id() if id is None else id
                     header, renumbered = self._renumbered(header, nodes)
                     _write(db, id, _Unsaved(True, asdict(header), renumbered))
                     query = "UPDATE conversation SET created = ?, updated = ? WHERE id = ?"
@@ -190,11 +194,7 @@ class Store:
 
     def recent(self, limit: int = 200) -> list[Summary]:
         """The latest conversations, newest first."""
-        query = (
-            "SELECT id, title, updated, model, tags, (SELECT count(*) FROM message "
-            "WHERE conversation = c.id) AS n FROM conversation AS c "
-            "ORDER BY updated DESC LIMIT ?"
-        )
+        query = f"SELECT {search.SUMMARY} FROM conversation AS c ORDER BY c.updated DESC LIMIT ?"
         kept = map(summary_of, self._rows(query, limit))
         return [*self._new_ones(lambda text: True), *kept][:limit]
 

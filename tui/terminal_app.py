@@ -226,9 +226,14 @@ class TerminalApp(App[None], inherit_bindings=False):
 
     # -- telling ---------------------------------------------------------------------------------
 
-    def say(self, text: str, severity: SeverityLevel = "information") -> None:
+    def say(
+        self,
+        text: str,
+        severity: SeverityLevel = "information",
+        seconds: float | None = None,
+    ) -> None:
         """A line that goes away by itself, where it covers nothing."""
-        self.notify(printable(text), severity=severity, markup=False)
+        self.notify(printable(text), severity=severity, timeout=seconds, markup=False)
 
     def notify(
         self,

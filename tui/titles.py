@@ -59,14 +59,10 @@ class TitleWriter:
             self._turn = None
 
     def _wants_one(self, conversation: Conversation) -> bool:
+        if self._tries.get(conversation.id or 0, 0) >= _MOST_TRIES:
+            return False
         branch = conversation.branch()
-        tries = self._tries.get(conversation.id or 0, 0)
-        return (
-            tries < _MOST_TRIES
-            and len(branch) >= 2
-            and branch[-1].state == "done"
-            and (_is_made_up(conversation))
-        )
+        return len(branch) >= 2 and branch[-1].state == "done" and _is_made_up(conversation)
 
     def _take(self, turn: Turn) -> bool:
         is_over = turn.is_over
