@@ -6,9 +6,11 @@ It answers one request after another and ends when whoever started it closes its
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
 import marshal
 import struct
+import sys
 import time
 from collections.abc import Iterable
 from datetime import datetime
@@ -82,6 +84,19 @@ def _send(file: BinaryIO, data: bytes) -> None:
     file.flush()
 
 
+def _import_jinja() -> None:
+    """Jinja without what its package imports for loaders and caches of files: a third of it."""
+    spec = importlib.util.find_spec("jinja2")
+    if spec is None:
+        return
+    sys.modules["jinja2"] = importlib.util.module_from_spec(spec)
+    try:
+        importlib.import_module("jinja2.sandbox")
+    except ImportError:  # a version whose modules need the whole package
+        for name in [name for name in sys.modules if name.partition(".")[0] == "jinja2"]:
+            del sys.modules[name]
+
+
 class _TooLongError(Exception):
     """The text has more characters than were asked for."""
 
@@ -91,9 +106,10 @@ class _Templates:
 
     def __init__(self) -> None:
         # Loaded before limits hold, and only here: who imports this module needs no Jinja.
-        from jinja2 import Undefined
+        _import_jinja()
         from jinja2.ext import Extension
         from jinja2.parser import Parser
+        from jinja2.runtime import Undefined
         from jinja2.sandbox import SandboxedEnvironment
 
         class GenerationTag(Extension):

@@ -6,6 +6,7 @@ What a template does in its own process ends there: here time, memory and thread
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -258,6 +259,32 @@ def test_the_process_runs_nothing_of_the_current_folder(
     assert template.render(HELLO) == "x"
     assert not ran.exists()
     template.close()
+
+
+ASKS = """
+import sys
+sys.path = sys.argv[1:]
+from edgeinfer.jinja_process import Request, _Templates
+answer = _Templates().answer(Request("{% for i in [1] %}{{ i | tojson }}{% endfor %}", {}, 1.0), 9)
+print(answer.text, "jinja2.loaders" in sys.modules, "pickle" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("needs_all", [False, True])
+def test_jinja_comes_without_its_loaders_unless_it_needs_them(
+    tmp_path: Path, needs_all: bool
+) -> None:
+    import jinja2
+
+    shutil.copytree(Path(jinja2.__file__).parent, tmp_path / "jinja2")
+    if needs_all:  # as another version might
+        with (tmp_path / "jinja2" / "sandbox.py").open("a") as file:
+            file.write("\nfrom jinja2 import Environment as _Whole\n")
+    path = [str(tmp_path), *(folder for folder in sys.path if folder)]
+    done = subprocess.run(
+        [sys.executable, "-c", ASKS, *path], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.split() == ["1", str(needs_all), str(needs_all)], done.stderr
 
 
 def test_a_frozen_program_that_can_not_start_itself_says_so(
