@@ -12,8 +12,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from edgeinfer.aio import AsyncLLM, AsyncStream
-    from edgeinfer.chat import Message
-    from edgeinfer.discovery import ModelInfo, list_models
+    from edgeinfer.engine.memory_plan import MemoryPlan
     from edgeinfer.errors import (
         BusyError,
         ClosedError,
@@ -28,10 +27,10 @@ if TYPE_CHECKING:
         TemplateError,
         UnsupportedModelError,
     )
-    from edgeinfer.fetch import pull
+    from edgeinfer.hub.discovery import ModelInfo, list_models
+    from edgeinfer.hub.fetch import pull
     from edgeinfer.inspect_file import plan
     from edgeinfer.llm import LLM
-    from edgeinfer.memory_plan import MemoryPlan
     from edgeinfer.options import LoadOptions, Progress, Sampling
     from edgeinfer.parameters import ANSWER, LOAD, Parameter
     from edgeinfer.results import (
@@ -46,6 +45,7 @@ if TYPE_CHECKING:
     )
     from edgeinfer.stream import Stream
     from edgeinfer.terminal import StreamFilter, one_line, printable
+    from edgeinfer.text.chat import Message
 
 __version__ = "0.1.0"
 
@@ -55,10 +55,10 @@ if not os.path.isdir(os.path.join(os.path.dirname(__file__), "kernels")):
 
 _HOME = {
     "LLM": "llm", "AsyncLLM": "aio",
-    "LoadOptions": "options", "Message": "chat", "Progress": "options", "Sampling": "options",
+    "LoadOptions": "options", "Message": "text.chat", "Progress": "options", "Sampling": "options",
     "ANSWER": "parameters", "LOAD": "parameters", "Parameter": "parameters",
-    "MemoryPlan": "memory_plan", "plan": "inspect_file",
-    "ModelInfo": "discovery", "list_models": "discovery", "pull": "fetch",
+    "MemoryPlan": "engine.memory_plan", "plan": "inspect_file",
+    "ModelInfo": "hub.discovery", "list_models": "hub.discovery", "pull": "hub.fetch",
     "Completion": "results", "Delta": "results", "Done": "results", "Event": "results",
     "PromptProgress": "results", "Timings": "results", "TokenLogprob": "results",
     "Usage": "results",

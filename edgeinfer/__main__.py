@@ -19,7 +19,7 @@ def main() -> None:
         # Not KeyboardInterrupt: imports, destructors and exits would print it.
         signal.signal(signal.SIGINT, lambda number, frame: os._exit(INTERRUPTED))
     sys.unraisablehook = _leave_if_interrupted
-    from edgeinfer import cli
+    from edgeinfer.cli import main as cli
 
     cli.main()
 

@@ -14,13 +14,13 @@ from os import PathLike
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
-from edgeinfer.chat import Message
 from edgeinfer.errors import InvalidRequestError
 from edgeinfer.llm import LLM
 from edgeinfer.options import LoadOptions, Sampling, Unpack
 from edgeinfer.parameters import shown
 from edgeinfer.results import Completion, Event
 from edgeinfer.stream import Stream
+from edgeinfer.text.chat import Message
 
 T = TypeVar("T")
 

@@ -70,7 +70,7 @@ def open_backend(
     """
     if device_kind(device) == "reference":
         from edgeinfer.kernels.reference import ReferenceBackend
-        from edgeinfer.sampler import sample_reference
+        from edgeinfer.sampling.sampler import sample_reference
 
         return ReferenceBackend(sample_reference)
     from edgeinfer.kernels.cpu.program import CpuBackend

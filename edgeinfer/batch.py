@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-from edgeinfer.sampling import SampleTable
+from edgeinfer.sampling.params import SampleTable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -8,15 +8,15 @@ from __future__ import annotations
 from os import PathLike
 from typing import Any
 
+from edgeinfer.engine.memory_plan import MemoryPlan
 from edgeinfer.errors import UnsupportedModelError
 from edgeinfer.gguf import GGUFFile
 from edgeinfer.graph import Attention, Graph, Linear
-from edgeinfer.memory_plan import MemoryPlan
 from edgeinfer.model import Model
 from edgeinfer.options import LoadOptions, Unpack
 from edgeinfer.runtime import checked_options, find_file, plan_model
 from edgeinfer.terminal import one_line
-from edgeinfer.tokenizer import Tokenizer
+from edgeinfer.text.tokenizer import Tokenizer
 
 
 def describe(path: str) -> dict[str, Any]:

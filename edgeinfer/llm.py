@@ -19,24 +19,24 @@ from numpy.typing import NDArray
 
 from edgeinfer import platform, runtime
 from edgeinfer.batch import PAGE
-from edgeinfer.chat import Message, encode_chat
+from edgeinfer.engine.cache import LEAST_SLIDING
+from edgeinfer.engine.generation import check_length
+from edgeinfer.engine.memory_plan import MemoryPlan
+from edgeinfer.engine.sequence import Request
 from edgeinfer.errors import ClosedError, EdgeInferError, InvalidRequestError, PlanError
-from edgeinfer.generation import check_length
-from edgeinfer.kvcache import LEAST_SLIDING
-from edgeinfer.memory_plan import MemoryPlan
-from edgeinfer.messages import checked as checked_messages
-from edgeinfer.messages import text_of
 from edgeinfer.options import LoadOptions, Sampling, Unpack
 from edgeinfer.parameters import ANSWER, LOGITS, REQUEST, TEXT, checked, id_list, shown
-from edgeinfer.reply import AnswerText, ReasoningSplitter, opened_tags, reasoning_tags
 from edgeinfer.results import Completion
 from edgeinfer.runtime import Runtime
-from edgeinfer.sampling import SamplingParams, breaker_tokens, recommended
-from edgeinfer.sequence import Request
+from edgeinfer.sampling.params import SamplingParams, breaker_tokens, recommended
 from edgeinfer.stream import Stream, read_all
-from edgeinfer.template_engine import TemplateEngine
-from edgeinfer.tokenizer import TooManyTokens
-from edgeinfer.turns import drop_turns
+from edgeinfer.text.chat import Message, encode_chat
+from edgeinfer.text.messages import checked as checked_messages
+from edgeinfer.text.messages import text_of
+from edgeinfer.text.reply import AnswerText, ReasoningSplitter, opened_tags, reasoning_tags
+from edgeinfer.text.template_engine import TemplateEngine
+from edgeinfer.text.tokenizer import TooManyTokens
+from edgeinfer.text.turns import drop_turns
 
 _AROUND_MESSAGE = 8  # tokens of the template beside a message, roughly
 _COUNTED_BEYOND = 1 << 16  # tokens that an error may count beyond the context: 0.2 s

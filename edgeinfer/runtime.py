@@ -24,9 +24,9 @@ from edgeinfer.backend import (
     open_backend,
     packed_bytes,
 )
-from edgeinfer.chat import ChatTemplate
-from edgeinfer.discovery import find_model
-from edgeinfer.engine import Engine
+from edgeinfer.engine.engine import Engine
+from edgeinfer.engine.generation import WAKE_SECONDS
+from edgeinfer.engine.memory_plan import PYTHON_BYTES, MemoryPlan, PlanRequest, solve
 from edgeinfer.errors import (
     DeviceError,
     EdgeInferError,
@@ -35,15 +35,15 @@ from edgeinfer.errors import (
     PlanError,
     memory_ran_out,
 )
-from edgeinfer.generation import WAKE_SECONDS
 from edgeinfer.gguf import GGUFFile
 from edgeinfer.graph import Linear
-from edgeinfer.memory_plan import PYTHON_BYTES, MemoryPlan, PlanRequest, solve
+from edgeinfer.hub.discovery import find_model
 from edgeinfer.model import Model
 from edgeinfer.options import LoadOptions, Progress
 from edgeinfer.parameters import LOAD, checked, parse_memory, shown
-from edgeinfer.template_engine import TemplateEngine
-from edgeinfer.tokenizer import Tokenizer
+from edgeinfer.text.chat import ChatTemplate
+from edgeinfer.text.template_engine import TemplateEngine
+from edgeinfer.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
@@ -191,7 +191,7 @@ def find_file(name: str | PathLike[str], *, download: bool = False) -> Path:
     except ModelNotFoundError:
         if not download or not isinstance(name, str):
             raise
-    from edgeinfer.fetch import pull
+    from edgeinfer.hub.fetch import pull
 
     return pull(name)
 

@@ -16,10 +16,10 @@ from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Literal, NoReturn, TypeVar
 
+from edgeinfer.engine.generation import WAKE_SECONDS, Generation
+from edgeinfer.engine.sequence import Finished, Prefilled, Token
 from edgeinfer.errors import ClosedError, InvalidRequestError
-from edgeinfer.generation import WAKE_SECONDS, Generation
 from edgeinfer.parameters import shown
-from edgeinfer.reply import AnswerText
 from edgeinfer.results import (
     Completion,
     Delta,
@@ -30,8 +30,8 @@ from edgeinfer.results import (
     TokenLogprob,
     Usage,
 )
-from edgeinfer.sequence import Finished, Prefilled, Token
-from edgeinfer.tokenizer import Tokenizer
+from edgeinfer.text.reply import AnswerText
+from edgeinfer.text.tokenizer import Tokenizer
 
 _Self = TypeVar("_Self", bound="Stream")
 _Reason = Literal["stop", "length", "cancelled"]

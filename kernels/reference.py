@@ -53,7 +53,7 @@ from edgeinfer.graph import (
 )
 from edgeinfer.known import Known, check, fields
 from edgeinfer.quant import Weight, dequantize
-from edgeinfer.sampling import Sampled, SampleRow
+from edgeinfer.sampling.params import Sampled, SampleRow
 
 Floats: TypeAlias = NDArray[np.float32]
 Doubles: TypeAlias = NDArray[np.float64]

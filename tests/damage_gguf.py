@@ -391,12 +391,12 @@ def read_all(path: Path, *, renders: bool, generates: bool) -> int:
             n_refused += 1
             return None
 
-    from edgeinfer.chat import ChatTemplate
     from edgeinfer.inspect_file import describe
     from edgeinfer.llm import LLM
     from edgeinfer.model import Model
     from edgeinfer.runtime import plan_model
-    from edgeinfer.tokenizer import Tokenizer
+    from edgeinfer.text.chat import ChatTemplate
+    from edgeinfer.text.tokenizer import Tokenizer
 
     file = attempt(lambda: GGUFFile.open(path))
     if file is None:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeinfer import EdgeInferError
-from edgeinfer.cli import commands
+from edgeinfer.cli.main import commands
 from edgeinfer.tui.archive import export_history, import_history
 from edgeinfer.tui.conversation import Conversation
 from edgeinfer.tui.export import as_json

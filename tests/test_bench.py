@@ -14,11 +14,11 @@ import pytest
 
 from edgeinfer import LLM, ContextLengthError, DeviceError, EdgeInferError
 from edgeinfer.batch import OpTime
-from edgeinfer.bench import run_bench
-from edgeinfer.bench_compare import Comparison, Rates, compare, llama_command, parse_rates
-from edgeinfer.bench_steps import OpRow, SweepRow, group_ops, sweep, sweep_threads, time_ops
-from edgeinfer.bench_tables import compare_lines, op_lines, sweep_lines, table
-from edgeinfer.cli import commands
+from edgeinfer.bench.compare import Comparison, Rates, compare, llama_command, parse_rates
+from edgeinfer.bench.speed import run_bench
+from edgeinfer.bench.steps import OpRow, SweepRow, group_ops, sweep, sweep_threads, time_ops
+from edgeinfer.bench.tables import compare_lines, op_lines, sweep_lines, table
+from edgeinfer.cli.main import commands
 
 from .models_for_tests import tiny_model
 
@@ -248,8 +248,8 @@ def test_what_takes_long_says_how_far_it_is_to_people_only(
     arguments: list[str],
     says: list[str],
 ) -> None:
-    monkeypatch.setattr("edgeinfer.console._QUIET_SECONDS", 0.0)
-    monkeypatch.setattr("edgeinfer.console._REDRAW_SECONDS", 0.0)
+    monkeypatch.setattr("edgeinfer.cli.console._QUIET_SECONDS", 0.0)
+    monkeypatch.setattr("edgeinfer.cli.console._REDRAW_SECONDS", 0.0)
     llama = fake_llama_bench(tmp_path, f"print({LLAMA!r})")
     arguments = [llama if each == "LLAMA" else each for each in arguments]
     command = ["bench", str(path), *arguments, "-p", "8", "-n", "4", "-r", "2", "-t", "1"]

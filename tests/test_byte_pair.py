@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.models import BPE
 
-from edgeinfer.byte_pair import BytePair
+from edgeinfer.text.byte_pair import BytePair
 
 BYTES = [f"<0x{b:02X}>" for b in range(256)]
 LETTERS = "abcé"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from edgeinfer.catalog import (
+from edgeinfer.errors import ModelNotFoundError
+from edgeinfer.hub.catalog import (
     ALIASES,
     choose_file,
     find_alias,
@@ -16,7 +17,6 @@ from edgeinfer.catalog import (
     parts_of,
     quant_of,
 )
-from edgeinfer.errors import ModelNotFoundError
 
 REPO = "org/Some-Model-GGUF"
 FILES = [

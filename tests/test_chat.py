@@ -21,16 +21,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edgeinfer.chat import (
+from edgeinfer.errors import InvalidModelError, InvalidRequestError, TemplateError
+from edgeinfer.gguf import GGUFFile
+from edgeinfer.text.chat import (
     BUILT_IN,
     ChatTemplate,
     Message,
     encode_chat,
 )
-from edgeinfer.errors import InvalidModelError, InvalidRequestError, TemplateError
-from edgeinfer.gguf import GGUFFile
-from edgeinfer.template_engine import Budget, RenderError, TemplateEngine
-from edgeinfer.tokenizer import Tokenizer
+from edgeinfer.text.template_engine import Budget, RenderError, TemplateEngine
+from edgeinfer.text.tokenizer import Tokenizer
 
 DataFile = Callable[[str], Path]
 

@@ -8,19 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from edgeinfer import (
-    LLM,
-    ClosedError,
-    ContextLengthError,
-    EdgeInferError,
-    plan,
-)
-from edgeinfer.cli import main
-from edgeinfer.discovery import find_model
-from edgeinfer.generation import check_length, public_error
-from edgeinfer.kvcache import CacheLayout
-from edgeinfer.line_input import LineInput
-from edgeinfer.plain_chat import talk
+from edgeinfer import LLM, ClosedError, ContextLengthError, EdgeInferError, plan
+from edgeinfer.cli.line_input import LineInput
+from edgeinfer.cli.main import main
+from edgeinfer.cli.plain_chat import talk
+from edgeinfer.engine.cache import CacheLayout
+from edgeinfer.engine.generation import check_length, public_error
+from edgeinfer.hub.discovery import find_model
 from edgeinfer.tui.errors import in_chat
 
 from .models_for_tests import tiny_model

@@ -132,7 +132,7 @@ def test_children_run_elsewhere_and_without_our_python_variables(
 
 FORKED = """
 import json, os, signal, sys, threading, time
-from edgeinfer.template_engine import Budget, LimitError, TemplateEngine
+from edgeinfer.text.template_engine import Budget, LimitError, TemplateEngine
 signal.signal(signal.SIGTERM, lambda *_: open(sys.argv[2], "a").write("handler "))
 sys.path.insert(0, "")
 secret = open(sys.argv[1])

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from edgeinfer import __version__, cli_models
-from edgeinfer.cli import main
-from edgeinfer.cli_options import LOAD_NAMES, SAMPLING_NAMES
-from edgeinfer.discovery import find_model
+from edgeinfer import __version__
+from edgeinfer.cli import models as cli_models
+from edgeinfer.cli.main import main
+from edgeinfer.cli.options import LOAD_NAMES, SAMPLING_NAMES
 from edgeinfer.errors import ModelNotFoundError
+from edgeinfer.hub.discovery import find_model
 from edgeinfer.options import LoadOptions, Sampling
 from edgeinfer.platform import ReadableFile
 from edgeinfer.terminal import StreamFilter, printable
@@ -457,7 +458,7 @@ def test_a_standard_stream_that_is_full_or_closed(
 def test_a_file_without_end_is_not_read_to_the_end(
     call: Call, path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr("edgeinfer.cli_input._MOST_TEXT", 3 << 20)
+    monkeypatch.setattr("edgeinfer.cli.input._MOST_TEXT", 3 << 20)
     code, out, err = call(*(path if each == "FILE" else each for each in arguments))
     assert code in (1, 2)
     assert not out

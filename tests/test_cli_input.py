@@ -18,10 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeinfer import EdgeInferError
-from edgeinfer.chat_templates import choose_template
-from edgeinfer.cli import main
-from edgeinfer.cli_input import read_file, read_prompt
-from edgeinfer.plain_text import decode, lines
+from edgeinfer.cli.input import read_file, read_prompt
+from edgeinfer.cli.main import main
+from edgeinfer.text.chat_templates import choose_template
+from edgeinfer.text.plain_text import decode, lines
 
 from .models_for_tests import tiny_model
 
@@ -106,7 +106,7 @@ def test_what_can_not_be_meant_is_refused(pipe: Pipe) -> None:
 def test_a_pipe_that_does_not_end_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("edgeinfer.cli_input._QUIET_SECONDS", 0.05)
+    monkeypatch.setattr("edgeinfer.cli.input._QUIET_SECONDS", 0.05)
     reads, writes = os.pipe()
     monkeypatch.setattr(sys, "stdin", open(reads, encoding="utf-8"))
     threading.Timer(0.3, os.close, (writes,)).start()
@@ -247,7 +247,7 @@ def test_an_answer_without_end_is_ended_and_told(
     n_tokens: int | None,
     says: str,
 ) -> None:
-    monkeypatch.setattr("edgeinfer.cli_run._MOST_TOKENS", 30)
+    monkeypatch.setattr("edgeinfer.cli.run._MOST_TOKENS", 30)
     code, out, err = run(path, "-p", "hi", "--json", *flags)
     answer = json.loads(out)
     assert code == 0

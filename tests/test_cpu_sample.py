@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgeinfer.kernels.cpu import layout
-from edgeinfer.sampler import sample_reference
-from edgeinfer.sampling import Sampled, SampleRow, SampleTable, SamplingParams
+from edgeinfer.sampling.params import Sampled, SampleRow, SampleTable, SamplingParams
+from edgeinfer.sampling.sampler import sample_reference
 from tests import native
 
 NONE = np.zeros(0, np.int32)

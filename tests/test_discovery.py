@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from edgeinfer.discovery import find_model, find_name, list_models, models_folder
 from edgeinfer.errors import ModelNotFoundError
+from edgeinfer.hub.discovery import find_model, find_name, list_models, models_folder
 
 GGUF = b"GGUF" + bytes(60)
 

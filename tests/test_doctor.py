@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from edgeinfer import doctor, platform
-from edgeinfer.cli import main
+from edgeinfer import platform
+from edgeinfer.cli import doctor
+from edgeinfer.cli.main import main
 from edgeinfer.fact_lines import fact_lines
 from edgeinfer.platform import CudaDriver, Gpu
 

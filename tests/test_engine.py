@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from edgeinfer.batch import Batch, Outputs, StepLimits
-from edgeinfer.engine import MAX_WAITING, Engine
+from edgeinfer.engine.engine import MAX_WAITING, Engine
+from edgeinfer.engine.generation import Generation
+from edgeinfer.engine.sequence import Finished, Prefilled, Request, Token
 from edgeinfer.errors import (
     BusyError,
     ClosedError,
@@ -19,13 +21,11 @@ from edgeinfer.errors import (
     InvalidRequestError,
     PlanError,
 )
-from edgeinfer.generation import Generation
 from edgeinfer.gguf import GGUFFile
 from edgeinfer.kernels.reference import ReferenceBackend
 from edgeinfer.model import Model
-from edgeinfer.sampler import sample_reference
-from edgeinfer.sampling import SamplingParams
-from edgeinfer.sequence import Finished, Prefilled, Request, Token
+from edgeinfer.sampling.params import SamplingParams
+from edgeinfer.sampling.sampler import sample_reference
 
 from .models_for_tests import tiny_model
 

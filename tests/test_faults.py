@@ -14,13 +14,13 @@ import pytest
 import edgeinfer
 from edgeinfer.backend import Program
 from edgeinfer.batch import Batch, StepLimits
-from edgeinfer.engine import Engine
+from edgeinfer.engine.engine import Engine
+from edgeinfer.engine.sequence import Finished, Request, Token
 from edgeinfer.errors import EdgeInferError
 from edgeinfer.gguf import GGUFFile
 from edgeinfer.kernels.cpu.program import CpuBackend
 from edgeinfer.model import Model
-from edgeinfer.sampling import SamplingParams
-from edgeinfer.sequence import Finished, Request, Token
+from edgeinfer.sampling.params import SamplingParams
 
 from .models_for_tests import tiny_model
 from .native import cache_root
@@ -213,16 +213,16 @@ def test_errors_of_every_kind_are_told_as_such(
 # -- faults that stay ----------------------------------------------------------------------------
 
 BROKEN = [
-    "edgeinfer.generation.Generation.guess",
-    "edgeinfer.generation.Generation.emit",
-    "edgeinfer.speculation.Speculator.learn",
-    "edgeinfer.speculation.Lookup.find",
-    "edgeinfer.kvcache.SequenceCache.grow",
-    "edgeinfer.kvcache.SequenceCache.truncate",
-    "edgeinfer.kvcache.SequenceCache.step_limit",
-    "edgeinfer.sequence.Rows.history",
-    "edgeinfer.sequence.build_batch",
-    "edgeinfer.sampling.SampleTable.set_row",
+    "edgeinfer.engine.generation.Generation.guess",
+    "edgeinfer.engine.generation.Generation.emit",
+    "edgeinfer.engine.speculation.Speculator.learn",
+    "edgeinfer.engine.speculation.Lookup.find",
+    "edgeinfer.engine.cache.SequenceCache.grow",
+    "edgeinfer.engine.cache.SequenceCache.truncate",
+    "edgeinfer.engine.cache.SequenceCache.step_limit",
+    "edgeinfer.engine.sequence.Rows.history",
+    "edgeinfer.engine.sequence.build_batch",
+    "edgeinfer.sampling.params.SampleTable.set_row",
 ]
 
 
@@ -236,11 +236,11 @@ def test_a_request_that_breaks_what_steps_call_ends_alone(
         max_tokens=20, speculation=True, overflow="slide", n_pinned=40,
     )  # fmt: skip
     parts = name.split(".")
-    owner: Any = sys.modules[".".join(parts[:2])]
+    owner: Any = sys.modules[".".join(parts[:3])]
     if name.endswith("build_batch"):
-        owner = sys.modules["edgeinfer.engine"]
+        owner = sys.modules["edgeinfer.engine.engine"]
     else:
-        owner = getattr(owner, parts[2])
+        owner = getattr(owner, parts[3])
     original = getattr(owner, parts[-1])
 
     def broken(*args: Any, **kwargs: Any) -> Any:

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeinfer import cli, errors, one_line
+from edgeinfer import errors, one_line
+from edgeinfer.cli import main as cli
 from edgeinfer.errors import EdgeInferError, InvalidModelError, UnsupportedModelError
 from edgeinfer.gguf import GGUFFile
 from edgeinfer.inspect_file import describe

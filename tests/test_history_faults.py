@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from edgeinfer import EdgeInferError
-from edgeinfer.cli import commands
+from edgeinfer.cli.main import commands
 from edgeinfer.tui.archive import clear_history
 from edgeinfer.tui.conversation import Conversation
 from edgeinfer.tui.entries import blocks_of

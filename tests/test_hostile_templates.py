@@ -20,11 +20,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edgeinfer import LLM, platform, template_engine
-from edgeinfer.chat import ChatTemplate, Message, encode_chat
+from edgeinfer import LLM, platform
 from edgeinfer.errors import InvalidRequestError, TemplateError
-from edgeinfer.hiding import Hiding
-from edgeinfer.template_engine import MAX_SOURCE, TemplateEngine
+from edgeinfer.text import template_engine
+from edgeinfer.text.chat import ChatTemplate, Message, encode_chat
+from edgeinfer.text.hiding import Hiding
+from edgeinfer.text.template_engine import MAX_SOURCE, TemplateEngine
 
 from .models_for_tests import tiny_model
 
@@ -119,7 +120,7 @@ def test_attack_ends_as_a_template_error(
 def test_attack_ends_within_the_real_budget(kind: str) -> None:
     """In a process of its own, whose children's time and memory the system counts."""
     code = (
-        "import sys, time, resource\nfrom edgeinfer.chat import ChatTemplate\n"
+        "import sys, time, resource\nfrom edgeinfer.text.chat import ChatTemplate\n"
         "from edgeinfer.errors import TemplateError\nfrom edgeinfer.platform import peak_rss\n"
         "template, start, before = ChatTemplate(sys.stdin.read()), time.monotonic(), peak_rss()\n"
         "try:\n    template.render([{'role': 'user', 'content': 'x'}])\n"
@@ -264,7 +265,7 @@ def test_the_process_runs_nothing_of_the_current_folder(
 ASKS = """
 import sys
 sys.path = sys.argv[1:]
-from edgeinfer.jinja_process import Request, _Templates
+from edgeinfer.text.jinja_process import Request, _Templates
 answer = _Templates().answer(Request("{% for i in [1] %}{{ i | tojson }}{% endfor %}", {}, 1.0), 9)
 print(answer.text, "jinja2.loaders" in sys.modules, "pickle" in sys.modules)
 """
@@ -327,7 +328,7 @@ def test_threads_share_an_engine(engine: TemplateEngine) -> None:
 def test_the_process_dies_with_its_parent(source: str) -> None:
     code = (
         "import sys, os, threading, time, signal\n"
-        "from edgeinfer.template_engine import Budget, TemplateEngine\n"
+        "from edgeinfer.text.template_engine import Budget, TemplateEngine\n"
         "engine, budget = TemplateEngine(), Budget()\nengine.render('x', {}, budget)\n"
         "print(engine._worker._process.pid, flush=True)\n"
         "threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGKILL)).start()\n"
@@ -493,7 +494,7 @@ def test_no_template_completes_what_a_message_begins(
     longest: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("edgeinfer.hiding._LONGEST", longest)
+    monkeypatch.setattr("edgeinfer.text.hiding._LONGEST", longest)
     try:
         hiding = Hiding(tuple(specials), [specials, text])
         hidden = hiding(text, "user")

@@ -18,8 +18,10 @@ from typing import Any
 import pytest
 
 import edgeinfer
-from edgeinfer import fetch, hub, platform, wheel
+from edgeinfer import platform
 from edgeinfer.errors import DownloadError, InvalidRequestError, ModelNotFoundError
+from edgeinfer.hub import client as hub
+from edgeinfer.hub import fetch, wheel
 from edgeinfer.options import Progress
 
 from . import fake_hub
@@ -199,7 +201,7 @@ def test_a_model_here_never_touches_the_network(
 
     monkeypatch.setattr(socket, "socket", refuse)
     monkeypatch.setattr(socket, "create_connection", refuse)
-    from edgeinfer.discovery import find_model
+    from edgeinfer.hub.discovery import find_model
 
     assert find_model(REPO) == find_model("org/tiny-gguf:Q4_K_M") == path
 

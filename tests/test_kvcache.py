@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from edgeinfer.batch import PAGE
+from edgeinfer.engine.cache import CacheLayout, PagePool, SequenceCache, pages_for
 from edgeinfer.errors import InvalidRequestError
-from edgeinfer.kvcache import CacheLayout, PagePool, SequenceCache, pages_for
 
 
 def test_pool_takes_every_page_once() -> None:

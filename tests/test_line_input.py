@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from edgeinfer.line_input import _History
+from edgeinfer.cli.line_input import _History
 
 if sys.platform == "win32":
     pytest.skip("needs pseudo-terminals", allow_module_level=True)
@@ -24,7 +24,7 @@ import sys
 from pathlib import Path
 if sys.argv[2] == "bare":
     sys.modules["readline"] = None
-from edgeinfer import line_input
+from edgeinfer.cli import line_input
 line_input._TWICE_SECONDS = 0.8
 typed = line_input.LineInput(Path(sys.argv[1]) if sys.argv[1] else None)
 while (text := typed.next()) is not None:

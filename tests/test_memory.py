@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from edgeinfer import platform
 from edgeinfer.batch import StepLimits
+from edgeinfer.engine.memory_plan import PYTHON_BYTES
 from edgeinfer.errors import PlanError
 from edgeinfer.gguf import GGUFFile
 from edgeinfer.kernels.cpu.library import BUILDER_BYTES, build_command, n_builders
@@ -21,7 +22,6 @@ from edgeinfer.kernels.cpu.ready import NAMES
 from edgeinfer.kernels.cpu.targets import Target
 from edgeinfer.kernels.cpu.team import shared_team
 from edgeinfer.kernels.cpu.weights import PackedWeights
-from edgeinfer.memory_plan import PYTHON_BYTES
 from edgeinfer.model import Model
 from edgeinfer.quant import QUANT_TYPES, Weight
 from edgeinfer.runtime import plan_model

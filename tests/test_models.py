@@ -19,7 +19,7 @@ from edgeinfer.graph import Attention, Embed, Linear, RmsNorm, Rope, Rotate
 from edgeinfer.inspect_file import describe
 from edgeinfer.kernels.reference import ReferenceBackend
 from edgeinfer.model import Model, architectures
-from edgeinfer.sampling import SamplingParams
+from edgeinfer.sampling.params import SamplingParams
 
 from .bench import make_model
 from .models_for_tests import tiny_model

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from edgeinfer import printable, recent
+from edgeinfer import printable
+from edgeinfer.hub import recent
 from edgeinfer.tui.catalog import find_models
 from edgeinfer.tui.settings import ChatSettings
 from edgeinfer.tui.store import FILE_NAME, Store

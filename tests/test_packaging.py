@@ -160,7 +160,7 @@ def test_warmup_makes_a_wheels_kernels_this_machines_own(
 )
 def test_a_frozen_program_runs(installed: Path, model: Path, tmp_path: Path) -> None:
     script, home = tmp_path / "app.py", tmp_path / "home"
-    script.write_text("from edgeinfer.cli import main\n\nmain()\n")
+    script.write_text("from edgeinfer.cli.main import main\n\nmain()\n")
     freeze = ("-m", "PyInstaller", "--noconfirm", "--log-level=WARN", script)
     run(installed, *freeze, cwd=tmp_path)
     app = next((tmp_path / "dist" / "app").glob("app*"))

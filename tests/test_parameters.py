@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgeinfer import ANSWER, LLM, LOAD, InvalidRequestError, LoadOptions, Sampling, plan
-from edgeinfer.cli_options import LOAD_NAMES, SAMPLING_NAMES
+from edgeinfer.cli.options import LOAD_NAMES, SAMPLING_NAMES
 from edgeinfer.errors import (
     ContextLengthError,
     EdgeInferError,
@@ -24,7 +24,7 @@ from edgeinfer.errors import (
     UnsupportedModelError,
 )
 from edgeinfer.parameters import SAMPLING, Parameter
-from edgeinfer.sampling import SamplingParams
+from edgeinfer.sampling.params import SamplingParams
 
 from .models_for_tests import tiny_model
 

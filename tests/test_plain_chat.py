@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from edgeinfer import LLM, ContextLengthError, InvalidRequestError, Message
-from edgeinfer.line_input import LineInput
-from edgeinfer.plain_chat import talk as talk_to
-from edgeinfer.turns import ANSWER_SHARE, drop_turns
+from edgeinfer.cli.line_input import LineInput
+from edgeinfer.cli.plain_chat import talk as talk_to
+from edgeinfer.text.turns import ANSWER_SHARE, drop_turns
 
 from .models_for_tests import tiny_model
 

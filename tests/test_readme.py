@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import click
 import pytest
 
 from edgeinfer import config
-from edgeinfer.cli import commands
-from edgeinfer.discovery import models_folder
+from edgeinfer.cli.main import commands
+from edgeinfer.hub.discovery import models_folder
 
 from .models_for_tests import tiny_model
 
@@ -66,16 +68,13 @@ def test_every_environment_variable_is_named() -> None:
         assert f"`{name}`" in README
 
 
-def test_links_and_listed_files_exist() -> None:
+def test_links_exist() -> None:
     for link in re.findall(r"\]\(([^)#]+)\)", README):
         assert link.startswith("http") or (ROOT / link).exists(), link
-    folder = ""
-    for line in between("files").strip().removeprefix("```").splitlines():
-        name = line.split(" ")[0] or line.split()[0] if line.strip() else ""
-        if name.endswith("/"):
-            folder = name
-        elif name and name != "```":
-            is_inside = line.startswith(" ")
-            assert (ROOT / (folder if is_inside else "") / name).exists(), (
-                f"{line}: python .ci/file_tree.py writes the list anew"
-            )
+
+
+def test_every_folder_is_listed() -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a checkout: only Git knows which files are ours")
+    done = subprocess.run([sys.executable, ROOT / ".ci" / "file_tree.py", "--check"])
+    assert done.returncode == 0, "python .ci/file_tree.py writes the list anew"

@@ -19,7 +19,7 @@ from edgeinfer.kernels import reference
 from edgeinfer.kernels.reference import Mode, ReferenceBackend, ReferenceProgram
 from edgeinfer.model import Model
 from edgeinfer.quant import QUANT_TYPES, RUNNABLE, Weight, dequantize
-from edgeinfer.sampling import Sampled, SampleRow, SampleTable, SamplingParams
+from edgeinfer.sampling.params import Sampled, SampleRow, SampleTable, SamplingParams
 
 from .bench.make_model import quantize
 from .models_for_tests import tiny_model

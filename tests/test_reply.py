@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeinfer.chat import ChatTemplate
 from edgeinfer.errors import InvalidRequestError
-from edgeinfer.reply import (
+from edgeinfer.text.chat import ChatTemplate
+from edgeinfer.text.reply import (
     THINK,
     AnswerText,
     Piece,
@@ -22,8 +22,8 @@ from edgeinfer.reply import (
     opened_tags,
     reasoning_tags,
 )
-from edgeinfer.tokenizer import Tokenizer
-from edgeinfer.vocabulary import CONTROL, NORMAL, UNUSED, USER_DEFINED
+from edgeinfer.text.tokenizer import Tokenizer
+from edgeinfer.text.vocabulary import CONTROL, NORMAL, UNUSED, USER_DEFINED
 
 MISTRAL = Tags("[THINK]", "[/THINK]")
 # Tokens after the 256 bytes: (spelling, type).

@@ -8,11 +8,10 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
-from edgeinfer import sampler
 from edgeinfer.errors import InvalidModelError, InvalidRequestError
 from edgeinfer.kernels.cpu import layout
-from edgeinfer.sampler import sample_reference
-from edgeinfer.sampling import (
+from edgeinfer.sampling import sampler
+from edgeinfer.sampling.params import (
     NO_CANDIDATE,
     ROW,
     Sampled,
@@ -23,6 +22,7 @@ from edgeinfer.sampling import (
     philox,
     uniforms,
 )
+from edgeinfer.sampling.sampler import sample_reference
 
 OFF = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "temperature": 1.0}  # nothing but the draw
 

@@ -10,13 +10,9 @@ from typing import Any
 import pytest
 
 from edgeinfer.batch import StepLimits
-from edgeinfer.engine import Engine
-from edgeinfer.gguf import GGUFFile
-from edgeinfer.kernels.cpu.program import CpuBackend
-from edgeinfer.model import Model
-from edgeinfer.sampling import SamplingParams
-from edgeinfer.sequence import Finished, Prefilled, Request, Token
-from edgeinfer.speculation import (
+from edgeinfer.engine.engine import Engine
+from edgeinfer.engine.sequence import Finished, Prefilled, Request, Token
+from edgeinfer.engine.speculation import (
     MAX_ROWS,
     Acceptance,
     Grounds,
@@ -25,6 +21,10 @@ from edgeinfer.speculation import (
     StepCosts,
     best_drafts,
 )
+from edgeinfer.gguf import GGUFFile
+from edgeinfer.kernels.cpu.program import CpuBackend
+from edgeinfer.model import Model
+from edgeinfer.sampling.params import SamplingParams
 
 from .models_for_tests import tiny_model
 from .native import cache_root

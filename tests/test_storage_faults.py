@@ -20,9 +20,10 @@ import pytest
 from click.testing import CliRunner
 
 import edgeinfer
-from edgeinfer import EdgeInferError, config, platform, recent
-from edgeinfer.cli import commands
-from edgeinfer.hub import _opener
+from edgeinfer import EdgeInferError, config, platform
+from edgeinfer.cli.main import commands
+from edgeinfer.hub import recent
+from edgeinfer.hub.client import _opener
 from edgeinfer.kernels.cpu import library
 from edgeinfer.kernels.cpu.library import Library
 from edgeinfer.kernels.cpu.ready import Ready
@@ -135,7 +136,9 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    monkeypatch.setattr("edgeinfer.hub._opener", cache(_opener))  # certificates take their time
+    monkeypatch.setattr(
+        "edgeinfer.hub.client._opener", cache(_opener)
+    )  # certificates take their time
     with FakeHub() as server:
         server.repos[REPO] = {FILE: DATA}
         monkeypatch.setenv("HF_ENDPOINT", server.address)

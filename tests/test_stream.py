@@ -29,8 +29,8 @@ from edgeinfer import (
     EdgeInferError,
     InvalidRequestError,
 )
-from edgeinfer.generation import MOST_UNREAD
-from edgeinfer.speculation import MAX_ROWS
+from edgeinfer.engine.generation import MOST_UNREAD
+from edgeinfer.engine.speculation import MAX_ROWS
 from edgeinfer.stream import MOST_OPEN, Stream
 
 from .models_for_tests import tiny_model

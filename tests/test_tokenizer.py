@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 from edgeinfer.errors import InvalidModelError, InvalidRequestError, UnsupportedModelError
 from edgeinfer.gguf import GGUFFile
-from edgeinfer.pretokenizers import PRE_TOKENIZERS, portions
-from edgeinfer.tokenizer import StreamDecoder, Tokenizer, TooManyTokens
+from edgeinfer.text.pretokenizers import PRE_TOKENIZERS, portions
+from edgeinfer.text.tokenizer import StreamDecoder, Tokenizer, TooManyTokens
 
 DataFile = Callable[[str], Path]
 
@@ -407,7 +407,7 @@ def test_random_metadata_is_read_or_refused(key: str, value: Any, meta: Any) -> 
 def test_importing_loads_no_library() -> None:
     heavy = ["numpy", "sentencepiece", "tokenizers", "jinja2"]
     code = (
-        "import sys, edgeinfer.tokenizer, edgeinfer.chat\n"
+        "import sys, edgeinfer.text.tokenizer, edgeinfer.text.chat\n"
         f"print([name for name in {heavy} if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -440,9 +440,9 @@ def check_portions(names: list[str], n_texts: int, monkeypatch: pytest.MonkeyPat
         tokenizer = all_pairs(name)
         for _ in range(n_texts):
             text = "".join(random.choices(_PIECES, k=random.randint(2, 40)))
-            monkeypatch.setattr("edgeinfer.pretokenizers._PORTION", 1 << 13)
+            monkeypatch.setattr("edgeinfer.text.pretokenizers._PORTION", 1 << 13)
             whole = tokenizer.encode(text)
-            monkeypatch.setattr("edgeinfer.pretokenizers._PORTION", 1)
+            monkeypatch.setattr("edgeinfer.text.pretokenizers._PORTION", 1)
             assert tokenizer.encode(text) == whole, (name, text)
 
 

@@ -268,8 +268,8 @@ for name in [n for n in os.environ if n.startswith("XDG_")]: del os.environ[name
 home = sys.argv.pop(1)
 os.environ["HOME"] = home
 if home == "unset": del os.environ["HOME"]
-import edgeinfer.cli
-edgeinfer.cli.main(sys.argv[1:])
+import edgeinfer.cli.main
+edgeinfer.cli.main.main(sys.argv[1:])
 """
 
 

@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from edgeinfer import EdgeInferError
-from edgeinfer.plain_text import decode
+from edgeinfer.text.plain_text import decode
 from edgeinfer.tui import attachments
 from edgeinfer.tui.attachments import Attachments
 from edgeinfer.tui.completions import Candidate, Sources, complete, mention, mentioned

@@ -116,7 +116,7 @@ def test_a_conversation_deleted_behind_the_list_opens_no_other(tmp_path: Path) -
 
 BROKEN_CHAT = """
 import sys
-from edgeinfer.cli import main
+from edgeinfer.cli.main import main
 from edgeinfer.tui.app import ChatApp
 
 def fail(self):

@@ -9,7 +9,7 @@ import pytest
 from textual.widgets import Input
 
 from edgeinfer import LLM, InvalidModelError, PlanError, plan
-from edgeinfer.sampling import SamplingParams, recommended
+from edgeinfer.sampling.params import SamplingParams, recommended
 from edgeinfer.tui.params import (
     CONTEXT,
     PARAMS,

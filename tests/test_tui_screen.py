@@ -435,7 +435,7 @@ def read_until(fd: int, is_so: Callable[[bytes], bool], seconds: float = 20.0) -
 )
 def test_a_terminal_that_draws_nothing_gets_the_plain_chat(term: str | None, draws: bool) -> None:
     pty = pytest.importorskip("pty")
-    code = "import os; from edgeinfer.console import draws_screens as d; print('is', d(os.environ))"
+    code = "import os, edgeinfer.cli.console as c; print('is', c.draws_screens(os.environ))"
     pid, fd = pty.fork()
     if not pid:
         environment = {name: value for name, value in os.environ.items() if name != "TERM"}

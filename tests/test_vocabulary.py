@@ -18,11 +18,11 @@ from tokenizers import Regex
 from tokenizers.pre_tokenizers import Sequence as Steps
 from tokenizers.pre_tokenizers import Split
 
-from edgeinfer import vocabulary
 from edgeinfer.errors import EdgeInferError, InvalidModelError, UnsupportedModelError
 from edgeinfer.gguf import GGUFFile
-from edgeinfer.pretokenizers import PRE_TOKENIZERS, in_threes
-from edgeinfer.tokenizer import Tokenizer
+from edgeinfer.text import vocabulary
+from edgeinfer.text.pretokenizers import PRE_TOKENIZERS, in_threes
+from edgeinfer.text.tokenizer import Tokenizer
 
 from .models_for_tests import tiny_model
 from .test_tokenizer import BYTE_LEVEL, byte_pair, sentence_piece

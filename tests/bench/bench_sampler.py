@@ -12,7 +12,7 @@ import time
 import numpy as np
 
 from edgeinfer.kernels.cpu import layout
-from edgeinfer.sampling import SampleTable, SamplingParams
+from edgeinfer.sampling.params import SampleTable, SamplingParams
 from tests import native
 
 CASES = {

@@ -16,7 +16,7 @@ import statistics
 from typing import Any
 
 from edgeinfer import LLM, platform
-from edgeinfer.bench_steps import step_seconds
+from edgeinfer.bench.steps import step_seconds
 
 HARBOUR = """The harbour of Lindmouth was built in 1842 by the engineer Thomas Arkwright. It was \
 made of granite that ships brought from Cornwall. For sixty years the harbour was the largest on \

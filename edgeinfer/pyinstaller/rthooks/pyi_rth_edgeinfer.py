@@ -5,8 +5,8 @@ The names are those of edgeinfer.platform.children, which a program need not loa
 
 import sys
 
-if sys.argv[1:3] == ["--edgeinfer-module", "edgeinfer.jinja_process"]:
-    from edgeinfer.jinja_process import main
+if sys.argv[1:3] == ["--edgeinfer-module", "edgeinfer.text.jinja_process"]:
+    from edgeinfer.text.jinja_process import main
 
     main()
     sys.exit()

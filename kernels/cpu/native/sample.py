@@ -1,4 +1,4 @@
-"""Picks the next token of one wanted row: `edgeinfer.sampler`, id for id and bit for bit.
+"""Picks the next token of one wanted row: `edgeinfer.sampling.sampler`, id for id and bit for bit.
 
 Knows no quant type. Candidates are int64 keys in scratch memory: the logit, so transformed that
 ascending keys mean descending logits, above the token id. Sorting is lazy: only the front of
@@ -140,7 +140,7 @@ _real8 = mapped(2, lambda x, y: x, _emit_real)
 _sum8 = scalar(_f64, (f64x8,), _emit_sum)
 
 
-# -- exp and log, rounding as edgeinfer.sampler does ---------------------------------------------
+# -- exp and log, rounding as edgeinfer.sampling.sampler does -------------------------
 
 
 @_inline

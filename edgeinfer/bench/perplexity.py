@@ -1,0 +1,68 @@
+"""How well a model predicts a text, in chunks, so that a text of any length can be measured.
+
+Knows nothing of files or of text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeinfer.engine.engine import Engine
+from edgeinfer.errors import EdgeInferError, InvalidRequestError
+
+
+@dataclass(frozen=True, slots=True)
+class Perplexity:
+    """exp of the mean negative log-probability of `tokens` predicted tokens."""
+
+    ppl: float
+    tokens: int
+
+
+def measure(
+    engine: Engine,
+    ids: Sequence[int],
+    bos_id: int | None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Perplexity:
+    """Every token given those before it in its window of the context's length.
+
+    With a `bos_id` every window begins with it; else its first token is not predicted.
+    """
+    body = list(ids[1:]) if bos_id is not None and ids[:1] == [bos_id] else list(ids)
+    head = [] if bos_id is None else [bos_id]
+    width = engine.n_ctx - len(head)
+    total, n_scored = 0.0, 0
+    for start in range(0, len(body), width):
+        window = head + body[start : start + width]
+        if len(window) > 1:
+            score = _Score(window)
+            engine.each_logits(window[:-1], score.take)
+            total, n_scored = total + score.total, n_scored + len(window) - 1
+        if progress:
+            progress(min(start + width, len(body)), len(body))
+    if not n_scored:
+        raise InvalidRequestError("the text has too few tokens to measure", param="file")
+    return Perplexity(math.exp(min(total / n_scored, 700.0)), n_scored)
+
+
+class _Score:
+    """Adds up the negative log-probabilities of a window's tokens as their logits come."""
+
+    def __init__(self, window: list[int]) -> None:
+        self._next = np.array(window[1:], np.int64)
+        self.total = 0.0
+
+    def take(self, row: int, logits: NDArray[np.float32]) -> None:
+        wanted = self._next[row : row + len(logits)]
+        for one, token in zip(logits, wanted, strict=True):
+            wide = one.astype(np.float64)
+            peak = wide.max()
+            if not math.isfinite(peak):
+                raise EdgeInferError("the model yields no number to tell probabilities by")
+            self.total += float(peak + np.log(np.exp(wide - peak).sum()) - wide[token])

@@ -1,0 +1,158 @@
+"""How long single steps take, as a whole by rows and depth, and op by op.
+
+Knows nothing of requests; nothing else may run on the model meanwhile.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from edgeinfer.batch import Batch, OpTime
+from edgeinfer.bench.speed import ReadsMemory, Tell, check_room, quiet
+from edgeinfer.engine.cache import CacheLayout, PagePool, SequenceCache
+from edgeinfer.errors import DeviceError
+from edgeinfer.runtime import Runtime
+from edgeinfer.sampling.params import SampleTable, SamplingParams
+
+SWEEP_ROWS = (1, 2, 4, 8)
+_SWEEP_DEPTHS = (0, 512, 2048, 8192, 32768)
+_READS = 7
+
+
+@runtime_checkable
+class TimesOps(Protocol):
+    """A program that can run a step op by op."""
+
+    def op_seconds(self, batch: Batch) -> list[OpTime]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class SweepRow:
+    """Seconds of a step that adds `rows` rows to a sequence of `depth` tokens."""
+
+    threads: int
+    depth: int
+    rows: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class OpRow:
+    """The ops of one kind in a step, `n` of them; 0 where an op reads or multiplies nothing."""
+
+    op: str
+    kernels: str
+    n: int
+    seconds: float
+    share: float  # of the step
+    gb_s: float
+    read_fraction: float  # of the bandwidth that reading alone reaches
+    gmac_s: float
+
+
+def sweep(runtime: Runtime, repeat: int, tell: Tell = quiet) -> list[SweepRow]:
+    """Every depth that the context holds, with few and many rows."""
+    deepest = runtime.engine.n_ctx - max(SWEEP_ROWS)
+    return [
+        SweepRow(runtime.n_threads, depth, rows, seconds)
+        for depth in _SWEEP_DEPTHS
+        if depth <= deepest
+        for rows, seconds in step_seconds(runtime, SWEEP_ROWS, depth, repeat, tell).items()
+    ]
+
+
+def sweep_threads(most: int) -> list[int]:
+    """1, 2, 4, ... and `most`."""
+    return sorted({most, *(1 << i for i in range(most.bit_length()) if 1 << i <= most)})
+
+
+def step_seconds(
+    runtime: Runtime, rows: Iterable[int], depth: int, repeat: int, tell: Tell = quiet
+) -> dict[int, float]:
+    """Median seconds of a step that adds so many rows to one sequence and samples each."""
+    params, counts = SamplingParams(temperature=0.0, seed=1), list(rows)
+    cache, table = _filled(runtime, depth, max(counts), tell), SampleTable(max(counts))
+    seconds: dict[int, list[float]] = {n: [] for n in counts}
+    for turn in range(repeat):
+        tell("steps", turn, repeat)
+        for n in counts:
+            for i in range(n):
+                table.set_row(i, params, 1, i)
+            table.n_rows = n
+            begun = time.perf_counter()
+            runtime.program.submit(_rows(cache, depth, n, table)).wait()
+            seconds[n].append(time.perf_counter() - begun)
+    return {n: statistics.median(each) for n, each in seconds.items()}
+
+
+def time_ops(
+    runtime: Runtime, n_rows: int, depth: int, repeat: int, tell: Tell = quiet
+) -> list[OpRow]:
+    """One step op by op, ops of a kind together, in the order of the step."""
+    program = runtime.program
+    if not isinstance(program, TimesOps) or not isinstance(program, ReadsMemory):
+        raise DeviceError(f"the {runtime.device} device does not run step by step; take cpu")
+    check_room(depth, 1, runtime.engine.n_ctx)
+    n_rows = min(n_rows, runtime.engine.limits.max_rows, runtime.engine.n_ctx - depth)
+    cache = _filled(runtime, depth, n_rows, tell)
+    runs, reads = [], []
+    for turn in range(repeat):
+        tell("steps", turn, repeat)
+        runs.append(program.op_seconds(_rows(cache, depth, n_rows, None)))
+        reads += [program.read_bandwidth() for _ in range(_READS)]
+    return group_ops(runs, statistics.median(reads))
+
+
+def group_ops(runs: list[list[OpTime]], read_bandwidth: float) -> list[OpRow]:
+    """Ops of one name as one row, each op's time being the median of its runs."""
+    grouped: dict[str, list[tuple[OpTime, float]]] = {}
+    for op, *others in zip(*runs, strict=True):
+        middle = statistics.median([op.seconds, *(other.seconds for other in others)])
+        grouped.setdefault(op.name, []).append((op, middle))
+    total = sum(seconds for ops in grouped.values() for _, seconds in ops)
+    rows = []
+    for name, ops in grouped.items():
+        seconds = sum(each for _, each in ops)
+        per_second = sum(op.weight_bytes for op, _ in ops) / seconds
+        kernels = dict.fromkeys(kernel for op, _ in ops for kernel in op.kernels)
+        gmac_s = sum(op.macs for op, _ in ops) / seconds / 1e9
+        rows.append(
+            OpRow(
+                name, " ".join(kernels), len(ops), seconds, seconds / total, per_second / 1e9,
+                per_second / read_bandwidth, gmac_s,
+            )
+        )  # fmt: skip
+    return rows
+
+
+def _filled(runtime: Runtime, depth: int, n_more: int, tell: Tell) -> SequenceCache:
+    """A sequence of `depth` tokens with room for more, on pages that idle prompts may hold."""
+    engine, program = runtime.engine, runtime.program
+    pool = PagePool(engine.limits.n_pages)
+    cache = SequenceCache(pool, CacheLayout.of("error", engine.n_ctx))
+    cache.grow(depth + n_more)
+    most = engine.limits.max_rows
+    for start in range(0, depth, most):
+        tell("depth", start, depth)
+        program.submit(_rows(cache, start, min(most, depth - start), None)).wait()
+    return cache
+
+
+def _rows(cache: SequenceCache, start: int, n: int, samples: SampleTable | None) -> Batch:
+    """A step of `n` rows of one sequence; without samples only the last row's logits."""
+    wanted = range(n) if samples is not None else [n - 1]
+    return Batch(
+        ids=np.arange(start, start + n, dtype=np.int32) % 97,
+        pos=np.arange(start, start + n, dtype=np.int64),
+        seq=np.zeros(n, np.int32),
+        tables=[cache.table],
+        wanted=np.array(wanted, np.int32),
+        output="logits" if samples is None else "ids",
+        samples=samples,
+    )

@@ -1,0 +1,1 @@
+"""The `edgeinfer` command, one file per kind of command."""

@@ -1,0 +1,158 @@
+"""The `edgeinfer` command. stdout carries the answer or the JSON, stderr everything else.
+
+Imports nothing that a command does not need: each command imports for itself.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import NoReturn
+
+import click
+
+from edgeinfer import __version__, config, platform
+from edgeinfer.cli.console import drop, note, prepare_streams, tell, unheard
+from edgeinfer.cli.options import common_flags
+from edgeinfer.errors import (
+    ContextLengthError,
+    EdgeInferError,
+    InvalidRequestError,
+    PlanError,
+    memory_ran_out,
+)
+from edgeinfer.terminal import one_line
+
+_INTERRUPTED = 130
+_MAX_LINE = 2000  # characters
+_GC_THRESHOLD_OF_START = 200_000  # more than a start makes
+
+
+def main(args: Sequence[str] | None = None) -> NoReturn:
+    """The console script: runs a command and turns whatever ends it into an exit code."""
+    arguments = list(sys.argv[1:] if args is None else args)
+    # A start makes many objects that all stay: looking through them ten times took 0.03 s.
+    gc.set_threshold(_GC_THRESHOLD_OF_START)
+    prepare_streams()
+    code = _exit_code(arguments)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        drop(sys.stdout)
+    except OSError as error:
+        note(f"edgeinfer: {_one_line(error)}")
+        drop(sys.stdout)
+        code = code or 1
+    if code > platform.SIGNAL_CODE:
+        # What still loads or builds in other threads would be waited for.
+        os._exit(code)
+    sys.exit(code)
+
+
+def _exit_code(arguments: list[str]) -> int:
+    try:
+        # click's own main has its own ideas of exit codes for interrupts and pipes.
+        with (
+            _interrupts_raise(),
+            platform.signals_exit(),
+            commands.make_context("edgeinfer", [*arguments]) as context,
+        ):
+            commands.invoke(context)
+    except click.ClickException as error:
+        with unheard():
+            error.show()
+        return error.exit_code
+    except click.exceptions.Exit as exit:
+        return exit.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        tell("\n")
+        return _INTERRUPTED
+    except BrokenPipeError:
+        drop(sys.stdout)
+    except SystemExit as end:  # a signal
+        return int(end.code or 0)
+    except Exception as error:
+        if "--debug" in arguments or config.is_debug():
+            import traceback
+
+            with unheard():
+                traceback.print_exc()
+        note(f"edgeinfer: {_one_line(error)}")
+        is_usage = isinstance(error, InvalidRequestError)
+        return 2 if is_usage and not isinstance(error, ContextLengthError) else 1
+    return 0
+
+
+def _interrupts_raise() -> AbstractContextManager[None]:
+    """While a command runs, an interrupt is KeyboardInterrupt, whatever it is around it."""
+    outside = signal.getsignal(signal.SIGINT)
+    is_another = callable(outside) and outside is not signal.default_int_handler
+    numbers = [signal.SIGINT] if is_another else []
+    return platform.signals_handled(numbers, signal.default_int_handler)
+
+
+def _one_line(error: Exception) -> str:
+    text = one_line(" ".join(str(error).split()), _MAX_LINE)
+    if isinstance(error, FileNotFoundError) and not _is_somewhere():
+        text += "; the folder you are in was deleted: cd to another"
+    if isinstance(error, (ContextLengthError, PlanError)) or "overflow=" in text:
+        for keyword, flag in _FLAGS.items():
+            text = text.replace(keyword, flag)
+    if isinstance(error, EdgeInferError):
+        return text
+    if isinstance(error, OSError) and text:
+        return text
+    if memory_ran_out(error):
+        return "memory ran out: close other programs, or raise this one's limits (ulimit -v, -d)"
+    return f"unexpected {type(error).__name__}: {text} (--debug shows where)"
+
+
+# What errors about room name, as it is typed here.
+_FLAGS = {
+    " and 1 slot(s)": "", "n_ctx=": "-c ", "n_ctx": "-c", "or slots": "or --slots",
+    "overflow='": "--overflow '", "'slide'": "slide", "'error'": "error",
+}  # fmt: skip
+
+
+def _is_somewhere() -> bool:
+    try:
+        os.getcwd()
+    except OSError:
+        return False
+    return True
+
+
+_COMMANDS = {
+    "chat": "chat history",
+    "inspect": "doctor info plan tokenize",
+    "measure": "bench perplexity warmup",
+    "models": "cache list pull rm",
+    "run": "run",
+}
+_HOME = {name: module for module, names in _COMMANDS.items() for name in names.split()}
+
+
+class _Commands(click.Group):
+    """Imports the module of a command when it is asked for: its flags alone take 2 ms to make."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return sorted(_HOME)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in _HOME:
+            return None
+        module = importlib.import_module(f"edgeinfer.cli.{_HOME[name]}")
+        command: click.Command = getattr(module, "list_" if name == "list" else name)
+        return command
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="edgeinfer")
+@common_flags
+def commands() -> None:
+    """Run GGUF language models on this machine."""

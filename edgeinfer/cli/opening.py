@@ -1,0 +1,80 @@
+"""What commands that load a model share: its progress and notes, and an answer as it comes."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, cast
+
+from edgeinfer.cli.console import Output, ProgressLine, note, tell
+from edgeinfer.cli.models import choose_model, unkept
+from edgeinfer.cli.options import LOAD_NAMES, given
+from edgeinfer.terminal import printable
+
+if TYPE_CHECKING:
+    from edgeinfer.llm import LLM
+    from edgeinfer.options import LoadOptions, Progress
+    from edgeinfer.stream import Stream
+
+GC_THRESHOLD = 10_000  # new objects between two collections; Python's own are 700 to 2,000
+_MIB = 1 << 20
+
+
+@contextlib.contextmanager
+def open_model(
+    model: str | None, flags: dict[str, Any], *, is_chat: bool = False, templates: bool = False
+) -> Iterator[LLM]:
+    """The model, with a progress line while it loads and its context length on stderr.
+
+    `templates` says that its chat template will be needed: that gets ready beside it.
+    """
+    from edgeinfer.text.template_engine import TemplateEngine
+
+    path = choose_model(model, bool(flags.get("yes")), is_chat=is_chat)
+    engine = TemplateEngine() if templates else None
+    if engine is not None:
+        engine.start(may_fork=True)  # while this process imports NumPy
+    line = ProgressLine()
+
+    def progress(event: Progress) -> None:
+        line.show(event.stage, event.done, event.total)
+
+    from edgeinfer import runtime
+    from edgeinfer.llm import LLM
+
+    options = cast("LoadOptions", {**given(flags, LOAD_NAMES), "progress": progress})
+    with line:
+        llm = LLM.of(runtime.load(path, options, engine))
+    for why in unkept(llm):
+        note(why)
+    # What a start has made stays: no later collection, nor the one at exit, needs to look at it.
+    gc.freeze()
+    gc.set_threshold(GC_THRESHOLD)
+    with llm:
+        opened, plan = llm.runtime, llm.plan
+        trained = opened.model.hparams.n_ctx_train
+        why = f" ({plan.note})" if plan.note else ""
+        note(
+            f"{llm.name}: context {llm.n_ctx} of {trained} tokens{why}, {opened.n_threads} "
+            f"threads, {plan.total_bytes // _MIB} MiB planned"
+        )
+        yield llm
+
+
+def follow(stream: Stream, output: Output | None) -> None:
+    """Write an answer as it comes; its reasoning goes to stderr where a person reads that."""
+    shows_reasoning = sys.stderr.isatty()
+    with ProgressLine() as line:
+        for event in stream:
+            if event.type == "prompt_progress":
+                line.show("prompt", event.done, event.total)
+            elif event.type == "delta":
+                line.clear()
+                if event.reasoning and shows_reasoning:
+                    tell(printable(event.reasoning))
+                if output:
+                    output.write(event.text)
+    if output:
+        output.end()

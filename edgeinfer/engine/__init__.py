@@ -1,0 +1,1 @@
+"""Many generations on one program: scheduling, caches, the plan of memory."""

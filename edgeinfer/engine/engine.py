@@ -1,0 +1,392 @@
+"""The loop that runs generations: one step after the other, tokens committed, events emitted.
+
+Sees token ids only; knows nothing of text, files or devices.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgeinfer.backend import Program, Ticket
+from edgeinfer.batch import Outputs, StepLimits
+from edgeinfer.engine.cache import CacheLayout, PagePool
+from edgeinfer.engine.generation import (
+    Generation,
+    LogitsJob,
+    check_ids,
+    check_length,
+)
+from edgeinfer.engine.scheduler import AnyWork, Scheduler
+from edgeinfer.engine.sequence import Prefilled, Request, Rows, Sequence, Token, Work, build_batch
+from edgeinfer.engine.speculation import StepCosts
+from edgeinfer.errors import BusyError, ClosedError, EdgeInferError, InvalidRequestError
+from edgeinfer.sampling.params import OK, SampleTable
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+MAX_WAITING = 4096  # requests: thousands of clients are real, and each holds its prompt
+_MOST_FAULTS = 3  # turns in a row that an error ended outside of any one request
+_JOIN_SECONDS = 5.0
+_FORKED = "this process was forked from the one that loaded the model; load it again here"
+
+
+class Engine:
+    """Owns the one thread that runs steps of a program, and what is scheduled on it."""
+
+    def __init__(
+        self,
+        program: Program,
+        limits: StepLimits,
+        n_ctx: int,
+        n_vocab: int,
+        costs: StepCosts | None = None,
+    ) -> None:
+        self.limits, self.n_ctx, self.n_vocab = limits, n_ctx, n_vocab
+        self._program = program
+        self._costs = costs or StepCosts()
+        self._scheduler = Scheduler(limits, self._costs)
+        self._samples = SampleTable(self._scheduler.max_samples)
+        self._changed = threading.Condition()
+        self._ticket: Ticket | None = None
+        self._in_step: list[Work] = []
+        self._closed = ""
+        self._pid = os.getpid()
+        self._thread = threading.Thread(target=self._loop, name="edgeinfer-engine", daemon=True)
+        self._thread.start()
+        _engines.add(self)
+
+    # -- any thread ------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> Generation:
+        """Queue a request; what can be refused is refused here."""
+        check_ids(request.ids, self.n_vocab)
+        if request.overflow == "error":
+            check_length(len(request.ids), self.n_ctx, n_answer=1)
+        request.params.check_vocabulary(self.n_vocab)
+        layout = CacheLayout.of(request.overflow, self.n_ctx, request.n_pinned)
+        generation = Generation(self, request, layout)
+        self._queue(generation)
+        return generation
+
+    def logits(
+        self,
+        ids: SequenceOf[int],
+        last: int | None = None,
+        prefill_chunk: int | None = None,
+        batch_with: SequenceOf[SequenceOf[int]] | None = None,
+    ) -> NDArray[np.float32]:
+        """Logits after each of the `last` tokens of `ids` (all by default), (last, V)."""
+        n_out = len(ids) if last is None else last
+        if not 0 < n_out <= len(ids):
+            raise InvalidRequestError(f"last is {last}, need 1 to {len(ids)}", param="last")
+        out = np.empty((n_out, self.n_vocab), np.float32)
+
+        def take(row: int, logits: NDArray[np.float32]) -> None:
+            out[row : row + len(logits)] = logits
+
+        self.each_logits(ids, take, len(ids) - n_out, prefill_chunk, batch_with)
+        return out
+
+    def each_logits(
+        self,
+        ids: SequenceOf[int],
+        take: Callable[[int, NDArray[np.float32]], None],
+        first: int = 0,
+        prefill_chunk: int | None = None,
+        batch_with: SequenceOf[SequenceOf[int]] | None = None,
+    ) -> None:
+        """Call `take(row, logits)` for runs of rows, row 0 being position `first`.
+
+        Steps take at most `prefill_chunk` rows of `ids`, beside rows of the `batch_with` lists.
+        """
+        lists = (ids, *(batch_with or ()))
+        for each in lists:
+            check_ids(each, self.n_vocab)
+            check_length(len(each), self.n_ctx)
+        layout = CacheLayout.of("error", self.n_ctx)
+        job = LogitsJob.of(lists, first, prefill_chunk, self.limits, layout, take)
+        self._queue(job)
+        job.wait(self)
+
+    @property
+    def n_running(self) -> int:
+        """Generations whose tokens are being computed."""
+        return len(self._scheduler.running)
+
+    @property
+    def pool(self) -> PagePool:
+        return self._scheduler.pool
+
+    def interrupt(self) -> None:
+        """Look at cancelled work now. A step that others share runs on: they need its rows."""
+        if self._pid != os.getpid():
+            return
+        with self._changed:
+            if self._ticket is not None and all(each.is_cancelled for each in self._in_step):
+                self._ticket.abort()
+            self._changed.notify()
+
+    def wake(self) -> None:
+        """Look at what is paused now."""
+        if self._pid == os.getpid():
+            with self._changed:
+                self._changed.notify()
+
+    def check_alive(self) -> None:
+        """Raise ClosedError unless events can still come."""
+        if self._pid != os.getpid() or not self._thread.is_alive():
+            raise ClosedError(self._closed or _FORKED)
+
+    def check_waiting(self) -> None:
+        """The same for who waits for them here: a callback that does stops all that runs."""
+        self.check_alive()
+        if threading.current_thread() is self._thread:
+            raise InvalidRequestError("a callback can't wait for an answer; wait in a thread")
+
+    def close(self, timeout: float = _JOIN_SECONDS) -> None:
+        """End every generation and the thread; safe to call twice and from any thread."""
+        if self._pid != os.getpid():
+            return
+        with self._changed:
+            self._closed = self._closed or "the model was closed"
+            if self._ticket is not None:
+                self._ticket.abort()
+            self._changed.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout)
+        # A thread that is still in a step keeps its memory: freeing it would crash.
+        if not self._thread.is_alive():
+            self._program.close()
+
+    def mark_forked(self) -> None:
+        """In the child of a fork the thread does not exist: every use is an error."""
+        self._closed, self._changed = _FORKED, threading.Condition()
+
+    def _queue(self, work: AnyWork) -> None:
+        with self._changed:
+            if self._closed:
+                raise ClosedError(self._closed)
+            if len(self._scheduler.waiting) >= MAX_WAITING:
+                raise BusyError(f"{MAX_WAITING} requests wait already; try again later")
+            self._scheduler.waiting.append(work)
+            self._scheduler.may_start = True
+            self._changed.notify()
+
+    # -- the engine's thread: one step after the other -------------------------------------------
+
+    def _loop(self) -> None:
+        try:
+            self._serve()
+        except BaseException as error:  # a bug: whoever waits is told, nobody hangs
+            self._closed = f"the engine failed: {error!r}"
+        self._scheduler.fail_all(ClosedError(self._closed), also_waiting=True)
+
+    def _serve(self) -> None:
+        """Turns until it is closed. An error outside of any one request costs a turn at first."""
+        n_faults = 0
+        while True:
+            try:
+                if not self._wait_for_work():
+                    return
+                self._turn()
+                n_faults = 0
+            except BaseException as error:
+                n_faults += 1
+                if n_faults == _MOST_FAULTS:
+                    raise
+                self._scheduler.recover()
+                if n_faults > 1:  # it stays: those that run can't go on
+                    self._scheduler.fail_all(error)
+
+    def _wait_for_work(self) -> bool:
+        """False once the engine is closed."""
+        scheduler = self._scheduler
+        with self._changed:
+            while not (self._closed or scheduler.has_work):
+                self._changed.wait()
+        return not self._closed
+
+    def _turn(self) -> None:
+        scheduler = self._scheduler
+        scheduler.drop_cancelled()
+        scheduler.pause_unread()
+        scheduler.admit()
+        if scheduler.running:
+            self._step(scheduler.next_step())
+        for job in tuple(scheduler.jobs):
+            self._advance_job(job)
+
+    def _step(self, parts: list[Rows]) -> None:
+        """Run a step. One that fails is repeated part by part: only whose own fails ends."""
+        if not parts:
+            return
+        begun, is_decode = time.perf_counter(), all(part.sequence.is_decoding for part in parts)
+        try:
+            samples = self._fill_samples([part for part in parts if part.n_wanted])
+            outputs = self._run(parts, samples)
+        except BaseException as error:
+            self._scheduler.recover()
+            for part in parts:
+                if len(parts) > 1:
+                    self._step([part])
+                else:
+                    self._fail(part, error)
+            return
+        # Rows of a step that did not run to its end are computed again, for who still wants them.
+        if not outputs.aborted:
+            self._commit(parts, outputs)
+            if is_decode:
+                n_rows = sum(part.n for part in parts)
+                try:
+                    self._costs.measure(n_rows, time.perf_counter() - begun)
+                except BaseException:  # it decides about guesses, never about answers
+                    pass
+
+    def _fail(self, part: Rows, error: BaseException) -> None:
+        assert isinstance(part.work, Generation)
+        self._scheduler.fail(part.work, error)
+
+    def _fill_samples(self, parts: list[Rows]) -> SampleTable:
+        self._samples.clear()
+        row = 0
+        for part in parts:
+            assert isinstance(part.work, Generation)
+            params, sequence = part.work.request.params, part.sequence
+            history = part.history(params.n_history)
+            n_before = len(history) - len(part.drafts)
+            for i in range(part.n_wanted):
+                index, tokens = sequence.n_generated + i, history[: n_before + i]
+                self._samples.set_row(row, params, params.seed or 0, index, tokens, sequence.mu)
+                row += 1
+        return self._samples
+
+    def _run(self, parts: list[Rows], samples: SampleTable | None) -> Outputs:
+        """Run one step; its outputs are views that the next step overwrites."""
+        for part in parts:
+            self._scheduler.make_room(part)
+        batch = build_batch(parts, samples)
+        with self._changed:
+            if self._closed or any(part.work.is_cancelled for part in parts):
+                return _NOTHING
+            self._in_step = [part.work for part in parts]
+            self._ticket = ticket = self._program.submit(batch)
+        try:
+            return ticket.wait()
+        except BaseException:
+            # Nothing of it may run any more once its pages go to others.
+            ticket.abort()
+            with contextlib.suppress(BaseException):
+                ticket.wait()
+            raise
+        finally:
+            with self._changed:
+                self._ticket, self._in_step = None, []
+
+    def _commit(self, parts: list[Rows], outputs: Outputs) -> None:
+        """The one place where what a step has computed becomes part of its sequences."""
+        now, row = time.perf_counter(), 0
+        for part in parts:
+            try:
+                if not part.work.is_cancelled:
+                    self._commit_part(part, outputs.ids, row, now)
+            except BaseException as error:
+                self._fail(part, error)
+            row += part.n_wanted
+
+    def _commit_part(self, part: Rows, ids: NDArray[np.int32], row: int, now: float) -> None:
+        sequence = part.sequence
+        sequence.cache.n_tokens += part.n - len(part.drafts)
+        assert isinstance(part.work, Generation)
+        if not sequence.n_generated:
+            done = sequence.cache.n_tokens
+            part.work.emit(Prefilled(done, sequence.n_prompt, sequence.n_cached, now))
+        if part.n_wanted:
+            self._take_tokens(part, ids, row, now)
+
+    def _take_tokens(self, part: Rows, ids: NDArray[np.int32], row: int, now: float) -> None:
+        """The sampled token and, while the drafts are what was sampled, those after them."""
+        generation, sequence = part.work, part.sequence
+        assert isinstance(generation, Generation)
+        n_before = len(sequence.ids)
+        generation.n_proposed += len(part.drafts)
+        for i in range(part.n_wanted):
+            if i:
+                if part.drafts[i - 1] != ids[row + i - 1]:
+                    break
+                # Only now does its row in the cache count as stored.
+                sequence.cache.n_tokens += 1
+                generation.n_accepted += 1
+            self._take_token(generation, sequence, int(ids[row + i]), row + i, now)
+            if generation.sequence is None:
+                return
+        if generation.speculator is not None:
+            generation.speculator.learn(len(sequence.ids) - n_before)
+
+    def _take_token(
+        self, generation: Generation, sequence: Sequence, token: int, row: int, now: float
+    ) -> None:
+        request, samples = generation.request, self._samples
+        if samples.status[row] != OK:
+            raise EdgeInferError("the model yields no number to choose a token by")
+        sequence.mu = float(samples.mu[row])
+        if token in request.stop_ids:
+            self._scheduler.finish(generation, "stop", token)
+            return
+        sequence.ids.append(token)
+        if request.params.logprobs is None:
+            generation.emit(Token(token, now))
+        else:
+            ids, logprobs = samples.top(row)
+            top = tuple(zip(ids.tolist(), logprobs.tolist(), strict=True))
+            generation.emit(Token(token, now, float(samples.logprobs[row]), top))
+        if sequence.n_generated == generation.max_tokens:
+            self._scheduler.finish(generation, "length")
+
+    # -- the engine's thread: logits -------------------------------------------------------------
+
+    def _advance_job(self, job: LogitsJob) -> None:
+        """One step of a job."""
+        try:
+            if not job.is_cancelled:
+                parts = job.next_rows(self.limits)
+                outputs = self._run(parts, None)
+                if not outputs.aborted:
+                    job.commit(parts, outputs.logits)
+                if job.is_complete:
+                    self._scheduler.finish(job, "stop")
+        except BaseException as error:
+            self._scheduler.fail(job, error)
+
+
+_NOTHING = Outputs(
+    np.empty((0, 0), np.float32), np.empty((0, 0), np.float32), np.empty(0, np.int32), aborted=True
+)
+
+# NOTE: the only module state; the interpreter's exit and fork have no other way to find engines.
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _close_engines() -> None:
+    for engine in list(_engines):
+        engine.close(timeout=2.0)
+
+
+def _mark_forked() -> None:
+    for engine in list(_engines):
+        engine.mark_forked()
+
+
+atexit.register(_close_engines)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_mark_forked)

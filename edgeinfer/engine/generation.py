@@ -1,0 +1,272 @@
+"""The two kinds of work that callers hand to the engine, and how they wait for it.
+
+Knows nothing of scheduling.
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from edgeinfer.batch import PAGE, StepLimits
+from edgeinfer.engine.cache import CacheLayout, PagePool, SequenceCache
+from edgeinfer.engine.event_queue import EventQueue
+from edgeinfer.engine.sequence import Event, Finished, Request, Rows, Sequence
+from edgeinfer.engine.speculation import MAX_ROWS, Speculator
+from edgeinfer.errors import ContextLengthError, EdgeInferError, InvalidRequestError, PlanError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# Waking up now and then lets signals in where a wait can't be interrupted.
+WAKE_SECONDS = 0.1
+MOST_UNREAD = 256  # events; a step may add a few more, 40 KiB in all
+
+
+class Worker(Protocol):
+    """What a generation asks of the engine that runs it."""
+
+    def interrupt(self) -> None:
+        """Look at cancelled work now, also when a step of it is running."""
+
+    def wake(self) -> None:
+        """Look at what is paused now: one that waits for its reader has room again."""
+
+    def check_waiting(self) -> None:
+        """Raise unless events can still come to who waits for them in this thread."""
+
+
+class Generation:
+    """A request on its way: yields its events to one consumer, in any thread.
+
+    With more than MOST_UNREAD events unread it pauses once its prompt is read: others may take its
+    place and its pages. It goes on, with the same tokens, when half of them have been read.
+    """
+
+    def __init__(self, worker: Worker, request: Request, layout: CacheLayout) -> None:
+        self.request, self.layout = request, layout
+        self.sequence: Sequence | None = None  # the engine's, while it runs
+        self.speculator: Speculator | None = None  # the engine's
+        self.n_proposed, self.n_accepted = 0, 0  # tokens guessed, and those that came true
+        self.submitted_at = time.perf_counter()
+        self.is_cancelled = False
+        self.keeps_cache = False
+        self.starts_by = math.inf  # the scheduler's: the step from which on it fits for certain
+        # Prompt and answer are no longer together than the context; one that slides has no end.
+        self.max_tokens = request.max_tokens
+        if layout.n_ctx is not None:
+            room = layout.n_ctx - len(request.ids)
+            self.max_tokens = room if request.max_tokens is None else min(request.max_tokens, room)
+        # Pages it holds at its full length; the last token generated is never stored.
+        self.most_pages = layout.n_slots
+        if self.max_tokens is not None:
+            self.most_pages = layout.pages_needed(len(request.ids) + self.max_tokens - 1)
+        self.events: EventQueue[Event] = EventQueue(MOST_UNREAD, worker.wake)
+        self._worker = worker
+        self._is_finished = False
+
+    def __iter__(self) -> Generation:
+        return self
+
+    def __next__(self) -> Event:
+        if self._is_finished:
+            raise StopIteration
+        while True:
+            try:
+                event = self.events.get(WAKE_SECONDS)
+                break
+            except queue.Empty:
+                self.check_waiting()
+        self._is_finished = isinstance(event, Finished)
+        return event
+
+    def check_waiting(self) -> None:
+        """Raise unless events can still come to who waits for them in this thread."""
+        self._worker.check_waiting()
+
+    @property
+    def is_unread(self) -> bool:
+        """Whether it should pause."""
+        return self.events.is_full and self.sequence is not None and self.sequence.n_generated > 0
+
+    def guess(self) -> tuple[list[int], list[float]]:
+        """Tokens that may follow, as many as a step may check, and the chance of each."""
+        sequence, request = self.sequence, self.request
+        if sequence is None or not request.can_speculate:
+            return [], []
+        if self.speculator is None:
+            self.speculator = Speculator(sequence.ids)
+        most = min(MAX_ROWS, sequence.cache.step_limit()) - 1
+        if self.max_tokens is not None:
+            most = min(most, self.max_tokens - sequence.n_generated - 1)
+        return self.speculator.guess(most)
+
+    def emit(self, event: Event) -> None:
+        self.events.put(event)
+
+    def cancel(self, *, keep_cache: bool = False) -> None:
+        """End it now, from any thread. With `keep_cache` its pages may serve a later prompt."""
+        self.keeps_cache = keep_cache
+        self.is_cancelled = True
+        self._worker.interrupt()
+
+
+@dataclass(slots=True, eq=False)
+class LogitsJob:
+    """Logits of `ids` from position `first` on, computed beside the token lists `others`.
+
+    `take(row, logits)` is called in the engine's thread with views of the next rows.
+    """
+
+    ids: tuple[int, ...]
+    others: list[tuple[int, ...]]
+    first: int
+    chunk: int
+    layout: CacheLayout
+    take: Callable[[int, NDArray[np.float32]], None]
+    sequences: list[Sequence] = field(default_factory=list)  # the engine's, while it runs
+    error: BaseException | None = None
+    is_cancelled: bool = False
+    starts_by: float = math.inf
+    _done: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def most_pages(self) -> int:
+        return sum(self.layout.pages_needed(len(ids)) for ids in (self.ids, *self.others))
+
+    @property
+    def n_left(self) -> int:
+        """Rows of `ids` that are still to be computed."""
+        return self.sequences[0].n_waiting if self.sequences else len(self.ids)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every row has been computed; what is left of `others` does not matter."""
+        return bool(self.sequences) and not self.sequences[0].n_waiting
+
+    @classmethod
+    def of(
+        cls,
+        lists: SequenceOf[SequenceOf[int]],
+        first: int,
+        prefill_chunk: int | None,
+        limits: StepLimits,
+        layout: CacheLayout,
+        take: Callable[[int, NDArray[np.float32]], None],
+    ) -> LogitsJob:
+        """A job for the first of `lists`; raises where it asks for too much."""
+        if prefill_chunk is not None and prefill_chunk < 1:
+            raise InvalidRequestError(
+                f"prefill_chunk is {prefill_chunk}, need at least 1", param="prefill_chunk"
+            )
+        ids, *others = map(tuple, lists)
+        if len(others) > limits.max_sequences - 1:
+            raise InvalidRequestError(
+                f"{len(others)} token lists, at most {limits.max_sequences - 1} fit in a step",
+                param="batch_with",
+            )
+        chunk = min(prefill_chunk or limits.max_rows, limits.max_rows - len(others))
+        job = cls(ids, others, first, chunk, layout, take)
+        if job.most_pages > limits.n_pages:
+            raise PlanError(
+                f"the token lists take {job.most_pages * PAGE} cache positions, there are "
+                f"{limits.n_pages * PAGE}; raise slots"
+            )
+        return job
+
+    def open(self, pool: PagePool) -> None:
+        """Make the sequences, on caches of their own."""
+        lists = (self.ids, *self.others)
+        self.sequences = [
+            Sequence(list(ids), len(ids), SequenceCache(pool, self.layout)) for ids in lists
+        ]
+
+    def next_rows(self, limits: StepLimits) -> list[Rows]:
+        """The parts of its next step."""
+        main, *others = self.sequences
+        start = main.cache.n_tokens
+        n = min(self.chunk, main.n_waiting)
+        n_wanted = max(0, start + n - max(start, self.first))
+        excess = max(0, n_wanted - limits.max_outputs)
+        n, n_wanted = n - excess, n_wanted - excess
+        parts = [Rows(main, n, n_wanted, self)]
+        for i, other in enumerate(others):
+            n_other = min(other.n_waiting, (limits.max_rows - n) // len(others))
+            if n_other:
+                # Before and after, so that the rows of `ids` lie anywhere in the step.
+                parts.insert(0 if i % 2 else len(parts), Rows(other, n_other, 0, self))
+        return parts
+
+    def commit(self, parts: list[Rows], logits: NDArray[np.float32]) -> None:
+        """Count what a step has stored and pass its logits on."""
+        for part in parts:
+            part.sequence.cache.n_tokens += part.n
+        if len(logits):
+            self.take(self.sequences[0].cache.n_tokens - len(logits) - self.first, logits)
+
+    def free(self) -> None:
+        """Give the pages back."""
+        for sequence in self.sequences:
+            sequence.cache.free()
+
+    def finish(self, error: BaseException | None = None) -> None:
+        self.error = error
+        self._done.set()
+
+    def wait(self, worker: Worker) -> None:
+        """Until every row was taken; an interrupted wait cancels the job."""
+        try:
+            while not self._done.wait(WAKE_SECONDS):
+                worker.check_waiting()
+        except BaseException:
+            self.is_cancelled = True
+            worker.interrupt()
+            raise
+        if self.error is not None:
+            raise self.error
+
+
+def check_ids(ids: SequenceOf[int], n_vocab: int) -> None:
+    """Raise unless these are one or more tokens of the vocabulary."""
+    if not len(ids):
+        raise InvalidRequestError("the prompt has no tokens", param="prompt")
+    for id in (min(ids), max(ids)):
+        if not 0 <= id < n_vocab:
+            raise InvalidRequestError(
+                f"token id {id} is outside the vocabulary of {n_vocab} tokens", param="prompt"
+            )
+
+
+def check_length(n_tokens: int, n_ctx: int, n_answer: int = 0, *, is_least: bool = False) -> None:
+    """Raise where a context can't hold so many tokens, and so many of an answer.
+
+    `is_least` says that there are more, which nobody has counted.
+    """
+    if n_tokens + n_answer > n_ctx:
+        room = f" with {n_answer} of an answer" if n_answer and n_tokens == n_ctx else ""
+        counted = f"at least {n_tokens}" if is_least else f"{n_tokens}"
+        raise ContextLengthError(
+            f"the prompt is {counted} tokens, the context holds {n_ctx}{room}; raise n_ctx, "
+            "shorten the prompt, or use overflow='slide'",
+            n_tokens=n_tokens,
+            n_ctx=n_ctx,
+        )
+
+
+def public_error(error: BaseException) -> BaseException:
+    """What the caller is told: what ended a step may mean something else in another thread."""
+    if isinstance(error, EdgeInferError):
+        return error
+    if isinstance(error, MemoryError):  # like memory that would run out
+        return PlanError("memory ran out in a step; lower n_ctx or slots")
+    if isinstance(error, Exception) and not isinstance(error, (StopIteration, StopAsyncIteration)):
+        return error
+    return EdgeInferError(f"the request was cut short by {error!r}")

@@ -1,0 +1,167 @@
+"""One generation: what is asked for, what has happened, and where its cache lies.
+
+Knows token ids only, and nothing of scheduling or threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+
+from edgeinfer.batch import Batch
+from edgeinfer.engine.cache import CacheLayout, Overflow, SequenceCache
+from edgeinfer.parameters import REQUEST
+from edgeinfer.sampling.params import SampleTable, SamplingParams
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+FinishReason: TypeAlias = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """`n_pinned` tokens at the start stay visible for ever when the context slides.
+
+    With `speculation` tokens are guessed ahead where that is faster; the answer is the same.
+    """
+
+    ids: tuple[int, ...]
+    params: SamplingParams
+    max_tokens: int | None = None
+    overflow: Overflow = "error"
+    stop_ids: frozenset[int] = frozenset()
+    n_pinned: int = 0
+    speculation: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None:
+            REQUEST["max_tokens"].check(self.max_tokens)
+
+    @property
+    def can_speculate(self) -> bool:
+        # Mirostat's state after a token is known only once the token is.
+        return self.speculation and self.params.mirostat == 0
+
+
+class Prefilled(NamedTuple):
+    """`done` of `total` prompt tokens are in the cache, `cached` of them from before."""
+
+    done: int
+    total: int
+    cached: int
+    at: float  # time.perf_counter(), taken by the engine
+
+
+class Token(NamedTuple):
+    """A sampled token; log-probabilities where they were asked for."""
+
+    id: int
+    at: float
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Finished(NamedTuple):
+    """The last event. `stop_id` is the token that ended the generation, if one did."""
+
+    reason: FinishReason
+    at: float
+    stop_id: int | None = None
+    error: BaseException | None = None
+
+
+Event: TypeAlias = Prefilled | Token | Finished
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """The state of one generation; `ids` are the prompt and what was generated after it."""
+
+    ids: list[int]
+    n_prompt: int
+    cache: SequenceCache
+    n_cached: int = 0
+    mu: float | None = None  # mirostat's state
+
+    @property
+    def n_generated(self) -> int:
+        return len(self.ids) - self.n_prompt
+
+    @property
+    def n_waiting(self) -> int:
+        """Tokens whose K and V are not stored yet: 1 while decoding."""
+        return len(self.ids) - self.cache.n_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether only its latest token waits: nothing of the prompt, nor of a cache it lost."""
+        return self.n_generated > 0 and self.n_waiting == 1
+
+    def common_prefix(self, ids: tuple[int, ...], layout: CacheLayout) -> int:
+        """How many of `ids` this sequence's cache can serve, the last one excepted."""
+        if layout != self.cache.layout:
+            return 0
+        stored = self.ids[: self.cache.n_tokens]
+        limit = min(len(stored), len(ids) - 1)
+        n = next((i for i in range(limit) if stored[i] != ids[i]), limit)
+        return n if not self.cache.has_slid or n == len(stored) else 0
+
+
+class Work(Protocol):
+    """What a part of a step is done for."""
+
+    is_cancelled: bool
+
+
+@dataclass(slots=True)
+class Rows:
+    """A part of a step: the next `n` rows of a sequence, with the output of the last ones.
+
+    The last rows may be `drafts`: guesses of tokens that the sequence does not have yet.
+    """
+
+    sequence: Sequence
+    n: int
+    n_wanted: int
+    work: Work
+    drafts: tuple[int, ...] = ()
+
+    def history(self, n: int) -> NDArray[np.int32]:
+        """The last `n` tokens before the drafts, all if n is -1, and the drafts."""
+        ids = self.sequence.ids
+        before = ids if n < 0 else ids[max(0, len(ids) - n) :]
+        return np.array([*before, *self.drafts], np.int32)
+
+    def with_drafts(self, tokens: Iterable[int]) -> Rows:
+        drafts = tuple(tokens)
+        n = len(drafts)
+        return Rows(self.sequence, self.n + n, self.n_wanted + n, self.work, drafts)
+
+
+def build_batch(parts: list[Rows], samples: SampleTable | None) -> Batch:
+    """The flat arrays of a step; logits are asked for where there is nothing to sample."""
+    ids: list[int] = []
+    pos: list[int] = []
+    seq: list[int] = []
+    wanted: list[int] = []
+    for i, part in enumerate(parts):
+        start = part.sequence.cache.n_tokens
+        end = start + part.n
+        ids += part.sequence.ids[start:end]
+        ids += part.drafts
+        pos += range(start, end)
+        seq += [i] * part.n
+        wanted += range(len(pos) - part.n_wanted, len(pos))
+    return Batch(
+        ids=np.array(ids, np.int32),
+        pos=np.array(pos, np.int64),
+        seq=np.array(seq, np.int32),
+        tables=[part.sequence.cache.table for part in parts],
+        wanted=np.array(wanted, np.int32),
+        output="logits" if samples is None else "ids",
+        samples=samples,
+    )

@@ -1,0 +1,218 @@
+"""Finds the models on this machine: our own, and those of other programs, used where they are.
+
+Never touches the network, and never writes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from edgeinfer import config, platform
+from edgeinfer.errors import ModelNotFoundError
+from edgeinfer.hub.catalog import (
+    ALIASES,
+    choose_file,
+    find_alias,
+    is_model_file,
+    nearest,
+    parse_repo,
+    parts_of,
+    quant_of,
+)
+
+OURS = "edgeinfer"
+_MAGIC = b"GGUF"
+
+
+class ModelInfo(NamedTuple):
+    """A model on this machine; `name` is what every command takes for it."""
+
+    name: str
+    path: Path  # the first file of a split model
+    n_bytes: int  # of all its files
+    source: str  # "edgeinfer", "huggingface", "ollama", "lmstudio" or "llama.cpp"
+    quant: str | None
+    repo: str  # "org/repo" on the hub, "" where that is not known
+
+
+def models_folder() -> Path:
+    """Where our own models are."""
+    return config.data_folder() / "models"
+
+
+def list_models() -> list[ModelInfo]:
+    """Every model here, ours first; a file that several programs share is listed once."""
+    found: list[ModelInfo] = list(_ours())
+    seen = {info.path.resolve() for info in found}
+    scans = {
+        "huggingface": _hub_cache,
+        "ollama": _ollama,
+        "lmstudio": _lm_studio,
+        "llama.cpp": _llama_cpp,
+    }
+    for source, folders in config.model_folders().items():
+        for folder in folders:
+            try:
+                infos = sorted(scans[source](folder), key=lambda info: info.name.lower())
+            except OSError:  # not ours to complain about
+                continue
+            found += [info for info in infos if info.path.resolve() not in seen]
+            seen |= {info.path.resolve() for info in infos}
+    return found
+
+
+def find_model(name: str) -> Path:
+    """The file that a path or a model's name means on this machine; ModelNotFoundError if none."""
+    try:
+        path = _at_path(name)
+        if path is None and (info := find_name(name)) is not None:
+            path = info.path
+        if path is None:
+            raise ModelNotFoundError(_not_here(name))
+    except ModelNotFoundError:
+        raise
+    except OSError as error:  # too long a name, a folder of another user
+        raise ModelNotFoundError(f"{name} can't be opened: {error.strerror}") from error
+    return path
+
+
+def _at_path(name: str) -> Path | None:
+    path = config.expand_user(name)
+    if path.is_dir() and (any(path.glob("*.gguf")) or parse_repo(name) is None):
+        return _only_model(path)
+    return path if path.is_file() else None
+
+
+def find_name(name: str) -> ModelInfo | None:
+    """The model of this name on this machine; a path is no name."""
+    here, alias = list_models(), find_alias(name)
+    if alias is not None and alias.source.startswith("pypi:"):
+        return next((info for info in here if info.name == alias.name), None)
+    wanted = parse_repo(alias.source if alias else name)
+    if wanted is not None:
+        of_repo = [info for info in here if info.repo.lower() == wanted.repo.lower()]
+        by_file = {info.path.name: info for info in reversed(of_repo)}
+        try:
+            return by_file[choose_file(wanted.repo, list(by_file), wanted.quant)]
+        except ModelNotFoundError:
+            pass
+    keys = (name.lower(), f"{name.lower()}:latest")
+    return next((info for info in here if info.name.lower() in keys), None)
+
+
+def _only_model(folder: Path) -> Path:
+    files = [file for file in sorted(folder.glob("*.gguf")) if is_model_file(file.name)]
+    if len(files) == 1:
+        return files[0]
+    names = ", ".join(file.name for file in files) or "none"
+    raise ModelNotFoundError(f"folder {folder} needs one .gguf model, it has {names}; name it")
+
+
+def _not_here(name: str) -> str:
+    """What to do about a name that means nothing here: near names, or the command to fetch it."""
+    if find_alias(name) or (parse_repo(name) and "\\" not in name and name.count("/") == 1):
+        return f"{name} is not on this machine; fetch it with `edgeinfer pull {name}` (or add -y)"
+    path = config.expand_user(name)
+    beside: list[str] = []
+    if path.parent.is_dir():
+        beside = [p.name for p in path.parent.iterdir() if p.is_dir() or p.suffix == ".gguf"]
+    near = [str(path.parent / each) for each in nearest(path.name, beside)]
+    if path.name == name and not name.lower().endswith(".gguf"):
+        near = nearest(name, [*ALIASES, *(info.name for info in list_models())]) or near
+    if near:
+        return f"no model {name!r}; did you mean {' or '.join(near)}?"
+    if "/" in name or "\\" in name or name.lower().endswith(".gguf"):
+        return f"no file or folder {name!r}; give the path of a .gguf file (`edgeinfer list`)"
+    return f"no model {name!r}; `edgeinfer list --all` shows the names"
+
+
+# -- folders -------------------------------------------------------------------------------------
+
+
+def _ours() -> Iterator[ModelInfo]:
+    root = models_folder()
+    for info in _files(root, OURS):
+        parts = info.path.relative_to(root).parts
+        repo = "/".join(parts[:2]) if len(parts) > 2 else ""
+        yield _named(info, _repo_name(repo, info.quant) if repo else parts[0], repo)
+
+
+def _hub_cache(root: Path) -> Iterator[ModelInfo]:
+    """The cache that huggingface_hub and llama.cpp share: only complete files are in snapshots."""
+    for folder in sorted(root.glob("models--*--*")):
+        repo = folder.name.removeprefix("models--").replace("--", "/", 1)
+        seen: set[str] = set()
+        newest_first = sorted(
+            folder.glob("snapshots/*"), key=lambda each: each.stat().st_mtime, reverse=True
+        )
+        for snapshot in newest_first:
+            for info in _files(snapshot, "huggingface"):
+                if info.path.name not in seen:
+                    seen.add(info.path.name)
+                    yield _named(info, _repo_name(repo, info.quant), repo)
+
+
+def _lm_studio(root: Path) -> Iterator[ModelInfo]:
+    for info in _files(root, "lmstudio", "*/*/*.gguf"):
+        repo = "/".join(info.path.relative_to(root).parts[:2])
+        yield _named(info, _repo_name(repo, info.quant), repo)
+
+
+def _llama_cpp(root: Path) -> Iterator[ModelInfo]:
+    yield from _files(root, "llama.cpp", "*.gguf")
+
+
+def _ollama(root: Path) -> Iterator[ModelInfo]:
+    """Ollama names models in manifests; its files are named by their digests."""
+    for manifest in sorted((root / "manifests").glob("*/*/*/*")):
+        registry, space, model, tag = manifest.relative_to(root / "manifests").parts
+        try:
+            layers = json.loads(manifest.read_text("utf-8"))["layers"]
+            digest = next(
+                str(layer["digest"])
+                for layer in layers
+                if layer["mediaType"] == "application/vnd.ollama.image.model"
+            )
+        except (OSError, ValueError, KeyError, TypeError, StopIteration, RecursionError):
+            continue
+        path = root / "blobs" / digest.replace(":", "-")
+        if "/" in digest or "\\" in digest or not _is_gguf(path):
+            continue
+        owner = {"library": ""}.get(space, f"{space}/")
+        if registry != "registry.ollama.ai":
+            owner = f"{registry}/{space}/"
+        name = f"{owner}{model}:{tag}"
+        yield ModelInfo(name, path, path.stat().st_size, "ollama", quant_of(f"{tag}.gguf"), "")
+
+
+def _files(root: Path, source: str, pattern: str = "**/*.gguf") -> Iterator[ModelInfo]:
+    """Whole models below a folder, named by their files."""
+    for path in platform.files_below(root, pattern):
+        parts = [path.with_name(name) for name in parts_of(path.name)]
+        if is_model_file(path.name) and all(_is_gguf(part) for part in parts):
+            try:
+                n_bytes = sum(part.stat().st_size for part in parts)
+            except OSError:  # deleted meanwhile
+                continue
+            yield ModelInfo(path.stem, path, n_bytes, source, quant_of(path.name), "")
+
+
+def _is_gguf(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == _MAGIC
+    except OSError:
+        return False
+
+
+def _repo_name(repo: str, quant: str | None) -> str:
+    """The alias of a repository's file, else `org/repo:QUANT`."""
+    name = f"{repo}:{quant}" if quant else repo
+    return next((a.name for a in ALIASES.values() if a.source.lower() == name.lower()), name)
+
+
+def _named(info: ModelInfo, name: str, repo: str) -> ModelInfo:
+    return ModelInfo(name, info.path, info.n_bytes, info.source, info.quant, repo)

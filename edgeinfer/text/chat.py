@@ -1,0 +1,272 @@
+"""Messages to prompt text, and to token ids, through the model's chat template.
+
+Knows nothing of how tokens are made, only of something that turns marked text into ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
+from types import NoneType
+from typing import Any, Protocol
+
+from edgeinfer.errors import InvalidRequestError, TemplateError
+from edgeinfer.text.chat_templates import (
+    BUILT_IN,
+    choose_template,
+    fallback_name,
+    own_template,
+    special_text,
+    token_texts,
+)
+from edgeinfer.text.hiding import Hiding
+from edgeinfer.text.messages import Capabilities, Message, by_turns, checked, fit, plain, probe
+from edgeinfer.text.template_engine import Budget, LimitError, RenderError, TemplateEngine
+
+__all__ = [
+    "BUILT_IN",
+    "Capabilities",
+    "ChatTemplate",
+    "ChatTokenizer",
+    "Message",
+    "encode_chat",
+]
+
+_RESERVED = ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token")
+
+
+class ChatTokenizer(Protocol):
+    """What `encode_chat` asks of a tokenizer."""
+
+    bos_id: int | None
+    special_texts: tuple[str, ...]
+
+    def encode_marked(
+        self,
+        text: str,
+        restore: Mapping[int, str | None],
+        *,
+        bos: bool | None = None,
+        most: int | None = None,
+    ) -> list[int]: ...
+
+
+class ChatTemplate:
+    """A chat template; `tool_source` is the one to use when tools are given.
+
+    It is rendered by `engine`, which `close` ends; each has its own if none is given.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        bos_token: str = "",
+        eos_token: str = "",
+        name: str = "",
+        tool_source: str | None = None,
+        engine: TemplateEngine | None = None,
+    ) -> None:
+        self.source, self.name = source, name
+        self.bos_token, self.eos_token = bos_token, eos_token
+        self._engine = TemplateEngine() if engine is None else engine
+        self._found: tuple[Capabilities, list[Any] | None] | None = None
+        self._for_tools: ChatTemplate | None = None
+        if tool_source is not None:
+            self._for_tools = ChatTemplate(
+                tool_source,
+                bos_token=bos_token,
+                eos_token=eos_token,
+                name=f"{name} tool_use",
+                engine=self._engine,
+            )
+
+    @classmethod
+    def from_metadata(
+        cls,
+        meta: Mapping[str, Any],
+        override: str | None = None,
+        texts: Sequence[str] | None = None,
+        *,
+        engine: TemplateEngine | None = None,
+    ) -> ChatTemplate:
+        """The file's template, or `override`: the name of one, or a file that holds one.
+
+        `texts` is the vocabulary, where someone has read it already.
+        """
+        texts = token_texts(meta) if texts is None else texts
+        bos, eos = (
+            special_text(meta, texts, "bos_token_id", 1),
+            special_text(meta, texts, "eos_token_id", 2),
+        )
+        if override is not None:
+            name, source = override, choose_template(override, meta)
+        elif found := own_template(meta):
+            name, source = "the file's own", found
+        else:
+            name = fallback_name(meta, texts)
+            source = BUILT_IN[name]
+        tool_source = own_template(meta, "tool_use") if override is None else None
+        return cls(
+            source,
+            bos_token=bos,
+            eos_token=eos,
+            name=name,
+            tool_source=tool_source,
+            engine=engine,
+        )
+
+    def close(self) -> None:
+        """End the process that renders; rendering again starts another."""
+        self._engine.close()
+
+    def render(
+        self,
+        messages: Iterable[Message],
+        /,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **template_args: Any,
+    ) -> str:
+        """The prompt text; TemplateError names the line of the template that failed."""
+        more = {
+            **_checked_more(tools, template_args),
+            "add_generation_prompt": add_generation_prompt,
+        }
+        return self._render(checked(messages), more, _unchanged)
+
+    @cached_property
+    def capabilities(self) -> Capabilities:
+        """Found once per template, by rendering conversations that contain a needle.
+
+        TemplateError says that the template takes too long or too much memory.
+        """
+        return self._probed(Budget())[0]
+
+    def _render(self, messages: list[dict[str, Any]], more: Mapping[str, Any], hide: _Hide) -> str:
+        """The text of checked messages and arguments; all renders together keep to one budget."""
+        if more["tools"] and self._for_tools is not None:
+            return self._for_tools._render(messages, more, hide)
+        budget = Budget()
+        capabilities, no_tools = self._probed(budget)
+        if more["tools"] and not capabilities.tools:
+            raise InvalidRequestError(
+                f"the chat template ({self.name or 'unnamed'}) does not tell the model of tools; "
+                "leave them out or choose another with --chat-template NAME|FILE",
+                param="tools",
+            )
+        shown = {key: hide(value, "") for key, value in more.items()}
+        shown["tools"] = shown["tools"] or no_tools
+        fitted = fit(messages, capabilities, self.source)
+        text, error = self._attempt(_hidden(fitted, hide), shown, budget)
+        if error is not None:
+            # Some templates insist on user and assistant by turns, the system text within.
+            text, _ = self._attempt(_hidden(by_turns(fitted), hide), shown, budget)
+        if text is None:
+            assert error is not None
+            raise error
+        return text
+
+    def _attempt(
+        self, messages: list[dict[str, Any]], more: Mapping[str, Any], budget: Budget
+    ) -> tuple[str | None, TemplateError | None]:
+        now = datetime.now()
+        variables: dict[str, Any] = {
+            "bos_token": self.bos_token,
+            "eos_token": self.eos_token,
+            "documents": None,
+            "date_string": now.strftime("%d %b %Y"),
+            "datetime": now.strftime("%b %d %Y"),
+            **more,
+            "messages": messages,
+        }
+        try:
+            return self._engine.render(self.source, variables, budget), None
+        except LimitError as error:
+            raise self._error(error) from error
+        except RenderError as error:
+            return None, self._error(error)
+
+    def _error(self, error: RenderError) -> TemplateError:
+        where = f" line {error.line}" if error.line is not None else ""
+        return TemplateError(
+            f"chat template ({self.name or 'unnamed'}){where}: {error}; "
+            "--chat-template NAME|FILE chooses another",
+            line=error.line,
+        )
+
+    def _probed(self, budget: Budget) -> tuple[Capabilities, list[Any] | None]:
+        """What the template can do, and what it takes for "no tools": a few fail on None."""
+        if self._found is None:
+
+            def attempt(messages: list[dict[str, Any]], tools: list[Any] | None = None) -> str:
+                more = {"tools": tools or no_tools, "add_generation_prompt": True}
+                return self._attempt(messages, more, budget)[0] or ""
+
+            no_tools: list[Any] | None = None
+            hello = [{"role": "user", "content": "hello"}]
+            if not attempt(hello):
+                no_tools = []
+                no_tools = [] if attempt(hello) else None
+            self._found = probe(attempt), no_tools
+        return self._found
+
+
+def _checked_more(
+    tools: Sequence[Mapping[str, Any]] | None, template_args: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Plain copies of what a template gets beside messages."""
+    for name in template_args:
+        if name in _RESERVED:
+            raise InvalidRequestError(
+                f"{name!r} can't be a template argument", param="template_args"
+            )
+    if isinstance(tools, (str, Mapping)) or not isinstance(tools, (Iterable, NoneType)):
+        raise InvalidRequestError("tools are not a list of objects", param="tools")
+    tools = list(tools or ())
+    if not all(isinstance(tool, Mapping) for tool in tools):
+        raise InvalidRequestError("a tool is not an object", param="tools")
+    return {**plain(template_args, "template_args"), "tools": plain(tools, "tools")}
+
+
+def encode_chat(
+    tokenizer: ChatTokenizer,
+    template: ChatTemplate,
+    messages: Iterable[Message],
+    most: int | None = None,
+    /,
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    add_generation_prompt: bool = True,
+    **template_args: Any,
+) -> list[int]:
+    """Prompt ids in which only the template makes control tokens: messages stay text.
+
+    Assistant turns keep their <think> tags, since templates look for them. What the tokenizer
+    raises once there are more than `most` ids comes through.
+    """
+    known, more = checked(messages), _checked_more(tools, template_args)
+    hiding = Hiding(tokenizer.special_texts, [template.source, known, more])
+    more["add_generation_prompt"] = add_generation_prompt
+    text = template._render(known, more, hiding)
+    ids = tokenizer.encode_marked(hiding.without_escapes(text), hiding.restore, most=most)
+    return ids[1:] if ids[:2] == [tokenizer.bos_id] * 2 else ids
+
+
+_Hide = Callable[[Any, str], Any]
+_KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "model")
+
+
+def _unchanged(value: Any, role: str) -> Any:
+    return value
+
+
+def _hidden(messages: list[dict[str, Any]], hide: _Hide) -> list[dict[str, Any]]:
+    hidden = []
+    for message in messages:
+        role = message["role"]
+        shown = {key: hide(value, role) for key, value in message.items() if key != "role"}
+        hidden.append({"role": role if role in _KNOWN_ROLES else hide(role, ""), **shown})
+    return hidden

@@ -1,0 +1,234 @@
+"""Chat messages: their form, and how to fit them to what a template can do.
+
+Knows nothing of template engines or tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple, TypedDict, cast
+
+from edgeinfer.errors import InvalidRequestError
+
+_DEEPEST = 100
+_MOST_BITS = 4096  # of an integer: Python writes none of over 4,300 digits
+
+
+class _Turn(TypedDict):
+    role: str
+    content: str | Sequence[Mapping[str, Any]] | None
+
+
+class Message(_Turn, total=False):
+    """One turn, in the form that chat APIs share."""
+
+    reasoning_content: str
+    name: str
+    tool_calls: Sequence[Mapping[str, Any]]
+    tool_call_id: str
+
+
+class Capabilities(NamedTuple):
+    """What a template can do with a conversation, found by rendering some."""
+
+    system_role: bool
+    string_content: bool
+    typed_content: bool
+    tools: bool
+    tool_calls: bool
+    tool_results: bool
+    object_arguments: bool
+
+
+def checked(messages: Iterable[Message]) -> list[dict[str, Any]]:
+    """Messages of plain data, each with a role and text as its content; never what was given.
+
+    Whatever else reads messages reads these; InvalidRequestError says what they lack.
+    """
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
+        raise _wrong(
+            f"messages is of type {_kind(messages)}; a list with at least one message is needed"
+        )
+    found = [_checked(message, i) for i, message in enumerate(messages)]
+    if not found:
+        raise _wrong("a chat needs at least one message")
+    return found
+
+
+def _checked(message: Any, i: int) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise _wrong(
+            f"message {i} is of type {_kind(message)}; a mapping with role and content is needed"
+        )
+    if not isinstance(message.get("role"), str):
+        raise _wrong(f"message {i} has no role; it is text, such as 'user'")
+    known = plain({**message, "content": _joined(message.get("content"), i)}, "messages")
+    calls = known.get("tool_calls")
+    if calls is not None and not (
+        isinstance(calls, (list, tuple))
+        and all(isinstance(c, dict) and isinstance(c.get("function", c), dict) for c in calls)
+    ):
+        raise _wrong(
+            f"message {i} has tool_calls that are no list of objects, each of a function that is "
+            "an object"
+        )
+    return cast("dict[str, Any]", known)
+
+
+def plain(value: Any, param: str, depth: int = 0) -> Any:
+    """A copy of dicts, lists, tuples, text, numbers, booleans and None: what a template can get."""
+    if value is None or type(value) in (str, float, bool):
+        return value
+    if type(value) is int:
+        if value.bit_length() > _MOST_BITS:
+            raise _wrong(f"{param} hold an integer of over {_MOST_BITS} bits", param)
+        return value
+    if depth > _DEEPEST:
+        raise _wrong(f"{param} are nested over {_DEEPEST} deep", param)
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, Mapping):
+        keys = [plain(key, param, depth + 1) for key in value]
+        if any(isinstance(key, (dict, list, tuple)) for key in keys):
+            raise _wrong(f"{param} hold an object with a key that is no text", param)
+        items = [plain(item, param, depth + 1) for item in value.values()]
+        return dict(zip(keys, items, strict=True))
+    if isinstance(value, tuple):
+        return tuple(plain(item, param, depth + 1) for item in value)
+    if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray, memoryview)):
+        return [plain(item, param, depth + 1) for item in value]
+    for convert in (operator.index, float):
+        with suppress(TypeError, ValueError, OverflowError):
+            return plain(convert(value), param)
+    raise _wrong(
+        f"{param} hold a value of type {_kind(value)}; text, numbers, lists and objects work",
+        param,
+    )
+
+
+def _wrong(message: str, param: str = "messages") -> InvalidRequestError:
+    return InvalidRequestError(message, param=param)
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__
+
+
+def text_of(message: Mapping[str, Any]) -> str:
+    """The text of a checked message, its calls of tools included."""
+    return "\n".join([message["content"], *_spelled(message.get("tool_calls") or ())])
+
+
+def _joined(content: Any, i: int) -> str:
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    texts = []
+    for part in content if isinstance(content, Sequence) else [content]:
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise InvalidRequestError(
+                f"message {i} has content of type {kind!r}; text is supported", param="messages"
+            )
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+def fit(messages: list[dict[str, Any]], can: Capabilities, source: str) -> list[dict[str, Any]]:
+    for message in messages:
+        if message["role"] == "developer" and "developer" not in source:
+            message["role"] = "system"
+        if message["role"] == "tool" and not can.tool_results:
+            message["role"] = "user"
+        calls = message.get("tool_calls")
+        if isinstance(calls, Sequence) and calls:
+            calls = [_with_arguments(c, can.object_arguments or not can.tool_calls) for c in calls]
+            message["tool_calls"] = calls
+            if not can.tool_calls:
+                message["content"] = "\n".join(filter(None, [message["content"], *_spelled(calls)]))
+    if not can.system_role:
+        messages = _system_folded(messages)
+    if can.typed_content and not can.string_content:
+        for message in messages:
+            message["content"] = [{"type": "text", "text": message["content"]}]
+    return messages
+
+
+def _with_arguments(call: Any, as_object: bool) -> Any:
+    if not isinstance(call, Mapping):
+        return call
+    if "function" in call:
+        return {**call, "function": _with_arguments(call["function"], as_object)}
+    arguments = call.get("arguments")
+    if as_object and isinstance(arguments, str):
+        try:
+            return {**call, "arguments": plain(json.loads(arguments), "messages")}
+        except (ValueError, RecursionError):  # what is no object of a sane depth stays text
+            return call
+    if not as_object and isinstance(arguments, Mapping):
+        return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
+    return call
+
+
+def _spelled(calls: Sequence[Any]) -> list[str]:
+    """Calls as text, for a template that would leave them out."""
+    functions = [call.get("function", call) for call in calls if isinstance(call, Mapping)]
+    kept = [{k: f[k] for k in ("name", "arguments") if k in f} for f in functions]
+    return [f"<tool_call>{json.dumps(f, ensure_ascii=False)}</tool_call>" for f in kept]
+
+
+def _system_folded(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The system text moved to the front of the first user message."""
+    system = [m["content"] for m in messages if m["role"] == "system"]
+    rest = [dict(m) for m in messages if m["role"] != "system"]
+    if not system:
+        return rest
+    user = next((m for m in rest if m["role"] == "user"), None)
+    if user is None:
+        return [{"role": "user", "content": "\n".join(system)}, *rest]
+    user["content"] = "\n".join([*system, user["content"]])
+    return rest
+
+
+def by_turns(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    if any(not isinstance(m["content"], str) for m in messages):
+        return messages
+    turns: list[dict[str, Any]] = []
+    for message in _system_folded(messages):
+        if turns and message["role"] == turns[-1]["role"] and message["role"] != "tool":
+            content = f"{turns[-1]['content']}\n\n{message['content']}"
+            turns[-1] = {**turns[-1], **message, "content": content}
+        else:
+            turns.append(dict(message))
+    return turns
+
+
+def probe(attempt: Callable[..., str]) -> Capabilities:
+    needle, found = "needle-7f3a", "found-5c1e"
+    user = {"role": "user", "content": "hello"}
+    part = {"type": "text", "text": needle}
+    typed = attempt([{"role": "user", "content": [part]}])
+    function = {"name": "look", "arguments": {"word": needle}}
+    call = {"id": "call00001", "type": "function", "function": function}
+    turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+    result = {"role": "tool", "tool_call_id": "call00001", "name": "look", "content": found}
+    called = attempt([user, turn, result])
+    as_text = {**call, "function": {**function, "arguments": json.dumps({"word": needle})}}
+    schema = {"type": "object", "properties": {"word": {"type": "string"}}, "required": ["word"]}
+    tool = {"name": needle, "description": "looks", "parameters": schema}
+    # A template that prints Python's own form of a value has not understood it.
+    by_object = needle in called and "{'word'" not in called
+    by_text = attempt([user, {**turn, "tool_calls": [as_text]}, result])
+    return Capabilities(
+        system_role=needle in attempt([{"role": "system", "content": needle}, user]),
+        string_content=needle in attempt([{"role": "user", "content": needle}]),
+        typed_content=needle in typed and "'text'" not in typed and '"text"' not in typed,
+        tools=needle in attempt([user], [{"type": "function", "function": tool}]),
+        tool_calls=by_object or needle in by_text,
+        tool_results=found in called or found in by_text,
+        object_arguments=by_object,
+    )

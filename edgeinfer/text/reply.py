@@ -1,0 +1,300 @@
+"""Token ids to what a reader sees: whole characters, no stop string, reasoning apart.
+
+Control tokens are never shown, yet a stop string or the tags of reasoning may be some. So text
+travels as pieces in which the spellings of control tokens are marked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Literal, NamedTuple
+
+from edgeinfer.errors import InvalidRequestError
+from edgeinfer.results import Delta
+from edgeinfer.text.tokenizer import StreamDecoder, Tokenizer
+
+
+class Piece(NamedTuple):
+    """Text, or the spelling of one control token."""
+
+    text: str
+    is_control: bool = False
+
+
+class Tags(NamedTuple):
+    """What stands before and after reasoning."""
+
+    open: str
+    close: str
+
+
+@dataclass(slots=True)
+class AnswerText:
+    """The text of one answer, from its token ids."""
+
+    tokenizer: Tokenizer
+    decoder: StreamDecoder
+    stops: StopFinder
+    splitter: ReasoningSplitter | None
+    stop: str | None = None
+    _text: list[str] = field(default_factory=list)
+    _reasoning: list[str] = field(default_factory=list)
+
+    @classmethod
+    def open(
+        cls, tokenizer: Tokenizer, stop: tuple[str, ...], splitter: ReasoningSplitter | None
+    ) -> AnswerText:
+        """A `splitter` means a chat, else the answer continues the prompt's text."""
+        strip_space = None if splitter is not None else False
+        decoder = StreamDecoder(tokenizer, strip_space=strip_space)
+        return cls(tokenizer, decoder, StopFinder(stop), splitter)
+
+    @property
+    def text(self) -> str:
+        return "".join(self._text)
+
+    @property
+    def reasoning(self) -> str:
+        return "".join(self._reasoning)
+
+    def push(self, token: int) -> Delta | None:
+        """What the token adds; nothing while it may belong to a stop string."""
+        return self._add(self._find(self._piece(token)))
+
+    def flush(self, last: int | None = None) -> Delta | None:
+        """What was held back, at the end; `last` is the token that was the end, if one was."""
+        pieces: list[Piece] = []
+        if self.stop is None:
+            pieces += self._find(Piece(self.decoder.flush()))
+        if self.stop is None and last is not None and self._is_hidden(last):
+            pieces += self._find(self._piece(last))
+        if self.stop is None:
+            pieces += self.stops.flush()
+        return self._add(pieces, is_last=True)
+
+    def _piece(self, token: int) -> Piece:
+        text = self.decoder.push(token)
+        if not text and self._is_hidden(token):
+            return Piece(self.tokenizer.text(token), is_control=True)
+        return Piece(text)
+
+    def _is_hidden(self, token: int) -> bool:
+        """Control tokens, and those of types that stand for no text."""
+        return self.tokenizer.is_control(token) or not self.tokenizer.piece(token)
+
+    def _find(self, piece: Piece) -> list[Piece]:
+        pieces, self.stop = self.stops.push(piece)
+        return pieces
+
+    def _add(self, pieces: Iterable[Piece], is_last: bool = False) -> Delta | None:
+        if self.splitter is None:
+            parts = [("", piece.text) for piece in pieces if not piece.is_control]
+        else:
+            parts = [self.splitter.push(piece) for piece in pieces]
+            parts += [self.splitter.flush()] if is_last else []
+        reasoning = "".join([part for part, _ in parts])
+        text = "".join([part for _, part in parts])
+        if not reasoning and not text:
+            return None
+        self._reasoning.append(reasoning)
+        self._text.append(text)
+        return Delta(text=text, reasoning=reasoning)
+
+
+class StopFinder:
+    """Finds the first stop string in pieces as they come.
+
+    A control token is one symbol: it matches where a stop string spells all of it, and what stands
+    before and after it is not adjacent. What might begin a stop string is held back.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        if not all(stops):
+            raise InvalidRequestError("a stop string is empty", param="stop")
+        self._stops = tuple(stops)
+        self._held: list[Piece] = []
+
+    def push(self, piece: Piece) -> tuple[list[Piece], str | None]:
+        """What is certain not to belong to a stop string, and the one that was completed or None.
+
+        After a match the pieces before the stop string are all there is.
+        """
+        if not self._stops or not piece.text:
+            return [piece] if piece.text else [], None
+        pieces = [*self._held, piece]
+        text = "".join([each.text for each in pieces])
+        inside = _inside_controls(pieces)
+        found = [(at + len(s), at, s) for s in self._stops if (at := _find(text, s, inside)) >= 0]
+        if found:
+            _, start, stop = min(found)
+            self._held = []
+            return _split(pieces, start)[0], stop
+        n_held = max(_overlap(text, stop, inside) for stop in self._stops)
+        shown, self._held = _split(pieces, len(text) - n_held)
+        return shown, None
+
+    def flush(self) -> list[Piece]:
+        """What was held back, once no more can come."""
+        held, self._held = self._held, []
+        return held
+
+
+def _inside_controls(pieces: Sequence[Piece]) -> list[range]:
+    """Where in the joined text no match may begin or end."""
+    ends = accumulate(len(piece.text) for piece in pieces)
+    return [
+        range(end - len(piece.text) + 1, end)
+        for piece, end in zip(pieces, ends, strict=True)
+        if piece.is_control
+    ]
+
+
+def _find(text: str, stop: str, inside: list[range]) -> int:
+    at = text.find(stop)
+    while at >= 0 and any(at in each or at + len(stop) in each for each in inside):
+        at = text.find(stop, at + 1)
+    return at
+
+
+def _overlap(text: str, stop: str, inside: list[range]) -> int:
+    """The length of the longest end of `text` that begins `stop`."""
+    for n in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:n]) and not any(len(text) - n in each for each in inside):
+            return n
+    return 0
+
+
+def _split(pieces: list[Piece], at: int) -> tuple[list[Piece], list[Piece]]:
+    """Cut before character `at` of the joined text."""
+    for i, piece in enumerate(pieces):
+        if at < len(piece.text):
+            before, after = piece.text[:at], piece._replace(text=piece.text[at:])
+            return [*pieces[:i], *([Piece(before)] if before else [])], [after, *pieces[i + 1 :]]
+        at -= len(piece.text)
+    return pieces, []
+
+
+# Reasoning
+
+THINK = Tags("<think>", "</think>")
+# NOTE: also things that people ask for in answers, so only a model that names them means these.
+_OTHER_TAGS = (
+    Tags("[THINK]", "[/THINK]"),
+    Tags("<|START_THINKING|>", "<|END_THINKING|>"),
+    Tags("<|begin_of_thought|>", "<|end_of_thought|>"),
+    Tags("<|inner_prefix|>", "<|inner_suffix|>"),
+    Tags("<seed:think>", "</seed:think>"),
+    Tags("◁think▷", "◁/think▷"),
+    Tags("<thinking>", "</thinking>"),
+    Tags("<thought>", "</thought>"),
+    Tags("<reasoning>", "</reasoning>"),
+)
+
+
+def reasoning_tags(template: str, tokenizer: Tokenizer) -> tuple[Tags, ...]:
+    """Those of a model: <think>, and what its template or its special tokens name."""
+    return THINK, *(
+        tags
+        for tags in _OTHER_TAGS
+        if tags.close in template
+        or None not in (tokenizer.special_id(tags.open), tokenizer.special_id(tags.close))
+    )
+
+
+def opened_tags(prompt: str, known: Sequence[Tags] = (THINK,)) -> Tags | None:
+    """The tags inside which the prompt ends, so that the reply continues reasoning."""
+    end = prompt.rstrip()
+    return next((tags for tags in known if end.endswith(tags.open)), None)
+
+
+class ReasoningSplitter:
+    """Splits a reply that comes in pieces into reasoning and text.
+
+    Reasoning is what stands between tags at the very beginning, or behind a tag that is a control
+    token anywhere; `opened` are the tags inside which the prompt ends. Of control tokens nothing
+    else is passed on.
+    """
+
+    def __init__(self, known: Sequence[Tags] = (THINK,), opened: Tags | None = None) -> None:
+        self._known, self._opened = known, opened
+        self._close = opened.close if opened else ""
+        self._state: Literal["start", "reasoning", "between", "text"] = "start"
+        self._held = ""
+        self._empty = True
+
+    def push(self, piece: Piece) -> tuple[str, str]:
+        """The reasoning and the text that are certain by now."""
+        if piece.is_control:
+            passed = self._settle()
+            self._pass_control(piece.text)
+            return passed
+        self._held += piece.text
+        if self._state == "start":
+            self._begin()
+        reasoning = self._reason() if self._state == "reasoning" else ""
+        if self._state == "between":
+            self._held = self._held.lstrip()
+            self._state = "text" if self._held else "between"
+        shown = ""
+        if self._state == "text":
+            shown, self._held = self._held, ""
+        return reasoning, shown
+
+    def flush(self) -> tuple[str, str]:
+        """What was held back, once no more can come."""
+        held, self._held = self._held, ""
+        return (held.rstrip(), "") if self._in_reasoning else ("", held)
+
+    @property
+    def _in_reasoning(self) -> bool:
+        return self._state == "reasoning" or (self._state == "start" and bool(self._opened))
+
+    def _begin(self) -> None:
+        text = self._held.lstrip()
+        for tags in self._known:
+            if text.startswith(tags.open):
+                self._held, self._close = text[len(tags.open) :], tags.close
+                self._state = "reasoning"
+                return
+        if not any(tags.open.startswith(text) for tags in self._known):
+            self._state = "reasoning" if self._opened else "text"
+
+    def _reason(self) -> str:
+        if self._empty:
+            self._held = self._held.lstrip()
+        at = self._held.find(self._close)
+        if at >= 0:
+            self._state = "between"
+            reasoning, self._held = self._held[:at].rstrip(), self._held[at + len(self._close) :]
+            return reasoning
+        n = next(n for n in range(len(self._close), -1, -1) if self._held.endswith(self._close[:n]))
+        return self._pass_reasoning(len(self._held) - n)
+
+    def _pass_reasoning(self, n: int) -> str:
+        """The first `n` characters held, without the space that may be the last."""
+        sure = self._held[:n].rstrip()
+        self._held = self._held[len(sure) :]
+        self._empty = self._empty and not sure
+        return sure
+
+    def _settle(self) -> tuple[str, str]:
+        """A tag that was begun in text does not go on behind a control token."""
+        if self._state == "start" and self._held.strip():
+            self._state = "reasoning" if self._opened else "text"
+        if self._state == "reasoning":
+            self._held = self._held.lstrip() if self._empty else self._held
+            return self._pass_reasoning(len(self._held)), ""
+        if self._state == "text":
+            shown, self._held = self._held, ""
+            return "", shown
+        return "", ""
+
+    def _pass_control(self, text: str) -> None:
+        opened = next((tags for tags in self._known if tags.open == text), None)
+        if self._in_reasoning and text == self._close:
+            self._held, self._state = "", "between"
+        elif opened is not None and self._state != "reasoning":
+            self._held, self._close = "", opened.close
+            self._state, self._empty = "reasoning", True
