@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from edgeinfer.batch import PAGE, PageTable
 from edgeinfer.kernels.cpu import layout
-from edgeinfer.kernels.reference import _Quantised
+from edgeinfer.kernels.reference.quantised import Quantised
 from tests import native
 
 FAMILIES = [None, "avx2", "generic"]
@@ -97,7 +97,7 @@ class Case:
         k = self.k[slots].transpose(0, 1, 3, 2).astype(np.float32).repeat(group, axis=1)
         v = self.v[slots][..., : heads.v_dim].astype(np.float32).repeat(group, axis=1)
         k = np.where(np.isnan(k), np.float32(0), k)  # unwritten: the twin would only warn
-        out = _Quantised().attend(q, k, v, pages, pos, self.scale)
+        out = Quantised().attend(q, k, v, pages, pos, self.scale)
         return out.reshape(-1)
 
     def run(self, rows: list[int] | None = None, family: str | None = None) -> Floats:

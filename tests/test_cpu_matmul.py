@@ -82,7 +82,7 @@ def lay_out(q: np.ndarray, d: np.ndarray) -> np.ndarray:
     return np.concatenate([rows[t : t + n].swapaxes(0, 1).reshape(-1) for t, n in tiles(len(q))])
 
 
-# -- the law of kernels/reference.py, in NumPy -----------------------------------------------------
+# -- the law of kernels/reference/, in NumPy -----------------------------------------------------
 
 
 def fma(a, b, c):

@@ -15,14 +15,16 @@ from numpy.typing import NDArray
 
 from edgeinfer.batch import PAGE, PageTable
 from edgeinfer.graph import ActivationKind
-from edgeinfer.kernels import reference
 from edgeinfer.kernels.cpu import layout, ready
-from edgeinfer.kernels.reference import _Quantised, exp, quantise
+from edgeinfer.kernels.reference.blocks import quantise
+from edgeinfer.kernels.reference.exact import Exact
+from edgeinfer.kernels.reference.functions import exp, silu, tanh
+from edgeinfer.kernels.reference.quantised import ACTIVATIONS, Quantised
 from tests import native
 
 FAMILIES = [None, "avx2", "generic"]
 Floats = NDArray[np.float32]
-TWIN = _Quantised()
+TWIN = Quantised()
 
 
 def rows_of(n: int, dim: int, seed: int = 0) -> Floats:
@@ -159,7 +161,7 @@ def test_norm_of_heads(n_heads: int, head_dim: int, has_weight: bool) -> None:
 
 # Each a kernel, and what it does to a, b and the parameter 0.7.
 POINTWISE: dict[str, Callable[[Floats, Floats], Floats]] = {
-    **{kind: lambda a, b, f=f: f(a) for kind, f in reference._ACTIVATIONS.items()},
+    **{kind: lambda a, b, f=f: f(a) for kind, f in ACTIVATIONS.items()},
     "add": lambda a, b: a + b,
     "mul": lambda a, b: a * b,
     "scale": lambda a, b: a * np.float32(0.7),
@@ -201,12 +203,12 @@ def check_pointwise(kind: str, family: str | None) -> None:
         check_sinks(sinks, expected[:n_rows, :dim])
 
 
-@pytest.mark.parametrize("kind", reference._ACTIVATIONS)
+@pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_activations_are_close_to_the_truth(kind: ActivationKind) -> None:
     x = np.concatenate([np.linspace(-30, 30, 100_001), np.linspace(-1, 1, 10_001)])
     x = np.append(x, [100.0, -85.0, 1e-20, -1e-20]).astype(np.float32)
     with np.errstate(over="ignore"):
-        ours, truth = TWIN.activation(kind, x), reference._Exact().activation(kind, x)
+        ours, truth = TWIN.activation(kind, x), Exact().activation(kind, x)
     # gelu subtracts what is nearly equal: as in every float32 one, its error is that of 1.
     slack = 1e-7 * np.abs(x) if kind == "gelu" else 0
     assert (np.abs(ours - truth) <= 4e-7 * np.abs(truth) + slack).all()
@@ -215,8 +217,8 @@ def test_activations_are_close_to_the_truth(kind: ActivationKind) -> None:
 def test_tanh_and_soft_caps_are_close_to_the_truth() -> None:
     x = np.linspace(-20, 20, 100_001).astype(np.float32)
     truth = np.tanh(x.astype(np.float64))
-    assert (np.abs(reference.tanh(x) - truth) <= 3e-7 * np.abs(truth)).all()
-    capped, exact = TWIN.soft_cap(50 * x, 30.0), reference._Exact().soft_cap(50 * x, 30.0)
+    assert (np.abs(tanh(x) - truth) <= 3e-7 * np.abs(truth)).all()
+    capped, exact = TWIN.soft_cap(50 * x, 30.0), Exact().soft_cap(50 * x, 30.0)
     assert (np.abs(capped - exact) <= 4e-7 * np.abs(exact)).all()
     assert np.abs(capped).max() <= 30
 
@@ -229,7 +231,7 @@ def test_swiglu(dim: int, family: str | None) -> None:
     gate[0, :8] = [0, -0.0, 200, -200, 87.3, -87.3, -88.3, 1e-30]
     args = [gate.ctypes.data, up.ctypes.data, gate[0].nbytes, dim, *sinks.words]
     native.run("swiglu", native.header(H_ROWS=5), args, range(5), family)
-    check_sinks(sinks, (reference.silu(gate) * up)[:, :dim])
+    check_sinks(sinks, (silu(gate) * up)[:, :dim])
 
 
 def test_exp_is_close_to_the_truth() -> None:

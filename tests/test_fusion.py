@@ -12,9 +12,9 @@ import pytest
 from edgeinfer.errors import UnsupportedModelError
 from edgeinfer.fusion import Matmuls, RotatedAttention, Step, SwiGlu, fuse
 from edgeinfer.graph import KV, Graph, Segment, Value
-from edgeinfer.kernels import reference
 from edgeinfer.kernels.cpu import shapes
 from edgeinfer.kernels.reference import ReferenceBackend
+from edgeinfer.kernels.reference import program as reference
 from edgeinfer.known import Known
 
 from .random_graphs import ROPES, RandomGraph

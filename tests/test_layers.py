@@ -34,8 +34,8 @@ __main__
 """
 LINE = {name: i for i, line in enumerate(LAYERS.split("\n")) for name in line.split()}
 ROOMS = (
-    "platform", "text", "sampling", "hub", "gguf", "kernels.cpu", "kernels.cuda", "engine", "bench",
-    "cli", "tui",
+    "platform", "text", "sampling", "hub", "gguf", "kernels.reference", "kernels.cpu",
+    "kernels.cuda", "engine", "bench", "cli", "tui",
 )  # fmt: skip
 SLOW = ("numpy", "numba", "llvmlite", "cupy", "textual", "tokenizers", "huggingface_hub", "jinja2")
 

@@ -15,8 +15,11 @@ from edgeinfer.batch import PAGE, Batch, Outputs, PageTable, StepLimits
 from edgeinfer.errors import ClosedError
 from edgeinfer.gguf import GGUFFile
 from edgeinfer.graph import Segment
-from edgeinfer.kernels import reference
 from edgeinfer.kernels.reference import Mode, ReferenceBackend, ReferenceProgram
+from edgeinfer.kernels.reference.blocks import quantise
+from edgeinfer.kernels.reference.exact import Exact
+from edgeinfer.kernels.reference.functions import exp, fma
+from edgeinfer.kernels.reference.quantised import Quantised
 from edgeinfer.model import Model
 from edgeinfer.quant import QUANT_TYPES, RUNNABLE, Weight, dequantize
 from edgeinfer.sampling.params import Sampled, SampleRow, SampleTable, SamplingParams
@@ -239,7 +242,7 @@ def test_fma_rounds_once() -> None:
     a[0], b[0], c[0] = 1 + 2.0**-12, 1 + 2.0**-12, 2.0**-60
     a[1], b[1], c[1] = 1 + 2.0**-12, 1 + 2.0**-12, -(2.0**-60)
     a[2], b[2], c[2] = 1 + 2.0**-12, 1 + 2.0**-12, 0
-    out = reference.fma(a, b, c)
+    out = fma(a, b, c)
     for x, y, z, got in zip(a, b, c, out, strict=True):
         exact = Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z))
         near = [np.nextafter(got, np.float32(end)) for end in (-np.inf, np.inf)]
@@ -251,11 +254,11 @@ def test_fma_rounds_once() -> None:
 
 def test_exp() -> None:
     x = np.linspace(-100, 88.2, 20_001, dtype=np.float32)
-    out = reference.exp(x)
+    out = exp(x)
     assert (out[x < -87.3] == 0).all()
     inside = x > -87.3
     np.testing.assert_allclose(out[inside], np.exp(x[inside].astype(np.float64)), rtol=2e-7)
-    assert reference.exp(np.zeros(1, np.float32))[0] == 1
+    assert exp(np.zeros(1, np.float32))[0] == 1
 
 
 @pytest.mark.parametrize("kind", [t.name for t in RUNNABLE])
@@ -265,7 +268,7 @@ def test_matmul_of_every_type(kind: str) -> None:
     values = rng.standard_normal((24, 512), dtype=np.float32)
     type = next(t for t in QUANT_TYPES.values() if t.name == kind)
     weight = Weight("w", (24, 512), type, memoryview(quantize(values, kind).tobytes()))
-    quantised = reference._Quantised()
+    quantised = Quantised()
     # Each block of 32 has its largest at 127: quantisation changes nothing.
     x = rng.integers(-126, 127, (5, 512)).astype(np.float32)
     x[:, ::32] = 127
@@ -282,7 +285,7 @@ def test_matmul_of_every_type(kind: str) -> None:
 def test_quantise() -> None:
     x = np.zeros((2, 64), np.float32)
     x[0, 3], x[0, 4], x[0, 5] = -2, 1, 0.5 / 127 * 2
-    q, d = reference.quantise(x)
+    q, d = quantise(x)
     assert q[0, 0, 3:6].tolist() == [-127, 64, 0]  # 63.5 and 0.5 go to the even neighbour
     assert d[0, 0] == np.float32(2) / np.float32(127)
     assert not q[1].any() and not d[1].any()
@@ -296,15 +299,15 @@ def test_attention_folds_equal_one_softmax() -> None:
     k, v = rng.standard_normal((2, len(pages), 3, PAGE, 16)).astype(np.float16).astype(np.float32)
     v[-1, :, 20:] = np.nan  # never written
     pos = 27 * PAGE + 19
-    exact = reference._Exact().attend(q, k, v, pages, pos, 0.25)
-    folded = reference._Quantised().attend(q, k, v, pages, pos, 0.25)
+    exact = Exact().attend(q, k, v, pages, pos, 0.25)
+    folded = Quantised().attend(q, k, v, pages, pos, 0.25)
     np.testing.assert_allclose(folded, exact, atol=2e-6)
 
 
 def test_rms_norm_and_silu() -> None:
     rng = np.random.default_rng(0)
     x, w = rng.standard_normal((4, 72), dtype=np.float32), rng.random(72, dtype=np.float32)
-    exact, quantised = reference._Exact(), reference._Quantised()
+    exact, quantised = Exact(), Quantised()
     np.testing.assert_allclose(
         quantised.rms_norm(x, w, 1e-5), exact.rms_norm(x, w, 1e-5), rtol=1e-6
     )

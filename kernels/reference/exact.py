@@ -1,0 +1,61 @@
+"""The truth: float64, and float32 where weights are multiplied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from edgeinfer.batch import PAGE
+from edgeinfer.graph import ActivationKind
+from edgeinfer.kernels.reference.numerics import Doubles, Floats, Ints, f32
+from edgeinfer.quant import Weight, dequantize
+
+
+class Exact:
+    kv_type: type[np.floating[Any]] = np.float32
+
+    def load(self, weight: Weight) -> Floats:
+        return dequantize(weight)
+
+    def matmul(self, x: Floats, weight: Floats) -> Floats:
+        out: Floats = x @ weight.T
+        return out
+
+    def rms_norm(self, x: Floats, weight: Floats | None, eps: float) -> Floats:
+        wide = x.astype(np.float64)
+        mean: Doubles = (wide * wide).mean(axis=1, keepdims=True)
+        return f32(wide / np.sqrt(mean + eps) * (1 if weight is None else weight))
+
+    def activation(self, kind: ActivationKind, x: Floats) -> Floats:
+        return f32(_EXACT_ACTIVATIONS[kind](x.astype(np.float64)))
+
+    def soft_cap(self, x: Floats, cap: float) -> Floats:
+        return f32(cap * np.tanh(x.astype(np.float64) / cap))
+
+    def rotate(
+        self, x0: Floats, x1: Floats, angles: Doubles, magnitude: float
+    ) -> tuple[Floats, Floats]:
+        c, s = np.cos(angles) * magnitude, np.sin(angles) * magnitude
+        return f32(x0 * c - x1 * s), f32(x0 * s + x1 * c)
+
+    def attend(
+        self, q: Floats, k: Floats, v: Floats, pages: Ints, pos: int, scale: float
+    ) -> Floats:
+        is_visible = pages[:, None] * PAGE + np.arange(PAGE) <= pos  # (P, 32)
+        scores = np.einsum("phd,phsd->hps", q, k, dtype=np.float64) * scale
+        scores = np.where(is_visible, scores, -np.inf)
+        p = np.exp(scores - scores.max(axis=(1, 2), keepdims=True))
+        p /= p.sum(axis=(1, 2), keepdims=True)
+        seen = np.where(is_visible[:, None, :, None], v, 0)
+        return f32(np.einsum("hps,phsd->hd", p, seen, dtype=np.float64))
+
+
+_EXACT_ACTIVATIONS: dict[ActivationKind, Callable[[Doubles], Any]] = {
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "gelu": lambda x: x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    "softplus": lambda x: np.logaddexp(0, x),
+    "relu2": lambda x: np.maximum(x, 0) ** 2,
+}

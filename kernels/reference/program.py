@@ -1,0 +1,275 @@
+"""Runs the ops of a segment one after the other, in either mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeinfer.batch import PAGE, Batch, Outputs, StepLimits
+from edgeinfer.errors import ClosedError
+from edgeinfer.fusion import Uses, pinned_query
+from edgeinfer.graph import (
+    KV,
+    Activation,
+    ActivationKind,
+    Add,
+    Attention,
+    Bias,
+    Embed,
+    Linear,
+    Mul,
+    Op,
+    RmsNorm,
+    Rope,
+    Rotate,
+    Scale,
+    Segment,
+    SelectRows,
+    SoftCap,
+    Yarn,
+)
+from edgeinfer.kernels.reference.exact import Exact
+from edgeinfer.kernels.reference.numerics import Floats, Ints, Numerics, embed, rotate, scaled
+from edgeinfer.kernels.reference.quantised import Quantised
+from edgeinfer.known import Known, check, fields
+from edgeinfer.quant import dequantize
+from edgeinfer.sampling.params import Sampled, SampleRow
+
+Mode: TypeAlias = Literal["exact", "quantised"]
+Sampler: TypeAlias = Callable[[Floats, SampleRow], Sampled]
+
+
+KNOWN: Known = {
+    Embed: fields("weight"),
+    RmsNorm: fields("x weight eps n_heads"),
+    Linear: fields("x weight bias"),
+    Rotate: fields("x n_heads rope"),
+    Rope: fields("kind n_dims base scale factors yarn magnitude", kind=("norm", "neox")),
+    Yarn: fields("n_ctx beta_fast beta_slow"),
+    Attention: fields("q k v n_heads cache scale"),
+    KV: fields("n_heads k_dim v_dim"),
+    Add: fields("a b"),
+    Mul: fields("a b"),
+    Bias: fields("x weight"),
+    Scale: fields("x factor"),
+    SoftCap: fields("x cap"),
+    Activation: fields("x kind", kind=get_args(ActivationKind)),
+    SelectRows: fields("x"),
+}
+
+
+class ReferenceBackend:
+    """Compiles a segment for this process, at NumPy's pace.
+
+    `sampler` picks a token from a row of logits; without one only the likeliest can be asked for.
+    """
+
+    def __init__(self, sampler: Sampler | None = None) -> None:
+        self._sampler = sampler
+
+    def building_bytes(self, segment: Segment) -> int:
+        """Nothing has to be built."""
+        return 0
+
+    def compile(
+        self, segment: Segment, limits: StepLimits, *, mode: Mode = "exact"
+    ) -> ReferenceProgram:
+        check(segment, KNOWN, "reference")
+        numerics = Exact() if mode == "exact" else Quantised()
+        return ReferenceProgram(segment, limits, numerics, self._sampler)
+
+
+class ReferenceProgram:
+    """A segment made runnable: its weights, and the KV pages of its layers."""
+
+    def __init__(
+        self, segment: Segment, limits: StepLimits, numerics: Numerics, sampler: Sampler | None
+    ) -> None:
+        self._segment, self._limits = segment, limits
+        self._numerics, self._sampler = numerics, sampler
+        self._weights: dict[str, Any] = {}
+        for op in segment.ops:
+            if isinstance(op, Linear) and op.weight.name not in self._weights:
+                self._weights[op.weight.name] = numerics.load(op.weight)
+        self._pages = {
+            layer: _Pages(
+                np.zeros((limits.n_pages, PAGE, kv.n_heads, kv.k_dim), numerics.kv_type),
+                np.zeros((limits.n_pages, PAGE, kv.n_heads, kv.v_dim), numerics.kv_type),
+            )
+            for layer, kv in segment.caches.items()
+        }
+        uses = Uses(segment)
+        self._pinned = {
+            op.out.index: pinned_query(op, uses) for op in segment.ops if isinstance(op, Attention)
+        }
+        self._ticket: ReferenceTicket | None = None
+        self._is_closed = False
+
+    def submit(self, batch: Batch) -> ReferenceTicket:
+        """Queue a step; it runs when it is waited for, at the latest before the next one."""
+        if self._is_closed:
+            raise ClosedError("the program was closed")
+        assert batch.n_rows <= self._limits.max_rows
+        assert len(batch.wanted) <= self._limits.max_outputs
+        assert len(batch.tables) <= self._limits.max_sequences
+        if self._ticket is not None:
+            self._ticket.wait()
+        self._ticket = ReferenceTicket(self, batch)
+        return self._ticket
+
+    def close(self) -> None:
+        self._is_closed, self._ticket = True, None
+        self._weights.clear()
+        self._pages.clear()
+
+    def __enter__(self) -> ReferenceProgram:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def run(self, batch: Batch, ticket: ReferenceTicket) -> Outputs:
+        """Compute the step that `ticket` stands for."""
+        values: dict[int, Floats] = {}
+        if self._segment.input is not None:
+            assert batch.hidden is not None, "this segment starts from batch.hidden"
+            values[self._segment.input.index] = batch.hidden
+        # A broken model may overflow: its logits say so, a warning would not help.
+        with np.errstate(all="ignore"):
+            for op in self._segment.ops:
+                if ticket.is_aborted:
+                    return self._outputs(aborted=True)
+                values[op.out.index] = self._run_op(op, values, batch, batch.pos)
+            return self._collect(values, batch)
+
+    def _run_op(self, op: Op, values: Mapping[int, Floats], batch: Batch, pos: Ints) -> Floats:
+        """The value that an op makes, of rows at positions `pos`."""
+        numerics = self._numerics
+        match op:
+            case Embed():
+                return embed(op.weight, batch.ids)
+            case RmsNorm():
+                rows = values[op.x.index].reshape(-1, op.x.dim // op.n_heads)
+                weight = None if op.weight is None else dequantize(op.weight)
+                return numerics.rms_norm(rows, weight, op.eps).reshape(-1, op.x.dim)
+            case Linear():
+                out = numerics.matmul(values[op.x.index], self._weights[op.weight.name])
+                return out if op.bias is None else out + dequantize(op.bias)
+            case Rotate():
+                return rotate(numerics, op, values[op.x.index], pos)
+            case Attention():
+                return self._attend(op, values, batch)
+            case Add():
+                return values[op.a.index] + values[op.b.index]
+            case Mul():
+                return values[op.a.index] * values[op.b.index]
+            case Bias():
+                return values[op.x.index] + dequantize(op.weight)
+            case Scale():
+                return scaled(values[op.x.index], op.factor)
+            case SoftCap():
+                return numerics.soft_cap(values[op.x.index], op.cap)
+            case Activation():
+                return numerics.activation(op.kind, values[op.x.index])
+            case SelectRows():
+                return values[op.x.index][batch.wanted]
+
+    def _attend(self, op: Attention, values: Mapping[int, Floats], batch: Batch) -> Floats:
+        """Store this step's K and V, then let every row read the pages that it sees."""
+        n_rows, cache, pages = batch.n_rows, op.cache, self._pages[op.layer]
+        rows = [
+            (batch.tables[i], pos) for i, pos in zip(batch.seq, batch.pos.tolist(), strict=True)
+        ]
+        k = values[op.k.index].reshape(n_rows, cache.n_heads, cache.k_dim)
+        v = values[op.v.index].reshape(n_rows, cache.n_heads, cache.v_dim)
+        for row, (table, pos) in enumerate(rows):
+            page = table.pages[table.slot(pos // PAGE)]
+            pages.k[page, pos % PAGE], pages.v[page, pos % PAGE] = k[row], v[row]
+
+        pinned_pos = np.array([table.pinned_pos(pos) for table, pos in rows], np.int64)
+        pinned = dict(values)
+        for each in self._pinned[op.out.index]:
+            pinned[each.out.index] = self._run_op(each, pinned, batch, pinned_pos)
+        q, pinned_q = values[op.q.index], pinned[op.q.index]
+        shape = n_rows, op.n_heads, cache.k_dim
+        q, pinned_q = q.reshape(shape), pinned_q.reshape(shape)
+        kv_head = np.arange(op.n_heads) // (op.n_heads // cache.n_heads)
+        out = np.empty((n_rows, op.n_heads, cache.v_dim), np.float32)
+        for row, (table, pos) in enumerate(rows):
+            absolute = np.array(table.visible(pos), np.int64)
+            arena = table.pages[[table.slot(page) for page in absolute.tolist()]]
+            is_pinned = (absolute < table.n_pinned)[:, None, None]
+            out[row] = self._numerics.attend(
+                np.where(is_pinned, pinned_q[row], q[row]),
+                pages.k[arena].transpose(0, 2, 1, 3)[:, kv_head].astype(np.float32),
+                pages.v[arena].transpose(0, 2, 1, 3)[:, kv_head].astype(np.float32),
+                absolute,
+                pos,
+                op.scale,
+            )
+        return out.reshape(n_rows, -1)
+
+    def _collect(self, values: Mapping[int, Floats], batch: Batch) -> Outputs:
+        """What the batch asked for; "hidden" of the last segment is what enters the head."""
+        result = values[self._segment.output.index]
+        if not self._segment.is_last:
+            return self._outputs(hidden=result)
+        if batch.output == "hidden":
+            return self._outputs(hidden=values[self._segment.hidden.index])
+        if batch.output == "logits":
+            return self._outputs(logits=result)
+        table = batch.samples
+        if table is None:
+            # argmax takes the first of equals: ties go to the lower id.
+            return self._outputs(ids=result.argmax(axis=1).astype(np.int32))
+        assert self._sampler is not None, "this ReferenceBackend was given no sampler"
+        for i, logits in enumerate(result):
+            table.store(i, self._sampler(logits, table.row(i)))
+        return self._outputs(ids=table.ids[: len(result)].copy())
+
+    def _outputs(
+        self,
+        *,
+        logits: Floats | None = None,
+        hidden: Floats | None = None,
+        ids: NDArray[np.int32] | None = None,
+        aborted: bool = False,
+    ) -> Outputs:
+        hp = self._segment.graph.hparams
+        return Outputs(
+            np.empty((0, hp.vocab_size), np.float32) if logits is None else logits,
+            np.empty((0, hp.dim), np.float32) if hidden is None else hidden,
+            np.empty(0, np.int32) if ids is None else ids,
+            aborted=aborted,
+        )
+
+
+class ReferenceTicket:
+    """One submitted step."""
+
+    def __init__(self, program: ReferenceProgram, batch: Batch) -> None:
+        self._program, self._batch = program, batch
+        self._outputs: Outputs | None = None
+        self.is_aborted = False
+
+    def wait(self) -> Outputs:
+        """The outputs of the step; computed on the first call."""
+        if self._outputs is None:
+            self._outputs = self._program.run(self._batch, self)
+        return self._outputs
+
+    def abort(self) -> None:
+        """Stop before the next op; from any thread."""
+        self.is_aborted = True
+
+
+@dataclass(frozen=True, slots=True)
+class _Pages:
+    """The KV arena of one layer: (page, position in page, kv head, head dim)."""
+
+    k: NDArray[np.floating[Any]]
+    v: NDArray[np.floating[Any]]
