@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from edgeinfer import config
-from edgeinfer.batch import Batch, Outputs, StepLimits
+from edgeinfer.batch import Batch, Demand, Outputs, StepLimits, StepRequest
 from edgeinfer.errors import DeviceError
 from edgeinfer.graph import Segment
-from edgeinfer.quant import Weight
 
 # stage ("kernels", "weights"), done, total
 CompileProgress: TypeAlias = Callable[[str, int, int], None]
@@ -36,6 +35,11 @@ class Ticket(Protocol):
 class Program(Protocol):
     """A segment made runnable: owns packed weights, scratch and KV pages."""
 
+    @property
+    def step_weight_bytes(self) -> int:
+        """Bytes of weights that a step of one row reads."""
+        ...
+
     def submit(self, batch: Batch) -> Ticket: ...
 
     def close(self) -> None: ...
@@ -44,11 +48,14 @@ class Program(Protocol):
 class Backend(Protocol):
     """A machine that segments can be compiled for."""
 
-    def compile(self, segment: Segment, limits: StepLimits) -> Program: ...
+    def demand(self, segment: Segment, request: StepRequest) -> Demand:
+        """Memory that a program for such steps takes; nothing is allocated.
 
-    def building_bytes(self, segment: Segment) -> int:
-        """Memory that building what a segment needs takes, before `compile` takes any itself."""
+        UnsupportedModelError names what this machine can't run.
+        """
         ...
+
+    def compile(self, segment: Segment, limits: StepLimits) -> Program: ...
 
 
 def device_kind(device: str) -> str:
@@ -76,25 +83,6 @@ def open_backend(
     from edgeinfer.kernels.cpu.program import CpuBackend
 
     return CpuBackend(config.cache_folder(), progress, config.isa(), memory)
-
-
-def packed_bytes(device: str, weight: Weight) -> int:
-    """Memory that a weight matrix takes once the device's backend holds it."""
-    if device_kind(device) == "reference":
-        return 4 * weight.n_elements
-    from edgeinfer.kernels.cpu import formats
-
-    n_rows, n_cols = weight.shape
-    return formats.packed_bytes(weight.type.name.lower(), n_rows, n_cols)
-
-
-def cache_bytes(device: str, segment: Segment) -> int:
-    """Memory that K and V of one position take, in all layers of a segment."""
-    if device_kind(device) == "reference":
-        return sum(4 * kv.n_heads * (kv.k_dim + kv.v_dim) for kv in segment.caches.values())
-    from edgeinfer.kernels.cpu import layout
-
-    return layout.cache_bytes(segment.caches.values())
 
 
 def cpu_target() -> dict[str, Any]:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 PAGE = 32  # positions in a KV page
+_LEAST_SEQUENCES = 8
+_LOGITS_BYTES = 32 << 20
 SEGMENT_PAGES = 16  # pages whose partial attention folds into one segment (512 positions)
 
 OutputKind: TypeAlias = Literal["logits", "hidden", "ids"]
@@ -105,6 +107,14 @@ class OpTime(NamedTuple):
     macs: int
 
 
+class StepRequest(NamedTuple):
+    """What a machine is asked to be ready for."""
+
+    n_ctx: int  # tokens of each of the
+    slots: int  # sequences that can all be that long at a time
+    n_threads: int
+
+
 class StepLimits(NamedTuple):
     """The largest step a program must be ready for; all its memory follows from these."""
 
@@ -113,3 +123,29 @@ class StepLimits(NamedTuple):
     max_outputs: int  # R
     max_sequences: int
     n_threads: int
+
+    @classmethod
+    def of(cls, request: StepRequest, vocab_size: int, max_rows: int) -> StepLimits:
+        """For a machine that computes `max_rows` rows at a time best."""
+        # Each may decode, so a step has a row for every one of them.
+        n_sequences = min(max(_LEAST_SEQUENCES, request.slots), max_rows)
+        return cls(
+            n_pages=request.slots * pages_for(request.n_ctx),
+            max_rows=max_rows,
+            max_outputs=min(max_rows, max(n_sequences, _LOGITS_BYTES // (4 * vocab_size))),
+            max_sequences=n_sequences,
+            n_threads=request.n_threads,
+        )
+
+
+class Demand(NamedTuple):
+    """What a machine takes of its memory to be ready for `limits`."""
+
+    limits: StepLimits
+    rows: dict[str, int]  # bytes by purpose, all that a program reserves
+    building_bytes: int = 0  # what getting ready takes before any of that
+
+
+def pages_for(n_tokens: int) -> int:
+    """Pages that hold `n_tokens` positions."""
+    return -(-n_tokens // PAGE)

@@ -19,10 +19,8 @@ from edgeinfer.backend import (
     Backend,
     CompileProgress,
     Program,
-    cache_bytes,
     device_kind,
     open_backend,
-    packed_bytes,
 )
 from edgeinfer.engine.engine import Engine
 from edgeinfer.engine.generation import WAKE_SECONDS
@@ -36,7 +34,7 @@ from edgeinfer.errors import (
     memory_ran_out,
 )
 from edgeinfer.gguf import GGUFFile
-from edgeinfer.graph import Linear
+from edgeinfer.graph import Segment
 from edgeinfer.hub.discovery import find_model
 from edgeinfer.model import Model
 from edgeinfer.options import LoadOptions, Progress
@@ -72,9 +70,8 @@ class Runtime:
 
     @property
     def bytes_per_token(self) -> int:
-        """Packed weights that a decode step reads: all matrices but a lone embedding."""
-        read = {op.weight.name: op.weight for op in self.model.graph.ops if isinstance(op, Linear)}
-        return sum(packed_bytes(self.device, weight) for weight in read.values())
+        """Packed weights that a decode step reads."""
+        return self.program.step_weight_bytes
 
     def close(self) -> None:
         self.engine.close()
@@ -143,12 +140,13 @@ def _load(path: Path, options: LoadOptions, templates: TemplateEngine | None) ->
         model, packs = Model.load(file), threading.Event()
         machine = _Machine.of(options)
         backend = machine.open_backend(_progress(options, packs))
-        plan = _plan(model, options, machine, backend)
+        segment = model.graph.segment()
+        plan = _plan(segment, options, machine, backend)
         # Text is got ready while weights are packed, which needs no Python: sooner it delays that.
         tokenizer = _Later(lambda: _make_tokenizer(file, options, packs))
         try:
             template = _Later(lambda: _make_template(file, options, templates, tokenizer))
-            program = backend.compile(model.graph.segment(), plan.limits)
+            program = backend.compile(segment, plan.limits)
         finally:
             packs.set()
             tokenizer.wait()
@@ -199,23 +197,15 @@ def find_file(name: str | PathLike[str], *, download: bool = False) -> Path:
 def plan_model(model: Model, options: LoadOptions) -> MemoryPlan:
     """The memory that loading with these options takes."""
     machine = _Machine.of(options)
-    return _plan(model, options, machine, machine.open_backend())
+    return _plan(model.graph.segment(), options, machine, machine.open_backend())
 
 
-def _plan(model: Model, options: LoadOptions, machine: _Machine, backend: Backend) -> MemoryPlan:
-    segment = model.graph.segment()
-    return solve(
-        segment,
-        PlanRequest(
-            n_ctx=options.get("n_ctx"),
-            slots=options.get("slots") or 1,
-            n_threads=machine.n_threads,
-            available=machine.available,
-            cache_bytes=cache_bytes(machine.device, segment),
-            packed_bytes=lambda weight: packed_bytes(machine.device, weight),
-            building_bytes=backend.building_bytes(segment),
-        ),
-    )
+def _plan(
+    segment: Segment, options: LoadOptions, machine: _Machine, backend: Backend
+) -> MemoryPlan:
+    n_ctx, slots = options.get("n_ctx"), options.get("slots") or 1
+    request = PlanRequest(n_ctx, slots, machine.n_threads, machine.available)
+    return solve(segment, backend, request)
 
 
 class _Machine(NamedTuple):

@@ -134,5 +134,5 @@ def test_an_aborted_step_says_so_and_the_next_one_is_right(small: Model) -> None
 def test_memory_is_what_was_promised(small: Model) -> None:
     with cpu(small.graph.segment()) as program:
         kv = 2 * 2 * sum(c.n_heads * c.k_dim for c in program.segment.caches.values())
-        assert program.memory["kv"] == LIMITS.n_pages * 32 * kv
+        assert program.memory["KV cache"] == LIMITS.n_pages * 32 * kv
         assert sum(program.memory.values()) < 4 << 20

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
+from edgeinfer.batch import StepRequest
 from edgeinfer.errors import UnsupportedModelError
 from edgeinfer.fusion import Matmuls, RotatedAttention, Step, SwiGlu, fuse
 from edgeinfer.graph import KV, Graph, Segment, Value
@@ -217,7 +218,7 @@ class SunkKV(NamedTuple):
 def compile_on(name: str, segment: Segment) -> None:
     """As a load does: what building takes is asked for first."""
     machine: Any = backend() if name == "cpu" else ReferenceBackend()
-    machine.building_bytes(segment)
+    machine.demand(segment, StepRequest(64, 1, 1))
     machine.compile(segment, LIMITS).close()
 
 

@@ -11,18 +11,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeinfer import platform
-from edgeinfer.batch import StepLimits
+from edgeinfer import LLM, plan, platform
+from edgeinfer.batch import StepLimits, StepRequest
 from edgeinfer.engine.memory_plan import PYTHON_BYTES
 from edgeinfer.errors import PlanError
 from edgeinfer.gguf import GGUFFile
+from edgeinfer.kernels.cpu import layout
+from edgeinfer.kernels.cpu.blueprint import Blueprint
 from edgeinfer.kernels.cpu.library import BUILDER_BYTES, build_command, n_builders
-from edgeinfer.kernels.cpu.program import CpuBackend, kernels_of
+from edgeinfer.kernels.cpu.program import CpuBackend, CpuProgram
 from edgeinfer.kernels.cpu.ready import NAMES
 from edgeinfer.kernels.cpu.targets import Target
 from edgeinfer.kernels.cpu.team import shared_team
 from edgeinfer.kernels.cpu.weights import PackedWeights
 from edgeinfer.model import Model
+from edgeinfer.options import LoadOptions
 from edgeinfer.quant import QUANT_TYPES, Weight
 from edgeinfer.runtime import plan_model
 
@@ -258,6 +261,52 @@ def test_the_peak_is_never_above_the_plan_of_any_of_these(
     assert taken <= promised
 
 
+PLANNED: list[tuple[dict[str, Any], LoadOptions]] = [
+    (dict(quant="Q4_0", **_SMALL), {"n_ctx": 131_072, "threads": 1}),
+    (dict(quant="Q4_K_M", **_SMALL), {"n_ctx": 32_768, "slots": 8, "threads": 2}),
+    (dict(quant="Q8_0", tied=True, arch="qwen3", **_SMALL), {"n_ctx": 100, "threads": 2}),
+    (dict(quant="F16", vocab=60_001, **_SMALL), {"n_ctx": 8192, "slots": 4, "threads": 3}),
+    (dict(quant="MXFP4", **{**_SMALL, "n_layers": 9}), {"slots": 300, "n_ctx": 33}),
+    (dict(quant="Q6_K", **{**_SMALL, "n_kv_heads": 4}), {"device": "reference"}),
+]
+
+
+@pytest.mark.parametrize(("shape", "options"), PLANNED, ids=str)
+def test_what_is_reserved_is_what_was_planned(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    shape: dict[str, Any],
+    options: LoadOptions,
+) -> None:
+    """To the byte, on the CPU; what is only touched for a time (portions of a file) is not kept."""
+    kept: list[platform.Memory] = []
+
+    class Memory(platform.Memory):
+        def __init__(self, n_bytes: int, *, huge: bool = False) -> None:
+            super().__init__(n_bytes, huge=huge)
+            kept.append(self)
+
+        def close(self) -> None:
+            super().close()
+            if self in kept:
+                kept.remove(self)
+
+    monkeypatch.setattr(platform, "Memory", Memory)
+    path = make_model(tmp_path / "m.gguf", **shape)
+    with LLM(path, **options) as llm:
+        planned = {name for name in llm.plan.rows if name.startswith("weights ")}
+        rows = {name: llm.plan.rows[name] for name in (*planned, "KV cache", "scratch")}
+        program = llm.runtime.program
+        if isinstance(program, CpuProgram):
+            assert program.memory == rows
+            shared = [memory for memory in kept if memory.n_bytes == layout.TEAM_BYTES]
+            n_bytes = sum(memory.n_bytes for memory in kept if memory not in shared)
+            assert n_bytes == sum(rows.values()) and len(shared) <= 1
+        else:
+            assert program.step_weight_bytes == rows["weights F32"] and not kept
+        assert plan(path, **options).rows == llm.plan.rows
+
+
 class Counted:
     """Bytes of a file that notes how many are asked for at a time."""
 
@@ -280,6 +329,7 @@ def test_no_more_of_a_matrix_is_in_memory_twice_than_a_portion() -> None:
     n_rows, n_cols = 20_003, 1024
     data = Counted(2 * n_rows * n_cols)
     weights = PackedWeights([Weight("w", (n_rows, n_cols), half, data)], [])
+    weights.reserve()
     kernels = library()
     kernels.load(["pack.f16"])
     weights.pack(shared_team(kernels, 2), kernels, 2, lambda *_: None)
@@ -295,9 +345,10 @@ def test_the_kernels_of_a_plan_are_those_that_load(tmp_path: Path) -> None:
     with GGUFFile.open(tiny_model(tmp_path, arch="qwen3", quant="Q4_K_M")) as file:
         segment = Model.load(file).graph.segment()
         backend = CpuBackend(cache_root())
-        with backend.compile(segment, StepLimits(2, 4, 4, 1, 1)):
-            assert set(backend.library.origins) == kernels_of(segment)
-        assert backend.building_bytes(segment) == 0
+        limits = StepLimits(2, 4, 4, 1, 1)
+        with backend.compile(segment, limits):
+            assert set(backend.library.origins) == Blueprint(segment, limits).kernels()
+        assert backend.demand(segment, StepRequest(64, 1, 1)).building_bytes == 0
 
 
 def test_building_is_planned_and_takes_no_more_than_there_is(
@@ -306,8 +357,8 @@ def test_building_is_planned_and_takes_no_more_than_there_is(
     monkeypatch.setenv("EDGEINFER_HOME", str(tmp_path / "empty"))
     with GGUFFile.open(tiny_model(tmp_path, head_dim=24)) as file:
         model, least = Model.load(file), PYTHON_BYTES + BUILDER_BYTES
-        plan = plan_model(model, {"memory": least, "n_ctx": 64})
-        assert plan.total_bytes == least and plan.fits
+        needed = plan_model(model, {"memory": least, "n_ctx": 64})
+        assert needed.total_bytes == least and needed.fits
         with pytest.raises(PlanError, match="warmup"):
             plan_model(model, {"memory": least - 1, "n_ctx": 64})
     assert [n_builders(99, n * BUILDER_BYTES) for n in (0, 1)] == [1, 1]

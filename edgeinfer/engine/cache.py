@@ -10,15 +10,10 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-from edgeinfer.batch import PAGE, PageTable
+from edgeinfer.batch import PAGE, PageTable, pages_for
 from edgeinfer.errors import InvalidRequestError
 
 Overflow: TypeAlias = Literal["error", "slide"]
-
-
-def pages_for(n_tokens: int) -> int:
-    """Pages that hold `n_tokens` positions."""
-    return -(-n_tokens // PAGE)
 
 
 class PagePool:

@@ -6,19 +6,14 @@ Knows nothing of how memory is obtained.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-from edgeinfer.batch import PAGE, StepLimits
-from edgeinfer.engine.cache import pages_for
+from edgeinfer.batch import PAGE, Demand, StepLimits, StepRequest
 from edgeinfer.errors import PlanError
-from edgeinfer.graph import Attention, Embed, Linear, Segment
-from edgeinfer.quant import Weight
+from edgeinfer.graph import Segment
 
 DEFAULT_N_CTX = 8192
 _LEAST_N_CTX = 512  # what a default is lowered to before a model is refused
-_MAX_ROWS = 256
-_MIN_SEQUENCES = 8
-_LOGITS_BYTES = 32 << 20
 _MiB = 1 << 20
 _BUILDING = "building kernels, once"
 
@@ -55,78 +50,57 @@ class PlanRequest(NamedTuple):
     slots: int
     n_threads: int
     available: int
-    cache_bytes: int  # of K and V, all layers, per position
-    packed_bytes: Callable[[Weight], int]
-    building_bytes: int = 0  # of processes that build kernels first
 
 
-def solve(segment: Segment, request: PlanRequest) -> MemoryPlan:
+class Machine(Protocol):
+    """The machine that is to run it."""
+
+    def demand(self, segment: Segment, request: StepRequest) -> Demand: ...
+
+
+def solve(segment: Segment, machine: Machine, request: PlanRequest) -> MemoryPlan:
     """The plan that fits; PlanError says what would."""
-    trained = segment.graph.hparams.n_ctx_train
+
+    def plan(n_ctx: int, note: str = "") -> MemoryPlan:
+        step = StepRequest(n_ctx, request.slots, request.n_threads)
+        demand = machine.demand(segment, step)
+        rows = _rows(demand, segment.graph.hparams.vocab_size)
+        return MemoryPlan(rows, request.available, n_ctx, request.slots, demand.limits, note)
+
     if request.n_ctx is not None:
-        plan = _plan(segment, request, request.n_ctx, "")
-        if not plan.fits:
-            raise _too_large(segment, request, plan)
-        return plan
-    usual = min(trained, DEFAULT_N_CTX)
-    n_ctx, note = usual, ""
-    while not (plan := _plan(segment, request, n_ctx, note)).fits:
+        asked = plan(request.n_ctx)
+        if not asked.fits:
+            raise _too_large(plan, asked)
+        return asked
+    n_ctx = usual = min(segment.graph.hparams.n_ctx_train, DEFAULT_N_CTX)
+    note = ""
+    while not (found := plan(n_ctx, note)).fits:
         n_ctx = n_ctx // 2 // PAGE * PAGE
         note = f"memory is short: {usual} would be usual"
         if n_ctx < min(usual, _LEAST_N_CTX):
-            raise _too_large(segment, request, plan)
-    return plan
+            raise _too_large(plan, found)
+    return found
 
 
-def _plan(segment: Segment, request: PlanRequest, n_ctx: int, note: str) -> MemoryPlan:
-    vocab = segment.graph.hparams.vocab_size
-    # Each may decode, so a step has a row for every one of them.
-    n_sequences = min(max(_MIN_SEQUENCES, request.slots), _MAX_ROWS)
-    limits = StepLimits(
-        n_pages=request.slots * pages_for(n_ctx),
-        max_rows=_MAX_ROWS,
-        max_outputs=min(_MAX_ROWS, max(n_sequences, _LOGITS_BYTES // (4 * vocab))),
-        max_sequences=n_sequences,
-        n_threads=request.n_threads,
-    )
-    rows = _weight_bytes(segment, request.packed_bytes)
-    rows["KV cache"] = limits.n_pages * PAGE * request.cache_bytes
-    rows["scratch"] = _scratch_bytes(segment, limits)
-    rows["tokenizer"] = vocab * _TOKEN_BYTES
-    rows["Python"] = PYTHON_BYTES
-    rows["chat templates"] = _TEMPLATES_BYTES
+def _rows(demand: Demand, vocab_size: int) -> dict[str, int]:
+    rows = {
+        **demand.rows,
+        "tokenizer": vocab_size * _TOKEN_BYTES,
+        "Python": PYTHON_BYTES,
+        "chat templates": _TEMPLATES_BYTES,
+    }
     # Builders have ended before weights are packed: only what they take beyond that counts.
-    if (excess := request.building_bytes + PYTHON_BYTES - sum(rows.values())) > 0:
+    if (excess := demand.building_bytes + PYTHON_BYTES - sum(rows.values())) > 0:
         rows[_BUILDING] = excess
-    return MemoryPlan(rows, request.available, n_ctx, request.slots, limits, note)
-
-
-def _weight_bytes(segment: Segment, packed_bytes: Callable[[Weight], int]) -> dict[str, int]:
-    matrices = {op.weight.name: op.weight for op in segment.ops if isinstance(op, (Embed, Linear))}
-    rows: dict[str, int] = {}
-    for weight in matrices.values():
-        purpose = f"weights {weight.type.name}"
-        rows[purpose] = rows.get(purpose, 0) + packed_bytes(weight)
     return rows
 
 
-def _scratch_bytes(segment: Segment, limits: StepLimits) -> int:
-    """Activations of a step, its logits, and what sampling them takes."""
-    hp = segment.graph.hparams
-    attentions = [op.q.dim for op in segment.ops if isinstance(op, Attention)]
-    layers = [op.out.dim for op in segment.ops if 0 <= op.layer < hp.n_layers]
-    widths = 4 * hp.dim + 3 * max(layers, default=0) + 4 * max(attentions, default=0)
-    activations = 6 * limits.max_rows * widths
-    logits = 4 * limits.max_outputs * hp.vocab_size
-    return activations + logits + 16 * limits.max_sequences * hp.vocab_size
-
-
-def _too_large(segment: Segment, request: PlanRequest, plan: MemoryPlan) -> PlanError:
+def _too_large(solved: Callable[[int], MemoryPlan], plan: MemoryPlan) -> PlanError:
     fits = None
     n_ctx = plan.n_ctx
     while n_ctx > PAGE and fits is None:
         n_ctx = n_ctx // 2 // PAGE * PAGE
-        if n_ctx and _plan(segment, request, n_ctx, "").fits:
+        if n_ctx and solved(n_ctx).fits:
             fits = f"n_ctx={n_ctx}"
     largest = max(plan.rows, key=lambda row: plan.rows[row])
     advice = f"{fits} would fit" if fits else "no context length would fit; take a smaller file"

@@ -19,11 +19,39 @@ SHARE = 2.0  # how many times smaller a chunk is than a thread's even share of t
 
 @dataclass(eq=False, slots=True)
 class Buffer:
-    """Scratch memory of one step; its address is set once all lifetimes are known."""
+    """Memory that a program will have; its address is an offset until its arena has memory."""
 
     name: str
     n_bytes: int
     address: int = 0
+    is_kept: bool = False  # it outlives the step: weights, and what layers cache
+
+
+class Arena:
+    """Buffers beside each other, laid out before there is memory for them."""
+
+    def __init__(self) -> None:
+        self.n_bytes = 0
+        self._buffers: list[Buffer] = []
+
+    def place(self, buffer: Buffer, offset: int | None = None) -> Buffer:
+        """Behind all others, or where others lie that are dead when this one lives."""
+        if offset is None:
+            offset = self.n_bytes
+            self.n_bytes += aligned(buffer.n_bytes)
+        buffer.address = offset
+        self._buffers.append(buffer)
+        return buffer
+
+    def settle(self, address: int) -> None:
+        """There is memory now: offsets become addresses. Once."""
+        for buffer in self._buffers:
+            buffer.address += address
+
+
+def aligned(n_bytes: int) -> int:
+    """Bytes that a buffer takes in an arena."""
+    return -(-n_bytes // 64) * 64
 
 
 Args: TypeAlias = "list[int | Buffer]"  # argument words; a buffer stands for its address
@@ -71,8 +99,7 @@ class Lowered:
     input: Buffer | None = None
     hidden: Buffer | None = None
     logits: Buffer | None = None
-    scratch: list[Buffer] = field(default_factory=list)
-    scratch_bytes: int = 0
+    scratch: Arena = field(default_factory=Arena)
 
     def kernels(self) -> set[str]:
         names = {part.kernel for op in self.ops for part in op.parts}
@@ -85,8 +112,9 @@ class Lowered:
         last: dict[Buffer, int] = {}
         for i, op in enumerate(self.ops):
             for buffer in op.buffers():
-                first.setdefault(buffer, i)
-                last[buffer] = i
+                if not buffer.is_kept:
+                    first.setdefault(buffer, i)
+                    last[buffer] = i
         for kept in (self.input, self.hidden, self.logits):
             if kept is not None:
                 first[kept], last[kept] = 0, n_ops
@@ -95,14 +123,9 @@ class Lowered:
         for i in range(n_ops):
             for buffer in starting[i]:
                 places = free.get(buffer.n_bytes)
-                if places:
-                    buffer.address = places.pop()
-                else:
-                    buffer.address = self.scratch_bytes
-                    self.scratch_bytes += _aligned(buffer.n_bytes)
+                self.scratch.place(buffer, places.pop() if places else None)
             for buffer in ending[i]:
                 free.setdefault(buffer.n_bytes, []).append(buffer.address)
-        self.scratch = list(first)
 
 
 def cut(
@@ -141,7 +164,3 @@ def _by_op(when: Mapping[Buffer, int], n_ops: int) -> list[list[Buffer]]:
     for buffer, i in when.items():
         lists[i].append(buffer)
     return lists
-
-
-def _aligned(n_bytes: int) -> int:
-    return -(-n_bytes // 64) * 64

@@ -59,17 +59,17 @@ from edgeinfer.quant import Weight
 class LayerCache(NamedTuple):
     """Where one layer's K and V lie inside a page of the arena."""
 
-    k_base: int
-    v_base: int
+    k_base: Buffer
+    v_base: Buffer
     page_bytes: int
 
 
 class WeightAddresses(Protocol):
     """Where packed weights will lie."""
 
-    def matrix(self, weight: Weight) -> int: ...
-    def vector(self, weight: Weight) -> int: ...
-    def doubles(self, values: np.ndarray) -> int: ...
+    def matrix(self, weight: Weight) -> Buffer: ...
+    def vector(self, weight: Weight) -> Buffer: ...
+    def doubles(self, values: np.ndarray) -> Buffer: ...
 
 
 def row_stride(dim: int) -> int:
@@ -93,7 +93,8 @@ class _Heads(NamedTuple):
 
 
 _NO_HEADS = _Heads(0, 0, 0, 0)
-NO_CACHE = LayerCache(0, 0, 0)
+_NO_BUFFER = Buffer("none", 0, is_kept=True)
+_NO_CACHE = LayerCache(_NO_BUFFER, _NO_BUFFER, 0)
 
 
 class _Reads:
@@ -149,7 +150,12 @@ class Lowering:
 
     def run(self) -> Lowered:
         out, segment = self._out, self._segment
-        self._lower_all()
+        if segment.input is not None:
+            out.input = self._float_buffer(segment.input, "input")
+        for i, step in enumerate(self._steps):
+            self._lower(step, i)
+            if segment.hidden in self._floats and not out.head:
+                out.head = len(out.ops)
         out.ops = [
             recut(op, self._limits.n_threads, SHARE) if op.reads_weights else op for op in out.ops
         ]
@@ -157,20 +163,6 @@ class Lowering:
         out.logits = self._floats[segment.output] if segment.is_last else None
         out.place()
         return out
-
-    def kernels(self) -> set[str]:
-        """Names of the kernels that would run, instead of `run`."""
-        self._lower_all()
-        return self._out.kernels()
-
-    def _lower_all(self) -> None:
-        out, segment = self._out, self._segment
-        if segment.input is not None:
-            out.input = self._float_buffer(segment.input, "input")
-        for i, step in enumerate(self._steps):
-            self._lower(step, i)
-            if segment.hidden in self._floats and not out.head:
-                out.head = len(out.ops)
 
     # -- one step ------------------------------------------------------------------------------
 
@@ -360,7 +352,7 @@ class Lowering:
         angles: Buffer | int = 0,
         pinned_angles: Buffer | int = 0,
         eps: float = 0.0,
-        cache: LayerCache = NO_CACHE,
+        cache: LayerCache = _NO_CACHE,
     ) -> None:
         """Norm and rotate heads in place, and store those of k and v."""
         args: Args = [

@@ -6,7 +6,6 @@ Knows no scheduling and no files. One step is one native call; see `team.py`.
 from __future__ import annotations
 
 import ctypes
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -14,21 +13,28 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from edgeinfer import platform
-from edgeinfer.batch import PAGE, SEGMENT_PAGES, Batch, OpTime, OutputKind, Outputs, StepLimits
+from edgeinfer.batch import (
+    Batch,
+    Demand,
+    OpTime,
+    OutputKind,
+    Outputs,
+    StepLimits,
+    StepRequest,
+)
 from edgeinfer.errors import ClosedError
-from edgeinfer.graph import Bias, Embed, Linear, RmsNorm, Segment
+from edgeinfer.graph import Segment
 from edgeinfer.kernels.cpu import layout
-from edgeinfer.kernels.cpu.commands import Args, Buffer, KernelOp, KernelPart, recut
+from edgeinfer.kernels.cpu.blueprint import Blueprint
+from edgeinfer.kernels.cpu.commands import Arena, Buffer, KernelOp, KernelPart, recut
 from edgeinfer.kernels.cpu.idle import IdleBuild, IdleWork
 from edgeinfer.kernels.cpu.library import BUILDER_BYTES, Library, cache_folder
-from edgeinfer.kernels.cpu.lower import NO_CACHE, LayerCache, Lowering, row_stride
-from edgeinfer.kernels.cpu.shapes import check_shapes
+from edgeinfer.kernels.cpu.lower import row_stride
 from edgeinfer.kernels.cpu.targets import Target
-from edgeinfer.kernels.cpu.team import KERNELS, Op, Part, Tape, Team, shared_team
+from edgeinfer.kernels.cpu.team import Op, Part, Tape, Team, shared_team
 from edgeinfer.kernels.cpu.trial import Trial
 from edgeinfer.kernels.cpu.tune import Tuning, Way, ways
 from edgeinfer.kernels.cpu.weights import PackedWeights
-from edgeinfer.quant import Weight
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -39,6 +45,7 @@ _READ_CHUNK = 256 << 10
 _STARTS = 9  # of an empty op, to know what starting one costs
 _LEAST_SECONDS = 1e-7  # of an op: less is not measured
 _FEW_ROWS = 8  # of steps that read weights faster than they multiply
+_MAX_ROWS = 256  # of a step
 _STEP_WORDS = layout.H_ABORT // layout.WORD + 1  # of the header, from H_ROWS on
 
 
@@ -62,14 +69,16 @@ class CpuBackend:
         target = Target.host(isa, memory=cache_dir)
         self.library = Library(target, cache_folder(cache_dir, target), memory=memory)
         self._memory = memory
+        self._drawn: Blueprint | None = None  # what `compile` will most likely be asked for
 
-    def building_bytes(self, segment: Segment) -> int:
-        """Memory that building kernels for a segment takes, before `compile` takes any.
+    def demand(self, segment: Segment, request: StepRequest) -> Demand:
+        """What a program would take; UnsupportedModelError names what no kernel takes.
 
-        UnsupportedModelError names what no kernel takes: a load asks here first.
+        Nothing is allocated. `compile` with the limits that this gives does not lower again.
         """
-        check_shapes(segment)
-        return self.library.building_bytes(kernels_of(segment))
+        limits = StepLimits.of(request, segment.output.dim, _MAX_ROWS)
+        drawn = self._drawn = Blueprint(segment, limits)
+        return Demand(limits, drawn.rows(), self.library.building_bytes(drawn.kernels()))
 
     def can_build_beside(self, n_bytes: int) -> bool:
         """Whether there is memory for building when idle, beside what a program takes."""
@@ -80,8 +89,10 @@ class CpuBackend:
 
         UnsupportedModelError names what no kernel takes.
         """
-        check_shapes(segment)
-        return CpuProgram(self, segment, limits)
+        drawn, self._drawn = self._drawn, None
+        if drawn is None or drawn.segment is not segment or drawn.limits != limits:
+            drawn = Blueprint(segment, limits)
+        return CpuProgram(self, drawn)
 
     def load(self, names: set[str]) -> None:
         self.library.load(names, lambda done, total, name: self._progress("kernels", done, total))
@@ -113,10 +124,10 @@ class CpuTicket:
 class CpuProgram:
     """Runs batches of one segment. Not thread-safe: one step at a time."""
 
-    def __init__(self, backend: CpuBackend, segment: Segment, limits: StepLimits) -> None:
-        self.segment, self.limits = segment, limits
+    def __init__(self, backend: CpuBackend, drawn: Blueprint) -> None:
+        self.segment, self.limits = drawn.segment, drawn.limits
         self._backend, self._closed = backend, False
-        self._weights = PackedWeights(*_weights_of(segment))
+        self._drawn, self._lowered, self._weights = drawn, drawn.lowered, drawn.weights
         self._memories: list[platform.Memory] = []
         try:
             self._make()
@@ -125,30 +136,20 @@ class CpuProgram:
             raise
 
     def _make(self) -> None:
-        backend, segment, limits = self._backend, self.segment, self.limits
-        self._kv, caches = _place_caches(segment, self._reserve, limits.n_pages)
-        max_segments = -(-limits.n_pages // SEGMENT_PAGES) + 2
-        lowered = Lowering(segment, limits, self._weights, caches, max_segments).run()
-        self._scratch = self._reserve(lowered.scratch_bytes)
-        for buffer in lowered.scratch:
-            buffer.address += self._scratch.address
-        self._lowered = lowered
-        self._sample = self._sample_op() if segment.is_last else None
-        self._load_kernels()
-        library = backend.library
+        backend, drawn, limits = self._backend, self._drawn, self.limits
+        self._weights.reserve()
+        self._kv, self._scratch = self._reserve(drawn.kv), self._reserve(drawn.scratch)
+        backend.load(drawn.kernels())
+        library, lowered = backend.library, self._lowered
         self._team = shared_team(library, limits.n_threads)
         backend.pack(self._weights, self._team, limits.n_threads)
-        self._make_step_arrays(max_segments)
+        self._make_step_arrays()
         self._tapes: dict[tuple[Way, OutputKind], Tape] = {}  # those that steps have asked for
         self._trial = Trial(self._team, lowered.ops, self._tape)
         self._ways = ways(limits.n_threads)
         path = library.folder / f"decode-{self._trial.key}-{limits.n_threads}.json"
         self._tuning = Tuning(self._ways, path, self._trial)
-        self.memory = {
-            **{f"weights {kind}": n for kind, n in self._weights.bytes_by_type.items()},
-            "kv": limits.n_pages * PAGE * layout.cache_bytes(segment.caches.values()),
-            "scratch": lowered.scratch_bytes,
-        }
+        self.memory = drawn.rows()
         can_build = backend.can_build_beside(sum(self.memory.values()))
         # One after the other: what is measured must be the kernels that will run.
         build = IdleBuild(library.inexact() if can_build else (), library.folder, library.target)
@@ -225,10 +226,11 @@ class CpuProgram:
         self._forget_views()
         self._free()
 
-    def _reserve(self, n_bytes: int) -> platform.Memory:
-        """Memory that `close` frees."""
-        memory = platform.Memory(n_bytes)
+    def _reserve(self, arena: Arena) -> platform.Memory:
+        """Memory for an arena, which `close` frees."""
+        memory = platform.Memory(arena.n_bytes)
         self._memories.append(memory)
+        arena.settle(memory.address)
         return memory
 
     def _free(self) -> None:
@@ -244,25 +246,7 @@ class CpuProgram:
 
     # -- construction --------------------------------------------------------------------------
 
-    def _load_kernels(self) -> None:
-        ops = [*self._lowered.ops, *([self._sample] if self._sample else [])]
-        names = {part.kernel for op in ops for part in op.parts}
-        if self._lowered.prologue:
-            names.add(self._lowered.prologue.kernel)
-        names |= {f"pack.{name.lower()}" for name in self._weights.matrix_types}
-        self._backend.load(names | {*KERNELS, "read"})
-
-    def _sample_op(self) -> KernelOp:
-        logits, vocab = self._lowered.logits, self.segment.output.dim
-        assert logits is not None
-        scratch_bytes = layout.sample_scratch_bytes(vocab)
-        self._sample_scratch = self._reserve(self.limits.n_threads * scratch_bytes)
-        args: Args = [
-            logits, row_stride(vocab), vocab, self._sample_scratch.address, scratch_bytes,
-        ]  # fmt: skip
-        return KernelOp("sample", [KernelPart("sample", args, layout.COUNT_WANTED)])
-
-    def _make_step_arrays(self, max_segments: int) -> None:
+    def _make_step_arrays(self) -> None:
         limits = self.limits
         self._header = np.zeros(layout.HEADER_WORDS, np.int64)
         self._pos = np.zeros(limits.max_rows, np.int64)
@@ -270,7 +254,6 @@ class CpuProgram:
         self._ids = np.zeros(limits.max_rows, np.int32)
         self._wanted = np.zeros(limits.max_outputs, np.int32)
         self._tables = np.zeros((limits.max_sequences, layout.TABLE_BYTES // 8), np.int64)
-        self._items = self._reserve(layout.items_bytes(limits.max_rows, max_segments))
         for word, array in (
             (layout.H_POS, self._pos),
             (layout.H_SEQ, self._seq),
@@ -279,7 +262,7 @@ class CpuProgram:
             (layout.H_TABLES, self._tables),
         ):
             self._set(word, array.ctypes.data)
-        self._set(layout.H_ITEMS, self._items.address)
+        self._set(layout.H_ITEMS, self._drawn.items.address)
         self._no_rows = np.zeros((0, 0), np.float32)
         self._no_ids = np.zeros(0, np.int32)
         lowered, dim = self._lowered, self.segment.graph.hparams.dim
@@ -303,8 +286,8 @@ class CpuProgram:
             ops = lowered.ops[: lowered.head] if output == "hidden" else [*lowered.ops]
             if way != self._ways[0]:
                 ops = [recut(op, *way) if op.reads_weights else op for op in ops]
-            if output == "ids" and self._sample:
-                ops.append(self._sample)
+            if output == "ids" and self._drawn.sample:
+                ops.append(self._drawn.sample)
             prologue = self._part(lowered.prologue) if lowered.prologue else None
             tape = self._tape(ops, self._header.ctypes.data, way.n_threads, prologue)
             self._tapes[way, output] = tape
@@ -331,6 +314,11 @@ class CpuProgram:
         self._input = self._no_rows
 
     # -- measuring -----------------------------------------------------------------------------
+
+    @property
+    def step_weight_bytes(self) -> int:
+        """Packed weights that a step of one row reads."""
+        return self._drawn.step_weight_bytes
 
     def read_bandwidth(self) -> float:
         """Bytes per second at which the team reads the packed weights once, doing nothing else."""
@@ -377,53 +365,3 @@ def _float_view(buffer: Buffer, n_rows: int, dim: int) -> NDArray[np.float32]:
     stride = row_stride(dim)
     raw = (ctypes.c_float * (n_rows * stride // 4)).from_address(buffer.address)
     return np.frombuffer(memoryview(raw), np.float32).reshape(n_rows, stride // 4)[:, :dim]
-
-
-def _weights_of(segment: Segment) -> tuple[list[Weight], list[Weight]]:
-    """The matrices and the vectors that a segment's ops read."""
-    matrices, vectors = [], []
-    for op in segment.ops:
-        if isinstance(op, (Embed, Linear)):
-            matrices.append(op.weight)
-        if isinstance(op, (RmsNorm, Bias)) and op.weight is not None:
-            vectors.append(op.weight)
-        if isinstance(op, Linear) and op.bias is not None:
-            vectors.append(op.bias)
-    return matrices, vectors
-
-
-def kernels_of(segment: Segment) -> set[str]:
-    """Names of the kernels that a program of this segment loads."""
-    lowering = Lowering(segment, _NO_STEP, _Nowhere(), defaultdict(lambda: NO_CACHE), 1)
-    kinds = {op.weight.type.name.lower() for op in segment.ops if isinstance(op, (Embed, Linear))}
-    sample = {"sample"} if segment.is_last else set()
-    return lowering.kernels() | {f"pack.{kind}" for kind in kinds} | sample | {"read", *KERNELS}
-
-
-_NO_STEP = StepLimits(n_pages=1, max_rows=1, max_outputs=1, max_sequences=1, n_threads=1)
-
-
-class _Nowhere:
-    """Addresses of weights where only the names of kernels are asked for."""
-
-    def matrix(self, weight: Weight) -> int:
-        return 0
-
-    vector = matrix
-
-    def doubles(self, values: NDArray[np.float64]) -> int:
-        return 0
-
-
-def _place_caches(
-    segment: Segment, reserve: Callable[[int], platform.Memory], n_pages: int
-) -> tuple[platform.Memory, dict[int, LayerCache]]:
-    """One arena of pages; a page holds its 32 positions of every layer, so it is touched whole."""
-    page_bytes = PAGE * layout.cache_bytes(segment.caches.values())
-    memory = reserve(n_pages * page_bytes)
-    offset, caches = memory.address, {}
-    for layer, kv in segment.caches.items():
-        k_bytes, v_bytes = (PAGE * n_bytes for n_bytes in layout.position_bytes(*kv))
-        caches[layer] = LayerCache(offset, offset + k_bytes, page_bytes)
-        offset += k_bytes + v_bytes
-    return memory, caches

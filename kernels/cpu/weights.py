@@ -16,6 +16,7 @@ import numpy as np
 
 from edgeinfer import platform
 from edgeinfer.kernels.cpu import layout
+from edgeinfer.kernels.cpu.commands import Arena, Buffer, aligned
 from edgeinfer.kernels.cpu.formats import FORMATS, GROUP_ROWS, packed_bytes
 from edgeinfer.kernels.cpu.library import Library
 from edgeinfer.kernels.cpu.team import Op, Part, Team
@@ -23,32 +24,42 @@ from edgeinfer.quant import Weight, dequantize
 
 _PORTION = 4 << 20  # source bytes after which packing begins, and the most of one piece
 _PACK_CHUNK = 256 << 10  # packed bytes of one chunk
-_ALIGN = 64
 
 
 class PackedWeights:
-    """Matrices in groups of 8 rows, vectors as floats; addresses are known before the bytes are."""
+    """Matrices in groups of 8 rows, vectors as floats: laid out, then reserved, then filled."""
 
     def __init__(self, matrices: Iterable[Weight], vectors: Iterable[Weight]) -> None:
         self._matrices = {w.name: w for w in matrices}
         self._vectors = {w.name: w for w in vectors}
-        self._offsets: dict[str, int] = {}
-        self._doubles: list[np.ndarray] = []
+        self._tables: list[tuple[Buffer, np.ndarray]] = []
+        self._arena = Arena()
+        self._memory: platform.Memory | None = None
         self.bytes_by_type: dict[str, int] = {}
-        size = 0
-        for weight in self._matrices.values():
-            n_bytes = packed_bytes(weight.type.name.lower(), *weight.shape)
-            size = self._place("m:" + weight.name, weight.type.name, size, n_bytes)
-        for weight in self._vectors.values():
-            n_bytes = 4 * layout.whole_vectors(weight.shape[0])
-            size = self._place("v:" + weight.name, "F32", size, n_bytes)
-        self.n_bytes = size
-        self._memory = platform.Memory(size, huge=True)
+        self._packed = {
+            weight.name: self._place(
+                weight.type.name, packed_bytes(weight.type.name.lower(), *weight.shape)
+            )
+            for weight in self._matrices.values()
+        }
+        self._floats = {
+            weight.name: self._place("F32", 4 * layout.whole_vectors(weight.shape[0]))
+            for weight in self._vectors.values()
+        }
 
-    def _place(self, key: str, type_name: str, offset: int, n_bytes: int) -> int:
-        self._offsets[key] = offset
-        self.bytes_by_type[type_name] = self.bytes_by_type.get(type_name, 0) + n_bytes
-        return offset + -(-n_bytes // _ALIGN) * _ALIGN
+    def _place(self, type_name: str, n_bytes: int) -> Buffer:
+        counts = self.bytes_by_type
+        counts[type_name] = counts.get(type_name, 0) + aligned(n_bytes)
+        return self._arena.place(Buffer("weights", n_bytes, is_kept=True))
+
+    @property
+    def n_bytes(self) -> int:
+        return self._arena.n_bytes
+
+    def reserve(self) -> None:
+        """Take the memory, once all that is to lie there is known."""
+        self._memory = platform.Memory(self.n_bytes, huge=True)
+        self._arena.settle(self.address)
 
     @property
     def matrix_types(self) -> set[str]:
@@ -57,21 +68,22 @@ class PackedWeights:
 
     @property
     def address(self) -> int:
+        assert self._memory is not None, "no memory was reserved"
         return self._memory.address
 
-    def matrix(self, weight: Weight) -> int:
-        """Address of a packed matrix."""
-        return self._memory.address + self._offsets["m:" + weight.name]
+    def matrix(self, weight: Weight) -> Buffer:
+        """A packed matrix."""
+        return self._packed[weight.name]
 
-    def vector(self, weight: Weight) -> int:
-        """Address of a vector of floats, padded with zeros to 8."""
-        return self._memory.address + self._offsets["v:" + weight.name]
+    def vector(self, weight: Weight) -> Buffer:
+        """A vector of floats, padded with zeros to 8."""
+        return self._floats[weight.name]
 
-    def doubles(self, values: np.ndarray) -> int:
-        """Address of a table of float64 that lives as long as the weights."""
+    def doubles(self, values: np.ndarray) -> Buffer:
+        """A table of float64, until memory is reserved."""
         table = np.ascontiguousarray(values, np.float64)
-        self._doubles.append(table)
-        return table.ctypes.data
+        self._tables.append((self._place("F32", table.nbytes), table))
+        return self._tables[-1][0]
 
     def pack(
         self,
@@ -83,7 +95,9 @@ class PackedWeights:
         """Fill the arena; `progress(done, total)` counts source bytes."""
         for weight in self._vectors.values():
             values = np.ascontiguousarray(dequantize(weight), np.float32)
-            ctypes.memmove(self.vector(weight), values.ctypes.data, values.nbytes)
+            ctypes.memmove(self.vector(weight).address, values.ctypes.data, values.nbytes)
+        for buffer, table in self._tables:
+            ctypes.memmove(buffer.address, table.ctypes.data, table.nbytes)
         portions = list(_portions(self._matrices.values()))
         done, total = 0, sum(len(w.data) for w in self._matrices.values())
         progress(0, total)
@@ -107,14 +121,14 @@ class PackedWeights:
         name = piece.weight.type.name.lower()
         n_groups, n_blocks = -(-piece.n_rows // GROUP_ROWS), piece.n_blocks
         group_bytes = n_blocks * FORMATS[name].packed_bytes
-        to = self.matrix(piece.weight) + piece.first // GROUP_ROWS * group_bytes
+        to = self.matrix(piece.weight).address + piece.first // GROUP_ROWS * group_bytes
         per_chunk = max(1, _PACK_CHUNK // group_bytes)
         args = [source, to, piece.n_rows, n_blocks, per_chunk]
         return Part(library.address(f"pack.{name}"), args, -(-n_groups // per_chunk))
 
     def close(self) -> None:
-        self._memory.close()
-        self._doubles.clear()
+        if self._memory is not None:
+            self._memory.close()
 
 
 class _Reader:
@@ -189,7 +203,7 @@ class _Piece(NamedTuple):
     @property
     def room(self) -> int:
         """Bytes that `read_to` fills, aligned."""
-        return -(-self.n_rows * self.whole_row_bytes // _ALIGN) * _ALIGN
+        return aligned(self.n_rows * self.whole_row_bytes)
 
     def read_to(self, address: int) -> None:
         """Read the rows as the file has them; where their last block isn't whole, with zeros."""

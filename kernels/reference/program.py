@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeinfer.batch import PAGE, Batch, Outputs, StepLimits
+from edgeinfer.batch import PAGE, Batch, Demand, Outputs, StepLimits, StepRequest
 from edgeinfer.errors import ClosedError
 from edgeinfer.fusion import Uses, pinned_query
 from edgeinfer.graph import (
@@ -42,6 +42,8 @@ from edgeinfer.sampling.params import Sampled, SampleRow
 Mode: TypeAlias = Literal["exact", "quantised"]
 Sampler: TypeAlias = Callable[[Floats, SampleRow], Sampled]
 
+_MAX_ROWS = 256  # of a step
+
 
 KNOWN: Known = {
     Embed: fields("weight"),
@@ -71,9 +73,20 @@ class ReferenceBackend:
     def __init__(self, sampler: Sampler | None = None) -> None:
         self._sampler = sampler
 
-    def building_bytes(self, segment: Segment) -> int:
-        """Nothing has to be built."""
-        return 0
+    def demand(self, segment: Segment, request: StepRequest) -> Demand:
+        """What an exact program keeps, and the values of a step."""
+        check(segment, KNOWN, "reference")
+        limits = StepLimits.of(request, segment.output.dim, _MAX_ROWS)
+        weights = {op.weight.name: op.weight for op in segment.ops if isinstance(op, Linear)}
+        caches = segment.caches.values()
+        rows = {
+            "weights F32": 4 * sum(weight.n_elements for weight in weights.values()),
+            "KV cache": limits.n_pages
+            * PAGE
+            * sum(4 * kv.n_heads * (kv.k_dim + kv.v_dim) for kv in caches),
+            "scratch": 4 * limits.max_rows * sum(op.out.dim for op in segment.ops),
+        }
+        return Demand(limits, rows)
 
     def compile(
         self, segment: Segment, limits: StepLimits, *, mode: Mode = "exact"
@@ -125,6 +138,11 @@ class ReferenceProgram:
         self._is_closed, self._ticket = True, None
         self._weights.clear()
         self._pages.clear()
+
+    @property
+    def step_weight_bytes(self) -> int:
+        """Bytes of the matrices that every step reads."""
+        return sum(weight.nbytes for weight in self._weights.values())
 
     def __enter__(self) -> ReferenceProgram:
         return self

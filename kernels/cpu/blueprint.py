@@ -1,0 +1,96 @@
+"""A program before it takes any memory: what it will run, load and reserve, and for what.
+
+Knows no team and no machine; `program.py` makes it run.
+"""
+
+from __future__ import annotations
+
+from edgeinfer.batch import PAGE, SEGMENT_PAGES, StepLimits
+from edgeinfer.graph import Bias, Embed, Linear, RmsNorm, Segment
+from edgeinfer.kernels.cpu import layout
+from edgeinfer.kernels.cpu.commands import Arena, Args, Buffer, KernelOp, KernelPart
+from edgeinfer.kernels.cpu.lower import LayerCache, Lowering, row_stride
+from edgeinfer.kernels.cpu.shapes import check_shapes
+from edgeinfer.kernels.cpu.team import KERNELS
+from edgeinfer.kernels.cpu.weights import PackedWeights
+from edgeinfer.quant import Weight
+
+
+class Blueprint:
+    """A segment lowered for steps of up to `limits`. It becomes a program once.
+
+    UnsupportedModelError names what no kernel takes.
+    """
+
+    def __init__(self, segment: Segment, limits: StepLimits) -> None:
+        check_shapes(segment)
+        self.segment, self.limits = segment, limits
+        self.max_segments = -(-limits.n_pages // SEGMENT_PAGES) + 2
+        self.weights = PackedWeights(*_weights_of(segment))
+        self.kv = Arena()
+        caches = _place_caches(segment, self.kv, limits.n_pages)
+        lowering = Lowering(segment, limits, self.weights, caches, self.max_segments)
+        self.lowered = lowering.run()
+        self.scratch = self.lowered.scratch
+        n_bytes = layout.items_bytes(limits.max_rows, self.max_segments)
+        self.items = self.scratch.place(Buffer("attention items", n_bytes))
+        self.sample = self._sample_op() if segment.is_last else None
+
+    def kernels(self) -> set[str]:
+        """Names of the kernels that the program loads."""
+        lowered = self.lowered
+        ops = [*lowered.ops, *([self.sample] if self.sample else [])]
+        names = {part.kernel for op in ops for part in op.parts}
+        if lowered.prologue:
+            names.add(lowered.prologue.kernel)
+        names |= {f"pack.{name.lower()}" for name in self.weights.matrix_types}
+        return names | {*KERNELS, "read"}
+
+    def rows(self) -> dict[str, int]:
+        """Bytes that the program reserves, by purpose."""
+        weights = self.weights.bytes_by_type
+        return {
+            **{f"weights {kind}": n_bytes for kind, n_bytes in weights.items()},
+            "KV cache": self.kv.n_bytes,
+            "scratch": self.scratch.n_bytes,
+        }
+
+    @property
+    def step_weight_bytes(self) -> int:
+        """Packed weights that a step reads: all matrices but a lone embedding."""
+        return sum(part.weight_bytes for op in self.lowered.ops for part in op.parts)
+
+    def _sample_op(self) -> KernelOp:
+        logits, vocab = self.lowered.logits, self.segment.output.dim
+        assert logits is not None
+        n_bytes = layout.sample_scratch_bytes(vocab)
+        scratch = self.scratch.place(Buffer("sampling", self.limits.n_threads * n_bytes))
+        args: Args = [logits, row_stride(vocab), vocab, scratch, n_bytes]
+        return KernelOp("sample", [KernelPart("sample", args, layout.COUNT_WANTED)])
+
+
+def _weights_of(segment: Segment) -> tuple[list[Weight], list[Weight]]:
+    """The matrices and the vectors that a segment's ops read."""
+    matrices, vectors = [], []
+    for op in segment.ops:
+        if isinstance(op, (Embed, Linear)):
+            matrices.append(op.weight)
+        if isinstance(op, (RmsNorm, Bias)) and op.weight is not None:
+            vectors.append(op.weight)
+        if isinstance(op, Linear) and op.bias is not None:
+            vectors.append(op.bias)
+    return matrices, vectors
+
+
+def _place_caches(segment: Segment, arena: Arena, n_pages: int) -> dict[int, LayerCache]:
+    """One arena of pages; a page holds its 32 positions of every layer, so it is touched whole."""
+    page_bytes = PAGE * layout.cache_bytes(segment.caches.values())
+    arena.place(Buffer("pages", n_pages * page_bytes, is_kept=True))
+    offset, caches = 0, {}
+    for layer, kv in segment.caches.items():
+        k_bytes, v_bytes = (PAGE * n_bytes for n_bytes in layout.position_bytes(*kv))
+        k = arena.place(Buffer("K", 0, is_kept=True), offset)
+        v = arena.place(Buffer("V", 0, is_kept=True), offset + k_bytes)
+        caches[layer] = LayerCache(k, v, page_bytes)
+        offset += k_bytes + v_bytes
+    return caches
