@@ -330,7 +330,7 @@ def _qwen3s() -> Iterator[Golden]:
 
 
 def _granites() -> Iterator[Golden]:
-    scales = dict(embedding_scale=3.0, residual_scale=0.4, attention__scale=0.5, logit_scale=0.4)
+    scales = dict(embedding_scale=0.6, residual_scale=1.5, attention__scale=0.5, logit_scale=0.7)
     multipliers = {
         "embedding multiplier": no_key("embedding_scale"),
         "residual multiplier": no_key("residual_scale"),
@@ -338,7 +338,7 @@ def _granites() -> Iterator[Golden]:
         "scale of logits": key("logit_scale", 1.0),
     }
     yield Golden(
-        "granite", "granite", _keys(2, **scales), _shapes(2, *_LLAMA, tied=True),
+        "granite", "granite", _keys(2, **scales), _shapes(2, *_LLAMA),
         {**_NORMS, **_ROPE, **multipliers, "rope": key("rope.scaling.finetuned", False)},
     )  # fmt: skip
     yield Golden(
@@ -348,7 +348,7 @@ def _granites() -> Iterator[Golden]:
     keys = dict(expert_count=8, expert_used_count=2, expert_shared_feed_forward_length=48)
     yield Golden(
         "granitemoe", "granitemoe", _keys(2, **scales, **keys),
-        _shapes(2, _PRE, _attention(), _experts(8, FFN, shared=48), tied=True),
+        _shapes(2, _PRE, _attention(), _experts(8, FFN, shared=48)),
         {
             **_NORMS, **_ROPE, **multipliers, **_EXPERTS,
             **each_filled(0, "ffn_down_shexp.weight"),
@@ -364,7 +364,7 @@ def _others() -> Iterator[Golden]:
     wide, temperature = 24, "attention.temperature_scale"
     keys = dict(
         attention__key_length=wide, attention__value_length=wide, **_YARN,
-        rope__scaling__yarn_log_multiplier=0.5, rope__scaling__yarn_beta_fast=8.0,
+        rope__scaling__yarn_log_multiplier=0.5, rope__scaling__yarn_beta_fast=2.0,
         rope__scaling__yarn_beta_slow=0.5, attention__temperature_scale=0.5,
     )  # fmt: skip
     yield Golden(
@@ -396,7 +396,7 @@ def _phi3(name: str, length: int) -> Golden:
         name, "phi3", _keys(2, **keys), _shapes(2, _PRE, lambda i: fused, _down) | factors,
         {
             **_NORMS, **_ROPE,
-            "part of a head": no_key("rope.dimension_count"),
+            "part of a head": _whole_heads,
             "magnitude": no_key("rope.scaling.attn_factor"),
             "factors": filled(1, f"rope_factors_{_FACTORS[length > N_CTX]}.weight"),
             "the length that chooses factors":
@@ -406,6 +406,14 @@ def _phi3(name: str, length: int) -> Golden:
 
 
 _FACTORS = ("long", "short")
+
+
+def _whole_heads(draft: Draft) -> None:
+    """All of a head is rotated, by factors of 1 where the file has none."""
+    del draft.keys["rope.dimension_count"]
+    for name in [name for name in draft.tensors if name.startswith("rope_factors")]:
+        ones = np.ones(HEAD // 2 - len(draft.tensors[name]), np.float32)
+        draft.tensors[name] = np.append(draft.tensors[name], ones)
 
 
 def _olmos() -> Iterator[Golden]:
@@ -477,3 +485,5 @@ GOLDENS = {
     for family in (_llamas, _qwen3s, _granites, _others, _olmos, _gemmas)
     for golden in family()
 }
+# Those that edgeinfer does not run yet, for want of a model file or of an operation.
+TO_COME = {"llama-experts", "qwen3moe", "granitemoe", "gemma2", "gemma3", "olmo3"}
