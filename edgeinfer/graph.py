@@ -90,8 +90,14 @@ class Graph:
         """A whole number of at least `low`; without a default the file must have it."""
         return self._settings.count(name, default, layer=self._here, low=low)
 
-    def number(self, name: str, default: float | None = None) -> float:
-        return self._settings.number(name, default, layer=self._here)
+    def number(
+        self,
+        name: str,
+        default: float | None = None,
+        low: float = -math.inf,
+        high: float = math.inf,
+    ) -> float:
+        return self._settings.number(name, default, layer=self._here, low=low, high=high)
 
     def flag(self, name: str, default: bool | None = None) -> bool:
         return self._settings.flag(name, default, layer=self._here)

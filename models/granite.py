@@ -4,7 +4,7 @@ from edgeinfer.graph import Graph
 
 
 def forward(g: Graph) -> None:
-    residual, logit_scale = g.number("residual_scale", 0.0) or 1.0, g.number("logit_scale")
+    residual, logits = g.number("residual_scale", 0.0) or 1.0, g.number("logit_scale", low=1e-6)
     is_rotated = g.flag("rope.scaling.finetuned", True)
     x = g.scale(g.embed(), g.number("embedding_scale", 0.0) or 1.0)  # (T, D)
     for blk in g.layers():
@@ -21,4 +21,4 @@ def forward(g: Graph) -> None:
         gate, up = g.gate_up(h, blk)  # (T, F)
         f = g.linear(g.silu(gate) * up, f"{blk}.ffn_down", g.dim)
         x = g.layer_output(x + g.scale(f, residual))
-    g.head(g.rms_norm(g.select_rows(x), "output_norm"), scale=1 / logit_scale)  # (wanted rows, V)
+    g.head(g.rms_norm(g.select_rows(x), "output_norm"), scale=1 / logits)  # (wanted rows, V)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from edgeinfer.graph import Activation, Op, RmsNorm, Rotate, Scale
 
-from .bench.make_model import add_value
+from .bench.make_model import add_byte_tokenizer, add_value
 
 Floats: TypeAlias = NDArray[np.float32]
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
@@ -39,9 +39,13 @@ class Draft:
     tensors: dict[str, Floats]
     rewrites: list[Callable[[Op], Op]] = field(default_factory=list)  # of what was recorded
 
-    def write(self, path: Path) -> Path:
+    def write(self, path: Path, *, has_tokenizer: bool = False) -> Path:
+        """The file; a tokenizer takes a larger vocabulary than the models here have."""
         writer = gguf.GGUFWriter(path, self.arch)
-        writer.add_tokenizer_model("no_vocab")
+        if has_tokenizer:
+            add_byte_tokenizer(writer, self.keys["vocab_size"])
+        else:
+            writer.add_tokenizer_model("no_vocab")
         for key, value in self.keys.items():
             add_value(writer, f"{self.arch}.{key}", value)
         for name, values in self.tensors.items():
