@@ -171,6 +171,13 @@ def _unscaled_embedding(op: Op) -> Op:
     return op._replace(factor=1.0) if isinstance(op, Scale) and op.layer < 0 else op
 
 
+def _scaled_in_windows(op: Op) -> Op:
+    """The scaling of other layers' rotation in those with a window, too."""
+    if not isinstance(op, Rotate) or op.rope.scale != 1:
+        return op
+    return op._replace(rope=op.rope._replace(scale=1 / _FACTOR))
+
+
 def _norms_by_head(op: Op) -> Op:
     """The norm of a whole row of q or k, as one over each head with the first head's weight."""
     if not isinstance(op, RmsNorm) or op.weight is None or "attn_" not in op.weight.name:
@@ -266,9 +273,14 @@ _ROPE: dict[str, Edit] = {
     "base": key("rope.freq_base", 500.0),
     "pairs": rewritten(_other_pairs),
 }
+_WINDOW: dict[str, Edit] = {
+    "window": key("attention.sliding_window", 8192),
+    "its width": key("attention.sliding_window", WINDOW + 1),
+}
+_FACTOR = 4.0
 _YARN = {
     "rope__scaling__type": "yarn",
-    "rope__scaling__factor": 4.0,
+    "rope__scaling__factor": _FACTOR,
     "rope__scaling__original_context_length": 32,
 }
 _YARN_PARTS: dict[str, Edit] = {
@@ -292,7 +304,7 @@ def _llamas() -> Iterator[Golden]:
     )  # fmt: skip
     yield Golden(
         "llama-linear", "llama",
-        _keys(2, rope__scaling__type="linear", rope__scaling__factor=4.0), _shapes(2, *_LLAMA),
+        _keys(2, rope__scaling__type="linear", rope__scaling__factor=_FACTOR), _shapes(2, *_LLAMA),
         {"linear scaling": key("rope.scaling.type", "none")},
     )  # fmt: skip
     yield Golden(
@@ -434,9 +446,9 @@ def _olmos() -> Iterator[Golden]:
         "olmo3", "olmo2", _keys(4, **_YARN, attention__sliding_window=WINDOW), _shapes(4, *parts),
         {
             **whole, **_ROPE, **_YARN_PARTS,
-            "window": key("attention.sliding_window", 8192),
-            "its width": key("attention.sliding_window", WINDOW + 1),
+            **_WINDOW,
             "which layers have it": key("attention.sliding_window_pattern", 2),
+            "their own rope": rewritten(_scaled_in_windows),
         },
     )  # fmt: skip
 
@@ -453,8 +465,7 @@ def _gemmas() -> Iterator[Golden]:
         **_NORMS, **_POST_NORMS, **_ROPE,
         "embedding multiplier": rewritten(_unscaled_embedding),
         "gelu": rewritten(_silu),
-        "window": key("attention.sliding_window", 8192),
-        "its width": key("attention.sliding_window", WINDOW + 1),
+        **_WINDOW,
     }  # fmt: skip
     yield Golden(
         "gemma2", "gemma2",
@@ -470,7 +481,7 @@ def _gemmas() -> Iterator[Golden]:
             "which layers have it": key("attention.sliding_window_pattern", 3),
         },
     )  # fmt: skip
-    keys = dict(rope__freq_base=1e5, rope__scaling__type="linear", rope__scaling__factor=4.0)
+    keys = dict(rope__freq_base=1e5, rope__scaling__type="linear", rope__scaling__factor=_FACTOR)
     yield Golden(
         "gemma3", "gemma3", _keys(7, **sizes, attention__sliding_window=WINDOW) | _keys(7, **keys),
         _shapes(7, *parts, _head_norms(wide), tied=True),
@@ -479,6 +490,7 @@ def _gemmas() -> Iterator[Golden]:
             **_QK_NORMS,
             "scaling of other layers": key("rope.scaling.type", "none"),
             "base of windows": key("rope.freq_base_swa", 100.0),
+            "their own rope": rewritten(_scaled_in_windows),
             "which layers have it": key("attention.sliding_window_pattern", 3),
         },
     )  # fmt: skip
