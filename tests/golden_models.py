@@ -171,6 +171,11 @@ def _unscaled_embedding(op: Op) -> Op:
     return op._replace(factor=1.0) if isinstance(op, Scale) and op.layer < 0 else op
 
 
+def _raw_weights(op: Op) -> Op:
+    """The weights of chosen experts as the router gives them."""
+    return op._replace(norm=False) if "norm" in op._fields else op  # type: ignore[call-arg]
+
+
 def _scaled_in_windows(op: Op) -> Op:
     """The scaling of other layers' rotation in those with a window, too."""
     if not isinstance(op, Rotate) or op.rope.scale != 1:
@@ -326,6 +331,7 @@ def _llamas() -> Iterator[Golden]:
 _EXPERTS: dict[str, Edit] = {
     "how many experts": key("expert_used_count", 3),
     **each_filled(0, "ffn_gate_inp.weight"),
+    "norm of their weights": rewritten(_raw_weights),
 }
 
 
