@@ -265,7 +265,7 @@ class Graph:
         return self._record(Bias, x.dim, x=x, weight=self._weight(name, x.dim))
 
     def scale(self, x: Value, factor: float) -> Value:
-        return self._record(Scale, x.dim, x=x, factor=factor)
+        return x if factor == 1 else self._record(Scale, x.dim, x=x, factor=factor)
 
     def soft_cap(self, x: Value, cap: float) -> Value:
         return self._record(SoftCap, x.dim, x=x, cap=cap)
@@ -285,8 +285,8 @@ class Graph:
         They are multiplied by `scale`, then kept below `soft_cap` where there is one.
         """
         name = "output" if self.has("output.weight") else "token_embd"
-        self.hidden, logits = x, self.linear(x, name, self.hparams.vocab_size)
-        logits = logits if scale == 1 else self.scale(logits, scale)
+        self.hidden = x
+        logits = self.scale(self.linear(x, name, self.hparams.vocab_size), scale)
         self.logits = self.soft_cap(logits, soft_cap) if soft_cap else logits
 
     def has(self, name: str) -> bool:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from edgeinfer.graph import Activation, Op, RmsNorm, Rotate, Scale
 
-from .bench.make_model import add_byte_tokenizer, add_value
+from .bench.make_model import add_byte_tokenizer, add_value, quantize
 
 Floats: TypeAlias = NDArray[np.float32]
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
@@ -39,8 +39,8 @@ class Draft:
     tensors: dict[str, Floats]
     rewrites: list[Callable[[Op], Op]] = field(default_factory=list)  # of what was recorded
 
-    def write(self, path: Path, *, has_tokenizer: bool = False) -> Path:
-        """The file; a tokenizer takes a larger vocabulary than the models here have."""
+    def write(self, path: Path, quant: str = "F32", *, has_tokenizer: bool = False) -> Path:
+        """The file, its matrices of a type; a tokenizer takes a larger vocabulary than ours."""
         writer = gguf.GGUFWriter(path, self.arch)
         if has_tokenizer:
             add_byte_tokenizer(writer, self.keys["vocab_size"])
@@ -49,7 +49,12 @@ class Draft:
         for key, value in self.keys.items():
             add_value(writer, f"{self.arch}.{key}", value)
         for name, values in self.tensors.items():
-            writer.add_tensor(name, values)
+            if values.ndim == 1 or quant == "F32":
+                writer.add_tensor(name, values)
+            else:
+                rows = quantize(values.reshape(-1, values.shape[-1]), quant)
+                blocks = rows.reshape(*values.shape[:-1], -1)
+                writer.add_tensor(name, blocks, raw_dtype=gguf.GGMLQuantizationType[quant])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

@@ -105,11 +105,14 @@ def test_without_a_feature_they_are_others(name: str, feature: str, tmp_path: Pa
     assert divergence(theirs, ours(draft, tmp_path)) > 1e-3
 
 
+@pytest.mark.parametrize("quant", ["F32", "Q4_0"])
 @pytest.mark.parametrize("name", GOLDENS)
-def test_the_cpu_has_the_references_bits_in_one_pass_and_in_many(name: str, tmp_path: Path) -> None:
+def test_the_cpu_has_the_references_bits_in_one_pass_and_in_many(
+    name: str, quant: str, tmp_path: Path
+) -> None:
     skip_if_to_come(name, tmp_path)
     ids = PROMPT[:40]
-    with GGUFFile.open(GOLDENS[name].draft().write(tmp_path / "golden.gguf")) as file:
+    with GGUFFile.open(GOLDENS[name].draft().write(tmp_path / "golden.gguf", quant)) as file:
         segment = Model.load(file).graph.segment(n_ctx=N_CTX)
         limits = LIMITS._replace(max_outputs=N_PROMPT, n_threads=2)
         with ReferenceBackend().compile(segment, limits, mode="quantised") as program:
