@@ -16,10 +16,11 @@ from edgeinfer.batch import StepLimits
 from edgeinfer.errors import DeviceError
 from edgeinfer.gguf import GGUFFile
 from edgeinfer.kernels.cpu import build, library, ready, soft_float
+from edgeinfer.kernels.cpu.blueprint import Blueprint
 from edgeinfer.kernels.cpu.formats import FORMATS
 from edgeinfer.kernels.cpu.library import Library
 from edgeinfer.kernels.cpu.object_files import undefined_symbols
-from edgeinfer.kernels.cpu.program import CpuBackend, kernels_of
+from edgeinfer.kernels.cpu.program import CpuBackend
 from edgeinfer.kernels.cpu.ready import Ready
 from edgeinfer.kernels.cpu.targets import TRIPLES, Target
 from edgeinfer.model import Model, architectures
@@ -249,7 +250,7 @@ def test_ready_kernels_cover_what_supported_models_need(
     assert {golden.arch for golden in known} == set(architectures())
     for golden in known:
         with GGUFFile.open(golden.draft().write(tmp_path / "golden.gguf")) as file:
-            names = kernels_of(Model.load(file).graph.segment())
+            names = Blueprint(Model.load(file).graph.segment(), limits).kernels()
             asked.update(name for name in names if not name.startswith("attend."))
     assert asked - {*ready.NAMES} == set()
     used = {name.partition(".")[0] for name in asked}
