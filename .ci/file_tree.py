@@ -24,6 +24,7 @@ SAID = {
     "edgeinfer/pyinstaller/rthooks": "What runs before a frozen program.",
     "pyproject.toml": "Packaging, dependencies, settings of ruff, mypy and pytest.",
     "tests/bench": "Benchmarks, and the log of what was tuned.",
+    "tests/goldens": "Logits of llama.cpp; `make_goldens` writes them.",
     "tui/screenshots": "What the chat looks like, written by its tests.",
 }
 

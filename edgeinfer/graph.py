@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import NamedTuple, NoReturn, Protocol
+from typing import NamedTuple, NoReturn
 
 from edgeinfer.errors import InvalidModelError, UnsupportedModelError
 from edgeinfer.ops import (
@@ -27,53 +27,24 @@ from edgeinfer.ops import (
     Mul,
     Op,
     RmsNorm,
-    Rope,
-    RopeKind,
     Rotate,
     Scale,
     Segment,
     SelectRows,
     SoftCap,
     Value,
-    Yarn,
     inputs,
 )
 from edgeinfer.quant import Weight, dequantize
+from edgeinfer.rope import FREQS, LONG, SHORT, Growth, Rope, RopeKind, RopeReader, Yarn
+from edgeinfer.settings import Settings
 
 __all__ = [
-    "Activation", "ActivationKind", "Add", "Attention", "Bias", "Embed", "Graph", "Heads",
-    "Hparams", "KV", "Linear", "Mul", "Op", "RmsNorm", "Rope", "RopeKind", "Rotate", "Scale",
-    "Segment", "SelectRows", "Settings", "SoftCap", "Value", "Yarn", "inputs",
+    "Activation", "ActivationKind", "Add", "Attention", "Bias", "Embed", "Graph", "Growth",
+    "Heads", "Hparams", "KV", "Linear", "Mul", "Op", "RmsNorm", "Rope", "RopeKind", "Rotate",
+    "Scale", "Segment", "SelectRows", "Settings", "SoftCap", "Value", "Yarn", "inputs",
     "without_leading_ones",
 ]  # fmt: skip
-
-
-class Settings(Protocol):
-    """What a file says of its model. Each getter raises for what can't be, by the key's name."""
-
-    def has(self, name: str) -> bool: ...
-
-    def count(
-        self, name: str, default: int | None = None, *, layer: int | None = None, low: int = 1
-    ) -> int: ...
-
-    def number(
-        self,
-        name: str,
-        default: float | None = None,
-        *,
-        layer: int | None = None,
-        low: float = ...,
-        high: float = ...,
-    ) -> float: ...
-
-    def flag(self, name: str, default: bool | None = None, *, layer: int | None = None) -> bool: ...
-
-    def text(self, name: str, default: str | None = None) -> str: ...
-
-    def wrong(self, name: str, value: object, wanted: str) -> NoReturn: ...
-
-    def unsupported(self, name: str, operation: str) -> NoReturn: ...
 
 
 class Heads(NamedTuple):
@@ -119,8 +90,14 @@ class Graph:
         """A whole number of at least `low`; without a default the file must have it."""
         return self._settings.count(name, default, layer=self._here, low=low)
 
-    def number(self, name: str, default: float | None = None) -> float:
-        return self._settings.number(name, default, layer=self._here)
+    def number(
+        self,
+        name: str,
+        default: float | None = None,
+        low: float = -math.inf,
+        high: float = math.inf,
+    ) -> float:
+        return self._settings.number(name, default, layer=self._here, low=low, high=high)
 
     def flag(self, name: str, default: bool | None = None) -> bool:
         return self._settings.flag(name, default, layer=self._here)
@@ -141,41 +118,27 @@ class Graph:
         return Heads(n, n_kv, k_dim, self.count("attention.value_length", k_dim))
 
     def rope(self, kind: RopeKind, head_dim: int) -> Rope:
-        """The layer's rotation, with the factors of `rope_freqs.weight` where the file has them."""
-        n_dims = self.count("rope.dimension_count", head_dim)
-        if n_dims % 2 or n_dims > head_dim:
-            wanted = f"an even number up to {head_dim}"
-            self._settings.wrong("rope.dimension_count", n_dims, wanted)
-        base = self._settings.number("rope.freq_base", 10000.0, layer=self._here, low=1, high=1e12)
-        name = "rope_freqs.weight"
-        factors = self._weight(name, n_dims // 2) if self.has(name) else None
-        return Rope(kind, n_dims, base, *self._rope_scaling(factors))
+        """The layer's rotation, with the factors of its pairs where the file has them.
 
-    def _rope_scaling(
-        self, factors: Weight | None
-    ) -> tuple[float, Weight | None, Yarn | None, float]:
-        """The rest of a rope: scale, factors, YaRN and magnitude."""
-        settings, prefix = self._settings, "rope.scaling"
-        kind = self.text(f"{prefix}.type", "linear")
-        if kind not in ("none", "linear", "yarn"):
-            settings.unsupported(f"{prefix}.type", f"rope scaling {kind!r}")
-        magnitude = settings.number(f"{prefix}.attn_factor", 1.0, low=1e-6, high=1e6)
-        old, name = "rope.scale_linear", f"{prefix}.factor"
-        name = name if settings.has(name) or not settings.has(old) else old
-        factor = settings.number(name, 0.0, low=0, high=1e6)
-        if 0 < factor < 1e-6:
-            settings.wrong(name, factor, "0 or a number from 1e-6 to 1e6")
-        factor = 1.0 if kind == "none" or factor == 0 else factor
-        if kind != "yarn":
-            return 1 / factor, factors, None, magnitude
-        yarn = Yarn(
-            self.count(f"{prefix}.original_context_length", self.hparams.n_ctx_train),
-            settings.number(f"{prefix}.yarn_beta_fast", 32.0, low=1e-3, high=1e6),
-            settings.number(f"{prefix}.yarn_beta_slow", 1.0, low=1e-3, high=1e6),
-        )
-        multiplier = settings.number(f"{prefix}.yarn_log_multiplier", 0.0, low=0, high=1e3)
-        log = 0.1 * math.log(max(factor, 1.0))
-        return 1 / factor, factors, yarn, magnitude * (1 + log) / (1 + multiplier * log)
+        `rope_freqs` acts in any context, `rope_factors_short` in those that are no longer than
+        `rope.scaling.original_context_length`, `rope_factors_long` in others.
+        """
+        reader = self._rope_reader()
+        n_dims = reader.n_dims(head_dim)
+        tables = {
+            name: self._weight(name, n_dims // 2) for name in (FREQS, SHORT, LONG) if self.has(name)
+        }
+        return reader.rope(kind, n_dims, tables)
+
+    def growing(self, rope: Rope, head_dim: int) -> Rope:
+        """A rotation that multiplies what it rotates, too, as `attention.temperature_scale` says.
+
+        For queries: their scores grow with each `rope.scaling.original_context_length` positions.
+        """
+        return self._rope_reader().growing(rope, head_dim)
+
+    def _rope_reader(self) -> RopeReader:
+        return RopeReader(self._settings, self._here, self.hparams.n_ctx_train)
 
     @property
     def _here(self) -> int | None:
@@ -196,15 +159,19 @@ class Graph:
         self._boundaries.append(x)
         return x
 
-    def segment(self, first: int = 0, last: int | None = None) -> Segment:
-        """Layers first <= i < last; the embedding rides with layer 0, the head with the last."""
+    def segment(self, first: int = 0, last: int | None = None, n_ctx: int | None = None) -> Segment:
+        """Layers first <= i < last; the embedding rides with layer 0, the head with the last.
+
+        For sequences of up to n_ctx positions; without that, as many as it was trained for.
+        """
         n = self.hparams.n_layers
         last = n if last is None else last
         if not 0 <= first < last <= n:
             raise ValueError(f"layers {first}:{last} are not within 0:{n}")
         low = -1 if first == 0 else first
         high = n if last == n else last - 1
-        ops = tuple(op for op in self.ops if low <= op.layer <= high)
+        n_ctx = self.hparams.n_ctx_train if n_ctx is None else n_ctx
+        ops = tuple(_in_context(op, n_ctx) for op in self.ops if low <= op.layer <= high)
         output = self.logits if last == n else self._boundaries[last - 1]
         hidden = self.hidden if last == n else output
         assert output is not None and hidden is not None, "the model's forward() recorded no head"
@@ -298,7 +265,7 @@ class Graph:
         return self._record(Bias, x.dim, x=x, weight=self._weight(name, x.dim))
 
     def scale(self, x: Value, factor: float) -> Value:
-        return self._record(Scale, x.dim, x=x, factor=factor)
+        return x if factor == 1 else self._record(Scale, x.dim, x=x, factor=factor)
 
     def soft_cap(self, x: Value, cap: float) -> Value:
         return self._record(SoftCap, x.dim, x=x, cap=cap)
@@ -318,8 +285,8 @@ class Graph:
         They are multiplied by `scale`, then kept below `soft_cap` where there is one.
         """
         name = "output" if self.has("output.weight") else "token_embd"
-        self.hidden, logits = x, self.linear(x, name, self.hparams.vocab_size)
-        logits = logits if scale == 1 else self.scale(logits, scale)
+        self.hidden = x
+        logits = self.scale(self.linear(x, name, self.hparams.vocab_size), scale)
         self.logits = self.soft_cap(logits, soft_cap) if soft_cap else logits
 
     def has(self, name: str) -> bool:
@@ -380,6 +347,12 @@ class Graph:
                 missing=others,
             )
         raise InvalidModelError(f"the file lacks a tensor that {architecture} needs", field=name)
+
+
+def _in_context(op: Op, n_ctx: int) -> Op:
+    if not isinstance(op, Rotate) or op.rope.longer is None:
+        return op
+    return op._replace(rope=op.rope.in_context(n_ctx))
 
 
 def without_leading_ones(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -34,6 +34,7 @@ _EMBEDDINGS = _Inert("how embeddings are made, which is not done here")
 _MULTIPLIES = _Inert("multiplies by 1", (1,))
 _WINDOWED = _Inert("of layers with a window; there are none", None, "attention.sliding_window")
 _YARN = _Inert("acts with YaRN alone, which `rope.scaling.type` asks for")
+_LENGTH = _Inert("acts with YaRN, or rope factors that it chooses between")
 _INERT = {
     "vocab_size": _Inert("the embedding has as many rows"),
     "tensor_data_layout": _Inert("how converters of 2023 ordered rows"),
@@ -60,11 +61,15 @@ _INERT = {
     "attention.value_length_swa": _WINDOWED,
     "rope.dimension_count_swa": _WINDOWED,
     "rope.freq_base_swa": _WINDOWED,
-    "rope.scaling.original_context_length": _YARN,
+    "rope.scaling.original_context_length": _LENGTH,
     "rope.scaling.yarn_beta_fast": _YARN,
     "rope.scaling.yarn_beta_slow": _YARN,
     "rope.scaling.yarn_log_multiplier": _YARN,
     "rope.scaling.yarn_ext_factor": _Inert("the default", (-1,)),
+}
+# Of one architecture alone.
+_INERT_IN = {
+    "phi3.attention.sliding_window": _Inert("not applied, as in llama.cpp"),
 }
 
 
@@ -158,7 +163,8 @@ class Keys:
                 )
 
     def _is_inert(self, name: str) -> bool:
-        entry, value = _INERT.get(name), self._metadata[self._key(name)]
+        value = self._metadata[self._key(name)]
+        entry = _INERT_IN.get(self._key(name), _INERT.get(name))
         acts = entry is None or entry.unless in self._read
         if entry is not None and not acts and entry.values is None:
             return True

@@ -165,7 +165,7 @@ def _check_types(graph: Graph, tensors: Mapping[str, Weight]) -> None:
 def _check_rope_factors(graph: Graph) -> None:
     """Rotation divides by them; an infinite one leaves its pair as it is."""
     ropes = {op.rope for op in graph.ops if isinstance(op, Rotate)}
-    for factors in {rope.factors for rope in ropes if rope.factors is not None}:
+    for factors in {table for rope in ropes for table in rope.tables()}:
         if not all(x > 1e-6 for x in dequantize(factors).tolist()):
             raise InvalidModelError(
                 "a factor is not a positive number; download the file again", field=factors.name

@@ -6,72 +6,13 @@ d head dim, F feed-forward dim, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Literal, NamedTuple, Protocol, TypeAlias
 
-from edgeinfer.quant import Weight, dequantize
+from edgeinfer.quant import Weight
+from edgeinfer.rope import Rope
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-RopeKind: TypeAlias = Literal["norm", "neox"]
 ActivationKind: TypeAlias = Literal["silu", "gelu", "sigmoid", "softplus", "relu2"]
-
-
-class Yarn(NamedTuple):
-    """Rotation of a longer context than was trained, n_ctx (Peng et al. 2023).
-
-    Pairs that turn more than beta_fast times in n_ctx positions turn as they did, those that turn
-    less than beta_slow times are slowed by the rope's scale, and between them it is a blend.
-    """
-
-    n_ctx: int
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-
-
-class Rope(NamedTuple):
-    """Rotary position embedding (Su et al. 2021) of the first `n_dims` of a head.
-
-    `kind` pairs neighbours (2i, 2i+1: "norm") or halves (i, i + n_dims/2: "neox"). The angle of
-    pair i at position p is p * frequencies()[i]; what is turned is also multiplied by `magnitude`.
-    """
-
-    kind: RopeKind
-    n_dims: int
-    base: float
-    scale: float = 1.0
-    factors: Weight | None = None  # (n_dims / 2,), Llama 3's `rope_freqs`
-    yarn: Yarn | None = None
-    magnitude: float = 1.0
-
-    def frequencies(self) -> NDArray[np.float64]:
-        """Radians a position of each pair: scale / (base ** (2i / n_dims) * factors[i])."""
-        import numpy as np
-
-        i = np.arange(self.n_dims // 2, dtype=np.float64)
-        wave: NDArray[np.float64] = np.float64(self.base) ** (2 * i / self.n_dims)
-        if self.factors is not None:
-            wave = wave * dequantize(self.factors)
-        slowed = self.scale / wave
-        if self.yarn is None:
-            return slowed
-        kept = self._kept(i, self.yarn)
-        return slowed * (1 - kept) + 1 / wave * kept
-
-    def _kept(self, i: NDArray[np.float64], yarn: Yarn) -> NDArray[np.float64]:
-        """How much of each pair's own frequency stays, from 1 for the fastest to 0."""
-
-        def pair(n_turns: float) -> float:
-            ratio = math.log(yarn.n_ctx / (n_turns * 2 * math.pi))
-            return self.n_dims * ratio / (2 * math.log(self.base))
-
-        first = max(0, math.floor(pair(yarn.beta_fast)))
-        last = min(self.n_dims - 1, math.ceil(pair(yarn.beta_slow)))
-        kept: NDArray[np.float64] = 1 - ((i - first) / max(0.001, last - first)).clip(0, 1)
-        return kept
 
 
 class Hparams(NamedTuple):

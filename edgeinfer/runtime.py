@@ -146,6 +146,7 @@ def _load(path: Path, options: LoadOptions, templates: TemplateEngine | None) ->
         tokenizer = _Later(lambda: _make_tokenizer(file, options, packs))
         try:
             template = _Later(lambda: _make_template(file, options, templates, tokenizer))
+            segment = model.graph.segment(n_ctx=plan.n_ctx)
             program = backend.compile(segment, plan.limits)
         finally:
             packs.set()

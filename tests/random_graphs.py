@@ -12,7 +12,17 @@ from typing import Any, NamedTuple, NoReturn, get_args
 import numpy as np
 from hypothesis import strategies as st
 
-from edgeinfer.graph import KV, ActivationKind, Graph, Hparams, Rope, Segment, Value, Yarn
+from edgeinfer.graph import (
+    KV,
+    ActivationKind,
+    Graph,
+    Growth,
+    Hparams,
+    Rope,
+    Segment,
+    Value,
+    Yarn,
+)
 from edgeinfer.quant import QUANT_TYPES, Weight
 from tests.bench.make_model import quantize
 
@@ -24,7 +34,8 @@ ROPES = (
     Rope("norm", 6, 100.0),
     Rope("neox", 6, 100.0),
     Rope("neox", 4, 10000.0, 0.5),
-    Rope("norm", 6, 100.0, 0.25, None, Yarn(64, 8.0, 0.5), 1.2),
+    Rope("norm", 6, 100.0, 0.25, None, Yarn(64, 8.0, 0.5), 1.2, Growth(0.5, 3)),
+    Rope("neox", 6, 100.0, 1.0, None, Yarn(64, 8.0, 0.5), 1.2),
 )
 
 
@@ -229,7 +240,7 @@ class Recorder:
         q, raw = self._linear(h, n_heads * k_dim), self._linear(h, n_kv * k_dim)
         v = self._linear(h, n_kv * v_dim) if s.v == 0 or k_dim != v_dim else raw
         q, k = self._norm(q, n_heads, s.q_norm), self._norm(raw, n_kv, s.k_norm)
-        first, second = ROPES[s.after % 4], ROPES[(s.after + 1) % 4]
+        first, second = (ROPES[(s.after + i) % len(ROPES)] for i in (0, 1))
         if s.ropes in (0, 1, 3):
             q = g.rotate(q, n_heads, first)
         turned = q
@@ -301,7 +312,7 @@ class Recorder:
         if each.op == "norm":
             return g.rms_norm(a, self.name() if each.choice % 2 else None, n)
         if each.op == "rotate":
-            rope = ROPES[each.choice % 4]
+            rope = ROPES[each.choice % len(ROPES)]
             return g.rotate(a, n, rope) if a.dim // n >= rope.n_dims else a
         if each.op == "add":
             return a + b

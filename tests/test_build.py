@@ -16,6 +16,7 @@ from edgeinfer.batch import StepLimits
 from edgeinfer.errors import DeviceError
 from edgeinfer.gguf import GGUFFile
 from edgeinfer.kernels.cpu import build, library, ready, soft_float
+from edgeinfer.kernels.cpu.blueprint import Blueprint
 from edgeinfer.kernels.cpu.formats import FORMATS
 from edgeinfer.kernels.cpu.library import Library
 from edgeinfer.kernels.cpu.object_files import undefined_symbols
@@ -25,6 +26,7 @@ from edgeinfer.kernels.cpu.targets import TRIPLES, Target
 from edgeinfer.model import Model, architectures
 
 from . import native
+from .golden_models import GOLDENS, TO_COME
 from .models_for_tests import tiny_model
 
 KERNELS = [
@@ -237,16 +239,22 @@ def test_ready_kernels_cover_what_supported_models_need(
     monkeypatch.setattr(CpuBackend, "load", record)
     limits = StepLimits(n_pages=4, max_rows=4, max_outputs=4, max_sequences=1, n_threads=1)
     asked: set[str] = set()
-    for arch in architectures():
+    for arch in ("llama", "qwen2", "qwen3"):
         for quant in ("F16", "Q4_0", "Q4_1", "Q4_K_M"):
             path = tiny_model(tmp_path, arch=arch, quant=quant, head_dim=64)
             with GGUFFile.open(path) as file:
                 segment = Model.load(file).graph.segment()
                 with pytest.raises(Asked):
                     CpuBackend(tmp_path).compile(segment, limits)
+    known = [golden for golden in GOLDENS.values() if golden.name not in TO_COME]
+    assert {golden.arch for golden in known} == set(architectures())
+    for golden in known:
+        with GGUFFile.open(golden.draft().write(tmp_path / "golden.gguf")) as file:
+            names = Blueprint(Model.load(file).graph.segment(), limits).kernels()
+            asked.update(name for name in names if not name.startswith("attend."))
     assert asked - {*ready.NAMES} == set()
     used = {name.partition(".")[0] for name in asked}
-    plain = {"copy_rows", "quantise", "norm_heads", "pointwise"}  # that no such model needs
+    plain = {"quantise", "norm_heads"}  # that no such model needs
     assert {name.partition(".")[0] for name in ready.NAMES} - used <= plain
 
 

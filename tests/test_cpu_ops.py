@@ -299,17 +299,20 @@ class Positions:
         )  # fmt: skip
 
 
+SPAN = 13  # positions of one magnitude
+
+
 def angles_of(
-    positions: Positions, freqs: NDArray[np.float64], magnitude: float | None = None
+    positions: Positions, freqs: NDArray[np.float64], magnitudes: NDArray[np.float64] | None = None
 ) -> tuple[Floats, Floats]:
     """The angles kernel's rows: at their positions, and at those for pinned pages."""
     n = len(freqs)
     out = np.full((2, 7, 2 * n), np.nan, np.float32)
     args = [freqs.ctypes.data, n, out[0].ctypes.data, out[1].ctypes.data]
-    if magnitude is None:
+    if magnitudes is None:
         native.run("angles", positions.header, args, range(7))
     else:
-        args.append(int(np.float64(magnitude).view(np.int64)))
+        args += [magnitudes.ctypes.data, SPAN, len(magnitudes)]
         native.run("angles.scaled", positions.header, args, range(7))
     return out[0], out[1]
 
@@ -318,13 +321,15 @@ def frequencies(n_pairs: int) -> NDArray[np.float64]:
     return np.asarray(1 / 10000.0 ** (np.arange(n_pairs) / n_pairs))
 
 
-@pytest.mark.parametrize("magnitude", [None, 1.13862943])
-def test_angles(magnitude: float | None) -> None:
+@pytest.mark.parametrize("magnitudes", [None, [1.13862943], [1, 1.25, 0.7, 2.125]])
+def test_angles(magnitudes: list[float] | None) -> None:
     positions, freqs = Positions(), frequencies(12)
-    plain, pinned = angles_of(positions, freqs, magnitude)
+    table = np.array(magnitudes or [1], np.float64)
+    plain, pinned = angles_of(positions, freqs, table if magnitudes else None)
     for got, pos in ((plain, positions.pos), (pinned[5:], positions.pinned_pos[5:])):
         angles = pos[:, None] * freqs
-        expected = np.concatenate([np.cos(angles), np.sin(angles)], axis=1) * (magnitude or 1)
+        expected = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+        expected *= table[np.minimum(pos // SPAN, len(table) - 1)][:, None]
         np.testing.assert_array_equal(got, expected.astype(np.float32))
     assert np.isnan(pinned[:5]).all()  # nothing is gone from the first sequence
 

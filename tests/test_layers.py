@@ -18,7 +18,8 @@ FOLDERS = {"edgeinfer": ROOT / "edgeinfer"} | {
 LAYERS = """
 terminal
 errors
-config quant platform options parameters results
+config quant platform options parameters results settings
+rope
 text sampling hub ops gguf
 graph keys
 batch models.*

@@ -42,8 +42,7 @@ def linears(model: Model) -> dict[str, Linear]:
 def test_architectures_are_the_files_of_models() -> None:
     folder = Path(model_module.__file__).parent / "models"
     files = {path.stem for path in folder.glob("*.py")} - {"__init__"}
-    assert files == {"llama", "qwen3"}
-    assert set(architectures()) == {"llama", "qwen2", "qwen3"}
+    assert files | {"qwen2"} <= set(architectures())
 
 
 def test_numbers(tmp_path: Path) -> None:
@@ -257,7 +256,7 @@ def test_an_unknown_architecture_is_named_beside_those_that_run(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("key", "value", "missing"),
     [
-        ("rope.scaling.type", "longrope", "rope scaling 'longrope'"),
+        ("rope.scaling.type", "dynamic", "rope scaling 'dynamic'"),
         ("expert_count", 8, "expert_count"),
         ("attention.causal", False, None),
         ("attention.clamp_kqv", 8.0, "attention.clamp_kqv"),
@@ -410,7 +409,6 @@ def write_with_tensors(
     ("name", "missing"),
     [
         ("blk.1.attn_sinks.weight", "blk.1.attn_sinks.weight"),
-        ("rope_factors_long.weight", "rope_factors_long.weight"),
         ("blk.1.attn_norm.bias", "blk.1.attn_norm.bias"),
         ("blk.1.something.weight", "blk.1.something.weight"),
     ],

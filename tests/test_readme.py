@@ -14,6 +14,7 @@ import pytest
 from edgeinfer import config
 from edgeinfer.cli.main import commands
 from edgeinfer.hub.discovery import models_folder
+from edgeinfer.model import architectures
 
 from .models_for_tests import tiny_model
 
@@ -71,6 +72,12 @@ def test_every_environment_variable_is_named() -> None:
 def test_links_exist() -> None:
     for link in re.findall(r"\]\(([^)#]+)\)", README):
         assert link.startswith("http") or (ROOT / link).exists(), link
+
+
+def test_every_architecture_is_listed() -> None:
+    assert sorted(architectures()) == sorted(
+        re.findall(r"(?m)^\| `(\w+)`", between("architectures"))
+    )
 
 
 def test_every_folder_is_listed() -> None:

@@ -161,9 +161,10 @@ POINT_SINK = 7 * WORD
 #
 # angles: cos and sin of every row's rotation, [n_pairs cos, n_pairs sin] floats a row, at its
 # position and at its position for pinned pages (PageTable.pinned_pos). freqs: double[n_pairs].
-# angles.scaled: all of them times a magnitude, the bits of a double.
+# angles.scaled: all of them times a magnitude, double[n], of which each serves a span of positions
+# and the last all behind it.
 ANGLES_FREQS, ANGLES_N_PAIRS, ANGLES_OUT, ANGLES_PINNED_OUT = (i * WORD for i in range(4))
-ANGLES_MAGNITUDE = 4 * WORD
+ANGLES_MAGNITUDES, ANGLES_SPAN, ANGLES_N_MAGNITUDES = (i * WORD for i in range(4, 7))
 #
 # rotate.<norm|neox>: for one row: normalise q and k heads (where weights are given), rotate them,
 # write q back, write q rotated for pinned pages to `pinned_q` where the row's sequence has slid

@@ -388,11 +388,12 @@ class Lowering:
             pair = Buffer("angles", size), Buffer("pinned angles", size)
             self._angles[rope] = pair
             args: Args = [self._weights.doubles(rope.frequencies()), n_pairs, *pair]
-            if rope.magnitude == 1:
+            if rope.magnitude == 1 and rope.growth is None:
                 self._emit("angles", "angles", args)
             else:
-                magnitude = int(np.float64(rope.magnitude).view(np.int64))
-                self._emit("angles", "angles.scaled", [*args, magnitude])
+                table, span = rope.magnitudes(), rope.growth.n_ctx if rope.growth else 1
+                args += [self._weights.doubles(table), span, len(table)]
+                self._emit("angles", "angles.scaled", args)
         return self._angles[rope]
 
     # -- values and buffers --------------------------------------------------------------------

@@ -35,7 +35,7 @@ class Exact:
         return f32(cap * np.tanh(x.astype(np.float64) / cap))
 
     def rotate(
-        self, x0: Floats, x1: Floats, angles: Doubles, magnitude: float
+        self, x0: Floats, x1: Floats, angles: Doubles, magnitude: Doubles
     ) -> tuple[Floats, Floats]:
         c, s = np.cos(angles) * magnitude, np.sin(angles) * magnitude
         return f32(x0 * c - x1 * s), f32(x0 * s + x1 * c)

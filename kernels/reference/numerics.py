@@ -36,9 +36,9 @@ class Numerics(Protocol):
         """cap * tanh(x / cap)."""
 
     def rotate(
-        self, x0: Floats, x1: Floats, angles: Doubles, magnitude: float
+        self, x0: Floats, x1: Floats, angles: Doubles, magnitude: Doubles
     ) -> tuple[Floats, Floats]:
-        """Pairs (x0, x1) turned by their angles, times a magnitude."""
+        """Pairs (x0, x1) turned by their angles, times a magnitude of each row, (T, 1, 1)."""
 
     def attend(
         self, q: Floats, k: Floats, v: Floats, pages: Ints, pos: int, scale: float
@@ -77,7 +77,9 @@ def rotate(numerics: Numerics, op: Rotate, x: Floats, pos: Ints) -> Floats:
     first, second = slice(0, half), slice(half, n)
     if rope.kind == "norm":
         first, second = slice(0, n, 2), slice(1, n, 2)
-    turned = numerics.rotate(out[..., first], out[..., second], angles, rope.magnitude)
+    magnitudes, span = rope.magnitudes(), rope.growth.n_ctx if rope.growth else 1
+    magnitude = magnitudes[np.minimum(pos // span, len(magnitudes) - 1)][:, None, None]
+    turned = numerics.rotate(out[..., first], out[..., second], angles, magnitude)
     out[..., first], out[..., second] = turned
     flat: Floats = out.reshape(x.shape)
     return flat

@@ -55,7 +55,7 @@ class Quantised:
         return scaled(tanh(x / np.float32(cap)), cap)
 
     def rotate(
-        self, x0: Floats, x1: Floats, angles: Doubles, magnitude: float
+        self, x0: Floats, x1: Floats, angles: Doubles, magnitude: Doubles
     ) -> tuple[Floats, Floats]:
         """x0' = fma(x0, c, -(x1 * s)), x1' = fma(x0, s, x1 * c).
 

@@ -6,10 +6,12 @@ from numba import njit
 
 from edgeinfer.kernels.cpu.layout import (
     ANGLES_FREQS,
-    ANGLES_MAGNITUDE,
+    ANGLES_MAGNITUDES,
+    ANGLES_N_MAGNITUDES,
     ANGLES_N_PAIRS,
     ANGLES_OUT,
     ANGLES_PINNED_OUT,
+    ANGLES_SPAN,
 )
 from edgeinfer.kernels.cpu.native.math import sincos
 from edgeinfer.kernels.cpu.native.pages import n_gone, pinned_position, position, table_of
@@ -20,22 +22,24 @@ jit = njit(error_model="numpy")
 
 def make(isa, is_scaled=""):
     @jit
-    def plain(a, x):
-        return x
+    def one(a, pos):
+        return 1.0
 
     @jit
-    def scaled(a, x):
-        return x * load_f64(a + ANGLES_MAGNITUDE)
+    def of_span(a, pos):
+        i = min(pos // word(a + ANGLES_SPAN), word(a + ANGLES_N_MAGNITUDES) - 1)
+        return load_f64(word(a + ANGLES_MAGNITUDES) + 8 * i)
 
-    times_magnitude = scaled if is_scaled else plain
+    magnitude_at = of_span if is_scaled else one
 
     @jit
     def write(a, pos, out):
         freqs, n_pairs = word(a + ANGLES_FREQS), word(a + ANGLES_N_PAIRS)
+        magnitude = magnitude_at(a, pos)
         for i in range(n_pairs):
             s, c = sincos(float(pos) * load_f64(freqs + 8 * i))
-            store_f32(out + 4 * i, times_magnitude(a, c))
-            store_f32(out + 4 * (n_pairs + i), times_magnitude(a, s))
+            store_f32(out + 4 * i, c * magnitude)
+            store_f32(out + 4 * (n_pairs + i), s * magnitude)
 
     def kernel(h, a, chunk, thread):
         pos, table = position(h, chunk), table_of(h, chunk)

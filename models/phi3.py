@@ -1,0 +1,23 @@
+"""Phi 3, 3.5 and 4: a Llama in fused matrices that rotates a part of each head.
+
+Models for long contexts have two tables of rope factors: a load chooses the one for the context
+length that it was given, as sequences may get that long.
+"""
+
+from edgeinfer.graph import Graph
+
+
+def forward(g: Graph) -> None:
+    x = g.embed()  # (T, D)
+    for blk in g.layers():
+        heads = g.heads()
+        rope = g.rope("neox", heads.k_dim)
+        h = g.rms_norm(x, f"{blk}.attn_norm")
+        q, k, v = g.qkv(h, blk, heads)  # (T, H * d), (T, K * d), (T, K * d)
+        q, k = g.rotate(q, heads.n, rope), g.rotate(k, heads.n_kv, rope)
+        a = g.attention(q, k, v, cache=heads.cache)
+        x = x + g.linear(a, f"{blk}.attn_output", g.dim)
+        h = g.rms_norm(x, f"{blk}.ffn_norm")
+        gate, up = g.gate_up(h, blk)  # (T, F)
+        x = g.layer_output(x + g.linear(g.silu(gate) * up, f"{blk}.ffn_down", g.dim))
+    g.head(g.rms_norm(g.select_rows(x), "output_norm"))  # (wanted rows, V)

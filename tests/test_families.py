@@ -1,0 +1,229 @@
+"""Every family against logits of llama.cpp, and against itself without each of its features."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from edgeinfer import LLM
+from edgeinfer.batch import Batch, PageTable, StepLimits
+from edgeinfer.errors import InvalidModelError, UnsupportedModelError
+from edgeinfer.gguf import GGUFFile
+from edgeinfer.graph import Growth, Rotate, Segment
+from edgeinfer.kernels.cpu.program import CpuBackend
+from edgeinfer.kernels.reference import ReferenceBackend, exact
+from edgeinfer.model import Model
+
+from .golden_models import DIM, GOLDENS, N_CTX, N_PROMPT, PROMPT, ROWS, TO_COME, Draft
+from .native import cache_root
+from .test_cpu_program import batch_of
+
+FOLDER = Path(__file__).parent / "goldens"
+LIMITS = StepLimits(2, N_PROMPT, len(ROWS), 1, 1)
+Logits = NDArray[np.float32]
+
+
+@pytest.fixture(autouse=True)
+def gelu_of_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It looks GELU up in a table of float16."""
+    plain = exact._EXACT_ACTIVATIONS["gelu"]
+
+    def gelu(x: NDArray[np.float64]) -> Any:
+        return plain(x.astype(np.float16).astype(np.float64)).astype(np.float16).astype(np.float64)
+
+    monkeypatch.setitem(exact._EXACT_ACTIVATIONS, "gelu", gelu)
+
+
+def kept(name: str, draft: Draft) -> Logits:
+    """The logits that llama.cpp has for a model."""
+    with np.load(FOLDER / f"{name}.npz") as golden:
+        assert golden["digest"] == draft.digest(), "the model is another: make its golden anew"
+        logits: Logits = golden["logits"]
+        return logits
+
+
+def ours(draft: Draft, folder: Path) -> Logits:
+    """The reference's."""
+    with GGUFFile.open(draft.write(folder / "golden.gguf")) as file:
+        segment = Model.load(file).graph.segment(n_ctx=N_CTX)
+        with ReferenceBackend().compile(rewritten(segment, draft), LIMITS) as program:
+            batch = batch_of(PROMPT, pages=(0, 1))
+            batch.wanted = np.array(ROWS, np.int32)
+            return program.submit(batch).wait().logits
+
+
+def skip_if_to_come(name: str, folder: Path) -> None:
+    """What is not known here yet ends with what is missing, and what is known may not."""
+    if name in TO_COME:
+        with pytest.raises(UnsupportedModelError) as caught:
+            ours(GOLDENS[name].draft(), folder)
+        pytest.skip(str(caught.value))
+
+
+def rewritten(segment: Segment, draft: Draft) -> Segment:
+    ops = segment.ops
+    for change in draft.rewrites:
+        changed = tuple(map(change, ops))
+        assert changed != ops, "there was nothing to leave out"
+        ops = changed
+    return segment._replace(ops=ops)
+
+
+def divergence(theirs: Logits, ours: Logits) -> float:
+    """KL of the probabilities, the largest of all rows."""
+    p, q = (_log_softmax(rows.astype(np.float64)) for rows in (theirs, ours))
+    return float((np.exp(p) * (p - q)).sum(axis=1).max())
+
+
+def _log_softmax(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    rows = rows - rows.max(axis=1, keepdims=True)
+    return rows - np.log(np.exp(rows).sum(axis=1, keepdims=True))
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_logits_are_llama_cpps(name: str, tmp_path: Path) -> None:
+    skip_if_to_come(name, tmp_path)
+    draft = GOLDENS[name].draft()
+    theirs = kept(name, draft)
+    assert (theirs.max(axis=1) - theirs.min(axis=1)).min() >= 2
+    assert divergence(theirs, ours(draft, tmp_path)) <= 1e-6
+
+
+FEATURES = [(name, feature) for name, golden in GOLDENS.items() for feature in golden.without]
+
+
+@pytest.mark.parametrize(("name", "feature"), FEATURES)
+def test_without_a_feature_they_are_others(name: str, feature: str, tmp_path: Path) -> None:
+    skip_if_to_come(name, tmp_path)
+    draft = GOLDENS[name].draft()
+    theirs = kept(name, draft)
+    GOLDENS[name].without[feature](draft)
+    assert divergence(theirs, ours(draft, tmp_path)) > 1e-3
+
+
+@pytest.mark.parametrize("quant", ["F32", "Q4_0"])
+@pytest.mark.parametrize("name", GOLDENS)
+def test_the_cpu_has_the_references_bits_in_one_pass_and_in_many(
+    name: str, quant: str, tmp_path: Path
+) -> None:
+    skip_if_to_come(name, tmp_path)
+    ids = PROMPT[:40]
+    with GGUFFile.open(GOLDENS[name].draft().write(tmp_path / "golden.gguf", quant)) as file:
+        segment = Model.load(file).graph.segment(n_ctx=N_CTX)
+        limits = LIMITS._replace(max_outputs=N_PROMPT, n_threads=2)
+        with ReferenceBackend().compile(segment, limits, mode="quantised") as program:
+            expected = program.submit(batch_of(ids, pages=(0, 1))).wait().logits
+        with CpuBackend(cache_root()).compile(segment, limits) as cpu:
+            whole = cpu.submit(batch_of(ids, pages=(0, 1))).wait().logits.copy()
+            cuts = [0, 1, 9, 31, 33, 40]
+            parts = [
+                cpu.submit(batch_of(ids[i:j], i, (1, 0))).wait().logits.copy()
+                for i, j in zip(cuts, cuts[1:], strict=False)
+            ]
+    np.testing.assert_array_equal(whole, expected)
+    np.testing.assert_array_equal(np.concatenate(parts), expected)
+
+
+# -- what a family has that a golden can't show --------------------------------------------------
+
+
+def test_a_load_chooses_the_rope_factors_of_its_context_length(tmp_path: Path) -> None:
+    """Of 100 positions and of 101: the model was trained for 100."""
+    draft = GOLDENS["phi3-long"].draft()
+    draft.keys["vocab_size"] = 320
+    for name in ("token_embd.weight", "output.weight"):
+        draft.tensors[name] = np.resize(draft.tensors[name], (320, DIM))
+    path = draft.write(tmp_path / "phi3.gguf", has_tokenizer=True)
+    found = []
+    for n_ctx in (100, 101):
+        with LLM(path, n_ctx=n_ctx) as llm:
+            found.append(llm.logits(PROMPT, last=len(PROMPT)))
+        with GGUFFile.open(path) as file:
+            segment = Model.load(file).graph.segment(n_ctx=n_ctx)
+            limits = LIMITS._replace(max_outputs=N_PROMPT)
+            with ReferenceBackend().compile(segment, limits, mode="quantised") as program:
+                expected = program.submit(batch_of(PROMPT, pages=(0, 1))).wait().logits
+        np.testing.assert_array_equal(found[-1], expected)
+    assert np.abs(found[0] - found[1]).max() > 0.1
+
+
+def test_the_other_context_lengths_have_no_factors_where_the_file_has_one_table(
+    tmp_path: Path,
+) -> None:
+    draft = GOLDENS["phi3-long"].draft()
+    del draft.tensors["rope_factors_short.weight"]
+    with GGUFFile.open(draft.write(tmp_path / "phi3.gguf")) as file:
+        graph = Model.load(file).graph
+    for n_ctx, has_factors in ((100, False), (101, True), (None, True)):
+        ops = graph.segment(n_ctx=n_ctx).ops
+        assert {op.rope.factors is not None for op in ops if isinstance(op, Rotate)} == {
+            has_factors
+        }
+        assert {op.rope.longer for op in ops if isinstance(op, Rotate)} == {None}
+
+
+def test_queries_grow_up_to_the_last_span(tmp_path: Path) -> None:
+    """As the CPU does, far beyond any context; and only once they have a length of training."""
+    draft = GOLDENS["mistral3"].draft()
+    draft.keys["rope.scaling.type"] = "none"
+    with GGUFFile.open(draft.write(tmp_path / "mistral3.gguf")) as file:
+        segment = Model.load(file).graph.segment()
+        table = Model.load(file).graph.ops
+        growth = {op.rope.growth for op in table if isinstance(op, Rotate)}
+        assert growth == {None, Growth(0.5, 32)}
+        with ReferenceBackend().compile(segment, LIMITS, mode="quantised") as program:
+            expected = [program.submit(far(pos)).wait().logits for pos in FAR]
+        with CpuBackend(cache_root()).compile(segment, LIMITS) as cpu:
+            found = [cpu.submit(far(pos)).wait().logits.copy() for pos in FAR]
+    np.testing.assert_array_equal(found, expected)
+
+
+FAR = (0, 31, 32, 255 * 32 - 1, 255 * 32, 2**31 - 1)
+
+
+def far(pos: int) -> Batch:
+    """One row that sees its own page alone."""
+    batch = batch_of(PROMPT[:1], pos)
+    batch.tables = [PageTable(np.array([1], np.int32), 0, 1)]
+    return batch
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("mistral3", "attention.temperature_scale", -1.0),
+        ("mistral3", "attention.temperature_scale", float("nan")),
+        ("mistral3", "attention.temperature_scale", float("inf")),
+        ("mistral3", "attention.temperature_scale", "1"),
+        ("mistral3", "rope.scaling.original_context_length", 0),
+        ("phi3-long", "rope.scaling.original_context_length", 0),
+        ("phi3-long", "rope.dimension_count", 18),
+        ("llama-yarn", "rope.freq_base", 1.0),
+        ("llama", "rope.scaling.type", "longrope"),
+        ("granite", "logit_scale", 0.0),
+        ("granite", "logit_scale", -1.0),
+        ("granite", "logit_scale", float("nan")),
+        ("granite", "embedding_scale", float("inf")),
+        ("granite", "residual_scale", "much"),
+        ("granite", "rope.scaling.finetuned", 2),
+    ],
+)
+def test_a_senseless_number_is_named(tmp_path: Path, name: str, key: str, value: Any) -> None:
+    draft = GOLDENS[name].draft()
+    draft.keys[key] = value
+    with GGUFFile.open(draft.write(tmp_path / "golden.gguf")) as file:
+        with pytest.raises(InvalidModelError) as caught:
+            Model.load(file)
+    assert caught.value.field == f"{draft.arch}.{key}"
+
+
+def test_queries_that_grow_are_rotated_as_a_whole(tmp_path: Path) -> None:
+    draft = GOLDENS["mistral3"].draft()
+    draft.keys["rope.dimension_count"] = 8
+    with GGUFFile.open(draft.write(tmp_path / "golden.gguf")) as file:
+        with pytest.raises(UnsupportedModelError, match="attention.temperature_scale"):
+            Model.load(file)
