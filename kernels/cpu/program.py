@@ -90,7 +90,7 @@ class CpuBackend:
         UnsupportedModelError names what no kernel takes.
         """
         drawn, self._drawn = self._drawn, None
-        if drawn is None or drawn.segment is not segment or drawn.limits != limits:
+        if drawn is None or (drawn.segment, drawn.limits) != (segment, limits):
             drawn = Blueprint(segment, limits)
         return CpuProgram(self, drawn)
 
