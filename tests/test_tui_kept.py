@@ -130,7 +130,7 @@ def test_letters_are_commands_only_where_a_key_marked_a_message() -> None:
         await chat.idle()
         await chat.ask("question")
         await chat.pilot.click(transcript, offset=(8, 3))
-        await chat.pilot.pause()
+        await chat.settle()
         assert transcript.selected is not None
         await chat.press(*"there is more")
         assert prompt.text == "there is more" and len(model.asked) == 1

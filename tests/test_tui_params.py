@@ -142,6 +142,7 @@ def test_a_length_is_asked_for_before_there_is_a_model(tmp_path: Path) -> None:
         await chat.until(lambda: "/params context 512" in words(chat))
         await chat.press("escape")
         await chat.send("/params context 512")
+        await chat.until(lambda: len(chat.app.screen_stack) == 1)  # the form has looked
         await chat.send("/model scripted.gguf")
         await chat.idle()
 
