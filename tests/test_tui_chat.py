@@ -477,24 +477,32 @@ def test_no_history_writes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_answer_is_there_the_next_time(tmp_path: Path) -> None:
-    async def first(chat: Chat) -> None:
+def test_all_but_a_moment_of_a_running_answer_is_in_the_file(tmp_path: Path) -> None:
+    """What another process would read there if this one were killed."""
+    hold = threading.Event()
+
+    async def body(chat: Chat) -> None:
         await chat.idle()
         await chat.send("go")
-        await chat.until(lambda: "word" * 1 in chat.shown)
-        running = chat.app.session.running
+        running, other = chat.app.session.running, Store(tmp_path / FILE_NAME)
         assert running is not None
-        running.saved_at = 0.0
-        await chat.until(lambda: running.saved_at > 0.0)
-        # What another process would read if this one were killed now.
-        other = Store(tmp_path / FILE_NAME)
-        (summary,) = other.recent()
-        states = [(n.role, n.state) for n in other.messages(summary.id)]
-        assert states == [("user", "done"), ("assistant", "partial")]
-        assert "word" in other.messages(summary.id)[1].content
+        earlier: list[tuple[float, str]] = []
+        while len(earlier) < 30 or not earlier[-1][1].endswith("hold "):  # it waits there
+            await chat.pilot.pause(0.02)
+            question, answer = other.messages(other.recent(1)[0].id)
+            assert (question.state, answer.state) == ("done", "partial")
+            now = time.monotonic()
+            settled = [text for at, text in earlier if now - at > 0.5]
+            assert answer.content.startswith(settled[-1] if settled else "")
+            earlier.append((now, running.node.content))
+        at = other.recent(1)[0].id
+        await chat.until(lambda: other.messages(at)[1].content.endswith("hold "), 0.5)
+        hold.set()
+        await chat.idle()
         other.close()
 
-    drive(first, ScriptedModel([SLOW]), folder=tmp_path)
+    words = "word " * 100 + "hold on"
+    drive(body, ScriptedModel([Script(words, seconds=0.008, hold=hold)]), folder=tmp_path)
 
 
 def test_the_view_follows_until_the_reader_scrolls() -> None:
