@@ -660,7 +660,7 @@ def test_the_model_can_be_switched_with_a_preview(tmp_path: Path) -> None:
         model,
         folder=tmp_path,
         open_model=open_model,
-        plan_model=lambda path, n_ctx=0: model.plan,
+        plan_model=lambda path, n_ctx=0, freed=0: model.plan,
     )
 
 

@@ -319,7 +319,7 @@ def test_a_model_goes_only_for_one_that_can_work_and_off_the_screens_thread() ->
         models[path].is_closed = False
         return models[path]
 
-    def plan_model(path: str) -> Any:
+    def plan_model(path: str, freed: int = 0) -> Any:
         if path == "typo.gguf":
             raise ModelNotFoundError("no model 'typo.gguf'")
         return models["next.gguf"].plan

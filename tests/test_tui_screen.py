@@ -133,7 +133,7 @@ def test_the_model_screen_shows_all_its_parts(size: tuple[int, int]) -> None:
 
     drive(
         body, model, size, open_model=opener(model, error=error), list_models=lambda: CHOICES,
-        plan_model=lambda path, n_ctx=0: model.plan,
+        plan_model=lambda path, n_ctx=0, freed=0: model.plan,
     )  # fmt: skip
 
 
