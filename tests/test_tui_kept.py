@@ -212,6 +212,35 @@ def test_an_edit_keeps_the_draft_and_the_attachments_of_both() -> None:
     assert "of old" in contents(model)[1] and contents(model)[1].endswith("first anew")
 
 
+def test_a_held_backspace_stops_at_the_text_and_undo_brings_back_what_one_press_took() -> None:
+    async def body(chat: Chat) -> None:
+        composer = chat.app.composer
+
+        def names() -> list[str]:
+            return [each.name for each in composer.attachments]
+
+        await chat.idle()
+        for name in "abc":
+            composer.attach(Attachment(name, "attached"))
+        await chat.press(*"text", *["backspace"] * 12)
+        assert composer.prompt.text == "" and names() == ["a", "b", "c"]
+        for left in (["a", "b"], ["a"]):
+            await chat.pilot.pause(0.15)
+            await chat.press("backspace", "backspace", "backspace")
+            assert names() == left
+        assert "ctrl+_ brings it back" in notice(chat)
+        await chat.press("n", "ctrl+underscore")
+        assert composer.prompt.text == "" and names() == ["a"]
+        await chat.press("ctrl+underscore", "ctrl+underscore", "ctrl+underscore")
+        assert names() == ["a", "b", "c"] and composer.prompt.text != ""
+        await chat.press("enter")
+        await chat.idle()
+        await chat.press("ctrl+underscore", "ctrl+u")  # what was sent is not attached again
+        assert names() == []
+
+    drive(body)
+
+
 def test_what_was_written_beside_an_earlier_prompt_is_among_them_then() -> None:
     async def body(chat: Chat) -> None:
         prompt = chat.app.composer.prompt

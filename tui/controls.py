@@ -60,7 +60,7 @@ def newline(app: ChatApp) -> None:
 
 
 def undo_writing(app: ChatApp) -> None:
-    app.composer.prompt.undo()
+    app.composer.undo()
 
 
 def write_in_editor(app: ChatApp) -> None:
