@@ -211,15 +211,15 @@ def test_the_screen_names_tags_and_exports_and_a_chat_begins_with_what_was_left(
         await chat.idle()
         await chat.ask("apples")
         await chat.press("ctrl+o")
-        await chat.pilot.pause()
+        await chat.settle()
         await chat.press("ctrl+r", *"!", "enter", "ctrl+t", *"#fruit", "enter", "ctrl+e")
-        await chat.pilot.pause()
+        await chat.settle()
         assert "apples! #fruit" in chat.screen_text and "1 conversations written" in flat(chat)
         await chat.press("ctrl+r", *"x", "escape", *"#fru")
-        await chat.pilot.pause()
+        await chat.settle()
         assert "apples! #fruit" in chat.screen_text
         await chat.press("escape", "escape")  # more of them close nothing else
-        await chat.pilot.pause()
+        await chat.settle()
         assert "apples!" in chat.screen_text.splitlines()[1]
         chat.app.composer.show(Draft("half a", (Attachment("pasted", "a text", 2),)))
         chat.app.exit()

@@ -185,12 +185,9 @@ def test_a_copy_has_nothing_of_its_parent_and_is_made_only_where_it_is_whole(
     assert last == "Popen"
     assert not trap.exists()
     deadline = time.monotonic() + 10
-    while Path(f"/proc/{pid}/cmdline").exists() and time.monotonic() < deadline:
-        if not Path(f"/proc/{pid}/cmdline").read_bytes():  # a zombie that nobody asks about
-            break
+    while _runs(pid):
+        assert time.monotonic() < deadline, "it outlives who started it"
         time.sleep(0.02)
-    else:
-        assert not Path(f"/proc/{pid}").exists(), "it outlives who started it"
 
 
 def test_a_relative_cache_is_the_same_for_a_builder(trap: Path) -> None:
@@ -214,6 +211,45 @@ def test_a_program_that_is_frozen_does_not_start_itself(monkeypatch: pytest.Monk
     assert platform.can_start_python()
     monkeypatch.setattr(sys, "frozen", True, raising=False)
     assert not platform.can_start_python()
+
+
+# -- ends ----------------------------------------------------------------------------------------
+
+STARTS = """
+import os, signal, sys
+from edgeinfer import platform
+sleeps = [platform.find_program("sleep"), "60"]
+reads = platform.python_command("pdb", os.devnull)
+jobs = [platform.start_program(sleeps, talks=False), platform.start_program(sleeps),
+        platform.start_program(reads, in_background=True)]
+print(*(job.pid for job in jobs), flush=True)
+signal.pause()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends them")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_no_program_outlives_who_started_it(number: int) -> None:
+    ours = str(Path(edgeinfer.__file__).parent.parent)
+    with subprocess.Popen(
+        [sys.executable, "-c", STARTS], stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": ours}, start_new_session=True,
+    ) as starter:  # fmt: skip
+        assert starter.stdout is not None
+        pids = [int(pid) for pid in starter.stdout.readline().split()]
+        starter.send_signal(number)
+    deadline = time.monotonic() + 10
+    while left := [pid for pid in pids if _runs(pid)]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.02)
+    assert len(pids) == 3
+
+
+def _runs(pid: int) -> bool:
+    try:  # a zombie that nobody asks about has no command
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
+    except OSError:
+        return False
 
 
 # -- interrupts ----------------------------------------------------------------------------------

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import signal
 import stat
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -114,6 +117,43 @@ def test_an_interrupt_clears_the_line_keeps_it_and_ends_only_when_it_comes_twice
     terminal.type(b"text", "text")
     terminal.interrupt("brings it back")  # at once, but there was something to lose
     terminal.interrupt("ended")
+
+
+@pytest.mark.parametrize("editor", ["", "bare"])
+def test_the_prompt_and_what_is_written_are_drawn_again_after_the_shell_had_the_terminal(
+    opened: list[Terminal], editor: str
+) -> None:
+    if not editor and not marks_pastes():
+        pytest.skip("needs GNU readline")
+    opened.append(shell := Shell(editor))
+    # A terminal that edits lines itself throws away what was written.
+    kept = "" if editor else "half a thought"
+    shell.type(b"half a thought", "thought")
+    for number in (None, signal.SIGTSTP, signal.SIGSTOP):
+        time.sleep(0.15)  # readline shows its prompt before it listens for signals
+        shell.write("\x1a") if number is None else os.kill(shell.typed_pid, number)
+        shell.expect("Stopped")
+        shell.type(b"bg\n", "&\r\n")
+        shell.type(b"fg\n", "> " + kept)
+    os.kill(shell.typed_pid, signal.SIGCONT)
+    shell.expect("> " + kept)
+    shell.type(b"!\n", f"got '{kept}!'")
+    shell.type(b"\x04", "ended")
+
+
+class Shell(Terminal):
+    """The script as a job of a shell."""
+
+    def __init__(self, editor: str) -> None:
+        variables = {"TERM": "xterm", "INPUTRC": os.devnull, "PS1": "$ "}
+        PseudoTerminal.__init__(self, ["bash", "--norc", "-i"], variables)
+        self.write(shlex.join([sys.executable, "-c", SCRIPT, "", editor]) + "\n")
+        self.until(lambda: self.output.endswith(b"> ") and b"$ " in self.output)
+        self.forget()
+
+    @property
+    def typed_pid(self) -> int:
+        return int(subprocess.check_output(["pgrep", "-P", str(self.process.pid)], text=True))
 
 
 @pytest.mark.skipif(not marks_pastes(), reason="needs GNU readline")

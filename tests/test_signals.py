@@ -36,11 +36,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(tmp_path: Path, model: Path) -> Iterator[Start]:
     opened: list[PseudoTerminal] = []
 
-    def start(*flags: str, home: str = "home", before: str = "") -> PseudoTerminal:
+    def start(
+        *flags: str, home: str = "home", before: str = "", editor: str = ""
+    ) -> PseudoTerminal:
         """A chat, in which code runs `before`."""
         code = f"import sys\n{before}\nfrom edgeinfer.__main__ import main\nmain()"
         command = [sys.executable, "-c", code, "chat", str(model), *FLAGS, *flags]
-        opened.append(PseudoTerminal(command, {"EDGEINFER_HOME": str(tmp_path / home)}))
+        variables = {"EDGEINFER_HOME": str(tmp_path / home), "VISUAL": editor}
+        opened.append(PseudoTerminal(command, variables))
         return opened[-1]
 
     yield start
@@ -75,7 +78,7 @@ def test_whatever_ends_it_restores_the_terminal_and_keeps_all(tmp_path: Path, st
         assert answer[:2] == ("assistant", "stopped") and len(answer[2]) > 20, name
         if name != "closed window":
             chat.until(b"not sent: half a tho")
-            assert chat.modes() == set(), name
+            chat.until(lambda chat=chat: chat.modes() == set())
             assert b"Traceback" not in chat.output, name
 
 
@@ -99,8 +102,21 @@ Answers.push = fail
 """
 
 
-def test_neither_a_hang_nor_a_fault_in_a_thread_keeps_the_terminal(start: Start) -> None:
+EDITOR = """#!/bin/sh
+trap 'echo saved >> "$1"; exit 1' TERM
+echo IN THE EDITOR
+while :; do sleep 0.1; done
+"""
+
+
+def test_neither_a_hang_nor_a_fault_nor_an_editor_keeps_the_terminal(
+    tmp_path: Path, start: Start
+) -> None:
+    editor = tmp_path / "editor"
+    editor.write_text(EDITOR)
+    editor.chmod(0o700)
     hung, failed = start(home="hung", before=FAULTS), start(home="failed", before=FAULTS)
+    edits = start(home="edits", editor=str(editor))
     hung.until(b"ready")
     hung.write("\x1bOP")  # F1
     failed.until(b"ready")
@@ -109,12 +125,21 @@ def test_neither_a_hang_nor_a_fault_in_a_thread_keeps_the_terminal(start: Start)
     failed.write("!")
     assert failed.wait() == 1
     failed.until(b"unexpected RuntimeError: a fault in a thread")
-    assert b"not sent: half a thought" in failed.output and failed.modes() == set()
+    assert b"not sent: half a thought" in failed.output
+    failed.until(lambda: failed.modes() == set())
+    edits.until(b"ready")
+    edits.write("half a thought\x07")  # Ctrl-G
+    edits.until(b"IN THE EDITOR")
+    edits.send(signal.SIGTERM)  # which an editor takes as all programs do
+    assert edits.wait(3) == 143
+    edits.until(b"not sent: half a thought\r\nsaved")
+    edits.until(lambda: edits.modes() == set())
     hung.send(signal.SIGTERM)
     time.sleep(0.2)
     assert hung.process.poll() is None
     hung.send(signal.SIGTERM)  # the second one does not wait
-    assert hung.wait(3) == 143 and hung.modes() == set()
+    assert hung.wait(3) == 143
+    hung.until(lambda: hung.modes() == set())
 
 
 def test_it_stops_and_goes_on_with_the_shell_while_it_answers(tmp_path: Path, model: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from edgeinfer.tui import titles
 from edgeinfer.tui.app import ChatApp
+from edgeinfer.tui.records import Node
 from edgeinfer.tui.settings import ChatSettings
 from tests.test_tui_chat import Chat, drive
 from tests.tui_engine import Script, ScriptedModel, opener
@@ -62,9 +63,15 @@ def test_a_title_comes_when_idle_is_given_up_for_a_message_and_never_replaces_a_
         ('"Apples and pears."\n', "stop", "Apples and pears"),
         ("## Title: **Pears**\n\nHere is why", "length", "Pears"),
         ("天气预报", "stop", "天气预报"),
-        ("A\x1b[2J title", "stop", "A title"),
+        ("A\x1b[2J pear", "stop", "A pear"),
+        ("Subject: growing pear trees", "stop", "growing pear trees"),
         ("An answer that goes on and", "length", ""),
-        ("word " * 11, "stop", ""),
+        ("apples " * 9, "stop", ""),
+        # As a model of 135 M parameters says it.
+        ("Here's a possible title for the conversation:\n\nPears", "length", ""),
+        ('The Pears Yearbook 1888: "The Pears Yearbook 1888"', "stop", ""),
+        ("Estado de Portugal", "stop", ""),
+        ("The water: Trees", "stop", ""),  # none of it was asked about
         ("x" * 61, "stop", ""),
         (" ** \n", "stop", ""),
         ("", "stop", ""),
@@ -73,7 +80,11 @@ def test_a_title_comes_when_idle_is_given_up_for_a_message_and_never_replaces_a_
 )
 def test_only_what_looks_like_a_title_is_one(text: str, reason: str | None, title: str) -> None:
     completion: Any = SimpleNamespace(finish_reason=reason) if reason else None
-    assert titles._title(text, completion) == title
+    branch = [
+        Node(1, None, "user", "tell me of growing apples, Pears and 天气预报"),
+        Node(2, 1, "assistant", "They are grown on trees, with water."),
+    ]
+    assert titles._title(text, completion, branch) == title
 
 
 @pytest.mark.parametrize("value", ["on", "off", "maybe"])

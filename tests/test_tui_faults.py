@@ -62,10 +62,10 @@ def test_a_history_that_is_garbage_is_said_for_as_long_as_the_chat_lasts(tmp_pat
         await chat.send("/clear")
         await chat.ask("two")
         await chat.press("ctrl+o")
-        await chat.pilot.pause()
+        await chat.settle()
         assert "one" in chat.screen_text and "damaged" in chat.screen_text
         await chat.press("down", "enter")
-        await chat.pilot.pause()
+        await chat.settle()
         assert "answer to one" in chat.shown
         await chat.send("/save")
         await chat.send("/theme textual-dark")
@@ -101,12 +101,12 @@ def test_a_conversation_deleted_behind_the_list_opens_no_other(tmp_path: Path) -
         await chat.send("/clear")
         await chat.ask("two")
         await chat.press("ctrl+o")
-        await chat.pilot.pause()
+        await chat.settle()
         with closing(sqlite3.connect(tmp_path / FILE_NAME)) as db:
             db.execute("DELETE FROM conversation WHERE title = 'one'")
             db.commit()
         await chat.press("down", "enter")
-        await chat.pilot.pause()
+        await chat.settle()
         assert "answer to two" in chat.shown
         notice = str(chat.app.composer.query_one("#notice", Static).content)
         assert notice == "that conversation was deleted in another window"

@@ -130,7 +130,7 @@ def test_letters_are_commands_only_where_a_key_marked_a_message() -> None:
         await chat.idle()
         await chat.ask("question")
         await chat.pilot.click(transcript, offset=(8, 3))
-        await chat.pilot.pause()
+        await chat.settle()
         assert transcript.selected is not None
         await chat.press(*"there is more")
         assert prompt.text == "there is more" and len(model.asked) == 1
@@ -210,6 +210,35 @@ def test_an_edit_keeps_the_draft_and_the_attachments_of_both() -> None:
     model = ScriptedModel()
     drive(body, model)
     assert "of old" in contents(model)[1] and contents(model)[1].endswith("first anew")
+
+
+def test_a_held_backspace_stops_at_the_text_and_undo_brings_back_what_one_press_took() -> None:
+    async def body(chat: Chat) -> None:
+        composer = chat.app.composer
+
+        def names() -> list[str]:
+            return [each.name for each in composer.attachments]
+
+        await chat.idle()
+        for name in "abc":
+            composer.attach(Attachment(name, "attached"))
+        await chat.press(*"text", *["backspace"] * 12)
+        assert composer.prompt.text == "" and names() == ["a", "b", "c"]
+        for left in (["a", "b"], ["a"]):
+            await chat.pilot.pause(0.15)
+            await chat.press("backspace", "backspace", "backspace")
+            assert names() == left
+        assert "ctrl+_ brings it back" in notice(chat)
+        await chat.press("n", "ctrl+underscore")
+        assert composer.prompt.text == "" and names() == ["a"]
+        await chat.press("ctrl+underscore", "ctrl+underscore", "ctrl+underscore")
+        assert names() == ["a", "b", "c"] and composer.prompt.text != ""
+        await chat.press("enter")
+        await chat.idle()
+        await chat.press("ctrl+underscore", "ctrl+u")  # what was sent is not attached again
+        assert names() == []
+
+    drive(body)
 
 
 def test_what_was_written_beside_an_earlier_prompt_is_among_them_then() -> None:
@@ -319,7 +348,7 @@ def test_a_model_goes_only_for_one_that_can_work_and_off_the_screens_thread() ->
         models[path].is_closed = False
         return models[path]
 
-    def plan_model(path: str) -> Any:
+    def plan_model(path: str, freed: int = 0) -> Any:
         if path == "typo.gguf":
             raise ModelNotFoundError("no model 'typo.gguf'")
         return models["next.gguf"].plan

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from textual.widgets import Input
 
-from edgeinfer import LLM, InvalidModelError, PlanError, plan
+from edgeinfer import LLM, InvalidModelError, PlanError, plan, platform
 from edgeinfer.sampling.params import SamplingParams, recommended
+from edgeinfer.tui import launch
 from edgeinfer.tui.params import (
     CONTEXT,
     PARAMS,
@@ -80,11 +81,12 @@ def test_the_form_shows_what_is_in_force_and_another_context_opens_the_model_ane
     asked: list[int] = []
     model = ScriptedModel(recommended={"temperature": 0.6})
 
-    def plan_model(path: str, n_ctx: int = 0) -> Any:
+    def plan_model(path: str, n_ctx: int = 0, freed: int = 0) -> Any:
         asked.append(n_ctx)
         # The open model gives back 476 MB, which are enough for 16,384 only.
-        needed = {16384: 500 << 20}.get(n_ctx, 9 << 30)
-        raise PlanError("n_ctx", needed=needed, available=100 << 20, fits="n_ctx=2048")
+        needed, available = {16384: 500 << 20}.get(n_ctx, 9 << 30), (100 << 20) + freed
+        if needed > available:
+            raise PlanError("n_ctx", needed=needed, available=available, fits="n_ctx=2048")
 
     async def body(chat: Chat) -> None:
         await chat.idle()
@@ -126,6 +128,23 @@ def test_the_form_shows_what_is_in_force_and_another_context_opens_the_model_ane
     assert model.sampling[1] == {"overflow": "drop-turns", "top_p": 0.5}
 
 
+def test_the_memory_of_the_open_model_counts_for_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(tiny_model(tmp_path, n_ctx=8192))
+    needed = plan(path).total_bytes
+    monkeypatch.setattr(platform, "available_memory", lambda: needed - 1)
+    assert launch._plan(path, {}, 0).n_ctx < 8192
+    found = launch._plan(path, {}, 1)
+    assert found.n_ctx == 8192 and found.note == "once the open model is closed"
+    assert launch._plan(path, {"memory": needed}, 1).note == ""
+    monkeypatch.setattr(platform, "available_memory", lambda: 40 << 20)
+    assert launch._plan(path, {}, needed).n_ctx == 8192
+    for freed in (0, 1 << 20):
+        with pytest.raises(PlanError):
+            launch._plan(path, {}, freed)
+
+
 def test_a_length_is_asked_for_before_there_is_a_model(tmp_path: Path) -> None:
     with pytest.raises(PlanError):
         plan(tiny_model(tmp_path, n_ctx=64), n_ctx=2**30, memory="2G")
@@ -142,6 +161,7 @@ def test_a_length_is_asked_for_before_there_is_a_model(tmp_path: Path) -> None:
         await chat.until(lambda: "/params context 512" in words(chat))
         await chat.press("escape")
         await chat.send("/params context 512")
+        await chat.until(lambda: len(chat.app.screen_stack) == 1)  # the form has looked
         await chat.send("/model scripted.gguf")
         await chat.idle()
 

@@ -58,7 +58,7 @@ async def drag(chat: Chat, start: Offset, *stops: Offset) -> None:
     await chat.pilot.mouse_down(transcript, offset=start)
     for stop in stops:
         await chat.pilot.hover(transcript, offset=stop)
-    await chat.pilot.pause()
+    await chat.settle()
 
 
 def copied(chat: Chat) -> str:
@@ -84,13 +84,13 @@ def test_a_selection_is_seen_while_it_is_dragged_and_after() -> None:
         assert marked(chat) == copied(chat) == "words"
         end = place(chat, "an answer", last=True)
         await chat.pilot.hover(chat.app.transcript, offset=end)
-        await chat.pilot.pause()
+        await chat.settle()
         assert marked(chat) == copied(chat) == "words of\nan answer"
         await chat.pilot.mouse_up(chat.app.transcript, offset=end)
-        await chat.pilot.pause()
+        await chat.settle()
         assert marked(chat) == "words of\nan answer"
         await chat.press("ctrl+c")
-        await chat.pilot.pause()
+        await chat.settle()
         assert chat.app.clipboard == "words of\nan answer" and marked(chat) == ""
 
     answered(body)
@@ -140,7 +140,7 @@ def test_wide_and_joined_characters_are_taken_whole(text: str) -> None:
 def test_two_clicks_take_a_word_and_three_a_line(at: str, clicks: int, text: str) -> None:
     async def body(chat: Chat) -> None:
         await chat.pilot.click(chat.app.transcript, offset=place(chat, at), times=clicks)
-        await chat.pilot.pause()
+        await chat.settle()
         assert copied(chat) == text.rstrip() or copied(chat) == text
         assert marked(chat)
 
@@ -156,15 +156,15 @@ def test_a_selection_scrolls_on_and_stays_on_its_text() -> None:
         await drag(chat, bottom, Offset(bottom.x, -2))
         await chat.until(lambda: "paragraph number 20\n" in copied(chat))
         await chat.pilot.mouse_up(transcript, offset=(bottom.x, 0))
-        await chat.pilot.pause()
+        await chat.settle()
         found = copied(chat)
         assert found.endswith("number 58\n\nparagraph number 59")
         for size in ((40, 20), (100, 30)):
             await chat.pilot.resize_terminal(*size)
-            await chat.pilot.pause()
+            await chat.settle()
             assert copied(chat) == found
         transcript.scroll_home(animate=False)
-        await chat.pilot.pause()
+        await chat.settle()
         assert copied(chat) == found and "number 0 " in chat.screen_text
 
     answered(body, text, size=(60, 20))
@@ -183,10 +183,10 @@ def test_a_selection_stays_while_the_answer_goes_on() -> None:
         assert marked(chat) == copied(chat) == "question"
         assert chat.app.transcript.scroll_offset.y == top
         await chat.press("escape")
-        await chat.pilot.pause()
+        await chat.settle()
         assert not copied(chat)
 
-    drive(body, ScriptedModel([Script("word\n\n" * 3 + "word " * 900, seconds=0.005)]))
+    drive(body, ScriptedModel([Script("word\n\n" * 3 + "word " * 900, seconds=0.01)]))
 
 
 # -- properties ----------------------------------------------------------------------------------

@@ -337,6 +337,11 @@ class ChatApp(ChatView):
     def _count(self, event: Composer.Attached) -> None:
         self._counts.start(self.session.model, event.attachment)
 
+    @on(Composer.Detached)
+    def _tell_detached(self, event: Composer.Detached) -> None:
+        key = self.keys.label("undo-writing", "prompt")
+        self.say(f"{one_line(event.name)} is not sent; {key} brings it back")
+
     def _count_waiting(self) -> None:
         for attachment in self.composer.attachments:
             self._counts.start(self.session.model, attachment)

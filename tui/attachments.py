@@ -42,6 +42,7 @@ class Attachments:
     def __init__(self, decode: Decode) -> None:
         self._decode = decode
         self._held: dict[str, _Held] = {}
+        self._popped: list[tuple[str, _Held]] = []
         self._text = ""
         self._named: set[str] = set()
         self._tried: set[str] = set()
@@ -105,15 +106,24 @@ class Attachments:
             if each.content is attachment:
                 each.content = other
 
-    def pop(self) -> bool:
-        """Take the last one away; False if there is none."""
-        present = self._present()
-        if present:
-            del self._held[list(present)[-1]]
-        return bool(present)
+    def pop(self) -> str:
+        """Take the last one away; its name, "" if there is none."""
+        name = next(reversed(self._present()), "")
+        if name:
+            self._popped.append((name, self._held.pop(name)))
+        return name
+
+    def push_back(self) -> bool:
+        """Have the one back that was last taken away; False if there is none."""
+        if not self._popped:
+            return False
+        name, held = self._popped.pop()
+        self._held.setdefault(name, held)
+        return True
 
     def clear(self) -> None:
         self._held.clear()
+        self._popped.clear()
         self._tried.clear()
 
     def _hold(self, name: str, content: Attachment | _Reading) -> None:

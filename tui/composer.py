@@ -37,6 +37,12 @@ class Composer(Vertical):
 
         attachment: Attachment
 
+    @dataclass
+    class Detached(Message):
+        """An attachment was taken away; `undo` has it back."""
+
+        name: str
+
     class QueueRecalled(Message):
         """The last waiting message is wanted back."""
 
@@ -159,10 +165,18 @@ class Composer(Vertical):
     @on(Prompt.Left)
     def _take_back(self, event: Prompt.Left) -> None:
         event.stop()
-        if self._attached.pop():
+        if name := self._attached.pop():
             self._draw_tray()
+            self.post_message(self.Detached(name))
         elif self._queued:
             self.post_message(self.QueueRecalled())
+
+    def undo(self) -> None:
+        """Take back the last change of what is written, or of what is attached to no text."""
+        if not self.prompt.text and self._attached.push_back():
+            self._draw_tray()
+        else:
+            self.prompt.undo()
 
     # -- sending ---------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from edgeinfer import EdgeInferError, PlanError
+from edgeinfer import EdgeInferError
 from edgeinfer.tui.files import from_shown, shown_name
 from edgeinfer.tui.params import CONTEXT, PARAMS, context_in_force, in_force, parse_param
 from edgeinfer.tui.records import Draft
@@ -60,7 +60,7 @@ def newline(app: ChatApp) -> None:
 
 
 def undo_writing(app: ChatApp) -> None:
-    app.composer.prompt.undo()
+    app.composer.undo()
 
 
 def write_in_editor(app: ChatApp) -> None:
@@ -171,8 +171,9 @@ def choose_model(app: ChatApp, title: str = "") -> None:
         if path is not None:
             load_model(app, path)
 
+    choices, held = app.model_choices(), _held(app)
     app.push_screen(
-        ModelScreen(app.settings, app.model_choices(), app.downloads, title, current), take
+        ModelScreen(app.settings, choices, app.downloads, title, current, freed=held), take
     )
 
 
@@ -235,18 +236,20 @@ def _show_params(app: ChatApp, context: str | None) -> None:
 def _room_check(app: ChatApp) -> Callable[[int], None]:
     """Raises where a context length has no room, once the open model has given back its own."""
     plan_model, model, path = app.settings.plan_model, app.session.model, app.session.path
-    held = model.plan.total_bytes if model is not None else 0
+    held = _held(app)
 
     def check(n_ctx: int) -> None:
-        if plan_model is None or model is None:
-            return
-        try:
-            plan_model(path, n_ctx=n_ctx)
-        except PlanError as error:
-            if not error.needed or error.needed > (error.available or 0) + held:
-                raise
+        if plan_model is not None and model is not None:
+            plan_model(path, n_ctx=n_ctx, freed=held)
 
     return check
+
+
+def _held(app: ChatApp) -> int:
+    """Bytes that the open model gives back; of what it planned it may not have taken all yet."""
+    model = app.session.model
+    planned = model.plan.total_bytes if model is not None else 0
+    return min(planned, app.settings.memory_now() or planned)
 
 
 def param_values(app: ChatApp) -> list[tuple[str, str]]:

@@ -82,10 +82,8 @@ def run_chat(
         take_loaded(path, llm)
         return cast("ChatModel", llm)
 
-    def plan_model(path: str, n_ctx: int | None = None) -> MemoryPlan:
-        from edgeinfer import plan
-
-        return plan(path, **with_length(n_ctx))
+    def plan_model(path: str, n_ctx: int | None = None, freed: int = 0) -> MemoryPlan:
+        return _plan(path, with_length(n_ctx), freed)
 
     settings = ChatSettings(
         data_folder=data_folder, open_model=open_model, model=model, last_model=last_model,
@@ -109,6 +107,27 @@ def run_chat(
     if app.failure is not None:
         raise app.failure
     return app.ended_by
+
+
+def _plan(path: str, given: LoadOptions, freed: int) -> MemoryPlan:
+    """What a file would take where `freed` bytes are to come back, if it needs them."""
+    from edgeinfer import PlanError, plan
+
+    freed = 0 if "memory" in given else freed
+    try:
+        found = plan(path, **given)
+        if not (found.note and freed):
+            return found
+        available = found.available
+    except PlanError as error:
+        if not freed or error.available is None:
+            raise
+        available = error.available
+    found = plan(path, **cast("LoadOptions", {**given, "memory": available + freed}))
+    return found._replace(note=", ".join(filter(None, [found.note, _ONCE_CLOSED])))
+
+
+_ONCE_CLOSED = "once the open model is closed"
 
 
 def driver() -> type[Driver] | None:

@@ -49,11 +49,13 @@ class ModelScreen(Dialog[str | None]):
         downloads: Downloads,
         title: str,
         current: str | None,
+        *,
+        freed: int = 0,
     ) -> None:
         super().__init__()
         self._settings, self._choices, self._title = settings, choices, title
         self._downloads = downloads
-        self._current = current
+        self._current, self._freed = current, freed  # bytes of the open model
         self._plans: dict[str, Task[MemoryPlan]] = {}
         self._asked = ""  # the model whose download waits for a yes
         self._timer: Timer | None = None
@@ -119,7 +121,7 @@ class ModelScreen(Dialog[str | None]):
         if choice is not None and choice.path is not None and plan_model is not None:
             path = choice.path
             if path not in self._plans:
-                self._plans[path] = Task(lambda: plan_model(path))
+                self._plans[path] = Task(lambda: plan_model(path, freed=self._freed))
         text, is_bad = self._preview_text()
         self._say(text, is_bad=is_bad)
 

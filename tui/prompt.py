@@ -13,6 +13,7 @@ from textual.message import Message
 from textual.widgets import TextArea
 
 _MOST_ROWS = 10
+_REPEAT_SECONDS = 0.12  # at most, between two events of a key that is held
 _LONG_PASTE = 4000  # characters; more becomes an attachment, an editor of a megabyte is slow
 
 
@@ -32,7 +33,7 @@ class Prompt(TextArea):
         text: str
 
     class Left(Message):
-        """A key that means nothing in an empty prompt: the one before the text goes away."""
+        """Backspace, pressed in an empty prompt: the one before the text goes away."""
 
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(
@@ -42,6 +43,7 @@ class Prompt(TextArea):
         self._history: list[str] = []
         self._at: int | None = None
         self._written: dict[int, str] = {}  # by place in history
+        self._deleted_at = 0.0
 
     def set_history(self, prompts: list[str]) -> None:
         self._history = list(prompts)
@@ -97,11 +99,15 @@ class Prompt(TextArea):
         elif event.key == "down" and self._at_edge(first=False) and self._at is not None:
             self._browse(1)
         elif event.key == "backspace" and not self.text:
-            self.post_message(self.Left())
+            # Held, it stops where the text does.
+            if event.time - self._deleted_at > _REPEAT_SECONDS:
+                self.post_message(self.Left())
         elif event.key in self.EDITS:
             getattr(self, f"action_{self.EDITS[event.key]}")()
         else:
             return
+        if event.key == "backspace":
+            self._deleted_at = event.time
         event.prevent_default()
         event.stop()
 

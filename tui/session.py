@@ -23,7 +23,7 @@ from edgeinfer.tui.turn import Turn
 if TYPE_CHECKING:
     from edgeinfer import Completion
 
-_SAVE_SECONDS = 1.0
+_SAVE_SECONDS = 0.2  # with the screen's looks between: what a kill or a power cut takes
 _DRAFT = "draft"  # a preference
 
 
@@ -43,7 +43,8 @@ class Running:
 
     node: Node
     turn: Turn
-    saved_at: float
+    saved_at: float = 0.0
+    n_saved: int = 0  # characters
     thinking_from: float = 0.0
     thinking_s: float = 0.0
     completion: Completion | None = None
@@ -169,7 +170,7 @@ class Session:
         node = self.conversation.answer(self.conversation.leaf)
         sampling = {name: value for name, value in self.sampling.items() if value is not None}
         turn = Turn(self.model, messages, sampling)
-        self.running = Running(node, turn, time.perf_counter())
+        self.running = Running(node, turn)
         self.readings.start_turn()
         turn.start()
         return node
@@ -191,7 +192,7 @@ class Session:
     # -- while it runs ---------------------------------------------------------------------------
 
     def drain(self) -> News:
-        """Take what the model has said; write the partial answer down once a second."""
+        """Take what the model has said; write down what there is of the answer now and then."""
         running, news = self.running, News()
         if running is None:
             return news
@@ -214,7 +215,7 @@ class Session:
         if is_over:
             news.is_over = True
             self._end("failed" if turn.error else "done")
-        elif news.text or news.reasoning:
+        else:
             self._save_partial(running)
         return news
 
@@ -245,10 +246,11 @@ class Session:
         return running.thinking_s or time.perf_counter() - running.thinking_from
 
     def _save_partial(self, running: Running) -> None:
-        now = time.perf_counter()
-        if now - running.saved_at >= _SAVE_SECONDS:
-            self.conversation.save(running.node)
-            running.saved_at = now
+        now, node = time.perf_counter(), running.node
+        n = len(node.content) + len(node.reasoning)
+        if n > running.n_saved and now - running.saved_at >= _SAVE_SECONDS:
+            self.conversation.save(node)
+            running.saved_at, running.n_saved = now, n
 
     def _end(self, state: str) -> None:
         running = self.running

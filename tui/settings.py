@@ -78,9 +78,12 @@ class OpenModel(Protocol):
 
 
 class PlanModel(Protocol):
-    """The memory that a file would take; raises PlanError where there is too little."""
+    """The memory that a file would take; raises PlanError where there is too little.
 
-    def __call__(self, path: str, /, *, n_ctx: int = ...) -> MemoryPlan: ...
+    `freed` bytes come back before it is opened: those of the model that is open.
+    """
+
+    def __call__(self, path: str, /, *, n_ctx: int = ..., freed: int = ...) -> MemoryPlan: ...
 
 
 ListModels: TypeAlias = Callable[[], list[ModelChoice]]

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from edgeinfer import one_line
 from edgeinfer.tui.conversation import TITLE_LENGTH, Conversation, title_of
+from edgeinfer.tui.search import tokens
 from edgeinfer.tui.turn import Turn
 
 if TYPE_CHECKING:
     from edgeinfer import Completion, Message
+    from edgeinfer.tui.records import Node
     from edgeinfer.tui.settings import ChatModel
 
 _IDLE_SECONDS = 2.0
 _MOST_TRIES = 2
-_MOST_WORDS = 10
+_MOST_WORDS = 8
 # After the conversation itself: its beginning has been read already, so this costs little.
 _ASK: Message = {
     "role": "user",
     "content": "Give this conversation a title of two to six words. Answer with the title alone.",
 }
 _SAMPLING = {"max_tokens": 24, "temperature": 0.0, "overflow": "error"}
-_LABEL = re.compile(r"^\W*(?:title\W*:)?\W*", re.IGNORECASE)
+_STEM, _SHORT = 4, 3  # characters that are the same in forms of a word; of words that say little
+_LABEL = re.compile(r"^\W*(?:(?:title|subject|topic)\W*:)?\W*", re.IGNORECASE)
 
 
 class TitleWriter:
@@ -76,7 +80,7 @@ class TitleWriter:
         if not is_over:
             return False
         of, self._turn = self._of, None
-        title = _title(self._text, completion)
+        title = _title(self._text, completion, of.branch() if of else [])
         assert of is not None and of.id is not None
         self._tries[of.id] = _MOST_TRIES
         if not title or not _is_made_up(of):
@@ -91,10 +95,27 @@ def _is_made_up(conversation: Conversation) -> bool:
     return first is not None and conversation.title == title_of(first.content, first.attachments)
 
 
-def _title(text: str, completion: Completion | None) -> str:
-    """The title in what a model has said; "" where it has said something else."""
+def _title(text: str, completion: Completion | None, branch: Sequence[Node]) -> str:
+    """The title in what a model has said of a branch; "" where it has said something else."""
     line, _, rest = text.strip().partition("\n")
     if completion is None or (completion.finish_reason != "stop" and not rest):
         return ""
     title = _LABEL.sub("", one_line(line)).rstrip(" .\"'*_”’»")
-    return title if len(title) <= TITLE_LENGTH and len(title.split()) <= _MOST_WORDS else ""
+    fits = len(title) <= TITLE_LENGTH and len(title.split()) <= _MOST_WORDS
+    return title if fits and not title.endswith(":") and _is_of(title, branch) else ""
+
+
+def _is_of(title: str, branch: Sequence[Node]) -> bool:
+    """Whether half of a title's words are the user's, and each comes once.
+
+    Small models make up others, and a title of these alone says less than the question.
+    """
+    words = _words(title)
+    asked = {w[:_STEM] for node in branch if node.role == "user" for w in _words(node.content)}
+    n_asked = sum(word[:_STEM] in asked for word in words)
+    return len(set(words)) == len(words) <= 2 * n_asked > 0
+
+
+def _words(text: str) -> list[str]:
+    """Those that mean something; of what is written without spaces, every character."""
+    return [word for word in tokens(text).split() if len(word) > _SHORT or not word.isascii()]

@@ -93,15 +93,23 @@ def _output(command: list[str]) -> str:
     if program is None:
         raise EdgeInferError(f"no {command[0]} in PATH; give the path of llama-bench")
     try:
-        done = subprocess.run([program, *command[1:]], capture_output=True, text=True)
+        process = platform.start_program(
+            [program, *command[1:]], errors=subprocess.PIPE, folder=Path()
+        )
     except OSError as error:
         raise EdgeInferError(
             f"{command[0]} can't be run ({error.strerror}); give the path of llama-bench"
         ) from None
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise EdgeInferError(f"{command[0]} failed with {done.returncode}: {last}")
-    return done.stdout
+    with process:
+        try:
+            output, errors = process.communicate()
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode:
+        last = (errors.strip().splitlines() or ["it said nothing"])[-1]
+        raise EdgeInferError(f"{command[0]} failed with {process.returncode}: {last}")
+    return str(output)
 
 
 def _comparison(what: str, ours: list[float], theirs: list[float]) -> Comparison:

@@ -12,7 +12,6 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType, ModuleType
-from typing import NoReturn
 
 from edgeinfer import platform
 from edgeinfer.cli.console import note, takes_escapes, tell
@@ -37,7 +36,8 @@ class LineInput:
         self._readline: ModuleType | None = None
         self._marks_pastes = False
         self._history: _History | None = None
-        self._cleared = ""  # by a Ctrl-C
+        self._cleared = ""  # by a signal
+        self._signal = 0  # which one that was
         self._interrupted_at = -_TWICE_SECONDS
         if not self._is_terminal:
             self._piped = lines(iter(sys.stdin.buffer.readline, b""))
@@ -84,20 +84,62 @@ class LineInput:
 
     def _ask(self) -> str | None:
         joins = not self._marks_pastes and not platform.input_waits(0)
-        with platform.signals_handled([signal.SIGINT], self._interrupt):
-            text = _read_line(_PROMPT)
+        with platform.signals_handled([signal.SIGINT], self._leave):
+            text = self._line(_PROMPT)
             while text is not None and joins and platform.input_waits(_PASTE_SECONDS):
-                more = _read_line("")
+                more = self._line("")
                 if more is None:
                     break
                 text += "\n" + more
         return text
 
-    def _interrupt(self, number: int, frame: FrameType | None) -> NoReturn:
+    def _line(self, prompt: str) -> str | None:
+        """A line; one in whose midst the shell had the terminal is drawn and written on anew."""
+        while True:
+            self._signal = 0
+            try:
+                with platform.signals_handled(_stops(), self._leave):
+                    return _read_line(prompt)
+            except (KeyboardInterrupt, SystemError):
+                # NOTE: of two signals at once, Python makes SystemError.
+                if not self._signal:
+                    raise
+                if self._signal == signal.SIGINT:
+                    raise KeyboardInterrupt from None
+            # Not after `bg`: touching the terminal would stop us once more.
+            platform.stop_for_shell(0, lambda: False, now=self._signal == signal.SIGTSTP)
+            tell("\r\x1b[K" if takes_escapes(os.environ) else "\n")
+            self._write_on()
+
+    def _leave(self, number: int, frame: FrameType | None) -> None:
         """Keeps what was typed, which readline forgets."""
+        if self._signal:  # the one before is on its way
+            return
+        if number == getattr(signal, "SIGCONT", None):
+            platform.stop_for_shell(0, lambda: False, now=False)
+        self._signal = number
         if self._readline is not None:
             self._cleared = self._readline.get_line_buffer()
         raise KeyboardInterrupt
+
+    def _write_on(self) -> None:
+        """Have the next line begin with what was typed of this one."""
+        text, self._cleared = self._cleared, ""
+        if self._readline is not None:
+            readline = self._readline
+
+            def insert() -> None:
+                readline.set_startup_hook(None)
+                readline.insert_text(text)
+
+            readline.set_startup_hook(insert)
+
+
+def _stops() -> list[int]:
+    """The signals by which a shell stops programs and lets them go on, where there is one."""
+    numbers = [getattr(signal, name) for name in ("SIGTSTP", "SIGCONT") if hasattr(signal, name)]
+    is_heard = all(signal.getsignal(number) is not signal.SIG_IGN for number in numbers)
+    return numbers if is_heard else []
 
 
 def _read_line(prompt: str) -> str | None:

@@ -70,7 +70,8 @@ def start_isolated(
         command = [sys.executable, _alone(), "-S", "-c", _RUN_MAIN, module, *folders]
     else:
         raise OSError("this program can't start a second Python, since it is frozen or embedded")
-    return start_program(command, is_text=False, hears_keys=False)
+    # Any thread may start it; it ends when nobody has the other end of its pipe.
+    return start_program(command, is_text=False, hears_keys=False, ends_with_us=False)
 
 
 STARTS_ITSELF = "_edgeinfer_starts_itself"  # set in `sys` by a frozen program that knows the flag
@@ -133,22 +134,35 @@ def run_editor(command: Sequence[str], file: Path) -> int:
     """Run a program of PATH that has the terminal and writes a file; its exit code.
 
     It runs in the file's folder: nothing that lies in the current one changes what it does. Keys
-    that interrupt are the program's. OSError where it can't be started.
+    that interrupt are the program's; what ends us asks it to end too, which editors do with all
+    that is written. OSError where it can't be started.
     """
     import signal
     import subprocess
 
-    from edgeinfer.platform.signals import signals_handled
+    from edgeinfer.platform.signals import ending_signals, signals_handled
 
     program = find_program(command[0])
     if program is None:
         raise FileNotFoundError(errno.ENOENT, "no such program in PATH", command[0])
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGQUIT") if hasattr(signal, name)]
+    keys = [getattr(signal, name) for name in ("SIGINT", "SIGQUIT") if hasattr(signal, name)]
+    others = {n: signal.getsignal(n) for n in ending_signals() if n not in keys}
+    running: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(number: int, frame: Any) -> None:
+        for process in running:
+            process.send_signal(number)
+        if callable(ours := others[number]):
+            ours(number, frame)
+
     # A handler, unlike SIG_IGN, is not handed down to the program.
-    with signals_handled(numbers, lambda *_: None):
-        return subprocess.run(
-            [program, *command[1:], str(file)], cwd=file.parent, env=_environment(), check=False
-        ).returncode
+    with signals_handled(keys, lambda *_: None), signals_handled(list(others), pass_on):
+        running.append(
+            subprocess.Popen(
+                [program, *command[1:], str(file)], cwd=file.parent, env=_environment()
+            )
+        )
+        return running[0].wait()
 
 
 def _environment() -> dict[str, str]:
@@ -159,19 +173,21 @@ def _environment() -> dict[str, str]:
 def start_program(
     command: Sequence[str],
     *,
-    errors: IO[Any] | None = None,
+    errors: IO[Any] | int | None = None,
     talks: bool = True,
     is_text: bool = True,
     folder: Path | None = None,
     variables: Mapping[str, str] = MappingProxyType({}),
     in_background: bool = False,
     hears_keys: bool = True,
+    ends_with_us: bool = True,
 ) -> subprocess.Popen[Any]:
     """A child whose standard streams are pipes, of text or bytes, where it `talks`, else closed.
 
     It runs in `folder`, by default our own: what lies where this process was started can't change
     what it does. `in_background` it gets only what processors have left over; then, and where it
-    does not hear keys, an interrupt from the terminal doesn't reach it.
+    does not hear keys, an interrupt from the terminal doesn't reach it. On Linux it `ends_with_us`
+    whatever ends us: with the thread that starts it, to be precise, which has to wait for it.
     """
     import subprocess  # 20 ms that most starts don't need
 
@@ -179,7 +195,7 @@ def start_program(
     is_apart = in_background or not hears_keys
     names = _BACKGROUND_FLAGS[not in_background :] if is_apart else ()
     process = subprocess.Popen(
-        command,
+        _ending_with_us(command) if ends_with_us else command,
         stdin=stream,
         stdout=stream,
         stderr=subprocess.DEVNULL if errors is None else errors,
@@ -198,4 +214,30 @@ def start_program(
     return process
 
 
+def _ending_with_us(command: Sequence[str]) -> Sequence[str]:
+    """A command whose process the system kills when this one is gone, where it can do that."""
+    if sys.platform != "linux" or not can_start_python():
+        return command
+    return [sys.executable, _alone(), "-S", "-c", _END_WITH_PARENT, str(os.getpid()), *command]
+
+
+# PR_SET_PDEATHSIG is 1, SIGKILL 9. Python ignores two signals, and a program it becomes would too.
+_END_WITH_PARENT = """
+import sys
+sys.path = [folder for folder in sys.path if folder]
+import _signal, os
+try:
+    import ctypes
+    ctypes.CDLL(None).prctl(1, 9)
+except (ImportError, OSError, AttributeError):
+    pass
+if os.getppid() != int(sys.argv[1]):
+    os._exit(1)
+for number in (_signal.SIGPIPE, _signal.SIGXFSZ):
+    _signal.signal(number, _signal.SIG_DFL)
+try:
+    os.execv(sys.argv[2], sys.argv[2:])
+except OSError as error:
+    sys.exit(f"{sys.argv[2]} can't be run ({error.strerror})")
+"""
 _BACKGROUND_FLAGS = ("IDLE_PRIORITY_CLASS", "CREATE_NEW_PROCESS_GROUP", "CREATE_NO_WINDOW")

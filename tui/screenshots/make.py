@@ -192,7 +192,7 @@ def settings_for(name: str, scripts: list[Script], folder: Path) -> ChatSettings
     return ChatSettings(
         data_folder=folder, open_model=opener(model, hold), folder=folder,
         model=None if name == "first-run" else "/models/smollm2-1.7b.gguf",
-        list_models=lambda: choices, plan_model=lambda path, n_ctx=0: plan,
+        list_models=lambda: choices, plan_model=lambda path, n_ctx=0, freed=0: plan,
         fetch=lambda name, progress: "", memory_now=lambda: 441 << 20,
     )  # fmt: skip
 
