@@ -9,6 +9,7 @@ import pytest
 from textual.widgets import Input
 
 from edgeinfer import LLM, InvalidModelError, PlanError, plan, platform
+from edgeinfer.options import LoadOptions
 from edgeinfer.sampling.params import SamplingParams, recommended
 from edgeinfer.tui import launch
 from edgeinfer.tui.params import (
@@ -132,17 +133,18 @@ def test_the_memory_of_the_open_model_counts_for_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = str(tiny_model(tmp_path, n_ctx=8192))
-    needed = plan(path).total_bytes
+    given: LoadOptions = {"device": "reference"}  # which never builds kernels first
+    needed = plan(path, **given).total_bytes
     monkeypatch.setattr(platform, "available_memory", lambda: needed - 1)
-    assert launch._plan(path, {}, 0).n_ctx < 8192
-    found = launch._plan(path, {}, 1)
+    assert launch._plan(path, given, 0).n_ctx < 8192
+    found = launch._plan(path, given, 1)
     assert found.n_ctx == 8192 and found.note == "once the open model is closed"
-    assert launch._plan(path, {"memory": needed}, 1).note == ""
+    assert launch._plan(path, {**given, "memory": needed}, 1).note == ""
     monkeypatch.setattr(platform, "available_memory", lambda: 40 << 20)
-    assert launch._plan(path, {}, needed).n_ctx == 8192
+    assert launch._plan(path, given, needed).n_ctx == 8192
     for freed in (0, 1 << 20):
         with pytest.raises(PlanError):
-            launch._plan(path, {}, freed)
+            launch._plan(path, given, freed)
 
 
 def test_a_length_is_asked_for_before_there_is_a_model(tmp_path: Path) -> None:
