@@ -9,6 +9,7 @@ import hashlib
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -106,6 +107,7 @@ def _values(name: str, shape: tuple[int, ...]) -> Floats:
     return scaled
 
 
+@cache
 def _normal(name: str, shape: tuple[int, ...]) -> Floats:
     """About normal: sums of four of a generator's raw 16 bits, the same with any NumPy."""
     n = int(np.prod(shape))
