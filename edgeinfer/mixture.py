@@ -26,7 +26,7 @@ class Recorder(Protocol):
     _used: set[str]
 
     def count(self, name: str, default: int | None = None, low: int = 1) -> int: ...
-    def number(self, name: str, default: float | None = None) -> float: ...
+    def number(self, name: str, default: float | None = None, low: float = ...) -> float: ...
     def flag(self, name: str, default: bool | None = None) -> bool: ...
     def has(self, name: str) -> bool: ...
     def linear(self, x: Value, name: str, out_dim: int) -> Value: ...
@@ -51,7 +51,7 @@ def experts(
     """The weighted sum of the chosen experts, and the shared expert where the file has one."""
     dim = g.count("expert_feed_forward_length", dim)
     out_dim, route = x.dim, _route(g, router, blk, gating, norm)
-    clamp = g.number("swiglu_clamp_exp", 0.0)
+    clamp = g.number("swiglu_clamp_exp", 0.0, 0.0)
     if g.has(f"{blk}.ffn_gate_up_exps.weight"):
         both = f"{blk}.ffn_gate_up_exps", 2 * dim
         gate: Value | None = _expert_linear(g, x, route, *both, 0, dim)
@@ -86,7 +86,7 @@ def _route(g: Recorder, x: Value, blk: str, gating: GatingKind, norm: bool) -> V
         n_groups=n_groups,
         n_groups_used=n_groups_used,
         norm=g.flag("expert_weights_norm", norm),
-        scale=g.number("expert_weights_scale", 1.0) or 1.0,
+        scale=g.number("expert_weights_scale", 1.0, 0.0) or 1.0,
     )
 
 
@@ -156,7 +156,7 @@ def _shared_expert(
     dim = g.count("expert_shared_feed_forward_length", dim)
     gate = g.linear(x, f"{blk}.ffn_gate_shexp", dim) if gated else None
     up = g.linear(x, f"{blk}.ffn_up_shexp", dim)
-    inner = _gated(g, gate, up, activation, g.number("swiglu_clamp_shexp", 0.0))
+    inner = _gated(g, gate, up, activation, g.number("swiglu_clamp_shexp", 0.0, 0.0))
     out = g.linear(inner, f"{blk}.ffn_down_shexp", x.dim)
     if not g.has(f"{blk}.ffn_gate_inp_shexp.weight"):
         return out
