@@ -47,6 +47,8 @@ _LABELS = {
     "n_kv_heads": "heads of keys and values",
     "head_dim": "width of a head",
     "ffn_dim": "width of the feed-forward layers",
+    "n_experts": "experts",
+    "n_experts_used": "experts of a token",
     "vocab_size": "vocabulary",
     "n_ctx_train": "trained for a context of",
     "pre": "pre-tokenizer",

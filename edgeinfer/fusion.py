@@ -16,13 +16,18 @@ from edgeinfer.graph import (
     Add,
     Attention,
     Bias,
+    Clamp,
     Embed,
+    ExpertLinear,
+    ExpertSum,
     Linear,
     Mul,
+    MulParts,
     Op,
     RmsNorm,
     Rope,
     Rotate,
+    Route,
     Scale,
     Segment,
     SelectRows,
@@ -48,6 +53,12 @@ class Matmuls(NamedTuple):
     """Matmuls of one x, none of which reads what another leaves: they may run side by side."""
 
     parts: tuple[Matmul, ...]
+
+
+class ExpertMatmuls(NamedTuple):
+    """Products of one x with matrices of the same experts: they may run side by side."""
+
+    parts: tuple[ExpertLinear, ...]
 
 
 class SwiGlu(NamedTuple):
@@ -115,7 +126,8 @@ class RotatedAttention(NamedTuple):
 
 Step: TypeAlias = (
     Embed | RmsNorm | Matmuls | Rotate | PinnedRotate | PinnedAttention | RotatedAttention | Add
-    | Mul | Bias | Scale | SoftCap | Activation | SelectRows | SelectedNorm | SwiGlu
+    | Mul | Bias | Scale | SoftCap | Activation | Clamp | MulParts | Route | ExpertMatmuls
+    | ExpertSum | SelectRows | SelectedNorm | SwiGlu
 )  # fmt: skip
 
 
@@ -164,6 +176,8 @@ def _rewritten(op: Op, uses: Uses) -> _Rewritten:
         return _rotated_attention(op, uses) or _pinned_attention(op, uses)
     if isinstance(op, Linear):
         return [Matmul(*op, residual=None)], []
+    if isinstance(op, ExpertLinear):
+        return [ExpertMatmuls((op,))], []
     if isinstance(op, Add):
         return _residual(op, uses) or ([op], [])
     if isinstance(op, Mul):
@@ -248,7 +262,7 @@ def _pinned_attention(op: Attention, uses: Uses) -> _Rewritten:
 
 
 # What is done anew to a query on its way from its rotation to its attention.
-_REDONE = (RmsNorm, Add, Mul, Bias, Scale, SoftCap, Activation)
+_REDONE = (RmsNorm, Add, Mul, Bias, Scale, SoftCap, Activation, Clamp, MulParts)
 
 
 def pinned_query(op: Attention, uses: Uses) -> list[Op]:
@@ -273,17 +287,25 @@ def pinned_query(op: Attention, uses: Uses) -> list[Op]:
 def _side_by_side(steps: Sequence[Step | Matmul]) -> Iterator[Step]:
     """Runs of matmuls of one x, cut where one adds what an earlier one leaves."""
     run: list[Matmul] = []
-    for step in steps:
-        if isinstance(step, Matmul):
-            outs = [each.out for each in run]
-            if run and (step.x is not run[0].x or step.residual in outs):
-                yield Matmuls(tuple(run))
-                run = []
-            run.append(step)
-            continue
-        if run:
+    experts: list[ExpertLinear] = []
+    for step in [*steps, None]:
+        if run and not (isinstance(step, Matmul) and _joins(step, run)):
             yield Matmuls(tuple(run))
             run = []
-        yield step
-    if run:
-        yield Matmuls(tuple(run))
+        if experts and not (isinstance(step, ExpertMatmuls) and _meets(step, experts[0])):
+            yield ExpertMatmuls(tuple(experts))
+            experts = []
+        if isinstance(step, Matmul):
+            run.append(step)
+        elif isinstance(step, ExpertMatmuls):
+            experts += step.parts
+        elif step is not None:
+            yield step
+
+
+def _joins(step: Matmul, run: Sequence[Matmul]) -> bool:
+    return step.x is run[0].x and all(step.residual is not each.out for each in run)
+
+
+def _meets(step: ExpertMatmuls, first: ExpertLinear) -> bool:
+    return all(op.x is first.x and op.route is first.route for op in step.parts)

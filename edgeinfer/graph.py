@@ -21,13 +21,19 @@ from edgeinfer.ops import (
     Add,
     Attention,
     Bias,
+    Clamp,
     Embed,
+    ExpertLinear,
+    ExpertSum,
+    GatingKind,
     Hparams,
     Linear,
     Mul,
+    MulParts,
     Op,
     RmsNorm,
     Rotate,
+    Route,
     Scale,
     Segment,
     SelectRows,
@@ -40,10 +46,10 @@ from edgeinfer.rope import FREQS, LONG, SHORT, Growth, Rope, RopeKind, RopeReade
 from edgeinfer.settings import Settings
 
 __all__ = [
-    "Activation", "ActivationKind", "Add", "Attention", "Bias", "Embed", "Graph", "Growth",
-    "Heads", "Hparams", "KV", "Linear", "Mul", "Op", "RmsNorm", "Rope", "RopeKind", "Rotate",
-    "Scale", "Segment", "SelectRows", "Settings", "SoftCap", "Value", "Yarn", "inputs",
-    "without_leading_ones",
+    "Activation", "ActivationKind", "Add", "Attention", "Bias", "Clamp", "Embed", "ExpertLinear",
+    "ExpertSum", "GatingKind", "Graph", "Growth", "Heads", "Hparams", "KV", "Linear", "Mul",
+    "MulParts", "Op", "RmsNorm", "Rope", "RopeKind", "Rotate", "Route", "Scale", "Segment",
+    "SelectRows", "Settings", "SoftCap", "Value", "Yarn", "inputs", "without_leading_ones",
 ]  # fmt: skip
 
 
@@ -275,6 +281,35 @@ class Graph:
 
     def silu(self, x: Value) -> Value:
         return self.activation("silu", x)
+
+    def clamp(self, x: Value, low: float, high: float) -> Value:
+        return self._record(Clamp, x.dim, x=x, low=low, high=high)
+
+    def mul_parts(self, x: Value, factors: Value) -> Value:
+        """x with each of as many parts of a row as there are factors multiplied by its factor."""
+        return self._record(MulParts, x.dim, x=x, factors=factors)
+
+    def experts(
+        self,
+        x: Value,
+        blk: str,
+        dim: int,
+        *,
+        gating: GatingKind = "softmax",
+        norm: bool = True,
+        activation: ActivationKind = "silu",
+        gated: bool = True,
+        router: Value | None = None,
+    ) -> Value:
+        """A feed-forward network of experts, and the shared one where the file has one.
+
+        What is given is what the family does where the file says nothing; `dim` is the width of
+        an expert. The router chooses by x if `router` is no other value.
+        """
+        from edgeinfer import mixture  # 1 ms that models without experts don't need
+
+        router = x if router is None else router
+        return mixture.experts(self, x, blk, dim, gating, norm, activation, gated, router)
 
     def select_rows(self, x: Value) -> Value:
         return self._record(SelectRows, x.dim, x=x)

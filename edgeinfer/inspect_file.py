@@ -5,13 +5,14 @@ Knows nothing of how it is shown.
 
 from __future__ import annotations
 
+import re
 from os import PathLike
 from typing import Any
 
 from edgeinfer.engine.memory_plan import MemoryPlan
 from edgeinfer.errors import UnsupportedModelError
 from edgeinfer.gguf import GGUFFile
-from edgeinfer.graph import Attention, Graph, Linear
+from edgeinfer.graph import Attention, ExpertLinear, Graph, Linear, Route
 from edgeinfer.model import Model
 from edgeinfer.options import LoadOptions, Unpack
 from edgeinfer.runtime import checked_options, find_file, plan_model
@@ -55,13 +56,18 @@ def _model_facts(model: Model) -> dict[str, Any]:
 def _widths(graph: Graph) -> dict[str, Any]:
     """Heads and feed-forward widths, a list where layers differ."""
     attentions = [op for op in graph.ops if isinstance(op, Attention)]
-    downs = [op for op in graph.ops if isinstance(op, Linear) and "ffn_down" in op.weight.name]
+    products = [op for op in graph.ops if isinstance(op, (Linear, ExpertLinear))]
+    downs = [op for op in products if re.search(r"ffn_down(_exps)?\.", op.weight.name)]
+    routes = [op for op in graph.ops if isinstance(op, Route)]
     columns = {
         "n_heads": [op.n_heads for op in attentions],
         "n_kv_heads": [op.cache.n_heads for op in attentions],
         "head_dim": [op.cache.k_dim for op in attentions],
-        "ffn_dim": [op.x.dim for op in downs],
+        "ffn_dim": [op.weight.shape[-1] for op in downs],
     }
+    if routes:
+        columns["n_experts"] = [op.x.dim for op in routes]
+        columns["n_experts_used"] = [op.n_used for op in routes]
     return {
         name: values[0] if len(set(values)) == 1 else values for name, values in columns.items()
     }

@@ -6,12 +6,27 @@ from collections.abc import Container, Mapping
 from typing import NoReturn, TypeAlias
 
 from edgeinfer.errors import UnsupportedModelError
-from edgeinfer.graph import Attention, Op, Rotate, Segment, SelectRows, Value, inputs
+from edgeinfer.graph import (
+    Attention,
+    ExpertLinear,
+    ExpertSum,
+    Op,
+    Rotate,
+    Route,
+    Segment,
+    SelectRows,
+    Value,
+    inputs,
+)
 from edgeinfer.quant import Weight
 
 # The fields of each op and of what ops hold, by type; and the values that a field may have, where
 # these are names. Everything else is refused.
 Known: TypeAlias = Mapping[type, Mapping[str, Container[str] | None]]
+
+
+# Ops that need every row of a step.
+_OF_ALL_ROWS = (Attention, Rotate, Route, ExpertLinear, ExpertSum, SelectRows)
 
 
 def fields(names: str, **values: Container[str]) -> dict[str, Container[str] | None]:
@@ -115,7 +130,7 @@ def _check_rows(segment: Segment, makers: Mapping[Value, Op], backend: str) -> N
             continue
         if not found.issuperset(values):
             refuse(op, makers, backend, "can't combine selected rows and all rows")
-        if isinstance(op, (Attention, Rotate, SelectRows)):
+        if isinstance(op, _OF_ALL_ROWS):
             refuse(op, makers, backend, "can't do that to selected rows")
     for value in (segment.output, segment.hidden):
         if (value in found) != segment.is_last and value in makers:

@@ -1,7 +1,7 @@
 """The operations that a forward pass is recorded in, and the values between them.
 
 Shape letters: T tokens in this step, S cached positions, D dim, H query heads, K key/value heads,
-d head dim, F feed-forward dim, V vocabulary.
+d head dim, F feed-forward dim, V vocabulary, E experts.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from edgeinfer.quant import Weight
 from edgeinfer.rope import Rope
 
 ActivationKind: TypeAlias = Literal["silu", "gelu", "sigmoid", "softplus", "relu2"]
+GatingKind: TypeAlias = Literal["softmax", "sigmoid", "raw", "sqrt_softplus"]
 
 
 class Hparams(NamedTuple):
@@ -173,6 +174,84 @@ class Activation(NamedTuple):
     kind: ActivationKind
 
 
+class Clamp(NamedTuple):
+    """out = x, what is below `low` or above `high` put there."""
+
+    layer: int
+    out: Value
+    x: Value
+    low: float
+    high: float
+
+
+class MulParts(NamedTuple):
+    """out = x with each of `factors.dim` equal parts of a row multiplied by its factor."""
+
+    layer: int
+    out: Value
+    x: Value
+    factors: Value
+
+
+class Route(NamedTuple):
+    """The experts of each row: out (T, 2 * n_used) holds their numbers, then their weights.
+
+    x (T, E) holds logits, and p is their softmax, sigmoid, or sqrt(softplus), or the logits
+    themselves ("raw"). The n_used experts of largest p + bias are chosen, the largest first, the
+    lower number among equals. Where there are groups of neighbours, they come from those
+    `n_groups_used` whose two largest p + bias add up to most.
+    A weight is p ("raw": its softmax over the chosen), with `norm` divided by the sum of the
+    chosen or SMALLEST_SUM, then multiplied by `scale`. The bias (E,) has no part in it.
+    """
+
+    layer: int
+    out: Value
+    x: Value
+    gating: GatingKind
+    n_used: int
+    bias: Weight | None
+    n_groups: int
+    n_groups_used: int
+    norm: bool
+    scale: float
+
+
+SMALLEST_SUM = 2.0**-14  # of weights that are divided by it
+
+
+class ExpertLinear(NamedTuple):
+    """out = (x W^T) * scale + bias of every expert in a row's route, one beside the other.
+
+    weight (E, n, in dim), scale (E,) and bias (E, n), the last two or None; x (T, in dim) for all
+    experts or (T, n_used * in dim), one part each; out (T, n_used * n).
+    """
+
+    layer: int
+    out: Value
+    x: Value
+    route: Value
+    weight: Weight
+    scale: Weight | None
+    bias: Weight | None
+
+    @property
+    def n_used(self) -> int:
+        """Experts of a row."""
+        return self.route.dim // 2
+
+
+class ExpertSum(NamedTuple):
+    """out = the parts of x, each times its expert's weight, added up in the order of the route.
+
+    x (T, n_used * out dim).
+    """
+
+    layer: int
+    out: Value
+    x: Value
+    route: Value
+
+
 class SelectRows(NamedTuple):
     """out = the rows of x whose result the step was asked for."""
 
@@ -183,7 +262,7 @@ class SelectRows(NamedTuple):
 
 Op: TypeAlias = (
     Embed | RmsNorm | Linear | Rotate | Attention | Add | Mul | Bias | Scale | SoftCap | Activation
-    | SelectRows
+    | Clamp | MulParts | Route | ExpertLinear | ExpertSum | SelectRows
 )  # fmt: skip
 
 

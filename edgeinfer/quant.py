@@ -143,18 +143,30 @@ class Weight:
         name = f"{self.name}[{first}:{last}]"
         return Weight(name, (last - first, *self.shape[1:]), self.type, part)
 
+    def parts(self, first: int, last: int) -> Weight:
+        """Rows first <= i < last of each matrix of a stack, or those elements of each row."""
+        check_runnable(self.name, self.type)
+        n, size, *rest = self.shape
+        unit = self.type.row_bytes(_product(tuple(rest)))
+        starts = (i * size * unit + first * unit for i in range(n))
+        pieces = [_Part(self.data, start, (last - first) * unit) for start in starts]
+        name = f"{self.name}[:, {first}:{last}]"
+        return Weight(name, (n, last - first, *rest), self.type, _Pieces(pieces))
+
+    def matrix(self, i: int) -> Weight:
+        """Matrix i of a stack."""
+        one = self.rows(i, i + 1)
+        return Weight(one.name, one.shape[1:], one.type, one.data)
+
     def read_into(self, buffer: memoryview, start: int = 0) -> None:
         """Fill a buffer with the bytes from `start` on."""
-        if isinstance(self.data, memoryview):
-            buffer[:] = self.data[start : start + len(buffer)]
-        else:
-            self.data.read_into(buffer, start)
+        _Part(self.data, 0, len(self.data)).read_into(buffer, start)
 
 
 class _Part:
     """Some of the bytes in a file."""
 
-    def __init__(self, whole: FileBytes, start: int, n_bytes: int) -> None:
+    def __init__(self, whole: memoryview | FileBytes, start: int, n_bytes: int) -> None:
         self._whole, self._start, self._n_bytes = whole, start, n_bytes
 
     def __len__(self) -> int:
@@ -165,7 +177,35 @@ class _Part:
         return self._whole[self._start + begin : self._start + end]
 
     def read_into(self, buffer: memoryview, start: int) -> None:
-        self._whole.read_into(buffer, self._start + start)
+        first = self._start + start
+        if isinstance(self._whole, memoryview):
+            buffer[:] = self._whole[first : first + len(buffer)]
+        else:
+            self._whole.read_into(buffer, first)
+
+
+class _Pieces:
+    """Parts of a file of equal size, as if they followed each other."""
+
+    def __init__(self, pieces: list[_Part]) -> None:
+        self._pieces, self._size = pieces, len(pieces[0])
+
+    def __len__(self) -> int:
+        return len(self._pieces) * self._size
+
+    def __getitem__(self, part: slice, /) -> memoryview:
+        begin, end, _ = part.indices(len(self))
+        buffer = memoryview(bytearray(max(0, end - begin)))
+        self.read_into(buffer, begin)
+        return buffer
+
+    def read_into(self, buffer: memoryview, start: int) -> None:
+        done = 0
+        while done < len(buffer):
+            i, at = divmod(start + done, self._size)
+            n = min(self._size - at, len(buffer) - done)
+            self._pieces[i].read_into(buffer[done : done + n], at)
+            done += n
 
 
 def quant_type(ggml_id: int) -> QuantType:

@@ -1,6 +1,8 @@
-"""Granite 3 and 4 without experts: a Llama with multipliers, some of it without rotation."""
+"""Granite 3 and 4, dense and of experts: a Llama with multipliers, some of it without rotation."""
 
 from edgeinfer.graph import Graph
+
+NAMES = ("granite", "granitemoe")
 
 
 def forward(g: Graph) -> None:
@@ -18,7 +20,10 @@ def forward(g: Graph) -> None:
         a = g.attention(q, k, v, cache=heads.cache, scale=scale)
         x = x + g.scale(g.linear(a, f"{blk}.attn_output", g.dim), residual)
         h = g.rms_norm(x, f"{blk}.ffn_norm")
-        gate, up = g.gate_up(h, blk)  # (T, F)
-        f = g.linear(g.silu(gate) * up, f"{blk}.ffn_down", g.dim)
+        if g.has(f"{blk}.ffn_gate_inp.weight"):
+            f = g.experts(h, blk, g.count("feed_forward_length"))
+        else:
+            gate, up = g.gate_up(h, blk)  # (T, F)
+            f = g.linear(g.silu(gate) * up, f"{blk}.ffn_down", g.dim)
         x = g.layer_output(x + g.scale(f, residual))
     g.head(g.rms_norm(g.select_rows(x), "output_norm"), scale=1 / logits)  # (wanted rows, V)

@@ -1,7 +1,7 @@
-"""Llama 2 and 3, SmolLM2, Mistral, Qwen 2 and 2.5: grouped-query attention and SwiGLU.
+"""Llama 2 and 3, SmolLM2, Mistral, Mixtral, Qwen 2 and 2.5: grouped-query attention and SwiGLU.
 
-Adjacent or half-split rotary pairs, by name. Llama 3's rope factors, Qwen's biases on q, k and v
-and a tied head follow from the file's tensors.
+Adjacent or half-split rotary pairs, by name. Llama 3's rope factors, Qwen's biases on q, k and v,
+a tied head and Mixtral's experts follow from the file's tensors.
 """
 
 from edgeinfer.graph import Graph, RopeKind
@@ -20,6 +20,10 @@ def forward(g: Graph) -> None:
         a = g.attention(q, k, v, cache=heads.cache)
         x = x + g.linear(a, f"{blk}.attn_output", g.dim)
         h = g.rms_norm(x, f"{blk}.ffn_norm")
-        gate, up = g.gate_up(h, blk)  # (T, F)
-        x = g.layer_output(x + g.linear(g.silu(gate) * up, f"{blk}.ffn_down", g.dim))
+        if g.has(f"{blk}.ffn_gate_inp.weight"):
+            f = g.experts(h, blk, g.count("feed_forward_length"))
+        else:
+            gate, up = g.gate_up(h, blk)  # (T, F)
+            f = g.linear(g.silu(gate) * up, f"{blk}.ffn_down", g.dim)
+        x = g.layer_output(x + f)
     g.head(g.rms_norm(g.select_rows(x), "output_norm"))  # (wanted rows, V)

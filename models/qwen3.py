@@ -1,9 +1,11 @@
-"""Qwen 3: half-split rotary pairs, and an RMSNorm of every query and key head before them.
+"""Qwen 3, dense and of experts: half-split rotary pairs, and before them an RMSNorm of every head.
 
 The head width is its own number, not dim / n_heads.
 """
 
 from edgeinfer.graph import Graph
+
+NAMES = ("qwen3", "qwen3moe")
 
 
 def forward(g: Graph) -> None:
@@ -19,6 +21,10 @@ def forward(g: Graph) -> None:
         a = g.attention(q, k, v, cache=heads.cache)
         x = x + g.linear(a, f"{blk}.attn_output", g.dim)
         h = g.rms_norm(x, f"{blk}.ffn_norm")
-        gate, up = g.gate_up(h, blk)  # (T, F)
-        x = g.layer_output(x + g.linear(g.silu(gate) * up, f"{blk}.ffn_down", g.dim))
+        if g.hparams.architecture == "qwen3moe":
+            f = g.experts(h, blk, g.count("feed_forward_length", 0) // g.count("expert_used_count"))
+        else:
+            gate, up = g.gate_up(h, blk)  # (T, F)
+            f = g.linear(g.silu(gate) * up, f"{blk}.ffn_down", g.dim)
+        x = g.layer_output(x + f)
     g.head(g.rms_norm(g.select_rows(x), "output_norm"))  # (wanted rows, V)

@@ -15,10 +15,14 @@ from hypothesis import strategies as st
 from edgeinfer.graph import (
     KV,
     ActivationKind,
+    ExpertLinear,
+    ExpertSum,
+    GatingKind,
     Graph,
     Growth,
     Hparams,
     Rope,
+    Route,
     Segment,
     Value,
     Yarn,
@@ -48,6 +52,21 @@ class Loose(NamedTuple):
     choice: int
 
 
+class Experts(NamedTuple):
+    """A feed-forward network of experts; what is done between its products is `inner`."""
+
+    n: int
+    n_used: int
+    dim: int
+    gating: GatingKind
+    groups: int  # none, or of this size
+    norm: bool
+    scale: float
+    inner: int
+    shared: int  # another network beside it: none, plain, weighed
+    router: int  # what chooses: the input, what the experts of a first choice leave
+
+
 class Layer(NamedTuple):
     """How a layer goes; numbers choose among variants, 0 is what models do today."""
 
@@ -61,6 +80,7 @@ class Layer(NamedTuple):
     v: int  # own, k before its norm, k as it is stored
     residual: int
     ffn: int
+    experts: Experts | None
     before: tuple[Loose, ...]
     between: tuple[Loose, ...]
 
@@ -80,7 +100,10 @@ class Drawn:
     seed: int
 
 
-_OPS = ("linear", "norm", "rotate", "add", "mul", "activation", "scale", "soft_cap", "bias")
+_OPS = (
+    "linear", "norm", "rotate", "add", "mul", "activation", "scale", "soft_cap", "bias", "clamp",
+    "parts",
+)  # fmt: skip
 _NUMBER = st.integers(0, 7)
 _LOOSE = st.lists(
     st.builds(Loose, st.sampled_from(_OPS), _NUMBER, _NUMBER, _NUMBER), max_size=4
@@ -95,9 +118,23 @@ def _mostly_0(n: int) -> st.SearchStrategy[int]:
     return st.sampled_from([0] * n + [*range(n + 1)])
 
 
+_EXPERTS = st.builds(
+    Experts,
+    n=st.sampled_from([4, 6, 8, 12]),
+    n_used=st.integers(1, 4),
+    dim=st.sampled_from([32, 64, 7]),
+    gating=st.sampled_from(get_args(GatingKind)),
+    groups=st.sampled_from([0, 0, 2, 3, 4]),
+    norm=st.booleans(),
+    scale=st.sampled_from([1.0, 2.5]),
+    inner=_upto(7),
+    shared=_upto(2),
+    router=_mostly_0(1),
+)
 _LAYER = st.builds(
     Layer, _upto(len(HEADS) - 1), st.integers(1, 3), _upto(4), _upto(4), _mostly_0(4),
-    _mostly_0(4), _mostly_0(3), _mostly_0(2), _upto(4), _upto(7), _LOOSE, _LOOSE,
+    _mostly_0(4), _mostly_0(3), _mostly_0(2), _upto(4), _upto(7),
+    st.sampled_from([0, 0, 1]).flatmap(lambda has: _EXPERTS if has else st.none()), _LOOSE, _LOOSE,
 )  # fmt: skip
 MODELS = st.builds(
     Drawn,
@@ -114,7 +151,9 @@ MODELS = st.builds(
 
 
 class Given:
-    """Settings of a file that has every default, and an epsilon of its norms."""
+    """Settings of a file that has every default, an epsilon of its norms, and some experts."""
+
+    counts = {"expert_count": 4, "expert_used_count": 2}
 
     def has(self, name: str) -> bool:
         return False
@@ -123,7 +162,7 @@ class Given:
         return 1e-5 if name.endswith("_epsilon") else float(default)
 
     def count(self, name: str, default: Any = None, **limits: Any) -> int:
-        return int(default)
+        return int(self.counts.get(name, default))
 
     def flag(self, name: str, default: Any = None, **limits: Any) -> bool:
         return bool(default)
@@ -156,7 +195,8 @@ class RandomGraph(Graph):
     def has(self, name: str) -> bool:
         if name == "output.weight":
             return not self._tied
-        return name.endswith(".bias") and sum(name.encode()) % 3 == 0
+        may_be = name.endswith((".bias", "_exps.scale"))
+        return may_be and sum(name.encode()) % 3 == 0
 
     def _weight(self, name: str, *shape: int) -> Weight:
         if name not in self._made:
@@ -164,9 +204,11 @@ class RandomGraph(Graph):
             if len(shape) == 1:
                 kind, rows = "F32", (1 + values / 4).astype(np.float32)
             else:
-                fitting = [t for t in self._types if shape[1] % TYPES[t].block == 0]
+                types = ["F32"] if name.endswith(".bias") else self._types
+                fitting = [t for t in types if shape[-1] % TYPES[t].block == 0]
                 kind = str(self._rng.choice(fitting or ["F32"]))
-                rows = quantize(values / np.float32(shape[1] ** 0.5), kind)
+                values = values.reshape(-1, shape[-1]) / np.float32(shape[-1] ** 0.5)
+                rows = quantize(values, kind)
             self._made[name] = Weight(name, shape, TYPES[kind], memoryview(rows.tobytes()))
         return self._made[name]
 
@@ -217,7 +259,10 @@ class Recorder:
         x = self._loose(x, s.before)
         x = self._residual(x, self._attention(g.rms_norm(x, self.name()), s), s.residual)
         x = self._loose(x, s.between)
-        x = self._residual(x, self._ffn(g.rms_norm(x, self.name()), s.ffn), s.residual)
+        h = g.rms_norm(x, self.name())
+        if s.experts is not None:
+            return g.layer_output(x + self._experts(h, s.experts))
+        x = self._residual(x, self._ffn(h, s.ffn), s.residual)
         return g.layer_output(x)
 
     def _residual(self, x: Value, branch: Value, way: int) -> Value:
@@ -292,6 +337,56 @@ class Recorder:
             return self._linear(h, h.dim) + h
         return g.silu(gate) * up
 
+    def _experts(self, h: Value, s: Experts) -> Value:
+        g = self.g
+        route = self._route(h, s)
+        gate = self._along(h, route, s, s.dim)
+        if s.inner == 1:
+            inner = g.silu(gate) * self._along(h, route, s, s.dim)
+        elif s.inner == 2:
+            inner = self._plain(gate, "relu2")
+        elif s.inner == 3:
+            inner = g.clamp(g.silu(gate), -9.0, 0.5) * g.clamp(gate, -0.5, 0.5)
+        elif s.inner == 4:  # a part for each expert, normed and weighed
+            weights = self._linear(h, route.dim // 2)
+            inner = g.mul_parts(g.rms_norm(gate, None, route.dim // 2), weights)
+        elif s.inner == 5:  # another route reads it
+            inner = gate + self._along(h, self._route(gate, s), s, s.dim)
+        elif s.inner == 6:  # in two products
+            inner = self._along(gate, route, s, s.dim)
+        else:
+            inner = gate
+        out = g._record(ExpertSum, h.dim, x=self._along(inner, route, s, h.dim), route=route)
+        if s.router == 1:
+            again = self._route(out, s)
+            out = out + g._record(ExpertSum, s.dim, x=gate, route=again) if s.dim == h.dim else out
+        if s.shared:
+            shared = self._linear(g.silu(self._linear(h, 32)), h.dim)
+            weight = self._plain(self._linear(h, 1), "sigmoid")
+            out = out + (g.mul_parts(shared, weight) if s.shared == 2 else shared)
+        return out
+
+    def _route(self, x: Value, s: Experts) -> Value:
+        g, n_used, name = self.g, min(s.n_used, s.n), self.name()
+        size = s.groups if s.groups > 1 and s.n % s.groups == 0 and s.n > s.groups else s.n
+        n_groups_used = -(-n_used // size)
+        has_bias = g.has(f"{name}.exp_probs_b.bias")
+        return g._record(
+            Route, 2 * n_used, x=self._linear(x, s.n), gating=s.gating, n_used=n_used,
+            bias=g._weight(f"{name}.exp_probs_b.bias", s.n) if has_bias else None,
+            n_groups=s.n // size, n_groups_used=n_groups_used, norm=s.norm, scale=s.scale,
+        )  # fmt: skip
+
+    def _along(self, x: Value, route: Value, s: Experts, dim: int) -> Value:
+        g, name, n_used = self.g, f"{self.name()}_exps", route.dim // 2
+        n_cols = x.dim // n_used if x.dim == n_used * s.dim else x.dim
+        twins = {
+            twin: g._weight(f"{name}.{twin}", *shape) if g.has(f"{name}.{twin}") else None
+            for twin, shape in (("scale", (s.n,)), ("bias", (s.n, dim)))
+        }
+        weight = g._weight(f"{name}.weight", s.n, dim, n_cols)
+        return g._record(ExpertLinear, n_used * dim, x=x, route=route, weight=weight, **twins)
+
     def _loose(self, x: Value, ops: tuple[Loose, ...]) -> Value:
         """x, with what was made of it added where it is as wide."""
         values = [x]
@@ -322,6 +417,10 @@ class Recorder:
             return self._plain(a, KINDS[each.choice % len(KINDS)])
         if each.op == "scale":
             return g.scale(a, 0.3)
+        if each.op == "clamp":
+            return g.clamp(a, -0.75, 0.5)
+        if each.op == "parts":
+            return g.mul_parts(a, self._linear(b, n))
         if each.op == "soft_cap":
             return g.soft_cap(a, 2.0)
         return g.add_vector(a, self.name())

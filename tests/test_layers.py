@@ -21,6 +21,7 @@ errors
 config quant platform options parameters results settings
 rope
 text sampling hub ops gguf
+mixture
 graph keys
 batch models.*
 fusion known

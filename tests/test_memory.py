@@ -260,6 +260,9 @@ def test_the_peak_is_never_above_the_plan_of_any_of_these(
     assert taken <= promised
 
 
+_EXPERTS = dict(arch="qwen3moe", n_experts=9, n_used=3, **{**_SMALL, "ffn_dim": 256})
+
+
 PLANNED: list[tuple[dict[str, Any], LoadOptions]] = [
     (dict(quant="Q4_0", **_SMALL), {"n_ctx": 131_072, "threads": 1}),
     (dict(quant="Q4_K_M", **_SMALL), {"n_ctx": 32_768, "slots": 8, "threads": 2}),
@@ -267,6 +270,7 @@ PLANNED: list[tuple[dict[str, Any], LoadOptions]] = [
     (dict(quant="F16", vocab=60_001, **_SMALL), {"n_ctx": 8192, "slots": 4, "threads": 3}),
     (dict(quant="MXFP4", **{**_SMALL, "n_layers": 9}), {"slots": 300, "n_ctx": 33}),
     (dict(quant="Q6_K", **{**_SMALL, "n_kv_heads": 4}), {"device": "reference"}),
+    (dict(quant="Q4_K", **_EXPERTS), {"n_ctx": 500, "threads": 2}),
 ]
 
 

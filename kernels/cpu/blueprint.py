@@ -6,10 +6,11 @@ Knows no team and no machine; `program.py` makes it run.
 from __future__ import annotations
 
 from edgeinfer.batch import PAGE, SEGMENT_PAGES, StepLimits
-from edgeinfer.graph import Bias, Embed, Linear, RmsNorm, Segment
+from edgeinfer.graph import Bias, Embed, ExpertLinear, Linear, RmsNorm, Route, Segment
 from edgeinfer.kernels.cpu import layout
 from edgeinfer.kernels.cpu.commands import Arena, Args, Buffer, KernelOp, KernelPart
-from edgeinfer.kernels.cpu.lower import LayerCache, Lowering, row_stride
+from edgeinfer.kernels.cpu.layout import row_stride
+from edgeinfer.kernels.cpu.lower import LayerCache, Lowering
 from edgeinfer.kernels.cpu.shapes import check_shapes
 from edgeinfer.kernels.cpu.team import KERNELS
 from edgeinfer.kernels.cpu.weights import PackedWeights
@@ -71,15 +72,17 @@ class Blueprint:
 
 def _weights_of(segment: Segment) -> tuple[list[Weight], list[Weight]]:
     """The matrices and the vectors that a segment's ops read."""
-    matrices, vectors = [], []
+    matrices, vectors = list[Weight](), list[Weight | None]()
     for op in segment.ops:
-        if isinstance(op, (Embed, Linear)):
+        if isinstance(op, (Embed, Linear, ExpertLinear)):
             matrices.append(op.weight)
-        if isinstance(op, (RmsNorm, Bias)) and op.weight is not None:
+        if isinstance(op, (RmsNorm, Bias)):
             vectors.append(op.weight)
-        if isinstance(op, Linear) and op.bias is not None:
+        if isinstance(op, (Linear, ExpertLinear, Route)):
             vectors.append(op.bias)
-    return matrices, vectors
+        if isinstance(op, ExpertLinear):
+            vectors.append(op.scale)
+    return matrices, [vector for vector in vectors if vector is not None]
 
 
 def _place_caches(segment: Segment, arena: Arena, n_pages: int) -> dict[int, LayerCache]:

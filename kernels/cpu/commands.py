@@ -82,6 +82,11 @@ class KernelOp(NamedTuple):
         """Whether these are matmuls."""
         return self.parts[0].kernel.startswith("matmul.")
 
+    @property
+    def plans(self) -> bool:
+        """Whether chunks of later ops depend on it."""
+        return self.parts[0].kernel == "plan_experts"
+
     def buffers(self) -> Iterable[Buffer]:
         for part in self.parts:
             for arg in part.args:

@@ -37,6 +37,11 @@ def whole_vectors(n: int) -> int:
     return (n + 7) & -8
 
 
+def row_stride(n: int) -> int:
+    """Bytes between rows of n floats."""
+    return 4 * whole_vectors(n)
+
+
 A32_BYTES = 44
 A32_D = 32  # offset of d
 A32_DSUM = 36  # of d * sum
@@ -84,12 +89,14 @@ SLOT_TICKET = 0
 SLOT_COUNT = 64
 SLOT_DONE = 128
 SLOT_PARTS, SLOT_N_PARTS = 192, 200
+SLOT_RECOUNT = 208  # how many slots behind this one get their counts anew once it has run
 SLOT_BYTES = 256
 # An op has one or more parts: a kernel, its arguments, its chunks in this step, and the rule that
-# counts them: a fixed number (>= 0) or one of COUNT_*.
+# counts them: a fixed number (>= 0) or one of COUNT_*. COUNT_PLANNED is for an op behind one that
+# plans: the word that its first argument points to times its second argument.
 PART_KERNEL, PART_ARGS, PART_COUNT, PART_RULE = (i * WORD for i in range(4))
 PART_BYTES = 4 * WORD
-COUNT_ROWS, COUNT_WANTED, COUNT_ITEMS = -1, -2, -3
+COUNT_ROWS, COUNT_WANTED, COUNT_ITEMS, COUNT_PLANNED = -1, -2, -3, -4
 
 # "Which rows" of an op: every input row, or the wanted ones.
 ALL_ROWS = 0
@@ -151,13 +158,20 @@ COPY_SINK = 4 * WORD
 ) = (i * WORD for i in range(7))  # fmt: skip
 HEADS_SINK = 7 * WORD
 #
-# pointwise.<kind>: sink[t] = f(a[t], b[t]) or f(a[t], parameter), the bits of a float; a b of
-# stride 0 is one row for all. Rows of b have room for whole vectors. With WANTED_ROWS, a and b have
-# the wanted rows alone. A chunk is one row.
+# pointwise.<kind>: sink[t] = f(a[t], b[t]) or f(a[t], parameter), the bits of a float, or of two,
+# the first in the low half; a b of stride 0 is one row for all. Rows of b have room for whole
+# vectors. With WANTED_ROWS, a and b have the wanted rows alone. A chunk is one row.
 (
     POINT_A, POINT_A_STRIDE, POINT_B, POINT_B_STRIDE, POINT_PARAMETER, POINT_DIM, POINT_ROWS,
 ) = (i * WORD for i in range(7))  # fmt: skip
 POINT_SINK = 7 * WORD
+#
+# mul_parts: sink[t] = x[t], each of n_parts parts of part_dim values times its factor. With
+# WANTED_ROWS, x and factors have the wanted rows alone. A chunk is one row.
+(
+    PARTS_X, PARTS_STRIDE, PARTS_FACTORS, PARTS_FACTORS_STRIDE, PARTS_N, PARTS_DIM, PARTS_ROWS,
+) = (i * WORD for i in range(7))  # fmt: skip
+PARTS_SINK = 7 * WORD
 #
 # angles: cos and sin of every row's rotation, [n_pairs cos, n_pairs sin] floats a row, at its
 # position and at its position for pinned pages (PageTable.pinned_pos). freqs: double[n_pairs].
@@ -240,6 +254,63 @@ def items_bytes(max_rows: int, max_segments: int) -> int:
     return max_rows * ROW_BYTES + (max_rows + SPLIT_ROWS * max_segments) * ITEM_BYTES
 
 
+#
+# route.<gating>: sink[t] = the experts of row t as floats, then their weights (ops.Route). bias is
+# an address. norm is 0 or 1, scale a float's bits. Scratch of each thread, 64-byte aligned:
+# route_scratch_bytes. A chunk is one row.
+(
+    ROUTE_X, ROUTE_STRIDE, ROUTE_N_EXPERTS, ROUTE_N_USED, ROUTE_BIAS, ROUTE_N_GROUPS,
+    ROUTE_N_GROUPS_USED, ROUTE_NORM, ROUTE_SCALE, ROUTE_SCRATCH,
+) = (i * WORD for i in range(10))  # fmt: skip
+ROUTE_SINK = 10 * WORD
+
+
+def route_scratch_bytes(n_experts: int) -> int:
+    """Of one thread: gated logits, scores and marks, each in whole blocks of 32 values."""
+    return 3 * 4 * ((n_experts + 31) & -32)
+
+
+#
+# plan_experts (one chunk): who computes what, for all ops that read a route. A plan is the number
+# of items, an item for every expert that some row has chosen, then a record for each (row, place
+# in its route), those of an item side by side, rows ascending.
+PLAN_AT, PLAN_ROUTE, PLAN_STRIDE, PLAN_N_USED, PLAN_N_EXPERTS = (i * WORD for i in range(5))
+PLAN_ITEMS = WORD
+PLAN_EXPERT, PLAN_FIRST, PLAN_N_ROWS = (i * WORD for i in range(3))  # of an item
+PLAN_ITEM_BYTES = 3 * WORD
+PLAN_ROW, PLAN_SLOT = 0, WORD  # of a record
+PLAN_RECORD_BYTES = 2 * WORD
+
+
+def plan_records(n_experts: int) -> int:
+    """Where in a plan its records are."""
+    return PLAN_ITEMS + PLAN_ITEM_BYTES * n_experts
+
+
+def plan_bytes(n_experts: int, n_records: int) -> int:
+    """Bytes of a plan, and of a count of rows for every expert behind it."""
+    return plan_records(n_experts) + PLAN_RECORD_BYTES * n_records + WORD * n_experts
+
+
+# Ops that follow a plan have it as their first argument, and how many chunks an item has as their
+# second: those of item i are its chunks from i * per_item on.
+PLANNED_AT, PLANNED_PER_ITEM, PLANNED_N_EXPERTS = (i * WORD for i in range(3))
+#
+# gather.<a32|f32>: the rows that meet an expert, for each item as if they were a step of their own.
+# x has n_parts parts a row, one for each place of a route, or one. A chunk is an item.
+GATHER_X, GATHER_STRIDE, GATHER_DIM, GATHER_N_PARTS, GATHER_OUT = (i * WORD for i in range(3, 8))
+#
+# experts.<type>: out[row, place] = W_e x * scale[e] + bias[e], dim values for each place of a row.
+# x is what gather left, x_row_bytes for each record. A chunk is some groups of one expert.
+(
+    EXPERTS_W, EXPERTS_BYTES, EXPERTS_N_BLOCKS, EXPERTS_N_GROUPS, EXPERTS_DIM, EXPERTS_X,
+    EXPERTS_X_ROW_BYTES, EXPERTS_OUT, EXPERTS_STRIDE, EXPERTS_SCALE, EXPERTS_BIAS,
+    EXPERTS_N_USED, EXPERTS_SCRATCH,
+) = (i * WORD for i in range(3, 16))  # fmt: skip
+#
+# expert_sum: sink[t] = the sum over places of weight * part of x[t]. A chunk is one row.
+SUM_X, SUM_STRIDE, SUM_ROUTE, SUM_ROUTE_STRIDE, SUM_N_USED, SUM_DIM = (i * WORD for i in range(6))
+SUM_SINK = 6 * WORD
 #
 # sample: for wanted row i (a chunk), the token that row i of the table at H_SAMPLES asks for.
 # Changed logits are restored. Scratch: 64-byte aligned, SCRATCH_BYTES for each thread.

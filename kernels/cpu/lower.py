@@ -15,6 +15,7 @@ import numpy as np
 
 from edgeinfer.batch import StepLimits
 from edgeinfer.fusion import (
+    ExpertMatmuls,
     Matmul,
     Matmuls,
     PinnedAttention,
@@ -29,12 +30,17 @@ from edgeinfer.graph import (
     Activation,
     Add,
     Bias,
+    Clamp,
     Embed,
+    ExpertLinear,
+    ExpertSum,
     Mul,
+    MulParts,
     RmsNorm,
     Rope,
     RopeKind,
     Rotate,
+    Route,
     Scale,
     Segment,
     SelectRows,
@@ -52,6 +58,8 @@ from edgeinfer.kernels.cpu.commands import (
     recut,
 )
 from edgeinfer.kernels.cpu.formats import FORMATS, Format
+from edgeinfer.kernels.cpu.layout import row_stride
+from edgeinfer.kernels.cpu.lower_experts import ExpertLowering
 from edgeinfer.known import selected
 from edgeinfer.quant import Weight
 
@@ -70,11 +78,6 @@ class WeightAddresses(Protocol):
     def matrix(self, weight: Weight) -> Buffer: ...
     def vector(self, weight: Weight) -> Buffer: ...
     def doubles(self, values: np.ndarray) -> Buffer: ...
-
-
-def row_stride(dim: int) -> int:
-    """Bytes between rows of floats."""
-    return 4 * layout.whole_vectors(dim)
 
 
 def float_bits(x: float) -> int:
@@ -105,11 +108,15 @@ class _Reads:
         self._as_floats, self._as_a32 = set(kept), set[Value]()
         self._kept = kept
         for i, step in enumerate(steps):
-            for op in step.parts if isinstance(step, Matmuls) else [step]:
+            for op in step.parts if isinstance(step, (Matmuls, ExpertMatmuls)) else [step]:
                 for name, value in zip(op._fields[2:], op[2:], strict=True):
                     if isinstance(value, Value):
                         self._reads.setdefault(value, []).append(i)
-                        is_a32 = isinstance(op, Matmul) and name == "x" and _reads_a32(op)
+                        is_a32 = (
+                            isinstance(op, (Matmul, ExpertLinear))
+                            and name == "x"
+                            and _reads_a32(op)
+                        )
                         (self._as_a32 if is_a32 else self._as_floats).add(value)
 
     def is_last(self, value: Value, i: int) -> bool:
@@ -124,7 +131,7 @@ class _Reads:
         return value in self._as_a32 and value not in self._as_floats
 
 
-class Lowering:
+class Lowering(ExpertLowering):
     """One pass over a segment's steps."""
 
     def __init__(
@@ -135,6 +142,7 @@ class Lowering:
         caches: Mapping[int, LayerCache],
         max_segments: int,
     ) -> None:
+        super().__init__()
         self._segment, self._limits = segment, limits
         self._weights, self._caches = weights, caches
         self._max_segments = max_segments
@@ -197,6 +205,16 @@ class Lowering:
                 self._pointwise("soft_cap", step, step.x, parameter=step.cap)
             case Activation():
                 self._pointwise(step.kind, step, step.x)
+            case Clamp():
+                self._pointwise("clamp", step, step.x, parameter=step.low, bound=step.high)
+            case MulParts():
+                self._mul_parts(step)
+            case Route():
+                self._route(step)
+            case ExpertMatmuls():
+                self._expert_matmuls(step)
+            case ExpertSum():
+                self._expert_sum(step)
             case SelectRows():
                 args = self._copied(step.x, layout.WANTED_ROWS)
                 args += self._sinks(step.out, "selected")
@@ -236,12 +254,13 @@ class Lowering:
     def _pointwise(
         self,
         kind: str,
-        op: Add | Mul | Bias | Scale | SoftCap | Activation,
+        op: Add | Mul | Bias | Scale | SoftCap | Activation | Clamp,
         a: Value,
         b: Value | Weight | None = None,
         parameter: float = 0.0,
+        bound: float = 0.0,
     ) -> None:
-        """out = f(a, b) or f(a, parameter), value by value; a vector b is the same for all rows."""
+        """out = f(a, b) or f(a, parameter, bound), value by value; a vector b is one for all."""
         rows, rule = self._rows_of(op.out)
         other: Args = [0, 0]
         if isinstance(b, Value):
@@ -249,10 +268,20 @@ class Lowering:
         elif b is not None:
             other = [self._weights.vector(b), 0]
         args: Args = [
-            self._floats[a], row_stride(a.dim), *other, float_bits(parameter), a.dim, rows,
+            self._floats[a], row_stride(a.dim), *other,
+            float_bits(parameter) & 0xFFFFFFFF | float_bits(bound) << 32, a.dim, rows,
             *self._sinks(op.out, kind),
         ]  # fmt: skip
         self._emit(kind, f"pointwise.{kind}", args, rule)
+
+    def _mul_parts(self, op: MulParts) -> None:
+        rows, rule = self._rows_of(op.out)
+        n_parts = op.factors.dim
+        args: Args = [
+            self._floats[op.x], row_stride(op.x.dim), self._floats[op.factors], row_stride(n_parts),
+            n_parts, op.x.dim // n_parts, rows, *self._sinks(op.out, "mul"),
+        ]  # fmt: skip
+        self._emit("mul_parts", "mul_parts", args, rule)
 
     def _copied(self, x: Value, rows: int) -> Args:
         return [self._floats[x], row_stride(x.dim), x.dim, rows]
@@ -443,7 +472,7 @@ def _type(weight: Weight) -> str:
     return weight.type.name.lower()
 
 
-def _reads_a32(op: Matmul) -> bool:
+def _reads_a32(op: Matmul | ExpertLinear) -> bool:
     return _format(op.weight).activation == "a32"
 
 

@@ -28,8 +28,8 @@ from edgeinfer.kernels.cpu import layout
 from edgeinfer.kernels.cpu.blueprint import Blueprint
 from edgeinfer.kernels.cpu.commands import Arena, Buffer, KernelOp, KernelPart, recut
 from edgeinfer.kernels.cpu.idle import IdleBuild, IdleWork
+from edgeinfer.kernels.cpu.layout import row_stride
 from edgeinfer.kernels.cpu.library import BUILDER_BYTES, Library, cache_folder
-from edgeinfer.kernels.cpu.lower import row_stride
 from edgeinfer.kernels.cpu.targets import Target
 from edgeinfer.kernels.cpu.team import Op, Part, Tape, Team, shared_team
 from edgeinfer.kernels.cpu.trial import Trial
@@ -345,7 +345,10 @@ class CpuProgram:
         return [self._op_time(op, batch, starting) for op in self._lowered.ops]
 
     def _op_time(self, op: KernelOp, batch: Batch, starting: float) -> OpTime:
-        seconds = self._team.run_once([self._op(op)], *self._team_args())
+        alone = self._op(op)
+        if not op.plans:
+            alone = Op([part._replace(rule=_planned(part)) for part in alone.parts])
+        seconds = self._team.run_once([alone], *self._team_args())
         seconds = max(seconds - starting, _LEAST_SECONDS)
         macs = 0
         for part in op.parts:
@@ -358,7 +361,15 @@ class CpuProgram:
         return self._header.ctypes.data, self.limits.n_threads
 
     def _op(self, op: KernelOp) -> Op:
-        return Op([self._part(part) for part in op.parts])
+        return Op([self._part(part) for part in op.parts], op.plans)
+
+
+def _planned(part: Part) -> int:
+    """The rule of a part, or how many chunks it has by the plan that was made last."""
+    if part.rule != layout.COUNT_PLANNED:
+        return part.rule
+    plan, per_item = part.args[:2]
+    return ctypes.c_int64.from_address(plan).value * per_item
 
 
 def _float_view(buffer: Buffer, n_rows: int, dim: int) -> NDArray[np.float32]:

@@ -22,14 +22,16 @@ FOLDER = Path(__file__).parent / "ready"
 # Widths of heads in published models that run; others are built when they are asked for.
 HEAD_DIMS = (32, 48, 64, 80, 96, 100, 120, 128, 256)
 POINTWISE = (
-    "silu", "gelu", "sigmoid", "softplus", "relu2", "add", "mul", "scale", "soft_cap",
+    "silu", "gelu", "sigmoid", "softplus", "relu2", "add", "mul", "scale", "soft_cap", "clamp",
 )  # fmt: skip
 NAMES = (
-    *(f"{op}.{name}" for op in ("matmul", "pack", "embed") for name in FORMATS),
+    *(f"{op}.{name}" for op in ("matmul", "pack", "embed", "experts") for name in FORMATS),
     *(f"attend.{dim}.{dim}" for dim in HEAD_DIMS),
     *("norm", "swiglu", "angles", "angles.scaled", "rotate.norm", "rotate.neox"),
     *("norm_heads", "copy_rows", "quantise"),
     *(f"pointwise.{kind}" for kind in POINTWISE),
+    *(f"route.{kind}" for kind in ("softmax", "sigmoid", "raw", "sqrt_softplus")),
+    *("plan_experts", "gather.a32", "gather.f32", "expert_sum", "mul_parts"),
     *("plan_attention", "fold", "sample", "read", "team.work", "team.step"),
 )
 

@@ -6,6 +6,8 @@ memory is said in `layout.py`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from edgeinfer.errors import UnsupportedModelError
 from edgeinfer.graph import (
     KV,
@@ -13,18 +15,24 @@ from edgeinfer.graph import (
     Add,
     Attention,
     Bias,
+    Clamp,
     Embed,
+    ExpertLinear,
+    ExpertSum,
     Growth,
     Linear,
     Mul,
+    MulParts,
     Op,
     RmsNorm,
     Rope,
     Rotate,
+    Route,
     Scale,
     Segment,
     SelectRows,
     SoftCap,
+    Value,
     Yarn,
 )
 from edgeinfer.kernels.cpu.formats import FORMATS
@@ -47,6 +55,14 @@ KNOWN: Known = {
     Scale: fields("x factor"),
     SoftCap: fields("x cap"),
     Activation: fields("x kind", kind=("silu", "gelu", "sigmoid", "softplus", "relu2")),
+    Clamp: fields("x low high"),
+    MulParts: fields("x factors"),
+    Route: fields(
+        "x gating n_used bias n_groups n_groups_used norm scale",
+        gating=("softmax", "sigmoid", "raw", "sqrt_softplus"),
+    ),
+    ExpertLinear: fields("x route weight scale bias"),
+    ExpertSum: fields("x route"),
     SelectRows: fields("x"),
 }
 
@@ -54,8 +70,11 @@ KNOWN: Known = {
 def check_shapes(segment: Segment) -> None:
     """Raise UnsupportedModelError for the first op, shape or type that no kernel can be given."""
     check(segment, KNOWN, "cpu")
+    routes = {op.out: op for op in segment.ops if isinstance(op, Route)}
     for op in segment.ops:
         _check_op(op)
+        if isinstance(op, (ExpertLinear, ExpertSum)):
+            _check_along(op, routes)
     _check_caches(segment)
 
 
@@ -81,6 +100,47 @@ def _check_op(op: Op) -> None:
         raise _unsupported(what, f"{op.b.dim} wide", f"the width of the other, {op.a.dim}")
     elif isinstance(op, Bias):
         _check_vector(op.weight, op.x.dim)
+    elif isinstance(op, MulParts):
+        what = f"the row whose parts are multiplied in layer {op.layer}"
+        _check_parts(what, op.x.dim, op.factors.dim)
+    elif isinstance(op, Route):
+        _check_route(op)
+
+
+def _check_route(op: Route) -> None:
+    n, where = op.x.dim, f"of the route in layer {op.layer}"
+    if not 1 <= op.n_used <= n or op.out.dim != 2 * op.n_used:
+        raise _unsupported(f"the number of experts {where}", str(op.n_used), f"1 to {n}")
+    if op.bias is not None:
+        _check_vector(op.bias, n)
+    if op.n_groups != 1:
+        _check_parts(f"the number of experts {where}", n, op.n_groups)
+        if n < 2 * op.n_groups:
+            raise _unsupported(f"a group {where}", "1 expert", "2 and more")
+        room = op.n_groups_used * (n // op.n_groups)
+        if not op.n_used <= room <= n:
+            raise _unsupported(f"the choice {where}", f"out of {room}", f"{op.n_used} to {n}")
+
+
+def _check_along(op: ExpertLinear | ExpertSum, routes: Mapping[Value, Route]) -> None:
+    """What runs along a route: its numbers must be those of matrices."""
+    route, where = routes.get(op.route), f"of {type(op).__name__} in layer {op.layer}"
+    if route is None:
+        raise _unsupported(f"the route {where}", "another value", "what a Route leaves")
+    if isinstance(op, ExpertSum):
+        if op.x.dim != route.n_used * op.out.dim:
+            found = f"{op.x.dim} wide"
+            raise _unsupported(f"the input {where}", found, f"{route.n_used} times {op.out.dim}")
+        return
+    n, n_rows, n_cols = (op.weight.shape + (0, 0, 0))[:3]
+    if op.x.dim not in (n_cols, route.n_used * n_cols) or op.out.dim != route.n_used * n_rows:
+        found = f"{op.x.dim} wide"
+        raise _unsupported(f"the input {where}", found, f"{n_cols}, or so much for each expert")
+    _check_matrix(op.weight, n_rows, n_cols, (route.x.dim,))
+    if op.scale is not None:
+        _check_vector(op.scale, n)
+    if op.bias is not None:
+        _check_shape(op.bias, (n, n_rows))
 
 
 def _check_caches(segment: Segment) -> None:
@@ -93,9 +153,9 @@ def _check_caches(segment: Segment) -> None:
             refuse(op, {op.out: op for op in segment.ops}, "cpu", what)
 
 
-def _check_matrix(weight: Weight, n_rows: int, n_cols: int) -> None:
+def _check_matrix(weight: Weight, n_rows: int, n_cols: int, stack: tuple[int, ...] = ()) -> None:
     """Columns are whole blocks of the type but for floats, whose blocks are ours."""
-    _check_shape(weight, (n_rows, n_cols))
+    _check_shape(weight, (*stack, n_rows, n_cols))
     fmt = FORMATS.get(weight.type.name.lower())
     if fmt is None:
         raise _unsupported(

@@ -37,9 +37,13 @@ class Part(NamedTuple):
 
 
 class Op(NamedTuple):
-    """Parts that may run at the same time, in any order."""
+    """Parts that may run at the same time, in any order; `plans`: chunks of later ops depend on it.
+
+    What plans has one chunk.
+    """
 
     parts: list[Part]
+    plans: bool = False
 
 
 class Tape:
@@ -65,7 +69,8 @@ class Tape:
         first = 0
         for i, op in enumerate(ops):
             slot = self.address + layout.TAPE_SLOTS + layout.SLOT_BYTES * i
-            self._write(slot + layout.SLOT_PARTS, [part_addresses[first], len(op.parts)])
+            n_later = _n_planned(ops, i) if op.plans else 0
+            self._write(slot + layout.SLOT_PARTS, [part_addresses[first], len(op.parts), n_later])
             first += len(op.parts)
         prologue_address = part_addresses[-1] if prologue else 0
         self._write(self.address, [header, len(ops), n_threads, prologue_address])
@@ -78,6 +83,12 @@ class Tape:
         """Free the tape; only after `Team.quiesce`."""
         self._memory.close()
         self.address = 0
+
+
+def _n_planned(ops: list[Op], i: int) -> int:
+    """Ops behind one that plans, up to the next that does."""
+    ends = (j for j in range(i + 1, len(ops)) if ops[j].plans)
+    return next(ends, len(ops) - 1) - i
 
 
 class Team:

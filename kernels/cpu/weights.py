@@ -7,6 +7,7 @@ the packed model and two portions, below 16 MiB together.
 from __future__ import annotations
 
 import ctypes
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from queue import SimpleQueue
@@ -27,7 +28,10 @@ _PACK_CHUNK = 256 << 10  # packed bytes of one chunk
 
 
 class PackedWeights:
-    """Matrices in groups of 8 rows, vectors as floats: laid out, then reserved, then filled."""
+    """Matrices in groups of 8 rows, vectors as floats: laid out, then reserved, then filled.
+
+    Of a stack of matrices or vectors each is as if it were alone, and they lie side by side.
+    """
 
     def __init__(self, matrices: Iterable[Weight], vectors: Iterable[Weight]) -> None:
         self._matrices = {w.name: w for w in matrices}
@@ -37,13 +41,13 @@ class PackedWeights:
         self._memory: platform.Memory | None = None
         self.bytes_by_type: dict[str, int] = {}
         self._packed = {
-            weight.name: self._place(
-                weight.type.name, packed_bytes(weight.type.name.lower(), *weight.shape)
-            )
+            weight.name: self._place(weight.type.name, _packed_bytes(weight))
             for weight in self._matrices.values()
         }
         self._floats = {
-            weight.name: self._place("F32", 4 * layout.whole_vectors(weight.shape[0]))
+            weight.name: self._place(
+                "F32", math.prod(weight.shape[:-1]) * layout.row_stride(weight.shape[-1])
+            )
             for weight in self._vectors.values()
         }
 
@@ -76,7 +80,7 @@ class PackedWeights:
         return self._packed[weight.name]
 
     def vector(self, weight: Weight) -> Buffer:
-        """A vector of floats, padded with zeros to 8."""
+        """A vector of floats, or a stack of them, each padded with zeros to 8."""
         return self._floats[weight.name]
 
     def doubles(self, values: np.ndarray) -> Buffer:
@@ -94,7 +98,8 @@ class PackedWeights:
     ) -> None:
         """Fill the arena; `progress(done, total)` counts source bytes."""
         for weight in self._vectors.values():
-            values = np.ascontiguousarray(dequantize(weight), np.float32)
+            values = np.atleast_2d(np.asarray(dequantize(weight), np.float32))
+            values = np.pad(values, ((0, 0), (0, -values.shape[1] % GROUP_ROWS)))
             ctypes.memmove(self.vector(weight).address, values.ctypes.data, values.nbytes)
         for buffer, table in self._tables:
             ctypes.memmove(buffer.address, table.ctypes.data, table.nbytes)
@@ -122,6 +127,7 @@ class PackedWeights:
         n_groups, n_blocks = -(-piece.n_rows // GROUP_ROWS), piece.n_blocks
         group_bytes = n_blocks * FORMATS[name].packed_bytes
         to = self.matrix(piece.weight).address + piece.first // GROUP_ROWS * group_bytes
+        to += piece.matrix * _packed_bytes(piece.weight, 1)
         per_chunk = max(1, _PACK_CHUNK // group_bytes)
         args = [source, to, piece.n_rows, n_blocks, per_chunk]
         return Part(library.address(f"pack.{name}"), args, -(-n_groups // per_chunk))
@@ -183,6 +189,7 @@ class _Piece(NamedTuple):
     """Rows of a matrix: whole groups, but for those at its end."""
 
     weight: Weight
+    matrix: int  # of a stack
     first: int
     n_rows: int
     row_bytes: int
@@ -194,7 +201,7 @@ class _Piece(NamedTuple):
 
     @property
     def n_blocks(self) -> int:
-        return FORMATS[self.weight.type.name.lower()].n_blocks(self.weight.shape[1])
+        return FORMATS[self.weight.type.name.lower()].n_blocks(self.weight.shape[-1])
 
     @property
     def whole_row_bytes(self) -> int:
@@ -207,7 +214,7 @@ class _Piece(NamedTuple):
 
     def read_to(self, address: int) -> None:
         """Read the rows as the file has them; where their last block isn't whole, with zeros."""
-        start = self.first * self.row_bytes
+        start = (self.matrix * self.weight.shape[-2] + self.first) * self.row_bytes
         if self.whole_row_bytes == self.row_bytes:
             memory = (ctypes.c_ubyte * self.n_bytes).from_address(address)
             self.weight.read_into(memoryview(memory).cast("B"), start)
@@ -237,9 +244,20 @@ def _room(portion: list[_Piece]) -> int:
 
 
 def _pieces(weight: Weight) -> Iterator[_Piece]:
-    """A matrix in pieces of at most a portion, if 8 rows aren't more."""
-    n_rows = weight.shape[0]
-    row_bytes = len(weight.data) // n_rows
+    """A matrix, or each of a stack, in pieces of at most a portion, if 8 rows aren't more."""
+    n_matrices, n_rows = _n_matrices(weight), weight.shape[-2]
+    row_bytes = len(weight.data) // (n_matrices * n_rows)
     step = max(1, _PORTION // (GROUP_ROWS * row_bytes)) * GROUP_ROWS
-    for first in range(0, n_rows, step):
-        yield _Piece(weight, first, min(step, n_rows - first), row_bytes)
+    for matrix in range(n_matrices):
+        for first in range(0, n_rows, step):
+            yield _Piece(weight, matrix, first, min(step, n_rows - first), row_bytes)
+
+
+def _n_matrices(weight: Weight) -> int:
+    return math.prod(weight.shape[:-2])
+
+
+def _packed_bytes(weight: Weight, n_matrices: int | None = None) -> int:
+    """Of a stack, or of some of its matrices."""
+    n_matrices = _n_matrices(weight) if n_matrices is None else n_matrices
+    return n_matrices * packed_bytes(weight.type.name.lower(), *weight.shape[-2:])

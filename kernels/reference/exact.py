@@ -34,6 +34,10 @@ class Exact:
     def soft_cap(self, x: Floats, cap: float) -> Floats:
         return f32(cap * np.tanh(x.astype(np.float64) / cap))
 
+    def softmax(self, x: Floats) -> Floats:
+        p = np.exp(x.astype(np.float64) - x.max(axis=1, keepdims=True))
+        return f32(p / p.sum(axis=1, keepdims=True))
+
     def rotate(
         self, x0: Floats, x1: Floats, angles: Doubles, magnitude: Doubles
     ) -> tuple[Floats, Floats]:

@@ -35,6 +35,9 @@ class Numerics(Protocol):
     def soft_cap(self, x: Floats, cap: float) -> Floats:
         """cap * tanh(x / cap)."""
 
+    def softmax(self, x: Floats) -> Floats:
+        """Of each row."""
+
     def rotate(
         self, x0: Floats, x1: Floats, angles: Doubles, magnitude: Doubles
     ) -> tuple[Floats, Floats]:

@@ -19,14 +19,20 @@ from edgeinfer.graph import (
     Add,
     Attention,
     Bias,
+    Clamp,
     Embed,
+    ExpertLinear,
+    ExpertSum,
+    GatingKind,
     Growth,
     Linear,
     Mul,
+    MulParts,
     Op,
     RmsNorm,
     Rope,
     Rotate,
+    Route,
     Scale,
     Segment,
     SelectRows,
@@ -34,6 +40,7 @@ from edgeinfer.graph import (
     Yarn,
 )
 from edgeinfer.kernels.reference.exact import Exact
+from edgeinfer.kernels.reference.experts import add_parts, choose, multiply_chosen
 from edgeinfer.kernels.reference.numerics import Floats, Ints, Numerics, embed, rotate, scaled
 from edgeinfer.kernels.reference.quantised import Quantised
 from edgeinfer.known import Known, check, fields
@@ -62,6 +69,13 @@ KNOWN: Known = {
     Scale: fields("x factor"),
     SoftCap: fields("x cap"),
     Activation: fields("x kind", kind=get_args(ActivationKind)),
+    Clamp: fields("x low high"),
+    MulParts: fields("x factors"),
+    Route: fields(
+        "x gating n_used bias n_groups n_groups_used norm scale", gating=get_args(GatingKind)
+    ),
+    ExpertLinear: fields("x route weight scale bias"),
+    ExpertSum: fields("x route"),
     SelectRows: fields("x"),
 }
 
@@ -79,7 +93,8 @@ class ReferenceBackend:
         """What an exact program keeps, and the values of a step."""
         check(segment, KNOWN, "reference")
         limits = StepLimits.of(request, segment.output.dim, _MAX_ROWS)
-        weights = {op.weight.name: op.weight for op in segment.ops if isinstance(op, Linear)}
+        matmuls = [op for op in segment.ops if isinstance(op, (Linear, ExpertLinear))]
+        weights = {op.weight.name: op.weight for op in matmuls}
         caches = segment.caches.values()
         rows = {
             "weights F32": 4 * sum(weight.n_elements for weight in weights.values()),
@@ -110,6 +125,9 @@ class ReferenceProgram:
         for op in segment.ops:
             if isinstance(op, Linear) and op.weight.name not in self._weights:
                 self._weights[op.weight.name] = numerics.load(op.weight)
+            if isinstance(op, ExpertLinear):
+                stack = [op.weight.matrix(i) for i in range(op.weight.shape[0])]
+                self._weights[op.weight.name] = list(map(numerics.load, stack))
         self._pages = {
             layer: _Pages(
                 np.zeros((limits.n_pages, PAGE, kv.n_heads, kv.k_dim), numerics.kv_type),
@@ -143,8 +161,14 @@ class ReferenceProgram:
 
     @property
     def step_weight_bytes(self) -> int:
-        """Bytes of the matrices that every step reads."""
-        return sum(weight.nbytes for weight in self._weights.values())
+        """Bytes of the matrices that a step of one row reads."""
+        sizes = {}
+        for op in self._segment.ops:
+            if isinstance(op, Linear):
+                sizes[op.weight.name] = 4 * op.weight.n_elements
+            elif isinstance(op, ExpertLinear):
+                sizes[op.weight.name] = 4 * op.weight.n_elements // op.weight.shape[0] * op.n_used
+        return sum(sizes.values())
 
     def __enter__(self) -> ReferenceProgram:
         return self
@@ -195,6 +219,18 @@ class ReferenceProgram:
                 return numerics.soft_cap(values[op.x.index], op.cap)
             case Activation():
                 return numerics.activation(op.kind, values[op.x.index])
+            case Clamp():
+                return values[op.x.index].clip(np.float32(op.low), np.float32(op.high))
+            case MulParts():
+                x, factors = values[op.x.index], values[op.factors.index]
+                return (x.reshape(*factors.shape, -1) * factors[..., None]).reshape(x.shape)
+            case Route():
+                return choose(numerics, op, values[op.x.index])
+            case ExpertLinear():
+                x, route = values[op.x.index], values[op.route.index]
+                return multiply_chosen(numerics, op, x, route, self._weights[op.weight.name])
+            case ExpertSum():
+                return add_parts(values[op.x.index], values[op.route.index])
             case SelectRows():
                 return values[op.x.index][batch.wanted]
 

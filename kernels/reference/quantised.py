@@ -54,6 +54,16 @@ class Quantised:
         """tanh(x / cap) * cap."""
         return scaled(tanh(x / np.float32(cap)), cap)
 
+    def softmax(self, x: Floats) -> Floats:
+        """p = exp(x - max); p / l. Vector i of 8 p adds to accumulator i % 4 of l, ascending."""
+        p = exp(x - x.max(axis=1, keepdims=True))
+        vectors = pad(p, 32).reshape(len(x), -1, 4, 8)
+        acc = np.zeros((len(x), 4, 8), np.float32)
+        for i in range(vectors.shape[1]):
+            acc = acc + vectors[:, i]
+        out: Floats = p / sum_lanes(acc)[:, None]
+        return out
+
     def rotate(
         self, x0: Floats, x1: Floats, angles: Doubles, magnitude: Doubles
     ) -> tuple[Floats, Floats]:

@@ -64,6 +64,8 @@ def make_model(
     bias: bool | None = None,
     qk_norm: bool | None = None,
     tied: bool = False,
+    n_experts: int = 0,
+    n_used: int = 0,
     tokenizer: str | Path = "bytes",
     chat_template: str | None = None,
     metadata: Mapping[str, bool | int | float | str | Sequence[int]] | None = None,
@@ -73,12 +75,13 @@ def make_model(
     `quant` is a tensor type or a preset (Q4_K_M, Q5_K_M, Q3_K_M, IQ4_XS); Q4_0 to Q5_1 and IQ4_NL
     get a Q6_K head and MXFP4 one of Q8_0, as published files do. `bias` (q, k, v) and `qk_norm`
     default to what `arch` has. `tokenizer` is "bytes" or a GGUF file to copy one from, which then
-    sets `vocab`. `metadata` adds keys.
+    sets `vocab`. `metadata` adds keys. With `n_experts` the feed-forward networks are as many, of
+    which `n_used` are chosen.
     """
     path, rng = Path(path), np.random.default_rng(seed)
     head_dim = head_dim or dim // n_heads
     bias = arch == "qwen2" if bias is None else bias
-    qk_norm = arch == "qwen3" if qk_norm is None else qk_norm
+    qk_norm = arch.startswith("qwen3") if qk_norm is None else qk_norm
     writer = gguf.GGUFWriter(path, arch)
     if tokenizer == "bytes":
         add_byte_tokenizer(writer, vocab)
@@ -100,6 +103,10 @@ def make_model(
     writer.add_rope_freq_base(rope_base)
     writer.add_layer_norm_rms_eps(norm_eps)
     writer.add_vocab_size(vocab)
+    if n_experts:
+        writer.add_expert_count(n_experts)
+        writer.add_expert_used_count(n_used)
+        writer.add_expert_feed_forward_length(ffn_dim)
     for key, value in (metadata or {}).items():
         add_value(writer, key, value)
 
@@ -107,7 +114,7 @@ def make_model(
         tensor_shapes(
             n_layers=n_layers, dim=dim, q_dim=n_heads * head_dim, kv_dim=n_kv_heads * head_dim,
             head_dim=head_dim, ffn_dim=ffn_dim, vocab=vocab, rope_freqs=rope_freqs, bias=bias,
-            qk_norm=qk_norm, tied=tied,
+            qk_norm=qk_norm, tied=tied, n_experts=n_experts,
         )
     )  # fmt: skip
     types = {
@@ -142,6 +149,7 @@ def tensor_shapes(
     bias: bool,
     qk_norm: bool,
     tied: bool,
+    n_experts: int,
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and NumPy-order shapes of all tensors, in file order."""
     yield "token_embd.weight", (vocab, dim)
@@ -158,9 +166,12 @@ def tensor_shapes(
             yield f"blk.{i}.attn_k_norm.weight", (head_dim,)
         yield f"blk.{i}.attn_output.weight", (dim, q_dim)
         yield f"blk.{i}.ffn_norm.weight", (dim,)
-        yield f"blk.{i}.ffn_gate.weight", (ffn_dim, dim)
-        yield f"blk.{i}.ffn_up.weight", (ffn_dim, dim)
-        yield f"blk.{i}.ffn_down.weight", (dim, ffn_dim)
+        stack, suffix = ((n_experts,), "_exps") if n_experts else ((), "")
+        if n_experts:
+            yield f"blk.{i}.ffn_gate_inp.weight", (n_experts, dim)
+        yield f"blk.{i}.ffn_gate{suffix}.weight", (*stack, ffn_dim, dim)
+        yield f"blk.{i}.ffn_up{suffix}.weight", (*stack, ffn_dim, dim)
+        yield f"blk.{i}.ffn_down{suffix}.weight", (*stack, dim, ffn_dim)
     yield "output_norm.weight", (dim,)
     if not tied:
         yield "output.weight", (vocab, dim)
@@ -168,11 +179,11 @@ def tensor_shapes(
 
 def tensor_type(name: str, shape: tuple[int, ...], quant: str, n_layers: int, tied: bool) -> str:
     """The type that a tensor has in a file of this quantisation."""
-    if len(shape) == 1:
+    if len(shape) == 1 or "ffn_gate_inp" in name:
         return "F32"
     is_head = name == "output.weight" or (tied and name == "token_embd.weight")
     kind, better, _ = PRESETS.get(quant, (quant, quant, 0))
-    if name.endswith(("attn_v.weight", "ffn_down.weight")):
+    if name.endswith(("attn_v.weight", "ffn_down.weight", "ffn_down_exps.weight")):
         layer = int(name.split(".")[1])
         kind = better if has_more_bits(layer, n_layers) else kind
     if is_head:
@@ -206,8 +217,8 @@ class RandomWeights:
         elif len(shape) == 1:
             values = 1 + 0.1 * self._normal(shape)
         else:
-            scale = 1.0 if name == "token_embd.weight" else shape[1] ** -0.5
-            return self._matrix(shape[0], shape[1], kind, scale)
+            scale = 1.0 if name == "token_embd.weight" else shape[-1] ** -0.5
+            return self._matrix(int(np.prod(shape[:-1])), shape[-1], kind, scale)
         return values.view(np.uint8)
 
     def _matrix(self, n_rows: int, width: int, kind: str, scale: float) -> Bytes:
@@ -457,6 +468,8 @@ def main() -> None:
     for name, default in LLAMA_1B.items():
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=default)
     parser.add_argument("--head-dim", type=int)
+    for name in ("--n-experts", "--n-used"):
+        parser.add_argument(name, type=int, default=0)
     parser.add_argument("--n-ctx", type=int, default=4096)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rope-base", type=float, default=10000.0)

@@ -58,7 +58,7 @@ _TOKENS = 16  # of floats that the second-level cache holds beside weights
 
 
 def make(isa, type_name):
-    tiles = _quantised(isa, type_name) if type_name in PRODUCTS else _floats(type_name)
+    tiles = tiles_of(isa, type_name, _finish)
 
     def kernel(header, args, chunk, thread):
         rows = word(header + H_ROWS)
@@ -69,6 +69,16 @@ def make(isa, type_name):
         tiles(args, first, last, rows, thread)
 
     return kernel
+
+
+def tiles_of(isa, type_name, finish_of):
+    """`tiles(args, first, last, rows, thread)`: groups of weights times all rows.
+
+    `finish_of(n)` gives `finish(args, group, t, sums)` for the sums of one group and n rows from t
+    on; the other words of args are those of a matmul.
+    """
+    kind = _quantised if type_name in PRODUCTS else _floats
+    return kind(isa, type_name, finish_of)
 
 
 @jit
@@ -107,12 +117,12 @@ def _into(product, grid):
     return add_into
 
 
-def _quantised(isa, type_name):
+def _quantised(isa, type_name, finish_of):
     """Up to 4 tokens meet the weights as they are unpacked, more a panel of unpacked groups."""
     form, product = SIZES[type_name], PRODUCTS[type_name](isa, _load_ahead)
     packed_bytes, n_parts, unpack = form.packed_bytes, form.block // 32, product.unpack
     n_lines = 3 * (form.block == 256)  # of scales, which the weight loads do not touch
-    finish, keep_fields = _finish(1), keep(PANEL_GROUPS)
+    finish, keep_fields = finish_of(1), keep(PANEL_GROUPS)
     beside = product.n_tokens
     add_beside, add_last = (_into(product, Grid(isa, PANEL_GROUPS, n)) for n in (beside, 1))
     token_bytes = PANEL_GROUPS * VECTOR  # of sums
@@ -129,7 +139,7 @@ def _quantised(isa, type_name):
         The two lie half a chunk apart, because memory serves far streams faster. One body does
         both: in a body of its own for each, LLVM would unpack both at once and spill.
         """
-        add, finish = product.add(Grid(isa, 1, n, in_registers=True)), _finish(n)
+        add, finish = product.add(Grid(isa, 1, n, in_registers=True)), finish_of(n)
 
         @jit
         def tile(args, first, last):
@@ -213,10 +223,10 @@ def _quantised(isa, type_name):
 # -- products of floats ----------------------------------------------------------------------------
 
 
-def _floats(type_name):
+def _floats(isa, type_name, finish_of):
     """One and two tokens with their 4 sums in registers, more in tiles of 4 and one of 3."""
-    four, three = _float_tile(type_name, 4), _float_tile(type_name, 3)
-    two, one = _few_floats(type_name, 2), _few_floats(type_name, 1)
+    four, three = (_float_tile(type_name, n, finish_of(n)) for n in (4, 3))
+    two, one = (_few_floats(type_name, n, finish_of(n)) for n in (2, 1))
 
     @jit
     def tiles(args, first, last, rows, thread):
@@ -238,9 +248,9 @@ def _floats(type_name):
     return tiles
 
 
-def _few_floats(type_name, n):
+def _few_floats(type_name, n, finish):
     """All groups of a chunk for n tokens from t on."""
-    load, packed_bytes, finish = FLOATS[type_name], SIZES[type_name].packed_bytes, _finish(n)
+    load, packed_bytes = FLOATS[type_name], SIZES[type_name].packed_bytes
     column_bytes = packed_bytes // 4
 
     @jit
@@ -264,13 +274,13 @@ def _few_floats(type_name, n):
     return tile
 
 
-def _float_tile(type_name, n):
+def _float_tile(type_name, n, finish):
     """Two groups for n tokens from t on, with one of the 4 sums in registers at a time.
 
     All 4 would be 16 vectors for 4 tokens and one group. The sums change after every
     _SPAN bytes of a group, which the first-level cache holds.
     """
-    load, packed_bytes, finish = FLOATS[type_name], SIZES[type_name].packed_bytes, _finish(n)
+    load, packed_bytes = FLOATS[type_name], SIZES[type_name].packed_bytes
     column_bytes, sums_bytes = packed_bytes // 4, n * VECTOR
     n_lines = 2 * packed_bytes // 64  # of both groups' blocks
 

@@ -24,6 +24,7 @@ from edgeinfer.kernels.cpu.native.simd import (
     div_f,
     load_f32,
     load_f32x8,
+    mapped,
     mul_f,
     splat_f32,
     store_f32x8,
@@ -44,6 +45,20 @@ def _soft_cap(x, cap):
     return mul_f(tanh(div_f(x, splat_f32(cap))), splat_f32(cap))
 
 
+# Where x < low, low; where x > high, high.
+_at_least = mapped(
+    2, lambda x, low: x, lambda b, x, low: b.select(b.fcmp_ordered("<", x, low), low, x)
+)
+_at_most = mapped(
+    2, lambda x, high: x, lambda b, x, high: b.select(b.fcmp_ordered(">", x, high), high, x)
+)
+
+
+@jit
+def _clamp(x, low, high):
+    return _at_most(_at_least(x, splat_f32(low)), splat_f32(high))
+
+
 OF_ONE = {
     "silu": silu,
     "gelu": gelu,
@@ -53,15 +68,16 @@ OF_ONE = {
 }
 OF_TWO = {"add": add_f, "mul": mul_f}
 WITH_PARAMETER = {"scale": _scale, "soft_cap": _soft_cap}
+WITH_BOUNDS = {"clamp": _clamp}
 
 
 def _whole_row(kind):
-    """The loop over a row of `dim` values: of a, or of a and b, or of a with a parameter."""
+    """The loop over a row of `dim` values: of a, of a and b, of a with one parameter or two."""
     if kind in OF_ONE:
         f = OF_ONE[kind]
 
         @jit
-        def row(a, b, parameter, dim, out):
+        def row(a, b, parameter, bound, dim, out):
             for i in range(0, 4 * dim, 32):
                 store_f32x8(out + i, f(load_f32x8(a + i)))
 
@@ -69,15 +85,23 @@ def _whole_row(kind):
         f = OF_TWO[kind]
 
         @jit
-        def row(a, b, parameter, dim, out):
+        def row(a, b, parameter, bound, dim, out):
             for i in range(0, 4 * dim, 32):
                 store_f32x8(out + i, f(load_f32x8(a + i), load_f32x8(b + i)))
+
+    elif kind in WITH_BOUNDS:
+        f = WITH_BOUNDS[kind]
+
+        @jit
+        def row(a, b, parameter, bound, dim, out):
+            for i in range(0, 4 * dim, 32):
+                store_f32x8(out + i, f(load_f32x8(a + i), parameter, bound))
 
     else:
         f = WITH_PARAMETER[kind]
 
         @jit
-        def row(a, b, parameter, dim, out):
+        def row(a, b, parameter, bound, dim, out):
             for i in range(0, 4 * dim, 32):
                 store_f32x8(out + i, f(load_f32x8(a + i), parameter))
 
@@ -95,7 +119,8 @@ def make(isa, kind):
         first = word(a + POINT_A) + chunk * word(a + POINT_A_STRIDE)
         second = word(a + POINT_B) + chunk * word(a + POINT_B_STRIDE)
         out = row_at(sink, chunk, thread)
-        whole_row(first, second, load_f32(a + POINT_PARAMETER), dim, out)
+        parameter, bound = load_f32(a + POINT_PARAMETER), load_f32(a + POINT_PARAMETER + 4)
+        whole_row(first, second, parameter, bound, dim, out)
         leave(out, dim, sink, chunk, n_rows)
 
     return kernel

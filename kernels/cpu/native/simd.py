@@ -371,6 +371,7 @@ store_f32x8 = scalar(types.void, (intp, f32x8), lambda b, p, v: store_ir(b, p, v
 store_f16x8 = scalar(
     types.void, (intp, f32x8), lambda b, p, v: store_ir(b, p, b.fptrunc(v, ir.VectorType(F16, 8)))
 )
+store_i32x8 = scalar(types.void, (intp, i32x8), lambda b, p, v: store_ir(b, p, v))
 store_i8x8 = scalar(types.void, (intp, i32x8), lambda b, p, v: store_ir(b, p, b.trunc(v, u8x8.ir)))
 prefetch = scalar(types.void, (intp,), _emit_prefetch)
 # A vector with x in lane i, which need not be a constant.

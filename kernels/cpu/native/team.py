@@ -7,6 +7,9 @@ descheduled thread that holds no chunk delays nobody.
 Every word that a late worker could misread (ticket, count, done) carries the step's epoch in its
 upper half, so a worker of an old step can neither take nor count anything of a new one. A worker
 finds a step through one pointer, so it never sees a mixture of two tapes.
+
+An op may decide how many chunks later ones have: who ran it writes their counts before it counts
+as done, and no thread reads them earlier.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from numba import njit
 
 from edgeinfer.kernels.cpu.layout import (
     COUNT_ITEMS,
+    COUNT_PLANNED,
     COUNT_ROWS,
     COUNT_WANTED,
     H_ABORT,
@@ -31,6 +35,7 @@ from edgeinfer.kernels.cpu.layout import (
     SLOT_DONE,
     SLOT_N_PARTS,
     SLOT_PARTS,
+    SLOT_RECOUNT,
     SLOT_TICKET,
     TAPE_HEADER,
     TAPE_N_OPS,
@@ -46,6 +51,7 @@ from edgeinfer.kernels.cpu.layout import (
     TEAM_TAPE,
     TEAM_WAIT,
     TEAM_YIELD,
+    WORD,
 )
 from edgeinfer.kernels.cpu.native.simd import (
     call_os,
@@ -82,6 +88,39 @@ def make(isa, function):
             part += PART_BYTES
 
     @jit
+    def chunk_count(part, header, is_planned):
+        rule = word(part + PART_RULE)
+        if rule == COUNT_ROWS:
+            return word(header + H_ROWS)
+        if rule == COUNT_WANTED:
+            return word(header + H_WANTED_ROWS)
+        if rule == COUNT_ITEMS:
+            return word(header + H_N_ITEMS)
+        if rule == COUNT_PLANNED:
+            args = word(part + PART_ARGS)
+            return word(word(args)) * word(args + WORD) if is_planned else 0
+        return rule  # a fixed count
+
+    @jit
+    def count_chunks(slot, header, is_planned):
+        """Of an op; its parts have their own from here on."""
+        total = 0
+        part = word(slot + SLOT_PARTS)
+        for _ in range(word(slot + SLOT_N_PARTS)):
+            count = chunk_count(part, header, is_planned)
+            set_word(part + PART_COUNT, count)
+            total += count
+            part += PART_BYTES
+        return total
+
+    @jit
+    def recount(slot, header, tag):
+        """Behind an op that plans: the counts of those that follow."""
+        for _ in range(word(slot + SLOT_RECOUNT)):
+            slot += SLOT_BYTES
+            store_release(slot + SLOT_COUNT, tag << 32 | count_chunks(slot, header, True))
+
+    @jit
     def walk(team, tape, epoch, thread):
         """Run every op of this epoch, or leave when a newer one has begun."""
         header = word(tape + TAPE_HEADER)
@@ -102,6 +141,7 @@ def make(isa, function):
                 if compare_and_swap(slot + SLOT_TICKET, ticket, ticket + 1):
                     if not load_acquire(header + H_ABORT):
                         run_chunk(slot, chunk, header, thread)
+                        recount(slot, header, tag)
                     fetch_add(slot + SLOT_DONE, 1)
             spins = 0
             while True:
@@ -147,30 +187,13 @@ def make(isa, function):
             fetch_add(team + TEAM_ACTIVE, -1)
 
     @jit
-    def chunk_count(part, header):
-        rule = word(part + PART_RULE)
-        if rule == COUNT_ROWS:
-            return word(header + H_ROWS)
-        if rule == COUNT_WANTED:
-            return word(header + H_WANTED_ROWS)
-        if rule == COUNT_ITEMS:
-            return word(header + H_N_ITEMS)
-        return rule  # a fixed count
-
-    @jit
     def publish(tape, epoch):
         """Fill in this step's chunk counts under its epoch."""
         header = word(tape + TAPE_HEADER)
         slot = tape + TAPE_SLOTS
         tag = (epoch & _LOW) << 32
         for _ in range(word(tape + TAPE_N_OPS)):
-            total = 0
-            part = word(slot + SLOT_PARTS)
-            for _ in range(word(slot + SLOT_N_PARTS)):
-                count = chunk_count(part, header)
-                set_word(part + PART_COUNT, count)
-                total += count
-                part += PART_BYTES
+            total = count_chunks(slot, header, False)
             store_release(slot + SLOT_DONE, tag)
             store_release(slot + SLOT_TICKET, tag)
             store_release(slot + SLOT_COUNT, tag | total)

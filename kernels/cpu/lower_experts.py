@@ -1,0 +1,130 @@
+"""Lowers routes to experts and what runs along them: the part of `lower.Lowering` that models
+without experts don't need.
+
+What a step chooses decides how long its later ops are: one plans for all that read the same route.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgeinfer.batch import StepLimits
+from edgeinfer.fusion import ExpertMatmuls
+from edgeinfer.graph import ExpertLinear, ExpertSum, Route, Value
+from edgeinfer.kernels.cpu import layout
+from edgeinfer.kernels.cpu.commands import Args, Buffer, KernelOp, KernelPart, Lowered
+from edgeinfer.kernels.cpu.formats import FORMATS, Format, packed_bytes
+
+if TYPE_CHECKING:
+    from edgeinfer.kernels.cpu.lower import WeightAddresses
+
+# Weight bytes of a chunk of one expert. Measured in tests/bench/TUNING.md, "Experts".
+_CHUNK = 128 << 10
+
+
+class ExpertLowering(ABC):
+    """Of a step that chooses experts; `Lowering` has the values and the buffers."""
+
+    _limits: StepLimits
+    _weights: WeightAddresses
+    _floats: dict[Value, Buffer]
+    _quantised: dict[Value, Buffer]
+    _matmul_scratch: Buffer
+    _out: Lowered
+
+    def __init__(self) -> None:
+        self._plans: dict[Value, Buffer] = {}  # of routes
+        self._gathered: dict[tuple[Value, Value, str], Buffer] = {}  # of values along routes
+
+    @abstractmethod
+    def _quantise(self, x: Value) -> None: ...
+
+    @abstractmethod
+    def _sinks(self, out: Value, name: str) -> Args: ...
+
+    @abstractmethod
+    def _float_buffer(self, value: Value, name: str) -> Buffer: ...
+
+    @abstractmethod
+    def _emit(self, group: str, kernel: str, args: Args, rule: int = ...) -> None: ...
+
+    def _route(self, op: Route) -> None:
+        n_experts = op.x.dim
+        n_bytes = self._limits.n_threads * layout.route_scratch_bytes(n_experts)
+        args: Args = [
+            self._floats[op.x], layout.row_stride(op.x.dim), n_experts, op.n_used,
+            self._weights.vector(op.bias) if op.bias else 0, op.n_groups, op.n_groups_used,
+            int(op.norm), int(np.float32(op.scale).view(np.int32)), Buffer("route", n_bytes),
+            *self._sinks(op.out, "route"),
+        ]  # fmt: skip
+        self._emit("route", f"route.{op.gating}", args)
+
+    def _expert_matmuls(self, step: ExpertMatmuls) -> None:
+        parts = [self._expert_matmul(op) for op in step.parts]
+        names = [op.weight.name.split(".")[2] for op in step.parts]
+        self._out.ops.append(KernelOp("+".join(names), parts))
+
+    def _expert_matmul(self, op: ExpertLinear) -> KernelPart:
+        n_experts, n_rows, n_cols = op.weight.shape
+        name = op.weight.type.name.lower()
+        fmt, n_groups = FORMATS[name], -(-n_rows // 8)
+        n_bytes = packed_bytes(name, n_rows, n_cols)
+        n_panels = -(-n_groups // layout.PANEL_GROUPS)
+        args: Args = [
+            *self._planned(op.route, n_experts, max(1, min(n_panels, n_bytes // _CHUNK))),
+            self._weights.matrix(op.weight), n_bytes, fmt.n_blocks(n_cols), n_groups, n_rows,
+            self._gather(op, fmt), _row_bytes(fmt, n_cols), self._float_buffer(op.out, "experts"),
+            layout.row_stride(op.out.dim), self._weights.vector(op.scale) if op.scale else 0,
+            self._weights.vector(op.bias) if op.bias else 0, op.n_used, self._matmul_scratch,
+        ]  # fmt: skip
+        macs = op.n_used * n_rows * n_cols
+        rule = layout.COUNT_PLANNED
+        return KernelPart(f"experts.{name}", args, rule, op.n_used * n_bytes, macs)
+
+    def _gather(self, op: ExpertLinear, fmt: Format) -> Buffer:
+        """The rows of x that an op reads, sorted by expert."""
+        n_experts, _, n_cols = op.weight.shape
+        key = op.x, op.route, fmt.activation
+        if key not in self._gathered:
+            if fmt.activation == "a32" and op.x not in self._quantised:
+                self._quantise(op.x)
+            source = (self._quantised if fmt.activation == "a32" else self._floats)[op.x]
+            n_records = self._limits.max_rows * op.n_used
+            out = Buffer("gathered", n_records * _row_bytes(fmt, n_cols))
+            args: Args = [
+                *self._planned(op.route, n_experts, 1), source, layout.row_stride(op.x.dim),
+                n_cols, op.x.dim // n_cols, out,
+            ]  # fmt: skip
+            self._emit("gather", f"gather.{fmt.activation}", args, layout.COUNT_PLANNED)
+            self._gathered[key] = out
+        return self._gathered[key]
+
+    def _planned(self, route: Value, n_experts: int, per_item: int) -> Args:
+        """The words that all ops along a route begin with."""
+        if route not in self._plans:
+            n_used = route.dim // 2
+            n_records = self._limits.max_rows * n_used
+            plan = Buffer("plan", layout.plan_bytes(n_experts, n_records))
+            stride = layout.row_stride(route.dim)
+            args: Args = [plan, self._floats[route], stride, n_used, n_experts]
+            self._emit("plan", "plan_experts", args, 1)
+            self._plans[route] = plan
+        return [self._plans[route], per_item, n_experts]
+
+    def _expert_sum(self, op: ExpertSum) -> None:
+        args: Args = [
+            self._floats[op.x], layout.row_stride(op.x.dim), self._floats[op.route],
+            layout.row_stride(op.route.dim), op.route.dim // 2, op.out.dim,
+            *self._sinks(op.out, "experts"),
+        ]  # fmt: skip
+        self._emit("expert_sum", "expert_sum", args)
+
+
+def _row_bytes(fmt: Format, n_cols: int) -> int:
+    """Of one gathered row."""
+    if fmt.activation == "a32":
+        return n_cols // 32 * layout.A32_BYTES
+    return layout.row_stride(n_cols)

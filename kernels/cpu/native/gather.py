@@ -1,0 +1,84 @@
+"""gather.<layout>: brings the rows together that meet the same expert. Knows no weights."""
+
+from __future__ import annotations
+
+from numba import njit
+
+from edgeinfer.kernels.cpu.layout import (
+    A32_BYTES,
+    GATHER_DIM,
+    GATHER_N_PARTS,
+    GATHER_OUT,
+    GATHER_STRIDE,
+    GATHER_X,
+    H_ROWS,
+    PLAN_FIRST,
+    PLAN_ITEM_BYTES,
+    PLAN_ITEMS,
+    PLAN_N_ROWS,
+    PLAN_RECORD_BYTES,
+    PLAN_ROW,
+    PLAN_SLOT,
+    PLANNED_AT,
+    PLANNED_N_EXPERTS,
+    plan_records,
+    whole_vectors,
+)
+from edgeinfer.kernels.cpu.native.copy_rows import copy
+from edgeinfer.kernels.cpu.native.simd import load_i32x8, store_i32x8, word
+from edgeinfer.kernels.cpu.native.sink import clear_behind, tile_of
+
+jit = njit(error_model="numpy")
+_plan_records = jit(plan_records)
+_whole_vectors = jit(whole_vectors)
+
+
+@jit
+def _copy_block(source, to):
+    """44 bytes, as two vectors that overlap."""
+    first, last = load_i32x8(source), load_i32x8(source + A32_BYTES - 32)
+    store_i32x8(to, first)
+    store_i32x8(to + A32_BYTES - 32, last)
+
+
+@jit
+def _blocks(h, a, row, slot, out, i, n):
+    """Row i of an item of n, in its place among the blocks of its tile."""
+    n_blocks, n_parts = word(a + GATHER_DIM) // 32, word(a + GATHER_N_PARTS)
+    start, size = tile_of(row, word(h + H_ROWS))
+    x = word(a + GATHER_X) + A32_BYTES * (start * n_parts * n_blocks + row - start)
+    x += A32_BYTES * size * n_blocks * (slot if n_parts > 1 else 0)
+    to_start, to_size = tile_of(i, n)
+    to = out + A32_BYTES * (to_start * n_blocks + i - to_start)
+    for _ in range(n_blocks):
+        _copy_block(x, to)
+        x += A32_BYTES * size
+        to += A32_BYTES * to_size
+
+
+@jit
+def _floats(h, a, row, slot, out, i, n):
+    dim = word(a + GATHER_DIM)
+    x = word(a + GATHER_X) + row * word(a + GATHER_STRIDE)
+    x += 4 * dim * (slot if word(a + GATHER_N_PARTS) > 1 else 0)
+    to = out + 4 * _whole_vectors(dim) * i
+    copy(x, to, dim)
+    clear_behind(to, dim)
+
+
+def make(isa, layout):
+    one_row = _blocks if layout == "a32" else _floats
+    is_a32 = layout == "a32"
+
+    def kernel(h, a, chunk, thread):
+        plan, dim = word(a + PLANNED_AT), word(a + GATHER_DIM)
+        item = plan + PLAN_ITEMS + PLAN_ITEM_BYTES * chunk
+        first, n = word(item + PLAN_FIRST), word(item + PLAN_N_ROWS)
+        row_bytes = dim // 32 * A32_BYTES if is_a32 else 4 * _whole_vectors(dim)
+        record = plan + _plan_records(word(a + PLANNED_N_EXPERTS)) + PLAN_RECORD_BYTES * first
+        out = word(a + GATHER_OUT) + first * row_bytes
+        for i in range(n):
+            one_row(h, a, word(record + PLAN_ROW), word(record + PLAN_SLOT), out, i, n)
+            record += PLAN_RECORD_BYTES
+
+    return kernel

@@ -1,0 +1,47 @@
+"""Multiplies each part of a row by a factor of its own. Knows no model."""
+
+from __future__ import annotations
+
+from edgeinfer.kernels.cpu.layout import (
+    H_ROWS,
+    H_WANTED_ROWS,
+    PARTS_DIM,
+    PARTS_FACTORS,
+    PARTS_FACTORS_STRIDE,
+    PARTS_N,
+    PARTS_ROWS,
+    PARTS_SINK,
+    PARTS_STRIDE,
+    PARTS_X,
+    WANTED_ROWS,
+)
+from edgeinfer.kernels.cpu.native.simd import (
+    load_f32,
+    load_f32x8,
+    mul_f,
+    splat_f32,
+    store_f32,
+    store_f32x8,
+    word,
+)
+from edgeinfer.kernels.cpu.native.sink import leave, row_at
+
+
+def make(isa):
+    def kernel(h, a, chunk, thread):
+        n_rows = word(h + H_ROWS)
+        if word(a + PARTS_ROWS) == WANTED_ROWS:
+            n_rows = word(h + H_WANTED_ROWS)
+        n_parts, dim, sink = word(a + PARTS_N), word(a + PARTS_DIM), a + PARTS_SINK
+        x = word(a + PARTS_X) + chunk * word(a + PARTS_STRIDE)
+        factors = word(a + PARTS_FACTORS) + chunk * word(a + PARTS_FACTORS_STRIDE)
+        out, n_whole = row_at(sink, chunk, thread), dim & -8
+        for part in range(n_parts):
+            factor, at = load_f32(factors + 4 * part), 4 * dim * part
+            for i in range(at, at + 4 * n_whole, 32):
+                store_f32x8(out + i, mul_f(load_f32x8(x + i), splat_f32(factor)))
+            for i in range(at + 4 * n_whole, at + 4 * dim, 4):
+                store_f32(out + i, load_f32(x + i) * factor)
+        leave(out, n_parts * dim, sink, chunk, n_rows)
+
+    return kernel
