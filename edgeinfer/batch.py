@@ -46,11 +46,20 @@ class PageTable(NamedTuple):
         """The oldest unpinned absolute page that a query at `pos` sees."""
         return max(self.n_pinned, pos // PAGE - self.n_visible + 1)
 
-    def visible(self, pos: int) -> list[int]:
-        """Absolute pages that a query at `pos` sees, ascending."""
+    def visible(self, pos: int, window: int = 0) -> list[int]:
+        """Absolute pages of which a query at `pos` sees anything, ascending."""
         last = pos // PAGE
-        pinned = range(min(self.n_pinned, last + 1))
-        return [*pinned, *range(self.first_ring_page(pos), last + 1)]
+        held = [*range(min(self.n_pinned, last + 1)), *range(self.first_ring_page(pos), last + 1)]
+        return [page for page in held if not window or self.sees(pos, page, window).any()]
+
+    def sees(self, pos: int, page: int, window: int = 0) -> NDArray[np.bool_]:
+        """Which of the 32 positions of a page it holds a query at `pos` sees.
+
+        A window is counted in distances as the query is rotated: see `pinned_pos`.
+        """
+        own = self.pinned_pos(pos) if page < self.n_pinned else pos
+        distances = own - PAGE * page - np.arange(PAGE)
+        return (distances >= 0) & (distances < (window or own + 1))
 
     def pinned_pos(self, pos: int) -> int:
         """The position by which a query at `pos` is rotated for the pinned pages.

@@ -6,7 +6,7 @@ Knows no team and no machine; `program.py` makes it run.
 from __future__ import annotations
 
 from edgeinfer.batch import PAGE, SEGMENT_PAGES, StepLimits
-from edgeinfer.graph import Bias, Embed, Linear, RmsNorm, Segment
+from edgeinfer.graph import Attention, Bias, Embed, Linear, RmsNorm, Segment
 from edgeinfer.kernels.cpu import layout
 from edgeinfer.kernels.cpu.commands import Arena, Args, Buffer, KernelOp, KernelPart
 from edgeinfer.kernels.cpu.lower import LayerCache, Lowering, row_stride
@@ -32,17 +32,11 @@ class Blueprint:
         lowering = Lowering(segment, limits, self.weights, caches, self.max_segments)
         self.lowered = lowering.run()
         self.scratch = self.lowered.scratch
-        n_bytes = layout.items_bytes(limits.max_rows, self.max_segments)
-        self.items = self.scratch.place(Buffer("attention items", n_bytes))
         self.sample = self._sample_op() if segment.is_last else None
 
     def kernels(self) -> set[str]:
         """Names of the kernels that the program loads."""
-        lowered = self.lowered
-        ops = [*lowered.ops, *([self.sample] if self.sample else [])]
-        names = {part.kernel for op in ops for part in op.parts}
-        if lowered.prologue:
-            names.add(lowered.prologue.kernel)
+        names = self.lowered.kernels() | ({"sample"} if self.sample else set())
         names |= {f"pack.{name.lower()}" for name in self.weights.matrix_types}
         return names | {*KERNELS, "read"}
 
@@ -77,6 +71,8 @@ def _weights_of(segment: Segment) -> tuple[list[Weight], list[Weight]]:
             matrices.append(op.weight)
         if isinstance(op, (RmsNorm, Bias)) and op.weight is not None:
             vectors.append(op.weight)
+        if isinstance(op, Attention) and op.sinks is not None:
+            vectors.append(op.sinks)
         if isinstance(op, Linear) and op.bias is not None:
             vectors.append(op.bias)
     return matrices, vectors
@@ -88,9 +84,10 @@ def _place_caches(segment: Segment, arena: Arena, n_pages: int) -> dict[int, Lay
     arena.place(Buffer("pages", n_pages * page_bytes, is_kept=True))
     offset, caches = 0, {}
     for layer, kv in segment.caches.items():
-        k_bytes, v_bytes = (PAGE * n_bytes for n_bytes in layout.position_bytes(*kv))
+        sizes = layout.position_bytes(kv.n_heads, kv.k_dim, kv.v_dim)
+        k_bytes, v_bytes = (PAGE * n_bytes for n_bytes in sizes)
         k = arena.place(Buffer("K", 0, is_kept=True), offset)
         v = arena.place(Buffer("V", 0, is_kept=True), offset + k_bytes)
-        caches[layer] = LayerCache(k, v, page_bytes)
+        caches[layer] = LayerCache(k, v, page_bytes, 0)
         offset += k_bytes + v_bytes
     return caches

@@ -26,6 +26,7 @@ from edgeinfer.fusion import (
     fuse,
 )
 from edgeinfer.graph import (
+    KV,
     Activation,
     Add,
     Bias,
@@ -62,6 +63,7 @@ class LayerCache(NamedTuple):
     k_base: Buffer
     v_base: Buffer
     page_bytes: int
+    tables: int  # where its page tables begin
 
 
 class WeightAddresses(Protocol):
@@ -94,7 +96,7 @@ class _Heads(NamedTuple):
 
 _NO_HEADS = _Heads(0, 0, 0, 0)
 _NO_BUFFER = Buffer("none", 0, is_kept=True)
-_NO_CACHE = LayerCache(_NO_BUFFER, _NO_BUFFER, 0)
+_NO_CACHE = LayerCache(_NO_BUFFER, _NO_BUFFER, 0, 0)
 
 
 class _Reads:
@@ -144,6 +146,7 @@ class Lowering:
         self._floats: dict[Value, Buffer] = {}  # where a value's f32 rows are
         self._quantised: dict[Value, Buffer] = {}
         self._angles: dict[Rope, tuple[Buffer, Buffer]] = {}
+        self._plans: dict[tuple[int, int], Buffer] = {}
         scratch_bytes = limits.n_threads * layout.MATMUL_SCRATCH_BYTES
         self._matmul_scratch = Buffer("matmul scratch", scratch_bytes)
         self._out = Lowered()
@@ -325,21 +328,32 @@ class Lowering:
         kv, n_pairs = op.cache, op.rope.n_dims // 2
         angles, pinned_angles = self._angles_of(op.rope)
         q = _Heads(self._floats[op.q], row_stride(op.q.dim), op.n_heads, kv.k_dim, op.q_norm)
-        k = _Heads(self._floats[op.k], row_stride(op.k.dim), kv.n_heads, kv.k_dim, op.k_norm)
-        v = _Heads(self._floats[op.v], row_stride(op.v.dim), kv.n_heads, kv.v_dim)
+        k, v = self._stored(op)
         pinned_q = Buffer("pinned q", q.stride * self._limits.max_rows)
         self._heads(
-            op.rope.kind, q, pinned_q, k, v, n_pairs, angles, pinned_angles, op.eps,
-            self._caches[op.layer],
+            op.rope.kind, q, pinned_q, k._replace(norm=op.k_norm), v, n_pairs, angles,
+            pinned_angles, op.eps, self._cache_of(op),
         )  # fmt: skip
         self._attend(op, pinned_q)
 
     def _pinned_attention(self, op: PinnedAttention) -> None:
-        kv = op.cache
-        k = _Heads(self._floats[op.k], row_stride(op.k.dim), kv.n_heads, kv.k_dim)
-        v = _Heads(self._floats[op.v], row_stride(op.v.dim), kv.n_heads, kv.v_dim)
-        self._heads("norm", k=k, v=v, cache=self._caches[op.layer])
+        k, v = self._stored(op)
+        if k.n:
+            self._heads("norm", k=k, v=v, cache=self._cache_of(op))
         self._attend(op, self._floats[op.pinned_q])
+
+    def _stored(self, op: RotatedAttention | PinnedAttention) -> tuple[_Heads, _Heads]:
+        """The heads of k and v, none where another layer's are read."""
+        kv = op.cache
+        if op.k is None or op.v is None:
+            return _NO_HEADS, _NO_HEADS
+        return (
+            _Heads(self._floats[op.k], row_stride(op.k.dim), kv.n_heads, kv.k_dim),
+            _Heads(self._floats[op.v], row_stride(op.v.dim), kv.n_heads, kv.v_dim),
+        )
+
+    def _cache_of(self, op: RotatedAttention | PinnedAttention) -> LayerCache:
+        return self._caches[op.layer if op.source is None else op.source]
 
     def _heads(
         self,
@@ -360,25 +374,38 @@ class Lowering:
             k.dim or q.dim, v.dim, n_pairs, angles, pinned_angles,
             *(self._weights.vector(heads.norm) if heads.norm else 0 for heads in (q, k)),
             float_bits(eps), cache.k_base, cache.page_bytes, cache.v_base, cache.page_bytes,
+            cache.tables,
         ]  # fmt: skip
         self._emit("rotate", f"rotate.{kind}", args)
 
     def _attend(self, op: RotatedAttention | PinnedAttention, pinned_q: Buffer) -> None:
-        limits, kv, cache = self._limits, op.cache, self._caches[op.layer]
+        limits, kv, cache = self._limits, op.cache, self._cache_of(op)
         parts = Buffer(
             "attention parts",
             layout.parts_bytes(limits.max_rows, op.n_heads, kv.k_dim, kv.v_dim, self._max_segments),
         )
         common: Args = [
-            self._floats[op.q], row_stride(op.q.dim), pinned_q, op.n_heads, kv.n_heads,
-            float_bits(op.scale), cache.k_base, cache.page_bytes, cache.v_base, cache.page_bytes,
-            parts, self._max_segments, kv.k_dim, kv.v_dim,
+            self._plan(kv, cache), self._floats[op.q], row_stride(op.q.dim), pinned_q,
+            op.n_heads, kv.n_heads, float_bits(op.scale), cache.k_base, cache.page_bytes,
+            cache.v_base, cache.page_bytes, parts, kv.k_dim, kv.v_dim, cache.tables, kv.window,
+            float_bits(op.soft_cap), self._weights.vector(op.sinks) if op.sinks else 0,
         ]  # fmt: skip
-        self._emit("attend", f"attend.{kv.k_dim}.{kv.v_dim}", common, layout.COUNT_ITEMS)
+        kernel = f"attend.{kv.k_dim}.{kv.v_dim}"
+        kernel += ".window" * (kv.window > 0) + ".cap" * (op.soft_cap > 0)
+        self._emit("attend", kernel, common, layout.COUNT_PLANNED)
         fold = [*common, *self._sinks(op.out, "attention")]
-        self._emit("fold", "fold", fold)
-        if self._out.prologue is None:
-            self._out.prologue = KernelPart("plan_attention", list(common), 1)
+        self._emit("fold", "fold.sinks" if op.sinks else "fold", fold)
+
+    def _plan(self, kv: KV, cache: LayerCache) -> Buffer:
+        """The step's attention work, planned once for all layers whose queries see alike."""
+        key = kv.n_heads, kv.window
+        if key not in self._plans:
+            n_bytes = layout.plan_bytes(self._limits.max_rows, self._max_segments)
+            plan = self._out.scratch.place(Buffer("attention plan", n_bytes, is_kept=True))
+            self._plans[key] = plan
+            args: Args = [plan, kv.n_heads, self._max_segments, kv.window, cache.tables]
+            self._out.prologue.append(KernelPart("plan_attention", args, 1))
+        return self._plans[key]
 
     def _angles_of(self, rope: Rope) -> tuple[Buffer, Buffer]:
         """The step's rotation angles, made once for all layers that rotate alike."""
@@ -387,7 +414,7 @@ class Lowering:
             size = n_pairs * 2 * 4 * self._limits.max_rows
             pair = Buffer("angles", size), Buffer("pinned angles", size)
             self._angles[rope] = pair
-            args: Args = [self._weights.doubles(rope.frequencies()), n_pairs, *pair]
+            args: Args = [self._weights.doubles(rope.frequencies()), n_pairs, *pair, 0]
             if rope.magnitude == 1 and rope.growth is None:
                 self._emit("angles", "angles", args)
             else:

@@ -262,7 +262,6 @@ class CpuProgram:
             (layout.H_TABLES, self._tables),
         ):
             self._set(word, array.ctypes.data)
-        self._set(layout.H_ITEMS, self._drawn.items.address)
         self._no_rows = np.zeros((0, 0), np.float32)
         self._no_ids = np.zeros(0, np.int32)
         lowered, dim = self._lowered, self.segment.graph.hparams.dim
@@ -288,13 +287,13 @@ class CpuProgram:
                 ops = [recut(op, *way) if op.reads_weights else op for op in ops]
             if output == "ids" and self._drawn.sample:
                 ops.append(self._drawn.sample)
-            prologue = self._part(lowered.prologue) if lowered.prologue else None
+            prologue = [self._part(part) for part in lowered.prologue]
             tape = self._tape(ops, self._header.ctypes.data, way.n_threads, prologue)
             self._tapes[way, output] = tape
         return self._tapes[way, output]
 
     def _tape(
-        self, ops: Sequence[KernelOp], header: int, n_threads: int, prologue: Part | None = None
+        self, ops: Sequence[KernelOp], header: int, n_threads: int, prologue: Sequence[Part] = ()
     ) -> Tape:
         return Tape([self._op(op) for op in ops], header, n_threads, prologue)
 
@@ -336,9 +335,9 @@ class CpuProgram:
         import statistics  # 5 ms that starts don't need
 
         self.submit(batch)
-        prologue = self._lowered.prologue
-        if prologue:  # as an op of its own: it plans the attention of this step
-            self._team.run_once([self._op(KernelOp("plan", [prologue]))], *self._team_args())
+        if self._lowered.prologue:  # as an op of its own: it plans the attention of this step
+            plan = KernelOp("plan", self._lowered.prologue)
+            self._team.run_once([self._op(plan)], *self._team_args())
         starting = statistics.median(
             self._team.run_once([], *self._team_args()) for _ in range(_STARTS)
         )

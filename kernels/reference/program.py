@@ -54,8 +54,8 @@ KNOWN: Known = {
     Rope: fields("kind n_dims base scale factors yarn magnitude growth", kind=("norm", "neox")),
     Growth: fields("factor n_ctx"),
     Yarn: fields("n_ctx beta_fast beta_slow"),
-    Attention: fields("q k v n_heads cache scale"),
-    KV: fields("n_heads k_dim v_dim"),
+    Attention: fields("q k v n_heads cache scale soft_cap sinks source"),
+    KV: fields("n_heads k_dim v_dim window"),
     Add: fields("a b"),
     Mul: fields("a b"),
     Bias: fields("x weight"),
@@ -200,15 +200,16 @@ class ReferenceProgram:
 
     def _attend(self, op: Attention, values: Mapping[int, Floats], batch: Batch) -> Floats:
         """Store this step's K and V, then let every row read the pages that it sees."""
-        n_rows, cache, pages = batch.n_rows, op.cache, self._pages[op.layer]
+        n_rows, cache, pages = batch.n_rows, op.cache, self._pages[op.cache_layer]
         rows = [
             (batch.tables[i], pos) for i, pos in zip(batch.seq, batch.pos.tolist(), strict=True)
         ]
-        k = values[op.k.index].reshape(n_rows, cache.n_heads, cache.k_dim)
-        v = values[op.v.index].reshape(n_rows, cache.n_heads, cache.v_dim)
-        for row, (table, pos) in enumerate(rows):
-            page = table.pages[table.slot(pos // PAGE)]
-            pages.k[page, pos % PAGE], pages.v[page, pos % PAGE] = k[row], v[row]
+        if op.k is not None and op.v is not None:
+            k = values[op.k.index].reshape(n_rows, cache.n_heads, cache.k_dim)
+            v = values[op.v.index].reshape(n_rows, cache.n_heads, cache.v_dim)
+            for row, (table, pos) in enumerate(rows):
+                page = table.pages[table.slot(pos // PAGE)]
+                pages.k[page, pos % PAGE], pages.v[page, pos % PAGE] = k[row], v[row]
 
         pinned_pos = np.array([table.pinned_pos(pos) for table, pos in rows], np.int64)
         pinned = dict(values)
@@ -219,17 +220,21 @@ class ReferenceProgram:
         q, pinned_q = q.reshape(shape), pinned_q.reshape(shape)
         kv_head = np.arange(op.n_heads) // (op.n_heads // cache.n_heads)
         out = np.empty((n_rows, op.n_heads, cache.v_dim), np.float32)
+        sinks = None if op.sinks is None else dequantize(op.sinks)
         for row, (table, pos) in enumerate(rows):
-            absolute = np.array(table.visible(pos), np.int64)
-            arena = table.pages[[table.slot(page) for page in absolute.tolist()]]
+            pages_seen = table.visible(pos, cache.window)
+            absolute = np.array(pages_seen, np.int64)
+            arena = table.pages[[table.slot(page) for page in pages_seen]]
             is_pinned = (absolute < table.n_pinned)[:, None, None]
             out[row] = self._numerics.attend(
                 np.where(is_pinned, pinned_q[row], q[row]),
                 pages.k[arena].transpose(0, 2, 1, 3)[:, kv_head].astype(np.float32),
                 pages.v[arena].transpose(0, 2, 1, 3)[:, kv_head].astype(np.float32),
                 absolute,
-                pos,
+                np.array([table.sees(pos, page, cache.window) for page in pages_seen]),
                 op.scale,
+                op.soft_cap,
+                sinks,
             )
         return out.reshape(n_rows, -1)
 

@@ -14,11 +14,10 @@ from __future__ import annotations
 from numba import njit
 
 from edgeinfer.kernels.cpu.layout import (
-    COUNT_ITEMS,
+    COUNT_PLANNED,
     COUNT_ROWS,
     COUNT_WANTED,
     H_ABORT,
-    H_N_ITEMS,
     H_ROWS,
     H_WANTED_ROWS,
     PART_ARGS,
@@ -34,6 +33,7 @@ from edgeinfer.kernels.cpu.layout import (
     SLOT_TICKET,
     TAPE_HEADER,
     TAPE_N_OPS,
+    TAPE_N_PROLOGUE,
     TAPE_N_THREADS,
     TAPE_PROLOGUE,
     TAPE_SLOTS,
@@ -153,8 +153,8 @@ def make(isa, function):
             return word(header + H_ROWS)
         if rule == COUNT_WANTED:
             return word(header + H_WANTED_ROWS)
-        if rule == COUNT_ITEMS:
-            return word(header + H_N_ITEMS)
+        if rule == COUNT_PLANNED:
+            return word(word(word(part + PART_ARGS)))
         return rule  # a fixed count
 
     @jit
@@ -178,10 +178,11 @@ def make(isa, function):
 
     def step(team, tape):
         reset_float()
-        prologue = word(tape + TAPE_PROLOGUE)
-        if prologue:
-            kernel, args = word(prologue + PART_KERNEL), word(prologue + PART_ARGS)
+        part = word(tape + TAPE_PROLOGUE)
+        for _ in range(word(tape + TAPE_N_PROLOGUE)):
+            kernel, args = word(part + PART_KERNEL), word(part + PART_ARGS)
             invoke(kernel, word(tape + TAPE_HEADER), args, 0, 0)
+            part += PART_BYTES
         epoch = load_acquire(team + TEAM_EPOCH) + 1
         publish(tape, epoch)
         swap(team + TEAM_TAPE, tape)
