@@ -227,3 +227,11 @@ class Segment(NamedTuple):
         """The caches that layers of this segment fill, by layer."""
         attentions = [op for op in self.ops if isinstance(op, Attention)]
         return {op.layer: op.cache for op in attentions if op.source is None}
+
+    @property
+    def groups(self) -> dict[int, dict[int, KV]]:
+        """The caches by window, ascending: each group has page tables of its own."""
+        groups: dict[int, dict[int, KV]] = {}
+        for layer, cache in sorted(self.caches.items(), key=lambda item: (item[1].window, item[0])):
+            groups.setdefault(cache.window, {})[layer] = cache
+        return groups

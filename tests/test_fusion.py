@@ -19,7 +19,7 @@ from edgeinfer.kernels.reference import program as reference
 from edgeinfer.known import Known
 
 from .random_graphs import ROPES, RandomGraph
-from .test_graphs import LIMITS, backend, batch, check, results
+from .test_graphs import backend, batch, check, limits, results
 
 N_HEADS, N_KV, D = 4, 2, 8
 CACHE = KV(N_KV, D, D)
@@ -161,8 +161,8 @@ def test_pinned_pages_are_read_by_all_that_was_done_to_q_behind_its_rotation() -
     for is_before in (True, False):
         segment = record(partial(body, is_before))
         check(segment)
-        with ReferenceBackend().compile(segment, LIMITS, mode="quantised") as program:
-            rows.append(np.concatenate(results(program, 5)[:2]))
+        with ReferenceBackend().compile(segment, limits(segment), mode="quantised") as program:
+            rows.append(np.concatenate(results(program, 5, 1)[:2]))
     np.testing.assert_array_equal(*rows)
 
 
@@ -188,10 +188,10 @@ def test_what_a_segment_yields_is_neither_taken_in_nor_written_over(marks_produc
         g.layer_output(product if marks_product else x)
         x = x + g.linear(g.rms_norm(x, f"{blk}.ffn_norm"), f"{blk}.ffn_down", x.dim)
     g.head(g.rms_norm(g.select_rows(x), "output_norm"))
-    segment, rows = g.segment(0, 1), batch(5, 0, list(range(5)))
-    with ReferenceBackend().compile(segment, LIMITS, mode="quantised") as reference:
+    segment, rows = g.segment(0, 1), batch(5, 0, list(range(5)), 0)
+    with ReferenceBackend().compile(segment, limits(segment), mode="quantised") as reference:
         expected = reference.submit(rows).wait().hidden
-    with backend().compile(segment, LIMITS) as program:
+    with backend().compile(segment, limits(segment)) as program:
         np.testing.assert_array_equal(program.submit(rows).wait().hidden, expected)
 
 
@@ -219,7 +219,7 @@ def compile_on(name: str, segment: Segment) -> None:
     """As a load does: what building takes is asked for first."""
     machine: Any = backend() if name == "cpu" else ReferenceBackend()
     machine.demand(segment, StepRequest(64, 1, 1))
-    machine.compile(segment, LIMITS).close()
+    machine.compile(segment, limits(segment)).close()
 
 
 def with_op(segment: Segment, i: int, op: Any) -> Segment:

@@ -10,26 +10,20 @@ from edgeinfer.graph import Attention, Bias, Embed, Linear, RmsNorm, Segment
 from edgeinfer.kernels.cpu import layout
 from edgeinfer.kernels.cpu.commands import Arena, Args, Buffer, KernelOp, KernelPart
 from edgeinfer.kernels.cpu.lower import LayerCache, Lowering, row_stride
-from edgeinfer.kernels.cpu.shapes import check_shapes
 from edgeinfer.kernels.cpu.team import KERNELS
 from edgeinfer.kernels.cpu.weights import PackedWeights
 from edgeinfer.quant import Weight
 
 
 class Blueprint:
-    """A segment lowered for steps of up to `limits`. It becomes a program once.
-
-    UnsupportedModelError names what no kernel takes.
-    """
+    """A segment lowered for steps of up to `limits`. It becomes a program once."""
 
     def __init__(self, segment: Segment, limits: StepLimits) -> None:
-        check_shapes(segment)
         self.segment, self.limits = segment, limits
-        self.max_segments = -(-limits.n_pages // SEGMENT_PAGES) + 2
         self.weights = PackedWeights(*_weights_of(segment))
         self.kv = Arena()
-        caches = _place_caches(segment, self.kv, limits.n_pages)
-        lowering = Lowering(segment, limits, self.weights, caches, self.max_segments)
+        caches = _place_caches(segment, self.kv, limits)
+        lowering = Lowering(segment, limits, self.weights, caches)
         self.lowered = lowering.run()
         self.scratch = self.lowered.scratch
         self.sample = self._sample_op() if segment.is_last else None
@@ -78,16 +72,19 @@ def _weights_of(segment: Segment) -> tuple[list[Weight], list[Weight]]:
     return matrices, vectors
 
 
-def _place_caches(segment: Segment, arena: Arena, n_pages: int) -> dict[int, LayerCache]:
-    """One arena of pages; a page holds its 32 positions of every layer, so it is touched whole."""
-    page_bytes = PAGE * layout.cache_bytes(segment.caches.values())
-    arena.place(Buffer("pages", n_pages * page_bytes, is_kept=True))
-    offset, caches = 0, {}
-    for layer, kv in segment.caches.items():
-        sizes = layout.position_bytes(kv.n_heads, kv.k_dim, kv.v_dim)
-        k_bytes, v_bytes = (PAGE * n_bytes for n_bytes in sizes)
-        k = arena.place(Buffer("K", 0, is_kept=True), offset)
-        v = arena.place(Buffer("V", 0, is_kept=True), offset + k_bytes)
-        caches[layer] = LayerCache(k, v, page_bytes, 0)
-        offset += k_bytes + v_bytes
+def _place_caches(segment: Segment, arena: Arena, limits: StepLimits) -> dict[int, LayerCache]:
+    """A run of pages for each group: a page holds its 32 positions of all the group's layers."""
+    caches, tables_bytes = {}, limits.max_sequences * layout.TABLE_BYTES
+    for i, (window, group) in enumerate(segment.groups.items()):
+        n_pages = limits.n_pages[window]
+        page_bytes = PAGE * layout.cache_bytes(group.values())
+        offset = arena.place(Buffer("pages", n_pages * page_bytes, is_kept=True)).address
+        for layer, kv in group.items():
+            sizes = layout.position_bytes(kv.n_heads, kv.k_dim, kv.v_dim)
+            k_bytes, v_bytes = (PAGE * n_bytes for n_bytes in sizes)
+            k = arena.place(Buffer("K", 0, is_kept=True), offset)
+            v = arena.place(Buffer("V", 0, is_kept=True), offset + k_bytes)
+            max_segments = -(-n_pages // SEGMENT_PAGES) + 2
+            caches[layer] = LayerCache(k, v, page_bytes, i * tables_bytes, max_segments)
+            offset += k_bytes + v_bytes
     return caches

@@ -29,6 +29,7 @@ from edgeinfer.graph import (
     KV,
     Activation,
     Add,
+    Attention,
     Bias,
     Embed,
     Mul,
@@ -64,6 +65,7 @@ class LayerCache(NamedTuple):
     v_base: Buffer
     page_bytes: int
     tables: int  # where its page tables begin
+    max_segments: int  # that a query may see
 
 
 class WeightAddresses(Protocol):
@@ -96,7 +98,7 @@ class _Heads(NamedTuple):
 
 _NO_HEADS = _Heads(0, 0, 0, 0)
 _NO_BUFFER = Buffer("none", 0, is_kept=True)
-_NO_CACHE = LayerCache(_NO_BUFFER, _NO_BUFFER, 0, 0)
+_NO_CACHE = LayerCache(_NO_BUFFER, _NO_BUFFER, 0, 0, 0)
 
 
 class _Reads:
@@ -135,18 +137,21 @@ class Lowering:
         limits: StepLimits,
         weights: WeightAddresses,
         caches: Mapping[int, LayerCache],
-        max_segments: int,
     ) -> None:
         self._segment, self._limits = segment, limits
         self._weights, self._caches = weights, caches
-        self._max_segments = max_segments
         self._steps = fuse(segment)
         self._reads = _Reads(self._steps, {segment.output, segment.hidden})
         self._selected = selected(segment)
         self._floats: dict[Value, Buffer] = {}  # where a value's f32 rows are
         self._quantised: dict[Value, Buffer] = {}
-        self._angles: dict[Rope, tuple[Buffer, Buffer]] = {}
+        self._angles: dict[tuple[Rope, int], tuple[Buffer, Buffer]] = {}
         self._plans: dict[tuple[int, int], Buffer] = {}
+        self._tables = {
+            op.layer: caches[op.cache_layer].tables
+            for op in segment.ops
+            if isinstance(op, Attention)
+        }
         scratch_bytes = limits.n_threads * layout.MATMUL_SCRATCH_BYTES
         self._matmul_scratch = Buffer("matmul scratch", scratch_bytes)
         self._out = Lowered()
@@ -319,14 +324,14 @@ class Lowering:
         stride = row_stride(op.x.dim)
         out = self._float_buffer(op.out, "rotated")
         self._emit("copy", "copy_rows", [*self._copied(op.x, layout.ALL_ROWS), out, stride, 0, 0])
-        angles, pinned_angles = self._angles_of(op.rope)
+        angles, pinned_angles = self._angles_of(op)
         heads = _Heads(out, stride, op.n_heads, op.x.dim // op.n_heads)
         angles = pinned_angles if isinstance(op, PinnedRotate) else angles
         self._heads(op.rope.kind, q=heads, n_pairs=op.rope.n_dims // 2, angles=angles)
 
     def _rotated_attention(self, op: RotatedAttention) -> None:
         kv, n_pairs = op.cache, op.rope.n_dims // 2
-        angles, pinned_angles = self._angles_of(op.rope)
+        angles, pinned_angles = self._angles_of(op)
         q = _Heads(self._floats[op.q], row_stride(op.q.dim), op.n_heads, kv.k_dim, op.q_norm)
         k, v = self._stored(op)
         pinned_q = Buffer("pinned q", q.stride * self._limits.max_rows)
@@ -382,7 +387,7 @@ class Lowering:
         limits, kv, cache = self._limits, op.cache, self._cache_of(op)
         parts = Buffer(
             "attention parts",
-            layout.parts_bytes(limits.max_rows, op.n_heads, kv.k_dim, kv.v_dim, self._max_segments),
+            layout.parts_bytes(limits.max_rows, op.n_heads, kv.k_dim, kv.v_dim, cache.max_segments),
         )
         common: Args = [
             self._plan(kv, cache), self._floats[op.q], row_stride(op.q.dim), pinned_q,
@@ -400,28 +405,32 @@ class Lowering:
         """The step's attention work, planned once for all layers whose queries see alike."""
         key = kv.n_heads, kv.window
         if key not in self._plans:
-            n_bytes = layout.plan_bytes(self._limits.max_rows, self._max_segments)
+            n_bytes = layout.plan_bytes(self._limits.max_rows, cache.max_segments)
             plan = self._out.scratch.place(Buffer("attention plan", n_bytes, is_kept=True))
             self._plans[key] = plan
-            args: Args = [plan, kv.n_heads, self._max_segments, kv.window, cache.tables]
+            args: Args = [plan, kv.n_heads, cache.max_segments, kv.window, cache.tables]
             self._out.prologue.append(KernelPart("plan_attention", args, 1))
         return self._plans[key]
 
-    def _angles_of(self, rope: Rope) -> tuple[Buffer, Buffer]:
-        """The step's rotation angles, made once for all layers that rotate alike."""
-        if rope not in self._angles:
+    def _angles_of(self, op: Rotate | PinnedRotate | RotatedAttention) -> tuple[Buffer, Buffer]:
+        """The step's rotation angles, made once for all layers that rotate alike.
+
+        Those for pinned pages depend on the tables of the layer's attention, too.
+        """
+        rope, key = op.rope, (op.rope, self._tables.get(op.layer, 0))
+        if key not in self._angles:
             n_pairs = rope.n_dims // 2
             size = n_pairs * 2 * 4 * self._limits.max_rows
             pair = Buffer("angles", size), Buffer("pinned angles", size)
-            self._angles[rope] = pair
-            args: Args = [self._weights.doubles(rope.frequencies()), n_pairs, *pair, 0]
+            self._angles[key] = pair
+            args: Args = [self._weights.doubles(rope.frequencies()), n_pairs, *pair, key[1]]
             if rope.magnitude == 1 and rope.growth is None:
                 self._emit("angles", "angles", args)
             else:
                 table, span = rope.magnitudes(), rope.growth.n_ctx if rope.growth else 1
                 args += [self._weights.doubles(table), span, len(table)]
                 self._emit("angles", "angles.scaled", args)
-        return self._angles[rope]
+        return self._angles[key]
 
     # -- values and buffers --------------------------------------------------------------------
 

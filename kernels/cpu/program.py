@@ -30,6 +30,7 @@ from edgeinfer.kernels.cpu.commands import Arena, Buffer, KernelOp, KernelPart, 
 from edgeinfer.kernels.cpu.idle import IdleBuild, IdleWork
 from edgeinfer.kernels.cpu.library import BUILDER_BYTES, Library, cache_folder
 from edgeinfer.kernels.cpu.lower import row_stride
+from edgeinfer.kernels.cpu.shapes import check_shapes
 from edgeinfer.kernels.cpu.targets import Target
 from edgeinfer.kernels.cpu.team import Op, Part, Tape, Team, shared_team
 from edgeinfer.kernels.cpu.trial import Trial
@@ -76,7 +77,8 @@ class CpuBackend:
 
         Nothing is allocated. `compile` with the limits that this gives does not lower again.
         """
-        limits = StepLimits.of(request, segment.output.dim, _MAX_ROWS)
+        check_shapes(segment)
+        limits = StepLimits.of(request, segment.output.dim, segment.groups, _MAX_ROWS)
         drawn = self._drawn = Blueprint(segment, limits)
         return Demand(limits, drawn.rows(), self.library.building_bytes(drawn.kernels()))
 
@@ -91,6 +93,7 @@ class CpuBackend:
         """
         drawn, self._drawn = self._drawn, None
         if drawn is None or (drawn.segment, drawn.limits) != (segment, limits):
+            check_shapes(segment)
             drawn = Blueprint(segment, limits)
         return CpuProgram(self, drawn)
 
@@ -171,9 +174,9 @@ class CpuProgram:
             self._ids[:n_rows] = batch.ids
         else:
             self._input[:n_rows] = batch.hidden
-        for i, table in enumerate(batch.tables):
-            pages = table.pages
-            self._tables[i] = pages.ctypes.data, len(pages), table.n_pinned, table.n_visible
+        for i, tables in enumerate(batch.tables):
+            for group, (pages, n_pinned, n_visible) in zip(self._tables, tables, strict=True):
+                group[i] = pages.ctypes.data, len(pages), n_pinned, n_visible
         samples = batch.samples.address if batch.samples else 0
         self._header[:_STEP_WORDS] = n_rows, n_wanted, len(batch.tables), samples, 0
         way = self._way if n_rows <= _FEW_ROWS else self._ways[0]
@@ -253,7 +256,8 @@ class CpuProgram:
         self._seq = np.zeros(limits.max_rows, np.int32)
         self._ids = np.zeros(limits.max_rows, np.int32)
         self._wanted = np.zeros(limits.max_outputs, np.int32)
-        self._tables = np.zeros((limits.max_sequences, layout.TABLE_BYTES // 8), np.int64)
+        shape = len(limits.n_pages), limits.max_sequences, layout.TABLE_BYTES // layout.WORD
+        self._tables = np.zeros(shape, np.int64)
         for word, array in (
             (layout.H_POS, self._pos),
             (layout.H_SEQ, self._seq),

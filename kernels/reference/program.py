@@ -78,14 +78,14 @@ class ReferenceBackend:
     def demand(self, segment: Segment, request: StepRequest) -> Demand:
         """What an exact program keeps, and the values of a step."""
         check(segment, KNOWN, "reference")
-        limits = StepLimits.of(request, segment.output.dim, _MAX_ROWS)
+        limits = StepLimits.of(request, segment.output.dim, segment.groups, _MAX_ROWS)
         weights = {op.weight.name: op.weight for op in segment.ops if isinstance(op, Linear)}
-        caches = segment.caches.values()
         rows = {
             "weights F32": 4 * sum(weight.n_elements for weight in weights.values()),
-            "KV cache": limits.n_pages
-            * PAGE
-            * sum(4 * kv.n_heads * (kv.k_dim + kv.v_dim) for kv in caches),
+            "KV cache": sum(
+                4 * PAGE * limits.n_pages[kv.window] * kv.n_heads * (kv.k_dim + kv.v_dim)
+                for kv in segment.caches.values()
+            ),
             "scratch": 4 * limits.max_rows * sum(op.out.dim for op in segment.ops),
         }
         return Demand(limits, rows)
@@ -111,12 +111,10 @@ class ReferenceProgram:
             if isinstance(op, Linear) and op.weight.name not in self._weights:
                 self._weights[op.weight.name] = numerics.load(op.weight)
         self._pages = {
-            layer: _Pages(
-                np.zeros((limits.n_pages, PAGE, kv.n_heads, kv.k_dim), numerics.kv_type),
-                np.zeros((limits.n_pages, PAGE, kv.n_heads, kv.v_dim), numerics.kv_type),
-            )
+            layer: _Pages.of(limits.n_pages[kv.window], kv, numerics.kv_type)
             for layer, kv in segment.caches.items()
         }
+        self._groups = {window: i for i, window in enumerate(segment.groups)}
         uses = Uses(segment)
         self._pinned = {
             op.out.index: pinned_query(op, uses) for op in segment.ops if isinstance(op, Attention)
@@ -201,8 +199,10 @@ class ReferenceProgram:
     def _attend(self, op: Attention, values: Mapping[int, Floats], batch: Batch) -> Floats:
         """Store this step's K and V, then let every row read the pages that it sees."""
         n_rows, cache, pages = batch.n_rows, op.cache, self._pages[op.cache_layer]
+        group = self._groups[cache.window]
         rows = [
-            (batch.tables[i], pos) for i, pos in zip(batch.seq, batch.pos.tolist(), strict=True)
+            (batch.tables[i][group], pos)
+            for i, pos in zip(batch.seq, batch.pos.tolist(), strict=True)
         ]
         if op.k is not None and op.v is not None:
             k = values[op.k.index].reshape(n_rows, cache.n_heads, cache.k_dim)
@@ -298,3 +298,8 @@ class _Pages:
 
     k: NDArray[np.floating[Any]]
     v: NDArray[np.floating[Any]]
+
+    @classmethod
+    def of(cls, n_pages: int, kv: KV, kind: type[np.floating[Any]]) -> _Pages:
+        shape = n_pages, PAGE, kv.n_heads
+        return cls(np.zeros((*shape, kv.k_dim), kind), np.zeros((*shape, kv.v_dim), kind))
