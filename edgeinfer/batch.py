@@ -5,6 +5,7 @@ Knows no scheduling and no text.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 PAGE = 32  # positions in a KV page
 _LEAST_SEQUENCES = 8
 _LOGITS_BYTES = 32 << 20
+EVERY_PAGE = 1 << 30  # of a table whose queries see whatever a window leaves
 SEGMENT_PAGES = 16  # pages whose partial attention folds into one segment (512 positions)
 
 OutputKind: TypeAlias = Literal["logits", "hidden", "ids"]
@@ -46,11 +48,20 @@ class PageTable(NamedTuple):
         """The oldest unpinned absolute page that a query at `pos` sees."""
         return max(self.n_pinned, pos // PAGE - self.n_visible + 1)
 
-    def visible(self, pos: int) -> list[int]:
-        """Absolute pages that a query at `pos` sees, ascending."""
+    def visible(self, pos: int, window: int = 0) -> list[int]:
+        """Absolute pages of which a query at `pos` sees anything, ascending."""
         last = pos // PAGE
-        pinned = range(min(self.n_pinned, last + 1))
-        return [*pinned, *range(self.first_ring_page(pos), last + 1)]
+        held = [*range(min(self.n_pinned, last + 1)), *range(self.first_ring_page(pos), last + 1)]
+        return [page for page in held if not window or self.sees(pos, page, window).any()]
+
+    def sees(self, pos: int, page: int, window: int = 0) -> NDArray[np.bool_]:
+        """Which of the 32 positions of a page it holds a query at `pos` sees.
+
+        A window is counted in distances as the query is rotated: see `pinned_pos`.
+        """
+        own = self.pinned_pos(pos) if page < self.n_pinned else pos
+        distances = own - PAGE * page - np.arange(PAGE)
+        return (distances >= 0) & (distances < (window or own + 1))
 
     def pinned_pos(self, pos: int) -> int:
         """The position by which a query at `pos` is rotated for the pinned pages.
@@ -72,7 +83,7 @@ class Batch:
     ids: NDArray[np.int32]  # (T,)
     pos: NDArray[np.int64]  # (T,) absolute positions
     seq: NDArray[np.int32]  # (T,) index into `tables`
-    tables: list[PageTable]
+    tables: list[tuple[PageTable, ...]]  # of a sequence, one for each cache group of the segment
     wanted: NDArray[np.int32]  # (R,) rows whose output is asked for, ascending
     output: OutputKind = "logits"
     hidden: NDArray[np.float32] | None = None  # (T, D)
@@ -118,19 +129,28 @@ class StepRequest(NamedTuple):
 class StepLimits(NamedTuple):
     """The largest step a program must be ready for; all its memory follows from these."""
 
-    n_pages: int  # KV pages of 32 positions, shared by all sequences
+    # KV pages of 32 positions that all sequences share, of each cache group by its window.
+    n_pages: Mapping[int, int]
     max_rows: int  # T
     max_outputs: int  # R
     max_sequences: int
     n_threads: int
 
     @classmethod
-    def of(cls, request: StepRequest, vocab_size: int, max_rows: int) -> StepLimits:
+    def of(
+        cls, request: StepRequest, vocab_size: int, windows: Iterable[int], max_rows: int
+    ) -> StepLimits:
         """For a machine that computes `max_rows` rows at a time best."""
         # Each may decode, so a step has a row for every one of them.
         n_sequences = min(max(_LEAST_SEQUENCES, request.slots), max_rows)
+        n_pages = {}
+        for window in windows:
+            n_pages[window] = request.slots * pages_for(request.n_ctx)
+            if window:  # one more than run, so that one that has ended can be gone on with
+                most = (request.slots + 1) * ring_pages(window, max_rows)
+                n_pages[window] = min(n_pages[window], most)
         return cls(
-            n_pages=request.slots * pages_for(request.n_ctx),
+            n_pages=n_pages,
             max_rows=max_rows,
             max_outputs=min(max_rows, max(n_sequences, _LOGITS_BYTES // (4 * vocab_size))),
             max_sequences=n_sequences,
@@ -144,6 +164,11 @@ class Demand(NamedTuple):
     limits: StepLimits
     rows: dict[str, int]  # bytes by purpose, all that a program reserves
     building_bytes: int = 0  # what getting ready takes before any of that
+
+
+def ring_pages(window: int, max_rows: int) -> int:
+    """Pages that hold what the first of `max_rows` rows sees in a window, and all the rows."""
+    return (window + max_rows - 3) // PAGE + 2
 
 
 def pages_for(n_tokens: int) -> int:

@@ -86,12 +86,15 @@ class PinnedAttention(NamedTuple):
     layer: int
     out: Value
     q: Value
-    k: Value
-    v: Value
-    pinned_q: Value
+    k: Value | None
+    v: Value | None
     n_heads: int
     cache: KV
     scale: float
+    soft_cap: float
+    sinks: Weight | None
+    source: int | None
+    pinned_q: Value
 
 
 class PinnedRotate(NamedTuple):
@@ -113,11 +116,14 @@ class RotatedAttention(NamedTuple):
     layer: int
     out: Value
     q: Value
-    k: Value
-    v: Value
+    k: Value | None
+    v: Value | None
     n_heads: int
     cache: KV
     scale: float
+    soft_cap: float
+    sinks: Weight | None
+    source: int | None
     rope: Rope
     q_norm: Weight | None  # (k_dim,)
     k_norm: Weight | None
@@ -214,24 +220,28 @@ def _selected_norm(op: RmsNorm, uses: Uses) -> _Rewritten | None:
 
 
 def _rotated_attention(op: Attention, uses: Uses) -> _Rewritten | None:
-    """q and k that are rotated alike, head by head, for this attention alone."""
-    q, k = uses.makers.get(op.q), uses.makers.get(op.k)
-    if not (isinstance(q, Rotate) and isinstance(k, Rotate) and q.rope == k.rope):
+    """q and k that are rotated alike, head by head, for this attention alone; or q without a k."""
+    rotations = [(op.q, op.n_heads), *([(op.k, op.cache.n_heads)] if op.k is not None else [])]
+    found: list[tuple[Rotate, RmsNorm | None]] = []
+    for value, n_heads in rotations:
+        turn = uses.makers.get(value)
+        if not isinstance(turn, Rotate) or turn.n_heads != n_heads:
+            return None
+        if not (uses.are_only(turn.out, op) and uses.are_only(turn.x, turn)):
+            return None
+        found.append((turn, _head_norm(turn, uses)))
+    if len({turn.rope for turn, _ in found}) > 1:
         return None
-    if (q.n_heads, k.n_heads) != (op.n_heads, op.cache.n_heads):
-        return None
-    if not all(uses.are_only(r.out, op) and uses.are_only(r.x, r) for r in (q, k)):
-        return None
-    q_norm, k_norm = _head_norm(q, uses), _head_norm(k, uses)
-    if q_norm and k_norm and q_norm.eps != k_norm.eps:
-        q_norm = k_norm = None
-    norms = [norm for norm in (q_norm, k_norm) if norm]
+    norms = [norm for _, norm in found if norm]
+    if len({norm.eps for norm in norms}) > 1:
+        found, norms = [(turn, None) for turn, _ in found], []
+    (q, q_norm), *rest = [(norm or turn, norm and norm.weight) for turn, norm in found]
+    k, k_norm = (rest[0][0].x, rest[0][1]) if rest else (None, None)
     step = RotatedAttention(
-        op.layer, op.out, q_norm.x if q_norm else q.x, k_norm.x if k_norm else k.x, op.v,
-        op.n_heads, op.cache, op.scale, q.rope, q_norm.weight if q_norm else None,
-        k_norm.weight if k_norm else None, norms[0].eps if norms else 0.0,
+        op.layer, op.out, q.x, k, *op[4:], found[0][0].rope, q_norm, k_norm,
+        norms[0].eps if norms else 0.0,
     )  # fmt: skip
-    return [step], [op.q, op.k, *(norm.out for norm in norms)]
+    return [step], [*(turn.out for turn, _ in found), *(norm.out for norm in norms)]
 
 
 def _head_norm(rotation: Rotate, uses: Uses) -> RmsNorm | None:
@@ -252,12 +262,7 @@ def _pinned_attention(op: Attention, uses: Uses) -> _Rewritten:
         fields = [made.get(field, field) if isinstance(field, Value) else field for field in each]
         kind = PinnedRotate if isinstance(each, Rotate) else type(each)
         steps.append(kind(*fields))  # type: ignore[arg-type]
-    pinned_q = made.get(op.q, op.q)
-    steps.append(
-        PinnedAttention(
-            op.layer, op.out, op.q, op.k, op.v, pinned_q, op.n_heads, op.cache, op.scale
-        )
-    )
+    steps.append(PinnedAttention(*op, made.get(op.q, op.q)))
     return steps, []
 
 

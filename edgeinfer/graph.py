@@ -250,14 +250,29 @@ class Graph:
         return self._record(Rotate, x.dim, x=x, n_heads=n_heads, rope=rope)
 
     def attention(
-        self, q: Value, k: Value, v: Value, *, cache: KV, scale: float | None = None
+        self,
+        q: Value,
+        k: Value | None = None,
+        v: Value | None = None,
+        *,
+        cache: KV,
+        scale: float | None = None,
+        soft_cap: float = 0.0,
+        sinks: str | None = None,
+        source: int | None = None,
     ) -> Value:
+        """Without k and v the cache of layer `source` is read; `scale` is k_dim ** -0.5 by default.
+
+        `sinks` names a vector of one score for each head, which has no value.
+        """
         n_heads = q.dim // cache.k_dim
         scale = cache.k_dim**-0.5 if scale is None else scale
+        weight = None if sinks is None else self._weight(f"{sinks}.weight", n_heads)
         return self._record(
             Attention,
             n_heads * cache.v_dim,
-            q=q, k=k, v=v, n_heads=n_heads, cache=cache, scale=scale,
+            q=q, k=k, v=v, n_heads=n_heads, cache=cache, scale=scale, soft_cap=soft_cap,
+            sinks=weight, source=source,
         )  # fmt: skip
 
     def add(self, a: Value, b: Value) -> Value:

@@ -7,6 +7,7 @@ from typing import NoReturn, TypeAlias
 
 from edgeinfer.errors import UnsupportedModelError
 from edgeinfer.graph import (
+    KV,
     Attention,
     ExpertLinear,
     ExpertSum,
@@ -49,10 +50,7 @@ def check(segment: Segment, known: Known, backend: str) -> None:
             for i, name in unsure[kind]:
                 _check_field(op, record, i, name, known, makers, backend)
     _check_rows(segment, makers, backend)
-    attentions = [op for op in segment.ops if isinstance(op, Attention)]
-    for op, earlier in zip(attentions[1:], attentions, strict=False):
-        if op.layer == earlier.layer:
-            refuse(op, makers, backend, "keeps one cache a layer, and this is the second")
+    _check_caches(segment, makers, backend)
 
 
 def selected(segment: Segment) -> set[Value]:
@@ -136,6 +134,23 @@ def _check_rows(segment: Segment, makers: Mapping[Value, Op], backend: str) -> N
         if (value in found) != segment.is_last and value in makers:
             what = "needs rows selected before the head" if segment.is_last else "yields all rows"
             refuse(makers[value], makers, backend, what)
+
+
+def _check_caches(segment: Segment, makers: Mapping[Value, Op], backend: str) -> None:
+    """A layer fills one cache, or reads one like it that an earlier layer has filled."""
+    filled: dict[int, KV] = {}
+    for op in segment.ops:
+        if not isinstance(op, Attention):
+            continue
+        if (op.k is None or op.v is None) != (op.source is not None):
+            refuse(op, makers, backend, "needs keys and values, or a layer that has them")
+        if op.source is None:
+            if op.layer in filled:
+                refuse(op, makers, backend, "keeps one cache a layer, and this is the second")
+            filled[op.layer] = op.cache
+        elif filled.get(op.source) != op.cache:
+            what = f"needs a cache like its own in layer {op.source}, filled before it"
+            refuse(op, makers, backend, what)
 
 
 def _nearest_tensor(op: Op, makers: Mapping[Value, Op]) -> str:

@@ -27,11 +27,15 @@ class Hparams(NamedTuple):
 
 
 class KV(NamedTuple):
-    """The cache that one attention layer keeps: per position K heads of k_dim and of v_dim."""
+    """The cache that one attention layer keeps: per position K heads of k_dim and of v_dim.
+
+    With a window, queries see the last `window` positions, their own among them.
+    """
 
     n_heads: int
     k_dim: int
     v_dim: int
+    window: int = 0  # 0: all
 
 
 class Recording(Protocol):
@@ -104,16 +108,27 @@ class Attention(NamedTuple):
     q (T, H * k_dim), k (T, K * k_dim), v (T, K * v_dim), out (T, H * v_dim); query head h reads
     key/value head h // (H / K). Pinned pages of a slid cache are read by q as it would be at
     another position: see `pinned_query`.
+
+    A layer without k and v reads the cache that layer `source` has filled before it. A soft-cap c
+    makes a score s c * tanh(s / c). Sinks, one for each query head, are scores without a value.
     """
 
     layer: int
     out: Value
     q: Value
-    k: Value
-    v: Value
+    k: Value | None
+    v: Value | None
     n_heads: int
     cache: KV
     scale: float
+    soft_cap: float = 0.0  # 0: none
+    sinks: Weight | None = None  # (H,)
+    source: int | None = None
+
+    @property
+    def cache_layer(self) -> int:
+        """The layer whose cache it reads."""
+        return self.layer if self.source is None else self.source
 
 
 class Add(NamedTuple):
@@ -288,5 +303,14 @@ class Segment(NamedTuple):
 
     @property
     def caches(self) -> dict[int, KV]:
-        """The cache of each attention layer in this segment, by layer."""
-        return {op.layer: op.cache for op in self.ops if isinstance(op, Attention)}
+        """The caches that layers of this segment fill, by layer."""
+        attentions = [op for op in self.ops if isinstance(op, Attention)]
+        return {op.layer: op.cache for op in attentions if op.source is None}
+
+    @property
+    def groups(self) -> dict[int, dict[int, KV]]:
+        """The caches by window, ascending: each group has page tables of its own."""
+        groups: dict[int, dict[int, KV]] = {}
+        for layer, cache in sorted(self.caches.items(), key=lambda item: (item[1].window, item[0])):
+            groups.setdefault(cache.window, {})[layer] = cache
+        return groups

@@ -34,6 +34,7 @@ TYPES = {kind.name: kind for kind in QUANT_TYPES.values()}
 KINDS = get_args(ActivationKind)
 # Widths of key and of value heads: each pair is a kernel to be built, which takes 2 s.
 HEADS = ((8, 8), (6, 20))
+WINDOWS = (1, 4, 33, 500)
 ROPES = (
     Rope("norm", 6, 100.0),
     Rope("neox", 6, 100.0),
@@ -71,6 +72,7 @@ class Layer(NamedTuple):
     """How a layer goes; numbers choose among variants, 0 is what models do today."""
 
     heads: int  # of HEADS
+    n_kv: int
     group: int  # query heads of a key/value head
     q_norm: int  # heads, none, whole row, without weight, of another epsilon
     k_norm: int
@@ -78,6 +80,10 @@ class Layer(NamedTuple):
     after: int  # what is done to q behind its rotation
     again: int  # who else reads q
     v: int  # own, k before its norm, k as it is stored
+    cache: int  # own, or that of an earlier layer alike
+    window: int  # none, or of WINDOWS
+    cap: int  # none, or a soft-cap of 3
+    sinks: int
     residual: int
     ffn: int
     experts: Experts | None
@@ -91,7 +97,6 @@ class Drawn:
 
     layers: tuple[Layer, ...]
     dim: int
-    n_kv_heads: int
     end: int  # how rows are selected and normed
     cap: bool
     tied: bool
@@ -132,15 +137,15 @@ _EXPERTS = st.builds(
     router=_mostly_0(1),
 )
 _LAYER = st.builds(
-    Layer, _upto(len(HEADS) - 1), st.integers(1, 3), _upto(4), _upto(4), _mostly_0(4),
-    _mostly_0(4), _mostly_0(3), _mostly_0(2), _upto(4), _upto(7),
+    Layer, _upto(len(HEADS) - 1), st.integers(1, 2), st.integers(1, 3), _upto(4), _upto(4),
+    _mostly_0(4), _mostly_0(4), _mostly_0(3), _mostly_0(2), _upto(1), _upto(len(WINDOWS)),
+    _mostly_0(1), _upto(1), _upto(4), _upto(7),
     st.sampled_from([0, 0, 1]).flatmap(lambda has: _EXPERTS if has else st.none()), _LOOSE, _LOOSE,
 )  # fmt: skip
 MODELS = st.builds(
     Drawn,
-    layers=st.lists(_LAYER, min_size=1, max_size=2).map(tuple),
+    layers=st.lists(_LAYER, min_size=1, max_size=3).map(tuple),
     dim=st.sampled_from([32, 64, 7]),
-    n_kv_heads=st.integers(1, 2),
     end=_upto(6),
     cap=st.booleans(),
     tied=st.booleans(),
@@ -221,6 +226,7 @@ class Recorder:
         self.g = RandomGraph(len(d.layers), d.dim, d.types, d.tied, d.seed)
         self._n_names = 0
         self.blk = ""
+        self._caches: list[KV] = []  # of the layers so far
 
     def segment(self) -> Segment:
         g, end = self.g, self.drawn.end
@@ -279,9 +285,12 @@ class Recorder:
         return x + out
 
     def _attention(self, h: Value, s: Layer) -> Value:
-        g, n_kv = self.g, self.drawn.n_kv_heads
+        g, n_kv = self.g, s.n_kv
         k_dim, v_dim = HEADS[s.heads]
-        n_heads, cache = n_kv * s.group, KV(n_kv, k_dim, v_dim)
+        n_heads, cache = n_kv * s.group, KV(n_kv, k_dim, v_dim, (0, *WINDOWS)[s.window])
+        alike = [i for i, each in enumerate(self._caches) if each == cache]
+        source = alike[0] if alike and s.cache else None
+        self._caches.append(cache if source is None else KV(0, 0, 0))
         q, raw = self._linear(h, n_heads * k_dim), self._linear(h, n_kv * k_dim)
         v = self._linear(h, n_kv * v_dim) if s.v == 0 or k_dim != v_dim else raw
         q, k = self._norm(q, n_heads, s.q_norm), self._norm(raw, n_kv, s.k_norm)
@@ -300,7 +309,14 @@ class Recorder:
             q = q * g.silu(self._linear(h, q.dim))
         elif s.after == 4:
             q = q + self._linear(h, q.dim)
-        a = g.attention(q, k, v, cache=cache)
+        a = g.attention(
+            q,
+            *((k, v) if source is None else ()),
+            cache=cache,
+            soft_cap=3.0 if s.cap else 0.0,
+            sinks=self.name() if s.sinks else None,
+            source=source,
+        )
         if s.again == 1:
             return a * self._plain(self._linear(turned, a.dim), "sigmoid")
         if s.again == 2 and a.dim == q.dim:

@@ -267,19 +267,20 @@ def test_attention(driver: Path) -> None:
     header = arena.words(
         "H", layout.HEADER_WORDS, ROWS=n, POS=arena.put(np.arange(first, first + n)),
         SEQ=arena.put(np.zeros(n, np.int32)), TABLES=table,
-        ITEMS=arena.room(layout.items_bytes(n, n_segments)),
     )  # fmt: skip
+    plan = arena.room(layout.attention_plan_bytes(n, n_segments))
+    plan_args = arena.words("PLAN", 5, OUT=plan, N_KV_HEADS=n_kv, MAX_SEGMENTS=n_segments)
     q = arena.put(rng.standard_normal((n, n_heads, dim), np.float32))
     row, out = 4 * n_heads * dim, arena.room(4 * n * n_heads * dim)
     args = arena.words(
-        "ATTEND", 24, Q=q, Q_STRIDE=row, PINNED_Q=q, N_HEADS=n_heads, N_KV_HEADS=n_kv,
+        "ATTEND", 24, PLAN=plan, Q=q, Q_STRIDE=row, PINNED_Q=q, N_HEADS=n_heads, N_KV_HEADS=n_kv,
         SCALE=native.float_bits(0.125), K_BASE=k, K_PAGE_BYTES=page_bytes, V_BASE=v,
-        V_PAGE_BYTES=page_bytes, MAX_SEGMENTS=n_segments, K_DIM=dim, V_DIM=dim,
+        V_PAGE_BYTES=page_bytes, K_DIM=dim, V_DIM=dim,
         PARTS=arena.room(layout.parts_bytes(n, n_heads, dim, dim, n_segments) + 4096),
     )  # fmt: skip
-    left_in(arena, args, layout.ATTEND_SINK, out, row)
-    arena.call("plan_attention", header, args, 1)
-    arena.call("attend.64.64", header, args, -header.offset - layout.H_N_ITEMS)
+    left_in(arena, args, layout.FOLD_SINK, out, row)
+    arena.call("plan_attention", header, plan_args, 1)
+    arena.call("attend.64.64", header, args, -plan.offset)
     arena.call("fold", header, args, n)
     memory = same_here_and_emulated(arena, driver)
     y = memory[out.offset : out.offset + n * row].view(np.float32)

@@ -144,7 +144,7 @@ def test_sweep_goes_as_deep_as_the_context(path: Path) -> None:
     with LLM(path, n_ctx=600, device="reference") as llm:
         rows = sweep(llm.runtime, 1)
         # Nothing of the sweep is left in the cache's bookkeeping.
-        assert llm.runtime.engine.pool.n_free == llm.runtime.engine.pool.n_pages
+        assert llm.runtime.engine.pools[0].n_free == llm.runtime.engine.pools[0].n_pages
     assert [(row.depth, row.rows) for row in rows] == [
         (d, n) for d in (0, 512) for n in (1, 2, 4, 8)
     ]

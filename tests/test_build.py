@@ -237,7 +237,7 @@ def test_ready_kernels_cover_what_supported_models_need(
         raise Asked
 
     monkeypatch.setattr(CpuBackend, "load", record)
-    limits = StepLimits(n_pages=4, max_rows=4, max_outputs=4, max_sequences=1, n_threads=1)
+    limits = StepLimits(n_pages={0: 4}, max_rows=4, max_outputs=4, max_sequences=1, n_threads=1)
     asked: set[str] = set()
     for arch in ("llama", "qwen2", "qwen3"):
         for quant in ("F16", "Q4_0", "Q4_1", "Q4_K_M"):

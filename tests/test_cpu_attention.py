@@ -6,6 +6,7 @@ Knows no model: queries, keys and values are random.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from edgeinfer.kernels.reference.quantised import Quantised
 from tests import native
 
 FAMILIES = [None, "avx2", "generic"]
+TABLES = 64  # where the page tables of these layers begin
 Floats = NDArray[np.float32]
 
 
@@ -26,6 +28,14 @@ class Heads:
     n_kv_heads: int = 2
     k_dim: int = 64
     v_dim: int = 64
+    window: int = 0
+    cap: float = 0.0
+    has_sinks: bool = False
+
+    @property
+    def kernel(self) -> str:
+        features = ".window" * (self.window > 0) + ".cap" * (self.cap > 0)
+        return f"attend.{self.k_dim}.{self.v_dim}{features}"
 
 
 @dataclass
@@ -66,7 +76,7 @@ class Case:
             table = PageTable(free[:n].copy(), rows.n_pinned, min(rows.n_visible, 1 << 20))
             free = free[n:]
             self.tables.append(table)
-            for page in {p for pos in rows.pos for p in table.visible(pos)}:
+            for page in {p for pos in rows.pos for p in table.visible(pos, heads.window)}:
                 n_written = min(PAGE, rows.pos[-1] + 1 - page * PAGE)
                 self._write(table.pages[table.slot(page)], n_written)
         n_rows = sum(r.n for r in self.sequences)
@@ -76,6 +86,7 @@ class Case:
         self.q = rng.standard_normal(shape, np.float32)
         self.pinned_q = rng.standard_normal(shape, np.float32)
         self.scale = float(np.float32(1.7 / np.sqrt(heads.k_dim)))
+        self.sinks = rng.standard_normal(heads.n_heads, np.float32) if heads.has_sinks else None
 
     def _write(self, page: int, n: int) -> None:
         heads, rng = self.heads, self.rng
@@ -90,14 +101,15 @@ class Case:
         """What the twin says of one row."""
         heads, table, pos = self.heads, self.tables[self.seq[row]], int(self.pos[row])
         group = heads.n_heads // heads.n_kv_heads
-        pages = np.array(table.visible(pos))
+        pages = np.array(table.visible(pos, heads.window))
+        is_visible = np.array([table.sees(pos, int(page), heads.window) for page in pages])
         slots = [table.pages[table.slot(p)] for p in pages]
         pinned = self.has_slid(row) & (pages < table.n_pinned)
         q = np.where(pinned[:, None, None], self.pinned_q[row], self.q[row])
         k = self.k[slots].transpose(0, 1, 3, 2).astype(np.float32).repeat(group, axis=1)
         v = self.v[slots][..., : heads.v_dim].astype(np.float32).repeat(group, axis=1)
         k = np.where(np.isnan(k), np.float32(0), k)  # unwritten: the twin would only warn
-        out = Quantised().attend(q, k, v, pages, pos, self.scale)
+        out = Quantised().attend(q, k, v, pages, is_visible, self.scale, heads.cap, self.sinks)
         return out.reshape(-1)
 
     def run(self, rows: list[int] | None = None, family: str | None = None) -> Floats:
@@ -113,26 +125,29 @@ class Case:
             [[t.pages.ctypes.data, len(t.pages), t.n_pinned, t.n_visible] for t in self.tables]
         )
         max_segments = int(pos.max()) // 512 + 1
-        items = np.full(layout.items_bytes(n, max_segments) // 8, -1, np.int64)
+        plan = np.full(layout.attention_plan_bytes(n, max_segments) // 8, -1, np.int64)
         dims = heads.n_heads, heads.k_dim, heads.v_dim
         n_parts = layout.parts_bytes(n, *dims, max_segments) // 4
         parts = np.full(n_parts + 4096, np.nan, np.float32)
         out = np.full((n, heads.n_heads * heads.v_dim), np.nan, np.float32)
         h = native.header(
             H_ROWS=n, H_POS=pos.ctypes.data, H_SEQ=seq.ctypes.data,
-            H_TABLES=tables.ctypes.data, H_ITEMS=items.ctypes.data,
+            H_TABLES=tables.ctypes.data - TABLES,
         )  # fmt: skip
+        plan_args = [plan.ctypes.data, heads.n_kv_heads, max_segments, heads.window, TABLES]
+        sinks = 0 if self.sinks is None else self.sinks.ctypes.data
         args = [
-            q.ctypes.data, q[0].nbytes, pinned_q.ctypes.data, heads.n_heads, heads.n_kv_heads,
-            native.float_bits(self.scale), self.k.ctypes.data, self.k[0].nbytes,
-            self.v.ctypes.data, self.v[0].nbytes, parts.ctypes.data, max_segments,
-            heads.k_dim, heads.v_dim, out.ctypes.data, out[0].nbytes, 0, 0,
+            plan.ctypes.data, q.ctypes.data, q[0].nbytes, pinned_q.ctypes.data,
+            heads.n_heads, heads.n_kv_heads, native.float_bits(self.scale),
+            self.k.ctypes.data, self.k[0].nbytes, self.v.ctypes.data, self.v[0].nbytes,
+            parts.ctypes.data, heads.k_dim, heads.v_dim, TABLES, heads.window,
+            native.float_bits(heads.cap), sinks, out.ctypes.data, out[0].nbytes, 0, 0,
         ]  # fmt: skip
-        native.run("plan_attention", h, args, range(1), family)
-        n_items = int(h[layout.H_N_ITEMS // layout.WORD])
+        native.run("plan_attention", h, plan_args, range(1), family)
+        n_items = int(plan[0])
         backwards = range(n_items - 1, -1, -1)  # chunks run in any order
-        native.run(f"attend.{heads.k_dim}.{heads.v_dim}", h, args, backwards, family)
-        native.run("fold", h, args, range(n), family)
+        native.run(heads.kernel, h, args, backwards, family)
+        native.run("fold.sinks" if sinks else "fold", h, args, range(n), family)
         assert np.isnan(parts[n_parts:]).all()
         return out
 
@@ -144,7 +159,7 @@ def check(case: Case, family: str | None = None) -> Floats:
     return out
 
 
-def case_of(sequences: list[Rows], seed: int = 0, **heads: int) -> Case:
+def case_of(sequences: list[Rows], seed: int = 0, **heads: Any) -> Case:
     return Case(Heads(**heads), sequences, np.random.default_rng(seed))
 
 
@@ -218,3 +233,43 @@ def test_large_scores() -> None:
     case = case_of([Rows(100, 9)])
     case.q *= 40
     check(case)
+
+
+# -- windows, soft-caps, sinks -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [1, 2, 17, 31, 32, 33, 64, 100, 512, 545])
+def test_windows(window: int) -> None:
+    """Shorter and longer than blocks, pages, segments and the prompt; split and whole items."""
+    sequences = [Rows(500, 77), Rows(0, 70), Rows(1200), Rows(62, 3), Rows(527, 6)]
+    case = case_of(sequences, window=window)
+    together = check(case)
+    for row in (0, 13, 76, 77, 100, 146, 147, 149, 156):
+        assert np.array_equal(case.run([row])[0], together[row])
+    chunks = [case.run(list(range(at, min(at + 25, 157)))) for at in range(0, 157, 25)]
+    assert np.array_equal(np.concatenate(chunks), together)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("window", [0, 40])
+@pytest.mark.parametrize(("cap", "has_sinks"), [(0.0, True), (2.0, False), (50.0, True)])
+def test_soft_caps_and_sinks(cap: float, has_sinks: bool, window: int, family: str | None) -> None:
+    case = case_of([Rows(600, 21), Rows(3)], window=window, cap=cap, has_sinks=has_sinks, n_heads=6)
+    check(case, family)
+    plain = case_of([Rows(600, 21), Rows(3)], window=window, n_heads=6).run()
+    assert (case.run() != plain).any(axis=1).all()
+
+
+@pytest.mark.parametrize("window", [1, 33, 90, 1000])
+def test_windows_over_slid_sequences(window: int) -> None:
+    """Counted in the distances that queries are rotated by, so that pages behind a gap are seen."""
+    slid = Rows(640, 40, n_pinned=3, n_visible=5, n_ring=8)
+    case = case_of([slid, Rows(700, 1, 17, 20, 21), Rows(90, 3, n_pinned=2)], window=window)
+    together = check(case)
+    for row in (0, 25, 40, 43):
+        assert np.array_equal(case.run([row])[0], together[row])
+
+
+def test_a_window_of_everything_is_none() -> None:
+    sequences = [Rows(600, 21), Rows(3)]
+    assert np.array_equal(case_of(sequences, window=622).run(), case_of(sequences).run())

@@ -308,7 +308,7 @@ def angles_of(
     """The angles kernel's rows: at their positions, and at those for pinned pages."""
     n = len(freqs)
     out = np.full((2, 7, 2 * n), np.nan, np.float32)
-    args = [freqs.ctypes.data, n, out[0].ctypes.data, out[1].ctypes.data]
+    args = [freqs.ctypes.data, n, out[0].ctypes.data, out[1].ctypes.data, 0]
     if magnitudes is None:
         native.run("angles", positions.header, args, range(7))
     else:
@@ -372,7 +372,7 @@ def test_rotate(
         angles.ctypes.data, pinned_angles.ctypes.data,
         q_weight.ctypes.data if normed else 0, k_weight.ctypes.data if normed else 0,
         native.float_bits(eps), k_cache.ctypes.data, k_cache[0].nbytes,
-        v_cache.ctypes.data, v_cache[0].nbytes,
+        v_cache.ctypes.data, v_cache[0].nbytes, 0,
     ]  # fmt: skip
     native.run(f"rotate.{style}", positions.header, args, range(n), family)
     np.testing.assert_array_equal(q, expected_q.reshape(n, -1))

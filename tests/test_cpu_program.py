@@ -20,7 +20,7 @@ from .models_for_tests import tiny_model
 from .native import cache_root
 
 IDS = [3, 141, 59, 26, 5, 35, 89, 79, 32, 38, 46]
-LIMITS = StepLimits(n_pages=8, max_rows=16, max_outputs=16, max_sequences=4, n_threads=2)
+LIMITS = StepLimits(n_pages={0: 8}, max_rows=16, max_outputs=16, max_sequences=4, n_threads=2)
 TYPES = [
     "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K",
     "Q6_K", "Q4_K_M", "IQ4_NL", "IQ4_XS", "MXFP4",
@@ -36,7 +36,7 @@ def batch_of(
         ids=np.array(ids, np.int32),
         pos=np.arange(pos, pos + n, dtype=np.int64),
         seq=np.zeros(n, np.int32),
-        tables=[PageTable(np.array(pages, np.int32), 0, len(pages))],
+        tables=[(PageTable(np.array(pages, np.int32), 0, len(pages)),)],
         wanted=np.arange(n, dtype=np.int32),
         output=output,  # type: ignore[arg-type]
     )
@@ -134,5 +134,5 @@ def test_an_aborted_step_says_so_and_the_next_one_is_right(small: Model) -> None
 def test_memory_is_what_was_promised(small: Model) -> None:
     with cpu(small.graph.segment()) as program:
         kv = 2 * 2 * sum(c.n_heads * c.k_dim for c in program.segment.caches.values())
-        assert program.memory["KV cache"] == LIMITS.n_pages * 32 * kv
+        assert program.memory["KV cache"] == LIMITS.n_pages[0] * 32 * kv
         assert sum(program.memory.values()) < 4 << 20

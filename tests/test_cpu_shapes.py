@@ -40,7 +40,7 @@ from .random_graphs import Given
 
 FLOATS, BLOCKS_OF_32 = ("F32", "F16", "BF16"), ("Q4_0", "Q8_0")
 TYPES = {kind.name: kind for kind in QUANT_TYPES.values()}
-LIMITS = StepLimits(n_pages=3, max_rows=8, max_outputs=8, max_sequences=2, n_threads=2)
+LIMITS = StepLimits(n_pages={0: 3}, max_rows=8, max_outputs=8, max_sequences=2, n_threads=2)
 PAGES = np.array([2, 0], np.int32)
 
 
@@ -140,7 +140,7 @@ def steps(shape: Shape) -> list[Batch]:
             ids=ids[first:last],
             pos=np.arange(first, last, dtype=np.int64),
             seq=np.zeros(last - first, np.int32),
-            tables=[PageTable(PAGES, 0, 2)],
+            tables=[(PageTable(PAGES, 0, 2),)],
             wanted=np.arange(last - first, dtype=np.int32),
             output="logits",
         )

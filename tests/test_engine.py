@@ -93,7 +93,7 @@ def engine(program: Programs) -> Iterator[Engine]:
 
 
 def _limits(**changes: int) -> StepLimits:
-    sizes = {"n_pages": 2 * N_CTX // 32, "max_rows": 64, "max_outputs": 16, "max_sequences": 4}
+    sizes = {"n_pages": {0: 2 * N_CTX // 32}, "max_rows": 64, "max_outputs": 16, "max_sequences": 4}
     return StepLimits(**{**sizes, **changes}, n_threads=1)
 
 
@@ -264,7 +264,7 @@ def test_cancel_in_a_step_acts_at_once_and_frees_pages(engine: Engine, program: 
     assert _finish(generation).reason == "cancelled"
     assert time.perf_counter() - start < 0.25
     assert program.n_aborts == 1
-    assert engine.pool.n_free == engine.pool.n_pages
+    assert engine.pools[0].n_free == engine.pools[0].n_pages
 
 
 @pytest.mark.parametrize("n_cancelled", [1, 2, 3])
@@ -331,7 +331,7 @@ def test_prefix_of_an_ended_generation_is_not_read_again(engine: Engine) -> None
 def test_kept_caches_make_room(engine: Engine) -> None:
     for n in range(20):
         assert _finish(engine.submit(_request(*[n] * 250, max_tokens=3))).reason == "length"
-    assert engine.pool.n_free >= 0
+    assert engine.pools[0].n_free >= 0
 
 
 def test_sliding_runs_far_past_the_context_in_the_same_pages(engine: Engine) -> None:
@@ -339,7 +339,7 @@ def test_sliding_runs_far_past_the_context_in_the_same_pages(engine: Engine) -> 
     generation = engine.submit(request)
     most = 0
     for event in generation:
-        most = max(most, engine.pool.n_pages - engine.pool.n_free)
+        most = max(most, engine.pools[0].n_pages - engine.pools[0].n_free)
         last = event
     assert isinstance(last, Finished)
     assert last.reason == "length"
@@ -377,7 +377,7 @@ def test_logits_are_those_of_one_pass(engine: Engine) -> None:
     np.testing.assert_allclose(engine.logits(range(50), last=3), whole[-3:], atol=1e-4)
     beside = engine.logits(range(50), prefill_chunk=7, batch_with=[range(80), [3, 4]])
     np.testing.assert_allclose(beside, whole, atol=1e-4)
-    assert engine.pool.n_free == engine.pool.n_pages
+    assert engine.pools[0].n_free == engine.pools[0].n_pages
 
 
 def test_logits_refuse_what_does_not_fit(engine: Engine) -> None:

@@ -28,7 +28,7 @@ from .native import cache_root
 # Where Python itself calls, to close a generator, it can only report what is raised.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 N_CTX, VOCAB = 256, 320
-LIMITS = StepLimits(n_pages=24, max_rows=64, max_outputs=32, max_sequences=4, n_threads=1)
+LIMITS = StepLimits(n_pages={0: 24}, max_rows=64, max_outputs=32, max_sequences=4, n_threads=1)
 OURS = str(Path(edgeinfer.__file__).parent)
 LOCK = type(threading.Lock())
 LIKELY = {70: 60.0, 71: 60.0, 72: 60.0}  # few tokens: guesses come true now and then
@@ -132,9 +132,9 @@ def _answer(events: Any) -> tuple[list[tuple[Any, ...]], str]:
 
 def _all_pages_are_free(engine: Engine) -> bool:
     scheduler = engine._scheduler
-    idle = sum(ended.cache.n_pages for ended in scheduler.idle)
+    idle = sum(ended.cache.n_pages[0] for ended in scheduler.idle)
     begun = (scheduler.running, scheduler.paused, scheduler.waiting, scheduler.jobs)
-    return not any(begun) and engine.pool.n_free + idle == engine.pool.n_pages
+    return not any(begun) and engine.pools[0].n_free + idle == engine.pools[0].n_pages
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +265,7 @@ def _is_about(value: Any, victim: Request) -> bool:
     sequence = getattr(value, "sequence", None)
     layout = getattr(sequence.cache if sequence else value, "layout", None)
     if layout is not None:
-        return bool(layout.n_pinned == 2)
+        return bool(layout.rings[0].n_pinned == 2)
     tokens = getattr(value, "_tokens", ())
     return value is victim.params or tuple(tokens[: len(victim.ids)]) == victim.ids
 

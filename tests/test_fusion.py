@@ -19,7 +19,7 @@ from edgeinfer.kernels.reference import program as reference
 from edgeinfer.known import Known
 
 from .random_graphs import ROPES, RandomGraph
-from .test_graphs import LIMITS, backend, batch, check, results
+from .test_graphs import backend, batch, check, limits, results
 
 N_HEADS, N_KV, D = 4, 2, 8
 CACHE = KV(N_KV, D, D)
@@ -161,8 +161,8 @@ def test_pinned_pages_are_read_by_all_that_was_done_to_q_behind_its_rotation() -
     for is_before in (True, False):
         segment = record(partial(body, is_before))
         check(segment)
-        with ReferenceBackend().compile(segment, LIMITS, mode="quantised") as program:
-            rows.append(np.concatenate(results(program, 5)[:2]))
+        with ReferenceBackend().compile(segment, limits(segment), mode="quantised") as program:
+            rows.append(np.concatenate(results(program, 5, 1)[:2]))
     np.testing.assert_array_equal(*rows)
 
 
@@ -188,10 +188,10 @@ def test_what_a_segment_yields_is_neither_taken_in_nor_written_over(marks_produc
         g.layer_output(product if marks_product else x)
         x = x + g.linear(g.rms_norm(x, f"{blk}.ffn_norm"), f"{blk}.ffn_down", x.dim)
     g.head(g.rms_norm(g.select_rows(x), "output_norm"))
-    segment, rows = g.segment(0, 1), batch(5, 0, list(range(5)))
-    with ReferenceBackend().compile(segment, LIMITS, mode="quantised") as reference:
+    segment, rows = g.segment(0, 1), batch(5, 0, list(range(5)), 0)
+    with ReferenceBackend().compile(segment, limits(segment), mode="quantised") as reference:
         expected = reference.submit(rows).wait().hidden
-    with backend().compile(segment, LIMITS) as program:
+    with backend().compile(segment, limits(segment)) as program:
         np.testing.assert_array_equal(program.submit(rows).wait().hidden, expected)
 
 
@@ -219,7 +219,7 @@ def compile_on(name: str, segment: Segment) -> None:
     """As a load does: what building takes is asked for first."""
     machine: Any = backend() if name == "cpu" else ReferenceBackend()
     machine.demand(segment, StepRequest(64, 1, 1))
-    machine.compile(segment, LIMITS).close()
+    machine.compile(segment, limits(segment)).close()
 
 
 def with_op(segment: Segment, i: int, op: Any) -> Segment:
@@ -236,7 +236,7 @@ def test_an_op_that_a_backend_does_not_know_is_named(name: str) -> None:
     with pytest.raises(UnsupportedModelError, match=said):
         compile_on(name, with_op(segment, i, Ghost(0, norm.out, norm.x)))  # type: ignore[attr-defined]
     i, attention = next((i, op) for i, op in enumerate(segment.ops) if CACHE in op)
-    sunk = attention._replace(cache=SunkKV(*CACHE, 4))
+    sunk = attention._replace(cache=SunkKV(*CACHE[:3], 4))
     with pytest.raises(UnsupportedModelError, match="no kernel for SunkKV"):
         compile_on(name, with_op(segment, i, sunk))
 
@@ -260,8 +260,12 @@ def test_every_field_that_a_backend_does_not_know_is_named(
 
 
 def all_ops(g: Graph, h: Value, blk: str) -> Value:
-    a = plain(g, h, blk)
-    a = g.rotate(a, 4, ROPES[3])
+    windowed = CACHE._replace(window=5)
+    q, k, v = qkv(g, h, blk)
+    q = g.rotate(q, N_HEADS, NEOX)
+    a = g.attention(q, k, v, cache=windowed, soft_cap=2.0, sinks=f"{blk}.attn_sinks")
+    a = a + g.attention(q, cache=windowed, source=0)
+    a = g.rotate(g.linear(a, f"{blk}.attn_output", h.dim), 4, ROPES[3])
     a = g.add_vector(g.soft_cap(g.scale(a, 0.5), 2.0), f"{blk}.attn_output.bias")
     a = g.mul_parts(g.clamp(a, -1.0, 1.0), h)
     return a * g.silu(h) + g.experts(h, blk, 32)
@@ -308,7 +312,7 @@ def test_rows_that_do_not_belong_together_are_refused(name: str) -> None:
             compile_on(name, segment)
 
 
-def test_other_head_counts_in_another_layer_are_refused_on_the_cpu() -> None:
+def test_other_head_counts_in_another_layer_have_the_references_bits() -> None:
     def body(g: Graph, h: Value, blk: str) -> Value:
         n_kv = 1 if blk == "blk.0" else 2
         q, k, v = qkv(g, h, blk, n_kv)
@@ -316,10 +320,41 @@ def test_other_head_counts_in_another_layer_are_refused_on_the_cpu() -> None:
         a = g.attention(q, k, v, cache=KV(n_kv, D, D))
         return g.linear(a, f"{blk}.attn_output", h.dim)
 
-    said = r"Attention in layer 1 \(blk.1.attn_v.weight\).*key/value heads.* 1 before, 2 here"
-    with pytest.raises(UnsupportedModelError, match=said):
-        compile_on("cpu", record(body, 2))
-    compile_on("reference", record(body, 2))
+    check(record(body, 2))
+
+
+def test_a_layer_without_keys_reads_those_of_another() -> None:
+    def body(g: Graph, h: Value, blk: str) -> Value:
+        if blk != "blk.1":
+            return plain(g, h, blk)
+        q = g.rotate(g.linear(h, f"{blk}.attn_q", N_HEADS * D), N_HEADS, NEOX)
+        return g.linear(g.attention(q, cache=CACHE, source=0), f"{blk}.attn_output", h.dim)
+
+    segment = record(body, 3)
+    assert kinds(segment).count(RotatedAttention) == 3
+    assert segment.caches == {0: CACHE, 2: CACHE}
+    check(segment)
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_a_cache_that_was_not_filled_is_not_read(name: str) -> None:
+    def later(g: Graph, h: Value, blk: str) -> Value:
+        q = g.linear(h, f"{blk}.attn_q", N_HEADS * D)
+        return g.linear(g.attention(q, cache=CACHE, source=1), f"{blk}.attn_output", h.dim)
+
+    def other(g: Graph, h: Value, blk: str) -> Value:
+        h = plain(g, h, blk)
+        q = g.linear(h, f"{blk}.attn_q", N_HEADS * D)
+        a = g.attention(q, cache=CACHE._replace(window=8), source=0)
+        return g.linear(a, f"{blk}.attn_output", h.dim)
+
+    def half(g: Graph, h: Value, blk: str) -> Value:
+        q, k, _ = qkv(g, h, blk)
+        return g.linear(g.attention(q, k, cache=CACHE), f"{blk}.attn_output", h.dim)
+
+    for body, said in ((later, "layer 1, filled"), (other, "like its own"), (half, "keys and val")):
+        with pytest.raises(UnsupportedModelError, match=said):
+            compile_on(name, record(body))
 
 
 def test_a_second_attention_in_a_layer_is_refused() -> None:

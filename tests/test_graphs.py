@@ -21,28 +21,34 @@ from edgeinfer.kernels.reference import ReferenceBackend
 from .native import cache_root
 from .random_graphs import MODELS, Drawn, Recorder
 
-LIMITS = StepLimits(n_pages=3, max_rows=8, max_outputs=8, max_sequences=2, n_threads=2)
 # Page 0 stays and is read by a query that is rotated for it, once page 3 has come after it.
-TABLE = PageTable(np.array([2, 0], np.int32), 1, 1)
+TABLES = [PageTable(np.array(pages, np.int32), 1, 1) for pages in ([2, 0], [0, 1], [1, 2])]
 
 
-def batch(n: int, pos: int, wanted: list[int], output: OutputKind = "logits") -> Batch:
+def limits(segment: Segment) -> StepLimits:
+    n_pages = {window: 3 for window in segment.groups}
+    return StepLimits(n_pages, max_rows=8, max_outputs=8, max_sequences=2, n_threads=2)
+
+
+def batch(
+    n: int, pos: int, wanted: list[int], n_groups: int, output: OutputKind = "logits"
+) -> Batch:
     return Batch(
         ids=(np.arange(n, dtype=np.int32) * 7 + pos) % 40,
         pos=np.arange(pos, pos + n, dtype=np.int64),
         seq=np.zeros(n, np.int32),
-        tables=[TABLE],
+        tables=[tuple(TABLES[:n_groups])],
         wanted=np.array(wanted, np.int32),
         output=output,
     )
 
 
-def results(program: Any, n_prompt: int) -> list[NDArray[np.float32]]:
+def results(program: Any, n_prompt: int, n_groups: int) -> list[NDArray[np.float32]]:
     """Of a prompt, of rows behind a gap of two pages, and the hidden rows of a token more."""
     steps = [
-        batch(n_prompt, 0, sorted({0, n_prompt - 1})),
-        batch(3, 96, [0, 2]),
-        batch(1, 99, [0], "hidden"),
+        batch(n_prompt, 0, sorted({0, n_prompt - 1}), n_groups),
+        batch(3, 96, [0, 2], n_groups),
+        batch(1, 99, [0], n_groups, "hidden"),
     ]
     rows = [program.submit(step).wait().logits.copy() for step in steps[:2]]
     return [*rows, program.submit(steps[2]).wait().hidden.copy()]
@@ -54,12 +60,13 @@ def backend() -> CpuBackend:
 
 
 def check(segment: Segment, n_prompt: int = 5) -> None:
-    with ReferenceBackend().compile(segment, LIMITS, mode="quantised") as reference:
-        expected = results(reference, n_prompt)
-    with backend().compile(segment, LIMITS) as program:
+    n_groups = len(segment.groups)
+    with ReferenceBackend().compile(segment, limits(segment), mode="quantised") as reference:
+        expected = results(reference, n_prompt, n_groups)
+    with backend().compile(segment, limits(segment)) as program:
         # Whoever reads what was never written gets NaN.
         ctypes.memset(program._scratch.address, 0xFF, program._scratch.n_bytes)
-        for ours, theirs in zip(results(program, n_prompt), expected, strict=True):
+        for ours, theirs in zip(results(program, n_prompt, n_groups), expected, strict=True):
             np.testing.assert_array_equal(ours, theirs)
 
 

@@ -24,7 +24,7 @@ from .models_for_tests import tiny_model
 from .native import cache_root
 from .test_cpu_program import IDS, batch_of
 
-LIMITS = StepLimits(n_pages=8, max_rows=16, max_outputs=16, max_sequences=4, n_threads=2)
+LIMITS = StepLimits(n_pages={0: 8}, max_rows=16, max_outputs=16, max_sequences=4, n_threads=2)
 NAMES = ["norm", "swiglu"]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from edgeinfer.batch import PAGE
-from edgeinfer.engine.cache import CacheLayout, PagePool, SequenceCache, pages_for
+from edgeinfer.engine.cache import CacheLayout, PagePool, Ring, SequenceCache, pages_for
 from edgeinfer.errors import InvalidRequestError
 
 
@@ -37,14 +37,14 @@ def test_pages_for(n_tokens: int, n_pages: int) -> None:
 
 def test_error_layout_sees_everything() -> None:
     layout = CacheLayout.of("error", 100)
-    assert (layout.n_slots, layout.n_pinned, layout.n_visible) == (4, 0, 4)
+    assert layout.rings == (Ring(4, 0, 4),)
 
 
 def test_sliding_layout_pins_at_most_a_quarter() -> None:
-    assert CacheLayout.of("slide", 512, 1).n_pinned == 1
-    assert CacheLayout.of("slide", 512, 40).n_pinned == 2
+    assert CacheLayout.of("slide", 512, 1).rings[0].n_pinned == 1
+    assert CacheLayout.of("slide", 512, 40).rings[0].n_pinned == 2
     layout = CacheLayout.of("slide", 512, 500)
-    assert (layout.n_slots, layout.n_pinned, layout.n_visible) == (16, 4, 11)
+    assert layout.rings == (Ring(16, 4, 11),)
 
 
 def test_too_short_a_context_cannot_slide() -> None:
@@ -54,14 +54,14 @@ def test_too_short_a_context_cannot_slide() -> None:
 
 def test_growing_takes_pages_only_when_they_are_reached() -> None:
     pool = PagePool(4)
-    cache = SequenceCache(pool, CacheLayout.of("error", 128))
+    cache = SequenceCache([pool], CacheLayout.of("error", 128))
     for n_tokens, n_pages in ((1, 1), (31, 1), (1, 2), (32, 3)):
         cache.grow(n_tokens)
         cache.n_tokens += n_tokens
-        assert cache.n_pages == n_pages
+        assert cache.n_pages == (n_pages,)
     assert cache.step_limit() == 128 - 65
     cache.truncate(33)
-    assert (cache.n_pages, pool.n_free) == (2, 2)
+    assert (cache.n_pages, pool.n_free) == ((2,), 2)
     cache.free()
     assert pool.n_free == 4
 
@@ -70,7 +70,7 @@ def test_sliding_never_overwrites_what_a_row_of_the_step_sees() -> None:
     """Follow every physical page through 20 contexts: what a query sees is what was written."""
     n_ctx = 256
     pool = PagePool(pages_for(n_ctx))
-    cache = SequenceCache(pool, CacheLayout.of("slide", n_ctx, 40))
+    cache = SequenceCache([pool], CacheLayout.of("slide", n_ctx, 40))
     holds: dict[int, int] = {}  # physical page: absolute page
     while cache.n_tokens < 20 * n_ctx:
         n = min(cache.step_limit(), 50)
@@ -78,12 +78,12 @@ def test_sliding_never_overwrites_what_a_row_of_the_step_sees() -> None:
         cache.grow(n)
         first, last = cache.n_tokens, cache.n_tokens + n - 1
         for page in range(first // PAGE, last // PAGE + 1):
-            holds[int(cache.table.pages[cache.table.slot(page)])] = page
+            holds[int(cache.tables[0].pages[cache.tables[0].slot(page)])] = page
         for pos in (first, last):
-            for page in cache.table.visible(pos):
-                assert holds[int(cache.table.pages[cache.table.slot(page)])] == page
+            for page in cache.tables[0].visible(pos):
+                assert holds[int(cache.tables[0].pages[cache.tables[0].slot(page)])] == page
         cache.n_tokens += n
-        assert cache.n_pages <= pages_for(n_ctx)
+        assert cache.n_pages[0] <= pages_for(n_ctx)
     assert cache.has_slid
     assert pool.n_free == 0
     cache.free()
@@ -91,7 +91,7 @@ def test_sliding_never_overwrites_what_a_row_of_the_step_sees() -> None:
 
 
 def test_a_slid_cache_cannot_be_cut_back() -> None:
-    cache = SequenceCache(PagePool(8), CacheLayout.of("slide", 256))
+    cache = SequenceCache([PagePool(8)], CacheLayout.of("slide", 256))
     cache.n_tokens = 300
     with pytest.raises(AssertionError):
         cache.truncate(100)

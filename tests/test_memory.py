@@ -349,7 +349,7 @@ def test_the_kernels_of_a_plan_are_those_that_load(tmp_path: Path) -> None:
     with GGUFFile.open(tiny_model(tmp_path, arch="qwen3", quant="Q4_K_M")) as file:
         segment = Model.load(file).graph.segment()
         backend = CpuBackend(cache_root())
-        limits = StepLimits(2, 4, 4, 1, 1)
+        limits = StepLimits({0: 2}, 4, 4, 1, 1)
         with backend.compile(segment, limits):
             assert set(backend.library.origins) == Blueprint(segment, limits).kernels()
         assert backend.demand(segment, StepRequest(64, 1, 1)).building_bytes == 0

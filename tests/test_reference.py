@@ -54,7 +54,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Model
 
 
 def open_program(segment: Segment, mode: Mode, n_pages: int = 8) -> ReferenceProgram:
-    limits = StepLimits(n_pages, max_rows=256, max_outputs=256, max_sequences=4, n_threads=1)
+    limits = StepLimits({0: n_pages}, max_rows=256, max_outputs=256, max_sequences=4, n_threads=1)
     return ReferenceBackend().compile(segment, limits, mode=mode)
 
 
@@ -73,7 +73,7 @@ def step(
     """Rows of one sequence, all of them wanted."""
     rows = np.arange(len(ids))
     batch = Batch(
-        ids, rows + first, np.zeros(len(ids), np.int32), [table], rows.astype(np.int32), **fields
+        ids, rows + first, np.zeros(len(ids), np.int32), [(table,)], rows.astype(np.int32), **fields
     )
     return program.submit(batch).wait()
 
@@ -127,7 +127,7 @@ def test_sequences_in_one_step_equal_alone(models: dict[str, Model], mode: Mode)
             np.concatenate([first, second]),
             np.concatenate([np.arange(40), np.arange(33)]),
             np.array([0] * 40 + [1] * 33, np.int32),
-            [flat_table([3, 0]), flat_table([1, 6])],
+            [(flat_table([3, 0]),), (flat_table([1, 6]),)],
             np.array([39, 72], np.int32),
         )
         both = program.submit(batch).wait().logits
@@ -166,7 +166,7 @@ def test_segments_equal_the_whole(models: dict[str, Model], name: str, mode: Mod
     with open_program(graph.segment(), mode) as program:
         whole = step(program, ids, 0, table).logits
     wanted = np.array([3, 39], np.int32)
-    rows = np.arange(40), np.zeros(40, np.int32), [table], wanted
+    rows = np.arange(40), np.zeros(40, np.int32), [(table,)], wanted
     with open_program(graph.segment(0, 1), mode) as program:
         first = program.submit(Batch(ids, *rows)).wait()
     assert first.hidden.shape == (40, graph.hparams.dim)
@@ -192,7 +192,7 @@ def test_outputs(models: dict[str, Model]) -> None:
         head = model.file.tensors["output.weight"]
         np.testing.assert_allclose(hidden @ dequantize(head).T, scores, atol=1e-5)
         empty = Batch(
-            ids, np.arange(5), np.zeros(5, np.int32), [table], np.zeros(0, np.int32)
+            ids, np.arange(5), np.zeros(5, np.int32), [(table,)], np.zeros(0, np.int32)
         )  # fmt: skip
         assert program.submit(empty).wait().logits.shape == (0, hp.vocab_size)
 
@@ -207,7 +207,7 @@ def test_sampled_ids_come_from_the_given_sampler(models: dict[str, Model]) -> No
     table.set_row(0, SamplingParams(), seed=1, index=1)
     table.set_row(1, SamplingParams(), seed=1, index=0)
     ids = tokens(2)
-    with backend.compile(segment, StepLimits(4, 8, 8, 1, 1)) as program:
+    with backend.compile(segment, StepLimits({0: 4}, 8, 8, 1, 1)) as program:
         scores = step(program, ids, 0, flat_table([0])).logits
         picked = step(program, ids, 0, flat_table([0]), output="ids", samples=table)
     assert picked.ids.tolist() == (scores.argmin(axis=1) + [1, 0]).tolist()
@@ -219,7 +219,7 @@ def test_steps_run_in_order_abort_and_close(models: dict[str, Model]) -> None:
     with open_program(segment, "exact") as program:
         whole = step(program, ids, 0, table).logits
         parts = [
-            Batch(ids[a:b], np.arange(a, b), np.zeros(b - a, np.int32), [table],
+            Batch(ids[a:b], np.arange(a, b), np.zeros(b - a, np.int32), [(table,)],
                   np.arange(b - a, dtype=np.int32))
             for a, b in ((0, 4), (4, 6))
         ]  # fmt: skip
@@ -298,10 +298,13 @@ def test_attention_folds_equal_one_softmax() -> None:
     q = np.repeat(rng.standard_normal((1, 3, 16), dtype=np.float32), len(pages), axis=0)
     k, v = rng.standard_normal((2, len(pages), 3, PAGE, 16)).astype(np.float16).astype(np.float32)
     v[-1, :, 20:] = np.nan  # never written
-    pos = 27 * PAGE + 19
-    exact = Exact().attend(q, k, v, pages, pos, 0.25)
-    folded = Quantised().attend(q, k, v, pages, pos, 0.25)
-    np.testing.assert_allclose(folded, exact, atol=2e-6)
+    is_visible = pages[:, None] * PAGE + np.arange(PAGE) <= 27 * PAGE + 19
+    for cap, sinks in ((0.0, None), (1.5, np.array([-2, 0.5, 3], np.float32))):
+        exact, folded = (
+            numerics.attend(q, k, v, pages, is_visible, 0.25, cap, sinks)
+            for numerics in (Exact(), Quantised())
+        )
+        np.testing.assert_allclose(folded, exact, atol=2e-6)
 
 
 def test_rms_norm_and_silu() -> None:

@@ -225,7 +225,7 @@ class Program:
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     limits = StepLimits(
-        n_pages=4 * N_CTX // 32, max_rows=64, max_outputs=32, max_sequences=4, n_threads=2
+        n_pages={0: 4 * N_CTX // 32}, max_rows=64, max_outputs=32, max_sequences=4, n_threads=2
     )
     with GGUFFile.open(tiny_model(tmp_path_factory.mktemp("speculation"))) as file:
         segment = Model.load(file).graph.segment()
@@ -374,7 +374,7 @@ def test_what_is_kept_is_what_was_generated(engine: Engine, n: int) -> None:
     kept = engine._scheduler.idle[-1]
     assert kept.ids == [*request.ids, *answer]
     assert kept.cache.n_tokens == len(kept.ids) - 1
-    assert kept.cache.n_pages == -(-kept.cache.n_tokens // 32)
+    assert kept.cache.n_pages == (-(-kept.cache.n_tokens // 32),)
     follow = _request(*request.ids, *answer, 71, 70, 5, max_tokens=8)
     events = list(engine.submit(follow))
     assert isinstance(events[0], Prefilled)
@@ -403,4 +403,4 @@ def test_cancelling_frees_every_page(engine: Engine) -> None:
         for idle in engine._scheduler.idle:  # one that had ended before
             idle.cache.free()
         engine._scheduler.idle.clear()
-        assert engine.pool.n_free == engine.pool.n_pages
+        assert engine.pools[0].n_free == engine.pools[0].n_pages

@@ -99,9 +99,9 @@ def _pages_held(llm: LLM) -> int:
     """Pages of running and paused generations; ended ones give theirs up when asked."""
     engine = llm.runtime.engine
     return (
-        engine.pool.n_pages
-        - engine.pool.n_free
-        - sum(s.cache.n_pages for s in engine._scheduler.idle)
+        engine.pools[0].n_pages
+        - engine.pools[0].n_free
+        - sum(s.cache.n_pages[0] for s in engine._scheduler.idle)
     )
 
 

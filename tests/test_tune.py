@@ -121,7 +121,7 @@ def test_recut_keeps_every_group() -> None:
 
 @pytest.mark.parametrize("way", ways(2), ids=str)
 def test_every_way_gives_the_same_bits(tmp_path: Path, way: Way) -> None:
-    limits = StepLimits(n_pages=8, max_rows=16, max_outputs=16, max_sequences=4, n_threads=2)
+    limits = StepLimits(n_pages={0: 8}, max_rows=16, max_outputs=16, max_sequences=4, n_threads=2)
     with GGUFFile.open(tiny_model(tmp_path)) as file:
         segment = Model.load(file).graph.segment()
         with CpuBackend(cache_root()).compile(segment, limits) as program:
@@ -137,7 +137,7 @@ def test_every_way_gives_the_same_bits(tmp_path: Path, way: Way) -> None:
 
 def test_a_program_tunes_itself(tmp_path: Path) -> None:
     """On the real team: what a step left stays, and steps may come at any moment."""
-    limits = StepLimits(n_pages=8, max_rows=16, max_outputs=16, max_sequences=4, n_threads=2)
+    limits = StepLimits(n_pages={0: 8}, max_rows=16, max_outputs=16, max_sequences=4, n_threads=2)
     batch, path = batch_of(IDS[:4]), tmp_path / "decode.json"
     with GGUFFile.open(tiny_model(tmp_path)) as file:
         segment = Model.load(file).graph.segment()

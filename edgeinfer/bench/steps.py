@@ -134,10 +134,12 @@ def group_ops(runs: list[list[OpTime]], read_bandwidth: float) -> list[OpRow]:
 def _filled(runtime: Runtime, depth: int, n_more: int, tell: Tell) -> SequenceCache:
     """A sequence of `depth` tokens with room for more, on pages that idle prompts may hold."""
     engine, program = runtime.engine, runtime.program
-    pool = PagePool(engine.limits.n_pages)
-    cache = SequenceCache(pool, CacheLayout.of("error", engine.n_ctx))
+    limits = engine.limits
+    pools = [PagePool(n_pages) for n_pages in limits.n_pages.values()]
+    layout = CacheLayout.of("error", engine.n_ctx, 0, limits.n_pages, limits.max_rows)
+    cache = SequenceCache(pools, layout)
     cache.grow(depth + n_more)
-    most = engine.limits.max_rows
+    most = limits.max_rows
     for start in range(0, depth, most):
         tell("depth", start, depth)
         program.submit(_rows(cache, start, min(most, depth - start), None)).wait()
@@ -151,7 +153,7 @@ def _rows(cache: SequenceCache, start: int, n: int, samples: SampleTable | None)
         ids=np.arange(start, start + n, dtype=np.int32) % 97,
         pos=np.arange(start, start + n, dtype=np.int64),
         seq=np.zeros(n, np.int32),
-        tables=[cache.table],
+        tables=[cache.tables],
         wanted=np.array(wanted, np.int32),
         output="logits" if samples is None else "ids",
         samples=samples,

@@ -5,12 +5,12 @@ Never touches K or V values, and knows nothing of tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-from edgeinfer.batch import PAGE, PageTable, pages_for
+from edgeinfer.batch import EVERY_PAGE, PAGE, PageTable, pages_for, ring_pages
 from edgeinfer.errors import InvalidRequestError
 
 Overflow: TypeAlias = Literal["error", "slide"]
@@ -57,39 +57,78 @@ class PagePool:
                 self._free.append(page)
 
 
+class Ring(NamedTuple):
+    """How the cache of a sequence is cut in one cache group.
+
+    `n_visible` is the number of unpinned pages that a query sees; a sliding ring has one page
+    more, so that the page being written is never one that the step before still saw. A ring of
+    its own for a window sees what the window leaves, and holds that of a largest step: what a step
+    writes, guesses that fail among it, is never what the first of its rows still sees.
+    """
+
+    n_slots: int
+    n_pinned: int
+    n_visible: int
+    window: int = 0  # 0: it holds whatever fits in the context
+
+    @classmethod
+    def of_window(cls, window: int, max_rows: int) -> Ring:
+        return cls(ring_pages(window, max_rows), 0, EVERY_PAGE, window)
+
+
 class CacheLayout(NamedTuple):
     """How the cache of a sequence is cut: what its logits depend on besides its tokens.
 
-    `n_visible` is the number of unpinned pages that a query sees; a sliding ring has one page
-    more, so that the page being written is never one that the step before still saw.
-    `n_ctx` bounds the tokens of a sequence, None where it slides; what slides sees no more.
+    A context has `n_slots` pages. `n_ctx` bounds the tokens of a sequence, None where it slides;
+    what slides sees no more.
     """
 
     overflow: Overflow
     n_slots: int
-    n_pinned: int
-    n_visible: int
     n_ctx: int | None
+    rings: tuple[Ring, ...]  # by cache group
 
-    def pages_needed(self, n_tokens: int) -> int:
-        """Pages held once `n_tokens` positions have been written."""
-        return min(pages_for(n_tokens), self.n_slots)
+    def pages_needed(self, n_tokens: int) -> tuple[int, ...]:
+        """Pages of each group that are held once `n_tokens` positions have been written."""
+        return tuple(min(pages_for(n_tokens), ring.n_slots) for ring in self.rings)
+
+    @property
+    def most_pages(self) -> tuple[int, ...]:
+        """Pages of each group that are ever held."""
+        return tuple(ring.n_slots for ring in self.rings)
 
     @classmethod
-    def of(cls, overflow: Overflow, n_ctx: int, n_pinned_tokens: int = 0) -> CacheLayout:
-        """For a context of `n_ctx`; `n_pinned_tokens` tokens stay for ever when it slides."""
-        if overflow == "error":
-            n_slots = pages_for(n_ctx)
-            return cls(overflow, n_slots, 0, n_slots, n_ctx)
-        n_slots = n_ctx // PAGE
-        if n_slots < _MIN_SLIDING_PAGES:
-            raise InvalidRequestError(
-                f"a context of {n_ctx} tokens is too short to slide, it takes "
-                f"{_MIN_SLIDING_PAGES * PAGE}; raise n_ctx or use overflow='error'",
-                param="overflow",
-            )
-        n_pinned = min(pages_for(n_pinned_tokens), n_slots // 4)
-        return cls(overflow, n_slots, n_pinned, n_slots - n_pinned - 1, None)
+    def of(
+        cls,
+        overflow: Overflow,
+        n_ctx: int,
+        n_pinned_tokens: int = 0,
+        windows: Iterable[int] = (0,),
+        max_rows: int = 1,
+    ) -> CacheLayout:
+        """For a context of `n_ctx` and groups by window, in steps of up to `max_rows` rows.
+
+        `n_pinned_tokens` tokens stay for ever when it slides.
+        """
+        whole = _whole_ring(overflow, n_ctx, n_pinned_tokens)
+        own = {w: Ring.of_window(w, max_rows) for w in windows if w}
+        rings = (own[w] if w and own[w].n_slots < whole.n_slots else whole for w in windows)
+        return cls(overflow, whole.n_slots, n_ctx if overflow == "error" else None, tuple(rings))
+
+
+def _whole_ring(overflow: Overflow, n_ctx: int, n_pinned_tokens: int) -> Ring:
+    if overflow == "error":
+        n_slots = pages_for(n_ctx)
+        return Ring(n_slots, 0, n_slots)
+    n_slots = n_ctx // PAGE
+    if n_slots < _MIN_SLIDING_PAGES:
+        raise InvalidRequestError(
+            f"a context of {n_ctx} tokens is too short to slide, it takes "
+            f"{_MIN_SLIDING_PAGES * PAGE}; raise n_ctx or use overflow='error'",
+            param="overflow",
+        )
+    n_pinned = min(pages_for(n_pinned_tokens), n_slots // 4)
+    return Ring(n_slots, n_pinned, n_slots - n_pinned - 1)
 
 
 _MIN_SLIDING_PAGES = 4  # one pinned, two visible, one being written
@@ -97,63 +136,101 @@ LEAST_SLIDING = _MIN_SLIDING_PAGES * PAGE  # tokens of the shortest context that
 
 
 class SequenceCache:
-    """The pages of one sequence: taken as it grows, recycled when it slides."""
+    """The pages of one sequence: taken as it grows, recycled when rings turn."""
 
-    def __init__(self, pool: PagePool, layout: CacheLayout) -> None:
-        self._pool = pool
+    def __init__(self, pools: Sequence[PagePool], layout: CacheLayout) -> None:
+        self._pools = pools
         self.layout = layout
-        pages = np.full(layout.n_slots, -1, np.int32)
-        self.table = PageTable(pages, layout.n_pinned, layout.n_visible)
+        self.tables = tuple(
+            PageTable(np.full(ring.n_slots, -1, np.int32), ring.n_pinned, ring.n_visible)
+            for ring in layout.rings
+        )
         self.n_tokens = 0  # positions whose K and V are stored
+        self._n_written = 0  # positions that steps may have touched, also those that failed
 
     @property
-    def n_pages(self) -> int:
-        """Pages held now."""
-        return int(np.count_nonzero(self.table.pages >= 0))
+    def n_pages(self) -> tuple[int, ...]:
+        """Pages held of each group."""
+        return tuple(int((table.pages >= 0).sum()) for table in self.tables)
 
     @property
     def has_slid(self) -> bool:
-        """Whether positions were overwritten, so that the cache can't be cut back."""
-        return pages_for(self.n_tokens) > self.layout.n_slots
+        """Whether positions were overwritten that a sequence without a window sees."""
+        rings = [ring for ring in self.layout.rings if not ring.window]
+        return any(self._top > ring.n_slots for ring in rings)
 
     @property
     def is_full(self) -> bool:
         """Whether the next position would overwrite an old one, or there is no next one."""
-        return self.n_tokens >= self.layout.n_slots * PAGE
+        return self._slides and self.n_tokens >= self.layout.n_slots * PAGE
 
     def step_limit(self) -> int:
         """Rows that the next step may add: none of them overwrites what another still sees."""
         left = self.layout.n_slots * PAGE - self.n_tokens
-        if self.layout.overflow == "error" or left > 0:
+        if self.layout.overflow == "error" or (left > 0 and self._slides):
             return left
-        return PAGE - self.n_tokens % PAGE
+        return PAGE - self.n_tokens % PAGE if self._slides else _NO_LIMIT
 
     def grow(self, n_tokens: int) -> None:
-        """Hold the pages for `n_tokens` more positions; the pool must have them."""
-        for slot in self.missing(n_tokens):
-            self.table.pages[slot] = self._pool.take()
+        """Hold the pages for `n_tokens` more positions; the pools must have them."""
+        self._n_written = max(self._n_written, self.n_tokens + n_tokens)
+        for table, pool, slots in zip(
+            self.tables, self._pools, self.missing(n_tokens), strict=True
+        ):
+            for slot in slots:
+                table.pages[slot] = pool.take()
 
-    def missing(self, n_tokens: int) -> list[int]:
-        """Slots that have no page yet, of those that the next `n_tokens` positions take."""
-        pages, table = self.table.pages, self.table
-        last = (self.n_tokens + n_tokens - 1) // PAGE
-        slots = [table.slot(page) for page in range(self.n_tokens // PAGE, last + 1)]
-        return [slot for slot in slots if pages[slot] < 0]
+    def missing(self, n_tokens: int) -> list[list[int]]:
+        """Slots of each group without a page, of those that the next `n_tokens` positions take."""
+        pages = range(self.n_tokens // PAGE, (self.n_tokens + n_tokens - 1) // PAGE + 1)
+        taken = (dict.fromkeys(map(table.slot, pages)) for table in self.tables)
+        return [
+            [slot for slot in slots if table.pages[slot] < 0]
+            for table, slots in zip(self.tables, taken, strict=True)
+        ]
+
+    def can_cut(self, n_tokens: int) -> bool:
+        """Whether it holds all that a query behind its first `n_tokens` positions sees."""
+        if n_tokens == self.n_tokens:
+            return True
+        for ring in self.layout.rings:
+            first = max(0, n_tokens - ring.window + 1) // PAGE if ring.window else 0
+            if first + ring.n_slots < self._top:
+                return False
+        return True
 
     def truncate(self, n_tokens: int) -> None:
-        """Forget positions from `n_tokens` on; a cache that has slid can't."""
-        assert n_tokens == self.n_tokens or not self.has_slid
-        if not self.has_slid:
-            self._drop(range(pages_for(n_tokens), self.layout.n_slots))
+        """Forget positions from `n_tokens` on, if it `can_cut` there."""
+        assert self.can_cut(n_tokens), "what is left sees positions that are gone"
+        gone = range(pages_for(n_tokens), self._top)
+        for i, (ring, table) in enumerate(zip(self.layout.rings, self.tables, strict=True)):
+            # In a ring that has turned their slots hold nothing else that anyone sees.
+            if ring.window or self._top <= ring.n_slots:
+                self._drop(i, dict.fromkeys(map(table.slot, gone)))
         self.n_tokens = n_tokens
 
     def free(self) -> None:
         """Give every page back."""
-        self._drop(range(self.layout.n_slots))
-        self.n_tokens = 0
+        for i, ring in enumerate(self.layout.rings):
+            self._drop(i, range(ring.n_slots))
+        self.n_tokens = self._n_written = 0
 
-    def _drop(self, slots: range) -> None:
-        held = self.table.pages[slots.start : slots.stop]
-        pages = [int(page) for page in held if page >= 0]
-        held[:] = -1
-        self._pool.release(pages)
+    @property
+    def _top(self) -> int:
+        """The first page that no step has touched."""
+        return pages_for(max(self.n_tokens, self._n_written))
+
+    @property
+    def _slides(self) -> bool:
+        """Whether there is a group that a context bounds."""
+        return any(not ring.window for ring in self.layout.rings)
+
+    def _drop(self, group: int, slots: Iterable[int]) -> None:
+        pages = self.tables[group].pages
+        held = [slot for slot in slots if pages[slot] >= 0]
+        dropped = pages[held].tolist()
+        pages[held] = -1
+        self._pools[group].release(dropped)
+
+
+_NO_LIMIT = 1 << 30

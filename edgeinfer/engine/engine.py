@@ -19,7 +19,7 @@ import numpy as np
 
 from edgeinfer.backend import Program, Ticket
 from edgeinfer.batch import Outputs, StepLimits
-from edgeinfer.engine.cache import CacheLayout, PagePool
+from edgeinfer.engine.cache import CacheLayout, Overflow, PagePool
 from edgeinfer.engine.generation import (
     Generation,
     LogitsJob,
@@ -74,7 +74,7 @@ class Engine:
         if request.overflow == "error":
             check_length(len(request.ids), self.n_ctx, n_answer=1)
         request.params.check_vocabulary(self.n_vocab)
-        layout = CacheLayout.of(request.overflow, self.n_ctx, request.n_pinned)
+        layout = self._layout(request.overflow, request.n_pinned)
         generation = Generation(self, request, layout)
         self._queue(generation)
         return generation
@@ -114,7 +114,7 @@ class Engine:
         for each in lists:
             check_ids(each, self.n_vocab)
             check_length(len(each), self.n_ctx)
-        layout = CacheLayout.of("error", self.n_ctx)
+        layout = self._layout("error")
         job = LogitsJob.of(lists, first, prefill_chunk, self.limits, layout, take)
         self._queue(job)
         job.wait(self)
@@ -125,8 +125,9 @@ class Engine:
         return len(self._scheduler.running)
 
     @property
-    def pool(self) -> PagePool:
-        return self._scheduler.pool
+    def pools(self) -> SequenceOf[PagePool]:
+        """The pages of each cache group."""
+        return self._scheduler.pools
 
     def interrupt(self) -> None:
         """Look at cancelled work now. A step that others share runs on: they need its rows."""
@@ -172,6 +173,10 @@ class Engine:
     def mark_forked(self) -> None:
         """In the child of a fork the thread does not exist: every use is an error."""
         self._closed, self._changed = _FORKED, threading.Condition()
+
+    def _layout(self, overflow: Overflow, n_pinned: int = 0) -> CacheLayout:
+        limits = self.limits
+        return CacheLayout.of(overflow, self.n_ctx, n_pinned, limits.n_pages, limits.max_rows)
 
     def _queue(self, work: AnyWork) -> None:
         with self._changed:

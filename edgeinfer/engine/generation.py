@@ -66,7 +66,7 @@ class Generation:
             room = layout.n_ctx - len(request.ids)
             self.max_tokens = room if request.max_tokens is None else min(request.max_tokens, room)
         # Pages it holds at its full length; the last token generated is never stored.
-        self.most_pages = layout.n_slots
+        self.most_pages = layout.most_pages
         if self.max_tokens is not None:
             self.most_pages = layout.pages_needed(len(request.ids) + self.max_tokens - 1)
         self.events: EventQueue[Event] = EventQueue(MOST_UNREAD, worker.wake)
@@ -139,8 +139,9 @@ class LogitsJob:
     _done: threading.Event = field(default_factory=threading.Event)
 
     @property
-    def most_pages(self) -> int:
-        return sum(self.layout.pages_needed(len(ids)) for ids in (self.ids, *self.others))
+    def most_pages(self) -> tuple[int, ...]:
+        needed = [self.layout.pages_needed(len(ids)) for ids in (self.ids, *self.others)]
+        return tuple(map(sum, zip(*needed, strict=True)))
 
     @property
     def n_left(self) -> int:
@@ -175,18 +176,19 @@ class LogitsJob:
             )
         chunk = min(prefill_chunk or limits.max_rows, limits.max_rows - len(others))
         job = cls(ids, others, first, chunk, layout, take)
-        if job.most_pages > limits.n_pages:
-            raise PlanError(
-                f"the token lists take {job.most_pages * PAGE} cache positions, there are "
-                f"{limits.n_pages * PAGE}; raise slots"
-            )
+        for n_pages, there_are in zip(job.most_pages, limits.n_pages.values(), strict=True):
+            if n_pages > there_are:
+                raise PlanError(
+                    f"the token lists take {n_pages * PAGE} cache positions, there are "
+                    f"{there_are * PAGE}; raise slots"
+                )
         return job
 
-    def open(self, pool: PagePool) -> None:
+    def open(self, pools: SequenceOf[PagePool]) -> None:
         """Make the sequences, on caches of their own."""
         lists = (self.ids, *self.others)
         self.sequences = [
-            Sequence(list(ids), len(ids), SequenceCache(pool, self.layout)) for ids in lists
+            Sequence(list(ids), len(ids), SequenceCache(pools, self.layout)) for ids in lists
         ]
 
     def next_rows(self, limits: StepLimits) -> list[Rows]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Iterable
 from typing import TypeAlias
 
 from edgeinfer.batch import StepLimits
@@ -28,7 +29,7 @@ class Scheduler:
 
     def __init__(self, limits: StepLimits, costs: StepCosts) -> None:
         self.limits, self.costs = limits, costs
-        self.pool = PagePool(limits.n_pages)
+        self.pools = [PagePool(n_pages) for n_pages in limits.n_pages.values()]
         self.max_samples = max(
             limits.max_sequences, min(limits.max_outputs, MAX_ROWS * limits.max_sequences)
         )
@@ -74,14 +75,16 @@ class Scheduler:
         if not (self.may_start or resumed):
             return
         self.may_start = False
-        n_free = self.pool.n_pages - sum(work.most_pages for work in self._at_work)
+        n_free = [pool.n_pages for pool in self.pools]
+        for work in self._at_work:
+            n_free = _added(n_free, work.most_pages, -1)
         deadline: float | None = None
         for work in (*resumed, *self.waiting):
-            if work.most_pages > n_free or self._n_places(work) < 1:
+            if not _fit(work.most_pages, n_free) or self._n_places(work) < 1:
                 if deadline is None:
                     deadline = self._reserve(work, n_free)
             elif deadline is None or self._n_steps + self._steps_left(work) <= deadline:
-                n_free -= work.most_pages
+                n_free = _added(n_free, work.most_pages, -1)
                 try:
                     self._start(work)
                 except BaseException as error:
@@ -92,13 +95,13 @@ class Scheduler:
         is_job = isinstance(work, LogitsJob)
         return math.inf if is_job else self.limits.max_sequences - len(self.running)
 
-    def _reserve(self, work: AnyWork, n_free: int) -> float:
+    def _reserve(self, work: AnyWork, n_free: list[int]) -> float:
         """The step from which on `work` fits for certain; noted, it only ever gets nearer."""
         n_places = self._n_places(work)
         ends = [(self._steps_left(w), w.most_pages, w in self.running) for w in self._at_work]
         for n_steps, n_pages, is_place in sorted(ends):
-            n_free, n_places = n_free + n_pages, n_places + is_place
-            if n_free >= work.most_pages and n_places >= 1:
+            n_free, n_places = _added(n_free, n_pages), n_places + is_place
+            if _fit(work.most_pages, n_free) and n_places >= 1:
                 work.starts_by = min(work.starts_by, self._n_steps + n_steps)
                 break
         return work.starts_by
@@ -123,7 +126,7 @@ class Scheduler:
 
     def _start(self, work: AnyWork) -> None:
         if isinstance(work, LogitsJob):
-            work.open(self.pool)
+            work.open(self.pools)
             self.jobs.append(work)
             self.waiting.remove(work)
             return
@@ -146,7 +149,7 @@ class Scheduler:
             if n > n_cached:
                 n_cached, best = n, ended
         if best is None:
-            return Sequence(list(ids), len(ids), SequenceCache(self.pool, layout))
+            return Sequence(list(ids), len(ids), SequenceCache(self.pools, layout))
         self.idle.remove(best)
         best.cache.truncate(n_cached)
         return Sequence(list(ids), len(ids), best.cache, n_cached)
@@ -218,7 +221,8 @@ class Scheduler:
         caches = [sequence.cache for sequence in used]
         self.idle = [each for each in self.idle if each.cache not in caches]
         caches += [each.cache for each in self.idle]
-        self.pool.reset(cache.table.pages.tolist() for cache in caches)
+        for i, pool in enumerate(self.pools):
+            pool.reset(cache.tables[i].pages.tolist() for cache in caches)
 
     # -- steps -----------------------------------------------------------------------------------
 
@@ -286,12 +290,23 @@ class Scheduler:
         A paused generation computes its tokens again from the first on: the same bits.
         """
         cache = part.sequence.cache
-        n_new = len(cache.missing(part.n))
-        while self.pool.n_free < n_new:
+        n_new = [len(slots) for slots in cache.missing(part.n)]
+        while not _fit(n_new, [pool.n_free for pool in self.pools]):
             if self.idle:
                 self.idle.pop(0).cache.free()
                 continue
-            paused = [g.sequence for g in self.paused if g.sequence and g.sequence.cache.n_pages]
+            paused = [
+                g.sequence for g in self.paused if g.sequence and any(g.sequence.cache.n_pages)
+            ]
             assert paused, "what runs holds more pages than were promised"
             paused[0].cache.free()
         cache.grow(part.n)
+
+
+def _fit(n_pages: Iterable[int], n_free: Iterable[int]) -> bool:
+    """Whether there are as many pages of every cache group."""
+    return all(n <= free for n, free in zip(n_pages, n_free, strict=True))
+
+
+def _added(n_free: Iterable[int], n_pages: Iterable[int], sign: int = 1) -> list[int]:
+    return [free + sign * n for free, n in zip(n_free, n_pages, strict=True)]

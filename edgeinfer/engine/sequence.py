@@ -108,7 +108,7 @@ class Sequence:
         stored = self.ids[: self.cache.n_tokens]
         limit = min(len(stored), len(ids) - 1)
         n = next((i for i in range(limit) if stored[i] != ids[i]), limit)
-        return n if not self.cache.has_slid or n == len(stored) else 0
+        return n if self.cache.can_cut(n) else 0
 
 
 class Work(Protocol):
@@ -160,7 +160,7 @@ def build_batch(parts: list[Rows], samples: SampleTable | None) -> Batch:
         ids=np.array(ids, np.int32),
         pos=np.array(pos, np.int64),
         seq=np.array(seq, np.int32),
-        tables=[part.sequence.cache.table for part in parts],
+        tables=[part.sequence.cache.tables for part in parts],
         wanted=np.array(wanted, np.int32),
         output="logits" if samples is None else "ids",
         samples=samples,

@@ -6,44 +6,32 @@ Knows no team and no machine; `program.py` makes it run.
 from __future__ import annotations
 
 from edgeinfer.batch import PAGE, SEGMENT_PAGES, StepLimits
-from edgeinfer.graph import Bias, Embed, ExpertLinear, Linear, RmsNorm, Route, Segment
+from edgeinfer.graph import Attention, Bias, Embed, ExpertLinear, Linear, RmsNorm, Route, Segment
 from edgeinfer.kernels.cpu import layout
 from edgeinfer.kernels.cpu.commands import Arena, Args, Buffer, KernelOp, KernelPart
 from edgeinfer.kernels.cpu.layout import row_stride
 from edgeinfer.kernels.cpu.lower import LayerCache, Lowering
-from edgeinfer.kernels.cpu.shapes import check_shapes
 from edgeinfer.kernels.cpu.team import KERNELS
 from edgeinfer.kernels.cpu.weights import PackedWeights
 from edgeinfer.quant import Weight
 
 
 class Blueprint:
-    """A segment lowered for steps of up to `limits`. It becomes a program once.
-
-    UnsupportedModelError names what no kernel takes.
-    """
+    """A segment lowered for steps of up to `limits`. It becomes a program once."""
 
     def __init__(self, segment: Segment, limits: StepLimits) -> None:
-        check_shapes(segment)
         self.segment, self.limits = segment, limits
-        self.max_segments = -(-limits.n_pages // SEGMENT_PAGES) + 2
         self.weights = PackedWeights(*_weights_of(segment))
         self.kv = Arena()
-        caches = _place_caches(segment, self.kv, limits.n_pages)
-        lowering = Lowering(segment, limits, self.weights, caches, self.max_segments)
+        caches = _place_caches(segment, self.kv, limits)
+        lowering = Lowering(segment, limits, self.weights, caches)
         self.lowered = lowering.run()
         self.scratch = self.lowered.scratch
-        n_bytes = layout.items_bytes(limits.max_rows, self.max_segments)
-        self.items = self.scratch.place(Buffer("attention items", n_bytes))
         self.sample = self._sample_op() if segment.is_last else None
 
     def kernels(self) -> set[str]:
         """Names of the kernels that the program loads."""
-        lowered = self.lowered
-        ops = [*lowered.ops, *([self.sample] if self.sample else [])]
-        names = {part.kernel for op in ops for part in op.parts}
-        if lowered.prologue:
-            names.add(lowered.prologue.kernel)
+        names = self.lowered.kernels() | ({"sample"} if self.sample else set())
         names |= {f"pack.{name.lower()}" for name in self.weights.matrix_types}
         return names | {*KERNELS, "read"}
 
@@ -78,6 +66,8 @@ def _weights_of(segment: Segment) -> tuple[list[Weight], list[Weight]]:
             matrices.append(op.weight)
         if isinstance(op, (RmsNorm, Bias)):
             vectors.append(op.weight)
+        if isinstance(op, Attention):
+            vectors.append(op.sinks)
         if isinstance(op, (Linear, ExpertLinear, Route)):
             vectors.append(op.bias)
         if isinstance(op, ExpertLinear):
@@ -85,15 +75,19 @@ def _weights_of(segment: Segment) -> tuple[list[Weight], list[Weight]]:
     return matrices, [vector for vector in vectors if vector is not None]
 
 
-def _place_caches(segment: Segment, arena: Arena, n_pages: int) -> dict[int, LayerCache]:
-    """One arena of pages; a page holds its 32 positions of every layer, so it is touched whole."""
-    page_bytes = PAGE * layout.cache_bytes(segment.caches.values())
-    arena.place(Buffer("pages", n_pages * page_bytes, is_kept=True))
-    offset, caches = 0, {}
-    for layer, kv in segment.caches.items():
-        k_bytes, v_bytes = (PAGE * n_bytes for n_bytes in layout.position_bytes(*kv))
-        k = arena.place(Buffer("K", 0, is_kept=True), offset)
-        v = arena.place(Buffer("V", 0, is_kept=True), offset + k_bytes)
-        caches[layer] = LayerCache(k, v, page_bytes)
-        offset += k_bytes + v_bytes
+def _place_caches(segment: Segment, arena: Arena, limits: StepLimits) -> dict[int, LayerCache]:
+    """A run of pages for each group: a page holds its 32 positions of all the group's layers."""
+    caches, tables_bytes = {}, limits.max_sequences * layout.TABLE_BYTES
+    for i, (window, group) in enumerate(segment.groups.items()):
+        n_pages = limits.n_pages[window]
+        page_bytes = PAGE * layout.cache_bytes(group.values())
+        offset = arena.place(Buffer("pages", n_pages * page_bytes, is_kept=True)).address
+        for layer, kv in group.items():
+            sizes = layout.position_bytes(kv.n_heads, kv.k_dim, kv.v_dim)
+            k_bytes, v_bytes = (PAGE * n_bytes for n_bytes in sizes)
+            k = arena.place(Buffer("K", 0, is_kept=True), offset)
+            v = arena.place(Buffer("V", 0, is_kept=True), offset + k_bytes)
+            max_segments = -(-n_pages // SEGMENT_PAGES) + 2
+            caches[layer] = LayerCache(k, v, page_bytes, i * tables_bytes, max_segments)
+            offset += k_bytes + v_bytes
     return caches

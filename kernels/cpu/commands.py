@@ -99,7 +99,7 @@ class Lowered:
     """The ops of a segment and the buffers by which a program talks to them."""
 
     ops: list[KernelOp] = field(default_factory=list)
-    prologue: KernelPart | None = None
+    prologue: list[KernelPart] = field(default_factory=list)
     head: int = 0  # ops before the logits: a step that wants hidden rows stops there
     input: Buffer | None = None
     hidden: Buffer | None = None
@@ -107,8 +107,8 @@ class Lowered:
     scratch: Arena = field(default_factory=Arena)
 
     def kernels(self) -> set[str]:
-        names = {part.kernel for op in self.ops for part in op.parts}
-        return names | ({self.prologue.kernel} if self.prologue else set())
+        parts = [*(part for op in self.ops for part in op.parts), *self.prologue]
+        return {part.kernel for part in parts}
 
     def place(self) -> None:
         """Offsets for every buffer; one that is no longer read gives its place to the next."""

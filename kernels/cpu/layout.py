@@ -25,6 +25,9 @@ Packed weights are cut into groups of 8 rows, one SIMD lane per row; each format
 A KV page holds 32 positions of one layer. K of a page: [kv head][k_dim][32 positions] halves;
 V of a page: [kv head][32 positions][v_dim in whole vectors] halves. Page p of a layer starts
 p * page_bytes after the layer's base.
+
+What depends on a page table is told where the records of its layer's tables begin, as an offset
+("tables") from H_TABLES.
 """
 
 from collections.abc import Iterable
@@ -61,9 +64,7 @@ H_POS = 5 * WORD  # address: int64[T] absolute positions
 H_SEQ = 6 * WORD  # address: int32[T] sequence of each row
 H_IDS = 7 * WORD  # address: int32[T] token ids
 H_WANTED = 8 * WORD  # address: int32[R] row indices, ascending
-H_TABLES = 9 * WORD  # address: one page table record per sequence
-H_ITEMS = 10 * WORD  # address: attention work items, written by the prologue
-H_N_ITEMS = 11 * WORD  # attention work items of this step
+H_TABLES = 9 * WORD  # address: page table records, one per sequence
 HEADER_WORDS = 32
 
 # Page table record, one per sequence (batch.PageTable): byte offsets.
@@ -83,7 +84,10 @@ TEAM_YIELD, TEAM_WAIT, TEAM_FUTEX, TEAM_SLEEP_ARG = (320 + i * WORD for i in ran
 TEAM_BYTES = 384
 
 # Tape: words, then one slot per op. The threads of a team beyond n_threads leave it alone.
-TAPE_HEADER, TAPE_N_OPS, TAPE_N_THREADS, TAPE_PROLOGUE = (i * WORD for i in range(4))
+# The prologue is parts that the caller runs one after the other before chunks are counted.
+TAPE_HEADER, TAPE_N_OPS, TAPE_N_THREADS, TAPE_PROLOGUE, TAPE_N_PROLOGUE = (
+    i * WORD for i in range(5)
+)
 TAPE_SLOTS = 64
 SLOT_TICKET = 0
 SLOT_COUNT = 64
@@ -92,8 +96,9 @@ SLOT_PARTS, SLOT_N_PARTS = 192, 200
 SLOT_RECOUNT = 208  # how many slots behind this one get their counts anew once it has run
 SLOT_BYTES = 256
 # An op has one or more parts: a kernel, its arguments, its chunks in this step, and the rule that
-# counts them: a fixed number (>= 0) or one of COUNT_*. COUNT_PLANNED is for an op behind one that
-# plans: the word that its first argument points to times its second argument.
+# counts them: a fixed number (>= 0) or one of COUNT_*. COUNT_ITEMS is the word that its first
+# argument points to, known before the step begins; COUNT_PLANNED is for an op behind one that
+# plans: that word times its second argument.
 PART_KERNEL, PART_ARGS, PART_COUNT, PART_RULE = (i * WORD for i in range(4))
 PART_BYTES = 4 * WORD
 COUNT_ROWS, COUNT_WANTED, COUNT_ITEMS, COUNT_PLANNED = -1, -2, -3, -4
@@ -177,8 +182,10 @@ PARTS_SINK = 7 * WORD
 # position and at its position for pinned pages (PageTable.pinned_pos). freqs: double[n_pairs].
 # angles.scaled: all of them times a magnitude, double[n], of which each serves a span of positions
 # and the last all behind it.
-ANGLES_FREQS, ANGLES_N_PAIRS, ANGLES_OUT, ANGLES_PINNED_OUT = (i * WORD for i in range(4))
-ANGLES_MAGNITUDES, ANGLES_SPAN, ANGLES_N_MAGNITUDES = (i * WORD for i in range(4, 7))
+ANGLES_FREQS, ANGLES_N_PAIRS, ANGLES_OUT, ANGLES_PINNED_OUT, ANGLES_TABLES = (
+    i * WORD for i in range(5)
+)
+ANGLES_MAGNITUDES, ANGLES_SPAN, ANGLES_N_MAGNITUDES = (i * WORD for i in range(5, 8))
 #
 # rotate.<norm|neox>: for one row: normalise q and k heads (where weights are given), rotate them,
 # write q back, write q rotated for pinned pages to `pinned_q` where the row's sequence has slid
@@ -188,24 +195,33 @@ ANGLES_MAGNITUDES, ANGLES_SPAN, ANGLES_N_MAGNITUDES = (i * WORD for i in range(4
     ROTATE_PINNED_Q, ROTATE_N_HEADS, ROTATE_N_KV_HEADS, ROTATE_K_DIM, ROTATE_V_DIM,
     ROTATE_N_PAIRS, ROTATE_ANGLES, ROTATE_PINNED_ANGLES, ROTATE_Q_NORM, ROTATE_K_NORM,
     ROTATE_EPS, ROTATE_K_BASE, ROTATE_K_PAGE_BYTES, ROTATE_V_BASE, ROTATE_V_PAGE_BYTES,
-) = (i * WORD for i in range(21))  # fmt: skip
+    ROTATE_TABLES,
+) = (i * WORD for i in range(22))  # fmt: skip
 #
-# plan_attention (run by the prologue, chunk 0): fill H_ITEMS, set H_N_ITEMS to the number of work
-# items times n_kv_heads.
-# attend.<k_dim>.<v_dim>: one (work item, kv head); partial results go to `parts`.
-# fold: one row: fold its parts in order, divide, leave the row in the sinks.
-# `pinned_q` has the stride of q. max_segments: the most segments a row of this program can see.
+# plan_attention (part of the prologue): write the plan of layers with one window (0: none) and one
+# number of key/value heads. max_segments: the most segments a row of this program can see.
+PLAN_OUT, PLAN_N_KV_HEADS, PLAN_MAX_SEGMENTS, PLAN_WINDOW, PLAN_TABLES = (
+    i * WORD for i in range(5)
+)
+#
+# attend.<k_dim>.<v_dim>: one (work item, kv head); partial results go to `parts`. With `.window`
+# rows see a window only, with `.cap` scores pass a soft-cap; window and cap mean nothing else.
+# fold: one row: fold its parts in order, divide, leave the row in the sinks. fold.sinks: with a
+# float for each head as the score of no value.
+# `pinned_q` has the stride of q.
 (
-    ATTEND_Q, ATTEND_Q_STRIDE, ATTEND_PINNED_Q, ATTEND_N_HEADS, ATTEND_N_KV_HEADS, ATTEND_SCALE,
-    ATTEND_K_BASE, ATTEND_K_PAGE_BYTES, ATTEND_V_BASE, ATTEND_V_PAGE_BYTES, ATTEND_PARTS,
-    ATTEND_MAX_SEGMENTS, ATTEND_K_DIM, ATTEND_V_DIM,
-) = (i * WORD for i in range(14))  # fmt: skip
-ATTEND_SINK = 14 * WORD
+    ATTEND_PLAN, ATTEND_Q, ATTEND_Q_STRIDE, ATTEND_PINNED_Q, ATTEND_N_HEADS, ATTEND_N_KV_HEADS,
+    ATTEND_SCALE, ATTEND_K_BASE, ATTEND_K_PAGE_BYTES, ATTEND_V_BASE, ATTEND_V_PAGE_BYTES,
+    ATTEND_PARTS, ATTEND_K_DIM, ATTEND_V_DIM, ATTEND_TABLES, ATTEND_WINDOW, ATTEND_CAP,
+    ATTEND_SINKS,
+) = (i * WORD for i in range(18))  # fmt: skip
+FOLD_SINK = 18 * WORD
 #
-# H_ITEMS: one record per row of the step, then the work items. A work item is up to ATTEND_ROWS
-# consecutive rows of one sequence on one page, with all segments that they see (segment ALL) or
-# with one of them: few rows are split by segment, so that a long context uses every core, and a
-# step of few rows into items of few, so that a short one does.
+# A plan: the number of work items times n_kv_heads, one record per row of the step, then the items.
+# A work item is up to ATTEND_ROWS consecutive rows of one sequence that see the same pages, with
+# all segments that they see (segment ALL) or with one of them: few rows are split by segment, so
+# that a long context uses every core, and a step of few rows into items of few, so that a short one
+# does.
 #
 # A part is what one work item leaves for one of its rows, all heads. Parts are counted over the
 # step; an item's are consecutive, and a split item's segments follow each other, ascending.
@@ -213,6 +229,7 @@ ATTEND_ROWS = 16
 ATTEND_FEW_ROWS = 4  # in steps of up to SPLIT_ROWS rows
 SPLIT_ROWS = 8  # items of more rows are not split by segment
 ALL_SEGMENTS = -1
+PLAN_ROWS = WORD  # after the number
 ROW_PART, ROW_ITEM_ROWS, ROW_INDEX, ROW_N_PARTS = (i * WORD for i in range(4))
 ROW_BYTES = 4 * WORD
 ITEM_ROW, ITEM_N_ROWS, ITEM_SEGMENT, ITEM_PART = (i * WORD for i in range(4))
@@ -239,9 +256,9 @@ def position_bytes(n_kv_heads: int, k_dim: int, v_dim: int) -> tuple[int, int]:
     return 2 * n_kv_heads * k_dim, 2 * n_kv_heads * whole_vectors(v_dim)
 
 
-def cache_bytes(layers: Iterable[tuple[int, int, int]]) -> int:
-    """Bytes of K and V per position, of layers of (n_kv_heads, k_dim, v_dim)."""
-    return sum(sum(position_bytes(*layer)) for layer in layers)
+def cache_bytes(layers: Iterable[tuple[int, ...]]) -> int:
+    """Bytes of K and V per position, of layers of (n_kv_heads, k_dim, v_dim, ...)."""
+    return sum(sum(position_bytes(*layer[:3])) for layer in layers)
 
 
 def parts_bytes(max_rows: int, n_heads: int, k_dim: int, v_dim: int, max_segments: int) -> int:
@@ -249,9 +266,10 @@ def parts_bytes(max_rows: int, n_heads: int, k_dim: int, v_dim: int, max_segment
     return (max_rows + SPLIT_ROWS * max_segments) * n_heads * query_bytes(k_dim, v_dim)
 
 
-def items_bytes(max_rows: int, max_segments: int) -> int:
-    """Bytes of H_ITEMS."""
-    return max_rows * ROW_BYTES + (max_rows + SPLIT_ROWS * max_segments) * ITEM_BYTES
+def attention_plan_bytes(max_rows: int, max_segments: int) -> int:
+    """Bytes of a plan."""
+    n_items = max_rows + SPLIT_ROWS * max_segments
+    return PLAN_ROWS + max_rows * ROW_BYTES + n_items * ITEM_BYTES
 
 
 #
@@ -287,7 +305,7 @@ def plan_records(n_experts: int) -> int:
     return PLAN_ITEMS + PLAN_ITEM_BYTES * n_experts
 
 
-def plan_bytes(n_experts: int, n_records: int) -> int:
+def expert_plan_bytes(n_experts: int, n_records: int) -> int:
     """Bytes of a plan, and of a count of rows for every expert behind it."""
     return plan_records(n_experts) + PLAN_RECORD_BYTES * n_records + WORD * n_experts
 

@@ -27,8 +27,10 @@ from edgeinfer.fusion import (
     fuse,
 )
 from edgeinfer.graph import (
+    KV,
     Activation,
     Add,
+    Attention,
     Bias,
     Clamp,
     Embed,
@@ -70,6 +72,8 @@ class LayerCache(NamedTuple):
     k_base: Buffer
     v_base: Buffer
     page_bytes: int
+    tables: int  # where its page tables begin
+    max_segments: int  # that a query may see
 
 
 class WeightAddresses(Protocol):
@@ -97,7 +101,7 @@ class _Heads(NamedTuple):
 
 _NO_HEADS = _Heads(0, 0, 0, 0)
 _NO_BUFFER = Buffer("none", 0, is_kept=True)
-_NO_CACHE = LayerCache(_NO_BUFFER, _NO_BUFFER, 0)
+_NO_CACHE = LayerCache(_NO_BUFFER, _NO_BUFFER, 0, 0, 0)
 
 
 class _Reads:
@@ -140,18 +144,22 @@ class Lowering(ExpertLowering):
         limits: StepLimits,
         weights: WeightAddresses,
         caches: Mapping[int, LayerCache],
-        max_segments: int,
     ) -> None:
         super().__init__()
         self._segment, self._limits = segment, limits
         self._weights, self._caches = weights, caches
-        self._max_segments = max_segments
         self._steps = fuse(segment)
         self._reads = _Reads(self._steps, {segment.output, segment.hidden})
         self._selected = selected(segment)
         self._floats: dict[Value, Buffer] = {}  # where a value's f32 rows are
         self._quantised: dict[Value, Buffer] = {}
-        self._angles: dict[Rope, tuple[Buffer, Buffer]] = {}
+        self._angles: dict[tuple[Rope, int], tuple[Buffer, Buffer]] = {}
+        self._attention_plans: dict[tuple[int, int], Buffer] = {}
+        self._tables = {
+            op.layer: caches[op.cache_layer].tables
+            for op in segment.ops
+            if isinstance(op, Attention)
+        }
         scratch_bytes = limits.n_threads * layout.MATMUL_SCRATCH_BYTES
         self._matmul_scratch = Buffer("matmul scratch", scratch_bytes)
         self._out = Lowered()
@@ -345,30 +353,41 @@ class Lowering(ExpertLowering):
         stride = row_stride(op.x.dim)
         out = self._float_buffer(op.out, "rotated")
         self._emit("copy", "copy_rows", [*self._copied(op.x, layout.ALL_ROWS), out, stride, 0, 0])
-        angles, pinned_angles = self._angles_of(op.rope)
+        angles, pinned_angles = self._angles_of(op)
         heads = _Heads(out, stride, op.n_heads, op.x.dim // op.n_heads)
         angles = pinned_angles if isinstance(op, PinnedRotate) else angles
         self._heads(op.rope.kind, q=heads, n_pairs=op.rope.n_dims // 2, angles=angles)
 
     def _rotated_attention(self, op: RotatedAttention) -> None:
         kv, n_pairs = op.cache, op.rope.n_dims // 2
-        angles, pinned_angles = self._angles_of(op.rope)
+        angles, pinned_angles = self._angles_of(op)
         q = _Heads(self._floats[op.q], row_stride(op.q.dim), op.n_heads, kv.k_dim, op.q_norm)
-        k = _Heads(self._floats[op.k], row_stride(op.k.dim), kv.n_heads, kv.k_dim, op.k_norm)
-        v = _Heads(self._floats[op.v], row_stride(op.v.dim), kv.n_heads, kv.v_dim)
+        k, v = self._stored(op)
         pinned_q = Buffer("pinned q", q.stride * self._limits.max_rows)
         self._heads(
-            op.rope.kind, q, pinned_q, k, v, n_pairs, angles, pinned_angles, op.eps,
-            self._caches[op.layer],
+            op.rope.kind, q, pinned_q, k._replace(norm=op.k_norm), v, n_pairs, angles,
+            pinned_angles, op.eps, self._cache_of(op),
         )  # fmt: skip
         self._attend(op, pinned_q)
 
     def _pinned_attention(self, op: PinnedAttention) -> None:
-        kv = op.cache
-        k = _Heads(self._floats[op.k], row_stride(op.k.dim), kv.n_heads, kv.k_dim)
-        v = _Heads(self._floats[op.v], row_stride(op.v.dim), kv.n_heads, kv.v_dim)
-        self._heads("norm", k=k, v=v, cache=self._caches[op.layer])
+        k, v = self._stored(op)
+        if k.n:
+            self._heads("norm", k=k, v=v, cache=self._cache_of(op))
         self._attend(op, self._floats[op.pinned_q])
+
+    def _stored(self, op: RotatedAttention | PinnedAttention) -> tuple[_Heads, _Heads]:
+        """The heads of k and v, none where another layer's are read."""
+        kv = op.cache
+        if op.k is None or op.v is None:
+            return _NO_HEADS, _NO_HEADS
+        return (
+            _Heads(self._floats[op.k], row_stride(op.k.dim), kv.n_heads, kv.k_dim),
+            _Heads(self._floats[op.v], row_stride(op.v.dim), kv.n_heads, kv.v_dim),
+        )
+
+    def _cache_of(self, op: RotatedAttention | PinnedAttention) -> LayerCache:
+        return self._caches[op.layer if op.source is None else op.source]
 
     def _heads(
         self,
@@ -389,41 +408,58 @@ class Lowering(ExpertLowering):
             k.dim or q.dim, v.dim, n_pairs, angles, pinned_angles,
             *(self._weights.vector(heads.norm) if heads.norm else 0 for heads in (q, k)),
             float_bits(eps), cache.k_base, cache.page_bytes, cache.v_base, cache.page_bytes,
+            cache.tables,
         ]  # fmt: skip
         self._emit("rotate", f"rotate.{kind}", args)
 
     def _attend(self, op: RotatedAttention | PinnedAttention, pinned_q: Buffer) -> None:
-        limits, kv, cache = self._limits, op.cache, self._caches[op.layer]
+        limits, kv, cache = self._limits, op.cache, self._cache_of(op)
         parts = Buffer(
             "attention parts",
-            layout.parts_bytes(limits.max_rows, op.n_heads, kv.k_dim, kv.v_dim, self._max_segments),
+            layout.parts_bytes(limits.max_rows, op.n_heads, kv.k_dim, kv.v_dim, cache.max_segments),
         )
         common: Args = [
-            self._floats[op.q], row_stride(op.q.dim), pinned_q, op.n_heads, kv.n_heads,
-            float_bits(op.scale), cache.k_base, cache.page_bytes, cache.v_base, cache.page_bytes,
-            parts, self._max_segments, kv.k_dim, kv.v_dim,
+            self._plan(kv, cache), self._floats[op.q], row_stride(op.q.dim), pinned_q,
+            op.n_heads, kv.n_heads, float_bits(op.scale), cache.k_base, cache.page_bytes,
+            cache.v_base, cache.page_bytes, parts, kv.k_dim, kv.v_dim, cache.tables, kv.window,
+            float_bits(op.soft_cap), self._weights.vector(op.sinks) if op.sinks else 0,
         ]  # fmt: skip
-        self._emit("attend", f"attend.{kv.k_dim}.{kv.v_dim}", common, layout.COUNT_ITEMS)
+        kernel = f"attend.{kv.k_dim}.{kv.v_dim}"
+        kernel += ".window" * (kv.window > 0) + ".cap" * (op.soft_cap > 0)
+        self._emit("attend", kernel, common, layout.COUNT_ITEMS)
         fold = [*common, *self._sinks(op.out, "attention")]
-        self._emit("fold", "fold", fold)
-        if self._out.prologue is None:
-            self._out.prologue = KernelPart("plan_attention", list(common), 1)
+        self._emit("fold", "fold.sinks" if op.sinks else "fold", fold)
 
-    def _angles_of(self, rope: Rope) -> tuple[Buffer, Buffer]:
-        """The step's rotation angles, made once for all layers that rotate alike."""
-        if rope not in self._angles:
+    def _plan(self, kv: KV, cache: LayerCache) -> Buffer:
+        """The step's attention work, planned once for all layers whose queries see alike."""
+        key = kv.n_heads, kv.window
+        if key not in self._attention_plans:
+            n_bytes = layout.attention_plan_bytes(self._limits.max_rows, cache.max_segments)
+            plan = self._out.scratch.place(Buffer("attention plan", n_bytes, is_kept=True))
+            self._attention_plans[key] = plan
+            args: Args = [plan, kv.n_heads, cache.max_segments, kv.window, cache.tables]
+            self._out.prologue.append(KernelPart("plan_attention", args, 1))
+        return self._attention_plans[key]
+
+    def _angles_of(self, op: Rotate | PinnedRotate | RotatedAttention) -> tuple[Buffer, Buffer]:
+        """The step's rotation angles, made once for all layers that rotate alike.
+
+        Those for pinned pages depend on the tables of the layer's attention, too.
+        """
+        rope, key = op.rope, (op.rope, self._tables.get(op.layer, 0))
+        if key not in self._angles:
             n_pairs = rope.n_dims // 2
             size = n_pairs * 2 * 4 * self._limits.max_rows
             pair = Buffer("angles", size), Buffer("pinned angles", size)
-            self._angles[rope] = pair
-            args: Args = [self._weights.doubles(rope.frequencies()), n_pairs, *pair]
+            self._angles[key] = pair
+            args: Args = [self._weights.doubles(rope.frequencies()), n_pairs, *pair, key[1]]
             if rope.magnitude == 1 and rope.growth is None:
                 self._emit("angles", "angles", args)
             else:
                 table, span = rope.magnitudes(), rope.growth.n_ctx if rope.growth else 1
                 args += [self._weights.doubles(table), span, len(table)]
                 self._emit("angles", "angles.scaled", args)
-        return self._angles[rope]
+        return self._angles[key]
 
     # -- values and buffers --------------------------------------------------------------------
 

@@ -107,7 +107,7 @@ class ExpertLowering(ABC):
         if route not in self._plans:
             n_used = route.dim // 2
             n_records = self._limits.max_rows * n_used
-            plan = Buffer("plan", layout.plan_bytes(n_experts, n_records))
+            plan = Buffer("plan", layout.expert_plan_bytes(n_experts, n_records))
             stride = layout.row_stride(route.dim)
             args: Args = [plan, self._floats[route], stride, n_used, n_experts]
             self._emit("plan", "plan_experts", args, 1)

@@ -30,6 +30,7 @@ from edgeinfer.kernels.cpu.commands import Arena, Buffer, KernelOp, KernelPart, 
 from edgeinfer.kernels.cpu.idle import IdleBuild, IdleWork
 from edgeinfer.kernels.cpu.layout import row_stride
 from edgeinfer.kernels.cpu.library import BUILDER_BYTES, Library, cache_folder
+from edgeinfer.kernels.cpu.shapes import check_shapes
 from edgeinfer.kernels.cpu.targets import Target
 from edgeinfer.kernels.cpu.team import Op, Part, Tape, Team, shared_team
 from edgeinfer.kernels.cpu.trial import Trial
@@ -76,7 +77,8 @@ class CpuBackend:
 
         Nothing is allocated. `compile` with the limits that this gives does not lower again.
         """
-        limits = StepLimits.of(request, segment.output.dim, _MAX_ROWS)
+        check_shapes(segment)
+        limits = StepLimits.of(request, segment.output.dim, segment.groups, _MAX_ROWS)
         drawn = self._drawn = Blueprint(segment, limits)
         return Demand(limits, drawn.rows(), self.library.building_bytes(drawn.kernels()))
 
@@ -91,6 +93,7 @@ class CpuBackend:
         """
         drawn, self._drawn = self._drawn, None
         if drawn is None or (drawn.segment, drawn.limits) != (segment, limits):
+            check_shapes(segment)
             drawn = Blueprint(segment, limits)
         return CpuProgram(self, drawn)
 
@@ -171,9 +174,9 @@ class CpuProgram:
             self._ids[:n_rows] = batch.ids
         else:
             self._input[:n_rows] = batch.hidden
-        for i, table in enumerate(batch.tables):
-            pages = table.pages
-            self._tables[i] = pages.ctypes.data, len(pages), table.n_pinned, table.n_visible
+        for i, tables in enumerate(batch.tables):
+            for group, (pages, n_pinned, n_visible) in zip(self._tables, tables, strict=True):
+                group[i] = pages.ctypes.data, len(pages), n_pinned, n_visible
         samples = batch.samples.address if batch.samples else 0
         self._header[:_STEP_WORDS] = n_rows, n_wanted, len(batch.tables), samples, 0
         way = self._way if n_rows <= _FEW_ROWS else self._ways[0]
@@ -253,7 +256,8 @@ class CpuProgram:
         self._seq = np.zeros(limits.max_rows, np.int32)
         self._ids = np.zeros(limits.max_rows, np.int32)
         self._wanted = np.zeros(limits.max_outputs, np.int32)
-        self._tables = np.zeros((limits.max_sequences, layout.TABLE_BYTES // 8), np.int64)
+        shape = len(limits.n_pages), limits.max_sequences, layout.TABLE_BYTES // layout.WORD
+        self._tables = np.zeros(shape, np.int64)
         for word, array in (
             (layout.H_POS, self._pos),
             (layout.H_SEQ, self._seq),
@@ -262,7 +266,6 @@ class CpuProgram:
             (layout.H_TABLES, self._tables),
         ):
             self._set(word, array.ctypes.data)
-        self._set(layout.H_ITEMS, self._drawn.items.address)
         self._no_rows = np.zeros((0, 0), np.float32)
         self._no_ids = np.zeros(0, np.int32)
         lowered, dim = self._lowered, self.segment.graph.hparams.dim
@@ -288,13 +291,13 @@ class CpuProgram:
                 ops = [recut(op, *way) if op.reads_weights else op for op in ops]
             if output == "ids" and self._drawn.sample:
                 ops.append(self._drawn.sample)
-            prologue = self._part(lowered.prologue) if lowered.prologue else None
+            prologue = [self._part(part) for part in lowered.prologue]
             tape = self._tape(ops, self._header.ctypes.data, way.n_threads, prologue)
             self._tapes[way, output] = tape
         return self._tapes[way, output]
 
     def _tape(
-        self, ops: Sequence[KernelOp], header: int, n_threads: int, prologue: Part | None = None
+        self, ops: Sequence[KernelOp], header: int, n_threads: int, prologue: Sequence[Part] = ()
     ) -> Tape:
         return Tape([self._op(op) for op in ops], header, n_threads, prologue)
 
@@ -336,9 +339,9 @@ class CpuProgram:
         import statistics  # 5 ms that starts don't need
 
         self.submit(batch)
-        prologue = self._lowered.prologue
-        if prologue:  # as an op of its own: it plans the attention of this step
-            self._team.run_once([self._op(KernelOp("plan", [prologue]))], *self._team_args())
+        if self._lowered.prologue:  # as an op of its own: it plans the attention of this step
+            plan = KernelOp("plan", self._lowered.prologue)
+            self._team.run_once([self._op(plan)], *self._team_args())
         starting = statistics.median(
             self._team.run_once([], *self._team_args()) for _ in range(_STARTS)
         )

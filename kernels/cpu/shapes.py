@@ -36,7 +36,7 @@ from edgeinfer.graph import (
     Yarn,
 )
 from edgeinfer.kernels.cpu.formats import FORMATS
-from edgeinfer.known import Known, check, fields, refuse
+from edgeinfer.known import Known, check, fields
 from edgeinfer.quant import Weight
 
 KNOWN: Known = {
@@ -47,8 +47,8 @@ KNOWN: Known = {
     Rope: fields("kind n_dims base scale factors yarn magnitude growth", kind=("norm", "neox")),
     Growth: fields("factor n_ctx"),
     Yarn: fields("n_ctx beta_fast beta_slow"),
-    Attention: fields("q k v n_heads cache scale"),
-    KV: fields("n_heads k_dim v_dim"),
+    Attention: fields("q k v n_heads cache scale soft_cap sinks source"),
+    KV: fields("n_heads k_dim v_dim window"),
     Add: fields("a b"),
     Mul: fields("a b"),
     Bias: fields("x weight"),
@@ -75,7 +75,6 @@ def check_shapes(segment: Segment) -> None:
         _check_op(op)
         if isinstance(op, (ExpertLinear, ExpertSum)):
             _check_along(op, routes)
-    _check_caches(segment)
 
 
 def _check_op(op: Op) -> None:
@@ -143,16 +142,6 @@ def _check_along(op: ExpertLinear | ExpertSum, routes: Mapping[Value, Route]) ->
         _check_shape(op.bias, (n, n_rows))
 
 
-def _check_caches(segment: Segment) -> None:
-    """One plan of attention work serves all layers, so they have as many key/value heads."""
-    attentions = [op for op in segment.ops if isinstance(op, Attention)]
-    for op in attentions:
-        n, first = op.cache.n_heads, attentions[0].cache.n_heads
-        if n != first:
-            what = f"runs as many key/value heads in every layer: {first} before, {n} here"
-            refuse(op, {op.out: op for op in segment.ops}, "cpu", what)
-
-
 def _check_matrix(weight: Weight, n_rows: int, n_cols: int, stack: tuple[int, ...] = ()) -> None:
     """Columns are whole blocks of the type but for floats, whose blocks are ours."""
     _check_shape(weight, (*stack, n_rows, n_cols))
@@ -184,8 +173,10 @@ def _check_attention(op: Attention) -> None:
         ("value", op.v, kv.n_heads * kv.v_dim),
         ("result", op.out, op.n_heads * kv.v_dim),
     ):
-        if value.dim != width or width < 1:
+        if value is not None and (value.dim != width or width < 1):
             raise _unsupported(f"the {name} {where}", f"{value.dim} wide", f"a width of {width}")
+    if op.sinks is not None:
+        _check_vector(op.sinks, op.n_heads)
 
 
 def _check_rope(rope: Rope, head_dim: int) -> None:

@@ -12,6 +12,7 @@ import os
 import threading
 import time
 import weakref
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from edgeinfer import platform
@@ -50,9 +51,9 @@ class Tape:
     """A list of ops in the memory layout that the team walks (see layout.py)."""
 
     def __init__(
-        self, ops: list[Op], header: int, n_threads: int, prologue: Part | None = None
+        self, ops: list[Op], header: int, n_threads: int, prologue: Sequence[Part] = ()
     ) -> None:
-        parts = [part for op in ops for part in op.parts] + ([prologue] if prologue else [])
+        parts = [*(part for op in ops for part in op.parts), *prologue]
         parts_at = layout.TAPE_SLOTS + layout.SLOT_BYTES * len(ops)
         args_at = parts_at + layout.PART_BYTES * len(parts)
         n_bytes = args_at + sum(len(part.args) for part in parts) * layout.WORD
@@ -72,8 +73,9 @@ class Tape:
             n_later = _n_planned(ops, i) if op.plans else 0
             self._write(slot + layout.SLOT_PARTS, [part_addresses[first], len(op.parts), n_later])
             first += len(op.parts)
-        prologue_address = part_addresses[-1] if prologue else 0
-        self._write(self.address, [header, len(ops), n_threads, prologue_address])
+        prologue_address = part_address - layout.PART_BYTES * len(prologue)
+        words = [header, len(ops), n_threads, prologue_address, len(prologue)]
+        self._write(self.address, words)
 
     @staticmethod
     def _write(address: int, words: list[int]) -> None:

@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from edgeinfer.batch import PAGE
 from edgeinfer.graph import ActivationKind
-from edgeinfer.kernels.reference.numerics import Doubles, Floats, Ints, f32
+from edgeinfer.kernels.reference.numerics import Bools, Doubles, Floats, Ints, f32
 from edgeinfer.quant import Weight, dequantize
 
 
@@ -45,13 +44,24 @@ class Exact:
         return f32(x0 * c - x1 * s), f32(x0 * s + x1 * c)
 
     def attend(
-        self, q: Floats, k: Floats, v: Floats, pages: Ints, pos: int, scale: float
+        self,
+        q: Floats,
+        k: Floats,
+        v: Floats,
+        pages: Ints,
+        is_visible: Bools,
+        scale: float,
+        soft_cap: float = 0.0,
+        sinks: Floats | None = None,
     ) -> Floats:
-        is_visible = pages[:, None] * PAGE + np.arange(PAGE) <= pos  # (P, 32)
         scores = np.einsum("phd,phsd->hps", q, k, dtype=np.float64) * scale
+        if soft_cap:
+            scores = soft_cap * np.tanh(scores / soft_cap)
         scores = np.where(is_visible, scores, -np.inf)
-        p = np.exp(scores - scores.max(axis=(1, 2), keepdims=True))
-        p /= p.sum(axis=(1, 2), keepdims=True)
+        sink = np.full(len(scores), -np.inf) if sinks is None else sinks.astype(np.float64)
+        m = np.maximum(scores.max(axis=(1, 2)), sink)[:, None, None]
+        p = np.exp(scores - m)
+        p /= p.sum(axis=(1, 2), keepdims=True) + np.exp(sink[:, None, None] - m)
         seen = np.where(is_visible[:, None, :, None], v, 0)
         return f32(np.einsum("hps,phsd->hd", p, seen, dtype=np.float64))
 

@@ -13,6 +13,7 @@ from edgeinfer.quant import Weight, dequantize
 Floats: TypeAlias = NDArray[np.float32]
 Doubles: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
+Bools: TypeAlias = NDArray[np.bool_]
 
 
 class Numerics(Protocol):
@@ -44,11 +45,20 @@ class Numerics(Protocol):
         """Pairs (x0, x1) turned by their angles, times a magnitude of each row, (T, 1, 1)."""
 
     def attend(
-        self, q: Floats, k: Floats, v: Floats, pages: Ints, pos: int, scale: float
+        self,
+        q: Floats,
+        k: Floats,
+        v: Floats,
+        pages: Ints,
+        is_visible: Bools,
+        scale: float,
+        soft_cap: float = 0.0,
+        sinks: Floats | None = None,
     ) -> Floats:
-        """softmax(q K^T * scale) V of one row at `pos`: (H, v_dim).
+        """softmax(q K^T * scale) V of one row: (H, v_dim).
 
-        q (P, H, k_dim), k (P, H, 32, k_dim), v (P, H, 32, v_dim) for the P absolute `pages`.
+        q (P, H, k_dim), k (P, H, 32, k_dim), v (P, H, 32, v_dim) for the P absolute `pages`, of
+        whose positions `is_visible` (P, 32); sinks (H,).
         """
 
 

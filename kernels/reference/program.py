@@ -61,8 +61,8 @@ KNOWN: Known = {
     Rope: fields("kind n_dims base scale factors yarn magnitude growth", kind=("norm", "neox")),
     Growth: fields("factor n_ctx"),
     Yarn: fields("n_ctx beta_fast beta_slow"),
-    Attention: fields("q k v n_heads cache scale"),
-    KV: fields("n_heads k_dim v_dim"),
+    Attention: fields("q k v n_heads cache scale soft_cap sinks source"),
+    KV: fields("n_heads k_dim v_dim window"),
     Add: fields("a b"),
     Mul: fields("a b"),
     Bias: fields("x weight"),
@@ -92,15 +92,15 @@ class ReferenceBackend:
     def demand(self, segment: Segment, request: StepRequest) -> Demand:
         """What an exact program keeps, and the values of a step."""
         check(segment, KNOWN, "reference")
-        limits = StepLimits.of(request, segment.output.dim, _MAX_ROWS)
+        limits = StepLimits.of(request, segment.output.dim, segment.groups, _MAX_ROWS)
         matmuls = [op for op in segment.ops if isinstance(op, (Linear, ExpertLinear))]
         weights = {op.weight.name: op.weight for op in matmuls}
-        caches = segment.caches.values()
         rows = {
             "weights F32": 4 * sum(weight.n_elements for weight in weights.values()),
-            "KV cache": limits.n_pages
-            * PAGE
-            * sum(4 * kv.n_heads * (kv.k_dim + kv.v_dim) for kv in caches),
+            "KV cache": sum(
+                4 * PAGE * limits.n_pages[kv.window] * kv.n_heads * (kv.k_dim + kv.v_dim)
+                for kv in segment.caches.values()
+            ),
             "scratch": 4 * limits.max_rows * sum(op.out.dim for op in segment.ops),
         }
         return Demand(limits, rows)
@@ -129,12 +129,10 @@ class ReferenceProgram:
                 stack = [op.weight.matrix(i) for i in range(op.weight.shape[0])]
                 self._weights[op.weight.name] = list(map(numerics.load, stack))
         self._pages = {
-            layer: _Pages(
-                np.zeros((limits.n_pages, PAGE, kv.n_heads, kv.k_dim), numerics.kv_type),
-                np.zeros((limits.n_pages, PAGE, kv.n_heads, kv.v_dim), numerics.kv_type),
-            )
+            layer: _Pages.of(limits.n_pages[kv.window], kv, numerics.kv_type)
             for layer, kv in segment.caches.items()
         }
+        self._groups = {window: i for i, window in enumerate(segment.groups)}
         uses = Uses(segment)
         self._pinned = {
             op.out.index: pinned_query(op, uses) for op in segment.ops if isinstance(op, Attention)
@@ -236,15 +234,18 @@ class ReferenceProgram:
 
     def _attend(self, op: Attention, values: Mapping[int, Floats], batch: Batch) -> Floats:
         """Store this step's K and V, then let every row read the pages that it sees."""
-        n_rows, cache, pages = batch.n_rows, op.cache, self._pages[op.layer]
+        n_rows, cache, pages = batch.n_rows, op.cache, self._pages[op.cache_layer]
+        group = self._groups[cache.window]
         rows = [
-            (batch.tables[i], pos) for i, pos in zip(batch.seq, batch.pos.tolist(), strict=True)
+            (batch.tables[i][group], pos)
+            for i, pos in zip(batch.seq, batch.pos.tolist(), strict=True)
         ]
-        k = values[op.k.index].reshape(n_rows, cache.n_heads, cache.k_dim)
-        v = values[op.v.index].reshape(n_rows, cache.n_heads, cache.v_dim)
-        for row, (table, pos) in enumerate(rows):
-            page = table.pages[table.slot(pos // PAGE)]
-            pages.k[page, pos % PAGE], pages.v[page, pos % PAGE] = k[row], v[row]
+        if op.k is not None and op.v is not None:
+            k = values[op.k.index].reshape(n_rows, cache.n_heads, cache.k_dim)
+            v = values[op.v.index].reshape(n_rows, cache.n_heads, cache.v_dim)
+            for row, (table, pos) in enumerate(rows):
+                page = table.pages[table.slot(pos // PAGE)]
+                pages.k[page, pos % PAGE], pages.v[page, pos % PAGE] = k[row], v[row]
 
         pinned_pos = np.array([table.pinned_pos(pos) for table, pos in rows], np.int64)
         pinned = dict(values)
@@ -255,17 +256,21 @@ class ReferenceProgram:
         q, pinned_q = q.reshape(shape), pinned_q.reshape(shape)
         kv_head = np.arange(op.n_heads) // (op.n_heads // cache.n_heads)
         out = np.empty((n_rows, op.n_heads, cache.v_dim), np.float32)
+        sinks = None if op.sinks is None else dequantize(op.sinks)
         for row, (table, pos) in enumerate(rows):
-            absolute = np.array(table.visible(pos), np.int64)
-            arena = table.pages[[table.slot(page) for page in absolute.tolist()]]
+            pages_seen = table.visible(pos, cache.window)
+            absolute = np.array(pages_seen, np.int64)
+            arena = table.pages[[table.slot(page) for page in pages_seen]]
             is_pinned = (absolute < table.n_pinned)[:, None, None]
             out[row] = self._numerics.attend(
                 np.where(is_pinned, pinned_q[row], q[row]),
                 pages.k[arena].transpose(0, 2, 1, 3)[:, kv_head].astype(np.float32),
                 pages.v[arena].transpose(0, 2, 1, 3)[:, kv_head].astype(np.float32),
                 absolute,
-                pos,
+                np.array([table.sees(pos, page, cache.window) for page in pages_seen]),
                 op.scale,
+                op.soft_cap,
+                sinks,
             )
         return out.reshape(n_rows, -1)
 
@@ -329,3 +334,8 @@ class _Pages:
 
     k: NDArray[np.floating[Any]]
     v: NDArray[np.floating[Any]]
+
+    @classmethod
+    def of(cls, n_pages: int, kv: KV, kind: type[np.floating[Any]]) -> _Pages:
+        shape = n_pages, PAGE, kv.n_heads
+        return cls(np.zeros((*shape, kv.k_dim), kind), np.zeros((*shape, kv.v_dim), kind))

@@ -25,7 +25,7 @@ from edgeinfer.kernels.reference.functions import (
     sum_lanes,
     tanh,
 )
-from edgeinfer.kernels.reference.numerics import Doubles, Floats, Ints, f32, scaled
+from edgeinfer.kernels.reference.numerics import Bools, Doubles, Floats, Ints, f32, scaled
 from edgeinfer.quant import Weight, dequantize
 
 
@@ -75,21 +75,31 @@ class Quantised:
         return fma(x0, c, -(x1 * s)), fma(x0, s, x1 * c)
 
     def attend(
-        self, q: Floats, k: Floats, v: Floats, pages: Ints, pos: int, scale: float
+        self,
+        q: Floats,
+        k: Floats,
+        v: Floats,
+        pages: Ints,
+        is_visible: Bools,
+        scale: float,
+        soft_cap: float = 0.0,
+        sinks: Floats | None = None,
     ) -> Floats:
         """Each page by itself, pages folded inside segments of 16 pages, segments folded.
 
-        score = (fma(q[j], k[j], acc), j ascending) * scale. In a page, over its visible
-        positions: m = max of scores, p = exp(score - m), l = sum of the 32 p (0 where not
+        score = (fma(q[j], k[j], acc), j ascending) * scale, then its soft-cap. In a page, over its
+        visible positions: m = max of scores, p = exp(score - m), l = sum of the 32 p (0 where not
         visible) in `sum_lanes` order, o = fma(p, v, o) ascending; an invisible V is skipped.
         A segment is a range of absolute pages; both folds run in ascending order and start from
-        their first member. out = o * (1 / l).
+        their first member. A sink is folded last: m = sink, l = 1, and no o. out = o * (1 / l).
         """
-        is_visible = pages[:, None] * PAGE + np.arange(PAGE) <= pos  # (P, 32)
         scores = np.zeros(k.shape[:3], np.float32)  # (P, H, 32)
         for j in range(k.shape[3]):
             scores = fma(q[:, :, j, None], k[:, :, :, j], scores)
-        scores = np.where(is_visible[:, None], scores * np.float32(scale), -np.inf)
+        scores = scores * np.float32(scale)
+        if soft_cap:
+            scores = self.soft_cap(scores, soft_cap)
+        scores = np.where(is_visible[:, None], scores, np.float32(-np.inf))
         m = scores.max(axis=2)  # (P, H)
         p = np.where(is_visible[:, None], exp(scores - m[:, :, None]), np.float32(0))
         l = sum_lanes(p.reshape(*m.shape, 4, 8))  # noqa: E741
@@ -99,6 +109,8 @@ class Quantised:
         parts = [_Part(*part) for part in zip(m, l, o, strict=True)]
         members = groupby(zip(pages.tolist(), parts, strict=True), lambda x: x[0] // SEGMENT_PAGES)
         whole = reduce(_fold, [reduce(_fold, [part for _, part in group]) for _, group in members])
+        if sinks is not None:
+            whole = _fold_sinks(whole, sinks)
         out: Floats = whole.o * (np.float32(1) / whole.l)[:, None]
         return out
 
@@ -121,6 +133,13 @@ def _fold(a: _Part, b: _Part) -> _Part:
         fma(a.l, scale_a, b.l * scale_b),
         fma(a.o, scale_a[:, None], b.o * scale_b[:, None]),
     )
+
+
+def _fold_sinks(a: _Part, sinks: Floats) -> _Part:
+    """l = fma(a.l, exp(a.m - m), exp(sink - m)); o = a.o * exp(a.m - m)."""
+    m = np.maximum(a.m, sinks)
+    scale = exp(a.m - m)
+    return _Part(m, fma(a.l, scale, exp(sinks - m)), a.o * scale[:, None])
 
 
 def matmul_floats(x: Floats, weight: Floats) -> Floats:

@@ -23,7 +23,7 @@ N_KV_HEADS = 4
 
 
 def step(
-    depth: int, n_rows: int, dim: int, group: int, family: str | None
+    depth: int, n_rows: int, dim: int, group: int, family: str | None, window: int = 0
 ) -> tuple[Callable[[], None], Callable[[], None]]:
     """Calls that attend and fold the last `n_rows` of `depth` positions, once."""
     rng = np.random.default_rng(0)
@@ -37,21 +37,23 @@ def step(
     tables = np.array([pages.ctypes.data, n_pages, 0, 1 << 20], np.int64)
     pos, seq = np.arange(depth - n_rows, depth), np.zeros(n_rows, np.int32)
     n_segments = depth // 512 + 1
-    items = np.zeros(layout.items_bytes(n_rows, n_segments) // 8, np.int64)
+    plan = np.zeros(layout.attention_plan_bytes(n_rows, n_segments) // 8, np.int64)
     parts = native.huge(layout.parts_bytes(n_rows, n_heads, dim, dim, n_segments))
     out = np.zeros_like(q)
     h = native.header(
         H_ROWS=n_rows, H_POS=pos.ctypes.data, H_SEQ=seq.ctypes.data,
-        H_TABLES=tables.ctypes.data, H_ITEMS=items.ctypes.data,
+        H_TABLES=tables.ctypes.data,
     )  # fmt: skip
     args = [
-        q.ctypes.data, q[0].nbytes, 0, n_heads, N_KV_HEADS, native.float_bits(dim**-0.5),
-        k.ctypes.data, page_bytes, v.ctypes.data, page_bytes, parts.ctypes.data, n_segments,
-        dim, dim, out.ctypes.data, out[0].nbytes, 0, 0,
+        plan.ctypes.data, q.ctypes.data, q[0].nbytes, 0, n_heads, N_KV_HEADS,
+        native.float_bits(dim**-0.5), k.ctypes.data, page_bytes, v.ctypes.data, page_bytes,
+        parts.ctypes.data, dim, dim, 0, window, 0, 0, out.ctypes.data, out[0].nbytes, 0, 0,
     ]  # fmt: skip
-    native.run("plan_attention", h, args, range(1), family)
-    chunks = range(int(h[layout.H_N_ITEMS // layout.WORD]))
-    name, alive = f"attend.{dim}.{dim}", (k, v, q, pages, tables, pos, seq, items, parts, out)
+    plan_args = [plan.ctypes.data, N_KV_HEADS, n_segments, window, 0]
+    native.run("plan_attention", h, plan_args, range(1), family)
+    chunks = range(int(plan[0]))
+    name = f"attend.{dim}.{dim}" + ".window" * (window > 0)
+    alive = k, v, q, pages, tables, pos, seq, plan, parts, out
 
     def attend() -> None:
         assert alive

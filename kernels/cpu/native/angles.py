@@ -12,6 +12,7 @@ from edgeinfer.kernels.cpu.layout import (
     ANGLES_OUT,
     ANGLES_PINNED_OUT,
     ANGLES_SPAN,
+    ANGLES_TABLES,
 )
 from edgeinfer.kernels.cpu.native.math import sincos
 from edgeinfer.kernels.cpu.native.pages import n_gone, pinned_position, position, table_of
@@ -42,7 +43,7 @@ def make(isa, is_scaled=""):
             store_f32(out + 4 * (n_pairs + i), s * magnitude)
 
     def kernel(h, a, chunk, thread):
-        pos, table = position(h, chunk), table_of(h, chunk)
+        pos, table = position(h, chunk), table_of(h, word(a + ANGLES_TABLES), chunk)
         offset, pinned_out = 8 * word(a + ANGLES_N_PAIRS) * chunk, word(a + ANGLES_PINNED_OUT)
         write(a, pos, word(a + ANGLES_OUT) + offset)
         if pinned_out != 0 and n_gone(table, pos // 32) > 0:

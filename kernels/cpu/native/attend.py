@@ -10,18 +10,21 @@ from numba import njit
 
 from edgeinfer.kernels.cpu.layout import (
     ALL_SEGMENTS,
+    ATTEND_CAP,
     ATTEND_K_BASE,
     ATTEND_K_PAGE_BYTES,
     ATTEND_N_HEADS,
     ATTEND_N_KV_HEADS,
     ATTEND_PARTS,
     ATTEND_PINNED_Q,
+    ATTEND_PLAN,
     ATTEND_Q,
     ATTEND_Q_STRIDE,
     ATTEND_SCALE,
+    ATTEND_TABLES,
     ATTEND_V_BASE,
     ATTEND_V_PAGE_BYTES,
-    H_ITEMS,
+    ATTEND_WINDOW,
     H_ROWS,
     ITEM_BYTES,
     ITEM_N_ROWS,
@@ -30,17 +33,21 @@ from edgeinfer.kernels.cpu.layout import (
     ITEM_SEGMENT,
     MAX_QUERIES,
     PAGE,
+    PLAN_ROWS,
     ROW_BYTES,
     SEGMENT_PAGES,
     query_bytes,
     whole_vectors,
 )
+from edgeinfer.kernels.cpu.native.activations import tanh
 from edgeinfer.kernels.cpu.native.attention import (
     fold_weights,
     grid,
     max_rows,
-    n_pinned_visible,
     n_segments,
+    pinned_end,
+    pinned_start,
+    ring_start,
     segment,
     sum_rows,
     tile_of,
@@ -48,13 +55,14 @@ from edgeinfer.kernels.cpu.native.attention import (
 from edgeinfer.kernels.cpu.native.math import exp
 from edgeinfer.kernels.cpu.native.pages import (
     arena_page,
-    first_ring_page,
+    first_seen,
     n_gone,
     position,
     table_of,
 )
 from edgeinfer.kernels.cpu.native.simd import (
     add_f,
+    div_f,
     fma,
     load_f32,
     load_f32x8,
@@ -79,13 +87,16 @@ from edgeinfer.kernels.cpu.native.simd import (
 jit = njit(error_model="numpy")
 
 _ROW = 4 * PAGE  # bytes of one query's scores in a page
-# Local memory: scores, a vector of sums for each query, the maxima, fold weights, bounds.
+# Local memory: scores, a vector of sums for each query, the maxima, fold weights, bounds, then
+# of windows and soft-caps the first positions, that of an item's first row, and the cap.
 _SUMS = MAX_QUERIES * _ROW
 _MAXIMA = _SUMS + MAX_QUERIES * 32
 _WEIGHTS = _MAXIMA + 32
 _PART_WEIGHTS = _WEIGHTS + 32
 _BOUNDS = _PART_WEIGHTS + 32
-_LOCAL_BYTES = _BOUNDS + 32
+_LOWS = _BOUNDS + 32
+_FIRST, _CAP = _LOWS + 32, _LOWS + 36
+_LOCAL_BYTES = _LOWS + 64
 _INVISIBLE = float("-inf")
 
 
@@ -95,14 +106,18 @@ def _widest(n, n_vectors, n_sums):
     return max(w for w in range(1, top + 1) if n_vectors % w == 0)
 
 
-def _page_of(n, k_dim, v_dim, n_sums):
+def _page_of(n, k_dim, v_dim, n_sums, features):
     """Attention of a tile of n queries over one page, `n_sums` vectors of sums at a time.
 
     v_dim is a multiple of 8.
     """
     k_wide, v_wide = _widest(n, 4, n_sums), _widest(n, v_dim // 8, n_sums)
-    k_multiply, _, k_store, _ = grid(n, k_wide)
-    v_multiply, v_multiply_visible, v_store, v_fold = grid(n, v_wide)
+    k_multiply, _, _, k_store, _ = grid(n, k_wide)
+    _, _, _, v_store, v_fold = grid(n, v_wide)
+    is_windowed = "window" in features
+    hide = _hide_outside if is_windowed else _hide
+    cap_scores = _cap_scores if "cap" in features else _keep_scores
+    add_values = _values_of(n, v_dim, v_wide, is_windowed)
     k_sums, v_sums = n * k_wide, n * v_wide
     o_stride, state = 4 * v_dim, 4 * n * k_dim
     tops = state + 8 * n * v_dim  # m and l of the first state, then of the second
@@ -116,8 +131,8 @@ def _page_of(n, k_dim, v_dim, n_sums):
                 prefetch(soon + 16 * k_wide * j)
                 acc = k_multiply(acc, tile + 4 * n * j, 4, columns + 2 * PAGE * j)
             k_store(s + 32 * first, _ROW, mul_f(acc, splat_f32(scale)))
-        if common < PAGE:
-            _hide(s, n)
+        cap_scores(s, n)
+        hide(s, n, common)
         v0, v1 = load_rows_f32(s, _ROW, n), load_rows_f32(s + 32, _ROW, n)
         v2, v3 = load_rows_f32(s + 64, _ROW, n), load_rows_f32(s + 96, _ROW, n)
         m = max_rows(max_f(max_f(v0, v1), max_f(v2, v3)))
@@ -125,13 +140,7 @@ def _page_of(n, k_dim, v_dim, n_sums):
         _update(tile + tops + 64 * second, m, sum_rows(load_rows_f32(s + _SUMS, 32, n)), s, starts)
         o = tile + state + second * n * o_stride
         for d in range(0, 2 * v_dim, 16 * v_wide):
-            acc, column, soon = zeros_f32(v_sums), v + d, next_v + PAGE * d
-            for pos in range(common):
-                prefetch(soon + 16 * v_wide * pos)
-                acc = v_multiply(acc, s + 4 * pos, _ROW, column + 2 * v_dim * pos)
-            for pos in range(common, last):
-                p, seen = s + 4 * pos, column + 2 * v_dim * pos
-                acc = v_multiply_visible(acc, p, _ROW, seen, s + _BOUNDS, pos)
+            acc = add_values(zeros_f32(v_sums), s, v + d, next_v + PAGE * d, common, last)
             if starts:
                 v_store(o + 2 * d, o_stride, acc)
             else:
@@ -140,12 +149,67 @@ def _page_of(n, k_dim, v_dim, n_sums):
     return page
 
 
+def _values_of(n, v_dim, wide, is_windowed):
+    """Sums of V at a column, times the scores, over what each of n queries sees of a page."""
+    multiply, multiply_visible, multiply_between, _, _ = grid(n, wide)
+
+    @jit
+    def up_to_bounds(acc, s, column, soon, common, last):
+        for pos in range(common):
+            prefetch(soon + 16 * wide * pos)
+            acc = multiply(acc, s + 4 * pos, _ROW, column + 2 * v_dim * pos)
+        for pos in range(common, last):
+            p, seen = s + 4 * pos, column + 2 * v_dim * pos
+            acc = multiply_visible(acc, p, _ROW, seen, s + _BOUNDS, pos)
+        return acc
+
+    @jit
+    def between(acc, s, column, first, end):
+        for pos in range(first, end):
+            p, seen = s + 4 * pos, column + 2 * v_dim * pos
+            acc = multiply_between(acc, p, _ROW, seen, s + _BOUNDS, pos, s + _LOWS)
+        return acc
+
+    @jit
+    def within_bounds(acc, s, column, soon, common, last):
+        first, all_begun = _low(s, 0), _low(s, n - 1)
+        acc = between(acc, s, column, first, all_begun)
+        for pos in range(all_begun, common):
+            prefetch(soon + 16 * wide * pos)
+            acc = multiply(acc, s + 4 * pos, _ROW, column + 2 * v_dim * pos)
+        return between(acc, s, column, max(all_begun, common), last)
+
+    return within_bounds if is_windowed else up_to_bounds
+
+
 @jit
-def _hide(s, n):
+def _hide(s, n, common):
     """The scores of what each query must not see."""
+    if common < PAGE:
+        for i in range(n):
+            for pos in range(_bound(s, i), PAGE):
+                store_f32(s + _ROW * i + 4 * pos, _INVISIBLE)
+
+
+@jit
+def _hide_outside(s, n, common):
+    _hide(s, n, common)
     for i in range(n):
-        for pos in range(_bound(s, i), PAGE):
+        for pos in range(_low(s, i)):
             store_f32(s + _ROW * i + 4 * pos, _INVISIBLE)
+
+
+@jit
+def _keep_scores(s, n):
+    pass
+
+
+@jit
+def _cap_scores(s, n):
+    """SoftCap of every score."""
+    cap = load_splat_f32(s + _CAP)
+    for at in range(s, s + _ROW * n, 32):
+        store_f32x8(at, mul_f(tanh(div_f(load_f32x8(at), cap)), cap))
 
 
 @jit
@@ -190,6 +254,11 @@ def _bound(s, i):
 
 
 @jit
+def _low(s, i):
+    return load_i32(s + _LOWS + 4 * i)
+
+
+@jit
 def _gather(q, stride, group, k_dim, n_queries, region, size):
     """Copy the queries of an item, row by row, into their tiles."""
     for i in range(n_queries):
@@ -207,16 +276,48 @@ def _set_bounds(s, start, n, group, first_bound):
 
 
 @jit
+def _set_lows(s, start, n, group, first_bound):
+    """Both bounds of every query."""
+    _set_bounds(s, start, n, group, first_bound)
+    for i in range(n):
+        low = load_i32(s + _FIRST) + (start + i) // group
+        store_i32(s + _LOWS + 4 * i, max(low, 0))
+
+
+@jit
+def _set_nothing(s, start, n, group, first_bound):
+    pass
+
+
+@jit
 def _visible(page, n_pinned, ring):
     """The first visible page from `page` on."""
     return ring if n_pinned <= page < ring else page
 
 
-def make(isa, k_dim, v_dim):
+@jit
+def _all_seen(a, table, pos):
+    return 0, 0
+
+
+@jit
+def _window_seen(a, table, pos):
+    """How many pages of the cache a row's window has passed, and its first position on the next."""
+    first = first_seen(table, pos, word(a + ATTEND_WINDOW))
+    n_passed = max(first, 0) // PAGE
+    return n_passed, first - PAGE * n_passed
+
+
+def make(isa, k_dim, v_dim, *features):
     k_dim, v_dim = int(k_dim), whole_vectors(int(v_dim))
     size, n_sums = query_bytes(k_dim, v_dim), isa.registers // 2
-    page_4, page_3, page_2, page_1 = (_page_of(n, k_dim, v_dim, n_sums) for n in (4, 3, 2, 1))
+    page_4, page_3, page_2, page_1 = (
+        _page_of(n, k_dim, v_dim, n_sums, features) for n in (4, 3, 2, 1)
+    )
     scratch = local(_LOCAL_BYTES)
+    is_windowed = "window" in features
+    set_lows = _set_lows if is_windowed else _set_nothing
+    seen_of = _window_seen if is_windowed else _all_seen
 
     @jit
     def one_page(
@@ -229,6 +330,7 @@ def make(isa, k_dim, v_dim):
             if first_bound < PAGE:
                 _set_bounds(s, start, n, group, first_bound)
                 common, last = _bound(s, 0), _bound(s, n - 1)
+            set_lows(s, start, n, group, first_bound)
             if n == 4:
                 page_4(tile, second, starts, k, v, next_k, next_v, scale, s, common, last)
             elif n == 3:
@@ -251,7 +353,8 @@ def make(isa, k_dim, v_dim):
         s, n_kv_heads = scratch(), word(a + ATTEND_N_KV_HEADS)
         n_heads, head = word(a + ATTEND_N_HEADS), chunk % n_kv_heads
         group = n_heads // n_kv_heads
-        item = word(h + H_ITEMS) + ROW_BYTES * word(h + H_ROWS) + ITEM_BYTES * (chunk // n_kv_heads)
+        item = word(a + ATTEND_PLAN) + PLAN_ROWS + ROW_BYTES * word(h + H_ROWS)
+        item += ITEM_BYTES * (chunk // n_kv_heads)
         t, n_rows = word(item + ITEM_ROW), word(item + ITEM_N_ROWS)
         n_queries = n_rows * group
         region = word(a + ATTEND_PARTS)
@@ -260,19 +363,22 @@ def make(isa, k_dim, v_dim):
         offset = t * stride + head * group * k_dim * 4
         k_base = word(a + ATTEND_K_BASE) + head * k_dim * PAGE * 2
         v_base = word(a + ATTEND_V_BASE) + head * v_dim * PAGE * 2
-        pos, table = position(h, t), table_of(h, t)
+        pos, table = position(h, t), table_of(h, word(a + ATTEND_TABLES), t)
         last_page = pos // PAGE
-        n_pinned, ring = n_pinned_visible(table, last_page), first_ring_page(table, last_page)
+        n_passed, low = seen_of(a, table, pos)
+        n_pinned, ring = pinned_end(table, last_page), ring_start(table, last_page, n_passed)
+        begin = _visible(pinned_start(table, last_page, n_passed), n_pinned, ring)
         has_slid, source = n_gone(table, last_page) > 0, -1
-        end = n_segments(table, last_page)
+        store_f32(s + _CAP, load_f32(a + ATTEND_CAP))
+        end = n_segments(table, last_page, n_passed)
         if word(item + ITEM_SEGMENT) != ALL_SEGMENTS:
             end = 1
         k_bytes, v_bytes = word(a + ATTEND_K_PAGE_BYTES), word(a + ATTEND_V_PAGE_BYTES)
         for i in range(end):
             which = word(item + ITEM_SEGMENT)
             if which == ALL_SEGMENTS:
-                which = segment(table, last_page, i)
-            starts, p = True, _visible(SEGMENT_PAGES * which, n_pinned, ring)
+                which = segment(table, last_page, n_passed, i)
+            starts, p = True, _visible(max(SEGMENT_PAGES * which, begin), n_pinned, ring)
             limit = min(SEGMENT_PAGES * (which + 1), last_page + 1)
             slot = arena_page(table, p)
             while p < limit:
@@ -283,6 +389,7 @@ def make(isa, k_dim, v_dim):
                     source = wanted
                 k, v = k_base + slot * k_bytes, v_base + slot * v_bytes
                 bound = pos % PAGE + 1 if p == last_page else PAGE
+                store_i32(s + _FIRST, low if p == begin else -PAGE)
                 p = _visible(p + 1, n_pinned, ring)
                 if p < limit:
                     slot = arena_page(table, p)

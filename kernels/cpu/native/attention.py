@@ -12,7 +12,7 @@ from numba.extending import intrinsic
 from edgeinfer.kernels.cpu.layout import MAX_QUERIES, SEGMENT_PAGES, TABLE_PINNED
 from edgeinfer.kernels.cpu.native import simd
 from edgeinfer.kernels.cpu.native.math import exp
-from edgeinfer.kernels.cpu.native.pages import first_ring_page
+from edgeinfer.kernels.cpu.native.pages import first_ring_page, n_gone
 from edgeinfer.kernels.cpu.native.simd import (
     I32,
     Tile,
@@ -28,37 +28,59 @@ from edgeinfer.kernels.cpu.native.simd import (
 jit = njit(error_model="numpy")
 
 
-# -- the segments that rows on one page see, those without a visible page left out ---------------
+# -- the pages and segments that rows on one page see --------------------------------------------
+#
+# Rows are on absolute page `page`; a window has passed the first `n_passed` pages of their cache.
 
 
 @jit
-def n_pinned_visible(table, page):
-    """How many pinned pages a query on absolute page `page` sees."""
+def pinned_end(table, page):
+    """The page behind the pinned ones that exist."""
     return min(word(table + TABLE_PINNED), page + 1)
 
 
 @jit
-def _n_pinned_segments(table, page):
-    return (n_pinned_visible(table, page) + SEGMENT_PAGES - 1) // SEGMENT_PAGES
+def pinned_start(table, page, n_passed):
+    """The first pinned page that is seen; `pinned_end` where none is."""
+    return min(n_passed, pinned_end(table, page))
 
 
 @jit
-def _first_ring_segment(table, page):
-    return max(first_ring_page(table, page) // SEGMENT_PAGES, _n_pinned_segments(table, page))
+def ring_start(table, page, n_passed):
+    """The first page behind the pinned ones that is seen."""
+    return max(first_ring_page(table, page), n_passed + n_gone(table, page))
 
 
 @jit
-def n_segments(table, page):
-    """How many segments a query on absolute page `page` sees."""
-    rest = page // SEGMENT_PAGES + 1 - _first_ring_segment(table, page)
-    return _n_pinned_segments(table, page) + max(rest, 0)
+def _n_pinned_segments(table, page, n_passed):
+    start, end = pinned_start(table, page, n_passed), pinned_end(table, page)
+    if start == end:
+        return 0
+    return (end + SEGMENT_PAGES - 1) // SEGMENT_PAGES - start // SEGMENT_PAGES
 
 
 @jit
-def segment(table, page, i):
+def _first_ring_segment(table, page, n_passed):
+    first = ring_start(table, page, n_passed) // SEGMENT_PAGES
+    if pinned_start(table, page, n_passed) == pinned_end(table, page):
+        return first
+    return max(first, (pinned_end(table, page) + SEGMENT_PAGES - 1) // SEGMENT_PAGES)
+
+
+@jit
+def n_segments(table, page, n_passed):
+    """How many segments have a page that is seen."""
+    rest = page // SEGMENT_PAGES + 1 - _first_ring_segment(table, page, n_passed)
+    return _n_pinned_segments(table, page, n_passed) + max(rest, 0)
+
+
+@jit
+def segment(table, page, n_passed, i):
     """The i-th of them, as 512-position segment of the sequence."""
-    pinned = _n_pinned_segments(table, page)
-    return i if i < pinned else _first_ring_segment(table, page) + i - pinned
+    n_pinned = _n_pinned_segments(table, page, n_passed)
+    if i < n_pinned:
+        return pinned_start(table, page, n_passed) // SEGMENT_PAGES + i
+    return _first_ring_segment(table, page, n_passed) + i - n_pinned
 
 
 # -- tiles of queries ---------------------------------------------------------------------------
@@ -131,6 +153,7 @@ def grid(n, wide):
 
     `multiply(acc, x, x_stride, y)`: acc[i, v] + x[i] * y[v], x floats and y halves.
     `multiply_visible(acc, x, x_stride, y, bounds, pos)`: only where pos < bounds[i] (int32).
+    `multiply_between(..., bounds, pos, lows)`: and where pos >= lows[i].
     `store(p, stride, acc)`; `fold(p, stride, acc, a, b)`: p[i, v] * a[i] + acc[i, v] * b[i].
     """
     kind = Tile(f32x8, n * wide)
@@ -163,6 +186,12 @@ def grid(n, wide):
 
         return kind(acc, x, x_stride, y), codegen
 
+    def compare(b, order, here, bounds, i):
+        """Whether position `here` is below, or not below, the i-th of some bounds, in all lanes."""
+        at = simd.offset_ir(b, bounds, ir.Constant(simd.I64, 4), i)
+        bound = simd.splat_ir(b, simd.load_ir(b, at, I32), 8)
+        return b.icmp_signed(order, simd.splat_ir(b, here, 8), bound)
+
     @intrinsic
     def multiply_visible(typingctx, acc, x, x_stride, y, bounds, pos):
         def codegen(context, b, signature, values):
@@ -171,14 +200,28 @@ def grid(n, wide):
 
             def rows():
                 for i, old, new in products(b, acc, x, stride, y):
-                    at = simd.offset_ir(b, bounds, ir.Constant(simd.I64, 4), i)
-                    bound = simd.splat_ir(b, simd.load_ir(b, at, I32), 8)
-                    is_seen = b.icmp_signed("<", simd.splat_ir(b, here, 8), bound)
-                    yield b.select(is_seen, new, old)
+                    yield b.select(compare(b, "<", here, bounds, i), new, old)
 
             return simd.tile_ir(b, kind, rows())
 
         return kind(acc, x, x_stride, y, bounds, pos), codegen
+
+    @intrinsic
+    def multiply_between(typingctx, acc, x, x_stride, y, bounds, pos, lows):
+        def codegen(context, b, signature, values):
+            acc, x, stride, y, bounds, pos, lows = _cast_all(context, b, signature, values)
+            here = b.trunc(pos, I32)
+
+            def rows():
+                for i, old, new in products(b, acc, x, stride, y):
+                    is_seen = b.and_(
+                        compare(b, "<", here, bounds, i), compare(b, ">=", here, lows, i)
+                    )
+                    yield b.select(is_seen, new, old)
+
+            return simd.tile_ir(b, kind, rows())
+
+        return kind(acc, x, x_stride, y, bounds, pos, lows), codegen
 
     @intrinsic
     def store(typingctx, p, stride, acc):
@@ -208,4 +251,4 @@ def grid(n, wide):
 
         return types.void(p, stride, acc, weights, part_weights), codegen
 
-    return multiply, multiply_visible, store, fold
+    return multiply, multiply_visible, multiply_between, store, fold

@@ -9,10 +9,12 @@ from edgeinfer.kernels.cpu.layout import (
     ATTEND_N_HEADS,
     ATTEND_N_KV_HEADS,
     ATTEND_PARTS,
-    ATTEND_SINK,
+    ATTEND_PLAN,
+    ATTEND_SINKS,
     ATTEND_V_DIM,
-    H_ITEMS,
+    FOLD_SINK,
     H_ROWS,
+    PLAN_ROWS,
     QUERY_EXTRA,
     ROW_BYTES,
     ROW_INDEX,
@@ -40,9 +42,24 @@ _whole_vectors = jit(whole_vectors)
 
 
 @jit
-def _fold_head(tile, step, n_parts, lane, n, k_dim, v_dim, out):
-    """Query `lane` of a tile of n, whose parts lie `step` bytes apart, folded into the first."""
-    room, n_whole = _whole_vectors(v_dim), v_dim & -8
+def _no_sink(m, l, sink):  # noqa: E741
+    return l, splat_f32(1.0)
+
+
+@jit
+def _with_sink(m, l, sink):  # noqa: E741
+    """The sum with a score that has no value, and what to scale the values by."""
+    _, total, a, _ = fold_weights(m, load_splat_f32(sink), l, splat_f32(1.0))
+    return total, a
+
+
+@jit
+def _fold_parts(tile, step, n_parts, lane, n, k_dim, v_dim):
+    """Query `lane` of a tile of n, whose parts lie `step` bytes apart, folded into the first.
+
+    Returns where its state is, its m and its l.
+    """
+    room = _whole_vectors(v_dim)
     o, tops = tile + 4 * (n * k_dim + lane * room), tile + 4 * n * (k_dim + 2 * room) + 4 * lane
     m, l = load_splat_f32(tops), load_splat_f32(tops + 32)  # noqa: E741
     for part in range(1, n_parts):
@@ -53,33 +70,42 @@ def _fold_head(tile, step, n_parts, lane, n, k_dim, v_dim, out):
         for d in range(0, 4 * room, 32):
             scaled = mul_f(load_f32x8(o + at + d), b)
             store_f32x8(o + d, fma(load_f32x8(o + d), a, scaled))
-    inverse = div_f(splat_f32(1.0), l)
+    return o, m, l
+
+
+@jit
+def _write(o, factor, inverse, v_dim, out):
+    n_whole = v_dim & -8
     for d in range(0, 4 * n_whole, 32):
-        store_f32x8(out + d, mul_f(load_f32x8(o + d), inverse))
+        store_f32x8(out + d, mul_f(mul_f(load_f32x8(o + d), factor), inverse))
     if n_whole < v_dim:
-        store_f32x8(o, mul_f(load_f32x8(o + 4 * n_whole), inverse))
+        store_f32x8(o, mul_f(mul_f(load_f32x8(o + 4 * n_whole), factor), inverse))
         copy(o, out + 4 * n_whole, v_dim - n_whole)
 
 
-def make(isa):
+def make(isa, sinks=""):
+    with_sink = _with_sink if sinks else _no_sink
+
     def kernel(h, a, chunk, thread):
         k_dim, v_dim = word(a + ATTEND_K_DIM), word(a + ATTEND_V_DIM)
         n_heads = word(a + ATTEND_N_HEADS)
         size = 4 * (k_dim + 2 * _whole_vectors(v_dim) + QUERY_EXTRA)
         group = n_heads // word(a + ATTEND_N_KV_HEADS)
-        record = word(h + H_ITEMS) + ROW_BYTES * chunk
+        record = word(a + ATTEND_PLAN) + PLAN_ROWS + ROW_BYTES * chunk
         n_rows, index = word(record + ROW_ITEM_ROWS), word(record + ROW_INDEX)
         parts = word(a + ATTEND_PARTS) + word(record + ROW_PART) * n_heads * size
-        step, n_queries, sink = n_rows * n_heads * size, n_rows * group, a + ATTEND_SINK
+        step, n_queries, sink = n_rows * n_heads * size, n_rows * group, a + FOLD_SINK
         out = row_at(sink, chunk, thread)
         for head in range(n_heads):
             query = index * group + head % group
             start, n = tile_of(query, n_queries)
             tile = parts + (head // group * n_queries + start) * size
-            _fold_head(
-                tile, step, word(record + ROW_N_PARTS), query - start, n, k_dim, v_dim,
-                out + 4 * head * v_dim,
-            )  # fmt: skip
+            o, m, l = _fold_parts(  # noqa: E741
+                tile, step, word(record + ROW_N_PARTS), query - start, n, k_dim, v_dim
+            )
+            total, factor = with_sink(m, l, word(a + ATTEND_SINKS) + 4 * head)
+            inverse = div_f(splat_f32(1.0), total)
+            _write(o, factor, inverse, v_dim, out + 4 * head * v_dim)
         leave(out, n_heads * v_dim, sink, chunk, word(h + H_ROWS))
 
     return kernel

@@ -30,9 +30,9 @@ def position(h, t):
 
 
 @jit
-def table_of(h, t):
-    """The page table of row t's sequence."""
-    return word(h + H_TABLES) + TABLE_BYTES * load_i32(word(h + H_SEQ) + 4 * t)
+def table_of(h, tables, t):
+    """The page table of row t's sequence, of those that begin at an offset."""
+    return word(h + H_TABLES) + tables + TABLE_BYTES * load_i32(word(h + H_SEQ) + 4 * t)
 
 
 @jit
@@ -61,3 +61,12 @@ def n_gone(table, page):
 def pinned_position(table, pos):
     """PageTable.pinned_pos."""
     return pos - PAGE * n_gone(table, pos // PAGE)
+
+
+@jit
+def first_seen(table, pos, window):
+    """The first position that a window leaves to a query at `pos`, counted inside the cache.
+
+    Below 0 where it leaves all. Inside the cache there is no gap behind the pinned pages.
+    """
+    return pinned_position(table, pos) - window + 1

@@ -7,11 +7,7 @@ from numba import njit
 from edgeinfer.kernels.cpu.layout import (
     ALL_SEGMENTS,
     ATTEND_FEW_ROWS,
-    ATTEND_MAX_SEGMENTS,
-    ATTEND_N_KV_HEADS,
     ATTEND_ROWS,
-    H_ITEMS,
-    H_N_ITEMS,
     H_ROWS,
     H_SEQ,
     ITEM_BYTES,
@@ -20,6 +16,12 @@ from edgeinfer.kernels.cpu.layout import (
     ITEM_ROW,
     ITEM_SEGMENT,
     PAGE,
+    PLAN_MAX_SEGMENTS,
+    PLAN_N_KV_HEADS,
+    PLAN_OUT,
+    PLAN_ROWS,
+    PLAN_TABLES,
+    PLAN_WINDOW,
     ROW_BYTES,
     ROW_INDEX,
     ROW_ITEM_ROWS,
@@ -28,19 +30,26 @@ from edgeinfer.kernels.cpu.layout import (
     SPLIT_ROWS,
 )
 from edgeinfer.kernels.cpu.native.attention import n_segments, segment
-from edgeinfer.kernels.cpu.native.pages import position, table_of
+from edgeinfer.kernels.cpu.native.pages import first_seen, position, table_of
 from edgeinfer.kernels.cpu.native.simd import load_i32, set_word, word
 
 jit = njit(error_model="numpy")
 
 
 @jit
-def _first_row(h, last, most):
+def _n_passed(table, pos, window):
+    """How many pages of its cache a query no longer sees for a window."""
+    return max(first_seen(table, pos, window), 0) // PAGE if window else 0
+
+
+@jit
+def _first_row(h, table, last, most, window):
     """First row of the work item that ends with row `last`: `most` positions are a block."""
     seqs, row = word(h + H_SEQ), last
-    block = position(h, last) // most
+    block, n_passed = position(h, last) // most, _n_passed(table, position(h, last), window)
     while row > 0 and load_i32(seqs + 4 * (row - 1)) == load_i32(seqs + 4 * last):
-        if position(h, row - 1) // most != block:
+        pos = position(h, row - 1)
+        if pos // most != block or _n_passed(table, pos, window) != n_passed:
             break
         row -= 1
     return row
@@ -55,9 +64,9 @@ def _write_item(item, row, n_rows, which, part):
 
 
 @jit
-def _write_rows(h, row, n_rows, part, n_parts):
+def _write_rows(plan, row, n_rows, part, n_parts):
     for i in range(n_rows):
-        record = word(h + H_ITEMS) + ROW_BYTES * (row + i)
+        record = plan + PLAN_ROWS + ROW_BYTES * (row + i)
         set_word(record + ROW_PART, part)
         set_word(record + ROW_ITEM_ROWS, n_rows)
         set_word(record + ROW_INDEX, i)
@@ -66,25 +75,28 @@ def _write_rows(h, row, n_rows, part, n_parts):
 
 def make(isa):
     def kernel(h, a, chunk, thread):
+        plan, window, tables = word(a + PLAN_OUT), word(a + PLAN_WINDOW), word(a + PLAN_TABLES)
         end, part, n_items = word(h + H_ROWS), 0, 0
-        items = word(h + H_ITEMS) + ROW_BYTES * end
-        spare = SPLIT_ROWS * word(a + ATTEND_MAX_SEGMENTS)
+        items = plan + PLAN_ROWS + ROW_BYTES * end
+        spare = SPLIT_ROWS * word(a + PLAN_MAX_SEGMENTS)
         most = ATTEND_ROWS if end > SPLIT_ROWS else ATTEND_FEW_ROWS
         # The last rows see most: starting with them leaves the small items for the end.
         while end > 0:
-            row = _first_row(h, end - 1, most)
-            n_rows, table, page = end - row, table_of(h, row), position(h, row) // PAGE
-            n_parts, n = 1, n_segments(table, page)
+            table = table_of(h, tables, end - 1)
+            row = _first_row(h, table, end - 1, most, window)
+            n_rows, page = end - row, position(h, row) // PAGE
+            n_passed = _n_passed(table, position(h, row), window)
+            n_parts, n = 1, n_segments(table, page, n_passed)
             if n_rows <= SPLIT_ROWS and n_rows * (n - 1) <= spare:
                 n_parts = n
                 spare -= n_rows * (n - 1)
-            _write_rows(h, row, n_rows, part, n_parts)
+            _write_rows(plan, row, n_rows, part, n_parts)
             for i in range(n_parts):
-                which = ALL_SEGMENTS if n_parts < n else segment(table, page, i)
+                which = ALL_SEGMENTS if n_parts < n else segment(table, page, n_passed, i)
                 _write_item(items + ITEM_BYTES * n_items, row, n_rows, which, part)
                 n_items += 1
                 part += n_rows
             end = row
-        set_word(h + H_N_ITEMS, n_items * word(a + ATTEND_N_KV_HEADS))
+        set_word(plan, n_items * word(a + PLAN_N_KV_HEADS))
 
     return kernel

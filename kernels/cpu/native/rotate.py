@@ -26,6 +26,7 @@ from edgeinfer.kernels.cpu.layout import (
     ROTATE_Q,
     ROTATE_Q_NORM,
     ROTATE_Q_STRIDE,
+    ROTATE_TABLES,
     ROTATE_V,
     ROTATE_V_BASE,
     ROTATE_V_DIM,
@@ -147,7 +148,7 @@ def make(isa, style):
             pinned += 4 * k_dim
 
     def kernel(h, a, chunk, thread):
-        pos, table = position(h, chunk), table_of(h, chunk)
+        pos, table = position(h, chunk), table_of(h, word(a + ROTATE_TABLES), chunk)
         page, place = arena_page(table, pos // PAGE), pos % PAGE
         slid = word(a + ROTATE_PINNED_Q) != 0 and n_gone(table, pos // PAGE) > 0
         queries(h, a, chunk, slid)

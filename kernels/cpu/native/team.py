@@ -22,7 +22,6 @@ from edgeinfer.kernels.cpu.layout import (
     COUNT_ROWS,
     COUNT_WANTED,
     H_ABORT,
-    H_N_ITEMS,
     H_ROWS,
     H_WANTED_ROWS,
     PART_ARGS,
@@ -39,6 +38,7 @@ from edgeinfer.kernels.cpu.layout import (
     SLOT_TICKET,
     TAPE_HEADER,
     TAPE_N_OPS,
+    TAPE_N_PROLOGUE,
     TAPE_N_THREADS,
     TAPE_PROLOGUE,
     TAPE_SLOTS,
@@ -95,7 +95,7 @@ def make(isa, function):
         if rule == COUNT_WANTED:
             return word(header + H_WANTED_ROWS)
         if rule == COUNT_ITEMS:
-            return word(header + H_N_ITEMS)
+            return word(word(word(part + PART_ARGS)))
         if rule == COUNT_PLANNED:
             args = word(part + PART_ARGS)
             return word(word(args)) * word(args + WORD) if is_planned else 0
@@ -201,10 +201,11 @@ def make(isa, function):
 
     def step(team, tape):
         reset_float()
-        prologue = word(tape + TAPE_PROLOGUE)
-        if prologue:
-            kernel, args = word(prologue + PART_KERNEL), word(prologue + PART_ARGS)
+        part = word(tape + TAPE_PROLOGUE)
+        for _ in range(word(tape + TAPE_N_PROLOGUE)):
+            kernel, args = word(part + PART_KERNEL), word(part + PART_ARGS)
             invoke(kernel, word(tape + TAPE_HEADER), args, 0, 0)
+            part += PART_BYTES
         epoch = load_acquire(team + TEAM_EPOCH) + 1
         publish(tape, epoch)
         swap(team + TEAM_TAPE, tape)
