@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeinfer.tui.conversation import Conversation
+from edgeinfer.tui.records import Header, Node
 from edgeinfer.tui.schema import _STEPS, VERSION
 from edgeinfer.tui.search import excerpt, holds, tokens
 from edgeinfer.tui.store import FILE_NAME, Store
@@ -120,3 +121,18 @@ def test_older_files_are_searched_alike_and_lose_nothing(tmp_path: Path, version
     store.close()
     with closing(sqlite3.connect(path)) as db:
         assert db.execute("PRAGMA user_version").fetchone() == (VERSION,)
+
+
+def test_what_was_typed_lately_is_read_from_the_end_of_the_file(tmp_path: Path) -> None:
+    store = Store(tmp_path / FILE_NAME)
+    conversation = Conversation(store)
+    texts = [f"question {i % 300}" for i in range(2000)]
+    nodes = [Node(i + 1, i or None, "user", text) for i, text in enumerate(texts)]
+    store.insert([(None, Header("many", "", None, 2000), nodes, (0.0, 0.0))])
+    conversation.ask("the last one", (), None)
+    steps: list[int] = []
+    assert store._db is not None
+    store._db.set_progress_handler(lambda: steps.append(1), 1000)
+    assert store.prompts() == [*texts[-199:], "the last one"]
+    assert len(steps) < 20
+    store.close()

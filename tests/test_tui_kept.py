@@ -114,7 +114,10 @@ def state_after(parts: list[str], folder: Path) -> list[Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(40))
-def test_any_keys_at_once_are_what_they_are_one_by_one(seed: int, tmp_path: Path) -> None:
+def test_any_keys_at_once_are_what_they_are_one_by_one(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgeinfer.tui.prompt._REPEAT_SECONDS", -1.0)  # no key is held
     text = "".join(random.Random(seed).choices(PIECES, k=25))
     (tmp_path / "notes.txt").write_text("in the file")
     ends = [state_after(parts, tmp_path) for parts in (list(text), [text])]

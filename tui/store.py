@@ -253,11 +253,13 @@ class Store:
 
     def prompts(self, limit: int = 200) -> list[str]:
         """What was typed lately, oldest first, each text once."""
+        # From the end of the file: all of it would be read to find the latest ones by their text.
         query = (
-            "SELECT content, max(id) AS last FROM message WHERE role = 'user' AND content <> '' "
-            "GROUP BY content ORDER BY last DESC LIMIT ?"
+            "SELECT content FROM message WHERE role = 'user' AND content <> '' "
+            "ORDER BY id DESC LIMIT ?"
         )
-        return [text_of(row["content"]) for row in self._rows(query, limit)][::-1]
+        latest = dict.fromkeys(text_of(row[0]) for row in self._rows(query, 2 * limit))
+        return list(latest)[:limit][::-1]
 
     # -- preferences -----------------------------------------------------------------------------
 
