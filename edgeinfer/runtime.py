@@ -243,9 +243,15 @@ def _make_template(
     tokenizer: _Later[Tokenizer],
 ) -> ChatTemplate:
     """After the tokenizer, which loading waits for; probed here while weights are packed."""
-    texts = tokenizer.result().texts
-    override = options.get("chat_template")
-    template = ChatTemplate.from_metadata(file.metadata, override, texts, engine=templates)
+    known = tokenizer.result()
+    template = ChatTemplate.from_metadata(
+        file.metadata,
+        options.get("chat_template"),
+        texts=known.texts,
+        bos_token=known.bos_text,
+        eos_token=known.eos_text,
+        engine=templates,
+    )
     if templates is not None:
         template.capabilities  # noqa: B018
     return template

@@ -416,7 +416,7 @@ def read_all(path: Path, *, renders: bool, generates: bool) -> int:
         if renders:
             for weight in file.tensors.values():
                 attempt(lambda weight=weight: dequantize(weight))
-            texts = None if tokenizer is None else tokenizer.texts
+            texts = () if tokenizer is None else tokenizer.texts
             template = attempt(lambda: ChatTemplate.from_metadata(file.metadata, texts=texts))
             if template is not None:
                 attempt(lambda: template.render(MESSAGES))
@@ -428,7 +428,7 @@ def read_all(path: Path, *, renders: bool, generates: bool) -> int:
 
 
 _GETTERS: tuple[Callable[[Metadata, str], object], ...] = (
-    Metadata.get_int, Metadata.get_float, Metadata.get_str, Metadata.get_bytes, Metadata.get_bool,
+    Metadata.get_int, Metadata.get_float, Metadata.get_str, Metadata.get_bool,
     Metadata.get_ints, Metadata.get_floats, Metadata.get_bools,
 )  # fmt: skip
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from enum import Enum
 from fractions import Fraction
@@ -31,6 +31,8 @@ from edgeinfer.text.chat import (
 )
 from edgeinfer.text.template_engine import Budget, RenderError, TemplateEngine
 from edgeinfer.text.tokenizer import Tokenizer
+
+from .models_for_tests import metadata_of
 
 DataFile = Callable[[str], Path]
 
@@ -81,14 +83,25 @@ def chat_template(source: str, **options: Any) -> ChatTemplate:
     return ChatTemplate(source, engine=ENGINE, **options)
 
 
-def template_of(meta: dict[str, Any], override: str | None = None) -> ChatTemplate:
-    return ChatTemplate.from_metadata(meta, override, engine=ENGINE)
+def template_of(
+    meta: dict[str, Any], override: str | None = None, texts: Sequence[str] = (), bos: str = ""
+) -> ChatTemplate:
+    return ChatTemplate.from_metadata(
+        metadata_of(meta), override, texts=texts, bos_token=bos, engine=ENGINE
+    )
 
 
 @cache
 def smollm_parts(path: Path) -> tuple[Tokenizer, ChatTemplate]:
     with GGUFFile.open(path) as file:
-        return Tokenizer.from_metadata(file.metadata), template_of(file.metadata)
+        tokenizer = Tokenizer.from_metadata(file.metadata)
+        return tokenizer, ChatTemplate.from_metadata(
+            file.metadata,
+            texts=tokenizer.texts,
+            bos_token=tokenizer.bos_text,
+            eos_token=tokenizer.eos_text,
+            engine=ENGINE,
+        )
 
 
 @pytest.fixture(scope="session")
@@ -286,17 +299,16 @@ def test_the_files_own_template(smollm: tuple[Tokenizer, ChatTemplate]) -> None:
     ],
 )
 def test_fallback_by_vocabulary(token: str, name: str, start: str) -> None:
-    meta = {"tokenizer.ggml.tokens": ["<B>", token], "tokenizer.ggml.bos_token_id": 0}
-    template = template_of(meta)
+    template = template_of({}, texts=["<B>", token], bos="<B>")
     assert template.name == name
     assert template.render([{"role": "user", "content": "Hi"}]).startswith(start)
 
 
 def test_fallback_by_name_or_not_at_all() -> None:
-    meta = {"tokenizer.ggml.tokens": ["a"], "general.name": "TinyLlama 1.1B Chat v1.0"}
-    assert template_of(meta).name == "zephyr"
+    meta = {"general.name": "TinyLlama 1.1B Chat v1.0"}
+    assert template_of(meta, texts=["a"]).name == "zephyr"
     with pytest.raises(TemplateError, match="base model.*--chat-template"):
-        template_of({"tokenizer.ggml.tokens": ["a"], "general.name": "x"})
+        template_of({"general.name": "x"}, texts=["a"])
 
 
 @pytest.mark.parametrize("name", sorted(BUILT_IN))

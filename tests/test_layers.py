@@ -19,8 +19,9 @@ LAYERS = """
 terminal
 errors
 config quant platform options parameters results settings
+gguf
 rope
-text sampling hub ops gguf
+text sampling hub ops
 graph keys
 batch models.*
 fusion known

@@ -12,13 +12,12 @@ from types import NoneType
 from typing import Any, Protocol
 
 from edgeinfer.errors import InvalidRequestError, TemplateError
+from edgeinfer.gguf import Metadata
 from edgeinfer.text.chat_templates import (
     BUILT_IN,
     choose_template,
     fallback_name,
     own_template,
-    special_text,
-    token_texts,
 )
 from edgeinfer.text.hiding import Hiding
 from edgeinfer.text.messages import Capabilities, Message, by_turns, checked, fit, plain, probe
@@ -85,21 +84,18 @@ class ChatTemplate:
     @classmethod
     def from_metadata(
         cls,
-        meta: Mapping[str, Any],
+        meta: Metadata,
         override: str | None = None,
-        texts: Sequence[str] | None = None,
         *,
+        texts: Sequence[str] = (),
+        bos_token: str = "",
+        eos_token: str = "",
         engine: TemplateEngine | None = None,
     ) -> ChatTemplate:
         """The file's template, or `override`: the name of one, or a file that holds one.
 
-        `texts` is the vocabulary, where someone has read it already.
+        `texts` are those of the vocabulary; `bos_token` and `eos_token` two of them.
         """
-        texts = token_texts(meta) if texts is None else texts
-        bos, eos = (
-            special_text(meta, texts, "bos_token_id", 1),
-            special_text(meta, texts, "eos_token_id", 2),
-        )
         if override is not None:
             name, source = override, choose_template(override, meta)
         elif found := own_template(meta):
@@ -110,8 +106,8 @@ class ChatTemplate:
         tool_source = own_template(meta, "tool_use") if override is None else None
         return cls(
             source,
-            bos_token=bos,
-            eos_token=eos,
+            bos_token=bos_token,
+            eos_token=eos_token,
             name=name,
             tool_source=tool_source,
             engine=engine,
