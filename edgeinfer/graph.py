@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple, NoReturn
 
+from edgeinfer.dequantize import dequantize
 from edgeinfer.errors import InvalidModelError, UnsupportedModelError
 from edgeinfer.ops import (
     KV,
@@ -35,7 +36,7 @@ from edgeinfer.ops import (
     Value,
     inputs,
 )
-from edgeinfer.quant import Weight, dequantize
+from edgeinfer.quant import Weight
 from edgeinfer.rope import FREQS, LONG, SHORT, Growth, Rope, RopeKind, RopeReader, Yarn
 from edgeinfer.settings import Settings
 

@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from edgeinfer.dequantize import dequantize
 from edgeinfer.errors import InvalidModelError, UnsupportedModelError
 from edgeinfer.gguf import Array, GGUFFile
 from edgeinfer.graph import Graph, Hparams, Rotate, without_leading_ones
 from edgeinfer.keys import Keys
-from edgeinfer.quant import RUNNABLE, Weight, dequantize
+from edgeinfer.quant import RUNNABLE, Weight
 from edgeinfer.terminal import one_line
 
 

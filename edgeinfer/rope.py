@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
-from edgeinfer.quant import Weight, dequantize
+from edgeinfer.quant import Weight
 from edgeinfer.settings import Settings
 
 if TYPE_CHECKING:
@@ -90,6 +90,8 @@ class Rope(NamedTuple):
     def frequencies(self) -> NDArray[np.float64]:
         """Radians a position of each pair: scale / (base ** (2i / n_dims) * factors[i])."""
         import numpy as np
+
+        from edgeinfer.dequantize import dequantize
 
         i = np.arange(self.n_dims // 2, dtype=np.float64)
         wave: NDArray[np.float64] = np.float64(self.base) ** (2 * i / self.n_dims)

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from unicodedata import category
 
+from edgeinfer.dequantize import dequantize
 from edgeinfer.errors import EdgeInferError
 from edgeinfer.gguf import Array, GGUFFile, Metadata
-from edgeinfer.quant import dequantize
 
 from .models_for_tests import tiny_model
 

@@ -15,9 +15,9 @@ import gguf
 import numpy as np
 import pytest
 
+from edgeinfer.dequantize import dequantize
 from edgeinfer.errors import ClosedError, InvalidModelError, ModelNotFoundError
 from edgeinfer.gguf import Array, GGUFFile, Metadata
-from edgeinfer.quant import dequantize
 
 from .models_for_tests import tiny_model
 

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from edgeinfer.batch import PAGE
+from edgeinfer.dequantize import dequantize
 from edgeinfer.graph import ActivationKind
 from edgeinfer.kernels.reference.numerics import Doubles, Floats, Ints, f32
-from edgeinfer.quant import Weight, dequantize
+from edgeinfer.quant import Weight
 
 
 class Exact:
