@@ -51,8 +51,7 @@ class Model:
         _check_unused(graph)
         _check_types(graph, file.tensors)
         _check_rope_factors(graph)
-        name = one_line(file.metadata.get_str("general.name", "") or file.path.stem)
-        return cls(file, name, hparams, graph, _read_sampling(file))
+        return cls(file, file.name, hparams, graph, _read_sampling(file))
 
     @property
     def architecture(self) -> str:

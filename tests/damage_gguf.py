@@ -393,6 +393,7 @@ def read_all(path: Path, *, renders: bool, generates: bool) -> int:
 
     from edgeinfer.inspect_file import describe
     from edgeinfer.llm import LLM
+    from edgeinfer.load_settings import LoadSettings
     from edgeinfer.model import Model
     from edgeinfer.runtime import plan_model
     from edgeinfer.text.chat import ChatTemplate
@@ -409,7 +410,8 @@ def read_all(path: Path, *, renders: bool, generates: bool) -> int:
                     attempt(lambda key=key, read=read: read(file.metadata, key))
         model = attempt(lambda: Model.load(file))
         if model is not None:
-            attempt(lambda: plan_model(model, {"device": "reference", "threads": 1}))
+            options = LoadSettings.resolve("plan", {"device": "reference", "threads": 1})
+            attempt(lambda: plan_model(model, options))
         tokenizer = attempt(lambda: Tokenizer.from_metadata(file.metadata))
         if tokenizer is not None:
             attempt(lambda: _round_trip(tokenizer))

@@ -27,7 +27,7 @@ batch models.*
 fusion known
 kernels.reference kernels.cpu kernels.cuda
 model backend
-engine
+engine load_settings
 runtime stream
 llm server inspect_file fact_lines
 aio bench

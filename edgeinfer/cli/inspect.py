@@ -44,11 +44,10 @@ def info(model: str | None, as_json: bool) -> None:
 @common_flags
 def plan(model: str | None, as_json: bool, **flags: Any) -> None:
     """How much memory a model will take, without loading it."""
-    from edgeinfer.inspect_file import plan_file
+    from edgeinfer import inspect_file
 
-    solved = plan_file(
-        choose_model(model, bool(flags.get("yes"))), cast("LoadOptions", given(flags, LOAD_NAMES))
-    )
+    path = choose_model(model, bool(flags.get("yes")))
+    solved = inspect_file.plan(path, **cast("LoadOptions", given(flags, LOAD_NAMES)))
     rows = [{"name": name, "bytes": size} for name, size in solved.rows.items()]
     if as_json:
         solution = {"n_ctx": solved.n_ctx, "slots": solved.slots, "note": solved.note}
