@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from edgeinfer.options import Sampling
     from edgeinfer.results import Completion
     from edgeinfer.stream import Stream
-    from edgeinfer.text.chat import Message
+    from edgeinfer.text.messages import Message
 
 HELP = """\
 /clear          forget the conversation, keep the system message
