@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple, NoReturn
 
-from edgeinfer.dequantize import dequantize
 from edgeinfer.errors import InvalidModelError, UnsupportedModelError
 from edgeinfer.ops import (
     KV,
@@ -308,6 +307,8 @@ class Graph:
 
     def _times_twin(self, x: Value, name: str) -> Value:
         """x times the scale beside a matrix. Its `input_scale` is for activations of 4 bits."""
+        from edgeinfer.dequantize import dequantize  # NumPy, which recording needs nowhere else
+
         self._used.add(f"{name}.input_scale")
         if not self.has(f"{name}.scale"):
             return x

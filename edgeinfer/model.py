@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from edgeinfer.dequantize import dequantize
 from edgeinfer.errors import InvalidModelError, UnsupportedModelError
 from edgeinfer.gguf import Array, GGUFFile
 from edgeinfer.graph import Graph, Hparams, Rotate, without_leading_ones
@@ -164,6 +163,8 @@ def _check_types(graph: Graph, tensors: Mapping[str, Weight]) -> None:
 
 def _check_rope_factors(graph: Graph) -> None:
     """Rotation divides by them; an infinite one leaves its pair as it is."""
+    from edgeinfer.dequantize import dequantize
+
     ropes = {op.rope for op in graph.ops if isinstance(op, Rotate)}
     for factors in {table for rope in ropes for table in rope.tables()}:
         if not all(x > 1e-6 for x in dequantize(factors).tolist()):
