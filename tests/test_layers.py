@@ -29,7 +29,7 @@ kernels.reference kernels.cpu kernels.cuda
 model backend
 engine load_settings
 runtime stream
-llm server inspect_file fact_lines
+llm server inspect_file
 aio bench
 cli tui pyinstaller
 __main__

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _MOST_TOKENS = 2048  # of an answer, unless -n says otherwise
 
 
-@click.command(epilog="Example: edgeinfer run qwen3-4b 'Why is the sky blue?'")
+@click.command("run", epilog="Example: edgeinfer run qwen3-4b 'Why is the sky blue?'")
 @click.argument("model", required=False)
 @input_flags
 @click.option("--system", metavar="TEXT", help="System message.")
@@ -39,7 +39,7 @@ _MOST_TOKENS = 2048  # of an answer, unless -n says otherwise
 @load_flags
 @sampling_flags
 @common_flags
-def run(
+def command(
     model: str | None,
     words: tuple[str, ...],
     prompt: str | None,
