@@ -23,6 +23,7 @@ from edgeinfer.errors import (
     DeviceError,
     EdgeInferError,
     InvalidRequestError,
+    Keyword,
     ModelNotFoundError,
     PlanError,
     memory_ran_out,
@@ -116,8 +117,11 @@ def _explained(error: Exception) -> EdgeInferError | None:
         return None
     if memory_ran_out(error):
         return PlanError(
-            f"memory ran out while the model was loaded ({error or 'nothing was left'}): close "
-            "other programs, raise this one's limits (ulimit -v, -d), or give a smaller n_ctx",
+            f"memory ran out while the model was loaded ({error or 'nothing was left'})",
+            advice=(
+                "close other programs, raise this one's limits (ulimit -v, -d), or give a smaller ",
+                Keyword("n_ctx"),
+            ),
             available=platform.available_memory(),
         )
     if isinstance(error, RuntimeError) and "new thread" in str(error):

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from edgeinfer.errors import InvalidRequestError
+from edgeinfer.errors import InvalidRequestError, Keyword
 from edgeinfer.parameters import ANSWER, LOAD, Parameter
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -35,6 +35,13 @@ _NOT_FLAGS = (
 )  # fmt: skip
 LOAD_NAMES = tuple(name for name in LOAD if name not in _NOT_FLAGS)
 SAMPLING_NAMES = tuple(name for name in ANSWER if name not in _NOT_FLAGS)
+
+
+def as_flag(keyword: Keyword) -> str:
+    """A keyword that an error advises, as it is typed here."""
+    name, value = keyword
+    flag = _SPELLINGS.get(name, ("--" + name.replace("_", "-"),))[0]
+    return flag if value is None else f"{flag} {value}"
 
 
 def _flag(parameter: Parameter) -> Callable[[F], F]:

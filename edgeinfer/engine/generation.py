@@ -21,7 +21,13 @@ from edgeinfer.engine.cache import CacheLayout, PagePool, SequenceCache
 from edgeinfer.engine.event_queue import EventQueue
 from edgeinfer.engine.sequence import Event, Finished, Request, Rows, Sequence
 from edgeinfer.engine.speculation import MAX_ROWS, Speculator
-from edgeinfer.errors import ContextLengthError, EdgeInferError, InvalidRequestError, PlanError
+from edgeinfer.errors import (
+    ContextLengthError,
+    EdgeInferError,
+    InvalidRequestError,
+    Keyword,
+    PlanError,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -254,11 +260,16 @@ def check_length(n_tokens: int, n_ctx: int, n_answer: int = 0, *, is_least: bool
         room = f" with {n_answer} of an answer" if n_answer and n_tokens == n_ctx else ""
         counted = f"at least {n_tokens}" if is_least else f"{n_tokens}"
         raise ContextLengthError(
-            f"the prompt is {counted} tokens, the context holds {n_ctx}{room}; raise n_ctx, "
-            "shorten the prompt, or use overflow='slide'",
+            f"the prompt is {counted} tokens, the context holds {n_ctx}{room}",
+            advice=_ON_LENGTH,
             n_tokens=n_tokens,
             n_ctx=n_ctx,
         )
+
+
+_ON_LENGTH = (
+    "raise ", Keyword("n_ctx"), ", shorten the prompt, or use ", Keyword("overflow", "slide"),
+)  # fmt: skip
 
 
 def public_error(error: BaseException) -> BaseException:
@@ -266,7 +277,8 @@ def public_error(error: BaseException) -> BaseException:
     if isinstance(error, EdgeInferError):
         return error
     if isinstance(error, MemoryError):  # like memory that would run out
-        return PlanError("memory ran out in a step; lower n_ctx or slots")
+        lower = ("lower ", Keyword("n_ctx"), " or ", Keyword("slots"))
+        return PlanError("memory ran out in a step", advice=lower)
     if isinstance(error, Exception) and not isinstance(error, (StopIteration, StopAsyncIteration)):
         return error
     return EdgeInferError(f"the request was cut short by {error!r}")
