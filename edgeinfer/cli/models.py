@@ -33,11 +33,12 @@ def shown(value: object) -> str:
 
 def choose_model(name: str | None, yes: bool, *, is_chat: bool = False) -> str:
     """The path of the model that a command is about; fetches it where the user agrees."""
+    from edgeinfer.hub import recent
+    from edgeinfer.hub.catalog import DEFAULT_MODEL
     from edgeinfer.hub.discovery import find_model
-    from edgeinfer.hub.recent import last_model
 
     if name is None:
-        name = last_model() if is_chat and _is_person() else _default_name()
+        name = (recent.last_model() if is_chat and _is_person() else None) or DEFAULT_MODEL
         note(f"no model named: using {shown(name)}")
     try:
         return str(find_model(name))
@@ -58,10 +59,11 @@ def remember(name: str) -> list[str]:
 
 def last_model() -> str | None:
     """The model of the latest chat, else the default one, while it is on this machine."""
-    from edgeinfer.hub import discovery, recent
+    from edgeinfer.hub import recent
+    from edgeinfer.hub.catalog import DEFAULT_MODEL
+    from edgeinfer.hub.discovery import find_name
 
-    name = recent.last_model()
-    return name if os.path.isfile(name) or discovery.find_name(name) is not None else None
+    return recent.last_model() or (DEFAULT_MODEL if find_name(DEFAULT_MODEL) else None)
 
 
 def downloadable() -> list[Alias]:
@@ -93,12 +95,6 @@ def advise_after(path: Path) -> None:
     best = largest_that_fits(platform.available_memory())
     advice = f"; for useful answers: edgeinfer pull {best.name}" if best else ""
     note(f"(135 M parameters are for trying out{advice})")
-
-
-def _default_name() -> str:
-    from edgeinfer.hub.catalog import DEFAULT_MODEL
-
-    return DEFAULT_MODEL
 
 
 def _is_person() -> bool:
