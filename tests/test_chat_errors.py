@@ -95,7 +95,7 @@ def test_the_command_names_its_flags(path: Path, capfd: pytest.CaptureFixture[st
             ("-c", "64", "-p", "long " * 300),
             "raise -c, shorten the prompt, or use --overflow slide",
         ),
-        (("-c", "2147483000", "-p", "x", "--memory", "2G"), "2147483000 tokens of context, 2048 MiB"),
+        (("-c", "2147483000", "-p", "x", "--memory", "2G"), "for 2147483000 tokens of context"),
         (("-c", "64", "-p", "x", "--overflow", "slide"), "raise -c or use --overflow error"),
     ):
         with pytest.raises(SystemExit):
