@@ -91,7 +91,7 @@ QUANT_TYPES = {
 }
 
 
-class FileBytes(Protocol):
+class LazyBytes(Protocol):
     """Bytes in a file: a slice reads them."""
 
     def __len__(self) -> int: ...
@@ -112,7 +112,7 @@ class Weight:
     name: str
     shape: tuple[int, ...]
     type: QuantType
-    data: memoryview | FileBytes
+    data: memoryview | LazyBytes
 
     @property
     def n_elements(self) -> int:
@@ -139,7 +139,7 @@ class Weight:
 class _Part:
     """Some of the bytes in a file."""
 
-    def __init__(self, whole: FileBytes, start: int, n_bytes: int) -> None:
+    def __init__(self, whole: LazyBytes, start: int, n_bytes: int) -> None:
         self._whole, self._start, self._n_bytes = whole, start, n_bytes
 
     def __len__(self) -> int:

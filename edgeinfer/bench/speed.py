@@ -14,7 +14,7 @@ from typing import Protocol, TypeAlias, runtime_checkable
 from edgeinfer import platform
 from edgeinfer.engine.engine import Engine
 from edgeinfer.engine.generation import Generation
-from edgeinfer.engine.sequence import Event, Finished, Prefilled, Request, Token
+from edgeinfer.engine.sequence import EngineEvent, Finished, Prefilled, Request, Token
 from edgeinfer.errors import ContextLengthError, Keyword
 from edgeinfer.runtime import Runtime
 from edgeinfer.sampling.params import SamplingParams
@@ -153,14 +153,14 @@ def _decode(engine: Engine, depth: int, n_tokens: int, params: SamplingParams, t
     return (len(times) - 1) / (times[-1] - times[0])
 
 
-def _checked(generation: Generation) -> list[Event]:
+def _checked(generation: Generation) -> list[EngineEvent]:
     """Its events; raises what ended it early."""
     events = list(generation)
     _check(events[-1])
     return events
 
 
-def _check(event: Event) -> None:
+def _check(event: EngineEvent) -> None:
     if isinstance(event, Finished) and event.error is not None:
         raise event.error
 

@@ -19,7 +19,7 @@ import numpy as np
 from edgeinfer.batch import PAGE, StepLimits
 from edgeinfer.engine.cache import CacheLayout, PagePool, SequenceCache
 from edgeinfer.engine.event_queue import EventQueue
-from edgeinfer.engine.sequence import Event, Finished, Request, Rows, Sequence
+from edgeinfer.engine.sequence import EngineEvent, Finished, Request, Rows, Sequence
 from edgeinfer.engine.speculation import MAX_ROWS, Speculator
 from edgeinfer.errors import (
     ContextLengthError,
@@ -75,14 +75,14 @@ class Generation:
         self.most_pages = layout.n_slots
         if self.max_tokens is not None:
             self.most_pages = layout.pages_needed(len(request.ids) + self.max_tokens - 1)
-        self.events: EventQueue[Event] = EventQueue(MOST_UNREAD, worker.wake)
+        self.events: EventQueue[EngineEvent] = EventQueue(MOST_UNREAD, worker.wake)
         self._worker = worker
         self._is_finished = False
 
     def __iter__(self) -> Generation:
         return self
 
-    def __next__(self) -> Event:
+    def __next__(self) -> EngineEvent:
         if self._is_finished:
             raise StopIteration
         while True:
@@ -115,7 +115,7 @@ class Generation:
             most = min(most, self.max_tokens - sequence.n_generated - 1)
         return self.speculator.guess(most)
 
-    def emit(self, event: Event) -> None:
+    def emit(self, event: EngineEvent) -> None:
         self.events.put(event)
 
     def cancel(self, *, keep_cache: bool = False) -> None:

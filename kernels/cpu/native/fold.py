@@ -33,7 +33,7 @@ from edgeinfer.kernels.cpu.native.simd import (
     store_f32x8,
     word,
 )
-from edgeinfer.kernels.cpu.native.sink import leave, row_at
+from edgeinfer.kernels.cpu.native.sink import finish_row, row_at
 
 jit = njit(error_model="numpy")
 _whole_vectors = jit(whole_vectors)
@@ -80,6 +80,6 @@ def make(isa):
                 tile, step, word(record + ROW_N_PARTS), query - start, n, k_dim, v_dim,
                 out + 4 * head * v_dim,
             )  # fmt: skip
-        leave(out, n_heads * v_dim, sink, chunk, word(h + H_ROWS))
+        finish_row(out, n_heads * v_dim, sink, chunk, word(h + H_ROWS))
 
     return kernel

@@ -29,7 +29,7 @@ from edgeinfer.kernels.cpu.native.simd import (
     store_f32x8,
     word,
 )
-from edgeinfer.kernels.cpu.native.sink import leave, row_at
+from edgeinfer.kernels.cpu.native.sink import finish_row, row_at
 
 jit = njit(error_model="numpy")
 
@@ -96,6 +96,6 @@ def make(isa, kind):
         second = word(a + POINT_B) + chunk * word(a + POINT_B_STRIDE)
         out = row_at(sink, chunk, thread)
         whole_row(first, second, load_f32(a + POINT_PARAMETER), dim, out)
-        leave(out, dim, sink, chunk, n_rows)
+        finish_row(out, dim, sink, chunk, n_rows)
 
     return kernel
