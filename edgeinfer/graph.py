@@ -307,11 +307,11 @@ class Graph:
 
     def _times_twin(self, x: Value, name: str) -> Value:
         """x times the scale beside a matrix. Its `input_scale` is for activations of 4 bits."""
-        from edgeinfer.dequantize import dequantize  # NumPy, which recording needs nowhere else
-
         self._used.add(f"{name}.input_scale")
         if not self.has(f"{name}.scale"):
             return x
+        from edgeinfer.dequantize import dequantize  # NumPy, which recording needs nowhere else
+
         twin = self._weight(f"{name}.scale", 1)
         factor = float(dequantize(twin)[0]) if twin.type.is_runnable else 1.0
         if not math.isfinite(factor):

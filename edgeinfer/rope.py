@@ -91,11 +91,11 @@ class Rope(NamedTuple):
         """Radians a position of each pair: scale / (base ** (2i / n_dims) * factors[i])."""
         import numpy as np
 
-        from edgeinfer.dequantize import dequantize
-
         i = np.arange(self.n_dims // 2, dtype=np.float64)
         wave: NDArray[np.float64] = np.float64(self.base) ** (2 * i / self.n_dims)
         if self.factors is not None:
+            from edgeinfer.dequantize import dequantize
+
             wave = wave * dequantize(self.factors)
         slowed = self.scale / wave
         if self.yarn is None:

@@ -13,9 +13,7 @@ from typing import NamedTuple
 
 from edgeinfer.errors import InvalidRequestError
 from edgeinfer.gguf import Metadata
-from edgeinfer.text.byte_pair import byte_pair_encoder
 from edgeinfer.text.pretokenizers import portions
-from edgeinfer.text.sentence_piece import sentence_piece_encoder
 from edgeinfer.text.vocabulary import (
     BYTE,
     BYTE_TEXTS,
@@ -82,7 +80,11 @@ class Tokenizer:
         """Build from GGUF metadata; `pre` overrides the file's pre-tokenizer name."""
         vocab = read_vocabulary(meta, pre)
         if vocab.model == "llama":
+            from edgeinfer.text.sentence_piece import sentence_piece_encoder
+
             return cls(vocab, sentence_piece_encoder(vocab, meta))
+        from edgeinfer.text.byte_pair import byte_pair_encoder
+
         assert vocab.row is not None
         return cls(vocab, byte_pair_encoder(vocab, meta), vocab.row.ends)
 
