@@ -6,7 +6,7 @@ import gc
 import importlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -22,17 +22,15 @@ from edgeinfer.cli.models import (
 )
 from edgeinfer.cli.opening import GC_THRESHOLD, follow, open_model
 from edgeinfer.cli.options import (
-    LOAD_NAMES,
-    SAMPLING_NAMES,
     common_flags,
-    given,
     load_flags,
+    load_options,
     sampling_flags,
+    sampling_options,
 )
 
 if TYPE_CHECKING:
     from edgeinfer.llm import LLM
-    from edgeinfer.options import Sampling
 
 _TYPED = "typed-lines"  # at a plain terminal
 
@@ -61,9 +59,8 @@ def command(
         path = llm.runtime.model.file.path
         for why in remember(str(path.resolve())):
             note(why)
-        sampling = cast("Sampling", given(flags, SAMPLING_NAMES))
         typed = None if no_history else config.data_folder() / _TYPED
-        talk(llm, system, sampling, follow, lambda: advise_after(path), typed)
+        talk(llm, system, sampling_options(flags), follow, lambda: advise_after(path), typed)
 
 
 def _open_tui(
@@ -83,8 +80,8 @@ def _open_tui(
     ended_by = importlib.import_module("edgeinfer.tui.launch").run_chat(
         model,
         system=system,
-        load=given(flags, LOAD_NAMES),
-        sampling=given(flags, SAMPLING_NAMES),
+        load=load_options(flags),
+        sampling=sampling_options(flags),
         keeps_history=keeps_history,
         data_folder=config.data_folder(),
         environment=os.environ,

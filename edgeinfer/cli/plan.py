@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import click
 
 from edgeinfer.cli.console import show, show_json
 from edgeinfer.cli.models import choose_model
-from edgeinfer.cli.options import LOAD_NAMES, common_flags, given, load_flags
-
-if TYPE_CHECKING:
-    from edgeinfer.options import LoadOptions
+from edgeinfer.cli.options import common_flags, load_flags, load_options
 
 _MIB = 1 << 20
 
@@ -26,7 +23,7 @@ def command(model: str | None, as_json: bool, **flags: Any) -> None:
     from edgeinfer import inspect_file
 
     path = choose_model(model, bool(flags.get("yes")))
-    solved = inspect_file.plan(path, **cast("LoadOptions", given(flags, LOAD_NAMES)))
+    solved = inspect_file.plan(path, **load_options(flags))
     rows = [{"name": name, "bytes": size} for name, size in solved.rows.items()]
     if as_json:
         solution = {"n_ctx": solved.n_ctx, "slots": solved.slots, "note": solved.note}
