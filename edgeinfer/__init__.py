@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     )
     from edgeinfer.stream import Stream
     from edgeinfer.terminal import StreamFilter, one_line, printable
-    from edgeinfer.text.chat import Message
+    from edgeinfer.text.messages import Message
 
 __version__ = "0.1.0"
 
@@ -54,8 +54,8 @@ if not os.path.isdir(os.path.join(os.path.dirname(__file__), "kernels")):
     __path__.append(os.path.dirname(os.path.dirname(__file__)))
 
 _HOME = {
-    "LLM": "llm", "AsyncLLM": "aio",
-    "LoadOptions": "options", "Message": "text.chat", "Progress": "options", "Sampling": "options",
+    "LLM": "llm", "AsyncLLM": "aio", "Message": "text.messages",
+    "LoadOptions": "options", "Progress": "options", "Sampling": "options",
     "ANSWER": "parameters", "LOAD": "parameters", "Parameter": "parameters",
     "MemoryPlan": "engine.memory_plan", "plan": "inspect_file",
     "ModelInfo": "hub.discovery", "list_models": "hub.discovery", "pull": "hub.fetch",

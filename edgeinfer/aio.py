@@ -20,7 +20,7 @@ from edgeinfer.options import LoadOptions, Sampling, Unpack
 from edgeinfer.parameters import shown
 from edgeinfer.results import Completion, Event
 from edgeinfer.stream import Stream
-from edgeinfer.text.chat import Message
+from edgeinfer.text.messages import Message
 
 T = TypeVar("T")
 

@@ -6,7 +6,7 @@ Knows no scheduling and no text.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -104,7 +104,6 @@ class Outputs:
     logits: NDArray[np.float32]  # (R, V)
     hidden: NDArray[np.float32]  # (R, D); for a segment before the last every row of the step
     ids: NDArray[np.int32]  # (R,)
-    logprobs: list[tuple[NDArray[np.int32], NDArray[np.float32]]] = field(default_factory=list)
     aborted: bool = False  # the step was cut short: nothing else here means anything
 
 

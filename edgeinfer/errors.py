@@ -7,15 +7,38 @@ a server put into it can neither hide nor fake a part of it, wherever it is show
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+
+class Keyword(NamedTuple):
+    """A keyword of the API in what an error advises, with the value to give it, if one is meant."""
+
+    name: str
+    value: int | str | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.value is None else f"{self.name}={self.value!r}"
+
+
+Advice: TypeAlias = Sequence[str | Keyword]
 
 
 class EdgeInferError(Exception):
-    """Base of every error that edgeinfer raises on purpose."""
+    """Base of every error that edgeinfer raises on purpose.
 
-    def __init__(self, message: str = "") -> None:
-        super().__init__(_clean(message, _MAX_MESSAGE))
+    A message ends with its `advice`, after what was `found`, where that names keywords.
+    """
+
+    def __init__(self, found: str = "", *, advice: Advice = ()) -> None:
+        self.found, self.advice = found, tuple(advice)
+        super().__init__(self.spelled(str))
+
+    def spelled(self, spell: Callable[[Keyword], str]) -> str:
+        """The message, with keywords as a program has them: as flags, for example."""
+        advice = "".join(spell(each) if isinstance(each, Keyword) else each for each in self.advice)
+        return _clean(f"{self.found}; {advice}" if advice else self.found, _MAX_MESSAGE)
 
 
 _MAX_MESSAGE = 2000
@@ -29,7 +52,11 @@ def _clean(text: str, limit: int = 200) -> str:
 
 
 class ModelNotFoundError(EdgeInferError, FileNotFoundError):
-    """No model by this name or path."""
+    """No model by this name or path; `near` are names that it may have been meant for."""
+
+    def __init__(self, found: str = "", *, advice: Advice = (), near: Sequence[str] = ()) -> None:
+        self.near = tuple(near)
+        super().__init__(found, advice=advice)
 
 
 class DownloadError(EdgeInferError, OSError):
@@ -70,18 +97,24 @@ class UnsupportedModelError(EdgeInferError):
 
 
 class PlanError(EdgeInferError, MemoryError):
-    """The model does not fit: bytes `needed` and `available`, and in words what `fits`."""
+    """The model does not fit: bytes `needed` and `available`; a context of `n_ctx` tokens would."""
 
     def __init__(
         self,
-        message: str,
+        found: str,
         *,
+        advice: Advice = (),
         needed: int | None = None,
         available: int | None = None,
-        fits: str | None = None,
+        n_ctx: int | None = None,
     ) -> None:
-        self.needed, self.available, self.fits = needed, available, fits
-        super().__init__(message)
+        self.needed, self.available, self.n_ctx = needed, available, n_ctx
+        super().__init__(found, advice=advice)
+
+    @property
+    def fits(self) -> str | None:
+        """In words, what would fit."""
+        return None if self.n_ctx is None else str(Keyword("n_ctx", self.n_ctx))
 
 
 class ContextLengthError(EdgeInferError, ValueError):
@@ -90,17 +123,19 @@ class ContextLengthError(EdgeInferError, ValueError):
     code = "context_length_exceeded"
 
     # Defaults, or it could not be unpickled: a pool of processes would wait for it for ever.
-    def __init__(self, message: str, *, n_tokens: int = 0, n_ctx: int = 0) -> None:
+    def __init__(
+        self, found: str, *, advice: Advice = (), n_tokens: int = 0, n_ctx: int = 0
+    ) -> None:
         self.n_tokens, self.n_ctx = n_tokens, n_ctx
-        super().__init__(message)
+        super().__init__(found, advice=advice)
 
 
 class InvalidRequestError(EdgeInferError, ValueError):
     """A parameter has a value that can't be used; `param` is its name."""
 
-    def __init__(self, message: str, *, param: str | None = None) -> None:
+    def __init__(self, found: str, *, advice: Advice = (), param: str | None = None) -> None:
         self.param = param
-        super().__init__(message)
+        super().__init__(found, advice=advice)
 
 
 class TemplateError(EdgeInferError):

@@ -41,7 +41,7 @@ from edgeinfer.ops import (
     Value,
     inputs,
 )
-from edgeinfer.quant import Weight, dequantize
+from edgeinfer.quant import Weight
 from edgeinfer.rope import FREQS, LONG, SHORT, Growth, Rope, RopeKind, RopeReader, Yarn
 from edgeinfer.settings import Settings
 
@@ -360,6 +360,8 @@ class Graph:
         self._used.add(f"{name}.input_scale")
         if not self.has(f"{name}.scale"):
             return x
+        from edgeinfer.dequantize import dequantize  # NumPy, which recording needs nowhere else
+
         twin = self._weight(f"{name}.scale", 1)
         factor = float(dequantize(twin)[0]) if twin.type.is_runnable else 1.0
         if not math.isfinite(factor):

@@ -13,9 +13,10 @@ from edgeinfer.engine.memory_plan import MemoryPlan
 from edgeinfer.errors import UnsupportedModelError
 from edgeinfer.gguf import GGUFFile
 from edgeinfer.graph import Attention, ExpertLinear, Graph, Linear, Route
+from edgeinfer.load_settings import LoadSettings
 from edgeinfer.model import Model
 from edgeinfer.options import LoadOptions, Unpack
-from edgeinfer.runtime import checked_options, find_file, plan_model
+from edgeinfer.runtime import find_file, plan_model
 from edgeinfer.terminal import one_line
 from edgeinfer.text.tokenizer import Tokenizer
 
@@ -24,7 +25,7 @@ def describe(path: str) -> dict[str, Any]:
     """Facts of a file; one that can't run is described as far as it is understood."""
     with GGUFFile.open(find_file(path)) as file:
         facts: dict[str, Any] = {
-            "name": one_line(file.metadata.get_str("general.name", "") or file.path.stem),
+            "name": file.name,
             "path": str(file.path),
             "architecture": one_line(file.metadata.get_str("general.architecture")),
             "n_bytes": file.n_bytes,
@@ -87,16 +88,11 @@ def _text_facts(file: GGUFFile) -> dict[str, Any]:
     return facts
 
 
-def plan_file(path: str | PathLike[str], options: LoadOptions) -> MemoryPlan:
-    """The memory that loading a file with these options takes."""
-    options = checked_options("plan", options)
-    with GGUFFile.open(find_file(path)) as file:
-        return plan_model(Model.load(file), options)
-
-
 def plan(model: str | PathLike[str], **load: Unpack[LoadOptions]) -> MemoryPlan:
     """The memory that `LLM(model, **load)` would take; PlanError where it does not fit."""
-    return plan_file(model, load)
+    settings = LoadSettings.resolve("plan", load)
+    with GGUFFile.open(find_file(model)) as file:
+        return plan_model(Model.load(file), settings)
 
 
 def read_tokenizer(path: str, pre: str | None) -> Tokenizer:

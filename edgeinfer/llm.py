@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from os import PathLike
 from types import TracebackType
-from typing import Any, Literal, NoReturn, cast
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,22 +23,19 @@ from edgeinfer.engine.cache import LEAST_SLIDING
 from edgeinfer.engine.generation import check_length
 from edgeinfer.engine.memory_plan import MemoryPlan
 from edgeinfer.engine.sequence import Request
-from edgeinfer.errors import ClosedError, EdgeInferError, InvalidRequestError, PlanError
+from edgeinfer.errors import ClosedError, InvalidRequestError, PlanError
 from edgeinfer.options import LoadOptions, Sampling, Unpack
 from edgeinfer.parameters import ANSWER, LOGITS, REQUEST, TEXT, checked, id_list, shown
 from edgeinfer.results import Completion
 from edgeinfer.runtime import Runtime
 from edgeinfer.sampling.params import SamplingParams, breaker_tokens, recommended
 from edgeinfer.stream import Stream, read_all
-from edgeinfer.text.chat import Message, encode_chat
-from edgeinfer.text.messages import checked as checked_messages
-from edgeinfer.text.messages import text_of
+from edgeinfer.text.messages import Conversation, Message
+from edgeinfer.text.prompt import chat_prompt
 from edgeinfer.text.reply import AnswerText, ReasoningSplitter, opened_tags, reasoning_tags
 from edgeinfer.text.template_engine import TemplateEngine
 from edgeinfer.text.tokenizer import TooManyTokens
-from edgeinfer.text.turns import drop_turns
 
-_AROUND_MESSAGE = 8  # tokens of the template beside a message, roughly
 _COUNTED_BEYOND = 1 << 16  # tokens that an error may count beyond the context: 0.2 s
 
 
@@ -129,20 +126,22 @@ class LLM:
         """`chat`, as events while it runs."""
         given = checked("stream_chat", sampling, ANSWER)
         opened = self._open()
-        turns, n_dropped = _turns(messages), 0
-        if given.get("overflow") == "drop-turns":
-            turns, n_dropped = drop_turns(turns, self._n_message_tokens, self.n_ctx)
-        more = _keywords(template_args)
-        most = self._most_tokens(given)
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        chat = Conversation.of(messages, arguments=template_args)
         with self._counting():
-            ids = encode_chat(opened.tokenizer, opened.template, turns, most, **more)
-        n_pinned = 1
-        if given.get("overflow") in ("slide", "drop-turns"):
-            n_pinned = self._n_system_tokens(turns, ids)
-        end = opened.tokenizer.decode(ids[-16:], special=True)
+            prompt = chat_prompt(
+                opened.tokenizer,
+                opened.template,
+                chat,
+                overflow=given.get("overflow", "error"),
+                n_ctx=self.n_ctx,
+                most=self._most_tokens(given),
+            )
+        end = opened.tokenizer.decode(prompt.ids[-16:], special=True)
         tags = reasoning_tags(opened.template.source, opened.tokenizer)
         splitter = ReasoningSplitter(tags, opened_tags(end, tags))
-        return self._submit(ids, given, splitter, n_pinned, n_dropped)
+        return self._submit(prompt.ids, given, splitter, prompt.n_pinned, prompt.n_dropped)
 
     def chat_batch(
         self,
@@ -258,29 +257,6 @@ class LLM:
         except TooManyTokens as error:
             check_length(error.at_least, self.n_ctx, is_least=True)
 
-    def _n_message_tokens(self, message: Message) -> int:
-        """About what a message takes in a prompt, the template's text around it included."""
-        tokenizer, most = self._open().tokenizer, self.n_ctx + _COUNTED_BEYOND
-        try:
-            return len(tokenizer.encode(text_of(message), most=most)) + _AROUND_MESSAGE
-        except TooManyTokens as error:
-            return error.at_least
-
-    def _n_system_tokens(self, turns: Sequence[Message], ids: list[int]) -> int:
-        """Tokens before the first turn that is not the system's, at least one."""
-        system = [turn for turn in turns[:1] if turn["role"] in ("system", "developer")]
-        opened = self._open()
-        if not system:
-            return 1
-        try:
-            alone = encode_chat(
-                opened.tokenizer, opened.template, system, add_generation_prompt=False
-            )
-        except EdgeInferError:  # a template that wants a user's turn
-            return 1
-        pairs = zip(ids, alone, strict=False)
-        return max(1, next((i for i, (a, b) in enumerate(pairs) if a != b), len(alone)))
-
     def _submit(
         self,
         ids: list[int],
@@ -342,23 +318,6 @@ class LLM:
         pieces = [tokenizer.piece(id) for id in range(tokenizer.n_vocab)]
         found = breaker_tokens(params.dry_sequence_breakers, pieces, tokenizer.encode)
         return replace(params, dry_breaker_tokens=found)
-
-
-def _turns(messages: str | Iterable[Message]) -> Sequence[Message]:
-    """The messages, checked before anything reads them."""
-    if isinstance(messages, str):
-        messages = [{"role": "user", "content": messages}]
-    return cast("Sequence[Message]", checked_messages(messages))
-
-
-def _keywords(template_args: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    found = {} if template_args is None else template_args
-    if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
-        raise InvalidRequestError(
-            f"template_args is {shown(found)}; it must be a mapping of names to values",
-            param="template_args",
-        )
-    return found
 
 
 def _run_all(

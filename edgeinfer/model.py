@@ -15,7 +15,7 @@ from edgeinfer.errors import InvalidModelError, UnsupportedModelError
 from edgeinfer.gguf import Array, GGUFFile
 from edgeinfer.graph import Graph, Hparams, Rotate, without_leading_ones
 from edgeinfer.keys import Keys
-from edgeinfer.quant import RUNNABLE, Weight, dequantize
+from edgeinfer.quant import RUNNABLE, Weight
 from edgeinfer.terminal import one_line
 
 
@@ -50,8 +50,7 @@ class Model:
         _check_unused(graph)
         _check_types(graph, file.tensors)
         _check_rope_factors(graph)
-        name = one_line(file.metadata.get_str("general.name", "") or file.path.stem)
-        return cls(file, name, hparams, graph, _read_sampling(file))
+        return cls(file, file.name, hparams, graph, _read_sampling(file))
 
     @property
     def architecture(self) -> str:
@@ -164,6 +163,8 @@ def _check_types(graph: Graph, tensors: Mapping[str, Weight]) -> None:
 
 def _check_rope_factors(graph: Graph) -> None:
     """Rotation divides by them; an infinite one leaves its pair as it is."""
+    from edgeinfer.dequantize import dequantize
+
     ropes = {op.rope for op in graph.ops if isinstance(op, Rotate)}
     for factors in {table for rope in ropes for table in rope.tables()}:
         if not all(x > 1e-6 for x in dequantize(factors).tolist()):

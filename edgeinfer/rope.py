@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
-from edgeinfer.quant import Weight, dequantize
+from edgeinfer.quant import Weight
 from edgeinfer.settings import Settings
 
 if TYPE_CHECKING:
@@ -94,6 +94,8 @@ class Rope(NamedTuple):
         i = np.arange(self.n_dims // 2, dtype=np.float64)
         wave: NDArray[np.float64] = np.float64(self.base) ** (2 * i / self.n_dims)
         if self.factors is not None:
+            from edgeinfer.dequantize import dequantize
+
             wave = wave * dequantize(self.factors)
         slowed = self.scale / wave
         if self.yarn is None:

@@ -12,16 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Generic, NamedTuple, TypeVar, cast
+from typing import Generic, TypeVar
 
-from edgeinfer import config, platform
-from edgeinfer.backend import (
-    Backend,
-    CompileProgress,
-    Program,
-    device_kind,
-    open_backend,
-)
+from edgeinfer import platform
+from edgeinfer.backend import Backend, CompileProgress, Program, open_backend
 from edgeinfer.engine.engine import Engine
 from edgeinfer.engine.generation import WAKE_SECONDS
 from edgeinfer.engine.memory_plan import PYTHON_BYTES, MemoryPlan, PlanRequest, solve
@@ -29,6 +23,7 @@ from edgeinfer.errors import (
     DeviceError,
     EdgeInferError,
     InvalidRequestError,
+    Keyword,
     ModelNotFoundError,
     PlanError,
     memory_ran_out,
@@ -36,9 +31,10 @@ from edgeinfer.errors import (
 from edgeinfer.gguf import GGUFFile
 from edgeinfer.graph import Segment
 from edgeinfer.hub.discovery import find_model
+from edgeinfer.load_settings import LoadSettings
 from edgeinfer.model import Model
 from edgeinfer.options import LoadOptions, Progress
-from edgeinfer.parameters import LOAD, checked, parse_memory, shown
+from edgeinfer.parameters import shown
 from edgeinfer.text.chat import ChatTemplate
 from edgeinfer.text.template_engine import TemplateEngine
 from edgeinfer.text.tokenizer import Tokenizer
@@ -88,22 +84,22 @@ def load(
     else that waits for the first chat.
     """
     try:
-        options = checked_options("LLM", options)
-        found = find_file(path, download=bool(options.get("download")))
-        return _load_apart(found, options, templates)
+        settings = LoadSettings.resolve("LLM", options)
+        found = find_file(path, download=settings.may_download)
+        return _load_apart(found, settings, templates)
     except BaseException:
         if templates is not None:
             templates.close()
         raise
 
 
-def _load_apart(found: Path, options: LoadOptions, templates: TemplateEngine | None) -> Runtime:
+def _load_apart(found: Path, settings: LoadSettings, templates: TemplateEngine | None) -> Runtime:
     try:
         if (available := platform.available_memory()) < _LEAST_MEMORY:
             raise MemoryError(f"{available >> 10} KiB are available")
         if templates is not None:
             templates.start()
-        later = _Later(lambda: _load(found, options, templates))
+        later = _Later(lambda: _load(found, settings, templates))
         try:
             return later.result()
         except BaseException:
@@ -121,8 +117,11 @@ def _explained(error: Exception) -> EdgeInferError | None:
         return None
     if memory_ran_out(error):
         return PlanError(
-            f"memory ran out while the model was loaded ({error or 'nothing was left'}): close "
-            "other programs, raise this one's limits (ulimit -v, -d), or give a smaller n_ctx",
+            f"memory ran out while the model was loaded ({error or 'nothing was left'})",
+            advice=(
+                "close other programs, raise this one's limits (ulimit -v, -d), or give a smaller ",
+                Keyword("n_ctx"),
+            ),
             available=platform.available_memory(),
         )
     if isinstance(error, RuntimeError) and "new thread" in str(error):
@@ -133,19 +132,17 @@ def _explained(error: Exception) -> EdgeInferError | None:
     return None
 
 
-def _load(path: Path, options: LoadOptions, templates: TemplateEngine | None) -> Runtime:
+def _load(path: Path, settings: LoadSettings, templates: TemplateEngine | None) -> Runtime:
     start = time.perf_counter()
     file = GGUFFile.open(path)
     try:
         model, packs = Model.load(file), threading.Event()
-        machine = _Machine.of(options)
-        backend = machine.open_backend(_progress(options, packs))
         segment = model.graph.segment()
-        plan = _plan(segment, options, machine, backend)
+        backend, plan = _planned(segment, settings, _progress(settings, packs))
         # Text is got ready while weights are packed, which needs no Python: sooner it delays that.
-        tokenizer = _Later(lambda: _make_tokenizer(file, options, packs))
+        tokenizer = _Later(lambda: _make_tokenizer(file, settings, packs))
         try:
-            template = _Later(lambda: _make_template(file, options, templates, tokenizer))
+            template = _Later(lambda: _make_template(file, settings, templates, tokenizer))
             segment = model.graph.segment(n_ctx=plan.n_ctx)
             program = backend.compile(segment, plan.limits)
         finally:
@@ -161,22 +158,8 @@ def _load(path: Path, options: LoadOptions, templates: TemplateEngine | None) ->
         file.close()
         raise
     load_s = time.perf_counter() - start
-    return Runtime(
-        model, plan, program, engine, machine.device, machine.n_threads, load_s, tokenizer, template
-    )
-
-
-def checked_options(function: str, given: LoadOptions) -> LoadOptions:
-    """The options in the types that are used; raises what names the one that can't be."""
-    options = cast(LoadOptions, checked(function, given, LOAD))
-    kv_type = options.get("kv_type", "f16")
-    if any(each != "f16" for each in ((kv_type,) if isinstance(kv_type, str) else kv_type or ())):
-        raise InvalidRequestError(
-            f"kv_type is {shown(kv_type)}; this version stores K and V as f16", param="kv_type"
-        )
-    if options.get("gpu_layers"):
-        raise DeviceError("gpu_layers needs a GPU, which this version does not run on")
-    return options
+    device, n_threads = settings.device, settings.n_threads
+    return Runtime(model, plan, program, engine, device, n_threads, load_s, tokenizer, template)
 
 
 def find_file(name: str | PathLike[str], *, download: bool = False) -> Path:
@@ -195,65 +178,50 @@ def find_file(name: str | PathLike[str], *, download: bool = False) -> Path:
     return pull(name)
 
 
-def plan_model(model: Model, options: LoadOptions) -> MemoryPlan:
-    """The memory that loading with these options takes."""
-    machine = _Machine.of(options)
-    return _plan(model.graph.segment(), options, machine, machine.open_backend())
+def plan_model(model: Model, settings: LoadSettings) -> MemoryPlan:
+    """The memory that loading so takes."""
+    return _planned(model.graph.segment(), settings)[1]
 
 
-def _plan(
-    segment: Segment, options: LoadOptions, machine: _Machine, backend: Backend
-) -> MemoryPlan:
-    n_ctx, slots = options.get("n_ctx"), options.get("slots") or 1
-    request = PlanRequest(n_ctx, slots, machine.n_threads, machine.available)
-    return solve(segment, backend, request)
+def _planned(
+    segment: Segment, settings: LoadSettings, progress: CompileProgress | None = None
+) -> tuple[Backend, MemoryPlan]:
+    """The machine that is to run it, and the memory that takes; PlanError where it does not fit."""
+    available = settings.available_memory()
+    backend = open_backend(settings.device, progress=progress, memory=available - PYTHON_BYTES)
+    request = PlanRequest(settings.n_ctx, settings.slots, settings.n_threads, available)
+    return backend, solve(segment, backend, request)
 
 
-class _Machine(NamedTuple):
-    """Where a model runs and what it may take there: asked of the system once, a millisecond."""
-
-    device: str
-    n_threads: int
-    available: int  # bytes that the user allows, or else that there are
-
-    @classmethod
-    def of(cls, options: LoadOptions) -> _Machine:
-        threads = options.get("threads") or config.threads()
-        checked_threads = int(LOAD["threads"].check(threads)) if threads else None
-        available, memory = platform.available_memory(), options.get("memory")
-        return cls(
-            device_kind(options.get("device") or "auto"),
-            checked_threads or platform.default_threads(),
-            available if memory is None else parse_memory(memory, available),
-        )
-
-    def open_backend(self, progress: CompileProgress | None = None) -> Backend:
-        return open_backend(self.device, progress=progress, memory=self.available - PYTHON_BYTES)
-
-
-def _make_tokenizer(file: GGUFFile, options: LoadOptions, packs: threading.Event) -> Tokenizer:
+def _make_tokenizer(file: GGUFFile, settings: LoadSettings, packs: threading.Event) -> Tokenizer:
     packs.wait()
-    return Tokenizer.from_metadata(file.metadata, pre=options.get("pre"))
+    return Tokenizer.from_metadata(file.metadata, pre=settings.pre)
 
 
 def _make_template(
     file: GGUFFile,
-    options: LoadOptions,
+    settings: LoadSettings,
     templates: TemplateEngine | None,
     tokenizer: _Later[Tokenizer],
 ) -> ChatTemplate:
     """After the tokenizer, which loading waits for; probed here while weights are packed."""
-    texts = tokenizer.result().texts
-    override = options.get("chat_template")
-    template = ChatTemplate.from_metadata(file.metadata, override, texts, engine=templates)
+    known = tokenizer.result()
+    template = ChatTemplate.from_metadata(
+        file.metadata,
+        settings.chat_template,
+        texts=known.texts,
+        bos_token=known.bos_text,
+        eos_token=known.eos_text,
+        engine=templates,
+    )
     if templates is not None:
         template.capabilities  # noqa: B018
     return template
 
 
-def _progress(options: LoadOptions, packs: threading.Event) -> CompileProgress:
+def _progress(settings: LoadSettings, packs: threading.Event) -> CompileProgress:
     """Tells whoever asked, and sets `packs` once weights are packed."""
-    report = options.get("progress")
+    report = settings.progress
 
     def progress(stage: str, done: int, total: int) -> None:
         if stage == "weights":

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from unicodedata import category
 
+from edgeinfer.dequantize import dequantize
 from edgeinfer.errors import EdgeInferError
 from edgeinfer.gguf import Array, GGUFFile, Metadata
-from edgeinfer.quant import dequantize
 
 from .models_for_tests import tiny_model
 
@@ -393,6 +393,7 @@ def read_all(path: Path, *, renders: bool, generates: bool) -> int:
 
     from edgeinfer.inspect_file import describe
     from edgeinfer.llm import LLM
+    from edgeinfer.load_settings import LoadSettings
     from edgeinfer.model import Model
     from edgeinfer.runtime import plan_model
     from edgeinfer.text.chat import ChatTemplate
@@ -409,14 +410,15 @@ def read_all(path: Path, *, renders: bool, generates: bool) -> int:
                     attempt(lambda key=key, read=read: read(file.metadata, key))
         model = attempt(lambda: Model.load(file))
         if model is not None:
-            attempt(lambda: plan_model(model, {"device": "reference", "threads": 1}))
+            options = LoadSettings.resolve("plan", {"device": "reference", "threads": 1})
+            attempt(lambda: plan_model(model, options))
         tokenizer = attempt(lambda: Tokenizer.from_metadata(file.metadata))
         if tokenizer is not None:
             attempt(lambda: _round_trip(tokenizer))
         if renders:
             for weight in file.tensors.values():
                 attempt(lambda weight=weight: dequantize(weight))
-            texts = None if tokenizer is None else tokenizer.texts
+            texts = () if tokenizer is None else tokenizer.texts
             template = attempt(lambda: ChatTemplate.from_metadata(file.metadata, texts=texts))
             if template is not None:
                 attempt(lambda: template.render(MESSAGES))
@@ -428,7 +430,7 @@ def read_all(path: Path, *, renders: bool, generates: bool) -> int:
 
 
 _GETTERS: tuple[Callable[[Metadata, str], object], ...] = (
-    Metadata.get_int, Metadata.get_float, Metadata.get_str, Metadata.get_bytes, Metadata.get_bool,
+    Metadata.get_int, Metadata.get_float, Metadata.get_str, Metadata.get_bool,
     Metadata.get_ints, Metadata.get_floats, Metadata.get_bools,
 )  # fmt: skip
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from edgeinfer import LLM, platform
+from edgeinfer.dequantize import dequantize
 from edgeinfer.errors import InvalidModelError
 from edgeinfer.gguf import GGUFFile
-from edgeinfer.quant import dequantize
 
 from .models_for_tests import tiny_model
 

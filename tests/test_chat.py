@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from enum import Enum
 from fractions import Fraction
@@ -23,14 +23,14 @@ from hypothesis import strategies as st
 
 from edgeinfer.errors import InvalidModelError, InvalidRequestError, TemplateError
 from edgeinfer.gguf import GGUFFile
-from edgeinfer.text.chat import (
-    BUILT_IN,
-    ChatTemplate,
-    Message,
-    encode_chat,
-)
+from edgeinfer.text.chat import ChatTemplate
+from edgeinfer.text.chat_templates import BUILT_IN
+from edgeinfer.text.messages import Conversation, Message
+from edgeinfer.text.prompt import ChatTokenizer, chat_prompt
 from edgeinfer.text.template_engine import Budget, RenderError, TemplateEngine
 from edgeinfer.text.tokenizer import Tokenizer
+
+from .models_for_tests import metadata_of
 
 DataFile = Callable[[str], Path]
 
@@ -77,18 +77,35 @@ WEATHER = {
 ENGINE = TemplateEngine()
 
 
+def encode(
+    tokenizer: ChatTokenizer, template: ChatTemplate, messages: list[Message], **more: Any
+) -> list[int]:
+    return chat_prompt(tokenizer, template, Conversation.of(messages, **more)).ids
+
+
 def chat_template(source: str, **options: Any) -> ChatTemplate:
     return ChatTemplate(source, engine=ENGINE, **options)
 
 
-def template_of(meta: dict[str, Any], override: str | None = None) -> ChatTemplate:
-    return ChatTemplate.from_metadata(meta, override, engine=ENGINE)
+def template_of(
+    meta: dict[str, Any], override: str | None = None, texts: Sequence[str] = (), bos: str = ""
+) -> ChatTemplate:
+    return ChatTemplate.from_metadata(
+        metadata_of(meta), override, texts=texts, bos_token=bos, engine=ENGINE
+    )
 
 
 @cache
 def smollm_parts(path: Path) -> tuple[Tokenizer, ChatTemplate]:
     with GGUFFile.open(path) as file:
-        return Tokenizer.from_metadata(file.metadata), template_of(file.metadata)
+        tokenizer = Tokenizer.from_metadata(file.metadata)
+        return tokenizer, ChatTemplate.from_metadata(
+            file.metadata,
+            texts=tokenizer.texts,
+            bos_token=tokenizer.bos_text,
+            eos_token=tokenizer.eos_text,
+            engine=ENGINE,
+        )
 
 
 @pytest.fixture(scope="session")
@@ -286,17 +303,16 @@ def test_the_files_own_template(smollm: tuple[Tokenizer, ChatTemplate]) -> None:
     ],
 )
 def test_fallback_by_vocabulary(token: str, name: str, start: str) -> None:
-    meta = {"tokenizer.ggml.tokens": ["<B>", token], "tokenizer.ggml.bos_token_id": 0}
-    template = template_of(meta)
+    template = template_of({}, texts=["<B>", token], bos="<B>")
     assert template.name == name
     assert template.render([{"role": "user", "content": "Hi"}]).startswith(start)
 
 
 def test_fallback_by_name_or_not_at_all() -> None:
-    meta = {"tokenizer.ggml.tokens": ["a"], "general.name": "TinyLlama 1.1B Chat v1.0"}
-    assert template_of(meta).name == "zephyr"
+    meta = {"general.name": "TinyLlama 1.1B Chat v1.0"}
+    assert template_of(meta, texts=["a"]).name == "zephyr"
     with pytest.raises(TemplateError, match="base model.*--chat-template"):
-        template_of({"tokenizer.ggml.tokens": ["a"], "general.name": "x"})
+        template_of({"general.name": "x"}, texts=["a"])
 
 
 @pytest.mark.parametrize("name", sorted(BUILT_IN))
@@ -428,7 +444,7 @@ def test_arguments_of_any_other_name_reach_the_template(
 ) -> None:
     more = {"template": "a", "tokenizer": "b", "self": "c"}
     template = chat_template("{{ template ~ tokenizer }}")
-    ids = encode_chat(smollm[0], template, [{"role": "user", "content": "x"}], **more)
+    ids = encode(smollm[0], template, [{"role": "user", "content": "x"}], arguments=more)
     assert smollm[0].decode(ids) == "ab"
 
 
@@ -473,7 +489,7 @@ def test_spelled_control_tokens_stay_text(smollm: tuple[Tokenizer, ChatTemplate]
         {"role": "assistant", "content": attack},
         {"role": "tool<|im_end|>", "content": [{"type": "text", "text": attack}]},
     ]
-    ids = encode_chat(tokenizer, template, chat)
+    ids = encode(tokenizer, template, chat)
     assert ids.count(tokenizer.eos_id or 0) == 4
     assert tokenizer.decode(ids, special=True) == template.render(chat)
     plain = tokenizer.encode(template.render(chat), parse_special=True)
@@ -500,7 +516,7 @@ def test_any_message_is_literal_text(
         text = f"{message['role']}\n{message['content']}"
         expected += [start, *tokenizer.encode(text), end, *tokenizer.encode("\n")]
     expected += [start, *tokenizer.encode("assistant\n")]
-    assert encode_chat(tokenizer, template, chat) == expected
+    assert encode(tokenizer, template, chat) == expected
 
 
 @cache
@@ -523,7 +539,7 @@ def test_messages_add_no_control_tokens(
     content = data.draw(st.lists(special | PIECES, max_size=6).map("".join))
 
     def control(content: str) -> list[int]:
-        ids = encode_chat(tokenizer, template, [{"role": "user", "content": content}])
+        ids = encode(tokenizer, template, [{"role": "user", "content": content}])
         return [id for id in ids if tokenizer.is_control(id)]
 
     assert control(content) == control("x")
@@ -532,7 +548,7 @@ def test_messages_add_no_control_tokens(
 def test_json_in_ascii_keeps_text_literal(smollm: tuple[Tokenizer, ChatTemplate]) -> None:
     tokenizer, _ = smollm
     template = chat_template("{{ messages[0].content | tojson(ensure_ascii=true) }}<|im_end|>")
-    ids = encode_chat(tokenizer, template, [{"role": "user", "content": "é<|im_end|>\\ue000"}])
+    ids = encode(tokenizer, template, [{"role": "user", "content": "é<|im_end|>\\ue000"}])
     assert ids.count(tokenizer.eos_id or 0) == 1
     text = tokenizer.decode(ids)
     assert text == json.dumps("é<|im_end|>\\ue000")
@@ -547,7 +563,7 @@ def test_no_character_of_arguments_is_taken_for_a_mark(
     chat: list[Message] = [{"role": "user", "content": "x"}]
     chat += [{"role": "assistant", "content": "", "tool_calls": [{"function": function}]}]
     template = chat_template(source)
-    ids = encode_chat(smollm[0], template, chat)
+    ids = encode(smollm[0], template, chat)
     assert smollm[0].decode(ids, special=True) == template.render(chat)
 
 
@@ -565,7 +581,7 @@ def test_tools_and_arguments_stay_text(
         {"role": "assistant", "content": "<think>\nhm\n</think>\n\nx", "tool_calls": [call]},
         {"role": "tool", "content": "<|im_end|>"},
     ]
-    ids = encode_chat(tokenizer, template, chat, tools=[tool])
+    ids = encode(tokenizer, template, chat, tools=[tool])
     assert tokenizer.decode(ids, special=True) == template.render(chat, tools=[tool])
     assert ids.count(tokenizer.eos_id or 0) == 4
 
@@ -582,7 +598,7 @@ def test_single_character_special_stays_text() -> None:
             return [len(parts), *map(len, parts)]
 
     chat: list[Message] = [{"role": "user", "content": "a#b<e>"}]
-    ids = encode_chat(Letters(), chat_template("#{{ messages[0].content }}#"), chat)
+    ids = encode(Letters(), chat_template("#{{ messages[0].content }}#"), chat)
     assert ids == [3, 0, 6, 0]
 
 
@@ -591,4 +607,4 @@ def test_one_bos_only(data_file: DataFile) -> None:
     hello: list[Message] = [{"role": "user", "content": "Hi"}]
     for bos in ("", tokenizer.bos_text, tokenizer.bos_text * 2):
         template = chat_template(BUILT_IN["llama3"], bos_token=bos)
-        assert encode_chat(tokenizer, template, hello).count(tokenizer.bos_id or 0) == 1
+        assert encode(tokenizer, template, hello).count(tokenizer.bos_id or 0) == 1

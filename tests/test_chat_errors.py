@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import sys
 from pathlib import Path
@@ -11,9 +12,11 @@ import pytest
 from edgeinfer import LLM, ClosedError, ContextLengthError, EdgeInferError, plan
 from edgeinfer.cli.line_input import LineInput
 from edgeinfer.cli.main import main
+from edgeinfer.cli.options import as_flag
 from edgeinfer.cli.plain_chat import talk
 from edgeinfer.engine.cache import CacheLayout
 from edgeinfer.engine.generation import check_length, public_error
+from edgeinfer.errors import Keyword
 from edgeinfer.hub.discovery import find_model
 from edgeinfer.tui.errors import in_chat
 
@@ -89,13 +92,22 @@ def test_an_overflow_in_the_plain_chat(
     assert not KEYWORD.search(told)
 
 
+def test_advice_is_spelled_by_whoever_shows_it() -> None:
+    advice = ("raise ", Keyword("n_ctx"), " or use ", Keyword("overflow", "slide"))
+    error = ContextLengthError("too long", advice=advice, n_tokens=9)
+    for each in (error, pickle.loads(pickle.dumps(error))):
+        assert str(each) == "too long; raise n_ctx or use overflow='slide'"
+        assert each.spelled(as_flag) == "too long; raise -c or use --overflow slide"
+        assert each.found == "too long" and each.n_tokens == 9
+
+
 def test_the_command_names_its_flags(path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for arguments, advice in (
         (
             ("-c", "64", "-p", "long " * 300),
             "raise -c, shorten the prompt, or use --overflow slide",
         ),
-        (("-c", "2147483000", "-p", "x", "--memory", "2G"), "with -c 2147483000, 2048 MiB are"),
+        (("-c", "2147483000", "-p", "x", "--memory", "2G"), "for 2147483000 tokens of context"),
         (("-c", "64", "-p", "x", "--overflow", "slide"), "raise -c or use --overflow error"),
     ):
         with pytest.raises(SystemExit):

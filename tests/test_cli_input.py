@@ -23,7 +23,7 @@ from edgeinfer.cli.main import main
 from edgeinfer.text.chat_templates import choose_template
 from edgeinfer.text.plain_text import decode, lines
 
-from .models_for_tests import tiny_model
+from .models_for_tests import metadata_of, tiny_model
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
 Pipe = Callable[[bytes], None]
@@ -184,7 +184,7 @@ def test_a_few_bytes_that_are_not_utf8_are_told(
 def test_a_template_may_begin_with_a_mark(tmp_path: Path) -> None:
     for encoding in ("utf-8-sig", "utf-16"):
         (tmp_path / "chat.jinja").write_bytes("{{ 'naïve' }}".encode(encoding))
-        assert choose_template(str(tmp_path / "chat.jinja"), {}) == "{{ 'naïve' }}"
+        assert choose_template(str(tmp_path / "chat.jinja"), metadata_of({})) == "{{ 'naïve' }}"
 
 
 # -- the command as a whole ----------------------------------------------------------------------

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from edgeinfer import quant
+from edgeinfer.dequantize import dequantize
 from edgeinfer.kernels.cpu import layout
 from edgeinfer.kernels.cpu.formats import FORMATS, packed_bytes
 from tests import native
@@ -109,7 +110,7 @@ def integers(type_name: str, data: np.ndarray, n_cols: int) -> dict[str, np.ndar
     def values(*halves: float) -> np.ndarray:
         """The oracle's dequantisation of blocks with unit scales gives their integers."""
         plain = with_halves(type_name, b, *halves)
-        w = quant.dequantize(plain, QUANT_TYPES[type_name], (len(data), n_cols))
+        w = dequantize(plain, QUANT_TYPES[type_name], (len(data), n_cols))
         return w.astype(np.int64).reshape(len(data), -1, 32)
 
     if type_name == "mxfp4":
@@ -138,7 +139,7 @@ def integers(type_name: str, data: np.ndarray, n_cols: int) -> dict[str, np.ndar
 def expected(type_name: str, data: np.ndarray, n_cols: int, q, d) -> np.ndarray:
     """(T, N) by the law; q, d as `activations` gives them."""
     if FORMATS[type_name].activation == "f32":
-        w = quant.dequantize(data.copy(), QUANT_TYPES[type_name], (len(data), n_cols))
+        w = dequantize(data.copy(), QUANT_TYPES[type_name], (len(data), n_cols))
         acc = [np.zeros((len(q), len(w)), np.float32) for _ in range(4)]
         for k in range(n_cols):
             acc[k % 4] = fma(q[:, None, k], w[None, :, k], acc[k % 4])
@@ -265,7 +266,7 @@ def test_embedding_rows_are_the_dequantised_ones(type_name: str, family: str | N
     ]  # fmt: skip
     h = native.header(H_ROWS=len(ids), H_IDS=ids.ctypes.data)
     native.run(f"embed.{type_name}", h, args, range(len(ids)), family)
-    oracle = quant.dequantize(data, QUANT_TYPES[type_name], data.shape[:1] + (n_cols,))
+    oracle = dequantize(data, QUANT_TYPES[type_name], data.shape[:1] + (n_cols,))
     np.testing.assert_array_equal(out[:, :n_cols].view(np.int32), oracle[ids].view(np.int32))
     assert np.isnan(out[:, n_cols:]).all()
 

@@ -12,8 +12,8 @@ import pytest
 
 from edgeinfer import platform
 from edgeinfer.cli import doctor
+from edgeinfer.cli.fact_lines import fact_lines
 from edgeinfer.cli.main import main
-from edgeinfer.fact_lines import fact_lines
 from edgeinfer.platform import CudaDriver, Gpu
 
 from .models_for_tests import tiny_model

@@ -130,7 +130,7 @@ def test_an_unsound_history_is_named_left_alone_and_replaced_once_it_is_gone(
     assert store.search("two") and store.recent()
     assert content_of(path) == before
     path.rename(path.with_name("moved"))
-    store._retry_at = 0.0
+    store._file.try_now()
     store.tend()
     assert store.notice(conversation.id) == ""
     assert texts(path, conversation.id) == both("one", "two")
@@ -253,7 +253,7 @@ def test_a_lock_is_not_waited_for_and_what_was_said_meanwhile_is_kept(
             assert time.monotonic() - start < 1.0
             assert "locked" in store.notice(conversation.id)
             assert str(path) in store.notice(conversation.id)
-        store._retry_at = 0.0
+        store._file.try_now()
         store.tend()
         assert store.notice(conversation.id) == ""
         asked = ["one", *(f"locked {i}" for i in range(10))]
@@ -273,7 +273,7 @@ def test_a_history_that_is_locked_at_the_start_is_taken_up_later(path: Path, is_
         assert time.monotonic() - start < 1.0
         assert "locked" in store.notice(conversation.id)
         assert [each.title for each in store.recent()] == ["one"]
-    store._retry_at = 0.0
+    store._file.try_now()
     store.tend()
     assert store.notice(conversation.id) == ""
     assert texts(path, conversation.id) == both("one")
@@ -284,7 +284,7 @@ def test_a_history_that_is_locked_at_the_start_is_taken_up_later(path: Path, is_
 def test_a_lock_that_lasts_to_the_end_is_said_then(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgeinfer.tui.store._LAST_WAIT_SECONDS", 0.3)
+    monkeypatch.setattr("edgeinfer.tui.history_file._LAST_WAIT_SECONDS", 0.3)
     store = Store(path)
     conversation = Conversation(store)
     with locked(path):
@@ -302,16 +302,16 @@ def test_a_full_disk_loses_nothing_that_still_fits_later(path: Path) -> None:
     with stored(path) as store:
         conversation = Conversation(store)
         exchange(conversation, "one")
-        assert store._db is not None
-        (n,) = store._db.execute("PRAGMA page_count").fetchone()
-        store._db.execute(f"PRAGMA max_page_count = {n}")  # SQLite says that the disk is full
+        assert store._file._db is not None
+        (n,) = store._file._db.execute("PRAGMA page_count").fetchone()
+        store._file._db.execute(f"PRAGMA max_page_count = {n}")  # SQLite says that the disk is full
         long = "word " * 20_000
         exchange(conversation, long)
         assert "no room" in store.notice(conversation.id)
         assert str(path) in store.notice(conversation.id)
         assert texts(path, conversation.id) == both("one")
         assert store.search("one")
-        store._db.execute("PRAGMA max_page_count = 100000")
+        store._file._db.execute("PRAGMA max_page_count = 100000")
         store.tend()
         exchange(conversation, "two")
         assert store.notice(conversation.id) == ""
@@ -423,7 +423,7 @@ class Window:
             self.kept.pop(id, None)
 
     def wait(self, n: int) -> None:
-        self.store._retry_at = 0.0
+        self.store._file.try_now()
         self.store.tend()
 
 
@@ -437,8 +437,8 @@ def run_windows(path: Path, seed: int, n_steps: int) -> int:
         if fault < 0.15:
             with locked(path, chance.choice(["IMMEDIATE", "EXCLUSIVE"])):
                 window.act(n)
-        elif fault < 0.3 and window.store._db is not None:
-            db = window.store._db
+        elif fault < 0.3 and window.store._file._db is not None:
+            db = window.store._file._db
             limit = db.execute("PRAGMA page_count").fetchone()[0]
             db.execute(f"PRAGMA max_page_count = {limit}")
             window.act(n)
@@ -464,7 +464,7 @@ def run_windows(path: Path, seed: int, n_steps: int) -> int:
 def test_what_was_acknowledged_is_there(
     path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgeinfer.tui.store._PATIENCE_SECONDS", 0.01)
+    monkeypatch.setattr("edgeinfer.tui.history_file._PATIENCE_SECONDS", 0.01)
     assert run_windows(path, seed, 60) > 0
 
 
@@ -472,7 +472,7 @@ def test_what_was_acknowledged_is_there(
 def test_what_was_acknowledged_is_there_in_many_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgeinfer.tui.store._PATIENCE_SECONDS", 0.01)
+    monkeypatch.setattr("edgeinfer.tui.history_file._PATIENCE_SECONDS", 0.01)
     for seed in range(100, 300):
         (tmp_path / str(seed)).mkdir()
         run_windows(tmp_path / str(seed) / FILE_NAME, seed, 80)

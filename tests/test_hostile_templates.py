@@ -23,8 +23,10 @@ from hypothesis import strategies as st
 from edgeinfer import LLM, platform
 from edgeinfer.errors import InvalidRequestError, TemplateError
 from edgeinfer.text import template_engine
-from edgeinfer.text.chat import ChatTemplate, Message, encode_chat
+from edgeinfer.text.chat import ChatTemplate
 from edgeinfer.text.hiding import Hiding
+from edgeinfer.text.messages import Conversation, Message
+from edgeinfer.text.prompt import chat_prompt
 from edgeinfer.text.template_engine import MAX_SOURCE, TemplateEngine
 
 from .models_for_tests import tiny_model
@@ -442,11 +444,9 @@ def test_a_message_may_hold_every_private_character_of_the_first_plane(
 ) -> None:
     vocabulary = Vocabulary("<e>", "#")
     text = "".join(map(chr, range(0xE000, 0xF900))) + "<e>#"
-    ids = encode_chat(
-        vocabulary,
-        ChatTemplate("{{ messages[0].content }}", engine=engine),
-        [{"role": "user", "content": text}],
-    )
+    template = ChatTemplate("{{ messages[0].content }}", engine=engine)
+    chat = Conversation.of([{"role": "user", "content": text}])
+    ids = chat_prompt(vocabulary, template, chat).ids
     assert ids == [len(text)] and "<e>" not in vocabulary.seen and "#" not in vocabulary.seen
     for start, stop in ((0xF0000, 0xFFFFE), (0x100000, 0x10FFFE)):
         text += "".join(map(chr, range(start, stop)))

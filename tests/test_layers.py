@@ -19,17 +19,18 @@ LAYERS = """
 terminal
 errors
 config quant platform options parameters results settings
+gguf dequantize
 rope
-text sampling hub ops gguf
+text sampling hub ops
 mixture
 graph keys
 batch models.*
 fusion known
 kernels.reference kernels.cpu kernels.cuda
 model backend
-engine
+engine load_settings
 runtime stream
-llm server inspect_file fact_lines
+llm server inspect_file
 aio bench
 cli tui pyinstaller
 __main__

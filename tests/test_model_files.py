@@ -10,12 +10,12 @@ import pytest
 from numpy.typing import NDArray
 
 from edgeinfer import models
+from edgeinfer.dequantize import dequantize
 from edgeinfer.errors import InvalidModelError
 from edgeinfer.gguf import GGUFFile
 from edgeinfer.graph import Segment
 from edgeinfer.kernels.reference import ReferenceBackend
 from edgeinfer.model import Model, architectures
-from edgeinfer.quant import dequantize
 
 from .models_for_tests import tiny_model
 from .test_cpu_program import IDS, LIMITS, batch_of, logits

@@ -12,7 +12,7 @@ import pytest
 
 from edgeinfer import printable
 from edgeinfer.hub import recent
-from edgeinfer.tui.catalog import find_models
+from edgeinfer.tui.model_choices import find_models
 from edgeinfer.tui.settings import ChatSettings
 from edgeinfer.tui.store import FILE_NAME, Store
 

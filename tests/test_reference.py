@@ -12,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from edgeinfer.batch import PAGE, Batch, Outputs, PageTable, StepLimits
+from edgeinfer.dequantize import dequantize
 from edgeinfer.errors import ClosedError
 from edgeinfer.gguf import GGUFFile
 from edgeinfer.graph import Segment
@@ -21,7 +22,7 @@ from edgeinfer.kernels.reference.exact import Exact
 from edgeinfer.kernels.reference.functions import exp, fma
 from edgeinfer.kernels.reference.quantised import Quantised
 from edgeinfer.model import Model
-from edgeinfer.quant import QUANT_TYPES, RUNNABLE, Weight, dequantize
+from edgeinfer.quant import QUANT_TYPES, RUNNABLE, Weight
 from edgeinfer.sampling.params import Sampled, SampleRow, SampleTable, SamplingParams
 
 from .bench.make_model import quantize

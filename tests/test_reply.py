@@ -25,6 +25,8 @@ from edgeinfer.text.reply import (
 from edgeinfer.text.tokenizer import Tokenizer
 from edgeinfer.text.vocabulary import CONTROL, NORMAL, UNUSED, USER_DEFINED
 
+from .models_for_tests import metadata_of
+
 MISTRAL = Tags("[THINK]", "[/THINK]")
 # Tokens after the 256 bytes: (spelling, type).
 SPECIALS = [
@@ -45,7 +47,7 @@ def tokenizer() -> Tokenizer:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     spelled = {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(others)}
-    return Tokenizer.from_metadata(
+    meta = metadata_of(
         {
             "tokenizer.ggml.model": "gpt2",
             "tokenizer.ggml.pre": "gpt-2",
@@ -55,6 +57,7 @@ def tokenizer() -> Tokenizer:
             "tokenizer.ggml.eos_token_id": ID["<|im_end|>"],
         }
     )
+    return Tokenizer.from_metadata(meta)
 
 
 def read(

@@ -15,7 +15,7 @@ from edgeinfer.engine.sequence import Finished, Prefilled, Request, Token
 from edgeinfer.engine.speculation import (
     MAX_ROWS,
     Acceptance,
-    Grounds,
+    Evidence,
     Lookup,
     Speculator,
     StepCosts,
@@ -57,8 +57,8 @@ def test_the_longest_match_is_found_and_followed() -> None:
         is_copy = dice.random() < 0.9
         tokens.append(tokens[len(tokens) * 2 // 3] if is_copy else dice.randrange(12))
         lookup.push()
-        grounds, guesses = lookup.find(5)
-        length = grounds - Grounds.PAIR + 2
+        evidence, guesses = lookup.find(5)
+        length = evidence - Evidence.PAIR + 2
         assert length <= max(2, longest(tokens))
         if length >= 2:
             end = tokens[-length:]
@@ -79,34 +79,34 @@ def test_built_at_once_or_token_by_token_is_the_same() -> None:
 
 
 def test_repetition_is_guessed_beyond_its_end() -> None:
-    assert Lookup([9, 1, 2, 1, 2, 1]).find(6) == (Grounds.PAIR + 1, [2, 1, 2, 1, 2, 1])
-    assert Lookup([5, 5, 5, 5]).find(4) == (Grounds.PAIR + 1, [5, 5, 5, 5])
+    assert Lookup([9, 1, 2, 1, 2, 1]).find(6) == (Evidence.PAIR + 1, [2, 1, 2, 1, 2, 1])
+    assert Lookup([5, 5, 5, 5]).find(4) == (Evidence.PAIR + 1, [5, 5, 5, 5])
 
 
 def test_one_token_is_followed_as_it_mostly_was() -> None:
-    assert Lookup([1, 2, 3, 1]).find(3) == (Grounds.ONCE, [2, 3, 1])
-    assert Lookup([1, 2, 3, 1, 2, 4, 1]).find(1) == (Grounds.OFTEN, [2])
-    assert Lookup([1, 2, 3, 1, 4, 5, 1]).find(1) == (Grounds.DISPUTED, [4])
+    assert Lookup([1, 2, 3, 1]).find(3) == (Evidence.ONCE, [2, 3, 1])
+    assert Lookup([1, 2, 3, 1, 2, 4, 1]).find(1) == (Evidence.OFTEN, [2])
+    assert Lookup([1, 2, 3, 1, 4, 5, 1]).find(1) == (Evidence.DISPUTED, [4])
     often = [1, 2, 3, 1, 2, 4, 1, 2, 5, 1, 6, 7, 1]
-    assert Lookup(often).find(1) == (Grounds.OFTEN, [2])
-    assert Lookup([1]).find(3) == Lookup([1, 2, 3]).find(3) == (Grounds.NONE, [])
+    assert Lookup(often).find(1) == (Evidence.OFTEN, [2])
+    assert Lookup([1]).find(3) == Lookup([1, 2, 3]).find(3) == (Evidence.NONE, [])
 
 
 def test_after_a_match_has_ended_one_token_counts_as_replaced() -> None:
     tokens = [1, 2, 3, 4, 5, 6, 1, 2]
     lookup = Lookup(tokens)
-    assert lookup.find(2) == (Grounds.PAIR, [3, 4])
+    assert lookup.find(2) == (Evidence.PAIR, [3, 4])
     tokens.append(9)
     lookup.push()
-    assert lookup.find(3) == (Grounds.REPLACED, [4, 5, 6])
+    assert lookup.find(3) == (Evidence.REPLACED, [4, 5, 6])
     tokens.append(8)
     lookup.push()
-    assert lookup.find(3) == (Grounds.NONE, [])
+    assert lookup.find(3) == (Evidence.NONE, [])
 
 
 def test_tokens_of_one_bucket_are_kept_apart() -> None:
-    assert Lookup([1, 2, 3, 1 + (1 << 14)]).find(1) == (Grounds.NONE, [])
-    assert Lookup([1, 2, 1 + (1 << 14), 3, 1]).find(1) == (Grounds.NONE, [])
+    assert Lookup([1, 2, 3, 1 + (1 << 14)]).find(1) == (Evidence.NONE, [])
+    assert Lookup([1, 2, 1 + (1 << 14), 3, 1]).find(1) == (Evidence.NONE, [])
 
 
 def test_a_token_takes_constant_time() -> None:
@@ -169,21 +169,21 @@ def test_one_slow_step_changes_little_and_is_forgotten() -> None:
 
 def test_wrong_guesses_end_within_a_few_tokens_and_right_ones_begin_again() -> None:
     usual, acceptance = costs(1.0, 1.2, 1.3, 1.5, 1.6, 1.7, 1.8, 1.9), Acceptance()
-    assert best_drafts([acceptance.chances(Grounds.PAIR, 7)], usual, 8) != [0]
+    assert best_drafts([acceptance.chances(Evidence.PAIR, 7)], usual, 8) != [0]
     n_wrong = 0
-    while best_drafts([acceptance.chances(Grounds.PAIR, 7)], usual, 8) != [0]:
-        acceptance.count(Grounds.PAIR, False)
+    while best_drafts([acceptance.chances(Evidence.PAIR, 7)], usual, 8) != [0]:
+        acceptance.count(Evidence.PAIR, False)
         n_wrong += 1
     assert n_wrong <= 8
     for _ in range(20):
-        acceptance.count(Grounds.PAIR, True)
-    assert best_drafts([acceptance.chances(Grounds.PAIR, 7)], usual, 8) != [0]
+        acceptance.count(Evidence.PAIR, True)
+    assert best_drafts([acceptance.chances(Evidence.PAIR, 7)], usual, 8) != [0]
 
 
 def test_chances_fall_and_longer_matches_are_better() -> None:
-    chances = [Acceptance().chances(grounds, 7) for grounds in range(1, Grounds.PAIR + 15)]
+    chances = [Acceptance().chances(evidence, 7) for evidence in range(1, Evidence.PAIR + 15)]
     assert all(each == sorted(each, reverse=True) for each in chances)
-    matches = [each[0] for each in chances[Grounds.PAIR - 1 :]]
+    matches = [each[0] for each in chances[Evidence.PAIR - 1 :]]
     assert matches == sorted(matches)
 
 

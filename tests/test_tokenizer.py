@@ -14,7 +14,6 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,6 +22,8 @@ from edgeinfer.errors import InvalidModelError, InvalidRequestError, Unsupported
 from edgeinfer.gguf import GGUFFile
 from edgeinfer.text.pretokenizers import PRE_TOKENIZERS, portions
 from edgeinfer.text.tokenizer import StreamDecoder, Tokenizer, TooManyTokens
+
+from .models_for_tests import metadata_of
 
 DataFile = Callable[[str], Path]
 
@@ -46,6 +47,10 @@ def vocabulary(data_file: DataFile) -> Callable[[str], Tokenizer]:
 @pytest.fixture(scope="session")
 def smollm(data_file: DataFile) -> Tokenizer:
     return load(data_file("models/SmolLM2-135M-Instruct.Q4_1.gguf"))
+
+
+def tokenizer_of(meta: dict[str, Any], *, pre: str | None = None) -> Tokenizer:
+    return Tokenizer.from_metadata(metadata_of(meta), pre=pre)
 
 
 def byte_chars() -> list[str]:
@@ -105,14 +110,14 @@ BYTE_LEVEL = sorted(name for name, row in PRE_TOKENIZERS.items() if row.byte_lev
 
 @pytest.mark.parametrize("name", BYTE_LEVEL)
 def test_every_pre_tokenizer_keeps_every_byte(name: str) -> None:
-    tokenizer = Tokenizer.from_metadata(byte_pair(), pre=name)
+    tokenizer = tokenizer_of(byte_pair(), pre=name)
     assert tokenizer.pre == name
     assert tokenizer.decode(tokenizer.encode(MIXED, bos=False)) == MIXED
 
 
 def test_raw_utf8_vocabulary() -> None:
     tokens = ["▁", "a", "▁a", "\n", "\n\n", *(f"<0x{b:02X}>" for b in range(256)), "<bos>"]
-    tokenizer = Tokenizer.from_metadata(
+    tokenizer = tokenizer_of(
         {
             "tokenizer.ggml.model": "gemma4",
             "tokenizer.ggml.tokens": tokens,
@@ -125,17 +130,6 @@ def test_raw_utf8_vocabulary() -> None:
     ids = tokenizer.encode("a a\n\né")
     assert ids == [261, 1, 2, 4, 5 + 0xC3, 5 + 0xA9]
     assert tokenizer.decode(ids) == "a a\n\né"
-
-
-def test_reads_arrays_of_every_kind() -> None:
-    plain = byte_pair()
-    other = dict(plain)
-    other["tokenizer.ggml.tokens"] = [t.encode() for t in plain["tokenizer.ggml.tokens"]]
-    other["tokenizer.ggml.token_type"] = np.array(plain["tokenizer.ggml.token_type"], np.int32)
-    other["tokenizer.ggml.merges"] = (b"a b",)
-    a, b = Tokenizer.from_metadata(plain), Tokenizer.from_metadata(other)
-    assert a.encode(MIXED) == b.encode(MIXED)
-    assert a.encode("ab") == [256]
 
 
 # Special tokens
@@ -185,7 +179,7 @@ def test_special_tokens_are_parsed_only_on_request(smollm: Tokenizer) -> None:
 def test_normal_token_with_the_spelling_of_an_end_is_control() -> None:
     meta = byte_pair(("<|im_end|>",))
     meta["tokenizer.ggml.token_type"][257] = 1
-    tokenizer = Tokenizer.from_metadata(meta)
+    tokenizer = tokenizer_of(meta)
     assert tokenizer.eog_ids == {0, 257}
     assert tokenizer.encode("a<|im_end|>", parse_special=True) == [97, 257]
     assert 257 not in tokenizer.encode("a<|im_end|>")
@@ -193,7 +187,7 @@ def test_normal_token_with_the_spelling_of_an_end_is_control() -> None:
 
 def test_harmony_tokens() -> None:
     extra = ("<|end|>", "<|return|>", "<|call|>", "<|channel|>", "<|start|>")
-    tokenizer = Tokenizer.from_metadata(byte_pair(extra))
+    tokenizer = tokenizer_of(byte_pair(extra))
     texts = {tokenizer.text(id) for id in tokenizer.eog_ids}
     assert texts >= {"<|return|>", "<|call|>"} and "<|end|>" not in texts
     # They are shown and split from plain text, but a marked message never makes them.
@@ -203,18 +197,18 @@ def test_harmony_tokens() -> None:
 
 
 def test_longest_special_wins_over_the_whole_text() -> None:
-    tokenizer = Tokenizer.from_metadata(byte_pair(("<x>", "<x><y>", "y><z>")))
+    tokenizer = tokenizer_of(byte_pair(("<x>", "<x><y>", "y><z>")))
     assert tokenizer.encode("<x><y><z>", parse_special=True) == [258, *b"<z>"]
     assert tokenizer.encode("<x><x><y>", parse_special=True) == [257, 258]
     # As long in characters, but longer in bytes: cut first.
-    tokenizer = Tokenizer.from_metadata(byte_pair(("[ab", "b]é")))
+    tokenizer = tokenizer_of(byte_pair(("[ab", "b]é")))
     assert tokenizer.encode("[ab]é", parse_special=True) == [91, 97, 258]
 
 
 def test_user_defined_tokens_are_always_parsed() -> None:
     meta = byte_pair(("\n\n", "<c>"))
     meta["tokenizer.ggml.token_type"][257] = USER_DEFINED
-    tokenizer = Tokenizer.from_metadata(meta)
+    tokenizer = tokenizer_of(meta)
     assert tokenizer.encode("a\n\n<c>")[:2] == [97, 257]
     assert 258 not in tokenizer.encode("a\n\n<c>")
     assert tokenizer.special_texts == ("<c>",)
@@ -222,9 +216,9 @@ def test_user_defined_tokens_are_always_parsed() -> None:
 
 def test_control_token_never_comes_from_merging() -> None:
     meta = byte_pair(("abab",), merges=["a b", "ab ab"])
-    tokenizer = Tokenizer.from_metadata(meta)
+    tokenizer = tokenizer_of(meta)
     assert tokenizer.encode("abab") == [256, 256]
-    whole = Tokenizer.from_metadata(byte_pair(("word",)), pre="llama3")
+    whole = tokenizer_of(byte_pair(("word",)), pre="llama3")
     assert 257 not in whole.encode("word") and whole.encode("word", parse_special=True) == [257]
 
 
@@ -240,12 +234,12 @@ def test_phi3_specials_swallow_the_space_after_them(
 
 
 def test_space_prefix_follows_specials() -> None:
-    tokenizer = Tokenizer.from_metadata(sentence_piece())
+    tokenizer = tokenizer_of(sentence_piece())
     a = 262
     assert tokenizer.encode("a") == [1, a]
     assert tokenizer.encode("a</s>a", parse_special=True) == [1, a, 2, a]
     assert tokenizer.decode([1, a, a]) == "a a"
-    without = Tokenizer.from_metadata(sentence_piece(add_space_prefix=False, add_bos_token=False))
+    without = tokenizer_of(sentence_piece(add_space_prefix=False, add_bos_token=False))
     assert without.encode("a a") == [260, a]
     assert without.decode([a]) == " a"
 
@@ -253,7 +247,7 @@ def test_space_prefix_follows_specials() -> None:
 def test_two_unknown_tokens_and_a_merged_user_token() -> None:
     meta = sentence_piece()
     meta["tokenizer.ggml.token_type"][261] = 2
-    tokenizer = Tokenizer.from_metadata(meta)
+    tokenizer = tokenizer_of(meta)
     assert tokenizer.decode(tokenizer.encode("aé")) == "aé"
 
 
@@ -272,13 +266,13 @@ def test_stream_never_splits_a_character(name: str, vocabulary: Callable[[str], 
 
 
 def test_unfinished_character_shows_at_the_end_only() -> None:
-    stream = StreamDecoder(Tokenizer.from_metadata(byte_pair()))
+    stream = StreamDecoder(tokenizer_of(byte_pair()))
     assert [stream.push(b) for b in "🦙".encode()[:3]] == ["", "", ""]
     assert stream.flush() == "\ufffd"
 
 
 def test_stream_keeps_the_space_of_a_continued_text() -> None:
-    tokenizer = Tokenizer.from_metadata(sentence_piece())
+    tokenizer = tokenizer_of(sentence_piece())
     assert StreamDecoder(tokenizer).push(262) == "a"
     assert StreamDecoder(tokenizer, strip_space=False).push(262) == " a"
 
@@ -298,7 +292,7 @@ def test_lone_surrogates_are_replaced(smollm: Tokenizer) -> None:
 
 
 def test_ids_outside_the_vocabulary() -> None:
-    tokenizer = Tokenizer.from_metadata(byte_pair())
+    tokenizer = tokenizer_of(byte_pair())
     for id in (-1, 257, 1 << 40):
         with pytest.raises(InvalidRequestError, match="vocabulary of 257"):
             tokenizer.piece(id)
@@ -309,24 +303,24 @@ def test_ids_outside_the_vocabulary() -> None:
 
 def test_unknown_pre_tokenizer_names_its_neighbours() -> None:
     with pytest.raises(UnsupportedModelError, match=r"'qwen22'.*qwen2.*--pre NAME"):
-        Tokenizer.from_metadata(byte_pair(pre="qwen22"))
-    assert Tokenizer.from_metadata(byte_pair(pre="qwen22"), pre="qwen2").pre == "qwen2"
+        tokenizer_of(byte_pair(pre="qwen22"))
+    assert tokenizer_of(byte_pair(pre="qwen22"), pre="qwen2").pre == "qwen2"
     with pytest.raises(InvalidRequestError, match="smolm"):
-        Tokenizer.from_metadata(byte_pair(), pre="smolm")
+        tokenizer_of(byte_pair(), pre="smolm")
     with pytest.raises(InvalidRequestError, match="SentencePiece"):
-        Tokenizer.from_metadata(sentence_piece(), pre="qwen2")
+        tokenizer_of(sentence_piece(), pre="qwen2")
 
 
 @pytest.mark.parametrize("model", ["bert", "t5", "rwkv", "plamo2", "none", "nonsense"])
 def test_other_vocabularies_are_refused_by_name(model: str) -> None:
     with pytest.raises(UnsupportedModelError, match=model):
-        Tokenizer.from_metadata({"tokenizer.ggml.model": model})
+        tokenizer_of({"tokenizer.ggml.model": model})
 
 
 def test_missing_pre_tokenizer_is_the_default_one() -> None:
     meta = byte_pair()
     del meta["tokenizer.ggml.pre"]
-    assert Tokenizer.from_metadata(meta).pre == "default"
+    assert tokenizer_of(meta).pre == "default"
 
 
 DELETE = object()
@@ -343,7 +337,6 @@ BROKEN_BYTE_PAIR: list[tuple[str, Any]] = [
     ("token_type", ["x"] * 257),
     ("token_type", [0.5] * 257),
     ("token_type", [[1]] * 257),
-    ("token_type", [1 << 70] * 257),
     ("token_type", 3),
     ("token_type", [BYTE] * 257),
     ("merges", DELETE),
@@ -384,22 +377,26 @@ def check_refused(meta: dict[str, Any], key: str, value: Any) -> None:
     else:
         meta[name] = value
     with pytest.raises(InvalidModelError, match="tokenizer.ggml") as caught:
-        Tokenizer.from_metadata(meta)
+        tokenizer_of(meta)
     assert caught.value.field in (name, "tokenizer.ggml.tokens")
+
+
+_WHOLE = st.integers(-(1 << 63), (1 << 63) - 1)  # what a file can hold
 
 
 @settings(max_examples=150, deadline=None)
 @given(
     key=st.sampled_from(["tokens", "token_type", "merges", "scores", "eos_token_id", "pre"]),
     value=st.one_of(
-        st.none(), st.integers(), st.floats(), st.text(), st.lists(st.text(max_size=3)),
-        st.lists(st.integers()), st.dictionaries(st.text(), st.integers()),
+        _WHOLE, st.floats(), st.text(), st.booleans(), st.lists(st.text(max_size=3)),
+        st.lists(_WHOLE), st.lists(st.floats()), st.lists(st.booleans()),
+        st.lists(st.lists(_WHOLE)),
     ),
     meta=st.sampled_from([byte_pair, sentence_piece]),
 )  # fmt: skip
 def test_random_metadata_is_read_or_refused(key: str, value: Any, meta: Any) -> None:
     try:
-        Tokenizer.from_metadata(meta() | {f"tokenizer.ggml.{key}": value})
+        tokenizer_of(meta() | {f"tokenizer.ggml.{key}": value})
     except (InvalidModelError, UnsupportedModelError):
         pass
 
@@ -431,7 +428,7 @@ def all_pairs(pre: str) -> Tokenizer:
     tokens = [*byte_chars(), *(a + b for a, b in pairs)]
     meta["tokenizer.ggml.tokens"] = tokens
     meta["tokenizer.ggml.token_type"] = [1] * len(tokens)
-    return Tokenizer.from_metadata(meta)
+    return tokenizer_of(meta)
 
 
 def check_portions(names: list[str], n_texts: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -482,8 +479,8 @@ def test_what_has_more_tokens_than_asked_for_is_told_truly(text: str, most: int)
         assert most < caught.value.at_least <= n_tokens
 
 
-BYTES = Tokenizer.from_metadata(byte_pair())
-PIECES = Tokenizer.from_metadata(sentence_piece())
+BYTES = tokenizer_of(byte_pair())
+PIECES = tokenizer_of(sentence_piece())
 
 
 def test_a_text_that_can_not_fit_is_not_read(smollm: Tokenizer) -> None:
@@ -500,5 +497,5 @@ def test_where_characters_may_have_no_token_no_length_is_too_long() -> None:
     kept = [i for i, text in enumerate(meta["tokenizer.ggml.tokens"]) if text != "x"]
     meta["tokenizer.ggml.tokens"] = [meta["tokenizer.ggml.tokens"][i] for i in kept]
     meta["tokenizer.ggml.token_type"] = [1] * len(kept)
-    tokenizer = Tokenizer.from_metadata(meta)
+    tokenizer = tokenizer_of(meta)
     assert tokenizer.encode("x" * 10_000 + "ab", most=5) == tokenizer.encode("ab")

@@ -19,7 +19,7 @@ from edgeinfer.kernels.cpu import library, tune
 from edgeinfer.kernels.cpu.library import Library
 from edgeinfer.kernels.cpu.ready import Ready
 from edgeinfer.kernels.cpu.targets import Target
-from edgeinfer.kernels.cpu.tune import Way
+from edgeinfer.kernels.cpu.tune import Schedule
 from edgeinfer.platform import trust
 from edgeinfer.tui import schema
 
@@ -209,7 +209,7 @@ def test_the_processor_is_not_what_others_say(tmp_path: Path) -> None:
 def test_a_measurement_is_checked_when_it_is_read(tmp_path: Path, text: str) -> None:
     path = tmp_path / "decode.json"
     path.write_bytes(text.encode("latin-1"))
-    assert tune.read(path, [Way(2, 1.5)]) is None
+    assert tune.read(path, [Schedule(2, 1.5)]) is None
 
 
 def test_looking_costs_a_start_nothing(cache: Path) -> None:

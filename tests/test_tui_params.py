@@ -87,7 +87,7 @@ def test_the_form_shows_what_is_in_force_and_another_context_opens_the_model_ane
         # The open model gives back 476 MB, which are enough for 16,384 only.
         needed, available = {16384: 500 << 20}.get(n_ctx, 9 << 30), (100 << 20) + freed
         if needed > available:
-            raise PlanError("n_ctx", needed=needed, available=available, fits="n_ctx=2048")
+            raise PlanError("n_ctx", needed=needed, available=available, n_ctx=2048)
 
     async def body(chat: Chat) -> None:
         await chat.idle()
@@ -156,7 +156,7 @@ def test_a_length_is_asked_for_before_there_is_a_model(tmp_path: Path) -> None:
     def open_model(path: str, progress: Any, n_ctx: int | None = None) -> ScriptedModel:
         opened.append(n_ctx)
         if n_ctx is None:
-            raise PlanError("n_ctx", needed=2, available=1, fits="n_ctx=512")
+            raise PlanError("n_ctx", needed=2, available=1, n_ctx=512)
         return model
 
     async def body(chat: Chat) -> None:

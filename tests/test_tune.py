@@ -1,4 +1,4 @@
-"""The fastest way to run a decode step: found when idle, kept, and never another result."""
+"""The fastest schedule to run a decode step: found when idle, kept, and never another result."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from edgeinfer.gguf import GGUFFile
 from edgeinfer.kernels.cpu import layout, tune
 from edgeinfer.kernels.cpu.lower import KernelOp, KernelPart, recut
 from edgeinfer.kernels.cpu.program import CpuBackend
-from edgeinfer.kernels.cpu.tune import Tuning, Way, fastest, ways
+from edgeinfer.kernels.cpu.tune import Schedule, Tuning, fastest, schedules
 from edgeinfer.model import Model
 
 from .models_for_tests import tiny_model
 from .native import cache_root
 from .test_cpu_program import IDS, batch_of
 
-KNOWN = ways(4)
+KNOWN = schedules(4)
 
 
 class Runs:
     """Steps whose time is given; counts them, and can hold one until it is interrupted."""
 
-    def __init__(self, seconds: dict[Way, float]) -> None:
+    def __init__(self, seconds: dict[Schedule, float]) -> None:
         self.seconds, self.n = seconds, 0
         self.holds = False
         self.began, self._stop = threading.Event(), threading.Event()
@@ -38,18 +38,18 @@ class Runs:
     def interrupt(self) -> None:
         self._stop.set()
 
-    def run(self, way: Way) -> float | None:
+    def run(self, schedule: Schedule) -> float | None:
         self.n += 1
         self.began.set()
         if self.holds and self._stop.wait(20):
             return None
-        return self.seconds[way]
+        return self.seconds[schedule]
 
 
 def test_ways_use_no_more_threads_than_there_are() -> None:
-    assert [way.n_threads for way in ways(1)] == [1, 1]
-    assert {way.n_threads for way in ways(2)} == {2, 1}
-    assert {way.n_threads for way in ways(8)} == {8, 6, 4}
+    assert [schedule.n_threads for schedule in schedules(1)] == [1, 1]
+    assert {schedule.n_threads for schedule in schedules(2)} == {2, 1}
+    assert {schedule.n_threads for schedule in schedules(8)} == {8, 6, 4}
 
 
 def test_a_clear_gain_is_taken_and_chance_is_not() -> None:
@@ -62,16 +62,16 @@ def test_a_clear_gain_is_taken_and_chance_is_not() -> None:
 
 def test_what_was_found_is_kept_and_nonsense_is_not(tmp_path: Path) -> None:
     path = tmp_path / "new" / "decode.json"
-    runs = Runs({way: 1.0 - 0.1 * i for i, way in enumerate(KNOWN)})
+    runs = Runs({schedule: 1.0 - 0.1 * i for i, schedule in enumerate(KNOWN)})
     tuning = Tuning(KNOWN, path, runs)
     assert not tuning.is_done
     told: list[tuple[int, int]] = []
     tuning.finish(lambda: told.append(tuning.progress))
-    assert tuning.way == KNOWN[-1]
+    assert tuning.schedule == KNOWN[-1]
     assert told[-1] == (15, 15), "who waits can see how far it is"
     again = Runs({})
-    assert Tuning(KNOWN, path, again).way == KNOWN[-1]
-    assert Tuning(ways(1), path, again).way is None
+    assert Tuning(KNOWN, path, again).schedule == KNOWN[-1]
+    assert Tuning(schedules(1), path, again).schedule is None
     for text in ("", "{}", "[1]", "[4, 2.0", '["4", 2.0]', "[4, 99.0]", "null"):
         path.write_text(text)
         assert tune.read(path, KNOWN) is None
@@ -90,12 +90,12 @@ def test_a_step_interrupts_it_and_what_was_measured_stays(tmp_path: Path) -> Non
     tuning.begin_step()
     time.sleep(0.1)
     n = runs.n
-    assert tuning.way is None and time.monotonic() - begun < 5
+    assert tuning.schedule is None and time.monotonic() - begun < 5
     time.sleep(0.1)
     assert runs.n == n, "it went on beside a step"
     runs.holds = False
     tuning.end_step()
-    assert tuning.wait(20) and tuning.way == KNOWN[0]
+    assert tuning.wait(20) and tuning.schedule == KNOWN[0]
     tuning.close()
 
 
@@ -119,20 +119,20 @@ def test_recut_keeps_every_group() -> None:
         assert bounds[0] == 0 and bounds[-1] == n and part.rule == len(bounds) - 1
 
 
-@pytest.mark.parametrize("way", ways(2), ids=str)
-def test_every_way_gives_the_same_bits(tmp_path: Path, way: Way) -> None:
+@pytest.mark.parametrize("schedule", schedules(2), ids=str)
+def test_every_way_gives_the_same_bits(tmp_path: Path, schedule: Schedule) -> None:
     limits = StepLimits(n_pages={0: 8}, max_rows=16, max_outputs=16, max_sequences=4, n_threads=2)
     with GGUFFile.open(tiny_model(tmp_path)) as file:
         segment = Model.load(file).graph.segment()
         with CpuBackend(cache_root()).compile(segment, limits) as program:
-            program._tuning.way = program._way  # as good as tuned
+            program._tuning.schedule = program._schedule  # as good as tuned
             expected = [
                 program.submit(batch_of(ids)).wait().logits.copy() for ids in (IDS[:4], IDS)
             ]
-            program._tuning.way = way
+            program._tuning.schedule = schedule
             for ids, logits in zip((IDS[:4], IDS), expected, strict=True):
                 assert np.array_equal(program.submit(batch_of(ids)).wait().logits, logits)
-            assert program._way == way
+            assert program._schedule == schedule
 
 
 def test_a_program_tunes_itself(tmp_path: Path) -> None:
@@ -145,13 +145,13 @@ def test_a_program_tunes_itself(tmp_path: Path) -> None:
             program._idle.close()
             for n_steps in (1, 20):
                 path.unlink(missing_ok=True)
-                tuning = Tuning(ways(2), path, program._trial, idle_seconds=0.0)
+                tuning = Tuning(schedules(2), path, program._trial, idle_seconds=0.0)
                 program._tuning = program._idle = tuning
                 logits = program.submit(batch).wait().logits
                 expected = logits.copy()
                 for _ in range(1, n_steps):
                     logits = program.submit(batch).wait().logits
-                assert program.tune() in ways(2)
+                assert program.tune() in schedules(2)
                 assert np.array_equal(logits, expected), "views are valid until the next step"
-                assert tune.read(path, ways(2)) == tuning.way
+                assert tune.read(path, schedules(2)) == tuning.schedule
             assert np.array_equal(program.submit(batch).wait().logits, expected)

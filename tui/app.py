@@ -18,7 +18,7 @@ from textual.widgets import Static
 
 from edgeinfer import one_line
 from edgeinfer.tui import commands, controls
-from edgeinfer.tui.catalog import find_models
+from edgeinfer.tui.bars import StatusBar, TitleBar
 from edgeinfer.tui.chat_view import ChatView
 from edgeinfer.tui.completions import Sources
 from edgeinfer.tui.composer import Composer
@@ -28,14 +28,13 @@ from edgeinfer.tui.errors import in_chat
 from edgeinfer.tui.files import FileSearch
 from edgeinfer.tui.keys import Keys
 from edgeinfer.tui.loader import Task
+from edgeinfer.tui.model_choices import find_models
 from edgeinfer.tui.notes import answer_note
 from edgeinfer.tui.palette import OURS, Palette
 from edgeinfer.tui.records import Attachment, Draft, Node
 from edgeinfer.tui.settings import ChatSettings, ModelChoice
 from edgeinfer.tui.settings_file import FILE_NAME as SETTINGS
 from edgeinfer.tui.settings_file import Entry, read_settings
-from edgeinfer.tui.status_bar import StatusBar
-from edgeinfer.tui.title_bar import TitleBar
 from edgeinfer.tui.transcript import Transcript
 
 if TYPE_CHECKING:

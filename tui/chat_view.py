@@ -14,6 +14,7 @@ from textual.driver import Driver
 from textual.widgets import Static
 
 from edgeinfer import one_line
+from edgeinfer.tui.bars import StatusBar, TitleBar
 from edgeinfer.tui.downloads import Downloads
 from edgeinfer.tui.entries import RunningEntry, blocks_of
 from edgeinfer.tui.keys import Keys
@@ -21,10 +22,8 @@ from edgeinfer.tui.notes import answer_note, dropped_block, hint, welcome
 from edgeinfer.tui.records import Node
 from edgeinfer.tui.session import News, Session
 from edgeinfer.tui.settings import ChatSettings
-from edgeinfer.tui.status_bar import StatusBar
 from edgeinfer.tui.store import FILE_NAME, Store
 from edgeinfer.tui.terminal_app import TerminalApp
-from edgeinfer.tui.title_bar import TitleBar
 from edgeinfer.tui.transcript import Transcript
 
 _SHORT_SCREEN = 18

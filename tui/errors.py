@@ -5,8 +5,6 @@ Knows nothing of widgets. Messages of the API name its keywords, which nobody ty
 
 from __future__ import annotations
 
-import re
-
 from edgeinfer import (
     ClosedError,
     ContextLengthError,
@@ -26,10 +24,8 @@ def in_chat(error: BaseException, *, drops_turns: bool = True) -> str:
     if isinstance(error, PlanError):
         return _too_large(error)
     if isinstance(error, ModelNotFoundError):
-        found, _, advice = str(error).partition("; ")
-        if not advice.startswith("did you mean"):
-            advice = "/model shows the models that are here, and some to fetch"
-        return f"{found}; {advice}"
+        shows = "/model shows the models that are here, and some to fetch"
+        return str(error) if error.near else f"{error.found}; {shows}"
     if isinstance(error, InvalidRequestError) and error.param == "overflow":
         return (
             "the context is too short to let its oldest text go: /params context makes it longer, "
@@ -52,14 +48,13 @@ def _too_long(error: ContextLengthError, drops_turns: bool) -> str:
 
 
 def _too_large(error: PlanError) -> str:
-    fits = re.search(r"\d+", error.fits or "")
     if error.needed is None or error.available is None:
         found = "memory ran out"
     else:
         needed, free = size_text(error.needed), size_text(error.available)
         found = f"the model needs {needed} of memory, {free} are free"
-    if fits:
-        return f"{found}. A context of {int(fits[0]):,} tokens would fit: /params context {fits[0]}"
+    if (n_ctx := error.n_ctx) is not None:
+        return f"{found}. A context of {n_ctx:,} tokens would fit: /params context {n_ctx}"
     return (
         f"{found}. Close other programs, shorten the context with /params context, or choose a "
         "smaller model with /model"

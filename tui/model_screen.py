@@ -12,7 +12,6 @@ from textual import on
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
-from textual.timer import Timer
 from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option
 
@@ -57,8 +56,9 @@ class ModelScreen(Dialog[str | None]):
         self._downloads = downloads
         self._current, self._freed = current, freed  # bytes of the open model
         self._plans: dict[str, Task[MemoryPlan]] = {}
+        self._is_running = False  # a download, as far as is shown
         self._asked = ""  # the model whose download waits for a yes
-        self._timer: Timer | None = None
+        self._shown: tuple[str, str] | None = None  # text and color of the preview
 
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog"):
@@ -86,7 +86,7 @@ class ModelScreen(Dialog[str | None]):
         paths = [each.path for each in self._choices]
         at = paths.index(self._current) if self._current and self._current in paths else 0
         shown.highlighted = at if self._choices else None
-        self._timer = self.set_interval(1 / 8, self._tick)
+        self.set_interval(1 / 8, self._tick)
 
     def action_back(self) -> None:
         running = self._downloads.current
@@ -167,7 +167,9 @@ class ModelScreen(Dialog[str | None]):
 
     def _tick(self) -> None:
         current = self._downloads.current
-        self.query_one("#keys", Static).update(_HINT_RUNNING if current else _HINT)
+        if self._is_running != (current is not None):
+            self._is_running = current is not None
+            self.query_one("#keys", Static).update(_HINT_RUNNING if current else _HINT)
         if current is not None:
             self._end_download(current, "")
         self._draw_preview()
@@ -209,9 +211,10 @@ class ModelScreen(Dialog[str | None]):
     def _say(self, text: str, *, is_bad: bool = False) -> None:
         palette = Palette.of(self.app.current_theme)
         color = palette.bad if is_bad else palette.muted
-        preview = self.query_one("#preview", Static)
-        preview.update(Text(printable(text), color))
-        self.fit()
+        if self._shown != (text, color):
+            self._shown = text, color
+            self.query_one("#preview", Static).update(Text(printable(text), color))
+            self.fit()
 
     def _highlighted(self) -> ModelChoice | None:
         at = self.query_one(OptionList).highlighted

@@ -18,6 +18,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from edgeinfer import EdgeInferError
 from edgeinfer.tui import search
+from edgeinfer.tui.history_file import HistoryFile
 from edgeinfer.tui.records import (
     Header,
     Node,
@@ -30,16 +31,12 @@ from edgeinfer.tui.records import (
     text_of,
     title_tokens,
 )
-from edgeinfer.tui.schema import can_wait, connect, explain, is_damaged, transaction
+from edgeinfer.tui.schema import transaction
 
 FILE_NAME = "history.db"
 T = TypeVar("T")
 Times: TypeAlias = tuple[float, float]  # begun, changed
 
-_FAULTS = (sqlite3.Error, OSError, EdgeInferError)
-_PATIENCE_SECONDS = 0.25  # with a lock
-_RETRY_SECONDS = 1.0
-_LAST_WAIT_SECONDS = 2.0  # at the end, for another program to let go
 _GONE = (
     "not kept: this conversation was deleted in another window, or the history with it; /save "
     "keeps it anew, /clear begins another"
@@ -55,10 +52,6 @@ class _Unsaved:
     nodes: dict[int, Node] = field(default_factory=dict)
 
 
-class _NotNow(Exception):
-    """The file failed a moment ago: it is not tried again yet."""
-
-
 class Store:
     """The history file; `Store(None)` forgets everything at the end.
 
@@ -66,40 +59,37 @@ class Store:
     """
 
     def __init__(self, path: Path | None) -> None:
-        self.path = path
-        self._db: sqlite3.Connection | None = None
-        self._file: tuple[float, ...] = ()  # which one is open
-        self._patience = _PATIENCE_SECONDS
-        self._trouble = ""
-        self._retry_at = 0.0
-        self._refused: tuple[float, ...] | None = None  # the damaged file, as it was
+        self._file = HistoryFile(path)
         self._unsaved: dict[int, _Unsaved] = {}
         self._preferences: dict[str, str] = {}  # those that are not written yet
         self._gone: set[int] = set()  # deleted by others
         self._last_id = 0
         with suppress(EdgeInferError):
-            self._get(lambda db: None)
+            self._file.ask(lambda db: None)
+
+    @property
+    def path(self) -> Path | None:
+        return self._file.path
 
     def notice(self, id: int | None) -> str:
         """Why conversation `id` is not being kept; "" while it is."""
-        if self._trouble:
-            return f"not kept: {self._trouble}"
+        if self._file.trouble:
+            return f"not kept: {self._file.trouble}"
         return _GONE if id in self._gone else ""
 
     def tend(self) -> None:
         """Write what could not be written before; to be called now and then."""
-        if (self._trouble or self._unsaved) and time.monotonic() >= self._retry_at:
+        if (self._file.trouble or self._unsaved) and self._file.may_be_tried:
             self._flush()
 
     def close(self) -> None:
         """Write what is left, if that is possible; `notice` knows afterwards whether it was."""
         if self._unsaved or self._preferences:
-            self._retry_at = 0.0
-            self._wait_at_most(_LAST_WAIT_SECONDS)
+            self._file.try_now(is_last=True)
             self._flush()
-        elif self._trouble:
-            self._trouble = ""  # nothing was said that is not kept
-        self._disconnect()
+        else:
+            self._file.trouble = ""  # nothing was said that is not kept
+        self._file.close()
 
     # -- conversations ---------------------------------------------------------------------------
 
@@ -116,7 +106,7 @@ class Store:
         if unsaved is not None and unsaved.is_new:
             return Header(**unsaved.columns)
         query = "SELECT * FROM conversation WHERE id = ?"
-        row = self._get(lambda db: db.execute(query, (id,)).fetchone())
+        row = self._file.ask(lambda db: db.execute(query, (id,)).fetchone())
         return None if row is None else header_of(row)
 
     def update_conversation(self, id: int, **columns: str | int | None) -> None:
@@ -129,7 +119,7 @@ class Store:
         """Write a whole conversation that others may have deleted."""
         self._gone.discard(id)
         self._unsaved[id] = _Unsaved(True, asdict(header), {node.id: node for node in nodes})
-        self._retry_at = 0.0
+        self._file.try_now()
         self._flush()
 
     def insert(
@@ -155,7 +145,7 @@ class Store:
                     n += 1
             return n
 
-        return self._get(insert)
+        return self._file.ask(insert)
 
     def _renumbered(self, header: Header, nodes: Iterable[Node]) -> tuple[Header, dict[int, Node]]:
         new: dict[int | None, int] = {}
@@ -170,7 +160,7 @@ class Store:
     def times(self, id: int) -> Times:
         """When a conversation was begun, and changed."""
         query = "SELECT created, updated FROM conversation WHERE id = ?"
-        row = self._get(lambda db: db.execute(query, (id,)).fetchone())
+        row = self._file.ask(lambda db: db.execute(query, (id,)).fetchone())
         return (float(row[0]), float(row[1])) if row else (0.0, 0.0)
 
     def delete_conversation(self, id: int) -> None:
@@ -186,7 +176,7 @@ class Store:
                 db.execute("DELETE FROM conversation WHERE id = ?", (id,))
 
         try:
-            self._get(delete)
+            self._file.ask(delete)
         except EdgeInferError:
             if not self._unsaved.get(id, _Unsaved()).is_new:
                 raise
@@ -245,7 +235,7 @@ class Store:
         nodes: dict[int, Node] = {}
         if not unsaved.is_new:
             query = "SELECT * FROM message WHERE conversation = ? ORDER BY id"
-            rows = self._get(lambda db: db.execute(query, (conversation,)).fetchall())
+            rows = self._file.ask(lambda db: db.execute(query, (conversation,)).fetchall())
             nodes = {row["id"]: node_of(row) for row in rows}
         nodes |= unsaved.nodes
         self._last_id = max([self._last_id, *nodes])
@@ -284,85 +274,28 @@ class Store:
     def _changed(self, id: int) -> _Unsaved:
         return self._unsaved.setdefault(id, _Unsaved())
 
-    def _get(self, query: Callable[[sqlite3.Connection], T]) -> T:
-        """What the file says; EdgeInferError where it says nothing."""
-        try:
-            return query(self._connection())
-        except (*_FAULTS, _NotNow) as error:
-            self._fail(error)
-            raise EdgeInferError(f"the history can't be used now: {self._trouble}") from error
-
     def _rows(self, query: str, *values: object) -> list[sqlite3.Row]:
         """None where the file can't be read."""
         try:
-            return self._get(lambda db: db.execute(query, values).fetchall())
+            return self._file.ask(lambda db: db.execute(query, values).fetchall())
         except EdgeInferError:
             return []
 
     def _flush(self) -> None:
         """Write all that is not written; where that fails it stays, until the next time."""
-        unsaved, gone = self._unsaved, set()
-        try:
-            db = self._connection()
-            with transaction(db):
-                for id, each in unsaved.items():
-                    if id in self._gone or not _write(db, id, each):
-                        gone.add(id)
-                for name, value in self._preferences.items():
-                    query = "INSERT OR REPLACE INTO preference VALUES (?, ?)"
-                    db.execute(query, (name, _column_of(value)))
-        except (*_FAULTS, _NotNow) as error:
-            self._fail(error)
-            return
-        self._gone |= gone
-        self._unsaved, self._preferences, self._trouble = {}, {}, ""
-        self._wait_at_most(_PATIENCE_SECONDS)
+        gone: set[int] = set()
 
-    def _connection(self) -> sqlite3.Connection:
-        """Opened anew where another file, or none, lies at the path."""
-        if self._db is not None and self._file != self._file_now():
-            self._disconnect()
-        if self._db is None:
-            is_refused = self._refused is not None and self._refused == self._state_now()
-            if time.monotonic() < self._retry_at or is_refused:
-                raise _NotNow
-            self._db = connect(self.path, self._patience)
-            self._file = self._file_now()
-        return self._db
+        def write(db: sqlite3.Connection) -> None:
+            for id, each in self._unsaved.items():
+                if id in self._gone or not _write(db, id, each):
+                    gone.add(id)
+            for name, value in self._preferences.items():
+                query = "INSERT OR REPLACE INTO preference VALUES (?, ?)"
+                db.execute(query, (name, _column_of(value)))
 
-    def _disconnect(self) -> None:
-        if self._db is not None:
-            with suppress(sqlite3.Error):
-                self._db.close()
-        self._db = None
-
-    def _fail(self, error: Exception) -> None:
-        """Note why the file can't be used; what it said of itself stays where it was not asked."""
-        if isinstance(error, _NotNow) or self.path is None:
-            return
-        self._trouble = explain(error, self.path)
-        self._retry_at = time.monotonic() + _RETRY_SECONDS
-        if not can_wait(error):
-            self._disconnect()
-        self._wait_at_most(0.0)
-        self._refused = self._state_now() if is_damaged(error) else None
-
-    def _wait_at_most(self, seconds: float) -> None:
-        """For a lock: no longer than nobody notices, and not again while one is known."""
-        if self._db is not None and seconds != self._patience:
-            self._db.execute(f"PRAGMA busy_timeout = {round(seconds * 1000)}")
-        self._patience = seconds
-
-    def _state_now(self) -> tuple[float, ...] | None:
-        """Whether the file, or what is in it, is another than before."""
-        try:
-            found = os.stat(self.path or "")
-        except OSError:
-            return None
-        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
-
-    def _file_now(self) -> tuple[float, ...]:
-        return (self._state_now() or ())[:2]
+        if self._file.write(write):
+            self._gone |= gone
+            self._unsaved, self._preferences = {}, {}
 
 
 def _column_of(value: str) -> str | bytes:

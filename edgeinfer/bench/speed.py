@@ -14,8 +14,8 @@ from typing import Protocol, TypeAlias, runtime_checkable
 from edgeinfer import platform
 from edgeinfer.engine.engine import Engine
 from edgeinfer.engine.generation import Generation
-from edgeinfer.engine.sequence import Event, Finished, Prefilled, Request, Token
-from edgeinfer.errors import ContextLengthError
+from edgeinfer.engine.sequence import EngineEvent, Finished, Prefilled, Request, Token
+from edgeinfer.errors import ContextLengthError, Keyword
 from edgeinfer.runtime import Runtime
 from edgeinfer.sampling.params import SamplingParams
 
@@ -127,7 +127,8 @@ def check_room(depth: int, n_more: int, n_ctx: int) -> None:
     if n_tokens > n_ctx:
         raise ContextLengthError(
             f"a depth of {depth} and {n_more} more tokens need a context of {n_tokens}, this one "
-            f"holds {n_ctx}; raise n_ctx, or measure fewer",
+            f"holds {n_ctx}",
+            advice=("raise ", Keyword("n_ctx"), ", or measure fewer"),
             n_tokens=n_tokens,
             n_ctx=n_ctx,
         )
@@ -152,14 +153,14 @@ def _decode(engine: Engine, depth: int, n_tokens: int, params: SamplingParams, t
     return (len(times) - 1) / (times[-1] - times[0])
 
 
-def _checked(generation: Generation) -> list[Event]:
+def _checked(generation: Generation) -> list[EngineEvent]:
     """Its events; raises what ended it early."""
     events = list(generation)
     _check(events[-1])
     return events
 
 
-def _check(event: Event) -> None:
+def _check(event: EngineEvent) -> None:
     if isinstance(event, Finished) and event.error is not None:
         raise event.error
 

@@ -1,1 +1,1 @@
-"""The `edgeinfer` command, one file per kind of command."""
+"""The `edgeinfer` command, one file per command."""

@@ -1,73 +1,71 @@
-"""What `bench` measures, as one JSON object and as lines to print.
-
-Knows nothing of flags.
-"""
+"""The command `bench`: how fast a model is on this machine."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
-from edgeinfer import platform
-from edgeinfer.bench.compare import compare as compare_with
-from edgeinfer.bench.speed import Tell, run_bench
-from edgeinfer.bench.steps import sweep, sweep_threads, time_ops
-from edgeinfer.bench.tables import compare_lines, op_lines, sweep_lines
-from edgeinfer.llm import LLM
-from edgeinfer.runtime import Runtime
+import click
 
-Report: TypeAlias = "tuple[dict[str, Any], list[str]]"
+from edgeinfer.cli.console import ProgressLine, show, show_json
+from edgeinfer.cli.opening import open_model
+from edgeinfer.cli.options import common_flags, load_flags
+
+if TYPE_CHECKING:
+    from edgeinfer.llm import LLM
 
 
-def measure(
-    runtime: Runtime,
+@click.command("bench", epilog="Example: edgeinfer bench smollm2 -p 512 -n 128")
+@click.argument("model", required=False)
+@click.option("-p", "--prompt-tokens", default=256, show_default=True)
+@click.option("-n", "--gen-tokens", default=64, show_default=True)
+@click.option("-d", "--depth", default=0, show_default=True, help="Tokens of context before.")
+@click.option("-r", "--repeat", default=3, show_default=True)
+@click.option("--compare", metavar="LLAMA_BENCH", help="Against this llama-bench, in turns.")
+@click.option("--sweep", is_flag=True, help="Steps by threads, depth and rows.")
+@click.option("--ops", is_flag=True, help="A decode and a prefill step, op by op.")
+@click.option("as_json", "--json", is_flag=True, help="One JSON object.")
+@load_flags
+@common_flags
+def command(
+    model: str | None,
     prompt_tokens: int,
     gen_tokens: int,
     depth: int,
     repeat: int,
     compare: str | None,
+    sweep: bool,
     ops: bool,
-    tell: Tell,
-) -> Report:
-    """The usual figures, or those of a comparison, or of the ops of a step."""
-    about = {"model": runtime.model.name, "cpu": platform.cpu_name(), "threads": runtime.n_threads}
-    if compare is not None:
-        rows = compare_with(runtime, compare, prompt_tokens, gen_tokens, depth, repeat, tell)
-        sizes = {"prompt_tokens": prompt_tokens, "gen_tokens": gen_tokens, "depth": depth}
-        result = {**about, **sizes, "repeat": repeat, "comparison": [asdict(row) for row in rows]}
-        return result, compare_lines(rows, depth)
-    if ops:
-        decode = time_ops(runtime, 1, depth, repeat, tell)
-        prefill = time_ops(runtime, prompt_tokens, depth, repeat, tell)
-        result = {
-            **about,
-            "depth": depth,
-            "decode": [asdict(row) for row in decode],
-            "prefill": [asdict(row) for row in prefill],
-        }
-        after = f" at depth {depth}" if depth else ""
-        titles = (
-            f"one decode step{after}",
-            f"prefill of up to {prompt_tokens} tokens in one step{after}",
-        )
-        return result, [titles[0], *op_lines(decode), "", titles[1], *op_lines(prefill)]
-    figures = asdict(run_bench(runtime, prompt_tokens, gen_tokens, depth, repeat, tell=tell))
-    return figures, [f"{name:22} {value}" for name, value in figures.items() if value is not None]
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Measure speed on this machine."""
+    from edgeinfer.bench import report
 
+    for name, value in (("-p", prompt_tokens), ("-n", gen_tokens), ("-r", repeat)):
+        if value < 1:
+            raise click.UsageError(f"{name} is {value}, need at least 1")
+    if depth < 0:
+        raise click.UsageError(f"-d is {depth}, need at least 0")
+    if sweep and depth:
+        raise click.UsageError("--sweep goes through depths of its own; leave -d out")
+    if bool(compare) + sweep + ops > 1:
+        raise click.UsageError("--compare, --sweep and --ops each measure alone")
+    with ProgressLine() as line:
+        tell = line.on_terminals
+        if sweep:
 
-def sweep_all(
-    open_with: Callable[[int], AbstractContextManager[LLM]],
-    most_threads: int | None,
-    repeat: int,
-    tell: Tell,
-) -> Report:
-    """Steps at thread counts up to the most (the default), the model loaded anew for each."""
-    rows = []
-    for n_threads in sweep_threads(most_threads or platform.default_threads()):
-        with open_with(n_threads) as llm:
-            rows += sweep(llm.runtime, repeat, tell)
-            name = llm.name
-    result = {"model": name, "cpu": platform.cpu_name(), "sweep": [asdict(row) for row in rows]}
-    return result, sweep_lines(rows)
+            def open_with(n_threads: int) -> AbstractContextManager[LLM]:
+                line.clear()
+                return open_model(model, {**flags, "threads": n_threads})
+
+            result, lines = report.sweep_all(open_with, flags["threads"], repeat, tell)
+        else:
+            with open_model(model, flags) as llm:
+                result, lines = report.measure(
+                    llm.runtime, prompt_tokens, gen_tokens, depth, repeat, compare, ops, tell
+                )
+    if as_json:
+        show_json(result)
+    for text in [] if as_json else lines:
+        show(text)

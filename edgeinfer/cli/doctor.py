@@ -1,6 +1,6 @@
-"""Facts about this machine that explain why a model runs, runs slowly, or does not run.
+"""The command `doctor`: facts that explain why a model runs here, runs slowly, or does not run.
 
-Measures for a second at most; knows nothing of how the facts are shown.
+Measures for a second at most.
 """
 
 from __future__ import annotations
@@ -13,7 +13,12 @@ import threading
 import time
 from typing import Any
 
+import click
+
 from edgeinfer import backend, config, platform
+from edgeinfer.cli.console import show, show_json
+from edgeinfer.cli.fact_lines import SECTIONS, fact_lines, version_lines
+from edgeinfer.cli.options import common_flags
 from edgeinfer.hub.catalog import ALIASES, DEFAULT_MODEL, largest_that_fits
 from edgeinfer.hub.discovery import list_models, models_folder
 
@@ -24,6 +29,23 @@ _PACKAGES = (
 _MEASURED_BYTES = 256 << 20
 _MEASURED_SECONDS = 0.5
 _LEAST_DRIVER = 12000
+
+
+@click.command("doctor", epilog="Example: edgeinfer doctor --json")
+@click.option("as_json", "--json", is_flag=True, help="One JSON object.")
+@common_flags
+def command(as_json: bool) -> None:
+    """Facts about this machine, and what to do about them, in a few seconds."""
+    facts = examine()
+    if as_json:
+        show_json(facts)
+        return
+    for section, values in facts.items():
+        show(SECTIONS.get(section, section))
+        if section == "edgeinfer":
+            values = version_lines(values)
+        for line in values if isinstance(values, list) else fact_lines(values):
+            show(f"  {line}")
 
 
 def examine() -> dict[str, Any]:

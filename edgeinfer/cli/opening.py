@@ -6,11 +6,11 @@ import contextlib
 import gc
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from edgeinfer.cli.console import Output, ProgressLine, note, tell
 from edgeinfer.cli.models import choose_model, unkept
-from edgeinfer.cli.options import LOAD_NAMES, given
+from edgeinfer.cli.options import load_options
 from edgeinfer.terminal import printable
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def open_model(
     from edgeinfer import runtime
     from edgeinfer.llm import LLM
 
-    options = cast("LoadOptions", {**given(flags, LOAD_NAMES), "progress": progress})
+    options: LoadOptions = {**load_options(flags), "progress": progress}
     with line:
         llm = LLM.of(runtime.load(path, options, engine))
     for why in unkept(llm):

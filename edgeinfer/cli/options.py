@@ -6,12 +6,15 @@ Knows nothing of what commands do.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
-from edgeinfer.errors import InvalidRequestError
+from edgeinfer.errors import InvalidRequestError, Keyword
 from edgeinfer.parameters import ANSWER, LOAD, Parameter
+
+if TYPE_CHECKING:
+    from edgeinfer.options import LoadOptions, Sampling
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -35,6 +38,13 @@ _NOT_FLAGS = (
 )  # fmt: skip
 LOAD_NAMES = tuple(name for name in LOAD if name not in _NOT_FLAGS)
 SAMPLING_NAMES = tuple(name for name in ANSWER if name not in _NOT_FLAGS)
+
+
+def as_flag(keyword: Keyword) -> str:
+    """A keyword that an error advises, as it is typed here."""
+    name, value = keyword
+    flag = _SPELLINGS.get(name, ("--" + name.replace("_", "-"),))[0]
+    return flag if value is None else f"{flag} {value}"
 
 
 def _flag(parameter: Parameter) -> Callable[[F], F]:
@@ -106,8 +116,17 @@ def _with(command: F, flags: tuple[Callable[[F], F], ...]) -> F:
     return command
 
 
-def given(flags: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    """Those of `names` that were set on the command line."""
+def load_options(flags: dict[str, Any]) -> LoadOptions:
+    """Those that were set on the command line."""
+    return cast("LoadOptions", _given(flags, LOAD_NAMES))
+
+
+def sampling_options(flags: dict[str, Any]) -> Sampling:
+    """Those that were set on the command line."""
+    return cast("Sampling", _given(flags, SAMPLING_NAMES))
+
+
+def _given(flags: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     unset = {"max_tokens": (None, _NO_LIMIT)}
     return {
         name: flags[name] for name in names if flags.get(name) not in unset.get(name, (None, ()))

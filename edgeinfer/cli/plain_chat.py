@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from edgeinfer import platform
 from edgeinfer.cli.console import Output, note
 from edgeinfer.cli.line_input import LineInput
+from edgeinfer.cli.options import as_flag
 from edgeinfer.errors import (
     ContextLengthError,
     EdgeInferError,
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from edgeinfer.options import Sampling
     from edgeinfer.results import Completion
     from edgeinfer.stream import Stream
-    from edgeinfer.text.chat import Message
+    from edgeinfer.text.messages import Message
 
 HELP = """\
 /clear          forget the conversation, keep the system message
@@ -151,7 +152,7 @@ def _in_words(error: EdgeInferError) -> str:
         return f"memory ran out; close other programs, or {again} a smaller -c"
     if isinstance(error, InvalidRequestError) and error.param == "overflow":
         return f"the context is too short to slide; {again} a larger -c, or without --overflow"
-    return str(error)
+    return error.spelled(as_flag)
 
 
 # -- commands ------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,24 +13,22 @@ from edgeinfer.cli.input import read_prompt
 from edgeinfer.cli.models import advise_after
 from edgeinfer.cli.opening import follow, open_model
 from edgeinfer.cli.options import (
-    LOAD_NAMES,
-    SAMPLING_NAMES,
     common_flags,
-    given,
     input_flags,
     load_flags,
+    load_options,
     sampling_flags,
+    sampling_options,
 )
 
 if TYPE_CHECKING:
-    from edgeinfer.options import Sampling
     from edgeinfer.stream import Stream
 
 
 _MOST_TOKENS = 2048  # of an answer, unless -n says otherwise
 
 
-@click.command(epilog="Example: edgeinfer run qwen3-4b 'Why is the sky blue?'")
+@click.command("run", epilog="Example: edgeinfer run qwen3-4b 'Why is the sky blue?'")
 @click.argument("model", required=False)
 @input_flags
 @click.option("--system", metavar="TEXT", help="System message.")
@@ -39,7 +37,7 @@ _MOST_TOKENS = 2048  # of an answer, unless -n says otherwise
 @load_flags
 @sampling_flags
 @common_flags
-def run(
+def command(
     model: str | None,
     words: tuple[str, ...],
     prompt: str | None,
@@ -60,7 +58,7 @@ def run(
     is_limited = flags["max_tokens"] is None
     if is_limited:
         flags["max_tokens"] = _MOST_TOKENS
-    sampling = cast("Sampling", given(flags, SAMPLING_NAMES))
+    sampling = sampling_options(flags)
     with open_model(model, flags, templates=not raw) as llm:
         if raw:
             stream = llm.stream(text, **sampling)
@@ -128,8 +126,8 @@ def _answer_json(
         "prompt_token_ids": stream.prompt_ids,
         "system": system,
         "raw": raw,
-        "load": given(flags, LOAD_NAMES),
-        "sampling": given(flags, SAMPLING_NAMES),
+        "load": load_options(flags),
+        "sampling": sampling_options(flags),
         "version": __version__,
         "timings": asdict(answer.timings),
     }

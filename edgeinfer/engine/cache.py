@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import numpy as np
 
 from edgeinfer.batch import EVERY_PAGE, PAGE, PageTable, pages_for, ring_pages
-from edgeinfer.errors import InvalidRequestError
+from edgeinfer.errors import InvalidRequestError, Keyword
 
 Overflow: TypeAlias = Literal["error", "slide"]
 
@@ -124,7 +124,8 @@ def _whole_ring(overflow: Overflow, n_ctx: int, n_pinned_tokens: int) -> Ring:
     if n_slots < _MIN_SLIDING_PAGES:
         raise InvalidRequestError(
             f"a context of {n_ctx} tokens is too short to slide, it takes "
-            f"{_MIN_SLIDING_PAGES * PAGE}; raise n_ctx or use overflow='error'",
+            f"{_MIN_SLIDING_PAGES * PAGE}",
+            advice=("raise ", Keyword("n_ctx"), " or use ", Keyword("overflow", "error")),
             param="overflow",
         )
     n_pinned = min(pages_for(n_pinned_tokens), n_slots // 4)

@@ -19,9 +19,15 @@ import numpy as np
 from edgeinfer.batch import PAGE, StepLimits
 from edgeinfer.engine.cache import CacheLayout, PagePool, SequenceCache
 from edgeinfer.engine.event_queue import EventQueue
-from edgeinfer.engine.sequence import Event, Finished, Request, Rows, Sequence
+from edgeinfer.engine.sequence import EngineEvent, Finished, Request, Rows, Sequence
 from edgeinfer.engine.speculation import MAX_ROWS, Speculator
-from edgeinfer.errors import ContextLengthError, EdgeInferError, InvalidRequestError, PlanError
+from edgeinfer.errors import (
+    ContextLengthError,
+    EdgeInferError,
+    InvalidRequestError,
+    Keyword,
+    PlanError,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -69,14 +75,14 @@ class Generation:
         self.most_pages = layout.most_pages
         if self.max_tokens is not None:
             self.most_pages = layout.pages_needed(len(request.ids) + self.max_tokens - 1)
-        self.events: EventQueue[Event] = EventQueue(MOST_UNREAD, worker.wake)
+        self.events: EventQueue[EngineEvent] = EventQueue(MOST_UNREAD, worker.wake)
         self._worker = worker
         self._is_finished = False
 
     def __iter__(self) -> Generation:
         return self
 
-    def __next__(self) -> Event:
+    def __next__(self) -> EngineEvent:
         if self._is_finished:
             raise StopIteration
         while True:
@@ -109,7 +115,7 @@ class Generation:
             most = min(most, self.max_tokens - sequence.n_generated - 1)
         return self.speculator.guess(most)
 
-    def emit(self, event: Event) -> None:
+    def emit(self, event: EngineEvent) -> None:
         self.events.put(event)
 
     def cancel(self, *, keep_cache: bool = False) -> None:
@@ -256,11 +262,16 @@ def check_length(n_tokens: int, n_ctx: int, n_answer: int = 0, *, is_least: bool
         room = f" with {n_answer} of an answer" if n_answer and n_tokens == n_ctx else ""
         counted = f"at least {n_tokens}" if is_least else f"{n_tokens}"
         raise ContextLengthError(
-            f"the prompt is {counted} tokens, the context holds {n_ctx}{room}; raise n_ctx, "
-            "shorten the prompt, or use overflow='slide'",
+            f"the prompt is {counted} tokens, the context holds {n_ctx}{room}",
+            advice=_ON_LENGTH,
             n_tokens=n_tokens,
             n_ctx=n_ctx,
         )
+
+
+_ON_LENGTH = (
+    "raise ", Keyword("n_ctx"), ", shorten the prompt, or use ", Keyword("overflow", "slide"),
+)  # fmt: skip
 
 
 def public_error(error: BaseException) -> BaseException:
@@ -268,7 +279,8 @@ def public_error(error: BaseException) -> BaseException:
     if isinstance(error, EdgeInferError):
         return error
     if isinstance(error, MemoryError):  # like memory that would run out
-        return PlanError("memory ran out in a step; lower n_ctx or slots")
+        lower = ("lower ", Keyword("n_ctx"), " or ", Keyword("slots"))
+        return PlanError("memory ran out in a step", advice=lower)
     if isinstance(error, Exception) and not isinstance(error, (StopIteration, StopAsyncIteration)):
         return error
     return EdgeInferError(f"the request was cut short by {error!r}")

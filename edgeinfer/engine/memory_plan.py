@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from edgeinfer.batch import PAGE, Demand, StepLimits, StepRequest
-from edgeinfer.errors import PlanError
+from edgeinfer.errors import Advice, Keyword, PlanError
 from edgeinfer.graph import Segment
 
 DEFAULT_N_CTX = 8192
@@ -101,16 +101,22 @@ def _too_large(solved: Callable[[int], MemoryPlan], plan: MemoryPlan) -> PlanErr
     while n_ctx > PAGE and fits is None:
         n_ctx = n_ctx // 2 // PAGE * PAGE
         if n_ctx and solved(n_ctx).fits:
-            fits = f"n_ctx={n_ctx}"
+            fits = n_ctx
     largest = max(plan.rows, key=lambda row: plan.rows[row])
-    advice = f"{fits} would fit" if fits else "no context length would fit; take a smaller file"
+    advice: Advice = ("no context length would fit; take a smaller file",)
     if largest == _BUILDING:
-        advice = "give it that once: `edgeinfer warmup` builds the kernels that later starts take"
+        advice = (
+            "give it that once: `edgeinfer warmup` builds the kernels that later starts take",
+        )
+    elif fits is not None:
+        advice = (Keyword("n_ctx", fits), " would fit")
+    slots = f" in {plan.slots} slots" if plan.slots > 1 else ""
     return PlanError(
-        f"the model needs {plan.total_bytes // _MiB} MiB with n_ctx={plan.n_ctx} and "
-        f"{plan.slots} slot(s), {plan.available // _MiB} MiB are available (most of it is "
-        f"{largest}, {plan.rows[largest] // _MiB} MiB); {advice}",
+        f"the model needs {plan.total_bytes // _MiB} MiB for {plan.n_ctx} tokens of context{slots},"
+        f" {plan.available // _MiB} MiB are available (most of it is {largest}, "
+        f"{plan.rows[largest] // _MiB} MiB)",
+        advice=advice,
         needed=plan.total_bytes,
         available=plan.available,
-        fits=fits,
+        n_ctx=fits,
     )

@@ -74,7 +74,7 @@ class Finished(NamedTuple):
     error: BaseException | None = None
 
 
-Event: TypeAlias = Prefilled | Token | Finished
+EngineEvent: TypeAlias = Prefilled | Token | Finished
 
 
 @dataclass(slots=True, eq=False)

@@ -20,7 +20,7 @@ _BUCKETS = 1 << 14
 _MAX_LEAD = 4
 
 
-class Grounds:
+class Evidence:
     """What speaks for a guess, the worst first; a match of n tokens is PAIR + n - 2."""
 
     NONE = 0
@@ -46,7 +46,7 @@ class Lookup:
         # By token: the latest place of what followed it mostly, and by how many times it leads.
         self._followers = array("i", [0]) * _BUCKETS
         self._leads = bytearray(_BUCKETS)
-        self._follows, self._grounds = 0, Grounds.NONE
+        self._follows, self._evidence = 0, Evidence.NONE
         for _ in range(len(tokens) - 1):
             self._link()
         self.push()
@@ -55,7 +55,7 @@ class Lookup:
         """Take in the next of the tokens that were appended."""
         end = len(self._previous)
         candidate = self._link()
-        missed, was_match = self._follows, self._grounds >= Grounds.PAIR
+        missed, was_match = self._follows, self._evidence >= Evidence.PAIR
         longest = 0
         for _ in range(_MAX_CANDIDATES):
             if candidate < 0:
@@ -65,24 +65,24 @@ class Lookup:
                 self._follows, longest = candidate + 1, n
             candidate = self._previous[candidate]
         if longest:
-            self._grounds = Grounds.PAIR + longest - _GRAM
+            self._evidence = Evidence.PAIR + longest - _GRAM
             return
         bucket = self._tokens[end] % _BUCKETS
         place = self._followers[bucket]
         if place and self._tokens[place - 1] == self._tokens[end]:
-            self._follows, self._grounds = place, _LEADS[self._leads[bucket]]
+            self._follows, self._evidence = place, _LEADS[self._leads[bucket]]
         elif was_match and missed + 1 < end:
-            self._follows, self._grounds = missed + 1, Grounds.REPLACED
+            self._follows, self._evidence = missed + 1, Evidence.REPLACED
         else:
-            self._grounds = Grounds.NONE
+            self._evidence = Evidence.NONE
 
     def find(self, n: int) -> tuple[int, list[int]]:
-        """The grounds of the best guess, 0 for none, and its next `n` tokens."""
-        if not self._grounds:
-            return Grounds.NONE, []
+        """The evidence of the best guess, 0 for none, and its next `n` tokens."""
+        if not self._evidence:
+            return Evidence.NONE, []
         # A match that overlaps its own end repeats.
         period = len(self._previous) - self._follows
-        return self._grounds, [self._tokens[self._follows + i % period] for i in range(n)]
+        return self._evidence, [self._tokens[self._follows + i % period] for i in range(n)]
 
     def _link(self) -> int:
         """Enter the next token; the latest place before it that may match, or -1."""
@@ -120,18 +120,18 @@ class Lookup:
         return n
 
 
-_LEADS = (Grounds.DISPUTED, Grounds.ONCE, *[Grounds.OFTEN] * (_MAX_LEAD - 1))  # grounds by lead
+_LEADS = (Evidence.DISPUTED, Evidence.ONCE, *[Evidence.OFTEN] * (_MAX_LEAD - 1))  # evidence by lead
 
 # Matches of similar length share an estimate; those of recorded answers to begin with.
 _PRIOR = (0.0, 0.11, 0.2, 0.3, 0.52, 0.46, 0.6, 0.7, 0.78, 0.84, 0.88, 0.95)  # by level
-_LEVELS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 8, 9, 9, 9, 10, 10, 10, 10, 10, 10, 11)  # by grounds
+_LEVELS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 8, 9, 9, 9, 10, 10, 10, 10, 10, 10, 11)  # by evidence
 _PRIOR_WEIGHT = 8.0
 _MEMORY = 0.97  # of a count, per later one: about the last 30 matter
 
 
 @dataclass(slots=True)
 class Acceptance:
-    """How often the token after a guess's grounds was the sampled one.
+    """How often the token after a guess's evidence was the sampled one.
 
     Every guessable token is counted, guessed in a step or not: so it costs nothing to see
     that guesses have begun, or stopped, to come true.
@@ -140,20 +140,20 @@ class Acceptance:
     hits: list[float] = field(default_factory=lambda: [w * _PRIOR_WEIGHT for w in _PRIOR])
     tries: list[float] = field(default_factory=lambda: [_PRIOR_WEIGHT] * len(_PRIOR))
 
-    def count(self, grounds: int, is_hit: bool) -> None:
-        level = _LEVELS[grounds]
+    def count(self, evidence: int, is_hit: bool) -> None:
+        level = _LEVELS[evidence]
         self.hits[level] = self.hits[level] * _MEMORY + is_hit
         self.tries[level] = self.tries[level] * _MEMORY + 1
 
-    def chances(self, grounds: int, n: int) -> list[float]:
+    def chances(self, evidence: int, n: int) -> list[float]:
         """For each of n guesses, that it and all before it come true."""
         chances, chance = [], 1.0
         for _ in range(n):
-            level = _LEVELS[grounds]
+            level = _LEVELS[evidence]
             chance *= self.hits[level] / self.tries[level]
             chances.append(chance)
             # Once right, two tokens match, then three.
-            grounds = min(max(grounds + 1, Grounds.PAIR), Grounds.LONGEST)
+            evidence = min(max(evidence + 1, Evidence.PAIR), Evidence.LONGEST)
         return chances
 
 
@@ -165,15 +165,15 @@ class Speculator:
 
     def guess(self, n: int) -> tuple[list[int], list[float]]:
         """Up to `n` tokens, and the chance of each that it is reached and right."""
-        grounds, tokens = self._lookup.find(max(0, n))
-        return tokens, self._acceptance.chances(grounds, len(tokens))
+        evidence, tokens = self._lookup.find(max(0, n))
+        return tokens, self._acceptance.chances(evidence, len(tokens))
 
     def learn(self, n_new: int) -> None:
         """`n_new` tokens were appended."""
         for end in range(len(self._tokens) - n_new, len(self._tokens)):
-            grounds, guessed = self._lookup.find(1)
+            evidence, guessed = self._lookup.find(1)
             if guessed:
-                self._acceptance.count(grounds, guessed[0] == self._tokens[end])
+                self._acceptance.count(evidence, guessed[0] == self._tokens[end])
             self._lookup.push()
 
 

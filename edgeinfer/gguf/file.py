@@ -60,6 +60,11 @@ class GGUFFile:
                 self.tensors[name] = weight
 
     @property
+    def name(self) -> str:
+        """What the file calls its model, else the file's own name; one cleaned line."""
+        return one_line(self.metadata.get_str("general.name", "") or self.path.stem)
+
+    @property
     def n_bytes(self) -> int:
         """Size on disk of all parts."""
         return sum(part.size for part in self._parts)

@@ -69,13 +69,6 @@ class Metadata(Mapping[str, Value]):
             self._wrong(key, value, "a string")
         return value
 
-    def get_bytes(self, key: str) -> bytes:
-        """A string as it is in the file, valid UTF-8 or not."""
-        value = self._find(key, None)
-        if not isinstance(value, bytes):
-            self._wrong(key, value, "a string")
-        return value
-
     def get_bool(self, key: str, default: bool | None = None) -> bool:
         value = self._find(key, default)
         if not isinstance(value, bool):
@@ -91,10 +84,9 @@ class Metadata(Mapping[str, Value]):
     def get_ints(
         self, key: str, n: int | None = None, *, low: int = 0, high: int = 2**31 - 1
     ) -> tuple[int, ...]:
-        """An integer array; with `n` it must have that length, and a single integer is repeated."""
-        value = self._find(key, None)
-        if n is not None and isinstance(value, int):
-            return (self.get_int(key, low=low, high=high),) * n
+        """An integer array, with `n` of that length; a single integer is repeated."""
+        if isinstance(self._find(key, None), int):
+            return (self.get_int(key, low=low, high=high),) * (1 if n is None else n)
         items = self._items(key, n, int, "integers")
         return tuple(self._in_range(key, item, low, high) for item in items)
 
@@ -111,6 +103,24 @@ class Metadata(Mapping[str, Value]):
         if n is not None and isinstance(value, bool):
             return (value,) * n
         return tuple(self._items(key, n, bool, "booleans"))
+
+    def get_numbers(self, key: str, n: int, *, integers: bool = False) -> NDArray[Any]:
+        """An array of `n` numbers, or whole numbers, as a read-only view of the file's header."""
+        array, kinds = (
+            self.get_array(key),
+            ("int", "uint") if integers else ("int", "uint", "float"),
+        )
+        if len(array) != n or not array.item_type.startswith(kinds):
+            self._wrong(key, array, f"{n} {'integers' if integers else 'numbers'}")
+        return array.numpy()
+
+    def get_strings(self, key: str, *, most: int, most_bytes: int) -> list[bytes]:
+        """An array of strings as they are in the file, valid UTF-8 or not."""
+        array = self.get_array(key)
+        for n, limit, what in ((len(array), most, "strings"), (array.n_bytes, most_bytes, "bytes")):
+            if n > limit:
+                self._wrong(key, array, f"at most {limit} {what}, it has {n}")
+        return array.bytes()
 
     def _items(
         self, key: str, n: int | None, kind: type | tuple[type, ...], what: str
@@ -258,7 +268,7 @@ def as_text(raw: bytes) -> str:
 
 _STRINGS_AT_ONCE = 1 << 18
 _MAX_VALUE = 1 << 20
-_MAX_ITEMS = 1 << 20
+_MAX_ITEMS = 1 << 16  # of an array that becomes Python values
 # A boolean is read as a byte, so that a value other than 0 and 1 is noticed.
 CODES = {
     "uint8": "B", "int8": "b", "uint16": "H", "int16": "h", "uint32": "I", "int32": "i",

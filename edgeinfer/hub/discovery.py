@@ -71,7 +71,7 @@ def find_model(name: str) -> Path:
         if path is None and (info := find_name(name)) is not None:
             path = info.path
         if path is None:
-            raise ModelNotFoundError(_not_here(name))
+            raise _not_here(name)
     except ModelNotFoundError:
         raise
     except OSError as error:  # too long a name, a folder of another user
@@ -111,10 +111,11 @@ def _only_model(folder: Path) -> Path:
     raise ModelNotFoundError(f"folder {folder} needs one .gguf model, it has {names}; name it")
 
 
-def _not_here(name: str) -> str:
+def _not_here(name: str) -> ModelNotFoundError:
     """What to do about a name that means nothing here: near names, or the command to fetch it."""
     if find_alias(name) or (parse_repo(name) and "\\" not in name and name.count("/") == 1):
-        return f"{name} is not on this machine; fetch it with `edgeinfer pull {name}` (or add -y)"
+        fetch = f"fetch it with `edgeinfer pull {name}` (or add -y)"
+        return ModelNotFoundError(f"{name} is not on this machine", advice=(fetch,))
     path = config.expand_user(name)
     beside: list[str] = []
     if path.parent.is_dir():
@@ -123,10 +124,13 @@ def _not_here(name: str) -> str:
     if path.name == name and not name.lower().endswith(".gguf"):
         near = nearest(name, [*ALIASES, *(info.name for info in list_models())]) or near
     if near:
-        return f"no model {name!r}; did you mean {' or '.join(near)}?"
+        meant = f"did you mean {' or '.join(near)}?"
+        return ModelNotFoundError(f"no model {name!r}", advice=(meant,), near=near)
     if "/" in name or "\\" in name or name.lower().endswith(".gguf"):
-        return f"no file or folder {name!r}; give the path of a .gguf file (`edgeinfer list`)"
-    return f"no model {name!r}; `edgeinfer list --all` shows the names"
+        give = "give the path of a .gguf file (`edgeinfer list`)"
+        return ModelNotFoundError(f"no file or folder {name!r}", advice=(give,))
+    all_names = "`edgeinfer list --all` shows the names"
+    return ModelNotFoundError(f"no model {name!r}", advice=(all_names,))
 
 
 # -- folders -------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ import os
 from contextlib import suppress
 
 from edgeinfer import config, platform
-from edgeinfer.hub.catalog import DEFAULT_MODEL
 from edgeinfer.hub.discovery import find_name
 
 _LAST = "last-model"
@@ -26,14 +25,14 @@ def remember(name: str) -> str:
     return ""
 
 
-def last_model() -> str:
-    """The model of the latest chat while it is here, else the default one."""
+def last_model() -> str | None:
+    """The model of the latest chat, while it is here."""
     try:
         name = os.fsdecode((config.data_folder() / _LAST).read_bytes()).strip()
     except (OSError, UnicodeDecodeError):
-        return DEFAULT_MODEL
+        return None
     is_here = name and (os.path.isfile(name) or find_name(name) is not None)
-    return name if is_here else DEFAULT_MODEL
+    return name if is_here else None
 
 
 def is_new(advice: str) -> bool:

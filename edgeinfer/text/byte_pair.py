@@ -1,16 +1,76 @@
-"""Byte-pair merging: a word to token ids, by the vocabulary and the ranks of its merges.
+"""Byte-pair vocabularies: text cut into words, and words merged by the ranks of a file's merges.
 
-Knows nothing of how a text is cut into words, or of special tokens.
+Knows nothing of special tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from heapq import heappop, heappush
+from typing import Any
 
+from edgeinfer.gguf import Metadata
+from edgeinfer.text.pretokenizers import in_threes
+from edgeinfer.text.vocabulary import CONTROL, MAX_TEXT, Vocabulary
+
+_MAX_MERGES = 5 << 17  # the largest vocabularies in use have 580,604
 _KEPT_WORDS = 1 << 13
 _LONGEST_KEPT = 64  # characters; longer words hardly come twice
+
+
+def byte_pair_encoder(vocab: Vocabulary, meta: Metadata) -> Callable[[str], list[int]]:
+    """What gives the ids of a text: it cuts words, and merges each."""
+    from tokenizers import Regex
+    from tokenizers.pre_tokenizers import ByteLevel, Split
+    from tokenizers.pre_tokenizers import Sequence as Steps
+
+    assert vocab.row is not None
+    row = vocab.row
+    # Without the control tokens raw text can't become one, whatever the merges say.
+    tokens = dict(vocab.ids)
+    for i in vocab.of_kinds(CONTROL):
+        del tokens[vocab.texts[i]]
+    pairs = BytePair(
+        tokens,
+        _merge_ranks(meta),
+        ignore_merges=row.ignore_merges,
+        byte_fallback=not row.byte_level,
+    )
+    # NOTE: the library is asked for words only. Merging in Python costs little beside a model,
+    # and handing it a vocabulary costs a fifth of a second.
+    steps: list[Any] = [Split(Regex(pattern), "isolated") for pattern in row.patterns]
+    if row.byte_level:
+        steps.append(ByteLevel(add_prefix_space=False, use_regex=False))
+    words = Steps(steps).pre_tokenize_str
+
+    def encode(text: str) -> list[int]:
+        if not row.byte_level:
+            text = text.replace(" ", "▁")
+        return [id for word, _ in words(text) for id in pairs.encode(word)]
+
+    if row.threes is None:
+        return encode
+    numbers, digits = row.threes
+    runs = Split(Regex(numbers), "isolated").pre_tokenize_str
+
+    def encode_in_threes(text: str) -> list[int]:
+        pieces = [piece for run, _ in runs(text) for piece in in_threes(run, digits)]
+        return [id for piece in pieces for id in encode(piece)]
+
+    return encode_in_threes
+
+
+def _merge_ranks(meta: Metadata) -> dict[bytes, int]:
+    """The rank of every merge, by its spelling "left right" in UTF-8: most are never decoded.
+
+    One that names no tokens is harmless: what is no token never comes up in merging.
+    """
+    merges = meta.get_strings("tokenizer.ggml.merges", most=_MAX_MERGES, most_bytes=MAX_TEXT)
+    ranks = dict(zip(merges, range(len(merges)), strict=True))
+    if len(ranks) < len(merges):  # the first of equals counts
+        ranks = dict(zip(reversed(merges), reversed(range(len(merges))), strict=True))
+    return ranks
 
 
 class BytePair:

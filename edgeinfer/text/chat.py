@@ -1,6 +1,6 @@
-"""Messages to prompt text, and to token ids, through the model's chat template.
+"""A conversation to prompt text, through the model's chat template.
 
-Knows nothing of how tokens are made, only of something that turns marked text into ids.
+Knows nothing of tokens.
 """
 
 from __future__ import annotations
@@ -8,48 +8,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
-from types import NoneType
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 from edgeinfer.errors import InvalidRequestError, TemplateError
+from edgeinfer.gguf import Metadata
 from edgeinfer.text.chat_templates import (
     BUILT_IN,
     choose_template,
     fallback_name,
     own_template,
-    special_text,
-    token_texts,
 )
-from edgeinfer.text.hiding import Hiding
-from edgeinfer.text.messages import Capabilities, Message, by_turns, checked, fit, plain, probe
+from edgeinfer.text.messages import Capabilities, Conversation, Message, by_turns, fit, probe
 from edgeinfer.text.template_engine import Budget, LimitError, RenderError, TemplateEngine
 
-__all__ = [
-    "BUILT_IN",
-    "Capabilities",
-    "ChatTemplate",
-    "ChatTokenizer",
-    "Message",
-    "encode_chat",
-]
-
-_RESERVED = ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token")
+_Hide: TypeAlias = "Callable[[Any, str], Any]"
+_KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "model")
 
 
-class ChatTokenizer(Protocol):
-    """What `encode_chat` asks of a tokenizer."""
-
-    bos_id: int | None
-    special_texts: tuple[str, ...]
-
-    def encode_marked(
-        self,
-        text: str,
-        restore: Mapping[int, str | None],
-        *,
-        bos: bool | None = None,
-        most: int | None = None,
-    ) -> list[int]: ...
+def _unchanged(value: Any, role: str) -> Any:
+    return value
 
 
 class ChatTemplate:
@@ -85,21 +62,18 @@ class ChatTemplate:
     @classmethod
     def from_metadata(
         cls,
-        meta: Mapping[str, Any],
+        meta: Metadata,
         override: str | None = None,
-        texts: Sequence[str] | None = None,
         *,
+        texts: Sequence[str] = (),
+        bos_token: str = "",
+        eos_token: str = "",
         engine: TemplateEngine | None = None,
     ) -> ChatTemplate:
         """The file's template, or `override`: the name of one, or a file that holds one.
 
-        `texts` is the vocabulary, where someone has read it already.
+        `texts` are those of the vocabulary; `bos_token` and `eos_token` two of them.
         """
-        texts = token_texts(meta) if texts is None else texts
-        bos, eos = (
-            special_text(meta, texts, "bos_token_id", 1),
-            special_text(meta, texts, "eos_token_id", 2),
-        )
         if override is not None:
             name, source = override, choose_template(override, meta)
         elif found := own_template(meta):
@@ -110,8 +84,8 @@ class ChatTemplate:
         tool_source = own_template(meta, "tool_use") if override is None else None
         return cls(
             source,
-            bos_token=bos,
-            eos_token=eos,
+            bos_token=bos_token,
+            eos_token=eos_token,
             name=name,
             tool_source=tool_source,
             engine=engine,
@@ -131,11 +105,8 @@ class ChatTemplate:
         **template_args: Any,
     ) -> str:
         """The prompt text; TemplateError names the line of the template that failed."""
-        more = {
-            **_checked_more(tools, template_args),
-            "add_generation_prompt": add_generation_prompt,
-        }
-        return self._render(checked(messages), more, _unchanged)
+        chat = Conversation.of(messages, tools, template_args)
+        return self.render_chat(chat, add_generation_prompt=add_generation_prompt)
 
     @cached_property
     def capabilities(self) -> Capabilities:
@@ -145,21 +116,33 @@ class ChatTemplate:
         """
         return self._probed(Budget())[0]
 
-    def _render(self, messages: list[dict[str, Any]], more: Mapping[str, Any], hide: _Hide) -> str:
-        """The text of checked messages and arguments; all renders together keep to one budget."""
-        if more["tools"] and self._for_tools is not None:
-            return self._for_tools._render(messages, more, hide)
+    def render_chat(
+        self,
+        chat: Conversation,
+        hide: _Hide = _unchanged,
+        *,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """`render` of what is checked; `hide(value, role)` gives what the template gets instead.
+
+        All renders together keep to one budget.
+        """
+        if chat.tools and self._for_tools is not None:
+            return self._for_tools.render_chat(
+                chat, hide, add_generation_prompt=add_generation_prompt
+            )
         budget = Budget()
         capabilities, no_tools = self._probed(budget)
-        if more["tools"] and not capabilities.tools:
+        if chat.tools and not capabilities.tools:
             raise InvalidRequestError(
                 f"the chat template ({self.name or 'unnamed'}) does not tell the model of tools; "
                 "leave them out or choose another with --chat-template NAME|FILE",
                 param="tools",
             )
-        shown = {key: hide(value, "") for key, value in more.items()}
-        shown["tools"] = shown["tools"] or no_tools
-        fitted = fit(messages, capabilities, self.source)
+        shown = {key: hide(value, "") for key, value in chat.arguments.items()}
+        shown |= {"tools": hide(chat.tools, "") or no_tools}
+        shown |= {"add_generation_prompt": add_generation_prompt}
+        fitted = fit(chat.messages, capabilities, self.source)
         text, error = self._attempt(_hidden(fitted, hide), shown, budget)
         if error is not None:
             # Some templates insist on user and assistant by turns, the system text within.
@@ -212,55 +195,6 @@ class ChatTemplate:
                 no_tools = [] if attempt(hello) else None
             self._found = probe(attempt), no_tools
         return self._found
-
-
-def _checked_more(
-    tools: Sequence[Mapping[str, Any]] | None, template_args: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Plain copies of what a template gets beside messages."""
-    for name in template_args:
-        if name in _RESERVED:
-            raise InvalidRequestError(
-                f"{name!r} can't be a template argument", param="template_args"
-            )
-    if isinstance(tools, (str, Mapping)) or not isinstance(tools, (Iterable, NoneType)):
-        raise InvalidRequestError("tools are not a list of objects", param="tools")
-    tools = list(tools or ())
-    if not all(isinstance(tool, Mapping) for tool in tools):
-        raise InvalidRequestError("a tool is not an object", param="tools")
-    return {**plain(template_args, "template_args"), "tools": plain(tools, "tools")}
-
-
-def encode_chat(
-    tokenizer: ChatTokenizer,
-    template: ChatTemplate,
-    messages: Iterable[Message],
-    most: int | None = None,
-    /,
-    *,
-    tools: Sequence[Mapping[str, Any]] | None = None,
-    add_generation_prompt: bool = True,
-    **template_args: Any,
-) -> list[int]:
-    """Prompt ids in which only the template makes control tokens: messages stay text.
-
-    Assistant turns keep their <think> tags, since templates look for them. What the tokenizer
-    raises once there are more than `most` ids comes through.
-    """
-    known, more = checked(messages), _checked_more(tools, template_args)
-    hiding = Hiding(tokenizer.special_texts, [template.source, known, more])
-    more["add_generation_prompt"] = add_generation_prompt
-    text = template._render(known, more, hiding)
-    ids = tokenizer.encode_marked(hiding.without_escapes(text), hiding.restore, most=most)
-    return ids[1:] if ids[:2] == [tokenizer.bos_id] * 2 else ids
-
-
-_Hide = Callable[[Any, str], Any]
-_KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "model")
-
-
-def _unchanged(value: Any, role: str) -> Any:
-    return value
 
 
 def _hidden(messages: list[dict[str, Any]], hide: _Hide) -> list[dict[str, Any]]:

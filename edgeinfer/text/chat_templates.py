@@ -6,11 +6,10 @@ Knows nothing of rendering.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import NoneType
-from typing import Any, Protocol, runtime_checkable
 
 from edgeinfer import platform
-from edgeinfer.errors import InvalidModelError, InvalidRequestError, TemplateError
+from edgeinfer.errors import InvalidRequestError, TemplateError
+from edgeinfer.gguf import Metadata
 from edgeinfer.text.plain_text import decode
 
 _TEMPLATE_KEY = "tokenizer.chat_template"
@@ -18,25 +17,15 @@ _PREFIX = f"{_TEMPLATE_KEY}."
 _MOST_SOURCE = 16 << 20  # bytes of a file
 
 
-@runtime_checkable
-class _LazyArray(Protocol):
-    def tolist(self) -> list[Any]: ...
-
-
-def own_template(meta: Mapping[str, Any], name: str = "default") -> str | None:
+def own_template(meta: Metadata, name: str = "default") -> str | None:
     """The file's template of that name; a wrong one that nobody asks for does no harm."""
     key = _PREFIX + name
     if name == "default" and _TEMPLATE_KEY in meta:
         key = _TEMPLATE_KEY
-    source = meta.get(key)
-    if isinstance(source, bytes):
-        source = source.decode(errors="replace")
-    if not isinstance(source, (str, NoneType)):
-        raise InvalidModelError(f"{type(source).__name__} where a string is needed", field=key)
-    return source or None
+    return meta.get_str(key, "") or None
 
 
-def choose_template(override: str, meta: Mapping[str, Any]) -> str:
+def choose_template(override: str, meta: Metadata) -> str:
     if (found := own_template(meta, override)) is not None:
         return found
     if override in BUILT_IN:
@@ -56,7 +45,7 @@ def choose_template(override: str, meta: Mapping[str, Any]) -> str:
         ) from error
 
 
-def fallback_name(meta: Mapping[str, Any], texts: Sequence[str]) -> str:
+def fallback_name(meta: Metadata, texts: Sequence[str]) -> str:
     for token, name in _SIGNS:
         if token in texts:
             return name
@@ -68,25 +57,6 @@ def fallback_name(meta: Mapping[str, Any], texts: Sequence[str]) -> str:
         "the file has no chat template and none fits its vocabulary; it may be a base model: "
         f"use it without chat, or choose with --chat-template {'|'.join(BUILT_IN)}|FILE"
     )
-
-
-def special_text(meta: Mapping[str, Any], texts: Sequence[str], name: str, spm_default: int) -> str:
-    default = spm_default if meta.get("tokenizer.ggml.model") == "llama" else None
-    id = meta.get(f"tokenizer.ggml.{name}")
-    if not isinstance(id, int) or not 0 <= id < len(texts):
-        id = default
-    return texts[id] if id is not None and id < len(texts) else ""
-
-
-def token_texts(meta: Mapping[str, Any]) -> Sequence[str]:
-    key = "tokenizer.ggml.tokens"
-    value = meta.get(key, ())
-    items = value.tolist() if isinstance(value, _LazyArray) else value
-    if isinstance(items, (str, bytes)) or not isinstance(items, Sequence):
-        raise InvalidModelError(f"{type(value).__name__} where an array is needed", field=key)
-    if items and isinstance(items[0], bytes):
-        return [item.decode(errors="replace") for item in items]
-    return items
 
 
 # A token that gives away the format its model was trained on.

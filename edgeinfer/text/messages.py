@@ -9,9 +9,11 @@ import json
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from types import NoneType
 from typing import Any, NamedTuple, TypedDict, cast
 
 from edgeinfer.errors import InvalidRequestError
+from edgeinfer.parameters import shown
 
 _DEEPEST = 100
 _MOST_BITS = 4096  # of an integer: Python writes none of over 4,300 digits
@@ -43,11 +45,25 @@ class Capabilities(NamedTuple):
     object_arguments: bool
 
 
-def checked(messages: Iterable[Message]) -> list[dict[str, Any]]:
-    """Messages of plain data, each with a role and text as its content; never what was given.
+class Conversation(NamedTuple):
+    """What a template gets: plain copies, checked once where they come in, never what was given."""
 
-    Whatever else reads messages reads these; InvalidRequestError says what they lack.
-    """
+    messages: list[dict[str, Any]]  # each with a role, and text as its content
+    tools: list[Any]
+    arguments: dict[str, Any]  # what else a template is told, by name
+
+    @classmethod
+    def of(
+        cls,
+        messages: Iterable[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> Conversation:
+        """InvalidRequestError says what they lack."""
+        return cls(_messages(messages), _tools(tools), _arguments(arguments))
+
+
+def _messages(messages: Iterable[Message]) -> list[dict[str, Any]]:
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
         raise _wrong(
             f"messages is of type {_kind(messages)}; a list with at least one message is needed"
@@ -56,6 +72,31 @@ def checked(messages: Iterable[Message]) -> list[dict[str, Any]]:
     if not found:
         raise _wrong("a chat needs at least one message")
     return found
+
+
+def _tools(tools: Sequence[Mapping[str, Any]] | None) -> list[Any]:
+    if isinstance(tools, (str, Mapping)) or not isinstance(tools, (Iterable, NoneType)):
+        raise _wrong("tools are not a list of objects", "tools")
+    tools = list(tools or ())
+    if not all(isinstance(tool, Mapping) for tool in tools):
+        raise _wrong("a tool is not an object", "tools")
+    return cast("list[Any]", plain(tools, "tools"))
+
+
+_RESERVED = ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token")
+
+
+def _arguments(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    given = {} if given is None else given
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise _wrong(
+            f"template_args is {shown(given)}; it must be a mapping of names to values",
+            "template_args",
+        )
+    for name in given:
+        if name in _RESERVED:
+            raise _wrong(f"{name!r} can't be a template argument", "template_args")
+    return cast("dict[str, Any]", plain(given, "template_args"))
 
 
 def _checked(message: Any, i: int) -> dict[str, Any]:
@@ -139,6 +180,8 @@ def _joined(content: Any, i: int) -> str:
 
 
 def fit(messages: list[dict[str, Any]], can: Capabilities, source: str) -> list[dict[str, Any]]:
+    """The messages as a template of such capabilities takes them."""
+    messages = [dict(message) for message in messages]
     for message in messages:
         if message["role"] == "developer" and "developer" not in source:
             message["role"] = "system"

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import codecs
 import re
-import struct
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from edgeinfer.errors import InvalidModelError, InvalidRequestError
-from edgeinfer.text.byte_pair import BytePair
-from edgeinfer.text.pretokenizers import in_threes, portions
+from edgeinfer.errors import InvalidRequestError
+from edgeinfer.gguf import Metadata
+from edgeinfer.text.pretokenizers import portions
 from edgeinfer.text.vocabulary import (
     BYTE,
     BYTE_TEXTS,
@@ -24,9 +23,7 @@ from edgeinfer.text.vocabulary import (
     USER_DEFINED,
     Vocabulary,
     byte_value,
-    merge_ranks,
     read_vocabulary,
-    token_scores,
     utf8,
 )
 
@@ -79,13 +76,17 @@ class Tokenizer:
         self._unguarded = _by_first_two(s for s in specials if s.literal and not s.guarded)
 
     @classmethod
-    def from_metadata(cls, meta: Mapping[str, Any], *, pre: str | None = None) -> Tokenizer:
+    def from_metadata(cls, meta: Metadata, *, pre: str | None = None) -> Tokenizer:
         """Build from GGUF metadata; `pre` overrides the file's pre-tokenizer name."""
         vocab = read_vocabulary(meta, pre)
         if vocab.model == "llama":
-            return cls(vocab, _build_spm(vocab, meta))
+            from edgeinfer.text.sentence_piece import sentence_piece_encoder
+
+            return cls(vocab, sentence_piece_encoder(vocab, meta))
+        from edgeinfer.text.byte_pair import byte_pair_encoder
+
         assert vocab.row is not None
-        return cls(vocab, _build_bpe(vocab, meta), vocab.row.ends)
+        return cls(vocab, byte_pair_encoder(vocab, meta), vocab.row.ends)
 
     @property
     def bos_text(self) -> str:
@@ -263,9 +264,6 @@ def _sound(text: str) -> str:
     return text
 
 
-# Special tokens
-
-
 def _specials(vocab: Vocabulary) -> list[_Special]:
     ids = vocab.of_kinds(CONTROL, UNKNOWN, USER_DEFINED)
     if not vocab.is_utf8:  # no text has what is not UTF-8
@@ -315,136 +313,6 @@ def _partition(raw: str, groups: Mapping[str, list[_Special]]) -> list[str | int
                     cut.append(part)
         result = cut
     return result
-
-
-# SentencePiece
-
-
-def _build_spm(vocab: Vocabulary, meta: Mapping[str, Any]) -> Callable[[str], list[int]]:
-    from sentencepiece import SentencePieceProcessor
-
-    extra = _extra_pieces(vocab)
-    proto = _spm_proto(vocab, token_scores(meta, len(vocab.texts)), extra)
-    processor = SentencePieceProcessor()
-    try:
-        processor.LoadFromSerializedProto(proto)
-    except RuntimeError as error:
-        raise InvalidModelError(
-            f"the vocabulary can't be used: {error}", field="tokenizer.ggml.tokens"
-        ) from error
-    if not extra:
-        return processor.EncodeAsIds
-    n_vocab, meant = len(vocab.texts), list(extra.values())
-
-    def encode(text: str) -> list[int]:
-        return [id if id < n_vocab else meant[id - n_vocab] for id in processor.EncodeAsIds(text)]
-
-    return encode
-
-
-def _extra_pieces(vocab: Vocabulary) -> dict[str, int]:
-    """Pieces that the library insists on, with the tokens they mean: every byte, an unknown last.
-
-    A byte without token of its own means the token that is this byte alone, else the unknown one.
-    """
-    unknown = vocab.unknown_id or 0
-    missing = [text for text in BYTE_TEXTS if text not in vocab.ids]
-    if len(missing) == len(BYTE_TEXTS) or not (missing or vocab.kinds[unknown] == BYTE):
-        return {}
-    extra = {}
-    for text in missing:
-        alone = bytes([BYTE_TEXTS[text]]).decode(errors="surrogateescape")
-        extra[text] = vocab.ids.get(alone, unknown)
-    name = "<unk>"
-    while name in vocab.ids:
-        name += ">"
-    return {**extra, name: unknown}
-
-
-def _spm_proto(vocab: Vocabulary, scores: list[float], extra: Mapping[str, int]) -> bytes:
-    """A serialised sentencepiece.ModelProto; a ModelProto may have one unknown piece only."""
-    texts = [*vocab.texts, *extra]
-    kinds = vocab.kinds + bytes([BYTE]) * len(extra)
-    unknown = len(texts) - 1 if extra else vocab.unknown_id or 0
-    # USER_DEFINED and UNUSED take part in merging like any other; specials are cut out before.
-    proto_kind = (CONTROL, NORMAL, CONTROL, CONTROL, NORMAL, NORMAL, BYTE)
-    pack_score = struct.Struct("<f").pack
-    names = list(map(str.encode if vocab.is_utf8 else utf8, texts))
-    scores = [*scores, *[0.0] * len(extra)]
-    parts: list[bytes] = []
-    for i, (name, score) in enumerate(zip(names, scores, strict=True)):
-        kind = UNKNOWN if i == unknown else proto_kind[kinds[i]]
-        if kind == BYTE and texts[i] not in BYTE_TEXTS:  # a second spelling of a byte
-            kind = CONTROL
-        piece = b"\x0a" + _varint(len(name)) + name + b"\x15" + pack_score(score)
-        piece += b"\x18" + _varint(kind)
-        parts += (b"\x0a", _varint(len(piece)), piece)
-    has_bytes = bool(extra) or "<0x00>" in vocab.ids
-    trainer = b"\x18\x02\x20" + _varint(len(texts)) + b"\x98\x02" + _varint(has_bytes)
-    trainer += b"\xc0\x02" + _varint(unknown)
-    trainer += b"\xea\x02" + _varint(len(names[unknown])) + names[unknown]
-    normalizer = b"\x0a\x08identity\x18\x00\x20\x00\x28\x01"
-    parts += (b"\x12", _varint(len(trainer)), trainer)
-    parts += (b"\x1a", _varint(len(normalizer)), normalizer)
-    return b"".join(parts)
-
-
-def _varint(n: int) -> bytes:
-    if n < 128:
-        return _SMALL_VARINTS[n]
-    out = bytearray()
-    while n > 127:
-        out.append(n & 127 | 128)
-        n >>= 7
-    out.append(n)
-    return bytes(out)
-
-
-_SMALL_VARINTS = [bytes([n]) for n in range(128)]
-
-
-# Byte-pair
-
-
-def _build_bpe(vocab: Vocabulary, meta: Mapping[str, Any]) -> Callable[[str], list[int]]:
-    from tokenizers import Regex
-    from tokenizers.pre_tokenizers import ByteLevel, Split
-    from tokenizers.pre_tokenizers import Sequence as Steps
-
-    assert vocab.row is not None
-    row = vocab.row
-    # Without the control tokens raw text can't become one, whatever the merges say.
-    tokens = dict(vocab.ids)
-    for i in vocab.of_kinds(CONTROL):
-        del tokens[vocab.texts[i]]
-    pairs = BytePair(
-        tokens,
-        merge_ranks(meta),
-        ignore_merges=row.ignore_merges,
-        byte_fallback=not row.byte_level,
-    )
-    # NOTE: the library is asked for words only. Merging in Python costs little beside a model,
-    # and handing it a vocabulary costs a fifth of a second.
-    steps: list[Any] = [Split(Regex(pattern), "isolated") for pattern in row.patterns]
-    if row.byte_level:
-        steps.append(ByteLevel(add_prefix_space=False, use_regex=False))
-    words = Steps(steps).pre_tokenize_str
-
-    def encode(text: str) -> list[int]:
-        if not row.byte_level:
-            text = text.replace(" ", "▁")
-        return [id for word, _ in words(text) for id in pairs.encode(word)]
-
-    if row.threes is None:
-        return encode
-    numbers, digits = row.threes
-    runs = Split(Regex(numbers), "isolated").pre_tokenize_str
-
-    def encode_in_threes(text: str) -> list[int]:
-        pieces = [piece for run, _ in runs(text) for piece in in_threes(run, digits)]
-        return [id for piece in pieces for id in encode(piece)]
-
-    return encode_in_threes
 
 
 def _char_bytes() -> dict[str, int]:

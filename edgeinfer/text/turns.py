@@ -5,11 +5,10 @@ Knows nothing of tokens but how many a message has.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from edgeinfer.text.messages import Message
-
-_SYSTEM = ("system", "developer")
+SYSTEM = ("system", "developer")
 # A cut makes room for several turns, so that not every one of them reads the rest anew.
 _KEPT_SHARE = 0.5
 # Part of the context that is kept free for the answer before turns are dropped.
@@ -17,14 +16,14 @@ ANSWER_SHARE = 0.25
 
 
 def drop_turns(
-    messages: Sequence[Message], n_tokens: Callable[[Message], int], n_ctx: int
-) -> tuple[list[Message], int]:
+    messages: Sequence[dict[str, Any]], n_tokens: Callable[[Mapping[str, Any]], int], n_ctx: int
+) -> tuple[list[dict[str, Any]], int]:
     """The messages that are kept, and how many turns before them are not.
 
     A turn is a user's message and what follows it; the system's messages and the last turn stay.
     The answer depends on the messages alone: a longer conversation is cut at the same places.
     """
-    n_system = next((i for i, m in enumerate(messages) if m["role"] not in _SYSTEM), len(messages))
+    n_system = next((i for i, m in enumerate(messages) if m["role"] not in SYSTEM), len(messages))
     system, rest = list(messages[:n_system]), messages[n_system:]
     starts = [i for i, m in enumerate(rest) if m["role"] == "user"] or [0]
     starts[0] = 0

@@ -6,12 +6,11 @@ Knows nothing of how text is cut or joined.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Integral
-from typing import Any, Protocol, runtime_checkable
 
 from edgeinfer.errors import InvalidModelError, InvalidRequestError, UnsupportedModelError
+from edgeinfer.gguf import Array, Metadata
 from edgeinfer.terminal import one_line
 from edgeinfer.text.pretokenizers import PRE_TOKENIZERS, PreTokenizer
 
@@ -19,11 +18,9 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 _KEY = "tokenizer.ggml."
 
-# Above what the largest vocabularies in use have: 262,144 tokens and 580,604 merges.
+# Above what the largest vocabularies in use have: 262,144 tokens.
 _MAX_TOKENS = 1 << 19
-_MAX_MERGES = 5 << 17
-_MAX_ENDS = 1000
-_MAX_TEXT = 1 << 25
+MAX_TEXT = 1 << 25
 _MAX_NAME = 60  # characters of a name that are looked at
 
 # Metadata that changes what text becomes. Without effect on these vocabularies are
@@ -67,33 +64,7 @@ _DEPRECATED_FIM_KEYS = {
 }
 _FIM_THAT_ENDS = ("fim_pad_token_id", "fim_rep_token_id", "fim_sep_token_id")
 _ALWAYS_SHOWN = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
-_HAS_SURROGATE = re.compile("[\ud800-\udfff]").search
 _NOT_RSTRIPPED = ("<unk>", "<s>", "<|endoftext|>")
-
-
-@runtime_checkable
-class LazyArray(Protocol):
-    """An array that makes its items when asked: numpy's, or a file reader's own."""
-
-    def tolist(self) -> list[Any]: ...
-
-
-@runtime_checkable
-class RawStrings(Protocol):
-    """An array of strings that can be had as they are in the file, where they take `n_bytes`."""
-
-    n_bytes: int
-
-    def __len__(self) -> int: ...
-
-    def bytes(self) -> list[bytes]: ...
-
-
-@runtime_checkable
-class RawNumbers(Protocol):
-    """An array of a file, of which `numpy` makes no copy; it raises where it holds strings."""
-
-    def numpy(self) -> Any: ...
 
 
 @dataclass(slots=True)
@@ -127,8 +98,8 @@ class Vocabulary:
         return [found.start() for found in re.finditer(b"[%s]" % bytes(kinds), self.kinds)]
 
 
-def read_vocabulary(meta: Mapping[str, Any], pre: str | None) -> Vocabulary:
-    model = _string(meta, _KEY + "model")
+def read_vocabulary(meta: Metadata, pre: str | None) -> Vocabulary:
+    model = meta.get_str(_KEY + "model")
     if model not in ("llama", "gpt2", "gemma4"):
         raise UnsupportedModelError(
             f"the file's tokenizer is {_shown(model)}; generation runs with llama (SentencePiece), "
@@ -150,13 +121,15 @@ def read_vocabulary(meta: Mapping[str, Any], pre: str | None) -> Vocabulary:
     _find_bytes(vocab)
     _read_special_ids(vocab, meta)
     is_spm = row is None
-    vocab.add_space_prefix = _flag(meta, _KEY + "add_space_prefix", is_spm)
-    vocab.add_bos = _flag(meta, _KEY + "add_bos_token", is_spm or (row is not None and row.add_bos))
-    vocab.add_eos = _flag(meta, _KEY + "add_eos_token", False)
+    vocab.add_space_prefix = meta.get_bool(_KEY + "add_space_prefix", is_spm)
+    vocab.add_bos = meta.get_bool(
+        _KEY + "add_bos_token", is_spm or (row is not None and row.add_bos)
+    )
+    vocab.add_eos = meta.get_bool(_KEY + "add_eos_token", False)
     if row is not None:
         vocab.add_bos = vocab.add_bos or name == "gemma4"
         vocab.add_space_prefix = False
-    if "phi-3" in (title := _string(meta, "general.name", "").lower()) or "phi3" in title:
+    if "phi-3" in (title := meta.get_str("general.name", "").lower()) or "phi3" in title:
         special = set(vocab.of_kinds(CONTROL, UNKNOWN, USER_DEFINED))
         keep = {ids[t] for t in _NOT_RSTRIPPED if t in ids}
         vocab.rstrip_ids = frozenset(special | {ids.get("</s>", -1)}) - keep
@@ -164,7 +137,7 @@ def read_vocabulary(meta: Mapping[str, Any], pre: str | None) -> Vocabulary:
 
 
 def _pre_tokenizer(
-    meta: Mapping[str, Any], model: str, override: str | None
+    meta: Metadata, model: str, override: str | None
 ) -> tuple[str, PreTokenizer | None]:
     if model == "llama":
         if override is not None:
@@ -173,7 +146,7 @@ def _pre_tokenizer(
                 param="pre",
             )
         return "", None
-    found = "gemma4" if model == "gemma4" else _string(meta, _KEY + "pre", "") or "default"
+    found = "gemma4" if model == "gemma4" else meta.get_str(_KEY + "pre", "") or "default"
     name = override or found
     if row := PRE_TOKENIZERS.get(name):
         return name, row
@@ -190,10 +163,10 @@ def _pre_tokenizer(
     )
 
 
-def _check_neutral(meta: Mapping[str, Any]) -> None:
+def _check_neutral(meta: Metadata) -> None:
     for name, operation in _UNSUPPORTED.items():
         value = meta.get(_KEY + name)
-        if len(value) if isinstance(value, Sized) else value:
+        if len(value) if isinstance(value, Array) else value:
             raise UnsupportedModelError(
                 f"{_KEY}{name} asks for {operation}, which edgeinfer lacks; take a file of "
                 "another publisher",
@@ -211,15 +184,15 @@ def _find_bytes(vocab: Vocabulary) -> None:
         byte_value(vocab.texts[id])
 
 
-def _override_kinds(vocab: Vocabulary, meta: Mapping[str, Any]) -> None:
+def _override_kinds(vocab: Vocabulary, meta: Metadata) -> None:
     """Some files call control tokens normal ones: the spelling decides, then the exceptions."""
     ids, kinds = vocab.ids, vocab.kinds
     eog = {ids[text] for text in _EOG_TEXTS if text in ids}
     control = set(eog)
     for key, texts in _FIM_TEXTS.items():
-        id = _special_id(meta, _KEY + key, len(kinds))
+        id = _token_id(meta, key, len(kinds))
         if id is None and key in _DEPRECATED_FIM_KEYS:
-            id = _special_id(meta, _KEY + _DEPRECATED_FIM_KEYS[key], len(kinds))
+            id = _token_id(meta, _DEPRECATED_FIM_KEYS[key], len(kinds))
         found = {id} if id is not None else {ids[text] for text in texts if text in ids}
         if id is None:
             control |= found
@@ -242,11 +215,11 @@ def _override_kinds(vocab: Vocabulary, meta: Mapping[str, Any]) -> None:
     vocab.eog_ids = frozenset(eog)
 
 
-def _read_special_ids(vocab: Vocabulary, meta: Mapping[str, Any]) -> None:
+def _read_special_ids(vocab: Vocabulary, meta: Metadata) -> None:
     n = len(vocab.texts)
-    bos = _special_id(meta, _KEY + "bos_token_id", n)
-    eos = _special_id(meta, _KEY + "eos_token_id", n)
-    unknown = _special_id(meta, _KEY + "unknown_token_id", n)
+    bos = _token_id(meta, "bos_token_id", n)
+    eos = _token_id(meta, "eos_token_id", n)
+    unknown = _token_id(meta, "unknown_token_id", n)
     if vocab.row is None:
         bos = bos if bos is not None else (1 if n > 1 else None)
         eos = eos if eos is not None else (2 if n > 2 else None)
@@ -260,15 +233,14 @@ def _read_special_ids(vocab: Vocabulary, meta: Mapping[str, Any]) -> None:
         vocab.eog_ids |= {eos}
 
 
-def _token_texts(meta: Mapping[str, Any]) -> tuple[list[str], bool]:
+def _token_texts(meta: Metadata) -> tuple[list[str], bool]:
     """The tokens, and whether all are UTF-8; of others each wrong byte is a lone surrogate."""
     key = _KEY + "tokens"
-    items, is_utf8 = _raw_strings(meta, key, _MAX_TOKENS), True
+    items, is_utf8 = meta.get_strings(key, most=_MAX_TOKENS, most_bytes=MAX_TEXT), True
     try:
         texts = list(map(bytes.decode, items))
-    except (TypeError, UnicodeDecodeError):
-        texts = [i if isinstance(i, str) else i.decode(errors="surrogateescape") for i in items]
-        is_utf8 = not any(map(_HAS_SURROGATE, texts))
+    except UnicodeDecodeError:
+        texts, is_utf8 = [item.decode(errors="surrogateescape") for item in items], False
     if not texts:
         raise InvalidModelError("the vocabulary is empty", field=key)
     if not all(texts):
@@ -276,134 +248,32 @@ def _token_texts(meta: Mapping[str, Any]) -> tuple[list[str], bool]:
     return texts, is_utf8
 
 
-def _token_types(meta: Mapping[str, Any], n_vocab: int) -> bytes:
+def _token_types(meta: Metadata, n_vocab: int) -> bytes:
     key = _KEY + "token_type"
     if key not in meta:
         return bytes([NORMAL]) * n_vocab
-    types = _numbers(meta, key, n_vocab, "iu")
+    types = meta.get_numbers(key, n_vocab, integers=True)
     # A type that this table lacks is kept as 0: never matched, never shown.
     known = (types >= NORMAL) & (types <= BYTE)
     return bytes((types * known).astype("uint8"))
 
 
-def token_scores(meta: Mapping[str, Any], n_vocab: int) -> list[float]:
-    key = _KEY + "scores"
-    if key not in meta:
-        return [0.0] * n_vocab
-    scores = _numbers(meta, key, n_vocab, "iuf").astype("float32")
-    if (scores != scores).any():
-        raise InvalidModelError("a score is not a number", field=key)
-    return scores.tolist()  # type: ignore[no-any-return]
-
-
-def _numbers(meta: Mapping[str, Any], key: str, n: int, kinds: str) -> Any:
-    import numpy as np
-
-    value = meta.get(key)
-    if isinstance(value, RawNumbers):
-        numbers = value.numpy()
-    else:
-        try:
-            numbers = np.asarray(_items(meta, key))
-        except (ValueError, OverflowError) as error:
-            raise InvalidModelError("not an array of numbers", field=key) from error
-    if numbers.ndim != 1 or len(numbers) != n:
-        raise InvalidModelError(f"{numbers.size} entries for a vocabulary of {n} tokens", field=key)
-    if numbers.dtype.kind not in kinds:
-        raise InvalidModelError(f"an array of {numbers.dtype} where numbers are needed", field=key)
-    return numbers
-
-
-def _raw_strings(meta: Mapping[str, Any], key: str, most: int) -> Sequence[Any]:
-    """Strings or bytes, of no more than can be a vocabulary's."""
-    value = meta.get(key)
-    if isinstance(value, RawStrings):
-        _check_most(key, "strings", len(value), most)
-        _check_most(key, "bytes of text", value.n_bytes, _MAX_TEXT)
-        return value.bytes()
-    items = _items(meta, key)
-    _check_most(key, "strings", len(items), most)
-    if not set(map(type, items)) <= {str, bytes}:
-        raise InvalidModelError("an entry is not a string", field=key)
-    return items
-
-
-def _check_most(key: str, what: str, n: int, most: int) -> None:
-    if n > most:
-        raise InvalidModelError(f"found {n} {what}, at most {most} are supported", field=key)
-
-
-def _items(meta: Mapping[str, Any], key: str) -> list[Any]:
-    value = meta.get(key)
-    if isinstance(value, LazyArray):
-        return value.tolist()
-    if value is None:
-        raise InvalidModelError("the array is missing", field=key)
-    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
-        raise InvalidModelError(f"{type(value).__name__} where an array is needed", field=key)
-    return list(value)
-
-
-def _string(meta: Mapping[str, Any], key: str, default: str | None = None) -> str:
-    value = meta.get(key, default)
-    if isinstance(value, bytes):
-        value = value.decode(errors="replace")
-    if value is None:
-        raise InvalidModelError("the key is missing", field=key)
-    if not isinstance(value, str):
-        raise InvalidModelError(f"{type(value).__name__} where a string is needed", field=key)
-    return value
-
-
-def _flag(meta: Mapping[str, Any], key: str, default: bool) -> bool:
-    value = meta.get(key, default)
-    if isinstance(value, (str, bytes)) or value not in (0, 1):
-        raise InvalidModelError(f"{value!r} where true or false is needed", field=key)
-    return bool(value)
-
-
-def _end_ids(meta: Mapping[str, Any], n_vocab: int) -> set[int]:
+def _end_ids(meta: Metadata, n_vocab: int) -> set[int]:
     """Tokens that the file says end a generation; some have several."""
     names = ("eos_token_id", "eot_token_id", "eom_token_id")
-    ids = {_special_id(meta, _KEY + name, n_vocab) for name in names}
+    ids = [_token_id(meta, name, n_vocab) for name in names]
     key = _KEY + "eos_token_ids"
-    if (value := meta.get(key)) is not None:
-        if isinstance(value, Sized):
-            _check_most(key, "ids", len(value), _MAX_ENDS)
-        if isinstance(value, RawNumbers):
-            value = value.numpy()
-        values = [value] if isinstance(value, Integral) else _items({key: value}, key)
-        ids |= {_token_id(each, key, n_vocab) for each in values}
-    return {id for id in ids if id is not None}
+    more = meta.get_ints(key, low=_LEAST_INT, high=_MOST_INT) if key in meta else ()
+    return {id for id in (*ids, *more) if id is not None and 0 <= id < n_vocab}
 
 
-def _special_id(meta: Mapping[str, Any], key: str, n_vocab: int) -> int | None:
-    value = meta.get(key)
-    return None if value is None else _token_id(value, key, n_vocab)
-
-
-def _token_id(value: Any, key: str, n_vocab: int) -> int | None:
+def _token_id(meta: Metadata, name: str, n_vocab: int) -> int | None:
     """None for a number that is no token's: -1, or one past the end, is how files write "none"."""
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        message = f"{type(value).__name__} where a token id is needed"
-        raise InvalidModelError(message, field=key)
-    id = int(value)
+    id = meta.get_int(_KEY + name, -1, low=_LEAST_INT, high=_MOST_INT)
     return id if 0 <= id < n_vocab else None
 
 
-def merge_ranks(meta: Mapping[str, Any]) -> dict[bytes, int]:
-    """The rank of every merge, by its spelling "left right" in UTF-8: most are never decoded.
-
-    One that names no tokens is harmless: what is no token never comes up in merging.
-    """
-    key = _KEY + "merges"
-    merges = _raw_strings(meta, key, _MAX_MERGES)
-    if not isinstance(meta[key], RawStrings):  # a copy of those of a file takes 2 ms
-        merges = [text.encode() if isinstance(text, str) else text for text in merges]
-    ranks = dict(zip(merges, range(len(merges)), strict=True))
-    if len(ranks) < len(merges):  # the first of equals counts
-        ranks = dict(zip(reversed(merges), reversed(range(len(merges))), strict=True))
-    return ranks
+_LEAST_INT, _MOST_INT = -(1 << 63), (1 << 64) - 1
 
 
 BYTE_TEXTS = {f"<0x{byte:02X}>": byte for byte in range(256)}

@@ -137,7 +137,6 @@ EMBED_W, EMBED_N_BLOCKS, EMBED_OUT, EMBED_STRIDE, EMBED_DIM = (i * WORD for i in
 # thread i makes lies at address + t * stride + i * thread_stride: where nobody reads the floats,
 # each thread has a single row, which stays in its cache.
 SINK_F32, SINK_STRIDE, SINK_THREAD_STRIDE, SINK_A32 = (i * WORD for i in range(4))
-SINK_WORDS = 4
 #
 # norm: sink[i] = rms_norm(x[row i]) * weight. With WANTED_ROWS, row i is wanted[i]. A chunk is
 # one row. eps is a float's bits.

@@ -34,7 +34,7 @@ from edgeinfer.kernels.cpu.shapes import check_shapes
 from edgeinfer.kernels.cpu.targets import Target
 from edgeinfer.kernels.cpu.team import Op, Part, Tape, Team, shared_team
 from edgeinfer.kernels.cpu.trial import Trial
-from edgeinfer.kernels.cpu.tune import Tuning, Way, ways
+from edgeinfer.kernels.cpu.tune import Schedule, Tuning, schedules
 from edgeinfer.kernels.cpu.weights import PackedWeights
 
 if TYPE_CHECKING:
@@ -147,11 +147,11 @@ class CpuProgram:
         self._team = shared_team(library, limits.n_threads)
         backend.pack(self._weights, self._team, limits.n_threads)
         self._make_step_arrays()
-        self._tapes: dict[tuple[Way, OutputKind], Tape] = {}  # those that steps have asked for
+        self._tapes: dict[tuple[Schedule, OutputKind], Tape] = {}  # those that steps have asked for
         self._trial = Trial(self._team, lowered.ops, self._tape)
-        self._ways = ways(limits.n_threads)
+        self._schedules = schedules(limits.n_threads)
         path = library.folder / f"decode-{self._trial.key}-{limits.n_threads}.json"
-        self._tuning = Tuning(self._ways, path, self._trial)
+        self._tuning = Tuning(self._schedules, path, self._trial)
         self.memory = drawn.rows()
         can_build = backend.can_build_beside(sum(self.memory.values()))
         # One after the other: what is measured must be the kernels that will run.
@@ -179,8 +179,8 @@ class CpuProgram:
                 group[i] = pages.ctypes.data, len(pages), n_pinned, n_visible
         samples = batch.samples.address if batch.samples else 0
         self._header[:_STEP_WORDS] = n_rows, n_wanted, len(batch.tables), samples, 0
-        way = self._way if n_rows <= _FEW_ROWS else self._ways[0]
-        return CpuTicket(self, batch, self._step_tape(way, batch.output))
+        schedule = self._schedule if n_rows <= _FEW_ROWS else self._schedules[0]
+        return CpuTicket(self, batch, self._step_tape(schedule, batch.output))
 
     def _run(self, batch: Batch, tape: Tape) -> Outputs:
         self._idle.begin_step()
@@ -202,10 +202,10 @@ class CpuProgram:
             out.ids = batch.samples.ids[:n]
         return out
 
-    def tune(self, progress: Callable[[int, int], None] = lambda done, total: None) -> Way:
+    def tune(self, progress: Callable[[int, int], None] = lambda done, total: None) -> Schedule:
         """Find out now what would be when idle: how steps of few rows run fastest."""
         self._tuning.finish(lambda: progress(*self._tuning.progress))
-        return self._way
+        return self._schedule
 
     def build_exactly(self, progress: Callable[[int, int], None]) -> int:
         """Build now what would be built when idle; returns how many kernels that were."""
@@ -279,22 +279,22 @@ class CpuProgram:
             self._logits = _float_view(lowered.logits, limits.max_outputs, vocab)
 
     @property
-    def _way(self) -> Way:
+    def _schedule(self) -> Schedule:
         """How steps of few rows run."""
-        return self._tuning.way or self._ways[0]
+        return self._tuning.schedule or self._schedules[0]
 
-    def _step_tape(self, way: Way, output: OutputKind) -> Tape:
-        if (way, output) not in self._tapes:
+    def _step_tape(self, schedule: Schedule, output: OutputKind) -> Tape:
+        if (schedule, output) not in self._tapes:
             lowered = self._lowered
             ops = lowered.ops[: lowered.head] if output == "hidden" else [*lowered.ops]
-            if way != self._ways[0]:
-                ops = [recut(op, *way) if op.reads_weights else op for op in ops]
+            if schedule != self._schedules[0]:
+                ops = [recut(op, *schedule) if op.reads_weights else op for op in ops]
             if output == "ids" and self._drawn.sample:
                 ops.append(self._drawn.sample)
             prologue = [self._part(part) for part in lowered.prologue]
-            tape = self._tape(ops, self._header.ctypes.data, way.n_threads, prologue)
-            self._tapes[way, output] = tape
-        return self._tapes[way, output]
+            tape = self._tape(ops, self._header.ctypes.data, schedule.n_threads, prologue)
+            self._tapes[schedule, output] = tape
+        return self._tapes[schedule, output]
 
     def _tape(
         self, ops: Sequence[KernelOp], header: int, n_threads: int, prologue: Sequence[Part] = ()

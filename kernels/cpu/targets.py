@@ -100,12 +100,6 @@ def runnable(machine: str, features: set[str]) -> list[str]:
     return [family for family in families if _NEEDS[family] <= features] or ["generic"]
 
 
-def host_features() -> set[str]:
-    """LLVM's names of what this processor has."""
-    _, cpu, flags = _ask_llvm()
-    return _features(cpu, flags)
-
-
 def _features(cpu: str, flags: str) -> set[str]:
     features = {flag[1:] for flag in flags.split(",") if flag.startswith("+")}
     if cpu.startswith("apple-m") or "asimddp" in _linux_features():

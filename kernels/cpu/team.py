@@ -113,10 +113,6 @@ class Team:
         self._lock = threading.Lock()
         self._dead = False
 
-    @property
-    def n_workers(self) -> int:
-        return len(self._workers)
-
     def grow(self, n_threads: int) -> None:
         """Have at least n_threads - 1 workers; the caller of `run` is the remaining thread."""
         with self._lock:

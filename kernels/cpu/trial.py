@@ -1,4 +1,4 @@
-"""A decode step's matmuls in every way that it might run, to be timed. Knows no scheduling.
+"""A decode step's matmuls in every schedule that it might run, to be timed. Knows no policy.
 
 They read the weights that a step reads, on a header and into memory of their own: what the last
 step left stays as it is.
@@ -16,7 +16,7 @@ import numpy as np
 from edgeinfer.kernels.cpu import layout
 from edgeinfer.kernels.cpu.commands import KernelOp, KernelPart, recut
 from edgeinfer.kernels.cpu.team import Tape, Team
-from edgeinfer.kernels.cpu.tune import Way
+from edgeinfer.kernels.cpu.tune import Schedule
 
 MakeTape: TypeAlias = Callable[[Sequence[KernelOp], int, int], Tape]  # ops, header, n_threads
 
@@ -30,7 +30,7 @@ class Trial:
         self._header = np.zeros(layout.HEADER_WORDS, np.int64)
         for word in (layout.H_ROWS, layout.H_WANTED_ROWS):
             self._header[word // layout.WORD] = 1
-        self._tapes: dict[Way, Tape] = {}
+        self._tapes: dict[Schedule, Tape] = {}
         n_bytes = max((sum(map(_out_bytes, op.parts)) for op in self._ops), default=0)
         self._out = np.empty(n_bytes, np.uint8)
 
@@ -50,13 +50,14 @@ class Trial:
         """Cut a run short, from any thread."""
         self._header[_ABORT] = 1
 
-    def run(self, way: Way) -> float | None:
+    def run(self, schedule: Schedule) -> float | None:
         """Seconds of a step, None where it was cut short."""
-        if way not in self._tapes:
-            ops = [self._apart(recut(op, *way)) for op in self._ops]
-            self._tapes[way] = self._make_tape(ops, self._header.ctypes.data, way.n_threads)
+        if schedule not in self._tapes:
+            ops = [self._apart(recut(op, *schedule)) for op in self._ops]
+            header, n_threads = self._header.ctypes.data, schedule.n_threads
+            self._tapes[schedule] = self._make_tape(ops, header, n_threads)
         begun = time.perf_counter()
-        self._team.run(self._tapes[way])
+        self._team.run(self._tapes[schedule])
         seconds = time.perf_counter() - begun
         return None if self._header[_ABORT] else seconds
 

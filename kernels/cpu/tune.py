@@ -1,7 +1,7 @@
-"""Which of a few ways to run a decode step is the fastest here: measured once, and remembered.
+"""Which of a few schedules runs a decode step fastest here: measured once, and remembered.
 
-Ways differ in threads and in how work is cut, never in results. Knows no operations: it is given
-what runs a step one way.
+They differ in threads and in how work is cut, never in results. Knows no operations: it is given
+what runs a step by a schedule.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _ROUNDS = 15
 _LEAST_GAIN = 0.03  # of the time: less may be chance
 
 
-class Way(NamedTuple):
+class Schedule(NamedTuple):
     """Threads, and how many times smaller a chunk is than a thread's even share of the rest."""
 
     n_threads: int
     share: float
 
 
-def ways(n_threads: int) -> list[Way]:
+def schedules(n_threads: int) -> list[Schedule]:
     """What is tried where a program may use so many threads; the first is right untuned.
 
     Larger chunks read memory faster, and wait longer for the slowest core. Memory may be busy
@@ -35,22 +35,22 @@ def ways(n_threads: int) -> list[Way]:
     """
     fewer = {n_threads - n_threads // 4, n_threads // 2} - {0, n_threads}
     return [
-        Way(n_threads, SHARE),
-        Way(n_threads, 1.25),
-        *(Way(n, SHARE) for n in sorted(fewer, reverse=True)),
+        Schedule(n_threads, SHARE),
+        Schedule(n_threads, 1.25),
+        *(Schedule(n, SHARE) for n in sorted(fewer, reverse=True)),
     ]
 
 
-def read(path: Path, known: Sequence[Way]) -> Way | None:
+def read(path: Path, known: Sequence[Schedule]) -> Schedule | None:
     """What was found before; None where nothing was, or nothing that makes sense."""
     with suppress(OSError, ValueError, TypeError, RecursionError):
-        way = Way(*json.loads(platform.read_private(path)))
-        return way if way in known else None
+        schedule = Schedule(*json.loads(platform.read_private(path)))
+        return schedule if schedule in known else None
     return None
 
 
 def fastest(rounds: Sequence[Sequence[float]]) -> int:
-    """Index of the way to take, from the seconds of every way in rounds of turns."""
+    """Index of the schedule to take, from the seconds of every schedule in rounds of turns."""
     import statistics  # 5 ms that starts don't need
 
     ratios = [
@@ -66,24 +66,24 @@ class Runs(Protocol):
 
     def allow(self) -> None: ...
     def interrupt(self) -> None: ...
-    def run(self, way: Way) -> float | None: ...
+    def run(self, schedule: Schedule) -> float | None: ...
 
 
 class Tuning(IdleWork):
-    """Measures when idle; `way` is None until it is known."""
+    """Measures when idle; `schedule` is None until it is known."""
 
     def __init__(
-        self, known: Sequence[Way], path: Path, runs: Runs, idle_seconds: float = IDLE_SECONDS
+        self, known: Sequence[Schedule], path: Path, runs: Runs, idle_seconds: float = IDLE_SECONDS
     ) -> None:
         super().__init__(idle_seconds)
         self._known, self._path, self._runs = known, path, runs
         self._rounds: list[list[float]] = []
-        self.way = read(path, known)
+        self.schedule = read(path, known)
         self.unkept = ""  # why the next process will have to measure again
 
     @property
     def is_done(self) -> bool:
-        return self.way is not None
+        return self.schedule is not None
 
     @property
     def progress(self) -> tuple[int, int]:
@@ -93,22 +93,22 @@ class Tuning(IdleWork):
     def _go_on(self) -> bool:
         while len(self._rounds) < _ROUNDS:
             seconds: list[float] = []
-            for way in self._known:
+            for schedule in self._known:
                 with self._changed:
                     if self._must_stop:
                         return True
                     self._runs.allow()
-                measured = self._runs.run(way)
+                measured = self._runs.run(schedule)
                 if measured is None:
                     return True
                 seconds.append(measured)
             self._rounds.append(seconds)
-        way = self._known[fastest(self._rounds)]
+        schedule = self._known[fastest(self._rounds)]
         try:
-            platform.write_whole(self._path, json.dumps(way).encode())
+            platform.write_whole(self._path, json.dumps(schedule).encode())
         except OSError as error:  # the next process measures again
             self.unkept = error.strerror or str(error)
-        self.way = way
+        self.schedule = schedule
         return True
 
     def _interrupt(self) -> None:

@@ -16,12 +16,13 @@ from typing import NamedTuple
 import numpy as np
 
 from edgeinfer import platform
+from edgeinfer.dequantize import dequantize
 from edgeinfer.kernels.cpu import layout
 from edgeinfer.kernels.cpu.commands import Arena, Buffer, aligned
 from edgeinfer.kernels.cpu.formats import FORMATS, GROUP_ROWS, packed_bytes
 from edgeinfer.kernels.cpu.library import Library
 from edgeinfer.kernels.cpu.team import Op, Part, Team
-from edgeinfer.quant import Weight, dequantize
+from edgeinfer.quant import Weight
 
 _PORTION = 4 << 20  # source bytes after which packing begins, and the most of one piece
 _PACK_CHUNK = 256 << 10  # packed bytes of one chunk

@@ -11,7 +11,7 @@ Knows no threads, tapes or packed layouts. Two modes share one walk over the ops
 
 Rules of the quantised mode that span functions:
 - a matmul is followed by the bias, then by the residual: `residual + (acc + bias)`.
-- a row of an embedding is `quant.dequantize` of its blocks: d * q + m rounds twice.
+- a row of an embedding is `dequantize` of its blocks: d * q + m rounds twice.
 - K and V, those of the step itself too, are rounded to float16 (nearest even) when stored and
   before any query reads them.
 - a query reads the pages of `PageTable.visible`; for pinned ones it is rotated at

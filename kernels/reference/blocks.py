@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeinfer.dequantize import dequantize
 from edgeinfer.kernels.reference.functions import fma
 from edgeinfer.kernels.reference.numerics import Doubles, Floats, f32
-from edgeinfer.quant import Weight, dequantize
+from edgeinfer.quant import Weight
 
 
 @dataclass(frozen=True, slots=True)

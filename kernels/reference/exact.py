@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from edgeinfer.dequantize import dequantize
 from edgeinfer.graph import ActivationKind
 from edgeinfer.kernels.reference.numerics import Bools, Doubles, Floats, Ints, f32
-from edgeinfer.quant import Weight, dequantize
+from edgeinfer.quant import Weight
 
 
 class Exact:

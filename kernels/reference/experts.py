@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from edgeinfer.dequantize import dequantize
 from edgeinfer.graph import ExpertLinear, GatingKind, Route
 from edgeinfer.kernels.reference.numerics import Floats, Ints, Numerics
 from edgeinfer.ops import SMALLEST_SUM
-from edgeinfer.quant import dequantize
 
 
 def choose(numerics: Numerics, op: Route, x: Floats) -> Floats:

@@ -7,8 +7,9 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeinfer.dequantize import dequantize
 from edgeinfer.graph import ActivationKind, Rotate
-from edgeinfer.quant import Weight, dequantize
+from edgeinfer.quant import Weight
 
 Floats: TypeAlias = NDArray[np.float32]
 Doubles: TypeAlias = NDArray[np.float64]
@@ -63,7 +64,7 @@ class Numerics(Protocol):
 
 
 def embed(weight: Weight, ids: NDArray[np.int32]) -> Floats:
-    """Rows `ids` of a matrix as `quant.dequantize` gives them."""
+    """Rows `ids` of a matrix as `dequantize` gives them."""
     n_rows, dim = weight.shape
     assert ((ids >= 0) & (ids < n_rows)).all()
     size = weight.type.row_bytes(dim)

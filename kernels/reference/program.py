@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeinfer.batch import PAGE, Batch, Demand, Outputs, StepLimits, StepRequest
+from edgeinfer.dequantize import dequantize
 from edgeinfer.errors import ClosedError
 from edgeinfer.fusion import Uses, pinned_query
 from edgeinfer.graph import (
@@ -44,7 +45,6 @@ from edgeinfer.kernels.reference.experts import add_parts, choose, multiply_chos
 from edgeinfer.kernels.reference.numerics import Floats, Ints, Numerics, embed, rotate, scaled
 from edgeinfer.kernels.reference.quantised import Quantised
 from edgeinfer.known import Known, check, fields
-from edgeinfer.quant import dequantize
 from edgeinfer.sampling.params import Sampled, SampleRow
 
 Mode: TypeAlias = Literal["exact", "quantised"]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from edgeinfer.batch import PAGE, SEGMENT_PAGES
+from edgeinfer.dequantize import dequantize
 from edgeinfer.graph import ActivationKind
 from edgeinfer.kernels.reference.blocks import Blocks, load_blocks, matmul_blocks
 from edgeinfer.kernels.reference.functions import (
@@ -26,7 +27,7 @@ from edgeinfer.kernels.reference.functions import (
     tanh,
 )
 from edgeinfer.kernels.reference.numerics import Bools, Doubles, Floats, Ints, f32, scaled
-from edgeinfer.quant import Weight, dequantize
+from edgeinfer.quant import Weight
 
 
 class Quantised:

@@ -246,7 +246,7 @@ def quantize(values: Floats, kind: str) -> Bytes:
     return np.concatenate([pack(part) for part in parts]).reshape(len(values), -1)
 
 
-# The blocks' byte layouts are described in edgeinfer/quant.py.
+# The blocks' byte layouts are described in edgeinfer/dequantize.py.
 
 
 def _pack_q2_k(x: Floats) -> Bytes:

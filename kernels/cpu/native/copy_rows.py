@@ -23,7 +23,7 @@ from edgeinfer.kernels.cpu.native.simd import (
     store_f32x8,
     word,
 )
-from edgeinfer.kernels.cpu.native.sink import leave, row_at
+from edgeinfer.kernels.cpu.native.sink import finish_row, row_at
 
 jit = njit(error_model="numpy")
 
@@ -49,6 +49,6 @@ def make(isa):
         dim, sink = word(a + COPY_DIM), a + COPY_SINK
         out = row_at(sink, chunk, thread)
         copy(word(a + COPY_X) + source * word(a + COPY_STRIDE), out, dim)
-        leave(out, dim, sink, chunk, n_rows)
+        finish_row(out, dim, sink, chunk, n_rows)
 
     return kernel

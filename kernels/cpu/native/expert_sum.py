@@ -24,7 +24,7 @@ from edgeinfer.kernels.cpu.native.simd import (
     store_f32x8,
     word,
 )
-from edgeinfer.kernels.cpu.native.sink import leave, row_at
+from edgeinfer.kernels.cpu.native.sink import finish_row, row_at
 
 jit = njit(error_model="numpy")
 
@@ -52,6 +52,6 @@ def make(isa):
         weights = word(a + SUM_ROUTE) + chunk * word(a + SUM_ROUTE_STRIDE) + 4 * n_used
         out = row_at(sink, chunk, thread)
         _add_up(x, weights, n_used, dim, out)
-        leave(out, dim, sink, chunk, word(h + H_ROWS))
+        finish_row(out, dim, sink, chunk, word(h + H_ROWS))
 
     return kernel

@@ -35,7 +35,7 @@ from edgeinfer.kernels.cpu.native.simd import (
     store_f32x8,
     word,
 )
-from edgeinfer.kernels.cpu.native.sink import leave, row_at
+from edgeinfer.kernels.cpu.native.sink import finish_row, row_at
 
 jit = njit(error_model="numpy")
 _whole_vectors = jit(whole_vectors)
@@ -106,6 +106,6 @@ def make(isa, sinks=""):
             total, factor = with_sink(m, l, word(a + ATTEND_SINKS) + 4 * head)
             inverse = div_f(splat_f32(1.0), total)
             _write(o, factor, inverse, v_dim, out + 4 * head * v_dim)
-        leave(out, n_heads * v_dim, sink, chunk, word(h + H_ROWS))
+        finish_row(out, n_heads * v_dim, sink, chunk, word(h + H_ROWS))
 
     return kernel

@@ -167,8 +167,8 @@ def _quantised(isa, type_name, finish_of):
     one, two, three, four = few(1), few(2), few(3), few(4)
 
     @jit
-    def some(p, apart, n_groups, n_blocks, x, n, acc):
-        """Leaves the sums of n tokens and a panel of groups at acc, token by token."""
+    def panel_sums(p, apart, n_groups, n_blocks, x, n, acc):
+        """Writes the sums of n tokens and a panel of groups at acc, token by token."""
         panel = acc + MATMUL_SUMS_BYTES
         for at in range(acc, acc + n * token_bytes, VECTOR):
             store_f32x8(at, zero_f32())
@@ -210,7 +210,8 @@ def _quantised(isa, type_name, finish_of):
             n = min(MAX_TILE, rows - t)
             for group in range(first, first + far):
                 n_groups = (last - group + far - 1) // far
-                some(w + group * group_bytes, far * group_bytes, n_groups, n_blocks, x, n, acc)
+                w_panel, apart = w + group * group_bytes, far * group_bytes
+                panel_sums(w_panel, apart, n_groups, n_blocks, x, n, acc)
                 for i in range(n):
                     for g in range(n_groups):
                         at = acc + token_bytes * i + VECTOR * g

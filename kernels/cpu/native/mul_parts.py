@@ -24,7 +24,7 @@ from edgeinfer.kernels.cpu.native.simd import (
     store_f32x8,
     word,
 )
-from edgeinfer.kernels.cpu.native.sink import leave, row_at
+from edgeinfer.kernels.cpu.native.sink import finish_row, row_at
 
 
 def make(isa):
@@ -42,6 +42,6 @@ def make(isa):
                 store_f32x8(out + i, mul_f(load_f32x8(x + i), splat_f32(factor)))
             for i in range(at + 4 * n_whole, at + 4 * dim, 4):
                 store_f32(out + i, load_f32(x + i) * factor)
-        leave(out, n_parts * dim, sink, chunk, n_rows)
+        finish_row(out, n_parts * dim, sink, chunk, n_rows)
 
     return kernel

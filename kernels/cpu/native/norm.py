@@ -37,7 +37,7 @@ from edgeinfer.kernels.cpu.native.simd import (
     zero_f32,
     zeros_f32,
 )
-from edgeinfer.kernels.cpu.native.sink import leave, row_at
+from edgeinfer.kernels.cpu.native.sink import finish_row, row_at
 
 jit = njit(error_model="numpy")
 
@@ -93,6 +93,6 @@ def make(isa):
         x = word(a + NORM_X) + source * word(a + NORM_STRIDE)
         out = row_at(sink, chunk, thread)
         normalise(x, word(a + NORM_WEIGHT), load_f32(a + NORM_EPS), dim, out)
-        leave(out, dim, sink, chunk, n_rows)
+        finish_row(out, dim, sink, chunk, n_rows)
 
     return kernel

@@ -20,7 +20,7 @@ from edgeinfer.kernels.cpu.layout import (
 )
 from edgeinfer.kernels.cpu.native.norm import normalise, sum_squares
 from edgeinfer.kernels.cpu.native.simd import load_f32, sqrt_f32, store_f32, word
-from edgeinfer.kernels.cpu.native.sink import leave, row_at
+from edgeinfer.kernels.cpu.native.sink import finish_row, row_at
 
 jit = njit(error_model="numpy")
 
@@ -47,6 +47,6 @@ def make(isa):
                 normalise(x + at, weight, eps, dim, out + at)
             else:
                 _normalise_plain(x + at, eps, dim, out + at)
-        leave(out, n_heads * dim, sink, chunk, n_rows)
+        finish_row(out, n_heads * dim, sink, chunk, n_rows)
 
     return kernel

@@ -30,7 +30,7 @@ from edgeinfer.kernels.cpu.native.simd import (
     store_f32x8,
     word,
 )
-from edgeinfer.kernels.cpu.native.sink import leave, row_at
+from edgeinfer.kernels.cpu.native.sink import finish_row, row_at
 
 jit = njit(error_model="numpy")
 
@@ -121,6 +121,6 @@ def make(isa, kind):
         out = row_at(sink, chunk, thread)
         parameter, bound = load_f32(a + POINT_PARAMETER), load_f32(a + POINT_PARAMETER + 4)
         whole_row(first, second, parameter, bound, dim, out)
-        leave(out, dim, sink, chunk, n_rows)
+        finish_row(out, dim, sink, chunk, n_rows)
 
     return kernel

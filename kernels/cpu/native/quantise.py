@@ -1,4 +1,4 @@
-"""Leaves rows that nothing else leaves on its way. Knows no model."""
+"""Quantises rows for matmuls, of a value whose own kernel does not. Knows no model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from edgeinfer.kernels.cpu.layout import (
 )
 from edgeinfer.kernels.cpu.native.copy_rows import copy
 from edgeinfer.kernels.cpu.native.simd import word
-from edgeinfer.kernels.cpu.native.sink import leave, row_at
+from edgeinfer.kernels.cpu.native.sink import finish_row, row_at
 
 
 def make(isa):
@@ -28,6 +28,6 @@ def make(isa):
         out = word(sink + SINK_F32)
         if out != 0 and out != word(a + QUANTISE_X):
             copy(x, row_at(sink, chunk, thread), dim)
-        leave(x, dim, sink, chunk, n_rows)
+        finish_row(x, dim, sink, chunk, n_rows)
 
     return kernel

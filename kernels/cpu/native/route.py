@@ -48,7 +48,7 @@ from edgeinfer.kernels.cpu.native.simd import (
     word,
     zeros_f32,
 )
-from edgeinfer.kernels.cpu.native.sink import leave, row_at
+from edgeinfer.kernels.cpu.native.sink import finish_row, row_at
 from edgeinfer.ops import SMALLEST_SUM
 
 jit = njit(error_model="numpy")
@@ -197,6 +197,6 @@ def make(isa, gating):
             _softmax(p, n_used)
             copy(p, weights, n_used)
         _weigh(weights, n_used, word(a + ROUTE_NORM), load_f32(a + ROUTE_SCALE))
-        leave(out, 2 * n_used, sink, chunk, word(h + H_ROWS))
+        finish_row(out, 2 * n_used, sink, chunk, word(h + H_ROWS))
 
     return kernel

@@ -1,4 +1,4 @@
-"""Leaves a finished row of floats where matmuls read it: quantised, in tile order.
+"""Puts a finished row of floats where matmuls read it: quantised, in tile order.
 
 Knows nothing of what the row means. Layouts: `layout.py`.
 """
@@ -68,7 +68,7 @@ def clear_behind(x, dim):
 
 
 @jit
-def leave(x, dim, sink, t, n_rows):
+def finish_row(x, dim, sink, t, n_rows):
     """Row t is whole, `dim` floats at x: quantise it where the sink has a place for that."""
     clear_behind(x, dim)
     a32 = word(sink + SINK_A32)

@@ -12,7 +12,7 @@ from edgeinfer.kernels.cpu.layout import (
 )
 from edgeinfer.kernels.cpu.native.math import silu
 from edgeinfer.kernels.cpu.native.simd import load_f32x8, mul_f, store_f32x8, word
-from edgeinfer.kernels.cpu.native.sink import leave, row_at
+from edgeinfer.kernels.cpu.native.sink import finish_row, row_at
 
 
 def make(isa):
@@ -23,6 +23,6 @@ def make(isa):
         out = row_at(sink, chunk, thread)
         for i in range(0, 4 * dim, 32):
             store_f32x8(out + i, mul_f(silu(load_f32x8(gate + i)), load_f32x8(up + i)))
-        leave(out, dim, sink, chunk, word(h + H_ROWS))
+        finish_row(out, dim, sink, chunk, word(h + H_ROWS))
 
     return kernel

@@ -1,4 +1,4 @@
-"""The line at the bottom: what the model does, how fast, and how full context and memory are.
+"""The line at the top, and the one at the bottom: what the model does, how fast, how full it is.
 
 Knows nothing of sessions: it draws readings.
 """
@@ -21,14 +21,30 @@ _NEARLY_FULL = 0.85
 _DOTS = {"ready": "●", "writing": "●", "stopped": "○", "failed": "×", "no model": "○"}
 
 
-class StatusBar(Static):
-    """One row; parts are left out, least important first, until the rest fits."""
+class _Bar(Static):
+    """One row, made anew for every width."""
 
-    _draw_again: Callable[[], None] | None = None
+    _row: Callable[[int], Text] | None = None
 
     def on_resize(self) -> None:
-        if self._draw_again is not None:
-            self._draw_again()
+        if self._row is not None:
+            self.update(self._row(max(10, self.size.width)), layout=False)
+
+    def _show(self, row: Callable[[int], Text]) -> None:
+        self._row = row
+        self.on_resize()
+
+
+class TitleBar(_Bar):
+    """The model and the conversation; the title gives way first."""
+
+    def draw(self, model: str, title: str, note: str, palette: Palette) -> None:
+        """`note` is what is special about this chat, such as that nothing is kept."""
+        self._show(partial(_title_row, model, title, note, palette))
+
+
+class StatusBar(_Bar):
+    """Parts are left out, least important first, until the rest fits."""
 
     def draw(
         self,
@@ -39,21 +55,43 @@ class StatusBar(Static):
         palette: Palette,
     ) -> None:
         """Show the numbers as they are now."""
-        self._draw_again = partial(self.draw, readings, loader, download, memory, palette)
-        width = max(10, self.size.width)
-        left = _loading(loader, palette) if loader else _activity(readings, palette)
-        if download is not None:
-            left.append(f"   ↓ {one_line(download.name, 30)} {download.share:.0%}", palette.accent)
-        parts = _facts(readings, memory, palette)
-        while len(parts) > 1 and left.cell_len + sum(part.cell_len + 3 for part in parts) > width:
-            parts.pop()
-        if parts and left.cell_len + parts[0].cell_len + 3 > width:
-            share = readings.n_used / max(1, readings.n_ctx)
-            parts = [Text(f"context {share:.0%}", palette.muted)]
-        right = Text("   ").join(parts)
-        line = Text.assemble(left, " " * max(1, width - left.cell_len - right.cell_len), right)
-        line.truncate(width)
-        self.update(line, layout=False)
+        self._show(partial(_status_row, readings, loader, download, memory, palette))
+
+
+def _title_row(model: str, title: str, note: str, palette: Palette, width: int) -> Text:
+    left = Text.assemble((one_line(model) or "edgeinfer", f"bold {palette.accent}"))
+    if note:
+        left.append(f"   {note}", palette.warn)
+    left.truncate(width, overflow="ellipsis")
+    right = Text(one_line(title), palette.muted)
+    right.truncate(max(0, width - left.cell_len - 3), overflow="ellipsis")
+    return _apart(left, right, width)
+
+
+def _status_row(
+    readings: Readings,
+    loader: ModelLoader | None,
+    download: Download | None,
+    memory: int,
+    palette: Palette,
+    width: int,
+) -> Text:
+    left = _loading(loader, palette) if loader else _activity(readings, palette)
+    if download is not None:
+        left.append(f"   ↓ {one_line(download.name, 30)} {download.share:.0%}", palette.accent)
+    parts = _facts(readings, memory, palette)
+    while len(parts) > 1 and left.cell_len + sum(part.cell_len + 3 for part in parts) > width:
+        parts.pop()
+    if parts and left.cell_len + parts[0].cell_len + 3 > width:
+        share = readings.n_used / max(1, readings.n_ctx)
+        parts = [Text(f"context {share:.0%}", palette.muted)]
+    row = _apart(left, Text("   ").join(parts), width)
+    row.truncate(width)
+    return row
+
+
+def _apart(left: Text, right: Text, width: int) -> Text:
+    return Text.assemble(left, " " * max(1, width - left.cell_len - right.cell_len), right)
 
 
 def _loading(loader: ModelLoader, palette: Palette) -> Text:

@@ -1,0 +1,62 @@
+"""How a model is to be loaded: what a caller gave, checked, and what it left to the environment.
+
+Knows nothing of files or of loading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from edgeinfer import config, platform
+from edgeinfer.backend import device_kind
+from edgeinfer.errors import DeviceError, InvalidRequestError
+from edgeinfer.options import LoadOptions, Progress
+from edgeinfer.parameters import LOAD, checked, parse_memory, shown
+
+
+class LoadSettings(NamedTuple):
+    """The load options, resolved: whoever loads a model reads these alone."""
+
+    device: str
+    n_threads: int
+    memory: int | str | None  # as it was given
+    n_ctx: int | None  # None: the usual length, or what fits
+    slots: int
+    chat_template: str | None
+    pre: str | None
+    may_download: bool
+    progress: Callable[[Progress], None] | None
+
+    @classmethod
+    def resolve(cls, function: str, given: LoadOptions) -> LoadSettings:
+        """For the public `function`; the error names the option that can't be, and why."""
+        options = checked(function, given, LOAD)
+        kv_type = options.get("kv_type", "f16")
+        if any(each != "f16" for each in ((kv_type,) if isinstance(kv_type, str) else kv_type)):
+            raise InvalidRequestError(
+                f"kv_type is {shown(kv_type)}; this version stores K and V as f16", param="kv_type"
+            )
+        if options.get("gpu_layers"):
+            raise DeviceError("gpu_layers needs a GPU, which this version does not run on")
+        return cls(
+            device=device_kind(options.get("device") or "auto"),
+            n_threads=options.get("threads") or _usual_threads(),
+            memory=options.get("memory"),
+            n_ctx=options.get("n_ctx"),
+            slots=options.get("slots", 1),
+            chat_template=options.get("chat_template"),
+            pre=options.get("pre"),
+            may_download=options.get("download", False),
+            progress=options.get("progress"),
+        )
+
+    def available_memory(self) -> int:
+        """Bytes that the user allows, or else that there are now."""
+        available = platform.available_memory()
+        return available if self.memory is None else parse_memory(self.memory, available)
+
+
+def _usual_threads() -> int:
+    asked = config.threads()
+    return platform.default_threads() if asked is None else int(LOAD["threads"].check(asked))
