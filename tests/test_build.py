@@ -33,6 +33,7 @@ KERNELS = [
         "norm",
         "swiglu",
         "quantise",
+        "fours",
         "copy_rows",
         "angles",
         "angles.scaled",
