@@ -35,6 +35,7 @@ KERNELS = [
         "norm",
         "swiglu",
         "quantise",
+        "fours",
         "copy_rows",
         "angles",
         "angles.scaled",

@@ -113,7 +113,7 @@ WANTED_ROWS = 1
 PACK_SRC, PACK_DST, PACK_N_ROWS, PACK_N_BLOCKS, PACK_PER_CHUNK = (i * WORD for i in range(5))
 #
 # matmul.<type>: out[t, n] = sum_k W[n, k] x[t, k] (+ bias[n]) (+ residual[t, n]).
-# x is a32 or f32 as the weight type asks; out, residual: float rows of `stride` bytes. Rows of
+# x is a32 or fours as the weight type asks; out, residual: float rows of `stride` bytes. Rows of
 # out and residual, and bias, have room for 8 floats a group. A chunk is some groups of 8 weight
 # rows, for all tokens: chunk c is the groups from bounds[c] up to bounds[c + 1], words that follow
 # the others. Every bound but the last is a multiple of PANEL_GROUPS. Prefetches may name addresses
@@ -150,6 +150,11 @@ SWIGLU_SINK = 4 * WORD
 # quantise: sink[t] = x[t], for a value that nothing else quantises on its way. A chunk is a row.
 QUANTISE_X, QUANTISE_STRIDE, QUANTISE_DIM, QUANTISE_ROWS = (i * WORD for i in range(4))
 QUANTISE_SINK = 4 * WORD
+#
+# fours: rows of floats as matmuls of floats read them. Every 4 rows from the first on lie side by
+# side, [dim][4], the up to 3 behind them one after the other; dim takes whole vectors, and x has
+# zeros behind its values. A chunk is a row, and the first of 4 does the work of all.
+FOURS_X, FOURS_STRIDE, FOURS_DIM, FOURS_ROWS, FOURS_OUT = (i * WORD for i in range(5))
 #
 # copy_rows: sink[i] = x[wanted[i]] (or every row). A chunk is one row.
 COPY_X, COPY_STRIDE, COPY_DIM, COPY_ROWS = (i * WORD for i in range(4))
@@ -313,7 +318,8 @@ def expert_plan_bytes(n_experts: int, n_records: int) -> int:
 # second: those of item i are its chunks from i * per_item on.
 PLANNED_AT, PLANNED_PER_ITEM, PLANNED_N_EXPERTS = (i * WORD for i in range(3))
 #
-# gather.<a32|f32>: the rows that meet an expert, for each item as if they were a step of their own.
+# gather.<a32|f32>: the rows that meet an expert, for each item as if they were a step of their own,
+# those of floats in fours.
 # x has n_parts parts a row, one for each place of a route, or one. A chunk is an item.
 GATHER_X, GATHER_STRIDE, GATHER_DIM, GATHER_N_PARTS, GATHER_OUT = (i * WORD for i in range(3, 8))
 #

@@ -153,6 +153,7 @@ class Lowering(ExpertLowering):
         self._selected = selected(segment)
         self._floats: dict[Value, Buffer] = {}  # where a value's f32 rows are
         self._quantised: dict[Value, Buffer] = {}
+        self._fours: dict[Value, Buffer] = {}  # what matmuls of floats read
         self._angles: dict[tuple[Rope, int], tuple[Buffer, Buffer]] = {}
         self._attention_plans: dict[tuple[int, int], Buffer] = {}
         self._tables = {
@@ -304,6 +305,8 @@ class Lowering(ExpertLowering):
         x = step.parts[0].x
         if any(map(_reads_a32, step.parts)) and x not in self._quantised:
             self._quantise(x)
+        if not all(map(_reads_a32, step.parts)) and x not in self._fours:
+            self._lay_in_fours(x)
         names = [op.weight.name.split(".")[-2] for op in step.parts]
         parts = [self._matmul(op, i) for op in step.parts]
         self._out.ops.append(KernelOp("+".join(names), parts))
@@ -316,7 +319,7 @@ class Lowering(ExpertLowering):
         rows, _ = self._rows_of(op.x)
         residual, out = self._residual(op, i)
         if fmt.activation == "f32":
-            x, row_bytes = self._floats[op.x], row_stride(n_cols)
+            x, row_bytes = self._fours[op.x], row_stride(n_cols)
         else:
             x, row_bytes = self._quantised[op.x], _a32_bytes(n_cols)
         bias = self._weights.vector(op.bias) if op.bias else 0
@@ -345,6 +348,13 @@ class Lowering(ExpertLowering):
         quantised = self._quantised_buffer(x, "quantised")
         args: Args = [floats, stride, x.dim, rows, floats, stride, 0, quantised]
         self._emit("quantise", "quantise", args, rule)
+
+    def _lay_in_fours(self, x: Value) -> None:
+        """A value whose rows matmuls of floats read."""
+        rows, rule = self._rows_of(x)
+        stride = row_stride(x.dim)
+        fours = self._fours[x] = Buffer("fours", stride * self._n_rows(x))
+        self._emit("fours", "fours", [self._floats[x], stride, x.dim, rows, fours], rule)
 
     # -- attention -----------------------------------------------------------------------------
 

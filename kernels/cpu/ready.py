@@ -28,7 +28,7 @@ NAMES = (
     *(f"{op}.{name}" for op in ("matmul", "pack", "embed", "experts") for name in FORMATS),
     *(f"attend.{dim}.{dim}" for dim in HEAD_DIMS),
     *("norm", "swiglu", "angles", "angles.scaled", "rotate.norm", "rotate.neox"),
-    *("norm_heads", "copy_rows", "quantise"),
+    *("norm_heads", "copy_rows", "quantise", "fours"),
     *(f"pointwise.{kind}" for kind in POINTWISE),
     *(f"route.{kind}" for kind in ("softmax", "sigmoid", "raw", "sqrt_softplus")),
     *("plan_experts", "gather.a32", "gather.f32", "expert_sum", "mul_parts"),

@@ -24,9 +24,9 @@ from edgeinfer.kernels.cpu.layout import (
     plan_records,
     whole_vectors,
 )
-from edgeinfer.kernels.cpu.native.copy_rows import copy
+from edgeinfer.kernels.cpu.native.fours import place_in_fours
 from edgeinfer.kernels.cpu.native.simd import load_i32x8, store_i32x8, word
-from edgeinfer.kernels.cpu.native.sink import clear_behind, tile_of
+from edgeinfer.kernels.cpu.native.sink import tile_of
 
 jit = njit(error_model="numpy")
 _plan_records = jit(plan_records)
@@ -58,12 +58,11 @@ def _blocks(h, a, row, slot, out, i, n):
 
 @jit
 def _floats(h, a, row, slot, out, i, n):
+    """Likewise, in fours."""
     dim = word(a + GATHER_DIM)
     x = word(a + GATHER_X) + row * word(a + GATHER_STRIDE)
     x += 4 * dim * (slot if word(a + GATHER_N_PARTS) > 1 else 0)
-    to = out + 4 * _whole_vectors(dim) * i
-    copy(x, to, dim)
-    clear_behind(to, dim)
+    place_in_fours(x, dim, out, i, n)
 
 
 def make(isa, layout):

@@ -279,11 +279,12 @@ def _float_tile(type_name, n, finish):
     """Two groups for n tokens from t on, with one of the 4 sums in registers at a time.
 
     All 4 would be 16 vectors for 4 tokens and one group. The sums change after every
-    _SPAN bytes of a group, which the first-level cache holds.
+    _SPAN bytes of a group, which the first-level cache holds. 4 tokens lie side by side, 3 apart.
     """
     load, packed_bytes = FLOATS[type_name], SIZES[type_name].packed_bytes
     column_bytes, sums_bytes = packed_bytes // 4, n * VECTOR
     n_lines = 2 * packed_bytes // 64  # of both groups' blocks
+    lanes = 4 if n == 4 else 1  # values of x beside each other
 
     @jit
     def load_sums(at):
@@ -310,17 +311,17 @@ def _float_tile(type_name, n, finish):
             for k in range(4):
                 at, column = acc + 2 * k * sums_bytes, column_bytes * k
                 here, there = load_sums(at), load_sums(at + sums_bytes)
-                values, soon = x + 4 * k, (q if k & 1 else p) + _SPAN + 64 * (k >> 1)
+                values, soon = x + 4 * lanes * k, (q if k & 1 else p) + _SPAN + 64 * (k >> 1)
                 for block in range(start, end, packed_bytes):
                     if k < n_lines:
                         prefetch(soon + block)
-                    splats = load_splats_f32(values, stride, n)
+                    splats = load_splats_f32(values, 4 if n == 4 else stride, n)
                     here = fma(load(p + block + column), splats, here)
                     there = fma(load(q + block + column), splats, there)
-                    values += 16
+                    values += 16 * lanes
                 store_rows(at, VECTOR, here)
                 store_rows(at + sums_bytes, VECTOR, there)
-            x += (end - start) // packed_bytes * 16
+            x += (end - start) // packed_bytes * 16 * lanes
         finish(args, group, t, total(acc))
         if far != group:
             finish(args, far, t, total(acc + sums_bytes))
