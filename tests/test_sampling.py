@@ -167,6 +167,17 @@ def test_exp_and_log_are_close_to_exact():
         assert sampler.log(v) == pytest.approx(math.log(v), rel=1e-14, abs=1e-15)
 
 
+@pytest.mark.parametrize("n", [1, 8, 4095, 4096, 4097, 10_000])
+def test_a_sum_over_the_vocabulary_is_one_of_sums_over_its_chunks(n):
+    x = np.random.default_rng(n).lognormal(0, 3, n)
+    chunks = [x[i : i + 4096] for i in range(0, n, 4096)]
+    expected = sampler.sum_vocabulary(chunks[0])
+    for chunk in chunks[1:]:
+        expected += sampler.sum_vocabulary(chunk)
+    assert sampler.sum_vocabulary(x) == expected
+    assert expected == pytest.approx(math.fsum(x), rel=1e-14)
+
+
 # -- the chain -----------------------------------------------------------------------------------
 
 

@@ -50,6 +50,8 @@ from edgeinfer.kernels.cpu.native.simd import (
 
 jit = njit(error_model="numpy")
 
+_SUM_CHUNK = 4096  # as the reference: any device adds this many by itself
+
 # -- instructions --------------------------------------------------------------------------------
 
 
@@ -125,14 +127,17 @@ def first_at_least(logits, n_vocab, x):
 
 @jit
 def _sum(logits, n_vocab, scratch, term, a, b):
-    """Sum of term(logit, a, b), by lanes."""
+    """Sum of term(logit, a, b): by lanes inside a chunk, from chunk to chunk left to right."""
     n = _fill_tail(logits, n_vocab, scratch)
-    lanes = splat_f64(0.0)
-    for i in range(0, n_vocab, 8):
-        x = load_f32x8(logits + 4 * i if i < n else scratch + at.SAMPLE_TAIL)
-        x = min_f(splat_f32(narrow(LARGEST)), x)  # a NaN stays one
-        lanes = add_f(lanes, term(widen8(x), a, b))
-    return sum8(lanes)
+    total = 0.0
+    for start in range(0, n_vocab, _SUM_CHUNK):
+        lanes = splat_f64(0.0)
+        for i in range(start, min(start + _SUM_CHUNK, n_vocab), 8):
+            x = load_f32x8(logits + 4 * i if i < n else scratch + at.SAMPLE_TAIL)
+            x = min_f(splat_f32(narrow(LARGEST)), x)  # a NaN stays one
+            lanes = add_f(lanes, term(widen8(x), a, b))
+        total += sum8(lanes)
+    return total
 
 
 @jit
