@@ -8,7 +8,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
 from functools import partial
 from os import PathLike
 from types import TracebackType
@@ -317,7 +316,7 @@ class LLM:
         tokenizer = opened.tokenizer
         pieces = [tokenizer.piece(id) for id in range(tokenizer.n_vocab)]
         found = breaker_tokens(params.dry_sequence_breakers, pieces, tokenizer.encode)
-        return replace(params, dry_breaker_tokens=found)
+        return params.with_breakers(found)
 
 
 def _run_all(

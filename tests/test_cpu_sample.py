@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgeinfer.kernels.cpu import layout
+from edgeinfer.parameters import SAMPLING
 from edgeinfer.sampling.params import Sampled, SampleRow, SampleTable, SamplingParams
 from edgeinfer.sampling.sampler import sample_reference
 from tests import native
@@ -52,8 +53,7 @@ def check(logits: np.ndarray, rows: list[SampleRow], family: str | None = None) 
         np.testing.assert_array_equal(got.top[1], want.top[1])
 
 
-PARAMS = st.builds(
-    SamplingParams,
+VALUES = dict(
     temperature=st.sampled_from([0.0, 0.1, 0.8, 2.0, 1e-40]),
     top_k=st.sampled_from([0, 1, 40, 300, 10**6]),
     top_p=st.sampled_from([0.0, 0.5, 0.95, 1.0]),
@@ -67,16 +67,24 @@ PARAMS = st.builds(
     presence_penalty=st.sampled_from([0.0, 0.5]),
     frequency_penalty=st.sampled_from([0.0, -0.2, 1e38]),
     dry_multiplier=st.sampled_from([0.0, 0.8]),
+    dry_base=st.sampled_from([1.75, 1.0, 0.5]),
     dry_allowed_length=st.sampled_from([2, 0]),
     dry_penalty_last_n=st.sampled_from([64, -1]),
     dry_breaker_tokens=st.sampled_from([(), ((3,), (4, 5), (4, 5, 1), (10**6,))]),
     dynatemp_range=st.sampled_from([0.0, 0.0, 0.5, 5.0]),
     dynatemp_exponent=st.sampled_from([1.0, 0.0, 2.5]),
     mirostat=st.sampled_from([0, 0, 0, 1, 2]),
+    mirostat_tau=st.sampled_from([5.0, 0.5]),
+    mirostat_eta=st.sampled_from([0.1, 1.0]),
     min_keep=st.sampled_from([0, 0, 3, 1000]),
     logprobs=st.sampled_from([None, 0, 5, 128]),
     logit_bias=st.sampled_from([{}, {0: 2.0, 1: -math.inf, 5: math.inf, 10**6: 1.0}]),
 )
+PARAMS = st.builds(SamplingParams, **VALUES)
+
+
+def test_no_parameter_is_left_out_here():
+    assert set(SAMPLING) - {"seed", "dry_sequence_breakers"} < set(VALUES)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))

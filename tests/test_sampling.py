@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from edgeinfer.errors import InvalidModelError, InvalidRequestError
-from edgeinfer.kernels.cpu import layout
+from edgeinfer.parameters import SAMPLING, checked
 from edgeinfer.sampling import sampler
 from edgeinfer.sampling.params import (
     NO_CANDIDATE,
@@ -45,8 +45,12 @@ def log_probabilities(*p: float) -> list[float]:
 # -- parameters ----------------------------------------------------------------------------------
 
 
+def resolve(given: dict[str, object], model_defaults: dict[str, object]) -> SamplingParams:
+    return SamplingParams.resolve(checked("answer", given, SAMPLING), model_defaults)
+
+
 def test_unset_means_the_file_then_the_default():
-    params = SamplingParams.resolve(
+    params = resolve(
         {"top_p": 0.5, "top_k": None},
         {"general.sampling.top_k": 20, "temp": 0.6, "penalty_repeat": 1.05, "top_p": 0.8},
     )
@@ -57,7 +61,7 @@ def test_unset_means_the_file_then_the_default():
 
 def test_an_unknown_keyword_names_the_nearest():
     with pytest.raises(TypeError, match="'temprature'; did you mean 'temperature'"):
-        SamplingParams.resolve({"temprature": 1.0})
+        SamplingParams(temprature=1.0)
 
 
 @pytest.mark.parametrize(
@@ -86,9 +90,28 @@ def test_an_invalid_value_in_the_file_names_its_field():
 
 @pytest.mark.parametrize("bad", [float("nan"), -1.0, "high", True])
 def test_a_value_in_the_file_that_the_user_replaces_is_not_checked(bad):
-    assert SamplingParams.resolve({"top_p": 0.5}, {"top_p": bad}).top_p == 0.5
+    assert resolve({"top_p": 0.5}, {"top_p": bad}).top_p == 0.5
     with pytest.raises(InvalidModelError):
-        SamplingParams.resolve({"top_p": None}, {"top_p": bad})
+        resolve({"top_p": None}, {"top_p": bad})
+
+
+def test_what_was_checked_is_not_checked_again():
+    given = checked("answer", {"logit_bias": {3: 1}}, SAMPLING)
+    params = SamplingParams.resolve(given)
+    with_breakers = params.with_breakers(((1,),))
+    assert params.logit_bias is given["logit_bias"] is with_breakers.logit_bias
+    assert with_breakers.dry_breaker_tokens == ((1,),) != params.dry_breaker_tokens
+    assert (
+        params
+        != with_breakers
+        == SamplingParams(**given, seed=params.seed, dry_breaker_tokens=((1,),))
+    )
+
+
+def test_a_parameter_is_declared_as_the_table_has_it():
+    for field in fields(SamplingParams):
+        if field.name in SAMPLING and SAMPLING[field.name].kind in (int, float):
+            assert field.type.removesuffix(" | None") == SAMPLING[field.name].kind.__name__
 
 
 def test_a_bias_beyond_the_vocabulary_is_refused():
@@ -142,6 +165,17 @@ def test_exp_and_log_are_close_to_exact():
     assert sampler.exp(np.array([0.0, -700.1, -np.inf, -1e300])).tolist() == [1.0, 0.0, 0.0, 0.0]
     for v in np.random.default_rng(0).lognormal(0, 20, 1000):
         assert sampler.log(v) == pytest.approx(math.log(v), rel=1e-14, abs=1e-15)
+
+
+@pytest.mark.parametrize("n", [1, 8, 4095, 4096, 4097, 10_000])
+def test_a_sum_over_the_vocabulary_is_one_of_sums_over_its_chunks(n):
+    x = np.random.default_rng(n).lognormal(0, 3, n)
+    chunks = [x[i : i + 4096] for i in range(0, n, 4096)]
+    expected = sampler.sum_vocabulary(chunks[0])
+    for chunk in chunks[1:]:
+        expected += sampler.sum_vocabulary(chunk)
+    assert sampler.sum_vocabulary(x) == expected
+    assert expected == pytest.approx(math.fsum(x), rel=1e-14)
 
 
 # -- the chain -----------------------------------------------------------------------------------
@@ -307,11 +341,22 @@ def test_logprobs_are_those_of_the_untouched_logits():
 # -- the table -----------------------------------------------------------------------------------
 
 
-def test_the_layout_names_the_fields_of_a_row():
-    for name, (_, offset) in ROW.fields.items():
-        assert getattr(layout, f"PARAM_{name.upper()}") == offset
+def test_every_number_of_a_request_is_in_its_row():
     not_in_rows = {"dry_sequence_breakers", "dry_breaker_tokens", "logit_bias", "logprobs"}
     assert {f.name for f in fields(SamplingParams)} - set(ROW.names) == not_in_rows
+    assert ROW.itemsize == 8 * len(ROW.names)
+    params = SamplingParams(top_k=7, min_p=0.25, repeat_penalty=1.5)
+    table = SampleTable(1)
+    table.set_row(0, params, 5, 6, [1, 2, 3], 4.0)
+    for name, value in {
+        "top_k": 7,
+        "min_p": 0.25,
+        "seed": 5,
+        "index": 6,
+        "n_history": 3,
+        "mu": 4,
+    }.items():
+        assert table.rows[name][0] == value
 
 
 def test_the_table_gives_back_what_it_was_given():

@@ -46,6 +46,9 @@ def recommended(model_defaults: Mapping[str, Any], *, but: Container[str] = ()) 
     return values
 
 
+_DEFAULTS = {name: parameter.default for name, parameter in SAMPLING.items()}
+
+
 @dataclass(frozen=True, init=False)
 class SamplingParams:
     """How tokens of one request are picked; ranges and defaults are those of `SAMPLING`.
@@ -87,8 +90,7 @@ class SamplingParams:
     def __init__(
         self, *, dry_breaker_tokens: tuple[tuple[int, ...], ...] = (), **given: Any
     ) -> None:
-        values = {name: parameter.default for name, parameter in SAMPLING.items()}
-        values |= checked("SamplingParams", given, SAMPLING)
+        values = _DEFAULTS | checked("SamplingParams", given, SAMPLING)
         vars(self).update(values, dry_breaker_tokens=dry_breaker_tokens)
 
     @classmethod
@@ -97,16 +99,28 @@ class SamplingParams:
     ) -> SamplingParams:
         """What the user set, else what the file recommends, else the default; a seed is drawn.
 
-        `model_defaults` are the file's `general.sampling.*` values, with or without that prefix.
-        A value of None counts as unset.
+        `given` was `checked` against SAMPLING. `model_defaults` are the file's
+        `general.sampling.*` values, with or without that prefix.
         """
-        values = checked("SamplingParams", given, SAMPLING)
-        values = recommended(model_defaults or {}, but=values) | values
+        values = recommended(model_defaults or {}, but=given) | dict(given)
         if "seed" not in values:
             import secrets  # 2 ms that a given seed saves
 
             values["seed"] = secrets.randbits(32)
-        return cls(**values)
+        return cls._of(values)
+
+    def with_breakers(self, tokens: tuple[tuple[int, ...], ...]) -> SamplingParams:
+        """The same, where these sequences of tokens stop a DRY match."""
+        return self._of({name: getattr(self, name) for name in SAMPLING}, tokens)
+
+    @classmethod
+    def _of(
+        cls, values: dict[str, Any], breakers: tuple[tuple[int, ...], ...] = ()
+    ) -> SamplingParams:
+        """From values that were checked."""
+        params = cls.__new__(cls)
+        vars(params).update(_DEFAULTS | values, dry_breaker_tokens=breakers)
+        return params
 
     def check_vocabulary(self, n_vocab: int) -> None:
         """Raise for a token id that the model does not have."""
@@ -153,9 +167,8 @@ class SamplingParams:
     def words(self) -> NDArray[np.int64]:
         """The fields of ROW that are the same for every token of a request."""
         row = np.zeros(1, ROW)
-        for f in fields(self):
-            if f.name in _STATIC:
-                row[f.name] = getattr(self, f.name)
+        for name in _NUMBERS:
+            row[name] = getattr(self, name)
         ids, values = self.bias_arrays
         row["bias_ids"], row["bias_values"] = ids.ctypes.data, values.ctypes.data
         row["n_bias"] = len(ids)
@@ -223,18 +236,19 @@ def _uniform(a: int, b: int) -> float:
 
 # -- the table -----------------------------------------------------------------------------------
 
-# One row as backends read it; every field has 8 bytes. The first ones follow SamplingParams.
-_STATIC = (
-    "temperature", "top_k", "top_p", "min_p", "typical_p", "top_n_sigma", "xtc_probability",
-    "xtc_threshold", "dynatemp_range", "dynatemp_exponent", "mirostat", "mirostat_tau",
-    "mirostat_eta", "min_keep", "repeat_penalty", "presence_penalty", "frequency_penalty",
-    "repeat_last_n", "dry_multiplier", "dry_base", "dry_allowed_length", "dry_penalty_last_n",
-    "breakers", "n_breakers", "bias_ids", "bias_values", "n_bias", "n_logprobs",
-)  # fmt: skip
+# One row as backends read it, by name; every field has 8 bytes. First the numbers of
+# SamplingParams, as they are declared there, and what else is the same for all tokens of a request.
+_NUMBERS = tuple(f.name for f in fields(SamplingParams) if f.type in ("int", "float"))
+_STATIC = (*_NUMBERS, "breakers", "n_breakers", "bias_ids", "bias_values", "n_bias", "n_logprobs")
 _DYNAMIC = ("seed", "index", "history", "n_history", "mu")
 _DYNAMIC_FIELDS = struct.Struct("=QqQqd")
-_FLOATS = {"mu", *(name for name, parameter in SAMPLING.items() if parameter.kind is float)}
+_FLOATS = {"mu", *(f.name for f in fields(SamplingParams) if f.type == "float")}
 ROW = np.dtype([(n, "f8" if n in _FLOATS else "i8") for n in (*_STATIC, *_DYNAMIC)])
+# The rows of a step, and the addresses of what is left of each.
+ARRAYS = np.dtype([(name, "i8") for name in (
+    "rows", "row_bytes", "ids", "status", "logprobs", "mu", "top_ids", "top_logprobs",
+    "max_logprobs",
+)])  # fmt: skip
 
 OK, NO_CANDIDATE = 0, 1  # status: NO_CANDIDATE where every logit is NaN or -inf
 
@@ -278,14 +292,11 @@ class SampleTable:
         self._words = self.rows.view(np.int64).reshape(max_rows, -1)
         self._bytes = self.rows.view(np.uint8).data
         self._given: list[SampleRow | None] = [None] * max_rows
-        self._arguments = np.array(
-            [
-                self.rows.ctypes.data, ROW.itemsize, self.ids.ctypes.data,
-                self.status.ctypes.data, self.logprobs.ctypes.data, self.mu.ctypes.data,
-                self.top_ids.ctypes.data, self.top_logprobs.ctypes.data, max_logprobs,
-            ],
-            np.int64,
-        )  # fmt: skip
+        self._arguments = np.zeros(1, ARRAYS)
+        for name in ("rows", "ids", "status", "logprobs", "mu", "top_ids", "top_logprobs"):
+            self._arguments[name] = getattr(self, name).ctypes.data
+        self._arguments["row_bytes"] = ROW.itemsize
+        self._arguments["max_logprobs"] = max_logprobs
         self.address: int = self._arguments.ctypes.data
 
     @property

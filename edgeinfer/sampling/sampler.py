@@ -24,6 +24,7 @@ LN2, LOG2_E = 0.6931471805599453, 1.4426950408889634
 _ROUND = 6755399441055744.0  # 1.5 * 2**52: adding it rounds to an integer
 _FACTORIALS = tuple(1.0 / math.factorial(k) for k in range(9, 1, -1))
 _ODD = tuple(1.0 / k for k in range(19, 1, -2))
+_SUM_CHUNK = 4096
 DRY_LONGEST = 128  # tokens of a repeat that count: by then its penalty is past any logit
 
 
@@ -81,14 +82,17 @@ def log(x: float) -> float:
     return e * _LN2_HIGH + (2.0 * s * p + e * _LN2_LOW)
 
 
-def sum_lanes(x: Floats) -> float:
-    """Lane j adds x[j], x[j + 8], ...; then lanes l and l + 4, l + 2, l + 1."""
-    padded = np.zeros(-(-len(x) // 8) * 8)
-    padded[: len(x)] = x
-    lanes = np.cumsum(padded.reshape(-1, 8), axis=0)[-1]
+def sum_vocabulary(x: Floats) -> float:
+    """Chunk by chunk of 4,096 from left to right, so that a device may add them side by side.
+
+    In a chunk lane j adds x[j], x[j + 8], ...; then lanes l and l + 4, l + 2, l + 1.
+    """
+    padded = np.zeros((-(-len(x) // _SUM_CHUNK), _SUM_CHUNK))
+    padded.reshape(-1)[: len(x)] = x
+    lanes = np.cumsum(padded.reshape(len(padded), -1, 8), axis=1)[:, -1]
     for width in (4, 2, 1):
-        lanes = lanes[:width] + lanes[width:]
-    return float(lanes[0])
+        lanes = lanes[:, :width] + lanes[:, width:]
+    return _sum(lanes[:, 0])
 
 
 def _sum(x: Floats) -> float:
@@ -207,9 +211,9 @@ class _Candidates:
         return scaled
 
     def total(self, inverse: float = 1.0) -> float:
-        """Sum of the exp of `scaled`: by lanes over the vocabulary while it is whole."""
+        """Sum of the exp of `scaled`: over the vocabulary, in its order, while it is whole."""
         if self.whole:
-            return sum_lanes(exp((self.all - self.all[self.ids[0]]) * inverse))
+            return sum_vocabulary(exp((self.all - self.all[self.ids[0]]) * inverse))
         return _sum(exp(self.scaled(inverse)))
 
 
@@ -254,9 +258,9 @@ def _first(reached: NDArray[np.bool_], min_keep: int) -> int:
 def _sigma_limit(logits: Floats, n_sigma: float) -> float:
     finite = logits > -np.inf
     n = float(np.count_nonzero(finite))
-    mean = sum_lanes(np.where(finite, logits, 0.0)) / n
+    mean = sum_vocabulary(np.where(finite, logits, 0.0)) / n
     off = np.where(finite, logits, mean) - mean
-    return float(np.max(logits)) - n_sigma * math.sqrt(sum_lanes(off * off) / n)
+    return float(np.max(logits)) - n_sigma * math.sqrt(sum_vocabulary(off * off) / n)
 
 
 def _entropy(c: _Candidates) -> tuple[float, Floats, float]:

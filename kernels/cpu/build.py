@@ -124,10 +124,14 @@ def optimise(ir: str, native_name: str, name: str, target: Target) -> Any:
     ir = re.sub(r'target triple = ".*"', f'target triple = "{target.triple}"', ir)
     ir = re.sub(r'target datalayout = ".*"', f'target datalayout = "{machine.target_data}"', ir)
     module = llvm.parse_assembly(ir)
+    has_calls = False
     for function in module.functions:
         if not function.is_declaration and function.name != symbol(name):
             function.linkage = llvm.Linkage.internal
-            function.add_function_attribute("alwaysinline")
+            if b"noinline" in function.attributes:  # `native.inlining`
+                has_calls = True
+            else:
+                function.add_function_attribute("alwaysinline")
     for variable in module.global_variables:
         if not variable.is_declaration:
             variable.linkage = llvm.Linkage.internal
@@ -137,6 +141,10 @@ def optimise(ir: str, native_name: str, name: str, target: Target) -> Any:
     options.slp_vectorization = False
     passes = llvm.create_pass_builder(machine, options)
     manager = passes.getModulePassManager()
+    if has_calls:  # none of which fails, as can be seen once what they call is inlined
+        manager.add_ipsccp_pass()
+        manager.add_simplify_cfg_pass()
+        manager.add_global_dead_code_eliminate_pass()
     manager.run(module, passes)
     check(name, module)
     return module, machine

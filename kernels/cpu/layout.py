@@ -340,26 +340,14 @@ SUM_SINK = 6 * WORD
 (
     SAMPLE_LOGITS, SAMPLE_STRIDE, SAMPLE_N_VOCAB, SAMPLE_SCRATCH, SAMPLE_SCRATCH_BYTES,
 ) = (i * WORD for i in range(5))  # fmt: skip
-SAMPLE_SCRATCH_HEAD = 1216  # tail of the logits, stack of the sort
-#
-# The table's argument words (sampling.SampleTable.address): rows, then arrays by row.
-(
-    SAMPLES_ROWS, SAMPLES_ROW_BYTES, SAMPLES_IDS, SAMPLES_STATUS, SAMPLES_LOGPROBS, SAMPLES_MU,
-    SAMPLES_TOP_IDS, SAMPLES_TOP_LOGPROBS, SAMPLES_MAX_LOGPROBS,
-) = (i * WORD for i in range(9))  # fmt: skip
-#
-# One row of the table (sampling.ROW); the fields are named as there.
-(
-    PARAM_TEMPERATURE, PARAM_TOP_K, PARAM_TOP_P, PARAM_MIN_P, PARAM_TYPICAL_P, PARAM_TOP_N_SIGMA,
-    PARAM_XTC_PROBABILITY, PARAM_XTC_THRESHOLD, PARAM_DYNATEMP_RANGE, PARAM_DYNATEMP_EXPONENT,
-    PARAM_MIROSTAT, PARAM_MIROSTAT_TAU, PARAM_MIROSTAT_ETA, PARAM_MIN_KEEP, PARAM_REPEAT_PENALTY,
-    PARAM_PRESENCE_PENALTY, PARAM_FREQUENCY_PENALTY, PARAM_REPEAT_LAST_N, PARAM_DRY_MULTIPLIER,
-    PARAM_DRY_BASE, PARAM_DRY_ALLOWED_LENGTH, PARAM_DRY_PENALTY_LAST_N, PARAM_BREAKERS,
-    PARAM_N_BREAKERS, PARAM_BIAS_IDS, PARAM_BIAS_VALUES, PARAM_N_BIAS, PARAM_N_LOGPROBS,
-    PARAM_SEED, PARAM_INDEX, PARAM_HISTORY, PARAM_N_HISTORY, PARAM_MU,
-) = (i * WORD for i in range(33))  # fmt: skip
+# It holds the record of candidates.py, the last floats of the logits, the stack of the sort, then a
+# key and a float per token. The table and its rows are records of sampling.params.
+SAMPLE_TAIL, SAMPLE_STACK = 64, 128
+SAMPLE_STACK_RANGES = 66  # two words each
+SAMPLE_KEYS = 1216
+SAMPLE_SPARE_KEYS = 64
 
 
 def sample_scratch_bytes(n_vocab: int) -> int:
-    """Bytes of one thread: a sort key per token, 64 keys of slack, a saved logit per token."""
-    return -(-(SAMPLE_SCRATCH_HEAD + 8 * (n_vocab + 64) + 4 * n_vocab) // 64) * 64
+    """Bytes of one thread."""
+    return -(-(SAMPLE_KEYS + 8 * (n_vocab + SAMPLE_SPARE_KEYS) + 4 * n_vocab) // 64) * 64

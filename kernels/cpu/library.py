@@ -46,7 +46,7 @@ def symbol(name: str) -> str:
 def source_key(module: str) -> str:
     """Changes whenever a source that kernels of this native module are made of changes."""
     digest = hashlib.sha256()
-    for path in sorted(_sources(module), key=lambda path: (path.parent == _CONSTANTS, path)):
+    for path in sorted(_sources(module), key=lambda path: (_HERE not in path.parents, path)):
         digest.update(path.name.encode() + b"\0" + _read(path))
     return digest.hexdigest()
 
@@ -68,7 +68,7 @@ def _sources(module: str) -> set[Path]:
         if path in found:
             continue
         found.add(path)
-        if path in _BUILDER or path.parent == _CONSTANTS:
+        if path in _BUILDER or _HERE not in path.parents:
             continue
         pending += _imports(path)
     return found

@@ -1,0 +1,1 @@
+"""What the kernel `sample` is made of: `edgeinfer.sampling.sampler` in kernels, bit for bit."""
