@@ -81,8 +81,8 @@ class Keys:
         self._file, self._metadata = file, file.metadata
         self._read: set[str] = set()
         self._arrays: dict[str, tuple[Any, ...]] = {}
-        self.n_layers = self.count("block_count", high=_MAX_LAYERS)
-        self.n_ctx_train = self.count("context_length", high=2**31 - 1)
+        self.n_layers = self._whole("block_count", _MAX_LAYERS)
+        self.n_ctx_train = self._whole("context_length", 2**31 - 1)
 
     def has(self, name: str) -> bool:
         return self._key(name) in self._metadata
@@ -183,6 +183,10 @@ class Keys:
 
     def _key(self, name: str) -> str:
         return f"{self.architecture}.{name}"
+
+    def _whole(self, name: str, high: int) -> int:
+        """A number that is one for all layers."""
+        return self._metadata.get_int(self._tick(name), low=1, high=high)
 
     def _tick(self, name: str) -> str:
         self._read.add(name)

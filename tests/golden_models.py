@@ -41,7 +41,10 @@ class Draft:
     rewrites: list[Callable[[Op], Op]] = field(default_factory=list)  # of what was recorded
 
     def write(self, path: Path, quant: str = "F32", *, has_tokenizer: bool = False) -> Path:
-        """The file, its matrices of a type; a tokenizer takes a larger vocabulary than ours."""
+        """The file, its matrices of a type where rows are whole blocks of 32.
+
+        A tokenizer takes a larger vocabulary than ours.
+        """
         writer = gguf.GGUFWriter(path, self.arch)
         if has_tokenizer:
             add_byte_tokenizer(writer, self.keys["vocab_size"])
@@ -50,7 +53,7 @@ class Draft:
         for key, value in self.keys.items():
             add_value(writer, f"{self.arch}.{key}", value)
         for name, values in self.tensors.items():
-            if values.ndim == 1 or quant == "F32":
+            if values.ndim == 1 or values.shape[-1] % 32 or quant == "F32":
                 writer.add_tensor(name, values)
             else:
                 rows = quantize(values.reshape(-1, values.shape[-1]), quant)

@@ -187,6 +187,8 @@ def test_the_real_model(data_file: Callable[[str], Path]) -> None:
         ("llama.block_count", 0),
         ("llama.block_count", 1 << 31),
         ("llama.block_count", "two"),
+        ("llama.block_count", [1, 2]),
+        ("llama.context_length", [256, 256]),
         ("llama.embedding_length", 0),
         ("llama.embedding_length", -64),
         ("llama.attention.head_count", 0),
