@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from edgeinfer.batch import Batch, PageTable, StepLimits
+from edgeinfer.batch import Batch, StepLimits
 from edgeinfer.errors import EdgeInferError, InvalidModelError, UnsupportedModelError
 from edgeinfer.gguf import GGUFFile
 from edgeinfer.graph import ExpertLinear, GatingKind, Graph, Route, Segment, Value
@@ -147,7 +147,7 @@ def test_what_a_route_is() -> None:
 # -- bits ----------------------------------------------------------------------------------------
 
 N_ROWS = 150  # so that an expert has more than a tile of rows
-LIMITS = StepLimits(n_pages=5, max_rows=N_ROWS, max_outputs=N_ROWS, max_sequences=1, n_threads=2)
+LIMITS = StepLimits(n_pages={}, max_rows=N_ROWS, max_outputs=N_ROWS, max_sequences=1, n_threads=2)
 IDS = [(7 * i * i + 3 * i) % 40 for i in range(N_ROWS)]
 
 
@@ -156,15 +156,18 @@ def experts_alone(**options: Any) -> Segment:
     return record(lambda g, h, blk: g.experts(h, blk, 256), 2, dim=256, **options)
 
 
-def rows(program: Any, ids: list[int]) -> Floats:
-    batch = Batch(
+def batch(ids: list[int]) -> Batch:
+    return Batch(
         ids=np.array(ids, np.int32),
         pos=np.arange(len(ids), dtype=np.int64),
         seq=np.zeros(len(ids), np.int32),
-        tables=[PageTable(np.arange(5, dtype=np.int32), 0, 5)],
+        tables=[()],  # there is no attention
         wanted=np.arange(len(ids), dtype=np.int32),
     )
-    logits: Floats = program.submit(batch).wait().logits.copy()
+
+
+def rows(program: Any, ids: list[int]) -> Floats:
+    logits: Floats = program.submit(batch(ids)).wait().logits.copy()
     return logits
 
 
@@ -215,8 +218,7 @@ def test_a_step_that_is_cut_short_leaves_the_next_one_whole() -> None:
         rows(program, IDS)
         seconds = time.perf_counter() - begun
         for i in range(60):
-            batch = batch_of(IDS[:100], pages=(0, 1, 2, 3))
-            ticket = program.submit(batch)
+            ticket = program.submit(batch(IDS))
             timer = threading.Timer(seconds * i / 60, ticket.abort)
             timer.start()
             n_cut += ticket.wait().aborted
@@ -237,13 +239,13 @@ def loaded(draft: Draft, folder: Path) -> Iterator[Model]:
 
 def logits(draft: Draft, folder: Path) -> Floats:
     """Of the CPU, which has the reference's bits."""
-    batch, limits = batch_of(list(range(20))), StepLimits(2, 20, 20, 1, 2)
+    step, limits = batch_of(list(range(20))), StepLimits({0: 2}, 20, 20, 1, 2)
     with loaded(draft, folder) as model:
         segment = model.graph.segment()
         with ReferenceBackend().compile(segment, limits, mode="quantised") as reference:
-            expected: Floats = reference.submit(batch).wait().logits
+            expected: Floats = reference.submit(step).wait().logits
         with backend().compile(segment, limits) as program:
-            np.testing.assert_array_equal(program.submit(batch).wait().logits, expected)
+            np.testing.assert_array_equal(program.submit(step).wait().logits, expected)
     return expected
 
 

@@ -21,8 +21,9 @@ from edgeinfer.kernels.cpu.formats import FORMATS, Format, packed_bytes
 if TYPE_CHECKING:
     from edgeinfer.kernels.cpu.lower import WeightAddresses
 
-# Weight bytes of a chunk of one expert. Measured in tests/bench/TUNING.md, "Experts".
-_CHUNK = 128 << 10
+# Weight bytes of a chunk, and how many a thread finds: starting one takes 1 us, and the last ones
+# must even out the end. Measured in tests/bench/TUNING.md, "Experts".
+_MOST_CHUNK, _LEAST_CHUNK, _CHUNKS = 512 << 10, 32 << 10, 12
 
 
 class ExpertLowering(ABC):
@@ -63,18 +64,21 @@ class ExpertLowering(ABC):
         self._emit("route", f"route.{op.gating}", args)
 
     def _expert_matmuls(self, step: ExpertMatmuls) -> None:
-        parts = [self._expert_matmul(op) for op in step.parts]
+        n_bytes = sum(op.n_used * _matrix_bytes(op) for op in step.parts)
+        share = n_bytes // (self._limits.n_threads * _CHUNKS)
+        chunk = max(_LEAST_CHUNK, min(share, _MOST_CHUNK))
+        parts = [self._expert_matmul(op, chunk) for op in step.parts]
         names = [op.weight.name.split(".")[2] for op in step.parts]
         self._out.ops.append(KernelOp("+".join(names), parts))
 
-    def _expert_matmul(self, op: ExpertLinear) -> KernelPart:
+    def _expert_matmul(self, op: ExpertLinear, chunk: int) -> KernelPart:
+        """A part in chunks of so many bytes."""
         n_experts, n_rows, n_cols = op.weight.shape
         name = op.weight.type.name.lower()
-        fmt, n_groups = FORMATS[name], -(-n_rows // 8)
-        n_bytes = packed_bytes(name, n_rows, n_cols)
+        fmt, n_groups, n_bytes = FORMATS[name], -(-n_rows // 8), _matrix_bytes(op)
         n_panels = -(-n_groups // layout.PANEL_GROUPS)
         args: Args = [
-            *self._planned(op.route, n_experts, max(1, min(n_panels, n_bytes // _CHUNK))),
+            *self._planned(op.route, n_experts, max(1, min(n_panels, round(n_bytes / chunk)))),
             self._weights.matrix(op.weight), n_bytes, fmt.n_blocks(n_cols), n_groups, n_rows,
             self._gather(op, fmt), _row_bytes(fmt, n_cols), self._float_buffer(op.out, "experts"),
             layout.row_stride(op.out.dim), self._weights.vector(op.scale) if op.scale else 0,
@@ -121,6 +125,11 @@ class ExpertLowering(ABC):
             *self._sinks(op.out, "experts"),
         ]  # fmt: skip
         self._emit("expert_sum", "expert_sum", args)
+
+
+def _matrix_bytes(op: ExpertLinear) -> int:
+    """Of one expert."""
+    return packed_bytes(op.weight.type.name.lower(), *op.weight.shape[1:])
 
 
 def _row_bytes(fmt: Format, n_cols: int) -> int:
