@@ -60,10 +60,11 @@ class Heads(NamedTuple):
     n_kv: int
     k_dim: int
     v_dim: int
+    window: int = 0
 
     @property
     def cache(self) -> KV:
-        return KV(self.n_kv, self.k_dim, self.v_dim)
+        return KV(self.n_kv, self.k_dim, self.v_dim, self.window)
 
 
 class Graph:
@@ -111,8 +112,22 @@ class Graph:
     def text(self, name: str, default: str | None = None) -> str:
         return self._settings.text(name, default)
 
-    def heads(self) -> Heads:
-        """How many heads there are and how wide, each by its own key."""
+    def window(self, period: int | None = None, *, dense_first: bool = False) -> int:
+        """How many positions the layer sees, 0 for all.
+
+        There is a window in the layers that `attention.sliding_window_pattern` names: one by one,
+        or by a number, of which the last (or first) layer sees all. `period` is its default.
+        """
+        name = "attention.sliding_window_pattern"
+        width = self.count("attention.sliding_window", 0, low=0)
+        if width and self._settings.is_array(name):
+            return width if self.flag(name) else 0
+        period = self.count(name, period, low=0) if width else 1
+        dense = 0 if dense_first else period - 1
+        return width if not period or self._layer % period != dense else 0
+
+    def heads(self, window: int = 0) -> Heads:
+        """How many heads there are and how wide, each by its own key. Windows have widths."""
         n = self.count("attention.head_count")
         n_kv = self.count("attention.head_count_kv", n)
         if n % n_kv:
@@ -121,7 +136,11 @@ class Graph:
             wanted = f"a divisor of the embedding length {self.dim}"
             self._settings.wrong("attention.head_count", n, wanted)
         k_dim = self.count("attention.key_length", self.dim // n)
-        return Heads(n, n_kv, k_dim, self.count("attention.value_length", k_dim))
+        v_dim = self.count("attention.value_length", k_dim)
+        if window:
+            k_dim = self.count("attention.key_length_swa", k_dim)
+            v_dim = self.count("attention.value_length_swa", v_dim)
+        return Heads(n, n_kv, k_dim, v_dim, window)
 
     def rope(self, kind: RopeKind, head_dim: int) -> Rope:
         """The layer's rotation, with the factors of its pairs where the file has them.
@@ -135,6 +154,13 @@ class Graph:
             name: self._weight(name, n_dims // 2) for name in (FREQS, SHORT, LONG) if self.has(name)
         }
         return reader.rope(kind, n_dims, tables)
+
+    def window_rope(self, kind: RopeKind, head_dim: int, *, is_alike: bool = False) -> Rope:
+        """The rotation in layers with a window, without scaling and factors.
+
+        Its base is that of `rope.freq_base_swa`, and by default 10,000 or, `is_alike`, the others'.
+        """
+        return self._rope_reader().in_window(kind, head_dim, is_alike)
 
     def growing(self, rope: Rope, head_dim: int) -> Rope:
         """A rotation that multiplies what it rotates, too, as `attention.temperature_scale` says.

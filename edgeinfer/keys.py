@@ -87,6 +87,10 @@ class Keys:
     def has(self, name: str) -> bool:
         return self._key(name) in self._metadata
 
+    def is_array(self, name: str) -> bool:
+        """Whether each layer has a value of its own."""
+        return isinstance(self._metadata.get(self._key(name)), Array)
+
     def count(
         self,
         name: str,
@@ -97,7 +101,7 @@ class Keys:
         high: int = _MAX_COUNT,
     ) -> int:
         """A whole number; of an array, the one of a layer."""
-        if not self._is_array(name):
+        if not self.is_array(name):
             return self._metadata.get_int(self._tick(name), default, low=low, high=high)
         count: int = self._of_layer(name, self._metadata.get_ints, layer)
         if not low <= count <= high:
@@ -115,7 +119,7 @@ class Keys:
     ) -> float:
         """A finite number; of an array, the one of a layer."""
         value: float
-        if self._is_array(name):
+        if self.is_array(name):
             value = self._of_layer(name, self._metadata.get_floats, layer)
         else:
             value = self._metadata.get_float(self._tick(name), default)
@@ -125,7 +129,7 @@ class Keys:
 
     def flag(self, name: str, default: bool | None = None, *, layer: int | None = None) -> bool:
         """True or false; of an array, that of a layer."""
-        if self._is_array(name):
+        if self.is_array(name):
             value: bool = self._of_layer(name, self._metadata.get_bools, layer)
             return value
         return self._metadata.get_bool(self._tick(name), default)
@@ -191,9 +195,6 @@ class Keys:
     def _tick(self, name: str) -> str:
         self._read.add(name)
         return self._key(name)
-
-    def _is_array(self, name: str) -> bool:
-        return isinstance(self._metadata.get(self._key(name)), Array)
 
     def _of_layer(
         self, name: str, read: Callable[[str, int], tuple[Any, ...]], layer: int | None

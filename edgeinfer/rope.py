@@ -126,19 +126,29 @@ class RopeReader(NamedTuple):
     layer: int | None
     n_ctx_train: int
 
-    def n_dims(self, head_dim: int) -> int:
+    def n_dims(self, head_dim: int, in_window: bool = False) -> int:
         """How much of a head is rotated."""
         name = "rope.dimension_count"
         n_dims = self.settings.count(name, head_dim, layer=self.layer)
+        if in_window:
+            name = f"{name}_swa"
+            n_dims = self.settings.count(name, min(n_dims, head_dim), layer=self.layer)
         if n_dims % 2 or n_dims > head_dim:
             self.settings.wrong(name, n_dims, f"an even number up to {head_dim}")
         return n_dims
 
+    def in_window(self, kind: RopeKind, head_dim: int, is_alike: bool) -> Rope:
+        """The rotation in layers with a window; `is_alike` by the base of others."""
+        base = self._base("rope.freq_base", 10000.0) if is_alike else 10000.0
+        base = self._base("rope.freq_base_swa", base)
+        return Rope(kind, self.n_dims(head_dim, in_window=True), base)
+
+    def _base(self, name: str, default: float) -> float:
+        return self.settings.number(name, default, layer=self.layer, low=1.001, high=1e12)
+
     def rope(self, kind: RopeKind, n_dims: int, tables: Mapping[str, Weight]) -> Rope:
         """`tables` are the factors that the file has, by the tensor's name."""
-        base = self.settings.number(
-            "rope.freq_base", 10000.0, layer=self.layer, low=1.001, high=1e12
-        )
+        base = self._base("rope.freq_base", 10000.0)
         scale, yarn, magnitude = self._scaling()
         if FREQS in tables or not tables:
             if self.settings.text("rope.scaling.type", "") == "longrope":

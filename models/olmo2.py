@@ -1,4 +1,7 @@
-"""OLMo 2: norms behind attention and feed-forward network, and over the whole of q and of k."""
+"""OLMo 2 and 3: norms behind attention and feed-forward network, and over the whole of q and of k.
+
+OLMo 3 has windows on three of four layers, which are rotated without the scaling of the others.
+"""
 
 from edgeinfer.graph import Graph
 
@@ -6,8 +9,13 @@ from edgeinfer.graph import Graph
 def forward(g: Graph) -> None:
     x = g.embed()  # (T, D)
     for blk in g.layers():
-        heads = g.heads()
-        rope = g.rope("neox", heads.k_dim)
+        heads = g.heads(g.window(4))
+        is_local = heads.window > 0
+        rope = (
+            g.window_rope("neox", heads.k_dim, is_alike=True)
+            if is_local
+            else g.rope("neox", heads.k_dim)
+        )
         q, k, v = g.qkv(x, blk, heads)  # (T, H * d), (T, K * d), (T, K * d)
         q, k = g.rms_norm(q, f"{blk}.attn_q_norm"), g.rms_norm(k, f"{blk}.attn_k_norm")
         q, k = g.rotate(q, heads.n, rope), g.rotate(k, heads.n_kv, rope)

@@ -517,5 +517,3 @@ GOLDENS = {
     for family in (_llamas, _qwen3s, _granites, _others, _olmos, _gemmas)
     for golden in family()
 }
-# Those that edgeinfer does not run yet, for want of a model file or of an operation.
-TO_COME = {"gemma2", "gemma3", "olmo3"}

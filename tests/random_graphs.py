@@ -163,6 +163,8 @@ class Given:
     def has(self, name: str) -> bool:
         return False
 
+    is_array = has
+
     def number(self, name: str, default: Any = None, **limits: Any) -> float:
         return 1e-5 if name.endswith("_epsilon") else float(default)
 

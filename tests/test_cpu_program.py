@@ -28,7 +28,11 @@ TYPES = [
 
 
 def batch_of(
-    ids: list[int], pos: int = 0, pages: tuple[int, ...] = (0, 1, 2, 3), output: str = "logits"
+    ids: list[int],
+    pos: int = 0,
+    pages: tuple[int, ...] = (0, 1, 2, 3),
+    output: str = "logits",
+    n_groups: int = 1,
 ) -> Batch:
     """One sequence's rows at `pos`, every output wanted."""
     n = len(ids)
@@ -36,7 +40,7 @@ def batch_of(
         ids=np.array(ids, np.int32),
         pos=np.arange(pos, pos + n, dtype=np.int64),
         seq=np.zeros(n, np.int32),
-        tables=[(PageTable(np.array(pages, np.int32), 0, len(pages)),)],
+        tables=[(PageTable(np.array(pages, np.int32), 0, len(pages)),) * n_groups],
         wanted=np.arange(n, dtype=np.int32),
         output=output,  # type: ignore[arg-type]
     )

@@ -18,12 +18,11 @@ from edgeinfer.kernels.cpu.program import CpuBackend
 from edgeinfer.kernels.reference import ReferenceBackend, exact
 from edgeinfer.model import Model
 
-from .golden_models import DIM, GOLDENS, N_CTX, N_PROMPT, PROMPT, ROWS, TO_COME, Draft
+from .golden_models import DIM, GOLDENS, N_CTX, N_PROMPT, PROMPT, ROWS, Draft
 from .native import cache_root
 from .test_cpu_program import batch_of
 
 FOLDER = Path(__file__).parent / "goldens"
-LIMITS = StepLimits(2, N_PROMPT, len(ROWS), 1, 1)
 Logits = NDArray[np.float32]
 
 
@@ -38,6 +37,10 @@ def gelu_of_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(exact._EXACT_ACTIVATIONS, "gelu", gelu)
 
 
+def limits(segment: Segment) -> StepLimits:
+    return StepLimits({window: 2 for window in segment.groups}, N_PROMPT, N_PROMPT, 1, 2)
+
+
 def kept(name: str, draft: Draft) -> Logits:
     """The logits that llama.cpp has for a model."""
     with np.load(FOLDER / f"{name}.npz") as golden:
@@ -50,18 +53,11 @@ def ours(draft: Draft, folder: Path) -> Logits:
     """The reference's."""
     with GGUFFile.open(draft.write(folder / "golden.gguf")) as file:
         segment = Model.load(file).graph.segment(n_ctx=N_CTX)
-        with ReferenceBackend().compile(rewritten(segment, draft), LIMITS) as program:
-            batch = batch_of(PROMPT, pages=(0, 1))
+        segment = rewritten(segment, draft)
+        with ReferenceBackend().compile(segment, limits(segment)) as program:
+            batch = batch_of(PROMPT, pages=(0, 1), n_groups=len(segment.groups))
             batch.wanted = np.array(ROWS, np.int32)
             return program.submit(batch).wait().logits
-
-
-def skip_if_to_come(name: str, folder: Path) -> None:
-    """What is not known here yet ends with what is missing, and what is known may not."""
-    if name in TO_COME:
-        with pytest.raises(UnsupportedModelError) as caught:
-            ours(GOLDENS[name].draft(), folder)
-        pytest.skip(str(caught.value))
 
 
 def rewritten(segment: Segment, draft: Draft) -> Segment:
@@ -86,7 +82,6 @@ def _log_softmax(rows: NDArray[np.float64]) -> NDArray[np.float64]:
 
 @pytest.mark.parametrize("name", GOLDENS)
 def test_logits_are_llama_cpps(name: str, tmp_path: Path) -> None:
-    skip_if_to_come(name, tmp_path)
     draft = GOLDENS[name].draft()
     theirs = kept(name, draft)
     assert (theirs.max(axis=1) - theirs.min(axis=1)).min() >= 2
@@ -98,7 +93,6 @@ FEATURES = [(name, feature) for name, golden in GOLDENS.items() for feature in g
 
 @pytest.mark.parametrize(("name", "feature"), FEATURES)
 def test_without_a_feature_they_are_others(name: str, feature: str, tmp_path: Path) -> None:
-    skip_if_to_come(name, tmp_path)
     draft = GOLDENS[name].draft()
     theirs = kept(name, draft)
     GOLDENS[name].without[feature](draft)
@@ -110,18 +104,18 @@ def test_without_a_feature_they_are_others(name: str, feature: str, tmp_path: Pa
 def test_the_cpu_has_the_references_bits_in_one_pass_and_in_many(
     name: str, quant: str, tmp_path: Path
 ) -> None:
-    skip_if_to_come(name, tmp_path)
     ids = PROMPT[:40]
     with GGUFFile.open(GOLDENS[name].draft().write(tmp_path / "golden.gguf", quant)) as file:
         segment = Model.load(file).graph.segment(n_ctx=N_CTX)
-        limits = LIMITS._replace(max_outputs=N_PROMPT, n_threads=2)
-        with ReferenceBackend().compile(segment, limits, mode="quantised") as program:
-            expected = program.submit(batch_of(ids, pages=(0, 1))).wait().logits
-        with CpuBackend(cache_root()).compile(segment, limits) as cpu:
-            whole = cpu.submit(batch_of(ids, pages=(0, 1))).wait().logits.copy()
+        n = len(segment.groups)
+        everything = batch_of(ids, pages=(0, 1), n_groups=n)
+        with ReferenceBackend().compile(segment, limits(segment), mode="quantised") as program:
+            expected = program.submit(everything).wait().logits
+        with CpuBackend(cache_root()).compile(segment, limits(segment)) as cpu:
+            whole = cpu.submit(everything).wait().logits.copy()
             cuts = [0, 1, 9, 31, 33, 40]
             parts = [
-                cpu.submit(batch_of(ids[i:j], i, (1, 0))).wait().logits.copy()
+                cpu.submit(batch_of(ids[i:j], i, (1, 0), n_groups=n)).wait().logits.copy()
                 for i, j in zip(cuts, cuts[1:], strict=False)
             ]
     np.testing.assert_array_equal(whole, expected)
@@ -144,8 +138,7 @@ def test_a_load_chooses_the_rope_factors_of_its_context_length(tmp_path: Path) -
             found.append(llm.logits(PROMPT, last=len(PROMPT)))
         with GGUFFile.open(path) as file:
             segment = Model.load(file).graph.segment(n_ctx=n_ctx)
-            limits = LIMITS._replace(max_outputs=N_PROMPT)
-            with ReferenceBackend().compile(segment, limits, mode="quantised") as program:
+            with ReferenceBackend().compile(segment, limits(segment), mode="quantised") as program:
                 expected = program.submit(batch_of(PROMPT, pages=(0, 1))).wait().logits
         np.testing.assert_array_equal(found[-1], expected)
     assert np.abs(found[0] - found[1]).max() > 0.1
@@ -175,9 +168,9 @@ def test_queries_grow_up_to_the_last_span(tmp_path: Path) -> None:
         table = Model.load(file).graph.ops
         growth = {op.rope.growth for op in table if isinstance(op, Rotate)}
         assert growth == {None, Growth(0.5, 32)}
-        with ReferenceBackend().compile(segment, LIMITS, mode="quantised") as program:
+        with ReferenceBackend().compile(segment, limits(segment), mode="quantised") as program:
             expected = [program.submit(far(pos)).wait().logits for pos in FAR]
-        with CpuBackend(cache_root()).compile(segment, LIMITS) as cpu:
+        with CpuBackend(cache_root()).compile(segment, limits(segment)) as cpu:
             found = [cpu.submit(far(pos)).wait().logits.copy() for pos in FAR]
     np.testing.assert_array_equal(found, expected)
 
@@ -188,7 +181,7 @@ FAR = (0, 31, 32, 255 * 32 - 1, 255 * 32, 2**31 - 1)
 def far(pos: int) -> Batch:
     """One row that sees its own page alone."""
     batch = batch_of(PROMPT[:1], pos)
-    batch.tables = [PageTable(np.array([1], np.int32), 0, 1)]
+    batch.tables = [(PageTable(np.array([1], np.int32), 0, 1),)]
     return batch
 
 

@@ -27,12 +27,14 @@ POINTWISE = (
 NAMES = (
     *(f"{op}.{name}" for op in ("matmul", "pack", "embed", "experts") for name in FORMATS),
     *(f"attend.{dim}.{dim}" for dim in HEAD_DIMS),
+    *(f"attend.{dim}.{dim}.window" for dim in (64, 128, 256)),
+    *(f"attend.{dim}.{dim}.{each}" for dim in (128, 256) for each in ("cap", "window.cap")),
     *("norm", "swiglu", "angles", "angles.scaled", "rotate.norm", "rotate.neox"),
     *("norm_heads", "copy_rows", "quantise", "fours"),
     *(f"pointwise.{kind}" for kind in POINTWISE),
     *(f"route.{kind}" for kind in ("softmax", "sigmoid", "raw", "sqrt_softplus")),
     *("plan_experts", "gather.a32", "gather.f32", "expert_sum", "mul_parts"),
-    *("plan_attention", "fold", "sample", "read", "team.work", "team.step"),
+    *("plan_attention", "fold", "fold.sinks", "sample", "read", "team.work", "team.step"),
 )
 
 _MAGIC = b"edgeinfer ready kernels 1\n"
