@@ -229,8 +229,8 @@ def test_the_context_bounds_prompt_and_answer(path: Path, n_ctx: int) -> None:
         for overflow in ("slide", "drop-turns"):
             stream = llm.stream([70], overflow=overflow, max_tokens=2 * n_ctx, **endless)  # type: ignore[arg-type]
             assert stream.run().usage.completion_tokens == 2 * n_ctx
-            layout = stream._generation.layout
-            assert 32 * (layout.n_pinned + layout.n_visible + 1) <= n_ctx
+            (ring,) = stream._generation.layout.rings
+            assert 32 * (ring.n_pinned + ring.n_visible + 1) <= n_ctx
 
 
 # -- chat ----------------------------------------------------------------------------------------
@@ -310,7 +310,7 @@ def test_chat_slides_with_its_system_message_pinned(path: Path) -> None:
         ]
         stream = llm.stream_chat(turns, overflow="slide", max_tokens=300, logit_bias={257: -1e9})
         assert stream.run().usage.completion_tokens == 300
-        assert stream._generation.layout.n_pinned == 2
+        assert stream._generation.layout.rings[0].n_pinned == 2
 
 
 def test_chat_batch(llm: LLM) -> None:
