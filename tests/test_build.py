@@ -45,6 +45,9 @@ KERNELS = [
     *("norm_heads", *(f"pointwise.{kind}" for kind in ready.POINTWISE)),
     *("plan_attention", "attend.64.64", "attend.128.128", "fold", "sample", "read", "probe"),
     *("team.work", "team.step"),
+    *(f"experts.{name}" for name in ("q4_0", "q6_k", "f16")),  # the tiles of matmul
+    *("route.softmax", "route.raw", "plan_experts", "gather.a32", "gather.f32"),
+    *("expert_sum", "mul_parts"),
 ]
 
 
@@ -257,7 +260,7 @@ def test_ready_kernels_cover_what_supported_models_need(
             asked.update(name for name in names if not name.startswith("attend."))
     assert asked - {*ready.NAMES} == set()
     used = {name.partition(".")[0] for name in asked}
-    plain = {"quantise", "norm_heads"}  # that no such model needs
+    plain = {"quantise", "norm_heads", "mul_parts"}  # that no such model needs
     assert {name.partition(".")[0] for name in ready.NAMES} - used <= plain
 
 
