@@ -165,6 +165,11 @@ class Demand(NamedTuple):
     building_bytes: int = 0  # what getting ready takes before any of that
 
 
+def cache_row(window: int) -> str:
+    """The name of a cache group among the rows of a demand."""
+    return f"KV cache, window {window}" if window else "KV cache"
+
+
 def ring_pages(window: int, max_rows: int) -> int:
     """Pages that hold what the first of `max_rows` rows sees in a window, and all the rows."""
     return (window + max_rows - 3) // PAGE + 2

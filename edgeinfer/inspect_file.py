@@ -66,6 +66,8 @@ def _widths(graph: Graph) -> dict[str, Any]:
         "head_dim": [op.cache.k_dim for op in attentions],
         "ffn_dim": [op.weight.shape[-1] for op in downs],
     }
+    if any(op.cache.window for op in attentions):
+        columns["window"] = [op.cache.window for op in attentions]
     if routes:
         columns["n_experts"] = [op.x.dim for op in routes]
         columns["n_experts_used"] = [op.n_used for op in routes]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,12 @@ def linears(model: Model) -> dict[str, Linear]:
 def test_architectures_are_the_files_of_models() -> None:
     folder = Path(model_module.__file__).parent / "models"
     files = {path.stem for path in folder.glob("*.py")} - {"__init__"}
-    assert files | {"qwen2"} <= set(architectures())
+    names = {
+        name
+        for file in files
+        for name in getattr(import_module(f"edgeinfer.models.{file}"), "NAMES", (file,))
+    }
+    assert {"llama", "qwen2", "gemma3"} <= names == set(architectures())
 
 
 def test_numbers(tmp_path: Path) -> None:
@@ -244,7 +250,7 @@ def test_a_number_that_contradicts_the_tensors(
     assert caught.value.field == field
 
 
-@pytest.mark.parametrize("arch", ["gemma3", "made-up", "__init__", "os.path", "../x", "Llama"])
+@pytest.mark.parametrize("arch", ["gemma4", "made-up", "__init__", "os.path", "../x", "Llama"])
 def test_an_unknown_architecture_is_named_beside_those_that_run(tmp_path: Path, arch: str) -> None:
     metadata = {"general.architecture": arch}
     with pytest.raises(UnsupportedModelError) as caught, loaded(tmp_path, metadata=metadata):

@@ -193,6 +193,23 @@ def test_memory_of_a_window_does_not_grow_with_the_context() -> None:
     assert [each[512] for each in pages] == [3 * 8, 4 * 18, 4 * 18]
 
 
+def test_a_plan_has_a_row_for_each_group() -> None:
+    model = segment(0, 40, 40)
+    request = StepRequest(8192, 2, 2)
+    demand = backend().demand(model, request)
+    position = 2 * 8 * 2  # of a layer: K and V of one head in halves
+    assert demand.rows["KV cache"] == 2 * 8192 * position
+    assert demand.rows["KV cache, window 40"] == 3 * ring_pages(40, 256) * PAGE * 2 * position
+    with backend().compile(model, demand.limits) as program:
+        assert program._kv.n_bytes == sum(
+            n_bytes for row, n_bytes in demand.rows.items() if row.startswith("KV cache")
+        )
+    rows = ReferenceBackend().demand(model, request).rows
+    assert [rows[name] for name in ("KV cache", "KV cache, window 40")] == [
+        2 * demand.rows[name] for name in ("KV cache", "KV cache, window 40")
+    ]
+
+
 @pytest.mark.parametrize("window", [1, 2, 31, 32, 33, 100])
 @pytest.mark.parametrize("max_rows", [1, 2, 32, 50])
 def test_a_ring_is_as_long_as_it_must_be(window: int, max_rows: int) -> None:

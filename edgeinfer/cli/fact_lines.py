@@ -46,6 +46,7 @@ _LABELS = {
     "n_heads": "attention heads",
     "n_kv_heads": "heads of keys and values",
     "head_dim": "width of a head",
+    "window": "window of each layer, 0 for none",
     "ffn_dim": "width of the feed-forward layers",
     "n_experts": "experts",
     "n_experts_used": "experts of a token",

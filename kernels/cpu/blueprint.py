@@ -5,10 +5,22 @@ Knows no team and no machine; `program.py` makes it run.
 
 from __future__ import annotations
 
-from edgeinfer.batch import PAGE, SEGMENT_PAGES, StepLimits
-from edgeinfer.graph import Attention, Bias, Embed, ExpertLinear, Linear, RmsNorm, Route, Segment
+from collections.abc import Mapping
+
+from edgeinfer.batch import PAGE, SEGMENT_PAGES, StepLimits, cache_row
+from edgeinfer.graph import (
+    KV,
+    Attention,
+    Bias,
+    Embed,
+    ExpertLinear,
+    Linear,
+    RmsNorm,
+    Route,
+    Segment,
+)
 from edgeinfer.kernels.cpu import layout
-from edgeinfer.kernels.cpu.commands import Arena, Args, Buffer, KernelOp, KernelPart
+from edgeinfer.kernels.cpu.commands import Arena, Args, Buffer, KernelOp, KernelPart, aligned
 from edgeinfer.kernels.cpu.layout import row_stride
 from edgeinfer.kernels.cpu.lower import LayerCache, Lowering
 from edgeinfer.kernels.cpu.team import KERNELS
@@ -40,8 +52,14 @@ class Blueprint:
         weights = self.weights.bytes_by_type
         return {
             **{f"weights {kind}": n_bytes for kind, n_bytes in weights.items()},
-            "KV cache": self.kv.n_bytes,
+            **self._cache_rows(),
             "scratch": self.scratch.n_bytes,
+        }
+
+    def _cache_rows(self) -> dict[str, int]:
+        return {
+            cache_row(window): aligned(_pages_bytes(group, self.limits.n_pages[window]))
+            for window, group in self.segment.groups.items()
         }
 
     @property
@@ -75,13 +93,18 @@ def _weights_of(segment: Segment) -> tuple[list[Weight], list[Weight]]:
     return matrices, [vector for vector in vectors if vector is not None]
 
 
+def _pages_bytes(group: Mapping[int, KV], n_pages: int) -> int:
+    """Bytes of pages of a cache group."""
+    return n_pages * PAGE * layout.cache_bytes(group.values())
+
+
 def _place_caches(segment: Segment, arena: Arena, limits: StepLimits) -> dict[int, LayerCache]:
     """A run of pages for each group: a page holds its 32 positions of all the group's layers."""
     caches, tables_bytes = {}, limits.max_sequences * layout.TABLE_BYTES
     for i, (window, group) in enumerate(segment.groups.items()):
         n_pages = limits.n_pages[window]
-        page_bytes = PAGE * layout.cache_bytes(group.values())
-        offset = arena.place(Buffer("pages", n_pages * page_bytes, is_kept=True)).address
+        pages = Buffer("pages", _pages_bytes(group, n_pages), is_kept=True)
+        offset, page_bytes = arena.place(pages).address, _pages_bytes(group, 1)
         for layer, kv in group.items():
             sizes = layout.position_bytes(kv.n_heads, kv.k_dim, kv.v_dim)
             k_bytes, v_bytes = (PAGE * n_bytes for n_bytes in sizes)

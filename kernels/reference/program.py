@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeinfer.batch import PAGE, Batch, Demand, Outputs, StepLimits, StepRequest
+from edgeinfer.batch import PAGE, Batch, Demand, Outputs, StepLimits, StepRequest, cache_row
 from edgeinfer.dequantize import dequantize
 from edgeinfer.errors import ClosedError
 from edgeinfer.fusion import Uses, pinned_query
@@ -97,10 +97,13 @@ class ReferenceBackend:
         weights = {op.weight.name: op.weight for op in matmuls}
         rows = {
             "weights F32": 4 * sum(weight.n_elements for weight in weights.values()),
-            "KV cache": sum(
-                4 * PAGE * limits.n_pages[kv.window] * kv.n_heads * (kv.k_dim + kv.v_dim)
-                for kv in segment.caches.values()
-            ),
+            **{
+                cache_row(window): 4
+                * PAGE
+                * limits.n_pages[window]
+                * sum(kv.n_heads * (kv.k_dim + kv.v_dim) for kv in group.values())
+                for window, group in segment.groups.items()
+            },
             "scratch": 4 * limits.max_rows * sum(op.out.dim for op in segment.ops),
         }
         return Demand(limits, rows)
