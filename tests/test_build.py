@@ -7,6 +7,7 @@ import ctypes
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import llvmlite.binding as llvm
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 from edgeinfer.batch import StepLimits
 from edgeinfer.errors import DeviceError
 from edgeinfer.gguf import GGUFFile
+from edgeinfer.graph import GatingKind
 from edgeinfer.kernels.cpu import build, library, ready, soft_float
 from edgeinfer.kernels.cpu.blueprint import Blueprint
 from edgeinfer.kernels.cpu.formats import FORMATS
@@ -30,7 +32,7 @@ from .golden_models import GOLDENS
 from .models_for_tests import tiny_model
 
 KERNELS = [
-    *(f"{op}.{name}" for op in ("matmul", "pack", "embed") for name in FORMATS),
+    *(f"{op}.{name}" for op in ("matmul", "pack", "embed", "experts") for name in FORMATS),
     *(
         "norm",
         "swiglu",
@@ -44,6 +46,8 @@ KERNELS = [
     ),
     *("norm_heads", *(f"pointwise.{kind}" for kind in ready.POINTWISE)),
     *("plan_attention", "attend.64.64", "attend.128.128", "fold", "sample", "read", "probe"),
+    *(f"route.{kind}" for kind in get_args(GatingKind)),
+    *("plan_experts", "gather.a32", "gather.f32", "expert_sum", "mul_parts"),
     *("team.work", "team.step"),
 ]
 
@@ -257,7 +261,7 @@ def test_ready_kernels_cover_what_supported_models_need(
             asked.update(name for name in names if not name.startswith("attend."))
     assert asked - {*ready.NAMES} == set()
     used = {name.partition(".")[0] for name in asked}
-    plain = {"quantise", "norm_heads"}  # that no such model needs
+    plain = {"quantise", "norm_heads", "mul_parts"}  # that no such model needs
     assert {name.partition(".")[0] for name in ready.NAMES} - used <= plain
 
 
