@@ -7,6 +7,7 @@ import ctypes
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import llvmlite.binding as llvm
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 from edgeinfer.batch import StepLimits
 from edgeinfer.errors import DeviceError
 from edgeinfer.gguf import GGUFFile
+from edgeinfer.graph import GatingKind
 from edgeinfer.kernels.cpu import build, library, ready, soft_float
 from edgeinfer.kernels.cpu.blueprint import Blueprint
 from edgeinfer.kernels.cpu.formats import FORMATS
@@ -30,7 +32,7 @@ from .golden_models import GOLDENS
 from .models_for_tests import tiny_model
 
 KERNELS = [
-    *(f"{op}.{name}" for op in ("matmul", "pack", "embed") for name in FORMATS),
+    *(f"{op}.{name}" for op in ("matmul", "pack", "embed", "experts") for name in FORMATS),
     *(
         "norm",
         "swiglu",
@@ -44,6 +46,8 @@ KERNELS = [
     ),
     *("norm_heads", *(f"pointwise.{kind}" for kind in ready.POINTWISE)),
     *("plan_attention", "attend.64.64", "attend.128.128", "fold", "sample", "read", "probe"),
+    *(f"route.{kind}" for kind in get_args(GatingKind)),
+    *("plan_experts", "gather.a32", "gather.f32", "expert_sum", "mul_parts"),
     *("team.work", "team.step"),
     *(f"experts.{name}" for name in ("q4_0", "q6_k", "f16")),  # the tiles of matmul
     *("route.softmax", "route.raw", "plan_experts", "gather.a32", "gather.f32"),

@@ -180,6 +180,7 @@ POINTWISE: dict[str, Callable[[Floats, Floats], Floats]] = {
     "mul": lambda a, b: a * b,
     "scale": lambda a, b: a * np.float32(0.7),
     "soft_cap": lambda a, b: TWIN.soft_cap(a, 0.7),
+    "clamp": lambda a, b: a.clip(np.float32(0.7), np.float32(1.5)),
 }
 
 
@@ -208,7 +209,7 @@ def check_pointwise(kind: str, family: str | None) -> None:
         rows = layout.WANTED_ROWS if n_rows == 3 else layout.ALL_ROWS
         args = [
             a.ctypes.data, a[0].nbytes, b.ctypes.data, stride * b[0].nbytes,
-            native.float_bits(0.7), dim, rows, *sinks.words,
+            native.float_bits(0.7) | native.float_bits(1.5) << 32, dim, rows, *sinks.words,
         ]  # fmt: skip
         h = native.header(H_ROWS=5, H_WANTED_ROWS=3)
         native.run(f"pointwise.{kind}", h, args, range(n_rows), family)
