@@ -49,9 +49,6 @@ KERNELS = [
     *(f"route.{kind}" for kind in get_args(GatingKind)),
     *("plan_experts", "gather.a32", "gather.f32", "expert_sum", "mul_parts"),
     *("team.work", "team.step"),
-    *(f"experts.{name}" for name in ("q4_0", "q6_k", "f16")),  # the tiles of matmul
-    *("route.softmax", "route.raw", "plan_experts", "gather.a32", "gather.f32"),
-    *("expert_sum", "mul_parts"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""How work is cut into chunks."""
+"""How work is cut into chunks, and how arguments reach kernels."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 
+from edgeinfer.kernels.cpu import layout
 from edgeinfer.kernels.cpu.commands import cut
 from edgeinfer.kernels.cpu.layout import PANEL_GROUPS
 
@@ -29,3 +30,25 @@ def test_every_thread_gets_work_and_chunks_shrink() -> None:
     assert len(sizes) > 8
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[0] * 4 < 576
+
+
+# -- argument words ------------------------------------------------------------------------------
+
+BLOCKS = {name: block for name, block in vars(layout).items() if isinstance(block, layout.Block)}
+OWNERS = {"PLAN_ATTENTION": "PLAN", "PLAN_EXPERTS": "PLAN", "ANGLES_SCALED": "ANGLES"}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_words_are_written_where_kernels_read_them(name: str) -> None:
+    block, prefix = BLOCKS[name], OWNERS.get(name, name)
+    read = [getattr(layout, f"{prefix}_{word.upper()}") for word in block.names]
+    assert read == list(block) == [block[0] + layout.WORD * i for i in range(len(block))]
+    if hasattr(layout, f"{prefix}_SINK"):  # of whoever has a tail, where that begins
+        assert getattr(layout, f"{prefix}_SINK") == block[-1] + layout.WORD
+
+
+def test_a_word_that_is_missing_or_of_no_such_name_is_refused() -> None:
+    assert layout.COPY.pack(5, x=1, stride=2, dim=3, rows=4) == [1, 2, 3, 4, 5]
+    for words in ({}, {"x": 1, "stride": 2, "dim": 3}, dict(x=1, stride=2, dim=3, rows=4, y=5)):
+        with pytest.raises(TypeError, match="missing"):
+            layout.COPY.pack(**words)

@@ -20,9 +20,10 @@ from edgeinfer.graph import (
     Segment,
 )
 from edgeinfer.kernels.cpu import layout
-from edgeinfer.kernels.cpu.commands import Arena, Args, Buffer, KernelOp, KernelPart, aligned
+from edgeinfer.kernels.cpu.commands import Arena, Buffer, KernelOp, KernelPart, aligned
 from edgeinfer.kernels.cpu.layout import row_stride
-from edgeinfer.kernels.cpu.lower import LayerCache, Lowering
+from edgeinfer.kernels.cpu.lower import Lowering
+from edgeinfer.kernels.cpu.lower_base import LayerCache
 from edgeinfer.kernels.cpu.team import KERNELS
 from edgeinfer.kernels.cpu.weights import PackedWeights
 from edgeinfer.quant import Weight
@@ -72,7 +73,10 @@ class Blueprint:
         assert logits is not None
         n_bytes = layout.sample_scratch_bytes(vocab)
         scratch = self.scratch.place(Buffer("sampling", self.limits.n_threads * n_bytes))
-        args: Args = [logits, row_stride(vocab), vocab, scratch, n_bytes]
+        args = layout.SAMPLE.pack(
+            logits=logits, stride=row_stride(vocab), n_vocab=vocab, scratch=scratch,
+            scratch_bytes=n_bytes,
+        )  # fmt: skip
         return KernelOp("sample", [KernelPart("sample", args, layout.COUNT_WANTED)])
 
 

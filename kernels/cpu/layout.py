@@ -30,7 +30,10 @@ What depends on a page table is told where the records of its layer's tables beg
 ("tables") from H_TABLES.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable
+from typing import Any
 
 WORD = 8
 
@@ -107,10 +110,30 @@ COUNT_ROWS, COUNT_WANTED, COUNT_ITEMS, COUNT_PLANNED = -1, -2, -3, -4
 ALL_ROWS = 0
 WANTED_ROWS = 1
 
-# Argument words, as offsets in bytes. An address of 0 means "absent".
+
+class Block(tuple[int, ...]):
+    """The argument words of a kernel: their offsets in bytes, in order, and their names."""
+
+    names: tuple[str, ...]
+
+    def __new__(cls, names: str, first: int = 0) -> Block:
+        listed = names.split()
+        block = super().__new__(cls, (WORD * (first + i) for i in range(len(listed))))
+        block.names = tuple(listed)
+        return block
+
+    def pack(self, *tail: Any, **words: Any) -> list[Any]:
+        """The words in order, each given by its name, then what follows them."""
+        if words.keys() != set(self.names):
+            raise TypeError(f"{sorted(words.keys() ^ set(self.names))} missing, or of no such name")
+        return [*(words[name] for name in self.names), *tail]
+
+
+# Argument words of kernels, as offsets in bytes. An address of 0 means "absent".
 #
 # pack.<type>: GGUF rows -> packed groups. A chunk is `per_chunk` groups; missing rows become 0.
-PACK_SRC, PACK_DST, PACK_N_ROWS, PACK_N_BLOCKS, PACK_PER_CHUNK = (i * WORD for i in range(5))
+PACK = Block("src dst n_rows n_blocks per_chunk")
+PACK_SRC, PACK_DST, PACK_N_ROWS, PACK_N_BLOCKS, PACK_PER_CHUNK = PACK
 #
 # matmul.<type>: out[t, n] = sum_k W[n, k] x[t, k] (+ bias[n]) (+ residual[t, n]).
 # x is a32 or fours as the weight type asks; out, residual: float rows of `stride` bytes. Rows of
@@ -118,10 +141,11 @@ PACK_SRC, PACK_DST, PACK_N_ROWS, PACK_N_BLOCKS, PACK_PER_CHUNK = (i * WORD for i
 # rows, for all tokens: chunk c is the groups from bounds[c] up to bounds[c + 1], words that follow
 # the others. Every bound but the last is a multiple of PANEL_GROUPS. Prefetches may name addresses
 # up to 2 KiB behind the weights; that cannot fault.
+MATMUL = Block("w n_blocks x out stride bias residual rows x_row_bytes scratch bounds")
 (
     MATMUL_W, MATMUL_N_BLOCKS, MATMUL_X, MATMUL_OUT, MATMUL_STRIDE, MATMUL_BIAS,
     MATMUL_RESIDUAL, MATMUL_ROWS, MATMUL_X_ROW_BYTES, MATMUL_SCRATCH, MATMUL_BOUNDS,
-) = (i * WORD for i in range(11))  # fmt: skip
+) = MATMUL  # fmt: skip
 # Quantised weights meet several tokens in panels of PANEL_GROUPS groups. Scratch of each thread,
 # 64-byte aligned: the sums of MAX_TILE rows and a panel of at most PANEL_FIELDS vectors a group.
 # Floats keep the sums of a tile there.
@@ -130,95 +154,106 @@ MATMUL_SUMS_BYTES = MAX_TILE * PANEL_GROUPS * 32
 MATMUL_SCRATCH_BYTES = MATMUL_SUMS_BYTES + PANEL_FIELDS * PANEL_GROUPS * 32
 #
 # embed.<type>: out[t] = row ids[t] of a packed matrix, as floats. A chunk is one row.
-EMBED_W, EMBED_N_BLOCKS, EMBED_OUT, EMBED_STRIDE, EMBED_DIM = (i * WORD for i in range(5))
+EMBED = Block("w n_blocks out stride dim")
+EMBED_W, EMBED_N_BLOCKS, EMBED_OUT, EMBED_STRIDE, EMBED_DIM = EMBED
 #
 # The two places where a row of floats can be left, in this order, as the tail of an argument block
 # ("sinks"): f32 rows, a32. The f32 one is always there: it is what the quantiser reads. Row t that
 # thread i makes lies at address + t * stride + i * thread_stride: where nobody reads the floats,
 # each thread has a single row, which stays in its cache.
-SINK_F32, SINK_STRIDE, SINK_THREAD_STRIDE, SINK_A32 = (i * WORD for i in range(4))
+SINK = Block("f32 stride thread_stride a32")
+SINK_F32, SINK_STRIDE, SINK_THREAD_STRIDE, SINK_A32 = SINK
 #
 # norm: sink[i] = rms_norm(x[row i]) * weight. With WANTED_ROWS, row i is wanted[i]. A chunk is
 # one row. eps is a float's bits.
-NORM_X, NORM_STRIDE, NORM_WEIGHT, NORM_EPS, NORM_DIM, NORM_ROWS = (i * WORD for i in range(6))
+NORM = Block("x stride weight eps dim rows")
+NORM_X, NORM_STRIDE, NORM_WEIGHT, NORM_EPS, NORM_DIM, NORM_ROWS = NORM
 NORM_SINK = 6 * WORD
 #
 # swiglu: sink[t] = silu(gate[t]) * up[t]. A chunk is one row.
-SWIGLU_GATE, SWIGLU_UP, SWIGLU_STRIDE, SWIGLU_DIM = (i * WORD for i in range(4))
+SWIGLU = Block("gate up stride dim")
+SWIGLU_GATE, SWIGLU_UP, SWIGLU_STRIDE, SWIGLU_DIM = SWIGLU
 SWIGLU_SINK = 4 * WORD
 #
 # quantise: sink[t] = x[t], for a value that nothing else quantises on its way. A chunk is a row.
-QUANTISE_X, QUANTISE_STRIDE, QUANTISE_DIM, QUANTISE_ROWS = (i * WORD for i in range(4))
+QUANTISE = Block("x stride dim rows")
+QUANTISE_X, QUANTISE_STRIDE, QUANTISE_DIM, QUANTISE_ROWS = QUANTISE
 QUANTISE_SINK = 4 * WORD
 #
 # fours: rows of floats as matmuls of floats read them. Every 4 rows from the first on lie side by
 # side, [dim][4], the up to 3 behind them one after the other; dim takes whole vectors, and x has
 # zeros behind its values. A chunk is a row, and the first of 4 does the work of all.
-FOURS_X, FOURS_STRIDE, FOURS_DIM, FOURS_ROWS, FOURS_OUT = (i * WORD for i in range(5))
+FOURS = Block("x stride dim rows out")
+FOURS_X, FOURS_STRIDE, FOURS_DIM, FOURS_ROWS, FOURS_OUT = FOURS
 #
 # copy_rows: sink[i] = x[wanted[i]] (or every row). A chunk is one row.
-COPY_X, COPY_STRIDE, COPY_DIM, COPY_ROWS = (i * WORD for i in range(4))
+COPY = Block("x stride dim rows")
+COPY_X, COPY_STRIDE, COPY_DIM, COPY_ROWS = COPY
 COPY_SINK = 4 * WORD
 #
 # norm_heads: as norm, but of each of n_heads parts of head_dim values, with one weight of head_dim
 # for all or none (0). With WANTED_ROWS, x has the wanted rows alone. A chunk is one row.
-(
-    HEADS_X, HEADS_STRIDE, HEADS_WEIGHT, HEADS_EPS, HEADS_N, HEADS_DIM, HEADS_ROWS,
-) = (i * WORD for i in range(7))  # fmt: skip
+HEADS = Block("x stride weight eps n dim rows")
+HEADS_X, HEADS_STRIDE, HEADS_WEIGHT, HEADS_EPS, HEADS_N, HEADS_DIM, HEADS_ROWS = HEADS
 HEADS_SINK = 7 * WORD
 #
 # pointwise.<kind>: sink[t] = f(a[t], b[t]) or f(a[t], parameter), the bits of a float, or of two,
 # the first in the low half; a b of stride 0 is one row for all. Rows of b have room for whole
 # vectors. With WANTED_ROWS, a and b have the wanted rows alone. A chunk is one row.
-(
-    POINT_A, POINT_A_STRIDE, POINT_B, POINT_B_STRIDE, POINT_PARAMETER, POINT_DIM, POINT_ROWS,
-) = (i * WORD for i in range(7))  # fmt: skip
+POINT = Block("a a_stride b b_stride parameter dim rows")
+POINT_A, POINT_A_STRIDE, POINT_B, POINT_B_STRIDE, POINT_PARAMETER, POINT_DIM, POINT_ROWS = POINT
 POINT_SINK = 7 * WORD
 #
 # mul_parts: sink[t] = x[t], each of n_parts parts of part_dim values times its factor. With
 # WANTED_ROWS, x and factors have the wanted rows alone. A chunk is one row.
-(
-    PARTS_X, PARTS_STRIDE, PARTS_FACTORS, PARTS_FACTORS_STRIDE, PARTS_N, PARTS_DIM, PARTS_ROWS,
-) = (i * WORD for i in range(7))  # fmt: skip
+PARTS = Block("x stride factors factors_stride n dim rows")
+PARTS_X, PARTS_STRIDE, PARTS_FACTORS, PARTS_FACTORS_STRIDE, PARTS_N, PARTS_DIM, PARTS_ROWS = PARTS
 PARTS_SINK = 7 * WORD
 #
 # angles: cos and sin of every row's rotation, [n_pairs cos, n_pairs sin] floats a row, at its
 # position and at its position for pinned pages (PageTable.pinned_pos). freqs: double[n_pairs].
 # angles.scaled: all of them times a magnitude, double[n], of which each serves a span of positions
 # and the last all behind it.
-ANGLES_FREQS, ANGLES_N_PAIRS, ANGLES_OUT, ANGLES_PINNED_OUT, ANGLES_TABLES = (
-    i * WORD for i in range(5)
-)
-ANGLES_MAGNITUDES, ANGLES_SPAN, ANGLES_N_MAGNITUDES = (i * WORD for i in range(5, 8))
+ANGLES = Block("freqs n_pairs out pinned_out tables")
+ANGLES_FREQS, ANGLES_N_PAIRS, ANGLES_OUT, ANGLES_PINNED_OUT, ANGLES_TABLES = ANGLES
+ANGLES_SCALED = Block("magnitudes span n_magnitudes", first=5)
+ANGLES_MAGNITUDES, ANGLES_SPAN, ANGLES_N_MAGNITUDES = ANGLES_SCALED
 #
 # rotate.<norm|neox>: for one row: normalise q and k heads (where weights are given), rotate them,
 # write q back, write q rotated for pinned pages to `pinned_q` where the row's sequence has slid
 # (PageTable.first_ring_page > n_pinned), store k and v as halves in the row's page.
+ROTATE = Block(
+    "q q_stride k k_stride v v_stride pinned_q n_heads n_kv_heads k_dim v_dim n_pairs angles "
+    "pinned_angles q_norm k_norm eps k_base k_page_bytes v_base v_page_bytes tables"
+)
 (
     ROTATE_Q, ROTATE_Q_STRIDE, ROTATE_K, ROTATE_K_STRIDE, ROTATE_V, ROTATE_V_STRIDE,
     ROTATE_PINNED_Q, ROTATE_N_HEADS, ROTATE_N_KV_HEADS, ROTATE_K_DIM, ROTATE_V_DIM,
     ROTATE_N_PAIRS, ROTATE_ANGLES, ROTATE_PINNED_ANGLES, ROTATE_Q_NORM, ROTATE_K_NORM,
     ROTATE_EPS, ROTATE_K_BASE, ROTATE_K_PAGE_BYTES, ROTATE_V_BASE, ROTATE_V_PAGE_BYTES,
     ROTATE_TABLES,
-) = (i * WORD for i in range(22))  # fmt: skip
+) = ROTATE  # fmt: skip
 #
 # plan_attention (part of the prologue): write the plan of layers with one window (0: none) and one
 # number of key/value heads. max_segments: the most segments a row of this program can see.
-PLAN_OUT, PLAN_N_KV_HEADS, PLAN_MAX_SEGMENTS, PLAN_WINDOW, PLAN_TABLES = (
-    i * WORD for i in range(5)
-)
+PLAN_ATTENTION = Block("out n_kv_heads max_segments window tables")
+PLAN_OUT, PLAN_N_KV_HEADS, PLAN_MAX_SEGMENTS, PLAN_WINDOW, PLAN_TABLES = PLAN_ATTENTION
 #
 # attend.<k_dim>.<v_dim>: one (work item, kv head); partial results go to `parts`. With `.window`
 # rows see a window only, with `.cap` scores pass a soft-cap; window and cap mean nothing else.
 # fold: one row: fold its parts in order, divide, leave the row in the sinks. fold.sinks: with a
 # float for each head as the score of no value.
 # `pinned_q` has the stride of q.
+ATTEND = Block(
+    "plan q q_stride pinned_q n_heads n_kv_heads scale k_base k_page_bytes v_base "
+    "v_page_bytes parts k_dim v_dim tables window cap sinks"
+)
 (
     ATTEND_PLAN, ATTEND_Q, ATTEND_Q_STRIDE, ATTEND_PINNED_Q, ATTEND_N_HEADS, ATTEND_N_KV_HEADS,
     ATTEND_SCALE, ATTEND_K_BASE, ATTEND_K_PAGE_BYTES, ATTEND_V_BASE, ATTEND_V_PAGE_BYTES,
     ATTEND_PARTS, ATTEND_K_DIM, ATTEND_V_DIM, ATTEND_TABLES, ATTEND_WINDOW, ATTEND_CAP,
     ATTEND_SINKS,
-) = (i * WORD for i in range(18))  # fmt: skip
+) = ATTEND  # fmt: skip
 FOLD_SINK = 18 * WORD
 #
 # A plan: the number of work items times n_kv_heads, one record per row of the step, then the items.
@@ -280,10 +315,11 @@ def attention_plan_bytes(max_rows: int, max_segments: int) -> int:
 # route.<gating>: sink[t] = the experts of row t as floats, then their weights (ops.Route). bias is
 # an address. norm is 0 or 1, scale a float's bits. Scratch of each thread, 64-byte aligned:
 # route_scratch_bytes. A chunk is one row.
+ROUTE = Block("x stride n_experts n_used bias n_groups n_groups_used norm scale scratch")
 (
     ROUTE_X, ROUTE_STRIDE, ROUTE_N_EXPERTS, ROUTE_N_USED, ROUTE_BIAS, ROUTE_N_GROUPS,
     ROUTE_N_GROUPS_USED, ROUTE_NORM, ROUTE_SCALE, ROUTE_SCRATCH,
-) = (i * WORD for i in range(10))  # fmt: skip
+) = ROUTE  # fmt: skip
 ROUTE_SINK = 10 * WORD
 
 
@@ -296,7 +332,8 @@ def route_scratch_bytes(n_experts: int) -> int:
 # plan_experts (one chunk): who computes what, for all ops that read a route. A plan is the number
 # of items, an item for every expert that some row has chosen, then a record for each (row, place
 # in its route), those of an item side by side, rows ascending.
-PLAN_AT, PLAN_ROUTE, PLAN_STRIDE, PLAN_N_USED, PLAN_N_EXPERTS = (i * WORD for i in range(5))
+PLAN_EXPERTS = Block("at route stride n_used n_experts")
+PLAN_AT, PLAN_ROUTE, PLAN_STRIDE, PLAN_N_USED, PLAN_N_EXPERTS = PLAN_EXPERTS
 PLAN_ITEMS = WORD
 PLAN_EXPERT, PLAN_FIRST, PLAN_N_ROWS = (i * WORD for i in range(3))  # of an item
 PLAN_ITEM_BYTES = 3 * WORD
@@ -316,30 +353,36 @@ def expert_plan_bytes(n_experts: int, n_records: int) -> int:
 
 # Ops that follow a plan have it as their first argument, and how many chunks an item has as their
 # second: those of item i are its chunks from i * per_item on.
-PLANNED_AT, PLANNED_PER_ITEM, PLANNED_N_EXPERTS = (i * WORD for i in range(3))
+PLANNED = Block("at per_item n_experts")
+PLANNED_AT, PLANNED_PER_ITEM, PLANNED_N_EXPERTS = PLANNED
 #
 # gather.<a32|f32>: the rows that meet an expert, for each item as if they were a step of their own,
 # those of floats in fours.
 # x has n_parts parts a row, one for each place of a route, or one. A chunk is an item.
-GATHER_X, GATHER_STRIDE, GATHER_DIM, GATHER_N_PARTS, GATHER_OUT = (i * WORD for i in range(3, 8))
+GATHER = Block("x stride dim n_parts out", first=3)
+GATHER_X, GATHER_STRIDE, GATHER_DIM, GATHER_N_PARTS, GATHER_OUT = GATHER
 #
 # experts.<type>: out[row, place] = W_e x * scale[e] + bias[e], dim values for each place of a row.
 # x is what gather left, x_row_bytes for each record. A chunk is some groups of one expert.
+EXPERTS = Block(
+    "w bytes n_blocks n_groups dim x x_row_bytes out stride scale bias n_used scratch",
+    first=3,
+)
 (
     EXPERTS_W, EXPERTS_BYTES, EXPERTS_N_BLOCKS, EXPERTS_N_GROUPS, EXPERTS_DIM, EXPERTS_X,
     EXPERTS_X_ROW_BYTES, EXPERTS_OUT, EXPERTS_STRIDE, EXPERTS_SCALE, EXPERTS_BIAS,
     EXPERTS_N_USED, EXPERTS_SCRATCH,
-) = (i * WORD for i in range(3, 16))  # fmt: skip
+) = EXPERTS  # fmt: skip
 #
 # expert_sum: sink[t] = the sum over places of weight * part of x[t]. A chunk is one row.
-SUM_X, SUM_STRIDE, SUM_ROUTE, SUM_ROUTE_STRIDE, SUM_N_USED, SUM_DIM = (i * WORD for i in range(6))
+SUM = Block("x stride route route_stride n_used dim")
+SUM_X, SUM_STRIDE, SUM_ROUTE, SUM_ROUTE_STRIDE, SUM_N_USED, SUM_DIM = SUM
 SUM_SINK = 6 * WORD
 #
 # sample: for wanted row i (a chunk), the token that row i of the table at H_SAMPLES asks for.
 # Changed logits are restored. Scratch: 64-byte aligned, SCRATCH_BYTES for each thread.
-(
-    SAMPLE_LOGITS, SAMPLE_STRIDE, SAMPLE_N_VOCAB, SAMPLE_SCRATCH, SAMPLE_SCRATCH_BYTES,
-) = (i * WORD for i in range(5))  # fmt: skip
+SAMPLE = Block("logits stride n_vocab scratch scratch_bytes")
+SAMPLE_LOGITS, SAMPLE_STRIDE, SAMPLE_N_VOCAB, SAMPLE_SCRATCH, SAMPLE_SCRATCH_BYTES = SAMPLE
 # It holds the record of candidates.py, the last floats of the logits, the stack of the sort, then a
 # key and a float per token. The table and its rows are records of sampling.params.
 SAMPLE_TAIL, SAMPLE_STACK = 64, 128

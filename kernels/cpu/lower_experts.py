@@ -6,61 +6,45 @@ What a step chooses decides how long its later ops are: one plans for all that r
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
-
-import numpy as np
+from collections.abc import Mapping
 
 from edgeinfer.batch import StepLimits
 from edgeinfer.fusion import ExpertMatmuls
-from edgeinfer.graph import ExpertLinear, ExpertSum, Route, Value
+from edgeinfer.graph import ExpertLinear, ExpertSum, Route, Segment, Value
 from edgeinfer.kernels.cpu import layout
-from edgeinfer.kernels.cpu.commands import Args, Buffer, KernelOp, KernelPart, Lowered
+from edgeinfer.kernels.cpu.commands import Args, Buffer, KernelOp, KernelPart
 from edgeinfer.kernels.cpu.formats import FORMATS, Format, packed_bytes
-
-if TYPE_CHECKING:
-    from edgeinfer.kernels.cpu.lower import WeightAddresses
+from edgeinfer.kernels.cpu.lower_base import LayerCache, LoweringBase, WeightAddresses, float_bits
 
 # Weight bytes of a chunk, and how many a thread finds: starting one takes 1 us, and the last ones
 # must even out the end. Measured in tests/bench/TUNING.md, "Experts".
 _MOST_CHUNK, _LEAST_CHUNK, _CHUNKS = 512 << 10, 32 << 10, 12
 
 
-class ExpertLowering(ABC):
-    """Of a step that chooses experts; `Lowering` has the values and the buffers."""
+class ExpertLowering(LoweringBase):
+    """The steps of routes to experts and along them."""
 
-    _limits: StepLimits
-    _weights: WeightAddresses
-    _floats: dict[Value, Buffer]
-    _quantised: dict[Value, Buffer]
-    _matmul_scratch: Buffer
-    _out: Lowered
-
-    def __init__(self) -> None:
-        self._plans: dict[Value, Buffer] = {}  # of routes
+    def __init__(
+        self,
+        segment: Segment,
+        limits: StepLimits,
+        weights: WeightAddresses,
+        caches: Mapping[int, LayerCache],
+    ) -> None:
+        super().__init__(segment, limits, weights, caches)
+        self._routed: dict[Value, Buffer] = {}  # plans of routes
         self._gathered: dict[tuple[Value, Value, str], Buffer] = {}  # of values along routes
-
-    @abstractmethod
-    def _quantise(self, x: Value) -> None: ...
-
-    @abstractmethod
-    def _sinks(self, out: Value, name: str) -> Args: ...
-
-    @abstractmethod
-    def _float_buffer(self, value: Value, name: str) -> Buffer: ...
-
-    @abstractmethod
-    def _emit(self, group: str, kernel: str, args: Args, rule: int = ...) -> None: ...
 
     def _route(self, op: Route) -> None:
         n_experts = op.x.dim
         n_bytes = self._limits.n_threads * layout.route_scratch_bytes(n_experts)
-        args: Args = [
-            self._floats[op.x], layout.row_stride(op.x.dim), n_experts, op.n_used,
-            self._weights.vector(op.bias) if op.bias else 0, op.n_groups, op.n_groups_used,
-            int(op.norm), int(np.float32(op.scale).view(np.int32)), Buffer("route", n_bytes),
-            *self._sinks(op.out, "route"),
-        ]  # fmt: skip
+        args = layout.ROUTE.pack(
+            *self._sinks(op.out, "route"), x=self._floats[op.x],
+            stride=layout.row_stride(op.x.dim), n_experts=n_experts, n_used=op.n_used,
+            bias=self._weights.vector(op.bias) if op.bias else 0, n_groups=op.n_groups,
+            n_groups_used=op.n_groups_used, norm=int(op.norm),
+            scale=float_bits(op.scale), scratch=Buffer("route", n_bytes),
+        )  # fmt: skip
         self._emit("route", f"route.{op.gating}", args)
 
     def _expert_matmuls(self, step: ExpertMatmuls) -> None:
@@ -77,13 +61,16 @@ class ExpertLowering(ABC):
         name = op.weight.type.name.lower()
         fmt, n_groups, n_bytes = FORMATS[name], -(-n_rows // 8), _matrix_bytes(op)
         n_panels = -(-n_groups // layout.PANEL_GROUPS)
-        args: Args = [
-            *self._planned(op.route, n_experts, max(1, min(n_panels, round(n_bytes / chunk)))),
-            self._weights.matrix(op.weight), n_bytes, fmt.n_blocks(n_cols), n_groups, n_rows,
-            self._gather(op, fmt), _row_bytes(fmt, n_cols), self._float_buffer(op.out, "experts"),
-            layout.row_stride(op.out.dim), self._weights.vector(op.scale) if op.scale else 0,
-            self._weights.vector(op.bias) if op.bias else 0, op.n_used, self._matmul_scratch,
-        ]  # fmt: skip
+        n_chunks = max(1, min(n_panels, round(n_bytes / chunk)))
+        args = self._planned(op.route, n_experts, n_chunks) + layout.EXPERTS.pack(
+            w=self._weights.matrix(op.weight), bytes=n_bytes, n_blocks=fmt.n_blocks(n_cols),
+            n_groups=n_groups, dim=n_rows, x=self._gather(op, fmt),
+            x_row_bytes=_row_bytes(fmt, n_cols), out=self._float_buffer(op.out, "experts"),
+            stride=layout.row_stride(op.out.dim),
+            scale=self._weights.vector(op.scale) if op.scale else 0,
+            bias=self._weights.vector(op.bias) if op.bias else 0, n_used=op.n_used,
+            scratch=self._matmul_scratch,
+        )  # fmt: skip
         macs = op.n_used * n_rows * n_cols
         rule = layout.COUNT_PLANNED
         return KernelPart(f"experts.{name}", args, rule, op.n_used * n_bytes, macs)
@@ -98,32 +85,36 @@ class ExpertLowering(ABC):
             source = (self._quantised if fmt.activation == "a32" else self._floats)[op.x]
             n_records = self._limits.max_rows * op.n_used
             out = Buffer("gathered", n_records * _row_bytes(fmt, n_cols))
-            args: Args = [
-                *self._planned(op.route, n_experts, 1), source, layout.row_stride(op.x.dim),
-                n_cols, op.x.dim // n_cols, out,
-            ]  # fmt: skip
+            args = self._planned(op.route, n_experts, 1) + layout.GATHER.pack(
+                x=source, stride=layout.row_stride(op.x.dim), dim=n_cols,
+                n_parts=op.x.dim // n_cols, out=out,
+            )  # fmt: skip
             self._emit("gather", f"gather.{fmt.activation}", args, layout.COUNT_PLANNED)
             self._gathered[key] = out
         return self._gathered[key]
 
     def _planned(self, route: Value, n_experts: int, per_item: int) -> Args:
         """The words that all ops along a route begin with."""
-        if route not in self._plans:
+        if route not in self._routed:
             n_used = route.dim // 2
             n_records = self._limits.max_rows * n_used
             plan = Buffer("plan", layout.expert_plan_bytes(n_experts, n_records))
             stride = layout.row_stride(route.dim)
-            args: Args = [plan, self._floats[route], stride, n_used, n_experts]
+            args = layout.PLAN_EXPERTS.pack(
+                at=plan, route=self._floats[route], stride=stride, n_used=n_used,
+                n_experts=n_experts,
+            )  # fmt: skip
             self._emit("plan", "plan_experts", args, 1)
-            self._plans[route] = plan
-        return [self._plans[route], per_item, n_experts]
+            self._routed[route] = plan
+        return layout.PLANNED.pack(at=self._routed[route], per_item=per_item, n_experts=n_experts)
 
     def _expert_sum(self, op: ExpertSum) -> None:
-        args: Args = [
-            self._floats[op.x], layout.row_stride(op.x.dim), self._floats[op.route],
-            layout.row_stride(op.route.dim), op.route.dim // 2, op.out.dim,
-            *self._sinks(op.out, "experts"),
-        ]  # fmt: skip
+        args = layout.SUM.pack(
+            *self._sinks(op.out, "experts"), x=self._floats[op.x],
+            stride=layout.row_stride(op.x.dim), route=self._floats[op.route],
+            route_stride=layout.row_stride(op.route.dim), n_used=op.route.dim // 2,
+            dim=op.out.dim,
+        )  # fmt: skip
         self._emit("expert_sum", "expert_sum", args)
 
 

@@ -130,7 +130,9 @@ class PackedWeights:
         to = self.matrix(piece.weight).address + piece.first // GROUP_ROWS * group_bytes
         to += piece.matrix * _packed_bytes(piece.weight, 1)
         per_chunk = max(1, _PACK_CHUNK // group_bytes)
-        args = [source, to, piece.n_rows, n_blocks, per_chunk]
+        args = layout.PACK.pack(
+            src=source, dst=to, n_rows=piece.n_rows, n_blocks=n_blocks, per_chunk=per_chunk
+        )
         return Part(library.address(f"pack.{name}"), args, -(-n_groups // per_chunk))
 
     def close(self) -> None:

@@ -1,0 +1,179 @@
+"""Lowers rotation and attention: what is stored, who sees what, and the plan of a step's work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from edgeinfer.batch import StepLimits
+from edgeinfer.fusion import PinnedAttention, PinnedRotate, RotatedAttention
+from edgeinfer.graph import KV, Attention, Rope, RopeKind, Rotate, Segment
+from edgeinfer.kernels.cpu import layout
+from edgeinfer.kernels.cpu.commands import Buffer, KernelPart
+from edgeinfer.kernels.cpu.layout import row_stride
+from edgeinfer.kernels.cpu.lower_base import (
+    LayerCache,
+    LoweringBase,
+    WeightAddresses,
+    float_bits,
+)
+from edgeinfer.quant import Weight
+
+
+class _Heads(NamedTuple):
+    """Heads of rows of floats, and the norm that is to be taken of each."""
+
+    rows: Buffer | int
+    stride: int
+    n: int
+    dim: int
+    norm: Weight | None = None
+
+
+_NO_HEADS = _Heads(0, 0, 0, 0)
+_NO_BUFFER = Buffer("none", 0, is_kept=True)
+_NO_CACHE = LayerCache(_NO_BUFFER, _NO_BUFFER, 0, 0, 0)
+
+
+class AttentionLowering(LoweringBase):
+    """The steps of attention."""
+
+    def __init__(
+        self,
+        segment: Segment,
+        limits: StepLimits,
+        weights: WeightAddresses,
+        caches: Mapping[int, LayerCache],
+    ) -> None:
+        super().__init__(segment, limits, weights, caches)
+        self._angles: dict[tuple[Rope, int], tuple[Buffer, Buffer]] = {}
+        self._plans: dict[tuple[int, int], Buffer] = {}
+        self._tables = {
+            op.layer: caches[op.cache_layer].tables
+            for op in segment.ops
+            if isinstance(op, Attention)
+        }
+
+    def _rotate(self, op: Rotate | PinnedRotate) -> None:
+        """The heads of a value in a place of their own."""
+        stride = row_stride(op.x.dim)
+        out = self._float_buffer(op.out, "rotated")
+        self._emit("copy", "copy_rows", self._copy(op.x, layout.ALL_ROWS, [out, stride, 0, 0]))
+        angles, pinned_angles = self._angles_of(op)
+        heads = _Heads(out, stride, op.n_heads, op.x.dim // op.n_heads)
+        angles = pinned_angles if isinstance(op, PinnedRotate) else angles
+        self._heads(op.rope.kind, q=heads, n_pairs=op.rope.n_dims // 2, angles=angles)
+
+    def _rotated_attention(self, op: RotatedAttention) -> None:
+        kv, n_pairs = op.cache, op.rope.n_dims // 2
+        angles, pinned_angles = self._angles_of(op)
+        q = _Heads(self._floats[op.q], row_stride(op.q.dim), op.n_heads, kv.k_dim, op.q_norm)
+        k, v = self._stored(op)
+        pinned_q = Buffer("pinned q", q.stride * self._limits.max_rows)
+        self._heads(
+            op.rope.kind, q, pinned_q, k._replace(norm=op.k_norm), v, n_pairs, angles,
+            pinned_angles, op.eps, self._cache_of(op),
+        )  # fmt: skip
+        self._attend(op, pinned_q)
+
+    def _pinned_attention(self, op: PinnedAttention) -> None:
+        k, v = self._stored(op)
+        if k.n:
+            self._heads("norm", k=k, v=v, cache=self._cache_of(op))
+        self._attend(op, self._floats[op.pinned_q])
+
+    def _stored(self, op: RotatedAttention | PinnedAttention) -> tuple[_Heads, _Heads]:
+        """The heads of k and v, none where another layer's are read."""
+        kv = op.cache
+        if op.k is None or op.v is None:
+            return _NO_HEADS, _NO_HEADS
+        return (
+            _Heads(self._floats[op.k], row_stride(op.k.dim), kv.n_heads, kv.k_dim),
+            _Heads(self._floats[op.v], row_stride(op.v.dim), kv.n_heads, kv.v_dim),
+        )
+
+    def _cache_of(self, op: RotatedAttention | PinnedAttention) -> LayerCache:
+        return self._caches[op.layer if op.source is None else op.source]
+
+    def _heads(
+        self,
+        kind: RopeKind,
+        q: _Heads = _NO_HEADS,
+        pinned_q: Buffer | int = 0,
+        k: _Heads = _NO_HEADS,
+        v: _Heads = _NO_HEADS,
+        n_pairs: int = 0,
+        angles: Buffer | int = 0,
+        pinned_angles: Buffer | int = 0,
+        eps: float = 0.0,
+        cache: LayerCache = _NO_CACHE,
+    ) -> None:
+        """Norm and rotate heads in place, and store those of k and v."""
+        q_norm, k_norm = (self._weights.vector(heads.norm) if heads.norm else 0 for heads in (q, k))
+        args = layout.ROTATE.pack(
+            q=q.rows, q_stride=q.stride, k=k.rows, k_stride=k.stride, v=v.rows, v_stride=v.stride,
+            pinned_q=pinned_q, n_heads=q.n, n_kv_heads=k.n, k_dim=k.dim or q.dim, v_dim=v.dim,
+            n_pairs=n_pairs, angles=angles, pinned_angles=pinned_angles, q_norm=q_norm,
+            k_norm=k_norm, eps=float_bits(eps), k_base=cache.k_base, k_page_bytes=cache.page_bytes,
+            v_base=cache.v_base, v_page_bytes=cache.page_bytes, tables=cache.tables,
+        )  # fmt: skip
+        self._emit("rotate", f"rotate.{kind}", args)
+
+    def _attend(self, op: RotatedAttention | PinnedAttention, pinned_q: Buffer) -> None:
+        limits, kv, cache = self._limits, op.cache, self._cache_of(op)
+        parts = Buffer(
+            "attention parts",
+            layout.parts_bytes(limits.max_rows, op.n_heads, kv.k_dim, kv.v_dim, cache.max_segments),
+        )
+        common = layout.ATTEND.pack(
+            plan=self._plan(kv, cache), q=self._floats[op.q], q_stride=row_stride(op.q.dim),
+            pinned_q=pinned_q, n_heads=op.n_heads, n_kv_heads=kv.n_heads,
+            scale=float_bits(op.scale), k_base=cache.k_base, k_page_bytes=cache.page_bytes,
+            v_base=cache.v_base, v_page_bytes=cache.page_bytes, parts=parts, k_dim=kv.k_dim,
+            v_dim=kv.v_dim, tables=cache.tables, window=kv.window, cap=float_bits(op.soft_cap),
+            sinks=self._weights.vector(op.sinks) if op.sinks else 0,
+        )  # fmt: skip
+        kernel = f"attend.{kv.k_dim}.{kv.v_dim}"
+        kernel += ".window" * (kv.window > 0) + ".cap" * (op.soft_cap > 0)
+        self._emit("attend", kernel, common, layout.COUNT_ITEMS)
+        fold = [*common, *self._sinks(op.out, "attention")]
+        self._emit("fold", "fold.sinks" if op.sinks else "fold", fold)
+
+    def _plan(self, kv: KV, cache: LayerCache) -> Buffer:
+        """The step's attention work, planned once for all layers whose queries see alike."""
+        key = kv.n_heads, kv.window
+        if key not in self._plans:
+            n_bytes = layout.attention_plan_bytes(self._limits.max_rows, cache.max_segments)
+            plan = self._out.scratch.place(Buffer("attention plan", n_bytes, is_kept=True))
+            self._plans[key] = plan
+            args = layout.PLAN_ATTENTION.pack(
+                out=plan, n_kv_heads=kv.n_heads, max_segments=cache.max_segments,
+                window=kv.window, tables=cache.tables,
+            )  # fmt: skip
+            self._out.prologue.append(KernelPart("plan_attention", args, 1))
+        return self._plans[key]
+
+    def _angles_of(self, op: Rotate | PinnedRotate | RotatedAttention) -> tuple[Buffer, Buffer]:
+        """The step's rotation angles, made once for all layers that rotate alike.
+
+        Those for pinned pages depend on the tables of the layer's attention, too.
+        """
+        rope, key = op.rope, (op.rope, self._tables.get(op.layer, 0))
+        if key not in self._angles:
+            n_pairs = rope.n_dims // 2
+            size = n_pairs * 2 * 4 * self._limits.max_rows
+            pair = Buffer("angles", size), Buffer("pinned angles", size)
+            self._angles[key] = pair
+            args = layout.ANGLES.pack(
+                freqs=self._weights.doubles(rope.frequencies()), n_pairs=n_pairs, out=pair[0],
+                pinned_out=pair[1], tables=key[1],
+            )  # fmt: skip
+            if rope.magnitude == 1 and rope.growth is None:
+                self._emit("angles", "angles", args)
+            else:
+                table, span = rope.magnitudes(), rope.growth.n_ctx if rope.growth else 1
+                args += layout.ANGLES_SCALED.pack(
+                    magnitudes=self._weights.doubles(table), span=span, n_magnitudes=len(table)
+                )
+                self._emit("angles", "angles.scaled", args)
+        return self._angles[key]
