@@ -112,17 +112,22 @@ class Graph:
     def text(self, name: str, default: str | None = None) -> str:
         return self._settings.text(name, default)
 
-    def window(self, period: int | None = None, *, dense_first: bool = False) -> int:
+    def window(
+        self, period: int | None = None, default: int = 0, *, dense_first: bool = False
+    ) -> int:
         """How many positions the layer sees, 0 for all.
 
         There is a window in the layers that `attention.sliding_window_pattern` names: one by one,
-        or by a number, of which the last (or first) layer sees all. `period` is its default.
+        or by a number, of which the last (or first) layer sees all. `period` is its default, and
+        `default` the width's.
         """
         name = "attention.sliding_window_pattern"
-        width = self.count("attention.sliding_window", 0, low=0)
-        if width and self._settings.is_array(name):
+        width = self.count("attention.sliding_window", default, low=0)
+        if self._settings.is_array(name):
             return width if self.flag(name) else 0
-        period = self.count(name, period, low=0) if width else 1
+        if not width and not self._settings.has(name):
+            return 0
+        period = self.count(name, period, low=0)
         dense = 0 if dense_first else period - 1
         return width if not period or self._layer % period != dense else 0
 

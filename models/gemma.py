@@ -17,7 +17,7 @@ def forward(g: Graph) -> None:
     logit_cap = g.number("final_logit_softcapping", 30.0 if is_2 else 0.0, low=0)
     x = g.scale(g.embed(), g.dim**0.5)  # (T, D)
     for blk in g.layers():
-        window = g.window(NAMES[name])
+        window = g.window(NAMES[name], 4096 if is_2 else 0)
         heads = g.heads(window)
         is_local = window > 0 and not is_2
         rope = (g.window_rope if is_local else g.rope)("neox", heads.k_dim)

@@ -13,7 +13,7 @@ from edgeinfer import LLM
 from edgeinfer.batch import Batch, PageTable, StepLimits
 from edgeinfer.errors import InvalidModelError, UnsupportedModelError
 from edgeinfer.gguf import GGUFFile
-from edgeinfer.graph import Growth, Rotate, Segment
+from edgeinfer.graph import Attention, Growth, Rotate, Segment
 from edgeinfer.kernels.cpu.program import CpuBackend
 from edgeinfer.kernels.reference import ReferenceBackend, exact
 from edgeinfer.model import Model
@@ -203,6 +203,12 @@ def far(pos: int) -> Batch:
         ("granite", "embedding_scale", float("inf")),
         ("granite", "residual_scale", "much"),
         ("granite", "rope.scaling.finetuned", 2),
+        ("gemma2", "attn_logit_softcapping", -1.0),
+        ("gemma2", "final_logit_softcapping", -1.0),
+        ("gemma3", "final_logit_softcapping", float("nan")),
+        ("gemma3", "rope.freq_base_swa", 1.0),
+        ("gemma3", "attention.sliding_window", -1),
+        ("olmo3", "attention.sliding_window_pattern", [True, False]),
     ],
 )
 def test_a_senseless_number_is_named(tmp_path: Path, name: str, key: str, value: Any) -> None:
@@ -220,3 +226,66 @@ def test_queries_that_grow_are_rotated_as_a_whole(tmp_path: Path) -> None:
     with GGUFFile.open(draft.write(tmp_path / "golden.gguf")) as file:
         with pytest.raises(UnsupportedModelError, match="attention.temperature_scale"):
             Model.load(file)
+
+
+@pytest.mark.parametrize(("name", "n_layers"), [("gemma2", 46), ("gemma3", 62)])
+def test_gemmas_of_27_b_scale_scores_by_another_width(
+    name: str, n_layers: int, tmp_path: Path
+) -> None:
+    scales = []
+    for n in (n_layers - 1, n_layers):
+        draft = GOLDENS[name].draft()
+        draft.keys["block_count"] = n
+        first = {each: x for each, x in draft.tensors.items() if each.startswith("blk.0.")}
+        draft.tensors |= {
+            each.replace("blk.0.", f"blk.{i}."): x for each, x in first.items() for i in range(n)
+        }
+        with GGUFFile.open(draft.write(tmp_path / "golden.gguf")) as file:
+            ops = Model.load(file).graph.ops
+            (scale,) = {op.scale for op in ops if isinstance(op, Attention)}
+            scales.append(scale)
+    assert scales == [24**-0.5, 16**-0.5]
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "windows"),
+    [
+        ("gemma2", None, [20, 0, 20]),
+        ("gemma2", 0, [20, 20, 20]),
+        ("gemma2", 1, [0, 0, 0]),
+        ("gemma2", [False, True, True], [0, 20, 20]),
+        ("gemma3", None, [20, 20, 20, 20, 20, 0, 20]),
+        ("olmo3", None, [20, 20, 20, 0]),
+        ("olmo3", [True, False, True, False], [20, 0, 20, 0]),
+    ],
+)
+def test_a_pattern_is_a_number_or_says_of_each_layer_whether_it_has_a_window(
+    name: str, pattern: int | list[bool] | None, windows: list[int], tmp_path: Path
+) -> None:
+    draft = GOLDENS[name].draft()
+    if pattern is not None:
+        draft.keys["attention.sliding_window_pattern"] = pattern
+    with GGUFFile.open(draft.write(tmp_path / "golden.gguf")) as file:
+        ops = Model.load(file).graph.ops
+        assert [op.cache.window for op in ops if isinstance(op, Attention)] == windows
+        bases = [op.rope.base for op in ops if isinstance(op, Rotate)][::2]
+    if name == "gemma3":
+        assert bases == [10000.0 if window else 100000.0 for window in windows]
+
+
+def test_a_model_without_a_window_has_none_whatever_its_pattern_says(tmp_path: Path) -> None:
+    draft = GOLDENS["gemma3"].draft()
+    del draft.keys["attention.sliding_window"]
+    draft.keys["attention.sliding_window_pattern"] = 6
+    with GGUFFile.open(draft.write(tmp_path / "golden.gguf")) as file:
+        ops = Model.load(file).graph.ops
+    assert {op.cache.window for op in ops if isinstance(op, Attention)} == {0}
+    assert {op.rope.base for op in ops if isinstance(op, Rotate)} == {100000.0}
+
+
+def test_gemma_2_has_windows_of_4096_where_the_file_says_none(tmp_path: Path) -> None:
+    draft = GOLDENS["gemma2"].draft()
+    del draft.keys["attention.sliding_window"]
+    with GGUFFile.open(draft.write(tmp_path / "golden.gguf")) as file:
+        ops = Model.load(file).graph.ops
+    assert [op.cache.window for op in ops if isinstance(op, Attention)] == [4096, 0, 4096]
