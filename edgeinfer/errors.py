@@ -32,7 +32,7 @@ class EdgeInferError(Exception):
     """
 
     def __init__(self, found: str = "", *, advice: Advice = ()) -> None:
-        self.found, self.advice = found, tuple(advice)
+        self.found, self.advice = _clean(found, _MAX_MESSAGE), tuple(advice)
         super().__init__(self.spelled(str))
 
     def spelled(self, spell: Callable[[Keyword], str]) -> str:

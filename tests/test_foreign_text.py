@@ -65,6 +65,7 @@ def test_every_error_is_one_clean_line(kind: type[EdgeInferError], text: str) ->
         needed = {"n_tokens": 1, "n_ctx": 1}
     error = kind(text, **needed)
     assert is_clean(str(error)) and is_clean("".join(map(str, error.args)))
+    assert is_clean(error.found)
     if not needed:
         assert str(pickle.loads(pickle.dumps(error))) == str(error)
 

@@ -131,8 +131,8 @@ def test_what_was_typed_lately_is_read_from_the_end_of_the_file(tmp_path: Path) 
     store.insert([(None, Header("many", "", None, 2000), nodes, (0.0, 0.0))])
     conversation.ask("the last one", (), None)
     steps: list[int] = []
-    assert store._db is not None
-    store._db.set_progress_handler(lambda: steps.append(1), 1000)
+    assert store._file._db is not None
+    store._file._db.set_progress_handler(lambda: steps.append(1), 1000)
     assert store.prompts() == [*texts[-199:], "the last one"]
     assert len(steps) < 20
     store.close()

@@ -289,7 +289,7 @@ def test_a_chat_on_a_full_disk_is_kept_once_there_is_room(
     assert str(path) in store.notice(conversation.id)
     assert not platform.is_writable(small_disk)
     filler.unlink()
-    store._retry_at = 0.0
+    store._file.try_now()
     store.tend()
     assert store.notice(conversation.id) == ""
     store.close()
@@ -313,7 +313,7 @@ def test_a_chat_on_a_disk_that_is_read_only_is_kept_once_it_is_not(small_disk: P
     conversation.ask("one", (), None)
     assert f"{path} can't be written" in store.notice(conversation.id)
     remount("rw")
-    store._retry_at = 0.0
+    store._file.try_now()
     store.tend()
     assert store.notice(conversation.id) == ""
     assert conversation.id is not None and len(store.messages(conversation.id)) == 1

@@ -394,7 +394,7 @@ def fill(folder: Path, n_conversations: int, n_messages: int = 6) -> None:
     from edgeinfer.tui.store import FILE_NAME, Store
 
     store = Store(folder / FILE_NAME)
-    store._db.execute("PRAGMA synchronous=OFF")
+    store._file._db.execute("PRAGMA synchronous=OFF")
     words = "the sea boat wind harbour sail night star island map rope captain".split()
     for i in range(n_conversations):
         conversation = Conversation(store, "a model")
