@@ -1,7 +1,7 @@
 """Lowers routes to experts and what runs along them: the part of `lower.Lowering` that models
 without experts don't need.
 
-What a step chooses decides how long its later ops are: one plans for all that read the same route.
+What a step chooses decides how long its later ops are: `dispatch` says it to all along one route.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class ExpertLowering(ABC):
     _out: Lowered
 
     def __init__(self) -> None:
-        self._plans: dict[Value, Buffer] = {}  # of routes
+        self._dispatched: dict[Value, Buffer] = {}  # of routes
         self._gathered: dict[tuple[Value, Value, str], Buffer] = {}  # of values along routes
 
     @abstractmethod
@@ -108,15 +108,15 @@ class ExpertLowering(ABC):
 
     def _planned(self, route: Value, n_experts: int, per_item: int) -> Args:
         """The words that all ops along a route begin with."""
-        if route not in self._plans:
+        if route not in self._dispatched:
             n_used = route.dim // 2
             n_records = self._limits.max_rows * n_used
-            plan = Buffer("plan", layout.expert_plan_bytes(n_experts, n_records))
+            out = Buffer("dispatch", layout.dispatch_bytes(n_experts, n_records))
             stride = layout.row_stride(route.dim)
-            args: Args = [plan, self._floats[route], stride, n_used, n_experts]
-            self._emit("plan", "plan_experts", args, 1)
-            self._plans[route] = plan
-        return [self._plans[route], per_item, n_experts]
+            args: Args = [out, self._floats[route], stride, n_used, n_experts]
+            self._emit("dispatch", "dispatch", args, 1)
+            self._dispatched[route] = out
+        return [self._dispatched[route], per_item, n_experts]
 
     def _expert_sum(self, op: ExpertSum) -> None:
         args: Args = [
