@@ -47,7 +47,7 @@ KERNELS = [
     *("norm_heads", *(f"pointwise.{kind}" for kind in ready.POINTWISE)),
     *("plan_attention", "attend.64.64", "attend.128.128", "fold", "sample", "read", "probe"),
     *(f"route.{kind}" for kind in get_args(GatingKind)),
-    *("plan_experts", "gather.a32", "gather.f32", "expert_sum", "mul_parts"),
+    *("dispatch", "gather.a32", "gather.f32", "expert_sum", "mul_parts"),
     *("team.work", "team.step"),
 ]
 

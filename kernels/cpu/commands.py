@@ -85,7 +85,7 @@ class KernelOp(NamedTuple):
     @property
     def plans(self) -> bool:
         """Whether chunks of later ops depend on it."""
-        return self.parts[0].kernel == "plan_experts"
+        return self.parts[0].kernel == "dispatch"
 
     def buffers(self) -> Iterable[Buffer]:
         for part in self.parts:

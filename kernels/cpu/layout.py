@@ -329,36 +329,38 @@ def route_scratch_bytes(n_experts: int) -> int:
 
 
 #
-# plan_experts (one chunk): who computes what, for all ops that read a route. A plan is the number
-# of items, an item for every expert that some row has chosen, then a record for each (row, place
-# in its route), those of an item side by side, rows ascending.
-PLAN_EXPERTS = Block("at route stride n_used n_experts")
-PLAN_AT, PLAN_ROUTE, PLAN_STRIDE, PLAN_N_USED, PLAN_N_EXPERTS = PLAN_EXPERTS
-PLAN_ITEMS = WORD
-PLAN_EXPERT, PLAN_FIRST, PLAN_N_ROWS = (i * WORD for i in range(3))  # of an item
-PLAN_ITEM_BYTES = 3 * WORD
-PLAN_ROW, PLAN_SLOT = 0, WORD  # of a record
-PLAN_RECORD_BYTES = 2 * WORD
+# dispatch (one chunk): which rows meet which expert, for all ops that read a route. It leaves the
+# number of items, an item for every expert that some row has chosen, then a record for each (row,
+# place in its route), those of an item side by side, rows ascending.
+DISPATCH = Block("out route stride n_used n_experts")
+(
+    DISPATCH_OUT, DISPATCH_ROUTE, DISPATCH_STRIDE, DISPATCH_N_USED, DISPATCH_N_EXPERTS,
+) = DISPATCH  # fmt: skip
+DISPATCH_ITEMS = WORD
+DISPATCH_EXPERT, DISPATCH_FIRST, DISPATCH_N_ROWS = (i * WORD for i in range(3))  # of an item
+DISPATCH_ITEM_BYTES = 3 * WORD
+DISPATCH_ROW, DISPATCH_SLOT = 0, WORD  # of a record
+DISPATCH_RECORD_BYTES = 2 * WORD
 
 
-def plan_records(n_experts: int) -> int:
-    """Where in a plan its records are."""
-    return PLAN_ITEMS + PLAN_ITEM_BYTES * n_experts
+def dispatch_records(n_experts: int) -> int:
+    """Where its records are."""
+    return DISPATCH_ITEMS + DISPATCH_ITEM_BYTES * n_experts
 
 
-def expert_plan_bytes(n_experts: int, n_records: int) -> int:
-    """Bytes of a plan, and of a count of rows for every expert behind it."""
-    return plan_records(n_experts) + PLAN_RECORD_BYTES * n_records + WORD * n_experts
+def dispatch_bytes(n_experts: int, n_records: int) -> int:
+    """Bytes of what it leaves, and of a count of rows for every expert behind that."""
+    return dispatch_records(n_experts) + DISPATCH_RECORD_BYTES * n_records + WORD * n_experts
 
 
-# Ops that follow a plan have it as their first argument, and how many chunks an item has as their
-# second: those of item i are its chunks from i * per_item on.
+# Ops along a route have what dispatch left as their first argument, and how many chunks an item has
+# as their second: those of item i are its chunks from i * per_item on.
 PLANNED = Block("at per_item n_experts")
 PLANNED_AT, PLANNED_PER_ITEM, PLANNED_N_EXPERTS = PLANNED
 #
 # gather.<a32|f32>: the rows that meet an expert, for each item as if they were a step of their own,
-# those of floats in fours.
-# x has n_parts parts a row, one for each place of a route, or one. A chunk is an item.
+# those of floats in fours. x has n_parts parts a row, one for each place of a route, or one. A
+# chunk is an item.
 GATHER = Block("x stride dim n_parts out", first=3)
 GATHER_X, GATHER_STRIDE, GATHER_DIM, GATHER_N_PARTS, GATHER_OUT = GATHER
 #

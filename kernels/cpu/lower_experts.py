@@ -1,7 +1,7 @@
 """Lowers routes to experts and what runs along them: the part of `lower.Lowering` that models
 without experts don't need.
 
-What a step chooses decides how long its later ops are: one plans for all that read the same route.
+What a step chooses decides how long its later ops are: `dispatch` says it to all along one route.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class ExpertLowering(LoweringBase):
         caches: Mapping[int, LayerCache],
     ) -> None:
         super().__init__(segment, limits, weights, caches)
-        self._routed: dict[Value, Buffer] = {}  # plans of routes
+        self._dispatched: dict[Value, Buffer] = {}  # of routes
         self._gathered: dict[tuple[Value, Value, str], Buffer] = {}  # of values along routes
 
     def _route(self, op: Route) -> None:
@@ -95,18 +95,20 @@ class ExpertLowering(LoweringBase):
 
     def _planned(self, route: Value, n_experts: int, per_item: int) -> Args:
         """The words that all ops along a route begin with."""
-        if route not in self._routed:
+        if route not in self._dispatched:
             n_used = route.dim // 2
             n_records = self._limits.max_rows * n_used
-            plan = Buffer("plan", layout.expert_plan_bytes(n_experts, n_records))
+            out = Buffer("dispatch", layout.dispatch_bytes(n_experts, n_records))
             stride = layout.row_stride(route.dim)
-            args = layout.PLAN_EXPERTS.pack(
-                at=plan, route=self._floats[route], stride=stride, n_used=n_used,
+            args = layout.DISPATCH.pack(
+                out=out, route=self._floats[route], stride=stride, n_used=n_used,
                 n_experts=n_experts,
             )  # fmt: skip
-            self._emit("plan", "plan_experts", args, 1)
-            self._routed[route] = plan
-        return layout.PLANNED.pack(at=self._routed[route], per_item=per_item, n_experts=n_experts)
+            self._emit("dispatch", "dispatch", args, 1)
+            self._dispatched[route] = out
+        return layout.PLANNED.pack(
+            at=self._dispatched[route], per_item=per_item, n_experts=n_experts
+        )
 
     def _expert_sum(self, op: ExpertSum) -> None:
         args = layout.SUM.pack(

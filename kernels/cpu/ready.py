@@ -33,7 +33,7 @@ NAMES = (
     *("norm_heads", "copy_rows", "quantise", "fours"),
     *(f"pointwise.{kind}" for kind in POINTWISE),
     *(f"route.{kind}" for kind in ("softmax", "sigmoid", "raw", "sqrt_softplus")),
-    *("plan_experts", "gather.a32", "gather.f32", "expert_sum", "mul_parts"),
+    *("dispatch", "gather.a32", "gather.f32", "expert_sum", "mul_parts"),
     *("plan_attention", "fold", "fold.sinks", "sample", "read", "team.work", "team.step"),
 )
 

@@ -124,6 +124,7 @@ def _check_route(op: Route) -> None:
 def _check_along(op: ExpertLinear | ExpertSum, routes: Mapping[Value, Route]) -> None:
     """What runs along a route: its numbers must be those of matrices."""
     route, where = routes.get(op.route), f"of {type(op).__name__} in layer {op.layer}"
+    where += f" ({op.weight.name})" if isinstance(op, ExpertLinear) else ""
     if route is None:
         raise _unsupported(f"the route {where}", "another value", "what a Route leaves")
     if isinstance(op, ExpertSum):

@@ -9,6 +9,14 @@ from __future__ import annotations
 from numba import njit
 
 from edgeinfer.kernels.cpu.layout import (
+    DISPATCH_EXPERT,
+    DISPATCH_FIRST,
+    DISPATCH_ITEM_BYTES,
+    DISPATCH_ITEMS,
+    DISPATCH_N_ROWS,
+    DISPATCH_RECORD_BYTES,
+    DISPATCH_ROW,
+    DISPATCH_SLOT,
     EXPERTS_BIAS,
     EXPERTS_BYTES,
     EXPERTS_DIM,
@@ -29,19 +37,11 @@ from edgeinfer.kernels.cpu.layout import (
     MATMUL_X,
     MATMUL_X_ROW_BYTES,
     PANEL_GROUPS,
-    PLAN_EXPERT,
-    PLAN_FIRST,
-    PLAN_ITEM_BYTES,
-    PLAN_ITEMS,
-    PLAN_N_ROWS,
-    PLAN_RECORD_BYTES,
-    PLAN_ROW,
-    PLAN_SLOT,
     PLANNED_AT,
     PLANNED_N_EXPERTS,
     PLANNED_PER_ITEM,
     WORD,
-    plan_records,
+    dispatch_records,
     whole_vectors,
 )
 from edgeinfer.kernels.cpu.native.copy_rows import copy
@@ -61,7 +61,7 @@ from edgeinfer.kernels.cpu.native.simd import (
 from edgeinfer.kernels.cpu.native.sink import clear_behind
 
 jit = njit(error_model="numpy")
-_plan_records, _whole_vectors = jit(plan_records), jit(whole_vectors)
+_dispatch_records, _whole_vectors = jit(dispatch_records), jit(whole_vectors)
 
 # Arguments as a matmul has them, and behind these what is needed to finish: the op's own
 # arguments, the number of the expert, the item's first record, room for 4 vectors.
@@ -87,9 +87,9 @@ def _finish(n):
             acc = add_f(acc, load_f32x8(bias + 4 * expert * _whole_vectors(dim) + 32 * group))
         store_rows(room, VECTOR, acc)
         left = dim - 8 * group
-        record = word(args + _RECORDS) + PLAN_RECORD_BYTES * t
+        record = word(args + _RECORDS) + DISPATCH_RECORD_BYTES * t
         for i in range(n):
-            row, slot = word(record + PLAN_ROW), word(record + PLAN_SLOT)
+            row, slot = word(record + DISPATCH_ROW), word(record + DISPATCH_SLOT)
             out = word(op + EXPERTS_OUT) + row * stride
             to = out + 4 * dim * slot + 32 * group
             if left >= 8:
@@ -98,7 +98,7 @@ def _finish(n):
                 copy(room + VECTOR * i, to, left)
                 if slot == n_used - 1:
                     clear_behind(out, dim * n_used)
-            record += PLAN_RECORD_BYTES
+            record += DISPATCH_RECORD_BYTES
 
     return finish
 
@@ -108,10 +108,10 @@ def make(isa, type_name):
 
     def kernel(h, a, chunk, thread):
         plan, per_item, args = word(a + PLANNED_AT), word(a + PLANNED_PER_ITEM), allocate()
-        item = plan + PLAN_ITEMS + PLAN_ITEM_BYTES * (chunk // per_item)
-        expert, start = word(item + PLAN_EXPERT), word(item + PLAN_FIRST)
+        item = plan + DISPATCH_ITEMS + DISPATCH_ITEM_BYTES * (chunk // per_item)
+        expert, start = word(item + DISPATCH_EXPERT), word(item + DISPATCH_FIRST)
         row_bytes = word(a + EXPERTS_X_ROW_BYTES)
-        records = plan + _plan_records(word(a + PLANNED_N_EXPERTS))
+        records = plan + _dispatch_records(word(a + PLANNED_N_EXPERTS))
         set_word(args + MATMUL_W, word(a + EXPERTS_W) + expert * word(a + EXPERTS_BYTES))
         set_word(args + MATMUL_N_BLOCKS, word(a + EXPERTS_N_BLOCKS))
         set_word(args + MATMUL_X, word(a + EXPERTS_X) + start * row_bytes)
@@ -119,11 +119,11 @@ def make(isa, type_name):
         set_word(args + MATMUL_SCRATCH, word(a + EXPERTS_SCRATCH))
         set_word(args + _OP, a)
         set_word(args + _EXPERT, expert)
-        set_word(args + _RECORDS, records + PLAN_RECORD_BYTES * start)
+        set_word(args + _RECORDS, records + DISPATCH_RECORD_BYTES * start)
         n_groups = word(a + EXPERTS_N_GROUPS)
         n_panels, part = (n_groups + PANEL_GROUPS - 1) // PANEL_GROUPS, chunk % per_item
         first = n_panels * part // per_item * PANEL_GROUPS
         last = min(n_groups, n_panels * (part + 1) // per_item * PANEL_GROUPS)
-        tiles(args, first, last, word(item + PLAN_N_ROWS), thread)
+        tiles(args, first, last, word(item + DISPATCH_N_ROWS), thread)
 
     return kernel

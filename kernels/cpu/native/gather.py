@@ -6,22 +6,22 @@ from numba import njit
 
 from edgeinfer.kernels.cpu.layout import (
     A32_BYTES,
+    DISPATCH_FIRST,
+    DISPATCH_ITEM_BYTES,
+    DISPATCH_ITEMS,
+    DISPATCH_N_ROWS,
+    DISPATCH_RECORD_BYTES,
+    DISPATCH_ROW,
+    DISPATCH_SLOT,
     GATHER_DIM,
     GATHER_N_PARTS,
     GATHER_OUT,
     GATHER_STRIDE,
     GATHER_X,
     H_ROWS,
-    PLAN_FIRST,
-    PLAN_ITEM_BYTES,
-    PLAN_ITEMS,
-    PLAN_N_ROWS,
-    PLAN_RECORD_BYTES,
-    PLAN_ROW,
-    PLAN_SLOT,
     PLANNED_AT,
     PLANNED_N_EXPERTS,
-    plan_records,
+    dispatch_records,
     whole_vectors,
 )
 from edgeinfer.kernels.cpu.native.fours import place_in_fours
@@ -29,7 +29,7 @@ from edgeinfer.kernels.cpu.native.simd import load_i32x8, store_i32x8, word
 from edgeinfer.kernels.cpu.native.sink import tile_of
 
 jit = njit(error_model="numpy")
-_plan_records = jit(plan_records)
+_dispatch_records = jit(dispatch_records)
 _whole_vectors = jit(whole_vectors)
 
 
@@ -71,13 +71,15 @@ def make(isa, layout):
 
     def kernel(h, a, chunk, thread):
         plan, dim = word(a + PLANNED_AT), word(a + GATHER_DIM)
-        item = plan + PLAN_ITEMS + PLAN_ITEM_BYTES * chunk
-        first, n = word(item + PLAN_FIRST), word(item + PLAN_N_ROWS)
+        item = plan + DISPATCH_ITEMS + DISPATCH_ITEM_BYTES * chunk
+        first, n = word(item + DISPATCH_FIRST), word(item + DISPATCH_N_ROWS)
         row_bytes = dim // 32 * A32_BYTES if is_a32 else 4 * _whole_vectors(dim)
-        record = plan + _plan_records(word(a + PLANNED_N_EXPERTS)) + PLAN_RECORD_BYTES * first
+        record = (
+            plan + _dispatch_records(word(a + PLANNED_N_EXPERTS)) + DISPATCH_RECORD_BYTES * first
+        )
         out = word(a + GATHER_OUT) + first * row_bytes
         for i in range(n):
-            one_row(h, a, word(record + PLAN_ROW), word(record + PLAN_SLOT), out, i, n)
-            record += PLAN_RECORD_BYTES
+            one_row(h, a, word(record + DISPATCH_ROW), word(record + DISPATCH_SLOT), out, i, n)
+            record += DISPATCH_RECORD_BYTES
 
     return kernel
