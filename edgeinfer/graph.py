@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from typing import NamedTuple, NoReturn
 
-from edgeinfer.errors import InvalidModelError, UnsupportedModelError
+from edgeinfer.errors import InvalidModelError
+from edgeinfer.model_reader import Heads, ModelReader, without_leading_ones
 from edgeinfer.ops import (
     KV,
     Activation,
@@ -42,7 +41,7 @@ from edgeinfer.ops import (
     inputs,
 )
 from edgeinfer.quant import Weight
-from edgeinfer.rope import FREQS, LONG, SHORT, Growth, Rope, RopeKind, RopeReader, Yarn
+from edgeinfer.rope import Growth, Rope, RopeKind, Yarn
 from edgeinfer.settings import Settings
 
 __all__ = [
@@ -53,21 +52,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-class Heads(NamedTuple):
-    """The heads of a layer: n of queries, n_kv of keys and values."""
-
-    n: int
-    n_kv: int
-    k_dim: int
-    v_dim: int
-    window: int = 0
-
-    @property
-    def cache(self) -> KV:
-        return KV(self.n_kv, self.k_dim, self.v_dim, self.window)
-
-
-class Graph:
+class Graph(ModelReader):
     """Records the operations of one forward pass.
 
     Weights are asked for by GGUF name without suffix (`blk.0.attn_q`); what a file carries beside
@@ -77,110 +62,12 @@ class Graph:
     """
 
     def __init__(self, hparams: Hparams, settings: Settings, weights: Mapping[str, Weight]) -> None:
-        self.hparams = hparams
+        super().__init__(hparams, settings, weights)
         self.ops: list[Op] = []
         self.logits: Value | None = None
         self.hidden: Value | None = None  # what the head reads
-        self._settings, self._weights = settings, dict(weights)
-        self._used: set[str] = set()
         self._n_values = 0
-        self._layer = -1
         self._boundaries: list[Value] = []  # the residual stream leaving layer i
-
-    # -- numbers -----------------------------------------------------------------------------
-
-    @property
-    def dim(self) -> int:
-        return self.hparams.dim
-
-    def count(self, name: str, default: int | None = None, low: int = 1) -> int:
-        """A whole number of at least `low`; without a default the file must have it."""
-        return self._settings.count(name, default, layer=self._here, low=low)
-
-    def number(
-        self,
-        name: str,
-        default: float | None = None,
-        low: float = -math.inf,
-        high: float = math.inf,
-    ) -> float:
-        return self._settings.number(name, default, layer=self._here, low=low, high=high)
-
-    def flag(self, name: str, default: bool | None = None) -> bool:
-        return self._settings.flag(name, default, layer=self._here)
-
-    def text(self, name: str, default: str | None = None) -> str:
-        return self._settings.text(name, default)
-
-    def window(
-        self, period: int | None = None, default: int = 0, *, dense_first: bool = False
-    ) -> int:
-        """How many positions the layer sees, 0 for all.
-
-        There is a window in the layers that `attention.sliding_window_pattern` names: one by one,
-        or by a number, of which the last (or first) layer sees all. `period` is its default, and
-        `default` the width's.
-        """
-        name = "attention.sliding_window_pattern"
-        width = self.count("attention.sliding_window", default, low=0)
-        if self._settings.is_array(name):
-            return width if self.flag(name) else 0
-        if not width and not self._settings.has(name):
-            return 0
-        period = self.count(name, period, low=0)
-        dense = 0 if dense_first else period - 1
-        return width if not period or self._layer % period != dense else 0
-
-    def heads(self, window: int = 0) -> Heads:
-        """How many heads there are and how wide, each by its own key. Windows have widths."""
-        n = self.count("attention.head_count")
-        n_kv = self.count("attention.head_count_kv", n)
-        if n % n_kv:
-            self._settings.wrong("attention.head_count_kv", n_kv, f"a divisor of the {n} heads")
-        if not self._settings.has("attention.key_length") and self.dim % n:
-            wanted = f"a divisor of the embedding length {self.dim}"
-            self._settings.wrong("attention.head_count", n, wanted)
-        k_dim = self.count("attention.key_length", self.dim // n)
-        v_dim = self.count("attention.value_length", k_dim)
-        if window:
-            k_dim = self.count("attention.key_length_swa", k_dim)
-            v_dim = self.count("attention.value_length_swa", v_dim)
-        return Heads(n, n_kv, k_dim, v_dim, window)
-
-    def rope(self, kind: RopeKind, head_dim: int) -> Rope:
-        """The layer's rotation, with the factors of its pairs where the file has them.
-
-        `rope_freqs` acts in any context, `rope_factors_short` in those that are no longer than
-        `rope.scaling.original_context_length`, `rope_factors_long` in others.
-        """
-        reader = self._rope_reader()
-        n_dims = reader.n_dims(head_dim)
-        tables = {
-            name: self._weight(name, n_dims // 2) for name in (FREQS, SHORT, LONG) if self.has(name)
-        }
-        return reader.rope(kind, n_dims, tables)
-
-    def window_rope(self, kind: RopeKind, head_dim: int, *, is_alike: bool = False) -> Rope:
-        """The rotation in layers with a window, without scaling and factors.
-
-        Its base is that of `rope.freq_base_swa`, and by default 10,000 or, `is_alike`, the others'.
-        """
-        return self._rope_reader().in_window(kind, head_dim, is_alike)
-
-    def growing(self, rope: Rope, head_dim: int) -> Rope:
-        """A rotation that multiplies what it rotates, too, as `attention.temperature_scale` says.
-
-        For queries: their scores grow with each `rope.scaling.original_context_length` positions.
-        """
-        return self._rope_reader().growing(rope, head_dim)
-
-    def _rope_reader(self) -> RopeReader:
-        return RopeReader(self._settings, self._here, self.hparams.n_ctx_train)
-
-    @property
-    def _here(self) -> int | None:
-        """The layer that is being recorded."""
-        return self._layer if 0 <= self._layer < self.hparams.n_layers else None
 
     # -- structure ---------------------------------------------------------------------------
 
@@ -214,11 +101,6 @@ class Graph:
         assert output is not None and hidden is not None, "the model's forward() recorded no head"
         entering = None if first == 0 else self._boundaries[first - 1]
         return Segment(self, ops, entering, output, hidden, last == n)
-
-    @property
-    def unused(self) -> list[str]:
-        """Names of tensors in the file that no op reads: a sign of an unsupported variant."""
-        return sorted(set(self._weights) - self._used)
 
     # -- operations --------------------------------------------------------------------------
 
@@ -370,10 +252,6 @@ class Graph:
         logits = self.scale(self.linear(x, name, self.hparams.vocab_size), scale)
         self.logits = self.soft_cap(logits, soft_cap) if soft_cap else logits
 
-    def has(self, name: str) -> bool:
-        """Whether the file holds this tensor (full name)."""
-        return name in self._weights
-
     # -- recording ---------------------------------------------------------------------------
 
     def _linear(self, x: Value, weight: Weight, bias: Weight | None, name: str) -> Value:
@@ -405,40 +283,8 @@ class Graph:
         self.ops.append(op(layer=self._layer, out=out, **fields))  # type: ignore[arg-type]
         return out
 
-    def _weight(self, name: str, *shape: int) -> Weight:
-        weight = self._weights.get(name)
-        if weight is None:
-            self._lacks(name)
-        if weight.shape != shape:
-            if without_leading_ones(weight.shape) != without_leading_ones(shape):
-                raise InvalidModelError(
-                    f"shape is {weight.shape}, the metadata asks for {shape}", field=name
-                )
-            weight = self._weights[name] = replace(weight, shape=shape)
-        self._used.add(name)
-        return weight
-
-    def _lacks(self, name: str) -> NoReturn:
-        """What the file holds in place of a tensor tells what kind of model it is."""
-        architecture, stem = self.hparams.architecture, name.rpartition(".")[0]
-        others = [each for each in self._weights if each.startswith(stem)]
-        if others:
-            raise UnsupportedModelError(
-                f"the file lacks {name}, which edgeinfer's {architecture} needs, and holds "
-                f"{', '.join(others[:3])}: another kind of {architecture} than it runs",
-                architecture=architecture,
-                missing=others,
-            )
-        raise InvalidModelError(f"the file lacks a tensor that {architecture} needs", field=name)
-
 
 def _in_context(op: Op, n_ctx: int) -> Op:
     if not isinstance(op, Rotate) or op.rope.longer is None:
         return op
     return op._replace(rope=op.rope.in_context(n_ctx))
-
-
-def without_leading_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Files may write a vector (n,) as (1, n): what counts is the rest."""
-    n_ones = next((i for i, n in enumerate(shape) if n != 1), len(shape))
-    return shape[n_ones:]

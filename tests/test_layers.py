@@ -22,7 +22,7 @@ config quant platform options parameters results settings
 gguf dequantize
 rope
 text sampling hub ops
-mixture
+mixture model_reader
 graph keys
 batch models.*
 fusion known

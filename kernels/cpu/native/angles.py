@@ -16,7 +16,7 @@ from edgeinfer.kernels.cpu.layout import (
 )
 from edgeinfer.kernels.cpu.native.math import sincos
 from edgeinfer.kernels.cpu.native.pages import n_gone, pinned_position, position, table_of
-from edgeinfer.kernels.cpu.native.simd import load_f64, store_f32, word
+from edgeinfer.kernels.cpu.native.words import load_f64, store_f32, word
 
 jit = njit(error_model="numpy")
 

@@ -64,9 +64,7 @@ from edgeinfer.kernels.cpu.native.simd import (
     add_f,
     div_f,
     fma,
-    load_f32,
     load_f32x8,
-    load_i32,
     load_rows_f32,
     load_splat_f32,
     local,
@@ -75,13 +73,17 @@ from edgeinfer.kernels.cpu.native.simd import (
     prefetch,
     row,
     splat_f32,
-    store_f32,
     store_f32x8,
-    store_i32,
     store_rows,
     sub_f,
-    word,
     zeros_f32,
+)
+from edgeinfer.kernels.cpu.native.words import (
+    load_f32,
+    load_i32,
+    store_f32,
+    store_i32,
+    word,
 )
 
 jit = njit(error_model="numpy")

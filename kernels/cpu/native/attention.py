@@ -22,8 +22,8 @@ from edgeinfer.kernels.cpu.native.simd import (
     max_f,
     mul_f,
     sub_f,
-    word,
 )
+from edgeinfer.kernels.cpu.native.words import word
 
 jit = njit(error_model="numpy")
 

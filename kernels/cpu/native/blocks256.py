@@ -27,13 +27,8 @@ from edgeinfer.kernels.cpu.native.grid import Product
 from edgeinfer.kernels.cpu.native.simd import (
     and_i,
     fma,
-    load_f16,
     load_f16x8,
-    load_i8,
-    load_u8,
     load_u8x8,
-    load_u16,
-    load_u32,
     mul_f,
     mul_i,
     neg_f,
@@ -42,11 +37,18 @@ from edgeinfer.kernels.cpu.native.simd import (
     shift_right,
     splat_i16,
     splat_u8,
+    sub_i,
+    to_f32,
+)
+from edgeinfer.kernels.cpu.native.words import (
+    load_f16,
+    load_i8,
+    load_u8,
+    load_u16,
+    load_u32,
     store_u8,
     store_u16,
     store_u32,
-    sub_i,
-    to_f32,
 )
 
 jit = njit(error_model="numpy")

@@ -14,17 +14,19 @@ from edgeinfer.kernels.cpu.native.grid import Product
 from edgeinfer.kernels.cpu.native.simd import (
     and_i,
     fma,
-    load_f16,
     load_f16x8,
-    load_u8,
-    load_u16,
-    load_u32,
     or_i,
     shift_right,
     splat_u8,
+    to_f32,
+)
+from edgeinfer.kernels.cpu.native.words import (
+    load_f16,
+    load_u8,
+    load_u16,
+    load_u32,
     store_u16,
     store_u32,
-    to_f32,
 )
 
 jit = njit(error_model="numpy")

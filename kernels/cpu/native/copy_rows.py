@@ -15,15 +15,9 @@ from edgeinfer.kernels.cpu.layout import (
     H_WANTED_ROWS,
     WANTED_ROWS,
 )
-from edgeinfer.kernels.cpu.native.simd import (
-    load_f32,
-    load_f32x8,
-    load_i32,
-    store_f32,
-    store_f32x8,
-    word,
-)
+from edgeinfer.kernels.cpu.native.simd import load_f32x8, store_f32x8
 from edgeinfer.kernels.cpu.native.sink import finish_row, row_at
+from edgeinfer.kernels.cpu.native.words import load_f32, load_i32, store_f32, word
 
 jit = njit(error_model="numpy")
 

@@ -23,7 +23,7 @@ from edgeinfer.kernels.cpu.layout import (
     WORD,
     dispatch_records,
 )
-from edgeinfer.kernels.cpu.native.simd import load_f32, set_word, word
+from edgeinfer.kernels.cpu.native.words import load_f32, set_word, word
 
 jit = njit(error_model="numpy")
 _dispatch_records = jit(dispatch_records)

@@ -15,8 +15,8 @@ from edgeinfer.kernels.cpu.layout import (
     H_IDS,
 )
 from edgeinfer.kernels.cpu.native.formats import FORMATS
-from edgeinfer.kernels.cpu.native.simd import load_i32, store_f32, word
 from edgeinfer.kernels.cpu.native.sink import clear_behind
+from edgeinfer.kernels.cpu.native.words import load_i32, store_f32, word
 
 
 def make(isa, type_name):

@@ -16,15 +16,13 @@ from edgeinfer.kernels.cpu.layout import (
 )
 from edgeinfer.kernels.cpu.native.simd import (
     add_f,
-    load_f32,
     load_f32x8,
     load_splat_f32,
     mul_f,
-    store_f32,
     store_f32x8,
-    word,
 )
 from edgeinfer.kernels.cpu.native.sink import finish_row, row_at
+from edgeinfer.kernels.cpu.native.words import load_f32, store_f32, word
 
 jit = njit(error_model="numpy")
 

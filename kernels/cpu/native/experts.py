@@ -53,12 +53,11 @@ from edgeinfer.kernels.cpu.native.simd import (
     load_splat_f32,
     local,
     mul_f,
-    set_word,
     store_f32x8,
     store_rows,
-    word,
 )
 from edgeinfer.kernels.cpu.native.sink import clear_behind
+from edgeinfer.kernels.cpu.native.words import set_word, word
 
 jit = njit(error_model="numpy")
 _dispatch_records, _whole_vectors = jit(dispatch_records), jit(whole_vectors)

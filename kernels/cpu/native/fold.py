@@ -33,9 +33,9 @@ from edgeinfer.kernels.cpu.native.simd import (
     mul_f,
     splat_f32,
     store_f32x8,
-    word,
 )
 from edgeinfer.kernels.cpu.native.sink import finish_row, row_at
+from edgeinfer.kernels.cpu.native.words import word
 
 jit = njit(error_model="numpy")
 _whole_vectors = jit(whole_vectors)

@@ -16,13 +16,11 @@ from dataclasses import dataclass
 from numba import njit
 
 from edgeinfer.kernels.cpu.native import blocks32, blocks256, blocks_table
-from edgeinfer.kernels.cpu.native.simd import (
+from edgeinfer.kernels.cpu.native.simd import load_bf16x8, load_f16x8, load_f32x8
+from edgeinfer.kernels.cpu.native.words import (
     load_bf16,
-    load_bf16x8,
     load_f16,
-    load_f16x8,
     load_f32,
-    load_f32x8,
     load_u16,
     load_u32,
     store_u16,

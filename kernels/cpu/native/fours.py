@@ -17,7 +17,7 @@ from edgeinfer.kernels.cpu.layout import (
     whole_vectors,
 )
 from edgeinfer.kernels.cpu.native.copy_rows import copy
-from edgeinfer.kernels.cpu.native.simd import load_f32, store_f32, word
+from edgeinfer.kernels.cpu.native.words import load_f32, store_f32, word
 
 jit = njit(error_model="numpy")
 _whole_vectors = jit(whole_vectors)

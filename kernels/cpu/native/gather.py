@@ -25,8 +25,9 @@ from edgeinfer.kernels.cpu.layout import (
     whole_vectors,
 )
 from edgeinfer.kernels.cpu.native.fours import place_in_fours
-from edgeinfer.kernels.cpu.native.simd import load_i32x8, store_i32x8, word
+from edgeinfer.kernels.cpu.native.simd import load_i32x8, store_i32x8
 from edgeinfer.kernels.cpu.native.sink import tile_of
+from edgeinfer.kernels.cpu.native.words import word
 
 jit = njit(error_model="numpy")
 _dispatch_records = jit(dispatch_records)

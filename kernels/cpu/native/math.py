@@ -14,19 +14,18 @@ from edgeinfer.kernels.cpu.native.simd import (
     bits_f32,
     div_f,
     fma,
-    fma_f64,
     mapped,
     max_f,
     min_f,
     mul_f,
     neg_f,
     round_f,
-    round_f64,
     shift_left,
     splat_f32,
     splat_i32,
     to_i32,
 )
+from edgeinfer.kernels.cpu.native.words import fma_f64, round_f64
 
 jit = njit(error_model="numpy")
 

@@ -45,10 +45,10 @@ from edgeinfer.kernels.cpu.native.simd import (
     prefetch,
     store_f32x8,
     store_rows,
-    word,
     zero_f32,
     zeros_f32,
 )
+from edgeinfer.kernels.cpu.native.words import word
 
 jit = njit(error_model="numpy")
 

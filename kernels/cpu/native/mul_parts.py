@@ -16,15 +16,13 @@ from edgeinfer.kernels.cpu.layout import (
     WANTED_ROWS,
 )
 from edgeinfer.kernels.cpu.native.simd import (
-    load_f32,
     load_f32x8,
     mul_f,
     splat_f32,
-    store_f32,
     store_f32x8,
-    word,
 )
 from edgeinfer.kernels.cpu.native.sink import finish_row, row_at
+from edgeinfer.kernels.cpu.native.words import load_f32, store_f32, word
 
 
 def make(isa):

@@ -22,22 +22,24 @@ from edgeinfer.kernels.cpu.native.simd import (
     add_f,
     fma,
     insert_f32,
-    load_f32,
     load_f32x8,
-    load_i32,
     load_rows_f32,
     mul_f,
     row,
     splat_f32,
-    sqrt_f32,
-    store_f32,
     store_f32x8,
     sum_lanes,
-    word,
     zero_f32,
     zeros_f32,
 )
 from edgeinfer.kernels.cpu.native.sink import finish_row, row_at
+from edgeinfer.kernels.cpu.native.words import (
+    load_f32,
+    load_i32,
+    sqrt_f32,
+    store_f32,
+    word,
+)
 
 jit = njit(error_model="numpy")
 

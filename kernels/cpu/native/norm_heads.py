@@ -19,8 +19,8 @@ from edgeinfer.kernels.cpu.layout import (
     WANTED_ROWS,
 )
 from edgeinfer.kernels.cpu.native.norm import normalise, sum_squares
-from edgeinfer.kernels.cpu.native.simd import load_f32, sqrt_f32, store_f32, word
 from edgeinfer.kernels.cpu.native.sink import finish_row, row_at
+from edgeinfer.kernels.cpu.native.words import load_f32, sqrt_f32, store_f32, word
 
 jit = njit(error_model="numpy")
 

@@ -16,7 +16,7 @@ from edgeinfer.kernels.cpu.layout import (
     PACK_SRC,
 )
 from edgeinfer.kernels.cpu.native.formats import FORMATS
-from edgeinfer.kernels.cpu.native.simd import set_word, word
+from edgeinfer.kernels.cpu.native.words import set_word, word
 
 jit = njit(error_model="numpy")
 

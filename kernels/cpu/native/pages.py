@@ -18,7 +18,7 @@ from edgeinfer.kernels.cpu.layout import (
     TABLE_SLOTS,
     TABLE_VISIBLE,
 )
-from edgeinfer.kernels.cpu.native.simd import load_i32, word
+from edgeinfer.kernels.cpu.native.words import load_i32, word
 
 jit = njit(error_model="numpy")
 

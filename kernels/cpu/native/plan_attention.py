@@ -31,7 +31,7 @@ from edgeinfer.kernels.cpu.layout import (
 )
 from edgeinfer.kernels.cpu.native.attention import n_segments, segment
 from edgeinfer.kernels.cpu.native.pages import first_seen, position, table_of
-from edgeinfer.kernels.cpu.native.simd import load_i32, set_word, word
+from edgeinfer.kernels.cpu.native.words import load_i32, set_word, word
 
 jit = njit(error_model="numpy")
 

@@ -22,15 +22,14 @@ from edgeinfer.kernels.cpu.native.math import silu
 from edgeinfer.kernels.cpu.native.simd import (
     add_f,
     div_f,
-    load_f32,
     load_f32x8,
     mapped,
     mul_f,
     splat_f32,
     store_f32x8,
-    word,
 )
 from edgeinfer.kernels.cpu.native.sink import finish_row, row_at
+from edgeinfer.kernels.cpu.native.words import load_f32, word
 
 jit = njit(error_model="numpy")
 

@@ -7,7 +7,7 @@ chunk.
 
 from __future__ import annotations
 
-from edgeinfer.kernels.cpu.native.simd import fetch_add, load_acquire, word
+from edgeinfer.kernels.cpu.native.words import fetch_add, load_acquire, word
 
 
 def make(isa):

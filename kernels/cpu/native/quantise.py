@@ -14,8 +14,8 @@ from edgeinfer.kernels.cpu.layout import (
     WANTED_ROWS,
 )
 from edgeinfer.kernels.cpu.native.copy_rows import copy
-from edgeinfer.kernels.cpu.native.simd import word
 from edgeinfer.kernels.cpu.native.sink import finish_row, row_at
+from edgeinfer.kernels.cpu.native.words import word
 
 
 def make(isa):

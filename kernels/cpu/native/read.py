@@ -11,13 +11,12 @@ from numba import njit
 
 from edgeinfer.kernels.cpu.native.simd import (
     add_i,
-    fetch_add,
     load_i32x8,
     prefetch,
     splat_i32,
     sum_lanes_i32,
-    word,
 )
+from edgeinfer.kernels.cpu.native.words import fetch_add, word
 
 _LINE, _AHEAD = 64, 1024
 

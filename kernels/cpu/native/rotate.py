@@ -41,16 +41,18 @@ from edgeinfer.kernels.cpu.native.simd import (
     I32,
     f32x8,
     fma,
-    fma_f32,
-    load_f32,
     load_f32x8,
     mapped,
     mul_f,
     neg_f,
-    store_f16,
     store_f16x8,
-    store_f32,
     store_f32x8,
+)
+from edgeinfer.kernels.cpu.native.words import (
+    fma_f32,
+    load_f32,
+    store_f16,
+    store_f32,
     word,
 )
 

@@ -30,25 +30,27 @@ from edgeinfer.kernels.cpu.native.math import exp
 from edgeinfer.kernels.cpu.native.simd import (
     add_f,
     div_f,
-    load_f32,
     load_f32x8,
-    load_i32,
     load_rows_f32,
     max_f,
     max_lanes,
     row,
     splat_f32,
-    sqrt_f32,
-    store_f32,
     store_f32x8,
-    store_i32,
     store_rows,
     sub_f,
     sum_lanes,
-    word,
     zeros_f32,
 )
 from edgeinfer.kernels.cpu.native.sink import finish_row, row_at
+from edgeinfer.kernels.cpu.native.words import (
+    load_f32,
+    load_i32,
+    sqrt_f32,
+    store_f32,
+    store_i32,
+    word,
+)
 from edgeinfer.ops import SMALLEST_SUM
 
 jit = njit(error_model="numpy")

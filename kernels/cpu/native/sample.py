@@ -20,7 +20,7 @@ from edgeinfer.kernels.cpu.native.sampling.vocabulary import (
     largest_logit,
     sum_exp,
 )
-from edgeinfer.kernels.cpu.native.simd import (
+from edgeinfer.kernels.cpu.native.words import (
     load_f32,
     store_f32,
     store_f64,

@@ -30,13 +30,11 @@ from edgeinfer.kernels.cpu.native.simd import (
     round_f,
     row,
     splat_f32,
-    store_f32,
     store_i8x8,
-    store_i16,
     sum_lanes_i32,
     to_i32,
-    word,
 )
+from edgeinfer.kernels.cpu.native.words import store_f32, store_i16, word
 
 jit = njit(error_model="numpy")
 _whole_vectors = jit(whole_vectors)

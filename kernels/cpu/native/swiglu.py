@@ -11,8 +11,9 @@ from edgeinfer.kernels.cpu.layout import (
     SWIGLU_UP,
 )
 from edgeinfer.kernels.cpu.native.math import silu
-from edgeinfer.kernels.cpu.native.simd import load_f32x8, mul_f, store_f32x8, word
+from edgeinfer.kernels.cpu.native.simd import load_f32x8, mul_f, store_f32x8
 from edgeinfer.kernels.cpu.native.sink import finish_row, row_at
+from edgeinfer.kernels.cpu.native.words import word
 
 
 def make(isa):

@@ -53,7 +53,7 @@ from edgeinfer.kernels.cpu.layout import (
     TEAM_YIELD,
     WORD,
 )
-from edgeinfer.kernels.cpu.native.simd import (
+from edgeinfer.kernels.cpu.native.words import (
     call_os,
     compare_and_swap,
     fetch_add,

@@ -12,7 +12,7 @@ from edgeinfer.kernels.cpu.native.inlining import not_inlined
 from edgeinfer.kernels.cpu.native.sampling.numbers import INF, exp, log, token_of, value_of
 from edgeinfer.kernels.cpu.native.sampling.sort import push_all, sort_more
 from edgeinfer.kernels.cpu.native.sampling.vocabulary import gather, sum_exp
-from edgeinfer.kernels.cpu.native.simd import set_word, word
+from edgeinfer.kernels.cpu.native.words import set_word, word
 
 jit = njit(error_model="numpy")
 

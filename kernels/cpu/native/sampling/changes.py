@@ -7,7 +7,13 @@ from numba import njit
 from edgeinfer.kernels.cpu import layout as at
 from edgeinfer.kernels.cpu.native.sampling.numbers import INF, LARGEST, narrow, widen
 from edgeinfer.kernels.cpu.native.sampling.table import param
-from edgeinfer.kernels.cpu.native.simd import intp, load_f32, load_i32, store_f32, store_i32
+from edgeinfer.kernels.cpu.native.simd import intp
+from edgeinfer.kernels.cpu.native.words import (
+    load_f32,
+    load_i32,
+    store_f32,
+    store_i32,
+)
 
 jit = njit(error_model="numpy")
 

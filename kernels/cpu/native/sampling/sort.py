@@ -6,7 +6,7 @@ from numba import njit
 
 from edgeinfer.kernels.cpu import layout as at
 from edgeinfer.kernels.cpu.native.inlining import not_inlined
-from edgeinfer.kernels.cpu.native.simd import set_word, word
+from edgeinfer.kernels.cpu.native.words import set_word, word
 
 jit = njit(error_model="numpy")
 

@@ -30,7 +30,6 @@ from edgeinfer.kernels.cpu.native.simd import (
     call,
     f32x8,
     intp,
-    load_f32,
     load_f32x8,
     load_ir,
     mapped,
@@ -39,14 +38,12 @@ from edgeinfer.kernels.cpu.native.simd import (
     min_f,
     mul_f,
     scalar,
-    set_word,
     splat_f32,
     splat_f64,
     splat_ir,
-    store_f32,
     sub_f,
-    word,
 )
+from edgeinfer.kernels.cpu.native.words import load_f32, set_word, store_f32, word
 
 jit = njit(error_model="numpy")
 
