@@ -101,6 +101,12 @@ def main() -> None:
                     f"head dim {dim:3}, GQA {group}, {depth:6}   {rate:10.1f}"
                     f"  {seconds * 1e6:10.1f} {folding * 1e6:8.1f}"
                 )
+    print("head dim 64, GQA 4, depth and window:   128 rows us    1 row us")
+    for depth in (1024, 8192):
+        for window in (0, 128, 512, 4096):
+            calls = [step(depth, n, 64, 4, args.family, window)[0] for n in (128, 1)]
+            many, one = (median(call, args.seconds) * 1e6 for call in calls)
+            print(f"{depth:28} {window:8} {many:13.0f} {one:11.1f}")
 
 
 if __name__ == "__main__":
