@@ -52,7 +52,6 @@ int main(void) {
   for (int64_t i = 0; i < n_addresses; i++) *(int64_t *)(arena + at[i]) += (int64_t)arena;
   for (int64_t i = 0; i < n_calls; i++) {
     int64_t which = word(), header = word(), args = word(), n_chunks = word();
-    if (n_chunks < 0) n_chunks = *(int64_t *)(arena - n_chunks);
     for (int64_t c = 0; c < n_chunks; c++)
       kernels[which]((int64_t)arena + header, (int64_t)arena + args, c, 0);
   }
@@ -76,7 +75,7 @@ class Arena:
     data: bytearray = field(default_factory=bytearray)
     addresses: list[int] = field(default_factory=list)  # where the data holds addresses
     scratch: list[slice] = field(default_factory=list)  # what kernels may leave as they like
-    # Kernel, header, args, chunks; where these are below 0, minus the offset of their number.
+    # Kernel, header, args, chunks.
     calls: list[tuple[str, int, int, int]] = field(default_factory=list)
 
     def put(self, array: np.ndarray) -> At:
@@ -114,8 +113,6 @@ class Arena:
             memory[at : at + 8].view(np.int64)[0] += base
         for name, header, args, n_chunks in self.calls:
             kernel = ctypes.CFUNCTYPE(None, *[ctypes.c_ssize_t] * 4)(native.address(name))
-            if n_chunks < 0:
-                n_chunks = int(memory[-n_chunks : 8 - n_chunks].view(np.int64)[0])
             for chunk in range(n_chunks):
                 kernel(base + header, base + args, chunk, 0)
         for at in self.addresses:
@@ -268,20 +265,22 @@ def test_attention(driver: Path) -> None:
         "H", layout.HEADER_WORDS, ROWS=n, POS=arena.put(np.arange(first, first + n)),
         SEQ=arena.put(np.zeros(n, np.int32)), TABLES=table,
     )  # fmt: skip
-    plan = arena.room(layout.attention_plan_bytes(n, n_segments))
-    plan_args = arena.words("PLAN", 5, OUT=plan, N_KV_HEADS=n_kv, MAX_SEGMENTS=n_segments)
+    items = arena.room(layout.items_bytes(n, n_segments))
+    items_args = arena.words("ITEMS", 4, AT=items, MAX_SEGMENTS=n_segments)
     q = arena.put(rng.standard_normal((n, n_heads, dim), np.float32))
     row, out = 4 * n_heads * dim, arena.room(4 * n * n_heads * dim)
     args = arena.words(
-        "ATTEND", 24, PLAN=plan, Q=q, Q_STRIDE=row, PINNED_Q=q, N_HEADS=n_heads, N_KV_HEADS=n_kv,
+        "ATTEND", 24, ITEMS=items, Q=q, Q_STRIDE=row, PINNED_Q=q, N_HEADS=n_heads, N_KV_HEADS=n_kv,
         SCALE=native.float_bits(0.125), K_BASE=k, K_PAGE_BYTES=page_bytes, V_BASE=v,
         V_PAGE_BYTES=page_bytes, K_DIM=dim, V_DIM=dim,
         PARTS=arena.room(layout.parts_bytes(n, n_heads, dim, dim, n_segments) + 4096),
     )  # fmt: skip
     left_in(arena, args, layout.FOLD_SINK, out, row)
-    arena.call("plan_attention", header, plan_args, 1)
-    arena.call("attend.64.64", header, args, -plan.offset)
+    arena.call("plan_attention", header, items_args, 1)
+    n_items = 4  # two runs of rows in blocks of 16 positions, by two segments
+    arena.call("attend.64.64", header, args, n_items * n_kv)
     arena.call("fold", header, args, n)
     memory = same_here_and_emulated(arena, driver)
+    assert memory[items.offset : items.offset + 8].view(np.int64) == n_items
     y = memory[out.offset : out.offset + n * row].view(np.float32)
     assert np.isfinite(y).all() and np.unique(y).size > y.size // 2

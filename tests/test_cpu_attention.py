@@ -125,7 +125,7 @@ class Case:
             [[t.pages.ctypes.data, len(t.pages), t.n_pinned, t.n_visible] for t in self.tables]
         )
         max_segments = int(pos.max()) // 512 + 1
-        plan = np.full(layout.attention_plan_bytes(n, max_segments) // 8, -1, np.int64)
+        items = np.full(layout.items_bytes(n, max_segments) // 8, -1, np.int64)
         dims = heads.n_heads, heads.k_dim, heads.v_dim
         n_parts = layout.parts_bytes(n, *dims, max_segments) // 4
         parts = np.full(n_parts + 4096, np.nan, np.float32)
@@ -134,18 +134,18 @@ class Case:
             H_ROWS=n, H_POS=pos.ctypes.data, H_SEQ=seq.ctypes.data,
             H_TABLES=tables.ctypes.data - TABLES,
         )  # fmt: skip
-        plan_args = [plan.ctypes.data, heads.n_kv_heads, max_segments, heads.window, TABLES]
+        items_args = [items.ctypes.data, max_segments, heads.window, TABLES]
         sinks = 0 if self.sinks is None else self.sinks.ctypes.data
         args = [
-            plan.ctypes.data, q.ctypes.data, q[0].nbytes, pinned_q.ctypes.data,
-            heads.n_heads, heads.n_kv_heads, native.float_bits(self.scale),
+            items.ctypes.data, heads.n_kv_heads, q.ctypes.data, q[0].nbytes, pinned_q.ctypes.data,
+            heads.n_heads, native.float_bits(self.scale),
             self.k.ctypes.data, self.k[0].nbytes, self.v.ctypes.data, self.v[0].nbytes,
             parts.ctypes.data, heads.k_dim, heads.v_dim, TABLES, heads.window,
             native.float_bits(heads.cap), sinks, out.ctypes.data, out[0].nbytes, 0, 0,
         ]  # fmt: skip
-        native.run("plan_attention", h, plan_args, range(1), family)
-        n_items = int(plan[0])
-        backwards = range(n_items - 1, -1, -1)  # chunks run in any order
+        native.run("plan_attention", h, items_args, range(1), family)
+        n_chunks = int(items[0]) * heads.n_kv_heads
+        backwards = range(n_chunks - 1, -1, -1)  # chunks run in any order
         native.run(heads.kernel, h, args, backwards, family)
         native.run("fold.sinks" if sinks else "fold", h, args, range(n), family)
         assert np.isnan(parts[n_parts:]).all()

@@ -35,7 +35,7 @@ def test_every_thread_gets_work_and_chunks_shrink() -> None:
 # -- argument words ------------------------------------------------------------------------------
 
 BLOCKS = {name: block for name, block in vars(layout).items() if isinstance(block, layout.Block)}
-OWNERS = {"PLAN_ATTENTION": "PLAN", "ANGLES_SCALED": "ANGLES"}
+OWNERS = {"ANGLES_SCALED": "ANGLES"}
 
 
 @pytest.mark.parametrize("name", BLOCKS)

@@ -30,7 +30,8 @@ def command(model: str | None, as_json: bool, **flags: Any) -> None:
         total = {"fits": solved.fits, "total_bytes": solved.total_bytes}
         show_json({**total, "rows": rows, "solved": solution})
         return
+    width = max(16, *map(len, solved.rows))
     for name, size in solved.rows.items():
-        show(f"{name:16} {size / _MIB:9.1f} MiB")
-    show(f"{'total':16} {solved.total_bytes / _MIB:9.1f} MiB of {solved.available / _MIB:.0f}")
+        show(f"{name:{width}} {size / _MIB:9.1f} MiB")
+    show(f"{'total':{width}} {solved.total_bytes / _MIB:9.1f} MiB of {solved.available / _MIB:.0f}")
     show(f"context {solved.n_ctx} tokens {solved.note}".rstrip())

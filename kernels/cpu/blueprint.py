@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from edgeinfer.batch import PAGE, SEGMENT_PAGES, StepLimits, cache_row
+from edgeinfer.batch import SEGMENT_PAGES, StepLimits, cache_row
 from edgeinfer.graph import (
     KV,
     Attention,
@@ -99,7 +99,13 @@ def _weights_of(segment: Segment) -> tuple[list[Weight], list[Weight]]:
 
 def _pages_bytes(group: Mapping[int, KV], n_pages: int) -> int:
     """Bytes of pages of a cache group."""
-    return n_pages * PAGE * layout.cache_bytes(group.values())
+    return n_pages * sum(sum(_layer_bytes(kv)) for kv in group.values())
+
+
+def _layer_bytes(kv: KV) -> tuple[int, int]:
+    """Bytes of a layer's K and V in a page."""
+    k_bytes, v_bytes = layout.head_page_bytes(kv.k_dim, kv.v_dim)
+    return kv.n_heads * k_bytes, kv.n_heads * v_bytes
 
 
 def _place_caches(segment: Segment, arena: Arena, limits: StepLimits) -> dict[int, LayerCache]:
@@ -110,8 +116,7 @@ def _place_caches(segment: Segment, arena: Arena, limits: StepLimits) -> dict[in
         pages = Buffer("pages", _pages_bytes(group, n_pages), is_kept=True)
         offset, page_bytes = arena.place(pages).address, _pages_bytes(group, 1)
         for layer, kv in group.items():
-            sizes = layout.position_bytes(kv.n_heads, kv.k_dim, kv.v_dim)
-            k_bytes, v_bytes = (PAGE * n_bytes for n_bytes in sizes)
+            k_bytes, v_bytes = _layer_bytes(kv)
             k = arena.place(Buffer("K", 0, is_kept=True), offset)
             v = arena.place(Buffer("V", 0, is_kept=True), offset + k_bytes)
             max_segments = -(-n_pages // SEGMENT_PAGES) + 2

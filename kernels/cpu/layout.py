@@ -32,7 +32,6 @@ What depends on a page table is told where the records of its layer's tables beg
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 WORD = 8
@@ -56,6 +55,8 @@ MAX_TILE = 64  # rows
 
 PAGE = 32  # positions
 SEGMENT_PAGES = 16
+KV_BYTES = 2  # of a value of K or V
+K_ROW_BYTES = PAGE * KV_BYTES  # of one value of K in all positions of a page
 
 # Step header: byte offsets of its words. Those that change with every step come first.
 H_ROWS = 0 * WORD  # T, input rows of this step
@@ -100,8 +101,8 @@ SLOT_RECOUNT = 208  # how many slots behind this one get their counts anew once 
 SLOT_BYTES = 256
 # An op has one or more parts: a kernel, its arguments, its chunks in this step, and the rule that
 # counts them: a fixed number (>= 0) or one of COUNT_*. COUNT_ITEMS is the word that its first
-# argument points to, known before the step begins; COUNT_PLANNED is for an op behind one that
-# plans: that word times its second argument.
+# argument points to times its second argument, known before the step begins; COUNT_PLANNED is the
+# same for an op behind one that plans.
 PART_KERNEL, PART_ARGS, PART_COUNT, PART_RULE = (i * WORD for i in range(4))
 PART_BYTES = 4 * WORD
 COUNT_ROWS, COUNT_WANTED, COUNT_ITEMS, COUNT_PLANNED = -1, -2, -3, -4
@@ -234,10 +235,10 @@ ROTATE = Block(
     ROTATE_TABLES,
 ) = ROTATE  # fmt: skip
 #
-# plan_attention (part of the prologue): write the plan of layers with one window (0: none) and one
-# number of key/value heads. max_segments: the most segments a row of this program can see.
-PLAN_ATTENTION = Block("out n_kv_heads max_segments window tables")
-PLAN_OUT, PLAN_N_KV_HEADS, PLAN_MAX_SEGMENTS, PLAN_WINDOW, PLAN_TABLES = PLAN_ATTENTION
+# plan_attention (part of the prologue): the work items of layers with one window (0: none).
+# max_segments: the most segments a row of this program can see.
+ITEMS = Block("at max_segments window tables")
+ITEMS_AT, ITEMS_MAX_SEGMENTS, ITEMS_WINDOW, ITEMS_TABLES = ITEMS
 #
 # attend.<k_dim>.<v_dim>: one (work item, kv head); partial results go to `parts`. With `.window`
 # rows see a window only, with `.cap` scores pass a soft-cap; window and cap mean nothing else.
@@ -245,18 +246,18 @@ PLAN_OUT, PLAN_N_KV_HEADS, PLAN_MAX_SEGMENTS, PLAN_WINDOW, PLAN_TABLES = PLAN_AT
 # float for each head as the score of no value.
 # `pinned_q` has the stride of q.
 ATTEND = Block(
-    "plan q q_stride pinned_q n_heads n_kv_heads scale k_base k_page_bytes v_base "
+    "items n_kv_heads q q_stride pinned_q n_heads scale k_base k_page_bytes v_base "
     "v_page_bytes parts k_dim v_dim tables window cap sinks"
 )
 (
-    ATTEND_PLAN, ATTEND_Q, ATTEND_Q_STRIDE, ATTEND_PINNED_Q, ATTEND_N_HEADS, ATTEND_N_KV_HEADS,
+    ATTEND_ITEMS, ATTEND_N_KV_HEADS, ATTEND_Q, ATTEND_Q_STRIDE, ATTEND_PINNED_Q, ATTEND_N_HEADS,
     ATTEND_SCALE, ATTEND_K_BASE, ATTEND_K_PAGE_BYTES, ATTEND_V_BASE, ATTEND_V_PAGE_BYTES,
     ATTEND_PARTS, ATTEND_K_DIM, ATTEND_V_DIM, ATTEND_TABLES, ATTEND_WINDOW, ATTEND_CAP,
     ATTEND_SINKS,
 ) = ATTEND  # fmt: skip
 FOLD_SINK = 18 * WORD
 #
-# A plan: the number of work items times n_kv_heads, one record per row of the step, then the items.
+# Items: their number, one record per row of the step, then the work items.
 # A work item is up to ATTEND_ROWS consecutive rows of one sequence that see the same pages, with
 # all segments that they see (segment ALL) or with one of them: few rows are split by segment, so
 # that a long context uses every core, and a step of few rows into items of few, so that a short one
@@ -268,7 +269,7 @@ ATTEND_ROWS = 16
 ATTEND_FEW_ROWS = 4  # in steps of up to SPLIT_ROWS rows
 SPLIT_ROWS = 8  # items of more rows are not split by segment
 ALL_SEGMENTS = -1
-PLAN_ROWS = WORD  # after the number
+ITEMS_ROWS = WORD  # behind their number
 ROW_PART, ROW_ITEM_ROWS, ROW_INDEX, ROW_N_PARTS = (i * WORD for i in range(4))
 ROW_BYTES = 4 * WORD
 ITEM_ROW, ITEM_N_ROWS, ITEM_SEGMENT, ITEM_PART = (i * WORD for i in range(4))
@@ -290,14 +291,9 @@ def query_bytes(k_dim: int, v_dim: int) -> int:
     return 4 * (k_dim + 2 * whole_vectors(v_dim) + QUERY_EXTRA)
 
 
-def position_bytes(n_kv_heads: int, k_dim: int, v_dim: int) -> tuple[int, int]:
-    """Bytes of K and of V that a layer keeps of one position."""
-    return 2 * n_kv_heads * k_dim, 2 * n_kv_heads * whole_vectors(v_dim)
-
-
-def cache_bytes(layers: Iterable[tuple[int, ...]]) -> int:
-    """Bytes of K and V per position, of layers of (n_kv_heads, k_dim, v_dim, ...)."""
-    return sum(sum(position_bytes(*layer[:3])) for layer in layers)
+def head_page_bytes(k_dim: int, v_dim: int) -> tuple[int, int]:
+    """Bytes of K and of V of one head in a page."""
+    return K_ROW_BYTES * k_dim, PAGE * KV_BYTES * whole_vectors(v_dim)
 
 
 def parts_bytes(max_rows: int, n_heads: int, k_dim: int, v_dim: int, max_segments: int) -> int:
@@ -305,10 +301,10 @@ def parts_bytes(max_rows: int, n_heads: int, k_dim: int, v_dim: int, max_segment
     return (max_rows + SPLIT_ROWS * max_segments) * n_heads * query_bytes(k_dim, v_dim)
 
 
-def attention_plan_bytes(max_rows: int, max_segments: int) -> int:
-    """Bytes of a plan."""
+def items_bytes(max_rows: int, max_segments: int) -> int:
+    """Bytes of the items of a step."""
     n_items = max_rows + SPLIT_ROWS * max_segments
-    return PLAN_ROWS + max_rows * ROW_BYTES + n_items * ITEM_BYTES
+    return ITEMS_ROWS + max_rows * ROW_BYTES + n_items * ITEM_BYTES
 
 
 #

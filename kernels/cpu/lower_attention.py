@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from edgeinfer.batch import StepLimits
 from edgeinfer.fusion import PinnedAttention, PinnedRotate, RotatedAttention
-from edgeinfer.graph import KV, Attention, Rope, RopeKind, Rotate, Segment
+from edgeinfer.graph import Attention, Rope, RopeKind, Rotate, Segment
 from edgeinfer.kernels.cpu import layout
 from edgeinfer.kernels.cpu.commands import Buffer, KernelPart
 from edgeinfer.kernels.cpu.layout import row_stride
@@ -47,7 +47,7 @@ class AttentionLowering(LoweringBase):
     ) -> None:
         super().__init__(segment, limits, weights, caches)
         self._angles: dict[tuple[Rope, int], tuple[Buffer, Buffer]] = {}
-        self._plans: dict[tuple[int, int], Buffer] = {}
+        self._items: dict[int, Buffer] = {}  # by window
         self._tables = {
             op.layer: caches[op.cache_layer].tables
             for op in segment.ops
@@ -126,12 +126,12 @@ class AttentionLowering(LoweringBase):
             layout.parts_bytes(limits.max_rows, op.n_heads, kv.k_dim, kv.v_dim, cache.max_segments),
         )
         common = layout.ATTEND.pack(
-            plan=self._plan(kv, cache), q=self._floats[op.q], q_stride=row_stride(op.q.dim),
-            pinned_q=pinned_q, n_heads=op.n_heads, n_kv_heads=kv.n_heads,
-            scale=float_bits(op.scale), k_base=cache.k_base, k_page_bytes=cache.page_bytes,
-            v_base=cache.v_base, v_page_bytes=cache.page_bytes, parts=parts, k_dim=kv.k_dim,
-            v_dim=kv.v_dim, tables=cache.tables, window=kv.window, cap=float_bits(op.soft_cap),
-            sinks=self._weights.vector(op.sinks) if op.sinks else 0,
+            items=self._items_of(kv.window, cache), n_kv_heads=kv.n_heads,
+            q=self._floats[op.q], q_stride=row_stride(op.q.dim), pinned_q=pinned_q,
+            n_heads=op.n_heads, scale=float_bits(op.scale), k_base=cache.k_base,
+            k_page_bytes=cache.page_bytes, v_base=cache.v_base, v_page_bytes=cache.page_bytes,
+            parts=parts, k_dim=kv.k_dim, v_dim=kv.v_dim, tables=cache.tables, window=kv.window,
+            cap=float_bits(op.soft_cap), sinks=self._weights.vector(op.sinks) if op.sinks else 0,
         )  # fmt: skip
         kernel = f"attend.{kv.k_dim}.{kv.v_dim}"
         kernel += ".window" * (kv.window > 0) + ".cap" * (op.soft_cap > 0)
@@ -139,19 +139,17 @@ class AttentionLowering(LoweringBase):
         fold = [*common, *self._sinks(op.out, "attention")]
         self._emit("fold", "fold.sinks" if op.sinks else "fold", fold)
 
-    def _plan(self, kv: KV, cache: LayerCache) -> Buffer:
-        """The step's attention work, planned once for all layers whose queries see alike."""
-        key = kv.n_heads, kv.window
-        if key not in self._plans:
-            n_bytes = layout.attention_plan_bytes(self._limits.max_rows, cache.max_segments)
-            plan = self._out.scratch.place(Buffer("attention plan", n_bytes, is_kept=True))
-            self._plans[key] = plan
-            args = layout.PLAN_ATTENTION.pack(
-                out=plan, n_kv_heads=kv.n_heads, max_segments=cache.max_segments,
-                window=kv.window, tables=cache.tables,
-            )  # fmt: skip
+    def _items_of(self, window: int, cache: LayerCache) -> Buffer:
+        """The step's attention work, planned once for all layers whose rows see the same pages."""
+        if window not in self._items:
+            n_bytes = layout.items_bytes(self._limits.max_rows, cache.max_segments)
+            items = self._out.scratch.place(Buffer("attention items", n_bytes, is_kept=True))
+            self._items[window] = items
+            args = layout.ITEMS.pack(
+                at=items, max_segments=cache.max_segments, window=window, tables=cache.tables
+            )
             self._out.prologue.append(KernelPart("plan_attention", args, 1))
-        return self._plans[key]
+        return self._items[window]
 
     def _angles_of(self, op: Rotate | PinnedRotate | RotatedAttention) -> tuple[Buffer, Buffer]:
         """The step's rotation angles, made once for all layers that rotate alike.

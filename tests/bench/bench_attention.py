@@ -37,7 +37,7 @@ def step(
     tables = np.array([pages.ctypes.data, n_pages, 0, 1 << 20], np.int64)
     pos, seq = np.arange(depth - n_rows, depth), np.zeros(n_rows, np.int32)
     n_segments = depth // 512 + 1
-    plan = np.zeros(layout.attention_plan_bytes(n_rows, n_segments) // 8, np.int64)
+    items = np.zeros(layout.items_bytes(n_rows, n_segments) // 8, np.int64)
     parts = native.huge(layout.parts_bytes(n_rows, n_heads, dim, dim, n_segments))
     out = np.zeros_like(q)
     h = native.header(
@@ -45,15 +45,15 @@ def step(
         H_TABLES=tables.ctypes.data,
     )  # fmt: skip
     args = [
-        plan.ctypes.data, q.ctypes.data, q[0].nbytes, 0, n_heads, N_KV_HEADS,
+        items.ctypes.data, N_KV_HEADS, q.ctypes.data, q[0].nbytes, 0, n_heads,
         native.float_bits(dim**-0.5), k.ctypes.data, page_bytes, v.ctypes.data, page_bytes,
         parts.ctypes.data, dim, dim, 0, window, 0, 0, out.ctypes.data, out[0].nbytes, 0, 0,
     ]  # fmt: skip
-    plan_args = [plan.ctypes.data, N_KV_HEADS, n_segments, window, 0]
-    native.run("plan_attention", h, plan_args, range(1), family)
-    chunks = range(int(plan[0]))
+    items_args = [items.ctypes.data, n_segments, window, 0]
+    native.run("plan_attention", h, items_args, range(1), family)
+    chunks = range(int(items[0]) * N_KV_HEADS)
     name = f"attend.{dim}.{dim}" + ".window" * (window > 0)
-    alive = k, v, q, pages, tables, pos, seq, plan, parts, out
+    alive = k, v, q, pages, tables, pos, seq, items, parts, out
 
     def attend() -> None:
         assert alive
@@ -101,6 +101,12 @@ def main() -> None:
                     f"head dim {dim:3}, GQA {group}, {depth:6}   {rate:10.1f}"
                     f"  {seconds * 1e6:10.1f} {folding * 1e6:8.1f}"
                 )
+    print("head dim 64, GQA 4, depth and window:   128 rows us    1 row us")
+    for depth in (1024, 8192):
+        for window in (0, 128, 512, 4096):
+            calls = [step(depth, n, 64, 4, args.family, window)[0] for n in (128, 1)]
+            many, one = (median(call, args.seconds) * 1e6 for call in calls)
+            print(f"{depth:28} {window:8} {many:13.0f} {one:11.1f}")
 
 
 if __name__ == "__main__":

@@ -11,13 +11,13 @@ from numba import njit
 from edgeinfer.kernels.cpu.layout import (
     ALL_SEGMENTS,
     ATTEND_CAP,
+    ATTEND_ITEMS,
     ATTEND_K_BASE,
     ATTEND_K_PAGE_BYTES,
     ATTEND_N_HEADS,
     ATTEND_N_KV_HEADS,
     ATTEND_PARTS,
     ATTEND_PINNED_Q,
-    ATTEND_PLAN,
     ATTEND_Q,
     ATTEND_Q_STRIDE,
     ATTEND_SCALE,
@@ -31,11 +31,14 @@ from edgeinfer.kernels.cpu.layout import (
     ITEM_PART,
     ITEM_ROW,
     ITEM_SEGMENT,
+    ITEMS_ROWS,
+    K_ROW_BYTES,
+    KV_BYTES,
     MAX_QUERIES,
     PAGE,
-    PLAN_ROWS,
     ROW_BYTES,
     SEGMENT_PAGES,
+    head_page_bytes,
     query_bytes,
     whole_vectors,
 )
@@ -88,6 +91,7 @@ from edgeinfer.kernels.cpu.native.words import (
 
 jit = njit(error_model="numpy")
 
+_VECTOR = 8 * KV_BYTES
 _ROW = 4 * PAGE  # bytes of one query's scores in a page
 # Local memory: scores, a vector of sums for each query, the maxima, fold weights, bounds, then
 # of windows and soft-caps the first positions, that of an item's first row, and the cap.
@@ -128,10 +132,11 @@ def _page_of(n, k_dim, v_dim, n_sums, features):
     def page(tile, second, starts, k, v, next_k, next_v, scale, s, common, last):
         """One page into a state; all n see `common` positions of it, the last query `last`."""
         for first in range(0, (last + 7) // 8, k_wide):
-            acc, columns, soon = zeros_f32(k_sums), k + 16 * first, next_k + 16 * first * k_dim
+            columns, soon = k + _VECTOR * first, next_k + _VECTOR * first * k_dim
+            acc = zeros_f32(k_sums)
             for j in range(k_dim):
-                prefetch(soon + 16 * k_wide * j)
-                acc = k_multiply(acc, tile + 4 * n * j, 4, columns + 2 * PAGE * j)
+                prefetch(soon + _VECTOR * k_wide * j)
+                acc = k_multiply(acc, tile + 4 * n * j, 4, columns + K_ROW_BYTES * j)
             k_store(s + 32 * first, _ROW, mul_f(acc, splat_f32(scale)))
         cap_scores(s, n)
         hide(s, n, common)
@@ -141,12 +146,13 @@ def _page_of(n, k_dim, v_dim, n_sums, features):
         _soften(s, m, n)
         _update(tile + tops + 64 * second, m, sum_rows(load_rows_f32(s + _SUMS, 32, n)), s, starts)
         o = tile + state + second * n * o_stride
-        for d in range(0, 2 * v_dim, 16 * v_wide):
-            acc = add_values(zeros_f32(v_sums), s, v + d, next_v + PAGE * d, common, last)
+        for d in range(0, v_dim, 8 * v_wide):
+            column, soon = v + KV_BYTES * d, next_v + PAGE * KV_BYTES * d
+            acc = add_values(zeros_f32(v_sums), s, column, soon, common, last)
             if starts:
-                v_store(o + 2 * d, o_stride, acc)
+                v_store(o + 4 * d, o_stride, acc)
             else:
-                v_fold(o + 2 * d, o_stride, acc, s + _WEIGHTS, s + _PART_WEIGHTS)
+                v_fold(o + 4 * d, o_stride, acc, s + _WEIGHTS, s + _PART_WEIGHTS)
 
     return page
 
@@ -154,21 +160,22 @@ def _page_of(n, k_dim, v_dim, n_sums, features):
 def _values_of(n, v_dim, wide, is_windowed):
     """Sums of V at a column, times the scores, over what each of n queries sees of a page."""
     multiply, multiply_visible, multiply_between, _, _ = grid(n, wide)
+    v_row = KV_BYTES * v_dim
 
     @jit
     def up_to_bounds(acc, s, column, soon, common, last):
         for pos in range(common):
-            prefetch(soon + 16 * wide * pos)
-            acc = multiply(acc, s + 4 * pos, _ROW, column + 2 * v_dim * pos)
+            prefetch(soon + _VECTOR * wide * pos)
+            acc = multiply(acc, s + 4 * pos, _ROW, column + v_row * pos)
         for pos in range(common, last):
-            p, seen = s + 4 * pos, column + 2 * v_dim * pos
+            p, seen = s + 4 * pos, column + v_row * pos
             acc = multiply_visible(acc, p, _ROW, seen, s + _BOUNDS, pos)
         return acc
 
     @jit
     def between(acc, s, column, first, end):
         for pos in range(first, end):
-            p, seen = s + 4 * pos, column + 2 * v_dim * pos
+            p, seen = s + 4 * pos, column + v_row * pos
             acc = multiply_between(acc, p, _ROW, seen, s + _BOUNDS, pos, s + _LOWS)
         return acc
 
@@ -177,8 +184,8 @@ def _values_of(n, v_dim, wide, is_windowed):
         first, all_begun = _low(s, 0), _low(s, n - 1)
         acc = between(acc, s, column, first, all_begun)
         for pos in range(all_begun, common):
-            prefetch(soon + 16 * wide * pos)
-            acc = multiply(acc, s + 4 * pos, _ROW, column + 2 * v_dim * pos)
+            prefetch(soon + _VECTOR * wide * pos)
+            acc = multiply(acc, s + 4 * pos, _ROW, column + v_row * pos)
         return between(acc, s, column, max(all_begun, common), last)
 
     return within_bounds if is_windowed else up_to_bounds
@@ -313,6 +320,7 @@ def _window_seen(a, table, pos):
 def make(isa, k_dim, v_dim, *features):
     k_dim, v_dim = int(k_dim), whole_vectors(int(v_dim))
     size, n_sums = query_bytes(k_dim, v_dim), isa.registers // 2
+    k_head_bytes, v_head_bytes = head_page_bytes(k_dim, v_dim)
     page_4, page_3, page_2, page_1 = (
         _page_of(n, k_dim, v_dim, n_sums, features) for n in (4, 3, 2, 1)
     )
@@ -355,7 +363,7 @@ def make(isa, k_dim, v_dim, *features):
         s, n_kv_heads = scratch(), word(a + ATTEND_N_KV_HEADS)
         n_heads, head = word(a + ATTEND_N_HEADS), chunk % n_kv_heads
         group = n_heads // n_kv_heads
-        item = word(a + ATTEND_PLAN) + PLAN_ROWS + ROW_BYTES * word(h + H_ROWS)
+        item = word(a + ATTEND_ITEMS) + ITEMS_ROWS + ROW_BYTES * word(h + H_ROWS)
         item += ITEM_BYTES * (chunk // n_kv_heads)
         t, n_rows = word(item + ITEM_ROW), word(item + ITEM_N_ROWS)
         n_queries = n_rows * group
@@ -363,8 +371,8 @@ def make(isa, k_dim, v_dim, *features):
         region += (word(item + ITEM_PART) * n_heads + head * n_queries) * size
         stride, scale = word(a + ATTEND_Q_STRIDE), load_f32(a + ATTEND_SCALE)
         offset = t * stride + head * group * k_dim * 4
-        k_base = word(a + ATTEND_K_BASE) + head * k_dim * PAGE * 2
-        v_base = word(a + ATTEND_V_BASE) + head * v_dim * PAGE * 2
+        k_base = word(a + ATTEND_K_BASE) + head * k_head_bytes
+        v_base = word(a + ATTEND_V_BASE) + head * v_head_bytes
         pos, table = position(h, t), table_of(h, word(a + ATTEND_TABLES), t)
         last_page = pos // PAGE
         n_passed, low = seen_of(a, table, pos)

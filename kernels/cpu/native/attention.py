@@ -9,7 +9,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from edgeinfer.kernels.cpu.layout import MAX_QUERIES, SEGMENT_PAGES, TABLE_PINNED
+from edgeinfer.kernels.cpu.layout import KV_BYTES, MAX_QUERIES, SEGMENT_PAGES, TABLE_PINNED
 from edgeinfer.kernels.cpu.native import simd
 from edgeinfer.kernels.cpu.native.math import exp
 from edgeinfer.kernels.cpu.native.pages import first_ring_page, n_gone
@@ -162,7 +162,7 @@ def grid(n, wide):
         return simd.splat_ir(b, simd.load_ir(b, simd.offset_ir(b, p, stride, i), simd.F32), 8)
 
     def halves(b, y):
-        places = (b.add(y, ir.Constant(simd.I64, 16 * v)) for v in range(wide))
+        places = (b.add(y, ir.Constant(simd.I64, 8 * KV_BYTES * v)) for v in range(wide))
         loads = (simd.load_ir(b, place, ir.VectorType(simd.F16, 8)) for place in places)
         return [b.fpext(vector, f32x8.ir) for vector in loads]
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from numba import njit
 
 from edgeinfer.kernels.cpu.layout import (
+    ATTEND_ITEMS,
     ATTEND_K_DIM,
     ATTEND_N_HEADS,
     ATTEND_N_KV_HEADS,
     ATTEND_PARTS,
-    ATTEND_PLAN,
     ATTEND_SINKS,
     ATTEND_V_DIM,
     FOLD_SINK,
     H_ROWS,
-    PLAN_ROWS,
+    ITEMS_ROWS,
     QUERY_EXTRA,
     ROW_BYTES,
     ROW_INDEX,
@@ -91,7 +91,7 @@ def make(isa, sinks=""):
         n_heads = word(a + ATTEND_N_HEADS)
         size = 4 * (k_dim + 2 * _whole_vectors(v_dim) + QUERY_EXTRA)
         group = n_heads // word(a + ATTEND_N_KV_HEADS)
-        record = word(a + ATTEND_PLAN) + PLAN_ROWS + ROW_BYTES * chunk
+        record = word(a + ATTEND_ITEMS) + ITEMS_ROWS + ROW_BYTES * chunk
         n_rows, index = word(record + ROW_ITEM_ROWS), word(record + ROW_INDEX)
         parts = word(a + ATTEND_PARTS) + word(record + ROW_PART) * n_heads * size
         step, n_queries, sink = n_rows * n_heads * size, n_rows * group, a + FOLD_SINK

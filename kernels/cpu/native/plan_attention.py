@@ -15,13 +15,12 @@ from edgeinfer.kernels.cpu.layout import (
     ITEM_PART,
     ITEM_ROW,
     ITEM_SEGMENT,
+    ITEMS_AT,
+    ITEMS_MAX_SEGMENTS,
+    ITEMS_ROWS,
+    ITEMS_TABLES,
+    ITEMS_WINDOW,
     PAGE,
-    PLAN_MAX_SEGMENTS,
-    PLAN_N_KV_HEADS,
-    PLAN_OUT,
-    PLAN_ROWS,
-    PLAN_TABLES,
-    PLAN_WINDOW,
     ROW_BYTES,
     ROW_INDEX,
     ROW_ITEM_ROWS,
@@ -64,9 +63,9 @@ def _write_item(item, row, n_rows, which, part):
 
 
 @jit
-def _write_rows(plan, row, n_rows, part, n_parts):
+def _write_rows(at, row, n_rows, part, n_parts):
     for i in range(n_rows):
-        record = plan + PLAN_ROWS + ROW_BYTES * (row + i)
+        record = at + ITEMS_ROWS + ROW_BYTES * (row + i)
         set_word(record + ROW_PART, part)
         set_word(record + ROW_ITEM_ROWS, n_rows)
         set_word(record + ROW_INDEX, i)
@@ -75,10 +74,10 @@ def _write_rows(plan, row, n_rows, part, n_parts):
 
 def make(isa):
     def kernel(h, a, chunk, thread):
-        plan, window, tables = word(a + PLAN_OUT), word(a + PLAN_WINDOW), word(a + PLAN_TABLES)
+        at, window, tables = word(a + ITEMS_AT), word(a + ITEMS_WINDOW), word(a + ITEMS_TABLES)
         end, part, n_items = word(h + H_ROWS), 0, 0
-        items = plan + PLAN_ROWS + ROW_BYTES * end
-        spare = SPLIT_ROWS * word(a + PLAN_MAX_SEGMENTS)
+        items = at + ITEMS_ROWS + ROW_BYTES * end
+        spare = SPLIT_ROWS * word(a + ITEMS_MAX_SEGMENTS)
         most = ATTEND_ROWS if end > SPLIT_ROWS else ATTEND_FEW_ROWS
         # The last rows see most: starting with them leaves the small items for the end.
         while end > 0:
@@ -90,13 +89,13 @@ def make(isa):
             if n_rows <= SPLIT_ROWS and n_rows * (n - 1) <= spare:
                 n_parts = n
                 spare -= n_rows * (n - 1)
-            _write_rows(plan, row, n_rows, part, n_parts)
+            _write_rows(at, row, n_rows, part, n_parts)
             for i in range(n_parts):
                 which = ALL_SEGMENTS if n_parts < n else segment(table, page, n_passed, i)
                 _write_item(items + ITEM_BYTES * n_items, row, n_rows, which, part)
                 n_items += 1
                 part += n_rows
             end = row
-        set_word(plan, n_items * word(a + PLAN_N_KV_HEADS))
+        set_word(at, n_items)
 
     return kernel

@@ -9,6 +9,8 @@ from llvmlite import ir
 from numba import njit
 
 from edgeinfer.kernels.cpu.layout import (
+    K_ROW_BYTES,
+    KV_BYTES,
     PAGE,
     ROTATE_ANGLES,
     ROTATE_EPS,
@@ -117,16 +119,16 @@ def _rotate_norm(src, dst, angles, n_pairs):
 def _store_k(k, page, k_dim):
     """One column of the page's [k_dim][32 positions]."""
     for j in range(k_dim):
-        store_f16(page + 2 * PAGE * j, load_f32(k + 4 * j))
+        store_f16(page + K_ROW_BYTES * j, load_f32(k + 4 * j))
 
 
 @jit
 def _store_v(v, page, v_dim):
     n_whole = v_dim & -8
     for j in range(0, n_whole, 8):
-        store_f16x8(page + 2 * j, load_f32x8(v + 4 * j))
+        store_f16x8(page + KV_BYTES * j, load_f32x8(v + 4 * j))
     for j in range(n_whole, v_dim):
-        store_f16(page + 2 * j, load_f32(v + 4 * j))
+        store_f16(page + KV_BYTES * j, load_f32(v + 4 * j))
 
 
 def make(isa, style):
@@ -160,9 +162,10 @@ def make(isa, style):
         angles = word(a + ROTATE_ANGLES) + 8 * n_pairs * chunk
         k = word(a + ROTATE_K) + chunk * word(a + ROTATE_K_STRIDE)
         v = word(a + ROTATE_V) + chunk * word(a + ROTATE_V_STRIDE)
-        k_page = word(a + ROTATE_K_BASE) + page * word(a + ROTATE_K_PAGE_BYTES) + 2 * place
+        k_page = word(a + ROTATE_K_BASE) + page * word(a + ROTATE_K_PAGE_BYTES)
+        k_page += KV_BYTES * place
         v_page = word(a + ROTATE_V_BASE) + page * word(a + ROTATE_V_PAGE_BYTES)
-        v_page += 2 * v_room * place
+        v_page += KV_BYTES * v_room * place
         for _ in range(word(a + ROTATE_N_KV_HEADS)):
             if norm != 0:
                 normalise(k, norm, load_f32(a + ROTATE_EPS), k_dim, k)
@@ -171,7 +174,7 @@ def make(isa, style):
             _store_v(v, v_page, v_dim)
             k += 4 * k_dim
             v += 4 * v_dim
-            k_page += 2 * PAGE * k_dim
-            v_page += 2 * PAGE * v_room
+            k_page += K_ROW_BYTES * k_dim
+            v_page += PAGE * KV_BYTES * v_room
 
     return kernel

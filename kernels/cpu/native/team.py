@@ -94,11 +94,11 @@ def make(isa, function):
             return word(header + H_ROWS)
         if rule == COUNT_WANTED:
             return word(header + H_WANTED_ROWS)
-        if rule == COUNT_ITEMS:
-            return word(word(word(part + PART_ARGS)))
-        if rule == COUNT_PLANNED:
+        if rule == COUNT_ITEMS or (rule == COUNT_PLANNED and is_planned):
             args = word(part + PART_ARGS)
-            return word(word(args)) * word(args + WORD) if is_planned else 0
+            return word(word(args)) * word(args + WORD)
+        if rule == COUNT_PLANNED:
+            return 0
         return rule  # a fixed count
 
     @jit
