@@ -30,6 +30,7 @@ TYPES = tuple(FORMATS)
 KERNELS = [
     *(f"{op}.{name}" for op in ("pack", "matmul") for name in TYPES),
     *("quantise", "norm", "swiglu", "plan_attention", "attend.64.64", "fold"),
+    *("route.softmax", "dispatch", "gather.a32", "experts.q4_k", "expert_sum"),
 ]
 N_ROWS, N_COLS, N_TOKENS = 40, 512, 13
 BOUNDS = (0, layout.PANEL_GROUPS, N_ROWS // 8)  # of the matmuls' chunks
@@ -284,3 +285,69 @@ def test_attention(driver: Path) -> None:
     assert memory[items.offset : items.offset + 8].view(np.int64) == n_items
     y = memory[out.offset : out.offset + n * row].view(np.float32)
     assert np.isfinite(y).all() and np.unique(y).size > y.size // 2
+
+
+def test_experts(driver: Path) -> None:
+    """5 rows, each to 2 of 4 experts."""
+    rng = np.random.default_rng(4)
+    arena, n, n_experts, n_used, dim, n_cols = Arena(), 5, 4, 2, 24, 256
+    header = arena.words("H", layout.HEADER_WORDS, ROWS=n)
+    routed, route_row = arena.room(32 * n), 32
+    route = arena.words(
+        "ROUTE", 14, X=arena.put(rng.standard_normal((n, 8), np.float32)), STRIDE=32,
+        N_EXPERTS=n_experts, N_USED=n_used, N_GROUPS=1, N_GROUPS_USED=1, NORM=1,
+        SCALE=native.float_bits(2.5), SCRATCH=arena.scratch_room(512),
+    )  # fmt: skip
+    left_in(arena, route, layout.ROUTE_SINK, routed, route_row)
+    arena.call("route.softmax", header, route, n)
+    found = arena.room(layout.dispatch_bytes(n_experts, n * n_used))
+    dispatch = arena.words(
+        "DISPATCH", 5, OUT=found, ROUTE=routed, STRIDE=route_row, N_USED=n_used,
+        N_EXPERTS=n_experts,
+    )  # fmt: skip
+    arena.call("dispatch", header, dispatch, 1)
+
+    row_bytes = n_cols // 32 * layout.A32_BYTES
+    floats = arena.put(rng.standard_normal((n, n_cols), np.float32))
+    x = arena.room(n * row_bytes)
+    quantise = arena.words("QUANTISE", 12, X=floats, STRIDE=4 * n_cols, DIM=n_cols)
+    place = quantise.offset + layout.QUANTISE_SINK + layout.SINK_A32
+    arena.data[place : place + 8] = np.int64(x.offset).tobytes()
+    arena.addresses.append(place)
+    arena.call("quantise", header, quantise, n)
+
+    def along(args: At) -> None:
+        """Its first words: what dispatch left, chunks of an item, experts."""
+        words = np.array([found.offset, 1, n_experts], np.int64)
+        arena.data[args.offset : args.offset + 24] = words.tobytes()
+        arena.addresses.append(args.offset)
+
+    gathered = arena.room(n * n_used * row_bytes)
+    gather = arena.words("GATHER", 8, X=x, DIM=n_cols, N_PARTS=1, OUT=gathered)
+    along(gather)
+    arena.call("gather.a32", header, gather, n_experts)  # all are chosen
+    matrix = packed_bytes("q4_k", dim, n_cols)
+    packed = arena.room(n_experts * matrix)
+    source = arena.put(random_rows("q4_k", n_experts * dim, n_cols))
+    pack = arena.words(
+        "PACK", 5, SRC=source, DST=packed, N_ROWS=n_experts * dim, N_BLOCKS=1, PER_CHUNK=99
+    )
+    arena.call("pack.q4_k", header, pack, 1)
+    y, row = arena.room(4 * n * n_used * dim), 4 * n_used * dim
+    experts = arena.words(
+        "EXPERTS", 16, W=packed, BYTES=matrix, N_BLOCKS=1, N_GROUPS=dim // 8, DIM=dim, X=gathered,
+        X_ROW_BYTES=row_bytes, OUT=y, STRIDE=row, N_USED=n_used,
+        SCRATCH=arena.scratch_room(layout.MATMUL_SCRATCH_BYTES),
+    )  # fmt: skip
+    along(experts)
+    arena.call("experts.q4_k", header, experts, n_experts)
+    out = arena.room(4 * n * dim)
+    total = arena.words(
+        "SUM", 10, X=y, STRIDE=row, ROUTE=routed, ROUTE_STRIDE=route_row, N_USED=n_used, DIM=dim
+    )
+    left_in(arena, total, layout.SUM_SINK, out, 4 * dim)
+    arena.call("expert_sum", header, total, n)
+    memory = same_here_and_emulated(arena, driver)
+    assert memory[found.offset : found.offset + 8].view(np.int64)[0] == n_experts
+    values = memory[out.offset : out.offset + 4 * n * dim].view(np.float32)
+    assert np.isfinite(values).all() and np.unique(values).size > values.size // 2
