@@ -250,9 +250,10 @@ def test_windows(window: int) -> None:
     assert np.array_equal(np.concatenate(chunks), together)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("window", [0, 40])
-@pytest.mark.parametrize(("cap", "has_sinks"), [(0.0, True), (2.0, False), (50.0, True)])
+@pytest.mark.parametrize(
+    ("cap", "has_sinks", "window", "family"),
+    [(0.0, True, 0, None), (2.0, False, 0, None), *((50.0, True, 40, each) for each in FAMILIES)],
+)
 def test_soft_caps_and_sinks(cap: float, has_sinks: bool, window: int, family: str | None) -> None:
     case = case_of([Rows(600, 21), Rows(3)], window=window, cap=cap, has_sinks=has_sinks, n_heads=6)
     check(case, family)
