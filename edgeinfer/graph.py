@@ -174,9 +174,10 @@ class Graph(ModelReader):
         sinks: str | None = None,
         source: int | None = None,
     ) -> Value:
-        """Without k and v the cache of layer `source` is read; `scale` is k_dim ** -0.5 by default.
+        """Without k the cache of layer `source` is read, without v K serves as V.
 
-        `sinks` names a vector of one score for each head, which has no value.
+        `scale` is k_dim ** -0.5 by default. `sinks` names a vector of one score for each head,
+        which has no value.
         """
         n_heads = q.dim // cache.k_dim
         scale = cache.k_dim**-0.5 if scale is None else scale

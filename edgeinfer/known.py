@@ -142,8 +142,11 @@ def _check_caches(segment: Segment, makers: Mapping[Value, Op], backend: str) ->
     for op in segment.ops:
         if not isinstance(op, Attention):
             continue
-        if (op.k is None or op.v is None) != (op.source is not None):
+        has_k, has_v = op.k is not None, op.v is not None
+        if has_k == (op.source is not None) or has_v != (has_k and not op.cache.k_is_v):
             refuse(op, makers, backend, "needs keys and values, or a layer that has them")
+        if op.cache.k_is_v and op.cache.v_dim > op.cache.k_dim:
+            refuse(op, makers, backend, "takes values out of keys that are as wide")
         if op.source is None:
             if op.layer in filled:
                 refuse(op, makers, backend, "keeps one cache a layer, and this is the second")

@@ -29,13 +29,15 @@ class Hparams(NamedTuple):
 class KV(NamedTuple):
     """The cache that one attention layer keeps: per position K heads of k_dim and of v_dim.
 
-    With a window, queries see the last `window` positions, their own among them.
+    With a window, queries see the last `window` positions, their own among them. Where K serves as
+    V, the values of a head are the first v_dim of its keys, and nothing else is stored.
     """
 
     n_heads: int
     k_dim: int
     v_dim: int
     window: int = 0  # 0: all
+    k_is_v: bool = False
 
 
 class Recording(Protocol):
@@ -109,7 +111,7 @@ class Attention(NamedTuple):
     key/value head h // (H / K). Pinned pages of a slid cache are read by q as it would be at
     another position: see `pinned_query`.
 
-    A layer without k and v reads the cache that layer `source` has filled before it. A soft-cap c
+    A layer without k reads the cache that layer `source` has filled before it. A soft-cap c
     makes a score s c * tanh(s / c). Sinks, one for each query head, are scores without a value.
     """
 

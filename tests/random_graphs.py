@@ -79,7 +79,7 @@ class Layer(NamedTuple):
     ropes: int  # alike, q alone, k alone, two, none
     after: int  # what is done to q behind its rotation
     again: int  # who else reads q
-    v: int  # own, k before its norm, k as it is stored
+    v: int  # own, k before its norm, k as it is stored, k stored once
     cache: int  # own, or that of an earlier layer alike
     window: int  # none, or of WINDOWS
     cap: int  # none, or a soft-cap of 3
@@ -138,7 +138,7 @@ _EXPERTS = st.builds(
 )
 _LAYER = st.builds(
     Layer, _upto(len(HEADS) - 1), st.integers(1, 2), st.integers(1, 3), _upto(4), _upto(4),
-    _mostly_0(4), _mostly_0(4), _mostly_0(3), _mostly_0(2), _upto(1), _upto(len(WINDOWS)),
+    _mostly_0(4), _mostly_0(4), _mostly_0(3), _mostly_0(3), _upto(1), _upto(len(WINDOWS)),
     _mostly_0(1), _upto(1), _upto(4), _upto(7),
     st.sampled_from([0, 0, 1]).flatmap(lambda has: _EXPERTS if has else st.none()), _LOOSE, _LOOSE,
 )  # fmt: skip
@@ -289,7 +289,8 @@ class Recorder:
     def _attention(self, h: Value, s: Layer) -> Value:
         g, n_kv = self.g, s.n_kv
         k_dim, v_dim = HEADS[s.heads]
-        n_heads, cache = n_kv * s.group, KV(n_kv, k_dim, v_dim, (0, *WINDOWS)[s.window])
+        window, k_is_v = (0, *WINDOWS)[s.window], s.v == 3 and k_dim == v_dim
+        n_heads, cache = n_kv * s.group, KV(n_kv, k_dim, v_dim, window, k_is_v)
         alike = [i for i, each in enumerate(self._caches) if each == cache]
         source = alike[0] if alike and s.cache else None
         self._caches.append(cache if source is None else KV(0, 0, 0))
@@ -313,7 +314,8 @@ class Recorder:
             q = q + self._linear(h, q.dim)
         a = g.attention(
             q,
-            *((k, v) if source is None else ()),
+            None if source is not None else k,
+            None if source is not None or k_is_v else v,
             cache=cache,
             soft_cap=3.0 if s.cap else 0.0,
             sinks=self.name() if s.sinks else None,

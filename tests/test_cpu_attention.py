@@ -31,10 +31,12 @@ class Heads:
     window: int = 0
     cap: float = 0.0
     has_sinks: bool = False
+    k_is_v: bool = False
 
     @property
     def kernel(self) -> str:
         features = ".window" * (self.window > 0) + ".cap" * (self.cap > 0)
+        features += ".shared" * self.k_is_v
         return f"attend.{self.k_dim}.{self.v_dim}{features}"
 
 
@@ -108,6 +110,8 @@ class Case:
         q = np.where(pinned[:, None, None], self.pinned_q[row], self.q[row])
         k = self.k[slots].transpose(0, 1, 3, 2).astype(np.float32).repeat(group, axis=1)
         v = self.v[slots][..., : heads.v_dim].astype(np.float32).repeat(group, axis=1)
+        if heads.k_is_v:
+            v = k[..., : heads.v_dim]
         k = np.where(np.isnan(k), np.float32(0), k)  # unwritten: the twin would only warn
         out = Quantised().attend(q, k, v, pages, is_visible, self.scale, heads.cap, self.sinks)
         return out.reshape(-1)
@@ -250,9 +254,10 @@ def test_windows(window: int) -> None:
     assert np.array_equal(np.concatenate(chunks), together)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("window", [0, 40])
-@pytest.mark.parametrize(("cap", "has_sinks"), [(0.0, True), (2.0, False), (50.0, True)])
+@pytest.mark.parametrize(
+    ("cap", "has_sinks", "window", "family"),
+    [(0.0, True, 0, None), (2.0, False, 0, None), *((50.0, True, 40, each) for each in FAMILIES)],
+)
 def test_soft_caps_and_sinks(cap: float, has_sinks: bool, window: int, family: str | None) -> None:
     case = case_of([Rows(600, 21), Rows(3)], window=window, cap=cap, has_sinks=has_sinks, n_heads=6)
     check(case, family)
@@ -273,3 +278,11 @@ def test_windows_over_slid_sequences(window: int) -> None:
 def test_a_window_of_everything_is_none() -> None:
     sequences = [Rows(600, 21), Rows(3)]
     assert np.array_equal(case_of(sequences, window=622).run(), case_of(sequences).run())
+
+
+@pytest.mark.parametrize(("dims", "window"), [((72, 64), 0), ((20, 12), 40)])
+def test_keys_that_serve_as_values(dims: tuple[int, int], window: int) -> None:
+    sequences = [Rows(600, 21), Rows(3), Rows(640, 9, n_pinned=3, n_visible=5, n_ring=8)]
+    case = case_of(sequences, n_heads=6, k_dim=dims[0], v_dim=dims[1], window=window, k_is_v=True)
+    case.v[:] = np.nan  # nothing reads that
+    check(case)

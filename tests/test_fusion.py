@@ -260,10 +260,10 @@ def test_every_field_that_a_backend_does_not_know_is_named(
 
 
 def all_ops(g: Graph, h: Value, blk: str) -> Value:
-    windowed = CACHE._replace(window=5)
-    q, k, v = qkv(g, h, blk)
+    windowed = CACHE._replace(window=5, k_is_v=True)
+    q, k, _ = qkv(g, h, blk)
     q = g.rotate(q, N_HEADS, NEOX)
-    a = g.attention(q, k, v, cache=windowed, soft_cap=2.0, sinks=f"{blk}.attn_sinks")
+    a = g.attention(q, k, cache=windowed, soft_cap=2.0, sinks=f"{blk}.attn_sinks")
     a = a + g.attention(q, cache=windowed, source=0)
     a = g.rotate(g.linear(a, f"{blk}.attn_output", h.dim), 4, ROPES[3])
     a = g.add_vector(g.soft_cap(g.scale(a, 0.5), 2.0), f"{blk}.attn_output.bias")

@@ -105,7 +105,7 @@ def _pages_bytes(group: Mapping[int, KV], n_pages: int) -> int:
 def _layer_bytes(kv: KV) -> tuple[int, int]:
     """Bytes of a layer's K and V in a page."""
     k_bytes, v_bytes = layout.head_page_bytes(kv.k_dim, kv.v_dim)
-    return kv.n_heads * k_bytes, kv.n_heads * v_bytes
+    return kv.n_heads * k_bytes, 0 if kv.k_is_v else kv.n_heads * v_bytes
 
 
 def _place_caches(segment: Segment, arena: Arena, limits: StepLimits) -> dict[int, LayerCache]:

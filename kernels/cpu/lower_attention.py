@@ -85,12 +85,12 @@ class AttentionLowering(LoweringBase):
     def _stored(self, op: RotatedAttention | PinnedAttention) -> tuple[_Heads, _Heads]:
         """The heads of k and v, none where another layer's are read."""
         kv = op.cache
-        if op.k is None or op.v is None:
+        if op.k is None:
             return _NO_HEADS, _NO_HEADS
-        return (
-            _Heads(self._floats[op.k], row_stride(op.k.dim), kv.n_heads, kv.k_dim),
-            _Heads(self._floats[op.v], row_stride(op.v.dim), kv.n_heads, kv.v_dim),
-        )
+        k = _Heads(self._floats[op.k], row_stride(op.k.dim), kv.n_heads, kv.k_dim)
+        if op.v is None:
+            return k, _NO_HEADS
+        return k, _Heads(self._floats[op.v], row_stride(op.v.dim), kv.n_heads, kv.v_dim)
 
     def _cache_of(self, op: RotatedAttention | PinnedAttention) -> LayerCache:
         return self._caches[op.layer if op.source is None else op.source]
@@ -134,7 +134,7 @@ class AttentionLowering(LoweringBase):
             cap=float_bits(op.soft_cap), sinks=self._weights.vector(op.sinks) if op.sinks else 0,
         )  # fmt: skip
         kernel = f"attend.{kv.k_dim}.{kv.v_dim}"
-        kernel += ".window" * (kv.window > 0) + ".cap" * (op.soft_cap > 0)
+        kernel += ".window" * (kv.window > 0) + ".cap" * (op.soft_cap > 0) + ".shared" * kv.k_is_v
         self._emit("attend", kernel, common, layout.COUNT_ITEMS)
         fold = [*common, *self._sinks(op.out, "attention")]
         self._emit("fold", "fold.sinks" if op.sinks else "fold", fold)

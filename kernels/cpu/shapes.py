@@ -48,7 +48,7 @@ KNOWN: Known = {
     Growth: fields("factor n_ctx"),
     Yarn: fields("n_ctx beta_fast beta_slow"),
     Attention: fields("q k v n_heads cache scale soft_cap sinks source"),
-    KV: fields("n_heads k_dim v_dim window"),
+    KV: fields("n_heads k_dim v_dim window k_is_v"),
     Add: fields("a b"),
     Mul: fields("a b"),
     Bias: fields("x weight"),

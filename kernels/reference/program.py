@@ -62,7 +62,7 @@ KNOWN: Known = {
     Growth: fields("factor n_ctx"),
     Yarn: fields("n_ctx beta_fast beta_slow"),
     Attention: fields("q k v n_heads cache scale soft_cap sinks source"),
-    KV: fields("n_heads k_dim v_dim window"),
+    KV: fields("n_heads k_dim v_dim window k_is_v"),
     Add: fields("a b"),
     Mul: fields("a b"),
     Bias: fields("x weight"),
@@ -101,7 +101,7 @@ class ReferenceBackend:
                 cache_row(window): 4
                 * PAGE
                 * limits.n_pages[window]
-                * sum(kv.n_heads * (kv.k_dim + kv.v_dim) for kv in group.values())
+                * sum(kv.n_heads * (kv.k_dim + kv.v_dim * (not kv.k_is_v)) for kv in group.values())
                 for window, group in segment.groups.items()
             },
             "scratch": 4 * limits.max_rows * sum(op.out.dim for op in segment.ops),
@@ -243,12 +243,10 @@ class ReferenceProgram:
             (batch.tables[i][group], pos)
             for i, pos in zip(batch.seq, batch.pos.tolist(), strict=True)
         ]
-        if op.k is not None and op.v is not None:
-            k = values[op.k.index].reshape(n_rows, cache.n_heads, cache.k_dim)
-            v = values[op.v.index].reshape(n_rows, cache.n_heads, cache.v_dim)
-            for row, (table, pos) in enumerate(rows):
-                page = table.pages[table.slot(pos // PAGE)]
-                pages.k[page, pos % PAGE], pages.v[page, pos % PAGE] = k[row], v[row]
+        for value, arena in ((op.k, pages.k), (op.v, pages.v)):
+            heads = values[value.index].reshape(n_rows, *arena.shape[2:]) if value else ()
+            for (table, pos), row in zip(rows, heads, strict=False):
+                arena[table.pages[table.slot(pos // PAGE)], pos % PAGE] = row
 
         pinned_pos = np.array([table.pinned_pos(pos) for table, pos in rows], np.int64)
         pinned = dict(values)
@@ -341,4 +339,5 @@ class _Pages:
     @classmethod
     def of(cls, n_pages: int, kv: KV, kind: type[np.floating[Any]]) -> _Pages:
         shape = n_pages, PAGE, kv.n_heads
-        return cls(np.zeros((*shape, kv.k_dim), kind), np.zeros((*shape, kv.v_dim), kind))
+        k = np.zeros((*shape, kv.k_dim), kind)
+        return cls(k, k[..., : kv.v_dim] if kv.k_is_v else np.zeros((*shape, kv.v_dim), kind))

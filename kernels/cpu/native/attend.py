@@ -82,8 +82,10 @@ from edgeinfer.kernels.cpu.native.simd import (
     zeros_f32,
 )
 from edgeinfer.kernels.cpu.native.words import (
+    load_f16,
     load_f32,
     load_i32,
+    store_f16,
     store_f32,
     store_i32,
     word,
@@ -102,7 +104,7 @@ _PART_WEIGHTS = _WEIGHTS + 32
 _BOUNDS = _PART_WEIGHTS + 32
 _LOWS = _BOUNDS + 32
 _FIRST, _CAP = _LOWS + 32, _LOWS + 36
-_LOCAL_BYTES = _LOWS + 64
+_VALUES = _LOWS + 64  # of a page whose K serves as V, turned
 _INVISIBLE = float("-inf")
 
 
@@ -304,6 +306,25 @@ def _visible(page, n_pinned, ring):
     return ring if n_pinned <= page < ring else page
 
 
+def _values_in(k_dim, v_dim, are_shared):
+    """Where the values of a page are, and the bytes of what is made of K where that serves."""
+    n = min(k_dim, v_dim)
+
+    @jit
+    def own(k, v, s):
+        return v
+
+    @jit
+    def turned(k, v, s):
+        for d in range(n):
+            for pos in range(PAGE):
+                half = load_f16(k + K_ROW_BYTES * d + KV_BYTES * pos)
+                store_f16(s + _VALUES + KV_BYTES * (v_dim * pos + d), half)
+        return s + _VALUES
+
+    return (turned, PAGE * KV_BYTES * v_dim) if are_shared else (own, 0)
+
+
 @jit
 def _all_seen(a, table, pos):
     return 0, 0
@@ -324,7 +345,8 @@ def make(isa, k_dim, v_dim, *features):
     page_4, page_3, page_2, page_1 = (
         _page_of(n, k_dim, v_dim, n_sums, features) for n in (4, 3, 2, 1)
     )
-    scratch = local(_LOCAL_BYTES)
+    values_in, n_bytes = _values_in(k_dim, v_dim, "shared" in features)
+    scratch = local(_VALUES + n_bytes)
     is_windowed = "window" in features
     set_lows = _set_lows if is_windowed else _set_nothing
     seen_of = _window_seen if is_windowed else _all_seen
@@ -404,6 +426,7 @@ def make(isa, k_dim, v_dim, *features):
                 if p < limit:
                     slot = arena_page(table, p)
                 next_k, next_v = k_base + slot * k_bytes, v_base + slot * v_bytes
+                v = values_in(k, v, s)
                 one_page(
                     region, n_queries, group, i > 0, starts, k, v, next_k, next_v, scale, s, bound
                 )
