@@ -23,7 +23,7 @@ from .native import cache_root
 from .test_cpu_program import batch_of
 from .test_families import limits
 
-MADE_UP = '''"""Made up: norms behind branches, windows, gates behind attention, experts."""
+MADE_UP = '''"""Rehearsal: norms behind branches, windows, gates behind attention, experts."""
 
 from edgeinfer.graph import Graph
 
@@ -84,9 +84,9 @@ def draft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Draft:
     """The model; its architecture is a file in a folder of its own."""
     folder = tmp_path / "models"
     folder.mkdir()
-    (folder / "made_up.py").write_text(MADE_UP, encoding="utf-8")
+    (folder / "rehearsal.py").write_text(MADE_UP, encoding="utf-8")
     monkeypatch.setattr(models, "__path__", [*models.__path__, str(folder)])
-    return Golden("made_up", "made_up", KEYS, shapes(), {}).draft()
+    return Golden("rehearsal", "rehearsal", KEYS, shapes(), {}).draft()
 
 
 def reference(segment: Segment, ids: list[int]) -> NDArray[np.float32]:
