@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 
+from edgeinfer.errors import UnsupportedModelError
 from edgeinfer.graph import (
     KV,
     Activation,
@@ -70,8 +71,8 @@ class SwiGlu(NamedTuple):
     up: Value
 
 
-class SelectedNorm(NamedTuple):
-    """out = the norm of the wanted rows of x, each as a whole."""
+class WholeNorm(NamedTuple):
+    """out = the norm of each of the wanted rows of x as a whole."""
 
     layer: int
     out: Value
@@ -133,7 +134,7 @@ class RotatedAttention(NamedTuple):
 Step: TypeAlias = (
     Embed | RmsNorm | Matmuls | Rotate | PinnedRotate | PinnedAttention | RotatedAttention | Add
     | Mul | Bias | Scale | SoftCap | Activation | Clamp | MulParts | Route | ExpertMatmuls
-    | ExpertSum | SelectRows | SelectedNorm | SwiGlu
+    | ExpertSum | SelectRows | WholeNorm | SwiGlu
 )  # fmt: skip
 
 
@@ -216,7 +217,7 @@ def _selected_norm(op: RmsNorm, uses: Uses) -> _Rewritten | None:
         return None
     if op.n_heads != 1 or op.weight is None:
         return None
-    return [SelectedNorm(op.layer, op.out, select.x, op.weight, op.eps)], [op.x]
+    return [WholeNorm(op.layer, op.out, select.x, op.weight, op.eps)], [op.x]
 
 
 def _rotated_attention(op: Attention, uses: Uses) -> _Rewritten | None:
@@ -274,14 +275,28 @@ def pinned_query(op: Attention, uses: Uses) -> list[Op]:
     """The ops to repeat for pinned pages, at `PageTable.pinned_pos`: what makes q of its position.
 
     That is its rotation, and what is done to it afterwards inside the layer, value by value.
+    UnsupportedModelError names an op on that way that can't be repeated.
     """
     turned: dict[Value, Op] = {}
+    stuck: dict[Value, Op] = {}  # what depends on a rotation by way of an op that is not repeated
     for each in uses.layers[op.layer]:
         if each is op:
             break
-        is_redone = isinstance(each, _REDONE) and any(x in turned for x in inputs(each))
-        if isinstance(each, Rotate) or is_redone:
+        read = inputs(each)
+        is_turned = any(x in turned or x in stuck for x in read)
+        if isinstance(each, Rotate) or (isinstance(each, _REDONE) and is_turned):
             turned[each.out] = each
+            stuck.update((each.out, stuck[x]) for x in read if x in stuck)
+        elif is_turned and not isinstance(each, Attention):  # which ends the way of a query
+            stuck[each.out] = each
+    if op.q in stuck:
+        name = type(stuck[op.q]).__name__
+        raise UnsupportedModelError(
+            f"layer {op.layer} has {name} between the rotation of a query and its attention, where "
+            f"edgeinfer runs {', '.join(kind.__name__ for kind in _REDONE)}; put it before the "
+            "rotation",
+            missing=[name],
+        )
     needed = {op.q}
     for value in reversed(turned):
         if value in needed:

@@ -39,7 +39,7 @@ _INERT = {
     "vocab_size": _Inert("the embedding has as many rows"),
     "tensor_data_layout": _Inert("how converters of 2023 ordered rows"),
     "attention.causal": _Inert("every attention is", (True,)),
-    "attention.layer_norm_epsilon": _Inert("of norms that subtract the mean; there are none"),
+    "attention.layer_norm_epsilon": _Inert("of norms that subtract the mean, which it has none of"),
     "hidden_activation": _Inert("what the model file writes", ("silu", "swish", "swiglu")),
     "rope.dimension_sections": _Inert("text has one position"),
     "rope.scaling.finetuned": _SAYS_NOTHING,

@@ -7,7 +7,6 @@ import ctypes
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
 
 import llvmlite.binding as llvm
 import numpy as np
@@ -16,10 +15,8 @@ import pytest
 from edgeinfer.batch import StepLimits
 from edgeinfer.errors import DeviceError
 from edgeinfer.gguf import GGUFFile
-from edgeinfer.graph import GatingKind
 from edgeinfer.kernels.cpu import build, library, ready, soft_float
 from edgeinfer.kernels.cpu.blueprint import Blueprint
-from edgeinfer.kernels.cpu.formats import FORMATS
 from edgeinfer.kernels.cpu.library import Library
 from edgeinfer.kernels.cpu.object_files import undefined_symbols
 from edgeinfer.kernels.cpu.program import CpuBackend
@@ -31,25 +28,9 @@ from . import native
 from .golden_models import GOLDENS
 from .models_for_tests import tiny_model
 
-KERNELS = [
-    *(f"{op}.{name}" for op in ("matmul", "pack", "embed", "experts") for name in FORMATS),
-    *(
-        "norm",
-        "swiglu",
-        "quantise",
-        "fours",
-        "copy_rows",
-        "angles",
-        "angles.scaled",
-        "rotate.norm",
-        "rotate.neox",
-    ),
-    *("norm_heads", *(f"pointwise.{kind}" for kind in ready.POINTWISE)),
-    *("plan_attention", "attend.64.64", "attend.128.128", "fold", "sample", "read", "probe"),
-    *(f"route.{kind}" for kind in get_args(GatingKind)),
-    *("dispatch", "gather.a32", "gather.f32", "expert_sum", "mul_parts"),
-    *("team.work", "team.step"),
-]
+# One of every module, and what differs within it.
+KERNELS = [*(name for name in ready.NAMES if not name.startswith("experts.")), "probe"]
+KERNELS += [f"experts.{name}" for name in ("q4_0", "q6_k", "f16")]  # the tiles of matmul
 
 
 def module_of(body: str, declare: str = "") -> llvm.ModuleRef:
@@ -179,12 +160,6 @@ def test_loading_ready_kernels_takes_no_numba() -> None:
 
 
 # -- ready kernels -------------------------------------------------------------------------------
-
-
-def test_every_kernel_but_the_probe_ships() -> None:
-    assert {name.partition(".")[0] for name in KERNELS} - {"probe"} == {
-        name.partition(".")[0] for name in ready.NAMES
-    }
 
 
 @pytest.fixture

@@ -9,10 +9,27 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
+from edgeinfer import fusion
 from edgeinfer.batch import StepRequest
 from edgeinfer.errors import UnsupportedModelError
 from edgeinfer.fusion import Matmuls, RotatedAttention, Step, SwiGlu, fuse
-from edgeinfer.graph import KV, Graph, Rope, Segment, Value
+from edgeinfer.graph import (
+    KV,
+    Activation,
+    Add,
+    Bias,
+    Clamp,
+    Graph,
+    Linear,
+    Mul,
+    MulParts,
+    RmsNorm,
+    Rope,
+    Scale,
+    Segment,
+    SoftCap,
+    Value,
+)
 from edgeinfer.kernels.cpu import shapes
 from edgeinfer.kernels.reference import ReferenceBackend
 from edgeinfer.kernels.reference import program as reference
@@ -196,6 +213,46 @@ def test_what_a_segment_yields_is_neither_taken_in_nor_written_over(marks_produc
 
 
 # -- what a backend does not know ----------------------------------------------------------------
+
+
+# What may be done to a query behind its rotation.
+BEHIND: dict[type, Callable[[Graph, Value], Value]] = {
+    RmsNorm: lambda g, q: g.rms_norm(q, None, N_HEADS),
+    Add: lambda g, q: q + q,
+    Mul: lambda g, q: q * q,
+    Bias: lambda g, q: g.add_vector(q, "blk.0.attn_q.bias"),
+    Scale: lambda g, q: g.scale(q, 0.5),
+    SoftCap: lambda g, q: g.soft_cap(q, 2.0),
+    Activation: lambda g, q: g.silu(q),
+    Clamp: lambda g, q: g.clamp(q, -1.0, 1.0),
+    MulParts: lambda g, q: g.mul_parts(q, g.linear(q, "blk.0.attn_gate", N_HEADS)),
+}
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+@pytest.mark.parametrize("kind", [*BEHIND, Linear])
+def test_what_is_not_repeated_for_pinned_pages_may_not_stand_behind_a_rotation(
+    name: str, kind: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if each were new and forgotten: pages would be read by another query than is meant."""
+
+    def body(g: Graph, h: Value, blk: str) -> Value:
+        q, k, v = qkv(g, h, blk)
+        q, k = g.rotate(q, N_HEADS, NEOX), g.rotate(k, N_KV, NEOX)
+        if kind is Linear:
+            q = g.scale(g.linear(q, f"{blk}.attn_turned", q.dim), 0.5)
+        else:
+            q = BEHIND[kind](g, q)
+        return g.linear(g.attention(q, k, v, cache=CACHE), f"{blk}.attn_output", h.dim)
+
+    assert set(BEHIND) == set(fusion._REDONE)
+    less = tuple(each for each in fusion._REDONE if each is not kind)
+    monkeypatch.setattr(fusion, "_REDONE", less)
+    segment = record(body)
+    with pytest.raises(
+        UnsupportedModelError, match=f"layer 0 has {kind.__name__} between the rotation"
+    ):
+        compile_on(name, segment)
 
 
 class Ghost(NamedTuple):

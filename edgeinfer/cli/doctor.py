@@ -216,10 +216,6 @@ def _advice(facts: dict[str, Any]) -> list[str]:
         advice.append("the kernel cache can't be written, every start builds: set EDGEINFER_HOME")
     elif not (facts["kernels"]["origins"]["cached"] or facts["kernels"]["origins"]["ready"]):
         advice.append("no kernels are built yet: the first start takes longer (edgeinfer warmup)")
-    if facts["gpu"]["install"] and not any(
-        facts["edgeinfer"][name] for name in _PACKAGES if name.startswith("cupy")
-    ):
-        advice.append(f"for the GPU: {facts['gpu']['install']}")
     best = largest_that_fits(facts["memory"]["available_bytes"])
     if best is not None and facts["models"]["free_disk_bytes"] > best.n_bytes:
         advice.append(f"the largest model of our list that fits: edgeinfer pull {best.name}")

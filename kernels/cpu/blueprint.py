@@ -10,13 +10,9 @@ from collections.abc import Mapping
 from edgeinfer.batch import SEGMENT_PAGES, StepLimits, cache_row
 from edgeinfer.graph import (
     KV,
-    Attention,
-    Bias,
     Embed,
     ExpertLinear,
     Linear,
-    RmsNorm,
-    Route,
     Segment,
 )
 from edgeinfer.kernels.cpu import layout
@@ -82,19 +78,14 @@ class Blueprint:
 
 def _weights_of(segment: Segment) -> tuple[list[Weight], list[Weight]]:
     """The matrices and the vectors that a segment's ops read."""
-    matrices, vectors = list[Weight](), list[Weight | None]()
+    matrices, vectors = list[Weight](), list[Weight]()
     for op in segment.ops:
+        weights = [field for field in op if isinstance(field, Weight)]
         if isinstance(op, (Embed, Linear, ExpertLinear)):
             matrices.append(op.weight)
-        if isinstance(op, (RmsNorm, Bias)):
-            vectors.append(op.weight)
-        if isinstance(op, Attention):
-            vectors.append(op.sinks)
-        if isinstance(op, (Linear, ExpertLinear, Route)):
-            vectors.append(op.bias)
-        if isinstance(op, ExpertLinear):
-            vectors.append(op.scale)
-    return matrices, [vector for vector in vectors if vector is not None]
+            weights.remove(op.weight)
+        vectors += weights
+    return matrices, vectors
 
 
 def _pages_bytes(group: Mapping[int, KV], n_pages: int) -> int:

@@ -19,9 +19,9 @@ from edgeinfer.fusion import (
     PinnedAttention,
     PinnedRotate,
     RotatedAttention,
-    SelectedNorm,
     Step,
     SwiGlu,
+    WholeNorm,
 )
 from edgeinfer.graph import (
     Activation,
@@ -102,7 +102,7 @@ class Lowering(AttentionLowering, ExpertLowering):
                 self._embed(step)
             case RmsNorm():
                 self._norm(step)
-            case SelectedNorm():
+            case WholeNorm():
                 self._whole_norm(step, layout.WANTED_ROWS)
             case Matmuls():
                 self._matmuls(step, i)
@@ -154,7 +154,7 @@ class Lowering(AttentionLowering, ExpertLowering):
     def _norm(self, op: RmsNorm) -> None:
         rows, rule = self._rows_of(op.x)
         if op.n_heads == 1 and op.weight is not None and rows == layout.ALL_ROWS:
-            self._whole_norm(SelectedNorm(op.layer, op.out, op.x, op.weight, op.eps), rows)
+            self._whole_norm(WholeNorm(op.layer, op.out, op.x, op.weight, op.eps), rows)
             return
         args = layout.HEADS.pack(
             *self._sinks(op.out, "norm"), x=self._floats[op.x], stride=row_stride(op.x.dim),
@@ -163,7 +163,7 @@ class Lowering(AttentionLowering, ExpertLowering):
         )  # fmt: skip
         self._emit("norm", "norm_heads", args, rule)
 
-    def _whole_norm(self, op: SelectedNorm, rows: int) -> None:
+    def _whole_norm(self, op: WholeNorm, rows: int) -> None:
         args = layout.NORM.pack(
             *self._sinks(op.out, "norm"), x=self._floats[op.x], stride=row_stride(op.x.dim),
             weight=self._weights.vector(op.weight), eps=float_bits(op.eps), dim=op.x.dim, rows=rows,
