@@ -502,3 +502,21 @@ def test_what_to_pull_is_told_once_and_only_to_people(
         cli_models.advise_after(small)
         told.append(capsys.readouterr().err)
     assert told[0] == told[2] == "" and told[1].startswith("(135 M parameters")
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+@pytest.mark.parametrize("device", ["cpu", "reference"])
+def test_a_start_has_no_threads_that_nobody_uses(tmp_path: Path, device: str) -> None:
+    """NumPy's library has one for each processor, and spins while it waits."""
+    code = (
+        "import atexit, os, sys; from edgeinfer.cli.main import main\n"
+        "atexit.register(lambda: print(len(os.listdir('/proc/self/task')), file=sys.stderr))\n"
+        "main(sys.argv[1:])"
+    )
+    model = tiny_model(tmp_path)
+    environment = {k: v for k, v in os.environ.items() if "NUM_THREADS" not in k}
+    command = [sys.executable, "-c", code, "plan", str(model), "--device", device]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    n_threads = int(done.stderr.split()[-1])
+    has_many = device == "reference" and len(os.sched_getaffinity(0)) > 1
+    assert (n_threads > 1) == has_many, done.stderr
