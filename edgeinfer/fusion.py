@@ -267,36 +267,34 @@ def _pinned_attention(op: Attention, uses: Uses) -> _Rewritten:
     return steps, []
 
 
-# What is done anew to a query on its way from its rotation to its attention.
+# What is done anew to a query on its way from its rotation to its attention, and what makes another
+# value of it, which has no rotation. An op is one or the other, or can't stand there.
 _REDONE = (RmsNorm, Add, Mul, Bias, Scale, SoftCap, Activation, Clamp, MulParts)
+_ENDS = (Embed, Linear, Attention, Route, ExpertLinear, ExpertSum, SelectRows)
 
 
 def pinned_query(op: Attention, uses: Uses) -> list[Op]:
     """The ops to repeat for pinned pages, at `PageTable.pinned_pos`: what makes q of its position.
 
     That is its rotation, and what is done to it afterwards inside the layer, value by value.
-    UnsupportedModelError names an op on that way that can't be repeated.
+    UnsupportedModelError names an op that nothing says of whether it can be repeated.
     """
     turned: dict[Value, Op] = {}
-    stuck: dict[Value, Op] = {}  # what depends on a rotation by way of an op that is not repeated
     for each in uses.layers[op.layer]:
         if each is op:
             break
-        read = inputs(each)
-        is_turned = any(x in turned or x in stuck for x in read)
-        if isinstance(each, Rotate) or (isinstance(each, _REDONE) and is_turned):
+        if isinstance(each, Rotate):
             turned[each.out] = each
-            stuck.update((each.out, stuck[x]) for x in read if x in stuck)
-        elif is_turned and not isinstance(each, Attention):  # which ends the way of a query
-            stuck[each.out] = each
-    if op.q in stuck:
-        name = type(stuck[op.q]).__name__
-        raise UnsupportedModelError(
-            f"layer {op.layer} has {name} between the rotation of a query and its attention, where "
-            f"edgeinfer runs {', '.join(kind.__name__ for kind in _REDONE)}; put it before the "
-            "rotation",
-            missing=[name],
-        )
+        elif any(x in turned for x in inputs(each)):
+            if isinstance(each, _REDONE):
+                turned[each.out] = each
+            elif not isinstance(each, _ENDS):
+                name = type(each).__name__
+                raise UnsupportedModelError(
+                    f"layer {op.layer} has {name} behind a rotation, and nothing says what it does "
+                    "to a query there; edgeinfer.fusion has to know",
+                    missing=[name],
+                )
     needed = {op.q}
     for value in reversed(turned):
         if value in needed:
