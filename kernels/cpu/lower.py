@@ -8,10 +8,8 @@ What `edgeinfer.fusion` has put together runs as one kernel; every other op runs
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NoReturn
 
-from edgeinfer.batch import StepLimits
 from edgeinfer.fusion import (
     ExpertMatmuls,
     Matmul,
@@ -36,7 +34,6 @@ from edgeinfer.graph import (
     Rotate,
     Route,
     Scale,
-    Segment,
     SelectRows,
     SoftCap,
     Value,
@@ -53,8 +50,6 @@ from edgeinfer.kernels.cpu.commands import (
 from edgeinfer.kernels.cpu.layout import row_stride
 from edgeinfer.kernels.cpu.lower_attention import AttentionLowering
 from edgeinfer.kernels.cpu.lower_base import (
-    LayerCache,
-    WeightAddresses,
     a32_bytes,
     float_bits,
     format_of,
@@ -67,16 +62,6 @@ from edgeinfer.quant import Weight
 
 class Lowering(AttentionLowering, ExpertLowering):
     """One pass over a segment's steps."""
-
-    def __init__(
-        self,
-        segment: Segment,
-        limits: StepLimits,
-        weights: WeightAddresses,
-        caches: Mapping[int, LayerCache],
-    ) -> None:
-        super().__init__(segment, limits, weights, caches)
-        self._fours: dict[Value, Buffer] = {}  # what matmuls of floats read
 
     def run(self) -> Lowered:
         out, segment = self._out, self._segment

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
-from edgeinfer.batch import StepLimits
 from edgeinfer.fusion import PinnedAttention, PinnedRotate, RotatedAttention
-from edgeinfer.graph import Attention, Rope, RopeKind, Rotate, Segment
+from edgeinfer.graph import RopeKind, Rotate
 from edgeinfer.kernels.cpu import layout
 from edgeinfer.kernels.cpu.commands import Buffer, KernelPart
 from edgeinfer.kernels.cpu.layout import row_stride
 from edgeinfer.kernels.cpu.lower_base import (
     LayerCache,
     LoweringBase,
-    WeightAddresses,
     float_bits,
 )
 from edgeinfer.quant import Weight
@@ -37,22 +34,6 @@ _NO_CACHE = LayerCache(_NO_BUFFER, _NO_BUFFER, 0, 0, 0)
 
 class AttentionLowering(LoweringBase):
     """The steps of attention."""
-
-    def __init__(
-        self,
-        segment: Segment,
-        limits: StepLimits,
-        weights: WeightAddresses,
-        caches: Mapping[int, LayerCache],
-    ) -> None:
-        super().__init__(segment, limits, weights, caches)
-        self._angles: dict[tuple[Rope, int], tuple[Buffer, Buffer]] = {}
-        self._items: dict[int, Buffer] = {}  # by window
-        self._tables = {
-            op.layer: caches[op.cache_layer].tables
-            for op in segment.ops
-            if isinstance(op, Attention)
-        }
 
     def _rotate(self, op: Rotate | PinnedRotate) -> None:
         """The heads of a value in a place of their own."""

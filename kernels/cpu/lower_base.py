@@ -9,7 +9,7 @@ import numpy as np
 
 from edgeinfer.batch import StepLimits
 from edgeinfer.fusion import ExpertMatmuls, Matmul, Matmuls, Step, fuse
-from edgeinfer.graph import ExpertLinear, Segment, Value
+from edgeinfer.graph import Attention, ExpertLinear, Rope, Segment, Value
 from edgeinfer.kernels.cpu import layout
 from edgeinfer.kernels.cpu.commands import Args, Buffer, KernelOp, KernelPart, Lowered
 from edgeinfer.kernels.cpu.formats import FORMATS, Format
@@ -87,6 +87,18 @@ class LoweringBase:
         self._selected = selected(segment)
         self._floats: dict[Value, Buffer] = {}  # where a value's f32 rows are
         self._quantised: dict[Value, Buffer] = {}
+        self._fours: dict[Value, Buffer] = {}  # what matmuls of floats read
+        # What layers share: angles, work items by window, and along routes what was planned for
+        # each and the rows that were gathered.
+        self._angles: dict[tuple[Rope, int], tuple[Buffer, Buffer]] = {}
+        self._items: dict[int, Buffer] = {}
+        self._dispatched: dict[Value, Buffer] = {}
+        self._gathered: dict[tuple[Value, Value, str], Buffer] = {}
+        self._tables = {
+            op.layer: caches[op.cache_layer].tables
+            for op in segment.ops
+            if isinstance(op, Attention)
+        }
         scratch_bytes = limits.n_threads * layout.MATMUL_SCRATCH_BYTES
         self._matmul_scratch = Buffer("matmul scratch", scratch_bytes)
         self._out = Lowered()

@@ -6,15 +6,12 @@ What a step chooses decides how long its later ops are: `dispatch` says it to al
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from edgeinfer.batch import StepLimits
 from edgeinfer.fusion import ExpertMatmuls
-from edgeinfer.graph import ExpertLinear, ExpertSum, Route, Segment, Value
+from edgeinfer.graph import ExpertLinear, ExpertSum, Route, Value
 from edgeinfer.kernels.cpu import layout
 from edgeinfer.kernels.cpu.commands import Args, Buffer, KernelOp, KernelPart
 from edgeinfer.kernels.cpu.formats import FORMATS, Format, packed_bytes
-from edgeinfer.kernels.cpu.lower_base import LayerCache, LoweringBase, WeightAddresses, float_bits
+from edgeinfer.kernels.cpu.lower_base import LoweringBase, float_bits
 
 # Weight bytes of a chunk, and how many a thread finds: starting one takes 1 us, and the last ones
 # must even out the end. Measured in tests/bench/TUNING.md, "Experts".
@@ -23,17 +20,6 @@ _MOST_CHUNK, _LEAST_CHUNK, _CHUNKS = 512 << 10, 32 << 10, 12
 
 class ExpertLowering(LoweringBase):
     """The steps of routes to experts and along them."""
-
-    def __init__(
-        self,
-        segment: Segment,
-        limits: StepLimits,
-        weights: WeightAddresses,
-        caches: Mapping[int, LayerCache],
-    ) -> None:
-        super().__init__(segment, limits, weights, caches)
-        self._dispatched: dict[Value, Buffer] = {}  # of routes
-        self._gathered: dict[tuple[Value, Value, str], Buffer] = {}  # of values along routes
 
     def _route(self, op: Route) -> None:
         n_experts = op.x.dim
