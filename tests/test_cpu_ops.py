@@ -218,6 +218,20 @@ def check_pointwise(kind: str, family: str | None) -> None:
         check_sinks(sinks, expected[:n_rows, :dim])
 
 
+@pytest.mark.parametrize("kind", POINTWISE)
+def test_what_is_no_number_is_none_afterwards_where_the_law_says_so(kind: str) -> None:
+    """A model that overflows says so in its logits, on every backend."""
+    a = np.array([[np.nan, np.inf, -np.inf, 3e38, -3e38, 0, np.nan, 1]], np.float32)
+    b, sinks = rows_of(1, 8, 1), Sinks(1, 8, False)
+    args = [
+        a.ctypes.data, a[0].nbytes, b.ctypes.data, b[0].nbytes,
+        native.float_bits(0.7) | native.float_bits(1.5) << 32, 8, layout.ALL_ROWS, *sinks.words,
+    ]  # fmt: skip
+    native.run(f"pointwise.{kind}", native.header(H_ROWS=1), args, range(1))
+    with np.errstate(all="ignore"):
+        np.testing.assert_array_equal(sinks.rows, POINTWISE[kind](a, b))
+
+
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_activations_are_close_to_the_truth(kind: ActivationKind) -> None:
     x = np.concatenate([np.linspace(-30, 30, 100_001), np.linspace(-1, 1, 10_001)])

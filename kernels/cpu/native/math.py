@@ -51,7 +51,8 @@ _zero_below = mapped(
 def exp(x):
     """e ** x of every lane, of vectors or tiles."""
     lowest = splat_f32(_LOWEST)
-    clamped = min_f(max_f(x, lowest), splat_f32(_HIGHEST))
+    # Both yield their second operand where one is NaN: x in this order, which stays NaN.
+    clamped = min_f(splat_f32(_HIGHEST), max_f(lowest, x))
     n = round_f(mul_f(clamped, splat_f32(_LOG2_E)))
     r = fma(n, splat_f32(_LN2_HIGH), clamped)
     r = fma(n, splat_f32(_LN2_LOW), r)
