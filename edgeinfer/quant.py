@@ -123,8 +123,8 @@ class Weight:
 
     def rows(self, first: int, last: int) -> Weight:
         """Rows first <= i < last as a weight of its own, or those elements of a vector."""
-        row_bytes = self.type.row_bytes(math.prod(self.shape[1:])) if self.shape[1:] else 0
-        start, end = (n * row_bytes or self.type.row_bytes(n) for n in (first, last))
+        n_elements = math.prod(self.shape[1:])
+        start, end = self._at(first * n_elements), self._at(last * n_elements)
         data = self.data
         part = data[start:end] if isinstance(data, memoryview) else _Part(data, start, end - start)
         name = f"{self.name}[{first}:{last}]"
@@ -132,11 +132,12 @@ class Weight:
 
     def parts(self, first: int, last: int) -> Weight:
         """Rows first <= i < last of each matrix of a stack, or those elements of each row."""
-        check_runnable(self.name, self.type)
         n, size, *rest = self.shape
-        unit = self.type.row_bytes(math.prod(rest))
-        starts = (i * size * unit + first * unit for i in range(n))
-        pieces = [_Part(self.data, start, (last - first) * unit) for start in starts]
+        n_elements = math.prod(rest)
+        bounds = (
+            [self._at((i * size + row) * n_elements) for row in (first, last)] for i in range(n)
+        )
+        pieces = [_Part(self.data, start, end - start) for start, end in bounds]
         name = f"{self.name}[:, {first}:{last}]"
         return Weight(name, (n, last - first, *rest), self.type, _Pieces(pieces))
 
@@ -144,6 +145,17 @@ class Weight:
         """Matrix i of a stack."""
         one = self.rows(i, i + 1)
         return Weight(one.name, one.shape[1:], one.type, one.data)
+
+    def _at(self, n_elements: int) -> int:
+        """Bytes before element n; UnsupportedModelError where no block begins there."""
+        check_runnable(self.name, self.type)
+        if n_elements % self.type.block:
+            raise UnsupportedModelError(
+                f"{self.name} is {self.type.name} and would be cut inside a block of "
+                f"{self.type.block}; choose a file that holds its parts apart, or another type",
+                missing=[self.type.name],
+            )
+        return self.type.row_bytes(n_elements)
 
     def read_into(self, buffer: memoryview, start: int = 0) -> None:
         """Fill a buffer with the bytes from `start` on."""

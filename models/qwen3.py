@@ -22,7 +22,9 @@ def forward(g: Graph) -> None:
         x = x + g.linear(a, f"{blk}.attn_output", g.dim)
         h = g.rms_norm(x, f"{blk}.ffn_norm")
         if g.hparams.architecture == "qwen3moe":
-            f = g.experts(h, blk, g.count("feed_forward_length", 0) // g.count("expert_used_count"))
+            f = g.experts(
+                h, blk, g.count("feed_forward_length", 0, low=0) // g.count("expert_used_count")
+            )
         else:
             gate, up = g.gate_up(h, blk)  # (T, F)
             f = g.linear(g.silu(gate) * up, f"{blk}.ffn_down", g.dim)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from edgeinfer.batch import Batch, StepLimits
 from edgeinfer.errors import EdgeInferError, InvalidModelError, UnsupportedModelError
 from edgeinfer.gguf import GGUFFile
-from edgeinfer.graph import ExpertLinear, GatingKind, Graph, Route, Segment, Value
+from edgeinfer.graph import ExpertLinear, ExpertSum, GatingKind, Graph, Route, Segment, Value
 from edgeinfer.inspect_file import describe
 from edgeinfer.kernels.cpu import layout
 from edgeinfer.kernels.reference import ReferenceBackend
@@ -26,14 +26,14 @@ from edgeinfer.kernels.reference.exact import Exact
 from edgeinfer.kernels.reference.experts import choose
 from edgeinfer.kernels.reference.quantised import Quantised
 from edgeinfer.model import Model
-from edgeinfer.quant import QUANT_TYPES, Weight
+from edgeinfer.quant import QUANT_TYPES, QuantType, Weight
 
 from . import native
 from .golden_models import GOLDENS, Draft
 from .random_graphs import RandomGraph
 from .test_cpu_program import batch_of
 from .test_fusion import record
-from .test_graphs import SETTINGS, backend
+from .test_graphs import SETTINGS, backend, check
 
 Floats = NDArray[np.float32]
 F32 = QUANT_TYPES[0]
@@ -396,6 +396,35 @@ def test_a_value_that_is_no_route_is_refused() -> None:
         backend().compile(segment._replace(ops=tuple(ops)), LIMITS)
 
 
+def test_experts_of_other_widths_may_read_one_value() -> None:
+    """All of a row, or a part of it for each: what is gathered for one is not what others read."""
+
+    def body(g: Graph, h: Value, blk: str) -> Value:
+        router = g.linear(h, f"{blk}.ffn_gate_inp", 4)
+        fields: dict[str, Any] = dict(bias=None, n_groups=1, n_groups_used=1, norm=True, scale=1.0)
+        route = g._record(Route, 4, x=router, gating="softmax", n_used=2, **fields)
+        sums = []
+        for n_cols in (h.dim, h.dim // 2):
+            weight = g._weight(f"{blk}.ffn_{n_cols}_exps.weight", 4, h.dim, n_cols)
+            twins: dict[str, Any] = dict(scale=None, bias=None)
+            parts = g._record(ExpertLinear, 2 * h.dim, x=h, route=route, weight=weight, **twins)
+            sums.append(g._record(ExpertSum, h.dim, x=parts, route=route))
+        return sums[0] + sums[1]
+
+    for types in (("F32",), ("Q4_0",)):
+        check(record(body, dim=64, types=types), 7)
+
+
+def test_a_file_may_tell_the_width_of_experts_alone(tmp_path: Path) -> None:
+    draft = moe()
+    expected = logits(draft, tmp_path)
+    assert "expert_feed_forward_length" in draft.keys
+    draft.keys["feed_forward_length"] = 0
+    np.testing.assert_array_equal(logits(draft, tmp_path), expected)
+    del draft.keys["feed_forward_length"]
+    np.testing.assert_array_equal(logits(draft, tmp_path), expected)
+
+
 def test_what_is_said_of_a_file(tmp_path: Path) -> None:
     facts = describe(str(moe().write(tmp_path / "experts.gguf")))
     assert (facts["n_experts"], facts["n_experts_used"], facts["ffn_dim"]) == (8, 2, 48)
@@ -417,3 +446,15 @@ def test_parts_of_a_stack_are_read_as_if_they_followed_each_other() -> None:
     assert bytes(buffer) == expected[21:111]
     vectors = Weight("b", (3, 4), F32, memoryview(values[:, :, 0].tobytes()))
     assert bytes(vectors.parts(2, 4).data[:]) == values[:, 2:4, 0].tobytes()
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "IQ1_S", "unknown"])
+def test_what_can_not_be_cut_there_is_named(kind: str) -> None:
+    """A bias inside a block, and types of which nothing is known: of rows and of parts alike."""
+    known = {each.name: each for each in QUANT_TYPES.values()}
+    type_ = known.get(kind) or QuantType("type 999", 999, 0, 0)
+    vector = Weight("w", (48,), type_, memoryview(b""))
+    stack = Weight("w", (2, 48), type_, memoryview(b""))
+    for cut in (vector.rows, stack.parts):
+        with pytest.raises(UnsupportedModelError, match=f"w is {type_.name}"):
+            cut(0, 16)

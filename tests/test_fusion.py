@@ -12,11 +12,12 @@ import pytest
 from edgeinfer import fusion
 from edgeinfer.batch import StepRequest
 from edgeinfer.errors import UnsupportedModelError
-from edgeinfer.fusion import Matmuls, RotatedAttention, Step, SwiGlu, fuse
+from edgeinfer.fusion import Matmuls, PinnedAttention, RotatedAttention, Step, SwiGlu, fuse
 from edgeinfer.graph import (
     KV,
     Activation,
     Add,
+    Attention,
     Bias,
     Clamp,
     Graph,
@@ -295,6 +296,22 @@ def test_an_op_that_a_backend_does_not_know_is_named(name: str) -> None:
     sunk = attention._replace(cache=SunkKV(*CACHE[:3], 4))
     with pytest.raises(UnsupportedModelError, match="no kernel for SunkKV"):
         compile_on(name, with_op(segment, i, sunk))
+
+
+@pytest.mark.parametrize(
+    "change", [{"soft_cap": -1.0}, {"soft_cap": float("nan")}, {"cache": KV(N_KV, D, D, -1)}]
+)
+def test_attention_of_no_sense_is_refused(change: dict[str, Any]) -> None:
+    segment = record(nothing_is_rotated)
+    i, op = next((i, op) for i, op in enumerate(segment.ops) if isinstance(op, Attention))
+    with pytest.raises(UnsupportedModelError, match="of attention in layer 0"):
+        compile_on("cpu", with_op(segment, i, op._replace(**change)))
+
+
+def test_fused_steps_begin_as_the_ops_that_they_stand_for() -> None:
+    """They are made of their fields in this order."""
+    n = len(Attention._fields)
+    assert PinnedAttention._fields[:n] == RotatedAttention._fields[:n] == Attention._fields
 
 
 @pytest.mark.parametrize(("name", "module"), [("cpu", shapes), ("reference", reference)])

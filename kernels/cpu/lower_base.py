@@ -93,7 +93,7 @@ class LoweringBase:
         self._angles: dict[tuple[Rope, int], tuple[Buffer, Buffer]] = {}
         self._items: dict[int, Buffer] = {}
         self._dispatched: dict[Value, Buffer] = {}
-        self._gathered: dict[tuple[Value, Value, str], Buffer] = {}
+        self._gathered: dict[tuple[Value, Value, int, str], Buffer] = {}
         self._tables = {
             op.layer: caches[op.cache_layer].tables
             for op in segment.ops

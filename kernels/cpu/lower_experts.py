@@ -64,7 +64,7 @@ class ExpertLowering(LoweringBase):
     def _gather(self, op: ExpertLinear, fmt: Format) -> Buffer:
         """The rows of x that an op reads, sorted by expert."""
         n_experts, _, n_cols = op.weight.shape
-        key = op.x, op.route, fmt.activation
+        key = op.x, op.route, n_cols, fmt.activation
         if key not in self._gathered:
             if fmt.activation == "a32" and op.x not in self._quantised:
                 self._quantise(op.x)

@@ -6,6 +6,7 @@ memory is said in `layout.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from edgeinfer.errors import UnsupportedModelError
@@ -176,6 +177,10 @@ def _check_attention(op: Attention) -> None:
     ):
         if value is not None and (value.dim != width or width < 1):
             raise _unsupported(f"the {name} {where}", f"{value.dim} wide", f"a width of {width}")
+    if kv.window < 0:
+        raise _unsupported(f"the window {where}", str(kv.window), "0 (none) and more")
+    if not 0 <= op.soft_cap < math.inf:
+        raise _unsupported(f"the soft-cap {where}", str(op.soft_cap), "0 (none) and more")
     if op.sinks is not None:
         _check_vector(op.sinks, op.n_heads)
 
