@@ -294,3 +294,22 @@ def test_a_signal_at_any_moment_of_a_start(tmp_path: Path, name: str) -> None:
         code, errors = _interrupt_after(0.3 * i / 150, start, number)
         is_quiet = code in (0, wanted) and "Traceback" not in errors and "rror" not in errors
         assert is_quiet or _is_before_us(code, errors), (i, code, errors)
+
+
+def test_what_is_set_for_us_alone_does_not_reach_a_program(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the user has set does."""
+    from edgeinfer.platform import children
+
+    monkeypatch.setattr(children, "_FOR_US", set())
+    monkeypatch.setenv("EDGEINFER_TEST_THEIRS", "theirs")
+    monkeypatch.setenv("EDGEINFER_TEST_OURS", "")
+    monkeypatch.delenv("EDGEINFER_TEST_OURS")
+    for name in ("EDGEINFER_TEST_THEIRS", "EDGEINFER_TEST_OURS"):
+        platform.set_for_us(name, "ours")
+    code = "import os; print([k + v for k, v in os.environ.items() if 'EDGEINFER_TEST' in k])"
+    with platform.start_program([sys.executable, "-c", code]) as program:
+        said, _ = program.communicate(timeout=60)
+    assert said.strip() == "['EDGEINFER_TEST_THEIRStheirs']"
+    assert os.environ["EDGEINFER_TEST_OURS"] == "ours"

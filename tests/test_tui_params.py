@@ -140,6 +140,11 @@ def test_the_memory_of_the_open_model_counts_for_the_next(
     found = launch._plan(path, given, 1)
     assert found.n_ctx == 8192 and found.note == "once the open model is closed"
     assert launch._plan(path, {**given, "memory": needed}, 1).note == ""
+    monkeypatch.setattr(platform, "available_memory", lambda: needed - (1 << 20))
+    short = launch._plan(path, given, 1)  # too little comes back to help
+    assert short.n_ctx < 8192 and short == launch._plan(path, given, 0)._replace(
+        available=short.available
+    )
     monkeypatch.setattr(platform, "available_memory", lambda: 40 << 20)
     assert launch._plan(path, given, needed).n_ctx == 8192
     for freed in (0, 1 << 20):

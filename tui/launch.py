@@ -124,6 +124,8 @@ def _plan(path: str, given: LoadOptions, freed: int) -> MemoryPlan:
             raise
         available = error.available
     found = plan(path, **cast("LoadOptions", {**given, "memory": available + freed}))
+    if found.total_bytes <= available:  # what comes back is too little to help
+        return found
     return found._replace(note=", ".join(filter(None, [found.note, _ONCE_CLOSED])))
 
 

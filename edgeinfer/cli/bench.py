@@ -9,7 +9,7 @@ import click
 
 from edgeinfer.cli.console import ProgressLine, show, show_json
 from edgeinfer.cli.opening import open_model
-from edgeinfer.cli.options import common_flags, load_flags
+from edgeinfer.cli.options import common_flags, json_flag, load_flags
 
 if TYPE_CHECKING:
     from edgeinfer.llm import LLM
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.option("--compare", metavar="LLAMA_BENCH", help="Against this llama-bench, in turns.")
 @click.option("--sweep", is_flag=True, help="Steps by threads, depth and rows.")
 @click.option("--ops", is_flag=True, help="A decode and a prefill step, op by op.")
-@click.option("as_json", "--json", is_flag=True, help="One JSON object.")
+@json_flag
 @load_flags
 @common_flags
 def command(

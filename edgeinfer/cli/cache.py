@@ -7,14 +7,14 @@ import click
 from edgeinfer import config, platform
 from edgeinfer.cli.console import note, show, show_json
 from edgeinfer.cli.models import shown
-from edgeinfer.cli.options import common_flags
+from edgeinfer.cli.options import common_flags, json_flag
 
 _MB = 10**6
 
 
 @click.command("cache", epilog="Example: edgeinfer cache --clear")
 @click.option("--clear", is_flag=True, help="Delete built kernels and unfinished downloads.")
-@click.option("as_json", "--json", is_flag=True, help="One JSON object.")
+@json_flag
 @common_flags
 def command(clear: bool, as_json: bool) -> None:
     """What edgeinfer keeps on this disk, and where."""

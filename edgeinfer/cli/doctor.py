@@ -18,7 +18,7 @@ import click
 from edgeinfer import backend, config, platform
 from edgeinfer.cli.console import show, show_json
 from edgeinfer.cli.fact_lines import SECTIONS, fact_lines, version_lines
-from edgeinfer.cli.options import common_flags
+from edgeinfer.cli.options import common_flags, json_flag
 from edgeinfer.hub.catalog import ALIASES, DEFAULT_MODEL, largest_that_fits
 from edgeinfer.hub.discovery import list_models, models_folder
 
@@ -32,7 +32,7 @@ _LEAST_DRIVER = 12000
 
 
 @click.command("doctor", epilog="Example: edgeinfer doctor --json")
-@click.option("as_json", "--json", is_flag=True, help="One JSON object.")
+@json_flag
 @common_flags
 def command(as_json: bool) -> None:
     """Facts about this machine, and what to do about them, in a few seconds."""

@@ -7,12 +7,12 @@ import click
 from edgeinfer.cli.console import show, show_json
 from edgeinfer.cli.fact_lines import fact_lines
 from edgeinfer.cli.models import choose_model
-from edgeinfer.cli.options import common_flags
+from edgeinfer.cli.options import common_flags, json_flag
 
 
 @click.command("info", epilog="Example: edgeinfer info smollm2")
 @click.argument("model", required=False)
-@click.option("as_json", "--json", is_flag=True, help="One JSON object.")
+@json_flag
 @common_flags
 def command(model: str | None, as_json: bool) -> None:
     """What a model file is, and whether it runs."""

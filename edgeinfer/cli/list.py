@@ -6,7 +6,7 @@ import click
 
 from edgeinfer.cli.console import note, show, show_json
 from edgeinfer.cli.models import shown
-from edgeinfer.cli.options import common_flags
+from edgeinfer.cli.options import common_flags, json_flag
 from edgeinfer.terminal import one_line
 
 _MB = 10**6
@@ -14,7 +14,7 @@ _MB = 10**6
 
 @click.command("list", epilog="Example: edgeinfer list --all")
 @click.option("show_all", "--all", is_flag=True, help="Also the names that can be pulled.")
-@click.option("as_json", "--json", is_flag=True, help="One JSON object.")
+@json_flag
 @common_flags
 def command(show_all: bool, as_json: bool) -> None:
     """The models on this machine, those of Ollama, LM Studio and others included."""

@@ -41,7 +41,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     if "reference" not in arguments and "--device=reference" not in arguments:
         # Only that device multiplies in NumPy: threads that nobody uses take 0.06 s of processors
         # while it is imported, and 40 MB of address space each.
-        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+        platform.set_for_us("OPENBLAS_NUM_THREADS", "1")
     code = _exit_code(arguments)
     try:
         sys.stdout.flush()

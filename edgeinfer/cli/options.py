@@ -82,6 +82,9 @@ _LOAD = (
 _SAMPLING = tuple(_flag(ANSWER[name]) for name in SAMPLING_NAMES)
 
 
+json_flag = click.option("as_json", "--json", is_flag=True, help="One JSON object.")
+
+
 def load_flags(command: F) -> F:
     """How the model is loaded."""
     return _with(command, _LOAD)

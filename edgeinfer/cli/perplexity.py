@@ -10,13 +10,13 @@ import click
 from edgeinfer.cli.console import ProgressLine, show, show_json
 from edgeinfer.cli.input import read_file
 from edgeinfer.cli.opening import open_model
-from edgeinfer.cli.options import common_flags, load_flags
+from edgeinfer.cli.options import common_flags, json_flag, load_flags
 
 
 @click.command("perplexity", epilog="Example: edgeinfer perplexity smollm2 book.txt")
 @click.argument("model")
 @click.argument("file", type=click.Path())
-@click.option("as_json", "--json", is_flag=True, help="One JSON object.")
+@json_flag
 @load_flags
 @common_flags
 def command(model: str, file: str, as_json: bool, **flags: Any) -> None:

@@ -8,14 +8,14 @@ import click
 
 from edgeinfer.cli.console import show, show_json
 from edgeinfer.cli.models import choose_model
-from edgeinfer.cli.options import common_flags, load_flags, load_options
+from edgeinfer.cli.options import common_flags, json_flag, load_flags, load_options
 
 _MIB = 1 << 20
 
 
 @click.command("plan", epilog="Example: edgeinfer plan qwen3-4b -c 16384")
 @click.argument("model", required=False)
-@click.option("as_json", "--json", is_flag=True, help="One JSON object.")
+@json_flag
 @load_flags
 @common_flags
 def command(model: str | None, as_json: bool, **flags: Any) -> None:

@@ -7,7 +7,7 @@ import click
 from edgeinfer.cli.console import show, show_json
 from edgeinfer.cli.input import read_prompt
 from edgeinfer.cli.models import choose_model
-from edgeinfer.cli.options import common_flags, input_flags
+from edgeinfer.cli.options import common_flags, input_flags, json_flag
 
 
 @click.command("tokenize", epilog="Example: edgeinfer tokenize smollm2 -p 'Hello there'")
@@ -16,7 +16,7 @@ from edgeinfer.cli.options import common_flags, input_flags
 @click.option("--special", is_flag=True, help="Read spellings of control tokens as those.")
 @click.option("--bos", is_flag=True, help="Begin with the token that begins a text.")
 @click.option("--pre", metavar="NAME", help="Pre-tokenizer, for a file that names none.")
-@click.option("as_json", "--json", is_flag=True, help="One JSON object.")
+@json_flag
 @common_flags
 def command(
     model: str | None,

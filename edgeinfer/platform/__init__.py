@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         python_command,
         run_editor,
         run_tool,
+        set_for_us,
         start_isolated,
         start_program,
     )
@@ -66,7 +67,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "children": (
         "MODULE_FLAG STARTS_ITSELF can_start_python find_program module_folders "
-        "python_command run_editor run_tool start_isolated start_program"
+        "python_command run_editor run_tool set_for_us start_isolated start_program"
     ),
     "forks": "ForkedProcess",
     "devices": "CudaDriver Gpu board_name cuda_driver",
@@ -128,6 +129,7 @@ __all__ = [
     "rss",
     "run_editor",
     "run_tool",
+    "set_for_us",
     "signals_call",
     "signals_exit",
     "signals_handled",

@@ -165,9 +165,23 @@ def run_editor(command: Sequence[str], file: Path) -> int:
         return running[0].wait()
 
 
+def set_for_us(name: str, value: str) -> None:
+    """Set an environment variable that nobody has set; programs that we start don't get it."""
+    if name not in os.environ:
+        os.environ[name] = value
+        _FOR_US.add(name)
+
+
+_FOR_US: set[str] = set()
+
+
 def _environment() -> dict[str, str]:
     """Ours, but for what would change what a child that is written in Python imports."""
-    return {k: v for k, v in os.environ.items() if k == "PYTHONHOME" or k[:6] != "PYTHON"}
+    return {
+        k: v
+        for k, v in os.environ.items()
+        if (k == "PYTHONHOME" or k[:6] != "PYTHON") and k not in _FOR_US
+    }
 
 
 def start_program(
