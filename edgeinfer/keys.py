@@ -66,9 +66,7 @@ _INERT = {
     "rope.scaling.yarn_beta_slow": _YARN,
     "rope.scaling.yarn_log_multiplier": _YARN,
     "rope.scaling.yarn_ext_factor": _Inert("the default", (-1,)),
-}
-# Of one architecture alone.
-_INERT_IN = {
+    # With its prefix: of one architecture alone.
     "phi3.attention.sliding_window": _Inert("not applied, as in llama.cpp"),
 }
 
@@ -98,14 +96,13 @@ class Keys:
         *,
         layer: int | None = None,
         low: int = 1,
-        high: int = _MAX_COUNT,
     ) -> int:
         """A whole number; of an array, the one of a layer."""
         if not self.is_array(name):
-            return self._metadata.get_int(self._tick(name), default, low=low, high=high)
+            return self._metadata.get_int(self._tick(name), default, low=low, high=_MAX_COUNT)
         count: int = self._of_layer(name, self._metadata.get_ints, layer)
-        if not low <= count <= high:
-            self.wrong(name, count, f"integers from {low} to {high}")
+        if not low <= count <= _MAX_COUNT:
+            self.wrong(name, count, f"integers from {low} to {_MAX_COUNT}")
         return count
 
     def number(
@@ -168,7 +165,7 @@ class Keys:
 
     def _is_inert(self, name: str) -> bool:
         value = self._metadata[self._key(name)]
-        entry = _INERT_IN.get(self._key(name), _INERT.get(name))
+        entry = _INERT.get(self._key(name)) or _INERT.get(name)
         acts = entry is None or entry.unless in self._read
         if entry is not None and not acts and entry.values is None:
             return True

@@ -137,7 +137,7 @@ def _load(path: Path, settings: LoadSettings, templates: TemplateEngine | None) 
     file = GGUFFile.open(path)
     try:
         model, packs = Model.load(file), threading.Event()
-        segment = model.graph.segment()
+        segment = model.graph.segment(n_ctx=settings.n_ctx)
         backend, plan = _planned(segment, settings, _progress(settings, packs))
         # Text is got ready while weights are packed, which needs no Python: sooner it delays that.
         tokenizer = _Later(lambda: _make_tokenizer(file, settings, packs))
@@ -180,7 +180,7 @@ def find_file(name: str | PathLike[str], *, download: bool = False) -> Path:
 
 def plan_model(model: Model, settings: LoadSettings) -> MemoryPlan:
     """The memory that loading so takes."""
-    return _planned(model.graph.segment(), settings)[1]
+    return _planned(model.graph.segment(n_ctx=settings.n_ctx), settings)[1]
 
 
 def _planned(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from edgeinfer.kernels.cpu.program import CpuBackend
 from edgeinfer.kernels.reference import ReferenceBackend
 from edgeinfer.model import Model
 
-from .golden_models import DIM, PROMPT, Draft, Golden
+from .golden_models import DIM, PROMPT, Draft, Edit, Golden, filled, no_key
 from .native import cache_root
 from .test_cpu_program import batch_of
 from .test_families import limits
@@ -74,7 +73,7 @@ KEYS: dict[str, Any] = {
     "block_count": len(HEADS), "context_length": 256, "embedding_length": DIM,
     "feed_forward_length": FFN, "attention.head_count": HEADS,
     "attention.head_count_kv": KV_HEADS, "attention.key_length": HEAD,
-    "attention.layer_norm_rms_epsilon": 1e-5, "attention.sliding_window": 11,
+    "attention.layer_norm_rms_epsilon": 1e-5, "attention.sliding_window": WINDOW,
     "expert_count": N_EXPERTS, "expert_used_count": 2, "vocab_size": N_VOCAB,
 }  # fmt: skip
 
@@ -117,21 +116,16 @@ def test_the_cpu_has_the_references_bits(draft: Draft, tmp_path: Path, quant: st
 def test_every_part_takes_part(draft: Draft, tmp_path: Path) -> None:
     """Without any of them the logits are others."""
 
-    def filled(value: float, kind: str) -> None:
-        for name, values in draft.tensors.items():
-            if name.endswith(f"{kind}.weight"):
-                values.fill(value)
-
-    without: list[Callable[[], object]] = [
-        lambda: draft.keys.pop("attention.sliding_window"),
-        lambda: filled(0, "attn_gate"),
-        lambda: filled(1, "attn_q_norm"),
-        lambda: filled(0, "ffn_down_shexp"),
-        lambda: filled(0, "ffn_down_exps"),
+    edits: list[Edit] = [
+        no_key("attention.sliding_window"),
+        filled(0, "attn_gate.weight"),
+        filled(1, "attn_q_norm.weight"),
+        filled(0, "ffn_down_shexp.weight"),
+        filled(0, "ffn_down_exps.weight"),
     ]
     found = []
-    for leave_out in (lambda: None, *without):
-        leave_out()
+    for edit in (lambda draft: None, *edits):
+        edit(draft)
         with GGUFFile.open(draft.write(tmp_path / "m.gguf")) as file:
             found.append(reference(Model.load(file).graph.segment(), PROMPT[:20])[-1])
     assert all(np.abs(a - b).max() > 0.01 for a, b in pairwise(found))

@@ -186,7 +186,8 @@ class LogitsJob:
             if n_pages > there_are:
                 raise PlanError(
                     f"the token lists take {n_pages * PAGE} cache positions, there are "
-                    f"{there_are * PAGE}; raise slots"
+                    f"{there_are * PAGE}",
+                    advice=("raise ", Keyword("slots")),
                 )
         return job
 

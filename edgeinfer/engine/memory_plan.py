@@ -6,8 +6,9 @@ Knows nothing of how memory is obtained.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
+from edgeinfer.backend import Backend
 from edgeinfer.batch import PAGE, Demand, StepLimits, StepRequest
 from edgeinfer.errors import Advice, Keyword, PlanError
 from edgeinfer.graph import Segment
@@ -52,18 +53,12 @@ class PlanRequest(NamedTuple):
     available: int
 
 
-class Machine(Protocol):
-    """The machine that is to run it."""
-
-    def demand(self, segment: Segment, request: StepRequest) -> Demand: ...
-
-
-def solve(segment: Segment, machine: Machine, request: PlanRequest) -> MemoryPlan:
+def solve(segment: Segment, backend: Backend, request: PlanRequest) -> MemoryPlan:
     """The plan that fits; PlanError says what would."""
 
     def plan(n_ctx: int, note: str = "") -> MemoryPlan:
         step = StepRequest(n_ctx, request.slots, request.n_threads)
-        demand = machine.demand(segment, step)
+        demand = backend.demand(segment, step)
         rows = _rows(demand, segment.graph.hparams.vocab_size)
         return MemoryPlan(rows, request.available, n_ctx, request.slots, demand.limits, note)
 
