@@ -10,13 +10,11 @@ from edgeinfer.kernels.cpu.layout import (
     COPY_SINK,
     COPY_STRIDE,
     COPY_X,
-    H_ROWS,
     H_WANTED,
-    H_WANTED_ROWS,
     WANTED_ROWS,
 )
 from edgeinfer.kernels.cpu.native.simd import load_f32x8, store_f32x8
-from edgeinfer.kernels.cpu.native.sink import finish_row, row_at
+from edgeinfer.kernels.cpu.native.sink import finish_row, n_rows_of, row_at
 from edgeinfer.kernels.cpu.native.words import load_f32, load_i32, store_f32, word
 
 jit = njit(error_model="numpy")
@@ -36,9 +34,8 @@ def copy(x, out, n):
 
 def make(isa):
     def kernel(h, a, chunk, thread):
-        n_rows, source = word(h + H_ROWS), chunk
+        n_rows, source = n_rows_of(h, word(a + COPY_ROWS)), chunk
         if word(a + COPY_ROWS) == WANTED_ROWS:
-            n_rows = word(h + H_WANTED_ROWS)
             source = load_i32(word(h + H_WANTED) + 4 * chunk)
         dim, sink = word(a + COPY_DIM), a + COPY_SINK
         out = row_at(sink, chunk, thread)

@@ -11,12 +11,10 @@ from edgeinfer.kernels.cpu.layout import (
     FOURS_ROWS,
     FOURS_STRIDE,
     FOURS_X,
-    H_ROWS,
-    H_WANTED_ROWS,
-    WANTED_ROWS,
     whole_vectors,
 )
 from edgeinfer.kernels.cpu.native.copy_rows import copy
+from edgeinfer.kernels.cpu.native.sink import clear_behind, n_rows_of
 from edgeinfer.kernels.cpu.native.words import load_f32, store_f32, word
 
 jit = njit(error_model="numpy")
@@ -41,25 +39,25 @@ def leave_four(x, stride, n, out):
 def place_in_fours(x, dim, out, i, n_rows):
     """Row i of n_rows, in its place among those at out."""
     n = _whole_vectors(dim)
-    to, apart = out + 4 * n * (i & -4) + 4 * (i & 3), 16
     if i >= n_rows & -4:
-        to, apart = out + 4 * n * i, 4
+        copy(x, out + 4 * n * i, dim)
+        clear_behind(out + 4 * n * i, dim)
+        return
+    to = out + 4 * n * (i & -4) + 4 * (i & 3)
     for _ in range(dim):
         store_f32(to, load_f32(x))
         x += 4
-        to += apart
+        to += 16
     for _ in range(n - dim):
         store_f32(to, np.float32(0))
-        to += apart
+        to += 16
 
 
 def make(isa):
     def kernel(h, a, chunk, thread):
         if chunk & 3:
             return
-        n_rows = word(h + H_ROWS)
-        if word(a + FOURS_ROWS) == WANTED_ROWS:
-            n_rows = word(h + H_WANTED_ROWS)
+        n_rows = n_rows_of(h, word(a + FOURS_ROWS))
         n, stride = _whole_vectors(word(a + FOURS_DIM)), word(a + FOURS_STRIDE)
         x, out = word(a + FOURS_X) + chunk * stride, word(a + FOURS_OUT) + chunk * 4 * n
         if chunk + 4 <= n_rows:

@@ -12,8 +12,6 @@ from numba import njit
 from edgeinfer.kernels.cpu.formats import FORMATS as SIZES
 from edgeinfer.kernels.cpu.layout import (
     A32_BYTES,
-    H_ROWS,
-    H_WANTED_ROWS,
     MATMUL_BIAS,
     MATMUL_BOUNDS,
     MATMUL_N_BLOCKS,
@@ -30,7 +28,6 @@ from edgeinfer.kernels.cpu.layout import (
     MAX_TILE,
     PANEL_FIELDS,
     PANEL_GROUPS,
-    WANTED_ROWS,
     WORD,
 )
 from edgeinfer.kernels.cpu.native.formats import FLOATS, PRODUCTS
@@ -48,6 +45,7 @@ from edgeinfer.kernels.cpu.native.simd import (
     zero_f32,
     zeros_f32,
 )
+from edgeinfer.kernels.cpu.native.sink import n_rows_of
 from edgeinfer.kernels.cpu.native.words import word
 
 jit = njit(error_model="numpy")
@@ -61,9 +59,7 @@ def make(isa, type_name):
     tiles = tiles_of(isa, type_name, _finish)
 
     def kernel(header, args, chunk, thread):
-        rows = word(header + H_ROWS)
-        if word(args + MATMUL_ROWS) == WANTED_ROWS:
-            rows = word(header + H_WANTED_ROWS)
+        rows = n_rows_of(header, word(args + MATMUL_ROWS))
         bounds = args + MATMUL_BOUNDS + WORD * chunk
         first, last = word(bounds), word(bounds + WORD)
         tiles(args, first, last, rows, thread)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from edgeinfer.kernels.cpu.layout import (
-    H_ROWS,
-    H_WANTED_ROWS,
     PARTS_DIM,
     PARTS_FACTORS,
     PARTS_FACTORS_STRIDE,
@@ -13,7 +11,6 @@ from edgeinfer.kernels.cpu.layout import (
     PARTS_SINK,
     PARTS_STRIDE,
     PARTS_X,
-    WANTED_ROWS,
 )
 from edgeinfer.kernels.cpu.native.simd import (
     load_f32x8,
@@ -21,15 +18,13 @@ from edgeinfer.kernels.cpu.native.simd import (
     splat_f32,
     store_f32x8,
 )
-from edgeinfer.kernels.cpu.native.sink import finish_row, row_at
+from edgeinfer.kernels.cpu.native.sink import finish_row, n_rows_of, row_at
 from edgeinfer.kernels.cpu.native.words import load_f32, store_f32, word
 
 
 def make(isa):
     def kernel(h, a, chunk, thread):
-        n_rows = word(h + H_ROWS)
-        if word(a + PARTS_ROWS) == WANTED_ROWS:
-            n_rows = word(h + H_WANTED_ROWS)
+        n_rows = n_rows_of(h, word(a + PARTS_ROWS))
         n_parts, dim, sink = word(a + PARTS_N), word(a + PARTS_DIM), a + PARTS_SINK
         x = word(a + PARTS_X) + chunk * word(a + PARTS_STRIDE)
         factors = word(a + PARTS_FACTORS) + chunk * word(a + PARTS_FACTORS_STRIDE)

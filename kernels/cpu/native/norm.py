@@ -6,9 +6,7 @@ import numpy as np
 from numba import njit
 
 from edgeinfer.kernels.cpu.layout import (
-    H_ROWS,
     H_WANTED,
-    H_WANTED_ROWS,
     NORM_DIM,
     NORM_EPS,
     NORM_ROWS,
@@ -32,7 +30,7 @@ from edgeinfer.kernels.cpu.native.simd import (
     zero_f32,
     zeros_f32,
 )
-from edgeinfer.kernels.cpu.native.sink import finish_row, row_at
+from edgeinfer.kernels.cpu.native.sink import finish_row, n_rows_of, row_at
 from edgeinfer.kernels.cpu.native.words import (
     load_f32,
     load_i32,
@@ -87,9 +85,8 @@ def normalise(x, weight, eps, n, out):
 
 def make(isa):
     def kernel(h, a, chunk, thread):
-        n_rows, source = word(h + H_ROWS), chunk
+        n_rows, source = n_rows_of(h, word(a + NORM_ROWS)), chunk
         if word(a + NORM_ROWS) == WANTED_ROWS:
-            n_rows = word(h + H_WANTED_ROWS)
             source = load_i32(word(h + H_WANTED) + 4 * chunk)
         dim, sink = word(a + NORM_DIM), a + NORM_SINK
         x = word(a + NORM_X) + source * word(a + NORM_STRIDE)

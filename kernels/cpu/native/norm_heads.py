@@ -6,8 +6,6 @@ import numpy as np
 from numba import njit
 
 from edgeinfer.kernels.cpu.layout import (
-    H_ROWS,
-    H_WANTED_ROWS,
     HEADS_DIM,
     HEADS_EPS,
     HEADS_N,
@@ -16,10 +14,9 @@ from edgeinfer.kernels.cpu.layout import (
     HEADS_STRIDE,
     HEADS_WEIGHT,
     HEADS_X,
-    WANTED_ROWS,
 )
 from edgeinfer.kernels.cpu.native.norm import normalise, sum_squares
-from edgeinfer.kernels.cpu.native.sink import finish_row, row_at
+from edgeinfer.kernels.cpu.native.sink import finish_row, n_rows_of, row_at
 from edgeinfer.kernels.cpu.native.words import load_f32, sqrt_f32, store_f32, word
 
 jit = njit(error_model="numpy")
@@ -34,9 +31,7 @@ def _normalise_plain(x, eps, n, out):
 
 def make(isa):
     def kernel(h, a, chunk, thread):
-        n_rows = word(h + H_ROWS)
-        if word(a + HEADS_ROWS) == WANTED_ROWS:
-            n_rows = word(h + H_WANTED_ROWS)
+        n_rows = n_rows_of(h, word(a + HEADS_ROWS))
         n_heads, dim, sink = word(a + HEADS_N), word(a + HEADS_DIM), a + HEADS_SINK
         weight, eps = word(a + HEADS_WEIGHT), load_f32(a + HEADS_EPS)
         x = word(a + HEADS_X) + chunk * word(a + HEADS_STRIDE)

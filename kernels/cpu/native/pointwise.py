@@ -5,8 +5,6 @@ from __future__ import annotations
 from numba import njit
 
 from edgeinfer.kernels.cpu.layout import (
-    H_ROWS,
-    H_WANTED_ROWS,
     POINT_A,
     POINT_A_STRIDE,
     POINT_B,
@@ -15,7 +13,6 @@ from edgeinfer.kernels.cpu.layout import (
     POINT_PARAMETER,
     POINT_ROWS,
     POINT_SINK,
-    WANTED_ROWS,
 )
 from edgeinfer.kernels.cpu.native.activations import gelu, relu2, sigmoid, softplus, tanh
 from edgeinfer.kernels.cpu.native.math import silu
@@ -28,7 +25,7 @@ from edgeinfer.kernels.cpu.native.simd import (
     splat_f32,
     store_f32x8,
 )
-from edgeinfer.kernels.cpu.native.sink import finish_row, row_at
+from edgeinfer.kernels.cpu.native.sink import finish_row, n_rows_of, row_at
 from edgeinfer.kernels.cpu.native.words import load_f32, word
 
 jit = njit(error_model="numpy")
@@ -111,9 +108,7 @@ def make(isa, kind):
     whole_row = _whole_row(kind)
 
     def kernel(h, a, chunk, thread):
-        n_rows = word(h + H_ROWS)
-        if word(a + POINT_ROWS) == WANTED_ROWS:
-            n_rows = word(h + H_WANTED_ROWS)
+        n_rows = n_rows_of(h, word(a + POINT_ROWS))
         dim, sink = word(a + POINT_DIM), a + POINT_SINK
         first = word(a + POINT_A) + chunk * word(a + POINT_A_STRIDE)
         second = word(a + POINT_B) + chunk * word(a + POINT_B_STRIDE)

@@ -13,11 +13,14 @@ from edgeinfer.kernels.cpu.layout import (
     A32_D,
     A32_DSUM,
     A32_SUMS,
+    H_ROWS,
+    H_WANTED_ROWS,
     MAX_TILE,
     SINK_A32,
     SINK_F32,
     SINK_STRIDE,
     SINK_THREAD_STRIDE,
+    WANTED_ROWS,
     whole_vectors,
 )
 from edgeinfer.kernels.cpu.native.simd import (
@@ -42,6 +45,12 @@ _whole_vectors = jit(whole_vectors)
 _TOP = np.float32(127)
 # Below this 127 / m overflows: such a block counts as zero.
 _SMALLEST = np.float32(1e-36)
+
+
+@jit
+def n_rows_of(h, which):
+    """How many rows an op has in this step: all, or with WANTED_ROWS those."""
+    return word(h + H_WANTED_ROWS) if which == WANTED_ROWS else word(h + H_ROWS)
 
 
 @jit
