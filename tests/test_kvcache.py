@@ -84,7 +84,7 @@ def test_sliding_never_overwrites_what_a_row_of_the_step_sees() -> None:
                 assert holds[int(cache.tables[0].pages[cache.tables[0].slot(page)])] == page
         cache.n_tokens += n
         assert cache.n_pages[0] <= pages_for(n_ctx)
-    assert cache.has_slid
+    assert not cache.can_cut(0)
     assert pool.n_free == 0
     cache.free()
     assert pool.n_free == pages_for(n_ctx)

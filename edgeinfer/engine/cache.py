@@ -71,10 +71,6 @@ class Ring(NamedTuple):
     n_visible: int
     window: int = 0  # 0: it holds whatever fits in the context
 
-    @classmethod
-    def of_window(cls, window: int, max_rows: int) -> Ring:
-        return cls(ring_pages(window, max_rows), 0, EVERY_PAGE, window)
-
 
 class CacheLayout(NamedTuple):
     """How the cache of a sequence is cut: what its logits depend on besides its tokens.
@@ -111,9 +107,14 @@ class CacheLayout(NamedTuple):
         `n_pinned_tokens` tokens stay for ever when it slides.
         """
         whole = _whole_ring(overflow, n_ctx, n_pinned_tokens)
-        own = {w: Ring.of_window(w, max_rows) for w in windows if w}
-        rings = (own[w] if w and own[w].n_slots < whole.n_slots else whole for w in windows)
-        return cls(overflow, whole.n_slots, n_ctx if overflow == "error" else None, tuple(rings))
+
+        def ring(window: int) -> Ring:
+            n_slots = ring_pages(window, max_rows) if window else whole.n_slots
+            is_own = n_slots < whole.n_slots
+            return Ring(n_slots, 0, EVERY_PAGE, window) if is_own else whole
+
+        bound = n_ctx if overflow == "error" else None
+        return cls(overflow, whole.n_slots, bound, tuple(map(ring, windows)))
 
 
 def _whole_ring(overflow: Overflow, n_ctx: int, n_pinned_tokens: int) -> Ring:
@@ -148,6 +149,7 @@ class SequenceCache:
         )
         self.n_tokens = 0  # positions whose K and V are stored
         self._n_written = 0  # positions that steps may have touched, also those that failed
+        self._is_bounded = any(not ring.window for ring in layout.rings)  # by a context
 
     @property
     def n_pages(self) -> tuple[int, ...]:
@@ -155,22 +157,18 @@ class SequenceCache:
         return tuple(int((table.pages >= 0).sum()) for table in self.tables)
 
     @property
-    def has_slid(self) -> bool:
-        """Whether positions were overwritten that a sequence without a window sees."""
-        rings = [ring for ring in self.layout.rings if not ring.window]
-        return any(self._top > ring.n_slots for ring in rings)
-
-    @property
     def is_full(self) -> bool:
         """Whether the next position would overwrite an old one, or there is no next one."""
-        return self._slides and self.n_tokens >= self.layout.n_slots * PAGE
+        return self._is_bounded and self.n_tokens >= self.layout.n_slots * PAGE
 
     def step_limit(self) -> int:
         """Rows that the next step may add: none of them overwrites what another still sees."""
         left = self.layout.n_slots * PAGE - self.n_tokens
-        if self.layout.overflow == "error" or (left > 0 and self._slides):
+        if self.layout.overflow == "error":
             return left
-        return PAGE - self.n_tokens % PAGE if self._slides else _NO_LIMIT
+        if not self._is_bounded:
+            return _NO_LIMIT
+        return left if left > 0 else PAGE - self.n_tokens % PAGE
 
     def grow(self, n_tokens: int) -> None:
         """Hold the pages for `n_tokens` more positions; the pools must have them."""
@@ -220,11 +218,6 @@ class SequenceCache:
     def _top(self) -> int:
         """The first page that no step has touched."""
         return pages_for(max(self.n_tokens, self._n_written))
-
-    @property
-    def _slides(self) -> bool:
-        """Whether there is a group that a context bounds."""
-        return any(not ring.window for ring in self.layout.rings)
 
     def _drop(self, group: int, slots: Iterable[int]) -> None:
         pages = self.tables[group].pages
