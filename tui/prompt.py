@@ -60,6 +60,10 @@ class Prompt(TextArea):
         self._leave_history()
         self._show(text)
 
+    def release(self) -> None:
+        """Another key came: Backspace after it is pressed anew."""
+        self._deleted_at = 0.0
+
     def _show(self, text: str) -> None:
         self.history.checkpoint()
         self.replace(text, (0, 0), self.document.end)

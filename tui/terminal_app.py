@@ -134,6 +134,8 @@ class TerminalApp(App[None], inherit_bindings=False):
     async def _take(self, event: events.Key | events.Paste) -> None:
         self._obeyed = self.screen  # where nothing has the focus, a click has taken it away
         self._wrote, self._is_settled = "", False
+        if not (isinstance(event, events.Key) and event.key == "backspace"):
+            self.composer.prompt.release()
         if not self.obey(event):
             if isinstance(event, events.Key) and self._writes(event):
                 self._wrote = event.key
