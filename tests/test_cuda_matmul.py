@@ -1,0 +1,313 @@
+"""CUDA kernels of weights and matrix products, on the shim, bit for bit against the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from edgeinfer import quant
+from edgeinfer.dequantize import dequantize
+from edgeinfer.kernels.cuda import tiles
+from edgeinfer.kernels.cuda.kernel import Kernel
+from edgeinfer.kernels.cuda.shim import ShimDevice
+from edgeinfer.kernels.reference.blocks import quantise
+from edgeinfer.kernels.reference.quantised import Quantised
+from edgeinfer.quant import QuantType, Weight
+from tests.shim import SEEDS, get, put, put_step, shim
+
+Floats = NDArray[np.float32]
+BLOCK_TYPES = [kind for kind in quant.RUNNABLE if kind.block > 1]
+FLOAT_TYPES = [kind for kind in quant.RUNNABLE if kind.block == 1]
+REFERENCE = Quantised()
+GUARD = 64  # floats behind an output, which nobody may write
+
+
+@pytest.fixture(scope="module")
+def device() -> Iterator[ShimDevice]:
+    device = shim()
+    yield device
+    device.close()
+
+
+# -- data ----------------------------------------------------------------------------------------
+
+# Where a block of the file has its half floats.
+HALVES = {
+    "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82),
+    "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,),
+    "IQ4_XS": (0,), "MXFP4": (),
+}  # fmt: skip
+
+
+@cache
+def weight(kind: QuantType, *shape: int) -> Weight:
+    """Any bits, but halves of a sane size."""
+    rng = np.random.default_rng(shape)
+    if kind.block == 1:
+        values = rng.standard_normal(shape, np.float32)
+        data = {
+            "F32": values,
+            "F16": values.astype(np.float16),
+            "BF16": (values.view(np.uint32) >> 16).astype(np.uint16),
+        }[kind.name]
+        return Weight("w", shape, kind, memoryview(data.tobytes()))
+    n_blocks = int(np.prod(shape)) // kind.block
+    blocks = rng.integers(0, 256, (n_blocks, kind.block_bytes), np.uint8)
+    for at in HALVES[kind.name]:
+        halves = rng.uniform(-0.02, 0.02, (n_blocks, 1)).astype("<f2")
+        blocks[:, at : at + 2] = halves.view(np.uint8)
+    if kind.name == "MXFP4":
+        blocks[:, 0] = rng.integers(115, 122, n_blocks)
+        blocks[0, 0] = 0  # denormal
+    return Weight("w", shape, kind, memoryview(blocks.tobytes()))
+
+
+def rows_of(n_rows: int, dim: int, seed: int = 0) -> Floats:
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((n_rows, dim), np.float32)
+    return x * rng.uniform(0.1, 3, (n_rows, 1)).astype(np.float32)
+
+
+def strange_rows(dim: int) -> Floats:
+    """Zeros, numbers too small and very large, and what is no number."""
+    x = rows_of(8, dim)
+    x[0] = 0
+    x[1, : dim // 2] = 1e-37
+    x[2] *= np.float32(1e30)
+    x[3, dim // 3] = np.nan
+    x[4, dim // 2] = np.inf
+    x[5, dim - 1] = -np.inf
+    x[6, 0], x[6, 1] = np.inf, np.nan
+    x[7] = -0.0
+    return x
+
+
+# -- the device ----------------------------------------------------------------------------------
+
+
+def padded(x: NDArray[Any]) -> NDArray[Any]:
+    """Rows at the stride of the device; what lies between them is no number."""
+    out = np.full((len(x), tiles.row_stride(x.shape[1])), np.nan, x.dtype)
+    out[:, : x.shape[1]] = x
+    return out
+
+
+def launch(device: ShimDevice, kernel: Kernel, grid: tuple[int, int, int], **args: Any) -> None:
+    device.load([kernel])
+    defines = dict(kernel.defines)
+    threads = {"repack": 256, "quantise": 256, "embed": 32}.get(
+        kernel.name, 32 * int(defines.get("WARPS", 1))
+    )
+    device.launch(kernel, grid, threads, 0, args)
+
+
+def put_weight(device: ShimDevice, w: Weight, pieces: int = 1) -> int:
+    """The address of a matrix or a stack in tiles."""
+    *stack, n, k = w.shape
+    size = tiles.matrix_bytes(w.type, n, k)
+    address = device.reserve(size * (stack[0] if stack else 1))
+    for i in range(stack[0] if stack else 1):
+        matrix = w.matrix(i) if stack else w
+        for first in range(0, n, -(-n // pieces // 32) * 32):
+            last = min(n, first + -(-n // pieces // 32) * 32)
+            raw = put(device, np.frombuffer(matrix.rows(first, last).data, np.uint8))
+            grid = (up(last - first, 32), up(k * (2 if w.type is quant.F32 else 1), 256), 1)
+            launch(
+                device, Kernel.of("repack", TYPE=w.type.name), grid,
+                step=0, raw=raw, w=address + i * size, n=n, k=k, first=first, n_there=last - first,
+            )  # fmt: skip
+            device.free(raw)
+    return address
+
+
+def up(n: int, size: int) -> int:
+    return -(-n // size)
+
+
+def same(got: NDArray[Any], want: Floats) -> None:
+    """Bit for bit, but for the payload of NaN; in front of the guard, which is as it was."""
+    flat, guard = got[:-GUARD], got[-GUARD:]
+    assert (guard.view(np.uint32) == 0xFFFFFFFF).all(), "written past the end"
+    rows = flat.reshape(len(want), -1)[:, : want.shape[1]]
+    is_nan = np.isnan(want)
+    np.testing.assert_array_equal(np.isnan(rows), is_nan)
+    np.testing.assert_array_equal(
+        np.where(is_nan, 0, rows.view(np.uint32)), np.where(is_nan, 0, want.view(np.uint32))
+    )
+
+
+class Out(NamedTuple):
+    """Memory for rows of floats."""
+
+    device: ShimDevice
+    address: int
+    n_rows: int
+    dim: int
+
+    @classmethod
+    def of(cls, device: ShimDevice, n_rows: int, dim: int) -> Out:
+        n = n_rows * tiles.row_stride(dim) + GUARD
+        return cls(device, device.reserve(4 * n), n_rows, dim)
+
+    def check(self, want: Floats) -> None:
+        n = self.n_rows * tiles.row_stride(self.dim) + GUARD
+        with np.errstate(all="ignore"):
+            same(get(self.device, self.address, n, np.float32), want)
+        self.device.free(self.address)
+
+
+# -- weights -------------------------------------------------------------------------------------
+
+SHAPES = ((1, 32), (31, 96), (33, 288), (100, 512))
+KINDS = pytest.mark.parametrize("kind", quant.RUNNABLE, ids=lambda kind: kind.name)
+
+
+def shapes(kind: QuantType) -> list[tuple[int, int]]:
+    """Odd ones that a type can have."""
+    n_cols = {1: (1, 33, 100, 512), 32: (32, 96, 288, 512), 256: (256, 256, 768, 512)}[kind.block]
+    return list(zip((1, 31, 33, 100), n_cols, strict=True))
+
+
+@KINDS
+def test_rows_of_tiles_are_rows_of_the_file(device: ShimDevice, kind: QuantType) -> None:
+    """Whole matrices and, in pieces, larger ones: repacked, then read row by row."""
+    for n, k in shapes(kind):
+        w = weight(kind, n, k)
+        ids = np.random.default_rng(n).permutation(n).astype(np.int32)
+        out = Out.of(device, n, k)
+        tiles_at = put_weight(device, w, pieces=2)
+        launch(
+            device, Kernel.of("embed", TYPE=kind.name), (up(k, 256), n, 1), step=put_step(device, n),
+            ids=put(device, ids), w=tiles_at, y=out.address, n=n, k=k,
+        )  # fmt: skip
+        out.check(dequantize(w)[ids])
+
+
+def test_tiles_are_as_large_as_the_file() -> None:
+    sizes = {kind.name: tiles.matrix_bytes(kind, 64, 512) for kind in quant.RUNNABLE}
+    file = {kind.name: 64 * kind.row_bytes(512) for kind in quant.RUNNABLE}
+    # 14 bytes of scales and d are 16 here.
+    assert sizes == file | {"Q3_K": 64 * 2 * 112}
+    with pytest.raises(ValueError, match="100 elements are not whole Q4_0 blocks"):
+        tiles.matrix_bytes(quant.Q4_0, 32, 100)
+    with pytest.raises(ValueError, match="100 values can't be quantised"):
+        tiles.x8_bytes(100)
+
+
+# -- activations ---------------------------------------------------------------------------------
+
+
+def x8(x: Floats) -> NDArray[np.uint8]:
+    """Rows as X8: what kernels multiply."""
+    n_rows, k = x.shape
+    with np.errstate(all="ignore"):
+        q, d = quantise(x)
+        q = np.where(np.isfinite(d)[..., None], q, 0)
+        sums = q.reshape(n_rows, -1, 2, 16).sum(3)
+        factors = np.stack([d, d * sums.sum(2).astype(np.float32)], 2)
+    parts = [
+        q.astype(np.int8).reshape(n_rows, -1).view(np.uint8),
+        factors.reshape(n_rows, -1).view(np.uint8),
+        sums.astype(np.int16).reshape(n_rows, -1).view(np.uint8),
+    ]
+    rows = np.concatenate(parts, 1)
+    return np.pad(rows, ((0, 0), (0, tiles.x8_bytes(k) - rows.shape[1])))
+
+
+def put_x8(device: ShimDevice, x: Floats) -> int:
+    """Rows that the kernel has quantised."""
+    n_rows, k = x.shape
+    address = device.reserve(n_rows * tiles.x8_bytes(k))
+    device.fill(address, n_rows * tiles.x8_bytes(k))
+    launch(
+        device, Kernel.of("quantise"), (up(k, 256), n_rows, 1), step=put_step(device, n_rows),
+        rows=0, x=put(device, padded(x)), x8=address, k=k,
+    )  # fmt: skip
+    return address
+
+
+@pytest.mark.parametrize("k", (32, 96, 288, 512))
+def test_quantise(device: ShimDevice, k: int) -> None:
+    for seed, x in ((0, rows_of(3, k)), (1, strange_rows(k)), (7, strange_rows(k))):
+        device.seed = seed
+        got = get(device, put_x8(device, x), (len(x), tiles.x8_bytes(k)), np.uint8)
+        want = x8(x)
+        for rows in (got, want):
+            d = rows[:, k : k + k // 4].view(np.float32)
+            d[np.isnan(d)] = np.nan
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("warps", (1, 8))
+@pytest.mark.parametrize(("n_parts", "width"), ((1, 1), (1, 100), (1, 288), (3, 40), (2, 64)))
+def test_norm(device: ShimDevice, warps: int, n_parts: int, width: int) -> None:
+    """Of whole rows and of heads, of all rows and of those that are wanted, and in its place."""
+    wanted = np.array([6, 0, 3, 3, 5, 7, 2, 1], np.int32)
+    x = strange_rows(n_parts * width) if n_parts * width > 3 else rows_of(8, width)
+    weights = rows_of(1, width)[0]
+    for seed, weight, gather in ((0, weights, None), (1, None, wanted), (7, weights, wanted)):
+        device.seed = seed
+        with np.errstate(all="ignore"):
+            want = REFERENCE.rms_norm(x.reshape(-1, width), weight, 1e-5).reshape(x.shape)
+        n_rows, rows, y = len(x), 0, Out.of(device, *x.shape)
+        x_at = put(device, padded(x))
+        if gather is not None:
+            n_rows, rows = 6, 1
+            y = Out.of(device, n_rows, n_parts * width)
+            want = want[wanted[:n_rows]]
+        quantised = 0
+        if n_parts == 1 and width % 32 == 0:
+            quantised = device.reserve(n_rows * tiles.x8_bytes(width))
+            device.fill(quantised, n_rows * tiles.x8_bytes(width))
+        launch(
+            device, Kernel.of("norm", WARPS=warps), (n_parts, len(x), 1),
+            step=put_step(device, len(x), n_rows), rows=rows, x=x_at, y=y.address, x8=quantised,
+            gather=0 if gather is None else put(device, gather), width=width, eps=1e-5,
+            weight=0 if weight is None else put(device, weight),
+        )  # fmt: skip
+        y.check(want)
+        if quantised:
+            shape = n_rows, tiles.x8_bytes(width)
+            got, expected = get(device, quantised, shape, np.uint8), x8(want)
+            for part in (got, expected):
+                d = part[:, width : width + width // 4].view(np.float32)
+                d[np.isnan(d)] = np.nan
+            np.testing.assert_array_equal(got, expected)
+
+
+# -- products ------------------------------------------------------------------------------------
+
+MATMULS = [
+    (kind, warps, 1) for kind in BLOCK_TYPES for warps in (1, 4) if warps <= tiles.most_warps(kind, 1)
+]
+
+
+@pytest.mark.parametrize("kind", BLOCK_TYPES, ids=lambda kind: kind.name)
+def test_matmul(device: ShimDevice, kind: QuantType) -> None:
+    for n, k in shapes(kind):
+        w = weight(kind, n, k)
+        loaded = REFERENCE.load(w)
+        at = put_weight(device, w)
+        bias, residual = rows_of(1, n, 1)[0], rows_of(8, n, 2)
+        for x in (rows_of(2, k), strange_rows(k)):
+            n_rows = len(x)
+            with np.errstate(all="ignore"):
+                want = REFERENCE.matmul(x, loaded)
+                summed = residual[:n_rows] + (want + bias)
+            x_at = put_x8(device, x)
+            step = put_step(device, n_rows)
+            for warps, rows, seed in ((1, 1, 0), (4, 1, 1), (2, 2, 7), (2, 4, 0)):
+                device.seed = seed
+                warps = min(warps, tiles.most_warps(kind, rows))
+                y = Out.of(device, n_rows, n)
+                launch(
+                    device, Kernel.of("matmul", TYPE=kind.name, WARPS=warps, ROWS=rows),
+                    (up(n, 32), up(8, rows), 1), step=step, rows=0, x=x_at, w=at, bias=0, residual=0,
+                    y=y.address, n=n, k=k,
+                )  # fmt: skip
+                y.check(want)
