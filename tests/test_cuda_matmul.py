@@ -18,7 +18,7 @@ from edgeinfer.kernels.cuda.shim import ShimDevice
 from edgeinfer.kernels.reference.blocks import quantise
 from edgeinfer.kernels.reference.quantised import Quantised
 from edgeinfer.quant import QuantType, Weight
-from tests.shim import SEEDS, get, put, put_step, shim
+from tests.shim import get, put, put_step, shim
 
 Floats = NDArray[np.float32]
 BLOCK_TYPES = [kind for kind in quant.RUNNABLE if kind.block > 1]
@@ -113,8 +113,9 @@ def put_weight(device: ShimDevice, w: Weight, pieces: int = 1) -> int:
     address = device.reserve(size * (stack[0] if stack else 1))
     for i in range(stack[0] if stack else 1):
         matrix = w.matrix(i) if stack else w
-        for first in range(0, n, -(-n // pieces // 32) * 32):
-            last = min(n, first + -(-n // pieces // 32) * 32)
+        step = 32 * up(n, 32 * pieces)
+        for first in range(0, n, step):
+            last = min(n, first + step)
             raw = put(device, np.frombuffer(matrix.rows(first, last).data, np.uint8))
             grid = (up(last - first, 32), up(k * (2 if w.type is quant.F32 else 1), 256), 1)
             launch(
@@ -163,7 +164,6 @@ class Out(NamedTuple):
 
 # -- weights -------------------------------------------------------------------------------------
 
-SHAPES = ((1, 32), (31, 96), (33, 288), (100, 512))
 KINDS = pytest.mark.parametrize("kind", quant.RUNNABLE, ids=lambda kind: kind.name)
 
 
@@ -182,8 +182,8 @@ def test_rows_of_tiles_are_rows_of_the_file(device: ShimDevice, kind: QuantType)
         out = Out.of(device, n, k)
         tiles_at = put_weight(device, w, pieces=2)
         launch(
-            device, Kernel.of("embed", TYPE=kind.name), (up(k, 256), n, 1), step=put_step(device, n),
-            ids=put(device, ids), w=tiles_at, y=out.address, n=n, k=k,
+            device, Kernel.of("embed", TYPE=kind.name), (up(k, 256), n, 1),
+            step=put_step(device, n), ids=put(device, ids), w=tiles_at, y=out.address, n=n, k=k,
         )  # fmt: skip
         out.check(dequantize(w)[ids])
 
@@ -282,32 +282,57 @@ def test_norm(device: ShimDevice, warps: int, n_parts: int, width: int) -> None:
 
 # -- products ------------------------------------------------------------------------------------
 
-MATMULS = [
-    (kind, warps, 1) for kind in BLOCK_TYPES for warps in (1, 4) if warps <= tiles.most_warps(kind, 1)
-]
-
 
 @pytest.mark.parametrize("kind", BLOCK_TYPES, ids=lambda kind: kind.name)
 def test_matmul(device: ShimDevice, kind: QuantType) -> None:
-    for n, k in shapes(kind):
+    """One row of threads' blocks or several, any number of warps, alone and behind a residual."""
+    most, two = (4, 1) if kind is quant.Q2_K else (8, 2)
+    variants = [(1, 1, 0, False), (2, 1, 1, True), (most, 1, 7, False)]
+    variants += [(1, 2, 1, True), (two, 4, 7, False)]
+    assert all(warps <= tiles.most_warps(kind, rows) for warps, rows, *_ in variants)
+    for i, (n, k) in enumerate(shapes(kind)):
         w = weight(kind, n, k)
-        loaded = REFERENCE.load(w)
-        at = put_weight(device, w)
-        bias, residual = rows_of(1, n, 1)[0], rows_of(8, n, 2)
-        for x in (rows_of(2, k), strange_rows(k)):
-            n_rows = len(x)
-            with np.errstate(all="ignore"):
-                want = REFERENCE.matmul(x, loaded)
-                summed = residual[:n_rows] + (want + bias)
-            x_at = put_x8(device, x)
-            step = put_step(device, n_rows)
-            for warps, rows, seed in ((1, 1, 0), (4, 1, 1), (2, 2, 7), (2, 4, 0)):
-                device.seed = seed
-                warps = min(warps, tiles.most_warps(kind, rows))
-                y = Out.of(device, n_rows, n)
-                launch(
-                    device, Kernel.of("matmul", TYPE=kind.name, WARPS=warps, ROWS=rows),
-                    (up(n, 32), up(8, rows), 1), step=step, rows=0, x=x_at, w=at, bias=0, residual=0,
-                    y=y.address, n=n, k=k,
-                )  # fmt: skip
-                y.check(want)
+        loaded, w_at = REFERENCE.load(w), put_weight(device, w)
+        x = strange_rows(k) if i % 2 else rows_of(1 + i, k)
+        bias, residual = rows_of(1, n, 1), rows_of(len(x), n, 2)
+        x_at, bias_at = put_x8(device, x), put(device, bias)
+        with np.errstate(all="ignore"):
+            plain = REFERENCE.matmul(x, loaded)
+            summed = residual + (plain + bias)
+        for warps, rows, seed, is_summed in variants:
+            device.seed = seed
+            y = Out.of(device, len(x), n)
+            if is_summed:
+                device.write(y.address, padded(residual))
+            launch(
+                device, Kernel.of("matmul", TYPE=kind.name, WARPS=warps, ROWS=rows),
+                (min(3, up(n, 32)), up(8, rows), 1), step=put_step(device, len(x)), rows=0,
+                x=x_at, w=w_at, bias=bias_at * is_summed, residual=y.address * is_summed,
+                y=y.address, n=n, k=k,
+            )  # fmt: skip
+            y.check(summed if is_summed else plain)
+
+
+@pytest.mark.parametrize("kind", FLOAT_TYPES, ids=lambda kind: kind.name)
+def test_matmul_of_floats(device: ShimDevice, kind: QuantType) -> None:
+    for i, (n, k) in enumerate(shapes(kind)):
+        w = weight(kind, n, k)
+        w_at = put_weight(device, w)
+        x = strange_rows(k) if i == 3 else rows_of(5, k)
+        bias, residual = rows_of(1, n, 1), rows_of(len(x), n, 2)
+        x_at, bias_at = put(device, padded(x)), put(device, bias)
+        with np.errstate(all="ignore"):
+            plain = REFERENCE.matmul(x, REFERENCE.load(w))
+            summed = residual + (plain + bias)
+        for rows, seed, is_summed in ((1, 0, False), (4, 1, True)):
+            device.seed = seed
+            y = Out.of(device, len(x), n)
+            if is_summed:
+                device.write(y.address, padded(residual))
+            launch(
+                device, Kernel.of("matmul_float", TYPE=kind.name, WARPS=4, ROWS=rows),
+                (up(n, 32), up(8, rows), 1), step=put_step(device, len(x)), rows=0,
+                x=x_at, w=w_at, bias=bias_at * is_summed, residual=y.address * is_summed,
+                y=y.address, n=n, k=k,
+            )  # fmt: skip
+            y.check(summed if is_summed else plain)

@@ -48,7 +48,7 @@ EI_DEV void quantise_block(const X8& row, int block, float value) {
     const bool is_small = largest < 1e-36f;
     const bool is_finite = largest < __int_as_float(0x7f800000);
     const float inverse = ei_div(127.0f, largest);
-    const int q = is_finite && !is_small ? (int)ei_rint(value * inverse) : 0;
+    const int q = is_finite && !is_small ? __float2int_rn(value * inverse) : 0;
     const int sum = sum_16_lanes(q);
     const int other = __shfl_xor_sync(EI_ALL_LANES, sum, 16);
     row.q[32 * block + lane] = (int8_t)q;
