@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pytest
@@ -16,7 +16,9 @@ from edgeinfer.kernels.cuda import tiles
 from edgeinfer.kernels.cuda.kernel import Kernel
 from edgeinfer.kernels.cuda.shim import ShimDevice
 from edgeinfer.kernels.reference.blocks import quantise
+from edgeinfer.kernels.reference.experts import multiply_chosen
 from edgeinfer.kernels.reference.quantised import Quantised
+from edgeinfer.ops import ExpertLinear, Value
 from edgeinfer.quant import QuantType, Weight
 from tests.shim import get, put, put_step, shim
 
@@ -265,7 +267,7 @@ def test_norm(device: ShimDevice, warps: int, n_parts: int, width: int) -> None:
             quantised = device.reserve(n_rows * tiles.x8_bytes(width))
             device.fill(quantised, n_rows * tiles.x8_bytes(width))
         launch(
-            device, Kernel.of("norm", WARPS=warps), (n_parts, len(x), 1),
+            device, Kernel.of("rms_norm", WARPS=warps), (n_parts, len(x), 1),
             step=put_step(device, len(x), n_rows), rows=rows, x=x_at, y=y.address, x8=quantised,
             gather=0 if gather is None else put(device, gather), width=width, eps=1e-5,
             weight=0 if weight is None else put(device, weight),
@@ -336,3 +338,40 @@ def test_matmul_of_floats(device: ShimDevice, kind: QuantType) -> None:
                 y=y.address, n=n, k=k,
             )  # fmt: skip
             y.check(summed if is_summed else plain)
+
+
+EXPERTS = (quant.Q4_0, quant.Q2_K, quant.Q4_K, quant.Q6_K, quant.MXFP4, quant.F16, quant.F32)
+
+
+@pytest.mark.parametrize("kind", EXPERTS, ids=lambda kind: kind.name)
+def test_experts(device: ShimDevice, kind: QuantType) -> None:
+    """Numbers of experts from the route; one value of a row for all of them, or one for each."""
+    n_experts, n_used, n_rows = 5, 3, 4
+    for n_parts, n, k in ((1, 33, 256), (n_used, 40, 256 if kind.block == 256 else 96)):
+        stack = weight(kind, n_experts, n, k)
+        scale, bias = weight(quant.F32, n_experts), weight(quant.F32, n_experts, n)
+        x = rows_of(n_rows, n_parts * k)
+        chosen = np.random.default_rng(n).permuted(
+            np.tile(np.arange(n_experts), (n_rows, 1)), axis=1
+        )
+        weights = np.full((n_rows, n_used), np.nan)
+        route = np.concatenate([chosen[:, :n_used], weights], 1).astype(np.float32)
+        x_at = put(device, padded(x)) if kind.block == 1 else put_x8(device, x)
+        route_at, w_at = put(device, padded(route)), put_weight(device, stack)
+        loaded = [REFERENCE.load(stack.matrix(i)) for i in range(n_experts)]
+        for seed, s, b in ((0, None, None), (1, scale, bias), (7, None, bias)):
+            device.seed = seed
+            values = [Value(cast(Any, None), i, dim) for i, dim in enumerate((n, k, 2 * n_used))]
+            op = ExpertLinear(0, *values, stack, s, b)
+            y = Out.of(device, n_rows, n_used * n)
+            launch(
+                device, Kernel.of("expert_matmul", TYPE=kind.name, WARPS=4),
+                (up(n, 32), n_used, n_rows), step=put_step(device, n_rows), rows=0, route=route_at,
+                x=x_at, w=w_at, scale=vector(device, s), bias=vector(device, b), y=y.address,
+                n=n, k=k, n_parts=n_parts,
+            )  # fmt: skip
+            y.check(multiply_chosen(REFERENCE, op, x, route, loaded))
+
+
+def vector(device: ShimDevice, w: Weight | None) -> int:
+    return 0 if w is None else put(device, dequantize(w))

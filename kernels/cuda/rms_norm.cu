@@ -9,8 +9,8 @@
 // Grid: (parts of a row, rows). `gather`, if any, says which rows of x; `weight`, if any, has
 // `width` values for all parts. y and x8 may each be null and y may be x; for x8 there is one part,
 // its width a multiple of 32.
-EI_KERNEL(32 * WARPS) norm(const Step* step, int rows, const int* gather, const float* x,
-                           const float* weight, float* y, uint8_t* x8, int width, float eps) {
+EI_KERNEL(32 * WARPS) rms_norm(const Step* step, int rows, const int* gather, const float* x,
+                               const float* weight, float* y, uint8_t* x8, int width, float eps) {
     EI_SHARED(float, shared_scale, [1]);
     const int lane = threadIdx.x & 31;
     const int row = blockIdx.y;
