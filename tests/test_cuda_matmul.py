@@ -315,6 +315,33 @@ def test_matmul(device: ShimDevice, kind: QuantType) -> None:
             y.check(summed if is_summed else plain)
 
 
+@pytest.mark.parametrize("kind", BLOCK_TYPES, ids=lambda kind: kind.name)
+def test_matmul_by_tensor_cores(device: ShimDevice, kind: QuantType) -> None:
+    """Steps of fewer and of more rows than a block of threads takes."""
+    for i, (n, k) in enumerate(shapes(kind)):
+        w = weight(kind, n, k)
+        loaded, w_at = REFERENCE.load(w), put_weight(device, w)
+        x = np.concatenate([strange_rows(k), rows_of((1, 7, 9, 65)[i], k)])
+        bias, residual = rows_of(1, n, 1), rows_of(len(x), n, 2)
+        x_at, bias_at = put_x8(device, x), put(device, bias)
+        with np.errstate(all="ignore"):
+            plain = REFERENCE.matmul(x, loaded)
+            summed = residual + (plain + bias)
+        for tokens, warps, seed, is_summed in ((8, 2, 0, False), (64, 4, 1, True)):
+            device.seed = seed
+            n_rows = len(x) if tokens == 64 else min(len(x), 17)
+            y = Out.of(device, n_rows, n)
+            if is_summed:
+                device.write(y.address, padded(residual[:n_rows]))
+            launch(
+                device, Kernel.of("matmul_mma", TYPE=kind.name, TOKENS=tokens, WARPS=warps),
+                (up(n, tiles.mma_rows(tokens, warps)), up(80, tokens), 1),
+                step=put_step(device, n_rows), rows=0, x=x_at, w=w_at, bias=bias_at * is_summed,
+                residual=y.address * is_summed, y=y.address, n=n, k=k,
+            )  # fmt: skip
+            y.check((summed if is_summed else plain)[:n_rows])
+
+
 @pytest.mark.parametrize("kind", FLOAT_TYPES, ids=lambda kind: kind.name)
 def test_matmul_of_floats(device: ShimDevice, kind: QuantType) -> None:
     for i, (n, k) in enumerate(shapes(kind)):

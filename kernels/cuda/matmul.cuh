@@ -38,9 +38,12 @@ struct Term {
     float min_dot;  // where there are mins
 };
 
-// The float of an integer below 2^22, exact: the integer is added to the bits of 1.5 * 2^23.
-EI_DEV float small_to_float(int x) {
-    return __int_as_float(0x4B400000 + x) - 12582912.0f;
+// An integer below 2^22 that is added up from here, the bits of 1.5 * 2^23, becomes a float exactly
+// and by one subtraction.
+constexpr int FROM = 0x4B400000;
+
+EI_DEV float added_to_float(int bits) {
+    return __int_as_float(bits) - 12582912.0f;
 }
 
 // `i` is the place of the block in its chunk.
@@ -52,7 +55,7 @@ EI_DEV Term term_of(const Codes<T>& codes, const Head<T>& head, int i, const X8&
     const int left[4] = {a.x, a.y, a.z, a.w};
     const int right[4] = {b.x, b.y, b.z, b.w};
     const short2 sums = x.sums[block];
-    int first = -T::ZERO * sums.x;
+    int first = (T::HAS_PARTS ? 0 : FROM) - T::ZERO * sums.x;
     int second = -T::ZERO * sums.y;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -64,7 +67,7 @@ EI_DEV Term term_of(const Codes<T>& codes, const Head<T>& head, int i, const X8&
     if constexpr (T::HAS_PARTS) {
         term.dot = ei_to_float(T::part(head, 2 * i) * first + T::part(head, 2 * i + 1) * second);
     } else {
-        term.dot = small_to_float(first + second);
+        term.dot = added_to_float(first + second);
     }
     if constexpr (T::HAS_LOW) {
         term.low = T::low(head, i);

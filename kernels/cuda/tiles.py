@@ -77,5 +77,10 @@ def most_warps(kind: QuantType, n_rows: int) -> int:
     return max(warps for warps in (1, 2, 4, 8) if warps == 1 or warps * n_bytes <= _SHARED_BYTES)
 
 
+def mma_rows(n_tokens: int, n_warps: int) -> int:
+    """Rows of a matrix that a block of threads of matmul_mma.cu takes."""
+    return (16 if n_tokens <= 16 else 32) * n_warps
+
+
 def _up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
