@@ -205,20 +205,25 @@ def test_tiles_are_as_large_as_the_file() -> None:
 
 
 def x8(x: Floats) -> NDArray[np.uint8]:
-    """Rows as X8: what kernels multiply."""
+    """Rows as X8: what kernels multiply. Behind the last column are zeros."""
     n_rows, k = x.shape
     with np.errstate(all="ignore"):
-        q, d = quantise(x)
+        q, d = quantise(np.pad(x, ((0, 0), (0, -k % 256))))
         q = np.where(np.isfinite(d)[..., None], q, 0)
         sums = q.reshape(n_rows, -1, 2, 16).sum(3)
         factors = np.stack([d, d * sums.sum(2).astype(np.float32)], 2)
-    parts = [
-        q.astype(np.int8).reshape(n_rows, -1).view(np.uint8),
-        factors.reshape(n_rows, -1).view(np.uint8),
-        sums.astype(np.int16).reshape(n_rows, -1).view(np.uint8),
-    ]
-    rows = np.concatenate(parts, 1)
-    return np.pad(rows, ((0, 0), (0, tiles.x8_bytes(k) - rows.shape[1])))
+    factors[np.isnan(factors)] = np.nan
+    parts = (q.astype(np.int8), factors, sums.astype(np.int16), np.zeros((n_rows, 32), np.int8))
+    return np.concatenate([part.reshape(n_rows, -1).view(np.uint8) for part in parts], 1)
+
+
+def get_x8(device: ShimDevice, address: int, n_rows: int, k: int) -> NDArray[np.uint8]:
+    """Rows of X8 on the device, with one NaN for all."""
+    rows = get(device, address, (n_rows, tiles.x8_bytes(k)), np.uint8)
+    columns = k + -k % 256
+    factors = rows[:, columns : columns + columns // 4].view(np.float32)
+    factors[np.isnan(factors)] = np.nan
+    return rows
 
 
 def put_x8(device: ShimDevice, x: Floats) -> int:
@@ -237,12 +242,8 @@ def put_x8(device: ShimDevice, x: Floats) -> int:
 def test_quantise(device: ShimDevice, k: int) -> None:
     for seed, x in ((0, rows_of(3, k)), (1, strange_rows(k)), (7, strange_rows(k))):
         device.seed = seed
-        got = get(device, put_x8(device, x), (len(x), tiles.x8_bytes(k)), np.uint8)
-        want = x8(x)
-        for rows in (got, want):
-            d = rows[:, k : k + k // 4].view(np.float32)
-            d[np.isnan(d)] = np.nan
-        np.testing.assert_array_equal(got, want)
+        got = get_x8(device, put_x8(device, x), len(x), k)
+        np.testing.assert_array_equal(got, x8(x))
 
 
 @pytest.mark.parametrize("warps", (1, 8))
@@ -274,12 +275,8 @@ def test_norm(device: ShimDevice, warps: int, n_parts: int, width: int) -> None:
         )  # fmt: skip
         y.check(want)
         if quantised:
-            shape = n_rows, tiles.x8_bytes(width)
-            got, expected = get(device, quantised, shape, np.uint8), x8(want)
-            for part in (got, expected):
-                d = part[:, width : width + width // 4].view(np.float32)
-                d[np.isnan(d)] = np.nan
-            np.testing.assert_array_equal(got, expected)
+            got = get_x8(device, quantised, n_rows, width)
+            np.testing.assert_array_equal(got, x8(want))
 
 
 # -- products ------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ EI_DEV void multiply_part(
         const float* const parts[1] = {(const float*)x + row * stride + part * k};
         multiply_floats<T, N_WARPS, 1>(w, parts, out, n, k, row, n_rows);
     } else {
-        const X8 x8 = x8_row((const uint8_t*)x, row, n_parts * k, part * k);
+        const X8 x8 = x8_from(x8_row((const uint8_t*)x, row, n_parts * k), part * (k / BLOCK));
         const Factors<T, 1> factors = {w, layout_of<T>(n, k), {x8}};
         multiply<T, N_WARPS, 1>(factors, out, n, row, n_rows);
     }

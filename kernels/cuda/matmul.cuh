@@ -46,17 +46,23 @@ EI_DEV float added_to_float(int bits) {
     return __int_as_float(bits) - 12582912.0f;
 }
 
-// `i` is the place of the block in its chunk.
+// total + sums.x * first + sums.y * second, two factors of 8 bits.
+EI_DEV int add_sums(short2 sums, int first, int second, int total) {
+    const int packed = (unsigned short)sums.x | (int)((unsigned)(unsigned short)sums.y << 16);
+    return __dp2a_lo(packed, (first & 255) | (second & 255) << 8, total);
+}
+
+// Block i of a chunk times that of x.
 template <class T>
-EI_DEV Term term_of(const Codes<T>& codes, const Head<T>& head, int i, const X8& x, int block) {
-    const int4* words = (const int4*)(x.q + BLOCK * block);
+EI_DEV Term term_of(const Codes<T>& codes, const Head<T>& head, int i, const X8& x) {
+    const int4* words = (const int4*)(x.q + BLOCK * i);
     const int4 a = words[0];
     const int4 b = words[1];
     const int left[4] = {a.x, a.y, a.z, a.w};
     const int right[4] = {b.x, b.y, b.z, b.w};
-    const short2 sums = x.sums[block];
-    int first = (T::HAS_PARTS ? 0 : FROM) - T::ZERO * sums.x;
-    int second = -T::ZERO * sums.y;
+    const short2 sums = x.sums[i];
+    int first = add_sums(sums, -T::ZERO, T::HAS_PARTS ? 0 : -T::ZERO, T::HAS_PARTS ? 0 : FROM);
+    int second = T::HAS_PARTS ? add_sums(sums, 0, -T::ZERO, 0) : 0;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
         first = __dp4a((int)code_word(codes, j), left[j], first);
@@ -73,7 +79,7 @@ EI_DEV Term term_of(const Codes<T>& codes, const Head<T>& head, int i, const X8&
         term.low = T::low(head, i);
     }
     if constexpr (T::HAS_MINS) {
-        const int dot = T::min(head, 2 * i) * sums.x + T::min(head, 2 * i + 1) * sums.y;
+        const int dot = add_sums(sums, T::min(head, 2 * i), T::min(head, 2 * i + 1), 0);
         term.min_dot = ei_to_float(dot);
     }
     return term;
@@ -133,82 +139,84 @@ struct Factors {
     X8 x[N_ROWS];
 };
 
-// A chunk of a lane's row, loaded or on its way.
+// A chunk of a lane's row.
 template <class T>
-struct Ahead {
+struct Chunk {
     Codes<T> codes[CHUNK];
     Head<T> head;
-    int tile, chunk;
-    int n_blocks;  // 0: there is no such chunk
 };
 
 template <class T, int N_ROWS>
-EI_DEV void look_ahead(Ahead<T>& ahead, const Factors<T, N_ROWS>& f, int tile, int chunk) {
-    const bool exists = tile < f.at.n_tiles && chunk < f.at.n_chunks;
-    ahead.tile = tile;
-    ahead.chunk = chunk;
-    ahead.n_blocks = exists ? min(CHUNK, f.at.n_blocks - CHUNK * chunk) : 0;
-    if (exists) {
-        ahead.head = load_head(f.w, f.at, tile, chunk, threadIdx.x & 31);
-    }
+EI_DEV int blocks_of(const Factors<T, N_ROWS>& f, int chunk) {
+    return min(CHUNK, f.at.n_blocks - CHUNK * chunk);
 }
 
 template <class T, int N_ROWS>
-EI_DEV void load_ahead(Ahead<T>& ahead, const Factors<T, N_ROWS>& f, int i) {
-    if (i < ahead.n_blocks) {
-        const int block = CHUNK * ahead.chunk + i;
-        ahead.codes[i] = load_codes(f.w, f.at, ahead.tile, block, threadIdx.x & 31);
-    }
-}
-
-// Multiplies the chunk that was looked ahead to, whose head is given; each block of it makes room
-// for one of the chunk that is ahead now. Blocks past the last column are made of what is there,
-// and not added.
-template <class T, int N_WARPS, int N_ROWS>
-EI_DEV void multiply_chunk(
-    const Factors<T, N_ROWS>& f, int chunk, const Head<T>& head, Ahead<T>& ahead,
-    float (&sums)[N_ROWS], Left<T, N_WARPS, N_ROWS>& left) {
+EI_DEV void load_chunk(Chunk<T>& to, const Factors<T, N_ROWS>& f, int tile, int chunk) {
+    const int lane = threadIdx.x & 31;
+    const int n_blocks = blocks_of(f, chunk);
+    const size_t unit = (size_t)tile * f.at.n_blocks + CHUNK * chunk;
+    to.head = load_head(f.w, f.at, tile, chunk, lane);
+    if (n_blocks == CHUNK) {
 #pragma unroll
-    for (int i = 0; i < CHUNK; ++i) {
-        const Codes<T> codes = ahead.codes[i];
-        load_ahead(ahead, f, i);
-        const int block = min(CHUNK * chunk + i, f.at.n_blocks - 1);
+        for (int i = 0; i < CHUNK; ++i) {
+            to.codes[i] = load_codes(f.w, f.at, unit + i, lane);
+        }
+    } else {
 #pragma unroll
-        for (int r = 0; r < N_ROWS; ++r) {
-            const float2 d = f.x[r].d[block];
-            const Term term = term_of(codes, head, i, f.x[r], block);
-            const float scaled = d.x * term.scale;
-            if constexpr (N_WARPS == 1) {
-                const float sum = add<T>(sums[r], scaled, term, d);
-                sums[r] = block == CHUNK * chunk + i ? sum : sums[r];
-            } else {
-                left.put(i, r, scaled, term);
+        for (int i = 0; i < CHUNK; ++i) {
+            if (i < n_blocks) {
+                to.codes[i] = load_codes(f.w, f.at, unit + i, lane);
             }
         }
     }
 }
 
-// Adds up what the warps have left of chunks `first` and following.
+// Blocks past the last column are multiplied as they are, and not added.
 template <class T, int N_WARPS, int N_ROWS>
-EI_DEV void add_left(
-    const Factors<T, N_ROWS>& f, int first, float (&sums)[N_ROWS], const Left<T, N_WARPS, N_ROWS>& left) {
-    for (int warp = 0; warp < N_WARPS && first + warp < f.at.n_chunks; ++warp) {
+EI_DEV void multiply_chunk(
+    const Chunk<T>& weights, const Factors<T, N_ROWS>& f, int chunk, float (&sums)[N_ROWS],
+    Left<T, N_WARPS, N_ROWS>& left) {
+    const int n_blocks = blocks_of(f, chunk);
+#pragma unroll
+    for (int r = 0; r < N_ROWS; ++r) {
+        const X8 x = x8_from(f.x[r], CHUNK * chunk);
 #pragma unroll
         for (int i = 0; i < CHUNK; ++i) {
-            const int block = min(CHUNK * (first + warp) + i, f.at.n_blocks - 1);
+            const Term term = term_of(weights.codes[i], weights.head, i, x);
+            const float scaled = x.d[i].x * term.scale;
+            if constexpr (N_WARPS > 1) {
+                left.put(i, r, scaled, term);
+            } else {
+                sums[r] = i < n_blocks ? add<T>(sums[r], scaled, term, x.d[i]) : sums[r];
+            }
+        }
+    }
+}
+
+// Adds what the warps have left of chunks `first` and following.
+template <class T, int N_WARPS, int N_ROWS>
+EI_DEV void add_left(
+    const Left<T, N_WARPS, N_ROWS>& left, const Factors<T, N_ROWS>& f, int first,
+    float (&sums)[N_ROWS]) {
+    for (int warp = 0; warp < N_WARPS && first + warp < f.at.n_chunks; ++warp) {
+        const int n_blocks = blocks_of(f, first + warp);
 #pragma unroll
-            for (int r = 0; r < N_ROWS; ++r) {
-                const float sum = left.add_to(sums[r], warp, i, r, f.x[r].d[block]);
-                sums[r] = block == CHUNK * (first + warp) + i ? sum : sums[r];
+        for (int r = 0; r < N_ROWS; ++r) {
+            const X8 x = x8_from(f.x[r], CHUNK * (first + warp));
+#pragma unroll
+            for (int i = 0; i < CHUNK; ++i) {
+                const float sum = left.add_to(sums[r], warp, i, r, x.d[i]);
+                sums[r] = i < n_blocks ? sum : sums[r];
             }
         }
     }
 }
 
 // Sums of tiles blockIdx.x, blockIdx.x + gridDim.x ... for rows `first_row` and following of `out`,
-// which has n_rows rows of n values. N_WARPS warps take chunks of a tile in turns. Loads of a warp's
+// which has n_rows rows of n values. WARPS warps take chunks of a tile in turns. Loads of a warp's
 // next chunk, be it of the next tile, are issued before products of this one. One warp adds up
-// what the others leave, while they begin the next round.
+// what all have left, while the others begin the next round.
 template <class T, int N_WARPS, int N_ROWS>
 EI_DEV void multiply(
     const Factors<T, N_ROWS>& f, const Output& out, int n, int first_row, int n_rows) {
@@ -217,27 +225,28 @@ EI_DEV void multiply(
     const int lane = threadIdx.x & 31;
     const int warp = threadIdx.x / 32;
     int turn = 0;
-    Ahead<T> ahead = {};
-    look_ahead(ahead, f, blockIdx.x, warp);
-#pragma unroll
-    for (int i = 0; i < CHUNK; ++i) {
-        load_ahead(ahead, f, i);
+    Chunk<T> weights = {};
+    Chunk<T> next = {};
+    if (blockIdx.x < f.at.n_tiles && warp < f.at.n_chunks) {
+        load_chunk(weights, f, blockIdx.x, warp);
     }
     for (int tile = blockIdx.x; tile < f.at.n_tiles; tile += gridDim.x) {
         float sums[N_ROWS] = {};
         for (int first = 0; first < f.at.n_chunks; first += N_WARPS) {
             const int chunk = first + warp;
             if (chunk < f.at.n_chunks) {
-                const Head<T> head = ahead.head;
                 const bool is_last = chunk + N_WARPS >= f.at.n_chunks;
-                look_ahead(
-                    ahead, f, is_last ? tile + gridDim.x : tile, is_last ? warp : chunk + N_WARPS);
-                multiply_chunk(f, chunk, head, ahead, sums, left[turn]);
+                const int next_tile = is_last ? tile + gridDim.x : tile;
+                if (next_tile < f.at.n_tiles) {
+                    load_chunk(next, f, next_tile, is_last ? warp : chunk + N_WARPS);
+                }
+                multiply_chunk(weights, f, chunk, sums, left[turn]);
+                weights = next;
             }
             if constexpr (N_WARPS > 1) {
                 __syncthreads();
                 if (warp == 0) {
-                    add_left(f, first, sums, left[turn]);
+                    add_left(left[turn], f, first, sums);
                 }
                 turn ^= 1;
             }

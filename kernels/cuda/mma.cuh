@@ -157,8 +157,10 @@ EI_DEV void add_columns(
     int second[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        first[i] = (T::HAS_PARTS ? 0 : FROM) - T::ZERO * x_sums[i % 2].x;
-        second[i] = -T::ZERO * x_sums[i % 2].y;
+        const short2 sums_of = x_sums[i % 2];
+        const int zero = -T::ZERO;
+        first[i] = add_sums(sums_of, zero, T::HAS_PARTS ? 0 : zero, T::HAS_PARTS ? 0 : FROM);
+        second[i] = T::HAS_PARTS ? add_sums(sums_of, 0, zero, 0) : 0;
     }
     if constexpr (T::HAS_PARTS) {
         const unsigned left[2] = {a[0], a[1]};
@@ -166,10 +168,6 @@ EI_DEV void add_columns(
         ei_mma_m16n8k16(first, left, b[0]);
         ei_mma_m16n8k16(second, right, b[1]);
     } else {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            first[i] += second[i];
-        }
         ei_mma_m16n8k32(first, a, b);
     }
 #pragma unroll
@@ -189,7 +187,7 @@ EI_DEV void add_columns(
         }
         if constexpr (T::HAS_MINS) {
             const short2 mins = rows.mins[row];
-            term.min_dot = ei_to_float(mins.x * x_sums[i % 2].x + mins.y * x_sums[i % 2].y);
+            term.min_dot = ei_to_float(add_sums(x_sums[i % 2], mins.x, mins.y, 0));
         }
         sums[i] = add<T>(sums[i], scale.x * term.scale, term, scale);
     }
