@@ -121,7 +121,9 @@ EI_DEV unsigned ei_stream(const unsigned* p) {
 // Copies N bytes, 4, 8 or 16, to shared memory, where they are once a wait for their group is over.
 template <int N>
 EI_DEV void ei_copy_async(void* shared, const void* global) {
-#if defined(EI_CPU) || __CUDA_ARCH__ < 800
+#if defined(EI_CPU)
+  ei_cpu_copy(shared, global, N, EI_HERE);
+#elif __CUDA_ARCH__ < 800
   struct alignas(N) Bytes { unsigned words[N / 4]; };
   *(Bytes*)shared = *(const Bytes*)global;
 #else
@@ -135,17 +137,21 @@ EI_DEV void ei_copy_async(void* shared, const void* global) {
 #endif
 }
 
-// Ends a group of a thread's copies.
+// Ends a group of this thread's copies.
 EI_DEV void ei_copy_group() {
-#if !defined(EI_CPU) && __CUDA_ARCH__ >= 800
+#if defined(EI_CPU)
+  ++ei_copies_of_thread().n_groups;
+#elif __CUDA_ARCH__ >= 800
   asm volatile("cp.async.commit_group;" : : : "memory");
 #endif
 }
 
-// Waits for all of a thread's groups but the last N.
+// Waits for all groups of this thread but the last N.
 template <int N>
 EI_DEV void ei_copy_wait() {
-#if !defined(EI_CPU) && __CUDA_ARCH__ >= 800
+#if defined(EI_CPU)
+  ei_cpu_copy_wait(N);
+#elif __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_group %0;" : : "n"(N) : "memory");
 #endif
 }
