@@ -68,6 +68,7 @@ class Runtime:
 class Driver:
     """cupy.cuda.driver."""
 
+    CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK = 0
     CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES = 1
     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
 
@@ -75,7 +76,7 @@ class Driver:
         self.attributes: dict[tuple[int, int], int] = {}
 
     def funcGetAttribute(self, attribute: int, f: int) -> int:
-        return 1024
+        return {0: 64, 1: 1024}[attribute]
 
     def funcSetAttribute(self, f: int, attribute: int, value: int) -> None:
         self.attributes[f, attribute] = value

@@ -365,8 +365,10 @@ EI_KERNEL(32) k(const Step* step, int* out) {
     device.launch(Kernel.of("k"), (1, 1, 1), 32, 128, args)
     with pytest.raises(DeviceError, match="0 bytes behind the 124 that the launch asked for"):
         device.launch(Kernel.of("k"), (1, 1, 1), 32, 124, args)
+    with pytest.raises(ValueError, match="of shared memory, 0 to 101376"):
+        device.launch(Kernel.of("k"), (1, 1, 1), 32, 101380, args)
     device = make(text.replace("DYN_SHARED(int, values)", "SHARED(int, values, [12289])"))
-    with pytest.raises(DeviceError, match="49156 bytes, 49152 is the most"):
+    with pytest.raises(DeviceError, match="49156 bytes, 49152 is the most, and 0 dynamic"):
         device.launch(Kernel.of("k"), (1, 1, 1), 32, 0, {"step": put_step(device, 1), "out": 0})
 
 
@@ -571,6 +573,15 @@ def test_a_device_goes_on_while_its_host_does(make: Make) -> None:
     device.close()
     with pytest.raises(DeviceError, match="the device is closed"):
         device.mark()
+
+
+def test_memory_outlives_what_runs_on_it_when_a_device_is_forgotten(make: Make) -> None:
+    device = make(_SLOW, runs_at_once=False)
+    args = {"step": put_step(device, 1), "out": device.reserve(4), "n": 20000}
+    device.launch(Kernel.of("k"), (1, 1, 1), 32, 0, args)
+    thread = device._stream._thread
+    del device  # waits
+    assert not thread.is_alive()
 
 
 def test_what_fails_is_told_by_everything_after(make: Make) -> None:

@@ -146,6 +146,8 @@ def test_launches_and_graphs(device: CudaDevice, cuda: Cuda) -> None:
     assert after.seconds_since(before) == 1.5
     with pytest.raises(TypeError, match="missing: c"):
         device.launch(K, (1, 1, 1), 64, 0, {"step": step, "x": x, "n": 1})
+    with pytest.raises(ValueError, match="96 threads, and it is declared for 64"):
+        device.launch(K, (1, 1, 1), 96, 0, bound)
     with pytest.raises(ValueError, match="0 to 166912"):
         device.launch(K, (1, 1, 1), 64, 166913, bound)
     with pytest.raises(DeviceError, match="kernel other is not loaded"):

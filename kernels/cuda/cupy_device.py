@@ -80,6 +80,7 @@ def _is_installed(package: str) -> bool:
 class _Loaded(NamedTuple):
     signature: Signature
     function: Any  # cupy.cuda.function.Function
+    most_threads: int
 
 
 class CudaDevice:
@@ -229,7 +230,9 @@ class CudaDevice:
                 module.load(cubin)
                 function = module.get_function(SYMBOL + kernel.name)
                 self._allow_shared_memory(function)
-            self._loaded[kernel] = _Loaded(self._sources.signature(kernel), function)
+                which = self._driver.CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK
+                most = self._driver.funcGetAttribute(which, function.ptr)
+            self._loaded[kernel] = _Loaded(self._sources.signature(kernel), function, most)
 
     def _allow_shared_memory(self, function: Any) -> None:
         """All that a block may have: without this it is 48 KB."""
@@ -245,7 +248,7 @@ class CudaDevice:
         self, kernel: Kernel, grid: Grid, threads: int, shared: int, args: Args | Bound
     ) -> None:
         loaded = self._find(kernel)
-        check_launch(kernel, grid, threads, shared, self.facts.shared_bytes)
+        check_launch(kernel, grid, threads, loaded.most_threads, shared, self.facts.shared_bytes)
         check_args(kernel, args)
         values = (args if isinstance(args, Bound) else self.bind(kernel, args)).values
         with self._calls(f"kernel {kernel}"):
