@@ -88,6 +88,6 @@ class Cubins:
 
 
 def _seen(text: str) -> str:
-    """What of a text reaches the machine code: no comments (no string of ours has //), no places."""
+    """What of a text reaches the machine code: not comments (no string of ours has a //)."""
     lines = (line.partition("//")[0].strip() for line in text.splitlines())
     return "\n".join(line for line in lines if line and not line.startswith("#line"))
