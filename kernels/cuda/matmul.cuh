@@ -131,65 +131,86 @@ struct Left {
     }
 };
 
-// A matrix and the rows of X8 that it is multiplied by.
-template <class T, int N_ROWS>
+// A matrix, and the rows of X8 that it is multiplied by: rows first ... of a step of n_rows.
+template <class T>
 struct Factors {
     const uint8_t* w;
     Layout<T> at;
-    X8 x[N_ROWS];
+    X8 x;  // of the first row
+    int k;
+    int first, n_rows;
 };
 
-// A chunk of a lane's row.
+// Row `first + r` from a chunk on; of rows that are not there the last one.
+template <class T>
+EI_DEV X8 x8_of(const Factors<T>& f, int r, int chunk) {
+    const size_t bytes = min(r, f.n_rows - 1 - f.first) * x8_bytes(f.k);
+    const X8 x = {
+        f.x.q + bytes, (float2*)((uint8_t*)f.x.d + bytes), (short2*)((uint8_t*)f.x.sums + bytes)};
+    return x8_from(x, CHUNK * chunk);
+}
+
+// A chunk of a lane's row of the matrix.
 template <class T>
 struct Chunk {
     Codes<T> codes[CHUNK];
     Head<T> head;
 };
 
-template <class T, int N_ROWS>
-EI_DEV int blocks_of(const Factors<T, N_ROWS>& f, int chunk) {
-    return min(CHUNK, f.at.n_blocks - CHUNK * chunk);
+template <class T>
+EI_DEV int blocks_of(const Layout<T>& at, int chunk) {
+    return min(CHUNK, at.n_blocks - CHUNK * chunk);
 }
 
-template <class T, int N_ROWS>
-EI_DEV void load_chunk(Chunk<T>& to, const Factors<T, N_ROWS>& f, int tile, int chunk) {
+template <class T>
+EI_DEV Chunk<T> load_chunk(const Factors<T>& f, int tile, int chunk) {
     const int lane = threadIdx.x & 31;
-    const int n_blocks = blocks_of(f, chunk);
+    const int n_blocks = blocks_of(f.at, chunk);
     const size_t unit = (size_t)tile * f.at.n_blocks + CHUNK * chunk;
-    to.head = load_head(f.w, f.at, tile, chunk, lane);
+    Chunk<T> loaded = {};
+    loaded.head = load_head(f.w, f.at, tile, chunk, lane);
     if (n_blocks == CHUNK) {
 #pragma unroll
         for (int i = 0; i < CHUNK; ++i) {
-            to.codes[i] = load_codes(f.w, f.at, unit + i, lane);
+            loaded.codes[i] = load_codes(f.w, f.at, unit + i, lane);
         }
     } else {
 #pragma unroll
         for (int i = 0; i < CHUNK; ++i) {
             if (i < n_blocks) {
-                to.codes[i] = load_codes(f.w, f.at, unit + i, lane);
+                loaded.codes[i] = load_codes(f.w, f.at, unit + i, lane);
             }
         }
     }
+    return loaded;
 }
 
-// Blocks past the last column are multiplied as they are, and not added.
-template <class T, int N_WARPS, int N_ROWS>
-EI_DEV void multiply_chunk(
-    const Chunk<T>& weights, const Factors<T, N_ROWS>& f, int chunk, float (&sums)[N_ROWS],
-    Left<T, N_WARPS, N_ROWS>& left) {
-    const int n_blocks = blocks_of(f, chunk);
+// One warp and one row: there is nothing to leave. Blocks past the last column are not added.
+template <class T>
+EI_DEV float add_chunk(float sum, const Chunk<T>& weights, const Factors<T>& f, int chunk) {
+    const int n_blocks = blocks_of(f.at, chunk);
+    const X8 x = x8_of(f, 0, chunk);
 #pragma unroll
+    for (int i = 0; i < CHUNK; ++i) {
+        const float2 d = x.d[i];
+        const Term term = term_of(weights.codes[i], weights.head, i, x);
+        const float next = add<T>(sum, d.x * term.scale, term, d);
+        sum = i < n_blocks ? next : sum;
+    }
+    return sum;
+}
+
+// Row by row, so that registers are enough for any number of them.
+template <class T, int N_WARPS, int N_ROWS>
+EI_DEV void leave_chunk(
+    Left<T, N_WARPS, N_ROWS>& left, const Chunk<T>& weights, const Factors<T>& f, int chunk) {
+#pragma unroll 1
     for (int r = 0; r < N_ROWS; ++r) {
-        const X8 x = x8_from(f.x[r], CHUNK * chunk);
+        const X8 x = x8_of(f, r, chunk);
 #pragma unroll
         for (int i = 0; i < CHUNK; ++i) {
             const Term term = term_of(weights.codes[i], weights.head, i, x);
-            const float scaled = x.d[i].x * term.scale;
-            if constexpr (N_WARPS > 1) {
-                left.put(i, r, scaled, term);
-            } else {
-                sums[r] = i < n_blocks ? add<T>(sums[r], scaled, term, x.d[i]) : sums[r];
-            }
+            left.put(i, r, x.d[i].x * term.scale, term);
         }
     }
 }
@@ -197,13 +218,13 @@ EI_DEV void multiply_chunk(
 // Adds what the warps have left of chunks `first` and following.
 template <class T, int N_WARPS, int N_ROWS>
 EI_DEV void add_left(
-    const Left<T, N_WARPS, N_ROWS>& left, const Factors<T, N_ROWS>& f, int first,
-    float (&sums)[N_ROWS]) {
+    float (&sums)[N_ROWS], const Left<T, N_WARPS, N_ROWS>& left, const Factors<T>& f, int first) {
+#pragma unroll 1
     for (int warp = 0; warp < N_WARPS && first + warp < f.at.n_chunks; ++warp) {
-        const int n_blocks = blocks_of(f, first + warp);
+        const int n_blocks = blocks_of(f.at, first + warp);
 #pragma unroll
         for (int r = 0; r < N_ROWS; ++r) {
-            const X8 x = x8_from(f.x[r], CHUNK * (first + warp));
+            const X8 x = x8_of(f, r, first + warp);
 #pragma unroll
             for (int i = 0; i < CHUNK; ++i) {
                 const float sum = left.add_to(sums[r], warp, i, r, x.d[i]);
@@ -213,22 +234,19 @@ EI_DEV void add_left(
     }
 }
 
-// Sums of tiles blockIdx.x, blockIdx.x + gridDim.x ... for rows `first_row` and following of `out`,
-// which has n_rows rows of n values. WARPS warps take chunks of a tile in turns. Loads of a warp's
-// next chunk, be it of the next tile, are issued before products of this one. One warp adds up
-// what all have left, while the others begin the next round.
+// Tiles blockIdx.x, blockIdx.x + gridDim.x ... times N_ROWS rows. N_WARPS warps take chunks of a
+// tile in turns. Loads of a warp's next chunk, be it of the next tile, are issued before products
+// of this one. One warp adds up what all have left, while the others begin the next round.
 template <class T, int N_WARPS, int N_ROWS>
-EI_DEV void multiply(
-    const Factors<T, N_ROWS>& f, const Output& out, int n, int first_row, int n_rows) {
+EI_DEV void multiply(const Factors<T>& f, const Output& out, int n) {
     using Lefts = Left<T, N_WARPS, N_ROWS>;
     EI_SHARED(Lefts, left, [2]);
     const int lane = threadIdx.x & 31;
     const int warp = threadIdx.x / 32;
     int turn = 0;
     Chunk<T> weights = {};
-    Chunk<T> next = {};
     if (blockIdx.x < f.at.n_tiles && warp < f.at.n_chunks) {
-        load_chunk(weights, f, blockIdx.x, warp);
+        weights = load_chunk(f, blockIdx.x, warp);
     }
     for (int tile = blockIdx.x; tile < f.at.n_tiles; tile += gridDim.x) {
         float sums[N_ROWS] = {};
@@ -237,23 +255,29 @@ EI_DEV void multiply(
             if (chunk < f.at.n_chunks) {
                 const bool is_last = chunk + N_WARPS >= f.at.n_chunks;
                 const int next_tile = is_last ? tile + gridDim.x : tile;
+                Chunk<T> next = {};
                 if (next_tile < f.at.n_tiles) {
-                    load_chunk(next, f, next_tile, is_last ? warp : chunk + N_WARPS);
+                    next = load_chunk(f, next_tile, is_last ? warp : chunk + N_WARPS);
                 }
-                multiply_chunk(weights, f, chunk, sums, left[turn]);
+                if constexpr (N_WARPS * N_ROWS > 1) {
+                    leave_chunk(left[turn], weights, f, chunk);
+                } else {
+                    sums[0] = add_chunk(sums[0], weights, f, chunk);
+                }
                 weights = next;
             }
-            if constexpr (N_WARPS > 1) {
+            if constexpr (N_WARPS * N_ROWS > 1) {
                 __syncthreads();
                 if (warp == 0) {
-                    add_left(left[turn], f, first, sums);
+                    add_left(sums, left[turn], f, first);
                 }
                 turn ^= 1;
             }
         }
-        for (int r = 0; r < N_ROWS && first_row + r < n_rows; ++r) {
-            if (warp == 0 && TILE * tile + lane < n) {
-                store(out, first_row + r, TILE * tile + lane, sums[r]);
+#pragma unroll
+        for (int r = 0; r < N_ROWS; ++r) {
+            if (warp == 0 && TILE * tile + lane < n && f.first + r < f.n_rows) {
+                store(out, f.first + r, TILE * tile + lane, sums[r]);
             }
         }
     }
