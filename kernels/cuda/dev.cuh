@@ -122,7 +122,7 @@ EI_DEV unsigned ei_stream(const unsigned* p) {
 template <int N>
 EI_DEV void ei_copy_async(void* shared, const void* global) {
 #if defined(EI_CPU)
-  ei_cpu_copy(shared, global, N, EI_HERE);
+  ei_run->copy_later(shared, global, N);
 #elif __CUDA_ARCH__ < 800
   struct alignas(N) Bytes { unsigned words[N / 4]; };
   *(Bytes*)shared = *(const Bytes*)global;
@@ -137,20 +137,20 @@ EI_DEV void ei_copy_async(void* shared, const void* global) {
 #endif
 }
 
-// Ends a group of this thread's copies.
+// Ends a group of a thread's copies.
 EI_DEV void ei_copy_group() {
 #if defined(EI_CPU)
-  ++ei_copies_of_thread().n_groups;
+  ei_run->end_copy_group();
 #elif __CUDA_ARCH__ >= 800
   asm volatile("cp.async.commit_group;" : : : "memory");
 #endif
 }
 
-// Waits for all groups of this thread but the last N.
+// Waits for all of a thread's groups but the last N.
 template <int N>
 EI_DEV void ei_copy_wait() {
 #if defined(EI_CPU)
-  ei_cpu_copy_wait(N);
+  ei_run->wait_for_copies(N);
 #elif __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_group %0;" : : "n"(N) : "memory");
 #endif

@@ -326,52 +326,6 @@ EI_DEV T __ldg(const T* p) { return *p; }
 template <class T>
 EI_DEV T __ldcs(const T* p) { return *p; }
 
-// Copies to shared memory that a thread has begun: they are made by a wait for their group, and what
-// is to be copied over is 0xFF bytes till then.
-struct EiCopies {
-  static constexpr int MOST = 128;
-  struct {
-    void* to;
-    const void* from;
-    int n_bytes, group;
-  } begun[MOST];
-  int n_begun, n_groups;
-  unsigned long long block;
-};
-static EiCopies ei_copies[1024];
-
-EI_DEV EiCopies& ei_copies_of_thread() {
-  EiCopies& copies = ei_copies[ei_run->thread->index.x];
-  if (copies.block != ei_run->n_blocks) {
-    copies.n_begun = copies.n_groups = 0;
-    copies.block = ei_run->n_blocks;
-  }
-  return copies;
-}
-
-EI_DEV void ei_cpu_copy(void* to, const void* from, int n_bytes, const char* where) {
-  EiCopies& copies = ei_copies_of_thread();
-  if (copies.n_begun == EiCopies::MOST) {
-    ei_run->fail("more copies than the shim can keep: wait for some", where);
-  }
-  __builtin_memset(to, 0xFF, n_bytes);
-  copies.begun[copies.n_begun++] = {to, from, n_bytes, copies.n_groups};
-}
-
-EI_DEV void ei_cpu_copy_wait(int n_groups) {
-  EiCopies& copies = ei_copies_of_thread();
-  int n_left = 0;
-  for (int i = 0; i < copies.n_begun; ++i) {
-    const auto copy = copies.begun[i];
-    if (copy.group < copies.n_groups - n_groups) {
-      __builtin_memcpy(copy.to, copy.from, copy.n_bytes);
-    } else {
-      copies.begun[n_left++] = copy;
-    }
-  }
-  copies.n_begun = n_left;
-}
-
 // Threads take turns only where they wait, so nothing comes between these.
 template <class T>
 EI_DEV T ei_replace(T* p, T value) {
