@@ -169,6 +169,18 @@ class Sources:
         ]
         return list(dict.fromkeys(found)) or [Kernel(name)]
 
+    def knows(self, kernel: Kernel) -> bool:
+        """Whether a variant is listed, or is like one but for macros that may be any number.
+
+        `// Any number: K_DIM V_DIM` names those: their values come from models.
+        """
+        free = set(" ".join(_FREE.findall(self._read(f"{kernel.name}.cu"))).split())
+
+        def known(variant: Kernel) -> list[tuple[str, str]]:
+            return [(m, "" if m in free and v.isdecimal() else v) for m, v in variant.defines]
+
+        return known(kernel) in map(known, self.variants(kernel.name))
+
     def flat(self, file: str) -> str:
         """A file's text with that of all headers in it, each once, as a compiler takes it."""
         return "\n".join(self._lines(file, set())) + "\n"
@@ -195,6 +207,7 @@ class Sources:
 
 
 _INCLUDE = re.compile(r'\s*#\s*include\s+"([^"]+)".*')
+_FREE = re.compile(r"^// Any number:(.*)", re.MULTILINE)
 _VARIANTS = re.compile(r"^// Variants:(.*(?:\n//   .*)*)", re.MULTILINE)
 
 

@@ -225,11 +225,10 @@ class ShimDevice:
         return self._loaded[kernel]
 
     def _checked(self, kernel: Kernel) -> Signature:
-        variants = self._sources.variants(kernel.name)
-        if kernel not in variants:
+        if not self._sources.knows(kernel):
+            variants = ", ".join(map(str, self._sources.variants(kernel.name)))
             raise DeviceError(
-                f"{kernel} is none of the variants that {kernel.name}.cu lists: "
-                f"{', '.join(map(str, variants))}"
+                f"{kernel} is none of the variants that {kernel.name}.cu lists: {variants}"
             )
         return self._sources.signature(kernel.name)
 
