@@ -10,7 +10,13 @@ import pytest
 
 from edgeinfer.batch import PAGE, PageTable
 from edgeinfer.graph import KV
-from edgeinfer.kernels.cuda.attention import FOLD_THREADS, AttendLaunch, n_segments, part_floats
+from edgeinfer.kernels.cuda.attention import (
+    FOLD_THREADS,
+    AttendLaunch,
+    AttendRowsLaunch,
+    n_segments,
+    part_floats,
+)
 from edgeinfer.kernels.reference.quantised import Quantised
 from tests.cuda_shim import Floats, rows_in_memory, run, same_bits, step, stride_of
 from tests.shim import SEEDS
@@ -128,7 +134,12 @@ class Case:
         return np.array(entries, np.int32), np.concatenate([t.pages for t in self.tables])
 
     def run(
-        self, seed: int = 0, rows: list[int] | None = None, spare: int = 0, abort: int = 0
+        self,
+        seed: int = 0,
+        rows: list[int] | None = None,
+        spare: int = 0,
+        abort: int = 0,
+        kernel: str = "attend",
     ) -> Floats:
         """Rows of attention from the kernels, of these rows only; `spare` segments too many."""
         chosen = list(range(len(self.pos))) if rows is None else rows
@@ -138,40 +149,55 @@ class Case:
             if not self.has_slid(row):
                 pinned_q[i] = np.nan
         tables, pages = self.table_arrays()
-        pos, seq = self.pos[chosen], self.seq[chosen]
-        most = spare + max(
-            n_segments(self.tables[s], p, cache.window)
-            for s, p in zip(seq, pos.tolist(), strict=True)
-        )
-        launch = AttendLaunch.of(cache, self.n_heads)
-        parts = np.full((n, self.n_heads, most, part_floats(cache.v_dim)), np.nan, np.float32)
         out = rows_in_memory(np.full((n + 1, self.n_heads * cache.v_dim), np.nan, np.float32))
         common = dict(
-            step=step(n, 0, len(tables), abort), pos=pos, seq=seq, tables=tables, seed=seed
-        )
-        run(
-            launch.kernel, (launch.n_tiles, most, n + 1), launch.threads, **common,
+            step=step(n, 0, len(tables), abort), pos=self.pos[chosen], seq=self.seq[chosen],
+            tables=tables, window=cache.window, seed=seed,
+        )  # fmt: skip
+        inputs = dict(
             q=rows_in_memory(q), pinned_q=rows_in_memory(pinned_q),
             q_stride=stride_of(self.n_heads * cache.k_dim), k_cache=self.k_cache(),
-            v_cache=None if cache.k_is_v else self.v_cache(), pages=pages, parts=parts,
-            n_heads=self.n_heads, n_kv_heads=cache.n_heads, window=cache.window, scale=self.scale,
-            soft_cap=self.cap,
+            v_cache=None if cache.k_is_v else self.v_cache(), pages=pages, n_heads=self.n_heads,
+            n_kv_heads=cache.n_heads, scale=self.scale, soft_cap=self.cap,
         )  # fmt: skip
-        run(
-            launch.fold, (self.n_heads, n + 1), FOLD_THREADS, **common, parts=parts,
-            sinks=self.sinks, out=out, out_stride=out.shape[1], n_segments=most,
-            window=cache.window,
-        )  # fmt: skip
+        end = dict(sinks=self.sinks, out=out, out_stride=out.shape[1])
+        if kernel == "attend":
+            self.run_segments(common, inputs, end, n, spare)
+        else:
+            most_rows = 1 if kernel == "single rows" else 16
+            launch = AttendRowsLaunch.of(cache, self.n_heads, most_rows)
+            grid = launch.n_tiles, -(-n // launch.n_rows) + spare
+            run(launch.kernel, grid, launch.threads, **common, **inputs, **end)
         assert np.isnan(out[n]).all()
         return out[:n, : self.n_heads * cache.v_dim]
 
+    def run_segments(
+        self,
+        common: dict[str, Any],
+        inputs: dict[str, Any],
+        end: dict[str, Any],
+        n: int,
+        spare: int,
+    ) -> None:
+        """By segments, whose parts are folded."""
+        cache, launch = self.cache, AttendLaunch.of(self.cache, self.n_heads)
+        most = spare + max(
+            n_segments(self.tables[s], p, cache.window)
+            for s, p in zip(common["seq"], common["pos"].tolist(), strict=True)
+        )
+        parts = np.full((n, self.n_heads, most, part_floats(cache.v_dim)), np.nan, np.float32)
+        grid = launch.n_tiles, most, n + 1
+        run(launch.kernel, grid, launch.threads, **common, **inputs, parts=parts)
+        grid = self.n_heads, n + 1
+        run(launch.fold, grid, FOLD_THREADS, **common, **end, parts=parts, n_segments=most)
+
 
 def check(case: Case, seeds: tuple[int, ...] = (0,), **options: Any) -> Floats:
-    for seed in seeds:
-        out = case.run(seed, **options)
-        for row in range(len(out)):
-            same_bits(out[row], case.expected(row))
-    return out
+    expected = np.array([case.expected(row) for row in range(len(case.pos))])
+    for kernel in ("attend", "rows"):
+        for seed in seeds:
+            same_bits(case.run(seed, kernel=kernel, **options), expected)
+    return expected
 
 
 def case_of(sequences: list[Rows], group: int = 2, seed: int = 0, **options: Any) -> Case:
@@ -203,6 +229,10 @@ def test_several_sequences_in_one_step() -> None:
     together = check(case, spare=2)
     for row in (0, 1, 40, 41, 43, 45, 46):
         assert np.array_equal(case.run(rows=[row])[0], together[row])
+        assert np.array_equal(case.run(rows=[row], kernel="rows")[0], together[row])
+    for chosen in ([3, 4, 5, 41, 42, 46], [0, 40, 41, 43, 45]):
+        assert np.array_equal(case.run(rows=chosen, kernel="rows"), together[chosen])
+    assert np.array_equal(case.run(kernel="single rows"), together)
 
 
 @pytest.mark.parametrize("first", [255, 300, 640, 2000])

@@ -10,6 +10,8 @@ from edgeinfer.kernels.cuda.kernel import Kernel
 
 _TILE_VALUES = 1024  # of the query heads of a block: more take registers that loads in flight need
 _O_BYTES = 16 << 10  # of what the warps of a block leave in shared memory
+_MOST_QUERIES = 16  # of a warp that takes several rows
+_ROWS_WARPS = 4
 _LANES = 32
 
 
@@ -40,6 +42,34 @@ class AttendLaunch(NamedTuple):
         )
         fold = Kernel.of("attend_fold", V_DIM=cache.v_dim)
         return cls(kernel, n_tiles * cache.n_heads, _LANES * warps, fold)
+
+
+class AttendRowsLaunch(NamedTuple):
+    """Attention of many rows: a block for each tile of heads and `n_rows` rows."""
+
+    kernel: Kernel
+    n_tiles: int  # of all heads
+    n_rows: int
+    threads: int
+
+    @classmethod
+    def of(cls, cache: KV, n_heads: int, most_rows: int = 16) -> AttendRowsLaunch:
+        """`most_rows` of a sequence share what is read; 1 is best where no two are of one."""
+        group, width = n_heads // cache.n_heads, max(cache.k_dim, cache.v_dim)
+        most = min(_MOST_QUERIES, max(1, _TILE_VALUES // width))
+        n_tiles = -(-group // most)
+        group = -(-group // n_tiles)
+        rows = min(most_rows, most // group)
+        kernel = Kernel.of(
+            "attend_rows",
+            K_DIM=cache.k_dim,
+            V_DIM=cache.v_dim,
+            GROUP=group,
+            ROWS=rows,
+            WARPS=_ROWS_WARPS,
+            K_IS_V=int(cache.k_is_v),
+        )
+        return cls(kernel, n_tiles * cache.n_heads, rows * _ROWS_WARPS, _LANES * _ROWS_WARPS)
 
 
 FOLD_THREADS = 128
