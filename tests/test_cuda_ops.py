@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from edgeinfer.batch import PAGE, PageTable
-from edgeinfer.graph import Rotate, Value
+from edgeinfer.dequantize import dequantize
+from edgeinfer.graph import GatingKind, Rotate, Route, Value
 from edgeinfer.kernels.cuda.kernel import Kernel
+from edgeinfer.kernels.reference.experts import add_parts, choose
 from edgeinfer.kernels.reference.functions import silu
 from edgeinfer.kernels.reference.numerics import rotate
 from edgeinfer.kernels.reference.quantised import ACTIVATIONS, Quantised
@@ -28,6 +31,7 @@ from tests.cuda_shim import (
 from tests.random_graphs import RandomGraph
 from tests.shim import SEEDS
 from tests.test_cpu_ops import rows_of
+from tests.test_experts import route
 
 TWIN = Quantised()
 
@@ -227,3 +231,80 @@ def test_argmax_is_the_samplers(n_vocab: int, seed: int) -> None:
         expected = sample_reference(logits[row], greedy)
         assert (ids[row], status[row]) == (expected.id, expected.status)
     assert {NO_CANDIDATE, OK} == set(status[:8].tolist()) and ids[8] == status[8] == -1
+
+
+# -- experts -------------------------------------------------------------------------------------
+
+
+def route_of(op: Route, x: Floats, seed: int = 0) -> Floats:
+    n, n_used, out = x.shape[1], op.n_used, empty_rows(len(x) + 1, 2 * op.n_used)
+    bias = None if op.bias is None else dequantize(op.bias)
+    run(
+        Kernel.of("route", GATING=op.gating), (1, len(x) + 1), 32, seed=seed, step=step(len(x)),
+        shared=4 * (3 * n + op.n_groups), x=rows_in_memory(x), x_stride=stride_of(n), bias=bias,
+        out=out, out_stride=stride_of(2 * n_used), n_experts=n, n_used=n_used,
+        n_groups=op.n_groups, n_groups_used=op.n_groups_used, norm=int(op.norm), scale=op.scale,
+    )  # fmt: skip
+    assert np.isnan(out[:, 2 * n_used :]).all() and np.isnan(out[-1]).all()
+    return out[:-1, : 2 * n_used]
+
+
+@pytest.mark.parametrize("gating", get_args(GatingKind))
+def test_routes_are_the_references(gating: GatingKind) -> None:
+    """With many equal logits: ties are what a choice may get wrong."""
+    rng = np.random.default_rng(0)
+    values = np.array([0.0, 1.0, 1.0, -2.0, 0.5, 3.25, -40.0, 90.0, 7.0, -0.0], np.float32)
+    for seed, n_groups, size in [
+        (0, 1, 2),
+        (1, 1, 9),
+        (7, 1, 64),
+        (0, 1, 130),
+        (1, 4, 9),
+        (7, 8, 32),
+    ]:
+        for trial in range(3):
+            n = n_groups * size
+            n_groups_used = int(rng.integers(1, n_groups + 1))
+            n_used = int(rng.integers(1, min(10, size * n_groups_used) + 1))
+            x = rng.choice(values, (4, n))
+            x[1:3] += rng.standard_normal((2, n), np.float32)
+            bias = rng.choice([0.0, 0.25, -1.0], n).astype(np.float32) if trial else None
+            op = route(
+                n, gating, n_used, bias, n_groups=n_groups, n_groups_used=n_groups_used,
+                norm=trial < 2, scale=2.5 if trial == 1 else 1.0,
+            )  # fmt: skip
+            with np.errstate(all="ignore"):
+                expected = choose(TWIN, op, x)
+            same_bits(route_of(op, x, seed), expected)
+
+
+@pytest.mark.parametrize("gating", get_args(GatingKind))
+def test_routes_of_no_numbers_are_the_references(gating: GatingKind) -> None:
+    """What a broken model computes must not lead outside its weights."""
+    x = np.full((6, 6), np.nan, np.float32)
+    x[1], x[2, 4] = np.inf, 1.0
+    x[3] = [np.inf, -np.inf, 0, 1, np.nan, 5]
+    x[4] = [0, 1, np.inf, -np.inf, -np.inf, np.inf]
+    x[5] = -np.inf
+    for options in ({}, dict(n_groups=3, n_groups_used=2), dict(norm=False)):
+        op = route(6, gating, 4, None, **options)
+        with np.errstate(all="ignore"):
+            expected = choose(TWIN, op, x)
+        got = route_of(op, x)
+        same_bits(got, expected)
+        assert all(len(set(ids)) == 4 and set(ids) <= set(range(6)) for ids in got[:, :4].tolist())
+
+
+@pytest.mark.parametrize(("n_used", "dim"), [(1, 5), (4, 300), (8, 64)])
+def test_expert_sum(n_used: int, dim: int) -> None:
+    x, route, out = rows_of(4, n_used * dim), rows_of(4, 2 * n_used, 1), empty_rows(5, dim)
+    x[0, :2], route[1, n_used] = [np.inf, -0.0], np.nan
+    run(
+        Kernel("expert_sum"), (-(-dim // 256), 5), 256, step=step(4), x=rows_in_memory(x),
+        x_stride=stride_of(n_used * dim), route=rows_in_memory(route),
+        route_stride=stride_of(2 * n_used), out=out, out_stride=stride_of(dim), dim=dim,
+        n_used=n_used,
+    )  # fmt: skip
+    with np.errstate(all="ignore"):
+        same_bits(out[:4, :dim], add_parts(x, route))
+    assert np.isnan(out[4]).all()
