@@ -365,8 +365,10 @@ EI_KERNEL(32) k(const Step* step, int* out) {
     device.launch(Kernel.of("k"), (1, 1, 1), 32, 128, args)
     with pytest.raises(DeviceError, match="0 bytes behind the 124 that the launch asked for"):
         device.launch(Kernel.of("k"), (1, 1, 1), 32, 124, args)
+    with pytest.raises(ValueError, match="of shared memory, 0 to 101376"):
+        device.launch(Kernel.of("k"), (1, 1, 1), 32, 101380, args)
     device = make(text.replace("DYN_SHARED(int, values)", "SHARED(int, values, [12289])"))
-    with pytest.raises(DeviceError, match="49156 bytes, 49152 is the most"):
+    with pytest.raises(DeviceError, match="49156 bytes, 49152 is the most, and 0 dynamic"):
         device.launch(Kernel.of("k"), (1, 1, 1), 32, 0, {"step": put_step(device, 1), "out": 0})
 
 
@@ -414,7 +416,7 @@ def test_arguments_are_given_by_name_and_checked(make: Make) -> None:
         ("EI_KERNEL(32) k(const Step* step, short n) {\n}", "`short n` is neither"),
         ("EI_KERNEL(32) k(const Step* step, int) {\n}", "`int` is neither"),
         ("EI_KERNEL(32) k(const Step* step) {\n  none();\n}", r"can't compile k: .*k.cu:3"),
-        ("// Variants: A = 1 2\nEI_KERNEL(32) k(const Step* step) {\n}", r"k\(A=1\), k\(A=2\)"),
+        ("// Variants: A = 1 2\nEI_KERNEL(32) k(const Step* step) {\n}", r"such as k\(A=1\)"),
         ("// Variants: A\nEI_KERNEL(32) k(const Step* step) {\n}", "`A` is not `MACRO = value"),
     ],
 )
@@ -438,14 +440,10 @@ EI_KERNEL(32 * N) k(const Step* step,
     sources = Sources(tmp_path)
     expected = [("A", 1), ("A", 2), ("B", 1), ("B", 2), ("A", 4)]
     assert sources.variants("k") == [Kernel.of("k", TYPE=t, N=n) for t, n in expected]
-    assert [p.name for p in sources.signature("k").parameters] == ["step", "x"]
+    signature = sources.signature(Kernel.of("k", TYPE="C", N=1))  # the list is of the usual ones
+    assert [p.name for p in signature.parameters] == ["step", "x"]
     assert sources.flat("k.cu").count("int first;") == 1
     assert str(Kernel.of("k", N=4, TYPE="A")) == "k(N=4, TYPE=A)"
-    assert not sources.knows(Kernel.of("k", TYPE="A", N=3))
-    (tmp_path / "k.cu").write_text("// Any number: N\n// Variants: TYPE = A B; N = 1\n")
-    assert sources.knows(Kernel.of("k", TYPE="B", N=3))
-    for others in ({"TYPE": "C", "N": 1}, {"TYPE": "A", "N": "A"}, {"N": 1}, {}):
-        assert not sources.knows(Kernel.of("k", **others))
     with pytest.raises(ValueError, match="neither a name nor an integer"):
         Kernel.of("k", TYPE="A B")
     with pytest.raises(DeviceError, match="there is no none.cu in"):
@@ -537,6 +535,78 @@ EI_KERNEL(32) k(const Step* step, int* out) {
     device.write(step, fetched)  # nothing is recorded any more
 
 
+# -- order ---------------------------------------------------------------------------------------
+
+_SLOW = """
+EI_KERNEL(32) k(const Step* step, int* out, int n) {
+  for (int i = 0; i < n; ++i) {
+    atomicAdd(out, __shfl_sync(EI_ALL_LANES, 1, 0));
+    if (*(const volatile int*)&step->abort) {
+      return;
+    }
+  }
+}
+"""
+
+
+def test_a_device_goes_on_while_its_host_does(make: Make) -> None:
+    device = make(_SLOW, runs_at_once=False)
+    step, out = put_step(device, 1), put(device, np.zeros(1, np.int32))
+    data = np.array([1], np.int32)
+    for _ in range(3):
+        args = {"step": step, "out": out, "n": 1000}
+        device.launch(Kernel.of("k"), (1, 1, 1), 32, 0, args)
+        before = device.mark()
+        device.write(out, data)
+        data[0] += 1  # was copied
+        fetched = device.host(4)
+        device.fetch(out, fetched)
+        after = device.mark()
+        assert not fetched.any()
+        after.wait()
+        assert fetched.view(np.int32)[0] == data[0] - 1
+        assert after.seconds_since(before) > 0
+    args["n"] = 2**31 - 1  # minutes
+    device.launch(Kernel.of("k"), (1, 1, 1), 32, 0, args)
+    device.write_now(step + 12, 1)
+    assert 0 < get(device, out, 1, np.int32)[0] < 2**31 - 1
+    device.close()
+    with pytest.raises(DeviceError, match="the device is closed"):
+        device.mark()
+
+
+def test_memory_outlives_what_runs_on_it_when_a_device_is_forgotten(make: Make) -> None:
+    device = make(_SLOW, runs_at_once=False)
+    args = {"step": put_step(device, 1), "out": device.reserve(4), "n": 20000}
+    device.launch(Kernel.of("k"), (1, 1, 1), 32, 0, args)
+    thread = device._stream._thread
+    del device  # waits
+    assert not thread.is_alive()
+
+
+def test_what_fails_is_told_by_everything_after(make: Make) -> None:
+    device = make("""
+EI_KERNEL(32) k(const Step* step) {
+  if (threadIdx.x == 3) {
+    __syncwarp();
+  }
+}
+""", runs_at_once=False)  # fmt: skip
+    out = device.reserve(4)
+    device.launch(Kernel.of("k"), (1, 1, 1), 32, 0, {"step": put_step(device, 1)})
+    late = device.mark()
+    for call in (
+        late.wait,
+        device.mark,
+        lambda: device.fill(out, 4),
+        lambda: get(device, out, 1, np.int32),
+        lambda: device.free(out),
+    ):
+        with pytest.raises(DeviceError, match="kernel k: divergent threads in block"):
+            call()
+    device.close()
+
+
 # -- memory and arithmetic that sanitizers watch -------------------------------------------------
 
 
@@ -566,6 +636,7 @@ device.load([Kernel.of("k")])
 x = put(device, np.zeros(1000, np.int32))
 args = {"step": put_step(device, 1), "out": put(device, np.zeros(1, np.int32)), "x": x, "n": 1004}
 device.launch(Kernel.of("k"), (1, 1, 1), 32, 0, args)
+device.mark().wait()
 """
 
 
@@ -617,7 +688,7 @@ EI_KERNEL(32) k(const Step* step, int* out) {
     kernels = [Kernel.of("k", VALUE=value) for value in (1, 2, 3)]
     folder = tmp_path / "cache"
     told: list[tuple[int, int]] = []
-    for n_compiled in (4, 0):  # with what runs them
+    for n_compiled in (3, 0):
         told.clear()
         device = shim(folder, sources=[tmp_path])
         device.load(kernels, lambda done, total, kernel: told.append((done, total)))

@@ -4,7 +4,6 @@
 // K_DIM, V_DIM: widths of heads, any. QUERIES: query heads of a block. WARPS: of a block.
 // K_IS_V 1: V is the first V_DIM values of K, and v_cache is not read. SOFT_CAP 0: soft_cap is not
 // used.
-// Any number: K_DIM V_DIM QUERIES WARPS K_IS_V SOFT_CAP
 // Variants: K_DIM = 128; V_DIM = 128; QUERIES = 1 2 4; WARPS = 8; K_IS_V = 0; SOFT_CAP = 0
 // Variants: K_DIM = 128; V_DIM = 128; QUERIES = 8; WARPS = 4; K_IS_V = 0; SOFT_CAP = 0
 // Variants: K_DIM = 64; V_DIM = 64; QUERIES = 3 4 7; WARPS = 8; K_IS_V = 0; SOFT_CAP = 0

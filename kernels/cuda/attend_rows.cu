@@ -4,7 +4,6 @@
 // K_DIM, V_DIM: widths of heads, any. GROUP: query heads of a kv head that a warp takes. ROWS: rows
 // that it takes at a time. WARPS: of a block. K_IS_V 1: V is the first V_DIM values of K, and
 // v_cache is not read. SOFT_CAP 0: soft_cap is not used.
-// Any number: K_DIM V_DIM GROUP ROWS WARPS K_IS_V SOFT_CAP
 // Variants: K_DIM = 128; V_DIM = 128; GROUP = 1; ROWS = 8; WARPS = 4; K_IS_V = 0; SOFT_CAP = 0
 // Variants: K_DIM = 128; V_DIM = 128; GROUP = 2; ROWS = 4; WARPS = 4; K_IS_V = 0; SOFT_CAP = 0
 // Variants: K_DIM = 128; V_DIM = 128; GROUP = 4; ROWS = 2; WARPS = 4; K_IS_V = 0; SOFT_CAP = 0

@@ -16,6 +16,7 @@ import numpy as np
 
 from edgeinfer.errors import DeviceError
 
+SYMBOL = "ei_kernel_"
 _HERE = Path(__file__).parent
 _WORD = re.compile(r"-?\w+")
 
@@ -152,11 +153,27 @@ class Sources:
         """Every kernel there is."""
         return sorted({path.stem for folder in self._folders for path in folder.glob("*.cu")})
 
-    def signature(self, name: str) -> Signature:
-        return Signature.parse(name, self._read(f"{name}.cu"))
+    def signature(self, kernel: Kernel) -> Signature:
+        """DeviceError where the variant has other macros than those that are listed."""
+        listed = self.variants(kernel.name)
+        macros = [macro for macro, _ in kernel.defines]
+        if not any([macro for macro, _ in each.defines] == macros for each in listed):
+            raise DeviceError(
+                f"{kernel} has other macros than the variants that {kernel.name}.cu lists, such "
+                f"as {listed[0]}"
+            )
+        return Signature.parse(kernel.name, self._read(f"{kernel.name}.cu"))
+
+    def kernel_text(self, name: str) -> str:
+        """The text of a kernel as a compiler takes it; in it, the kernel is called `SYMBOL` name.
+
+        CUDA has functions of its own that are called `norm` or `exp`.
+        """
+        declared = re.compile(rf"^(EI_KERNEL\([^\n]*\)\s+){name}\(", re.MULTILINE)
+        return declared.sub(rf"\g<1>{SYMBOL}{name}(", self.flat(f"{name}.cu"))
 
     def variants(self, name: str) -> list[Kernel]:
-        """Every variant that `// Variants: TYPE = Q4_0 Q4_1; WARPS = 1 4` in its text stands for.
+        """The usual variants: `// Variants: TYPE = Q4_0 Q4_1; WARPS = 1 4` in its text.
 
         Each such comment is one product; it may go on in comments that are indented by three
         spaces. Without one there is one variant, of no macros.
@@ -169,20 +186,8 @@ class Sources:
         ]
         return list(dict.fromkeys(found)) or [Kernel(name)]
 
-    def knows(self, kernel: Kernel) -> bool:
-        """Whether a variant is listed, or is like one but for macros that may be any number.
-
-        `// Any number: K_DIM V_DIM` names those: their values come from models.
-        """
-        free = set(" ".join(_FREE.findall(self._read(f"{kernel.name}.cu"))).split())
-
-        def known(variant: Kernel) -> list[tuple[str, str]]:
-            return [(m, "" if m in free and v.isdecimal() else v) for m, v in variant.defines]
-
-        return known(kernel) in map(known, self.variants(kernel.name))
-
     def flat(self, file: str) -> str:
-        """A file's text with that of all headers in it, each once, as a compiler takes it."""
+        """A file's text with that of all headers in it, each once."""
         return "\n".join(self._lines(file, set())) + "\n"
 
     def _lines(self, file: str, seen: set[str]) -> Iterator[str]:
@@ -207,7 +212,6 @@ class Sources:
 
 
 _INCLUDE = re.compile(r'\s*#\s*include\s+"([^"]+)".*')
-_FREE = re.compile(r"^// Any number:(.*)", re.MULTILINE)
 _VARIANTS = re.compile(r"^// Variants:(.*(?:\n//   .*)*)", re.MULTILINE)
 
 
