@@ -19,7 +19,10 @@ EI_KERNEL(32 * WARPS) matmul(const Step* step, int rows, const uint8_t* x, const
         return;
     }
     const X8 row = x8_row(x, first_row, k);
-    const Factors<TYPE> factors = {w, layout_of<TYPE>(n, k), row, k, first_row, n_rows};
+    const Factors<TYPE> f = {w, nullptr, layout_of<TYPE>(n, k), row, k, first_row, n_rows};
     const Output out = {y, residual, bias, nullptr, (size_t)row_stride(n)};
-    multiply<TYPE, WARPS, ROWS>(factors, out, n);
+    const Stores stores = {out, n, first_row, n_rows};
+    using Lefts = Left<TYPE, WARPS, ROWS>;
+    EI_SHARED(Lefts, left, [2]);
+    multiply<1>(f, left, blockIdx.x, gridDim.x, NothingToBegin(), stores);
 }
