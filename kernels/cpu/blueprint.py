@@ -15,8 +15,9 @@ from edgeinfer.graph import (
     Linear,
     Segment,
 )
+from edgeinfer.kernels.buffers import Arena, Buffer
 from edgeinfer.kernels.cpu import layout
-from edgeinfer.kernels.cpu.commands import Arena, Buffer, KernelOp, KernelPart, aligned
+from edgeinfer.kernels.cpu.commands import KernelOp, KernelPart
 from edgeinfer.kernels.cpu.layout import row_stride
 from edgeinfer.kernels.cpu.lower import Lowering
 from edgeinfer.kernels.cpu.lower_base import LayerCache
@@ -55,7 +56,7 @@ class Blueprint:
 
     def _cache_rows(self) -> dict[str, int]:
         return {
-            cache_row(window): aligned(_pages_bytes(group, self.limits.n_pages[window]))
+            cache_row(window): self.kv.aligned(_pages_bytes(group, self.limits.n_pages[window]))
             for window, group in self.segment.groups.items()
         }
 

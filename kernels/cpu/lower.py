@@ -38,10 +38,10 @@ from edgeinfer.graph import (
     SoftCap,
     Value,
 )
+from edgeinfer.kernels.buffers import Buffer, reads_blocks
 from edgeinfer.kernels.cpu import layout
 from edgeinfer.kernels.cpu.commands import (
     SHARE,
-    Buffer,
     KernelOp,
     KernelPart,
     Lowered,
@@ -53,7 +53,6 @@ from edgeinfer.kernels.cpu.lower_base import (
     a32_bytes,
     float_bits,
     format_of,
-    reads_a32,
     type_name,
 )
 from edgeinfer.kernels.cpu.lower_experts import ExpertLowering
@@ -202,9 +201,9 @@ class Lowering(AttentionLowering, ExpertLowering):
     def _matmuls(self, step: Matmuls, i: int) -> None:
         """Matmuls of one input, side by side."""
         x = step.parts[0].x
-        if any(map(reads_a32, step.parts)) and x not in self._quantised:
+        if any(map(reads_blocks, step.parts)) and x not in self._quantised:
             self._quantise(x)
-        if not all(map(reads_a32, step.parts)) and x not in self._fours:
+        if not all(map(reads_blocks, step.parts)) and x not in self._fours:
             self._lay_in_fours(x)
         names = [op.weight.name.split(".")[-2] for op in step.parts]
         parts = [self._matmul(op, i) for op in step.parts]

@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 from edgeinfer.fusion import PinnedAttention, PinnedRotate, RotatedAttention
 from edgeinfer.graph import RopeKind, Rotate
+from edgeinfer.kernels.buffers import Buffer
 from edgeinfer.kernels.cpu import layout
-from edgeinfer.kernels.cpu.commands import Buffer, KernelPart
+from edgeinfer.kernels.cpu.commands import KernelPart
 from edgeinfer.kernels.cpu.layout import row_stride
 from edgeinfer.kernels.cpu.lower_base import (
     LayerCache,

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from edgeinfer.fusion import ExpertMatmuls
 from edgeinfer.graph import ExpertLinear, ExpertSum, Route, Value
+from edgeinfer.kernels.buffers import Buffer
 from edgeinfer.kernels.cpu import layout
-from edgeinfer.kernels.cpu.commands import Args, Buffer, KernelOp, KernelPart
+from edgeinfer.kernels.cpu.commands import Args, KernelOp, KernelPart
 from edgeinfer.kernels.cpu.formats import FORMATS, Format, packed_bytes
 from edgeinfer.kernels.cpu.lower_base import LoweringBase, float_bits
 
