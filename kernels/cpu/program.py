@@ -6,6 +6,7 @@ Knows no scheduling and no files. One step is one native call; see `team.py`.
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -24,18 +25,19 @@ from edgeinfer.batch import (
 )
 from edgeinfer.errors import ClosedError
 from edgeinfer.graph import Segment
+from edgeinfer.kernels.buffers import Arena, Buffer
 from edgeinfer.kernels.cpu import layout
 from edgeinfer.kernels.cpu.blueprint import Blueprint
-from edgeinfer.kernels.cpu.commands import Arena, Buffer, KernelOp, KernelPart, recut
+from edgeinfer.kernels.cpu.commands import KernelOp, KernelPart, recut
 from edgeinfer.kernels.cpu.idle import IdleBuild, IdleWork
 from edgeinfer.kernels.cpu.layout import row_stride
 from edgeinfer.kernels.cpu.library import BUILDER_BYTES, Library, cache_folder
-from edgeinfer.kernels.cpu.shapes import check_shapes
 from edgeinfer.kernels.cpu.targets import Target
 from edgeinfer.kernels.cpu.team import Op, Part, Tape, Team, shared_team
 from edgeinfer.kernels.cpu.trial import Trial
 from edgeinfer.kernels.cpu.tune import Schedule, Tuning, schedules
 from edgeinfer.kernels.cpu.weights import PackedWeights
+from edgeinfer.kernels.shapes import check_shapes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -77,7 +79,7 @@ class CpuBackend:
 
         Nothing is allocated. `compile` with the limits that this gives does not lower again.
         """
-        check_shapes(segment)
+        check_shapes(segment, self.name)
         limits = StepLimits.of(request, segment.output.dim, segment.groups, _MAX_ROWS)
         drawn = self._drawn = Blueprint(segment, limits)
         return Demand(limits, drawn.rows(), self.library.building_bytes(drawn.kernels()))
@@ -93,7 +95,7 @@ class CpuBackend:
         """
         drawn, self._drawn = self._drawn, None
         if drawn is None or (drawn.segment, drawn.limits) != (segment, limits):
-            check_shapes(segment)
+            check_shapes(segment, self.name)
             drawn = Blueprint(segment, limits)
         return CpuProgram(self, drawn)
 
@@ -112,12 +114,12 @@ class CpuBackend:
 class CpuTicket:
     """A submitted step."""
 
-    def __init__(self, program: CpuProgram, batch: Batch, tape: Tape) -> None:
-        self._program, self._batch, self._tape = program, batch, tape
+    def __init__(self, program: CpuProgram, batch: Batch, schedule: Schedule) -> None:
+        self._program, self._batch, self._schedule = program, batch, schedule
 
     def wait(self) -> Outputs:
         """Run the step on this thread and the team, without the interpreter lock."""
-        return self._program._run(self._batch, self._tape)
+        return self._program._run(self._batch, self._schedule)
 
     def abort(self) -> None:
         """Cut the step short, from any thread."""
@@ -179,19 +181,23 @@ class CpuProgram:
                 group[i] = pages.ctypes.data, len(pages), n_pinned, n_visible
         samples = batch.samples.address if batch.samples else 0
         self._header[:_STEP_WORDS] = n_rows, n_wanted, len(batch.tables), samples, 0
-        schedule = self._schedule if n_rows <= _FEW_ROWS else self._schedules[0]
-        return CpuTicket(self, batch, self._step_tape(schedule, batch.output))
+        is_few = n_rows <= _FEW_ROWS
+        schedule = self._tuning.next(n_rows) if is_few else self._schedules[0]
+        return CpuTicket(self, batch, schedule)
 
-    def _run(self, batch: Batch, tape: Tape) -> Outputs:
+    def _run(self, batch: Batch, schedule: Schedule) -> Outputs:
+        tape = self._step_tape(schedule, batch.output)
         self._idle.begin_step()
         try:
+            begun = time.perf_counter()
             self._team.run(tape)
+            seconds = time.perf_counter() - begun
         finally:
             self._idle.end_step()
-        n = len(batch.wanted)
-        out = Outputs(
-            self._no_rows, self._no_rows, self._no_ids, aborted=bool(self._get(layout.H_ABORT))
-        )
+        n, is_aborted = len(batch.wanted), bool(self._get(layout.H_ABORT))
+        if batch.n_rows <= _FEW_ROWS and not is_aborted:
+            self._tuning.took(schedule, batch.n_rows, seconds)
+        out = Outputs(self._no_rows, self._no_rows, self._no_ids, aborted=is_aborted)
         if not self.segment.is_last:
             out.hidden = self._hidden[: batch.n_rows]
         elif batch.output == "hidden":
@@ -205,7 +211,7 @@ class CpuProgram:
     def tune(self, progress: Callable[[int, int], None] = lambda done, total: None) -> Schedule:
         """Find out now what would be when idle: how steps of few rows run fastest."""
         self._tuning.finish(lambda: progress(*self._tuning.progress))
-        return self._schedule
+        return self._tuning.current
 
     def build_exactly(self, progress: Callable[[int, int], None]) -> int:
         """Build now what would be built when idle; returns how many kernels that were."""
@@ -222,6 +228,7 @@ class CpuProgram:
             return
         self._closed = True
         self._idle.close()
+        self._tuning.close()
         self._team.quiesce()
         self._trial.close()
         for tape in self._tapes.values():
@@ -277,11 +284,6 @@ class CpuProgram:
         if lowered.logits:
             vocab = self.segment.output.dim
             self._logits = _float_view(lowered.logits, limits.max_outputs, vocab)
-
-    @property
-    def _schedule(self) -> Schedule:
-        """How steps of few rows run."""
-        return self._tuning.schedule or self._schedules[0]
 
     def _step_tape(self, schedule: Schedule, output: OutputKind) -> Tape:
         if (schedule, output) not in self._tapes:
