@@ -23,7 +23,14 @@ if TYPE_CHECKING:
         start_isolated,
         start_program,
     )
-    from edgeinfer.platform.devices import CudaDriver, Gpu, board_name, cuda_driver
+    from edgeinfer.platform.devices import (
+        CudaDriver,
+        Gpu,
+        NvrtcLibrary,
+        board_name,
+        cuda_driver,
+        nvrtc_libraries,
+    )
     from edgeinfer.platform.files import (
         ReadableFile,
         append_private,
@@ -70,7 +77,7 @@ _NAMES = {
         "python_command run_editor run_tool set_for_us start_isolated start_program"
     ),
     "forks": "ForkedProcess",
-    "devices": "CudaDriver Gpu board_name cuda_driver",
+    "devices": "CudaDriver Gpu NvrtcLibrary board_name cuda_driver nvrtc_libraries",
     "files": (
         "ReadableFile append_private bytes_below delete_all files_below free_disk is_at "
         "is_writable make_folder open_appending open_scratch read_whole sync try_lock "
@@ -93,6 +100,7 @@ __all__ = [
     "Gpu",
     "MODULE_FLAG",
     "Memory",
+    "NvrtcLibrary",
     "ProcessLimits",
     "ReadableFile",
     "SIGNAL_CODE",
@@ -119,6 +127,7 @@ __all__ = [
     "keep",
     "make_folder",
     "module_folders",
+    "nvrtc_libraries",
     "open_appending",
     "open_scratch",
     "peak_rss",

@@ -1,12 +1,17 @@
-"""The board, the CUDA driver and its devices."""
+"""The board, the CUDA driver and its devices, and NVIDIA's runtime compilers."""
 
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
 from typing import NamedTuple
 
 from edgeinfer.platform import system_files
+from edgeinfer.platform.files import files_below
 
 
 def board_name() -> str | None:
@@ -54,3 +59,41 @@ def _gpu(cuda: ctypes.CDLL, index: int) -> Gpu:
         cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
     text = name.value.decode("utf-8", "replace")
     return Gpu(text, f"{major.value}.{minor.value}", n_bytes.value)
+
+
+class NvrtcLibrary(NamedTuple):
+    """NVIDIA's runtime compiler: the path of its library, and the CUDA it belongs to (12)."""
+
+    path: Path
+    cuda: int
+
+
+def nvrtc_libraries(root: Path = Path("/")) -> list[NvrtcLibrary]:
+    """Those of pip's wheels, then the system's (JetPack's), the newest CUDA first, one of each.
+
+    `root` is where the system's own files are looked for.
+    """
+    found: dict[int, NvrtcLibrary] = {}
+    for path in chain(_nvrtc_of_wheels(), _nvrtc_of_system(root)):
+        version = _NVRTC_NAME.fullmatch(path.name)
+        if version is not None:
+            cuda = int(version[1] or version[2])
+            found.setdefault(cuda, NvrtcLibrary(path, cuda))
+    return sorted(found.values(), key=lambda library: -library.cuda)
+
+
+_NVRTC_NAME = re.compile(r"libnvrtc\.so\.(\d+)|nvrtc64_(\d+)\d_0\.dll")
+
+
+def _nvrtc_of_wheels() -> Iterator[Path]:
+    for folder in map(Path, sys.path):
+        for pattern in ("lib/libnvrtc.so.*", "bin/nvrtc64_*.dll", "bin/*/nvrtc64_*.dll"):
+            yield from files_below(folder / "nvidia", f"*/{pattern}")
+
+
+def _nvrtc_of_system(root: Path) -> Iterator[Path]:
+    for pattern in ("usr/local/cuda*/lib64", "usr/local/cuda*/targets/*/lib", "usr/lib/*-gnu"):
+        yield from files_below(root, f"{pattern}/libnvrtc.so.*")
+    programs = root / "Program Files" / "NVIDIA GPU Computing Toolkit" / "CUDA"
+    yield from files_below(programs, "*/bin/nvrtc64_*.dll")
+    yield from files_below(programs, "*/bin/x64/nvrtc64_*.dll")

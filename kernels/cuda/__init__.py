@@ -1,1 +1,1 @@
-"""Kernels in CUDA C. Nothing here runs yet: the CUDA backend has its own issue."""
+"""Kernels in CUDA C, and the devices that run them: GPUs through CuPy, and a shim on the CPU."""

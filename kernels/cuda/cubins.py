@@ -1,0 +1,84 @@
+"""Machine code of kernels for one GPU: what came with the package, what is cached, or compiled now.
+
+Knows neither CuPy nor a GPU but by the number of its architecture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from edgeinfer import platform
+from edgeinfer.errors import DeviceError
+from edgeinfer.kernels.cuda.cache import Cache, key_of
+from edgeinfer.kernels.cuda.device import Progress
+from edgeinfer.kernels.cuda.kernel import Kernel, Sources
+from edgeinfer.kernels.cuda.nvrtc import FLAGS, Job, Nvrtc, compile_all
+
+PACKAGED = Path(__file__).parent / "ready"
+_FIRST_CUDA = 12
+
+
+class Cubins:
+    """Of one architecture (89), for a driver that runs CUDA up to this major version (12)."""
+
+    def __init__(self, folder: Path, sources: Sources, arch: int, cuda: int) -> None:
+        self._sources, self._arch, self._cuda = sources, arch, cuda
+        self._cache = Cache(folder)
+        self._packaged = Cache(PACKAGED, is_ours=True)
+
+    def load(
+        self, kernels: Sequence[Kernel], progress: Progress | None = None
+    ) -> dict[Kernel, bytes]:
+        """The cubin of each kernel; DeviceError where one can't be compiled, and what to do."""
+        jobs = {kernel: self.job(kernel) for kernel in kernels}
+        found = {kernel: self._find(job) for kernel, job in jobs.items()}
+        cubins = {kernel: data for kernel, data in found.items() if data is not None}
+        missing = [kernel for kernel in kernels if kernel not in cubins]
+        if missing:
+            library = self._library()
+            compiled = compile_all(library.path, [jobs[k] for k in missing], progress)
+            for kernel, cubin in zip(missing, compiled, strict=True):
+                job = jobs[kernel]
+                self._cache.add(job.name, _key(job), self._ending(library.cuda), cubin.data)
+                cubins[kernel] = cubin.data
+        return cubins
+
+    def job(self, kernel: Kernel) -> Job:
+        """What NVRTC is told."""
+        self._sources.signature(kernel)
+        text = self._sources.kernel_text(kernel.name)
+        return Job(kernel.label, text, tuple(kernel.flags), self._arch)
+
+    def _ending(self, cuda: int) -> str:
+        # A driver refuses what a CUDA of a later major version has made.
+        return f".cuda{cuda}.{self._arch}.cubin"
+
+    def _find(self, job: Job) -> bytes | None:
+        for cache in (self._packaged, self._cache):
+            for cuda in range(self._cuda, _FIRST_CUDA - 1, -1):
+                path = cache.find(job.name, _key(job), self._ending(cuda))
+                if path is not None:
+                    return path.read_bytes()
+        return None
+
+    def _library(self) -> platform.NvrtcLibrary:
+        """The newest NVRTC that the driver can follow and that knows the architecture."""
+        known = ""
+        for library in platform.nvrtc_libraries():
+            if library.cuda <= self._cuda:
+                architectures = Nvrtc(library.path).architectures
+                if self._arch in architectures:
+                    return library
+                known = known or f"that of CUDA {library.cuda} knows sm_" + ", ".join(
+                    map(str, architectures)
+                )
+        package = "nvidia-cuda-nvrtc" + ("-cu12" if self._cuda == 12 else "")
+        raise DeviceError(
+            f"kernels for sm_{self._arch} must be compiled, and there is no NVRTC of CUDA "
+            f"{self._cuda} for that here{known and f' ({known})'}: pip install {package}"
+        )
+
+
+def _key(job: Job) -> str:
+    return key_of(job.text, *FLAGS, *job.flags)

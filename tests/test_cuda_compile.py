@@ -1,0 +1,196 @@
+"""CUDA kernels become machine code without a GPU: NVRTC, its processes, and the cache of cubins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from edgeinfer import platform
+from edgeinfer.errors import DeviceError
+from edgeinfer.kernels.cuda import cubins as cubins_module
+from edgeinfer.kernels.cuda.cubins import Cubins
+from edgeinfer.kernels.cuda.kernel import Kernel, Sources
+from edgeinfer.kernels.cuda.nvrtc import Cubin, Job, Nvrtc, compile_all
+from edgeinfer.platform import NvrtcLibrary
+from tests import cuda_registers
+from tests.cuda_registers import ARCHITECTURES, USUAL, objection, usages
+
+_OLDEST = 61
+
+
+def library(cuda: int) -> NvrtcLibrary:
+    """NVRTC of a CUDA; the test is skipped without it."""
+    found = [each for each in platform.nvrtc_libraries() if each.cuda == cuda]
+    if not found:
+        package = "nvidia-cuda-nvrtc" + ("-cu12" if cuda == 12 else "")
+        pytest.skip(f"no NVRTC of CUDA {cuda}: pip install {package}")
+    return found[0]
+
+
+# All that dev.cuh has, so that every line of PTX is assembled.
+_ALL = """#include "dev.cuh"
+EI_KERNEL(64) k(const Step* step, float* out, const uint4* x, unsigned n) {
+  EI_SHARED(float, all, [64]);
+  EI_DYN_SHARED(float, more);
+  if (ei_aborted(step) || blockIdx.x >= ei_rows(step, 1)) {
+    return;
+  }
+  const uint4 a = ei_stream(x + threadIdx.x);
+  const uint2 b = ei_stream((const uint2*)x + threadIdx.x);
+  const unsigned words[4] = {a.x, a.y, a.z, a.w}, half[2] = {a.x, a.y};
+  const unsigned right[2] = {b.x, b.y};
+  int sum[4] = {0, 1, 2, 3};
+  ei_mma_m16n8k32(sum, words, right);
+  ei_mma_m16n8k16(sum, half, ei_stream((const unsigned*)x));
+  float y = ei_byte_to_float(a.x, 3) + ei_from_half(ei_to_half(ei_to_float(sum[0] ^ sum[3])));
+  y = ei_fma(y, ei_div(y, 3.0f), ei_sqrt(y)) + ei_rint(y);
+  const double z = ei_fma((double)y, ei_div((double)y, 3.0), ei_sqrt((double)y));
+  all[threadIdx.x] = ei_sum32(y) + ei_max32(y) + ei_sum32(sum[1]) + (float)ei_rint(z);
+  more[threadIdx.x] = __dp4a((int)a.x, (int)a.y, sum[2]);
+  __syncthreads();
+  out[threadIdx.x] = all[63 - threadIdx.x] + more[63 - threadIdx.x];
+}
+"""
+
+
+# 64 registers are left to a thread of 1,024.
+_MANY_VALUES = """
+extern "C" __global__ void __launch_bounds__(1024) k(float* x) {
+  float values[100];
+  for (int i = 0; i < 100; ++i) {
+    values[i] = x[i * 1024 + threadIdx.x];
+  }
+  __syncthreads();
+  for (int i = 0; i < 100; ++i) {
+    x[i * 1024 + threadIdx.x] = values[99 - i];
+  }
+}
+"""
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Sources:
+    """Kernel `k`."""
+    (tmp_path / "k.cu").write_text(_ALL)
+    return Sources(tmp_path)
+
+
+@pytest.mark.parametrize("cuda", [12, 13])
+def test_all_of_dev_cuh_compiles_for_every_architecture(
+    sources: Sources, cuda: int, tmp_path: Path
+) -> None:
+    path = library(cuda).path
+    architectures = [arch for arch in Nvrtc(path).architectures if arch >= _OLDEST]
+    assert set(ARCHITECTURES[cuda]) <= set(architectures)
+    jobs = [Cubins(tmp_path, sources, arch, cuda).job(Kernel.of("k")) for arch in architectures]
+    for arch, cubin in zip(architectures, compile_all(path, jobs), strict=True):
+        assert cubin.data.startswith(b"\x7fELF") and b"ei_kernel_k" in cubin.data
+        assert cubin.usage.registers < 64, arch
+        assert cubin.usage[1:] == (0, 0, 256), arch
+
+
+@pytest.mark.parametrize(
+    ("cuda", "arch"), [(cuda, arch) for cuda, archs in USUAL.items() for arch in archs]
+)
+def test_kernels_spill_nothing_and_take_no_more_registers_than_before(
+    cuda: int, arch: int, tmp_path: Path
+) -> None:
+    library(cuda)
+    table = cuda_registers.read()
+    found = usages(cuda, [arch], Sources().names(), tmp_path)
+    wrong = list(filter(None, (objection(*each, table) for each in found)))
+    assert not wrong, "\n".join(["python -m tests.cuda_registers writes the table:", *wrong])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cuda", [12, 13])
+def test_kernels_compile_for_every_architecture_of_our_users(cuda: int, tmp_path: Path) -> None:
+    library(cuda)
+    table = cuda_registers.read()
+    found = usages(cuda, ARCHITECTURES[cuda], Sources().names(), tmp_path)
+    assert not list(filter(None, (objection(*each, table) for each in found)))
+
+
+def test_the_table_is_of_the_kernels_that_there_are() -> None:
+    sources = Sources()
+    kernels = [str(kernel) for name in sources.names() for kernel in sources.variants(name)]
+    assert sorted(cuda_registers.read()) == sorted(kernels)
+
+
+def test_what_a_kernel_takes_is_held_against_the_table(sources: Sources, tmp_path: Path) -> None:
+    job = Cubins(tmp_path, sources, 90, 12).job(Kernel.of("k"))
+    spilling = job._replace(text=_MANY_VALUES)
+    [fine, spilt] = compile_all(library(12).path, [job, spilling])
+    usage, kernel = fine.usage, Kernel.of("k")
+    table = {"k": {"90": usage.registers}}
+    assert objection(kernel, 90, usage, table) is None
+    assert spilt.usage.spilled_bytes > 0
+    for each, table_, said in [
+        (spilt.usage, table, f"{spilt.usage.spilled_bytes} spilled"),
+        (usage._replace(registers=200), table, "takes 200 registers"),
+        (usage, {}, "cuda_registers.json has None"),
+        (usage._replace(shared_bytes=49153), table, "49153 bytes of static shared memory"),
+    ]:
+        assert said in (objection(kernel, 90, each, table_) or "")
+    with pytest.raises(ValueError, match="no registers are told of"):
+        assert Cubin(b"", "warning").usage
+
+
+def test_cubins_are_compiled_once_and_found_again(
+    sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library(12)
+    kernel, folder = Kernel.of("k"), tmp_path / "cache"
+    told: list[tuple[int, int, str]] = []
+    first = Cubins(folder, sources, 90, 12).load([kernel], lambda *args: told.append(args))
+    assert told == [(0, 1, "k")]
+    with monkeypatch.context() as without:
+        without.setattr(platform, "nvrtc_libraries", list)
+        for cuda in (12, 13):  # a driver also takes what an older CUDA has made
+            assert Cubins(folder, sources, 90, cuda).load([kernel]) == first
+        with pytest.raises(DeviceError, match="pip install nvidia-cuda-nvrtc-cu12$"):
+            Cubins(folder, sources, 87, 12).load([kernel])
+        monkeypatch.setattr(cubins_module, "PACKAGED", folder)
+        assert Cubins(tmp_path / "other", sources, 90, 12).load([kernel]) == first
+    [path] = folder.glob("k-*.cuda12.90.cubin")
+    path.write_bytes(b"damaged")
+    assert Cubins(folder, sources, 90, 12).load([kernel]) == first
+
+
+def test_an_architecture_that_nvrtc_does_not_know_is_named(
+    sources: Sources, tmp_path: Path
+) -> None:
+    library(12)
+    said = r"kernels for sm_110 .* \(that of CUDA 12 knows sm_50, .*pip install nvidia-cuda-nvrtc"
+    with pytest.raises(DeviceError, match=said):
+        Cubins(tmp_path, sources, 110, 12).load([Kernel.of("k")])
+
+
+def test_what_does_not_compile_is_told_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "k.cu").write_text(_ALL.replace("ei_max32(y)", "none(y)"))
+    job = Cubins(tmp_path, Sources(tmp_path), 90, 12).job(Kernel.of("k"))
+    path = library(12).path
+    with pytest.raises(DeviceError, match=r'compile k: .* k.cu\(18\): error: .*"none"'):
+        compile_all(path, [job] * 3)
+    with pytest.raises(DeviceError, match="compile k: .*invalid value for --gpu-architecture"):
+        Nvrtc(path).compile(Job("k", "", (), 13))
+
+
+def test_a_compiler_that_ends_or_is_none_is_an_error(tmp_path: Path) -> None:
+    none = tmp_path / "libnvrtc.so.12"
+    none.write_bytes(b"no library")
+    with pytest.raises(DeviceError, match="NVRTC can't be loaded"):
+        compile_all(none, [Job("k", "", (), 90)])
+    with pytest.raises(DeviceError, match="the process that compiles k has ended"):
+        compile_all(library(12).path, [Job("k", "", 1, 90)])  # type: ignore[arg-type]
+
+
+def test_compilers_are_found_where_jetpack_has_them(tmp_path: Path) -> None:
+    folder = tmp_path / "usr/local/cuda-11.4/targets/aarch64-linux/lib"
+    folder.mkdir(parents=True)
+    for name in ("libnvrtc.so.11", "libnvrtc.so.11.4.1", "libnvrtc.alt.so.11", "libnvrtc.so"):
+        (folder / name).touch()
+    found = platform.nvrtc_libraries(tmp_path)
+    assert NvrtcLibrary(folder / "libnvrtc.so.11", 11) in found
+    assert [each.cuda for each in found] == sorted({each.cuda for each in found}, reverse=True)
