@@ -1,0 +1,274 @@
+// Attention of many rows: a warp takes rows of one sequence over all pages that they see, in order.
+#include "attend.cuh"
+
+// K_DIM, V_DIM: widths of heads, any. GROUP: query heads of a kv head that a warp takes. ROWS: rows
+// that it takes at a time. WARPS: of a block. K_IS_V 1: V is the first V_DIM values of K, and
+// v_cache is not read.
+// Any number: K_DIM V_DIM GROUP ROWS WARPS
+// Variants: K_DIM = 128; V_DIM = 128; GROUP = 4; ROWS = 1 2; WARPS = 4; K_IS_V = 0
+// Variants: K_DIM = 64; V_DIM = 64; GROUP = 3; ROWS = 5; WARPS = 4; K_IS_V = 0
+// Variants: K_DIM = 256; V_DIM = 256; GROUP = 4; ROWS = 1; WARPS = 4; K_IS_V = 0
+// Variants: K_DIM = 576; V_DIM = 512; GROUP = 1; ROWS = 1; WARPS = 4; K_IS_V = 1
+constexpr int QUERIES = ROWS * GROUP;  // of a warp, at most 16
+constexpr int K_CHUNKS = (K_DIM + 7) / 8;
+typedef Lanes<V_DIM, QUERIES> L;
+typedef float Values[L::ROUNDS][L::SET_QUERIES][8];
+
+struct __align__(16) Shared {
+    float q[WARPS][QUERIES][8 * K_CHUNKS];
+    float p[WARPS][EI_PAGE][L::PADDED];
+};
+
+// What a block reads and writes.
+struct Layer {
+    const float* q;
+    const float* pinned_q;
+    int q_stride;
+    const uint16_t* k_cache;
+    const uint16_t* v_cache;
+    const float* sinks;
+    float* out;
+    int out_stride;
+    int kv_head;
+    int n_kv_heads;
+    int head;     // the first of the query heads of the block,
+    int n_heads;  // and how many of GROUP there are
+    float scale;
+    float soft_cap;
+};
+
+// m and l of a lane's query, for lanes that have one: query GROUP * r + g is head g of row r.
+struct State {
+    float m;
+    float l;
+    bool is_empty;
+};
+
+// How a state takes in a part. A scale of NaN would do for neither: so `how` is beside them.
+enum How { KEEP, START, FOLD };
+struct Take {
+    int how;
+    float state_scale;
+    float part_scale;
+};
+
+EI_DEV Take take_part(State& state, float m, float l, bool is_wanted) {
+    Take take = {KEEP, 1.0f, 1.0f};
+    if (!is_wanted) {
+        return take;
+    }
+    if (state.is_empty) {
+        take.how = START;
+        state = State{m, l, false};
+        return take;
+    }
+    const float top = fmaxf(state.m, m);
+    take.how = FOLD;
+    take.state_scale = ei_exp(state.m - top);
+    take.part_scale = ei_exp(m - top);
+    state.l = ei_fma(state.l, take.state_scale, l * take.part_scale);
+    state.m = top;
+    return take;
+}
+
+EI_DEV int first_query() {
+    return min((int)threadIdx.x % 32 / L::WIDTH, L::SETS - 1) * L::SET_QUERIES;
+}
+
+// The values of a part into those of a state, as each query's lane has said.
+EI_DEV void take_values(const Take& take, const Values& part, Values& state) {
+#pragma unroll
+    for (int g = 0; g < L::SET_QUERIES; ++g) {
+        const int from = first_query() + g;
+        const int how = __shfl_sync(EI_ALL_LANES, take.how, from);
+        const float state_scale = __shfl_sync(EI_ALL_LANES, take.state_scale, from);
+        const float part_scale = __shfl_sync(EI_ALL_LANES, take.part_scale, from);
+#pragma unroll
+        for (int i = 0; i < 8 * L::ROUNDS; ++i) {
+            float& o = state[i / 8][g][i % 8];
+            const float x = part[i / 8][g][i % 8];
+            if (how == START) {
+                o = x;
+            } else if (how == FOLD) {
+                o = ei_fma(o, state_scale, x * part_scale);
+            }
+        }
+    }
+}
+
+// The queries of n rows from `row` on to the warp's shared memory; those that are missing as zeros.
+EI_DEV void load_queries(float (&to)[QUERIES][8 * K_CHUNKS], const Layer& layer, const float* q,
+                         int row, int n) {
+    for (int i = threadIdx.x % 32; i < QUERIES * K_DIM; i += 32) {
+        const int query = i / K_DIM;
+        const int r = query / GROUP;
+        const int g = query % GROUP;
+        const size_t at = (size_t)(row + r) * layer.q_stride + (layer.head + g) * K_DIM;
+        to[query][i % K_DIM] = r < n && g < layer.n_heads ? q[at + i % K_DIM] : 0.0f;
+    }
+    __syncwarp();
+}
+
+// The part of one page: m and l in each query's lane, values in o. bounds: of this lane's query,
+// the first position that it sees and, times 64, the one behind the last.
+EI_DEV void attend_page(
+    Shared& shared, const Layer& layer, int arena_page, int bounds, float* m, float* l, Values& o) {
+    const int warp = threadIdx.x / 32;
+    const int lane = threadIdx.x % 32;
+    const size_t place = (size_t)arena_page * layer.n_kv_heads + layer.kv_head;
+    const uint16_t* k = layer.k_cache + place * (K_CHUNKS * 8 * EI_PAGE);
+    const uint16_t* v = K_IS_V ? k : layer.v_cache + place * (L::CHUNKS * 8 * EI_PAGE);
+    float scores[QUERIES];
+    score_page<K_DIM>(shared.q[warp], k, layer.scale, layer.soft_cap, scores);
+#pragma unroll
+    for (int g = 0; g < QUERIES; ++g) {
+        const int seen = __shfl_sync(EI_ALL_LANES, bounds, g);
+        float query_m, query_l;
+        const bool is_seen = lane >= seen % 64 && lane < seen / 64;
+        shared.p[warp][lane][g] = soften(scores[g], is_seen, &query_m, &query_l);
+        if (lane == g) {
+            *m = query_m;
+            *l = query_l;
+        }
+    }
+    __syncwarp();
+    const int chunk_stride = K_IS_V ? 8 * EI_PAGE : 8;
+    const int position_stride = K_IS_V ? 8 : 8 * L::CHUNKS;
+    const bool sees_all_or_none = bounds == 0 || bounds == 64 * EI_PAGE;
+    if (__all_sync(EI_ALL_LANES, sees_all_or_none)) {
+        add_values<V_DIM, QUERIES>(
+            shared.p[warp], v, chunk_stride, position_stride, 0, EI_PAGE,
+            [](int query, int position) { return true; }, o);
+    } else {
+        int seen[L::SET_QUERIES];
+#pragma unroll
+        for (int g = 0; g < L::SET_QUERIES; ++g) {
+            seen[g] = __shfl_sync(EI_ALL_LANES, bounds, first_query() + g);
+        }
+        add_values<V_DIM, QUERIES>(
+            shared.p[warp], v, chunk_stride, position_stride, 0, EI_PAGE,
+            [&](int query, int position) {
+                return position >= seen[query] % 64 && position < seen[query] / 64;
+            },
+            o);
+    }
+    __syncwarp();
+}
+
+EI_DEV int least_lane(int x) {
+    for (int step = 16; step > 0; step >>= 1) {
+        x = min(x, __shfl_xor_sync(EI_ALL_LANES, x, step));
+    }
+    return x;
+}
+
+// The rows of attention of n rows from `row` on.
+EI_DEV void write_rows(const Layer& layer, const State& whole, Values& o, int row, int n) {
+    const int query = threadIdx.x % 32;
+    float sum = whole.l;
+    float factor = 1.0f;
+    if (layer.sinks && query / GROUP < n && query % GROUP < layer.n_heads) {
+        const float sink = layer.sinks[layer.head + query % GROUP];
+        const float top = fmaxf(whole.m, sink);
+        factor = ei_exp(whole.m - top);
+        sum = ei_fma(sum, factor, ei_exp(sink - top));
+    }
+    const float inverse = ei_div(1.0f, sum);
+#pragma unroll
+    for (int g = 0; g < L::SET_QUERIES; ++g) {
+        const float query_factor = __shfl_sync(EI_ALL_LANES, factor, first_query() + g);
+        const float query_inverse = __shfl_sync(EI_ALL_LANES, inverse, first_query() + g);
+#pragma unroll
+        for (int i = 0; i < 8 * L::ROUNDS; ++i) {
+            o[i / 8][g][i % 8] = (o[i / 8][g][i % 8] * query_factor) * query_inverse;
+        }
+    }
+    for_values<V_DIM, QUERIES>([&](int query, int value, int round, int g, int e) {
+        const int r = query / GROUP;
+        const int head = query % GROUP;
+        if (r < n && head < layer.n_heads) {
+            const size_t at = (size_t)(row + r) * layer.out_stride + (layer.head + head) * V_DIM;
+            layer.out[at + value] = o[round][g][e];
+        }
+    });
+}
+
+// n rows of one sequence, from `row` on.
+EI_DEV void attend_run(
+    Shared& shared, const Layer& layer, const Table& table, const int64_t* pos, int window, int row,
+    int n) {
+    const int lane = threadIdx.x % 32;
+    const bool has_query = lane / GROUP < n && lane % GROUP < layer.n_heads;
+    const Seen seen = seen_of(table, pos[row + min(lane / GROUP, n - 1)], window);
+    State page_state, segment = {0, 0, true}, whole = {0, 0, true};
+    Values page_o, segment_o, whole_o;
+    int last_segment = -1;
+    for (int is_pinned = 1; is_pinned >= 0; --is_pinned) {
+        const int begin = is_pinned ? seen.pinned_begin : seen.begin;
+        const int end = is_pinned ? seen.pinned_end : seen.end;
+        const int first = least_lane(begin);
+        const int behind = -least_lane(-end);
+        if (first >= behind) {
+            continue;
+        }
+        load_queries(
+            shared.q[threadIdx.x / 32], layer, is_pinned ? layer.pinned_q : layer.q, row, n);
+        for (int page = first; page < behind; ++page) {
+            const bool sees = has_query && page >= begin && page < end;
+            if (!__any_sync(EI_ALL_LANES, sees)) {
+                continue;
+            }
+            const int bounds = sees ? first_seen(seen, page) + 64 * end_seen(seen, page) : 0;
+            attend_page(
+                shared, layer, arena_page(table, page), bounds, &page_state.m, &page_state.l,
+                page_o);
+            const bool is_next = sees && last_segment != page / EI_SEGMENT_PAGES;
+            if (__any_sync(EI_ALL_LANES, is_next)) {
+                const bool is_done = is_next && !segment.is_empty;
+                take_values(take_part(whole, segment.m, segment.l, is_done), segment_o, whole_o);
+                segment.is_empty |= is_next;
+            }
+            last_segment = sees ? page / EI_SEGMENT_PAGES : last_segment;
+            take_values(take_part(segment, page_state.m, page_state.l, sees), page_o, segment_o);
+        }
+        __syncwarp();
+    }
+    take_values(take_part(whole, segment.m, segment.l, has_query), segment_o, whole_o);
+    write_rows(layer, whole, whole_o, row, n);
+}
+
+// Grid: (kv heads * tiles, rows / (ROWS * WARPS)), 32 * WARPS threads; a tile is GROUP query heads of
+// a kv head. Rows of any sequences; those of one that follow each other share what is read.
+// q, pinned_q: float (row, n_heads * K_DIM); pinned_q is read of rows that have slid.
+// k_cache, v_cache: as attend.cu reads them. out: float (row, n_heads * V_DIM).
+// sinks: a float of each query head, or null. window 0: all; soft_cap 0: none.
+EI_KERNEL(32 * WARPS) attend_rows(
+    const Step* step, const float* q, const float* pinned_q, int q_stride, const uint16_t* k_cache,
+    const uint16_t* v_cache, const int64_t* pos, const int* seq, const int4* tables,
+    const int* pages, const float* sinks, float* out, int out_stride, int n_heads, int n_kv_heads,
+    int window, float scale, float soft_cap) {
+    EI_SHARED(Shared, memory, [1]);
+    if (ei_aborted(step)) {
+        return;
+    }
+    const int group = n_heads / n_kv_heads;
+    const int n_tiles = (group + GROUP - 1) / GROUP;
+    const int first_head = blockIdx.x % n_tiles * GROUP;
+    Layer layer = {q, pinned_q, q_stride, k_cache, v_cache, sinks, out, out_stride};
+    layer.kv_head = blockIdx.x / n_tiles;
+    layer.n_kv_heads = n_kv_heads;
+    layer.head = layer.kv_head * group + first_head;
+    layer.n_heads = min(GROUP, group - first_head);
+    layer.scale = scale;
+    layer.soft_cap = soft_cap;
+    const int first = (blockIdx.y * WARPS + threadIdx.x / 32) * ROWS;
+    const int end = min(first + ROWS, ei_rows(step, 0));
+    for (int row = first, n; row < end; row += n) {
+        n = 1;
+        while (row + n < end && seq[row + n] == seq[row]) {
+            ++n;
+        }
+        const Table table = table_of(tables, pages, seq, row);
+        attend_run(memory[0], layer, table, pos, window, row, n);
+    }
+}

@@ -1,0 +1,44 @@
+// Stores K and V of every row, rounded to halves, in the row's page.
+#include "pages.cuh"
+
+// 8 values from x on, zeros behind the end.
+EI_DEV uint4 pack(const float* x, int n) {
+    unsigned words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const unsigned low = 2 * i < n ? ei_to_half(x[2 * i]) : 0;
+        const unsigned high = 2 * i + 1 < n ? ei_to_half(x[2 * i + 1]) : 0;
+        words[i] = low | high << 16;
+    }
+    return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// Grid: (kv heads, rows), 32 threads or more; a thread takes 8 values of a head.
+// k, v: float (row, kv heads * k_dim), (row, kv heads * v_dim). The caches: as attend.cu reads them.
+// v_dim 0: K serves as V, v and v_cache are not touched.
+EI_KERNEL(128) store(
+    const Step* step, const float* k, int k_stride, const float* v, int v_stride,
+    const int64_t* pos, const int* seq, const int4* tables, const int* pages, uint16_t* k_cache,
+    uint16_t* v_cache, int k_dim, int v_dim) {
+    const int head = blockIdx.x;
+    const int row = blockIdx.y;
+    if (row >= ei_rows(step, 0) || ei_aborted(step)) {
+        return;
+    }
+    const Table table = table_of(tables, pages, seq, row);
+    const int page = arena_page(table, (int)(pos[row] / EI_PAGE));
+    const int place = (int)(pos[row] % EI_PAGE);
+    const size_t page_head = (size_t)page * gridDim.x + head;
+    const int k_chunks = (k_dim + 7) / 8;
+    const int v_chunks = (v_dim + 7) / 8;
+    k += (size_t)row * k_stride + head * k_dim;
+    v += (size_t)row * v_stride + head * v_dim;
+    uint4* k_page = (uint4*)k_cache + page_head * k_chunks * EI_PAGE;
+    uint4* v_page = (uint4*)v_cache + page_head * v_chunks * EI_PAGE;
+    for (int chunk = threadIdx.x; chunk < k_chunks; chunk += blockDim.x) {
+        k_page[chunk * EI_PAGE + place] = pack(k + 8 * chunk, k_dim - 8 * chunk);
+    }
+    for (int chunk = threadIdx.x; chunk < v_chunks; chunk += blockDim.x) {
+        v_page[place * v_chunks + chunk] = pack(v + 8 * chunk, v_dim - 8 * chunk);
+    }
+}
