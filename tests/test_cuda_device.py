@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from edgeinfer.errors import DeviceError
 from edgeinfer.kernels.cuda.device import Bound
 from edgeinfer.kernels.cuda.kernel import Kernel, Signature, Sources
 from edgeinfer.kernels.cuda.shim import ShimDevice
-from tests.shim import SEEDS, GuardedMemory, get, put, put_step, shim
+from tests.shim import CHECKED, SANITIZERS, SEEDS, GuardedMemory, get, put, put_step, shim
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -365,8 +366,10 @@ EI_KERNEL(32) k(const Step* step, int* out) {
     device.launch(Kernel.of("k"), (1, 1, 1), 32, 128, args)
     with pytest.raises(DeviceError, match="0 bytes behind the 124 that the launch asked for"):
         device.launch(Kernel.of("k"), (1, 1, 1), 32, 124, args)
+    with pytest.raises(ValueError, match="of shared memory, 0 to 101376"):
+        device.launch(Kernel.of("k"), (1, 1, 1), 32, 101380, args)
     device = make(text.replace("DYN_SHARED(int, values)", "SHARED(int, values, [12289])"))
-    with pytest.raises(DeviceError, match="49156 bytes, 49152 is the most"):
+    with pytest.raises(DeviceError, match="49156 bytes, 49152 is the most, and 0 dynamic"):
         device.launch(Kernel.of("k"), (1, 1, 1), 32, 0, {"step": put_step(device, 1), "out": 0})
 
 
@@ -578,6 +581,15 @@ def test_a_device_goes_on_while_its_host_does(make: Make) -> None:
         device.mark()
 
 
+def test_memory_outlives_what_runs_on_it_when_a_device_is_forgotten(make: Make) -> None:
+    device = make(_SLOW, runs_at_once=False)
+    args = {"step": put_step(device, 1), "out": device.reserve(4), "n": 20000}
+    device.launch(Kernel.of("k"), (1, 1, 1), 32, 0, args)
+    thread = device._stream._thread
+    del device  # waits
+    assert not thread.is_alive()
+
+
 def test_what_fails_is_told_by_everything_after(make: Make) -> None:
     device = make("""
 EI_KERNEL(32) k(const Step* step) {
@@ -625,7 +637,7 @@ from edgeinfer.kernels.cuda.kernel import Kernel
 from edgeinfer.kernels.cuda.shim import ShimDevice
 from tests.shim import GuardedMemory, put, put_step
 folder, *flags = sys.argv[1:]
-device = ShimDevice(sources=[Path(folder)], flags=["-O1", *flags], allocate=GuardedMemory)
+device = ShimDevice(sources=[Path(folder)], flags=flags, allocate=GuardedMemory)
 device.load([Kernel.of("k")])
 x = put(device, np.zeros(1000, np.int32))
 args = {"step": put_step(device, 1), "out": put(device, np.zeros(1, np.int32)), "x": x, "n": 1004}
@@ -643,7 +655,7 @@ def beyond(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
 def test_reading_behind_guarded_memory_ends_the_process(make: Make, tmp_path: Path) -> None:
     make(_SUM)
-    assert beyond(tmp_path).returncode < 0
+    assert beyond(tmp_path, "-O1").returncode < 0
 
 
 @pytest.mark.parametrize(
@@ -652,6 +664,7 @@ def test_reading_behind_guarded_memory_ends_the_process(make: Make, tmp_path: Pa
         ("values[x[0] + n] = 1;", r"k.cu:5:\d+: runtime error: index 1004 out of bounds"),
         ("out[0] = *(const int*)((const char*)x + 1);", "k.cu:5:.*load of misaligned address"),
         ("out[0] = 1 << n;", "k.cu:5:.*shift exponent 1004 is too large"),
+        ("out[0] = (int)(3e9f * n);", "k.cu:5:.*outside the range of representable values"),
     ],
 )
 def test_sanitizers_find_what_is_undefined(
@@ -664,9 +677,25 @@ EI_KERNEL(32) k(const Step* step, int* out, const int* x, int n) {{
 }}
 """
     (tmp_path / "k.cu").write_text(f'#include "dev.cuh"\n{text}')
-    done = beyond(tmp_path, "-fsanitize=alignment,bounds,shift", "-fno-sanitize-recover=all")
+    done = beyond(tmp_path, *SANITIZERS)
     assert done.returncode != 0
     assert re.search(said, done.stderr), done.stderr
+
+
+@pytest.mark.slow
+def test_tests_of_kernels_pass_under_sanitizers_and_with_guarded_memory() -> None:
+    shim()
+    files = {path for path in Path(__file__).parent.glob("test_cuda_*.py")}
+    files -= {Path(__file__), Path(__file__).with_name("test_cuda_compile.py")}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", *map(str, sorted(files))],
+        cwd=ROOT,
+        env={**os.environ, CHECKED: "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode in (0, 5), done.stdout[-3000:] + done.stderr[-3000:]  # 5: no tests yet
 
 
 # -- compilers and caches ------------------------------------------------------------------------

@@ -141,7 +141,6 @@ def _gpu() -> dict[str, Any]:
     if driver is None:
         return {"driver": None, "devices": [], "install": None}
     cuda = f"{driver.version // 1000}.{driver.version % 1000 // 10}"
-    extra = "cuda13" if driver.version >= 13000 else "cuda12"
     usable = driver.devices and driver.version >= _LEAST_DRIVER
     return {
         "driver": f"runs CUDA up to {cuda}",
@@ -154,19 +153,8 @@ def _gpu() -> dict[str, Any]:
             }
             for gpu in driver.devices
         ],
-        "install": _install(extra) if usable else None,
+        "install": platform.install_command(driver) if usable else None,
     }
-
-
-def _install(extra: str) -> str:
-    """The command that adds what one of our extras needs."""
-    try:
-        requires = importlib.metadata.requires("edgeinfer") or []
-    except importlib.metadata.PackageNotFoundError:
-        requires = []
-    wanted = [r.partition(";")[0].strip() for r in requires if f'"{extra}"' in r.replace("'", '"')]
-    packages = " ".join(f"'{each}'" for each in wanted) or f"'.[{extra}]'"
-    return f"{sys.executable} -m pip install {packages}"
 
 
 def _kernels() -> dict[str, Any]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         NvrtcLibrary,
         board_name,
         cuda_driver,
+        install_command,
         nvrtc_libraries,
     )
     from edgeinfer.platform.files import (
@@ -77,7 +78,7 @@ _NAMES = {
         "python_command run_editor run_tool set_for_us start_isolated start_program"
     ),
     "forks": "ForkedProcess",
-    "devices": "CudaDriver Gpu NvrtcLibrary board_name cuda_driver nvrtc_libraries",
+    "devices": "CudaDriver Gpu NvrtcLibrary board_name cuda_driver install_command nvrtc_libraries",
     "files": (
         "ReadableFile append_private bytes_below delete_all files_below free_disk is_at "
         "is_writable make_folder open_appending open_scratch read_whole sync try_lock "
@@ -122,6 +123,7 @@ __all__ = [
     "find_program",
     "free_disk",
     "input_waits",
+    "install_command",
     "is_at",
     "is_writable",
     "keep",

@@ -12,7 +12,7 @@ from pathlib import Path
 from edgeinfer import platform
 from edgeinfer.errors import DeviceError
 
-_MAX_VERSIONS = 4
+_MAX_VERSIONS = 12
 _HEX_DIGITS = 24  # of a key, and of a digest
 
 

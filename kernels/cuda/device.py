@@ -125,13 +125,19 @@ class Device(Protocol):
         ...
 
 
-def check_launch(kernel: Kernel, grid: Grid, threads: int, shared: int, most_shared: int) -> None:
-    """ValueError for a launch that CUDA, or our kernels, can't have."""
+def check_launch(
+    kernel: Kernel, grid: Grid, threads: int, most_threads: int, shared: int, most_shared: int
+) -> None:
+    """ValueError for a launch that CUDA, or this kernel, can't have."""
     limits = (0x7FFFFFFF, 0xFFFF, 0xFFFF)
     if len(grid) != 3 or not all(0 < n <= most for n, most in zip(grid, limits, strict=True)):
         raise ValueError(f"kernel {kernel}: a grid of {grid}; each of three is 1 to {limits}")
     if threads % 32 or not 0 < threads <= 1024:
         raise ValueError(f"kernel {kernel}: {threads} threads; it must be 32, 64, ... 1024")
+    if threads > most_threads:
+        raise ValueError(
+            f"kernel {kernel}: {threads} threads, and it is declared for {most_threads}"
+        )
     if not 0 <= shared <= most_shared:
         raise ValueError(f"kernel {kernel}: {shared} bytes of shared memory, 0 to {most_shared}")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-import weakref
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
@@ -25,7 +24,7 @@ class HostStream:
         args = (self._queue, self._errors)
         self._thread = threading.Thread(target=_do_all, args=args, daemon=True, name="shim")
         self._thread.start()
-        self._end = weakref.finalize(self, self._queue.put, None)
+        self._is_closed = False
 
     def do(self, action: Callable[[], Any]) -> None:
         """Have it done after everything before."""
@@ -42,13 +41,17 @@ class HostStream:
         """DeviceError where anything has failed, or after `close`."""
         if self._errors:
             raise DeviceError(str(self._errors[0])) from self._errors[0]
-        if not self._end.alive:
+        if self._is_closed:
             raise DeviceError("the device is closed")
 
     def close(self) -> None:
         """Let what is queued be done, and the thread end."""
-        self._end()
-        self._thread.join()
+        self._is_closed = True
+        self._queue.put(None)
+        if threading.current_thread() is self._thread:  # which collects garbage: nobody waits
+            self._errors.append(DeviceError("the device is closed"))
+        else:
+            self._thread.join()
 
 
 class StreamEvent:

@@ -7,6 +7,7 @@ is checked, so that what would fail on some GPU fails here.
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -81,6 +82,9 @@ class ShimDevice:
         self._reserved: dict[int, tuple[HostMemory, int]] = {}  # by address, with its bytes
         self._loaded: dict[Kernel, _Loaded] = {}
         self._recording: list[Callable[[], None]] | None = None
+        # Memory must outlive what is still running, whoever forgets to close this.
+        self._end = weakref.finalize(self, _end, self._stream, self._reserved)
+        self._end.atexit = False
 
     # -- memory --
 
@@ -148,6 +152,8 @@ class ShimDevice:
 
     def load(self, kernels: Iterable[Kernel], progress: Progress | None = None) -> None:
         wanted = [kernel for kernel in dict.fromkeys(kernels) if kernel not in self._loaded]
+        if not wanted:
+            return
         signatures = {kernel: self._sources.signature(kernel) for kernel in wanted}
         texts = {kernel.label: self._text(kernel, signatures[kernel]) for kernel in wanted}
         runner = {"shim_run": self._sources.flat("shim_run.cpp")}
@@ -177,11 +183,7 @@ class ShimDevice:
         self, kernel: Kernel, grid: Grid, threads: int, shared: int, args: Args | Bound
     ) -> None:
         loaded = self._find(kernel)
-        check_launch(kernel, grid, threads, shared, self.facts.shared_bytes)
-        if threads > loaded.most_threads:
-            raise ValueError(
-                f"kernel {kernel}: {threads} threads, and it is declared for {loaded.most_threads}"
-            )
+        check_launch(kernel, grid, threads, loaded.most_threads, shared, self.facts.shared_bytes)
         check_args(kernel, args)
         slots = (args if isinstance(args, Bound) else self.bind(kernel, args)).values
         launch = (
@@ -189,6 +191,7 @@ class ShimDevice:
             (ctypes.c_uint * 3)(*grid),
             ctypes.c_uint(threads),
             ctypes.c_size_t(shared),
+            ctypes.c_size_t(self.facts.shared_bytes),
             ctypes.c_void_p(slots.ctypes.data),
             ctypes.c_uint(self.seed),
         )
@@ -223,9 +226,7 @@ class ShimDevice:
         return self._stream.mark()
 
     def close(self) -> None:
-        self._stream.close()
-        while self._reserved:
-            self._reserved.popitem()[1][0].close()
+        self._end()
 
     def _do(self, action: Callable[[], Any]) -> None:
         """Have it done in order, or when what is being recorded is replayed."""
@@ -263,6 +264,12 @@ class _Entry(ctypes.Structure):
         ("most_threads", ctypes.c_uint),
         ("shared", ctypes.c_void_p),
     ]
+
+
+def _end(stream: HostStream, reserved: dict[int, tuple[HostMemory, int]]) -> None:
+    stream.close()
+    while reserved:
+        reserved.popitem()[1][0].close()
 
 
 def _launch(kernel: Kernel, function: Any, args: tuple[Any, ...], slots: NDArray[Any]) -> None:

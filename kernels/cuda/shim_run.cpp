@@ -21,7 +21,7 @@ namespace {
 constexpr size_t STACK_BYTES = 128 << 10;
 constexpr size_t FENCE_BYTES = 256;  // behind dynamic shared memory
 constexpr unsigned char POISON = 0xFF, FENCE = 0xA5;
-constexpr unsigned MOST_STATIC_BYTES = 48 << 10;
+constexpr size_t MOST_STATIC_BYTES = 48 << 10;
 
 struct Fibre : ei::Thread {
   enum State { READY, AT_BLOCK, AT_WARP, ENDED };
@@ -251,18 +251,19 @@ void run_block(unsigned char* dynamic, size_t n_dynamic) {
   }
 }
 
-void check_static_memory() {
-  unsigned n_bytes = 0;
+void check_shared_memory(size_t n_dynamic, size_t n_most) {
+  size_t n_static = 0;
   for (const ei::Shared* array = kernel->shared; array != nullptr; array = array->next) {
-    n_bytes += array->n_bytes;
+    n_static += array->n_bytes;
   }
-  if (n_bytes > MOST_STATIC_BYTES) {
-    begin_failure("too much static shared memory");
-    add_to_failure("%u bytes, %u is the most", n_bytes, MOST_STATIC_BYTES);
+  if (n_static > MOST_STATIC_BYTES || n_static + n_dynamic > n_most) {
+    begin_failure("too much shared memory");
+    add_to_failure("%zu bytes, %zu is the most, and %zu dynamic ones, %zu is the most of both",
+                   n_static, MOST_STATIC_BYTES, n_dynamic, n_most);
   }
 }
 
-void run_blocks(size_t n_dynamic) {
+void run_blocks(size_t n_dynamic, size_t n_most) {
   const ei::Dim grid = run.grid_dim;
   std::vector<unsigned> order(size_t(grid.x) * grid.y * grid.z);
   std::iota(order.begin(), order.end(), 0);
@@ -277,7 +278,9 @@ void run_blocks(size_t n_dynamic) {
   for (unsigned at : order) {
     run.block = {at % grid.x, at / grid.x % grid.y, at / grid.x / grid.y};
     run_block(static_cast<unsigned char*>(dynamic), n_dynamic);
-    check_static_memory();
+    if (failure[0] == 0) {  // each array is known once a thread has come to it
+      check_shared_memory(n_dynamic, n_most);
+    }
     if (failure[0] != 0) {
       return;
     }
@@ -295,7 +298,8 @@ extern "C" ei::Run* ei_run() {
 
 // Runs a kernel to its end; one launch at a time in a process. What went wrong goes to `why`.
 extern "C" void ei_launch(const ei::Entry* entry, const unsigned* grid, unsigned threads,
-                          size_t n_dynamic, const void* slots, unsigned seed, char* why) {
+                          size_t n_dynamic, size_t n_most, const void* slots, unsigned seed,
+                          char* why) {
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   failure[0] = 0;
@@ -311,7 +315,7 @@ extern "C" void ei_launch(const ei::Entry* entry, const unsigned* grid, unsigned
     }
   }
   if (failure[0] == 0) {
-    run_blocks(n_dynamic);
+    run_blocks(n_dynamic, n_most);
   }
   memcpy(why, failure, sizeof failure);
 }

@@ -1,0 +1,349 @@
+"""A device that is an NVIDIA GPU, through CuPy: memory, one stream, machine code, graphs, events.
+
+CuPy is imported when a device is opened, which takes a second. Of it only memory, streams and
+modules are used: it compiles nothing for us.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeinfer import config, platform
+from edgeinfer.errors import DeviceError
+from edgeinfer.kernels.cuda.cubins import Cubins
+from edgeinfer.kernels.cuda.device import (
+    Args,
+    Bound,
+    DeviceFacts,
+    Event,
+    Grid,
+    Progress,
+    check_args,
+    check_launch,
+)
+from edgeinfer.kernels.cuda.kernel import SYMBOL, Kernel, Signature, Sources
+
+_LEAST_CUDA = 12
+_LEAST_ARCH = 61  # the first with __dp4a
+_OUT_OF_MEMORY = 2  # what CUDA's runtime and driver both call it
+_SMALL = 64 << 10  # bytes of an array that is written through one of many small buffers
+
+
+def why_unusable(driver: platform.CudaDriver | None, index: int = 0) -> str | None:
+    """Why there is no GPU of this number for us, and what to do; None where there is one."""
+    if driver is None:
+        return "there is no NVIDIA driver here: install it, or use device='cpu'"
+    if driver.error:
+        return f"the NVIDIA driver reports error {driver.error}: see what nvidia-smi says"
+    cuda = f"{driver.version // 1000}.{driver.version % 1000 // 10}"
+    if driver.version < 1000 * _LEAST_CUDA:
+        return f"the NVIDIA driver runs CUDA up to {cuda}, {_LEAST_CUDA}.0 is needed: update it"
+    if not 0 <= index < len(driver.devices):
+        names = ", ".join(f"cuda:{i} {gpu.name}" for i, gpu in enumerate(driver.devices))
+        return f"there is no cuda:{index} here; there is {names or 'no GPU at all'}"
+    gpu = driver.devices[index]
+    if _arch(gpu) < _LEAST_ARCH:
+        return (
+            f"cuda:{index} ({gpu.name}) has compute capability {gpu.compute_capability}, 6.1 is "
+            "the least: use device='cpu'"
+        )
+    if importlib.util.find_spec("cupy") is None:
+        return f"CuPy is not installed: {platform.install_command(driver)}"
+    if driver.version < 13000 and _is_installed("cupy-cuda13x"):
+        return (
+            f"cupy-cuda13x is installed, and the NVIDIA driver runs CUDA up to {cuda}: uninstall "
+            f"it, then {platform.install_command(driver)}"
+        )
+    return None
+
+
+def _arch(gpu: platform.Gpu) -> int:
+    major, _, minor = gpu.compute_capability.partition(".")
+    return 10 * int(major) + int(minor)
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return bool(importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+class _Loaded(NamedTuple):
+    signature: Signature
+    function: Any  # cupy.cuda.function.Function
+    most_threads: int
+
+
+class CudaDevice:
+    """See `Device`; DeviceError where there is no such GPU, with what to do.
+
+    After an error of CUDA, but for memory that ran out, nothing works any more on this GPU in this
+    process: everything raises that error. `waits_for_each` launch: the error names the kernel.
+    """
+
+    def __init__(
+        self,
+        index: int = 0,
+        folder: Path | None = None,  # of compiled kernels, by default below our cache's
+        *,
+        sources: Iterable[Path] = (),
+        waits_for_each: bool = False,
+    ) -> None:
+        driver = platform.cuda_driver()
+        if why := why_unusable(driver, index):
+            raise DeviceError(why)
+        assert driver is not None
+        import cupy.cuda
+
+        self._index, self._cuda = index, cupy.cuda
+        self._runtime, self._driver = cupy.cuda.runtime, cupy.cuda.driver
+        self._waits_for_each = waits_for_each
+        self._fault = ""
+        self._is_recording = False
+        self._reserved: set[int] = set()
+        self._loaded: dict[Kernel, _Loaded] = {}
+        with self._calls("open"):
+            self.facts = self._ask(driver.devices[index])
+            self._stream = cupy.cuda.Stream(non_blocking=True)
+            self._overtaking = cupy.cuda.Stream(non_blocking=True)
+            self._word = self.host(4).view(np.int32)
+            self._small = _Uploads(self, n_buffers=64, n_bytes=_SMALL)
+        self._large: _Uploads | None = None
+        self._sources = Sources(*sources)
+        folder = folder or config.cache_folder() / "kernels" / "cuda"
+        self._cubins = Cubins(folder, self._sources, self.facts.arch, driver.version // 1000)
+
+    def _ask(self, gpu: platform.Gpu) -> DeviceFacts:
+        def attribute(name: str) -> int:
+            which = getattr(self._runtime, f"cudaDevAttr{name}")
+            return int(self._runtime.deviceGetAttribute(which, self._index))
+
+        return DeviceFacts(
+            name=gpu.name,
+            arch=_arch(gpu),
+            n_multiprocessors=attribute("MultiProcessorCount"),
+            shared_bytes=attribute("MaxSharedMemoryPerBlockOptin"),
+            has_own_memory=not attribute("Integrated"),
+        )
+
+    @contextmanager
+    def _calls(self, what: str) -> Iterator[None]:
+        """Calls of CUDA, on this GPU; its errors become ours."""
+        if self._fault:
+            raise DeviceError(self._fault)
+        try:
+            self._runtime.setDevice(self._index)
+            yield
+        except RuntimeError as error:  # of CuPy, for CUDA's runtime and for its driver
+            status = getattr(error, "status", None)
+            if status == _OUT_OF_MEMORY:
+                raise MemoryError(f"cuda:{self._index}: {what}: {error}") from error
+            if status is not None:
+                self._fault = f"cuda:{self._index} failed: {what}: {error}"
+                raise DeviceError(self._fault) from error
+            raise
+
+    # -- memory --
+
+    def memory(self) -> tuple[int, int]:
+        with self._calls("memory"):
+            free, total = self._runtime.memGetInfo()
+        if not self.facts.has_own_memory:
+            free = min(free, platform.available_memory())
+        return free, total
+
+    def reserve(self, n_bytes: int) -> int:
+        with self._calls(f"{n_bytes} bytes"):
+            address = int(self._runtime.malloc(max(n_bytes, 1)))
+        self._reserved.add(address)
+        return address
+
+    def free(self, address: int) -> None:
+        if address not in self._reserved:
+            raise DeviceError(f"no memory was reserved at {address:#x}")
+        with self._calls("free"):
+            self._stream.synchronize()
+            self._reserved.remove(address)
+            self._runtime.free(address)
+
+    def write(self, address: int, data: NDArray[Any]) -> None:
+        self._check_not_recorded("write")
+        flat = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+        with self._calls("write"):
+            if len(flat) > _SMALL and self._large is None:
+                self._large = _Uploads(self, n_buffers=2, n_bytes=32 << 20)
+            uploads = self._small if len(flat) <= _SMALL else self._large
+            assert uploads is not None
+            uploads.send(address, flat, self._stream)
+
+    def write_now(self, address: int, word: int) -> None:
+        with self._calls("write_now"):
+            self._word[0] = word
+            self._copy(address, self._word.ctypes.data, 4, "HostToDevice", self._overtaking)
+            self._overtaking.synchronize()
+
+    def read(self, address: int, into: NDArray[Any]) -> None:
+        self._check_not_recorded("read")
+        self.fetch(address, into)
+        with self._calls("read"):
+            self._stream.synchronize()
+
+    def host(self, n_bytes: int) -> NDArray[np.uint8]:
+        with self._calls(f"{n_bytes} bytes of the host"):
+            memory = self._cuda.alloc_pinned_memory(max(n_bytes, 1))
+        return np.frombuffer(memory, np.uint8)[:n_bytes]
+
+    def fetch(self, address: int, into: NDArray[Any]) -> None:
+        if not (into.flags.c_contiguous and into.flags.writeable):
+            raise ValueError("an array to read into must be contiguous and writable")
+        with self._calls("fetch"):
+            self._copy(into.ctypes.data, address, into.nbytes, "DeviceToHost", self._stream)
+
+    def fill(self, address: int, n_bytes: int, byte: int = 0) -> None:
+        with self._calls("fill"):
+            self._runtime.memsetAsync(address, byte, n_bytes, self._stream.ptr)
+
+    def copy(self, to: int, address: int, n_bytes: int) -> None:
+        with self._calls("copy"):
+            self._copy(to, address, n_bytes, "DeviceToDevice", self._stream)
+
+    def _copy(self, to: int, address: int, n_bytes: int, kind: str, stream: Any) -> None:
+        which = getattr(self._runtime, f"memcpy{kind}")
+        self._runtime.memcpyAsync(to, address, n_bytes, which, stream.ptr)
+
+    # -- kernels --
+
+    def load(self, kernels: Iterable[Kernel], progress: Progress | None = None) -> None:
+        wanted = [kernel for kernel in dict.fromkeys(kernels) if kernel not in self._loaded]
+        for kernel, cubin in self._cubins.load(wanted, progress).items():
+            with self._calls(f"loading kernel {kernel}"):
+                module = self._cuda.function.Module()
+                module.load(cubin)
+                function = module.get_function(SYMBOL + kernel.name)
+                self._allow_shared_memory(function)
+                which = self._driver.CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK
+                most = self._driver.funcGetAttribute(which, function.ptr)
+            self._loaded[kernel] = _Loaded(self._sources.signature(kernel), function, most)
+
+    def _allow_shared_memory(self, function: Any) -> None:
+        """All that a block may have: without this it is 48 KB."""
+        static = self._driver.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
+        dynamic = self._driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        n_static = self._driver.funcGetAttribute(static, function.ptr)
+        self._driver.funcSetAttribute(function.ptr, dynamic, self.facts.shared_bytes - n_static)
+
+    def bind(self, kernel: Kernel, args: Args) -> Bound:
+        return Bound(kernel, self._find(kernel).signature.pack(args))
+
+    def launch(
+        self, kernel: Kernel, grid: Grid, threads: int, shared: int, args: Args | Bound
+    ) -> None:
+        loaded = self._find(kernel)
+        check_launch(kernel, grid, threads, loaded.most_threads, shared, self.facts.shared_bytes)
+        check_args(kernel, args)
+        values = (args if isinstance(args, Bound) else self.bind(kernel, args)).values
+        with self._calls(f"kernel {kernel}"):
+            loaded.function(grid, (threads, 1, 1), values, shared, self._stream)
+            if self._waits_for_each and not self._is_recording:
+                self._stream.synchronize()
+
+    def _find(self, kernel: Kernel) -> _Loaded:
+        if kernel not in self._loaded:
+            raise DeviceError(f"kernel {kernel} is not loaded")
+        return self._loaded[kernel]
+
+    # -- order --
+
+    def record(self, body: Callable[[], None]) -> _Graph:
+        self._check_not_recorded("record")
+        with self._calls("record"):
+            self._stream.begin_capture()
+            self._is_recording = True
+            try:
+                body()
+            except BaseException:
+                with suppress(RuntimeError):  # what went wrong before is the error
+                    self._stream.end_capture()
+                raise
+            finally:
+                self._is_recording = False
+            graph = self._stream.end_capture()
+            graph.upload(self._stream)
+        return _Graph(self, graph)
+
+    def mark(self) -> _Event:
+        self._check_not_recorded("mark")
+        with self._calls("mark"):
+            return _Event(self, self._stream.record())
+
+    def close(self) -> None:
+        if self._fault:  # its memory went with it
+            return
+        with self._calls("close"):
+            self._stream.synchronize()
+            while self._reserved:
+                self._runtime.free(self._reserved.pop())
+        self._fault = "the device is closed"
+
+    def _check_not_recorded(self, what: str) -> None:
+        if self._is_recording:
+            raise DeviceError(f"{what} can't be recorded")
+
+
+class _Graph(NamedTuple):
+    """See `Graph`."""
+
+    device: CudaDevice
+    graph: Any  # cupy.cuda.Graph
+
+    def replay(self) -> None:
+        with self.device._calls("replay"):
+            self.graph.launch(self.device._stream)
+
+
+class _Event(NamedTuple):
+    """See `Event`."""
+
+    device: CudaDevice
+    event: Any  # cupy.cuda.Event
+
+    def wait(self) -> None:
+        with self.device._calls("wait"):
+            self.event.synchronize()
+
+    def seconds_since(self, earlier: Event) -> float:
+        assert isinstance(earlier, _Event)
+        with self.device._calls("seconds_since"):
+            return float(self.device._cuda.get_elapsed_time(earlier.event, self.event)) / 1e3
+
+
+class _Uploads:
+    """Page-locked buffers that arrays go through, in turns: so they can change meanwhile."""
+
+    def __init__(self, device: CudaDevice, n_buffers: int, n_bytes: int) -> None:
+        self._device = device
+        self._buffers = device.host(n_buffers * n_bytes).reshape(n_buffers, n_bytes)
+        event = device._cuda.Event
+        self._events = [event(disable_timing=True) for _ in range(n_buffers)]
+        self._next = 0
+
+    def send(self, address: int, data: NDArray[np.uint8], stream: Any) -> None:
+        n_bytes = self._buffers.shape[1]
+        for start in range(0, len(data), n_bytes):
+            part = data[start : start + n_bytes]
+            buffer, event = self._buffers[self._next], self._events[self._next]
+            self._next = (self._next + 1) % len(self._events)
+            event.synchronize()  # what it held before has arrived
+            buffer[: len(part)] = part
+            to, of = address + start, buffer.ctypes.data
+            self._device._copy(to, of, len(part), "HostToDevice", stream)
+            event.record(stream)

@@ -1,0 +1,208 @@
+"""The device that is a GPU, as far as that can be seen without one: what it calls, what it says."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgeinfer import platform
+from edgeinfer.errors import DeviceError
+from edgeinfer.kernels.cuda import cupy_device
+from edgeinfer.kernels.cuda.cupy_device import CudaDevice, why_unusable
+from edgeinfer.kernels.cuda.kernel import Kernel
+from edgeinfer.platform import CudaDriver, Gpu
+from tests import fake_cupy
+from tests.fake_cupy import Cuda
+
+ORIN = Gpu("Orin", "8.7", 8 << 30)
+DRIVER = CudaDriver(12060, (Gpu("A", "8.9", 8 << 30), ORIN))
+K = Kernel.of("k")
+_TEXT = """#include "dev.cuh"
+EI_KERNEL(64) k(const Step* step, float* x, int n, float c) {
+  x[threadIdx.x] = c * n;
+}
+"""
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
+    """CuPy on host memory, and a driver with two GPUs."""
+    monkeypatch.setattr(platform, "cuda_driver", lambda: DRIVER)
+    return fake_cupy.install(monkeypatch)
+
+
+@pytest.fixture
+def device(cuda: Cuda, tmp_path: Path) -> CudaDevice:
+    (tmp_path / "k.cu").write_text(_TEXT)
+    return CudaDevice(1, tmp_path / "cache", sources=[tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("driver", "index", "said"),
+    [
+        (None, 0, "no NVIDIA driver here: install it, or use device='cpu'"),
+        (CudaDriver(13000, (), 100), 0, "reports error 100: see what nvidia-smi says"),
+        (CudaDriver(11040, (ORIN,)), 0, "runs CUDA up to 11.4, 12.0 is needed: update it"),
+        (DRIVER, 2, "no cuda:2 here; there is cuda:0 A, cuda:1 Orin"),
+        (DRIVER, -1, "no cuda:-1 here"),
+        (CudaDriver(12060, ()), 0, "there is no GPU at all"),
+        (CudaDriver(12060, (Gpu("P100", "6.0", 1),)), 0, "(P100) has compute capability 6.0, 6.1"),
+    ],
+)
+def test_what_is_missing_is_named(driver: CudaDriver | None, index: int, said: str) -> None:
+    assert said in (why_unusable(driver, index) or "")
+
+
+def test_without_cupy_the_command_that_installs_it_is_named(
+    cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert why_unusable(DRIVER) is None
+    monkeypatch.setattr(cupy_device, "_is_installed", lambda package: package == "cupy-cuda13x")
+    said = why_unusable(DRIVER) or ""
+    assert "cupy-cuda13x is installed, and the NVIDIA driver runs CUDA up to 12.6" in said
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert why_unusable(DRIVER) == f"CuPy is not installed: {platform.install_command(DRIVER)}"
+    assert re.search(r"-m pip install .*cupy-cuda12x", platform.install_command(DRIVER))
+    newer = CudaDriver(13000, (ORIN,))
+    assert re.search(r"-m pip install .*cupy-cuda13x", why_unusable(newer) or "")
+
+
+@pytest.mark.skipif(platform.cuda_driver() is not None, reason="there is a driver")
+def test_a_machine_without_a_driver_is_told_so(tmp_path: Path) -> None:
+    with pytest.raises(DeviceError, match="no NVIDIA driver here"):
+        CudaDevice(0, tmp_path)
+
+
+def test_cupy_is_imported_only_when_a_device_is_opened() -> None:
+    code = "import edgeinfer.kernels.cuda.cupy_device, sys; print('cupy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_what_a_gpu_is(device: CudaDevice, cuda: Cuda) -> None:
+    assert device.facts == ("Orin", 87, 14, 166912, False)
+    assert device.memory()[0] <= platform.available_memory() * 2  # of the host, which it shares
+    assert set(cuda.runtime.devices) == {1}
+
+
+def test_memory(device: CudaDevice, cuda: Cuda) -> None:
+    rng = np.random.default_rng(1)
+    n = (70 << 20) + 5  # more than both large buffers hold
+    data = rng.integers(0, 256, n, np.uint8)
+    address = device.reserve(n)
+    device.write(address, data)
+    small = [rng.integers(0, 256, 1000, np.uint8) for _ in range(70)]  # than there are buffers
+    for i, part in enumerate(small):
+        device.write(address + 1000 * i, part.view(np.uint32)[:, None])
+        data[1000 * i : 1000 * (i + 1)] = part
+    device.fill(address + 7, 3, 9)
+    device.copy(address + 100, address + 200, 50)
+    device.write_now(address + 400, -2)
+    data[7:10], data[100:150] = 9, data[200:250]
+    data[400:404].view(np.int32)[0] = -2
+    got, fetched = np.empty(n, np.uint8), device.host(50)
+    device.read(address, got)
+    device.fetch(address + 100, fetched)
+    assert np.array_equal(got, data) and np.array_equal(fetched, data[100:150])
+    with pytest.raises(ValueError, match="contiguous and writable"):
+        device.fetch(address, got[::2])
+    with pytest.raises(MemoryError, match="cuda:1: 1073741825 bytes: cudaError2"):
+        device.reserve((1 << 30) + 1)
+    device.free(address)
+    with pytest.raises(DeviceError, match="no memory was reserved at"):
+        device.free(address)
+    device.reserve(10)
+    device.close()
+    assert not cuda.runtime.memory
+    with pytest.raises(DeviceError, match="the device is closed"):
+        device.mark()
+
+
+def test_launches_and_graphs(device: CudaDevice, cuda: Cuda) -> None:
+    if not any(each.cuda == 12 for each in platform.nvrtc_libraries()):
+        pytest.skip("no NVRTC of CUDA 12: pip install nvidia-cuda-nvrtc-cu12")
+    device.load([K])
+    assert cuda.driver.attributes == {(77, 8): 166912 - 1024}
+    step, x = device.reserve(16), device.reserve(256)
+    args = {"step": step, "x": x, "n": -5, "c": 0.1}
+    values = (np.uint64(step), np.uint64(x), np.int32(-5), np.float32(0.1))
+    expected = ("ei_kernel_k", (1, 2, 3), (64, 1, 1), values, 128, 5)
+    before = device.mark()
+    device.launch(K, (1, 2, 3), 64, 128, args)
+    bound = device.bind(K, args)
+    graph = device.record(lambda: device.launch(K, (1, 2, 3), 64, 128, bound))
+    assert cuda.launches == [expected]
+    for _ in range(2):
+        graph.replay()
+    assert cuda.launches == [expected] * 3
+    assert [type(value) for value in cuda.launches[0][3]] == [type(value) for value in values]
+    after = device.mark()
+    after.wait()
+    assert after.seconds_since(before) == 1.5
+    with pytest.raises(TypeError, match="missing: c"):
+        device.launch(K, (1, 1, 1), 64, 0, {"step": step, "x": x, "n": 1})
+    with pytest.raises(ValueError, match="96 threads, and it is declared for 64"):
+        device.launch(K, (1, 1, 1), 96, 0, bound)
+    with pytest.raises(ValueError, match="0 to 166912"):
+        device.launch(K, (1, 1, 1), 64, 166913, bound)
+    with pytest.raises(DeviceError, match="kernel other is not loaded"):
+        device.launch(Kernel.of("other"), (1, 1, 1), 64, 0, bound)
+    with pytest.raises(DeviceError, match="write can't be recorded"):
+        device.record(lambda: device.write(x, np.zeros(4, np.uint8)))
+    device.write(x, np.zeros(4, np.uint8))  # nothing is recorded any more
+
+
+def test_after_a_fault_everything_says_so(device: CudaDevice, cuda: Cuda) -> None:
+    address = device.reserve(16)
+    event = device.mark()
+    cuda.runtime.fails["memsetAsync"] = 700
+    fault = "cuda:1 failed: fill: cudaError700"
+    with pytest.raises(DeviceError, match=fault):
+        device.fill(address, 16)
+    cuda.runtime.fails.clear()
+    for call in (
+        lambda: device.fill(address, 16),
+        event.wait,
+        device.mark,
+        device.memory,
+        lambda: device.free(address),
+        lambda: device.record(lambda: None),
+    ):
+        with pytest.raises(DeviceError, match=fault):
+            call()
+    device.close()
+
+
+def test_each_launch_can_be_waited_for(cuda: Cuda, tmp_path: Path) -> None:
+    if not any(each.cuda == 12 for each in platform.nvrtc_libraries()):
+        pytest.skip("no NVRTC of CUDA 12: pip install nvidia-cuda-nvrtc-cu12")
+    (tmp_path / "k.cu").write_text(_TEXT)
+    device = CudaDevice(0, tmp_path / "cache", sources=[tmp_path], waits_for_each=True)
+    device.load([K])
+    cuda.runtime.fails["synchronize"] = 700
+    with pytest.raises(DeviceError, match="cuda:0 failed: kernel k: cudaError700"):
+        device.launch(K, (1, 1, 1), 32, 0, {"step": 0, "x": 0, "n": 1, "c": 0})
+
+
+def test_calls_are_those_of_cupy() -> None:
+    real = pytest.importorskip("cupy.cuda", reason="no CuPy to compare with")
+    fake = Cuda()
+    for ours, theirs in ((fake.runtime, real.runtime), (fake.driver, real.driver)):
+        for name in (name for name in vars(type(ours)) if name[0] != "_" and name != "do"):
+            there = getattr(theirs, name)
+            if isinstance(there, int):
+                assert getattr(ours, name) == there, name
+            else:
+                code = getattr(type(ours), name).__code__
+                names = re.findall(r"(\w+)(?:=\w+)?[,)]", there.__doc__.partition("\n")[0])
+                assert list(code.co_varnames[1 : code.co_argcount]) == names, name
+    assert {"load", "get_function"} <= set(dir(real.function.Module))
+    assert {"begin_capture", "end_capture", "record", "synchronize"} <= set(dir(real.Stream))
+    assert {"launch", "upload"} <= set(dir(real.Graph))
+    assert {"record", "synchronize"} <= set(dir(real.Event))
+    assert {"alloc_pinned_memory", "get_elapsed_time"} <= set(dir(real))
