@@ -445,11 +445,6 @@ EI_KERNEL(32 * N) k(const Step* step,
     assert [p.name for p in signature.parameters] == ["step", "x"]
     assert sources.flat("k.cu").count("int first;") == 1
     assert str(Kernel.of("k", N=4, TYPE="A")) == "k(N=4, TYPE=A)"
-    assert not sources.knows(Kernel.of("k", TYPE="A", N=3))
-    (tmp_path / "k.cu").write_text("// Any number: N\n// Variants: TYPE = A B; N = 1\n")
-    assert sources.knows(Kernel.of("k", TYPE="B", N=3))
-    for others in ({"TYPE": "C", "N": 1}, {"TYPE": "A", "N": "A"}, {"N": 1}, {}):
-        assert not sources.knows(Kernel.of("k", **others))
     with pytest.raises(ValueError, match="neither a name nor an integer"):
         Kernel.of("k", TYPE="A B")
     with pytest.raises(DeviceError, match="there is no none.cu in"):

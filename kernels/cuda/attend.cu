@@ -3,7 +3,6 @@
 
 // K_DIM, V_DIM: widths of heads, any. QUERIES: query heads of a block. WARPS: of a block.
 // K_IS_V 1: V is the first V_DIM values of K, and v_cache is not read.
-// Any number: K_DIM V_DIM QUERIES WARPS
 // Variants: K_DIM = 128; V_DIM = 128; QUERIES = 1 4 8; WARPS = 4; K_IS_V = 0
 // Variants: K_DIM = 64; V_DIM = 64; QUERIES = 3 8; WARPS = 8; K_IS_V = 0
 // Variants: K_DIM = 256; V_DIM = 256; QUERIES = 4; WARPS = 4; K_IS_V = 0

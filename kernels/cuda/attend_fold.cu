@@ -2,7 +2,6 @@
 #include "attend.cuh"
 
 // V_DIM: width of a value head, any.
-// Any number: V_DIM
 // Variants: V_DIM = 64 128 256 512
 constexpr int THREADS = 128;
 constexpr int N_PARTS = 32;  // at a time

@@ -4,7 +4,6 @@
 // K_DIM, V_DIM: widths of heads, any. GROUP: query heads of a kv head that a warp takes. ROWS: rows
 // that it takes at a time. WARPS: of a block. K_IS_V 1: V is the first V_DIM values of K, and
 // v_cache is not read.
-// Any number: K_DIM V_DIM GROUP ROWS WARPS
 // Variants: K_DIM = 128; V_DIM = 128; GROUP = 4; ROWS = 1 2; WARPS = 4; K_IS_V = 0
 // Variants: K_DIM = 64; V_DIM = 64; GROUP = 3; ROWS = 5; WARPS = 4; K_IS_V = 0
 // Variants: K_DIM = 256; V_DIM = 256; GROUP = 4; ROWS = 1; WARPS = 4; K_IS_V = 0
