@@ -167,15 +167,40 @@ def test_exp_and_log_are_close_to_exact():
         assert sampler.log(v) == pytest.approx(math.log(v), rel=1e-14, abs=1e-15)
 
 
-@pytest.mark.parametrize("n", [1, 8, 4095, 4096, 4097, 10_000])
+VOCABULARIES = [1, 7, 4095, 4096, 4097, 8193, 151_936]
+
+
+def sum_by_hand(x):
+    """As the sampler's docstring says."""
+    total = 0.0
+    for start in range(0, len(x), 4096):
+        lanes = [0.0] * 8
+        for i, value in enumerate(x[start : start + 4096].tolist()):
+            lanes[i % 8] += value
+        for n in (4, 2, 1):
+            lanes = [lanes[i] + lanes[i + n] for i in range(n)]
+        total += lanes[0]
+    return total
+
+
+@pytest.mark.parametrize("n", VOCABULARIES)
 def test_a_sum_over_the_vocabulary_is_one_of_sums_over_its_chunks(n):
     x = np.random.default_rng(n).lognormal(0, 3, n)
-    chunks = [x[i : i + 4096] for i in range(0, n, 4096)]
-    expected = sampler.sum_vocabulary(chunks[0])
-    for chunk in chunks[1:]:
-        expected += sampler.sum_vocabulary(chunk)
-    assert sampler.sum_vocabulary(x) == expected
-    assert expected == pytest.approx(math.fsum(x), rel=1e-14)
+    assert sampler.sum_vocabulary(x) == sum_by_hand(x) == pytest.approx(math.fsum(x), rel=1e-13)
+
+
+def test_sums_are_the_vocabularys_until_something_is_cut_off():
+    random = np.random.default_rng(1)
+    logits = random.normal(0, 3, 5000).astype(np.float32)
+    logits[random.random(5000) < 0.1] = -np.inf
+    candidates, is_real = sampler._Candidates(logits), logits > -np.inf
+    by_id = np.where(is_real, logits.astype(np.float64), 0.0) - float(logits.max())
+    weights = np.where(is_real, sampler.exp(by_id), 0.0)
+    total = sum_by_hand(weights)
+    mean = sampler.log(total) - sum_by_hand(weights * by_id) / total
+    assert (candidates.total(), sampler._entropy(candidates)[0]) == (total, mean)
+    candidates.keep(candidates.ids)
+    assert candidates.total() == sum(sorted(weights.tolist(), reverse=True)) != total
 
 
 # -- the chain -----------------------------------------------------------------------------------
