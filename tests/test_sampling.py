@@ -13,6 +13,7 @@ from edgeinfer.parameters import SAMPLING, checked
 from edgeinfer.sampling import sampler
 from edgeinfer.sampling.params import (
     NO_CANDIDATE,
+    OK,
     ROW,
     Sampled,
     SampleRow,
@@ -361,6 +362,37 @@ def test_logprobs_are_those_of_the_untouched_logits():
     assert picked.top[0].tolist() == [1, 2, 0, -1, -1]
     np.testing.assert_allclose(picked.top[1][:3], exact[[1, 2, 0]], atol=1e-6)
     assert math.isnan(sample(logits).logprob)
+
+
+# -- what a device may do itself -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("params", "is_greedy"),
+    [
+        ({"temperature": 0}, True),
+        ({"temperature": -1.0, "top_k": 3, "mirostat": 2, "dynatemp_range": 1.0}, True),
+        ({"temperature": 0, "repeat_penalty": 2.0, "repeat_last_n": 0}, True),
+        ({"temperature": 1e-40}, False),
+        ({"temperature": 0, "logprobs": 0}, False),
+        ({"temperature": 0, "logit_bias": {1: -5.0}}, False),
+        ({"temperature": 0, "presence_penalty": 0.5}, False),
+        ({"temperature": 0, "dry_multiplier": 0.8}, False),
+    ],
+)
+def test_a_row_says_whether_the_largest_logit_is_all_it_asks_for(params, is_greedy):
+    table = SampleTable(1)
+    table.set_row(0, SamplingParams(**params), 1, 0, [3, 3, 3], 2.5)
+    assert table.row(0).is_greedy == is_greedy
+    most = np.finfo("f4").max
+    for logits in ([1, 5, 2, 5], [math.nan, 1, most, math.inf], [-math.inf] * 3, [math.nan]):
+        if is_greedy:
+            given = np.array(logits, np.float32)
+            row = np.minimum(np.where(np.isnan(given), -np.inf, given), most)
+            got = sample_reference(given, table.row(0))
+            status = NO_CANDIDATE if np.max(row) == -math.inf else OK
+            assert (got.id, got.status, got.mu) == (np.argmax(row), status, 2.5)
+            assert math.isnan(got.logprob)
 
 
 # -- the table -----------------------------------------------------------------------------------

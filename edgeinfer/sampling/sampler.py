@@ -22,7 +22,15 @@ from collections import Counter
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeinfer.sampling.params import NO_CANDIDATE, OK, Sampled, SampleRow, SamplingParams, uniforms
+from edgeinfer.sampling.params import (
+    NO_CANDIDATE,
+    OK,
+    Sampled,
+    SampleRow,
+    SampleTable,
+    SamplingParams,
+    uniforms,
+)
 
 Floats = NDArray[np.float64]
 _LARGEST = float(np.finfo(np.float32).max)
@@ -51,6 +59,23 @@ def sample_reference(logits: NDArray[np.float32], row: SampleRow) -> Sampled:
         token = _chain(_Candidates(changed), row)
     logprob, top = _logprobs(raw, token, params.logprobs)
     return Sampled(token, logprob, top, mu, status)
+
+
+class ReferenceSampler:
+    """`sample_reference` for the rows of a step: a `batch.Sampler` that needs no kernels."""
+
+    n_bytes = building_bytes = 0  # that it holds from one call to the next
+
+    def open(self) -> None:
+        pass
+
+    def sample(self, logits: NDArray[np.float32], table: SampleTable) -> None:
+        """Fill the outputs of a table's first R rows from logits (R, V)."""
+        for i, row in enumerate(logits):
+            table.store(i, sample_reference(row, table.row(i)))
+
+    def close(self) -> None:
+        pass
 
 
 # -- exp, log and sums, rounding as kernels do ---------------------------------------------------

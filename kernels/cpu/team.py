@@ -17,7 +17,9 @@ from typing import NamedTuple
 
 from edgeinfer import platform
 from edgeinfer.errors import ClosedError
+from edgeinfer.kernels.buffers import Buffer
 from edgeinfer.kernels.cpu import layout
+from edgeinfer.kernels.cpu.commands import KernelOp, KernelPart
 from edgeinfer.kernels.cpu.library import Library
 
 KERNELS = ("team.work", "team.step")
@@ -36,6 +38,12 @@ class Part(NamedTuple):
     args: list[int]
     rule: int
 
+    @classmethod
+    def of(cls, part: KernelPart, library: Library) -> Part:
+        """With addresses for the loaded kernel's name and for buffers, which have memory now."""
+        args = [arg.address if isinstance(arg, Buffer) else arg for arg in part.args]
+        return cls(library.address(part.kernel), args, part.rule)
+
 
 class Op(NamedTuple):
     """Parts that may run at the same time, in any order; `plans`: chunks of later ops depend on it.
@@ -45,6 +53,10 @@ class Op(NamedTuple):
 
     parts: list[Part]
     plans: bool = False
+
+    @classmethod
+    def of(cls, op: KernelOp, library: Library) -> Op:
+        return cls([Part.of(part, library) for part in op.parts], op.plans)
 
 
 class Tape:
