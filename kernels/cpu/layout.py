@@ -241,21 +241,22 @@ ITEMS = Block("at max_segments window tables")
 ITEMS_AT, ITEMS_MAX_SEGMENTS, ITEMS_WINDOW, ITEMS_TABLES = ITEMS
 #
 # attend.<k_dim>.<v_dim>: one (work item, kv head); partial results go to `parts`. With `.window`
-# rows see a window only, with `.cap` scores pass a soft-cap; window and cap mean nothing else.
+# rows see a window only, with `.cap` scores pass a soft-cap; window and cap mean nothing else. With
+# `.shared` K serves as V, and `values` is 64-byte aligned scratch: values_bytes for each thread.
 # fold: one row: fold its parts in order, divide, leave the row in the sinks. fold.sinks: with a
 # float for each head as the score of no value.
 # `pinned_q` has the stride of q.
 ATTEND = Block(
     "items n_kv_heads q q_stride pinned_q n_heads scale k_base k_page_bytes v_base "
-    "v_page_bytes parts k_dim v_dim tables window cap sinks"
+    "v_page_bytes parts k_dim v_dim tables window cap sinks values"
 )
 (
     ATTEND_ITEMS, ATTEND_N_KV_HEADS, ATTEND_Q, ATTEND_Q_STRIDE, ATTEND_PINNED_Q, ATTEND_N_HEADS,
     ATTEND_SCALE, ATTEND_K_BASE, ATTEND_K_PAGE_BYTES, ATTEND_V_BASE, ATTEND_V_PAGE_BYTES,
     ATTEND_PARTS, ATTEND_K_DIM, ATTEND_V_DIM, ATTEND_TABLES, ATTEND_WINDOW, ATTEND_CAP,
-    ATTEND_SINKS,
+    ATTEND_SINKS, ATTEND_VALUES,
 ) = ATTEND  # fmt: skip
-FOLD_SINK = 18 * WORD
+FOLD_SINK = 19 * WORD
 #
 # Items: their number, one record per row of the step, then the work items.
 # A work item is up to ATTEND_ROWS consecutive rows of one sequence that see the same pages, with
@@ -291,9 +292,14 @@ def query_bytes(k_dim: int, v_dim: int) -> int:
     return 4 * (k_dim + 2 * whole_vectors(v_dim) + QUERY_EXTRA)
 
 
+def values_bytes(v_dim: int) -> int:
+    """Bytes of V of one head in a page."""
+    return PAGE * KV_BYTES * whole_vectors(v_dim)
+
+
 def head_page_bytes(k_dim: int, v_dim: int) -> tuple[int, int]:
     """Bytes of K and of V of one head in a page."""
-    return K_ROW_BYTES * k_dim, PAGE * KV_BYTES * whole_vectors(v_dim)
+    return K_ROW_BYTES * k_dim, values_bytes(v_dim)
 
 
 def parts_bytes(max_rows: int, n_heads: int, k_dim: int, v_dim: int, max_segments: int) -> int:

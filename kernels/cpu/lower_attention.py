@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from edgeinfer.fusion import PinnedAttention, PinnedRotate, RotatedAttention
-from edgeinfer.graph import RopeKind, Rotate
+from edgeinfer.graph import KV, RopeKind, Rotate
 from edgeinfer.kernels.buffers import Buffer
 from edgeinfer.kernels.cpu import layout
 from edgeinfer.kernels.cpu.commands import KernelPart
@@ -114,12 +114,17 @@ class AttentionLowering(LoweringBase):
             k_page_bytes=cache.page_bytes, v_base=cache.v_base, v_page_bytes=cache.page_bytes,
             parts=parts, k_dim=kv.k_dim, v_dim=kv.v_dim, tables=cache.tables, window=kv.window,
             cap=float_bits(op.soft_cap), sinks=self._weights.vector(op.sinks) if op.sinks else 0,
+            values=self._turned_values(kv) if kv.k_is_v else 0,
         )  # fmt: skip
         kernel = f"attend.{kv.k_dim}.{kv.v_dim}"
         kernel += ".window" * (kv.window > 0) + ".cap" * (op.soft_cap > 0) + ".shared" * kv.k_is_v
         self._emit("attend", kernel, common, layout.COUNT_ITEMS)
         fold = [*common, *self._sinks(op.out, "attention")]
         self._emit("fold", "fold.sinks" if op.sinks else "fold", fold)
+
+    def _turned_values(self, kv: KV) -> Buffer:
+        """Where each thread makes values of a page's keys."""
+        return Buffer("turned", self._limits.n_threads * layout.values_bytes(kv.v_dim))
 
     def _items_of(self, window: int, cache: LayerCache) -> Buffer:
         """The step's attention work, planned once for all layers whose rows see the same pages."""
