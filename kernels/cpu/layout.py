@@ -222,7 +222,8 @@ ANGLES_MAGNITUDES, ANGLES_SPAN, ANGLES_N_MAGNITUDES = ANGLES_SCALED
 #
 # rotate.<norm|neox>: for one row: normalise q and k heads (where weights are given), rotate them,
 # write q back, write q rotated for pinned pages to `pinned_q` where the row's sequence has slid
-# (PageTable.first_ring_page > n_pinned), store k and v as halves in the row's page.
+# (PageTable.first_ring_page > n_pinned), store k and v as halves in the row's page. Without a
+# `pinned_q` and heads of k no page table is read.
 ROTATE = Block(
     "q q_stride k k_stride v v_stride pinned_q n_heads n_kv_heads k_dim v_dim n_pairs angles "
     "pinned_angles q_norm k_norm eps k_base k_page_bytes v_base v_page_bytes tables"
