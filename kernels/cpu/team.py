@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import itertools
 import os
 import threading
 import time
@@ -100,9 +101,12 @@ class Tape:
 
 
 def _n_planned(ops: list[Op], i: int) -> int:
-    """Ops behind one that plans, up to the next that does."""
-    ends = (j for j in range(i + 1, len(ops)) if ops[j].plans)
-    return next(ends, len(ops) - 1) - i
+    """Ops behind one that plans, up to the last that is planned before another plans."""
+    n = 0
+    for j, op in enumerate(itertools.takewhile(lambda op: not op.plans, ops[i + 1 :]), 1):
+        if any(part.rule == layout.COUNT_PLANNED for part in op.parts):
+            n = j
+    return n
 
 
 class Team:
