@@ -50,9 +50,9 @@ from edgeinfer.kernels.cpu.commands import (
 from edgeinfer.kernels.cpu.layout import row_stride
 from edgeinfer.kernels.cpu.lower_attention import AttentionLowering
 from edgeinfer.kernels.cpu.lower_base import (
-    a32_bytes,
     float_bits,
     format_of,
+    row_bytes,
     type_name,
 )
 from edgeinfer.kernels.cpu.lower_experts import ExpertLowering
@@ -216,15 +216,12 @@ class Lowering(AttentionLowering, ExpertLowering):
         n_groups, n_blocks = -(-n_rows // 8), fmt.n_blocks(n_cols)
         rows, _ = self._rows_of(op.x)
         residual, out = self._residual(op, i)
-        if fmt.activation == "f32":
-            x, row_bytes = self._fours[op.x], row_stride(n_cols)
-        else:
-            x, row_bytes = self._quantised[op.x], a32_bytes(n_cols)
+        x = (self._fours if fmt.activation == "f32" else self._quantised)[op.x]
         bias = self._weights.vector(op.bias) if op.bias else 0
         args = layout.MATMUL.pack(
             n_groups, w=self._weights.matrix(op.weight), n_blocks=n_blocks, x=x, out=out,
             stride=row_stride(n_rows), bias=bias, residual=residual or 0, rows=rows,
-            x_row_bytes=row_bytes, scratch=self._matmul_scratch, bounds=0,
+            x_row_bytes=row_bytes(fmt, n_cols), scratch=self._matmul_scratch, bounds=0,
         )  # fmt: skip
         n_bytes = n_groups * n_blocks * fmt.packed_bytes
         kernel = f"matmul.{type_name(op.weight)}"

@@ -132,6 +132,11 @@ def a32_bytes(dim: int) -> int:
     return dim // 32 * layout.A32_BYTES
 
 
+def row_bytes(fmt: Format, dim: int) -> int:
+    """Bytes of one row as matmuls of a format read it."""
+    return a32_bytes(dim) if fmt.activation == "a32" else row_stride(dim)
+
+
 def type_name(weight: Weight) -> str:
     return weight.type.name.lower()
 

@@ -62,6 +62,7 @@ from edgeinfer.kernels.cpu.native.pages import (
     arena_page,
     first_seen,
     n_gone,
+    pages_passed,
     position,
     table_of,
 )
@@ -335,9 +336,9 @@ def _all_seen(a, table, pos):
 @jit
 def _window_seen(a, table, pos):
     """How many pages of the cache a row's window has passed, and its first position on the next."""
-    first = first_seen(table, pos, word(a + ATTEND_WINDOW))
-    n_passed = max(first, 0) // PAGE
-    return n_passed, first - PAGE * n_passed
+    window = word(a + ATTEND_WINDOW)
+    n_passed = pages_passed(table, pos, window)
+    return n_passed, first_seen(table, pos, window) - PAGE * n_passed
 
 
 def make(isa, k_dim, v_dim, *features):
