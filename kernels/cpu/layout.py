@@ -107,9 +107,11 @@ PART_KERNEL, PART_ARGS, PART_COUNT, PART_RULE = (i * WORD for i in range(4))
 PART_BYTES = 4 * WORD
 COUNT_ROWS, COUNT_WANTED, COUNT_ITEMS, COUNT_PLANNED = -1, -2, -3, -4
 
-# "Which rows" of an op: every input row, or the wanted ones.
+# "Which rows" an op has: every row of the step; as many as are wanted, where its input has those
+# alone; or the wanted ones among the rows of its input, row i being wanted[i].
 ALL_ROWS = 0
 WANTED_ROWS = 1
+PICKED_ROWS = 2
 
 
 class Block(tuple[int, ...]):
@@ -165,8 +167,8 @@ EMBED_W, EMBED_N_BLOCKS, EMBED_OUT, EMBED_STRIDE, EMBED_DIM = EMBED
 SINK = Block("f32 stride thread_stride a32")
 SINK_F32, SINK_STRIDE, SINK_THREAD_STRIDE, SINK_A32 = SINK
 #
-# norm: sink[i] = rms_norm(x[row i]) * weight. With WANTED_ROWS, row i is wanted[i]. A chunk is
-# one row. eps is a float's bits.
+# norm: sink[i] = rms_norm(x[row i]) * weight, of ALL_ROWS or PICKED_ROWS. A chunk is one row. eps
+# is a float's bits.
 NORM = Block("x stride weight eps dim rows")
 NORM_X, NORM_STRIDE, NORM_WEIGHT, NORM_EPS, NORM_DIM, NORM_ROWS = NORM
 NORM_SINK = 6 * WORD
@@ -187,32 +189,36 @@ QUANTISE_SINK = 4 * WORD
 FOURS = Block("x stride dim rows out")
 FOURS_X, FOURS_STRIDE, FOURS_DIM, FOURS_ROWS, FOURS_OUT = FOURS
 #
-# copy_rows: sink[i] = x[wanted[i]] (or every row). A chunk is one row.
+# copy_rows: sink[i] = x[row i], of ALL_ROWS or PICKED_ROWS. A chunk is one row.
 COPY = Block("x stride dim rows")
 COPY_X, COPY_STRIDE, COPY_DIM, COPY_ROWS = COPY
 COPY_SINK = 4 * WORD
 #
 # norm_heads: as norm, but of each of n_heads parts of head_dim values, with one weight of head_dim
-# for all or none (0). With WANTED_ROWS, x has the wanted rows alone. A chunk is one row.
-HEADS = Block("x stride weight eps n dim rows")
-HEADS_X, HEADS_STRIDE, HEADS_WEIGHT, HEADS_EPS, HEADS_N, HEADS_DIM, HEADS_ROWS = HEADS
-HEADS_SINK = 7 * WORD
+# for all or none (0). A chunk is one row.
+NORM_HEADS = Block("x stride weight eps n dim rows")
+(
+    NORM_HEADS_X, NORM_HEADS_STRIDE, NORM_HEADS_WEIGHT, NORM_HEADS_EPS, NORM_HEADS_N,
+    NORM_HEADS_DIM, NORM_HEADS_ROWS,
+) = NORM_HEADS  # fmt: skip
+NORM_HEADS_SINK = 7 * WORD
 #
 # pointwise.<kind>: sink[t] = f(a[t], b[t]) or f(a[t], parameter), the bits of a float, or of two,
 # the first in the low half; a b of stride 0 is one row for all. Rows of b have room for whole
-# vectors. With WANTED_ROWS, a and b have the wanted rows alone. A chunk is one row.
+# vectors. A chunk is one row.
 POINT = Block("a a_stride b b_stride parameter dim rows")
 POINT_A, POINT_A_STRIDE, POINT_B, POINT_B_STRIDE, POINT_PARAMETER, POINT_DIM, POINT_ROWS = POINT
 POINT_SINK = 7 * WORD
 #
-# mul_parts: sink[t] = x[t], each of n_parts parts of part_dim values times its factor. With
-# WANTED_ROWS, x and factors have the wanted rows alone. A chunk is one row.
+# mul_parts: sink[t] = x[t], each of n_parts parts of part_dim values times its factor. A chunk is
+# one row.
 PARTS = Block("x stride factors factors_stride n dim rows")
 PARTS_X, PARTS_STRIDE, PARTS_FACTORS, PARTS_FACTORS_STRIDE, PARTS_N, PARTS_DIM, PARTS_ROWS = PARTS
 PARTS_SINK = 7 * WORD
 #
 # angles: cos and sin of every row's rotation, [n_pairs cos, n_pairs sin] floats a row, at its
-# position and at its position for pinned pages (PageTable.pinned_pos). freqs: double[n_pairs].
+# position and, where there is a place for them, at its position for pinned pages
+# (PageTable.pinned_pos). freqs: double[n_pairs].
 # angles.scaled: all of them times a magnitude, double[n], of which each serves a span of positions
 # and the last all behind it.
 ANGLES = Block("freqs n_pairs out pinned_out tables")

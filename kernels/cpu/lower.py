@@ -87,7 +87,7 @@ class Lowering(AttentionLowering, ExpertLowering):
             case RmsNorm():
                 self._norm(step)
             case WholeNorm():
-                self._whole_norm(step, layout.WANTED_ROWS)
+                self._whole_norm(step, layout.PICKED_ROWS)
             case Matmuls():
                 self._matmuls(step, i)
             case SwiGlu():
@@ -121,7 +121,7 @@ class Lowering(AttentionLowering, ExpertLowering):
             case ExpertSum():
                 self._expert_sum(step)
             case SelectRows():
-                args = self._copy(step.x, layout.WANTED_ROWS, self._sinks(step.out, "selected"))
+                args = self._copy(step.x, layout.PICKED_ROWS, self._sinks(step.out, "selected"))
                 self._emit("select", "copy_rows", args, layout.COUNT_WANTED)
             case _:
                 _never(step)
@@ -140,7 +140,7 @@ class Lowering(AttentionLowering, ExpertLowering):
         if op.n_heads == 1 and op.weight is not None and rows == layout.ALL_ROWS:
             self._whole_norm(WholeNorm(op.layer, op.out, op.x, op.weight, op.eps), rows)
             return
-        args = layout.HEADS.pack(
+        args = layout.NORM_HEADS.pack(
             *self._sinks(op.out, "norm"), x=self._floats[op.x], stride=row_stride(op.x.dim),
             weight=self._weights.vector(op.weight) if op.weight else 0, eps=float_bits(op.eps),
             n=op.n_heads, dim=op.x.dim // op.n_heads, rows=rows,
@@ -152,7 +152,7 @@ class Lowering(AttentionLowering, ExpertLowering):
             *self._sinks(op.out, "norm"), x=self._floats[op.x], stride=row_stride(op.x.dim),
             weight=self._weights.vector(op.weight), eps=float_bits(op.eps), dim=op.x.dim, rows=rows,
         )  # fmt: skip
-        rule = layout.COUNT_WANTED if rows == layout.WANTED_ROWS else layout.COUNT_ROWS
+        rule = layout.COUNT_WANTED if rows == layout.PICKED_ROWS else layout.COUNT_ROWS
         self._emit("norm", "norm", args, rule)
 
     def _pointwise(
