@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from edgeinfer import config
-from edgeinfer.batch import Batch, Demand, Outputs, StepLimits, StepRequest
+from edgeinfer.batch import Batch, Demand, Outputs, Sampler, StepLimits, StepRequest
 from edgeinfer.errors import DeviceError
 from edgeinfer.graph import Segment
 
@@ -77,12 +77,40 @@ def open_backend(
     """
     if device_kind(device) == "reference":
         from edgeinfer.kernels.reference import ReferenceBackend
-        from edgeinfer.sampling.sampler import sample_reference
+        from edgeinfer.sampling.sampler import ReferenceSampler
 
-        return ReferenceBackend(sample_reference)
+        return ReferenceBackend(ReferenceSampler())
     from edgeinfer.kernels.cpu.program import CpuBackend
 
     return CpuBackend(config.cache_folder(), progress, config.isa(), memory)
+
+
+def host_sampler(
+    n_vocab: int,
+    n_threads: int,
+    *,
+    progress: CompileProgress | None = None,
+    memory: int | None = None,
+) -> Sampler:
+    """What samples in host memory for a device that leaves that to the host, still to be opened.
+
+    Where LLVM is not installed it runs in NumPy: slow, with the same tokens.
+    """
+    from importlib.util import find_spec
+
+    if find_spec("llvmlite") is None:
+        from edgeinfer.sampling.sampler import ReferenceSampler
+
+        return ReferenceSampler()
+    from edgeinfer.kernels.cpu.host_sampler import HostSampler
+    from edgeinfer.kernels.cpu.library import Library
+
+    def tell(done: int, total: int, name: str) -> None:
+        if progress is not None:
+            progress("kernels", done, total)
+
+    library = Library.host(config.cache_folder(), config.isa(), memory)
+    return HostSampler(library, n_vocab, n_threads, tell)
 
 
 def cpu_target() -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
@@ -105,6 +105,30 @@ class Outputs:
     hidden: NDArray[np.float32]  # (R, D); for a segment before the last every row of the step
     ids: NDArray[np.int32]  # (R,)
     aborted: bool = False  # the step was cut short: nothing else here means anything
+
+
+class Sampler(Protocol):
+    """Picks tokens from rows of logits in host memory, for a program that can't itself."""
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory that it holds from `open` to `close`."""
+        ...
+
+    @property
+    def building_bytes(self) -> int:
+        """Memory that `open` takes for a while."""
+        ...
+
+    def open(self) -> None:
+        """Get ready; before that it holds nothing."""
+        ...
+
+    def sample(self, logits: NDArray[np.float32], table: SampleTable) -> None:
+        """Fill the outputs of a table's first R rows from logits (R, V)."""
+        ...
+
+    def close(self) -> None: ...
 
 
 class OpTime(NamedTuple):

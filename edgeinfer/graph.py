@@ -122,7 +122,7 @@ class Graph(ModelReader):
 
     def linear(self, x: Value, name: str, out_dim: int) -> Value:
         weight = self._weight(f"{name}.weight", out_dim, x.dim)
-        bias = self._weight(f"{name}.bias", out_dim) if self.has(f"{name}.bias") else None
+        bias = self._optional(f"{name}.bias", out_dim)
         return self._linear(x, weight, bias, name)
 
     def linears(self, x: Value, fused: str, parts: Mapping[str, int]) -> list[Value]:
@@ -130,8 +130,7 @@ class Graph(ModelReader):
         if not self.has(f"{fused}.weight"):
             return [self.linear(x, name, dim) for name, dim in parts.items()]
         weight = self._weight(f"{fused}.weight", sum(parts.values()), x.dim)
-        has_bias = self.has(f"{fused}.bias")
-        bias = self._weight(f"{fused}.bias", weight.shape[0]) if has_bias else None
+        bias = self._optional(f"{fused}.bias", weight.shape[0])
         values, end = list[Value](), 0
         for dim in parts.values():
             start, end = end, end + dim

@@ -285,7 +285,13 @@ Op: TypeAlias = (
 
 def inputs(op: Op) -> list[Value]:
     """The values that an op reads, one that it reads twice twice."""
-    return [field for field in op[2:] if isinstance(field, Value)]
+    return [value for _, value in named_inputs(op)]
+
+
+def named_inputs(op: NamedTuple) -> list[tuple[str, Value]]:
+    """The same with the fields that hold them, of an op or what is made of some."""
+    fields = zip(op._fields, op, strict=True)
+    return [(name, field) for name, field in fields if isinstance(field, Value) and name != "out"]
 
 
 class Segment(NamedTuple):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from edgeinfer.fusion import ExpertMatmuls, Matmul, Matmuls, Step
 from edgeinfer.graph import ExpertLinear, Value
+from edgeinfer.ops import named_inputs
 
 
 @dataclass(eq=False, slots=True)
@@ -95,15 +96,10 @@ class Reads:
         self._kept = kept
         for i, step in enumerate(steps):
             for op in step.parts if isinstance(step, (Matmuls, ExpertMatmuls)) else [step]:
-                for name, value in zip(op._fields[2:], op[2:], strict=True):
-                    if isinstance(value, Value):
-                        self._reads.setdefault(value, []).append(i)
-                        in_blocks = (
-                            isinstance(op, (Matmul, ExpertLinear))
-                            and name == "x"
-                            and reads_blocks(op)
-                        )
-                        (self._as_blocks if in_blocks else self._as_floats).add(value)
+                in_blocks = isinstance(op, (Matmul, ExpertLinear)) and reads_blocks(op)
+                for name, value in named_inputs(op):
+                    self._reads.setdefault(value, []).append(i)
+                    (self._as_blocks if in_blocks and name == "x" else self._as_floats).add(value)
 
     def is_last(self, value: Value, i: int) -> bool:
         """Whether step i reads a value as the only one from there on, and once."""

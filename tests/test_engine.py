@@ -25,7 +25,7 @@ from edgeinfer.gguf import GGUFFile
 from edgeinfer.kernels.reference import ReferenceBackend
 from edgeinfer.model import Model
 from edgeinfer.sampling.params import SamplingParams
-from edgeinfer.sampling.sampler import sample_reference
+from edgeinfer.sampling.sampler import ReferenceSampler
 
 from .models_for_tests import tiny_model
 
@@ -81,7 +81,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
 @pytest.fixture
 def program(model: Model) -> Programs:
     limits = _limits()
-    return Programs(ReferenceBackend(sample_reference).compile(model.graph.segment(), limits))
+    return Programs(ReferenceBackend(ReferenceSampler()).compile(model.graph.segment(), limits))
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import numpy as np
 
 from edgeinfer.batch import Batch, OpTime
 from edgeinfer.bench.speed import ReadsMemory, Tell, check_room, quiet
-from edgeinfer.engine.cache import CacheLayout, PagePool, SequenceCache
+from edgeinfer.engine.cache import PagePool, SequenceCache
 from edgeinfer.errors import DeviceError
 from edgeinfer.runtime import Runtime
 from edgeinfer.sampling.params import SampleTable, SamplingParams
@@ -136,8 +136,7 @@ def _filled(runtime: Runtime, depth: int, n_more: int, tell: Tell) -> SequenceCa
     engine, program = runtime.engine, runtime.program
     limits = engine.limits
     pools = [PagePool(n_pages) for n_pages in limits.n_pages.values()]
-    layout = CacheLayout.of("error", engine.n_ctx, 0, limits.n_pages, limits.max_rows)
-    cache = SequenceCache(pools, layout)
+    cache = SequenceCache(pools, engine.layout("error"))
     cache.grow(depth + n_more)
     most = limits.max_rows
     for start in range(0, depth, most):

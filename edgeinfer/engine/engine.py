@@ -74,7 +74,7 @@ class Engine:
         if request.overflow == "error":
             check_length(len(request.ids), self.n_ctx, n_answer=1)
         request.params.check_vocabulary(self.n_vocab)
-        layout = self._layout(request.overflow, request.n_pinned)
+        layout = self.layout(request.overflow, request.n_pinned)
         generation = Generation(self, request, layout)
         self._queue(generation)
         return generation
@@ -114,7 +114,7 @@ class Engine:
         for each in lists:
             check_ids(each, self.n_vocab)
             check_length(len(each), self.n_ctx)
-        layout = self._layout("error")
+        layout = self.layout("error")
         job = LogitsJob.of(lists, first, prefill_chunk, self.limits, layout, take)
         self._queue(job)
         job.wait(self)
@@ -174,7 +174,8 @@ class Engine:
         """In the child of a fork the thread does not exist: every use is an error."""
         self._closed, self._changed = _FORKED, threading.Condition()
 
-    def _layout(self, overflow: Overflow, n_pinned: int = 0) -> CacheLayout:
+    def layout(self, overflow: Overflow, n_pinned: int = 0) -> CacheLayout:
+        """How the cache of a sequence is cut here."""
         limits = self.limits
         return CacheLayout.of(overflow, self.n_ctx, n_pinned, limits.n_pages, limits.max_rows)
 

@@ -290,7 +290,8 @@ class Scheduler:
         A paused generation computes its tokens again from the first on: the same bits.
         """
         cache = part.sequence.cache
-        n_new = [len(slots) for slots in cache.missing(part.n)]
+        missing = cache.missing(part.n)
+        n_new = [len(slots) for slots in missing]
         while not _fit(n_new, [pool.n_free for pool in self.pools]):
             if self.idle:
                 self.idle.pop(0).cache.free()
@@ -300,7 +301,7 @@ class Scheduler:
             ]
             assert paused, "what runs holds more pages than were promised"
             paused[0].cache.free()
-        cache.grow(part.n)
+        cache.grow(part.n, missing)
 
 
 def _fit(n_pages: Iterable[int], n_free: Iterable[int]) -> bool:

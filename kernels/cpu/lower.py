@@ -50,9 +50,9 @@ from edgeinfer.kernels.cpu.commands import (
 from edgeinfer.kernels.cpu.layout import row_stride
 from edgeinfer.kernels.cpu.lower_attention import AttentionLowering
 from edgeinfer.kernels.cpu.lower_base import (
-    a32_bytes,
     float_bits,
     format_of,
+    row_bytes,
     type_name,
 )
 from edgeinfer.kernels.cpu.lower_experts import ExpertLowering
@@ -87,7 +87,7 @@ class Lowering(AttentionLowering, ExpertLowering):
             case RmsNorm():
                 self._norm(step)
             case WholeNorm():
-                self._whole_norm(step, layout.WANTED_ROWS)
+                self._whole_norm(step, layout.PICKED_ROWS)
             case Matmuls():
                 self._matmuls(step, i)
             case SwiGlu():
@@ -121,7 +121,7 @@ class Lowering(AttentionLowering, ExpertLowering):
             case ExpertSum():
                 self._expert_sum(step)
             case SelectRows():
-                args = self._copy(step.x, layout.WANTED_ROWS, self._sinks(step.out, "selected"))
+                args = self._copy(step.x, layout.PICKED_ROWS, self._sinks(step.out, "selected"))
                 self._emit("select", "copy_rows", args, layout.COUNT_WANTED)
             case _:
                 _never(step)
@@ -140,7 +140,7 @@ class Lowering(AttentionLowering, ExpertLowering):
         if op.n_heads == 1 and op.weight is not None and rows == layout.ALL_ROWS:
             self._whole_norm(WholeNorm(op.layer, op.out, op.x, op.weight, op.eps), rows)
             return
-        args = layout.HEADS.pack(
+        args = layout.NORM_HEADS.pack(
             *self._sinks(op.out, "norm"), x=self._floats[op.x], stride=row_stride(op.x.dim),
             weight=self._weights.vector(op.weight) if op.weight else 0, eps=float_bits(op.eps),
             n=op.n_heads, dim=op.x.dim // op.n_heads, rows=rows,
@@ -152,7 +152,7 @@ class Lowering(AttentionLowering, ExpertLowering):
             *self._sinks(op.out, "norm"), x=self._floats[op.x], stride=row_stride(op.x.dim),
             weight=self._weights.vector(op.weight), eps=float_bits(op.eps), dim=op.x.dim, rows=rows,
         )  # fmt: skip
-        rule = layout.COUNT_WANTED if rows == layout.WANTED_ROWS else layout.COUNT_ROWS
+        rule = layout.COUNT_WANTED if rows == layout.PICKED_ROWS else layout.COUNT_ROWS
         self._emit("norm", "norm", args, rule)
 
     def _pointwise(
@@ -216,15 +216,12 @@ class Lowering(AttentionLowering, ExpertLowering):
         n_groups, n_blocks = -(-n_rows // 8), fmt.n_blocks(n_cols)
         rows, _ = self._rows_of(op.x)
         residual, out = self._residual(op, i)
-        if fmt.activation == "f32":
-            x, row_bytes = self._fours[op.x], row_stride(n_cols)
-        else:
-            x, row_bytes = self._quantised[op.x], a32_bytes(n_cols)
+        x = (self._fours if fmt.activation == "f32" else self._quantised)[op.x]
         bias = self._weights.vector(op.bias) if op.bias else 0
         args = layout.MATMUL.pack(
             n_groups, w=self._weights.matrix(op.weight), n_blocks=n_blocks, x=x, out=out,
             stride=row_stride(n_rows), bias=bias, residual=residual or 0, rows=rows,
-            x_row_bytes=row_bytes, scratch=self._matmul_scratch, bounds=0,
+            x_row_bytes=row_bytes(fmt, n_cols), scratch=self._matmul_scratch, bounds=0,
         )  # fmt: skip
         n_bytes = n_groups * n_blocks * fmt.packed_bytes
         kernel = f"matmul.{type_name(op.weight)}"

@@ -62,7 +62,7 @@ class LoweringBase:
         self._fours: dict[Value, Buffer] = {}  # what matmuls of floats read
         # What layers share: angles, work items by window, and along routes what was planned for
         # each and the rows that were gathered.
-        self._angles: dict[tuple[Rope, int], tuple[Buffer, Buffer]] = {}
+        self._angles: dict[tuple[Rope, int | None], tuple[Buffer, Buffer | int]] = {}
         self._items: dict[int, Buffer] = {}
         self._dispatched: dict[Value, Buffer] = {}
         self._gathered: dict[tuple[Value, Value, int, str], Buffer] = {}
@@ -130,6 +130,11 @@ class LoweringBase:
 def a32_bytes(dim: int) -> int:
     """Bytes of one quantised row."""
     return dim // 32 * layout.A32_BYTES
+
+
+def row_bytes(fmt: Format, dim: int) -> int:
+    """Bytes of one row as matmuls of a format read it."""
+    return a32_bytes(dim) if fmt.activation == "a32" else row_stride(dim)
 
 
 def type_name(weight: Weight) -> str:

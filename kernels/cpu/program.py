@@ -28,11 +28,10 @@ from edgeinfer.graph import Segment
 from edgeinfer.kernels.buffers import Arena, Buffer
 from edgeinfer.kernels.cpu import layout
 from edgeinfer.kernels.cpu.blueprint import Blueprint
-from edgeinfer.kernels.cpu.commands import KernelOp, KernelPart, recut
+from edgeinfer.kernels.cpu.commands import KernelOp, recut
 from edgeinfer.kernels.cpu.idle import IdleBuild, IdleWork
 from edgeinfer.kernels.cpu.layout import row_stride
-from edgeinfer.kernels.cpu.library import BUILDER_BYTES, Library, cache_folder
-from edgeinfer.kernels.cpu.targets import Target
+from edgeinfer.kernels.cpu.library import BUILDER_BYTES, Library
 from edgeinfer.kernels.cpu.team import Op, Part, Tape, Team, shared_team
 from edgeinfer.kernels.cpu.trial import Trial
 from edgeinfer.kernels.cpu.tune import Schedule, Tuning, schedules
@@ -69,8 +68,7 @@ class CpuBackend:
         memory: int | None = None,
     ) -> None:
         self._progress = progress or (lambda stage, done, total: None)
-        target = Target.host(isa, memory=cache_dir)
-        self.library = Library(target, cache_folder(cache_dir, target), memory=memory)
+        self.library = Library.host(cache_dir, isa, memory)
         self._memory = memory
         self._drawn: Blueprint | None = None  # what `compile` will most likely be asked for
 
@@ -293,7 +291,7 @@ class CpuProgram:
                 ops = [recut(op, *schedule) if op.reads_weights else op for op in ops]
             if output == "ids" and self._drawn.sample:
                 ops.append(self._drawn.sample)
-            prologue = [self._part(part) for part in lowered.prologue]
+            prologue = [Part.of(part, self._backend.library) for part in lowered.prologue]
             tape = self._tape(ops, self._header.ctypes.data, schedule.n_threads, prologue)
             self._tapes[schedule, output] = tape
         return self._tapes[schedule, output]
@@ -301,11 +299,8 @@ class CpuProgram:
     def _tape(
         self, ops: Sequence[KernelOp], header: int, n_threads: int, prologue: Sequence[Part] = ()
     ) -> Tape:
-        return Tape([self._op(op) for op in ops], header, n_threads, prologue)
-
-    def _part(self, part: KernelPart) -> Part:
-        args = [arg.address if isinstance(arg, Buffer) else arg for arg in part.args]
-        return Part(self._backend.library.address(part.kernel), args, part.rule)
+        library = self._backend.library
+        return Tape([Op.of(op, library) for op in ops], header, n_threads, prologue)
 
     def _set(self, word: int, value: int) -> None:
         self._header[word // layout.WORD] = value
@@ -343,14 +338,14 @@ class CpuProgram:
         self.submit(batch)
         if self._lowered.prologue:  # as an op of its own: it plans the attention of this step
             plan = KernelOp("plan", self._lowered.prologue)
-            self._team.run_once([self._op(plan)], *self._team_args())
+            self._team.run_once([Op.of(plan, self._backend.library)], *self._team_args())
         starting = statistics.median(
             self._team.run_once([], *self._team_args()) for _ in range(_STARTS)
         )
         return [self._op_time(op, batch, starting) for op in self._lowered.ops]
 
     def _op_time(self, op: KernelOp, batch: Batch, starting: float) -> OpTime:
-        alone = self._op(op)
+        alone = Op.of(op, self._backend.library)
         if not op.plans:
             alone = Op([part._replace(rule=_planned(part)) for part in alone.parts])
         seconds = self._team.run_once([alone], *self._team_args())
@@ -364,9 +359,6 @@ class CpuProgram:
 
     def _team_args(self) -> tuple[int, int]:
         return self._header.ctypes.data, self.limits.n_threads
-
-    def _op(self, op: KernelOp) -> Op:
-        return Op([self._part(part) for part in op.parts], op.plans)
 
 
 def _planned(part: Part) -> int:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeinfer.batch import PAGE, Batch, Demand, Outputs, StepLimits, StepRequest, cache_row
+from edgeinfer.batch import (
+    PAGE,
+    Batch,
+    Demand,
+    Outputs,
+    Sampler,
+    StepLimits,
+    StepRequest,
+    cache_row,
+)
 from edgeinfer.dequantize import dequantize
 from edgeinfer.errors import ClosedError
 from edgeinfer.fusion import Uses, pinned_query
@@ -45,10 +54,8 @@ from edgeinfer.kernels.reference.experts import add_parts, choose, multiply_chos
 from edgeinfer.kernels.reference.numerics import Floats, Ints, Numerics, embed, rotate, scaled
 from edgeinfer.kernels.reference.quantised import Quantised
 from edgeinfer.known import Known, check, fields
-from edgeinfer.sampling.params import Sampled, SampleRow
 
 Mode: TypeAlias = Literal["exact", "quantised"]
-Sampler: TypeAlias = Callable[[Floats, SampleRow], Sampled]
 
 _MAX_ROWS = 256  # of a step
 
@@ -83,7 +90,7 @@ KNOWN: Known = {
 class ReferenceBackend:
     """Compiles a segment for this process, at NumPy's pace.
 
-    `sampler` picks a token from a row of logits; without one only the likeliest can be asked for.
+    Without a `sampler` only the likeliest token of a row can be asked for.
     """
 
     def __init__(self, sampler: Sampler | None = None) -> None:
@@ -289,8 +296,7 @@ class ReferenceProgram:
             # argmax takes the first of equals: ties go to the lower id.
             return self._outputs(ids=result.argmax(axis=1).astype(np.int32))
         assert self._sampler is not None, "this ReferenceBackend was given no sampler"
-        for i, logits in enumerate(result):
-            table.store(i, self._sampler(logits, table.row(i)))
+        self._sampler.sample(result, table)
         return self._outputs(ids=table.ids[: len(result)].copy())
 
     def _outputs(
