@@ -6,18 +6,20 @@ Knows nothing of sequences, text or scheduling.
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from edgeinfer import config
 from edgeinfer.batch import Batch, Demand, Outputs, StepLimits, StepRequest
-from edgeinfer.errors import DeviceError
+from edgeinfer.device import Choice, Device, choose
 from edgeinfer.graph import Segment
 
 # stage ("kernels", "weights"), done, total
 CompileProgress: TypeAlias = Callable[[str, int, int], None]
 
-DEVICES = ("auto", "cpu", "cuda", "reference")
+_CUDA = "edgeinfer.kernels.cuda.program"
 
 
 class Ticket(Protocol):
@@ -58,31 +60,34 @@ class Backend(Protocol):
     def compile(self, segment: Segment, limits: StepLimits) -> Program: ...
 
 
-def device_kind(device: str) -> str:
-    """ "cpu" or "reference" for the name of a device; DeviceError for what can't be had."""
-    kind = device.partition(":")[0]
-    if kind not in DEVICES or (":" in device and kind != "cuda"):
-        raise DeviceError(f"no device {device!r}; there are auto, cpu and reference")
-    if kind == "cuda":
-        raise DeviceError("cuda is not in this version; use device='cpu' or 'auto'")
-    return "cpu" if kind == "auto" else kind
+def find_device(name: str) -> Choice:
+    """The device that a caller names; DeviceError for one that can't be had."""
+    return choose(Device.parse(name), has_cuda_kernels=_has_cuda_kernels())
+
+
+def _has_cuda_kernels() -> bool:
+    """Whether this version runs on GPUs."""
+    return find_spec(_CUDA) is not None
 
 
 def open_backend(
-    device: str, *, progress: CompileProgress | None = None, memory: int | None = None
+    device: Device, *, progress: CompileProgress | None = None, memory: int | None = None
 ) -> Backend:
     """The backend of a device; its kernels are imported here and nowhere else.
 
-    `memory` is how many bytes there are for all that it does.
+    `memory` is how many bytes of the host's memory there are for all that it does.
     """
-    if device_kind(device) == "reference":
+    if device.kind == "reference":
         from edgeinfer.kernels.reference import ReferenceBackend
         from edgeinfer.sampling.sampler import sample_reference
 
         return ReferenceBackend(sample_reference)
-    from edgeinfer.kernels.cpu.program import CpuBackend
+    if device.kind == "cpu":
+        from edgeinfer.kernels.cpu.program import CpuBackend
 
-    return CpuBackend(config.cache_folder(), progress, config.isa(), memory)
+        return CpuBackend(config.cache_folder(), progress, config.isa(), memory)
+    backend: Backend = import_module(_CUDA).CudaBackend(device, config.cache_folder(), progress)
+    return backend
 
 
 def cpu_target() -> dict[str, Any]:

@@ -274,7 +274,7 @@ class LLM:
             stop_ids=self._stop_ids(given.get("stop_token_ids", frozenset())),
             n_pinned=n_pinned,
             # The reference backend computes row by row: more rows are never cheaper there.
-            speculation=given.get("speculation", opened.device != "reference"),
+            speculation=given.get("speculation", opened.device.kind != "reference"),
         )
         generation = opened.engine.submit(request)
         return Stream(

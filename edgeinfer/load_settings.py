@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from edgeinfer import config, platform
-from edgeinfer.backend import device_kind
+from edgeinfer.backend import find_device
+from edgeinfer.device import Device
 from edgeinfer.errors import DeviceError, InvalidRequestError
 from edgeinfer.options import LoadOptions, Progress
 from edgeinfer.parameters import LOAD, checked, parse_memory, shown
@@ -18,7 +19,8 @@ from edgeinfer.parameters import LOAD, checked, parse_memory, shown
 class LoadSettings(NamedTuple):
     """The load options, resolved: whoever loads a model reads these alone."""
 
-    device: str
+    device: Device
+    device_note: str  # why it is not the one that people would expect, "" if it is
     n_threads: int
     memory: int | str | None  # as it was given
     n_ctx: int | None  # None: the usual length, or what fits
@@ -37,10 +39,12 @@ class LoadSettings(NamedTuple):
             raise InvalidRequestError(
                 f"kv_type is {shown(kv_type)}; this version stores K and V as f16", param="kv_type"
             )
-        if options.get("gpu_layers"):
+        device, note = find_device(options.get("device", "auto"))
+        if options.get("gpu_layers") and not device.has_number:
             raise DeviceError("gpu_layers needs a GPU, which this version does not run on")
         return cls(
-            device=device_kind(options.get("device") or "auto"),
+            device=device,
+            device_note=note,
             n_threads=options.get("threads") or _usual_threads(),
             memory=options.get("memory"),
             n_ctx=options.get("n_ctx"),

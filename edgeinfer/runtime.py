@@ -16,6 +16,7 @@ from typing import Generic, TypeVar
 
 from edgeinfer import platform
 from edgeinfer.backend import Backend, CompileProgress, Program, open_backend
+from edgeinfer.device import Device
 from edgeinfer.engine.engine import Engine
 from edgeinfer.engine.generation import WAKE_SECONDS
 from edgeinfer.engine.memory_plan import PYTHON_BYTES, MemoryPlan, PlanRequest, solve
@@ -50,7 +51,8 @@ class Runtime:
     plan: MemoryPlan
     program: Program
     engine: Engine
-    device: str
+    device: Device
+    device_note: str
     n_threads: int
     load_s: float
     _tokenizer: _Later[Tokenizer]
@@ -158,8 +160,10 @@ def _load(path: Path, settings: LoadSettings, templates: TemplateEngine | None) 
         file.close()
         raise
     load_s = time.perf_counter() - start
-    device, n_threads = settings.device, settings.n_threads
-    return Runtime(model, plan, program, engine, device, n_threads, load_s, tokenizer, template)
+    return Runtime(
+        model, plan, program, engine, settings.device, settings.device_note, settings.n_threads,
+        load_s, tokenizer, template,
+    )  # fmt: skip
 
 
 def find_file(name: str | PathLike[str], *, download: bool = False) -> Path:

@@ -19,7 +19,7 @@ LAYERS = """
 terminal
 errors
 config quant platform options parameters results settings
-gguf dequantize
+device gguf dequantize
 rope
 text sampling hub ops
 mixture model_reader

@@ -101,7 +101,7 @@ def run_bench(
     read_s = statistics.median(read) if read else None
     return BenchResult(
         model=runtime.model.name,
-        device=runtime.device,
+        device=str(runtime.device),
         threads=runtime.n_threads,
         n_ctx=engine.n_ctx,
         prompt_tokens=prompt_tokens,

@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from edgeinfer import backend, config, platform
+from edgeinfer import backend, config, device, platform
 from edgeinfer.cli.console import show, show_json
 from edgeinfer.cli.fact_lines import SECTIONS, fact_lines, version_lines
 from edgeinfer.cli.options import common_flags, json_flag
@@ -28,7 +28,6 @@ _PACKAGES = (
 )  # fmt: skip
 _MEASURED_BYTES = 256 << 20
 _MEASURED_SECONDS = 0.5
-_LEAST_DRIVER = 12000
 
 
 @click.command("doctor", epilog="Example: edgeinfer doctor --json")
@@ -140,11 +139,9 @@ def _gpu() -> dict[str, Any]:
     driver = platform.cuda_driver()
     if driver is None:
         return {"driver": None, "devices": [], "install": None}
-    cuda = f"{driver.version // 1000}.{driver.version % 1000 // 10}"
-    extra = "cuda13" if driver.version >= 13000 else "cuda12"
-    usable = driver.devices and driver.version >= _LEAST_DRIVER
+    index = None if device.has_cupy() else device.usable_gpu(driver)
     return {
-        "driver": f"runs CUDA up to {cuda}",
+        "driver": f"runs CUDA up to {device.cuda_version(driver)}",
         "error": driver.error or None,
         "devices": [
             {
@@ -154,19 +151,8 @@ def _gpu() -> dict[str, Any]:
             }
             for gpu in driver.devices
         ],
-        "install": _install(extra) if usable else None,
+        "install": None if index is None else device.install_command(driver, index),
     }
-
-
-def _install(extra: str) -> str:
-    """The command that adds what one of our extras needs."""
-    try:
-        requires = importlib.metadata.requires("edgeinfer") or []
-    except importlib.metadata.PackageNotFoundError:
-        requires = []
-    wanted = [r.partition(";")[0].strip() for r in requires if f'"{extra}"' in r.replace("'", '"')]
-    packages = " ".join(f"'{each}'" for each in wanted) or f"'.[{extra}]'"
-    return f"{sys.executable} -m pip install {packages}"
 
 
 def _kernels() -> dict[str, Any]:

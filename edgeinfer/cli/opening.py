@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from edgeinfer.cli.console import Output, ProgressLine, note, tell
-from edgeinfer.cli.models import choose_model, unkept
+from edgeinfer.cli.models import choose_model, start_notes
 from edgeinfer.cli.options import load_options
 from edgeinfer.terminal import printable
 
@@ -47,8 +47,8 @@ def open_model(
     options: LoadOptions = {**load_options(flags), "progress": progress}
     with line:
         llm = LLM.of(runtime.load(path, options, engine))
-    for why in unkept(llm):
-        note(why)
+    for each in start_notes(llm):
+        note(each)
     # What a start has made stays: no later collection, nor the one at exit, needs to look at it.
     gc.freeze()
     gc.set_threshold(GC_THRESHOLD)
