@@ -5,7 +5,7 @@ Knows nothing of sequences, text or scheduling.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -49,6 +49,14 @@ class Program(Protocol):
 
 class Backend(Protocol):
     """A machine that segments can be compiled for."""
+
+    def memories(self, host: int) -> Mapping[str, int]:
+        """Bytes that may be taken of each memory, where `host` may be of the host's.
+
+        "host" is among them, and may be less where a GPU shares it. Of a GPU's own ("cuda:0") it is
+        what is free, less what its driver takes later.
+        """
+        ...
 
     def demand(self, segment: Segment, request: StepRequest) -> Demand:
         """Memory that a program for such steps takes; nothing is allocated.

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 PAGE = 32  # positions in a KV page
+HOST = "host"  # the memory of the processors; what a GPU shares with them is a part of it
 _LEAST_SEQUENCES = 8
 _LOGITS_BYTES = 32 << 20
 EVERY_PAGE = 1 << 30  # of a table whose queries see whatever a window leaves
@@ -158,11 +159,12 @@ class StepLimits(NamedTuple):
 
 
 class Demand(NamedTuple):
-    """What a machine takes of its memory to be ready for `limits`."""
+    """What a machine takes of each memory to be ready for `limits`."""
 
     limits: StepLimits
-    rows: dict[str, int]  # bytes by purpose, all that a program reserves
-    building_bytes: int = 0  # what getting ready takes before any of that
+    # By memory ("host", "cuda:0"): bytes by purpose, all that a program reserves there.
+    memories: Mapping[str, Mapping[str, int]]
+    building_bytes: int = 0  # of the host's: what getting ready takes before any of that
 
 
 def cache_row(window: int) -> str:

@@ -27,7 +27,7 @@ class LoadOptions(TypedDict, total=False):
     """How a model is loaded; None is the same as leaving a keyword out."""
 
     n_ctx: int | None  # min(trained length, 8192), smaller if memory is short
-    memory: int | str | None  # bytes, "2G" or "80%" of what is free
+    memory: int | str | None  # the host's: bytes, "2G" or "80%" of what is free
     threads: int | None
     kv_type: str | tuple[str, str] | None  # "f16"
     device: str | None  # "auto", "cpu", "cuda", "cuda:1" or "reference"

@@ -271,7 +271,7 @@ def _by_name(*parameters: Parameter) -> dict[str, Parameter]:
 # How a model is loaded.
 LOAD = _by_name(
     Parameter("n_ctx", integer, "Context length in tokens.", 1, _INT32),
-    Parameter("memory", memory_size, "Most memory to use."),
+    Parameter("memory", memory_size, "Most memory to use, beside a GPU's own."),
     Parameter("threads", integer, "CPU threads.", 1, _MOST_THREADS),
     Parameter("kv_type", cache_types, "Type of K and V in the cache (f16)."),
     Parameter("device", text, "Where to run."),

@@ -8,14 +8,16 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from types import MappingProxyType
 from typing import Generic, TypeVar
 
 from edgeinfer import platform
 from edgeinfer.backend import Backend, CompileProgress, Program, open_backend
+from edgeinfer.batch import HOST
 from edgeinfer.device import Device
 from edgeinfer.engine.engine import Engine
 from edgeinfer.engine.generation import WAKE_SECONDS
@@ -182,18 +184,24 @@ def find_file(name: str | PathLike[str], *, download: bool = False) -> Path:
     return pull(name)
 
 
-def plan_model(model: Model, settings: LoadSettings) -> MemoryPlan:
-    """The memory that loading so takes."""
-    return _planned(model.graph.segment(n_ctx=settings.n_ctx), settings)[1]
+def plan_model(
+    model: Model, settings: LoadSettings, freed: Mapping[str, int] = MappingProxyType({})
+) -> MemoryPlan:
+    """The memory that loading so takes, once `freed` bytes of each memory have come back."""
+    return _planned(model.graph.segment(n_ctx=settings.n_ctx), settings, freed=freed)[1]
 
 
 def _planned(
-    segment: Segment, settings: LoadSettings, progress: CompileProgress | None = None
+    segment: Segment,
+    settings: LoadSettings,
+    progress: CompileProgress | None = None,
+    freed: Mapping[str, int] = MappingProxyType({}),
 ) -> tuple[Backend, MemoryPlan]:
     """The machine that is to run it, and the memory that takes; PlanError where it does not fit."""
     available = settings.available_memory()
-    backend = open_backend(settings.device, progress=progress, memory=available - PYTHON_BYTES)
-    request = PlanRequest(settings.n_ctx, settings.slots, settings.n_threads, available)
+    memory = available + freed.get(HOST, 0) - PYTHON_BYTES
+    backend = open_backend(settings.device, progress=progress, memory=memory)
+    request = PlanRequest(settings.n_ctx, settings.slots, settings.n_threads, available, freed)
     return backend, solve(segment, backend, request)
 
 

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from edgeinfer.stream import Stream
 
 GC_THRESHOLD = 10_000  # new objects between two collections; Python's own are 700 to 2,000
-_MIB = 1 << 20
 
 
 @contextlib.contextmanager
@@ -58,7 +57,7 @@ def open_model(
         why = f" ({plan.note})" if plan.note else ""
         note(
             f"{llm.name}: context {llm.n_ctx} of {trained} tokens{why}, {opened.n_threads} "
-            f"threads, {plan.total_bytes // _MIB} MiB planned"
+            f"threads, {plan.summary} planned"
         )
         yield llm
 

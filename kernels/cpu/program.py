@@ -15,6 +15,7 @@ import numpy as np
 
 from edgeinfer import platform
 from edgeinfer.batch import (
+    HOST,
     Batch,
     Demand,
     OpTime,
@@ -74,6 +75,10 @@ class CpuBackend:
         self._memory = memory
         self._drawn: Blueprint | None = None  # what `compile` will most likely be asked for
 
+    def memories(self, host: int) -> dict[str, int]:
+        """All is in the host's memory."""
+        return {HOST: host}
+
     def demand(self, segment: Segment, request: StepRequest) -> Demand:
         """What a program would take; UnsupportedModelError names what no kernel takes.
 
@@ -82,7 +87,7 @@ class CpuBackend:
         check_shapes(segment, self.name)
         limits = StepLimits.of(request, segment.output.dim, segment.groups, _MAX_ROWS)
         drawn = self._drawn = Blueprint(segment, limits)
-        return Demand(limits, drawn.rows(), self.library.building_bytes(drawn.kernels()))
+        return Demand(limits, {HOST: drawn.rows()}, self.library.building_bytes(drawn.kernels()))
 
     def can_build_beside(self, n_bytes: int) -> bool:
         """Whether there is memory for building when idle, beside what a program takes."""

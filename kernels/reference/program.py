@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeinfer.batch import PAGE, Batch, Demand, Outputs, StepLimits, StepRequest, cache_row
+from edgeinfer.batch import HOST, PAGE, Batch, Demand, Outputs, StepLimits, StepRequest, cache_row
 from edgeinfer.dequantize import dequantize
 from edgeinfer.errors import ClosedError
 from edgeinfer.fusion import Uses, pinned_query
@@ -89,6 +89,10 @@ class ReferenceBackend:
     def __init__(self, sampler: Sampler | None = None) -> None:
         self._sampler = sampler
 
+    def memories(self, host: int) -> dict[str, int]:
+        """All is in the host's memory."""
+        return {HOST: host}
+
     def demand(self, segment: Segment, request: StepRequest) -> Demand:
         """What an exact program keeps, and the values of a step."""
         check(segment, KNOWN, "reference")
@@ -106,7 +110,7 @@ class ReferenceBackend:
             },
             "scratch": 4 * limits.max_rows * sum(op.out.dim for op in segment.ops),
         }
-        return Demand(limits, rows)
+        return Demand(limits, {HOST: rows})
 
     def compile(
         self, segment: Segment, limits: StepLimits, *, mode: Mode = "exact"
