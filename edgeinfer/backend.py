@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from edgeinfer import config
-from edgeinfer.batch import Batch, Demand, Outputs, StepLimits, StepRequest
+from edgeinfer.batch import Batch, Demand, OpTime, Outputs, StepLimits, StepRequest
 from edgeinfer.device import Choice, Device, choose
 from edgeinfer.graph import Segment
 
@@ -44,6 +44,13 @@ class Program(Protocol):
 
     def submit(self, batch: Batch) -> Ticket: ...
 
+    def describe(self) -> dict[str, Any]:
+        """Facts of what it runs on, for reports: its "device" first, then what only that has.
+
+        Where there are any: the number of "threads", the name of the "gpu".
+        """
+        ...
+
     def close(self) -> None: ...
 
 
@@ -66,6 +73,48 @@ class Backend(Protocol):
         ...
 
     def compile(self, segment: Segment, limits: StepLimits) -> Program: ...
+
+
+# -- what only some programs can do -------------------------------------------------------------
+
+
+@runtime_checkable
+class BuildsExactly(Protocol):
+    """Its kernels may have been made for a family of machines: see `build_exactly`."""
+
+    def build_exactly(self, progress: Callable[[int, int], None]) -> int: ...
+
+
+@runtime_checkable
+class KeepsKernels(Protocol):
+    """What it builds and measures is kept for the next process: see `unkept_kernels`."""
+
+    @property
+    def unkept(self) -> str: ...
+
+
+@runtime_checkable
+class Tunes(Protocol):
+    """It runs in one of several ways, with the same results: see `tune`."""
+
+    def tune(self, progress: Callable[[int, int], None]) -> str: ...
+
+
+@runtime_checkable
+class ReadsMemory(Protocol):
+    """It can tell how fast its weights can be read, in bytes a second."""
+
+    def read_bandwidth(self) -> float: ...
+
+
+@runtime_checkable
+class TimesOps(Protocol):
+    """It can run a step op by op."""
+
+    def op_seconds(self, batch: Batch) -> list[OpTime]: ...
+
+
+# -- opening one --------------------------------------------------------------------------------
 
 
 def find_device(name: str) -> Choice:
@@ -112,26 +161,20 @@ def build_exactly(program: Program, progress: Callable[[int, int], None]) -> int
 
     Returns how many; the next process takes them. `progress(done, total)` follows.
     """
-    from edgeinfer.kernels.cpu.program import CpuProgram
-
-    return program.build_exactly(progress) if isinstance(program, CpuProgram) else 0
+    return program.build_exactly(progress) if isinstance(program, BuildsExactly) else 0
 
 
 def unkept_kernels(program: Program) -> str:
     """Why what was built or measured can't be kept for the next process; "" where it is."""
-    from edgeinfer.kernels.cpu.program import CpuProgram
-
-    return program.unkept if isinstance(program, CpuProgram) else ""
+    return program.unkept if isinstance(program, KeepsKernels) else ""
 
 
-def tune(program: Program, progress: Callable[[int, int], None]) -> int | None:
-    """Find out how a program decodes fastest here, if it doesn't know yet: on how many threads.
+def tune(program: Program, progress: Callable[[int, int], None]) -> str:
+    """Find out how a program decodes fastest here, if it doesn't know yet: "on 2 threads".
 
-    `progress(done, total)` follows.
+    `progress(done, total)` follows. "" where there is nothing to find out.
     """
-    from edgeinfer.kernels.cpu.program import CpuProgram
-
-    return program.tune(progress).n_threads if isinstance(program, CpuProgram) else None
+    return program.tune(progress) if isinstance(program, Tunes) else ""
 
 
 def kernel_origins() -> dict[str, int]:

@@ -210,7 +210,8 @@ class LLM:
         if "_runtime" not in vars(self):
             return "<LLM, which could not be loaded>"
         opened = self._runtime
-        state = f"context {self.n_ctx}, {opened.device}, {opened.n_threads} threads"
+        facts = dict.fromkeys([f"context {self.n_ctx}", str(opened.device), opened.runs_on])
+        state = ", ".join(facts)
         if not self._close.alive:
             state = "closed"
         return f"<LLM {shown(self.name)} {opened.model.quantisation}: {state}>"

@@ -73,6 +73,19 @@ class Runtime:
         """Packed weights that a decode step reads."""
         return self.program.step_weight_bytes
 
+    @property
+    def runs_on(self) -> str:
+        """In words: "2 threads", the name of a GPU."""
+        facts = self.program.describe()
+        threads = [f"{facts['threads']} threads"] if "threads" in facts else []
+        gpu = [facts["gpu"]] if "gpu" in facts else []
+        return ", ".join([*gpu, *threads]) or str(self.device)
+
+    @property
+    def n_gpu_layers(self) -> int:
+        """Layers that run on a GPU, the last ones."""
+        return self.model.hparams.n_layers if self.device.kind == "cuda" else 0
+
     def close(self) -> None:
         self.engine.close()
         self._template.abandon(lambda template: template.close())

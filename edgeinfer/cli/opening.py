@@ -56,8 +56,8 @@ def open_model(
         trained = opened.model.hparams.n_ctx_train
         why = f" ({plan.note})" if plan.note else ""
         note(
-            f"{llm.name}: context {llm.n_ctx} of {trained} tokens{why}, {opened.n_threads} "
-            f"threads, {plan.summary} planned"
+            f"{llm.name}: context {llm.n_ctx} of {trained} tokens{why}, {opened.runs_on}, "
+            f"{plan.summary} planned"
         )
         yield llm
 

@@ -9,7 +9,7 @@ import ctypes
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -213,10 +213,15 @@ class CpuProgram:
             out.ids = batch.samples.ids[:n]
         return out
 
-    def tune(self, progress: Callable[[int, int], None] = lambda done, total: None) -> Schedule:
+    def describe(self) -> dict[str, Any]:
+        """What it runs on."""
+        return {"device": "cpu", "threads": self.limits.n_threads}
+
+    def tune(self, progress: Callable[[int, int], None] = lambda done, total: None) -> str:
         """Find out now what would be when idle: how steps of few rows run fastest."""
         self._tuning.finish(lambda: progress(*self._tuning.progress))
-        return self._tuning.current
+        n_threads = self._tuning.current.n_threads
+        return "on 1 thread" if n_threads == 1 else f"on {n_threads} threads"
 
     def build_exactly(self, progress: Callable[[int, int], None]) -> int:
         """Build now what would be built when idle; returns how many kernels that were."""

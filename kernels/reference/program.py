@@ -159,6 +159,10 @@ class ReferenceProgram:
         self._ticket = ReferenceTicket(self, batch)
         return self._ticket
 
+    def describe(self) -> dict[str, Any]:
+        """What it runs on."""
+        return {"device": "reference"}
+
     def close(self) -> None:
         self._is_closed, self._ticket = True, None
         self._weights.clear()
