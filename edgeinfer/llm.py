@@ -274,8 +274,7 @@ class LLM:
             overflow=self._cache_overflow(given.get("overflow", "error"), len(ids)),
             stop_ids=self._stop_ids(given.get("stop_token_ids", frozenset())),
             n_pinned=n_pinned,
-            # The reference backend computes row by row: more rows are never cheaper there.
-            speculation=given.get("speculation", opened.device.kind != "reference"),
+            speculation=given.get("speculation", opened.plan.limits.row_cost < 1),
         )
         generation = opened.engine.submit(request)
         return Stream(

@@ -85,7 +85,8 @@ class CpuBackend:
         Nothing is allocated. `compile` with the limits that this gives does not lower again.
         """
         check_shapes(segment, self.name)
-        limits = StepLimits.of(request, segment.output.dim, segment.groups, _MAX_ROWS)
+        vocab_size = segment.graph.hparams.vocab_size
+        limits = StepLimits.of(request, vocab_size, segment.groups, _MAX_ROWS)
         drawn = self._drawn = Blueprint(segment, limits)
         return Demand(limits, {HOST: drawn.rows()}, self.library.building_bytes(drawn.kernels()))
 

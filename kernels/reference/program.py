@@ -96,7 +96,9 @@ class ReferenceBackend:
     def demand(self, segment: Segment, request: StepRequest) -> Demand:
         """What an exact program keeps, and the values of a step."""
         check(segment, KNOWN, "reference")
-        limits = StepLimits.of(request, segment.output.dim, segment.groups, _MAX_ROWS)
+        vocab_size = segment.graph.hparams.vocab_size
+        # Row by row: more rows are never cheaper here.
+        limits = StepLimits.of(request, vocab_size, segment.groups, _MAX_ROWS, row_cost=1.0)
         matmuls = [op for op in segment.ops if isinstance(op, (Linear, ExpertLinear))]
         weights = {op.weight.name: op.weight for op in matmuls}
         rows = {
