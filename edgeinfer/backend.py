@@ -42,7 +42,14 @@ class Program(Protocol):
         """Bytes of weights that a step of one row reads."""
         ...
 
-    def submit(self, batch: Batch) -> Ticket: ...
+    def submit(self, batch: Batch) -> Ticket:
+        """Prepare one step, or begin it.
+
+        The arrays of a batch, page tables among them, are copied as far as the step needs them:
+        whoever made them may change them once this returns. `batch.samples` alone belongs to the
+        step until it was waited for. A sequence has the same `PageTable` objects in all its steps.
+        """
+        ...
 
     def describe(self) -> dict[str, Any]:
         """Facts of what it runs on, for reports: its "device" first, then what only that has.

@@ -82,7 +82,8 @@ class Batch:
     """One step: T input rows of any number of sequences.
 
     Rows of one sequence are consecutive and their positions ascend by one. Input is `ids`, or
-    `hidden` for a segment that does not start with token ids.
+    `hidden` for a segment that does not start with token ids. Output "ids" comes with `samples`,
+    which say how each is picked and take what is, and no other output does.
     """
 
     ids: NDArray[np.int32]  # (T,)
@@ -92,11 +93,26 @@ class Batch:
     wanted: NDArray[np.int32]  # (R,) rows whose output is asked for, ascending
     output: OutputKind = "logits"
     hidden: NDArray[np.float32] | None = None  # (T, D)
-    samples: SampleTable | None = None  # R rows, with output "ids"
+    samples: SampleTable | None = None  # R rows
 
     @property
     def n_rows(self) -> int:
         return len(self.pos)
+
+    def check(self) -> None:
+        """Assert what every program relies on, whatever its limits are."""
+        assert (self.output == "ids") == (self.samples is not None), "ids come with samples"
+
+    def snapshot(self) -> Batch:
+        """The same step, whatever becomes of the arrays that this one was made of."""
+        tables = [
+            tuple(table._replace(pages=table.pages.copy()) for table in of_sequence)
+            for of_sequence in self.tables
+        ]
+        return Batch(
+            self.ids.copy(), self.pos.copy(), self.seq.copy(), tables, self.wanted.copy(),
+            self.output, None if self.hidden is None else self.hidden.copy(), self.samples,
+        )  # fmt: skip
 
 
 @dataclass(slots=True)

@@ -39,6 +39,7 @@ from edgeinfer.graph import (
     SelectRows,
     SoftCap,
     Yarn,
+    inputs,
 )
 from edgeinfer.kernels.reference.exact import Exact
 from edgeinfer.kernels.reference.experts import add_parts, choose, multiply_chosen
@@ -83,7 +84,7 @@ KNOWN: Known = {
 class ReferenceBackend:
     """Compiles a segment for this process, at NumPy's pace.
 
-    `sampler` picks a token from a row of logits; without one only the likeliest can be asked for.
+    `sampler` picks a token from a row of logits; without one none can be asked for.
     """
 
     def __init__(self, sampler: Sampler | None = None) -> None:
@@ -156,9 +157,10 @@ class ReferenceProgram:
         assert batch.n_rows <= self._limits.max_rows
         assert len(batch.wanted) <= self._limits.max_outputs
         assert len(batch.tables) <= self._limits.max_sequences
+        batch.check()
         if self._ticket is not None:
             self._ticket.wait()
-        self._ticket = ReferenceTicket(self, batch)
+        self._ticket = ReferenceTicket(self, batch.snapshot())
         return self._ticket
 
     def describe(self) -> dict[str, Any]:
@@ -198,7 +200,10 @@ class ReferenceProgram:
             for op in self._segment.ops:
                 if ticket.is_aborted:
                     return self._outputs(aborted=True)
-                values[op.out.index] = self._run_op(op, values, batch, batch.pos)
+                if all(len(values[x.index]) for x in inputs(op)):
+                    values[op.out.index] = self._run_op(op, values, batch, batch.pos)
+                else:  # nobody wants a row
+                    values[op.out.index] = np.empty((0, op.out.dim), np.float32)
             return self._collect(values, batch)
 
     def _run_op(self, op: Op, values: Mapping[int, Floats], batch: Batch, pos: Ints) -> Floats:
@@ -295,9 +300,7 @@ class ReferenceProgram:
         if batch.output == "logits":
             return self._outputs(logits=result)
         table = batch.samples
-        if table is None:
-            # argmax takes the first of equals: ties go to the lower id.
-            return self._outputs(ids=result.argmax(axis=1).astype(np.int32))
+        assert table is not None
         assert self._sampler is not None, "this ReferenceBackend was given no sampler"
         for i, logits in enumerate(result):
             table.store(i, self._sampler(logits, table.row(i)))
