@@ -31,7 +31,7 @@ class LoadOptions(TypedDict, total=False):
     threads: int | None
     kv_type: str | tuple[str, str] | None  # "f16"
     device: str | None  # "auto", "cpu", "cuda", "cuda:1" or "reference"
-    gpu_layers: int | None
+    gpu_layers: int | str | None  # the last ones; -1: all; "auto": as many as fit
     slots: int | None  # full-length contexts that the cache holds, 1
     chat_template: str | None  # a name or a file
     pre: str | None  # pre-tokenizer, for a file that names none or an unknown one

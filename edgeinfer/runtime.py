@@ -5,6 +5,7 @@ Knows nothing of requests or of text that is generated.
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import time
@@ -56,6 +57,7 @@ class Runtime:
     device: Device
     device_note: str
     n_threads: int
+    n_gpu_layers: int  # the last ones
     load_s: float
     _tokenizer: _Later[Tokenizer]
     _template: _Later[ChatTemplate]
@@ -75,16 +77,14 @@ class Runtime:
 
     @property
     def runs_on(self) -> str:
-        """In words: "2 threads", the name of a GPU."""
-        facts = self.program.describe()
-        threads = [f"{facts['threads']} threads"] if "threads" in facts else []
-        gpu = [facts["gpu"]] if "gpu" in facts else []
-        return ", ".join([*gpu, *threads]) or str(self.device)
-
-    @property
-    def n_gpu_layers(self) -> int:
-        """Layers that run on a GPU, the last ones."""
-        return self.model.hparams.n_layers if self.device.kind == "cuda" else 0
+        """In words: "2 threads", "20 of 32 layers on RTX 4090, 2 threads"."""
+        facts, n_layers = self.program.describe(), self.model.hparams.n_layers
+        words = [f"{facts['threads']} threads"] if "threads" in facts else []
+        if "gpu" in facts:
+            is_whole = self.n_gpu_layers == n_layers
+            share = "" if is_whole else f"{self.n_gpu_layers} of {n_layers} layers on "
+            words.insert(0, share + facts["gpu"])
+        return ", ".join(words) or str(self.device)
 
     def close(self) -> None:
         self.engine.close()
@@ -155,7 +155,7 @@ def _load(path: Path, settings: LoadSettings, templates: TemplateEngine | None) 
     try:
         model, packs = Model.load(file), threading.Event()
         segment = model.graph.segment(n_ctx=settings.n_ctx)
-        backend, plan = _planned(segment, settings, _progress(settings, packs))
+        backend, plan, n_gpu_layers = _planned(segment, settings, _progress(settings, packs))
         # Text is got ready while weights are packed, which needs no Python: sooner it delays that.
         tokenizer = _Later(lambda: _make_tokenizer(file, settings, packs))
         try:
@@ -177,7 +177,7 @@ def _load(path: Path, settings: LoadSettings, templates: TemplateEngine | None) 
     load_s = time.perf_counter() - start
     return Runtime(
         model, plan, program, engine, settings.device, settings.device_note, settings.n_threads,
-        load_s, tokenizer, template,
+        n_gpu_layers, load_s, tokenizer, template,
     )  # fmt: skip
 
 
@@ -209,13 +209,25 @@ def _planned(
     settings: LoadSettings,
     progress: CompileProgress | None = None,
     freed: Mapping[str, int] = MappingProxyType({}),
-) -> tuple[Backend, MemoryPlan]:
-    """The machine that is to run it, and the memory that takes; PlanError where it does not fit."""
+) -> tuple[Backend, MemoryPlan, int]:
+    """The machine that is to run it, the memory that takes, and how many layers are on a GPU.
+
+    PlanError where it does not fit.
+    """
     available = settings.available_memory()
     memory = available + freed.get(HOST, 0) - PYTHON_BYTES
-    backend = open_backend(settings.device, progress=progress, memory=memory)
+
+    def opened(device: Device) -> Backend:
+        return open_backend(device, progress=progress, memory=memory)
+
+    backend = opened(settings.device)
     request = PlanRequest(settings.n_ctx, settings.slots, settings.n_threads, available, freed)
-    return backend, solve(segment, backend, request)
+    if settings.device.has_number:
+        from edgeinfer.placement import place  # what other devices don't need
+
+        open_cpu = functools.cache(lambda: opened(Device("cpu")))
+        return place(segment, backend, open_cpu, settings.gpu_layers, request)
+    return backend, solve(segment, backend, request), 0
 
 
 def _make_tokenizer(file: GGUFFile, settings: LoadSettings, packs: threading.Event) -> Tokenizer:

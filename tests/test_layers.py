@@ -29,7 +29,8 @@ fusion known
 kernels.buffers kernels.shapes
 kernels.reference kernels.cpu kernels.cuda
 model backend
-engine load_settings
+engine load_settings chain
+placement
 runtime stream
 llm server inspect_file
 aio bench
