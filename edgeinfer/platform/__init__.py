@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         bytes_below,
         delete_all,
         files_below,
+        forget_file_pages,
         free_disk,
         is_at,
         is_writable,
@@ -72,9 +73,9 @@ _NAMES = {
     "forks": "ForkedProcess",
     "devices": "CudaDriver Gpu board_name cuda_driver",
     "files": (
-        "ReadableFile append_private bytes_below delete_all files_below free_disk is_at "
-        "is_writable make_folder open_appending open_scratch read_whole sync try_lock "
-        "unlink_open write_whole"
+        "ReadableFile append_private bytes_below delete_all files_below forget_file_pages "
+        "free_disk is_at is_writable make_folder open_appending open_scratch read_whole sync "
+        "try_lock unlink_open write_whole"
     ),
     "limits": "ProcessLimits ended_for_time",
     "memory": "available_memory peak_rss rss",
@@ -112,6 +113,7 @@ __all__ = [
     "ended_for_time",
     "files_below",
     "find_program",
+    "forget_file_pages",
     "free_disk",
     "input_waits",
     "is_at",
