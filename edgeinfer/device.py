@@ -92,11 +92,12 @@ def _check_cuda(driver: CudaDriver | None, index: int) -> None:
     """Raise DeviceError unless kernels can run on this GPU."""
     if driver is None:
         raise DeviceError(
-            "no NVIDIA driver was found", advice=("install the one of your GPU", *_ON_THE_CPU)
+            f"cuda:{index} needs an NVIDIA driver, and none was found",
+            advice=("install the one of your GPU", *_ON_THE_CPU),
         )
     if driver.error or not driver.devices:
         raise DeviceError(
-            f"the NVIDIA driver finds no GPU (error {driver.error})",
+            f"the NVIDIA driver finds no GPU for cuda:{index} (error {driver.error})",
             advice=("see what nvidia-smi says", *_ON_THE_CPU),
         )
     if index >= len(driver.devices):
@@ -105,17 +106,22 @@ def _check_cuda(driver: CudaDriver | None, index: int) -> None:
     gpu = driver.devices[index]
     if driver.version < _LEAST_DRIVER:
         raise DeviceError(
-            f"the NVIDIA driver runs CUDA up to {cuda_version(driver)}, 12.0 is needed",
+            f"the NVIDIA driver of cuda:{index} runs CUDA up to {cuda_version(driver)}, 12.0 is "
+            "needed",
             advice=("update the driver", *_ON_THE_CPU),
         )
     if _capability(gpu) < _LEAST_CAPABILITY:
         raise DeviceError(
-            f"{gpu.name} has compute capability {gpu.compute_capability}, 6.1 is needed",
+            f"cuda:{index} ({gpu.name}) has compute capability {gpu.compute_capability}, 6.1 is "
+            "needed",
             advice=("use ", Keyword("device", "cpu")),
         )
     if not has_cupy():
         command = install_command(driver, index)
-        raise DeviceError("CuPy is missing", advice=(f"run {command}", *_ON_THE_CPU))
+        raise DeviceError(
+            f"cuda:{index} ({gpu.name}) needs CuPy, which is not installed",
+            advice=(f"run {command}", *_ON_THE_CPU),
+        )
 
 
 def has_cupy() -> bool:

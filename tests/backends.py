@@ -7,18 +7,15 @@ one can't run.
 from __future__ import annotations
 
 import shutil
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import pytest
 
 from edgeinfer import DeviceError
-from edgeinfer.backend import Backend, find_device
+from edgeinfer.backend import Backend, find_device, open_backend
 from edgeinfer.batch import Batch, Demand, PageTable, StepLimits, StepRequest
 from edgeinfer.chain import ChainBackend, Stretch
-from edgeinfer.device import Device
 from edgeinfer.graph import Segment
 from edgeinfer.kernels.cpu.program import CpuBackend
 from edgeinfer.kernels.reference import ReferenceBackend, ReferenceProgram
@@ -88,17 +85,12 @@ def backend(name: str) -> Any:
         return QuantisedReference()
     if name == "cpu":
         return CpuBackend(cache_root())
-    module = "edgeinfer.kernels.cuda.program"
-    if find_spec(module) is None:
-        pytest.skip("this version has no kernels/cuda/program.py")
     if name == "shim" and shutil.which("g++") is None:
         pytest.skip("no g++ to compile the CUDA kernels for processors")
-    if name == "cuda":
-        try:
-            find_device("cuda")
-        except DeviceError as error:
-            pytest.skip(str(error))
-    return import_module(module).CudaBackend(Device.parse(name), cache_root(), None)
+    try:
+        return open_backend(find_device(name).device)
+    except DeviceError as error:
+        pytest.skip(str(error))
 
 
 def batch_of(

@@ -83,12 +83,27 @@ def test_auto_takes_the_first_gpu_that_is_usable(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("driver", "index", "has_cupy", "says"),
     [
-        (None, 0, True, "no NVIDIA driver was found; install"),
-        (CudaDriver(13000, (), 100), 0, True, r"finds no GPU \(error 100\); see what nvidia-smi"),
+        (None, 0, True, "needs an NVIDIA driver, and none was found; install"),
+        (
+            CudaDriver(13000, (), 100),
+            0,
+            True,
+            r"finds no GPU for cuda:0 \(error 100\); see what nvidia-smi",
+        ),
         (CudaDriver(11040, (NEW,)), 0, True, r"up to 11.4, 12.0 is needed; update the driver"),
-        (DRIVER, 0, True, "GTX 960 has compute capability 5.2, 6.1 is needed; use device='cpu'"),
+        (
+            DRIVER,
+            0,
+            True,
+            r"cuda:0 \(GTX 960\) has compute capability 5.2, 6.1 is needed; use device='cpu'",
+        ),
         (DRIVER, 2, True, r"no cuda:2; there are cuda:0 \(GTX 960\), cuda:1 \(RTX 4090\)"),
-        (DRIVER, 1, False, "CuPy is missing; run .*-m pip install 'cupy-cuda12x"),
+        (
+            DRIVER,
+            1,
+            False,
+            "needs CuPy, which is not installed; run .*-m pip install 'cupy-cuda12x",
+        ),
         (CudaDriver(13010, (NEW,)), 0, False, "-m pip install 'cupy-cuda13x"),
         (CudaDriver(13010, (Gpu("GTX 1080", "6.1", 1),)), 0, False, "'cupy-cuda12x"),
     ],
