@@ -96,11 +96,15 @@ class Graph(ModelReader):
         high = n if last == n else last - 1
         n_ctx = self.hparams.n_ctx_train if n_ctx is None else n_ctx
         ops = tuple(_in_context(op, n_ctx) for op in self.ops if low <= op.layer <= high)
-        output = self.logits if last == n else self._boundaries[last - 1]
+        output = self.logits if last == n else self.boundary(last - 1)
         hidden = self.hidden if last == n else output
         assert output is not None and hidden is not None, "the model's forward() recorded no head"
-        entering = None if first == 0 else self._boundaries[first - 1]
+        entering = None if first == 0 else self.boundary(first - 1)
         return Segment(self, ops, entering, output, hidden, last == n)
+
+    def boundary(self, layer: int) -> Value:
+        """The residual stream that leaves a layer."""
+        return self._boundaries[layer]
 
     # -- operations --------------------------------------------------------------------------
 

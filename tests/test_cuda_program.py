@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
-from numpy.typing import NDArray
 
 from edgeinfer.batch import Batch, PageTable, StepLimits
 from edgeinfer.gguf import GGUFFile
@@ -17,25 +16,20 @@ from edgeinfer.graph import Segment
 from edgeinfer.kernels.cuda.program import CudaBackend, CudaProgram
 from edgeinfer.kernels.reference import ReferenceBackend
 from edgeinfer.model import Model
+from edgeinfer.sampling.sampler import ReferenceSampler
 
 from . import test_graphs
+from .backends import IDS, LIMITS, batch_of
 from .models_for_tests import tiny_model
 from .native import cache_root
 from .random_graphs import MODELS, Drawn, Recorder
 from .shim import shim
-from .test_cpu_program import IDS, LIMITS, batch_of
-
-
-class NoSampler:
-    """For steps that want rows."""
-
-    def sample(self, logits: NDArray[np.float32], table: Any) -> None:
-        raise AssertionError("nothing is sampled here")
 
 
 @cache
 def backend() -> CudaBackend:
-    return CudaBackend(shim(cache_root() / "shim", runs_at_once=False), NoSampler())
+    device = shim(cache_root() / "shim", runs_at_once=False)
+    return CudaBackend(device, "shim:0", lambda n_vocab, n_threads: ReferenceSampler())
 
 
 def cuda(segment: Segment, limits: StepLimits = LIMITS) -> CudaProgram:
@@ -118,5 +112,5 @@ def test_an_aborted_step_says_so_and_the_next_one_is_right(segment: Segment) -> 
 def test_a_plan_is_what_a_program_reserves(segment: Segment) -> None:
     before = backend().device.memory()[0]
     with cuda(segment) as program:
-        assert before - backend().device.memory()[0] == sum(program.memory.values())
+        assert before - backend().device.memory()[0] == sum(program.memory["shim:0"].values())
     assert backend().device.memory()[0] == before

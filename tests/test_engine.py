@@ -149,6 +149,20 @@ def test_a_long_prompt_does_not_starve_others(engine: Engine, program: Programs)
     assert (1, 1) in program.batches
 
 
+def test_a_prompt_beside_others_takes_as_many_rows_as_the_machine_says(model: Model) -> None:
+    limits = _limits(shared_rows=5)
+    program = Programs(ReferenceBackend(ReferenceSampler()).compile(model.graph.segment(), limits))
+    engine = Engine(program, limits, N_CTX, VOCAB)
+    try:
+        short = engine.submit(_request(max_tokens=90))
+        next(short)
+        long = engine.submit(_request(*[5] * 200, max_tokens=1))
+        assert _finish(long).reason == _finish(short).reason == "length"
+        assert max(n_rows for n_rows, n_sequences in program.batches if n_sequences == 2) == 6
+    finally:
+        engine.close()
+
+
 def test_more_requests_than_sequences_wait_their_turn(engine: Engine) -> None:
     generations = [engine.submit(_request(256, n, max_tokens=4)) for n in range(11)]
     assert [len(_tokens(generation)) for generation in generations] == [4] * 11

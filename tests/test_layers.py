@@ -19,7 +19,7 @@ LAYERS = """
 terminal
 errors
 config quant platform options parameters results settings
-gguf dequantize
+device gguf dequantize
 rope
 text sampling hub ops
 mixture model_reader
@@ -29,7 +29,8 @@ fusion known
 kernels.buffers kernels.shapes
 kernels.reference kernels.cpu kernels.cuda
 model backend
-engine load_settings
+engine load_settings chain
+placement
 runtime stream
 llm server inspect_file
 aio bench

@@ -187,9 +187,6 @@ def test_outputs(models: dict[str, Model]) -> None:
     with open_program(model.graph.segment(), "exact") as program:
         scores = step(program, ids, 0, table).logits
         assert scores.shape == (5, hp.vocab_size)
-        picked = step(program, ids, 0, table, output="ids")
-        assert picked.ids.tolist() == scores.argmax(axis=1).tolist()
-        assert picked.logits.size == 0
         hidden = step(program, ids, 0, table, output="hidden").hidden
         head = model.file.tensors["output.weight"]
         np.testing.assert_allclose(hidden @ dequantize(head).T, scores, atol=1e-5)
@@ -215,6 +212,7 @@ def test_sampled_ids_come_from_the_given_sampler(models: dict[str, Model]) -> No
     with backend.compile(segment, StepLimits({0: 4}, 8, 8, 1, 1)) as program:
         scores = step(program, ids, 0, flat_table([0])).logits
         picked = step(program, ids, 0, flat_table([0]), output="ids", samples=table)
+    assert picked.logits.size == 0
     assert picked.ids.tolist() == (scores.argmin(axis=1) + [1, 0]).tolist()
     assert table.ids[:2].tolist() == picked.ids.tolist()
 

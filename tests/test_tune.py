@@ -153,7 +153,7 @@ def test_a_program_tunes_itself(tmp_path: Path) -> None:
                 expected = logits.copy()
                 for _ in range(1, n_steps):
                     logits = program.submit(batch).wait().logits
-                assert program.tune() in schedules(2)
+                assert program.tune() in ("on 1 thread", "on 2 threads")
                 assert np.array_equal(logits, expected), "views are valid until the next step"
                 assert tune.read(path, schedules(2)) == tuning.schedule
             assert np.array_equal(program.submit(batch).wait().logits, expected)

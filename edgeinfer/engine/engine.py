@@ -54,7 +54,7 @@ class Engine:
     ) -> None:
         self.limits, self.n_ctx, self.n_vocab = limits, n_ctx, n_vocab
         self._program = program
-        self._costs = costs or StepCosts()
+        self._costs = costs or StepCosts(limits.row_cost)
         self._scheduler = Scheduler(limits, self._costs)
         self._samples = SampleTable(self._scheduler.max_samples)
         self._changed = threading.Condition()

@@ -9,17 +9,19 @@ import ctypes
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from edgeinfer import platform
 from edgeinfer.batch import (
+    HOST,
     Batch,
     Demand,
     OpTime,
     OutputKind,
     Outputs,
+    PageTable,
     StepLimits,
     StepRequest,
 )
@@ -72,15 +74,20 @@ class CpuBackend:
         self._memory = memory
         self._drawn: Blueprint | None = None  # what `compile` will most likely be asked for
 
+    def memories(self, host: int) -> dict[str, int]:
+        """All is in the host's memory."""
+        return {HOST: host}
+
     def demand(self, segment: Segment, request: StepRequest) -> Demand:
         """What a program would take; UnsupportedModelError names what no kernel takes.
 
         Nothing is allocated. `compile` with the limits that this gives does not lower again.
         """
         check_shapes(segment, self.name)
-        limits = StepLimits.of(request, segment.output.dim, segment.groups, _MAX_ROWS)
+        vocab_size = segment.graph.hparams.vocab_size
+        limits = StepLimits.of(request, vocab_size, segment.groups, _MAX_ROWS)
         drawn = self._drawn = Blueprint(segment, limits)
-        return Demand(limits, drawn.rows(), self.library.building_bytes(drawn.kernels()))
+        return Demand(limits, {HOST: drawn.rows()}, self.library.building_bytes(drawn.kernels()))
 
     def can_build_beside(self, n_bytes: int) -> bool:
         """Whether there is memory for building when idle, beside what a program takes."""
@@ -132,6 +139,7 @@ class CpuProgram:
         self._backend, self._closed = backend, False
         self._drawn, self._lowered, self._weights = drawn, drawn.lowered, drawn.weights
         self._memories: list[platform.Memory] = []
+        self._pages, self._pages_at = np.zeros(0, np.int32), 0  # of the page tables of a step
         try:
             self._make()
         except BaseException:
@@ -168,20 +176,32 @@ class CpuProgram:
         assert 0 < n_rows <= limits.max_rows, f"{n_rows} rows, room for {limits.max_rows}"
         assert n_wanted <= limits.max_outputs, f"{n_wanted} outputs, room for {limits.max_outputs}"
         assert len(batch.tables) <= limits.max_sequences
+        batch.check()
         self._pos[:n_rows], self._seq[:n_rows] = batch.pos, batch.seq
         self._wanted[:n_wanted] = batch.wanted
         if batch.hidden is None:
             self._ids[:n_rows] = batch.ids
         else:
             self._input[:n_rows] = batch.hidden
-        for i, tables in enumerate(batch.tables):
-            for group, (pages, n_pinned, n_visible) in zip(self._tables, tables, strict=True):
-                group[i] = pages.ctypes.data, len(pages), n_pinned, n_visible
+        self._copy_tables(batch.tables)
         samples = batch.samples.address if batch.samples else 0
         self._header[:_STEP_WORDS] = n_rows, n_wanted, len(batch.tables), samples, 0
         is_few = n_rows <= _FEW_ROWS
         schedule = self._tuning.next(n_rows) if is_few else self._schedules[0]
         return CpuTicket(self, batch, schedule)
+
+    def _copy_tables(self, tables: list[tuple[PageTable, ...]]) -> None:
+        """Keep the page tables of a step: whoever gave them may change them meanwhile."""
+        n = sum(len(table.pages) for of_sequence in tables for table in of_sequence)
+        if n > len(self._pages):
+            self._pages = np.empty(n, np.int32)
+            self._pages_at = self._pages.ctypes.data
+        copies, address, end = self._pages, self._pages_at, 0
+        for i, of_sequence in enumerate(tables):
+            for group, (pages, n_pinned, n_visible) in zip(self._tables, of_sequence, strict=True):
+                start, end = end, end + len(pages)
+                copies[start:end] = pages
+                group[i] = address + 4 * start, len(pages), n_pinned, n_visible
 
     def _run(self, batch: Batch, schedule: Schedule) -> Outputs:
         tape = self._step_tape(schedule, batch.output)
@@ -202,14 +222,20 @@ class CpuProgram:
             out.hidden = self._hidden[:n]
         elif batch.output == "logits":
             out.logits = self._logits[:n]
-        elif batch.samples is not None:
+        else:
+            assert batch.samples is not None
             out.ids = batch.samples.ids[:n]
         return out
 
-    def tune(self, progress: Callable[[int, int], None] = lambda done, total: None) -> Schedule:
+    def describe(self) -> dict[str, Any]:
+        """What it runs on."""
+        return {"device": "cpu", "threads": self.limits.n_threads}
+
+    def tune(self, progress: Callable[[int, int], None] = lambda done, total: None) -> str:
         """Find out now what would be when idle: how steps of few rows run fastest."""
         self._tuning.finish(lambda: progress(*self._tuning.progress))
-        return self._tuning.current
+        n_threads = self._tuning.current.n_threads
+        return "on 1 thread" if n_threads == 1 else f"on {n_threads} threads"
 
     def build_exactly(self, progress: Callable[[int, int], None]) -> int:
         """Build now what would be built when idle; returns how many kernels that were."""
@@ -262,7 +288,7 @@ class CpuProgram:
         self._ids = np.zeros(limits.max_rows, np.int32)
         self._wanted = np.zeros(limits.max_outputs, np.int32)
         shape = len(limits.n_pages), limits.max_sequences, layout.TABLE_BYTES // layout.WORD
-        self._tables = np.zeros(shape, np.int64)
+        self._tables: NDArray[np.int64] = np.zeros(shape, np.int64)
         for word, array in (
             (layout.H_POS, self._pos),
             (layout.H_SEQ, self._seq),

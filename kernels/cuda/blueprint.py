@@ -11,6 +11,7 @@ from edgeinfer.kernels.cuda.kernel import Kernel
 from edgeinfer.kernels.cuda.layout import ALIGNMENT, StepArrays, page_bytes
 from edgeinfer.kernels.cuda.lower import Lowering
 from edgeinfer.kernels.cuda.lower_base import LayerCache, StepBuffers
+from edgeinfer.kernels.cuda.tiles import row_stride
 from edgeinfer.kernels.cuda.weights import TiledWeights, matrix_bytes
 from edgeinfer.quant import Weight
 
@@ -46,6 +47,12 @@ class Blueprint:
             **self._cache_rows,
             "scratch": self.scratch.n_bytes + self.step.n_bytes,
         }
+
+    @property
+    def logits_bytes(self) -> int:
+        """Of the host's memory, for what comes back of a step."""
+        dim = self.segment.output.dim if self.segment.is_last else self.segment.hidden.dim
+        return 4 * row_stride(dim) * self.limits.max_outputs
 
     @property
     def step_weight_bytes(self) -> int:

@@ -6,11 +6,11 @@ Knows no scheduling and no files, nor whether the device is a GPU or the shim.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from edgeinfer.batch import Batch, Demand, Outputs, StepLimits, StepRequest
+from edgeinfer.batch import HOST, Batch, Demand, Outputs, Sampler, StepLimits, StepRequest
 from edgeinfer.errors import ClosedError
 from edgeinfer.graph import Segment
 from edgeinfer.kernels.buffers import Buffer
@@ -21,7 +21,6 @@ from edgeinfer.kernels.cuda.device import Bound, Device, DeviceFacts
 from edgeinfer.kernels.cuda.lower_base import FEW_ROWS
 from edgeinfer.kernels.cuda.tiles import row_stride
 from edgeinfer.kernels.shapes import check_shapes
-from edgeinfer.sampling.params import SampleTable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -29,45 +28,88 @@ if TYPE_CHECKING:
 Progress: TypeAlias = Callable[[str, int, int], None]  # stage, done, total
 
 
-class HostSampler(Protocol):
-    """Picks tokens from logits in host memory."""
+# The sampler for a vocabulary of a size, and so many threads: what the device leaves to the host.
+MakeSampler: TypeAlias = Callable[[int, int], Sampler]
 
-    def sample(self, logits: NDArray[np.float32], table: SampleTable) -> None:
-        """Fill the outputs of the first R rows of a table by logits (R, V)."""
-        ...
+_DRIVER_BYTES = 300 << 20  # that a GPU's driver takes beside all that is reserved
+_SHARED_ROWS = 256  # of prompts, in a step that also decodes
+_ROW_COST = 0.02  # of a step of few rows, for one row more: weights are read once for all
 
 
 class CudaBackend:
-    """Compiles segments for one device. `progress("kernels" | "weights", done, total)` follows."""
+    """Compiles segments for one device. `progress("kernels" | "weights", done, total)` follows.
 
-    name = "cuda"
+    `name` is that of its memory in a plan, too: "cuda:0".
+    """
 
     def __init__(
-        self, device: Device, sampler: HostSampler, progress: Progress | None = None
+        self,
+        device: Device,
+        name: str,
+        make_sampler: MakeSampler,
+        progress: Progress | None = None,
     ) -> None:
-        self.device, self.sampler = device, sampler
+        self.device, self.name, self._make_sampler = device, name, make_sampler
         self._progress = progress or (lambda stage, done, total: None)
         self._drawn: Blueprint | None = None  # what `compile` will most likely be asked for
 
+    def memories(self, host: int) -> dict[str, int]:
+        """Bytes that may be taken of the host's memory and of the device's own, if it has any."""
+        free = max(0, self.device.memory()[0] - _DRIVER_BYTES)
+        if self.device.facts.has_own_memory:
+            return {HOST: host, self.name: free}
+        return {HOST: min(host, free)}
+
     def demand(self, segment: Segment, request: StepRequest) -> Demand:
         """What a program would take; UnsupportedModelError names what no kernel takes."""
-        check_shapes(segment, self.name)
+        check_shapes(segment, "cuda")
         limits = StepLimits.of(
-            request, segment.output.dim, segment.groups, _max_rows(self.device.facts)
+            request,
+            segment.graph.hparams.vocab_size,
+            segment.groups,
+            _max_rows(self.device.facts),
+            _SHARED_ROWS,
+            _ROW_COST,
         )
         drawn = self._drawn = Blueprint(segment, limits)
-        return Demand(limits, drawn.rows())
+        sampler = self.sampler(drawn)
+        return Demand(limits, self.rows(drawn), sampler.building_bytes if sampler else 0)
+
+    def rows(self, drawn: Blueprint) -> dict[str, dict[str, int]]:
+        """Bytes by memory and purpose."""
+        sampler = self.sampler(drawn)
+        here = {"logits": drawn.logits_bytes + (sampler.n_bytes if sampler else 0)}
+        if self.device.facts.has_own_memory:
+            return {HOST: here, self.name: drawn.rows()}
+        return {HOST: {**drawn.rows(), **here}}
+
+    def sampler(self, drawn: Blueprint) -> Sampler | None:
+        """What picks tokens of a program's logits; nothing is taken before it is opened."""
+        if not drawn.segment.is_last:
+            return None
+        return self._make_sampler(drawn.segment.output.dim, drawn.limits.n_threads)
 
     def compile(self, segment: Segment, limits: StepLimits) -> CudaProgram:
         """Load or compile kernels, reserve memory for `limits`, send the weights up."""
         drawn, self._drawn = self._drawn, None
         if drawn is None or (drawn.segment, drawn.limits) != (segment, limits):
-            check_shapes(segment, self.name)
+            check_shapes(segment, "cuda")
             drawn = Blueprint(segment, limits)
         return CudaProgram(self, drawn)
 
     def report(self, stage: str) -> Callable[[int, int], None]:
         return lambda done, total: self._progress(stage, done, total)
+
+
+def open_device(kind: str, index: int) -> Device:
+    """A GPU ("cuda"), or the processors in its place ("shim")."""
+    if kind == "shim":
+        from edgeinfer.kernels.cuda.shim import ShimDevice
+
+        return ShimDevice()
+    from edgeinfer.kernels.cuda.cupy_device import CudaDevice
+
+    return CudaDevice(index)
 
 
 class CudaTicket:
@@ -96,6 +138,7 @@ class CudaProgram:
         self._backend, self._device = backend, backend.device
         self._drawn, self._lowered = drawn, drawn.lowered
         self._reserved: list[int] = []
+        self._sampler: Sampler | None = None
         self._closed = False
         try:
             self._make()
@@ -121,7 +164,10 @@ class CudaProgram:
         self._no_rows = np.zeros((0, 0), np.float32)
         self._no_ids = np.zeros(0, np.int32)
         self._aborted = False
-        self.memory = drawn.rows()
+        self.memory = self._backend.rows(drawn)
+        self._sampler = self._backend.sampler(drawn)
+        if self._sampler is not None:
+            self._sampler.open()
 
     # -- steps ---------------------------------------------------------------------------------
 
@@ -129,6 +175,7 @@ class CudaProgram:
         """Send a step to the device."""
         if self._closed:
             raise ClosedError("this program was closed")
+        batch.check()
         n_rows, n_wanted, limits = batch.n_rows, len(batch.wanted), self.limits
         assert 0 < n_rows <= limits.max_rows, f"{n_rows} rows, room for {limits.max_rows}"
         assert n_wanted <= limits.max_outputs, f"{n_wanted} outputs, room for {limits.max_outputs}"
@@ -194,8 +241,8 @@ class CudaProgram:
             out.logits = self._read_rows(lowered.logits, n_wanted, segment.output.dim)
         out.aborted = self._aborted
         if segment.is_last and batch.output == "ids" and not out.aborted:
-            assert batch.samples is not None, "ids are sampled as a table says"
-            self._backend.sampler.sample(out.logits, batch.samples)
+            assert batch.samples is not None and self._sampler is not None
+            self._sampler.sample(out.logits, batch.samples)
             out.ids, out.logits = batch.samples.ids[:n_wanted], self._no_rows
         return out
 
@@ -203,6 +250,9 @@ class CudaProgram:
         self._aborted = True
         step = self._drawn.step_buffer.address
         self._device.write_now(step + self._arrays.abort_offset, 1)
+
+    def describe(self) -> dict[str, Any]:
+        return {"device": self._backend.name, "gpu": self._device.facts.name}
 
     @property
     def step_weight_bytes(self) -> int:
@@ -216,6 +266,8 @@ class CudaProgram:
             self._free()
 
     def _free(self) -> None:
+        if self._sampler is not None:
+            self._sampler.close()
         for address in self._reserved:
             self._device.free(address)
         self._reserved.clear()
