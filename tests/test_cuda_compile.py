@@ -48,6 +48,10 @@ EI_KERNEL(64) k(const Step* step, float* out, const uint4* x, unsigned n) {
   const double z = ei_fma((double)y, ei_div((double)y, 3.0), ei_sqrt((double)y));
   all[threadIdx.x] = ei_sum32(y) + ei_max32(y) + ei_sum32(sum[1]) + (float)ei_rint(z);
   more[threadIdx.x] = __dp4a((int)a.x, (int)a.y, sum[2]);
+  ei_copy_async<4>(more + threadIdx.x, x);
+  ei_copy_async<16>(more + 64 + 4 * threadIdx.x, x);
+  ei_copy_group();
+  ei_copy_wait<0>();
   __syncthreads();
   out[threadIdx.x] = all[63 - threadIdx.x] + more[63 - threadIdx.x];
 }

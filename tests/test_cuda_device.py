@@ -297,6 +297,25 @@ def test_a_missing_barrier_is_found(make: Make, barrier: str) -> None:
         assert np.array_equal(run(device, 256, 256), right) == (barrier == "__syncthreads();")
 
 
+@pytest.mark.parametrize("wait", ["ei_copy_wait<1>();", "ei_copy_wait<2>();", ""])
+def test_a_missing_wait_for_a_copy_is_found(make: Make, wait: str) -> None:
+    device = make(f"""
+EI_KERNEL(32) k(const Step* step, int* out, const uint4* x) {{
+  EI_SHARED(uint4, values, [3][32]);
+  for (int i = 0; i < 3; ++i) {{
+    ei_copy_async<16>(&values[i][threadIdx.x], x + 32 * i + threadIdx.x);
+    ei_copy_group();
+  }}
+  {wait}
+  __syncthreads();
+  ((uint4*)out)[threadIdx.x] = values[1][31 - threadIdx.x];
+}}
+""")
+    x = np.arange(3 * 32 * 4, dtype=np.int32).reshape(3, 32, 4)
+    out = run(device, 128, x=put(device, x)).reshape(32, 4)
+    assert np.array_equal(out, x[1, ::-1] if "<1>" in wait else np.full((32, 4), -1))
+
+
 @pytest.mark.parametrize(
     ("body", "said"),
     [

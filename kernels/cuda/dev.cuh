@@ -121,7 +121,9 @@ EI_DEV unsigned ei_stream(const unsigned* p) {
 // Copies N bytes, 4, 8 or 16, to shared memory, where they are once a wait for their group is over.
 template <int N>
 EI_DEV void ei_copy_async(void* shared, const void* global) {
-#if defined(EI_CPU) || __CUDA_ARCH__ < 800
+#if defined(EI_CPU)
+  ei_run->copy_later(shared, global, N);
+#elif __CUDA_ARCH__ < 800
   struct alignas(N) Bytes { unsigned words[N / 4]; };
   *(Bytes*)shared = *(const Bytes*)global;
 #else
@@ -137,7 +139,9 @@ EI_DEV void ei_copy_async(void* shared, const void* global) {
 
 // Ends a group of a thread's copies.
 EI_DEV void ei_copy_group() {
-#if !defined(EI_CPU) && __CUDA_ARCH__ >= 800
+#if defined(EI_CPU)
+  ei_run->end_copy_group();
+#elif __CUDA_ARCH__ >= 800
   asm volatile("cp.async.commit_group;" : : : "memory");
 #endif
 }
@@ -145,7 +149,9 @@ EI_DEV void ei_copy_group() {
 // Waits for all of a thread's groups but the last N.
 template <int N>
 EI_DEV void ei_copy_wait() {
-#if !defined(EI_CPU) && __CUDA_ARCH__ >= 800
+#if defined(EI_CPU)
+  ei_run->wait_for_copies(N);
+#elif __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_group %0;" : : "n"(N) : "memory");
 #endif
 }
