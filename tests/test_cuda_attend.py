@@ -17,6 +17,7 @@ from edgeinfer.kernels.cuda.attention import (
     n_segments,
     part_floats,
 )
+from edgeinfer.kernels.cuda.kernel import Sources
 from edgeinfer.kernels.reference.quantised import Quantised
 from tests.cuda_shim import Floats, rows_in_memory, run, same_bits, step, stride_of
 from tests.shim import SEEDS
@@ -165,7 +166,7 @@ class Case:
             self.run_segments(common, inputs, end, n, spare)
         else:
             most_rows = 1 if kernel == "single rows" else 16
-            launch = AttendRowsLaunch.of(cache, self.n_heads, most_rows)
+            launch = AttendRowsLaunch.of(cache, self.n_heads, self.cap > 0, most_rows)
             grid = launch.n_tiles, -(-n // launch.n_rows) + spare
             run(launch.kernel, grid, launch.threads, **common, **inputs, **end)
         assert np.isnan(out[n]).all()
@@ -180,7 +181,7 @@ class Case:
         spare: int,
     ) -> None:
         """By segments, whose parts are folded."""
-        cache, launch = self.cache, AttendLaunch.of(self.cache, self.n_heads)
+        cache, launch = self.cache, AttendLaunch.of(self.cache, self.n_heads, self.cap > 0)
         most = spare + max(
             n_segments(self.tables[s], p, cache.window)
             for s, p in zip(common["seq"], common["pos"].tolist(), strict=True)
@@ -300,3 +301,19 @@ def test_segments_are_counted_as_pages_are_seen() -> None:
         table = PageTable(np.zeros(n_pinned + 50, np.int32), n_pinned, n_visible)
         segments = {page // 16 for page in table.visible(pos, window)}
         assert n_segments(table, pos, window) == len(segments)
+
+
+@pytest.mark.parametrize(
+    ("n_heads", "n_kv_heads", "dim", "has_cap"),
+    [(32, 32, 128, False), (16, 8, 128, False), (32, 8, 128, False), (64, 8, 128, False)]
+    + [(9, 3, 64, False), (32, 8, 64, False), (14, 2, 64, False), (8, 4, 256, True)],
+)
+def test_what_usual_models_need_is_compiled_ahead(
+    n_heads: int, n_kv_heads: int, dim: int, has_cap: bool
+) -> None:
+    sources, cache = Sources(), KV(n_kv_heads, dim, dim)
+    launch = AttendLaunch.of(cache, n_heads, has_cap)
+    rows = AttendRowsLaunch.of(cache, n_heads, has_cap)
+    for kernel in (launch.kernel, launch.fold, rows.kernel):
+        assert kernel in sources.variants(kernel.name)
+    assert launch.n_tiles == rows.n_tiles == n_kv_heads

@@ -2,11 +2,12 @@
 #include "attend.cuh"
 
 // K_DIM, V_DIM: widths of heads, any. QUERIES: query heads of a block. WARPS: of a block.
-// K_IS_V 1: V is the first V_DIM values of K, and v_cache is not read.
-// Variants: K_DIM = 128; V_DIM = 128; QUERIES = 1 4 8; WARPS = 4; K_IS_V = 0
-// Variants: K_DIM = 64; V_DIM = 64; QUERIES = 3 8; WARPS = 8; K_IS_V = 0
-// Variants: K_DIM = 256; V_DIM = 256; QUERIES = 4; WARPS = 4; K_IS_V = 0
-// Variants: K_DIM = 576; V_DIM = 512; QUERIES = 2; WARPS = 4; K_IS_V = 1
+// K_IS_V 1: V is the first V_DIM values of K, and v_cache is not read. SOFT_CAP 0: soft_cap is not
+// used.
+// Variants: K_DIM = 128; V_DIM = 128; QUERIES = 1 2 4; WARPS = 8; K_IS_V = 0; SOFT_CAP = 0
+// Variants: K_DIM = 128; V_DIM = 128; QUERIES = 8; WARPS = 4; K_IS_V = 0; SOFT_CAP = 0
+// Variants: K_DIM = 64; V_DIM = 64; QUERIES = 3 4 7; WARPS = 8; K_IS_V = 0; SOFT_CAP = 0
+// Variants: K_DIM = 256; V_DIM = 256; QUERIES = 2; WARPS = 8; K_IS_V = 0; SOFT_CAP = 0 1
 typedef Lanes<V_DIM, QUERIES> L;
 constexpr int THREADS = 32 * WARPS;
 constexpr int K_CHUNKS = (K_DIM + 7) / 8;
@@ -34,7 +35,7 @@ EI_DEV void attend_page(
     const int warp = threadIdx.x / 32;
     const int lane = threadIdx.x % 32;
     float scores[QUERIES];
-    score_page<K_DIM>(shared.q, k, scale, soft_cap, scores);
+    score_page<K_DIM, SOFT_CAP>(shared.q, k, scale, soft_cap, scores);
 #pragma unroll
     for (int g = 0; g < QUERIES; ++g) {
         float m, l;
@@ -98,8 +99,8 @@ EI_DEV void write_parts(
 // q, pinned_q: float (row, n_heads * K_DIM); pinned_q is read of rows that have slid.
 // k_cache, v_cache: halves of a layer's pages, (page, kv head, ceil(K_DIM / 8), 32 positions, 8) and
 // (page, kv head, 32 positions, V_DIM rounded up to 8).
-// parts: float (row, query head, segment, EI_PART(V_DIM)). window 0: all; soft_cap 0: none.
-EI_KERNEL(32 * WARPS) attend(
+// parts: float (row, query head, segment, EI_PART(V_DIM)). window 0: all.
+EI_KERNEL(32 * WARPS, 1) attend(
     const Step* step, const float* q, const float* pinned_q, int q_stride, const uint16_t* k_cache,
     const uint16_t* v_cache, const int64_t* pos, const int* seq, const int4* tables,
     const int* pages, float* parts, int n_heads, int n_kv_heads, int window, float scale,

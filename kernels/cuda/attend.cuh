@@ -32,7 +32,7 @@ EI_DEV void unpack(uint4 halves, float (&x)[8]) {
 
 // Scores of a page, a position a lane, each a chain over the values of its key.
 // q: (N_QUERIES, STRIDE); k: halves (ceil(K_WIDTH / 8), 32 positions, 8).
-template <int K_WIDTH, int N_QUERIES, int STRIDE>
+template <int K_WIDTH, bool HAS_CAP, int N_QUERIES, int STRIDE>
 EI_DEV void score_page(
     const float (&q)[N_QUERIES][STRIDE], const uint16_t* k, float scale, float soft_cap,
     float (&scores)[N_QUERIES]) {
@@ -58,7 +58,7 @@ EI_DEV void score_page(
 #pragma unroll
     for (int g = 0; g < N_QUERIES; ++g) {
         scores[g] = scores[g] * scale;
-        if (soft_cap != 0.0f) {
+        if (HAS_CAP) {
             scores[g] = ei_soft_cap(scores[g], soft_cap);
         }
     }

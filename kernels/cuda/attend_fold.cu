@@ -9,7 +9,7 @@ constexpr int ITEMS = (V_DIM + THREADS - 1) / THREADS;
 
 // Grid: (query heads, rows). parts: as `attend` leaves them of up to n_segments segments.
 // sinks: a float of each query head, or null. out: float (row, heads * V_DIM), rows out_stride apart.
-EI_KERNEL(128) attend_fold(
+EI_KERNEL(128, 1) attend_fold(
     const Step* step, const float* parts, const int64_t* pos, const int* seq, const int4* tables,
     const float* sinks, float* out, int out_stride, int n_segments, int window) {
     typedef Folding<N_PARTS, 1> Fold;

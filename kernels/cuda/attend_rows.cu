@@ -3,12 +3,16 @@
 
 // K_DIM, V_DIM: widths of heads, any. GROUP: query heads of a kv head that a warp takes. ROWS: rows
 // that it takes at a time. WARPS: of a block. K_IS_V 1: V is the first V_DIM values of K, and
-// v_cache is not read.
-// Variants: K_DIM = 128; V_DIM = 128; GROUP = 4; ROWS = 1 2; WARPS = 4; K_IS_V = 0
-// Variants: K_DIM = 64; V_DIM = 64; GROUP = 3; ROWS = 5; WARPS = 4; K_IS_V = 0
-// Variants: K_DIM = 256; V_DIM = 256; GROUP = 4; ROWS = 1; WARPS = 4; K_IS_V = 0
-// Variants: K_DIM = 576; V_DIM = 512; GROUP = 1; ROWS = 1; WARPS = 4; K_IS_V = 1
-constexpr int QUERIES = ROWS * GROUP;  // of a warp, at most 16
+// v_cache is not read. SOFT_CAP 0: soft_cap is not used.
+// Variants: K_DIM = 128; V_DIM = 128; GROUP = 1; ROWS = 8; WARPS = 4; K_IS_V = 0; SOFT_CAP = 0
+// Variants: K_DIM = 128; V_DIM = 128; GROUP = 2; ROWS = 4; WARPS = 4; K_IS_V = 0; SOFT_CAP = 0
+// Variants: K_DIM = 128; V_DIM = 128; GROUP = 4; ROWS = 2; WARPS = 4; K_IS_V = 0; SOFT_CAP = 0
+// Variants: K_DIM = 128; V_DIM = 128; GROUP = 8; ROWS = 1; WARPS = 4; K_IS_V = 0; SOFT_CAP = 0
+// Variants: K_DIM = 64; V_DIM = 64; GROUP = 3; ROWS = 4; WARPS = 4; K_IS_V = 0; SOFT_CAP = 0
+// Variants: K_DIM = 64; V_DIM = 64; GROUP = 4; ROWS = 3; WARPS = 4; K_IS_V = 0; SOFT_CAP = 0
+// Variants: K_DIM = 64; V_DIM = 64; GROUP = 7; ROWS = 1; WARPS = 4; K_IS_V = 0; SOFT_CAP = 0
+// Variants: K_DIM = 256; V_DIM = 256; GROUP = 2; ROWS = 2; WARPS = 4; K_IS_V = 0; SOFT_CAP = 0 1
+constexpr int QUERIES = ROWS * GROUP;  // of a warp, at most 16 (`first_query` counts to 31)
 constexpr int K_CHUNKS = (K_DIM + 7) / 8;
 typedef Lanes<V_DIM, QUERIES> L;
 typedef float Values[L::ROUNDS][L::SET_QUERIES][8];
@@ -16,6 +20,7 @@ typedef float Values[L::ROUNDS][L::SET_QUERIES][8];
 struct __align__(16) Shared {
     float q[WARPS][QUERIES][8 * K_CHUNKS];
     float p[WARPS][EI_PAGE][L::PADDED];
+    float whole[WARPS][8 * L::ROUNDS * L::SET_QUERIES][32];  // values of what is folded, by lane
 };
 
 // What a block reads and writes.
@@ -74,8 +79,10 @@ EI_DEV int first_query() {
     return min((int)threadIdx.x % 32 / L::WIDTH, L::SETS - 1) * L::SET_QUERIES;
 }
 
-// The values of a part into those of a state, as each query's lane has said.
-EI_DEV void take_values(const Take& take, const Values& part, Values& state) {
+// The values of a part into those of a state, as each query's lane has said. state(i, g): value i of
+// this lane's, of query g of its set.
+template <typename Value>
+EI_DEV void take_values(const Take& take, const Values& part, Value state) {
 #pragma unroll
     for (int g = 0; g < L::SET_QUERIES; ++g) {
         const int from = first_query() + g;
@@ -84,7 +91,7 @@ EI_DEV void take_values(const Take& take, const Values& part, Values& state) {
         const float part_scale = __shfl_sync(EI_ALL_LANES, take.part_scale, from);
 #pragma unroll
         for (int i = 0; i < 8 * L::ROUNDS; ++i) {
-            float& o = state[i / 8][g][i % 8];
+            float& o = state(i, g);
             const float x = part[i / 8][g][i % 8];
             if (how == START) {
                 o = x;
@@ -118,7 +125,7 @@ EI_DEV void attend_page(
     const uint16_t* k = layer.k_cache + place * (K_CHUNKS * 8 * EI_PAGE);
     const uint16_t* v = K_IS_V ? k : layer.v_cache + place * (L::CHUNKS * 8 * EI_PAGE);
     float scores[QUERIES];
-    score_page<K_DIM>(shared.q[warp], k, layer.scale, layer.soft_cap, scores);
+    score_page<K_DIM, SOFT_CAP>(shared.q[warp], k, layer.scale, layer.soft_cap, scores);
 #pragma unroll
     for (int g = 0; g < QUERIES; ++g) {
         const int seen = __shfl_sync(EI_ALL_LANES, bounds, g);
@@ -162,7 +169,8 @@ EI_DEV int least_lane(int x) {
 }
 
 // The rows of attention of n rows from `row` on.
-EI_DEV void write_rows(const Layer& layer, const State& whole, Values& o, int row, int n) {
+template <typename Value>
+EI_DEV void write_rows(const Layer& layer, const State& whole, Value o, int row, int n) {
     const int query = threadIdx.x % 32;
     float sum = whole.l;
     float factor = 1.0f;
@@ -179,7 +187,7 @@ EI_DEV void write_rows(const Layer& layer, const State& whole, Values& o, int ro
         const float query_inverse = __shfl_sync(EI_ALL_LANES, inverse, first_query() + g);
 #pragma unroll
         for (int i = 0; i < 8 * L::ROUNDS; ++i) {
-            o[i / 8][g][i % 8] = (o[i / 8][g][i % 8] * query_factor) * query_inverse;
+            o(i, g) = (o(i, g) * query_factor) * query_inverse;
         }
     }
     for_values<V_DIM, QUERIES>([&](int query, int value, int round, int g, int e) {
@@ -187,7 +195,7 @@ EI_DEV void write_rows(const Layer& layer, const State& whole, Values& o, int ro
         const int head = query % GROUP;
         if (r < n && head < layer.n_heads) {
             const size_t at = (size_t)(row + r) * layer.out_stride + (layer.head + head) * V_DIM;
-            layer.out[at + value] = o[round][g][e];
+            layer.out[at + value] = o(8 * round + e, g);
         }
     });
 }
@@ -200,7 +208,11 @@ EI_DEV void attend_run(
     const bool has_query = lane / GROUP < n && lane % GROUP < layer.n_heads;
     const Seen seen = seen_of(table, pos[row + min(lane / GROUP, n - 1)], window);
     State page_state, segment = {0, 0, true}, whole = {0, 0, true};
-    Values page_o, segment_o, whole_o;
+    Values page_o, segment_o;
+    const auto segment_value = [&](int i, int g) -> float& { return segment_o[i / 8][g][i % 8]; };
+    const auto whole_value = [&](int i, int g) -> float& {
+        return shared.whole[threadIdx.x / 32][i * L::SET_QUERIES + g][lane];
+    };
     int last_segment = -1;
     for (int is_pinned = 1; is_pinned >= 0; --is_pinned) {
         const int begin = is_pinned ? seen.pinned_begin : seen.begin;
@@ -224,24 +236,24 @@ EI_DEV void attend_run(
             const bool is_next = sees && last_segment != page / EI_SEGMENT_PAGES;
             if (__any_sync(EI_ALL_LANES, is_next)) {
                 const bool is_done = is_next && !segment.is_empty;
-                take_values(take_part(whole, segment.m, segment.l, is_done), segment_o, whole_o);
+                take_values(take_part(whole, segment.m, segment.l, is_done), segment_o, whole_value);
                 segment.is_empty |= is_next;
             }
             last_segment = sees ? page / EI_SEGMENT_PAGES : last_segment;
-            take_values(take_part(segment, page_state.m, page_state.l, sees), page_o, segment_o);
+            take_values(take_part(segment, page_state.m, page_state.l, sees), page_o, segment_value);
         }
         __syncwarp();
     }
-    take_values(take_part(whole, segment.m, segment.l, has_query), segment_o, whole_o);
-    write_rows(layer, whole, whole_o, row, n);
+    take_values(take_part(whole, segment.m, segment.l, has_query), segment_o, whole_value);
+    write_rows(layer, whole, whole_value, row, n);
 }
 
 // Grid: (kv heads * tiles, rows / (ROWS * WARPS)), 32 * WARPS threads; a tile is GROUP query heads of
 // a kv head. Rows of any sequences; those of one that follow each other share what is read.
 // q, pinned_q: float (row, n_heads * K_DIM); pinned_q is read of rows that have slid.
 // k_cache, v_cache: as attend.cu reads them. out: float (row, n_heads * V_DIM).
-// sinks: a float of each query head, or null. window 0: all; soft_cap 0: none.
-EI_KERNEL(32 * WARPS) attend_rows(
+// sinks: a float of each query head, or null. window 0: all.
+EI_KERNEL(32 * WARPS, 1) attend_rows(
     const Step* step, const float* q, const float* pinned_q, int q_stride, const uint16_t* k_cache,
     const uint16_t* v_cache, const int64_t* pos, const int* seq, const int4* tables,
     const int* pages, const float* sinks, float* out, int out_stride, int n_heads, int n_kv_heads,

@@ -10,7 +10,7 @@ from edgeinfer.kernels.cuda.kernel import Kernel
 
 _TILE_VALUES = 1024  # of the query heads of a block: more take registers that loads in flight need
 _O_BYTES = 16 << 10  # of what the warps of a block leave in shared memory
-_MOST_QUERIES = 16  # of a warp that takes several rows
+_MOST_QUERIES = 12  # of a warp that takes several rows
 _ROWS_WARPS = 4
 _LANES = 32
 
@@ -24,7 +24,7 @@ class AttendLaunch(NamedTuple):
     fold: Kernel
 
     @classmethod
-    def of(cls, cache: KV, n_heads: int) -> AttendLaunch:
+    def of(cls, cache: KV, n_heads: int, has_cap: bool) -> AttendLaunch:
         group = n_heads // cache.n_heads
         queries = min(group, max(1, _TILE_VALUES // cache.v_dim))
         n_tiles = -(-group // queries)
@@ -39,6 +39,7 @@ class AttendLaunch(NamedTuple):
             QUERIES=queries,
             WARPS=warps,
             K_IS_V=int(cache.k_is_v),
+            SOFT_CAP=int(has_cap),
         )
         fold = Kernel.of("attend_fold", V_DIM=cache.v_dim)
         return cls(kernel, n_tiles * cache.n_heads, _LANES * warps, fold)
@@ -53,7 +54,7 @@ class AttendRowsLaunch(NamedTuple):
     threads: int
 
     @classmethod
-    def of(cls, cache: KV, n_heads: int, most_rows: int = 16) -> AttendRowsLaunch:
+    def of(cls, cache: KV, n_heads: int, has_cap: bool, most_rows: int = 16) -> AttendRowsLaunch:
         """`most_rows` of a sequence share what is read; 1 is best where no two are of one."""
         group, width = n_heads // cache.n_heads, max(cache.k_dim, cache.v_dim)
         most = min(_MOST_QUERIES, max(1, _TILE_VALUES // width))
@@ -68,6 +69,7 @@ class AttendRowsLaunch(NamedTuple):
             ROWS=rows,
             WARPS=_ROWS_WARPS,
             K_IS_V=int(cache.k_is_v),
+            SOFT_CAP=int(has_cap),
         )
         return cls(kernel, n_tiles * cache.n_heads, rows * _ROWS_WARPS, _LANES * _ROWS_WARPS)
 

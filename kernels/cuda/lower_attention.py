@@ -140,7 +140,7 @@ class AttentionLowering(LoweringBase):
             "sinks": self._weights.vector(op.sinks) if op.sinks else 0,
             "out": self._float_buffer(op.out, "attention"), "out_stride": row_stride(op.out.dim),
         }  # fmt: skip
-        few = AttendLaunch.of(kv, op.n_heads)
+        few = AttendLaunch.of(kv, op.n_heads, op.soft_cap > 0)
         n_parts = FEW_ROWS * op.n_heads * self._max_segments
         parts = Buffer("attention parts", 4 * n_parts * part_floats(kv.v_dim))
         shape = LaunchShape(most_rows=FEW_ROWS)
@@ -153,7 +153,7 @@ class AttentionLowering(LoweringBase):
             few.fold, ALL_ROWS, op.n_heads, FOLD_THREADS, shape, parts=parts, n_segments=segments,
             **place, **result,
         )  # fmt: skip
-        many = AttendRowsLaunch.of(kv, op.n_heads)
+        many = AttendRowsLaunch.of(kv, op.n_heads, op.soft_cap > 0)
         shape = LaunchShape(rows_per_block=many.n_rows, least_rows=FEW_ROWS + 1)
         self._emit(
             many.kernel, ALL_ROWS, many.n_tiles, many.threads, shape, **common, **place, **result
