@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from edgeinfer import quant
 from edgeinfer.dequantize import dequantize
 from edgeinfer.kernels.cuda import tiles
-from edgeinfer.kernels.cuda.kernel import Kernel
+from edgeinfer.kernels.cuda.kernel import Kernel, Sources
 from edgeinfer.kernels.cuda.shim import ShimDevice
 from edgeinfer.kernels.reference.blocks import quantise
 from edgeinfer.kernels.reference.experts import multiply_chosen
@@ -205,20 +206,25 @@ def test_tiles_are_as_large_as_the_file() -> None:
 
 
 def x8(x: Floats) -> NDArray[np.uint8]:
-    """Rows as X8: what kernels multiply."""
+    """Rows as X8: what kernels multiply. Behind the last column are zeros."""
     n_rows, k = x.shape
     with np.errstate(all="ignore"):
-        q, d = quantise(x)
+        q, d = quantise(np.pad(x, ((0, 0), (0, -k % 256))))
         q = np.where(np.isfinite(d)[..., None], q, 0)
         sums = q.reshape(n_rows, -1, 2, 16).sum(3)
         factors = np.stack([d, d * sums.sum(2).astype(np.float32)], 2)
-    parts = [
-        q.astype(np.int8).reshape(n_rows, -1).view(np.uint8),
-        factors.reshape(n_rows, -1).view(np.uint8),
-        sums.astype(np.int16).reshape(n_rows, -1).view(np.uint8),
-    ]
-    rows = np.concatenate(parts, 1)
-    return np.pad(rows, ((0, 0), (0, tiles.x8_bytes(k) - rows.shape[1])))
+    factors[np.isnan(factors)] = np.nan
+    parts = (q.astype(np.int8), factors, sums.astype(np.int16), np.zeros((n_rows, 32), np.int8))
+    return np.concatenate([part.reshape(n_rows, -1).view(np.uint8) for part in parts], 1)
+
+
+def get_x8(device: ShimDevice, address: int, n_rows: int, k: int) -> NDArray[np.uint8]:
+    """Rows of X8 on the device, with one NaN for all."""
+    rows = get(device, address, (n_rows, tiles.x8_bytes(k)), np.uint8)
+    columns = k + -k % 256
+    factors = rows[:, columns : columns + columns // 4].view(np.float32)
+    factors[np.isnan(factors)] = np.nan
+    return rows
 
 
 def put_x8(device: ShimDevice, x: Floats) -> int:
@@ -237,12 +243,8 @@ def put_x8(device: ShimDevice, x: Floats) -> int:
 def test_quantise(device: ShimDevice, k: int) -> None:
     for seed, x in ((0, rows_of(3, k)), (1, strange_rows(k)), (7, strange_rows(k))):
         device.seed = seed
-        got = get(device, put_x8(device, x), (len(x), tiles.x8_bytes(k)), np.uint8)
-        want = x8(x)
-        for rows in (got, want):
-            d = rows[:, k : k + k // 4].view(np.float32)
-            d[np.isnan(d)] = np.nan
-        np.testing.assert_array_equal(got, want)
+        got = get_x8(device, put_x8(device, x), len(x), k)
+        np.testing.assert_array_equal(got, x8(x))
 
 
 @pytest.mark.parametrize("warps", (1, 8))
@@ -274,97 +276,151 @@ def test_norm(device: ShimDevice, warps: int, n_parts: int, width: int) -> None:
         )  # fmt: skip
         y.check(want)
         if quantised:
-            shape = n_rows, tiles.x8_bytes(width)
-            got, expected = get(device, quantised, shape, np.uint8), x8(want)
-            for part in (got, expected):
-                d = part[:, width : width + width // 4].view(np.float32)
-                d[np.isnan(d)] = np.nan
-            np.testing.assert_array_equal(got, expected)
+            got = get_x8(device, quantised, n_rows, width)
+            np.testing.assert_array_equal(got, x8(want))
 
 
 # -- products ------------------------------------------------------------------------------------
 
 
+class Product:
+    """x times a matrix: on the device, and what the reference says of it."""
+
+    def __init__(self, device: ShimDevice, w: Weight, x: Floats) -> None:
+        self.device, self.w, self.n_rows = device, w, len(x)
+        n, k = w.shape
+        self.residual, bias = rows_of(len(x), n, 2), rows_of(1, n, 1)
+        with np.errstate(all="ignore"):
+            self.plain = REFERENCE.matmul(x, REFERENCE.load(w))
+            self.summed = self.residual + (self.plain + bias)
+        self.at = {
+            "x": put(device, padded(x)) if w.type.block == 1 else put_x8(device, x),
+            "w": put_weight(device, w),
+            "bias": put(device, bias),
+        }
+
+    def run(self, kernel: Kernel, n_rows: int, is_summed: bool = False, seed: int = 0) -> Out:
+        """The first rows; `is_summed`: with the bias, added to what is there."""
+        n, k = self.w.shape
+        defines = {macro: int(v) for macro, v in kernel.defines if macro != "TYPE"}
+        size = defines.get("TOKENS", defines.get("ROWS"))
+        tile = 32
+        if kernel.name == "matmul_mma":
+            tile = tiles.mma_rows(defines["TOKENS"], defines["WARPS"])
+        elif kernel.name == "matmul":
+            tile *= 1 + defines["WARPS"] // 4  # a block of threads takes several tiles
+        y = Out.of(self.device, n_rows, n)
+        if is_summed:
+            self.device.write(y.address, padded(self.residual[:n_rows]))
+        self.device.seed = seed
+        launch(
+            self.device, kernel, (up(n, tile), up(n_rows + 3, size), 1), y=y.address, n=n, k=k,
+            step=put_step(self.device, n_rows), rows=0, x=self.at["x"], w=self.at["w"],
+            bias=self.at["bias"] * is_summed, residual=y.address * is_summed,
+        )  # fmt: skip
+        return y
+
+    def check(self, kernel: Kernel, n_rows: int, is_summed: bool = False, seed: int = 0) -> None:
+        want = self.summed if is_summed else self.plain
+        self.run(kernel, n_rows, is_summed, seed).check(want[:n_rows])
+
+
+def products(device: ShimDevice, kind: QuantType, n_rows: int = 8) -> Iterator[Product]:
+    for i, shape in enumerate(shapes(kind)):
+        x = rows_of(n_rows, shape[1], i)
+        if i % 2:
+            x[:8] = strange_rows(shape[1])
+        yield Product(device, weight(kind, *shape), x)
+
+
+def matmul(kind: QuantType, warps: int, rows: int) -> Kernel:
+    assert warps <= tiles.most_warps(kind, rows)
+    return Kernel.of("matmul", TYPE=kind.name, WARPS=warps, ROWS=rows)
+
+
+def matmul_mma(kind: QuantType, tokens: int) -> Kernel:
+    warps = 4 if tokens > 16 else 2
+    return Kernel.of("matmul_mma", TYPE=kind.name, TOKENS=tokens, WARPS=warps)
+
+
+SOME_TYPES = (quant.Q4_0, quant.Q2_K, quant.Q4_K, quant.Q6_K)
+
+
 @pytest.mark.parametrize("kind", BLOCK_TYPES, ids=lambda kind: kind.name)
 def test_matmul(device: ShimDevice, kind: QuantType) -> None:
-    """One row of threads' blocks or several, any number of warps, alone and behind a residual."""
-    most, two = (4, 1) if kind is quant.Q2_K else (8, 2)
-    variants = [(1, 1, 0, False), (2, 1, 1, True), (most, 1, 7, False)]
-    variants += [(1, 2, 1, True), (two, 4, 7, False)]
-    assert all(warps <= tiles.most_warps(kind, rows) for warps, rows, *_ in variants)
-    for i, (n, k) in enumerate(shapes(kind)):
-        w = weight(kind, n, k)
-        loaded, w_at = REFERENCE.load(w), put_weight(device, w)
-        x = strange_rows(k) if i % 2 else rows_of(1 + i, k)
-        bias, residual = rows_of(1, n, 1), rows_of(len(x), n, 2)
-        x_at, bias_at = put_x8(device, x), put(device, bias)
-        with np.errstate(all="ignore"):
-            plain = REFERENCE.matmul(x, loaded)
-            summed = residual + (plain + bias)
-        for warps, rows, seed, is_summed in variants:
-            device.seed = seed
-            y = Out.of(device, len(x), n)
-            if is_summed:
-                device.write(y.address, padded(residual))
-            launch(
-                device, Kernel.of("matmul", TYPE=kind.name, WARPS=warps, ROWS=rows),
-                (min(3, up(n, 32)), up(8, rows), 1), step=put_step(device, len(x)), rows=0,
-                x=x_at, w=w_at, bias=bias_at * is_summed, residual=y.address * is_summed,
-                y=y.address, n=n, k=k,
-            )  # fmt: skip
-            y.check(summed if is_summed else plain)
+    """Row by row or several at once, any number of warps, alone and added to what is there."""
+    most = tiles.most_warps(kind, 4)
+    kernels = [matmul(kind, 1, 1), matmul(kind, 4, 1), matmul(kind, most, 4)]
+    if kind in SOME_TYPES:
+        kernels += [matmul(kind, tiles.most_warps(kind, 1), 1), matmul(kind, 2, 1)]
+        kernels += [matmul(kind, 1, 2)]
+    device.load(kernels)
+    for product in products(device, kind):
+        for i, kernel in enumerate(kernels):
+            product.check(kernel, 8 - i, bool(i % 2), seed=(0, 1, 7)[i % 3])
 
 
 @pytest.mark.parametrize("kind", BLOCK_TYPES, ids=lambda kind: kind.name)
 def test_matmul_by_tensor_cores(device: ShimDevice, kind: QuantType) -> None:
-    """Steps of fewer and of more rows than a block of threads takes."""
-    for i, (n, k) in enumerate(shapes(kind)):
-        w = weight(kind, n, k)
-        loaded, w_at = REFERENCE.load(w), put_weight(device, w)
-        x = np.concatenate([strange_rows(k), rows_of((1, 7, 9, 65)[i], k)])
-        bias, residual = rows_of(1, n, 1), rows_of(len(x), n, 2)
-        x_at, bias_at = put_x8(device, x), put(device, bias)
-        with np.errstate(all="ignore"):
-            plain = REFERENCE.matmul(x, loaded)
-            summed = residual + (plain + bias)
-        for tokens, warps, seed, is_summed in ((8, 2, 0, False), (64, 4, 1, True)):
-            device.seed = seed
-            n_rows = len(x) if tokens == 64 else min(len(x), 17)
-            y = Out.of(device, n_rows, n)
-            if is_summed:
-                device.write(y.address, padded(residual[:n_rows]))
-            launch(
-                device, Kernel.of("matmul_mma", TYPE=kind.name, TOKENS=tokens, WARPS=warps),
-                (up(n, tiles.mma_rows(tokens, warps)), up(80, tokens), 1),
-                step=put_step(device, n_rows), rows=0, x=x_at, w=w_at, bias=bias_at * is_summed,
-                residual=y.address * is_summed, y=y.address, n=n, k=k,
-            )  # fmt: skip
-            y.check((summed if is_summed else plain)[:n_rows])
+    """Of fewer rows and of more than a block of threads takes."""
+    kernels = [matmul_mma(kind, 8)]
+    if kind in SOME_TYPES:
+        kernels += [matmul_mma(kind, 64), matmul_mma(kind, 16)]
+    device.load(kernels)
+    for product in products(device, kind, 66):
+        for i, kernel in enumerate(kernels):
+            product.check(kernel, (9, 66, 15)[i], bool(i % 2), seed=(0, 1, 7)[i])
 
 
 @pytest.mark.parametrize("kind", FLOAT_TYPES, ids=lambda kind: kind.name)
 def test_matmul_of_floats(device: ShimDevice, kind: QuantType) -> None:
-    for i, (n, k) in enumerate(shapes(kind)):
-        w = weight(kind, n, k)
-        w_at = put_weight(device, w)
-        x = strange_rows(k) if i == 3 else rows_of(5, k)
-        bias, residual = rows_of(1, n, 1), rows_of(len(x), n, 2)
-        x_at, bias_at = put(device, padded(x)), put(device, bias)
-        with np.errstate(all="ignore"):
-            plain = REFERENCE.matmul(x, REFERENCE.load(w))
-            summed = residual + (plain + bias)
-        for rows, seed, is_summed in ((1, 0, False), (4, 1, True)):
-            device.seed = seed
-            y = Out.of(device, len(x), n)
-            if is_summed:
-                device.write(y.address, padded(residual))
-            launch(
-                device, Kernel.of("matmul_float", TYPE=kind.name, WARPS=4, ROWS=rows),
-                (up(n, 32), up(8, rows), 1), step=put_step(device, len(x)), rows=0,
-                x=x_at, w=w_at, bias=bias_at * is_summed, residual=y.address * is_summed,
-                y=y.address, n=n, k=k,
-            )  # fmt: skip
-            y.check(summed if is_summed else plain)
+    kernels = [Kernel.of("matmul_float", TYPE=kind.name, WARPS=4, ROWS=rows) for rows in (1, 4)]
+    device.load(kernels)
+    for product in products(device, kind):
+        for i, kernel in enumerate(kernels):
+            product.check(kernel, 8 - i, bool(i), seed=i)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", quant.RUNNABLE, ids=lambda kind: kind.name)
+def test_every_variant_that_is_compiled_ahead(device: ShimDevice, kind: QuantType) -> None:
+    names = ("matmul_float",) if kind.block == 1 else ("matmul", "matmul_mma")
+    kernels = [each for name in names for each in Sources().variants(name)]
+    kernels = [each for each in kernels if dict(each.defines)["TYPE"] == kind.name]
+    device.load(kernels)
+    for shape in (*shapes(kind), (1, 512), (65, 2304), (300, 1024)):
+        product = Product(device, weight(kind, *shape), rows_of(130, shape[1]))
+        for kernel in kernels:
+            most = 130 if kernel.name == "matmul_mma" else 9
+            for n_rows, seed in ((1, 0), (2, 1), (5, 7), (most, 1)):
+                product.check(kernel, n_rows, n_rows > 2, seed)
+
+
+# What goes wrong, and in which kernel, without a line of its text.
+PLANTED = {
+    "a barrier of rounds": (
+        "matmul.cuh", "                __syncthreads();\n", matmul(quant.Q4_K, 4, 1),
+    ),
+    "a barrier of stages": ("mma.cuh", "        __syncthreads();\n", matmul_mma(quant.Q4_K, 8)),
+    "a wait for copies": (
+        "mma.cuh", "        ei_copy_wait<M::N_STAGES - 2>();\n", matmul_mma(quant.Q4_K, 8),
+    ),
+    "a barrier of scales": ("mma.cuh", "            __syncwarp();\n", matmul_mma(quant.Q4_K, 64)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", PLANTED)
+def test_what_is_missing_is_found(tmp_path: Path, what: str) -> None:
+    file, line, kernel = PLANTED[what]
+    text = (Path(tiles.__file__).parent / file).read_text("utf-8")
+    assert line in text
+    (tmp_path / file).write_text(text.replace(line, ""), "utf-8")
+    device = shim(tmp_path / "compiled", sources=[tmp_path])
+    product = Product(device, weight(quant.Q4_K, 100, 2048), rows_of(9, 2048))
+    for seed in (1, 7):
+        with pytest.raises(AssertionError):
+            product.check(kernel, 9, seed=seed)
+    device.close()
 
 
 EXPERTS = (quant.Q4_0, quant.Q2_K, quant.Q4_K, quant.Q6_K, quant.MXFP4, quant.F16, quant.F32)

@@ -8,15 +8,15 @@
 template <class T, int N_WARPS>
 EI_DEV void multiply_part(
     const uint8_t* w, const void* x, const Output& out, int n, int k, int n_parts, int part,
-    int row, int n_rows) {
+    int row) {
     if constexpr (IS_FLOAT<T>) {
         const size_t stride = row_stride(n_parts * k);
         const float* const parts[1] = {(const float*)x + row * stride + part * k};
-        multiply_floats<T, N_WARPS, 1>(w, parts, out, n, k, row, n_rows);
+        multiply_floats<T, N_WARPS, 1>(w, parts, out, n, k, row, row + 1);
     } else {
-        const X8 x8 = x8_row((const uint8_t*)x, row, n_parts * k, part * k);
-        const Factors<T, 1> factors = {w, layout_of<T>(n, k), {x8}};
-        multiply<T, N_WARPS, 1>(factors, out, n, row, n_rows);
+        const X8 x8 = x8_from(x8_row((const uint8_t*)x, row, n_parts * k), part * (k / BLOCK));
+        const Factors<T> factors = {w, layout_of<T>(n, k), x8, k, row, row + 1};
+        multiply<T, N_WARPS, 1>(factors, out, n);
     }
 }
 
@@ -30,8 +30,7 @@ EI_KERNEL(32 * WARPS) expert_matmul(const Step* step, int rows, const float* rou
     const int n_used = gridDim.y;
     const int slot = blockIdx.y;
     const int row = blockIdx.z;
-    const int n_rows = ei_rows(step, rows);
-    if (ei_aborted(step) || row >= n_rows) {
+    if (ei_aborted(step) || row >= ei_rows(step, rows)) {
         return;
     }
     const int expert = (int)route[(size_t)row * row_stride(2 * n_used) + slot];
@@ -41,5 +40,5 @@ EI_KERNEL(32 * WARPS) expert_matmul(const Step* step, int rows, const float* rou
     out.stride = row_stride(n_used * n);
     const uint8_t* matrix = w + expert * matrix_bytes<TYPE>(n, k);
     const int part = n_parts > 1 ? slot : 0;
-    multiply_part<TYPE, WARPS>(matrix, x, out, n, k, n_parts, part, row, n_rows);
+    multiply_part<TYPE, WARPS>(matrix, x, out, n, k, n_parts, part, row);
 }

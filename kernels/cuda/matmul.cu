@@ -3,10 +3,10 @@
 
 // WARPS warps of a block of threads share a tile of 32 rows of the matrix, for ROWS rows of x.
 // Variants: TYPE = Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4;
-//   WARPS = 1 2 4 8; ROWS = 1
+//   WARPS = 1 4 8; ROWS = 1
 // Variants: TYPE = Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4;
-//   WARPS = 1 2; ROWS = 2 4
-// Variants: TYPE = Q2_K; WARPS = 1 2 4; ROWS = 1
+//   WARPS = 2; ROWS = 2 4
+// Variants: TYPE = Q2_K; WARPS = 1 4; ROWS = 1
 // Variants: TYPE = Q2_K; WARPS = 1; ROWS = 2 4
 //
 // Grid: (n / 32 or fewer, rows / ROWS rounded up). x is X8, w (n, k) tiles; bias and residual may be
@@ -18,10 +18,8 @@ EI_KERNEL(32 * WARPS) matmul(const Step* step, int rows, const uint8_t* x, const
     if (ei_aborted(step) || first_row >= n_rows) {
         return;
     }
-    Factors<TYPE, ROWS> factors = {w, layout_of<TYPE>(n, k)};
-    for (int r = 0; r < ROWS; ++r) {
-        factors.x[r] = x8_row(x, min(first_row + r, n_rows - 1), k);
-    }
+    const X8 row = x8_row(x, first_row, k);
+    const Factors<TYPE> factors = {w, layout_of<TYPE>(n, k), row, k, first_row, n_rows};
     const Output out = {y, residual, bias, nullptr, (size_t)row_stride(n)};
-    multiply<TYPE, WARPS, ROWS>(factors, out, n, first_row, n_rows);
+    multiply<TYPE, WARPS, ROWS>(factors, out, n);
 }

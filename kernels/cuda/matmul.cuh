@@ -46,17 +46,23 @@ EI_DEV float added_to_float(int bits) {
     return __int_as_float(bits) - 12582912.0f;
 }
 
-// `i` is the place of the block in its chunk.
+// total + sums.x * first + sums.y * second, two factors of 8 bits.
+EI_DEV int add_sums(short2 sums, int first, int second, int total) {
+    const int packed = (unsigned short)sums.x | (int)((unsigned)(unsigned short)sums.y << 16);
+    return __dp2a_lo(packed, (first & 255) | (second & 255) << 8, total);
+}
+
+// Block i of a chunk times that of x.
 template <class T>
-EI_DEV Term term_of(const Codes<T>& codes, const Head<T>& head, int i, const X8& x, int block) {
-    const int4* words = (const int4*)(x.q + BLOCK * block);
+EI_DEV Term term_of(const Codes<T>& codes, const Head<T>& head, int i, const X8& x) {
+    const int4* words = (const int4*)(x.q + BLOCK * i);
     const int4 a = words[0];
     const int4 b = words[1];
     const int left[4] = {a.x, a.y, a.z, a.w};
     const int right[4] = {b.x, b.y, b.z, b.w};
-    const short2 sums = x.sums[block];
-    int first = (T::HAS_PARTS ? 0 : FROM) - T::ZERO * sums.x;
-    int second = -T::ZERO * sums.y;
+    const short2 sums = x.sums[i];
+    int first = add_sums(sums, -T::ZERO, T::HAS_PARTS ? 0 : -T::ZERO, T::HAS_PARTS ? 0 : FROM);
+    int second = T::HAS_PARTS ? add_sums(sums, 0, -T::ZERO, 0) : 0;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
         first = __dp4a((int)code_word(codes, j), left[j], first);
@@ -73,7 +79,7 @@ EI_DEV Term term_of(const Codes<T>& codes, const Head<T>& head, int i, const X8&
         term.low = T::low(head, i);
     }
     if constexpr (T::HAS_MINS) {
-        const int dot = T::min(head, 2 * i) * sums.x + T::min(head, 2 * i + 1) * sums.y;
+        const int dot = add_sums(sums, T::min(head, 2 * i), T::min(head, 2 * i + 1), 0);
         term.min_dot = ei_to_float(dot);
     }
     return term;
@@ -125,126 +131,153 @@ struct Left {
     }
 };
 
-// A matrix and the rows of X8 that it is multiplied by.
-template <class T, int N_ROWS>
+// A matrix, and the rows of X8 that it is multiplied by: rows first ... of a step of n_rows.
+template <class T>
 struct Factors {
     const uint8_t* w;
     Layout<T> at;
-    X8 x[N_ROWS];
+    X8 x;  // of the first row
+    int k;
+    int first, n_rows;
 };
 
-// A chunk of a lane's row, loaded or on its way.
+// Row `first + r` from a chunk on; of rows that are not there the last one.
 template <class T>
-struct Ahead {
+EI_DEV X8 x8_of(const Factors<T>& f, int r, int chunk) {
+    const size_t bytes = min(r, f.n_rows - 1 - f.first) * x8_bytes(f.k);
+    const X8 x = {
+        f.x.q + bytes, (float2*)((uint8_t*)f.x.d + bytes), (short2*)((uint8_t*)f.x.sums + bytes)};
+    return x8_from(x, CHUNK * chunk);
+}
+
+// A chunk of a lane's row of the matrix.
+template <class T>
+struct Chunk {
     Codes<T> codes[CHUNK];
     Head<T> head;
-    int tile, chunk;
-    int n_blocks;  // 0: there is no such chunk
 };
 
-template <class T, int N_ROWS>
-EI_DEV void look_ahead(Ahead<T>& ahead, const Factors<T, N_ROWS>& f, int tile, int chunk) {
-    const bool exists = tile < f.at.n_tiles && chunk < f.at.n_chunks;
-    ahead.tile = tile;
-    ahead.chunk = chunk;
-    ahead.n_blocks = exists ? min(CHUNK, f.at.n_blocks - CHUNK * chunk) : 0;
-    if (exists) {
-        ahead.head = load_head(f.w, f.at, tile, chunk, threadIdx.x & 31);
-    }
+template <class T>
+EI_DEV int blocks_of(const Layout<T>& at, int chunk) {
+    return min(CHUNK, at.n_blocks - CHUNK * chunk);
 }
 
-template <class T, int N_ROWS>
-EI_DEV void load_ahead(Ahead<T>& ahead, const Factors<T, N_ROWS>& f, int i) {
-    if (i < ahead.n_blocks) {
-        const int block = CHUNK * ahead.chunk + i;
-        ahead.codes[i] = load_codes(f.w, f.at, ahead.tile, block, threadIdx.x & 31);
-    }
-}
-
-// Multiplies the chunk that was looked ahead to, whose head is given; each block of it makes room
-// for one of the chunk that is ahead now. Blocks past the last column are made of what is there,
-// and not added.
-template <class T, int N_WARPS, int N_ROWS>
-EI_DEV void multiply_chunk(
-    const Factors<T, N_ROWS>& f, int chunk, const Head<T>& head, Ahead<T>& ahead,
-    float (&sums)[N_ROWS], Left<T, N_WARPS, N_ROWS>& left) {
-#pragma unroll
-    for (int i = 0; i < CHUNK; ++i) {
-        const Codes<T> codes = ahead.codes[i];
-        load_ahead(ahead, f, i);
-        const int block = min(CHUNK * chunk + i, f.at.n_blocks - 1);
-#pragma unroll
-        for (int r = 0; r < N_ROWS; ++r) {
-            const float2 d = f.x[r].d[block];
-            const Term term = term_of(codes, head, i, f.x[r], block);
-            const float scaled = d.x * term.scale;
-            if constexpr (N_WARPS == 1) {
-                const float sum = add<T>(sums[r], scaled, term, d);
-                sums[r] = block == CHUNK * chunk + i ? sum : sums[r];
-            } else {
-                left.put(i, r, scaled, term);
-            }
-        }
-    }
-}
-
-// Adds up what the warps have left of chunks `first` and following.
-template <class T, int N_WARPS, int N_ROWS>
-EI_DEV void add_left(
-    const Factors<T, N_ROWS>& f, int first, float (&sums)[N_ROWS], const Left<T, N_WARPS, N_ROWS>& left) {
-    for (int warp = 0; warp < N_WARPS && first + warp < f.at.n_chunks; ++warp) {
+template <class T>
+EI_DEV Chunk<T> load_chunk(const Factors<T>& f, int tile, int chunk) {
+    const int lane = threadIdx.x & 31;
+    const int n_blocks = blocks_of(f.at, chunk);
+    const size_t unit = (size_t)tile * f.at.n_blocks + CHUNK * chunk;
+    Chunk<T> loaded = {};
+    loaded.head = load_head(f.w, f.at, tile, chunk, lane);
+    if (n_blocks == CHUNK) {
 #pragma unroll
         for (int i = 0; i < CHUNK; ++i) {
-            const int block = min(CHUNK * (first + warp) + i, f.at.n_blocks - 1);
+            loaded.codes[i] = load_codes(f.w, f.at, unit + i, lane);
+        }
+    } else {
 #pragma unroll
-            for (int r = 0; r < N_ROWS; ++r) {
-                const float sum = left.add_to(sums[r], warp, i, r, f.x[r].d[block]);
-                sums[r] = block == CHUNK * (first + warp) + i ? sum : sums[r];
+        for (int i = 0; i < CHUNK; ++i) {
+            if (i < n_blocks) {
+                loaded.codes[i] = load_codes(f.w, f.at, unit + i, lane);
+            }
+        }
+    }
+    return loaded;
+}
+
+// One warp and one row: there is nothing to leave. Blocks past the last column are not added.
+template <class T>
+EI_DEV float add_chunk(float sum, const Chunk<T>& weights, const Factors<T>& f, int chunk) {
+    const int n_blocks = blocks_of(f.at, chunk);
+    const X8 x = x8_of(f, 0, chunk);
+#pragma unroll
+    for (int i = 0; i < CHUNK; ++i) {
+        const float2 d = x.d[i];
+        const Term term = term_of(weights.codes[i], weights.head, i, x);
+        const float next = add<T>(sum, d.x * term.scale, term, d);
+        sum = i < n_blocks ? next : sum;
+    }
+    return sum;
+}
+
+// Row by row, so that registers are enough for any number of them.
+template <class T, int N_WARPS, int N_ROWS>
+EI_DEV void leave_chunk(
+    Left<T, N_WARPS, N_ROWS>& left, const Chunk<T>& weights, const Factors<T>& f, int chunk) {
+#pragma unroll 1
+    for (int r = 0; r < N_ROWS; ++r) {
+        const X8 x = x8_of(f, r, chunk);
+#pragma unroll
+        for (int i = 0; i < CHUNK; ++i) {
+            const Term term = term_of(weights.codes[i], weights.head, i, x);
+            left.put(i, r, x.d[i].x * term.scale, term);
+        }
+    }
+}
+
+// Adds what the warps have left of chunks `first` and following.
+template <class T, int N_WARPS, int N_ROWS>
+EI_DEV void add_left(
+    float (&sums)[N_ROWS], const Left<T, N_WARPS, N_ROWS>& left, const Factors<T>& f, int first) {
+#pragma unroll 1
+    for (int warp = 0; warp < N_WARPS && first + warp < f.at.n_chunks; ++warp) {
+        const int n_blocks = blocks_of(f.at, first + warp);
+#pragma unroll
+        for (int r = 0; r < N_ROWS; ++r) {
+            const X8 x = x8_of(f, r, first + warp);
+#pragma unroll
+            for (int i = 0; i < CHUNK; ++i) {
+                const float sum = left.add_to(sums[r], warp, i, r, x.d[i]);
+                sums[r] = i < n_blocks ? sum : sums[r];
             }
         }
     }
 }
 
-// Sums of tiles blockIdx.x, blockIdx.x + gridDim.x ... for rows `first_row` and following of `out`,
-// which has n_rows rows of n values. N_WARPS warps take chunks of a tile in turns. Loads of a warp's
-// next chunk, be it of the next tile, are issued before products of this one. One warp adds up
-// what the others leave, while they begin the next round.
+// Tiles blockIdx.x, blockIdx.x + gridDim.x ... times N_ROWS rows. N_WARPS warps take chunks of a
+// tile in turns. Loads of a warp's next chunk, be it of the next tile, are issued before products
+// of this one. One warp adds up what all have left, while the others begin the next round.
 template <class T, int N_WARPS, int N_ROWS>
-EI_DEV void multiply(
-    const Factors<T, N_ROWS>& f, const Output& out, int n, int first_row, int n_rows) {
+EI_DEV void multiply(const Factors<T>& f, const Output& out, int n) {
     using Lefts = Left<T, N_WARPS, N_ROWS>;
     EI_SHARED(Lefts, left, [2]);
     const int lane = threadIdx.x & 31;
     const int warp = threadIdx.x / 32;
     int turn = 0;
-    Ahead<T> ahead = {};
-    look_ahead(ahead, f, blockIdx.x, warp);
-#pragma unroll
-    for (int i = 0; i < CHUNK; ++i) {
-        load_ahead(ahead, f, i);
+    Chunk<T> weights = {};
+    if (blockIdx.x < f.at.n_tiles && warp < f.at.n_chunks) {
+        weights = load_chunk(f, blockIdx.x, warp);
     }
     for (int tile = blockIdx.x; tile < f.at.n_tiles; tile += gridDim.x) {
         float sums[N_ROWS] = {};
         for (int first = 0; first < f.at.n_chunks; first += N_WARPS) {
             const int chunk = first + warp;
             if (chunk < f.at.n_chunks) {
-                const Head<T> head = ahead.head;
                 const bool is_last = chunk + N_WARPS >= f.at.n_chunks;
-                look_ahead(
-                    ahead, f, is_last ? tile + gridDim.x : tile, is_last ? warp : chunk + N_WARPS);
-                multiply_chunk(f, chunk, head, ahead, sums, left[turn]);
+                const int next_tile = is_last ? tile + gridDim.x : tile;
+                Chunk<T> next = {};
+                if (next_tile < f.at.n_tiles) {
+                    next = load_chunk(f, next_tile, is_last ? warp : chunk + N_WARPS);
+                }
+                if constexpr (N_WARPS * N_ROWS > 1) {
+                    leave_chunk(left[turn], weights, f, chunk);
+                } else {
+                    sums[0] = add_chunk(sums[0], weights, f, chunk);
+                }
+                weights = next;
             }
-            if constexpr (N_WARPS > 1) {
+            if constexpr (N_WARPS * N_ROWS > 1) {
                 __syncthreads();
                 if (warp == 0) {
-                    add_left(f, first, sums, left[turn]);
+                    add_left(sums, left[turn], f, first);
                 }
                 turn ^= 1;
             }
         }
-        for (int r = 0; r < N_ROWS && first_row + r < n_rows; ++r) {
-            if (warp == 0 && TILE * tile + lane < n) {
-                store(out, first_row + r, TILE * tile + lane, sums[r]);
+#pragma unroll
+        for (int r = 0; r < N_ROWS; ++r) {
+            if (warp == 0 && TILE * tile + lane < n && f.first + r < f.n_rows) {
+                store(out, f.first + r, TILE * tile + lane, sums[r]);
             }
         }
     }

@@ -8,12 +8,12 @@
 template <class T, int TOKENS_, int N_WARPS>
 struct Mma {
     static constexpr int N_TOKENS = TOKENS_;
+    static constexpr int N_THREADS = 32 * N_WARPS;
     static constexpr int HALVES = N_TOKENS <= 16 ? 1 : 2;
     static constexpr int N_TILES = N_WARPS * HALVES / 2;
     static constexpr int N_BLOCKS = N_TOKENS <= 16 ? 8 : 2;
     static constexpr int PAD = N_BLOCKS > 2 ? 2 : 0;  // so that lanes meet in no bank of memory
     static constexpr int WORDS = (T::LOW_BITS + T::HIGH_BITS) * TILE;  // of a block of a tile
-    static constexpr bool HAS_SUMS = T::ZERO != 0 || T::HAS_MINS;
 
     struct Stage {
         alignas(16) unsigned codes[N_TILES][N_BLOCKS][WORDS];
@@ -54,44 +54,79 @@ struct Operands {
     int first_tile, first_row, n_rows;
 };
 
+// What a thread copies of each stage: where it is for the first one, and of which block.
 template <class M, class T>
-EI_DEV void copy_codes(typename M::Stage& stage, const Operands<T>& of, int first_block) {
-    constexpr int PIECES = M::WORDS / 4;
-    constexpr int LOW_PIECES = T::LOW_BITS * TILE / 4;
-    for (int i = threadIdx.x; i < M::N_TILES * M::N_BLOCKS * PIECES; i += blockDim.x) {
-        const int tile = i / (M::N_BLOCKS * PIECES);
-        const int block = i / PIECES % M::N_BLOCKS;
-        const int piece = i % PIECES;
-        if (of.first_tile + tile >= of.at.n_tiles || first_block + block >= of.at.n_blocks) {
-            continue;
+struct Copies {
+    static constexpr int PIECES = M::WORDS / 4;  // of 16 bytes
+    static constexpr int LOW_PIECES = T::LOW_BITS * TILE / 4;
+    static constexpr int N_PIECES = M::N_TILES * M::N_BLOCKS * PIECES;
+    static constexpr int N_CODES = (N_PIECES + M::N_THREADS - 1) / M::N_THREADS;
+    static constexpr int HALVES = 2 * M::N_BLOCKS;  // of 16 columns
+    static constexpr int N_ROWS = (HALVES * M::N_TOKENS + M::N_THREADS - 1) / M::N_THREADS;
+    static_assert(M::N_THREADS % HALVES == 0, "a thread copies one half of several rows");
+
+    const uint8_t* codes[N_CODES];
+    int block[N_CODES];
+    const uint8_t* rows[N_ROWS];
+};
+
+template <class M, class T>
+EI_DEV Copies<M, T> copies_of(const Operands<T>& of) {
+    using C = Copies<M, T>;
+    C copies;
+#pragma unroll
+    for (int i = 0; i < C::N_CODES; ++i) {
+        const int number = threadIdx.x + M::N_THREADS * i;
+        const int tile = number / (M::N_BLOCKS * C::PIECES);
+        const int piece = number % C::PIECES;
+        const bool is_there = tile < M::N_TILES && of.first_tile + tile < of.at.n_tiles;
+        copies.block[i] = is_there ? number / C::PIECES % M::N_BLOCKS : of.at.n_blocks;
+        const size_t unit = (size_t)(of.first_tile + tile) * of.at.n_blocks + copies.block[i];
+        copies.codes[i] = of.w + (unit * C::LOW_PIECES + piece) * 16;
+        if (T::HIGH_BITS > 0 && piece >= C::LOW_PIECES) {
+            const int high = piece - C::LOW_PIECES;
+            copies.codes[i] = of.w + of.at.high + (unit * (T::HIGH_BITS * TILE / 4) + high) * 16;
         }
-        const size_t unit = (size_t)(of.first_tile + tile) * of.at.n_blocks + first_block + block;
-        const uint8_t* from = of.w + (unit * LOW_PIECES + piece) * 16;
-        if (T::HIGH_BITS > 0 && piece >= LOW_PIECES) {
-            from = of.w + of.at.high + (unit * (PIECES - LOW_PIECES) + piece - LOW_PIECES) * 16;
-        }
-        ei_copy_async<16>(&stage.codes[tile][block][4 * piece], from);
     }
+#pragma unroll
+    for (int i = 0; i < C::N_ROWS; ++i) {
+        const int token = (threadIdx.x + M::N_THREADS * i) / C::HALVES;
+        copies.rows[i] = of.x + min(of.first_row + token, of.n_rows - 1) * x8_bytes(of.k);
+    }
+    return copies;
 }
 
-// Rows that are not there are copies of the last one.
+// Rows of x that are not there are copies of the last one.
 template <class M, class T>
-EI_DEV void copy_rows(typename M::Stage& stage, const Operands<T>& of, int first_block) {
-    for (int i = threadIdx.x; i < 2 * M::N_BLOCKS * M::N_TOKENS; i += blockDim.x) {
-        const int token = i / (2 * M::N_BLOCKS);
-        const int half = i % (2 * M::N_BLOCKS);
-        const int block = first_block + half / 2;
-        if (block >= of.at.n_blocks) {
-            continue;
+EI_DEV void copy_stage(
+    typename M::Stage& stage, Copies<M, T>& copies, const Operands<T>& of, int first_block) {
+    using C = Copies<M, T>;
+#pragma unroll
+    for (int i = 0; i < C::N_CODES; ++i) {
+        const int number = threadIdx.x + M::N_THREADS * i;
+        const bool is_high = number % C::PIECES >= C::LOW_PIECES;
+        if (first_block + copies.block[i] < of.at.n_blocks) {
+            ei_copy_async<16>(&stage.codes[0][0][0] + 4 * number, copies.codes[i]);
         }
-        const X8 row = x8_row(of.x, min(of.first_row + token, of.n_rows - 1), of.k);
-        ei_copy_async<16>(&stage.q[token][16 * half], row.q + BLOCK * first_block + 16 * half);
-        if (half % 2 == 0) {
-            ei_copy_async<8>(&stage.d[token][half / 2], row.d + block);
-        } else if (M::HAS_SUMS) {
-            ei_copy_async<4>(&stage.sums[token][half / 2], row.sums + block);
+        copies.codes[i] += M::N_BLOCKS * TILE * 4 * (is_high ? T::HIGH_BITS : T::LOW_BITS);
+    }
+    const int half = threadIdx.x % C::HALVES;
+    const int block = first_block + half / 2;
+#pragma unroll
+    for (int i = 0; i < C::N_ROWS; ++i) {
+        const int token = (threadIdx.x + M::N_THREADS * i) / C::HALVES;
+        const uint8_t* row = copies.rows[i];
+        if (block < of.at.n_blocks && token < M::N_TOKENS) {
+            const X8 x = x8_from(x8_row(row, 0, of.k), block);
+            ei_copy_async<16>(&stage.q[token][16 * half], x.q + 16 * (half % 2));
+            if (half % 2 == 0) {
+                ei_copy_async<8>(&stage.d[token][half / 2], x.d);
+            } else if (T::HAS_MINS) {
+                ei_copy_async<4>(&stage.sums[token][half / 2], x.sums);
+            }
         }
     }
+    ei_copy_group();
 }
 
 template <class M, class T>
@@ -130,6 +165,16 @@ EI_DEV RowScales get_scales(const typename M::Scales& scales, int i, int row) {
     return rows;
 }
 
+// Codes less their zero point: bytes up to 127 less one of up to 128.
+template <class T>
+EI_DEV unsigned signed_codes(unsigned word) {
+    if constexpr (T::ZERO == 0) {
+        return word;
+    } else {
+        return ((word | 0x80808080u) - 0x01010101u * T::ZERO) ^ 0x80808080u;
+    }
+}
+
 // The codes of rows g and g + 8 that a lane has of 16 x 32: columns 4 t ... and 16 + 4 t ...
 template <class T>
 EI_DEV void get_codes(unsigned (&a)[4], const unsigned* codes, int row) {
@@ -144,7 +189,7 @@ EI_DEV void get_codes(unsigned (&a)[4], const unsigned* codes, int row) {
             const unsigned* highs = codes + T::LOW_BITS * TILE;
             high = highs[word_at<T::HIGH_BITS>(0, at, j % T::HIGH_BITS)];
         }
-        a[i] = code_word<T>(low, high, j);
+        a[i] = signed_codes<T>(code_word<T>(low, high, j));
     }
 }
 
@@ -153,23 +198,15 @@ template <class T>
 EI_DEV void add_columns(
     float (&sums)[4], const unsigned (&a)[4], const unsigned (&b)[2], const RowScales& rows,
     const float2 (&d)[2], const short2 (&x_sums)[2]) {
-    int first[4];
-    int second[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        first[i] = (T::HAS_PARTS ? 0 : FROM) - T::ZERO * x_sums[i % 2].x;
-        second[i] = -T::ZERO * x_sums[i % 2].y;
-    }
+    const int from = T::HAS_PARTS ? 0 : FROM;
+    int first[4] = {from, from, from, from};
+    int second[4] = {};
     if constexpr (T::HAS_PARTS) {
         const unsigned left[2] = {a[0], a[1]};
         const unsigned right[2] = {a[2], a[3]};
         ei_mma_m16n8k16(first, left, b[0]);
         ei_mma_m16n8k16(second, right, b[1]);
     } else {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            first[i] += second[i];
-        }
         ei_mma_m16n8k32(first, a, b);
     }
 #pragma unroll
@@ -189,7 +226,7 @@ EI_DEV void add_columns(
         }
         if constexpr (T::HAS_MINS) {
             const short2 mins = rows.mins[row];
-            term.min_dot = ei_to_float(mins.x * x_sums[i % 2].x + mins.y * x_sums[i % 2].y);
+            term.min_dot = ei_to_float(add_sums(x_sums[i % 2], mins.x, mins.y, 0));
         }
         sums[i] = add<T>(sums[i], scale.x * term.scale, term, scale);
     }
@@ -216,7 +253,7 @@ EI_DEV void add_block(
         const unsigned codes[2] = {q[t], q[4 + t]};
         const float2 d[2] = {stage.d[token][b], stage.d[token + 1][b]};
         short2 x_sums[2] = {};
-        if constexpr (M::HAS_SUMS) {
+        if constexpr (T::HAS_MINS) {
             x_sums[0] = stage.sums[token][b];
             x_sums[1] = stage.sums[token + 1][b];
         }
@@ -225,13 +262,6 @@ EI_DEV void add_block(
             add_columns<T>(sums[h][eight], a[h], codes, rows[h], d, x_sums);
         }
     }
-}
-
-template <class M, class T>
-EI_DEV void copy_stage(typename M::Stage& stage, const Operands<T>& of, int first_block) {
-    copy_codes<M>(stage, of, first_block);
-    copy_rows<M>(stage, of, first_block);
-    ei_copy_group();
 }
 
 // Sums of 16 rows, half a tile, by 8 tokens.
@@ -262,8 +292,9 @@ EI_DEV void multiply_mma(const Operands<T>& of, const Output& out, int n) {
     const int tile = min(of.first_tile + place, of.at.n_tiles - 1);
     const int row = threadIdx.x % (16 * M::HALVES);
     Head<T> head = load_head(of.w, of.at, tile, 0, 16 * half + row);
+    Copies<M, T> copies = copies_of<M>(of);
     for (int s = 0; s < M::N_STAGES - 1; ++s) {
-        copy_stage<M>(stages[s], of, M::N_BLOCKS * s);
+        copy_stage<M>(stages[s], copies, of, M::N_BLOCKS * s);
     }
     float sums[M::HALVES][N_TOKENS / 8][4] = {};
     for (int first = 0; first < of.at.n_blocks; first += M::N_BLOCKS) {
@@ -271,7 +302,7 @@ EI_DEV void multiply_mma(const Operands<T>& of, const Output& out, int n) {
         ei_copy_wait<M::N_STAGES - 2>();
         __syncthreads();
         const int ahead = s + M::N_STAGES - 1;
-        copy_stage<M>(stages[ahead % M::N_STAGES], of, M::N_BLOCKS * ahead);
+        copy_stage<M>(stages[ahead % M::N_STAGES], copies, of, M::N_BLOCKS * ahead);
         if (first % CHUNK == 0) {
             __syncwarp();
             put_scales<M, T>(scales[warp], head, row);

@@ -34,8 +34,11 @@ EI_DEV void repack_block(
     const bool is_there = is_row && block < at.n_blocks;
     const uint8_t* file = raw + (size_t)(block / T::FILE_BLOCKS) * T::FILE_BYTES;
     Codes<T> codes = {};
-    for (int e = 0; e < BLOCK && is_there; ++e) {
-        put_code(codes, e, T::code(file, block % T::FILE_BLOCKS, e));
+    if (is_there) {
+#pragma unroll
+        for (int e = 0; e < BLOCK; ++e) {
+            put_code(codes, e, T::code(file, block % T::FILE_BLOCKS, e));
+        }
     }
     if (block < at.n_blocks) {
         const size_t unit = (size_t)tile * at.n_blocks + block;

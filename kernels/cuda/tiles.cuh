@@ -414,10 +414,9 @@ EI_DEV void load_words(unsigned (&words)[N], const uint8_t* plane, size_t unit, 
     }
 }
 
+// Of block `unit` of a matrix, counted tile by tile.
 template <class T>
-EI_DEV Codes<T> load_codes(
-    const uint8_t* w, const Layout<T>& at, int tile, int block, int row) {
-    const size_t unit = (size_t)tile * at.n_blocks + block;
+EI_DEV Codes<T> load_codes(const uint8_t* w, const Layout<T>& at, size_t unit, int row) {
     Codes<T> codes;
     load_words(codes.low, w, unit, row);
     if constexpr (T::HIGH_BITS > 0) {

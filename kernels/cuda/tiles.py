@@ -66,7 +66,7 @@ def x8_bytes(dim: int) -> int:
     """Bytes of a quantised row of activations; ValueError where it is no whole number of blocks."""
     if dim % BLOCK:
         raise ValueError(f"{dim} values can't be quantised: they are no multiple of {BLOCK}")
-    return _up(dim + dim // 4 + dim // 8, 16)
+    return _up(dim, CHUNK) // CHUNK * 352 + 32
 
 
 def most_warps(kind: QuantType, n_rows: int) -> int:

@@ -1,8 +1,9 @@
 // X8: rows of activations as matrices of blocks read them, 32 values as int8 and a scale.
 // kernels/reference/blocks.py `quantise` is their arithmetic.
 //
-// A row of k values, k a multiple of 32: int8 [k], then float2 (d, d * float(sum)) [k / 32], then
-// short2 (sum of the first 16, of the last 16) [k / 32]; its bytes are rounded up to 16.
+// A row of k values, k a multiple of 32, has room for c, the next multiple of 256: int8 [c], then
+// float2 (d, d * float(sum)) [c / 32], then short2 (sum of the first 16, of the last 16) [c / 32],
+// and 32 bytes: 256 columns can be read from anywhere in the row. What is behind k is anything.
 #pragma once
 #include "dev.cuh"
 
@@ -13,15 +14,19 @@ struct X8 {
 };
 
 EI_DEV size_t x8_bytes(int k) {
-    return ((size_t)k + k / 4 + k / 8 + 15) & ~(size_t)15;
+    return (size_t)((k + 255) / 256) * 352 + 32;
 }
 
-// Row `row` of k values, from column `first` on, a multiple of 32.
-EI_DEV X8 x8_row(const uint8_t* rows, int row, int k, int first = 0) {
+EI_DEV X8 x8_row(const uint8_t* rows, int row, int k) {
+    const int n_columns = (k + 255) / 256 * 256;
     int8_t* q = (int8_t*)(rows + row * x8_bytes(k));
-    float2* d = (float2*)(q + k);
-    short2* sums = (short2*)(d + k / 32);
-    return {q + first, d + first / 32, sums + first / 32};
+    float2* d = (float2*)(q + n_columns);
+    short2* sums = (short2*)(d + n_columns / 32);
+    return {q, d, sums};
+}
+
+EI_DEV X8 x8_from(const X8& row, int block) {
+    return {row.q + 32 * block, row.d + block, row.sums + block};
 }
 
 EI_DEV int sum_16_lanes(int x) {
