@@ -17,16 +17,16 @@ from edgeinfer.quant import Weight
 
 
 class Blueprint:
-    """A segment lowered for steps of up to `limits`. It becomes a program once."""
+    """A segment lowered for steps of up to `limits` on a GPU of `arch`, to become one program."""
 
-    def __init__(self, segment: Segment, limits: StepLimits) -> None:
+    def __init__(self, segment: Segment, limits: StepLimits, arch: int) -> None:
         self.segment, self.limits = segment, limits
         self.weights = TiledWeights(*_weights_of(segment))
         self.step_arrays = StepArrays(limits)
         self.kv, self.step = Arena(ALIGNMENT), Arena(ALIGNMENT)
-        step = self._place_step()
+        self.step_buffers = step = self._place_step()
         caches = self._caches = self._place_caches()
-        self.lowered = Lowering(segment, limits, self.weights, caches, step).run()
+        self.lowered = Lowering(segment, limits, self.weights, caches, step, arch).run()
         self.scratch = self.lowered.scratch
         self.scratch.place(self.weights.staging, 0 if self.scratch.n_bytes else None)
         self.scratch.n_bytes = max(
@@ -75,7 +75,14 @@ class Blueprint:
         arrays = self.step_arrays
         whole = self.step.place(Buffer("step", arrays.memory.nbytes, is_kept=True))
         self.step_buffer = whole
-        return StepBuffers(*(self._part(name) for name in StepBuffers._fields))
+        n_bytes = 4 * self.limits.max_outputs
+        results = self.step.place(Buffer("sampled", 2 * n_bytes, is_kept=True))
+        status = self.step.place(Buffer("status", n_bytes, is_kept=True), results.address + n_bytes)
+        part = self._part
+        return StepBuffers(
+            part("step"), part("ids"), part("pos"), part("seq"), part("wanted"), part("pages"),
+            results, status,
+        )  # fmt: skip
 
     def _part(self, name: str, group: int = 0) -> Buffer:
         offset = self.step_buffer.address + self.step_arrays.offset(name, group)
