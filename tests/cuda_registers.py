@@ -1,6 +1,7 @@
 """What every CUDA kernel takes of a GPU: compiled, and held against `cuda_registers.json`.
 
-`python -m tests.cuda_registers` writes that file anew: for all kernels, or those that are named.
+`python -m tests.cuda_registers` brings that file up to date, for the kernels whose text has changed
+and the usual architectures; `--all` measures all of both.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TypedDict
 
 from edgeinfer import platform
 from edgeinfer.kernels.cuda.cubins import Cubins
@@ -17,38 +19,62 @@ from edgeinfer.kernels.cuda.nvrtc import Usage, compile_all
 
 TABLE = Path(__file__).with_suffix(".json")
 MOST_SHARED = 48 << 10  # bytes of static shared memory
-# The architectures that GPUs of our users have, by the CUDA whose compiler knows them.
-ARCHITECTURES = {12: (61, 70, 72, 75, 80, 86, 87, 89, 90, 120), 13: (110, 121)}
+# The architectures of our users' GPUs, by the CUDA whose compiler knows them; some stand for all.
+ALL = {12: (61, 70, 72, 75, 80, 86, 87, 89, 90, 120), 13: (110, 121)}
 USUAL = {12: (61, 87, 90), 13: (110,)}
 
-Table = dict[str, dict[str, int]]  # registers, by kernel and architecture
+
+class Entry(TypedDict):
+    """Of a variant: the key of what it was made of, and its registers by architecture."""
+
+    key: str
+    registers: dict[str, int]
 
 
-def usages(
-    cuda: int, architectures: Sequence[int], names: Sequence[str], folder: Path
-) -> Iterator[tuple[Kernel, int, Usage]]:
-    """What the usual variants of kernels take on each architecture."""
-    sources = Sources()
-    kernels = [kernel for name in names for kernel in sources.variants(name)]
-    library = next(library for library in platform.nvrtc_libraries() if library.cuda == cuda)
-    for arch in architectures:
-        cubins = Cubins(folder, sources, arch, cuda)
-        jobs = [cubins.job(kernel) for kernel in kernels]
-        for kernel, cubin in zip(kernels, compile_all(library.path, jobs), strict=True):
-            yield kernel, arch, cubin.usage
+Table = dict[str, Entry]
 
 
-def objection(kernel: Kernel, arch: int, usage: Usage, table: Table) -> str | None:
-    """What is wrong with a kernel on an architecture, None where nothing is."""
-    what = f"{kernel} for sm_{arch}"
-    if usage.spilled_bytes or usage.stack_bytes:
-        return f"{what} has {usage.stack_bytes} bytes of stack, {usage.spilled_bytes} spilled"
-    if usage.shared_bytes > MOST_SHARED:
-        return f"{what} has {usage.shared_bytes} bytes of static shared memory"
-    most = table.get(str(kernel), {}).get(str(arch))
-    if most is None or usage.registers > most:
-        return f"{what} takes {usage.registers} registers, {TABLE.name} has {most}"
-    return None
+class Kernels:
+    """The usual variants of all kernels, and what is known of them."""
+
+    def __init__(self, sources: Sources, table: Table) -> None:
+        self.all = [kernel for name in sources.names() for kernel in sources.variants(name)]
+        self.table = table
+        self._cubins = {
+            arch: Cubins(TABLE.parent, sources, arch, cuda)  # nothing is kept there
+            for cuda, architectures in ALL.items()
+            for arch in architectures
+        }
+        any_ = next(iter(self._cubins.values()))
+        self.keys = {str(kernel): any_.key(kernel) for kernel in self.all}
+
+    def changed(self) -> list[Kernel]:
+        """Those whose texts are not those that the table was made of."""
+        known = {kernel: entry["key"] for kernel, entry in self.table.items()}
+        return [kernel for kernel in self.all if known.get(str(kernel)) != self.keys[str(kernel)]]
+
+    def usages(
+        self, kernels: Sequence[Kernel], cuda: int, architectures: Sequence[int]
+    ) -> Iterator[tuple[Kernel, int, Usage]]:
+        """What kernels take on each architecture, with the compiler of a CUDA."""
+        library = next(each for each in platform.nvrtc_libraries() if each.cuda == cuda)
+        for arch in architectures:
+            jobs = [self._cubins[arch].job(kernel) for kernel in kernels]
+            for kernel, cubin in zip(kernels, compile_all(library.path, jobs), strict=True):
+                yield kernel, arch, cubin.usage
+
+    def objection(self, kernel: Kernel, arch: int, usage: Usage) -> str | None:
+        """What is wrong with a kernel on an architecture, None where nothing is."""
+        what = f"{kernel} for sm_{arch}"
+        if usage.spilled_bytes or usage.stack_bytes:
+            return f"{what} has {usage.stack_bytes} bytes of stack, {usage.spilled_bytes} spilled"
+        if usage.shared_bytes > MOST_SHARED:
+            return f"{what} has {usage.shared_bytes} bytes of static shared memory"
+        entry = self.table.get(str(kernel))
+        most = entry["registers"].get(str(arch)) if entry else None
+        if most is None or usage.registers > most:
+            return f"{what} takes {usage.registers} registers, {TABLE.name} has {most}"
+        return None
 
 
 def read() -> Table:
@@ -57,18 +83,23 @@ def read() -> Table:
 
 
 def write(table: Table) -> None:
-    """One line for each variant, so that two changes seldom meet."""
+    """One line for each variant."""
     lines = (f"{json.dumps(kernel)}: {json.dumps(table[kernel])}" for kernel in sorted(table))
     TABLE.write_text("{\n" + ",\n".join(lines) + "\n}\n", "utf-8")
 
 
 def main() -> None:
-    names = sys.argv[1:] or Sources().names()
-    table: Table = read() if sys.argv[1:] else {}
-    for cuda, architectures in ARCHITECTURES.items():
-        for kernel, arch, usage in usages(cuda, architectures, names, TABLE.parent):
-            table.setdefault(str(kernel), {})[str(arch)] = usage.registers
-            print(kernel, arch, *usage, flush=True)
+    kernels = Kernels(Sources(), read())
+    everything = sys.argv[1:] == ["--all"]
+    measured = kernels.all if everything else kernels.changed()
+    table = {k: entry for k, entry in kernels.table.items() if k in kernels.keys}
+    table |= {str(k): Entry(key=kernels.keys[str(k)], registers={}) for k in measured}
+    kernels.table = table
+    for cuda, architectures in (ALL if everything else USUAL).items():
+        for kernel, arch, usage in kernels.usages(measured, cuda, architectures):
+            table[str(kernel)]["registers"][str(arch)] = usage.registers
+            if objection := kernels.objection(kernel, arch, usage):
+                print(objection, flush=True)
     write(table)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,18 @@ from edgeinfer import platform
 from edgeinfer.kernels.cuda.shim import ShimDevice
 
 SEEDS = (0, 1, 7)  # of the order in which threads run
+CHECKED = "EDGEINFER_TEST_CHECKED"  # set: kernels are watched by sanitizers, memory is guarded
+SANITIZERS = (
+    "-O1", "-fsanitize=alignment,bounds,shift,float-cast-overflow", "-fno-sanitize-recover=all",
+)  # fmt: skip
 
 
 def shim(folder: Path | None = None, **options: Any) -> ShimDevice:
     """A shim that runs at once; the test is skipped where there is no g++."""
     if platform.find_program("g++") is None:
         pytest.skip("no g++ in PATH, which the shim compiles kernels with")
-    return ShimDevice(folder, **{"runs_at_once": True, **options})
+    checks = {"flags": SANITIZERS, "allocate": GuardedMemory} if os.environ.get(CHECKED) else {}
+    return ShimDevice(folder, **{"runs_at_once": True, **checks, **options})
 
 
 def put(device: ShimDevice, data: NDArray[Any]) -> int:

@@ -53,10 +53,10 @@ def test_other_output_is_refused(text: str) -> None:
 
 
 def test_the_command_measures_what_we_do() -> None:
-    command = llama_command("lb", Path("m.gguf"), 3, 256, 32, 0)
-    assert command == "lb -m m.gguf -t 3 -p 256 -n 32 -r 1 -o json".split()
-    command = llama_command("lb", Path("m.gguf"), 3, 256, 32, 4096)
-    assert command == "lb -m m.gguf -t 3 -p 256 -n 32 -d 4096 -r 1 -o json".split()
+    command = llama_command("lb", Path("m.gguf"), 3, 0, 256, 32, 0)
+    assert command == "lb -m m.gguf -t 3 -ngl 0 -p 256 -n 32 -r 1 -o json".split()
+    command = llama_command("lb", Path("m.gguf"), 3, 99, 256, 32, 4096)
+    assert command == "lb -m m.gguf -t 3 -ngl 99 -p 256 -n 32 -d 4096 -r 1 -o json".split()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a script with #! is no program there")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from edgeinfer.errors import DeviceError
 from edgeinfer.kernels.cuda.device import Bound
 from edgeinfer.kernels.cuda.kernel import Kernel, Signature, Sources
 from edgeinfer.kernels.cuda.shim import ShimDevice
-from tests.shim import SEEDS, GuardedMemory, get, put, put_step, shim
+from tests.shim import CHECKED, SANITIZERS, SEEDS, GuardedMemory, get, put, put_step, shim
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -294,6 +295,25 @@ def test_a_missing_barrier_is_found(make: Make, barrier: str) -> None:
     device, right = make(_REVERSE.replace("BARRIER", barrier)), np.arange(256)[::-1]
     for device.seed in (1, 7):
         assert np.array_equal(run(device, 256, 256), right) == (barrier == "__syncthreads();")
+
+
+@pytest.mark.parametrize("wait", ["ei_copy_wait<1>();", "ei_copy_wait<2>();", ""])
+def test_a_missing_wait_for_a_copy_is_found(make: Make, wait: str) -> None:
+    device = make(f"""
+EI_KERNEL(32) k(const Step* step, int* out, const uint4* x) {{
+  EI_SHARED(uint4, values, [3][32]);
+  for (int i = 0; i < 3; ++i) {{
+    ei_copy_async<16>(&values[i][threadIdx.x], x + 32 * i + threadIdx.x);
+    ei_copy_group();
+  }}
+  {wait}
+  __syncthreads();
+  ((uint4*)out)[threadIdx.x] = values[1][31 - threadIdx.x];
+}}
+""")
+    x = np.arange(3 * 32 * 4, dtype=np.int32).reshape(3, 32, 4)
+    out = run(device, 128, x=put(device, x)).reshape(32, 4)
+    assert np.array_equal(out, x[1, ::-1] if "<1>" in wait else np.full((32, 4), -1))
 
 
 @pytest.mark.parametrize(
@@ -631,7 +651,7 @@ from edgeinfer.kernels.cuda.kernel import Kernel
 from edgeinfer.kernels.cuda.shim import ShimDevice
 from tests.shim import GuardedMemory, put, put_step
 folder, *flags = sys.argv[1:]
-device = ShimDevice(sources=[Path(folder)], flags=["-O1", *flags], allocate=GuardedMemory)
+device = ShimDevice(sources=[Path(folder)], flags=flags, allocate=GuardedMemory)
 device.load([Kernel.of("k")])
 x = put(device, np.zeros(1000, np.int32))
 args = {"step": put_step(device, 1), "out": put(device, np.zeros(1, np.int32)), "x": x, "n": 1004}
@@ -649,7 +669,7 @@ def beyond(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
 def test_reading_behind_guarded_memory_ends_the_process(make: Make, tmp_path: Path) -> None:
     make(_SUM)
-    assert beyond(tmp_path).returncode < 0
+    assert beyond(tmp_path, "-O1").returncode < 0
 
 
 @pytest.mark.parametrize(
@@ -658,6 +678,7 @@ def test_reading_behind_guarded_memory_ends_the_process(make: Make, tmp_path: Pa
         ("values[x[0] + n] = 1;", r"k.cu:5:\d+: runtime error: index 1004 out of bounds"),
         ("out[0] = *(const int*)((const char*)x + 1);", "k.cu:5:.*load of misaligned address"),
         ("out[0] = 1 << n;", "k.cu:5:.*shift exponent 1004 is too large"),
+        ("out[0] = (int)(3e9f * n);", "k.cu:5:.*outside the range of representable values"),
     ],
 )
 def test_sanitizers_find_what_is_undefined(
@@ -670,9 +691,25 @@ EI_KERNEL(32) k(const Step* step, int* out, const int* x, int n) {{
 }}
 """
     (tmp_path / "k.cu").write_text(f'#include "dev.cuh"\n{text}')
-    done = beyond(tmp_path, "-fsanitize=alignment,bounds,shift", "-fno-sanitize-recover=all")
+    done = beyond(tmp_path, *SANITIZERS)
     assert done.returncode != 0
     assert re.search(said, done.stderr), done.stderr
+
+
+@pytest.mark.slow
+def test_tests_of_kernels_pass_under_sanitizers_and_with_guarded_memory() -> None:
+    shim()
+    files = {path for path in Path(__file__).parent.glob("test_cuda_*.py")}
+    files -= {Path(__file__), Path(__file__).with_name("test_cuda_compile.py")}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", *map(str, sorted(files))],
+        cwd=ROOT,
+        env={**os.environ, CHECKED: "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode in (0, 5), done.stdout[-3000:] + done.stderr[-3000:]  # 5: no tests yet
 
 
 # -- compilers and caches ------------------------------------------------------------------------

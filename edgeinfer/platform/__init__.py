@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         bytes_below,
         delete_all,
         files_below,
+        forget_file_pages,
         free_disk,
         is_at,
         is_writable,
@@ -80,9 +81,9 @@ _NAMES = {
     "forks": "ForkedProcess",
     "devices": "CudaDriver Gpu NvrtcLibrary board_name cuda_driver install_command nvrtc_libraries",
     "files": (
-        "ReadableFile append_private bytes_below delete_all files_below free_disk is_at "
-        "is_writable make_folder open_appending open_scratch read_whole sync try_lock "
-        "unlink_open write_whole"
+        "ReadableFile append_private bytes_below delete_all files_below forget_file_pages "
+        "free_disk is_at is_writable make_folder open_appending open_scratch read_whole sync "
+        "try_lock unlink_open write_whole"
     ),
     "limits": "ProcessLimits ended_for_time",
     "memory": "available_memory peak_rss rss",
@@ -121,6 +122,7 @@ __all__ = [
     "ended_for_time",
     "files_below",
     "find_program",
+    "forget_file_pages",
     "free_disk",
     "input_waits",
     "install_command",

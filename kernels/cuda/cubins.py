@@ -40,7 +40,7 @@ class Cubins:
             compiled = compile_all(library.path, [jobs[k] for k in missing], progress)
             for kernel, cubin in zip(missing, compiled, strict=True):
                 job = jobs[kernel]
-                self._cache.add(job.name, _key(job), self._ending(library.cuda), cubin.data)
+                self._cache.add(job.name, self._key(job), self._ending(library.cuda), cubin.data)
                 cubins[kernel] = cubin.data
         return cubins
 
@@ -50,6 +50,13 @@ class Cubins:
         text = self._sources.kernel_text(kernel.name)
         return Job(kernel.label, text, tuple(kernel.flags), self._arch)
 
+    def key(self, kernel: Kernel) -> str:
+        """Changes with whatever its machine code is made of, but for the architecture."""
+        return self._key(self.job(kernel))
+
+    def _key(self, job: Job) -> str:
+        return key_of(_seen(job.text), *FLAGS, *job.flags)
+
     def _ending(self, cuda: int) -> str:
         # A driver refuses what a CUDA of a later major version has made.
         return f".cuda{cuda}.{self._arch}.cubin"
@@ -57,7 +64,7 @@ class Cubins:
     def _find(self, job: Job) -> bytes | None:
         for cache in (self._packaged, self._cache):
             for cuda in range(self._cuda, _FIRST_CUDA - 1, -1):
-                path = cache.find(job.name, _key(job), self._ending(cuda))
+                path = cache.find(job.name, self._key(job), self._ending(cuda))
                 if path is not None:
                     return path.read_bytes()
         return None
@@ -80,5 +87,7 @@ class Cubins:
         )
 
 
-def _key(job: Job) -> str:
-    return key_of(job.text, *FLAGS, *job.flags)
+def _seen(text: str) -> str:
+    """What of a text reaches the machine code: not comments (no string of ours has a //)."""
+    lines = (line.partition("//")[0].strip() for line in text.splitlines())
+    return "\n".join(line for line in lines if line and not line.startswith("#line"))

@@ -134,6 +134,44 @@ EI_DEV void ei_prefetch(const void* p) {
 #endif
 }
 
+// Copies N bytes, 4, 8 or 16, to shared memory, where they are once a wait for their group is over.
+template <int N>
+EI_DEV void ei_copy_async(void* shared, const void* global) {
+#if defined(EI_CPU)
+  ei_run->copy_later(shared, global, N);
+#elif __CUDA_ARCH__ < 800
+  struct alignas(N) Bytes { unsigned words[N / 4]; };
+  *(Bytes*)shared = *(const Bytes*)global;
+#else
+  const unsigned to = (unsigned)__cvta_generic_to_shared(shared);
+  if constexpr (N == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(to), "l"(global) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;"
+                 : : "r"(to), "l"(global), "n"(N) : "memory");
+  }
+#endif
+}
+
+// Ends a group of a thread's copies.
+EI_DEV void ei_copy_group() {
+#if defined(EI_CPU)
+  ei_run->end_copy_group();
+#elif __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" : : : "memory");
+#endif
+}
+
+// Waits for all of a thread's groups but the last N.
+template <int N>
+EI_DEV void ei_copy_wait() {
+#if defined(EI_CPU)
+  ei_run->wait_for_copies(N);
+#elif __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" : : "n"(N) : "memory");
+#endif
+}
+
 // -- warps --
 
 // The sum of 32 accumulators, one a lane, in the order of the reference's `sum_lanes`.

@@ -198,6 +198,10 @@ EI_DEV int __dp4a(int a, int b, int sum) {
   }
   return total;
 }
+EI_DEV int __dp2a_lo(int a, int b, int sum) {
+  const unsigned first = int16_t(a) * int8_t(b), second = (a >> 16) * int8_t(unsigned(b) >> 8);
+  return unsigned(sum) + first + second;
+}
 EI_DEV unsigned __dp4a(unsigned a, unsigned b, unsigned sum) {
   for (int i = 0; i < 4; ++i) {
     sum += (a >> (8 * i) & 255) * (b >> (8 * i) & 255);

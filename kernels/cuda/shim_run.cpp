@@ -1,5 +1,10 @@
 // Runs a kernel on the CPU: its blocks one after another, the threads of a block as fibres that take
 // turns where they wait. In random order, so that what lacks a barrier gives another result.
+#ifdef __APPLE__  // which hides ucontext.h otherwise
+#define _XOPEN_SOURCE 700
+#define _DARWIN_C_SOURCE
+#endif
+
 #include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
@@ -23,12 +28,20 @@ constexpr size_t FENCE_BYTES = 256;  // behind dynamic shared memory
 constexpr unsigned char POISON = 0xFF, FENCE = 0xA5;
 constexpr size_t MOST_STATIC_BYTES = 48 << 10;
 
+struct Copy {
+  void* to;
+  const void* from;
+  unsigned n_bytes, group;
+};
+
 struct Fibre : ei::Thread {
   enum State { READY, AT_BLOCK, AT_WARP, ENDED };
 
   State state;
   const char* where;  // of the wait it is in
   jmp_buf start, place;
+  std::vector<Copy> copies;  // that are to be done, in order
+  unsigned n_copy_groups;
 };
 
 // Threads that wait for each other.
@@ -157,6 +170,24 @@ void wait_for_warp(const char* where) {
   wait_at(warp_barriers[number(running()) / ei::N_LANES], Fibre::AT_WARP, where);
 }
 
+void copy_later(void* to, const void* from, unsigned n_bytes) {
+  memset(to, POISON, n_bytes);
+  running()->copies.push_back({to, from, n_bytes, running()->n_copy_groups});
+}
+
+void end_copy_group() { ++running()->n_copy_groups; }
+
+void wait_for_copies(unsigned n_groups_pending) {
+  std::vector<Copy>& copies = running()->copies;
+  size_t n_done = 0;
+  while (n_done < copies.size() &&
+         copies[n_done].group + n_groups_pending < running()->n_copy_groups) {
+    memcpy(copies[n_done].to, copies[n_done].from, copies[n_done].n_bytes);
+    ++n_done;
+  }
+  copies.erase(copies.begin(), copies.begin() + n_done);
+}
+
 void fail(const char* why, const char* where) {
   begin_failure(why);
   add_to_failure("thread %u at %s", number(running()), where);
@@ -226,6 +257,8 @@ void prepare_threads() {
     fibre.lane = i % ei::N_LANES;
     fibre.warp = &warps[i / ei::N_LANES];
     fibre.n_exchanges = 0;
+    fibre.copies.clear();
+    fibre.n_copy_groups = 0;
     fibre.state = Fibre::READY;
     memcpy(&fibre.place, &fibre.start, sizeof fibre.place);
     ready.push_back(&fibre);
@@ -292,6 +325,9 @@ void run_blocks(size_t n_dynamic, size_t n_most) {
 extern "C" ei::Run* ei_run() {
   run.wait_for_block = wait_for_block;
   run.wait_for_warp = wait_for_warp;
+  run.copy_later = copy_later;
+  run.end_copy_group = end_copy_group;
+  run.wait_for_copies = wait_for_copies;
   run.fail = fail;
   return &run;
 }

@@ -42,6 +42,11 @@ struct Run {
   void* dynamic_shared;
   void (*wait_for_block)(const char* where);
   void (*wait_for_warp)(const char* where);
+  // Copies to shared memory that are done when a thread waits for their group; until then there is
+  // nothing but 0xFF bytes.
+  void (*copy_later)(void* to, const void* from, unsigned n_bytes);
+  void (*end_copy_group)();
+  void (*wait_for_copies)(unsigned n_groups_pending);
   void (*fail)(const char* why, const char* where);
 };
 

@@ -1,0 +1,25 @@
+// Rows of X8 times a matrix of blocks: y = residual + (x W^T + bias).
+#include "matmul.cuh"
+
+// WARPS warps of a block of threads share a tile of 32 rows of the matrix, for ROWS rows of x.
+// Variants: TYPE = Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4;
+//   WARPS = 1 4 8; ROWS = 1
+// Variants: TYPE = Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4;
+//   WARPS = 2; ROWS = 2 4
+// Variants: TYPE = Q2_K; WARPS = 1 4; ROWS = 1
+// Variants: TYPE = Q2_K; WARPS = 1; ROWS = 2 4
+//
+// Grid: (n / 32 or fewer, rows / ROWS rounded up). x is X8, w (n, k) tiles; bias and residual may be
+// null, the residual may be y.
+EI_KERNEL(32 * WARPS) matmul(const Step* step, int rows, const uint8_t* x, const uint8_t* w,
+                             const float* bias, const float* residual, float* y, int n, int k) {
+    const int n_rows = ei_rows(step, rows);
+    const int first_row = blockIdx.y * ROWS;
+    if (ei_aborted(step) || first_row >= n_rows) {
+        return;
+    }
+    const X8 row = x8_row(x, first_row, k);
+    const Factors<TYPE> factors = {w, layout_of<TYPE>(n, k), row, k, first_row, n_rows};
+    const Output out = {y, residual, bias, nullptr, (size_t)row_stride(n)};
+    multiply<TYPE, WARPS, ROWS>(factors, out, n);
+}

@@ -1,0 +1,65 @@
+// X8: rows of activations as matrices of blocks read them, 32 values as int8 and a scale.
+// kernels/reference/blocks.py `quantise` is their arithmetic.
+//
+// A row of k values, k a multiple of 32, has room for c, the next multiple of 256: int8 [c], then
+// float2 (d, d * float(sum)) [c / 32], then short2 (sum of the first 16, of the last 16) [c / 32],
+// and 32 bytes: 256 columns can be read from anywhere in the row. What is behind k is anything.
+#pragma once
+#include "dev.cuh"
+
+struct X8 {
+    int8_t* q;
+    float2* d;
+    short2* sums;
+};
+
+EI_DEV size_t x8_bytes(int k) {
+    return (size_t)((k + 255) / 256) * 352 + 32;
+}
+
+EI_DEV X8 x8_row(const uint8_t* rows, int row, int k) {
+    const int n_columns = (k + 255) / 256 * 256;
+    int8_t* q = (int8_t*)(rows + row * x8_bytes(k));
+    float2* d = (float2*)(q + n_columns);
+    short2* sums = (short2*)(d + n_columns / 32);
+    return {q, d, sums};
+}
+
+EI_DEV X8 x8_from(const X8& row, int block) {
+    return {row.q + 32 * block, row.d + block, row.sums + block};
+}
+
+EI_DEV int sum_16_lanes(int x) {
+    for (int lanes = 8; lanes > 0; lanes /= 2) {
+        x += __shfl_xor_sync(EI_ALL_LANES, x, lanes);
+    }
+    return x;
+}
+
+// The largest |x| of a warp; NaN if there is one: as integers, floats without a sign are in order.
+EI_DEV float largest_size(float x) {
+    int bits = __float_as_int(fabsf(x));
+    for (int lanes = 16; lanes > 0; lanes /= 2) {
+        bits = max(bits, __shfl_xor_sync(EI_ALL_LANES, bits, lanes));
+    }
+    return __int_as_float(bits);
+}
+
+// A warp quantises block `block` of a row, a value of it in each lane. Where one is infinite or no
+// number, so is d: then 0 * d makes every sum that it enters NaN, as the reference has it.
+EI_DEV void quantise_block(const X8& row, int block, float value) {
+    const int lane = threadIdx.x & 31;
+    const float largest = largest_size(value);
+    const bool is_small = largest < 1e-36f;
+    const bool is_finite = largest < __int_as_float(0x7f800000);
+    const float inverse = ei_div(127.0f, largest);
+    const int q = is_finite && !is_small ? __float2int_rn(value * inverse) : 0;
+    const int sum = sum_16_lanes(q);
+    const int other = __shfl_xor_sync(EI_ALL_LANES, sum, 16);
+    row.q[32 * block + lane] = (int8_t)q;
+    if (lane == 0) {
+        const float d = is_small ? 0.0f : ei_div(largest, 127.0f);
+        row.d[block] = make_float2(d, d * ei_to_float(sum + other));
+        row.sums[block] = make_short2((short)sum, (short)other);
+    }
+}
