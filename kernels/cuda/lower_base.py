@@ -48,6 +48,7 @@ class StepBuffers(NamedTuple):
     pages: Buffer
     sampled: Buffer  # the tokens that the device picks
     status: Buffer
+    counters: Buffer  # zeros, between steps too
 
 
 class LaunchShape(NamedTuple):
