@@ -1,9 +1,10 @@
-"""Builds the wheel to release: the package with ready kernels for every system and family.
+"""Builds the wheel to release: the package with ready kernels for every system and GPU.
 
-    .venv/bin/python .ci/wheel.py FOLDER [linux-x86_64-avx2 ...]
+    .venv/bin/python .ci/wheel.py FOLDER [linux-x86_64-avx2 cuda-89 ...]
 
-Names limit it to some files of ready kernels. What was built before is taken from the kernel
-cache. The checkout stays as it is: the wheel is made of a copy. Knows kernels by name only.
+Names limit it to some of the ready kernels. What was built before for a CPU is taken from the
+kernel cache; kernels for GPUs need NVRTC, as the tests do. The checkout stays as it is: the wheel
+is made of a copy. Knows kernels by name only.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from edgeinfer.config import cache_folder as cache_root
 from edgeinfer.kernels.cpu import ready
 from edgeinfer.kernels.cpu.library import build_objects, cache_folder, read_object
 from edgeinfer.kernels.cpu.targets import FAMILIES, TRIPLES, Target
+from edgeinfer.kernels.cuda.cubins import Cubins
+from edgeinfer.kernels.cuda.kernel import Sources
 from edgeinfer.platform.children import python_command
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,22 +33,30 @@ PACKAGED = (
     *("edgeinfer", "kernels", "models"),
     "tui",
 )
+# Architectures, and the CUDA whose compiler makes their code: drivers of later ones take it too.
+GPUS = {f"cuda-{arch}": (arch, 12) for arch in (61, 75, 86, 87, 89, 90, 120)} | {
+    "cuda-110": (110, 13)
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Build a wheel with ready kernels.")
     parser.add_argument("folder", type=Path, help="where the wheel goes")
-    parser.add_argument("names", nargs="*", help="some of: " + " ".join(_targets()))
+    parser.add_argument("names", nargs="*", help="some of: " + " ".join([*_targets(), *GPUS]))
     args = parser.parse_args()
-    unknown = set(args.names) - _targets().keys()
+    known = [*_targets(), *GPUS]
+    unknown = set(args.names) - set(known)
     if unknown:
-        parser.error(f"no {', '.join(sorted(unknown))}; there are {' '.join(_targets())}")
+        parser.error(f"no {', '.join(sorted(unknown))}; there are {' '.join(known)}")
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch)
         for name in PACKAGED:
             _copy(ROOT / name, source / name)
-        for name in args.names or _targets():
-            _add_kernels(source / "kernels" / "cpu" / "ready", _targets()[name])
+        for name in args.names or known:
+            if name in GPUS:
+                _add_cubins(source / "kernels" / "cuda" / "ready", *GPUS[name])
+            else:
+                _add_kernels(source / "kernels" / "cpu" / "ready", _targets()[name])
         build = ("--disable-pip-version-check", "wheel", "-q", "--no-deps", "-w", str(args.folder))
         subprocess.run(python_command("pip", *build, str(source)), check=True)
     for wheel in args.folder.glob("edgeinfer-*.whl"):
@@ -90,6 +101,14 @@ def _add_kernels(folder: Path, target: Target) -> None:
         )
     path = ready.write(folder, target, objects)
     print(f"\r{path.name}: {len(objects)} kernels, {path.stat().st_size / 1e6:.2f} MB", flush=True)
+
+
+def _add_cubins(folder: Path, arch: int, cuda: int) -> None:
+    sources = Sources()
+    kernels = [kernel for name in sources.names() for kernel in sources.variants(name)]
+    cubins = Cubins(folder, sources, arch, cuda).load(kernels)
+    n_bytes = sum(map(len, cubins.values()))
+    print(f"cuda-{arch}: {len(cubins)} kernels, {n_bytes / 1e6:.2f} MB", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,19 +5,18 @@ Knows nothing of sequences, text or scheduling.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from edgeinfer import config
-from edgeinfer.batch import Batch, Demand, Outputs, StepLimits, StepRequest
-from edgeinfer.errors import DeviceError
+from edgeinfer.batch import Batch, Demand, OpTime, Outputs, Sampler, StepLimits, StepRequest
+from edgeinfer.device import Choice, Device, choose
 from edgeinfer.graph import Segment
 
 # stage ("kernels", "weights"), done, total
 CompileProgress: TypeAlias = Callable[[str, int, int], None]
-
-DEVICES = ("auto", "cpu", "cuda", "reference")
 
 
 class Ticket(Protocol):
@@ -40,13 +39,35 @@ class Program(Protocol):
         """Bytes of weights that a step of one row reads."""
         ...
 
-    def submit(self, batch: Batch) -> Ticket: ...
+    def submit(self, batch: Batch) -> Ticket:
+        """Prepare one step, or begin it.
+
+        The arrays of a batch, page tables among them, are copied as far as the step needs them:
+        whoever made them may change them once this returns. `batch.samples` alone belongs to the
+        step until it was waited for. A sequence has the same `PageTable` objects in all its steps.
+        """
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Facts of what it runs on, for reports: its "device" first, then what only that has.
+
+        Where there are any: the number of "threads", the name of the "gpu".
+        """
+        ...
 
     def close(self) -> None: ...
 
 
 class Backend(Protocol):
     """A machine that segments can be compiled for."""
+
+    def memories(self, host: int) -> Mapping[str, int]:
+        """Bytes that may be taken of each memory, where `host` may be of the host's.
+
+        "host" is among them, and may be less where a GPU shares it. Of a GPU's own ("cuda:0") it is
+        what is free, less what its driver takes later.
+        """
+        ...
 
     def demand(self, segment: Segment, request: StepRequest) -> Demand:
         """Memory that a program for such steps takes; nothing is allocated.
@@ -58,31 +79,102 @@ class Backend(Protocol):
     def compile(self, segment: Segment, limits: StepLimits) -> Program: ...
 
 
-def device_kind(device: str) -> str:
-    """ "cpu" or "reference" for the name of a device; DeviceError for what can't be had."""
-    kind = device.partition(":")[0]
-    if kind not in DEVICES or (":" in device and kind != "cuda"):
-        raise DeviceError(f"no device {device!r}; there are auto, cpu and reference")
-    if kind == "cuda":
-        raise DeviceError("cuda is not in this version; use device='cpu' or 'auto'")
-    return "cpu" if kind == "auto" else kind
+# -- what only some programs can do -------------------------------------------------------------
+
+
+@runtime_checkable
+class BuildsExactly(Protocol):
+    """Its kernels may have been made for a family of machines: see `build_exactly`."""
+
+    def build_exactly(self, progress: Callable[[int, int], None]) -> int: ...
+
+
+@runtime_checkable
+class KeepsKernels(Protocol):
+    """What it builds and measures is kept for the next process: see `unkept_kernels`."""
+
+    @property
+    def unkept(self) -> str: ...
+
+
+@runtime_checkable
+class Tunes(Protocol):
+    """It runs in one of several ways, with the same results: see `tune`."""
+
+    def tune(self, progress: Callable[[int, int], None]) -> str: ...
+
+
+@runtime_checkable
+class ReadsMemory(Protocol):
+    """It can tell how fast its weights can be read, in bytes a second."""
+
+    def read_bandwidth(self) -> float: ...
+
+
+@runtime_checkable
+class TimesOps(Protocol):
+    """It can run a step op by op."""
+
+    def op_seconds(self, batch: Batch) -> list[OpTime]: ...
+
+
+# -- opening one --------------------------------------------------------------------------------
+
+
+def find_device(name: str) -> Choice:
+    """The device that a caller names; DeviceError for one that can't be had."""
+    return choose(Device.parse(name))
 
 
 def open_backend(
-    device: str, *, progress: CompileProgress | None = None, memory: int | None = None
+    device: Device, *, progress: CompileProgress | None = None, memory: int | None = None
 ) -> Backend:
     """The backend of a device; its kernels are imported here and nowhere else.
 
-    `memory` is how many bytes there are for all that it does.
+    `memory` is how many bytes of the host's memory there are for all that it does.
     """
-    if device_kind(device) == "reference":
+    if device.kind == "reference":
         from edgeinfer.kernels.reference import ReferenceBackend
-        from edgeinfer.sampling.sampler import sample_reference
+        from edgeinfer.sampling.sampler import ReferenceSampler
 
-        return ReferenceBackend(sample_reference)
-    from edgeinfer.kernels.cpu.program import CpuBackend
+        return ReferenceBackend(ReferenceSampler())
+    if device.kind == "cpu":
+        from edgeinfer.kernels.cpu.program import CpuBackend
 
-    return CpuBackend(config.cache_folder(), progress, config.isa(), memory)
+        return CpuBackend(config.cache_folder(), progress, config.isa(), memory)
+    from edgeinfer.kernels.cuda.backend import CudaBackend, open_device
+
+    def make_sampler(n_vocab: int, n_threads: int) -> Sampler:
+        return host_sampler(n_vocab, n_threads, progress=progress, memory=memory)
+
+    opened = open_device(device.kind, device.index)
+    return CudaBackend(opened, str(device), make_sampler, progress)
+
+
+def host_sampler(
+    n_vocab: int,
+    n_threads: int,
+    *,
+    progress: CompileProgress | None = None,
+    memory: int | None = None,
+) -> Sampler:
+    """What samples in host memory for a device that leaves that to the host, still to be opened.
+
+    Where LLVM is not installed it runs in NumPy: slow, with the same tokens.
+    """
+    if find_spec("llvmlite") is None:
+        from edgeinfer.sampling.sampler import ReferenceSampler
+
+        return ReferenceSampler()
+    from edgeinfer.kernels.cpu.host_sampler import HostSampler
+    from edgeinfer.kernels.cpu.library import Library
+
+    def tell(done: int, total: int, name: str) -> None:
+        if progress is not None:
+            progress("kernels", done, total)
+
+    library = Library.host(config.cache_folder(), config.isa(), memory)
+    return HostSampler(library, n_vocab, n_threads, tell)
 
 
 def cpu_target() -> dict[str, Any]:
@@ -99,26 +191,20 @@ def build_exactly(program: Program, progress: Callable[[int, int], None]) -> int
 
     Returns how many; the next process takes them. `progress(done, total)` follows.
     """
-    from edgeinfer.kernels.cpu.program import CpuProgram
-
-    return program.build_exactly(progress) if isinstance(program, CpuProgram) else 0
+    return program.build_exactly(progress) if isinstance(program, BuildsExactly) else 0
 
 
 def unkept_kernels(program: Program) -> str:
     """Why what was built or measured can't be kept for the next process; "" where it is."""
-    from edgeinfer.kernels.cpu.program import CpuProgram
-
-    return program.unkept if isinstance(program, CpuProgram) else ""
+    return program.unkept if isinstance(program, KeepsKernels) else ""
 
 
-def tune(program: Program, progress: Callable[[int, int], None]) -> int | None:
-    """Find out how a program decodes fastest here, if it doesn't know yet: on how many threads.
+def tune(program: Program, progress: Callable[[int, int], None]) -> str:
+    """Find out how a program decodes fastest here, if it doesn't know yet: "on 2 threads".
 
-    `progress(done, total)` follows.
+    `progress(done, total)` follows. "" where there is nothing to find out.
     """
-    from edgeinfer.kernels.cpu.program import CpuProgram
-
-    return program.tune(progress).n_threads if isinstance(program, CpuProgram) else None
+    return program.tune(progress) if isinstance(program, Tunes) else ""
 
 
 def kernel_origins() -> dict[str, int]:

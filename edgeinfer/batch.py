@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
@@ -17,10 +17,15 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 PAGE = 32  # positions in a KV page
+HOST = "host"  # the memory of the processors; what a GPU shares with them is a part of it
 _LEAST_SEQUENCES = 8
 _LOGITS_BYTES = 32 << 20
 EVERY_PAGE = 1 << 30  # of a table whose queries see whatever a window leaves
 SEGMENT_PAGES = 16  # pages whose partial attention folds into one segment (512 positions)
+
+# What a row of a step after the first costs, of the first, until it is measured. On a CPU of 2
+# cores: 8 rows cost 2.1 to 2.2 (bench_speculation).
+ROW_COST = 0.17
 
 OutputKind: TypeAlias = Literal["logits", "hidden", "ids"]
 
@@ -77,7 +82,8 @@ class Batch:
     """One step: T input rows of any number of sequences.
 
     Rows of one sequence are consecutive and their positions ascend by one. Input is `ids`, or
-    `hidden` for a segment that does not start with token ids.
+    `hidden` for a segment that does not start with token ids. Output "ids" comes with `samples`,
+    which say how each is picked and take what is, and no other output does.
     """
 
     ids: NDArray[np.int32]  # (T,)
@@ -87,11 +93,26 @@ class Batch:
     wanted: NDArray[np.int32]  # (R,) rows whose output is asked for, ascending
     output: OutputKind = "logits"
     hidden: NDArray[np.float32] | None = None  # (T, D)
-    samples: SampleTable | None = None  # R rows, with output "ids"
+    samples: SampleTable | None = None  # R rows
 
     @property
     def n_rows(self) -> int:
         return len(self.pos)
+
+    def check(self) -> None:
+        """Assert what every program relies on, whatever its limits are."""
+        assert (self.output == "ids") == (self.samples is not None), "ids come with samples"
+
+    def snapshot(self) -> Batch:
+        """The same step, whatever becomes of the arrays that this one was made of."""
+        tables = [
+            tuple(table._replace(pages=table.pages.copy()) for table in of_sequence)
+            for of_sequence in self.tables
+        ]
+        return Batch(
+            self.ids.copy(), self.pos.copy(), self.seq.copy(), tables, self.wanted.copy(),
+            self.output, None if self.hidden is None else self.hidden.copy(), self.samples,
+        )  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -105,6 +126,30 @@ class Outputs:
     hidden: NDArray[np.float32]  # (R, D); for a segment before the last every row of the step
     ids: NDArray[np.int32]  # (R,)
     aborted: bool = False  # the step was cut short: nothing else here means anything
+
+
+class Sampler(Protocol):
+    """Picks tokens from rows of logits in host memory, for a program that can't itself."""
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory that it holds from `open` to `close`."""
+        ...
+
+    @property
+    def building_bytes(self) -> int:
+        """Memory that `open` takes for a while."""
+        ...
+
+    def open(self) -> None:
+        """Get ready; before that it holds nothing."""
+        ...
+
+    def sample(self, logits: NDArray[np.float32], table: SampleTable) -> None:
+        """Fill the outputs of a table's first R rows from logits (R, V)."""
+        ...
+
+    def close(self) -> None: ...
 
 
 class OpTime(NamedTuple):
@@ -123,6 +168,7 @@ class StepRequest(NamedTuple):
     n_ctx: int  # tokens of each of the
     slots: int  # sequences that can all be that long at a time
     n_threads: int
+    most_rows: int = 1 << 30  # of a step, where another machine computes a part of it
 
 
 class StepLimits(NamedTuple):
@@ -134,12 +180,22 @@ class StepLimits(NamedTuple):
     max_outputs: int  # R
     max_sequences: int
     n_threads: int
+    # Prompt rows in a step that also decodes: the other generations wait no longer than these take.
+    shared_rows: int = 64
+    row_cost: float = ROW_COST
 
     @classmethod
     def of(
-        cls, request: StepRequest, vocab_size: int, windows: Iterable[int], max_rows: int
+        cls,
+        request: StepRequest,
+        vocab_size: int,
+        windows: Iterable[int],
+        max_rows: int,
+        shared_rows: int = 64,
+        row_cost: float = ROW_COST,
     ) -> StepLimits:
         """For a machine that computes `max_rows` rows at a time best."""
+        max_rows = min(max_rows, request.most_rows)
         # Each may decode, so a step has a row for every one of them.
         n_sequences = min(max(_LEAST_SEQUENCES, request.slots), max_rows)
         n_pages = {}
@@ -154,15 +210,18 @@ class StepLimits(NamedTuple):
             max_outputs=min(max_rows, max(n_sequences, _LOGITS_BYTES // (4 * vocab_size))),
             max_sequences=n_sequences,
             n_threads=request.n_threads,
+            shared_rows=min(shared_rows, max_rows),
+            row_cost=row_cost,
         )
 
 
 class Demand(NamedTuple):
-    """What a machine takes of its memory to be ready for `limits`."""
+    """What a machine takes of each memory to be ready for `limits`."""
 
     limits: StepLimits
-    rows: dict[str, int]  # bytes by purpose, all that a program reserves
-    building_bytes: int = 0  # what getting ready takes before any of that
+    # By memory ("host", "cuda:0"): bytes by purpose, all that a program reserves there.
+    memories: Mapping[str, Mapping[str, int]]
+    building_bytes: int = 0  # of the host's: what getting ready takes before any of that
 
 
 def cache_row(window: int) -> str:

@@ -97,7 +97,10 @@ class UnsupportedModelError(EdgeInferError):
 
 
 class PlanError(EdgeInferError, MemoryError):
-    """The model does not fit: bytes `needed` and `available`; a context of `n_ctx` tokens would."""
+    """The model does not fit: bytes `needed` and `available`; a context of `n_ctx` tokens would.
+
+    `memory` is the one that is short: "host", or a GPU's as "cuda:0".
+    """
 
     def __init__(
         self,
@@ -107,8 +110,9 @@ class PlanError(EdgeInferError, MemoryError):
         needed: int | None = None,
         available: int | None = None,
         n_ctx: int | None = None,
+        memory: str = "host",
     ) -> None:
-        self.needed, self.available, self.n_ctx = needed, available, n_ctx
+        self.needed, self.available, self.n_ctx, self.memory = needed, available, n_ctx, memory
         super().__init__(found, advice=advice)
 
     @property

@@ -199,7 +199,7 @@ def _residual(op: Add, uses: Uses) -> _Rewritten | None:
     for value, other in ((op.a, op.b), (op.b, op.a)):
         linear = uses.makers.get(value)
         if isinstance(linear, Linear) and uses.are_only(value, op):
-            return [Matmul(op.layer, op.out, *linear[2:], other)], [value]
+            return [Matmul(op.layer, op.out, linear.x, linear.weight, linear.bias, other)], [value]
     return None
 
 

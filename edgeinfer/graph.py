@@ -96,11 +96,15 @@ class Graph(ModelReader):
         high = n if last == n else last - 1
         n_ctx = self.hparams.n_ctx_train if n_ctx is None else n_ctx
         ops = tuple(_in_context(op, n_ctx) for op in self.ops if low <= op.layer <= high)
-        output = self.logits if last == n else self._boundaries[last - 1]
+        output = self.logits if last == n else self.boundary(last - 1)
         hidden = self.hidden if last == n else output
         assert output is not None and hidden is not None, "the model's forward() recorded no head"
-        entering = None if first == 0 else self._boundaries[first - 1]
+        entering = None if first == 0 else self.boundary(first - 1)
         return Segment(self, ops, entering, output, hidden, last == n)
+
+    def boundary(self, layer: int) -> Value:
+        """The residual stream that leaves a layer."""
+        return self._boundaries[layer]
 
     # -- operations --------------------------------------------------------------------------
 
@@ -122,7 +126,7 @@ class Graph(ModelReader):
 
     def linear(self, x: Value, name: str, out_dim: int) -> Value:
         weight = self._weight(f"{name}.weight", out_dim, x.dim)
-        bias = self._weight(f"{name}.bias", out_dim) if self.has(f"{name}.bias") else None
+        bias = self._optional(f"{name}.bias", out_dim)
         return self._linear(x, weight, bias, name)
 
     def linears(self, x: Value, fused: str, parts: Mapping[str, int]) -> list[Value]:
@@ -130,8 +134,7 @@ class Graph(ModelReader):
         if not self.has(f"{fused}.weight"):
             return [self.linear(x, name, dim) for name, dim in parts.items()]
         weight = self._weight(f"{fused}.weight", sum(parts.values()), x.dim)
-        has_bias = self.has(f"{fused}.bias")
-        bias = self._weight(f"{fused}.bias", weight.shape[0]) if has_bias else None
+        bias = self._optional(f"{fused}.bias", weight.shape[0])
         values, end = list[Value](), 0
         for dim in parts.values():
             start, end = end, end + dim

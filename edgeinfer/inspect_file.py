@@ -6,7 +6,9 @@ Knows nothing of how it is shown.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from os import PathLike
+from types import MappingProxyType
 from typing import Any
 
 from edgeinfer.engine.memory_plan import MemoryPlan
@@ -90,11 +92,19 @@ def _text_facts(file: GGUFFile) -> dict[str, Any]:
     return facts
 
 
-def plan(model: str | PathLike[str], **load: Unpack[LoadOptions]) -> MemoryPlan:
-    """The memory that `LLM(model, **load)` would take; PlanError where it does not fit."""
+def plan(
+    model: str | PathLike[str],
+    *,
+    freed: Mapping[str, int] = MappingProxyType({}),
+    **load: Unpack[LoadOptions],
+) -> MemoryPlan:
+    """The memory that `LLM(model, **load)` would take; PlanError where it does not fit.
+
+    `freed` bytes, by memory as `MemoryPlan.pools` names them, come back before it is loaded.
+    """
     settings = LoadSettings.resolve("plan", load)
     with GGUFFile.open(find_file(model)) as file:
-        return plan_model(Model.load(file), settings)
+        return plan_model(Model.load(file), settings, freed)
 
 
 def read_tokenizer(path: str, pre: str | None) -> Tokenizer:

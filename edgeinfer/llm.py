@@ -210,7 +210,8 @@ class LLM:
         if "_runtime" not in vars(self):
             return "<LLM, which could not be loaded>"
         opened = self._runtime
-        state = f"context {self.n_ctx}, {opened.device}, {opened.n_threads} threads"
+        facts = dict.fromkeys([f"context {self.n_ctx}", str(opened.device), opened.runs_on])
+        state = ", ".join(facts)
         if not self._close.alive:
             state = "closed"
         return f"<LLM {shown(self.name)} {opened.model.quantisation}: {state}>"
@@ -273,8 +274,7 @@ class LLM:
             overflow=self._cache_overflow(given.get("overflow", "error"), len(ids)),
             stop_ids=self._stop_ids(given.get("stop_token_ids", frozenset())),
             n_pinned=n_pinned,
-            # The reference backend computes row by row: more rows are never cheaper there.
-            speculation=given.get("speculation", opened.device != "reference"),
+            speculation=given.get("speculation", opened.plan.limits.row_cost < 1),
         )
         generation = opened.engine.submit(request)
         return Stream(

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from edgeinfer import config, platform
-from edgeinfer.backend import device_kind
-from edgeinfer.errors import DeviceError, InvalidRequestError
+from edgeinfer.backend import find_device
+from edgeinfer.device import Device
+from edgeinfer.errors import DeviceError, InvalidRequestError, Keyword
 from edgeinfer.options import LoadOptions, Progress
 from edgeinfer.parameters import LOAD, checked, parse_memory, shown
 
@@ -18,7 +19,10 @@ from edgeinfer.parameters import LOAD, checked, parse_memory, shown
 class LoadSettings(NamedTuple):
     """The load options, resolved: whoever loads a model reads these alone."""
 
-    device: str
+    device: Device
+    device_note: str  # why it is not the one that people would expect, "" if it is
+    may_leave_gpu: bool  # nobody asked for it
+    gpu_layers: int | None  # the last ones; -1: all; None: as many as fit
     n_threads: int
     memory: int | str | None  # as it was given
     n_ctx: int | None  # None: the usual length, or what fits
@@ -37,10 +41,21 @@ class LoadSettings(NamedTuple):
             raise InvalidRequestError(
                 f"kv_type is {shown(kv_type)}; this version stores K and V as f16", param="kv_type"
             )
-        if options.get("gpu_layers"):
-            raise DeviceError("gpu_layers needs a GPU, which this version does not run on")
+        asked = options.get("device", "auto")
+        device, note = find_device(asked)
+        gpu_layers = options.get("gpu_layers", "auto")
+        if gpu_layers not in (0, "auto") and not device.has_number:
+            raise DeviceError(
+                f"gpu_layers is {gpu_layers}, and the device is {device}",
+                advice=("leave it out, or choose another ", Keyword("device")),
+            )
+        if gpu_layers == 0:
+            device, note = Device("cpu") if device.has_number else device, ""
         return cls(
-            device=device_kind(options.get("device") or "auto"),
+            device=device,
+            device_note=note,
+            may_leave_gpu=asked == "auto" and gpu_layers == "auto" and device.has_number,
+            gpu_layers=None if gpu_layers == "auto" else gpu_layers,
             n_threads=options.get("threads") or _usual_threads(),
             memory=options.get("memory"),
             n_ctx=options.get("n_ctx"),
@@ -50,6 +65,10 @@ class LoadSettings(NamedTuple):
             may_download=options.get("download", False),
             progress=options.get("progress"),
         )
+
+    def on_cpu(self, note: str) -> LoadSettings:
+        """The same on the processors, with a line that says why."""
+        return self._replace(device=Device("cpu"), device_note=note, may_leave_gpu=False)
 
     def available_memory(self) -> int:
         """Bytes that the user allows, or else that there are now."""

@@ -34,6 +34,7 @@ class Recorder(Protocol):
     def clamp(self, x: Value, low: float, high: float) -> Value: ...
     def mul_parts(self, x: Value, factors: Value) -> Value: ...
     def _weight(self, name: str, *shape: int) -> Weight: ...
+    def _optional(self, name: str, *shape: int) -> Weight | None: ...
     def _record(self, op: Any, dim: int, **fields: object) -> Value: ...
 
 
@@ -75,14 +76,13 @@ def _route(g: Recorder, x: Value, blk: str, gating: GatingKind, norm: bool) -> V
     if kind not in (0, *_GATINGS):
         g._settings.unsupported("expert_gating_func", f"gating function {kind}")
     n_groups, n_groups_used = _groups(g, n, n_used)
-    name = f"{blk}.exp_probs_b.bias"
     return g._record(
         Route,
         2 * n_used,
         x=g.linear(x, f"{blk}.ffn_gate_inp", n),
         gating=_GATINGS.get(kind, gating),
         n_used=n_used,
-        bias=g._weight(name, n) if g.has(name) else None,
+        bias=g._optional(f"{blk}.exp_probs_b.bias", n),
         n_groups=n_groups,
         n_groups_used=n_groups_used,
         norm=g.flag("expert_weights_norm", norm),
@@ -118,8 +118,7 @@ def _expert_linear(
     n, n_used = g.count("expert_count"), route.dim // 2
     in_dim = x.dim // n_used if name.endswith("ffn_down_exps") else x.dim
     weight = g._weight(f"{name}.weight", n, dim, in_dim)
-    scale = g._weight(f"{name}.scale", n) if g.has(f"{name}.scale") else None
-    bias = g._weight(f"{name}.bias", n, dim) if g.has(f"{name}.bias") else None
+    scale, bias = g._optional(f"{name}.scale", n), g._optional(f"{name}.bias", n, dim)
     g._used.add(f"{name}.input_scale")  # for activations of 4 bits
     last = dim if last is None else last
     return g._record(

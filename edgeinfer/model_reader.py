@@ -157,6 +157,10 @@ class ModelReader:
         self._used.add(name)
         return weight
 
+    def _optional(self, name: str, *shape: int) -> Weight | None:
+        """A tensor if the file has it."""
+        return self._weight(name, *shape) if self.has(name) else None
+
     def _lacks(self, name: str) -> NoReturn:
         """What the file holds in place of a tensor tells what kind of model it is."""
         architecture, stem = self.hparams.architecture, name.rpartition(".")[0]

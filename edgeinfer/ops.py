@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol, TypeAlias
 
+from edgeinfer.errors import UnsupportedModelError
 from edgeinfer.quant import Weight
 from edgeinfer.rope import Rope
 
@@ -48,6 +49,10 @@ class Recording(Protocol):
     def add(self, a: Value, b: Value) -> Value: ...
 
     def mul(self, a: Value, b: Value) -> Value: ...
+
+    def boundary(self, layer: int) -> Value:
+        """The residual stream that leaves a layer."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -285,7 +290,13 @@ Op: TypeAlias = (
 
 def inputs(op: Op) -> list[Value]:
     """The values that an op reads, one that it reads twice twice."""
-    return [field for field in op[2:] if isinstance(field, Value)]
+    return [value for _, value in named_inputs(op)]
+
+
+def named_inputs(op: NamedTuple) -> list[tuple[str, Value]]:
+    """The same with the fields that hold them, of an op or what is made of some."""
+    fields = zip(op._fields, op, strict=True)
+    return [(name, field) for name, field in fields if isinstance(field, Value) and name != "out"]
 
 
 class Segment(NamedTuple):
@@ -316,3 +327,23 @@ class Segment(NamedTuple):
         for layer, cache in sorted(self.caches.items(), key=lambda item: (item[1].window, item[0])):
             groups.setdefault(cache.window, {})[layer] = cache
         return groups
+
+    def cut(self, layer: int) -> tuple[Segment, Segment]:
+        """The layers before `layer`, and those from it on.
+
+        UnsupportedModelError where these read more of the others than the stream that leaves them.
+        """
+        stream = self.graph.boundary(layer - 1)
+        before = tuple(op for op in self.ops if op.layer < layer)
+        after = tuple(op for op in self.ops if op.layer >= layer)
+        assert before and after, f"a segment can't be cut at layer {layer}"
+        made = {op.out for op in before} | ({self.input} if self.input else set())
+        read = {value for op in after for value in inputs(op)}
+        caches = {op.source for op in after if isinstance(op, Attention)} - {None}
+        if (made & read) - {stream} or caches & {op.layer for op in before}:
+            raise UnsupportedModelError(
+                f"layer {layer} reads more of those before it than their output: this model can't "
+                "be split there; choose another number of layers"
+            )
+        first = self._replace(ops=before, output=stream, hidden=stream, is_last=False)
+        return first, self._replace(ops=after, input=stream)

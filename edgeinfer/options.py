@@ -27,11 +27,11 @@ class LoadOptions(TypedDict, total=False):
     """How a model is loaded; None is the same as leaving a keyword out."""
 
     n_ctx: int | None  # min(trained length, 8192), smaller if memory is short
-    memory: int | str | None  # bytes, "2G" or "80%" of what is free
+    memory: int | str | None  # the host's: bytes, "2G" or "80%" of what is free
     threads: int | None
     kv_type: str | tuple[str, str] | None  # "f16"
-    device: str | None  # "auto", "cpu" or "reference"
-    gpu_layers: int | None
+    device: str | None  # "auto", "cpu", "cuda", "cuda:1" or "reference"
+    gpu_layers: int | str | None  # the last ones; -1: all; "auto": as many as fit
     slots: int | None  # full-length contexts that the cache holds, 1
     chat_template: str | None  # a name or a file
     pre: str | None  # pre-tokenizer, for a file that names none or an unknown one

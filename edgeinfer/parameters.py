@@ -153,6 +153,15 @@ def memory_size(value: Any) -> int | str:
     return size
 
 
+def layer_count(value: Any) -> int | str:
+    """A number of layers, -1 for all, or "auto"; a flag spells it as text."""
+    if isinstance(value, str):
+        return value if value == "auto" else layer_count(int(value))
+    if not -1 <= (n_layers := integer(value)) <= _INT32:
+        raise ValueError
+    return n_layers
+
+
 def cache_types(value: Any) -> str | tuple[str, ...]:
     return value if isinstance(value, str) else texts(value)
 
@@ -194,6 +203,7 @@ _WORDS: dict[Callable[[Any], Any], str] = {
     text_or_texts: "a text or several, none empty",
     id_set: "token ids",
     biases: "numbers by token id",
+    layer_count: "a number of layers, -1 for all, or 'auto'",
     memory_size: "bytes, 512M, 2G, or a share such as 80%",
     cache_types: "a type, or one for K and one for V",
     function: "a function",
@@ -271,11 +281,11 @@ def _by_name(*parameters: Parameter) -> dict[str, Parameter]:
 # How a model is loaded.
 LOAD = _by_name(
     Parameter("n_ctx", integer, "Context length in tokens.", 1, _INT32),
-    Parameter("memory", memory_size, "Most memory to use."),
+    Parameter("memory", memory_size, "Most memory to use, beside a GPU's own."),
     Parameter("threads", integer, "CPU threads.", 1, _MOST_THREADS),
     Parameter("kv_type", cache_types, "Type of K and V in the cache (f16)."),
     Parameter("device", text, "Where to run."),
-    Parameter("gpu_layers", integer, "Layers on the GPU.", -1, _INT32),
+    Parameter("gpu_layers", layer_count, "Layers on the GPU, the last ones (auto: what fits)."),
     Parameter("slots", integer, "Full-length contexts that the cache holds.", 1, _INT32),
     Parameter("pre", text, "Pre-tokenizer, for a file that names none."),
     Parameter("chat_template", text, "Instead of the file's own."),

@@ -102,6 +102,8 @@ class LazyBytes(Protocol):
 
     def read_into(self, buffer: memoryview, start: int) -> None: ...
 
+    def forget(self, start: int, n_bytes: int) -> bool: ...
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Weight:
@@ -161,6 +163,14 @@ class Weight:
         """Fill a buffer with the bytes from `start` on."""
         _Part(self.data, 0, len(self.data)).read_into(buffer, start)
 
+    def forget(self, start: int, n_bytes: int) -> bool:
+        """Have the system keep these bytes of the file in memory no longer; False where it can't.
+
+        For who has copied them where a GPU shares the processors' memory: there the file would be
+        held twice. The next start reads them from the disk.
+        """
+        return _Part(self.data, 0, len(self.data)).forget(start, n_bytes)
+
 
 class _Part:
     """Some of the bytes in a file."""
@@ -181,6 +191,11 @@ class _Part:
             buffer[:] = self._whole[first : first + len(buffer)]
         else:
             self._whole.read_into(buffer, first)
+
+    def forget(self, start: int, n_bytes: int) -> bool:
+        if isinstance(self._whole, memoryview):
+            return False
+        return self._whole.forget(self._start + start, n_bytes)
 
 
 class _Pieces:
@@ -205,6 +220,15 @@ class _Pieces:
             n = min(self._size - at, len(buffer) - done)
             self._pieces[i].read_into(buffer[done : done + n], at)
             done += n
+
+    def forget(self, start: int, n_bytes: int) -> bool:
+        has_forgotten, end = n_bytes > 0, start + n_bytes
+        while start < end:
+            i, at = divmod(start, self._size)
+            n = min(self._size - at, end - start)
+            has_forgotten &= self._pieces[i].forget(at, n)
+            start += n
+        return has_forgotten
 
 
 def quant_type(ggml_id: int) -> QuantType:

@@ -5,17 +5,21 @@ Knows nothing of requests or of text that is generated.
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from types import MappingProxyType
 from typing import Generic, TypeVar
 
 from edgeinfer import platform
 from edgeinfer.backend import Backend, CompileProgress, Program, open_backend
+from edgeinfer.batch import HOST
+from edgeinfer.device import Device
 from edgeinfer.engine.engine import Engine
 from edgeinfer.engine.generation import WAKE_SECONDS
 from edgeinfer.engine.memory_plan import PYTHON_BYTES, MemoryPlan, PlanRequest, solve
@@ -50,8 +54,10 @@ class Runtime:
     plan: MemoryPlan
     program: Program
     engine: Engine
-    device: str
+    device: Device
+    device_note: str
     n_threads: int
+    n_gpu_layers: int  # the last ones
     load_s: float
     _tokenizer: _Later[Tokenizer]
     _template: _Later[ChatTemplate]
@@ -68,6 +74,17 @@ class Runtime:
     def bytes_per_token(self) -> int:
         """Packed weights that a decode step reads."""
         return self.program.step_weight_bytes
+
+    @property
+    def runs_on(self) -> str:
+        """In words: "2 threads", "20 of 32 layers on RTX 4090, 2 threads"."""
+        facts, n_layers = self.program.describe(), self.model.hparams.n_layers
+        words = [f"{facts['threads']} threads"] if "threads" in facts else []
+        if "gpu" in facts:
+            is_whole = self.n_gpu_layers == n_layers
+            share = "" if is_whole else f"{self.n_gpu_layers} of {n_layers} layers on "
+            words.insert(0, share + facts["gpu"])
+        return ", ".join(words) or str(self.device)
 
     def close(self) -> None:
         self.engine.close()
@@ -99,7 +116,7 @@ def _load_apart(found: Path, settings: LoadSettings, templates: TemplateEngine |
             raise MemoryError(f"{available >> 10} KiB are available")
         if templates is not None:
             templates.start()
-        later = _Later(lambda: _load(found, settings, templates))
+        later = _Later(lambda: _or_on_cpu(lambda s: _load(found, s, templates), settings))
         try:
             return later.result()
         except BaseException:
@@ -132,13 +149,23 @@ def _explained(error: Exception) -> EdgeInferError | None:
     return None
 
 
+def _or_on_cpu(run: Callable[[LoadSettings], T], settings: LoadSettings) -> T:
+    """Run, and again on the processors, with a note, where a GPU fails that nobody asked for."""
+    try:
+        return run(settings)
+    except DeviceError as error:
+        if not settings.may_leave_gpu:
+            raise
+        return run(settings.on_cpu(f"no GPU is used: {error}"))
+
+
 def _load(path: Path, settings: LoadSettings, templates: TemplateEngine | None) -> Runtime:
     start = time.perf_counter()
     file = GGUFFile.open(path)
     try:
         model, packs = Model.load(file), threading.Event()
         segment = model.graph.segment(n_ctx=settings.n_ctx)
-        backend, plan = _planned(segment, settings, _progress(settings, packs))
+        backend, plan, n_gpu_layers = _planned(segment, settings, _progress(settings, packs))
         # Text is got ready while weights are packed, which needs no Python: sooner it delays that.
         tokenizer = _Later(lambda: _make_tokenizer(file, settings, packs))
         try:
@@ -158,8 +185,10 @@ def _load(path: Path, settings: LoadSettings, templates: TemplateEngine | None) 
         file.close()
         raise
     load_s = time.perf_counter() - start
-    device, n_threads = settings.device, settings.n_threads
-    return Runtime(model, plan, program, engine, device, n_threads, load_s, tokenizer, template)
+    return Runtime(
+        model, plan, program, engine, settings.device, settings.device_note, settings.n_threads,
+        n_gpu_layers, load_s, tokenizer, template,
+    )  # fmt: skip
 
 
 def find_file(name: str | PathLike[str], *, download: bool = False) -> Path:
@@ -178,19 +207,38 @@ def find_file(name: str | PathLike[str], *, download: bool = False) -> Path:
     return pull(name)
 
 
-def plan_model(model: Model, settings: LoadSettings) -> MemoryPlan:
-    """The memory that loading so takes."""
-    return _planned(model.graph.segment(n_ctx=settings.n_ctx), settings)[1]
+def plan_model(
+    model: Model, settings: LoadSettings, freed: Mapping[str, int] = MappingProxyType({})
+) -> MemoryPlan:
+    """The memory that loading so takes, once `freed` bytes of each memory have come back."""
+    segment = model.graph.segment(n_ctx=settings.n_ctx)
+    return _or_on_cpu(lambda settings: _planned(segment, settings, freed=freed)[1], settings)
 
 
 def _planned(
-    segment: Segment, settings: LoadSettings, progress: CompileProgress | None = None
-) -> tuple[Backend, MemoryPlan]:
-    """The machine that is to run it, and the memory that takes; PlanError where it does not fit."""
+    segment: Segment,
+    settings: LoadSettings,
+    progress: CompileProgress | None = None,
+    freed: Mapping[str, int] = MappingProxyType({}),
+) -> tuple[Backend, MemoryPlan, int]:
+    """The machine that is to run it, the memory that takes, and how many layers are on a GPU.
+
+    PlanError where it does not fit.
+    """
     available = settings.available_memory()
-    backend = open_backend(settings.device, progress=progress, memory=available - PYTHON_BYTES)
-    request = PlanRequest(settings.n_ctx, settings.slots, settings.n_threads, available)
-    return backend, solve(segment, backend, request)
+    memory = available + freed.get(HOST, 0) - PYTHON_BYTES
+
+    def opened(device: Device) -> Backend:
+        return open_backend(device, progress=progress, memory=memory)
+
+    backend = opened(settings.device)
+    request = PlanRequest(settings.n_ctx, settings.slots, settings.n_threads, available, freed)
+    if settings.device.has_number:
+        from edgeinfer.placement import place  # what other devices don't need
+
+        open_cpu = functools.cache(lambda: opened(Device("cpu")))
+        return place(segment, backend, open_cpu, settings.gpu_layers, request)
+    return backend, solve(segment, backend, request), 0
 
 
 def _make_tokenizer(file: GGUFFile, settings: LoadSettings, packs: threading.Event) -> Tokenizer:

@@ -9,15 +9,13 @@ import numpy as np
 
 from edgeinfer.config import cache_folder as cache_root
 from edgeinfer.kernels.cpu import layout
-from edgeinfer.kernels.cpu.library import Library, cache_folder
-from edgeinfer.kernels.cpu.targets import Target
+from edgeinfer.kernels.cpu.library import Library
 
 
 @cache
 def library(family: str | None = None) -> Library:
     """The kernel library of this machine, or of a poorer vocabulary on it."""
-    target = Target.host(family)
-    return Library(target, cache_folder(cache_root(), target))
+    return Library.host(cache_root(), family)
 
 
 def address(name: str, family: str | None = None) -> int:

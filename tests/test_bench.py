@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import stat
 import sys
 from pathlib import Path
@@ -53,10 +54,10 @@ def test_other_output_is_refused(text: str) -> None:
 
 
 def test_the_command_measures_what_we_do() -> None:
-    command = llama_command("lb", Path("m.gguf"), 3, 256, 32, 0)
-    assert command == "lb -m m.gguf -t 3 -p 256 -n 32 -r 1 -o json".split()
-    command = llama_command("lb", Path("m.gguf"), 3, 256, 32, 4096)
-    assert command == "lb -m m.gguf -t 3 -p 256 -n 32 -d 4096 -r 1 -o json".split()
+    command = llama_command("lb", Path("m.gguf"), 3, 0, 256, 32, 0)
+    assert command == "lb -m m.gguf -t 3 -ngl 0 -p 256 -n 32 -r 1 -o json".split()
+    command = llama_command("lb", Path("m.gguf"), 3, 99, 256, 32, 4096)
+    assert command == "lb -m m.gguf -t 3 -ngl 99 -p 256 -n 32 -d 4096 -r 1 -o json".split()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a script with #! is no program there")
@@ -70,8 +71,16 @@ def test_compare_takes_turns(path: Path, tmp_path: Path) -> None:
         broken = fake_llama_bench(tmp_path, "raise SystemExit('no such model')")
         with pytest.raises(EdgeInferError, match="failed with 1: no such model"):
             compare(llm.runtime, broken, 8, 4, 0, 1)
-        with pytest.raises(EdgeInferError, match="can't be run"):
-            compare(llm.runtime, str(tmp_path / "missing"), 8, 4, 0, 1)
+        (tmp_path / "notes").write_text("not a program")
+        (folder := tmp_path / "folder").mkdir()
+        for path_of in (tmp_path / "missing", tmp_path / "notes", folder):
+            with pytest.raises(EdgeInferError) as caught:
+                compare(llm.runtime, str(path_of), 8, 4, 0, 1)
+            says = rf"{path_of} can't be run \([A-Z][a-z ]+\); give the path of llama-bench"
+            assert re.fullmatch(says, str(caught.value))
+        (tmp_path / "notes").chmod(0o755)  # which has no #! either
+        with pytest.raises(EdgeInferError, match="can't be run .*; give the path"):
+            compare(llm.runtime, str(tmp_path / "notes"), 8, 4, 0, 1)
 
 
 class Program:

@@ -134,16 +134,17 @@ def test_bench(call: Call, path: Path) -> None:
     assert code == 0
     assert {
         "prefill_tok_s", "decode_tok_s", "decode_sampled_tok_s", "read_gb_s", "decode_fraction",
-        "load_s", "first_token_s", "peak_rss_mib", "threads",
+        "load_s", "first_token_s", "peak_rss_mib", "cpu",
     } <= set(result)  # fmt: skip
     assert result["decode_tok_s"] > 0
+    assert result["device"] == "reference" and "threads" not in result
     assert "prefill_tok_s" in call(*arguments)[1]
     assert call("bench", path, "-r", "0")[0] == 2
 
 
 def test_bench_measures_the_memory_on_the_cpu(call: Call, path: Path) -> None:
     result = json.loads(call("bench", path, "-p", "8", "-n", "4", "-r", "1", "--json")[1])
-    assert result["read_gb_s"] > 0
+    assert result["read_gb_s"] > 0 and result["device"] == "cpu" and result["threads"] > 0
     assert result["decode_fraction"] > 0
 
 

@@ -139,13 +139,15 @@ class Case:
             H_TABLES=tables.ctypes.data - TABLES,
         )  # fmt: skip
         items_args = [items.ctypes.data, max_segments, heads.window, TABLES]
+        values = native.huge(layout.values_bytes(heads.v_dim))
         sinks = 0 if self.sinks is None else self.sinks.ctypes.data
         args = [
             items.ctypes.data, heads.n_kv_heads, q.ctypes.data, q[0].nbytes, pinned_q.ctypes.data,
             heads.n_heads, native.float_bits(self.scale),
             self.k.ctypes.data, self.k[0].nbytes, self.v.ctypes.data, self.v[0].nbytes,
             parts.ctypes.data, heads.k_dim, heads.v_dim, TABLES, heads.window,
-            native.float_bits(heads.cap), sinks, out.ctypes.data, out[0].nbytes, 0, 0,
+            native.float_bits(heads.cap), sinks, values.ctypes.data, out.ctypes.data,
+            out[0].nbytes, 0, 0,
         ]  # fmt: skip
         native.run("plan_attention", h, items_args, range(1), family)
         n_chunks = int(items[0]) * heads.n_kv_heads

@@ -146,11 +146,11 @@ def test_norm_and_copy_of_wanted_rows() -> None:
     sinks = Sinks(3, 256)
     args = [
         x.ctypes.data, x[0].nbytes, weight.ctypes.data, native.float_bits(1e-6), 256,
-        layout.WANTED_ROWS, *sinks.words,
+        layout.PICKED_ROWS, *sinks.words,
     ]  # fmt: skip
     native.run("norm", h, args, range(3))
     check_sinks(sinks, TWIN.rms_norm(x[wanted], weight, 1e-6))
-    for rows, chosen in ((layout.WANTED_ROWS, wanted), (layout.ALL_ROWS, np.arange(9))):
+    for rows, chosen in ((layout.PICKED_ROWS, wanted), (layout.ALL_ROWS, np.arange(9))):
         for dim in (77, 256):
             sinks = Sinks(len(chosen), dim, dim == 256)
             copy = [x.ctypes.data, x[0].nbytes, dim, rows, *sinks.words]

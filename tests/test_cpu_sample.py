@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import pytest
@@ -13,8 +15,10 @@ from hypothesis import strategies as st
 from edgeinfer.kernels.cpu import layout
 from edgeinfer.parameters import SAMPLING
 from edgeinfer.sampling.params import Sampled, SampleRow, SampleTable, SamplingParams
-from edgeinfer.sampling.sampler import sample_reference
+from edgeinfer.sampling.sampler import _Candidates, exp, sample_reference, sum_vocabulary
 from tests import native
+
+from .test_sampling import VOCABULARIES
 
 NONE = np.zeros(0, np.int32)
 
@@ -111,6 +115,63 @@ def test_any_parameters(params, n_vocab, spread, round_to, holes, index, seed):
     check(logits, rows)
 
 
+WHOLE = dict(top_k=0, top_p=1.0, min_p=0.0)  # nothing is cut off before
+
+
+@pytest.mark.parametrize("n_vocab", VOCABULARIES[:-1])
+def test_vocabularies_about_the_chunks_of_sums(n_vocab):
+    random = np.random.default_rng(n_vocab)
+    logits = random.normal(0, 2, (2, n_vocab)).astype(np.float32)
+    logits[1, random.random(n_vocab) < 0.1] = -np.inf
+    for params in (
+        {}, {"typical_p": 0.5}, {"dynatemp_range": 0.7}, {"top_n_sigma": 1.0}, {"mirostat": 2},
+        {"xtc_probability": 1.0, "xtc_threshold": 1e-4}, {"top_p": 0.9},
+    ):  # fmt: skip
+        given = SamplingParams(**WHOLE | {"logprobs": 3, "temperature": 0.9} | params)
+        check(logits, [SampleRow(given, 5, i, NONE, 12.0) for i in range(2)])
+
+
+@pytest.mark.parametrize("n_vocab", VOCABULARIES)
+def test_sums_have_the_bits_of_the_references(n_vocab):
+    """What is sampled rarely shows the last bits of a sum."""
+    pytest.importorskip("numba", reason="needs Numba in this process")
+    random = np.random.default_rng(n_vocab)
+    logits = random.normal(0, 3, n_vocab).astype(np.float32)
+    logits[random.random(n_vocab) < 0.1] = np.nan
+    logits[0] = 15.0
+    c = _Candidates(np.where(np.isnan(logits), -np.inf, logits).astype(np.float32))
+    scaled = c.scaled()
+    products = c.sum(exp(scaled) * scaled)
+    n = np.count_nonzero(~np.isnan(logits))
+    mean = sum_vocabulary(np.where(np.isnan(logits), 0.0, logits)) / n
+    off = np.where(np.isnan(logits), mean, logits) - mean
+    expected = [c.total(0.7), products, math.sqrt(sum_vocabulary(off * off) / n)]
+    assert native_sums(logits) == expected
+
+
+def native_sums(logits: np.ndarray) -> list[float]:
+    """What the kernel adds up, compiled here."""
+    sums = np.zeros(3)
+    scratch = native.huge(layout.sample_scratch_bytes(len(logits)))
+    _sums()(logits.ctypes.data, len(logits), scratch.ctypes.data, float(np.nanmax(logits)), sums)
+    return sums.tolist()
+
+
+@cache
+def _sums() -> Callable[..., None]:
+    from numba import njit
+
+    from edgeinfer.kernels.cpu.native.sampling import vocabulary
+
+    @njit(error_model="numpy")
+    def sums(logits, n_vocab, scratch, largest, out):
+        out[0] = vocabulary.sum_exp(logits, n_vocab, scratch, largest, 0.7)
+        out[1] = vocabulary.sum_products(logits, n_vocab, scratch, largest)
+        out[2] = vocabulary.deviation(logits, n_vocab, scratch)[1]
+
+    return sums
+
+
 @pytest.mark.parametrize("n_vocab", [49_152, 151_936])
 @pytest.mark.parametrize(
     "params",
@@ -118,7 +179,8 @@ def test_any_parameters(params, n_vocab, spread, round_to, holes, index, seed):
         {}, {"temperature": 0}, {"top_k": 1000}, {"top_k": 60_000, "top_p": 1.0, "min_p": 0.0},
         {"top_k": 0}, {"top_k": 0, "top_p": 1.0, "min_p": 0.0}, {"top_k": 0, "typical_p": 0.5},
         {"top_k": 0, "min_p": 0.0, "top_p": 0.999}, {"top_k": 0, "top_n_sigma": 3.0},
-        {"mirostat": 1}, {"mirostat": 2}, {"logprobs": 20},
+        {"mirostat": 1}, {"mirostat": 2}, {"logprobs": 20}, {**WHOLE, "dynatemp_range": 0.5},
+        {**WHOLE, "xtc_probability": 1.0},
         {"repeat_penalty": 1.2, "repeat_last_n": -1, "dry_multiplier": 1.0},
     ],
     ids=lambda p: ",".join(p) or "default",

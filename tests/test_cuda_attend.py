@@ -11,7 +11,6 @@ import pytest
 from edgeinfer.batch import PAGE, PageTable
 from edgeinfer.graph import KV
 from edgeinfer.kernels.cuda.attention import (
-    FOLD_THREADS,
     AttendLaunch,
     AttendRowsLaunch,
     n_segments,
@@ -188,9 +187,10 @@ class Case:
         )
         parts = np.full((n, self.n_heads, most, part_floats(cache.v_dim)), np.nan, np.float32)
         grid = launch.n_tiles, most, n + 1
-        run(launch.kernel, grid, launch.threads, **common, **inputs, parts=parts)
-        grid = self.n_heads, n + 1
-        run(launch.fold, grid, FOLD_THREADS, **common, **end, parts=parts, n_segments=most)
+        counters = np.zeros((n, launch.n_tiles), np.int32)
+        args = dict(**common, **inputs, **end, parts=parts, counters=counters)
+        run(launch.kernel, grid, launch.threads, **args)
+        assert not counters.any()
 
 
 def check(case: Case, seeds: tuple[int, ...] = (0,), **options: Any) -> Floats:
@@ -213,8 +213,8 @@ def test_one_row_at_page_and_segment_borders(length: int) -> None:
     check(case_of([Rows(length - 1)]), SEEDS if length == 513 else (0,))
 
 
-HEADS = [(1, 1, 1), (8, 8, 3), (33, 33, 4), (64, 64, 8), (80, 80, 1), (96, 96, 4), (128, 128, 4)]
-HEADS += [(192, 128, 3), (256, 256, 2), (128, 128, 16), (20, 12, 5)]
+HEADS = [(1, 1, 1), (8, 8, 3), (33, 33, 4), (64, 64, 8), (80, 80, 1), (96, 96, 4), (128, 128, 9)]
+HEADS += [(192, 128, 3), (256, 256, 5), (20, 12, 1), (1000, 600, 1)]
 
 
 @pytest.mark.parametrize(("k_dim", "v_dim", "group"), HEADS)
@@ -288,8 +288,9 @@ def test_more_segments_than_are_folded_at_a_time() -> None:
 
 
 def test_an_aborted_step_writes_nothing() -> None:
-    case = case_of([Rows(5)])
-    assert np.isnan(case.run(abort=1)).all()
+    case = case_of([Rows(1100)])
+    for kernel in ("attend", "rows"):
+        assert np.isnan(case.run(abort=1, kernel=kernel)).all()
 
 
 def test_segments_are_counted_as_pages_are_seen() -> None:
@@ -314,6 +315,6 @@ def test_what_usual_models_need_is_compiled_ahead(
     sources, cache = Sources(), KV(n_kv_heads, dim, dim)
     launch = AttendLaunch.of(cache, n_heads, has_cap)
     rows = AttendRowsLaunch.of(cache, n_heads, has_cap)
-    for kernel in (launch.kernel, launch.fold, rows.kernel):
+    for kernel in (launch.kernel, rows.kernel):
         assert kernel in sources.variants(kernel.name)
     assert launch.n_tiles == rows.n_tiles == n_kv_heads

@@ -25,7 +25,7 @@ from edgeinfer.gguf import GGUFFile
 from edgeinfer.kernels.reference import ReferenceBackend
 from edgeinfer.model import Model
 from edgeinfer.sampling.params import SamplingParams
-from edgeinfer.sampling.sampler import sample_reference
+from edgeinfer.sampling.sampler import ReferenceSampler
 
 from .models_for_tests import tiny_model
 
@@ -81,7 +81,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
 @pytest.fixture
 def program(model: Model) -> Programs:
     limits = _limits()
-    return Programs(ReferenceBackend(sample_reference).compile(model.graph.segment(), limits))
+    return Programs(ReferenceBackend(ReferenceSampler()).compile(model.graph.segment(), limits))
 
 
 @pytest.fixture
@@ -147,6 +147,20 @@ def test_a_long_prompt_does_not_starve_others(engine: Engine, program: Programs)
     assert _finish(long).reason == "length"
     assert len(_tokens(short)) == 50
     assert (1, 1) in program.batches
+
+
+def test_a_prompt_beside_others_takes_as_many_rows_as_the_machine_says(model: Model) -> None:
+    limits = _limits(shared_rows=5)
+    program = Programs(ReferenceBackend(ReferenceSampler()).compile(model.graph.segment(), limits))
+    engine = Engine(program, limits, N_CTX, VOCAB)
+    try:
+        short = engine.submit(_request(max_tokens=90))
+        next(short)
+        long = engine.submit(_request(*[5] * 200, max_tokens=1))
+        assert _finish(long).reason == _finish(short).reason == "length"
+        assert max(n_rows for n_rows, n_sequences in program.batches if n_sequences == 2) == 6
+    finally:
+        engine.close()
 
 
 def test_more_requests_than_sequences_wait_their_turn(engine: Engine) -> None:

@@ -114,6 +114,19 @@ def test_a_router_of_no_numbers_chooses_experts_that_are_there(kind: GatingKind)
             assert len(set(ids)) == 4 and set(ids) <= set(range(6))
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_group_whose_score_is_no_number_comes_last(place: int) -> None:
+    """Its two largest are +inf and -inf."""
+    x = np.array([[-np.inf, -np.inf, 1, 2, 4, 3]], np.float32)
+    x = np.roll(x, 2 * place)
+    x[0, 2 * place] = np.inf
+    op = route(6, "raw", 2, None, norm=False, n_groups=3, n_groups_used=2)
+    expected = (np.array([4, 5]) + 2 * place) % 6
+    with np.errstate(invalid="ignore"):  # as a program computes
+        rows = chosen_on_cpu(op, x), choose(Quantised(), op, x)
+    assert [row[0, :2].tolist() for row in rows] == 2 * [expected.tolist()]
+
+
 def numbers_and_weights(op: Route, x: list[float]) -> tuple[list[float], list[float]]:
     row = choose(Exact(), op, np.array([x], np.float32))[0].tolist()
     return row[: op.n_used], row[op.n_used :]

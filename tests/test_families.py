@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -104,20 +105,22 @@ def test_without_a_feature_they_are_others(name: str, feature: str, tmp_path: Pa
 def test_the_cpu_has_the_references_bits_in_one_pass_and_in_many(
     name: str, quant: str, tmp_path: Path
 ) -> None:
-    ids = PROMPT[:40]
     with GGUFFile.open(GOLDENS[name].draft().write(tmp_path / "golden.gguf", quant)) as file:
-        segment = Model.load(file).graph.segment(n_ctx=N_CTX)
-        n = len(segment.groups)
-        everything = batch_of(ids, pages=(0, 1), n_groups=n)
-        with ReferenceBackend().compile(segment, limits(segment), mode="quantised") as program:
-            expected = program.submit(everything).wait().logits
-        with CpuBackend(cache_root()).compile(segment, limits(segment)) as cpu:
-            whole = cpu.submit(everything).wait().logits.copy()
-            cuts = [0, 1, 9, 31, 33, 40]
-            parts = [
-                cpu.submit(batch_of(ids[i:j], i, (1, 0), n_groups=n)).wait().logits.copy()
-                for i, j in zip(cuts, cuts[1:], strict=False)
-            ]
+        check_cuts(Model.load(file).graph.segment(n_ctx=N_CTX), [0, 1, 9, 31, 33, 40])
+
+
+def check_cuts(segment: Segment, cuts: list[int]) -> None:
+    """The CPU has the reference's bits, for a prompt in one step and cut into some."""
+    ids, n = PROMPT[: cuts[-1]], len(segment.groups)
+    everything = batch_of(ids, pages=(0, 1), n_groups=n)
+    with ReferenceBackend().compile(segment, limits(segment), mode="quantised") as program:
+        expected = program.submit(everything).wait().logits
+    with CpuBackend(cache_root()).compile(segment, limits(segment)) as cpu:
+        whole = cpu.submit(everything).wait().logits.copy()
+        parts = [
+            cpu.submit(batch_of(ids[i:j], i, (1, 0), n_groups=n)).wait().logits.copy()
+            for i, j in pairwise(cuts)
+        ]
     np.testing.assert_array_equal(whole, expected)
     np.testing.assert_array_equal(np.concatenate(parts), expected)
 

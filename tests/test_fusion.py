@@ -32,7 +32,7 @@ from edgeinfer.graph import (
     SoftCap,
     Value,
 )
-from edgeinfer.kernels.cpu import shapes
+from edgeinfer.kernels import shapes
 from edgeinfer.kernels.reference import ReferenceBackend
 from edgeinfer.kernels.reference import program as reference
 from edgeinfer.known import Known

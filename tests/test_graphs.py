@@ -19,7 +19,7 @@ from edgeinfer.kernels.cpu.program import CpuBackend
 from edgeinfer.kernels.reference import ReferenceBackend
 
 from .native import cache_root
-from .random_graphs import MODELS, Drawn, Recorder
+from .random_graphs import MODELS, ROPES, Drawn, RandomGraph, Recorder
 
 # Page 0 stays and is read by a query that is rotated for it, once page 3 has come after it.
 TABLES = [PageTable(np.array(pages, np.int32), 1, 1) for pages in ([2, 0], [0, 1], [1, 2])]
@@ -68,6 +68,17 @@ def check(segment: Segment, n_prompt: int = 5) -> None:
         ctypes.memset(program._scratch.address, 0xFF, program._scratch.n_bytes)
         for ours, theirs in zip(results(program, n_prompt, n_groups), expected, strict=True):
             np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_rotation_needs_no_attention_beside_it() -> None:
+    """A segment without attention has no page tables."""
+    g = RandomGraph(2)
+    x = g.embed()
+    for _ in g.layers():
+        x = g.layer_output(x + g.rotate(x, 2, ROPES[1]))
+    g.head(g.rms_norm(g.select_rows(x), "output_norm"))
+    assert not g.segment().groups
+    check(g.segment())
 
 
 SEEN: Counter[type] = Counter()

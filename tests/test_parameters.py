@@ -89,6 +89,9 @@ def _wrong(parameter: Parameter) -> list[Any]:
             {2**40: 1.0}, {320: 1.0}, {5: math.nan}, {5: True}, {5: None}, {5: 10**400}, Odd(),
         ],
         "memory": [True, math.nan, math.inf, -1, 0, 0.5, "", "lots", "-1G", b"1G", [1], Odd()],
+        "gpu_layers": [
+            "5x", "", "AUTO", "-2", 1.5, -2, 2**70, "9" * 5000, True, [1], b"auto", Odd(),
+        ],
         "kv_type": [5, "q8_0", ("f16", "q8_0"), ["f16", 5], b"f16", True, Odd()],
         "device": [5, b"cpu", ["cpu"], True, Odd()],
         "pre": [5, b"x", ["x"], True, Odd()],

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
 from edgeinfer import platform
+from edgeinfer.gguf import GGUFFile
+
+from .models_for_tests import tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 CORE = ("test_engine.py", "test_kvcache.py", "test_team.py", "test_hub.py", "test_llm.py")
@@ -29,6 +34,45 @@ def test_a_locked_file_is_refused_to_a_second_claim(tmp_path: Path) -> None:
     with (tmp_path / "f").open("ab") as first, (tmp_path / "f").open("ab") as second:
         assert platform.try_lock(first)
         assert not platform.try_lock(second)
+
+
+def is_cached(file: BinaryIO, at: int) -> bool:
+    """Whether the system keeps a page of a file in memory; skips where it doesn't tell."""
+    if not hasattr(os, "RWF_NOWAIT"):
+        pytest.skip("this system does not tell what it keeps of a file")
+    try:
+        return os.preadv(file.fileno(), [bytearray(1)], at, os.RWF_NOWAIT) == 1
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        pytest.skip(f"this file system does not tell what is kept of a file: {error}")
+
+
+def test_what_was_copied_of_a_weight_is_forgotten_and_can_be_read_again(tmp_path: Path) -> None:
+    path = tiny_model(tmp_path, quant="F16", vocab=60_000)  # 7 MiB of embedding
+    with path.open("rb") as other, GGUFFile.open(path) as file:
+        os.fsync(other.fileno())
+        weight = file.tensors["token_embd.weight"]
+        n, at = len(weight.data), file.n_bytes - len(weight.data) // 2
+        assert is_cached(other, at)
+        data = bytes(weight.data[:])
+        assert weight.forget(0, n // 2) == weight.rows(3, 60_000).forget(0, n // 4)
+        assert all(each.forget(0, len(each.data)) for each in file.tensors.values()), "no fadvise"
+        assert not is_cached(other, at)
+        assert bytes(weight.data[:]) == data and is_cached(other, at)
+
+
+def test_nothing_is_forgotten_where_the_system_can_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "f").write_bytes(bytes(9000))
+    with (tmp_path / "f").open("rb") as file:
+        assert not platform.forget_file_pages(file.fileno(), 0, 0)
+        reader, writer = os.pipe()
+        assert not platform.forget_file_pages(reader, 0, 9000)
+        os.close(reader), os.close(writer)
+        monkeypatch.delattr(os, "posix_fadvise", raising=False)
+        assert not platform.forget_file_pages(file.fileno(), 0, 9000)
 
 
 @pytest.mark.slow

@@ -13,14 +13,12 @@ from numpy.typing import NDArray
 from edgeinfer import LLM, models
 from edgeinfer.gguf import GGUFFile
 from edgeinfer.graph import Segment
-from edgeinfer.kernels.cpu.program import CpuBackend
 from edgeinfer.kernels.reference import ReferenceBackend
 from edgeinfer.model import Model
 
 from .golden_models import DIM, PROMPT, Draft, Edit, Golden, filled, no_key
-from .native import cache_root
 from .test_cpu_program import batch_of
-from .test_families import limits
+from .test_families import check_cuts, limits
 
 MADE_UP = '''"""Rehearsal: norms behind branches, windows, gates behind attention, experts."""
 
@@ -97,20 +95,10 @@ def reference(segment: Segment, ids: list[int]) -> NDArray[np.float32]:
 @pytest.mark.parametrize("quant", ["F32", "Q4_0"])
 def test_the_cpu_has_the_references_bits(draft: Draft, tmp_path: Path, quant: str) -> None:
     assert len(MADE_UP.splitlines()) <= 50
-    ids = PROMPT[:45]
     with GGUFFile.open(draft.write(tmp_path / "m.gguf", quant)) as file:
         segment = Model.load(file).graph.segment()
         assert len(segment.groups) == 2 and len({*segment.caches.values()}) == 3
-        expected = reference(segment, ids)
-        n = len(segment.groups)
-        with CpuBackend(cache_root()).compile(segment, limits(segment)) as cpu:
-            whole = cpu.submit(batch_of(ids, pages=(0, 1), n_groups=n)).wait().logits.copy()
-            parts = [
-                cpu.submit(batch_of(ids[i:j], i, (1, 0), n_groups=n)).wait().logits.copy()
-                for i, j in ((0, 13), (13, 14), (14, 45))
-            ]
-    np.testing.assert_array_equal(whole, expected)
-    np.testing.assert_array_equal(np.concatenate(parts), expected)
+        check_cuts(segment, [0, 13, 14, 45])
 
 
 def test_every_part_takes_part(draft: Draft, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from edgeinfer.parameters import SAMPLING, checked
 from edgeinfer.sampling import sampler
 from edgeinfer.sampling.params import (
     NO_CANDIDATE,
+    OK,
     ROW,
     Sampled,
     SampleRow,
@@ -167,15 +168,40 @@ def test_exp_and_log_are_close_to_exact():
         assert sampler.log(v) == pytest.approx(math.log(v), rel=1e-14, abs=1e-15)
 
 
-@pytest.mark.parametrize("n", [1, 8, 4095, 4096, 4097, 10_000])
+VOCABULARIES = [1, 7, 4095, 4096, 4097, 8193, 151_936]
+
+
+def sum_by_hand(x):
+    """As the sampler's docstring says."""
+    total = 0.0
+    for start in range(0, len(x), 4096):
+        lanes = [0.0] * 8
+        for i, value in enumerate(x[start : start + 4096].tolist()):
+            lanes[i % 8] += value
+        for n in (4, 2, 1):
+            lanes = [lanes[i] + lanes[i + n] for i in range(n)]
+        total += lanes[0]
+    return total
+
+
+@pytest.mark.parametrize("n", VOCABULARIES)
 def test_a_sum_over_the_vocabulary_is_one_of_sums_over_its_chunks(n):
     x = np.random.default_rng(n).lognormal(0, 3, n)
-    chunks = [x[i : i + 4096] for i in range(0, n, 4096)]
-    expected = sampler.sum_vocabulary(chunks[0])
-    for chunk in chunks[1:]:
-        expected += sampler.sum_vocabulary(chunk)
-    assert sampler.sum_vocabulary(x) == expected
-    assert expected == pytest.approx(math.fsum(x), rel=1e-14)
+    assert sampler.sum_vocabulary(x) == sum_by_hand(x) == pytest.approx(math.fsum(x), rel=1e-13)
+
+
+def test_sums_are_the_vocabularys_until_something_is_cut_off():
+    random = np.random.default_rng(1)
+    logits = random.normal(0, 3, 5000).astype(np.float32)
+    logits[random.random(5000) < 0.1] = -np.inf
+    candidates, is_real = sampler._Candidates(logits), logits > -np.inf
+    by_id = np.where(is_real, logits.astype(np.float64), 0.0) - float(logits.max())
+    weights = np.where(is_real, sampler.exp(by_id), 0.0)
+    total = sum_by_hand(weights)
+    mean = sampler.log(total) - sum_by_hand(weights * by_id) / total
+    assert (candidates.total(), sampler._entropy(candidates)[0]) == (total, mean)
+    candidates.keep(candidates.ids)
+    assert candidates.total() == sum(sorted(weights.tolist(), reverse=True)) != total
 
 
 # -- the chain -----------------------------------------------------------------------------------
@@ -336,6 +362,37 @@ def test_logprobs_are_those_of_the_untouched_logits():
     assert picked.top[0].tolist() == [1, 2, 0, -1, -1]
     np.testing.assert_allclose(picked.top[1][:3], exact[[1, 2, 0]], atol=1e-6)
     assert math.isnan(sample(logits).logprob)
+
+
+# -- what a device may do itself -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("params", "is_greedy"),
+    [
+        ({"temperature": 0}, True),
+        ({"temperature": -1.0, "top_k": 3, "mirostat": 2, "dynatemp_range": 1.0}, True),
+        ({"temperature": 0, "repeat_penalty": 2.0, "repeat_last_n": 0}, True),
+        ({"temperature": 1e-40}, False),
+        ({"temperature": 0, "logprobs": 0}, False),
+        ({"temperature": 0, "logit_bias": {1: -5.0}}, False),
+        ({"temperature": 0, "presence_penalty": 0.5}, False),
+        ({"temperature": 0, "dry_multiplier": 0.8}, False),
+    ],
+)
+def test_a_row_says_whether_the_largest_logit_is_all_it_asks_for(params, is_greedy):
+    table = SampleTable(1)
+    table.set_row(0, SamplingParams(**params), 1, 0, [3, 3, 3], 2.5)
+    assert table.row(0).is_greedy == is_greedy
+    most = np.finfo("f4").max
+    for logits in ([1, 5, 2, 5], [math.nan, 1, most, math.inf], [-math.inf] * 3, [math.nan]):
+        if is_greedy:
+            given = np.array(logits, np.float32)
+            row = np.minimum(np.where(np.isnan(given), -np.inf, given), most)
+            got = sample_reference(given, table.row(0))
+            status = NO_CANDIDATE if np.max(row) == -math.inf else OK
+            assert (got.id, got.status, got.mu) == (np.argmax(row), status, 2.5)
+            assert math.isnan(got.logprob)
 
 
 # -- the table -----------------------------------------------------------------------------------

@@ -150,6 +150,14 @@ def test_unmeasured_steps_lie_between_measured_ones() -> None:
     assert made.of(1) < made.of(3) < made.of(5) < made.of(8)
 
 
+def test_until_it_is_measured_a_row_costs_what_the_machine_says() -> None:
+    chances = [0.5, 0.3, 0.2, 0.1]
+    for row_cost, n_drafts in ((0.02, 4), (0.17, 2), (1.0, 0)):
+        made = StepCosts(row_cost)
+        assert made.of(5) == pytest.approx(made.of(1) * (1 + 4 * row_cost))
+        assert best_drafts([chances], made, 8) == [n_drafts]
+
+
 def test_a_slower_machine_changes_no_ratio() -> None:
     made = costs(1.0, 1.1, 1.5)
     for _ in range(40):

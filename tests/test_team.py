@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -65,6 +66,23 @@ def test_every_chunk_runs_once_and_ops_in_order(n_threads: int) -> None:
         if block % 20 == 0:
             time.sleep(0.05)  # lets the workers park
     probe.team.close()
+
+
+def test_counts_are_made_anew_up_to_the_last_op_that_was_planned() -> None:
+    """Those behind it keep theirs: a long step is not counted twice."""
+    planned, fixed = Op([Part(0, [], layout.COUNT_PLANNED)]), Op([Part(0, [], 1)])
+    plans = Op([Part(0, [], 1)], True)
+    ops = [fixed, plans, fixed, planned, fixed, planned, fixed, plans, planned, plans, fixed, fixed]
+    tape = Tape(ops, header().ctypes.data, 1)
+    found = [recounted(tape, i) for i in range(len(ops))]
+    assert found == [0, 4, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0]
+    tape.close()
+
+
+def recounted(tape: Tape, i: int) -> int:
+    """How many ops behind op i get their counts anew."""
+    slot = tape.address + layout.TAPE_SLOTS + layout.SLOT_BYTES * i
+    return ctypes.c_int64.from_address(slot + layout.SLOT_RECOUNT).value
 
 
 def test_an_aborted_step_runs_nothing() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -82,10 +84,13 @@ def test_the_form_shows_what_is_in_force_and_another_context_opens_the_model_ane
     asked: list[int] = []
     model = ScriptedModel(recommended={"temperature": 0.6})
 
-    def plan_model(path: str, n_ctx: int = 0, freed: int = 0) -> Any:
+    def plan_model(
+        path: str, n_ctx: int = 0, freed: Mapping[str, int] = MappingProxyType({})
+    ) -> Any:
         asked.append(n_ctx)
         # The open model gives back 476 MB, which are enough for 16,384 only.
-        needed, available = {16384: 500 << 20}.get(n_ctx, 9 << 30), (100 << 20) + freed
+        needed = {16384: 500 << 20}.get(n_ctx, 9 << 30)
+        available = (100 << 20) + freed.get("host", 0)
         if needed > available:
             raise PlanError("n_ctx", needed=needed, available=available, n_ctx=2048)
 
@@ -136,20 +141,20 @@ def test_the_memory_of_the_open_model_counts_for_the_next(
     given: LoadOptions = {"device": "reference"}  # which never builds kernels first
     needed = plan(path, **given).total_bytes
     monkeypatch.setattr(platform, "available_memory", lambda: needed - 1)
-    assert launch._plan(path, given, 0).n_ctx < 8192
-    found = launch._plan(path, given, 1)
+    assert launch._plan(path, given, {}).n_ctx < 8192
+    found = launch._plan(path, given, {"host": 1})
     assert found.n_ctx == 8192 and found.note == "once the open model is closed"
-    assert launch._plan(path, {**given, "memory": needed}, 1).note == ""
+    assert launch._plan(path, {**given, "memory": needed}, {"host": 1}).note == ""
     monkeypatch.setattr(platform, "available_memory", lambda: needed - (1 << 20))
-    short = launch._plan(path, given, 1)  # too little comes back to help
-    assert short.n_ctx < 8192 and short == launch._plan(path, given, 0)._replace(
-        available=short.available
-    )
+    short = launch._plan(path, given, {"host": 1})  # too little comes back to help
+    without = launch._plan(path, given, {})
+    assert short.n_ctx < 8192 and short.available == without.available + 1
+    assert short == without._replace(pools=(without.host._replace(available=short.available),))
     monkeypatch.setattr(platform, "available_memory", lambda: 40 << 20)
-    assert launch._plan(path, given, needed).n_ctx == 8192
+    assert launch._plan(path, given, {"host": needed}).n_ctx == 8192
     for freed in (0, 1 << 20):
         with pytest.raises(PlanError):
-            launch._plan(path, given, freed)
+            launch._plan(path, given, {"host": freed})
 
 
 def test_a_length_is_asked_for_before_there_is_a_model(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from edgeinfer.batch import StepLimits
 from edgeinfer.gguf import GGUFFile
 from edgeinfer.kernels.cpu import layout, tune
 from edgeinfer.kernels.cpu.lower import KernelOp, KernelPart, recut
+from edgeinfer.kernels.cpu.probe import Probes
 from edgeinfer.kernels.cpu.program import CpuBackend
 from edgeinfer.kernels.cpu.tune import Schedule, Tuning, fastest, schedules
 from edgeinfer.model import Model
@@ -125,14 +127,14 @@ def test_every_way_gives_the_same_bits(tmp_path: Path, schedule: Schedule) -> No
     with GGUFFile.open(tiny_model(tmp_path)) as file:
         segment = Model.load(file).graph.segment()
         with CpuBackend(cache_root()).compile(segment, limits) as program:
-            program._tuning.schedule = program._schedule  # as good as tuned
+            program._tuning.schedule = schedule  # as good as tuned
             expected = [
                 program.submit(batch_of(ids)).wait().logits.copy() for ids in (IDS[:4], IDS)
             ]
-            program._tuning.schedule = schedule
+            program._tuning._probes = Probes([schedule], schedule)
             for ids, logits in zip((IDS[:4], IDS), expected, strict=True):
                 assert np.array_equal(program.submit(batch_of(ids)).wait().logits, logits)
-            assert program._schedule == schedule
+            assert program._tuning.current == schedule
 
 
 def test_a_program_tunes_itself(tmp_path: Path) -> None:
@@ -151,7 +153,52 @@ def test_a_program_tunes_itself(tmp_path: Path) -> None:
                 expected = logits.copy()
                 for _ in range(1, n_steps):
                     logits = program.submit(batch).wait().logits
-                assert program.tune() in schedules(2)
+                assert program.tune() in ("on 1 thread", "on 2 threads")
                 assert np.array_equal(logits, expected), "views are valid until the next step"
                 assert tune.read(path, schedules(2)) == tuning.schedule
             assert np.array_equal(program.submit(batch).wait().logits, expected)
+
+
+def run_steps(probes: Probes[str], seconds: dict[str, float], n: int) -> list[str]:
+    """How n steps ran that take so long, and as long again wherever something disturbs them."""
+    ran = []
+    for i in range(n):
+        schedule = probes.next(1)
+        probes.took(schedule, 1, seconds[schedule] * (1 + (i % 7 == 0)))
+        ran.append(schedule)
+    return ran
+
+
+def test_steps_find_the_fastest_schedule_and_follow_a_machine_that_changes() -> None:
+    probes = Probes(["two", "coarse", "one"], "one")
+    run_steps(probes, {"two": 1.0, "coarse": 1.2, "one": 1.5}, 60)
+    assert probes.current == "two"
+    run_steps(probes, {"two": 1.0, "coarse": 1.2, "one": 1.5}, 3000)  # looks seldom by now
+    run_steps(probes, {"two": 3.0, "coarse": 2.0, "one": 1.5}, 1500)
+    assert probes.current == "one"
+
+
+def test_looking_for_a_faster_schedule_costs_little() -> None:
+    slow = {"two": 1.0, "coarse": 5.0, "one": 1.02}
+    ran = run_steps(Probes(["two", "coarse", "one"], "two"), slow, 1000)
+    assert ran[:100].count("coarse") <= 8 and ran.count("coarse") <= 16
+    assert ran.count("two") >= 940
+
+
+def test_only_neighbours_of_as_many_rows_are_compared() -> None:
+    probes = Probes(["two", "one"], "two")
+    for i in range(200):
+        schedule = probes.next(1 + i % 2)
+        assert schedule == "two", "the step before had other rows"
+        assert not probes.took(schedule, 1 + i % 2, 1.0)
+
+
+def test_what_steps_found_is_kept_for_the_next_process(tmp_path: Path) -> None:
+    path, runs = tmp_path / "decode.json", Runs(dict.fromkeys(KNOWN, 1.0))
+    path.write_text(json.dumps(KNOWN[2]))
+    tuning = Tuning(KNOWN, path, runs)
+    for _ in range(100):
+        schedule = tuning.next(1)
+        tuning.took(schedule, 1, 1.0 + KNOWN.index(schedule))
+    tuning.close()
+    assert Tuning(KNOWN, path, runs).current == KNOWN[0] and runs.n == 0

@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 from edgeinfer import (
@@ -14,12 +13,14 @@ from edgeinfer import (
     Delta,
     Done,
     Event,
+    MemoryPlan,
     Progress,
     PromptProgress,
     Timings,
     TokenLogprob,
     Usage,
 )
+from edgeinfer.engine.memory_plan import Pool
 
 
 @dataclass
@@ -121,10 +122,8 @@ class ScriptedModel:
     @property
     def plan(self) -> Any:
         rows = {"weights Q4_K": 380 << 20, "KV cache": 96 << 20}
-        return SimpleNamespace(
-            total_bytes=476 << 20, rows=rows, n_ctx=self.n_ctx, available=8 << 30, note="",
-            fits=True,
-        )  # fmt: skip
+        limits: Any = None
+        return MemoryPlan((Pool("host", rows, 8 << 30),), self.n_ctx, 1, limits, "")
 
     def stream_chat(
         self,

@@ -245,11 +245,14 @@ def _room_check(app: ChatApp) -> Callable[[int], None]:
     return check
 
 
-def _held(app: ChatApp) -> int:
-    """Bytes that the open model gives back; of what it planned it may not have taken all yet."""
+def _held(app: ChatApp) -> dict[str, int]:
+    """Bytes by memory that the open model gives back; it may not have taken all it planned yet."""
     model = app.session.model
-    planned = model.plan.total_bytes if model is not None else 0
-    return min(planned, app.settings.memory_now() or planned)
+    if model is None:
+        return {}
+    held = {pool.name: pool.total_bytes for pool in model.plan.pools}
+    host = model.plan.host
+    return {**held, host.name: min(host.total_bytes, app.settings.memory_now() or host.total_bytes)}
 
 
 def param_values(app: ChatApp) -> list[tuple[str, str]]:

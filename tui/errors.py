@@ -52,7 +52,8 @@ def _too_large(error: PlanError) -> str:
         found = "memory ran out"
     else:
         needed, free = size_text(error.needed), size_text(error.available)
-        found = f"the model needs {needed} of memory, {free} are free"
+        where = "of memory" if error.memory == "host" else f"on {error.memory}"
+        found = f"the model needs {needed} {where}, {free} are free"
     if (n_ctx := error.n_ctx) is not None:
         return f"{found}. A context of {n_ctx:,} tokens would fit: /params context {n_ctx}"
     return (

@@ -54,7 +54,7 @@ class Readings:
 
     def start_model(self, model: ChatModel) -> None:
         self.state, self.is_busy = "ready", False
-        self.n_ctx, self.planned_bytes = model.n_ctx, model.plan.total_bytes
+        self.n_ctx, self.planned_bytes = model.n_ctx, model.plan.host.total_bytes
         self.clear_context()
 
     def clear_context(self) -> None:

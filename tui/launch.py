@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 from edgeinfer import one_line
@@ -82,7 +83,9 @@ def run_chat(
         take_loaded(path, llm)
         return cast("ChatModel", llm)
 
-    def plan_model(path: str, n_ctx: int | None = None, freed: int = 0) -> MemoryPlan:
+    def plan_model(
+        path: str, n_ctx: int | None = None, freed: Mapping[str, int] = MappingProxyType({})
+    ) -> MemoryPlan:
         return _plan(path, with_length(n_ctx), freed)
 
     settings = ChatSettings(
@@ -109,23 +112,22 @@ def run_chat(
     return app.ended_by
 
 
-def _plan(path: str, given: LoadOptions, freed: int) -> MemoryPlan:
-    """What a file would take where `freed` bytes are to come back, if it needs them."""
+def _plan(path: str, given: LoadOptions, freed: Mapping[str, int]) -> MemoryPlan:
+    """What a file would take, with `freed` bytes of each memory to come back if it needs them."""
     from edgeinfer import PlanError, plan
 
-    freed = 0 if "memory" in given else freed
+    if "memory" in given:  # that much of the host's it is, whoever holds it now
+        freed = {name: n_bytes for name, n_bytes in freed.items() if name != "host"}
     try:
         found = plan(path, **given)
-        if not (found.note and freed):
+        if not (found.note and any(freed.values())):
             return found
-        available = found.available
-    except PlanError as error:
-        if not freed or error.available is None:
+    except PlanError:
+        if not any(freed.values()):
             raise
-        available = error.available
-    found = plan(path, **cast("LoadOptions", {**given, "memory": available + freed}))
-    if found.total_bytes <= available:  # what comes back is too little to help
-        return found
+    found = plan(path, freed=freed, **given)
+    if all(p.total_bytes <= p.available - freed.get(p.name, 0) for p in found.pools):
+        return found  # what comes back is too little to help
     return found._replace(note=", ".join(filter(None, [found.note, _ONCE_CLOSED])))
 
 

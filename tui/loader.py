@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from edgeinfer import PlanError
 from edgeinfer.tui.settings import ChatModel, ChatSettings
@@ -99,7 +99,7 @@ class ModelLoader:
         self.text, self.share = "opening", 0.0
         return self._settings.open_model(self.path, self._note, **self._asked())
 
-    def _asked(self) -> dict[str, int]:
+    def _asked(self) -> dict[str, Any]:
         return {} if self.n_ctx is None else {"n_ctx": self.n_ctx}
 
     def _note(self, progress: Progress) -> None:

@@ -5,6 +5,8 @@ Knows nothing of conversations. Also the first screen of someone who has no mode
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import ClassVar
 
 from rich.text import Text
@@ -49,12 +51,12 @@ class ModelScreen(Dialog[str | None]):
         title: str,
         current: str | None,
         *,
-        freed: int = 0,
+        freed: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         super().__init__()
         self._settings, self._choices, self._title = settings, choices, title
         self._downloads = downloads
-        self._current, self._freed = current, freed  # bytes of the open model
+        self._current, self._freed = current, freed  # bytes of the open model by memory
         self._plans: dict[str, Task[MemoryPlan]] = {}
         self._is_running = False  # a download, as far as is shown
         self._asked = ""  # the model whose download waits for a yes
@@ -205,8 +207,10 @@ class ModelScreen(Dialog[str | None]):
             return f"does not fit: {reason}" if isinstance(task.error, PlanError) else reason, True
         plan = task.result
         note = f", {plan.note}" if plan.note else ""
-        size, free = size_text(plan.total_bytes), size_text(plan.available)
-        return f"fits: {size} of {free} free, context {plan.n_ctx:,} tokens{note}", False
+        sizes = [(p, size_text(p.total_bytes), size_text(p.available)) for p in plan.pools]
+        (_, size, free), *others = sizes
+        beside = "".join(f", {size} of {free} on {pool.name}" for pool, size, free in others)
+        return f"fits: {size} of {free} free{beside}, context {plan.n_ctx:,} tokens{note}", False
 
     def _say(self, text: str, *, is_bad: bool = False) -> None:
         palette = Palette.of(self.app.current_theme)

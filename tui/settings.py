@@ -80,10 +80,12 @@ class OpenModel(Protocol):
 class PlanModel(Protocol):
     """The memory that a file would take; raises PlanError where there is too little.
 
-    `freed` bytes come back before it is opened: those of the model that is open.
+    `freed` bytes of each memory come back before it is opened: those of the model that is open.
     """
 
-    def __call__(self, path: str, /, *, n_ctx: int = ..., freed: int = ...) -> MemoryPlan: ...
+    def __call__(
+        self, path: str, /, *, n_ctx: int = ..., freed: Mapping[str, int] = ...
+    ) -> MemoryPlan: ...
 
 
 ListModels: TypeAlias = Callable[[], list[ModelChoice]]

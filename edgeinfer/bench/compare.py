@@ -16,6 +16,8 @@ from edgeinfer.bench.speed import Tell, quiet, run_bench
 from edgeinfer.errors import EdgeInferError
 from edgeinfer.runtime import Runtime
 
+_EVERY_LAYER = 99  # and the head, which llama.cpp counts as one more
+
 
 @dataclass(frozen=True, slots=True)
 class Rates:
@@ -45,9 +47,13 @@ def compare(
     tell: Tell = quiet,
 ) -> list[Comparison]:
     """Measure prefill and decode after `depth` tokens with both, `repeat` times in turns."""
+    # The same kernels on the processors ("shim") are no GPU of llama.cpp's.
+    n_layers = runtime.n_gpu_layers if runtime.device.kind == "cuda" else 0
     command = llama_command(
-        llama_bench, runtime.model.file.path, runtime.n_threads, prompt_tokens, gen_tokens, depth
-    )
+        llama_bench, runtime.model.file.path, runtime.n_threads,
+        _EVERY_LAYER if n_layers == runtime.model.hparams.n_layers else n_layers,
+        prompt_tokens, gen_tokens, depth,
+    )  # fmt: skip
     ours: list[Rates] = []
     theirs: list[Rates] = []
     for turn in range(repeat):
@@ -63,10 +69,17 @@ def compare(
 
 
 def llama_command(
-    llama_bench: str, model: Path, threads: int, prompt_tokens: int, gen_tokens: int, depth: int
+    llama_bench: str,
+    model: Path,
+    threads: int,
+    n_gpu_layers: int,
+    prompt_tokens: int,
+    gen_tokens: int,
+    depth: int,
 ) -> list[str]:
     """One run of llama-bench, after its own warm-up."""
-    sizes = ["-t", str(threads), "-p", str(prompt_tokens), "-n", str(gen_tokens)]
+    sizes = ["-t", str(threads), "-ngl", str(n_gpu_layers)]
+    sizes += ["-p", str(prompt_tokens), "-n", str(gen_tokens)]
     if depth:  # of 2025 and later only
         sizes += ["-d", str(depth)]
     return [llama_bench, "-m", str(model), *sizes, "-r", "1", "-o", "json"]
@@ -108,6 +121,8 @@ def _output(command: list[str]) -> str:
             raise
     if process.returncode:
         last = (errors.strip().splitlines() or ["it said nothing"])[-1]
+        if process.returncode == platform.NOT_RUN:
+            raise EdgeInferError(f"{last}; give the path of llama-bench")
         raise EdgeInferError(f"{command[0]} failed with {process.returncode}: {last}")
     return str(output)
 

@@ -29,7 +29,7 @@ def measure(
     tell: Tell,
 ) -> Report:
     """The usual figures, or those of a comparison, or of the ops of a step."""
-    about = {"model": runtime.model.name, "cpu": platform.cpu_name(), "threads": runtime.n_threads}
+    about = {"model": runtime.model.name, **_machine(runtime)}
     if compare is not None:
         rows = compare_with(runtime, compare, prompt_tokens, gen_tokens, depth, repeat, tell)
         sizes = {"prompt_tokens": prompt_tokens, "gen_tokens": gen_tokens, "depth": depth}
@@ -50,7 +50,8 @@ def measure(
             f"prefill of up to {prompt_tokens} tokens in one step{after}",
         )
         return result, [titles[0], *op_lines(decode), "", titles[1], *op_lines(prefill)]
-    figures = asdict(run_bench(runtime, prompt_tokens, gen_tokens, depth, repeat, tell=tell))
+    result = asdict(run_bench(runtime, prompt_tokens, gen_tokens, depth, repeat, tell=tell))
+    figures = {**about, **result}
     return figures, [f"{name:22} {value}" for name, value in figures.items() if value is not None]
 
 
@@ -60,11 +61,21 @@ def sweep_all(
     repeat: int,
     tell: Tell,
 ) -> Report:
-    """Steps at thread counts up to the most (the default), the model loaded anew for each."""
+    """Steps at thread counts up to the most (the default), the model loaded anew for each.
+
+    A device without threads is measured once.
+    """
     rows = []
+    about: dict[str, Any] = {}
     for n_threads in sweep_threads(most_threads or platform.default_threads()):
         with open_with(n_threads) as llm:
             rows += sweep(llm.runtime, repeat, tell)
-            name = llm.name
-    result = {"model": name, "cpu": platform.cpu_name(), "sweep": [asdict(row) for row in rows]}
-    return result, sweep_lines(rows)
+            about = {"model": llm.name, **_machine(llm.runtime)}
+        if about.pop("threads", None) is None:
+            break
+    return {**about, "sweep": [asdict(row) for row in rows]}, sweep_lines(rows)
+
+
+def _machine(runtime: Runtime) -> dict[str, Any]:
+    """What a measurement was made on."""
+    return {"cpu": platform.cpu_name(), **runtime.program.describe()}

@@ -9,9 +9,10 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import TypeAlias
 
 from edgeinfer import platform
+from edgeinfer.backend import ReadsMemory
 from edgeinfer.engine.engine import Engine
 from edgeinfer.engine.generation import Generation
 from edgeinfer.engine.sequence import EngineEvent, Finished, Prefilled, Request, Token
@@ -28,13 +29,6 @@ def quiet(stage: str, done: int, total: int) -> None:
     """Tell nobody."""
 
 
-@runtime_checkable
-class ReadsMemory(Protocol):
-    """A program that can tell how fast its weights can be read."""
-
-    def read_bandwidth(self) -> float: ...
-
-
 @dataclass(frozen=True, slots=True)
 class BenchResult:
     """Rates are those after `depth` tokens of context.
@@ -42,9 +36,6 @@ class BenchResult:
     `decode_fraction` is the share of `read_gb_s` that decoding reads weights at.
     """
 
-    model: str
-    device: str
-    threads: int
     n_ctx: int
     prompt_tokens: int
     gen_tokens: int
@@ -100,9 +91,6 @@ def run_bench(
     decode_tok_s = statistics.median(decode)
     read_s = statistics.median(read) if read else None
     return BenchResult(
-        model=runtime.model.name,
-        device=runtime.device,
-        threads=runtime.n_threads,
         n_ctx=engine.n_ctx,
         prompt_tokens=prompt_tokens,
         gen_tokens=gen_tokens,

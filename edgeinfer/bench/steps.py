@@ -9,14 +9,14 @@ import statistics
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from edgeinfer.backend import ReadsMemory, TimesOps
 from edgeinfer.batch import Batch, OpTime
-from edgeinfer.bench.speed import ReadsMemory, Tell, check_room, quiet
-from edgeinfer.engine.cache import CacheLayout, PagePool, SequenceCache
-from edgeinfer.errors import DeviceError
+from edgeinfer.bench.speed import Tell, check_room, quiet
+from edgeinfer.engine.cache import PagePool, SequenceCache
+from edgeinfer.errors import DeviceError, Keyword
 from edgeinfer.runtime import Runtime
 from edgeinfer.sampling.params import SampleTable, SamplingParams
 
@@ -25,18 +25,11 @@ _SWEEP_DEPTHS = (0, 512, 2048, 8192, 32768)
 _READS = 7
 
 
-@runtime_checkable
-class TimesOps(Protocol):
-    """A program that can run a step op by op."""
-
-    def op_seconds(self, batch: Batch) -> list[OpTime]: ...
-
-
 @dataclass(frozen=True, slots=True)
 class SweepRow:
     """Seconds of a step that adds `rows` rows to a sequence of `depth` tokens."""
 
-    threads: int
+    threads: int | None  # where the device has a number of them
     depth: int
     rows: int
     seconds: float
@@ -59,8 +52,9 @@ class OpRow:
 def sweep(runtime: Runtime, repeat: int, tell: Tell = quiet) -> list[SweepRow]:
     """Every depth that the context holds, with few and many rows."""
     deepest = runtime.engine.n_ctx - max(SWEEP_ROWS)
+    n_threads = runtime.program.describe().get("threads")
     return [
-        SweepRow(runtime.n_threads, depth, rows, seconds)
+        SweepRow(n_threads, depth, rows, seconds)
         for depth in _SWEEP_DEPTHS
         if depth <= deepest
         for rows, seconds in step_seconds(runtime, SWEEP_ROWS, depth, repeat, tell).items()
@@ -97,7 +91,10 @@ def time_ops(
     """One step op by op, ops of a kind together, in the order of the step."""
     program = runtime.program
     if not isinstance(program, TimesOps) or not isinstance(program, ReadsMemory):
-        raise DeviceError(f"the {runtime.device} device does not run step by step; take cpu")
+        raise DeviceError(
+            f"the {runtime.device} device does not run op by op",
+            advice=("use ", Keyword("device", "cpu")),
+        )
     check_room(depth, 1, runtime.engine.n_ctx)
     n_rows = min(n_rows, runtime.engine.limits.max_rows, runtime.engine.n_ctx - depth)
     cache = _filled(runtime, depth, n_rows, tell)
@@ -136,8 +133,7 @@ def _filled(runtime: Runtime, depth: int, n_more: int, tell: Tell) -> SequenceCa
     engine, program = runtime.engine, runtime.program
     limits = engine.limits
     pools = [PagePool(n_pages) for n_pages in limits.n_pages.values()]
-    layout = CacheLayout.of("error", engine.n_ctx, 0, limits.n_pages, limits.max_rows)
-    cache = SequenceCache(pools, layout)
+    cache = SequenceCache(pools, engine.layout("error"))
     cache.grow(depth + n_more)
     most = limits.max_rows
     for start in range(0, depth, most):

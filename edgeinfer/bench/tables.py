@@ -35,13 +35,13 @@ def compare_lines(rows: list[Comparison], depth: int) -> list[str]:
 def sweep_lines(rows: list[SweepRow]) -> list[str]:
     """A line per thread count and depth, a column of milliseconds per number of rows."""
     counts = sorted({row.rows for row in rows})
-    lines: dict[tuple[int, int], dict[int, float]] = {}
+    lines: dict[tuple[int | None, int], dict[int, float]] = {}
     for row in rows:
         lines.setdefault((row.threads, row.depth), {})[row.rows] = row.seconds
     header = ["threads", "depth", *(f"{n} rows, ms" for n in counts)]
     header += [f"tok/s of {n}" for n in counts]
     cells = [
-        [str(threads), str(depth)]
+        [str(threads or ""), str(depth)]
         + [f"{1e3 * seconds[n]:.2f}" for n in counts]
         + [f"{n / seconds[n]:.1f}" for n in counts]
         for (threads, depth), seconds in lines.items()

@@ -18,7 +18,7 @@ from edgeinfer.cli.models import (
     downloadable,
     last_model,
     remember,
-    unkept,
+    start_notes,
 )
 from edgeinfer.cli.opening import GC_THRESHOLD, follow, open_model
 from edgeinfer.cli.options import (
@@ -72,7 +72,7 @@ def _open_tui(
     def take_loaded(path: str, llm: LLM) -> None:
         # What is below the current folder must be found from another.
         name = os.path.abspath(path) if os.path.isfile(path) else path
-        notes.update(dict.fromkeys([*remember(name), *unkept(llm)]))
+        notes.update(dict.fromkeys([*remember(name), *start_notes(llm)]))
 
     from edgeinfer.text.plain_text import decode
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from edgeinfer import backend, config, platform
+from edgeinfer import backend, config, device, platform
 from edgeinfer.cli.console import show, show_json
 from edgeinfer.cli.fact_lines import SECTIONS, fact_lines, version_lines
 from edgeinfer.cli.options import common_flags, json_flag
@@ -28,7 +28,6 @@ _PACKAGES = (
 )  # fmt: skip
 _MEASURED_BYTES = 256 << 20
 _MEASURED_SECONDS = 0.5
-_LEAST_DRIVER = 12000
 
 
 @click.command("doctor", epilog="Example: edgeinfer doctor --json")
@@ -140,10 +139,9 @@ def _gpu() -> dict[str, Any]:
     driver = platform.cuda_driver()
     if driver is None:
         return {"driver": None, "devices": [], "install": None}
-    cuda = f"{driver.version // 1000}.{driver.version % 1000 // 10}"
-    usable = driver.devices and driver.version >= _LEAST_DRIVER
+    index = None if device.has_cupy() else device.usable_gpu(driver)
     return {
-        "driver": f"runs CUDA up to {cuda}",
+        "driver": f"runs CUDA up to {device.cuda_version(driver)}",
         "error": driver.error or None,
         "devices": [
             {
@@ -153,7 +151,7 @@ def _gpu() -> dict[str, Any]:
             }
             for gpu in driver.devices
         ],
-        "install": platform.install_command(driver) if usable else None,
+        "install": None if index is None else device.install_command(driver, index),
     }
 
 

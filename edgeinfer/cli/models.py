@@ -74,6 +74,12 @@ def downloadable() -> list[Alias]:
     return [a for a in ALIASES.values() if memory_needed(a.n_bytes) <= available]
 
 
+def start_notes(llm: LLM) -> list[str]:
+    """What whoever starts a model should know: that a GPU is not used, what can't be kept."""
+    note = llm.runtime.device_note
+    return [*([note] if note else []), *unkept(llm)]
+
+
 def unkept(llm: LLM) -> list[str]:
     """A line where kernels that were built could not be stored, with the reason."""
     from edgeinfer.backend import unkept_kernels

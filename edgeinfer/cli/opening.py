@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from edgeinfer.cli.console import Output, ProgressLine, note, tell
-from edgeinfer.cli.models import choose_model, unkept
+from edgeinfer.cli.models import choose_model, start_notes
 from edgeinfer.cli.options import load_options
 from edgeinfer.terminal import printable
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from edgeinfer.stream import Stream
 
 GC_THRESHOLD = 10_000  # new objects between two collections; Python's own are 700 to 2,000
-_MIB = 1 << 20
 
 
 @contextlib.contextmanager
@@ -47,8 +46,8 @@ def open_model(
     options: LoadOptions = {**load_options(flags), "progress": progress}
     with line:
         llm = LLM.of(runtime.load(path, options, engine))
-    for why in unkept(llm):
-        note(why)
+    for each in start_notes(llm):
+        note(each)
     # What a start has made stays: no later collection, nor the one at exit, needs to look at it.
     gc.freeze()
     gc.set_threshold(GC_THRESHOLD)
@@ -57,8 +56,8 @@ def open_model(
         trained = opened.model.hparams.n_ctx_train
         why = f" ({plan.note})" if plan.note else ""
         note(
-            f"{llm.name}: context {llm.n_ctx} of {trained} tokens{why}, {opened.n_threads} "
-            f"threads, {plan.total_bytes // _MIB} MiB planned"
+            f"{llm.name}: context {llm.n_ctx} of {trained} tokens{why}, {opened.runs_on}, "
+            f"{plan.summary} planned"
         )
         yield llm
 

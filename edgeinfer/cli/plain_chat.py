@@ -175,7 +175,7 @@ def _system(conversation: _Conversation, rest: str) -> None:
 
 def _stats(conversation: _Conversation, rest: str) -> None:
     answer, llm = conversation.last, conversation._llm
-    memory = f"{platform.rss() >> 20} MiB held, {llm.plan.total_bytes >> 20} MiB planned"
+    memory = f"{platform.rss() >> 20} MiB held, {llm.plan.summary} planned"
     if answer is None:
         note(f"no answer yet; context {llm.n_ctx} tokens; {memory}")
         return

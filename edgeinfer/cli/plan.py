@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgeinfer.cli.console import show, show_json
 from edgeinfer.cli.models import choose_model
 from edgeinfer.cli.options import common_flags, json_flag, load_flags, load_options
+
+if TYPE_CHECKING:
+    from edgeinfer.engine.memory_plan import MemoryPlan
 
 _MIB = 1 << 20
 
@@ -24,14 +27,31 @@ def command(model: str | None, as_json: bool, **flags: Any) -> None:
 
     path = choose_model(model, bool(flags.get("yes")))
     solved = inspect_file.plan(path, **load_options(flags))
-    rows = [{"name": name, "bytes": size} for name, size in solved.rows.items()]
     if as_json:
-        solution = {"n_ctx": solved.n_ctx, "slots": solved.slots, "note": solved.note}
-        total = {"fits": solved.fits, "total_bytes": solved.total_bytes}
-        show_json({**total, "rows": rows, "solved": solution})
+        show_json(_facts(solved))
         return
     width = max(16, *map(len, solved.rows))
-    for name, size in solved.rows.items():
-        show(f"{name:{width}} {size / _MIB:9.1f} MiB")
-    show(f"{'total':{width}} {solved.total_bytes / _MIB:9.1f} MiB of {solved.available / _MIB:.0f}")
+    for pool in solved.pools:
+        if len(solved.pools) > 1:
+            show(f"{pool.name}:")
+        for name, size in pool.rows.items():
+            show(f"{name:{width}} {size / _MIB:9.1f} MiB")
+        show(f"{'total':{width}} {pool.total_bytes / _MIB:9.1f} MiB of {pool.available / _MIB:.0f}")
     show(f"context {solved.n_ctx} tokens {solved.note}".rstrip())
+
+
+def _facts(solved: MemoryPlan) -> dict[str, Any]:
+    return {
+        "fits": solved.fits,
+        "total_bytes": solved.total_bytes,
+        "rows": [
+            {"name": name, "bytes": size, "memory": pool.name}
+            for pool in solved.pools
+            for name, size in pool.rows.items()
+        ],
+        "memories": [
+            {"name": pool.name, "bytes": pool.total_bytes, "available_bytes": pool.available}
+            for pool in solved.pools
+        ],
+        "solved": {"n_ctx": solved.n_ctx, "slots": solved.slots, "note": solved.note},
+    }

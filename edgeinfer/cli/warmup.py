@@ -29,21 +29,20 @@ def command(model: str | None, **flags: Any) -> None:
         llm.generate([0], max_tokens=1)
         with ProgressLine() as line:
             n = build_exactly(llm.runtime.program, partial(line.show, "kernels"))
-        n_threads = None if n else _tune(llm)
+        fastest = "" if n else _tune(llm)
         lost = unkept(llm)
     if n:  # what was built is what must be measured
         with open_model(model, flags) as llm:
-            n_threads = _tune(llm)
+            fastest = _tune(llm)
             lost = unkept(llm)
     if lost:
         raise EdgeInferError(lost[0])
     rebuilt = f"; {n} were rebuilt for this very processor" if n else ""
-    threads = "1 thread" if n_threads == 1 else f"{n_threads} threads"
-    fastest = f"; it decodes fastest on {threads}" if n_threads else ""
-    note(f"kernels are ready{rebuilt}{fastest}")
+    tuned = f"; it decodes fastest {fastest}" if fastest else ""
+    note(f"kernels are ready{rebuilt}{tuned}")
 
 
-def _tune(llm: LLM) -> int | None:
+def _tune(llm: LLM) -> str:
     from edgeinfer.backend import tune
 
     with ProgressLine() as line:

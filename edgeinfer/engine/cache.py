@@ -170,12 +170,14 @@ class SequenceCache:
             return _NO_LIMIT
         return left if left > 0 else PAGE - self.n_tokens % PAGE
 
-    def grow(self, n_tokens: int) -> None:
-        """Hold the pages for `n_tokens` more positions; the pools must have them."""
+    def grow(self, n_tokens: int, missing: list[list[int]] | None = None) -> None:
+        """Hold the pages for `n_tokens` more positions; the pools must have them.
+
+        `missing` is what `missing` has said of as many positions since it grew last.
+        """
         self._n_written = max(self._n_written, self.n_tokens + n_tokens)
-        for table, pool, slots in zip(
-            self.tables, self._pools, self.missing(n_tokens), strict=True
-        ):
+        missing = self.missing(n_tokens) if missing is None else missing
+        for table, pool, slots in zip(self.tables, self._pools, missing, strict=True):
             for slot in slots:
                 table.pages[slot] = pool.take()
 

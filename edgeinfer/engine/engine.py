@@ -54,7 +54,7 @@ class Engine:
     ) -> None:
         self.limits, self.n_ctx, self.n_vocab = limits, n_ctx, n_vocab
         self._program = program
-        self._costs = costs or StepCosts()
+        self._costs = costs or StepCosts(limits.row_cost)
         self._scheduler = Scheduler(limits, self._costs)
         self._samples = SampleTable(self._scheduler.max_samples)
         self._changed = threading.Condition()
@@ -74,7 +74,7 @@ class Engine:
         if request.overflow == "error":
             check_length(len(request.ids), self.n_ctx, n_answer=1)
         request.params.check_vocabulary(self.n_vocab)
-        layout = self._layout(request.overflow, request.n_pinned)
+        layout = self.layout(request.overflow, request.n_pinned)
         generation = Generation(self, request, layout)
         self._queue(generation)
         return generation
@@ -114,7 +114,7 @@ class Engine:
         for each in lists:
             check_ids(each, self.n_vocab)
             check_length(len(each), self.n_ctx)
-        layout = self._layout("error")
+        layout = self.layout("error")
         job = LogitsJob.of(lists, first, prefill_chunk, self.limits, layout, take)
         self._queue(job)
         job.wait(self)
@@ -174,7 +174,8 @@ class Engine:
         """In the child of a fork the thread does not exist: every use is an error."""
         self._closed, self._changed = _FORKED, threading.Condition()
 
-    def _layout(self, overflow: Overflow, n_pinned: int = 0) -> CacheLayout:
+    def layout(self, overflow: Overflow, n_pinned: int = 0) -> CacheLayout:
+        """How the cache of a sequence is cut here."""
         limits = self.limits
         return CacheLayout.of(overflow, self.n_ctx, n_pinned, limits.n_pages, limits.max_rows)
 

@@ -5,11 +5,12 @@ Knows nothing of how memory is obtained.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from edgeinfer.backend import Backend
-from edgeinfer.batch import PAGE, Demand, StepLimits, StepRequest
+from edgeinfer.batch import HOST, PAGE, Demand, StepLimits, StepRequest
 from edgeinfer.errors import Advice, Keyword, PlanError
 from edgeinfer.graph import Segment
 
@@ -25,15 +26,12 @@ _TEMPLATES_BYTES = 22 * _MiB  # the process that renders chat templates, with on
 _TOKEN_BYTES = 700  # of a vocabulary entry while the tokenizer is built
 
 
-class MemoryPlan(NamedTuple):
-    """Bytes by purpose, and the settings they were solved for."""
+class Pool(NamedTuple):
+    """One memory: bytes by purpose, and how many there are to take."""
 
+    name: str  # "host", "cuda:0"
     rows: dict[str, int]
     available: int
-    n_ctx: int
-    slots: int
-    limits: StepLimits
-    note: str  # why n_ctx is not the usual one, "" if it is
 
     @property
     def total_bytes(self) -> int:
@@ -44,23 +42,72 @@ class MemoryPlan(NamedTuple):
         return self.total_bytes <= self.available
 
 
+class MemoryPlan(NamedTuple):
+    """What a model takes of each memory, the host's first, and the settings that was solved for."""
+
+    pools: tuple[Pool, ...]
+    n_ctx: int
+    slots: int
+    limits: StepLimits
+    note: str  # why n_ctx is not the usual one, "" if it is
+
+    @property
+    def host(self) -> Pool:
+        return self.pools[0]
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """Every byte by purpose; those of other memories than the host's name it."""
+        return {
+            purpose if pool is self.host else f"{purpose} ({pool.name})": n_bytes
+            for pool in self.pools
+            for purpose, n_bytes in pool.rows.items()
+        }
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(pool.total_bytes for pool in self.pools)
+
+    @property
+    def summary(self) -> str:
+        """ "412 MiB", and what other memories hold: "412 MiB, 5210 MiB on cuda:0"."""
+        host, *others = (f"{pool.total_bytes // _MiB} MiB" for pool in self.pools)
+        beside = (f", {n} on {p.name}" for n, p in zip(others, self.pools[1:], strict=True))
+        return host + "".join(beside)
+
+    @property
+    def available(self) -> int:
+        """Bytes of the host's memory that there are to take."""
+        return self.host.available
+
+    @property
+    def fits(self) -> bool:
+        return all(pool.fits for pool in self.pools)
+
+
 class PlanRequest(NamedTuple):
     """What a plan is solved for; `n_ctx` None asks for the usual length or what fits."""
 
     n_ctx: int | None
     slots: int
     n_threads: int
-    available: int
+    available: int  # bytes of the host's memory
+    freed: Mapping[str, int] = MappingProxyType({})  # bytes by memory that come back before
 
 
 def solve(segment: Segment, backend: Backend, request: PlanRequest) -> MemoryPlan:
-    """The plan that fits; PlanError says what would."""
+    """The plan that fits, each memory by itself; PlanError says what would."""
+    freed = request.freed
+    available = {
+        name: max(0, n_bytes) + freed.get(name, 0)
+        for name, n_bytes in backend.memories(request.available).items()
+    }
 
     def plan(n_ctx: int, note: str = "") -> MemoryPlan:
         step = StepRequest(n_ctx, request.slots, request.n_threads)
         demand = backend.demand(segment, step)
-        rows = _rows(demand, segment.graph.hparams.vocab_size)
-        return MemoryPlan(rows, request.available, n_ctx, request.slots, demand.limits, note)
+        pools = _pools(demand, available, segment.graph.hparams.vocab_size)
+        return MemoryPlan(pools, n_ctx, request.slots, demand.limits, note)
 
     if request.n_ctx is not None:
         asked = plan(request.n_ctx)
@@ -77,9 +124,10 @@ def solve(segment: Segment, backend: Backend, request: PlanRequest) -> MemoryPla
     return found
 
 
-def _rows(demand: Demand, vocab_size: int) -> dict[str, int]:
+def _pools(demand: Demand, available: Mapping[str, int], vocab_size: int) -> tuple[Pool, ...]:
+    """The host's pool, with what is taken there whatever the machine, and the others."""
     rows = {
-        **demand.rows,
+        **demand.memories.get(HOST, {}),
         "tokenizer": vocab_size * _TOKEN_BYTES,
         "Python": PYTHON_BYTES,
         "chat templates": _TEMPLATES_BYTES,
@@ -87,7 +135,12 @@ def _rows(demand: Demand, vocab_size: int) -> dict[str, int]:
     # Builders have ended before weights are packed: only what they take beyond that counts.
     if (excess := demand.building_bytes + PYTHON_BYTES - sum(rows.values())) > 0:
         rows[_BUILDING] = excess
-    return rows
+    others = (
+        Pool(name, dict(taken), available[name])
+        for name, taken in demand.memories.items()
+        if name != HOST
+    )
+    return (Pool(HOST, rows, available[HOST]), *others)
 
 
 def _too_large(solved: Callable[[int], MemoryPlan], plan: MemoryPlan) -> PlanError:
@@ -97,7 +150,8 @@ def _too_large(solved: Callable[[int], MemoryPlan], plan: MemoryPlan) -> PlanErr
         n_ctx = n_ctx // 2 // PAGE * PAGE
         if n_ctx and solved(n_ctx).fits:
             fits = n_ctx
-    largest = max(plan.rows, key=lambda row: plan.rows[row])
+    pool = next(pool for pool in plan.pools if not pool.fits)
+    largest = max(pool.rows, key=lambda row: pool.rows[row])
     advice: Advice = ("no context length would fit; take a smaller file",)
     if largest == _BUILDING:
         advice = (
@@ -106,12 +160,14 @@ def _too_large(solved: Callable[[int], MemoryPlan], plan: MemoryPlan) -> PlanErr
     elif fits is not None:
         advice = (Keyword("n_ctx", fits), " would fit")
     slots = f" in {plan.slots} slots" if plan.slots > 1 else ""
+    where = "" if pool.name == HOST else f" on {pool.name}"
     return PlanError(
-        f"the model needs {plan.total_bytes // _MiB} MiB for {plan.n_ctx} tokens of context{slots},"
-        f" {plan.available // _MiB} MiB are available (most of it is {largest}, "
-        f"{plan.rows[largest] // _MiB} MiB)",
+        f"the model needs {pool.total_bytes // _MiB} MiB{where} for {plan.n_ctx} tokens of context"
+        f"{slots}, {pool.available // _MiB} MiB are available (most of it is {largest}, "
+        f"{pool.rows[largest] // _MiB} MiB)",
         advice=advice,
-        needed=plan.total_bytes,
-        available=plan.available,
+        needed=pool.total_bytes,
+        available=pool.available,
+        memory=pool.name,
         n_ctx=fits,
     )

@@ -18,9 +18,6 @@ from edgeinfer.engine.generation import Generation, LogitsJob, public_error
 from edgeinfer.engine.sequence import Finished, FinishReason, Prefilled, Rows, Sequence
 from edgeinfer.engine.speculation import MAX_ROWS, StepCosts, best_drafts
 
-# Prompt rows in a step that also decodes: the other generations wait no longer than these take.
-_SHARED_PREFILL = 64
-
 AnyWork: TypeAlias = Generation | LogitsJob
 
 
@@ -122,7 +119,7 @@ class Scheduler:
         if sequence is not None:
             n_prompt, n_done = sequence.n_waiting, sequence.n_generated
         most = math.inf if work.max_tokens is None else work.max_tokens
-        return -(-n_prompt // _SHARED_PREFILL) + most - n_done
+        return -(-n_prompt // self.limits.shared_rows) + most - n_done
 
     def _start(self, work: AnyWork) -> None:
         if isinstance(work, LogitsJob):
@@ -246,7 +243,7 @@ class Scheduler:
                     parts.append(part)
                 n_left -= part.n
                 if part.sequence.n_generated:
-                    n_left = min(n_left, max(_SHARED_PREFILL, len(self.running)))
+                    n_left = min(n_left, max(self.limits.shared_rows, len(self.running)))
         parts = decoding + reading
         if all(part.sequence.is_decoding for part in parts):
             return self._with_drafts(parts)
@@ -290,7 +287,8 @@ class Scheduler:
         A paused generation computes its tokens again from the first on: the same bits.
         """
         cache = part.sequence.cache
-        n_new = [len(slots) for slots in cache.missing(part.n)]
+        missing = cache.missing(part.n)
+        n_new = [len(slots) for slots in missing]
         while not _fit(n_new, [pool.n_free for pool in self.pools]):
             if self.idle:
                 self.idle.pop(0).cache.free()
@@ -300,7 +298,7 @@ class Scheduler:
             ]
             assert paused, "what runs holds more pages than were promised"
             paused[0].cache.free()
-        cache.grow(part.n)
+        cache.grow(part.n, missing)
 
 
 def _fit(n_pages: Iterable[int], n_free: Iterable[int]) -> bool:

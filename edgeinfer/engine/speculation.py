@@ -10,6 +10,8 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from edgeinfer.batch import ROW_COST
+
 MAX_ROWS = 8  # of one sequence in a step: its next token and up to 7 guessed ones
 
 _GRAM = 2  # tokens that must agree for a match; below it the last token alone may tell
@@ -181,10 +183,12 @@ class StepCosts:
     """What a decode step costs by its rows, in seconds, as measured lately.
 
     A shared machine is twice as slow for a while: every step tells about the machine's speed,
-    and only what is left about the rows it had.
+    and only what is left about the rows it had. `row_cost` is what a row after the first costs, of
+    the first, until steps tell.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, row_cost: float = ROW_COST) -> None:
+        self._row_cost = row_cost
         self._row_seconds = 0.0  # of a step of one row, at the machine's present speed
         # By rows: times the usual cost, how often measured, and when last.
         self._factors: dict[int, tuple[float, int, int]] = {}
@@ -194,7 +198,7 @@ class StepCosts:
         """Count a step. What has not been measured for long is forgotten, and so tried again."""
         self._n_steps += 1
         if not self._row_seconds:
-            self._row_seconds = seconds / _usual(n_rows)
+            self._row_seconds = seconds / self._usual(n_rows)
         # A hiccup must not outweigh what many steps have shown.
         surprise = min(max(seconds / self.of(n_rows), 1 / _JUMP), _JUMP)
         if n_rows > 1:
@@ -206,7 +210,11 @@ class StepCosts:
             del self._factors[n]
 
     def of(self, n_rows: int) -> float:
-        return (self._row_seconds or 1.0) * _usual(n_rows) * self._factor(n_rows)
+        return (self._row_seconds or 1.0) * self._usual(n_rows) * self._factor(n_rows)
+
+    def _usual(self, n_rows: int) -> float:
+        """Times what a step of one row costs."""
+        return 1.0 + self._row_cost * (n_rows - 1)
 
     def _factor(self, n_rows: int) -> float:
         """Measured, else between its neighbours, else that of the nearest below."""
@@ -220,11 +228,6 @@ class StepCosts:
         return low + share * (high - low)
 
 
-def _usual(n_rows: int) -> float:
-    return 1.0 + _SLOPE * (n_rows - 1)
-
-
-_SLOPE = 0.17  # of a row after the first: 8 rows cost 2.1 to 2.2 on 2 cores (bench_speculation)
 # Kernels cost the same for ever, a shared machine changes within steps.
 _RATE, _SPEED_RATE, _JUMP = 0.05, 0.25, 2.0
 _KEEP = 512  # steps until a cost is forgotten

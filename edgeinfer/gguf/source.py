@@ -67,6 +67,10 @@ class FileBytes:
                 offset=start,
             )
 
+    def forget(self, start: int, n_bytes: int) -> bool:
+        """Have the system keep these bytes in memory no longer; False where it can't."""
+        return not self._file.is_closed and self._file.forget(start, n_bytes)
+
     def is_in_place(self) -> bool:
         return self._file.is_in_place()
 
@@ -101,3 +105,7 @@ class TensorBytes:
     def read_into(self, buffer: memoryview, start: int) -> None:
         assert start + len(buffer) <= self._n_bytes
         self._source.read_into(buffer, self._start + start)
+
+    def forget(self, start: int, n_bytes: int) -> bool:
+        assert start + n_bytes <= self._n_bytes
+        return self._source.forget(self._start + start, n_bytes)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from edgeinfer.platform.children import (
         MODULE_FLAG,
+        NOT_RUN,
         STARTS_ITSELF,
         can_start_python,
         find_program,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
         bytes_below,
         delete_all,
         files_below,
+        forget_file_pages,
         free_disk,
         is_at,
         is_writable,
@@ -74,15 +76,15 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "children": (
-        "MODULE_FLAG STARTS_ITSELF can_start_python find_program module_folders "
+        "MODULE_FLAG NOT_RUN STARTS_ITSELF can_start_python find_program module_folders "
         "python_command run_editor run_tool set_for_us start_isolated start_program"
     ),
     "forks": "ForkedProcess",
     "devices": "CudaDriver Gpu NvrtcLibrary board_name cuda_driver install_command nvrtc_libraries",
     "files": (
-        "ReadableFile append_private bytes_below delete_all files_below free_disk is_at "
-        "is_writable make_folder open_appending open_scratch read_whole sync try_lock "
-        "unlink_open write_whole"
+        "ReadableFile append_private bytes_below delete_all files_below forget_file_pages "
+        "free_disk is_at is_writable make_folder open_appending open_scratch read_whole sync "
+        "try_lock unlink_open write_whole"
     ),
     "limits": "ProcessLimits ended_for_time",
     "memory": "available_memory peak_rss rss",
@@ -101,6 +103,7 @@ __all__ = [
     "Gpu",
     "MODULE_FLAG",
     "Memory",
+    "NOT_RUN",
     "NvrtcLibrary",
     "ProcessLimits",
     "ReadableFile",
@@ -121,6 +124,7 @@ __all__ = [
     "ended_for_time",
     "files_below",
     "find_program",
+    "forget_file_pages",
     "free_disk",
     "input_waits",
     "install_command",

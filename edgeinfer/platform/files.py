@@ -175,6 +175,20 @@ def open_plain(path: str | Path, flags: int, mode: int = 0o666) -> tuple[int, os
     return descriptor, status
 
 
+def forget_file_pages(descriptor: int, start: int, n_bytes: int) -> bool:
+    """Have the system keep no copy of these bytes of a file in memory; False where it can't.
+
+    Of what only begins or ends among them it may keep a page. Nothing is lost: it reads them again.
+    """
+    if n_bytes < 1 or not hasattr(os, "posix_fadvise"):
+        return False
+    try:
+        os.posix_fadvise(descriptor, start, n_bytes, os.POSIX_FADV_DONTNEED)
+    except OSError:  # not on this file system
+        return False
+    return True
+
+
 class ReadableFile:
     """A file that is read at any place, by any thread, until `close`; it is never mapped.
 
@@ -204,6 +218,10 @@ class ReadableFile:
         with self._lock:
             self._file.seek(at)
             return self._file.readinto(buffer) or 0
+
+    def forget(self, at: int, n_bytes: int) -> bool:
+        """Free the memory in which the system keeps these bytes; False where it can't."""
+        return forget_file_pages(self._file.fileno(), at, n_bytes)
 
     def is_unchanged(self) -> bool:
         """Whether nobody has written to it since it was opened, as far as its time tells."""

@@ -142,6 +142,12 @@ class SamplingParams:
         return self.mirostat == 0 and on
 
     @cached_property
+    def is_greedy(self) -> bool:
+        """Whether a token is that of the largest logit, none changed, and nothing else is asked."""
+        changes = self.logit_bias or self.has_penalties or self.has_dry
+        return self.temperature <= 0 and not changes and self.logprobs is None
+
+    @cached_property
     def n_history(self) -> int:
         """How many of the latest tokens the chain looks at; -1 for all."""
         wanted = [self.repeat_last_n] * self.has_penalties
@@ -262,6 +268,11 @@ class SampleRow:
     index: int  # of the token within its sequence: the counter of the random numbers
     history: NDArray[np.int32]  # tokens before it, at least the last `params.n_history`
     mu: float  # mirostat's state
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the lowest id with the largest logit is all that is asked for."""
+        return self.params.is_greedy
 
 
 class Sampled(NamedTuple):

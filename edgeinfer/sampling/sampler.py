@@ -5,6 +5,13 @@ Knows no sequences and keeps no state: history and token index in, id out.
 Arithmetic is float64, each operation rounded once, in the order written here, with an exp and a
 log of our own: so kernels give the same bits. Candidates are ordered by logit, ties by id. NaN and
 -inf are never candidates; +inf counts as the largest float.
+
+A sum over candidates adds them in their order, from left to right. Before the first `keep`, which
+may keep all, it adds the vocabulary in the order of ids instead, what is no candidate as +0; so
+does any other sum over the vocabulary. Ids are cut into chunks of 4,096, so that a device can add
+chunks side by side. In a chunk, 8 lanes start at +0, and lane j adds values j, j + 8, j + 16, ...;
+then lane l adds lane l + 4, then l + 2, then l + 1: lane 0 is the chunk's sum. Sums of chunks are
+added from left to right.
 """
 
 from __future__ import annotations
@@ -15,7 +22,15 @@ from collections import Counter
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeinfer.sampling.params import NO_CANDIDATE, OK, Sampled, SampleRow, SamplingParams, uniforms
+from edgeinfer.sampling.params import (
+    NO_CANDIDATE,
+    OK,
+    Sampled,
+    SampleRow,
+    SampleTable,
+    SamplingParams,
+    uniforms,
+)
 
 Floats = NDArray[np.float64]
 _LARGEST = float(np.finfo(np.float32).max)
@@ -44,6 +59,23 @@ def sample_reference(logits: NDArray[np.float32], row: SampleRow) -> Sampled:
         token = _chain(_Candidates(changed), row)
     logprob, top = _logprobs(raw, token, params.logprobs)
     return Sampled(token, logprob, top, mu, status)
+
+
+class ReferenceSampler:
+    """`sample_reference` for the rows of a step: a `batch.Sampler` that needs no kernels."""
+
+    n_bytes = building_bytes = 0  # that it holds from one call to the next
+
+    def open(self) -> None:
+        pass
+
+    def sample(self, logits: NDArray[np.float32], table: SampleTable) -> None:
+        """Fill the outputs of a table's first R rows from logits (R, V)."""
+        for i, row in enumerate(logits):
+            table.store(i, sample_reference(row, table.row(i)))
+
+    def close(self) -> None:
+        pass
 
 
 # -- exp, log and sums, rounding as kernels do ---------------------------------------------------
@@ -83,10 +115,7 @@ def log(x: float) -> float:
 
 
 def sum_vocabulary(x: Floats) -> float:
-    """Chunk by chunk of 4,096 from left to right, so that a device may add them side by side.
-
-    In a chunk lane j adds x[j], x[j + 8], ...; then lanes l and l + 4, l + 2, l + 1.
-    """
+    """Of a value for each token, in chunks (see above)."""
     padded = np.zeros((-(-len(x) // _SUM_CHUNK), _SUM_CHUNK))
     padded.reshape(-1)[: len(x)] = x
     lanes = np.cumsum(padded.reshape(len(padded), -1, 8), axis=1)[:, -1]
@@ -210,11 +239,17 @@ class _Candidates:
         scaled: Floats = (self.logits - self.all[self.ids[0]]) * inverse
         return scaled
 
+    def sum(self, terms: Floats) -> float:
+        """Of a term for each candidate: over the vocabulary, in its order, while it is whole."""
+        if not self.whole:
+            return _sum(terms)
+        by_id = np.zeros(len(self.all))
+        by_id[self.ids] = terms
+        return sum_vocabulary(by_id)
+
     def total(self, inverse: float = 1.0) -> float:
-        """Sum of the exp of `scaled`: over the vocabulary, in its order, while it is whole."""
-        if self.whole:
-            return sum_vocabulary(exp((self.all - self.all[self.ids[0]]) * inverse))
-        return _sum(exp(self.scaled(inverse)))
+        """Sum of the exp of `scaled`."""
+        return self.sum(exp(self.scaled(inverse)))
 
 
 def _chain(c: _Candidates, row: SampleRow) -> int:
@@ -264,11 +299,11 @@ def _sigma_limit(logits: Floats, n_sigma: float) -> float:
 
 
 def _entropy(c: _Candidates) -> tuple[float, Floats, float]:
-    """The entropy, and all exp(scaled) with their sum, left to right."""
+    """The entropy, and all exp(scaled) with their sum."""
     scaled = c.scaled()
     weights = exp(scaled)
-    total = _sum(weights)
-    return log(total) - _sum(weights * scaled) / total, weights, total
+    total = c.sum(weights)
+    return log(total) - c.sum(weights * scaled) / total, weights, total
 
 
 def _typical(c: _Candidates, p: SamplingParams) -> None:
@@ -282,7 +317,7 @@ def _typical(c: _Candidates, p: SamplingParams) -> None:
 def _xtc(c: _Candidates, p: SamplingParams) -> None:
     """Exclude top choices (p-e-w 2024): drop all but the last that reaches the threshold."""
     weights = exp(c.scaled())
-    last = int(np.count_nonzero(weights >= p.xtc_threshold * _sum(weights))) - 1
+    last = int(np.count_nonzero(weights >= p.xtc_threshold * c.sum(weights))) - 1
     if last > 0 and len(c.ids) - last >= p.min_keep:
         c.keep(c.ids[last:])
 

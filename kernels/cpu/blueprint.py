@@ -15,8 +15,10 @@ from edgeinfer.graph import (
     Linear,
     Segment,
 )
+from edgeinfer.kernels.buffers import Arena, Buffer
 from edgeinfer.kernels.cpu import layout
-from edgeinfer.kernels.cpu.commands import Arena, Buffer, KernelOp, KernelPart, aligned
+from edgeinfer.kernels.cpu.commands import KernelOp
+from edgeinfer.kernels.cpu.host_sampler import SAMPLE, Sampling
 from edgeinfer.kernels.cpu.layout import row_stride
 from edgeinfer.kernels.cpu.lower import Lowering
 from edgeinfer.kernels.cpu.lower_base import LayerCache
@@ -40,7 +42,7 @@ class Blueprint:
 
     def kernels(self) -> set[str]:
         """Names of the kernels that the program loads."""
-        names = self.lowered.kernels() | ({"sample"} if self.sample else set())
+        names = self.lowered.kernels() | ({SAMPLE} if self.sample else set())
         names |= {f"pack.{name.lower()}" for name in self.weights.matrix_types}
         return names | {*KERNELS, "read"}
 
@@ -55,7 +57,7 @@ class Blueprint:
 
     def _cache_rows(self) -> dict[str, int]:
         return {
-            cache_row(window): aligned(_pages_bytes(group, self.limits.n_pages[window]))
+            cache_row(window): self.kv.aligned(_pages_bytes(group, self.limits.n_pages[window]))
             for window, group in self.segment.groups.items()
         }
 
@@ -67,13 +69,9 @@ class Blueprint:
     def _sample_op(self) -> KernelOp:
         logits, vocab = self.lowered.logits, self.segment.output.dim
         assert logits is not None
-        n_bytes = layout.sample_scratch_bytes(vocab)
-        scratch = self.scratch.place(Buffer("sampling", self.limits.n_threads * n_bytes))
-        args = layout.SAMPLE.pack(
-            logits=logits, stride=row_stride(vocab), n_vocab=vocab, scratch=scratch,
-            scratch_bytes=n_bytes,
-        )  # fmt: skip
-        return KernelOp("sample", [KernelPart("sample", args, layout.COUNT_WANTED)])
+        sampling = Sampling(vocab, self.limits.n_threads)
+        self.scratch.place(sampling.scratch)
+        return sampling.op(logits, row_stride(vocab))
 
 
 def _weights_of(segment: Segment) -> tuple[list[Weight], list[Weight]]:

@@ -5,53 +5,17 @@ Knows no model: `lower.py` says which kernels, and `program.py` runs them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
+from edgeinfer.kernels.buffers import Arena, Buffer
 from edgeinfer.kernels.cpu import layout
 
 # Weight bytes of a matmul's chunks: long ones read memory fastest, short ones even out the end.
 # Measured in tests/bench/TUNING.md, "Chunks".
 _MOST_CHUNK, _LEAST_CHUNK = 1 << 20, 32 << 10
 SHARE = 2.0  # how many times smaller a chunk is than a thread's even share of the rest
-
-
-@dataclass(eq=False, slots=True)
-class Buffer:
-    """Memory that a program will have; its address is an offset until its arena has memory."""
-
-    name: str
-    n_bytes: int
-    address: int = 0
-    is_kept: bool = False  # it outlives the step: weights, and what layers cache
-
-
-class Arena:
-    """Buffers beside each other, laid out before there is memory for them."""
-
-    def __init__(self) -> None:
-        self.n_bytes = 0
-        self._buffers: list[Buffer] = []
-
-    def place(self, buffer: Buffer, offset: int | None = None) -> Buffer:
-        """Behind all others, or where others lie that are dead when this one lives."""
-        if offset is None:
-            offset = self.n_bytes
-            self.n_bytes += aligned(buffer.n_bytes)
-        buffer.address = offset
-        self._buffers.append(buffer)
-        return buffer
-
-    def settle(self, address: int) -> None:
-        """There is memory now: offsets become addresses. Once."""
-        for buffer in self._buffers:
-            buffer.address += address
-
-
-def aligned(n_bytes: int) -> int:
-    """Bytes that a buffer takes in an arena."""
-    return -(-n_bytes // 64) * 64
 
 
 Args: TypeAlias = "list[int | Buffer]"  # argument words; a buffer stands for its address
@@ -112,25 +76,8 @@ class Lowered:
 
     def place(self) -> None:
         """Offsets for every buffer; one that is no longer read gives its place to the next."""
-        n_ops = len(self.ops)
-        first: dict[Buffer, int] = {}
-        last: dict[Buffer, int] = {}
-        for i, op in enumerate(self.ops):
-            for buffer in op.buffers():
-                if not buffer.is_kept:
-                    first.setdefault(buffer, i)
-                    last[buffer] = i
-        for kept in (self.input, self.hidden, self.logits):
-            if kept is not None:
-                first[kept], last[kept] = 0, n_ops
-        starting, ending = _by_op(first, n_ops), _by_op(last, n_ops)
-        free: dict[int, list[int]] = {}
-        for i in range(n_ops):
-            for buffer in starting[i]:
-                places = free.get(buffer.n_bytes)
-                self.scratch.place(buffer, places.pop() if places else None)
-            for buffer in ending[i]:
-                free.setdefault(buffer.n_bytes, []).append(buffer.address)
+        uses = [list(op.buffers()) for op in self.ops]
+        self.scratch.place_by_life(uses, (self.input, self.hidden, self.logits))
 
 
 def cut(
@@ -162,10 +109,3 @@ def recut(op: KernelOp, n_threads: int, share: float) -> KernelOp:
         left -= part.weight_bytes
         parts.append(part._replace(args=[*part.args[:first], *bounds], rule=len(bounds) - 1))
     return KernelOp(op.group, parts)
-
-
-def _by_op(when: Mapping[Buffer, int], n_ops: int) -> list[list[Buffer]]:
-    lists: list[list[Buffer]] = [[] for _ in range(n_ops + 1)]
-    for buffer, i in when.items():
-        lists[i].append(buffer)
-    return lists

@@ -107,9 +107,11 @@ PART_KERNEL, PART_ARGS, PART_COUNT, PART_RULE = (i * WORD for i in range(4))
 PART_BYTES = 4 * WORD
 COUNT_ROWS, COUNT_WANTED, COUNT_ITEMS, COUNT_PLANNED = -1, -2, -3, -4
 
-# "Which rows" of an op: every input row, or the wanted ones.
+# "Which rows" an op has: every row of the step; as many as are wanted, where its input has those
+# alone; or the wanted ones among the rows of its input, row i being wanted[i].
 ALL_ROWS = 0
 WANTED_ROWS = 1
+PICKED_ROWS = 2
 
 
 class Block(tuple[int, ...]):
@@ -165,8 +167,8 @@ EMBED_W, EMBED_N_BLOCKS, EMBED_OUT, EMBED_STRIDE, EMBED_DIM = EMBED
 SINK = Block("f32 stride thread_stride a32")
 SINK_F32, SINK_STRIDE, SINK_THREAD_STRIDE, SINK_A32 = SINK
 #
-# norm: sink[i] = rms_norm(x[row i]) * weight. With WANTED_ROWS, row i is wanted[i]. A chunk is
-# one row. eps is a float's bits.
+# norm: sink[i] = rms_norm(x[row i]) * weight, of ALL_ROWS or PICKED_ROWS. A chunk is one row. eps
+# is a float's bits.
 NORM = Block("x stride weight eps dim rows")
 NORM_X, NORM_STRIDE, NORM_WEIGHT, NORM_EPS, NORM_DIM, NORM_ROWS = NORM
 NORM_SINK = 6 * WORD
@@ -187,32 +189,36 @@ QUANTISE_SINK = 4 * WORD
 FOURS = Block("x stride dim rows out")
 FOURS_X, FOURS_STRIDE, FOURS_DIM, FOURS_ROWS, FOURS_OUT = FOURS
 #
-# copy_rows: sink[i] = x[wanted[i]] (or every row). A chunk is one row.
+# copy_rows: sink[i] = x[row i], of ALL_ROWS or PICKED_ROWS. A chunk is one row.
 COPY = Block("x stride dim rows")
 COPY_X, COPY_STRIDE, COPY_DIM, COPY_ROWS = COPY
 COPY_SINK = 4 * WORD
 #
 # norm_heads: as norm, but of each of n_heads parts of head_dim values, with one weight of head_dim
-# for all or none (0). With WANTED_ROWS, x has the wanted rows alone. A chunk is one row.
-HEADS = Block("x stride weight eps n dim rows")
-HEADS_X, HEADS_STRIDE, HEADS_WEIGHT, HEADS_EPS, HEADS_N, HEADS_DIM, HEADS_ROWS = HEADS
-HEADS_SINK = 7 * WORD
+# for all or none (0). A chunk is one row.
+NORM_HEADS = Block("x stride weight eps n dim rows")
+(
+    NORM_HEADS_X, NORM_HEADS_STRIDE, NORM_HEADS_WEIGHT, NORM_HEADS_EPS, NORM_HEADS_N,
+    NORM_HEADS_DIM, NORM_HEADS_ROWS,
+) = NORM_HEADS  # fmt: skip
+NORM_HEADS_SINK = 7 * WORD
 #
 # pointwise.<kind>: sink[t] = f(a[t], b[t]) or f(a[t], parameter), the bits of a float, or of two,
 # the first in the low half; a b of stride 0 is one row for all. Rows of b have room for whole
-# vectors. With WANTED_ROWS, a and b have the wanted rows alone. A chunk is one row.
+# vectors. A chunk is one row.
 POINT = Block("a a_stride b b_stride parameter dim rows")
 POINT_A, POINT_A_STRIDE, POINT_B, POINT_B_STRIDE, POINT_PARAMETER, POINT_DIM, POINT_ROWS = POINT
 POINT_SINK = 7 * WORD
 #
-# mul_parts: sink[t] = x[t], each of n_parts parts of part_dim values times its factor. With
-# WANTED_ROWS, x and factors have the wanted rows alone. A chunk is one row.
+# mul_parts: sink[t] = x[t], each of n_parts parts of part_dim values times its factor. A chunk is
+# one row.
 PARTS = Block("x stride factors factors_stride n dim rows")
 PARTS_X, PARTS_STRIDE, PARTS_FACTORS, PARTS_FACTORS_STRIDE, PARTS_N, PARTS_DIM, PARTS_ROWS = PARTS
 PARTS_SINK = 7 * WORD
 #
 # angles: cos and sin of every row's rotation, [n_pairs cos, n_pairs sin] floats a row, at its
-# position and at its position for pinned pages (PageTable.pinned_pos). freqs: double[n_pairs].
+# position and, where there is a place for them, at its position for pinned pages
+# (PageTable.pinned_pos). freqs: double[n_pairs].
 # angles.scaled: all of them times a magnitude, double[n], of which each serves a span of positions
 # and the last all behind it.
 ANGLES = Block("freqs n_pairs out pinned_out tables")
@@ -222,7 +228,8 @@ ANGLES_MAGNITUDES, ANGLES_SPAN, ANGLES_N_MAGNITUDES = ANGLES_SCALED
 #
 # rotate.<norm|neox>: for one row: normalise q and k heads (where weights are given), rotate them,
 # write q back, write q rotated for pinned pages to `pinned_q` where the row's sequence has slid
-# (PageTable.first_ring_page > n_pinned), store k and v as halves in the row's page.
+# (PageTable.first_ring_page > n_pinned), store k and v as halves in the row's page. Without a
+# `pinned_q` and heads of k no page table is read.
 ROTATE = Block(
     "q q_stride k k_stride v v_stride pinned_q n_heads n_kv_heads k_dim v_dim n_pairs angles "
     "pinned_angles q_norm k_norm eps k_base k_page_bytes v_base v_page_bytes tables"
@@ -241,21 +248,22 @@ ITEMS = Block("at max_segments window tables")
 ITEMS_AT, ITEMS_MAX_SEGMENTS, ITEMS_WINDOW, ITEMS_TABLES = ITEMS
 #
 # attend.<k_dim>.<v_dim>: one (work item, kv head); partial results go to `parts`. With `.window`
-# rows see a window only, with `.cap` scores pass a soft-cap; window and cap mean nothing else.
+# rows see a window only, with `.cap` scores pass a soft-cap; window and cap mean nothing else. With
+# `.shared` K serves as V, and `values` is 64-byte aligned scratch: values_bytes for each thread.
 # fold: one row: fold its parts in order, divide, leave the row in the sinks. fold.sinks: with a
 # float for each head as the score of no value.
 # `pinned_q` has the stride of q.
 ATTEND = Block(
     "items n_kv_heads q q_stride pinned_q n_heads scale k_base k_page_bytes v_base "
-    "v_page_bytes parts k_dim v_dim tables window cap sinks"
+    "v_page_bytes parts k_dim v_dim tables window cap sinks values"
 )
 (
     ATTEND_ITEMS, ATTEND_N_KV_HEADS, ATTEND_Q, ATTEND_Q_STRIDE, ATTEND_PINNED_Q, ATTEND_N_HEADS,
     ATTEND_SCALE, ATTEND_K_BASE, ATTEND_K_PAGE_BYTES, ATTEND_V_BASE, ATTEND_V_PAGE_BYTES,
     ATTEND_PARTS, ATTEND_K_DIM, ATTEND_V_DIM, ATTEND_TABLES, ATTEND_WINDOW, ATTEND_CAP,
-    ATTEND_SINKS,
+    ATTEND_SINKS, ATTEND_VALUES,
 ) = ATTEND  # fmt: skip
-FOLD_SINK = 18 * WORD
+FOLD_SINK = 19 * WORD
 #
 # Items: their number, one record per row of the step, then the work items.
 # A work item is up to ATTEND_ROWS consecutive rows of one sequence that see the same pages, with
@@ -291,9 +299,14 @@ def query_bytes(k_dim: int, v_dim: int) -> int:
     return 4 * (k_dim + 2 * whole_vectors(v_dim) + QUERY_EXTRA)
 
 
+def values_bytes(v_dim: int) -> int:
+    """Bytes of V of one head in a page."""
+    return PAGE * KV_BYTES * whole_vectors(v_dim)
+
+
 def head_page_bytes(k_dim: int, v_dim: int) -> tuple[int, int]:
     """Bytes of K and of V of one head in a page."""
-    return K_ROW_BYTES * k_dim, PAGE * KV_BYTES * whole_vectors(v_dim)
+    return K_ROW_BYTES * k_dim, values_bytes(v_dim)
 
 
 def parts_bytes(max_rows: int, n_heads: int, k_dim: int, v_dim: int, max_segments: int) -> int:

@@ -149,6 +149,12 @@ class Library:
         self._addresses: dict[str, int] = {}
         self._code: list[Any] = []  # what owns the memory that addresses point into
 
+    @classmethod
+    def host(cls, cache_dir: Path, isa: str | None = None, memory: int | None = None) -> Library:
+        """Kernels for this machine, or for the family `isa`, kept below `cache_dir`."""
+        target = Target.host(isa, memory=cache_dir)
+        return cls(target, cache_folder(cache_dir, target), memory=memory)
+
     def load(self, names: Iterable[str], progress: Progress | None = None) -> None:
         """Make these kernels callable. `progress(done, total, name)` is told of every build."""
         wanted = sorted(set(names) - self._addresses.keys())

@@ -38,10 +38,10 @@ from edgeinfer.graph import (
     SoftCap,
     Value,
 )
+from edgeinfer.kernels.buffers import Buffer, reads_blocks
 from edgeinfer.kernels.cpu import layout
 from edgeinfer.kernels.cpu.commands import (
     SHARE,
-    Buffer,
     KernelOp,
     KernelPart,
     Lowered,
@@ -50,10 +50,9 @@ from edgeinfer.kernels.cpu.commands import (
 from edgeinfer.kernels.cpu.layout import row_stride
 from edgeinfer.kernels.cpu.lower_attention import AttentionLowering
 from edgeinfer.kernels.cpu.lower_base import (
-    a32_bytes,
     float_bits,
     format_of,
-    reads_a32,
+    row_bytes,
     type_name,
 )
 from edgeinfer.kernels.cpu.lower_experts import ExpertLowering
@@ -88,7 +87,7 @@ class Lowering(AttentionLowering, ExpertLowering):
             case RmsNorm():
                 self._norm(step)
             case WholeNorm():
-                self._whole_norm(step, layout.WANTED_ROWS)
+                self._whole_norm(step, layout.PICKED_ROWS)
             case Matmuls():
                 self._matmuls(step, i)
             case SwiGlu():
@@ -122,7 +121,7 @@ class Lowering(AttentionLowering, ExpertLowering):
             case ExpertSum():
                 self._expert_sum(step)
             case SelectRows():
-                args = self._copy(step.x, layout.WANTED_ROWS, self._sinks(step.out, "selected"))
+                args = self._copy(step.x, layout.PICKED_ROWS, self._sinks(step.out, "selected"))
                 self._emit("select", "copy_rows", args, layout.COUNT_WANTED)
             case _:
                 _never(step)
@@ -141,7 +140,7 @@ class Lowering(AttentionLowering, ExpertLowering):
         if op.n_heads == 1 and op.weight is not None and rows == layout.ALL_ROWS:
             self._whole_norm(WholeNorm(op.layer, op.out, op.x, op.weight, op.eps), rows)
             return
-        args = layout.HEADS.pack(
+        args = layout.NORM_HEADS.pack(
             *self._sinks(op.out, "norm"), x=self._floats[op.x], stride=row_stride(op.x.dim),
             weight=self._weights.vector(op.weight) if op.weight else 0, eps=float_bits(op.eps),
             n=op.n_heads, dim=op.x.dim // op.n_heads, rows=rows,
@@ -153,7 +152,7 @@ class Lowering(AttentionLowering, ExpertLowering):
             *self._sinks(op.out, "norm"), x=self._floats[op.x], stride=row_stride(op.x.dim),
             weight=self._weights.vector(op.weight), eps=float_bits(op.eps), dim=op.x.dim, rows=rows,
         )  # fmt: skip
-        rule = layout.COUNT_WANTED if rows == layout.WANTED_ROWS else layout.COUNT_ROWS
+        rule = layout.COUNT_WANTED if rows == layout.PICKED_ROWS else layout.COUNT_ROWS
         self._emit("norm", "norm", args, rule)
 
     def _pointwise(
@@ -202,9 +201,9 @@ class Lowering(AttentionLowering, ExpertLowering):
     def _matmuls(self, step: Matmuls, i: int) -> None:
         """Matmuls of one input, side by side."""
         x = step.parts[0].x
-        if any(map(reads_a32, step.parts)) and x not in self._quantised:
+        if any(map(reads_blocks, step.parts)) and x not in self._quantised:
             self._quantise(x)
-        if not all(map(reads_a32, step.parts)) and x not in self._fours:
+        if not all(map(reads_blocks, step.parts)) and x not in self._fours:
             self._lay_in_fours(x)
         names = [op.weight.name.split(".")[-2] for op in step.parts]
         parts = [self._matmul(op, i) for op in step.parts]
@@ -217,15 +216,12 @@ class Lowering(AttentionLowering, ExpertLowering):
         n_groups, n_blocks = -(-n_rows // 8), fmt.n_blocks(n_cols)
         rows, _ = self._rows_of(op.x)
         residual, out = self._residual(op, i)
-        if fmt.activation == "f32":
-            x, row_bytes = self._fours[op.x], row_stride(n_cols)
-        else:
-            x, row_bytes = self._quantised[op.x], a32_bytes(n_cols)
+        x = (self._fours if fmt.activation == "f32" else self._quantised)[op.x]
         bias = self._weights.vector(op.bias) if op.bias else 0
         args = layout.MATMUL.pack(
             n_groups, w=self._weights.matrix(op.weight), n_blocks=n_blocks, x=x, out=out,
             stride=row_stride(n_rows), bias=bias, residual=residual or 0, rows=rows,
-            x_row_bytes=row_bytes, scratch=self._matmul_scratch, bounds=0,
+            x_row_bytes=row_bytes(fmt, n_cols), scratch=self._matmul_scratch, bounds=0,
         )  # fmt: skip
         n_bytes = n_groups * n_blocks * fmt.packed_bytes
         kernel = f"matmul.{type_name(op.weight)}"

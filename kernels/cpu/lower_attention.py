@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from edgeinfer.fusion import PinnedAttention, PinnedRotate, RotatedAttention
-from edgeinfer.graph import RopeKind, Rotate
+from edgeinfer.graph import KV, RopeKind, Rotate
+from edgeinfer.kernels.buffers import Buffer
 from edgeinfer.kernels.cpu import layout
-from edgeinfer.kernels.cpu.commands import Buffer, KernelPart
+from edgeinfer.kernels.cpu.commands import KernelPart
 from edgeinfer.kernels.cpu.layout import row_stride
 from edgeinfer.kernels.cpu.lower_base import (
     LayerCache,
@@ -40,9 +41,8 @@ class AttentionLowering(LoweringBase):
         stride = row_stride(op.x.dim)
         out = self._float_buffer(op.out, "rotated")
         self._emit("copy", "copy_rows", self._copy(op.x, layout.ALL_ROWS, [out, stride, 0, 0]))
-        angles, pinned_angles = self._angles_of(op)
+        angles = self._angles_of(op)[isinstance(op, PinnedRotate)]
         heads = _Heads(out, stride, op.n_heads, op.x.dim // op.n_heads)
-        angles = pinned_angles if isinstance(op, PinnedRotate) else angles
         self._heads(op.rope.kind, q=heads, n_pairs=op.rope.n_dims // 2, angles=angles)
 
     def _rotated_attention(self, op: RotatedAttention) -> None:
@@ -113,12 +113,17 @@ class AttentionLowering(LoweringBase):
             k_page_bytes=cache.page_bytes, v_base=cache.v_base, v_page_bytes=cache.page_bytes,
             parts=parts, k_dim=kv.k_dim, v_dim=kv.v_dim, tables=cache.tables, window=kv.window,
             cap=float_bits(op.soft_cap), sinks=self._weights.vector(op.sinks) if op.sinks else 0,
+            values=self._turned_values(kv) if kv.k_is_v else 0,
         )  # fmt: skip
         kernel = f"attend.{kv.k_dim}.{kv.v_dim}"
         kernel += ".window" * (kv.window > 0) + ".cap" * (op.soft_cap > 0) + ".shared" * kv.k_is_v
         self._emit("attend", kernel, common, layout.COUNT_ITEMS)
         fold = [*common, *self._sinks(op.out, "attention")]
         self._emit("fold", "fold.sinks" if op.sinks else "fold", fold)
+
+    def _turned_values(self, kv: KV) -> Buffer:
+        """Where each thread makes values of a page's keys."""
+        return Buffer("turned", self._limits.n_threads * layout.values_bytes(kv.v_dim))
 
     def _items_of(self, window: int, cache: LayerCache) -> Buffer:
         """The step's attention work, planned once for all layers whose rows see the same pages."""
@@ -132,20 +137,24 @@ class AttentionLowering(LoweringBase):
             self._out.prologue.append(KernelPart("plan_attention", args, 1))
         return self._items[window]
 
-    def _angles_of(self, op: Rotate | PinnedRotate | RotatedAttention) -> tuple[Buffer, Buffer]:
+    def _angles_of(
+        self, op: Rotate | PinnedRotate | RotatedAttention
+    ) -> tuple[Buffer, Buffer | int]:
         """The step's rotation angles, made once for all layers that rotate alike.
 
-        Those for pinned pages depend on the tables of the layer's attention, too.
+        Those for pinned pages depend on the tables of the layer's attention, too; a layer without
+        attention has none.
         """
-        rope, key = op.rope, (op.rope, self._tables.get(op.layer, 0))
-        if key not in self._angles:
+        rope, tables = op.rope, self._tables.get(op.layer)
+        if (rope, tables) not in self._angles:
             n_pairs = rope.n_dims // 2
             size = n_pairs * 2 * 4 * self._limits.max_rows
-            pair = Buffer("angles", size), Buffer("pinned angles", size)
-            self._angles[key] = pair
+            out = Buffer("angles", size)
+            pinned_out = 0 if tables is None else Buffer("pinned angles", size)
+            self._angles[rope, tables] = out, pinned_out
             args = layout.ANGLES.pack(
-                freqs=self._weights.doubles(rope.frequencies()), n_pairs=n_pairs, out=pair[0],
-                pinned_out=pair[1], tables=key[1],
+                freqs=self._weights.doubles(rope.frequencies()), n_pairs=n_pairs, out=out,
+                pinned_out=pinned_out, tables=tables or 0,
             )  # fmt: skip
             if rope.magnitude == 1 and rope.growth is None:
                 self._emit("angles", "angles", args)
@@ -155,4 +164,4 @@ class AttentionLowering(LoweringBase):
                     magnitudes=self._weights.doubles(table), span=span, n_magnitudes=len(table)
                 )
                 self._emit("angles", "angles.scaled", args)
-        return self._angles[key]
+        return self._angles[rope, tables]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from edgeinfer.batch import StepLimits
-from edgeinfer.fusion import ExpertMatmuls, Matmul, Matmuls, Step, fuse
-from edgeinfer.graph import Attention, ExpertLinear, Rope, Segment, Value
+from edgeinfer.fusion import fuse
+from edgeinfer.graph import Attention, Rope, Segment, Value
+from edgeinfer.kernels.buffers import Buffer, Reads
 from edgeinfer.kernels.cpu import layout
-from edgeinfer.kernels.cpu.commands import Args, Buffer, KernelOp, KernelPart, Lowered
+from edgeinfer.kernels.cpu.commands import Args, KernelOp, KernelPart, Lowered
 from edgeinfer.kernels.cpu.formats import FORMATS, Format
 from edgeinfer.kernels.cpu.layout import row_stride
 from edgeinfer.known import selected
@@ -41,35 +42,6 @@ def float_bits(x: float) -> int:
     return int(np.float32(x).view(np.int32))
 
 
-class Reads:
-    """Which steps read a value, and as what."""
-
-    def __init__(self, steps: Sequence[Step], kept: set[Value]) -> None:
-        self._reads: dict[Value, list[int]] = {}  # the steps that read it, ascending
-        self._as_floats, self._as_a32 = set(kept), set[Value]()
-        self._kept = kept
-        for i, step in enumerate(steps):
-            for op in step.parts if isinstance(step, (Matmuls, ExpertMatmuls)) else [step]:
-                for name, value in zip(op._fields[2:], op[2:], strict=True):
-                    if isinstance(value, Value):
-                        self._reads.setdefault(value, []).append(i)
-                        is_a32 = (
-                            isinstance(op, (Matmul, ExpertLinear)) and name == "x" and reads_a32(op)
-                        )
-                        (self._as_a32 if is_a32 else self._as_floats).add(value)
-
-    def is_last(self, value: Value, i: int) -> bool:
-        """Whether step i reads a value as the only one from there on, and once."""
-        reads = self._reads[value]
-        return value not in self._kept and reads[-1] == i and reads.count(i) == 1
-
-    def is_quantised(self, value: Value) -> bool:
-        return value in self._as_a32
-
-    def is_quantised_only(self, value: Value) -> bool:
-        return value in self._as_a32 and value not in self._as_floats
-
-
 class LoweringBase:
     """The state of one pass over a segment's steps."""
 
@@ -90,7 +62,7 @@ class LoweringBase:
         self._fours: dict[Value, Buffer] = {}  # what matmuls of floats read
         # What layers share: angles, work items by window, and along routes what was planned for
         # each and the rows that were gathered.
-        self._angles: dict[tuple[Rope, int], tuple[Buffer, Buffer]] = {}
+        self._angles: dict[tuple[Rope, int | None], tuple[Buffer, Buffer | int]] = {}
         self._items: dict[int, Buffer] = {}
         self._dispatched: dict[Value, Buffer] = {}
         self._gathered: dict[tuple[Value, Value, int, str], Buffer] = {}
@@ -160,12 +132,13 @@ def a32_bytes(dim: int) -> int:
     return dim // 32 * layout.A32_BYTES
 
 
+def row_bytes(fmt: Format, dim: int) -> int:
+    """Bytes of one row as matmuls of a format read it."""
+    return a32_bytes(dim) if fmt.activation == "a32" else row_stride(dim)
+
+
 def type_name(weight: Weight) -> str:
     return weight.type.name.lower()
-
-
-def reads_a32(op: Matmul | ExpertLinear) -> bool:
-    return format_of(op.weight).activation == "a32"
 
 
 def format_of(weight: Weight) -> Format:

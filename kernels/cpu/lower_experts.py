@@ -8,10 +8,17 @@ from __future__ import annotations
 
 from edgeinfer.fusion import ExpertMatmuls
 from edgeinfer.graph import ExpertLinear, ExpertSum, Route, Value
+from edgeinfer.kernels.buffers import Buffer
 from edgeinfer.kernels.cpu import layout
-from edgeinfer.kernels.cpu.commands import Args, Buffer, KernelOp, KernelPart
-from edgeinfer.kernels.cpu.formats import FORMATS, Format, packed_bytes
-from edgeinfer.kernels.cpu.lower_base import LoweringBase, float_bits
+from edgeinfer.kernels.cpu.commands import Args, KernelOp, KernelPart
+from edgeinfer.kernels.cpu.formats import Format, packed_bytes
+from edgeinfer.kernels.cpu.lower_base import (
+    LoweringBase,
+    float_bits,
+    format_of,
+    row_bytes,
+    type_name,
+)
 
 # Weight bytes of a chunk, and how many a thread finds: starting one takes 1 us, and the last ones
 # must even out the end. Measured in tests/bench/TUNING.md, "Experts".
@@ -44,14 +51,13 @@ class ExpertLowering(LoweringBase):
     def _expert_matmul(self, op: ExpertLinear, chunk: int) -> KernelPart:
         """A part in chunks of so many bytes."""
         n_experts, n_rows, n_cols = op.weight.shape
-        name = op.weight.type.name.lower()
-        fmt, n_groups, n_bytes = FORMATS[name], -(-n_rows // 8), _matrix_bytes(op)
+        fmt, n_groups, n_bytes = format_of(op.weight), -(-n_rows // 8), _matrix_bytes(op)
         n_panels = -(-n_groups // layout.PANEL_GROUPS)
         n_chunks = max(1, min(n_panels, round(n_bytes / chunk)))
         args = self._planned(op.route, n_experts, n_chunks) + layout.EXPERTS.pack(
             w=self._weights.matrix(op.weight), bytes=n_bytes, n_blocks=fmt.n_blocks(n_cols),
             n_groups=n_groups, dim=n_rows, x=self._gather(op, fmt),
-            x_row_bytes=_row_bytes(fmt, n_cols), out=self._float_buffer(op.out, "experts"),
+            x_row_bytes=row_bytes(fmt, n_cols), out=self._float_buffer(op.out, "experts"),
             stride=layout.row_stride(op.out.dim),
             scale=self._weights.vector(op.scale) if op.scale else 0,
             bias=self._weights.vector(op.bias) if op.bias else 0, n_used=op.n_used,
@@ -59,7 +65,8 @@ class ExpertLowering(LoweringBase):
         )  # fmt: skip
         macs = op.n_used * n_rows * n_cols
         rule = layout.COUNT_PLANNED
-        return KernelPart(f"experts.{name}", args, rule, op.n_used * n_bytes, macs)
+        kernel = f"experts.{type_name(op.weight)}"
+        return KernelPart(kernel, args, rule, op.n_used * n_bytes, macs)
 
     def _gather(self, op: ExpertLinear, fmt: Format) -> Buffer:
         """The rows of x that an op reads, sorted by expert."""
@@ -70,7 +77,7 @@ class ExpertLowering(LoweringBase):
                 self._quantise(op.x)
             source = (self._quantised if fmt.activation == "a32" else self._floats)[op.x]
             n_records = self._limits.max_rows * op.n_used
-            out = Buffer("gathered", n_records * _row_bytes(fmt, n_cols))
+            out = Buffer("gathered", n_records * row_bytes(fmt, n_cols))
             args = self._planned(op.route, n_experts, 1) + layout.GATHER.pack(
                 x=source, stride=layout.row_stride(op.x.dim), dim=n_cols,
                 n_parts=op.x.dim // n_cols, out=out,
@@ -108,11 +115,4 @@ class ExpertLowering(LoweringBase):
 
 def _matrix_bytes(op: ExpertLinear) -> int:
     """Of one expert."""
-    return packed_bytes(op.weight.type.name.lower(), *op.weight.shape[1:])
-
-
-def _row_bytes(fmt: Format, n_cols: int) -> int:
-    """Of one gathered row."""
-    if fmt.activation == "a32":
-        return n_cols // 32 * layout.A32_BYTES
-    return layout.row_stride(n_cols)
+    return packed_bytes(type_name(op.weight), *op.weight.shape[1:])

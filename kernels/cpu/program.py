@@ -6,36 +6,39 @@ Knows no scheduling and no files. One step is one native call; see `team.py`.
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from edgeinfer import platform
 from edgeinfer.batch import (
+    HOST,
     Batch,
     Demand,
     OpTime,
     OutputKind,
     Outputs,
+    PageTable,
     StepLimits,
     StepRequest,
 )
 from edgeinfer.errors import ClosedError
 from edgeinfer.graph import Segment
+from edgeinfer.kernels.buffers import Arena, Buffer
 from edgeinfer.kernels.cpu import layout
 from edgeinfer.kernels.cpu.blueprint import Blueprint
-from edgeinfer.kernels.cpu.commands import Arena, Buffer, KernelOp, KernelPart, recut
+from edgeinfer.kernels.cpu.commands import KernelOp, recut
 from edgeinfer.kernels.cpu.idle import IdleBuild, IdleWork
 from edgeinfer.kernels.cpu.layout import row_stride
-from edgeinfer.kernels.cpu.library import BUILDER_BYTES, Library, cache_folder
-from edgeinfer.kernels.cpu.shapes import check_shapes
-from edgeinfer.kernels.cpu.targets import Target
+from edgeinfer.kernels.cpu.library import BUILDER_BYTES, Library
 from edgeinfer.kernels.cpu.team import Op, Part, Tape, Team, shared_team
 from edgeinfer.kernels.cpu.trial import Trial
 from edgeinfer.kernels.cpu.tune import Schedule, Tuning, schedules
 from edgeinfer.kernels.cpu.weights import PackedWeights
+from edgeinfer.kernels.shapes import check_shapes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -67,20 +70,24 @@ class CpuBackend:
         memory: int | None = None,
     ) -> None:
         self._progress = progress or (lambda stage, done, total: None)
-        target = Target.host(isa, memory=cache_dir)
-        self.library = Library(target, cache_folder(cache_dir, target), memory=memory)
+        self.library = Library.host(cache_dir, isa, memory)
         self._memory = memory
         self._drawn: Blueprint | None = None  # what `compile` will most likely be asked for
+
+    def memories(self, host: int) -> dict[str, int]:
+        """All is in the host's memory."""
+        return {HOST: host}
 
     def demand(self, segment: Segment, request: StepRequest) -> Demand:
         """What a program would take; UnsupportedModelError names what no kernel takes.
 
         Nothing is allocated. `compile` with the limits that this gives does not lower again.
         """
-        check_shapes(segment)
-        limits = StepLimits.of(request, segment.output.dim, segment.groups, _MAX_ROWS)
+        check_shapes(segment, self.name)
+        vocab_size = segment.graph.hparams.vocab_size
+        limits = StepLimits.of(request, vocab_size, segment.groups, _MAX_ROWS)
         drawn = self._drawn = Blueprint(segment, limits)
-        return Demand(limits, drawn.rows(), self.library.building_bytes(drawn.kernels()))
+        return Demand(limits, {HOST: drawn.rows()}, self.library.building_bytes(drawn.kernels()))
 
     def can_build_beside(self, n_bytes: int) -> bool:
         """Whether there is memory for building when idle, beside what a program takes."""
@@ -93,7 +100,7 @@ class CpuBackend:
         """
         drawn, self._drawn = self._drawn, None
         if drawn is None or (drawn.segment, drawn.limits) != (segment, limits):
-            check_shapes(segment)
+            check_shapes(segment, self.name)
             drawn = Blueprint(segment, limits)
         return CpuProgram(self, drawn)
 
@@ -112,12 +119,12 @@ class CpuBackend:
 class CpuTicket:
     """A submitted step."""
 
-    def __init__(self, program: CpuProgram, batch: Batch, tape: Tape) -> None:
-        self._program, self._batch, self._tape = program, batch, tape
+    def __init__(self, program: CpuProgram, batch: Batch, schedule: Schedule) -> None:
+        self._program, self._batch, self._schedule = program, batch, schedule
 
     def wait(self) -> Outputs:
         """Run the step on this thread and the team, without the interpreter lock."""
-        return self._program._run(self._batch, self._tape)
+        return self._program._run(self._batch, self._schedule)
 
     def abort(self) -> None:
         """Cut the step short, from any thread."""
@@ -132,6 +139,7 @@ class CpuProgram:
         self._backend, self._closed = backend, False
         self._drawn, self._lowered, self._weights = drawn, drawn.lowered, drawn.weights
         self._memories: list[platform.Memory] = []
+        self._pages, self._pages_at = np.zeros(0, np.int32), 0  # of the page tables of a step
         try:
             self._make()
         except BaseException:
@@ -168,44 +176,66 @@ class CpuProgram:
         assert 0 < n_rows <= limits.max_rows, f"{n_rows} rows, room for {limits.max_rows}"
         assert n_wanted <= limits.max_outputs, f"{n_wanted} outputs, room for {limits.max_outputs}"
         assert len(batch.tables) <= limits.max_sequences
+        batch.check()
         self._pos[:n_rows], self._seq[:n_rows] = batch.pos, batch.seq
         self._wanted[:n_wanted] = batch.wanted
         if batch.hidden is None:
             self._ids[:n_rows] = batch.ids
         else:
             self._input[:n_rows] = batch.hidden
-        for i, tables in enumerate(batch.tables):
-            for group, (pages, n_pinned, n_visible) in zip(self._tables, tables, strict=True):
-                group[i] = pages.ctypes.data, len(pages), n_pinned, n_visible
+        self._copy_tables(batch.tables)
         samples = batch.samples.address if batch.samples else 0
         self._header[:_STEP_WORDS] = n_rows, n_wanted, len(batch.tables), samples, 0
-        schedule = self._schedule if n_rows <= _FEW_ROWS else self._schedules[0]
-        return CpuTicket(self, batch, self._step_tape(schedule, batch.output))
+        is_few = n_rows <= _FEW_ROWS
+        schedule = self._tuning.next(n_rows) if is_few else self._schedules[0]
+        return CpuTicket(self, batch, schedule)
 
-    def _run(self, batch: Batch, tape: Tape) -> Outputs:
+    def _copy_tables(self, tables: list[tuple[PageTable, ...]]) -> None:
+        """Keep the page tables of a step: whoever gave them may change them meanwhile."""
+        n = sum(len(table.pages) for of_sequence in tables for table in of_sequence)
+        if n > len(self._pages):
+            self._pages = np.empty(n, np.int32)
+            self._pages_at = self._pages.ctypes.data
+        copies, address, end = self._pages, self._pages_at, 0
+        for i, of_sequence in enumerate(tables):
+            for group, (pages, n_pinned, n_visible) in zip(self._tables, of_sequence, strict=True):
+                start, end = end, end + len(pages)
+                copies[start:end] = pages
+                group[i] = address + 4 * start, len(pages), n_pinned, n_visible
+
+    def _run(self, batch: Batch, schedule: Schedule) -> Outputs:
+        tape = self._step_tape(schedule, batch.output)
         self._idle.begin_step()
         try:
+            begun = time.perf_counter()
             self._team.run(tape)
+            seconds = time.perf_counter() - begun
         finally:
             self._idle.end_step()
-        n = len(batch.wanted)
-        out = Outputs(
-            self._no_rows, self._no_rows, self._no_ids, aborted=bool(self._get(layout.H_ABORT))
-        )
+        n, is_aborted = len(batch.wanted), bool(self._get(layout.H_ABORT))
+        if batch.n_rows <= _FEW_ROWS and not is_aborted:
+            self._tuning.took(schedule, batch.n_rows, seconds)
+        out = Outputs(self._no_rows, self._no_rows, self._no_ids, aborted=is_aborted)
         if not self.segment.is_last:
             out.hidden = self._hidden[: batch.n_rows]
         elif batch.output == "hidden":
             out.hidden = self._hidden[:n]
         elif batch.output == "logits":
             out.logits = self._logits[:n]
-        elif batch.samples is not None:
+        else:
+            assert batch.samples is not None
             out.ids = batch.samples.ids[:n]
         return out
 
-    def tune(self, progress: Callable[[int, int], None] = lambda done, total: None) -> Schedule:
+    def describe(self) -> dict[str, Any]:
+        """What it runs on."""
+        return {"device": "cpu", "threads": self.limits.n_threads}
+
+    def tune(self, progress: Callable[[int, int], None] = lambda done, total: None) -> str:
         """Find out now what would be when idle: how steps of few rows run fastest."""
         self._tuning.finish(lambda: progress(*self._tuning.progress))
-        return self._schedule
+        n_threads = self._tuning.current.n_threads
+        return "on 1 thread" if n_threads == 1 else f"on {n_threads} threads"
 
     def build_exactly(self, progress: Callable[[int, int], None]) -> int:
         """Build now what would be built when idle; returns how many kernels that were."""
@@ -222,6 +252,7 @@ class CpuProgram:
             return
         self._closed = True
         self._idle.close()
+        self._tuning.close()
         self._team.quiesce()
         self._trial.close()
         for tape in self._tapes.values():
@@ -257,7 +288,7 @@ class CpuProgram:
         self._ids = np.zeros(limits.max_rows, np.int32)
         self._wanted = np.zeros(limits.max_outputs, np.int32)
         shape = len(limits.n_pages), limits.max_sequences, layout.TABLE_BYTES // layout.WORD
-        self._tables = np.zeros(shape, np.int64)
+        self._tables: NDArray[np.int64] = np.zeros(shape, np.int64)
         for word, array in (
             (layout.H_POS, self._pos),
             (layout.H_SEQ, self._seq),
@@ -278,11 +309,6 @@ class CpuProgram:
             vocab = self.segment.output.dim
             self._logits = _float_view(lowered.logits, limits.max_outputs, vocab)
 
-    @property
-    def _schedule(self) -> Schedule:
-        """How steps of few rows run."""
-        return self._tuning.schedule or self._schedules[0]
-
     def _step_tape(self, schedule: Schedule, output: OutputKind) -> Tape:
         if (schedule, output) not in self._tapes:
             lowered = self._lowered
@@ -291,7 +317,7 @@ class CpuProgram:
                 ops = [recut(op, *schedule) if op.reads_weights else op for op in ops]
             if output == "ids" and self._drawn.sample:
                 ops.append(self._drawn.sample)
-            prologue = [self._part(part) for part in lowered.prologue]
+            prologue = [Part.of(part, self._backend.library) for part in lowered.prologue]
             tape = self._tape(ops, self._header.ctypes.data, schedule.n_threads, prologue)
             self._tapes[schedule, output] = tape
         return self._tapes[schedule, output]
@@ -299,11 +325,8 @@ class CpuProgram:
     def _tape(
         self, ops: Sequence[KernelOp], header: int, n_threads: int, prologue: Sequence[Part] = ()
     ) -> Tape:
-        return Tape([self._op(op) for op in ops], header, n_threads, prologue)
-
-    def _part(self, part: KernelPart) -> Part:
-        args = [arg.address if isinstance(arg, Buffer) else arg for arg in part.args]
-        return Part(self._backend.library.address(part.kernel), args, part.rule)
+        library = self._backend.library
+        return Tape([Op.of(op, library) for op in ops], header, n_threads, prologue)
 
     def _set(self, word: int, value: int) -> None:
         self._header[word // layout.WORD] = value
@@ -341,14 +364,14 @@ class CpuProgram:
         self.submit(batch)
         if self._lowered.prologue:  # as an op of its own: it plans the attention of this step
             plan = KernelOp("plan", self._lowered.prologue)
-            self._team.run_once([self._op(plan)], *self._team_args())
+            self._team.run_once([Op.of(plan, self._backend.library)], *self._team_args())
         starting = statistics.median(
             self._team.run_once([], *self._team_args()) for _ in range(_STARTS)
         )
         return [self._op_time(op, batch, starting) for op in self._lowered.ops]
 
     def _op_time(self, op: KernelOp, batch: Batch, starting: float) -> OpTime:
-        alone = self._op(op)
+        alone = Op.of(op, self._backend.library)
         if not op.plans:
             alone = Op([part._replace(rule=_planned(part)) for part in alone.parts])
         seconds = self._team.run_once([alone], *self._team_args())
@@ -362,9 +385,6 @@ class CpuProgram:
 
     def _team_args(self) -> tuple[int, int]:
         return self._header.ctypes.data, self.limits.n_threads
-
-    def _op(self, op: KernelOp) -> Op:
-        return Op([self._part(part) for part in op.parts], op.plans)
 
 
 def _planned(part: Part) -> int:

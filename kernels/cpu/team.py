@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import itertools
 import os
 import threading
 import time
@@ -17,7 +18,9 @@ from typing import NamedTuple
 
 from edgeinfer import platform
 from edgeinfer.errors import ClosedError
+from edgeinfer.kernels.buffers import Buffer
 from edgeinfer.kernels.cpu import layout
+from edgeinfer.kernels.cpu.commands import KernelOp, KernelPart
 from edgeinfer.kernels.cpu.library import Library
 
 KERNELS = ("team.work", "team.step")
@@ -36,6 +39,12 @@ class Part(NamedTuple):
     args: list[int]
     rule: int
 
+    @classmethod
+    def of(cls, part: KernelPart, library: Library) -> Part:
+        """With addresses for the loaded kernel's name and for buffers, which have memory now."""
+        args = [arg.address if isinstance(arg, Buffer) else arg for arg in part.args]
+        return cls(library.address(part.kernel), args, part.rule)
+
 
 class Op(NamedTuple):
     """Parts that may run at the same time, in any order; `plans`: chunks of later ops depend on it.
@@ -45,6 +54,10 @@ class Op(NamedTuple):
 
     parts: list[Part]
     plans: bool = False
+
+    @classmethod
+    def of(cls, op: KernelOp, library: Library) -> Op:
+        return cls([Part.of(part, library) for part in op.parts], op.plans)
 
 
 class Tape:
@@ -88,9 +101,12 @@ class Tape:
 
 
 def _n_planned(ops: list[Op], i: int) -> int:
-    """Ops behind one that plans, up to the next that does."""
-    ends = (j for j in range(i + 1, len(ops)) if ops[j].plans)
-    return next(ends, len(ops) - 1) - i
+    """Ops behind one that plans, up to the last that is planned before another plans."""
+    n = 0
+    for j, op in enumerate(itertools.takewhile(lambda op: not op.plans, ops[i + 1 :]), 1):
+        if any(part.rule == layout.COUNT_PLANNED for part in op.parts):
+            n = j
+    return n
 
 
 class Team:

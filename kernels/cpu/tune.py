@@ -1,4 +1,4 @@
-"""Which of a few schedules runs a decode step fastest here: measured once, and remembered.
+"""Which of a few schedules runs a decode step fastest here: measured, remembered, and doubted.
 
 They differ in threads and in how work is cut, never in results. Knows no operations: it is given
 what runs a step by a schedule.
@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 from edgeinfer import platform
 from edgeinfer.kernels.cpu.commands import SHARE
 from edgeinfer.kernels.cpu.idle import IDLE_SECONDS, IdleWork
+from edgeinfer.kernels.cpu.probe import Probes
 
 _ROUNDS = 15
 _LEAST_GAIN = 0.03  # of the time: less may be chance
@@ -70,7 +71,7 @@ class Runs(Protocol):
 
 
 class Tuning(IdleWork):
-    """Measures when idle; `schedule` is None until it is known."""
+    """Measures when idle, and on steps as they come; `schedule` is None until one is known."""
 
     def __init__(
         self, known: Sequence[Schedule], path: Path, runs: Runs, idle_seconds: float = IDLE_SECONDS
@@ -78,8 +79,28 @@ class Tuning(IdleWork):
         super().__init__(idle_seconds)
         self._known, self._path, self._runs = known, path, runs
         self._rounds: list[list[float]] = []
-        self.schedule = read(path, known)
+        self.schedule = self._kept = read(path, known)
         self.unkept = ""  # why the next process will have to measure again
+        self._probes = Probes(known, self.schedule or known[0])
+
+    @property
+    def current(self) -> Schedule:
+        """The fastest so far."""
+        return self._probes.current
+
+    def next(self, n_rows: int) -> Schedule:
+        """How the next step of so many rows is to run."""
+        return self._probes.next(n_rows)
+
+    def took(self, schedule: Schedule, n_rows: int, seconds: float) -> None:
+        """Such a step has run."""
+        if self._probes.took(schedule, n_rows, seconds):
+            self.schedule = self.current
+
+    def close(self) -> None:
+        super().close()
+        if self.schedule not in (None, self._kept):
+            self._keep(self.schedule)
 
     @property
     def is_done(self) -> bool:
@@ -103,13 +124,16 @@ class Tuning(IdleWork):
                     return True
                 seconds.append(measured)
             self._rounds.append(seconds)
-        schedule = self._known[fastest(self._rounds)]
+        self._probes.current = self.schedule = self._known[fastest(self._rounds)]
+        self._keep(self.schedule)
+        return True
+
+    def _keep(self, schedule: Schedule) -> None:
         try:
             platform.write_whole(self._path, json.dumps(schedule).encode())
+            self._kept = schedule
         except OSError as error:  # the next process measures again
             self.unkept = error.strerror or str(error)
-        self.schedule = schedule
-        return True
 
     def _interrupt(self) -> None:
         self._runs.interrupt()

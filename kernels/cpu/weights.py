@@ -17,14 +17,15 @@ import numpy as np
 
 from edgeinfer import platform
 from edgeinfer.dequantize import dequantize
+from edgeinfer.kernels.buffers import Arena, Buffer
 from edgeinfer.kernels.cpu import layout
-from edgeinfer.kernels.cpu.commands import Arena, Buffer, aligned
 from edgeinfer.kernels.cpu.formats import FORMATS, GROUP_ROWS, packed_bytes
 from edgeinfer.kernels.cpu.library import Library
 from edgeinfer.kernels.cpu.team import Op, Part, Team
 from edgeinfer.quant import Weight
 
 _PORTION = 4 << 20  # source bytes after which packing begins, and the most of one piece
+_ALIGNMENT = 64  # of pieces that have been read
 _PACK_CHUNK = 256 << 10  # packed bytes of one chunk
 
 
@@ -54,7 +55,7 @@ class PackedWeights:
 
     def _place(self, type_name: str, n_bytes: int) -> Buffer:
         counts = self.bytes_by_type
-        counts[type_name] = counts.get(type_name, 0) + aligned(n_bytes)
+        counts[type_name] = counts.get(type_name, 0) + self._arena.aligned(n_bytes)
         return self._arena.place(Buffer("weights", n_bytes, is_kept=True))
 
     @property
@@ -213,7 +214,7 @@ class _Piece(NamedTuple):
     @property
     def room(self) -> int:
         """Bytes that `read_to` fills, aligned."""
-        return aligned(self.n_rows * self.whole_row_bytes)
+        return -(-self.n_rows * self.whole_row_bytes // _ALIGNMENT) * _ALIGNMENT
 
     def read_to(self, address: int) -> None:
         """Read the rows as the file has them; where their last block isn't whole, with zeros."""

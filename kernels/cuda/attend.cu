@@ -1,24 +1,57 @@
-// Attention of each row by itself: a block takes a segment of 16 pages and leaves a part.
+// Attention of each row by itself: a block takes a segment of 16 pages; the last block that is done
+// with a row folds the segments.
 #include "attend.cuh"
 
 // K_DIM, V_DIM: widths of heads, any. QUERIES: query heads of a block. WARPS: of a block.
 // K_IS_V 1: V is the first V_DIM values of K, and v_cache is not read. SOFT_CAP 0: soft_cap is not
 // used.
-// Variants: K_DIM = 128; V_DIM = 128; QUERIES = 1 2 4; WARPS = 8; K_IS_V = 0; SOFT_CAP = 0
-// Variants: K_DIM = 128; V_DIM = 128; QUERIES = 8; WARPS = 4; K_IS_V = 0; SOFT_CAP = 0
-// Variants: K_DIM = 64; V_DIM = 64; QUERIES = 3 4 7; WARPS = 8; K_IS_V = 0; SOFT_CAP = 0
-// Variants: K_DIM = 256; V_DIM = 256; QUERIES = 2; WARPS = 8; K_IS_V = 0; SOFT_CAP = 0 1
+// Variants: K_DIM = 128; V_DIM = 128; QUERIES = 1 2 4; WARPS = 16; K_IS_V = 0; SOFT_CAP = 0
+// Variants: K_DIM = 128; V_DIM = 128; QUERIES = 8; WARPS = 8; K_IS_V = 0; SOFT_CAP = 0
+// Variants: K_DIM = 64; V_DIM = 64; QUERIES = 3 4; WARPS = 16; K_IS_V = 0; SOFT_CAP = 0
+// Variants: K_DIM = 64; V_DIM = 64; QUERIES = 7; WARPS = 8; K_IS_V = 0; SOFT_CAP = 0
+// Variants: K_DIM = 256; V_DIM = 256; QUERIES = 2; WARPS = 16; K_IS_V = 0; SOFT_CAP = 0 1
 typedef Lanes<V_DIM, QUERIES> L;
 constexpr int THREADS = 32 * WARPS;
 constexpr int K_CHUNKS = (K_DIM + 7) / 8;
+constexpr int K_PAGE = 8 * K_CHUNKS * EI_PAGE;  // halves of a page and head
+constexpr int V_PAGE = 8 * L::CHUNKS * EI_PAGE;
 constexpr int ITEMS = (QUERIES * V_DIM + THREADS - 1) / THREADS;  // values of o that a thread folds
+// Loads of a lane in flight. Below sm_70 there are no registers for more in a block of 512 threads.
+#if __CUDA_ARCH__ >= 700
+constexpr int BATCH = 16;
+#else
+constexpr int BATCH = 8;
+#endif
 
 struct __align__(16) Shared {
     float q[QUERIES][8 * K_CHUNKS];
     float p[WARPS][EI_PAGE][L::PADDED];
-    float o[WARPS][QUERIES][V_DIM];
+    float o[WARPS][QUERIES * V_DIM];
     Folding<WARPS, QUERIES> fold;
+    int n_done;
 };
+
+// What is the same for all pages of a block.
+struct Heads {
+    const uint16_t* k_cache;
+    const uint16_t* v_cache;
+    int n_kv_heads;
+    int kv_head;
+    int first;  // query head of the block,
+    int n;      // and how many it has, at most QUERIES
+    float scale;
+    float soft_cap;
+};
+
+// Those of this block: a tile of the query heads that read one kv head.
+EI_DEV void find_heads(Heads& heads, int n_heads) {
+    const int group = n_heads / heads.n_kv_heads;
+    const int n_tiles = (group + QUERIES - 1) / QUERIES;
+    const int in_group = blockIdx.x % n_tiles * QUERIES;
+    heads.kv_head = blockIdx.x / n_tiles;
+    heads.first = heads.kv_head * group + in_group;
+    heads.n = min(QUERIES, group - in_group);
+}
 
 // Queries that have no head are zeros.
 EI_DEV void load_queries(Shared& shared, const float* q, int n_queries) {
@@ -26,16 +59,21 @@ EI_DEV void load_queries(Shared& shared, const float* q, int n_queries) {
         const int g = i / K_DIM;
         shared.q[g][i % K_DIM] = g < n_queries ? q[i] : 0.0f;
     }
+    __syncthreads();
 }
 
-// A warp's part of the page at k and v, of which positions first to end - 1 are seen.
-EI_DEV void attend_page(
-    Shared& shared, const uint16_t* k, const uint16_t* v, int first, int end, float scale,
-    float soft_cap) {
+// A warp's part of a page, of which it sees the positions first to end - 1.
+EI_DEV void attend_page(Shared& shared, const Heads& heads, int arena_page, int first, int end) {
     const int warp = threadIdx.x / 32;
     const int lane = threadIdx.x % 32;
+    const size_t place = (size_t)arena_page * heads.n_kv_heads + heads.kv_head;
+    const uint16_t* k = heads.k_cache + place * K_PAGE;
+    const uint16_t* v = K_IS_V ? k : heads.v_cache + place * V_PAGE;
+    for (int i = 64 * lane; i < V_PAGE && !K_IS_V; i += 64 * 32) {
+        ei_prefetch(v + i);
+    }
     float scores[QUERIES];
-    score_page<K_DIM, SOFT_CAP>(shared.q, k, scale, soft_cap, scores);
+    score_page<K_DIM, BATCH, SOFT_CAP>(shared.q, k, heads.scale, heads.soft_cap, scores);
 #pragma unroll
     for (int g = 0; g < QUERIES; ++g) {
         float m, l;
@@ -49,82 +87,18 @@ EI_DEV void attend_page(
     float o[L::ROUNDS][L::SET_QUERIES][8];
     const int chunk_stride = K_IS_V ? 8 * EI_PAGE : 8;
     const int position_stride = K_IS_V ? 8 : 8 * L::CHUNKS;
-    add_values<V_DIM, QUERIES>(
-        shared.p[warp], v, chunk_stride, position_stride, first, end,
-        [](int query, int position) { return true; }, o);
+    add_values<V_DIM, QUERIES, BATCH>(
+        shared.p[warp], v, chunk_stride, position_stride,
+        [&](int query, int position) { return position >= first && position < end; }, o);
     for_values<V_DIM, QUERIES>([&](int query, int value, int round, int g, int e) {
-        shared.o[warp][query][value] = o[round][g][e];
+        shared.o[warp][query * V_DIM + value] = o[round][g][e];
     });
 }
 
-// What the warps have left of n pages folded into o, page after page. All threads.
-EI_DEV void fold_pages(Shared& shared, int n, bool starts, float (&o)[ITEMS]) {
-    __syncthreads();
-    fold_scales(shared.fold, n, starts);
-    __syncthreads();
-    fold_sums(shared.fold, n, starts);
-#pragma unroll
-    for (int item = 0; item < ITEMS; ++item) {
-        const int i = threadIdx.x + item * THREADS;
-        if (i < QUERIES * V_DIM) {
-            const int g = i / V_DIM;
-            for (int part = 0; part < n; ++part) {
-                const float x = shared.o[part][g][i % V_DIM];
-                o[item] = fold_value(shared.fold, part, g, starts, o[item], x);
-            }
-        }
-    }
-    __syncthreads();
-}
-
-// parts: that of the block's first query; those of the next lie gridDim.y further.
-EI_DEV void write_parts(
-    const Shared& shared, const float (&o)[ITEMS], int n_queries, float* parts) {
-    const size_t stride = (size_t)gridDim.y * EI_PART(V_DIM);
-#pragma unroll
-    for (int item = 0; item < ITEMS; ++item) {
-        const int i = threadIdx.x + item * THREADS;
-        if (i < n_queries * V_DIM) {
-            parts[i / V_DIM * stride + i % V_DIM] = o[item];
-        }
-    }
-    for (int g = threadIdx.x; g < n_queries; g += THREADS) {
-        parts[g * stride + EI_PART(V_DIM) - 4] = shared.fold.top[g];
-        parts[g * stride + EI_PART(V_DIM) - 3] = shared.fold.sum[g];
-    }
-}
-
-// Grid: (kv heads * tiles, segments, rows), 32 * WARPS threads; a tile is QUERIES query heads of a
-// kv head. Segments: as many as the row has that sees most, or more.
-// q, pinned_q: float (row, n_heads * K_DIM); pinned_q is read of rows that have slid.
-// k_cache, v_cache: halves of a layer's pages, (page, kv head, ceil(K_DIM / 8), 32 positions, 8) and
-// (page, kv head, 32 positions, V_DIM rounded up to 8).
-// parts: float (row, query head, segment, EI_PART(V_DIM)). window 0: all.
-EI_KERNEL(32 * WARPS, 1) attend(
-    const Step* step, const float* q, const float* pinned_q, int q_stride, const uint16_t* k_cache,
-    const uint16_t* v_cache, const int64_t* pos, const int* seq, const int4* tables,
-    const int* pages, float* parts, int n_heads, int n_kv_heads, int window, float scale,
-    float soft_cap) {
-    EI_SHARED(Shared, memory, [1]);
-    Shared& shared = memory[0];
-    const int row = blockIdx.z;
-    if (row >= ei_rows(step, 0) || ei_aborted(step)) {
-        return;
-    }
-    const Table table = table_of(tables, pages, seq, row);
-    const Seen seen = seen_of(table, pos[row], window);
-    const Segments segments = segments_of(seen);
-    if ((int)blockIdx.y >= segments.n) {
-        return;
-    }
-    const int group = n_heads / n_kv_heads;
-    const int n_tiles = (group + QUERIES - 1) / QUERIES;
-    const int kv_head = blockIdx.x / n_tiles;
-    const int first_query = blockIdx.x % n_tiles * QUERIES;
-    const int n_queries = min(QUERIES, group - first_query);
-    const int head = kv_head * group + first_query;
-    const int first_page = EI_SEGMENT_PAGES * segment_at(segments, blockIdx.y);
-    float o[ITEMS];
+// All that a row sees of the segment that begins with page `first_page`, into o and shared.fold.
+EI_DEV void attend_segment(
+    Shared& shared, const Heads& heads, const Table& table, const Seen& seen, const float* q,
+    const float* pinned_q, int first_page, float (&o)[ITEMS]) {
     bool starts = true;
     for (int is_pinned = 1; is_pinned >= 0; --is_pinned) {
         const int begin = max(first_page, is_pinned ? seen.pinned_begin : seen.begin);
@@ -133,22 +107,140 @@ EI_KERNEL(32 * WARPS, 1) attend(
         if (begin >= end) {
             continue;
         }
-        const float* queries = is_pinned ? pinned_q : q;
-        load_queries(shared, queries + (size_t)row * q_stride + head * K_DIM, n_queries);
-        __syncthreads();
+        load_queries(shared, is_pinned ? pinned_q : q, heads.n);
         for (int first = begin; first < end; first += WARPS) {
             const int page = first + threadIdx.x / 32;
             if (page < end) {
-                const size_t place = (size_t)arena_page(table, page) * n_kv_heads + kv_head;
-                const uint16_t* k = k_cache + place * (K_CHUNKS * 8 * EI_PAGE);
-                const uint16_t* v = K_IS_V ? k : v_cache + place * (L::CHUNKS * 8 * EI_PAGE);
                 attend_page(
-                    shared, k, v, first_seen(seen, page), end_seen(seen, page), scale, soft_cap);
+                    shared, heads, arena_page(table, page), first_seen(seen, page),
+                    end_seen(seen, page));
             }
-            fold_pages(shared, min(WARPS, end - first), starts, o);
+            fold_parts<V_DIM>(
+                shared.fold, min(WARPS, end - first), starts,
+                [&](int warp, int item) { return shared.o[warp][item]; }, o);
             starts = false;
         }
     }
-    const size_t part = ((size_t)row * n_heads + head) * gridDim.y + blockIdx.y;
-    write_parts(shared, o, n_queries, parts + part * EI_PART(V_DIM));
+}
+
+// parts: of the first query of the block and the first of n_segments segments; V_DIM values, then m
+// and l. Whether all blocks of these queries have written theirs: true for one of them.
+EI_DEV bool write_part(
+    Shared& shared, const Heads& heads, const float (&o)[ITEMS], float* parts, int n_segments,
+    int* counter, bool is_aborted) {
+    float* part = parts + (size_t)blockIdx.y * (V_DIM + 2);
+    const size_t stride = (size_t)gridDim.y * (V_DIM + 2);
+#pragma unroll
+    for (int j = 0; j < ITEMS && !is_aborted; ++j) {
+        const int item = threadIdx.x + j * THREADS;
+        if (item < heads.n * V_DIM) {
+            part[item / V_DIM * stride + item % V_DIM] = o[j];
+        }
+    }
+    for (int g = threadIdx.x; g < heads.n && !is_aborted; g += THREADS) {
+        part[g * stride + V_DIM] = shared.fold.top[g];
+        part[g * stride + V_DIM + 1] = shared.fold.sum[g];
+    }
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        shared.n_done = atomicAdd(counter, 1) + 1;
+        if (shared.n_done == n_segments) {
+            *counter = 0;
+        }
+    }
+    __syncthreads();
+    return shared.n_done == n_segments;
+}
+
+// The parts of n_segments segments folded into o and shared.fold.
+EI_DEV void fold_segments(
+    Shared& shared, const Heads& heads, const float* parts, int n_segments, float (&o)[ITEMS]) {
+    const size_t stride = (size_t)gridDim.y * (V_DIM + 2);
+    const auto at = [&](int segment, int g, int i) {
+        return ei_load_shared_by_blocks(parts + g * stride + (size_t)segment * (V_DIM + 2) + i);
+    };
+    for (int first = 0; first < n_segments; first += WARPS) {
+        const int n = min(WARPS, n_segments - first);
+        for (int i = threadIdx.x; i < n * heads.n; i += THREADS) {
+            const int g = i % heads.n;
+            shared.fold.m[i / heads.n][g] = at(first + i / heads.n, g, V_DIM);
+            shared.fold.l[i / heads.n][g] = at(first + i / heads.n, g, V_DIM + 1);
+        }
+        fold_parts<V_DIM>(
+            shared.fold, n, first == 0,
+            [&](int i, int item) {
+                const int g = min(item / V_DIM, heads.n - 1);
+                return at(first + i, g, item % V_DIM);
+            },
+            o);
+    }
+}
+
+// out, sinks: of the first query of the block.
+EI_DEV void write_row(
+    const Shared& shared, const Heads& heads, const float (&o)[ITEMS], const float* sinks,
+    float* out) {
+#pragma unroll
+    for (int j = 0; j < ITEMS; ++j) {
+        const int item = threadIdx.x + j * THREADS;
+        const int g = item / V_DIM;
+        if (item < heads.n * V_DIM) {
+            const Scales scales = last_scales(
+                shared.fold.top[g], shared.fold.sum[g], sinks ? sinks + g : nullptr);
+            out[item] = (o[j] * scales.factor) * scales.inverse;
+        }
+    }
+}
+
+// Grid: (kv heads * tiles, segments, rows), 32 * WARPS threads; a tile is QUERIES query heads of a
+// kv head. Segments: as many as the row has that sees most, or more.
+// q, pinned_q: float (row, n_heads * K_DIM); pinned_q is read of rows that have slid.
+// k_cache, v_cache: halves of a layer's pages, (page, kv head, ceil(K_DIM / 8), 32 positions, 8) and
+// (page, kv head, 32 positions, V_DIM rounded up to 8). window 0: all.
+// parts: float (row, query head, segment, V_DIM + 2), not used where there is one segment.
+// counters: int (row, kv heads * tiles), zeros before the first step; they are zeros afterwards.
+// sinks: a float of each query head, or null. out: float (row, n_heads * V_DIM).
+EI_KERNEL(32 * WARPS, 1) attend(
+    const Step* step, const float* q, const float* pinned_q, int q_stride, const uint16_t* k_cache,
+    const uint16_t* v_cache, const int64_t* pos, const int* seq, const int4* tables,
+    const int* pages, const float* sinks, float* parts, int* counters, float* out, int out_stride,
+    int n_heads, int n_kv_heads, int window, float scale, float soft_cap) {
+    EI_SHARED(Shared, memory, [1]);
+    Shared& shared = memory[0];
+    const int row = blockIdx.z;
+    const bool is_aborted = ei_aborted(step);
+    if (row >= ei_rows(step, 0)) {
+        return;
+    }
+    const Table table = table_of(tables, pages, seq, row);
+    const Seen seen = seen_of(table, pos[row], window);
+    const Segments segments = segments_of(seen);
+    if ((int)blockIdx.y >= segments.n) {
+        return;
+    }
+    Heads heads = {k_cache, v_cache, n_kv_heads};
+    find_heads(heads, n_heads);
+    heads.scale = scale;
+    heads.soft_cap = soft_cap;
+    const size_t first_value = (size_t)row * q_stride + heads.first * K_DIM;
+    float o[ITEMS];
+    if (!is_aborted) {
+        const int page = EI_SEGMENT_PAGES * segment_at(segments, blockIdx.y);
+        const float* pinned = pinned_q + first_value;
+        attend_segment(shared, heads, table, seen, q + first_value, pinned, page, o);
+    }
+    if (segments.n > 1) {
+        float* row_parts =
+            parts + ((size_t)row * n_heads + heads.first) * gridDim.y * (V_DIM + 2);
+        int* counter = counters + row * gridDim.x + blockIdx.x;
+        if (!write_part(shared, heads, o, row_parts, segments.n, counter, is_aborted)) {
+            return;
+        }
+        fold_segments(shared, heads, row_parts, segments.n, o);
+    }
+    if (!is_aborted) {
+        out += (size_t)row * out_stride + heads.first * V_DIM;
+        write_row(shared, heads, o, sinks ? sinks + heads.first : nullptr, out);
+    }
 }

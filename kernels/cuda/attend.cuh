@@ -5,9 +5,6 @@
 #include "math.cuh"
 #include "pages.cuh"
 
-// Floats of a part in memory: o, then m and l.
-#define EI_PART(v_dim) (((v_dim) + 3) / 4 * 4 + 4)
-
 // How a warp shares out values of a page: 8 of a head a lane, as many lanes beside each other as
 // that takes, and sets of such lanes, each with queries of its own.
 template <int V_WIDTH, int N_QUERIES>
@@ -18,6 +15,11 @@ struct Lanes {
     static constexpr int SETS = 32 / WIDTH < N_QUERIES ? 32 / WIDTH : N_QUERIES;
     static constexpr int SET_QUERIES = (N_QUERIES + SETS - 1) / SETS;
     static constexpr int PADDED = SETS * SET_QUERIES;  // queries, some of which may not exist
+
+    // Of this lane's set; lanes beyond the last set do as it does.
+    EI_DEV int first_query() {
+        return min(threadIdx.x % 32 / WIDTH, SETS - 1u) * SET_QUERIES;
+    }
 };
 
 // 8 halves as they lie in memory.
@@ -30,27 +32,34 @@ EI_DEV void unpack(uint4 halves, float (&x)[8]) {
     }
 }
 
-// Scores of a page, a position a lane, each a chain over the values of its key.
-// q: (N_QUERIES, STRIDE); k: halves (ceil(K_WIDTH / 8), 32 positions, 8).
-template <int K_WIDTH, bool HAS_CAP, int N_QUERIES, int STRIDE>
+// Scores of a page, a position a lane, each a chain over the values of its key. BATCH: 16-byte loads
+// of a lane in flight. q: (N_QUERIES, STRIDE); k: halves (ceil(K_WIDTH / 8), 32 positions, 8).
+template <int K_WIDTH, int BATCH, bool HAS_CAP, int N_QUERIES, int STRIDE>
 EI_DEV void score_page(
     const float (&q)[N_QUERIES][STRIDE], const uint16_t* k, float scale, float soft_cap,
     float (&scores)[N_QUERIES]) {
-    const int lane = threadIdx.x % 32;
+    const uint4* keys = (const uint4*)k + threadIdx.x % 32;
+    constexpr int CHUNKS = (K_WIDTH + 7) / 8;
 #pragma unroll
     for (int g = 0; g < N_QUERIES; ++g) {
         scores[g] = 0.0f;
     }
-#pragma unroll 4
-    for (int j = 0; j < K_WIDTH; j += 8) {
-        float key[8];
-        unpack(*(const uint4*)(k + (j / 8 * EI_PAGE + lane) * 8), key);
+#pragma unroll 1
+    for (int first = 0; first < CHUNKS; first += BATCH) {
+        uint4 loaded[BATCH];
 #pragma unroll
-        for (int g = 0; g < N_QUERIES; ++g) {
+        for (int i = 0; i < BATCH; ++i) {
+            loaded[i] = keys[min(first + i, CHUNKS - 1) * EI_PAGE];
+        }
 #pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                if (j + i < K_WIDTH) {
-                    scores[g] = ei_fma(q[g][j + i], key[i], scores[g]);
+        for (int i = 0; i < BATCH; ++i) {
+            float key[8];
+            unpack(loaded[i], key);
+#pragma unroll
+            for (int j = 0; j < 8 * N_QUERIES; ++j) {
+                const int at = 8 * (first + i) + j % 8;
+                if (at < K_WIDTH) {
+                    scores[j / 8] = ei_fma(q[j / 8][at], key[j % 8], scores[j / 8]);
                 }
             }
         }
@@ -72,41 +81,45 @@ EI_DEV float soften(float score, bool is_seen, float* m, float* l) {
     return p;
 }
 
-// p times the values of a page, positions ascending: those from first to end - 1, and of them only
-// the ones that sees(query of the lane's set, position) says.
+// p times the values of a page, positions ascending, of them only the ones that sees(query of the
+// lane's set, position) says. BATCH: 16-byte loads of a lane in flight.
 // p: (32 positions, PADDED); v: the halves of chunk c of position i lie at c * chunk + i * position.
-template <int V_WIDTH, int N_QUERIES, typename Sees>
+template <int V_WIDTH, int N_QUERIES, int BATCH, typename Sees>
 EI_DEV void add_values(
-    const float (&p)[EI_PAGE][Lanes<V_WIDTH, N_QUERIES>::PADDED], const uint16_t* v, int chunk_stride,
-    int position_stride, int first, int end, Sees sees,
+    const float (&p)[EI_PAGE][Lanes<V_WIDTH, N_QUERIES>::PADDED], const uint16_t* v,
+    int chunk_stride, int position_stride, Sees sees,
     float (&o)[Lanes<V_WIDTH, N_QUERIES>::ROUNDS][Lanes<V_WIDTH, N_QUERIES>::SET_QUERIES][8]) {
     typedef Lanes<V_WIDTH, N_QUERIES> L;
-    const int lane = threadIdx.x % 32;
-    // Lanes beyond the last set do as the last one.
-    const int first_query = min(lane / L::WIDTH, L::SETS - 1) * L::SET_QUERIES;
+    const int first_query = L::first_query();
 #pragma unroll
     for (int round = 0; round < L::ROUNDS; ++round) {
-        const int chunk = min(lane % L::WIDTH + round * L::WIDTH, L::CHUNKS - 1);
-        float(&sums)[L::SET_QUERIES][8] = o[round];
+        const int chunk = min(threadIdx.x % 32 % L::WIDTH + round * L::WIDTH, L::CHUNKS - 1u);
+        const uint16_t* values = v + chunk * chunk_stride;
 #pragma unroll
-        for (int g = 0; g < L::SET_QUERIES; ++g) {
-#pragma unroll
-            for (int e = 0; e < 8; ++e) {
-                sums[g][e] = 0.0f;
-            }
+        for (int j = 0; j < 8 * L::SET_QUERIES; ++j) {
+            o[round][j / 8][j % 8] = 0.0f;
         }
-#pragma unroll 4
-        for (int i = first; i < end; ++i) {
-            float value[8];
-            unpack(*(const uint4*)(v + chunk * chunk_stride + i * position_stride), value);
+#pragma unroll 1
+        for (int first = 0; first < EI_PAGE; first += BATCH) {
+            uint4 loaded[BATCH];
 #pragma unroll
-            for (int g = 0; g < L::SET_QUERIES; ++g) {
-                if (!sees(g, i)) {
-                    continue;
-                }
+            for (int i = 0; i < BATCH; ++i) {
+                loaded[i] = *(const uint4*)(values + (first + i) * position_stride);
+            }
 #pragma unroll
-                for (int e = 0; e < 8; ++e) {
-                    sums[g][e] = ei_fma(p[i][first_query + g], value[e], sums[g][e]);
+            for (int i = 0; i < BATCH; ++i) {
+                float value[8];
+                unpack(loaded[i], value);
+#pragma unroll
+                for (int g = 0; g < L::SET_QUERIES; ++g) {
+                    if (!sees(g, first + i)) {
+                        continue;
+                    }
+                    const float weight = p[first + i][first_query + g];
+#pragma unroll
+                    for (int e = 0; e < 8; ++e) {
+                        o[round][g][e] = ei_fma(weight, value[e], o[round][g][e]);
+                    }
                 }
             }
         }
@@ -134,55 +147,74 @@ EI_DEV void for_values(Visit visit) {
     }
 }
 
-// Up to N parts of each of G queries, in shared memory, and what their folds give so far.
+// Up to N parts of each of G queries, in shared memory, and m and l of what is folded so far.
 template <int N, int G>
 struct Folding {
     float m[N][G];
     float l[N][G];
     float state_scale[N][G];  // of what is folded when part i comes
     float part_scale[N][G];
-    float top[G];  // m and l of what is folded
+    float top[G];
     float sum[G];
 };
 
-// What the first n parts and what is folded are scaled by. All threads; barriers around it.
-template <int N, int G>
-EI_DEV void fold_scales(Folding<N, G>& fold, int n, bool starts) {
+// Folds n parts, whose m and l are there, into what is folded; where that starts, it is the first
+// part. part(i, item): value `item` of part i, of query g = item / V_WIDTH; a thread has those of
+// o[j] for item = threadIdx.x + j * blockDim.x. All threads; with barriers.
+template <int V_WIDTH, int N, int G, int ITEMS, typename Part>
+EI_DEV void fold_parts(
+    Folding<N, G>& fold, int n, bool starts, Part part, float (&o)[ITEMS]) {
+    __syncthreads();
     for (int i = threadIdx.x; i < n * G; i += blockDim.x) {
-        const int part = i / G;
         const int g = i % G;
         float before = starts ? fold.m[0][g] : fold.top[g];
-        for (int earlier = 0; earlier < part; ++earlier) {
+        for (int earlier = 0; earlier < i / G; ++earlier) {
             before = fmaxf(before, fold.m[earlier][g]);
         }
-        const float top = fmaxf(before, fold.m[part][g]);
-        fold.state_scale[part][g] = ei_exp(before - top);
-        fold.part_scale[part][g] = ei_exp(fold.m[part][g] - top);
+        const float top = fmaxf(before, fold.m[i / G][g]);
+        fold.state_scale[i / G][g] = ei_exp(before - top);
+        fold.part_scale[i / G][g] = ei_exp(fold.m[i / G][g] - top);
     }
-}
-
-// m and l of the first n parts folded into what is folded. All threads; behind a barrier.
-template <int N, int G>
-EI_DEV void fold_sums(Folding<N, G>& fold, int n, bool starts) {
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < ITEMS; ++j) {
+        const int item = threadIdx.x + j * blockDim.x;
+        const int g = item / V_WIDTH;
+        if (item < G * V_WIDTH) {
+            o[j] = starts ? part(0, item) : o[j];
+            for (int i = starts; i < n; ++i) {
+                const float scaled = part(i, item) * fold.part_scale[i][g];
+                o[j] = ei_fma(o[j], fold.state_scale[i][g], scaled);
+            }
+        }
+    }
     for (int g = threadIdx.x; g < G; g += blockDim.x) {
         float top = starts ? fold.m[0][g] : fold.top[g];
         float sum = starts ? fold.l[0][g] : fold.sum[g];
-        for (int part = starts; part < n; ++part) {
-            top = fmaxf(top, fold.m[part][g]);
-            const float added = fold.l[part][g] * fold.part_scale[part][g];
-            sum = ei_fma(sum, fold.state_scale[part][g], added);
+        for (int i = starts; i < n; ++i) {
+            top = fmaxf(top, fold.m[i][g]);
+            sum = ei_fma(sum, fold.state_scale[i][g], fold.l[i][g] * fold.part_scale[i][g]);
         }
         fold.top[g] = top;
         fold.sum[g] = sum;
     }
+    __syncthreads();
 }
 
-// A value of part `part` folded into that of what is folded.
-template <int N, int G>
-EI_DEV float fold_value(
-    const Folding<N, G>& fold, int part, int g, bool starts, float o, float x) {
-    if (starts && part == 0) {
-        return x;
+// What values are multiplied by at last: a sink's scale, then 1 / l.
+struct Scales {
+    float factor;
+    float inverse;
+};
+
+// sink: a score that has no value, or null.
+EI_DEV Scales last_scales(float m, float l, const float* sink) {
+    Scales scales = {1.0f, 0.0f};
+    if (sink) {
+        const float top = fmaxf(m, *sink);
+        scales.factor = ei_exp(m - top);
+        l = ei_fma(l, scales.factor, ei_exp(*sink - top));
     }
-    return ei_fma(o, fold.state_scale[part][g], x * fold.part_scale[part][g]);
+    scales.inverse = ei_div(1.0f, l);
+    return scales;
 }

@@ -15,6 +15,7 @@
 constexpr int QUERIES = ROWS * GROUP;  // of a warp, at most 16 (`first_query` counts to 31)
 constexpr int K_CHUNKS = (K_DIM + 7) / 8;
 typedef Lanes<V_DIM, QUERIES> L;
+constexpr int BATCH = 4;  // loads of a lane in flight: other warps and blocks wait less than these
 typedef float Values[L::ROUNDS][L::SET_QUERIES][8];
 
 struct __align__(16) Shared {
@@ -75,17 +76,13 @@ EI_DEV Take take_part(State& state, float m, float l, bool is_wanted) {
     return take;
 }
 
-EI_DEV int first_query() {
-    return min((int)threadIdx.x % 32 / L::WIDTH, L::SETS - 1) * L::SET_QUERIES;
-}
-
 // The values of a part into those of a state, as each query's lane has said. state(i, g): value i of
 // this lane's, of query g of its set.
 template <typename Value>
 EI_DEV void take_values(const Take& take, const Values& part, Value state) {
 #pragma unroll
     for (int g = 0; g < L::SET_QUERIES; ++g) {
-        const int from = first_query() + g;
+        const int from = L::first_query() + g;
         const int how = __shfl_sync(EI_ALL_LANES, take.how, from);
         const float state_scale = __shfl_sync(EI_ALL_LANES, take.state_scale, from);
         const float part_scale = __shfl_sync(EI_ALL_LANES, take.part_scale, from);
@@ -125,7 +122,7 @@ EI_DEV void attend_page(
     const uint16_t* k = layer.k_cache + place * (K_CHUNKS * 8 * EI_PAGE);
     const uint16_t* v = K_IS_V ? k : layer.v_cache + place * (L::CHUNKS * 8 * EI_PAGE);
     float scores[QUERIES];
-    score_page<K_DIM, SOFT_CAP>(shared.q[warp], k, layer.scale, layer.soft_cap, scores);
+    score_page<K_DIM, BATCH, SOFT_CAP>(shared.q[warp], k, layer.scale, layer.soft_cap, scores);
 #pragma unroll
     for (int g = 0; g < QUERIES; ++g) {
         const int seen = __shfl_sync(EI_ALL_LANES, bounds, g);
@@ -142,17 +139,17 @@ EI_DEV void attend_page(
     const int position_stride = K_IS_V ? 8 : 8 * L::CHUNKS;
     const bool sees_all_or_none = bounds == 0 || bounds == 64 * EI_PAGE;
     if (__all_sync(EI_ALL_LANES, sees_all_or_none)) {
-        add_values<V_DIM, QUERIES>(
-            shared.p[warp], v, chunk_stride, position_stride, 0, EI_PAGE,
+        add_values<V_DIM, QUERIES, BATCH>(
+            shared.p[warp], v, chunk_stride, position_stride,
             [](int query, int position) { return true; }, o);
     } else {
         int seen[L::SET_QUERIES];
 #pragma unroll
         for (int g = 0; g < L::SET_QUERIES; ++g) {
-            seen[g] = __shfl_sync(EI_ALL_LANES, bounds, first_query() + g);
+            seen[g] = __shfl_sync(EI_ALL_LANES, bounds, L::first_query() + g);
         }
-        add_values<V_DIM, QUERIES>(
-            shared.p[warp], v, chunk_stride, position_stride, 0, EI_PAGE,
+        add_values<V_DIM, QUERIES, BATCH>(
+            shared.p[warp], v, chunk_stride, position_stride,
             [&](int query, int position) {
                 return position >= seen[query] % 64 && position < seen[query] / 64;
             },
@@ -172,19 +169,14 @@ EI_DEV int least_lane(int x) {
 template <typename Value>
 EI_DEV void write_rows(const Layer& layer, const State& whole, Value o, int row, int n) {
     const int query = threadIdx.x % 32;
-    float sum = whole.l;
-    float factor = 1.0f;
-    if (layer.sinks && query / GROUP < n && query % GROUP < layer.n_heads) {
-        const float sink = layer.sinks[layer.head + query % GROUP];
-        const float top = fmaxf(whole.m, sink);
-        factor = ei_exp(whole.m - top);
-        sum = ei_fma(sum, factor, ei_exp(sink - top));
-    }
-    const float inverse = ei_div(1.0f, sum);
+    const bool has_query = query / GROUP < n && query % GROUP < layer.n_heads;
+    const float* sink = layer.sinks + layer.head + query % GROUP;
+    const Scales scales =
+        last_scales(whole.m, whole.l, layer.sinks && has_query ? sink : nullptr);
 #pragma unroll
     for (int g = 0; g < L::SET_QUERIES; ++g) {
-        const float query_factor = __shfl_sync(EI_ALL_LANES, factor, first_query() + g);
-        const float query_inverse = __shfl_sync(EI_ALL_LANES, inverse, first_query() + g);
+        const float query_factor = __shfl_sync(EI_ALL_LANES, scales.factor, L::first_query() + g);
+        const float query_inverse = __shfl_sync(EI_ALL_LANES, scales.inverse, L::first_query() + g);
 #pragma unroll
         for (int i = 0; i < 8 * L::ROUNDS; ++i) {
             o(i, g) = (o(i, g) * query_factor) * query_inverse;

@@ -2,84 +2,79 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from edgeinfer.batch import PAGE, SEGMENT_PAGES, PageTable
+from edgeinfer.errors import UnsupportedModelError
 from edgeinfer.graph import KV
 from edgeinfer.kernels.cuda.kernel import Kernel
 
+_SHARED_BYTES = 48 << 10  # static shared memory of a block, on any GPU
 _TILE_VALUES = 1024  # of the query heads of a block: more take registers that loads in flight need
-_O_BYTES = 16 << 10  # of what the warps of a block leave in shared memory
 _MOST_QUERIES = 12  # of a warp that takes several rows
-_ROWS_WARPS = 4
 _LANES = 32
 
 
 class AttendLaunch(NamedTuple):
-    """Attention of each row by itself: a block for each tile of heads, segment and row."""
+    """Attention of each row by itself (attend.cu): a block for each tile, segment and row."""
 
     kernel: Kernel
-    n_tiles: int  # of all heads
+    n_tiles: int  # of query heads, in all
     threads: int
-    fold: Kernel
 
     @classmethod
     def of(cls, cache: KV, n_heads: int, has_cap: bool) -> AttendLaunch:
-        group = n_heads // cache.n_heads
-        queries = min(group, max(1, _TILE_VALUES // cache.v_dim))
-        n_tiles = -(-group // queries)
-        queries = -(-group // n_tiles)
-        warps = 8
-        while warps > 1 and 4 * warps * queries * cache.v_dim > _O_BYTES:
-            warps //= 2
-        kernel = Kernel.of(
-            "attend",
-            K_DIM=cache.k_dim,
-            V_DIM=cache.v_dim,
-            QUERIES=queries,
-            WARPS=warps,
-            K_IS_V=int(cache.k_is_v),
-            SOFT_CAP=int(has_cap),
-        )
-        fold = Kernel.of("attend_fold", V_DIM=cache.v_dim)
-        return cls(kernel, n_tiles * cache.n_heads, _LANES * warps, fold)
+        """UnsupportedModelError where heads are too wide."""
+        most = max(1, _TILE_VALUES // cache.v_dim)
+        queries, n_tiles = _tiles(n_heads // cache.n_heads, most)
+        lanes = _Lanes.of(cache.v_dim, queries)
+
+        def n_floats(warps: int) -> int:
+            """Of `Shared` in attend.cu."""
+            of_warp = PAGE * lanes.padded + queries * cache.v_dim + 4 * queries
+            return queries * _whole(cache.k_dim) + warps * of_warp + 2 * queries + 4
+
+        # 512 threads have 128 registers each: too few for the loads and scores of more queries.
+        choices = (16, 8, 4, 2, 1) if queries <= 4 else (8, 4, 2, 1)
+        warps = _most_warps(cache, choices, n_floats)
+        kernel = _kernel("attend", cache, has_cap, QUERIES=queries, WARPS=warps)
+        return cls(kernel, n_tiles * cache.n_heads, _LANES * warps)
 
 
 class AttendRowsLaunch(NamedTuple):
-    """Attention of many rows: a block for each tile of heads and `n_rows` rows."""
+    """Attention of many rows (attend_rows.cu): a block for each tile and `n_rows` rows."""
 
     kernel: Kernel
-    n_tiles: int  # of all heads
+    n_tiles: int  # of query heads, in all
     n_rows: int
     threads: int
 
     @classmethod
     def of(cls, cache: KV, n_heads: int, has_cap: bool, most_rows: int = 16) -> AttendRowsLaunch:
-        """`most_rows` of a sequence share what is read; 1 is best where no two are of one."""
-        group, width = n_heads // cache.n_heads, max(cache.k_dim, cache.v_dim)
-        most = min(_MOST_QUERIES, max(1, _TILE_VALUES // width))
-        n_tiles = -(-group // most)
-        group = -(-group // n_tiles)
+        """`most_rows` of a sequence share what is read; 1 is best where no two are of one.
+
+        UnsupportedModelError where heads are too wide.
+        """
+        most = max(1, _TILE_VALUES // max(cache.k_dim, cache.v_dim))
+        most = min(most, _MOST_QUERIES)
+        group, n_tiles = _tiles(n_heads // cache.n_heads, most)
         rows = min(most_rows, most // group)
-        kernel = Kernel.of(
-            "attend_rows",
-            K_DIM=cache.k_dim,
-            V_DIM=cache.v_dim,
-            GROUP=group,
-            ROWS=rows,
-            WARPS=_ROWS_WARPS,
-            K_IS_V=int(cache.k_is_v),
-            SOFT_CAP=int(has_cap),
-        )
-        return cls(kernel, n_tiles * cache.n_heads, rows * _ROWS_WARPS, _LANES * _ROWS_WARPS)
+        lanes, queries = _Lanes.of(cache.v_dim, rows * group), rows * group
 
+        def n_floats(warps: int) -> int:
+            """Of `Shared` in attend_rows.cu."""
+            values = 8 * lanes.rounds * lanes.set_queries * _LANES
+            return warps * (queries * _whole(cache.k_dim) + PAGE * lanes.padded + values)
 
-FOLD_THREADS = 128
+        warps = _most_warps(cache, (4, 2, 1), n_floats)
+        kernel = _kernel("attend_rows", cache, has_cap, GROUP=group, ROWS=rows, WARPS=warps)
+        return cls(kernel, n_tiles * cache.n_heads, rows * warps, _LANES * warps)
 
 
 def part_floats(v_dim: int) -> int:
     """Of a part that `attend` leaves for each row, query head and segment."""
-    return -(-v_dim // 4) * 4 + 4
+    return v_dim + 2
 
 
 def n_segments(table: PageTable, pos: int, window: int) -> int:
@@ -93,3 +88,51 @@ def n_segments(table: PageTable, pos: int, window: int) -> int:
     n_pinned = max(behind - first // SEGMENT_PAGES, 0) if first < pinned_end else 0
     first_segment = max(begin // SEGMENT_PAGES, behind if n_pinned else 0)
     return n_pinned + max(last // SEGMENT_PAGES + 1 - first_segment, 0)
+
+
+class _Lanes(NamedTuple):
+    """`Lanes` of attend.cuh."""
+
+    rounds: int
+    set_queries: int
+    padded: int
+
+    @classmethod
+    def of(cls, v_dim: int, queries: int) -> _Lanes:
+        chunks = _whole(v_dim) // 8
+        width = min(chunks, _LANES)
+        sets = min(_LANES // width, queries)
+        set_queries = -(-queries // sets)
+        return cls(-(-chunks // width), set_queries, sets * set_queries)
+
+
+def _whole(dim: int) -> int:
+    """Rounded up to whole loads of 16 bytes."""
+    return -(-dim // 8) * 8
+
+
+def _tiles(group: int, most: int) -> tuple[int, int]:
+    """Query heads of a tile, at most so many, and the tiles of a kv head's group."""
+    n_tiles = -(-group // most)
+    return -(-group // n_tiles), n_tiles
+
+
+def _most_warps(cache: KV, choices: tuple[int, ...], n_floats: Callable[[int], int]) -> int:
+    for warps in choices:
+        if 4 * n_floats(warps) <= _SHARED_BYTES:
+            return warps
+    raise UnsupportedModelError(
+        f"heads of {cache.k_dim} and {cache.v_dim} values are wider than the memory of a CUDA "
+        "block; run it with device cpu"
+    )
+
+
+def _kernel(name: str, cache: KV, has_cap: bool, **defines: int) -> Kernel:
+    return Kernel.of(
+        name,
+        K_DIM=cache.k_dim,
+        V_DIM=cache.v_dim,
+        K_IS_V=int(cache.k_is_v),
+        SOFT_CAP=int(has_cap),
+        **defines,
+    )

@@ -6,6 +6,7 @@ Knows neither compilers nor devices.
 from __future__ import annotations
 
 import hashlib
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from edgeinfer.errors import DeviceError
 
 _MAX_VERSIONS = 12
 _HEX_DIGITS = 24  # of a key, and of a digest
+_DIGEST = re.compile(rf"-[0-9a-f]{{{_HEX_DIGITS}}}(?=\.)")
 
 
 def key_of(*parts: str) -> str:
@@ -29,6 +31,7 @@ class Cache:
 
     def __init__(self, folder: Path, *, is_ours: bool = False) -> None:
         self.folder = folder
+        self._paths: dict[str, list[Path]] | None = None  # by name without digest, once asked for
         self._read = Path.read_bytes if is_ours else platform.read_private
         reason = None if is_ours else platform.distrust(folder)
         if reason is not None:
@@ -39,7 +42,11 @@ class Cache:
 
     def find(self, label: str, key: str, ending: str) -> Path | None:
         """The file of a kernel; None where it is absent, damaged, or another user's."""
-        for path in platform.files_below(self.folder, f"{label}-{key}-*{ending}"):
+        if self._paths is None:
+            self._paths = {}
+            for path in platform.files_below(self.folder, "*"):
+                self._paths.setdefault(_DIGEST.sub("", path.name), []).append(path)
+        for path in self._paths.get(f"{label}-{key}{ending}", []):
             with suppress(OSError):
                 if self._name(label, key, ending, self._read(path)) == path.name:
                     return path
@@ -58,6 +65,7 @@ class Cache:
                 f"kernels can't be kept in {self.folder} ({error.strerror or error}); make room, "
                 "or set EDGEINFER_HOME to another folder"
             ) from error
+        self._paths = None
         with suppress(OSError):  # too many do no harm
             versions = sorted(
                 self.folder.glob(f"{label}-*{ending}"), key=lambda path: path.stat().st_mtime

@@ -118,6 +118,22 @@ EI_DEV unsigned ei_stream(const unsigned* p) {
 #endif
 }
 
+// A float that another block has written while this kernel runs.
+EI_DEV float ei_load_shared_by_blocks(const float* p) {
+#ifdef EI_CPU
+  return *p;
+#else
+  return __ldcg(p);
+#endif
+}
+
+// Asks for the 128 bytes around an address before they are loaded.
+EI_DEV void ei_prefetch(const void* p) {
+#ifndef EI_CPU
+  asm volatile("prefetch.global.L2 [%0];" : : "l"(p));
+#endif
+}
+
 // Copies N bytes, 4, 8 or 16, to shared memory, where they are once a wait for their group is over.
 template <int N>
 EI_DEV void ei_copy_async(void* shared, const void* global) {

@@ -1,5 +1,10 @@
 // Runs a kernel on the CPU: its blocks one after another, the threads of a block as fibres that take
 // turns where they wait. In random order, so that what lacks a barrier gives another result.
+#ifdef __APPLE__  // which hides ucontext.h otherwise
+#define _XOPEN_SOURCE 700
+#define _DARWIN_C_SOURCE
+#endif
+
 #include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>

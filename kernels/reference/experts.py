@@ -16,16 +16,17 @@ from edgeinfer.ops import SMALLEST_SUM
 def choose(numerics: Numerics, op: Route, x: Floats) -> Floats:
     """Numbers of the chosen experts, then their weights.
 
-    What is no number is chosen last. A group's score is the sum of its two largest. Weights are
-    added up in the order of the route; w / max(sum, SMALLEST_SUM) and w * scale round once each.
+    A group's score is the sum of its two largest. A score that is no number counts as -inf, of
+    groups too. Weights are added up in the order of the route; w / max(sum, SMALLEST_SUM) and
+    w * scale round once each.
     """
     p = _gate(numerics, op.gating, x)
     scores = p if op.bias is None else p + dequantize(op.bias)
-    scores = np.where(np.isnan(scores), np.float32(-np.inf), scores)
+    scores = _numbers(scores)
     is_out = np.zeros(scores.shape, np.bool_)
     if op.n_groups > 1:
         grouped = np.sort(scores.reshape(len(x), op.n_groups, -1), axis=2)
-        best = _largest(grouped[..., -1] + grouped[..., -2], op.n_groups_used)
+        best = _largest(_numbers(grouped[..., -1] + grouped[..., -2]), op.n_groups_used)
         is_in = (np.arange(op.n_groups) == best[..., None]).any(axis=1)
         is_out = np.repeat(~is_in, x.shape[1] // op.n_groups, axis=1)
     chosen = _largest(scores, op.n_used, is_out)
@@ -49,6 +50,10 @@ def _gate(numerics: Numerics, gating: GatingKind, x: Floats) -> Floats:
             return np.sqrt(numerics.activation("softplus", x))
         case "raw":
             return x
+
+
+def _numbers(scores: Floats) -> Floats:
+    return np.where(np.isnan(scores), np.float32(-np.inf), scores)
 
 
 def _largest(scores: Floats, n: int, is_out: Any = None) -> Ints:

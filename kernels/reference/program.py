@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeinfer.batch import PAGE, Batch, Demand, Outputs, StepLimits, StepRequest, cache_row
+from edgeinfer.batch import (
+    HOST,
+    PAGE,
+    Batch,
+    Demand,
+    Outputs,
+    Sampler,
+    StepLimits,
+    StepRequest,
+    cache_row,
+)
 from edgeinfer.dequantize import dequantize
 from edgeinfer.errors import ClosedError
 from edgeinfer.fusion import Uses, pinned_query
@@ -39,16 +49,15 @@ from edgeinfer.graph import (
     SelectRows,
     SoftCap,
     Yarn,
+    inputs,
 )
 from edgeinfer.kernels.reference.exact import Exact
 from edgeinfer.kernels.reference.experts import add_parts, choose, multiply_chosen
 from edgeinfer.kernels.reference.numerics import Floats, Ints, Numerics, embed, rotate, scaled
 from edgeinfer.kernels.reference.quantised import Quantised
 from edgeinfer.known import Known, check, fields
-from edgeinfer.sampling.params import Sampled, SampleRow
 
 Mode: TypeAlias = Literal["exact", "quantised"]
-Sampler: TypeAlias = Callable[[Floats, SampleRow], Sampled]
 
 _MAX_ROWS = 256  # of a step
 
@@ -83,16 +92,22 @@ KNOWN: Known = {
 class ReferenceBackend:
     """Compiles a segment for this process, at NumPy's pace.
 
-    `sampler` picks a token from a row of logits; without one only the likeliest can be asked for.
+    Without a `sampler` no token can be asked for.
     """
 
     def __init__(self, sampler: Sampler | None = None) -> None:
         self._sampler = sampler
 
+    def memories(self, host: int) -> dict[str, int]:
+        """All is in the host's memory."""
+        return {HOST: host}
+
     def demand(self, segment: Segment, request: StepRequest) -> Demand:
         """What an exact program keeps, and the values of a step."""
         check(segment, KNOWN, "reference")
-        limits = StepLimits.of(request, segment.output.dim, segment.groups, _MAX_ROWS)
+        vocab_size = segment.graph.hparams.vocab_size
+        # Row by row: more rows are never cheaper here.
+        limits = StepLimits.of(request, vocab_size, segment.groups, _MAX_ROWS, row_cost=1.0)
         matmuls = [op for op in segment.ops if isinstance(op, (Linear, ExpertLinear))]
         weights = {op.weight.name: op.weight for op in matmuls}
         rows = {
@@ -106,7 +121,7 @@ class ReferenceBackend:
             },
             "scratch": 4 * limits.max_rows * sum(op.out.dim for op in segment.ops),
         }
-        return Demand(limits, rows)
+        return Demand(limits, {HOST: rows})
 
     def compile(
         self, segment: Segment, limits: StepLimits, *, mode: Mode = "exact"
@@ -150,10 +165,15 @@ class ReferenceProgram:
         assert batch.n_rows <= self._limits.max_rows
         assert len(batch.wanted) <= self._limits.max_outputs
         assert len(batch.tables) <= self._limits.max_sequences
+        batch.check()
         if self._ticket is not None:
             self._ticket.wait()
-        self._ticket = ReferenceTicket(self, batch)
+        self._ticket = ReferenceTicket(self, batch.snapshot())
         return self._ticket
+
+    def describe(self) -> dict[str, Any]:
+        """What it runs on."""
+        return {"device": "reference"}
 
     def close(self) -> None:
         self._is_closed, self._ticket = True, None
@@ -188,7 +208,10 @@ class ReferenceProgram:
             for op in self._segment.ops:
                 if ticket.is_aborted:
                     return self._outputs(aborted=True)
-                values[op.out.index] = self._run_op(op, values, batch, batch.pos)
+                if all(len(values[x.index]) for x in inputs(op)):
+                    values[op.out.index] = self._run_op(op, values, batch, batch.pos)
+                else:  # nobody wants a row
+                    values[op.out.index] = np.empty((0, op.out.dim), np.float32)
             return self._collect(values, batch)
 
     def _run_op(self, op: Op, values: Mapping[int, Floats], batch: Batch, pos: Ints) -> Floats:
@@ -285,12 +308,9 @@ class ReferenceProgram:
         if batch.output == "logits":
             return self._outputs(logits=result)
         table = batch.samples
-        if table is None:
-            # argmax takes the first of equals: ties go to the lower id.
-            return self._outputs(ids=result.argmax(axis=1).astype(np.int32))
+        assert table is not None
         assert self._sampler is not None, "this ReferenceBackend was given no sampler"
-        for i, logits in enumerate(result):
-            table.store(i, self._sampler(logits, table.row(i)))
+        self._sampler.sample(result, table)
         return self._outputs(ids=table.ids[: len(result)].copy())
 
     def _outputs(

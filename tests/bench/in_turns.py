@@ -1,7 +1,7 @@
 """Two versions of edgeinfer in turns: how much slower or faster the second one is.
 
     python -m tests.bench.in_turns BEFORE/bin/python AFTER/bin/python MODEL
-        [--pairs 11] [--flags "-p 512"]
+        [--pairs 11] [--flags "-p 512"] [--no-starts]
 
 Measures the first byte of `run -p hi`, of the same with `--raw`, and what `bench --json` prints
 with the flags. Which comes first changes from pair to pair, each version has a cache of its own,
@@ -34,19 +34,23 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--pairs", type=int, default=11)
     parser.add_argument("--flags", type=shlex.split, default=[], help="of `bench`")
+    parser.add_argument("--no-starts", action="store_true", help="measure `bench` alone")
     args = parser.parse_args()
     pythons = (os.path.abspath(args.before), os.path.abspath(args.after))
     model = str(args.model.absolute())
-    measures: tuple[Measure, ...] = (
+    starts: tuple[Measure, ...] = (
         lambda python, home: {"chat_start_s": _start(python, home, model)},
         lambda python, home: {"raw_start_s": _start(python, home, model, "--raw")},
+    )
+    measures: tuple[Measure, ...] = (
+        *(() if args.no_starts else starts),
         lambda python, home: _bench(python, home, model, *args.flags),
     )
     with tempfile.TemporaryDirectory() as folder:
         homes = tuple({**os.environ, "EDGEINFER_HOME": f"{folder}/{name}"} for name in "ab")
         for python, home in zip(pythons, homes, strict=True):
             _bench(python, home, model, *args.flags)  # builds and tunes
-            _start(python, home, model)
+            _start(python, home, model, "--raw")
         _share_tuning(Path(folder, "a"), Path(folder, "b"))
         print(f"{'':14} {'before':>9} {'after':>9}  ratio  of pairs")
         for measure in measures:

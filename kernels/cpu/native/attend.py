@@ -24,6 +24,7 @@ from edgeinfer.kernels.cpu.layout import (
     ATTEND_TABLES,
     ATTEND_V_BASE,
     ATTEND_V_PAGE_BYTES,
+    ATTEND_VALUES,
     ATTEND_WINDOW,
     H_ROWS,
     ITEM_BYTES,
@@ -40,6 +41,7 @@ from edgeinfer.kernels.cpu.layout import (
     SEGMENT_PAGES,
     head_page_bytes,
     query_bytes,
+    values_bytes,
     whole_vectors,
 )
 from edgeinfer.kernels.cpu.native.activations import tanh
@@ -60,6 +62,7 @@ from edgeinfer.kernels.cpu.native.pages import (
     arena_page,
     first_seen,
     n_gone,
+    pages_passed,
     position,
     table_of,
 )
@@ -104,7 +107,7 @@ _PART_WEIGHTS = _WEIGHTS + 32
 _BOUNDS = _PART_WEIGHTS + 32
 _LOWS = _BOUNDS + 32
 _FIRST, _CAP = _LOWS + 32, _LOWS + 36
-_VALUES = _LOWS + 64  # of a page whose K serves as V, turned
+_LOCAL_BYTES = _LOWS + 64
 _INVISIBLE = float("-inf")
 
 
@@ -307,22 +310,22 @@ def _visible(page, n_pinned, ring):
 
 
 def _values_in(k_dim, v_dim, are_shared):
-    """Where the values of a page are, and the bytes of what is made of K where that serves."""
+    """`values_in(k, v, scratch)`: where a page's values are; of K, turned, where that serves."""
     n = min(k_dim, v_dim)
 
     @jit
-    def own(k, v, s):
+    def own(k, v, scratch):
         return v
 
     @jit
-    def turned(k, v, s):
+    def turned(k, v, scratch):
         for d in range(n):
             for pos in range(PAGE):
                 half = load_f16(k + K_ROW_BYTES * d + KV_BYTES * pos)
-                store_f16(s + _VALUES + KV_BYTES * (v_dim * pos + d), half)
-        return s + _VALUES
+                store_f16(scratch + KV_BYTES * (v_dim * pos + d), half)
+        return scratch
 
-    return (turned, PAGE * KV_BYTES * v_dim) if are_shared else (own, 0)
+    return turned if are_shared else own
 
 
 @jit
@@ -333,9 +336,9 @@ def _all_seen(a, table, pos):
 @jit
 def _window_seen(a, table, pos):
     """How many pages of the cache a row's window has passed, and its first position on the next."""
-    first = first_seen(table, pos, word(a + ATTEND_WINDOW))
-    n_passed = max(first, 0) // PAGE
-    return n_passed, first - PAGE * n_passed
+    window = word(a + ATTEND_WINDOW)
+    n_passed = pages_passed(table, pos, window)
+    return n_passed, first_seen(table, pos, window) - PAGE * n_passed
 
 
 def make(isa, k_dim, v_dim, *features):
@@ -345,8 +348,8 @@ def make(isa, k_dim, v_dim, *features):
     page_4, page_3, page_2, page_1 = (
         _page_of(n, k_dim, v_dim, n_sums, features) for n in (4, 3, 2, 1)
     )
-    values_in, n_bytes = _values_in(k_dim, v_dim, "shared" in features)
-    scratch = local(_VALUES + n_bytes)
+    values_in, n_value_bytes = _values_in(k_dim, v_dim, "shared" in features), values_bytes(v_dim)
+    scratch = local(_LOCAL_BYTES)
     is_windowed = "window" in features
     set_lows = _set_lows if is_windowed else _set_nothing
     seen_of = _window_seen if is_windowed else _all_seen
@@ -406,6 +409,7 @@ def make(isa, k_dim, v_dim, *features):
         if word(item + ITEM_SEGMENT) != ALL_SEGMENTS:
             end = 1
         k_bytes, v_bytes = word(a + ATTEND_K_PAGE_BYTES), word(a + ATTEND_V_PAGE_BYTES)
+        values = word(a + ATTEND_VALUES) + thread * n_value_bytes
         for i in range(end):
             which = word(item + ITEM_SEGMENT)
             if which == ALL_SEGMENTS:
@@ -426,7 +430,7 @@ def make(isa, k_dim, v_dim, *features):
                 if p < limit:
                     slot = arena_page(table, p)
                 next_k, next_v = k_base + slot * k_bytes, v_base + slot * v_bytes
-                v = values_in(k, v, s)
+                v = values_in(k, v, values)
                 one_page(
                     region, n_queries, group, i > 0, starts, k, v, next_k, next_v, scale, s, bound
                 )

@@ -11,7 +11,7 @@ from edgeinfer.kernels.cpu.layout import (
     COPY_STRIDE,
     COPY_X,
     H_WANTED,
-    WANTED_ROWS,
+    PICKED_ROWS,
 )
 from edgeinfer.kernels.cpu.native.simd import load_f32x8, store_f32x8
 from edgeinfer.kernels.cpu.native.sink import finish_row, n_rows_of, row_at
@@ -35,7 +35,7 @@ def copy(x, out, n):
 def make(isa):
     def kernel(h, a, chunk, thread):
         n_rows, source = n_rows_of(h, word(a + COPY_ROWS)), chunk
-        if word(a + COPY_ROWS) == WANTED_ROWS:
+        if word(a + COPY_ROWS) == PICKED_ROWS:
             source = load_i32(word(h + H_WANTED) + 4 * chunk)
         dim, sink = word(a + COPY_DIM), a + COPY_SINK
         out = row_at(sink, chunk, thread)

@@ -14,7 +14,7 @@ from edgeinfer.kernels.cpu.layout import (
     NORM_STRIDE,
     NORM_WEIGHT,
     NORM_X,
-    WANTED_ROWS,
+    PICKED_ROWS,
 )
 from edgeinfer.kernels.cpu.native.simd import (
     add_f,
@@ -86,7 +86,7 @@ def normalise(x, weight, eps, n, out):
 def make(isa):
     def kernel(h, a, chunk, thread):
         n_rows, source = n_rows_of(h, word(a + NORM_ROWS)), chunk
-        if word(a + NORM_ROWS) == WANTED_ROWS:
+        if word(a + NORM_ROWS) == PICKED_ROWS:
             source = load_i32(word(h + H_WANTED) + 4 * chunk)
         dim, sink = word(a + NORM_DIM), a + NORM_SINK
         x = word(a + NORM_X) + source * word(a + NORM_STRIDE)

@@ -6,14 +6,14 @@ import numpy as np
 from numba import njit
 
 from edgeinfer.kernels.cpu.layout import (
-    HEADS_DIM,
-    HEADS_EPS,
-    HEADS_N,
-    HEADS_ROWS,
-    HEADS_SINK,
-    HEADS_STRIDE,
-    HEADS_WEIGHT,
-    HEADS_X,
+    NORM_HEADS_DIM,
+    NORM_HEADS_EPS,
+    NORM_HEADS_N,
+    NORM_HEADS_ROWS,
+    NORM_HEADS_SINK,
+    NORM_HEADS_STRIDE,
+    NORM_HEADS_WEIGHT,
+    NORM_HEADS_X,
 )
 from edgeinfer.kernels.cpu.native.norm import normalise, sum_squares
 from edgeinfer.kernels.cpu.native.sink import finish_row, n_rows_of, row_at
@@ -31,10 +31,10 @@ def _normalise_plain(x, eps, n, out):
 
 def make(isa):
     def kernel(h, a, chunk, thread):
-        n_rows = n_rows_of(h, word(a + HEADS_ROWS))
-        n_heads, dim, sink = word(a + HEADS_N), word(a + HEADS_DIM), a + HEADS_SINK
-        weight, eps = word(a + HEADS_WEIGHT), load_f32(a + HEADS_EPS)
-        x = word(a + HEADS_X) + chunk * word(a + HEADS_STRIDE)
+        n_rows = n_rows_of(h, word(a + NORM_HEADS_ROWS))
+        n_heads, dim, sink = word(a + NORM_HEADS_N), word(a + NORM_HEADS_DIM), a + NORM_HEADS_SINK
+        weight, eps = word(a + NORM_HEADS_WEIGHT), load_f32(a + NORM_HEADS_EPS)
+        x = word(a + NORM_HEADS_X) + chunk * word(a + NORM_HEADS_STRIDE)
         out = row_at(sink, chunk, thread)
         for i in range(n_heads):
             at = 4 * dim * i

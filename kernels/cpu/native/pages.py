@@ -70,3 +70,9 @@ def first_seen(table, pos, window):
     Below 0 where it leaves all. Inside the cache there is no gap behind the pinned pages.
     """
     return pinned_position(table, pos) - window + 1
+
+
+@jit
+def pages_passed(table, pos, window):
+    """How many pages of its cache a query at `pos` no longer sees for a window; 0 is none."""
+    return max(first_seen(table, pos, window), 0) // PAGE if window > 0 else 0

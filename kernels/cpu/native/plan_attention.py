@@ -29,26 +29,20 @@ from edgeinfer.kernels.cpu.layout import (
     SPLIT_ROWS,
 )
 from edgeinfer.kernels.cpu.native.attention import n_segments, segment
-from edgeinfer.kernels.cpu.native.pages import first_seen, position, table_of
+from edgeinfer.kernels.cpu.native.pages import pages_passed, position, table_of
 from edgeinfer.kernels.cpu.native.words import load_i32, set_word, word
 
 jit = njit(error_model="numpy")
 
 
 @jit
-def _n_passed(table, pos, window):
-    """How many pages of its cache a query no longer sees for a window."""
-    return max(first_seen(table, pos, window), 0) // PAGE if window else 0
-
-
-@jit
 def _first_row(h, table, last, most, window):
     """First row of the work item that ends with row `last`: `most` positions are a block."""
     seqs, row = word(h + H_SEQ), last
-    block, n_passed = position(h, last) // most, _n_passed(table, position(h, last), window)
+    block, n_passed = position(h, last) // most, pages_passed(table, position(h, last), window)
     while row > 0 and load_i32(seqs + 4 * (row - 1)) == load_i32(seqs + 4 * last):
         pos = position(h, row - 1)
-        if pos // most != block or _n_passed(table, pos, window) != n_passed:
+        if pos // most != block or pages_passed(table, pos, window) != n_passed:
             break
         row -= 1
     return row
@@ -84,7 +78,7 @@ def make(isa):
             table = table_of(h, tables, end - 1)
             row = _first_row(h, table, end - 1, most, window)
             n_rows, page = end - row, position(h, row) // PAGE
-            n_passed = _n_passed(table, position(h, row), window)
+            n_passed = pages_passed(table, position(h, row), window)
             n_parts, n = 1, n_segments(table, page, n_passed)
             if n_rows <= SPLIT_ROWS and n_rows * (n - 1) <= spare:
                 n_parts = n

@@ -151,11 +151,8 @@ def make(isa, style):
             q += 4 * k_dim
             pinned += 4 * k_dim
 
-    def kernel(h, a, chunk, thread):
-        pos, table = position(h, chunk), table_of(h, word(a + ROTATE_TABLES), chunk)
-        page, place = arena_page(table, pos // PAGE), pos % PAGE
-        slid = word(a + ROTATE_PINNED_Q) != 0 and n_gone(table, pos // PAGE) > 0
-        queries(h, a, chunk, slid)
+    @jit
+    def keys_and_values(a, chunk, page, place):
         k_dim, v_dim = word(a + ROTATE_K_DIM), word(a + ROTATE_V_DIM)
         v_room = _whole_vectors(v_dim)
         n_pairs, norm = word(a + ROTATE_N_PAIRS), word(a + ROTATE_K_NORM)
@@ -176,5 +173,11 @@ def make(isa, style):
             v += 4 * v_dim
             k_page += K_ROW_BYTES * k_dim
             v_page += PAGE * KV_BYTES * v_room
+
+    def kernel(h, a, chunk, thread):
+        pos, table = position(h, chunk), table_of(h, word(a + ROTATE_TABLES), chunk)
+        queries(h, a, chunk, word(a + ROTATE_PINNED_Q) != 0 and n_gone(table, pos // PAGE) > 0)
+        if word(a + ROTATE_N_KV_HEADS) > 0:
+            keys_and_values(a, chunk, arena_page(table, pos // PAGE), pos % PAGE)
 
     return kernel

@@ -118,6 +118,12 @@ def _largest(scores, marks, n):
 
 
 @jit
+def _number(score):
+    """What is no number counts as the lowest."""
+    return score if score == score else _LOWEST
+
+
+@jit
 def _two_largest(scores, n):
     """Their sum."""
     first, second = _LOWEST, _LOWEST
@@ -127,7 +133,7 @@ def _two_largest(scores, n):
             first, second = score, first
         elif score > second:
             second = score
-    return first + second
+    return _number(first + second)
 
 
 @jit
@@ -173,7 +179,7 @@ def make(isa, gating):
             score = load_f32(p + i)
             if bias != 0:
                 score += load_f32(bias + i)
-            store_f32(scores + i, score if score == score else _LOWEST)
+            store_f32(scores + i, _number(score))
             store_i32(marks + i, 0)
         n_groups = word(a + ROUTE_N_GROUPS)
         if n_groups > 1:

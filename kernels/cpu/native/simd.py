@@ -431,6 +431,7 @@ def local(n_bytes):
 
     NOTE: under 4096 in all, or Windows needs a stack probe, which no object may call.
     """
+    assert n_bytes < 4096, f"{n_bytes} bytes of stack: use scratch memory"
 
     @intrinsic
     def allocate(typingctx):

@@ -13,6 +13,7 @@ from edgeinfer.kernels.cpu.layout import (
     A32_D,
     A32_DSUM,
     A32_SUMS,
+    ALL_ROWS,
     H_ROWS,
     H_WANTED_ROWS,
     MAX_TILE,
@@ -20,7 +21,6 @@ from edgeinfer.kernels.cpu.layout import (
     SINK_F32,
     SINK_STRIDE,
     SINK_THREAD_STRIDE,
-    WANTED_ROWS,
     whole_vectors,
 )
 from edgeinfer.kernels.cpu.native.simd import (
@@ -49,8 +49,8 @@ _SMALLEST = np.float32(1e-36)
 
 @jit
 def n_rows_of(h, which):
-    """How many rows an op has in this step: all, or with WANTED_ROWS those."""
-    return word(h + H_WANTED_ROWS) if which == WANTED_ROWS else word(h + H_ROWS)
+    """How many rows an op has in this step."""
+    return word(h + H_ROWS) if which == ALL_ROWS else word(h + H_WANTED_ROWS)
 
 
 @jit

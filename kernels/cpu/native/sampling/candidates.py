@@ -11,7 +11,7 @@ from edgeinfer.kernels.cpu import layout as at
 from edgeinfer.kernels.cpu.native.inlining import not_inlined
 from edgeinfer.kernels.cpu.native.sampling.numbers import INF, exp, log, token_of, value_of
 from edgeinfer.kernels.cpu.native.sampling.sort import push_all, sort_more
-from edgeinfer.kernels.cpu.native.sampling.vocabulary import gather, sum_exp
+from edgeinfer.kernels.cpu.native.sampling.vocabulary import gather, sum_exp, sum_products
 from edgeinfer.kernels.cpu.native.words import set_word, word
 
 jit = njit(error_model="numpy")
@@ -131,8 +131,11 @@ def scaled(c, i, inverse):
 
 
 @jit
-def sum_in_order(c, inverse):
-    """Sum of the exp of `scaled`, from left to right; all are in order."""
+def total_weight(c, inverse):
+    """Sum of the exp of `scaled`; over the vocabulary, in its order, while nothing was cut off."""
+    not_inlined()
+    if word(c + _IS_WHOLE):
+        return sum_exp(word(c + _LOGITS), word(c + _N_VOCAB), c, largest(c), inverse)
     total = 0.0
     for i in range(word(c + _N)):
         total += exp(scaled(c, i, inverse))
@@ -140,23 +143,15 @@ def sum_in_order(c, inverse):
 
 
 @jit
-def total_weight(c, inverse):
-    """The same sum; over the vocabulary, in its order, while nothing was cut off."""
-    not_inlined()
-    if word(c + _IS_WHOLE):
-        return sum_exp(word(c + _LOGITS), word(c + _N_VOCAB), c, largest(c), inverse)
-    return sum_in_order(c, inverse)
-
-
-@jit
 def entropy(c):
-    """The entropy of all, which are in order, and their `sum_in_order`."""
-    total, products = 0.0, 0.0
-    for i in range(word(c + _N)):
-        x = scaled(c, i, 1.0)
-        weight = exp(x)
-        total += weight
-        products += weight * x
+    """The entropy of all, and their `total_weight`."""
+    total, products = total_weight(c, 1.0), 0.0
+    if word(c + _IS_WHOLE):
+        products = sum_products(word(c + _LOGITS), word(c + _N_VOCAB), c, largest(c))
+    else:
+        for i in range(word(c + _N)):
+            x = scaled(c, i, 1.0)
+            products += exp(x) * x
     return log(total) - products / total, total
 
 

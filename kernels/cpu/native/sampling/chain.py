@@ -19,7 +19,6 @@ from edgeinfer.kernels.cpu.native.sampling.candidates import (
     open_first,
     scaled,
     sort_all,
-    sum_in_order,
     token,
     total_weight,
 )
@@ -162,7 +161,7 @@ def _is_excluding(row, chance):
 def _xtc(c, row):
     """Exclude top choices: drop all but the last that reaches the threshold."""
     n = sort_all(c)
-    limit = param(row, "xtc_threshold") * sum_in_order(c, 1.0)
+    limit = param(row, "xtc_threshold") * total_weight(c, 1.0)
     last = -1
     while last + 1 < n and exp(scaled(c, last + 1, 1.0)) >= limit:
         last += 1

@@ -47,7 +47,7 @@ from edgeinfer.kernels.cpu.native.words import load_f32, set_word, store_f32, wo
 
 jit = njit(error_model="numpy")
 
-_SUM_CHUNK = 4096  # as the reference: any device adds this many by itself
+_SUM_CHUNK = 4096  # the order of sums is that of edgeinfer.sampling.sampler
 
 # -- instructions --------------------------------------------------------------------------------
 
@@ -143,6 +143,12 @@ def _exp_term(x, largest, inverse):
 
 
 @jit
+def _product_term(x, largest, _):
+    scaled = sub_f(_real8(x, splat_f64(largest)), splat_f64(largest))
+    return mul_f(exp8(scaled), scaled)
+
+
+@jit
 def _logit_term(x, zero, _):
     return _real8(x, splat_f64(zero))
 
@@ -158,6 +164,13 @@ def sum_exp(logits, n_vocab, scratch, largest, inverse):
     """Sum of exp((logit - largest) * inverse) over the vocabulary."""
     not_inlined()
     return _sum(logits, n_vocab, scratch, _exp_term, largest, inverse)
+
+
+@jit
+def sum_products(logits, n_vocab, scratch, largest):
+    """Sum of exp(x) * x, x = logit - largest, over the vocabulary."""
+    not_inlined()
+    return _sum(logits, n_vocab, scratch, _product_term, largest, 0.0)
 
 
 @jit

@@ -1,7 +1,7 @@
-"""What the CPU kernels rely on about shapes and types, checked once before a graph is lowered.
+"""What compiled kernels rely on about shapes and types, checked once before a graph is lowered.
 
 Any width runs. Kernels trust what is said here and look at nothing again; what they expect of
-memory is said in `layout.py`.
+memory is said in the `layout.py` of each machine.
 """
 
 from __future__ import annotations
@@ -36,9 +36,8 @@ from edgeinfer.graph import (
     Value,
     Yarn,
 )
-from edgeinfer.kernels.cpu.formats import FORMATS
 from edgeinfer.known import Known, check, fields
-from edgeinfer.quant import Weight
+from edgeinfer.quant import Weight, check_runnable
 
 KNOWN: Known = {
     Embed: fields("weight"),
@@ -68,9 +67,9 @@ KNOWN: Known = {
 }
 
 
-def check_shapes(segment: Segment) -> None:
+def check_shapes(segment: Segment, backend: str) -> None:
     """Raise UnsupportedModelError for the first op, shape or type that no kernel can be given."""
-    check(segment, KNOWN, "cpu")
+    check(segment, KNOWN, backend)
     routes = {op.out: op for op in segment.ops if isinstance(op, Route)}
     for op in segment.ops:
         _check_op(op)
@@ -145,16 +144,13 @@ def _check_along(op: ExpertLinear | ExpertSum, routes: Mapping[Value, Route]) ->
 
 
 def _check_matrix(weight: Weight, n_rows: int, n_cols: int, stack: tuple[int, ...] = ()) -> None:
-    """Columns are whole blocks of the type but for floats, whose blocks are ours."""
+    """Columns are whole blocks of the type."""
     _check_shape(weight, (*stack, n_rows, n_cols))
-    fmt = FORMATS.get(weight.type.name.lower())
-    if fmt is None:
-        raise _unsupported(
-            weight.name, weight.type.name, ", ".join(name.upper() for name in FORMATS)
-        )
-    if fmt.activation != "f32" and n_cols % fmt.block:
+    check_runnable(weight.name, weight.type)
+    if n_cols % weight.type.block:
         what = f"{weight.name} of type {weight.type.name}"
-        raise _unsupported(what, f"{n_cols} columns wide", f"multiples of {fmt.block}")
+        supported = f"multiples of {weight.type.block}"
+        raise _unsupported(what, f"{n_cols} columns wide", supported)
 
 
 def _check_vector(weight: Weight, n: int) -> None:
@@ -198,6 +194,4 @@ def _check_parts(what: str, n: int, n_parts: int) -> None:
 
 
 def _unsupported(what: str, found: str, supported: str) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"{what} is {found}; the cpu backend runs {supported}", missing=[found]
-    )
+    return UnsupportedModelError(f"{what} is {found}; kernels run {supported}", missing=[found])

@@ -1,0 +1,193 @@
+"""A program made of programs over consecutive layers: each hands its rows on to the next.
+
+Knows no device. A cut changes no bit: rows are handed on as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from edgeinfer.backend import Backend, Program, Ticket, build_exactly, tune, unkept_kernels
+from edgeinfer.batch import Batch, Demand, Outputs, StepLimits, StepRequest
+from edgeinfer.graph import Segment
+
+
+class Stretch(NamedTuple):
+    """The layers from `first` on, up to the next stretch, and the machine that runs them."""
+
+    first: int
+    backend: Backend
+
+
+class ChainBackend:
+    """Compiles a whole model for several machines, each for a stretch of its layers."""
+
+    def __init__(self, stretches: Sequence[Stretch]) -> None:
+        firsts = [stretch.first for stretch in stretches]
+        assert firsts[0] == 0 and firsts == sorted(set(firsts)), "stretches follow each other"
+        self._stretches = tuple(stretches)
+
+    def memories(self, host: int) -> dict[str, int]:
+        """Of each memory what the most cautious of the machines says."""
+        least: dict[str, int] = {}
+        for stretch in self._stretches:
+            for name, n_bytes in stretch.backend.memories(host).items():
+                least[name] = min(n_bytes, least.get(name, n_bytes))
+        return least
+
+    def demand(self, segment: Segment, request: StepRequest) -> Demand:
+        """What all of them take together, for steps as large as the least of them runs.
+
+        UnsupportedModelError where one lacks an operation, or a layer can't begin a stretch.
+        """
+        parts = self._parts(segment)
+        demands = [backend.demand(part, request) for backend, part in parts]
+        most_rows = min(demand.limits.max_rows for demand in demands)
+        if any(demand.limits.max_rows > most_rows for demand in demands):
+            request = request._replace(most_rows=most_rows)
+            demands = [backend.demand(part, request) for backend, part in parts]
+        limits = [demand.limits for demand in demands]
+        n_pages = {window: n for each in limits for window, n in each.n_pages.items()}
+        whole = limits[-1]._replace(
+            n_pages={window: n_pages[window] for window in segment.groups},
+            max_sequences=min(each.max_sequences for each in limits),
+            shared_rows=min(each.shared_rows for each in limits),
+            row_cost=max(each.row_cost for each in limits),
+        )
+        building_bytes = sum(demand.building_bytes for demand in demands)
+        return Demand(whole, _added(demand.memories for demand in demands), building_bytes)
+
+    def compile(self, segment: Segment, limits: StepLimits) -> Chain:
+        """One program for each stretch; none is left where one of them can't be made."""
+        windows = list(segment.groups)
+        with ExitStack() as stack:
+            links = []
+            for backend, part in self._parts(segment):
+                n_pages = {window: limits.n_pages[window] for window in part.groups}
+                program = backend.compile(part, limits._replace(n_pages=n_pages))
+                stack.callback(program.close)
+                links.append(Link(program, tuple(map(windows.index, n_pages))))
+            stack.pop_all()
+        return Chain(links)
+
+    def _parts(self, segment: Segment) -> list[tuple[Backend, Segment]]:
+        parts = []
+        for stretch in reversed(self._stretches[1:]):
+            segment, part = segment.cut(stretch.first)
+            parts.append((stretch.backend, part))
+        return [(self._stretches[0].backend, segment), *reversed(parts)]
+
+
+def _added(demands: Iterable[Mapping[str, Mapping[str, int]]]) -> dict[str, dict[str, int]]:
+    """Bytes by memory and purpose of several demands together."""
+    total: dict[str, dict[str, int]] = {}
+    for memories in demands:
+        for memory, rows in memories.items():
+            added = total.setdefault(memory, {})
+            for purpose, n_bytes in rows.items():
+                added[purpose] = added.get(purpose, 0) + n_bytes
+    return total
+
+
+class Link(NamedTuple):
+    """A program, and which of a sequence's page tables are those of its cache groups."""
+
+    program: Program
+    groups: tuple[int, ...]
+
+    def batch(self, step: Batch, *, is_last: bool) -> Batch:
+        """This program's part of a step; before the last all rows are handed on."""
+        tables = [tuple(tables[i] for i in self.groups) for tables in step.tables]
+        if is_last:
+            return Batch(
+                step.ids, step.pos, step.seq, tables, step.wanted, step.output, step.hidden,
+                step.samples,
+            )  # fmt: skip
+        nothing = np.zeros(0, np.int32)
+        return Batch(step.ids, step.pos, step.seq, tables, nothing, "hidden", step.hidden)
+
+
+class Chain:
+    """Programs over consecutive layers, as one. One step at a time."""
+
+    def __init__(self, links: Sequence[Link]) -> None:
+        self._links = tuple(links)
+
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        return tuple(link.program for link in self._links)
+
+    @property
+    def step_weight_bytes(self) -> int:
+        return sum(program.step_weight_bytes for program in self.programs)
+
+    def submit(self, batch: Batch) -> ChainTicket:
+        """Begin a step with the first program; the others take their turns in `wait`."""
+        batch.check()
+        first, *others = self._links
+        step = batch.snapshot()  # they do so when the caller may have changed it
+        last = others[-1] if others else first
+        later = [(link.program, link.batch(step, is_last=link is last)) for link in others]
+        return ChainTicket(first.program.submit(first.batch(batch, is_last=not others)), later)
+
+    def describe(self) -> dict[str, Any]:
+        """The facts of all programs; where two have the same, the first one's."""
+        facts: dict[str, Any] = {}
+        described = [program.describe() for program in self.programs]
+        for each in reversed(described):
+            facts |= each
+        return {**facts, "device": " + ".join(dict.fromkeys(each["device"] for each in described))}
+
+    def build_exactly(self, progress: Callable[[int, int], None]) -> int:
+        return sum(build_exactly(program, progress) for program in self.programs)
+
+    def tune(self, progress: Callable[[int, int], None]) -> str:
+        return ", ".join(filter(None, [tune(program, progress) for program in self.programs]))
+
+    @property
+    def unkept(self) -> str:
+        return next(filter(None, map(unkept_kernels, self.programs)), "")
+
+    def close(self) -> None:
+        """Close all, whatever one of them raises."""
+        with ExitStack() as stack:
+            for program in self.programs:
+                stack.callback(program.close)
+
+    def __enter__(self) -> Chain:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class ChainTicket:
+    """A step on its way through a chain."""
+
+    def __init__(self, ticket: Ticket, later: list[tuple[Program, Batch]]) -> None:
+        self._ticket, self._later = ticket, later
+        self._is_aborted = False
+
+    def wait(self) -> Outputs:
+        """Run what is left of the step, program by program."""
+        outputs = self._ticket.wait()
+        while self._later and not (self._is_aborted or outputs.aborted):
+            program, batch = self._later[0]
+            batch.hidden = outputs.hidden
+            self._ticket = program.submit(batch)
+            del self._later[0]
+            if self._is_aborted:  # it came while the ticket was another's
+                self._ticket.abort()
+            outputs = self._ticket.wait()
+        if self._later:  # nobody has run them
+            outputs.aborted = True
+        return outputs
+
+    def abort(self) -> None:
+        """Cut the step short in the program that it has come to, from any thread."""
+        self._is_aborted = True
+        self._ticket.abort()

@@ -1,0 +1,164 @@
+"""Where a model runs: the device that a caller names, or the best one that is here.
+
+Knows no kernels, and loads nothing of CUDA but its driver.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from edgeinfer import platform
+from edgeinfer.errors import Advice, DeviceError, Keyword
+
+if TYPE_CHECKING:
+    from edgeinfer.platform import CudaDriver, Gpu
+
+_NAME = re.compile(r"(auto|cpu|reference)|(cuda|shim)(?::(\d{1,3}))?", re.ASCII)
+_LEAST_DRIVER = 12000  # CUDA 12.0, as drivers write it
+_LEAST_CAPABILITY = (6, 1)  # the first with products of four bytes
+_CAPABILITY_OF_CUDA_13 = (7, 5)  # its compiler knows none below
+_ON_THE_CPU: Advice = (", or use ", Keyword("device", "cpu"))
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """This machine's processors ("cpu", "reference"), or one of several by its number.
+
+    "cuda" is a GPU, "shim" the same kernels compiled for the processors, for tests. "auto" is what
+    `choose` finds.
+    """
+
+    kind: str
+    index: int = 0
+
+    @classmethod
+    def parse(cls, name: str) -> Device:
+        """ "cpu" or "cuda:1"; DeviceError for what is the name of none."""
+        match = _NAME.fullmatch(name)
+        if match is None:
+            raise DeviceError(
+                f"no device {name[:80]!r}; there are auto, cpu, reference, cuda and, where there "
+                "are several, cuda:N"
+            )
+        return cls(match[1] or match[2], int(match[3] or 0))
+
+    @property
+    def has_number(self) -> bool:
+        return self.kind in ("cuda", "shim")
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.index}" if self.has_number else self.kind
+
+
+class Choice(NamedTuple):
+    """A device, and a line for people where it is not the one that they would expect."""
+
+    device: Device
+    note: str = ""
+
+
+def choose(asked: Device) -> Choice:
+    """The device that was asked for; for "auto" a GPU where one can be used, else the CPU.
+
+    DeviceError says what was found, and what to do, where there is no GPU to be had that was
+    asked for.
+    """
+    if asked.kind == "auto":
+        return _best()
+    if asked.kind == "cuda":
+        _check_cuda(platform.cuda_driver(), asked.index)
+    return Choice(asked)
+
+
+def _best() -> Choice:
+    driver = platform.cuda_driver()
+    index = None if driver is None else usable_gpu(driver)
+    if driver is None or index is None:
+        return Choice(Device("cpu"))
+    if has_cupy():
+        return Choice(Device("cuda", index))
+    name, command = driver.devices[index].name, install_command(driver, index)
+    return Choice(Device("cpu"), f"{name} is not used, since CuPy is missing; run: {command}")
+
+
+def _check_cuda(driver: CudaDriver | None, index: int) -> None:
+    """Raise DeviceError unless kernels can run on this GPU."""
+    if driver is None:
+        raise DeviceError(
+            f"cuda:{index} needs an NVIDIA driver, and none was found",
+            advice=("install the one of your GPU", *_ON_THE_CPU),
+        )
+    if driver.error or not driver.devices:
+        raise DeviceError(
+            f"the NVIDIA driver finds no GPU for cuda:{index} (error {driver.error})",
+            advice=("see what nvidia-smi says", *_ON_THE_CPU),
+        )
+    if index >= len(driver.devices):
+        here = ", ".join(f"cuda:{i} ({gpu.name})" for i, gpu in enumerate(driver.devices))
+        raise DeviceError(f"there is no cuda:{index}; there are {here}")
+    gpu = driver.devices[index]
+    if driver.version < _LEAST_DRIVER:
+        raise DeviceError(
+            f"the NVIDIA driver of cuda:{index} runs CUDA up to {cuda_version(driver)}, 12.0 is "
+            "needed",
+            advice=("update the driver", *_ON_THE_CPU),
+        )
+    if _capability(gpu) < _LEAST_CAPABILITY:
+        raise DeviceError(
+            f"cuda:{index} ({gpu.name}) has compute capability {gpu.compute_capability}, 6.1 is "
+            "needed",
+            advice=("use ", Keyword("device", "cpu")),
+        )
+    if not has_cupy():
+        command = install_command(driver, index)
+        raise DeviceError(
+            f"cuda:{index} ({gpu.name}) needs CuPy, which is not installed",
+            advice=(f"run {command}", *_ON_THE_CPU),
+        )
+
+
+def has_cupy() -> bool:
+    """Whether CuPy is installed; it is not imported."""
+    from importlib.util import find_spec
+
+    try:
+        return find_spec("cupy") is not None
+    except (ImportError, ValueError):  # somebody forbids it, or has put something in its place
+        return False
+
+
+def usable_gpu(driver: CudaDriver) -> int | None:
+    """The number of the first GPU that kernels can run on, as far as the driver tells."""
+    if driver.version < _LEAST_DRIVER:
+        return None
+    capabilities = map(_capability, driver.devices)
+    return next((i for i, each in enumerate(capabilities) if each >= _LEAST_CAPABILITY), None)
+
+
+def cuda_version(driver: CudaDriver) -> str:
+    """The newest CUDA that a driver runs, such as 12.4."""
+    return f"{driver.version // 1000}.{driver.version % 1000 // 10}"
+
+
+def install_command(driver: CudaDriver, index: int) -> str:
+    """The command that adds what a GPU's kernels need: the requirements of one of our extras."""
+    import importlib.metadata  # 20 ms that starts don't need
+    import sys
+
+    capability = _capability(driver.devices[index])
+    is_new = driver.version >= 13000 and capability >= _CAPABILITY_OF_CUDA_13
+    extra = "cuda13" if is_new else "cuda12"
+    try:
+        requires = importlib.metadata.requires("edgeinfer") or []
+    except importlib.metadata.PackageNotFoundError:
+        requires = []
+    wanted = [r.partition(";")[0].strip() for r in requires if f'"{extra}"' in r.replace("'", '"')]
+    packages = " ".join(f"'{each}'" for each in wanted) or f"'.[{extra}]'"
+    return f"{sys.executable} -m pip install {packages}"
+
+
+def _capability(gpu: Gpu) -> tuple[int, int]:
+    major, _, minor = gpu.compute_capability.partition(".")
+    return int(major), int(minor or 0)

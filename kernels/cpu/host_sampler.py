@@ -1,0 +1,112 @@
+"""Picks tokens from rows of logits in host memory: the kernel `sample`, in a step or by itself.
+
+Knows no program: a device of another kind is handed a `HostSampler` for what it doesn't sample.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgeinfer import platform
+from edgeinfer.kernels.buffers import Arena, Buffer
+from edgeinfer.kernels.cpu import layout
+from edgeinfer.kernels.cpu.commands import KernelOp, KernelPart
+from edgeinfer.kernels.cpu.library import Library, Progress
+from edgeinfer.kernels.cpu.team import KERNELS, Op, Tape, shared_team
+from edgeinfer.sampling.params import SampleTable
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+SAMPLE = "sample"
+
+
+class Sampling:
+    """The kernel and its memory, before there is any."""
+
+    def __init__(self, n_vocab: int, n_threads: int) -> None:
+        self.n_vocab, self._thread_bytes = n_vocab, layout.sample_scratch_bytes(n_vocab)
+        self.scratch = Buffer("sampling", n_threads * self._thread_bytes)
+
+    def op(self, logits: Buffer | int, stride: int) -> KernelOp:
+        """Samples each wanted row, `stride` bytes apart, as the step's table asks."""
+        args = layout.SAMPLE.pack(
+            logits=logits, stride=stride, n_vocab=self.n_vocab, scratch=self.scratch,
+            scratch_bytes=self._thread_bytes,
+        )  # fmt: skip
+        return KernelOp("sample", [KernelPart(SAMPLE, args, layout.COUNT_WANTED)])
+
+
+class HostSampler:
+    """Samples on the team of this process, which all that runs on the CPU shares.
+
+    Takes nothing before `open`. Not thread-safe: one call at a time.
+    """
+
+    def __init__(
+        self, library: Library, n_vocab: int, n_threads: int, progress: Progress | None = None
+    ) -> None:
+        self._library, self._progress = library, progress
+        self._n_vocab, self._n_threads = n_vocab, n_threads
+        self._sampling, self._arena = Sampling(n_vocab, n_threads), Arena()
+        self._arena.place(self._sampling.scratch)
+        self._memory: platform.Memory | None = None
+        self._header = np.zeros(layout.HEADER_WORDS, np.int64)
+        self._tape: Tape | None = None  # of the rows that were sampled last
+        self._rows = 0, 0  # their address, and bytes from one to the next
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory that it holds from `open` to `close`."""
+        return self._arena.n_bytes
+
+    @property
+    def building_bytes(self) -> int:
+        """Memory that `open` takes for a while, where kernels must be built."""
+        return self._library.building_bytes({SAMPLE, *KERNELS})
+
+    def open(self) -> None:
+        """Load or build the kernel and reserve memory; once."""
+        self._library.load({SAMPLE, *KERNELS}, self._progress)
+        self._team = shared_team(self._library, self._n_threads)
+        self._memory = platform.Memory(self.n_bytes)
+        self._arena.settle(self._memory.address)
+
+    def sample(self, logits: NDArray[np.float32], table: SampleTable) -> None:
+        """Fill the outputs of a table's first R rows from logits (R, V).
+
+        Rows may lie apart. Logits are changed on the way and put back.
+        """
+        n_rows, n_vocab = logits.shape
+        assert self._memory is not None, "open it first"
+        assert n_vocab == self._n_vocab, f"{n_vocab} logits a row, not {self._n_vocab}"
+        assert n_rows <= table.n_rows, f"{n_rows} rows, and {table.n_rows} that say how"
+        assert logits.dtype == np.float32 and logits.strides[1] == 4 and logits.flags.writeable
+        tape = self._tape_of(logits.ctypes.data, logits.strides[0])
+        self._header[layout.H_WANTED_ROWS // layout.WORD] = n_rows
+        self._header[layout.H_SAMPLES // layout.WORD] = table.address
+        self._team.run(tape)
+
+    def close(self) -> None:
+        """Free everything."""
+        if self._memory is not None:
+            self._free_tape()
+            self._memory.close()
+            self._memory = None
+
+    def _tape_of(self, address: int, stride: int) -> Tape:
+        """Made anew where rows lie elsewhere than last time."""
+        if self._tape is None or self._rows != (address, stride):
+            self._free_tape()
+            op = Op.of(self._sampling.op(address, stride), self._library)
+            self._tape = Tape([op], self._header.ctypes.data, self._n_threads)
+            self._rows = address, stride
+        return self._tape
+
+    def _free_tape(self) -> None:
+        if self._tape is not None:
+            self._team.quiesce()
+            self._tape.close()
+            self._tape = None

@@ -1,0 +1,124 @@
+"""A program before it takes any memory of a device: what it will launch, and reserve for what."""
+
+from __future__ import annotations
+
+from itertools import count, takewhile
+
+from edgeinfer.batch import SEGMENT_PAGES, StepLimits, cache_row
+from edgeinfer.graph import Attention, Embed, ExpertLinear, Linear, Segment
+from edgeinfer.kernels.buffers import Arena, Buffer
+from edgeinfer.kernels.cuda.kernel import Kernel
+from edgeinfer.kernels.cuda.layout import ALIGNMENT, StepArrays, page_bytes
+from edgeinfer.kernels.cuda.lower import Lowering
+from edgeinfer.kernels.cuda.lower_base import FEW_ROWS, LayerCache, StepBuffers
+from edgeinfer.kernels.cuda.tiles import row_stride
+from edgeinfer.kernels.cuda.weights import TiledWeights, matrix_bytes
+from edgeinfer.quant import Weight
+
+
+class Blueprint:
+    """A segment lowered for steps of up to `limits` on a GPU of `arch`, to become one program."""
+
+    def __init__(self, segment: Segment, limits: StepLimits, arch: int) -> None:
+        self.segment, self.limits = segment, limits
+        self.weights = TiledWeights(*_weights_of(segment))
+        self.step_arrays = StepArrays(limits)
+        self.kv, self.step = Arena(ALIGNMENT), Arena(ALIGNMENT)
+        self.step_buffers = step = self._place_step()
+        caches = self._caches = self._place_caches()
+        self.lowered = Lowering(segment, limits, self.weights, caches, step, arch).run()
+        self.scratch = self.lowered.scratch
+        self.scratch.place(self.weights.staging, 0 if self.scratch.n_bytes else None)
+        self.scratch.n_bytes = max(
+            self.scratch.n_bytes, self.scratch.aligned(self.weights.staging.n_bytes)
+        )
+
+    def arenas(self) -> tuple[Arena, ...]:
+        return self.weights.arena, self.kv, self.scratch, self.step
+
+    def kernels(self) -> set[Kernel]:
+        return self.lowered.kernels() | self.weights.kernels()
+
+    def rows(self) -> dict[str, int]:
+        """Bytes that the program reserves, by purpose."""
+        weights = self.weights.bytes_by_type
+        return {
+            **{f"weights {kind}": n_bytes for kind, n_bytes in weights.items()},
+            **self._cache_rows,
+            "scratch": self.scratch.n_bytes + self.step.n_bytes + self._counters_bytes,
+        }
+
+    @property
+    def logits_bytes(self) -> int:
+        """Of the host's memory, for what comes back of a step."""
+        dim = self.segment.output.dim if self.segment.is_last else self.segment.hidden.dim
+        return 4 * row_stride(dim) * self.limits.max_outputs
+
+    @property
+    def step_weight_bytes(self) -> int:
+        """Weights that a step of one row reads: all matrices but a lone embedding."""
+        sizes = {}
+        for op in self.segment.ops:
+            if isinstance(op, Linear):
+                sizes[op.weight.name] = matrix_bytes(op.weight)
+            elif isinstance(op, ExpertLinear):
+                sizes[op.weight.name] = op.n_used * matrix_bytes(op.weight)
+        return sum(sizes.values())
+
+    @property
+    def segment_counts(self) -> list[int]:
+        """For how many segments attention is launched: 1, 4, 16, ... and as many as can be."""
+        most = max((cache.max_segments for cache in self._caches.values()), default=1)
+        return [*takewhile(lambda n: n < most, (4**i for i in count())), most]
+
+    def _place_step(self) -> StepBuffers:
+        arrays = self.step_arrays
+        whole = self.step.place(Buffer("step", arrays.memory.nbytes, is_kept=True))
+        self.step_buffer = whole
+        n_bytes = 4 * self.limits.max_outputs
+        results = self.step.place(Buffer("sampled", 2 * n_bytes, is_kept=True))
+        status = self.step.place(Buffer("status", n_bytes, is_kept=True), results.address + n_bytes)
+        part = self._part
+        return StepBuffers(
+            part("step"), part("ids"), part("pos"), part("seq"), part("wanted"), part("pages"),
+            results, status, self._counters(),
+        )  # fmt: skip
+
+    def _counters(self) -> Buffer:
+        """Of blocks that have left a part of attention, in memory that begins as zeros."""
+        heads = [op.n_heads for op in self.segment.ops if isinstance(op, Attention)]
+        n_bytes = 4 * FEW_ROWS * max(heads, default=0)
+        self._counters_bytes = self.kv.aligned(n_bytes)
+        return self.kv.place(Buffer("counters", n_bytes, is_kept=True))
+
+    def _part(self, name: str, group: int = 0) -> Buffer:
+        offset = self.step_buffer.address + self.step_arrays.offset(name, group)
+        return self.step.place(Buffer(name, 0, is_kept=True), offset)
+
+    def _place_caches(self) -> dict[int, LayerCache]:
+        """For each layer its pages of K and of V, one array each; a group shares the tables."""
+        caches: dict[int, LayerCache] = {}
+        self._cache_rows: dict[str, int] = {}
+        for i, (window, group) in enumerate(self.segment.groups.items()):
+            n_pages, before = self.limits.n_pages[window], self.kv.n_bytes
+            tables = self._part("tables", i)
+            for layer, kv in group.items():
+                k, v = (
+                    self.kv.place(Buffer(name, n_pages * n_bytes, is_kept=True))
+                    for name, n_bytes in zip("KV", page_bytes(kv), strict=True)
+                )
+                caches[layer] = LayerCache(k, v, tables, -(-n_pages // SEGMENT_PAGES) + 2)
+            self._cache_rows[cache_row(window)] = self.kv.n_bytes - before
+        return caches
+
+
+def _weights_of(segment: Segment) -> tuple[list[Weight], list[Weight]]:
+    """The matrices and the vectors that a segment's ops read."""
+    matrices, vectors = list[Weight](), list[Weight]()
+    for op in segment.ops:
+        weights = [field for field in op if isinstance(field, Weight)]
+        if isinstance(op, (Embed, Linear, ExpertLinear)):
+            matrices.append(op.weight)
+            weights.remove(op.weight)
+        vectors += weights
+    return matrices, vectors

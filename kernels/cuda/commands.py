@@ -1,0 +1,90 @@
+"""What a step runs on a device: kernels with their arguments, and how many blocks of them.
+
+Knows no model: `lower.py` says which kernels, and `program.py` launches them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import NamedTuple, TypeAlias
+
+from edgeinfer.kernels.buffers import Arena, Buffer
+from edgeinfer.kernels.cuda.kernel import Kernel
+from edgeinfer.kernels.cuda.layout import ALIGNMENT
+
+ALL_ROWS, WANTED_ROWS = 0, 1  # the rows of a step that a kernel is for: its argument `rows`
+ANY_NUMBER = 1 << 30
+
+Arg: TypeAlias = "int | float | Buffer | Segments"  # a buffer is its address
+
+
+class Segments(Enum):
+    """As many blocks as a row of the step sees segments at most, or that number."""
+
+    OF_STEP = auto()
+
+
+class Launch(NamedTuple):
+    """A kernel for some rows of a step: `blocks` of so many threads for each `rows_per_block`.
+
+    It runs where there are least_rows to most_rows of them; others do the same for other numbers.
+    """
+
+    kernel: Kernel
+    args: Mapping[str, Arg]
+    rows: int  # ALL_ROWS or WANTED_ROWS
+    blocks: tuple[int | Segments, ...]  # x, or x and y: rows come behind
+    threads: int
+    shared_bytes: int = 0
+    rows_per_block: int = 1
+    least_rows: int = 1
+    most_rows: int = ANY_NUMBER
+
+    def takes(self, n_rows: int) -> bool:
+        return self.least_rows <= n_rows <= self.most_rows
+
+    def grid(self, n_rows: int, n_segments: int) -> tuple[int, int, int]:
+        blocks = (n_segments if isinstance(n, Segments) else n for n in self.blocks)
+        x, y, z = (*blocks, -(-n_rows // self.rows_per_block), 1)[:3]
+        return x, y, z
+
+    def values(self, n_segments: int) -> dict[str, int | float]:
+        """The arguments, once buffers have addresses."""
+        values: dict[str, int | float] = {}
+        for name, arg in self.args.items():
+            if isinstance(arg, Buffer):
+                values[name] = arg.address
+            else:
+                values[name] = n_segments if isinstance(arg, Segments) else arg
+        return values
+
+    @property
+    def depends_on_segments(self) -> bool:
+        return any(isinstance(each, Segments) for each in (*self.blocks, *self.args.values()))
+
+    def buffers(self) -> Iterable[Buffer]:
+        return (arg for arg in self.args.values() if isinstance(arg, Buffer))
+
+
+@dataclass(slots=True)
+class Lowered:
+    """The launches of a segment and the buffers by which a program talks to them."""
+
+    launches: list[Launch] = field(default_factory=list)
+    head: int = 0  # launches before the logits: a step that wants hidden rows stops there
+    input: Buffer | None = None
+    hidden: Buffer | None = None
+    logits: Buffer | None = None
+    argmax: Launch | None = None  # the likeliest token of each row of logits
+    scratch: Arena = field(default_factory=lambda: Arena(ALIGNMENT))
+
+    def kernels(self) -> set[Kernel]:
+        launches = [*self.launches, self.argmax] if self.argmax else self.launches
+        return {launch.kernel for launch in launches}
+
+    def place(self) -> None:
+        """Offsets for every buffer."""
+        uses = [list(launch.buffers()) for launch in self.launches]
+        self.scratch.place_by_life(uses, (self.input, self.hidden, self.logits))

@@ -1,0 +1,115 @@
+"""What lies where in a device's memory: pages of a cache, parts of attention, what a step says.
+
+The kernels read the same from `dev.cuh`, `attend.cuh` and their own parameters; rows of values and
+matrices are in `tiles.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeinfer.batch import PAGE, Batch, StepLimits
+from edgeinfer.graph import KV
+
+ALIGNMENT = 256  # of every buffer: what a device's own allocator gives
+
+
+def page_bytes(kv: KV) -> tuple[int, int]:
+    """Bytes of a layer's K and V in a page of 32 positions, in halves; no V where K is V.
+
+    Both hold whole runs of 8 values of a head.
+    """
+    k_bytes, v_bytes = (2 * PAGE * (-(-dim // 8) * 8) for dim in (kv.k_dim, kv.v_dim))
+    return kv.n_heads * k_bytes, 0 if kv.k_is_v else kv.n_heads * v_bytes
+
+
+_STEP = np.dtype([(name, np.int32) for name in ("n_rows", "n_wanted", "n_sequences", "abort")])
+_TABLE = np.dtype([(n, np.int32) for n in ("first", "n_pages", "n_pinned", "n_visible")])
+
+
+class StepArrays:
+    """All that a step says to kernels, in host memory as it will lie on the device.
+
+    The page numbers of every table are one list, the last array: only as many as there are go
+    to the device.
+    """
+
+    def __init__(self, limits: StepLimits) -> None:
+        n_groups, n_sequences = len(limits.n_pages), limits.max_sequences
+        n_pages = n_sequences * sum(limits.n_pages.values())
+        shapes = {
+            "step": ((1,), _STEP),
+            "ids": ((limits.max_rows,), np.dtype(np.int32)),
+            "pos": ((limits.max_rows,), np.dtype(np.int64)),
+            "seq": ((limits.max_rows,), np.dtype(np.int32)),
+            "wanted": ((limits.max_outputs,), np.dtype(np.int32)),
+            "tables": ((n_groups, n_sequences), _TABLE),
+            "pages": ((n_pages,), np.dtype(np.int32)),
+        }
+        self._offsets, end = dict[str, int](), 0
+        for name, (shape, dtype) in shapes.items():
+            self._offsets[name] = end
+            end += -(-int(np.prod(shape)) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        self.memory: NDArray[np.uint8] = np.zeros(end, np.uint8)
+        self._n_pages = 0
+        self._arrays = {
+            name: np.ndarray(shape, dtype, self.memory.data, self._offsets[name])
+            for name, (shape, dtype) in shapes.items()
+        }
+
+    def offset(self, name: str, group: int = 0) -> int:
+        """Where an array begins; of "tables", those of one cache group."""
+        tables = self._arrays["tables"]
+        return self._offsets[name] + (tables[:group].nbytes if name == "tables" else 0)
+
+    @property
+    def abort_offset(self) -> int:
+        """Where the word lies by which a step is cut short."""
+        fields = _STEP.fields
+        assert fields is not None
+        return self._offsets["step"] + int(fields["abort"][1])
+
+    def fill(self, batch: Batch) -> int:
+        """Take in a step; returns how many bytes of `memory` say it."""
+        arrays, n_rows, n_wanted = self._arrays, batch.n_rows, len(batch.wanted)
+        arrays["step"][0] = n_rows, n_wanted, len(batch.tables), 0
+        arrays["pos"][:n_rows], arrays["seq"][:n_rows] = batch.pos, batch.seq
+        arrays["wanted"][:n_wanted] = batch.wanted
+        if batch.hidden is None:
+            arrays["ids"][:n_rows] = batch.ids
+        pages, end = arrays["pages"], 0
+        for i, tables in enumerate(batch.tables):
+            for group, table in zip(arrays["tables"], tables, strict=True):
+                first, end = end, end + len(table.pages)
+                pages[first:end] = table.pages
+                group[i] = first, len(table.pages), table.n_pinned, table.n_visible
+        self._n_pages = end
+        return self.n_bytes
+
+    @property
+    def n_bytes(self) -> int:
+        """How much of `memory` says the step that was filled in."""
+        return self._offsets["pages"] + 4 * self._n_pages
+
+    def go_on(self) -> None:
+        """The step that follows where every sequence gets one token more; its ids are not known."""
+        n_rows, *_ = self._arrays["step"][0]
+        self._arrays["pos"][:n_rows] += 1
+
+    def set_ids(self, ids: NDArray[np.int32]) -> None:
+        self._arrays["ids"][: len(ids)] = ids
+
+    def says_the_same(self, other: StepArrays) -> bool:
+        """Whether both have the same step."""
+        ours, theirs = self._used(), other._used()
+        return all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+    def _used(self) -> list[NDArray[Any]]:
+        arrays = self._arrays
+        n_rows, n_wanted, n_sequences, _ = arrays["step"][0]
+        rows = [arrays[name][:n_rows] for name in ("ids", "pos", "seq")]
+        others = arrays["wanted"][:n_wanted], arrays["tables"][:, :n_sequences]
+        return [*rows, *others, arrays["pages"][: self._n_pages]]

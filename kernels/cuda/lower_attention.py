@@ -1,0 +1,147 @@
+"""Lowers rotation and attention: what is stored, and who sees what."""
+
+from __future__ import annotations
+
+from edgeinfer.fusion import PinnedAttention, PinnedRotate, RotatedAttention
+from edgeinfer.graph import Rope, Rotate, Value
+from edgeinfer.kernels.buffers import Buffer
+from edgeinfer.kernels.cuda.attention import (
+    AttendLaunch,
+    AttendRowsLaunch,
+    part_floats,
+)
+from edgeinfer.kernels.cuda.commands import ALL_ROWS, Arg, Segments
+from edgeinfer.kernels.cuda.kernel import Kernel
+from edgeinfer.kernels.cuda.lower_base import FEW_ROWS, LaunchShape, LayerCache, LoweringBase
+from edgeinfer.kernels.cuda.tiles import row_stride
+from edgeinfer.quant import Weight
+
+
+class AttentionLowering(LoweringBase):
+    """The steps of attention."""
+
+    def _rotate(self, op: Rotate | PinnedRotate) -> None:
+        out = self._float_buffer(op.out, "rotated")
+        tables = self._tables.get(op.layer) if isinstance(op, PinnedRotate) else None
+        self._turn(op.rope, op.x, self._floats[op.x], op.n_heads, out, tables)
+
+    def _rotated_attention(self, op: RotatedAttention) -> None:
+        kv, cache = op.cache, self._cache_of(op)
+        q = self._normed(op.q, op.q_norm, op.eps, op.n_heads)
+        turned_q, pinned_q = (self._rows_buffer(op.q, name) for name in ("q", "pinned q"))
+        self._turn(op.rope, op.q, q, op.n_heads, turned_q)
+        self._turn(op.rope, op.q, q, op.n_heads, pinned_q, cache.tables, slid_only=True)
+        if op.k is not None:
+            k = self._normed(op.k, op.k_norm, op.eps, kv.n_heads)
+            turned_k = self._rows_buffer(op.k, "k")
+            self._turn(op.rope, op.k, k, kv.n_heads, turned_k)
+            self._store(op, turned_k)
+        self._attend(op, turned_q, pinned_q)
+
+    def _pinned_attention(self, op: PinnedAttention) -> None:
+        if op.k is not None:
+            self._store(op, self._floats[op.k])
+        self._attend(op, self._floats[op.q], self._floats[op.pinned_q])
+
+    def _cache_of(self, op: RotatedAttention | PinnedAttention) -> LayerCache:
+        return self._caches[op.layer if op.source is None else op.source]
+
+    def _normed(self, x: Value, weight: Weight | None, eps: float, n_heads: int) -> Buffer:
+        """The heads of x, each normed where there is a weight."""
+        if weight is None:
+            return self._floats[x]
+        out = self._rows_buffer(x, "normed heads")
+        self._norm_rows(ALL_ROWS, x, out, weight, eps, n_heads)
+        return out
+
+    def _norm_rows(
+        self,
+        rows: int,
+        x: Value,
+        out: Buffer,
+        weight: Weight | None,
+        eps: float,
+        n_heads: int = 1,
+        gather: Buffer | int = 0,
+    ) -> None:
+        """The norm of each of `n_heads` parts of rows of x."""
+        n_warps = 8 if n_heads == 1 else 1
+        self._emit(
+            Kernel.of("rms_norm", WARPS=n_warps), rows, n_heads, 32 * n_warps,
+            rows=rows, gather=gather, x=self._floats[x],
+            weight=self._weights.vector(weight) if weight else 0, y=out, x8=0,
+            width=x.dim // n_heads, eps=eps,
+        )  # fmt: skip
+
+    def _turn(
+        self,
+        rope: Rope,
+        value: Value,
+        x: Buffer,
+        n_heads: int,
+        out: Buffer,
+        tables: Buffer | None = None,
+        slid_only: bool = False,
+    ) -> None:
+        """Rows of heads rotated by position; or, with tables, by that for pinned pages."""
+        stride = row_stride(value.dim)
+        self._emit(
+            Kernel.of("rotate", NEOX=int(rope.kind == "neox")), ALL_ROWS, n_heads, 128,
+            x=x, x_stride=stride, angles=self._angles_of(rope, tables), n_pairs=rope.n_dims // 2,
+            head_dim=value.dim // n_heads, pos=self._step.pos, seq=self._step.seq,
+            tables=tables or 0, slid_only=int(slid_only), out=out, out_stride=stride,
+        )  # fmt: skip
+
+    def _angles_of(self, rope: Rope, tables: Buffer | None) -> Buffer:
+        """The step's cosines and sines, made once for all layers that rotate alike."""
+        key, n_pairs = (rope, tables), rope.n_dims // 2
+        if key not in self._angles:
+            # One buffer for all of a rope's: its frequencies are the same at both positions.
+            if rope not in self._frequencies:
+                tables_of_rope = rope.frequencies(), rope.magnitudes()
+                self._frequencies[rope] = tuple(map(self._weights.doubles, tables_of_rope))
+            frequencies, magnitudes = self._frequencies[rope]
+            out = self._angles[key] = Buffer("angles", 8 * max(1, n_pairs) * self._limits.max_rows)
+            self._emit(
+                Kernel.of("angles"), ALL_ROWS, max(1, -(-n_pairs // 32)), 32,
+                pos=self._step.pos, seq=self._step.seq, tables=tables or 0,
+                pinned=int(tables is not None), frequencies=frequencies, n_pairs=n_pairs,
+                magnitudes=magnitudes, n_magnitudes=magnitudes.n_bytes // 8,
+                span=rope.growth.n_ctx if rope.growth else 1, angles=out,
+            )  # fmt: skip
+        return self._angles[key]
+
+    def _store(self, op: RotatedAttention | PinnedAttention, k: Buffer) -> None:
+        kv, cache = op.cache, self._cache_of(op)
+        assert op.k is not None
+        has_v = op.v is not None
+        self._emit(
+            Kernel.of("store"), ALL_ROWS, kv.n_heads, 128,
+            k=k, k_stride=row_stride(op.k.dim), v=self._floats[op.v] if op.v is not None else 0,
+            v_stride=row_stride(op.v.dim) if op.v is not None else 0, pos=self._step.pos,
+            seq=self._step.seq, tables=cache.tables, pages=self._step.pages,
+            k_cache=cache.k, v_cache=cache.v, k_dim=kv.k_dim, v_dim=kv.v_dim if has_v else 0,
+        )  # fmt: skip
+
+    def _attend(self, op: RotatedAttention | PinnedAttention, q: Buffer, pinned_q: Buffer) -> None:
+        """Of few rows each by itself, in parts; of many by blocks that walk all that they see."""
+        kv, cache = op.cache, self._cache_of(op)
+        common: dict[str, Arg] = {
+            "q": q, "pinned_q": pinned_q, "q_stride": row_stride(op.q.dim), "k_cache": cache.k,
+            "v_cache": cache.v, "pages": self._step.pages, "n_heads": op.n_heads,
+            "n_kv_heads": kv.n_heads, "scale": op.scale, "soft_cap": op.soft_cap,
+            "pos": self._step.pos, "seq": self._step.seq, "tables": cache.tables,
+            "window": kv.window,
+            "sinks": self._weights.vector(op.sinks) if op.sinks else 0,
+            "out": self._float_buffer(op.out, "attention"), "out_stride": row_stride(op.out.dim),
+        }  # fmt: skip
+        few = AttendLaunch.of(kv, op.n_heads, op.soft_cap > 0)
+        n_parts = FEW_ROWS * op.n_heads * self._max_segments
+        self._emit(
+            few.kernel, ALL_ROWS, (few.n_tiles, Segments.OF_STEP), few.threads,
+            LaunchShape(most_rows=FEW_ROWS), counters=self._step.counters,
+            parts=Buffer("attention parts", 4 * n_parts * part_floats(kv.v_dim)), **common,
+        )  # fmt: skip
+        many = AttendRowsLaunch.of(kv, op.n_heads, op.soft_cap > 0)
+        shape = LaunchShape(rows_per_block=many.n_rows, least_rows=FEW_ROWS + 1)
+        self._emit(many.kernel, ALL_ROWS, many.n_tiles, many.threads, shape, **common)

@@ -1,0 +1,132 @@
+"""What all lowering to launches shares: where values lie, and what has been emitted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from edgeinfer.batch import StepLimits
+from edgeinfer.fusion import fuse
+from edgeinfer.graph import Attention, Rope, Segment, Value
+from edgeinfer.kernels.buffers import Buffer, Reads
+from edgeinfer.kernels.cuda.commands import (
+    ALL_ROWS,
+    ANY_NUMBER,
+    WANTED_ROWS,
+    Arg,
+    Launch,
+    Lowered,
+    Segments,
+)
+from edgeinfer.kernels.cuda.kernel import Kernel
+from edgeinfer.kernels.cuda.tiles import row_stride
+from edgeinfer.known import selected
+from edgeinfer.quant import Weight
+
+FEW_ROWS = 16  # of a step whose attention is cut into parts
+
+
+class LayerCache(NamedTuple):
+    """Where the pages of one layer lie, and of its group the tables."""
+
+    k: Buffer
+    v: Buffer
+    tables: Buffer
+    max_segments: int  # that a query may see
+
+
+class StepBuffers(NamedTuple):
+    """Where a step says what it computes."""
+
+    step: Buffer
+    ids: Buffer
+    pos: Buffer
+    seq: Buffer
+    wanted: Buffer
+    pages: Buffer
+    sampled: Buffer  # the tokens that the device picks
+    status: Buffer
+    counters: Buffer  # zeros, between steps too
+
+
+class LaunchShape(NamedTuple):
+    """What few launches need: see `Launch`."""
+
+    shared_bytes: int = 0
+    rows_per_block: int = 1
+    least_rows: int = 1
+    most_rows: int = ANY_NUMBER
+
+
+PLAIN = LaunchShape()
+
+
+class WeightAddresses(Protocol):
+    """Where weights will lie."""
+
+    def matrix(self, weight: Weight) -> Buffer: ...
+    def vector(self, weight: Weight) -> Buffer: ...
+    def doubles(self, values: np.ndarray) -> Buffer: ...
+
+
+class LoweringBase:
+    """The state of one pass over a segment's steps."""
+
+    def __init__(
+        self,
+        segment: Segment,
+        limits: StepLimits,
+        weights: WeightAddresses,
+        caches: Mapping[int, LayerCache],
+        step: StepBuffers,
+        arch: int,
+    ) -> None:
+        self._segment, self._limits = segment, limits
+        self._weights, self._caches, self._step = weights, caches, step
+        self._arch = arch
+        self._steps = fuse(segment)
+        self._reads = Reads(self._steps, {segment.output, segment.hidden})
+        self._selected = selected(segment)
+        self._floats: dict[Value, Buffer] = {}  # where a value's f32 rows are
+        self._quantised: dict[Value, Buffer] = {}
+        # Angles that layers share: by position, and by that for pinned pages of a group.
+        self._angles: dict[tuple[Rope, Buffer | None], Buffer] = {}
+        self._frequencies: dict[Rope, tuple[Buffer, ...]] = {}  # and magnitudes
+        self._tables = {
+            op.layer: caches[op.cache_layer].tables
+            for op in segment.ops
+            if isinstance(op, Attention)
+        }
+        self._max_segments = max((cache.max_segments for cache in caches.values()), default=1)
+        self._out = Lowered()
+
+    def _rows_of(self, value: Value) -> int:
+        return WANTED_ROWS if value in self._selected else ALL_ROWS
+
+    def _n_rows(self, value: Value) -> int:
+        is_selected = value in self._selected
+        return self._limits.max_outputs if is_selected else self._limits.max_rows
+
+    def _float_buffer(self, value: Value, name: str) -> Buffer:
+        self._floats[value] = self._rows_buffer(value, name)
+        return self._floats[value]
+
+    def _rows_buffer(self, value: Value, name: str) -> Buffer:
+        return Buffer(name, 4 * row_stride(value.dim) * self._n_rows(value))
+
+    def _emit(
+        self,
+        kernel: Kernel,
+        rows: int,
+        blocks: int | tuple[int | Segments, ...],
+        threads: int,
+        /,
+        shape: LaunchShape = PLAIN,
+        **args: Arg,
+    ) -> None:
+        """Launch a kernel for some rows of a step."""
+        sizes = blocks if isinstance(blocks, tuple) else (blocks,)
+        given = {"step": self._step.step, **args}
+        self._out.launches.append(Launch(kernel, given, rows, sizes, threads, *shape))

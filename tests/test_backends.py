@@ -1,0 +1,236 @@
+"""What every backend must do, chains of them included: the bits of the reference, however asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from edgeinfer.batch import Batch, PageTable, StepRequest
+from edgeinfer.errors import ClosedError
+from edgeinfer.gguf import GGUFFile
+from edgeinfer.graph import Segment
+from edgeinfer.kernels.reference import ReferenceBackend
+from edgeinfer.model import Model
+from edgeinfer.sampling.params import SampleTable, SamplingParams
+
+from .backends import BACKENDS, FAST, IDS, LIMITS, TYPES, WHOLE, backend, batch_of
+from .models_for_tests import tiny_model
+
+SLID = PageTable(np.array([2, 5, 0, 7], np.int32), 1, 2)  # page 0 is pinned, two of the others seen
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Model]]:
+    """Small random models by what `tiny_model` is asked for, each written once."""
+    folder, files = tmp_path_factory.mktemp("backends"), dict[str, GGUFFile]()
+
+    def model(**options: Any) -> Model:
+        key = repr(options)
+        if key not in files:
+            (at := folder / str(len(files))).mkdir()
+            files[key] = GGUFFile.open(tiny_model(at, **options))
+        return Model.load(files[key])
+
+    yield model
+    for file in files.values():
+        file.close()
+
+
+@pytest.fixture(scope="module")
+def small(models: Callable[..., Model]) -> Segment:
+    return models(arch="qwen3", quant="Q4_0", qk_norm=True).graph.segment()
+
+
+def run(program: Any, batch: Batch) -> NDArray[np.float32]:
+    logits: NDArray[np.float32] = program.submit(batch).wait().logits.copy()
+    return logits
+
+
+@pytest.fixture(scope="module")
+def expected(small: Segment) -> NDArray[np.float32]:
+    """Logits after each of IDS, by the law."""
+    with backend("reference").compile(small, LIMITS) as program:
+        return run(program, batch_of(IDS))
+
+
+@pytest.fixture(params=BACKENDS)
+def program(request: pytest.FixtureRequest, small: Segment) -> Iterator[Any]:
+    with backend(request.param).compile(small, LIMITS) as program:
+        yield program
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("quant", TYPES)
+def test_logits_are_the_references(models: Callable[..., Model], quant: str, name: str) -> None:
+    segment = models(
+        quant=quant, n_layers=4, dim=512, n_heads=8, n_kv_heads=2, ffn_dim=1024
+    ).graph.segment()
+    with backend(name).compile(segment, LIMITS) as program:
+        ours = run(program, batch_of(IDS))
+    with backend("reference").compile(segment, LIMITS) as law:
+        np.testing.assert_array_equal(ours, run(law, batch_of(IDS)))
+    with ReferenceBackend().compile(segment, LIMITS, mode="exact") as program:
+        truth = run(program, batch_of(IDS))
+    assert np.abs(ours - truth).max() <= 0.02 * np.abs(truth).max()
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, len(IDS)])
+def test_bits_do_not_depend_on_chunks(
+    program: Any, expected: NDArray[np.float32], chunk: int
+) -> None:
+    rows = [run(program, batch_of(IDS[i : i + chunk], i)) for i in range(0, len(IDS), chunk)]
+    np.testing.assert_array_equal(np.concatenate(rows), expected)
+
+
+def test_bits_do_not_depend_on_company(program: Any, expected: NDArray[np.float32]) -> None:
+    """Prompts of several sequences in one step, then a token of each."""
+    cuts = (4, 1, 7)
+    tables = [(PageTable(np.array([page], np.int32), 0, 1),) for page in (6, 1, 3)]
+    for firsts, lasts in (((0,) * 3, cuts), (cuts, [n + 1 for n in cuts])):
+        spans = [range(a, b) for a, b in zip(firsts, lasts, strict=True)]
+        pos = np.concatenate([np.array(span) for span in spans])
+        seq = np.repeat(np.arange(3), [len(span) for span in spans]).astype(np.int32)
+        ids, wanted = np.array(IDS, np.int32)[pos], np.arange(len(pos), dtype=np.int32)
+        batch = Batch(ids, pos, seq, tables, wanted)
+        np.testing.assert_array_equal(run(program, batch), expected[pos])
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_bits_of_a_table_that_has_slid(small: Segment, name: str) -> None:
+    """Positions far beyond what is held: pinned pages are seen from another distance."""
+
+    def rows(name: str) -> NDArray[np.float32]:
+        with backend(name).compile(small, LIMITS) as program:
+            parts = []
+            for start in range(0, 5 * 32, 13):
+                batch = batch_of([(7 * i) % 300 for i in range(start, start + 13)], start)
+                batch.tables = [(SLID,)]
+                parts.append(run(program, batch))
+            return np.concatenate(parts)
+
+    np.testing.assert_array_equal(rows(name), rows("reference"))
+
+
+def test_only_wanted_rows_come_back(program: Any, expected: NDArray[np.float32]) -> None:
+    for wanted in ([2, 9], [10], []):
+        batch = batch_of(IDS)
+        batch.wanted = np.array(wanted, np.int32)
+        np.testing.assert_array_equal(run(program, batch), expected[wanted])
+
+
+def test_hidden_rows_are_what_the_head_reads(program: Any, small: Segment) -> None:
+    batch = batch_of(IDS, output="hidden")
+    batch.wanted = np.array([2, 9], np.int32)
+    found = program.submit(batch).wait().hidden.copy()
+    with backend("reference").compile(small, LIMITS) as law:
+        np.testing.assert_array_equal(found, law.submit(batch).wait().hidden)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_segments_joined_by_hidden_rows_equal_the_whole(
+    models: Callable[..., Model], expected: NDArray[np.float32], name: str
+) -> None:
+    graph = models(arch="qwen3", quant="Q4_0", qk_norm=True).graph
+    machine = backend(name)
+    with (
+        machine.compile(graph.segment(0, 1), LIMITS) as first,
+        machine.compile(graph.segment(1, 2), LIMITS) as second,
+    ):
+        batch = batch_of(IDS)
+        batch.hidden = first.submit(batch_of(IDS, output="hidden")).wait().hidden
+        np.testing.assert_array_equal(run(second, batch), expected)
+
+
+def samples_of(params: SamplingParams, n: int) -> SampleTable:
+    table = SampleTable(n)
+    for i in range(n):
+        table.set_row(i, params, seed=5, index=i, history=np.array(IDS[: i + 1], np.int32))
+    return table
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_tokens_are_the_samplers(program: Any, small: Segment, temperature: float) -> None:
+    params = SamplingParams(temperature=temperature, seed=5, repeat_penalty=1.2, logprobs=3)
+    found, law = samples_of(params, len(IDS)), samples_of(params, len(IDS))
+    batch = batch_of(IDS, output="ids")
+    batch.samples = found
+    outputs = program.submit(batch).wait()
+    batch.samples = law
+    with backend("reference").compile(small, LIMITS) as reference:
+        ids = reference.submit(batch).wait().ids
+    assert outputs.ids.tolist() == found.ids.tolist() == ids.tolist()
+    for i in range(len(IDS)):
+        assert [each.tolist() for each in found.top(i)] == [each.tolist() for each in law.top(i)]
+    np.testing.assert_array_equal(found.logprobs, law.logprobs)
+
+
+@pytest.mark.parametrize("output", ["ids", "logits"])
+def test_tokens_and_nothing_else_come_with_samples(program: Any, output: str) -> None:
+    batch = batch_of(IDS, output=output)
+    batch.samples = None if output == "ids" else samples_of(SamplingParams(), len(IDS))
+    with pytest.raises(AssertionError, match="samples"):
+        program.submit(batch)
+
+
+def test_an_aborted_step_says_so_and_the_next_one_is_right(
+    program: Any, expected: NDArray[np.float32]
+) -> None:
+    ticket = program.submit(batch_of(IDS))
+    ticket.abort()
+    assert ticket.wait().aborted
+    again = program.submit(batch_of(IDS)).wait()
+    assert not again.aborted
+    np.testing.assert_array_equal(again.logits, expected)
+
+
+def test_arrays_may_change_once_a_step_was_submitted(
+    program: Any, expected: NDArray[np.float32]
+) -> None:
+    """Those of the batch, and page tables in place, as the engine edits them."""
+    pages = np.array([4, 5, 6], np.int32)
+    batch = batch_of(IDS)
+    batch.tables = [(PageTable(pages, 0, 3),)]
+    ticket = program.submit(batch)
+    pages[:] = -1
+    batch.ids[:], batch.pos[:], batch.seq[:], batch.wanted[:] = 1, 77, 3, 0
+    batch.tables.clear()
+    np.testing.assert_array_equal(ticket.wait().logits, expected)
+    pages[:] = 4, 5, 6
+    more = batch_of(IDS[:1], len(IDS))
+    more.tables = [(PageTable(pages, 0, 3),)]
+    ticket = program.submit(more)
+    pages[:] = 1 << 30
+    after = ticket.wait().logits.copy()
+    whole = batch_of([*IDS, IDS[0]])
+    np.testing.assert_array_equal(after[0], run(program, whole)[-1])
+
+
+def test_a_closed_program_takes_no_step(small: Segment) -> None:
+    for name in ("cpu", "reference", "cpu+reference"):
+        program = backend(name).compile(small, LIMITS)
+        program.close()
+        program.close()
+        with pytest.raises(ClosedError):
+            program.submit(batch_of(IDS))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_backend_says_what_it_takes_and_what_it_is(small: Segment, name: str) -> None:
+    machine = backend(name)
+    demand = machine.demand(small, StepRequest(64, 1, 2))
+    free = machine.memories(1 << 30)
+    assert 0 < free["host"] <= 1 << 30 and set(demand.memories) <= set(free)
+    assert demand.limits.n_pages == {0: 2} and 0 < demand.limits.shared_rows
+    assert demand.limits.shared_rows <= demand.limits.max_rows and demand.limits.row_cost >= 0
+    purposes = {purpose for rows in demand.memories.values() for purpose in rows}
+    assert "KV cache" in purposes and any(each.startswith("weights") for each in purposes)
+    few = machine.demand(small, StepRequest(64, 1, 2, most_rows=3)).limits
+    assert few.max_rows == 3 and few.shared_rows <= 3
+    with machine.compile(small, demand.limits) as program:
+        assert program.step_weight_bytes > 0
+        assert list(program.describe())[0] == "device"
+        assert run(program, batch_of(IDS)).shape == (len(IDS), small.output.dim)

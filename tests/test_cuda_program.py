@@ -1,0 +1,116 @@
+"""The CUDA backend as a whole, on the shim: the reference's bits, whatever graph and step."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from edgeinfer.batch import Batch, PageTable, StepLimits
+from edgeinfer.gguf import GGUFFile
+from edgeinfer.graph import Segment
+from edgeinfer.kernels.cuda.backend import CudaBackend
+from edgeinfer.kernels.cuda.program import CudaProgram
+from edgeinfer.kernels.reference import ReferenceBackend
+from edgeinfer.model import Model
+from edgeinfer.sampling.sampler import ReferenceSampler
+
+from . import test_graphs
+from .backends import IDS, LIMITS, batch_of
+from .models_for_tests import tiny_model
+from .random_graphs import MODELS, Drawn, Recorder
+from .shim import shim
+
+
+@cache
+def backend() -> CudaBackend:
+    device = shim(runs_at_once=False)
+    return CudaBackend(device, "shim:0", lambda n_vocab, n_threads: ReferenceSampler())
+
+
+def cuda(segment: Segment, limits: StepLimits = LIMITS) -> CudaProgram:
+    return backend().compile(segment, limits)
+
+
+def check_drawn(drawn: Drawn) -> None:
+    segment = Recorder(drawn).segment()
+    n_groups, limits = len(segment.groups), test_graphs.limits(segment)
+    with ReferenceBackend().compile(segment, limits, mode="quantised") as reference:
+        expected = test_graphs.results(reference, drawn.n_prompt, n_groups)
+    with cuda(segment, limits) as program:
+        ours = test_graphs.results(program, drawn.n_prompt, n_groups)
+    for rows, theirs in zip(ours, expected, strict=True):
+        np.testing.assert_array_equal(rows, theirs)
+
+
+@settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(MODELS)
+def test_every_graph_has_the_references_bits(drawn: Drawn) -> None:
+    check_drawn(drawn)
+
+
+@pytest.mark.slow
+@settings(max_examples=2000, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(MODELS)
+def test_many_graphs_have_the_references_bits(drawn: Drawn) -> None:
+    check_drawn(drawn)
+
+
+@pytest.fixture
+def segment(tmp_path: Path) -> Any:
+    path = tiny_model(tmp_path, arch="qwen3", quant="Q4_0", qk_norm=True)
+    with GGUFFile.open(path) as file:
+        yield Model.load(file).graph.segment()
+
+
+def test_steps_of_few_and_of_many_rows_have_the_same_bits(segment: Segment) -> None:
+    """Attention is another kernel from 17 rows on, and in parts below."""
+    limits = LIMITS._replace(max_rows=64, max_outputs=64)
+    ids = (IDS * 4)[:40]
+    with ReferenceBackend().compile(segment, limits, mode="quantised") as reference:
+        expected = reference.submit(batch_of(ids)).wait().logits
+    for chunk in (1, 7, 16, 17, 40):
+        with cuda(segment, limits) as program:
+            steps = [batch_of(ids[i : i + chunk], i) for i in range(0, len(ids), chunk)]
+            rows = [program.submit(step).wait().logits.copy() for step in steps]
+        np.testing.assert_array_equal(np.concatenate(rows), expected)
+
+
+def test_rows_of_sequences_side_by_side_are_those_of_each_alone(segment: Segment) -> None:
+    alone, tables = [], []
+    for i in range(3):
+        with cuda(segment) as program:
+            alone.append(program.submit(batch_of(IDS[i : i + 4])).wait().logits.copy())
+        tables.append((PageTable(np.array([2 * i, 2 * i + 1], np.int32), 0, 2),))
+    order = [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]
+    batch = Batch(
+        ids=np.array([IDS[i + j] for i in range(3) for j in range(4)], np.int32),
+        pos=np.array([0, 1, 2, 3] * 3, np.int64),
+        seq=np.array(order, np.int32),
+        tables=tables,
+        wanted=np.arange(12, dtype=np.int32),
+    )
+    with cuda(segment) as program:
+        np.testing.assert_array_equal(program.submit(batch).wait().logits, np.concatenate(alone))
+
+
+def test_an_aborted_step_says_so_and_the_next_one_is_right(segment: Segment) -> None:
+    with cuda(segment) as program:
+        whole = program.submit(batch_of(IDS)).wait().logits.copy()
+        ticket = program.submit(batch_of(IDS))
+        ticket.abort()
+        assert ticket.wait().aborted
+        again = program.submit(batch_of(IDS)).wait()
+        assert not again.aborted
+        np.testing.assert_array_equal(again.logits, whole)
+
+
+def test_a_plan_is_what_a_program_reserves(segment: Segment) -> None:
+    before = backend().device.memory()[0]
+    with cuda(segment) as program:
+        assert before - backend().device.memory()[0] == sum(program.memory["shim:0"].values())
+    assert backend().device.memory()[0] == before

@@ -1,0 +1,175 @@
+"""Names of devices, and which one a machine has to offer; drivers are made up, none is needed."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgeinfer import LLM, DeviceError, backend, plan, platform
+from edgeinfer.backend import Program, find_device
+from edgeinfer.batch import Demand, StepLimits, StepRequest
+from edgeinfer.cli.models import start_notes
+from edgeinfer.device import Choice, Device, choose
+from edgeinfer.graph import Segment
+from edgeinfer.platform import CudaDriver, Gpu
+
+from .models_for_tests import tiny_model
+
+OLD, NEW = Gpu("GTX 960", "5.2", 4 << 30), Gpu("RTX 4090", "8.9", 24 << 30)
+DRIVER = CudaDriver(12040, (OLD, NEW))
+
+
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [
+        ("auto", Device("auto")), ("cpu", Device("cpu")), ("reference", Device("reference")),
+        ("cuda", Device("cuda", 0)), ("cuda:0", Device("cuda", 0)), ("cuda:12", Device("cuda", 12)),
+        ("shim", Device("shim")), ("shim:1", Device("shim", 1)),
+    ],
+)  # fmt: skip
+def test_a_device_keeps_its_number(name: str, device: Device) -> None:
+    assert Device.parse(name) == device
+    assert Device.parse(str(device)) == device
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "", " ", "gpu", "CPU", "cpu:0", "auto:1", "reference:0", "cuda:", "cuda:x", "cuda:-1",
+        "cuda:1.5", "cuda:1:2", "cuda: 1", "cuda:٣", "cuda1", "cuda:9999", "cuda:1\n",
+        "x" * 5000, "cuda:\x1b[1m",
+    ],
+)  # fmt: skip
+def test_other_names_are_refused(name: str) -> None:
+    with pytest.raises(DeviceError, match="there are auto, cpu, reference, cuda") as caught:
+        Device.parse(name)
+    assert "shim" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def with_cupy(monkeypatch: pytest.MonkeyPatch, is_there: bool) -> None:
+    found = importlib.machinery.ModuleSpec("cupy", None) if is_there else None
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: found if name == "cupy" else find(name, *a)
+    )
+
+
+@pytest.mark.parametrize("has_cupy", [True, False])
+@pytest.mark.parametrize(
+    "driver",
+    [None, CudaDriver(11040, (NEW,)), CudaDriver(13000, (), 100), CudaDriver(12000, (OLD,))],
+)
+def test_auto_is_the_cpu_where_no_gpu_is_usable(
+    monkeypatch: pytest.MonkeyPatch, driver: CudaDriver | None, has_cupy: bool
+) -> None:
+    monkeypatch.setattr(platform, "cuda_driver", lambda: driver)
+    with_cupy(monkeypatch, has_cupy)
+    assert choose(Device("auto")) == Choice(Device("cpu"))
+
+
+def test_auto_takes_the_first_gpu_that_is_usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "cuda_driver", lambda: DRIVER)
+    with_cupy(monkeypatch, True)
+    assert choose(Device("auto")) == Choice(Device("cuda", 1))
+    with_cupy(monkeypatch, False)
+    device, note = choose(Device("auto"))
+    assert device == Device("cpu") and "\n" not in note
+    assert "RTX 4090" in note and f"{sys.executable} -m pip install 'cupy-cuda12x" in note
+
+
+@pytest.mark.parametrize(
+    ("driver", "index", "has_cupy", "says"),
+    [
+        (None, 0, True, "needs an NVIDIA driver, and none was found; install"),
+        (
+            CudaDriver(13000, (), 100),
+            0,
+            True,
+            r"finds no GPU for cuda:0 \(error 100\); see what nvidia-smi",
+        ),
+        (CudaDriver(11040, (NEW,)), 0, True, r"up to 11.4, 12.0 is needed; update the driver"),
+        (
+            DRIVER,
+            0,
+            True,
+            r"cuda:0 \(GTX 960\) has compute capability 5.2, 6.1 is needed; use device='cpu'",
+        ),
+        (DRIVER, 2, True, r"no cuda:2; there are cuda:0 \(GTX 960\), cuda:1 \(RTX 4090\)"),
+        (
+            DRIVER,
+            1,
+            False,
+            "needs CuPy, which is not installed; run .*-m pip install 'cupy-cuda12x",
+        ),
+        (CudaDriver(13010, (NEW,)), 0, False, "-m pip install 'cupy-cuda13x"),
+        (CudaDriver(13010, (Gpu("GTX 1080", "6.1", 1),)), 0, False, "'cupy-cuda12x"),
+    ],
+)
+def test_a_gpu_that_can_not_be_had_is_an_error_that_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch,
+    driver: CudaDriver | None,
+    index: int,
+    has_cupy: bool,
+    says: str,
+) -> None:
+    monkeypatch.setattr(platform, "cuda_driver", lambda: driver)
+    with_cupy(monkeypatch, has_cupy)
+    with pytest.raises(DeviceError, match=says):
+        choose(Device("cuda", index))
+
+
+def test_a_gpu_that_is_there_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "cuda_driver", lambda: DRIVER)
+    with_cupy(monkeypatch, True)
+    assert choose(Device("cuda", 1)) == Choice(Device("cuda", 1))
+
+
+def test_this_machine_runs_on_its_processors(tmp_path: Path) -> None:
+    with LLM(tiny_model(tmp_path), device="cpu", threads=1) as llm:
+        assert llm.runtime.device == Device("cpu") and start_notes(llm) == []
+    assert find_device("reference") == Choice(Device("reference"))
+
+
+class Broken:
+    """A GPU that has room for everything, and fails when something is compiled for it."""
+
+    def memories(self, host: int) -> dict[str, int]:
+        return {"host": host}
+
+    def demand(self, segment: Segment, request: StepRequest) -> Demand:
+        return Demand(StepLimits.of(request, 320, segment.groups, 64), {"host": {}})
+
+    def compile(self, segment: Segment, limits: StepLimits) -> Program:
+        raise DeviceError("no NVRTC was found; run pip install it")
+
+
+@pytest.mark.parametrize("fails_to", ["open", "compile"])
+def test_a_gpu_that_fails_is_left_where_nobody_asked_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_to: str
+) -> None:
+    opened = backend.open_backend
+
+    def open_backend(device: Device, **options: Any) -> Any:
+        if device.kind == "cpu":
+            return opened(device, **options)
+        if fails_to == "open":
+            raise DeviceError("no NVRTC was found; run pip install it")
+        return Broken()
+
+    gpu = Choice(Device("cuda", 1))
+    monkeypatch.setattr("edgeinfer.load_settings.find_device", lambda name: gpu)
+    monkeypatch.setattr("edgeinfer.runtime.open_backend", open_backend)
+    path = tiny_model(tmp_path, chat_template="{{ messages[0].content }}")
+    assert plan(path).fits
+    with LLM(path, threads=1) as llm:
+        assert llm.runtime.device == Device("cpu")
+        assert start_notes(llm) == ["no GPU is used: no NVRTC was found; run pip install it"]
+        assert llm.chat("abc", max_tokens=2).usage.completion_tokens == 2
+    for forced in ({"device": "cuda:1"}, {"gpu_layers": 1}):
+        with pytest.raises(DeviceError, match="^no NVRTC was found"):
+            LLM(path, **forced)  # type: ignore[arg-type]
