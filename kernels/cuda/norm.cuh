@@ -20,8 +20,7 @@ EI_DEV float normed(float x, float scale, const float* weight, int i) {
 }
 
 // What a product of normed rows begins with: rows first ... of x, or those that `gather` names, are
-// normed and quantised at `shared`, where there is room for
-// N_ROWS rows of X8 and of floats.
+// normed and quantised in shared memory.
 template <int N_WARPS, int N_ROWS>
 struct Normed {
     const float* x;
@@ -30,28 +29,26 @@ struct Normed {
     float eps;
     bool is_normed;  // or as they are, with no weight
     int k, first, n_rows;
-    uint8_t* shared;
-
-    __device__ __forceinline__ float* floats(int r) const {
-        return (float*)(shared + N_ROWS * x8_bytes(k)) + r * row_stride(k);
-    }
+    float* floats;  // for N_ROWS rows, used by nobody else before it ends
+    uint8_t* x8;
 
     __device__ __forceinline__ void operator()() const {
         EI_SHARED(float, scales, [N_ROWS]);
         const int warp = threadIdx.x / 32;
         const int lane = threadIdx.x & 31;
         const int there = min(N_ROWS, n_rows - first);
+        const int stride = row_stride(k);
         for (int r = 0; r < there; ++r) {
             const int row = gather ? gather[first + r] : first + r;
-            const float* from = x + (size_t)row * row_stride(k);
+            const float* from = x + (size_t)row * stride;
 #pragma unroll 8
             for (int i = 4 * threadIdx.x; i < k; i += 128 * N_WARPS) {
-                *(float4*)(floats(r) + i) = *(const float4*)(from + i);
+                *(float4*)(floats + r * stride + i) = *(const float4*)(from + i);
             }
         }
         __syncthreads();
         for (int r = warp; r < there; r += N_WARPS) {
-            const float scale = is_normed ? norm_scale(floats(r), k, eps) : 1.0f;
+            const float scale = is_normed ? norm_scale(floats + r * stride, k, eps) : 1.0f;
             if (lane == 0) {
                 scales[r] = scale;
             }
@@ -61,13 +58,24 @@ struct Normed {
             for (int column = 128 * warp; column < k; column += 128 * N_WARPS) {
                 const int at = column + 4 * lane;
                 float values[4] = {};
+                if (at < k) {
+                    const float* from = floats + r * stride + at;
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    values[i] = at < k ? normed(floats(r)[at + i], scales[r], weight, at + i) : 0;
+                    for (int i = 0; i < 4; ++i) {
+                        values[i] = normed(from[i], scales[r], weight, at + i);
+                    }
                 }
-                quantise_columns(x8_row(shared, r, k), k, column, values);
+                quantise_columns(x8_row(x8, r, k), k, column, values);
             }
         }
         __syncthreads();
     }
 };
+
+// Where the two lie in dynamic shared memory: `left_bytes` serve for what warps leave afterwards.
+template <int N_WARPS, int N_ROWS>
+EI_DEV void place(Normed<N_WARPS, N_ROWS>& normed, uint8_t* shared, size_t left_bytes) {
+    const size_t float_bytes = (size_t)N_ROWS * row_stride(normed.k) * 4;
+    normed.floats = (float*)shared;
+    normed.x8 = shared + (float_bytes < left_bytes ? left_bytes : float_bytes);
+}

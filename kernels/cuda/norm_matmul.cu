@@ -27,7 +27,7 @@ struct Part {
 
 template <class T>
 EI_DEV void multiply_part(const Part& part, const Normed<WARPS, ROWS>& x, uint8_t* left) {
-    const X8 row = x8_row(x.shared, 0, x.k);
+    const X8 row = x8_row(x.x8, 0, x.k);
     const Factors<T> f = {part.w, nullptr, layout_of<T>(part.n, x.k), row, x.k, x.first, x.n_rows};
     const Output out = {part.y, part.residual, part.bias, nullptr, (size_t)row_stride(part.n)};
     const Stores stores = {out, part.n, x.first, x.n_rows};
@@ -51,9 +51,8 @@ EI_KERNEL(32 * WARPS) norm_matmul(
     EI_DYN_SHARED(uint8_t, left);
     const size_t bytes = 2 * sizeof(Left<TYPE, WARPS, ROWS>);
     const size_t last_bytes = 2 * sizeof(Left<LAST, WARPS, ROWS>);
-    uint8_t* rows_at = left + (bytes < last_bytes ? last_bytes : bytes);
-    const Normed<WARPS, ROWS> normed = {
-        x, gather, norm, eps, is_normed != 0, k, first_row, n_rows, rows_at};
+    Normed<WARPS, ROWS> normed = {x, gather, norm, eps, is_normed != 0, k, first_row, n_rows};
+    place(normed, left, bytes < last_bytes ? last_bytes : bytes);
     const int block = blockIdx.x;
     const int before_last = blocks_0 + blocks_1;
     const bool is_last = block >= before_last;

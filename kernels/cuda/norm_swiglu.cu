@@ -59,9 +59,9 @@ EI_KERNEL(32 * WARPS) norm_swiglu(
     }
     EI_DYN_SHARED(uint8_t, shared);
     using Lefts = Left<TYPE, WARPS, ROWS>;
-    uint8_t* rows_at = shared + 2 * sizeof(Lefts);
-    const Normed<WARPS, ROWS> normed = {x, gather, norm, eps, true, k, first_row, n_rows, rows_at};
-    const X8 row = x8_row(rows_at, 0, k);
+    Normed<WARPS, ROWS> normed = {x, gather, norm, eps, true, k, first_row, n_rows};
+    place(normed, shared, 2 * sizeof(Lefts));
+    const X8 row = x8_row(normed.x8, 0, k);
     const Factors<TYPE> f = {gate, up, layout_of<TYPE>(n, k), row, k, first_row, n_rows};
     SwiGlu<ROWS> swiglu = {y, x8, gate_bias, up_bias, n, first_row, n_rows};
     multiply<2>(f, (Lefts*)shared, blockIdx.x, gridDim.x, normed, swiglu);

@@ -79,7 +79,7 @@ def most_warps(kind: QuantType, n_rows: int) -> int:
 def normed_bytes(kinds: Iterable[QuantType], dim: int, n_warps: int, n_rows: int) -> int:
     """Dynamic shared memory of norm_matmul.cu and norm_swiglu.cu for rows of x of `dim`."""
     left = max(_left_bytes(kind, n_warps, n_rows) for kind in kinds)
-    return left + n_rows * (x8_bytes(dim) + 4 * row_stride(dim))
+    return max(left, 4 * n_rows * row_stride(dim)) + n_rows * x8_bytes(dim)
 
 
 def _left_bytes(kind: QuantType, n_warps: int, n_rows: int) -> int:
