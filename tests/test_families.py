@@ -19,6 +19,7 @@ from edgeinfer.kernels.cpu.program import CpuBackend
 from edgeinfer.kernels.reference import ReferenceBackend, exact
 from edgeinfer.model import Model
 
+from .backends import FAST, backend
 from .golden_models import DIM, GOLDENS, N_CTX, N_PROMPT, PROMPT, ROWS, Draft
 from .native import cache_root
 from .test_cpu_program import batch_of
@@ -100,25 +101,26 @@ def test_without_a_feature_they_are_others(name: str, feature: str, tmp_path: Pa
     assert divergence(theirs, ours(draft, tmp_path)) > 1e-3
 
 
+@pytest.mark.parametrize("machine", FAST)
 @pytest.mark.parametrize("quant", ["F32", "Q4_0"])
 @pytest.mark.parametrize("name", GOLDENS)
-def test_the_cpu_has_the_references_bits_in_one_pass_and_in_many(
-    name: str, quant: str, tmp_path: Path
+def test_a_machine_has_the_references_bits_in_one_pass_and_in_many(
+    name: str, quant: str, machine: str, tmp_path: Path
 ) -> None:
     with GGUFFile.open(GOLDENS[name].draft().write(tmp_path / "golden.gguf", quant)) as file:
-        check_cuts(Model.load(file).graph.segment(n_ctx=N_CTX), [0, 1, 9, 31, 33, 40])
+        check_cuts(Model.load(file).graph.segment(n_ctx=N_CTX), [0, 1, 9, 31, 33, 40], machine)
 
 
-def check_cuts(segment: Segment, cuts: list[int]) -> None:
-    """The CPU has the reference's bits, for a prompt in one step and cut into some."""
+def check_cuts(segment: Segment, cuts: list[int], machine: str = "cpu") -> None:
+    """A machine has the reference's bits, for a prompt in one step and cut into some."""
     ids, n = PROMPT[: cuts[-1]], len(segment.groups)
     everything = batch_of(ids, pages=(0, 1), n_groups=n)
     with ReferenceBackend().compile(segment, limits(segment), mode="quantised") as program:
         expected = program.submit(everything).wait().logits
-    with CpuBackend(cache_root()).compile(segment, limits(segment)) as cpu:
-        whole = cpu.submit(everything).wait().logits.copy()
+    with backend(machine).compile(segment, limits(segment)) as program:
+        whole = program.submit(everything).wait().logits.copy()
         parts = [
-            cpu.submit(batch_of(ids[i:j], i, (1, 0), n_groups=n)).wait().logits.copy()
+            program.submit(batch_of(ids[i:j], i, (1, 0), n_groups=n)).wait().logits.copy()
             for i, j in pairwise(cuts)
         ]
     np.testing.assert_array_equal(whole, expected)
