@@ -9,8 +9,8 @@
 // Variants: TYPE = Q2_K; WARPS = 1 4; ROWS = 1
 // Variants: TYPE = Q2_K; WARPS = 1; ROWS = 2 4
 //
-// Grid: (n / 32 or fewer, rows / ROWS rounded up). x is X8, w (n, k) tiles; bias and residual may be
-// null, the residual may be y.
+// Grid: (n / 32 or fewer, rows / ROWS rounded up). x is X8, w (n, k) tiles; bias and residual may
+// be null, the residual may be y.
 EI_KERNEL(32 * WARPS) matmul(const Step* step, int rows, const uint8_t* x, const uint8_t* w,
                              const float* bias, const float* residual, float* y, int n, int k) {
     const int n_rows = ei_rows(step, rows);

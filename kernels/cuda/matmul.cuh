@@ -1,5 +1,5 @@
-// Rows of activations times a matrix in tiles, in the order of kernels/reference: a lane takes whole
-// rows of the matrix and columns ascend in it, so nothing of a block type is summed across lanes.
+// Rows of activations times a matrix in tiles, in the order of kernels/reference: a lane takes
+// whole rows of the matrix and columns ascend in it, so no block type is summed across lanes.
 #pragma once
 #include "tiles.cuh"
 #include "x8.cuh"
@@ -237,8 +237,9 @@ EI_DEV void add_left(
 }
 
 // Tiles first, first + step ... times N_ROWS rows, each of N_PARTS matrices. N_WARPS warps take
-// chunks of a tile in turns. Loads of a warp's next chunk, be it of the next tile, are issued before
-// products of this one. One warp adds up what all have left, while the others begin the next round.
+// chunks of a tile in turns. Loads of a warp's next chunk, be it of the next tile, are issued
+// before products of this one. One warp adds up what all have left, while the others begin the
+// next round.
 //
 // `begin()` is called once, behind the first loads: it may make x. `finish(tile, part, sums)` is
 // called by the warp that adds up. `left` is two in shared memory, if there are several warps or

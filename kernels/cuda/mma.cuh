@@ -278,7 +278,8 @@ EI_DEV void store_sums(
     }
 }
 
-// A block of threads multiplies N_TILES tiles by N_TOKENS rows of X8, from first_tile and first_row.
+// A block of threads multiplies N_TILES tiles by N_TOKENS rows of X8, from first_tile and
+// first_row on.
 template <class T, int N_TOKENS, int N_WARPS>
 EI_DEV void multiply_mma(const Operands<T>& of, const Output& out, int n) {
     using M = Mma<T, N_TOKENS, N_WARPS>;

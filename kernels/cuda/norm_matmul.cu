@@ -3,9 +3,9 @@
 #include "matmul.cuh"
 #include "norm.cuh"
 
-// WARPS warps share a tile of 32 rows of a matrix, for ROWS rows of x. Matrices 0 and 1 are of TYPE,
-// matrix 2 of LAST.
-// Variants: TYPE = Q4_0; LAST = Q4_0; WARPS = 4; ROWS = 1 4
+// WARPS warps share a tile of 32 rows of a matrix, for ROWS rows of x. Matrices 0 and 1 are of
+// TYPE, matrix 2 of LAST.
+// Variants: TYPE = Q4_0; LAST = Q4_0; WARPS = 4; ROWS = 1
 // Variants: TYPE = Q8_0; LAST = Q8_0; WARPS = 4; ROWS = 1
 // Variants: TYPE = Q4_K; LAST = Q4_K Q5_K Q6_K; WARPS = 4; ROWS = 1
 // Variants: TYPE = Q5_K; LAST = Q5_K Q6_K; WARPS = 4; ROWS = 1
@@ -34,10 +34,10 @@ EI_DEV void multiply_part(const Part& part, const Normed<WARPS, ROWS>& x, uint8_
     multiply<1>(f, (Left<T, WARPS, ROWS>*)left, part.block, part.n_blocks, x, stores);
 }
 
-// Grid: (blocks_0 + blocks_1 + those of matrix 2, rows / ROWS rounded up): a matrix has at least one
-// block of threads and at most n / 32, or none where there is no such matrix. Its dynamic shared
-// memory: tiles.py `normed_bytes`. `gather`, if any, names rows of x; norm is null where there is no
-// weight or is_normed is 0. Biases and the residual, which may be y_0, may be null.
+// Grid: (blocks_0 + blocks_1 + those of matrix 2, rows / ROWS rounded up): a matrix has at least
+// one block of threads and at most n / 32, or none where there is no such matrix. Its dynamic
+// shared memory: tiles.py `normed_bytes`. `gather`, if any, names rows of x; norm is null where
+// there is no weight or is_normed is 0. Biases and the residual, which may be y_0, may be null.
 EI_KERNEL(32 * WARPS) norm_matmul(
     const Step* step, int rows, const int* gather, const float* x, const float* norm, float eps,
     int is_normed, const uint8_t* w_0, const uint8_t* w_1, const uint8_t* w_2, const float* bias_0,
