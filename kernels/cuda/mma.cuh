@@ -30,7 +30,8 @@ struct Mma {
     };
 
     static constexpr int FREE = (48 << 10) - N_WARPS * (int)sizeof(Scales);
-    static constexpr int N_STAGES = FREE / (int)sizeof(Stage) < 4 ? FREE / (int)sizeof(Stage) : 4;
+    static constexpr int MOST = FREE / (int)sizeof(Stage);
+    static constexpr int N_STAGES = MOST < 6 ? MOST : 6;  // few blocks of threads need as many
     static_assert(N_STAGES >= 2, "too much shared memory");
     static_assert(N_WARPS * HALVES % 2 == 0, "a block of threads takes whole tiles");
 };
@@ -265,6 +266,19 @@ EI_DEV void add_block(
     }
 }
 
+// The blocks of a stage, all of them if it is whole: then none waits for the one before.
+template <class M, class T, bool IS_WHOLE, int N_HALVES, int N_EIGHTS>
+EI_DEV void add_stage(
+    float (&sums)[N_HALVES][N_EIGHTS][4], const typename M::Stage& stage,
+    const typename M::Scales& scales, int tile, int half, int first, int n_blocks) {
+#pragma unroll
+    for (int b = 0; b < M::N_BLOCKS; ++b) {
+        if (IS_WHOLE || b < n_blocks) {
+            add_block<M, T>(sums, stage, scales, tile, half, b, first % CHUNK + b);
+        }
+    }
+}
+
 // Sums of 16 rows, half a tile, by 8 tokens.
 EI_DEV void store_sums(
     const Output& out, const float (&sums)[4], int first, int first_row, int n, int n_rows) {
@@ -312,12 +326,13 @@ EI_DEV void multiply_mma(const Operands<T>& of, const Output& out, int n) {
             const int chunk = min(first / CHUNK + 1, of.at.n_chunks - 1);
             head = load_head(of.w, of.at, tile, chunk, 16 * half + row);
         }
-#pragma unroll
-        for (int b = 0; b < M::N_BLOCKS; ++b) {
-            if (first + b < of.at.n_blocks) {
-                const int i = first % CHUNK + b;
-                add_block<M, T>(sums, stages[s % M::N_STAGES], scales[warp], place, half, b, i);
-            }
+        const Stage& stage = stages[s % M::N_STAGES];
+        const int n_blocks = of.at.n_blocks - first;
+        // Of many tokens a block alone keeps a warp busy, and needs its registers.
+        if (M::HALVES == 1 && n_blocks >= M::N_BLOCKS) {
+            add_stage<M, T, true>(sums, stage, scales[warp], place, half, first, n_blocks);
+        } else {
+            add_stage<M, T, false>(sums, stage, scales[warp], place, half, first, n_blocks);
         }
     }
 #pragma unroll
