@@ -19,10 +19,11 @@ from edgeinfer.kernels.cuda.lower_base import LaunchShape
 from edgeinfer.kernels.cuda.lower_products import ProductLowering
 from edgeinfer.quant import QuantType
 
-_WARPS = 4
+_WARPS, _SHARED_BYTES = 4, 48 << 10  # of a block of threads, on any GPU
+# Where memory is so fast that more must be on its way, and blocks may have more for it.
+_FAST_ARCHS, _MORE_WARPS, _MORE_SHARED_BYTES = (90, 100, 103), 8, 96 << 10
 _MOST_ROWS = 1
 _MOST_PARTS = 3
-_SHARED_BYTES = 48 << 10  # that every GPU has for a block of threads
 # Each block of threads makes the rows that it multiplies anew: worth it for few blocks only.
 _MOST_BLOCKS = 1024
 _MOST_UNNORMED_ROWS = 512 * tiles.TILE  # of a matrix: quantising apart costs less from there on
@@ -34,6 +35,7 @@ class _Products(NamedTuple):
     x: Value
     norm: RmsNorm | WholeNorm | None
     parts: tuple[Matmul, ...]
+    n_warps: int
 
     @property
     def kinds(self) -> list[QuantType]:
@@ -41,12 +43,12 @@ class _Products(NamedTuple):
 
     @property
     def shared_bytes(self) -> int:
-        return tiles.normed_bytes(self.kinds, self.x.dim, _WARPS, _MOST_ROWS)
+        return tiles.normed_bytes(self.kinds, self.x.dim, self.n_warps, _MOST_ROWS)
 
     @property
-    def can_be_one(self) -> bool:
-        """Whether a block has room for a row, and all matrices but a third are of one type."""
-        return self.shared_bytes <= _SHARED_BYTES and len(set(self.kinds[:2])) == 1
+    def are_of_one_type(self) -> bool:
+        """All matrices but a third."""
+        return len(set(self.kinds[:2])) == 1
 
 
 class FusedLowering(AttentionLowering, ProductLowering):
@@ -86,8 +88,7 @@ class FusedLowering(AttentionLowering, ProductLowering):
         # What is added may lie where x does, which other blocks of threads still read.
         if any(part.residual is not None or not reads_blocks(part) for part in products.parts):
             return None
-        found = _Products(norm.x, norm, products.parts)
-        return found if found.can_be_one else None
+        return self._that_fit(norm.x, norm, products.parts)
 
     def _products(self, i: int) -> _Products | None:
         """Step i is a product that quantises what nobody has quantised, for itself alone."""
@@ -99,9 +100,18 @@ class FusedLowering(AttentionLowering, ProductLowering):
             return None
         if part.residual is part.x or not reads_blocks(part):
             return None
-        found = _Products(part.x, None, products.parts)
-        is_small = part.weight.shape[0] <= _MOST_UNNORMED_ROWS
-        return found if is_small and found.can_be_one else None
+        if part.weight.shape[0] > _MOST_UNNORMED_ROWS:
+            return None
+        return self._that_fit(part.x, None, products.parts)
+
+    def _that_fit(
+        self, x: Value, norm: RmsNorm | WholeNorm | None, parts: tuple[Matmul, ...]
+    ) -> _Products | None:
+        """Products of types that are one kernel's, if a block of threads has room for the row."""
+        is_fast = self._arch in _FAST_ARCHS
+        found = _Products(x, norm, parts, _MORE_WARPS if is_fast else _WARPS)
+        fits = found.shared_bytes <= (_MORE_SHARED_BYTES if is_fast else _SHARED_BYTES)
+        return found if fits and found.are_of_one_type else None
 
     def _swiglu(self, i: int, parts: Sequence[Matmul]) -> SwiGlu | None:
         """Step i, if it is made of these two products and nobody else reads them."""
@@ -130,7 +140,9 @@ class FusedLowering(AttentionLowering, ProductLowering):
             "blocks_1": blocks[1], "residual": self._floats[residual] if residual else 0,
         }  # fmt: skip
         first, last = found.kinds[0].name, found.kinds[-1].name
-        kernel = Kernel.of("norm_matmul", TYPE=first, LAST=last, WARPS=_WARPS, ROWS=_MOST_ROWS)
+        kernel = Kernel.of(
+            "norm_matmul", TYPE=first, LAST=last, WARPS=found.n_warps, ROWS=_MOST_ROWS
+        )
         self._emit_fused(kernel, found, sum(blocks), args)
 
     def _emit_swiglu(self, found: _Products, swiglu: SwiGlu) -> None:
@@ -143,7 +155,7 @@ class FusedLowering(AttentionLowering, ProductLowering):
             "y": 0 if self._reads.is_quantised_only(swiglu.out) else self._floats[swiglu.out],
             "x8": self._quantised.get(swiglu.out, 0),
         }  # fmt: skip
-        kernel = Kernel.of("norm_swiglu", TYPE=kind.name, WARPS=_WARPS, ROWS=_MOST_ROWS)
+        kernel = Kernel.of("norm_swiglu", TYPE=kind.name, WARPS=found.n_warps, ROWS=_MOST_ROWS)
         self._emit_fused(kernel, found, _blocks(n_rows), args)
 
     def _row_args(self, found: _Products) -> dict[str, Arg]:
@@ -161,7 +173,7 @@ class FusedLowering(AttentionLowering, ProductLowering):
     ) -> None:
         shape = LaunchShape(shared_bytes=found.shared_bytes, most_rows=_MOST_ROWS)
         rows = self._rows_of(found.parts[0].x)
-        self._emit(kernel, rows, blocks, 32 * _WARPS, shape, **args)
+        self._emit(kernel, rows, blocks, 32 * found.n_warps, shape, **args)
 
     def _norm(self, op: RmsNorm | WholeNorm) -> None:
         """Of every row of x; or of its wanted rows, where the result has only those."""

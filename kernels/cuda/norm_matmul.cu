@@ -5,11 +5,11 @@
 
 // WARPS warps share a tile of 32 rows of a matrix, for ROWS rows of x. Matrices 0 and 1 are of
 // TYPE, matrix 2 of LAST.
-// Variants: TYPE = Q4_0; LAST = Q4_0; WARPS = 4; ROWS = 1
-// Variants: TYPE = Q8_0; LAST = Q8_0; WARPS = 4; ROWS = 1
-// Variants: TYPE = Q4_K; LAST = Q4_K Q5_K Q6_K; WARPS = 4; ROWS = 1
-// Variants: TYPE = Q5_K; LAST = Q5_K Q6_K; WARPS = 4; ROWS = 1
-// Variants: TYPE = Q6_K; LAST = Q6_K; WARPS = 4; ROWS = 1
+// Variants: TYPE = Q4_0; LAST = Q4_0; WARPS = 4 8; ROWS = 1
+// Variants: TYPE = Q8_0; LAST = Q8_0; WARPS = 4 8; ROWS = 1
+// Variants: TYPE = Q4_K; LAST = Q4_K Q5_K Q6_K; WARPS = 4 8; ROWS = 1
+// Variants: TYPE = Q5_K; LAST = Q5_K Q6_K; WARPS = 4 8; ROWS = 1
+// Variants: TYPE = Q6_K; LAST = Q6_K; WARPS = 4 8; ROWS = 1
 
 template <class A, class B>
 constexpr bool IS_SAME = false;

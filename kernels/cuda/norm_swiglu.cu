@@ -5,7 +5,7 @@
 #include "norm.cuh"
 
 // WARPS warps share a tile of 32 rows of both matrices, for ROWS rows of x.
-// Variants: TYPE = Q4_0 Q4_K Q5_K Q6_K Q8_0; WARPS = 4; ROWS = 1
+// Variants: TYPE = Q4_0 Q4_K Q5_K Q6_K Q8_0; WARPS = 4 8; ROWS = 1
 
 // A tile is a block of X8.
 template <int N_ROWS>
