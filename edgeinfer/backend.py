@@ -142,7 +142,7 @@ def open_backend(
         from edgeinfer.kernels.cpu.program import CpuBackend
 
         return CpuBackend(config.cache_folder(), progress, config.isa(), memory)
-    from edgeinfer.kernels.cuda.program import CudaBackend, open_device
+    from edgeinfer.kernels.cuda.backend import CudaBackend, open_device
 
     def make_sampler(n_vocab: int, n_threads: int) -> Sampler:
         return host_sampler(n_vocab, n_threads, progress=progress, memory=memory)

@@ -21,6 +21,7 @@ class LoadSettings(NamedTuple):
 
     device: Device
     device_note: str  # why it is not the one that people would expect, "" if it is
+    may_leave_gpu: bool  # nobody asked for it
     gpu_layers: int | None  # the last ones; -1: all; None: as many as fit
     n_threads: int
     memory: int | str | None  # as it was given
@@ -40,7 +41,8 @@ class LoadSettings(NamedTuple):
             raise InvalidRequestError(
                 f"kv_type is {shown(kv_type)}; this version stores K and V as f16", param="kv_type"
             )
-        device, note = find_device(options.get("device", "auto"))
+        asked = options.get("device", "auto")
+        device, note = find_device(asked)
         gpu_layers = options.get("gpu_layers", "auto")
         if gpu_layers not in (0, "auto") and not device.has_number:
             raise DeviceError(
@@ -52,6 +54,7 @@ class LoadSettings(NamedTuple):
         return cls(
             device=device,
             device_note=note,
+            may_leave_gpu=asked == "auto" and gpu_layers == "auto" and device.has_number,
             gpu_layers=None if gpu_layers == "auto" else gpu_layers,
             n_threads=options.get("threads") or _usual_threads(),
             memory=options.get("memory"),
@@ -62,6 +65,10 @@ class LoadSettings(NamedTuple):
             may_download=options.get("download", False),
             progress=options.get("progress"),
         )
+
+    def on_cpu(self, note: str) -> LoadSettings:
+        """The same on the processors, with a line that says why."""
+        return self._replace(device=Device("cpu"), device_note=note, may_leave_gpu=False)
 
     def available_memory(self) -> int:
         """Bytes that the user allows, or else that there are now."""

@@ -116,7 +116,7 @@ def _load_apart(found: Path, settings: LoadSettings, templates: TemplateEngine |
             raise MemoryError(f"{available >> 10} KiB are available")
         if templates is not None:
             templates.start()
-        later = _Later(lambda: _load(found, settings, templates))
+        later = _Later(lambda: _or_on_cpu(lambda s: _load(found, s, templates), settings))
         try:
             return later.result()
         except BaseException:
@@ -147,6 +147,16 @@ def _explained(error: Exception) -> EdgeInferError | None:
             "raise this process's limits (ulimit -u, -v)"
         )
     return None
+
+
+def _or_on_cpu(run: Callable[[LoadSettings], T], settings: LoadSettings) -> T:
+    """Run, and again on the processors, with a note, where a GPU fails that nobody asked for."""
+    try:
+        return run(settings)
+    except DeviceError as error:
+        if not settings.may_leave_gpu:
+            raise
+        return run(settings.on_cpu(f"no GPU is used: {error}"))
 
 
 def _load(path: Path, settings: LoadSettings, templates: TemplateEngine | None) -> Runtime:
@@ -201,7 +211,8 @@ def plan_model(
     model: Model, settings: LoadSettings, freed: Mapping[str, int] = MappingProxyType({})
 ) -> MemoryPlan:
     """The memory that loading so takes, once `freed` bytes of each memory have come back."""
-    return _planned(model.graph.segment(n_ctx=settings.n_ctx), settings, freed=freed)[1]
+    segment = model.graph.segment(n_ctx=settings.n_ctx)
+    return _or_on_cpu(lambda settings: _planned(segment, settings, freed=freed)[1], settings)
 
 
 def _planned(

@@ -72,7 +72,7 @@ class Kernels:
             return f"{what} has {usage.shared_bytes} bytes of static shared memory"
         entry = self.table.get(str(kernel))
         most = entry["registers"].get(str(arch)) if entry else None
-        if most is None or usage.registers > most:
+        if most is not None and usage.registers > most:
             return f"{what} takes {usage.registers} registers, {TABLE.name} has {most}"
         return None
 

@@ -29,6 +29,7 @@ class Runtime:
 
     def __init__(self) -> None:
         self.fails: dict[str, int] = {}
+        self.version = 12090
         self.devices: list[int] = []
         self.memory: dict[int, Any] = {}
         self.captured: list[Any] | None = None
@@ -38,6 +39,9 @@ class Runtime:
         if name in self.fails:
             raise CUDARuntimeError(self.fails[name])
         action() if self.captured is None else self.captured.append(action)
+
+    def runtimeGetVersion(self) -> int:
+        return self.version
 
     def setDevice(self, device: int) -> None:
         self.devices.append(device)

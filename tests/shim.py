@@ -13,38 +13,43 @@ import pytest
 from numpy.typing import NDArray
 
 from edgeinfer import platform
+from edgeinfer.kernels.cuda.cupy_device import CudaDevice
+from edgeinfer.kernels.cuda.device import Device
 from edgeinfer.kernels.cuda.shim import ShimDevice
 
 SEEDS = (0, 1, 7)  # of the order in which threads run
+GPU = "EDGEINFER_TEST_GPU"  # set: where there is a GPU, kernels run there instead
 CHECKED = "EDGEINFER_TEST_CHECKED"  # set: kernels are watched by sanitizers, memory is guarded
 SANITIZERS = (
     "-O1", "-fsanitize=alignment,bounds,shift,float-cast-overflow", "-fno-sanitize-recover=all",
 )  # fmt: skip
 
 
-def shim(folder: Path | None = None, **options: Any) -> ShimDevice:
+def shim(folder: Path | None = None, **options: Any) -> ShimDevice | CudaDevice:
     """A shim that runs at once; the test is skipped where there is no g++."""
+    if os.environ.get(GPU):
+        return CudaDevice(0, folder, sources=options.get("sources", ()))
     if platform.find_program("g++") is None:
         pytest.skip("no g++ in PATH, which the shim compiles kernels with")
     checks = {"flags": SANITIZERS, "allocate": GuardedMemory} if os.environ.get(CHECKED) else {}
     return ShimDevice(folder, **{"runs_at_once": True, **checks, **options})
 
 
-def put(device: ShimDevice, data: NDArray[Any]) -> int:
+def put(device: Device, data: NDArray[Any]) -> int:
     """The address of new memory that holds an array."""
     address = device.reserve(data.nbytes)
     device.write(address, data)
     return address
 
 
-def get(device: ShimDevice, address: int, shape: tuple[int, ...] | int, dtype: Any) -> NDArray[Any]:
+def get(device: Device, address: int, shape: tuple[int, ...] | int, dtype: Any) -> NDArray[Any]:
     """What lies at an address, as an array."""
     out = np.empty(shape, dtype)
     device.read(address, out)
     return out
 
 
-def put_step(device: ShimDevice, n_rows: int, n_wanted: int = 0, n_sequences: int = 1) -> int:
+def put_step(device: Device, n_rows: int, n_wanted: int = 0, n_sequences: int = 1) -> int:
     """The address of a `struct Step`."""
     return put(device, np.array([n_rows, n_wanted, n_sequences, 0], np.int32))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import stat
 import sys
 from pathlib import Path
@@ -70,8 +71,16 @@ def test_compare_takes_turns(path: Path, tmp_path: Path) -> None:
         broken = fake_llama_bench(tmp_path, "raise SystemExit('no such model')")
         with pytest.raises(EdgeInferError, match="failed with 1: no such model"):
             compare(llm.runtime, broken, 8, 4, 0, 1)
-        with pytest.raises(EdgeInferError, match="can't be run"):
-            compare(llm.runtime, str(tmp_path / "missing"), 8, 4, 0, 1)
+        (tmp_path / "notes").write_text("not a program")
+        (folder := tmp_path / "folder").mkdir()
+        for path_of in (tmp_path / "missing", tmp_path / "notes", folder):
+            with pytest.raises(EdgeInferError) as caught:
+                compare(llm.runtime, str(path_of), 8, 4, 0, 1)
+            says = rf"{path_of} can't be run \([A-Z][a-z ]+\); give the path of llama-bench"
+            assert re.fullmatch(says, str(caught.value))
+        (tmp_path / "notes").chmod(0o755)  # which has no #! either
+        with pytest.raises(EdgeInferError, match="can't be run .*; give the path"):
+            compare(llm.runtime, str(tmp_path / "notes"), 8, 4, 0, 1)
 
 
 class Program:

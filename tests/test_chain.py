@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from edgeinfer import LLM, DeviceError, PlanError
 from edgeinfer.backend import Program, build_exactly, tune, unkept_kernels
 from edgeinfer.batch import Batch, Demand, PageTable, StepLimits, StepRequest
 from edgeinfer.chain import Chain, ChainBackend, Link, Stretch
+from edgeinfer.cli.main import main
 from edgeinfer.engine.engine import Engine
 from edgeinfer.engine.memory_plan import PlanRequest
 from edgeinfer.engine.sequence import Finished, Request, Token
@@ -427,3 +429,36 @@ def test_layers_of_a_gpu_are_refused_where_there_is_none(
 def test_no_layers_on_a_gpu_are_no_reason_to_refuse(model: Model, asked: Any) -> None:
     with LLM(model.file.path, gpu_layers=asked, threads=1, n_ctx=64) as llm:
         assert llm.runtime.n_gpu_layers == 0 and llm.runtime.runs_on == "1 threads"
+
+
+@pytest.mark.parametrize("asked", [1, 3, -1, "auto"])
+def test_answers_do_not_depend_on_how_many_layers_a_gpu_has(model: Model, asked: Any) -> None:
+    """On the CUDA kernels for processors."""
+    backend("shim")
+    path, found = model.file.path, []
+    for device, n_layers in (("cpu", 0), ("shim", asked)):
+        with LLM(path, device=device, gpu_layers=n_layers, threads=1, n_ctx=160) as llm:
+            answers = llm.generate_batch(
+                ["abc", "a longer prompt " * 4], max_tokens=9, temperature=0.9, seed=4
+            )
+            slid = llm.generate("x" * 100, max_tokens=80, overflow="slide", temperature=0.0)
+            found.append([each.token_ids for each in (*answers, slid)])
+            found[-1].append(llm.logits(IDS, prefill_chunk=5).view(np.int32).tolist())
+            runs_on, n_gpu_layers = llm.runtime.runs_on, llm.runtime.n_gpu_layers
+    assert found[0] == found[1]
+    assert n_gpu_layers == (asked if asked in (1, 3) else N_LAYERS)
+    assert (f"{asked} of 4 layers on " in runs_on) == ("1 threads" in runs_on) == (asked in (1, 3))
+
+
+def test_layers_on_the_command_line(model: Model, capsys: pytest.CaptureFixture[str]) -> None:
+    backend("shim")
+    path = str(model.file.path)
+    for flags, n_memories in ((["2"], 2), (["auto"], 2), (["0"], 1)):
+        with pytest.raises(SystemExit) as exit:
+            main(["plan", path, "--json", "--device", "shim", "--gpu-layers", *flags])
+        assert exit.value.code == 0
+        assert len(json.loads(capsys.readouterr().out)["memories"]) == n_memories
+    for wrong in ("-2", "all", "1.5"):
+        with pytest.raises(SystemExit) as exit:
+            main(["plan", path, "--device", "shim", "--gpu-layers", wrong])
+        assert exit.value.code == 2 and "number of layers" in capsys.readouterr().err

@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from edgeinfer.batch import Batch, PageTable, StepLimits
 from edgeinfer.gguf import GGUFFile
 from edgeinfer.graph import Segment
-from edgeinfer.kernels.cuda.program import CudaBackend, CudaProgram
+from edgeinfer.kernels.cuda.backend import CudaBackend
+from edgeinfer.kernels.cuda.program import CudaProgram
 from edgeinfer.kernels.reference import ReferenceBackend
 from edgeinfer.model import Model
 from edgeinfer.sampling.sampler import ReferenceSampler
@@ -21,14 +22,13 @@ from edgeinfer.sampling.sampler import ReferenceSampler
 from . import test_graphs
 from .backends import IDS, LIMITS, batch_of
 from .models_for_tests import tiny_model
-from .native import cache_root
 from .random_graphs import MODELS, Drawn, Recorder
 from .shim import shim
 
 
 @cache
 def backend() -> CudaBackend:
-    device = shim(cache_root() / "shim", runs_at_once=False)
+    device = shim(runs_at_once=False)
     return CudaBackend(device, "shim:0", lambda n_vocab, n_threads: ReferenceSampler())
 
 

@@ -12,8 +12,7 @@ import pytest
 
 from edgeinfer import platform
 from edgeinfer.errors import DeviceError
-from edgeinfer.kernels.cuda import cupy_device
-from edgeinfer.kernels.cuda.cupy_device import CudaDevice, why_unusable
+from edgeinfer.kernels.cuda.cupy_device import CudaDevice
 from edgeinfer.kernels.cuda.kernel import Kernel
 from edgeinfer.platform import CudaDriver, Gpu
 from tests import fake_cupy
@@ -42,39 +41,25 @@ def device(cuda: Cuda, tmp_path: Path) -> CudaDevice:
     return CudaDevice(1, tmp_path / "cache", sources=[tmp_path])
 
 
-@pytest.mark.parametrize(
-    ("driver", "index", "said"),
-    [
-        (None, 0, "no NVIDIA driver here: install it, or use device='cpu'"),
-        (CudaDriver(13000, (), 100), 0, "reports error 100: see what nvidia-smi says"),
-        (CudaDriver(11040, (ORIN,)), 0, "runs CUDA up to 11.4, 12.0 is needed: update it"),
-        (DRIVER, 2, "no cuda:2 here; there is cuda:0 A, cuda:1 Orin"),
-        (DRIVER, -1, "no cuda:-1 here"),
-        (CudaDriver(12060, ()), 0, "there is no GPU at all"),
-        (CudaDriver(12060, (Gpu("P100", "6.0", 1),)), 0, "(P100) has compute capability 6.0, 6.1"),
-    ],
-)
-def test_what_is_missing_is_named(driver: CudaDriver | None, index: int, said: str) -> None:
-    assert said in (why_unusable(driver, index) or "")
-
-
 def test_without_cupy_the_command_that_installs_it_is_named(
-    cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+    cuda: Cuda, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    assert why_unusable(DRIVER) is None
-    monkeypatch.setattr(cupy_device, "_is_installed", lambda package: package == "cupy-cuda13x")
-    said = why_unusable(DRIVER) or ""
-    assert "cupy-cuda13x is installed, and the NVIDIA driver runs CUDA up to 12.6" in said
+    cuda.runtime.version = 13000
+    said = (
+        "CuPy is here for CUDA 13, .* CUDA up to 12.6; uninstall it, then .*pip install .*cuda12x"
+    )
+    with pytest.raises(DeviceError, match=said):
+        CudaDevice(0, tmp_path)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert why_unusable(DRIVER) == f"CuPy is not installed: {platform.install_command(DRIVER)}"
-    assert re.search(r"-m pip install .*cupy-cuda12x", platform.install_command(DRIVER))
-    newer = CudaDriver(13000, (ORIN,))
-    assert re.search(r"-m pip install .*cupy-cuda13x", why_unusable(newer) or "")
+    with pytest.raises(DeviceError, match="needs CuPy, .* run .*pip install .*cupy-cuda12x"):
+        CudaDevice(0, tmp_path)
+    with pytest.raises(DeviceError, match="there is no cuda:2"):
+        CudaDevice(2, tmp_path)
 
 
 @pytest.mark.skipif(platform.cuda_driver() is not None, reason="there is a driver")
 def test_a_machine_without_a_driver_is_told_so(tmp_path: Path) -> None:
-    with pytest.raises(DeviceError, match="no NVIDIA driver here"):
+    with pytest.raises(DeviceError, match="needs an NVIDIA driver, and none was found"):
         CudaDevice(0, tmp_path)
 
 
@@ -92,7 +77,7 @@ def test_what_a_gpu_is(device: CudaDevice, cuda: Cuda) -> None:
 
 def test_memory(device: CudaDevice, cuda: Cuda) -> None:
     rng = np.random.default_rng(1)
-    n = (70 << 20) + 5  # more than both large buffers hold
+    n = (30 << 20) + 5  # more than both large buffers hold
     data = rng.integers(0, 256, n, np.uint8)
     address = device.reserve(n)
     device.write(address, data)

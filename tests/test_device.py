@@ -6,13 +6,16 @@ import importlib.machinery
 import importlib.util
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from edgeinfer import LLM, DeviceError, platform
-from edgeinfer.backend import find_device
+from edgeinfer import LLM, DeviceError, backend, plan, platform
+from edgeinfer.backend import Program, find_device
+from edgeinfer.batch import Demand, StepLimits, StepRequest
 from edgeinfer.cli.models import start_notes
 from edgeinfer.device import Choice, Device, choose
+from edgeinfer.graph import Segment
 from edgeinfer.platform import CudaDriver, Gpu
 
 from .models_for_tests import tiny_model
@@ -130,3 +133,43 @@ def test_this_machine_runs_on_its_processors(tmp_path: Path) -> None:
     with LLM(tiny_model(tmp_path), device="cpu", threads=1) as llm:
         assert llm.runtime.device == Device("cpu") and start_notes(llm) == []
     assert find_device("reference") == Choice(Device("reference"))
+
+
+class Broken:
+    """A GPU that has room for everything, and fails when something is compiled for it."""
+
+    def memories(self, host: int) -> dict[str, int]:
+        return {"host": host}
+
+    def demand(self, segment: Segment, request: StepRequest) -> Demand:
+        return Demand(StepLimits.of(request, 320, segment.groups, 64), {"host": {}})
+
+    def compile(self, segment: Segment, limits: StepLimits) -> Program:
+        raise DeviceError("no NVRTC was found; run pip install it")
+
+
+@pytest.mark.parametrize("fails_to", ["open", "compile"])
+def test_a_gpu_that_fails_is_left_where_nobody_asked_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_to: str
+) -> None:
+    opened = backend.open_backend
+
+    def open_backend(device: Device, **options: Any) -> Any:
+        if device.kind == "cpu":
+            return opened(device, **options)
+        if fails_to == "open":
+            raise DeviceError("no NVRTC was found; run pip install it")
+        return Broken()
+
+    gpu = Choice(Device("cuda", 1))
+    monkeypatch.setattr("edgeinfer.load_settings.find_device", lambda name: gpu)
+    monkeypatch.setattr("edgeinfer.runtime.open_backend", open_backend)
+    path = tiny_model(tmp_path, chat_template="{{ messages[0].content }}")
+    assert plan(path).fits
+    with LLM(path, threads=1) as llm:
+        assert llm.runtime.device == Device("cpu")
+        assert start_notes(llm) == ["no GPU is used: no NVRTC was found; run pip install it"]
+        assert llm.chat("abc", max_tokens=2).usage.completion_tokens == 2
+    for forced in ({"device": "cuda:1"}, {"gpu_layers": 1}):
+        with pytest.raises(DeviceError, match="^no NVRTC was found"):
+            LLM(path, **forced)  # type: ignore[arg-type]

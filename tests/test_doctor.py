@@ -92,6 +92,8 @@ def test_the_command_for_the_gpu(monkeypatch: pytest.MonkeyPatch, version: int, 
     gpu = doctor._gpu()
     assert gpu["install"].endswith(f"-m pip install 'cupy-{extra}>=14'")
     assert gpu["devices"][0]["compute_capability"] == "8.7"
+    monkeypatch.setattr("edgeinfer.device.has_cupy", lambda: True)
+    assert doctor._gpu()["install"] is None
 
 
 @pytest.mark.parametrize("driver", [None, CudaDriver(11040, ()), CudaDriver(13000, (), 100)])

@@ -77,9 +77,10 @@ def test_a_checkout_without_links_installs_whole(linkless: Path, tmp_path: Path)
     run(*pip)
     (wheel,) = tmp_path.glob("*.whl")
     packed = set(zipfile.ZipFile(wheel).namelist())
+    kinds = (".py", ".tcss", ".cu", ".cuh", ".h", ".cpp")
     for folder in ("edgeinfer", *LINKS):
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in (".py", ".tcss") and not {"examples", "screenshots"} & {*path.parts}:
+            if path.suffix in kinds and not {"examples", "screenshots"} & {*path.parts}:
                 inside = path.relative_to(ROOT).as_posix()
                 prefix = "" if folder == "edgeinfer" else "edgeinfer/"
                 assert prefix + inside in packed

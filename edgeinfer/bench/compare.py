@@ -121,6 +121,8 @@ def _output(command: list[str]) -> str:
             raise
     if process.returncode:
         last = (errors.strip().splitlines() or ["it said nothing"])[-1]
+        if process.returncode == platform.NOT_RUN:
+            raise EdgeInferError(f"{last}; give the path of llama-bench")
         raise EdgeInferError(f"{command[0]} failed with {process.returncode}: {last}")
     return str(output)
 

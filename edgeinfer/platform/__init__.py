@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from edgeinfer.platform.children import (
         MODULE_FLAG,
+        NOT_RUN,
         STARTS_ITSELF,
         can_start_python,
         find_program,
@@ -75,7 +76,7 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "children": (
-        "MODULE_FLAG STARTS_ITSELF can_start_python find_program module_folders "
+        "MODULE_FLAG NOT_RUN STARTS_ITSELF can_start_python find_program module_folders "
         "python_command run_editor run_tool set_for_us start_isolated start_program"
     ),
     "forks": "ForkedProcess",
@@ -102,6 +103,7 @@ __all__ = [
     "Gpu",
     "MODULE_FLAG",
     "Memory",
+    "NOT_RUN",
     "NvrtcLibrary",
     "ProcessLimits",
     "ReadableFile",

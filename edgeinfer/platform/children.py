@@ -202,6 +202,7 @@ def start_program(
     what it does. `in_background` it gets only what processors have left over; then, and where it
     does not hear keys, an interrupt from the terminal doesn't reach it. On Linux it `ends_with_us`
     whatever ends us: with the thread that starts it, to be precise, which has to wait for it.
+    OSError where it can't be run, or the exit code NOT_RUN with a line that says why.
     """
     import subprocess  # 20 ms that most starts don't need
 
@@ -252,6 +253,8 @@ for number in (_signal.SIGPIPE, _signal.SIGXFSZ):
 try:
     os.execv(sys.argv[2], sys.argv[2:])
 except OSError as error:
-    sys.exit(f"{sys.argv[2]} can't be run ({error.strerror})")
+    print(f"{sys.argv[2]} can't be run ({error.strerror})", file=sys.stderr)
+    sys.exit(126)
 """
+NOT_RUN = 126  # what a shell says too of a program that it can't run
 _BACKGROUND_FLAGS = ("IDLE_PRIORITY_CLASS", "CREATE_NEW_PROCESS_GROUP", "CREATE_NO_WINDOW")

@@ -5,28 +5,28 @@ from __future__ import annotations
 from itertools import count, takewhile
 
 from edgeinfer.batch import SEGMENT_PAGES, StepLimits, cache_row
-from edgeinfer.graph import Embed, ExpertLinear, Linear, Segment
+from edgeinfer.graph import Attention, Embed, ExpertLinear, Linear, Segment
 from edgeinfer.kernels.buffers import Arena, Buffer
 from edgeinfer.kernels.cuda.kernel import Kernel
 from edgeinfer.kernels.cuda.layout import ALIGNMENT, StepArrays, page_bytes
 from edgeinfer.kernels.cuda.lower import Lowering
-from edgeinfer.kernels.cuda.lower_base import LayerCache, StepBuffers
+from edgeinfer.kernels.cuda.lower_base import FEW_ROWS, LayerCache, StepBuffers
 from edgeinfer.kernels.cuda.tiles import row_stride
 from edgeinfer.kernels.cuda.weights import TiledWeights, matrix_bytes
 from edgeinfer.quant import Weight
 
 
 class Blueprint:
-    """A segment lowered for steps of up to `limits`. It becomes a program once."""
+    """A segment lowered for steps of up to `limits` on a GPU of `arch`, to become one program."""
 
-    def __init__(self, segment: Segment, limits: StepLimits) -> None:
+    def __init__(self, segment: Segment, limits: StepLimits, arch: int) -> None:
         self.segment, self.limits = segment, limits
         self.weights = TiledWeights(*_weights_of(segment))
         self.step_arrays = StepArrays(limits)
         self.kv, self.step = Arena(ALIGNMENT), Arena(ALIGNMENT)
-        step = self._place_step()
+        self.step_buffers = step = self._place_step()
         caches = self._caches = self._place_caches()
-        self.lowered = Lowering(segment, limits, self.weights, caches, step).run()
+        self.lowered = Lowering(segment, limits, self.weights, caches, step, arch).run()
         self.scratch = self.lowered.scratch
         self.scratch.place(self.weights.staging, 0 if self.scratch.n_bytes else None)
         self.scratch.n_bytes = max(
@@ -45,7 +45,7 @@ class Blueprint:
         return {
             **{f"weights {kind}": n_bytes for kind, n_bytes in weights.items()},
             **self._cache_rows,
-            "scratch": self.scratch.n_bytes + self.step.n_bytes,
+            "scratch": self.scratch.n_bytes + self.step.n_bytes + self._counters_bytes,
         }
 
     @property
@@ -75,7 +75,21 @@ class Blueprint:
         arrays = self.step_arrays
         whole = self.step.place(Buffer("step", arrays.memory.nbytes, is_kept=True))
         self.step_buffer = whole
-        return StepBuffers(*(self._part(name) for name in StepBuffers._fields))
+        n_bytes = 4 * self.limits.max_outputs
+        results = self.step.place(Buffer("sampled", 2 * n_bytes, is_kept=True))
+        status = self.step.place(Buffer("status", n_bytes, is_kept=True), results.address + n_bytes)
+        part = self._part
+        return StepBuffers(
+            part("step"), part("ids"), part("pos"), part("seq"), part("wanted"), part("pages"),
+            results, status, self._counters(),
+        )  # fmt: skip
+
+    def _counters(self) -> Buffer:
+        """Of blocks that have left a part of attention, in memory that begins as zeros."""
+        heads = [op.n_heads for op in self.segment.ops if isinstance(op, Attention)]
+        n_bytes = 4 * FEW_ROWS * max(heads, default=0)
+        self._counters_bytes = self.kv.aligned(n_bytes)
+        return self.kv.place(Buffer("counters", n_bytes, is_kept=True))
 
     def _part(self, name: str, group: int = 0) -> Buffer:
         offset = self.step_buffer.address + self.step_arrays.offset(name, group)

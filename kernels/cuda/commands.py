@@ -77,10 +77,12 @@ class Lowered:
     input: Buffer | None = None
     hidden: Buffer | None = None
     logits: Buffer | None = None
+    argmax: Launch | None = None  # the likeliest token of each row of logits
     scratch: Arena = field(default_factory=lambda: Arena(ALIGNMENT))
 
     def kernels(self) -> set[Kernel]:
-        return {launch.kernel for launch in self.launches}
+        launches = [*self.launches, self.argmax] if self.argmax else self.launches
+        return {launch.kernel for launch in launches}
 
     def place(self) -> None:
         """Offsets for every buffer."""

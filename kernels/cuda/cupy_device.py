@@ -6,8 +6,6 @@ modules are used: it compiles nothing for us.
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeinfer import config, platform
+from edgeinfer import config, device, platform
 from edgeinfer.errors import DeviceError
 from edgeinfer.kernels.cuda.cubins import Cubins
 from edgeinfer.kernels.cuda.device import (
@@ -31,38 +29,8 @@ from edgeinfer.kernels.cuda.device import (
 )
 from edgeinfer.kernels.cuda.kernel import SYMBOL, Kernel, Signature, Sources
 
-_LEAST_CUDA = 12
-_LEAST_ARCH = 61  # the first with __dp4a
 _OUT_OF_MEMORY = 2  # what CUDA's runtime and driver both call it
 _SMALL = 64 << 10  # bytes of an array that is written through one of many small buffers
-
-
-def why_unusable(driver: platform.CudaDriver | None, index: int = 0) -> str | None:
-    """Why there is no GPU of this number for us, and what to do; None where there is one."""
-    if driver is None:
-        return "there is no NVIDIA driver here: install it, or use device='cpu'"
-    if driver.error:
-        return f"the NVIDIA driver reports error {driver.error}: see what nvidia-smi says"
-    cuda = f"{driver.version // 1000}.{driver.version % 1000 // 10}"
-    if driver.version < 1000 * _LEAST_CUDA:
-        return f"the NVIDIA driver runs CUDA up to {cuda}, {_LEAST_CUDA}.0 is needed: update it"
-    if not 0 <= index < len(driver.devices):
-        names = ", ".join(f"cuda:{i} {gpu.name}" for i, gpu in enumerate(driver.devices))
-        return f"there is no cuda:{index} here; there is {names or 'no GPU at all'}"
-    gpu = driver.devices[index]
-    if _arch(gpu) < _LEAST_ARCH:
-        return (
-            f"cuda:{index} ({gpu.name}) has compute capability {gpu.compute_capability}, 6.1 is "
-            "the least: use device='cpu'"
-        )
-    if importlib.util.find_spec("cupy") is None:
-        return f"CuPy is not installed: {platform.install_command(driver)}"
-    if driver.version < 13000 and _is_installed("cupy-cuda13x"):
-        return (
-            f"cupy-cuda13x is installed, and the NVIDIA driver runs CUDA up to {cuda}: uninstall "
-            f"it, then {platform.install_command(driver)}"
-        )
-    return None
 
 
 def _arch(gpu: platform.Gpu) -> int:
@@ -70,11 +38,14 @@ def _arch(gpu: platform.Gpu) -> int:
     return 10 * int(major) + int(minor)
 
 
-def _is_installed(package: str) -> bool:
-    try:
-        return bool(importlib.metadata.version(package))
-    except importlib.metadata.PackageNotFoundError:
-        return False
+def _check_cupy(version: int, driver: platform.CudaDriver, index: int) -> None:
+    """Raise DeviceError where CuPy is made for a CUDA that the driver does not run."""
+    if version // 1000 > driver.version // 1000:
+        raise DeviceError(
+            f"CuPy is here for CUDA {version // 1000}, and the NVIDIA driver runs CUDA up to "
+            f"{device.cuda_version(driver)}",
+            advice=(f"uninstall it, then run {device.install_command(driver, index)}",),
+        )
 
 
 class _Loaded(NamedTuple):
@@ -98,12 +69,12 @@ class CudaDevice:
         sources: Iterable[Path] = (),
         waits_for_each: bool = False,
     ) -> None:
+        device.choose(device.Device("cuda", index))
         driver = platform.cuda_driver()
-        if why := why_unusable(driver, index):
-            raise DeviceError(why)
         assert driver is not None
         import cupy.cuda
 
+        _check_cupy(cupy.cuda.runtime.runtimeGetVersion(), driver, index)
         self._index, self._cuda = index, cupy.cuda
         self._runtime, self._driver = cupy.cuda.runtime, cupy.cuda.driver
         self._waits_for_each = waits_for_each
@@ -180,7 +151,7 @@ class CudaDevice:
         flat = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
         with self._calls("write"):
             if len(flat) > _SMALL and self._large is None:
-                self._large = _Uploads(self, n_buffers=2, n_bytes=32 << 20)
+                self._large = _Uploads(self, n_buffers=2, n_bytes=8 << 20)
             uploads = self._small if len(flat) <= _SMALL else self._large
             assert uploads is not None
             uploads.send(address, flat, self._stream)

@@ -6,6 +6,8 @@ matrices are in `tiles.py`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -52,6 +54,7 @@ class StepArrays:
             self._offsets[name] = end
             end += -(-int(np.prod(shape)) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
         self.memory: NDArray[np.uint8] = np.zeros(end, np.uint8)
+        self._n_pages = 0
         self._arrays = {
             name: np.ndarray(shape, dtype, self.memory.data, self._offsets[name])
             for name, (shape, dtype) in shapes.items()
@@ -83,4 +86,30 @@ class StepArrays:
                 first, end = end, end + len(table.pages)
                 pages[first:end] = table.pages
                 group[i] = first, len(table.pages), table.n_pinned, table.n_visible
-        return self._offsets["pages"] + 4 * end
+        self._n_pages = end
+        return self.n_bytes
+
+    @property
+    def n_bytes(self) -> int:
+        """How much of `memory` says the step that was filled in."""
+        return self._offsets["pages"] + 4 * self._n_pages
+
+    def go_on(self) -> None:
+        """The step that follows where every sequence gets one token more; its ids are not known."""
+        n_rows, *_ = self._arrays["step"][0]
+        self._arrays["pos"][:n_rows] += 1
+
+    def set_ids(self, ids: NDArray[np.int32]) -> None:
+        self._arrays["ids"][: len(ids)] = ids
+
+    def says_the_same(self, other: StepArrays) -> bool:
+        """Whether both have the same step."""
+        ours, theirs = self._used(), other._used()
+        return all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+    def _used(self) -> list[NDArray[Any]]:
+        arrays = self._arrays
+        n_rows, n_wanted, n_sequences, _ = arrays["step"][0]
+        rows = [arrays[name][:n_rows] for name in ("ids", "pos", "seq")]
+        others = arrays["wanted"][:n_wanted], arrays["tables"][:, :n_sequences]
+        return [*rows, *others, arrays["pages"][: self._n_pages]]

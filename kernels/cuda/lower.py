@@ -10,7 +10,6 @@ from typing import NoReturn
 
 from edgeinfer.fusion import (
     ExpertMatmuls,
-    Matmul,
     Matmuls,
     PinnedAttention,
     PinnedRotate,
@@ -25,7 +24,6 @@ from edgeinfer.graph import (
     Bias,
     Clamp,
     Embed,
-    ExpertLinear,
     ExpertSum,
     Mul,
     MulParts,
@@ -37,19 +35,19 @@ from edgeinfer.graph import (
     SoftCap,
     Value,
 )
-from edgeinfer.kernels.buffers import Buffer, reads_blocks
+from edgeinfer.kernels.buffers import Buffer
 from edgeinfer.kernels.cuda import tiles
-from edgeinfer.kernels.cuda.commands import ALL_ROWS, WANTED_ROWS, Arg, Lowered
+from edgeinfer.kernels.cuda.commands import ALL_ROWS, WANTED_ROWS, Arg, Launch, Lowered
 from edgeinfer.kernels.cuda.kernel import Kernel
 from edgeinfer.kernels.cuda.lower_attention import AttentionLowering
-from edgeinfer.kernels.cuda.lower_base import PLAIN, LaunchShape
+from edgeinfer.kernels.cuda.lower_products import ProductLowering
 from edgeinfer.kernels.cuda.tiles import row_stride
 from edgeinfer.quant import Weight
 
 _WARPS = 4  # that share a tile of a matrix
 
 
-class Lowering(AttentionLowering):
+class Lowering(AttentionLowering, ProductLowering):
     """One pass over a segment's steps."""
 
     def run(self) -> Lowered:
@@ -62,8 +60,18 @@ class Lowering(AttentionLowering):
                 out.head = len(out.launches)
         out.hidden = self._floats[segment.hidden]
         out.logits = self._floats[segment.output] if segment.is_last else None
+        if out.logits is not None:
+            out.argmax = self._argmax(out.logits)
         out.place()
         return out
+
+    def _argmax(self, logits: Buffer) -> Launch:
+        n_vocab = self._segment.output.dim
+        args: dict[str, Arg] = {
+            "step": self._step.step, "logits": logits, "logits_stride": row_stride(n_vocab),
+            "n_vocab": n_vocab, "ids": self._step.sampled, "status": self._step.status,
+        }  # fmt: skip
+        return Launch(Kernel.of("argmax"), args, WANTED_ROWS, (1,), 1024)
 
     def _lower(self, step: Step, i: int) -> None:
         match step:
@@ -166,86 +174,6 @@ class Lowering(AttentionLowering):
             wanted=self._step.wanted, x=self._floats[op.x], x_stride=row_stride(op.x.dim),
             dim=op.x.dim, out=self._float_buffer(op.out, "selected"),
             out_stride=row_stride(op.out.dim),
-        )  # fmt: skip
-
-    # -- products ------------------------------------------------------------------------------
-
-    def _matmul(self, op: Matmul, i: int) -> None:
-        n_rows, n_cols = op.weight.shape
-        rows, kind = self._rows_of(op.x), op.weight.type
-        residual, out = self._residual(op, i)
-        common: dict[str, Arg] = {
-            "rows": rows, "w": self._weights.matrix(op.weight), "n": n_rows, "k": n_cols,
-            "bias": self._weights.vector(op.bias) if op.bias else 0,
-            "residual": residual or 0, "y": out,
-        }  # fmt: skip
-        if reads_blocks(op):
-            kernel = Kernel.of("matmul", TYPE=kind.name, WARPS=_WARPS, ROWS=1)
-            blocks = -(-n_rows // tiles.TILE)
-            self._emit(kernel, rows, blocks, 32 * _WARPS, PLAIN, x=self._x8(op.x), **common)
-        else:
-            kernel = Kernel.of("matmul_float", TYPE=kind.name, WARPS=_WARPS, ROWS=1)
-            blocks = -(-n_rows // (8 * _WARPS))
-            self._emit(kernel, rows, blocks, 32 * _WARPS, PLAIN, x=self._floats[op.x], **common)
-
-    def _residual(self, op: Matmul, i: int) -> tuple[Buffer | None, Buffer]:
-        """The rows to add to this matmul's result and the rows it leaves: often the same."""
-        if op.residual is None:
-            return None, self._float_buffer(op.out, "linear")
-        residual = self._floats[op.residual]
-        if op.residual is self._segment.input or not self._reads.is_last(op.residual, i):
-            return residual, self._float_buffer(op.out, "residual")
-        self._floats[op.out] = residual
-        return residual, residual
-
-    def _x8(self, x: Value) -> Buffer:
-        """A value's rows quantised; the first who reads them quantises them."""
-        if x not in self._quantised:
-            n_bytes = tiles.x8_bytes(x.dim) * self._n_rows(x)
-            rows, out = self._rows_of(x), Buffer("quantised", n_bytes)
-            self._quantised[x] = out
-            blocks = -(-x.dim // tiles.CHUNK)
-            self._emit(
-                Kernel.of("quantise"), rows, blocks, 256, rows=rows, x=self._floats[x], x8=out,
-                k=x.dim,
-            )  # fmt: skip
-        return self._quantised[x]
-
-    # -- experts -------------------------------------------------------------------------------
-
-    def _route(self, op: Route) -> None:
-        self._emit(
-            Kernel.of("route", GATING=op.gating), ALL_ROWS, 1, 32,
-            LaunchShape(shared_bytes=4 * (3 * op.x.dim + op.n_groups)),
-            x=self._floats[op.x], x_stride=row_stride(op.x.dim), n_experts=op.x.dim,
-            n_used=op.n_used, bias=self._weights.vector(op.bias) if op.bias else 0,
-            n_groups=op.n_groups, n_groups_used=op.n_groups_used, norm=int(op.norm),
-            scale=op.scale, out=self._float_buffer(op.out, "route"),
-            out_stride=row_stride(op.out.dim),
-        )  # fmt: skip
-
-    def _expert_matmul(self, op: ExpertLinear) -> None:
-        _, n_rows, n_cols = op.weight.shape
-        in_blocks = reads_blocks(op)
-        tile_rows = tiles.TILE if in_blocks else 8 * _WARPS
-        self._emit(
-            Kernel.of("expert_matmul", TYPE=op.weight.type.name, WARPS=_WARPS), ALL_ROWS,
-            (-(-n_rows // tile_rows), op.n_used), 32 * _WARPS,
-            rows=ALL_ROWS, route=self._floats[op.route],
-            x=self._x8(op.x) if in_blocks else self._floats[op.x],
-            w=self._weights.matrix(op.weight),
-            scale=self._weights.vector(op.scale) if op.scale else 0,
-            bias=self._weights.vector(op.bias) if op.bias else 0,
-            y=self._float_buffer(op.out, "experts"), n=n_rows, k=n_cols,
-            n_parts=op.x.dim // n_cols,
-        )  # fmt: skip
-
-    def _expert_sum(self, op: ExpertSum) -> None:
-        self._emit(
-            Kernel.of("expert_sum"), ALL_ROWS, -(-op.out.dim // 256), 256,
-            x=self._floats[op.x], x_stride=row_stride(op.x.dim), route=self._floats[op.route],
-            route_stride=row_stride(op.route.dim), n_used=op.route.dim // 2, dim=op.out.dim,
-            out=self._float_buffer(op.out, "experts"), out_stride=row_stride(op.out.dim),
         )  # fmt: skip
 
 

@@ -6,7 +6,6 @@ from edgeinfer.fusion import PinnedAttention, PinnedRotate, RotatedAttention
 from edgeinfer.graph import Rope, Rotate, Value
 from edgeinfer.kernels.buffers import Buffer
 from edgeinfer.kernels.cuda.attention import (
-    FOLD_THREADS,
     AttendLaunch,
     AttendRowsLaunch,
     part_floats,
@@ -131,30 +130,18 @@ class AttentionLowering(LoweringBase):
             "q": q, "pinned_q": pinned_q, "q_stride": row_stride(op.q.dim), "k_cache": cache.k,
             "v_cache": cache.v, "pages": self._step.pages, "n_heads": op.n_heads,
             "n_kv_heads": kv.n_heads, "scale": op.scale, "soft_cap": op.soft_cap,
-        }  # fmt: skip
-        place: dict[str, Arg] = {
             "pos": self._step.pos, "seq": self._step.seq, "tables": cache.tables,
             "window": kv.window,
-        }  # fmt: skip
-        result: dict[str, Arg] = {
             "sinks": self._weights.vector(op.sinks) if op.sinks else 0,
             "out": self._float_buffer(op.out, "attention"), "out_stride": row_stride(op.out.dim),
         }  # fmt: skip
         few = AttendLaunch.of(kv, op.n_heads, op.soft_cap > 0)
         n_parts = FEW_ROWS * op.n_heads * self._max_segments
-        parts = Buffer("attention parts", 4 * n_parts * part_floats(kv.v_dim))
-        shape = LaunchShape(most_rows=FEW_ROWS)
-        segments = Segments.OF_STEP
         self._emit(
-            few.kernel, ALL_ROWS, (few.n_tiles, segments), few.threads, shape, parts=parts,
-            **common, **place,
-        )  # fmt: skip
-        self._emit(
-            few.fold, ALL_ROWS, op.n_heads, FOLD_THREADS, shape, parts=parts, n_segments=segments,
-            **place, **result,
+            few.kernel, ALL_ROWS, (few.n_tiles, Segments.OF_STEP), few.threads,
+            LaunchShape(most_rows=FEW_ROWS), counters=self._step.counters,
+            parts=Buffer("attention parts", 4 * n_parts * part_floats(kv.v_dim)), **common,
         )  # fmt: skip
         many = AttendRowsLaunch.of(kv, op.n_heads, op.soft_cap > 0)
         shape = LaunchShape(rows_per_block=many.n_rows, least_rows=FEW_ROWS + 1)
-        self._emit(
-            many.kernel, ALL_ROWS, many.n_tiles, many.threads, shape, **common, **place, **result
-        )
+        self._emit(many.kernel, ALL_ROWS, many.n_tiles, many.threads, shape, **common)

@@ -46,6 +46,9 @@ class StepBuffers(NamedTuple):
     seq: Buffer
     wanted: Buffer
     pages: Buffer
+    sampled: Buffer  # the tokens that the device picks
+    status: Buffer
+    counters: Buffer  # zeros, between steps too
 
 
 class LaunchShape(NamedTuple):
@@ -78,9 +81,11 @@ class LoweringBase:
         weights: WeightAddresses,
         caches: Mapping[int, LayerCache],
         step: StepBuffers,
+        arch: int,
     ) -> None:
         self._segment, self._limits = segment, limits
         self._weights, self._caches, self._step = weights, caches, step
+        self._arch = arch
         self._steps = fuse(segment)
         self._reads = Reads(self._steps, {segment.output, segment.hidden})
         self._selected = selected(segment)

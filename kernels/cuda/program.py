@@ -5,22 +5,24 @@ Knows no scheduling and no files, nor whether the device is a GPU or the shim.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from edgeinfer.batch import HOST, Batch, Demand, Outputs, Sampler, StepLimits, StepRequest
+from edgeinfer.batch import PAGE, Batch, Outputs, Sampler
 from edgeinfer.errors import ClosedError
-from edgeinfer.graph import Segment
 from edgeinfer.kernels.buffers import Buffer
 from edgeinfer.kernels.cuda.attention import n_segments
 from edgeinfer.kernels.cuda.blueprint import Blueprint
-from edgeinfer.kernels.cuda.commands import WANTED_ROWS, Launch
-from edgeinfer.kernels.cuda.device import Bound, Device, DeviceFacts
+from edgeinfer.kernels.cuda.device import Device, Event
+from edgeinfer.kernels.cuda.layout import StepArrays
 from edgeinfer.kernels.cuda.lower_base import FEW_ROWS
+from edgeinfer.kernels.cuda.steps import Result, Shape, Steps
 from edgeinfer.kernels.cuda.tiles import row_stride
-from edgeinfer.kernels.shapes import check_shapes
+from edgeinfer.sampling.params import Sampled
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -28,125 +30,68 @@ if TYPE_CHECKING:
 Progress: TypeAlias = Callable[[str, int, int], None]  # stage, done, total
 
 
-# The sampler for a vocabulary of a size, and so many threads: what the device leaves to the host.
-MakeSampler: TypeAlias = Callable[[int, int], Sampler]
-
-_DRIVER_BYTES = 300 << 20  # that a GPU's driver takes beside all that is reserved
-_SHARED_ROWS = 256  # of prompts, in a step that also decodes
-_ROW_COST = 0.02  # of a step of few rows, for one row more: weights are read once for all
+_N_RESULTS = 4  # steps whose tokens are on their way or not yet taken, at most
 
 
-class CudaBackend:
-    """Compiles segments for one device. `progress("kernels" | "weights", done, total)` follows.
+@dataclass(eq=False, slots=True)
+class Running:
+    """A step on the device."""
 
-    `name` is that of its memory in a plan, too: "cuda:0".
+    result: Result
+    is_over: Event
+    tokens: NDArray[np.int32] | None  # ids and statuses of LIKELIEST, (2, R), once it is over
+    is_aborted: bool = False
+
+
+class CudaTicket:
+    """A submitted step."""
+
+    def __init__(self, program: CudaProgram, batch: Batch, running: Running) -> None:
+        self._program, self._batch, self._running = program, batch, running
+        self._outputs: Outputs | None = None
+
+    def wait(self) -> Outputs:
+        """Block, without the interpreter lock, until the step is done."""
+        if self._outputs is None:
+            self._outputs = self._program._collect(self._batch, self._running)
+        return self._outputs
+
+    def abort(self) -> None:
+        """Cut the step short, from any thread."""
+        self._program._abort(self._running)
+
+
+class CudaProgram:
+    """Runs batches of one segment. Not thread-safe: one step at a time.
+
+    Where every sequence of a step gets its likeliest token and nothing else was asked for, the
+    device begins the next step before anybody has asked: what it computes is taken if the next
+    batch says just that. Else it is lost: it has written behind the ends of sequences only, and
+    whoever writes there comes after it.
     """
 
     def __init__(
         self,
         device: Device,
         name: str,
-        make_sampler: MakeSampler,
-        progress: Progress | None = None,
+        drawn: Blueprint,
+        sampler: Sampler | None,
+        memory: Mapping[str, Mapping[str, int]],
+        progress: Progress,
     ) -> None:
-        self.device, self.name, self._make_sampler = device, name, make_sampler
-        self._progress = progress or (lambda stage, done, total: None)
-        self._drawn: Blueprint | None = None  # what `compile` will most likely be asked for
-
-    def memories(self, host: int) -> dict[str, int]:
-        """Bytes that may be taken of the host's memory and of the device's own, if it has any."""
-        free = max(0, self.device.memory()[0] - _DRIVER_BYTES)
-        if self.device.facts.has_own_memory:
-            return {HOST: host, self.name: free}
-        return {HOST: min(host, free)}
-
-    def demand(self, segment: Segment, request: StepRequest) -> Demand:
-        """What a program would take; UnsupportedModelError names what no kernel takes."""
-        check_shapes(segment, "cuda")
-        limits = StepLimits.of(
-            request,
-            segment.graph.hparams.vocab_size,
-            segment.groups,
-            _max_rows(self.device.facts),
-            _SHARED_ROWS,
-            _ROW_COST,
-        )
-        drawn = self._drawn = Blueprint(segment, limits)
-        sampler = self.sampler(drawn)
-        return Demand(limits, self.rows(drawn), sampler.building_bytes if sampler else 0)
-
-    def rows(self, drawn: Blueprint) -> dict[str, dict[str, int]]:
-        """Bytes by memory and purpose."""
-        sampler = self.sampler(drawn)
-        here = {"logits": drawn.logits_bytes + (sampler.n_bytes if sampler else 0)}
-        if self.device.facts.has_own_memory:
-            return {HOST: here, self.name: drawn.rows()}
-        return {HOST: {**drawn.rows(), **here}}
-
-    def sampler(self, drawn: Blueprint) -> Sampler | None:
-        """What picks tokens of a program's logits; nothing is taken before it is opened."""
-        if not drawn.segment.is_last:
-            return None
-        return self._make_sampler(drawn.segment.output.dim, drawn.limits.n_threads)
-
-    def compile(self, segment: Segment, limits: StepLimits) -> CudaProgram:
-        """Load or compile kernels, reserve memory for `limits`, send the weights up."""
-        drawn, self._drawn = self._drawn, None
-        if drawn is None or (drawn.segment, drawn.limits) != (segment, limits):
-            check_shapes(segment, "cuda")
-            drawn = Blueprint(segment, limits)
-        return CudaProgram(self, drawn)
-
-    def report(self, stage: str) -> Callable[[int, int], None]:
-        return lambda done, total: self._progress(stage, done, total)
-
-
-def open_device(kind: str, index: int) -> Device:
-    """A GPU ("cuda"), or the processors in its place ("shim")."""
-    if kind == "shim":
-        from edgeinfer.kernels.cuda.shim import ShimDevice
-
-        return ShimDevice()
-    from edgeinfer.kernels.cuda.cupy_device import CudaDevice
-
-    return CudaDevice(index)
-
-
-class CudaTicket:
-    """A submitted step."""
-
-    def __init__(self, program: CudaProgram, batch: Batch) -> None:
-        self._program, self._batch = program, batch
-        self._outputs: Outputs | None = None
-
-    def wait(self) -> Outputs:
-        """Block, without the interpreter lock, until the step is done."""
-        if self._outputs is None:
-            self._outputs = self._program._collect(self._batch)
-        return self._outputs
-
-    def abort(self) -> None:
-        """Cut the step short, from any thread."""
-        self._program._abort()
-
-
-class CudaProgram:
-    """Runs batches of one segment. Not thread-safe: one step at a time."""
-
-    def __init__(self, backend: CudaBackend, drawn: Blueprint) -> None:
-        self.segment, self.limits = drawn.segment, drawn.limits
-        self._backend, self._device = backend, backend.device
+        self.segment, self.limits, self.memory = drawn.segment, drawn.limits, memory
+        self._device, self._name = device, name
         self._drawn, self._lowered = drawn, drawn.lowered
         self._reserved: list[int] = []
-        self._sampler: Sampler | None = None
+        self._sampler = sampler
         self._closed = False
         try:
-            self._make()
+            self._make(progress)
         except BaseException:
             self._free()  # an error keeps what its frames refer to
             raise
 
-    def _make(self) -> None:
+    def _make(self, progress: Progress) -> None:
         device, drawn = self._device, self._drawn
         for arena in drawn.arenas():
             if arena.n_bytes:
@@ -154,25 +99,29 @@ class CudaProgram:
                 arena.settle(self._reserved[-1])
                 if arena is drawn.kv:  # zeros, as every machine's begins
                     device.fill(self._reserved[-1], arena.n_bytes)
-        report = self._backend.report("kernels")
-        device.load(drawn.kernels(), lambda done, total, kernel: report(done, total))
+        device.load(drawn.kernels(), lambda done, total, _: progress("kernels", done, total))
+        self._arrays, self._asked = drawn.step_arrays, StepArrays(self.limits)
         step = drawn.step_buffer.address
-        device.write(step, drawn.step_arrays.memory)
-        drawn.weights.upload(device, step, self._backend.report("weights"))
-        self._bound: dict[int, list[tuple[Launch, Bound]]] = {}  # launches by segments of a step
-        self._arrays = drawn.step_arrays
-        self._no_rows = np.zeros((0, 0), np.float32)
-        self._no_ids = np.zeros(0, np.int32)
-        self._aborted = False
-        self.memory = self._backend.rows(drawn)
-        self._sampler = self._backend.sampler(drawn)
+        device.write(step, self._arrays.memory)
+        drawn.weights.upload(device, step, lambda done, total: progress("weights", done, total))
         if self._sampler is not None:
             self._sampler.open()
+        self._steps = Steps(device, self._lowered)
+        n_tokens = 2 * self.limits.max_outputs
+        self._tokens = device.host(4 * _N_RESULTS * n_tokens).view(np.int32)
+        self._tokens = self._tokens.reshape(_N_RESULTS, n_tokens)
+        self._n_steps = 0
+        self._last_pos = np.zeros(0, np.int64)
+        self._current: Running | None = None  # what was submitted last
+        self._guess: Running | None = None  # what runs after it, the step that `_arrays` says
+        self._lock = threading.Lock()  # over these three: an abort comes from any thread
+        self._no_rows = np.zeros((0, 0), np.float32)
+        self._no_ids = np.zeros(0, np.int32)
 
     # -- steps ---------------------------------------------------------------------------------
 
     def submit(self, batch: Batch) -> CudaTicket:
-        """Send a step to the device."""
+        """Send a step to the device, if it is not there already."""
         if self._closed:
             raise ClosedError("this program was closed")
         batch.check()
@@ -180,43 +129,128 @@ class CudaProgram:
         assert 0 < n_rows <= limits.max_rows, f"{n_rows} rows, room for {limits.max_rows}"
         assert n_wanted <= limits.max_outputs, f"{n_wanted} outputs, room for {limits.max_outputs}"
         assert len(batch.tables) <= limits.max_sequences
-        self._aborted = False
-        n_bytes = self._arrays.fill(batch)
-        self._device.write(self._drawn.step_buffer.address, self._arrays.memory[:n_bytes])
+        running = self._guessed(batch) or self._begin(batch)
+        with self._lock:
+            self._current = running
+        if self._is_told(batch, running):
+            self._guess_next(batch, running)
+        self._last_pos = batch.pos.copy()
+        return CudaTicket(self, batch, running)
+
+    def _begin(self, batch: Batch) -> Running:
+        self._asked.fill(batch)
+        self._arrays, self._asked = self._asked, self._arrays
         if batch.hidden is not None:
             self._write_rows(self._lowered.input, batch.hidden)
-        self._launch(batch)
-        return CudaTicket(self, batch)
+        self._write_step()
+        return self._run(batch, batch.pos, self._result_of(batch))
 
-    def _launch(self, batch: Batch) -> None:
-        n_seen = self._most_segments(batch)
-        launches = self._launches(n_seen)
-        if batch.output == "hidden" and self.segment.is_last:
-            launches = launches[: self._lowered.head]
-        for launch, args in launches:
-            n_rows = len(batch.wanted) if launch.rows == WANTED_ROWS else batch.n_rows
-            if n_rows and launch.takes(n_rows):
-                grid = launch.grid(n_rows, n_seen)
-                self._device.launch(launch.kernel, grid, launch.threads, launch.shared_bytes, args)
+    def _write_step(self) -> None:
+        n_bytes = self._arrays.n_bytes
+        self._device.write(self._drawn.step_buffer.address, self._arrays.memory[:n_bytes])
 
-    def _most_segments(self, batch: Batch) -> int:
+    def _result_of(self, batch: Batch) -> Result:
+        if not self.segment.is_last or batch.output == "hidden":
+            return Result.HIDDEN
+        table = batch.samples
+        if batch.output == "ids" and table is not None and len(batch.wanted):
+            if all(table.row(i).is_greedy for i in range(len(batch.wanted))):
+                return Result.LIKELIEST
+        return Result.LOGITS
+
+    def _run(self, batch: Batch, pos: NDArray[np.int64], result: Result) -> Running:
+        """Have the step computed that has been written, of rows at these positions."""
+        device, n_wanted = self._device, len(batch.wanted)
+        n_seen = self._most_segments(batch, pos)
+        self._steps.run(Shape(batch.n_rows, n_wanted, n_seen, result))
+        tokens = None
+        if result is Result.LIKELIEST:
+            self._n_steps += 1
+            slot = self._tokens[self._n_steps % _N_RESULTS]
+            n_most, sampled = self.limits.max_outputs, self._drawn.step_buffers.sampled
+            device.fetch(sampled.address, slot)
+            tokens = slot.reshape(2, n_most)[:, :n_wanted]
+        return Running(result, device.mark(), tokens)
+
+    def _most_segments(self, batch: Batch, pos: NDArray[np.int64]) -> int:
         """Of attention that the row sees that sees most, rounded up to one of few numbers."""
         if batch.n_rows > FEW_ROWS:
             return 1  # none of its launches cuts attention into segments
         most = max(
-            n_segments(batch.tables[seq][group], pos, window)
-            for seq, pos in zip(batch.seq.tolist(), batch.pos.tolist(), strict=True)
-            for group, window in enumerate(self.segment.groups)
+            (
+                n_segments(batch.tables[seq][group], at, window)
+                for seq, at in zip(batch.seq.tolist(), pos.tolist(), strict=True)
+                for group, window in enumerate(self.segment.groups)
+            ),
+            default=1,
         )
         return next(n for n in self._drawn.segment_counts if n >= most)
 
-    def _launches(self, n_seen: int) -> list[tuple[Launch, Bound]]:
-        if n_seen not in self._bound:
-            self._bound[n_seen] = [
-                (each, self._device.bind(each.kernel, each.values(n_seen)))
-                for each in self._lowered.launches
-            ]
-        return self._bound[n_seen]
+    # -- the step ahead ------------------------------------------------------------------------
+
+    def _guessed(self, batch: Batch) -> Running | None:
+        """The step that runs already, if it is this one."""
+        with self._lock:
+            guess, before, self._guess = self._guess, self._current, None
+        if guess is None or before is None or self._result_of(batch) is not Result.LIKELIEST:
+            return None
+        before.is_over.wait()
+        assert before.tokens is not None
+        self._arrays.set_ids(before.tokens[0])
+        self._asked.fill(batch)
+        return guess if self._asked.says_the_same(self._arrays) else None
+
+    def _is_told(self, batch: Batch, running: Running) -> bool:
+        """Whether the next step follows from this one, which went on from the one before."""
+        n_rows = batch.n_rows
+        return (
+            running.result is Result.LIKELIEST
+            and n_rows == len(batch.wanted) == len(set(batch.seq.tolist())) <= FEW_ROWS
+            and np.array_equal(self._last_pos + 1, batch.pos)
+            and not ((batch.pos + 1) % PAGE == 0).any()  # there the tables may get a page
+        )
+
+    def _guess_next(self, batch: Batch, running: Running) -> None:
+        self._arrays.go_on()
+        self._write_step()
+        step = self._drawn.step_buffers
+        self._device.copy(step.ids.address, step.sampled.address, 4 * batch.n_rows)
+        guess = self._run(batch, batch.pos + 1, Result.LIKELIEST)
+        with self._lock:
+            if not running.is_aborted:
+                self._guess = guess
+
+    def _abort(self, running: Running) -> None:
+        """Whatever the device is at is cut short: the guess is lost, too."""
+        word = self._drawn.step_buffer.address + self._arrays.abort_offset
+        with self._lock:
+            running.is_aborted = True
+            if running is self._current:
+                self._guess = None
+                self._device.write_now(word, 1)
+
+    # -- results -------------------------------------------------------------------------------
+
+    def _collect(self, batch: Batch, running: Running) -> Outputs:
+        running.is_over.wait()
+        out = Outputs(self._no_rows, self._no_rows, self._no_ids, aborted=running.is_aborted)
+        if running.is_aborted:
+            return out
+        n_wanted, segment, lowered = len(batch.wanted), self.segment, self._lowered
+        if running.result is Result.HIDDEN:
+            n_rows = n_wanted if segment.is_last else batch.n_rows
+            out.hidden = self._read_rows(lowered.hidden, n_rows, segment.hidden.dim)
+            return out
+        if running.tokens is not None:
+            _store(running.tokens, batch)
+        else:
+            out.logits = self._read_rows(lowered.logits, n_wanted, segment.output.dim)
+        if batch.output == "ids":
+            assert batch.samples is not None and self._sampler is not None
+            if running.tokens is None:
+                self._sampler.sample(out.logits, batch.samples)
+            out.ids, out.logits = batch.samples.ids[:n_wanted], self._no_rows
+        return out
 
     def _write_rows(self, buffer: Buffer | None, rows: NDArray[np.float32]) -> None:
         assert buffer is not None, "this segment starts from token ids"
@@ -231,28 +265,10 @@ class CudaProgram:
         self._device.read(buffer.address, rows)
         return rows[:, :dim]
 
-    def _collect(self, batch: Batch) -> Outputs:
-        n_wanted, segment, lowered = len(batch.wanted), self.segment, self._lowered
-        out = Outputs(self._no_rows, self._no_rows, self._no_ids)
-        if not segment.is_last or batch.output == "hidden":
-            n_rows = n_wanted if segment.is_last else batch.n_rows
-            out.hidden = self._read_rows(lowered.hidden, n_rows, segment.hidden.dim)
-        else:
-            out.logits = self._read_rows(lowered.logits, n_wanted, segment.output.dim)
-        out.aborted = self._aborted
-        if segment.is_last and batch.output == "ids" and not out.aborted:
-            assert batch.samples is not None and self._sampler is not None
-            self._sampler.sample(out.logits, batch.samples)
-            out.ids, out.logits = batch.samples.ids[:n_wanted], self._no_rows
-        return out
-
-    def _abort(self) -> None:
-        self._aborted = True
-        step = self._drawn.step_buffer.address
-        self._device.write_now(step + self._arrays.abort_offset, 1)
+    # -- what it is ----------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
-        return {"device": self._backend.name, "gpu": self._device.facts.name}
+        return {"device": self._name, "gpu": self._device.facts.name}
 
     @property
     def step_weight_bytes(self) -> int:
@@ -279,8 +295,10 @@ class CudaProgram:
         self.close()
 
 
-def _max_rows(facts: DeviceFacts) -> int:
-    """Rows that a step computes best: enough tiles for all multiprocessors, and no more memory."""
-    if facts.n_multiprocessors <= 20:
-        return 256
-    return 2048 if facts.arch >= 90 and facts.n_multiprocessors > 100 else 512
+def _store(tokens: NDArray[np.int32], batch: Batch) -> None:
+    """Fill the outputs of a table as a sampler does."""
+    table = batch.samples
+    assert table is not None
+    for i, (token, status) in enumerate(tokens.T.tolist()):
+        nothing = np.zeros(0, np.int32), np.zeros(0, np.float32)
+        table.store(i, Sampled(token, float("nan"), nothing, table.row(i).mu, status))

@@ -1,0 +1,96 @@
+"""Has a device compute steps: launch after launch, or as a graph where such a step has come."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from enum import Enum, auto
+from typing import NamedTuple
+
+from edgeinfer.kernels.cuda.commands import WANTED_ROWS, Launch, Lowered
+from edgeinfer.kernels.cuda.device import Bound, Device, Graph
+from edgeinfer.kernels.cuda.lower_base import FEW_ROWS
+
+_MOST_GRAPHS = 32  # each takes a few MiB of the driver's memory
+_FROM = 2  # the step of a shape from which on it is a graph: all kernels have run by then
+
+
+class Result(Enum):
+    """What of a step is wanted."""
+
+    HIDDEN = auto()
+    LOGITS = auto()
+    LIKELIEST = auto()  # the ids of the largest logits
+
+
+class Shape(NamedTuple):
+    """What launches depend on. Kernels look at the step itself for how many rows there are."""
+
+    n_rows: int
+    n_wanted: int
+    n_segments: int  # of attention
+    result: Result
+
+    @property
+    def rounded(self) -> Shape:
+        """The same for all steps that take the same graph."""
+        return self._replace(n_rows=_up(self.n_rows), n_wanted=_up(self.n_wanted))
+
+
+def _up(n: int) -> int:
+    """1, 2, 4, 8 or 16: numbers between them take the kernels that the next one takes."""
+    return 1 << (n - 1).bit_length() if n else 0
+
+
+class Steps:
+    """Computes the step that has been written to the device's memory."""
+
+    def __init__(self, device: Device, lowered: Lowered) -> None:
+        self._device, self._lowered = device, lowered
+        self._bound: dict[tuple[int, int], Bound] = {}  # by launch and segments
+        self._counts: Counter[Shape] = Counter()
+        self._graphs: dict[Shape, Graph] = {}
+
+    def run(self, shape: Shape) -> None:
+        if shape.n_rows > FEW_ROWS or shape.n_wanted > FEW_ROWS:
+            self._launch(shape)
+            return
+        shape = shape.rounded
+        graph = self._graphs.pop(shape, None)
+        if graph is None and self._is_known(shape):
+            graph = self._device.record(lambda: self._launch(shape))
+        if graph is None:
+            self._launch(shape)
+            return
+        self._graphs[shape] = graph  # the last of them is the one that was used last
+        if len(self._graphs) > _MOST_GRAPHS:
+            del self._graphs[next(iter(self._graphs))]
+        graph.replay()
+
+    def _is_known(self, shape: Shape) -> bool:
+        self._counts[shape] += 1
+        return self._counts[shape] >= _FROM
+
+    def _launch(self, shape: Shape) -> None:
+        for i, launch in self._launches(shape.result):
+            n_rows = shape.n_wanted if launch.rows == WANTED_ROWS else shape.n_rows
+            if n_rows and launch.takes(n_rows):
+                grid = launch.grid(n_rows, shape.n_segments)
+                bound = self._bind(i, launch, shape.n_segments)
+                self._device.launch(launch.kernel, grid, launch.threads, launch.shared_bytes, bound)
+
+    def _launches(self, result: Result) -> Iterator[tuple[int, Launch]]:
+        """With their numbers."""
+        lowered = self._lowered
+        n = lowered.head if result is Result.HIDDEN else len(lowered.launches)
+        yield from enumerate(lowered.launches[:n])
+        if result is Result.LIKELIEST:
+            assert lowered.argmax is not None, "only the last segment has logits"
+            yield len(lowered.launches), lowered.argmax
+
+    def _bind(self, i: int, launch: Launch, n_segments: int) -> Bound:
+        key = i, n_segments if launch.depends_on_segments else 0
+        if key not in self._bound:
+            args = launch.values(n_segments)
+            self._bound[key] = self._device.bind(launch.kernel, args)
+        return self._bound[key]
