@@ -4,8 +4,6 @@
 
 // NEOX 1: dims i and i + n_pairs are a pair, 0: dims 2i and 2i + 1.
 // Variants: NEOX = 0 1
-constexpr int WARPS = 4;
-
 // A warp's head of x, times its norm's weights where there are any, into shared memory.
 EI_DEV void load_head(float* head, const float* x, const float* weight, float eps, int dim) {
     const int lane = threadIdx.x % 32;
@@ -24,7 +22,7 @@ EI_DEV void load_head(float* head, const float* x, const float* weight, float ep
     __syncwarp();
 }
 
-// The head turned by its row's angles, written where `write(i, value)` puts value i.
+// The head turned by its row's angles; write(i, value) takes it, a pair once both were read.
 template <typename Write>
 EI_DEV void turn_head(const float* head, const float2* angles, int n_pairs, int dim, Write write) {
     const int lane = threadIdx.x % 32;
@@ -53,25 +51,24 @@ EI_DEV void make_query(
     }
 }
 
-// A head of k, rotated, as halves at `place` of a page: chunks of 8 lie 32 positions apart.
+// A head of k, rotated in place, as halves at `place` of a page: chunks of 8 lie 32 positions apart.
 EI_DEV void store_key(
-    const float* head, float* turned, const float2* angles, int n_pairs, int dim, uint4* page,
-    int place) {
-    turn_head(head, angles, n_pairs, dim, [&](int i, float value) { turned[i] = value; });
+    float* head, const float2* angles, int n_pairs, int dim, uint4* page, int place) {
+    turn_head(head, angles, n_pairs, dim, [&](int i, float value) { head[i] = value; });
     __syncwarp();
     for (int chunk = threadIdx.x % 32; 8 * chunk < dim; chunk += 32) {
-        page[chunk * EI_PAGE + place] = pack_halves(turned + 8 * chunk, dim - 8 * chunk);
+        page[chunk * EI_PAGE + place] = pack_halves(head + 8 * chunk, dim - 8 * chunk);
     }
 }
 
-// Grid: (n_heads + n_kv_heads heads / 4 rounded up, rows), 128 threads, 32 * k_dim bytes of shared
-// memory. A warp takes a head of q, or one of k and v.
+// Grid: (n_heads + n_kv_heads heads / warps rounded up, rows), at most 128 threads; a warp takes a head
+// of q, or one of k and v, and 4 * k_dim bytes of shared memory.
 // q: float (row, n_heads * k_dim), k: (row, n_kv_heads * k_dim), v: (row, n_kv_heads * v_dim), rows
 // so many floats apart; out, pinned_out: as q, out may be q; pinned_out is written of rows that have
 // slid, null: of none. q_norm, k_norm: float (k_dim,) or null. angles, pinned_angles: (cosine, sine)
 // (row, n_pairs). The caches: as attend.cu reads them. n_kv_heads 0: nothing is stored, k, v and the
 // caches are not touched. v_dim 0: K serves as V.
-EI_KERNEL(32 * WARPS) rotate_store(
+EI_KERNEL(128) rotate_store(
     const Step* step, const float* q, int q_stride, const float* k, int k_stride, const float* v,
     int v_stride, const float* q_norm, const float* k_norm, float eps, const float2* angles,
     const float2* pinned_angles, int n_pairs, const int64_t* pos, const int* seq,
@@ -79,13 +76,14 @@ EI_KERNEL(32 * WARPS) rotate_store(
     uint16_t* v_cache, int n_heads, int n_kv_heads, int k_dim, int v_dim) {
     EI_DYN_SHARED(float, memory);
     const int row = blockIdx.y;
-    int head = blockIdx.x * WARPS + threadIdx.x / 32;
+    const int warp = threadIdx.x / 32;
+    int head = blockIdx.x * (blockDim.x / 32) + warp;
     if (ei_aborted(step) || row >= ei_rows(step, 0) || head >= n_heads + n_kv_heads) {
         return;
     }
     const Table table = table_of(tables, pages, seq, row);
     const int page = (int)(pos[row] / EI_PAGE);
-    float* values = memory + threadIdx.x / 32 * 2 * k_dim;
+    float* values = memory + warp * k_dim;
     angles += (size_t)row * n_pairs;
     if (head < n_heads) {
         const size_t at = (size_t)row * q_stride + head * k_dim;
@@ -101,7 +99,7 @@ EI_KERNEL(32 * WARPS) rotate_store(
     const size_t page_head = (size_t)arena_page(table, page) * n_kv_heads + head;
     uint4* k_page = (uint4*)k_cache + page_head * ((k_dim + 7) / 8) * EI_PAGE;
     load_head(values, k + (size_t)row * k_stride + head * k_dim, k_norm, eps, k_dim);
-    store_key(values, values + k_dim, angles, n_pairs, k_dim, k_page, place);
+    store_key(values, angles, n_pairs, k_dim, k_page, place);
     const int v_chunks = (v_dim + 7) / 8;
     uint4* v_row = (uint4*)v_cache + (page_head * EI_PAGE + place) * v_chunks;
     v += (size_t)row * v_stride + head * v_dim;
