@@ -16,7 +16,8 @@ from edgeinfer.kernels.cuda.attention import (
     n_segments,
     part_floats,
 )
-from edgeinfer.kernels.cuda.kernel import Sources
+from edgeinfer.kernels.cuda.kernel import Kernel, Sources
+from edgeinfer.kernels.cuda.tiles import x8_bytes
 from edgeinfer.kernels.reference.quantised import Quantised
 from tests.cuda_shim import Floats, rows_in_memory, run, same_bits, step, stride_of
 from tests.shim import SEEDS
@@ -160,7 +161,9 @@ class Case:
             v_cache=None if cache.k_is_v else self.v_cache(), pages=pages, n_heads=self.n_heads,
             n_kv_heads=cache.n_heads, scale=self.scale, soft_cap=self.cap,
         )  # fmt: skip
-        end = dict(sinks=self.sinks, out=out, out_stride=out.shape[1])
+        has_x8, dim = cache.v_dim % 32 == 0, self.n_heads * cache.v_dim
+        x8 = np.full((n + 1, x8_bytes(dim)), 0xEE, np.uint8) if has_x8 else None
+        end = dict(sinks=self.sinks, out=out, out_stride=out.shape[1], x8=x8)
         if kernel == "attend":
             self.run_segments(common, inputs, end, n, spare)
         else:
@@ -169,7 +172,9 @@ class Case:
             grid = launch.n_tiles, -(-n // launch.n_rows) + spare
             run(launch.kernel, grid, launch.threads, **common, **inputs, **end)
         assert np.isnan(out[n]).all()
-        return out[:n, : self.n_heads * cache.v_dim]
+        if x8 is not None and not abort:
+            check_quantised(x8, out[:, :dim])
+        return out[:n, :dim]
 
     def run_segments(
         self,
@@ -191,6 +196,19 @@ class Case:
         args = dict(**common, **inputs, **end, parts=parts, counters=counters)
         run(launch.kernel, grid, launch.threads, **args)
         assert not counters.any()
+
+
+def check_quantised(x8: np.ndarray, rows: Floats) -> None:
+    """x8 has the rows as the kernel `quantise` leaves them, and nothing of the last."""
+    n, dim = len(rows) - 1, rows.shape[1]
+    expected = np.full_like(x8, 0xEE)
+    run(
+        Kernel("quantise"), (-(-dim // 256), n), 256, step=step(n), rows=0,
+        x=rows_in_memory(rows), x8=expected, k=dim,
+    )  # fmt: skip
+    used = np.flatnonzero((expected[:n] != 0xEE).any(axis=0))
+    np.testing.assert_array_equal(x8[:n, used], expected[:n, used])
+    assert (x8[n] == 0xEE).all()
 
 
 def check(case: Case, seeds: tuple[int, ...] = (0,), **options: Any) -> Floats:

@@ -7,6 +7,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from edgeinfer.batch import PAGE, PageTable
 from edgeinfer.dequantize import dequantize
@@ -168,14 +169,30 @@ def test_angles_and_rotation(rope: Rope, n_heads: int, head_dim: int, pinned: in
     angles = angles_of(positions, rope, pinned, seed=pinned)
     args = dict(
         x=rows_in_memory(x), x_stride=stride_of(dim), angles=angles, n_pairs=rope.n_dims // 2,
-        head_dim=head_dim, slid_only=pinned, out_stride=stride_of(dim), **positions.arrays,
+        head_dim=head_dim, out_stride=stride_of(dim), step=positions.arrays["step"],
     )  # fmt: skip
     kernel = Kernel.of("rotate", NEOX=int(rope.kind == "neox"))
     out = empty_rows(8, dim)
     run(kernel, (n_heads, 8), 64, **args, out=out)
-    written = positions.pinned_pos < positions.pos if pinned else np.ones(7, bool)
-    same_bits(out[:7, :dim][written], expected[written])
-    assert np.isnan(out[:7][~written]).all() and np.isnan(out[7]).all()
+    same_bits(out[:7, :dim], expected)
+    assert np.isnan(out[7]).all()
+
+
+def store(
+    positions: Positions,
+    n_heads: int,
+    k_dim: int,
+    v_dim: int,
+    k: Floats,
+    v: Floats,
+    k_cache: NDArray[np.uint16],
+    v_cache: NDArray[np.uint16],
+) -> None:
+    run(
+        Kernel("store"), (n_heads, 8), 32, **positions.arrays, pages=positions.pages,
+        k=rows_in_memory(k), k_stride=stride_of(k.shape[1]), v=rows_in_memory(v),
+        v_stride=stride_of(v.shape[1]), k_cache=k_cache, v_cache=v_cache, k_dim=k_dim, v_dim=v_dim,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(("k_dim", "v_dim"), [(64, 64), (80, 72), (16, 0), (6, 20), (33, 1)])
@@ -186,11 +203,7 @@ def test_store(k_dim: int, v_dim: int) -> None:
     rooms = -(-k_dim // 8) * 8, -(-v_dim // 8) * 8
     k_cache = np.full((12, n_heads, rooms[0] // 8, PAGE, 8), 0xFFFF, np.uint16)
     v_cache = np.full((12, n_heads, PAGE, rooms[1] or 1), 0xFFFF, np.uint16)
-    run(
-        Kernel("store"), (n_heads, 8), 32, **positions.arrays, pages=positions.pages,
-        k=rows_in_memory(k), k_stride=stride_of(k.shape[1]), v=rows_in_memory(v),
-        v_stride=stride_of(v.shape[1]), k_cache=k_cache, v_cache=v_cache, k_dim=k_dim, v_dim=v_dim,
-    )  # fmt: skip
+    store(positions, n_heads, k_dim, v_dim, k, v, k_cache, v_cache)
     k_pages = k_cache.swapaxes(2, 3).reshape(12, n_heads, PAGE, -1)
     for value, pages, dim in ((k, k_pages, k_dim), (v, v_cache, v_dim)):
         expected = np.full(pages.shape, 0xFFFF, np.uint16).view(np.float16)
@@ -202,6 +215,57 @@ def test_store(k_dim: int, v_dim: int) -> None:
                 with np.errstate(over="ignore"):
                     place[:, :dim] = value[row].reshape(n_heads, -1)
         same_bits(np.ascontiguousarray(pages).view(np.float16), expected)
+
+
+@pytest.mark.parametrize("rope", ROPES[:3])
+@pytest.mark.parametrize(
+    ("k_dim", "v_dim", "n_kv_heads"), [(64, 64, 2), (77, 20, 1), (64, 0, 2), (80, 8, 0)]
+)
+@pytest.mark.parametrize("has_norms", [False, True])
+def test_rotate_and_store_at_once(
+    rope: Rope, k_dim: int, v_dim: int, n_kv_heads: int, has_norms: bool
+) -> None:
+    """As the norms, rotations and stores one after the other."""
+    positions, n_heads, eps = Positions(), 6, 1e-6
+    q, k = rows_of(7, n_heads * k_dim), rows_of(7, max(n_kv_heads, 1) * k_dim, 1)
+    v = rows_of(7, max(n_kv_heads, 1) * max(v_dim, 1), 2)
+    weights = rows_of(2, k_dim, 3)
+    shapes = (
+        (12, n_kv_heads or 1, -(-k_dim // 8), PAGE, 8),
+        (12, n_kv_heads or 1, PAGE, -(-v_dim // 8) * 8 or 1),
+    )
+    k_cache, v_cache = (np.full(shape, 0xFFFF, np.uint16) for shape in shapes)
+    expected_caches = [k_cache.copy(), v_cache.copy()]
+    out, pinned_out, expected_k = empty_rows(7, q.shape[1]), empty_rows(7, q.shape[1]), k
+
+    def turned(x: Floats, weight: Floats, pos: NDArray[np.int64]) -> Floats:
+        dim, g = x.shape[1], RandomGraph()
+        if has_norms:
+            x = TWIN.rms_norm(x.reshape(-1, k_dim), weight, eps).reshape(7, dim)
+        op = Rotate(0, Value(g, 1, dim), Value(g, 0, dim), dim // k_dim, rope)
+        return rotate(TWIN, op, x, pos)
+
+    run(
+        Kernel.of("rotate_store", NEOX=int(rope.kind == "neox")),
+        (-(-(n_heads + n_kv_heads) // 4), 8), 128, shared=16 * k_dim, **positions.arrays,
+        pages=positions.pages, q=rows_in_memory(q), q_stride=stride_of(q.shape[1]),
+        k=rows_in_memory(k) if n_kv_heads else None, k_stride=stride_of(k.shape[1]),
+        v=rows_in_memory(v) if n_kv_heads else None, v_stride=stride_of(v.shape[1]),
+        q_norm=weights[0] if has_norms else None, k_norm=weights[1] if has_norms else None,
+        eps=eps, angles=angles_of(positions, rope, 0), pinned_angles=angles_of(positions, rope, 1),
+        n_pairs=rope.n_dims // 2, out=out, pinned_out=pinned_out,
+        k_cache=k_cache if n_kv_heads else None, v_cache=v_cache if n_kv_heads else None,
+        n_heads=n_heads, n_kv_heads=n_kv_heads, k_dim=k_dim, v_dim=v_dim,
+    )  # fmt: skip
+    same_bits(out[:, : q.shape[1]], turned(q, weights[0], positions.pos))
+    expected = turned(q, weights[0], positions.pinned_pos)
+    same_bits(pinned_out[5:, : q.shape[1]], expected[5:])
+    assert np.isnan(pinned_out[:5]).all()
+    if n_kv_heads:
+        expected_k = turned(k, weights[1], positions.pos)
+        store(positions, n_kv_heads, k_dim, v_dim, expected_k, v, *expected_caches)
+    for got, cache in zip((k_cache, v_cache), expected_caches, strict=True):
+        same_bits(got.view(np.float16), cache.view(np.float16))
 
 
 # -- tokens --------------------------------------------------------------------------------------

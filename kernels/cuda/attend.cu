@@ -1,6 +1,7 @@
 // Attention of each row by itself: a block takes a segment of 16 pages; the last block that is done
 // with a row folds the segments.
 #include "attend.cuh"
+#include "x8.cuh"
 
 // K_DIM, V_DIM: widths of heads, any. QUERIES: query heads of a block. WARPS: of a block.
 // K_IS_V 1: V is the first V_DIM values of K, and v_cache is not read. SOFT_CAP 0: soft_cap is not
@@ -177,18 +178,25 @@ EI_DEV void fold_segments(
     }
 }
 
-// out, sinks: of the first query of the block.
+// What attention leaves for this block's queries of a row.
 EI_DEV void write_row(
     const Shared& shared, const Heads& heads, const float (&o)[ITEMS], const float* sinks,
-    float* out) {
+    float* out, const X8* x8) {
 #pragma unroll
     for (int j = 0; j < ITEMS; ++j) {
         const int item = threadIdx.x + j * THREADS;
         const int g = item / V_DIM;
         if (item < heads.n * V_DIM) {
-            const Scales scales = last_scales(
-                shared.fold.top[g], shared.fold.sum[g], sinks ? sinks + g : nullptr);
-            out[item] = (o[j] * scales.factor) * scales.inverse;
+            const float* sink = sinks ? sinks + heads.first + g : nullptr;
+            const Scales scales = last_scales(shared.fold.top[g], shared.fold.sum[g], sink);
+            const float value = (o[j] * scales.factor) * scales.inverse;
+            const int at = heads.first * V_DIM + item;
+            if (out) {
+                out[at] = value;
+            }
+            if (V_DIM % 32 == 0 && x8) {  // then a warp is one block of 32
+                quantise_block(*x8, at / 32, value);
+            }
         }
     }
 }
@@ -200,12 +208,13 @@ EI_DEV void write_row(
 // (page, kv head, 32 positions, V_DIM rounded up to 8). window 0: all.
 // parts: float (row, query head, segment, V_DIM + 2), not used where there is one segment.
 // counters: int (row, kv heads * tiles), zeros before the first step; they are zeros afterwards.
-// sinks: a float of each query head, or null. out: float (row, n_heads * V_DIM).
+// sinks: a float of each query head, or null. out: float (row, n_heads * V_DIM), or null. x8: the
+// same quantised, or null; there is none where V_DIM is no multiple of 32.
 EI_KERNEL(32 * WARPS, 1) attend(
     const Step* step, const float* q, const float* pinned_q, int q_stride, const uint16_t* k_cache,
     const uint16_t* v_cache, const int64_t* pos, const int* seq, const int4* tables,
     const int* pages, const float* sinks, float* parts, int* counters, float* out, int out_stride,
-    int n_heads, int n_kv_heads, int window, float scale, float soft_cap) {
+    uint8_t* x8, int n_heads, int n_kv_heads, int window, float scale, float soft_cap) {
     EI_SHARED(Shared, memory, [1]);
     Shared& shared = memory[0];
     const int row = blockIdx.z;
@@ -240,7 +249,8 @@ EI_KERNEL(32 * WARPS, 1) attend(
         fold_segments(shared, heads, row_parts, segments.n, o);
     }
     if (!is_aborted) {
-        out += (size_t)row * out_stride + heads.first * V_DIM;
-        write_row(shared, heads, o, sinks ? sinks + heads.first : nullptr, out);
+        const X8 quantised = x8_row(x8, row, n_heads * V_DIM);
+        float* out_row = out ? out + (size_t)row * out_stride : nullptr;
+        write_row(shared, heads, o, sinks, out_row, x8 ? &quantised : nullptr);
     }
 }

@@ -1,5 +1,6 @@
 // Attention of many rows: a warp takes rows of one sequence over all pages that they see, in order.
 #include "attend.cuh"
+#include "x8.cuh"
 
 // K_DIM, V_DIM: widths of heads, any. GROUP: query heads of a kv head that a warp takes. ROWS: rows
 // that it takes at a time. WARPS: of a block. K_IS_V 1: V is the first V_DIM values of K, and
@@ -21,7 +22,7 @@ typedef float Values[L::ROUNDS][L::SET_QUERIES][8];
 struct __align__(16) Shared {
     float q[WARPS][QUERIES][8 * K_CHUNKS];
     float p[WARPS][EI_PAGE][L::PADDED];
-    float whole[WARPS][8 * L::ROUNDS * L::SET_QUERIES][32];  // values of what is folded, by lane
+    float whole[WARPS][QUERIES][V_DIM];  // values of the segments folded so far
 };
 
 // What a block reads and writes.
@@ -34,6 +35,8 @@ struct Layer {
     const float* sinks;
     float* out;
     int out_stride;
+    uint8_t* x8;
+    int x8_dim;  // values of a row
     int kv_head;
     int n_kv_heads;
     int head;     // the first of the query heads of the block,
@@ -76,27 +79,27 @@ EI_DEV Take take_part(State& state, float m, float l, bool is_wanted) {
     return take;
 }
 
-// The values of a part into those of a state, as each query's lane has said. state(i, g): value i of
-// this lane's, of query g of its set.
+// The values of a part into those of a state, as each query's lane has said. state(query, value,
+// round, g, e): where the state has what the part has in [round][g][e].
 template <typename Value>
 EI_DEV void take_values(const Take& take, const Values& part, Value state) {
+    Take of_set[L::SET_QUERIES];
 #pragma unroll
     for (int g = 0; g < L::SET_QUERIES; ++g) {
         const int from = L::first_query() + g;
-        const int how = __shfl_sync(EI_ALL_LANES, take.how, from);
-        const float state_scale = __shfl_sync(EI_ALL_LANES, take.state_scale, from);
-        const float part_scale = __shfl_sync(EI_ALL_LANES, take.part_scale, from);
-#pragma unroll
-        for (int i = 0; i < 8 * L::ROUNDS; ++i) {
-            float& o = state(i, g);
-            const float x = part[i / 8][g][i % 8];
-            if (how == START) {
-                o = x;
-            } else if (how == FOLD) {
-                o = ei_fma(o, state_scale, x * part_scale);
-            }
-        }
+        of_set[g].how = __shfl_sync(EI_ALL_LANES, take.how, from);
+        of_set[g].state_scale = __shfl_sync(EI_ALL_LANES, take.state_scale, from);
+        of_set[g].part_scale = __shfl_sync(EI_ALL_LANES, take.part_scale, from);
     }
+    for_values<V_DIM, QUERIES>([&](int query, int value, int round, int g, int e) {
+        float& o = state(query, value, round, g, e);
+        const float x = part[round][g][e];
+        if (of_set[g].how == START) {
+            o = x;
+        } else if (of_set[g].how == FOLD) {
+            o = ei_fma(o, of_set[g].state_scale, x * of_set[g].part_scale);
+        }
+    });
 }
 
 // The queries of n rows from `row` on to the warp's shared memory; those that are missing as zeros.
@@ -165,31 +168,32 @@ EI_DEV int least_lane(int x) {
     return x;
 }
 
-// The rows of attention of n rows from `row` on.
-template <typename Value>
-EI_DEV void write_rows(const Layer& layer, const State& whole, Value o, int row, int n) {
-    const int query = threadIdx.x % 32;
-    const bool has_query = query / GROUP < n && query % GROUP < layer.n_heads;
-    const float* sink = layer.sinks + layer.head + query % GROUP;
-    const Scales scales =
-        last_scales(whole.m, whole.l, layer.sinks && has_query ? sink : nullptr);
-#pragma unroll
-    for (int g = 0; g < L::SET_QUERIES; ++g) {
-        const float query_factor = __shfl_sync(EI_ALL_LANES, scales.factor, L::first_query() + g);
-        const float query_inverse = __shfl_sync(EI_ALL_LANES, scales.inverse, L::first_query() + g);
-#pragma unroll
-        for (int i = 0; i < 8 * L::ROUNDS; ++i) {
-            o(i, g) = (o(i, g) * query_factor) * query_inverse;
+// What attention leaves for n rows from `row` on.
+EI_DEV void write_rows(Shared& shared, const Layer& layer, const State& whole, int row, int n) {
+    const int warp = threadIdx.x / 32;
+    const int lane = threadIdx.x % 32;
+    const bool has_query = lane / GROUP < n && lane % GROUP < layer.n_heads;
+    const float* sink = layer.sinks && has_query ? layer.sinks + layer.head + lane % GROUP : nullptr;
+    const Scales scales = last_scales(whole.m, whole.l, sink);
+    __syncwarp();
+    for (int first = 0; first < QUERIES * V_DIM; first += 32) {
+        const int i = min(first + lane, QUERIES * V_DIM - 1);
+        const int query = i / V_DIM;
+        const float factor = __shfl_sync(EI_ALL_LANES, scales.factor, query);
+        const float inverse = __shfl_sync(EI_ALL_LANES, scales.inverse, query);
+        const float value = (shared.whole[warp][query][i % V_DIM] * factor) * inverse;
+        if (query / GROUP >= n || query % GROUP >= layer.n_heads) {
+            continue;  // all lanes of a block of 32
+        }
+        const int at = (layer.head + query % GROUP) * V_DIM + i % V_DIM;
+        if (layer.out) {
+            layer.out[(size_t)(row + query / GROUP) * layer.out_stride + at] = value;
+        }
+        if (V_DIM % 32 == 0 && layer.x8) {
+            quantise_block(x8_row(layer.x8, row + query / GROUP, layer.x8_dim), at / 32, value);
         }
     }
-    for_values<V_DIM, QUERIES>([&](int query, int value, int round, int g, int e) {
-        const int r = query / GROUP;
-        const int head = query % GROUP;
-        if (r < n && head < layer.n_heads) {
-            const size_t at = (size_t)(row + r) * layer.out_stride + (layer.head + head) * V_DIM;
-            layer.out[at + value] = o(8 * round + e, g);
-        }
-    });
+    __syncwarp();
 }
 
 // n rows of one sequence, from `row` on.
@@ -201,9 +205,11 @@ EI_DEV void attend_run(
     const Seen seen = seen_of(table, pos[row + min(lane / GROUP, n - 1)], window);
     State page_state, segment = {0, 0, true}, whole = {0, 0, true};
     Values page_o, segment_o;
-    const auto segment_value = [&](int i, int g) -> float& { return segment_o[i / 8][g][i % 8]; };
-    const auto whole_value = [&](int i, int g) -> float& {
-        return shared.whole[threadIdx.x / 32][i * L::SET_QUERIES + g][lane];
+    const auto segment_value = [&](int query, int value, int round, int g, int e) -> float& {
+        return segment_o[round][g][e];
+    };
+    const auto whole_value = [&](int query, int value, int round, int g, int e) -> float& {
+        return shared.whole[threadIdx.x / 32][query][value];
     };
     int last_segment = -1;
     for (int is_pinned = 1; is_pinned >= 0; --is_pinned) {
@@ -237,19 +243,19 @@ EI_DEV void attend_run(
         __syncwarp();
     }
     take_values(take_part(whole, segment.m, segment.l, has_query), segment_o, whole_value);
-    write_rows(layer, whole, whole_value, row, n);
+    write_rows(shared, layer, whole, row, n);
 }
 
 // Grid: (kv heads * tiles, rows / (ROWS * WARPS)), 32 * WARPS threads; a tile is GROUP query heads of
 // a kv head. Rows of any sequences; those of one that follow each other share what is read.
 // q, pinned_q: float (row, n_heads * K_DIM); pinned_q is read of rows that have slid.
-// k_cache, v_cache: as attend.cu reads them. out: float (row, n_heads * V_DIM).
+// k_cache, v_cache: as attend.cu reads them. out, x8: as attend.cu leaves them.
 // sinks: a float of each query head, or null. window 0: all.
 EI_KERNEL(32 * WARPS, 1) attend_rows(
     const Step* step, const float* q, const float* pinned_q, int q_stride, const uint16_t* k_cache,
     const uint16_t* v_cache, const int64_t* pos, const int* seq, const int4* tables,
-    const int* pages, const float* sinks, float* out, int out_stride, int n_heads, int n_kv_heads,
-    int window, float scale, float soft_cap) {
+    const int* pages, const float* sinks, float* out, int out_stride, uint8_t* x8, int n_heads,
+    int n_kv_heads, int window, float scale, float soft_cap) {
     EI_SHARED(Shared, memory, [1]);
     if (ei_aborted(step)) {
         return;
@@ -257,7 +263,8 @@ EI_KERNEL(32 * WARPS, 1) attend_rows(
     const int group = n_heads / n_kv_heads;
     const int n_tiles = (group + GROUP - 1) / GROUP;
     const int first_head = blockIdx.x % n_tiles * GROUP;
-    Layer layer = {q, pinned_q, q_stride, k_cache, v_cache, sinks, out, out_stride};
+    Layer layer = {q, pinned_q, q_stride, k_cache, v_cache, sinks, out, out_stride, x8};
+    layer.x8_dim = n_heads * V_DIM;
     layer.kv_head = blockIdx.x / n_tiles;
     layer.n_kv_heads = n_kv_heads;
     layer.head = layer.kv_head * group + first_head;

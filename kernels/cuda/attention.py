@@ -10,7 +10,7 @@ from edgeinfer.errors import UnsupportedModelError
 from edgeinfer.graph import KV
 from edgeinfer.kernels.cuda.kernel import Kernel
 
-_SHARED_BYTES = 48 << 10  # static shared memory of a block, on any GPU
+SHARED_BYTES = 48 << 10  # static shared memory of a block, on any GPU
 _TILE_VALUES = 1024  # of the query heads of a block: more take registers that loads in flight need
 _MOST_QUERIES = 12  # of a warp that takes several rows
 _LANES = 32
@@ -119,7 +119,7 @@ def _tiles(group: int, most: int) -> tuple[int, int]:
 
 def _most_warps(cache: KV, choices: tuple[int, ...], n_floats: Callable[[int], int]) -> int:
     for warps in choices:
-        if 4 * n_floats(warps) <= _SHARED_BYTES:
+        if 4 * n_floats(warps) <= SHARED_BYTES:
             return warps
     raise UnsupportedModelError(
         f"heads of {cache.k_dim} and {cache.v_dim} values are wider than the memory of a CUDA "

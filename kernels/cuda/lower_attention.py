@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from edgeinfer.fusion import PinnedAttention, PinnedRotate, RotatedAttention
-from edgeinfer.graph import Rope, Rotate, Value
+from edgeinfer.graph import KV, Rope, Rotate, Value
 from edgeinfer.kernels.buffers import Buffer
 from edgeinfer.kernels.cuda.attention import (
+    SHARED_BYTES,
     AttendLaunch,
     AttendRowsLaunch,
     part_floats,
@@ -13,7 +14,7 @@ from edgeinfer.kernels.cuda.attention import (
 from edgeinfer.kernels.cuda.commands import ALL_ROWS, Arg, Segments
 from edgeinfer.kernels.cuda.kernel import Kernel
 from edgeinfer.kernels.cuda.lower_base import FEW_ROWS, LaunchShape, LayerCache, LoweringBase
-from edgeinfer.kernels.cuda.tiles import row_stride
+from edgeinfer.kernels.cuda.tiles import row_stride, x8_bytes
 from edgeinfer.quant import Weight
 
 
@@ -21,22 +22,38 @@ class AttentionLowering(LoweringBase):
     """The steps of attention."""
 
     def _rotate(self, op: Rotate | PinnedRotate) -> None:
-        out = self._float_buffer(op.out, "rotated")
+        """By position, or by that for pinned pages."""
         tables = self._tables.get(op.layer) if isinstance(op, PinnedRotate) else None
-        self._turn(op.rope, op.x, self._floats[op.x], op.n_heads, out, tables)
+        self._emit(
+            Kernel.of("rotate", NEOX=int(op.rope.kind == "neox")), ALL_ROWS, op.n_heads, 128,
+            x=self._floats[op.x], x_stride=row_stride(op.x.dim), n_pairs=op.rope.n_dims // 2,
+            angles=self._angles_of(op.rope, tables), head_dim=op.x.dim // op.n_heads,
+            out=self._float_buffer(op.out, "rotated"), out_stride=row_stride(op.out.dim),
+        )  # fmt: skip
 
     def _rotated_attention(self, op: RotatedAttention) -> None:
-        kv, cache = op.cache, self._cache_of(op)
-        q = self._normed(op.q, op.q_norm, op.eps, op.n_heads)
-        turned_q, pinned_q = (self._rows_buffer(op.q, name) for name in ("q", "pinned q"))
-        self._turn(op.rope, op.q, q, op.n_heads, turned_q)
-        self._turn(op.rope, op.q, q, op.n_heads, pinned_q, cache.tables, slid_only=True)
-        if op.k is not None:
-            k = self._normed(op.k, op.k_norm, op.eps, kv.n_heads)
-            turned_k = self._rows_buffer(op.k, "k")
-            self._turn(op.rope, op.k, k, kv.n_heads, turned_k)
-            self._store(op, turned_k)
-        self._attend(op, turned_q, pinned_q)
+        """Norms, rotations and stores in one launch, then what reads them."""
+        kv, cache, step = op.cache, self._cache_of(op), self._step
+        q, pinned_q = (self._rows_buffer(op.q, name) for name in ("q", "pinned q"))
+        stored = (op.k, op.v) if op.k is not None else (None, None)
+        k, v = (0 if value is None else self._floats[value] for value in stored)
+        k_stride, v_stride = (0 if value is None else row_stride(value.dim) for value in stored)
+        angles, pinned_angles = (self._angles_of(op.rope, t) for t in (None, cache.tables))
+        n_kv_heads = 0 if op.k is None else kv.n_heads
+        n_warps = 4 if 4 * _bytes_of_head(kv) <= SHARED_BYTES else 1
+        self._emit(
+            Kernel.of("rotate_store", NEOX=int(op.rope.kind == "neox")), ALL_ROWS,
+            -(-(op.n_heads + n_kv_heads) // n_warps), 32 * n_warps,
+            LaunchShape(shared_bytes=n_warps * _bytes_of_head(kv)),
+            q=self._floats[op.q], q_stride=row_stride(op.q.dim), k=k, k_stride=k_stride,
+            v=v, v_stride=v_stride, q_norm=self._weights.vector(op.q_norm) if op.q_norm else 0,
+            k_norm=self._weights.vector(op.k_norm) if op.k_norm else 0, eps=op.eps,
+            angles=angles, pinned_angles=pinned_angles, n_pairs=op.rope.n_dims // 2,
+            pos=step.pos, seq=step.seq, tables=cache.tables, pages=step.pages,
+            out=q, pinned_out=pinned_q, k_cache=cache.k, v_cache=cache.v, n_heads=op.n_heads,
+            n_kv_heads=n_kv_heads, k_dim=kv.k_dim, v_dim=kv.v_dim if op.v is not None else 0,
+        )  # fmt: skip
+        self._attend(op, q, pinned_q)
 
     def _pinned_attention(self, op: PinnedAttention) -> None:
         if op.k is not None:
@@ -45,14 +62,6 @@ class AttentionLowering(LoweringBase):
 
     def _cache_of(self, op: RotatedAttention | PinnedAttention) -> LayerCache:
         return self._caches[op.layer if op.source is None else op.source]
-
-    def _normed(self, x: Value, weight: Weight | None, eps: float, n_heads: int) -> Buffer:
-        """The heads of x, each normed where there is a weight."""
-        if weight is None:
-            return self._floats[x]
-        out = self._rows_buffer(x, "normed heads")
-        self._norm_rows(ALL_ROWS, x, out, weight, eps, n_heads)
-        return out
 
     def _norm_rows(
         self,
@@ -71,25 +80,6 @@ class AttentionLowering(LoweringBase):
             rows=rows, gather=gather, x=self._floats[x],
             weight=self._weights.vector(weight) if weight else 0, y=out, x8=0,
             width=x.dim // n_heads, eps=eps,
-        )  # fmt: skip
-
-    def _turn(
-        self,
-        rope: Rope,
-        value: Value,
-        x: Buffer,
-        n_heads: int,
-        out: Buffer,
-        tables: Buffer | None = None,
-        slid_only: bool = False,
-    ) -> None:
-        """Rows of heads rotated by position; or, with tables, by that for pinned pages."""
-        stride = row_stride(value.dim)
-        self._emit(
-            Kernel.of("rotate", NEOX=int(rope.kind == "neox")), ALL_ROWS, n_heads, 128,
-            x=x, x_stride=stride, angles=self._angles_of(rope, tables), n_pairs=rope.n_dims // 2,
-            head_dim=value.dim // n_heads, pos=self._step.pos, seq=self._step.seq,
-            tables=tables or 0, slid_only=int(slid_only), out=out, out_stride=stride,
         )  # fmt: skip
 
     def _angles_of(self, rope: Rope, tables: Buffer | None) -> Buffer:
@@ -133,7 +123,7 @@ class AttentionLowering(LoweringBase):
             "pos": self._step.pos, "seq": self._step.seq, "tables": cache.tables,
             "window": kv.window,
             "sinks": self._weights.vector(op.sinks) if op.sinks else 0,
-            "out": self._float_buffer(op.out, "attention"), "out_stride": row_stride(op.out.dim),
+            "out_stride": row_stride(op.out.dim), **self._results(op),
         }  # fmt: skip
         few = AttendLaunch.of(kv, op.n_heads, op.soft_cap > 0)
         n_parts = FEW_ROWS * op.n_heads * self._max_segments
@@ -145,3 +135,19 @@ class AttentionLowering(LoweringBase):
         many = AttendRowsLaunch.of(kv, op.n_heads, op.soft_cap > 0)
         shape = LaunchShape(rows_per_block=many.n_rows, least_rows=FEW_ROWS + 1)
         self._emit(many.kernel, ALL_ROWS, many.n_tiles, many.threads, shape, **common)
+
+    def _results(self, op: RotatedAttention | PinnedAttention) -> dict[str, Arg]:
+        """What attention leaves: floats, rows for matrices in blocks, or both."""
+        value, rows = op.out, dict[str, Arg](out=0, x8=0)
+        has_x8 = self._reads.is_quantised(value) and op.cache.v_dim % 32 == 0
+        if has_x8:
+            n_bytes = x8_bytes(value.dim) * self._n_rows(value)
+            rows["x8"] = self._quantised[value] = Buffer("quantised attention", n_bytes)
+        if not has_x8 or not self._reads.is_quantised_only(value):
+            rows["out"] = self._float_buffer(value, "attention")
+        return rows
+
+
+def _bytes_of_head(kv: KV) -> int:
+    """Of shared memory that `rotate_store` has a head in."""
+    return 4 * kv.k_dim

@@ -5,7 +5,7 @@
 
 #define EI_INFINITY __int_as_float(0x7f800000)
 #define EI_LARGEST __int_as_float(0x7f7fffff)  // float below infinity
-#define EI_NOTHING ((int)0x80000000u)          // below what ei_order gives
+#define EI_NOTHING ((int)0x80000000u)
 
 // e^x with x clamped to [-87.3, 88.3], 0 below; NaN stays NaN.
 EI_DEV float ei_exp(float x) {
@@ -117,9 +117,8 @@ EI_DEV void ei_sincos(double x, double* sine, double* cosine) {
     *cosine = (quadrant + 1) & 2 ? -(is_odd ? s : c) : (is_odd ? s : c);
 }
 
-// An int that is ordered as the float is; NaN below -inf, -0 as 0. The lowest int is nobody's.
+// An int that is ordered as the float is; NaN as -inf, -0 as 0. All are above EI_NOTHING.
 EI_DEV int ei_order(float x) {
-    const int bits = __float_as_int(x + 0.0f);
-    const int order = bits < 0 ? (int)(0x80000000u - (unsigned)bits) : bits;
-    return x == x ? order : EI_NOTHING + 1;
+    const int bits = __float_as_int(x == x ? x + 0.0f : -EI_INFINITY);
+    return bits < 0 ? (int)(0x80000000u - (unsigned)bits) : bits;
 }

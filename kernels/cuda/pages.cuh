@@ -103,3 +103,15 @@ EI_DEV int segment_at(const Segments& segments, int i) {
     }
     return segments.first + i - segments.n_pinned;
 }
+
+// 8 values from x on as halves; zeros behind the first n.
+EI_DEV uint4 pack_halves(const float* x, int n) {
+    unsigned words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const unsigned low = 2 * i < n ? ei_to_half(x[2 * i]) : 0;
+        const unsigned high = 2 * i + 1 < n ? ei_to_half(x[2 * i + 1]) : 0;
+        words[i] = low | high << 16;
+    }
+    return make_uint4(words[0], words[1], words[2], words[3]);
+}

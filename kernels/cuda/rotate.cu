@@ -1,25 +1,16 @@
-// Rotates the first n_dims of each head of a row by the row's angles and copies the rest.
-#include "pages.cuh"
+// Rotates the first dims of each head of a row by the row's angles and copies the rest.
+#include "dev.cuh"
 
-// NEOX 1: dims i and i + n_dims / 2 are a pair, 0: dims 2i and 2i + 1.
+// NEOX 1: dims i and i + n_pairs are a pair, 0: dims 2i and 2i + 1.
 // Variants: NEOX = 0 1
 // Grid: (heads, rows), 32 threads or more.
 // x, out: float (row, heads * head_dim), out may be x. angles: (cosine, sine) (row, n_pairs).
-// With slid_only 1 only rows are written that have slid: those of which attention reads pinned_q.
-// With 0 pos, seq and tables are not read.
 EI_KERNEL(128) rotate(
     const Step* step, const float* x, int x_stride, const float2* angles, int n_pairs, int head_dim,
-    const int64_t* pos, const int* seq, const int4* tables, int slid_only, float* out,
-    int out_stride) {
+    float* out, int out_stride) {
     const int row = blockIdx.y;
-    if (row >= ei_rows(step, 0) || ei_aborted(step)) {
+    if (ei_aborted(step) || row >= ei_rows(step, 0)) {
         return;
-    }
-    if (slid_only) {
-        const Table table = table_of(tables, nullptr, seq, row);
-        if (n_gone(table, (int)(pos[row] / EI_PAGE)) == 0) {
-            return;
-        }
     }
     x += (size_t)row * x_stride + blockIdx.x * head_dim;
     out += (size_t)row * out_stride + blockIdx.x * head_dim;

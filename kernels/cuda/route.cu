@@ -64,7 +64,7 @@ EI_DEV int take_largest(int* keys, int n) {
     return place;
 }
 
-// A group's key: of the sum of its two largest scores.
+// A group's key: of the sum of its two largest scores, of which none is NaN.
 EI_DEV int group_key(const float* scores, int size) {
     float first = -EI_INFINITY;
     float second = -EI_INFINITY;
@@ -118,8 +118,7 @@ EI_KERNEL(32) route(
     }
     gate(p, n_experts);
     for (int i = lane; i < n_experts; i += 32) {
-        const float score = bias ? p[i] + bias[i] : p[i];
-        scores[i] = score == score ? score : -EI_INFINITY;
+        scores[i] = bias ? p[i] + bias[i] : p[i];
         keys[i] = ei_order(scores[i]);
     }
     __syncwarp();

@@ -1,18 +1,6 @@
 // Stores K and V of every row, rounded to halves, in the row's page.
 #include "pages.cuh"
 
-// 8 values from x on, zeros behind the end.
-EI_DEV uint4 pack(const float* x, int n) {
-    unsigned words[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const unsigned low = 2 * i < n ? ei_to_half(x[2 * i]) : 0;
-        const unsigned high = 2 * i + 1 < n ? ei_to_half(x[2 * i + 1]) : 0;
-        words[i] = low | high << 16;
-    }
-    return make_uint4(words[0], words[1], words[2], words[3]);
-}
-
 // Grid: (kv heads, rows), 32 threads or more; a thread takes 8 values of a head.
 // k, v: float (row, kv heads * k_dim), (row, kv heads * v_dim). The caches: as attend.cu reads them.
 // v_dim 0: K serves as V, v and v_cache are not touched.
@@ -36,9 +24,9 @@ EI_KERNEL(128) store(
     uint4* k_page = (uint4*)k_cache + page_head * k_chunks * EI_PAGE;
     uint4* v_page = (uint4*)v_cache + page_head * v_chunks * EI_PAGE;
     for (int chunk = threadIdx.x; chunk < k_chunks; chunk += blockDim.x) {
-        k_page[chunk * EI_PAGE + place] = pack(k + 8 * chunk, k_dim - 8 * chunk);
+        k_page[chunk * EI_PAGE + place] = pack_halves(k + 8 * chunk, k_dim - 8 * chunk);
     }
     for (int chunk = threadIdx.x; chunk < v_chunks; chunk += blockDim.x) {
-        v_page[place * v_chunks + chunk] = pack(v + 8 * chunk, v_dim - 8 * chunk);
+        v_page[place * v_chunks + chunk] = pack_halves(v + 8 * chunk, v_dim - 8 * chunk);
     }
 }

@@ -1,0 +1,109 @@
+// What stands between the products q, k, v of a layer and its attention, in one launch: norms of
+// heads, rotation of q (also for pinned pages) and k, and storing K and V in the row's page.
+#include "pages.cuh"
+
+// NEOX 1: dims i and i + n_pairs are a pair, 0: dims 2i and 2i + 1.
+// Variants: NEOX = 0 1
+// A warp's head of x, times its norm's weights where there are any, into shared memory.
+EI_DEV void load_head(float* head, const float* x, const float* weight, float eps, int dim) {
+    const int lane = threadIdx.x % 32;
+    float sum = 0.0f;
+    for (int i = lane; i < dim; i += 32) {
+        head[i] = x[i];
+        sum = ei_fma(x[i], x[i], sum);
+    }
+    sum = ei_sum32(sum);
+    if (weight) {
+        const float scale = ei_div(1.0f, ei_sqrt(ei_div(sum, ei_to_float(dim)) + eps));
+        for (int i = lane; i < dim; i += 32) {
+            head[i] = (head[i] * scale) * weight[i];
+        }
+    }
+    __syncwarp();
+}
+
+// The head turned by its row's angles; write(i, value) takes it, a pair once both were read.
+template <typename Write>
+EI_DEV void turn_head(const float* head, const float2* angles, int n_pairs, int dim, Write write) {
+    const int lane = threadIdx.x % 32;
+    for (int i = lane; i < n_pairs; i += 32) {
+        const int first = NEOX ? i : 2 * i;
+        const int second = NEOX ? i + n_pairs : 2 * i + 1;
+        const float x0 = head[first];
+        const float x1 = head[second];
+        write(first, ei_fma(x0, angles[i].x, -(x1 * angles[i].y)));
+        write(second, ei_fma(x0, angles[i].y, x1 * angles[i].x));
+    }
+    for (int i = 2 * n_pairs + lane; i < dim; i += 32) {
+        write(i, head[i]);
+    }
+}
+
+// A head of q, rotated for the pages of the ring and, where the row has slid, for the pinned ones.
+EI_DEV void make_query(
+    const float* head, const float2* angles, const float2* pinned_angles, int n_pairs, int dim,
+    float* out, float* pinned_out) {
+    turn_head(head, angles, n_pairs, dim, [&](int i, float value) { out[i] = value; });
+    if (pinned_out) {
+        turn_head(head, pinned_angles, n_pairs, dim, [&](int i, float value) {
+            pinned_out[i] = value;
+        });
+    }
+}
+
+// A head of k, rotated in place, as halves at `place` of a page: chunks of 8 lie 32 positions apart.
+EI_DEV void store_key(
+    float* head, const float2* angles, int n_pairs, int dim, uint4* page, int place) {
+    turn_head(head, angles, n_pairs, dim, [&](int i, float value) { head[i] = value; });
+    __syncwarp();
+    for (int chunk = threadIdx.x % 32; 8 * chunk < dim; chunk += 32) {
+        page[chunk * EI_PAGE + place] = pack_halves(head + 8 * chunk, dim - 8 * chunk);
+    }
+}
+
+// Grid: (n_heads + n_kv_heads heads / warps rounded up, rows), at most 128 threads; a warp takes a head
+// of q, or one of k and v, and 4 * k_dim bytes of shared memory.
+// q: float (row, n_heads * k_dim), k: (row, n_kv_heads * k_dim), v: (row, n_kv_heads * v_dim), rows
+// so many floats apart; out, pinned_out: as q, out may be q; pinned_out is written of rows that have
+// slid, null: of none. q_norm, k_norm: float (k_dim,) or null. angles, pinned_angles: (cosine, sine)
+// (row, n_pairs). The caches: as attend.cu reads them. n_kv_heads 0: nothing is stored, k, v and the
+// caches are not touched. v_dim 0: K serves as V.
+EI_KERNEL(128) rotate_store(
+    const Step* step, const float* q, int q_stride, const float* k, int k_stride, const float* v,
+    int v_stride, const float* q_norm, const float* k_norm, float eps, const float2* angles,
+    const float2* pinned_angles, int n_pairs, const int64_t* pos, const int* seq,
+    const int4* tables, const int* pages, float* out, float* pinned_out, uint16_t* k_cache,
+    uint16_t* v_cache, int n_heads, int n_kv_heads, int k_dim, int v_dim) {
+    EI_DYN_SHARED(float, memory);
+    const int row = blockIdx.y;
+    const int warp = threadIdx.x / 32;
+    int head = blockIdx.x * (blockDim.x / 32) + warp;
+    if (ei_aborted(step) || row >= ei_rows(step, 0) || head >= n_heads + n_kv_heads) {
+        return;
+    }
+    const Table table = table_of(tables, pages, seq, row);
+    const int page = (int)(pos[row] / EI_PAGE);
+    float* values = memory + warp * k_dim;
+    angles += (size_t)row * n_pairs;
+    if (head < n_heads) {
+        const size_t at = (size_t)row * q_stride + head * k_dim;
+        load_head(values, q + at, q_norm, eps, k_dim);
+        const bool is_pinned = pinned_out && n_gone(table, page) > 0;
+        make_query(
+            values, angles, pinned_angles + (size_t)row * n_pairs, n_pairs, k_dim, out + at,
+            is_pinned ? pinned_out + at : nullptr);
+        return;
+    }
+    head -= n_heads;
+    const int place = (int)(pos[row] % EI_PAGE);
+    const size_t page_head = (size_t)arena_page(table, page) * n_kv_heads + head;
+    uint4* k_page = (uint4*)k_cache + page_head * ((k_dim + 7) / 8) * EI_PAGE;
+    load_head(values, k + (size_t)row * k_stride + head * k_dim, k_norm, eps, k_dim);
+    store_key(values, angles, n_pairs, k_dim, k_page, place);
+    const int v_chunks = (v_dim + 7) / 8;
+    uint4* v_row = (uint4*)v_cache + (page_head * EI_PAGE + place) * v_chunks;
+    v += (size_t)row * v_stride + head * v_dim;
+    for (int chunk = threadIdx.x % 32; chunk < v_chunks; chunk += 32) {
+        v_row[chunk] = pack_halves(v + 8 * chunk, v_dim - 8 * chunk);
+    }
+}
