@@ -30,6 +30,7 @@ from edgeinfer.errors import (
     Keyword,
     ModelNotFoundError,
     PlanError,
+    UnsupportedModelError,
     memory_ran_out,
 )
 from edgeinfer.gguf import GGUFFile
@@ -153,7 +154,7 @@ def _or_on_cpu(run: Callable[[LoadSettings], T], settings: LoadSettings) -> T:
     """Run, and again on the processors, with a note, where a GPU fails that nobody asked for."""
     try:
         return run(settings)
-    except DeviceError as error:
+    except (DeviceError, UnsupportedModelError) as error:  # what only GPUs lack too
         if not settings.may_leave_gpu:
             raise
         return run(settings.on_cpu(f"no GPU is used: {error}"))

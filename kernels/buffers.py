@@ -106,6 +106,10 @@ class Reads:
         reads = self._reads[value]
         return value not in self._kept and reads[-1] == i and reads.count(i) == 1
 
+    def is_only(self, value: Value, i: int) -> bool:
+        """Whether nobody but step i reads a value, nor who runs the steps."""
+        return value not in self._kept and set(self._reads.get(value, ())) == {i}
+
     def is_quantised(self, value: Value) -> bool:
         return value in self._as_blocks
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -17,7 +18,9 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeinfer.gguf import GGUFFile
 from edgeinfer.graph import Activation, Op, RmsNorm, Rotate, Scale
+from edgeinfer.model import Model
 
 from .bench.make_model import add_byte_tokenizer, add_value, quantize
 
@@ -39,6 +42,12 @@ class Draft:
     keys: dict[str, Any]  # without the architecture's prefix
     tensors: dict[str, Floats]
     rewrites: list[Callable[[Op], Op]] = field(default_factory=list)  # of what was recorded
+
+    @contextmanager
+    def loaded(self, folder: Path, quant: str = "F32") -> Iterator[Model]:
+        """The model, whose file is open meanwhile."""
+        with GGUFFile.open(self.write(folder / f"{self.arch}.gguf", quant)) as file:
+            yield Model.load(file)
 
     def write(self, path: Path, quant: str = "F32", *, has_tokenizer: bool = False) -> Path:
         """The file, its matrices of a type where rows are whole blocks of 32.

@@ -230,8 +230,8 @@ def test_ready_kernels_cover_what_supported_models_need(
                     CpuBackend(tmp_path).compile(segment, limits)
     assert {golden.arch for golden in GOLDENS.values()} == set(architectures())
     for golden in GOLDENS.values():
-        with GGUFFile.open(golden.draft().write(tmp_path / "golden.gguf")) as file:
-            segment = Model.load(file).graph.segment()
+        with golden.draft().loaded(tmp_path) as model:
+            segment = model.graph.segment()
             most = limits._replace(n_pages={window: 4 for window in segment.groups})
             names = Blueprint(segment, most).kernels()
             asked.update(name for name in names if not name.startswith("attend."))

@@ -18,6 +18,7 @@ from edgeinfer.kernels.cuda.kernel import Kernel, Sources
 from edgeinfer.kernels.cuda.shim import ShimDevice
 from edgeinfer.kernels.reference.blocks import quantise
 from edgeinfer.kernels.reference.experts import multiply_chosen
+from edgeinfer.kernels.reference.functions import silu
 from edgeinfer.kernels.reference.quantised import Quantised
 from edgeinfer.ops import ExpertLinear, Value
 from edgeinfer.quant import QuantType, Weight
@@ -421,6 +422,115 @@ def test_what_is_missing_is_found(tmp_path: Path, what: str) -> None:
         with pytest.raises(AssertionError):
             product.check(kernel, 9, seed=seed)
     device.close()
+
+
+# -- products of normed rows -----------------------------------------------------------------------
+
+
+def normed(x: Floats, weight: Floats | None) -> Floats:
+    with np.errstate(all="ignore"):
+        return REFERENCE.rms_norm(x, weight, 1e-5)
+
+
+class Step(NamedTuple):
+    """How products of normed rows are tried."""
+
+    seed: int
+    sizes: tuple[int, int, int]
+    is_normed: bool = True
+    has_weight: bool = True
+    is_gathered: bool = False
+    has_residual: bool = False
+
+
+@pytest.mark.parametrize(
+    ("kind", "last", "rows"),
+    [(quant.Q4_0, quant.Q4_0, 4), (quant.Q4_K, quant.Q6_K, 1), (quant.Q8_0, quant.Q8_0, 1)],
+    ids=lambda each: getattr(each, "name", each),
+)
+def test_products_of_normed_rows(
+    device: ShimDevice, kind: QuantType, last: QuantType, rows: int
+) -> None:
+    """Three matrices side by side, or one alone; of all rows, or of those that are wanted."""
+    k = 288 if kind.block == 32 else 512
+    x, norm = strange_rows(k), rows_of(1, k)[0]
+    wanted = np.array([3, 7, 0, 0, 6], np.int32)
+    kernel = Kernel.of("norm_matmul", TYPE=kind.name, LAST=last.name, WARPS=4, ROWS=rows)
+    device.load([kernel])
+    for step in (
+        Step(0, (100, 33, 65)),
+        Step(1, (1, 0, 0), has_weight=False, is_gathered=True),
+        Step(7, (64, 40, 0), is_gathered=True),
+        Step(1, (70, 0, 0), is_normed=False, has_weight=False, has_residual=True),
+    ):
+        device.seed = step.seed
+        picked = x[wanted] if step.is_gathered else x
+        weights = norm if step.has_weight else None
+        n_rows, args, checks = len(picked), dict[str, int](), []
+        for i, (n, type) in enumerate(zip(step.sizes, (kind, kind, last), strict=True)):
+            w, bias = weight(type, max(n, 1), k), rows_of(1, max(n, 1), i)
+            y, residual = Out.of(device, n_rows, max(n, 1)), rows_of(n_rows, max(n, 1), 5)
+            args |= {f"w_{i}": put_weight(device, w), f"y_{i}": y.address, f"n_{i}": n}
+            args |= {f"bias_{i}": put(device, bias) if i else 0}
+            with np.errstate(all="ignore"):
+                values = normed(picked, weights) if step.is_normed else picked
+                want = REFERENCE.matmul(values, REFERENCE.load(w))
+                want = want + bias if i else want
+                want = residual + want if step.has_residual else want
+            if step.has_residual:
+                device.write(y.address, padded(residual))
+            checks += [(y, want)] * (n > 0)
+        blocks = [up(n, 64) for n in step.sizes]
+        counts = (99, n_rows) if step.is_gathered else (n_rows, 0)
+        device.launch(
+            kernel, (sum(blocks), up(n_rows, rows), 1), 128,
+            tiles.normed_bytes((kind, last), k, 4, rows),
+            args | {
+                "step": put_step(device, *counts), "rows": int(step.is_gathered),
+                "x": put(device, padded(x)), "gather": put(device, wanted) * step.is_gathered,
+                "norm": put(device, norm) * step.has_weight, "eps": 1e-5,
+                "is_normed": int(step.is_normed), "residual": args["y_0"] * step.has_residual,
+                "blocks_0": blocks[0], "blocks_1": blocks[1], "k": k,
+            },
+        )  # fmt: skip
+        for y, want in checks:
+            y.check(want)
+
+
+@pytest.mark.parametrize("kind", (quant.Q4_0, quant.Q4_K), ids=lambda kind: kind.name)
+def test_gate_and_up_of_normed_rows(device: ShimDevice, kind: QuantType) -> None:
+    k = 256
+    x, norm = strange_rows(k), rows_of(1, k)[0]
+    kernel = Kernel.of("norm_swiglu", TYPE=kind.name, WARPS=4, ROWS=1)
+    device.load([kernel])
+    for seed, n, has_bias in ((0, 96, False), (1, 40, True), (7, 320, True)):
+        device.seed = seed
+        gate, up_ = (weight(kind, each, k).rows(0, n) for each in (n, n + 1))
+        biases = rows_of(2, n, 1) * np.float32(has_bias)
+        with np.errstate(all="ignore"):
+            rows = normed(x, norm)
+            sums = [REFERENCE.matmul(rows, REFERENCE.load(w)) for w in (gate, up_)]
+            if has_bias:
+                sums = [sum + bias for sum, bias in zip(sums, biases, strict=True)]
+            want = silu(sums[0]) * sums[1]
+        y, quantised = Out.of(device, len(x), n), 0
+        if n % 32 == 0:
+            quantised = device.reserve(len(x) * tiles.x8_bytes(n))
+            device.fill(quantised, len(x) * tiles.x8_bytes(n))
+        device.launch(
+            kernel, (up(n, 64), len(x), 1), 128, tiles.normed_bytes([kind], k, 4, 1),
+            {
+                "step": put_step(device, len(x)), "rows": 0, "gather": 0,
+                "x": put(device, padded(x)), "norm": put(device, norm), "eps": 1e-5,
+                "gate": put_weight(device, gate), "up": put_weight(device, up_),
+                "gate_bias": put(device, biases[0]) * has_bias,
+                "up_bias": put(device, biases[1]) * has_bias,
+                "y": y.address, "x8": quantised, "n": n, "k": k,
+            },
+        )  # fmt: skip
+        y.check(want)
+        if quantised:
+            np.testing.assert_array_equal(get_x8(device, quantised, len(x), n), x8(want))
 
 
 EXPERTS = (quant.Q4_0, quant.Q2_K, quant.Q4_K, quant.Q6_K, quant.MXFP4, quant.F16, quant.F32)

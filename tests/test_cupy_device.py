@@ -104,8 +104,16 @@ def test_memory(device: CudaDevice, cuda: Cuda) -> None:
     device.reserve(10)
     device.close()
     assert not cuda.runtime.memory
-    with pytest.raises(DeviceError, match="the device is closed"):
+    with pytest.raises(DeviceError, match="cuda:1 is closed"):
         device.mark()
+
+
+def test_memory_of_a_device_that_is_forgotten_is_returned(cuda: Cuda, tmp_path: Path) -> None:
+    device = CudaDevice(0, tmp_path)
+    device.reserve(100)
+    assert len(cuda.runtime.memory) == 1
+    del device
+    assert not cuda.runtime.memory
 
 
 def test_launches_and_graphs(device: CudaDevice, cuda: Cuda) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from edgeinfer import LLM, DeviceError, backend, plan, platform
+from edgeinfer import LLM, DeviceError, UnsupportedModelError, backend, plan, platform
 from edgeinfer.backend import Program, find_device
 from edgeinfer.batch import Demand, StepLimits, StepRequest
 from edgeinfer.cli.models import start_notes
@@ -138,6 +138,9 @@ def test_this_machine_runs_on_its_processors(tmp_path: Path) -> None:
 class Broken:
     """A GPU that has room for everything, and fails when something is compiled for it."""
 
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
     def memories(self, host: int) -> dict[str, int]:
         return {"host": host}
 
@@ -145,12 +148,19 @@ class Broken:
         return Demand(StepLimits.of(request, 320, segment.groups, 64), {"host": {}})
 
     def compile(self, segment: Segment, limits: StepLimits) -> Program:
-        raise DeviceError("no NVRTC was found; run pip install it")
+        raise self.error
 
 
-@pytest.mark.parametrize("fails_to", ["open", "compile"])
+@pytest.mark.parametrize(
+    ("fails_to", "error"),
+    [
+        ("open", DeviceError("no NVRTC was found; run pip install it")),
+        ("compile", DeviceError("no NVRTC was found; run pip install it")),
+        ("compile", UnsupportedModelError("CUDA runs no such operation")),
+    ],
+)
 def test_a_gpu_that_fails_is_left_where_nobody_asked_for_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_to: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_to: str, error: Exception
 ) -> None:
     opened = backend.open_backend
 
@@ -158,8 +168,8 @@ def test_a_gpu_that_fails_is_left_where_nobody_asked_for_it(
         if device.kind == "cpu":
             return opened(device, **options)
         if fails_to == "open":
-            raise DeviceError("no NVRTC was found; run pip install it")
-        return Broken()
+            raise error
+        return Broken(error)
 
     gpu = Choice(Device("cuda", 1))
     monkeypatch.setattr("edgeinfer.load_settings.find_device", lambda name: gpu)
@@ -168,8 +178,8 @@ def test_a_gpu_that_fails_is_left_where_nobody_asked_for_it(
     assert plan(path).fits
     with LLM(path, threads=1) as llm:
         assert llm.runtime.device == Device("cpu")
-        assert start_notes(llm) == ["no GPU is used: no NVRTC was found; run pip install it"]
+        assert start_notes(llm) == [f"no GPU is used: {error}"]
         assert llm.chat("abc", max_tokens=2).usage.completion_tokens == 2
     for forced in ({"device": "cuda:1"}, {"gpu_layers": 1}):
-        with pytest.raises(DeviceError, match="^no NVRTC was found"):
+        with pytest.raises(type(error), match=f"^{error}$"):
             LLM(path, **forced)  # type: ignore[arg-type]

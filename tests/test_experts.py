@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,7 +15,6 @@ from numpy.typing import NDArray
 
 from edgeinfer.batch import Batch, StepLimits
 from edgeinfer.errors import EdgeInferError, InvalidModelError, UnsupportedModelError
-from edgeinfer.gguf import GGUFFile
 from edgeinfer.graph import ExpertLinear, ExpertSum, GatingKind, Graph, Route, Segment, Value
 from edgeinfer.inspect_file import describe
 from edgeinfer.kernels.cpu import layout
@@ -25,7 +22,6 @@ from edgeinfer.kernels.reference import ReferenceBackend
 from edgeinfer.kernels.reference.exact import Exact
 from edgeinfer.kernels.reference.experts import choose
 from edgeinfer.kernels.reference.quantised import Quantised
-from edgeinfer.model import Model
 from edgeinfer.quant import QUANT_TYPES, QuantType, Weight
 
 from . import native
@@ -244,16 +240,10 @@ def test_a_step_that_is_cut_short_leaves_the_next_one_whole() -> None:
 # -- files ---------------------------------------------------------------------------------------
 
 
-@contextmanager
-def loaded(draft: Draft, folder: Path) -> Iterator[Model]:
-    with GGUFFile.open(draft.write(folder / "experts.gguf")) as file:
-        yield Model.load(file)
-
-
 def logits(draft: Draft, folder: Path) -> Floats:
     """Of the CPU, which has the reference's bits."""
     step, limits = batch_of(list(range(20))), StepLimits({0: 2}, 20, 20, 1, 2)
-    with loaded(draft, folder) as model:
+    with draft.loaded(folder) as model:
         segment = model.graph.segment()
         with ReferenceBackend().compile(segment, limits, mode="quantised") as reference:
             expected: Floats = reference.submit(step).wait().logits
@@ -366,7 +356,7 @@ def test_a_senseless_number_is_named(tmp_path: Path, key: str, value: Any) -> No
     draft = moe()
     draft.keys |= {"expert_group_count": 4, "expert_group_used_count": 2, key: value}
     with pytest.raises((InvalidModelError, UnsupportedModelError), match=f"qwen3moe.{key}"):
-        with loaded(draft, tmp_path):
+        with draft.loaded(tmp_path):
             pass
 
 
@@ -382,7 +372,7 @@ def test_a_number_that_contradicts_the_tensors(
 ) -> None:
     draft = moe()
     draft.keys[key] = value
-    with pytest.raises(InvalidModelError) as caught, loaded(draft, tmp_path):
+    with pytest.raises(InvalidModelError) as caught, draft.loaded(tmp_path):
         pass
     assert caught.value.field == tensor
 
@@ -391,7 +381,7 @@ def test_a_number_that_contradicts_the_tensors(
 def test_experts_that_are_not_there_are_named(tmp_path: Path, name: str) -> None:
     draft = moe()
     del draft.tensors[f"blk.1.{name}.weight"]
-    with pytest.raises(EdgeInferError, match=f"blk.1.{name}.weight"), loaded(draft, tmp_path):
+    with pytest.raises(EdgeInferError, match=f"blk.1.{name}.weight"), draft.loaded(tmp_path):
         pass
 
 

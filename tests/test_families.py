@@ -19,6 +19,7 @@ from edgeinfer.kernels.cpu.program import CpuBackend
 from edgeinfer.kernels.reference import ReferenceBackend, exact
 from edgeinfer.model import Model
 
+from .backends import FAST, backend
 from .golden_models import DIM, GOLDENS, N_CTX, N_PROMPT, PROMPT, ROWS, Draft
 from .native import cache_root
 from .test_cpu_program import batch_of
@@ -52,9 +53,8 @@ def kept(name: str, draft: Draft) -> Logits:
 
 def ours(draft: Draft, folder: Path) -> Logits:
     """The reference's."""
-    with GGUFFile.open(draft.write(folder / "golden.gguf")) as file:
-        segment = Model.load(file).graph.segment(n_ctx=N_CTX)
-        segment = rewritten(segment, draft)
+    with draft.loaded(folder) as model:
+        segment = rewritten(model.graph.segment(n_ctx=N_CTX), draft)
         with ReferenceBackend().compile(segment, limits(segment)) as program:
             batch = batch_of(PROMPT, pages=(0, 1), n_groups=len(segment.groups))
             batch.wanted = np.array(ROWS, np.int32)
@@ -100,25 +100,26 @@ def test_without_a_feature_they_are_others(name: str, feature: str, tmp_path: Pa
     assert divergence(theirs, ours(draft, tmp_path)) > 1e-3
 
 
+@pytest.mark.parametrize("machine", FAST)
 @pytest.mark.parametrize("quant", ["F32", "Q4_0"])
 @pytest.mark.parametrize("name", GOLDENS)
-def test_the_cpu_has_the_references_bits_in_one_pass_and_in_many(
-    name: str, quant: str, tmp_path: Path
+def test_a_machine_has_the_references_bits_in_one_pass_and_in_many(
+    name: str, quant: str, machine: str, tmp_path: Path
 ) -> None:
-    with GGUFFile.open(GOLDENS[name].draft().write(tmp_path / "golden.gguf", quant)) as file:
-        check_cuts(Model.load(file).graph.segment(n_ctx=N_CTX), [0, 1, 9, 31, 33, 40])
+    with GOLDENS[name].draft().loaded(tmp_path, quant) as model:
+        check_cuts(model.graph.segment(n_ctx=N_CTX), [0, 1, 9, 31, 33, 40], machine)
 
 
-def check_cuts(segment: Segment, cuts: list[int]) -> None:
-    """The CPU has the reference's bits, for a prompt in one step and cut into some."""
+def check_cuts(segment: Segment, cuts: list[int], machine: str = "cpu") -> None:
+    """A machine has the reference's bits, for a prompt in one step and cut into some."""
     ids, n = PROMPT[: cuts[-1]], len(segment.groups)
     everything = batch_of(ids, pages=(0, 1), n_groups=n)
     with ReferenceBackend().compile(segment, limits(segment), mode="quantised") as program:
         expected = program.submit(everything).wait().logits
-    with CpuBackend(cache_root()).compile(segment, limits(segment)) as cpu:
-        whole = cpu.submit(everything).wait().logits.copy()
+    with backend(machine).compile(segment, limits(segment)) as program:
+        whole = program.submit(everything).wait().logits.copy()
         parts = [
-            cpu.submit(batch_of(ids[i:j], i, (1, 0), n_groups=n)).wait().logits.copy()
+            program.submit(batch_of(ids[i:j], i, (1, 0), n_groups=n)).wait().logits.copy()
             for i, j in pairwise(cuts)
         ]
     np.testing.assert_array_equal(whole, expected)
@@ -152,8 +153,8 @@ def test_the_other_context_lengths_have_no_factors_where_the_file_has_one_table(
 ) -> None:
     draft = GOLDENS["phi3-long"].draft()
     del draft.tensors["rope_factors_short.weight"]
-    with GGUFFile.open(draft.write(tmp_path / "phi3.gguf")) as file:
-        graph = Model.load(file).graph
+    with draft.loaded(tmp_path) as model:
+        graph = model.graph
     for n_ctx, has_factors in ((100, False), (101, True), (None, True)):
         ops = graph.segment(n_ctx=n_ctx).ops
         assert {op.rope.factors is not None for op in ops if isinstance(op, Rotate)} == {
@@ -166,10 +167,9 @@ def test_queries_grow_up_to_the_last_span(tmp_path: Path) -> None:
     """As the CPU does, far beyond any context; and only once they have a length of training."""
     draft = GOLDENS["mistral3"].draft()
     draft.keys["rope.scaling.type"] = "none"
-    with GGUFFile.open(draft.write(tmp_path / "mistral3.gguf")) as file:
-        segment = Model.load(file).graph.segment()
-        table = Model.load(file).graph.ops
-        growth = {op.rope.growth for op in table if isinstance(op, Rotate)}
+    with draft.loaded(tmp_path) as model:
+        segment = model.graph.segment()
+        growth = {op.rope.growth for op in segment.ops if isinstance(op, Rotate)}
         assert growth == {None, Growth(0.5, 32)}
         with ReferenceBackend().compile(segment, limits(segment), mode="quantised") as program:
             expected = [program.submit(far(pos)).wait().logits for pos in FAR]
@@ -217,18 +217,17 @@ def far(pos: int) -> Batch:
 def test_a_senseless_number_is_named(tmp_path: Path, name: str, key: str, value: Any) -> None:
     draft = GOLDENS[name].draft()
     draft.keys[key] = value
-    with GGUFFile.open(draft.write(tmp_path / "golden.gguf")) as file:
-        with pytest.raises(InvalidModelError) as caught:
-            Model.load(file)
+    with pytest.raises(InvalidModelError) as caught, draft.loaded(tmp_path):
+        pass
     assert caught.value.field == f"{draft.arch}.{key}"
 
 
 def test_queries_that_grow_are_rotated_as_a_whole(tmp_path: Path) -> None:
     draft = GOLDENS["mistral3"].draft()
     draft.keys["rope.dimension_count"] = 8
-    with GGUFFile.open(draft.write(tmp_path / "golden.gguf")) as file:
-        with pytest.raises(UnsupportedModelError, match="attention.temperature_scale"):
-            Model.load(file)
+    with pytest.raises(UnsupportedModelError, match="attention.temperature_scale"):
+        with draft.loaded(tmp_path):
+            pass
 
 
 @pytest.mark.parametrize(("name", "n_layers"), [("gemma2", 46), ("gemma3", 62)])
@@ -243,8 +242,8 @@ def test_gemmas_of_27_b_scale_scores_by_another_width(
         draft.tensors |= {
             each.replace("blk.0.", f"blk.{i}."): x for each, x in first.items() for i in range(n)
         }
-        with GGUFFile.open(draft.write(tmp_path / "golden.gguf")) as file:
-            ops = Model.load(file).graph.ops
+        with draft.loaded(tmp_path) as model:
+            ops = model.graph.ops
             (scale,) = {op.scale for op in ops if isinstance(op, Attention)}
             scales.append(scale)
     assert scales == [24**-0.5, 16**-0.5]
@@ -268,8 +267,8 @@ def test_a_pattern_is_a_number_or_says_of_each_layer_whether_it_has_a_window(
     draft = GOLDENS[name].draft()
     if pattern is not None:
         draft.keys["attention.sliding_window_pattern"] = pattern
-    with GGUFFile.open(draft.write(tmp_path / "golden.gguf")) as file:
-        ops = Model.load(file).graph.ops
+    with draft.loaded(tmp_path) as model:
+        ops = model.graph.ops
         assert [op.cache.window for op in ops if isinstance(op, Attention)] == windows
         bases = [op.rope.base for op in ops if isinstance(op, Rotate)][::2]
     if name == "gemma3":
@@ -280,8 +279,8 @@ def test_a_model_without_a_window_has_none_whatever_its_pattern_says(tmp_path: P
     draft = GOLDENS["gemma3"].draft()
     del draft.keys["attention.sliding_window"]
     draft.keys["attention.sliding_window_pattern"] = 6
-    with GGUFFile.open(draft.write(tmp_path / "golden.gguf")) as file:
-        ops = Model.load(file).graph.ops
+    with draft.loaded(tmp_path) as model:
+        ops = model.graph.ops
     assert {op.cache.window for op in ops if isinstance(op, Attention)} == {0}
     assert {op.rope.base for op in ops if isinstance(op, Rotate)} == {100000.0}
 
@@ -289,6 +288,6 @@ def test_a_model_without_a_window_has_none_whatever_its_pattern_says(tmp_path: P
 def test_gemma_2_has_windows_of_4096_where_the_file_says_none(tmp_path: Path) -> None:
     draft = GOLDENS["gemma2"].draft()
     del draft.keys["attention.sliding_window"]
-    with GGUFFile.open(draft.write(tmp_path / "golden.gguf")) as file:
-        ops = Model.load(file).graph.ops
+    with draft.loaded(tmp_path) as model:
+        ops = model.graph.ops
     assert [op.cache.window for op in ops if isinstance(op, Attention)] == [4096, 0, 4096]

@@ -126,13 +126,14 @@ def test_it_takes_what_it_says_from_open_to_close(monkeypatch: pytest.MonkeyPatc
     assert 0 < 4 * sampler.n_bytes == 3 * wider.n_bytes
     monkeypatch.setattr(platform, "Memory", Counted)
     sampler.open()
-    assert [memory.n_bytes for memory in taken] == [sampler.n_bytes]
+    scratch, tape = (memory.n_bytes for memory in taken)
+    assert scratch == sampler.n_bytes and tape < 1024
     sampler.close()
     sampler.close()
 
 
 def test_without_llvm_numpy_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(backend, "find_spec", lambda name: None)
     sampler = backend.host_sampler(N_VOCAB, 2)
     assert isinstance(sampler, ReferenceSampler) and sampler.n_bytes == 0
     sampler.open()

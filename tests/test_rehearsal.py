@@ -11,10 +11,8 @@ import pytest
 from numpy.typing import NDArray
 
 from edgeinfer import LLM, models
-from edgeinfer.gguf import GGUFFile
 from edgeinfer.graph import Segment
 from edgeinfer.kernels.reference import ReferenceBackend
-from edgeinfer.model import Model
 
 from .golden_models import DIM, PROMPT, Draft, Edit, Golden, filled, no_key
 from .test_cpu_program import batch_of
@@ -95,8 +93,8 @@ def reference(segment: Segment, ids: list[int]) -> NDArray[np.float32]:
 @pytest.mark.parametrize("quant", ["F32", "Q4_0"])
 def test_the_cpu_has_the_references_bits(draft: Draft, tmp_path: Path, quant: str) -> None:
     assert len(MADE_UP.splitlines()) <= 50
-    with GGUFFile.open(draft.write(tmp_path / "m.gguf", quant)) as file:
-        segment = Model.load(file).graph.segment()
+    with draft.loaded(tmp_path, quant) as model:
+        segment = model.graph.segment()
         assert len(segment.groups) == 2 and len({*segment.caches.values()}) == 3
         check_cuts(segment, [0, 13, 14, 45])
 
@@ -114,8 +112,8 @@ def test_every_part_takes_part(draft: Draft, tmp_path: Path) -> None:
     found = []
     for edit in (lambda draft: None, *edits):
         edit(draft)
-        with GGUFFile.open(draft.write(tmp_path / "m.gguf")) as file:
-            found.append(reference(Model.load(file).graph.segment(), PROMPT[:20])[-1])
+        with draft.loaded(tmp_path) as model:
+            found.append(reference(model.graph.segment(), PROMPT[:20])[-1])
     assert all(np.abs(a - b).max() > 0.01 for a, b in pairwise(found))
 
 

@@ -81,7 +81,7 @@ def _gate(llm: LLM) -> threading.Event:
 def _wait_ended(llm: LLM) -> None:
     scheduler = llm.runtime.engine._scheduler
     _wait_until(lambda: not (scheduler.waiting or scheduler.running or scheduler.paused))
-    assert _pages_held(llm) == 0
+    assert pages_held(llm) == 0
 
 
 def _n_unread(stream: Stream) -> int:
@@ -95,7 +95,7 @@ def _read(stream: Stream, n_tokens: int) -> tuple[int, ...]:
     return tuple(stream._ids[:n_tokens])
 
 
-def _pages_held(llm: LLM) -> int:
+def pages_held(llm: LLM) -> int:
     """Pages of running and paused generations; ended ones give theirs up when asked."""
     engine = llm.runtime.engine
     return (
@@ -142,7 +142,7 @@ def test_a_paused_stream_gives_way_and_then_yields_the_same_tokens(llm: LLM, sam
     assert len(llm.logits([1] * N_CTX, last=1)) == 1
     again = stream.run()
     assert (again.token_ids, again.text) == (alone.token_ids, alone.text)
-    assert _pages_held(llm) == 0
+    assert pages_held(llm) == 0
 
 
 def test_a_stream_that_has_slid_far_gives_way_too(llm: LLM) -> None:
@@ -178,7 +178,7 @@ def test_a_batch_is_read_side_by_side(path: Path) -> None:
         assert max(paused) == 0
         with pytest.raises(InvalidRequestError):
             llm.generate_batch(["one", []], **options)
-        _wait_until(lambda: _pages_held(llm) == 0)
+        _wait_until(lambda: pages_held(llm) == 0)
 
 
 def test_a_prompt_is_read_to_its_end_without_a_reader(path: Path) -> None:
@@ -215,7 +215,7 @@ def test_a_stream_left_in_a_variable_stops(llm: LLM) -> None:
             break
     _wait_paused(llm)
     stream.close()
-    _wait_until(lambda: _pages_held(llm) == 0)
+    _wait_until(lambda: pages_held(llm) == 0)
     assert stream.completion.finish_reason == "cancelled"
 
 
@@ -240,7 +240,7 @@ def test_an_interrupt_cancels_what_was_waited_for(llm: LLM, method: str) -> None
         kept.append(error)
     timer.join()
     assert kept
-    _wait_until(lambda: _pages_held(llm) == 0)
+    _wait_until(lambda: pages_held(llm) == 0)
     assert llm.generate("next", max_tokens=3, **ENDLESS).usage.completion_tokens == 3
 
 
@@ -290,7 +290,7 @@ def test_a_stream_may_be_closed_while_another_thread_reads_it(llm: LLM) -> None:
         assert sum(isinstance(event, Done) for event in seen) <= 1
         shown = "".join(event.text for event in seen)
         assert stream.completion.text.startswith(shown[:-8])
-    _wait_until(lambda: _pages_held(llm) == 0)
+    _wait_until(lambda: pages_held(llm) == 0)
 
 
 # -- one reader at a time ------------------------------------------------------------------------
@@ -355,7 +355,7 @@ def test_a_thousand_async_streams_take_no_threads(path: Path) -> None:
         for i in (0, 123, 249):
             alone = llm.generate([i], max_tokens=3, **ENDLESS).token_ids
             assert set(found[i::250]) == {alone}
-        assert _pages_held(llm) == 0
+        assert pages_held(llm) == 0
 
 
 def test_an_unread_async_stream_pauses_and_other_tasks_run(llm: LLM) -> None:
@@ -405,7 +405,7 @@ def test_an_async_reader_that_goes_away_cancels(llm: LLM, way: str) -> None:
             gc.collect()
 
     asyncio.run(work())
-    _wait_until(lambda: _pages_held(llm) == 0)
+    _wait_until(lambda: pages_held(llm) == 0)
 
 
 def test_a_stream_goes_on_in_another_loop(llm: LLM) -> None:
@@ -608,7 +608,7 @@ def _serve(path: Path, seed: int, n_threads: int, n_each: int, n_requests: int) 
             stream.close()
         gc.collect()
         engine = llm.runtime.engine
-        _wait_until(lambda: _pages_held(llm) == 0)
+        _wait_until(lambda: pages_held(llm) == 0)
         assert not (
             engine._scheduler.running or engine._scheduler.paused or engine._scheduler.waiting
         )

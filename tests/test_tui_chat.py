@@ -17,6 +17,7 @@ from textual.keys import _character_to_key
 from textual.pilot import Pilot
 
 from edgeinfer import EdgeInferError, InvalidModelError
+from edgeinfer.engine.memory_plan import Pool
 from edgeinfer.tui.app import ChatApp
 from edgeinfer.tui.branch_screen import BranchScreen
 from edgeinfer.tui.history_screen import HistoryScreen
@@ -642,11 +643,15 @@ def test_the_model_can_be_switched_with_a_preview(tmp_path: Path) -> None:
         await chat.idle()
         await chat.press("ctrl+l")
         await chat.until(lambda: "fits: 476 MB of 8.0 GB" in chat.screen_text)
+        text = " ".join(chat.screen_text.replace("│", " ").split())
+        assert "of 8.0 GB free, 3.0 GB of 6.0 GB on cuda:0, context 8,192 tokens" in text
         await chat.press("down", "enter")
         await chat.until(lambda: loaded == [str(tmp_path / "models" / "b.gguf")])
         await chat.idle()
 
     model, loaded = ScriptedModel(), []
+    gpu = Pool("cuda:0", {"weights Q4_K": 3 << 30}, 6 << 30)
+    plan = model.plan._replace(pools=(model.plan.host, gpu))
     plain = opener(model)
 
     def open_model(path: str, progress: Any) -> ScriptedModel:
@@ -660,7 +665,7 @@ def test_the_model_can_be_switched_with_a_preview(tmp_path: Path) -> None:
         model,
         folder=tmp_path,
         open_model=open_model,
-        plan_model=lambda path, n_ctx=0, freed=0: model.plan,
+        plan_model=lambda path, n_ctx=0, freed=None: plan,
     )
 
 

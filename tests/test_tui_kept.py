@@ -215,7 +215,12 @@ def test_an_edit_keeps_the_draft_and_the_attachments_of_both() -> None:
     assert "of old" in contents(model)[1] and contents(model)[1].endswith("first anew")
 
 
-def test_a_held_backspace_stops_at_the_text_and_undo_brings_back_what_one_press_took() -> None:
+def test_a_held_backspace_stops_at_the_text_and_undo_brings_back_what_one_press_took(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def events_apart(seconds: float) -> None:
+        monkeypatch.setattr("edgeinfer.tui.prompt._REPEAT_SECONDS", seconds)
+
     async def body(chat: Chat) -> None:
         composer = chat.app.composer
 
@@ -225,10 +230,13 @@ def test_a_held_backspace_stops_at_the_text_and_undo_brings_back_what_one_press_
         await chat.idle()
         for name in "abc":
             composer.attach(Attachment(name, "attached"))
+        events_apart(60.0)  # at most, of a key that is held: this machine may be slow
         await chat.press(*"text", *["backspace"] * 12)
         assert composer.prompt.text == "" and names() == ["a", "b", "c"]
-        await chat.pilot.pause(0.15)
-        await chat.press("backspace", "backspace", "backspace")
+        events_apart(-1.0)  # later than any repeat would come
+        await chat.press("backspace")
+        events_apart(60.0)
+        await chat.press("backspace", "backspace")
         assert names() == ["a", "b"]
         await chat.press("left", "backspace", "backspace")  # pressed anew, at whatever speed
         assert names() == ["a"]

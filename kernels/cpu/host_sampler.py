@@ -54,8 +54,7 @@ class HostSampler:
         self._arena.place(self._sampling.scratch)
         self._memory: platform.Memory | None = None
         self._header = np.zeros(layout.HEADER_WORDS, np.int64)
-        self._tape: Tape | None = None  # of the rows that were sampled last
-        self._rows = 0, 0  # their address, and bytes from one to the next
+        self._tape: Tape | None = None
 
     @property
     def n_bytes(self) -> int:
@@ -73,6 +72,8 @@ class HostSampler:
         self._team = shared_team(self._library, self._n_threads)
         self._memory = platform.Memory(self.n_bytes)
         self._arena.settle(self._memory.address)
+        op = Op.of(self._sampling.op(0, 0), self._library)
+        self._tape = Tape([op], self._header.ctypes.data, self._n_threads)
 
     def sample(self, logits: NDArray[np.float32], table: SampleTable) -> None:
         """Fill the outputs of a table's first R rows from logits (R, V).
@@ -80,33 +81,22 @@ class HostSampler:
         Rows may lie apart. Logits are changed on the way and put back.
         """
         n_rows, n_vocab = logits.shape
-        assert self._memory is not None, "open it first"
+        assert self._tape is not None, "open it first"
         assert n_vocab == self._n_vocab, f"{n_vocab} logits a row, not {self._n_vocab}"
         assert n_rows <= table.n_rows, f"{n_rows} rows, and {table.n_rows} that say how"
         assert logits.dtype == np.float32 and logits.strides[1] == 4 and logits.flags.writeable
-        tape = self._tape_of(logits.ctypes.data, logits.strides[0])
+        self._tape.set_word(0, layout.SAMPLE_LOGITS, logits.ctypes.data)
+        self._tape.set_word(0, layout.SAMPLE_STRIDE, logits.strides[0])
         self._header[layout.H_WANTED_ROWS // layout.WORD] = n_rows
         self._header[layout.H_SAMPLES // layout.WORD] = table.address
-        self._team.run(tape)
+        self._team.run(self._tape)
 
     def close(self) -> None:
         """Free everything."""
-        if self._memory is not None:
-            self._free_tape()
-            self._memory.close()
-            self._memory = None
-
-    def _tape_of(self, address: int, stride: int) -> Tape:
-        """Made anew where rows lie elsewhere than last time."""
-        if self._tape is None or self._rows != (address, stride):
-            self._free_tape()
-            op = Op.of(self._sampling.op(address, stride), self._library)
-            self._tape = Tape([op], self._header.ctypes.data, self._n_threads)
-            self._rows = address, stride
-        return self._tape
-
-    def _free_tape(self) -> None:
         if self._tape is not None:
             self._team.quiesce()
             self._tape.close()
             self._tape = None
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None

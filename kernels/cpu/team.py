@@ -74,8 +74,10 @@ class Tape:
         self.address = self._memory.address
         part_address, args_address = self.address + parts_at, self.address + args_at
         part_addresses = []
+        self._args: list[int] = []  # where the words of each part are
         for part in parts:
             part_addresses.append(part_address)
+            self._args.append(args_address)
             self._write(part_address, [part.kernel, args_address, 0, part.rule])
             self._write(args_address, part.args)
             part_address += layout.PART_BYTES
@@ -93,6 +95,10 @@ class Tape:
     @staticmethod
     def _write(address: int, words: list[int]) -> None:
         (ctypes.c_int64 * len(words)).from_address(address)[:] = words  # type: ignore[assignment]
+
+    def set_word(self, part: int, offset: int, value: int) -> None:
+        """Change an argument word of a part, counted over all ops; between steps."""
+        self._write(self._args[part] + offset, [value])
 
     def close(self) -> None:
         """Free the tape; only after `Team.quiesce`."""

@@ -66,7 +66,10 @@ class CudaBackend:
     def rows(self, drawn: Blueprint) -> dict[str, dict[str, int]]:
         """Bytes by memory and purpose."""
         sampler = self.sampler(drawn)
-        here = {"logits": drawn.logits_bytes + (sampler.n_bytes if sampler else 0)}
+        here = {
+            "logits": drawn.logits_bytes + (sampler.n_bytes if sampler else 0),
+            "weights on their way": 2 * drawn.weights.staging.n_bytes,
+        }
         if self.device.facts.has_own_memory:
             return {HOST: here, self.name: drawn.rows()}
         return {HOST: {**drawn.rows(), **here}}

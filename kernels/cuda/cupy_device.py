@@ -6,6 +6,7 @@ modules are used: it compiles nothing for us.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -81,13 +82,16 @@ class CudaDevice:
         self._fault = ""
         self._is_recording = False
         self._reserved: set[int] = set()
+        # Whoever forgets to close this: a GPU's memory is nobody else's to return.
+        self._end = weakref.finalize(self, _free, self._runtime, index, self._reserved)
+        self._end.atexit = False
         self._loaded: dict[Kernel, _Loaded] = {}
         with self._calls("open"):
             self.facts = self._ask(driver.devices[index])
             self._stream = cupy.cuda.Stream(non_blocking=True)
             self._overtaking = cupy.cuda.Stream(non_blocking=True)
             self._word = self.host(4).view(np.int32)
-            self._small = _Uploads(self, n_buffers=64, n_bytes=_SMALL)
+            self._small = self._uploads(64, _SMALL)
         self._large: _Uploads | None = None
         self._sources = Sources(*sources)
         folder = folder or config.cache_folder() / "kernels" / "cuda"
@@ -151,15 +155,20 @@ class CudaDevice:
         flat = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
         with self._calls("write"):
             if len(flat) > _SMALL and self._large is None:
-                self._large = _Uploads(self, n_buffers=2, n_bytes=8 << 20)
+                self._large = self._uploads(2, 8 << 20)
             uploads = self._small if len(flat) <= _SMALL else self._large
             assert uploads is not None
             uploads.send(address, flat, self._stream)
 
+    def _uploads(self, n_buffers: int, n_bytes: int) -> _Uploads:
+        return _Uploads(self._cuda, self.host(n_buffers * n_bytes).reshape(n_buffers, n_bytes))
+
     def write_now(self, address: int, word: int) -> None:
         with self._calls("write_now"):
             self._word[0] = word
-            self._copy(address, self._word.ctypes.data, 4, "HostToDevice", self._overtaking)
+            _copy(
+                self._runtime, address, self._word.ctypes.data, 4, "HostToDevice", self._overtaking
+            )
             self._overtaking.synchronize()
 
     def read(self, address: int, into: NDArray[Any]) -> None:
@@ -177,7 +186,9 @@ class CudaDevice:
         if not (into.flags.c_contiguous and into.flags.writeable):
             raise ValueError("an array to read into must be contiguous and writable")
         with self._calls("fetch"):
-            self._copy(into.ctypes.data, address, into.nbytes, "DeviceToHost", self._stream)
+            _copy(
+                self._runtime, into.ctypes.data, address, into.nbytes, "DeviceToHost", self._stream
+            )
 
     def fill(self, address: int, n_bytes: int, byte: int = 0) -> None:
         with self._calls("fill"):
@@ -185,11 +196,7 @@ class CudaDevice:
 
     def copy(self, to: int, address: int, n_bytes: int) -> None:
         with self._calls("copy"):
-            self._copy(to, address, n_bytes, "DeviceToDevice", self._stream)
-
-    def _copy(self, to: int, address: int, n_bytes: int, kind: str, stream: Any) -> None:
-        which = getattr(self._runtime, f"memcpy{kind}")
-        self._runtime.memcpyAsync(to, address, n_bytes, which, stream.ptr)
+            _copy(self._runtime, to, address, n_bytes, "DeviceToDevice", self._stream)
 
     # -- kernels --
 
@@ -257,17 +264,20 @@ class CudaDevice:
             return _Event(self, self._stream.record())
 
     def close(self) -> None:
-        if self._fault:  # its memory went with it
-            return
-        with self._calls("close"):
-            self._stream.synchronize()
-            while self._reserved:
-                self._runtime.free(self._reserved.pop())
-        self._fault = "the device is closed"
+        self._end()
+        self._fault = self._fault or f"cuda:{self._index} is closed"
 
     def _check_not_recorded(self, what: str) -> None:
         if self._is_recording:
             raise DeviceError(f"{what} can't be recorded")
+
+
+def _free(runtime: Any, index: int, reserved: set[int]) -> None:
+    """Return memory once all that runs is done; after a fault that can't be done, nor need be."""
+    with suppress(RuntimeError):
+        runtime.setDevice(index)
+        while reserved:
+            runtime.free(reserved.pop())
 
 
 class _Graph(NamedTuple):
@@ -300,11 +310,9 @@ class _Event(NamedTuple):
 class _Uploads:
     """Page-locked buffers that arrays go through, in turns: so they can change meanwhile."""
 
-    def __init__(self, device: CudaDevice, n_buffers: int, n_bytes: int) -> None:
-        self._device = device
-        self._buffers = device.host(n_buffers * n_bytes).reshape(n_buffers, n_bytes)
-        event = device._cuda.Event
-        self._events = [event(disable_timing=True) for _ in range(n_buffers)]
+    def __init__(self, cuda: Any, buffers: NDArray[np.uint8]) -> None:
+        self._runtime, self._buffers = cuda.runtime, buffers
+        self._events = [cuda.Event(disable_timing=True) for _ in buffers]
         self._next = 0
 
     def send(self, address: int, data: NDArray[np.uint8], stream: Any) -> None:
@@ -316,5 +324,9 @@ class _Uploads:
             event.synchronize()  # what it held before has arrived
             buffer[: len(part)] = part
             to, of = address + start, buffer.ctypes.data
-            self._device._copy(to, of, len(part), "HostToDevice", stream)
+            _copy(self._runtime, to, of, len(part), "HostToDevice", stream)
             event.record(stream)
+
+
+def _copy(runtime: Any, to: int, address: int, n_bytes: int, kind: str, stream: Any) -> None:
+    runtime.memcpyAsync(to, address, n_bytes, getattr(runtime, f"memcpy{kind}"), stream.ptr)

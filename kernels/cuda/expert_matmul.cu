@@ -15,8 +15,11 @@ EI_DEV void multiply_part(
         multiply_floats<T, N_WARPS, 1>(w, parts, out, n, k, row, row + 1);
     } else {
         const X8 x8 = x8_from(x8_row((const uint8_t*)x, row, n_parts * k), part * (k / BLOCK));
-        const Factors<T> factors = {w, layout_of<T>(n, k), x8, k, row, row + 1};
-        multiply<T, N_WARPS, 1>(factors, out, n);
+        const Factors<T> f = {w, nullptr, layout_of<T>(n, k), x8, k, row, row + 1};
+        const Stores stores = {out, n, row, row + 1};
+        using Lefts = Left<T, N_WARPS, 1>;
+        EI_SHARED(Lefts, left, [2]);
+        multiply<1>(f, left, blockIdx.x, gridDim.x, NothingToBegin(), stores);
     }
 }
 

@@ -33,29 +33,28 @@ from edgeinfer.graph import (
     Scale,
     SelectRows,
     SoftCap,
-    Value,
 )
 from edgeinfer.kernels.buffers import Buffer
 from edgeinfer.kernels.cuda import tiles
 from edgeinfer.kernels.cuda.commands import ALL_ROWS, WANTED_ROWS, Arg, Launch, Lowered
 from edgeinfer.kernels.cuda.kernel import Kernel
-from edgeinfer.kernels.cuda.lower_attention import AttentionLowering
-from edgeinfer.kernels.cuda.lower_products import ProductLowering
+from edgeinfer.kernels.cuda.lower_fused import FusedLowering
 from edgeinfer.kernels.cuda.tiles import row_stride
-from edgeinfer.quant import Weight
-
-_WARPS = 4  # that share a tile of a matrix
 
 
-class Lowering(AttentionLowering, ProductLowering):
+class Lowering(FusedLowering):
     """One pass over a segment's steps."""
 
     def run(self) -> Lowered:
         out, segment = self._out, self._segment
         if segment.input is not None:
             out.input = self._float_buffer(segment.input, "input")
-        for i, step in enumerate(self._steps):
-            self._lower(step, i)
+        i = 0
+        while i < len(self._steps):
+            n_fused = self._fused(i)
+            if not n_fused:
+                self._lower(self._steps[i], i)
+            i += n_fused or 1
             if segment.hidden in self._floats and not out.head:
                 out.head = len(out.launches)
         out.hidden = self._floats[segment.hidden]
@@ -124,38 +123,6 @@ class Lowering(AttentionLowering, ProductLowering):
             Kernel.of("embed", TYPE=op.weight.type.name), ALL_ROWS, -(-n_cols // tiles.CHUNK), 32,
             ids=self._step.ids, w=self._weights.matrix(op.weight), n=n_rows, k=n_cols,
             y=self._float_buffer(op.out, "residual"),
-        )  # fmt: skip
-
-    def _norm(self, op: RmsNorm | WholeNorm) -> None:
-        """Of every row of x; or of its wanted rows, where the result has only those."""
-        rows, n_heads = self._rows_of(op.out), op.n_heads if isinstance(op, RmsNorm) else 1
-        gathers = rows != self._rows_of(op.x)
-        self._norm_rows(
-            rows, op.x, self._float_buffer(op.out, "norm"), op.weight, op.eps, n_heads,
-            self._step.wanted if gathers else 0,
-        )  # fmt: skip
-
-    def _pointwise(
-        self,
-        kind: str,
-        out: Value,
-        a: Value,
-        b: Value | Weight | None = None,
-        first: float = 0.0,
-        second: float = 0.0,
-    ) -> None:
-        """out = f(a, b) or f(a, first, second), value by value; a vector b is one for all."""
-        operand, stride = self._floats[a], row_stride(a.dim)
-        if isinstance(b, Value):
-            operand = self._floats[b]
-        elif b is not None:
-            operand, stride = self._weights.vector(b), 0
-        rows = self._rows_of(out)
-        self._emit(
-            Kernel.of("pointwise", KIND=kind), rows, -(-a.dim // 1024), 256,
-            rows=rows, a=self._floats[a], a_stride=row_stride(a.dim), b=operand, b_stride=stride,
-            dim=a.dim, first=first, second=second, out=self._float_buffer(out, kind),
-            out_stride=row_stride(out.dim),
         )  # fmt: skip
 
     def _mul_parts(self, op: MulParts) -> None:

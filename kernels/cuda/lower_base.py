@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -101,6 +102,14 @@ class LoweringBase:
         }
         self._max_segments = max((cache.max_segments for cache in caches.values()), default=1)
         self._out = Lowered()
+        self._least_rows = 1  # of steps that are lowered for now
+
+    @contextmanager
+    def _from_rows(self, least: int) -> Iterator[None]:
+        """What is emitted is for steps of at least so many rows: fewer have another kernel."""
+        self._least_rows = least
+        yield
+        self._least_rows = 1
 
     def _rows_of(self, value: Value) -> int:
         return WANTED_ROWS if value in self._selected else ALL_ROWS
@@ -126,7 +135,33 @@ class LoweringBase:
         shape: LaunchShape = PLAIN,
         **args: Arg,
     ) -> None:
-        """Launch a kernel for some rows of a step."""
+        """Launch a kernel for some rows of a step, if there are as many as is lowered for."""
+        shape = shape._replace(least_rows=max(shape.least_rows, self._least_rows))
+        if shape.least_rows > shape.most_rows:
+            return
         sizes = blocks if isinstance(blocks, tuple) else (blocks,)
         given = {"step": self._step.step, **args}
         self._out.launches.append(Launch(kernel, given, rows, sizes, threads, *shape))
+
+    def _pointwise(
+        self,
+        kind: str,
+        out: Value,
+        a: Value,
+        b: Value | Weight | None = None,
+        first: float = 0.0,
+        second: float = 0.0,
+    ) -> None:
+        """out = f(a, b) or f(a, first, second), value by value; a vector b is one for all."""
+        operand, stride = self._floats[a], row_stride(a.dim)
+        if isinstance(b, Value):
+            operand = self._floats[b]
+        elif b is not None:
+            operand, stride = self._weights.vector(b), 0
+        rows = self._rows_of(out)
+        self._emit(
+            Kernel.of("pointwise", KIND=kind), rows, -(-a.dim // 1024), 256,
+            rows=rows, a=self._floats[a], a_stride=row_stride(a.dim), b=operand, b_stride=stride,
+            dim=a.dim, first=first, second=second, out=self._float_buffer(out, kind),
+            out_stride=row_stride(out.dim),
+        )  # fmt: skip

@@ -16,7 +16,9 @@ from edgeinfer.kernels.cuda.tiles import row_stride
 from edgeinfer.quant import QuantType
 
 _WARPS = 4  # that share a tile of a matrix, or take neighbouring rows of one of floats
+_FEW_TILES = 256  # of a matrix: more warps share one, so that enough of them are loading
 _LEAST_MMA_ARCH = 75
+_ORIN_ARCH = 87  # where tensor cores are faster from 3 rows on, elsewhere from 5
 _MMA = ((8, 2), (16, 2), (64, 4))  # tokens and warps of a block
 
 
@@ -29,11 +31,16 @@ class _Way(NamedTuple):
     shape: LaunchShape
 
 
-def _ways(kind: QuantType, arch: int) -> Iterator[_Way]:
+def _ways(kind: QuantType, n_rows_of_matrix: int, arch: int) -> Iterator[_Way]:
     """Of a matrix in blocks: by the number of rows that multiply it."""
     has_mma, least = arch >= _LEAST_MMA_ARCH, 1
-    for n_rows, most in ((1, 1), (2, 2), (4, 4 if has_mma else ANY_NUMBER)):
-        warps = min(_WARPS if n_rows == 1 else 2, tiles.most_warps(kind, n_rows))
+    is_small = n_rows_of_matrix <= _FEW_TILES * tiles.TILE
+    sizes = [(1, 1), (2, 2)] if arch == _ORIN_ARCH else [(1, 1), (2, 2), (4, 4)]
+    if not has_mma:
+        sizes[-1] = (sizes[-1][0], ANY_NUMBER)
+    for n_rows, most in sizes:
+        wanted = 2 if n_rows > 1 else 2 * _WARPS if is_small else _WARPS
+        warps = min(wanted, tiles.most_warps(kind, n_rows))
         kernel = Kernel.of("matmul", TYPE=kind.name, WARPS=warps, ROWS=n_rows)
         shape = LaunchShape(rows_per_block=n_rows, least_rows=least, most_rows=most)
         yield _Way(kernel, tiles.TILE, 32 * warps, shape)
@@ -67,7 +74,8 @@ class ProductLowering(LoweringBase):
         }  # fmt: skip
         in_blocks = reads_blocks(op)
         x = self._x8(op.x) if in_blocks else self._floats[op.x]
-        for way in _ways(kind, self._arch) if in_blocks else _float_ways(kind):
+        ways = _ways(kind, n_rows, self._arch) if in_blocks else _float_ways(kind)
+        for way in ways:
             blocks = -(-n_rows // way.matrix_rows)
             self._emit(way.kernel, rows, blocks, way.threads, way.shape, x=x, **common)
 

@@ -9,8 +9,8 @@
 // Variants: TYPE = Q2_K; WARPS = 1 4; ROWS = 1
 // Variants: TYPE = Q2_K; WARPS = 1; ROWS = 2 4
 //
-// Grid: (n / 32 or fewer, rows / ROWS rounded up). x is X8, w (n, k) tiles; bias and residual may be
-// null, the residual may be y.
+// Grid: (n / 32 or fewer, rows / ROWS rounded up). x is X8, w (n, k) tiles; bias and residual may
+// be null, the residual may be y.
 EI_KERNEL(32 * WARPS) matmul(const Step* step, int rows, const uint8_t* x, const uint8_t* w,
                              const float* bias, const float* residual, float* y, int n, int k) {
     const int n_rows = ei_rows(step, rows);
@@ -19,7 +19,10 @@ EI_KERNEL(32 * WARPS) matmul(const Step* step, int rows, const uint8_t* x, const
         return;
     }
     const X8 row = x8_row(x, first_row, k);
-    const Factors<TYPE> factors = {w, layout_of<TYPE>(n, k), row, k, first_row, n_rows};
+    const Factors<TYPE> f = {w, nullptr, layout_of<TYPE>(n, k), row, k, first_row, n_rows};
     const Output out = {y, residual, bias, nullptr, (size_t)row_stride(n)};
-    multiply<TYPE, WARPS, ROWS>(factors, out, n);
+    const Stores stores = {out, n, first_row, n_rows};
+    using Lefts = Left<TYPE, WARPS, ROWS>;
+    EI_SHARED(Lefts, left, [2]);
+    multiply<1>(f, left, blockIdx.x, gridDim.x, NothingToBegin(), stores);
 }

@@ -1,5 +1,5 @@
-// Rows of activations times a matrix in tiles, in the order of kernels/reference: a lane takes whole
-// rows of the matrix and columns ascend in it, so nothing of a block type is summed across lanes.
+// Rows of activations times a matrix in tiles, in the order of kernels/reference: a lane takes
+// whole rows of the matrix and columns ascend in it, so no block type is summed across lanes.
 #pragma once
 #include "tiles.cuh"
 #include "x8.cuh"
@@ -131,10 +131,12 @@ struct Left {
     }
 };
 
-// A matrix, and the rows of X8 that it is multiplied by: rows first ... of a step of n_rows.
+// One matrix, or two of one shape, and the rows of X8 that they are multiplied by: rows first ...
+// of a step of n_rows.
 template <class T>
 struct Factors {
     const uint8_t* w;
+    const uint8_t* second;
     Layout<T> at;
     X8 x;  // of the first row
     int k;
@@ -163,22 +165,22 @@ EI_DEV int blocks_of(const Layout<T>& at, int chunk) {
 }
 
 template <class T>
-EI_DEV Chunk<T> load_chunk(const Factors<T>& f, int tile, int chunk) {
+EI_DEV Chunk<T> load_chunk(const uint8_t* w, const Layout<T>& at, int tile, int chunk) {
     const int lane = threadIdx.x & 31;
-    const int n_blocks = blocks_of(f.at, chunk);
-    const size_t unit = (size_t)tile * f.at.n_blocks + CHUNK * chunk;
+    const int n_blocks = blocks_of(at, chunk);
+    const size_t unit = (size_t)tile * at.n_blocks + CHUNK * chunk;
     Chunk<T> loaded = {};
-    loaded.head = load_head(f.w, f.at, tile, chunk, lane);
+    loaded.head = load_head(w, at, tile, chunk, lane);
     if (n_blocks == CHUNK) {
 #pragma unroll
         for (int i = 0; i < CHUNK; ++i) {
-            loaded.codes[i] = load_codes(f.w, f.at, unit + i, lane);
+            loaded.codes[i] = load_codes(w, at, unit + i, lane);
         }
     } else {
 #pragma unroll
         for (int i = 0; i < CHUNK; ++i) {
             if (i < n_blocks) {
-                loaded.codes[i] = load_codes(f.w, f.at, unit + i, lane);
+                loaded.codes[i] = load_codes(w, at, unit + i, lane);
             }
         }
     }
@@ -234,30 +236,40 @@ EI_DEV void add_left(
     }
 }
 
-// Tiles blockIdx.x, blockIdx.x + gridDim.x ... times N_ROWS rows. N_WARPS warps take chunks of a
-// tile in turns. Loads of a warp's next chunk, be it of the next tile, are issued before products
-// of this one. One warp adds up what all have left, while the others begin the next round.
-template <class T, int N_WARPS, int N_ROWS>
-EI_DEV void multiply(const Factors<T>& f, const Output& out, int n) {
-    using Lefts = Left<T, N_WARPS, N_ROWS>;
-    EI_SHARED(Lefts, left, [2]);
-    const int lane = threadIdx.x & 31;
+// Tiles first, first + step ... times N_ROWS rows, each of N_PARTS matrices. N_WARPS warps take
+// chunks of a tile in turns. Loads of a warp's next chunk, be it of the next tile, are issued
+// before products of this one. One warp adds up what all have left, while the others begin the
+// next round.
+//
+// `begin()` is called once, behind the first loads: it may make x. `finish(tile, part, sums)` is
+// called by the warp that adds up. `left` is two in shared memory, if there are several warps or
+// rows.
+template <int N_PARTS, class T, int N_WARPS, int N_ROWS, class Begin, class Finish>
+EI_DEV void multiply(
+    const Factors<T>& f, Left<T, N_WARPS, N_ROWS>* left, int first, int step, const Begin& begin,
+    Finish& finish) {
     const int warp = threadIdx.x / 32;
     int turn = 0;
     Chunk<T> weights = {};
-    if (blockIdx.x < f.at.n_tiles && warp < f.at.n_chunks) {
-        weights = load_chunk(f, blockIdx.x, warp);
+    if (first < f.at.n_tiles && warp < f.at.n_chunks) {
+        weights = load_chunk(f.w, f.at, first, warp);
     }
-    for (int tile = blockIdx.x; tile < f.at.n_tiles; tile += gridDim.x) {
+    begin();
+    for (int tile = first, part = 0; tile < f.at.n_tiles;) {
+        const bool is_last_part = part == N_PARTS - 1;
+        const int next_tile = is_last_part ? tile + step : tile;
+        const int next_part = is_last_part ? 0 : part + 1;
         float sums[N_ROWS] = {};
-        for (int first = 0; first < f.at.n_chunks; first += N_WARPS) {
-            const int chunk = first + warp;
+        for (int round = 0; round < f.at.n_chunks; round += N_WARPS) {
+            const int chunk = round + warp;
             if (chunk < f.at.n_chunks) {
                 const bool is_last = chunk + N_WARPS >= f.at.n_chunks;
-                const int next_tile = is_last ? tile + gridDim.x : tile;
+                const int from_tile = is_last ? next_tile : tile;
+                const int from_part = is_last ? next_part : part;
                 Chunk<T> next = {};
-                if (next_tile < f.at.n_tiles) {
-                    next = load_chunk(f, next_tile, is_last ? warp : chunk + N_WARPS);
+                if (from_tile < f.at.n_tiles) {
+                    const uint8_t* from = from_part == 0 ? f.w : f.second;
+                    next = load_chunk(from, f.at, from_tile, is_last ? warp : chunk + N_WARPS);
                 }
                 if constexpr (N_WARPS * N_ROWS > 1) {
                     leave_chunk(left[turn], weights, f, chunk);
@@ -269,19 +281,42 @@ EI_DEV void multiply(const Factors<T>& f, const Output& out, int n) {
             if constexpr (N_WARPS * N_ROWS > 1) {
                 __syncthreads();
                 if (warp == 0) {
-                    add_left(sums, left[turn], f, first);
+                    add_left(sums, left[turn], f, round);
                 }
                 turn ^= 1;
             }
         }
+        if (warp == 0) {
+            finish(tile, part, sums);
+        }
+        tile = next_tile;
+        part = next_part;
+    }
+}
+
+// For a multiply of what is there already.
+struct NothingToBegin {
+    __device__ __forceinline__ void operator()() const {
+    }
+};
+
+// For a multiply of one matrix, of n rows.
+struct Stores {
+    Output out;
+    int n, first_row, n_rows;
+
+    template <int N_ROWS>
+    __device__ __forceinline__ void operator()(
+        int tile, int part, const float (&sums)[N_ROWS]) const {
+        const int at = TILE * tile + (threadIdx.x & 31);
 #pragma unroll
         for (int r = 0; r < N_ROWS; ++r) {
-            if (warp == 0 && TILE * tile + lane < n && f.first + r < f.n_rows) {
-                store(out, f.first + r, TILE * tile + lane, sums[r]);
+            if (at < n && first_row + r < n_rows) {
+                store(out, first_row + r, at, sums[r]);
             }
         }
     }
-}
+};
 
 // -- floats --------------------------------------------------------------------------------------
 

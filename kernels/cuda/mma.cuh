@@ -12,14 +12,13 @@ struct Mma {
     static constexpr int HALVES = N_TOKENS <= 16 ? 1 : 2;
     static constexpr int N_TILES = N_WARPS * HALVES / 2;
     static constexpr int N_BLOCKS = N_TOKENS <= 16 ? 8 : 2;
-    static constexpr int PAD = N_BLOCKS > 2 ? 2 : 0;  // so that lanes meet in no bank of memory
     static constexpr int WORDS = (T::LOW_BITS + T::HIGH_BITS) * TILE;  // of a block of a tile
 
     struct Stage {
         alignas(16) unsigned codes[N_TILES][N_BLOCKS][WORDS];
-        alignas(16) int8_t q[N_TOKENS][BLOCK * N_BLOCKS + 16];
-        float2 d[N_TOKENS][N_BLOCKS + PAD];
-        short2 sums[N_TOKENS][N_BLOCKS + PAD];
+        alignas(16) int8_t q[N_TOKENS][BLOCK * N_BLOCKS + 16];  // rows begin in different banks
+        alignas(16) float2 d[N_BLOCKS][N_TOKENS];
+        alignas(8) short2 sums[N_BLOCKS][N_TOKENS];
     };
 
     // Of a warp's rows, for a chunk of columns.
@@ -120,9 +119,9 @@ EI_DEV void copy_stage(
             const X8 x = x8_from(x8_row(row, 0, of.k), block);
             ei_copy_async<16>(&stage.q[token][16 * half], x.q + 16 * (half % 2));
             if (half % 2 == 0) {
-                ei_copy_async<8>(&stage.d[token][half / 2], x.d);
+                ei_copy_async<8>(&stage.d[half / 2][token], x.d);
             } else if (T::HAS_MINS) {
-                ei_copy_async<4>(&stage.sums[token][half / 2], x.sums);
+                ei_copy_async<4>(&stage.sums[half / 2][token], x.sums);
             }
         }
     }
@@ -251,11 +250,13 @@ EI_DEV void add_block(
         const int token = 8 * eight + 2 * t;
         const unsigned* q = (const unsigned*)&stage.q[8 * eight + g][BLOCK * b];
         const unsigned codes[2] = {q[t], q[4 + t]};
-        const float2 d[2] = {stage.d[token][b], stage.d[token + 1][b]};
+        const float4 both = *(const float4*)&stage.d[b][token];
+        const float2 d[2] = {make_float2(both.x, both.y), make_float2(both.z, both.w)};
         short2 x_sums[2] = {};
         if constexpr (T::HAS_MINS) {
-            x_sums[0] = stage.sums[token][b];
-            x_sums[1] = stage.sums[token + 1][b];
+            const short4 sums_of = *(const short4*)&stage.sums[b][token];
+            x_sums[0] = make_short2(sums_of.x, sums_of.y);
+            x_sums[1] = make_short2(sums_of.z, sums_of.w);
         }
 #pragma unroll
         for (int h = 0; h < N_HALVES; ++h) {
@@ -278,7 +279,8 @@ EI_DEV void store_sums(
     }
 }
 
-// A block of threads multiplies N_TILES tiles by N_TOKENS rows of X8, from first_tile and first_row.
+// A block of threads multiplies N_TILES tiles by N_TOKENS rows of X8, from first_tile and
+// first_row on.
 template <class T, int N_TOKENS, int N_WARPS>
 EI_DEV void multiply_mma(const Operands<T>& of, const Output& out, int n) {
     using M = Mma<T, N_TOKENS, N_WARPS>;

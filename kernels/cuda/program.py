@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from edgeinfer.batch import PAGE, Batch, Outputs, Sampler
-from edgeinfer.errors import ClosedError
+from edgeinfer.errors import ClosedError, DeviceError
 from edgeinfer.kernels.buffers import Buffer
 from edgeinfer.kernels.cuda.attention import n_segments
 from edgeinfer.kernels.cuda.blueprint import Blueprint
@@ -285,7 +286,8 @@ class CudaProgram:
         if self._sampler is not None:
             self._sampler.close()
         for address in self._reserved:
-            self._device.free(address)
+            with suppress(DeviceError):  # one that has faulted takes nothing back
+                self._device.free(address)
         self._reserved.clear()
 
     def __enter__(self) -> CudaProgram:

@@ -385,8 +385,8 @@ struct Codes {
     unsigned high[T::HIGH_BITS ? T::HIGH_BITS : 1];
 };
 
-// Word `word` of N that a row has of a unit, be it a block or a chunk: what a warp loads at once, up
-// to 16 bytes a lane, is contiguous.
+// Word `word` of N that a row has of a unit, be it a block or a chunk: what a warp loads at once,
+// up to 16 bytes a lane, is contiguous.
 template <int N>
 EI_DEV size_t word_at(size_t unit, int row, int word) {
     const int n = N < 4 ? N : 4;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from edgeinfer.quant import QuantType
@@ -71,10 +72,21 @@ def x8_bytes(dim: int) -> int:
 
 def most_warps(kind: QuantType, n_rows: int) -> int:
     """The largest WARPS of matmul.cu, 1 to 8, with ROWS = n_rows."""
+    fits = (w for w in (2, 4, 8) if _left_bytes(kind, w, n_rows) <= _SHARED_BYTES)
+    return max(fits, default=1)
+
+
+def normed_bytes(kinds: Iterable[QuantType], dim: int, n_warps: int, n_rows: int) -> int:
+    """Dynamic shared memory of norm_matmul.cu and norm_swiglu.cu for rows of x of `dim`."""
+    left = max(_left_bytes(kind, n_warps, n_rows) for kind in kinds)
+    return max(left, 4 * n_rows * row_stride(dim)) + n_rows * x8_bytes(dim)
+
+
+def _left_bytes(kind: QuantType, n_warps: int, n_rows: int) -> int:
+    """What warps leave for the one that adds up, twice: `Left` of matmul.cuh."""
     n_lows = PLANES[kind.name].n_lows
-    values = (3 if n_lows == 2 else 2) * n_rows + (n_lows > 0)
-    n_bytes = 2 * values * CHUNK * 4
-    return max(warps for warps in (1, 2, 4, 8) if warps == 1 or warps * n_bytes <= _SHARED_BYTES)
+    n_values = (3 if n_lows == 2 else 2) * n_rows + (n_lows > 0)
+    return 2 * 4 * n_values * n_warps * CHUNK
 
 
 def mma_rows(n_tokens: int, n_warps: int) -> int:

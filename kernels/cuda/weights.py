@@ -1,13 +1,15 @@
 """The weights of one program on a device: one arena, filled piece by piece.
 
-Knows no graph. Rows go up as the file has them and are laid in tiles there, so the host holds one
-piece at a time.
+Knows no graph. Rows go up as the file has them and are laid in tiles there, so the host holds two
+pieces at a time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +23,7 @@ from edgeinfer.kernels.cuda.kernel import Kernel
 from edgeinfer.kernels.cuda.layout import ALIGNMENT
 from edgeinfer.quant import Weight
 
-_PIECE = 32 << 20  # bytes that go up at a time, if a tile's rows aren't more
+PIECE = 8 << 20  # bytes that go up at a time, if a tile's rows aren't more
 
 
 class TiledWeights:
@@ -77,15 +79,17 @@ class TiledWeights:
             device.write(buffer.address, table)
         done, total = 0, sum(len(w.data) for w in self._matrices.values())
         progress(0, total)
-        for weight in self._matrices.values():
-            for piece in _pieces(weight):
-                self._upload(piece, device, step)
-                done += piece.n_bytes
-                progress(done, total)
+        pieces = [piece for weight in self._matrices.values() for piece in _pieces(weight)]
+        for piece, rows in _read_ahead(pieces):
+            self._upload(piece, rows, device, step)
+            if not device.facts.has_own_memory:
+                piece.weight.forget(piece.start, piece.n_bytes)
+            done += piece.n_bytes
+            progress(done, total)
 
-    def _upload(self, piece: _Piece, device: Device, step: int) -> None:
+    def _upload(self, piece: _Piece, rows: NDArray[np.uint8], device: Device, step: int) -> None:
         weight = piece.weight
-        device.write(self.staging.address, piece.rows())
+        device.write(self.staging.address, rows)
         to = self.matrix(weight).address + piece.matrix * matrix_bytes(weight)
         n_rows, n_cols = weight.shape[-2:]
         args = {
@@ -109,19 +113,37 @@ class _Piece(NamedTuple):
     def n_bytes(self) -> int:
         return self.n_rows * self.row_bytes
 
-    def rows(self) -> NDArray[np.uint8]:
-        """As the file has them."""
-        start = (self.matrix * self.weight.shape[-2] + self.first) * self.row_bytes
-        buffer = np.empty(self.n_bytes, np.uint8)
-        self.weight.read_into(buffer.data, start)
-        return buffer
+    @property
+    def start(self) -> int:
+        """Where they begin among the bytes of the weight."""
+        return (self.matrix * self.weight.shape[-2] + self.first) * self.row_bytes
+
+    def read(self, buffer: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The rows as the file has them, in a part of a buffer."""
+        rows = buffer[: self.n_bytes]
+        self.weight.read_into(rows.data, self.start)
+        return rows
+
+
+def _read_ahead(pieces: Sequence[_Piece]) -> Iterator[tuple[_Piece, NDArray[np.uint8]]]:
+    """Pieces and their rows, until the next one is asked for; meanwhile that one is being read."""
+    most = max((piece.n_bytes for piece in pieces), default=0)
+    buffers = cycle([np.empty(most, np.uint8), np.empty(most, np.uint8)])
+    with ThreadPoolExecutor(1, "edgeinfer-read") as reader:
+        reads = (reader.submit(piece.read, next(buffers)) for piece in pieces)
+        coming = next(reads, None)
+        for piece in pieces:
+            assert coming is not None
+            rows = coming.result()
+            coming = next(reads, None)
+            yield piece, rows
 
 
 def _pieces(weight: Weight) -> Iterator[_Piece]:
     """A matrix, or each of a stack, in pieces of at most so many bytes, if a tile isn't more."""
     n_matrices, n_rows = _n_matrices(weight), weight.shape[-2]
     row_bytes = len(weight.data) // (n_matrices * n_rows)
-    step = max(1, _PIECE // (tiles.TILE * row_bytes)) * tiles.TILE
+    step = max(1, PIECE // (tiles.TILE * row_bytes)) * tiles.TILE
     for matrix in range(n_matrices):
         for first in range(0, n_rows, step):
             yield _Piece(weight, matrix, first, min(step, n_rows - first), row_bytes)

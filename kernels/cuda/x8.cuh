@@ -29,37 +29,41 @@ EI_DEV X8 x8_from(const X8& row, int block) {
     return {row.q + 32 * block, row.d + block, row.sums + block};
 }
 
-EI_DEV int sum_16_lanes(int x) {
-    for (int lanes = 8; lanes > 0; lanes /= 2) {
-        x += __shfl_xor_sync(EI_ALL_LANES, x, lanes);
+// A warp quantises 128 columns from `first` on, four of them in each lane. What is past the last of
+// k is not written. Where a value of a block is infinite or no number, so is d: 0 * d makes every
+// sum that it enters NaN, as the reference has it.
+EI_DEV void quantise_columns(const X8& row, int k, int first, const float (&values)[4]) {
+    int bits = 0;  // as integers, floats without a sign are in order, and NaN above all
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        bits = max(bits, __float_as_int(fabsf(values[i])));
     }
-    return x;
-}
-
-// The largest |x| of a warp; NaN if there is one: as integers, floats without a sign are in order.
-EI_DEV float largest_size(float x) {
-    int bits = __float_as_int(fabsf(x));
-    for (int lanes = 16; lanes > 0; lanes /= 2) {
+    for (int lanes = 4; lanes > 0; lanes /= 2) {
         bits = max(bits, __shfl_xor_sync(EI_ALL_LANES, bits, lanes));
     }
-    return __int_as_float(bits);
-}
-
-// A warp quantises block `block` of a row, a value of it in each lane. Where one is infinite or no
-// number, so is d: then 0 * d makes every sum that it enters NaN, as the reference has it.
-EI_DEV void quantise_block(const X8& row, int block, float value) {
-    const int lane = threadIdx.x & 31;
-    const float largest = largest_size(value);
+    const float largest = __int_as_float(bits);
     const bool is_small = largest < 1e-36f;
     const bool is_finite = largest < __int_as_float(0x7f800000);
     const float inverse = ei_div(127.0f, largest);
-    const int q = is_finite && !is_small ? __float2int_rn(value * inverse) : 0;
-    const int sum = sum_16_lanes(q);
-    const int other = __shfl_xor_sync(EI_ALL_LANES, sum, 16);
-    row.q[32 * block + lane] = (int8_t)q;
-    if (lane == 0) {
+    unsigned word = 0;
+    int sum = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const int q = is_finite && !is_small ? __float2int_rn(values[i] * inverse) : 0;
+        word |= (unsigned)(q & 255) << (8 * i);
+        sum += q;
+    }
+    sum += __shfl_xor_sync(EI_ALL_LANES, sum, 1);
+    sum += __shfl_xor_sync(EI_ALL_LANES, sum, 2);
+    const int other = __shfl_xor_sync(EI_ALL_LANES, sum, 4);
+    const int column = first + 4 * (threadIdx.x & 31);
+    if (column >= k) {
+        return;
+    }
+    *(unsigned*)(row.q + column) = word;
+    if (column % 32 == 0) {
         const float d = is_small ? 0.0f : ei_div(largest, 127.0f);
-        row.d[block] = make_float2(d, d * ei_to_float(sum + other));
-        row.sums[block] = make_short2((short)sum, (short)other);
+        row.d[column / 32] = make_float2(d, d * ei_to_float(sum + other));
+        row.sums[column / 32] = make_short2((short)sum, (short)other);
     }
 }

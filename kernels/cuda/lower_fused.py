@@ -1,0 +1,179 @@
+"""Lowers what one kernel does of several steps, for a step of one row: a norm and its products.
+
+For more rows the steps are lowered one by one: their kernels leave the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from edgeinfer.fusion import Matmul, Matmuls, SwiGlu, WholeNorm
+from edgeinfer.graph import RmsNorm, Value
+from edgeinfer.kernels.buffers import reads_blocks
+from edgeinfer.kernels.cuda import tiles
+from edgeinfer.kernels.cuda.commands import Arg
+from edgeinfer.kernels.cuda.kernel import Kernel
+from edgeinfer.kernels.cuda.lower_attention import AttentionLowering
+from edgeinfer.kernels.cuda.lower_base import LaunchShape
+from edgeinfer.kernels.cuda.lower_products import ProductLowering
+from edgeinfer.quant import QuantType
+
+_WARPS = 4
+_MOST_ROWS = 1
+_MOST_PARTS = 3
+_SHARED_BYTES = 48 << 10  # that every GPU has for a block of threads
+# Each block of threads makes the rows that it multiplies anew: worth it for few blocks only.
+_MOST_BLOCKS = 1024
+_MOST_UNNORMED_ROWS = 512 * tiles.TILE  # of a matrix: quantising apart costs less from there on
+
+
+class _Products(NamedTuple):
+    """Products of x in blocks, or of its norm, which nobody else reads."""
+
+    x: Value
+    norm: RmsNorm | WholeNorm | None
+    parts: tuple[Matmul, ...]
+
+    @property
+    def kinds(self) -> list[QuantType]:
+        return [part.weight.type for part in self.parts]
+
+    @property
+    def shared_bytes(self) -> int:
+        return tiles.normed_bytes(self.kinds, self.x.dim, _WARPS, _MOST_ROWS)
+
+    @property
+    def can_be_one(self) -> bool:
+        """Whether a block has room for a row, and all matrices but a third are of one type."""
+        return self.shared_bytes <= _SHARED_BYTES and len(set(self.kinds[:2])) == 1
+
+
+class FusedLowering(AttentionLowering, ProductLowering):
+    """Runs of steps that have a kernel of their own."""
+
+    def _fused(self, i: int) -> int:
+        """Lower the steps from i on that one kernel can do; how many these are, maybe none."""
+        found = self._normed_products(i) or self._products(i)
+        if found is None:
+            return 0
+        at = i + 1 if found.norm else i  # of the products
+        swiglu = self._swiglu(at + 1, found.parts) if found.norm else None
+        with self._from_rows(_MOST_ROWS + 1):
+            if found.norm is not None:
+                self._norm(found.norm)
+            for part in found.parts:
+                self._matmul(part, at)
+            if swiglu is not None:
+                self._pointwise("swiglu", swiglu.out, swiglu.gate, swiglu.up)
+                if self._reads.is_quantised(swiglu.out):
+                    self._x8(swiglu.out)
+        if swiglu is None:
+            self._emit_products(found)
+            return at + 1 - i
+        self._emit_swiglu(found, swiglu)
+        return at + 2 - i
+
+    def _normed_products(self, i: int) -> _Products | None:
+        """Step i is the norm of whole rows, and the next one its products."""
+        norm, products = self._steps[i], self._steps[i + 1] if i + 1 < len(self._steps) else None
+        if not isinstance(products, Matmuls) or len(products.parts) > _MOST_PARTS:
+            return None
+        if not isinstance(norm, (RmsNorm, WholeNorm)) or not self._reads.is_only(norm.out, i + 1):
+            return None
+        if isinstance(norm, RmsNorm) and norm.n_heads != 1:
+            return None
+        # What is added may lie where x does, which other blocks of threads still read.
+        if any(part.residual is not None or not reads_blocks(part) for part in products.parts):
+            return None
+        found = _Products(norm.x, norm, products.parts)
+        return found if found.can_be_one else None
+
+    def _products(self, i: int) -> _Products | None:
+        """Step i is a product that quantises what nobody has quantised, for itself alone."""
+        products = self._steps[i]
+        if not isinstance(products, Matmuls) or len(products.parts) > 1:
+            return None
+        (part,) = products.parts
+        if part.x in self._quantised or not self._reads.is_only(part.x, i):
+            return None
+        if part.residual is part.x or not reads_blocks(part):
+            return None
+        found = _Products(part.x, None, products.parts)
+        is_small = part.weight.shape[0] <= _MOST_UNNORMED_ROWS
+        return found if is_small and found.can_be_one else None
+
+    def _swiglu(self, i: int, parts: Sequence[Matmul]) -> SwiGlu | None:
+        """Step i, if it is made of these two products and nobody else reads them."""
+        step = self._steps[i] if i < len(self._steps) else None
+        if not isinstance(step, SwiGlu) or len(parts) != 2:
+            return None
+        is_of_them = {part.out for part in parts} == {step.gate, step.up}
+        is_alone = all(self._reads.is_only(part.out, i) for part in parts)
+        return step if is_of_them and is_alone else None
+
+    def _emit_products(self, found: _Products) -> None:
+        args, blocks = self._row_args(found), [0] * _MOST_PARTS
+        for n in range(_MOST_PARTS):
+            args |= {f"w_{n}": 0, f"bias_{n}": 0, f"y_{n}": 0, f"n_{n}": 0}
+        for n, part in enumerate(found.parts):
+            n_rows = part.weight.shape[0]
+            blocks[n] = _blocks(n_rows)
+            args |= {
+                f"w_{n}": self._weights.matrix(part.weight), f"n_{n}": n_rows,
+                f"bias_{n}": self._weights.vector(part.bias) if part.bias else 0,
+                f"y_{n}": self._floats[part.out],
+            }  # fmt: skip
+        residual = found.parts[0].residual
+        args |= {
+            "is_normed": int(found.norm is not None), "blocks_0": blocks[0],
+            "blocks_1": blocks[1], "residual": self._floats[residual] if residual else 0,
+        }  # fmt: skip
+        first, last = found.kinds[0].name, found.kinds[-1].name
+        kernel = Kernel.of("norm_matmul", TYPE=first, LAST=last, WARPS=_WARPS, ROWS=_MOST_ROWS)
+        self._emit_fused(kernel, found, sum(blocks), args)
+
+    def _emit_swiglu(self, found: _Products, swiglu: SwiGlu) -> None:
+        gate, up = sorted(found.parts, key=lambda part: part.out is not swiglu.gate)
+        n_rows, kind = gate.weight.shape[0], gate.weight.type
+        args = self._row_args(found) | {
+            "gate": self._weights.matrix(gate.weight), "up": self._weights.matrix(up.weight),
+            "gate_bias": self._weights.vector(gate.bias) if gate.bias else 0,
+            "up_bias": self._weights.vector(up.bias) if up.bias else 0, "n": n_rows,
+            "y": 0 if self._reads.is_quantised_only(swiglu.out) else self._floats[swiglu.out],
+            "x8": self._quantised.get(swiglu.out, 0),
+        }  # fmt: skip
+        kernel = Kernel.of("norm_swiglu", TYPE=kind.name, WARPS=_WARPS, ROWS=_MOST_ROWS)
+        self._emit_fused(kernel, found, _blocks(n_rows), args)
+
+    def _row_args(self, found: _Products) -> dict[str, Arg]:
+        norm = found.norm
+        rows = self._rows_of(norm.out if norm else found.x)
+        gathers = rows != self._rows_of(found.x)
+        return {
+            "rows": rows, "gather": self._step.wanted if gathers else 0,
+            "x": self._floats[found.x], "k": found.x.dim, "eps": norm.eps if norm else 0.0,
+            "norm": self._weights.vector(norm.weight) if norm and norm.weight else 0,
+        }  # fmt: skip
+
+    def _emit_fused(
+        self, kernel: Kernel, found: _Products, blocks: int, args: dict[str, Arg]
+    ) -> None:
+        shape = LaunchShape(shared_bytes=found.shared_bytes, most_rows=_MOST_ROWS)
+        rows = self._rows_of(found.parts[0].x)
+        self._emit(kernel, rows, blocks, 32 * _WARPS, shape, **args)
+
+    def _norm(self, op: RmsNorm | WholeNorm) -> None:
+        """Of every row of x; or of its wanted rows, where the result has only those."""
+        rows, n_heads = self._rows_of(op.out), op.n_heads if isinstance(op, RmsNorm) else 1
+        gathers = rows != self._rows_of(op.x)
+        self._norm_rows(
+            rows, op.x, self._float_buffer(op.out, "norm"), op.weight, op.eps, n_heads,
+            self._step.wanted if gathers else 0,
+        )  # fmt: skip
+
+
+def _blocks(n_rows: int) -> int:
+    """Of threads for a matrix: all take as many tiles, but the last ones one less."""
+    n_tiles = -(-n_rows // tiles.TILE)
+    return -(-n_tiles // -(-n_tiles // _MOST_BLOCKS))

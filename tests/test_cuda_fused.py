@@ -1,0 +1,62 @@
+"""Steps of one row take fewer kernels, and have the bits of steps of many."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgeinfer import quant
+from edgeinfer.gguf import GGUFFile
+from edgeinfer.kernels.cuda import tiles
+from edgeinfer.kernels.cuda.program import CudaProgram
+from edgeinfer.kernels.reference import ReferenceBackend
+from edgeinfer.model import Model
+
+from .backends import IDS, LIMITS, batch_of
+from .models_for_tests import tiny_model
+from .test_cuda_program import cuda
+
+
+def kernels(program: CudaProgram, n_rows: int) -> list[str]:
+    """What a step launches, by name."""
+    launches = program._lowered.launches
+    return [each.kernel.name for each in launches if each.takes(n_rows)]
+
+
+@pytest.mark.parametrize(
+    ("fused", "options"),
+    [
+        (True, dict(quant="Q4_0")),
+        (True, dict(quant="Q4_K_M", n_layers=3)),  # v of another type than q and k
+        (True, dict(quant="Q8_0", arch="qwen2", bias=True)),
+        (True, dict(quant="Q6_K", tied=True)),
+        (False, dict(quant="F16")),
+    ],
+    ids=lambda each: each if isinstance(each, bool) else each["quant"],
+)
+def test_one_row_has_the_bits_of_many(tmp_path: Path, fused: bool, options: Any) -> None:
+    path = tiny_model(tmp_path, **options)
+    with GGUFFile.open(path) as file:
+        segment = Model.load(file).graph.segment()
+        with ReferenceBackend().compile(segment, LIMITS, mode="quantised") as reference:
+            expected = reference.submit(batch_of(IDS)).wait().logits
+        with cuda(segment) as program:
+            rows = [program.submit(batch_of(IDS[:2])).wait().logits.copy()]
+            for i in range(2, len(IDS)):
+                rows.append(program.submit(batch_of(IDS[i : i + 1], i)).wait().logits.copy())
+            one, two = kernels(program, 1), kernels(program, 2)
+    np.testing.assert_array_equal(np.concatenate(rows), expected)
+    n_layers = options.get("n_layers", 2)
+    assert one.count("norm_swiglu") == n_layers * fused
+    assert ("norm_matmul" in one) == fused and "norm_matmul" not in two
+    if fused:  # norms and quantises apart only before the head
+        assert [one.count(name) for name in ("rms_norm", "quantise", "pointwise")] == [1, 1, 0]
+        assert len(one) <= len(two) - 6 * n_layers
+
+
+def test_a_row_of_a_large_model_fits_into_shared_memory() -> None:
+    assert tiles.normed_bytes([quant.Q4_K, quant.Q6_K], 4096, 4, 1) < 32 << 10
+    assert tiles.normed_bytes([quant.Q4_K], 8192, 4, 1) < 48 << 10
