@@ -181,7 +181,7 @@ EI_DEV void fold_segments(
 // What attention leaves for this block's queries of a row.
 EI_DEV void write_row(
     const Shared& shared, const Heads& heads, const float (&o)[ITEMS], const float* sinks,
-    float* out, const X8* x8) {
+    float* out, bool has_x8, const X8& x8) {
 #pragma unroll
     for (int j = 0; j < ITEMS; ++j) {
         const int item = threadIdx.x + j * THREADS;
@@ -194,8 +194,8 @@ EI_DEV void write_row(
             if (out) {
                 out[at] = value;
             }
-            if (V_DIM % 32 == 0 && x8) {  // then a warp is one block of 32
-                quantise_block(*x8, at / 32, value);
+            if (V_DIM % 32 == 0 && has_x8) {  // then a warp is one block of 32
+                quantise_block(x8, at / 32, value);
             }
         }
     }
@@ -204,8 +204,8 @@ EI_DEV void write_row(
 // Grid: (kv heads * tiles, segments, rows), 32 * WARPS threads; a tile is QUERIES query heads of a
 // kv head. Segments: as many as the row has that sees most, or more.
 // q, pinned_q: float (row, n_heads * K_DIM); pinned_q is read of rows that have slid.
-// k_cache, v_cache: halves of a layer's pages, (page, kv head, ceil(K_DIM / 8), 32 positions, 8) and
-// (page, kv head, 32 positions, V_DIM rounded up to 8). window 0: all.
+// k_cache, v_cache: halves of a layer's pages, (page, kv head, ceil(K_DIM / 8), 32 positions, 8)
+// and (page, kv head, 32 positions, V_DIM rounded up to 8). window 0: all.
 // parts: float (row, query head, segment, V_DIM + 2), not used where there is one segment.
 // counters: int (row, kv heads * tiles), zeros before the first step; they are zeros afterwards.
 // sinks: a float of each query head, or null. out: float (row, n_heads * V_DIM), or null. x8: the
@@ -251,6 +251,6 @@ EI_KERNEL(32 * WARPS, 1) attend(
     if (!is_aborted) {
         const X8 quantised = x8_row(x8, row, n_heads * V_DIM);
         float* out_row = out ? out + (size_t)row * out_stride : nullptr;
-        write_row(shared, heads, o, sinks, out_row, x8 ? &quantised : nullptr);
+        write_row(shared, heads, o, sinks, out_row, x8 != nullptr, quantised);
     }
 }

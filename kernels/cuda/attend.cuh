@@ -32,33 +32,36 @@ EI_DEV void unpack(uint4 halves, float (&x)[8]) {
     }
 }
 
-// Scores of a page, a position a lane, each a chain over the values of its key. BATCH: 16-byte loads
-// of a lane in flight. q: (N_QUERIES, STRIDE); k: halves (ceil(K_WIDTH / 8), 32 positions, 8).
+// Scores of a page, a position a lane, each a chain over the values of its key. BATCH: 16-byte
+// loads of a lane in flight.
+// q: (N_QUERIES, STRIDE); k: halves (ceil(K_WIDTH / 8), 32 positions, 8).
 template <int K_WIDTH, int BATCH, bool HAS_CAP, int N_QUERIES, int STRIDE>
 EI_DEV void score_page(
     const float (&q)[N_QUERIES][STRIDE], const uint16_t* k, float scale, float soft_cap,
     float (&scores)[N_QUERIES]) {
     const uint4* keys = (const uint4*)k + threadIdx.x % 32;
     constexpr int CHUNKS = (K_WIDTH + 7) / 8;
+    constexpr int N = BATCH < CHUNKS ? BATCH : CHUNKS;
+    constexpr bool ARE_WHOLE = K_WIDTH % (8 * N) == 0;
 #pragma unroll
     for (int g = 0; g < N_QUERIES; ++g) {
         scores[g] = 0.0f;
     }
 #pragma unroll 1
-    for (int first = 0; first < CHUNKS; first += BATCH) {
-        uint4 loaded[BATCH];
+    for (int first = 0; first < CHUNKS; first += N) {
+        uint4 loaded[N];
 #pragma unroll
-        for (int i = 0; i < BATCH; ++i) {
+        for (int i = 0; i < N; ++i) {
             loaded[i] = keys[min(first + i, CHUNKS - 1) * EI_PAGE];
         }
 #pragma unroll
-        for (int i = 0; i < BATCH; ++i) {
+        for (int i = 0; i < N; ++i) {
             float key[8];
             unpack(loaded[i], key);
 #pragma unroll
             for (int j = 0; j < 8 * N_QUERIES; ++j) {
                 const int at = 8 * (first + i) + j % 8;
-                if (at < K_WIDTH) {
+                if (ARE_WHOLE || at < K_WIDTH) {
                     scores[j / 8] = ei_fma(q[j / 8][at], key[j % 8], scores[j / 8]);
                 }
             }
@@ -83,7 +86,7 @@ EI_DEV float soften(float score, bool is_seen, float* m, float* l) {
 
 // p times the values of a page, positions ascending, of them only the ones that sees(query of the
 // lane's set, position) says. BATCH: 16-byte loads of a lane in flight.
-// p: (32 positions, PADDED); v: the halves of chunk c of position i lie at c * chunk + i * position.
+// p: (32 positions, PADDED); v: chunk c of position i is at c * chunk_stride + i * position_stride.
 template <int V_WIDTH, int N_QUERIES, int BATCH, typename Sees>
 EI_DEV void add_values(
     const float (&p)[EI_PAGE][Lanes<V_WIDTH, N_QUERIES>::PADDED], const uint16_t* v,

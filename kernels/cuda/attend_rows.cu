@@ -22,7 +22,7 @@ typedef float Values[L::ROUNDS][L::SET_QUERIES][8];
 struct __align__(16) Shared {
     float q[WARPS][QUERIES][8 * K_CHUNKS];
     float p[WARPS][EI_PAGE][L::PADDED];
-    float whole[WARPS][QUERIES][V_DIM];  // values of the segments folded so far
+    float whole[WARPS][8 * L::ROUNDS][L::SET_QUERIES][32];  // of segments folded so far, by lane
 };
 
 // What a block reads and writes.
@@ -79,27 +79,27 @@ EI_DEV Take take_part(State& state, float m, float l, bool is_wanted) {
     return take;
 }
 
-// The values of a part into those of a state, as each query's lane has said. state(query, value,
-// round, g, e): where the state has what the part has in [round][g][e].
+// The values of a part into those of a state, as each query's lane has said. state(i, g): where it
+// has this lane's value i of query g of its set.
 template <typename Value>
 EI_DEV void take_values(const Take& take, const Values& part, Value state) {
-    Take of_set[L::SET_QUERIES];
 #pragma unroll
     for (int g = 0; g < L::SET_QUERIES; ++g) {
         const int from = L::first_query() + g;
-        of_set[g].how = __shfl_sync(EI_ALL_LANES, take.how, from);
-        of_set[g].state_scale = __shfl_sync(EI_ALL_LANES, take.state_scale, from);
-        of_set[g].part_scale = __shfl_sync(EI_ALL_LANES, take.part_scale, from);
-    }
-    for_values<V_DIM, QUERIES>([&](int query, int value, int round, int g, int e) {
-        float& o = state(query, value, round, g, e);
-        const float x = part[round][g][e];
-        if (of_set[g].how == START) {
-            o = x;
-        } else if (of_set[g].how == FOLD) {
-            o = ei_fma(o, of_set[g].state_scale, x * of_set[g].part_scale);
+        const int how = __shfl_sync(EI_ALL_LANES, take.how, from);
+        const float state_scale = __shfl_sync(EI_ALL_LANES, take.state_scale, from);
+        const float part_scale = __shfl_sync(EI_ALL_LANES, take.part_scale, from);
+#pragma unroll
+        for (int i = 0; i < 8 * L::ROUNDS; ++i) {
+            float& o = state(i, g);
+            const float x = part[i / 8][g][i % 8];
+            if (how == START) {
+                o = x;
+            } else if (how == FOLD) {
+                o = ei_fma(o, state_scale, x * part_scale);
+            }
         }
-    });
+    }
 }
 
 // The queries of n rows from `row` on to the warp's shared memory; those that are missing as zeros.
@@ -173,15 +173,20 @@ EI_DEV void write_rows(Shared& shared, const Layer& layer, const State& whole, i
     const int warp = threadIdx.x / 32;
     const int lane = threadIdx.x % 32;
     const bool has_query = lane / GROUP < n && lane % GROUP < layer.n_heads;
-    const float* sink = layer.sinks && has_query ? layer.sinks + layer.head + lane % GROUP : nullptr;
-    const Scales scales = last_scales(whole.m, whole.l, sink);
+    const float* sink = layer.sinks + layer.head + lane % GROUP;
+    const Scales scales =
+        last_scales(whole.m, whole.l, layer.sinks && has_query ? sink : nullptr);
     __syncwarp();
     for (int first = 0; first < QUERIES * V_DIM; first += 32) {
         const int i = min(first + lane, QUERIES * V_DIM - 1);
         const int query = i / V_DIM;
         const float factor = __shfl_sync(EI_ALL_LANES, scales.factor, query);
         const float inverse = __shfl_sync(EI_ALL_LANES, scales.inverse, query);
-        const float value = (shared.whole[warp][query][i % V_DIM] * factor) * inverse;
+        const int chunk = i % V_DIM / 8;
+        const int held_by = query / L::SET_QUERIES * L::WIDTH + chunk % L::WIDTH;
+        const int held_as = chunk / L::WIDTH * 8 + i % V_DIM % 8;
+        const float held = shared.whole[warp][held_as][query % L::SET_QUERIES][held_by];
+        const float value = (held * factor) * inverse;
         if (query / GROUP >= n || query % GROUP >= layer.n_heads) {
             continue;  // all lanes of a block of 32
         }
@@ -205,11 +210,9 @@ EI_DEV void attend_run(
     const Seen seen = seen_of(table, pos[row + min(lane / GROUP, n - 1)], window);
     State page_state, segment = {0, 0, true}, whole = {0, 0, true};
     Values page_o, segment_o;
-    const auto segment_value = [&](int query, int value, int round, int g, int e) -> float& {
-        return segment_o[round][g][e];
-    };
-    const auto whole_value = [&](int query, int value, int round, int g, int e) -> float& {
-        return shared.whole[threadIdx.x / 32][query][value];
+    const auto segment_value = [&](int i, int g) -> float& { return segment_o[i / 8][g][i % 8]; };
+    const auto whole_value = [&](int i, int g) -> float& {
+        return shared.whole[threadIdx.x / 32][i][g][lane];
     };
     int last_segment = -1;
     for (int is_pinned = 1; is_pinned >= 0; --is_pinned) {
@@ -234,11 +237,13 @@ EI_DEV void attend_run(
             const bool is_next = sees && last_segment != page / EI_SEGMENT_PAGES;
             if (__any_sync(EI_ALL_LANES, is_next)) {
                 const bool is_done = is_next && !segment.is_empty;
-                take_values(take_part(whole, segment.m, segment.l, is_done), segment_o, whole_value);
+                const Take take = take_part(whole, segment.m, segment.l, is_done);
+                take_values(take, segment_o, whole_value);
                 segment.is_empty |= is_next;
             }
             last_segment = sees ? page / EI_SEGMENT_PAGES : last_segment;
-            take_values(take_part(segment, page_state.m, page_state.l, sees), page_o, segment_value);
+            const Take take = take_part(segment, page_state.m, page_state.l, sees);
+            take_values(take, page_o, segment_value);
         }
         __syncwarp();
     }
@@ -246,8 +251,8 @@ EI_DEV void attend_run(
     write_rows(shared, layer, whole, row, n);
 }
 
-// Grid: (kv heads * tiles, rows / (ROWS * WARPS)), 32 * WARPS threads; a tile is GROUP query heads of
-// a kv head. Rows of any sequences; those of one that follow each other share what is read.
+// Grid: (kv heads * tiles, rows / (ROWS * WARPS)), 32 * WARPS threads; a tile is GROUP query heads
+// of a kv head. Rows of any sequences; those of one that follow each other share what is read.
 // q, pinned_q: float (row, n_heads * K_DIM); pinned_q is read of rows that have slid.
 // k_cache, v_cache: as attend.cu reads them. out, x8: as attend.cu leaves them.
 // sinks: a float of each query head, or null. window 0: all.

@@ -42,8 +42,8 @@ constexpr int THREADS = 256;
 constexpr int EACH = 4;  // values of a thread
 
 // Grid: (dim / 1024, rows), 256 threads. rows: as ei_rows counts them.
-// a, b, out: float (row, dim), rows so many floats apart; b_stride 0: a vector for all rows; out may
-// be a or b. Kinds of one operand take any b, a itself for one.
+// a, b, out: float (row, dim), rows so many floats apart; b_stride 0: a vector for all rows; out
+// may be a or b. Kinds of one operand take any b, a itself for one.
 // first: factor of scale, cap of soft_cap, low bound of clamp, whose high one is second.
 EI_KERNEL(256) pointwise(
     const Step* step, const float* a, int a_stride, const float* b, int b_stride, float* out,

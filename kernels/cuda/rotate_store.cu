@@ -51,7 +51,7 @@ EI_DEV void make_query(
     }
 }
 
-// A head of k, rotated in place, as halves at `place` of a page: chunks of 8 lie 32 positions apart.
+// A head of k, rotated in place, as halves at `place` of a page, whose chunks of 8 lie 32 apart.
 EI_DEV void store_key(
     float* head, const float2* angles, int n_pairs, int dim, uint4* page, int place) {
     turn_head(head, angles, n_pairs, dim, [&](int i, float value) { head[i] = value; });
@@ -61,13 +61,13 @@ EI_DEV void store_key(
     }
 }
 
-// Grid: (n_heads + n_kv_heads heads / warps rounded up, rows), at most 128 threads; a warp takes a head
-// of q, or one of k and v, and 4 * k_dim bytes of shared memory.
+// Grid: (n_heads + n_kv_heads heads / warps rounded up, rows), at most 128 threads; a warp takes a
+// head of q, or one of k and v, and 4 * k_dim bytes of shared memory.
 // q: float (row, n_heads * k_dim), k: (row, n_kv_heads * k_dim), v: (row, n_kv_heads * v_dim), rows
-// so many floats apart; out, pinned_out: as q, out may be q; pinned_out is written of rows that have
-// slid, null: of none. q_norm, k_norm: float (k_dim,) or null. angles, pinned_angles: (cosine, sine)
-// (row, n_pairs). The caches: as attend.cu reads them. n_kv_heads 0: nothing is stored, k, v and the
-// caches are not touched. v_dim 0: K serves as V.
+// so many floats apart. out, pinned_out: as q; out may be q; pinned_out is written of rows that
+// have slid, null: of none. q_norm, k_norm: float (k_dim,) or null. angles, pinned_angles: (cosine,
+// sine) (row, n_pairs). The caches: as attend.cu has them. n_kv_heads 0: nothing is stored, and k,
+// v and the caches are not touched. v_dim 0: K serves as V.
 EI_KERNEL(128) rotate_store(
     const Step* step, const float* q, int q_stride, const float* k, int k_stride, const float* v,
     int v_stride, const float* q_norm, const float* k_norm, float eps, const float2* angles,

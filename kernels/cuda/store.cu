@@ -2,7 +2,7 @@
 #include "pages.cuh"
 
 // Grid: (kv heads, rows), 32 threads or more; a thread takes 8 values of a head.
-// k, v: float (row, kv heads * k_dim), (row, kv heads * v_dim). The caches: as attend.cu reads them.
+// k: float (row, kv heads * k_dim), v: (row, kv heads * v_dim). The caches: as attend.cu has them.
 // v_dim 0: K serves as V, v and v_cache are not touched.
 EI_KERNEL(128) store(
     const Step* step, const float* k, int k_stride, const float* v, int v_stride,
