@@ -3,11 +3,12 @@
 
 // WARPS warps of a block of threads share a tile of 32 rows of the matrix, for ROWS rows of x.
 // Variants: TYPE = Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4;
-//   WARPS = 1 4 8; ROWS = 1
+//   WARPS = 4 8; ROWS = 1
 // Variants: TYPE = Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4;
 //   WARPS = 2; ROWS = 2 4
-// Variants: TYPE = Q2_K; WARPS = 1 4; ROWS = 1
-// Variants: TYPE = Q2_K; WARPS = 1; ROWS = 2 4
+// Variants: TYPE = Q2_K; WARPS = 4; ROWS = 1
+// Variants: TYPE = Q2_K; WARPS = 2; ROWS = 2
+// Variants: TYPE = Q2_K; WARPS = 1; ROWS = 4
 //
 // Grid: (n / 32 or fewer, rows / ROWS rounded up). x is X8, w (n, k) tiles; bias and residual may
 // be null, the residual may be y.
