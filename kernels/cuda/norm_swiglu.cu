@@ -35,11 +35,7 @@ struct SwiGlu {
                 y[(size_t)row * row_stride(n) + at] = value;
             }
             if (x8 && row < n_rows) {
-                float values[4];
-                for (int i = 0; i < 4; ++i) {
-                    values[i] = __shfl_sync(EI_ALL_LANES, value, 4 * (lane & 7) + i);
-                }
-                quantise_columns(x8_row(x8, row, n), TILE * tile + TILE, TILE * tile, values);
+                quantise_block(x8_row(x8, row, n), tile, value);
             }
         }
     }

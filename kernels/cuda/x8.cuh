@@ -67,3 +67,13 @@ EI_DEV void quantise_columns(const X8& row, int k, int first, const float (&valu
         row.sums[column / 32] = make_short2((short)sum, (short)other);
     }
 }
+
+// A warp quantises block `block` of a row, one value of it in each lane.
+EI_DEV void quantise_block(const X8& row, int block, float value) {
+    float values[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        values[i] = __shfl_sync(EI_ALL_LANES, value, 4 * (threadIdx.x & 7) + i);
+    }
+    quantise_columns(row, 32 * block + 32, 32 * block, values);
+}
