@@ -12,8 +12,12 @@
 //
 // Grid: (n / 32 or fewer, rows / ROWS rounded up). x is X8, w (n, k) tiles; bias and residual may
 // be null, the residual may be y.
-EI_KERNEL(32 * WARPS) matmul(const Step* step, int rows, const uint8_t* x, const uint8_t* w,
-                             const float* bias, const float* residual, float* y, int n, int k) {
+//
+// Several rows want more registers than the compiler takes by itself: then a processor may have
+// one block only.
+EI_KERNEL(32 * WARPS, ROWS > 1) matmul(
+    const Step* step, int rows, const uint8_t* x, const uint8_t* w, const float* bias,
+    const float* residual, float* y, int n, int k) {
     const int n_rows = ei_rows(step, rows);
     const int first_row = blockIdx.y * ROWS;
     if (ei_aborted(step) || first_row >= n_rows) {
