@@ -38,7 +38,9 @@ EI_DEV void multiply_part(const Part& part, const Normed<WARPS, ROWS>& x, uint8_
 // one block of threads and at most n / 32, or none where there is no such matrix. Its dynamic
 // shared memory: tiles.py `normed_bytes`. `gather`, if any, names rows of x; norm is null where
 // there is no weight or is_normed is 0. Biases and the residual, which may be y_0, may be null.
-EI_KERNEL(32 * WARPS) norm_matmul(
+//
+// Codes of 8 bits want more registers than the compiler takes by itself: see matmul.cu.
+EI_KERNEL(32 * WARPS, TYPE::LOW_BITS == 8) norm_matmul(
     const Step* step, int rows, const int* gather, const float* x, const float* norm, float eps,
     int is_normed, const uint8_t* w_0, const uint8_t* w_1, const uint8_t* w_2, const float* bias_0,
     const float* bias_1, const float* bias_2, const float* residual, float* y_0, float* y_1,
