@@ -203,7 +203,7 @@ def check_quantised(x8: np.ndarray, rows: Floats) -> None:
     n, dim = len(rows) - 1, rows.shape[1]
     expected = np.full_like(x8, 0xEE)
     run(
-        Kernel("quantise"), (-(-dim // 256), n), 256, step=step(n), rows=0,
+        Kernel("quantise"), (-(-dim // 1024), n), 256, step=step(n), rows=0,
         x=rows_in_memory(rows), x8=expected, k=dim,
     )  # fmt: skip
     used = np.flatnonzero((expected[:n] != 0xEE).any(axis=0))
