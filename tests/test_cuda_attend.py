@@ -203,7 +203,7 @@ def check_quantised(x8: np.ndarray, rows: Floats) -> None:
     n, dim = len(rows) - 1, rows.shape[1]
     expected = np.full_like(x8, 0xEE)
     run(
-        Kernel("quantise"), (-(-dim // 256), n), 256, step=step(n), rows=0,
+        Kernel("quantise"), (-(-dim // 1024), n), 256, step=step(n), rows=0,
         x=rows_in_memory(rows), x8=expected, k=dim,
     )  # fmt: skip
     used = np.flatnonzero((expected[:n] != 0xEE).any(axis=0))
@@ -336,3 +336,34 @@ def test_what_usual_models_need_is_compiled_ahead(
     for kernel in (launch.kernel, rows.kernel):
         assert kernel in sources.variants(kernel.name)
     assert launch.n_tiles == rows.n_tiles == n_kv_heads
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(40))
+def test_any_heads_over_any_sequences(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    k_dim, v_dim = (int(rng.integers(1, 300)) for _ in range(2))
+    sequences = [
+        Rows(
+            first=int(rng.integers(0, 1500)),
+            n=int(rng.integers(1, 40)),
+            n_pinned=int(rng.choice([0, 1, 4, 17])),
+            n_visible=(n_visible := int(rng.choice([1, 3, 20, 1 << 30]))),
+            n_ring=0 if n_visible == 1 << 30 else n_visible + 3,
+        )
+        for _ in range(rng.integers(1, 5))
+    ]
+    case = case_of(
+        sequences,
+        group=int(rng.integers(1, 17)),
+        seed=seed,
+        n_heads=int(rng.integers(1, 4)),
+        k_dim=k_dim,
+        v_dim=v_dim,
+        k_is_v=bool(v_dim <= k_dim and rng.integers(0, 2)),
+        window=int(rng.choice([0, 0, 1, 33, 700])),
+        cap=float(rng.choice([0.0, 0.0, 20.0])),
+        has_sinks=bool(rng.integers(0, 2)),
+    )
+    together = check(case, (int(rng.choice(SEEDS)),), spare=int(rng.integers(0, 3)))
+    assert np.array_equal(case.run(kernel="single rows"), together)
