@@ -62,20 +62,13 @@ def tiles(n_tokens: int) -> list[tuple[int, int]]:
 def activations(x: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The activation bytes of `layout.py`, and the quants and scales in them."""
     if kind == "f32":
-        return fours(x).view(np.uint8), x, np.ones((len(x), 1), np.float32)
+        return x.view(np.uint8), x, np.ones((len(x), 1), np.float32)
     xb = x.reshape(len(x), -1, 32)
     m = np.abs(xb).max(-1, keepdims=True)
     with np.errstate(divide="ignore", invalid="ignore"):
         q = np.where(m == 0, 0, np.rint(xb * (np.float32(127) / m))).astype(np.int8)
     d = (m / np.float32(127))[..., 0]
     return lay_out(q, d), q, d
-
-
-def fours(x: np.ndarray) -> np.ndarray:
-    """Every 4 rows value by value, what is left behind them row by row."""
-    whole = len(x) & -4
-    blocks = x[:whole].reshape(-1, 4, x.shape[1]).transpose(0, 2, 1)
-    return np.concatenate([blocks.reshape(-1), x[whole:].reshape(-1)])
 
 
 def lay_out(q: np.ndarray, d: np.ndarray) -> np.ndarray:

@@ -21,7 +21,6 @@ from edgeinfer.kernels.reference.exact import Exact
 from edgeinfer.kernels.reference.functions import exp, silu, tanh
 from edgeinfer.kernels.reference.quantised import ACTIVATIONS, Quantised
 from tests import native
-from tests.test_cpu_matmul import fours
 
 FAMILIES = [None, "avx2", "generic"]
 Floats = NDArray[np.float32]
@@ -96,19 +95,6 @@ def test_quantise_of_the_smallest_floats_stays_finite() -> None:
     args = [x.ctypes.data, x[0].nbytes, 32, layout.ALL_ROWS, *sinks.words]
     native.run("quantise", native.header(H_ROWS=1), args, range(1))
     assert sinks.a32 is not None and not sinks.a32.any()
-
-
-@pytest.mark.parametrize(("n", "wanted"), [(1, False), (4, False), (11, True), (3, True)])
-@pytest.mark.parametrize("dim", [1, 8, 37])
-def test_rows_of_floats_lie_in_fours(n: int, wanted: bool, dim: int) -> None:
-    x = np.zeros((n, layout.whole_vectors(dim)), np.float32)
-    x[:, :dim] = rows_of(n, dim)
-    out = np.full(x.size + 8, np.nan, np.float32)
-    args = [x.ctypes.data, x[0].nbytes, dim, int(wanted), out.ctypes.data]
-    header = dict(H_ROWS=99, H_WANTED_ROWS=n) if wanted else dict(H_ROWS=n)
-    native.run("fours", native.header(**header), args, range(n))
-    np.testing.assert_array_equal(out[: x.size], fours(x))
-    assert np.isnan(out[x.size :]).all()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -26,7 +26,7 @@ consecutive elements of a row. Half floats are the file's own.
   [8 rows][4], bit 4s + j of byte k for element k of quad j of the pair's sub-block s.
 - iq4_nl: as q4_0. iq4_xs (256 columns): d | scales int8 [8 sub-blocks][8 rows] | for each of 8
   sub-blocks of 32: quants as in q4_0. mxfp4 (32 columns): exponents [8 rows] bytes | quants.
-- f16, bf16, f32 (4 columns): [4][8 rows] elements; columns that a last block lacks are 0.
+- f16, bf16, f32 (4 columns): [8 rows][4] elements; columns that a last block lacks are 0.
 """
 
 from __future__ import annotations

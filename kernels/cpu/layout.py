@@ -19,8 +19,8 @@ tile; inside a tile of n rows that starts at row t0, block b of row t0 + i lies 
 A row of floats has room for whole vectors of 8. What a kernel leaves behind its last value is 0,
 so that a matmul may read whole blocks of 4.
 
-Packed weights are cut into groups of 8 rows, one SIMD lane per row; each format says in
-`native/formats.py` how a group's block looks.
+Packed weights are cut into groups of 8 rows, a SIMD lane or, of floats, 4 per row; each format
+says in `native/formats.py` how its block looks.
 
 A KV page holds 32 positions of one layer. K of a page: [kv head][k_dim][32 positions] halves;
 V of a page: [kv head][32 positions][v_dim in whole vectors] halves. Page p of a layer starts
@@ -139,7 +139,7 @@ PACK = Block("src dst n_rows n_blocks per_chunk")
 PACK_SRC, PACK_DST, PACK_N_ROWS, PACK_N_BLOCKS, PACK_PER_CHUNK = PACK
 #
 # matmul.<type>: out[t, n] = sum_k W[n, k] x[t, k] (+ bias[n]) (+ residual[t, n]).
-# x is a32 or fours as the weight type asks; out, residual: float rows of `stride` bytes. Rows of
+# x is a32 or f32 as the weight type asks; out, residual: float rows of `stride` bytes. Rows of
 # out and residual, and bias, have room for 8 floats a group. A chunk is some groups of 8 weight
 # rows, for all tokens: chunk c is the groups from bounds[c] up to bounds[c + 1], words that follow
 # the others. Every bound but the last is a multiple of PANEL_GROUPS. Prefetches may name addresses
@@ -151,7 +151,6 @@ MATMUL = Block("w n_blocks x out stride bias residual rows x_row_bytes scratch b
 ) = MATMUL  # fmt: skip
 # Quantised weights meet several tokens in panels of PANEL_GROUPS groups. Scratch of each thread,
 # 64-byte aligned: the sums of MAX_TILE rows and a panel of at most PANEL_FIELDS vectors a group.
-# Floats keep the sums of a tile there.
 PANEL_GROUPS, PANEL_FIELDS = 4, 20
 MATMUL_SUMS_BYTES = MAX_TILE * PANEL_GROUPS * 32
 MATMUL_SCRATCH_BYTES = MATMUL_SUMS_BYTES + PANEL_FIELDS * PANEL_GROUPS * 32
@@ -182,12 +181,6 @@ SWIGLU_SINK = 4 * WORD
 QUANTISE = Block("x stride dim rows")
 QUANTISE_X, QUANTISE_STRIDE, QUANTISE_DIM, QUANTISE_ROWS = QUANTISE
 QUANTISE_SINK = 4 * WORD
-#
-# fours: rows of floats as matmuls of floats read them. Every 4 rows from the first on lie side by
-# side, [dim][4], the up to 3 behind them one after the other; dim takes whole vectors, and x has
-# zeros behind its values. A chunk is a row, and the first of 4 does the work of all.
-FOURS = Block("x stride dim rows out")
-FOURS_X, FOURS_STRIDE, FOURS_DIM, FOURS_ROWS, FOURS_OUT = FOURS
 #
 # copy_rows: sink[i] = x[row i], of ALL_ROWS or PICKED_ROWS. A chunk is one row.
 COPY = Block("x stride dim rows")
@@ -368,7 +361,7 @@ PLANNED = Block("at per_item n_experts")
 PLANNED_AT, PLANNED_PER_ITEM, PLANNED_N_EXPERTS = PLANNED
 #
 # gather.<a32|f32>: the rows that meet an expert, for each item as if they were a step of their own,
-# those of floats in fours. x has n_parts parts a row, one for each place of a route, or one. A
+# those of floats row by row. x has n_parts parts a row, one for each place of a route, or one. A
 # chunk is an item.
 GATHER = Block("x stride dim n_parts out", first=3)
 GATHER_X, GATHER_STRIDE, GATHER_DIM, GATHER_N_PARTS, GATHER_OUT = GATHER

@@ -203,8 +203,6 @@ class Lowering(AttentionLowering, ExpertLowering):
         x = step.parts[0].x
         if any(map(reads_blocks, step.parts)) and x not in self._quantised:
             self._quantise(x)
-        if not all(map(reads_blocks, step.parts)) and x not in self._fours:
-            self._lay_in_fours(x)
         names = [op.weight.name.split(".")[-2] for op in step.parts]
         parts = [self._matmul(op, i) for op in step.parts]
         self._out.ops.append(KernelOp("+".join(names), parts))
@@ -216,7 +214,7 @@ class Lowering(AttentionLowering, ExpertLowering):
         n_groups, n_blocks = -(-n_rows // 8), fmt.n_blocks(n_cols)
         rows, _ = self._rows_of(op.x)
         residual, out = self._residual(op, i)
-        x = (self._fours if fmt.activation == "f32" else self._quantised)[op.x]
+        x = (self._floats if fmt.activation == "f32" else self._quantised)[op.x]
         bias = self._weights.vector(op.bias) if op.bias else 0
         args = layout.MATMUL.pack(
             n_groups, w=self._weights.matrix(op.weight), n_blocks=n_blocks, x=x, out=out,
@@ -236,14 +234,6 @@ class Lowering(AttentionLowering, ExpertLowering):
             return residual, self._float_buffer(op.out, "residual")
         self._floats[op.out] = residual
         return residual, residual
-
-    def _lay_in_fours(self, x: Value) -> None:
-        """A value whose rows matmuls of floats read."""
-        rows, rule = self._rows_of(x)
-        stride = row_stride(x.dim)
-        fours = self._fours[x] = Buffer("fours", stride * self._n_rows(x))
-        args = layout.FOURS.pack(x=self._floats[x], stride=stride, dim=x.dim, rows=rows, out=fours)
-        self._emit("fours", "fours", args, rule)
 
 
 def _never(step: NoReturn) -> NoReturn:

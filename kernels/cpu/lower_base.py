@@ -59,7 +59,6 @@ class LoweringBase:
         self._selected = selected(segment)
         self._floats: dict[Value, Buffer] = {}  # where a value's f32 rows are
         self._quantised: dict[Value, Buffer] = {}
-        self._fours: dict[Value, Buffer] = {}  # what matmuls of floats read
         # What layers share: angles, work items by window, and along routes what was planned for
         # each and the rows that were gathered.
         self._angles: dict[tuple[Rope, int | None], tuple[Buffer, Buffer | int]] = {}

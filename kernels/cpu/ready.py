@@ -30,7 +30,7 @@ NAMES = (
     *(f"attend.{dim}.{dim}.window" for dim in (64, 128, 256)),
     *(f"attend.{dim}.{dim}.{each}" for dim in (128, 256) for each in ("cap", "window.cap")),
     *("norm", "swiglu", "angles", "angles.scaled", "rotate.norm", "rotate.neox"),
-    *("norm_heads", "copy_rows", "quantise", "fours"),
+    *("norm_heads", "copy_rows", "quantise"),
     *(f"pointwise.{kind}" for kind in POINTWISE),
     *(f"route.{kind}" for kind in ("softmax", "sigmoid", "raw", "sqrt_softplus")),
     *("dispatch", "gather.a32", "gather.f32", "expert_sum", "mul_parts"),

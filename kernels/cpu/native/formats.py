@@ -1,11 +1,12 @@
 """What the kernels know of each weight type: packing a block, its dot products, one value of it.
 
 Knows nothing of rows, chunks or tiles of a matmul. `edgeinfer.kernels.cpu.formats` describes the
-packed blocks, `edgeinfer.quant` the blocks of the file. Vectors have a lane for each of 8 rows.
+packed blocks, `edgeinfer.quant` the blocks of the file. Vectors have a lane for each of 8 rows,
+those of floats 4.
 
 `FORMATS`: how to pack a block and to read a value of it. `PRODUCTS`: `product(isa, load)`, how
-packed blocks, read with `load`, meet quantised activations. `FLOATS`: `load(p)`, one column of a
-float block.
+packed blocks, read with `load`, meet quantised activations. `FLOATS`: `load(b, p, kind)`, the
+instructions that read a vector of a float block as one of floats.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from llvmlite import ir
 from numba import njit
 
 from edgeinfer.kernels.cpu.native import blocks32, blocks256, blocks_table
-from edgeinfer.kernels.cpu.native.simd import load_bf16x8, load_f16x8, load_f32x8
+from edgeinfer.kernels.cpu.native.simd import I16, I32, load_f16_ir, load_ir
 from edgeinfer.kernels.cpu.native.words import (
     load_bf16,
     load_f16,
@@ -45,28 +47,34 @@ class Format:
 @jit
 def _pack_halves(src, dst, lane):
     for k in range(4):
-        store_u16(dst + 16 * k + 2 * lane, load_u16(src + 2 * k))
+        store_u16(dst + 8 * lane + 2 * k, load_u16(src + 2 * k))
 
 
 @jit
 def _pack_f32(src, dst, lane):
     for k in range(4):
-        store_u32(dst + 32 * k + 4 * lane, load_u32(src + 4 * k))
+        store_u32(dst + 16 * lane + 4 * k, load_u32(src + 4 * k))
 
 
 @jit
 def _value_f16(p, k, lane):
-    return load_f16(p + 16 * k + 2 * lane)
+    return load_f16(p + 8 * lane + 2 * k)
 
 
 @jit
 def _value_bf16(p, k, lane):
-    return load_bf16(p + 16 * k + 2 * lane)
+    return load_bf16(p + 8 * lane + 2 * k)
 
 
 @jit
 def _value_f32(p, k, lane):
-    return load_f32(p + 32 * k + 4 * lane)
+    return load_f32(p + 16 * lane + 4 * k)
+
+
+def _load_bf16_ir(b, p, kind):
+    words = ir.VectorType(I32, kind.count)
+    wide = b.zext(load_ir(b, p, ir.VectorType(I16, kind.count)), words)
+    return b.bitcast(b.shl(wide, ir.Constant(words, [16] * kind.count)), kind)
 
 
 FORMATS = {
@@ -103,7 +111,7 @@ PRODUCTS = {
     "mxfp4": blocks_table.product_mxfp4,
 }
 FLOATS = {
-    "f16": load_f16x8,
-    "bf16": load_bf16x8,
-    "f32": load_f32x8,
+    "f16": load_f16_ir,
+    "bf16": _load_bf16_ir,
+    "f32": load_ir,
 }

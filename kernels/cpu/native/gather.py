@@ -24,9 +24,9 @@ from edgeinfer.kernels.cpu.layout import (
     dispatch_records,
     whole_vectors,
 )
-from edgeinfer.kernels.cpu.native.fours import place_in_fours
+from edgeinfer.kernels.cpu.native.copy_rows import copy
 from edgeinfer.kernels.cpu.native.simd import load_i32x8, store_i32x8
-from edgeinfer.kernels.cpu.native.sink import tile_of
+from edgeinfer.kernels.cpu.native.sink import clear_behind, tile_of
 from edgeinfer.kernels.cpu.native.words import word
 
 jit = njit(error_model="numpy")
@@ -59,11 +59,13 @@ def _blocks(h, a, row, slot, out, i, n):
 
 @jit
 def _floats(h, a, row, slot, out, i, n):
-    """Likewise, in fours."""
+    """Likewise, in its row."""
     dim = word(a + GATHER_DIM)
     x = word(a + GATHER_X) + row * word(a + GATHER_STRIDE)
     x += 4 * dim * (slot if word(a + GATHER_N_PARTS) > 1 else 0)
-    place_in_fours(x, dim, out, i, n)
+    to = out + 4 * _whole_vectors(dim) * i
+    copy(x, to, dim)
+    clear_behind(to, dim)
 
 
 def make(isa, layout):

@@ -26,6 +26,7 @@ from edgeinfer.kernels.cpu.native.isa import Isa
 from edgeinfer.kernels.cpu.native.simd import I32, I64, Tile, Vec, f32x8, i16x16, i32x8, intp, u8x32
 
 VECTOR = 32  # bytes
+PREFETCH = 1024  # bytes ahead: see tests/bench/TUNING.md
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Grid:
 
     def add_low(self, field):
         """`add_low(fields, x, acc)`: acc + that field * the activations' d * sum."""
-        return self._floats(field, A32_DSUM, _fma, adds=True)
+        return self._floats(field, A32_DSUM, simd.fma_ir, adds=True)
 
     def _floats(self, field, at, emit, adds=False):
         def cells(b, fields, x, sums):
@@ -248,10 +249,6 @@ class Grid:
         if adds:
             return intrinsic(lambda _, fields, x, acc: (kind(fields, x, acc), codegen))
         return intrinsic(lambda _, fields, x: (kind(fields, x), codegen))
-
-
-def _fma(b, w, x, acc):
-    return simd.call(b, f"llvm.fma.v{acc.type.count}f32", acc.type, w, x, acc)
 
 
 def keep(n_groups):

@@ -30,14 +30,13 @@ from edgeinfer.kernels.cpu.layout import (
     PANEL_GROUPS,
     WORD,
 )
-from edgeinfer.kernels.cpu.native.formats import FLOATS, PRODUCTS
-from edgeinfer.kernels.cpu.native.grid import VECTOR, Grid, keep
+from edgeinfer.kernels.cpu.native import floats
+from edgeinfer.kernels.cpu.native.formats import PRODUCTS
+from edgeinfer.kernels.cpu.native.grid import PREFETCH, VECTOR, Grid, keep
 from edgeinfer.kernels.cpu.native.simd import (
     add_f,
-    fma,
     load_f32x8,
     load_rows_f32,
-    load_splats_f32,
     load_u8x32,
     prefetch,
     store_f32x8,
@@ -49,10 +48,6 @@ from edgeinfer.kernels.cpu.native.sink import n_rows_of
 from edgeinfer.kernels.cpu.native.words import word
 
 jit = njit(error_model="numpy")
-
-_PREFETCH = 1024  # bytes ahead: see tests/bench/TUNING.md
-_SPAN = 2048  # bytes of a group of floats between two changes of sums
-_TOKENS = 16  # of floats that the second-level cache holds beside weights
 
 
 def make(isa, type_name):
@@ -73,13 +68,13 @@ def tiles_of(isa, type_name, finish_of):
     `finish_of(n)` gives `finish(args, group, t, sums)` for the sums of one group and n rows from t
     on; the other words of args are those of a matmul.
     """
-    kind = _quantised if type_name in PRODUCTS else _floats
+    kind = _quantised if type_name in PRODUCTS else floats.tiles
     return kind(isa, type_name, finish_of)
 
 
 @jit
 def _load_ahead(p):
-    prefetch(p + _PREFETCH)
+    prefetch(p + PREFETCH)
     return load_u8x32(p)
 
 
@@ -97,9 +92,6 @@ def _finish(n):
         store_rows(word(args + MATMUL_OUT) + at, stride, acc)
 
     return finish
-
-
-# -- integer products ------------------------------------------------------------------------------
 
 
 def _into(product, grid):
@@ -127,7 +119,7 @@ def _quantised(isa, type_name, finish_of):
     @jit
     def prefetch_scales(p):
         for i in range(n_lines):
-            prefetch(p + _PREFETCH + 64 * i)
+            prefetch(p + PREFETCH + 64 * i)
 
     def few(n):
         """All groups of a chunk for n tokens, two groups in turns: their sums stay in registers.
@@ -215,111 +207,3 @@ def _quantised(isa, type_name, finish_of):
             x += MAX_TILE * word(args + MATMUL_X_ROW_BYTES)
 
     return tiles
-
-
-# -- products of floats ----------------------------------------------------------------------------
-
-
-def _floats(isa, type_name, finish_of):
-    """One and two tokens with their 4 sums in registers, more in tiles of 4 and one of 3."""
-    four, three = (_float_tile(type_name, n, finish_of(n)) for n in (4, 3))
-    two, one = (_few_floats(type_name, n, finish_of(n)) for n in (2, 1))
-
-    @jit
-    def tiles(args, first, last, rows, thread):
-        # Groups that meet the same tokens lie half a chunk apart, as those of quantised weights.
-        half, rest = (last - first + 1) // 2, rows & 3
-        end = rows - rest
-        for start in range(0, rows, _TOKENS):
-            for group in range(first, first + half):
-                far = group + half if group + half < last else group
-                for t in range(start, min(start + _TOKENS, end), 4):
-                    four(args, group, far, t, thread)
-                if rest == 3 and start + _TOKENS >= rows:
-                    three(args, group, far, end, thread)
-        if rest == 2:
-            two(args, first, last, end)
-        elif rest == 1:
-            one(args, first, last, end)
-
-    return tiles
-
-
-def _few_floats(type_name, n, finish):
-    """All groups of a chunk for n tokens from t on."""
-    load, packed_bytes = FLOATS[type_name], SIZES[type_name].packed_bytes
-    column_bytes = packed_bytes // 4
-
-    @jit
-    def tile(args, first, last, t):
-        w, n_blocks = word(args + MATMUL_W), word(args + MATMUL_N_BLOCKS)
-        stride = word(args + MATMUL_X_ROW_BYTES)
-        for group in range(first, last):
-            p, x = w + group * n_blocks * packed_bytes, word(args + MATMUL_X) + t * stride
-            a, b, c, d = zeros_f32(n), zeros_f32(n), zeros_f32(n), zeros_f32(n)
-            for _ in range(n_blocks):
-                for line in range(0, packed_bytes, 64):
-                    prefetch(p + _PREFETCH + line)
-                a = fma(load(p), load_splats_f32(x, stride, n), a)
-                b = fma(load(p + column_bytes), load_splats_f32(x + 4, stride, n), b)
-                c = fma(load(p + 2 * column_bytes), load_splats_f32(x + 8, stride, n), c)
-                d = fma(load(p + 3 * column_bytes), load_splats_f32(x + 12, stride, n), d)
-                p += packed_bytes
-                x += 16
-            finish(args, group, t, add_f(add_f(a, b), add_f(c, d)))
-
-    return tile
-
-
-def _float_tile(type_name, n, finish):
-    """Two groups for n tokens from t on, with one of the 4 sums in registers at a time.
-
-    All 4 would be 16 vectors for 4 tokens and one group. The sums change after every
-    _SPAN bytes of a group, which the first-level cache holds. 4 tokens lie side by side, 3 apart.
-    """
-    load, packed_bytes = FLOATS[type_name], SIZES[type_name].packed_bytes
-    column_bytes, sums_bytes = packed_bytes // 4, n * VECTOR
-    n_lines = 2 * packed_bytes // 64  # of both groups' blocks
-    lanes = 4 if n == 4 else 1  # values of x beside each other
-
-    @jit
-    def load_sums(at):
-        return load_rows_f32(at, VECTOR, n)
-
-    @jit
-    def total(acc):
-        a, b = load_sums(acc), load_sums(acc + 2 * sums_bytes)
-        c, d = load_sums(acc + 4 * sums_bytes), load_sums(acc + 6 * sums_bytes)
-        return add_f(add_f(a, b), add_f(c, d))
-
-    @jit
-    def tile(args, group, far, t, thread):
-        group_bytes = word(args + MATMUL_N_BLOCKS) * packed_bytes
-        w = word(args + MATMUL_W)
-        p, q = w + group * group_bytes, w + far * group_bytes
-        stride = word(args + MATMUL_X_ROW_BYTES)
-        x = word(args + MATMUL_X) + t * stride
-        acc = word(args + MATMUL_SCRATCH) + thread * MATMUL_SCRATCH_BYTES
-        for at in range(acc, acc + 8 * sums_bytes, VECTOR):
-            store_f32x8(at, zero_f32())
-        for start in range(0, group_bytes, _SPAN):
-            end = min(start + _SPAN, group_bytes)
-            for k in range(4):
-                at, column = acc + 2 * k * sums_bytes, column_bytes * k
-                here, there = load_sums(at), load_sums(at + sums_bytes)
-                values, soon = x + 4 * lanes * k, (q if k & 1 else p) + _SPAN + 64 * (k >> 1)
-                for block in range(start, end, packed_bytes):
-                    if k < n_lines:
-                        prefetch(soon + block)
-                    splats = load_splats_f32(values, 4 if n == 4 else stride, n)
-                    here = fma(load(p + block + column), splats, here)
-                    there = fma(load(q + block + column), splats, there)
-                    values += 16 * lanes
-                store_rows(at, VECTOR, here)
-                store_rows(at + sums_bytes, VECTOR, there)
-            x += (end - start) // packed_bytes * 16 * lanes
-        finish(args, group, t, total(acc))
-        if far != group:
-            finish(args, far, t, total(acc + sums_bytes))
-
-    return tile

@@ -183,7 +183,7 @@ and_i = mapped(2, _same, lambda b, x, y: b.and_(x, y))
 or_i = mapped(2, _same, lambda b, x, y: b.or_(x, y))
 
 
-def _fma(b, x, y, z):
+def fma_ir(b, x, y, z):
     suffix = {"float": "f32", "double": "f64"}[str(x.type.element)]
     return call(b, f"llvm.fma.v{x.type.count}{suffix}", x.type, x, y, z)
 
@@ -204,7 +204,7 @@ def _intrinsic(name):
     return emit
 
 
-fma = mapped(3, _same, _fma)  # x * y + z, rounded once
+fma = mapped(3, _same, fma_ir)  # x * y + z, rounded once
 max_f = mapped(2, _same, _larger)
 min_f = mapped(2, _same, _smaller)
 abs_f = mapped(1, _same, _intrinsic("fabs"))
@@ -320,37 +320,9 @@ def _load_splat(vec):
     return scalar(vec, (intp,), lambda b, p: splat_ir(b, load_ir(b, p, element), vec.lanes))
 
 
-def _load_splat_tile(vec):
-    """`load(p, stride, n)`: row i is the element at p + i * stride, in every lane."""
-    element = _ELEMENTS[vec.element]
-
-    @intrinsic(prefer_literal=True)
-    def load(typingctx, p, stride, n):
-        if not isinstance(n, types.IntegerLiteral):
-            return None
-        kind = Tile(vec, n.literal_value)
-
-        def codegen(context, builder, signature, values):
-            p, step, _ = values
-            p = context.cast(builder, p, signature.args[0], intp)
-            step = context.cast(builder, step, signature.args[1], intp)
-            scalars = (
-                load_ir(builder, offset_ir(builder, p, step, i), element) for i in range(kind.n)
-            )
-            return tile_ir(builder, kind, (splat_ir(builder, x, vec.lanes) for x in scalars))
-
-        return kind(p, stride, n), codegen
-
-    return load
-
-
-def _emit_load_f16(b, p):
-    return b.fpext(load_ir(b, p, ir.VectorType(F16, 8)), f32x8.ir)
-
-
-def _emit_load_bf16(b, p):
-    wide = b.zext(load_ir(b, p, ir.VectorType(I16, 8)), i32x8.ir)
-    return b.bitcast(b.shl(wide, const_ir(i32x8, 16)), f32x8.ir)
+def load_f16_ir(b, p, kind):
+    """Halves as floats."""
+    return b.fpext(load_ir(b, p, ir.VectorType(F16, kind.count)), kind)
 
 
 def _emit_prefetch(b, p):
@@ -361,12 +333,10 @@ def _emit_prefetch(b, p):
 load_u8x32 = _load(u8x32)
 load_i32x8 = _load(i32x8)
 load_f32x8 = _load(f32x8)
-load_f16x8 = scalar(f32x8, (intp,), _emit_load_f16)  # 8 halves as floats
-load_bf16x8 = scalar(f32x8, (intp,), _emit_load_bf16)
+load_f16x8 = scalar(f32x8, (intp,), lambda b, p: load_f16_ir(b, p, f32x8.ir))
 load_u8x8 = scalar(i32x8, (intp,), lambda b, p: b.zext(load_ir(b, p, u8x8.ir), i32x8.ir))
 load_i8x8 = scalar(i32x8, (intp,), lambda b, p: b.sext(load_ir(b, p, u8x8.ir), i32x8.ir))
 load_splat_f32 = _load_splat(f32x8)
-load_splats_f32 = _load_splat_tile(f32x8)
 store_f32x8 = scalar(types.void, (intp, f32x8), lambda b, p, v: store_ir(b, p, v))
 store_f16x8 = scalar(
     types.void, (intp, f32x8), lambda b, p, v: store_ir(b, p, b.fptrunc(v, ir.VectorType(F16, 8)))
