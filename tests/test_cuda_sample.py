@@ -7,14 +7,13 @@ import re
 from pathlib import Path
 
 import numpy as np
-import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgeinfer.batch import StepLimits
 from edgeinfer.kernels.cuda import kernel as kernels
 from edgeinfer.kernels.cuda.kernel import Kernel
-from edgeinfer.kernels.cuda.samples import MOST_WORDS, SampleArrays
+from edgeinfer.kernels.cuda.samples import SampleArrays
 from edgeinfer.sampling.params import ROW, SampleRow, SamplingParams
 from edgeinfer.sampling.sampler import sample_reference
 from tests.cuda_shim import Floats, rows_in_memory, run, same_bits, step, stride_of

@@ -75,8 +75,10 @@ class SampleArrays:
     def says_the_same(self, other: SampleArrays) -> bool:
         """Whether both have the same rows."""
         n_bytes = self.n_bytes
-        return n_bytes == other.n_bytes and self._newest == other._newest and bool(
-            np.array_equal(self.memory[:n_bytes], other.memory[:n_bytes])
+        return (
+            n_bytes == other.n_bytes
+            and self._newest == other._newest
+            and bool(np.array_equal(self.memory[:n_bytes], other.memory[:n_bytes]))
         )
 
     def _fill(self, table: SampleTable, n_rows: int, histories: list[NDArray[np.int32]]) -> None:
