@@ -10,7 +10,8 @@ from edgeinfer.kernels.buffers import Arena, Buffer
 from edgeinfer.kernels.cuda.kernel import Kernel
 from edgeinfer.kernels.cuda.layout import ALIGNMENT, StepArrays, page_bytes
 from edgeinfer.kernels.cuda.lower import Lowering
-from edgeinfer.kernels.cuda.lower_base import FEW_ROWS, LayerCache, StepBuffers
+from edgeinfer.kernels.cuda.lower_base import FEW_ROWS, LayerCache, SampleBuffers, StepBuffers
+from edgeinfer.kernels.cuda.samples import SampleArrays
 from edgeinfer.kernels.cuda.tiles import row_stride
 from edgeinfer.kernels.cuda.weights import TiledWeights, matrix_bytes
 from edgeinfer.quant import Weight
@@ -23,6 +24,8 @@ class Blueprint:
         self.segment, self.limits = segment, limits
         self.weights = TiledWeights(*_weights_of(segment))
         self.step_arrays = StepArrays(limits)
+        n_tokens = segment.output.dim if segment.is_last else 0
+        self.sample_arrays = SampleArrays(limits, n_tokens)
         self.kv, self.step = Arena(ALIGNMENT), Arena(ALIGNMENT)
         self.step_buffers = step = self._place_step()
         caches = self._caches = self._place_caches()
@@ -76,13 +79,28 @@ class Blueprint:
         whole = self.step.place(Buffer("step", arrays.memory.nbytes, is_kept=True))
         self.step_buffer = whole
         n_bytes = 4 * self.limits.max_outputs
-        results = self.step.place(Buffer("sampled", 2 * n_bytes, is_kept=True))
-        status = self.step.place(Buffer("status", n_bytes, is_kept=True), results.address + n_bytes)
+        results = self.step.place(Buffer("sampled", 4 * n_bytes, is_kept=True))
+        status, mu = (
+            self.step.place(Buffer(name, n_bytes, is_kept=True), results.address + i * n_bytes)
+            for i, name in ((1, "status"), (2, "mu"))
+        )
         part = self._part
         return StepBuffers(
             part("step"), part("ids"), part("pos"), part("seq"), part("wanted"), part("pages"),
-            results, status, self._counters(),
+            self._place_samples(), results, status, mu, self._counters(),
         )  # fmt: skip
+
+    def _place_samples(self) -> SampleBuffers:
+        samples = self.sample_arrays
+        whole = self.step.place(Buffer("samples", samples.memory.nbytes, is_kept=True))
+        self.samples_buffer = whole
+        rows, words, goes_on = (
+            self.step.place(Buffer(name, 0, is_kept=True), whole.address + offset)
+            for name, offset in (
+                ("rows", samples.rows_offset), ("words", samples.words_offset), ("goes_on", 0)
+            )
+        )  # fmt: skip
+        return SampleBuffers(rows, words, goes_on)
 
     def _counters(self) -> Buffer:
         """Of blocks that have left a part of attention, in memory that begins as zeros."""

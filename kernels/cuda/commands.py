@@ -77,12 +77,14 @@ class Lowered:
     input: Buffer | None = None
     hidden: Buffer | None = None
     logits: Buffer | None = None
-    argmax: Launch | None = None  # the likeliest token of each row of logits
+    # What picks a token from each row of logits: the likeliest, or as the step's samples say.
+    argmax: Launch | None = None
+    sample: Launch | None = None
     scratch: Arena = field(default_factory=lambda: Arena(ALIGNMENT))
 
     def kernels(self) -> set[Kernel]:
-        launches = [*self.launches, self.argmax] if self.argmax else self.launches
-        return {launch.kernel for launch in launches}
+        launches = [*self.launches, self.argmax, self.sample]
+        return {launch.kernel for launch in launches if launch is not None}
 
     def place(self) -> None:
         """Offsets for every buffer."""

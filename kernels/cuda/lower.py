@@ -60,7 +60,7 @@ class Lowering(FusedLowering):
         out.hidden = self._floats[segment.hidden]
         out.logits = self._floats[segment.output] if segment.is_last else None
         if out.logits is not None:
-            out.argmax = self._argmax(out.logits)
+            out.argmax, out.sample = self._argmax(out.logits), self._sample(out.logits)
         out.place()
         return out
 
@@ -71,6 +71,18 @@ class Lowering(FusedLowering):
             "n_vocab": n_vocab, "ids": self._step.sampled, "status": self._step.status,
         }  # fmt: skip
         return Launch(Kernel.of("argmax"), args, WANTED_ROWS, (1,), 1024)
+
+    def _sample(self, logits: Buffer) -> Launch:
+        n_vocab, step = self._segment.output.dim, self._step
+        order = Buffer("order", 4 * n_vocab * self._limits.max_outputs)
+        self._out.scratch.place(order)
+        args: dict[str, Arg] = {
+            "step": step.step, "logits": logits, "logits_stride": row_stride(n_vocab),
+            "n_vocab": n_vocab, "rows": step.samples.rows, "words": step.samples.words,
+            "goes_on": step.samples.goes_on, "order": order, "ids": step.sampled,
+            "status": step.status, "mu": step.mu,
+        }  # fmt: skip
+        return Launch(Kernel.of("sample"), args, WANTED_ROWS, (1,), 512)
 
     def _lower(self, step: Step, i: int) -> None:
         match step:

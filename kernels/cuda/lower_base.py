@@ -38,6 +38,14 @@ class LayerCache(NamedTuple):
     max_segments: int  # that a query may see
 
 
+class SampleBuffers(NamedTuple):
+    """Where a step says how tokens are picked: `samples.py`."""
+
+    rows: Buffer
+    words: Buffer
+    goes_on: Buffer
+
+
 class StepBuffers(NamedTuple):
     """Where a step says what it computes."""
 
@@ -47,8 +55,10 @@ class StepBuffers(NamedTuple):
     seq: Buffer
     wanted: Buffer
     pages: Buffer
-    sampled: Buffer  # the tokens that the device picks
+    samples: SampleBuffers
+    sampled: Buffer  # the tokens that the device picks, their statuses, and mu as doubles
     status: Buffer
+    mu: Buffer
     counters: Buffer  # zeros, between steps too
 
 

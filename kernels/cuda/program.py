@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -21,9 +21,10 @@ from edgeinfer.kernels.cuda.blueprint import Blueprint
 from edgeinfer.kernels.cuda.device import Device, Event
 from edgeinfer.kernels.cuda.layout import StepArrays
 from edgeinfer.kernels.cuda.lower_base import FEW_ROWS
+from edgeinfer.kernels.cuda.samples import SampleArrays
 from edgeinfer.kernels.cuda.steps import Result, Shape, Steps
 from edgeinfer.kernels.cuda.tiles import row_stride
-from edgeinfer.sampling.params import Sampled
+from edgeinfer.sampling.params import Sampled, SampleTable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -34,13 +35,21 @@ Progress: TypeAlias = Callable[[str, int, int], None]  # stage, done, total
 _N_RESULTS = 4  # steps whose tokens are on their way or not yet taken, at most
 
 
+class Picked(NamedTuple):
+    """The tokens that the device has picked for R rows."""
+
+    ids: NDArray[np.int32]
+    status: NDArray[np.int32]
+    mu: NDArray[np.float64]  # of SAMPLED
+
+
 @dataclass(eq=False, slots=True)
 class Running:
     """A step on the device."""
 
     result: Result
     is_over: Event
-    tokens: NDArray[np.int32] | None  # ids and statuses of LIKELIEST, (2, R), once it is over
+    picked: Picked | None  # once it is over, where the device picks
     is_aborted: bool = False
 
 
@@ -65,10 +74,9 @@ class CudaTicket:
 class CudaProgram:
     """Runs batches of one segment. Not thread-safe: one step at a time.
 
-    Where every sequence of a step gets its likeliest token and nothing else was asked for, the
-    device begins the next step before anybody has asked: what it computes is taken if the next
-    batch says just that. Else it is lost: it has written behind the ends of sequences only, and
-    whoever writes there comes after it.
+    Where the device picks a token for every sequence of a step, it begins the next step before
+    anybody has asked: what it computes is taken if the next batch says just that. Else it is lost:
+    it has written behind the ends of sequences only, and whoever writes there comes after it.
     """
 
     def __init__(
@@ -102,15 +110,19 @@ class CudaProgram:
                     device.fill(self._reserved[-1], arena.n_bytes)
         device.load(drawn.kernels(), lambda done, total, _: progress("kernels", done, total))
         self._arrays, self._asked = drawn.step_arrays, StepArrays(self.limits)
+        n_vocab = self.segment.output.dim if self.segment.is_last else 0
+        self._samples, self._asked_samples = (
+            drawn.sample_arrays, SampleArrays(self.limits, n_vocab)
+        )  # fmt: skip
         step = drawn.step_buffer.address
         device.write(step, self._arrays.memory)
         drawn.weights.upload(device, step, lambda done, total: progress("weights", done, total))
         if self._sampler is not None:
             self._sampler.open()
         self._steps = Steps(device, self._lowered)
-        n_tokens = 2 * self.limits.max_outputs
-        self._tokens = device.host(4 * _N_RESULTS * n_tokens).view(np.int32)
-        self._tokens = self._tokens.reshape(_N_RESULTS, n_tokens)
+        n_words = 4 * self.limits.max_outputs
+        self._results = device.host(4 * _N_RESULTS * n_words).view(np.int32)
+        self._results = self._results.reshape(_N_RESULTS, n_words)
         self._n_steps = 0
         self._last_pos = np.zeros(0, np.int64)
         self._current: Running | None = None  # what was submitted last
@@ -143,35 +155,42 @@ class CudaProgram:
         self._arrays, self._asked = self._asked, self._arrays
         if batch.hidden is not None:
             self._write_rows(self._lowered.input, batch.hidden)
-        self._write_step()
-        return self._run(batch, batch.pos, self._result_of(batch))
+        result = self._result_of(batch)
+        if result is Result.SAMPLED:
+            self._samples.fill(_samples_of(batch), len(batch.wanted))
+        self._write_step(result)
+        return self._run(batch, batch.pos, result)
 
-    def _write_step(self) -> None:
-        n_bytes = self._arrays.n_bytes
-        self._device.write(self._drawn.step_buffer.address, self._arrays.memory[:n_bytes])
+    def _write_step(self, result: Result) -> None:
+        write, arrays, samples = self._device.write, self._arrays, self._samples
+        write(self._drawn.step_buffer.address, arrays.memory[: arrays.n_bytes])
+        if result is Result.SAMPLED:
+            write(self._drawn.samples_buffer.address, samples.memory[: samples.n_bytes])
 
     def _result_of(self, batch: Batch) -> Result:
         if not self.segment.is_last or batch.output == "hidden":
             return Result.HIDDEN
-        table = batch.samples
-        if batch.output == "ids" and table is not None and len(batch.wanted):
-            if all(table.row(i).is_greedy for i in range(len(batch.wanted))):
-                return Result.LIKELIEST
-        return Result.LOGITS
+        table, n_wanted = batch.samples, len(batch.wanted)
+        if table is None or not n_wanted:
+            return Result.LOGITS
+        if all(table.row(i).is_greedy for i in range(n_wanted)):
+            return Result.LIKELIEST
+        return Result.SAMPLED if self._samples.fits(table, n_wanted) else Result.LOGITS
 
     def _run(self, batch: Batch, pos: NDArray[np.int64], result: Result) -> Running:
         """Have the step computed that has been written, of rows at these positions."""
         device, n_wanted = self._device, len(batch.wanted)
         n_seen = self._most_segments(batch, pos)
         self._steps.run(Shape(batch.n_rows, n_wanted, n_seen, result))
-        tokens = None
-        if result is Result.LIKELIEST:
+        picked = None
+        if result in (Result.LIKELIEST, Result.SAMPLED):
             self._n_steps += 1
-            slot = self._tokens[self._n_steps % _N_RESULTS]
-            n_most, sampled = self.limits.max_outputs, self._drawn.step_buffers.sampled
-            device.fetch(sampled.address, slot)
-            tokens = slot.reshape(2, n_most)[:, :n_wanted]
-        return Running(result, device.mark(), tokens)
+            slot = self._results[self._n_steps % _N_RESULTS]
+            device.fetch(self._drawn.step_buffers.sampled.address, slot)
+            ids, status, *_ = slot.reshape(4, -1)[:, :n_wanted]
+            mu = slot[len(slot) // 2 :].view(np.float64)
+            picked = Picked(ids, status, mu[:n_wanted])
+        return Running(result, device.mark(), picked)
 
     def _most_segments(self, batch: Batch, pos: NDArray[np.int64]) -> int:
         """Of attention that the row sees that sees most, rounded up to one of few numbers."""
@@ -193,19 +212,24 @@ class CudaProgram:
         """The step that runs already, if it is this one."""
         with self._lock:
             guess, before, self._guess = self._guess, self._current, None
-        if guess is None or before is None or self._result_of(batch) is not Result.LIKELIEST:
+        if guess is None or before is None or self._result_of(batch) is not guess.result:
             return None
         before.is_over.wait()
-        assert before.tokens is not None
-        self._arrays.set_ids(before.tokens[0])
+        assert before.picked is not None
+        self._arrays.set_ids(before.picked.ids)
         self._asked.fill(batch)
-        return guess if self._asked.says_the_same(self._arrays) else None
+        is_held = self._asked.says_the_same(self._arrays)
+        if is_held and guess.result is Result.SAMPLED:
+            self._samples.set_picked(before.picked.ids, before.picked.mu)
+            self._asked_samples.fill(_samples_of(batch), len(batch.wanted))
+            is_held = self._asked_samples.says_the_same(self._samples)
+        return guess if is_held else None
 
     def _is_told(self, batch: Batch, running: Running) -> bool:
         """Whether the next step follows from this one, which went on from the one before."""
         n_rows = batch.n_rows
         return (
-            running.result is Result.LIKELIEST
+            running.picked is not None
             and n_rows == len(batch.wanted) == len(set(batch.seq.tolist())) <= FEW_ROWS
             and np.array_equal(self._last_pos + 1, batch.pos)
             and not ((batch.pos + 1) % PAGE == 0).any()  # there the tables may get a page
@@ -213,10 +237,12 @@ class CudaProgram:
 
     def _guess_next(self, batch: Batch, running: Running) -> None:
         self._arrays.go_on()
-        self._write_step()
+        if running.result is Result.SAMPLED:
+            self._samples.go_on(_samples_of(batch), batch.n_rows)
+        self._write_step(running.result)
         step = self._drawn.step_buffers
         self._device.copy(step.ids.address, step.sampled.address, 4 * batch.n_rows)
-        guess = self._run(batch, batch.pos + 1, Result.LIKELIEST)
+        guess = self._run(batch, batch.pos + 1, running.result)
         with self._lock:
             if not running.is_aborted:
                 self._guess = guess
@@ -242,13 +268,13 @@ class CudaProgram:
             n_rows = n_wanted if segment.is_last else batch.n_rows
             out.hidden = self._read_rows(lowered.hidden, n_rows, segment.hidden.dim)
             return out
-        if running.tokens is not None:
-            _store(running.tokens, batch)
+        if running.picked is not None:
+            _store(running, batch)
         else:
             out.logits = self._read_rows(lowered.logits, n_wanted, segment.output.dim)
         if batch.output == "ids":
             assert batch.samples is not None and self._sampler is not None
-            if running.tokens is None:
+            if running.picked is None:
                 self._sampler.sample(out.logits, batch.samples)
             out.ids, out.logits = batch.samples.ids[:n_wanted], self._no_rows
         return out
@@ -297,10 +323,16 @@ class CudaProgram:
         self.close()
 
 
-def _store(tokens: NDArray[np.int32], batch: Batch) -> None:
+def _samples_of(batch: Batch) -> SampleTable:
+    assert batch.samples is not None
+    return batch.samples
+
+
+def _store(running: Running, batch: Batch) -> None:
     """Fill the outputs of a table as a sampler does."""
-    table = batch.samples
-    assert table is not None
-    for i, (token, status) in enumerate(tokens.T.tolist()):
-        nothing = np.zeros(0, np.int32), np.zeros(0, np.float32)
-        table.store(i, Sampled(token, float("nan"), nothing, table.row(i).mu, status))
+    assert running.picked is not None
+    table, (ids, status, mu) = _samples_of(batch), running.picked
+    nothing = np.zeros(0, np.int32), np.zeros(0, np.float32)
+    for i in range(len(ids)):
+        after = mu[i] if running.result is Result.SAMPLED else table.row(i).mu
+        table.store(i, Sampled(int(ids[i]), float("nan"), nothing, float(after), int(status[i])))

@@ -21,6 +21,7 @@ class Result(Enum):
     HIDDEN = auto()
     LOGITS = auto()
     LIKELIEST = auto()  # the ids of the largest logits
+    SAMPLED = auto()  # ids, picked as the step's samples say
 
 
 class Shape(NamedTuple):
@@ -84,9 +85,11 @@ class Steps:
         lowered = self._lowered
         n = lowered.head if result is Result.HIDDEN else len(lowered.launches)
         yield from enumerate(lowered.launches[:n])
-        if result is Result.LIKELIEST:
-            assert lowered.argmax is not None, "only the last segment has logits"
-            yield len(lowered.launches), lowered.argmax
+        last = {Result.LIKELIEST: lowered.argmax, Result.SAMPLED: lowered.sample}
+        if result in last:
+            launch = last[result]
+            assert launch is not None, "only the last segment has logits"
+            yield (-1 if result is Result.LIKELIEST else -2), launch
 
     def _bind(self, i: int, launch: Launch, n_segments: int) -> Bound:
         key = i, n_segments if launch.depends_on_segments else 0
