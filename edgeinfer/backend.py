@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 from edgeinfer import config
 from edgeinfer.batch import Batch, Demand, OpTime, Outputs, Sampler, StepLimits, StepRequest
-from edgeinfer.device import Choice, Device, choose
+from edgeinfer.device import Choice, Device, find
 from edgeinfer.graph import Segment
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Program(Protocol):
     def describe(self) -> dict[str, Any]:
         """Facts of what it runs on, for reports: its "device" first, then what only that has.
 
-        Where there are any: the number of "threads", the name of the "gpu".
+        Where there are any: the number of "threads", the name of the "gpu", "layers" by device.
         """
         ...
 
@@ -139,8 +139,8 @@ class RunsOnGpu(Backend, Protocol):
 
 
 def find_device(name: str) -> Choice:
-    """The device that a caller names; DeviceError for one that can't be had."""
-    return choose(Device.parse(name))
+    """The device, or devices, that a caller names; DeviceError for what can't be had."""
+    return find(name)
 
 
 def open_backend(

@@ -66,13 +66,19 @@ class ChainBackend:
         windows = list(segment.groups)
         with ExitStack() as stack:
             links = []
-            for backend, part in self._parts(segment):
+            parts, n_layers = self._parts(segment), self._layer_counts(segment)
+            for (backend, part), n in zip(parts, n_layers, strict=True):
                 n_pages = {window: limits.n_pages[window] for window in part.groups}
                 program = backend.compile(part, limits._replace(n_pages=n_pages))
                 stack.callback(program.close)
-                links.append(Link(program, tuple(map(windows.index, n_pages))))
+                links.append(Link(program, tuple(map(windows.index, n_pages)), n))
             stack.pop_all()
         return Chain(links)
+
+    def _layer_counts(self, segment: Segment) -> list[int]:
+        firsts = [stretch.first for stretch in self._stretches]
+        ends = [*firsts[1:], segment.graph.hparams.n_layers]
+        return [end - first for first, end in zip(firsts, ends, strict=True)]
 
     def _parts(self, segment: Segment) -> list[tuple[Backend, Segment]]:
         parts = []
@@ -94,10 +100,11 @@ def _added(demands: Iterable[Mapping[str, Mapping[str, int]]]) -> dict[str, dict
 
 
 class Link(NamedTuple):
-    """A program, and which of a sequence's page tables are those of its cache groups."""
+    """A program, which of a sequence's page tables are those of its cache groups, its layers."""
 
     program: Program
     groups: tuple[int, ...]
+    n_layers: int
 
     def batch(self, step: Batch, *, is_last: bool) -> Batch:
         """This program's part of a step; before the last all rows are handed on."""
@@ -135,12 +142,20 @@ class Chain:
         return ChainTicket(first.program.submit(first.batch(batch, is_last=not others)), later)
 
     def describe(self) -> dict[str, Any]:
-        """The facts of all programs; where two have the same, the first one's."""
+        """The facts of all programs, and the number of "layers" by device.
+
+        Devices and GPUs are those of all; where two have another fact, it is the first one's.
+        """
         facts: dict[str, Any] = {}
-        described = [program.describe() for program in self.programs]
-        for each in reversed(described):
-            facts |= each
-        return {**facts, "device": " + ".join(dict.fromkeys(each["device"] for each in described))}
+        layers: dict[str, int] = {}
+        described = [link.program.describe() for link in self._links]
+        for link, each in zip(self._links, described, strict=True):
+            facts = each | facts
+            layers[each["device"]] = layers.get(each["device"], 0) + link.n_layers
+        facts["device"] = " + ".join(layers)
+        if gpus := [each["gpu"] for each in described if "gpu" in each]:
+            facts["gpu"] = " + ".join(gpus)
+        return {**facts, "layers": layers}
 
     def build_exactly(self, progress: Callable[[int, int], None]) -> int:
         return sum(build_exactly(program, progress) for program in self.programs)

@@ -1,4 +1,4 @@
-"""Where a model runs: the device that a caller names, or the best one that is here.
+"""Where a model runs: the devices that a caller names, or the best that are here.
 
 Knows no kernels, and loads nothing of CUDA but its driver.
 """
@@ -13,6 +13,8 @@ from edgeinfer import platform
 from edgeinfer.errors import Advice, DeviceError, Keyword
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from edgeinfer.platform import CudaDriver, Gpu
 
 _NAME = re.compile(r"(auto|cpu|reference)|(cuda|shim)(?::(\d{1,3}))?", re.ASCII)
@@ -40,7 +42,7 @@ class Device:
         if match is None:
             raise DeviceError(
                 f"no device {name[:80]!r}; there are auto, cpu, reference, cuda and, where there "
-                "are several, cuda:N"
+                "are several, cuda:N and cuda:0,cuda:1"
             )
         return cls(match[1] or match[2], int(match[3] or 0))
 
@@ -53,10 +55,56 @@ class Device:
 
 
 class Choice(NamedTuple):
-    """A device, and a line for people where it is not the one that they would expect."""
+    """A device, and a line for people where it is not the one that they would expect.
+
+    `further` ones share its layers, in this order: all of them, or as many as a model needs.
+    """
 
     device: Device
     note: str = ""
+    further: tuple[Device, ...] = ()
+    if_needed: bool = False  # where one alone does not hold a model
+
+
+def find(name: str) -> Choice:
+    """The devices of a name: of one, of several GPUs ("cuda:0,cuda:1"), or of any ("cuda").
+
+    DeviceError as `Device.parse` and `choose` say, and where several can't be taken together.
+    """
+    if "," in name:
+        return _together(name.split(","))
+    if name == "cuda":
+        return _any_gpu()
+    return choose(Device.parse(name))
+
+
+def _together(names: Sequence[str]) -> Choice:
+    """These GPUs, in their order."""
+    devices = [Device.parse(name) for name in names]
+    for name, device in zip(names, devices, strict=True):
+        if ":" not in name or device.kind != devices[0].kind:
+            raise DeviceError(
+                f"{name} is named together with other devices; only GPUs share layers, each named "
+                "by its number, such as cuda:0,cuda:1",
+                advice=("the layers that ", Keyword("gpu_layers"), " leaves run on the CPU"),
+            )
+        if devices.count(device) > 1:
+            raise DeviceError(f"{device} is named twice; name each device once")
+    first, *further = (choose(device).device for device in devices)
+    return Choice(first, further=tuple(further))
+
+
+def _any_gpu() -> Choice:
+    """The first GPU that can be used, and the others if needed."""
+    driver = platform.cuda_driver()
+    first, *others = (driver and usable_gpus(driver)) or [0]
+    _check_cuda(driver, first)
+    return _if_needed(first, others)
+
+
+def _if_needed(first: int, others: Sequence[int]) -> Choice:
+    further = tuple(Device("cuda", index) for index in others)
+    return Choice(Device("cuda", first), further=further, if_needed=bool(further))
 
 
 def choose(asked: Device) -> Choice:
@@ -74,12 +122,13 @@ def choose(asked: Device) -> Choice:
 
 def _best() -> Choice:
     driver = platform.cuda_driver()
-    index = None if driver is None else usable_gpu(driver)
-    if driver is None or index is None:
+    usable = [] if driver is None else usable_gpus(driver)
+    if driver is None or not usable:
         return Choice(Device("cpu"))
+    first, *others = usable
     if has_cupy():
-        return Choice(Device("cuda", index))
-    name, command = driver.devices[index].name, install_command(driver, index)
+        return _if_needed(first, others)
+    name, command = driver.devices[first].name, install_command(driver, first)
     return Choice(Device("cpu"), f"{name} is not used, since CuPy is missing; run: {command}")
 
 
@@ -129,12 +178,12 @@ def has_cupy() -> bool:
         return False
 
 
-def usable_gpu(driver: CudaDriver) -> int | None:
-    """The number of the first GPU that kernels can run on, as far as the driver tells."""
+def usable_gpus(driver: CudaDriver) -> list[int]:
+    """The numbers of the GPUs that kernels can run on, as far as the driver tells."""
     if driver.version < _LEAST_DRIVER:
-        return None
+        return []
     capabilities = map(_capability, driver.devices)
-    return next((i for i, each in enumerate(capabilities) if each >= _LEAST_CAPABILITY), None)
+    return [i for i, each in enumerate(capabilities) if each >= _LEAST_CAPABILITY]
 
 
 def cuda_version(driver: CudaDriver) -> str:

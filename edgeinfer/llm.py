@@ -210,7 +210,7 @@ class LLM:
         if "_runtime" not in vars(self):
             return "<LLM, which could not be loaded>"
         opened = self._runtime
-        facts = dict.fromkeys([f"context {self.n_ctx}", str(opened.device), opened.runs_on])
+        facts = dict.fromkeys([f"context {self.n_ctx}", opened.devices, opened.runs_on])
         state = ", ".join(facts)
         if not self._close.alive:
             state = "closed"

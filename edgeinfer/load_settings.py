@@ -21,6 +21,8 @@ class LoadSettings(NamedTuple):
 
     device: Device
     device_note: str  # why it is not the one that people would expect, "" if it is
+    further: tuple[Device, ...]  # that share its layers, in this order
+    further_if_needed: bool  # where one alone does not hold the model
     may_leave_gpu: bool  # nobody asked for it
     gpu_layers: int | None  # the last ones; -1: all; None: as many as fit
     n_threads: int
@@ -42,7 +44,7 @@ class LoadSettings(NamedTuple):
                 f"kv_type is {shown(kv_type)}; this version stores K and V as f16", param="kv_type"
             )
         asked = options.get("device", "auto")
-        device, note = find_device(asked)
+        device, note, further, if_needed = find_device(asked)
         gpu_layers = options.get("gpu_layers", "auto")
         if gpu_layers not in (0, "auto") and not device.has_number:
             raise DeviceError(
@@ -51,9 +53,12 @@ class LoadSettings(NamedTuple):
             )
         if gpu_layers == 0:
             device, note = Device("cpu") if device.has_number else device, ""
+            further = ()
         return cls(
             device=device,
             device_note=note,
+            further=further,
+            further_if_needed=if_needed,
             may_leave_gpu=asked == "auto" and gpu_layers == "auto" and device.has_number,
             gpu_layers=None if gpu_layers == "auto" else gpu_layers,
             n_threads=options.get("threads") or _usual_threads(),
@@ -68,7 +73,9 @@ class LoadSettings(NamedTuple):
 
     def on_cpu(self, note: str) -> LoadSettings:
         """The same on the processors, with a line that says why."""
-        return self._replace(device=Device("cpu"), device_note=note, may_leave_gpu=False)
+        return self._replace(
+            device=Device("cpu"), device_note=note, further=(), may_leave_gpu=False
+        )
 
     def available_memory(self) -> int:
         """Bytes that the user allows, or else that there are now."""

@@ -30,7 +30,7 @@ class LoadOptions(TypedDict, total=False):
     memory: int | str | None  # the host's: bytes, "2G" or "80%" of what is free
     threads: int | None
     kv_type: str | tuple[str, str] | None  # "f16"
-    device: str | None  # "auto", "cpu", "cuda", "cuda:1" or "reference"
+    device: str | None  # "auto", "cpu", "cuda", "cuda:1", "cuda:0,cuda:1", "reference"
     gpu_layers: int | str | None  # the last ones; -1: all; "auto": as many as fit
     slots: int | None  # full-length contexts that the cache holds, 1
     chat_template: str | None  # a name or a file

@@ -285,7 +285,7 @@ LOAD = _by_name(
     Parameter("threads", integer, "CPU threads.", 1, _MOST_THREADS),
     Parameter("kv_type", cache_types, "Type of K and V in the cache (f16)."),
     Parameter("device", text, "Where to run."),
-    Parameter("gpu_layers", layer_count, "Layers on the GPU, the last ones (auto: what fits)."),
+    Parameter("gpu_layers", layer_count, "Layers on GPUs, the last ones (auto: what fits)."),
     Parameter("slots", integer, "Full-length contexts that the cache holds.", 1, _INT32),
     Parameter("pre", text, "Pre-tokenizer, for a file that names none."),
     Parameter("chat_template", text, "Instead of the file's own."),

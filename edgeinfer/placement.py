@@ -1,14 +1,15 @@
-"""Which layers of a model run on a GPU: as many as were asked for, or as many as fit.
+"""Which layers of a model run on which GPU: as many as were asked for, or as many as fit.
 
 Knows no kernels, and nothing of how memory is obtained.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from edgeinfer.backend import Backend
+from edgeinfer.balance import balanced
 from edgeinfer.chain import ChainBackend, Stretch
 from edgeinfer.engine.memory_plan import MemoryPlan, PlanRequest, solve
 from edgeinfer.errors import PlanError, UnsupportedModelError
@@ -25,38 +26,59 @@ class Placement(NamedTuple):
 
 def place(
     segment: Segment,
-    gpu: Backend,
+    choices: Iterable[Sequence[Backend]],
     open_cpu: Callable[[], Backend],
     n_gpu_layers: int | None,
     request: PlanRequest,
 ) -> Placement:
-    """`n_gpu_layers` on the GPU, -1 being all, or for None as many as fit beside the usual context.
+    """`n_gpu_layers` on GPUs, -1 being all, or for None as many as fit beside the usual context.
 
-    PlanError where what was asked for does not fit.
+    Of the `choices` of GPUs the first is taken that holds them beside that context, else the last;
+    the layers of several are split by their free memory, in their order. PlanError where what was
+    asked for does not fit.
     """
     n_layers = segment.graph.hparams.n_layers
+    is_whole = n_gpu_layers is None or n_gpu_layers < 0
+    n_asked = n_layers if n_gpu_layers is None or is_whole else min(n_gpu_layers, n_layers)
+    shorter, error, gpus = None, None, list[Backend]()
 
     def placed(n: int) -> Placement:
-        backend = _backend(gpu, open_cpu, n_layers - n, n)
+        backend = _backend(segment, gpus, open_cpu, n, request)
         return Placement(backend, solve(segment, backend, request), n)
 
-    if n_gpu_layers is not None:
-        return placed(n_layers if n_gpu_layers < 0 else min(n_gpu_layers, n_layers))
-    try:
-        whole = placed(n_layers)
-    except PlanError:
-        whole = None
-    if whole is not None and not whole.plan.note:
-        return whole
-    return _most(placed, n_layers) or whole or placed(0)
+    for choice in choices:
+        gpus = list(choice)
+        try:
+            found = placed(n_asked)
+        except PlanError as short:
+            error = short
+            continue
+        if not found.plan.note:
+            return found
+        shorter = found
+    if n_gpu_layers is None:
+        return _most(placed, n_layers) or shorter or placed(0)
+    if shorter is None:
+        assert error is not None, "there are choices"
+        raise error
+    return shorter
 
 
-def _backend(gpu: Backend, open_cpu: Callable[[], Backend], n_cpu: int, n_gpu: int) -> Backend:
-    if not n_cpu:
-        return gpu
-    if not n_gpu:
-        return open_cpu()
-    return ChainBackend([Stretch(0, open_cpu()), Stretch(n_cpu, gpu)])
+def _backend(
+    segment: Segment,
+    gpus: Sequence[Backend],
+    open_cpu: Callable[[], Backend],
+    n_gpu_layers: int,
+    request: PlanRequest,
+) -> Backend:
+    """The processors for the first layers, GPUs for the last ones."""
+    n_cpu = segment.graph.hparams.n_layers - n_gpu_layers
+    cpus = [open_cpu()] if n_cpu else []
+    stretches = [Stretch(0, cpu) for cpu in cpus]
+    if n_gpu_layers:
+        on_gpus = segment.cut(n_cpu)[1] if n_cpu else segment
+        stretches += balanced(on_gpus, n_cpu, gpus, cpus, request)
+    return stretches[0].backend if len(stretches) == 1 else ChainBackend(stretches)
 
 
 def _most(placed: Callable[[int], Placement], n_layers: int) -> Placement | None:

@@ -9,7 +9,7 @@ import functools
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -55,7 +55,7 @@ class Runtime:
     plan: MemoryPlan
     program: Program
     engine: Engine
-    device: Device
+    device: Device  # the first, where several are asked for
     device_note: str
     n_threads: int
     n_gpu_layers: int  # the last ones
@@ -77,14 +77,22 @@ class Runtime:
         return self.program.step_weight_bytes
 
     @property
+    def devices(self) -> str:
+        """What has layers: "cuda:0", "cpu + cuda:0 + cuda:1"."""
+        return str(self.program.describe()["device"])
+
+    @property
     def runs_on(self) -> str:
-        """In words: "2 threads", "20 of 32 layers on RTX 4090, 2 threads"."""
+        """In words: "2 threads", "20 of 32 layers on RTX 4090, 2 threads".
+
+        Of several GPUs: "12 + 20 of 32 layers on RTX 3060 + RTX 4090".
+        """
         facts, n_layers = self.program.describe(), self.model.hparams.n_layers
         words = [f"{facts['threads']} threads"] if "threads" in facts else []
         if "gpu" in facts:
-            is_whole = self.n_gpu_layers == n_layers
-            share = "" if is_whole else f"{self.n_gpu_layers} of {n_layers} layers on "
-            words.insert(0, share + facts["gpu"])
+            by_device = facts.get("layers", {})
+            counts = " + ".join(str(n) for name, n in by_device.items() if name != "cpu")
+            words.insert(0, (counts and f"{counts} of {n_layers} layers on ") + facts["gpu"])
         return ", ".join(words) or str(self.device)
 
     def close(self) -> None:
@@ -166,7 +174,8 @@ def _load(path: Path, settings: LoadSettings, templates: TemplateEngine | None) 
     try:
         model, packs = Model.load(file), threading.Event()
         segment = model.graph.segment(n_ctx=settings.n_ctx)
-        backend, plan, n_gpu_layers = _planned(segment, settings, _progress(settings, packs))
+        progress = _progress(settings, packs)
+        backend, plan, n_gpu_layers, note = _planned(segment, settings, progress)
         # Text is got ready while weights are packed, which needs no Python: sooner it delays that.
         tokenizer = _Later(lambda: _make_tokenizer(file, settings, packs))
         try:
@@ -187,7 +196,7 @@ def _load(path: Path, settings: LoadSettings, templates: TemplateEngine | None) 
         raise
     load_s = time.perf_counter() - start
     return Runtime(
-        model, plan, program, engine, settings.device, settings.device_note, settings.n_threads,
+        model, plan, program, engine, settings.device, note, settings.n_threads,
         n_gpu_layers, load_s, tokenizer, template,
     )  # fmt: skip
 
@@ -221,10 +230,10 @@ def _planned(
     settings: LoadSettings,
     progress: CompileProgress | None = None,
     freed: Mapping[str, int] = MappingProxyType({}),
-) -> tuple[Backend, MemoryPlan, int]:
-    """The machine that is to run it, the memory that takes, and how many layers are on a GPU.
+) -> tuple[Backend, MemoryPlan, int, str]:
+    """The machine that is to run it, the memory that takes, how many layers are on GPUs.
 
-    PlanError where it does not fit.
+    Then a note where another device would be expected. PlanError where it does not fit.
     """
     available = settings.available_memory()
     memory = available + freed.get(HOST, 0) - PYTHON_BYTES
@@ -232,14 +241,36 @@ def _planned(
     def opened(device: Device) -> Backend:
         return open_backend(device, progress=progress, memory=memory)
 
-    backend = opened(settings.device)
     request = PlanRequest(settings.n_ctx, settings.slots, settings.n_threads, available, freed)
     if settings.device.has_number:
         from edgeinfer.placement import place  # what other devices don't need
 
         open_cpu = functools.cache(lambda: opened(Device("cpu")))
-        return place(segment, backend, open_cpu, settings.gpu_layers, request)
-    return backend, solve(segment, backend, request), 0
+        notes = list[str]()
+        gpus = _gpus(settings, opened, notes)
+        placed = place(segment, gpus, open_cpu, settings.gpu_layers, request)
+        return *placed, "; ".join(notes)
+    backend = opened(settings.device)
+    return backend, solve(segment, backend, request), 0, settings.device_note
+
+
+def _gpus(
+    settings: LoadSettings, opened: Callable[[Device], Backend], notes: list[str]
+) -> Iterator[Sequence[Backend]]:
+    """Which GPUs may have layers, the first choice first; `notes` tell of what can't be opened."""
+    if not settings.further_if_needed:
+        yield [opened(device) for device in (settings.device, *settings.further)]
+        return
+    gpus = [opened(settings.device)]
+    yield gpus
+    for device in settings.further:
+        try:
+            gpus.append(opened(device))
+        except DeviceError as error:
+            notes.append(f"{device} is not used: {error}")
+            continue
+        yield gpus[-1:]
+    yield from (gpus[:n] for n in range(2, len(gpus) + 1))
 
 
 def _make_tokenizer(file: GGUFFile, settings: LoadSettings, packs: threading.Event) -> Tokenizer:

@@ -42,10 +42,9 @@ def module_of(body: str, declare: str = "") -> llvm.ModuleRef:
 def test_every_kernel_is_in_the_list() -> None:
     modules = {path.stem for path in (library._HERE / "native").glob("*.py")}
     parts = {
-        "__init__", "simd", "words", "isa", "isa_aarch64", "registry", "fields", "formats",
-        "blocks32",
-        "blocks256", "blocks_table", "grid", "math", "activations", "sink", "pages", "attention",
-        "inlining",
+        "__init__", "simd", "words", "isa", "isa_aarch64", "registry", "fields", "floats",
+        "formats", "blocks32", "blocks256", "blocks_table", "grid", "math", "activations", "sink",
+        "pages", "attention", "inlining",
     }  # fmt: skip
     assert {name.partition(".")[0] for name in KERNELS} == modules - parts
 

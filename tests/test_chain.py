@@ -104,7 +104,8 @@ def test_what_a_chain_takes_is_what_its_parts_take(segment: Segment, model: Mode
         whole = sum(each.step_weight_bytes for each in program.programs)
         assert program.step_weight_bytes == whole
         facts = program.describe()
-        assert facts == {"device": "cpu + reference", "threads": 2}
+        layers = {"cpu": 1, "reference": 3}
+        assert facts == {"device": "cpu + reference", "threads": 2, "layers": layers}
 
 
 def test_what_only_some_programs_can_do_a_chain_does_with_them(segment: Segment) -> None:
@@ -196,7 +197,8 @@ class _Held:
 def gated(model: Model) -> Iterator[tuple[Chain, list[Gate]]]:
     parts = [(0, 2), (2, 3), (3, N_LAYERS)]
     gates = [Gate(backend("cpu").compile(model.graph.segment(*each), LIMITS)) for each in parts]
-    chain = Chain([Link(gate, (0,)) for gate in gates])
+    links = zip(gates, parts, strict=True)
+    chain = Chain([Link(gate, (0,), end - first) for gate, (first, end) in links])
     yield chain, gates
     for gate in gates:
         gate.gate.set()
@@ -384,7 +386,7 @@ def request_of(n_ctx: int | None = None, host: int = 4 << 30) -> PlanRequest:
 )
 def test_as_many_layers_as_fit(segment: Segment, room: int, n_layers: int) -> None:
     """The model was trained for 256 tokens, so a layer takes 1.25 megabytes."""
-    placed = place(segment, Numbers(room), lambda: backend("cpu"), None, request_of())
+    placed = place(segment, [[Numbers(room)]], lambda: backend("cpu"), None, request_of())
     assert (placed.n_gpu_layers, placed.plan.n_ctx, placed.plan.note) == (n_layers, 256, "")
     assert placed.plan.fits and len(placed.plan.pools) == 1 + bool(n_layers)
 
@@ -392,7 +394,7 @@ def test_as_many_layers_as_fit(segment: Segment, room: int, n_layers: int) -> No
 @pytest.mark.parametrize(("asked", "n_layers"), [(0, 0), (1, 1), (3, 3), (4, 4), (99, 4), (-1, 4)])
 def test_as_many_layers_as_were_asked_for(segment: Segment, asked: int, n_layers: int) -> None:
     def placed(room: int, n_ctx: int | None = None) -> Any:
-        return place(segment, Numbers(room), lambda: backend("cpu"), asked, request_of(n_ctx))
+        return place(segment, [[Numbers(room)]], lambda: backend("cpu"), asked, request_of(n_ctx))
 
     assert placed(8 * MiB).n_gpu_layers == n_layers
     if n_layers:
@@ -403,7 +405,7 @@ def test_as_many_layers_as_were_asked_for(segment: Segment, asked: int, n_layers
 
 def test_a_host_that_is_short_gives_layers_to_the_gpu_or_says_so(segment: Segment) -> None:
     with pytest.raises(PlanError) as caught:
-        place(segment, Numbers(0), lambda: backend("cpu"), None, request_of(host=50 * MiB))
+        place(segment, [[Numbers(0)]], lambda: backend("cpu"), None, request_of(host=50 * MiB))
     assert caught.value.memory == "host"
 
 
@@ -412,7 +414,7 @@ def test_where_no_layer_fits_beside_the_usual_context_a_shorter_one_may(
 ) -> None:
     with GGUFFile.open(tiny_model(tmp_path, n_layers=1, n_ctx=8192)) as file:
         one = Model.load(file).graph.segment()
-        placed = place(one, Numbers(4 * MiB), lambda: backend("cpu"), None, request_of())
+        placed = place(one, [[Numbers(4 * MiB)]], lambda: backend("cpu"), None, request_of())
         assert placed.n_gpu_layers == 1 and placed.plan.n_ctx == 2048 and placed.plan.note
 
 

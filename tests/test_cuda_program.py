@@ -17,6 +17,7 @@ from edgeinfer.kernels.cuda.backend import CudaBackend
 from edgeinfer.kernels.cuda.program import CudaProgram
 from edgeinfer.kernels.reference import ReferenceBackend
 from edgeinfer.model import Model
+from edgeinfer.sampling.params import SampleTable, SamplingParams
 from edgeinfer.sampling.sampler import ReferenceSampler
 
 from . import test_graphs
@@ -114,3 +115,25 @@ def test_a_plan_is_what_a_program_reserves(segment: Segment) -> None:
     with cuda(segment) as program:
         assert before - backend().device.memory()[0] == sum(program.memory["shim:0"].values())
     assert backend().device.memory()[0] == before
+
+
+def test_nothing_is_begun_ahead_where_rows_come_from_another_machine(segment: Segment) -> None:
+    """The next rows are not known there, even where the next token is."""
+    last = segment.graph.segment(1, segment.graph.hparams.n_layers)
+    rng, params = np.random.default_rng(0), SamplingParams(temperature=0.0)
+    hidden = rng.standard_normal((8, segment.graph.hparams.dim)).astype(np.float32)
+    tokens = []
+    reference = ReferenceBackend(ReferenceSampler()).compile(last, LIMITS, mode="quantised")
+    for each in (cuda(last), reference):
+        with each as program:
+            picked, table = [], SampleTable(1)
+            for pos in range(8):
+                table.clear()
+                table.set_row(0, params, 1, pos)
+                batch = batch_of([7], pos, output="ids")
+                batch.hidden, batch.samples = hidden[pos : pos + 1], table
+                picked.append(int(program.submit(batch).wait().ids[0]))
+                if isinstance(program, CudaProgram):
+                    assert program._guess is None
+            tokens.append(picked)
+    assert tokens[0] == tokens[1]

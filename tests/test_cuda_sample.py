@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from edgeinfer.batch import StepLimits
 from edgeinfer.kernels.cuda import kernel as kernels
 from edgeinfer.kernels.cuda.kernel import Kernel
-from edgeinfer.kernels.cuda.samples import MOST_TYPICAL, MOST_WORDS, SampleArrays
+from edgeinfer.kernels.cuda.samples import MOST_TYPICAL, MOST_WORDS, ROWS_OFFSET, SampleArrays
 from edgeinfer.sampling.params import NO_CANDIDATE, ROW, SampleRow, SamplingParams
-from edgeinfer.sampling.sampler import sample_reference
+from edgeinfer.sampling.sampler import _Candidates, sample_reference
 from tests.cuda_shim import Floats, rows_in_memory, run, same_bits, step, stride_of
-from tests.shim import SEEDS
+from tests.shim import SEEDS, shim
 from tests.test_cpu_sample import VALUES
 from tests.test_host_sampler import table_of
 
@@ -52,11 +52,11 @@ class Picked:
 
     def sample(self, logits: Floats, arrays: SampleArrays, seed: int = 0) -> None:
         n, n_vocab = logits.shape
-        memory, rows_at, words_at = arrays.memory, arrays.rows_offset, arrays.words_offset
+        memory = arrays.memory
         run(
             Kernel("sample"), (1, n + 1), 512, seed=seed, step=step(n, n),
             logits=rows_in_memory(logits), logits_stride=stride_of(n_vocab), n_vocab=n_vocab,
-            rows=memory[rows_at:words_at], words=memory[words_at:].view(np.int32),
+            rows=memory[ROWS_OFFSET:], words=memory[ROWS_OFFSET:].view(np.int32),
             goes_on=memory[:4].view(np.int32), order=np.zeros((n, n_vocab), np.int32),
             ids=self.ids, status=self.status, mu=self.mu,
         )  # fmt: skip
@@ -144,6 +144,57 @@ def test_more_than_is_sorted_or_added_up_at_a_time(params: dict[str, Any], n_voc
     check(logits_of(n_vocab), rows_of(SamplingParams(**WHOLE | params), 4, n_vocab))
 
 
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"top_p": 0.5}, {"top_p": 0.0}, {"top_p": 0.0, "min_keep": 3},
+        {"min_p": 1.0, "min_keep": 2}, {"xtc_probability": 0.5, "xtc_threshold": 0.1},
+        {"xtc_probability": 1.0, "xtc_threshold": 0.1, "min_keep": 7}, {"dynatemp_range": 0.9},
+        {"typical_p": 0.3}, {"typical_p": 0.3, "min_keep": 5}, {"temperature": 50.0},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_where_a_chain_cuts(params: dict[str, Any]) -> None:
+    """All tokens are as likely in half of the rows, so that a share may be met exactly."""
+    logits = np.random.default_rng(2).normal(0, 1, (24, 8)).astype(np.float32)
+    logits[:12] = 1.5
+    check(logits, rows_of(SamplingParams(**WHOLE | {"seed": 1} | params), 24, 3))
+
+
+SUMS = """#include "candidates.cuh"
+EI_KERNEL(512, 1) sums(const Step* step, float* logits, int n_vocab, int* order, double* out) {
+    EI_SHARED(SampleRoom, room, [1]);
+    Candidates c = open_candidates(logits, n_vocab, order, room);
+    for (int i = 0; i < 2; ++i) {
+        const double sum = sum_candidates(c, [&](double x) {
+            return exp_double((x - c.largest) * 0.7);
+        });
+        out[i] = sum;
+        keep(c, c.n);
+    }
+}
+"""
+
+
+@pytest.mark.parametrize("n_vocab", [1, 7, 4097, 8193, 270_000])
+def test_sums_have_the_bits_of_the_references(n_vocab: int, tmp_path: Path) -> None:
+    """What is sampled rarely shows the last bits of a sum."""
+    (tmp_path / "sums.cu").write_text(SUMS)
+    random = np.random.default_rng(n_vocab)
+    logits = random.normal(0, 3, n_vocab).astype(np.float32)
+    logits[random.random(n_vocab) < 0.1] = -np.inf
+    logits[0] = 15.0
+    c, out = _Candidates(logits), np.zeros(2)
+    run(
+        Kernel("sums"), (1,), 512, device=shim(sources=[tmp_path]), step=step(1), logits=logits,
+        n_vocab=n_vocab, order=np.zeros(n_vocab, np.int32), out=out,
+    )  # fmt: skip
+    expected = [c.total(0.7)]
+    c.keep(c.ids)
+    expected.append(c.total(0.7))
+    assert out.tolist() == expected
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("params", CHAINS, ids=str)
 def test_a_large_vocabulary(params: dict[str, Any]) -> None:
@@ -173,7 +224,7 @@ def test_without_candidates_there_is_no_token() -> None:
 )
 def test_a_step_goes_on_from_what_the_one_before_has_picked(params: dict[str, Any]) -> None:
     """Without anybody telling it the tokens; and what it says is what that step would say."""
-    n, n_vocab = 3, 12
+    n, n_vocab = 40, 12
     logits = np.random.default_rng(1).normal(0, 1, (2, n, n_vocab)).astype(np.float32)
     rows = rows_of(SamplingParams(**params), n, 5)
     picked, arrays = Picked(logits[0], rows), arrays_of(rows, n_vocab)
@@ -228,4 +279,4 @@ def test_a_row_is_the_devices_or_the_hosts(
         assert not arrays.fits(table_of([plain, row]), 2)
     elif n_history:
         arrays.go_on(table_of([row]), 1)
-        assert arrays.n_bytes == len(arrays.memory)
+        assert len(arrays.memory) - arrays.n_bytes == ROW.itemsize  # a row more has room

@@ -77,7 +77,7 @@ def test_auto_takes_the_first_gpu_that_is_usable(monkeypatch: pytest.MonkeyPatch
     with_cupy(monkeypatch, True)
     assert choose(Device("auto")) == Choice(Device("cuda", 1))
     with_cupy(monkeypatch, False)
-    device, note = choose(Device("auto"))
+    device, note, *_ = choose(Device("auto"))
     assert device == Device("cpu") and "\n" not in note
     assert "RTX 4090" in note and f"{sys.executable} -m pip install 'cupy-cuda12x" in note
 
@@ -121,6 +121,60 @@ def test_a_gpu_that_can_not_be_had_is_an_error_that_says_what_to_do(
     with_cupy(monkeypatch, has_cupy)
     with pytest.raises(DeviceError, match=says):
         choose(Device("cuda", index))
+
+
+def test_several_gpus_are_taken_in_the_order_they_are_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    zero, one, two = (Device("cuda", i) for i in range(3))
+    monkeypatch.setattr(platform, "cuda_driver", lambda: CudaDriver(13000, (NEW, NEW, NEW)))
+    with_cupy(monkeypatch, True)
+    assert find_device("cuda:2,cuda:0,cuda:1") == Choice(two, further=(zero, one))
+    assert find_device("cuda:1") == Choice(one)
+    for any_of_them in ("cuda", "auto"):
+        assert find_device(any_of_them) == Choice(zero, further=(one, two), if_needed=True)
+    monkeypatch.setattr(platform, "cuda_driver", lambda: DRIVER)
+    assert find_device("cuda") == Choice(one)  # the other one is too old
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        ("cuda:0,cuda:0", "^cuda:0 is named twice; name each device once"),
+        ("cuda:1,cuda:0,cuda:01", "^cuda:1 is named twice"),
+        ("cuda:1,cpu", "^cpu is named together with other devices; only GPUs .*gpu_layers leaves"),
+        ("cpu,cuda:1", "^cpu is named together"),
+        ("auto,auto", "^auto is named together"),
+        ("cuda:1,shim:0", "^shim:0 is named together"),
+        ("cuda:1,cuda", "^cuda is named together .*such as cuda:0,cuda:1; "),
+        ("cuda:1,", "^no device ''; there are auto"),
+        (",", "^no device ''"),
+        ("cuda:1, cuda:2", "^no device ' cuda:2'; .*cuda:N and cuda:0,cuda:1"),
+        ("cuda:1;cuda:2", "^no device 'cuda:1;cuda:2'"),
+        ("cuda:1,cuda:7", r"^there is no cuda:7; there are cuda:0 \(GTX 960\), cuda:1 "),
+        ("cuda:0,cuda:1", r"^cuda:0 \(GTX 960\) has compute capability 5.2"),
+    ],
+)
+def test_gpus_that_can_not_be_taken_together(
+    monkeypatch: pytest.MonkeyPatch, names: str, says: str
+) -> None:
+    monkeypatch.setattr(platform, "cuda_driver", lambda: DRIVER)
+    with_cupy(monkeypatch, True)
+    with pytest.raises(DeviceError, match=says):
+        find_device(names)
+
+
+def test_any_gpu_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_cupy(monkeypatch, False)
+    for driver, says in (
+        (None, "cuda:0 needs an NVIDIA driver"),
+        (CudaDriver(12000, (OLD,)), "cuda:0 .* has compute capability 5.2"),
+        (CudaDriver(13000, (), 100), r"finds no GPU for cuda:0 \(error 100\)"),
+        (DRIVER, r"cuda:1 \(RTX 4090\) needs CuPy"),
+    ):
+        monkeypatch.setattr(platform, "cuda_driver", lambda driver=driver: driver)
+        with pytest.raises(DeviceError, match=says):
+            find_device("cuda")
 
 
 def test_a_gpu_that_is_there_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

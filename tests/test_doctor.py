@@ -90,10 +90,14 @@ def test_the_command_for_the_gpu(monkeypatch: pytest.MonkeyPatch, version: int, 
     needs = [f"cupy-{extra}>=14; extra == '{extra[:-1]}'", "numpy"]
     monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: needs)
     gpu = doctor._gpu()
-    assert gpu["install"].endswith(f"-m pip install 'cupy-{extra}>=14'")
+    assert gpu["install"].endswith(f"-m pip install 'cupy-{extra}>=14'") and gpu["auto"] is None
     assert gpu["devices"][0]["compute_capability"] == "8.7"
     monkeypatch.setattr("edgeinfer.device.has_cupy", lambda: True)
-    assert doctor._gpu()["install"] is None
+    gpu = doctor._gpu()
+    assert gpu["install"] is None and gpu["auto"] == ["cuda:0"]
+    assert "taken by --device auto, the later ones where a model needs them: cuda:0" in fact_lines(
+        gpu
+    )
 
 
 @pytest.mark.parametrize("driver", [None, CudaDriver(11040, ()), CudaDriver(13000, (), 100)])

@@ -30,6 +30,7 @@ kernels.buffers kernels.shapes
 kernels.reference kernels.cpu kernels.cuda
 model backend
 engine load_settings chain
+balance
 placement
 runtime stream
 llm server inspect_file

@@ -138,8 +138,8 @@ def _memory() -> dict[str, Any]:
 def _gpu() -> dict[str, Any]:
     driver = platform.cuda_driver()
     if driver is None:
-        return {"driver": None, "devices": [], "install": None}
-    index = None if device.has_cupy() else device.usable_gpu(driver)
+        return {"driver": None, "devices": [], "auto": None, "install": None}
+    usable, has_cupy = device.usable_gpus(driver), device.has_cupy()
     return {
         "driver": f"runs CUDA up to {device.cuda_version(driver)}",
         "error": driver.error or None,
@@ -151,7 +151,8 @@ def _gpu() -> dict[str, Any]:
             }
             for gpu in driver.devices
         ],
-        "install": None if index is None else device.install_command(driver, index),
+        "auto": [str(device.Device("cuda", index)) for index in usable if has_cupy] or None,
+        "install": device.install_command(driver, usable[0]) if usable and not has_cupy else None,
     }
 
 

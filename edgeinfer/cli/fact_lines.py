@@ -28,6 +28,7 @@ _LABELS = {
     "read_gb_s": "memory is read at",
     "available_bytes": "free for models",
     "driver": "NVIDIA driver",
+    "auto": "taken by --device auto, the later ones where a model needs them",
     "install": "to use it",
     "n_objects": "built files",
     "can_build": "can be built here",
@@ -57,7 +58,7 @@ _LABELS = {
 }
 _COUNTED = {"vocab_size": " tokens", "n_ctx_train": " tokens"}
 _ABSENT = {"license": "not named", "pre": "not named", "board": "not known", "libc": "not known"}
-_ONLY_IF_THERE = ("error", "install")
+_ONLY_IF_THERE = ("error", "auto", "install")
 _ORIGINS = {
     "cached": "built before",
     "ready": "came with the package",

@@ -95,13 +95,22 @@ class PlanRequest(NamedTuple):
     freed: Mapping[str, int] = MappingProxyType({})  # bytes by memory that come back before
 
 
-def solve(segment: Segment, backend: Backend, request: PlanRequest) -> MemoryPlan:
-    """The plan that fits, each memory by itself; PlanError says what would."""
-    freed = request.freed
-    available = {
-        name: max(0, n_bytes) + freed.get(name, 0)
+def usual_n_ctx(segment: Segment) -> int:
+    """The context length where nobody asks for one, and memory is not short."""
+    return min(segment.graph.hparams.n_ctx_train, DEFAULT_N_CTX)
+
+
+def available_bytes(backend: Backend, request: PlanRequest) -> dict[str, int]:
+    """Bytes by memory that there are to take, once what is to be freed has come back."""
+    return {
+        name: max(0, n_bytes) + request.freed.get(name, 0)
         for name, n_bytes in backend.memories(request.available).items()
     }
+
+
+def solve(segment: Segment, backend: Backend, request: PlanRequest) -> MemoryPlan:
+    """The plan that fits, each memory by itself; PlanError says what would."""
+    available = available_bytes(backend, request)
 
     def plan(n_ctx: int, note: str = "") -> MemoryPlan:
         step = StepRequest(n_ctx, request.slots, request.n_threads)
@@ -114,7 +123,7 @@ def solve(segment: Segment, backend: Backend, request: PlanRequest) -> MemoryPla
         if not asked.fits:
             raise _too_large(plan, asked)
         return asked
-    n_ctx = usual = min(segment.graph.hparams.n_ctx_train, DEFAULT_N_CTX)
+    n_ctx = usual = usual_n_ctx(segment)
     note = ""
     while not (found := plan(n_ctx, note)).fits:
         n_ctx = n_ctx // 2 // PAGE * PAGE

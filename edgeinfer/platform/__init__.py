@@ -30,7 +30,6 @@ if TYPE_CHECKING:
         NvrtcLibrary,
         board_name,
         cuda_driver,
-        install_command,
         nvrtc_libraries,
     )
     from edgeinfer.platform.files import (
@@ -80,7 +79,7 @@ _NAMES = {
         "python_command run_editor run_tool set_for_us start_isolated start_program"
     ),
     "forks": "ForkedProcess",
-    "devices": "CudaDriver Gpu NvrtcLibrary board_name cuda_driver install_command nvrtc_libraries",
+    "devices": "CudaDriver Gpu NvrtcLibrary board_name cuda_driver nvrtc_libraries",
     "files": (
         "ReadableFile append_private bytes_below delete_all files_below forget_file_pages "
         "free_disk is_at is_writable make_folder open_appending open_scratch read_whole sync "
@@ -127,7 +126,6 @@ __all__ = [
     "forget_file_pages",
     "free_disk",
     "input_waits",
-    "install_command",
     "is_at",
     "is_writable",
     "keep",

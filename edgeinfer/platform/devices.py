@@ -61,20 +61,6 @@ def _gpu(cuda: ctypes.CDLL, index: int) -> Gpu:
     return Gpu(text, f"{major.value}.{minor.value}", n_bytes.value)
 
 
-def install_command(driver: CudaDriver) -> str:
-    """The command that adds what the GPUs of a driver need: one of our extras."""
-    import importlib.metadata  # 15 ms that few need
-
-    extra = "cuda13" if driver.version >= 13000 else "cuda12"
-    try:
-        requires = importlib.metadata.requires("edgeinfer") or []
-    except importlib.metadata.PackageNotFoundError:
-        requires = []
-    wanted = [r.partition(";")[0].strip() for r in requires if f'"{extra}"' in r.replace("'", '"')]
-    packages = " ".join(f"'{each}'" for each in wanted) or f"'.[{extra}]'"
-    return f"{sys.executable} -m pip install {packages}"
-
-
 class NvrtcLibrary(NamedTuple):
     """NVIDIA's runtime compiler: the path of its library, and the CUDA it belongs to (12)."""
 

@@ -11,7 +11,7 @@ from edgeinfer.kernels.cuda.kernel import Kernel
 from edgeinfer.kernels.cuda.layout import ALIGNMENT, StepArrays, page_bytes
 from edgeinfer.kernels.cuda.lower import Lowering
 from edgeinfer.kernels.cuda.lower_base import FEW_ROWS, LayerCache, SampleBuffers, StepBuffers
-from edgeinfer.kernels.cuda.samples import SampleArrays
+from edgeinfer.kernels.cuda.samples import ROWS_OFFSET, SampleArrays
 from edgeinfer.kernels.cuda.tiles import row_stride
 from edgeinfer.kernels.cuda.weights import TiledWeights, matrix_bytes
 from edgeinfer.quant import Weight
@@ -94,13 +94,11 @@ class Blueprint:
         samples = self.sample_arrays
         whole = self.step.place(Buffer("samples", samples.memory.nbytes, is_kept=True))
         self.samples_buffer = whole
-        rows, words, goes_on = (
+        rows, goes_on = (
             self.step.place(Buffer(name, 0, is_kept=True), whole.address + offset)
-            for name, offset in (
-                ("rows", samples.rows_offset), ("words", samples.words_offset), ("goes_on", 0)
-            )
-        )  # fmt: skip
-        return SampleBuffers(rows, words, goes_on)
+            for name, offset in (("rows", ROWS_OFFSET), ("goes_on", 0))
+        )
+        return SampleBuffers(rows, goes_on)
 
     def _counters(self) -> Buffer:
         """Of blocks that have left a part of attention, in memory that begins as zeros."""

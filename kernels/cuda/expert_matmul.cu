@@ -23,13 +23,19 @@ EI_DEV void multiply_part(
     }
 }
 
+// Blocks a processor should have, 0: as the compiler likes, which spills to have more of one.
+template <class T>
+constexpr int LEAST_BLOCKS = 0;
+template <>
+constexpr int LEAST_BLOCKS<Q3_K> = 3;
+
 // Grid: (n / 32 or fewer, for floats n / (8 * WARPS) rounded up; experts of a row; rows). A row of
 // `route` holds the numbers of its experts, then as many weights. A row of x has `n_parts` of k
 // values: one for all experts or one for each; X8, or floats where w holds floats. w is a stack of
 // (n, k) tiles; scale, a value of each expert, and bias, n values of each, may be null.
-EI_KERNEL(32 * WARPS) expert_matmul(const Step* step, int rows, const float* route, const void* x,
-                                    const uint8_t* w, const float* scale, const float* bias,
-                                    float* y, int n, int k, int n_parts) {
+EI_KERNEL(32 * WARPS, LEAST_BLOCKS<TYPE>) expert_matmul(
+    const Step* step, int rows, const float* route, const void* x, const uint8_t* w,
+    const float* scale, const float* bias, float* y, int n, int k, int n_parts) {
     const int n_used = gridDim.y;
     const int slot = blockIdx.y;
     const int row = blockIdx.z;

@@ -78,7 +78,7 @@ class Lowering(FusedLowering):
         self._out.scratch.place(order)
         args: dict[str, Arg] = {
             "step": step.step, "logits": logits, "logits_stride": row_stride(n_vocab),
-            "n_vocab": n_vocab, "rows": step.samples.rows, "words": step.samples.words,
+            "n_vocab": n_vocab, "rows": step.samples.rows, "words": step.samples.rows,
             "goes_on": step.samples.goes_on, "order": order, "ids": step.sampled,
             "status": step.status, "mu": step.mu,
         }  # fmt: skip

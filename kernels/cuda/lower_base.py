@@ -41,8 +41,7 @@ class LayerCache(NamedTuple):
 class SampleBuffers(NamedTuple):
     """Where a step says how tokens are picked: `samples.py`."""
 
-    rows: Buffer
-    words: Buffer
+    rows: Buffer  # and the words that they refer to
     goes_on: Buffer
 
 

@@ -13,9 +13,9 @@
 // Grid: (n / 32 or fewer, rows / ROWS rounded up). x is X8, w (n, k) tiles; bias and residual may
 // be null, the residual may be y.
 //
-// Several rows want more registers than the compiler takes by itself: it may take all that a block
-// of threads can have.
-EI_KERNEL(32 * WARPS, ROWS > 1) matmul(
+// Several rows, and tables beside many warps, want more registers than the compiler takes by
+// itself: it may take all that a block of threads can have.
+EI_KERNEL(32 * WARPS, ROWS > 1 || (TYPE::IS_TABLE && WARPS > 4)) matmul(
     const Step* step, int rows, const uint8_t* x, const uint8_t* w, const float* bias,
     const float* residual, float* y, int n, int k) {
     const int n_rows = ei_rows(step, rows);

@@ -230,6 +230,7 @@ class CudaProgram:
         n_rows = batch.n_rows
         return (
             running.picked is not None
+            and self.segment.input is None  # rows from another machine can't be guessed
             and n_rows == len(batch.wanted) == len(set(batch.seq.tolist())) <= FEW_ROWS
             and np.array_equal(self._last_pos + 1, batch.pos)
             and not ((batch.pos + 1) % PAGE == 0).any()  # there the tables may get a page

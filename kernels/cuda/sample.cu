@@ -183,7 +183,6 @@ EI_DEV void typical(Candidates& c, double p, long long min_keep) {
     }
     __syncthreads();
     keep(c, room->found);
-    c.n_sorted = c.n;
     c.largest = logit_at(c, 0);
     __syncthreads();
 }

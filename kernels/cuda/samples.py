@@ -12,6 +12,7 @@ from edgeinfer.batch import StepLimits
 from edgeinfer.kernels.cuda.layout import ALIGNMENT
 from edgeinfer.sampling.params import ROW, SampleRow, SampleTable, SamplingParams
 
+ROWS_OFFSET = ALIGNMENT
 MOST_WORDS = 16384  # of tokens and biases of all rows of a step
 MOST_TYPICAL = 1024  # candidates among which typical_p chooses: WEIGHTS in candidates.cuh
 
@@ -19,26 +20,24 @@ MOST_TYPICAL = 1024  # candidates among which typical_p chooses: WEIGHTS in cand
 class SampleArrays:
     """The rows of a table, and the words that they refer to: tokens of histories, biases.
 
-    Beside each other: whether the step goes on from results that only the device has, the rows as
-    in `SampleTable.rows` but for addresses, which are indices of words, and the words.
+    Whether the step goes on from results that only the device has; then, as one array of words,
+    the rows as in `SampleTable.rows`, with indices into it for addresses, and what they refer to.
     """
 
     def __init__(self, limits: StepLimits, n_vocab: int) -> None:
         self._n_vocab, n_rows = n_vocab, limits.max_outputs
-        self.rows_offset = ALIGNMENT
-        rows_bytes = -(-n_rows * ROW.itemsize // ALIGNMENT) * ALIGNMENT
-        self.words_offset = self.rows_offset + rows_bytes
-        self.memory: NDArray[np.uint8] = np.zeros(self.words_offset + 4 * MOST_WORDS, np.uint8)
+        n_bytes = n_rows * ROW.itemsize + 4 * MOST_WORDS
+        self.memory: NDArray[np.uint8] = np.zeros(ROWS_OFFSET + n_bytes, np.uint8)
         self._goes_on = np.ndarray(1, np.int32, self.memory.data)
-        self._rows = np.ndarray(n_rows, ROW, self.memory.data, self.rows_offset)
-        self._words = np.ndarray(MOST_WORDS, np.int32, self.memory.data, self.words_offset)
+        self._rows = np.ndarray(n_rows, ROW, self.memory.data, ROWS_OFFSET)
+        self._words = np.ndarray(n_bytes // 4, np.int32, self.memory.data, ROWS_OFFSET)
         self._newest: list[int] = []  # of every row: which word is its history's last, or -1
         self._n_words = 0
 
     @property
     def n_bytes(self) -> int:
         """How much of `memory` says what was filled in."""
-        return self.words_offset + 4 * self._n_words
+        return ROWS_OFFSET + 4 * self._n_words
 
     def fits(self, table: SampleTable, n_rows: int) -> bool:
         """Whether the device can pick the tokens of these rows; else the host picks all."""
@@ -82,10 +81,10 @@ class SampleArrays:
         )
 
     def _fill(self, table: SampleTable, n_rows: int, histories: list[NDArray[np.int32]]) -> None:
-        rows, self._newest, self._n_words = self._rows, [], 0
-        rows[:n_rows] = table.rows[:n_rows]
-        rows[n_rows:] = np.zeros((), ROW)
-        rows["breakers"] = 0
+        rows, self._newest = self._rows[:n_rows], []
+        self._n_words = rows.nbytes // 4
+        rows[:] = table.rows[:n_rows]
+        rows["breakers"] = 0  # an address of the host's
         for i, history in enumerate(histories):
             ids, values = table.row(i).params.bias_arrays
             rows["history"][i], rows["n_history"][i] = self._put(history), len(history)
