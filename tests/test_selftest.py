@@ -23,8 +23,7 @@ from edgeinfer.selftest.cases import Case, limits
 from edgeinfer.selftest.judge import Judge
 from edgeinfer.selftest.run import Run
 
-from .conftest import _REPOSITORY
-
+_REPOSITORY = Path(__file__).resolve().parent.parent
 # What a machine for tests of GPUs does not have.
 MISSING = (
     "platformdirs", "textual", "gguf", "numba", "llvmlite", "tokenizers", "minijinja", "jinja2",
@@ -40,17 +39,16 @@ sys.meta_path.insert(0, Blocked())
 from edgeinfer.__main__ import main
 main()
 """
+PLAIN = ("-m", "edgeinfer")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ for the shim")
 
 
-def selftest(*args: str, program: tuple[str, ...] = ("-c", WITHOUT)) -> Any:
-    """The command, where packages are missing and the kernels that tests have built are not."""
-    home = {"EDGEINFER_HOME": str(config.cache_folder().parent)}
-    if config.cache_folder().name != "cache":
-        home = {}
+def selftest(*args: str, home: Path, program: tuple[str, ...] = ("-c", WITHOUT)) -> Any:
+    """The command, from a plain checkout; usually where packages are missing."""
     return subprocess.run(
         [sys.executable, *program, "selftest", *args],
-        cwd=_REPOSITORY, env={**os.environ, **home}, capture_output=True, text=True, check=False,
+        cwd=_REPOSITORY, env={**os.environ, config.HOME: str(home)}, capture_output=True, text=True,
+        check=False,
     )  # fmt: skip
 
 
@@ -78,7 +76,7 @@ def test_the_hashes_are_what_the_cpu_computes(cpu: Backend) -> None:
 def test_all_hashes_are_what_the_cpu_computes(tmp_path: Path) -> None:
     path = tmp_path / "hashes.json"
     for _ in range(2):  # the first builds kernels, which may take longer than a step may
-        selftest("--device", "cpu", "--write", str(path), program=("-m", "edgeinfer"))
+        selftest("--device", "cpu", "--write", str(path), home=tmp_path, program=PLAIN)
     assert path.read_text() == judge.COMMITTED.read_text()
 
 
@@ -86,7 +84,9 @@ def test_all_hashes_are_what_the_cpu_computes(tmp_path: Path) -> None:
 def test_the_shim_computes_what_the_cpu_does_on_a_bare_machine(tmp_path: Path) -> None:
     """From a plain checkout, without packages that the self-test has no use for."""
     path = tmp_path / "report.json"
-    done = selftest("--device", "shim", "--budget", "500", "--json", str(path))
+    config.cache_folder().mkdir(parents=True, exist_ok=True)
+    (tmp_path / "cache").symlink_to(config.cache_folder())  # kernels that other tests have built
+    done = selftest("--device", "shim", "--budget", "500", "--json", str(path), home=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(path.read_text())
     steps, compared = report["steps"], {"numerics": numerics.cases(), "tiny": tiny.cases()}
@@ -184,16 +184,16 @@ def test_a_step_that_takes_too_long_names_what_it_leaves_out(cpu: Backend) -> No
     assert found["state"] == "cut" and found["left_out"] == [each.name for each in tiny.cases()]
 
 
-def test_without_a_budget_nothing_runs() -> None:
-    done = selftest("--device", "cpu", "--budget", "0", program=("-m", "edgeinfer"))
+def test_without_a_budget_nothing_runs(tmp_path: Path) -> None:
+    done = selftest("--device", "cpu", "--budget", "0", home=tmp_path, program=PLAIN)
     assert done.returncode == 0 and done.stdout == f"not run: {', '.join(run.NAMES)}\n"
 
 
-def test_errors_say_what_there_is() -> None:
-    done = selftest("--device", "cpu", "--only", "tiny,huge")
+def test_errors_say_what_there_is(tmp_path: Path) -> None:
+    done = selftest("--device", "cpu", "--only", "tiny,huge", home=tmp_path)
     assert done.returncode == 2 and f"no step huge; there are {', '.join(run.NAMES)}" in done.stderr
-    done = selftest("--device", "reference")
+    done = selftest("--device", "reference", home=tmp_path)
     assert done.returncode == 2 and "choose cpu, shim or cuda" in done.stderr
     if not shutil.which("nvidia-smi"):
-        done = selftest("--device", "cuda")
+        done = selftest("--device", "cuda", home=tmp_path)
         assert done.returncode == 1 and "needs an NVIDIA driver" in done.stderr

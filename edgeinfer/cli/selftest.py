@@ -27,6 +27,7 @@ def command(
     device: str, budget: float, only: str | None, report: str | None, write: str | None
 ) -> None:
     """Compare what a device computes with hashes of what the CPU does; on a GPU, measure it."""
+    from edgeinfer import __version__
     from edgeinfer.backend import find_device, open_backend
     from edgeinfer.device import Device
     from edgeinfer.selftest import judge, table
@@ -48,6 +49,7 @@ def command(
         None if write is not None else judge.Judge.committed(),
         note,
     )
+    run.report["edgeinfer"] = __version__
     run.steps(names, budget, Path(report) if report is not None else None)
     if write is not None:
         if not (run.is_ok and run.is_whole):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from edgeinfer import __version__, platform
+from edgeinfer import platform
 from edgeinfer.backend import Backend, RunsOnGpu
 from edgeinfer.errors import EdgeInferError
 from edgeinfer.selftest import numerics, speed, tiny
@@ -37,7 +37,6 @@ class Run:
         self.backend, self.judge, self.tell = backend, judge, tell
         self.hashes: dict[str, dict[str, str]] = {}  # of all that was computed
         self.report: dict[str, Any] = {
-            "edgeinfer": __version__,
             "device": device,
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "steps": {},
