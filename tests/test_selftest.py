@@ -178,6 +178,20 @@ def test_a_report_is_there_after_every_step(cpu: Backend, tmp_path: Path) -> Non
     assert "running" not in seen[1] and seen[1]["ok"]
 
 
+def test_what_fails_is_named_and_the_rest_goes_on(cpu: Backend) -> None:
+    first, second = (each for each in numerics.cases() if each.name.startswith("matrix Q4_0"))
+
+    def fail(program: Any, segment: Any) -> Any:
+        raise RuntimeError("a kernel that hangs")
+
+    checked = Run(cpu, "cpu", Judge.committed(), lambda text: None)
+    found = run.compare([Case(first.name, first.segment, fail), second], checked, np.inf)
+    assert (found["state"], found["cases"], found["differ"]) == ("failed", 2, [])
+    assert found["failed"][0]["case"] == first.name
+    assert found["failed"][0]["why"].startswith("RuntimeError: a kernel that hangs (test_selftest")
+    assert list(checked.hashes) == [second.name]
+
+
 def test_a_step_that_takes_too_long_names_what_it_leaves_out(cpu: Backend) -> None:
     checked = Run(cpu, "cpu", Judge.committed(), lambda text: None)
     found = run.compare(tiny.cases(), checked, end=0)

@@ -6,7 +6,9 @@ Knows nothing of what the steps compute.
 from __future__ import annotations
 
 import json
+import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -75,8 +77,8 @@ class Run:
         begin = time.monotonic()
         try:
             found = {"state": "ok", **step.run(self, begin + step.seconds)}
-        except (EdgeInferError, MemoryError) as error:
-            found = {"state": "failed", "why": str(error)}
+        except Exception as error:  # whatever it is, the other steps still tell something
+            found = {"state": "failed", "why": _why(error)}
         return {**found, "seconds": round(time.monotonic() - begin, 2)}
 
     def _write(self, path: Path | None) -> None:
@@ -94,7 +96,9 @@ def facts(run: Run, end: float) -> dict[str, Any]:
     found: dict[str, Any] = {
         "cpu": platform.cpu_name(),
         "board": platform.board_name(),
+        "python": sys.version.split()[0],
         "numpy": np.__version__,
+        "cupy": getattr(sys.modules.get("cupy"), "__version__", None),
     }
     if not isinstance(run.backend, RunsOnGpu):
         return found
@@ -119,9 +123,9 @@ def compare(cases: Sequence[Case], run: Run, end: float) -> dict[str, Any]:
         done += 1
         try:
             results = _results(run.backend, case)
-        except (EdgeInferError, MemoryError) as error:
-            failed.append({"case": case.name, "why": str(error)})
-            run.tell(f"{case.name}: {error}")
+        except Exception as error:
+            failed.append({"case": case.name, "why": _why(error)})
+            run.tell(f"{case.name}: {_why(error)}")
             continue
         run.hashes[case.name] = {name: hash_of(array) for name, array in results.items()}
         for each in run.judge.differences(case, results) if run.judge else ():
@@ -135,6 +139,14 @@ def compare(cases: Sequence[Case], run: Run, end: float) -> dict[str, Any]:
         "failed": failed,
         "left_out": [case.name for case in cases[done:]],
     }
+
+
+def _why(error: Exception) -> str:
+    """A line that says what ended a step, and where if that is our own mistake."""
+    if isinstance(error, EdgeInferError):
+        return str(error)
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})"
 
 
 def _results(backend: Backend, case: Case) -> Mapping[str, Any]:
