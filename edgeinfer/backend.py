@@ -5,18 +5,23 @@ Knows nothing of sequences, text or scheduling.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 from edgeinfer import config
 from edgeinfer.batch import Batch, Demand, OpTime, Outputs, Sampler, StepLimits, StepRequest
 from edgeinfer.device import Choice, Device, find
 from edgeinfer.graph import Segment
 
+if TYPE_CHECKING:
+    from edgeinfer.kernels.cuda.device import Device as Gpu
+
 # stage ("kernels", "weights"), done, total
 CompileProgress: TypeAlias = Callable[[str, int, int], None]
+# The sampler for a vocabulary of a size, and so many threads.
+MakeSampler: TypeAlias = Callable[[int, int], Sampler]
 
 
 class Ticket(Protocol):
@@ -118,6 +123,18 @@ class TimesOps(Protocol):
     def op_seconds(self, batch: Batch) -> list[OpTime]: ...
 
 
+@runtime_checkable
+class RunsOnGpu(Backend, Protocol):
+    """A backend that compiles for a GPU, or for what stands in its place."""
+
+    @property
+    def device(self) -> Gpu: ...
+
+    def prepare(self, segments: Iterable[tuple[Segment, StepLimits]]) -> int:
+        """Compile the kernels of programs to come, all at once; how many there are."""
+        ...
+
+
 # -- opening one --------------------------------------------------------------------------------
 
 
@@ -127,11 +144,16 @@ def find_device(name: str) -> Choice:
 
 
 def open_backend(
-    device: Device, *, progress: CompileProgress | None = None, memory: int | None = None
+    device: Device,
+    *,
+    progress: CompileProgress | None = None,
+    memory: int | None = None,
+    make_sampler: MakeSampler | None = None,
 ) -> Backend:
     """The backend of a device; its kernels are imported here and nowhere else.
 
-    `memory` is how many bytes of the host's memory there are for all that it does.
+    `memory` is how many bytes of the host's memory there are for all that it does. A GPU leaves
+    what it can't sample to what `make_sampler` gives, by default to `host_sampler`.
     """
     if device.kind == "reference":
         from edgeinfer.kernels.reference import ReferenceBackend
@@ -144,11 +166,18 @@ def open_backend(
         return CpuBackend(config.cache_folder(), progress, config.isa(), memory)
     from edgeinfer.kernels.cuda.backend import CudaBackend, open_device
 
-    def make_sampler(n_vocab: int, n_threads: int) -> Sampler:
+    def make_host_sampler(n_vocab: int, n_threads: int) -> Sampler:
         return host_sampler(n_vocab, n_threads, progress=progress, memory=memory)
 
     opened = open_device(device.kind, device.index)
-    return CudaBackend(opened, str(device), make_sampler, progress)
+    return CudaBackend(opened, str(device), make_sampler or make_host_sampler, progress)
+
+
+def compile_law(segment: Segment, limits: StepLimits, sampler: Sampler) -> Program:
+    """A program whose results all others must have, bit for bit, at NumPy's pace."""
+    from edgeinfer.kernels.reference import ReferenceBackend
+
+    return ReferenceBackend(sampler).compile(segment, limits, mode="quantised")
 
 
 def host_sampler(

@@ -34,14 +34,14 @@ balance
 placement
 runtime stream
 llm server inspect_file
-aio bench
+aio bench selftest
 cli tui pyinstaller
 __main__
 """
 LINE = {name: i for i, line in enumerate(LAYERS.split("\n")) for name in line.split()}
 ROOMS = (
     "platform", "text", "sampling", "hub", "gguf", "kernels.reference", "kernels.cpu",
-    "kernels.cuda", "engine", "bench", "cli", "tui",
+    "kernels.cuda", "engine", "bench", "selftest", "cli", "tui",
 )  # fmt: skip
 SLOW = ("numpy", "numba", "llvmlite", "cupy", "textual", "tokenizers", "huggingface_hub", "jinja2")
 

@@ -5,7 +5,7 @@ Knows no steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
 from edgeinfer.batch import HOST, Demand, Sampler, StepLimits, StepRequest
@@ -88,6 +88,12 @@ class CudaBackend:
             drawn = self._draw(segment, limits)
         sampler, rows = self.sampler(drawn), self.rows(drawn)
         return CudaProgram(self.device, self.name, drawn, sampler, rows, self._progress)
+
+    def prepare(self, segments: Iterable[tuple[Segment, StepLimits]]) -> int:
+        """Compile or load the kernels of programs to come, all at once; how many there are."""
+        kernels = {kernel for each in segments for kernel in self._draw(*each).kernels()}
+        self.device.load(kernels, lambda done, total, _: self._progress("kernels", done, total))
+        return len(kernels)
 
     def _draw(self, segment: Segment, limits: StepLimits) -> Blueprint:
         return Blueprint(segment, limits, self.device.facts.arch)

@@ -1,0 +1,155 @@
+"""The steps of a self-test, one after the other, and the report that is written after each.
+
+Knows nothing of what the steps compute.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+from edgeinfer import platform
+from edgeinfer.backend import Backend, RunsOnGpu
+from edgeinfer.errors import EdgeInferError
+from edgeinfer.selftest import numerics, speed, tiny
+from edgeinfer.selftest.cases import Case, limits
+from edgeinfer.selftest.judge import Judge, hash_of
+
+Tell: TypeAlias = Callable[[str], None]
+
+
+class Step(NamedTuple):
+    """A part of the self-test. It begins nothing new after `seconds`."""
+
+    name: str
+    seconds: float
+    run: Callable[[Run, float], dict[str, Any]]  # until a time of `time.monotonic`
+    needs_gpu: bool = False
+
+
+class Run:
+    """A device under test, and what has been found of it."""
+
+    def __init__(self, backend: Backend, device: str, judge: Judge | None, tell: Tell) -> None:
+        self.backend, self.judge, self.tell = backend, judge, tell
+        self.hashes: dict[str, dict[str, str]] = {}  # of all that was computed
+        self.report: dict[str, Any] = {
+            "device": device,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "steps": {},
+        }
+
+    @property
+    def is_ok(self) -> bool:
+        """Whether nothing that has run differs or failed."""
+        return all(step["state"] not in _BAD for step in self.report["steps"].values())
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every case of every step was computed."""
+        is_cut = any(step["state"] == "cut" for step in self.report["steps"].values())
+        return not is_cut and not self.report["not_run"] and set(self.report["steps"]) == set(NAMES)
+
+    def steps(self, names: Sequence[str], budget: float, path: Path | None) -> None:
+        """Run the steps of these names until the budget, in seconds, is used up."""
+        end, report = time.monotonic() + budget, self.report
+        report["not_run"] = list(names)
+        for step in STEPS:
+            if step.name not in names or time.monotonic() >= end:
+                continue
+            report["running"] = step.name
+            self._write(path)
+            report["steps"][step.name] = found = self._step(step)
+            report["not_run"].remove(step.name)
+            del report["running"]
+            report["ok"] = self.is_ok
+            self._write(path)
+            self.tell(f"{step.name}: {found['state']}, {found['seconds']} s")
+
+    def _step(self, step: Step) -> dict[str, Any]:
+        if step.needs_gpu and not self.report["device"].startswith("cuda"):
+            return {"state": "skipped", "why": "it measures a GPU", "seconds": 0.0}
+        begin = time.monotonic()
+        try:
+            found = {"state": "ok", **step.run(self, begin + step.seconds)}
+        except (EdgeInferError, MemoryError) as error:
+            found = {"state": "failed", "why": str(error)}
+        return {**found, "seconds": round(time.monotonic() - begin, 2)}
+
+    def _write(self, path: Path | None) -> None:
+        if path is not None:
+            platform.write_whole(path, (json.dumps(self.report, indent=1) + "\n").encode())
+
+
+_BAD = ("differs", "failed")
+
+
+def facts(run: Run, end: float) -> dict[str, Any]:
+    """What it runs on; on a GPU all kernels of the steps after it are compiled."""
+    import numpy as np
+
+    found: dict[str, Any] = {
+        "cpu": platform.cpu_name(),
+        "board": platform.board_name(),
+        "numpy": np.__version__,
+    }
+    if not isinstance(run.backend, RunsOnGpu):
+        return found
+    found["gpu"] = run.backend.device.facts._asdict()
+    found["free"], found["memory"] = run.backend.device.memory()
+    driver = platform.cuda_driver()
+    if driver is not None:
+        found["driver"] = driver.version
+    begin = time.monotonic()
+    segments = [case.segment() for case in (*numerics.cases(), *tiny.cases())]
+    found["kernels"] = run.backend.prepare((each, limits(each)) for each in segments)
+    found["compiled_in"] = round(time.monotonic() - begin, 2)
+    return found
+
+
+def compare(cases: Sequence[Case], run: Run, end: float) -> dict[str, Any]:
+    """Compute cases; without a judge their hashes are all that is made of them."""
+    differ, failed, done = [], [], 0
+    for case in cases:
+        if time.monotonic() >= end:
+            break
+        done += 1
+        try:
+            results = _results(run.backend, case)
+        except (EdgeInferError, MemoryError) as error:
+            failed.append({"case": case.name, "why": str(error)})
+            run.tell(f"{case.name}: {error}")
+            continue
+        run.hashes[case.name] = {name: hash_of(array) for name, array in results.items()}
+        for each in run.judge.differences(case, results) if run.judge else ():
+            differ.append(each._asdict())
+            run.tell(f"{each.case}, {each.what}: {each.why}")
+    state = "failed" if failed else "differs" if differ else "ok" if done == len(cases) else "cut"
+    return {
+        "state": state,
+        "cases": done,
+        "differ": differ,
+        "failed": failed,
+        "left_out": [case.name for case in cases[done:]],
+    }
+
+
+def _results(backend: Backend, case: Case) -> Mapping[str, Any]:
+    segment = case.segment()
+    program = backend.compile(segment, limits(segment))
+    try:
+        return case.results(program, segment)
+    finally:
+        program.close()
+
+
+STEPS = (
+    Step("facts", 60, facts),
+    Step("numerics", 90, lambda run, end: compare(numerics.cases(), run, end)),
+    Step("tiny", 60, lambda run, end: compare(tiny.cases(), run, end)),
+    Step("speed", 150, speed.measure, needs_gpu=True),
+)
+NAMES = tuple(step.name for step in STEPS)

@@ -1,0 +1,199 @@
+"""The self-test of devices: green on the shim, and it finds what differs and says where."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgeinfer import config
+from edgeinfer.backend import Backend, find_device, open_backend
+from edgeinfer.kernels.cuda.kernel import Sources
+from edgeinfer.sampling.sampler import ReferenceSampler
+from edgeinfer.selftest import judge, numerics, run, speed, table, tiny
+from edgeinfer.selftest.cases import Case, limits
+from edgeinfer.selftest.judge import Judge
+from edgeinfer.selftest.run import Run
+
+_REPOSITORY = Path(__file__).resolve().parent.parent
+# What a machine for tests of GPUs does not have.
+MISSING = (
+    "platformdirs", "textual", "gguf", "numba", "llvmlite", "tokenizers", "minijinja", "jinja2",
+    "sentencepiece",
+)  # fmt: skip
+WITHOUT = f"""
+import importlib.abc, sys
+class Blocked(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {MISSING}:
+            raise ImportError(name + " is not to be imported")
+sys.meta_path.insert(0, Blocked())
+from edgeinfer.__main__ import main
+main()
+"""
+PLAIN = ("-m", "edgeinfer")
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ for the shim")
+
+
+def selftest(*args: str, home: Path, program: tuple[str, ...] = ("-c", WITHOUT)) -> Any:
+    """The command, from a plain checkout; usually where packages are missing."""
+    return subprocess.run(
+        [sys.executable, *program, "selftest", *args],
+        cwd=_REPOSITORY, env={**os.environ, config.HOME: str(home)}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cpu() -> Backend:
+    return open_backend(find_device("cpu").device)
+
+
+@pytest.fixture(scope="module")
+def shim() -> Iterator[Any]:
+    device = find_device("shim").device
+    backend: Any = open_backend(device, make_sampler=lambda n_vocab, n_threads: ReferenceSampler())
+    yield backend
+    backend.device.close()
+
+
+def test_the_hashes_are_what_the_cpu_computes(cpu: Backend) -> None:
+    """Of the cases whose kernels other tests build, too."""
+    cases = [each for each in numerics.cases() if each.name.startswith(("matrix", "network"))]
+    found = run.compare(cases, Run(cpu, "cpu", Judge.committed(), lambda text: None), np.inf)
+    assert (found["state"], found["cases"]) == ("ok", len(cases)) and len(cases) == 48
+
+
+@pytest.mark.slow
+def test_all_hashes_are_what_the_cpu_computes(tmp_path: Path) -> None:
+    path = tmp_path / "hashes.json"
+    for _ in range(2):  # the first builds kernels, which may take longer than a step may
+        selftest("--device", "cpu", "--write", str(path), home=tmp_path, program=PLAIN)
+    assert path.read_text() == judge.COMMITTED.read_text()
+
+
+@needs_compiler
+def test_the_shim_computes_what_the_cpu_does_on_a_bare_machine(tmp_path: Path) -> None:
+    """From a plain checkout, without packages that the self-test has no use for."""
+    path = tmp_path / "report.json"
+    config.cache_folder().mkdir(parents=True, exist_ok=True)
+    (tmp_path / "cache").symlink_to(config.cache_folder())  # kernels that other tests have built
+    done = selftest("--device", "shim", "--budget", "500", "--json", str(path), home=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(path.read_text())
+    steps, compared = report["steps"], {"numerics": numerics.cases(), "tiny": tiny.cases()}
+    assert {name: len(cases) for name, cases in compared.items()} == {
+        name: steps[name]["cases"] for name in compared
+    }
+    assert steps["facts"]["kernels"] > 100 and steps["speed"]["state"] == "skipped"
+    assert report["ok"] and report["not_run"] == [] and "running" not in report
+
+
+@needs_compiler
+def test_speed_is_measured_by_what_every_device_has(shim: Any) -> None:
+    """In small sizes; on a GPU the figures mean something."""
+    checked = Run(shim, "cuda:0", None, lambda text: None)
+    sizes = speed.Sizes(1 << 20, 1 << 16, 256, 512, 2, 256, 256, 4, 300, (1, 4), 33, 3)
+    found = speed.measure(checked, np.inf, sizes)
+    assert found["state"] == "ok" and found["copy"]["gb_s"] > 0
+    assert found["matrices Q4_K"]["gb_s"] > 0 and found["model"]["prompt_tok_s"] > 0
+    assert list(found["model"]["decode"]) == ["1", "4"]
+    checked.report["steps"]["speed"] = {**found, "seconds": 1.0}
+    lines = list(table.lines({**checked.report, "not_run": []}))
+    assert len(lines) == 1 + 1 + 5 + 1 + 2 and "of a copy" in lines[-1]
+    assert speed.measure(checked, 0, sizes)["left_out"][0] == "copy"
+
+
+def test_every_kernel_is_tested() -> None:
+    from edgeinfer.kernels.cuda.blueprint import Blueprint
+
+    kernels = set()
+    for case in (*numerics.cases(), *tiny.cases()):
+        segment = case.segment()
+        lowered = Blueprint(segment, limits(segment), arch=90)
+        kernels |= lowered.kernels()
+    assert {kernel.name for kernel in kernels} == set(Sources().names())
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only cases whose CPU kernels other tests build, too."""
+    names = ("matrix Q4_0 33x96", "network Q4_K", "llama Q4_0")
+    for module in (numerics, tiny):
+        cases = [each for each in module.cases() if each.name in names]
+        monkeypatch.setattr(module, "cases", lambda cases=cases: cases)
+
+
+@pytest.mark.usefixtures("few")
+def test_a_result_that_differs_is_named(cpu: Backend, tmp_path: Path) -> None:
+    """Of a wrong hash NumPy says that it is the hash; of a wrong value, which one it is."""
+    hashes = json.loads(judge.COMMITTED.read_text())
+    hashes["matrix Q4_0 33x96"]["3 rows"] = "0" * 16
+    hashes["network Q4_K"]["9 rows"] = "0" * 16
+    path = tmp_path / "report.json"
+    checked = Run(cpu, "cpu", Judge(hashes), lambda text: None)
+    checked.steps(["numerics"], 300, path)
+    report = json.loads(path.read_text())
+    assert not report["ok"] and report["steps"]["numerics"]["state"] == "differs"
+    differ = [(each["case"], each["what"]) for each in report["steps"]["numerics"]["differ"]]
+    assert differ == [("matrix Q4_0 33x96", "3 rows"), ("network Q4_K", "9 rows")]
+    assert "though NumPy here computes the same" in report["steps"]["numerics"]["differ"][0]["why"]
+    assert any("matrix Q4_0 33x96 3 rows: another hash" in each for each in table.lines(report))
+
+
+def test_the_first_value_that_differs_is_named(cpu: Backend) -> None:
+    case = next(each for each in numerics.cases() if each.name == "matrix Q6_K 33x256")
+
+    def spoilt(program: Any, segment: Any) -> Any:
+        results = dict(case.results(program, segment))
+        if "cpu" in program.describe()["device"]:
+            results["8 rows"][2, 30:] += np.float32(1)
+        return results
+
+    broken = Case(case.name, case.segment, spoilt)
+    found = run.compare([broken], Run(cpu, "cpu", Judge.committed(), lambda text: None), np.inf)
+    assert found["state"] == "differs"
+    [difference] = found["differ"]
+    assert difference["what"] == "8 rows"
+    assert difference["why"].startswith("3 of 264 values differ, the first at (2, 30): ")
+
+
+@pytest.mark.usefixtures("few")
+def test_a_report_is_there_after_every_step(cpu: Backend, tmp_path: Path) -> None:
+    path, seen = tmp_path / "report.json", []
+    checked = Run(
+        cpu, "cpu", Judge.committed(), lambda text: seen.append(json.loads(path.read_text()))
+    )
+    checked.steps(["numerics", "tiny"], 300, path)
+    assert [list(report["steps"]) for report in seen] == [["numerics"], ["numerics", "tiny"]]
+    assert [report["not_run"] for report in seen] == [["tiny"], []]
+    assert "running" not in seen[1] and seen[1]["ok"]
+
+
+def test_a_step_that_takes_too_long_names_what_it_leaves_out(cpu: Backend) -> None:
+    checked = Run(cpu, "cpu", Judge.committed(), lambda text: None)
+    found = run.compare(tiny.cases(), checked, end=0)
+    assert found["state"] == "cut" and found["left_out"] == [each.name for each in tiny.cases()]
+
+
+def test_without_a_budget_nothing_runs(tmp_path: Path) -> None:
+    done = selftest("--device", "cpu", "--budget", "0", home=tmp_path, program=PLAIN)
+    assert done.returncode == 0 and done.stdout == f"not run: {', '.join(run.NAMES)}\n"
+
+
+def test_errors_say_what_there_is(tmp_path: Path) -> None:
+    done = selftest("--device", "cpu", "--only", "tiny,huge", home=tmp_path)
+    assert done.returncode == 2 and f"no step huge; there are {', '.join(run.NAMES)}" in done.stderr
+    done = selftest("--device", "reference", home=tmp_path)
+    assert done.returncode == 2 and "choose cpu, shim or cuda" in done.stderr
+    if not shutil.which("nvidia-smi"):
+        done = selftest("--device", "cuda", home=tmp_path)
+        assert done.returncode == 1 and "needs an NVIDIA driver" in done.stderr
