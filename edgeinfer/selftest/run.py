@@ -9,7 +9,8 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -58,7 +59,7 @@ class Run:
     def steps(self, names: Sequence[str], budget: float, path: Path | None) -> None:
         """Run the steps of these names until the budget, in seconds, is used up."""
         end, report = time.monotonic() + budget, self.report
-        report["not_run"] = list(names)
+        report["not_run"] = list(dict.fromkeys(names))
         for step in STEPS:
             if step.name not in names or time.monotonic() >= end:
                 continue
@@ -75,11 +76,16 @@ class Run:
         if step.needs_gpu and not self.report["device"].startswith("cuda"):
             return {"state": "skipped", "why": "it measures a GPU", "seconds": 0.0}
         begin = time.monotonic()
+        found = self.attempt(step.name, lambda: step.run(self, begin + step.seconds))
+        return {"state": "ok", **found, "seconds": round(time.monotonic() - begin, 2)}
+
+    def attempt(self, name: str, part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What a part finds, or that it failed and why: whatever comes after it still runs."""
         try:
-            found = {"state": "ok", **step.run(self, begin + step.seconds)}
-        except Exception as error:  # whatever it is, the other steps still tell something
-            found = {"state": "failed", "why": _why(error)}
-        return {**found, "seconds": round(time.monotonic() - begin, 2)}
+            return part()
+        except Exception as error:
+            self.tell(f"{name}: {_why(error)}")
+            return {"state": "failed", "why": _why(error)}
 
     def _write(self, path: Path | None) -> None:
         if path is not None:
@@ -121,11 +127,9 @@ def compare(cases: Sequence[Case], run: Run, end: float) -> dict[str, Any]:
         if time.monotonic() >= end:
             break
         done += 1
-        try:
-            results = _results(run.backend, case)
-        except Exception as error:
-            failed.append({"case": case.name, "why": _why(error)})
-            run.tell(f"{case.name}: {_why(error)}")
+        results = run.attempt(case.name, partial(_results, run.backend, case))
+        if "state" in results:
+            failed.append({"case": case.name, "why": results["why"]})
             continue
         run.hashes[case.name] = {name: hash_of(array) for name, array in results.items()}
         for each in run.judge.differences(case, results) if run.judge else ():
@@ -149,11 +153,11 @@ def _why(error: Exception) -> str:
     return f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})"
 
 
-def _results(backend: Backend, case: Case) -> Mapping[str, Any]:
+def _results(backend: Backend, case: Case) -> dict[str, Any]:
     segment = case.segment()
     program = backend.compile(segment, limits(segment))
     try:
-        return case.results(program, segment)
+        return dict(case.results(program, segment))
     finally:
         program.close()
 

@@ -68,9 +68,10 @@ def measure(run: Run, end: float, sizes: Sizes = FULL) -> dict[str, Any]:
         if time.monotonic() >= end:
             found["left_out"].append(name)
             continue
-        found[name] = part()
+        found[name] = run.attempt(name, part)
         run.tell(f"{name}: {found[name]}")
-    return {**found, "state": "cut" if found["left_out"] else "ok"}
+    has_failed = any("state" in found[name] for name in parts.keys() & found.keys())
+    return {**found, "state": "failed" if has_failed else "cut" if found["left_out"] else "ok"}
 
 
 # -- parts ---------------------------------------------------------------------------------------
