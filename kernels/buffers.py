@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from edgeinfer.fusion import ExpertMatmuls, Matmul, Matmuls, Step
-from edgeinfer.graph import ExpertLinear, Value
+from edgeinfer.graph import Embed, ExpertLinear, Linear, Segment, Value
 from edgeinfer.ops import named_inputs
+from edgeinfer.quant import Weight
 
 
 @dataclass(eq=False, slots=True)
@@ -120,3 +121,15 @@ class Reads:
 def reads_blocks(op: Matmul | ExpertLinear) -> bool:
     """Whether a product reads x quantised in blocks of 32, as matrices in blocks do."""
     return op.weight.type.block > 1
+
+
+def weights_of(segment: Segment) -> tuple[list[Weight], list[Weight]]:
+    """The matrices and the vectors that a segment's ops read."""
+    matrices, vectors = list[Weight](), list[Weight]()
+    for op in segment.ops:
+        weights = [field for field in op if isinstance(field, Weight)]
+        if isinstance(op, (Embed, Linear, ExpertLinear)):
+            matrices.append(op.weight)
+            weights.remove(op.weight)
+        vectors += weights
+    return matrices, vectors

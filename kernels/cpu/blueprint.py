@@ -10,12 +10,9 @@ from collections.abc import Mapping
 from edgeinfer.batch import SEGMENT_PAGES, StepLimits, cache_row
 from edgeinfer.graph import (
     KV,
-    Embed,
-    ExpertLinear,
-    Linear,
     Segment,
 )
-from edgeinfer.kernels.buffers import Arena, Buffer
+from edgeinfer.kernels.buffers import Arena, Buffer, weights_of
 from edgeinfer.kernels.cpu import layout
 from edgeinfer.kernels.cpu.commands import KernelOp
 from edgeinfer.kernels.cpu.host_sampler import SAMPLE, Sampling
@@ -24,7 +21,6 @@ from edgeinfer.kernels.cpu.lower import Lowering
 from edgeinfer.kernels.cpu.lower_base import LayerCache
 from edgeinfer.kernels.cpu.team import KERNELS
 from edgeinfer.kernels.cpu.weights import PackedWeights
-from edgeinfer.quant import Weight
 
 
 class Blueprint:
@@ -32,7 +28,7 @@ class Blueprint:
 
     def __init__(self, segment: Segment, limits: StepLimits) -> None:
         self.segment, self.limits = segment, limits
-        self.weights = PackedWeights(*_weights_of(segment))
+        self.weights = PackedWeights(*weights_of(segment))
         self.kv = Arena()
         caches = _place_caches(segment, self.kv, limits)
         lowering = Lowering(segment, limits, self.weights, caches)
@@ -72,18 +68,6 @@ class Blueprint:
         sampling = Sampling(vocab, self.limits.n_threads)
         self.scratch.place(sampling.scratch)
         return sampling.op(logits, row_stride(vocab))
-
-
-def _weights_of(segment: Segment) -> tuple[list[Weight], list[Weight]]:
-    """The matrices and the vectors that a segment's ops read."""
-    matrices, vectors = list[Weight](), list[Weight]()
-    for op in segment.ops:
-        weights = [field for field in op if isinstance(field, Weight)]
-        if isinstance(op, (Embed, Linear, ExpertLinear)):
-            matrices.append(op.weight)
-            weights.remove(op.weight)
-        vectors += weights
-    return matrices, vectors
 
 
 def _pages_bytes(group: Mapping[int, KV], n_pages: int) -> int:

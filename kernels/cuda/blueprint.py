@@ -5,8 +5,8 @@ from __future__ import annotations
 from itertools import count, takewhile
 
 from edgeinfer.batch import SEGMENT_PAGES, StepLimits, cache_row
-from edgeinfer.graph import Attention, Embed, ExpertLinear, Linear, Segment
-from edgeinfer.kernels.buffers import Arena, Buffer
+from edgeinfer.graph import Attention, ExpertLinear, Linear, Segment
+from edgeinfer.kernels.buffers import Arena, Buffer, weights_of
 from edgeinfer.kernels.cuda.kernel import Kernel
 from edgeinfer.kernels.cuda.layout import ALIGNMENT, StepArrays, page_bytes
 from edgeinfer.kernels.cuda.lower import Lowering
@@ -14,7 +14,6 @@ from edgeinfer.kernels.cuda.lower_base import FEW_ROWS, LayerCache, SampleBuffer
 from edgeinfer.kernels.cuda.samples import ROWS_OFFSET, SampleArrays
 from edgeinfer.kernels.cuda.tiles import row_stride
 from edgeinfer.kernels.cuda.weights import TiledWeights, matrix_bytes
-from edgeinfer.quant import Weight
 
 
 class Blueprint:
@@ -22,7 +21,7 @@ class Blueprint:
 
     def __init__(self, segment: Segment, limits: StepLimits, arch: int) -> None:
         self.segment, self.limits = segment, limits
-        self.weights = TiledWeights(*_weights_of(segment))
+        self.weights = TiledWeights(*weights_of(segment))
         self.step_arrays = StepArrays(limits)
         n_tokens = segment.output.dim if segment.is_last else 0
         self.sample_arrays = SampleArrays(limits, n_tokens)
@@ -126,15 +125,3 @@ class Blueprint:
                 caches[layer] = LayerCache(k, v, tables, -(-n_pages // SEGMENT_PAGES) + 2)
             self._cache_rows[cache_row(window)] = self.kv.n_bytes - before
         return caches
-
-
-def _weights_of(segment: Segment) -> tuple[list[Weight], list[Weight]]:
-    """The matrices and the vectors that a segment's ops read."""
-    matrices, vectors = list[Weight](), list[Weight]()
-    for op in segment.ops:
-        weights = [field for field in op if isinstance(field, Weight)]
-        if isinstance(op, (Embed, Linear, ExpertLinear)):
-            matrices.append(op.weight)
-            weights.remove(op.weight)
-        vectors += weights
-    return matrices, vectors
