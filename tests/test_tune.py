@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -193,12 +194,17 @@ def test_only_neighbours_of_as_many_rows_are_compared() -> None:
         assert not probes.took(schedule, 1 + i % 2, 1.0)
 
 
-def test_what_steps_found_is_kept_for_the_next_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", [Tuning.close, Tuning.finish])
+@pytest.mark.parametrize("kept", [None, KNOWN[2]])
+def test_what_steps_found_is_kept_for_the_next_process(
+    tmp_path: Path, kept: Schedule | None, end: Callable[[Tuning], None]
+) -> None:
     path, runs = tmp_path / "decode.json", Runs(dict.fromkeys(KNOWN, 1.0))
-    path.write_text(json.dumps(KNOWN[2]))
-    tuning = Tuning(KNOWN, path, runs)
+    if kept is not None:
+        path.write_text(json.dumps(kept))
+    tuning = Tuning([*reversed(KNOWN)], path, runs)
     for _ in range(100):
         schedule = tuning.next(1)
         tuning.took(schedule, 1, 1.0 + KNOWN.index(schedule))
-    tuning.close()
-    assert Tuning(KNOWN, path, runs).current == KNOWN[0] and runs.n == 0
+    end(tuning)
+    assert tune.read(path, KNOWN) == KNOWN[0] and runs.n == 0

@@ -7,7 +7,7 @@ what runs a step by a schedule.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -97,10 +97,13 @@ class Tuning(IdleWork):
         if self._probes.took(schedule, n_rows, seconds):
             self.schedule = self.current
 
+    def finish(self, look: Callable[[], object] = lambda: None) -> None:
+        super().finish(look)
+        self._keep_found()
+
     def close(self) -> None:
         super().close()
-        if self.schedule not in (None, self._kept):
-            self._keep(self.schedule)
+        self._keep_found()
 
     @property
     def is_done(self) -> bool:
@@ -125,13 +128,15 @@ class Tuning(IdleWork):
                 seconds.append(measured)
             self._rounds.append(seconds)
         self._probes.current = self.schedule = self._known[fastest(self._rounds)]
-        self._keep(self.schedule)
+        self._keep_found()
         return True
 
-    def _keep(self, schedule: Schedule) -> None:
+    def _keep_found(self) -> None:
+        if self.schedule in (None, self._kept):
+            return
         try:
-            platform.write_whole(self._path, json.dumps(schedule).encode())
-            self._kept = schedule
+            platform.write_whole(self._path, json.dumps(self.schedule).encode())
+            self._kept, self.unkept = self.schedule, ""
         except OSError as error:  # the next process measures again
             self.unkept = error.strerror or str(error)
 
