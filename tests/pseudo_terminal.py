@@ -115,4 +115,6 @@ class PseudoTerminal:
 def _take_terminal() -> None:
     import fcntl
 
+    # Whoever runs the tests may ignore it, as nohup does; in a terminal it ends a program.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
