@@ -132,7 +132,7 @@ def _answer(events: Any) -> tuple[list[tuple[Any, ...]], str]:
 
 def _all_pages_are_free(engine: Engine) -> bool:
     scheduler = engine._scheduler
-    idle = sum(ended.cache.n_pages[0] for ended in scheduler.idle)
+    idle = sum(ended.cache.n_pages[0] for ended in scheduler.store.ended)
     begun = (scheduler.running, scheduler.paused, scheduler.waiting, scheduler.jobs)
     return not any(begun) and engine.pools[0].n_free + idle == engine.pools[0].n_pages
 

@@ -101,7 +101,7 @@ def pages_held(llm: LLM) -> int:
     return (
         engine.pools[0].n_pages
         - engine.pools[0].n_free
-        - sum(s.cache.n_pages[0] for s in engine._scheduler.idle)
+        - sum(s.cache.n_pages[0] for s in engine._store.ended)
     )
 
 

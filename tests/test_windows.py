@@ -90,7 +90,7 @@ def tokens(generation: Generation) -> tuple[list[int], int]:
 
 
 def all_is_given_back(engine: Engine) -> bool:
-    idle = engine._scheduler.idle
+    idle = engine._store.ended
     return all(
         pool.n_free + sum(each.cache.n_pages[i] for each in idle) == pool.n_pages
         for i, pool in enumerate(engine.pools)
@@ -150,7 +150,7 @@ def test_a_prompt_goes_on_where_a_ring_still_reaches() -> None:
             (longer, gone_on), (IDS[:395] + IDS[3:5], back), (IDS[:300] + IDS[3:5], far),
             (IDS[:200], early),
         ):  # fmt: skip
-            fresh._scheduler.idle.clear()
+            fresh._store.ended.clear()
             fresh._scheduler.recover()
             assert tokens(fresh.submit(request(ids, 20))) == (got, 0)
 

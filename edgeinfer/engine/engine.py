@@ -20,6 +20,7 @@ import numpy as np
 from edgeinfer.backend import Program, Ticket
 from edgeinfer.batch import Outputs, StepLimits
 from edgeinfer.engine.cache import CacheLayout, Overflow, PagePool
+from edgeinfer.engine.cache_store import CacheStore
 from edgeinfer.engine.generation import (
     Generation,
     LogitsJob,
@@ -55,7 +56,8 @@ class Engine:
         self.limits, self.n_ctx, self.n_vocab = limits, n_ctx, n_vocab
         self._program = program
         self._costs = costs or StepCosts(limits.row_cost)
-        self._scheduler = Scheduler(limits, self._costs)
+        self._store = CacheStore(limits)
+        self._scheduler = Scheduler(limits, self._costs, self._store)
         self._samples = SampleTable(self._scheduler.max_samples)
         self._changed = threading.Condition()
         self._ticket: Ticket | None = None
@@ -127,7 +129,7 @@ class Engine:
     @property
     def pools(self) -> SequenceOf[PagePool]:
         """The pages of each cache group."""
-        return self._scheduler.pools
+        return self._store.pools
 
     def interrupt(self) -> None:
         """Look at cancelled work now. A step that others share runs on: they need its rows."""

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from edgeinfer.batch import PAGE, StepLimits
-from edgeinfer.engine.cache import CacheLayout, PagePool, SequenceCache
+from edgeinfer.engine.cache import CacheLayout
+from edgeinfer.engine.cache_store import CacheStore
 from edgeinfer.engine.event_queue import EventQueue
 from edgeinfer.engine.sequence import EngineEvent, Finished, Request, Rows, Sequence
 from edgeinfer.engine.speculation import MAX_ROWS, Speculator
@@ -191,12 +192,10 @@ class LogitsJob:
                 )
         return job
 
-    def open(self, pools: SequenceOf[PagePool]) -> None:
+    def open(self, store: CacheStore) -> None:
         """Make the sequences, on caches of their own."""
         lists = (self.ids, *self.others)
-        self.sequences = [
-            Sequence(list(ids), len(ids), SequenceCache(pools, self.layout)) for ids in lists
-        ]
+        self.sequences = [store.open_empty(ids, self.layout) for ids in lists]
 
     def next_rows(self, limits: StepLimits) -> list[Rows]:
         """The parts of its next step."""
@@ -220,11 +219,6 @@ class LogitsJob:
             part.sequence.cache.n_tokens += part.n
         if len(logits):
             self.take(self.sequences[0].cache.n_tokens - len(logits) - self.first, logits)
-
-    def free(self) -> None:
-        """Give the pages back."""
-        for sequence in self.sequences:
-            sequence.cache.free()
 
     def finish(self, error: BaseException | None = None) -> None:
         self.error = error

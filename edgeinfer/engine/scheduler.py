@@ -1,7 +1,7 @@
 """Which requests run now, on which pages, and which rows the next step computes of them.
 
-Used by one thread. What an error cuts short here is made good by `recover`: the sequences' page
-tables are the truth, and which pages are free follows from them.
+Used by one thread. What an error cuts short here is made good by `recover`. Knows nothing of pages
+but how many there are.
 """
 
 from __future__ import annotations
@@ -13,20 +13,19 @@ from collections.abc import Iterable
 from typing import TypeAlias
 
 from edgeinfer.batch import StepLimits
-from edgeinfer.engine.cache import PagePool, SequenceCache
+from edgeinfer.engine.cache_store import CacheStore
 from edgeinfer.engine.generation import Generation, LogitsJob, public_error
-from edgeinfer.engine.sequence import Finished, FinishReason, Prefilled, Rows, Sequence
+from edgeinfer.engine.sequence import Finished, FinishReason, Prefilled, Rows
 from edgeinfer.engine.speculation import MAX_ROWS, StepCosts, best_drafts
 
 AnyWork: TypeAlias = Generation | LogitsJob
 
 
 class Scheduler:
-    """Requests that wait and run, and the caches of those that have ended."""
+    """Requests that wait and run."""
 
-    def __init__(self, limits: StepLimits, costs: StepCosts) -> None:
-        self.limits, self.costs = limits, costs
-        self.pools = [PagePool(n_pages) for n_pages in limits.n_pages.values()]
+    def __init__(self, limits: StepLimits, costs: StepCosts, store: CacheStore) -> None:
+        self.limits, self.costs, self.store = limits, costs, store
         self.max_samples = max(
             limits.max_sequences, min(limits.max_outputs, MAX_ROWS * limits.max_sequences)
         )
@@ -35,7 +34,6 @@ class Scheduler:
         self.paused: list[Generation] = []  # until they are read; they may lose their pages
         self.jobs: list[LogitsJob] = []
         self.may_start = False  # whether something came or went since `admit` looked
-        self.idle: list[Sequence] = []  # ended ones, the latest last
         self._n_steps = 0
 
     @property
@@ -72,7 +70,7 @@ class Scheduler:
         if not (self.may_start or resumed):
             return
         self.may_start = False
-        n_free = [pool.n_pages for pool in self.pools]
+        n_free = self.store.n_pages
         for work in self._at_work:
             n_free = _added(n_free, work.most_pages, -1)
         deadline: float | None = None
@@ -123,7 +121,7 @@ class Scheduler:
 
     def _start(self, work: AnyWork) -> None:
         if isinstance(work, LogitsJob):
-            work.open(self.pools)
+            work.open(self.store)
             self.jobs.append(work)
             self.waiting.remove(work)
             return
@@ -131,49 +129,28 @@ class Scheduler:
             self.running.append(work)
             self.paused.remove(work)
             return
-        sequence = work.sequence = self._open_sequence(work)
+        sequence = work.sequence = self.store.open(work.request.ids, work.layout)
         self.running.append(work)
         self.waiting.remove(work)
         done = sequence.n_cached
         work.emit(Prefilled(done, sequence.n_prompt, done, time.perf_counter()))
 
-    def _open_sequence(self, generation: Generation) -> Sequence:
-        """A sequence for the request, on the cache of an ended one where their tokens agree."""
-        ids, layout = generation.request.ids, generation.layout
-        n_cached, best = 0, None
-        for ended in self.idle:
-            n = ended.common_prefix(ids, layout)
-            if n > n_cached:
-                n_cached, best = n, ended
-        if best is None:
-            return Sequence(list(ids), len(ids), SequenceCache(self.pools, layout))
-        self.idle.remove(best)
-        best.cache.truncate(n_cached)
-        return Sequence(list(ids), len(ids), best.cache, n_cached)
-
     def finish(self, work: AnyWork, reason: FinishReason, stop_id: int | None = None) -> None:
         """End a request: its pages are kept for a later prompt or go back at once."""
         self.may_start = True
         if isinstance(work, LogitsJob):
-            work.free()
+            for sequence in work.sequences:
+                self.store.free(sequence)
             self._forget(work)
             work.finish()
             return
-        if work.sequence is not None:
-            self._keep_or_free(work.sequence, reason in ("stop", "length"), work.keeps_cache)
+        has_ended = reason in ("stop", "length")
+        if work.sequence is not None and (has_ended or work.keeps_cache):
+            self.store.keep(work.sequence, is_whole=has_ended)
+        elif work.sequence is not None:
+            self.store.free(work.sequence)
         self._forget(work)
         work.emit(Finished(reason, time.perf_counter(), stop_id))
-
-    def _keep_or_free(self, sequence: Sequence, has_ended: bool, is_asked_for: bool) -> None:
-        cache = sequence.cache
-        # An aborted step may have overwritten pages that a slid cache still needs.
-        if not has_ended and (not is_asked_for or cache.is_full):
-            cache.free()
-            return
-        cache.truncate(cache.n_tokens)  # a page of failed drafts only
-        self.idle.append(sequence)
-        if len(self.idle) > self.limits.max_sequences:
-            self.idle.pop(0).cache.free()
 
     def _forget(self, work: AnyWork) -> None:
         for group in (self.waiting, self.running, self.paused, self.jobs):
@@ -215,11 +192,7 @@ class Scheduler:
         begun = (*self.running, *self.paused)
         used = [generation.sequence for generation in begun if generation.sequence]
         used += [sequence for job in self.jobs for sequence in job.sequences]
-        caches = [sequence.cache for sequence in used]
-        self.idle = [each for each in self.idle if each.cache not in caches]
-        caches += [each.cache for each in self.idle]
-        for i, pool in enumerate(self.pools):
-            pool.reset(cache.tables[i].pages.tolist() for cache in caches)
+        self.store.recover(used)
 
     # -- steps -----------------------------------------------------------------------------------
 
@@ -286,19 +259,12 @@ class Scheduler:
 
         A paused generation computes its tokens again from the first on: the same bits.
         """
-        cache = part.sequence.cache
-        missing = cache.missing(part.n)
-        n_new = [len(slots) for slots in missing]
-        while not _fit(n_new, [pool.n_free for pool in self.pools]):
-            if self.idle:
-                self.idle.pop(0).cache.free()
-                continue
+        while not self.store.hold(part.sequence, part.n):
             paused = [
                 g.sequence for g in self.paused if g.sequence and any(g.sequence.cache.n_pages)
             ]
             assert paused, "what runs holds more pages than were promised"
-            paused[0].cache.free()
-        cache.grow(part.n, missing)
+            self.store.free(paused[0])
 
 
 def _fit(n_pages: Iterable[int], n_free: Iterable[int]) -> bool:

@@ -6,6 +6,7 @@ Knows token ids only, and nothing of scheduling or threads.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
 
@@ -101,7 +102,7 @@ class Sequence:
         """Whether only its latest token waits: nothing of the prompt, nor of a cache it lost."""
         return self.n_generated > 0 and self.n_waiting == 1
 
-    def common_prefix(self, ids: tuple[int, ...], layout: CacheLayout) -> int:
+    def common_prefix(self, ids: SequenceOf[int], layout: CacheLayout) -> int:
         """How many of `ids` this sequence's cache can serve, the last one excepted."""
         if layout != self.cache.layout:
             return 0
