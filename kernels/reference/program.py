@@ -56,6 +56,7 @@ from edgeinfer.graph import (
     Yarn,
     inputs,
 )
+from edgeinfer.kernels.cached import Cached, CacheVerbs, HostPart, Pieces, layout_of
 from edgeinfer.kernels.reference.exact import Exact
 from edgeinfer.kernels.reference.experts import add_parts, choose, multiply_chosen
 from edgeinfer.kernels.reference.numerics import Floats, Ints, Numerics, embed, rotate, scaled
@@ -142,7 +143,7 @@ class ReferenceBackend:
         return ReferenceProgram(segment, limits, numerics, self._sampler)
 
 
-class ReferenceProgram:
+class ReferenceProgram(CacheVerbs):
     """A segment made runnable: its weights, and the KV pages of its layers."""
 
     def __init__(
@@ -167,6 +168,7 @@ class ReferenceProgram:
             if isinstance(op, (Conv, DeltaNet))
         }
         self._groups = {window: i for i, window in enumerate(segment.groups)}
+        self._cached = self._cache_bytes()
         uses = Uses(segment)
         self._pinned = {
             op.out.index: pinned_query(op, uses) for op in segment.ops if isinstance(op, Attention)
@@ -192,7 +194,7 @@ class ReferenceProgram:
         return {"device": "reference"}
 
     def close(self) -> None:
-        self._is_closed, self._ticket = True, None
+        self._is_closed, self._ticket, self._cached = True, None, None
         self._weights.clear()
         self._pages.clear()
 
@@ -212,6 +214,17 @@ class ReferenceProgram:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def _cache_bytes(self) -> Cached:
+        groups = tuple(
+            Pieces(
+                self._limits.n_pages[window],
+                [HostPart(part) for layer in group for part in self._pages[layer].bytes()],
+            )
+            for window, group in self._segment.groups.items()
+        )
+        machine = f"reference 1 {self._numerics.kv_type.__name__}"
+        return Cached(groups, Pieces(0, []), layout_of(machine, self._segment))
 
     def run(self, batch: Batch, ticket: ReferenceTicket) -> Outputs:
         """Compute the step that `ticket` stands for."""
@@ -384,3 +397,8 @@ class _Pages:
         shape = n_pages, PAGE, kv.n_heads
         k = np.zeros((*shape, kv.k_dim), kind)
         return cls(k, k[..., : kv.v_dim] if kv.k_is_v else np.zeros((*shape, kv.v_dim), kind))
+
+    def bytes(self) -> list[NDArray[np.uint8]]:
+        """Of K, and of V where it is kept: (page, bytes)."""
+        kept = [self.k] if self.v.base is self.k else [self.k, self.v]
+        return [each.reshape(len(each), -1).view(np.uint8) for each in kept]
