@@ -139,7 +139,8 @@ class CacheVerbs:
 def layout_of(machine: str, segment: Segment) -> str:
     """A name for bytes in the order of a machine: "cpu 1" is a family of them and a version."""
     layers: dict[str, list[int]] = {}
-    for layer, cache in segment.caches.items():
-        layers.setdefault(str(cache), []).append(layer)
-    listed = [f"{cache} of {' '.join(map(str, of))}" for cache, of in layers.items()]
+    for kept in (segment.caches, segment.states):
+        for layer, what in kept.items():
+            layers.setdefault(str(what), []).append(layer)
+    listed = [f"{what} of {' '.join(map(str, of))}" for what, of in layers.items()]
     return "; ".join([machine, *listed])

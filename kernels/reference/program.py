@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
@@ -224,7 +225,8 @@ class ReferenceProgram(CacheVerbs):
             for window, group in self._segment.groups.items()
         )
         machine = f"reference 1 {self._numerics.kv_type.__name__}"
-        return Cached(groups, Pieces(0, []), layout_of(machine, self._segment))
+        states = Pieces(self._limits.n_states, map(HostPart, map(_as_bytes, self._states.values())))
+        return Cached(groups, states, layout_of(machine, self._segment))
 
     def run(self, batch: Batch, ticket: ReferenceTicket) -> Outputs:
         """Compute the step that `ticket` stands for."""
@@ -401,4 +403,10 @@ class _Pages:
     def bytes(self) -> list[NDArray[np.uint8]]:
         """Of K, and of V where it is kept: (page, bytes)."""
         kept = [self.k] if self.v.base is self.k else [self.k, self.v]
-        return [each.reshape(len(each), -1).view(np.uint8) for each in kept]
+        return [_as_bytes(each) for each in kept]
+
+
+def _as_bytes(pieces: NDArray[Any]) -> NDArray[np.uint8]:
+    """The same memory as (piece, bytes)."""
+    n_bytes = math.prod(pieces.shape[1:]) * pieces.itemsize
+    return pieces.reshape(-1).view(np.uint8).reshape(len(pieces), n_bytes)
