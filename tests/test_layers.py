@@ -22,11 +22,11 @@ config quant platform options parameters results settings
 device gguf dequantize
 rope
 text sampling hub ops
-mixture model_reader
+mixture model_reader segment
 graph keys
 batch models.*
 fusion known
-kernels.buffers kernels.shapes
+kernels.buffers kernels.cached kernels.shapes
 kernels.reference kernels.cpu kernels.cuda
 model backend
 engine load_settings chain

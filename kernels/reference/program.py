@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from edgeinfer.batch import (
     HOST,
     PAGE,
+    STATE_ROW,
     Batch,
     Demand,
     Outputs,
@@ -31,15 +33,19 @@ from edgeinfer.graph import (
     Attention,
     Bias,
     Clamp,
+    Conv,
+    DeltaNet,
     Embed,
     ExpertLinear,
     ExpertSum,
+    Gain,
     GatingKind,
     Growth,
     Linear,
     Mul,
     MulParts,
     Op,
+    Pairing,
     RmsNorm,
     Rope,
     Rotate,
@@ -51,10 +57,12 @@ from edgeinfer.graph import (
     Yarn,
     inputs,
 )
+from edgeinfer.kernels.cached import Cached, CacheVerbs, HostPart, Pieces, layout_of
 from edgeinfer.kernels.reference.exact import Exact
 from edgeinfer.kernels.reference.experts import add_parts, choose, multiply_chosen
 from edgeinfer.kernels.reference.numerics import Floats, Ints, Numerics, embed, rotate, scaled
 from edgeinfer.kernels.reference.quantised import Quantised
+from edgeinfer.kernels.reference.recurrent import convolve, delta_net
 from edgeinfer.known import Known, check, fields
 
 Mode: TypeAlias = Literal["exact", "quantised"]
@@ -75,6 +83,7 @@ KNOWN: Known = {
     Add: fields("a b"),
     Mul: fields("a b"),
     Bias: fields("x weight"),
+    Gain: fields("x weight"),
     Scale: fields("x factor"),
     SoftCap: fields("x cap"),
     Activation: fields("x kind", kind=get_args(ActivationKind)),
@@ -85,6 +94,8 @@ KNOWN: Known = {
     ),
     ExpertLinear: fields("x route weight scale bias"),
     ExpertSum: fields("x route"),
+    Conv: fields("x weight bias"),
+    DeltaNet: fields("q k v decay beta n_k_heads n_v_heads dim pairing", pairing=get_args(Pairing)),
     SelectRows: fields("x"),
 }
 
@@ -110,6 +121,7 @@ class ReferenceBackend:
         limits = StepLimits.of(request, vocab_size, segment.groups, _MAX_ROWS, row_cost=1.0)
         matmuls = [op for op in segment.ops if isinstance(op, (Linear, ExpertLinear))]
         weights = {op.weight.name: op.weight for op in matmuls}
+        state_bytes = sum(each.n_bytes for of_layer in segment.states.values() for each in of_layer)
         rows = {
             "weights F32": 4 * sum(weight.n_elements for weight in weights.values()),
             **{
@@ -119,6 +131,7 @@ class ReferenceBackend:
                 * sum(kv.n_heads * (kv.k_dim + kv.v_dim * (not kv.k_is_v)) for kv in group.values())
                 for window, group in segment.groups.items()
             },
+            **({STATE_ROW: limits.n_states * state_bytes} if state_bytes else {}),
             "scratch": 4 * limits.max_rows * sum(op.out.dim for op in segment.ops),
         }
         return Demand(limits, {HOST: rows})
@@ -131,7 +144,7 @@ class ReferenceBackend:
         return ReferenceProgram(segment, limits, numerics, self._sampler)
 
 
-class ReferenceProgram:
+class ReferenceProgram(CacheVerbs):
     """A segment made runnable: its weights, and the KV pages of its layers."""
 
     def __init__(
@@ -150,7 +163,13 @@ class ReferenceProgram:
             layer: _Pages.of(limits.n_pages[kv.window], kv, numerics.kv_type)
             for layer, kv in segment.caches.items()
         }
+        self._states = {
+            op.out.index: np.zeros((limits.n_states, *op.state.shape), np.float32)
+            for op in segment.ops
+            if isinstance(op, (Conv, DeltaNet))
+        }
         self._groups = {window: i for i, window in enumerate(segment.groups)}
+        self._cached = self._cache_bytes()
         uses = Uses(segment)
         self._pinned = {
             op.out.index: pinned_query(op, uses) for op in segment.ops if isinstance(op, Attention)
@@ -176,7 +195,7 @@ class ReferenceProgram:
         return {"device": "reference"}
 
     def close(self) -> None:
-        self._is_closed, self._ticket = True, None
+        self._is_closed, self._ticket, self._cached = True, None, None
         self._weights.clear()
         self._pages.clear()
 
@@ -196,6 +215,18 @@ class ReferenceProgram:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def _cache_bytes(self) -> Cached:
+        groups = tuple(
+            Pieces(
+                self._limits.n_pages[window],
+                [HostPart(part) for layer in group for part in self._pages[layer].bytes()],
+            )
+            for window, group in self._segment.groups.items()
+        )
+        machine = f"reference 1 {self._numerics.kv_type.__name__}"
+        states = Pieces(self._limits.n_states, map(HostPart, map(_as_bytes, self._states.values())))
+        return Cached(groups, states, layout_of(machine, self._segment))
 
     def run(self, batch: Batch, ticket: ReferenceTicket) -> Outputs:
         """Compute the step that `ticket` stands for."""
@@ -237,6 +268,8 @@ class ReferenceProgram:
                 return values[op.a.index] * values[op.b.index]
             case Bias():
                 return values[op.x.index] + dequantize(op.weight)
+            case Gain():
+                return values[op.x.index] * dequantize(op.weight)
             case Scale():
                 return scaled(values[op.x.index], op.factor)
             case SoftCap():
@@ -255,6 +288,11 @@ class ReferenceProgram:
                 return multiply_chosen(numerics, op, x, route, self._weights[op.weight.name])
             case ExpertSum():
                 return add_parts(values[op.x.index], values[op.route.index])
+            case Conv():
+                return convolve(numerics, op, values[op.x.index], batch, self._states[op.out.index])
+            case DeltaNet():
+                given = [values[x.index] for x in inputs(op)]
+                return delta_net(numerics, op, given, batch, self._states[op.out.index])
             case SelectRows():
                 return values[op.x.index][batch.wanted]
 
@@ -361,3 +399,14 @@ class _Pages:
         shape = n_pages, PAGE, kv.n_heads
         k = np.zeros((*shape, kv.k_dim), kind)
         return cls(k, k[..., : kv.v_dim] if kv.k_is_v else np.zeros((*shape, kv.v_dim), kind))
+
+    def bytes(self) -> list[NDArray[np.uint8]]:
+        """Of K, and of V where it is kept: (page, bytes)."""
+        kept = [self.k] if self.v.base is self.k else [self.k, self.v]
+        return [_as_bytes(each) for each in kept]
+
+
+def _as_bytes(pieces: NDArray[Any]) -> NDArray[np.uint8]:
+    """The same memory as (piece, bytes)."""
+    n_bytes = math.prod(pieces.shape[1:]) * pieces.itemsize
+    return pieces.reshape(-1).view(np.uint8).reshape(len(pieces), n_bytes)
