@@ -28,7 +28,7 @@ from edgeinfer.engine.generation import (
     check_length,
 )
 from edgeinfer.engine.scheduler import AnyWork, Scheduler
-from edgeinfer.engine.sequence import Prefilled, Request, Rows, Sequence, Token, Work, build_batch
+from edgeinfer.engine.sequence import Request, Rows, Sequence, Token, Work, build_batch
 from edgeinfer.engine.speculation import StepCosts
 from edgeinfer.errors import BusyError, ClosedError, EdgeInferError, InvalidRequestError
 from edgeinfer.sampling.params import OK, SampleTable
@@ -56,7 +56,7 @@ class Engine:
         self.limits, self.n_ctx, self.n_vocab = limits, n_ctx, n_vocab
         self._program = program
         self._costs = costs or StepCosts(limits.row_cost)
-        self._store = CacheStore(limits)
+        self._store = CacheStore(limits, program)
         self._scheduler = Scheduler(limits, self._costs, self._store)
         self._samples = SampleTable(self._scheduler.max_samples)
         self._changed = threading.Condition()
@@ -179,7 +179,8 @@ class Engine:
     def layout(self, overflow: Overflow, n_pinned: int = 0) -> CacheLayout:
         """How the cache of a sequence is cut here."""
         limits = self.limits
-        return CacheLayout.of(overflow, self.n_ctx, n_pinned, limits.n_pages, limits.max_rows)
+        windows, has_state = limits.n_pages, limits.n_states > 0
+        return CacheLayout.of(overflow, self.n_ctx, n_pinned, windows, limits.max_rows, has_state)
 
     def _queue(self, work: AnyWork) -> None:
         with self._changed:
@@ -314,11 +315,10 @@ class Engine:
 
     def _commit_part(self, part: Rows, ids: NDArray[np.int32], row: int, now: float) -> None:
         sequence = part.sequence
-        sequence.cache.n_tokens += part.n - len(part.drafts)
+        sequence.cache.advance(part.n - len(part.drafts))
         assert isinstance(part.work, Generation)
         if not sequence.n_generated:
-            done = sequence.cache.n_tokens
-            part.work.emit(Prefilled(done, sequence.n_prompt, sequence.n_cached, now))
+            part.work.emit(sequence.progress(now))
         if part.n_wanted:
             self._take_tokens(part, ids, row, now)
 
@@ -333,7 +333,7 @@ class Engine:
                 if part.drafts[i - 1] != ids[row + i - 1]:
                     break
                 # Only now does its row in the cache count as stored.
-                sequence.cache.n_tokens += 1
+                sequence.cache.advance(1)
                 generation.n_accepted += 1
             self._take_token(generation, sequence, int(ids[row + i]), row + i, now)
             if generation.sequence is None:

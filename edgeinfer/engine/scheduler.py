@@ -15,7 +15,7 @@ from typing import TypeAlias
 from edgeinfer.batch import StepLimits
 from edgeinfer.engine.cache_store import CacheStore
 from edgeinfer.engine.generation import Generation, LogitsJob, public_error
-from edgeinfer.engine.sequence import Finished, FinishReason, Prefilled, Rows
+from edgeinfer.engine.sequence import Finished, FinishReason, Rows, Sequence
 from edgeinfer.engine.speculation import MAX_ROWS, StepCosts, best_drafts
 
 AnyWork: TypeAlias = Generation | LogitsJob
@@ -129,11 +129,14 @@ class Scheduler:
             self.running.append(work)
             self.paused.remove(work)
             return
-        sequence = work.sequence = self.store.open(work.request.ids, work.layout)
+        sequence = work.sequence = self._open(work)
         self.running.append(work)
         self.waiting.remove(work)
-        done = sequence.n_cached
-        work.emit(Prefilled(done, sequence.n_prompt, done, time.perf_counter()))
+        work.emit(sequence.progress(time.perf_counter()))
+
+    def _open(self, generation: Generation) -> Sequence:
+        asked = generation.request
+        return self.store.open(asked.ids, generation.layout, asked.borders, asked.n_stable)
 
     def finish(self, work: AnyWork, reason: FinishReason, stop_id: int | None = None) -> None:
         """End a request: its pages are kept for a later prompt or go back at once."""
@@ -146,7 +149,7 @@ class Scheduler:
             return
         has_ended = reason in ("stop", "length")
         if work.sequence is not None and (has_ended or work.keeps_cache):
-            self.store.keep(work.sequence, is_whole=has_ended)
+            self.store.keep(work.sequence)
         elif work.sequence is not None:
             self.store.free(work.sequence)
         self._forget(work)
@@ -206,7 +209,7 @@ class Scheduler:
         for is_reading, parts in ((False, decoding), (True, reading)):
             for generation in tuple(self.running):
                 try:
-                    part = self._part(generation, n_left, is_reading)
+                    part = self._part(generation, n_left, is_reading, reading)
                 except BaseException as error:
                     self.fail(generation, error)
                     continue
@@ -222,12 +225,20 @@ class Scheduler:
             return self._with_drafts(parts)
         return parts
 
-    def _part(self, generation: Generation, n_left: int, is_reading: bool) -> Rows | None:
+    def _part(
+        self, generation: Generation, n_left: int, is_reading: bool, reading: list[Rows]
+    ) -> Rows | None:
         sequence = generation.sequence
         assert sequence is not None, "the generation does not run"
-        n_waiting = sequence.n_waiting
-        if (n_waiting > 1) != is_reading:
+        if not is_reading:
+            self.store.settle(sequence)
+        if (sequence.n_waiting > 1) != is_reading:
             return None
+        if is_reading:
+            self.store.catch_up(sequence)
+            if self.store.waits(sequence, [part.sequence for part in reading]):
+                return None
+        n_waiting = sequence.n_waiting
         n = min(n_waiting, n_left, sequence.cache.step_limit())
         return Rows(sequence, n, int(n == n_waiting), generation)
 
@@ -244,7 +255,7 @@ class Scheduler:
                 self.fail(part.work, error)
         if not any(tokens for tokens, _ in guesses):
             return kept
-        most = min(self.limits.max_rows, self.max_samples)
+        most = min(self.limits.max_rows, self.max_samples, self.store.most_rows())
         try:
             n_drafts = best_drafts([chances for _, chances in guesses], self.costs, most)
             return [
@@ -259,12 +270,12 @@ class Scheduler:
 
         A paused generation computes its tokens again from the first on: the same bits.
         """
-        while not self.store.hold(part.sequence, part.n):
+        while not self.store.hold(part.sequence, part.n, len(part.drafts)):
             paused = [
                 g.sequence for g in self.paused if g.sequence and any(g.sequence.cache.n_pages)
             ]
             assert paused, "what runs holds more pages than were promised"
-            self.store.free(paused[0])
+            self.store.park(paused[0])
 
 
 def _fit(n_pages: Iterable[int], n_free: Iterable[int]) -> bool:

@@ -6,14 +6,14 @@ Knows token ids only, and nothing of scheduling or threads.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
 from edgeinfer.batch import Batch
-from edgeinfer.engine.cache import CacheLayout, Overflow, SequenceCache
+from edgeinfer.engine.cache import Overflow, SequenceCache
+from edgeinfer.engine.prefix_index import Miss, Node
 from edgeinfer.parameters import REQUEST
 from edgeinfer.sampling.params import SampleTable, SamplingParams
 
@@ -28,6 +28,8 @@ class Request:
     """`n_pinned` tokens at the start stay visible for ever when the context slides.
 
     With `speculation` tokens are guessed ahead where that is faster; the answer is the same.
+    `borders` are numbers of tokens behind which later prompts are likely to differ, the ends of
+    messages; what is kept of the first `n_stable` tokens is the last to be given up.
     """
 
     ids: tuple[int, ...]
@@ -37,6 +39,8 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     n_pinned: int = 0
     speculation: bool = False
+    borders: tuple[int, ...] = ()
+    n_stable: int = 0
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
@@ -49,12 +53,16 @@ class Request:
 
 
 class Prefilled(NamedTuple):
-    """`done` of `total` prompt tokens are in the cache, `cached` of them from before."""
+    """`done` of `total` prompt tokens are in the cache, `cached` of them computed by others.
+
+    `miss` tells why the others were not.
+    """
 
     done: int
     total: int
     cached: int
     at: float  # time.perf_counter(), taken by the engine
+    miss: Miss = ""
 
 
 class Token(NamedTuple):
@@ -87,6 +95,17 @@ class Sequence:
     cache: SequenceCache
     n_cached: int = 0
     mu: float | None = None  # mirostat's state
+    # The store's: why no more was cached; its nodes in the index; where to enter what it has
+    # computed, with what rank; another that begins alike, with how many tokens.
+    miss: Miss = ""
+    path: list[Node] = field(default_factory=list)
+    borders: list[tuple[int, int]] = field(default_factory=list)
+    leader: tuple[Sequence, int] | None = None
+    is_parked: bool = False  # its pages may have been given up
+
+    def progress(self, at: float) -> Prefilled:
+        done = self.cache.n_tokens
+        return Prefilled(done, self.n_prompt, self.n_cached, at, self.miss)
 
     @property
     def n_generated(self) -> int:
@@ -101,15 +120,6 @@ class Sequence:
     def is_decoding(self) -> bool:
         """Whether only its latest token waits: nothing of the prompt, nor of a cache it lost."""
         return self.n_generated > 0 and self.n_waiting == 1
-
-    def common_prefix(self, ids: SequenceOf[int], layout: CacheLayout) -> int:
-        """How many of `ids` this sequence's cache can serve, the last one excepted."""
-        if layout != self.cache.layout:
-            return 0
-        stored = self.ids[: self.cache.n_tokens]
-        limit = min(len(stored), len(ids) - 1)
-        n = next((i for i in range(limit) if stored[i] != ids[i]), limit)
-        return n if self.cache.can_cut(n) else 0
 
 
 class Work(Protocol):
@@ -157,6 +167,7 @@ def build_batch(parts: list[Rows], samples: SampleTable | None) -> Batch:
         pos += range(start, end)
         seq += [i] * part.n
         wanted += range(len(pos) - part.n_wanted, len(pos))
+    states, kept = _states(parts)
     return Batch(
         ids=np.array(ids, np.int32),
         pos=np.array(pos, np.int64),
@@ -165,4 +176,19 @@ def build_batch(parts: list[Rows], samples: SampleTable | None) -> Batch:
         wanted=np.array(wanted, np.int32),
         output="logits" if samples is None else "ids",
         samples=samples,
+        states=states,
+        kept=kept,
     )
+
+
+def _states(parts: list[Rows]) -> tuple[NDArray[np.int32] | None, NDArray[np.int32] | None]:
+    """The slots that a step starts from, and those for the states behind its rows."""
+    if not parts[0].sequence.cache.has_state:
+        return None, None
+    kept: list[int] = []
+    for part in parts:
+        cache = part.sequence.cache
+        counts = range(cache.n_tokens + 1, cache.n_tokens + part.n + 1)
+        kept += [cache.kept.get(n_tokens, -1) for n_tokens in counts]
+    states = [part.sequence.cache.state for part in parts]
+    return np.array(states, np.int32), np.array(kept, np.int32)
