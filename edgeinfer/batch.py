@@ -84,6 +84,9 @@ class Batch:
     Rows of one sequence are consecutive and their positions ascend by one. Input is `ids`, or
     `hidden` for a segment that does not start with token ids. Output "ids" comes with `samples`,
     which say how each is picked and take what is, and no other output does.
+
+    A segment with states reads and writes them in numbered slots. A slot is written as a whole,
+    once, and no step writes one that it reads, so a step that fails has spoilt nothing.
     """
 
     ids: NDArray[np.int32]  # (T,)
@@ -94,6 +97,9 @@ class Batch:
     output: OutputKind = "logits"
     hidden: NDArray[np.float32] | None = None  # (T, D)
     samples: SampleTable | None = None  # R rows
+    # The state slot that each sequence's first row starts from, -1 where that is its first of all.
+    states: NDArray[np.int32] | None = None  # (number of sequences,)
+    kept: NDArray[np.int32] | None = None  # (T,) the slot for the state behind a row, -1: none
 
     @property
     def n_rows(self) -> int:
@@ -102,6 +108,12 @@ class Batch:
     def check(self) -> None:
         """Assert what every program relies on, whatever its limits are."""
         assert (self.output == "ids") == (self.samples is not None), "ids come with samples"
+        assert (self.states is None) == (self.kept is None), "states come with what is kept"
+        if self.states is not None and self.kept is not None:
+            assert (len(self.states), len(self.kept)) == (len(self.tables), self.n_rows)
+            written = [slot for slot in self.kept.tolist() if slot >= 0]
+            assert len(set(written)) == len(written), "a step writes no state slot twice"
+            assert set(written).isdisjoint(self.states.tolist()), "nor one that it reads"
 
     def snapshot(self) -> Batch:
         """The same step, whatever becomes of the arrays that this one was made of."""
@@ -109,9 +121,12 @@ class Batch:
             tuple(table._replace(pages=table.pages.copy()) for table in of_sequence)
             for of_sequence in self.tables
         ]
+        hidden, states, kept = (
+            None if each is None else each.copy() for each in (self.hidden, self.states, self.kept)
+        )
         return Batch(
             self.ids.copy(), self.pos.copy(), self.seq.copy(), tables, self.wanted.copy(),
-            self.output, None if self.hidden is None else self.hidden.copy(), self.samples,
+            self.output, hidden, self.samples, states, kept,
         )  # fmt: skip
 
 
@@ -169,6 +184,7 @@ class StepRequest(NamedTuple):
     slots: int  # sequences that can all be that long at a time
     n_threads: int
     most_rows: int = 1 << 30  # of a step, where another machine computes a part of it
+    n_states: int = 0  # slots, of a model that has states: see `Batch`
 
 
 class StepLimits(NamedTuple):
@@ -183,6 +199,7 @@ class StepLimits(NamedTuple):
     # Prompt rows in a step that also decodes: the other generations wait no longer than these take.
     shared_rows: int = 64
     row_cost: float = ROW_COST
+    n_states: int = 0  # slots
 
     @classmethod
     def of(
@@ -212,6 +229,7 @@ class StepLimits(NamedTuple):
             n_threads=request.n_threads,
             shared_rows=min(shared_rows, max_rows),
             row_cost=row_cost,
+            n_states=request.n_states,
         )
 
 
@@ -222,6 +240,9 @@ class Demand(NamedTuple):
     # By memory ("host", "cuda:0"): bytes by purpose, all that a program reserves there.
     memories: Mapping[str, Mapping[str, int]]
     building_bytes: int = 0  # of the host's: what getting ready takes before any of that
+
+
+STATE_ROW = "state"  # the name of the state slots there
 
 
 def cache_row(window: int) -> str:

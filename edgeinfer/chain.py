@@ -112,10 +112,13 @@ class Link(NamedTuple):
         if is_last:
             return Batch(
                 step.ids, step.pos, step.seq, tables, step.wanted, step.output, step.hidden,
-                step.samples,
+                step.samples, step.states, step.kept,
             )  # fmt: skip
         nothing = np.zeros(0, np.int32)
-        return Batch(step.ids, step.pos, step.seq, tables, nothing, "hidden", step.hidden)
+        return Batch(
+            step.ids, step.pos, step.seq, tables, nothing, "hidden", step.hidden, None,
+            step.states, step.kept,
+        )  # fmt: skip
 
 
 class Chain:

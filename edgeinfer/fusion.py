@@ -18,9 +18,12 @@ from edgeinfer.graph import (
     Attention,
     Bias,
     Clamp,
+    Conv,
+    DeltaNet,
     Embed,
     ExpertLinear,
     ExpertSum,
+    Gain,
     Linear,
     Mul,
     MulParts,
@@ -133,8 +136,8 @@ class RotatedAttention(NamedTuple):
 
 Step: TypeAlias = (
     Embed | RmsNorm | Matmuls | Rotate | PinnedRotate | PinnedAttention | RotatedAttention | Add
-    | Mul | Bias | Scale | SoftCap | Activation | Clamp | MulParts | Route | ExpertMatmuls
-    | ExpertSum | SelectRows | WholeNorm | SwiGlu
+    | Mul | Bias | Gain | Scale | SoftCap | Activation | Clamp | MulParts | Route | ExpertMatmuls
+    | ExpertSum | Conv | DeltaNet | SelectRows | WholeNorm | SwiGlu
 )  # fmt: skip
 
 
@@ -269,8 +272,8 @@ def _pinned_attention(op: Attention, uses: Uses) -> _Rewritten:
 
 # What is done anew to a query on its way from its rotation to its attention, and what makes another
 # value of it, which has no rotation. An op is one or the other, or can't stand there.
-_REDONE = (RmsNorm, Add, Mul, Bias, Scale, SoftCap, Activation, Clamp, MulParts)
-_ENDS = (Embed, Linear, Attention, Route, ExpertLinear, ExpertSum, SelectRows)
+_REDONE = (RmsNorm, Add, Mul, Bias, Gain, Scale, SoftCap, Activation, Clamp, MulParts)
+_ENDS = (Embed, Linear, Attention, Route, ExpertLinear, ExpertSum, Conv, DeltaNet, SelectRows)
 
 
 def pinned_query(op: Attention, uses: Uses) -> list[Op]:

@@ -9,7 +9,7 @@ Operations and shape letters: `ops.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from edgeinfer.errors import InvalidModelError
 from edgeinfer.model_reader import Heads, ModelReader, without_leading_ones
@@ -21,34 +21,40 @@ from edgeinfer.ops import (
     Attention,
     Bias,
     Clamp,
+    Conv,
+    DeltaNet,
     Embed,
     ExpertLinear,
     ExpertSum,
+    Gain,
     GatingKind,
     Hparams,
     Linear,
     Mul,
     MulParts,
     Op,
+    Pairing,
     RmsNorm,
     Rotate,
     Route,
     Scale,
-    Segment,
     SelectRows,
     SoftCap,
+    State,
     Value,
     inputs,
 )
 from edgeinfer.quant import Weight
 from edgeinfer.rope import Growth, Rope, RopeKind, Yarn
+from edgeinfer.segment import Segment
 from edgeinfer.settings import Settings
 
 __all__ = [
-    "Activation", "ActivationKind", "Add", "Attention", "Bias", "Clamp", "Embed", "ExpertLinear",
-    "ExpertSum", "GatingKind", "Graph", "Growth", "Heads", "Hparams", "KV", "Linear", "Mul",
-    "MulParts", "Op", "RmsNorm", "Rope", "RopeKind", "Rotate", "Route", "Scale", "Segment",
-    "SelectRows", "Settings", "SoftCap", "Value", "Yarn", "inputs", "without_leading_ones",
+    "Activation", "ActivationKind", "Add", "Attention", "Bias", "Clamp", "Conv", "DeltaNet",
+    "Embed", "ExpertLinear", "ExpertSum", "Gain", "GatingKind", "Graph", "Growth", "Heads",
+    "Hparams", "KV", "Linear", "Mul", "MulParts", "Op", "Pairing", "RmsNorm", "Rope", "RopeKind",
+    "Rotate", "Route", "Scale", "Segment", "SelectRows", "Settings", "SoftCap", "State", "Value",
+    "Yarn", "inputs", "without_leading_ones",
 ]  # fmt: skip
 
 
@@ -202,6 +208,39 @@ class Graph(ModelReader):
         """x plus a tensor (full name) of one row."""
         return self._record(Bias, x.dim, x=x, weight=self._weight(name, x.dim))
 
+    def mul_vector(self, x: Value, name: str) -> Value:
+        """x times a tensor (full name) of one row, element by element."""
+        return self._record(Gain, x.dim, x=x, weight=self._weight(name, x.dim))
+
+    def convs(self, values: Sequence[Value], name: str, n_taps: int) -> list[Value]:
+        """Causal convolutions of values whose channels lie side by side in one weight (C, L)."""
+        n_channels = sum(x.dim for x in values)
+        weight = self._weight(f"{name}.weight", n_channels, n_taps)
+        bias = self._optional(f"{name}.bias", n_channels)
+        outs, end = list[Value](), 0
+        for x in values:
+            start, end = end, end + x.dim
+            of_x = bias.rows(start, end) if bias else None
+            outs.append(self._record(Conv, x.dim, x=x, weight=weight.rows(start, end), bias=of_x))
+        return outs
+
+    def delta_net(
+        self,
+        q: Value,
+        k: Value,
+        v: Value,
+        *,
+        decay: Value,
+        beta: Value,
+        n_k_heads: int,
+        pairing: Pairing,
+    ) -> Value:
+        """The gated delta rule, as `DeltaNet` says; decay and beta have one value for each head."""
+        return self._record(
+            DeltaNet, v.dim, q=q, k=k, v=v, decay=decay, beta=beta, n_k_heads=n_k_heads,
+            n_v_heads=beta.dim, dim=v.dim // beta.dim, pairing=pairing,
+        )  # fmt: skip
+
     def scale(self, x: Value, factor: float) -> Value:
         return x if factor == 1 else self._record(Scale, x.dim, x=x, factor=factor)
 
@@ -281,7 +320,7 @@ class Graph(ModelReader):
             raise InvalidModelError("not a finite number; download the file again", field=twin.name)
         return self.scale(x, factor)
 
-    def _record(self, op: type[Op], dim: int, **fields: object) -> Value:
+    def _record(self, op: type[Op], dim: int, /, **fields: object) -> Value:
         out = Value(self, self._n_values, dim)
         self._n_values += 1
         self.ops.append(op(layer=self._layer, out=out, **fields))  # type: ignore[arg-type]

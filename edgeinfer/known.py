@@ -9,6 +9,8 @@ from edgeinfer.errors import UnsupportedModelError
 from edgeinfer.graph import (
     KV,
     Attention,
+    Conv,
+    DeltaNet,
     ExpertLinear,
     ExpertSum,
     Op,
@@ -27,7 +29,9 @@ Known: TypeAlias = Mapping[type, Mapping[str, Container[str] | None]]
 
 
 # Ops that need every row of a step.
-_OF_ALL_ROWS = (Attention, Rotate, Route, ExpertLinear, ExpertSum, SelectRows)
+_OF_ALL_ROWS = (
+    Attention, Rotate, Route, ExpertLinear, ExpertSum, Conv, DeltaNet, SelectRows
+)  # fmt: skip
 
 
 def fields(names: str, **values: Container[str]) -> dict[str, Container[str] | None]:

@@ -6,14 +6,16 @@ d head dim, F feed-forward dim, V vocabulary, E experts.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol, TypeAlias
 
-from edgeinfer.errors import UnsupportedModelError
 from edgeinfer.quant import Weight
 from edgeinfer.rope import Rope
 
 ActivationKind: TypeAlias = Literal["silu", "gelu", "sigmoid", "softplus", "relu2"]
+# Which key head a value head h reads: h % n_k_heads, or h * n_k_heads // n_v_heads.
+Pairing: TypeAlias = Literal["tiled", "interleaved"]
 GatingKind: TypeAlias = Literal["softmax", "sigmoid", "raw", "sqrt_softplus"]
 
 
@@ -39,6 +41,20 @@ class KV(NamedTuple):
     v_dim: int
     window: int = 0  # 0: all
     k_is_v: bool = False
+
+
+class State(NamedTuple):
+    """What a recurrent op keeps of a sequence from one row to the next: floats of a shape.
+
+    Zeros before its first row.
+    """
+
+    kind: Literal["conv", "delta_net"]
+    shape: tuple[int, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        return 4 * math.prod(self.shape)
 
 
 class Recording(Protocol):
@@ -165,6 +181,15 @@ class Bias(NamedTuple):
     weight: Weight
 
 
+class Gain(NamedTuple):
+    """out = x * weight in every row; weight (x dim,)."""
+
+    layer: int
+    out: Value
+    x: Value
+    weight: Weight
+
+
 class Scale(NamedTuple):
     """out = x * factor, a float32."""
 
@@ -274,6 +299,60 @@ class ExpertSum(NamedTuple):
     route: Value
 
 
+class Conv(NamedTuple):
+    """Causal convolution of each channel: out_t = sum over j of weight[:, j] x_(t-L+1+j) + bias.
+
+    weight (C, L), bias (C,) or None. The state is what the next row sees of those before it: the
+    last L - 1 rows of x, the oldest first. L is 2 or more.
+    """
+
+    layer: int
+    out: Value
+    x: Value
+    weight: Weight
+    bias: Weight | None = None
+
+    @property
+    def n_taps(self) -> int:
+        """L."""
+        return self.weight.shape[-1]
+
+    @property
+    def state(self) -> State:
+        return State("conv", (self.n_taps - 1, self.x.dim))
+
+
+class DeltaNet(NamedTuple):
+    """The gated delta rule: each value head h writes into a matrix S (dim, dim) and reads it.
+
+    For each row: S = exp(decay) S; S = S + k (beta (v - S^T k))^T; out = S^T q. q and k
+    (T, n_k_heads * dim) are those of the key head that h is paired with, v and out
+    (T, n_v_heads * dim), decay and beta (T, n_v_heads). The state is S of every head.
+    """
+
+    layer: int
+    out: Value
+    q: Value
+    k: Value
+    v: Value
+    decay: Value
+    beta: Value
+    n_k_heads: int
+    n_v_heads: int
+    dim: int
+    pairing: Pairing
+
+    def key_head(self, h: int) -> int:
+        """The key head of value head h."""
+        return (
+            h % self.n_k_heads if self.pairing == "tiled" else h * self.n_k_heads // self.n_v_heads
+        )
+
+    @property
+    def state(self) -> State:
+        return State("delta_net", (self.n_v_heads, self.dim, self.dim))
+
+
 class SelectRows(NamedTuple):
     """out = the rows of x whose result the step was asked for."""
 
@@ -283,8 +362,9 @@ class SelectRows(NamedTuple):
 
 
 Op: TypeAlias = (
-    Embed | RmsNorm | Linear | Rotate | Attention | Add | Mul | Bias | Scale | SoftCap | Activation
-    | Clamp | MulParts | Route | ExpertLinear | ExpertSum | SelectRows
+    Embed | RmsNorm | Linear | Rotate | Attention | Add | Mul | Bias | Gain | Scale | SoftCap
+    | Activation | Clamp | MulParts | Route | ExpertLinear | ExpertSum | Conv | DeltaNet
+    | SelectRows
 )  # fmt: skip
 
 
@@ -297,53 +377,3 @@ def named_inputs(op: NamedTuple) -> list[tuple[str, Value]]:
     """The same with the fields that hold them, of an op or what is made of some."""
     fields = zip(op._fields, op, strict=True)
     return [(name, field) for name, field in fields if isinstance(field, Value) and name != "out"]
-
-
-class Segment(NamedTuple):
-    """A range of layers of one graph, the unit that a backend compiles.
-
-    `input` is None where the segment starts with token ids, else the residual stream that enters
-    it. `output` is the value it yields: logits of the selected rows, or the residual stream.
-    `hidden` is what steps yield that want no logits: what the head reads, or the output.
-    """
-
-    graph: Recording
-    ops: tuple[Op, ...]
-    input: Value | None
-    output: Value
-    hidden: Value
-    is_last: bool
-
-    @property
-    def caches(self) -> dict[int, KV]:
-        """The caches that layers of this segment fill, by layer."""
-        attentions = [op for op in self.ops if isinstance(op, Attention)]
-        return {op.layer: op.cache for op in attentions if op.source is None}
-
-    @property
-    def groups(self) -> dict[int, dict[int, KV]]:
-        """The caches by window, ascending: each group has page tables of its own."""
-        groups: dict[int, dict[int, KV]] = {}
-        for layer, cache in sorted(self.caches.items(), key=lambda item: (item[1].window, item[0])):
-            groups.setdefault(cache.window, {})[layer] = cache
-        return groups
-
-    def cut(self, layer: int) -> tuple[Segment, Segment]:
-        """The layers before `layer`, and those from it on.
-
-        UnsupportedModelError where these read more of the others than the stream that leaves them.
-        """
-        stream = self.graph.boundary(layer - 1)
-        before = tuple(op for op in self.ops if op.layer < layer)
-        after = tuple(op for op in self.ops if op.layer >= layer)
-        assert before and after, f"a segment can't be cut at layer {layer}"
-        made = {op.out for op in before} | ({self.input} if self.input else set())
-        read = {value for op in after for value in inputs(op)}
-        caches = {op.source for op in after if isinstance(op, Attention)} - {None}
-        if (made & read) - {stream} or caches & {op.layer for op in before}:
-            raise UnsupportedModelError(
-                f"layer {layer} reads more of those before it than their output: this model can't "
-                "be split there; choose another number of layers"
-            )
-        first = self._replace(ops=before, output=stream, hidden=stream, is_last=False)
-        return first, self._replace(ops=after, input=stream)

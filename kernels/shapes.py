@@ -20,6 +20,7 @@ from edgeinfer.graph import (
     Embed,
     ExpertLinear,
     ExpertSum,
+    Gain,
     Growth,
     Linear,
     Mul,
@@ -52,6 +53,7 @@ KNOWN: Known = {
     Add: fields("a b"),
     Mul: fields("a b"),
     Bias: fields("x weight"),
+    Gain: fields("x weight"),
     Scale: fields("x factor"),
     SoftCap: fields("x cap"),
     Activation: fields("x kind", kind=("silu", "gelu", "sigmoid", "softplus", "relu2")),
@@ -97,7 +99,7 @@ def _check_op(op: Op) -> None:
     elif isinstance(op, (Add, Mul)) and not op.a.dim == op.b.dim == op.out.dim:
         what = f"an operand of {type(op).__name__} in layer {op.layer}"
         raise _unsupported(what, f"{op.b.dim} wide", f"the width of the other, {op.a.dim}")
-    elif isinstance(op, Bias):
+    elif isinstance(op, (Bias, Gain)):
         _check_vector(op.weight, op.x.dim)
     elif isinstance(op, MulParts):
         what = f"the row whose parts are multiplied in layer {op.layer}"

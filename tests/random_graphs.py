@@ -106,8 +106,8 @@ class Drawn:
 
 
 _OPS = (
-    "linear", "norm", "rotate", "add", "mul", "activation", "scale", "soft_cap", "bias", "clamp",
-    "parts",
+    "linear", "norm", "rotate", "add", "mul", "activation", "scale", "soft_cap", "bias", "gain",
+    "clamp", "parts",
 )  # fmt: skip
 _NUMBER = st.integers(0, 7)
 _LOOSE = st.lists(
@@ -435,6 +435,8 @@ class Recorder:
             return a * b
         if each.op == "activation":
             return self._plain(a, KINDS[each.choice % len(KINDS)])
+        if each.op == "gain":
+            return g.mul_vector(a, self.name())
         if each.op == "scale":
             return g.scale(a, 0.3)
         if each.op == "clamp":

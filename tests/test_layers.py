@@ -22,7 +22,7 @@ config quant platform options parameters results settings
 device gguf dequantize
 rope
 text sampling hub ops
-mixture model_reader
+mixture model_reader segment
 graph keys
 batch models.*
 fusion known

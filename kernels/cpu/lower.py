@@ -26,8 +26,11 @@ from edgeinfer.graph import (
     Add,
     Bias,
     Clamp,
+    Conv,
+    DeltaNet,
     Embed,
     ExpertSum,
+    Gain,
     Mul,
     MulParts,
     RmsNorm,
@@ -104,6 +107,8 @@ class Lowering(AttentionLowering, ExpertLowering):
                 self._pointwise("mul", step, step.a, step.b)
             case Bias():
                 self._pointwise("add", step, step.x, step.weight)
+            case Gain():
+                self._pointwise("mul", step, step.x, step.weight)
             case Scale():
                 self._pointwise("scale", step, step.x, parameter=step.factor)
             case SoftCap():
@@ -123,6 +128,8 @@ class Lowering(AttentionLowering, ExpertLowering):
             case SelectRows():
                 args = self._copy(step.x, layout.PICKED_ROWS, self._sinks(step.out, "selected"))
                 self._emit("select", "copy_rows", args, layout.COUNT_WANTED)
+            case Conv() | DeltaNet():
+                raise AssertionError("these are refused before")
             case _:
                 _never(step)
 
@@ -158,7 +165,7 @@ class Lowering(AttentionLowering, ExpertLowering):
     def _pointwise(
         self,
         kind: str,
-        op: Add | Mul | Bias | Scale | SoftCap | Activation | Clamp,
+        op: Add | Mul | Bias | Gain | Scale | SoftCap | Activation | Clamp,
         a: Value,
         b: Value | Weight | None = None,
         parameter: float = 0.0,

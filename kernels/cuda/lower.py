@@ -23,8 +23,11 @@ from edgeinfer.graph import (
     Add,
     Bias,
     Clamp,
+    Conv,
+    DeltaNet,
     Embed,
     ExpertSum,
+    Gain,
     Mul,
     MulParts,
     RmsNorm,
@@ -107,6 +110,8 @@ class Lowering(FusedLowering):
                 self._pointwise("mul", step.out, step.a, step.b)
             case Bias():
                 self._pointwise("add", step.out, step.x, step.weight)
+            case Gain():
+                self._pointwise("mul", step.out, step.x, step.weight)
             case Scale():
                 self._pointwise("scale", step.out, step.x, first=step.factor)
             case SoftCap():
@@ -126,6 +131,8 @@ class Lowering(FusedLowering):
                 self._expert_sum(step)
             case SelectRows():
                 self._select(step)
+            case Conv() | DeltaNet():
+                raise AssertionError("these are refused before")
             case _:
                 _never(step)
 

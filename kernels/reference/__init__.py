@@ -6,8 +6,8 @@ Knows no threads, tapes or packed layouts. Two modes share one walk over the ops
   float64, K and V kept in float32.
 - "quantised": what every kernel computes, bit for bit. All values are float32, every written
   operation rounds once to nearest even, `fma` is fused, no operation is reordered. The modules
-  `quantised`, `blocks` and `functions` say how; where they show a loop, its order is part of the
-  contract.
+  `quantised`, `blocks`, `functions` and `recurrent` say how; where they show a loop, its order is
+  part of the contract.
 
 Rules of the quantised mode that span functions:
 - a matmul is followed by the bias, then by the residual: `residual + (acc + bias)`.

@@ -66,6 +66,18 @@ class Exact:
         seen = np.where(is_visible[:, None, :, None], v, 0)
         return f32(np.einsum("hps,phsd->hd", p, seen, dtype=np.float64))
 
+    def convolve(self, x: Floats, weight: Floats, bias: Floats | None) -> Floats:
+        total = (x.astype(np.float64) * weight.T).sum(axis=0)
+        return f32(total if bias is None else total + bias)
+
+    def delta(
+        self, s: Floats, q: Floats, k: Floats, v: Floats, decay: Floats, beta: Floats
+    ) -> tuple[Floats, Floats]:
+        wide = s * np.exp(decay.astype(np.float64))[:, None, None]
+        error = v - np.einsum("hij,hi->hj", wide, k)
+        wide += k[:, :, None] * (beta[:, None] * error)[:, None]
+        return f32(wide), f32(np.einsum("hij,hi->hj", wide, q))
+
 
 _EXACT_ACTIVATIONS: dict[ActivationKind, Callable[[Doubles], Any]] = {
     "silu": lambda x: x / (1 + np.exp(-x)),

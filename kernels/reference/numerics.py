@@ -62,6 +62,17 @@ class Numerics(Protocol):
         whose positions `is_visible` (P, 32); sinks (H,).
         """
 
+    def convolve(self, x: Floats, weight: Floats, bias: Floats | None) -> Floats:
+        """The last of L rows x (L, C), its channels convolved with weight (C, L): (C,)."""
+
+    def delta(
+        self, s: Floats, q: Floats, k: Floats, v: Floats, decay: Floats, beta: Floats
+    ) -> tuple[Floats, Floats]:
+        """One row of `graph.DeltaNet`: the state behind it, (H, dim, dim), and out, (H, dim).
+
+        s as the state, q, k, v (H, dim), each for its value head; decay and beta (H,).
+        """
+
 
 def embed(weight: Weight, ids: NDArray[np.int32]) -> Floats:
     """Rows `ids` of a matrix as `dequantize` gives them."""

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from edgeinfer.batch import (
     HOST,
     PAGE,
+    STATE_ROW,
     Batch,
     Demand,
     Outputs,
@@ -31,15 +32,19 @@ from edgeinfer.graph import (
     Attention,
     Bias,
     Clamp,
+    Conv,
+    DeltaNet,
     Embed,
     ExpertLinear,
     ExpertSum,
+    Gain,
     GatingKind,
     Growth,
     Linear,
     Mul,
     MulParts,
     Op,
+    Pairing,
     RmsNorm,
     Rope,
     Rotate,
@@ -55,6 +60,7 @@ from edgeinfer.kernels.reference.exact import Exact
 from edgeinfer.kernels.reference.experts import add_parts, choose, multiply_chosen
 from edgeinfer.kernels.reference.numerics import Floats, Ints, Numerics, embed, rotate, scaled
 from edgeinfer.kernels.reference.quantised import Quantised
+from edgeinfer.kernels.reference.recurrent import convolve, delta_net
 from edgeinfer.known import Known, check, fields
 
 Mode: TypeAlias = Literal["exact", "quantised"]
@@ -75,6 +81,7 @@ KNOWN: Known = {
     Add: fields("a b"),
     Mul: fields("a b"),
     Bias: fields("x weight"),
+    Gain: fields("x weight"),
     Scale: fields("x factor"),
     SoftCap: fields("x cap"),
     Activation: fields("x kind", kind=get_args(ActivationKind)),
@@ -85,6 +92,8 @@ KNOWN: Known = {
     ),
     ExpertLinear: fields("x route weight scale bias"),
     ExpertSum: fields("x route"),
+    Conv: fields("x weight bias"),
+    DeltaNet: fields("q k v decay beta n_k_heads n_v_heads dim pairing", pairing=get_args(Pairing)),
     SelectRows: fields("x"),
 }
 
@@ -110,6 +119,7 @@ class ReferenceBackend:
         limits = StepLimits.of(request, vocab_size, segment.groups, _MAX_ROWS, row_cost=1.0)
         matmuls = [op for op in segment.ops if isinstance(op, (Linear, ExpertLinear))]
         weights = {op.weight.name: op.weight for op in matmuls}
+        state_bytes = sum(each.n_bytes for of_layer in segment.states.values() for each in of_layer)
         rows = {
             "weights F32": 4 * sum(weight.n_elements for weight in weights.values()),
             **{
@@ -119,6 +129,7 @@ class ReferenceBackend:
                 * sum(kv.n_heads * (kv.k_dim + kv.v_dim * (not kv.k_is_v)) for kv in group.values())
                 for window, group in segment.groups.items()
             },
+            **({STATE_ROW: limits.n_states * state_bytes} if state_bytes else {}),
             "scratch": 4 * limits.max_rows * sum(op.out.dim for op in segment.ops),
         }
         return Demand(limits, {HOST: rows})
@@ -149,6 +160,11 @@ class ReferenceProgram:
         self._pages = {
             layer: _Pages.of(limits.n_pages[kv.window], kv, numerics.kv_type)
             for layer, kv in segment.caches.items()
+        }
+        self._states = {
+            op.out.index: np.zeros((limits.n_states, *op.state.shape), np.float32)
+            for op in segment.ops
+            if isinstance(op, (Conv, DeltaNet))
         }
         self._groups = {window: i for i, window in enumerate(segment.groups)}
         uses = Uses(segment)
@@ -237,6 +253,8 @@ class ReferenceProgram:
                 return values[op.a.index] * values[op.b.index]
             case Bias():
                 return values[op.x.index] + dequantize(op.weight)
+            case Gain():
+                return values[op.x.index] * dequantize(op.weight)
             case Scale():
                 return scaled(values[op.x.index], op.factor)
             case SoftCap():
@@ -255,6 +273,11 @@ class ReferenceProgram:
                 return multiply_chosen(numerics, op, x, route, self._weights[op.weight.name])
             case ExpertSum():
                 return add_parts(values[op.x.index], values[op.route.index])
+            case Conv():
+                return convolve(numerics, op, values[op.x.index], batch, self._states[op.out.index])
+            case DeltaNet():
+                given = [values[x.index] for x in inputs(op)]
+                return delta_net(numerics, op, given, batch, self._states[op.out.index])
             case SelectRows():
                 return values[op.x.index][batch.wanted]
 

@@ -115,6 +115,29 @@ class Quantised:
         out: Floats = whole.o * (np.float32(1) / whole.l)[:, None]
         return out
 
+    def convolve(self, x: Floats, weight: Floats, bias: Floats | None) -> Floats:
+        """acc = fma(weight[:, j], x[j], acc), j ascending, from +0; then acc + bias."""
+        acc = np.zeros(x.shape[1], np.float32)
+        for j in range(len(x)):
+            acc = fma(weight[:, j], x[j], acc)
+        return acc if bias is None else acc + bias
+
+    def delta(
+        self, s: Floats, q: Floats, k: Floats, v: Floats, decay: Floats, beta: Floats
+    ) -> tuple[Floats, Floats]:
+        """S is read once for k and q, then written: each column j for itself.
+
+        g = exp(decay); a = S^T k, b = S^T q and c = k . q, each a `sum_of_products`;
+        delta = fma(-g, a, v) * beta; out = fma(c, delta, g * b), as if S were read behind the
+        write; S = fma(k[i], delta[j], S[i, j] * g).
+        """
+        g = exp(decay)[:, None]
+        a, b = sum_of_products(s, k[:, :, None]), sum_of_products(s, q[:, :, None])
+        c = sum_of_products(k[:, :, None], q[:, :, None])
+        delta = fma(-g, a, v) * beta[:, None]
+        out = fma(c, delta, g * b)
+        return fma(k[:, :, None], delta[:, None], s * g[:, None]), out
+
 
 @dataclass(frozen=True, slots=True)
 class _Part:
@@ -153,6 +176,18 @@ def matmul_floats(x: Floats, weight: Floats) -> Floats:
     for k in range(0, x.shape[1], 4):
         acc = fma(weight[None, :, k : k + 4], x[:, None, k : k + 4], acc)
     return (acc[..., 0] + acc[..., 1]) + (acc[..., 2] + acc[..., 3])
+
+
+def sum_of_products(x: Floats, y: Floats) -> Floats:
+    """Over i of (H, n, columns): acc[i % 4] = fma(x[i], y[i], acc[i % 4]), ascending, from +0.
+
+    The result is (acc[0] + acc[1]) + (acc[2] + acc[3]), as in `matmul_floats`.
+    """
+    acc = np.zeros((4, len(x), x.shape[2]), np.float32)
+    for i in range(x.shape[1]):
+        acc[i % 4] = fma(x[:, i], y[:, i], acc[i % 4])
+    total: Floats = (acc[0] + acc[1]) + (acc[2] + acc[3])
+    return total
 
 
 def sum_of_squares(x: Floats) -> Floats:

@@ -1,0 +1,67 @@
+"""A range of layers of a recorded graph, and what it keeps of sequences. Knows no file format."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from edgeinfer.errors import UnsupportedModelError
+from edgeinfer.ops import KV, Attention, Conv, DeltaNet, Op, Recording, State, Value, inputs
+
+
+class Segment(NamedTuple):
+    """A range of layers of one graph, the unit that a backend compiles.
+
+    `input` is None where the segment starts with token ids, else the residual stream that enters
+    it. `output` is the value it yields: logits of the selected rows, or the residual stream.
+    `hidden` is what steps yield that want no logits: what the head reads, or the output.
+    """
+
+    graph: Recording
+    ops: tuple[Op, ...]
+    input: Value | None
+    output: Value
+    hidden: Value
+    is_last: bool
+
+    @property
+    def caches(self) -> dict[int, KV]:
+        """The caches that layers of this segment fill, by layer."""
+        attentions = [op for op in self.ops if isinstance(op, Attention)]
+        return {op.layer: op.cache for op in attentions if op.source is None}
+
+    @property
+    def groups(self) -> dict[int, dict[int, KV]]:
+        """The caches by window, ascending: each group has page tables of its own."""
+        groups: dict[int, dict[int, KV]] = {}
+        for layer, cache in sorted(self.caches.items(), key=lambda item: (item[1].window, item[0])):
+            groups.setdefault(cache.window, {})[layer] = cache
+        return groups
+
+    @property
+    def states(self) -> dict[int, tuple[State, ...]]:
+        """What a state slot holds of a sequence: the states of each layer, in the ops' order."""
+        states: dict[int, tuple[State, ...]] = {}
+        for op in self.ops:
+            if isinstance(op, (Conv, DeltaNet)):
+                states[op.layer] = (*states.get(op.layer, ()), op.state)
+        return states
+
+    def cut(self, layer: int) -> tuple[Segment, Segment]:
+        """The layers before `layer`, and those from it on.
+
+        UnsupportedModelError where these read more of the others than the stream that leaves them.
+        """
+        stream = self.graph.boundary(layer - 1)
+        before = tuple(op for op in self.ops if op.layer < layer)
+        after = tuple(op for op in self.ops if op.layer >= layer)
+        assert before and after, f"a segment can't be cut at layer {layer}"
+        made = {op.out for op in before} | ({self.input} if self.input else set())
+        read = {value for op in after for value in inputs(op)}
+        caches = {op.source for op in after if isinstance(op, Attention)} - {None}
+        if (made & read) - {stream} or caches & {op.layer for op in before}:
+            raise UnsupportedModelError(
+                f"layer {layer} reads more of those before it than their output: this model can't "
+                "be split there; choose another number of layers"
+            )
+        first = self._replace(ops=before, output=stream, hidden=stream, is_last=False)
+        return first, self._replace(ops=after, input=stream)
