@@ -16,7 +16,11 @@ from edgeinfer.device import Choice, Device, find
 from edgeinfer.graph import Segment
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from edgeinfer.kernels.cuda.device import Device as Gpu
+    from edgeinfer.sampling.params import SampleTable
 
 # stage ("kernels", "weights"), done, total
 CompileProgress: TypeAlias = Callable[[str, int, int], None]
@@ -50,6 +54,13 @@ class Program(Protocol):
         The arrays of a batch, page tables among them, are copied as far as the step needs them:
         whoever made them may change them once this returns. `batch.samples` alone belongs to the
         step until it was waited for. A sequence has the same `PageTable` objects in all its steps.
+        """
+        ...
+
+    def sample(self, logits: NDArray[np.float32], table: SampleTable) -> None:
+        """Fill the outputs of a table's first R rows from logits (R, V) of a step, edited or not.
+
+        Between steps; the tokens are those that a step picks from such logits itself.
         """
         ...
 

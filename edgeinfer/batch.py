@@ -6,7 +6,7 @@ Knows no scheduling and no text.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -84,6 +84,9 @@ class Batch:
     Rows of one sequence are consecutive and their positions ascend by one. Input is `ids`, or
     `hidden` for a segment that does not start with token ids. Output "ids" comes with `samples`,
     which say how each is picked and take what is, and no other output does.
+
+    Beside the output a step yields what the head reads of the wanted rows, `with_hidden`, and of
+    all its rows the `residuals` that enter these layers, all of them declared by the segment.
     """
 
     ids: NDArray[np.int32]  # (T,)
@@ -94,6 +97,8 @@ class Batch:
     output: OutputKind = "logits"
     hidden: NDArray[np.float32] | None = None  # (T, D)
     samples: SampleTable | None = None  # R rows
+    with_hidden: bool = False
+    residuals: tuple[int, ...] = ()
 
     @property
     def n_rows(self) -> int:
@@ -112,6 +117,7 @@ class Batch:
         return Batch(
             self.ids.copy(), self.pos.copy(), self.seq.copy(), tables, self.wanted.copy(),
             self.output, None if self.hidden is None else self.hidden.copy(), self.samples,
+            self.with_hidden, self.residuals,
         )  # fmt: skip
 
 
@@ -119,13 +125,15 @@ class Batch:
 class Outputs:
     """What a step yields; arrays that were not asked for have no rows.
 
-    `logits` and `hidden` are views into the program's memory, valid until its next submit.
+    All but `ids` are views into the program's memory, valid until its next submit; logits may be
+    written to, and given to `Program.sample` then.
     """
 
     logits: NDArray[np.float32]  # (R, V)
     hidden: NDArray[np.float32]  # (R, D); for a segment before the last every row of the step
     ids: NDArray[np.int32]  # (R,)
     aborted: bool = False  # the step was cut short: nothing else here means anything
+    residuals: Mapping[int, NDArray[np.float32]] = field(default_factory=dict)  # (T, D) by layer
 
 
 class Sampler(Protocol):

@@ -6,7 +6,9 @@ d head dim, F feed-forward dim, V vocabulary, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 from edgeinfer.errors import UnsupportedModelError
@@ -305,6 +307,7 @@ class Segment(NamedTuple):
     `input` is None where the segment starts with token ids, else the residual stream that enters
     it. `output` is the value it yields: logits of the selected rows, or the residual stream.
     `hidden` is what steps yield that want no logits: what the head reads, or the output.
+    `residuals` are the streams that enter some layers, by layer, which steps may yield beside it.
     """
 
     graph: Recording
@@ -313,6 +316,12 @@ class Segment(NamedTuple):
     output: Value
     hidden: Value
     is_last: bool
+    residuals: Mapping[int, Value] = MappingProxyType({})
+
+    @property
+    def kept(self) -> set[Value]:
+        """The values that are read once the step is done: no other may lie in their place."""
+        return {self.output, self.hidden, *self.residuals.values()}
 
     @property
     def caches(self) -> dict[int, KV]:
@@ -345,5 +354,9 @@ class Segment(NamedTuple):
                 f"layer {layer} reads more of those before it than their output: this model can't "
                 "be split there; choose another number of layers"
             )
-        first = self._replace(ops=before, output=stream, hidden=stream, is_last=False)
-        return first, self._replace(ops=after, input=stream)
+        early = {i: value for i, value in self.residuals.items() if value in made}
+        late = {i: value for i, value in self.residuals.items() if value not in made}
+        first = self._replace(
+            ops=before, output=stream, hidden=stream, is_last=False, residuals=early
+        )
+        return first, self._replace(ops=after, input=stream, residuals=late)

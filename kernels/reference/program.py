@@ -56,6 +56,7 @@ from edgeinfer.kernels.reference.experts import add_parts, choose, multiply_chos
 from edgeinfer.kernels.reference.numerics import Floats, Ints, Numerics, embed, rotate, scaled
 from edgeinfer.kernels.reference.quantised import Quantised
 from edgeinfer.known import Known, check, fields
+from edgeinfer.sampling.params import SampleTable
 
 Mode: TypeAlias = Literal["exact", "quantised"]
 
@@ -170,6 +171,10 @@ class ReferenceProgram:
             self._ticket.wait()
         self._ticket = ReferenceTicket(self, batch.snapshot())
         return self._ticket
+
+    def sample(self, logits: Floats, table: SampleTable) -> None:
+        assert self._sampler is not None, "this ReferenceBackend was given no sampler"
+        self._sampler.sample(logits, table)
 
     def describe(self) -> dict[str, Any]:
         """What it runs on."""
@@ -300,34 +305,24 @@ class ReferenceProgram:
 
     def _collect(self, values: Mapping[int, Floats], batch: Batch) -> Outputs:
         """What the batch asked for; "hidden" of the last segment is what enters the head."""
-        result = values[self._segment.output.index]
-        if not self._segment.is_last:
-            return self._outputs(hidden=result)
-        if batch.output == "hidden":
-            return self._outputs(hidden=values[self._segment.hidden.index])
-        if batch.output == "logits":
-            return self._outputs(logits=result)
-        table = batch.samples
-        assert table is not None
-        assert self._sampler is not None, "this ReferenceBackend was given no sampler"
-        self._sampler.sample(result, table)
-        return self._outputs(ids=table.ids[: len(result)].copy())
+        segment, out = self._segment, self._outputs()
+        result, kept = values[segment.output.index], segment.residuals
+        out.residuals = {layer: values[kept[layer].index] for layer in batch.residuals}
+        if batch.output == "hidden" or batch.with_hidden or not segment.is_last:
+            out.hidden = values[segment.hidden.index]
+        if batch.output == "logits" and segment.is_last:
+            out.logits = result
+        elif batch.output == "ids" and segment.is_last:
+            assert batch.samples is not None
+            self.sample(result, batch.samples)
+            out.ids = batch.samples.ids[: len(result)].copy()
+        return out
 
-    def _outputs(
-        self,
-        *,
-        logits: Floats | None = None,
-        hidden: Floats | None = None,
-        ids: NDArray[np.int32] | None = None,
-        aborted: bool = False,
-    ) -> Outputs:
+    def _outputs(self, *, aborted: bool = False) -> Outputs:
+        """Nothing yet."""
         hp = self._segment.graph.hparams
-        return Outputs(
-            np.empty((0, hp.vocab_size), np.float32) if logits is None else logits,
-            np.empty((0, hp.dim), np.float32) if hidden is None else hidden,
-            np.empty(0, np.int32) if ids is None else ids,
-            aborted=aborted,
-        )
+        no_logits, no_hidden = (np.empty((0, n), np.float32) for n in (hp.vocab_size, hp.dim))
+        return Outputs(no_logits, no_hidden, np.empty(0, np.int32), aborted=aborted)
 
 
 class ReferenceTicket:
