@@ -166,11 +166,12 @@ def open_backend(
     `memory` is how many bytes of the host's memory there are for all that it does. A GPU leaves
     what it can't sample to what `make_sampler` gives, by default to `host_sampler`.
     """
-    if device.kind == "reference":
+    if device.kind in ("reference", "law"):
         from edgeinfer.kernels.reference import ReferenceBackend
         from edgeinfer.sampling.sampler import ReferenceSampler
 
-        return ReferenceBackend(ReferenceSampler())
+        is_law = device.kind == "law"
+        return ReferenceBackend(ReferenceSampler(), "quantised" if is_law else "exact")
     if device.kind == "cpu":
         from edgeinfer.kernels.cpu.program import CpuBackend
 
@@ -188,7 +189,7 @@ def compile_law(segment: Segment, limits: StepLimits, sampler: Sampler) -> Progr
     """A program whose results all others must have, bit for bit, at NumPy's pace."""
     from edgeinfer.kernels.reference import ReferenceBackend
 
-    return ReferenceBackend(sampler).compile(segment, limits, mode="quantised")
+    return ReferenceBackend(sampler, "quantised").compile(segment, limits)
 
 
 def host_sampler(

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Literal, NoReturn, TypeVar
 
 from edgeinfer.engine.generation import WAKE_SECONDS, Generation
-from edgeinfer.engine.sequence import Finished, Prefilled, Token
+from edgeinfer.engine.sequence import Finished, Prefilled, Request, Token
 from edgeinfer.errors import ClosedError, InvalidRequestError
 from edgeinfer.parameters import shown
 from edgeinfer.results import (
@@ -78,6 +78,11 @@ class Stream(Iterator[Event]):
         if self._completion is None:
             raise ClosedError("the stream has not ended, or failed: there is no completion")
         return self._completion
+
+    @property
+    def request(self) -> Request:
+        """What was asked for, every setting resolved."""
+        return self._generation.request
 
     @property
     def prompt_ids(self) -> tuple[int, ...]:

@@ -96,8 +96,8 @@ class ReferenceBackend:
     Without a `sampler` no token can be asked for.
     """
 
-    def __init__(self, sampler: Sampler | None = None) -> None:
-        self._sampler = sampler
+    def __init__(self, sampler: Sampler | None = None, mode: Mode = "exact") -> None:
+        self._sampler, self._mode = sampler, mode
 
     def memories(self, host: int) -> dict[str, int]:
         """All is in the host's memory."""
@@ -125,10 +125,10 @@ class ReferenceBackend:
         return Demand(limits, {HOST: rows})
 
     def compile(
-        self, segment: Segment, limits: StepLimits, *, mode: Mode = "exact"
+        self, segment: Segment, limits: StepLimits, *, mode: Mode | None = None
     ) -> ReferenceProgram:
         check(segment, KNOWN, "reference")
-        numerics = Exact() if mode == "exact" else Quantised()
+        numerics = Exact() if (mode or self._mode) == "exact" else Quantised()
         return ReferenceProgram(segment, limits, numerics, self._sampler)
 
 
@@ -178,7 +178,8 @@ class ReferenceProgram:
 
     def describe(self) -> dict[str, Any]:
         """What it runs on."""
-        return {"device": "reference"}
+        is_exact = isinstance(self._numerics, Exact)
+        return {"device": "reference" if is_exact else "law"}
 
     def close(self) -> None:
         self._is_closed, self._ticket = True, None
