@@ -77,6 +77,7 @@ class Lowered:
     input: Buffer | None = None
     hidden: Buffer | None = None
     logits: Buffer | None = None
+    residuals: dict[int, Buffer] = field(default_factory=dict)  # by the layer they enter
     # What picks a token from each row of logits: the likeliest, or as the step's samples say.
     argmax: Launch | None = None
     sample: Launch | None = None
@@ -89,4 +90,5 @@ class Lowered:
     def place(self) -> None:
         """Offsets for every buffer."""
         uses = [list(launch.buffers()) for launch in self.launches]
-        self.scratch.place_by_life(uses, (self.input, self.hidden, self.logits))
+        outside = (self.input, self.hidden, self.logits, *self.residuals.values())
+        self.scratch.place_by_life(uses, outside)

@@ -61,6 +61,7 @@ class Lowering(FusedLowering):
             if segment.hidden in self._floats and not out.head:
                 out.head = len(out.launches)
         out.hidden = self._floats[segment.hidden]
+        out.residuals = {i: self._floats[value] for i, value in segment.residuals.items()}
         out.logits = self._floats[segment.output] if segment.is_last else None
         if out.logits is not None:
             out.argmax, out.sample = self._argmax(out.logits), self._sample(out.logits)

@@ -97,7 +97,7 @@ class LoweringBase:
         self._weights, self._caches, self._step = weights, caches, step
         self._arch = arch
         self._steps = fuse(segment)
-        self._reads = Reads(self._steps, {segment.output, segment.hidden})
+        self._reads = Reads(self._steps, segment.kept)
         self._selected = selected(segment)
         self._floats: dict[Value, Buffer] = {}  # where a value's f32 rows are
         self._quantised: dict[Value, Buffer] = {}
