@@ -5,7 +5,7 @@ Knows nothing of sequences, text or scheduling.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
@@ -69,6 +69,34 @@ class Program(Protocol):
 
         Where there are any: the number of "threads", the name of the "gpu", "layers" by device.
         """
+        ...
+
+    # What it keeps between steps. All of this is asked for while no step is on its way, by one
+    # thread, and takes no memory of the device. `group` is an index into the tables of a batch.
+
+    @property
+    def cache_layout(self) -> str:
+        """What its bytes mean: only programs with an equal one can take them."""
+        ...
+
+    def copy_pages(self, group: int, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Make pages of all layers of a group equal others; no target is a source."""
+        ...
+
+    def read_pages(self, group: int, pages: Sequence[int]) -> NDArray[np.uint8]:
+        """A copy of pages, (n, bytes of a page); of that width without any, too."""
+        ...
+
+    def write_pages(self, group: int, pages: Sequence[int], data: NDArray[np.uint8]) -> None:
+        """Put what was read into pages; ValueError where it has another shape."""
+        ...
+
+    def read_states(self, slots: Sequence[int]) -> NDArray[np.uint8]:
+        """A copy of slots of state, (n, bytes of a slot): none where the segment has no state."""
+        ...
+
+    def write_states(self, slots: Sequence[int], data: NDArray[np.uint8]) -> None:
+        """Put what was read into slots; ValueError where it has another shape."""
         ...
 
     def close(self) -> None: ...

@@ -173,6 +173,40 @@ class Chain:
             facts["gpu"] = " + ".join(gpus)
         return {**facts, "layers": layers}
 
+    # -- what it caches: the bytes of the programs in order ------------------------------------
+
+    @property
+    def cache_layout(self) -> str:
+        return " + ".join(program.cache_layout for program in self.programs)
+
+    def copy_pages(self, group: int, sources: Sequence[int], targets: Sequence[int]) -> None:
+        for program, own in self._with_group(group):
+            program.copy_pages(own, sources, targets)
+
+    def read_pages(self, group: int, pages: Sequence[int]) -> NDArray[np.uint8]:
+        parts = [program.read_pages(own, pages) for program, own in self._with_group(group)]
+        return np.concatenate(parts, axis=1)
+
+    def write_pages(self, group: int, pages: Sequence[int], data: NDArray[np.uint8]) -> None:
+        owners = self._with_group(group)
+        widths = [program.read_pages(own, []).shape[1] for program, own in owners]
+        for (program, own), part in zip(owners, _columns(data, widths), strict=True):
+            program.write_pages(own, pages, part)
+
+    def read_states(self, slots: Sequence[int]) -> NDArray[np.uint8]:
+        return np.concatenate([program.read_states(slots) for program in self.programs], axis=1)
+
+    def write_states(self, slots: Sequence[int], data: NDArray[np.uint8]) -> None:
+        widths = [program.read_states([]).shape[1] for program in self.programs]
+        for program, part in zip(self.programs, _columns(data, widths), strict=True):
+            program.write_states(slots, part)
+
+    def _with_group(self, group: int) -> list[tuple[Program, int]]:
+        """The programs that have layers of a cache group, and which of their own it is."""
+        return [
+            (link.program, link.groups.index(group)) for link in self._links if group in link.groups
+        ]
+
     def build_exactly(self, progress: Callable[[int, int], None]) -> int:
         return sum(build_exactly(program, progress) for program in self.programs)
 
@@ -194,6 +228,16 @@ class Chain:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _columns(data: NDArray[np.uint8], widths: Sequence[int]) -> list[NDArray[np.uint8]]:
+    """Bytes of pages cut into those of each program; ValueError where there are more or fewer."""
+    if data.ndim != 2 or data.shape[1] != sum(widths):
+        raise ValueError(
+            f"{data.dtype} of {data.shape} can't be written: it must be rows of {sum(widths)} "
+            "bytes, read from a program of equal cache_layout"
+        )
+    return np.split(data, np.cumsum(widths)[:-1], axis=1)
 
 
 class ChainTicket:

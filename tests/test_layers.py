@@ -26,7 +26,7 @@ mixture model_reader segment
 graph keys
 batch models.*
 fusion known
-kernels.buffers kernels.shapes
+kernels.buffers kernels.cached kernels.shapes
 kernels.reference kernels.cpu kernels.cuda
 model backend
 engine load_settings chain

@@ -5,7 +5,10 @@ Knows no team and no machine; `program.py` makes it run.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping
+
+import numpy as np
 
 from edgeinfer.batch import SEGMENT_PAGES, StepLimits, cache_row
 from edgeinfer.graph import (
@@ -13,6 +16,7 @@ from edgeinfer.graph import (
     Segment,
 )
 from edgeinfer.kernels.buffers import Arena, Buffer, weights_of
+from edgeinfer.kernels.cached import Cached, HostPart, Pieces, layout_of
 from edgeinfer.kernels.cpu import layout
 from edgeinfer.kernels.cpu.commands import KernelOp
 from edgeinfer.kernels.cpu.host_sampler import SAMPLE, Sampling
@@ -30,8 +34,8 @@ class Blueprint:
         self.segment, self.limits = segment, limits
         self.weights = PackedWeights(*weights_of(segment))
         self.kv = Arena()
-        caches = _place_caches(segment, self.kv, limits)
-        lowering = Lowering(segment, limits, self.weights, caches)
+        self._caches = _place_caches(segment, self.kv, limits)
+        lowering = Lowering(segment, limits, self.weights, self._caches)
         self.lowered = lowering.run()
         self.scratch = self.lowered.scratch
         self.sample = self._sample_op() if segment.is_last else None
@@ -50,6 +54,17 @@ class Blueprint:
             **self._cache_rows(),
             "scratch": self.scratch.n_bytes,
         }
+
+    def cached(self) -> Cached:
+        """What the program keeps between steps, once the arena of pages has memory."""
+        groups = []
+        for window, group in self.segment.groups.items():
+            first, n_pages = self._caches[next(iter(group))], self.limits.n_pages[window]
+            n_bytes = n_pages * first.page_bytes
+            raw = (ctypes.c_uint8 * n_bytes).from_address(first.k_base.address)
+            pages = np.frombuffer(memoryview(raw), np.uint8).reshape(n_pages, first.page_bytes)
+            groups.append(Pieces(n_pages, [HostPart(pages)]))
+        return Cached(tuple(groups), Pieces(0, []), layout_of("cpu 1", self.segment))
 
     def _cache_rows(self) -> dict[str, int]:
         return {

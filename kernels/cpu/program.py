@@ -28,6 +28,7 @@ from edgeinfer.batch import (
 from edgeinfer.errors import ClosedError
 from edgeinfer.graph import Segment
 from edgeinfer.kernels.buffers import Arena, Buffer
+from edgeinfer.kernels.cached import CacheVerbs
 from edgeinfer.kernels.cpu import layout
 from edgeinfer.kernels.cpu.blueprint import Blueprint
 from edgeinfer.kernels.cpu.commands import KernelOp, recut
@@ -134,7 +135,7 @@ class CpuTicket:
         self._program._set(layout.H_ABORT, 1)
 
 
-class CpuProgram:
+class CpuProgram(CacheVerbs):
     """Runs batches of one segment. Not thread-safe: one step at a time."""
 
     def __init__(self, backend: CpuBackend, drawn: Blueprint) -> None:
@@ -153,6 +154,7 @@ class CpuProgram:
         backend, drawn, limits = self._backend, self._drawn, self.limits
         self._weights.reserve()
         self._kv, self._scratch = self._reserve(drawn.kv), self._reserve(drawn.scratch)
+        self._cached = drawn.cached()
         backend.load(drawn.kernels())
         library, lowered = backend.library, self._lowered
         self._team = shared_team(library, limits.n_threads)
@@ -354,6 +356,7 @@ class CpuProgram:
         return int(self._header[word // layout.WORD])
 
     def _forget_views(self) -> None:
+        self._cached = None
         self._hidden = self._no_rows
         self._logits = self._no_rows
         self._input = self._no_rows

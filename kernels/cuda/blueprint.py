@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from itertools import count, takewhile
 
+import numpy as np
+
 from edgeinfer.batch import SEGMENT_PAGES, StepLimits, cache_row
-from edgeinfer.graph import Attention, ExpertLinear, Linear, Segment
+from edgeinfer.graph import KV, Attention, ExpertLinear, Linear, Segment
 from edgeinfer.kernels.buffers import Arena, Buffer, weights_of
+from edgeinfer.kernels.cached import Bytes, Cached, Numbers, Pieces, layout_of
+from edgeinfer.kernels.cuda.device import Device
 from edgeinfer.kernels.cuda.kernel import Kernel
 from edgeinfer.kernels.cuda.layout import ALIGNMENT, StepArrays, page_bytes
 from edgeinfer.kernels.cuda.lower import Lowering
@@ -49,6 +54,21 @@ class Blueprint:
             **self._cache_rows,
             "scratch": self.scratch.n_bytes + self.step.n_bytes + self._counters_bytes,
         }
+
+    def cached(self, device: Device) -> Cached:
+        """What the program keeps between steps, once the arena of pages has memory."""
+        groups = tuple(
+            Pieces(self.limits.n_pages[window], self._parts_of(group, device))
+            for window, group in self.segment.groups.items()
+        )
+        return Cached(groups, Pieces(0, []), layout_of("cuda 1", self.segment))
+
+    def _parts_of(self, group: Mapping[int, KV], device: Device) -> Iterator[DevicePart]:
+        for layer, kv in group.items():
+            k_bytes, v_bytes = page_bytes(kv)
+            yield DevicePart(device, self._caches[layer].k.address, k_bytes)
+            if v_bytes:
+                yield DevicePart(device, self._caches[layer].v.address, v_bytes)
 
     @property
     def logits_bytes(self) -> int:
@@ -125,3 +145,34 @@ class Blueprint:
                 caches[layer] = LayerCache(k, v, tables, -(-n_pages // SEGMENT_PAGES) + 2)
             self._cache_rows[cache_row(window)] = self.kv.n_bytes - before
         return caches
+
+
+class DevicePart:
+    """Pieces of `n_bytes` in a device's memory, one after the other."""
+
+    def __init__(self, device: Device, address: int, n_bytes: int) -> None:
+        self._device, self._address, self.n_bytes = device, address, n_bytes
+
+    def copy(self, sources: Numbers, targets: Numbers) -> None:
+        for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
+            self._device.copy(self._at(target), self._at(source), self.n_bytes)
+
+    def read(self, numbers: Numbers) -> Bytes:
+        pieces = np.empty((len(numbers), self.n_bytes), np.uint8)
+        for first, run in self._runs(numbers, pieces):
+            self._device.read(first, run)
+        return pieces
+
+    def write(self, numbers: Numbers, data: Bytes) -> None:
+        for first, run in self._runs(numbers, data):
+            self._device.write(first, run)
+
+    def _runs(self, numbers: Numbers, data: Bytes) -> Iterator[tuple[int, Bytes]]:
+        """Where pieces of ascending numbers lie, with their data: those go in one transfer."""
+        ends = [*(np.flatnonzero(np.diff(numbers) != 1) + 1).tolist(), len(numbers)]
+        for start, end in zip([0, *ends[:-1]], ends, strict=True):
+            if start < end:
+                yield self._at(int(numbers[start])), data[start:end]
+
+    def _at(self, number: int) -> int:
+        return self._address + number * self.n_bytes

@@ -16,6 +16,7 @@ import numpy as np
 from edgeinfer.batch import PAGE, Batch, Outputs, Sampler
 from edgeinfer.errors import ClosedError, DeviceError
 from edgeinfer.kernels.buffers import Buffer
+from edgeinfer.kernels.cached import Cached, CacheVerbs
 from edgeinfer.kernels.cuda.attention import n_segments
 from edgeinfer.kernels.cuda.blueprint import Blueprint
 from edgeinfer.kernels.cuda.device import Device, Event
@@ -71,7 +72,7 @@ class CudaTicket:
         self._program._abort(self._running)
 
 
-class CudaProgram:
+class CudaProgram(CacheVerbs):
     """Runs batches of one segment. Not thread-safe: one step at a time.
 
     Where the device picks a token for every sequence of a step, it begins the next step before
@@ -108,6 +109,7 @@ class CudaProgram:
                 arena.settle(self._reserved[-1])
                 if arena is drawn.kv:  # zeros, as every machine's begins
                     device.fill(self._reserved[-1], arena.n_bytes)
+        self._cached = drawn.cached(device)
         device.load(drawn.kernels(), lambda done, total, _: progress("kernels", done, total))
         self._arrays, self._asked = drawn.step_arrays, StepArrays(self.limits)
         n_vocab = self.segment.output.dim if self.segment.is_last else 0
@@ -258,6 +260,12 @@ class CudaProgram:
                 self._guess = None
                 self._device.write_now(word, 1)
 
+    def _changing(self) -> Cached:
+        """A guess has read the cache as it was before."""
+        with self._lock:
+            self._guess = None
+        return self._open()
+
     # -- results -------------------------------------------------------------------------------
 
     def _collect(self, batch: Batch, running: Running) -> Outputs:
@@ -322,7 +330,7 @@ class CudaProgram:
     def close(self) -> None:
         """Free everything."""
         if not self._closed:
-            self._closed = True
+            self._closed, self._cached = True, None
             self._free()
 
     def _free(self) -> None:

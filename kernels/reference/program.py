@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
@@ -56,6 +57,7 @@ from edgeinfer.graph import (
     Yarn,
     inputs,
 )
+from edgeinfer.kernels.cached import Cached, CacheVerbs, HostPart, Pieces, layout_of
 from edgeinfer.kernels.reference.exact import Exact
 from edgeinfer.kernels.reference.experts import add_parts, choose, multiply_chosen
 from edgeinfer.kernels.reference.numerics import Floats, Ints, Numerics, embed, rotate, scaled
@@ -143,7 +145,7 @@ class ReferenceBackend:
         return ReferenceProgram(segment, limits, numerics, self._sampler)
 
 
-class ReferenceProgram:
+class ReferenceProgram(CacheVerbs):
     """A segment made runnable: its weights, and the KV pages of its layers."""
 
     def __init__(
@@ -168,6 +170,7 @@ class ReferenceProgram:
             if isinstance(op, (Conv, DeltaNet))
         }
         self._groups = {window: i for i, window in enumerate(segment.groups)}
+        self._cached = self._cache_bytes()
         uses = Uses(segment)
         self._pinned = {
             op.out.index: pinned_query(op, uses) for op in segment.ops if isinstance(op, Attention)
@@ -198,7 +201,7 @@ class ReferenceProgram:
         return {"device": "reference" if is_exact else "law"}
 
     def close(self) -> None:
-        self._is_closed, self._ticket = True, None
+        self._is_closed, self._ticket, self._cached = True, None, None
         self._weights.clear()
         self._pages.clear()
 
@@ -218,6 +221,18 @@ class ReferenceProgram:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def _cache_bytes(self) -> Cached:
+        groups = tuple(
+            Pieces(
+                self._limits.n_pages[window],
+                [HostPart(part) for layer in group for part in self._pages[layer].bytes()],
+            )
+            for window, group in self._segment.groups.items()
+        )
+        machine = f"reference 1 {self._numerics.kv_type.__name__}"
+        states = Pieces(self._limits.n_states, map(HostPart, map(_as_bytes, self._states.values())))
+        return Cached(groups, states, layout_of(machine, self._segment))
 
     def run(self, batch: Batch, ticket: ReferenceTicket) -> Outputs:
         """Compute the step that `ticket` stands for."""
@@ -380,3 +395,14 @@ class _Pages:
         shape = n_pages, PAGE, kv.n_heads
         k = np.zeros((*shape, kv.k_dim), kind)
         return cls(k, k[..., : kv.v_dim] if kv.k_is_v else np.zeros((*shape, kv.v_dim), kind))
+
+    def bytes(self) -> list[NDArray[np.uint8]]:
+        """Of K, and of V where it is kept: (page, bytes)."""
+        kept = [self.k] if self.v.base is self.k else [self.k, self.v]
+        return [_as_bytes(each) for each in kept]
+
+
+def _as_bytes(pieces: NDArray[Any]) -> NDArray[np.uint8]:
+    """The same memory as (piece, bytes)."""
+    n_bytes = math.prod(pieces.shape[1:]) * pieces.itemsize
+    return pieces.reshape(-1).view(np.uint8).reshape(len(pieces), n_bytes)
