@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from edgeinfer.batch import Batch, PageTable, StepLimits, StepRequest
 from edgeinfer.graph import KV, Conv, DeltaNet, Pairing, Segment, Value
 from edgeinfer.kernels.cuda.kernel import Kernel
+from edgeinfer.kernels.reference.functions import silu
 from edgeinfer.kernels.reference.quantised import Quantised
 from edgeinfer.kernels.reference.recurrent import convolve, delta_net
 from edgeinfer.sampling.params import SampleTable, SamplingParams
@@ -66,7 +67,8 @@ ROWS = [
 
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize(("dim", "n_taps", "bias"), [(37, 4, False), (300, 2, True), (64, 7, True)])
-def test_conv(rows: Rows, dim: int, n_taps: int, bias: bool) -> None:
+@pytest.mark.parametrize("has_silu", [False, True])
+def test_conv(rows: Rows, dim: int, n_taps: int, bias: bool, has_silu: bool) -> None:
     g, n = RandomGraph(), len(rows.seq)
     x, slots = rows_of(n, dim), rows_of(N_SLOTS * (n_taps - 1), dim, 1)
     weight = g._weight("conv", dim, n_taps)
@@ -78,10 +80,10 @@ def test_conv(rows: Rows, dim: int, n_taps: int, bias: bool) -> None:
     run(
         Kernel("conv"), (-(-dim // 256), n + 1), 256, **rows.args, seq=rows.seq,
         x=rows_in_memory(x), x_stride=stride_of(dim), weight=floats_of(weight),
-        bias=floats_of(op.bias) if op.bias else None, slots=ours, n_taps=n_taps, dim=dim, out=out,
-        out_stride=stride_of(dim),
+        bias=floats_of(op.bias) if op.bias else None, slots=ours, n_taps=n_taps, dim=dim,
+        silu=int(has_silu), out=out, out_stride=stride_of(dim),
     )  # fmt: skip
-    same_bits(out[:, :dim], expected)
+    same_bits(out[:, :dim], silu(expected) if has_silu else expected)
     same_bits(ours, law)
 
 

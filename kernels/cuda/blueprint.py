@@ -16,7 +16,6 @@ from edgeinfer.graph import (
     ExpertLinear,
     Linear,
     Segment,
-    Value,
 )
 from edgeinfer.kernels.buffers import Arena, Buffer, weights_of
 from edgeinfer.kernels.cached import Bytes, Cached, Numbers, Pieces, layout_of
@@ -74,7 +73,7 @@ class Blueprint:
             for window, group in self.segment.groups.items()
         )
         states = [
-            DevicePart(device, self._states[op.out].address, op.state.n_bytes)
+            DevicePart(device, self._states[op.out.index].address, op.state.n_bytes)
             for op in self._recurrent
         ]
         layout = layout_of("cuda 1", self.segment)
@@ -164,12 +163,12 @@ class Blueprint:
             self._cache_rows[cache_row(window)] = self.kv.n_bytes - before
         return caches
 
-    def _place_states(self) -> dict[Value, Buffer]:
-        """For each op that keeps a state its slots, one array; by what it leaves."""
-        before, slots = self.kv.n_bytes, dict[Value, Buffer]()
+    def _place_states(self) -> dict[int, Buffer]:
+        """For each op that keeps a state its slots, one array; by the number of what it leaves."""
+        before, slots = self.kv.n_bytes, dict[int, Buffer]()
         for op in self._recurrent:
             n_bytes = self.limits.n_states * op.state.n_bytes
-            slots[op.out] = self.kv.place(Buffer("state", n_bytes, is_kept=True))
+            slots[op.out.index] = self.kv.place(Buffer("state", n_bytes, is_kept=True))
         self._state_rows = {STATE_ROW: self.kv.n_bytes - before} if slots else {}
         return slots
 

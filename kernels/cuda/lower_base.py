@@ -94,13 +94,13 @@ class LoweringBase:
         limits: StepLimits,
         weights: WeightAddresses,
         caches: Mapping[int, LayerCache],
-        states: Mapping[Value, Buffer],
+        states: Mapping[int, Buffer],
         step: StepBuffers,
         arch: int,
     ) -> None:
         self._segment, self._limits = segment, limits
         self._weights, self._caches, self._step = weights, caches, step
-        self._states, self._arch = states, arch  # by what an op leaves: the slots of its state
+        self._states, self._arch = states, arch  # slots, by number of what an op leaves
         self._steps = fuse(segment)
         self._reads = Reads(self._steps, segment.kept)
         self._selected = selected(segment)

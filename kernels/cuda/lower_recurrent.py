@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgeinfer.graph import Conv, DeltaNet
+from edgeinfer.graph import Conv, DeltaNet, Value
 from edgeinfer.kernels.cuda.commands import ALL_ROWS, Arg
 from edgeinfer.kernels.cuda.kernel import Kernel
 from edgeinfer.kernels.cuda.lower_base import PLAIN, LaunchShape, LoweringBase
@@ -20,7 +20,7 @@ class RecurrentLowering(LoweringBase):
             x=self._floats[op.x], x_stride=row_stride(op.x.dim),
             weight=self._weights.vector(op.weight),
             bias=self._weights.vector(op.bias) if op.bias else 0, seq=self._step.seq,
-            **self._state_args(op), n_taps=op.n_taps, dim=op.x.dim,
+            **self._state_args(op.out), n_taps=op.n_taps, dim=op.x.dim, silu=0,
             out=self._float_buffer(op.out, "convolved"), out_stride=row_stride(op.out.dim),
         )  # fmt: skip
 
@@ -31,11 +31,10 @@ class RecurrentLowering(LoweringBase):
             q=self._floats[op.q], k=self._floats[op.k], key_stride=row_stride(op.q.dim),
             v=self._floats[op.v], v_stride=row_stride(op.v.dim), decay=self._floats[op.decay],
             beta=self._floats[op.beta], head_stride=row_stride(op.n_v_heads),
-            **self._state_args(op), n_key_heads=op.n_k_heads, tiled=int(op.pairing == "tiled"),
+            **self._state_args(op.out), n_key_heads=op.n_k_heads, tiled=int(op.pairing == "tiled"),
             out=self._float_buffer(op.out, "delta net"), out_stride=row_stride(op.out.dim),
         )  # fmt: skip
 
-    def _state_args(self, op: Conv | DeltaNet) -> dict[str, Arg]:
-        step = self._step
-        slots = self._states[op.out]
+    def _state_args(self, out: Value) -> dict[str, Arg]:
+        step, slots = self._step, self._states[out.index]
         return {"spans": step.spans, "states": step.states, "kept": step.kept, "slots": slots}
