@@ -42,10 +42,11 @@ from edgeinfer.kernels.cuda import tiles
 from edgeinfer.kernels.cuda.commands import ALL_ROWS, WANTED_ROWS, Arg, Launch, Lowered
 from edgeinfer.kernels.cuda.kernel import Kernel
 from edgeinfer.kernels.cuda.lower_fused import FusedLowering
+from edgeinfer.kernels.cuda.lower_recurrent import RecurrentLowering
 from edgeinfer.kernels.cuda.tiles import row_stride
 
 
-class Lowering(FusedLowering):
+class Lowering(FusedLowering, RecurrentLowering):
     """One pass over a segment's steps."""
 
     def run(self) -> Lowered:
@@ -132,8 +133,10 @@ class Lowering(FusedLowering):
                 self._expert_sum(step)
             case SelectRows():
                 self._select(step)
-            case Conv() | DeltaNet():
-                raise AssertionError("these are refused before")
+            case Conv():
+                self._conv(step)
+            case DeltaNet():
+                self._delta_net(step)
             case _:
                 _never(step)
 

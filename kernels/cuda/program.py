@@ -111,7 +111,8 @@ class CudaProgram(CacheVerbs):
                     device.fill(self._reserved[-1], arena.n_bytes)
         self._cached = drawn.cached(device)
         device.load(drawn.kernels(), lambda done, total, _: progress("kernels", done, total))
-        self._arrays, self._asked = drawn.step_arrays, StepArrays(self.limits)
+        self._arrays = drawn.step_arrays
+        self._asked = StepArrays(self.limits, bool(self.segment.states))
         n_vocab = self.segment.output.dim if self.segment.is_last else 0
         self._samples, self._asked_samples = (
             drawn.sample_arrays, SampleArrays(self.limits, n_vocab)
@@ -234,6 +235,7 @@ class CudaProgram(CacheVerbs):
             running.picked is not None
             and self.segment.input is None  # rows from another machine can't be guessed
             and not (batch.with_hidden or batch.residuals)  # it would lie in the place of these
+            and not self.segment.states  # which slots it would read and write is not known either
             and n_rows == len(batch.wanted) == len(set(batch.seq.tolist())) <= FEW_ROWS
             and np.array_equal(self._last_pos + 1, batch.pos)
             and not ((batch.pos + 1) % PAGE == 0).any()  # there the tables may get a page
