@@ -148,6 +148,7 @@ class SequenceCache:
             for ring in layout.rings
         )
         self.n_tokens = 0  # positions whose K and V are stored
+        self.room = 0  # positions up to which it has grown: pages are held for them
         self._n_written = 0  # positions that steps may have touched, also those that failed
         self._is_bounded = any(not ring.window for ring in layout.rings)  # by a context
 
@@ -176,10 +177,12 @@ class SequenceCache:
         `missing` is what `missing` has said of as many positions since it grew last.
         """
         self._n_written = max(self._n_written, self.n_tokens + n_tokens)
+        self.room = 0
         missing = self.missing(n_tokens) if missing is None else missing
         for table, pool, slots in zip(self.tables, self._pools, missing, strict=True):
             for slot in slots:
                 table.pages[slot] = pool.take()
+        self.room = pages_for(self.n_tokens + n_tokens) * PAGE
 
     def missing(self, n_tokens: int) -> list[list[int]]:
         """Slots of each group without a page, of those that the next `n_tokens` positions take."""
@@ -203,6 +206,7 @@ class SequenceCache:
     def truncate(self, n_tokens: int) -> None:
         """Forget positions from `n_tokens` on, if it `can_cut` there."""
         assert self.can_cut(n_tokens), "what is left sees positions that are gone"
+        self.room = 0
         gone = range(pages_for(n_tokens), self._top)
         for i, (ring, table) in enumerate(zip(self.layout.rings, self.tables, strict=True)):
             # In a ring that has turned their slots hold nothing else that anyone sees.
@@ -212,6 +216,7 @@ class SequenceCache:
 
     def free(self) -> None:
         """Give every page back."""
+        self.room = 0
         for i, ring in enumerate(self.layout.rings):
             self._drop(i, range(ring.n_slots))
         self.n_tokens = self._n_written = 0
