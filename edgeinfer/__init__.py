@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from edgeinfer.llm import LLM
     from edgeinfer.options import LoadOptions, Progress, Sampling
     from edgeinfer.parameters import ANSWER, LOAD, Parameter
+    from edgeinfer.replay import Recording, Replay
     from edgeinfer.results import (
         Completion,
         Delta,
@@ -55,6 +56,7 @@ if not os.path.isdir(os.path.join(os.path.dirname(__file__), "kernels")):
 
 _HOME = {
     "LLM": "llm", "AsyncLLM": "aio", "Message": "text.messages",
+    "Recording": "replay", "Replay": "replay",
     "LoadOptions": "options", "Progress": "options", "Sampling": "options",
     "ANSWER": "parameters", "LOAD": "parameters", "Parameter": "parameters",
     "MemoryPlan": "engine.memory_plan", "plan": "inspect_file",
@@ -98,6 +100,8 @@ __all__ = [
     "PlanError",
     "Progress",
     "PromptProgress",
+    "Recording",
+    "Replay",
     "Sampling",
     "Stream",
     "StreamFilter",

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgeinfer.kernels.cuda.device import Device as Gpu
+    from edgeinfer.sampling.params import SampleTable
 
 # stage ("kernels", "weights"), done, total
 CompileProgress: TypeAlias = Callable[[str, int, int], None]
@@ -53,6 +54,13 @@ class Program(Protocol):
         The arrays of a batch, page tables among them, are copied as far as the step needs them:
         whoever made them may change them once this returns. `batch.samples` alone belongs to the
         step until it was waited for. A sequence has the same `PageTable` objects in all its steps.
+        """
+        ...
+
+    def sample(self, logits: NDArray[np.float32], table: SampleTable) -> None:
+        """Fill the outputs of a table's first R rows from logits (R, V) of a step, edited or not.
+
+        Between steps; the tokens are those that a step picks from such logits itself.
         """
         ...
 
@@ -186,11 +194,12 @@ def open_backend(
     `memory` is how many bytes of the host's memory there are for all that it does. A GPU leaves
     what it can't sample to what `make_sampler` gives, by default to `host_sampler`.
     """
-    if device.kind == "reference":
+    if device.kind in ("reference", "law"):
         from edgeinfer.kernels.reference import ReferenceBackend
         from edgeinfer.sampling.sampler import ReferenceSampler
 
-        return ReferenceBackend(ReferenceSampler())
+        is_law = device.kind == "law"
+        return ReferenceBackend(ReferenceSampler(), "quantised" if is_law else "exact")
     if device.kind == "cpu":
         from edgeinfer.kernels.cpu.program import CpuBackend
 
@@ -208,7 +217,7 @@ def compile_law(segment: Segment, limits: StepLimits, sampler: Sampler) -> Progr
     """A program whose results all others must have, bit for bit, at NumPy's pace."""
     from edgeinfer.kernels.reference import ReferenceBackend
 
-    return ReferenceBackend(sampler).compile(segment, limits, mode="quantised")
+    return ReferenceBackend(sampler, "quantised").compile(segment, limits)
 
 
 def host_sampler(

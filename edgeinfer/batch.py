@@ -6,7 +6,7 @@ Knows no scheduling and no text.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -85,6 +85,9 @@ class Batch:
     `hidden` for a segment that does not start with token ids. Output "ids" comes with `samples`,
     which say how each is picked and take what is, and no other output does.
 
+    Beside the output a step yields what the head reads of the wanted rows, `with_hidden`, and of
+    all its rows the `residuals` that enter these layers, all of them declared by the segment.
+
     A segment with states reads and writes them in numbered slots. A slot is written as a whole,
     once, and no step writes one that it reads, so a step that fails has spoilt nothing.
     """
@@ -100,6 +103,8 @@ class Batch:
     # The state slot that each sequence's first row starts from, -1 where that is its first of all.
     states: NDArray[np.int32] | None = None  # (number of sequences,)
     kept: NDArray[np.int32] | None = None  # (T,) the slot for the state behind a row, -1: none
+    with_hidden: bool = False
+    residuals: tuple[int, ...] = ()
 
     @property
     def n_rows(self) -> int:
@@ -126,7 +131,7 @@ class Batch:
         )
         return Batch(
             self.ids.copy(), self.pos.copy(), self.seq.copy(), tables, self.wanted.copy(),
-            self.output, hidden, self.samples, states, kept,
+            self.output, hidden, self.samples, states, kept, self.with_hidden, self.residuals,
         )  # fmt: skip
 
 
@@ -134,13 +139,15 @@ class Batch:
 class Outputs:
     """What a step yields; arrays that were not asked for have no rows.
 
-    `logits` and `hidden` are views into the program's memory, valid until its next submit.
+    All but `ids` are views into the program's memory, valid until its next submit; logits may be
+    written to, and given to `Program.sample` then.
     """
 
     logits: NDArray[np.float32]  # (R, V)
     hidden: NDArray[np.float32]  # (R, D); for a segment before the last every row of the step
     ids: NDArray[np.int32]  # (R,)
     aborted: bool = False  # the step was cut short: nothing else here means anything
+    residuals: Mapping[int, NDArray[np.float32]] = field(default_factory=dict)  # (T, D) by layer
 
 
 class Sampler(Protocol):

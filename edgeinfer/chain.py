@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,8 @@ from edgeinfer.graph import Segment
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from edgeinfer.sampling.params import SampleTable
 
 
 class Stretch(NamedTuple):
@@ -74,7 +77,8 @@ class ChainBackend:
                 n_pages = {window: limits.n_pages[window] for window in part.groups}
                 program = backend.compile(part, limits._replace(n_pages=n_pages))
                 stack.callback(program.close)
-                links.append(Link(program, tuple(map(windows.index, n_pages)), n))
+                groups = tuple(map(windows.index, n_pages))
+                links.append(Link(program, groups, n, frozenset(part.residuals)))
             stack.pop_all()
         return Chain(links)
 
@@ -103,24 +107,26 @@ def _added(demands: Iterable[Mapping[str, Mapping[str, int]]]) -> dict[str, dict
 
 
 class Link(NamedTuple):
-    """A program, which of a sequence's page tables are those of its cache groups, its layers."""
+    """A program, which of a sequence's page tables are those of its cache groups, its layers.
+
+    And the layers whose entering streams it may yield.
+    """
 
     program: Program
     groups: tuple[int, ...]
     n_layers: int
+    residuals: frozenset[int] = frozenset()
 
     def batch(self, step: Batch, *, is_last: bool) -> Batch:
         """This program's part of a step; before the last all rows are handed on."""
         tables = [tuple(tables[i] for i in self.groups) for tables in step.tables]
+        residuals = tuple(layer for layer in step.residuals if layer in self.residuals)
         if is_last:
-            return Batch(
-                step.ids, step.pos, step.seq, tables, step.wanted, step.output, step.hidden,
-                step.samples, step.states, step.kept,
-            )  # fmt: skip
+            return replace(step, tables=tables, residuals=residuals)
         nothing = np.zeros(0, np.int32)
-        return Batch(
-            step.ids, step.pos, step.seq, tables, nothing, "hidden", step.hidden, None,
-            step.states, step.kept,
+        return replace(
+            step, tables=tables, wanted=nothing, output="hidden", samples=None,
+            with_hidden=False, residuals=residuals,
         )  # fmt: skip
 
 
@@ -146,6 +152,10 @@ class Chain:
         last = others[-1] if others else first
         later = [(link.program, link.batch(step, is_last=link is last)) for link in others]
         return ChainTicket(first.program.submit(first.batch(batch, is_last=not others)), later)
+
+    def sample(self, logits: NDArray[np.float32], table: SampleTable) -> None:
+        """By the last program, which has made the logits."""
+        self._links[-1].program.sample(logits, table)
 
     def describe(self) -> dict[str, Any]:
         """The facts of all programs, and the number of "layers" by device.
@@ -236,10 +246,12 @@ class ChainTicket:
     def __init__(self, ticket: Ticket, later: list[tuple[Program, Batch]]) -> None:
         self._ticket, self._later = ticket, later
         self._is_aborted = False
+        self._residuals: dict[int, NDArray[np.float32]] = {}
 
     def wait(self) -> Outputs:
         """Run what is left of the step, program by program."""
         outputs = self._ticket.wait()
+        self._residuals.update(outputs.residuals)
         while self._later and not (self._is_aborted or outputs.aborted):
             program, batch = self._later[0]
             batch.hidden = outputs.hidden
@@ -248,6 +260,8 @@ class ChainTicket:
             if self._is_aborted:  # it came while the ticket was another's
                 self._ticket.abort()
             outputs = self._ticket.wait()
+            self._residuals.update(outputs.residuals)
+        outputs.residuals = self._residuals
         if self._later:  # nobody has run them
             outputs.aborted = True
         return outputs

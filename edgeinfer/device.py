@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from edgeinfer.platform import CudaDriver, Gpu
 
-_NAME = re.compile(r"(auto|cpu|reference)|(cuda|shim)(?::(\d{1,3}))?", re.ASCII)
+_NAME = re.compile(r"(auto|cpu|reference|law)|(cuda|shim)(?::(\d{1,3}))?", re.ASCII)
 _LEAST_DRIVER = 12000  # CUDA 12.0, as drivers write it
 _LEAST_CAPABILITY = (6, 1)  # the first with products of four bytes
 _CAPABILITY_OF_CUDA_13 = (7, 5)  # its compiler knows none below
@@ -26,8 +26,9 @@ _ON_THE_CPU: Advice = (", or use ", Keyword("device", "cpu"))
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """This machine's processors ("cpu", "reference"), or one of several by its number.
+    """This machine's processors ("cpu", "reference", "law"), or one of several by its number.
 
+    "reference" computes in float32; "law" has the bits of every other device, at NumPy's pace.
     "cuda" is a GPU, "shim" the same kernels compiled for the processors, for tests. "auto" is what
     `choose` finds.
     """
@@ -41,8 +42,8 @@ class Device:
         match = _NAME.fullmatch(name)
         if match is None:
             raise DeviceError(
-                f"no device {name[:80]!r}; there are auto, cpu, reference, cuda and, where there "
-                "are several, cuda:N and cuda:0,cuda:1"
+                f"no device {name[:80]!r}; there are auto, cpu, reference, law, cuda and, where "
+                "there are several, cuda:N and cuda:0,cuda:1"
             )
         return cls(match[1] or match[2], int(match[3] or 0))
 

@@ -159,6 +159,7 @@ class Uses:
     def __init__(self, segment: Segment) -> None:
         self.segment = segment
         self.makers = {op.out: op for op in segment.ops}
+        self._kept = segment.kept
         self.layers: dict[int, list[Op]] = {}
         for op in segment.ops:
             self.layers.setdefault(op.layer, []).append(op)
@@ -173,9 +174,9 @@ class Uses:
 
     def are_only(self, value: Value, reader: Op) -> bool:
         """Whether a value made here is read once, by this op, and not by who runs the segment."""
-        kept = value in (self.segment.output, self.segment.hidden)
         readers = self._readers.get(value, [])
-        return value in self.makers and not kept and len(readers) == 1 and readers[0] is reader
+        is_inner = value in self.makers and value not in self._kept
+        return is_inner and len(readers) == 1 and readers[0] is reader
 
 
 _Rewritten: TypeAlias = "tuple[Sequence[Step | Matmul], Sequence[Value]]"  # steps, values taken in

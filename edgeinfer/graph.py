@@ -9,7 +9,7 @@ Operations and shape letters: `ops.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from edgeinfer.errors import InvalidModelError
 from edgeinfer.model_reader import Heads, ModelReader, without_leading_ones
@@ -89,10 +89,17 @@ class Graph(ModelReader):
         self._boundaries.append(x)
         return x
 
-    def segment(self, first: int = 0, last: int | None = None, n_ctx: int | None = None) -> Segment:
+    def segment(
+        self,
+        first: int = 0,
+        last: int | None = None,
+        n_ctx: int | None = None,
+        residuals: Iterable[int] = (),
+    ) -> Segment:
         """Layers first <= i < last; the embedding rides with layer 0, the head with the last.
 
-        For sequences of up to n_ctx positions; without that, as many as it was trained for.
+        For sequences of up to n_ctx positions; without that, as many as it was trained for. Steps
+        may also yield the streams that enter the layers `residuals`, all from `first` to `last`.
         """
         n = self.hparams.n_layers
         last = n if last is None else last
@@ -106,7 +113,17 @@ class Graph(ModelReader):
         hidden = self.hidden if last == n else output
         assert output is not None and hidden is not None, "the model's forward() recorded no head"
         entering = None if first == 0 else self.boundary(first - 1)
-        return Segment(self, ops, entering, output, hidden, last == n)
+        layers = sorted(set(residuals))
+        if layers and not first <= layers[0] <= layers[-1] <= last:
+            raise ValueError(f"residuals {layers} are not within {first}:{last}")
+        kept = {layer: self.residual(layer) for layer in layers}
+        return Segment(self, ops, entering, output, hidden, last == n, kept)
+
+    def residual(self, layer: int) -> Value:
+        """The residual stream that enters a layer; that of layer `n_layers` enters the head."""
+        if layer:
+            return self.boundary(layer - 1)
+        return [op.out for op in self.ops if op.layer < 0][-1]
 
     def boundary(self, layer: int) -> Value:
         """The residual stream that leaves a layer."""

@@ -138,6 +138,9 @@ def _check_rows(segment: Segment, makers: Mapping[Value, Op], backend: str) -> N
         if (value in found) != segment.is_last and value in makers:
             what = "needs rows selected before the head" if segment.is_last else "yields all rows"
             refuse(makers[value], makers, backend, what)
+    for value in segment.residuals.values():
+        if value in found:
+            refuse(makers[value], makers, backend, "yields all rows of a residual stream")
 
 
 def _check_caches(segment: Segment, makers: Mapping[Value, Op], backend: str) -> None:

@@ -273,7 +273,7 @@ class LLM:
             max_tokens=given.get("max_tokens"),
             overflow=self._cache_overflow(given.get("overflow", "error"), len(ids)),
             stop_ids=self._stop_ids(given.get("stop_token_ids", frozenset())),
-            n_pinned=n_pinned,
+            n_pinned=given.get("n_keep", n_pinned),
             speculation=given.get("speculation", opened.plan.limits.row_cost < 1),
         )
         generation = opened.engine.submit(request)

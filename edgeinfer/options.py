@@ -30,7 +30,7 @@ class LoadOptions(TypedDict, total=False):
     memory: int | str | None  # the host's: bytes, "2G" or "80%" of what is free
     threads: int | None
     kv_type: str | tuple[str, str] | None  # "f16"
-    device: str | None  # "auto", "cpu", "cuda", "cuda:1", "cuda:0,cuda:1", "reference"
+    device: str | None  # "auto", "cpu", "cuda", "cuda:1", "cuda:0,cuda:1", "reference", "law"
     gpu_layers: int | str | None  # the last ones; -1: all; "auto": as many as fit
     slots: int | None  # full-length contexts that the cache holds, 1
     chat_template: str | None  # a name or a file
@@ -46,6 +46,7 @@ class Sampling(TypedDict, total=False):
     stop: str | Sequence[str] | None
     stop_token_ids: Sequence[int] | None  # beside those that end a generation anyway
     overflow: Overflow | None
+    n_keep: int | None  # tokens at the start that stay when it slides; the system message's
     seed: int | None
     temperature: float | None
     top_k: int | None

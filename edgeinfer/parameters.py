@@ -306,6 +306,10 @@ REQUEST = _by_name(
         default="error", choices=("error", "slide", "drop-turns"),
     ),
     Parameter(
+        "n_keep", integer, "Tokens at the start that stay when it slides (the system message).",
+        0, _INT32, usual=(0, 1_000_000),
+    ),
+    Parameter(
         "speculation", switch,
         "Guess tokens ahead where that is faster (on); the answer is the same.",
     ),

@@ -75,10 +75,16 @@ class PromptProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """New text of the answer, or of the reasoning before it."""
+    """New text of the answer, or of the reasoning before it, and the tokens that came with it.
+
+    Text that may belong to a stop string or a longer character waits for the next delta, and its
+    tokens with it; so the last one may have tokens only. `logprobs` are as in a completion.
+    """
 
     text: str = ""
     reasoning: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] | None = None
     type: Literal["delta"] = field(default="delta", init=False)
 
 

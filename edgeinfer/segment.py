@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from edgeinfer.errors import UnsupportedModelError
@@ -14,6 +16,7 @@ class Segment(NamedTuple):
     `input` is None where the segment starts with token ids, else the residual stream that enters
     it. `output` is the value it yields: logits of the selected rows, or the residual stream.
     `hidden` is what steps yield that want no logits: what the head reads, or the output.
+    `residuals` are the streams that enter some layers, by layer, which steps may yield beside it.
     """
 
     graph: Recording
@@ -22,6 +25,12 @@ class Segment(NamedTuple):
     output: Value
     hidden: Value
     is_last: bool
+    residuals: Mapping[int, Value] = MappingProxyType({})
+
+    @property
+    def kept(self) -> set[Value]:
+        """The values that are read once the step is done: no other may lie in their place."""
+        return {self.output, self.hidden, *self.residuals.values()}
 
     @property
     def caches(self) -> dict[int, KV]:
@@ -63,5 +72,9 @@ class Segment(NamedTuple):
                 f"layer {layer} reads more of those before it than their output: this model can't "
                 "be split there; choose another number of layers"
             )
-        first = self._replace(ops=before, output=stream, hidden=stream, is_last=False)
-        return first, self._replace(ops=after, input=stream)
+        early = {i: value for i, value in self.residuals.items() if value in made}
+        late = {i: value for i, value in self.residuals.items() if value not in made}
+        first = self._replace(
+            ops=before, output=stream, hidden=stream, is_last=False, residuals=early
+        )
+        return first, self._replace(ops=after, input=stream, residuals=late)

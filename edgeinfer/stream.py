@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Literal, NoReturn, TypeVar
 
 from edgeinfer.engine.generation import WAKE_SECONDS, Generation
-from edgeinfer.engine.sequence import Finished, Prefilled, Token
+from edgeinfer.engine.sequence import Finished, Prefilled, Request, Token
 from edgeinfer.errors import ClosedError, InvalidRequestError
 from edgeinfer.parameters import shown
 from edgeinfer.results import (
@@ -67,6 +67,7 @@ class Stream(Iterator[Event]):
         self._ids = array("i")
         self._first_at = self._last_at = 0.0  # of its tokens
         self._logprobs: list[TokenLogprob] = []
+        self._n_shown = 0  # tokens that deltas have had
         self._prefill: list[Prefilled] = []
         self._completion: Completion | None = None
         self._is_over = False
@@ -77,6 +78,11 @@ class Stream(Iterator[Event]):
         if self._completion is None:
             raise ClosedError("the stream has not ended, or failed: there is no completion")
         return self._completion
+
+    @property
+    def request(self) -> Request:
+        """What was asked for, every setting resolved."""
+        return self._generation.request
 
     @property
     def prompt_ids(self) -> tuple[int, ...]:
@@ -212,12 +218,24 @@ class Stream(Iterator[Event]):
             self._end("stop", self._answer.stop)
 
     def _show(self, delta: Delta | None) -> None:
-        if delta is not None:
-            self._ready.append(delta)
+        """With the tokens since the last delta."""
+        if delta is None:
+            return
+        start, self._n_shown = self._n_shown, len(self._ids)
+        has_logprobs = self._generation.request.params.logprobs is not None
+        self._ready.append(
+            Delta(
+                text=delta.text,
+                reasoning=delta.reasoning,
+                token_ids=tuple(self._ids[start:]),
+                logprobs=tuple(self._logprobs[start:]) if has_logprobs else None,
+            )
+        )
 
     def _end(self, reason: _Reason, stop: str | int | None) -> None:
         self._is_over = True
-        self._show(self._answer.flush(stop if isinstance(stop, int) else None))
+        last = self._answer.flush(stop if isinstance(stop, int) else None)
+        self._show(last or (Delta() if self._n_shown < len(self._ids) else None))
         if self._answer.stop is not None:
             reason, stop = "stop", self._answer.stop
         prompt, first = self._generation.request, self._prefill[:1]

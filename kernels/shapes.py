@@ -17,6 +17,8 @@ from edgeinfer.graph import (
     Attention,
     Bias,
     Clamp,
+    Conv,
+    DeltaNet,
     Embed,
     ExpertLinear,
     ExpertSum,
@@ -39,6 +41,8 @@ from edgeinfer.graph import (
 )
 from edgeinfer.known import Known, check, fields
 from edgeinfer.quant import Weight, check_runnable
+
+MAX_DELTA_DIM = 512  # of a head of a delta net: its square is kept
 
 KNOWN: Known = {
     Embed: fields("weight"),
@@ -65,6 +69,10 @@ KNOWN: Known = {
     ),
     ExpertLinear: fields("x route weight scale bias"),
     ExpertSum: fields("x route"),
+    Conv: fields("x weight bias"),
+    DeltaNet: fields(
+        "q k v decay beta n_k_heads n_v_heads dim pairing", pairing=("tiled", "interleaved")
+    ),
     SelectRows: fields("x"),
 }
 
@@ -106,6 +114,10 @@ def _check_op(op: Op) -> None:
         _check_parts(what, op.x.dim, op.factors.dim)
     elif isinstance(op, Route):
         _check_route(op)
+    elif isinstance(op, Conv):
+        _check_conv(op)
+    elif isinstance(op, DeltaNet):
+        _check_delta_net(op)
 
 
 def _check_route(op: Route) -> None:
@@ -181,6 +193,32 @@ def _check_attention(op: Attention) -> None:
         raise _unsupported(f"the soft-cap {where}", str(op.soft_cap), "0 (none) and more")
     if op.sinks is not None:
         _check_vector(op.sinks, op.n_heads)
+
+
+def _check_conv(op: Conv) -> None:
+    _check_shape(op.weight, (op.x.dim, op.n_taps))
+    if op.n_taps < 2 or op.out.dim != op.x.dim:
+        found = f"{op.n_taps} wide, of {op.x.dim} channels to {op.out.dim}"
+        raise _unsupported(f"the convolution {op.weight.name}", found, "2 and wider, to as many")
+    if op.bias is not None:
+        _check_vector(op.bias, op.x.dim)
+
+
+def _check_delta_net(op: DeltaNet) -> None:
+    where = f"of the delta net in layer {op.layer}"
+    if not 1 <= op.dim <= MAX_DELTA_DIM or min(op.n_k_heads, op.n_v_heads) < 1:
+        found = f"{op.n_k_heads} and {op.n_v_heads} of {op.dim}"
+        raise _unsupported(f"the number of heads {where}", found, f"1 and more, to {MAX_DELTA_DIM}")
+    for name, value, width in (
+        ("query", op.q, op.n_k_heads * op.dim),
+        ("key", op.k, op.n_k_heads * op.dim),
+        ("value", op.v, op.n_v_heads * op.dim),
+        ("decay", op.decay, op.n_v_heads),
+        ("beta", op.beta, op.n_v_heads),
+        ("result", op.out, op.n_v_heads * op.dim),
+    ):
+        if value.dim != width:
+            raise _unsupported(f"the {name} {where}", f"{value.dim} wide", f"a width of {width}")
 
 
 def _check_rope(rope: Rope, head_dim: int) -> None:

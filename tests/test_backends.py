@@ -242,3 +242,99 @@ def test_a_backend_says_what_it_takes_and_what_it_is(small: Segment, name: str) 
         assert program.step_weight_bytes > 0
         assert list(program.describe())[0] == "device"
         assert run(program, batch_of(IDS)).shape == (len(IDS), small.output.dim)
+
+
+# -- several outputs of a step, and logits that were edited ----------------------------------------
+
+
+@pytest.fixture(scope="module")
+def watched(models: Callable[..., Model]) -> Segment:
+    """A model whose steps may yield the streams that enter every layer, and the head."""
+    graph = models(arch="qwen3", quant="Q4_0", qk_norm=True, n_layers=3).graph
+    return graph.segment(residuals=range(4))
+
+
+@pytest.fixture(params=BACKENDS)
+def watched_program(request: pytest.FixtureRequest, watched: Segment) -> Iterator[Any]:
+    with backend(request.param).compile(watched, LIMITS) as program:
+        yield program
+
+
+def greedy_table(n_rows: int) -> SampleTable:
+    table, params = SampleTable(16), SamplingParams(temperature=0.0, logprobs=2)
+    for i in range(n_rows):
+        table.set_row(i, params, 0, i)
+    return table
+
+
+def test_a_step_yields_tokens_hidden_rows_and_residuals(
+    watched_program: Any, watched: Segment
+) -> None:
+    """All at once, as the law does; so does a step of one row. Who asks for none gets none."""
+    batch = batch_of(IDS)
+    batch.wanted = np.array([2, 9], np.int32)
+    with backend("reference").compile(watched, LIMITS) as law:
+        batch.with_hidden, batch.residuals = True, (0, 1, 2, 3)
+        expected = law.submit(batch).wait()
+    batch.output, batch.samples = "ids", greedy_table(2)
+    found = watched_program.submit(batch).wait()
+    assert found.ids.tolist() == expected.logits.argmax(1).tolist()
+    np.testing.assert_array_equal(found.hidden, expected.hidden)
+    assert sorted(found.residuals) == [0, 1, 2, 3]
+    for layer, rows in expected.residuals.items():
+        np.testing.assert_array_equal(found.residuals[layer], rows)
+    later = batch_of(IDS[9:10], 9)
+    later.residuals = (3,)
+    last = watched_program.submit(later).wait()
+    np.testing.assert_array_equal(last.residuals[3], expected.residuals[3][9:10])
+    plain = watched_program.submit(batch_of(IDS)).wait()
+    assert not plain.residuals and not len(plain.hidden)
+    np.testing.assert_array_equal(plain.logits[[2, 9]], expected.logits)
+
+
+def test_what_enters_the_head_is_normed_by_it(watched: Segment) -> None:
+    """The last of the streams is what the model file names so: its norm is the hidden row."""
+    with backend("reference").compile(watched, LIMITS) as law:
+        batch = batch_of(IDS)
+        batch.with_hidden, batch.residuals = True, (3,)
+        found = law.submit(batch).wait()
+    x = found.residuals[3].astype(np.float64)
+    ratio = found.hidden / (x / np.sqrt((x * x).mean(1, keepdims=True) + 1e-6))
+    np.testing.assert_allclose(ratio, ratio[:1].repeat(len(IDS), 0), rtol=1e-4)
+
+
+def test_logits_are_sampled_as_they_are_left(watched_program: Any, watched: Segment) -> None:
+    """Untouched they give the step's own tokens; edited, those of the edit."""
+    params, table = SamplingParams(temperature=0.9, seed=3, logprobs=3), SampleTable(16)
+    for i in range(len(IDS)):
+        table.set_row(i, params, 3, i)
+    batch = batch_of(IDS, output="ids")
+    batch.samples = table
+    ids = watched_program.submit(batch).wait().ids.copy()
+    logprobs = table.logprobs[: len(IDS)].copy()
+    logits = watched_program.submit(batch_of(IDS)).wait().logits
+    watched_program.sample(logits, table)
+    np.testing.assert_array_equal(table.ids[: len(IDS)], ids)
+    np.testing.assert_array_equal(table.logprobs[: len(IDS)], logprobs)
+    logits[:] = -np.inf
+    logits[:, 7] = 0
+    watched_program.sample(logits, table)
+    assert table.ids[: len(IDS)].tolist() == [7] * len(IDS)
+
+
+def test_residuals_of_layers_that_are_not_there_are_refused(small: Segment) -> None:
+    with pytest.raises(ValueError, match="not within"):
+        small.graph.segment(residuals=[3])
+    with pytest.raises(ValueError, match="not within"):
+        small.graph.segment(1, 2, residuals=[0])
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_residuals_that_nobody_asks_for_cost_nothing(small: Segment, name: str) -> None:
+    """A segment that declares none takes the memory that it took."""
+    graph, request = small.graph, StepRequest(64, 1, 2)
+    plain = backend(name).demand(graph.segment(), request).memories
+    kept = backend(name).demand(graph.segment(residuals=range(3)), request).memories
+    assert plain == backend(name).demand(small, request).memories
+    more = sum(sum(rows.values()) for rows in kept.values())
+    assert more > sum(sum(rows.values()) for rows in plain.values())

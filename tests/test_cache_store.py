@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from edgeinfer.batch import PAGE, StepLimits
 from edgeinfer.engine.cache import CacheLayout, Overflow
 from edgeinfer.engine.cache_store import CacheStore
-from edgeinfer.engine.sequence import Rows, Sequence, build_batch
+from edgeinfer.engine.sequence import Rows, Sequence
+from edgeinfer.engine.step import build_batch
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

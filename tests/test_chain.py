@@ -104,8 +104,8 @@ def test_what_a_chain_takes_is_what_its_parts_take(segment: Segment, model: Mode
         whole = sum(each.step_weight_bytes for each in program.programs)
         assert program.step_weight_bytes == whole
         facts = program.describe()
-        layers = {"cpu": 1, "reference": 3}
-        assert facts == {"device": "cpu + reference", "threads": 2, "layers": layers}
+        layers = {"cpu": 1, "law": 3}
+        assert facts == {"device": "cpu + law", "threads": 2, "layers": layers}
 
 
 def test_what_only_some_programs_can_do_a_chain_does_with_them(segment: Segment) -> None:

@@ -1,18 +1,22 @@
-"""The CUDA kernels of recurrent ops on the shim against the law, bit for bit."""
+"""Recurrent ops on the shim, kernels and whole steps, against the law, bit for bit."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edgeinfer.batch import Batch
-from edgeinfer.graph import Conv, DeltaNet, Pairing, Value
+from edgeinfer.batch import Batch, PageTable, StepLimits, StepRequest
+from edgeinfer.graph import KV, Conv, DeltaNet, Pairing, Segment, Value
 from edgeinfer.kernels.cuda.kernel import Kernel
+from edgeinfer.kernels.reference.functions import silu
 from edgeinfer.kernels.reference.quantised import Quantised
 from edgeinfer.kernels.reference.recurrent import convolve, delta_net
+from edgeinfer.sampling.params import SampleTable, SamplingParams
+from tests.backends import backend
 from tests.cuda_shim import Floats, empty_rows, rows_in_memory, run, same_bits, step, stride_of
 from tests.random_graphs import RandomGraph
 from tests.shim import SEEDS
@@ -63,7 +67,8 @@ ROWS = [
 
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize(("dim", "n_taps", "bias"), [(37, 4, False), (300, 2, True), (64, 7, True)])
-def test_conv(rows: Rows, dim: int, n_taps: int, bias: bool) -> None:
+@pytest.mark.parametrize("has_silu", [False, True])
+def test_conv(rows: Rows, dim: int, n_taps: int, bias: bool, has_silu: bool) -> None:
     g, n = RandomGraph(), len(rows.seq)
     x, slots = rows_of(n, dim), rows_of(N_SLOTS * (n_taps - 1), dim, 1)
     weight = g._weight("conv", dim, n_taps)
@@ -75,10 +80,10 @@ def test_conv(rows: Rows, dim: int, n_taps: int, bias: bool) -> None:
     run(
         Kernel("conv"), (-(-dim // 256), n + 1), 256, **rows.args, seq=rows.seq,
         x=rows_in_memory(x), x_stride=stride_of(dim), weight=floats_of(weight),
-        bias=floats_of(op.bias) if op.bias else None, slots=ours, n_taps=n_taps, dim=dim, out=out,
-        out_stride=stride_of(dim),
+        bias=floats_of(op.bias) if op.bias else None, slots=ours, n_taps=n_taps, dim=dim,
+        silu=int(has_silu), out=out, out_stride=stride_of(dim),
     )  # fmt: skip
-    same_bits(out[:, :dim], expected)
+    same_bits(out[:, :dim], silu(expected) if has_silu else expected)
     same_bits(ours, law)
 
 
@@ -119,3 +124,184 @@ def test_delta_net(rows: Rows, dim: int, n_k_heads: int, n_v_heads: int, pairing
         )  # fmt: skip
         same_bits(out[:, :width], expected)
         same_bits(ours, law)
+
+
+# -- whole steps ---------------------------------------------------------------------------------
+
+MACHINES = ["shim", pytest.param("cuda", marks=pytest.mark.cuda), "reference+shim"]
+LIMITS = StepLimits({0: 8}, max_rows=24, max_outputs=24, max_sequences=4, n_threads=1, n_states=8)
+PROMPT = [(11 * i + 3) % 40 for i in range(40)]
+
+
+@pytest.fixture(scope="module")
+def segment() -> Segment:
+    """Two layers with states, one of either pairing, around one of attention."""
+    g = RandomGraph(3, 64, ("Q4_0", "F32"))
+    x = g.embed()
+    for blk in g.layers():
+        h = g.rms_norm(x, f"{blk}.norm")
+        x = g.layer_output(x + (attention(g, h, blk) if blk == "blk.1" else mixer(g, h, blk)))
+    g.head(g.rms_norm(g.select_rows(x), "output_norm"))
+    return g.segment()
+
+
+def attention(g: RandomGraph, h: Value, blk: str) -> Value:
+    q, k, v = (g.linear(h, f"{blk}.{name}", 16) for name in "qkv")
+    return g.linear(g.attention(q, k, v, cache=KV(2, 8, 8)), f"{blk}.o", h.dim)
+
+
+def mixer(g: RandomGraph, h: Value, blk: str) -> Value:
+    n_k, n_v, dim = 2, 4, 16
+    widths = {"q": n_k * dim, "k": n_k * dim, "v": n_v * dim}
+    parts = [g.linear(h, f"{blk}.{name}", width) for name, width in widths.items()]
+    q, k, v = map(g.silu, g.convs(parts, f"{blk}.conv", 4))
+    q, k = (g.scale(g.rms_norm(each, None, n_k), dim**-0.5) for each in (q, k))
+    rate = g.activation("softplus", g.linear(h, f"{blk}.a", n_v))
+    beta = g.activation("sigmoid", g.linear(h, f"{blk}.b", n_v))
+    pairing: Pairing = "tiled" if blk == "blk.0" else "interleaved"
+    decay = g.scale(rate, -0.3)
+    o = g.delta_net(q, k, v, decay=decay, beta=beta, n_k_heads=n_k, pairing=pairing)
+    return g.linear(o, f"{blk}.o", h.dim)
+
+
+class Part(NamedTuple):
+    """Rows of one sequence in a step; `kept` by their number in the prompt."""
+
+    begin: int
+    end: int
+    state: int
+    kept: dict[int, int]
+    pages: tuple[int, ...]
+
+
+def batch_of(*parts: Part) -> Batch:
+    rows = Rows.of(
+        *(
+            (part.end - part.begin, part.state, {t - part.begin: s for t, s in part.kept.items()})
+            for part in parts
+        )
+    )
+    pos = np.concatenate([np.arange(part.begin, part.end) for part in parts])
+    return Batch(
+        ids=np.array(PROMPT, np.int32)[pos],
+        pos=pos,
+        seq=rows.seq,
+        tables=[(PageTable(np.array(part.pages, np.int32), 0, 2),) for part in parts],
+        wanted=np.arange(len(pos), dtype=np.int32),
+        states=rows.states,
+        kept=rows.kept,
+    )
+
+
+def run_step(program: Any, *parts: Part) -> Floats:
+    logits: Floats = program.submit(batch_of(*parts)).wait().logits.copy()
+    return logits
+
+
+@pytest.fixture(scope="module")
+def expected(segment: Segment) -> Floats:
+    """Logits after each token of the prompt, by the law."""
+    limits = LIMITS._replace(max_rows=40, max_outputs=40)
+    with backend("reference").compile(segment, limits) as law:
+        return run_step(law, Part(0, 40, -1, {}, (0, 1)))
+
+
+@pytest.fixture(params=MACHINES)
+def program(request: pytest.FixtureRequest, segment: Segment) -> Iterator[Any]:
+    with backend(request.param).compile(segment, LIMITS) as program:
+        yield program
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 17, 24])
+def test_bits_do_not_depend_on_chunks(program: Any, expected: Floats, chunk: int) -> None:
+    rows, state = [], -1
+    for begin in range(0, 40, chunk):
+        end = min(begin + chunk, 40)
+        rows.append(
+            run_step(program, Part(begin, end, state, {end - 1: begin // chunk % 2}, (3, 1)))
+        )
+        state = begin // chunk % 2
+    np.testing.assert_array_equal(np.concatenate(rows), expected)
+
+
+def test_bits_do_not_depend_on_company(program: Any, expected: Floats) -> None:
+    """A decoding sequence, a prompt and a newcomer in one step, each with its own state."""
+    run_step(program, Part(0, 11, -1, {10: 5}, (0, 1)), Part(0, 3, -1, {2: 2}, (2, 3)))
+    for t in range(4):
+        logits = run_step(
+            program,
+            Part(3 + t, 4 + t, (2, 1)[t % 2], {3 + t: (1, 2)[t % 2]}, (2, 3)),
+            Part(11 + 3 * t, 14 + 3 * t, (5, 4)[t % 2], {13 + 3 * t: (4, 5)[t % 2]}, (0, 1)),
+            Part(0, 1 + t, -1, {}, (5, 6)),
+        )
+        wanted = [3 + t, *range(11 + 3 * t, 14 + 3 * t), *range(1 + t)]
+        np.testing.assert_array_equal(logits, expected[wanted])
+
+
+def test_any_row_can_be_gone_on_from(program: Any, expected: Floats) -> None:
+    """States behind drafted rows: whichever is taken is that of a sequence that ended there."""
+    run_step(program, Part(0, 20, -1, {14: 0, 15: 1, 16: 2, 19: 3}, (0, 1)))
+    for t, slot in ((14, 0), (15, 1), (16, 2), (19, 3)):
+        for _ in range(2):  # a state that is read stays
+            found = run_step(program, Part(t + 1, 24, slot, {}, (0, 1)))
+            np.testing.assert_array_equal(found, expected[t + 1 : 24])
+
+
+def test_states_go_on_in_another_program(program: Any, segment: Segment, expected: Floats) -> None:
+    run_step(program, Part(0, 20, -1, {9: 6, 19: 3}, (0, 1)))
+    states, pages = program.read_states([3, 6]), program.read_pages(0, [0])
+    program.write_states([3], np.zeros_like(states[:1]))
+    assert not np.array_equal(run_step(program, Part(20, 24, 3, {}, (0, 1))), expected[20:24])
+    with backend("shim").compile(segment, LIMITS) as other:
+        if other.cache_layout == program.cache_layout:
+            other.write_pages(0, [5], pages)
+            other.write_states([0, 7], states)
+            for begin, slot in ((20, 0), (10, 7)):
+                found = run_step(other, Part(begin, 24, slot, {}, (5, 2)))
+                np.testing.assert_array_equal(found, expected[begin:24])
+    program.write_states([2], states[:1])
+    np.testing.assert_array_equal(program.read_states([2]), states[:1])
+    np.testing.assert_array_equal(run_step(program, Part(20, 24, 2, {}, (0, 1))), expected[20:24])
+
+
+def test_an_aborted_step_spoils_no_state_that_it_reads(program: Any, expected: Floats) -> None:
+    run_step(program, Part(0, 20, -1, {19: 3}, (0, 1)))
+    ticket = program.submit(batch_of(Part(20, 24, 3, {23: 4}, (0, 1))))
+    ticket.abort()
+    assert ticket.wait().aborted
+    np.testing.assert_array_equal(run_step(program, Part(20, 24, 3, {}, (0, 1))), expected[20:24])
+
+
+def test_slots_that_are_not_there_are_an_error(segment: Segment) -> None:
+    with backend("shim").compile(segment, LIMITS) as program:
+        for part in (
+            Part(0, 2, 8, {}, (0,)),
+            Part(0, 2, -1, {1: 8}, (0,)),
+            Part(0, 2, -2, {}, (0,)),
+        ):
+            with pytest.raises(AssertionError, match="slots"):
+                program.submit(batch_of(part))
+
+
+def test_a_plan_says_what_states_take(segment: Segment) -> None:
+    machine = backend("shim")
+    demand = machine.demand(segment, StepRequest(64, 1, 1, n_states=5))
+    slot_bytes = sum(each.n_bytes for states in segment.states.values() for each in states)
+    rows = demand.memories[machine.name]
+    assert demand.limits.n_states == 5 and 0 <= rows["state"] - 5 * slot_bytes < 8 * 256
+    before = machine.device.memory()[0]
+    with machine.compile(segment, demand.limits) as program:
+        assert before - machine.device.memory()[0] == sum(rows.values())
+        assert program.read_states([4]).shape == (1, slot_bytes)
+
+
+def test_nothing_is_begun_ahead_where_there_is_state(segment: Segment) -> None:
+    with backend("shim").compile(segment, LIMITS) as program:
+        table, tables = SampleTable(1), batch_of(Part(0, 1, -1, {}, (0, 1))).tables
+        for t in range(5):
+            table.clear()
+            table.set_row(0, SamplingParams(temperature=0.0), 1, t)
+            batch = batch_of(Part(t, t + 1, t - 1, {t: t}, (0, 1)))
+            batch.tables, batch.output, batch.samples = tables, "ids", table
+            program.submit(batch).wait()
+            assert program._guess is None

@@ -46,7 +46,7 @@ def test_a_device_keeps_its_number(name: str, device: Device) -> None:
     ],
 )  # fmt: skip
 def test_other_names_are_refused(name: str) -> None:
-    with pytest.raises(DeviceError, match="there are auto, cpu, reference, cuda") as caught:
+    with pytest.raises(DeviceError, match="there are auto, cpu, reference, law, cuda") as caught:
         Device.parse(name)
     assert "shim" not in str(caught.value) and len(str(caught.value)) < 400
 

@@ -22,12 +22,14 @@ from edgeinfer.errors import (
     PlanError,
 )
 from edgeinfer.gguf import GGUFFile
+from edgeinfer.kernels.cpu.program import CpuBackend
 from edgeinfer.kernels.reference import ReferenceBackend
 from edgeinfer.model import Model
 from edgeinfer.sampling.params import SamplingParams
 from edgeinfer.sampling.sampler import ReferenceSampler
 
 from .models_for_tests import tiny_model
+from .native import cache_root
 
 N_CTX = 256
 VOCAB = 320
@@ -115,6 +117,30 @@ def _finish(generation: Generation) -> Finished:
     return last
 
 
+def _program(model: Model, **changes: Any) -> tuple[Programs, StepLimits]:
+    """One that has the same bits whoever shares a step."""
+    limits = _limits(**changes)
+    return Programs(CpuBackend(cache_root()).compile(model.graph.segment(), limits)), limits
+
+
+def _answer(generation: Generation) -> list[Any]:
+    """Its events, but for times and for how the prompt was read."""
+    return [
+        (event.id, event.logprob, event.top) if isinstance(event, Token) else event.reason
+        for event in generation
+        if not isinstance(event, Prefilled)
+    ]
+
+
+def _is_all_free(engine: Engine) -> None:
+    """Every page is free, or kept for a later prompt."""
+    scheduler = engine._scheduler
+    assert not (scheduler.running or scheduler.waiting or scheduler.jobs or scheduler.paused)
+    for i, pool in enumerate(engine.pools):
+        kept = engine._store.index.n_idle(i)
+        assert pool.n_free + kept == pool.n_pages
+
+
 def test_events_come_in_order(engine: Engine) -> None:
     events = list(engine.submit(_request(max_tokens=3)))
     kinds = [type(event) for event in events]
@@ -171,27 +197,114 @@ def test_more_requests_than_sequences_wait_their_turn(engine: Engine) -> None:
     assert [len(_tokens(generation)) for generation in generations] == [4] * 11
 
 
-def test_requests_that_would_not_fit_together_wait(engine: Engine, program: Programs) -> None:
-    generations = [engine.submit(_request(256, n, max_tokens=None)) for n in range(3)]
-    for generation in generations:
-        assert _finish(generation).reason == "length"
-    assert max(n_sequences for _, n_sequences in program.batches) == 2
+def test_requests_without_an_end_run_side_by_side(engine: Engine, program: Programs) -> None:
+    """Two contexts of pages for four answers that may be as long: the last of them give way."""
+    program.gate.clear()
+    generations = [engine.submit(_request(256, n, max_tokens=None)) for n in range(4)]
+    program.gate.set()
+    program.batches.clear()
+    assert [len(_tokens(generation)) for generation in generations] == [N_CTX - 2] * 4
+    assert max(n_sequences for _, n_sequences in program.batches) == 4
+    _is_all_free(engine)
+
+
+def test_who_gives_way_has_the_same_answer(model: Model) -> None:
+    """Whatever is counted by token goes on where it was: random numbers, penalties, mirostat."""
+    choices: tuple[dict[str, Any], ...] = (
+        {"temperature": 1.5},
+        {"temperature": 1.0, "mirostat": 2},
+        {"temperature": 1.0, "repeat_penalty": 1.3, "repeat_last_n": -1, "logprobs": 2},
+        {"temperature": 0.0},
+    )
+    requests = [
+        _request(
+            256, *range(9 * n), params=SamplingParams(seed=n, **choice), max_tokens=150,
+            speculation=n % 2 == 0,
+        )
+        for n, choice in enumerate(choices)
+    ]  # fmt: skip
+    program, limits = _program(model, n_pages={0: 9})
+    engine = Engine(program, limits, N_CTX, VOCAB)
+    try:
+        alone = [_answer(engine.submit(request)) for request in requests]
+        program.gate.clear()
+        together = [engine.submit(request) for request in requests]
+        program.gate.set()
+        program.batches.clear()
+        assert [_answer(generation) for generation in together] == alone
+        assert max(n_sequences for _, n_sequences in program.batches) == 4
+        _is_all_free(engine)
+    finally:
+        engine.close()
+
+
+def test_a_larger_priority_runs_first(engine: Engine, program: Programs) -> None:
+    """Also where others run already and have every place."""
+    program.gate.clear()
+    usual = [engine.submit(_request(256, n, max_tokens=30)) for n in range(6)]
+    urgent = engine.submit(_request(256, 9, max_tokens=30, priority=3))
+    late = engine.submit(_request(256, 7, max_tokens=30, priority=-(2**40)))
+    program.gate.set()
+    ends = {}
+    for name, generation in [("urgent", urgent), ("late", late), *enumerate(usual)]:
+        last = _finish(generation)
+        assert last.reason == "length"
+        ends[name] = last.at
+    assert max(ends, key=lambda name: ends[name]) == "late"
+    assert ends["urgent"] <= min(ends[n] for n in range(1, 6))
+
+
+def test_a_priority_is_a_whole_number(engine: Engine) -> None:
+    for wrong in (1.0, True, "1", None):
+        with pytest.raises(InvalidRequestError, match="priority"):
+            engine.submit(_request(priority=wrong))
+
+
+def test_the_first_gets_on_whatever_comes_after_it(engine: Engine, program: Programs) -> None:
+    """What is behind it starts, gives way and starts again; nothing of that holds it up."""
+    first = engine.submit(_request(256, 1, max_tokens=250))
+    for n in range(60):
+        engine.submit(_request(*[n + 2] * 100, max_tokens=100, overflow="slide"))
+    assert _finish(first).reason == "length"
+
+
+def test_logits_give_way_and_are_taken_once(model: Model) -> None:
+    program, limits = _program(model, n_pages={0: 9})
+    engine = Engine(program, limits, N_CTX, VOCAB)
+    try:
+        ids = [n % 250 for n in range(180)]
+        expected = engine.logits(ids)
+        rows: list[int] = []
+        found = np.zeros_like(expected)
+
+        def take(row: int, logits: Any) -> None:
+            rows.extend(range(row, row + len(logits)))
+            found[row : row + len(logits)] = logits
+
+        job = threading.Thread(target=engine.each_logits, args=(ids, take, 0, 3))
+        job.start()
+        while not rows:
+            time.sleep(0.001)
+        urgent = engine.submit(_request(256, *range(40), max_tokens=150, priority=1))
+        assert _finish(urgent).reason == "length"
+        job.join(30)
+        assert rows == list(range(180))
+        np.testing.assert_array_equal(found, expected)
+        _is_all_free(engine)
+    finally:
+        engine.close()
 
 
 def test_a_small_request_passes_what_does_not_fit(engine: Engine) -> None:
-    """Seven of 16 pages each: a full context waits, be it of a generation or of logits."""
-    running = [engine.submit(_request(256, n, max_tokens=200)) for n in range(2)]
+    """Seven of 16 pages each: logits of a full context wait for one of them to end."""
+    running = [engine.submit(_request(*[n] * 180, max_tokens=44)) for n in range(2)]
     for generation in running:
         next(generation)
-    large = engine.submit(_request(256, 9, max_tokens=None))
     job = threading.Thread(target=engine.logits, args=([5] * N_CTX,))
     job.start()
     assert _finish(engine.submit(_request(256, 4, max_tokens=3))).reason == "length"
     assert engine.n_running == 2
-    too_long = engine.submit(_request(256, 4, max_tokens=40))  # it would fit too, but not end
-    assert _finish(engine.submit(_request(256, 5, max_tokens=3))).reason == "length"
-    assert large.events.has_room and large.sequence is None
-    for generation in (*running, large, too_long):
+    for generation in running:
         assert _finish(generation).reason == "length"
     job.join(30)
     assert not job.is_alive()
@@ -211,11 +324,11 @@ def test_logits_pass_a_generation_that_has_no_place(engine: Engine) -> None:
 def test_small_requests_that_keep_coming_do_not_starve_a_large_one(
     engine: Engine, program: Programs
 ) -> None:
-    """It starts at the latest when what ran at its arrival has ended at its full length."""
-    running = [engine.submit(_request(256, n, max_tokens=200)) for n in range(2)]
+    """It starts once what was there before it leaves room: who came after it gives way."""
+    running = [engine.submit(_request(*[n] * 180, max_tokens=44)) for n in range(2)]
     for generation in running:
         next(generation)
-    large = engine.submit(_request(256, 9, max_tokens=None))
+    large = engine.submit(_request(*[9] * 240, max_tokens=None))
     n_small, is_begun = 0, threading.Event()
     waiter = threading.Thread(target=lambda: (next(large), is_begun.set()))
     waiter.start()

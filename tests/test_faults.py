@@ -225,7 +225,7 @@ BROKEN = [
     "edgeinfer.engine.cache.SequenceCache.advance",
     "edgeinfer.engine.cache.SequenceCache.step_limit",
     "edgeinfer.engine.sequence.Rows.history",
-    "edgeinfer.engine.sequence.build_batch",
+    "edgeinfer.engine.step.build_batch",
     "edgeinfer.sampling.params.SampleTable.set_row",
 ]
 
@@ -236,8 +236,9 @@ def test_a_request_that_breaks_what_steps_call_ends_alone(
 ) -> None:
     """Every call that is about one request fails, as a bug that its data meets would."""
     victim = Request(
-        ids=(256, *[33, 34] * 9), params=SamplingParams(seed=1, logit_bias=LIKELY),
-        max_tokens=20, speculation=True, overflow="slide", n_pinned=40,
+        ids=(256, *[33, 34] * 9), max_tokens=20, speculation=True,
+        params=SamplingParams(seed=1, logit_bias=LIKELY, repeat_penalty=1.1),
+        overflow="slide", n_pinned=40,
     )  # fmt: skip
     parts = name.split(".")
     owner: Any = sys.modules[".".join(parts[:3])]

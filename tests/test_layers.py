@@ -34,7 +34,7 @@ balance
 placement
 runtime stream
 llm server inspect_file
-aio bench selftest
+aio bench selftest replay
 cli tui pyinstaller
 __main__
 """
@@ -73,6 +73,7 @@ def imports(name: str, tree: ast.Module) -> Iterator[str]:
             yield from (
                 f"{module}.{a.name}" if module in modules and unit(f"{module}.{a.name}") else module
                 for a in node.names
+                if a.name != "__version__"  # anyone may say what this is
             )
 
 

@@ -131,6 +131,38 @@ def test_logprobs(llm: LLM) -> None:
         assert token.logprob <= 0
 
 
+def test_deltas_have_every_token_once(llm: LLM) -> None:
+    """Also those whose text is held back, or is no text: half of a character, a stop string."""
+    whole = llm.generate("hello", max_tokens=30, seed=3)
+    asked: tuple[dict[str, Any], ...] = (
+        {"logprobs": 1},
+        {"stop": whole.text[8:10]},
+        {"stop": whole.text[8:10], "logprobs": 0},
+        {"stop_token_ids": [whole.token_ids[5]]},
+        {"overflow": "slide", "temperature": 5.0},
+    )
+    for options in asked:
+        given: Any = {"max_tokens": 30, "seed": 3} | options
+        stream = llm.stream("hello", **given)
+        deltas = [event for event in stream if event.type == "delta"]
+        answer = stream.completion
+        assert sum((delta.token_ids for delta in deltas), ()) == answer.token_ids
+        assert "".join(delta.text for delta in deltas) == answer.text
+        for delta in deltas:
+            assert (delta.logprobs is not None) == ("logprobs" in options)
+            if delta.logprobs is not None:
+                assert tuple(each.id for each in delta.logprobs) == delta.token_ids
+        if answer.logprobs is not None:
+            assert sum((delta.logprobs or () for delta in deltas), ()) == answer.logprobs
+
+
+def test_what_a_closed_stream_had_shown_are_its_first_tokens(llm: LLM) -> None:
+    with llm.stream("hello", max_tokens=30, seed=3) as stream:
+        shown = next(event for event in stream if event.type == "delta" and event.token_ids)
+    ids = llm.generate("hello", max_tokens=30, seed=3).token_ids
+    assert shown.token_ids == ids[: len(shown.token_ids)]
+
+
 def test_logit_bias_and_dry_reach_the_sampler(llm: LLM) -> None:
     assert llm.generate("hello", max_tokens=3, logit_bias={77: 1e9}).token_ids == (77, 77, 77)
     biased: Any = dict(logit_bias={70: 50.0, 71: 49.0}, temperature=0, max_tokens=12)

@@ -18,9 +18,9 @@ from edgeinfer.engine.speculation import (
     Evidence,
     Lookup,
     Speculator,
-    StepCosts,
     best_drafts,
 )
+from edgeinfer.engine.step_costs import StepCosts
 from edgeinfer.gguf import GGUFFile
 from edgeinfer.kernels.cpu.program import CpuBackend
 from edgeinfer.model import Model

@@ -123,7 +123,7 @@ def test_guesses_that_fail_overwrite_nothing(monkeypatch: pytest.MonkeyPatch) ->
     model, n = segment(0, 33, 40), 120
     monkeypatch.setattr(Generation, "guess", lambda self: ([*IDS[:7]], [0.99] * 7))
     with engine(model) as opened:
-        generation = opened.submit(request(IDS[:90], n))
+        generation = opened.submit(request(IDS[:90], n, speculation=True))
         answer, _ = tokens(generation)
     expected = whole_logits(model, IDS[:90] + answer)[89:-1].argmax(axis=1)
     np.testing.assert_array_equal(answer, expected)

@@ -29,7 +29,7 @@ _SPELLINGS = {
 _NO_LIMIT = -1  # of tokens, as a flag spells it
 _MORE_HELP = {"max_tokens": " -1: no limit."}
 _METAVARS = {
-    "memory": "2G|80%", "kv_type": "TYPE[/TYPE]", "device": "auto|cpu|cuda[:N,...]|reference",
+    "memory": "2G|80%", "kv_type": "TYPE[/TYPE]", "device": "auto|cpu|cuda[:N,...]|reference|law",
     "gpu_layers": "N|auto", "pre": "NAME", "chat_template": "NAME|FILE", "stop": "TEXT",
     "stop_token_ids": "ID",
 }  # fmt: skip

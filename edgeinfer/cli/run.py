@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgeinfer import __version__
 from edgeinfer.cli.console import Output, note, show_json
 from edgeinfer.cli.input import read_prompt
 from edgeinfer.cli.models import advise_after
@@ -22,6 +21,7 @@ from edgeinfer.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from edgeinfer.llm import LLM
     from edgeinfer.stream import Stream
 
 
@@ -70,7 +70,7 @@ def command(
         if model is None:
             advise_after(llm.runtime.model.file.path)
         if as_json:
-            show_json(_answer_json(stream, text, system, raw, flags))
+            show_json(_answer_json(llm, stream, text, system, raw, flags))
 
 
 def _read(
@@ -108,26 +108,25 @@ def _conversation(system: str | None, text: str) -> list[Any]:
 
 
 def _answer_json(
-    stream: Stream, prompt: str, system: str | None, raw: bool, flags: dict[str, Any]
+    llm: LLM, stream: Stream, prompt: str, system: str | None, raw: bool, flags: dict[str, Any]
 ) -> dict[str, Any]:
     from dataclasses import asdict
+
+    from edgeinfer.replay import Recording
 
     answer = stream.completion
     return {
         "text": answer.text,
         "reasoning": answer.reasoning,
-        "token_ids": answer.token_ids,
-        "finish_reason": answer.finish_reason,
         "stop": answer.stop,
         **asdict(answer.usage),
         "seed": answer.seed,
         "model": answer.model,
         "prompt": prompt,
-        "prompt_token_ids": stream.prompt_ids,
         "system": system,
         "raw": raw,
         "load": load_options(flags),
         "sampling": sampling_options(flags),
-        "version": __version__,
+        **Recording.of(llm, stream).as_json(),
         "timings": asdict(answer.timings),
     }

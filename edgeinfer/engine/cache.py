@@ -181,14 +181,24 @@ class SequenceCache:
         self.n_tokens = 0  # positions whose K and V are stored
         self.state = -1  # the slot that holds the state after them, -1 before the first
         self.kept: dict[int, int] = {}  # by number of tokens: the slots that its last step writes
+        self.room = 0  # positions that it can write as it is; where there is state none is told
         self._n_written = 0  # positions that steps may have touched, also those that failed
-        self._n_held = 0  # positions whose pages are its own to write
         self._is_bounded = any(not ring.window for ring in layout.rings)  # by a context
 
     @property
     def n_pages(self) -> tuple[int, ...]:
         """Pages held of each group."""
         return tuple(int((table.pages >= 0).sum()) for table in self.tables)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the next position would overwrite an old one, or there is no next one."""
+        return self._is_bounded and self.n_tokens >= self.layout.n_slots * PAGE
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it holds nothing that others could have."""
+        return self.state < 0 and not self.kept and not any(self.n_pages)
 
     @property
     def has_state(self) -> bool:
@@ -209,10 +219,6 @@ class SequenceCache:
         return left if left > 0 else PAGE - self.n_tokens % PAGE
 
     # -- a step ----------------------------------------------------------------------------------
-
-    def has_pages(self, n_tokens: int) -> bool:
-        """Whether `n_tokens` more positions can be written as it is."""
-        return self.n_tokens + n_tokens <= self._n_held
 
     def missing(self, n_tokens: int) -> list[list[int]]:
         """Slots of each group that the next `n_tokens` positions need a page in."""
@@ -235,6 +241,7 @@ class SequenceCache:
         `missing` is what `missing` has said of as many positions since it grew last.
         """
         self._n_written = max(self._n_written, self.n_tokens + n_tokens)
+        self.room = 0
         missing = self.missing(n_tokens) if missing is None else missing
         for table, pool, slots in zip(self.tables, self._pools, missing, strict=True):
             for slot in slots:
@@ -242,7 +249,7 @@ class SequenceCache:
                 table.pages[slot] = pool.take()
                 if shared >= 0:
                     pool.release([shared])
-        self._n_held = pages_for(self.n_tokens + n_tokens) * PAGE
+        self.room = 0 if self._states else pages_for(self.n_tokens + n_tokens) * PAGE
 
     def keep_states(self, counts: Iterable[int]) -> None:
         """Take the slots for the states that the next step leaves after `counts` tokens."""
@@ -304,7 +311,7 @@ class SequenceCache:
         if self._states is not None and self.state >= 0:
             self._states.release([self.state])
         self.state = -1
-        self.n_tokens = self._n_written = self._n_held = 0
+        self.n_tokens = self._n_written = self.room = 0
 
     @property
     def _top(self) -> int:

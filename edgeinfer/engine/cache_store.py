@@ -212,7 +212,7 @@ class CacheStore:
         as never computed.
         """
         cache = sequence.cache
-        if self._states is None and cache.has_pages(n_rows):
+        if cache.n_tokens + n_rows <= cache.room:
             return True
         cache.drop_states()
         missing = cache.missing(n_rows)

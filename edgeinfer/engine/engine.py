@@ -28,10 +28,11 @@ from edgeinfer.engine.generation import (
     check_length,
 )
 from edgeinfer.engine.scheduler import AnyWork, Scheduler
-from edgeinfer.engine.sequence import Request, Rows, Sequence, Token, Work, build_batch
-from edgeinfer.engine.speculation import StepCosts
-from edgeinfer.errors import BusyError, ClosedError, EdgeInferError, InvalidRequestError
-from edgeinfer.sampling.params import OK, SampleTable
+from edgeinfer.engine.sequence import Request, Rows, Work
+from edgeinfer.engine.step import build_batch, commit, fill_samples
+from edgeinfer.engine.step_costs import StepCosts
+from edgeinfer.errors import BusyError, ClosedError, InvalidRequestError
+from edgeinfer.sampling.params import SampleTable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -78,7 +79,7 @@ class Engine:
         request.params.check_vocabulary(self.n_vocab)
         layout = self.layout(request.overflow, request.n_pinned)
         generation = Generation(self, request, layout)
-        self._queue(generation)
+        self._queue(generation, request.priority)
         return generation
 
     def logits(
@@ -136,6 +137,7 @@ class Engine:
         if self._pid != os.getpid():
             return
         with self._changed:
+            self._scheduler.may_be_cancelled = True
             if self._ticket is not None and all(each.is_cancelled for each in self._in_step):
                 self._ticket.abort()
             self._changed.notify()
@@ -182,14 +184,13 @@ class Engine:
         windows, has_state = limits.n_pages, limits.n_states > 0
         return CacheLayout.of(overflow, self.n_ctx, n_pinned, windows, limits.max_rows, has_state)
 
-    def _queue(self, work: AnyWork) -> None:
+    def _queue(self, work: AnyWork, priority: int = 0) -> None:
         with self._changed:
             if self._closed:
                 raise ClosedError(self._closed)
             if len(self._scheduler.waiting) >= MAX_WAITING:
                 raise BusyError(f"{MAX_WAITING} requests wait already; try again later")
-            self._scheduler.waiting.append(work)
-            self._scheduler.may_start = True
+            self._scheduler.enqueue(work, priority)
             self._changed.notify()
 
     # -- the engine's thread: one step after the other -------------------------------------------
@@ -231,62 +232,45 @@ class Engine:
         scheduler.drop_cancelled()
         scheduler.pause_unread()
         scheduler.admit()
-        if scheduler.running:
-            self._step(scheduler.next_step())
-        for job in tuple(scheduler.jobs):
-            self._advance_job(job)
+        for parts in scheduler.next_steps():
+            self._step(parts)
 
     def _step(self, parts: list[Rows]) -> None:
-        """Run a step. One that fails is repeated part by part: only whose own fails ends."""
-        if not parts:
-            return
-        begun, is_decode = time.perf_counter(), all(part.sequence.is_decoding for part in parts)
+        """Run a step. One that fails is repeated for each request: only whose own fails ends."""
+        begun = time.perf_counter()
         try:
-            samples = self._fill_samples([part for part in parts if part.n_wanted])
-            outputs = self._run(parts, samples)
+            outputs = self._run(parts)
         except BaseException as error:
             self._scheduler.recover()
-            for part in parts:
-                if len(parts) > 1:
-                    self._step([part])
+            works = list(dict.fromkeys(part.work for part in parts))
+            for work in works:
+                if len(works) > 1:
+                    self._step([part for part in parts if part.work is work])
                 else:
-                    self._fail(part, error)
+                    self._scheduler.fail(work, error)  # type: ignore[arg-type]
             return
         # Rows of a step that did not run to its end are computed again, for who still wants them.
         if not outputs.aborted:
-            self._commit(parts, outputs)
-            if is_decode:
-                n_rows = sum(part.n for part in parts)
-                try:
-                    self._costs.measure(n_rows, time.perf_counter() - begun)
-                except BaseException:  # it decides about guesses, never about answers
-                    pass
+            with contextlib.suppress(BaseException):  # it decides about rows, never about answers
+                self._measure(parts, time.perf_counter() - begun)
+            commit(parts, outputs, self._samples, self._scheduler)
 
-    def _fail(self, part: Rows, error: BaseException) -> None:
-        assert isinstance(part.work, Generation)
-        self._scheduler.fail(part.work, error)
+    def _measure(self, parts: list[Rows], seconds: float) -> None:
+        n_decode = sum([part.n for part in parts if part.is_decoding])
+        n_others = sum([part.n for part in parts]) - n_decode
+        if n_others:
+            self._costs.measure_beside(n_decode, n_others, seconds)
+        else:
+            self._costs.measure(n_decode, seconds)
 
-    def _fill_samples(self, parts: list[Rows]) -> SampleTable:
-        self._samples.clear()
-        row = 0
-        for part in parts:
-            assert isinstance(part.work, Generation)
-            params, sequence = part.work.request.params, part.sequence
-            history = part.history(params.n_history)
-            n_before = len(history) - len(part.drafts)
-            for i in range(part.n_wanted):
-                index, tokens = sequence.n_generated + i, history[: n_before + i]
-                self._samples.set_row(row, params, params.seed or 0, index, tokens, sequence.mu)
-                row += 1
-        return self._samples
-
-    def _run(self, parts: list[Rows], samples: SampleTable | None) -> Outputs:
+    def _run(self, parts: list[Rows]) -> Outputs:
         """Run one step; its outputs are views that the next step overwrites."""
-        for part in parts:
-            self._scheduler.make_room(part)
+        samples = self._samples if isinstance(parts[0].work, Generation) else None
+        if samples is not None:
+            fill_samples(samples, parts)
         batch = build_batch(parts, samples)
         with self._changed:
-            if self._closed or any(part.work.is_cancelled for part in parts):
+            if self._closed or any([part.work.is_cancelled for part in parts]):
                 return _NOTHING
             self._in_step = [part.work for part in parts]
             self._ticket = ticket = self._program.submit(batch)
@@ -301,80 +285,6 @@ class Engine:
         finally:
             with self._changed:
                 self._ticket, self._in_step = None, []
-
-    def _commit(self, parts: list[Rows], outputs: Outputs) -> None:
-        """The one place where what a step has computed becomes part of its sequences."""
-        now, row = time.perf_counter(), 0
-        for part in parts:
-            try:
-                if not part.work.is_cancelled:
-                    self._commit_part(part, outputs.ids, row, now)
-            except BaseException as error:
-                self._fail(part, error)
-            row += part.n_wanted
-
-    def _commit_part(self, part: Rows, ids: NDArray[np.int32], row: int, now: float) -> None:
-        sequence = part.sequence
-        sequence.cache.advance(part.n - len(part.drafts))
-        assert isinstance(part.work, Generation)
-        if not sequence.n_generated:
-            part.work.emit(sequence.progress(now))
-        if part.n_wanted:
-            self._take_tokens(part, ids, row, now)
-
-    def _take_tokens(self, part: Rows, ids: NDArray[np.int32], row: int, now: float) -> None:
-        """The sampled token and, while the drafts are what was sampled, those after them."""
-        generation, sequence = part.work, part.sequence
-        assert isinstance(generation, Generation)
-        n_before = len(sequence.ids)
-        generation.n_proposed += len(part.drafts)
-        for i in range(part.n_wanted):
-            if i:
-                if part.drafts[i - 1] != ids[row + i - 1]:
-                    break
-                # Only now does its row in the cache count as stored.
-                sequence.cache.advance(1)
-                generation.n_accepted += 1
-            self._take_token(generation, sequence, int(ids[row + i]), row + i, now)
-            if generation.sequence is None:
-                return
-        if generation.speculator is not None:
-            generation.speculator.learn(len(sequence.ids) - n_before)
-
-    def _take_token(
-        self, generation: Generation, sequence: Sequence, token: int, row: int, now: float
-    ) -> None:
-        request, samples = generation.request, self._samples
-        if samples.status[row] != OK:
-            raise EdgeInferError("the model yields no number to choose a token by")
-        sequence.mu = float(samples.mu[row])
-        if token in request.stop_ids:
-            self._scheduler.finish(generation, "stop", token)
-            return
-        sequence.ids.append(token)
-        if request.params.logprobs is None:
-            generation.emit(Token(token, now))
-        else:
-            ids, logprobs = samples.top(row)
-            top = tuple(zip(ids.tolist(), logprobs.tolist(), strict=True))
-            generation.emit(Token(token, now, float(samples.logprobs[row]), top))
-        if sequence.n_generated == generation.max_tokens:
-            self._scheduler.finish(generation, "length")
-
-    # -- the engine's thread: logits -------------------------------------------------------------
-
-    def _advance_job(self, job: LogitsJob) -> None:
-        """One step of a job."""
-        try:
-            if not job.is_cancelled:
-                parts = job.next_rows(self.limits)
-                outputs = self._run(parts, None)
-                if not outputs.aborted:
-                    job.commit(parts, outputs.logits)
-                if job.is_complete:
-                    self._scheduler.finish(job, "stop")
-        except BaseException as error:
-            self._scheduler.fail(job, error)
 
 
 _NOTHING = Outputs(

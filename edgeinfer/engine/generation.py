@@ -5,7 +5,6 @@ Knows nothing of scheduling.
 
 from __future__ import annotations
 
-import math
 import queue
 import threading
 import time
@@ -20,7 +19,7 @@ from edgeinfer.batch import PAGE, StepLimits
 from edgeinfer.engine.cache import STEP_SLOTS, CacheLayout
 from edgeinfer.engine.cache_store import CacheStore
 from edgeinfer.engine.event_queue import EventQueue
-from edgeinfer.engine.sequence import EngineEvent, Finished, Request, Rows, Sequence
+from edgeinfer.engine.sequence import EngineEvent, Finished, Rank, Request, Rows, Sequence
 from edgeinfer.engine.speculation import MAX_ROWS, Speculator
 from edgeinfer.errors import (
     ContextLengthError,
@@ -61,21 +60,19 @@ class Generation:
     def __init__(self, worker: Worker, request: Request, layout: CacheLayout) -> None:
         self.request, self.layout = request, layout
         self.sequence: Sequence | None = None  # the engine's, while it runs
+        self.next_row: Rows | None = None  # the engine's: of a step in which it decodes
+        self.can_guess = request.can_speculate
         self.speculator: Speculator | None = None  # the engine's
         self.n_proposed, self.n_accepted = 0, 0  # tokens guessed, and those that came true
         self.submitted_at = time.perf_counter()
         self.is_cancelled = False
         self.keeps_cache = False
-        self.starts_by = math.inf  # the scheduler's: the step from which on it fits for certain
+        self.rank: Rank = (0, 0)  # the scheduler's
         # Prompt and answer are no longer together than the context; one that slides has no end.
         self.max_tokens = request.max_tokens
         if layout.n_ctx is not None:
             room = layout.n_ctx - len(request.ids)
             self.max_tokens = room if request.max_tokens is None else min(request.max_tokens, room)
-        # Pages it holds at its full length; the last token generated is never stored.
-        self.most_pages = layout.most_pages
-        if self.max_tokens is not None:
-            self.most_pages = layout.pages_needed(len(request.ids) + self.max_tokens - 1)
         self.events: EventQueue[EngineEvent] = EventQueue(MOST_UNREAD, worker.wake)
         self._worker = worker
         self._is_finished = False
@@ -100,14 +97,34 @@ class Generation:
         self._worker.check_waiting()
 
     @property
+    def sequences(self) -> list[Sequence]:
+        """Those that hold pages for it."""
+        return [] if self.sequence is None else [self.sequence]
+
+    @property
+    def next_pages(self) -> tuple[int, ...]:
+        """Pages of each cache group for what it has, and a page's worth of tokens after that."""
+        n_tokens = len(self.request.ids if self.sequence is None else self.sequence.ids) + PAGE
+        if self.max_tokens is not None:  # the last token generated is never stored
+            n_tokens = min(n_tokens, len(self.request.ids) + self.max_tokens - 1)
+        return self.layout.pages_needed(n_tokens)
+
+    @property
     def is_unread(self) -> bool:
         """Whether it should pause."""
         return self.events.is_full and self.sequence is not None and self.sequence.n_generated > 0
 
+    def next_rows(self, most: int, limits: StepLimits) -> list[Rows]:
+        """Up to `most` rows of its prompt, or of what it computes again."""
+        sequence = self.sequence
+        assert sequence is not None, "the generation does not run"
+        n = min(sequence.n_waiting, most, sequence.cache.step_limit())
+        return [Rows(sequence, n, int(n == sequence.n_waiting), self)]
+
     def guess(self) -> tuple[list[int], list[float]]:
         """Tokens that may follow, as many as a step may check, and the chance of each."""
-        sequence, request = self.sequence, self.request
-        if sequence is None or not request.can_speculate:
+        sequence = self.sequence
+        if sequence is None or not self.can_guess:
             return [], []
         if self.speculator is None:
             self.speculator = Speculator(sequence.ids)
@@ -142,18 +159,15 @@ class LogitsJob:
     sequences: list[Sequence] = field(default_factory=list)  # the engine's, while it runs
     error: BaseException | None = None
     is_cancelled: bool = False
-    starts_by: float = math.inf
+    rank: Rank = (0, 0)  # the scheduler's
+    n_taken: int = 0  # positions up to which logits were passed on
     _done: threading.Event = field(default_factory=threading.Event)
 
     @property
-    def most_pages(self) -> tuple[int, ...]:
+    def next_pages(self) -> tuple[int, ...]:
+        """Pages of each cache group that it holds in the end."""
         needed = [self.layout.pages_needed(len(ids)) for ids in (self.ids, *self.others)]
         return tuple(map(sum, zip(*needed, strict=True)))
-
-    @property
-    def n_left(self) -> int:
-        """Rows of `ids` that are still to be computed."""
-        return self.sequences[0].n_waiting if self.sequences else len(self.ids)
 
     @property
     def is_complete(self) -> bool:
@@ -185,7 +199,7 @@ class LogitsJob:
             )
         chunk = min(prefill_chunk or limits.max_rows, limits.max_rows - len(others))
         job = cls(ids, others, first, chunk, layout, take)
-        for n_pages, there_are in zip(job.most_pages, limits.n_pages.values(), strict=False):
+        for n_pages, there_are in zip(job.next_pages, limits.n_pages.values(), strict=False):
             if n_pages > there_are:
                 raise PlanError(
                     f"the token lists take {n_pages * PAGE} cache positions, there are "
@@ -199,28 +213,29 @@ class LogitsJob:
         lists = (self.ids, *self.others)
         self.sequences = [store.open_empty(ids, self.layout) for ids in lists]
 
-    def next_rows(self, limits: StepLimits) -> list[Rows]:
-        """The parts of its next step."""
+    def next_rows(self, most: int, limits: StepLimits) -> list[Rows]:
+        """The parts of its next step: about `most` rows."""
         main, *others = self.sequences
         start = main.cache.n_tokens
-        n = min(self.chunk, main.n_waiting)
-        n_wanted = max(0, start + n - max(start, self.first))
+        n = min(self.chunk, main.n_waiting, max(1, most - len(others)))
+        n_wanted = max(0, start + n - max(start, self.first, self.n_taken))
         excess = max(0, n_wanted - limits.max_outputs)
         n, n_wanted = n - excess, n_wanted - excess
         parts = [Rows(main, n, n_wanted, self)]
         for i, other in enumerate(others):
-            n_other = min(other.n_waiting, (limits.max_rows - n) // len(others))
+            n_other = min(other.n_waiting, (most - n) // len(others))
             if n_other:
                 # Before and after, so that the rows of `ids` lie anywhere in the step.
                 parts.insert(0 if i % 2 else len(parts), Rows(other, n_other, 0, self))
         return parts
 
-    def commit(self, parts: list[Rows], logits: NDArray[np.float32]) -> None:
-        """Count what a step has stored and pass its logits on."""
-        for part in parts:
-            part.sequence.cache.advance(part.n)
+    def commit(self, part: Rows, logits: NDArray[np.float32]) -> None:
+        """Count what a step has stored of a part and pass its logits on."""
+        part.sequence.cache.advance(part.n)
         if len(logits):
-            self.take(self.sequences[0].cache.n_tokens - len(logits) - self.first, logits)
+            end = part.sequence.cache.n_tokens
+            self.take(end - len(logits) - self.first, logits)
+            self.n_taken = end
 
     def finish(self, error: BaseException | None = None) -> None:
         self.error = error

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
-from edgeinfer.batch import Batch
 from edgeinfer.engine.cache import Overflow, SequenceCache
 from edgeinfer.engine.prefix_index import Miss, Node
+from edgeinfer.errors import InvalidRequestError
 from edgeinfer.parameters import REQUEST
-from edgeinfer.sampling.params import SampleTable, SamplingParams
+from edgeinfer.sampling.params import SamplingParams
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,9 +27,10 @@ FinishReason: TypeAlias = Literal["stop", "length", "cancelled", "error"]
 class Request:
     """`n_pinned` tokens at the start stay visible for ever when the context slides.
 
-    With `speculation` tokens are guessed ahead where that is faster; the answer is the same.
-    `borders` are numbers of tokens behind which later prompts are likely to differ, the ends of
-    messages; what is kept of the first `n_stable` tokens is the last to be given up.
+    With `speculation` tokens are guessed ahead where that is faster; the answer is the same. What
+    has a larger `priority` runs first, and of equals what came first. `borders` are numbers of
+    tokens behind which later prompts are likely to differ, the ends of messages; what is kept of
+    the first `n_stable` tokens is the last to be given up.
     """
 
     ids: tuple[int, ...]
@@ -39,12 +40,18 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     n_pinned: int = 0
     speculation: bool = False
+    priority: int = 0
     borders: tuple[int, ...] = ()
     n_stable: int = 0
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
             REQUEST["max_tokens"].check(self.max_tokens)
+        if type(self.priority) is not int:
+            raise InvalidRequestError(
+                f"priority is {self.priority!r}; it must be a whole number, larger ones go first",
+                param="priority",
+            )
 
     @property
     def can_speculate(self) -> bool:
@@ -116,16 +123,21 @@ class Sequence:
         """Tokens whose K and V are not stored yet: 1 while decoding."""
         return len(self.ids) - self.cache.n_tokens
 
-    @property
-    def is_decoding(self) -> bool:
-        """Whether only its latest token waits: nothing of the prompt, nor of a cache it lost."""
-        return self.n_generated > 0 and self.n_waiting == 1
-
 
 class Work(Protocol):
     """What a part of a step is done for."""
 
     is_cancelled: bool
+    rank: Rank
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """Those that hold pages for it, while it runs."""
+        ...
+
+
+# Who goes first, ascending: the largest priority, then who came first.
+Rank: TypeAlias = tuple[int, int]
 
 
 @dataclass(slots=True)
@@ -141,6 +153,11 @@ class Rows:
     work: Work
     drafts: tuple[int, ...] = ()
 
+    @property
+    def is_decoding(self) -> bool:
+        """Whether it goes on from an answer, and reads nothing of a prompt or of what was lost."""
+        return self.n == self.n_wanted and len(self.sequence.ids) > self.sequence.n_prompt
+
     def history(self, n: int) -> NDArray[np.int32]:
         """The last `n` tokens before the drafts, all if n is -1, and the drafts."""
         ids = self.sequence.ids
@@ -148,47 +165,7 @@ class Rows:
         return np.array([*before, *self.drafts], np.int32)
 
     def with_drafts(self, tokens: Iterable[int]) -> Rows:
+        """With these drafts instead."""
         drafts = tuple(tokens)
-        n = len(drafts)
+        n = len(drafts) - len(self.drafts)
         return Rows(self.sequence, self.n + n, self.n_wanted + n, self.work, drafts)
-
-
-def build_batch(parts: list[Rows], samples: SampleTable | None) -> Batch:
-    """The flat arrays of a step; logits are asked for where there is nothing to sample."""
-    ids: list[int] = []
-    pos: list[int] = []
-    seq: list[int] = []
-    wanted: list[int] = []
-    for i, part in enumerate(parts):
-        start = part.sequence.cache.n_tokens
-        end = start + part.n
-        ids += part.sequence.ids[start:end]
-        ids += part.drafts
-        pos += range(start, end)
-        seq += [i] * part.n
-        wanted += range(len(pos) - part.n_wanted, len(pos))
-    states, kept = _states(parts)
-    return Batch(
-        ids=np.array(ids, np.int32),
-        pos=np.array(pos, np.int64),
-        seq=np.array(seq, np.int32),
-        tables=[part.sequence.cache.tables for part in parts],
-        wanted=np.array(wanted, np.int32),
-        output="logits" if samples is None else "ids",
-        samples=samples,
-        states=states,
-        kept=kept,
-    )
-
-
-def _states(parts: list[Rows]) -> tuple[NDArray[np.int32] | None, NDArray[np.int32] | None]:
-    """The slots that a step starts from, and those for the states behind its rows."""
-    if not parts[0].sequence.cache.has_state:
-        return None, None
-    kept: list[int] = []
-    for part in parts:
-        cache = part.sequence.cache
-        counts = range(cache.n_tokens + 1, cache.n_tokens + part.n + 1)
-        kept += [cache.kept.get(n_tokens, -1) for n_tokens in counts]
-    states = [part.sequence.cache.state for part in parts]
-    return np.array(states, np.int32), np.array(kept, np.int32)

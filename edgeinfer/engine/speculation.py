@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from edgeinfer.batch import ROW_COST
+from edgeinfer.engine.step_costs import StepCosts
 
 MAX_ROWS = 8  # of one sequence in a step: its next token and up to 7 guessed ones
 
@@ -177,60 +177,6 @@ class Speculator:
             if guessed:
                 self._acceptance.count(evidence, guessed[0] == self._tokens[end])
             self._lookup.push()
-
-
-class StepCosts:
-    """What a decode step costs by its rows, in seconds, as measured lately.
-
-    A shared machine is twice as slow for a while: every step tells about the machine's speed,
-    and only what is left about the rows it had. `row_cost` is what a row after the first costs, of
-    the first, until steps tell.
-    """
-
-    def __init__(self, row_cost: float = ROW_COST) -> None:
-        self._row_cost = row_cost
-        self._row_seconds = 0.0  # of a step of one row, at the machine's present speed
-        # By rows: times the usual cost, how often measured, and when last.
-        self._factors: dict[int, tuple[float, int, int]] = {}
-        self._n_steps = 0
-
-    def measure(self, n_rows: int, seconds: float) -> None:
-        """Count a step. What has not been measured for long is forgotten, and so tried again."""
-        self._n_steps += 1
-        if not self._row_seconds:
-            self._row_seconds = seconds / self._usual(n_rows)
-        # A hiccup must not outweigh what many steps have shown.
-        surprise = min(max(seconds / self.of(n_rows), 1 / _JUMP), _JUMP)
-        if n_rows > 1:
-            n = self._factors.get(n_rows, (0.0, 0, 0))[1] + 1
-            factor = self._factor(n_rows) * surprise ** max(_RATE, 1 / (n + 1))
-            self._factors[n_rows] = factor, n, self._n_steps
-        self._row_seconds *= surprise**_SPEED_RATE
-        for n in [n for n, (_, _, at) in self._factors.items() if self._n_steps - at > _KEEP]:
-            del self._factors[n]
-
-    def of(self, n_rows: int) -> float:
-        return (self._row_seconds or 1.0) * self._usual(n_rows) * self._factor(n_rows)
-
-    def _usual(self, n_rows: int) -> float:
-        """Times what a step of one row costs."""
-        return 1.0 + self._row_cost * (n_rows - 1)
-
-    def _factor(self, n_rows: int) -> float:
-        """Measured, else between its neighbours, else that of the nearest below."""
-        if n_rows in self._factors:
-            return self._factors[n_rows][0]
-        below = max((n for n in self._factors if n < n_rows), default=1)
-        above = min((n for n in self._factors if n > n_rows), default=0)
-        low = self._factors[below][0] if below > 1 else 1.0
-        high = self._factors[above][0] if above else low
-        share = (n_rows - below) / (above - below) if above else 0.0
-        return low + share * (high - low)
-
-
-# Kernels cost the same for ever, a shared machine changes within steps.
-_RATE, _SPEED_RATE, _JUMP = 0.05, 0.25, 2.0
-_KEEP = 512  # steps until a cost is forgotten
 
 
 def best_drafts(guesses: Sequence[Sequence[float]], costs: StepCosts, most: int) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from edgeinfer.errors import InvalidModelError, ModelNotFoundError
 from edgeinfer.gguf.header import AGAIN, CUT, MAGIC, MAX_KEYS, MAX_TENSORS, Header, TensorInfo
@@ -12,7 +13,11 @@ from edgeinfer.gguf.source import FileBytes, TensorBytes
 from edgeinfer.quant import Weight, quant_type
 from edgeinfer.terminal import one_line
 
+if TYPE_CHECKING:
+    import hashlib
+
 _MAX_PARTS = 99_999
+_SAMPLED_TENSORS, _SAMPLE_BYTES = 64, 4096  # of a fingerprint
 _SPLIT_NAME = re.compile(r"(?P<stem>.*)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
@@ -69,6 +74,23 @@ class GGUFFile:
         """Size on disk of all parts."""
         return sum(part.size for part in self._parts)
 
+    def fingerprint(self) -> str:
+        """A SHA-256 that tells this model from others: of the headers and samples of tensors.
+
+        What two files of one layout differ in after training or quantising is in every tensor, so
+        a piece of some is enough: reading all of a large file would take a minute.
+        """
+        import hashlib  # 2 ms that starts don't need
+
+        digest = hashlib.sha256()
+        for part in self._parts:
+            part.add_header_to(digest)
+        tensors = [weight.data for weight in self.tensors.values() if len(weight.data)]
+        for data in tensors[:: max(1, len(tensors) // _SAMPLED_TENSORS)]:
+            middle = len(data) // 2
+            digest.update(data[middle : middle + _SAMPLE_BYTES])
+        return digest.hexdigest()
+
     def close(self) -> None:
         """Close the file and drop its header; what was read of tensors stays."""
         for part in self._parts:
@@ -107,6 +129,9 @@ class _Part:
 
     def close(self) -> None:
         self._bytes.close()
+
+    def add_header_to(self, digest: hashlib._Hash) -> None:
+        digest.update(self._bytes.all())
 
     def check_in_place(self) -> None:
         """InvalidModelError where another file got this name since it was opened."""

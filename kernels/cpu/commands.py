@@ -68,6 +68,7 @@ class Lowered:
     input: Buffer | None = None
     hidden: Buffer | None = None
     logits: Buffer | None = None
+    residuals: dict[int, Buffer] = field(default_factory=dict)  # by the layer they enter
     scratch: Arena = field(default_factory=Arena)
 
     def kernels(self) -> set[str]:
@@ -77,7 +78,8 @@ class Lowered:
     def place(self) -> None:
         """Offsets for every buffer; one that is no longer read gives its place to the next."""
         uses = [list(op.buffers()) for op in self.ops]
-        self.scratch.place_by_life(uses, (self.input, self.hidden, self.logits))
+        outside = (self.input, self.hidden, self.logits, *self.residuals.values())
+        self.scratch.place_by_life(uses, outside)
 
 
 def cut(

@@ -14,7 +14,7 @@ from edgeinfer.kernels.buffers import Arena, Buffer
 from edgeinfer.kernels.cpu import layout
 from edgeinfer.kernels.cpu.commands import KernelOp, KernelPart
 from edgeinfer.kernels.cpu.library import Library, Progress
-from edgeinfer.kernels.cpu.team import KERNELS, Op, Tape, shared_team
+from edgeinfer.kernels.cpu.team import KERNELS, Op, Tape, Team, shared_team
 from edgeinfer.sampling.params import SampleTable
 
 if TYPE_CHECKING:
@@ -39,6 +39,36 @@ class Sampling:
         return KernelOp("sample", [KernelPart(SAMPLE, args, layout.COUNT_WANTED)])
 
 
+class SampleRun:
+    """The kernel run by itself, on logits wherever they lie."""
+
+    def __init__(
+        self, op: KernelOp, n_vocab: int, library: Library, team: Team, n_threads: int
+    ) -> None:
+        self._team, self._n_vocab = team, n_vocab
+        self._header = np.zeros(layout.HEADER_WORDS, np.int64)
+        self._tape = Tape([Op.of(op, library)], self._header.ctypes.data, n_threads)
+
+    def __call__(self, logits: NDArray[np.float32], table: SampleTable) -> None:
+        """Fill the outputs of a table's first R rows from logits (R, V).
+
+        Rows may lie apart. Logits are changed on the way and put back.
+        """
+        n_rows, n_vocab = logits.shape
+        assert n_vocab == self._n_vocab, f"{n_vocab} logits a row, not {self._n_vocab}"
+        assert n_rows <= table.n_rows, f"{n_rows} rows, and {table.n_rows} that say how"
+        assert logits.dtype == np.float32 and logits.strides[1] == 4 and logits.flags.writeable
+        self._tape.set_word(0, layout.SAMPLE_LOGITS, logits.ctypes.data)
+        self._tape.set_word(0, layout.SAMPLE_STRIDE, logits.strides[0])
+        self._header[layout.H_WANTED_ROWS // layout.WORD] = n_rows
+        self._header[layout.H_SAMPLES // layout.WORD] = table.address
+        self._team.run(self._tape)
+
+    def close(self) -> None:
+        self._team.quiesce()
+        self._tape.close()
+
+
 class HostSampler:
     """Samples on the team of this process, which all that runs on the CPU shares.
 
@@ -53,8 +83,7 @@ class HostSampler:
         self._sampling, self._arena = Sampling(n_vocab, n_threads), Arena()
         self._arena.place(self._sampling.scratch)
         self._memory: platform.Memory | None = None
-        self._header = np.zeros(layout.HEADER_WORDS, np.int64)
-        self._tape: Tape | None = None
+        self._run: SampleRun | None = None
 
     @property
     def n_bytes(self) -> int:
@@ -69,34 +98,22 @@ class HostSampler:
     def open(self) -> None:
         """Load or build the kernel and reserve memory; once."""
         self._library.load({SAMPLE, *KERNELS}, self._progress)
-        self._team = shared_team(self._library, self._n_threads)
+        team = shared_team(self._library, self._n_threads)
         self._memory = platform.Memory(self.n_bytes)
         self._arena.settle(self._memory.address)
-        op = Op.of(self._sampling.op(0, 0), self._library)
-        self._tape = Tape([op], self._header.ctypes.data, self._n_threads)
+        op = self._sampling.op(0, 0)
+        self._run = SampleRun(op, self._n_vocab, self._library, team, self._n_threads)
 
     def sample(self, logits: NDArray[np.float32], table: SampleTable) -> None:
-        """Fill the outputs of a table's first R rows from logits (R, V).
-
-        Rows may lie apart. Logits are changed on the way and put back.
-        """
-        n_rows, n_vocab = logits.shape
-        assert self._tape is not None, "open it first"
-        assert n_vocab == self._n_vocab, f"{n_vocab} logits a row, not {self._n_vocab}"
-        assert n_rows <= table.n_rows, f"{n_rows} rows, and {table.n_rows} that say how"
-        assert logits.dtype == np.float32 and logits.strides[1] == 4 and logits.flags.writeable
-        self._tape.set_word(0, layout.SAMPLE_LOGITS, logits.ctypes.data)
-        self._tape.set_word(0, layout.SAMPLE_STRIDE, logits.strides[0])
-        self._header[layout.H_WANTED_ROWS // layout.WORD] = n_rows
-        self._header[layout.H_SAMPLES // layout.WORD] = table.address
-        self._team.run(self._tape)
+        """Fill the outputs of a table's first R rows from logits (R, V); see `SampleRun`."""
+        assert self._run is not None, "open it first"
+        self._run(logits, table)
 
     def close(self) -> None:
         """Free everything."""
-        if self._tape is not None:
-            self._team.quiesce()
-            self._tape.close()
-            self._tape = None
+        if self._run is not None:
+            self._run.close()
+            self._run = None
         if self._memory is not None:
             self._memory.close()
             self._memory = None

@@ -77,6 +77,7 @@ class Lowering(AttentionLowering, ExpertLowering):
             recut(op, self._limits.n_threads, SHARE) if op.reads_weights else op for op in out.ops
         ]
         out.hidden = self._floats[segment.hidden]
+        out.residuals = {i: self._floats[value] for i, value in segment.residuals.items()}
         out.logits = self._floats[segment.output] if segment.is_last else None
         out.place()
         return out

@@ -55,7 +55,7 @@ class LoweringBase:
         self._segment, self._limits = segment, limits
         self._weights, self._caches = weights, caches
         self._steps = fuse(segment)
-        self._reads = Reads(self._steps, {segment.output, segment.hidden})
+        self._reads = Reads(self._steps, segment.kept)
         self._selected = selected(segment)
         self._floats: dict[Value, Buffer] = {}  # where a value's f32 rows are
         self._quantised: dict[Value, Buffer] = {}

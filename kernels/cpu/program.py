@@ -32,6 +32,7 @@ from edgeinfer.kernels.cached import CacheVerbs
 from edgeinfer.kernels.cpu import layout
 from edgeinfer.kernels.cpu.blueprint import Blueprint
 from edgeinfer.kernels.cpu.commands import KernelOp, recut
+from edgeinfer.kernels.cpu.host_sampler import SampleRun
 from edgeinfer.kernels.cpu.idle import IdleBuild, IdleWork
 from edgeinfer.kernels.cpu.layout import row_stride
 from edgeinfer.kernels.cpu.library import BUILDER_BYTES, Library
@@ -43,6 +44,8 @@ from edgeinfer.kernels.shapes import check_shapes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from edgeinfer.sampling.params import SampleTable
 
 Progress: TypeAlias = Callable[[str, int, int], None]  # stage, done, total
 
@@ -158,6 +161,7 @@ class CpuProgram(CacheVerbs):
         backend.pack(self._weights, self._team, limits.n_threads)
         self._make_step_arrays()
         self._tapes: dict[tuple[Schedule, OutputKind], Tape] = {}  # those that steps have asked for
+        self._sample_run: SampleRun | None = None  # once somebody has edited logits
         self._trial = Trial(self._team, lowered.ops, self._tape)
         self._schedules = schedules(limits.n_threads)
         path = library.folder / f"decode-{self._trial.key}-{limits.n_threads}.json"
@@ -218,16 +222,25 @@ class CpuProgram(CacheVerbs):
         if batch.n_rows <= _FEW_ROWS and not is_aborted:
             self._tuning.took(schedule, batch.n_rows, seconds)
         out = Outputs(self._no_rows, self._no_rows, self._no_ids, aborted=is_aborted)
-        if not self.segment.is_last:
-            out.hidden = self._hidden[: batch.n_rows]
-        elif batch.output == "hidden":
-            out.hidden = self._hidden[:n]
-        elif batch.output == "logits":
+        out.residuals = {i: self._residuals[i][: batch.n_rows] for i in batch.residuals}
+        is_last = self.segment.is_last
+        if not is_last or batch.output == "hidden" or batch.with_hidden:
+            out.hidden = self._hidden[: n if is_last else batch.n_rows]
+        if is_last and batch.output == "logits":
             out.logits = self._logits[:n]
-        else:
+        elif is_last and batch.output == "ids":
             assert batch.samples is not None
             out.ids = batch.samples.ids[:n]
         return out
+
+    def sample(self, logits: NDArray[np.float32], table: SampleTable) -> None:
+        """As a step does, by the same kernel."""
+        if self._sample_run is None:
+            op, n_vocab = self._drawn.sample, self.segment.output.dim
+            assert op is not None, "only the last segment has logits"
+            library, n_threads = self._backend.library, self.limits.n_threads
+            self._sample_run = SampleRun(op, n_vocab, library, self._team, n_threads)
+        self._sample_run(logits, table)
 
     def describe(self) -> dict[str, Any]:
         """What it runs on."""
@@ -257,6 +270,8 @@ class CpuProgram(CacheVerbs):
         self._tuning.close()
         self._team.quiesce()
         self._trial.close()
+        if self._sample_run is not None:
+            self._sample_run.close()
         for tape in self._tapes.values():
             tape.close()
         self._forget_views()
@@ -310,6 +325,10 @@ class CpuProgram(CacheVerbs):
         if lowered.logits:
             vocab = self.segment.output.dim
             self._logits = _float_view(lowered.logits, limits.max_outputs, vocab)
+        self._residuals = {
+            layer: _float_view(buffer, limits.max_rows, dim)
+            for layer, buffer in lowered.residuals.items()
+        }
 
     def _step_tape(self, schedule: Schedule, output: OutputKind) -> Tape:
         if (schedule, output) not in self._tapes:
@@ -341,6 +360,7 @@ class CpuProgram(CacheVerbs):
         self._hidden = self._no_rows
         self._logits = self._no_rows
         self._input = self._no_rows
+        self._residuals = {}
 
     # -- measuring -----------------------------------------------------------------------------
 

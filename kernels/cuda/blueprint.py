@@ -7,8 +7,16 @@ from itertools import count, takewhile
 
 import numpy as np
 
-from edgeinfer.batch import SEGMENT_PAGES, StepLimits, cache_row
-from edgeinfer.graph import KV, Attention, ExpertLinear, Linear, Segment
+from edgeinfer.batch import SEGMENT_PAGES, STATE_ROW, StepLimits, cache_row
+from edgeinfer.graph import (
+    KV,
+    Attention,
+    Conv,
+    DeltaNet,
+    ExpertLinear,
+    Linear,
+    Segment,
+)
 from edgeinfer.kernels.buffers import Arena, Buffer, weights_of
 from edgeinfer.kernels.cached import Bytes, Cached, Numbers, Pieces, layout_of
 from edgeinfer.kernels.cuda.device import Device
@@ -27,13 +35,15 @@ class Blueprint:
     def __init__(self, segment: Segment, limits: StepLimits, arch: int) -> None:
         self.segment, self.limits = segment, limits
         self.weights = TiledWeights(*weights_of(segment))
-        self.step_arrays = StepArrays(limits)
+        self.step_arrays = StepArrays(limits, bool(segment.states))
         n_tokens = segment.output.dim if segment.is_last else 0
         self.sample_arrays = SampleArrays(limits, n_tokens)
         self.kv, self.step = Arena(ALIGNMENT), Arena(ALIGNMENT)
         self.step_buffers = step = self._place_step()
         caches = self._caches = self._place_caches()
-        self.lowered = Lowering(segment, limits, self.weights, caches, step, arch).run()
+        self._recurrent = [op for op in segment.ops if isinstance(op, (Conv, DeltaNet))]
+        states = self._states = self._place_states()
+        self.lowered = Lowering(segment, limits, self.weights, caches, states, step, arch).run()
         self.scratch = self.lowered.scratch
         self.scratch.place(self.weights.staging, 0 if self.scratch.n_bytes else None)
         self.scratch.n_bytes = max(
@@ -52,6 +62,7 @@ class Blueprint:
         return {
             **{f"weights {kind}": n_bytes for kind, n_bytes in weights.items()},
             **self._cache_rows,
+            **self._state_rows,
             "scratch": self.scratch.n_bytes + self.step.n_bytes + self._counters_bytes,
         }
 
@@ -61,7 +72,12 @@ class Blueprint:
             Pieces(self.limits.n_pages[window], self._parts_of(group, device))
             for window, group in self.segment.groups.items()
         )
-        return Cached(groups, Pieces(0, []), layout_of("cuda 1", self.segment))
+        states = [
+            DevicePart(device, self._states[op.out.index].address, op.state.n_bytes)
+            for op in self._recurrent
+        ]
+        layout = layout_of("cuda 1", self.segment)
+        return Cached(groups, Pieces(self.limits.n_states, states), layout)
 
     def _parts_of(self, group: Mapping[int, KV], device: Device) -> Iterator[DevicePart]:
         for layer, kv in group.items():
@@ -106,7 +122,8 @@ class Blueprint:
         part = self._part
         return StepBuffers(
             part("step"), part("ids"), part("pos"), part("seq"), part("wanted"), part("pages"),
-            self._place_samples(), results, status, mu, self._counters(),
+            self._place_samples(), results, status, mu, self._counters(), part("spans"),
+            part("states"), part("kept"),
         )  # fmt: skip
 
     def _place_samples(self) -> SampleBuffers:
@@ -145,6 +162,15 @@ class Blueprint:
                 caches[layer] = LayerCache(k, v, tables, -(-n_pages // SEGMENT_PAGES) + 2)
             self._cache_rows[cache_row(window)] = self.kv.n_bytes - before
         return caches
+
+    def _place_states(self) -> dict[int, Buffer]:
+        """For each op that keeps a state its slots, one array; by the number of what it leaves."""
+        before, slots = self.kv.n_bytes, dict[int, Buffer]()
+        for op in self._recurrent:
+            n_bytes = self.limits.n_states * op.state.n_bytes
+            slots[op.out.index] = self.kv.place(Buffer("state", n_bytes, is_kept=True))
+        self._state_rows = {STATE_ROW: self.kv.n_bytes - before} if slots else {}
+        return slots
 
 
 class DevicePart:

@@ -30,6 +30,7 @@ class Launch(NamedTuple):
     """A kernel for some rows of a step: `blocks` of so many threads for each `rows_per_block`.
 
     It runs where there are least_rows to most_rows of them; others do the same for other numbers.
+    Blocks for rows are at most `most_blocks`, which then are those for the step's sequences.
     """
 
     kernel: Kernel
@@ -41,13 +42,15 @@ class Launch(NamedTuple):
     rows_per_block: int = 1
     least_rows: int = 1
     most_rows: int = ANY_NUMBER
+    most_blocks: int = ANY_NUMBER
 
     def takes(self, n_rows: int) -> bool:
         return self.least_rows <= n_rows <= self.most_rows
 
     def grid(self, n_rows: int, n_segments: int) -> tuple[int, int, int]:
         blocks = (n_segments if isinstance(n, Segments) else n for n in self.blocks)
-        x, y, z = (*blocks, -(-n_rows // self.rows_per_block), 1)[:3]
+        of_rows = min(-(-n_rows // self.rows_per_block), self.most_blocks)
+        x, y, z = (*blocks, of_rows, 1)[:3]
         return x, y, z
 
     def values(self, n_segments: int) -> dict[str, int | float]:
@@ -77,6 +80,7 @@ class Lowered:
     input: Buffer | None = None
     hidden: Buffer | None = None
     logits: Buffer | None = None
+    residuals: dict[int, Buffer] = field(default_factory=dict)  # by the layer they enter
     # What picks a token from each row of logits: the likeliest, or as the step's samples say.
     argmax: Launch | None = None
     sample: Launch | None = None
@@ -89,4 +93,5 @@ class Lowered:
     def place(self) -> None:
         """Offsets for every buffer."""
         uses = [list(launch.buffers()) for launch in self.launches]
-        self.scratch.place_by_life(uses, (self.input, self.hidden, self.logits))
+        outside = (self.input, self.hidden, self.logits, *self.residuals.values())
+        self.scratch.place_by_life(uses, outside)

@@ -1,5 +1,5 @@
 // Causal convolution of every channel: kernels/reference/quantised.py `convolve`.
-#include "dev.cuh"
+#include "math.cuh"
 
 constexpr int THREADS = 256;
 
@@ -24,11 +24,12 @@ struct Channel {
 // x, out: float (row, dim); weight: float (dim, n_taps); bias: float (dim), or null.
 // spans, states: of a sequence its (first row, rows), and the slot it goes on from, -1 for none;
 // kept: the slot that gets the state behind a row, -1 for none. slots: float (slot, n_taps - 1,
-// dim), the oldest row first. None is both read and written. n_taps is 2 or more.
+// dim), the oldest row first. None is both read and written. n_taps is 2 or more. silu: out is that
+// of the convolution.
 EI_KERNEL(256) conv(
     const Step* step, const float* x, int x_stride, const float* weight, const float* bias,
     const int* seq, const int2* spans, const int* states, const int* kept, float* slots, int n_taps,
-    int dim, float* out, int out_stride) {
+    int dim, int silu, float* out, int out_stride) {
     const int row = blockIdx.y;
     const int i = blockIdx.x * THREADS + threadIdx.x;
     if (row >= ei_rows(step, 0) || ei_aborted(step) || i >= dim) {
@@ -45,7 +46,8 @@ EI_KERNEL(256) conv(
     for (int tap = 0; tap < n_taps; ++tap) {
         sum = ei_fma(weight[tap], channel.at(row - n_before + tap), sum);
     }
-    out[(size_t)row * out_stride + i] = bias ? sum + bias[i] : sum;
+    sum = bias ? sum + bias[i] : sum;
+    out[(size_t)row * out_stride + i] = silu ? ei_silu(sum) : sum;
     if (kept[row] >= 0) {
         float* to = slots + kept[row] * slot_floats + i;
         for (int tap = 1; tap < n_taps; ++tap) {

@@ -5,7 +5,7 @@
 // first row to its last: a prompt reads and writes S once.
 #include "math.cuh"
 
-// DIM: values of a column, up to 2048.
+// DIM: values of a column, at most 2048; shapes.py lets through fewer.
 // Variants: DIM = 64 128
 constexpr int LANES = 4;     // of a column
 constexpr int COLUMNS = 32;  // of a block

@@ -37,8 +37,10 @@ class StepArrays:
     to the device.
     """
 
-    def __init__(self, limits: StepLimits) -> None:
+    def __init__(self, limits: StepLimits, has_states: bool) -> None:
         n_groups, n_sequences = len(limits.n_pages), limits.max_sequences
+        self._n_states, self._has_states = limits.n_states, has_states
+        n_recurrent = n_sequences if has_states else 0
         n_pages = n_sequences * sum(limits.n_pages.values())
         shapes = {
             "step": ((1,), _STEP),
@@ -47,6 +49,9 @@ class StepArrays:
             "seq": ((limits.max_rows,), np.dtype(np.int32)),
             "wanted": ((limits.max_outputs,), np.dtype(np.int32)),
             "tables": ((n_groups, n_sequences), _TABLE),
+            "spans": ((n_recurrent, 2), np.dtype(np.int32)),  # first row of a sequence, and rows
+            "states": ((n_recurrent,), np.dtype(np.int32)),
+            "kept": ((limits.max_rows * has_states,), np.dtype(np.int32)),
             "pages": ((n_pages,), np.dtype(np.int32)),
         }
         self._offsets, end = dict[str, int](), 0
@@ -80,6 +85,8 @@ class StepArrays:
         arrays["wanted"][:n_wanted] = batch.wanted
         if batch.hidden is None:
             arrays["ids"][:n_rows] = batch.ids
+        if self._has_states:
+            self._fill_states(batch)
         pages, end = arrays["pages"], 0
         for i, tables in enumerate(batch.tables):
             for group, table in zip(arrays["tables"], tables, strict=True):
@@ -88,6 +95,17 @@ class StepArrays:
                 group[i] = first, len(table.pages), table.n_pinned, table.n_visible
         self._n_pages = end
         return self.n_bytes
+
+    def _fill_states(self, batch: Batch) -> None:
+        states, kept, seq = batch.states, batch.kept, batch.seq
+        assert states is not None and kept is not None, "this segment has states"
+        slots = np.concatenate([states, kept])
+        assert ((slots >= -1) & (slots < self._n_states)).all(), f"{self._n_states} slots"
+        self._arrays["states"][: len(states)], self._arrays["kept"][: len(kept)] = states, kept
+        first = np.flatnonzero(np.diff(seq, prepend=-1))  # rows of a sequence are consecutive
+        n_rows = np.diff(first, append=len(seq))
+        self._arrays["spans"][: len(states)] = 0
+        self._arrays["spans"][seq[first]] = np.stack([first, n_rows], axis=1)
 
     @property
     def n_bytes(self) -> int:

@@ -42,10 +42,11 @@ from edgeinfer.kernels.cuda import tiles
 from edgeinfer.kernels.cuda.commands import ALL_ROWS, WANTED_ROWS, Arg, Launch, Lowered
 from edgeinfer.kernels.cuda.kernel import Kernel
 from edgeinfer.kernels.cuda.lower_fused import FusedLowering
+from edgeinfer.kernels.cuda.lower_recurrent import RecurrentLowering
 from edgeinfer.kernels.cuda.tiles import row_stride
 
 
-class Lowering(FusedLowering):
+class Lowering(FusedLowering, RecurrentLowering):
     """One pass over a segment's steps."""
 
     def run(self) -> Lowered:
@@ -61,6 +62,7 @@ class Lowering(FusedLowering):
             if segment.hidden in self._floats and not out.head:
                 out.head = len(out.launches)
         out.hidden = self._floats[segment.hidden]
+        out.residuals = {i: self._floats[value] for i, value in segment.residuals.items()}
         out.logits = self._floats[segment.output] if segment.is_last else None
         if out.logits is not None:
             out.argmax, out.sample = self._argmax(out.logits), self._sample(out.logits)
@@ -131,8 +133,10 @@ class Lowering(FusedLowering):
                 self._expert_sum(step)
             case SelectRows():
                 self._select(step)
-            case Conv() | DeltaNet():
-                raise AssertionError("these are refused before")
+            case Conv():
+                self._conv(step)
+            case DeltaNet():
+                self._delta_net(step)
             case _:
                 _never(step)
 

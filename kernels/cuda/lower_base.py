@@ -59,6 +59,9 @@ class StepBuffers(NamedTuple):
     status: Buffer
     mu: Buffer
     counters: Buffer  # zeros, between steps too
+    spans: Buffer  # these three where the segment has states
+    states: Buffer
+    kept: Buffer
 
 
 class LaunchShape(NamedTuple):
@@ -68,6 +71,7 @@ class LaunchShape(NamedTuple):
     rows_per_block: int = 1
     least_rows: int = 1
     most_rows: int = ANY_NUMBER
+    most_blocks: int = ANY_NUMBER
 
 
 PLAIN = LaunchShape()
@@ -90,14 +94,15 @@ class LoweringBase:
         limits: StepLimits,
         weights: WeightAddresses,
         caches: Mapping[int, LayerCache],
+        states: Mapping[int, Buffer],
         step: StepBuffers,
         arch: int,
     ) -> None:
         self._segment, self._limits = segment, limits
         self._weights, self._caches, self._step = weights, caches, step
-        self._arch = arch
+        self._states, self._arch = states, arch  # slots, by number of what an op leaves
         self._steps = fuse(segment)
-        self._reads = Reads(self._steps, {segment.output, segment.hidden})
+        self._reads = Reads(self._steps, segment.kept)
         self._selected = selected(segment)
         self._floats: dict[Value, Buffer] = {}  # where a value's f32 rows are
         self._quantised: dict[Value, Buffer] = {}

@@ -111,7 +111,8 @@ class CudaProgram(CacheVerbs):
                     device.fill(self._reserved[-1], arena.n_bytes)
         self._cached = drawn.cached(device)
         device.load(drawn.kernels(), lambda done, total, _: progress("kernels", done, total))
-        self._arrays, self._asked = drawn.step_arrays, StepArrays(self.limits)
+        self._arrays = drawn.step_arrays
+        self._asked = StepArrays(self.limits, bool(self.segment.states))
         n_vocab = self.segment.output.dim if self.segment.is_last else 0
         self._samples, self._asked_samples = (
             drawn.sample_arrays, SampleArrays(self.limits, n_vocab)
@@ -233,6 +234,8 @@ class CudaProgram(CacheVerbs):
         return (
             running.picked is not None
             and self.segment.input is None  # rows from another machine can't be guessed
+            and not (batch.with_hidden or batch.residuals)  # it would lie in the place of these
+            and not self.segment.states  # which slots it would read and write is not known either
             and n_rows == len(batch.wanted) == len(set(batch.seq.tolist())) <= FEW_ROWS
             and np.array_equal(self._last_pos + 1, batch.pos)
             and not ((batch.pos + 1) % PAGE == 0).any()  # there the tables may get a page
@@ -273,9 +276,8 @@ class CudaProgram(CacheVerbs):
         if running.is_aborted:
             return out
         n_wanted, segment, lowered = len(batch.wanted), self.segment, self._lowered
+        self._read_beside(batch, running, out)
         if running.result is Result.HIDDEN:
-            n_rows = n_wanted if segment.is_last else batch.n_rows
-            out.hidden = self._read_rows(lowered.hidden, n_rows, segment.hidden.dim)
             return out
         if running.picked is not None:
             _store(running, batch)
@@ -287,6 +289,22 @@ class CudaProgram(CacheVerbs):
                 self._sampler.sample(out.logits, batch.samples)
             out.ids, out.logits = batch.samples.ids[:n_wanted], self._no_rows
         return out
+
+    def _read_beside(self, batch: Batch, running: Running, out: Outputs) -> None:
+        """What is asked for but logits and tokens."""
+        segment, lowered = self.segment, self._lowered
+        if running.result is Result.HIDDEN or batch.with_hidden:
+            n_rows = len(batch.wanted) if segment.is_last else batch.n_rows
+            out.hidden = self._read_rows(lowered.hidden, n_rows, segment.hidden.dim)
+        for layer in batch.residuals:
+            dim = segment.residuals[layer].dim
+            rows = self._read_rows(lowered.residuals[layer], batch.n_rows, dim)
+            out.residuals = {**out.residuals, layer: rows}
+
+    def sample(self, logits: NDArray[np.float32], table: SampleTable) -> None:
+        """On the host: the logits are there."""
+        assert self._sampler is not None, "only the last segment has logits"
+        self._sampler.sample(logits, table)
 
     def _write_rows(self, buffer: Buffer | None, rows: NDArray[np.float32]) -> None:
         assert buffer is not None, "this segment starts from token ids"

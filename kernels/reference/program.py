@@ -64,6 +64,7 @@ from edgeinfer.kernels.reference.numerics import Floats, Ints, Numerics, embed, 
 from edgeinfer.kernels.reference.quantised import Quantised
 from edgeinfer.kernels.reference.recurrent import convolve, delta_net
 from edgeinfer.known import Known, check, fields
+from edgeinfer.sampling.params import SampleTable
 
 Mode: TypeAlias = Literal["exact", "quantised"]
 
@@ -106,8 +107,8 @@ class ReferenceBackend:
     Without a `sampler` no token can be asked for.
     """
 
-    def __init__(self, sampler: Sampler | None = None) -> None:
-        self._sampler = sampler
+    def __init__(self, sampler: Sampler | None = None, mode: Mode = "exact") -> None:
+        self._sampler, self._mode = sampler, mode
 
     def memories(self, host: int) -> dict[str, int]:
         """All is in the host's memory."""
@@ -137,10 +138,10 @@ class ReferenceBackend:
         return Demand(limits, {HOST: rows})
 
     def compile(
-        self, segment: Segment, limits: StepLimits, *, mode: Mode = "exact"
+        self, segment: Segment, limits: StepLimits, *, mode: Mode | None = None
     ) -> ReferenceProgram:
         check(segment, KNOWN, "reference")
-        numerics = Exact() if mode == "exact" else Quantised()
+        numerics = Exact() if (mode or self._mode) == "exact" else Quantised()
         return ReferenceProgram(segment, limits, numerics, self._sampler)
 
 
@@ -190,9 +191,14 @@ class ReferenceProgram(CacheVerbs):
         self._ticket = ReferenceTicket(self, batch.snapshot())
         return self._ticket
 
+    def sample(self, logits: Floats, table: SampleTable) -> None:
+        assert self._sampler is not None, "this ReferenceBackend was given no sampler"
+        self._sampler.sample(logits, table)
+
     def describe(self) -> dict[str, Any]:
         """What it runs on."""
-        return {"device": "reference"}
+        is_exact = isinstance(self._numerics, Exact)
+        return {"device": "reference" if is_exact else "law"}
 
     def close(self) -> None:
         self._is_closed, self._ticket, self._cached = True, None, None
@@ -338,34 +344,24 @@ class ReferenceProgram(CacheVerbs):
 
     def _collect(self, values: Mapping[int, Floats], batch: Batch) -> Outputs:
         """What the batch asked for; "hidden" of the last segment is what enters the head."""
-        result = values[self._segment.output.index]
-        if not self._segment.is_last:
-            return self._outputs(hidden=result)
-        if batch.output == "hidden":
-            return self._outputs(hidden=values[self._segment.hidden.index])
-        if batch.output == "logits":
-            return self._outputs(logits=result)
-        table = batch.samples
-        assert table is not None
-        assert self._sampler is not None, "this ReferenceBackend was given no sampler"
-        self._sampler.sample(result, table)
-        return self._outputs(ids=table.ids[: len(result)].copy())
+        segment, out = self._segment, self._outputs()
+        result, kept = values[segment.output.index], segment.residuals
+        out.residuals = {layer: values[kept[layer].index] for layer in batch.residuals}
+        if batch.output == "hidden" or batch.with_hidden or not segment.is_last:
+            out.hidden = values[segment.hidden.index]
+        if batch.output == "logits" and segment.is_last:
+            out.logits = result
+        elif batch.output == "ids" and segment.is_last:
+            assert batch.samples is not None
+            self.sample(result, batch.samples)
+            out.ids = batch.samples.ids[: len(result)].copy()
+        return out
 
-    def _outputs(
-        self,
-        *,
-        logits: Floats | None = None,
-        hidden: Floats | None = None,
-        ids: NDArray[np.int32] | None = None,
-        aborted: bool = False,
-    ) -> Outputs:
+    def _outputs(self, *, aborted: bool = False) -> Outputs:
+        """Nothing yet."""
         hp = self._segment.graph.hparams
-        return Outputs(
-            np.empty((0, hp.vocab_size), np.float32) if logits is None else logits,
-            np.empty((0, hp.dim), np.float32) if hidden is None else hidden,
-            np.empty(0, np.int32) if ids is None else ids,
-            aborted=aborted,
-        )
+        no_logits, no_hidden = (np.empty((0, n), np.float32) for n in (hp.vocab_size, hp.dim))
+        return Outputs(no_logits, no_hidden, np.empty(0, np.int32), aborted=aborted)
 
 
 class ReferenceTicket:
