@@ -33,15 +33,16 @@ struct Source {
 
     // Starts to copy rows to shared memory.
     __device__ __forceinline__ void load(Row* rows, int begin, int n) const {
-        const int width = 2 * DIM + n_columns;
-        for (int i = threadIdx.x; i < n * width; i += THREADS) {
-            const int row = i / width;
-            const int at = i - row * width;
+        for (int row = 0; row < n; ++row) {
             const size_t key = (size_t)(begin + row) * key_stride;
             const size_t value = (size_t)(begin + row) * v_stride;
-            const float* from =
-                at < DIM ? q + key + at : at < 2 * DIM ? k + key + at - DIM : v + value + at - 2 * DIM;
-            ei_copy_async<4>((float*)(rows + row) + at, from);
+            for (int i = threadIdx.x; i < DIM; i += THREADS) {
+                ei_copy_async<4>(rows[row].q + i, q + key + i);
+                ei_copy_async<4>(rows[row].k + i, k + key + i);
+            }
+            if ((int)threadIdx.x < n_columns) {
+                ei_copy_async<4>(rows[row].v + threadIdx.x, v + value + threadIdx.x);
+            }
         }
         ei_copy_group();
     }
