@@ -29,7 +29,7 @@ class LoadOptions(TypedDict, total=False):
     n_ctx: int | None  # min(trained length, 8192), smaller if memory is short
     memory: int | str | None  # the host's: bytes, "2G" or "80%" of what is free
     threads: int | None
-    kv_type: str | tuple[str, str] | None  # "f16"
+    kv_type: str | tuple[str, str] | None  # of K and V: "f16", "q8_0", "q4_0"; f16
     device: str | None  # "auto", "cpu", "cuda", "cuda:1", "cuda:0,cuda:1", "reference", "law"
     gpu_layers: int | str | None  # the last ones; -1: all; "auto": as many as fit
     slots: int | None  # full-length contexts that the cache holds, 1

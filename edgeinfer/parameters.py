@@ -162,8 +162,12 @@ def layer_count(value: Any) -> int | str:
     return n_layers
 
 
-def cache_types(value: Any) -> str | tuple[str, ...]:
-    return value if isinstance(value, str) else texts(value)
+def cache_types(value: Any) -> tuple[str, str]:
+    """The types of K and of V, from one for both or from two."""
+    k_type, v_type = (value, value) if isinstance(value, str) else texts(value)
+    if not {k_type, v_type} <= set(_CACHE_TYPES):
+        raise ValueError
+    return k_type, v_type
 
 
 def function(value: Any) -> Callable[..., Any]:
@@ -189,6 +193,7 @@ def parse_memory(value: int | str, available: int) -> int:
     return int(available * size / 100) if unit == "%" else int(size * _UNITS[unit])
 
 
+_CACHE_TYPES = ("f16", "q8_0", "q4_0")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "%": 0}
 _KINDS: dict[Callable[[Any], Any], type] = {
     integer: int, number: float, positive: float, switch: bool,
@@ -205,7 +210,7 @@ _WORDS: dict[Callable[[Any], Any], str] = {
     biases: "numbers by token id",
     layer_count: "a number of layers, -1 for all, or 'auto'",
     memory_size: "bytes, 512M, 2G, or a share such as 80%",
-    cache_types: "a type, or one for K and one for V",
+    cache_types: f"one of {', '.join(map(repr, _CACHE_TYPES))}, or two, for K and for V",
     function: "a function",
 }
 
@@ -283,7 +288,7 @@ LOAD = _by_name(
     Parameter("n_ctx", integer, "Context length in tokens.", 1, _INT32),
     Parameter("memory", memory_size, "Most memory to use, beside a GPU's own."),
     Parameter("threads", integer, "CPU threads.", 1, _MOST_THREADS),
-    Parameter("kv_type", cache_types, "Type of K and V in the cache (f16)."),
+    Parameter("kv_type", cache_types, "K and V in the cache: f16 (usual), q8_0, q4_0."),
     Parameter("device", text, "Where to run."),
     Parameter("gpu_layers", layer_count, "Layers on GPUs, the last ones (auto: what fits)."),
     Parameter("slots", integer, "Full-length contexts that the cache holds.", 1, _INT32),

@@ -173,14 +173,14 @@ def _load(path: Path, settings: LoadSettings, templates: TemplateEngine | None) 
     file = GGUFFile.open(path)
     try:
         model, packs = Model.load(file), threading.Event()
-        segment = model.graph.segment(n_ctx=settings.n_ctx)
+        segment = model.graph.segment(n_ctx=settings.n_ctx, kv_types=settings.kv_types)
         progress = _progress(settings, packs)
         backend, plan, n_gpu_layers, note = _planned(segment, settings, progress)
         # Text is got ready while weights are packed, which needs no Python: sooner it delays that.
         tokenizer = _Later(lambda: _make_tokenizer(file, settings, packs))
         try:
             template = _Later(lambda: _make_template(file, settings, templates, tokenizer))
-            segment = model.graph.segment(n_ctx=plan.n_ctx)
+            segment = model.graph.segment(n_ctx=plan.n_ctx, kv_types=settings.kv_types)
             program = backend.compile(segment, plan.limits)
         finally:
             packs.set()
@@ -221,7 +221,7 @@ def plan_model(
     model: Model, settings: LoadSettings, freed: Mapping[str, int] = MappingProxyType({})
 ) -> MemoryPlan:
     """The memory that loading so takes, once `freed` bytes of each memory have come back."""
-    segment = model.graph.segment(n_ctx=settings.n_ctx)
+    segment = model.graph.segment(n_ctx=settings.n_ctx, kv_types=settings.kv_types)
     return _or_on_cpu(lambda settings: _planned(segment, settings, freed=freed)[1], settings)
 
 

@@ -17,7 +17,7 @@ from edgeinfer.graph import (
 )
 from edgeinfer.kernels.buffers import Arena, Buffer, weights_of
 from edgeinfer.kernels.cached import Cached, HostPart, Pieces, layout_of
-from edgeinfer.kernels.cpu import layout
+from edgeinfer.kernels.cpu import layout, page_layout
 from edgeinfer.kernels.cpu.commands import KernelOp
 from edgeinfer.kernels.cpu.host_sampler import SAMPLE, Sampling
 from edgeinfer.kernels.cpu.layout import row_stride
@@ -92,8 +92,8 @@ def _pages_bytes(group: Mapping[int, KV], n_pages: int) -> int:
 
 def _layer_bytes(kv: KV) -> tuple[int, int]:
     """Bytes of a layer's K and V in a page."""
-    k_bytes, v_bytes = layout.head_page_bytes(kv.k_dim, kv.v_dim)
-    return kv.n_heads * k_bytes, 0 if kv.k_is_v else kv.n_heads * v_bytes
+    v_bytes = 0 if kv.k_is_v else page_layout.v_bytes(kv.v_dim, kv.v_type)
+    return kv.n_heads * page_layout.k_bytes(kv.k_dim, kv.k_type), kv.n_heads * v_bytes
 
 
 def _place_caches(segment: Segment, arena: Arena, limits: StepLimits) -> dict[int, LayerCache]:
