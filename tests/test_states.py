@@ -66,7 +66,8 @@ def test_rows_are_the_same_in_any_company_and_from_any_kept_state(
             # Its last two rows are given up, and what was read from before is still there.
             third = logits(program, (0, 7, 11, 2, {10: 4}), (2, 3, 4, 5, {}))
             fourth = logits(program, (0, 5, 14, 1, {}), (2, 1, 3, 6, {2: 7}))
-            last = logits(program, (2, 3, 5, 7, {}))
+            program.write_states([0, 3], program.read_states([7, 2]))
+            last = logits(program, (2, 3, 5, 0, {}))
     found = [first, second[:2], second[2:5], second[5:], third[:4], third[4:], fourth[:9]]
     found += [fourth[9:], last]
     rows = [(0, 5), (0, 2), (0, 3), (5, 9), (7, 11), (3, 4), (5, 14), (1, 3), (3, 5)]
