@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from edgeinfer.errors import InvalidModelError, InvalidRequestError
 from edgeinfer.model_reader import Heads, ModelReader, without_leading_ones
@@ -170,6 +171,20 @@ class Graph(ModelReader):
             start, end = end, end + dim
             rows = bias.rows(start, end) if bias else None
             values.append(self._linear(x, weight.rows(start, end), rows, fused))
+        return values
+
+    def linears_by_head(
+        self, x: Value, name: str, n_heads: int, dims: Sequence[int]
+    ) -> list[Value]:
+        """Linears whose rows lie in one matrix, head by head: of each head so many for each."""
+        weight = self._weight(f"{name}.weight", n_heads * sum(dims), x.dim)
+        bias = self._optional(f"{name}.bias", n_heads * sum(dims))
+        values, end = list[Value](), 0
+        for dim in dims:
+            start, end = end, end + dim
+            rows = _of_heads(weight, n_heads, start, end)
+            of_rows = _of_heads(bias, n_heads, start, end) if bias else None
+            values.append(self._linear(x, rows, of_rows, name))
         return values
 
     def qkv(self, x: Value, blk: str, heads: Heads) -> tuple[Value, Value, Value]:
@@ -368,3 +383,10 @@ def _in_context(op: Op, n_ctx: int) -> Op:
     if not isinstance(op, Rotate) or op.rope.longer is None:
         return op
     return op._replace(rope=op.rope.in_context(n_ctx))
+
+
+def _of_heads(weight: Weight, n_heads: int, first: int, last: int) -> Weight:
+    """Of the rows of every head, those from first to last."""
+    n_rows, *rest = weight.shape
+    part = replace(weight, shape=(n_heads, n_rows // n_heads, *rest)).parts(first, last)
+    return replace(part, shape=(n_heads * (last - first), *rest))

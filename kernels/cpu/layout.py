@@ -66,6 +66,8 @@ H_SEQ = 6 * WORD  # address: int32[T] sequence of each row
 H_IDS = 7 * WORD  # address: int32[T] token ids
 H_WANTED = 8 * WORD  # address: int32[R] row indices, ascending
 H_TABLES = 9 * WORD  # address: page table records, one per sequence
+H_STATES = 10 * WORD  # address: int32[n_sequences] state slots that sequences start from
+H_KEPT = 11 * WORD  # address: int32[T] state slots for what is behind a row, -1: none
 HEADER_WORDS = 32
 
 # Page table record, one per sequence (batch.PageTable): byte offsets.
@@ -374,6 +376,62 @@ EXPERTS = Block(
 SUM = Block("x stride route route_stride n_used dim")
 SUM_X, SUM_STRIDE, SUM_ROUTE, SUM_ROUTE_STRIDE, SUM_N_USED, SUM_DIM = SUM
 SUM_SINK = 6 * WORD
+#
+# plan_runs (part of the prologue): for all ops with states, the number of runs of rows of one
+# sequence, then a record of each: its rows, and the slot that it starts from.
+RUNS = Block("at")
+(RUNS_AT,) = RUNS
+RUNS_FIRST = WORD  # behind their number
+RUN_ROW, RUN_N_ROWS, RUN_STATE = (i * WORD for i in range(3))
+RUN_BYTES = 3 * WORD
+#
+# An op with states has the runs as its first argument, and how many chunks a run has as its second.
+# Its part of slot i is at states + i * slot_bytes.
+OF_RUNS = Block("runs per_run states slot_bytes")
+OF_RUNS_AT, OF_RUNS_PER_RUN, OF_RUNS_STATES, OF_RUNS_SLOT_BYTES = OF_RUNS
+#
+# conv: out[t] = bias + sum over n_taps of weight[j] * x[t - n_taps + 1 + j], rows of one stride
+# with zeros behind dim; weight: n_taps such rows. A state is n_taps - 1 of them. A chunk is
+# CONV_BYTES of each of a run's rows. conv.silu: silu of it.
+CONV = Block("x stride weight bias n_taps out", first=4)
+CONV_X, CONV_STRIDE, CONV_WEIGHT, CONV_BIAS, CONV_N_TAPS, CONV_OUT = CONV
+CONV_BYTES = 1024  # of a row, of one chunk
+#
+# delta_net: ops.DeltaNet, a run's rows one after the other. A state of dim x dim is cut into groups
+# of 8 columns, dim vectors each, zeros in columns behind the last; heads lie side by side. A chunk
+# is up to DELTA_GROUPS of one head. Head h reads key head h % n_key_heads if is_tiled, else
+# h * n_key_heads // n_heads. Scratch of each thread, 64-byte aligned: delta_scratch_bytes.
+DELTA = Block(
+    "q k key_stride v out stride decay beta gate_stride n_heads n_key_heads is_tiled dim scratch",
+    first=4,
+)
+(
+    DELTA_Q, DELTA_K, DELTA_KEY_STRIDE, DELTA_V, DELTA_OUT, DELTA_STRIDE, DELTA_DECAY, DELTA_BETA,
+    DELTA_GATE_STRIDE, DELTA_N_HEADS, DELTA_N_KEY_HEADS, DELTA_IS_TILED, DELTA_DIM, DELTA_SCRATCH,
+) = DELTA  # fmt: skip
+DELTA_GROUPS = 4
+
+
+def runs_bytes(max_sequences: int) -> int:
+    """Bytes of the runs of a step."""
+    return RUNS_FIRST + max_sequences * RUN_BYTES
+
+
+def group_bytes(dim: int) -> int:
+    """Bytes of 8 columns of a state."""
+    return 32 * dim
+
+
+def delta_state_bytes(n_heads: int, dim: int) -> int:
+    """Bytes of the matrices of all heads."""
+    return n_heads * whole_vectors(dim) // 8 * group_bytes(dim)
+
+
+def delta_scratch_bytes(dim: int) -> int:
+    """Of one thread: the groups of a chunk, and a vector."""
+    return DELTA_GROUPS * 32 * dim + 64
+
+
 #
 # sample: for wanted row i (a chunk), the token that row i of the table at H_SAMPLES asks for.
 # Changed logits are restored. Scratch: 64-byte aligned, SCRATCH_BYTES for each thread.

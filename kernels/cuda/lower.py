@@ -14,6 +14,7 @@ from edgeinfer.fusion import (
     PinnedAttention,
     PinnedRotate,
     RotatedAttention,
+    SiluConv,
     Step,
     SwiGlu,
     WholeNorm,
@@ -133,7 +134,7 @@ class Lowering(FusedLowering, RecurrentLowering):
                 self._expert_sum(step)
             case SelectRows():
                 self._select(step)
-            case Conv():
+            case Conv() | SiluConv():
                 self._conv(step)
             case DeltaNet():
                 self._delta_net(step, i)

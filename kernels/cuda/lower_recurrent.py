@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, TypeVar
 
-from edgeinfer.fusion import Step
+from edgeinfer.fusion import SiluConv, Step
 from edgeinfer.graph import Activation, Bias, Conv, DeltaNet, Gain, RmsNorm, Scale, Value
 from edgeinfer.kernels.cuda.commands import ALL_ROWS, Arg
 from edgeinfer.kernels.cuda.kernel import Kernel
@@ -38,13 +38,14 @@ class _Gates(NamedTuple):
 class RecurrentLowering(LoweringBase):
     """The steps that go on from the row before."""
 
-    def _conv(self, op: Conv) -> None:
+    def _conv(self, op: Conv | SiluConv) -> None:
+        silu, made = (1, op.convolved) if isinstance(op, SiluConv) else (0, op.out.index)
         self._emit(
             Kernel.of("conv"), ALL_ROWS, -(-op.x.dim // 256), 256, PLAIN,
             x=self._floats[op.x], x_stride=row_stride(op.x.dim),
             weight=self._weights.vector(op.weight),
             bias=self._weights.vector(op.bias) if op.bias else 0, seq=self._step.seq,
-            **self._state_args(op.out), n_taps=op.n_taps, dim=op.x.dim, silu=0,
+            **self._state_args(made), n_taps=op.weight.shape[-1], dim=op.x.dim, silu=silu,
             out=self._float_buffer(op.out, "convolved"), out_stride=row_stride(op.out.dim),
         )  # fmt: skip
 
@@ -61,12 +62,13 @@ class RecurrentLowering(LoweringBase):
             beta=self._floats[gates.beta], head_stride=row_stride(op.n_v_heads),
             bias=self._weights.vector(gates.bias) if gates.bias else 0,
             rate=self._weights.vector(gates.rate) if gates.rate else 0,
-            **self._state_args(op.out), n_key_heads=op.n_k_heads, tiled=int(op.pairing == "tiled"),
-            out=self._float_buffer(op.out, "delta net"), out_stride=row_stride(op.out.dim),
+            **self._state_args(op.out.index), n_key_heads=op.n_k_heads,
+            tiled=int(op.pairing == "tiled"), out=self._float_buffer(op.out, "delta net"),
+            out_stride=row_stride(op.out.dim),
         )  # fmt: skip
 
-    def _state_args(self, out: Value) -> dict[str, Arg]:
-        step, slots = self._step, self._states[out.index]
+    def _state_args(self, made: int) -> dict[str, Arg]:
+        step, slots = self._step, self._states[made]
         return {"spans": step.spans, "states": step.states, "kept": step.kept, "slots": slots}
 
     # -- what a delta net's kernel makes by itself -----------------------------------------------
