@@ -35,6 +35,7 @@ class LoadSettings(NamedTuple):
     pre: str | None
     may_download: bool
     progress: Callable[[Progress], None] | None
+    residuals: tuple[int, ...] = ()  # layers whose entering stream may be watched
 
     @classmethod
     def resolve(cls, function: str, given: LoadOptions) -> LoadSettings:
@@ -67,6 +68,7 @@ class LoadSettings(NamedTuple):
             pre=options.get("pre"),
             may_download=options.get("download", False),
             progress=options.get("progress"),
+            residuals=options.get("residuals", ()),
         )
 
     def on_cpu(self, note: str) -> LoadSettings:

@@ -170,6 +170,21 @@ def cache_types(value: Any) -> tuple[str, str]:
     return k_type, v_type
 
 
+def layers(value: Any) -> tuple[int, ...]:
+    """Numbers of layers, each once, ascending."""
+    return tuple(sorted(id_set(value)))
+
+
+def watched(value: Any) -> tuple[str | int, ...]:
+    """Names of what steps yield, and numbers of layers."""
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Collection):
+        raise ValueError
+    names = [each for each in value if isinstance(each, str)]
+    if not len(value) or not set(names) <= {"logits", "hidden"}:
+        raise ValueError
+    return (*sorted(set(names)), *layers([each for each in value if not isinstance(each, str)]))
+
+
 def function(value: Any) -> Callable[..., Any]:
     if not callable(value):
         raise ValueError
@@ -212,6 +227,8 @@ _WORDS: dict[Callable[[Any], Any], str] = {
     memory_size: "bytes, 512M, 2G, or a share such as 80%",
     cache_types: f"one of {', '.join(map(repr, _CACHE_TYPES))}, or two, for K and for V",
     function: "a function",
+    layers: "numbers of layers",
+    watched: "some of 'logits', 'hidden' and numbers of layers",
 }
 
 
@@ -294,6 +311,7 @@ LOAD = _by_name(
     Parameter("slots", integer, "Full-length contexts that the cache holds.", 1, _INT32),
     Parameter("pre", text, "Pre-tokenizer, for a file that names none."),
     Parameter("chat_template", text, "Instead of the file's own."),
+    Parameter("residuals", layers, "Layers whose entering stream may be watched."),
     Parameter("download", switch, "Fetch a model that is not here.", default=False),
     Parameter("progress", function, "Told how far loading is."),
 )
@@ -314,6 +332,9 @@ REQUEST = _by_name(
         "n_keep", integer, "Tokens at the start that stay when it slides (the system message).",
         0, _INT32, usual=(0, 1_000_000),
     ),
+    Parameter("priority", integer, "Larger ones run first.", -_INT32, _INT32, 0),
+    Parameter("on_step", function, "Called after each step, before its token is picked."),
+    Parameter("watch", watched, "What on_step is shown.", default=("logits",)),
     Parameter(
         "speculation", switch,
         "Guess tokens ahead where that is faster (on); the answer is the same.",
@@ -372,6 +393,12 @@ ANSWER = REQUEST | SAMPLING
 LOGITS = _by_name(
     Parameter("last", integer, "Rows to give back, the last ones.", 1, _INT64),
     Parameter("prefill_chunk", integer, "Most rows in a step.", 1, _INT64),
+)
+
+# What `residuals` and `attention` take beside them.
+LOOK = _by_name(
+    Parameter("layer", integer, "The layer that is looked at.", 0, _INT32),
+    Parameter("last", integer, "Rows to give back, the last ones.", 1, _INT64),
 )
 
 # What `tokenize` and `detokenize` take beside the text or the ids.
