@@ -20,6 +20,8 @@ from edgeinfer.sampling.params import SamplingParams
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from edgeinfer.engine.hooks import Hook
+
 FinishReason: TypeAlias = Literal["stop", "length", "cancelled", "error"]
 
 
@@ -43,6 +45,7 @@ class Request:
     priority: int = 0
     borders: tuple[int, ...] = ()
     n_stable: int = 0
+    hook: Hook | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
@@ -56,7 +59,8 @@ class Request:
     @property
     def can_speculate(self) -> bool:
         # Mirostat's state after a token is known only once the token is.
-        return self.speculation and self.params.mirostat == 0
+        # And who is shown steps is shown none that did not happen.
+        return self.speculation and self.params.mirostat == 0 and self.hook is None
 
 
 class Prefilled(NamedTuple):
@@ -129,6 +133,7 @@ class Work(Protocol):
 
     is_cancelled: bool
     rank: Rank
+    hook: Hook | None
 
     @property
     def sequences(self) -> list[Sequence]:
