@@ -91,7 +91,7 @@ class CacheStore:
         """Who has begun with most of the same tokens, and how many."""
         found, most = None, 0
         for other in self._begun:
-            if other.cache.layout == sequence.cache.layout:
+            if other is not sequence and other.cache.layout == sequence.cache.layout:
                 n = _n_equal(other.ids, sequence.ids, len(sequence.ids) - 1)
                 if n > most:
                     found, most = (other, n), n
@@ -99,9 +99,11 @@ class CacheStore:
 
     def catch_up(self, sequence: Sequence) -> None:
         """Take over what others have computed meanwhile of the tokens it waits for."""
-        if sequence.is_parked:
-            self._begun.append(sequence)
-            sequence.is_parked = False
+        if sequence.is_behind:
+            sequence.is_behind = False
+            sequence.leader = self._leader(sequence)
+            if all(each is not sequence for each in self._begun):
+                self._begun.append(sequence)
         elif sequence.leader is None:
             return
         self._extend(sequence)
@@ -325,7 +327,6 @@ class CacheStore:
     def keep(self, sequence: Sequence) -> None:
         """End a sequence; what it has computed may serve later prompts while there is room."""
         self.park(sequence)
-        sequence.is_parked = False
 
     def park(self, sequence: Sequence) -> None:
         """Give up what a sequence holds, but for others or its own return while there is room."""
@@ -334,7 +335,7 @@ class CacheStore:
         if sequence.cache.n_tokens:
             self._mark(sequence, sequence.cache.n_tokens, BORDER)
         self.free(sequence)
-        sequence.is_parked = True
+        sequence.is_behind = True
 
     def free(self, sequence: Sequence) -> None:
         """Give back what a sequence holds, for nobody to go on with."""
@@ -344,11 +345,11 @@ class CacheStore:
         self._forget(sequence)
 
     def _forget(self, sequence: Sequence) -> None:
-        """It can't be shared any more; who follows it reads on alone."""
+        """It can't be shared any more; who follows it takes over what it has left."""
         self._begun = [each for each in self._begun if each is not sequence]
         for each in self._begun:
             if each.leader is not None and each.leader[0] is sequence:
-                each.leader = None
+                each.leader, each.is_behind = None, True
 
     def most_rows(self) -> int:
         """Rows of a step, drafts among them, whose state there are slots for."""

@@ -112,7 +112,7 @@ class Sequence:
     path: list[Node] = field(default_factory=list)
     borders: list[tuple[int, int]] = field(default_factory=list)
     leader: tuple[Sequence, int] | None = None
-    is_parked: bool = False  # its pages may have been given up
+    is_behind: bool = False  # the index may hold more of it than it does itself
 
     def progress(self, at: float) -> Prefilled:
         done = self.cache.n_tokens
