@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         InvalidRequestError,
         ModelNotFoundError,
         PlanError,
+        SessionError,
         TemplateError,
         UnsupportedModelError,
     )
@@ -69,8 +70,8 @@ _HOME = {
     "BusyError": "errors", "ClosedError": "errors", "ContextLengthError": "errors",
     "DeviceError": "errors", "DownloadError": "errors", "EdgeInferError": "errors",
     "InvalidModelError": "errors", "InvalidRequestError": "errors",
-    "ModelNotFoundError": "errors", "PlanError": "errors", "TemplateError": "errors",
-    "UnsupportedModelError": "errors",
+    "ModelNotFoundError": "errors", "PlanError": "errors", "SessionError": "errors",
+    "TemplateError": "errors", "UnsupportedModelError": "errors",
 }  # fmt: skip
 
 __all__ = [
@@ -106,6 +107,7 @@ __all__ = [
     "Step",
     "Stream",
     "StreamFilter",
+    "SessionError",
     "TemplateError",
     "Timings",
     "TokenLogprob",

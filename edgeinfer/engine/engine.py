@@ -11,9 +11,11 @@ import os
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -22,7 +24,9 @@ from edgeinfer.batch import Batch, Outputs, StepLimits
 from edgeinfer.engine import hooks
 from edgeinfer.engine.cache import CacheLayout, Overflow, PagePool
 from edgeinfer.engine.cache_store import CacheStore
+from edgeinfer.engine.errand import Errand
 from edgeinfer.engine.generation import (
+    WAKE_SECONDS,
     Generation,
     LogitsJob,
     check_ids,
@@ -38,6 +42,10 @@ from edgeinfer.sampling.params import SampleTable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from edgeinfer.engine.session import Sessions
+
+T = TypeVar("T")
 
 MAX_WAITING = 4096  # requests: thousands of clients are real, and each holds its prompt
 _MOST_FAULTS = 3  # turns in a row that an error ended outside of any one request
@@ -65,6 +73,7 @@ class Engine:
         self._changed = threading.Condition()
         self._ticket: Ticket | None = None
         self._in_step: list[Work] = []
+        self._errands: deque[Errand[Any]] = deque()
         self._closed = ""
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._loop, name="edgeinfer-engine", daemon=True)
@@ -135,6 +144,40 @@ class Engine:
         job = LogitsJob.of((ids,), len(ids), None, self.limits, layout, lambda *_: None, hook)
         self._queue(job)
         job.wait(self)
+
+    def save_session(self, path: Path, ids: SequenceOf[int], model: str) -> int:
+        """Write what the cache holds of the beginning of `ids` to a file; of how many tokens.
+
+        `model` names what K, V and state depend on beside the tokens and their types.
+        """
+        check_ids(ids, self.n_vocab)
+        return self._sessions(model).save(path, ids)
+
+    def load_session(self, path: Path, model: str) -> tuple[int, ...]:
+        """Put what a file holds into the cache, for prompts that begin with its tokens."""
+        ids = self._sessions(model).load(path)
+        check_ids(ids, self.n_vocab)
+        return ids
+
+    def _sessions(self, model: str) -> Sessions:
+        from edgeinfer.engine.session import Sessions  # most starts need none
+
+        layout = self.layout("error")
+        return Sessions(self._store, self._program, layout, model, self.between_steps)
+
+    def between_steps(self, action: Callable[[], T]) -> T:
+        """Call `action` in the engine's thread while no step runs; what it returns or raises."""
+        if threading.current_thread() is self._thread:
+            return action()
+        errand = Errand(action)
+        with self._changed:
+            if self._closed:
+                raise ClosedError(self._closed)
+            self._errands.append(errand)
+            self._changed.notify()
+        while not errand.wait(WAKE_SECONDS):
+            self.check_alive()
+        return errand.result()
 
     @property
     def n_running(self) -> int:
@@ -215,6 +258,8 @@ class Engine:
         except BaseException as error:  # a bug: whoever waits is told, nobody hangs
             self._closed = f"the engine failed: {error!r}"
         self._scheduler.fail_all(ClosedError(self._closed), also_waiting=True)
+        while self._errands:
+            self._errands.popleft().fail(ClosedError(self._closed))
 
     def _serve(self) -> None:
         """Turns until it is closed. An error outside of any one request costs a turn at first."""
@@ -237,12 +282,15 @@ class Engine:
         """False once the engine is closed."""
         scheduler = self._scheduler
         with self._changed:
-            while not (self._closed or scheduler.has_work):
+            while not (self._closed or scheduler.has_work or self._errands):
                 self._changed.wait()
         return not self._closed
 
     def _turn(self) -> None:
         scheduler = self._scheduler
+        while self._errands:
+            if not self._errands.popleft().run():
+                scheduler.recover()
         scheduler.drop_cancelled()
         scheduler.pause_unread()
         scheduler.admit()

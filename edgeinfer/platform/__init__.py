@@ -50,6 +50,7 @@ if TYPE_CHECKING:
         try_lock,
         unlink_open,
         write_whole,
+        written_whole,
     )
     from edgeinfer.platform.forks import ForkedProcess
     from edgeinfer.platform.limits import ProcessLimits, ended_for_time
@@ -83,7 +84,7 @@ _NAMES = {
     "files": (
         "ReadableFile append_private bytes_below delete_all files_below forget_file_pages "
         "free_disk is_at is_writable make_folder open_appending open_scratch read_whole sync "
-        "try_lock unlink_open write_whole"
+        "try_lock unlink_open write_whole written_whole"
     ),
     "limits": "ProcessLimits ended_for_time",
     "memory": "available_memory peak_rss rss",
@@ -154,6 +155,7 @@ __all__ = [
     "try_lock",
     "unlink_open",
     "write_whole",
+    "written_whole",
 ]
 
 
