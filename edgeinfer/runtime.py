@@ -36,12 +36,12 @@ from edgeinfer.errors import (
     memory_ran_out,
 )
 from edgeinfer.gguf import GGUFFile
-from edgeinfer.segment import Segment
 from edgeinfer.hub.discovery import find_model
 from edgeinfer.load_settings import LoadSettings
 from edgeinfer.model import Model
 from edgeinfer.options import LoadOptions, Progress
 from edgeinfer.parameters import shown
+from edgeinfer.segment import Segment
 from edgeinfer.text.chat import ChatTemplate
 from edgeinfer.text.footprint import text_bytes
 from edgeinfer.text.template_engine import TemplateEngine

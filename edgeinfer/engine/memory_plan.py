@@ -12,7 +12,15 @@ from typing import NamedTuple
 from edgeinfer.backend import Backend
 from edgeinfer.batch import PAGE, StepLimits, StepRequest
 from edgeinfer.engine.plan_error import does_not_fit
-from edgeinfer.engine.plan_rows import HostBytes, Pool, pools_of, size_text, spare_pages
+from edgeinfer.engine.plan_rows import (
+    LEAST_STATES,
+    HostBytes,
+    Pool,
+    pools_of,
+    size_text,
+    spare_pages,
+    spare_states,
+)
 from edgeinfer.errors import UnsupportedModelError
 from edgeinfer.graph import KVType, Segment
 
@@ -37,6 +45,7 @@ class MemoryPlan(NamedTuple):
     note: str  # why n_ctx or the types of K and V are not the usual ones, "" if they are
     kv_types: KVTypes = USUAL_TYPES
     n_spare_pages: int = 0  # of those in `limits`: for prompts to come
+    n_spare_states: int = 0
 
     @property
     def host(self) -> Pool:
@@ -67,13 +76,12 @@ class MemoryPlan(NamedTuple):
         """What was chosen, a line for each, with the reason where it is not the usual one."""
         k_type, v_type = self.kv_types
         types = k_type if k_type == v_type else f"{k_type} for K, {v_type} for V"
-        n_spare = self.n_spare_pages * PAGE
+        n_spare, n_states = self.n_spare_pages * PAGE, self.n_spare_states
+        states = f" and for {n_states} snapshots of the state" if n_states else ""
         return (
             f"context {self.n_ctx} tokens" + (f" in each of {self.slots} slots" * (self.slots > 1)),
             f"K and V as {types}",
-            f"room for {n_spare} tokens of earlier prompts, beside what is free in the context"
-            if n_spare
-            else "earlier prompts are kept while the context has room for them",
+            f"room for {n_spare} tokens of earlier prompts{states}, beside what the context has",
             f"steps of up to {self.limits.max_rows} rows and {self.limits.max_sequences} sequences",
         )
 
@@ -106,6 +114,7 @@ class Setting(NamedTuple):
     n_ctx: int
     kv_types: KVTypes
     n_spare_pages: int = 0
+    n_spare_states: int = 0
     most_rows: int = _ALL_ROWS
 
 
@@ -163,14 +172,16 @@ def planned(
     """What a setting takes, whether it fits or not."""
     # Of the same values: whatever else a segment says of them stays.
     ops = segment.graph.ops_for(setting.n_ctx, setting.kv_types)
+    n_states = LEAST_STATES * request.slots + setting.n_spare_states if segment.states else 0
     step = StepRequest(
-        setting.n_ctx, request.slots, request.n_threads, setting.most_rows, setting.n_spare_pages
-    )
+        setting.n_ctx, request.slots, request.n_threads, setting.most_rows, n_states,
+        setting.n_spare_pages,
+    )  # fmt: skip
     demand = backend.demand(segment._replace(ops=ops), step)
     pools = pools_of(demand, step, available_bytes(backend, request), request.host)
     return MemoryPlan(
         pools, setting.n_ctx, request.slots, demand.limits, "", setting.kv_types,
-        setting.n_spare_pages,
+        setting.n_spare_pages, setting.n_spare_states,
     )  # fmt: skip
 
 
@@ -179,13 +190,15 @@ def _settings(segment: Segment, request: PlanRequest) -> Iterator[Setting]:
     usual = usual_n_ctx(segment)
     n_ctx = usual if request.n_ctx is None else request.n_ctx
     choices = [USUAL_TYPES, _SMALLER_TYPES] if request.kv_types is None else [request.kv_types]
-    if n_spare := spare_pages(segment, n_ctx, choices[0]):
-        yield Setting(n_ctx, choices[0], n_spare)
-    yield from (Setting(n_ctx, types) for types in choices)
+    spare = spare_pages(segment, n_ctx, choices[0]), spare_states(segment)
+    least = 0, min(1, spare[1])  # a state can't be shared but where one was kept
+    if spare != least:
+        yield Setting(n_ctx, choices[0], *spare)
+    yield from (Setting(n_ctx, types, *least) for types in choices)
     while request.n_ctx is None and (half := n_ctx // 2 // PAGE * PAGE) >= min(usual, _LEAST_N_CTX):
         n_ctx = half
-        yield from (Setting(n_ctx, types) for types in choices)
-    yield Setting(n_ctx, choices[-1], most_rows=_FEW_ROWS)
+        yield from (Setting(n_ctx, types, *least) for types in choices)
+    yield Setting(n_ctx, choices[-1], *least, most_rows=_FEW_ROWS)
 
 
 def _note(setting: Setting, request: PlanRequest, usual: int) -> str:

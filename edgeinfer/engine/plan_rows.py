@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from edgeinfer.batch import HOST, PAGE, Demand, StepRequest, cache_row, pages_for
+from edgeinfer.batch import HOST, PAGE, STATE_ROW, Demand, StepRequest, cache_row, pages_for
 from edgeinfer.graph import KV, KVType, Segment
 
 _MiB = 1 << 20
@@ -20,6 +20,7 @@ _TOKEN_BYTES = 64  # ids as Python's integers in a prompt and its sequence, and 
 _SEQUENCE_BYTES = 192 << 10  # that index's tables, and what is sampled by
 _MOST_SPARE_BYTES = 64 * _MiB
 _SPARE_SHARE = 4  # of a context: a quarter
+LEAST_STATES = 2  # slots of a sequence: one that a step reads, one that it writes
 _TYPE_BITS: Mapping[KVType, float] = {"f16": 16, "q8_0": 8.5, "q4_0": 4.5}
 
 _BUILDING = "building kernels, once"
@@ -94,8 +95,12 @@ def pools_of(
 
 
 def _with_spare(rows: Mapping[str, int], demand: Demand, step: StepRequest) -> dict[str, int]:
-    """Rows in which pages beyond those of the slots are apart."""
+    """Rows in which pages and states beyond those of the slots are apart."""
     spare, found = 0, dict(rows)
+    n_states = step.n_states - LEAST_STATES * step.slots
+    if STATE_ROW in rows and n_states > 0:
+        found["snapshots"] = rows[STATE_ROW] * n_states // step.n_states
+        found[STATE_ROW] -= found["snapshots"]
     for window, n_pages in demand.limits.n_pages.items():
         n_spare = n_pages - step.slots * pages_for(step.n_ctx)
         if step.n_spare_pages and n_spare > 0 and (name := cache_row(window)) in found:
@@ -110,6 +115,12 @@ def spare_pages(segment: Segment, n_ctx: int, types: tuple[KVType, KVType]) -> i
     page_bytes = sum(_page_bytes(kv._replace(k_type=types[0], v_type=types[1])) for kv in layers)
     most = _MOST_SPARE_BYTES // page_bytes if page_bytes else 0
     return min(pages_for(n_ctx) // _SPARE_SHARE, most)
+
+
+def spare_states(segment: Segment) -> int:
+    """State slots for earlier prompts that are planned unasked: 2 to 16, as many as 64 MiB hold."""
+    slot_bytes = sum(state.n_bytes for states in segment.states.values() for state in states)
+    return max(2, min(16, _MOST_SPARE_BYTES // slot_bytes)) if slot_bytes else 0
 
 
 def _page_bytes(kv: KV) -> int:
