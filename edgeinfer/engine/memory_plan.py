@@ -14,6 +14,8 @@ from edgeinfer.batch import PAGE, StepLimits, StepRequest
 from edgeinfer.engine.plan_error import does_not_fit
 from edgeinfer.engine.plan_rows import (
     LEAST_STATES,
+    SPARE_PAGES,
+    SPARE_STATES,
     HostBytes,
     Pool,
     pools_of,
@@ -28,6 +30,7 @@ DEFAULT_N_CTX = 8192
 _LEAST_N_CTX = 512  # what a default is lowered to before a model is refused
 _FEW_ROWS = 64  # of a step, where the usual number leaves no room for even that
 _ALL_ROWS = 1 << 30
+_SPARE_ROWS = SPARE_PAGES, SPARE_STATES
 
 KVTypes = tuple[KVType, KVType]
 USUAL_TYPES: KVTypes = ("f16", "f16")
@@ -63,6 +66,11 @@ class MemoryPlan(NamedTuple):
     @property
     def total_bytes(self) -> int:
         return sum(pool.total_bytes for pool in self.pools)
+
+    @property
+    def kept_bytes(self) -> int:
+        """For prompts that were read before, beyond what the context has room for."""
+        return sum(pool.rows.get(row, 0) for pool in self.pools for row in _SPARE_ROWS)
 
     @property
     def summary(self) -> str:

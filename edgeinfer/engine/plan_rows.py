@@ -23,6 +23,7 @@ _SPARE_SHARE = 4  # of a context: a quarter
 LEAST_STATES = 2  # slots of a sequence: one that a step reads, one that it writes
 _TYPE_BITS: Mapping[KVType, float] = {"f16": 16, "q8_0": 8.5, "q4_0": 4.5}
 
+SPARE_PAGES, SPARE_STATES = "prefix pages", "snapshots"  # names of rows
 _BUILDING = "building kernels, once"
 _LOADING = "loading, once"
 
@@ -99,14 +100,14 @@ def _with_spare(rows: Mapping[str, int], demand: Demand, step: StepRequest) -> d
     spare, found = 0, dict(rows)
     n_states = step.n_states - LEAST_STATES * step.slots
     if STATE_ROW in rows and n_states > 0:
-        found["snapshots"] = rows[STATE_ROW] * n_states // step.n_states
-        found[STATE_ROW] -= found["snapshots"]
+        found[SPARE_STATES] = rows[STATE_ROW] * n_states // step.n_states
+        found[STATE_ROW] -= found[SPARE_STATES]
     for window, n_pages in demand.limits.n_pages.items():
         n_spare = n_pages - step.slots * pages_for(step.n_ctx)
         if step.n_spare_pages and n_spare > 0 and (name := cache_row(window)) in found:
             spare += (n_bytes := found[name] * n_spare // n_pages)
             found[name] -= n_bytes
-    return {**found, "prefix pages": spare} if spare else found
+    return {**found, SPARE_PAGES: spare} if spare else found
 
 
 def spare_pages(segment: Segment, n_ctx: int, types: tuple[KVType, KVType]) -> int:
