@@ -66,6 +66,50 @@ def test_the_configurations_that_were_promised(
     check(f"{name} {options}", model, 0 if name == "1B" else 10_000, threads=2, **options)
 
 
+_REQUESTS = """
+import sys
+from edgeinfer import LLM, EdgeInferError, platform
+model, n_rounds = sys.argv[1], int(sys.argv[2])
+with LLM(model, n_ctx=256, slots=2, threads=2, chat_template="chatml") as llm:
+    def requests(i):
+        prompts = [[3 + (i + 31 * j * k) % 200 for k in range(20 + (i + j) % 90)] for j in range(4)]
+        llm.generate_batch(prompts, max_tokens=3, seed=i)
+        with llm.stream(prompts[0], seed=i) as stream:  # cut short
+            next(stream)
+        message = {"role": "user", "content": f"number {i}"}
+        llm.chat([message], max_tokens=2, logprobs=3, stop=f"{i}")
+        llm.logits(prompts[1], last=2)
+        try:
+            llm.generate(list(range(400)))
+        except EdgeInferError:
+            pass
+    held = []
+    for i in range(2 * n_rounds):
+        requests(i)
+        if i in (n_rounds - 1, 2 * n_rounds - 1):
+            held.append(platform.rss())
+    print(held[1] - held[0], llm.plan.total_bytes, platform.peak_rss())
+"""
+
+
+def check_requests(folder: Path, n_rounds: int) -> None:
+    """After twice as many rounds of 8 requests no more is held."""
+    run = [sys.executable, "-c", _REQUESTS, str(tiny_model(folder)), str(n_rounds)]
+    done = subprocess.run(run, check=True, capture_output=True, text=True, cwd=ROOT)
+    grown, planned, peak = map(int, done.stdout.split())
+    print(f"{n_rounds} rounds more: {grown >> 10} KiB")
+    assert grown <= MiB and peak <= planned
+
+
+def test_requests_of_every_kind_leave_nothing_behind(tmp_path: Path) -> None:
+    check_requests(tmp_path, 40)
+
+
+@pytest.mark.slow
+def test_thousands_of_requests_leave_nothing_behind(tmp_path: Path) -> None:
+    check_requests(tmp_path, 1000)
+
+
 def with_tokens(draft: Draft, path: Path, n_tokens: int = 320) -> Path:
     """A small model of a family, with as many tokens as a vocabulary of bytes needs."""
     draft.keys["vocab_size"] = n_tokens

@@ -24,7 +24,7 @@ LEAST_STATES = 2  # slots of a sequence: one that a step reads, one that it writ
 _TYPE_BITS: Mapping[KVType, float] = {"f16": 16, "q8_0": 8.5, "q4_0": 4.5}
 
 SPARE_PAGES, SPARE_STATES = "prefix pages", "snapshots"  # names of rows
-_BUILDING = "building kernels, once"
+BUILDING = "building kernels, once"
 _LOADING = "loading, once"
 
 
@@ -59,7 +59,7 @@ class Pool(NamedTuple):
     @property
     def is_for_building(self) -> bool:
         """Whether most is for kernels that are built once."""
-        return self.largest == _BUILDING
+        return self.largest == BUILDING
 
 
 def base_bytes(host: HostBytes) -> int:
@@ -88,7 +88,7 @@ def pools_of(
     held = sum(n for name, n in taken.items() if name.startswith("weights ")) + taken.get("code", 0)
     building = base_bytes(host) + taken.get("code", 0) + demand.building_bytes
     loading = base_bytes(host) + held + demand.packing_bytes + host.text_building - host.text
-    excess, name = max((building, _BUILDING), (loading, _LOADING))
+    excess, name = max((building, BUILDING), (loading, _LOADING))
     if demand.building_bytes + demand.packing_bytes and (excess := excess - sum(rows.values())) > 0:
         rows[name] = excess
     others = (Pool(name, dict(each), available[name]) for name, each in memories.items())
