@@ -20,12 +20,13 @@ from edgeinfer import platform, runtime
 from edgeinfer.backend import attention_weights
 from edgeinfer.batch import PAGE
 from edgeinfer.engine.cache import LEAST_SLIDING
+from edgeinfer.engine.engine import close_first_at_exit
 from edgeinfer.engine.generation import check_length
-from edgeinfer.engine.hooks import Hook
+from edgeinfer.engine.hooks import Hook, Step
 from edgeinfer.engine.memory_plan import MemoryPlan
 from edgeinfer.engine.sequence import Request
 from edgeinfer.errors import ClosedError, InvalidRequestError, PlanError
-from edgeinfer.options import LoadOptions, Sampling, Step, Unpack
+from edgeinfer.options import LoadOptions, Sampling, Unpack
 from edgeinfer.parameters import ANSWER, LOGITS, LOOK, REQUEST, TEXT, checked, id_list, shown
 from edgeinfer.results import Completion
 from edgeinfer.runtime import Runtime
@@ -57,6 +58,7 @@ class LLM:
         self._runtime = loaded
         # Closes the model when it is dropped, and at exit at the latest.
         self._close = weakref.finalize(self, self._runtime.close)
+        close_first_at_exit()
 
     @property
     def name(self) -> str:

@@ -7,14 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from edgeinfer.errors import InvalidRequestError
+from edgeinfer.llm import LLM
 from edgeinfer.parameters import LOAD, REQUEST, SAMPLING, id_list, shown
-
-if TYPE_CHECKING:
-    from edgeinfer.llm import LLM
-    from edgeinfer.stream import Stream
+from edgeinfer.stream import Stream
 
 FORMAT = 1
 _MOST_BYTES = 256 << 20  # of a file: more ids than any context holds
