@@ -188,7 +188,9 @@ class Replay:
 
 
 def _kv_type(llm: LLM) -> tuple[str, ...]:
-    return ("f16", "f16")
+    """As the option spells it; all layers have the same."""
+    kinds = ((kv.k_type, kv.v_type) for kv in llm.runtime.segment.caches.values())
+    return next(kinds, ("f16", "f16"))
 
 
 # -- fields of a file ------------------------------------------------------------------------------
