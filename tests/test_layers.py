@@ -33,6 +33,7 @@ engine load_settings chain
 balance
 placement
 runtime stream
+watching
 llm server inspect_file
 aio bench selftest replay
 cli tui pyinstaller
