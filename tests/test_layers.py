@@ -18,6 +18,7 @@ FOLDERS = {"edgeinfer": ROOT / "edgeinfer"} | {
 LAYERS = """
 terminal
 errors
+values
 config quant platform options parameters results settings
 device gguf dequantize
 rope
