@@ -152,6 +152,12 @@ def test_bits_of_caches_in_blocks(
     with backend(name).compile(segment, LIMITS) as program:
         for chunk in (13, 16):
             np.testing.assert_array_equal(slid_rows(program, chunk), expected)
+        batch = batch_of(IDS, 5 * 32)
+        batch.tables = [(SLID,)]
+        went_on, copies = run(program, batch), np.array([1, 3, 4, 6], np.int32)
+        program.copy_pages(0, SLID.pages.tolist(), copies.tolist())
+        batch.tables = [(SLID._replace(pages=copies),)]
+        np.testing.assert_array_equal(run(program, batch), went_on)
 
 
 def test_caches_in_blocks_take_what_they_say(models: Callable[..., Model]) -> None:
