@@ -136,6 +136,11 @@ class AsyncStream(AsyncIterator[Event]):
     def completion(self) -> Completion:
         return self._stream.completion
 
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """The tokens of the prompt, template included."""
+        return self._stream.prompt_ids
+
     def __aiter__(self) -> AsyncStream:
         return self
 
