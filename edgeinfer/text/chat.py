@@ -10,7 +10,7 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any, TypeAlias
 
-from edgeinfer.errors import InvalidRequestError, TemplateError
+from edgeinfer.errors import TemplateError
 from edgeinfer.gguf import Metadata
 from edgeinfer.text.chat_templates import (
     BUILT_IN,

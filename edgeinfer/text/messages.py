@@ -63,7 +63,7 @@ class Conversation(NamedTuple):
         return cls(_messages(messages), _tools(tools), _arguments(arguments))
 
     def with_tools_told(self) -> Conversation:
-        """The same with the tools in a system message, for a template that does not tell of them."""
+        """The same with tools in a system message, for a template that does not tell of them."""
         listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in self.tools)
         told = {"role": "system", "content": _TOLD.format(listed)}
         first, *rest = self.messages
