@@ -72,7 +72,7 @@ def command(
     listener = _listen(host, port)
     with listener:
         from edgeinfer.server.models import Models
-        from edgeinfer.server.run import serve
+        from edgeinfer.server.run import Server
         from edgeinfer.server.service import Limits, Service
 
         served = [(_name(name, path), path) for name, path in zip(names, paths, strict=True)]
@@ -86,8 +86,7 @@ def command(
         )
         url = _url(host, listener.getsockname()[1])
         note(f"loading {served[0][0]} ...")
-        serve(Service(found, limits), listener, lambda: _tell_start(found, url, keys, host))
-    note("stopped")
+        Server(Service(found, limits), lambda: _tell_start(found, url, keys, host)).run_on(listener)
 
 
 def _listen(host: str, port: int) -> Any:

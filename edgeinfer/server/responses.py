@@ -97,7 +97,8 @@ def _messages(body: Fields) -> list[Json]:
         if kind == "message":
             _add_message(found, item)
         elif kind == "reasoning":
-            _assistant(found, reasoning_content=_thought(item))
+            if thought := _thought(item):  # what only its maker can read says nothing here
+                _assistant(found, reasoning_content=thought)
         elif kind == "function_call":
             function = {"name": item.text("name"), "arguments": item.text("arguments", "{}")}
             call = {"id": item.text("call_id"), "type": "function", "function": function}
