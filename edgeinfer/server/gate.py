@@ -39,18 +39,20 @@ class Gate:
         origin = request.headers.get("origin", "")
         scope["path"] = _bare(scope["path"])
         scope["app"] = self  # or the router would reply to what it does not know
-        has_begun = False
+        has_begun = is_trusted = False
 
         async def pass_on(message: Message) -> None:
             nonlocal has_begun
             if message["type"] == "http.response.start":
                 has_begun = True
-                if origin:
+                if origin and is_trusted:
                     message["headers"] = [*message["headers"], *_cors(request)]
             await send(message)
 
         try:
-            self._check(request, origin)
+            self._check_source(request, origin)
+            is_trusted = True
+            self._check_key(request)
             if request.method == "OPTIONS":
                 await Response(status_code=204, headers=_PREFLIGHT)(scope, receive, pass_on)
             else:
@@ -65,8 +67,8 @@ class Gate:
                 response = reply(tell(refused), refused.status, refused.headers)
                 await response(scope, receive, pass_on)
 
-    def _check(self, request: Request, origin: str) -> None:
-        """ApiError unless the request may pass."""
+    def _check_source(self, request: Request, origin: str) -> None:
+        """ApiError where a page that a browser shows has no business here."""
         host = _host_name(request.headers.get("host", ""))
         if self._limits.hosts is not None and host and not self._answers_to(host):
             raise ApiError(
@@ -77,6 +79,8 @@ class Gate:
                 403,
                 f"pages of {origin[:200]} may not ask this server; --cors-origin ORIGIN lets them",
             )
+
+    def _check_key(self, request: Request) -> None:
         is_open = request.method == "OPTIONS" or request.scope["path"] in _OPEN_PATHS
         if self._limits.api_keys and not is_open and not self._has_key(request.headers):
             raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
