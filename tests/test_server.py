@@ -26,7 +26,8 @@ from .server_for_tests import LOAD, N_CTX, Running, running, small_model
 
 HI: Any = [{"role": "user", "content": "hi"}]
 CHAT = "/v1/chat/completions"
-STREAMED: Any = {"messages": HI, "stream": True, "max_tokens": 2000}
+ENDLESS: Any = {"messages": HI, "max_tokens": 3000, "logit_bias": {"257": -1000}}  # without its end
+STREAMED: Any = {**ENDLESS, "stream": True}
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +160,7 @@ def test_who_goes_away_frees_the_slot(server: Running) -> None:
         assert server.service.answers
     server.wait_until_idle()
     with pytest.raises(httpx2.ReadTimeout):
-        server.post(CHAT, {"messages": HI, "max_tokens": 3000}, timeout=0.3)
+        server.post(CHAT, ENDLESS, timeout=0.3)
     server.wait_until_idle()
     assert server.service.models.served[0].n_users == 0
 
@@ -204,9 +205,7 @@ def test_the_same_answer_alone_and_beside_others(server: Running) -> None:
         rng = random.Random(i)
         if i % 4 == 3:
             with pytest.raises(asyncio.TimeoutError):
-                await asyncio.wait_for(
-                    client.post(CHAT, json={**bodies[i], "max_tokens": 3000}), 0.2
-                )
+                await asyncio.wait_for(client.post(CHAT, json={**ENDLESS, **bodies[i]}), 0.2)
             return
         reply = await client.post(CHAT, json={**bodies[i], "max_tokens": 8})
         await asyncio.sleep(rng.random() / 50)
