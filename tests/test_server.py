@@ -156,7 +156,8 @@ def test_bodies_of_other_forms_are_refused(guarded: Running) -> None:
 
 def test_who_goes_away_frees_the_slot(server: Running) -> None:
     with server.http.stream("POST", CHAT, json=STREAMED) as reply:
-        next(reply.iter_lines())
+        lines = reply.iter_lines()
+        next(lines)
         assert server.service.answers
     server.wait_until_idle()
     with pytest.raises(httpx2.ReadTimeout):
@@ -224,7 +225,8 @@ def test_the_same_answer_alone_and_beside_others(server: Running) -> None:
 def test_no_more_than_the_queue_holds(path: Path) -> None:
     with running([("tiny", path)], most_waiting=1) as found:
         with found.http.stream("POST", CHAT, json=STREAMED) as reply:
-            next(reply.iter_lines())
+            lines = reply.iter_lines()
+            next(lines)
             refused = found.post("/v1/messages", {"messages": HI, "max_tokens": 1})
             assert refused.status_code == 429 and refused.headers["retry-after"]
             assert refused.json()["error"]["type"] == "rate_limit_error"
