@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from edgeinfer.parameters import ANSWER, LOAD, Parameter
     from edgeinfer.replay import Recording, Replay
     from edgeinfer.results import (
+        CallDelta,
         Completion,
         Delta,
         Done,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
         PromptProgress,
         Timings,
         TokenLogprob,
+        ToolCall,
         Usage,
     )
     from edgeinfer.stream import Stream
@@ -64,7 +66,7 @@ _HOME = {
     "ModelInfo": "hub.discovery", "list_models": "hub.discovery", "pull": "hub.fetch",
     "Completion": "results", "Delta": "results", "Done": "results", "Event": "results",
     "PromptProgress": "results", "Timings": "results", "TokenLogprob": "results",
-    "Usage": "results",
+    "Usage": "results", "CallDelta": "results", "ToolCall": "results",
     "AsyncStream": "aio", "Stream": "stream",
     "StreamFilter": "terminal", "one_line": "terminal", "printable": "terminal",
     "BusyError": "errors", "ClosedError": "errors", "ContextLengthError": "errors",
@@ -79,6 +81,7 @@ __all__ = [
     "AsyncLLM",
     "AsyncStream",
     "BusyError",
+    "CallDelta",
     "ClosedError",
     "Completion",
     "ContextLengthError",
@@ -110,6 +113,7 @@ __all__ = [
     "TemplateError",
     "Timings",
     "TokenLogprob",
+    "ToolCall",
     "UnsupportedModelError",
     "Usage",
     "__version__",

@@ -70,6 +70,7 @@ if TYPE_CHECKING:
         signals_handled,
         stop_for_shell,
     )
+    from edgeinfer.platform.sockets import listen
     from edgeinfer.platform.terminals import input_waits
     from edgeinfer.platform.trust import distrust, read_private
 
@@ -90,6 +91,7 @@ _NAMES = {
     "native": "Code Memory ThreadCalls can_run_generated_code keep thread_calls",
     "processors": "cpu_name default_threads processor_facts",
     "signals": "SIGNAL_CODE signals_call signals_exit signals_handled stop_for_shell",
+    "sockets": "listen",
     "terminals": "input_waits",
     "trust": "distrust read_private",
 }
@@ -129,6 +131,7 @@ __all__ = [
     "is_at",
     "is_writable",
     "keep",
+    "listen",
     "make_folder",
     "memory_budget",
     "module_folders",
