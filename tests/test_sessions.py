@@ -51,14 +51,14 @@ def test_a_conversation_goes_on_in_another_engine(
     first = engine_of(name, models[kind])
     answer = told(first.submit(ask(PROMPT, 20)))[0]
     ids = [*PROMPT, *answer]
-    assert first.save_session(path, ids, "m") == len(ids) - 1
+    assert first.sessions("m").save(path, ids) == len(ids) - 1
     more = ask([*ids, 3, 4, 5], 20)
     expected = told(first.submit(more))
     check_all_is_given_back(first)
     first.close()
     second = engine_of(name, models[kind])
-    assert second.load_session(path, "m") == tuple(ids[:-1])
-    assert second.save_session(tmp_path / "again", ids, "m") == len(ids) - 1
+    assert second.sessions("m").load(path) == tuple(ids[:-1])
+    assert second.sessions("m").save(tmp_path / "again", ids) == len(ids) - 1
     assert (tmp_path / "again").read_bytes() == path.read_bytes()
     assert told(second.submit(more)) == expected
     check_all_is_given_back(second)
@@ -70,7 +70,7 @@ def saved(models: dict[str, Segment], tmp_path_factory: pytest.TempPathFactory) 
     path = tmp_path_factory.mktemp("saved") / "talk.session"
     with opened(models["hybrid"]) as (engine, _):
         told(engine.submit(ask(PROMPT, 5)))
-        engine.save_session(path, PROMPT, "m")
+        engine.sessions("m").save(path, PROMPT)
     return path
 
 
@@ -91,15 +91,15 @@ def test_what_is_damaged_is_refused(
         for each in damaged:
             path.write_bytes(each)
             with pytest.raises(SessionError):
-                engine.load_session(path, "m")
+                engine.sessions("m").load(path)
             assert all(pool.n_free == pool.n_pages for pool in engine._store._kinds)
         for no_file in (tmp_path, Path("/dev/zero")):
             if no_file.exists():
                 with pytest.raises(SessionError, match="no file"):
-                    engine.load_session(no_file, "m")
+                    engine.sessions("m").load(no_file)
         with pytest.raises(FileNotFoundError):
-            engine.load_session(tmp_path / "absent", "m")
-        assert engine.load_session(saved, "m") == tuple(PROMPT[:132])
+            engine.sessions("m").load(tmp_path / "absent")
+        assert engine.sessions("m").load(saved) == tuple(PROMPT[:132])
 
 
 def test_what_does_not_fit_is_refused_and_says_what(
@@ -108,7 +108,7 @@ def test_what_does_not_fit_is_refused_and_says_what(
     def refused(model: Segment, name: str = "m", **options: Any) -> str:
         with opened(model, **options) as (engine, _):
             with pytest.raises(SessionError) as error:
-                engine.load_session(saved, name)
+                engine.sessions(name).load(saved)
             check_all_is_given_back(engine)
         return str(error.value)
 
@@ -117,7 +117,7 @@ def test_what_does_not_fit_is_refused_and_says_what(
     assert "132 tokens, the context 128; raise n_ctx" in refused(models["hybrid"], n_ctx=128)
     with opened(models["hybrid"], slots=1) as (engine, program):
         with pytest.raises(InvalidRequestError, match="nothing"):
-            engine.save_session(saved.parent / "none", [1, 2, 3], "m")
+            engine.sessions("m").save(saved.parent / "none", [1, 2, 3])
         assert not (saved.parent / "none").exists()
         running = engine.submit(ask(text(61, 600), 30))
         while running.sequence is None or not running.sequence.n_generated:
@@ -125,7 +125,7 @@ def test_what_does_not_fit_is_refused_and_says_what(
         program.gate.clear()  # errands are run between steps; this one holds all pages
         program.gate.set()
         try:
-            engine.load_session(saved, "m")
+            engine.sessions("m").load(saved)
         except BusyError as error:
             assert "no room" in str(error)
         assert len(told(running)[0]) >= 29
@@ -142,9 +142,9 @@ def test_saving_and_loading_beside_requests(models: dict[str, Segment], tmp_path
             next(running[0])
             n_rows = program.n_rows
             for i in range(4):
-                engine.save_session(tmp_path / f"{i}", [*PROMPT, *answer], "m")
+                engine.sessions("m").save(tmp_path / f"{i}", [*PROMPT, *answer])
                 engine._scheduler.fail(running[2], ValueError()) if i == 1 else None
-                engine.load_session(tmp_path / f"{i}", "m")
+                engine.sessions("m").load(tmp_path / f"{i}")
             assert program.n_rows > n_rows
             assert [told(each)[0] for each in running[:2]] == [alone] * 2
             files = {(tmp_path / f"{i}").read_bytes() for i in range(4)}
@@ -160,7 +160,7 @@ from tests.test_sessions import *
 
 engine, path = engine_of("reference", segment(0, 40, 40)), Path(sys.argv[1])
 told(engine.submit(ask(PROMPT, 2)))
-assert engine.save_session(path, PROMPT[:132], "m") == 132
+assert engine.sessions("m").save(path, PROMPT[:132]) == 132
 kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[2] == "writing":
     read, n_reads = engine._program.read_pages, []
@@ -169,7 +169,7 @@ if sys.argv[2] == "writing":
     )[2]
 else:
     platform.sync = kill
-engine.save_session(path, PROMPT[:100], "m")
+engine.sessions("m").save(path, PROMPT[:100])
 """
 
 
@@ -186,5 +186,5 @@ def test_a_save_that_is_killed_leaves_the_old_session(
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert len(list(tmp_path.iterdir())) == 2  # what was being written, too
     engine = engine_of("reference", models["windows"])
-    assert engine.load_session(path, "m") == tuple(PROMPT[:132])
+    assert engine.sessions("m").load(path) == tuple(PROMPT[:132])
     engine.close()

@@ -14,7 +14,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -32,12 +31,12 @@ from edgeinfer.engine.generation import (
     check_ids,
     check_length,
 )
+from edgeinfer.engine.hooks import Step
 from edgeinfer.engine.scheduler import AnyWork, Scheduler
 from edgeinfer.engine.sequence import Request, Rows, Work
 from edgeinfer.engine.step import build_batch, commit, fill_samples
 from edgeinfer.engine.step_costs import StepCosts
 from edgeinfer.errors import BusyError, ClosedError, InvalidRequestError
-from edgeinfer.options import Step
 from edgeinfer.sampling.params import SampleTable
 
 if TYPE_CHECKING:
@@ -74,7 +73,7 @@ class Engine:
         self._ticket: Ticket | None = None
         self._in_step: list[Work] = []
         self._errands: deque[Errand[Any]] = deque()
-        self._closed = ""
+        self._closed, self._is_exit = "", False
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._loop, name="edgeinfer-engine", daemon=True)
         self._thread.start()
@@ -145,25 +144,12 @@ class Engine:
         self._queue(job)
         job.wait(self)
 
-    def save_session(self, path: Path, ids: SequenceOf[int], model: str) -> int:
-        """Write what the cache holds of the beginning of `ids` to a file; of how many tokens.
-
-        `model` names what K, V and state depend on beside the tokens and their types.
-        """
-        check_ids(ids, self.n_vocab)
-        return self._sessions(model).save(path, ids)
-
-    def load_session(self, path: Path, model: str) -> tuple[int, ...]:
-        """Put what a file holds into the cache, for prompts that begin with its tokens."""
-        ids = self._sessions(model).load(path)
-        check_ids(ids, self.n_vocab)
-        return ids
-
-    def _sessions(self, model: str) -> Sessions:
+    def sessions(self, model: str) -> Sessions:
+        """What saves and loads what the cache holds: see there for `model`."""
         from edgeinfer.engine.session import Sessions  # most starts need none
 
         layout = self.layout("error")
-        return Sessions(self._store, self._program, layout, model, self.between_steps)
+        return Sessions(self._store, self._program, layout, model, self.n_vocab, self.between_steps)
 
     def between_steps(self, action: Callable[[], T]) -> T:
         """Call `action` in the engine's thread while no step runs; what it returns or raises."""
@@ -208,6 +194,8 @@ class Engine:
     def check_alive(self) -> None:
         """Raise ClosedError unless events can still come."""
         if self._pid != os.getpid() or not self._thread.is_alive():
+            if self._is_exit and threading.current_thread() is not threading.main_thread():
+                threading.Event().wait()  # all such threads end now: none needs an error for that
             raise ClosedError(self._closed or _FORKED)
 
     def check_waiting(self) -> None:
@@ -216,11 +204,15 @@ class Engine:
         if threading.current_thread() is self._thread:
             raise InvalidRequestError("a callback can't wait for an answer; wait in a thread")
 
-    def close(self, timeout: float = _JOIN_SECONDS) -> None:
-        """End every generation and the thread; safe to call twice and from any thread."""
+    def close(self, timeout: float = _JOIN_SECONDS, *, is_exit: bool = False) -> None:
+        """End every generation and the thread; safe to call twice and from any thread.
+
+        `is_exit` says that the interpreter ends: nobody is told.
+        """
         if self._pid != os.getpid():
             return
         with self._changed:
+            self._is_exit = is_exit
             self._closed = self._closed or "the model was closed"
             if self._ticket is not None:
                 self._ticket.abort()
@@ -257,9 +249,10 @@ class Engine:
             self._serve()
         except BaseException as error:  # a bug: whoever waits is told, nobody hangs
             self._closed = f"the engine failed: {error!r}"
-        self._scheduler.fail_all(ClosedError(self._closed), also_waiting=True)
-        while self._errands:
-            self._errands.popleft().fail(ClosedError(self._closed))
+        if not self._is_exit:
+            self._scheduler.fail_all(ClosedError(self._closed), also_waiting=True)
+            while self._errands:
+                self._errands.popleft().fail(ClosedError(self._closed))
 
     def _serve(self) -> None:
         """Turns until it is closed. An error outside of any one request costs a turn at first."""
@@ -375,7 +368,13 @@ _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 def _close_engines() -> None:
     for engine in list(_engines):
-        engine.close(timeout=2.0)
+        engine.close(timeout=2.0, is_exit=True)
+
+
+def close_first_at_exit() -> None:
+    """Before all that was registered for the exit until now, as what engines run on may be."""
+    atexit.unregister(_close_engines)
+    atexit.register(_close_engines)
 
 
 def _mark_forked() -> None:
@@ -383,6 +382,6 @@ def _mark_forked() -> None:
         engine.mark_forked()
 
 
-atexit.register(_close_engines)
+close_first_at_exit()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_mark_forked)

@@ -21,8 +21,11 @@ from edgeinfer.backend import Program
 from edgeinfer.batch import PAGE
 from edgeinfer.engine.cache import CacheLayout
 from edgeinfer.engine.cache_store import CacheStore
+from edgeinfer.engine.generation import check_ids
 from edgeinfer.engine.sequence import Sequence
 from edgeinfer.errors import BusyError, InvalidRequestError, Keyword, SessionError
+from edgeinfer.ops import Rotate
+from edgeinfer.segment import Segment
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,6 +36,17 @@ _MAGIC = b"edgeinfer session 1\n"
 _MOST_HEAD = 64 << 10  # bytes
 _RUN = 16  # pages that are read or written between two steps
 _DIGEST = 32  # bytes
+
+
+def model_name(fingerprint: str, segment: Segment) -> str:
+    """A name for what K, V and state depend on beside tokens and types: the file, its rotations.
+
+    A context of other length may rotate by other factors.
+    """
+    ropes = (op.rope for op in segment.ops if isinstance(op, Rotate))
+    return " ".join(
+        [fingerprint, *sorted({table.name for rope in ropes for table in rope.tables()})]
+    )
 
 
 class _Part(NamedTuple):
@@ -46,7 +60,8 @@ class _Part(NamedTuple):
 class Sessions:
     """Saves and loads what a store holds; `model` and `layout` are what its contents depend on.
 
-    It is used by any thread but the engine's: `between_steps` calls what it is given in that one.
+    `model` is `model_name`. Used by any thread but the engine's: `between_steps` calls what it is
+    given in that one.
     """
 
     def __init__(
@@ -55,10 +70,11 @@ class Sessions:
         program: Program,
         layout: CacheLayout,
         model: str,
+        n_vocab: int,
         between_steps: Callable[[Callable[[], Any]], Any],
     ) -> None:
         self._store, self._program, self._layout = store, program, layout
-        self._model, self._between_steps = model, between_steps
+        self._model, self._n_vocab, self._between_steps = model, n_vocab, between_steps
 
     def save(self, path: Path, ids: SequenceOf[int]) -> int:
         """Write what is cached of the beginning of `ids`; of how many tokens that is.
@@ -66,6 +82,7 @@ class Sessions:
         The file takes the place of one that is there only once it is whole. InvalidRequestError
         where nothing is cached.
         """
+        check_ids(ids, self._n_vocab)
         guest = self._call(lambda: self._store.lend(ids, self._layout))
         try:
             n_tokens = guest.cache.n_tokens
@@ -181,7 +198,10 @@ class Sessions:
         ids = file.read(n_ids)
         if file.read(_DIGEST) != _digest(begin + head + ids):
             raise _damaged(path, "its first part does not match its checksum")
-        return tuple(np.frombuffer(ids, "<i4").tolist())
+        found = np.frombuffer(ids, "<i4")
+        if found.min() < 0 or found.max() >= self._n_vocab:
+            raise _damaged(path, "it has ids that the vocabulary has not")
+        return tuple(found.tolist())
 
     def _check_head(self, data: bytes, path: Path) -> int:
         """The number of tokens; SessionError names what is another here."""
