@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import insort
+from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from itertools import takewhile
@@ -14,7 +15,7 @@ from itertools import takewhile
 from edgeinfer.backend import Program
 from edgeinfer.batch import PAGE, StepLimits
 from edgeinfer.engine.cache import CacheLayout, PagePool, SequenceCache
-from edgeinfer.engine.prefix_index import BORDER, PLAIN, STABLE, Match, Node, PrefixIndex
+from edgeinfer.engine.prefix_index import BORDER, PLAIN, STABLE, USED, Match, Node, PrefixIndex
 from edgeinfer.engine.sequence import Sequence
 
 _NO_LIMIT = 1 << 30
@@ -199,9 +200,9 @@ class CacheStore:
         for group in range(len(self.pools)):
             for page in reversed(sequence.cache.layout.seen_pages(group, match.n_tokens)):
                 if nodes[page].held[group] >= 0:
-                    self.index.touch(nodes[page], group)
+                    self.index.touch(nodes[page], group, USED)
         if self._states is not None:
-            self.index.touch(nodes[-1], len(self.pools))
+            self.index.touch(nodes[-1], len(self.pools), USED)
 
     # -- steps -----------------------------------------------------------------------------------
 
@@ -254,16 +255,26 @@ class CacheStore:
         while self._states.n_free < len(needed):
             if not self.index.evict(kind):
                 return False
-        within = range(done + 1, end - n_drafts)
-        for n_tokens in dict.fromkeys(n for n, _ in sequence.borders if n in within):
-            if self._states.n_free > len(needed) or self.index.evict(kind):
-                needed.append(n_tokens)
-        first = -(-within.start // _CHECKPOINT) * _CHECKPOINT
-        for n_tokens in range(first, within.stop, _CHECKPOINT):
-            if self._states.n_free > len(needed) and n_tokens not in needed:
-                needed.append(n_tokens)
+        needed += self._checkpoints(sequence, range(done + 1, end - n_drafts), len(needed))
         sequence.cache.keep_states(needed)
         return True
+
+    def _checkpoints(self, sequence: Sequence, within: range, n_needed: int) -> list[int]:
+        """Behind which tokens to keep a state as well, of slots that nobody needs in this step."""
+        assert self._states is not None
+        kind, chosen = len(self.pools), list[int]()
+        # Most wanted first: a border stands there once for each sequence that parts at it.
+        wanted = Counter(n for n, _ in sequence.borders if n in within).most_common()
+        n_spare = 0
+        if wanted:
+            n_spare = self._states.n_free + self.index.n_idle(kind) - n_needed - len(self._begun)
+        for n_tokens, _ in wanted[: max(0, n_spare)]:
+            if self._states.n_free > n_needed + len(chosen) or self.index.evict(kind):
+                chosen.append(n_tokens)
+        first = -(-within.start // _CHECKPOINT) * _CHECKPOINT
+        n_free = self._states.n_free - n_needed - len(chosen) - len(self._begun)
+        unwanted = [n for n in range(first, within.stop, _CHECKPOINT) if n not in chosen]
+        return chosen + unwanted[-n_free:] if n_free > 0 else chosen
 
     # -- what is left for others -----------------------------------------------------------------
 

@@ -18,9 +18,10 @@ from edgeinfer.engine.cache import CacheLayout, PagePool
 # a window or the state there have been given up.
 Miss: TypeAlias = Literal["", "new", "evicted", "window", "state"]
 
-# What is given up first: what may do, what ends where a prompt is likely to go on, what was asked
-# to stay. Of the last at most half of the pages: else nothing new could ever be kept.
-PLAIN, BORDER, STABLE = range(3)
+# What is given up first: what may do, what ends where prompts are likely to go on, what one has gone
+# on with, what was asked to stay. Of each of these two there is at most half: it leaves room for
+# what is new.
+PLAIN, BORDER, USED, STABLE = range(4)
 _BYTES = 4  # of a token
 _FEW_NODES = 1024
 
@@ -114,9 +115,10 @@ class PrefixIndex:
                 nodes = queue.pop(number)
                 queues[max(rank, before)][number] = nodes
                 break
-        if 2 * len(queues[STABLE]) > self._pools[kind].n_pages:
-            oldest, nodes = queues[STABLE].popitem(last=False)
-            queues[PLAIN][oldest] = nodes
+        for queue in queues[USED:]:
+            if 2 * len(queue) > self._pools[kind].n_pages:
+                oldest, nodes = queue.popitem(last=False)
+                queues[BORDER][oldest] = nodes
 
     # -- giving up -------------------------------------------------------------------------------
 
