@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from itertools import product
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -118,7 +119,7 @@ def test_bits_of_a_table_that_has_slid(small: Segment, name: str) -> None:
     np.testing.assert_array_equal(*rows)
 
 
-KV_TYPES: list[tuple[KVType, KVType]] = [("q8_0", "q8_0"), ("q8_0", "q4_0"), ("q4_0", "f16")]
+KV_TYPES: list[tuple[KVType, KVType]] = [("q8_0", "q4_0"), ("f16", "q8_0")]
 
 
 @pytest.fixture(scope="module", params=KV_TYPES, ids="/".join)
@@ -142,7 +143,7 @@ def slid_rows(program: Any, chunk: int) -> NDArray[np.float32]:
     return np.concatenate(parts)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", [*WHOLE, "cpu+cpu"])
 def test_bits_of_caches_in_blocks(
     in_blocks: tuple[Segment, NDArray[np.float32]], name: str
 ) -> None:
@@ -150,8 +151,7 @@ def test_bits_of_caches_in_blocks(
     if "shim" in name or "cuda" in name:
         pytest.skip("no CUDA kernels of such caches")
     with backend(name).compile(segment, LIMITS) as program:
-        for chunk in (13, 16):
-            np.testing.assert_array_equal(slid_rows(program, chunk), expected)
+        np.testing.assert_array_equal(slid_rows(program, 13), expected)
         batch = batch_of(IDS, 5 * 32)
         batch.tables = [(SLID,)]
         went_on, copies = run(program, batch), np.array([1, 3, 4, 6], np.int32)
@@ -163,7 +163,7 @@ def test_bits_of_caches_in_blocks(
 def test_caches_in_blocks_take_what_they_say(models: Callable[..., Model]) -> None:
     """8.5 and 4.5 bits a value: of heads of 64, of which no block is filled up."""
     graph, taken = models(arch="qwen3", quant="Q4_0", qk_norm=True, head_dim=64).graph, {}
-    for types in (("f16", "f16"), *KV_TYPES, ("q4_0", "q4_0")):
+    for types in product(get_args(KVType), repeat=2):
         demand = backend("cpu").demand(graph.segment(kv_types=types), StepRequest(64, 1, 2))
         taken[types] = demand.memories["host"]["KV cache"] / demand.limits.n_pages[0]
     page = 2 * 2 * 64 * 32  # layers, heads, values, positions: of K, and of V
@@ -175,17 +175,17 @@ def test_a_cache_of_keys_that_serve_as_values_has_one_type() -> None:
     g = RandomGraph(1, dim=64)
     x = g.embed()
     for blk in g.layers():
-        q, k = (g.linear(x, f"{blk}.{name}", 64) for name in "qk")
-        x = g.layer_output(x + g.attention(q, k, cache=KV(1, 64, 64, k_is_v=True)))
+        q, k = (g.linear(x, f"{blk}.{name}", 72) for name in "qk")
+        x = g.layer_output(x + g.attention(q, k, cache=KV(1, 72, 64, k_is_v=True)))
     g.head(g.select_rows(x))
     with pytest.raises(InvalidRequestError, match="layer 0 K serves as V") as caught:
         g.segment(kv_types=("q8_0", "f16"))
     assert caught.value.param == "kv_type"
     segment = g.segment(kv_types=("q4_0", "q4_0"))
     with backend("reference").compile(segment, LIMITS) as law:
-        expected = run(law, batch_of(IDS))
+        expected = run(law, batch_of([3, 1, 39, 7]))
     with backend("cpu").compile(segment, LIMITS) as program:
-        np.testing.assert_array_equal(run(program, batch_of(IDS)), expected)
+        np.testing.assert_array_equal(run(program, batch_of([3, 1, 39, 7])), expected)
 
 
 def test_only_wanted_rows_come_back(program: Any, expected: NDArray[np.float32]) -> None:
