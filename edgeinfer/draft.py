@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from functools import reduce
 from typing import Any, NamedTuple, Protocol
 
-from edgeinfer.ops import Hparams, Linear, Op, RmsNorm, SelectRows, Value
+from edgeinfer.ops import Linear, Op, Recording, RmsNorm, SelectRows, Value
 from edgeinfer.quant import Weight
 from edgeinfer.segment import Segment
 
@@ -40,10 +40,9 @@ def rows_layer(segment: Segment) -> int:
     return segment.graph.hparams.n_layers + 1
 
 
-class Recorder(Protocol):
+class Recorder(Recording, Protocol):
     """What is needed of a `Graph`."""
 
-    hparams: Hparams
     ops: list[Op]
     logits: Value | None
     hidden: Value | None
@@ -54,10 +53,7 @@ class Recorder(Protocol):
     @property
     def dim(self) -> int: ...
     def has(self, name: str) -> bool: ...
-    def boundary(self, layer: int) -> Value: ...
     def rms_norm(self, x: Value, name: str | None) -> Value: ...
-    def add(self, a: Value, b: Value) -> Value: ...
-    def mul(self, a: Value, b: Value) -> Value: ...
     def _weight(self, name: str, *shape: int) -> Weight: ...
     def _record(self, op: Any, dim: int, /, **fields: object) -> Value: ...
     def _times_twin(self, x: Value, name: str) -> Value: ...
