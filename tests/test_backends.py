@@ -11,14 +11,16 @@ import pytest
 from numpy.typing import NDArray
 
 from edgeinfer.batch import Batch, PageTable, StepRequest
+from edgeinfer.draft import rows_layer
 from edgeinfer.errors import ClosedError, InvalidRequestError
 from edgeinfer.gguf import GGUFFile
-from edgeinfer.graph import KV, KVType, Segment
+from edgeinfer.graph import KV, KVType, Linear, Segment
 from edgeinfer.kernels.reference import ReferenceBackend
 from edgeinfer.model import Model
 from edgeinfer.sampling.params import SampleTable, SamplingParams
 
 from .backends import BACKENDS, FAST, IDS, LIMITS, TYPES, WHOLE, backend, batch_of
+from .golden_models import GOLDENS
 from .models_for_tests import tiny_model
 from .random_graphs import RandomGraph
 
@@ -403,3 +405,67 @@ def test_residuals_that_nobody_asks_for_cost_nothing(small: Segment, name: str) 
     assert plain == backend(name).demand(small, request).memories
     more = sum(sum(rows.values()) for rows in kept.values())
     assert more > sum(sum(rows.values()) for rows in plain.values())
+
+
+# -- what guesses tokens ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def drafted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Segment]:
+    """A model whose file holds a block that guesses, of heads, norms and products of its own."""
+    draft = GOLDENS["qwen35"].draft()
+    with draft.loaded(tmp_path_factory.mktemp("drafted")) as model:
+        yield model.graph.segment(n_ctx=64, drafts=True)
+
+
+def guesses(name: str, segment: Segment, chunk: int) -> list[NDArray[np.float32]]:
+    """Logits and hidden rows of a draft, of rows that the model has computed in chunks."""
+    limits = LIMITS._replace(n_pages=dict.fromkeys(segment.groups, 2), n_states=4)
+    rows, layer = list[Any](), rows_layer(segment)
+    ids = [id % 96 for id in IDS]
+    with backend(name).compile(segment, limits) as program:
+        assert program.draft is not None
+        for i, start in enumerate(range(0, len(ids) - 1, chunk)):
+            batch = batch_of(ids[start : start + chunk], start, (0, 1))
+            batch.residuals = (layer,)
+            batch.states = np.array([i % 2 if i else -1], np.int32)
+            batch.kept = np.full(len(batch.ids), -1, np.int32)
+            batch.kept[-1] = (i + 1) % 2
+            read = program.submit(batch).wait().residuals[layer].copy()
+            # A row of the draft has the token after that of the row of the model that it is of.
+            after = batch_of(ids[start + 1 : start + chunk + 1], start + 1, (0, 1))
+            after.hidden, after.with_hidden = read[: len(after.ids)], True
+            after.wanted = after.wanted[-1:]
+            found = program.draft.submit(after).wait()
+            rows.append((found.logits.copy(), found.hidden.copy()))
+    return [np.concatenate(each) for each in zip(*rows, strict=True)]
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+@pytest.mark.parametrize("chunk", [1, 4, 16])
+def test_a_draft_runs_on_the_weights_and_pages_of_its_model(
+    drafted: Segment, name: str, chunk: int
+) -> None:
+    expected = guesses("reference", drafted, 1)
+    n_steps = -(-(len(IDS) - 1) // chunk)
+    for found, right in zip(guesses(name, drafted, chunk), expected, strict=True):
+        assert len(found) == n_steps and len(right) == len(IDS) - 1
+        lasts = [min((i + 1) * chunk, len(right)) - 1 for i in range(n_steps)]
+        np.testing.assert_array_equal(found, right[lasts])
+
+
+def test_a_draft_takes_its_own_weights_only(drafted: Segment) -> None:
+    """What the model has packed is not packed again; who asks for no draft has the old plan."""
+    request = StepRequest(64, 1, 2)
+    cpu, graph = backend("cpu"), drafted.graph
+    with_draft = cpu.demand(drafted, request).memories["host"]
+    plain = cpu.demand(graph.segment(n_ctx=64), request).memories["host"]  # type: ignore[attr-defined]
+    n_embedding = 4 * 96 * 64
+    more = {name: n_bytes - plain.get(name, 0) for name, n_bytes in with_draft.items()}
+    assert 0 < more["weights F32"] and more["KV cache"] > 0
+    assert drafted.draft is not None and graph.segment(n_ctx=64).draft is None  # type: ignore[attr-defined]
+    names = {op.weight.name for op in drafted.draft.ops if isinstance(op, Linear)}
+    own = sum(4 * op.weight.n_elements for op in drafted.draft.ops
+              if isinstance(op, Linear) and op.weight.name.startswith("blk."))  # fmt: skip
+    assert "token_embd.weight" in names or "output.weight" in names
+    assert more["weights F32"] < own + n_embedding // 2

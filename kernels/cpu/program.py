@@ -145,6 +145,7 @@ class CpuProgram(CacheVerbs):
         self.segment, self.limits = drawn.segment, drawn.limits
         self._backend, self._closed = backend, False
         self._drawn, self._lowered, self._weights = drawn, drawn.lowered, drawn.weights
+        self.draft: CpuProgram | None = None  # what guesses tokens, with weights of this one
         self._memories: list[platform.Memory] = []
         self._pages, self._pages_at = np.zeros(0, np.int32), 0  # of the page tables of a step
         try:
@@ -174,6 +175,7 @@ class CpuProgram(CacheVerbs):
         # One after the other: what is measured must be the kernels that will run.
         build = IdleBuild(library.inexact() if can_build else (), library.folder, library.target)
         self._idle: IdleWork = self._tuning if build.is_done else build
+        self.draft = CpuProgram(backend, drawn.draft) if drawn.draft else None
 
     # -- steps ---------------------------------------------------------------------------------
 
@@ -188,9 +190,9 @@ class CpuProgram(CacheVerbs):
         batch.check()
         self._pos[:n_rows], self._seq[:n_rows] = batch.pos, batch.seq
         self._wanted[:n_wanted] = batch.wanted
-        if batch.hidden is None:
+        if len(batch.ids):
             self._ids[:n_rows] = batch.ids
-        else:
+        if batch.hidden is not None:
             self._input[:n_rows] = batch.hidden
         self._copy_tables(batch.tables)
         if self._drawn.states:
@@ -272,6 +274,8 @@ class CpuProgram(CacheVerbs):
         if self._closed:
             return
         self._closed = True
+        if self.draft is not None:
+            self.draft.close()
         self._idle.close()
         self._tuning.close()
         self._team.quiesce()
