@@ -184,6 +184,10 @@ class SequenceCache:
                 table.pages[slot] = pool.take()
         self.room = pages_for(self.n_tokens + n_tokens) * PAGE
 
+    def advance(self, n_tokens: int) -> None:
+        """Count positions as stored that a step has computed."""
+        self.n_tokens += n_tokens
+
     def missing(self, n_tokens: int) -> list[list[int]]:
         """Slots of each group without a page, of those that the next `n_tokens` positions take."""
         pages = range(self.n_tokens // PAGE, (self.n_tokens + n_tokens - 1) // PAGE + 1)

@@ -21,12 +21,8 @@ from edgeinfer.backend import Program, Ticket
 from edgeinfer.batch import Outputs, StepLimits
 from edgeinfer.engine.cache import CacheLayout, Overflow, PagePool
 from edgeinfer.engine.cache_store import CacheStore
-from edgeinfer.engine.generation import (
-    Generation,
-    LogitsJob,
-    check_ids,
-    check_length,
-)
+from edgeinfer.engine.delivery import Delivery
+from edgeinfer.engine.generation import Generation, LogitsJob, check_ids, check_length
 from edgeinfer.engine.scheduler import AnyWork, Scheduler
 from edgeinfer.engine.sequence import Request, Rows, Work
 from edgeinfer.engine.step import build_batch, commit, fill_samples
@@ -60,6 +56,7 @@ class Engine:
         self._store = CacheStore(limits)
         self._scheduler = Scheduler(limits, self._costs, self._store)
         self._samples = SampleTable(self._scheduler.max_samples)
+        self.delivery = Delivery()
         self._changed = threading.Condition()
         self._ticket: Ticket | None = None
         self._in_step: list[Work] = []
@@ -156,7 +153,7 @@ class Engine:
     def check_waiting(self) -> None:
         """The same for who waits for them here: a callback that does stops all that runs."""
         self.check_alive()
-        if threading.current_thread() is self._thread:
+        if threading.current_thread() is self._thread or self.delivery.is_here():
             raise InvalidRequestError("a callback can't wait for an answer; wait in a thread")
 
     def close(self, timeout: float = _JOIN_SECONDS) -> None:
@@ -168,7 +165,7 @@ class Engine:
             if self._ticket is not None:
                 self._ticket.abort()
             self._changed.notify()
-        if threading.current_thread() is not self._thread:
+        if threading.current_thread() is not self._thread and not self.delivery.is_here():
             self._thread.join(timeout)
         # A thread that is still in a step keeps its memory: freeing it would crash.
         if not self._thread.is_alive():
@@ -200,6 +197,7 @@ class Engine:
         except BaseException as error:  # a bug: whoever waits is told, nobody hangs
             self._closed = f"the engine failed: {error!r}"
         self._scheduler.fail_all(ClosedError(self._closed), also_waiting=True)
+        self.delivery.close(_JOIN_SECONDS)
 
     def _serve(self) -> None:
         """Turns until it is closed. An error outside of any one request costs a turn at first."""
@@ -220,6 +218,7 @@ class Engine:
 
     def _wait_for_work(self) -> bool:
         """False once the engine is closed."""
+        self.delivery.send()
         scheduler = self._scheduler
         with self._changed:
             while not (self._closed or scheduler.has_work):

@@ -18,6 +18,7 @@ import numpy as np
 from edgeinfer.batch import PAGE, StepLimits
 from edgeinfer.engine.cache import CacheLayout
 from edgeinfer.engine.cache_store import CacheStore
+from edgeinfer.engine.delivery import Delivery
 from edgeinfer.engine.event_queue import EventQueue
 from edgeinfer.engine.sequence import EngineEvent, Finished, Rank, Request, Rows, Sequence
 from edgeinfer.engine.speculation import MAX_ROWS, Speculator
@@ -39,6 +40,11 @@ MOST_UNREAD = 256  # events; a step may add a few more, 40 KiB in all
 
 class Worker(Protocol):
     """What a generation asks of the engine that runs it."""
+
+    @property
+    def delivery(self) -> Delivery:
+        """What its events take to who reads them."""
+        ...
 
     def interrupt(self) -> None:
         """Look at cancelled work now, also when a step of it is running."""
@@ -67,6 +73,7 @@ class Generation:
         self.submitted_at = time.perf_counter()
         self.is_cancelled = False
         self.keeps_cache = False
+        self.error: BaseException | None = None  # what it was cancelled for
         self.rank: Rank = (0, 0)  # the scheduler's
         # Prompt and answer are no longer together than the context; one that slides has no end.
         self.max_tokens = request.max_tokens
@@ -74,7 +81,7 @@ class Generation:
             room = layout.n_ctx - len(request.ids)
             self.max_tokens = room if request.max_tokens is None else min(request.max_tokens, room)
         self.events: EventQueue[EngineEvent] = EventQueue(MOST_UNREAD, worker.wake)
-        self._worker = worker
+        self._worker, self._delivery = worker, worker.delivery
         self._is_finished = False
 
     def __iter__(self) -> Generation:
@@ -134,11 +141,17 @@ class Generation:
         return self.speculator.guess(most)
 
     def emit(self, event: EngineEvent) -> None:
-        self.events.put(event)
+        self._delivery.put(self, event)
 
     def cancel(self, *, keep_cache: bool = False) -> None:
         """End it now, from any thread. With `keep_cache` its pages may serve a later prompt."""
         self.keeps_cache = keep_cache
+        self.is_cancelled = True
+        self._worker.interrupt()
+
+    def break_off(self, error: BaseException) -> None:
+        """End it with an error of its reader's, from any thread."""
+        self.error = error
         self.is_cancelled = True
         self._worker.interrupt()
 
@@ -229,7 +242,7 @@ class LogitsJob:
 
     def commit(self, part: Rows, logits: NDArray[np.float32]) -> None:
         """Count what a step has stored of a part and pass its logits on."""
-        part.sequence.cache.n_tokens += part.n
+        part.sequence.cache.advance(part.n)
         if len(logits):
             end = part.sequence.cache.n_tokens
             self.take(end - len(logits) - self.first, logits)

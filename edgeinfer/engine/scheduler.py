@@ -66,7 +66,10 @@ class Scheduler:
         self.may_be_cancelled = False
         for work in [w for w in (*self._begun, *self.waiting) if w.is_cancelled]:
             try:
-                self.finish(work, "cancelled")
+                if work.error is not None:
+                    self.fail(work, work.error)
+                else:
+                    self.finish(work, "cancelled")
             except BaseException as error:
                 self.fail(work, error)
 
