@@ -5,7 +5,7 @@ Knows nothing of sequences, text or scheduling.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
@@ -218,6 +218,19 @@ def compile_law(segment: Segment, limits: StepLimits, sampler: Sampler) -> Progr
     from edgeinfer.kernels.reference import ReferenceBackend
 
     return ReferenceBackend(sampler, "quantised").compile(segment, limits)
+
+
+def attention_weights(
+    segment: Segment, layer: int, x: NDArray[np.float32], rows: Collection[int]
+) -> NDArray[np.float32]:
+    """What the queries at `rows` give to each position in a layer, (rows, H, T), by the law.
+
+    x (T, D) is the stream that enters the layer, among the segment's residuals.
+    InvalidRequestError where the layer has no attention, or one that can't be looked at alone.
+    """
+    from edgeinfer.kernels.reference.attention_rows import attention_weights
+
+    return attention_weights(segment, layer, x, rows)
 
 
 def host_sampler(

@@ -74,6 +74,17 @@ class SwiGlu(NamedTuple):
     up: Value
 
 
+class SiluConv(NamedTuple):
+    """out = silu of a convolution, whose state is known by the value that it left."""
+
+    layer: int
+    out: Value
+    x: Value
+    weight: Weight
+    bias: Weight | None
+    convolved: int  # index of that value
+
+
 class WholeNorm(NamedTuple):
     """out = the norm of each of the wanted rows of x as a whole."""
 
@@ -137,7 +148,7 @@ class RotatedAttention(NamedTuple):
 Step: TypeAlias = (
     Embed | RmsNorm | Matmuls | Rotate | PinnedRotate | PinnedAttention | RotatedAttention | Add
     | Mul | Bias | Gain | Scale | SoftCap | Activation | Clamp | MulParts | Route | ExpertMatmuls
-    | ExpertSum | Conv | DeltaNet | SelectRows | WholeNorm | SwiGlu
+    | ExpertSum | Conv | DeltaNet | SelectRows | WholeNorm | SwiGlu | SiluConv
 )  # fmt: skip
 
 
@@ -193,6 +204,8 @@ def _rewritten(op: Op, uses: Uses) -> _Rewritten:
         return _residual(op, uses) or ([op], [])
     if isinstance(op, Mul):
         return _swiglu(op, uses) or ([op], [])
+    if isinstance(op, Activation):
+        return _silu_conv(op, uses) or ([op], [])
     if isinstance(op, RmsNorm):
         return _selected_norm(op, uses) or ([op], [])
     return [op], []
@@ -205,6 +218,13 @@ def _residual(op: Add, uses: Uses) -> _Rewritten | None:
         if isinstance(linear, Linear) and uses.are_only(value, op):
             return [Matmul(op.layer, op.out, linear.x, linear.weight, linear.bias, other)], [value]
     return None
+
+
+def _silu_conv(op: Activation, uses: Uses) -> _Rewritten | None:
+    conv = uses.makers.get(op.x)
+    if op.kind != "silu" or not isinstance(conv, Conv) or not uses.are_only(op.x, op):
+        return None
+    return [SiluConv(op.layer, op.out, conv.x, conv.weight, conv.bias, conv.out.index)], [op.x]
 
 
 def _swiglu(op: Mul, uses: Uses) -> _Rewritten | None:

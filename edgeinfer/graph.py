@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
-from edgeinfer.errors import InvalidModelError
+from edgeinfer.errors import InvalidModelError, InvalidRequestError
 from edgeinfer.model_reader import Heads, ModelReader, without_leading_ones
 from edgeinfer.ops import (
     KV,
@@ -29,6 +30,7 @@ from edgeinfer.ops import (
     Gain,
     GatingKind,
     Hparams,
+    KVType,
     Linear,
     Mul,
     MulParts,
@@ -52,9 +54,9 @@ from edgeinfer.settings import Settings
 __all__ = [
     "Activation", "ActivationKind", "Add", "Attention", "Bias", "Clamp", "Conv", "DeltaNet",
     "Embed", "ExpertLinear", "ExpertSum", "Gain", "GatingKind", "Graph", "Growth", "Heads",
-    "Hparams", "KV", "Linear", "Mul", "MulParts", "Op", "Pairing", "RmsNorm", "Rope", "RopeKind",
-    "Rotate", "Route", "Scale", "Segment", "SelectRows", "Settings", "SoftCap", "State", "Value",
-    "Yarn", "inputs", "without_leading_ones",
+    "Hparams", "KV", "KVType", "Linear", "Mul", "MulParts", "Op", "Pairing", "RmsNorm", "Rope",
+    "RopeKind", "Rotate", "Route", "Scale", "Segment", "SelectRows", "Settings", "SoftCap", "State",
+    "Value", "Yarn", "inputs", "without_leading_ones",
 ]  # fmt: skip
 
 
@@ -95,11 +97,13 @@ class Graph(ModelReader):
         last: int | None = None,
         n_ctx: int | None = None,
         residuals: Iterable[int] = (),
+        kv_types: tuple[KVType, KVType] = ("f16", "f16"),
     ) -> Segment:
         """Layers first <= i < last; the embedding rides with layer 0, the head with the last.
 
         For sequences of up to n_ctx positions; without that, as many as it was trained for. Steps
         may also yield the streams that enter the layers `residuals`, all from `first` to `last`.
+        Caches keep K and V in `kv_types`; InvalidRequestError where a layer has but one for both.
         """
         n = self.hparams.n_layers
         last = n if last is None else last
@@ -108,7 +112,11 @@ class Graph(ModelReader):
         low = -1 if first == 0 else first
         high = n if last == n else last - 1
         n_ctx = self.hparams.n_ctx_train if n_ctx is None else n_ctx
-        ops = tuple(_in_context(op, n_ctx) for op in self.ops if low <= op.layer <= high)
+        ops = tuple(
+            _of_types(_in_context(op, n_ctx), kv_types)
+            for op in self.ops
+            if low <= op.layer <= high
+        )
         output = self.logits if last == n else self.boundary(last - 1)
         hidden = self.hidden if last == n else output
         assert output is not None and hidden is not None, "the model's forward() recorded no head"
@@ -163,6 +171,20 @@ class Graph(ModelReader):
             start, end = end, end + dim
             rows = bias.rows(start, end) if bias else None
             values.append(self._linear(x, weight.rows(start, end), rows, fused))
+        return values
+
+    def linears_by_head(
+        self, x: Value, name: str, n_heads: int, dims: Sequence[int]
+    ) -> list[Value]:
+        """Linears whose rows lie in one matrix, head by head: of each head so many for each."""
+        weight = self._weight(f"{name}.weight", n_heads * sum(dims), x.dim)
+        bias = self._optional(f"{name}.bias", n_heads * sum(dims))
+        values, end = list[Value](), 0
+        for dim in dims:
+            start, end = end, end + dim
+            rows = _of_heads(weight, n_heads, start, end)
+            of_rows = _of_heads(bias, n_heads, start, end) if bias else None
+            values.append(self._linear(x, rows, of_rows, name))
         return values
 
     def qkv(self, x: Value, blk: str, heads: Heads) -> tuple[Value, Value, Value]:
@@ -344,7 +366,27 @@ class Graph(ModelReader):
         return out
 
 
+def _of_types(op: Op, kv_types: tuple[KVType, KVType]) -> Op:
+    if not isinstance(op, Attention) or kv_types == ("f16", "f16"):
+        return op
+    k_type, v_type = kv_types
+    if op.cache.k_is_v and k_type != v_type:
+        raise InvalidRequestError(
+            f"K is {k_type} and V is {v_type}, but in layer {op.layer} K serves as V; give one "
+            "type for both",
+            param="kv_type",
+        )
+    return op._replace(cache=op.cache._replace(k_type=k_type, v_type=v_type))
+
+
 def _in_context(op: Op, n_ctx: int) -> Op:
     if not isinstance(op, Rotate) or op.rope.longer is None:
         return op
     return op._replace(rope=op.rope.in_context(n_ctx))
+
+
+def _of_heads(weight: Weight, n_heads: int, first: int, last: int) -> Weight:
+    """Of the rows of every head, those from first to last."""
+    n_rows, *rest = weight.shape
+    part = replace(weight, shape=(n_heads, n_rows // n_heads, *rest)).parts(first, last)
+    return replace(part, shape=(n_heads * (last - first), *rest))

@@ -79,7 +79,11 @@ class Keys:
         self._file, self._metadata = file, file.metadata
         self._read: set[str] = set()
         self._arrays: dict[str, tuple[Any, ...]] = {}
-        self.n_layers = self._whole("block_count", _MAX_LAYERS)
+        self._n_blocks = self._whole("block_count", _MAX_LAYERS)
+        # Blocks that guess tokens stand behind those of the model, and are counted with them.
+        self.n_layers = self._n_blocks - self.count("nextn_predict_layers", 0, low=0)
+        if self.n_layers < 1:
+            self.wrong("nextn_predict_layers", self._n_blocks - self.n_layers, "fewer than blocks")
         self.n_ctx_train = self._whole("context_length", 2**31 - 1)
 
     def has(self, name: str) -> bool:
@@ -199,7 +203,7 @@ class Keys:
         """The value of a layer, or the one that all layers have."""
         key = self._tick(name)
         if name not in self._arrays:
-            self._arrays[name] = read(key, self.n_layers)
+            self._arrays[name] = read(key, self._n_blocks)
         values = self._arrays[name]
         if layer is None and len(set(values)) > 1:
             self.unsupported(name, f"{name} that differs between layers")

@@ -11,9 +11,10 @@ from typing import NamedTuple
 from edgeinfer import config, platform
 from edgeinfer.backend import find_device
 from edgeinfer.device import Device
-from edgeinfer.errors import DeviceError, InvalidRequestError, Keyword
+from edgeinfer.errors import DeviceError, Keyword
+from edgeinfer.graph import KVType
 from edgeinfer.options import LoadOptions, Progress
-from edgeinfer.parameters import LOAD, checked, parse_memory, shown
+from edgeinfer.parameters import LOAD, checked, parse_memory
 
 
 class LoadSettings(NamedTuple):
@@ -28,21 +29,18 @@ class LoadSettings(NamedTuple):
     n_threads: int
     memory: int | str | None  # as it was given
     n_ctx: int | None  # None: the usual length, or what fits
+    kv_types: tuple[KVType, KVType]  # of K and V
     slots: int
     chat_template: str | None
     pre: str | None
     may_download: bool
     progress: Callable[[Progress], None] | None
+    residuals: tuple[int, ...] = ()  # layers whose entering stream may be watched
 
     @classmethod
     def resolve(cls, function: str, given: LoadOptions) -> LoadSettings:
         """For the public `function`; the error names the option that can't be, and why."""
         options = checked(function, given, LOAD)
-        kv_type = options.get("kv_type", "f16")
-        if any(each != "f16" for each in ((kv_type,) if isinstance(kv_type, str) else kv_type)):
-            raise InvalidRequestError(
-                f"kv_type is {shown(kv_type)}; this version stores K and V as f16", param="kv_type"
-            )
         asked = options.get("device", "auto")
         device, note, further, if_needed = find_device(asked)
         gpu_layers = options.get("gpu_layers", "auto")
@@ -64,11 +62,13 @@ class LoadSettings(NamedTuple):
             n_threads=options.get("threads") or _usual_threads(),
             memory=options.get("memory"),
             n_ctx=options.get("n_ctx"),
+            kv_types=options.get("kv_type", ("f16", "f16")),
             slots=options.get("slots", 1),
             chat_template=options.get("chat_template"),
             pre=options.get("pre"),
             may_download=options.get("download", False),
             progress=options.get("progress"),
+            residuals=options.get("residuals", ()),
         )
 
     def on_cpu(self, note: str) -> LoadSettings:

@@ -31,6 +31,15 @@ class Heads(NamedTuple):
         return KV(self.n_kv, self.k_dim, self.v_dim, self.window)
 
 
+class DeltaHeads(NamedTuple):
+    """The heads of a delta net, n_k of keys and n_v of values, and the taps before it."""
+
+    n_k: int
+    n_v: int
+    dim: int
+    n_taps: int
+
+
 class ModelReader:
     """Numbers and tensors of one file, for the layer that is being recorded."""
 
@@ -97,6 +106,35 @@ class ModelReader:
             k_dim = self.count("attention.key_length_swa", k_dim)
             v_dim = self.count("attention.value_length_swa", v_dim)
         return Heads(n, n_kv, k_dim, v_dim, window)
+
+    def is_recurrent(self, period: int) -> bool:
+        """Whether the layer keeps a state in place of keys and values.
+
+        `attention.recurrent_layers` says so of each; without it all do but the last of every
+        `full_attention_interval`, by default `period`, layers.
+        """
+        name = "full_attention_interval"
+        period = self.count(name, period)
+        if self._settings.has("attention.recurrent_layers"):
+            return self.flag("attention.recurrent_layers")
+        return self._layer % period != period - 1
+
+    def delta_heads(self) -> DeltaHeads:
+        """How many heads a delta net has, how wide, and how many rows its convolutions see."""
+        n_k, n_v = self.count("ssm.group_count"), self.count("ssm.time_step_rank")
+        dim, inner = self.count("ssm.state_size"), self.count("ssm.inner_size")
+        if n_v % n_k:
+            wanted = f"a multiple of the {n_k} key heads"
+            self._settings.wrong("ssm.time_step_rank", n_v, wanted)
+        if inner != n_v * dim:
+            self._settings.wrong("ssm.inner_size", inner, f"{n_v} heads of {dim}")
+        return DeltaHeads(n_k, n_v, dim, self.count("ssm.conv_kernel", low=2))
+
+    def skip_drafts(self) -> None:
+        """Leave the blocks alone that guess tokens: the last `nextn_predict_layers` of all."""
+        for i in range(self.count("nextn_predict_layers", 0, low=0)):
+            prefix = f"blk.{self.hparams.n_layers + i}."
+            self._used.update(name for name in self._weights if name.startswith(prefix))
 
     def rope(self, kind: RopeKind, head_dim: int) -> Rope:
         """The layer's rotation, with the factors of its pairs where the file has them.

@@ -17,6 +17,10 @@ ActivationKind: TypeAlias = Literal["silu", "gelu", "sigmoid", "softplus", "relu
 # Which key head a value head h reads: h % n_k_heads, or h * n_k_heads // n_v_heads.
 Pairing: TypeAlias = Literal["tiled", "interleaved"]
 GatingKind: TypeAlias = Literal["softmax", "sigmoid", "raw", "sqrt_softplus"]
+KVType: TypeAlias = Literal["f16", "q8_0", "q4_0"]
+
+KV_BLOCK = 32  # values of a head that share a scale, in types that have one
+HADAMARD = 64  # the order of the transform; heads that are no multiple of it are stored as they are
 
 
 class Hparams(NamedTuple):
@@ -34,6 +38,9 @@ class KV(NamedTuple):
 
     With a window, queries see the last `window` positions, their own among them. Where K serves as
     V, the values of a head are the first v_dim of its keys, and nothing else is stored.
+
+    Values of the types q8_0 and q4_0 are stored in blocks of KV_BLOCK along a head, the last one
+    filled up with zeros.
     """
 
     n_heads: int
@@ -41,6 +48,21 @@ class KV(NamedTuple):
     v_dim: int
     window: int = 0  # 0: all
     k_is_v: bool = False
+    k_type: KVType = "f16"
+    v_type: KVType = "f16"
+
+    @property
+    def transforms_k(self) -> bool:
+        """Whether queries and keys pass a Hadamard transform before they are quantised."""
+        both_fit = not self.k_is_v or self.v_dim % HADAMARD == 0
+        return self.k_type != "f16" and self.k_dim % HADAMARD == 0 and both_fit
+
+    @property
+    def transforms_v(self) -> bool:
+        """Whether values do, and what attention makes of them passes it back."""
+        if self.k_is_v:
+            return self.transforms_k
+        return self.v_type != "f16" and self.v_dim % HADAMARD == 0
 
 
 class State(NamedTuple):

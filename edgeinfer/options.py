@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, TypedDict
 
 if sys.version_info >= (3, 11):
     from typing import Unpack as Unpack
 else:
     from typing_extensions import Unpack as Unpack
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 # "drop-turns" (chats only) leaves out the oldest turns before an answer and slides inside it.
 Overflow: TypeAlias = Literal["error", "slide", "drop-turns"]
@@ -23,18 +27,33 @@ class Progress(NamedTuple):
     total: int
 
 
+class Step(NamedTuple):
+    """What `on_step` is called with: a request's rows of one step, T of them, as it is watched.
+
+    All arrays are views that the next step overwrites. What is written to `logits` counts: the
+    token is picked from them afterwards. Rows that came out of the cache were never computed.
+    """
+
+    position: int  # of the first row
+    token_ids: NDArray[np.int32]  # (T,)
+    logits: NDArray[np.float32] | None  # (V,) of the last row, None while the prompt is read
+    hidden: NDArray[np.float32] | None  # (D,) of the last row, as the head reads it, alike
+    residuals: Mapping[int, NDArray[np.float32]]  # (T, D), the stream that enters each layer
+
+
 class LoadOptions(TypedDict, total=False):
     """How a model is loaded; None is the same as leaving a keyword out."""
 
     n_ctx: int | None  # min(trained length, 8192), smaller if memory is short
     memory: int | str | None  # the host's: bytes, "2G" or "80%" of what is free
     threads: int | None
-    kv_type: str | tuple[str, str] | None  # "f16"
+    kv_type: str | tuple[str, str] | None  # of K and V: "f16", "q8_0", "q4_0"; f16
     device: str | None  # "auto", "cpu", "cuda", "cuda:1", "cuda:0,cuda:1", "reference", "law"
     gpu_layers: int | str | None  # the last ones; -1: all; "auto": as many as fit
     slots: int | None  # full-length contexts that the cache holds, 1
     chat_template: str | None  # a name or a file
     pre: str | None  # pre-tokenizer, for a file that names none or an unknown one
+    residuals: Sequence[int] | None  # layers whose entering stream may be watched; n_layers: head
     download: bool
     progress: Callable[[Progress], None] | None
 
@@ -73,4 +92,7 @@ class Sampling(TypedDict, total=False):
     min_keep: int | None
     logit_bias: Mapping[int, float] | None
     logprobs: int | None
+    priority: int | None  # larger ones run first, 0
+    on_step: Callable[[Step], object] | None  # called in the engine's thread; it must not wait
+    watch: Sequence[str | int] | None  # what it is shown: "logits" alone, "hidden", layers
     speculation: bool | None  # guess tokens ahead where that is faster: on; never changes them

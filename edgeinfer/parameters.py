@@ -162,8 +162,27 @@ def layer_count(value: Any) -> int | str:
     return n_layers
 
 
-def cache_types(value: Any) -> str | tuple[str, ...]:
-    return value if isinstance(value, str) else texts(value)
+def cache_types(value: Any) -> tuple[str, str]:
+    """The types of K and of V, from one for both or from two."""
+    k_type, v_type = (value, value) if isinstance(value, str) else texts(value)
+    if not {k_type, v_type} <= set(_CACHE_TYPES):
+        raise ValueError
+    return k_type, v_type
+
+
+def layers(value: Any) -> tuple[int, ...]:
+    """Numbers of layers, each once, ascending."""
+    return tuple(sorted(id_set(value)))
+
+
+def watched(value: Any) -> tuple[str | int, ...]:
+    """Names of what steps yield, and numbers of layers."""
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Collection):
+        raise ValueError
+    names = [each for each in value if isinstance(each, str)]
+    if not len(value) or not set(names) <= {"logits", "hidden"}:
+        raise ValueError
+    return (*sorted(set(names)), *layers([each for each in value if not isinstance(each, str)]))
 
 
 def function(value: Any) -> Callable[..., Any]:
@@ -189,6 +208,7 @@ def parse_memory(value: int | str, available: int) -> int:
     return int(available * size / 100) if unit == "%" else int(size * _UNITS[unit])
 
 
+_CACHE_TYPES = ("f16", "q8_0", "q4_0")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "%": 0}
 _KINDS: dict[Callable[[Any], Any], type] = {
     integer: int, number: float, positive: float, switch: bool,
@@ -205,8 +225,10 @@ _WORDS: dict[Callable[[Any], Any], str] = {
     biases: "numbers by token id",
     layer_count: "a number of layers, -1 for all, or 'auto'",
     memory_size: "bytes, 512M, 2G, or a share such as 80%",
-    cache_types: "a type, or one for K and one for V",
+    cache_types: f"one of {', '.join(map(repr, _CACHE_TYPES))}, or two, for K and for V",
     function: "a function",
+    layers: "numbers of layers",
+    watched: "some of 'logits', 'hidden' and numbers of layers",
 }
 
 
@@ -283,12 +305,13 @@ LOAD = _by_name(
     Parameter("n_ctx", integer, "Context length in tokens.", 1, _INT32),
     Parameter("memory", memory_size, "Most memory to use, beside a GPU's own."),
     Parameter("threads", integer, "CPU threads.", 1, _MOST_THREADS),
-    Parameter("kv_type", cache_types, "Type of K and V in the cache (f16)."),
+    Parameter("kv_type", cache_types, "K and V in the cache: f16 (usual), q8_0, q4_0."),
     Parameter("device", text, "Where to run."),
     Parameter("gpu_layers", layer_count, "Layers on GPUs, the last ones (auto: what fits)."),
     Parameter("slots", integer, "Full-length contexts that the cache holds.", 1, _INT32),
     Parameter("pre", text, "Pre-tokenizer, for a file that names none."),
     Parameter("chat_template", text, "Instead of the file's own."),
+    Parameter("residuals", layers, "Layers whose entering stream may be watched."),
     Parameter("download", switch, "Fetch a model that is not here.", default=False),
     Parameter("progress", function, "Told how far loading is."),
 )
@@ -309,6 +332,9 @@ REQUEST = _by_name(
         "n_keep", integer, "Tokens at the start that stay when it slides (the system message).",
         0, _INT32, usual=(0, 1_000_000),
     ),
+    Parameter("priority", integer, "Larger ones run first.", -_INT32, _INT32, 0),
+    Parameter("on_step", function, "Called after each step, before its token is picked."),
+    Parameter("watch", watched, "What on_step is shown.", default=("logits",)),
     Parameter(
         "speculation", switch,
         "Guess tokens ahead where that is faster (on); the answer is the same.",
@@ -367,6 +393,12 @@ ANSWER = REQUEST | SAMPLING
 LOGITS = _by_name(
     Parameter("last", integer, "Rows to give back, the last ones.", 1, _INT64),
     Parameter("prefill_chunk", integer, "Most rows in a step.", 1, _INT64),
+)
+
+# What `residuals` and `attention` take beside them.
+LOOK = _by_name(
+    Parameter("layer", integer, "The layer that is looked at.", 0, _INT32),
+    Parameter("last", integer, "Rows to give back, the last ones.", 1, _INT64),
 )
 
 # What `tokenize` and `detokenize` take beside the text or the ids.

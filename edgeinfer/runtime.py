@@ -52,6 +52,7 @@ class Runtime:
     """An open model; `close` ends its engine and closes its file."""
 
     model: Model
+    segment: Segment  # as it was loaded
     plan: MemoryPlan
     program: Program
     engine: Engine
@@ -173,14 +174,14 @@ def _load(path: Path, settings: LoadSettings, templates: TemplateEngine | None) 
     file = GGUFFile.open(path)
     try:
         model, packs = Model.load(file), threading.Event()
-        segment = model.graph.segment(n_ctx=settings.n_ctx)
+        segment = _segment(model, settings, settings.n_ctx)
         progress = _progress(settings, packs)
         backend, plan, n_gpu_layers, note = _planned(segment, settings, progress)
         # Text is got ready while weights are packed, which needs no Python: sooner it delays that.
         tokenizer = _Later(lambda: _make_tokenizer(file, settings, packs))
         try:
             template = _Later(lambda: _make_template(file, settings, templates, tokenizer))
-            segment = model.graph.segment(n_ctx=plan.n_ctx)
+            segment = _segment(model, settings, plan.n_ctx)
             program = backend.compile(segment, plan.limits)
         finally:
             packs.set()
@@ -196,9 +197,23 @@ def _load(path: Path, settings: LoadSettings, templates: TemplateEngine | None) 
         raise
     load_s = time.perf_counter() - start
     return Runtime(
-        model, plan, program, engine, settings.device, note, settings.n_threads,
+        model, segment, plan, program, engine, settings.device, note, settings.n_threads,
         n_gpu_layers, load_s, tokenizer, template,
     )  # fmt: skip
+
+
+def _segment(model: Model, settings: LoadSettings, n_ctx: int | None) -> Segment:
+    """The whole model, as it is to be loaded."""
+    n_layers = model.hparams.n_layers
+    if settings.residuals and settings.residuals[-1] > n_layers:
+        raise InvalidRequestError(
+            f"residuals names layer {settings.residuals[-1]}; the model has 0 to {n_layers - 1}, "
+            f"and {n_layers} is what enters the head",
+            param="residuals",
+        )
+    return model.graph.segment(
+        n_ctx=n_ctx, kv_types=settings.kv_types, residuals=settings.residuals
+    )
 
 
 def find_file(name: str | PathLike[str], *, download: bool = False) -> Path:
@@ -221,7 +236,7 @@ def plan_model(
     model: Model, settings: LoadSettings, freed: Mapping[str, int] = MappingProxyType({})
 ) -> MemoryPlan:
     """The memory that loading so takes, once `freed` bytes of each memory have come back."""
-    segment = model.graph.segment(n_ctx=settings.n_ctx)
+    segment = _segment(model, settings, settings.n_ctx)
     return _or_on_cpu(lambda settings: _planned(segment, settings, freed=freed)[1], settings)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import get_args
 
 from edgeinfer.errors import UnsupportedModelError
 from edgeinfer.graph import (
@@ -24,6 +25,7 @@ from edgeinfer.graph import (
     ExpertSum,
     Gain,
     Growth,
+    KVType,
     Linear,
     Mul,
     MulParts,
@@ -53,7 +55,11 @@ KNOWN: Known = {
     Growth: fields("factor n_ctx"),
     Yarn: fields("n_ctx beta_fast beta_slow"),
     Attention: fields("q k v n_heads cache scale soft_cap sinks source"),
-    KV: fields("n_heads k_dim v_dim window k_is_v"),
+    KV: fields(
+        "n_heads k_dim v_dim window k_is_v k_type v_type",
+        k_type=get_args(KVType),
+        v_type=get_args(KVType),
+    ),
     Add: fields("a b"),
     Mul: fields("a b"),
     Bias: fields("x weight"),
@@ -77,9 +83,12 @@ KNOWN: Known = {
 }
 
 
-def check_shapes(segment: Segment, backend: str) -> None:
-    """Raise UnsupportedModelError for the first op, shape or type that no kernel can be given."""
-    check(segment, KNOWN, backend)
+def check_shapes(segment: Segment, backend: str, less: Known | None = None) -> None:
+    """Raise UnsupportedModelError for the first op, shape or type that no kernel can be given.
+
+    `less` is what the backend knows less of than others.
+    """
+    check(segment, {**KNOWN, **(less or {})}, backend)
     routes = {op.out: op for op in segment.ops if isinstance(op, Route)}
     for op in segment.ops:
         _check_op(op)
@@ -187,6 +196,9 @@ def _check_attention(op: Attention) -> None:
     ):
         if value is not None and (value.dim != width or width < 1):
             raise _unsupported(f"the {name} {where}", f"{value.dim} wide", f"a width of {width}")
+    if kv.k_is_v and kv.k_type != kv.v_type:
+        found = f"in {kv.k_type} and {kv.v_type}"
+        raise _unsupported(f"the cache {where}", found, "one type where K serves as V")
     if kv.window < 0:
         raise _unsupported(f"the window {where}", str(kv.window), "0 (none) and more")
     if not 0 <= op.soft_cap < math.inf:

@@ -99,9 +99,15 @@ def batch_of(
     pages: tuple[int, ...] = (0, 1, 2, 3),
     output: str = "logits",
     n_groups: int = 1,
+    states: tuple[int, int] = (-1, -1),
 ) -> Batch:
-    """One sequence's rows at `pos`, every output wanted."""
+    """One sequence's rows at `pos`, every output wanted.
+
+    It starts from the first of `states`, and the state behind its last row is kept in the other.
+    """
     n = len(ids)
+    kept = np.full(n, -1, np.int32)
+    kept[-1] = states[1]
     return Batch(
         ids=np.array(ids, np.int32),
         pos=np.arange(pos, pos + n, dtype=np.int64),
@@ -109,4 +115,6 @@ def batch_of(
         tables=[(PageTable(np.array(pages, np.int32), 0, len(pages)),) * n_groups],
         wanted=np.arange(n, dtype=np.int32),
         output=output,  # type: ignore[arg-type]
+        states=np.array(states[:1], np.int32),
+        kept=kept,
     )

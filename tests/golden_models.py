@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeinfer.gguf import GGUFFile
-from edgeinfer.graph import Activation, Op, RmsNorm, Rotate, Scale
+from edgeinfer.graph import Activation, DeltaNet, Op, RmsNorm, Rotate, Scale
 from edgeinfer.model import Model
 
 from .bench.make_model import add_byte_tokenizer, add_value, quantize
@@ -111,6 +111,8 @@ def _values(name: str, shape: tuple[int, ...]) -> Floats:
         return factors
     if name.endswith(".bias"):
         return x * np.float32(0.5)
+    if name.endswith(".ssm_a"):  # all states fade, each head's at its own pace
+        return np.float32(-0.2) * (1 + x * np.float32(0.3))
     if len(shape) == 1:
         return 1 + x * np.float32(0.3)
     gain = {"token_embd": 2.5, "attn_q": 2.0, "attn_k": 2.0, "attn_qkv": 1.5, "ffn_gate_inp": 2.0}
@@ -521,8 +523,112 @@ def _gemmas() -> Iterator[Golden]:
     )  # fmt: skip
 
 
+# A key head for two value heads, so that each pairing shows.
+N_K, N_V, DELTA, TAPS = 2, 4, 16, 4
+_SSM = dict(
+    ssm__conv_kernel=TAPS, ssm__inner_size=N_V * DELTA, ssm__state_size=DELTA,
+    ssm__time_step_rank=N_V, ssm__group_count=N_K, rope__dimension_count=8,
+)  # fmt: skip
+
+
+def _hybrid(mixers: str, *ffn: Callable[[int], Shapes]) -> dict[str, tuple[int, ...]]:
+    """Layers of delta nets (d), of old files (o), and attention (a)."""
+    gated: Shapes = {**_attention()(0), "attn_q.weight": (2 * N_HEADS * HEAD, DIM)}
+    q_and_k, v = 2 * N_K * DELTA, N_V * DELTA
+    delta: dict[str, tuple[int, ...]] = {
+        "ssm_conv1d.weight": (q_and_k + v, TAPS), "ssm_dt.bias": (N_V,), "ssm_a": (N_V,),
+        "ssm_norm.weight": (DELTA,), "ssm_out.weight": (DIM, v),
+    }  # fmt: skip
+    apart: Shapes = {"attn_qkv.weight": (q_and_k + v, DIM), "attn_gate.weight": (v, DIM)}
+    kinds: dict[str, Shapes] = {
+        "a": {**gated, **_head_norms(HEAD)(0)},
+        "d": {
+            **delta, **apart, "ssm_alpha.weight": (N_V, DIM), "ssm_beta.weight": (N_V, DIM)
+        },
+        "n": {**delta, **apart, "ssm_ba.weight": (2 * N_V, DIM)},
+        "o": {**delta, "ssm_in.weight": (q_and_k + 2 * v, DIM), "ssm_ba.weight": (2 * N_V, DIM)},
+    }  # fmt: skip
+    norms = _norms("attn_norm", "post_attention_norm")
+    return _shapes(len(mixers), norms, lambda i: kinds[mixers[i]], *ffn)
+
+
+def _other_heads(op: Op) -> Op:
+    if not isinstance(op, DeltaNet):
+        return op
+    return op._replace(pairing="tiled" if op.pairing == "interleaved" else "interleaved")
+
+
+def _unscaled_queries(op: Op) -> Op:
+    is_of_q = isinstance(op, Scale) and op.factor == 1 / DELTA
+    return op._replace(factor=DELTA**-0.5) if is_of_q else op  # type: ignore[call-arg]
+
+
+def _epsilon_of_means(op: Op) -> Op:
+    """The epsilon beside a sum of squares, as if it stood beside their mean."""
+    if not isinstance(op, RmsNorm) or op.weight is not None:
+        return op
+    return op._replace(eps=op.eps * DELTA)
+
+
+def _gates_behind_queries(draft: Draft) -> None:
+    """As if the gates of all heads followed the queries of all."""
+    for name in [name for name in draft.tensors if name.endswith("attn_q.weight")]:
+        rows = draft.tensors[name].reshape(2, N_HEADS, HEAD, DIM)
+        draft.tensors[name] = np.ascontiguousarray(rows.swapaxes(0, 1)).reshape(-1, DIM)
+
+
+def _sigmoid_once(op: Op) -> Op:
+    """Of the first that is met: the beta of a delta net, or a gate."""
+    is_gate = isinstance(op, Activation) and op.kind == "sigmoid"
+    return op._replace(kind="relu2") if is_gate else op  # type: ignore[call-arg]
+
+
+_DELTA: dict[str, Edit] = {
+    **_END, **_QK_NORMS, **_ROPE,
+    **each_filled(1, "attn_norm.weight", "post_attention_norm.weight", "ssm_norm.weight"),
+    **each_filled(0, "ssm_dt.bias", "ssm_a"),
+    "convolution": filled(0.5, "ssm_conv1d.weight"),
+    "part of a head": no_key("rope.dimension_count"),
+    "pairing of heads": rewritten(_other_heads),
+    "scale of queries": rewritten(_unscaled_queries),
+    "epsilon of heads": rewritten(_epsilon_of_means),
+    "gates by head": _gates_behind_queries,
+    "sigmoids": rewritten(_sigmoid_once),
+}  # fmt: skip
+
+
+def _deltas() -> Iterator[Golden]:
+    draft: dict[str, tuple[int, ...]] = {
+        "nextn.eh_proj.weight": (DIM, 2 * DIM), "nextn.enorm.weight": (DIM,),
+        "nextn.hnorm.weight": (DIM,),
+    }  # fmt: skip
+    sections = dict(rope__dimension_sections=[2, 1, 1, 0])
+    keys = dict(full_attention_interval=3, nextn_predict_layers=1, **_SSM, **sections)
+    guessing = {f"blk.3.{name}": shape for name, shape in draft.items()}
+    yield Golden("qwen35", "qwen35", _keys(4, **keys), _hybrid("ddaa", _ffn) | guessing, _DELTA)
+    shared_gate: Shapes = {"ffn_gate_inp_shexp.weight": (DIM,)}
+    experts = (_experts(8, 32, 48), lambda i: shared_gate)
+    numbers = dict(
+        expert_count=8, expert_used_count=3, expert_feed_forward_length=32,
+        expert_shared_feed_forward_length=48, **_SSM,
+    )  # fmt: skip
+    of_experts: dict[str, Edit] = {
+        **_DELTA,
+        "norm of weights": rewritten(_raw_weights),
+        **each_filled(0, "ffn_gate_inp_shexp.weight"),
+        "shared expert": filled(0, "ffn_down_shexp.weight"),
+    }
+    yield Golden(
+        "qwen35moe", "qwen35moe",
+        _keys(3, attention__recurrent_layers=[True, False, True], **numbers, **sections),
+        _hybrid("dad", *experts), of_experts,
+    )  # fmt: skip
+    for name, mixers in (("qwen3next", "nnna"), ("qwen3next-fused", "oooa")):
+        yield Golden(name, "qwen3next", _keys(4, **numbers), _hybrid(mixers, *experts), of_experts)
+
+
 GOLDENS = {
     golden.name: golden
-    for family in (_llamas, _qwen3s, _granites, _others, _olmos, _gemmas)
+    for family in (_llamas, _qwen3s, _granites, _others, _olmos, _gemmas, _deltas)
     for golden in family()
 }

@@ -21,6 +21,7 @@ from edgeinfer.graph import (
     Graph,
     Growth,
     Hparams,
+    Pairing,
     Rope,
     Route,
     Segment,
@@ -107,7 +108,7 @@ class Drawn:
 
 _OPS = (
     "linear", "norm", "rotate", "add", "mul", "activation", "scale", "soft_cap", "bias", "gain",
-    "clamp", "parts",
+    "clamp", "parts", "conv", "delta",
 )  # fmt: skip
 _NUMBER = st.integers(0, 7)
 _LOOSE = st.lists(
@@ -443,6 +444,24 @@ class Recorder:
             return g.clamp(a, -0.75, 0.5)
         if each.op == "parts":
             return g.mul_parts(a, self._linear(b, n))
+        if each.op == "conv":
+            out = g.convs([a], self.name(), 2 + each.b % 4)[0]
+            return g.silu(out) if each.choice % 2 else out
+        if each.op == "delta":
+            return self._delta_net(a, each)
         if each.op == "soft_cap":
             return g.soft_cap(a, 2.0)
         return g.add_vector(a, self.name())
+
+    def _delta_net(self, x: Value, each: Loose) -> Value:
+        """Of heads whose states fade, or, where nothing says so, whose rows are wild."""
+        n_k, n_v, dim = 1 + each.b % 3, 1 + each.a % 4, (8, 5, 20, 36)[each.choice % 4]
+        decay, beta = self._linear(x, n_v), self._linear(x, n_v)
+        if each.choice < 6:
+            decay = self.g.scale(self._plain(decay, "softplus"), -0.5)
+            beta = self._plain(beta, "sigmoid")
+        q, k = (self.g.rms_norm(self._linear(x, n_k * dim), None, n_k) for _ in range(2))
+        return self.g.delta_net(
+            q, k, self._linear(x, n_v * dim), decay=decay, beta=beta, n_k_heads=n_k,
+            pairing=get_args(Pairing)[each.choice % 2],
+        )  # fmt: skip

@@ -118,6 +118,7 @@ def test_delta_net(rows: Rows, dim: int, n_k_heads: int, n_v_heads: int, pairing
         run(
             Kernel.of("delta_net", DIM=dim), (-(-dim // 32), n_v_heads, len(rows.spans) + 1), 128,
             seed=seed, **rows.args, **in_memory, key_stride=stride_of(n_k_heads * dim),
+            is_normed=0, eps=0.0, q_factor=1.0, k_factor=1.0, bias=None, rate=None,
             v_stride=stride_of(width), head_stride=stride_of(n_v_heads), slots=ours,
             n_key_heads=n_k_heads, tiled=int(pairing == "tiled"), out=out,
             out_stride=stride_of(width),
@@ -150,17 +151,43 @@ def attention(g: RandomGraph, h: Value, blk: str) -> Value:
     return g.linear(g.attention(q, k, v, cache=KV(2, 8, 8)), f"{blk}.o", h.dim)
 
 
-def mixer(g: RandomGraph, h: Value, blk: str) -> Value:
+def mixer(g: RandomGraph, h: Value, blk: str, way: str = "") -> Value:
+    """A delta net, its operands made as models make them but for one thing."""
     n_k, n_v, dim = 2, 4, 16
     widths = {"q": n_k * dim, "k": n_k * dim, "v": n_v * dim}
     parts = [g.linear(h, f"{blk}.{name}", width) for name, width in widths.items()]
     q, k, v = map(g.silu, g.convs(parts, f"{blk}.conv", 4))
-    q, k = (g.scale(g.rms_norm(each, None, n_k), dim**-0.5) for each in (q, k))
-    rate = g.activation("softplus", g.linear(h, f"{blk}.a", n_v))
-    beta = g.activation("sigmoid", g.linear(h, f"{blk}.b", n_v))
+    if way != "no norm":
+        weight = f"{blk}.q_norm" if way == "a norm with a weight" else None
+        q = g.rms_norm(q, weight, n_k if way != "a norm of rows" else 1)
+        k = g.rms_norm(k, None, n_k, 0.5 if way == "two epsilons" else None)
+    normed = q
+    q = g.scale(q, 1 / dim)
+    k = k if way == "no factor" else g.scale(k, dim**-0.5)
+    rate = g.linear(h, f"{blk}.a", n_v)
+    rate = rate if way == "no bias" else g.add_vector(rate, f"{blk}.dt")
+    rate = g.activation("silu" if way == "no softplus" else "softplus", rate)
+    decay = (
+        g.scale(g.mul_vector(rate, f"{blk}.rate"), -0.3)
+        if way == ""
+        else g.mul_vector(
+            g.scale(rate, -0.3) if way == "a factor of the rate" else rate, f"{blk}.rate"
+        )
+    )
+    beta = g.activation(
+        "softplus" if way == "no sigmoid" else "sigmoid", g.linear(h, f"{blk}.b", n_v)
+    )
     pairing: Pairing = "tiled" if blk == "blk.0" else "interleaved"
-    decay = g.scale(rate, -0.3)
     o = g.delta_net(q, k, v, decay=decay, beta=beta, n_k_heads=n_k, pairing=pairing)
+    for name, value in {
+        "norm": normed,
+        "factor": q,
+        "gate": beta,
+        "rate": decay,
+        "sum": rate,
+    }.items():
+        if way == f"a {name} that is read again":
+            o = g.mul_parts(o, g.linear(value, f"{blk}.again", 1))
     return g.linear(o, f"{blk}.o", h.dim)
 
 
@@ -174,7 +201,7 @@ class Part(NamedTuple):
     pages: tuple[int, ...]
 
 
-def batch_of(*parts: Part) -> Batch:
+def batch_of(*parts: Part, n_groups: int = 1) -> Batch:
     rows = Rows.of(
         *(
             (part.end - part.begin, part.state, {t - part.begin: s for t, s in part.kept.items()})
@@ -186,15 +213,15 @@ def batch_of(*parts: Part) -> Batch:
         ids=np.array(PROMPT, np.int32)[pos],
         pos=pos,
         seq=rows.seq,
-        tables=[(PageTable(np.array(part.pages, np.int32), 0, 2),) for part in parts],
+        tables=[(PageTable(np.array(part.pages, np.int32), 0, 2),) * n_groups for part in parts],
         wanted=np.arange(len(pos), dtype=np.int32),
         states=rows.states,
         kept=rows.kept,
     )
 
 
-def run_step(program: Any, *parts: Part) -> Floats:
-    logits: Floats = program.submit(batch_of(*parts)).wait().logits.copy()
+def run_step(program: Any, *parts: Part, n_groups: int = 1) -> Floats:
+    logits: Floats = program.submit(batch_of(*parts, n_groups=n_groups)).wait().logits.copy()
     return logits
 
 
@@ -305,3 +332,30 @@ def test_nothing_is_begun_ahead_where_there_is_state(segment: Segment) -> None:
             batch.tables, batch.output, batch.samples = tables, "ids", table
             program.submit(batch).wait()
             assert program._guess is None
+
+
+WAYS = [
+    "as usual", "no norm", "a norm with a weight", "a norm of rows", "two epsilons", "no factor",
+    "no bias", "no softplus", "no sigmoid", "a factor of the rate",
+    *(f"a {name} that is read again" for name in ("norm", "factor", "gate", "rate", "sum")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_delta_net_makes_what_only_it_reads(way: str) -> None:
+    g = RandomGraph(1, 64)
+    x = g.embed()
+    for blk in g.layers():
+        x = g.layer_output(x + mixer(g, g.rms_norm(x, f"{blk}.norm"), blk, way))
+    g.head(g.rms_norm(g.select_rows(x), "output_norm"))
+    rows = []
+    for name in ("shim", "reference"):
+        with backend(name).compile(g.segment(), LIMITS._replace(n_pages={})) as program:
+            parts = Part(0, 11, -1, {10: 2}, ()), Part(11, 12, 2, {}, ())
+            rows.append(np.concatenate([run_step(program, part, n_groups=0) for part in parts]))
+            if name == "shim":
+                kernels = [str(launch.kernel) for launch in program._lowered.launches]
+    np.testing.assert_array_equal(rows[0], rows[1])
+    apart = [each for each in kernels if "pointwise" in each or "rms_norm(WARPS=1)" in each]
+    apart = [each for each in apart if "KIND=silu" not in each]  # of the convolutions
+    assert (apart == []) == (way in ("as usual", "no factor"))

@@ -40,7 +40,8 @@ def gelu_of_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def limits(segment: Segment) -> StepLimits:
-    return StepLimits({window: 2 for window in segment.groups}, N_PROMPT, N_PROMPT, 1, 2)
+    n_pages = {window: 2 for window in segment.groups}
+    return StepLimits(n_pages, N_PROMPT, N_PROMPT, 1, 2, n_states=2)
 
 
 def kept(name: str, draft: Draft) -> Logits:
@@ -118,10 +119,11 @@ def check_cuts(segment: Segment, cuts: list[int], machine: str = "cpu") -> None:
         expected = program.submit(everything).wait().logits
     with backend(machine).compile(segment, limits(segment)) as program:
         whole = program.submit(everything).wait().logits.copy()
-        parts = [
-            program.submit(batch_of(ids[i:j], i, (1, 0), n_groups=n)).wait().logits.copy()
-            for i, j in pairwise(cuts)
-        ]
+        parts, states = [], (-1, 0)
+        for i, j in pairwise(cuts):
+            step = batch_of(ids[i:j], i, (1, 0), n_groups=n, states=states)
+            parts.append(program.submit(step).wait().logits.copy())
+            states = states[1], 1 - states[1]
     np.testing.assert_array_equal(whole, expected)
     np.testing.assert_array_equal(np.concatenate(parts), expected)
 

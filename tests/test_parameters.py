@@ -92,7 +92,10 @@ def _wrong(parameter: Parameter) -> list[Any]:
         "gpu_layers": [
             "5x", "", "AUTO", "-2", 1.5, -2, 2**70, "9" * 5000, True, [1], b"auto", Odd(),
         ],
-        "kv_type": [5, "q8_0", ("f16", "q8_0"), ["f16", 5], b"f16", True, Odd()],
+        "kv_type": [
+            5, "q8", "F16", "", ("f16",), ("f16", "q8"), ["f16"] * 3, ["f16", 5], b"f16", True,
+            Odd(),
+        ],
         "device": [5, b"cpu", ["cpu"], True, Odd()],
         "pre": [5, b"x", ["x"], True, Odd()],
         "chat_template": [5, b"x", ["x"], True, Odd()],

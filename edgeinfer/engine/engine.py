@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgeinfer.backend import Program, Ticket
-from edgeinfer.batch import Outputs, StepLimits
+from edgeinfer.batch import Batch, Outputs, StepLimits
+from edgeinfer.engine import hooks
 from edgeinfer.engine.cache import CacheLayout, Overflow, PagePool
 from edgeinfer.engine.cache_store import CacheStore
 from edgeinfer.engine.delivery import Delivery
@@ -28,6 +29,7 @@ from edgeinfer.engine.sequence import Request, Rows, Work
 from edgeinfer.engine.step import build_batch, commit, fill_samples
 from edgeinfer.engine.step_costs import StepCosts
 from edgeinfer.errors import BusyError, ClosedError, InvalidRequestError
+from edgeinfer.options import Step
 from edgeinfer.sampling.params import SampleTable
 
 if TYPE_CHECKING:
@@ -116,6 +118,18 @@ class Engine:
             check_length(len(each), self.n_ctx)
         layout = self.layout("error")
         job = LogitsJob.of(lists, first, prefill_chunk, self.limits, layout, take)
+        self._queue(job)
+        job.wait(self)
+
+    def each_residual(
+        self, ids: SequenceOf[int], take: Callable[[Step], object], layers: tuple[int, ...]
+    ) -> None:
+        """Call `take(step)` for runs of rows of `ids`, from the first on, with these residuals."""
+        check_ids(ids, self.n_vocab)
+        check_length(len(ids), self.n_ctx)
+        hook = hooks.Hook(take, residuals=layers)
+        layout = self.layout("error")
+        job = LogitsJob.of((ids,), len(ids), None, self.limits, layout, lambda *_: None, hook)
         self._queue(job)
         job.wait(self)
 
@@ -267,13 +281,16 @@ class Engine:
         if samples is not None:
             fill_samples(samples, parts)
         batch = build_batch(parts, samples)
+        is_watched = any([part.work.hook is not None for part in parts])
+        if is_watched:
+            hooks.ask(batch, parts)
         with self._changed:
             if self._closed or any([part.work.is_cancelled for part in parts]):
                 return _NOTHING
             self._in_step = [part.work for part in parts]
             self._ticket = ticket = self._program.submit(batch)
         try:
-            return ticket.wait()
+            outputs = ticket.wait()
         except BaseException:
             # Nothing of it may run any more once its pages go to others.
             ticket.abort()
@@ -283,6 +300,19 @@ class Engine:
         finally:
             with self._changed:
                 self._ticket, self._in_step = None, []
+        if is_watched and not outputs.aborted:
+            self._show(batch, outputs, parts, samples)
+        return outputs
+
+    def _show(
+        self, batch: Batch, outputs: Outputs, parts: list[Rows], samples: SampleTable | None
+    ) -> None:
+        """To who watches; tokens are picked then, where the step has not picked them."""
+        for part, error in hooks.show(batch, outputs, parts):
+            self._scheduler.fail(part.work, error)  # type: ignore[arg-type]
+        if samples is not None and batch.samples is None:
+            self._program.sample(outputs.logits, samples)
+            outputs.ids = samples.ids[: len(outputs.logits)]
 
 
 _NOTHING = Outputs(

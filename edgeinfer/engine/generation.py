@@ -33,6 +33,8 @@ from edgeinfer.errors import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from edgeinfer.engine.hooks import Hook
+
 # Waking up now and then lets signals in where a wait can't be interrupted.
 WAKE_SECONDS = 0.1
 MOST_UNREAD = 256  # events; a step may add a few more, 40 KiB in all
@@ -64,7 +66,7 @@ class Generation:
     """
 
     def __init__(self, worker: Worker, request: Request, layout: CacheLayout) -> None:
-        self.request, self.layout = request, layout
+        self.request, self.layout, self.hook = request, layout, request.hook
         self.sequence: Sequence | None = None  # the engine's, while it runs
         self.next_row: Rows | None = None  # the engine's: of a step in which it decodes
         self.can_guess = request.can_speculate
@@ -173,6 +175,7 @@ class LogitsJob:
     error: BaseException | None = None
     is_cancelled: bool = False
     rank: Rank = (0, 0)  # the scheduler's
+    hook: Hook | None = None
     n_taken: int = 0  # positions up to which logits were passed on
     _done: threading.Event = field(default_factory=threading.Event)
 
@@ -196,6 +199,7 @@ class LogitsJob:
         limits: StepLimits,
         layout: CacheLayout,
         take: Callable[[int, NDArray[np.float32]], None],
+        hook: Hook | None = None,
     ) -> LogitsJob:
         """A job for the first of `lists`; raises where it asks for too much."""
         if prefill_chunk is not None and prefill_chunk < 1:
@@ -209,7 +213,7 @@ class LogitsJob:
                 param="batch_with",
             )
         chunk = min(prefill_chunk or limits.max_rows, limits.max_rows - len(others))
-        job = cls(ids, others, first, chunk, layout, take)
+        job = cls(ids, others, first, chunk, layout, take, hook=hook)
         for n_pages, there_are in zip(job.next_pages, limits.n_pages.values(), strict=True):
             if n_pages > there_are:
                 raise PlanError(

@@ -20,6 +20,8 @@ from edgeinfer.sampling.params import SamplingParams
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from edgeinfer.engine.hooks import Hook
+
 FinishReason: TypeAlias = Literal["stop", "length", "cancelled", "error"]
 
 
@@ -39,6 +41,7 @@ class Request:
     n_pinned: int = 0
     speculation: bool = False
     priority: int = 0
+    hook: Hook | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
@@ -52,7 +55,8 @@ class Request:
     @property
     def can_speculate(self) -> bool:
         # Mirostat's state after a token is known only once the token is.
-        return self.speculation and self.params.mirostat == 0
+        # And who is shown steps is shown none that did not happen.
+        return self.speculation and self.params.mirostat == 0 and self.hook is None
 
 
 class Prefilled(NamedTuple):
@@ -119,6 +123,7 @@ class Work(Protocol):
 
     is_cancelled: bool
     rank: Rank
+    hook: Hook | None
 
     @property
     def sequences(self) -> list[Sequence]:

@@ -10,19 +10,21 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from edgeinfer.batch import SEGMENT_PAGES, StepLimits, cache_row
+from edgeinfer.batch import SEGMENT_PAGES, STATE_ROW, StepLimits, cache_row
 from edgeinfer.graph import (
     KV,
+    Conv,
+    DeltaNet,
     Segment,
 )
 from edgeinfer.kernels.buffers import Arena, Buffer, weights_of
 from edgeinfer.kernels.cached import Cached, HostPart, Pieces, layout_of
-from edgeinfer.kernels.cpu import layout
+from edgeinfer.kernels.cpu import layout, page_layout
 from edgeinfer.kernels.cpu.commands import KernelOp
 from edgeinfer.kernels.cpu.host_sampler import SAMPLE, Sampling
 from edgeinfer.kernels.cpu.layout import row_stride
 from edgeinfer.kernels.cpu.lower import Lowering
-from edgeinfer.kernels.cpu.lower_base import LayerCache
+from edgeinfer.kernels.cpu.lower_base import LayerCache, OpStates
 from edgeinfer.kernels.cpu.team import KERNELS
 from edgeinfer.kernels.cpu.weights import PackedWeights
 
@@ -32,10 +34,12 @@ class Blueprint:
 
     def __init__(self, segment: Segment, limits: StepLimits) -> None:
         self.segment, self.limits = segment, limits
-        self.weights = PackedWeights(*weights_of(segment))
+        taps = [op.weight for op in segment.ops if isinstance(op, Conv)]
+        self.weights = PackedWeights(*weights_of(segment), taps)
         self.kv = Arena()
         self._caches = _place_caches(segment, self.kv, limits)
-        lowering = Lowering(segment, limits, self.weights, self._caches)
+        self.states = _place_states(segment, self.kv, limits)
+        lowering = Lowering(segment, limits, self.weights, self._caches, self.states)
         self.lowered = lowering.run()
         self.scratch = self.lowered.scratch
         self.sample = self._sample_op() if segment.is_last else None
@@ -52,25 +56,29 @@ class Blueprint:
         return {
             **{f"weights {kind}": n_bytes for kind, n_bytes in weights.items()},
             **self._cache_rows(),
+            **self._state_rows(),
             "scratch": self.scratch.n_bytes,
         }
 
     def cached(self) -> Cached:
         """What the program keeps between steps, once the arena of pages has memory."""
-        groups = []
+        groups, n_states = [], self.limits.n_states
         for window, group in self.segment.groups.items():
             first, n_pages = self._caches[next(iter(group))], self.limits.n_pages[window]
-            n_bytes = n_pages * first.page_bytes
-            raw = (ctypes.c_uint8 * n_bytes).from_address(first.k_base.address)
-            pages = np.frombuffer(memoryview(raw), np.uint8).reshape(n_pages, first.page_bytes)
-            groups.append(Pieces(n_pages, [HostPart(pages)]))
-        return Cached(tuple(groups), Pieces(0, []), layout_of("cpu 1", self.segment))
+            groups.append(Pieces(n_pages, [_part(first.k_base, n_pages, first.page_bytes)]))
+        slots = self.states.values() if n_states else ()
+        parts = [_part(each.at, n_states, each.slot_bytes) for each in slots]
+        return Cached(tuple(groups), Pieces(n_states, parts), layout_of("cpu 1", self.segment))
 
     def _cache_rows(self) -> dict[str, int]:
         return {
             cache_row(window): self.kv.aligned(_pages_bytes(group, self.limits.n_pages[window]))
             for window, group in self.segment.groups.items()
         }
+
+    def _state_rows(self) -> dict[str, int]:
+        sizes = [self.kv.aligned(states.at.n_bytes) for states in self.states.values()]
+        return {STATE_ROW: sum(sizes)} if sizes else {}
 
     @property
     def step_weight_bytes(self) -> int:
@@ -85,6 +93,12 @@ class Blueprint:
         return sampling.op(logits, row_stride(vocab))
 
 
+def _part(buffer: Buffer, n: int, n_bytes: int) -> HostPart:
+    """A buffer as n pieces."""
+    raw = (ctypes.c_uint8 * (n * n_bytes)).from_address(buffer.address)
+    return HostPart(np.frombuffer(memoryview(raw), np.uint8).reshape(n, n_bytes))
+
+
 def _pages_bytes(group: Mapping[int, KV], n_pages: int) -> int:
     """Bytes of pages of a cache group."""
     return n_pages * sum(sum(_layer_bytes(kv)) for kv in group.values())
@@ -92,8 +106,8 @@ def _pages_bytes(group: Mapping[int, KV], n_pages: int) -> int:
 
 def _layer_bytes(kv: KV) -> tuple[int, int]:
     """Bytes of a layer's K and V in a page."""
-    k_bytes, v_bytes = layout.head_page_bytes(kv.k_dim, kv.v_dim)
-    return kv.n_heads * k_bytes, 0 if kv.k_is_v else kv.n_heads * v_bytes
+    v_bytes = 0 if kv.k_is_v else page_layout.v_bytes(kv.v_dim, kv.v_type)
+    return kv.n_heads * page_layout.k_bytes(kv.k_dim, kv.k_type), kv.n_heads * v_bytes
 
 
 def _place_caches(segment: Segment, arena: Arena, limits: StepLimits) -> dict[int, LayerCache]:
@@ -111,3 +125,21 @@ def _place_caches(segment: Segment, arena: Arena, limits: StepLimits) -> dict[in
             caches[layer] = LayerCache(k, v, page_bytes, i * tables_bytes, max_segments)
             offset += k_bytes + v_bytes
     return caches
+
+
+def _place_states(segment: Segment, arena: Arena, limits: StepLimits) -> dict[int, OpStates]:
+    """Of every op with a state, by its value, the slots one beside the other."""
+    states = {}
+    for op in segment.ops:
+        if isinstance(op, (Conv, DeltaNet)):
+            n_bytes = _state_bytes(op)
+            slots = Buffer("state", limits.n_states * n_bytes, is_kept=True)
+            states[op.out.index] = OpStates(arena.place(slots), n_bytes)
+    return states
+
+
+def _state_bytes(op: Conv | DeltaNet) -> int:
+    """Of one slot."""
+    if isinstance(op, Conv):
+        return (op.n_taps - 1) * row_stride(op.x.dim)
+    return layout.delta_state_bytes(op.n_v_heads, op.dim)

@@ -22,9 +22,8 @@ so that a matmul may read whole blocks of 4.
 Packed weights are cut into groups of 8 rows, a SIMD lane or, of floats, 4 per row; each format
 says in `native/formats.py` how its block looks.
 
-A KV page holds 32 positions of one layer. K of a page: [kv head][k_dim][32 positions] halves;
-V of a page: [kv head][32 positions][v_dim in whole vectors] halves. Page p of a layer starts
-p * page_bytes after the layer's base.
+A KV page holds 32 positions of one layer, K and V head after head (`page_layout.py`). Page p of a
+layer starts p * page_bytes after the layer's base.
 
 What depends on a page table is told where the records of its layer's tables begin, as an offset
 ("tables") from H_TABLES.
@@ -55,8 +54,6 @@ MAX_TILE = 64  # rows
 
 PAGE = 32  # positions
 SEGMENT_PAGES = 16
-KV_BYTES = 2  # of a value of K or V
-K_ROW_BYTES = PAGE * KV_BYTES  # of one value of K in all positions of a page
 
 # Step header: byte offsets of its words. Those that change with every step come first.
 H_ROWS = 0 * WORD  # T, input rows of this step
@@ -69,6 +66,8 @@ H_SEQ = 6 * WORD  # address: int32[T] sequence of each row
 H_IDS = 7 * WORD  # address: int32[T] token ids
 H_WANTED = 8 * WORD  # address: int32[R] row indices, ascending
 H_TABLES = 9 * WORD  # address: page table records, one per sequence
+H_STATES = 10 * WORD  # address: int32[n_sequences] state slots that sequences start from
+H_KEPT = 11 * WORD  # address: int32[T] state slots for what is behind a row, -1: none
 HEADER_WORDS = 32
 
 # Page table record, one per sequence (batch.PageTable): byte offsets.
@@ -221,18 +220,21 @@ ANGLES_MAGNITUDES, ANGLES_SPAN, ANGLES_N_MAGNITUDES = ANGLES_SCALED
 #
 # rotate.<norm|neox>: for one row: normalise q and k heads (where weights are given), rotate them,
 # write q back, write q rotated for pinned pages to `pinned_q` where the row's sequence has slid
-# (PageTable.first_ring_page > n_pinned), store k and v as halves in the row's page. Without a
-# `pinned_q` and heads of k no page table is read.
+# (PageTable.first_ring_page > n_pinned), store k and v as halves in the row's page, or with
+# `.<type of K>.<type of V>` in these, transformed where they are to be. Without a `pinned_q` and
+# heads of k no page table is read.
 ROTATE = Block(
     "q q_stride k k_stride v v_stride pinned_q n_heads n_kv_heads k_dim v_dim n_pairs angles "
-    "pinned_angles q_norm k_norm eps k_base k_page_bytes v_base v_page_bytes tables"
+    "pinned_angles q_norm k_norm eps k_base k_page_bytes v_base v_page_bytes tables "
+    "k_head_bytes v_head_bytes transforms_k transforms_v"
 )
 (
     ROTATE_Q, ROTATE_Q_STRIDE, ROTATE_K, ROTATE_K_STRIDE, ROTATE_V, ROTATE_V_STRIDE,
     ROTATE_PINNED_Q, ROTATE_N_HEADS, ROTATE_N_KV_HEADS, ROTATE_K_DIM, ROTATE_V_DIM,
     ROTATE_N_PAIRS, ROTATE_ANGLES, ROTATE_PINNED_ANGLES, ROTATE_Q_NORM, ROTATE_K_NORM,
     ROTATE_EPS, ROTATE_K_BASE, ROTATE_K_PAGE_BYTES, ROTATE_V_BASE, ROTATE_V_PAGE_BYTES,
-    ROTATE_TABLES,
+    ROTATE_TABLES, ROTATE_K_HEAD_BYTES, ROTATE_V_HEAD_BYTES, ROTATE_TRANSFORMS_K,
+    ROTATE_TRANSFORMS_V,
 ) = ROTATE  # fmt: skip
 #
 # plan_attention (part of the prologue): the work items of layers with one window (0: none).
@@ -242,21 +244,23 @@ ITEMS_AT, ITEMS_MAX_SEGMENTS, ITEMS_WINDOW, ITEMS_TABLES = ITEMS
 #
 # attend.<k_dim>.<v_dim>: one (work item, kv head); partial results go to `parts`. With `.window`
 # rows see a window only, with `.cap` scores pass a soft-cap; window and cap mean nothing else. With
-# `.shared` K serves as V, and `values` is 64-byte aligned scratch: values_bytes for each thread.
+# `.shared` K serves as V, and `values` is 64-byte aligned scratch: V of a head in a page, as f16 or
+# q8_0, for each thread. With `.k_<type>` or `.v_<type>` K or V is no f16, with `.hadamard` queries
+# are transformed. k_room and v_room are the places of a head in `parts`.
 # fold: one row: fold its parts in order, divide, leave the row in the sinks. fold.sinks: with a
-# float for each head as the score of no value.
+# float for each head as the score of no value. fold.hadamard, fold.sinks.hadamard: transformed.
 # `pinned_q` has the stride of q.
 ATTEND = Block(
     "items n_kv_heads q q_stride pinned_q n_heads scale k_base k_page_bytes v_base "
-    "v_page_bytes parts k_dim v_dim tables window cap sinks values"
+    "v_page_bytes parts k_room v_room v_dim tables window cap sinks values"
 )
 (
     ATTEND_ITEMS, ATTEND_N_KV_HEADS, ATTEND_Q, ATTEND_Q_STRIDE, ATTEND_PINNED_Q, ATTEND_N_HEADS,
     ATTEND_SCALE, ATTEND_K_BASE, ATTEND_K_PAGE_BYTES, ATTEND_V_BASE, ATTEND_V_PAGE_BYTES,
-    ATTEND_PARTS, ATTEND_K_DIM, ATTEND_V_DIM, ATTEND_TABLES, ATTEND_WINDOW, ATTEND_CAP,
-    ATTEND_SINKS, ATTEND_VALUES,
+    ATTEND_PARTS, ATTEND_K_ROOM, ATTEND_V_ROOM, ATTEND_V_DIM, ATTEND_TABLES, ATTEND_WINDOW,
+    ATTEND_CAP, ATTEND_SINKS, ATTEND_VALUES,
 ) = ATTEND  # fmt: skip
-FOLD_SINK = 19 * WORD
+FOLD_SINK = 20 * WORD
 #
 # Items: their number, one record per row of the step, then the work items.
 # A work item is up to ATTEND_ROWS consecutive rows of one sequence that see the same pages, with
@@ -276,35 +280,25 @@ ROW_BYTES = 4 * WORD
 ITEM_ROW, ITEM_N_ROWS, ITEM_SEGMENT, ITEM_PART = (i * WORD for i in range(4))
 ITEM_BYTES = 4 * WORD
 #
-# Memory of a part, per head ("query"): room for its q, two states of v_dim, and the m and l of
+# Memory of a part, per head ("query"): room for its q, two states of v_room, and the m and l of
 # both. The queries of (item, kv head) lie together, row by row, and are cut into tiles of 4,
 # the rest is one more: the sums of 4 queries and 2 vectors of positions or values, and what they
 # are made of, fit 16 registers. A tile of n queries is
-# [k_dim][n] q, [n][v_dim] state, [n][v_dim] state of the current segment, then m and l of the
-# first, m and l of the second, 8 floats each. A v_dim takes whole vectors; what is in the places
-# behind its values means nothing.
+# [k_room][n] q, [n][v_room] state, [n][v_room] state of the current segment, then m and l of the
+# first, m and l of the second, 8 floats each. What is in the places behind the v_dim values means
+# nothing. For a K of blocks q is [blocks][n] of a32 instead.
 MAX_QUERIES = 4
 QUERY_EXTRA = 32
 
 
-def query_bytes(k_dim: int, v_dim: int) -> int:
+def query_bytes(k_room: int, v_room: int) -> int:
     """Bytes of one query of one part."""
-    return 4 * (k_dim + 2 * whole_vectors(v_dim) + QUERY_EXTRA)
+    return 4 * (k_room + 2 * v_room + QUERY_EXTRA)
 
 
-def values_bytes(v_dim: int) -> int:
-    """Bytes of V of one head in a page."""
-    return PAGE * KV_BYTES * whole_vectors(v_dim)
-
-
-def head_page_bytes(k_dim: int, v_dim: int) -> tuple[int, int]:
-    """Bytes of K and of V of one head in a page."""
-    return K_ROW_BYTES * k_dim, values_bytes(v_dim)
-
-
-def parts_bytes(max_rows: int, n_heads: int, k_dim: int, v_dim: int, max_segments: int) -> int:
+def parts_bytes(max_rows: int, n_heads: int, k_room: int, v_room: int, max_segments: int) -> int:
     """Bytes of `parts`: a part for every row, and for SPLIT_ROWS rows one for every segment."""
-    return (max_rows + SPLIT_ROWS * max_segments) * n_heads * query_bytes(k_dim, v_dim)
+    return (max_rows + SPLIT_ROWS * max_segments) * n_heads * query_bytes(k_room, v_room)
 
 
 def items_bytes(max_rows: int, max_segments: int) -> int:
@@ -382,6 +376,62 @@ EXPERTS = Block(
 SUM = Block("x stride route route_stride n_used dim")
 SUM_X, SUM_STRIDE, SUM_ROUTE, SUM_ROUTE_STRIDE, SUM_N_USED, SUM_DIM = SUM
 SUM_SINK = 6 * WORD
+#
+# plan_runs (part of the prologue): for all ops with states, the number of runs of rows of one
+# sequence, then a record of each: its rows, and the slot that it starts from.
+RUNS = Block("at")
+(RUNS_AT,) = RUNS
+RUNS_FIRST = WORD  # behind their number
+RUN_ROW, RUN_N_ROWS, RUN_STATE = (i * WORD for i in range(3))
+RUN_BYTES = 3 * WORD
+#
+# An op with states has the runs as its first argument, and how many chunks a run has as its second.
+# Its part of slot i is at states + i * slot_bytes.
+OF_RUNS = Block("runs per_run states slot_bytes")
+OF_RUNS_AT, OF_RUNS_PER_RUN, OF_RUNS_STATES, OF_RUNS_SLOT_BYTES = OF_RUNS
+#
+# conv: out[t] = bias + sum over n_taps of weight[j] * x[t - n_taps + 1 + j], rows of one stride
+# with zeros behind dim; weight: n_taps such rows. A state is n_taps - 1 of them. A chunk is
+# CONV_BYTES of each of a run's rows. conv.silu: silu of it.
+CONV = Block("x stride weight bias n_taps out", first=4)
+CONV_X, CONV_STRIDE, CONV_WEIGHT, CONV_BIAS, CONV_N_TAPS, CONV_OUT = CONV
+CONV_BYTES = 1024  # of a row, of one chunk
+#
+# delta_net: ops.DeltaNet, a run's rows one after the other. A state of dim x dim is cut into groups
+# of 8 columns, dim vectors each, zeros in columns behind the last; heads lie side by side. A chunk
+# is up to DELTA_GROUPS of one head. Head h reads key head h % n_key_heads if is_tiled, else
+# h * n_key_heads // n_heads. Scratch of each thread, 64-byte aligned: delta_scratch_bytes.
+DELTA = Block(
+    "q k key_stride v out stride decay beta gate_stride n_heads n_key_heads is_tiled dim scratch",
+    first=4,
+)
+(
+    DELTA_Q, DELTA_K, DELTA_KEY_STRIDE, DELTA_V, DELTA_OUT, DELTA_STRIDE, DELTA_DECAY, DELTA_BETA,
+    DELTA_GATE_STRIDE, DELTA_N_HEADS, DELTA_N_KEY_HEADS, DELTA_IS_TILED, DELTA_DIM, DELTA_SCRATCH,
+) = DELTA  # fmt: skip
+DELTA_GROUPS = 4
+
+
+def runs_bytes(max_sequences: int) -> int:
+    """Bytes of the runs of a step."""
+    return RUNS_FIRST + max_sequences * RUN_BYTES
+
+
+def group_bytes(dim: int) -> int:
+    """Bytes of 8 columns of a state."""
+    return 32 * dim
+
+
+def delta_state_bytes(n_heads: int, dim: int) -> int:
+    """Bytes of the matrices of all heads."""
+    return n_heads * whole_vectors(dim) // 8 * group_bytes(dim)
+
+
+def delta_scratch_bytes(dim: int) -> int:
+    """Of one thread: the groups of a chunk, and a vector."""
+    return DELTA_GROUPS * 32 * dim + 64
+
+
 #
 # sample: for wanted row i (a chunk), the token that row i of the table at H_SAMPLES asks for.
 # Changed logits are restored. Scratch: 64-byte aligned, SCRATCH_BYTES for each thread.

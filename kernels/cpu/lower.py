@@ -17,6 +17,7 @@ from edgeinfer.fusion import (
     PinnedAttention,
     PinnedRotate,
     RotatedAttention,
+    SiluConv,
     Step,
     SwiGlu,
     WholeNorm,
@@ -59,10 +60,11 @@ from edgeinfer.kernels.cpu.lower_base import (
     type_name,
 )
 from edgeinfer.kernels.cpu.lower_experts import ExpertLowering
+from edgeinfer.kernels.cpu.lower_states import StateLowering
 from edgeinfer.quant import Weight
 
 
-class Lowering(AttentionLowering, ExpertLowering):
+class Lowering(AttentionLowering, ExpertLowering, StateLowering):
     """One pass over a segment's steps."""
 
     def run(self) -> Lowered:
@@ -129,8 +131,10 @@ class Lowering(AttentionLowering, ExpertLowering):
             case SelectRows():
                 args = self._copy(step.x, layout.PICKED_ROWS, self._sinks(step.out, "selected"))
                 self._emit("select", "copy_rows", args, layout.COUNT_WANTED)
-            case Conv() | DeltaNet():
-                raise AssertionError("these are refused before")
+            case Conv() | SiluConv():
+                self._conv(step)
+            case DeltaNet():
+                self._delta_net(step)
             case _:
                 _never(step)
 

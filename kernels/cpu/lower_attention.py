@@ -7,7 +7,7 @@ from typing import NamedTuple
 from edgeinfer.fusion import PinnedAttention, PinnedRotate, RotatedAttention
 from edgeinfer.graph import KV, RopeKind, Rotate
 from edgeinfer.kernels.buffers import Buffer
-from edgeinfer.kernels.cpu import layout
+from edgeinfer.kernels.cpu import layout, page_layout
 from edgeinfer.kernels.cpu.commands import KernelPart
 from edgeinfer.kernels.cpu.layout import row_stride
 from edgeinfer.kernels.cpu.lower_base import (
@@ -30,6 +30,7 @@ class _Heads(NamedTuple):
 
 _NO_HEADS = _Heads(0, 0, 0, 0)
 _NO_BUFFER = Buffer("none", 0, is_kept=True)
+_NO_KV = KV(0, 0, 0)
 _NO_CACHE = LayerCache(_NO_BUFFER, _NO_BUFFER, 0, 0, 0)
 
 
@@ -53,14 +54,14 @@ class AttentionLowering(LoweringBase):
         pinned_q = Buffer("pinned q", q.stride * self._limits.max_rows)
         self._heads(
             op.rope.kind, q, pinned_q, k._replace(norm=op.k_norm), v, n_pairs, angles,
-            pinned_angles, op.eps, self._cache_of(op),
+            pinned_angles, op.eps, self._cache_of(op), kv,
         )  # fmt: skip
         self._attend(op, pinned_q)
 
     def _pinned_attention(self, op: PinnedAttention) -> None:
         k, v = self._stored(op)
         if k.n:
-            self._heads("norm", k=k, v=v, cache=self._cache_of(op))
+            self._heads("norm", k=k, v=v, cache=self._cache_of(op), kv=op.cache)
         self._attend(op, self._floats[op.pinned_q])
 
     def _stored(self, op: RotatedAttention | PinnedAttention) -> tuple[_Heads, _Heads]:
@@ -88,6 +89,7 @@ class AttentionLowering(LoweringBase):
         pinned_angles: Buffer | int = 0,
         eps: float = 0.0,
         cache: LayerCache = _NO_CACHE,
+        kv: KV = _NO_KV,
     ) -> None:
         """Norm and rotate heads in place, and store those of k and v."""
         q_norm, k_norm = (self._weights.vector(heads.norm) if heads.norm else 0 for heads in (q, k))
@@ -97,33 +99,38 @@ class AttentionLowering(LoweringBase):
             n_pairs=n_pairs, angles=angles, pinned_angles=pinned_angles, q_norm=q_norm,
             k_norm=k_norm, eps=float_bits(eps), k_base=cache.k_base, k_page_bytes=cache.page_bytes,
             v_base=cache.v_base, v_page_bytes=cache.page_bytes, tables=cache.tables,
+            k_head_bytes=page_layout.k_bytes(kv.k_dim, kv.k_type),
+            v_head_bytes=page_layout.v_bytes(kv.v_dim, kv.v_type),
+            transforms_k=int(kv.transforms_k), transforms_v=int(kv.transforms_v),
         )  # fmt: skip
-        self._emit("rotate", f"rotate.{kind}", args)
+        types = f".{kv.k_type}.{kv.v_type}" if {kv.k_type, kv.v_type} != {"f16"} else ""
+        self._emit("rotate", f"rotate.{kind}{types}", args)
 
     def _attend(self, op: RotatedAttention | PinnedAttention, pinned_q: Buffer) -> None:
         limits, kv, cache = self._limits, op.cache, self._cache_of(op)
+        rooms = page_layout.rooms(kv.k_dim, kv.v_dim, kv.k_type, kv.v_type)
         parts = Buffer(
             "attention parts",
-            layout.parts_bytes(limits.max_rows, op.n_heads, kv.k_dim, kv.v_dim, cache.max_segments),
+            layout.parts_bytes(limits.max_rows, op.n_heads, *rooms, cache.max_segments),
         )
         common = layout.ATTEND.pack(
             items=self._items_of(kv.window, cache), n_kv_heads=kv.n_heads,
             q=self._floats[op.q], q_stride=row_stride(op.q.dim), pinned_q=pinned_q,
             n_heads=op.n_heads, scale=float_bits(op.scale), k_base=cache.k_base,
             k_page_bytes=cache.page_bytes, v_base=cache.v_base, v_page_bytes=cache.page_bytes,
-            parts=parts, k_dim=kv.k_dim, v_dim=kv.v_dim, tables=cache.tables, window=kv.window,
-            cap=float_bits(op.soft_cap), sinks=self._weights.vector(op.sinks) if op.sinks else 0,
+            parts=parts, k_room=rooms[0], v_room=rooms[1], v_dim=kv.v_dim, tables=cache.tables,
+            window=kv.window, cap=float_bits(op.soft_cap),
+            sinks=self._weights.vector(op.sinks) if op.sinks else 0,
             values=self._turned_values(kv) if kv.k_is_v else 0,
         )  # fmt: skip
-        kernel = f"attend.{kv.k_dim}.{kv.v_dim}"
-        kernel += ".window" * (kv.window > 0) + ".cap" * (op.soft_cap > 0) + ".shared" * kv.k_is_v
-        self._emit("attend", kernel, common, layout.COUNT_ITEMS)
-        fold = [*common, *self._sinks(op.out, "attention")]
-        self._emit("fold", "fold.sinks" if op.sinks else "fold", fold)
+        self._emit("attend", _attend_kernel(kv, op.soft_cap > 0), common, layout.COUNT_ITEMS)
+        fold = "fold" + ".sinks" * bool(op.sinks) + ".hadamard" * kv.transforms_v
+        self._emit("fold", fold, [*common, *self._sinks(op.out, "attention")])
 
     def _turned_values(self, kv: KV) -> Buffer:
         """Where each thread makes values of a page's keys."""
-        return Buffer("turned", self._limits.n_threads * layout.values_bytes(kv.v_dim))
+        kind = "f16" if kv.k_type == "f16" else "q8_0"
+        return Buffer("turned", self._limits.n_threads * page_layout.v_bytes(kv.v_dim, kind))
 
     def _items_of(self, window: int, cache: LayerCache) -> Buffer:
         """The step's attention work, planned once for all layers whose rows see the same pages."""
@@ -165,3 +172,17 @@ class AttentionLowering(LoweringBase):
                 )
                 self._emit("angles", "angles.scaled", args)
         return self._angles[rope, tables]
+
+
+def _attend_kernel(kv: KV, has_cap: bool) -> str:
+    """The name of the kernel that reads such a cache."""
+    features = {
+        "window": kv.window > 0,
+        "cap": has_cap,
+        "shared": kv.k_is_v,
+        f"k_{kv.k_type}": kv.k_type != "f16",
+        f"v_{kv.v_type}": kv.v_type != "f16" and not kv.k_is_v,
+        "hadamard": kv.transforms_k,
+    }
+    names = [name for name, has in features.items() if has]
+    return ".".join(["attend", str(kv.k_dim), str(kv.v_dim), *names])

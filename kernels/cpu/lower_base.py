@@ -29,11 +29,19 @@ class LayerCache(NamedTuple):
     max_segments: int  # that a query may see
 
 
+class OpStates(NamedTuple):
+    """Where one op's part of every state slot lies, one beside the other."""
+
+    at: Buffer
+    slot_bytes: int
+
+
 class WeightAddresses(Protocol):
     """Where packed weights will lie."""
 
     def matrix(self, weight: Weight) -> Buffer: ...
     def vector(self, weight: Weight) -> Buffer: ...
+    def taps(self, weight: Weight) -> Buffer: ...
     def doubles(self, values: np.ndarray) -> Buffer: ...
 
 
@@ -51,9 +59,10 @@ class LoweringBase:
         limits: StepLimits,
         weights: WeightAddresses,
         caches: Mapping[int, LayerCache],
+        states: Mapping[int, OpStates],
     ) -> None:
         self._segment, self._limits = segment, limits
-        self._weights, self._caches = weights, caches
+        self._weights, self._caches, self._states = weights, caches, states
         self._steps = fuse(segment)
         self._reads = Reads(self._steps, segment.kept)
         self._selected = selected(segment)
@@ -63,6 +72,7 @@ class LoweringBase:
         # each and the rows that were gathered.
         self._angles: dict[tuple[Rope, int | None], tuple[Buffer, Buffer | int]] = {}
         self._items: dict[int, Buffer] = {}
+        self._runs: Buffer | None = None
         self._dispatched: dict[Value, Buffer] = {}
         self._gathered: dict[tuple[Value, Value, int, str], Buffer] = {}
         self._tables = {

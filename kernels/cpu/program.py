@@ -192,6 +192,9 @@ class CpuProgram(CacheVerbs):
         else:
             self._input[:n_rows] = batch.hidden
         self._copy_tables(batch.tables)
+        if self._drawn.states:
+            assert batch.states is not None and batch.kept is not None, "this segment has states"
+            self._states[: len(batch.states)], self._kept[:n_rows] = batch.states, batch.kept
         samples = batch.samples.address if batch.samples else 0
         self._header[:_STEP_WORDS] = n_rows, n_wanted, len(batch.tables), samples, 0
         is_few = n_rows <= _FEW_ROWS
@@ -315,6 +318,8 @@ class CpuProgram(CacheVerbs):
         self._seq = np.zeros(limits.max_rows, np.int32)
         self._ids = np.zeros(limits.max_rows, np.int32)
         self._wanted = np.zeros(limits.max_outputs, np.int32)
+        self._states = np.zeros(limits.max_sequences, np.int32)
+        self._kept = np.zeros(limits.max_rows, np.int32)
         shape = len(limits.n_pages), limits.max_sequences, layout.TABLE_BYTES // layout.WORD
         self._tables: NDArray[np.int64] = np.zeros(shape, np.int64)
         for word, array in (
@@ -323,6 +328,8 @@ class CpuProgram(CacheVerbs):
             (layout.H_IDS, self._ids),
             (layout.H_WANTED, self._wanted),
             (layout.H_TABLES, self._tables),
+            (layout.H_STATES, self._states),
+            (layout.H_KEPT, self._kept),
         ):
             self._set(word, array.ctypes.data)
         self._no_rows = np.zeros((0, 0), np.float32)

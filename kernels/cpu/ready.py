@@ -34,6 +34,7 @@ NAMES = (
     *(f"pointwise.{kind}" for kind in POINTWISE),
     *(f"route.{kind}" for kind in ("softmax", "sigmoid", "raw", "sqrt_softplus")),
     *("dispatch", "gather.a32", "gather.f32", "expert_sum", "mul_parts"),
+    *("conv", "conv.silu", "delta_net", "plan_runs"),
     *("plan_attention", "fold", "fold.sinks", "sample", "read", "team.work", "team.step"),
 )
 

@@ -32,12 +32,16 @@ _PACK_CHUNK = 256 << 10  # packed bytes of one chunk
 class PackedWeights:
     """Matrices in groups of 8 rows, vectors as floats: laid out, then reserved, then filled.
 
-    Of a stack of matrices or vectors each is as if it were alone, and they lie side by side.
+    Of a stack of matrices or vectors each is as if it were alone, and they lie side by side. The
+    taps of convolutions, (C, L), lie as L vectors.
     """
 
-    def __init__(self, matrices: Iterable[Weight], vectors: Iterable[Weight]) -> None:
+    def __init__(
+        self, matrices: Iterable[Weight], vectors: Iterable[Weight], taps: Iterable[Weight] = ()
+    ) -> None:
         self._matrices = {w.name: w for w in matrices}
-        self._vectors = {w.name: w for w in vectors}
+        self._taps = {w.name: w for w in taps}
+        self._vectors = {w.name: w for w in vectors if w.name not in self._taps}
         self._tables: list[tuple[Buffer, np.ndarray]] = []
         self._arena = Arena()
         self._memory: platform.Memory | None = None
@@ -51,6 +55,10 @@ class PackedWeights:
                 "F32", math.prod(weight.shape[:-1]) * layout.row_stride(weight.shape[-1])
             )
             for weight in self._vectors.values()
+        }
+        self._floats |= {
+            weight.name: self._place("F32", weight.shape[1] * layout.row_stride(weight.shape[0]))
+            for weight in self._taps.values()
         }
 
     def _place(self, type_name: str, n_bytes: int) -> Buffer:
@@ -85,6 +93,10 @@ class PackedWeights:
         """A vector of floats, or a stack of them, each padded with zeros to 8."""
         return self._floats[weight.name]
 
+    def taps(self, weight: Weight) -> Buffer:
+        """For each tap of a convolution a vector of channels, padded with zeros to 8."""
+        return self._floats[weight.name]
+
     def doubles(self, values: np.ndarray) -> Buffer:
         """A table of float64, until memory is reserved."""
         table = np.ascontiguousarray(values, np.float64)
@@ -100,9 +112,9 @@ class PackedWeights:
     ) -> None:
         """Fill the arena; `progress(done, total)` counts source bytes."""
         for weight in self._vectors.values():
-            values = np.atleast_2d(np.asarray(dequantize(weight), np.float32))
-            values = np.pad(values, ((0, 0), (0, -values.shape[1] % GROUP_ROWS)))
-            ctypes.memmove(self.vector(weight).address, values.ctypes.data, values.nbytes)
+            self._write(weight, np.atleast_2d(np.asarray(dequantize(weight), np.float32)))
+        for weight in self._taps.values():
+            self._write(weight, np.asarray(dequantize(weight), np.float32).T)
         for buffer, table in self._tables:
             ctypes.memmove(buffer.address, table.ctypes.data, table.nbytes)
         portions = list(_portions(self._matrices.values()))
@@ -113,6 +125,12 @@ class PackedWeights:
                 self._pack(portion, address, team, library, n_threads)
                 done += sum(piece.n_bytes for piece in portion)
                 progress(done, total)
+
+    def _write(self, weight: Weight, values: np.ndarray) -> None:
+        """Vectors, each padded to 8."""
+        values = np.pad(values, ((0, 0), (0, -values.shape[1] % GROUP_ROWS)))
+        values = np.ascontiguousarray(values)
+        ctypes.memmove(self._floats[weight.name].address, values.ctypes.data, values.nbytes)
 
     def _pack(
         self, pieces: list[_Piece], at: int, team: Team, library: Library, n_threads: int

@@ -4,6 +4,7 @@
 // one. So four lanes have a column, each every fourth of its values, in registers from a sequence's
 // first row to its last: a prompt reads and writes S once.
 #include "math.cuh"
+#include "norm.cuh"
 
 // DIM: values of a column, at most 2048; shapes.py lets through fewer.
 // Variants: DIM = 64 128
@@ -33,19 +34,28 @@ struct Source {
 
     // Starts to copy rows to shared memory.
     __device__ __forceinline__ void load(Row* rows, int begin, int n) const {
-        const int width = 2 * DIM + n_columns;
-        for (int i = threadIdx.x; i < n * width; i += THREADS) {
-            const int row = i / width;
-            const int at = i - row * width;
+        for (int row = 0; row < n; ++row) {
             const size_t key = (size_t)(begin + row) * key_stride;
             const size_t value = (size_t)(begin + row) * v_stride;
-            const float* from =
-                at < DIM ? q + key + at : at < 2 * DIM ? k + key + at - DIM : v + value + at - 2 * DIM;
-            ei_copy_async<4>((float*)(rows + row) + at, from);
+            for (int i = threadIdx.x; i < DIM; i += THREADS) {
+                ei_copy_async<4>(rows[row].q + i, q + key + i);
+                ei_copy_async<4>(rows[row].k + i, k + key + i);
+            }
+            if ((int)threadIdx.x < n_columns) {
+                ei_copy_async<4>(rows[row].v + threadIdx.x, v + value + threadIdx.x);
+            }
         }
         ei_copy_group();
     }
 };
+
+// A warp norms a part of a row and multiplies it by a factor, as two ops would.
+EI_DEV void norm_part(float* x, float eps, float factor) {
+    const float scale = norm_scale(x, DIM, eps);
+    for (int i = threadIdx.x & 31; i < DIM; i += 32) {
+        x[i] = normed(x[i], scale, nullptr, i) * factor;
+    }
+}
 
 // What a lane has of one row, for all of its warp.
 struct Scalars {
@@ -122,12 +132,16 @@ EI_DEV void store_column(const float (&s)[EACH], float* to, Part part) {
 // Grid: (DIM / 32, value heads, sequences), 128 threads.
 // q, k: float (row, key heads, DIM), value head h reads key head h % n_key_heads if `tiled`, else
 // h * n_key_heads / value heads; v, out: float (row, value heads, DIM); decay, beta: float (row,
-// value heads). spans, states, kept: as conv.cu has them; slots: float (slot, value heads, DIM,
+// value heads). is_normed: q and k are normed with eps and multiplied by their factors; rate, if
+// any: decay is softplus(decay + bias) * rate, each (value heads), and beta its sigmoid.
+// spans, states, kept: as conv.cu has them; slots: float (slot, value heads, DIM,
 // DIM), a row of S in place.
 EI_KERNEL(THREADS) delta_net(
-    const Step* step, const float* q, const float* k, int key_stride, const float* v, int v_stride,
-    const float* decay, const float* beta, int head_stride, const int2* spans, const int* states,
-    const int* kept, float* slots, int n_key_heads, int tiled, float* out, int out_stride) {
+    const Step* step, const float* q, const float* k, int key_stride, int is_normed, float eps,
+    float q_factor, float k_factor, const float* v, int v_stride, const float* decay,
+    const float* beta, int head_stride, const float* bias, const float* rate, const int2* spans,
+    const int* states, const int* kept, float* slots, int n_key_heads, int tiled, float* out,
+    int out_stride) {
     EI_SHARED(Row, shared, [2][ROWS]);
     const int sequence = blockIdx.z;
     if (sequence >= step->n_sequences || ei_aborted(step)) {
@@ -173,7 +187,16 @@ EI_KERNEL(THREADS) delta_net(
         const Scalars scalars = next;
         source.load(shared[buffer ^ 1], begin + n, min(ROWS, end - begin - n));
         next = scalars_of(begin + n);
-        const float gain = ei_exp(scalars.decay);
+        if (is_normed) {
+            for (int i = threadIdx.x / 32; i < 2 * n; i += THREADS / 32) {
+                Row& row = shared[buffer][i / 2];
+                norm_part(i % 2 ? row.k : row.q, eps, i % 2 ? k_factor : q_factor);
+            }
+            __syncthreads();
+        }
+        const float gain =
+            ei_exp(rate ? ei_softplus(scalars.decay + bias[head]) * rate[head] : scalars.decay);
+        const float opening = rate ? ei_sigmoid(scalars.beta) : scalars.beta;
         const Row& own = shared[buffer][min(of_warp, n - 1)];
         const float key_product = product_of_rows(own.k, own.q, part);
         for (int t = 0; t < n; ++t) {
@@ -181,7 +204,7 @@ EI_KERNEL(THREADS) delta_net(
             const float a = product_of_column(s, row.k, part);
             const float b = product_of_column(s, row.q, part);
             const float g = __shfl_sync(EI_ALL_LANES, gain, LANES * t);
-            const float beta_t = __shfl_sync(EI_ALL_LANES, scalars.beta, LANES * t);
+            const float beta_t = __shfl_sync(EI_ALL_LANES, opening, LANES * t);
             const float c = __shfl_sync(EI_ALL_LANES, key_product, LANES * t);
             const int to = __shfl_sync(EI_ALL_LANES, scalars.kept, LANES * t);
             const float delta = ei_fma(-g, a, row.v[in_block]) * beta_t;

@@ -14,6 +14,7 @@ from edgeinfer.fusion import (
     PinnedAttention,
     PinnedRotate,
     RotatedAttention,
+    SiluConv,
     Step,
     SwiGlu,
     WholeNorm,
@@ -53,10 +54,10 @@ class Lowering(FusedLowering, RecurrentLowering):
         out, segment = self._out, self._segment
         if segment.input is not None:
             out.input = self._float_buffer(segment.input, "input")
-        i = 0
+        i, left = 0, self._left_to_delta_nets()
         while i < len(self._steps):
             n_fused = self._fused(i)
-            if not n_fused:
+            if not n_fused and i not in left:
                 self._lower(self._steps[i], i)
             i += n_fused or 1
             if segment.hidden in self._floats and not out.head:
@@ -133,10 +134,10 @@ class Lowering(FusedLowering, RecurrentLowering):
                 self._expert_sum(step)
             case SelectRows():
                 self._select(step)
-            case Conv():
+            case Conv() | SiluConv():
                 self._conv(step)
             case DeltaNet():
-                self._delta_net(step)
+                self._delta_net(step, i)
             case _:
                 _never(step)
 

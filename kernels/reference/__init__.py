@@ -12,8 +12,11 @@ Knows no threads, tapes or packed layouts. Two modes share one walk over the ops
 Rules of the quantised mode that span functions:
 - a matmul is followed by the bias, then by the residual: `residual + (acc + bias)`.
 - a row of an embedding is `dequantize` of its blocks: d * q + m rounds twice.
-- K and V, those of the step itself too, are rounded to float16 (nearest even) when stored and
-  before any query reads them.
+- K and V, those of the step itself too, are rounded when stored and before any query reads
+  them: to float16 (nearest even), or to blocks of 32 along a head (`caches.to_blocks`).
+- where heads are multiples of 64, keys that become blocks pass `caches.hadamard` behind their
+  rotation, and so does every query that reads them; so do values, and then what attention yields
+  (after 1 / l) passes it back. Where K serves as V, both or neither.
 - a query reads the pages of `PageTable.visible`; for pinned ones it is rotated at
   `PageTable.pinned_pos`, from the unrotated query. K is never rewritten.
 """

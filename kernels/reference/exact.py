@@ -8,14 +8,12 @@ from typing import Any
 import numpy as np
 
 from edgeinfer.dequantize import dequantize
-from edgeinfer.graph import ActivationKind
+from edgeinfer.graph import ActivationKind, KVType
 from edgeinfer.kernels.reference.numerics import Bools, Doubles, Floats, Ints, f32
 from edgeinfer.quant import Weight
 
 
 class Exact:
-    kv_type: type[np.floating[Any]] = np.float32
-
     def load(self, weight: Weight) -> Floats:
         return dequantize(weight)
 
@@ -43,6 +41,14 @@ class Exact:
     ) -> tuple[Floats, Floats]:
         c, s = np.cos(angles) * magnitude, np.sin(angles) * magnitude
         return f32(x0 * c - x1 * s), f32(x0 * s + x1 * c)
+
+    def hadamard(self, x: Floats) -> Floats:
+        """Nothing: it would cancel out of scores that are not rounded."""
+        return x
+
+    def stored(self, x: Floats, kind: KVType) -> Floats:
+        """As they are: no type of a cache is the truth."""
+        return x
 
     def attend(
         self,

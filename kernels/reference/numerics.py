@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeinfer.dequantize import dequantize
-from edgeinfer.graph import ActivationKind, Rotate
+from edgeinfer.graph import ActivationKind, KVType, Rotate
 from edgeinfer.quant import Weight
 
 Floats: TypeAlias = NDArray[np.float32]
@@ -19,8 +19,6 @@ Bools: TypeAlias = NDArray[np.bool_]
 
 class Numerics(Protocol):
     """The arithmetic of one mode. Weights pass from `load` to `matmul` unseen."""
-
-    kv_type: type[np.floating[Any]]
 
     def load(self, weight: Weight) -> Any:
         """What `matmul` needs of a weight matrix."""
@@ -45,11 +43,17 @@ class Numerics(Protocol):
     ) -> tuple[Floats, Floats]:
         """Pairs (x0, x1) turned by their angles, times a magnitude of each row, (T, 1, 1)."""
 
+    def hadamard(self, x: Floats) -> Floats:
+        """The transform of q, K and V for a cache that asks for it, and of results back."""
+
+    def stored(self, x: Floats, kind: KVType) -> NDArray[Any]:
+        """Heads (T, heads, dim) as a cache of a type keeps them: (T, heads, dim or blocks)."""
+
     def attend(
         self,
         q: Floats,
-        k: Floats,
-        v: Floats,
+        k: NDArray[Any],
+        v: NDArray[Any],
         pages: Ints,
         is_visible: Bools,
         scale: float,
@@ -58,8 +62,8 @@ class Numerics(Protocol):
     ) -> Floats:
         """softmax(q K^T * scale) V of one row: (H, v_dim).
 
-        q (P, H, k_dim), k (P, H, 32, k_dim), v (P, H, 32, v_dim) for the P absolute `pages`, of
-        whose positions `is_visible` (P, 32); sinks (H,).
+        q (P, H, k_dim), k (P, H, 32, k_dim), v (P, H, 32, v_dim) as they are stored for the P
+        absolute `pages`, of whose positions `is_visible` (P, 32); sinks (H,).
         """
 
     def convolve(self, x: Floats, weight: Floats, bias: Floats | None) -> Floats:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -17,6 +17,7 @@ from edgeinfer.batch import (
     Batch,
     Demand,
     Outputs,
+    PageTable,
     Sampler,
     StepLimits,
     StepRequest,
@@ -41,6 +42,7 @@ from edgeinfer.graph import (
     Gain,
     GatingKind,
     Growth,
+    KVType,
     Linear,
     Mul,
     MulParts,
@@ -80,7 +82,11 @@ KNOWN: Known = {
     Growth: fields("factor n_ctx"),
     Yarn: fields("n_ctx beta_fast beta_slow"),
     Attention: fields("q k v n_heads cache scale soft_cap sinks source"),
-    KV: fields("n_heads k_dim v_dim window k_is_v"),
+    KV: fields(
+        "n_heads k_dim v_dim window k_is_v k_type v_type",
+        k_type=get_args(KVType),
+        v_type=get_args(KVType),
+    ),
     Add: fields("a b"),
     Mul: fields("a b"),
     Bias: fields("x weight"),
@@ -161,7 +167,7 @@ class ReferenceProgram(CacheVerbs):
                 stack = [op.weight.matrix(i) for i in range(op.weight.shape[0])]
                 self._weights[op.weight.name] = list(map(numerics.load, stack))
         self._pages = {
-            layer: _Pages.of(limits.n_pages[kv.window], kv, numerics.kv_type)
+            layer: _Pages.of(limits.n_pages[kv.window], kv, numerics)
             for layer, kv in segment.caches.items()
         }
         self._states = {
@@ -230,7 +236,7 @@ class ReferenceProgram(CacheVerbs):
             )
             for window, group in self._segment.groups.items()
         )
-        machine = f"reference 1 {self._numerics.kv_type.__name__}"
+        machine = f"reference 1 {type(self._numerics).__name__.lower()}"
         states = Pieces(self._limits.n_states, map(HostPart, map(_as_bytes, self._states.values())))
         return Cached(groups, states, layout_of(machine, self._segment))
 
@@ -305,16 +311,12 @@ class ReferenceProgram(CacheVerbs):
     def _attend(self, op: Attention, values: Mapping[int, Floats], batch: Batch) -> Floats:
         """Store this step's K and V, then let every row read the pages that it sees."""
         n_rows, cache, pages = batch.n_rows, op.cache, self._pages[op.cache_layer]
-        group = self._groups[cache.window]
+        group, numerics = self._groups[cache.window], self._numerics
         rows = [
             (batch.tables[i][group], pos)
             for i, pos in zip(batch.seq, batch.pos.tolist(), strict=True)
         ]
-        for value, arena in ((op.k, pages.k), (op.v, pages.v)):
-            heads = values[value.index].reshape(n_rows, *arena.shape[2:]) if value else ()
-            for (table, pos), row in zip(rows, heads, strict=False):
-                arena[table.pages[table.slot(pos // PAGE)], pos % PAGE] = row
-
+        self._store(op, values, rows)
         pinned_pos = np.array([table.pinned_pos(pos) for table, pos in rows], np.int64)
         pinned = dict(values)
         for each in self._pinned[op.out.index]:
@@ -322,25 +324,45 @@ class ReferenceProgram(CacheVerbs):
         q, pinned_q = values[op.q.index], pinned[op.q.index]
         shape = n_rows, op.n_heads, cache.k_dim
         q, pinned_q = q.reshape(shape), pinned_q.reshape(shape)
+        if cache.transforms_k:
+            q, pinned_q = numerics.hadamard(q), numerics.hadamard(pinned_q)
         kv_head = np.arange(op.n_heads) // (op.n_heads // cache.n_heads)
         out = np.empty((n_rows, op.n_heads, cache.v_dim), np.float32)
         sinks = None if op.sinks is None else dequantize(op.sinks)
-        for row, (table, pos) in enumerate(rows):
+        for i, (table, pos) in enumerate(rows):
             pages_seen = table.visible(pos, cache.window)
             absolute = np.array(pages_seen, np.int64)
             arena = table.pages[[table.slot(page) for page in pages_seen]]
             is_pinned = (absolute < table.n_pinned)[:, None, None]
-            out[row] = self._numerics.attend(
-                np.where(is_pinned, pinned_q[row], q[row]),
-                pages.k[arena].transpose(0, 2, 1, 3)[:, kv_head].astype(np.float32),
-                pages.v[arena].transpose(0, 2, 1, 3)[:, kv_head].astype(np.float32),
+            out[i] = numerics.attend(
+                np.where(is_pinned, pinned_q[i], q[i]),
+                pages.k[arena].transpose(0, 2, 1, 3)[:, kv_head],
+                pages.v[arena].transpose(0, 2, 1, 3)[:, kv_head],
                 absolute,
                 np.array([table.sees(pos, page, cache.window) for page in pages_seen]),
                 op.scale,
                 op.soft_cap,
                 sinks,
-            )
+            )[:, : cache.v_dim]
+        if cache.transforms_v:
+            out = numerics.hadamard(out)
         return out.reshape(n_rows, -1)
+
+    def _store(
+        self, op: Attention, values: Mapping[int, Floats], rows: Sequence[tuple[PageTable, int]]
+    ) -> None:
+        """This step's K and V, at their positions."""
+        cache, pages, numerics = op.cache, self._pages[op.cache_layer], self._numerics
+        for value, arena, kind, transforms in (
+            (op.k, pages.k, cache.k_type, cache.transforms_k),
+            (op.v, pages.v, cache.v_type, cache.transforms_v),
+        ):
+            if value is None:
+                continue
+            heads = values[value.index].reshape(len(rows), cache.n_heads, -1)
+            heads = numerics.hadamard(heads) if transforms else heads
+            for (table, pos), row in zip(rows, numerics.stored(heads, kind), strict=True):
+                arena[table.pages[table.slot(pos // PAGE)], pos % PAGE] = row
 
     def _collect(self, values: Mapping[int, Floats], batch: Batch) -> Outputs:
         """What the batch asked for; "hidden" of the last segment is what enters the head."""
@@ -385,20 +407,23 @@ class ReferenceTicket:
 
 @dataclass(frozen=True, slots=True)
 class _Pages:
-    """The KV arena of one layer: (page, position in page, kv head, head dim)."""
+    """The KV arena of one layer: (page, position in page, kv head, head dim or blocks)."""
 
-    k: NDArray[np.floating[Any]]
-    v: NDArray[np.floating[Any]]
+    k: NDArray[Any]
+    v: NDArray[Any]
 
     @classmethod
-    def of(cls, n_pages: int, kv: KV, kind: type[np.floating[Any]]) -> _Pages:
-        shape = n_pages, PAGE, kv.n_heads
-        k = np.zeros((*shape, kv.k_dim), kind)
-        return cls(k, k[..., : kv.v_dim] if kv.k_is_v else np.zeros((*shape, kv.v_dim), kind))
+    def of(cls, n_pages: int, kv: KV, numerics: Numerics) -> _Pages:
+        def pages(dim: int, kind: KVType) -> NDArray[Any]:
+            row = numerics.stored(np.zeros((1, kv.n_heads, dim), np.float32), kind)
+            return np.zeros((n_pages, PAGE, *row.shape[1:]), row.dtype)
+
+        k = pages(kv.k_dim, kv.k_type)
+        return cls(k, k if kv.k_is_v else pages(kv.v_dim, kv.v_type))
 
     def bytes(self) -> list[NDArray[np.uint8]]:
         """Of K, and of V where it is kept: (page, bytes)."""
-        kept = [self.k] if self.v.base is self.k else [self.k, self.v]
+        kept = [self.k] if self.v is self.k else [self.k, self.v]
         return [_as_bytes(each) for each in kept]
 
 

@@ -9,11 +9,19 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgeinfer.batch import PAGE, SEGMENT_PAGES
 from edgeinfer.dequantize import dequantize
-from edgeinfer.graph import ActivationKind
+from edgeinfer.graph import ActivationKind, KVType
 from edgeinfer.kernels.reference.blocks import Blocks, load_blocks, matmul_blocks
+from edgeinfer.kernels.reference.caches import (
+    BLOCK,
+    add_block_values,
+    hadamard,
+    scores_of_blocks,
+    to_blocks,
+)
 from edgeinfer.kernels.reference.functions import (
     exp,
     fma,
@@ -27,12 +35,11 @@ from edgeinfer.kernels.reference.functions import (
     tanh,
 )
 from edgeinfer.kernels.reference.numerics import Bools, Doubles, Floats, Ints, f32, scaled
+from edgeinfer.ops import KV_BLOCK
 from edgeinfer.quant import Weight
 
 
 class Quantised:
-    kv_type: type[np.floating[Any]] = np.float16
-
     def load(self, weight: Weight) -> Floats | Blocks:
         return load_blocks(weight) if weight.type.block > 1 else dequantize(weight)
 
@@ -75,11 +82,18 @@ class Quantised:
         c, s = f32(np.cos(angles) * magnitude), f32(np.sin(angles) * magnitude)
         return fma(x0, c, -(x1 * s)), fma(x0, s, x1 * c)
 
+    def hadamard(self, x: Floats) -> Floats:
+        return hadamard(x)
+
+    def stored(self, x: Floats, kind: KVType) -> NDArray[Any]:
+        """Rounded to float16, or in blocks."""
+        return x.astype(np.float16) if kind == "f16" else to_blocks(x, kind)
+
     def attend(
         self,
         q: Floats,
-        k: Floats,
-        v: Floats,
+        k: NDArray[Any],
+        v: NDArray[Any],
         pages: Ints,
         is_visible: Bools,
         scale: float,
@@ -91,22 +105,22 @@ class Quantised:
         score = (fma(q[j], k[j], acc), j ascending) * scale, then its soft-cap. In a page, over its
         visible positions: m = max of scores, p = exp(score - m), l = sum of the 32 p (0 where not
         visible) in `sum_lanes` order, o = fma(p, v, o) ascending; an invisible V is skipped.
+        Where K or V is in blocks, `scores_of_blocks` and `add_block_values` say how that goes.
         A segment is a range of absolute pages; both folds run in ascending order and start from
         their first member. A sink is folded last: m = sink, l = 1, and no o. out = o * (1 / l).
         """
-        scores = np.zeros(k.shape[:3], np.float32)  # (P, H, 32)
-        for j in range(k.shape[3]):
-            scores = fma(q[:, :, j, None], k[:, :, :, j], scores)
-        scores = scores * np.float32(scale)
+        scores = _scores(q, k) * np.float32(scale)  # (P, H, 32)
         if soft_cap:
             scores = self.soft_cap(scores, soft_cap)
         scores = np.where(is_visible[:, None], scores, np.float32(-np.inf))
         m = scores.max(axis=2)  # (P, H)
         p = np.where(is_visible[:, None], exp(scores - m[:, :, None]), np.float32(0))
         l = sum_lanes(p.reshape(*m.shape, 4, 8))  # noqa: E741
-        o = np.zeros((*m.shape, v.shape[3]), np.float32)  # (P, H, v_dim)
+        add = add_block_values if v.dtype == BLOCK else _add_values
+        width = v.shape[3] * (KV_BLOCK if v.dtype == BLOCK else 1)
+        o = np.zeros((*m.shape, width), np.float32)  # (P, H, v_dim)
         for i in range(PAGE):
-            o = np.where(is_visible[:, i, None, None], fma(p[:, :, i, None], v[:, :, i], o), o)
+            o = np.where(is_visible[:, i, None, None], add(p[:, :, i], v[:, :, i], o), o)
         parts = [_Part(*part) for part in zip(m, l, o, strict=True)]
         members = groupby(zip(pages.tolist(), parts, strict=True), lambda x: x[0] // SEGMENT_PAGES)
         whole = reduce(_fold, [reduce(_fold, [part for _, part in group]) for _, group in members])
@@ -137,6 +151,19 @@ class Quantised:
         delta = fma(-g, a, v) * beta[:, None]
         out = fma(c, delta, g * b)
         return fma(k[:, :, None], delta[:, None], s * g[:, None]), out
+
+
+def _scores(q: Floats, k: NDArray[Any]) -> Floats:
+    if k.dtype == BLOCK:
+        return scores_of_blocks(q, k)
+    acc = np.zeros(k.shape[:3], np.float32)
+    for j in range(k.shape[3]):
+        acc = fma(q[:, :, j, None], f32(k[:, :, :, j]), acc)
+    return acc
+
+
+def _add_values(p: Floats, v: NDArray[Any], o: Floats) -> Floats:
+    return fma(p[..., None], f32(v), o)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from edgeinfer.kernels.cpu.layout import KV_BYTES, MAX_QUERIES, SEGMENT_PAGES, TABLE_PINNED
+from edgeinfer.kernels.cpu.layout import MAX_QUERIES, SEGMENT_PAGES, TABLE_PINNED
 from edgeinfer.kernels.cpu.native import simd
 from edgeinfer.kernels.cpu.native.math import exp
 from edgeinfer.kernels.cpu.native.pages import first_ring_page, n_gone
@@ -18,12 +18,15 @@ from edgeinfer.kernels.cpu.native.simd import (
     Tile,
     f32x8,
     fma,
+    i32x8,
     intp,
     max_f,
     mul_f,
     sub_f,
+    u8x8,
 )
 from edgeinfer.kernels.cpu.native.words import word
+from edgeinfer.kernels.cpu.page_layout import VECTOR_BYTES
 
 jit = njit(error_model="numpy")
 
@@ -148,10 +151,36 @@ def _cast_all(context, builder, signature, values):
     ]
 
 
-def grid(n, wide):
+def _load_bytes_ir(b, y, wide):
+    """Vectors of 8 bytes, which have signs."""
+    for v in range(wide):
+        loaded = simd.load_ir(b, b.add(y, simd.I64(8 * v)), u8x8.ir)
+        yield b.sitofp(b.sext(loaded, i32x8.ir), f32x8.ir)
+
+
+def _load_nibbles_ir(b, y, wide):
+    """Less 8, the low ones of 8 bytes, then the high ones: an even number of vectors."""
+    for v in range(0, wide, 2):
+        both = b.zext(simd.load_ir(b, b.add(y, simd.I64(4 * v)), u8x8.ir), i32x8.ir)
+        nibbles = b.and_(both, simd.const_ir(i32x8, 15)), b.lshr(both, simd.const_ir(i32x8, 4))
+        for each in nibbles:
+            yield b.sitofp(b.sub(each, simd.const_ir(i32x8, 8)), f32x8.ir)
+
+
+def _load_halves_ir(b, y, wide):
+    for v in range(wide):
+        at = b.add(y, simd.I64(VECTOR_BYTES["f16"] * v))
+        yield simd.load_f16_ir(b, at, f32x8.ir)
+
+
+_LOADS = {"f16": _load_halves_ir, "q8_0": _load_bytes_ir, "q4_0": _load_nibbles_ir}
+
+
+def grid(n, wide, y_type="f16"):
     """Operations on `n` queries x `wide` vectors of 8: row i * wide + v of a tile is (i, v).
 
-    `multiply(acc, x, x_stride, y)`: acc[i, v] + x[i] * y[v], x floats and y halves.
+    `multiply(acc, x, x_stride, y)`: acc[i, v] + x[i] * y[v], x floats and y values of a type. Where
+    these are in blocks of 4 vectors, every block has floats of its own, n * x_stride bytes apart.
     `multiply_visible(acc, x, x_stride, y, bounds, pos)`: only where pos < bounds[i] (int32).
     `multiply_between(..., bounds, pos, lows)`: and where pos >= lows[i].
     `store(p, stride, acc)`; `fold(p, stride, acc, a, b)`: p[i, v] * a[i] + acc[i, v] * b[i].
@@ -161,16 +190,14 @@ def grid(n, wide):
     def splat(b, p, stride, i):
         return simd.splat_ir(b, simd.load_ir(b, simd.offset_ir(b, p, stride, i), simd.F32), 8)
 
-    def halves(b, y):
-        places = (b.add(y, ir.Constant(simd.I64, 8 * KV_BYTES * v)) for v in range(wide))
-        loads = (simd.load_ir(b, place, ir.VectorType(simd.F16, 8)) for place in places)
-        return [b.fpext(vector, f32x8.ir) for vector in loads]
+    block = wide if y_type == "f16" else 4  # vectors
 
     def products(b, acc, x, stride, y):
-        vectors = halves(b, y)
+        vectors = list(_LOADS[y_type](b, y, wide))
         for i in range(n):
-            one = splat(b, x, stride, i)
             for v in range(wide):
+                if v % block == 0:
+                    one = splat(b, x, stride, v // block * n + i)
                 old = b.extract_value(acc, i * wide + v)
                 yield i, old, simd.call(b, "llvm.fma.v8f32", f32x8.ir, one, vectors[v], old)
 

@@ -6,25 +6,26 @@ from numba import njit
 
 from edgeinfer.kernels.cpu.layout import (
     ATTEND_ITEMS,
-    ATTEND_K_DIM,
+    ATTEND_K_ROOM,
     ATTEND_N_HEADS,
     ATTEND_N_KV_HEADS,
     ATTEND_PARTS,
     ATTEND_SINKS,
     ATTEND_V_DIM,
+    ATTEND_V_ROOM,
     FOLD_SINK,
     H_ROWS,
     ITEMS_ROWS,
-    QUERY_EXTRA,
     ROW_BYTES,
     ROW_INDEX,
     ROW_ITEM_ROWS,
     ROW_N_PARTS,
     ROW_PART,
-    whole_vectors,
+    query_bytes,
 )
 from edgeinfer.kernels.cpu.native.attention import fold_weights, tile_of
 from edgeinfer.kernels.cpu.native.copy_rows import copy
+from edgeinfer.kernels.cpu.native.kv_store import hadamard
 from edgeinfer.kernels.cpu.native.simd import (
     div_f,
     fma,
@@ -38,7 +39,7 @@ from edgeinfer.kernels.cpu.native.sink import finish_row, row_at
 from edgeinfer.kernels.cpu.native.words import word
 
 jit = njit(error_model="numpy")
-_whole_vectors = jit(whole_vectors)
+_query_bytes = jit(query_bytes)
 
 
 @jit
@@ -54,13 +55,12 @@ def _with_sink(m, l, sink):  # noqa: E741
 
 
 @jit
-def _fold_parts(tile, step, n_parts, lane, n, k_dim, v_dim):
+def _fold_parts(tile, step, n_parts, lane, n, k_room, room):
     """Query `lane` of a tile of n, whose parts lie `step` bytes apart, folded into the first.
 
     Returns where its state is, its m and its l.
     """
-    room = _whole_vectors(v_dim)
-    o, tops = tile + 4 * (n * k_dim + lane * room), tile + 4 * n * (k_dim + 2 * room) + 4 * lane
+    o, tops = tile + 4 * (n * k_room + lane * room), tile + 4 * n * (k_room + 2 * room) + 4 * lane
     m, l = load_splat_f32(tops), load_splat_f32(tops + 32)  # noqa: E741
     for part in range(1, n_parts):
         at = part * step
@@ -83,13 +83,19 @@ def _write(o, factor, inverse, v_dim, out):
         copy(o, out + 4 * n_whole, v_dim - n_whole)
 
 
-def make(isa, sinks=""):
-    with_sink = _with_sink if sinks else _no_sink
+@jit
+def _keep(x, n):
+    pass
+
+
+def make(isa, *features):
+    with_sink = _with_sink if "sinks" in features else _no_sink
+    transform = hadamard if "hadamard" in features else _keep
 
     def kernel(h, a, chunk, thread):
-        k_dim, v_dim = word(a + ATTEND_K_DIM), word(a + ATTEND_V_DIM)
-        n_heads = word(a + ATTEND_N_HEADS)
-        size = 4 * (k_dim + 2 * _whole_vectors(v_dim) + QUERY_EXTRA)
+        k_room, room = word(a + ATTEND_K_ROOM), word(a + ATTEND_V_ROOM)
+        n_heads, v_dim = word(a + ATTEND_N_HEADS), word(a + ATTEND_V_DIM)
+        size = _query_bytes(k_room, room)
         group = n_heads // word(a + ATTEND_N_KV_HEADS)
         record = word(a + ATTEND_ITEMS) + ITEMS_ROWS + ROW_BYTES * chunk
         n_rows, index = word(record + ROW_ITEM_ROWS), word(record + ROW_INDEX)
@@ -101,11 +107,12 @@ def make(isa, sinks=""):
             start, n = tile_of(query, n_queries)
             tile = parts + (head // group * n_queries + start) * size
             o, m, l = _fold_parts(  # noqa: E741
-                tile, step, word(record + ROW_N_PARTS), query - start, n, k_dim, v_dim
+                tile, step, word(record + ROW_N_PARTS), query - start, n, k_room, room
             )
             total, factor = with_sink(m, l, word(a + ATTEND_SINKS) + 4 * head)
             inverse = div_f(splat_f32(1.0), total)
             _write(o, factor, inverse, v_dim, out + 4 * head * v_dim)
+            transform(out + 4 * head * v_dim, v_dim)
         finish_row(out, n_heads * v_dim, sink, chunk, word(h + H_ROWS))
 
     return kernel

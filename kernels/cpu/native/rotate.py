@@ -9,14 +9,13 @@ from llvmlite import ir
 from numba import njit
 
 from edgeinfer.kernels.cpu.layout import (
-    K_ROW_BYTES,
-    KV_BYTES,
     PAGE,
     ROTATE_ANGLES,
     ROTATE_EPS,
     ROTATE_K,
     ROTATE_K_BASE,
     ROTATE_K_DIM,
+    ROTATE_K_HEAD_BYTES,
     ROTATE_K_NORM,
     ROTATE_K_PAGE_BYTES,
     ROTATE_K_STRIDE,
@@ -29,14 +28,18 @@ from edgeinfer.kernels.cpu.layout import (
     ROTATE_Q_NORM,
     ROTATE_Q_STRIDE,
     ROTATE_TABLES,
+    ROTATE_TRANSFORMS_K,
+    ROTATE_TRANSFORMS_V,
     ROTATE_V,
     ROTATE_V_BASE,
     ROTATE_V_DIM,
+    ROTATE_V_HEAD_BYTES,
     ROTATE_V_PAGE_BYTES,
     ROTATE_V_STRIDE,
-    whole_vectors,
 )
 from edgeinfer.kernels.cpu.native.copy_rows import copy
+from edgeinfer.kernels.cpu.native.kv_store import KEYS, VALUES
+from edgeinfer.kernels.cpu.native.kv_store import scratch as scratch_of
 from edgeinfer.kernels.cpu.native.norm import normalise
 from edgeinfer.kernels.cpu.native.pages import arena_page, n_gone, position, table_of
 from edgeinfer.kernels.cpu.native.simd import (
@@ -47,19 +50,16 @@ from edgeinfer.kernels.cpu.native.simd import (
     mapped,
     mul_f,
     neg_f,
-    store_f16x8,
     store_f32x8,
 )
 from edgeinfer.kernels.cpu.native.words import (
     fma_f32,
     load_f32,
-    store_f16,
     store_f32,
     word,
 )
 
 jit = njit(error_model="numpy")
-_whole_vectors = jit(whole_vectors)
 
 
 def _shuffle(*lanes):
@@ -115,24 +115,9 @@ def _rotate_norm(src, dst, angles, n_pairs):
         i += 1
 
 
-@jit
-def _store_k(k, page, k_dim):
-    """One column of the page's [k_dim][32 positions]."""
-    for j in range(k_dim):
-        store_f16(page + K_ROW_BYTES * j, load_f32(k + 4 * j))
-
-
-@jit
-def _store_v(v, page, v_dim):
-    n_whole = v_dim & -8
-    for j in range(0, n_whole, 8):
-        store_f16x8(page + KV_BYTES * j, load_f32x8(v + 4 * j))
-    for j in range(n_whole, v_dim):
-        store_f16(page + KV_BYTES * j, load_f32(v + 4 * j))
-
-
-def make(isa, style):
+def make(isa, style, k_type="f16", v_type="f16"):
     rotate = {"neox": _rotate_neox, "norm": _rotate_norm}[style]
+    store_k, store_v, scratch = KEYS[k_type], VALUES[v_type], scratch_of(k_type, v_type)
 
     @jit
     def queries(h, a, t, slid):
@@ -153,26 +138,23 @@ def make(isa, style):
 
     @jit
     def keys_and_values(a, chunk, page, place):
-        k_dim, v_dim = word(a + ROTATE_K_DIM), word(a + ROTATE_V_DIM)
-        v_room = _whole_vectors(v_dim)
+        k_dim, v_dim, s = word(a + ROTATE_K_DIM), word(a + ROTATE_V_DIM), scratch()
         n_pairs, norm = word(a + ROTATE_N_PAIRS), word(a + ROTATE_K_NORM)
         angles = word(a + ROTATE_ANGLES) + 8 * n_pairs * chunk
         k = word(a + ROTATE_K) + chunk * word(a + ROTATE_K_STRIDE)
         v = word(a + ROTATE_V) + chunk * word(a + ROTATE_V_STRIDE)
         k_page = word(a + ROTATE_K_BASE) + page * word(a + ROTATE_K_PAGE_BYTES)
-        k_page += KV_BYTES * place
         v_page = word(a + ROTATE_V_BASE) + page * word(a + ROTATE_V_PAGE_BYTES)
-        v_page += KV_BYTES * v_room * place
         for _ in range(word(a + ROTATE_N_KV_HEADS)):
             if norm != 0:
                 normalise(k, norm, load_f32(a + ROTATE_EPS), k_dim, k)
             rotate(k, k, angles, n_pairs)
-            _store_k(k, k_page, k_dim)
-            _store_v(v, v_page, v_dim)
+            store_k(k, k_page, place, k_dim, word(a + ROTATE_TRANSFORMS_K), s)
+            store_v(v, v_page, place, v_dim, word(a + ROTATE_TRANSFORMS_V), s)
             k += 4 * k_dim
             v += 4 * v_dim
-            k_page += K_ROW_BYTES * k_dim
-            v_page += PAGE * KV_BYTES * v_room
+            k_page += word(a + ROTATE_K_HEAD_BYTES)
+            v_page += word(a + ROTATE_V_HEAD_BYTES)
 
     def kernel(h, a, chunk, thread):
         pos, table = position(h, chunk), table_of(h, word(a + ROTATE_TABLES), chunk)

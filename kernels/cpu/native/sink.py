@@ -84,12 +84,12 @@ def finish_row(x, dim, sink, t, n_rows):
     start, n = tile_of(t, n_rows)
     q = a32 + start * (dim // 32) * A32_BYTES + (t - start) * A32_BYTES
     for b in range(dim // 32):
-        _quantise_32(x + 128 * b, q)
+        quantise_32(x + 128 * b, q)
         q += n * A32_BYTES
 
 
 @jit
-def _largest(x):
+def largest(x):
     """Lane by lane, the largest |x| of 32 floats."""
     v = abs_f(load_rows_f32(x, 32, 4))
     return max_f(max_f(row(v, 0), row(v, 1)), max_f(row(v, 2), row(v, 3)))
@@ -104,9 +104,9 @@ def _scales(m):
 
 
 @jit
-def _quantise_32(x, q):
-    """One block, at q, of 32 floats."""
-    inverse, d = _scales(max_lanes(_largest(x)))
+def quantise_32(x, q):
+    """One block of a32, at q, of 32 floats."""
+    inverse, d = _scales(max_lanes(largest(x)))
     v = to_i32(round_f(mul_f(load_rows_f32(x, 32, 4), splat_f32(inverse))))
     store_i8x8(q, row(v, 0))
     store_i8x8(q + 8, row(v, 1))
