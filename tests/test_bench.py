@@ -89,6 +89,9 @@ class Program:
     def __init__(self, program: Any) -> None:
         self.program, self.n_rows = program, 0
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.program, name)
+
     def submit(self, batch: Any) -> Any:
         self.n_rows += batch.n_rows
         return self.program.submit(batch)

@@ -172,9 +172,7 @@ def _all_pages_are_free(llm: LLM) -> None:
     while scheduler.running or scheduler.paused or scheduler.waiting or scheduler.jobs:
         assert time.perf_counter() < deadline
         time.sleep(0.01)
-    for ended in scheduler.store.ended:
-        ended.cache.free()
-    scheduler.store.ended.clear()
+    scheduler.store.index.clear()
     assert pool.n_free == pool.n_pages
 
 

@@ -47,6 +47,9 @@ class Programs:
         self.n_aborts = 0
         self.is_closed = False
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.program, name)
+
     def submit(self, batch: Batch) -> Any:
         self.batches.append((batch.n_rows, len(batch.tables)))
         if self.fails:
@@ -134,7 +137,7 @@ def _is_all_free(engine: Engine) -> None:
     scheduler = engine._scheduler
     assert not (scheduler.running or scheduler.waiting or scheduler.jobs or scheduler.paused)
     for i, pool in enumerate(engine.pools):
-        kept = sum(ended.cache.n_pages[i] for ended in engine._store.ended)
+        kept = engine._store.index.n_idle(i)
         assert pool.n_free + kept == pool.n_pages
 
 
@@ -142,7 +145,7 @@ def test_events_come_in_order(engine: Engine) -> None:
     events = list(engine.submit(_request(max_tokens=3)))
     kinds = [type(event) for event in events]
     assert kinds == [Prefilled, Prefilled, Token, Token, Token, Finished]
-    assert events[1] == Prefilled(3, 3, 0, events[1].at)
+    assert events[1] == Prefilled(3, 3, 0, events[1].at, "new")
     assert events[-1].reason == "length"  # type: ignore[union-attr]
 
 

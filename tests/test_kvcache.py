@@ -60,8 +60,6 @@ def test_growing_takes_pages_only_when_they_are_reached() -> None:
         cache.n_tokens += n_tokens
         assert cache.n_pages == (n_pages,)
     assert cache.step_limit() == 128 - 65
-    cache.truncate(33)
-    assert (cache.n_pages, pool.n_free) == ((2,), 2)
     cache.free()
     assert pool.n_free == 4
 
@@ -84,14 +82,6 @@ def test_sliding_never_overwrites_what_a_row_of_the_step_sees() -> None:
                 assert holds[int(cache.tables[0].pages[cache.tables[0].slot(page)])] == page
         cache.n_tokens += n
         assert cache.n_pages[0] <= pages_for(n_ctx)
-    assert not cache.can_cut(0)
     assert pool.n_free == 0
     cache.free()
     assert pool.n_free == pages_for(n_ctx)
-
-
-def test_a_slid_cache_cannot_be_cut_back() -> None:
-    cache = SequenceCache([PagePool(8)], CacheLayout.of("slide", 256))
-    cache.n_tokens = 300
-    with pytest.raises(AssertionError):
-        cache.truncate(100)

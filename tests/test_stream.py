@@ -98,11 +98,7 @@ def _read(stream: Stream, n_tokens: int) -> tuple[int, ...]:
 def pages_held(llm: LLM) -> int:
     """Pages of running and paused generations; ended ones give theirs up when asked."""
     engine = llm.runtime.engine
-    return (
-        engine.pools[0].n_pages
-        - engine.pools[0].n_free
-        - sum(s.cache.n_pages[0] for s in engine._store.ended)
-    )
+    return engine.pools[0].n_pages - engine.pools[0].n_free - engine._store.index.n_idle(0)
 
 
 # -- back-pressure -------------------------------------------------------------------------------

@@ -90,11 +90,8 @@ def tokens(generation: Generation) -> tuple[list[int], int]:
 
 
 def all_is_given_back(engine: Engine) -> bool:
-    idle = engine._store.ended
-    return all(
-        pool.n_free + sum(each.cache.n_pages[i] for each in idle) == pool.n_pages
-        for i, pool in enumerate(engine.pools)
-    )
+    index = engine._store.index
+    return all(pool.n_free + index.n_idle(i) == pool.n_pages for i, pool in enumerate(engine.pools))
 
 
 @pytest.mark.parametrize(
@@ -150,8 +147,7 @@ def test_a_prompt_goes_on_where_a_ring_still_reaches() -> None:
             (longer, gone_on), (IDS[:395] + IDS[3:5], back), (IDS[:300] + IDS[3:5], far),
             (IDS[:200], early),
         ):  # fmt: skip
-            fresh._store.ended.clear()
-            fresh._scheduler.recover()
+            fresh._store.index.clear()
             assert tokens(fresh.submit(request(ids, 20))) == (got, 0)
 
 
@@ -222,7 +218,7 @@ def test_a_ring_is_as_long_as_it_must_be(window: int, max_rows: int) -> None:
 
 
 STEPS = st.lists(
-    st.tuples(st.sampled_from(["write", "guess", "fail", "cut"]), st.integers(1, 300)), max_size=40
+    st.tuples(st.sampled_from(["write", "guess", "fail"]), st.integers(1, 300)), max_size=40
 )
 
 
@@ -231,16 +227,13 @@ STEPS = st.lists(
 def test_what_a_query_sees_is_what_was_written(
     window: int, max_rows: int, steps: list[tuple[str, int]], overflow: Overflow
 ) -> None:
-    """Steps that succeed, whose guesses fail, or that fail; and caches cut back for a prompt."""
+    """Steps that succeed, whose guesses fail, or that fail."""
     n_ctx = 512
     layout = CacheLayout.of(overflow, n_ctx, 40, (0, window), max_rows)
     pools = [PagePool(ring.n_slots) for ring in layout.rings]
     cache, holds = SequenceCache(pools, layout), [dict[int, int](), dict[int, int]()]
     for step, n in steps:
-        if step == "cut":
-            if cache.can_cut(min(n, cache.n_tokens)):
-                cache.truncate(min(n, cache.n_tokens))
-        elif (n := min(n, max_rows, cache.step_limit())) > 0:
+        if (n := min(n, max_rows, cache.step_limit())) > 0:
             cache.grow(n)
             for table, held in zip(cache.tables, holds, strict=True):
                 for page in range(cache.n_tokens // PAGE, (cache.n_tokens + n - 1) // PAGE + 1):

@@ -1,6 +1,6 @@
-"""Bookkeeping of KV pages: who holds which page of the arena, for how long.
+"""Bookkeeping of KV pages and state slots: who holds which of the arena's, for how long.
 
-Never touches K or V values, and knows nothing of tokens.
+Never touches their values, and knows nothing of tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ Overflow: TypeAlias = Literal["error", "slide"]
 
 
 class PagePool:
-    """The pages of one arena, all there from the start; a page with several holders is shared."""
+    """The pages of one arena, all there from the start; a page with several holders is shared.
+
+    Slots of state are counted alike.
+    """
 
     def __init__(self, n_pages: int) -> None:
         self.n_pages = n_pages
@@ -28,6 +31,9 @@ class PagePool:
     def n_free(self) -> int:
         return len(self._free)
 
+    def n_holders(self, page: int) -> int:
+        return self._n_holders[page]
+
     def take(self) -> int:
         """A page for the caller alone."""
         page = self._free.pop()
@@ -35,7 +41,7 @@ class PagePool:
         return page
 
     def share(self, page: int) -> None:
-        """One more holder of a full page, which nobody writes any more."""
+        """One more holder of a page, of which nobody overwrites what the holder reads."""
         assert self._n_holders[page] > 0, "a free page can't be shared"
         self._n_holders[page] += 1
 
@@ -83,15 +89,32 @@ class CacheLayout(NamedTuple):
     n_slots: int
     n_ctx: int | None
     rings: tuple[Ring, ...]  # by cache group
+    has_state: bool = False
 
     def pages_needed(self, n_tokens: int) -> tuple[int, ...]:
-        """Pages of each group that are held once `n_tokens` positions have been written."""
-        return tuple(min(pages_for(n_tokens), ring.n_slots) for ring in self.rings)
+        """Pages of each group that are held once `n_tokens` positions have been written.
+
+        Where there is state the slots that a step takes come last.
+        """
+        pages = (min(pages_for(n_tokens), ring.n_slots) for ring in self.rings)
+        return (*pages, *self._slots)
 
     @property
     def most_pages(self) -> tuple[int, ...]:
-        """Pages of each group that are ever held."""
-        return tuple(ring.n_slots for ring in self.rings)
+        """Pages of each group that are ever held, then slots."""
+        return (*(ring.n_slots for ring in self.rings), *self._slots)
+
+    @property
+    def _slots(self) -> tuple[int, ...]:
+        return (STEP_SLOTS,) if self.has_state else ()
+
+    def seen_pages(self, group: int, n_tokens: int) -> list[int]:
+        """Absolute pages of which a query behind `n_tokens` positions sees anything, ascending."""
+        ring, end = self.rings[group], pages_for(n_tokens)
+        first = max(ring.n_pinned, n_tokens // PAGE - ring.n_visible + 1)
+        if ring.window:
+            first = max(0, n_tokens - ring.window + 1) // PAGE
+        return [*range(min(ring.n_pinned, end)), *range(first, end)]
 
     @classmethod
     def of(
@@ -101,6 +124,7 @@ class CacheLayout(NamedTuple):
         n_pinned_tokens: int = 0,
         windows: Iterable[int] = (0,),
         max_rows: int = 1,
+        has_state: bool = False,
     ) -> CacheLayout:
         """For a context of `n_ctx` and groups by window, in steps of up to `max_rows` rows.
 
@@ -114,7 +138,7 @@ class CacheLayout(NamedTuple):
             return Ring(n_slots, 0, EVERY_PAGE, window) if is_own else whole
 
         bound = n_ctx if overflow == "error" else None
-        return cls(overflow, whole.n_slots, bound, tuple(map(ring, windows)))
+        return cls(overflow, whole.n_slots, bound, tuple(map(ring, windows)), has_state)
 
 
 def _whole_ring(overflow: Overflow, n_ctx: int, n_pinned_tokens: int) -> Ring:
@@ -134,21 +158,30 @@ def _whole_ring(overflow: Overflow, n_ctx: int, n_pinned_tokens: int) -> Ring:
 
 
 _MIN_SLIDING_PAGES = 4  # one pinned, two visible, one being written
+STEP_SLOTS = 2  # of state: one that a step reads, one that it writes
 LEAST_SLIDING = _MIN_SLIDING_PAGES * PAGE  # tokens of the shortest context that can slide
 
 
 class SequenceCache:
-    """The pages of one sequence: taken as it grows, recycled when rings turn."""
+    """The pages of one sequence: taken as it grows, recycled when rings turn.
 
-    def __init__(self, pools: Sequence[PagePool], layout: CacheLayout) -> None:
-        self._pools = pools
+    A full page may have other holders, which read it; it is replaced, not overwritten, where a ring
+    turns. The state of recurrent layers lies in slots that steps write whole.
+    """
+
+    def __init__(
+        self, pools: Sequence[PagePool], layout: CacheLayout, states: PagePool | None = None
+    ) -> None:
+        self._pools, self._states = pools, states
         self.layout = layout
         self.tables = tuple(
             PageTable(np.full(ring.n_slots, -1, np.int32), ring.n_pinned, ring.n_visible)
             for ring in layout.rings
         )
         self.n_tokens = 0  # positions whose K and V are stored
-        self.room = 0  # positions up to which it has grown: pages are held for them
+        self.state = -1  # the slot that holds the state after them, -1 before the first
+        self.kept: dict[int, int] = {}  # by number of tokens: the slots that its last step writes
+        self.room = 0  # positions that it can write as it is; where there is state none is told
         self._n_written = 0  # positions that steps may have touched, also those that failed
         self._is_bounded = any(not ring.window for ring in layout.rings)  # by a context
 
@@ -162,6 +195,20 @@ class SequenceCache:
         """Whether the next position would overwrite an old one, or there is no next one."""
         return self._is_bounded and self.n_tokens >= self.layout.n_slots * PAGE
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether it holds nothing that others could have."""
+        return self.state < 0 and not self.kept and not any(self.n_pages)
+
+    @property
+    def has_state(self) -> bool:
+        return self._states is not None
+
+    @property
+    def slots(self) -> list[int]:
+        """State slots held."""
+        return [slot for slot in (self.state, *self.kept.values()) if slot >= 0]
+
     def step_limit(self) -> int:
         """Rows that the next step may add: none of them overwrites what another still sees."""
         left = self.layout.n_slots * PAGE - self.n_tokens
@@ -170,6 +217,23 @@ class SequenceCache:
         if not self._is_bounded:
             return _NO_LIMIT
         return left if left > 0 else PAGE - self.n_tokens % PAGE
+
+    # -- a step ----------------------------------------------------------------------------------
+
+    def missing(self, n_tokens: int) -> list[list[int]]:
+        """Slots of each group that the next `n_tokens` positions need a page in."""
+        first, last = self.n_tokens // PAGE, (self.n_tokens + n_tokens - 1) // PAGE
+        n_begun = -(-self.n_tokens // PAGE)  # pages with tokens: what is held of them is its own
+        missing = []
+        for table, pool in zip(self.tables, self._pools, strict=True):
+            slots = dict.fromkeys(
+                slot
+                for page in range(first, last + 1)
+                if (held := table.pages[slot := table.slot(page)]) < 0
+                or (page >= n_begun and pool.n_holders(int(held)) > 1)
+            )
+            missing.append(list(slots))
+        return missing
 
     def grow(self, n_tokens: int, missing: list[list[int]] | None = None) -> None:
         """Hold the pages for `n_tokens` more positions; the pools must have them.
@@ -181,61 +245,79 @@ class SequenceCache:
         missing = self.missing(n_tokens) if missing is None else missing
         for table, pool, slots in zip(self.tables, self._pools, missing, strict=True):
             for slot in slots:
+                shared = int(table.pages[slot])
                 table.pages[slot] = pool.take()
-        self.room = pages_for(self.n_tokens + n_tokens) * PAGE
+                if shared >= 0:
+                    pool.release([shared])
+        self.room = 0 if self._states else pages_for(self.n_tokens + n_tokens) * PAGE
+
+    def keep_states(self, counts: Iterable[int]) -> None:
+        """Take the slots for the states that the next step leaves after `counts` tokens."""
+        assert self._states is not None, "the model has no state"
+        for n_tokens in counts:
+            self.kept[n_tokens] = self._states.take()
+
+    def drop_states(self) -> None:
+        """Give back what the last step has kept, but for the state it left off in."""
+        if self._states is not None and self.kept:
+            dropped = list(self.kept.values())
+            self.kept = {}
+            self._states.release(dropped)
 
     def advance(self, n_tokens: int) -> None:
         """Count positions as stored that a step has computed."""
         self.n_tokens += n_tokens
+        if self._states is not None:
+            before, self.state = self.state, self.kept.pop(self.n_tokens)
+            if before >= 0:
+                self._states.release([before])
 
-    def missing(self, n_tokens: int) -> list[list[int]]:
-        """Slots of each group without a page, of those that the next `n_tokens` positions take."""
-        pages = range(self.n_tokens // PAGE, (self.n_tokens + n_tokens - 1) // PAGE + 1)
-        taken = (dict.fromkeys(map(table.slot, pages)) for table in self.tables)
-        return [
-            [slot for slot in slots if table.pages[slot] < 0]
-            for table, slots in zip(self.tables, taken, strict=True)
-        ]
+    # -- as a whole ------------------------------------------------------------------------------
 
-    def can_cut(self, n_tokens: int) -> bool:
-        """Whether it holds all that a query behind its first `n_tokens` positions sees."""
-        if n_tokens == self.n_tokens:
-            return True
-        for ring in self.layout.rings:
-            first = max(0, n_tokens - ring.window + 1) // PAGE if ring.window else 0
-            if first + ring.n_slots < self._top:
-                return False
-        return True
+    def page(self, group: int, page: int) -> int:
+        """Where it holds an absolute page that it has written, -1 if it no longer does."""
+        table, ring = self.tables[group], self.layout.rings[group]
+        is_there = page < ring.n_pinned or page + len(table.pages) - ring.n_pinned >= self._top
+        return int(table.pages[table.slot(page)]) if is_there else -1
 
-    def truncate(self, n_tokens: int) -> None:
-        """Forget positions from `n_tokens` on, if it `can_cut` there."""
-        assert self.can_cut(n_tokens), "what is left sees positions that are gone"
-        self.room = 0
-        gone = range(pages_for(n_tokens), self._top)
-        for i, (ring, table) in enumerate(zip(self.layout.rings, self.tables, strict=True)):
-            # In a ring that has turned their slots hold nothing else that anyone sees.
-            if ring.window or self._top <= ring.n_slots:
-                self._drop(i, dict.fromkeys(map(table.slot, gone)))
-        self.n_tokens = n_tokens
+    def replace(self, group: int, page: int, equal: int) -> None:
+        """Hold another page in place of one with the same contents."""
+        pool, table = self._pools[group], self.tables[group]
+        slot = table.slot(page)
+        own = int(table.pages[slot])
+        pool.share(equal)
+        table.pages[slot] = equal
+        pool.release([own])
+
+    def begin_at(self, n_tokens: int, pages: Sequence[dict[int, int]], state: int = -1) -> None:
+        """Hold what has been computed of `n_tokens` positions: pages by group and absolute page.
+
+        Whoever calls has counted this as one more holder of each, and of the state.
+        """
+        self.free()
+        for table, held in zip(self.tables, pages, strict=True):
+            for page, number in held.items():
+                table.pages[table.slot(page)] = number
+        self.n_tokens = self._n_written = n_tokens
+        self.state = state
 
     def free(self) -> None:
-        """Give every page back."""
+        """Give everything back."""
         self.room = 0
-        for i, ring in enumerate(self.layout.rings):
-            self._drop(i, range(ring.n_slots))
+        for table, pool in zip(self.tables, self._pools, strict=True):
+            held = table.pages[table.pages >= 0].tolist()
+            table.pages[:] = -1
+            pool.release(held)
+        self.drop_states()
+        if self._states is not None and self.state >= 0:
+            self._states.release([self.state])
+        self.state = -1
         self.n_tokens = self._n_written = 0
 
     @property
     def _top(self) -> int:
         """The first page that no step has touched."""
         return pages_for(max(self.n_tokens, self._n_written))
-
-    def _drop(self, group: int, slots: Iterable[int]) -> None:
-        pages = self.tables[group].pages
-        held = [slot for slot in slots if pages[slot] >= 0]
-        dropped = pages[held].tolist()
-        pages[held] = -1
-        self._pools[group].release(dropped)
 
 
 _NO_LIMIT = 1 << 30

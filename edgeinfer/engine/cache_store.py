@@ -1,92 +1,383 @@
-"""The pages of all sequences: whose they are, and what of those that have ended is kept.
+"""The pages and state of all sequences: what they hold, share, and leave for those to come.
 
 Used by one thread; knows nothing of scheduling.
 """
 
 from __future__ import annotations
 
+from array import array
+from bisect import insort
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
+from itertools import takewhile
 
-from edgeinfer.batch import StepLimits
+from edgeinfer.backend import Program
+from edgeinfer.batch import PAGE, StepLimits
 from edgeinfer.engine.cache import CacheLayout, PagePool, SequenceCache
+from edgeinfer.engine.prefix_index import BORDER, PLAIN, STABLE, Match, Node, PrefixIndex
 from edgeinfer.engine.sequence import Sequence
+
+_NO_LIMIT = 1 << 30
+_STRIDE = 256  # tokens that are compared at a time
+_CHECKPOINT = 16 * PAGE  # tokens from one state that is kept where there is room to the next
 
 
 class CacheStore:
-    """Opens the cache of a sequence, and keeps those of ended ones while nobody needs the room.
+    """Opens sequences on what others have computed of their beginnings.
 
-    What an error cuts short here is made good by `recover`: the sequences' page tables are the
-    truth, and which pages are free follows from them.
+    Full pages are shared by reference, of the page in which two sequences part a copy is made. Two
+    that are read at a time share, too: see `waits`. What an error cuts short here is made good by
+    `recover`: the sequences' page tables and the nodes of the index are the truth, and which pages
+    are free follows from them.
     """
 
-    def __init__(self, limits: StepLimits) -> None:
+    def __init__(self, limits: StepLimits, program: Program) -> None:
+        self._program = program
         self.pools = [PagePool(n_pages) for n_pages in limits.n_pages.values()]
-        self.ended: list[Sequence] = []  # the latest last
-        self._most_ended = limits.max_sequences
+        self._states = PagePool(limits.n_states) if limits.n_states else None
+        # Of every kind that an index holds: pages by group, then state slots.
+        self._kinds = [*self.pools, *([self._states] if self._states else [])]
+        self.index = PrefixIndex(self._kinds, self._states is not None)
+        self._begun: list[Sequence] = []  # that may be shared, in order of arrival
 
     @property
     def n_pages(self) -> list[int]:
-        """All pages there are of each cache group."""
-        return [pool.n_pages for pool in self.pools]
+        """All there is of each kind: pages by cache group, then state slots if there are any."""
+        return [pool.n_pages for pool in self._kinds]
 
-    def open(self, ids: SequenceOf[int], layout: CacheLayout) -> Sequence:
-        """A sequence for a prompt, on the cache of an ended one where their tokens agree."""
-        n_cached, best = 0, None
-        for ended in self.ended:
-            n = ended.common_prefix(ids, layout)
-            if n > n_cached:
-                n_cached, best = n, ended
-        if best is None:
-            return self.open_empty(ids, layout)
-        self.ended.remove(best)
-        best.cache.truncate(n_cached)
-        return Sequence(list(ids), len(ids), best.cache, n_cached)
+    # -- beginning -------------------------------------------------------------------------------
+
+    def open(
+        self,
+        ids: SequenceOf[int],
+        layout: CacheLayout,
+        borders: Iterable[int] = (),
+        n_stable: int = 0,
+    ) -> Sequence:
+        """A sequence for a prompt, on what has been computed of it.
+
+        Prompts to come are likely to part from it at `borders`, numbers of tokens; what is kept of
+        the first `n_stable` is the last to be given up.
+        """
+        sequence = self.open_empty(ids, layout)
+        sequence.borders = self._borders(sequence, borders, n_stable)
+        sequence.leader = self._leader(sequence)
+        self._extend(sequence)
+        if sequence.leader is not None and self._states is not None:
+            leader, n_equal = sequence.leader
+            if n_equal > leader.cache.n_tokens:
+                insort(leader.borders, (n_equal, BORDER))
+        self._begun.append(sequence)
+        return sequence
 
     def open_empty(self, ids: SequenceOf[int], layout: CacheLayout) -> Sequence:
-        """A sequence that computes every one of its tokens."""
-        return Sequence(list(ids), len(ids), SequenceCache(self.pools, layout))
+        """A sequence that computes every one of its tokens, and shares none."""
+        cache = SequenceCache(self.pools, layout, self._states)
+        return Sequence(list(ids), len(ids), cache)
 
-    def hold(self, sequence: Sequence, n_rows: int) -> bool:
-        """Hold the pages for the next rows of a sequence: False where that many are not left.
+    def _borders(
+        self, sequence: Sequence, borders: Iterable[int], n_stable: int
+    ) -> list[tuple[int, int]]:
+        """Where to hold what a ring or the state is going to lose; without those nothing is."""
+        n_prompt, ends = sequence.n_prompt, {}
+        if self._states is not None or any(ring.window for ring in sequence.cache.layout.rings):
+            # The same prompt once more needs its last token's logits.
+            ends = {n: BORDER for n in (*borders, n_prompt - 1) if 0 < n < n_prompt}
+        if 0 < n_stable <= n_prompt:
+            ends[n_stable] = STABLE
+        return sorted(ends.items())
 
-        Until there are, what has ended gives its pages, the oldest first.
+    def _leader(self, sequence: Sequence) -> tuple[Sequence, int] | None:
+        """Who has begun with most of the same tokens, and how many."""
+        found, most = None, 0
+        for other in self._begun:
+            if other is not sequence and other.cache.layout == sequence.cache.layout:
+                n = _n_equal(other.ids, sequence.ids, len(sequence.ids) - 1)
+                if n > most:
+                    found, most = (other, n), n
+        return found
+
+    def catch_up(self, sequence: Sequence) -> None:
+        """Take over what others have computed meanwhile of the tokens it waits for."""
+        if sequence.is_behind:
+            sequence.is_behind = False
+            sequence.leader = self._leader(sequence)
+            if all(each is not sequence for each in self._begun):
+                self._begun.append(sequence)
+        elif sequence.leader is None:
+            return
+        self._extend(sequence)
+
+    def waits(self, sequence: Sequence, read: SequenceOf[Sequence]) -> bool:
+        """Whether one that reads its prompt in this step computes what `sequence` needs next.
+
+        Then it pays to wait: what two have in common is computed once.
         """
-        missing = sequence.cache.missing(n_rows)
-        n_new = [len(slots) for slots in missing]
-        while not self._has(n_new):
-            if not self.ended:
-                return False
-            self.ended.pop(0).cache.free()
-        sequence.cache.grow(n_rows, missing)
+        if sequence.leader is None:
+            return False
+        leader, n_equal = sequence.leader
+        at, done = leader.cache.n_tokens, sequence.cache.n_tokens
+        if not any(each is leader for each in read) or not done <= at < n_equal:
+            return False
+        if self._states is not None:
+            return any(done < n <= n_equal for n, _ in leader.borders)
+        return n_equal // PAGE > done // PAGE
+
+    def _extend(self, sequence: Sequence) -> None:
+        """Go on with the longest beginning that the index knows, if it is longer than its own."""
+        for each in self._begun:
+            self._enter(each)
+        if sequence.leader is not None and self._states is None:
+            leader, n_equal = sequence.leader
+            if leader.cache.n_tokens // PAGE == n_equal // PAGE:  # they part in its last page
+                self._mark(leader, leader.cache.n_tokens, PLAIN)
+        cache, most = sequence.cache, len(sequence.ids) - 1
+        ids, before = array("i", sequence.ids), cache.n_tokens
+        while most > before:
+            match = self.index.find(cache.layout, ids, most, before)
+            if not sequence.n_generated:
+                sequence.miss = match.miss
+            if match.n_tokens <= before:
+                break
+            if self._begin(sequence, match):
+                if not sequence.n_generated:
+                    sequence.n_cached += match.n_tokens - before
+                break
+            most = match.n_tokens - 1  # there is no page to copy its last one to
+        if sequence.leader is not None and sequence.leader[1] <= cache.n_tokens:
+            sequence.leader = None
+
+    def _begin(self, sequence: Sequence, match: Match) -> bool:
+        """Let a sequence go on behind a match; False where no page is left for a copy."""
+        layout, n_full = sequence.cache.layout, len(match.path)
+        pages: list[dict[int, int]] = []
+        for group, pool in enumerate(self.pools):
+            seen = layout.seen_pages(group, match.n_tokens)
+            pages.append({i: match.path[i].held[group] for i in seen if i < n_full})
+            for page in pages[-1].values():
+                pool.share(page)
+        state = -1
+        if self._states is not None:
+            state = (match.last or match.path[-1]).held[-1]
+            self._states.share(state)
+        if match.last is not None and not self._copy(match.last, n_full, pages):
+            self._release(pages, state)
+            return False
+        sequence.cache.begin_at(match.n_tokens, pages, state)
+        sequence.path = match.path
+        self._touch(sequence, match)
         return True
 
-    def _has(self, n_pages: SequenceOf[int]) -> bool:
-        return all(n <= pool.n_free for n, pool in zip(n_pages, self.pools, strict=True))
+    def _copy(self, node: Node, page: int, pages: list[dict[int, int]]) -> bool:
+        """A copy of what is held of a node in each group, as an absolute page of `pages`."""
+        for group, pool in enumerate(self.pools):
+            source = node.held[group]
+            pool.share(source)  # it must not be what is given up for its copy
+            try:
+                if not self._free_one(group):
+                    return False
+                pages[group][page] = target = pool.take()
+                self._program.copy_pages(group, [source], [target])
+            finally:
+                pool.release([source])
+        return True
 
-    def keep(self, sequence: Sequence, *, is_whole: bool) -> None:
-        """End a sequence, whose pages a later prompt may begin with.
+    def _release(self, pages: list[dict[int, int]], state: int) -> None:
+        for pool, held in zip(self.pools, pages, strict=True):
+            pool.release(held.values())
+        if self._states is not None and state >= 0:
+            self._states.release([state])
 
-        It is not whole where its last step may have been aborted.
+    def _touch(self, sequence: Sequence, match: Match) -> None:
+        """Count what a sequence has begun with as used, the first of it last of all."""
+        nodes = [*match.path, *([match.last] if match.last else [])]
+        for group in range(len(self.pools)):
+            for page in reversed(sequence.cache.layout.seen_pages(group, match.n_tokens)):
+                if nodes[page].held[group] >= 0:
+                    self.index.touch(nodes[page], group)
+        if self._states is not None:
+            self.index.touch(nodes[-1], len(self.pools))
+
+    # -- steps -----------------------------------------------------------------------------------
+
+    def settle(self, sequence: Sequence) -> None:
+        """Count what its last step has left; of all that run, before the next step holds any."""
+        done = sequence.cache.n_tokens
+        if self._states is not None or (sequence.borders and sequence.borders[0][0] <= done):
+            self._pass_borders(sequence)
+            sequence.cache.drop_states()
+
+    def hold(self, sequence: Sequence, n_rows: int, n_drafts: int = 0) -> bool:
+        """Hold what the next rows of a sequence are written to: False where that is not left.
+
+        Until there is enough, what the index holds is given up. The last `n_drafts` rows may count
+        as never computed.
         """
         cache = sequence.cache
-        # An aborted step may have overwritten pages that a slid cache still needs.
-        if not is_whole and cache.is_full:
-            cache.free()
+        if cache.n_tokens + n_rows <= cache.room:
+            return True
+        cache.drop_states()
+        missing = cache.missing(n_rows)
+        while any(len(n) > pool.n_free for n, pool in zip(missing, self.pools, strict=True)):
+            if not self._free_pages(cache, missing):
+                return False
+            missing = cache.missing(n_rows)
+        if self._states is not None and not self._hold_states(sequence, n_rows, n_drafts):
+            return False
+        cache.grow(n_rows, missing)
+        return True
+
+    def _free_one(self, kind: int) -> bool:
+        return self._kinds[kind].n_free > 0 or self.index.evict(kind)
+
+    def _free_pages(self, cache: SequenceCache, missing: list[list[int]]) -> bool:
+        """Free a page of a group that lacks one, or make one that turns the cache's alone."""
+        for group, (slots, pool) in enumerate(zip(missing, self.pools, strict=True)):
+            if len(slots) > pool.n_free:
+                turning = (int(cache.tables[group].pages[slot]) for slot in slots)
+                return self.index.evict(group) or any(
+                    page >= 0 and self.index.give_up(group, page) for page in turning
+                )
+        return True
+
+    def _hold_states(self, sequence: Sequence, n_rows: int, n_drafts: int) -> bool:
+        """Take slots for what may be gone on from, and for checkpoints while there are any."""
+        assert self._states is not None
+        kind, done = len(self.pools), sequence.cache.n_tokens
+        end = done + n_rows
+        needed = list(range(end - n_drafts, end + 1))
+        while self._states.n_free < len(needed):
+            if not self.index.evict(kind):
+                return False
+        within = range(done + 1, end - n_drafts)
+        for n_tokens in dict.fromkeys(n for n, _ in sequence.borders if n in within):
+            if self._states.n_free > len(needed) or self.index.evict(kind):
+                needed.append(n_tokens)
+        first = -(-within.start // _CHECKPOINT) * _CHECKPOINT
+        for n_tokens in range(first, within.stop, _CHECKPOINT):
+            if self._states.n_free > len(needed) and n_tokens not in needed:
+                needed.append(n_tokens)
+        sequence.cache.keep_states(needed)
+        return True
+
+    # -- what is left for others -----------------------------------------------------------------
+
+    def _pass_borders(self, sequence: Sequence) -> None:
+        """Enter what the last step has computed up to borders, and the states it has kept."""
+        done = sequence.cache.n_tokens
+        passed = list(takewhile(lambda border: border[0] <= done, sequence.borders))
+        ends = {}
+        if self._states is not None:
+            counts = (*sequence.cache.kept, done)
+            ends = {n: PLAIN for n in counts if 0 < n <= done and n % _CHECKPOINT == 0}
+        ends.update(passed)
+        if not ends:
             return
-        cache.truncate(cache.n_tokens)  # a page of failed drafts only
-        self.ended.append(sequence)
-        if len(self.ended) > self._most_ended:
-            self.ended.pop(0).cache.free()
+        self._enter(sequence)
+        for n_tokens, rank in sorted(ends.items()):
+            self._mark(sequence, n_tokens, rank)
+        del sequence.borders[: len(passed)]
+
+    def _enter(self, sequence: Sequence) -> None:
+        """Let the index hold the full pages of a sequence; of two equal ones one is kept."""
+        cache, path = sequence.cache, sequence.path
+        begin = len(path)
+        for page in range(begin, cache.n_tokens // PAGE):
+            above = path[-1] if path else self.index.root(cache.layout)
+            path.append(self.index.child(above, _page_ids(sequence, page)))
+        for page in range(len(path) - 1, begin - 1, -1):
+            self._enter_page(cache, path[page], page)
+        if len(path) > begin:
+            self._use(sequence, begin)
+
+    def _enter_page(self, cache: SequenceCache, node: Node, page: int) -> None:
+        for group in range(len(self.pools)):
+            own, equal = cache.page(group, page), node.held[group]
+            if own >= 0 and equal < 0:
+                self.index.put(node, group, own)
+            elif own >= 0 and own != equal and node.is_full:  # else both may be written on
+                cache.replace(group, page, equal)
+
+    def _use(self, sequence: Sequence, n_pages: int) -> None:
+        """Count the first pages of a path as used after those behind them: they go last."""
+        for node in reversed(sequence.path[:n_pages]):
+            for group, ring in enumerate(sequence.cache.layout.rings):
+                if not ring.window and node.held[group] >= 0:
+                    self.index.touch(node, group)
+
+    def _mark(self, sequence: Sequence, n_tokens: int, rank: int) -> None:
+        """Hold what a prompt that goes on behind `n_tokens` needs, which have been entered."""
+        cache, layout, n_full = sequence.cache, sequence.cache.layout, n_tokens // PAGE
+        nodes = list(sequence.path[:n_full])
+        if n_tokens % PAGE:
+            above = nodes[-1] if nodes else self.index.root(layout)
+            nodes.append(self.index.child(above, _page_ids(sequence, n_full, n_tokens)))
+            self._enter_page(cache, nodes[-1], n_full)
+        for group, ring in enumerate(layout.rings):
+            of_group = rank if ring.window or rank == STABLE else PLAIN
+            for page in reversed(layout.seen_pages(group, n_tokens)):
+                if nodes[page].held[group] >= 0:
+                    self.index.touch(nodes[page], group, of_group)
+        slot = cache.state if n_tokens == cache.n_tokens else cache.kept.get(n_tokens, -1)
+        if slot >= 0 and nodes[-1].held[-1] < 0:
+            self.index.put(nodes[-1], len(self.pools), slot, rank)
+
+    # -- the end ---------------------------------------------------------------------------------
+
+    def keep(self, sequence: Sequence) -> None:
+        """End a sequence; what it has computed may serve later prompts while there is room."""
+        self.park(sequence)
+
+    def park(self, sequence: Sequence) -> None:
+        """Give up what a sequence holds, but for others or its own return while there is room."""
+        self._pass_borders(sequence)
+        self._enter(sequence)
+        if sequence.cache.n_tokens:
+            self._mark(sequence, sequence.cache.n_tokens, BORDER)
+        self.free(sequence)
+        sequence.is_behind = True
 
     def free(self, sequence: Sequence) -> None:
-        """Give back what a sequence holds; it may go on, from its first token."""
+        """Give back what a sequence holds, for nobody to go on with."""
         sequence.cache.free()
+        sequence.path = []
+        self.index.sweep(each.path[-1] for each in self._begun if each.path)
+        self._forget(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
+        """It can't be shared any more; who follows it takes over what it has left."""
+        self._begun = [each for each in self._begun if each is not sequence]
+        for each in self._begun:
+            if each.leader is not None and each.leader[0] is sequence:
+                each.leader, each.is_behind = None, True
+
+    def most_rows(self) -> int:
+        """Rows of a step, drafts among them, whose state there are slots for."""
+        if self._states is None:
+            return _NO_LIMIT
+        return self._states.n_pages - sum(each.cache.state >= 0 for each in self._begun)
 
     def recover(self, used: Iterable[Sequence]) -> None:
-        """Count anew who holds what, from the sequences in use and those that have ended."""
-        caches = [sequence.cache for sequence in used]
-        self.ended = [each for each in self.ended if each.cache not in caches]
-        caches += [each.cache for each in self.ended]
-        for i, pool in enumerate(self.pools):
-            pool.reset(cache.tables[i].pages.tolist() for cache in caches)
+        """Count anew who holds what, from the sequences in use and the index."""
+        used = list(used)
+        self._begun = [each for each in self._begun if any(each is one for one in used)]
+        held = self.index.recover()
+        for group, pool in enumerate(self.pools):
+            tables = (each.cache.tables[group].pages.tolist() for each in used)
+            pool.reset([*tables, held[group]])
+        if self._states is not None:
+            self._states.reset([*(each.cache.slots for each in used), held[-1]])
+
+
+def _page_ids(sequence: Sequence, page: int, end: int | None = None) -> bytes:
+    """The key of an absolute page's tokens, of those before `end`."""
+    stop = (page + 1) * PAGE
+    return array("i", sequence.ids[page * PAGE : stop if end is None else min(end, stop)]).tobytes()
+
+
+def _n_equal(a: list[int], b: list[int], most: int) -> int:
+    """How many tokens two lists begin with alike, at most `most`."""
+    n, most = 0, min(len(a), len(b), most)
+    while n < most and a[n : n + _STRIDE] == b[n : n + _STRIDE]:
+        n += _STRIDE
+    return next((i for i in range(n, most) if a[i] != b[i]), most)

@@ -5,6 +5,7 @@ Knows nothing of what the events are.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from queue import SimpleQueue
 from typing import Any, Protocol, TypeAlias
@@ -45,15 +46,15 @@ class Delivery:
 
     def send(self) -> None:
         """Deliver what has been put."""
-        events, self._events = self._events, []
-        if len(events) <= _FEW and self._n_begun == self._n_done:
-            self._deliver(events)
+        if not self._events:
             return
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="edgeinfer-events", daemon=True)
-            self._thread.start()
-        self._n_begun += 1
-        self._batches.put(events)
+        events, self._events = self._events, []
+        is_idle = self._n_begun == self._n_done
+        if is_idle and (len(events) <= _FEW or not self._has_thread()):
+            self._deliver(events)
+        else:
+            self._n_begun += 1
+            self._batches.put(events)
 
     def is_here(self) -> bool:
         """Whether the caller is called back by the thread that delivers."""
@@ -65,6 +66,15 @@ class Delivery:
         if self._thread is not None:
             self._batches.put(None)
             self._thread.join(timeout)
+
+    def _has_thread(self) -> bool:
+        """False where the system has none to give."""
+        if self._thread is None:
+            thread = threading.Thread(target=self._run, name="edgeinfer-events", daemon=True)
+            with contextlib.suppress(RuntimeError):
+                thread.start()
+                self._thread = thread
+        return self._thread is not None
 
     def _run(self) -> None:
         while (events := self._batches.get()) is not None:

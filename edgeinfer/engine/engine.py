@@ -55,7 +55,7 @@ class Engine:
         self.limits, self.n_ctx, self.n_vocab = limits, n_ctx, n_vocab
         self._program = program
         self._costs = costs or StepCosts(limits.row_cost)
-        self._store = CacheStore(limits)
+        self._store = CacheStore(limits, program)
         self._scheduler = Scheduler(limits, self._costs, self._store)
         self._samples = SampleTable(self._scheduler.max_samples)
         self.delivery = Delivery()
@@ -192,7 +192,8 @@ class Engine:
     def layout(self, overflow: Overflow, n_pinned: int = 0) -> CacheLayout:
         """How the cache of a sequence is cut here."""
         limits = self.limits
-        return CacheLayout.of(overflow, self.n_ctx, n_pinned, limits.n_pages, limits.max_rows)
+        windows, has_state = limits.n_pages, limits.n_states > 0
+        return CacheLayout.of(overflow, self.n_ctx, n_pinned, windows, limits.max_rows, has_state)
 
     def _queue(self, work: AnyWork, priority: int = 0) -> None:
         with self._changed:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from edgeinfer.batch import PAGE, StepLimits
-from edgeinfer.engine.cache import CacheLayout
+from edgeinfer.engine.cache import STEP_SLOTS, CacheLayout
 from edgeinfer.engine.cache_store import CacheStore
 from edgeinfer.engine.delivery import Delivery
 from edgeinfer.engine.event_queue import EventQueue
@@ -207,14 +207,16 @@ class LogitsJob:
                 f"prefill_chunk is {prefill_chunk}, need at least 1", param="prefill_chunk"
             )
         ids, *others = map(tuple, lists)
-        if len(others) > limits.max_sequences - 1:
+        most = limits.max_sequences
+        if limits.n_states:
+            most = min(most, limits.n_states // STEP_SLOTS)
+        if len(others) > most - 1:
             raise InvalidRequestError(
-                f"{len(others)} token lists, at most {limits.max_sequences - 1} fit in a step",
-                param="batch_with",
+                f"{len(others)} token lists, at most {most - 1} fit in a step", param="batch_with"
             )
         chunk = min(prefill_chunk or limits.max_rows, limits.max_rows - len(others))
         job = cls(ids, others, first, chunk, layout, take, hook=hook)
-        for n_pages, there_are in zip(job.next_pages, limits.n_pages.values(), strict=True):
+        for n_pages, there_are in zip(job.next_pages, limits.n_pages.values(), strict=False):
             if n_pages > there_are:
                 raise PlanError(
                     f"the token lists take {n_pages * PAGE} cache positions, there are "

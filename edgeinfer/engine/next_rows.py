@@ -16,6 +16,8 @@ from edgeinfer.engine.speculation import best_drafts
 from edgeinfer.engine.step_costs import StepCosts
 
 Fail: TypeAlias = Callable[[Any, BaseException], None]  # ends a request for an error
+# Whether a prompt is to be read in a step that has some parts already.
+MayRead: TypeAlias = Callable[[Generation | LogitsJob, list[Rows]], bool]
 
 
 def next_rows(
@@ -24,6 +26,7 @@ def next_rows(
     limits: StepLimits,
     costs: StepCosts,
     fail: Fail,
+    may_read: MayRead,
 ) -> list[Rows]:
     """One row of all that decode, then prompts by rank; beside others, so many that those flow."""
     parts: list[Rows] = []
@@ -47,7 +50,7 @@ def next_rows(
         if n_left < 1:
             break
         try:
-            more = work.next_rows(n_left, limits)
+            more = work.next_rows(n_left, limits) if may_read(work, parts) else []
         except BaseException as error:
             fail(work, error)
             continue

@@ -17,7 +17,7 @@ from edgeinfer.batch import StepLimits
 from edgeinfer.engine.cache_store import CacheStore
 from edgeinfer.engine.generation import Generation, LogitsJob, public_error
 from edgeinfer.engine.next_rows import is_decode_step, next_rows, with_drafts
-from edgeinfer.engine.sequence import Finished, FinishReason, Prefilled, Rows, Work
+from edgeinfer.engine.sequence import Finished, FinishReason, Rows, Work
 from edgeinfer.engine.speculation import MAX_ROWS
 from edgeinfer.engine.step_costs import StepCosts
 
@@ -129,19 +129,22 @@ class Scheduler:
             return
         is_new = work.sequence is None
         if work.sequence is None:
-            work.sequence = self.store.open(work.request.ids, work.layout)
+            asked = work.request
+            work.sequence = self.store.open(asked.ids, work.layout, asked.borders, asked.n_stable)
             work.next_row = Rows(work.sequence, 1, 1, work)
         insort(self.running, work, key=_RANK)
         self.waiting.remove(work)
         if is_new:
-            done = work.sequence.n_cached
-            work.emit(Prefilled(done, work.sequence.n_prompt, done, time.perf_counter()))
+            work.emit(work.sequence.progress(time.perf_counter()))
 
     def _give_way(self, work: AnyWork) -> None:
-        """Its pages are free; it waits, with its rank, to compute its tokens from the first on."""
+        """It waits, with its rank, to compute again what is taken of its pages meanwhile."""
         self.waiting.append(work)
         for sequence in work.sequences:
-            self.store.free(sequence)
+            if isinstance(work, LogitsJob):
+                self.store.free(sequence)
+            else:
+                self.store.park(sequence)
         if isinstance(work, LogitsJob):
             self.jobs.remove(work)
         else:
@@ -153,8 +156,8 @@ class Scheduler:
         has_ended = reason in ("stop", "length")
         is_kept = isinstance(work, Generation) and (has_ended or work.keeps_cache)
         for sequence in work.sequences:
-            if is_kept and sequence.cache.n_tokens:
-                self.store.keep(sequence, is_whole=has_ended)
+            if is_kept:
+                self.store.keep(sequence)
             else:
                 self.store.free(sequence)
         self._forget(work)
@@ -212,9 +215,16 @@ class Scheduler:
 
         Logits are computed in steps of their own.
         """
-        parts = next_rows(self.running, self.jobs, self.limits, self.costs, self.fail)
+        for generation in tuple(self.running):
+            try:
+                self.store.settle(generation.sequences[0])
+            except BaseException as error:
+                self.fail(generation, error)
+        parts = next_rows(
+            self.running, self.jobs, self.limits, self.costs, self.fail, self._may_read
+        )
         if is_decode_step(parts):
-            most = min(self.limits.max_rows, self.max_samples)
+            most = min(self.limits.max_rows, self.max_samples, self.store.most_rows())
             parts = with_drafts(parts, most, self.costs, self.fail)
         if not all([self._holds(part) for part in parts]):
             parts = [self._make_room(part) for part in sorted(parts, key=lambda p: p.work.rank)]
@@ -223,13 +233,21 @@ class Scheduler:
         steps += [[part for part in parts if part.work is job] for job in self.jobs]
         return [step for step in steps if step]
 
+    def _may_read(self, work: AnyWork, parts: list[Rows]) -> bool:
+        """Whether nobody else computes in this step what it needs next."""
+        if isinstance(work, LogitsJob):
+            return True
+        (sequence,) = work.sequences
+        self.store.catch_up(sequence)
+        return not self.store.waits(sequence, [part.sequence for part in parts])
+
     def _holds(self, part: Rows) -> bool:
         """Whether it holds the pages for its rows now; False where too few are free."""
         cache = part.sequence.cache
         if cache.n_tokens + part.n <= cache.room:
             return True
         try:
-            return self.store.hold(part.sequence, part.n)
+            return self.store.hold(part.sequence, part.n, len(part.drafts))
         except BaseException as error:
             self.fail(part.work, error)  # type: ignore[arg-type]
             return True
@@ -243,10 +261,10 @@ class Scheduler:
         return part
 
     def _take_pages_for(self, work: Work) -> None:
-        """Of who is not read, else of the last behind it, else it is the last itself."""
-        for generation in self.paused:
-            if _holds_pages(generation):
-                self.store.free(generation.sequences[0])
+        """Of who does not run, else of the last behind it, else it is the last itself."""
+        for waiting in (*self.paused, *self.waiting):  # these hold some if they were paused
+            if _holds_pages(waiting):
+                self.store.park(waiting.sequences[0])
                 return
         behind = [each for each in self._at_work if each.rank > work.rank and _holds_pages(each)]
         in_front = [each for each in self._at_work if each.rank < work.rank]
@@ -260,7 +278,7 @@ _RANK = attrgetter("rank")
 
 
 def _holds_pages(work: Work) -> bool:
-    return any(any(sequence.cache.n_pages) for sequence in work.sequences)
+    return any(not sequence.cache.is_empty for sequence in work.sequences)
 
 
 def _has_slid(work: Work) -> bool:

@@ -6,13 +6,13 @@ Knows token ids only, and nothing of scheduling or threads.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
-from edgeinfer.engine.cache import CacheLayout, Overflow, SequenceCache
+from edgeinfer.engine.cache import Overflow, SequenceCache
+from edgeinfer.engine.prefix_index import Miss, Node
 from edgeinfer.errors import InvalidRequestError
 from edgeinfer.parameters import REQUEST
 from edgeinfer.sampling.params import SamplingParams
@@ -30,7 +30,9 @@ class Request:
     """`n_pinned` tokens at the start stay visible for ever when the context slides.
 
     With `speculation` tokens are guessed ahead where that is faster; the answer is the same. What
-    has a larger `priority` runs first, and of equals what came first.
+    has a larger `priority` runs first, and of equals what came first. `borders` are numbers of
+    tokens behind which later prompts are likely to differ, the ends of messages; what is kept of
+    the first `n_stable` tokens is the last to be given up.
     """
 
     ids: tuple[int, ...]
@@ -41,6 +43,8 @@ class Request:
     n_pinned: int = 0
     speculation: bool = False
     priority: int = 0
+    borders: tuple[int, ...] = ()
+    n_stable: int = 0
     hook: Hook | None = None
 
     def __post_init__(self) -> None:
@@ -60,12 +64,16 @@ class Request:
 
 
 class Prefilled(NamedTuple):
-    """`done` of `total` prompt tokens are in the cache, `cached` of them from before."""
+    """`done` of `total` prompt tokens are in the cache, `cached` of them computed by others.
+
+    `miss` tells why the others were not.
+    """
 
     done: int
     total: int
     cached: int
     at: float  # time.perf_counter(), taken by the engine
+    miss: Miss = ""
 
 
 class Token(NamedTuple):
@@ -98,6 +106,17 @@ class Sequence:
     cache: SequenceCache
     n_cached: int = 0
     mu: float | None = None  # mirostat's state
+    # The store's: why no more was cached; its nodes in the index; where to enter what it has
+    # computed, with what rank; another that begins alike, with how many tokens.
+    miss: Miss = ""
+    path: list[Node] = field(default_factory=list)
+    borders: list[tuple[int, int]] = field(default_factory=list)
+    leader: tuple[Sequence, int] | None = None
+    is_behind: bool = False  # the index may hold more of it than it does itself
+
+    def progress(self, at: float) -> Prefilled:
+        done = self.cache.n_tokens
+        return Prefilled(done, self.n_prompt, self.n_cached, at, self.miss)
 
     @property
     def n_generated(self) -> int:
@@ -107,15 +126,6 @@ class Sequence:
     def n_waiting(self) -> int:
         """Tokens whose K and V are not stored yet: 1 while decoding."""
         return len(self.ids) - self.cache.n_tokens
-
-    def common_prefix(self, ids: SequenceOf[int], layout: CacheLayout) -> int:
-        """How many of `ids` this sequence's cache can serve, the last one excepted."""
-        if layout != self.cache.layout:
-            return 0
-        stored = self.ids[: self.cache.n_tokens]
-        limit = min(len(stored), len(ids) - 1)
-        n = next((i for i in range(limit) if stored[i] != ids[i]), limit)
-        return n if self.cache.can_cut(n) else 0
 
 
 class Work(Protocol):

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as SequenceOf
-from typing import NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 import numpy as np
 
 from edgeinfer.batch import Batch, Outputs
 from edgeinfer.engine.generation import Generation, LogitsJob
-from edgeinfer.engine.sequence import FinishReason, Prefilled, Rows, Sequence, Token
+from edgeinfer.engine.sequence import FinishReason, Rows, Sequence, Token
 from edgeinfer.errors import EdgeInferError
 from edgeinfer.sampling.params import OK, SampleTable, SamplingParams
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 class Ends(Protocol):
@@ -40,7 +43,7 @@ def build_batch(parts: SequenceOf[Rows], samples: SampleTable | None) -> Batch:
     for i, part in enumerate(parts):
         sequence, n = part.sequence, part.n
         start = sequence.cache.n_tokens
-        if n == 1 and not part.drafts:  # as most are
+        if n == 1:  # as most have
             ids.append(sequence.ids[start])
             pos.append(start)
             seq.append(i)
@@ -50,6 +53,7 @@ def build_batch(parts: SequenceOf[Rows], samples: SampleTable | None) -> Batch:
             pos += range(start, start + n)
             seq += [i] * n
         wanted += range(len(pos) - part.n_wanted, len(pos))
+    states, kept = _states(parts)
     return Batch(
         ids=np.array(ids, np.int32),
         pos=np.array(pos, np.int64),
@@ -58,7 +62,24 @@ def build_batch(parts: SequenceOf[Rows], samples: SampleTable | None) -> Batch:
         wanted=np.array(wanted, np.int32),
         output="logits" if samples is None else "ids",
         samples=samples,
+        states=states,
+        kept=kept,
     )
+
+
+def _states(
+    parts: SequenceOf[Rows],
+) -> tuple[NDArray[np.int32] | None, NDArray[np.int32] | None]:
+    """The slots that a step starts from, and those for the states behind its rows."""
+    if not parts[0].sequence.cache.has_state:
+        return None, None
+    kept: list[int] = []
+    for part in parts:
+        cache = part.sequence.cache
+        counts = range(cache.n_tokens + 1, cache.n_tokens + part.n + 1)
+        kept += [cache.kept.get(n_tokens, -1) for n_tokens in counts]
+    states = [part.sequence.cache.state for part in parts]
+    return np.array(states, np.int32), np.array(kept, np.int32)
 
 
 def fill_samples(table: SampleTable, parts: SequenceOf[Rows]) -> None:
@@ -128,8 +149,7 @@ def _commit_part(part: Rows, work: Generation, picked: _Picked, row: int, ends: 
     sequence = part.sequence
     sequence.cache.advance(part.n - len(part.drafts))
     if len(sequence.ids) == sequence.n_prompt:
-        done = sequence.cache.n_tokens
-        work.emit(Prefilled(done, sequence.n_prompt, sequence.n_cached, picked.at))
+        work.emit(sequence.progress(picked.at))
     if not part.n_wanted:
         return
     n_before = len(sequence.ids)

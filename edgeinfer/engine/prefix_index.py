@@ -1,0 +1,289 @@
+"""What has been computed of which beginnings: a tree of pages of tokens, and what is kept of each.
+
+Knows nothing of requests; never touches K, V or state values.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as SequenceOf
+from typing import Literal, NamedTuple, TypeAlias
+
+from edgeinfer.batch import PAGE
+from edgeinfer.engine.cache import CacheLayout, PagePool
+
+# Why no more of a prompt came from the cache: all did; the rest was never read; its pages, those of
+# a window or the state there have been given up; it was read under another layout.
+Miss: TypeAlias = Literal["", "new", "evicted", "window", "state", "settings"]
+
+# What is given up first: what may do, what ends where a prompt is likely to go on, what was asked
+# to stay. Of the last at most half of the pages: else nothing new could ever be kept.
+PLAIN, BORDER, STABLE = range(3)
+_BYTES = 4  # of a token
+_FEW_NODES = 1024
+
+
+class Node:
+    """The tokens of a page, after those of the nodes above it, and what is kept of them.
+
+    Keys are ids as bytes, so a lookup hashes and compares them. `held` are the page of each cache
+    group and, where a model has state, the slot of the state after the last token; -1 is none.
+    `tails` are nodes of less than a page, whose pages may have been written further since.
+    """
+
+    __slots__ = ("children", "held", "ids", "tails")
+
+    def __init__(self, ids: bytes, n_kinds: int) -> None:
+        self.ids = ids
+        self.children: dict[bytes, Node] = {}
+        self.tails: dict[bytes, Node] = {}
+        self.held = [-1] * n_kinds
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.ids) == PAGE * _BYTES
+
+
+class Match(NamedTuple):
+    """The longest beginning that can be gone on with: `path`, then the first of `last`'s tokens."""
+
+    n_tokens: int
+    path: list[Node]
+    last: Node | None
+    miss: Miss
+
+
+class PrefixIndex:
+    """Holds what it was given until room is needed, the least recently used first.
+
+    `pools` are those of the cache groups, and that of the state slots where there are any: the
+    kinds of what a node holds, by number.
+    """
+
+    def __init__(self, pools: SequenceOf[PagePool], has_state: bool) -> None:
+        self._pools, self._has_state = pools, has_state
+        self._n_groups = len(pools) - has_state
+        self._roots: dict[CacheLayout, Node] = {}
+        # By kind and rank: the nodes that hold a page; it counts as one holder of it.
+        self._held: list[list[OrderedDict[int, list[Node]]]] = [
+            [OrderedDict() for _ in range(STABLE + 1)] for _ in pools
+        ]
+        self.n_nodes = 0
+        self._sweep_at = _FEW_NODES + 2 * sum(pool.n_pages for pool in pools)
+
+    def n_idle(self, kind: int) -> int:
+        """How many it holds that nobody else does: there for whoever needs them."""
+        pool = self._pools[kind]
+        return sum(pool.n_holders(number) == 1 for held in self._held[kind] for number in held)
+
+    # -- entering --------------------------------------------------------------------------------
+
+    def root(self, layout: CacheLayout) -> Node:
+        if layout not in self._roots:
+            self._roots[layout] = Node(b"", len(self._pools))
+        return self._roots[layout]
+
+    def child(self, node: Node, ids: bytes) -> Node:
+        """The node of the next tokens, made where there is none; less than a page is a tail."""
+        nodes = node.children if len(ids) == PAGE * _BYTES else node.tails
+        found = nodes.get(ids)
+        if found is None:
+            found = nodes[ids] = Node(ids, len(self._pools))
+            self.n_nodes += 1
+        return found
+
+    def put(self, node: Node, kind: int, number: int, rank: int = PLAIN) -> None:
+        """Hold a page or slot for a node that has none; it may be another node's, too."""
+        for queue in self._held[kind]:
+            if number in queue:
+                queue[number].append(node)
+                break
+        else:
+            self._pools[kind].share(number)
+            self._held[kind][PLAIN][number] = [node]
+        node.held[kind] = number
+        self.touch(node, kind, rank)
+
+    def touch(self, node: Node, kind: int, rank: int = PLAIN) -> None:
+        """Count what a node holds as used now, and as of at least a rank."""
+        number, queues = node.held[kind], self._held[kind]
+        for before, queue in enumerate(queues):
+            if number in queue:
+                nodes = queue.pop(number)
+                queues[max(rank, before)][number] = nodes
+                break
+        if 2 * len(queues[STABLE]) > self._pools[kind].n_pages:
+            oldest, nodes = queues[STABLE].popitem(last=False)
+            queues[PLAIN][oldest] = nodes
+
+    # -- giving up -------------------------------------------------------------------------------
+
+    def evict(self, kind: int) -> bool:
+        """Give up what was used least recently of what nobody else holds; False without any."""
+        pool = self._pools[kind]
+        for queue in self._held[kind]:
+            for _ in range(len(queue)):
+                number = next(iter(queue))
+                if pool.n_holders(number) == 1:
+                    self._drop(kind, number, queue)
+                    return True
+                queue.move_to_end(number)  # in use: as good as used now
+        return False
+
+    def give_up(self, kind: int, number: int) -> bool:
+        """Hold a page no longer, whoever else does; False if it is not held."""
+        for queue in self._held[kind]:
+            if number in queue:
+                self._drop(kind, number, queue)
+                return True
+        return False
+
+    def clear(self) -> None:
+        """Give up everything."""
+        for kind, queues in enumerate(self._held):
+            for queue in queues:
+                for number in list(queue):
+                    self._drop(kind, number, queue)
+        self._roots, self.n_nodes = {}, 0
+
+    def _drop(self, kind: int, number: int, queue: OrderedDict[int, list[Node]]) -> None:
+        for node in queue.pop(number):
+            node.held[kind] = -1
+        self._pools[kind].release([number])
+
+    def sweep(self, in_use: Iterable[Node]) -> None:
+        """Forget the tokens of what was given up, once they are many; `in_use` are ends of paths.
+
+        Until then they tell why a prompt is read again.
+        """
+        if self.n_nodes < self._sweep_at:
+            return
+        used = set(map(id, in_use))
+        below: list[tuple[Node, Node]] = []  # (above, node), every node after those above it
+        for root in self._roots.values():
+            below += ((root, node) for node in _next(root))
+        for _, node in below:  # NOTE: the list grows while it is walked
+            below += ((node, each) for each in _next(node))
+        for above, node in reversed(below):
+            is_dead = max(node.held, default=-1) < 0 and not node.children and not node.tails
+            if is_dead and id(node) not in used:
+                nodes = above.children if node.ids in above.children else above.tails
+                del nodes[node.ids]
+                self.n_nodes -= 1
+        self._sweep_at = max(self._sweep_at, 2 * self.n_nodes)
+
+    def recover(self) -> list[list[int]]:
+        """Derive what is held from the nodes, after an error anywhere; the numbers of each kind."""
+        found: list[dict[int, list[Node]]] = [{} for _ in self._pools]
+        nodes = list(self._roots.values())
+        for node in nodes:  # NOTE: the list grows while it is walked
+            nodes += _next(node)
+            for kind, number in enumerate(node.held):
+                if number >= 0:
+                    found[kind].setdefault(number, []).append(node)
+        self.n_nodes = len(nodes) - len(self._roots)
+        for kind, of_kind in enumerate(found):
+            queues = self._held[kind]
+            for rank, queue in enumerate(queues):
+                queues[rank] = OrderedDict((n, of_kind.pop(n)) for n in queue if n in of_kind)
+            queues[PLAIN].update(of_kind)
+        return [[number for queue in queues for number in queue] for queues in self._held]
+
+    # -- finding ---------------------------------------------------------------------------------
+
+    def find(self, layout: CacheLayout, ids: array[int], most: int, least: int = 0) -> Match:
+        """The longest beginning of `ids`, of more than `least` and at most `most` tokens."""
+        path = self._walk(layout, ids, most)
+        found = None
+        for n_full in range(len(path), least // PAGE - 1, -1):
+            above = path[n_full - 1] if n_full else self.root(layout)
+            for n_tokens, last in self._ends(above, n_full, n_full == len(path), ids, most):
+                if n_tokens > least and self._lacks(layout, path[:n_full], last, n_tokens) < 0:
+                    found = Match(n_tokens, path[:n_full], last, "")
+                    break
+            if found:
+                break
+        found = found or Match(least, [], None, "")
+        return found._replace(miss=self._miss(layout, path, ids, most, found.n_tokens))
+
+    def _walk(self, layout: CacheLayout, ids: array[int], most: int) -> list[Node]:
+        node, path = self.root(layout), []
+        for start in range(0, most // PAGE * PAGE, PAGE):
+            child = node.children.get(ids[start : start + PAGE].tobytes())
+            if child is None:
+                break
+            path.append(child)
+            node = child
+        return path
+
+    def _known(self, layout: CacheLayout, path: list[Node], ids: array[int], most: int) -> int:
+        """Tokens of `ids` that have been computed before."""
+        above = path[-1] if path else self.root(layout)
+        rest = ids[len(path) * PAGE : min(most, (len(path) + 1) * PAGE)]
+        return len(path) * PAGE + max((_agree(n, rest) for n in _next(above)), default=0)
+
+    def _ends(
+        self, above: Node, n_full: int, is_last: bool, ids: array[int], most: int
+    ) -> Iterator[tuple[int, Node | None]]:
+        """Where a path may be gone on from behind its first pages: (tokens, what follows them).
+
+        State is known only where it was kept; K and V of every token that agrees.
+        """
+        start = n_full * PAGE
+        rest = ids[start : min(most, start + PAGE)]
+        nodes = above.tails.values() if self._has_state else _next(above) if is_last else ()
+        ends = [(_agree(node, rest), node) for node in nodes]
+        if self._has_state:
+            ends = [
+                (n, node) for n, node in ends if n * _BYTES == len(node.ids) and node.held[-1] >= 0
+            ]
+        for n, node in sorted(ends, key=lambda end: -end[0]):
+            if n:
+                yield start + n, node
+        if not self._has_state or above.held[-1] >= 0:
+            yield start, None
+
+    def _lacks(self, layout: CacheLayout, path: list[Node], last: Node | None, n: int) -> int:
+        """The first cache group of which pages are gone that a query behind n tokens sees."""
+        for group in range(self._n_groups):
+            for page in reversed(layout.seen_pages(group, n)):
+                node = path[page] if page < len(path) else last
+                if node is None or node.held[group] < 0:
+                    return group
+        return -1
+
+    def _miss(
+        self, layout: CacheLayout, path: list[Node], ids: array[int], most: int, n: int
+    ) -> Miss:
+        """Why no more than n tokens, of those known under this layout or another, are served."""
+        if n >= most:
+            return ""
+        n_known = self._known(layout, path, ids, most)
+        others = (
+            self._known(each, self._walk(each, ids, most), ids, most)
+            for each in self._roots
+            if each != layout
+        )
+        if max(others, default=0) > max(n, n_known):
+            return "settings"
+        if n >= n_known:
+            return "new"
+        n_full = max(n // PAGE, len(path))
+        lacking = self._lacks(layout, path[:n_full], None, len(path[:n_full]) * PAGE)
+        if lacking >= 0:
+            return "window" if layout.rings[lacking].window else "evicted"
+        return "state" if self._has_state else "evicted"
+
+
+def _next(node: Node) -> Iterator[Node]:
+    yield from node.children.values()
+    yield from node.tails.values()
+
+
+def _agree(node: Node, ids: array[int]) -> int:
+    """How many of a node's tokens the first of `ids` are."""
+    own = array(ids.typecode, node.ids)
+    n = min(len(own), len(ids))
+    return next((i for i in range(n) if own[i] != ids[i]), n)
