@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections import deque
 from queue import SimpleQueue
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 from edgeinfer.engine.event_queue import EventQueue
 
@@ -24,37 +25,34 @@ class Receiver(Protocol):
         ...
 
 
-_Batch: TypeAlias = list[tuple[Receiver, Any]]
-
-
 class Delivery:
-    """Events on their way from the engine's thread to their queues, those of each in order.
+    """Events on their way from the engine's thread to their queues, in order.
 
     To wake up a reader takes the system 5 to 10 us, and none goes on before the engine's thread has
     begun the next step. So where there are many they are woken beside that step.
     """
 
     def __init__(self) -> None:
-        self._events: _Batch = []
-        self._batches: SimpleQueue[_Batch | None] = SimpleQueue()
-        self._n_begun = self._n_done = 0  # batches; each is counted in one thread only
+        self._events: deque[tuple[Receiver, Any]] = deque()
+        self._calls: SimpleQueue[bool] = SimpleQueue()  # False ends the thread
+        # How often it was called and has come; each is counted in one thread only.
+        self._n_called = self._n_come = 0
         self._thread: threading.Thread | None = None
 
     def put(self, receiver: Receiver, event: Any) -> None:
-        """Have an event delivered with the next batch."""
+        """Have an event delivered with the next `send`."""
         self._events.append((receiver, event))
 
     def send(self) -> None:
         """Deliver what has been put."""
         if not self._events:
             return
-        events, self._events = self._events, []
-        is_idle = self._n_begun == self._n_done
-        if is_idle and (len(events) <= _FEW or not self._has_thread()):
-            self._deliver(events)
+        is_idle = self._n_called == self._n_come
+        if is_idle and (len(self._events) <= _FEW or not self._has_thread()):
+            self._deliver()
         else:
-            self._n_begun += 1
-            self._batches.put(events)
+            self._n_called += 1
+            self._calls.put(True)
 
     def is_here(self) -> bool:
         """Whether the caller is called back by the thread that delivers."""
@@ -64,7 +62,7 @@ class Delivery:
         """Deliver what is left; nothing comes after that."""
         self.send()
         if self._thread is not None:
-            self._batches.put(None)
+            self._calls.put(False)
             self._thread.join(timeout)
 
     def _has_thread(self) -> bool:
@@ -77,15 +75,18 @@ class Delivery:
         return self._thread is not None
 
     def _run(self) -> None:
-        while (events := self._batches.get()) is not None:
-            self._deliver(events)
-            self._n_done += 1
+        while self._calls.get():
+            self._deliver()
+            self._n_come += 1
 
-    def _deliver(self, events: _Batch) -> None:
-        for receiver, event in events:
+    def _deliver(self) -> None:
+        events = self._events
+        while events:
+            receiver, event = events[0]
             try:
+                del events[0]
                 receiver.events.put(event)
-            except BaseException as error:  # the event is in the queue all the same
+            except BaseException as error:  # a callback's
                 receiver.break_off(error)
 
 
