@@ -20,7 +20,7 @@ SAID = {
     "LICENSE": "MIT.",
     "NOTICE": "Projects whose published facts are used.",
     "README.md": "This file.",
-    "edgeinfer/examples": "What the first command looked like when it was run.",
+    "edgeinfer/examples": "Small programs, each showing one thing, and a notebook.",
     "edgeinfer/pyinstaller/rthooks": "What runs before a frozen program.",
     "pyproject.toml": "Packaging, dependencies, settings of ruff, mypy and pytest.",
     "tests/bench": "Benchmarks, and the log of what was tuned.",

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from edgeinfer.aio import AsyncLLM, AsyncStream
+    from edgeinfer.engine.hooks import Step
     from edgeinfer.engine.memory_plan import MemoryPlan
     from edgeinfer.errors import (
         BusyError,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from edgeinfer.hub.fetch import pull
     from edgeinfer.inspect_file import plan
     from edgeinfer.llm import LLM
-    from edgeinfer.options import LoadOptions, Progress, Sampling, Step
+    from edgeinfer.options import LoadOptions, Progress, Sampling
     from edgeinfer.parameters import ANSWER, LOAD, Parameter
     from edgeinfer.replay import Recording, Replay
     from edgeinfer.results import (
@@ -57,7 +58,7 @@ if not os.path.isdir(os.path.join(os.path.dirname(__file__), "kernels")):
 _HOME = {
     "LLM": "llm", "AsyncLLM": "aio", "Message": "text.messages",
     "Recording": "replay", "Replay": "replay",
-    "LoadOptions": "options", "Progress": "options", "Sampling": "options", "Step": "options",
+    "LoadOptions": "options", "Progress": "options", "Sampling": "options", "Step": "engine.hooks",
     "ANSWER": "parameters", "LOAD": "parameters", "Parameter": "parameters",
     "MemoryPlan": "engine.memory_plan", "plan": "inspect_file",
     "ModelInfo": "hub.discovery", "list_models": "hub.discovery", "pull": "hub.fetch",

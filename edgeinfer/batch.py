@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 PAGE = 32  # positions in a KV page
 HOST = "host"  # the memory of the processors; what a GPU shares with them is a part of it
 _LEAST_SEQUENCES = 8
-_LOGITS_BYTES = 32 << 20
+_LOGITS_BYTES = 12 << 20  # a row for each position of a step only where logits are asked for
 EVERY_PAGE = 1 << 30  # of a table whose queries see whatever a window leaves
 SEGMENT_PAGES = 16  # pages whose partial attention folds into one segment (512 positions)
 
@@ -192,6 +192,7 @@ class StepRequest(NamedTuple):
     n_threads: int
     most_rows: int = 1 << 30  # of a step, where another machine computes a part of it
     n_states: int = 0  # slots, of a model that has states: see `Batch`
+    n_spare_pages: int = 0  # beyond those of the slots: for what has ended and may be gone on with
 
 
 class StepLimits(NamedTuple):
@@ -224,7 +225,7 @@ class StepLimits(NamedTuple):
         n_sequences = min(max(_LEAST_SEQUENCES, request.slots), max_rows)
         n_pages = {}
         for window in windows:
-            n_pages[window] = request.slots * pages_for(request.n_ctx)
+            n_pages[window] = request.slots * pages_for(request.n_ctx) + request.n_spare_pages
             if window:  # one more than run, so that one that has ended can be gone on with
                 most = (request.slots + 1) * ring_pages(window, max_rows)
                 n_pages[window] = min(n_pages[window], most)
@@ -247,6 +248,8 @@ class Demand(NamedTuple):
     # By memory ("host", "cuda:0"): bytes by purpose, all that a program reserves there.
     memories: Mapping[str, Mapping[str, int]]
     building_bytes: int = 0  # of the host's: what getting ready takes before any of that
+    # Of the host's: what packing weights takes for a while, before a step needs its memory.
+    packing_bytes: int = 0
 
 
 STATE_ROW = "state"  # the name of the state slots there

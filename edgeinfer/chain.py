@@ -64,8 +64,13 @@ class ChainBackend:
             shared_rows=min(each.shared_rows for each in limits),
             row_cost=max(each.row_cost for each in limits),
         )
-        building_bytes = sum(demand.building_bytes for demand in demands)
-        return Demand(whole, _added(demand.memories for demand in demands), building_bytes)
+        # Kernels are built, and weights packed, by one after the other.
+        return Demand(
+            whole,
+            _added(demand.memories for demand in demands),
+            sum(demand.building_bytes for demand in demands),
+            max(demand.packing_bytes for demand in demands),
+        )
 
     def compile(self, segment: Segment, limits: StepLimits) -> Chain:
         """One program for each stretch; none is left where one of them can't be made."""

@@ -187,6 +187,28 @@ def usable_gpus(driver: CudaDriver) -> list[int]:
     return [i for i, each in enumerate(capabilities) if each >= _LEAST_CAPABILITY]
 
 
+class ModelRoom(NamedTuple):
+    """Bytes that models may take: of the host's memory, and of all usable GPUs' own beside it."""
+
+    host: int
+    gpus: int
+
+    def __str__(self) -> str:
+        beside = f", {self.gpus / 1e9:.1f} GB on GPUs" if self.gpus else ""
+        return f"{self.host / 1e9:.1f} GB of memory to use{beside}"
+
+
+def model_room() -> ModelRoom:
+    """What a plan would have to share out, as far as can be told without opening a device."""
+    driver = platform.cuda_driver() if has_cupy() else None
+    usable = [] if driver is None else [driver.devices[i] for i in usable_gpus(driver)]
+    own = sum(gpu.n_bytes for gpu in usable if not gpu.is_integrated)
+    return ModelRoom(platform.memory_budget(), own * _USABLE_SHARE // 100)
+
+
+_USABLE_SHARE = 90  # per cent of a GPU's memory: the rest is its driver's, and the screen's
+
+
 def cuda_version(driver: CudaDriver) -> str:
     """The newest CUDA that a driver runs, such as 12.4."""
     return f"{driver.version // 1000}.{driver.version % 1000 // 10}"

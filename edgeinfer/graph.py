@@ -111,12 +111,7 @@ class Graph(ModelReader):
             raise ValueError(f"layers {first}:{last} are not within 0:{n}")
         low = -1 if first == 0 else first
         high = n if last == n else last - 1
-        n_ctx = self.hparams.n_ctx_train if n_ctx is None else n_ctx
-        ops = tuple(
-            _of_types(_in_context(op, n_ctx), kv_types)
-            for op in self.ops
-            if low <= op.layer <= high
-        )
+        ops = tuple(op for op in self.ops_for(n_ctx, kv_types) if low <= op.layer <= high)
         output = self.logits if last == n else self.boundary(last - 1)
         hidden = self.hidden if last == n else output
         assert output is not None and hidden is not None, "the model's forward() recorded no head"
@@ -126,6 +121,11 @@ class Graph(ModelReader):
             raise ValueError(f"residuals {layers} are not within {first}:{last}")
         kept = {layer: self.residual(layer) for layer in layers}
         return Segment(self, ops, entering, output, hidden, last == n, kept)
+
+    def ops_for(self, n_ctx: int | None, kv_types: tuple[KVType, KVType]) -> tuple[Op, ...]:
+        """All that was recorded, for contexts of that length and caches of these types."""
+        n_ctx = self.hparams.n_ctx_train if n_ctx is None else n_ctx
+        return tuple(_of_types(_in_context(op, n_ctx), kv_types) for op in self.ops)
 
     def residual(self, layer: int) -> Value:
         """The residual stream that enters a layer; that of layer `n_layers` enters the head."""

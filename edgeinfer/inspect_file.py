@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from edgeinfer.engine.memory_plan import MemoryPlan
-from edgeinfer.errors import UnsupportedModelError
+from edgeinfer.errors import ModelNotFoundError, UnsupportedModelError
 from edgeinfer.gguf import GGUFFile
 from edgeinfer.graph import Attention, ExpertLinear, Graph, Linear, Route
 from edgeinfer.load_settings import LoadSettings
@@ -100,11 +100,23 @@ def plan(
 ) -> MemoryPlan:
     """The memory that `LLM(model, **load)` would take; PlanError where it does not fit.
 
-    `freed` bytes, by memory as `MemoryPlan.pools` names them, come back before it is loaded.
+    `freed` bytes, by memory as `MemoryPlan.pools` names them, come back before it is loaded. Of a
+    model on the hub that is not here, `download` fetches the header alone.
     """
     settings = LoadSettings.resolve("plan", load)
-    with GGUFFile.open(find_file(model)) as file:
+    with _opened(model, settings.may_download) as file:
         return plan_model(Model.load(file), settings, freed)
+
+
+def _opened(model: str | PathLike[str], may_download: bool) -> GGUFFile:
+    try:
+        return GGUFFile.open(find_file(model))
+    except ModelNotFoundError:
+        from edgeinfer.hub.header import is_on_hub, open_header
+
+        if not (may_download and isinstance(model, str) and is_on_hub(model)):
+            raise
+    return open_header(model)
 
 
 def read_tokenizer(path: str, pre: str | None) -> Tokenizer:

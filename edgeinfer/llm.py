@@ -16,17 +16,16 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeinfer import platform, runtime
-from edgeinfer.backend import attention_weights
+from edgeinfer import platform, runtime, watching
 from edgeinfer.batch import PAGE
 from edgeinfer.engine.cache import LEAST_SLIDING
+from edgeinfer.engine.engine import close_first_at_exit
 from edgeinfer.engine.generation import check_length
-from edgeinfer.engine.hooks import Hook
 from edgeinfer.engine.memory_plan import MemoryPlan
 from edgeinfer.engine.sequence import Request
 from edgeinfer.errors import ClosedError, InvalidRequestError, PlanError
-from edgeinfer.options import LoadOptions, Sampling, Step, Unpack
-from edgeinfer.parameters import ANSWER, LOGITS, LOOK, REQUEST, TEXT, checked, id_list, shown
+from edgeinfer.options import LoadOptions, Sampling, Unpack
+from edgeinfer.parameters import ANSWER, LOGITS, REQUEST, TEXT, checked, id_list, shown
 from edgeinfer.results import Completion
 from edgeinfer.runtime import Runtime
 from edgeinfer.sampling.params import SamplingParams, breaker_tokens, recommended
@@ -57,6 +56,7 @@ class LLM:
         self._runtime = loaded
         # Closes the model when it is dropped, and at exit at the latest.
         self._close = weakref.finalize(self, self._runtime.close)
+        close_first_at_exit()
 
     @property
     def name(self) -> str:
@@ -72,6 +72,11 @@ class LLM:
     def n_ctx_train(self) -> int:
         """Tokens of the longest text that the model was trained on."""
         return self._runtime.model.hparams.n_ctx_train
+
+    @property
+    def n_vocab(self) -> int:
+        """Tokens that there are: the length of a row of logits."""
+        return self._runtime.model.hparams.vocab_size
 
     @property
     def recommended(self) -> dict[str, Any]:
@@ -207,17 +212,7 @@ class LLM:
 
         The layer is one of those that the model was loaded with as `residuals`.
         """
-        opened = self._open()
-        layer = LOOK["layer"].check(layer)
-        _check_declared([layer], opened.segment.residuals, "layer")
-        ids = id_list(token_ids, "token_ids", partial(check_length, n_ctx=self.n_ctx))
-        rows = np.empty((len(ids), opened.segment.residuals[layer].dim), np.float32)
-
-        def take(step: Step) -> None:
-            rows[step.position : step.position + len(step.token_ids)] = step.residuals[layer]
-
-        opened.engine.each_residual(ids, take, (layer,))
-        return rows
+        return watching.residuals(self._open(), token_ids, layer)
 
     def attention(
         self, token_ids: Sequence[int], layer: int, *, last: int | None = None
@@ -227,12 +222,7 @@ class LLM:
         The softmax itself, computed again in NumPy from `residuals`, with every device's bits. A
         layer without attention is refused.
         """
-        given = checked("attention", {"last": last}, LOOK)
-        x = self.residuals(token_ids, layer)
-        first = len(x) - given.get("last", len(x))
-        if first < 0:
-            raise InvalidRequestError(f"last is {last}, need 1 to {len(x)}", param="last")
-        return attention_weights(self._open().segment, layer, x, range(first, len(x)))
+        return watching.attention(self._open(), token_ids, layer, last)
 
     # -- end -------------------------------------------------------------------------------------
 
@@ -309,7 +299,7 @@ class LLM:
             stop_ids=self._stop_ids(given.get("stop_token_ids", frozenset())),
             n_pinned=given.get("n_keep", n_pinned),
             priority=given.get("priority", 0),
-            hook=_hook(given, opened.segment.residuals),
+            hook=watching.hook_of(given, opened),
             speculation=given.get("speculation", opened.plan.limits.row_cost < 1),
         )
         generation = opened.engine.submit(request)
@@ -353,29 +343,6 @@ class LLM:
         pieces = [tokenizer.piece(id) for id in range(tokenizer.n_vocab)]
         found = breaker_tokens(params.dry_sequence_breakers, pieces, tokenizer.encode)
         return params.with_breakers(found)
-
-
-def _hook(given: Mapping[str, Any], declared: Iterable[int]) -> Hook | None:
-    """Who watches a request's steps, and what of them."""
-    watch = given.get("watch", ("logits",))
-    layers = tuple(each for each in watch if isinstance(each, int))
-    _check_declared(layers, declared, "watch")
-    if "on_step" not in given:
-        if "watch" in given:
-            raise InvalidRequestError("watch is given and on_step is not", param="watch")
-        return None
-    return Hook(given["on_step"], "logits" in watch, "hidden" in watch, layers)
-
-
-def _check_declared(layers: Iterable[int], declared: Iterable[int], param: str) -> None:
-    """The streams that enter layers are kept only where a load has planned memory for them."""
-    kept = list(declared)
-    if missing := sorted(set(layers) - set(kept)):
-        raise InvalidRequestError(
-            f"{param} names layers {missing}; the model was loaded with residuals={kept}; load it "
-            f"with residuals={sorted({*kept, *missing})}",
-            param=param,
-        )
 
 
 def _run_all(

@@ -29,7 +29,7 @@ class LoadSettings(NamedTuple):
     n_threads: int
     memory: int | str | None  # as it was given
     n_ctx: int | None  # None: the usual length, or what fits
-    kv_types: tuple[KVType, KVType]  # of K and V
+    kv_types: tuple[KVType, KVType] | None  # of K and V; None: f16, or what fits
     slots: int
     chat_template: str | None
     pre: str | None
@@ -62,7 +62,7 @@ class LoadSettings(NamedTuple):
             n_threads=options.get("threads") or _usual_threads(),
             memory=options.get("memory"),
             n_ctx=options.get("n_ctx"),
-            kv_types=options.get("kv_type", ("f16", "f16")),
+            kv_types=options.get("kv_type"),
             slots=options.get("slots", 1),
             chat_template=options.get("chat_template"),
             pre=options.get("pre"),
@@ -77,10 +77,11 @@ class LoadSettings(NamedTuple):
             device=Device("cpu"), device_note=note, further=(), may_leave_gpu=False
         )
 
-    def available_memory(self) -> int:
-        """Bytes that the user allows, or else that there are now."""
-        available = platform.available_memory()
-        return available if self.memory is None else parse_memory(self.memory, available)
+    def allowed_memory(self, usual: int) -> int:
+        """Bytes of the host's that the user allows, `usual` where nothing was said."""
+        if self.memory is None:
+            return usual
+        return parse_memory(self.memory, platform.available_memory())
 
 
 def _usual_threads() -> int:

@@ -92,6 +92,10 @@ class Recording(Protocol):
         """The residual stream that leaves a layer."""
         ...
 
+    def ops_for(self, n_ctx: int | None, kv_types: tuple[KVType, KVType]) -> tuple[Op, ...]:
+        """All that was recorded, for contexts of that length and caches of these types."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Value:

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, TypedDict
+from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict
 
 if sys.version_info >= (3, 11):
     from typing import Unpack as Unpack
 else:
     from typing_extensions import Unpack as Unpack
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 # "drop-turns" (chats only) leaves out the oldest turns before an answer and slides inside it.
 Overflow: TypeAlias = Literal["error", "slide", "drop-turns"]
@@ -25,20 +21,6 @@ class Progress(NamedTuple):
     stage: str
     done: int
     total: int
-
-
-class Step(NamedTuple):
-    """What `on_step` is called with: a request's rows of one step, T of them, as it is watched.
-
-    All arrays are views that the next step overwrites. What is written to `logits` counts: the
-    token is picked from them afterwards. Rows that came out of the cache were never computed.
-    """
-
-    position: int  # of the first row
-    token_ids: NDArray[np.int32]  # (T,)
-    logits: NDArray[np.float32] | None  # (V,) of the last row, None while the prompt is read
-    hidden: NDArray[np.float32] | None  # (D,) of the last row, as the head reads it, alike
-    residuals: Mapping[int, NDArray[np.float32]]  # (T, D), the stream that enters each layer
 
 
 class LoadOptions(TypedDict, total=False):
@@ -93,6 +75,6 @@ class Sampling(TypedDict, total=False):
     logit_bias: Mapping[int, float] | None
     logprobs: int | None
     priority: int | None  # larger ones run first, 0
-    on_step: Callable[[Step], object] | None  # called in the engine's thread; it must not wait
+    on_step: Callable[[Any], object] | None  # gets a Step, in the engine's thread: it can't wait
     watch: Sequence[str | int] | None  # what it is shown: "logits" alone, "hidden", layers
     speculation: bool | None  # guess tokens ahead where that is faster: on; never changes them

@@ -7,14 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from edgeinfer.errors import InvalidRequestError
+from edgeinfer.llm import LLM
 from edgeinfer.parameters import LOAD, REQUEST, SAMPLING, id_list, shown
-
-if TYPE_CHECKING:
-    from edgeinfer.llm import LLM
-    from edgeinfer.stream import Stream
+from edgeinfer.stream import Stream
 
 FORMAT = 1
 _MOST_BYTES = 256 << 20  # of a file: more ids than any context holds
@@ -190,7 +188,9 @@ class Replay:
 
 
 def _kv_type(llm: LLM) -> tuple[str, ...]:
-    return ("f16", "f16")
+    """As the option spells it; all layers have the same."""
+    kinds = ((kv.k_type, kv.v_type) for kv in llm.runtime.segment.caches.values())
+    return next(kinds, ("f16", "f16"))
 
 
 # -- fields of a file ------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +23,8 @@ from edgeinfer.batch import HOST
 from edgeinfer.device import Device
 from edgeinfer.engine.engine import Engine
 from edgeinfer.engine.generation import WAKE_SECONDS
-from edgeinfer.engine.memory_plan import PYTHON_BYTES, MemoryPlan, PlanRequest, solve
+from edgeinfer.engine.memory_plan import USUAL_TYPES, KVTypes, MemoryPlan, PlanRequest, solve
+from edgeinfer.engine.plan_rows import PYTHON_BYTES, HostBytes, base_bytes
 from edgeinfer.errors import (
     DeviceError,
     EdgeInferError,
@@ -34,13 +36,14 @@ from edgeinfer.errors import (
     memory_ran_out,
 )
 from edgeinfer.gguf import GGUFFile
-from edgeinfer.graph import Segment
 from edgeinfer.hub.discovery import find_model
 from edgeinfer.load_settings import LoadSettings
 from edgeinfer.model import Model
 from edgeinfer.options import LoadOptions, Progress
 from edgeinfer.parameters import shown
+from edgeinfer.segment import Segment
 from edgeinfer.text.chat import ChatTemplate
+from edgeinfer.text.footprint import text_bytes
 from edgeinfer.text.template_engine import TemplateEngine
 from edgeinfer.text.tokenizer import Tokenizer
 
@@ -89,7 +92,9 @@ class Runtime:
         Of several GPUs: "12 + 20 of 32 layers on RTX 3060 + RTX 4090".
         """
         facts, n_layers = self.program.describe(), self.model.hparams.n_layers
-        words = [f"{facts['threads']} threads"] if "threads" in facts else []
+        words = []
+        if n_threads := facts.get("threads", 0):
+            words.append("1 thread" if n_threads == 1 else f"{n_threads} threads")
         if "gpu" in facts:
             by_device = facts.get("layers", {})
             counts = " + ".join(str(n) for name, n in by_device.items() if name != "cpu")
@@ -174,14 +179,13 @@ def _load(path: Path, settings: LoadSettings, templates: TemplateEngine | None) 
     file = GGUFFile.open(path)
     try:
         model, packs = Model.load(file), threading.Event()
-        segment = _segment(model, settings, settings.n_ctx)
         progress = _progress(settings, packs)
-        backend, plan, n_gpu_layers, note = _planned(segment, settings, progress)
+        backend, plan, n_gpu_layers, note = _planned(model, settings, progress)
         # Text is got ready while weights are packed, which needs no Python: sooner it delays that.
         tokenizer = _Later(lambda: _make_tokenizer(file, settings, packs))
         try:
             template = _Later(lambda: _make_template(file, settings, templates, tokenizer))
-            segment = _segment(model, settings, plan.n_ctx)
+            segment = _segment(model, settings, plan.n_ctx, plan.kv_types)
             program = backend.compile(segment, plan.limits)
         finally:
             packs.set()
@@ -202,7 +206,9 @@ def _load(path: Path, settings: LoadSettings, templates: TemplateEngine | None) 
     )  # fmt: skip
 
 
-def _segment(model: Model, settings: LoadSettings, n_ctx: int | None) -> Segment:
+def _segment(
+    model: Model, settings: LoadSettings, n_ctx: int | None, kv_types: KVTypes | None
+) -> Segment:
     """The whole model, as it is to be loaded."""
     n_layers = model.hparams.n_layers
     if settings.residuals and settings.residuals[-1] > n_layers:
@@ -211,9 +217,8 @@ def _segment(model: Model, settings: LoadSettings, n_ctx: int | None) -> Segment
             f"and {n_layers} is what enters the head",
             param="residuals",
         )
-    return model.graph.segment(
-        n_ctx=n_ctx, kv_types=settings.kv_types, residuals=settings.residuals
-    )
+    types = USUAL_TYPES if kv_types is None else kv_types
+    return model.graph.segment(n_ctx=n_ctx, kv_types=types, residuals=settings.residuals)
 
 
 def find_file(name: str | PathLike[str], *, download: bool = False) -> Path:
@@ -236,12 +241,11 @@ def plan_model(
     model: Model, settings: LoadSettings, freed: Mapping[str, int] = MappingProxyType({})
 ) -> MemoryPlan:
     """The memory that loading so takes, once `freed` bytes of each memory have come back."""
-    segment = _segment(model, settings, settings.n_ctx)
-    return _or_on_cpu(lambda settings: _planned(segment, settings, freed=freed)[1], settings)
+    return _or_on_cpu(lambda settings: _planned(model, settings, freed=freed)[1], settings)
 
 
 def _planned(
-    segment: Segment,
+    model: Model,
     settings: LoadSettings,
     progress: CompileProgress | None = None,
     freed: Mapping[str, int] = MappingProxyType({}),
@@ -250,13 +254,13 @@ def _planned(
 
     Then a note where another device would be expected. PlanError where it does not fit.
     """
-    available = settings.available_memory()
-    memory = available + freed.get(HOST, 0) - PYTHON_BYTES
+    request = _plan_request(model, settings, freed)
+    memory = request.available + freed.get(HOST, 0) - base_bytes(request.host)
 
     def opened(device: Device) -> Backend:
         return open_backend(device, progress=progress, memory=memory)
 
-    request = PlanRequest(settings.n_ctx, settings.slots, settings.n_threads, available, freed)
+    segment = _segment(model, settings, settings.n_ctx, settings.kv_types)
     if settings.device.has_number:
         from edgeinfer.placement import place  # what other devices don't need
 
@@ -267,6 +271,20 @@ def _planned(
         return *placed, "; ".join(notes)
     backend = opened(settings.device)
     return backend, solve(segment, backend, request), 0, settings.device_note
+
+
+def _plan_request(model: Model, settings: LoadSettings, freed: Mapping[str, int]) -> PlanRequest:
+    text = text_bytes(model.file.metadata)
+    host = HostBytes(text.kept, text.building, _SCREEN_BYTES if "textual" in sys.modules else 0)
+    usual = platform.memory_budget(min(platform.rss(), PYTHON_BYTES))
+    return PlanRequest(
+        settings.n_ctx, settings.slots, settings.n_threads, settings.allowed_memory(usual), freed,
+        settings.kv_types, host, usual,
+    )  # fmt: skip
+
+
+# Textual, and what the chat shows: VmRSS on x86-64 Linux grew by 36 MiB.
+_SCREEN_BYTES = 40 << 20
 
 
 def _gpus(

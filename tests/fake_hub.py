@@ -35,6 +35,8 @@ class FakeHub:
     held_after: int = 0  # bytes of the next answers after which the rest waits for `hold`
     hold: threading.Event | None = None
     n_busy: int = 0  # answers of 503 before the first good one
+    redirects: bool = False  # to another path, for every file
+    bytes_sent: int = 0  # of files
     address: str = ""
 
     def __enter__(self) -> FakeHub:
@@ -70,6 +72,9 @@ def _answer(hub: FakeHub, request: BaseHTTPRequestHandler) -> None:
         return _send(request, 503, b"busy")
     if path.startswith("/api/models/"):
         return _describe(hub, request, path.removeprefix("/api/models/"))
+    if hub.redirects and not path.startswith("/moved/"):
+        return _send(request, 302, b"", {"Location": f"/moved{path}"})
+    path = path.removeprefix("/moved")
     repo, _, rest = path.lstrip("/").partition("/resolve/")
     _, _, name = rest.partition("/")
     if _is_refused(hub, request, repo):
@@ -112,16 +117,21 @@ def _is_refused(hub: FakeHub, request: BaseHTTPRequestHandler, repo: str) -> boo
 
 def _send_file(hub: FakeHub, request: BaseHTTPRequestHandler, data: bytes) -> None:
     asked = None if hub.ignores_ranges else request.headers.get("Range")
-    start = int(asked.removeprefix("bytes=").rstrip("-")) if asked else 0
-    body = data[start:]
+    first, _, last = (asked or "").removeprefix("bytes=").partition("-")
+    start, end = int(first or 0), int(last) + 1 if last else len(data)
+    body = data[start:end]
     cut = hub.cut_after if hub.n_cuts else None
     request.send_response(206 if asked else 200)
+    if asked:
+        total = len(data) + hub.lies
+        request.send_header("Content-Range", f"bytes {start}-{start + len(body) - 1}/{total}")
     request.send_header("Content-Length", str(len(body)))
     request.end_headers()
     if hub.hold is not None:
         request.wfile.write(body[: hub.held_after])
         body = body[hub.held_after :]
         hub.hold.wait(20)
+    hub.bytes_sent += len(body if cut is None else body[:cut])
     with contextlib.suppress(ConnectionError):  # whoever asked has left
         request.wfile.write(body if cut is None else body[:cut])
     if cut is not None:

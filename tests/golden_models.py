@@ -627,8 +627,55 @@ def _deltas() -> Iterator[Golden]:
         yield Golden(name, "qwen3next", _keys(4, **numbers), _hybrid(mixers, *experts), of_experts)
 
 
+def _exchanged_gates(draft: Draft) -> None:
+    """The gate behind the convolution and one before it, each in the other's place."""
+    for name in [name for name in draft.tensors if name.endswith("in_proj.weight")]:
+        b, c, x = np.split(draft.tensors[name], 3)
+        draft.tensors[name] = np.concatenate([c, b, x])
+
+
+def _convolutions() -> Iterator[Golden]:
+    conv: Shapes = {
+        "shortconv.in_proj.weight": (3 * DIM, DIM), "shortconv.conv.weight": (DIM, 3),
+        "shortconv.out_proj.weight": (DIM, DIM),
+    }  # fmt: skip
+    heads: Shapes = {**_attention()(0), **_head_norms(HEAD)(0)}
+
+    def shapes(kinds: str, *ffn: Callable[[int], Shapes]) -> dict[str, tuple[int, ...]]:
+        mixers = [heads if kind == "a" else conv for kind in kinds]
+        found = _shapes(len(kinds), _PRE, lambda i: mixers[i], *ffn, tied=True)
+        found["token_embd_norm.weight"] = found.pop("output_norm.weight")
+        return found
+
+    common: dict[str, Edit] = {
+        **_NORMS, **_QK_NORMS, **_ROPE,
+        **each_filled(1, "token_embd_norm.weight"),
+        "convolution": filled(0.5, "shortconv.conv.weight"),
+        "gates": _exchanged_gates,
+    }  # fmt: skip
+    del common["output_norm.weight"]
+    keys: dict[str, Any] = dict(shortconv__l_cache=3, attention__head_count_kv=[0, N_KV, 0])
+    yield Golden("lfm2", "lfm2", _keys(3) | _keys(3, **keys), shapes("cac", _ffn), common)
+    bias: Shapes = {"exp_probs_b.bias": (8,)}
+    experts = {**_experts(8, 32)(0), **bias}
+    keys |= dict(
+        leading_dense_block_count=1, expert_count=8, expert_used_count=3, expert_gating_func=2,
+        expert_feed_forward_length=32,
+    )  # fmt: skip
+    yield Golden(
+        "lfm2moe", "lfm2moe", _keys(3) | _keys(3, **keys),
+        shapes("cac", lambda i: experts if i else _ffn(i)),
+        {
+            **common,
+            "norm of weights": rewritten(_raw_weights),
+            "gating": key("expert_gating_func", 1),
+            "bias of a choice": filled(0, "exp_probs_b.bias"),
+        },
+    )  # fmt: skip
+
+
 GOLDENS = {
     golden.name: golden
-    for family in (_llamas, _qwen3s, _granites, _others, _olmos, _gemmas, _deltas)
+    for family in (_llamas, _qwen3s, _granites, _others, _olmos, _gemmas, _deltas, _convolutions)
     for golden in family()
 }

@@ -14,7 +14,7 @@ from edgeinfer import LLM, DeviceError, UnsupportedModelError, backend, plan, pl
 from edgeinfer.backend import Program, find_device
 from edgeinfer.batch import Demand, StepLimits, StepRequest
 from edgeinfer.cli.models import start_notes
-from edgeinfer.device import Choice, Device, choose
+from edgeinfer.device import Choice, Device, choose, model_room
 from edgeinfer.graph import Segment
 from edgeinfer.platform import CudaDriver, Gpu
 
@@ -237,3 +237,24 @@ def test_a_gpu_that_fails_is_left_where_nobody_asked_for_it(
     for forced in ({"device": "cuda:1"}, {"gpu_layers": 1}):
         with pytest.raises(type(error), match=f"^{error}$"):
             LLM(path, **forced)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "cupy", "n_bytes"),
+    [
+        ((OLD, NEW), True, (24 << 30) * 9 // 10),  # the old one runs no kernel
+        ((NEW, NEW), True, (48 << 30) * 9 // 10),
+        ((NEW,), False, 0),
+        ((Gpu("Orin", "8.7", 8 << 30, is_integrated=True),), True, 0),  # it is the host's
+        ((), True, 0),
+    ],
+    ids=str,
+)
+def test_models_may_take_the_hosts_memory_and_that_of_usable_gpus(
+    monkeypatch: pytest.MonkeyPatch, gpus: tuple[Gpu, ...], cupy: bool, n_bytes: int
+) -> None:
+    monkeypatch.setattr(platform, "cuda_driver", lambda: CudaDriver(12040, gpus))
+    monkeypatch.setattr("edgeinfer.device.has_cupy", lambda: cupy)
+    monkeypatch.setattr(platform, "memory_budget", lambda: 5 << 30)
+    room = model_room()
+    assert room == (5 << 30, n_bytes) and ("on GPUs" in str(room)) == (n_bytes > 0)

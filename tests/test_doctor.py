@@ -112,6 +112,7 @@ def test_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "can_run_generated_code", lambda: False)
     monkeypatch.setattr(platform, "is_writable", lambda folder: False)
     monkeypatch.setattr(platform, "available_memory", lambda: 200 << 20)
+    monkeypatch.setattr(platform, "memory_budget", lambda: 150 << 20)
     text = "\n".join(doctor.examine()["advice"])
     for part in ("--device reference", "EDGEINFER_HOME", "memory is short"):
         assert part in text

@@ -320,6 +320,6 @@ def test_qts_own_asyncio(path: Path) -> None:
                     text += event.text
                 print(text == (await llm.generate("x", max_tokens=50, **SPEC)).text != "")
 
-        QtAsyncio.run(main(), quit_qapp=True, handle_sigint=False)
+        QtAsyncio.run(main(), keep_running=False, handle_sigint=False)
         """
     assert run(code, path) == "True\n"

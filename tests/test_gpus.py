@@ -254,7 +254,7 @@ def test_two_gpus_hold_what_one_does_not(
             assert facts["device"] == llm.runtime.devices == "cpu + shim:0 + shim:1"
             assert facts["layers"]["cpu"] == 1 and n_layers == 3
             assert llm.runtime.runs_on.startswith("2 + 1 of 4 layers on ")
-            assert "1 threads" in llm.runtime.runs_on
+            assert "1 thread" in llm.runtime.runs_on
         assert "shim:0 + shim:1" in repr(llm)
         assert answers(llm) == expected
     assert all(shim.memory()[0] == shim.memory()[1] for shim in shims.values())

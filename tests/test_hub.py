@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import socket
@@ -15,16 +16,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 
 import edgeinfer
 from edgeinfer import platform
-from edgeinfer.errors import DownloadError, InvalidRequestError, ModelNotFoundError
+from edgeinfer.cli.main import main
+from edgeinfer.errors import (
+    DownloadError,
+    InvalidModelError,
+    InvalidRequestError,
+    ModelNotFoundError,
+)
 from edgeinfer.hub import client as hub
 from edgeinfer.hub import fetch, wheel
+from edgeinfer.hub.header import open_header
 from edgeinfer.options import Progress
 
 from . import fake_hub
+from .bench.make_model import make_model
 from .fake_hub import FakeHub
 from .test_plain_chat import read_until
 
@@ -494,3 +505,117 @@ def test_a_person_is_asked_first_and_can_leave(server: FakeHub) -> None:
     seen = read_until(parent, b"Tiny-Q4_K_M.gguf\r\n")
     assert process.wait(20) == 0 and b"Fetch it?" not in seen and b"1 of them are here" in seen
     assert server.bytes_asked() == [None, "bytes=1048576-"]
+
+
+# -- a model's header alone ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of 14 megabytes; 2 of them are a header, which is mostly the vocabulary."""
+    folder = tmp_path_factory.mktemp("remote")
+    return make_model(folder / "m.gguf", vocab=60_000, dim=256, n_heads=4, ffn_dim=512)
+
+
+@pytest.fixture
+def remote(server: FakeHub, model: Path) -> bytes:
+    """What the hub has of it."""
+    server.repos[REPO] = {"Tiny-Q4_0.gguf": model.read_bytes()}
+    return server.repos[REPO]["Tiny-Q4_0.gguf"]
+
+
+def test_a_plan_of_a_model_on_the_hub_takes_its_header_alone(
+    server: FakeHub, remote: bytes, model: Path
+) -> None:
+    planned = edgeinfer.plan(f"{REPO}:Q4_0", download=True, n_ctx=512, memory="4G", device="cpu")
+    assert planned == edgeinfer.plan(model, n_ctx=512, memory="4G", device="cpu")
+    assert 0 < server.bytes_sent < len(remote) / 4 and len(remote) > 10 << 20
+    assert all(asked is not None for asked in server.bytes_asked()) and not left_behind()
+
+
+def test_nothing_is_read_of_a_hub_that_nobody_allowed(server: FakeHub, remote: bytes) -> None:
+    with pytest.raises(ModelNotFoundError, match="not on this machine"):
+        edgeinfer.plan(f"{REPO}:Q4_0")
+    assert server.requests == []
+
+
+def test_the_command_plans_what_is_on_the_hub_or_says_what_is_wrong(
+    server: FakeHub, remote: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", f"{REPO}:Q4_0", "-c", "512", "--json", "--device", "cpu"])
+    told = capsys.readouterr()
+    assert ended.value.code == 0 and json.loads(told.out)["solved"]["n_ctx"] == 512
+    assert "reading its header" in told.err and not left_behind()
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "org/nothing", "-c", "512"])
+    assert ended.value.code == 1 and "the hub has no org/nothing" in capsys.readouterr().err
+
+
+def test_headers_of_a_split_model_come_of_every_part(server: FakeHub, tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "big.gguf", "llama", split_max_tensors=2)
+    for i in range(5):
+        writer.add_tensor(f"t{i}", np.full(300_000, i, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    paths = sorted(tmp_path.glob("big-*-of-00003.gguf"))
+    server.repos[REPO] = {f"f32/{path.name}": path.read_bytes() for path in paths}
+    with open_header(REPO) as file:
+        assert list(file.tensors) == [f"t{i}" for i in range(5)]
+        assert bytes(file.tensors["t3"].data[:4]) == np.float32(3).tobytes()
+    assert server.bytes_sent < sum(path.stat().st_size for path in paths)
+    del server.repos[REPO][f"f32/{paths[1].name}"]
+    with pytest.raises(InvalidModelError, match="part 2 of 3 is missing"):
+        open_header(REPO)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"ignores_ranges": True}, "can't send a part of"),
+        ({"lies": True}, "another part of"),
+        ({"cut_after": 0, "n_cuts": 99}, "connection broke at byte 0"),
+        ({"n_busy": 99}, "does not answer"),
+    ],
+    ids=str,
+)
+def test_a_header_that_does_not_come_is_a_download_error(
+    server: FakeHub, remote: bytes, settings: dict[str, Any], error: str
+) -> None:
+    for name, value in settings.items():
+        setattr(server, name, value)
+    with pytest.raises(DownloadError, match=error):
+        edgeinfer.plan(REPO, download=True, n_ctx=512)
+
+
+def test_a_line_that_is_cut_goes_on_where_it_stopped(server: FakeHub, remote: bytes) -> None:
+    server.cut_after, server.n_cuts = 300_000, 3
+    assert edgeinfer.plan(REPO, download=True, n_ctx=512, memory="4G").fits
+    asked = [text.removeprefix("bytes=") for text in server.bytes_asked() if text]
+    assert asked[:3] == ["0-1048575", "300000-1048575", "600000-1048575"]
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (lambda data: b"<html>" + data[6:], "magic"),
+        (lambda data: data[:5_000_000], "cut short"),
+        (lambda data: data[:16] + b"\xff" * 8 + data[24:], "metadata count"),
+        (lambda data: data[:8] + b"\xff" * 8 + data[16:], "tensor count"),
+    ],
+    ids=["a web page", "truncated", "keys without end", "tensors without end"],
+)
+def test_a_header_that_is_none_is_refused_after_one_part(
+    server: FakeHub, remote: bytes, change: Any, field: str
+) -> None:
+    server.repos[REPO]["Tiny-Q4_0.gguf"] = change(remote)
+    with pytest.raises(InvalidModelError, match=field) as caught:
+        edgeinfer.plan(REPO, download=True, n_ctx=512)
+    assert "Tiny-Q4_0.gguf" in str(caught.value) and server.bytes_sent < 6 << 20
+
+
+def test_redirects_are_followed_for_parts_too(server: FakeHub, remote: bytes) -> None:
+    server.redirects = True
+    assert edgeinfer.plan(REPO, download=True, n_ctx=512, memory="4G").fits

@@ -18,6 +18,7 @@ FOLDERS = {"edgeinfer": ROOT / "edgeinfer"} | {
 LAYERS = """
 terminal
 errors
+values
 config quant platform options parameters results settings
 device gguf dequantize
 rope
@@ -33,6 +34,7 @@ engine load_settings chain
 balance
 placement
 runtime stream
+watching
 llm server inspect_file
 aio bench selftest replay
 cli tui pyinstaller

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from edgeinfer import LLM, plan, platform
 from edgeinfer.batch import StepLimits, StepRequest
-from edgeinfer.engine.memory_plan import PYTHON_BYTES
+from edgeinfer.engine.plan_rows import HostBytes, base_bytes
 from edgeinfer.errors import PlanError
 from edgeinfer.gguf import GGUFFile
 from edgeinfer.kernels.cpu.blueprint import Blueprint
@@ -28,6 +28,7 @@ from edgeinfer.model import Model
 from edgeinfer.options import LoadOptions
 from edgeinfer.quant import QUANT_TYPES, Weight
 from edgeinfer.runtime import plan_model
+from edgeinfer.text.footprint import text_bytes
 
 from .bench.make_model import make_model
 from .models_for_tests import tiny_model
@@ -106,6 +107,54 @@ def test_memory_is_never_more_than_any_of_our_cgroups_grants(
     tmp_path: Path, files: dict[str, str], available: int
 ) -> None:
     assert platform.available_memory(system(tmp_path, files)) == available
+
+
+GiB = 1 << 30
+HOST_FREE = {"proc/meminfo": f"MemAvailable: {4 * GiB // 1024} kB\n"}
+UNLIMITED_V1 = {
+    "proc/self/cgroup": "4:memory:/d\n",
+    "sys/fs/cgroup/memory/d/memory.limit_in_bytes": "9223372036854771712",
+    "sys/fs/cgroup/memory/d/memory.usage_in_bytes": "50000",
+}
+
+
+@pytest.mark.parametrize(
+    ("files", "budget"),
+    [
+        ({}, 3 * GiB),
+        (group(".", memory_max="max", memory_current="2000"), 3 * GiB),
+        (UNLIMITED_V1, 3 * GiB),
+        (group(".", memory_max=str(2 * GiB), memory_current=str(GiB)), GiB - 2 * GiB // 10),
+        (group(".", memory_max=str(9 * GiB), memory_current=str(GiB)), 3 * GiB),
+        (group(".", memory_max=str(GiB), memory_current=str(GiB)), 0),
+        (
+            OWN
+            | group("user.slice", memory_max=str(2 * GiB), memory_current=str(GiB))
+            | group("user.slice/app.scope", memory_max=str(GiB), memory_current="0"),
+            GiB - 2 * GiB // 10,
+        ),
+        (
+            UNLIMITED_V1
+            | {
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": str(GiB),
+                "sys/fs/cgroup/memory/memory.usage_in_bytes": str(GiB // 2),
+            },
+            GiB // 2 - GiB // 10,
+        ),
+    ],
+    ids=[
+        "no cgroup", "version 2, unlimited", "version 1, unlimited", "version 2", "more than free",
+        "full", "nested", "version 1, its parent",
+    ],
+)  # fmt: skip
+def test_a_budget_leaves_a_quarter_of_what_is_free_and_a_tenth_of_each_limit(
+    tmp_path: Path, files: dict[str, str], budget: int
+) -> None:
+    root = system(tmp_path, HOST_FREE | files)
+    assert platform.memory_budget(root=root) == budget
+    held = 40 * MiB  # by this very process: it is to stay below the same limits with it
+    more = platform.memory_budget(held, root) - budget
+    assert more in (held, held * 3 // 4) or budget == more == 0
 
 
 @pytest.mark.parametrize(
@@ -299,13 +348,13 @@ def test_what_is_reserved_is_what_was_planned(
     path = make_model(tmp_path / "m.gguf", **shape)
     with LLM(path, **options) as llm:
         planned = {name for name in llm.plan.rows if name.startswith("weights ")}
-        rows = {name: llm.plan.rows[name] for name in (*planned, "KV cache", "scratch")}
-        program = llm.runtime.program
+        rows, program = llm.plan.rows, llm.runtime.program
         if isinstance(program, CpuProgram):
-            assert program.memory == rows
-            weights = sum(rows[name] for name in planned)
+            pages = rows["KV cache"] + rows.get("prefix pages", 0)
+            weights, scratch = sum(rows[name] for name in planned), rows["scratch"] + rows["logits"]
+            assert sum(program.memory.values()) == weights + pages + scratch
             *small, c, b, a = sorted(memory.n_bytes for memory in kept)
-            assert sorted((a, b, c)) == sorted((weights, rows["KV cache"], rows["scratch"]))
+            assert sorted((a, b, c)) == sorted((weights, pages, scratch))
             assert sum(small) < MiB  # lists of what to run, and what threads share
         else:
             assert program.step_weight_bytes == rows["weights F32"] and not kept
@@ -362,7 +411,10 @@ def test_building_is_planned_and_takes_no_more_than_there_is(
 ) -> None:
     monkeypatch.setenv("EDGEINFER_HOME", str(tmp_path / "empty"))
     with GGUFFile.open(tiny_model(tmp_path, head_dim=24)) as file:
-        model, least = Model.load(file), PYTHON_BYTES + BUILDER_BYTES
+        model = Model.load(file)
+        host = HostBytes(text_bytes(file.metadata).kept)
+        code = plan(file.path, n_ctx=64).rows["code"]
+        least = base_bytes(host) + code + BUILDER_BYTES
         fits = LoadSettings.resolve("plan", {"memory": least, "n_ctx": 64})
         needed = plan_model(model, fits)
         assert needed.total_bytes == least and needed.fits

@@ -100,13 +100,19 @@ def _wrong(parameter: Parameter) -> list[Any]:
         "pre": [5, b"x", ["x"], True, Odd()],
         "chat_template": [5, b"x", ["x"], True, Odd()],
         "progress": [5, "x", True, [print], object()],
+        "on_step": [5, "x", True, [print], object()],
+        "residuals": [5, "1", b"1", [1.0], [True], ["1"], [-1], [2**70], [[1]], {1: 2}, Odd()],
+        "watch": [
+            5, "logits", b"logits", [], ["nothing"], ["logits", -1], [1.0], [True], [None],
+            {"logits": 1}, [["logits"]], Odd(),
+        ],
     }[parameter.name]  # fmt: skip
 
 
 def test_no_keyword_is_missing_from_the_table() -> None:
     assert set(LOAD) == set(LoadOptions.__annotations__)
     assert set(ANSWER) == set(Sampling.__annotations__)
-    assert set(LOAD_NAMES) | {"download", "progress"} == set(LOAD)
+    assert set(LOAD_NAMES) | {"download", "progress", "residuals"} == set(LOAD)
     assert set(SAMPLING_NAMES) < set(ANSWER)
     assert set(SAMPLING) | {"dry_breaker_tokens"} == set(SamplingParams.__dataclass_fields__)
 

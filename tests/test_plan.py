@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -14,11 +15,13 @@ from edgeinfer import platform, runtime
 from edgeinfer.backend import Program
 from edgeinfer.batch import Demand, StepLimits, StepRequest
 from edgeinfer.cli.main import main
-from edgeinfer.engine.memory_plan import MemoryPlan, PlanRequest, Pool, solve
-from edgeinfer.errors import PlanError
+from edgeinfer.engine.memory_plan import MemoryPlan, PlanRequest, solve
+from edgeinfer.engine.plan_rows import HostBytes, Pool
+from edgeinfer.errors import Keyword, PlanError
 from edgeinfer.gguf import GGUFFile
 from edgeinfer.graph import Segment
 from edgeinfer.model import Model
+from edgeinfer.parameters import parse_memory
 from edgeinfer.tui.errors import in_chat
 from edgeinfer.tui.launch import _plan
 
@@ -54,7 +57,7 @@ def segment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Segment]:
 
 def plan_for(
     segment: Segment,
-    backend: TwoMemories,
+    backend: TwoMemories | OneMemory,
     n_ctx: int | None = None,
     host: int = 1 << 30,
     freed: Mapping[str, int] | None = None,
@@ -67,7 +70,7 @@ def test_each_memory_has_its_rows_and_its_budget(segment: Segment) -> None:
     host, gpu = plan.pools
     assert gpu == Pool("cuda:0", {"weights Q4_0": 100 * MiB, "KV cache": MiB}, 200 * MiB)
     assert (host.name, host.available, plan.host) == ("host", 1 << 30, host)
-    assert {"staging", "tokenizer", "Python", "chat templates"} == set(host.rows)
+    assert {"staging", "requests", "Python", "chat templates"} == set(host.rows)
     assert plan.rows["KV cache (cuda:0)"] == MiB and plan.rows["staging"] == 64 * MiB
     assert sum(plan.rows.values()) == plan.total_bytes == host.total_bytes + gpu.total_bytes
     assert plan.summary == f"{host.total_bytes // MiB} MiB, 101 MiB on cuda:0"
@@ -78,7 +81,7 @@ def test_each_memory_has_its_rows_and_its_budget(segment: Segment) -> None:
     [
         (TwoMemories(101 * MiB), 1 << 30, "cuda:0"),
         (TwoMemories(-5), 1 << 30, "cuda:0"),  # a margin that is more than what is free
-        (TwoMemories(1 << 30, "host"), 179 * MiB, "host"),
+        (TwoMemories(1 << 30, "host"), 130 * MiB, "host"),
         (TwoMemories(1 << 30), 100 * MiB, "host"),
     ],
 )
@@ -120,11 +123,141 @@ def test_a_plan_is_within_every_budget_or_an_error(
         assert plan.pools[0].total_bytes <= host and plan.pools[1].total_bytes <= gpu
 
 
+class OneMemory:
+    """All in the host's memory; `per_token` bytes of cache in f16, and rows of a step."""
+
+    def __init__(self, per_token: int, weights: int, per_row: int, packing: int = 0) -> None:
+        self._per_token, self._weights, self._per_row = per_token, weights, per_row
+        self._packing = packing
+
+    def memories(self, host: int) -> Mapping[str, int]:
+        return {"host": host}
+
+    def demand(self, segment: Segment, request: StepRequest) -> Demand:
+        limits = StepLimits.of(request, 320, segment.groups, 256)
+        (kv, *_) = segment.caches.values()
+        share = {"f16": 64, "q8_0": 34, "q4_0": 18}
+        cache = limits.n_pages[0] * 32 * self._per_token * (share[kv.k_type] + share[kv.v_type])
+        rows = {
+            "weights Q4_0": self._weights,
+            "KV cache": cache // 128,
+            "scratch": limits.max_rows * self._per_row,
+        }
+        return Demand(limits, {"host": rows}, packing_bytes=self._packing)
+
+    def compile(self, segment: Segment, limits: StepLimits) -> Program:
+        raise AssertionError("a plan compiles nothing")
+
+
+TYPES: list[tuple[str, str] | None] = [None, ("f16", "f16"), ("f16", "q8_0"), ("q4_0", "q4_0")]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    weights=st.integers(0, 500 * MiB), per_token=st.integers(1, 60_000),
+    per_row=st.integers(0, 200_000), host=st.integers(0, 1 << 30),
+    n_ctx=st.none() | st.integers(1, 40_000), slots=st.integers(1, 20),
+    types=st.sampled_from(TYPES), is_allowed=st.booleans(),
+)  # fmt: skip
+def test_every_setting_that_an_error_names_works_by_itself(
+    segment: Segment, weights: int, per_token: int, per_row: int, host: int, n_ctx: int | None,
+    slots: int, types: Any, is_allowed: bool,
+) -> None:  # fmt: skip
+    machine = OneMemory(per_token, weights, per_row, packing=16 * MiB)
+    request = PlanRequest(
+        n_ctx, slots, 1, host, {}, types, HostBytes(9 * MiB, 20 * MiB), host << is_allowed
+    )
+    try:
+        found = solve(segment, machine, request)
+    except PlanError as error:
+        named = [each for each in error.advice if isinstance(each, Keyword)]
+        assert error.available == host < (error.needed or 0) and len(named) <= 2
+        assert (error.n_ctx is not None) == ("n_ctx" in {each.name for each in named})
+        for name, value in named:
+            assert works(segment, machine, request, name, value), f"{name}={value}"
+        if not named:
+            assert "smaller file" in str(error)
+            assert not works(segment, machine, request, "n_ctx", 32)
+    else:
+        assert found.fits and (n_ctx is None or found.n_ctx == n_ctx)
+        assert types is None or found.kv_types == types
+        assert found.slots == slots
+
+
+def works(
+    segment: Segment, machine: OneMemory, request: PlanRequest, name: str, value: Any
+) -> bool:
+    """Whether the same request with the setting that an error named has a plan."""
+    changed: dict[str, Any] = {name: value}
+    if name == "memory":
+        changed = {"available": parse_memory(value, request.available)}
+    elif name == "kv_type":
+        changed = {"kv_types": (value, value)}
+    try:
+        return solve(segment, machine, request._replace(**changed)).fits
+    except PlanError:
+        return False
+
+
+def test_what_is_chosen_follows_the_stated_order(segment: Segment) -> None:
+    """Spare pages go first, then f16, then half the context; what was asked for stays."""
+    machine = OneMemory(10_000, 0, 1000)
+
+    def chosen(host: int, n_ctx: int | None = None, types: Any = None) -> tuple[Any, ...]:
+        found = solve(segment, machine, PlanRequest(n_ctx, 1, 1, host, {}, types))
+        return found.n_ctx, found.kv_types[0], found.n_spare_pages > 0, found.note
+
+    whole = solve(segment, machine, PlanRequest(8192, 1, 1, 1 << 30))
+    cache, spare = whole.rows["KV cache"], whole.rows["prefix pages"]
+    f16 = whole.total_bytes - spare
+    assert chosen(1 << 30) == chosen(f16 + spare) == (8192, "f16", True, "")
+    assert chosen(f16) == chosen(f16 + spare - 1) == (8192, "f16", False, "")
+    assert chosen(f16 - 1) == (8192, "q8_0", False, "memory is short: f16 would be usual")
+    half = "memory is short: 8192 would be usual"
+    assert chosen(f16 - cache // 2) == (4096, "f16", False, half)
+    assert chosen(f16 - cache * 3 // 5)[:2] == (4096, "q8_0")
+    assert "8192 and f16 would be usual" in chosen(f16 - cache * 3 // 5)[3]
+    assert chosen(f16 - 1, types=("f16", "f16")) == (4096, "f16", False, half)
+    assert chosen(f16 - 1, n_ctx=8192)[:2] == (8192, "q8_0")
+    with pytest.raises(PlanError, match="for 8192 tokens"):
+        chosen(f16 - MiB, 8192, ("f16", "f16"))
+    assert chosen(f16 - cache * 61 // 64)[:2] == (512, "q8_0")
+    few = solve(segment, OneMemory(1, 0, MiB), PlanRequest(512, 1, 1, 160 * MiB))
+    assert few.limits.max_rows == 64 and "longer steps" in few.note
+
+
+@pytest.mark.parametrize("n_ctx", [64, 1024, 8192, 131_072])
+@pytest.mark.parametrize("slots", [1, 4])
+def test_pages_for_earlier_prompts_are_few_and_printed(
+    segment: Segment, n_ctx: int, slots: int
+) -> None:
+    """A quarter of one context, 64 MiB at most."""
+    machine = OneMemory(512, 0, 0)  # what a token takes of this model
+    found = solve(segment, machine, PlanRequest(n_ctx, slots, 1, 4 << 30))
+    spare = found.rows.get("prefix pages", 0)
+    assert spare <= 64 * MiB and found.n_spare_pages <= n_ctx // 32 // 4
+    assert (spare > 0) == (n_ctx >= 128)
+    said = [line for line in found.choices if "earlier prompts" in line]
+    assert len(said) == 1 and f"room for {32 * found.n_spare_pages} tokens" in said[0]
+    assert found.limits.n_pages[0] == slots * -(-n_ctx // 32) + found.n_spare_pages
+
+
+def test_sizes_of_an_error_are_never_nothing_nor_equal(segment: Segment) -> None:
+    with pytest.raises(PlanError) as caught:
+        plan_for(segment, TwoMemories(100, weights=700), 1)
+    assert "needs 1724 bytes on cuda:0" in str(caught.value)
+    assert "100 bytes are available" in str(caught.value)
+    machine = OneMemory(0, 0, 0)
+    needed = plan_for(segment, machine, 64).total_bytes
+    with pytest.raises(PlanError, match="1 bytes more than there are"):
+        plan_for(segment, machine, 64, needed - 1)
+
+
 @pytest.fixture
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A file that is planned for a machine whose GPU has room for 2,048 tokens of it."""
     monkeypatch.setattr(runtime, "open_backend", lambda device, **_: TwoMemories(103 * MiB))
-    monkeypatch.setattr(platform, "available_memory", lambda: 1 << 30)
+    monkeypatch.setattr(platform, "memory_budget", lambda held: 1 << 30)
     return str(tiny_model(tmp_path, n_ctx=8192))
 
 

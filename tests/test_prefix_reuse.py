@@ -54,13 +54,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Segme
 
 @contextmanager
 def opened(
-    model: Segment, slots: int = 4, n_sequences: int = 16, n_states: int = 60
+    model: Segment, slots: int = 4, n_sequences: int = 16, n_states: int = 60, n_ctx: int = N_CTX
 ) -> Iterator[Any]:
-    request = StepRequest(N_CTX, slots, 2, n_states=n_states if model.states else 0)
+    request = StepRequest(n_ctx, slots, 2, n_states=n_states if model.states else 0)
     limits = StepLimits.of(request, VOCAB, model.groups, MAX_ROWS)
     limits = limits._replace(max_outputs=MAX_ROWS, max_sequences=n_sequences)
     program = Counted(backend().compile(model, limits))
-    engine = Engine(program, limits, N_CTX, model.output.dim)
+    engine = Engine(program, limits, n_ctx, model.output.dim)
     try:
         yield engine, program
     finally:
@@ -192,15 +192,45 @@ def test_families_of_prompts_answer_as_each_would_alone(
         assert answer == (expected[: len(answer)] if i % 7 == 5 else expected)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_has_slid_serves_only_what_slides_alike(models: dict[str, Segment], kind: str) -> None:
+    """Also what goes on behind it; and before anything slid all serve all."""
+    asked = [
+        ask(text(50, 70) + text(i, 20), 250, overflow="slide", n_pinned=n_pinned)
+        for i in (0, 1)
+        for n_pinned in (0, 33, 64)
+    ] + [ask(text(50, 70) + text(2, 30), 59)]
+    with opened(models[kind], slots=1, n_sequences=1, n_ctx=160) as (engine, _):
+        first = [told(engine.submit(each)) for each in asked]
+        engine._store.index.clear()
+        asked += [
+            ask([*each.ids, *answer[:n], *text(8, 9)], 99, overflow="slide", n_pinned=each.n_pinned)
+            for each, (answer, _, _) in zip(asked, first, strict=True)
+            for n in (50, 200, 249)
+        ]
+        alone = []
+        for each in asked:
+            alone.append(told(engine.submit(each))[0])
+            engine._store.index.clear()
+    assert [answer for answer, _, _ in first] == alone[: len(first)]
+    with opened(models[kind], slots=16, n_sequences=4, n_ctx=160) as (engine, _):
+        together = [engine.submit(each) for each in asked]
+        found = [told(each) for each in together]
+        assert [answer for answer, _, _ in found] == alone
+        assert sum(cached > 300 for _, cached, _ in found) >= 6  # behind what has slid
+        check_all_is_given_back(engine)
+
+
 def test_a_miss_says_why(models: dict[str, Segment]) -> None:
     ids = text(5, 500)
-    with opened(models["full"], slots=1) as (engine, _):
+    with opened(models["full"], slots=2) as (engine, _):
         assert told(engine.submit(ask(ids)))[1:] == (0, "new")
         assert told(engine.submit(ask(ids)))[1:] == (499, "")
         # A header that changes costs what follows it.
         assert told(engine.submit(ask(ids[:70] + [9, 9, 9] + ids[73:])))[1:] == (70, "new")
-        assert told(engine.submit(ask(ids, overflow="slide")))[1:] == (0, "settings")
+        assert told(engine.submit(ask(ids, overflow="slide")))[1:] == (499, "")
         told(engine.submit(ask(text(6, 600))))
+        told(engine.submit(ask(text(7, 600))))
         cached, miss = told(engine.submit(ask(ids)))[1:]
         assert cached < 499 and miss == "evicted"
     with opened(models["windows"], slots=1) as (engine, _):

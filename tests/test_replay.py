@@ -98,6 +98,14 @@ def test_whatever_ended_an_answer_it_is_compared_to_its_end(llm: LLM) -> None:
     assert Recording.of(llm, stream).replay(llm).is_equal
 
 
+def test_types_of_the_cache_are_recorded(path: Path, llm: LLM) -> None:
+    with LLM(path, n_ctx=N_CTX, kv_type=("q8_0", "q4_0")) as small:
+        recording = record(small, temperature=0.0)
+        assert recording.kv_type == ("q8_0", "q4_0") and recording.replay(small).is_equal
+    with pytest.raises(InvalidRequestError, match="kv_type"):
+        recording.replay(llm)
+
+
 def test_other_models_and_settings_are_refused(llm: LLM, path: Path, tmp_path: Path) -> None:
     recording = record(llm)
     with LLM(path, n_ctx=64, device="law") as shorter:

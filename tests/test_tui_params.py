@@ -138,19 +138,25 @@ def test_the_memory_of_the_open_model_counts_for_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = str(tiny_model(tmp_path, n_ctx=8192))
-    given: LoadOptions = {"device": "reference"}  # which never builds kernels first
-    needed = plan(path, **given).total_bytes
-    monkeypatch.setattr(platform, "available_memory", lambda: needed - 1)
+    # A device that never builds kernels first.
+    given: LoadOptions = {"device": "reference", "kv_type": "f16"}
+    whole = plan(path, **given)
+    needed = whole.total_bytes - whole.rows["prefix pages"]
+
+    def allow(n_bytes: int) -> None:
+        monkeypatch.setattr(platform, "memory_budget", lambda held: n_bytes)
+
+    allow(needed - 1)
     assert launch._plan(path, given, {}).n_ctx < 8192
     found = launch._plan(path, given, {"host": 1})
     assert found.n_ctx == 8192 and found.note == "once the open model is closed"
     assert launch._plan(path, {**given, "memory": needed}, {"host": 1}).note == ""
-    monkeypatch.setattr(platform, "available_memory", lambda: needed - (1 << 20))
+    allow(needed - (1 << 20))
     short = launch._plan(path, given, {"host": 1})  # too little comes back to help
     without = launch._plan(path, given, {})
     assert short.n_ctx < 8192 and short.available == without.available + 1
     assert short == without._replace(pools=(without.host._replace(available=short.available),))
-    monkeypatch.setattr(platform, "available_memory", lambda: 40 << 20)
+    allow(40 << 20)
     assert launch._plan(path, given, {"host": needed}).n_ctx == 8192
     for freed in (0, 1 << 20):
         with pytest.raises(PlanError):

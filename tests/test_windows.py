@@ -192,7 +192,7 @@ def test_memory_of_a_window_does_not_grow_with_the_context() -> None:
 def test_a_plan_has_a_row_for_each_group() -> None:
     model = segment(0, 40, 40)
     request = StepRequest(8192, 2, 2)
-    limits, memories, _ = backend().demand(model, request)
+    limits, memories, *_ = backend().demand(model, request)
     rows = memories["host"]
     position = 2 * 8 * 2  # of a layer: K and V of one head in halves
     assert rows["KV cache"] == 2 * 8192 * position

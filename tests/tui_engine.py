@@ -20,7 +20,7 @@ from edgeinfer import (
     TokenLogprob,
     Usage,
 )
-from edgeinfer.engine.memory_plan import Pool
+from edgeinfer.engine.plan_rows import Pool
 
 
 @dataclass

@@ -131,6 +131,7 @@ def _bandwidth() -> float | None:
 def _memory() -> dict[str, Any]:
     return {
         "available_bytes": platform.available_memory(),
+        "models_bytes": sum(device.model_room()),
         "generated_code_may_run": platform.can_run_generated_code(),
     }
 
@@ -203,9 +204,9 @@ def _advice(facts: dict[str, Any]) -> list[str]:
         advice.append("the kernel cache can't be written, every start builds: set EDGEINFER_HOME")
     elif not (facts["kernels"]["origins"]["cached"] or facts["kernels"]["origins"]["ready"]):
         advice.append("no kernels are built yet: the first start takes longer (edgeinfer warmup)")
-    best = largest_that_fits(facts["memory"]["available_bytes"])
+    best = largest_that_fits(facts["memory"]["models_bytes"])
     if best is not None and facts["models"]["free_disk_bytes"] > best.n_bytes:
         advice.append(f"the largest model of our list that fits: edgeinfer pull {best.name}")
-    elif facts["memory"]["available_bytes"] < ALIASES[DEFAULT_MODEL].n_bytes * 4:
+    elif facts["memory"]["models_bytes"] < ALIASES[DEFAULT_MODEL].n_bytes * 4:
         advice.append("memory is short even for the smallest model")
     return advice

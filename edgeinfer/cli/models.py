@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 
 import click
 
-from edgeinfer import config, platform
+from edgeinfer import config
 from edgeinfer.cli.console import DownloadLine, note
 from edgeinfer.errors import ModelNotFoundError
 from edgeinfer.terminal import one_line
@@ -68,9 +68,10 @@ def last_model() -> str | None:
 
 def downloadable() -> list[Alias]:
     """The models that fit this machine, the default one first."""
+    from edgeinfer.device import model_room
     from edgeinfer.hub.catalog import ALIASES, memory_needed
 
-    available = platform.available_memory()
+    available = sum(model_room())
     return [a for a in ALIASES.values() if memory_needed(a.n_bytes) <= available]
 
 
@@ -92,13 +93,14 @@ def unkept(llm: LLM) -> list[str]:
 
 def advise_after(path: Path) -> None:
     """Tell who tried the default model, once on this machine, what to fetch for useful answers."""
+    from edgeinfer.device import model_room
     from edgeinfer.hub.catalog import largest_that_fits
     from edgeinfer.hub.recent import is_new
 
     is_small = path.name.lower().startswith("smollm2-135m")
     if not (is_small and sys.stderr.isatty() and is_new("what-to-pull")):
         return
-    best = largest_that_fits(platform.available_memory())
+    best = largest_that_fits(sum(model_room()))
     advice = f"; for useful answers: edgeinfer pull {best.name}" if best else ""
     note(f"(135 M parameters are for trying out{advice})")
 

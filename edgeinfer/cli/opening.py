@@ -14,6 +14,7 @@ from edgeinfer.cli.options import load_options
 from edgeinfer.terminal import printable
 
 if TYPE_CHECKING:
+    from edgeinfer.engine.memory_plan import MemoryPlan
     from edgeinfer.llm import LLM
     from edgeinfer.options import LoadOptions, Progress
     from edgeinfer.stream import Stream
@@ -57,9 +58,17 @@ def open_model(
         why = f" ({plan.note})" if plan.note else ""
         note(
             f"{llm.name}: context {llm.n_ctx} of {trained} tokens{why}, {opened.runs_on}, "
-            f"{plan.summary} planned"
+            f"{plan.summary} planned{_kept(plan)}"
         )
         yield llm
+
+
+def _kept(plan: MemoryPlan) -> str:
+    """How much of a plan is for what has been read before."""
+    from edgeinfer.engine.plan_rows import size_text
+
+    n_bytes = plan.kept_bytes
+    return f", {size_text(n_bytes)} of them for earlier prompts" if n_bytes else ""
 
 
 def follow(stream: Stream, output: Output | None) -> None:

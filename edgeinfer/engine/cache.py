@@ -13,6 +13,8 @@ import numpy as np
 from edgeinfer.batch import EVERY_PAGE, PAGE, PageTable, pages_for, ring_pages
 from edgeinfer.errors import InvalidRequestError, Keyword
 
+_NO_LIMIT = 1 << 30
+
 Overflow: TypeAlias = Literal["error", "slide"]
 
 
@@ -107,6 +109,11 @@ class CacheLayout(NamedTuple):
     @property
     def _slots(self) -> tuple[int, ...]:
         return (STEP_SLOTS,) if self.has_state else ()
+
+    @property
+    def n_alike(self) -> int:
+        """Pages of a sequence that are what they would be in any layout: those see all before."""
+        return _NO_LIMIT if self.overflow == "error" else self.n_slots - 1
 
     def seen_pages(self, group: int, n_tokens: int) -> list[int]:
         """Absolute pages of which a query behind `n_tokens` positions sees anything, ascending."""
@@ -318,6 +325,3 @@ class SequenceCache:
     def _top(self) -> int:
         """The first page that no step has touched."""
         return pages_for(max(self.n_tokens, self._n_written))
-
-
-_NO_LIMIT = 1 << 30

@@ -91,8 +91,12 @@ class CacheStore:
         """Who has begun with most of the same tokens, and how many."""
         found, most = None, 0
         for other in self._begun:
-            if other is not sequence and other.cache.layout == sequence.cache.layout:
-                n = _n_equal(other.ids, sequence.ids, len(sequence.ids) - 1)
+            layout, most_equal = other.cache.layout, len(sequence.ids) - 1
+            if layout != sequence.cache.layout:
+                n_alike = min(layout.n_alike, sequence.cache.layout.n_alike)
+                most_equal = min(most_equal, n_alike * PAGE)
+            if other is not sequence:
+                n = _n_equal(other.ids, sequence.ids, most_equal)
                 if n > most:
                     found, most = (other, n), n
         return found
@@ -283,8 +287,8 @@ class CacheStore:
         cache, path = sequence.cache, sequence.path
         begin = len(path)
         for page in range(begin, cache.n_tokens // PAGE):
-            above = path[-1] if path else self.index.root(cache.layout)
-            path.append(self.index.child(above, _page_ids(sequence, page)))
+            above = path[-1] if path else self.index.root
+            path.append(self.index.child(above, cache.layout, page, _page_ids(sequence, page)))
         for page in range(len(path) - 1, begin - 1, -1):
             self._enter_page(cache, path[page], page)
         if len(path) > begin:
@@ -310,8 +314,9 @@ class CacheStore:
         cache, layout, n_full = sequence.cache, sequence.cache.layout, n_tokens // PAGE
         nodes = list(sequence.path[:n_full])
         if n_tokens % PAGE:
-            above = nodes[-1] if nodes else self.index.root(layout)
-            nodes.append(self.index.child(above, _page_ids(sequence, n_full, n_tokens)))
+            above = nodes[-1] if nodes else self.index.root
+            ids = _page_ids(sequence, n_full, n_tokens)
+            nodes.append(self.index.child(above, layout, n_full, ids))
             self._enter_page(cache, nodes[-1], n_full)
         for group, ring in enumerate(layout.rings):
             of_group = rank if ring.window or rank == STABLE else PLAIN

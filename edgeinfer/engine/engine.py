@@ -18,18 +18,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgeinfer.backend import Program, Ticket
-from edgeinfer.batch import Batch, Outputs, StepLimits
+from edgeinfer.batch import Outputs, StepLimits
 from edgeinfer.engine import hooks
 from edgeinfer.engine.cache import CacheLayout, Overflow, PagePool
 from edgeinfer.engine.cache_store import CacheStore
 from edgeinfer.engine.delivery import Delivery
 from edgeinfer.engine.generation import Generation, LogitsJob, check_ids, check_length
+from edgeinfer.engine.hooks import Step
 from edgeinfer.engine.scheduler import AnyWork, Scheduler
 from edgeinfer.engine.sequence import Request, Rows, Work
 from edgeinfer.engine.step import build_batch, commit, fill_samples
 from edgeinfer.engine.step_costs import StepCosts
 from edgeinfer.errors import BusyError, ClosedError, InvalidRequestError
-from edgeinfer.options import Step
 from edgeinfer.sampling.params import SampleTable
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Engine:
         self._changed = threading.Condition()
         self._ticket: Ticket | None = None
         self._in_step: list[Work] = []
-        self._closed = ""
+        self._closed, self._is_exit = "", False
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._loop, name="edgeinfer-engine", daemon=True)
         self._thread.start()
@@ -162,6 +162,8 @@ class Engine:
     def check_alive(self) -> None:
         """Raise ClosedError unless events can still come."""
         if self._pid != os.getpid() or not self._thread.is_alive():
+            if self._is_exit and threading.current_thread() is not threading.main_thread():
+                threading.Event().wait()  # all such threads end now: none needs an error for that
             raise ClosedError(self._closed or _FORKED)
 
     def check_waiting(self) -> None:
@@ -170,11 +172,15 @@ class Engine:
         if threading.current_thread() is self._thread or self.delivery.is_here():
             raise InvalidRequestError("a callback can't wait for an answer; wait in a thread")
 
-    def close(self, timeout: float = _JOIN_SECONDS) -> None:
-        """End every generation and the thread; safe to call twice and from any thread."""
+    def close(self, timeout: float = _JOIN_SECONDS, *, is_exit: bool = False) -> None:
+        """End every generation and the thread; safe to call twice and from any thread.
+
+        `is_exit` says that the interpreter ends: nobody is told.
+        """
         if self._pid != os.getpid():
             return
         with self._changed:
+            self._is_exit = is_exit
             self._closed = self._closed or "the model was closed"
             if self._ticket is not None:
                 self._ticket.abort()
@@ -211,8 +217,9 @@ class Engine:
             self._serve()
         except BaseException as error:  # a bug: whoever waits is told, nobody hangs
             self._closed = f"the engine failed: {error!r}"
-        self._scheduler.fail_all(ClosedError(self._closed), also_waiting=True)
-        self.delivery.close(_JOIN_SECONDS)
+        if not self._is_exit:
+            self._scheduler.fail_all(ClosedError(self._closed), also_waiting=True)
+            self.delivery.close(_JOIN_SECONDS)
 
     def _serve(self) -> None:
         """Turns until it is closed. An error outside of any one request costs a turn at first."""
@@ -278,9 +285,8 @@ class Engine:
 
     def _run(self, parts: list[Rows]) -> Outputs:
         """Run one step; its outputs are views that the next step overwrites."""
-        samples = self._samples if isinstance(parts[0].work, Generation) else None
-        if samples is not None:
-            fill_samples(samples, parts)
+        samples = self._samples
+        fill_samples(samples, parts)
         batch = build_batch(parts, samples)
         is_watched = any([part.work.hook is not None for part in parts])
         if is_watched:
@@ -301,19 +307,14 @@ class Engine:
         finally:
             with self._changed:
                 self._ticket, self._in_step = None, []
-        if is_watched and not outputs.aborted:
-            self._show(batch, outputs, parts, samples)
+        if not outputs.aborted:
+            if is_watched:
+                for part, error in hooks.show(batch, outputs, parts):
+                    self._scheduler.fail(part.work, error)  # type: ignore[arg-type]
+            if batch.samples is None and samples.n_rows:  # tokens are still to be picked
+                self._program.sample(outputs.logits[: samples.n_rows], samples)
+                outputs.ids = samples.ids[: samples.n_rows]
         return outputs
-
-    def _show(
-        self, batch: Batch, outputs: Outputs, parts: list[Rows], samples: SampleTable | None
-    ) -> None:
-        """To who watches; tokens are picked then, where the step has not picked them."""
-        for part, error in hooks.show(batch, outputs, parts):
-            self._scheduler.fail(part.work, error)  # type: ignore[arg-type]
-        if samples is not None and batch.samples is None:
-            self._program.sample(outputs.logits, samples)
-            outputs.ids = samples.ids[: len(outputs.logits)]
 
 
 _NOTHING = Outputs(
@@ -326,7 +327,13 @@ _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 def _close_engines() -> None:
     for engine in list(_engines):
-        engine.close(timeout=2.0)
+        engine.close(timeout=2.0, is_exit=True)
+
+
+def close_first_at_exit() -> None:
+    """Before all that was registered for the exit until now, as what engines run on may be."""
+    atexit.unregister(_close_engines)
+    atexit.register(_close_engines)
 
 
 def _mark_forked() -> None:
@@ -334,6 +341,6 @@ def _mark_forked() -> None:
         engine.mark_forked()
 
 
-atexit.register(_close_engines)
+close_first_at_exit()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_mark_forked)

@@ -123,8 +123,8 @@ class Generation:
         """Whether it should pause."""
         return self.events.is_full and self.sequence is not None and self.sequence.n_generated > 0
 
-    def next_rows(self, most: int, limits: StepLimits) -> list[Rows]:
-        """Up to `most` rows of its prompt, or of what it computes again."""
+    def next_rows(self, most: int, most_outputs: int) -> list[Rows]:
+        """Up to `most` rows of its prompt, or of what it computes again; one output at most."""
         sequence = self.sequence
         assert sequence is not None, "the generation does not run"
         n = min(sequence.n_waiting, most, sequence.cache.step_limit())
@@ -230,13 +230,13 @@ class LogitsJob:
         lists = (self.ids, *self.others)
         self.sequences = [store.open_empty(ids, self.layout) for ids in lists]
 
-    def next_rows(self, most: int, limits: StepLimits) -> list[Rows]:
+    def next_rows(self, most: int, most_outputs: int) -> list[Rows]:
         """The parts of its next step: about `most` rows."""
         main, *others = self.sequences
         start = main.cache.n_tokens
         n = min(self.chunk, main.n_waiting, max(1, most - len(others)))
         n_wanted = max(0, start + n - max(start, self.first, self.n_taken))
-        excess = max(0, n_wanted - limits.max_outputs)
+        excess = max(0, n_wanted - max(1, most_outputs))
         n, n_wanted = n - excess, n_wanted - excess
         parts = [Rows(main, n, n_wanted, self)]
         for i, other in enumerate(others):

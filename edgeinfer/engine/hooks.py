@@ -5,13 +5,29 @@ Nothing is asked of a program, and nothing done, for requests that watch nothing
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edgeinfer.batch import Batch, Outputs
 from edgeinfer.engine.sequence import Rows
-from edgeinfer.options import Step
+
+
+class Step(NamedTuple):
+    """What `on_step` is called with: a request's rows of one step, T of them, as it is watched.
+
+    All arrays are views that the next step overwrites. What is written to `logits` counts: the
+    token is picked from them afterwards. Rows that came out of the cache were never computed.
+    """
+
+    position: int  # of the first row
+    token_ids: NDArray[np.int32]  # (T,)
+    logits: NDArray[np.float32] | None  # (V,) of the last row, None while the prompt is read
+    hidden: NDArray[np.float32] | None  # (D,) of the last row, as the head reads it, alike
+    residuals: Mapping[int, NDArray[np.float32]]  # (T, D), the stream that enters each layer
 
 
 class Hook(NamedTuple):

@@ -5,41 +5,37 @@ Knows nothing of how memory is obtained.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
 from edgeinfer.backend import Backend
-from edgeinfer.batch import HOST, PAGE, Demand, StepLimits, StepRequest
-from edgeinfer.errors import Advice, Keyword, PlanError
-from edgeinfer.graph import Segment
+from edgeinfer.batch import PAGE, StepLimits, StepRequest
+from edgeinfer.engine.plan_error import does_not_fit
+from edgeinfer.engine.plan_rows import (
+    LEAST_STATES,
+    SPARE_PAGES,
+    SPARE_STATES,
+    HostBytes,
+    Pool,
+    pools_of,
+    size_text,
+    spare_pages,
+    spare_states,
+)
+from edgeinfer.errors import UnsupportedModelError
+from edgeinfer.graph import KVType, Segment
 
 DEFAULT_N_CTX = 8192
 _LEAST_N_CTX = 512  # what a default is lowered to before a model is refused
-_MiB = 1 << 20
-_BUILDING = "building kernels, once"
+_FEW_ROWS = 64  # of a step, where the usual number leaves no room for even that
+_ALL_ROWS = 1 << 30
+_SPARE_ROWS = SPARE_PAGES, SPARE_STATES
 
-# Measured on x86-64 Linux, Python 3.11: interpreter, NumPy, the tokenizer library, and LLVM
-# where it has to link or to be asked.
-PYTHON_BYTES = 90 * _MiB
-_TEMPLATES_BYTES = 22 * _MiB  # the process that renders chat templates, with one of them
-_TOKEN_BYTES = 700  # of a vocabulary entry while the tokenizer is built
-
-
-class Pool(NamedTuple):
-    """One memory: bytes by purpose, and how many there are to take."""
-
-    name: str  # "host", "cuda:0"
-    rows: dict[str, int]
-    available: int
-
-    @property
-    def total_bytes(self) -> int:
-        return sum(self.rows.values())
-
-    @property
-    def fits(self) -> bool:
-        return self.total_bytes <= self.available
+KVTypes = tuple[KVType, KVType]
+USUAL_TYPES: KVTypes = ("f16", "f16")
+# What unasked replaces them: its perplexity differs in the third digit, that of fewer bits more.
+_SMALLER_TYPES: KVTypes = ("q8_0", "q8_0")
 
 
 class MemoryPlan(NamedTuple):
@@ -49,7 +45,10 @@ class MemoryPlan(NamedTuple):
     n_ctx: int
     slots: int
     limits: StepLimits
-    note: str  # why n_ctx is not the usual one, "" if it is
+    note: str  # why n_ctx or the types of K and V are not the usual ones, "" if they are
+    kv_types: KVTypes = USUAL_TYPES
+    n_spare_pages: int = 0  # of those in `limits`: for prompts to come
+    n_spare_states: int = 0
 
     @property
     def host(self) -> Pool:
@@ -69,11 +68,30 @@ class MemoryPlan(NamedTuple):
         return sum(pool.total_bytes for pool in self.pools)
 
     @property
+    def kept_bytes(self) -> int:
+        """For prompts that were read before, beyond what the context has room for."""
+        return sum(pool.rows.get(row, 0) for pool in self.pools for row in _SPARE_ROWS)
+
+    @property
     def summary(self) -> str:
         """ "412 MiB", and what other memories hold: "412 MiB, 5210 MiB on cuda:0"."""
-        host, *others = (f"{pool.total_bytes // _MiB} MiB" for pool in self.pools)
+        host, *others = (size_text(pool.total_bytes) for pool in self.pools)
         beside = (f", {n} on {p.name}" for n, p in zip(others, self.pools[1:], strict=True))
         return host + "".join(beside)
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """What was chosen, a line for each, with the reason where it is not the usual one."""
+        k_type, v_type = self.kv_types
+        types = k_type if k_type == v_type else f"{k_type} for K, {v_type} for V"
+        n_spare, n_states = self.n_spare_pages * PAGE, self.n_spare_states
+        states = f" and for {n_states} snapshots of the state" if n_states else ""
+        return (
+            f"context {self.n_ctx} tokens" + (f" in each of {self.slots} slots" * (self.slots > 1)),
+            f"K and V as {types}",
+            f"room for {n_spare} tokens of earlier prompts{states}, beside what the context has",
+            f"steps of up to {self.limits.max_rows} rows and {self.limits.max_sequences} sequences",
+        )
 
     @property
     def available(self) -> int:
@@ -86,13 +104,26 @@ class MemoryPlan(NamedTuple):
 
 
 class PlanRequest(NamedTuple):
-    """What a plan is solved for; `n_ctx` None asks for the usual length or what fits."""
+    """What a plan is solved for; what is None is chosen: see `solve`."""
 
     n_ctx: int | None
     slots: int
     n_threads: int
     available: int  # bytes of the host's memory
     freed: Mapping[str, int] = MappingProxyType({})  # bytes by memory that come back before
+    kv_types: KVTypes | None = None
+    host: HostBytes = HostBytes()
+    most_available: int = 0  # bytes of the host's that there would be, were the user to allow it
+
+
+class Setting(NamedTuple):
+    """What a plan chooses."""
+
+    n_ctx: int
+    kv_types: KVTypes
+    n_spare_pages: int = 0
+    n_spare_states: int = 0
+    most_rows: int = _ALL_ROWS
 
 
 def usual_n_ctx(segment: Segment) -> int:
@@ -109,74 +140,82 @@ def available_bytes(backend: Backend, request: PlanRequest) -> dict[str, int]:
 
 
 def solve(segment: Segment, backend: Backend, request: PlanRequest) -> MemoryPlan:
-    """The plan that fits, each memory by itself; PlanError says what would."""
-    available = available_bytes(backend, request)
+    """The plan that fits, each memory by itself; PlanError says what would.
 
-    def plan(n_ctx: int, note: str = "") -> MemoryPlan:
-        step = StepRequest(n_ctx, request.slots, request.n_threads)
-        demand = backend.demand(segment, step)
-        pools = _pools(demand, available, segment.graph.hparams.vocab_size)
-        return MemoryPlan(pools, n_ctx, request.slots, demand.limits, note)
+    What was asked for is not changed. Of the rest, the first that fits of: the usual context in
+    f16 and spare pages for earlier prompts; without them; in q8_0; half the context in f16, then
+    in q8_0, and so on down to 512 tokens; steps of fewer rows.
+    """
+    smallest = None
+    for setting, plan in _plans(segment, backend, request, _settings(segment, request)):
+        if plan.fits:
+            return plan._replace(note=_note(setting, request, usual_n_ctx(segment)))
+        smallest = plan
+    assert smallest is not None, "what is asked for is tried"
 
-    if request.n_ctx is not None:
-        asked = plan(request.n_ctx)
-        if not asked.fits:
-            raise _too_large(plan, asked)
-        return asked
-    n_ctx = usual = usual_n_ctx(segment)
-    note = ""
-    while not (found := plan(n_ctx, note)).fits:
-        n_ctx = n_ctx // 2 // PAGE * PAGE
-        note = f"memory is short: {usual} would be usual"
-        if n_ctx < min(usual, _LEAST_N_CTX):
-            raise _too_large(plan, found)
-    return found
+    def fits(asked: PlanRequest) -> bool:
+        """Whether `solve` would find a plan: the last that it tries is the smallest."""
+        settings = reversed([*_settings(segment, asked)])
+        _, plan = next(_plans(segment, backend, asked, settings))
+        return plan.fits
+
+    raise does_not_fit(smallest, request, fits)
 
 
-def _pools(demand: Demand, available: Mapping[str, int], vocab_size: int) -> tuple[Pool, ...]:
-    """The host's pool, with what is taken there whatever the machine, and the others."""
-    rows = {
-        **demand.memories.get(HOST, {}),
-        "tokenizer": vocab_size * _TOKEN_BYTES,
-        "Python": PYTHON_BYTES,
-        "chat templates": _TEMPLATES_BYTES,
-    }
-    # Builders have ended before weights are packed: only what they take beyond that counts.
-    if (excess := demand.building_bytes + PYTHON_BYTES - sum(rows.values())) > 0:
-        rows[_BUILDING] = excess
-    others = (
-        Pool(name, dict(taken), available[name])
-        for name, taken in demand.memories.items()
-        if name != HOST
-    )
-    return (Pool(HOST, rows, available[HOST]), *others)
+def _plans(
+    segment: Segment, backend: Backend, request: PlanRequest, settings: Iterable[Setting]
+) -> Iterator[tuple[Setting, MemoryPlan]]:
+    """Settings with their plans; of types that nobody asked for, where the machine has them."""
+    for setting in settings:
+        try:
+            yield setting, planned(segment, backend, request, setting)
+        except UnsupportedModelError:
+            if setting.kv_types in (USUAL_TYPES, request.kv_types):
+                raise
 
 
-def _too_large(solved: Callable[[int], MemoryPlan], plan: MemoryPlan) -> PlanError:
-    fits = None
-    n_ctx = plan.n_ctx
-    while n_ctx > PAGE and fits is None:
-        n_ctx = n_ctx // 2 // PAGE * PAGE
-        if n_ctx and solved(n_ctx).fits:
-            fits = n_ctx
-    pool = next(pool for pool in plan.pools if not pool.fits)
-    largest = max(pool.rows, key=lambda row: pool.rows[row])
-    advice: Advice = ("no context length would fit; take a smaller file",)
-    if largest == _BUILDING:
-        advice = (
-            "give it that once: `edgeinfer warmup` builds the kernels that later starts take",
-        )
-    elif fits is not None:
-        advice = (Keyword("n_ctx", fits), " would fit")
-    slots = f" in {plan.slots} slots" if plan.slots > 1 else ""
-    where = "" if pool.name == HOST else f" on {pool.name}"
-    return PlanError(
-        f"the model needs {pool.total_bytes // _MiB} MiB{where} for {plan.n_ctx} tokens of context"
-        f"{slots}, {pool.available // _MiB} MiB are available (most of it is {largest}, "
-        f"{pool.rows[largest] // _MiB} MiB)",
-        advice=advice,
-        needed=pool.total_bytes,
-        available=pool.available,
-        memory=pool.name,
-        n_ctx=fits,
-    )
+def planned(
+    segment: Segment, backend: Backend, request: PlanRequest, setting: Setting
+) -> MemoryPlan:
+    """What a setting takes, whether it fits or not."""
+    # Of the same values: whatever else a segment says of them stays.
+    ops = segment.graph.ops_for(setting.n_ctx, setting.kv_types)
+    n_states = LEAST_STATES * request.slots + setting.n_spare_states if segment.states else 0
+    step = StepRequest(
+        setting.n_ctx, request.slots, request.n_threads, setting.most_rows, n_states,
+        setting.n_spare_pages,
+    )  # fmt: skip
+    demand = backend.demand(segment._replace(ops=ops), step)
+    pools = pools_of(demand, step, available_bytes(backend, request), request.host)
+    return MemoryPlan(
+        pools, setting.n_ctx, request.slots, demand.limits, "", setting.kv_types,
+        setting.n_spare_pages, setting.n_spare_states,
+    )  # fmt: skip
+
+
+def _settings(segment: Segment, request: PlanRequest) -> Iterator[Setting]:
+    """What may be chosen, in the order in which it is tried."""
+    usual = usual_n_ctx(segment)
+    n_ctx = usual if request.n_ctx is None else request.n_ctx
+    choices = [USUAL_TYPES, _SMALLER_TYPES] if request.kv_types is None else [request.kv_types]
+    spare = spare_pages(segment, n_ctx, choices[0]), spare_states(segment)
+    least = 0, min(1, spare[1])  # a state can't be shared but where one was kept
+    if spare != least:
+        yield Setting(n_ctx, choices[0], *spare)
+    yield from (Setting(n_ctx, types, *least) for types in choices)
+    while request.n_ctx is None and (half := n_ctx // 2 // PAGE * PAGE) >= min(usual, _LEAST_N_CTX):
+        n_ctx = half
+        yield from (Setting(n_ctx, types, *least) for types in choices)
+    yield Setting(n_ctx, choices[-1], *least, most_rows=_FEW_ROWS)
+
+
+def _note(setting: Setting, request: PlanRequest, usual: int) -> str:
+    """What memory was too short for."""
+    missing = []
+    if request.n_ctx is None and setting.n_ctx < usual:
+        missing.append(str(usual))
+    if request.kv_types is None and setting.kv_types != USUAL_TYPES:
+        missing.append("f16")
+    if setting.most_rows < _ALL_ROWS:
+        missing.append("longer steps")
+    return f"memory is short: {' and '.join(missing)} would be usual" if missing else ""

@@ -15,8 +15,8 @@ from edgeinfer.batch import PAGE
 from edgeinfer.engine.cache import CacheLayout, PagePool
 
 # Why no more of a prompt came from the cache: all did; the rest was never read; its pages, those of
-# a window or the state there have been given up; it was read under another layout.
-Miss: TypeAlias = Literal["", "new", "evicted", "window", "state", "settings"]
+# a window or the state there have been given up.
+Miss: TypeAlias = Literal["", "new", "evicted", "window", "state"]
 
 # What is given up first: what may do, what ends where a prompt is likely to go on, what was asked
 # to stay. Of the last at most half of the pages: else nothing new could ever be kept.
@@ -28,9 +28,9 @@ _FEW_NODES = 1024
 class Node:
     """The tokens of a page, after those of the nodes above it, and what is kept of them.
 
-    Keys are ids as bytes, so a lookup hashes and compares them. `held` are the page of each cache
-    group and, where a model has state, the slot of the state after the last token; -1 is none.
-    `tails` are nodes of less than a page, whose pages may have been written further since.
+    Keys begin with the ids, so a lookup compares them. `held` are the page of each cache group and,
+    where a model has state, the slot of the state after the last token; -1 is none. `tails` are
+    nodes of less than a page, whose pages may have been written further since.
     """
 
     __slots__ = ("children", "held", "ids", "tails")
@@ -44,6 +44,10 @@ class Node:
     @property
     def is_full(self) -> bool:
         return len(self.ids) == PAGE * _BYTES
+
+    @property
+    def is_empty(self) -> bool:
+        return max(self.held, default=-1) < 0 and not self.children and not self.tails
 
 
 class Match(NamedTuple):
@@ -65,7 +69,7 @@ class PrefixIndex:
     def __init__(self, pools: SequenceOf[PagePool], has_state: bool) -> None:
         self._pools, self._has_state = pools, has_state
         self._n_groups = len(pools) - has_state
-        self._roots: dict[CacheLayout, Node] = {}
+        self.root = Node(b"", len(pools))
         # By kind and rank: the nodes that hold a page; it counts as one holder of it.
         self._held: list[list[OrderedDict[int, list[Node]]]] = [
             [OrderedDict() for _ in range(STABLE + 1)] for _ in pools
@@ -80,17 +84,13 @@ class PrefixIndex:
 
     # -- entering --------------------------------------------------------------------------------
 
-    def root(self, layout: CacheLayout) -> Node:
-        if layout not in self._roots:
-            self._roots[layout] = Node(b"", len(self._pools))
-        return self._roots[layout]
-
-    def child(self, node: Node, ids: bytes) -> Node:
+    def child(self, node: Node, layout: CacheLayout, page: int, ids: bytes) -> Node:
         """The node of the next tokens, made where there is none; less than a page is a tail."""
         nodes = node.children if len(ids) == PAGE * _BYTES else node.tails
-        found = nodes.get(ids)
+        key = _key(layout, page, ids)
+        found = nodes.get(key)
         if found is None:
-            found = nodes[ids] = Node(ids, len(self._pools))
+            found = nodes[key] = Node(ids, len(self._pools))
             self.n_nodes += 1
         return found
 
@@ -146,7 +146,7 @@ class PrefixIndex:
             for queue in queues:
                 for number in list(queue):
                     self._drop(kind, number, queue)
-        self._roots, self.n_nodes = {}, 0
+        self.root, self.n_nodes = Node(b"", len(self._pools)), 0
 
     def _drop(self, kind: int, number: int, queue: OrderedDict[int, list[Node]]) -> None:
         for node in queue.pop(number):
@@ -161,29 +161,27 @@ class PrefixIndex:
         if self.n_nodes < self._sweep_at:
             return
         used = set(map(id, in_use))
-        below: list[tuple[Node, Node]] = []  # (above, node), every node after those above it
-        for root in self._roots.values():
-            below += ((root, node) for node in _next(root))
-        for _, node in below:  # NOTE: the list grows while it is walked
-            below += ((node, each) for each in _next(node))
-        for above, node in reversed(below):
-            is_dead = max(node.held, default=-1) < 0 and not node.children and not node.tails
-            if is_dead and id(node) not in used:
-                nodes = above.children if node.ids in above.children else above.tails
-                del nodes[node.ids]
-                self.n_nodes -= 1
+        nodes = [self.root]  # each after those above it
+        for node in nodes:  # NOTE: the list grows while it is walked
+            nodes += _next(node)
+        for node in reversed(nodes):
+            for below in (node.children, node.tails):
+                for key in [key for key, each in below.items() if each.is_empty]:
+                    if id(below[key]) not in used:
+                        del below[key]
+                        self.n_nodes -= 1
         self._sweep_at = max(self._sweep_at, 2 * self.n_nodes)
 
     def recover(self) -> list[list[int]]:
         """Derive what is held from the nodes, after an error anywhere; the numbers of each kind."""
         found: list[dict[int, list[Node]]] = [{} for _ in self._pools]
-        nodes = list(self._roots.values())
+        nodes = [self.root]
         for node in nodes:  # NOTE: the list grows while it is walked
             nodes += _next(node)
             for kind, number in enumerate(node.held):
                 if number >= 0:
                     found[kind].setdefault(number, []).append(node)
-        self.n_nodes = len(nodes) - len(self._roots)
+        self.n_nodes = len(nodes) - 1
         for kind, of_kind in enumerate(found):
             queues = self._held[kind]
             for rank, queue in enumerate(queues):
@@ -198,8 +196,11 @@ class PrefixIndex:
         path = self._walk(layout, ids, most)
         found = None
         for n_full in range(len(path), least // PAGE - 1, -1):
-            above = path[n_full - 1] if n_full else self.root(layout)
-            for n_tokens, last in self._ends(above, n_full, n_full == len(path), ids, most):
+            above = path[n_full - 1] if n_full else self.root
+            nodes = _alike(above.tails, layout, n_full)
+            if n_full == len(path):
+                nodes += _alike(above.children, layout, n_full)
+            for n_tokens, last in self._ends(above, n_full, nodes, ids, most):
                 if n_tokens > least and self._lacks(layout, path[:n_full], last, n_tokens) < 0:
                     found = Match(n_tokens, path[:n_full], last, "")
                     break
@@ -209,9 +210,10 @@ class PrefixIndex:
         return found._replace(miss=self._miss(layout, path, ids, most, found.n_tokens))
 
     def _walk(self, layout: CacheLayout, ids: array[int], most: int) -> list[Node]:
-        node, path = self.root(layout), []
-        for start in range(0, most // PAGE * PAGE, PAGE):
-            child = node.children.get(ids[start : start + PAGE].tobytes())
+        node, path = self.root, []
+        for page in range(most // PAGE):
+            key = _key(layout, page, ids[page * PAGE : (page + 1) * PAGE].tobytes())
+            child = node.children.get(key)
             if child is None:
                 break
             path.append(child)
@@ -220,20 +222,20 @@ class PrefixIndex:
 
     def _known(self, layout: CacheLayout, path: list[Node], ids: array[int], most: int) -> int:
         """Tokens of `ids` that have been computed before."""
-        above = path[-1] if path else self.root(layout)
-        rest = ids[len(path) * PAGE : min(most, (len(path) + 1) * PAGE)]
-        return len(path) * PAGE + max((_agree(n, rest) for n in _next(above)), default=0)
+        above, n_full = path[-1] if path else self.root, len(path)
+        rest = ids[n_full * PAGE : min(most, (n_full + 1) * PAGE)]
+        nodes = _alike(above.children, layout, n_full) + _alike(above.tails, layout, n_full)
+        return n_full * PAGE + max((_agree(node, rest) for node in nodes), default=0)
 
     def _ends(
-        self, above: Node, n_full: int, is_last: bool, ids: array[int], most: int
+        self, above: Node, n_full: int, nodes: list[Node], ids: array[int], most: int
     ) -> Iterator[tuple[int, Node | None]]:
-        """Where a path may be gone on from behind its first pages: (tokens, what follows them).
+        """Where a path may be gone on from behind its first pages: (tokens, which of `nodes`).
 
         State is known only where it was kept; K and V of every token that agrees.
         """
         start = n_full * PAGE
         rest = ids[start : min(most, start + PAGE)]
-        nodes = above.tails.values() if self._has_state else _next(above) if is_last else ()
         ends = [(_agree(node, rest), node) for node in nodes]
         if self._has_state:
             ends = [
@@ -257,24 +259,26 @@ class PrefixIndex:
     def _miss(
         self, layout: CacheLayout, path: list[Node], ids: array[int], most: int, n: int
     ) -> Miss:
-        """Why no more than n tokens, of those known under this layout or another, are served."""
+        """Why no more than n tokens are served."""
         if n >= most:
             return ""
-        n_known = self._known(layout, path, ids, most)
-        others = (
-            self._known(each, self._walk(each, ids, most), ids, most)
-            for each in self._roots
-            if each != layout
-        )
-        if max(others, default=0) > max(n, n_known):
-            return "settings"
-        if n >= n_known:
+        if n >= self._known(layout, path, ids, most):
             return "new"
         n_full = max(n // PAGE, len(path))
         lacking = self._lacks(layout, path[:n_full], None, len(path[:n_full]) * PAGE)
         if lacking >= 0:
             return "window" if layout.rings[lacking].window else "evicted"
         return "state" if self._has_state else "evicted"
+
+
+def _key(layout: CacheLayout, page: int, ids: bytes) -> bytes:
+    """What is computed depends on the layout as well once something has been overwritten."""
+    return ids if page < layout.n_alike else ids + repr(layout).encode()
+
+
+def _alike(nodes: dict[bytes, Node], layout: CacheLayout, page: int) -> list[Node]:
+    """Those that hold what is computed under a layout."""
+    return [node for key, node in nodes.items() if key == _key(layout, page, node.ids)]
 
 
 def _next(node: Node) -> Iterator[Node]:

@@ -34,8 +34,11 @@ class Ends(Protocol):
 # -- before it -----------------------------------------------------------------------------------
 
 
-def build_batch(parts: SequenceOf[Rows], samples: SampleTable | None) -> Batch:
-    """The flat arrays of a step; logits are asked for where there is nothing to sample."""
+def build_batch(parts: SequenceOf[Rows], samples: SampleTable) -> Batch:
+    """The flat arrays of a step: of logits where some are asked for, else of picked tokens.
+
+    Parts of generations come first, so that theirs are the first rows of logits.
+    """
     ids: list[int] = []
     pos: list[int] = []
     seq: list[int] = []
@@ -54,14 +57,15 @@ def build_batch(parts: SequenceOf[Rows], samples: SampleTable | None) -> Batch:
             seq += [i] * n
         wanted += range(len(pos) - part.n_wanted, len(pos))
     states, kept = _states(parts)
+    is_picked = len(wanted) == samples.n_rows > 0
     return Batch(
         ids=np.array(ids, np.int32),
         pos=np.array(pos, np.int64),
         seq=np.array(seq, np.int32),
         tables=[part.sequence.cache.tables for part in parts],
         wanted=np.array(wanted, np.int32),
-        output="logits" if samples is None else "ids",
-        samples=samples,
+        output="ids" if is_picked else "logits",
+        samples=samples if is_picked else None,
         states=states,
         kept=kept,
     )
@@ -83,9 +87,9 @@ def _states(
 
 
 def fill_samples(table: SampleTable, parts: SequenceOf[Rows]) -> None:
-    """How the token of each wanted row is picked."""
+    """How the token of each wanted row of a generation is picked."""
     table.clear()
-    parts = [part for part in parts if part.n_wanted]
+    parts = [part for part in parts if part.n_wanted and isinstance(part.work, Generation)]
     params = _params(parts)
     if any([part.drafts or each.n_history for part, each in zip(parts, params, strict=True)]):
         _fill_one_by_one(table, parts)
@@ -134,8 +138,9 @@ def commit(parts: SequenceOf[Rows], outputs: Outputs, table: SampleTable, ends: 
             if work.is_cancelled:
                 pass
             elif isinstance(work, Generation):
-                _commit_part(part, work, picked, row, ends)
-            elif part.sequence in work.sequences:  # what has ended has none
+                if work.sequence is part.sequence:  # what has ended has none
+                    _commit_part(part, work, picked, row, ends)
+            elif part.sequence in work.sequences:
                 assert isinstance(work, LogitsJob)
                 work.commit(part, outputs.logits[row : row + part.n_wanted])
                 if work.is_complete:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from edgeinfer.errors import InvalidModelError, ModelNotFoundError
 from edgeinfer.gguf.header import AGAIN, CUT, MAGIC, MAX_KEYS, MAX_TENSORS, Header, TensorInfo
-from edgeinfer.gguf.source import FileBytes, TensorBytes
+from edgeinfer.gguf.source import FileBytes, Opener, TensorBytes, open_local
 from edgeinfer.quant import Weight, quant_type
 from edgeinfer.terminal import one_line
 
@@ -31,15 +31,18 @@ class GGUFFile:
     """
 
     @classmethod
-    def open(cls, path: str | Path) -> GGUFFile:
-        """Open a GGUF file; of a split one any part may be named, all must be present."""
-        parts = [_Part(Path(path))]
+    def open(cls, path: str | Path, opener: Opener = open_local) -> GGUFFile:
+        """Open a GGUF file; of a split one any part may be named, all must be present.
+
+        `opener` opens it and, beside it, the others, by paths.
+        """
+        parts = [_Part(Path(path), opener)]
         try:
             if parts[0].metadata.get_int("split.count", 1, high=_MAX_PARTS) > 1:
                 siblings = _siblings(parts[0])
                 parts.pop().close()
-                for sibling in siblings:
-                    parts.append(_Part(sibling))
+                for no, sibling in enumerate(siblings, 1):
+                    parts.append(_sibling(sibling, opener, no, len(siblings)))
                 _check_parts(parts)
                 for part in parts:
                     part.check_in_place()
@@ -111,13 +114,9 @@ class GGUFFile:
 class _Part:
     """One file and what its header says."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, opener: Opener) -> None:
         self.path = path
-        if not path.exists():
-            raise ModelNotFoundError(f"no file {path}")
-        if not path.is_file():
-            raise ModelNotFoundError(f"{path} is not a file; name a .gguf file")
-        self._bytes = FileBytes(path)
+        self._bytes = FileBytes(path, opener)
         self.size = self._bytes.size
         self.tensors: dict[str, Weight] = {}
         try:
@@ -204,18 +203,21 @@ def _siblings(part: _Part) -> list[Path]:
             path=part.path,
             field="split.count",
         )
-    paths = [
+    return [
         part.path.with_name(f"{match['stem']}-{no:05}-of-{count:05}.gguf")
         for no in range(1, count + 1)
     ]
-    for no, path in enumerate(paths, 1):
-        if not path.is_file():
-            raise InvalidModelError(
-                f"part {no} of {count} is missing: {path.name}; download it to the same folder",
-                path=path,
-                field="split.count",
-            )
-    return paths
+
+
+def _sibling(path: Path, opener: Opener, no: int, count: int) -> _Part:
+    try:
+        return _Part(path, opener)
+    except ModelNotFoundError:
+        raise InvalidModelError(
+            f"part {no} of {count} is missing: {path.name}; download it to the same folder",
+            path=path,
+            field="split.count",
+        ) from None
 
 
 def _check_parts(parts: list[_Part]) -> None:

@@ -44,6 +44,13 @@ class Metadata(Mapping[str, Value]):
     def __contains__(self, key: object) -> bool:
         return key in self._entries
 
+    @property
+    def n_bytes(self) -> int:
+        """Of texts and arrays, in the file."""
+        values = (entry.value for entry in self._entries.values())
+        arrays_and_texts = [v for v in values if isinstance(v, (Array, bytes))]
+        return sum(v.n_bytes if isinstance(v, Array) else len(v) for v in arrays_and_texts)
+
     def get_int(
         self, key: str, default: int | None = None, *, low: int = 0, high: int = 2**31 - 1
     ) -> int:

@@ -2,20 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, Protocol, TypeAlias
 
 from edgeinfer import platform
-from edgeinfer.errors import ClosedError, InvalidModelError
+from edgeinfer.errors import ClosedError, EdgeInferError, InvalidModelError, ModelNotFoundError
+
+
+class Readable(Protocol):
+    """What bytes are read from at any place, until `close`: see `platform.ReadableFile`."""
+
+    n_bytes: int
+
+    @property
+    def is_closed(self) -> bool: ...
+
+    def read_into(self, buffer: memoryview, at: int) -> int: ...
+
+    def is_unchanged(self) -> bool: ...
+
+    def is_in_place(self) -> bool: ...
+
+    def forget(self, at: int, n_bytes: int) -> bool: ...
+
+    def close(self) -> None: ...
+
+
+# Opens what a path names; ModelNotFoundError where that is no file.
+Opener: TypeAlias = Callable[[Path], Readable]
+
+
+def open_local(path: Path) -> Readable:
+    """A file of this machine."""
+    if not path.exists():
+        raise ModelNotFoundError(f"no file {path}")
+    if not path.is_file():
+        raise ModelNotFoundError(f"{path} is not a file; name a .gguf file")
+    return platform.ReadableFile(path)
 
 
 class FileBytes:
     """A file's bytes: its header, which stays, and whatever else is asked for."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, opener: Opener = open_local) -> None:
         self.path = path
         try:
-            self._file = platform.ReadableFile(path)
+            self._file = opener(path)
         except OSError as error:
             self._fail_to_read(error)
         self.size = self._file.n_bytes
@@ -80,6 +113,8 @@ class FileBytes:
         self._header = bytearray()
 
     def _fail_to_read(self, error: OSError) -> NoReturn:
+        if isinstance(error, EdgeInferError):  # it says what to do
+            raise error
         raise InvalidModelError(
             f"can't be read ({error.strerror or error})", path=self.path
         ) from error

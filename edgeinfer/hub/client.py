@@ -100,6 +100,39 @@ def download(
     _note_digest(target, found)
 
 
+def read_range(repository: Repository, file: RemoteFile, start: int, n_bytes: int) -> bytes:
+    """Some bytes of a file, without the rest of it; DownloadError where the hub won't say them."""
+    data = b""
+    for attempt in range(_ATTEMPTS):
+        first = start + len(data)
+        with suppress(TimeoutError, ConnectionError, http.client.HTTPException, _Again):
+            address = _address(repository, file)
+            with _open(address, repository.name, first, start + n_bytes) as response:
+                if response.status != 206:
+                    raise DownloadError(
+                        f"{config.hub_endpoint()} can't send a part of {file.name}; fetch all of "
+                        f"it with `edgeinfer pull {repository.name}`"
+                    )
+                _check_part(response.headers.get("Content-Range"), first, file)
+                for chunk in _chunks(response):
+                    data += chunk
+                    if len(data) >= n_bytes:
+                        return data[:n_bytes]
+        time.sleep(min(0.2 * 2**attempt, 5))
+    raise DownloadError(
+        f"the connection broke at byte {start + len(data)} of {file.name}; try again later"
+    )
+
+
+def _check_part(content_range: str | None, start: int, file: RemoteFile) -> None:
+    """Raise DownloadError unless it is what was asked for, of the file that the hub told of."""
+    match = re.fullmatch(r"bytes (\d{1,20})-\d{1,20}/(\d{1,20}|\*)", content_range or "")
+    if match is None or int(match[1]) != start or match[2] not in ("*", str(file.n_bytes)):
+        raise DownloadError(
+            f"{config.hub_endpoint()} sent another part of {file.name} than was asked for"
+        )
+
+
 def n_fetched(repository: Repository, file: RemoteFile, target: Path) -> int:
     """Bytes of a file that an earlier try has left to go on from."""
     try:
@@ -161,8 +194,7 @@ def _digest_file(target: Path) -> Path:
 def _fetch(repo: Repository, file: RemoteFile, out: BinaryIO, progress: BytesProgress) -> str:
     """Append what is missing of a file; the SHA-256 of all of it."""
     digest = _digest_of(out, file.n_bytes)
-    address = f"/{repo.name}/resolve/{repo.revision}/{urllib.parse.quote(file.name)}"
-    n_failed = 0
+    address, n_failed = _address(repo, file), 0
     while (n_done := out.tell()) < file.n_bytes:
         _check_space(Path(out.name).parent, file.n_bytes - n_done)
         try:
@@ -192,6 +224,10 @@ def _fetch(repo: Repository, file: RemoteFile, out: BinaryIO, progress: BytesPro
         out.truncate(0)
         raise DownloadError(f"{file.name} is longer than the hub says; run the command again")
     return str(digest.hexdigest())
+
+
+def _address(repo: Repository, file: RemoteFile) -> str:
+    return f"/{repo.name}/resolve/{repo.revision}/{urllib.parse.quote(file.name)}"
 
 
 def _chunks(response: IO[bytes]) -> Iterator[bytes]:
@@ -240,6 +276,10 @@ def _check_space(folder: Path, n_bytes: int) -> None:
 # -- requests ------------------------------------------------------------------------------------
 
 
+class _Again(OSError):
+    """It may go better the next time."""
+
+
 class _Redirects(urllib.request.HTTPRedirectHandler):
     """Follows redirects; the user's token stays with the host that it was meant for."""
 
@@ -266,14 +306,15 @@ def _origin(url: str) -> tuple[str, str]:
 
 
 @contextmanager
-def _open(path: str, repo: str, start: int = 0) -> Iterator[Any]:
-    """A response of the hub, from byte `start` on."""
+def _open(path: str, repo: str, start: int = 0, end: int | None = None) -> Iterator[Any]:
+    """A response of the hub, from byte `start` on, up to `end` where one is given."""
     if config.is_offline():
         raise DownloadError(f"HF_HUB_OFFLINE is set: {repo} can't be fetched")
     request = urllib.request.Request(config.hub_endpoint() + path)
     request.add_header("User-Agent", "edgeinfer")
-    if start:
-        request.add_header("Range", f"bytes={start}-")
+    if start or end is not None:
+        last = "" if end is None else end - 1
+        request.add_header("Range", f"bytes={start}-{last}")
     token = config.hub_token()
     if token:
         request.add_unredirected_header("Authorization", f"Bearer {token}")
@@ -284,7 +325,7 @@ def _open(path: str, repo: str, start: int = 0) -> Iterator[Any]:
         raise _refusal(error, repo, has_token=bool(token)) from None
     except urllib.error.URLError as error:
         if start:  # a download under way tries again
-            raise OSError(str(error.reason)) from None
+            raise _Again(str(error.reason)) from None
         raise DownloadError(
             f"no connection to {config.hub_endpoint()} ({error.reason}); check the network, or "
             "copy a .gguf file here and give its path"
@@ -319,7 +360,7 @@ def _refusal(error: urllib.error.HTTPError, repo: str, *, has_token: bool) -> Ex
         private = "it may be private" if has_token else "if it is private, set HF_TOKEN"
         return ModelNotFoundError(f"the hub has no {repo} (HTTP {error.code}); {private}")
     if error.code in _RETRIED:
-        return OSError(f"HTTP {error.code}")
+        return _Again(f"HTTP {error.code}")
     return DownloadError(f"{page} answered HTTP {error.code} {error.reason}")
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from edgeinfer import config, platform
+from edgeinfer.device import model_room
 from edgeinfer.errors import DownloadError, EdgeInferError, InvalidRequestError, ModelNotFoundError
 from edgeinfer.hub import client as hub
 from edgeinfer.hub import wheel
@@ -68,9 +69,8 @@ def fetch_model(name: str, progress: Report, say: Say, agree: Agree) -> Path:
 
 
 def _ask(what: str, n_bytes: int, n_here: int, licence: str | None, agree: Agree) -> None:
-    available = platform.available_memory()
-    fits = memory_needed(n_bytes) <= available
-    room = f"{available / 1e9:.1f} GB of memory free"
+    room = model_room()
+    fits = memory_needed(n_bytes) <= sum(room)
     verdict = f"fits ({room})" if fits else f"is too large for this machine ({room})"
     here = f" ({n_here / 1e6:.0f} of them are here)" if n_here else ""
     size = f"{n_bytes / 1e6:.0f} MB{here}"

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     )
     from edgeinfer.platform.forks import ForkedProcess
     from edgeinfer.platform.limits import ProcessLimits, ended_for_time
-    from edgeinfer.platform.memory import available_memory, peak_rss, rss
+    from edgeinfer.platform.memory import available_memory, memory_budget, peak_rss, rss
     from edgeinfer.platform.native import (
         Code,
         Memory,
@@ -86,7 +86,7 @@ _NAMES = {
         "try_lock unlink_open write_whole"
     ),
     "limits": "ProcessLimits ended_for_time",
-    "memory": "available_memory peak_rss rss",
+    "memory": "available_memory memory_budget peak_rss rss",
     "native": "Code Memory ThreadCalls can_run_generated_code keep thread_calls",
     "processors": "cpu_name default_threads processor_facts",
     "signals": "SIGNAL_CODE signals_call signals_exit signals_handled stop_for_shell",
@@ -130,6 +130,7 @@ __all__ = [
     "is_writable",
     "keep",
     "make_folder",
+    "memory_budget",
     "module_folders",
     "nvrtc_libraries",
     "open_appending",

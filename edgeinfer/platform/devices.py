@@ -26,6 +26,7 @@ class Gpu(NamedTuple):
     name: str
     compute_capability: str
     n_bytes: int
+    is_integrated: bool = False  # its memory is the processors'
 
 
 class CudaDriver(NamedTuple):
@@ -54,11 +55,12 @@ def _gpu(cuda: ctypes.CDLL, index: int) -> Gpu:
     cuda.cuDeviceGet(ctypes.byref(device), index)
     cuda.cuDeviceGetName(name, len(name), device)
     cuda.cuDeviceTotalMem_v2(ctypes.byref(n_bytes), device)
-    major, minor = ctypes.c_int(), ctypes.c_int()
-    for value, attribute in ((major, 75), (minor, 76)):
+    major, minor, integrated = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    for value, attribute in ((major, 75), (minor, 76), (integrated, 18)):
         cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
     text = name.value.decode("utf-8", "replace")
-    return Gpu(text, f"{major.value}.{minor.value}", n_bytes.value)
+    capability = f"{major.value}.{minor.value}"
+    return Gpu(text, capability, n_bytes.value, bool(integrated.value))
 
 
 class NvrtcLibrary(NamedTuple):

@@ -20,13 +20,33 @@ def available_memory(root: Path = _ROOT) -> int:
     Never more than our cgroups and this process's own limits allow; clean pages of files count as
     free. `root` is where the system's own files are looked for.
     """
+    return max(0, min([_free_memory(root), *(left for _, left in _limits(root))]))
+
+
+def memory_budget(held: int = 0, root: Path = _ROOT) -> int:
+    """Bytes that this process may hold where nobody says how many, `held` being so already.
+
+    Three quarters of what is available, and of each limit of ours all but a tenth.
+    """
+    rooms = [(_free_memory(root) + held) * 3 // 4]
+    rooms += [left + held - limit // 10 for limit, left in _limits(root)]
+    return max(0, min(rooms))
+
+
+def _free_memory(root: Path) -> int:
+    """Bytes that the whole system can give without swapping."""
     kib = system_files.fields(root / "proc/meminfo").get("MemAvailable:")
-    available = kib * 1024 if kib is not None else _windows_memory() or _sysconf_memory()
-    return max(0, min([available, *_cgroup_memory(root), *_address_space(root)]))
+    return kib * 1024 if kib is not None else _windows_memory() or _sysconf_memory()
 
 
-def _cgroup_memory(root: Path) -> Iterator[int]:
-    """Bytes below the limit of each of our cgroups."""
+def _limits(root: Path) -> Iterator[tuple[int, int]]:
+    """The limits that hold for this process, in bytes, and how many are left below each."""
+    yield from _cgroup_limits(root)
+    yield from _process_limits(root)
+
+
+def _cgroup_limits(root: Path) -> Iterator[tuple[int, int]]:
+    """Those of each of our cgroups; clean pages of files count as left."""
     for folder in system_files.cgroups(root, "memory"):
         for limit_name, used_name, prefix in _MEMORY_LIMITS:
             texts = (system_files.read(folder / name) for name in (limit_name, used_name))
@@ -38,7 +58,7 @@ def _cgroup_memory(root: Path) -> Iterator[int]:
                 sum(stat.get(prefix + name, 0) for name in names)
                 for names in (("inactive_file", "active_file"), _DIRTY_FILES[prefix])
             )
-            yield limit - used + min(used, max(0, clean - dirty))
+            yield limit, limit - used + min(used, max(0, clean - dirty))
 
 
 # Version 2, where `high` is what a group is slowed down at, and version 1.
@@ -50,8 +70,8 @@ _MEMORY_LIMITS = (
 _DIRTY_FILES = {"": ("file_dirty", "file_writeback"), "total_": ("dirty", "writeback")}
 
 
-def _address_space(root: Path) -> Iterator[int]:
-    """Bytes below the limits that were set for this process itself (`ulimit -v`, `-d`)."""
+def _process_limits(root: Path) -> Iterator[tuple[int, int]]:
+    """Those that were set for this process itself (`ulimit -v`, `-d`)."""
     try:
         import resource
     except ImportError:  # Windows
@@ -62,7 +82,7 @@ def _address_space(root: Path) -> Iterator[int]:
         if which is not None and (limit := resource.getrlimit(which)[0]) >= 0:  # -1: none
             if status is None:  # most processes have no such limits
                 status = system_files.fields(root / "proc/self/status")
-            yield limit - 1024 * status.get(used_name, 0)
+            yield limit, limit - 1024 * status.get(used_name, 0)
 
 
 def peak_rss() -> int:

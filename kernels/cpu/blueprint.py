@@ -57,7 +57,7 @@ class Blueprint:
             **{f"weights {kind}": n_bytes for kind, n_bytes in weights.items()},
             **self._cache_rows(),
             **self._state_rows(),
-            "scratch": self.scratch.n_bytes,
+            **self._scratch_rows(),
         }
 
     def cached(self) -> Cached:
@@ -69,6 +69,12 @@ class Blueprint:
         slots = self.states.values() if n_states else ()
         parts = [_part(each.at, n_states, each.slot_bytes) for each in slots]
         return Cached(tuple(groups), Pieces(n_states, parts), layout_of("cpu 1", self.segment))
+
+    def _scratch_rows(self) -> dict[str, int]:
+        logits = self.lowered.logits
+        n_bytes = 0 if logits is None else self.scratch.aligned(logits.n_bytes)
+        rows = {"scratch": self.scratch.n_bytes - n_bytes}
+        return {**rows, "logits": n_bytes} if n_bytes else rows
 
     def _cache_rows(self) -> dict[str, int]:
         return {

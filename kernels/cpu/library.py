@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import nullcontext, suppress
 from functools import cache
 from pathlib import Path
@@ -34,6 +35,9 @@ _MAX_VERSIONS = 4
 _DIGEST = 32  # bytes of SHA-256 in front of every cached object
 # The most a process that builds kernels takes: x86-64 Linux, LLVM 20 and 22, all kernels in one.
 BUILDER_BYTES = 400 << 20
+# Objects are 1 to 52 KB, 8 on average, and are held while they are linked. VmRSS grows by 41 MiB
+# where LLVM is asked about the processor, by 50 where it links.
+_KERNEL_BYTES, _LLVM_BYTES = 32 << 10, 52 << 20
 _SLOWEST = ("sample", "attend", "matmul")  # to build, in this order
 
 
@@ -203,6 +207,12 @@ class Library:
         """Memory that the processes take which will build those of these kernels not here."""
         n_missing = sum(not self._is_here(name) for name in names)
         return n_builders(n_missing, self._memory) * BUILDER_BYTES if n_missing else 0
+
+    def code_bytes(self, names: Collection[str]) -> int:
+        """Memory of these kernels' code, and of LLVM where this process has it or will need it."""
+        can_link = self.target.machine == "x86_64" and self.target.system != "windows"
+        has_llvm = not can_link or "llvmlite.binding" in sys.modules
+        return len(names) * _KERNEL_BYTES + has_llvm * _LLVM_BYTES
 
     def _is_here(self, name: str) -> bool:
         if name in self._addresses or self._ready.has(name, _source_key_or_none(name)):

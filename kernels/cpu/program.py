@@ -92,7 +92,10 @@ class CpuBackend:
         vocab_size = segment.graph.hparams.vocab_size
         limits = StepLimits.of(request, vocab_size, segment.groups, _MAX_ROWS)
         drawn = self._drawn = Blueprint(segment, limits)
-        return Demand(limits, {HOST: drawn.rows()}, self.library.building_bytes(drawn.kernels()))
+        kernels = drawn.kernels()
+        rows = {**drawn.rows(), "code": self.library.code_bytes(kernels)}
+        building_bytes = self.library.building_bytes(kernels)
+        return Demand(limits, {HOST: rows}, building_bytes, drawn.weights.packing_bytes)
 
     def can_build_beside(self, n_bytes: int) -> bool:
         """Whether there is memory for building when idle, beside what a program takes."""

@@ -103,6 +103,11 @@ class PackedWeights:
         self._tables.append((self._place("F32", table.nbytes), table))
         return self._tables[-1][0]
 
+    @property
+    def packing_bytes(self) -> int:
+        """What `pack` takes for a while: two portions."""
+        return _reading_bytes(list(_portions(self._matrices.values())))
+
     def pack(
         self,
         team: Team,
@@ -164,8 +169,9 @@ class _Reader:
 
     def __init__(self, portions: list[list[_Piece]]) -> None:
         self._portions = portions
-        size = max(map(_room, portions), default=0)
-        self._memory = platform.Memory(2 * size, huge=True)
+        n_bytes = _reading_bytes(portions)
+        size = n_bytes // 2
+        self._memory = platform.Memory(n_bytes, huge=True)
         self._free, self._filled = SimpleQueue[int | None](), SimpleQueue[int | BaseException]()
         for address in (self._memory.address, self._memory.address + size):
             self._free.put(address)
@@ -259,6 +265,11 @@ def _portions(matrices: Iterable[Weight]) -> Iterator[list[_Piece]]:
             portion, n_bytes = [], 0
     if portion:
         yield portion
+
+
+def _reading_bytes(portions: list[list[_Piece]]) -> int:
+    """Two portions: one is read while another is packed."""
+    return 2 * max(map(_room, portions), default=0)
 
 
 def _room(portion: list[_Piece]) -> int:

@@ -41,6 +41,8 @@ NARROW = {
     "Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
     "IQ4_XS": "IQ4_NL",
 }  # fmt: skip
+HYBRIDS = ("qwen35",)
+N_TAPS = 4  # of a convolution
 N_CONTROL = 2  # <|bos|> and <|eos|>, after the 256 bytes
 
 
@@ -66,6 +68,7 @@ def make_model(
     tied: bool = False,
     n_experts: int = 0,
     n_used: int = 0,
+    delta_heads: tuple[int, int, int] = (2, 4, 16),
     tokenizer: str | Path = "bytes",
     chat_template: str | None = None,
     metadata: Mapping[str, bool | int | float | str | Sequence[int]] | None = None,
@@ -76,7 +79,8 @@ def make_model(
     get a Q6_K head and MXFP4 one of Q8_0, as published files do. `bias` (q, k, v) and `qk_norm`
     default to what `arch` has. `tokenizer` is "bytes" or a GGUF file to copy one from, which then
     sets `vocab`. `metadata` adds keys. With `n_experts` the feed-forward networks are as many, of
-    which `n_used` are chosen.
+    which `n_used` are chosen. Of the qwen35 family three of four layers are delta nets of
+    `delta_heads`: key heads, value heads, and their width.
     """
     path, rng = Path(path), np.random.default_rng(seed)
     head_dim = head_dim or dim // n_heads
@@ -107,7 +111,9 @@ def make_model(
         writer.add_expert_count(n_experts)
         writer.add_expert_used_count(n_used)
         writer.add_expert_feed_forward_length(ffn_dim)
-    for key, value in (metadata or {}).items():
+    is_hybrid = arch in HYBRIDS
+    keys = _ssm_keys(arch, *delta_heads) if is_hybrid else {}
+    for key, value in (keys | dict(metadata or {})).items():
         add_value(writer, key, value)
 
     shapes = dict(
@@ -115,6 +121,7 @@ def make_model(
             n_layers=n_layers, dim=dim, q_dim=n_heads * head_dim, kv_dim=n_kv_heads * head_dim,
             head_dim=head_dim, ffn_dim=ffn_dim, vocab=vocab, rope_freqs=rope_freqs, bias=bias,
             qk_norm=qk_norm, tied=tied, n_experts=n_experts,
+            delta_heads=delta_heads if is_hybrid else None,
         )
     )  # fmt: skip
     types = {
@@ -150,6 +157,7 @@ def tensor_shapes(
     qk_norm: bool,
     tied: bool,
     n_experts: int,
+    delta_heads: tuple[int, int, int] | None,
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and NumPy-order shapes of all tensors, in file order."""
     yield "token_embd.weight", (vocab, dim)
@@ -157,15 +165,19 @@ def tensor_shapes(
         yield "rope_freqs.weight", (head_dim // 2,)
     for i in range(n_layers):
         yield f"blk.{i}.attn_norm.weight", (dim,)
-        for name, rows in (("attn_q", q_dim), ("attn_k", kv_dim), ("attn_v", kv_dim)):
-            yield f"blk.{i}.{name}.weight", (rows, dim)
-            if bias:
-                yield f"blk.{i}.{name}.bias", (rows,)
-        if qk_norm:
-            yield f"blk.{i}.attn_q_norm.weight", (head_dim,)
-            yield f"blk.{i}.attn_k_norm.weight", (head_dim,)
-        yield f"blk.{i}.attn_output.weight", (dim, q_dim)
-        yield f"blk.{i}.ffn_norm.weight", (dim,)
+        if delta_heads and i % 4 != 3:
+            yield from _delta_shapes(f"blk.{i}", dim, *delta_heads)
+        else:
+            n_q = 2 * q_dim if delta_heads else q_dim  # a gate for each
+            for name, rows in (("attn_q", n_q), ("attn_k", kv_dim), ("attn_v", kv_dim)):
+                yield f"blk.{i}.{name}.weight", (rows, dim)
+                if bias:
+                    yield f"blk.{i}.{name}.bias", (rows,)
+            if qk_norm:
+                yield f"blk.{i}.attn_q_norm.weight", (head_dim,)
+                yield f"blk.{i}.attn_k_norm.weight", (head_dim,)
+            yield f"blk.{i}.attn_output.weight", (dim, q_dim)
+        yield f"blk.{i}.{'post_attention' if delta_heads else 'ffn'}_norm.weight", (dim,)
         stack, suffix = ((n_experts,), "_exps") if n_experts else ((), "")
         if n_experts:
             yield f"blk.{i}.ffn_gate_inp.weight", (n_experts, dim)
@@ -177,9 +189,35 @@ def tensor_shapes(
         yield "output.weight", (vocab, dim)
 
 
+def _delta_shapes(
+    blk: str, dim: int, n_k: int, n_v: int, size: int
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    n_channels, v_dim = (2 * n_k + n_v) * size, n_v * size
+    yield f"{blk}.attn_qkv.weight", (n_channels, dim)
+    yield f"{blk}.attn_gate.weight", (v_dim, dim)
+    yield f"{blk}.ssm_conv1d.weight", (n_channels, N_TAPS)
+    yield f"{blk}.ssm_dt.bias", (n_v,)
+    yield f"{blk}.ssm_a", (n_v,)
+    yield f"{blk}.ssm_alpha.weight", (n_v, dim)
+    yield f"{blk}.ssm_beta.weight", (n_v, dim)
+    yield f"{blk}.ssm_norm.weight", (size,)
+    yield f"{blk}.ssm_out.weight", (dim, v_dim)
+
+
+def _ssm_keys(arch: str, n_k: int, n_v: int, size: int) -> dict[str, Any]:
+    keys = {
+        "conv_kernel": N_TAPS, "inner_size": n_v * size, "state_size": size,
+        "time_step_rank": n_v, "group_count": n_k,
+    }  # fmt: skip
+    return {
+        f"{arch}.rope.dimension_sections": [1, 1, 1, 0],  # text has one position
+        **{f"{arch}.ssm.{name}": value for name, value in keys.items()},
+    }
+
+
 def tensor_type(name: str, shape: tuple[int, ...], quant: str, n_layers: int, tied: bool) -> str:
     """The type that a tensor has in a file of this quantisation."""
-    if len(shape) == 1 or "ffn_gate_inp" in name:
+    if len(shape) == 1 or "ffn_gate_inp" in name or "ssm_conv1d" in name:
         return "F32"
     is_head = name == "output.weight" or (tied and name == "token_embd.weight")
     kind, better, _ = PRESETS.get(quant, (quant, quant, 0))
@@ -214,6 +252,8 @@ class RandomWeights:
             values = 0.1 * self._normal(shape)
         elif name == "rope_freqs.weight":
             values = np.geomspace(1, 8, shape[0], dtype=np.float32)
+        elif name.endswith(".ssm_a"):  # states fade
+            values = -0.1 * (1 + 0.1 * self._normal(shape))
         elif len(shape) == 1:
             values = 1 + 0.1 * self._normal(shape)
         else:
@@ -468,6 +508,7 @@ def main() -> None:
     for name, default in LLAMA_1B.items():
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=default)
     parser.add_argument("--head-dim", type=int)
+    parser.add_argument("--delta-heads", type=int, nargs=3, default=(16, 16, 128))
     for name in ("--n-experts", "--n-used"):
         parser.add_argument(name, type=int, default=0)
     parser.add_argument("--n-ctx", type=int, default=4096)

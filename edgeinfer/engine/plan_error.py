@@ -1,0 +1,88 @@
+"""What to tell of a plan that does not fit: how much is short, and which settings would fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from edgeinfer.batch import HOST, PAGE
+from edgeinfer.engine.plan_rows import Pool, size_text
+from edgeinfer.errors import Advice, Keyword, PlanError
+
+if TYPE_CHECKING:
+    from edgeinfer.engine.memory_plan import KVTypes, MemoryPlan, PlanRequest
+
+    Fits = Callable[[PlanRequest], bool]
+
+_MiB = 1 << 20
+_LESS_TYPES: tuple[KVTypes, ...] = (("q8_0", "q8_0"), ("q4_0", "q4_0"))
+
+
+def does_not_fit(plan: MemoryPlan, request: PlanRequest, fits: Fits) -> PlanError:
+    """The error for a request whose smallest plan does not fit; `fits` tells of other requests."""
+    pool = next(pool for pool in plan.pools if not pool.fits)
+    n_ctx = _longest(plan, request, fits)
+    advice: Advice = ("no context length would fit; take a smaller file",)
+    if pool.is_for_building:
+        advice = (
+            "give it that once: `edgeinfer warmup` builds the kernels that later starts take",
+        )
+    elif settings := _settings(plan, request, n_ctx, fits):
+        advice = _either(settings)
+    slots = f" in {plan.slots} slots" if plan.slots > 1 else ""
+    return PlanError(
+        f"the model needs {_needed(pool)} for {plan.n_ctx} tokens of context{slots}, "
+        f"{size_text(pool.available)} are available (most of it is {pool.largest}, "
+        f"{size_text(pool.rows[pool.largest])})",
+        advice=advice,
+        needed=pool.total_bytes,
+        available=pool.available,
+        memory=pool.name,
+        n_ctx=n_ctx,
+    )
+
+
+def _needed(pool: Pool) -> str:
+    where = "" if pool.name == HOST else f" on {pool.name}"
+    short = pool.total_bytes - pool.available
+    needed, available = size_text(pool.total_bytes), size_text(pool.available)
+    return needed + where + (f", {size_text(short)} more than there are," * (needed == available))
+
+
+def _longest(plan: MemoryPlan, request: PlanRequest, fits: Fits) -> int | None:
+    """The longest context that would fit, in whole pages."""
+    n_pages = _most((plan.n_ctx - 1) // PAGE, lambda n: fits(request._replace(n_ctx=n * PAGE)))
+    return n_pages * PAGE or None
+
+
+def _settings(
+    plan: MemoryPlan, request: PlanRequest, n_ctx: int | None, fits: Fits
+) -> list[Keyword]:
+    """Settings each of which would fit by itself, up to two."""
+    settings = [] if n_ctx is None else [Keyword("n_ctx", n_ctx)]
+    if n_slots := _most(request.slots - 1, lambda n: fits(request._replace(slots=n))):
+        settings.append(Keyword("slots", n_slots))
+    if request.kv_types is not None:
+        for types in _LESS_TYPES:
+            if fits(request._replace(kv_types=types)):
+                settings.append(Keyword("kv_type", types[0]))
+                break
+    needed = -(-plan.host.total_bytes // _MiB)
+    others_fit = all(pool.fits for pool in plan.pools[1:])
+    if others_fit and request.available < needed * _MiB <= request.most_available:
+        settings.append(Keyword("memory", f"{needed}M"))
+    return settings[:2]
+
+
+def _most(high: int, fits: Callable[[int], bool]) -> int:
+    """The largest of 1 to `high` that fits, where all below one that does fit too; else 0."""
+    low = 0
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _either(settings: list[Keyword]) -> Advice:
+    first, *others = settings
+    return (first, *(part for each in others for part in (" or ", each)), " would fit")
