@@ -90,4 +90,4 @@ class Delivery:
                 receiver.break_off(error)
 
 
-_FEW = 2
+_FEW = 4

@@ -112,6 +112,7 @@ class Engine:
 
         Steps take at most `prefill_chunk` rows of `ids`, beside rows of the `batch_with` lists.
         """
+        self._check_thread()
         lists = (ids, *(batch_with or ()))
         for each in lists:
             check_ids(each, self.n_vocab)
@@ -169,6 +170,9 @@ class Engine:
     def check_waiting(self) -> None:
         """The same for who waits for them here: a callback that does stops all that runs."""
         self.check_alive()
+        self._check_thread()
+
+    def _check_thread(self) -> None:
         if threading.current_thread() is self._thread or self.delivery.is_here():
             raise InvalidRequestError("a callback can't wait for an answer; wait in a thread")
 
@@ -240,8 +244,9 @@ class Engine:
 
     def _wait_for_work(self) -> bool:
         """False once the engine is closed."""
-        self.delivery.send()
         scheduler = self._scheduler
+        if not scheduler.has_work:
+            self.delivery.send()
         with self._changed:
             while not (self._closed or scheduler.has_work):
                 self._changed.wait()
@@ -252,7 +257,9 @@ class Engine:
         scheduler.drop_cancelled()
         scheduler.pause_unread()
         scheduler.admit()
-        for parts in scheduler.next_steps():
+        steps = scheduler.next_steps()
+        self.delivery.send()  # what the last step has yielded, and what has ended since
+        for parts in steps:
             self._step(parts)
 
     def _step(self, parts: list[Rows]) -> None:
