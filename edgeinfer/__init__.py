@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         InvalidRequestError,
         ModelNotFoundError,
         PlanError,
+        SessionError,
         TemplateError,
         UnsupportedModelError,
     )
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from edgeinfer.parameters import ANSWER, LOAD, Parameter
     from edgeinfer.replay import Recording, Replay
     from edgeinfer.results import (
+        CallDelta,
         Completion,
         Delta,
         Done,
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
         PromptProgress,
         Timings,
         TokenLogprob,
+        ToolCall,
         Usage,
     )
     from edgeinfer.stream import Stream
@@ -64,14 +67,14 @@ _HOME = {
     "ModelInfo": "hub.discovery", "list_models": "hub.discovery", "pull": "hub.fetch",
     "Completion": "results", "Delta": "results", "Done": "results", "Event": "results",
     "PromptProgress": "results", "Timings": "results", "TokenLogprob": "results",
-    "Usage": "results",
+    "Usage": "results", "CallDelta": "results", "ToolCall": "results",
     "AsyncStream": "aio", "Stream": "stream",
     "StreamFilter": "terminal", "one_line": "terminal", "printable": "terminal",
     "BusyError": "errors", "ClosedError": "errors", "ContextLengthError": "errors",
     "DeviceError": "errors", "DownloadError": "errors", "EdgeInferError": "errors",
     "InvalidModelError": "errors", "InvalidRequestError": "errors",
-    "ModelNotFoundError": "errors", "PlanError": "errors", "TemplateError": "errors",
-    "UnsupportedModelError": "errors",
+    "ModelNotFoundError": "errors", "PlanError": "errors", "SessionError": "errors",
+    "TemplateError": "errors", "UnsupportedModelError": "errors",
 }  # fmt: skip
 
 __all__ = [
@@ -79,6 +82,7 @@ __all__ = [
     "AsyncLLM",
     "AsyncStream",
     "BusyError",
+    "CallDelta",
     "ClosedError",
     "Completion",
     "ContextLengthError",
@@ -107,9 +111,11 @@ __all__ = [
     "Step",
     "Stream",
     "StreamFilter",
+    "SessionError",
     "TemplateError",
     "Timings",
     "TokenLogprob",
+    "ToolCall",
     "UnsupportedModelError",
     "Usage",
     "__version__",

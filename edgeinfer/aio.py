@@ -67,23 +67,29 @@ class AsyncLLM:
         self,
         messages: str | Sequence[Message],
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         template_args: Mapping[str, Any] | None = None,
         **sampling: Unpack[Sampling],
     ) -> Completion:
         """Answer a conversation."""
-        stream = await self.stream_chat(messages, template_args=template_args, **sampling)
+        stream = await self.stream_chat(
+            messages, tools=tools, template_args=template_args, **sampling
+        )
         return await stream.run()
 
     async def stream_chat(
         self,
         messages: str | Sequence[Message],
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         template_args: Mapping[str, Any] | None = None,
         **sampling: Unpack[Sampling],
     ) -> AsyncStream:
         """`chat`, as events while it runs."""
         return await self._begin(
-            lambda llm: llm.stream_chat(messages, template_args=template_args, **sampling)
+            lambda llm: llm.stream_chat(
+                messages, tools=tools, template_args=template_args, **sampling
+            )
         )
 
     async def _begin(self, stream: Callable[[LLM], Stream]) -> AsyncStream:
@@ -129,6 +135,11 @@ class AsyncStream(AsyncIterator[Event]):
     @property
     def completion(self) -> Completion:
         return self._stream.completion
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """The tokens of the prompt, template included."""
+        return self._stream.prompt_ids
 
     def __aiter__(self) -> AsyncStream:
         return self

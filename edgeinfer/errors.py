@@ -142,6 +142,10 @@ class InvalidRequestError(EdgeInferError, ValueError):
         super().__init__(found, advice=advice)
 
 
+class SessionError(EdgeInferError, ValueError):
+    """A saved session is damaged, or of another model or other settings."""
+
+
 class TemplateError(EdgeInferError):
     """A chat template failed; `line` is its line number, None when unknown."""
 

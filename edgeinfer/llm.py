@@ -30,6 +30,7 @@ from edgeinfer.results import Completion
 from edgeinfer.runtime import Runtime
 from edgeinfer.sampling.params import SamplingParams, breaker_tokens, recommended
 from edgeinfer.stream import Stream, read_all
+from edgeinfer.text.call_finder import CallFinder, call_finder
 from edgeinfer.text.messages import Conversation, Message
 from edgeinfer.text.prompt import chat_prompt
 from edgeinfer.text.reply import AnswerText, ReasoningSplitter, opened_tags, reasoning_tags
@@ -116,16 +117,23 @@ class LLM:
         self,
         messages: str | Sequence[Message],
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         template_args: Mapping[str, Any] | None = None,
         **sampling: Unpack[Sampling],
     ) -> Completion:
-        """Answer a conversation; the turns it shares with the last one are not read again."""
-        return self.stream_chat(messages, template_args=template_args, **sampling).run()
+        """Answer a conversation; the turns it shares with the last one are not read again.
+
+        Calls of `tools`, functions in the form that chat APIs share, are apart in `tool_calls`.
+        """
+        return self.stream_chat(
+            messages, tools=tools, template_args=template_args, **sampling
+        ).run()
 
     def stream_chat(
         self,
         messages: str | Sequence[Message],
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         template_args: Mapping[str, Any] | None = None,
         **sampling: Unpack[Sampling],
     ) -> Stream:
@@ -134,7 +142,7 @@ class LLM:
         opened = self._open()
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        chat = Conversation.of(messages, arguments=template_args)
+        chat = Conversation.of(messages, tools, template_args)
         with self._counting():
             prompt = chat_prompt(
                 opened.tokenizer,
@@ -147,18 +155,22 @@ class LLM:
         end = opened.tokenizer.decode(prompt.ids[-16:], special=True)
         tags = reasoning_tags(opened.template.source, opened.tokenizer)
         splitter = ReasoningSplitter(tags, opened_tags(end, tags))
-        return self._submit(prompt.ids, given, splitter, prompt.n_pinned, prompt.n_dropped)
+        finder = call_finder(opened.template.source, chat.tools)
+        return self._submit(prompt.ids, given, splitter, prompt.n_pinned, prompt.n_dropped, finder)
 
     def chat_batch(
         self,
         conversations: Iterable[str | Sequence[Message]],
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         template_args: Mapping[str, Any] | None = None,
         **sampling: Unpack[Sampling],
     ) -> list[Completion]:
         """Answer several conversations side by side."""
         return _run_all(
-            lambda each: self.stream_chat(each, template_args=template_args, **sampling),
+            lambda each: self.stream_chat(
+                each, tools=tools, template_args=template_args, **sampling
+            ),
             conversations,
             "conversations",
         )
@@ -288,9 +300,10 @@ class LLM:
         splitter: ReasoningSplitter | None,
         n_pinned: int,
         n_dropped: int = 0,
+        finder: CallFinder | None = None,
     ) -> Stream:
         opened = self._open()
-        answer = AnswerText.open(opened.tokenizer, given.get("stop", ()), splitter)
+        answer = AnswerText.open(opened.tokenizer, given.get("stop", ()), splitter, finder)
         request = Request(
             ids=tuple(ids),
             params=self._params(given),

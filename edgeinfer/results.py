@@ -45,6 +45,26 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall:
+    """A tool that the model wants to be called; `arguments` is the JSON of an object.
+
+    Where an answer was cut off, that of its last call may be too.
+    """
+
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallDelta:
+    """More of a call, the `index`-th of its answer: its name first, then its arguments."""
+
+    index: int
+    name: str = ""
+    arguments: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
     """A finished generation. `stop` is the stop string or the token id that ended it."""
 
@@ -58,6 +78,7 @@ class Completion:
     timings: Timings
     seed: int
     model: str
+    tool_calls: tuple[ToolCall, ...] = ()
 
     def __str__(self) -> str:
         return self.text
@@ -75,16 +96,18 @@ class PromptProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """New text of the answer, or of the reasoning before it, and the tokens that came with it.
+    """New text of the answer, or of the reasoning before it, or of a call of a tool.
 
-    Text that may belong to a stop string or a longer character waits for the next delta, and its
-    tokens with it; so the last one may have tokens only. `logprobs` are as in a completion.
+    It has the tokens that came with it. Text that may belong to a stop string, a longer character
+    or a call waits for the next delta, its tokens too; so the last one may have tokens only.
+    `logprobs` are as in a completion.
     """
 
     text: str = ""
     reasoning: str = ""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] | None = None
+    call: CallDelta | None = None
     type: Literal["delta"] = field(default="delta", init=False)
 
 

@@ -217,31 +217,32 @@ class Stream(Iterator[Event]):
             self._generation.cancel(keep_cache=True)
             self._end("stop", self._answer.stop)
 
-    def _show(self, delta: Delta | None) -> None:
-        """With the tokens since the last delta."""
-        if delta is None:
-            return
-        start, self._n_shown = self._n_shown, len(self._ids)
-        has_logprobs = self._generation.request.params.logprobs is not None
-        self._ready.append(
-            Delta(
-                text=delta.text,
-                reasoning=delta.reasoning,
-                token_ids=tuple(self._ids[start:]),
-                logprobs=tuple(self._logprobs[start:]) if has_logprobs else None,
+    def _show(self, deltas: list[Delta]) -> None:
+        """With the tokens since the last one; those of several go with the first."""
+        for delta in deltas:
+            start, self._n_shown = self._n_shown, len(self._ids)
+            has_logprobs = self._generation.request.params.logprobs is not None
+            self._ready.append(
+                Delta(
+                    text=delta.text,
+                    reasoning=delta.reasoning,
+                    call=delta.call,
+                    token_ids=tuple(self._ids[start:]),
+                    logprobs=tuple(self._logprobs[start:]) if has_logprobs else None,
+                )
             )
-        )
 
     def _end(self, reason: _Reason, stop: str | int | None) -> None:
         self._is_over = True
         last = self._answer.flush(stop if isinstance(stop, int) else None)
-        self._show(last or (Delta() if self._n_shown < len(self._ids) else None))
+        self._show(last or ([Delta()] if self._n_shown < len(self._ids) else []))
         if self._answer.stop is not None:
             reason, stop = "stop", self._answer.stop
         prompt, first = self._generation.request, self._prefill[:1]
         self._completion = Completion(
             text=self._answer.text,
             reasoning=self._answer.reasoning,
+            tool_calls=self._answer.tool_calls,
             token_ids=tuple(self._ids),
             finish_reason=reason,
             stop=stop,

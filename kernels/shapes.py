@@ -83,12 +83,9 @@ KNOWN: Known = {
 }
 
 
-def check_shapes(segment: Segment, backend: str, less: Known | None = None) -> None:
-    """Raise UnsupportedModelError for the first op, shape or type that no kernel can be given.
-
-    `less` is what the backend knows less of than others.
-    """
-    check(segment, {**KNOWN, **(less or {})}, backend)
+def check_shapes(segment: Segment, backend: str) -> None:
+    """Raise UnsupportedModelError for the first op, shape or type that no kernel can be given."""
+    check(segment, KNOWN, backend)
     routes = {op.out: op for op in segment.ops if isinstance(op, Route)}
     for op in segment.ops:
         _check_op(op)

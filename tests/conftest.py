@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from .server_for_tests import Running
 
 # A job started in the background inherits that interrupts are ignored, and so would the programs
 # that tests start and interrupt.
@@ -38,3 +42,13 @@ def data_file() -> Callable[[str], Path]:
         return folder / name
 
     return find
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server that all its tests share."""
+    from .server_for_tests import running, small_model
+
+    path = small_model(tmp_path_factory.mktemp("server"))
+    with running([("tiny", path)], ping_seconds=0.3) as found:
+        yield found

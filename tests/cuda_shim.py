@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeinfer.graph import KVType
 from edgeinfer.kernels.cuda.kernel import Kernel
 from edgeinfer.kernels.cuda.shim import ShimDevice
 from tests.shim import shim
@@ -69,6 +70,20 @@ def rows_in_memory(x: Floats) -> Floats:
 
 def empty_rows(n: int, dim: int) -> Floats:
     return np.full((n, stride_of(dim)), np.nan, np.float32)
+
+
+def pages_of_blocks(blocks: NDArray[Any], kind: KVType, is_key: bool) -> NDArray[np.uint8]:
+    """Blocks (page, kv head, 32 positions, blocks) as they lie in device memory."""
+    n_pages, n_heads, n_positions, n_blocks = blocks.shape
+    codes, scales = blocks["q"].reshape(n_pages, n_heads, n_positions, -1), blocks["d"]
+    if kind == "q4_0":
+        codes = (codes + 8).view(np.uint8)
+        codes = codes[..., 0::2] | codes[..., 1::2] << 4
+    units = codes.view(np.uint8).reshape(n_pages, n_heads, n_positions, -1, 16)
+    if is_key:
+        units, scales = units.swapaxes(2, 3), scales.swapaxes(2, 3)
+    parts = (np.ascontiguousarray(each).view(np.uint8) for each in (units, scales))
+    return np.concatenate([part.reshape(n_pages, n_heads, -1) for part in parts], axis=2)
 
 
 def same_bits(got: NDArray[Any], expected: NDArray[Any]) -> None:

@@ -21,6 +21,7 @@ from edgeinfer.graph import (
     Graph,
     Growth,
     Hparams,
+    KVType,
     Pairing,
     Rope,
     Route,
@@ -34,7 +35,7 @@ from tests.bench.make_model import quantize
 TYPES = {kind.name: kind for kind in QUANT_TYPES.values()}
 KINDS = get_args(ActivationKind)
 # Widths of key and of value heads: each pair is a kernel to be built, which takes 2 s.
-HEADS = ((8, 8), (6, 20))
+HEADS = ((8, 8), (6, 20), (64, 64))
 WINDOWS = (1, 4, 33, 500)
 ROPES = (
     Rope("norm", 6, 100.0),
@@ -104,6 +105,7 @@ class Drawn:
     types: tuple[str, ...]
     n_prompt: int
     seed: int
+    kv_types: tuple[KVType, KVType] = ("f16", "f16")
 
 
 _OPS = (
@@ -137,23 +139,36 @@ _EXPERTS = st.builds(
     shared=_upto(2),
     router=_mostly_0(1),
 )
-_LAYER = st.builds(
-    Layer, _upto(len(HEADS) - 1), st.integers(1, 2), st.integers(1, 3), _upto(4), _upto(4),
-    _mostly_0(4), _mostly_0(4), _mostly_0(3), _mostly_0(3), _upto(1), _upto(len(WINDOWS)),
-    _mostly_0(1), _upto(1), _upto(4), _upto(7),
-    st.sampled_from([0, 0, 1]).flatmap(lambda has: _EXPERTS if has else st.none()), _LOOSE, _LOOSE,
-)  # fmt: skip
-MODELS = st.builds(
-    Drawn,
-    layers=st.lists(_LAYER, min_size=1, max_size=3).map(tuple),
-    dim=st.sampled_from([32, 64, 7]),
-    end=_upto(6),
-    cap=st.booleans(),
-    tied=st.booleans(),
-    types=st.sampled_from([("F32",), ("Q4_0",), ("Q4_0", "F32"), ("Q8_0", "F16")]),
-    n_prompt=st.integers(1, 5),
-    seed=st.integers(0, 99),
-)
+
+
+def _models(
+    heads: tuple[int, ...], most_v: int, windows: int, caps: int, kv_types: tuple[KVType, KVType]
+) -> st.SearchStrategy[Drawn]:
+    """Models of these heads, up to a variant of v and so many windows and soft-caps."""
+    layer = st.builds(
+        Layer, st.sampled_from(heads), st.integers(1, 2), st.integers(1, 3), _upto(4), _upto(4),
+        _mostly_0(4), _mostly_0(4), _mostly_0(3), _mostly_0(most_v), _upto(1), _upto(windows),
+        _mostly_0(caps), _upto(1), _upto(4), _upto(7),
+        st.sampled_from([0, 0, 1]).flatmap(lambda has: _EXPERTS if has else st.none()), _LOOSE,
+        _LOOSE,
+    )  # fmt: skip
+    return st.builds(
+        Drawn,
+        layers=st.lists(layer, min_size=1, max_size=3).map(tuple),
+        dim=st.sampled_from([32, 64, 7]),
+        end=_upto(6),
+        cap=st.booleans(),
+        tied=st.booleans(),
+        types=st.sampled_from([("F32",), ("Q4_0",), ("Q4_0", "F32"), ("Q8_0", "F16")]),
+        n_prompt=st.integers(1, 5),
+        seed=st.integers(0, 99),
+        kv_types=st.just(kv_types),
+    )
+
+
+MODELS = _models((0, 1), 3, len(WINDOWS), 1, ("f16", "f16"))
+# What stores and reads them differs by type; what stands around does not.
+TYPED_MODELS = _models((1, 2), 2, 0, 0, ("q8_0", "q4_0"))
 
 
 class Given:
@@ -251,7 +266,7 @@ class Recorder:
                 lambda: g.rms_norm(x, "output_norm", 4 if x.dim % 4 == 0 else 7),
             ][end]()
         g.head(x, scale=0.5 if self.drawn.cap else 1.0, soft_cap=3.0 if self.drawn.cap else 0.0)
-        return g.segment()
+        return g.segment(kv_types=self.drawn.kv_types)
 
     def name(self) -> str:
         self._n_names += 1

@@ -273,7 +273,7 @@ def test_attention(driver: Path) -> None:
     args = arena.words(
         "ATTEND", 24, ITEMS=items, Q=q, Q_STRIDE=row, PINNED_Q=q, N_HEADS=n_heads, N_KV_HEADS=n_kv,
         SCALE=native.float_bits(0.125), K_BASE=k, K_PAGE_BYTES=page_bytes, V_BASE=v,
-        V_PAGE_BYTES=page_bytes, K_DIM=dim, V_DIM=dim,
+        V_PAGE_BYTES=page_bytes, K_ROOM=dim, V_ROOM=dim, V_DIM=dim,
         PARTS=arena.room(layout.parts_bytes(n, n_heads, dim, dim, n_segments) + 4096),
     )  # fmt: skip
     left_in(arena, args, layout.FOLD_SINK, out, row)

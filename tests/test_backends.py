@@ -10,15 +10,16 @@ import pytest
 from numpy.typing import NDArray
 
 from edgeinfer.batch import Batch, PageTable, StepRequest
-from edgeinfer.errors import ClosedError
+from edgeinfer.errors import ClosedError, InvalidRequestError
 from edgeinfer.gguf import GGUFFile
-from edgeinfer.graph import Segment
+from edgeinfer.graph import KV, KVType, Segment
 from edgeinfer.kernels.reference import ReferenceBackend
 from edgeinfer.model import Model
 from edgeinfer.sampling.params import SampleTable, SamplingParams
 
 from .backends import BACKENDS, FAST, IDS, LIMITS, TYPES, WHOLE, backend, batch_of
 from .models_for_tests import tiny_model
+from .random_graphs import RandomGraph
 
 SLID = PageTable(np.array([2, 5, 0, 7], np.int32), 1, 2)  # page 0 is pinned, two of the others seen
 
@@ -110,17 +111,81 @@ def test_bits_do_not_depend_on_company(program: Any, expected: NDArray[np.float3
 @pytest.mark.parametrize("name", BACKENDS)
 def test_bits_of_a_table_that_has_slid(small: Segment, name: str) -> None:
     """Positions far beyond what is held: pinned pages are seen from another distance."""
+    rows = []
+    for each in (name, "reference"):
+        with backend(each).compile(small, LIMITS) as program:
+            rows.append(slid_rows(program, 13))
+    np.testing.assert_array_equal(*rows)
 
-    def rows(name: str) -> NDArray[np.float32]:
-        with backend(name).compile(small, LIMITS) as program:
-            parts = []
-            for start in range(0, 5 * 32, 13):
-                batch = batch_of([(7 * i) % 300 for i in range(start, start + 13)], start)
-                batch.tables = [(SLID,)]
-                parts.append(run(program, batch))
-            return np.concatenate(parts)
 
-    np.testing.assert_array_equal(rows(name), rows("reference"))
+KV_TYPES: list[tuple[KVType, KVType]] = [("q8_0", "q8_0"), ("q8_0", "q4_0"), ("q4_0", "f16")]
+
+
+@pytest.fixture(scope="module", params=KV_TYPES, ids="/".join)
+def in_blocks(
+    request: pytest.FixtureRequest, models: Callable[..., Model]
+) -> tuple[Segment, NDArray[np.float32]]:
+    """A model whose caches keep blocks, of heads that are transformed, and its slid rows."""
+    model = models(arch="qwen3", quant="Q4_0", qk_norm=True, head_dim=64)
+    segment = model.graph.segment(kv_types=request.param)
+    with backend("reference").compile(segment, LIMITS) as law:
+        return segment, slid_rows(law, 16)
+
+
+def slid_rows(program: Any, chunk: int) -> NDArray[np.float32]:
+    """Logits of positions far beyond what is held, of which the oldest are pinned."""
+    parts, ids = [], [(7 * i) % 300 for i in range(5 * 32)]
+    for start in range(0, len(ids), chunk):
+        batch = batch_of(ids[start : start + chunk], start)
+        batch.tables = [(SLID,)]
+        parts.append(run(program, batch))
+    return np.concatenate(parts)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_bits_of_caches_in_blocks(
+    in_blocks: tuple[Segment, NDArray[np.float32]], name: str
+) -> None:
+    segment, expected = in_blocks
+    if "shim" in name or "cuda" in name:
+        pytest.skip("no CUDA kernels of such caches")
+    with backend(name).compile(segment, LIMITS) as program:
+        for chunk in (13, 16):
+            np.testing.assert_array_equal(slid_rows(program, chunk), expected)
+        batch = batch_of(IDS, 5 * 32)
+        batch.tables = [(SLID,)]
+        went_on, copies = run(program, batch), np.array([1, 3, 4, 6], np.int32)
+        program.copy_pages(0, SLID.pages.tolist(), copies.tolist())
+        batch.tables = [(SLID._replace(pages=copies),)]
+        np.testing.assert_array_equal(run(program, batch), went_on)
+
+
+def test_caches_in_blocks_take_what_they_say(models: Callable[..., Model]) -> None:
+    """8.5 and 4.5 bits a value: of heads of 64, of which no block is filled up."""
+    graph, taken = models(arch="qwen3", quant="Q4_0", qk_norm=True, head_dim=64).graph, {}
+    for types in (("f16", "f16"), *KV_TYPES, ("q4_0", "q4_0")):
+        demand = backend("cpu").demand(graph.segment(kv_types=types), StepRequest(64, 1, 2))
+        taken[types] = demand.memories["host"]["KV cache"] / demand.limits.n_pages[0]
+    page = 2 * 2 * 64 * 32  # layers, heads, values, positions: of K, and of V
+    bits = {"f16": 16, "q8_0": 8.5, "q4_0": 4.5}
+    assert taken == {(k, v): page * (bits[k] + bits[v]) / 8 for k, v in taken}
+
+
+def test_a_cache_of_keys_that_serve_as_values_has_one_type() -> None:
+    g = RandomGraph(1, dim=64)
+    x = g.embed()
+    for blk in g.layers():
+        q, k = (g.linear(x, f"{blk}.{name}", 64) for name in "qk")
+        x = g.layer_output(x + g.attention(q, k, cache=KV(1, 64, 64, k_is_v=True)))
+    g.head(g.select_rows(x))
+    with pytest.raises(InvalidRequestError, match="layer 0 K serves as V") as caught:
+        g.segment(kv_types=("q8_0", "f16"))
+    assert caught.value.param == "kv_type"
+    segment = g.segment(kv_types=("q4_0", "q4_0"))
+    with backend("reference").compile(segment, LIMITS) as law:
+        expected = run(law, batch_of(IDS))
+    with backend("cpu").compile(segment, LIMITS) as program:
+        np.testing.assert_array_equal(run(program, batch_of(IDS)), expected)
 
 
 def test_only_wanted_rows_come_back(program: Any, expected: NDArray[np.float32]) -> None:

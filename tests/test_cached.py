@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from edgeinfer.batch import PageTable, StepLimits
 from edgeinfer.errors import ClosedError
-from edgeinfer.graph import KV, Segment, Value
+from edgeinfer.graph import KV, KVType, Segment, Value
 from edgeinfer.sampling.params import SampleTable, SamplingParams
 
 from .backends import BACKENDS, LIMITS, backend, batch_of
@@ -27,6 +27,10 @@ COPIES = ([7, 3, 4], [0, 2, 5])
 
 @pytest.fixture(scope="module")
 def segment() -> Segment:
+    return recorded("f16")
+
+
+def recorded(kind: KVType) -> Segment:
     """Four layers whose caches differ in all that caches differ in; the last has another's."""
     g, (k_dim, v_dim) = RandomGraph(n_layers=4), HEADS[1]
     caches = [
@@ -39,7 +43,7 @@ def segment() -> Segment:
     for blk, cache in zip(g.layers(), caches, strict=True):
         x = g.layer_output(x + attention(g, x, blk, cache))
     g.head(g.select_rows(g.rms_norm(x, "output_norm")))
-    return g.segment()
+    return g.segment(kv_types=(kind, kind))
 
 
 def attention(g: RandomGraph, x: Value, blk: str, cache: KV) -> Value:
@@ -125,6 +129,24 @@ def test_pages_go_on_in_another_program(
             again = other.read_pages(group, COPIES[group][:2])
             np.testing.assert_array_equal(again, saved[group])
         np.testing.assert_array_equal(go_on(other, COPIES), expected)
+
+
+def test_pages_in_blocks_go_on_elsewhere_and_nowhere_else(
+    machine: Any, segment: Segment, limits: StepLimits
+) -> None:
+    blocks = recorded("q4_0")
+    with backend("reference").compile(blocks, limits) as law:
+        read_prompt(law)
+        expected = go_on(law, PAGES)
+    with machine.compile(blocks, limits) as program, machine.compile(segment, limits) as halves:
+        read_prompt(program)
+        for group in (0, 1):
+            saved = program.read_pages(group, PAGES[group][:2])
+            program.write_pages(group, COPIES[group][:2], saved)
+            with pytest.raises(ValueError, match="must be"):
+                halves.write_pages(group, COPIES[group][:2], saved)
+        np.testing.assert_array_equal(go_on(program, COPIES), expected)
+        assert program.cache_layout != halves.cache_layout
 
 
 def test_a_wrong_number_of_bytes_is_an_error_and_nothing_is_written(program: Any) -> None:

@@ -6,20 +6,34 @@ Knows no model: queries, keys and values are random.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from edgeinfer.batch import PAGE, PageTable
-from edgeinfer.kernels.cpu import layout
+from edgeinfer.graph import KV, KVType
+from edgeinfer.kernels.cpu import layout, page_layout
+from edgeinfer.kernels.cpu.lower_attention import attend_kernel, fold_kernel
+from edgeinfer.kernels.reference.caches import hadamard
 from edgeinfer.kernels.reference.quantised import Quantised
 from tests import native
+from tests.kv_pages import k_pages, v_pages
 
 FAMILIES = [None, "avx2", "generic"]
 TABLES = 64  # where the page tables of these layers begin
 Floats = NDArray[np.float32]
+
+
+TWIN = Quantised()
+
+
+def _unwritten(positions: NDArray[Any]) -> NDArray[Any]:
+    """Pages of as many positions, of which nothing is a number that can be."""
+    pages = np.empty((len(positions) // PAGE, PAGE, *positions.shape[1:]), positions.dtype)
+    pages.view(np.uint8)[:] = 0xFF
+    return pages
 
 
 @dataclass
@@ -32,12 +46,11 @@ class Heads:
     cap: float = 0.0
     has_sinks: bool = False
     k_is_v: bool = False
+    types: tuple[KVType, KVType] = ("f16", "f16")
 
     @property
-    def kernel(self) -> str:
-        features = ".window" * (self.window > 0) + ".cap" * (self.cap > 0)
-        features += ".shared" * self.k_is_v
-        return f"attend.{self.k_dim}.{self.v_dim}{features}"
+    def cache(self) -> KV:
+        return KV(self.n_kv_heads, self.k_dim, self.v_dim, self.window, self.k_is_v, *self.types)
 
 
 @dataclass
@@ -70,9 +83,10 @@ class Case:
             min(r.pos[-1] // PAGE + 1, r.n_pinned + (r.n_ring or 1 << 20)) for r in self.sequences
         ]
         n_arena = sum(n_pages) + 3
-        k_shape = (n_arena, heads.n_kv_heads, heads.k_dim, PAGE)
-        v_shape = (n_arena, heads.n_kv_heads, PAGE, layout.whole_vectors(heads.v_dim))
-        self.k, self.v = np.full(k_shape, np.nan, "f2"), np.full(v_shape, np.nan, "f2")
+        self.k, self.v = (
+            _unwritten(TWIN.stored(np.zeros((n_arena * PAGE, heads.n_kv_heads, dim), "f4"), kind))
+            for dim, kind in zip((heads.k_dim, heads.v_dim), heads.types, strict=True)
+        )
         free = rng.permutation(n_arena).astype(np.int32)
         for rows, n in zip(self.sequences, n_pages, strict=True):
             table = PageTable(free[:n].copy(), rows.n_pinned, min(rows.n_visible, 1 << 20))
@@ -92,8 +106,12 @@ class Case:
 
     def _write(self, page: int, n: int) -> None:
         heads, rng = self.heads, self.rng
-        self.k[page, :, :, :n] = rng.standard_normal((heads.n_kv_heads, heads.k_dim, n))
-        self.v[page, :, :n, : heads.v_dim] = rng.standard_normal((heads.n_kv_heads, n, heads.v_dim))
+        for arena, dim, kind in (
+            (self.k, heads.k_dim, heads.types[0]),
+            (self.v, heads.v_dim, heads.types[1]),
+        ):
+            rows = rng.standard_normal((n, heads.n_kv_heads, dim), np.float32)
+            arena[page, :n] = TWIN.stored(rows, kind)
 
     def has_slid(self, row: int) -> bool:
         table = self.tables[self.seq[row]]
@@ -108,13 +126,16 @@ class Case:
         slots = [table.pages[table.slot(p)] for p in pages]
         pinned = self.has_slid(row) & (pages < table.n_pinned)
         q = np.where(pinned[:, None, None], self.pinned_q[row], self.q[row])
-        k = self.k[slots].transpose(0, 1, 3, 2).astype(np.float32).repeat(group, axis=1)
-        v = self.v[slots][..., : heads.v_dim].astype(np.float32).repeat(group, axis=1)
-        if heads.k_is_v:
-            v = k[..., : heads.v_dim]
-        k = np.where(np.isnan(k), np.float32(0), k)  # unwritten: the twin would only warn
-        out = Quantised().attend(q, k, v, pages, is_visible, self.scale, heads.cap, self.sinks)
-        return out.reshape(-1)
+        if heads.cache.transforms_k:
+            q = hadamard(q)
+        k, v = (
+            arena[slots].transpose(0, 2, 1, 3).repeat(group, axis=1) for arena in (self.k, self.v)
+        )
+        v = k if heads.k_is_v else v
+        with np.errstate(invalid="ignore"):  # of what is unwritten
+            out = TWIN.attend(q, k, v, pages, is_visible, self.scale, heads.cap, self.sinks)
+        out = np.ascontiguousarray(out[:, : heads.v_dim])
+        return (hadamard(out) if heads.cache.transforms_v else out).reshape(-1)
 
     def run(self, rows: list[int] | None = None, family: str | None = None) -> Floats:
         """Rows of attention from the kernels, of these rows only."""
@@ -130,8 +151,8 @@ class Case:
         )
         max_segments = int(pos.max()) // 512 + 1
         items = np.full(layout.items_bytes(n, max_segments) // 8, -1, np.int64)
-        dims = heads.n_heads, heads.k_dim, heads.v_dim
-        n_parts = layout.parts_bytes(n, *dims, max_segments) // 4
+        rooms = page_layout.rooms(heads.k_dim, heads.v_dim, *heads.types)
+        n_parts = layout.parts_bytes(n, heads.n_heads, *rooms, max_segments) // 4
         parts = np.full(n_parts + 4096, np.nan, np.float32)
         out = np.full((n, heads.n_heads * heads.v_dim), np.nan, np.float32)
         h = native.header(
@@ -139,21 +160,24 @@ class Case:
             H_TABLES=tables.ctypes.data - TABLES,
         )  # fmt: skip
         items_args = [items.ctypes.data, max_segments, heads.window, TABLES]
-        values = native.huge(layout.values_bytes(heads.v_dim))
+        shared_type = "f16" if heads.types[0] == "f16" else "q8_0"
+        values = native.huge(page_layout.v_bytes(heads.v_dim, shared_type))
         sinks = 0 if self.sinks is None else self.sinks.ctypes.data
+        k, v = k_pages(self.k, heads.types[0]), v_pages(self.v, heads.types[1])
+        if heads.k_is_v:  # nothing reads that
+            v[:] = 0xFF
         args = [
             items.ctypes.data, heads.n_kv_heads, q.ctypes.data, q[0].nbytes, pinned_q.ctypes.data,
-            heads.n_heads, native.float_bits(self.scale),
-            self.k.ctypes.data, self.k[0].nbytes, self.v.ctypes.data, self.v[0].nbytes,
-            parts.ctypes.data, heads.k_dim, heads.v_dim, TABLES, heads.window,
-            native.float_bits(heads.cap), sinks, values.ctypes.data, out.ctypes.data,
+            heads.n_heads, native.float_bits(self.scale), k.ctypes.data, k[0].nbytes,
+            v.ctypes.data, v[0].nbytes, parts.ctypes.data, *rooms, heads.v_dim, TABLES,
+            heads.window, native.float_bits(heads.cap), sinks, values.ctypes.data, out.ctypes.data,
             out[0].nbytes, 0, 0,
         ]  # fmt: skip
         native.run("plan_attention", h, items_args, range(1), family)
         n_chunks = int(items[0]) * heads.n_kv_heads
         backwards = range(n_chunks - 1, -1, -1)  # chunks run in any order
-        native.run(heads.kernel, h, args, backwards, family)
-        native.run("fold.sinks" if sinks else "fold", h, args, range(n), family)
+        native.run(attend_kernel(heads.cache, heads.cap > 0), h, args, backwards, family)
+        native.run(fold_kernel(heads.cache, sinks > 0), h, args, range(n), family)
         assert np.isnan(parts[n_parts:]).all()
         return out
 
@@ -285,6 +309,42 @@ def test_a_window_of_everything_is_none() -> None:
 @pytest.mark.parametrize(("dims", "window"), [((72, 64), 0), ((20, 12), 40)])
 def test_keys_that_serve_as_values(dims: tuple[int, int], window: int) -> None:
     sequences = [Rows(600, 21), Rows(3), Rows(640, 9, n_pinned=3, n_visible=5, n_ring=8)]
-    case = case_of(sequences, n_heads=6, k_dim=dims[0], v_dim=dims[1], window=window, k_is_v=True)
-    case.v[:] = np.nan  # nothing reads that
-    check(case)
+    check(case_of(sequences, n_heads=6, k_dim=dims[0], v_dim=dims[1], window=window, k_is_v=True))
+
+
+# -- types of K and V ----------------------------------------------------------------------------
+
+TYPES = [(k, v) for k in get_args(KVType) for v in get_args(KVType) if (k, v) != ("f16", "f16")]
+
+
+@pytest.mark.parametrize("types", TYPES, ids="/".join)
+def test_types(types: tuple[KVType, KVType]) -> None:
+    """Over pages, segments, split and whole items, and a slid sequence."""
+    slid = Rows(640, 20, n_pinned=3, n_visible=5, n_ring=8)
+    case = case_of([Rows(1030, 13), slid, Rows(2)], n_heads=6, types=types)
+    together = check(case)
+    for row in (12, 13, 33):
+        assert np.array_equal(case.run([row])[0], together[row])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("types", [("q8_0", "q4_0"), ("q4_0", "q8_0")], ids="/".join)
+def test_families_agree_on_types(types: tuple[KVType, KVType], family: str | None) -> None:
+    """Also about heads that are no whole blocks, in groups of each size that there are tiles of."""
+    for group, dims in ((1, (64, 64)), (3, (100, 72)), (4, (6, 20)), (8, (128, 128))):
+        sequences, n = [Rows(40, 7), Rows(3)], 2 * group
+        check(case_of(sequences, n_heads=n, k_dim=dims[0], v_dim=dims[1], types=types), family)
+
+
+@pytest.mark.parametrize("types", [("q8_0", "f16"), ("q4_0", "q4_0")], ids="/".join)
+def test_types_beside_windows_caps_and_sinks(types: tuple[KVType, KVType]) -> None:
+    sequences = [Rows(600, 21), Rows(3), Rows(640, 9, n_pinned=3, n_visible=5, n_ring=8)]
+    check(case_of(sequences, n_heads=6, window=40, cap=2.0, has_sinks=True, types=types))
+
+
+@pytest.mark.parametrize("dims", [(128, 64), (72, 64), (20, 12)])
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
+def test_blocks_of_keys_that_serve_as_values(kind: KVType, dims: tuple[int, int]) -> None:
+    sequences = [Rows(600, 5), Rows(3), Rows(640, 9, n_pinned=3, n_visible=5, n_ring=8)]
+    heads: Any = dict(k_dim=dims[0], v_dim=dims[1], k_is_v=True, types=(kind, kind))
+    check(case_of(sequences, n_heads=6, **heads))

@@ -388,6 +388,7 @@ def test_rotate(
         q_weight.ctypes.data if normed else 0, k_weight.ctypes.data if normed else 0,
         native.float_bits(eps), k_cache.ctypes.data, k_cache[0].nbytes,
         v_cache.ctypes.data, v_cache[0].nbytes, 0,
+        k_cache[0, 0].nbytes, v_cache[0, 0].nbytes, 0, 0,
     ]  # fmt: skip
     native.run(f"rotate.{style}", positions.header, args, range(n), family)
     np.testing.assert_array_equal(q, expected_q.reshape(n, -1))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from edgeinfer.batch import PAGE, PageTable
-from edgeinfer.graph import KV
+from edgeinfer.graph import KV, KVType
 from edgeinfer.kernels.cuda.attention import (
     AttendLaunch,
     AttendRowsLaunch,
@@ -18,9 +18,12 @@ from edgeinfer.kernels.cuda.attention import (
 )
 from edgeinfer.kernels.cuda.kernel import Kernel, Sources
 from edgeinfer.kernels.cuda.tiles import x8_bytes
+from edgeinfer.kernels.reference.caches import BLOCK
 from edgeinfer.kernels.reference.quantised import Quantised
-from tests.cuda_shim import Floats, rows_in_memory, run, same_bits, step, stride_of
+from tests.cuda_shim import Floats, pages_of_blocks, rows_in_memory, run, same_bits, step, stride_of
 from tests.shim import SEEDS
+
+TWIN = Quantised()
 
 
 @dataclass
@@ -58,8 +61,8 @@ class Case:
         ]
         n_arena = sum(n_pages) + 3
         shape = n_arena, cache.n_heads, PAGE
-        self.k = np.full((*shape, cache.k_dim), np.nan, np.float16)
-        self.v = np.full((*shape, cache.v_dim), np.nan, np.float16)
+        self.k = _unwritten(shape, cache.k_dim, cache.k_type)
+        self.v = _unwritten(shape, cache.v_dim, cache.v_type)
         free = rng.permutation(n_arena).astype(np.int32)
         for rows, n in zip(self.sequences, n_pages, strict=True):
             table = PageTable(free[:n].copy(), rows.n_pinned, rows.n_visible)
@@ -70,11 +73,14 @@ class Case:
                     table.pages[table.slot(page)],
                     min(PAGE, rows.pos[-1] + 1 - page * PAGE),
                 )
-                for pages in (self.k, self.v):
-                    written = pages[at, :, :n_written]
-                    pages[at, :, :n_written] = rng.standard_normal(written.shape)
+                for pages, dim, kind in (
+                    (self.k, cache.k_dim, cache.k_type),
+                    (self.v, cache.v_dim, cache.v_type),
+                ):
+                    written = rng.standard_normal((cache.n_heads, n_written, dim), np.float32)
+                    pages[at, :, :n_written] = TWIN.stored(written, kind)
         if cache.k_is_v:
-            self.v = self.k[..., : cache.v_dim]
+            self.v = self.k[..., : cache.v_dim] if cache.k_type == "f16" else self.k
         self.pos = np.array([p for r in self.sequences for p in r.pos], np.int64)
         counts = [r.n for r in self.sequences]
         self.seq = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
@@ -93,17 +99,13 @@ class Case:
         q = np.where((pages < table.n_pinned)[:, None, None], self.pinned_q[row], self.q[row])
         if not self.has_slid(row):
             q = np.broadcast_to(self.q[row], q.shape)
-        k, v = (
-            x[slots]
-            .transpose(0, 2, 1, 3)
-            .transpose(0, 2, 1, 3)
-            .astype(np.float32)
-            .repeat(self.group, axis=1)
-            for x in (self.k, self.v)
-        )
-        k = np.where(np.isnan(k), np.float32(0), k)  # unwritten: the twin would only warn
-        out = Quantised().attend(q, k, v, pages, is_visible, self.scale, self.cap, self.sinks)
-        return out.reshape(-1)
+        q = TWIN.hadamard(q) if self.cache.transforms_k else q
+        k, v = (x[slots].repeat(self.group, axis=1) for x in (self.k, self.v))
+        scales = k["d"] if k.dtype == BLOCK else k
+        scales[np.isnan(scales)] = 0  # unwritten: the twin would only warn
+        out = TWIN.attend(q, k, v, pages, is_visible, self.scale, self.cap, self.sinks)
+        out = np.ascontiguousarray(out[:, : self.cache.v_dim])
+        return (TWIN.hadamard(out) if self.cache.transforms_v else out).reshape(-1)
 
     def has_slid(self, row: int) -> bool:
         table = self.tables[self.seq[row]]
@@ -112,7 +114,9 @@ class Case:
     # -- as it lies on a device ------------------------------------------------------------------
 
     def k_cache(self) -> np.ndarray:
-        """(page, kv head, ceil(k_dim / 8), 32, 8)."""
+        """(page, kv head, ceil(k_dim / 8), 32, 8), of halves."""
+        if self.k.dtype == BLOCK:
+            return pages_of_blocks(self.k, self.cache.k_type, is_key=True)
         n_chunks = -(-self.cache.k_dim // 8)
         padded = np.full((*self.k.shape[:3], 8 * n_chunks), np.nan, np.float16)
         padded[..., : self.cache.k_dim] = self.k
@@ -120,7 +124,9 @@ class Case:
         return np.ascontiguousarray(chunks).view(np.uint16)
 
     def v_cache(self) -> np.ndarray:
-        """(page, kv head, 32, v_dim rounded up to 8)."""
+        """(page, kv head, 32, v_dim rounded up to 8), of halves."""
+        if self.v.dtype == BLOCK:
+            return pages_of_blocks(self.v, self.cache.v_type, is_key=False)
         room = -(-self.cache.v_dim // 8) * 8
         padded = np.full((*self.v.shape[:3], room), np.nan, np.float16)
         padded[..., : self.cache.v_dim] = self.v
@@ -198,6 +204,13 @@ class Case:
         assert not counters.any()
 
 
+def _unwritten(shape: tuple[int, ...], dim: int, kind: KVType) -> np.ndarray:
+    """Heads that are no numbers."""
+    if kind == "f16":
+        return np.full((*shape, dim), np.nan, np.float16)
+    return np.full((*shape, -(-dim // 32)), np.array((np.nan, 99), BLOCK))
+
+
 def check_quantised(x8: np.ndarray, rows: Floats) -> None:
     """x8 has the rows as the kernel `quantise` leaves them, and nothing of the last."""
     n, dim = len(rows) - 1, rows.shape[1]
@@ -221,7 +234,7 @@ def check(case: Case, seeds: tuple[int, ...] = (0,), **options: Any) -> Floats:
 
 def case_of(sequences: list[Rows], group: int = 2, seed: int = 0, **options: Any) -> Case:
     heads = dict(n_heads=2, k_dim=64, v_dim=64)
-    names = ("n_heads", "k_dim", "v_dim", "window", "k_is_v")
+    names = ("n_heads", "k_dim", "v_dim", "window", "k_is_v", "k_type", "v_type")
     heads.update({name: options.pop(name) for name in names if name in options})
     return Case(KV(**heads), group, sequences, seed, **options)
 
@@ -290,6 +303,43 @@ def test_keys_that_serve_as_values(k_dim: int, v_dim: int, window: int) -> None:
     check(case_of(sequences, 3, k_dim=k_dim, v_dim=v_dim, window=window, k_is_v=True))
 
 
+# Transformed and not, whole blocks and not.
+IN_BLOCKS: list[tuple[int, int, int, KVType, KVType]] = [
+    (64, 64, 3, "q8_0", "q8_0"), (128, 128, 8, "q4_0", "q4_0"), (6, 20, 2, "q8_0", "q4_0"),
+    (100, 33, 1, "f16", "q4_0"), (192, 64, 4, "q4_0", "f16"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("k_dim", "v_dim", "group", "k_type", "v_type"), IN_BLOCKS)
+def test_caches_in_blocks(
+    k_dim: int, v_dim: int, group: int, k_type: KVType, v_type: KVType
+) -> None:
+    """Over segments, and behind a gap."""
+    slid = Rows(640, 3, n_pinned=3, n_visible=5, n_ring=8)
+    sequences = [Rows(530, 2), slid, Rows(2), Rows(31, 19)]
+    heads = dict(k_dim=k_dim, v_dim=v_dim, k_type=k_type, v_type=v_type)
+    check(case_of(sequences, group, **heads), SEEDS if group == 2 else (7,))
+
+
+@pytest.mark.parametrize(
+    ("k_dim", "v_dim", "kind"), [(192, 128, "q8_0"), (72, 64, "q4_0"), (64, 24, "q8_0")]
+)
+def test_keys_in_blocks_that_serve_as_values(k_dim: int, v_dim: int, kind: KVType) -> None:
+    sequences = [Rows(600, 3), Rows(3), Rows(640, 20, n_pinned=3, n_visible=5, n_ring=8)]
+    types = dict(k_type=kind, v_type=kind, k_is_v=True, window=40)
+    check(case_of(sequences, 3, k_dim=k_dim, v_dim=v_dim, has_sinks=True, cap=3.0, **types))
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
+def test_blocks_of_large_infinite_queries_or_none(kind: KVType) -> None:
+    case = case_of([Rows(100, 9), Rows(40)], k_type=kind, v_type=kind)
+    case.q *= 40
+    case.q[0, 0, 0], case.q[1, 1, 1], case.q[2] = np.inf, np.nan, -np.inf
+    case.q[3], case.q[4], case.q[5] = 3e37, 0, 1e-38
+    with np.errstate(all="ignore"):
+        check(case)
+
+
 def test_scores_that_are_large_infinite_or_no_number() -> None:
     case = case_of([Rows(100, 9), Rows(40)])
     case.q *= 40
@@ -342,7 +392,7 @@ def test_what_usual_models_need_is_compiled_ahead(
 @pytest.mark.parametrize("seed", range(40))
 def test_any_heads_over_any_sequences(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    k_dim, v_dim = (int(rng.integers(1, 300)) for _ in range(2))
+    k_dim, v_dim = (int(rng.choice([rng.integers(1, 300), 64, 128])) for _ in range(2))
     sequences = [
         Rows(
             first=int(rng.integers(0, 1500)),
@@ -360,7 +410,9 @@ def test_any_heads_over_any_sequences(seed: int) -> None:
         n_heads=int(rng.integers(1, 4)),
         k_dim=k_dim,
         v_dim=v_dim,
-        k_is_v=bool(v_dim <= k_dim and rng.integers(0, 2)),
+        k_is_v=(k_is_v := bool(v_dim <= k_dim and rng.integers(0, 2))),
+        k_type=(k_type := str(rng.choice(["f16", "q8_0", "q4_0"]))),
+        v_type=k_type if k_is_v else str(rng.choice(["f16", "q8_0", "q4_0"])),
         window=int(rng.choice([0, 0, 1, 33, 700])),
         cap=float(rng.choice([0.0, 0.0, 20.0])),
         has_sinks=bool(rng.integers(0, 2)),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import get_args
+from collections.abc import Callable, Mapping
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -11,8 +11,11 @@ from numpy.typing import NDArray
 
 from edgeinfer.batch import PAGE, PageTable
 from edgeinfer.dequantize import dequantize
-from edgeinfer.graph import GatingKind, Rotate, Route, Value
+from edgeinfer.graph import KV, GatingKind, KVType, Rotate, Route, Value
 from edgeinfer.kernels.cuda.kernel import Kernel
+from edgeinfer.kernels.cuda.layout import page_bytes
+from edgeinfer.kernels.cuda.lower_attention import _types_of
+from edgeinfer.kernels.reference.caches import BLOCK
 from edgeinfer.kernels.reference.experts import add_parts, choose
 from edgeinfer.kernels.reference.functions import silu
 from edgeinfer.kernels.reference.numerics import rotate
@@ -23,6 +26,7 @@ from edgeinfer.sampling.sampler import sample_reference
 from tests.cuda_shim import (
     Floats,
     empty_rows,
+    pages_of_blocks,
     rows_in_memory,
     run,
     same_bits,
@@ -185,13 +189,16 @@ def store(
     v_dim: int,
     k: Floats,
     v: Floats,
-    k_cache: NDArray[np.uint16],
-    v_cache: NDArray[np.uint16],
+    k_cache: NDArray[Any],
+    v_cache: NDArray[Any],
+    types: Mapping[str, Any],
+    n_threads: int = 32,
 ) -> None:
     run(
-        Kernel("store"), (n_heads, 8), 32, **positions.arrays, pages=positions.pages,
+        Kernel("store"), (n_heads, 8), n_threads, **positions.arrays, pages=positions.pages,
         k=rows_in_memory(k), k_stride=stride_of(k.shape[1]), v=rows_in_memory(v),
         v_stride=stride_of(v.shape[1]), k_cache=k_cache, v_cache=v_cache, k_dim=k_dim, v_dim=v_dim,
+        **types,
     )  # fmt: skip
 
 
@@ -203,7 +210,7 @@ def test_store(k_dim: int, v_dim: int) -> None:
     rooms = -(-k_dim // 8) * 8, -(-v_dim // 8) * 8
     k_cache = np.full((12, n_heads, rooms[0] // 8, PAGE, 8), 0xFFFF, np.uint16)
     v_cache = np.full((12, n_heads, PAGE, rooms[1] or 1), 0xFFFF, np.uint16)
-    store(positions, n_heads, k_dim, v_dim, k, v, k_cache, v_cache)
+    store(positions, n_heads, k_dim, v_dim, k, v, k_cache, v_cache, _types_of(KV(1, 8, 8)))
     k_pages = k_cache.swapaxes(2, 3).reshape(12, n_heads, PAGE, -1)
     for value, pages, dim in ((k, k_pages, k_dim), (v, v_cache, v_dim)):
         expected = np.full(pages.shape, 0xFFFF, np.uint16).view(np.float16)
@@ -217,24 +224,60 @@ def test_store(k_dim: int, v_dim: int) -> None:
         same_bits(np.ascontiguousarray(pages).view(np.float16), expected)
 
 
+@pytest.mark.parametrize("n_threads", [32, 128])
+@pytest.mark.parametrize(
+    ("k_dim", "v_dim", "k_type", "v_type"),
+    [(64, 128, "q8_0", "q4_0"), (192, 20, "q4_0", "q8_0"), (100, 64, "q4_0", "q8_0")],
+)
+def test_store_in_blocks(
+    k_dim: int, v_dim: int, k_type: KVType, v_type: KVType, n_threads: int
+) -> None:
+    """With what is large, small, infinite and no number."""
+    positions, kv = Positions(), KV(2, k_dim, v_dim, k_type=k_type, v_type=v_type)
+    kinds: list[tuple[KVType, bool]] = [(k_type, kv.transforms_k), (v_type, kv.transforms_v)]
+    rows = [rows_of(7, 2 * dim, dim) for dim in (k_dim, v_dim)]
+    caches, expected = [], []
+    for x, (kind, transforms) in zip(rows, kinds, strict=True):
+        x[0, 1], x[1, 2], x[2, 3], x[3, 3], x[4, :15], x[5] = np.nan, np.inf, -np.inf, 1e8, 0, 1e-6
+        x[6, :2] = 3, -3
+        heads = x.reshape(7, 2, -1)
+        with np.errstate(all="ignore"):
+            blocks = TWIN.stored(TWIN.hadamard(heads) if transforms else heads, kind)
+        pages = np.full((12, 2, PAGE, blocks.shape[2]), np.array((0.5, 3), BLOCK))
+        caches.append(pages_of_blocks(pages, kind, is_key=not caches))
+        for row, (pos, seq) in enumerate(zip(positions.pos.tolist(), positions.seq, strict=True)):
+            table = positions.tables[seq]
+            pages[table.pages[table.slot(pos // PAGE)], :, pos % PAGE] = blocks[row]
+        expected.append(pages_of_blocks(pages, kind, is_key=not expected))
+    store(positions, 2, k_dim, v_dim, *rows, *caches, _types_of(kv), n_threads)
+    for found, theirs, dim in zip(caches, expected, (k_dim, v_dim), strict=True):
+        assert found.shape[1] * found.shape[2] in page_bytes(kv)
+        n_scales = PAGE * -(-dim // 32)
+        ours, law = (each[..., : -2 * n_scales] for each in (found, theirs))
+        np.testing.assert_array_equal(ours, law)
+        ours, law = (each[..., -2 * n_scales :].copy().view(np.float16) for each in (found, theirs))
+        same_bits(ours + np.float16(0), law + np.float16(0))  # a zero may have any sign
+
+
 @pytest.mark.parametrize("rope", ROPES[:3])
 @pytest.mark.parametrize(
-    ("k_dim", "v_dim", "n_kv_heads"), [(64, 64, 2), (77, 20, 1), (64, 0, 2), (80, 8, 0)]
-)
+    ("k_dim", "v_dim", "n_kv_heads", "kind"),
+    [
+        (64, 64, 2, "f16"), (77, 20, 1, "f16"), (64, 0, 2, "f16"), (80, 8, 0, "f16"),
+        (64, 64, 2, "q8_0"), (77, 20, 1, "q4_0"), (64, 0, 2, "q4_0"),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("has_norms", [False, True])
 def test_rotate_and_store_at_once(
-    rope: Rope, k_dim: int, v_dim: int, n_kv_heads: int, has_norms: bool
+    rope: Rope, k_dim: int, v_dim: int, n_kv_heads: int, kind: KVType, has_norms: bool
 ) -> None:
     """As the norms, rotations and stores one after the other."""
     positions, n_heads, eps = Positions(), 6, 1e-6
     q, k = rows_of(7, n_heads * k_dim), rows_of(7, max(n_kv_heads, 1) * k_dim, 1)
     v = rows_of(7, max(n_kv_heads, 1) * max(v_dim, 1), 2)
     weights = rows_of(2, k_dim, 3)
-    shapes = (
-        (12, n_kv_heads or 1, -(-k_dim // 8), PAGE, 8),
-        (12, n_kv_heads or 1, PAGE, -(-v_dim // 8) * 8 or 1),
-    )
-    k_cache, v_cache = (np.full(shape, 0xFFFF, np.uint16) for shape in shapes)
+    kv = KV(n_kv_heads or 1, k_dim, v_dim, k_type=kind, v_type=kind)
+    k_cache, v_cache = (np.full(12 * max(n, 1), 0xFF, np.uint8) for n in page_bytes(kv))
     expected_caches = [k_cache.copy(), v_cache.copy()]
     out, pinned_out, expected_k = empty_rows(7, q.shape[1]), empty_rows(7, q.shape[1]), k
 
@@ -255,7 +298,7 @@ def test_rotate_and_store_at_once(
         eps=eps, angles=angles_of(positions, rope, 0), pinned_angles=angles_of(positions, rope, 1),
         n_pairs=rope.n_dims // 2, out=out, pinned_out=pinned_out,
         k_cache=k_cache if n_kv_heads else None, v_cache=v_cache if n_kv_heads else None,
-        n_heads=n_heads, n_kv_heads=n_kv_heads, k_dim=k_dim, v_dim=v_dim,
+        n_heads=n_heads, n_kv_heads=n_kv_heads, k_dim=k_dim, v_dim=v_dim, **_types_of(kv),
     )  # fmt: skip
     same_bits(out[:, : q.shape[1]], turned(q, weights[0], positions.pos))
     expected = turned(q, weights[0], positions.pinned_pos)
@@ -263,9 +306,10 @@ def test_rotate_and_store_at_once(
     assert np.isnan(pinned_out[:5]).all()
     if n_kv_heads:
         expected_k = turned(k, weights[1], positions.pos)
-        store(positions, n_kv_heads, k_dim, v_dim, expected_k, v, *expected_caches)
+        types = _types_of(kv)
+        store(positions, n_kv_heads, k_dim, v_dim, expected_k, v, *expected_caches, types)
     for got, cache in zip((k_cache, v_cache), expected_caches, strict=True):
-        same_bits(got.view(np.float16), cache.view(np.float16))
+        np.testing.assert_array_equal(got, cache)
 
 
 # -- tokens --------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 
 from edgeinfer.batch import Batch, PageTable, StepLimits
 from edgeinfer.gguf import GGUFFile
-from edgeinfer.graph import Segment
+from edgeinfer.graph import KVType, Segment
 from edgeinfer.kernels.cuda.backend import CudaBackend
 from edgeinfer.kernels.cuda.program import CudaProgram
 from edgeinfer.kernels.reference import ReferenceBackend
@@ -79,6 +79,31 @@ def test_steps_of_few_and_of_many_rows_have_the_same_bits(segment: Segment) -> N
             steps = [batch_of(ids[i : i + chunk], i) for i in range(0, len(ids), chunk)]
             rows = [program.submit(step).wait().logits.copy() for step in steps]
         np.testing.assert_array_equal(np.concatenate(rows), expected)
+
+
+TYPES: list[tuple[KVType, KVType]] = [("q8_0", "q8_0"), ("q4_0", "q4_0"), ("f16", "q8_0")]
+
+
+@pytest.mark.parametrize("types", TYPES)
+def test_caches_in_blocks_have_the_references_bits(
+    types: tuple[KVType, KVType], tmp_path: Path
+) -> None:
+    """Heads of 64, which are transformed; of a table that slides, in steps of few and many rows."""
+    path = tiny_model(tmp_path, dim=128, n_heads=2, n_kv_heads=1, quant="Q4_0")
+    limits, ids = LIMITS._replace(max_rows=64, max_outputs=64), [7 * i % 300 for i in range(170)]
+    with GGUFFile.open(path) as file:
+        segment, rows = Model.load(file).graph.segment(kv_types=types), []
+        for machine in (backend(), ReferenceBackend()):
+            mode = {} if isinstance(machine, CudaBackend) else {"mode": "quantised"}
+            with machine.compile(segment, limits, **mode) as program:
+                found, at = [], 0
+                for chunk in (1, 7, 40, 64, 16, 1, 41):
+                    step = batch_of(ids[at : at + chunk], at)
+                    step.tables = [(PageTable(np.array([2, 5, 0, 7], np.int32), 1, 2),)]
+                    found.append(program.submit(step).wait().logits.copy())
+                    at += chunk
+                rows.append(np.concatenate(found))
+    np.testing.assert_array_equal(rows[0], rows[1])
 
 
 def test_rows_of_sequences_side_by_side_are_those_of_each_alone(segment: Segment) -> None:

@@ -20,7 +20,7 @@ from edgeinfer.kernels.cpu.program import CpuBackend
 from edgeinfer.kernels.reference import ReferenceBackend
 
 from .native import cache_root
-from .random_graphs import MODELS, ROPES, Drawn, RandomGraph, Recorder
+from .random_graphs import MODELS, ROPES, TYPED_MODELS, Drawn, RandomGraph, Recorder
 
 # Page 0 stays and is read by a query that is rotated for it, once page 3 has come after it.
 TABLES = [PageTable(np.array(pages, np.int32), 1, 1) for pages in ([2, 0], [0, 1], [1, 2])]
@@ -112,6 +112,12 @@ def test_any_graph_gives_the_references_bits() -> None:
     SEEN.clear()
     settings(max_examples=500, **SETTINGS)(given(MODELS)(check_drawn))()
     assert set(get_args(fusion.Step)) == set(SEEN)
+
+
+@settings(max_examples=60, **SETTINGS)
+@given(TYPED_MODELS)
+def test_any_graph_of_caches_in_blocks_gives_the_references_bits(drawn: Drawn) -> None:
+    check_drawn(drawn)
 
 
 @pytest.mark.slow

@@ -76,6 +76,7 @@ def ask(ids: list[int], n: int = 8, **fields: Any) -> Request:
 def told(generation: Generation) -> tuple[list[int], int, str]:
     """The answer, how much of the prompt was cached, and why no more."""
     events = list(generation)
+    assert getattr(events[-1], "error", None) is None, events[-1]
     ids = [event.id for event in events if isinstance(event, Token)]
     read = [event for event in events if isinstance(event, Prefilled)]
     return (ids, read[-1].cached, read[-1].miss) if read else (ids, 0, "")

@@ -18,6 +18,7 @@ from edgeinfer.gguf import GGUFFile
 from edgeinfer.graph import Segment
 from edgeinfer.kernels.reference import Mode, ReferenceBackend, ReferenceProgram
 from edgeinfer.kernels.reference.blocks import quantise
+from edgeinfer.kernels.reference.caches import BLOCK, hadamard, to_blocks
 from edgeinfer.kernels.reference.exact import Exact
 from edgeinfer.kernels.reference.functions import exp, fma
 from edgeinfer.kernels.reference.quantised import Quantised
@@ -308,6 +309,68 @@ def test_attention_folds_equal_one_softmax() -> None:
             for numerics in (Exact(), Quantised())
         )
         np.testing.assert_allclose(folded, exact, atol=2e-6)
+
+
+def test_the_transform_is_orthogonal_and_its_own_inverse() -> None:
+    x = np.random.default_rng(0).standard_normal((3, 2, 128), np.float32)
+    matrix = hadamard(np.eye(64, dtype=np.float32))
+    assert np.array_equal(matrix, matrix.T) and (np.abs(matrix) == 0.125).all()
+    assert np.array_equal(matrix @ matrix, np.eye(64))
+    assert matrix[3, :4].tolist() == [0.125, -0.125, -0.125, 0.125]
+    expected = (x.reshape(-1, 64).astype(np.float64) @ matrix).reshape(x.shape)
+    np.testing.assert_allclose(hadamard(x), expected, atol=1e-6)
+    np.testing.assert_allclose(hadamard(hadamard(x)), x, atol=1e-6)
+
+
+def test_blocks_of_a_cache() -> None:
+    """By hand; then no value is further off than half a step, or one at the end with a 7."""
+    x = np.zeros((1, 2, 40), np.float32)
+    x[0, 0, :4] = -2, 1, 3 * 2.0**-7, 0
+    x[0, 1, 36:] = 6, -6, -1, 0.1
+    eights, fours = to_blocks(x, "q8_0"), to_blocks(x, "q4_0")
+    assert eights.shape == fours.shape == (1, 2, 2)
+    d = np.float16(2 / 127)
+    assert eights["d"][0].tolist() == [[d, 0], [0, np.float16(6 / 127)]]
+    assert eights["q"][0, 0, 0, :4].tolist() == [-127, 64, 1, 0]  # 63.5 where d was not rounded
+    assert fours["d"][0].tolist() == [[0.25, 0], [0, 0.75]]
+    assert fours["q"][0, 0, 0, :4].tolist() == [-8, 4, 0, 0]
+    assert fours["q"][0, 1, 1, 4:8].tolist() == [7, -8, -1, 0]
+    x = np.random.default_rng(0).standard_normal((50, 2, 64), np.float32)
+    x[1], x[2], x[3] = x[1] * 1e-2, x[2] * 1e5, 0
+    for kind, ends in (("q8_0", (-127, 127)), ("q4_0", (-8, 7))):
+        blocks = to_blocks(x, kind)
+        off = np.abs(x.reshape(50, 2, 2, 32) - values_of(blocks).reshape(50, 2, 2, 32))
+        assert ends[0] == blocks["q"].min() and blocks["q"].max() == ends[1]
+        steps = np.abs(blocks["d"].astype(np.float32))[..., None] * np.ones(32, np.float32)
+        assert (off <= steps * np.where(blocks["q"] == 7, 1.0, 0.51)).all()
+        assert not blocks["q"][3].any()
+
+
+@pytest.mark.parametrize("dim", [64, 40])
+def test_attention_of_blocks_is_that_of_their_values(dim: int) -> None:
+    """Queries that are whole steps lose nothing; unseen blocks that are no numbers do nothing."""
+    rng, law = np.random.default_rng(0), Quantised()
+    q = rng.integers(-126, 127, (2, 3, dim)).astype(np.float32)
+    q[..., ::32] = 127
+    pages, is_visible = np.array([4, 5]), np.arange(64).reshape(2, 32) < 50
+    for types in (("q8_0", "q4_0"), ("q4_0", "q8_0"), ("f16", "q8_0"), ("q8_0", "f16")):
+        stored = [law.stored(rng.standard_normal((64, 3, dim), np.float32), t) for t in types]
+        stored[1][50:].view(np.uint8)[:] = 0xFF
+        k, v = (each.reshape(2, 32, 3, -1).swapaxes(1, 2) for each in stored)
+        with np.errstate(invalid="ignore"):
+            out = law.attend(q, k, v, pages, is_visible, 0.005)[:, :dim]
+            truth = Exact().attend(
+                q, values_of(k)[..., :dim], values_of(v)[..., :dim], pages, is_visible, 0.005
+            )
+        np.testing.assert_allclose(out, truth, atol=2e-5)
+
+
+def values_of(stored: NDArray[Any]) -> Floats:
+    """What a cache holds, as floats."""
+    if stored.dtype != BLOCK:
+        return stored.astype(np.float32)
+    values = stored["d"][..., None].astype(np.float32) * stored["q"]
+    return np.asarray(values.reshape(*stored.shape[:-1], -1), np.float32)
 
 
 def test_rms_norm_and_silu() -> None:

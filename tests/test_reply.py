@@ -71,9 +71,11 @@ def read(
     answer = AnswerText.open(tokenizer, stops, splitter)
     shown, reasoning = "", ""
     tokens = tokenizer.encode(text, bos=False, parse_special=True)
-    for delta in [*_until_stop(answer, tokens), answer.flush(last)]:
-        shown += delta.text if delta else ""
-        reasoning += delta.reasoning if delta else ""
+    for delta in (
+        d for deltas in [*_until_stop(answer, tokens), answer.flush(last)] for d in deltas
+    ):
+        shown += delta.text
+        reasoning += delta.reasoning
     assert (shown, reasoning) == (answer.text, answer.reasoning)
     return answer
 

@@ -123,7 +123,7 @@ def _is_somewhere() -> bool:
 
 _NAMES = (
     "bench", "cache", "chat", "doctor", "history", "info", "list", "perplexity", "plan", "pull",
-    "replay", "rm", "run", "selftest", "tokenize", "warmup",
+    "replay", "rm", "run", "selftest", "serve", "tokenize", "warmup",
 )  # fmt: skip
 
 

@@ -39,6 +39,7 @@ class CacheStore:
         self._kinds = [*self.pools, *([self._states] if self._states else [])]
         self.index = PrefixIndex(self._kinds, self._states is not None)
         self._begun: list[Sequence] = []  # that may be shared, in order of arrival
+        self._guests: list[Sequence] = []  # that are written to files, or read from them
 
     @property
     def n_pages(self) -> list[int]:
@@ -327,6 +328,45 @@ class CacheStore:
         if slot >= 0 and nodes[-1].held[-1] < 0:
             self.index.put(nodes[-1], len(self.pools), slot, rank)
 
+    # -- sessions --------------------------------------------------------------------------------
+
+    def lend(self, ids: SequenceOf[int], layout: CacheLayout) -> Sequence:
+        """A sequence that runs in no step, on what has been computed of all of `ids`."""
+        guest = self.open_empty([*ids, 0], layout)  # of a last one nothing would be looked for
+        self._guests.append(guest)
+        self._extend(guest)
+        return guest
+
+    def receive(self, ids: SequenceOf[int], layout: CacheLayout) -> Sequence | None:
+        """A sequence for what is about to be written; None where that many pages are not left."""
+        guest, pages = self.open_empty(ids, layout), list[dict[int, int]]()
+        self._guests.append(guest)
+        for group, pool in enumerate(self.pools):
+            pages.append({})
+            for page in layout.seen_pages(group, len(ids)):
+                if not self._free_one(group):
+                    self._release(pages, -1)
+                    self.dismiss(guest, is_kept=False)
+                    return None
+                pages[-1][page] = pool.take()
+        state = -1
+        if self._states is not None:
+            if not self._free_one(len(self.pools)):
+                self._release(pages, -1)
+                self.dismiss(guest, is_kept=False)
+                return None
+            state = self._states.take()
+        guest.cache.begin_at(len(ids), pages, state)
+        return guest
+
+    def dismiss(self, guest: Sequence, *, is_kept: bool) -> None:
+        """End such a sequence, and have the index hold what it does."""
+        if is_kept:
+            self.keep(guest)
+        else:
+            self.free(guest)
+        self._guests = [each for each in self._guests if each is not guest]
+
     # -- the end ---------------------------------------------------------------------------------
 
     def keep(self, sequence: Sequence) -> None:
@@ -364,7 +404,7 @@ class CacheStore:
 
     def recover(self, used: Iterable[Sequence]) -> None:
         """Count anew who holds what, from the sequences in use and the index."""
-        used = list(used)
+        used = [*used, *self._guests]
         self._begun = [each for each in self._begun if any(each is one for one in used)]
         held = self.index.recover()
         for group, pool in enumerate(self.pools):

@@ -11,9 +11,10 @@ import os
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -23,7 +24,14 @@ from edgeinfer.engine import hooks
 from edgeinfer.engine.cache import CacheLayout, Overflow, PagePool
 from edgeinfer.engine.cache_store import CacheStore
 from edgeinfer.engine.delivery import Delivery
-from edgeinfer.engine.generation import Generation, LogitsJob, check_ids, check_length
+from edgeinfer.engine.errand import Errand
+from edgeinfer.engine.generation import (
+    WAKE_SECONDS,
+    Generation,
+    LogitsJob,
+    check_ids,
+    check_length,
+)
 from edgeinfer.engine.hooks import Step
 from edgeinfer.engine.scheduler import AnyWork, Scheduler
 from edgeinfer.engine.sequence import Request, Rows, Work
@@ -34,6 +42,10 @@ from edgeinfer.sampling.params import SampleTable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from edgeinfer.engine.session import Sessions
+
+T = TypeVar("T")
 
 MAX_WAITING = 4096  # requests: thousands of clients are real, and each holds its prompt
 _MOST_FAULTS = 3  # turns in a row that an error ended outside of any one request
@@ -62,6 +74,7 @@ class Engine:
         self._changed = threading.Condition()
         self._ticket: Ticket | None = None
         self._in_step: list[Work] = []
+        self._errands: deque[Errand[Any]] = deque()
         self._closed, self._is_exit = "", False
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._loop, name="edgeinfer-engine", daemon=True)
@@ -112,13 +125,16 @@ class Engine:
 
         Steps take at most `prefill_chunk` rows of `ids`, beside rows of the `batch_with` lists.
         """
-        self._check_thread()
         lists = (ids, *(batch_with or ()))
         for each in lists:
             check_ids(each, self.n_vocab)
             check_length(len(each), self.n_ctx)
         layout = self.layout("error")
         job = LogitsJob.of(lists, first, prefill_chunk, self.limits, layout, take)
+        self._do(job)
+
+    def _do(self, job: LogitsJob) -> None:
+        self._check_thread()
         self._queue(job)
         job.wait(self)
 
@@ -131,8 +147,28 @@ class Engine:
         hook = hooks.Hook(take, residuals=layers)
         layout = self.layout("error")
         job = LogitsJob.of((ids,), len(ids), None, self.limits, layout, lambda *_: None, hook)
-        self._queue(job)
-        job.wait(self)
+        self._do(job)
+
+    def sessions(self, model: str) -> Sessions:
+        """What saves and loads what the cache holds: see there for `model`."""
+        from edgeinfer.engine.session import Sessions  # most starts need none
+
+        layout = self.layout("error")
+        return Sessions(self._store, self._program, layout, model, self.n_vocab, self.between_steps)
+
+    def between_steps(self, action: Callable[[], T]) -> T:
+        """Call `action` in the engine's thread while no step runs; what it returns or raises."""
+        if threading.current_thread() is self._thread:
+            return action()
+        errand = Errand(action)
+        with self._changed:
+            if self._closed:
+                raise ClosedError(self._closed)
+            self._errands.append(errand)
+            self._changed.notify()
+        while not errand.wait(WAKE_SECONDS):
+            self.check_alive()
+        return errand.result()
 
     @property
     def n_running(self) -> int:
@@ -223,6 +259,8 @@ class Engine:
             self._closed = f"the engine failed: {error!r}"
         if not self._is_exit:
             self._scheduler.fail_all(ClosedError(self._closed), also_waiting=True)
+            while self._errands:
+                self._errands.popleft().fail(ClosedError(self._closed))
             self.delivery.close(_JOIN_SECONDS)
 
     def _serve(self) -> None:
@@ -248,12 +286,15 @@ class Engine:
         if not scheduler.has_work:
             self.delivery.send()
         with self._changed:
-            while not (self._closed or scheduler.has_work):
+            while not (self._closed or scheduler.has_work or self._errands):
                 self._changed.wait()
         return not self._closed
 
     def _turn(self) -> None:
         scheduler = self._scheduler
+        while self._errands:
+            if not self._errands.popleft().run():
+                scheduler.recover()
         scheduler.drop_cancelled()
         scheduler.pause_unread()
         scheduler.admit()

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
         try_lock,
         unlink_open,
         write_whole,
+        written_whole,
     )
     from edgeinfer.platform.forks import ForkedProcess
     from edgeinfer.platform.limits import ProcessLimits, ended_for_time
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
         signals_handled,
         stop_for_shell,
     )
+    from edgeinfer.platform.sockets import listen
     from edgeinfer.platform.terminals import input_waits
     from edgeinfer.platform.trust import distrust, read_private
 
@@ -83,13 +85,14 @@ _NAMES = {
     "files": (
         "ReadableFile append_private bytes_below delete_all files_below forget_file_pages "
         "free_disk is_at is_writable make_folder open_appending open_scratch read_whole sync "
-        "try_lock unlink_open write_whole"
+        "try_lock unlink_open write_whole written_whole"
     ),
     "limits": "ProcessLimits ended_for_time",
     "memory": "available_memory memory_budget peak_rss rss",
     "native": "Code Memory ThreadCalls can_run_generated_code keep thread_calls",
     "processors": "cpu_name default_threads processor_facts",
     "signals": "SIGNAL_CODE signals_call signals_exit signals_handled stop_for_shell",
+    "sockets": "listen",
     "terminals": "input_waits",
     "trust": "distrust read_private",
 }
@@ -129,6 +132,7 @@ __all__ = [
     "is_at",
     "is_writable",
     "keep",
+    "listen",
     "make_folder",
     "memory_budget",
     "module_folders",
@@ -155,6 +159,7 @@ __all__ = [
     "try_lock",
     "unlink_open",
     "write_whole",
+    "written_whole",
 ]
 
 

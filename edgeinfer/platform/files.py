@@ -10,7 +10,8 @@ import os
 import stat
 import sys
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from io import FileIO
 from pathlib import Path
@@ -94,13 +95,20 @@ def read_whole(file: BinaryIO, most: int) -> bytes:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file completely or not at all, whoever writes it at the same time; makes folders."""
+    with written_whole(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` at the end, or never where an error comes before."""
     import tempfile
 
     make_folder(path.parent)
     descriptor, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
     try:
         with open(descriptor, "wb") as file:
-            file.write(data)
+            yield file
         os.replace(part, path)
     except BaseException:
         with suppress(OSError):

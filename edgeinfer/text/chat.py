@@ -10,7 +10,7 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any, TypeAlias
 
-from edgeinfer.errors import InvalidRequestError, TemplateError
+from edgeinfer.errors import TemplateError
 from edgeinfer.gguf import Metadata
 from edgeinfer.text.chat_templates import (
     BUILT_IN,
@@ -134,11 +134,7 @@ class ChatTemplate:
         budget = Budget()
         capabilities, no_tools = self._probed(budget)
         if chat.tools and not capabilities.tools:
-            raise InvalidRequestError(
-                f"the chat template ({self.name or 'unnamed'}) does not tell the model of tools; "
-                "leave them out or choose another with --chat-template NAME|FILE",
-                param="tools",
-            )
+            chat = chat.with_tools_told()
         shown = {key: hide(value, "") for key, value in chat.arguments.items()}
         shown |= {"tools": hide(chat.tools, "") or no_tools}
         shown |= {"add_generation_prompt": add_generation_prompt}

@@ -62,6 +62,26 @@ class Conversation(NamedTuple):
         """InvalidRequestError says what they lack."""
         return cls(_messages(messages), _tools(tools), _arguments(arguments))
 
+    def with_tools_told(self) -> Conversation:
+        """The same with tools in a system message, for a template that does not tell of them."""
+        listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in self.tools)
+        told = {"role": "system", "content": _TOLD.format(listed)}
+        first, *rest = self.messages
+        if first["role"] in ("system", "developer"):
+            told["content"] = f"{first['content']}\n\n{told['content']}"
+        else:
+            rest = self.messages
+        return Conversation([told, *rest], [], self.arguments)
+
+
+_TOLD = """\
+You may call functions. These are their signatures, one JSON object a line:
+{}
+To call one, reply with nothing but its name and its arguments as JSON, in this form:
+<tool_call>
+{{"name": "NAME", "arguments": {{"KEY": "VALUE"}}}}
+</tool_call>"""
+
 
 def _messages(messages: Iterable[Message]) -> list[dict[str, Any]]:
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):

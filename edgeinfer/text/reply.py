@@ -12,7 +12,8 @@ from itertools import accumulate
 from typing import Literal, NamedTuple
 
 from edgeinfer.errors import InvalidRequestError
-from edgeinfer.results import Delta
+from edgeinfer.results import Delta, ToolCall
+from edgeinfer.text.call_finder import CallFinder
 from edgeinfer.text.tokenizer import StreamDecoder, Tokenizer
 
 
@@ -38,18 +39,23 @@ class AnswerText:
     decoder: StreamDecoder
     stops: StopFinder
     splitter: ReasoningSplitter | None
+    finder: CallFinder | None
     stop: str | None = None
     _text: list[str] = field(default_factory=list)
     _reasoning: list[str] = field(default_factory=list)
 
     @classmethod
     def open(
-        cls, tokenizer: Tokenizer, stop: tuple[str, ...], splitter: ReasoningSplitter | None
+        cls,
+        tokenizer: Tokenizer,
+        stop: tuple[str, ...],
+        splitter: ReasoningSplitter | None,
+        finder: CallFinder | None = None,
     ) -> AnswerText:
         """A `splitter` means a chat, else the answer continues the prompt's text."""
         strip_space = None if splitter is not None else False
         decoder = StreamDecoder(tokenizer, strip_space=strip_space)
-        return cls(tokenizer, decoder, StopFinder(stop), splitter)
+        return cls(tokenizer, decoder, StopFinder(stop), splitter, finder)
 
     @property
     def text(self) -> str:
@@ -59,11 +65,15 @@ class AnswerText:
     def reasoning(self) -> str:
         return "".join(self._reasoning)
 
-    def push(self, token: int) -> Delta | None:
-        """What the token adds; nothing while it may belong to a stop string."""
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        return self.finder.done if self.finder is not None else ()
+
+    def push(self, token: int) -> list[Delta]:
+        """What the token adds; nothing while it may belong to a stop string or to a call."""
         return self._add(self._find(self._piece(token)))
 
-    def flush(self, last: int | None = None) -> Delta | None:
+    def flush(self, last: int | None = None) -> list[Delta]:
         """What was held back, at the end; `last` is the token that was the end, if one was."""
         pieces: list[Piece] = []
         if self.stop is None:
@@ -72,7 +82,8 @@ class AnswerText:
             pieces += self._find(self._piece(last))
         if self.stop is None:
             pieces += self.stops.flush()
-        return self._add(pieces, is_last=True)
+        was_cut = last is None and self.stop is None
+        return self._add(pieces, is_last=True, was_cut=was_cut)
 
     def _piece(self, token: int) -> Piece:
         text = self.decoder.push(token)
@@ -88,19 +99,49 @@ class AnswerText:
         pieces, self.stop = self.stops.push(piece)
         return pieces
 
-    def _add(self, pieces: Iterable[Piece], is_last: bool = False) -> Delta | None:
+    def _add(
+        self, pieces: Iterable[Piece], *, is_last: bool = False, was_cut: bool = False
+    ) -> list[Delta]:
+        found: list[Delta] = []
+        for piece in pieces:
+            found += self._split(piece)
+        if is_last and self.splitter is not None:
+            found += self._parts(*self.splitter.flush())
+        if is_last and self.finder is not None:
+            found += self.finder.end(was_cut)
+        deltas = _merged(found)
+        self._reasoning += [delta.reasoning for delta in deltas]
+        self._text += [delta.text for delta in deltas]
+        return deltas
+
+    def _split(self, piece: Piece) -> list[Delta]:
+        """Reasoning, text and calls, in the order in which they come."""
         if self.splitter is None:
-            parts = [("", piece.text) for piece in pieces if not piece.is_control]
+            return self._parts("", "" if piece.is_control else piece.text)
+        found = self._parts(*self.splitter.push(piece))
+        if self.finder is not None and piece.is_control and not self.splitter.in_reasoning:
+            found += self.finder.push(piece.text, is_control=True)
+        return found
+
+    def _parts(self, reasoning: str, text: str) -> list[Delta]:
+        found = [Delta(reasoning=reasoning)] if reasoning else []
+        if self.finder is not None:
+            return found + self.finder.push(text)
+        return found + ([Delta(text=text)] if text else [])
+
+
+def _merged(deltas: Iterable[Delta]) -> list[Delta]:
+    """Reasoning and the text right behind it are one delta, as are neighbours of one kind."""
+    merged: list[Delta] = []
+    for delta in deltas:
+        before = merged[-1] if merged else None
+        if before is None or before.call or delta.call or (before.text and delta.reasoning):
+            merged.append(delta)
         else:
-            parts = [self.splitter.push(piece) for piece in pieces]
-            parts += [self.splitter.flush()] if is_last else []
-        reasoning = "".join([part for part, _ in parts])
-        text = "".join([part for _, part in parts])
-        if not reasoning and not text:
-            return None
-        self._reasoning.append(reasoning)
-        self._text.append(text)
-        return Delta(text=text, reasoning=reasoning)
+            merged[-1] = Delta(
+                text=before.text + delta.text, reasoning=before.reasoning + delta.reasoning
+            )
+    return merged
 
 
 class StopFinder:
@@ -245,10 +286,11 @@ class ReasoningSplitter:
     def flush(self) -> tuple[str, str]:
         """What was held back, once no more can come."""
         held, self._held = self._held, ""
-        return (held.rstrip(), "") if self._in_reasoning else ("", held)
+        return (held.rstrip(), "") if self.in_reasoning else ("", held)
 
     @property
-    def _in_reasoning(self) -> bool:
+    def in_reasoning(self) -> bool:
+        """Whether what comes next is reasoning, for all that is known."""
         return self._state == "reasoning" or (self._state == "start" and bool(self._opened))
 
     def _begin(self) -> None:
@@ -293,7 +335,7 @@ class ReasoningSplitter:
 
     def _pass_control(self, text: str) -> None:
         opened = next((tags for tags in self._known if tags.open == text), None)
-        if self._in_reasoning and text == self._close:
+        if self.in_reasoning and text == self._close:
             self._held, self._state = "", "between"
         elif opened is not None and self._state != "reasoning":
             self._held, self._close = "", opened.close

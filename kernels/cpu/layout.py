@@ -387,7 +387,7 @@ RUN_BYTES = 3 * WORD
 #
 # An op with states has the runs as its first argument, and how many chunks a run has as its second.
 # Its part of slot i is at states + i * slot_bytes.
-OF_RUNS = Block("runs per_run states slot_bytes")
+OF_RUNS = Block("at per_run states slot_bytes")
 OF_RUNS_AT, OF_RUNS_PER_RUN, OF_RUNS_STATES, OF_RUNS_SLOT_BYTES = OF_RUNS
 #
 # conv: out[t] = bias + sum over n_taps of weight[j] * x[t - n_taps + 1 + j], rows of one stride

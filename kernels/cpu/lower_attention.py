@@ -103,8 +103,7 @@ class AttentionLowering(LoweringBase):
             v_head_bytes=page_layout.v_bytes(kv.v_dim, kv.v_type),
             transforms_k=int(kv.transforms_k), transforms_v=int(kv.transforms_v),
         )  # fmt: skip
-        types = f".{kv.k_type}.{kv.v_type}" if {kv.k_type, kv.v_type} != {"f16"} else ""
-        self._emit("rotate", f"rotate.{kind}{types}", args)
+        self._emit("rotate", rotate_kernel(kind, kv), args)
 
     def _attend(self, op: RotatedAttention | PinnedAttention, pinned_q: Buffer) -> None:
         limits, kv, cache = self._limits, op.cache, self._cache_of(op)
@@ -123,9 +122,9 @@ class AttentionLowering(LoweringBase):
             sinks=self._weights.vector(op.sinks) if op.sinks else 0,
             values=self._turned_values(kv) if kv.k_is_v else 0,
         )  # fmt: skip
-        self._emit("attend", _attend_kernel(kv, op.soft_cap > 0), common, layout.COUNT_ITEMS)
-        fold = "fold" + ".sinks" * bool(op.sinks) + ".hadamard" * kv.transforms_v
-        self._emit("fold", fold, [*common, *self._sinks(op.out, "attention")])
+        self._emit("attend", attend_kernel(kv, op.soft_cap > 0), common, layout.COUNT_ITEMS)
+        fold = [*common, *self._sinks(op.out, "attention")]
+        self._emit("fold", fold_kernel(kv, op.sinks is not None), fold)
 
     def _turned_values(self, kv: KV) -> Buffer:
         """Where each thread makes values of a page's keys."""
@@ -174,8 +173,14 @@ class AttentionLowering(LoweringBase):
         return self._angles[rope, tables]
 
 
-def _attend_kernel(kv: KV, has_cap: bool) -> str:
-    """The name of the kernel that reads such a cache."""
+def rotate_kernel(kind: RopeKind, kv: KV) -> str:
+    """The name of the kernel that fills such a cache."""
+    types = f".{kv.k_type}.{kv.v_type}" if {kv.k_type, kv.v_type} != {"f16"} else ""
+    return f"rotate.{kind}{types}"
+
+
+def attend_kernel(kv: KV, has_cap: bool) -> str:
+    """The name of the kernel that reads it."""
     features = {
         "window": kv.window > 0,
         "cap": has_cap,
@@ -186,3 +191,8 @@ def _attend_kernel(kv: KV, has_cap: bool) -> str:
     }
     names = [name for name, has in features.items() if has]
     return ".".join(["attend", str(kv.k_dim), str(kv.v_dim), *names])
+
+
+def fold_kernel(kv: KV, has_sinks: bool) -> str:
+    """The name of the kernel that ends what that one has begun."""
+    return "fold" + ".sinks" * has_sinks + ".hadamard" * kv.transforms_v

@@ -48,5 +48,5 @@ class StateLowering(LoweringBase):
         made = op.convolved if isinstance(op, SiluConv) else op.out.index
         states = self._states[made]
         return layout.OF_RUNS.pack(
-            runs=self._runs, per_run=per_run, states=states.at, slot_bytes=states.slot_bytes
+            at=self._runs, per_run=per_run, states=states.at, slot_bytes=states.slot_bytes
         )

@@ -5,17 +5,29 @@
 
 // K_DIM, V_DIM: widths of heads, any. QUERIES: query heads of a block. WARPS: of a block.
 // K_IS_V 1: V is the first V_DIM values of K, and v_cache is not read. SOFT_CAP 0: soft_cap is not
-// used.
-// Variants: K_DIM = 128; V_DIM = 128; QUERIES = 1 2 4; WARPS = 16; K_IS_V = 0; SOFT_CAP = 0
-// Variants: K_DIM = 128; V_DIM = 128; QUERIES = 8; WARPS = 8; K_IS_V = 0; SOFT_CAP = 0
-// Variants: K_DIM = 64; V_DIM = 64; QUERIES = 3 4; WARPS = 16; K_IS_V = 0; SOFT_CAP = 0
-// Variants: K_DIM = 64; V_DIM = 64; QUERIES = 7; WARPS = 8; K_IS_V = 0; SOFT_CAP = 0
-// Variants: K_DIM = 256; V_DIM = 256; QUERIES = 2; WARPS = 16; K_IS_V = 0; SOFT_CAP = 0 1
+// used. K_TYPE, V_TYPE: of the cache.
+// Variants: K_DIM = 128; V_DIM = 128; QUERIES = 1 2 4; WARPS = 16; K_IS_V = 0; SOFT_CAP = 0;
+//   K_TYPE = f16; V_TYPE = f16
+// Variants: K_DIM = 128; V_DIM = 128; QUERIES = 8; WARPS = 8; K_IS_V = 0; SOFT_CAP = 0;
+//   K_TYPE = f16; V_TYPE = f16
+// Variants: K_DIM = 64; V_DIM = 64; QUERIES = 3 4; WARPS = 16; K_IS_V = 0; SOFT_CAP = 0;
+//   K_TYPE = f16; V_TYPE = f16
+// Variants: K_DIM = 64; V_DIM = 64; QUERIES = 7; WARPS = 8; K_IS_V = 0; SOFT_CAP = 0;
+//   K_TYPE = f16; V_TYPE = f16
+// Variants: K_DIM = 256; V_DIM = 256; QUERIES = 2; WARPS = 16; K_IS_V = 0; SOFT_CAP = 0 1;
+//   K_TYPE = f16; V_TYPE = f16
+// Variants: K_DIM = 128; V_DIM = 128; QUERIES = 4; WARPS = 16; K_IS_V = 0; SOFT_CAP = 0;
+//   K_TYPE = q8_0 q4_0; V_TYPE = q8_0 q4_0
+// Variants: K_DIM = 64; V_DIM = 64; QUERIES = 3; WARPS = 16; K_IS_V = 0; SOFT_CAP = 0;
+//   K_TYPE = q8_0; V_TYPE = q8_0 q4_0
 typedef Lanes<V_DIM, QUERIES> L;
 constexpr int THREADS = 32 * WARPS;
-constexpr int K_CHUNKS = (K_DIM + 7) / 8;
-constexpr int K_PAGE = 8 * K_CHUNKS * EI_PAGE;  // halves of a page and head
-constexpr int V_PAGE = 8 * L::CHUNKS * EI_PAGE;
+constexpr bool IS_BLOCKS = K_TYPE::IS_BLOCKS;
+constexpr int K_PAGE = PageOf<K_TYPE, K_DIM>::BYTES;  // of a head
+constexpr int V_PAGE = PageOf<V_TYPE, V_DIM>::BYTES;
+constexpr bool TRANSFORMS_K = IS_BLOCKS && K_DIM % 64 == 0 && (!K_IS_V || V_DIM % 64 == 0);
+constexpr bool TRANSFORMS_V =
+    K_IS_V ? TRANSFORMS_K : V_TYPE::IS_BLOCKS && V_DIM % 64 == 0;
 constexpr int ITEMS = (QUERIES * V_DIM + THREADS - 1) / THREADS;  // values of o that a thread folds
 // Loads of a lane in flight. Below sm_70 there are no registers for more in a block of 512 threads.
 #if __CUDA_ARCH__ >= 700
@@ -25,7 +37,7 @@ constexpr int BATCH = 8;
 #endif
 
 struct __align__(16) Shared {
-    float q[QUERIES][8 * K_CHUNKS];
+    typename QueriesOf<IS_BLOCKS, QUERIES, K_DIM>::Type queries;
     float p[WARPS][EI_PAGE][L::PADDED];
     float o[WARPS][QUERIES * V_DIM];
     Folding<WARPS, QUERIES> fold;
@@ -34,8 +46,8 @@ struct __align__(16) Shared {
 
 // What is the same for all pages of a block.
 struct Heads {
-    const uint16_t* k_cache;
-    const uint16_t* v_cache;
+    const uint8_t* k_cache;
+    const uint8_t* v_cache;
     int n_kv_heads;
     int kv_head;
     int first;  // query head of the block,
@@ -55,12 +67,18 @@ EI_DEV void find_heads(Heads& heads, int n_heads) {
 }
 
 // Queries that have no head are zeros.
-EI_DEV void load_queries(Shared& shared, const float* q, int n_queries) {
+EI_DEV void load_queries(FloatQueries<QUERIES, K_DIM>& queries, const float* q, int n_queries) {
     for (int i = threadIdx.x; i < QUERIES * K_DIM; i += THREADS) {
         const int g = i / K_DIM;
-        shared.q[g][i % K_DIM] = g < n_queries ? q[i] : 0.0f;
+        queries.q[g][i % K_DIM] = g < n_queries ? q[i] : 0.0f;
     }
-    __syncthreads();
+}
+
+template <int WIDTH>
+EI_DEV void load_queries(BlockQueries<QUERIES, WIDTH>& queries, const float* q, int n_queries) {
+    for (int g = threadIdx.x / 32; g < QUERIES; g += WARPS) {
+        load_query<K_TYPE, TRANSFORMS_K>(queries, g, g < n_queries ? q + g * K_DIM : nullptr);
+    }
 }
 
 // A warp's part of a page, of which it sees the positions first to end - 1.
@@ -68,13 +86,14 @@ EI_DEV void attend_page(Shared& shared, const Heads& heads, int arena_page, int 
     const int warp = threadIdx.x / 32;
     const int lane = threadIdx.x % 32;
     const size_t place = (size_t)arena_page * heads.n_kv_heads + heads.kv_head;
-    const uint16_t* k = heads.k_cache + place * K_PAGE;
-    const uint16_t* v = K_IS_V ? k : heads.v_cache + place * V_PAGE;
-    for (int i = 64 * lane; i < V_PAGE && !K_IS_V; i += 64 * 32) {
+    const uint8_t* k = heads.k_cache + place * K_PAGE;
+    const uint8_t* v = heads.v_cache + place * V_PAGE;
+    for (int i = 128 * lane; i < V_PAGE && !K_IS_V; i += 128 * 32) {
         ei_prefetch(v + i);
     }
     float scores[QUERIES];
-    score_page<K_DIM, BATCH, SOFT_CAP>(shared.q, k, heads.scale, heads.soft_cap, scores);
+    score_page<K_TYPE, BATCH, SOFT_CAP>(
+        shared.queries, k, heads.scale, heads.soft_cap, scores);
 #pragma unroll
     for (int g = 0; g < QUERIES; ++g) {
         float m, l;
@@ -86,10 +105,9 @@ EI_DEV void attend_page(Shared& shared, const Heads& heads, int arena_page, int 
     }
     __syncwarp();
     float o[L::ROUNDS][L::SET_QUERIES][8];
-    const int chunk_stride = K_IS_V ? 8 * EI_PAGE : 8;
-    const int position_stride = K_IS_V ? 8 : 8 * L::CHUNKS;
+    const auto view = K_IS_V ? view_keys<V_TYPE, K_DIM>(k) : view_values<V_TYPE, V_DIM>(v);
     add_values<V_DIM, QUERIES, BATCH>(
-        shared.p[warp], v, chunk_stride, position_stride,
+        shared.p[warp], view,
         [&](int query, int position) { return position >= first && position < end; }, o);
     for_values<V_DIM, QUERIES>([&](int query, int value, int round, int g, int e) {
         shared.o[warp][query * V_DIM + value] = o[round][g][e];
@@ -108,7 +126,8 @@ EI_DEV void attend_segment(
         if (begin >= end) {
             continue;
         }
-        load_queries(shared, is_pinned ? pinned_q : q, heads.n);
+        load_queries(shared.queries, is_pinned ? pinned_q : q, heads.n);
+        __syncthreads();
         for (int first = begin; first < end; first += WARPS) {
             const int page = first + threadIdx.x / 32;
             if (page < end) {
@@ -178,41 +197,68 @@ EI_DEV void fold_segments(
     }
 }
 
+// Where results of a row go.
+struct Results {
+    float* out;
+    bool has_x8;
+    X8 x8;
+
+    __device__ __forceinline__ void write(int at, float value) const {
+        if (out) {
+            out[at] = value;
+        }
+        if (V_DIM % 32 == 0 && has_x8) {  // then a warp is one block of 32
+            quantise_block(x8, at / 32, value);
+        }
+    }
+};
+
 // What attention leaves for this block's queries of a row.
 EI_DEV void write_row(
-    const Shared& shared, const Heads& heads, const float (&o)[ITEMS], const float* sinks,
-    float* out, bool has_x8, const X8& x8) {
+    Shared& shared, const Heads& heads, const float (&o)[ITEMS], const float* sinks,
+    const Results& results) {
+    float* values = &shared.o[0][0];
+    const int n_values = heads.n * V_DIM;
 #pragma unroll
     for (int j = 0; j < ITEMS; ++j) {
         const int item = threadIdx.x + j * THREADS;
         const int g = item / V_DIM;
-        if (item < heads.n * V_DIM) {
+        if (item < n_values) {
             const float* sink = sinks ? sinks + heads.first + g : nullptr;
             const Scales scales = last_scales(shared.fold.top[g], shared.fold.sum[g], sink);
             const float value = (o[j] * scales.factor) * scales.inverse;
-            const int at = heads.first * V_DIM + item;
-            if (out) {
-                out[at] = value;
-            }
-            if (V_DIM % 32 == 0 && has_x8) {  // then a warp is one block of 32
-                quantise_block(x8, at / 32, value);
+            if (TRANSFORMS_V) {
+                values[item] = value;
+            } else {
+                results.write(heads.first * V_DIM + item, value);
             }
         }
+    }
+    if (!TRANSFORMS_V) {
+        return;
+    }
+    __syncthreads();
+    for (int item = threadIdx.x / 32 * 64 + threadIdx.x % 32; item < n_values;
+         item += 2 * THREADS) {
+        float x0 = values[item];
+        float x1 = values[item + 32];
+        hadamard64(x0, x1);
+        results.write(heads.first * V_DIM + item, x0);
+        results.write(heads.first * V_DIM + item + 32, x1);
     }
 }
 
 // Grid: (kv heads * tiles, segments, rows), 32 * WARPS threads; a tile is QUERIES query heads of a
 // kv head. Segments: as many as the row has that sees most, or more.
 // q, pinned_q: float (row, n_heads * K_DIM); pinned_q is read of rows that have slid.
-// k_cache, v_cache: halves of a layer's pages, (page, kv head, ceil(K_DIM / 8), 32 positions, 8)
-// and (page, kv head, 32 positions, V_DIM rounded up to 8). window 0: all.
+// k_cache, v_cache: pages of a layer, (page, kv head), as kv_types.cuh has them. window 0: all.
 // parts: float (row, query head, segment, V_DIM + 2), not used where there is one segment.
 // counters: int (row, kv heads * tiles), zeros before the first step; they are zeros afterwards.
 // sinks: a float of each query head, or null. out: float (row, n_heads * V_DIM), or null. x8: the
 // same quantised, or null; there is none where V_DIM is no multiple of 32.
 EI_KERNEL(32 * WARPS, 1) attend(
-    const Step* step, const float* q, const float* pinned_q, int q_stride, const uint16_t* k_cache,
-    const uint16_t* v_cache, const int64_t* pos, const int* seq, const int4* tables,
+    const Step* step, const float* q, const float* pinned_q, int q_stride, const uint8_t* k_cache,
+    const uint8_t* v_cache, const int64_t* pos, const int* seq, const int4* tables,
     const int* pages, const float* sinks, float* parts, int* counters, float* out, int out_stride,
     uint8_t* x8, int n_heads, int n_kv_heads, int window, float scale, float soft_cap) {
     EI_SHARED(Shared, memory, [1]);
@@ -249,8 +295,8 @@ EI_KERNEL(32 * WARPS, 1) attend(
         fold_segments(shared, heads, row_parts, segments.n, o);
     }
     if (!is_aborted) {
-        const X8 quantised = x8_row(x8, row, n_heads * V_DIM);
         float* out_row = out ? out + (size_t)row * out_stride : nullptr;
-        write_row(shared, heads, o, sinks, out_row, x8 != nullptr, quantised);
+        const Results results = {out_row, x8 != nullptr, x8_row(x8, row, n_heads * V_DIM)};
+        write_row(shared, heads, o, sinks, results);
     }
 }

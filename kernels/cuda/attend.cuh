@@ -2,8 +2,8 @@
 // A part is attention over some positions: maximum m, sum l of exp(score - m), and those times V,
 // o. Folds run from left to right and start from their first member.
 #pragma once
+#include "kv_types.cuh"
 #include "math.cuh"
-#include "pages.cuh"
 
 // How a warp shares out values of a page: 8 of a head a lane, as many lanes beside each other as
 // that takes, and sets of such lanes, each with queries of its own.
@@ -22,22 +22,83 @@ struct Lanes {
     }
 };
 
-// 8 halves as they lie in memory.
-EI_DEV void unpack(uint4 halves, float (&x)[8]) {
-    const unsigned words[4] = {halves.x, halves.y, halves.z, halves.w};
+// Queries in shared memory: floats, or blocks as keys in blocks are multiplied by.
+template <int N_QUERIES, int WIDTH>
+struct FloatQueries {
+    float q[N_QUERIES][(WIDTH + 7) / 8 * 8];
+};
+
+template <int N_QUERIES, int WIDTH>
+struct __align__(16) BlockQueries {
+    static constexpr int BLOCKS = (WIDTH + 31) / 32;
+    int8_t codes[N_QUERIES][32 * BLOCKS];
+    float d[N_QUERIES][BLOCKS];
+    int sums[N_QUERIES][BLOCKS];
+};
+
+template <bool IS_BLOCKS, int N_QUERIES, int WIDTH>
+struct QueriesOf {
+    typedef FloatQueries<N_QUERIES, WIDTH> Type;
+};
+template <int N_QUERIES, int WIDTH>
+struct QueriesOf<true, N_QUERIES, WIDTH> {
+    typedef BlockQueries<N_QUERIES, WIDTH> Type;
+};
+
+// A warp quantises a block of a query, of which each lane has a value: as x8.cuh does.
+template <class T, int N_QUERIES, int WIDTH>
+EI_DEV void load_block(
+    BlockQueries<N_QUERIES, WIDTH>& queries, int query, int block, float x) {
+    int bits = __float_as_int(fabsf(x));
+    for (int lanes = 16; lanes > 0; lanes /= 2) {
+        bits = max(bits, __shfl_xor_sync(EI_ALL_LANES, bits, lanes));
+    }
+    const float largest = __int_as_float(bits);
+    const bool is_small = largest < 1e-36f;
+    const bool is_usual = !is_small && largest < EI_INFINITY;
+    const int code = is_usual ? __float2int_rn(x * ei_div(127.0f, largest)) : 0;
+    const int sum = ei_sum32(code);
+    const int lane = threadIdx.x % 32;
+    queries.codes[query][32 * block + T::place_of(lane)] = (int8_t)code;
+    if (lane == 0) {
+        queries.d[query][block] = is_small ? 0.0f : ei_div(largest, 127.0f);
+        queries.sums[query][block] = sum;
+    }
+}
+
+// A warp loads a query, or zeros where q is null.
+template <class T, bool TRANSFORMS, int N_QUERIES, int WIDTH>
+EI_DEV void load_query(BlockQueries<N_QUERIES, WIDTH>& queries, int query, const float* q) {
+    for (int first = 0; first < WIDTH; first += 64) {
+        const int i = first + threadIdx.x % 32;
+        float x0 = q && i < WIDTH ? q[i] : 0.0f;
+        float x1 = q && i + 32 < WIDTH ? q[i + 32] : 0.0f;
+        if (TRANSFORMS) {
+            hadamard64(x0, x1);
+        }
+        load_block<T>(queries, query, first / 32, x0);
+        if (first + 32 < WIDTH) {
+            load_block<T>(queries, query, first / 32 + 1, x1);
+        }
+    }
+}
+
+template <bool HAS_CAP, int N_QUERIES>
+EI_DEV void scale_scores(float scale, float soft_cap, float (&scores)[N_QUERIES]) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        x[2 * i] = ei_from_half((uint16_t)(words[i] & 0xffffu));
-        x[2 * i + 1] = ei_from_half((uint16_t)(words[i] >> 16));
+    for (int g = 0; g < N_QUERIES; ++g) {
+        scores[g] = scores[g] * scale;
+        if (HAS_CAP) {
+            scores[g] = ei_soft_cap(scores[g], soft_cap);
+        }
     }
 }
 
 // Scores of a page, a position a lane, each a chain over the values of its key. BATCH: 16-byte
 // loads of a lane in flight.
-// q: (N_QUERIES, STRIDE); k: halves (ceil(K_WIDTH / 8), 32 positions, 8).
-template <int K_WIDTH, int BATCH, bool HAS_CAP, int N_QUERIES, int STRIDE>
+template <class T, int BATCH, bool HAS_CAP, int N_QUERIES, int K_WIDTH>
 EI_DEV void score_page(
-    const float (&q)[N_QUERIES][STRIDE], const uint16_t* k, float scale, float soft_cap,
+    const FloatQueries<N_QUERIES, K_WIDTH>& queries, const uint8_t* k, float scale, float soft_cap,
     float (&scores)[N_QUERIES]) {
     const uint4* keys = (const uint4*)k + threadIdx.x % 32;
     constexpr int CHUNKS = (K_WIDTH + 7) / 8;
@@ -57,23 +118,62 @@ EI_DEV void score_page(
 #pragma unroll
         for (int i = 0; i < N; ++i) {
             float key[8];
-            unpack(loaded[i], key);
+            f16::unpack(loaded[i], key);
 #pragma unroll
             for (int j = 0; j < 8 * N_QUERIES; ++j) {
                 const int at = 8 * (first + i) + j % 8;
                 if (ARE_WHOLE || at < K_WIDTH) {
-                    scores[j / 8] = ei_fma(q[j / 8][at], key[j % 8], scores[j / 8]);
+                    scores[j / 8] = ei_fma(queries.q[j / 8][at], key[j % 8], scores[j / 8]);
                 }
             }
         }
     }
+    scale_scores<HAS_CAP>(scale, soft_cap, scores);
+}
+
+// The same of keys in blocks, each a chain over its blocks.
+template <class T, int BATCH, bool HAS_CAP, int N_QUERIES, int K_WIDTH>
+EI_DEV void score_page(
+    const BlockQueries<N_QUERIES, K_WIDTH>& queries, const uint8_t* k, float scale, float soft_cap,
+    float (&scores)[N_QUERIES]) {
+    const int lane = threadIdx.x % 32;
+    const uint4* keys = (const uint4*)k + lane;
+    const uint16_t* scales = (const uint16_t*)(k + PageOf<T, K_WIDTH>::CODE_BYTES) + lane;
+    constexpr int BLOCKS = PageOf<T, K_WIDTH>::BLOCKS;
+    constexpr int MOST = BATCH / T::UNITS;
+    constexpr int N = MOST < BLOCKS ? MOST : BLOCKS;
 #pragma unroll
     for (int g = 0; g < N_QUERIES; ++g) {
-        scores[g] = scores[g] * scale;
-        if (HAS_CAP) {
-            scores[g] = ei_soft_cap(scores[g], soft_cap);
+        scores[g] = 0.0f;
+    }
+#pragma unroll 1
+    for (int first = 0; first < BLOCKS; first += N) {
+        uint4 loaded[N][T::UNITS];
+        float d[N];
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            const int block = min(first + i, BLOCKS - 1);
+#pragma unroll
+            for (int unit = 0; unit < T::UNITS; ++unit) {
+                loaded[i][unit] = keys[(block * T::UNITS + unit) * EI_PAGE];
+            }
+            d[i] = ei_from_half(scales[block * EI_PAGE]);
+        }
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            const int block = min(first + i, BLOCKS - 1);
+#pragma unroll
+            for (int g = 0; g < N_QUERIES; ++g) {
+                const uint4* codes = (const uint4*)(queries.codes[g] + 32 * block);
+                const int dot = T::dot(loaded[i], codes, queries.sums[g][block]);
+                const float factor = queries.d[g][block] * d[i];
+                if (BLOCKS % N == 0 || first + i < BLOCKS) {
+                    scores[g] = ei_fma(factor, ei_to_float(dot), scores[g]);
+                }
+            }
         }
     }
+    scale_scores<HAS_CAP>(scale, soft_cap, scores);
 }
 
 // A score to p, where its position is seen, and m and l of the page.
@@ -85,40 +185,40 @@ EI_DEV float soften(float score, bool is_seen, float* m, float* l) {
 }
 
 // p times the values of a page, positions ascending, of them only the ones that sees(query of the
-// lane's set, position) says. BATCH: 16-byte loads of a lane in flight.
-// p: (32 positions, PADDED); v: chunk c of position i is at c * chunk_stride + i * position_stride.
-template <int V_WIDTH, int N_QUERIES, int BATCH, typename Sees>
+// lane's set, position) says. BATCH: loads of a lane in flight. p: (32 positions, PADDED).
+template <int V_WIDTH, int N_QUERIES, int BATCH, class T, typename Sees>
 EI_DEV void add_values(
-    const float (&p)[EI_PAGE][Lanes<V_WIDTH, N_QUERIES>::PADDED], const uint16_t* v,
-    int chunk_stride, int position_stride, Sees sees,
+    const float (&p)[EI_PAGE][Lanes<V_WIDTH, N_QUERIES>::PADDED], const PageView<T>& v, Sees sees,
     float (&o)[Lanes<V_WIDTH, N_QUERIES>::ROUNDS][Lanes<V_WIDTH, N_QUERIES>::SET_QUERIES][8]) {
     typedef Lanes<V_WIDTH, N_QUERIES> L;
     const int first_query = L::first_query();
 #pragma unroll
     for (int round = 0; round < L::ROUNDS; ++round) {
         const int chunk = min(threadIdx.x % 32 % L::WIDTH + round * L::WIDTH, L::CHUNKS - 1u);
-        const uint16_t* values = v + chunk * chunk_stride;
 #pragma unroll
         for (int j = 0; j < 8 * L::SET_QUERIES; ++j) {
             o[round][j / 8][j % 8] = 0.0f;
         }
 #pragma unroll 1
         for (int first = 0; first < EI_PAGE; first += BATCH) {
-            uint4 loaded[BATCH];
+            typename T::Chunk loaded[BATCH];
+            float d[BATCH];
 #pragma unroll
             for (int i = 0; i < BATCH; ++i) {
-                loaded[i] = *(const uint4*)(values + (first + i) * position_stride);
+                loaded[i] = *v.chunk(chunk, first + i);
+                d[i] = T::IS_BLOCKS ? ei_from_half(v.scale(chunk, first + i)) : 1.0f;
             }
 #pragma unroll
             for (int i = 0; i < BATCH; ++i) {
                 float value[8];
-                unpack(loaded[i], value);
+                T::unpack(loaded[i], value);
 #pragma unroll
                 for (int g = 0; g < L::SET_QUERIES; ++g) {
                     if (!sees(g, first + i)) {
                         continue;
                     }
-                    const float weight = p[first + i][first_query + g];
+                    float weight = p[first + i][first_query + g];
+                    weight = T::IS_BLOCKS ? weight * d[i] : weight;
 #pragma unroll
                     for (int e = 0; e < 8; ++e) {
                         o[round][g][e] = ei_fma(weight, value[e], o[round][g][e]);

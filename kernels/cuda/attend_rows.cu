@@ -4,23 +4,39 @@
 
 // K_DIM, V_DIM: widths of heads, any. GROUP: query heads of a kv head that a warp takes. ROWS: rows
 // that it takes at a time. WARPS: of a block. K_IS_V 1: V is the first V_DIM values of K, and
-// v_cache is not read. SOFT_CAP 0: soft_cap is not used.
-// Variants: K_DIM = 128; V_DIM = 128; GROUP = 1; ROWS = 8; WARPS = 4; K_IS_V = 0; SOFT_CAP = 0
-// Variants: K_DIM = 128; V_DIM = 128; GROUP = 2; ROWS = 4; WARPS = 4; K_IS_V = 0; SOFT_CAP = 0
-// Variants: K_DIM = 128; V_DIM = 128; GROUP = 4; ROWS = 2; WARPS = 4; K_IS_V = 0; SOFT_CAP = 0
-// Variants: K_DIM = 128; V_DIM = 128; GROUP = 8; ROWS = 1; WARPS = 4; K_IS_V = 0; SOFT_CAP = 0
-// Variants: K_DIM = 64; V_DIM = 64; GROUP = 3; ROWS = 4; WARPS = 4; K_IS_V = 0; SOFT_CAP = 0
-// Variants: K_DIM = 64; V_DIM = 64; GROUP = 4; ROWS = 3; WARPS = 4; K_IS_V = 0; SOFT_CAP = 0
-// Variants: K_DIM = 64; V_DIM = 64; GROUP = 7; ROWS = 1; WARPS = 4; K_IS_V = 0; SOFT_CAP = 0
-// Variants: K_DIM = 256; V_DIM = 256; GROUP = 2; ROWS = 2; WARPS = 4; K_IS_V = 0; SOFT_CAP = 0 1
+// v_cache is not read. SOFT_CAP 0: soft_cap is not used. K_TYPE, V_TYPE: of the cache.
+// Variants: K_DIM = 128; V_DIM = 128; GROUP = 1; ROWS = 8; WARPS = 4; K_IS_V = 0; SOFT_CAP = 0;
+//   K_TYPE = f16; V_TYPE = f16
+// Variants: K_DIM = 128; V_DIM = 128; GROUP = 2; ROWS = 4; WARPS = 4; K_IS_V = 0; SOFT_CAP = 0;
+//   K_TYPE = f16; V_TYPE = f16
+// Variants: K_DIM = 128; V_DIM = 128; GROUP = 4; ROWS = 2; WARPS = 4; K_IS_V = 0; SOFT_CAP = 0;
+//   K_TYPE = f16; V_TYPE = f16
+// Variants: K_DIM = 128; V_DIM = 128; GROUP = 8; ROWS = 1; WARPS = 4; K_IS_V = 0; SOFT_CAP = 0;
+//   K_TYPE = f16; V_TYPE = f16
+// Variants: K_DIM = 64; V_DIM = 64; GROUP = 3; ROWS = 4; WARPS = 4; K_IS_V = 0; SOFT_CAP = 0;
+//   K_TYPE = f16; V_TYPE = f16
+// Variants: K_DIM = 64; V_DIM = 64; GROUP = 4; ROWS = 3; WARPS = 4; K_IS_V = 0; SOFT_CAP = 0;
+//   K_TYPE = f16; V_TYPE = f16
+// Variants: K_DIM = 64; V_DIM = 64; GROUP = 7; ROWS = 1; WARPS = 4; K_IS_V = 0; SOFT_CAP = 0;
+//   K_TYPE = f16; V_TYPE = f16
+// Variants: K_DIM = 256; V_DIM = 256; GROUP = 2; ROWS = 2; WARPS = 4; K_IS_V = 0; SOFT_CAP = 0 1;
+//   K_TYPE = f16; V_TYPE = f16
+// Variants: K_DIM = 128; V_DIM = 128; GROUP = 4; ROWS = 2; WARPS = 4; K_IS_V = 0; SOFT_CAP = 0;
+//   K_TYPE = q8_0 q4_0; V_TYPE = q8_0 q4_0
+// Variants: K_DIM = 64; V_DIM = 64; GROUP = 3; ROWS = 4; WARPS = 4; K_IS_V = 0; SOFT_CAP = 0;
+//   K_TYPE = q8_0; V_TYPE = q8_0 q4_0
 constexpr int QUERIES = ROWS * GROUP;  // of a warp, at most 16 (`first_query` counts to 31)
-constexpr int K_CHUNKS = (K_DIM + 7) / 8;
+constexpr bool IS_BLOCKS = K_TYPE::IS_BLOCKS;
+constexpr bool TRANSFORMS_K = IS_BLOCKS && K_DIM % 64 == 0 && (!K_IS_V || V_DIM % 64 == 0);
+constexpr bool TRANSFORMS_V =
+    K_IS_V ? TRANSFORMS_K : V_TYPE::IS_BLOCKS && V_DIM % 64 == 0;
+typedef QueriesOf<IS_BLOCKS, QUERIES, K_DIM>::Type Queries;
 typedef Lanes<V_DIM, QUERIES> L;
 constexpr int BATCH = 4;  // loads of a lane in flight: other warps and blocks wait less than these
 typedef float Values[L::ROUNDS][L::SET_QUERIES][8];
 
 struct __align__(16) Shared {
-    float q[WARPS][QUERIES][8 * K_CHUNKS];
+    Queries queries[WARPS];
     float p[WARPS][EI_PAGE][L::PADDED];
     float whole[WARPS][8 * L::ROUNDS][L::SET_QUERIES][32];  // of segments folded so far, by lane
 };
@@ -30,8 +46,8 @@ struct Layer {
     const float* q;
     const float* pinned_q;
     int q_stride;
-    const uint16_t* k_cache;
-    const uint16_t* v_cache;
+    const uint8_t* k_cache;
+    const uint8_t* v_cache;
     const float* sinks;
     float* out;
     int out_stride;
@@ -102,17 +118,29 @@ EI_DEV void take_values(const Take& take, const Values& part, Value state) {
     }
 }
 
+// Query `query` of n rows from `row` on, null where there is none.
+EI_DEV const float* query_of(const Layer& layer, const float* q, int row, int n, int query) {
+    const int r = query / GROUP;
+    const int g = query % GROUP;
+    const size_t at = (size_t)(row + r) * layer.q_stride + (layer.head + g) * K_DIM;
+    return r < n && g < layer.n_heads ? q + at : nullptr;
+}
+
 // The queries of n rows from `row` on to the warp's shared memory; those that are missing as zeros.
-EI_DEV void load_queries(float (&to)[QUERIES][8 * K_CHUNKS], const Layer& layer, const float* q,
-                         int row, int n) {
+EI_DEV void load_queries(
+    FloatQueries<QUERIES, K_DIM>& to, const Layer& layer, const float* q, int row, int n) {
     for (int i = threadIdx.x % 32; i < QUERIES * K_DIM; i += 32) {
-        const int query = i / K_DIM;
-        const int r = query / GROUP;
-        const int g = query % GROUP;
-        const size_t at = (size_t)(row + r) * layer.q_stride + (layer.head + g) * K_DIM;
-        to[query][i % K_DIM] = r < n && g < layer.n_heads ? q[at + i % K_DIM] : 0.0f;
+        const float* query = query_of(layer, q, row, n, i / K_DIM);
+        to.q[i / K_DIM][i % K_DIM] = query ? query[i % K_DIM] : 0.0f;
     }
-    __syncwarp();
+}
+
+template <int WIDTH>
+EI_DEV void load_queries(
+    BlockQueries<QUERIES, WIDTH>& to, const Layer& layer, const float* q, int row, int n) {
+    for (int i = 0; i < QUERIES; ++i) {
+        load_query<K_TYPE, TRANSFORMS_K>(to, i, query_of(layer, q, row, n, i));
+    }
 }
 
 // The part of one page: m and l in each query's lane, values in o. bounds: of this lane's query,
@@ -122,10 +150,11 @@ EI_DEV void attend_page(
     const int warp = threadIdx.x / 32;
     const int lane = threadIdx.x % 32;
     const size_t place = (size_t)arena_page * layer.n_kv_heads + layer.kv_head;
-    const uint16_t* k = layer.k_cache + place * (K_CHUNKS * 8 * EI_PAGE);
-    const uint16_t* v = K_IS_V ? k : layer.v_cache + place * (L::CHUNKS * 8 * EI_PAGE);
+    const uint8_t* k = layer.k_cache + place * PageOf<K_TYPE, K_DIM>::BYTES;
+    const uint8_t* v = layer.v_cache + place * PageOf<V_TYPE, V_DIM>::BYTES;
     float scores[QUERIES];
-    score_page<K_DIM, BATCH, SOFT_CAP>(shared.q[warp], k, layer.scale, layer.soft_cap, scores);
+    score_page<K_TYPE, BATCH, SOFT_CAP>(
+        shared.queries[warp], k, layer.scale, layer.soft_cap, scores);
 #pragma unroll
     for (int g = 0; g < QUERIES; ++g) {
         const int seen = __shfl_sync(EI_ALL_LANES, bounds, g);
@@ -138,13 +167,11 @@ EI_DEV void attend_page(
         }
     }
     __syncwarp();
-    const int chunk_stride = K_IS_V ? 8 * EI_PAGE : 8;
-    const int position_stride = K_IS_V ? 8 : 8 * L::CHUNKS;
+    const auto view = K_IS_V ? view_keys<V_TYPE, K_DIM>(k) : view_values<V_TYPE, V_DIM>(v);
     const bool sees_all_or_none = bounds == 0 || bounds == 64 * EI_PAGE;
     if (__all_sync(EI_ALL_LANES, sees_all_or_none)) {
         add_values<V_DIM, QUERIES, BATCH>(
-            shared.p[warp], v, chunk_stride, position_stride,
-            [](int query, int position) { return true; }, o);
+            shared.p[warp], view, [](int query, int position) { return true; }, o);
     } else {
         int seen[L::SET_QUERIES];
 #pragma unroll
@@ -152,7 +179,7 @@ EI_DEV void attend_page(
             seen[g] = __shfl_sync(EI_ALL_LANES, bounds, L::first_query() + g);
         }
         add_values<V_DIM, QUERIES, BATCH>(
-            shared.p[warp], v, chunk_stride, position_stride,
+            shared.p[warp], view,
             [&](int query, int position) {
                 return position >= seen[query] % 64 && position < seen[query] / 64;
             },
@@ -177,8 +204,7 @@ EI_DEV void write_rows(Shared& shared, const Layer& layer, const State& whole, i
     const Scales scales =
         last_scales(whole.m, whole.l, layer.sinks && has_query ? sink : nullptr);
     __syncwarp();
-    for (int first = 0; first < QUERIES * V_DIM; first += 32) {
-        const int i = min(first + lane, QUERIES * V_DIM - 1);
+    const auto value_of = [&](int i) {
         const int query = i / V_DIM;
         const float factor = __shfl_sync(EI_ALL_LANES, scales.factor, query);
         const float inverse = __shfl_sync(EI_ALL_LANES, scales.inverse, query);
@@ -186,9 +212,12 @@ EI_DEV void write_rows(Shared& shared, const Layer& layer, const State& whole, i
         const int held_by = query / L::SET_QUERIES * L::WIDTH + chunk % L::WIDTH;
         const int held_as = chunk / L::WIDTH * 8 + i % V_DIM % 8;
         const float held = shared.whole[warp][held_as][query % L::SET_QUERIES][held_by];
-        const float value = (held * factor) * inverse;
+        return (held * factor) * inverse;
+    };
+    const auto write = [&](int i, float value) {
+        const int query = i / V_DIM;
         if (query / GROUP >= n || query % GROUP >= layer.n_heads) {
-            continue;  // all lanes of a block of 32
+            return;  // all lanes of a block of 32
         }
         const int at = (layer.head + query % GROUP) * V_DIM + i % V_DIM;
         if (layer.out) {
@@ -197,6 +226,16 @@ EI_DEV void write_rows(Shared& shared, const Layer& layer, const State& whole, i
         if (V_DIM % 32 == 0 && layer.x8) {
             quantise_block(x8_row(layer.x8, row + query / GROUP, layer.x8_dim), at / 32, value);
         }
+    };
+    for (int first = 0; first < QUERIES * V_DIM; first += TRANSFORMS_V ? 64 : 32) {
+        const int i = min(first + lane, QUERIES * V_DIM - 1);
+        float x0 = value_of(i);
+        if (TRANSFORMS_V) {
+            float x1 = value_of(i + 32);
+            hadamard64(x0, x1);
+            write(i + 32, x1);
+        }
+        write(i, x0);
     }
     __syncwarp();
 }
@@ -224,7 +263,8 @@ EI_DEV void attend_run(
             continue;
         }
         load_queries(
-            shared.q[threadIdx.x / 32], layer, is_pinned ? layer.pinned_q : layer.q, row, n);
+            shared.queries[threadIdx.x / 32], layer, is_pinned ? layer.pinned_q : layer.q, row, n);
+        __syncwarp();
         for (int page = first; page < behind; ++page) {
             const bool sees = has_query && page >= begin && page < end;
             if (!__any_sync(EI_ALL_LANES, sees)) {
@@ -257,8 +297,8 @@ EI_DEV void attend_run(
 // k_cache, v_cache: as attend.cu reads them. out, x8: as attend.cu leaves them.
 // sinks: a float of each query head, or null. window 0: all.
 EI_KERNEL(32 * WARPS, 1) attend_rows(
-    const Step* step, const float* q, const float* pinned_q, int q_stride, const uint16_t* k_cache,
-    const uint16_t* v_cache, const int64_t* pos, const int* seq, const int4* tables,
+    const Step* step, const float* q, const float* pinned_q, int q_stride, const uint8_t* k_cache,
+    const uint8_t* v_cache, const int64_t* pos, const int* seq, const int4* tables,
     const int* pages, const float* sinks, float* out, int out_stride, uint8_t* x8, int n_heads,
     int n_kv_heads, int window, float scale, float soft_cap) {
     EI_SHARED(Shared, memory, [1]);

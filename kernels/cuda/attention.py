@@ -9,6 +9,7 @@ from edgeinfer.batch import PAGE, SEGMENT_PAGES, PageTable
 from edgeinfer.errors import UnsupportedModelError
 from edgeinfer.graph import KV
 from edgeinfer.kernels.cuda.kernel import Kernel
+from edgeinfer.ops import KV_BLOCK
 
 SHARED_BYTES = 48 << 10  # static shared memory of a block, on any GPU
 _TILE_VALUES = 1024  # of the query heads of a block: more take registers that loads in flight need
@@ -33,7 +34,7 @@ class AttendLaunch(NamedTuple):
         def n_floats(warps: int) -> int:
             """Of `Shared` in attend.cu."""
             of_warp = PAGE * lanes.padded + queries * cache.v_dim + 4 * queries
-            return queries * _whole(cache.k_dim) + warps * of_warp + 2 * queries + 4
+            return queries * _query_floats(cache) + warps * of_warp + 2 * queries + 4
 
         # 512 threads have 128 registers each: too few for the loads and scores of more queries.
         choices = (16, 8, 4, 2, 1) if queries <= 4 else (8, 4, 2, 1)
@@ -65,7 +66,7 @@ class AttendRowsLaunch(NamedTuple):
         def n_floats(warps: int) -> int:
             """Of `Shared` in attend_rows.cu."""
             values = 8 * lanes.rounds * lanes.set_queries * _LANES
-            return warps * (queries * _whole(cache.k_dim) + PAGE * lanes.padded + values)
+            return warps * (queries * _query_floats(cache) + PAGE * lanes.padded + values)
 
         warps = _most_warps(cache, (4, 2, 1), n_floats)
         kernel = _kernel("attend_rows", cache, has_cap, GROUP=group, ROWS=rows, WARPS=warps)
@@ -106,6 +107,13 @@ class _Lanes(NamedTuple):
         return cls(-(-chunks // width), set_queries, sets * set_queries)
 
 
+def _query_floats(cache: KV) -> int:
+    """Of `QueriesOf` of attend.cuh: of blocks their codes, scales and sums, in whole 16 bytes."""
+    if cache.k_type == "f16":
+        return _whole(cache.k_dim)
+    return -(-10 * -(-cache.k_dim // KV_BLOCK) // 4) * 4
+
+
 def _whole(dim: int) -> int:
     """Rounded up to whole loads of 16 bytes."""
     return -(-dim // 8) * 8
@@ -134,5 +142,7 @@ def _kernel(name: str, cache: KV, has_cap: bool, **defines: int) -> Kernel:
         V_DIM=cache.v_dim,
         K_IS_V=int(cache.k_is_v),
         SOFT_CAP=int(has_cap),
+        K_TYPE=cache.k_type,
+        V_TYPE=cache.v_type,
         **defines,
     )

@@ -9,18 +9,16 @@ from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
 from edgeinfer.batch import HOST, Demand, Sampler, StepLimits, StepRequest
-from edgeinfer.graph import KV, Segment
+from edgeinfer.graph import Segment
 from edgeinfer.kernels.cuda.blueprint import Blueprint
 from edgeinfer.kernels.cuda.device import Device, DeviceFacts
 from edgeinfer.kernels.cuda.program import CudaProgram
 from edgeinfer.kernels.shapes import check_shapes
-from edgeinfer.known import Known, fields
 
 Progress: TypeAlias = Callable[[str, int, int], None]  # stage, done, total
 # The sampler for a vocabulary of a size, and so many threads: what the device leaves to the host.
 MakeSampler: TypeAlias = Callable[[int, int], Sampler]
 
-_LESS: Known = {KV: fields("n_heads k_dim v_dim window k_is_v")}  # no types but f16
 _DRIVER_BYTES = 300 << 20  # that a GPU's driver takes beside all that is reserved
 _SHARED_ROWS = 256  # of prompts, in a step that also decodes
 _ROW_COST = 0.02  # of a step of few rows, for one row more: weights are read once for all
@@ -52,7 +50,7 @@ class CudaBackend:
 
     def demand(self, segment: Segment, request: StepRequest) -> Demand:
         """What a program would take; UnsupportedModelError names what no kernel takes."""
-        check_shapes(segment, "cuda", _LESS)
+        check_shapes(segment, "cuda")
         limits = StepLimits.of(
             request,
             segment.graph.hparams.vocab_size,
@@ -86,7 +84,7 @@ class CudaBackend:
         """Load or compile kernels, reserve memory for `limits`, send the weights up."""
         drawn, self._drawn = self._drawn, None
         if drawn is None or (drawn.segment, drawn.limits) != (segment, limits):
-            check_shapes(segment, "cuda", _LESS)
+            check_shapes(segment, "cuda")
             drawn = self._draw(segment, limits)
         sampler, rows = self.sampler(drawn), self.rows(drawn)
         return CudaProgram(self.device, self.name, drawn, sampler, rows, self._progress)

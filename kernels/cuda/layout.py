@@ -12,18 +12,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeinfer.batch import PAGE, Batch, StepLimits
-from edgeinfer.graph import KV
+from edgeinfer.graph import KV, KVType
+from edgeinfer.ops import KV_BLOCK
 
 ALIGNMENT = 256  # of every buffer: what a device's own allocator gives
 
 
-def page_bytes(kv: KV) -> tuple[int, int]:
-    """Bytes of a layer's K and V in a page of 32 positions, in halves; no V where K is V.
+KV_TYPES: dict[KVType, int] = {"f16": 0, "q8_0": 1, "q4_0": 2}  # as kv_types.cuh numbers them
+_BLOCK_BYTES = {"q8_0": KV_BLOCK + 2, "q4_0": KV_BLOCK // 2 + 2}
 
-    Both hold whole runs of 8 values of a head.
-    """
-    k_bytes, v_bytes = (2 * PAGE * (-(-dim // 8) * 8) for dim in (kv.k_dim, kv.v_dim))
+
+def page_bytes(kv: KV) -> tuple[int, int]:
+    """Bytes of a layer's K and V in a page of 32 positions; no V where K is V."""
+    k_bytes, v_bytes = _head_bytes(kv.k_dim, kv.k_type), _head_bytes(kv.v_dim, kv.v_type)
     return kv.n_heads * k_bytes, 0 if kv.k_is_v else kv.n_heads * v_bytes
+
+
+def _head_bytes(dim: int, kind: KVType) -> int:
+    """Of a head in a page: whole runs of 8 halves, or whole blocks."""
+    if kind == "f16":
+        return 2 * PAGE * (-(-dim // 8) * 8)
+    return PAGE * -(-dim // KV_BLOCK) * _BLOCK_BYTES[kind]
 
 
 _STEP = np.dtype([(name, np.int32) for name in ("n_rows", "n_wanted", "n_sequences", "abort")])

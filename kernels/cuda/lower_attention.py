@@ -13,7 +13,14 @@ from edgeinfer.kernels.cuda.attention import (
 )
 from edgeinfer.kernels.cuda.commands import ALL_ROWS, Arg, Segments
 from edgeinfer.kernels.cuda.kernel import Kernel
-from edgeinfer.kernels.cuda.lower_base import FEW_ROWS, LaunchShape, LayerCache, LoweringBase
+from edgeinfer.kernels.cuda.layout import KV_TYPES
+from edgeinfer.kernels.cuda.lower_base import (
+    FEW_ROWS,
+    PLAIN,
+    LaunchShape,
+    LayerCache,
+    LoweringBase,
+)
 from edgeinfer.kernels.cuda.tiles import row_stride, x8_bytes
 from edgeinfer.quant import Weight
 
@@ -52,6 +59,7 @@ class AttentionLowering(LoweringBase):
             pos=step.pos, seq=step.seq, tables=cache.tables, pages=step.pages,
             out=q, pinned_out=pinned_q, k_cache=cache.k, v_cache=cache.v, n_heads=op.n_heads,
             n_kv_heads=n_kv_heads, k_dim=kv.k_dim, v_dim=kv.v_dim if op.v is not None else 0,
+            **_types_of(kv),
         )  # fmt: skip
         self._attend(op, q, pinned_q)
 
@@ -106,11 +114,12 @@ class AttentionLowering(LoweringBase):
         assert op.k is not None
         has_v = op.v is not None
         self._emit(
-            Kernel.of("store"), ALL_ROWS, kv.n_heads, 128,
+            Kernel.of("store"), ALL_ROWS, kv.n_heads, 128, PLAIN,
             k=k, k_stride=row_stride(op.k.dim), v=self._floats[op.v] if op.v is not None else 0,
             v_stride=row_stride(op.v.dim) if op.v is not None else 0, pos=self._step.pos,
             seq=self._step.seq, tables=cache.tables, pages=self._step.pages,
             k_cache=cache.k, v_cache=cache.v, k_dim=kv.k_dim, v_dim=kv.v_dim if has_v else 0,
+            **_types_of(kv),
         )  # fmt: skip
 
     def _attend(self, op: RotatedAttention | PinnedAttention, q: Buffer, pinned_q: Buffer) -> None:
@@ -146,6 +155,14 @@ class AttentionLowering(LoweringBase):
         if not has_x8 or not self._reads.is_quantised_only(value):
             rows["out"] = self._float_buffer(value, "attention")
         return rows
+
+
+def _types_of(kv: KV) -> dict[str, Arg]:
+    """How what is stored of a head is to be kept."""
+    return {
+        "k_type": KV_TYPES[kv.k_type], "transforms_k": int(kv.transforms_k),
+        "v_type": KV_TYPES[kv.v_type], "transforms_v": int(kv.transforms_v),
+    }  # fmt: skip
 
 
 def _bytes_of_head(kv: KV) -> int:

@@ -285,7 +285,7 @@ class CudaProgram(CacheVerbs):
             out.logits = self._read_rows(lowered.logits, n_wanted, segment.output.dim)
         if batch.output == "ids":
             assert batch.samples is not None and self._sampler is not None
-            if running.picked is None:
+            if running.picked is None and n_wanted:
                 self._sampler.sample(out.logits, batch.samples)
             out.ids, out.logits = batch.samples.ids[:n_wanted], self._no_rows
         return out

@@ -1,6 +1,6 @@
 // What stands between the products q, k, v of a layer and its attention, in one launch: norms of
 // heads, rotation of q (also for pinned pages) and k, and storing K and V in the row's page.
-#include "pages.cuh"
+#include "kv_types.cuh"
 
 // NEOX 1: dims i and i + n_pairs are a pair, 0: dims 2i and 2i + 1.
 // Variants: NEOX = 0 1
@@ -51,29 +51,20 @@ EI_DEV void make_query(
     }
 }
 
-// A head of k, rotated in place, as halves at `place` of a page, whose chunks of 8 lie 32 apart.
-EI_DEV void store_key(
-    float* head, const float2* angles, int n_pairs, int dim, uint4* page, int place) {
-    turn_head(head, angles, n_pairs, dim, [&](int i, float value) { head[i] = value; });
-    __syncwarp();
-    for (int chunk = threadIdx.x % 32; 8 * chunk < dim; chunk += 32) {
-        page[chunk * EI_PAGE + place] = pack_halves(head + 8 * chunk, dim - 8 * chunk);
-    }
-}
-
 // Grid: (n_heads + n_kv_heads heads / warps rounded up, rows), at most 128 threads; a warp takes a
 // head of q, or one of k and v, and 4 * k_dim bytes of shared memory.
 // q: float (row, n_heads * k_dim), k: (row, n_kv_heads * k_dim), v: (row, n_kv_heads * v_dim), rows
 // so many floats apart. out, pinned_out: as q; out may be q; pinned_out is written of rows that
 // have slid, null: of none. q_norm, k_norm: float (k_dim,) or null. angles, pinned_angles: (cosine,
-// sine) (row, n_pairs). The caches: as attend.cu has them. n_kv_heads 0: nothing is stored, and k,
-// v and the caches are not touched. v_dim 0: K serves as V.
+// sine) (row, n_pairs). The caches, their types and transforms: as store.cu has them. n_kv_heads 0:
+// nothing is stored, and k, v and the caches are not touched. v_dim 0: K serves as V.
 EI_KERNEL(128) rotate_store(
     const Step* step, const float* q, int q_stride, const float* k, int k_stride, const float* v,
     int v_stride, const float* q_norm, const float* k_norm, float eps, const float2* angles,
     const float2* pinned_angles, int n_pairs, const int64_t* pos, const int* seq,
-    const int4* tables, const int* pages, float* out, float* pinned_out, uint16_t* k_cache,
-    uint16_t* v_cache, int n_heads, int n_kv_heads, int k_dim, int v_dim) {
+    const int4* tables, const int* pages, float* out, float* pinned_out, uint8_t* k_cache,
+    uint8_t* v_cache, int n_heads, int n_kv_heads, int k_dim, int v_dim, int k_type, int v_type,
+    int transforms_k, int transforms_v) {
     EI_DYN_SHARED(float, memory);
     const int row = blockIdx.y;
     const int warp = threadIdx.x / 32;
@@ -95,15 +86,15 @@ EI_KERNEL(128) rotate_store(
         return;
     }
     head -= n_heads;
-    const int place = (int)(pos[row] % EI_PAGE);
+    const int lane = threadIdx.x % 32;
+    const int position = (int)(pos[row] % EI_PAGE);
     const size_t page_head = (size_t)arena_page(table, page) * n_kv_heads + head;
-    uint4* k_page = (uint4*)k_cache + page_head * ((k_dim + 7) / 8) * EI_PAGE;
+    const Kept keys = {k_type, transforms_k != 0, k_dim};
     load_head(values, k + (size_t)row * k_stride + head * k_dim, k_norm, eps, k_dim);
-    store_key(values, angles, n_pairs, k_dim, k_page, place);
-    const int v_chunks = (v_dim + 7) / 8;
-    uint4* v_row = (uint4*)v_cache + (page_head * EI_PAGE + place) * v_chunks;
+    turn_head(values, angles, n_pairs, k_dim, [&](int i, float value) { values[i] = value; });
+    __syncwarp();
+    store_head(place_key(k_cache + page_head * keys.bytes(), keys, position), keys, values, lane, 32);
+    const Kept kept = {v_type, transforms_v != 0, v_dim};
     v += (size_t)row * v_stride + head * v_dim;
-    for (int chunk = threadIdx.x % 32; chunk < v_chunks; chunk += 32) {
-        v_row[chunk] = pack_halves(v + 8 * chunk, v_dim - 8 * chunk);
-    }
+    store_head(place_value(v_cache + page_head * kept.bytes(), kept, position), kept, v, lane, 32);
 }

@@ -16,29 +16,37 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from edgeinfer.batch import PAGE  # noqa: E402
-from edgeinfer.kernels.cpu import layout  # noqa: E402
+from edgeinfer.kernels.cpu import layout, page_layout  # noqa: E402
 from tests import native  # noqa: E402
 
 N_KV_HEADS = 4
+TYPES = (("f16", "f16"), ("q8_0", "q8_0"), ("q8_0", "q4_0"), ("q4_0", "q4_0"), ("f16", "q8_0"))
 
 
 def step(
-    depth: int, n_rows: int, dim: int, group: int, family: str | None, window: int = 0
+    depth: int,
+    n_rows: int,
+    dim: int,
+    group: int,
+    family: str | None,
+    window: int = 0,
+    types: tuple[str, str] = ("f16", "f16"),
 ) -> tuple[Callable[[], None], Callable[[], None]]:
     """Calls that attend and fold the last `n_rows` of `depth` positions, once."""
     rng = np.random.default_rng(0)
     n_pages, n_heads = -(-depth // PAGE), N_KV_HEADS * group
-    page_bytes = N_KV_HEADS * dim * PAGE * 2
-    k = np.frombuffer(native.huge(n_pages * page_bytes), np.float16)
-    v = np.frombuffer(native.huge(n_pages * page_bytes), np.float16)
-    k[:], v[:] = rng.standard_normal(k.size), rng.standard_normal(v.size)
+    k_bytes, v_bytes = bytes_of_page(dim, types)
+    k, v = native.huge(n_pages * k_bytes), native.huge(n_pages * v_bytes)
+    for each in (k, v):  # halves and codes of any kind, none of them infinite
+        each[:] = rng.integers(0, 63, each.size, np.uint8)
     q = rng.standard_normal((n_rows, n_heads * dim), np.float32)
     pages = rng.permutation(n_pages).astype(np.int32)
     tables = np.array([pages.ctypes.data, n_pages, 0, 1 << 20], np.int64)
     pos, seq = np.arange(depth - n_rows, depth), np.zeros(n_rows, np.int32)
     n_segments = depth // 512 + 1
     items = np.zeros(layout.items_bytes(n_rows, n_segments) // 8, np.int64)
-    parts = native.huge(layout.parts_bytes(n_rows, n_heads, dim, dim, n_segments))
+    rooms = page_layout.rooms(dim, dim, *types)
+    parts = native.huge(layout.parts_bytes(n_rows, n_heads, *rooms, n_segments))
     out = np.zeros_like(q)
     h = native.header(
         H_ROWS=n_rows, H_POS=pos.ctypes.data, H_SEQ=seq.ctypes.data,
@@ -46,13 +54,15 @@ def step(
     )  # fmt: skip
     args = [
         items.ctypes.data, N_KV_HEADS, q.ctypes.data, q[0].nbytes, 0, n_heads,
-        native.float_bits(dim**-0.5), k.ctypes.data, page_bytes, v.ctypes.data, page_bytes,
-        parts.ctypes.data, dim, dim, 0, window, 0, 0, out.ctypes.data, out[0].nbytes, 0, 0,
+        native.float_bits(dim**-0.5), k.ctypes.data, k_bytes, v.ctypes.data, v_bytes,
+        parts.ctypes.data, *rooms, dim, 0, window, 0, 0, 0, out.ctypes.data, out[0].nbytes, 0, 0,
     ]  # fmt: skip
     items_args = [items.ctypes.data, n_segments, window, 0]
     native.run("plan_attention", h, items_args, range(1), family)
     chunks = range(int(items[0]) * N_KV_HEADS)
     name = f"attend.{dim}.{dim}" + ".window" * (window > 0)
+    name += "".join(f".{x}_{kind}" for x, kind in zip("kv", types, strict=True) if kind != "f16")
+    name += ".hadamard" * (types[0] != "f16")
     alive = k, v, q, pages, tables, pos, seq, items, parts, out
 
     def attend() -> None:
@@ -64,6 +74,12 @@ def step(
 
     attend(), fold()
     return attend, fold
+
+
+def bytes_of_page(dim: int, types: tuple[str, str]) -> tuple[int, int]:
+    """Of K and of V."""
+    k_bytes, v_bytes = page_layout.k_bytes(dim, types[0]), page_layout.v_bytes(dim, types[1])
+    return N_KV_HEADS * k_bytes, N_KV_HEADS * v_bytes
 
 
 def median(call: Callable[[], None], seconds: float) -> float:
@@ -107,6 +123,17 @@ def main() -> None:
             calls = [step(depth, n, 64, 4, args.family, window)[0] for n in (128, 1)]
             many, one = (median(call, args.seconds) * 1e6 for call in calls)
             print(f"{depth:28} {window:8} {many:13.0f} {one:11.1f}")
+    print("GQA 4, 8192 deep, K and V of types:   128 rows us    1 row us   of f16")
+    for dim in (64, 128):
+        of_f16 = np.ones(2)
+        for types in TYPES:
+            calls = [step(8192, n, dim, 4, args.family, 0, types)[0] for n in (128, 1)]
+            took = np.array([median(call, args.seconds) * 1e6 for call in calls])
+            of_f16 = took if types == TYPES[0] else of_f16
+            print(
+                f"head dim {dim:3}, {types[0]:>10} {types[1]:>6} {took[0]:18.0f} {took[1]:11.1f}"
+                f" {took[0] / of_f16[0]:5.2f} {took[1] / of_f16[1]:5.2f}"
+            )
 
 
 if __name__ == "__main__":

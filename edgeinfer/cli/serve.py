@@ -1,0 +1,147 @@
+"""The command `serve`: models behind HTTP, for the clients of OpenAI, Anthropic and Ollama."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgeinfer import platform
+from edgeinfer.cli.console import note
+from edgeinfer.cli.models import choose_model, start_notes
+from edgeinfer.cli.options import common_flags, load_flags, load_options
+from edgeinfer.errors import EdgeInferError
+
+if TYPE_CHECKING:
+    from edgeinfer.server.models import Models
+
+_ANY_HOST = ("0.0.0.0", "::", "")
+
+
+@click.command("serve", epilog="Example: edgeinfer serve qwen3-4b --port 8080")
+@click.argument("models", metavar="[MODEL]...", nargs=-1)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: a free one."
+)
+@click.option("api_keys", "--api-key", metavar="KEY", multiple=True, help="Ask clients for one.")
+@click.option(
+    "--api-key-file", type=click.Path(dir_okay=False), help="A file with a key on each line."
+)
+@click.option("--strict-names", is_flag=True, help="Unknown model names are errors.")
+@click.option(
+    "allowed", "--allow-host", metavar="NAME", multiple=True, help="Another name of this server."
+)
+@click.option(
+    "origins", "--cors-origin", metavar="ORIGIN", multiple=True,
+    help='Pages that may ask: "https://example.org", "*".',
+)  # fmt: skip
+@click.option(
+    "--max-queue", type=click.IntRange(1, 100_000), default=256, show_default=True,
+    help="Requests at once; more are refused.",
+)  # fmt: skip
+@click.option(
+    "--max-body", type=click.IntRange(1, 4096), default=32, show_default=True, metavar="MIB",
+    help="Largest request.",
+)  # fmt: skip
+@load_flags
+@common_flags
+def command(
+    models: tuple[str, ...],
+    host: str,
+    port: int,
+    api_keys: tuple[str, ...],
+    api_key_file: str | None,
+    strict_names: bool,
+    allowed: tuple[str, ...],
+    origins: tuple[str, ...],
+    max_queue: int,
+    max_body: int,
+    **flags: Any,
+) -> None:
+    """Serve models over HTTP until Ctrl-C.
+
+    The first MODEL is loaded at once, the others when a request names them; where memory does not
+    hold all, the one that was used longest ago gives way.
+    """
+    keys = (*api_keys, *_keys_of(api_key_file))
+    names = models or (None,)
+    paths = [Path(choose_model(name, bool(flags.get("yes")))) for name in names]
+    listener = _listen(host, port)
+    with listener:
+        from edgeinfer.server.models import Models
+        from edgeinfer.server.run import Server
+        from edgeinfer.server.service import Limits, Service
+
+        served = [(_name(name, path), path) for name, path in zip(names, paths, strict=True)]
+        found = Models(served, load_options(flags), has_strict_names=strict_names, tell=note)
+        limits = Limits(
+            most_body=max_body << 20,
+            most_waiting=max_queue,
+            api_keys=keys,
+            origins=origins,
+            hosts=allowed if allowed or _is_loopback(host) else None,
+        )
+        url = _url(host, listener.getsockname()[1])
+        note(f"loading {served[0][0]} ...")
+        Server(Service(found, limits), lambda: _tell_start(found, url, keys, host)).run_on(listener)
+
+
+def _listen(host: str, port: int) -> Any:
+    try:
+        return platform.listen(host, port)
+    except OSError as error:
+        raise EdgeInferError(
+            f"can't listen at {host} port {port}: {error.strerror or error}; choose another with "
+            "--port N or --host ADDRESS"
+        ) from error
+
+
+def _keys_of(path: str | None) -> list[str]:
+    if path is None:
+        return []
+    keys = [line.strip() for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
+    if not keys:
+        raise click.UsageError(f"--api-key-file {path}: there is no key in it")
+    return keys
+
+
+def _name(given: str | None, path: Path) -> str:
+    """How clients name a model: as it was named here, or its file's name."""
+    if given is None or "\\" in given or given.endswith(".gguf") or Path(given).exists():
+        return path.stem
+    return given
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _url(host: str, port: int) -> str:
+    shown = "localhost" if host in _ANY_HOST else f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{port}"
+
+
+def _tell_start(models: Models, url: str, keys: tuple[str, ...], host: str) -> None:
+    """What a person needs to point a client here."""
+    first, *others = models.served
+    llm = first.opened
+    for each in start_notes(llm):
+        note(each)
+    plan = llm.plan
+    why = f" ({plan.note})" if plan.note else ""
+    guard = f"{len(keys)} API key{'s' if len(keys) > 1 else ''}" if keys else "no API key"
+    note(
+        f"{first.name}: context {llm.n_ctx} tokens{why}, {plan.slots} slots, "
+        f"{llm.runtime.runs_on}, {plan.summary} planned"
+    )
+    if others:
+        note(f"when asked for: {', '.join(model.name for model in others)}")
+    note(f"{url}/v1 (OpenAI), {url} (Anthropic, Ollama), {guard}; Ctrl-C stops")
+    if not keys and not _is_loopback(host):
+        note("anyone who can reach this machine can use the models: --api-key KEY asks for one")

@@ -1,0 +1,1 @@
+"""The HTTP server: one file per API over one internal request; none knows another."""

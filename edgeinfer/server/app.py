@@ -1,0 +1,38 @@
+"""The application: the routes of all APIs behind one gate, each error in its API's envelope."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from starlette.routing import Router
+from starlette.types import ASGIApp
+
+from edgeinfer.server import (
+    chat_completions,
+    completions,
+    messages,
+    model_list,
+    native,
+    ollama,
+    openai,
+    responses,
+)
+from edgeinfer.server.errors import ApiError, Json
+from edgeinfer.server.gate import Gate
+from edgeinfer.server.service import Service
+
+_APIS = (native, chat_completions, completions, responses, model_list, messages, ollama)
+
+
+def make_app(service: Service) -> ASGIApp:
+    routes = [route for api in _APIS for route in api.routes(service)]
+    return Gate(Router(routes, redirect_slashes=False), service.limits, find_envelope)
+
+
+def find_envelope(path: str, headers: Mapping[str, str]) -> Callable[[ApiError], Json]:
+    """That of the API which a path, or a header, belongs to."""
+    if path.startswith("/api/"):
+        return ollama.envelope
+    if path.startswith("/messages") or "anthropic-version" in headers:
+        return messages.envelope
+    return openai.envelope

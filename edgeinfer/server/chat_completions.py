@@ -1,0 +1,219 @@
+"""POST /v1/chat/completions: chats as most clients ask for them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.routing import Route
+
+from edgeinfer.results import CallDelta, Completion, Delta, Done, PromptProgress, TokenLogprob
+from edgeinfer.server.chat_request import read_chat
+from edgeinfer.server.errors import ApiError, Json
+from edgeinfer.server.fields import Fields
+from edgeinfer.server.openai import FINGERPRINT, envelope, timings_json, usage_json
+from edgeinfer.server.requests import new_call_id, new_id
+from edgeinfer.server.service import Answer, Service
+from edgeinfer.server.wire import (
+    DONE,
+    EVENTS,
+    PING,
+    Frames,
+    decode,
+    event,
+    guarded,
+    read_body,
+    reply,
+    unless_gone,
+)
+
+
+def routes(service: Service) -> list[Route]:
+    api = ChatCompletions(service)
+    return [
+        Route("/chat/completions", api.create, methods=["POST"]),
+        Route("/chat/completions/input_tokens", api.count, methods=["POST"]),
+    ]
+
+
+class ChatCompletions:
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def create(self, http: HttpRequest) -> Response:
+        body = Fields(decode(await read_body(http, self._service.limits.most_body)))
+        request = read_chat(body)
+        is_streamed, options = body.flag("stream"), body.object("stream_options")
+        answer = await self._service.answer(request)
+        shape = _Shape(answer, "logprobs" in request.sampling)
+        if is_streamed:
+            parts = shape.frames(options.flag("include_usage"), body.flag("return_progress"))
+            return Frames(guarded(parts, _error_frame), EVENTS, answer.close)
+        return reply(shape.whole(await unless_gone(http.receive, shape.collect())))
+
+    async def count(self, http: HttpRequest) -> Response:
+        body = Fields(decode(await read_body(http, self._service.limits.most_body)))
+        n_tokens = await self._service.count_tokens(read_chat(body))
+        return reply({"object": "response.input_tokens", "input_tokens": n_tokens})
+
+
+def _error_frame(error: ApiError) -> bytes:
+    return event(envelope(error))
+
+
+class _Shape:
+    """An answer as this API has it."""
+
+    def __init__(self, answer: Answer, has_logprobs: bool) -> None:
+        self._answer, self._has_logprobs = answer, has_logprobs
+        self._n = len(answer.streams)
+        self._head = {
+            "id": new_id("chatcmpl-"),
+            "created": int(time.time()),
+            "model": answer.model.name,
+            "system_fingerprint": FINGERPRINT,
+        }
+        self._call_ids: dict[tuple[int, int], str] = {}
+        self._n_reasoning = 0
+
+    # -- whole -----------------------------------------------------------------------------------
+
+    async def collect(self) -> list[Completion]:
+        async with self._answer.reading() as events:
+            async for each in events:
+                if each is not None and isinstance(each[1], Delta):
+                    self._count(each[1])
+        return [self._answer.completions[i] for i in range(self._n)]
+
+    def whole(self, answers: list[Completion]) -> Json:
+        return {
+            "object": "chat.completion",
+            **self._head,
+            "choices": [self._choice(i, answer) for i, answer in enumerate(answers)],
+            "usage": usage_json((answer.usage for answer in answers), self._n_reasoning),
+            "timings": timings_json(answers[0]),
+        }
+
+    def _choice(self, i: int, answer: Completion) -> Json:
+        calls = answer.tool_calls
+        message: Json = {
+            "role": "assistant",
+            "content": answer.text if answer.text or not calls else None,
+            "refusal": None,
+            **_reasoning(answer.reasoning),
+        }
+        if calls:
+            message["tool_calls"] = [
+                {
+                    "id": self._call_id(i, n),
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": call.arguments},
+                }
+                for n, call in enumerate(calls)
+            ]
+        return {
+            "index": i,
+            "message": message,
+            "logprobs": self._logprobs(answer.logprobs),
+            "finish_reason": _finish_reason(answer),
+        }
+
+    # -- in parts --------------------------------------------------------------------------------
+
+    async def frames(self, has_usage: bool, has_progress: bool) -> AsyncGenerator[bytes, None]:
+        for i in range(self._n):
+            yield self._chunk(i, {"role": "assistant", "content": "", "refusal": None})
+        async with self._answer.reading() as events:
+            async for each in events:
+                if each is None:
+                    yield PING
+                    continue
+                i, found = each
+                if isinstance(found, Delta):
+                    self._count(found)
+                    if (chunk := self._delta(i, found)) is not None:
+                        yield chunk
+                elif isinstance(found, Done):
+                    answer = found.completion
+                    more = {"timings": timings_json(answer)}
+                    yield self._chunk(i, {}, _finish_reason(answer), more=more)
+                elif has_progress:
+                    yield self._progress(found)
+        if has_usage:
+            usages = [self._answer.completions[i].usage for i in range(self._n)]
+            yield self._frame([], {"usage": usage_json(usages, self._n_reasoning)})
+        yield DONE
+
+    def _delta(self, i: int, delta: Delta) -> bytes | None:
+        told: Json = _reasoning(delta.reasoning)
+        if delta.text:
+            told["content"] = delta.text
+        if delta.call is not None:
+            told["tool_calls"] = [self._call_delta(i, delta.call)]
+        logprobs = self._logprobs(delta.logprobs)
+        if not told and not (logprobs and logprobs["content"]):
+            return None
+        return self._chunk(i, told, logprobs=logprobs)
+
+    def _call_delta(self, i: int, call: CallDelta) -> Json:
+        """What names a call comes once: clients join what comes twice."""
+        told: Json = {"index": call.index, "function": {"arguments": call.arguments}}
+        if call.name:
+            told |= {"id": self._call_id(i, call.index), "type": "function"}
+            told["function"] = {"name": call.name, "arguments": call.arguments}
+        return told
+
+    def _progress(self, found: PromptProgress) -> bytes:
+        return self._frame([], {"prompt_progress": {"processed": found.done, "total": found.total}})
+
+    def _chunk(
+        self,
+        i: int,
+        delta: Json,
+        finish_reason: str | None = None,
+        *,
+        logprobs: Json | None = None,
+        more: Json | None = None,
+    ) -> bytes:
+        choice = {"index": i, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        return self._frame([choice], more or {})
+
+    def _frame(self, choices: list[Json], more: Json) -> bytes:
+        return event({"object": "chat.completion.chunk", **self._head, "choices": choices, **more})
+
+    # -- both ------------------------------------------------------------------------------------
+
+    def _call_id(self, i: int, n: int) -> str:
+        return self._call_ids.setdefault((i, n), new_call_id("call_"))
+
+    def _count(self, delta: Delta) -> None:
+        self._n_reasoning += len(delta.token_ids) if delta.reasoning and not delta.text else 0
+
+    def _logprobs(self, found: tuple[TokenLogprob, ...] | None) -> Json | None:
+        if not self._has_logprobs or found is None:
+            return None
+        piece = self._answer.model.opened.runtime.tokenizer.piece
+        return {"content": [_logprob(each, piece) for each in found], "refusal": None}
+
+
+def _logprob(found: TokenLogprob, piece: Any) -> Json:
+    def shown(id: int, logprob: float) -> Json:
+        data: bytes = piece(id)
+        return {"token": data.decode(errors="replace"), "logprob": logprob, "bytes": list(data)}
+
+    top = [shown(id, logprob) for id, logprob in found.top]
+    return {**shown(found.id, found.logprob), "top_logprobs": top}
+
+
+def _reasoning(text: str) -> Json:
+    """By both names that clients look for."""
+    return {"reasoning_content": text, "reasoning": text} if text else {}
+
+
+def _finish_reason(answer: Completion) -> str:
+    if answer.finish_reason == "length":
+        return "length"
+    return "tool_calls" if answer.tool_calls else "stop"

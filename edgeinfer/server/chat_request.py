@@ -1,0 +1,72 @@
+"""The body of a chat completion to a request; other endpoints take chats in this form, too."""
+
+from __future__ import annotations
+
+from edgeinfer.server.errors import ApiError, Json
+from edgeinfer.server.fields import Fields
+from edgeinfer.server.openai import (
+    refuse_format,
+    sampling_of,
+    template_args,
+    text_content,
+    tool_choice,
+    tools_of,
+)
+from edgeinfer.server.requests import Chat, Request, conversation, function_tool, offered_tools
+
+_MOST_LOGPROBS = 128
+
+
+def read_chat(body: Fields) -> Request:
+    refuse_format(body.object("response_format").text("type"), "response_format")
+    sampling = sampling_of(body, "max_completion_tokens", "max_tokens", "n_predict")
+    if body.flag("logprobs"):
+        sampling["logprobs"] = body.integer("top_logprobs", 0, 0, _MOST_LOGPROBS)
+    effort = body.text("reasoning_effort") if "reasoning_effort" in body else None
+    tools = tools_of(body.objects("tools"))
+    tools += [
+        function_tool(each.get("name"), each.get("description"), each.get("parameters"))
+        for each in body.objects("functions")
+    ]
+    chat = Chat(
+        messages=conversation([_message(each) for each in body.objects("messages")]),
+        tools=offered_tools(tools, tool_choice(body)),
+        template_args=template_args(body, effort),
+    )
+    n = body.integer("n", 1, 1, 128)
+    return Request(model=body.text("model"), chat=chat, sampling=sampling, n=n)
+
+
+def _message(given: Fields) -> Json:
+    message: Json = {
+        "role": given.text("role"),
+        "content": text_content(given.get("content"), "messages"),
+    }
+    if not message["role"]:
+        raise ApiError(400, "a message has no role", param="messages")
+    reasoning = given.text("reasoning_content") or given.text("reasoning")
+    if reasoning:
+        message["reasoning_content"] = reasoning
+    if calls := given.objects("tool_calls"):
+        message["tool_calls"] = [_call(each) for each in calls]
+    if "function_call" in given:
+        message["tool_calls"] = [_call(Fields({"function": given.object("function_call").values}))]
+    for name in ("name", "tool_call_id"):
+        if name in given:
+            message[name] = given.text(name)
+    return message
+
+
+def _call(given: Fields) -> Json:
+    function = given.object("function")
+    arguments = function.get("arguments")
+    return {
+        "id": given.text("id"),
+        "type": "function",
+        "function": {
+            "name": function.text("name"),
+            "arguments": arguments
+            if isinstance(arguments, dict)
+            else function.text("arguments", "{}"),
+        },
+    }

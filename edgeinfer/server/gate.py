@@ -1,0 +1,160 @@
+"""What every request passes first: who may ask, from where, and what a refusal looks like.
+
+Knows nothing of what APIs do.
+"""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+from collections.abc import Callable, Mapping
+from urllib.parse import urlsplit
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from edgeinfer.server.errors import ApiError, Json
+from edgeinfer.server.service import Limits
+from edgeinfer.server.wire import reply
+
+# The envelope of the API that a path belongs to.
+FindEnvelope = Callable[[str, Mapping[str, str]], Callable[[ApiError], Json]]
+_OPEN_PATHS = ("/", "/health")  # without a key
+_LOCAL_NAMES = ("localhost", "ip6-localhost")
+
+
+class Gate:
+    """ASGI in front of the application: paths with and without /v1 or a last slash are one."""
+
+    def __init__(self, app: ASGIApp, limits: Limits, find_envelope: FindEnvelope) -> None:
+        self._app, self._limits, self._find_envelope = app, limits, find_envelope
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request = Request(scope)
+        origin = request.headers.get("origin", "")
+        scope["path"] = _bare(scope["path"])
+        scope["app"] = self  # or the router would reply to what it does not know
+        has_begun = is_trusted = False
+
+        async def pass_on(message: Message) -> None:
+            nonlocal has_begun
+            if message["type"] == "http.response.start":
+                has_begun = True
+                if origin and is_trusted:
+                    message["headers"] = [*message["headers"], *_cors(request)]
+            await send(message)
+
+        try:
+            self._check_source(request, origin)
+            is_trusted = True
+            self._check_key(request)
+            if request.method == "OPTIONS":
+                await Response(status_code=204, headers=_PREFLIGHT)(scope, receive, pass_on)
+            else:
+                await self._app(scope, receive, pass_on)
+        except Exception as error:
+            if isinstance(error, HTTPException):
+                refused = _of_router(error, scope)
+            else:
+                refused = ApiError.of(error)
+            if not has_begun:
+                tell = self._find_envelope(scope["path"], request.headers)
+                response = reply(tell(refused), refused.status, refused.headers)
+                await response(scope, receive, pass_on)
+
+    def _check_source(self, request: Request, origin: str) -> None:
+        """ApiError where a page that a browser shows has no business here."""
+        host = _host_name(request.headers.get("host", ""))
+        if self._limits.hosts is not None and host and not self._answers_to(host):
+            raise ApiError(
+                403, f"this server is not {host[:200]!r}; --allow-host NAME lets it answer to that"
+            )
+        if origin and not self._is_trusted(origin):
+            raise ApiError(
+                403,
+                f"pages of {origin[:200]} may not ask this server; --cors-origin ORIGIN lets them",
+            )
+
+    def _check_key(self, request: Request) -> None:
+        is_open = request.method == "OPTIONS" or request.scope["path"] in _OPEN_PATHS
+        if self._limits.api_keys and not is_open and not self._has_key(request.headers):
+            raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
+
+    def _answers_to(self, host: str) -> bool:
+        return _is_local(host) or host in (self._limits.hosts or ())
+
+    def _is_trusted(self, origin: str) -> bool:
+        """Local pages and local programs, which have schemes of their own; "*" means all."""
+        if "*" in self._limits.origins or origin in self._limits.origins:
+            return True
+        parts = urlsplit(origin)
+        if parts.scheme in ("http", "https"):
+            return _is_local(parts.hostname or "")
+        return bool(parts.scheme)
+
+    def _has_key(self, headers: Mapping[str, str]) -> bool:
+        bearer = headers.get("authorization", "")
+        given = [headers.get("x-api-key", ""), headers.get("api-key", "")]
+        given += [bearer[7:]] if bearer[:7].lower() == "bearer " else []
+        # All are compared, and each in constant time.
+        matches = [
+            hmac.compare_digest(key.encode(), each.strip().encode("utf-8", "surrogateescape"))
+            for key in self._limits.api_keys
+            for each in given
+        ]
+        return any(matches)
+
+
+def _of_router(error: HTTPException, scope: Scope) -> ApiError:
+    method, path = scope["method"], scope["path"][:200]
+    told = f"there is no {path} here"
+    if error.status_code == 405:
+        told = f"{method} does not work on {path}"
+    return ApiError(error.status_code, told, headers=error.headers)
+
+
+_PREFLIGHT = {
+    "allow": "GET, HEAD, POST, DELETE, OPTIONS",
+    "access-control-allow-methods": "GET, HEAD, POST, DELETE, OPTIONS",
+    "access-control-max-age": "600",
+}
+
+
+def _cors(request: Request) -> list[tuple[bytes, bytes]]:
+    """What lets the page of a trusted origin read the reply."""
+    headers = dict(request.scope["headers"])
+    return [
+        (b"access-control-allow-origin", headers[b"origin"]),
+        # A star does not stand for `authorization`.
+        (b"access-control-allow-headers", headers.get(b"access-control-request-headers", b"*")),
+        (b"access-control-expose-headers", b"*"),
+        (b"vary", b"origin"),
+    ]
+
+
+def _bare(path: str) -> str:
+    """/v1/models/ and /models are one; so is what clients make of a base URL with /v1."""
+    while path.startswith("/v1/") or path == "/v1":
+        path = path[3:] or "/"
+    return path.rstrip("/") or "/"
+
+
+def _host_name(host: str) -> str:
+    """Without the port."""
+    name = host.rpartition("]")[0].removeprefix("[") if "]" in host else host.partition(":")[0]
+    return name.lower().rstrip(".")
+
+
+def _is_local(host: str) -> bool:
+    """Names that no stranger's name server can point here: this machine's, and addresses."""
+    if host in _LOCAL_NAMES or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,298 @@
+"""POST /v1/messages: Anthropic's API, as Claude Code and its SDKs speak it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterable
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.routing import Route
+
+from edgeinfer.results import Completion, Delta
+from edgeinfer.server.blocks import Block, Blocks, Change, arguments_object
+from edgeinfer.server.errors import ApiError, Json
+from edgeinfer.server.fields import Fields
+from edgeinfer.server.requests import (
+    Chat,
+    Request,
+    conversation,
+    function_tool,
+    new_call_id,
+    new_id,
+    offered_tools,
+)
+from edgeinfer.server.service import Answer, Service
+from edgeinfer.server.wire import (
+    EVENTS,
+    Frames,
+    decode,
+    event,
+    guarded,
+    read_body,
+    reply,
+    unless_gone,
+)
+
+_SAMPLING = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "seed": "seed",
+             "stop_sequences": "stop", "max_tokens": "max_tokens"}  # fmt: skip
+_ERROR_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+# A client's header of its own at the front, with a number that is another for each request.
+_CHANGING_HEADER = "x-anthropic-billing-header:"
+_PING = event({"type": "ping"}, "ping")
+
+
+def routes(service: Service) -> list[Route]:
+    api = Messages(service)
+    return [
+        Route("/messages", api.create, methods=["POST"]),
+        Route("/messages/count_tokens", api.count, methods=["POST"]),
+    ]
+
+
+def envelope(error: ApiError) -> Json:
+    usual = "invalid_request_error" if error.status < 500 else "api_error"
+    kind = _ERROR_TYPES.get(error.status, usual)
+    told = {"type": kind, "message": error.message, **error.facts}
+    return {"type": "error", "error": told, "request_id": new_id("req_")}
+
+
+class Messages:
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def create(self, http: HttpRequest) -> Response:
+        body = Fields(decode(await read_body(http, self._service.limits.most_body)))
+        request, is_streamed = read_request(body), body.flag("stream")
+        answer = await self._service.answer(request)
+        shape = _Shape(answer)
+        if is_streamed:
+            return Frames(guarded(shape.frames(), _error_frame), EVENTS, answer.close)
+        return reply(await unless_gone(http.receive, shape.whole()))
+
+    async def count(self, http: HttpRequest) -> Response:
+        body = Fields(decode(await read_body(http, self._service.limits.most_body)))
+        return reply({"input_tokens": await self._service.count_tokens(read_request(body))})
+
+
+def _error_frame(error: ApiError) -> bytes:
+    return event(envelope(error), "error")
+
+
+# -- requests -------------------------------------------------------------------------------------
+
+
+def read_request(body: Fields) -> Request:
+    sampling = body.sampling(_SAMPLING)
+    if not sampling.get("stop"):
+        sampling.pop("stop", None)
+    messages: list[Json] = []
+    if system := _system(body):
+        messages.append({"role": "system", "content": system})
+    for given in body.objects("messages"):
+        messages += _turn(given, is_first=not messages)
+    choice = body.object("tool_choice")
+    chat = Chat(
+        messages=conversation(messages),
+        tools=offered_tools(_tools(body), _choice(choice)),
+        template_args=_template_args(body),
+    )
+    return Request(model=body.text("model"), chat=chat, sampling=sampling)
+
+
+def _choice(choice: Fields) -> str | Json:
+    return {"name": choice.text("name")} if choice.text("type") == "tool" else choice.text("type")
+
+
+def _template_args(body: Fields) -> dict[str, Any]:
+    """How much to think, in the words that templates know."""
+    found: dict[str, Any] = {}
+    kind = body.object("thinking").text("type")
+    if kind:
+        found["enable_thinking"] = kind != "disabled"
+    if effort := body.object("output_config").text("effort"):
+        found["reasoning_effort"] = effort
+    return found
+
+
+def _system(body: Fields) -> str:
+    given = body.get("system")
+    texts = [given] if isinstance(given, str) else [p.text("text") for p in body.objects("system")]
+    return "\n\n".join(text for text in texts if text and not text.startswith(_CHANGING_HEADER))
+
+
+def _tools(body: Fields) -> list[Json]:
+    """Those of the client; tools that Anthropic's servers run are no concern of a model's here."""
+    return [
+        function_tool(tool.get("name"), tool.get("description"), tool.get("input_schema"))
+        for tool in body.objects("tools")
+        if tool.text("type", "custom") == "custom"
+    ]
+
+
+def _turn(given: Fields, is_first: bool) -> list[Json]:
+    """A message as messages: results of tools are turns of their own."""
+    role, content = given.text("role"), given.get("content")
+    if role == "system" and not is_first:  # templates have it at the front alone
+        text = content if isinstance(content, str) else _joined(given.objects("content"))
+        return [{"role": "user", "content": f"<system-reminder>\n{text}\n</system-reminder>"}]
+    if not role:
+        raise ApiError(400, "a message has no role", param="messages")
+    if isinstance(content, str):
+        return [{"role": role, "content": content}]
+    blocks = given.objects("content")
+    if role == "assistant":
+        return [_assistant(blocks)]
+    results = [each for each in blocks if each.text("type") == "tool_result"]
+    rest = [each for each in blocks if each.text("type") != "tool_result"]
+    turns = [_result(each) for each in results]
+    return turns + ([{"role": role, "content": _joined(rest)}] if rest or not results else [])
+
+
+def _assistant(blocks: list[Fields]) -> Json:
+    texts = [each for each in blocks if each.text("type") in ("", "text")]
+    message: Json = {"role": "assistant", "content": _joined(texts)}
+    thoughts = [each.text("thinking") for each in blocks if each.text("type") == "thinking"]
+    if any(thoughts):
+        message["reasoning_content"] = "\n".join(thoughts)
+    calls = [_call(each) for each in blocks if each.text("type") == "tool_use"]
+    return {**message, "tool_calls": calls} if calls else message
+
+
+def _call(block: Fields) -> Json:
+    function = {"name": block.text("name"), "arguments": block.object("input").values}
+    return {"id": block.text("id"), "type": "function", "function": function}
+
+
+def _result(block: Fields) -> Json:
+    content = block.get("content")
+    text = content if isinstance(content, str) else _joined(block.objects("content"))
+    if block.flag("is_error"):
+        text = f"Error: {text}"
+    return {"role": "tool", "tool_call_id": block.text("tool_use_id"), "content": text}
+
+
+def _joined(blocks: Iterable[Fields]) -> str:
+    """The text of blocks; what a client may send of other kinds is refused."""
+    texts = []
+    for block in blocks:
+        kind = block.text("type", "text")
+        if kind == "text":
+            texts.append(block.text("text"))
+        elif kind in ("document", "image"):
+            source = block.object("source")
+            if source.text("type") != "text":
+                raise ApiError(
+                    400, f"content of type {kind!r} is not supported; text is", param="messages"
+                )
+            texts.append(source.text("data"))
+        elif kind == "search_result":
+            texts.append(f"{block.text('title')}\n{_joined(block.objects('content'))}")
+    return "\n".join(texts)
+
+
+# -- replies --------------------------------------------------------------------------------------
+
+
+class _Shape:
+    """An answer as a message."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer, self._blocks = answer, Blocks()
+        self._id = new_id("msg_")
+        self._call_ids: dict[int, str] = {}
+
+    async def whole(self) -> Json:
+        async with self._answer.reading() as events:
+            async for each in events:
+                if each is not None and isinstance(each[1], Delta):
+                    self._blocks.add(each[1])
+        answer = self._answer.completions[0]
+        content = [self._block(block) for block in self._blocks.all]
+        return {**self._message(), "content": content, **_end(answer), "usage": _usage(answer)}
+
+    async def frames(self) -> AsyncGenerator[bytes, None]:
+        n_prompt = len(self._answer.prompt_ids(0))
+        usage = {"input_tokens": n_prompt, "output_tokens": 0, **_NO_CACHE}
+        yield _event("message_start", message={**self._message(), "usage": usage})
+        async with self._answer.reading() as events:
+            async for each in events:
+                if each is None:
+                    yield _PING
+                elif isinstance(each[1], Delta):
+                    for change in self._blocks.add(each[1]):
+                        yield self._told(change)
+        for change in self._blocks.finish():
+            yield self._told(change)
+        answer = self._answer.completions[0]
+        yield _event("message_delta", delta=_end(answer), usage=_usage(answer))
+        yield _event("message_stop")
+
+    def _message(self) -> Json:
+        return {
+            "id": self._id,
+            "type": "message",
+            "role": "assistant",
+            "model": self._answer.model.name,
+            "content": [],
+            "stop_reason": None,
+            "stop_sequence": None,
+        }
+
+    def _block(self, block: Block, is_empty: bool = False) -> Json:
+        text = "" if is_empty else block.text
+        if block.kind == "reasoning":
+            return {"type": "thinking", "thinking": text, "signature": ""}
+        if block.kind == "text":
+            return {"type": "text", "text": text}
+        id = self._call_ids.setdefault(block.index, new_call_id("toolu_"))
+        value = {} if is_empty else arguments_object(text)
+        return {"type": "tool_use", "id": id, "name": block.name, "input": value}
+
+    def _told(self, change: Change) -> bytes:
+        index = change.block.index
+        if change.kind == "begin":
+            block = self._block(change.block, is_empty=True)
+            return _event("content_block_start", index=index, content_block=block)
+        if change.kind == "end":
+            return _event("content_block_stop", index=index)
+        kind, field = _DELTAS[change.block.kind]
+        return _event("content_block_delta", index=index, delta={"type": kind, field: change.text})
+
+
+_DELTAS = {
+    "reasoning": ("thinking_delta", "thinking"),
+    "text": ("text_delta", "text"),
+    "call": ("input_json_delta", "partial_json"),
+}
+_NO_CACHE = {"cache_read_input_tokens": 0, "cache_creation_input_tokens": 0}
+
+
+def _event(kind: str, **fields: Any) -> bytes:
+    return event({"type": kind, **fields}, kind)
+
+
+def _usage(answer: Completion) -> Json:
+    usage = answer.usage
+    return {
+        "input_tokens": usage.prompt_tokens - usage.cached_tokens,
+        "cache_read_input_tokens": usage.cached_tokens,
+        "cache_creation_input_tokens": 0,
+        "output_tokens": usage.completion_tokens,
+    }
+
+
+def _end(answer: Completion) -> Json:
+    """Why it ended, and the stop sequence if one did it."""
+    if answer.finish_reason == "length":
+        return {"stop_reason": "max_tokens", "stop_sequence": None}
+    if isinstance(answer.stop, str):
+        return {"stop_reason": "stop_sequence", "stop_sequence": answer.stop}
+    return {"stop_reason": "tool_use" if answer.tool_calls else "end_turn", "stop_sequence": None}

@@ -1,0 +1,401 @@
+"""The API of Ollama: chats, texts, and what it tells of models."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncGenerator
+from datetime import datetime, timezone
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from edgeinfer.llm import LLM
+from edgeinfer.results import Completion, Delta, Done
+from edgeinfer.server.blocks import Blocks, arguments_object
+from edgeinfer.server.errors import ApiError, Json
+from edgeinfer.server.fields import Fields
+from edgeinfer.server.models import ServedModel
+from edgeinfer.server.requests import (
+    SAMPLING,
+    Chat,
+    Request,
+    conversation,
+    function_tool,
+    new_call_id,
+)
+from edgeinfer.server.service import Answer, Service
+from edgeinfer.server.wire import (
+    LINES,
+    Frames,
+    decode,
+    guarded,
+    line,
+    read_body,
+    reply,
+    unless_gone,
+)
+
+_VERSION = "0.12.0"  # of Ollama's API; clients ask whether it is new enough
+_NS = 1_000_000_000
+_MOST_LOGPROBS = 20
+
+
+def routes(service: Service) -> list[Route]:
+    api = Ollama(service)
+    return [
+        Route("/", api.running, methods=["GET"]),
+        Route("/api/version", api.version, methods=["GET"]),
+        Route("/api/tags", api.tags, methods=["GET"]),
+        Route("/api/ps", api.ps, methods=["GET"]),
+        Route("/api/show", api.show, methods=["POST"]),
+        Route("/api/chat", api.chat, methods=["POST"]),
+        Route("/api/generate", api.generate, methods=["POST"]),
+    ]
+
+
+def envelope(error: ApiError) -> Json:
+    return {"error": error.message}
+
+
+class Ollama:
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    # -- models ----------------------------------------------------------------------------------
+
+    async def running(self, http: HttpRequest) -> Response:
+        return PlainTextResponse("Ollama is running")  # what clients look for
+
+    async def version(self, http: HttpRequest) -> Response:
+        return reply({"version": _VERSION})
+
+    async def tags(self, http: HttpRequest) -> Response:
+        return reply({"models": [_listed(model) for model in self._service.models.served]})
+
+    async def ps(self, http: HttpRequest) -> Response:
+        loaded = [model for model in self._service.models.served if model.llm is not None]
+        return reply({"models": [_running(model) for model in loaded]})
+
+    async def show(self, http: HttpRequest) -> Response:
+        body = await self._body(http)
+        async with self._service.model(_name(body)) as model:
+            return reply(_shown(model))
+
+    # -- answers ---------------------------------------------------------------------------------
+
+    async def chat(self, http: HttpRequest) -> Response:
+        body = await self._body(http)
+        if not body.objects("messages"):
+            return await self._load_or_unload(
+                body, {"message": {"role": "assistant", "content": ""}}
+            )
+        return await self._answer(http, body, read_chat(body), is_chat=True)
+
+    async def generate(self, http: HttpRequest) -> Response:
+        body = await self._body(http)
+        if not body.text("prompt") and not body.text("suffix"):
+            return await self._load_or_unload(body, {"response": ""})
+        return await self._answer(http, body, read_generate(body), is_chat=False)
+
+    async def _load_or_unload(self, body: Fields, told: Json) -> Response:
+        """What a request without a prompt is for."""
+        model = self._service.models.find(_name(body))
+        is_unload = body.get("keep_alive") in (0, "0", "0s")
+        if is_unload:
+            await self._service.models.unload(model)
+        else:
+            async with self._service.model(model.name):
+                pass
+        reason = "unload" if is_unload else "load"
+        head = {"model": _name(body), "created_at": _now(), "done": True, "done_reason": reason}
+        return reply({**head, **told})
+
+    async def _answer(
+        self, http: HttpRequest, body: Fields, request: Request, *, is_chat: bool
+    ) -> Response:
+        is_streamed = body.flag("stream", True)
+        answer = await self._service.answer(request)
+        shape = _Shape(answer, _name(body), is_chat, "logprobs" in request.sampling)
+        if is_streamed:
+            return Frames(guarded(shape.lines(), _error_line), LINES, answer.close)
+        return reply(await unless_gone(http.receive, shape.whole()))
+
+    async def _body(self, http: HttpRequest) -> Fields:
+        return Fields(decode(await read_body(http, self._service.limits.most_body)))
+
+
+def _error_line(error: ApiError) -> bytes:
+    return line(envelope(error))
+
+
+# -- requests -------------------------------------------------------------------------------------
+
+
+def _name(body: Fields) -> str:
+    return body.text("model") or body.text("name")
+
+
+def read_chat(body: Fields) -> Request:
+    tools = []
+    for tool in body.objects("tools"):
+        function = tool.object("function")
+        tools.append(
+            function_tool(
+                function.get("name"), function.get("description"), function.get("parameters")
+            )
+        )
+    messages = [_message(each) for each in body.objects("messages")]
+    chat = Chat(messages=conversation(messages), tools=tools, template_args=_thinking(body))
+    return Request(model=_name(body), chat=chat, sampling=_sampling(body))
+
+
+def read_generate(body: Fields) -> Request:
+    if body.text("suffix"):
+        raise ApiError(400, "suffix is not supported: no text is filled in", param="suffix")
+    _refuse_images(body)
+    prompt, sampling = body.text("prompt"), _sampling(body)
+    if body.flag("raw"):
+        return Request(model=_name(body), prompts=[prompt], sampling=sampling)
+    system = body.text("system")
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": prompt})
+    chat = Chat(messages=messages, template_args=_thinking(body))
+    return Request(model=_name(body), chat=chat, sampling=sampling)
+
+
+def _sampling(body: Fields) -> dict[str, Any]:
+    if body.get("format") not in (None, ""):
+        raise ApiError(400, "format is not supported", param="format")
+    options = body.object("options")
+    found = options.sampling({**SAMPLING, "stop": "stop", "num_predict": "max_tokens"})
+    if not found.get("stop"):
+        found.pop("stop", None)
+    most = found.get("max_tokens")
+    if isinstance(most, int) and most <= 0:  # -1 and -2: no limit
+        del found["max_tokens"]
+    if body.flag("logprobs"):
+        found["logprobs"] = body.integer("top_logprobs", 0, 0, _MOST_LOGPROBS)
+    return found
+
+
+def _thinking(body: Fields) -> dict[str, Any]:
+    """`think` is true, false, or how much."""
+    think = body.get("think")
+    if think is None:
+        return {}
+    if isinstance(think, str):
+        return {"enable_thinking": True, "reasoning_effort": think}
+    return {"enable_thinking": body.flag("think")}
+
+
+def _message(given: Fields) -> Json:
+    _refuse_images(given)
+    message: Json = {"role": given.text("role"), "content": given.text("content")}
+    if not message["role"]:
+        raise ApiError(400, "a message has no role", param="messages")
+    if given.text("thinking"):
+        message["reasoning_content"] = given.text("thinking")
+    if calls := given.objects("tool_calls"):
+        functions = [call.object("function") for call in calls]
+        message["tool_calls"] = [
+            {
+                "id": call.text("id") or function.text("name"),
+                "type": "function",
+                "function": {
+                    "name": function.text("name"),
+                    "arguments": function.object("arguments").values,
+                },
+            }
+            for call, function in zip(calls, functions, strict=True)
+        ]
+    if name := given.text("tool_name") or given.text("name"):
+        message["name"] = name
+    if message["role"] == "tool":
+        message["tool_call_id"] = given.text("tool_call_id") or name
+    return message
+
+
+def _refuse_images(given: Fields) -> None:
+    if given.get("images"):
+        raise ApiError(400, "images are not supported; text is", param="images")
+
+
+# -- replies --------------------------------------------------------------------------------------
+
+
+class _Shape:
+    """An answer as this API has it."""
+
+    def __init__(self, answer: Answer, name: str, is_chat: bool, has_logprobs: bool) -> None:
+        self._answer, self._blocks = answer, Blocks()
+        self._name = name or answer.model.name
+        self._is_chat, self._has_logprobs = is_chat, has_logprobs
+
+    async def whole(self) -> Json:
+        async with self._answer.reading() as events:
+            async for each in events:
+                if each is not None and isinstance(each[1], Delta):
+                    self._blocks.add(each[1])
+        answer = self._answer.completions[0]
+        calls = [self._call(block.name, block.text) for block in self._blocks.all if block.name]
+        told = self._told(answer.text, answer.reasoning, calls)
+        if answer.logprobs is not None:
+            told["logprobs"] = self._logprobs(answer.logprobs)
+        return self._object(told | self._end(answer))
+
+    async def lines(self) -> AsyncGenerator[bytes, None]:
+        async with self._answer.reading() as events:
+            async for each in events:
+                if each is None:
+                    continue  # lines have no comments: what keeps the connection is TCP
+                if isinstance(each[1], Delta):
+                    for told in self._changes(each[1]):
+                        yield line(self._object({**told, "done": False}))
+                elif isinstance(each[1], Done):
+                    for told in self._calls_of(self._blocks.finish()):
+                        yield line(self._object({**told, "done": False}))
+                    answer = each[1].completion
+                    yield line(self._object(self._told("", "", []) | self._end(answer)))
+
+    def _changes(self, delta: Delta) -> list[Json]:
+        """Text as it comes, and calls once they are whole."""
+        found = self._calls_of(self._blocks.add(delta))
+        if delta.text or delta.reasoning:
+            found.append(self._told(delta.text, delta.reasoning, []))
+        if delta.logprobs and found:
+            found[-1]["logprobs"] = self._logprobs(delta.logprobs)
+        return found
+
+    def _calls_of(self, changes: list[Any]) -> list[Json]:
+        ended = [each.block for each in changes if each.kind == "end" and each.block.name]
+        return [self._told("", "", [self._call(each.name, each.text)]) for each in ended]
+
+    def _call(self, name: str, arguments: str) -> Json:
+        function = {"name": name, "arguments": arguments_object(arguments)}
+        return {"id": new_call_id("call_"), "function": function}
+
+    def _told(self, text: str, reasoning: str, calls: list[Json]) -> Json:
+        if not self._is_chat:
+            return {"response": text, **({"thinking": reasoning} if reasoning else {})}
+        message: Json = {"role": "assistant", "content": text}
+        if reasoning:
+            message["thinking"] = reasoning
+        if calls:
+            message["tool_calls"] = calls
+        return {"message": message}
+
+    def _object(self, told: Json) -> Json:
+        return {"model": self._name, "created_at": _now(), **told}
+
+    def _end(self, answer: Completion) -> Json:
+        usage, timings = answer.usage, answer.timings
+        n_read = usage.prompt_tokens - usage.cached_tokens
+        return {
+            "done": True,
+            "done_reason": "length" if answer.finish_reason == "length" else "stop",
+            "total_duration": int(timings.total_s * _NS),
+            "load_duration": 0,
+            "prompt_eval_count": usage.prompt_tokens,
+            "prompt_eval_duration": _duration(n_read, timings.prefill_tok_s),
+            "eval_count": usage.completion_tokens,
+            "eval_duration": _duration(usage.completion_tokens, timings.decode_tok_s),
+        }
+
+    def _logprobs(self, found: Any) -> list[Json]:
+        piece = self._answer.model.opened.runtime.tokenizer.piece
+
+        def shown(id: int, logprob: float) -> Json:
+            data = piece(id)
+            return {"token": data.decode(errors="replace"), "logprob": logprob, "bytes": list(data)}
+
+        return [
+            {**shown(each.id, each.logprob), "top_logprobs": [shown(*top) for top in each.top]}
+            for each in found
+        ]
+
+
+def _duration(n: int, per_second: float) -> int:
+    return int(n / per_second * _NS) if per_second else 0
+
+
+# -- what is told of models -----------------------------------------------------------------------
+
+
+def _now() -> str:
+    return _time(datetime.now(timezone.utc).timestamp())
+
+
+def _time(seconds: float) -> str:
+    moment = datetime.fromtimestamp(seconds, timezone.utc)
+    return moment.isoformat().replace("+00:00", "Z")
+
+
+def _listed(model: ServedModel) -> Json:
+    name = model.name if ":" in model.name else f"{model.name}:latest"
+    return {
+        "name": name,
+        "model": name,
+        "modified_at": _time(model.created),
+        "size": model.n_bytes,
+        "digest": hashlib.sha256(f"{name} {model.n_bytes} {model.created}".encode()).hexdigest(),
+        "details": _details(model.llm),
+    }
+
+
+def _running(model: ServedModel) -> Json:
+    llm = model.opened
+    others = sum(pool.total_bytes for pool in llm.plan.pools[1:])
+    return {
+        **_listed(model),
+        "size": llm.plan.total_bytes,
+        "size_vram": others,
+        "context_length": llm.n_ctx,
+        "expires_at": "2099-01-01T00:00:00Z",  # it stays until its memory is needed
+    }
+
+
+def _details(llm: LLM | None) -> Json:
+    if llm is None:
+        family, size, quant = "", "", ""
+    else:
+        model = llm.runtime.model
+        family, quant = model.hparams.architecture, model.quantisation
+        size = (
+            f"{model.n_params / 1e9:.1f}B"
+            if model.n_params > 1e9
+            else f"{model.n_params / 1e6:.0f}M"
+        )
+    return {
+        "parent_model": "",
+        "format": "gguf",
+        "family": family,
+        "families": [family] if family else [],
+        "parameter_size": size,
+        "quantization_level": quant,
+    }
+
+
+def _shown(model: ServedModel) -> Json:
+    llm = model.opened
+    opened, architecture = llm.runtime, llm.runtime.model.hparams.architecture
+    source = opened.template.source
+    capabilities = ["completion", "tools"]
+    if "think" in source:
+        capabilities.append("thinking")
+    return {
+        "modelfile": "",
+        "parameters": "\n".join(f"{name} {value}" for name, value in llm.recommended.items()),
+        "template": source,
+        "modified_at": _time(model.created),
+        "details": _details(llm),
+        "model_info": {
+            "general.architecture": architecture,
+            "general.parameter_count": opened.model.n_params,
+            f"{architecture}.context_length": llm.n_ctx_train,
+            f"{architecture}.embedding_length": opened.model.hparams.dim,
+            f"{architecture}.block_count": opened.model.hparams.n_layers,
+        },
+        "capabilities": capabilities,
+    }

@@ -1,0 +1,159 @@
+"""What the OpenAI APIs share: the envelope of errors, usage, tools and contents of messages.
+
+Knows nothing of endpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from edgeinfer import __version__
+from edgeinfer.results import Completion, Usage
+from edgeinfer.server.errors import ApiError, Json
+from edgeinfer.server.fields import Fields
+from edgeinfer.server.requests import SAMPLING, function_tool
+
+FINGERPRINT = f"edgeinfer-{__version__}"
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    501: "not_supported_error",
+    503: "unavailable_error",
+}
+_EFFORTS_WITHOUT_THOUGHT = ("none", "minimal")
+_TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
+
+
+def envelope(error: ApiError) -> Json:
+    usual = "invalid_request_error" if error.status < 500 else "server_error"
+    return {
+        "error": {
+            "message": error.message,
+            "type": _TYPES.get(error.status, usual),
+            "param": error.param,
+            "code": error.code,
+            **error.facts,
+        }
+    }
+
+
+def sampling_of(body: Fields, *most_tokens: str) -> dict[str, Any]:
+    """Sampling keywords; the first of the fields `most_tokens` that is there limits an answer."""
+    found = body.sampling({**SAMPLING, "stop": "stop"})
+    if found.get("stop") in ("", []):
+        del found["stop"]
+    limits = [body.get(name) for name in most_tokens if name in body]
+    if limits and limits[0] not in (-1, 0):
+        found["max_tokens"] = limits[0]
+    if "logit_bias" in body:
+        found["logit_bias"] = _logit_bias(body)
+    return found
+
+
+def _logit_bias(body: Fields) -> dict[int, Any]:
+    """Ids are the names of members in JSON."""
+    try:
+        return {int(token): bias for token, bias in body.object("logit_bias").values.items()}
+    except ValueError:
+        raise body.wrong("logit_bias", "numbers by token id") from None
+
+
+def template_args(body: Fields, effort: str | None) -> dict[str, Any]:
+    """How much a model is to think, in the words that templates know; and what is meant for one."""
+    found: dict[str, Any] = {}
+    if effort is not None:
+        found["reasoning_effort"] = effort
+        found["enable_thinking"] = effort not in _EFFORTS_WITHOUT_THOUGHT
+    if "enable_thinking" in body:
+        found["enable_thinking"] = body.flag("enable_thinking")
+    return found | body.object("chat_template_kwargs").values
+
+
+def refuse_format(kind: str, param: str) -> None:
+    """Answers that follow a schema need a mask on tokens, which there is none of yet."""
+    if kind not in ("", "text"):
+        raise ApiError(
+            400,
+            f"{param} of type {kind!r} is not supported, 'text' is",
+            param=param,
+            code="unsupported",
+        )
+
+
+def text_content(content: Any, param: str) -> str | None:
+    """A content's text; ApiError for parts that are none."""
+    if content is None or isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise ApiError(400, f"{param} is neither text nor a list of parts", param=param)
+    return "\n".join(_part_text(part, param) for part in content)
+
+
+def _part_text(part: Any, param: str) -> str:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    text = part.get("text", part.get("refusal")) if isinstance(part, Mapping) else None
+    if kind not in _TEXT_PARTS or not isinstance(text, str):
+        raise ApiError(400, f"{param} has a part of type {kind!r}; text is supported", param=param)
+    return text
+
+
+def tools_of(tools: Iterable[Fields]) -> list[Json]:
+    """Functions, also those inside of namespaces; other kinds of tools are the client's concern."""
+    found: list[Json] = []
+    for tool in tools:
+        kind = tool.get("type") or "function"
+        if kind == "namespace":
+            found += tools_of(tool.objects("tools"))
+        elif kind == "function":
+            function = tool.object("function") if "function" in tool else tool
+            found.append(
+                function_tool(
+                    function.get("name"), function.get("description"), function.get("parameters")
+                )
+            )
+    return found
+
+
+def tool_choice(body: Fields) -> Any:
+    """ "auto", "none", "required", or an object with the name of one."""
+    choice = body.get("tool_choice")
+    if isinstance(choice, dict):
+        return choice.get("function") if isinstance(choice.get("function"), dict) else choice
+    return choice
+
+
+def usage_json(usages: Iterable[Usage], n_reasoning: int = 0) -> Json:
+    """Of several answers to one prompt, which was read once."""
+    found = list(usages)
+    n_prompt, n_new = found[0].prompt_tokens, sum(usage.completion_tokens for usage in found)
+    return {
+        "prompt_tokens": n_prompt,
+        "completion_tokens": n_new,
+        "total_tokens": n_prompt + n_new,
+        "prompt_tokens_details": {"cached_tokens": found[0].cached_tokens, "audio_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": n_reasoning, "audio_tokens": 0},
+    }
+
+
+def timings_json(answer: Completion) -> Json:
+    """As llama-server has them; front-ends show them."""
+    usage, timings = answer.usage, answer.timings
+    n_read = usage.prompt_tokens - usage.cached_tokens
+    return {
+        "cache_n": usage.cached_tokens,
+        "prompt_n": n_read,
+        "prompt_ms": _ms(n_read, timings.prefill_tok_s),
+        "prompt_per_second": timings.prefill_tok_s,
+        "predicted_n": usage.completion_tokens,
+        "predicted_ms": _ms(usage.completion_tokens, timings.decode_tok_s),
+        "predicted_per_second": timings.decode_tok_s,
+    }
+
+
+def _ms(n: int, per_second: float) -> float:
+    return 1000 * n / per_second if per_second else 0.0

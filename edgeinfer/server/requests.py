@@ -1,0 +1,114 @@
+"""What every API makes of a request: a conversation or a text to continue, and how.
+
+Knows nothing of APIs or of models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from edgeinfer.server.errors import ApiError, Json
+
+# Sampling keywords that APIs agree on; what is ours alone goes by the same name everywhere.
+SAMPLING = {
+    name: name
+    for name in (
+        "temperature", "top_p", "top_k", "min_p", "typical_p", "seed", "repeat_penalty",
+        "repeat_last_n", "presence_penalty", "frequency_penalty", "top_n_sigma", "xtc_probability",
+        "xtc_threshold", "dry_multiplier", "dry_base", "dry_allowed_length", "dry_penalty_last_n",
+        "dry_sequence_breakers", "dynatemp_range", "dynatemp_exponent", "mirostat", "mirostat_tau",
+        "mirostat_eta", "min_keep", "stop_token_ids",
+    )
+}  # fmt: skip
+SAMPLING["repetition_penalty"] = "repeat_penalty"
+_ID_LENGTH = 9  # some templates refuse ids of calls that have another
+_ID_PREFIXES = ("call_", "toolu_")
+_SYSTEM = ("system", "developer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chat:
+    """A conversation, as `LLM.stream_chat` takes it."""
+
+    messages: list[Json]
+    tools: list[Json] = field(default_factory=list)
+    template_args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Answers that a client wants: `n` of them to a chat or to each of the prompts."""
+
+    model: str
+    chat: Chat | None = None
+    prompts: Sequence[str | list[int]] = ()
+    sampling: dict[str, Any] = field(default_factory=dict)
+    n: int = 1
+
+
+def new_id(prefix: str) -> str:
+    return prefix + secrets.token_hex(12)
+
+
+def new_call_id(prefix: str) -> str:
+    return prefix + secrets.token_hex(_ID_LENGTH)[:_ID_LENGTH]
+
+
+def conversation(messages: Sequence[Json]) -> list[Json]:
+    """Messages as templates want them: one system message at the front, calls with short ids.
+
+    What a tool has said gets the name of the tool.
+    """
+    found: list[Json] = []
+    names: dict[str, str] = {}
+    for message in messages:
+        message = dict(message)
+        for call in message.get("tool_calls") or ():
+            call["id"] = _short_id(str(call.get("id") or ""))
+            names[call["id"]] = str(call.get("function", {}).get("name", ""))
+        if message.get("tool_call_id"):
+            message["tool_call_id"] = _short_id(str(message["tool_call_id"]))
+            message.setdefault("name", names.get(message["tool_call_id"], ""))
+        is_system = message["role"] in _SYSTEM
+        if is_system and len(found) == 1 and found[0]["role"] in _SYSTEM:
+            content = f"{found[0]['content']}\n\n{message['content']}"
+            found[0] = {"role": "system", "content": content}
+        else:
+            found.append(message)
+    return found
+
+
+def _short_id(id: str) -> str:
+    bare = next((id[len(p) :] for p in _ID_PREFIXES if id.startswith(p)), id)
+    if len(bare) == _ID_LENGTH and bare.isascii() and bare.isalnum():
+        return bare
+    return hashlib.sha256(id.encode("utf-8", "surrogatepass")).hexdigest()[:_ID_LENGTH]
+
+
+def offered_tools(tools: list[Json], choice: str | Json | None) -> list[Json]:
+    """The tools that may be called: "none" offers none, a name that one alone."""
+    if choice == "none":
+        return []
+    if isinstance(choice, dict) and (name := choice.get("name")):
+        named = [tool for tool in tools if tool["function"]["name"] == name]
+        if not named:
+            raise ApiError(
+                400, f"tool_choice names {name!r}, which is no tool", param="tool_choice"
+            )
+        return named
+    return tools
+
+
+def function_tool(name: Any, description: Any, parameters: Any) -> Json:
+    """A tool in the form that templates take."""
+    if not isinstance(name, str) or not name:
+        raise ApiError(400, "a tool has no name", param="tools")
+    if not isinstance(parameters, (Mapping, type(None))):
+        raise ApiError(400, f"the parameters of tool {name!r} are no schema", param="tools")
+    function: Json = {"name": name, "description": description or ""}
+    function["parameters"] = parameters or {"type": "object", "properties": {}}
+    return {"type": "function", "function": function}

@@ -1,0 +1,161 @@
+"""POST /v1/responses: what Codex and the newer clients of OpenAI's API speak. Nothing is stored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.routing import Route
+
+from edgeinfer.server.errors import ApiError, Json
+from edgeinfer.server.fields import Fields
+from edgeinfer.server.openai import (
+    refuse_format,
+    sampling_of,
+    template_args,
+    text_content,
+    tool_choice,
+    tools_of,
+)
+from edgeinfer.server.requests import Chat, Request, conversation, offered_tools
+from edgeinfer.server.responses_shape import Shape
+from edgeinfer.server.service import Service
+from edgeinfer.server.wire import EVENTS, Frames, decode, guarded, read_body, reply, unless_gone
+
+_NEEDS_STORE = ("previous_response_id", "conversation", "prompt")
+
+
+def routes(service: Service) -> list[Route]:
+    api = Responses(service)
+    return [
+        Route("/responses", api.create, methods=["POST"]),
+        Route("/responses/input_tokens", api.count, methods=["POST"]),
+        Route("/responses/{id}", api.stored, methods=["GET", "DELETE"]),
+        Route("/responses/{id}/input_items", api.stored, methods=["GET"]),
+        Route("/responses/{id}/cancel", api.stored, methods=["POST"]),
+    ]
+
+
+class Responses:
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def create(self, http: HttpRequest) -> Response:
+        body = Fields(decode(await read_body(http, self._service.limits.most_body)))
+        request, is_streamed = read_request(body), body.flag("stream")
+        assert request.chat is not None
+        echoed = _echo(body, request.chat.tools)
+        answer = await self._service.answer(request)
+        shape = Shape(answer, echoed)
+        if is_streamed:
+            return Frames(guarded(shape.frames(), shape.failed), EVENTS, answer.close)
+        return reply(await unless_gone(http.receive, shape.whole()))
+
+    async def count(self, http: HttpRequest) -> Response:
+        body = Fields(decode(await read_body(http, self._service.limits.most_body)))
+        n_tokens = await self._service.count_tokens(read_request(body))
+        return reply({"object": "response.input_tokens", "input_tokens": n_tokens})
+
+    async def stored(self, http: HttpRequest) -> Response:
+        raise ApiError(404, "responses are not stored here", param="id")
+
+
+def read_request(body: Fields) -> Request:
+    for name in _NEEDS_STORE:
+        if name in body:
+            raise ApiError(
+                400,
+                f"{name} is not supported: nothing is stored here; send the whole input",
+                param=name,
+                code="unsupported",
+            )
+    if body.flag("background"):
+        raise ApiError(400, "background is not supported", param="background", code="unsupported")
+    text_format = body.object("text").object("format")
+    refuse_format(text_format.text("type"), "text.format")
+    sampling = sampling_of(body, "max_output_tokens")
+    reasoning = body.object("reasoning")
+    effort = reasoning.text("effort") if "effort" in reasoning else None
+    chat = Chat(
+        messages=conversation(_messages(body)),
+        tools=offered_tools(tools_of(body.objects("tools")), tool_choice(body)),
+        template_args=template_args(body, effort),
+    )
+    return Request(model=body.text("model"), chat=chat, sampling=sampling)
+
+
+def _messages(body: Fields) -> list[Json]:
+    found: list[Json] = []
+    if body.text("instructions"):
+        found.append({"role": "system", "content": body.text("instructions")})
+    given = body.get("input")
+    if isinstance(given, str):
+        return [*found, {"role": "user", "content": given}]
+    for item in body.objects("input"):
+        kind = item.text("type", "message")
+        if kind == "message":
+            _add_message(found, item)
+        elif kind == "reasoning":
+            if thought := _thought(item):  # what only its maker can read says nothing here
+                _assistant(found, reasoning_content=thought)
+        elif kind == "function_call":
+            function = {"name": item.text("name"), "arguments": item.text("arguments", "{}")}
+            call = {"id": item.text("call_id"), "type": "function", "function": function}
+            _assistant(found, tool_calls=[call])
+        elif kind == "function_call_output":
+            output = text_content(item.get("output"), "input")
+            found.append({"role": "tool", "tool_call_id": item.text("call_id"), "content": output})
+        elif kind == "item_reference":
+            raise ApiError(400, "item_reference is not supported: nothing is stored", param="input")
+    return found
+
+
+def _add_message(found: list[Json], item: Fields) -> None:
+    role, content = item.text("role"), text_content(item.get("content"), "input")
+    if not role:
+        raise ApiError(400, "a message of the input has no role", param="input")
+    last = found[-1] if found else {}
+    if role == "assistant" and last.get("role") == role and not last["content"]:
+        last["content"] = content  # its reasoning came before
+    else:
+        found.append({"role": role, "content": content})
+
+
+def _thought(item: Fields) -> str:
+    parts = [*item.objects("content"), *item.objects("summary")]
+    return "\n".join(part.text("text") for part in parts)
+
+
+def _assistant(found: list[Json], **more: Any) -> None:
+    """Items that are one turn of the model: reasoning, then text, then calls."""
+    last = found[-1] if found else {}
+    if last.get("role") != "assistant" or "reasoning_content" in more:
+        last = {"role": "assistant", "content": ""}
+        found.append(last)
+    if more.get("reasoning_content"):
+        last["reasoning_content"] = more["reasoning_content"]
+    if calls := more.get("tool_calls"):
+        last.setdefault("tool_calls", []).extend(calls)
+
+
+def _echo(body: Fields, tools: list[Json]) -> Json:
+    """What a response repeats of its request."""
+    reasoning = body.object("reasoning")
+    choice = body.get("tool_choice")
+    return {
+        "instructions": body.get("instructions"),
+        "max_output_tokens": body.get("max_output_tokens"),
+        "metadata": body.object("metadata").values,
+        "parallel_tool_calls": body.flag("parallel_tool_calls", True),
+        "previous_response_id": None,
+        "reasoning": {"effort": reasoning.get("effort"), "summary": None},
+        "store": False,
+        "temperature": body.get("temperature"),
+        "text": {"format": {"type": "text"}},
+        "tool_choice": choice if choice is not None else "auto",
+        "tools": [{"type": "function", "strict": False, **tool["function"]} for tool in tools],
+        "top_p": body.get("top_p"),
+        "truncation": "disabled",
+        "background": False,
+    }

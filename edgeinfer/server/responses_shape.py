@@ -1,0 +1,176 @@
+"""An answer as a response: its object, and the events in the order that clients put together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Iterable
+from typing import Any
+
+from edgeinfer.results import Completion, Delta
+from edgeinfer.server.blocks import Block, Blocks, Change
+from edgeinfer.server.errors import ApiError, Json
+from edgeinfer.server.requests import new_call_id, new_id
+from edgeinfer.server.service import Answer
+from edgeinfer.server.wire import PING, event
+
+_PREFIXES = {"reasoning": "rs_", "text": "msg_", "call": "fc_"}
+
+
+class Shape:
+    """One response; `echoed` is what it repeats of its request."""
+
+    def __init__(self, answer: Answer, echoed: Json) -> None:
+        self._answer, self._blocks = answer, Blocks()
+        self._head = {
+            "id": new_id("resp_"),
+            "object": "response",
+            "created_at": int(time.time()),
+            "model": answer.model.name,
+            **echoed,
+        }
+        self._items: list[Json] = []
+        self._n_events = self._n_reasoning = 0
+
+    async def whole(self) -> Json:
+        async with self._answer.reading() as events:
+            async for each in events:
+                if each is not None and isinstance(each[1], Delta):
+                    self._add(each[1])
+        self._note(self._blocks.finish())
+        return self._finished()
+
+    async def frames(self) -> AsyncGenerator[bytes, None]:
+        yield self._event("response.created", response=self._response("in_progress"))
+        yield self._event("response.in_progress", response=self._response("in_progress"))
+        async with self._answer.reading() as events:
+            async for each in events:
+                if each is None:
+                    yield PING
+                elif isinstance(each[1], Delta):
+                    for frame in self._told(self._add(each[1])):
+                        yield frame
+        for frame in self._told(self._note(self._blocks.finish())):
+            yield frame
+        response = self._finished()
+        yield self._event(f"response.{response['status']}", response=response)
+
+    def failed(self, error: ApiError) -> bytes:
+        """The event that ends a response which can't go on."""
+        code = error.code or "server_error"
+        response = self._response("failed", error={"code": code, "message": error.message})
+        return self._event("response.failed", response=response)
+
+    # -- items -----------------------------------------------------------------------------------
+
+    def _add(self, delta: Delta) -> list[Change]:
+        self._n_reasoning += len(delta.token_ids) if delta.reasoning and not delta.text else 0
+        return self._note(self._blocks.add(delta))
+
+    def _note(self, changes: list[Change]) -> list[Change]:
+        """Items that are begun get their names."""
+        for change in changes:
+            if change.kind == "begin":
+                item: Json = {"id": new_id(_PREFIXES[change.block.kind]), "status": "in_progress"}
+                if change.block.kind == "call":
+                    item["call_id"] = new_call_id("call_")
+                self._items.append(item)
+        return changes
+
+    def _item(self, block: Block, status: str, is_empty: bool = False) -> Json:
+        item = {**self._items[block.index], "status": status}
+        parts = [] if is_empty else [_part(block, block.text)]
+        if block.kind == "reasoning":
+            return {**item, "type": "reasoning", "summary": [], "content": parts}
+        if block.kind == "text":
+            return {**item, "type": "message", "role": "assistant", "content": parts}
+        arguments = "" if is_empty else block.text
+        return {**item, "type": "function_call", "name": block.name, "arguments": arguments}
+
+    def _finished(self) -> Json:
+        answer = self._answer.completions[0]
+        was_cut = answer.finish_reason == "length"
+        status = "incomplete" if was_cut else "completed"
+        output = [self._item(block, self._status(block)) for block in self._blocks.all]
+        reason = {"reason": "max_output_tokens"} if was_cut else None
+        return self._response(
+            status, output=output, incomplete_details=reason, usage=self._usage(answer)
+        )
+
+    def _status(self, block: Block) -> str:
+        """Of a block that is whole: the last one may have been cut off."""
+        answer = self._answer.completions.get(0)
+        was_cut = answer is not None and answer.finish_reason == "length"
+        return "incomplete" if was_cut and block is self._blocks.all[-1] else "completed"
+
+    def _response(self, status: str, **more: Any) -> Json:
+        usual: Json = {"output": [], "error": None, "incomplete_details": None, "usage": None}
+        return {**self._head, "status": status, **usual, **more}
+
+    def _usage(self, answer: Completion) -> Json:
+        usage = answer.usage
+        return {
+            "input_tokens": usage.prompt_tokens,
+            "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
+            "output_tokens": usage.completion_tokens,
+            "output_tokens_details": {"reasoning_tokens": self._n_reasoning},
+            "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        }
+
+    # -- events ----------------------------------------------------------------------------------
+
+    def _told(self, changes: list[Change]) -> Iterable[bytes]:
+        for change in changes:
+            if change.kind == "begin":
+                yield from self._begun(change.block)
+            elif change.kind == "more":
+                yield self._more(change.block, change.text)
+            else:
+                yield from self._ended(change.block)
+
+    def _begun(self, block: Block) -> Iterable[bytes]:
+        item = self._item(block, "in_progress", is_empty=True)
+        yield self._event("response.output_item.added", output_index=block.index, item=item)
+        if block.kind != "call":
+            part = _part(block, "")
+            yield self._event("response.content_part.added", part=part, **self._place(block))
+
+    def _more(self, block: Block, text: str) -> bytes:
+        if block.kind == "call":
+            return self._event(
+                "response.function_call_arguments.delta", delta=text, **self._place(block)
+            )
+        if block.kind == "reasoning":
+            return self._event("response.reasoning_text.delta", delta=text, **self._place(block))
+        return self._event(
+            "response.output_text.delta", delta=text, logprobs=[], **self._place(block)
+        )
+
+    def _ended(self, block: Block) -> Iterable[bytes]:
+        place, text = self._place(block), block.text
+        if block.kind == "call":
+            yield self._event(
+                "response.function_call_arguments.done", arguments=text, name=block.name, **place
+            )
+        else:
+            if block.kind == "reasoning":
+                yield self._event("response.reasoning_text.done", text=text, **place)
+            else:
+                yield self._event("response.output_text.done", text=text, logprobs=[], **place)
+            yield self._event("response.content_part.done", part=_part(block, text), **place)
+        item = self._item(block, self._status(block))
+        yield self._event("response.output_item.done", output_index=block.index, item=item)
+
+    def _place(self, block: Block) -> Json:
+        place = {"item_id": self._items[block.index]["id"], "output_index": block.index}
+        return place if block.kind == "call" else {**place, "content_index": 0}
+
+    def _event(self, kind: str, **fields: Any) -> bytes:
+        frame = event({"type": kind, "sequence_number": self._n_events, **fields}, kind)
+        self._n_events += 1
+        return frame
+
+
+def _part(block: Block, text: str) -> Json:
+    if block.kind == "reasoning":
+        return {"type": "reasoning_text", "text": text}
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}

@@ -1,0 +1,236 @@
+"""Runs requests on the models that are served: what all APIs share.
+
+Knows nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from edgeinfer.aio import AsyncStream
+from edgeinfer.llm import LLM
+from edgeinfer.results import Completion, Done, Event
+from edgeinfer.server.errors import ApiError
+from edgeinfer.server.metrics import Exposition
+from edgeinfer.server.models import Models, ServedModel
+from edgeinfer.server.requests import Chat, Request
+from edgeinfer.text.messages import Conversation
+from edgeinfer.text.prompt import chat_prompt
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a server takes on."""
+
+    most_body: int = 32 << 20  # bytes
+    most_waiting: int = 256  # requests at once, running ones included
+    most_answers: int = 128  # of one request
+    ping_seconds: float = 10.0
+    grace_seconds: float = 5.0  # in which answers may end once the server is to stop
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    origins: tuple[str, ...] = ()  # that may be where a browser's page comes from
+    hosts: tuple[str, ...] | None = None  # names that the server answers to; None: any
+
+
+class Service:
+    """The models and the answers that are on their way."""
+
+    def __init__(self, models: Models, limits: Limits) -> None:
+        self.models, self.limits = models, limits
+        self.answers: set[Answer] = set()
+        self._n_open = 0
+        self.is_stopping = False
+
+    @asynccontextmanager
+    async def model(self, name: str) -> AsyncIterator[ServedModel]:
+        """A loaded model; ApiError where there are too many requests."""
+        if self.is_stopping:
+            raise ApiError(503, "the server is stopping")
+        if self._n_open >= self.limits.most_waiting:
+            raise ApiError(
+                429,
+                f"{self._n_open} requests are being answered; try again later",
+                code="rate_limit_exceeded",
+            )
+        self._n_open += 1
+        try:
+            async with self.models.lease(name) as model:
+                yield model
+        finally:
+            self._n_open -= 1
+
+    async def answer(self, request: Request) -> Answer:
+        """Begin to answer; whoever calls this closes the answer."""
+        n_answers = request.n * max(1, len(request.prompts))
+        if n_answers > self.limits.most_answers:
+            raise ApiError(
+                400, f"{n_answers} answers are asked for, at most {self.limits.most_answers} work"
+            )
+        async with AsyncExitStack() as stack:
+            model = await stack.enter_async_context(self.model(request.model))
+            streams = await _begin(model, request, stack)
+            answer = Answer(model, streams, self.limits.ping_seconds, stack.pop_all())
+        self.answers.add(answer)
+        answer.stack.callback(self.answers.discard, answer)
+        return answer
+
+    async def count_tokens(self, request: Request) -> int:
+        """Tokens of a prompt."""
+        async with self.model(request.model) as model:
+            return await asyncio.to_thread(_count, model.opened, request)
+
+    async def render(self, request: Request) -> str:
+        """The text of a chat's prompt."""
+        assert request.chat is not None
+        chat = _conversation(request.chat)
+        async with self.model(request.model) as model:
+            return await asyncio.to_thread(model.opened.runtime.template.render_chat, chat)
+
+    async def with_model(self, name: str, work: Callable[[LLM], T]) -> T:
+        """What `work` gives in a thread."""
+        async with self.model(name) as model:
+            return await asyncio.to_thread(work, model.opened)
+
+    def metrics(self) -> str:
+        n_waiting = 0
+        for answer in self.answers:
+            n_waiting += not answer.has_begun
+        by_name = {model.name: model.metrics for model in self.models.served}
+        return Exposition(by_name, n_waiting).text()
+
+    def end_answers(self) -> None:
+        """Cut short what still runs."""
+        for answer in list(self.answers):
+            answer.cut_short()
+
+
+async def _begin(model: ServedModel, request: Request, stack: AsyncExitStack) -> list[AsyncStream]:
+    """The streams of all answers; all are closed when the stack is."""
+    face, streams = model.face, []
+    assert face is not None
+    for prompt in request.prompts if request.chat is None else [request.chat]:
+        for i in range(request.n):
+            sampling: Any = dict(request.sampling)
+            if i and isinstance(sampling.get("seed"), int):
+                sampling["seed"] += i
+            if isinstance(prompt, Chat):
+                messages: Any = prompt.messages
+                stream = await face.stream_chat(
+                    messages, tools=prompt.tools, template_args=prompt.template_args, **sampling
+                )
+            else:
+                stream = await face.stream(prompt, **sampling)
+            stack.push_async_callback(stream.close)
+            streams.append(stream)
+    return streams
+
+
+class Answer:
+    """One request's answers while they run. `close` gives everything back, however it ends."""
+
+    def __init__(
+        self,
+        model: ServedModel,
+        streams: list[AsyncStream],
+        ping_seconds: float,
+        stack: AsyncExitStack,
+    ) -> None:
+        self.model, self.streams, self.stack = model, streams, stack
+        self.completions: dict[int, Completion] = {}
+        self.has_begun = False
+        self._ping_seconds = ping_seconds
+        self._stop = asyncio.Event()
+        model.metrics.n_running += 1
+        stack.callback(self._leave)
+
+    def prompt_ids(self, i: int) -> tuple[int, ...]:
+        """The tokens of a prompt, template included."""
+        return self.streams[i].prompt_ids
+
+    def _leave(self) -> None:
+        self.model.metrics.n_running -= 1
+
+    @asynccontextmanager
+    async def reading(self) -> AsyncIterator[AsyncIterator[tuple[int, Event] | None]]:
+        """The events, for one reader; leaving the block closes the answer."""
+        try:
+            async with contextlib.aclosing(self._events()) as events:
+                yield events
+        finally:
+            await self.close()
+
+    async def _events(self) -> AsyncGenerator[tuple[int, Event] | None, None]:
+        """Events with the index of their answer; None now and then while there are none."""
+        waiting = {_next(stream): i for i, stream in enumerate(self.streams)}
+        stop: asyncio.Future[Any] = asyncio.ensure_future(self._stop.wait())
+        try:
+            while waiting:
+                ready, _ = await asyncio.wait(
+                    {*waiting, stop},
+                    timeout=self._ping_seconds,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                if stop in ready:
+                    raise ApiError(503, "the server is stopping; the answer was cut short")
+                if not ready:
+                    yield None
+                for task in ready & waiting.keys():
+                    i = waiting.pop(task)
+                    with contextlib.suppress(StopAsyncIteration):
+                        event = task.result()
+                        waiting[_next(self.streams[i])] = i
+                        self._note(i, event)
+                        yield i, event
+        finally:
+            for each in (*waiting, stop):
+                each.cancel()
+            # What is cancelled closes its stream before it is forgotten.
+            await asyncio.gather(*waiting, stop, return_exceptions=True)
+
+    def _note(self, i: int, event: Event) -> None:
+        self.has_begun = True
+        if isinstance(event, Done):
+            self.completions[i] = event.completion
+            self.model.metrics.add(event.completion)
+
+    async def collect(self) -> list[Completion]:
+        """All answers, once they are whole."""
+        async with self.reading() as events:
+            async for _ in events:
+                pass
+        return [self.completions[i] for i in range(len(self.streams))]
+
+    def cut_short(self) -> None:
+        self._stop.set()
+
+    async def close(self) -> None:
+        """Cancel what is left; safe to call twice."""
+        await self.stack.aclose()
+
+
+def _next(stream: AsyncStream) -> asyncio.Future[Any]:
+    return asyncio.ensure_future(stream.__anext__())
+
+
+def _conversation(chat: Chat) -> Conversation:
+    messages: Any = chat.messages
+    return Conversation.of(messages, chat.tools, chat.template_args)
+
+
+def _count(llm: LLM, request: Request) -> int:
+    opened = llm.runtime
+    if request.chat is None:
+        return sum(
+            len(opened.tokenizer.encode(each, parse_special=True))
+            if isinstance(each, str)
+            else len(each)
+            for each in request.prompts
+        )
+    return len(chat_prompt(opened.tokenizer, opened.template, _conversation(request.chat)).ids)

@@ -1,0 +1,218 @@
+"""Calls of tools that models spell in tags or in words of their own: one parser per spelling.
+
+A parser begins behind the marker that its format opens with, and raises NotACall where what comes
+is no call.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Callable
+from typing import Any
+
+from edgeinfer.text.call_json import MOST_NAME, copy_arguments, json_calls
+from edgeinfer.text.lenient_json import is_json
+from edgeinfer.text.reader import Reader, Steps
+from edgeinfer.text.tools import Calls, Members, NotACall
+
+DSML = "｜DSML｜"
+
+
+def tool_call_tag(reader: Reader, calls: Calls) -> Steps[None]:
+    """What stands in <tool_call>: JSON (Hermes, Qwen), <function=...> (Qwen Coder), or GLM's."""
+    yield from reader.space()
+    if (yield from reader.peek()) in ("{", "["):
+        yield from json_calls(reader, calls, ("</tool_call>",))
+    elif (yield from reader.take("<function=")):
+        yield from function_tag(reader, calls)
+    else:
+        yield from _glm(reader, calls)
+    yield from reader.space()
+    yield from reader.take("</tool_call>")
+
+
+def function_tag(reader: Reader, calls: Calls) -> Steps[None]:
+    """<function=NAME>, then <parameter=NAME>VALUE</parameter> or JSON."""
+    name = yield from reader.until(">", "<", "\n", most=MOST_NAME)
+    tool = calls.find(name)
+    if not (yield from reader.take(">")):
+        raise NotACall
+    yield from reader.space()
+    if (yield from reader.peek()) == "{":
+        yield from copy_arguments(reader, calls, tool, ("</function>",))
+    else:
+        members = Members(calls, tool)
+        while (yield from reader.take("<parameter=")):
+            key = yield from reader.until(">", most=MOST_NAME)
+            yield from reader.take(">")
+            yield from reader.take("\n")
+            ends = ("\n</parameter>", "</parameter>", "\n<parameter=", "\n</function>")
+            yield from _member(reader, members, key.strip(), ends)
+            yield from reader.take_any("\n</parameter>", "</parameter>")
+            yield from reader.space()
+        members.finish()
+    yield from reader.space()
+    yield from reader.take("</function>")
+    yield from reader.space()
+    yield from reader.take("</tool_call>")
+
+
+def _glm(reader: Reader, calls: Calls) -> Steps[None]:
+    """NAME, then <arg_key>KEY</arg_key><arg_value>VALUE</arg_value>."""
+    name = yield from reader.until("<arg_key>", "</tool_call>", most=MOST_NAME)
+    members = Members(calls, calls.find(name))
+    while (yield from reader.take("<arg_key>")):
+        key = yield from reader.until("</arg_key>", "<arg_value>", most=MOST_NAME)
+        yield from reader.take("</arg_key>")
+        yield from reader.space()
+        yield from reader.take("<arg_value>")
+        yield from _member(reader, members, key.strip(), ("</arg_value>", "</tool_call>"))
+        yield from reader.take("</arg_value>")
+        yield from reader.space()
+    members.finish()
+
+
+def dsml(reader: Reader, calls: Calls) -> Steps[None]:
+    """DeepSeek 3.2: invoke and parameter tags, where an attribute says what is text."""
+    name = yield from reader.until('"', ">", most=MOST_NAME)
+    members = Members(calls, calls.find(name))
+    yield from reader.until(">")
+    yield from reader.take(">")
+    yield from reader.space()
+    while (yield from reader.take(f'<{DSML}parameter name="')):
+        key = yield from reader.until('"', ">", most=MOST_NAME)
+        attributes = yield from reader.until(">", most=MOST_NAME)
+        yield from reader.take(">")
+        is_text = 'string="true"' in attributes or None
+        yield from _member(reader, members, key, (f"</{DSML}parameter>",), is_text)
+        yield from reader.take(f"</{DSML}parameter>")
+        yield from reader.space()
+    members.finish()
+    yield from reader.take(f"</{DSML}invoke>")
+    yield from reader.space()
+    yield from reader.take(f"</{DSML}function_calls>")
+
+
+def _member(
+    reader: Reader,
+    members: Members,
+    key: str,
+    ends: tuple[str, ...],
+    is_text: bool | None = None,
+) -> Steps[None]:
+    """A value without quotes: text as it comes, or JSON where it is that and may be."""
+    takes_text = members.begin(key)
+    if is_text or takes_text:
+        members.write('"')
+        yield from reader.copy_until(ends, members.write_text)
+        yield from reader.peek()  # what is cut stays open
+        members.write('"')
+    else:
+        value = (yield from reader.until(*ends)).strip()
+        yield from reader.peek()
+        members.write(_as_json(value))
+
+
+def _as_json(text: str) -> str:
+    """A value that may be JSON, or Python's spelling of it, or text."""
+    if is_json(text):
+        return text
+    try:
+        return json.dumps(ast.literal_eval(text), ensure_ascii=False, allow_nan=False)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return json.dumps(text, ensure_ascii=False)
+
+
+# -- formats of their own -------------------------------------------------------------------------
+
+
+def gemma(reader: Reader, calls: Calls, quote: str, close: str) -> Steps[None]:
+    """call:NAME{key:value,...} with a token of its own for quotes."""
+    yield from reader.space()
+    if not (yield from reader.take("call:")):
+        raise NotACall
+    name = yield from reader.until("{", close, most=MOST_NAME)
+    tool = calls.find(name)
+    if (yield from reader.peek()) != "{":
+        raise NotACall
+    calls.begin(tool)
+    yield from _gemma_value(reader, calls, quote, close, 0)
+    calls.finish()
+    yield from reader.until(close)
+    yield from reader.take(close)
+
+
+def _gemma_value(reader: Reader, calls: Calls, quote: str, close: str, depth: int) -> Steps[None]:
+    if (yield from reader.take(quote)):
+        calls.write('"')
+        end = yield from reader.copy_until((quote,), _escaped(calls))
+        yield from reader.take(end)
+        yield from reader.peek()
+        calls.write('"')
+        return
+    opened = yield from reader.peek()
+    if opened not in ("{", "[") or depth > 64:
+        word = yield from reader.until(",", "}", "]", close)
+        yield from reader.peek()
+        calls.write(_as_json(word.strip()))
+        return
+    closed = "}" if opened == "{" else "]"
+    reader.skip(1)
+    separator = opened
+    while (yield from reader.peek()) not in ("}", "]", ""):
+        if opened == "{":
+            key = yield from reader.until(":", "}", close)
+            yield from reader.take(":")
+            key = json.dumps(key.replace(quote, "").strip(' "'), ensure_ascii=False)
+            calls.write(f"{separator}{key}: ")
+        else:
+            calls.write(separator)
+        separator = ", "
+        yield from _gemma_value(reader, calls, quote, close, depth + 1)
+        yield from reader.space()
+        if not (yield from reader.take(",")):
+            break
+        yield from reader.space()
+    calls.write(opened + closed if separator == opened else closed)
+    yield from reader.take_any("}", "]")
+
+
+def _escaped(calls: Calls) -> Callable[[str], None]:
+    return lambda text: calls.write(json.dumps(text, ensure_ascii=False)[1:-1])
+
+
+def python_list(reader: Reader, calls: Calls) -> Steps[None]:
+    """LFM2: [name(key=value, ...), ...] as Python spells it."""
+    close = "<|tool_call_end|>"
+    text = (yield from reader.until(close)).strip()
+    yield from reader.peek()
+    yield from reader.take(close)
+    found = [(calls.find(name), arguments) for name, arguments in _python_calls(text)]
+    for tool, arguments in found:
+        calls.begin(tool)
+        calls.write(json.dumps(arguments, ensure_ascii=False))
+        calls.finish()
+
+
+def _python_calls(text: str) -> list[tuple[str, dict[str, Any]]]:
+    try:
+        tree = ast.parse(text, mode="eval").body
+        nodes = tree.elts if isinstance(tree, (ast.List, ast.Tuple)) else [tree]
+        found = []
+        for node in nodes:
+            if not isinstance(node, ast.Call) or node.args:
+                raise NotACall
+            given = {k.arg: _literal(k.value) for k in node.keywords if k.arg is not None}
+            json.dumps(given, allow_nan=False)
+            found.append((ast.unparse(node.func), given))
+        return found
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        raise NotACall from None
+
+
+def _literal(node: ast.expr) -> Any:
+    """A value; JSON's words may stand among Python's."""
+    if isinstance(node, ast.Name):
+        return {"true": True, "false": False, "null": None}.get(node.id, node.id)
+    return ast.literal_eval(node)

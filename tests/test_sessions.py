@@ -1,0 +1,190 @@
+"""Conversations in files: gone on with bit by bit, refused where they don't fit, never half."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgeinfer.batch import StepLimits, StepRequest
+from edgeinfer.engine.engine import Engine
+from edgeinfer.errors import BusyError, InvalidRequestError, SessionError
+from edgeinfer.graph import Segment
+
+from .backends import backend
+from .golden_models import GOLDENS
+from .test_prefix_reuse import KINDS, VOCAB, ask, check_all_is_given_back, opened, text, told
+from .test_windows import segment
+
+PROMPT = text(60, 133)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Segment]]:
+    with GOLDENS["qwen35"].draft().loaded(tmp_path_factory.mktemp("hybrid"), "Q8_0") as model:
+        yield {
+            "full": segment(0), "windows": segment(0, 40, 40), "hybrid": model.graph.segment()
+        }  # fmt: skip
+
+
+def engine_of(name: str, model: Segment) -> Engine:
+    request = StepRequest(400, 2, 2, n_states=9 if model.states else 0)
+    limits = StepLimits.of(request, VOCAB, model.groups, 64)
+    return Engine(backend(name).compile(model, limits), limits, 400, model.output.dim)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("full", "cpu"), ("windows", "cpu"), ("windows", "shim"), ("hybrid", "cpu")]
+    + [("hybrid", "shim"), ("hybrid", "cpu+reference")],
+)
+def test_a_conversation_goes_on_in_another_engine(
+    models: dict[str, Segment], kind: str, name: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "there" / "talk.session"
+    first = engine_of(name, models[kind])
+    answer = told(first.submit(ask(PROMPT, 20)))[0]
+    ids = [*PROMPT, *answer]
+    assert first.sessions("m").save(path, ids) == len(ids) - 1
+    more = ask([*ids, 3, 4, 5], 20)
+    expected = told(first.submit(more))
+    check_all_is_given_back(first)
+    first.close()
+    second = engine_of(name, models[kind])
+    assert second.sessions("m").load(path) == tuple(ids[:-1])
+    assert second.sessions("m").save(tmp_path / "again", ids) == len(ids) - 1
+    assert (tmp_path / "again").read_bytes() == path.read_bytes()
+    assert told(second.submit(more)) == expected
+    check_all_is_given_back(second)
+    second.close()
+
+
+@pytest.fixture(scope="module")
+def saved(models: dict[str, Segment], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("saved") / "talk.session"
+    with opened(models["hybrid"]) as (engine, _):
+        told(engine.submit(ask(PROMPT, 5)))
+        engine.sessions("m").save(path, PROMPT)
+    return path
+
+
+def test_what_is_damaged_is_refused(
+    models: dict[str, Segment], saved: Path, tmp_path: Path
+) -> None:
+    data, rng, path = saved.read_bytes(), random.Random(5), tmp_path / "damaged"
+    n_head = data.index(b"}") + 1
+    damaged = [data[:n] for n in (0, 5, 20, 23, 24, 60, n_head, n_head + 9, len(data) - 1)]
+    damaged += [data + b"x", data[:20] + b"\xff" * 4 + data[24:], rng.randbytes(9000)]
+    damaged.append(data[:24] + b"[" * (n_head - 24) + data[n_head:])
+    for number in ("0", "-3", "true", "1e300", "99999999999999999999999", '"9"', "null"):
+        head = data[24:n_head].replace(b'"n_tokens": 132', f'"n_tokens": {number}'.encode())
+        damaged.append(data[:20] + len(head).to_bytes(4, "little") + head + data[n_head:])
+    for at in [*rng.sample(range(len(data)), k=40), 0, 21, 30, n_head + 1]:
+        damaged.append(data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :])
+    with opened(models["hybrid"]) as (engine, _):
+        for each in damaged:
+            path.write_bytes(each)
+            with pytest.raises(SessionError):
+                engine.sessions("m").load(path)
+            assert all(pool.n_free == pool.n_pages for pool in engine._store._kinds)
+        for no_file in (tmp_path, Path("/dev/zero")):
+            if no_file.exists():
+                with pytest.raises(SessionError, match="no file"):
+                    engine.sessions("m").load(no_file)
+        with pytest.raises(FileNotFoundError):
+            engine.sessions("m").load(tmp_path / "absent")
+        assert engine.sessions("m").load(saved) == tuple(PROMPT[:132])
+
+
+def test_what_does_not_fit_is_refused_and_says_what(
+    models: dict[str, Segment], saved: Path
+) -> None:
+    def refused(model: Segment, name: str = "m", **options: Any) -> str:
+        with opened(model, **options) as (engine, _):
+            with pytest.raises(SessionError) as error:
+                engine.sessions(name).load(saved)
+            check_all_is_given_back(engine)
+        return str(error.value)
+
+    assert "another model" in refused(models["hybrid"], "n")
+    assert "kv_type" in refused(models["full"])
+    assert "132 tokens, the context 128; raise n_ctx" in refused(models["hybrid"], n_ctx=128)
+    with opened(models["hybrid"], slots=1) as (engine, program):
+        with pytest.raises(InvalidRequestError, match="nothing"):
+            engine.sessions("m").save(saved.parent / "none", [1, 2, 3])
+        assert not (saved.parent / "none").exists()
+        running = engine.submit(ask(text(61, 600), 30))
+        while running.sequence is None or not running.sequence.n_generated:
+            pass
+        program.gate.clear()  # errands are run between steps; this one holds all pages
+        program.gate.set()
+        try:
+            engine.sessions("m").load(saved)
+        except BusyError as error:
+            assert "no room" in str(error)
+        assert len(told(running)[0]) >= 29
+        check_all_is_given_back(engine)
+
+
+def test_saving_and_loading_beside_requests(models: dict[str, Segment], tmp_path: Path) -> None:
+    """They run on, one of them fails, and what is written meanwhile is still right."""
+    for kind in KINDS:
+        with opened(models[kind]) as (engine, program):
+            answer = told(engine.submit(ask(PROMPT, 20)))[0]
+            alone = told(engine.submit(ask(text(62, 200), 60)))[0]
+            running = [engine.submit(ask(text(62, 200), 60)) for _ in range(3)]
+            next(running[0])
+            n_rows = program.n_rows
+            for i in range(4):
+                engine.sessions("m").save(tmp_path / f"{i}", [*PROMPT, *answer])
+                engine._scheduler.fail(running[2], ValueError()) if i == 1 else None
+                engine.sessions("m").load(tmp_path / f"{i}")
+            assert program.n_rows > n_rows
+            assert [told(each)[0] for each in running[:2]] == [alone] * 2
+            files = {(tmp_path / f"{i}").read_bytes() for i in range(4)}
+            assert len(files) == 1
+            check_all_is_given_back(engine)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from edgeinfer import platform
+from tests.test_sessions import *
+
+engine, path = engine_of("reference", segment(0, 40, 40)), Path(sys.argv[1])
+told(engine.submit(ask(PROMPT, 2)))
+assert engine.sessions("m").save(path, PROMPT[:132]) == 132
+kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv[2] == "writing":
+    read, n_reads = engine._program.read_pages, []
+    engine._program.read_pages = lambda *given: (
+        n_reads.append(given[1]), kill() if sum(map(bool, n_reads)) == 2 else None, read(*given)
+    )[2]
+else:
+    platform.sync = kill
+engine.sessions("m").save(path, PROMPT[:100])
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+@pytest.mark.parametrize("when", ["writing", "syncing"])
+def test_a_save_that_is_killed_leaves_the_old_session(
+    models: dict[str, Segment], when: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "talk.session"
+    root = Path(__file__).resolve().parent.parent
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, path, when], cwd=root, capture_output=True, timeout=120
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert len(list(tmp_path.iterdir())) == 2  # what was being written, too
+    engine = engine_of("reference", models["windows"])
+    assert engine.sessions("m").load(path) == tuple(PROMPT[:132])
+    engine.close()

@@ -1,0 +1,332 @@
+"""Calls of tools in replies: every family's spelling, broken ones, and any way to cut a reply."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgeinfer.results import ToolCall
+from edgeinfer.text.call_finder import CallFinder
+from edgeinfer.text.call_formats import call_format
+from edgeinfer.text.lenient_json import copy_value
+from edgeinfer.text.reader import CutOff, Reader
+
+DSML = "｜DSML｜"
+
+
+def tool(name: str, **kinds: str) -> dict[str, Any]:
+    properties = {key: {"type": kind} for key, kind in kinds.items()}
+    schema = {"type": "object", "properties": properties}
+    return {"type": "function", "function": {"name": name, "parameters": schema}}
+
+
+TOOLS = [
+    tool("weather", city="string", days="integer", exact="boolean", tags="array"),
+    tool("now"),
+    tool("functions_write", path="string", text="string"),
+]
+SIGNS = {
+    "hermes": "<tool_call>",
+    "llama": 'Respond in the format {"name": function name, "parameters": dictionary}',
+    "mistral": "[TOOL_CALLS]",
+    "harmony": "<|channel|>",
+    "deepseek": "<｜tool▁call▁begin｜>",
+    "dsml": DSML,
+    "lfm2": "<|tool_call_start|>",
+    "gemma": "<|tool_call>",
+    "functiongemma": "<start_function_call>",
+    "granite": "<|tool_call|>",
+}
+ROME = {"city": "Rome", "days": 2}
+
+
+class Reply(NamedTuple):
+    text: str
+    reasoning: str
+    calls: list[tuple[str, Any]]
+
+
+def read(family: str, pieces: Iterable[str], *, was_cut: bool = False, parse: bool = True) -> Reply:
+    """What comes of a reply in pieces; the deltas are checked against the whole."""
+    finder = CallFinder(call_format(SIGNS[family]), TOOLS)
+    deltas = [delta for piece in pieces for delta in finder.push(piece)]
+    deltas += finder.end(was_cut)
+    calls: list[list[str]] = []
+    for delta in deltas:
+        if delta.call is not None:
+            if delta.call.name:
+                assert delta.call.index == len(calls)
+                calls.append([delta.call.name, ""])
+            calls[delta.call.index][1] += delta.call.arguments
+    assert finder.done == tuple(ToolCall(name=n, arguments=a) for n, a in calls)
+    found = [(name, json.loads(text) if parse else text) for name, text in calls]
+    return Reply("".join(d.text for d in deltas), "".join(d.reasoning for d in deltas), found)
+
+
+HERMES = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome", "days": 2}}\n</tool_call>'
+CODER = (
+    "<tool_call>\n<function=weather>\n<parameter=city>\nRome\n</parameter>\n<parameter=days>\n2\n"
+    "</parameter>\n</function>\n</tool_call>"
+)
+GLM = (
+    "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Rome</arg_value>\n"
+    "<arg_key>days</arg_key>\n<arg_value>2</arg_value>\n</tool_call>"
+)
+BARE = '{"name": "weather", "parameters": {"city": "Rome", "days": 2}}'
+ARGS = '{"city": "Rome", "days": 2}'
+SPELLED = [
+    ("hermes", HERMES),
+    ("hermes", f"<tool_call>{BARE}</tool_call>"),
+    ("hermes", BARE),
+    ("hermes", '<tool_call>{"arguments": {"city": "Rome", "days": 2}, "name": "weather"}'),
+    ("hermes", f'<tool_call>{{"name": "weather", "arguments": {json.dumps(json.dumps(ROME))}}}'),
+    ("hermes", f'<tool_call>{{"type": "function", "function": {BARE}}}</tool_call>'),
+    ("hermes", CODER),
+    ("hermes", CODER.removeprefix("<tool_call>\n")),
+    ("hermes", GLM),
+    ("hermes", f"<function=weather>{ARGS}</function>"),
+    ("llama", BARE),
+    ("llama", "<|python_tag|>" + BARE),
+    ("mistral", f'[TOOL_CALLS][{{"name": "weather", "arguments": {ARGS}}}]'),
+    ("mistral", f"[TOOL_CALLS]weather[ARGS]{ARGS}"),
+    ("mistral", f"[TOOL_CALLS]weather[CALL_ID]abcdefghi[ARGS]{ARGS}"),
+    ("harmony", f" to=functions.weather<|channel|>commentary json<|message|>{ARGS}<|call|>"),
+    (
+        "harmony",
+        "<|channel|>commentary to=functions.weather <|constrain|>json<|message|>" + ARGS,
+    ),
+    (
+        "deepseek",
+        f"<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>{ARGS}<｜tool▁call▁end｜>"
+        "<｜tool▁calls▁end｜>",
+    ),
+    (
+        "deepseek",
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n"
+        f"{ARGS}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    ),
+    (
+        "dsml",
+        f'<{DSML}function_calls>\n<{DSML}invoke name="weather">\n<{DSML}parameter name="city" '
+        f'string="true">Rome</{DSML}parameter>\n<{DSML}parameter name="days" string="false">2'
+        f"</{DSML}parameter>\n</{DSML}invoke>\n</{DSML}function_calls>",
+    ),
+    ("lfm2", '<|tool_call_start|>[weather(city="Rome", days=2)]<|tool_call_end|>'),
+    ("gemma", '<|tool_call>call:weather{city:<|"|>Rome<|"|>,days:2}<tool_call|>'),
+    (
+        "functiongemma",
+        "<start_function_call>call:weather{city:<escape>Rome<escape>,days:2}<end_function_call>",
+    ),
+    ("granite", f'<|tool_call|>[{{"name": "weather", "arguments": {ARGS}}}]'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "text"), SPELLED)
+def test_each_spelling_is_the_same_call(family: str, text: str) -> None:
+    assert read(family, [text]) == ("", "", [("weather", ROME)])
+    assert read(family, text) == ("", "", [("weather", ROME)])
+
+
+TWO = [
+    ("hermes", HERMES + "\n" + HERMES.replace("Rome", "Bonn")),
+    ("hermes", CODER + CODER.replace("Rome", "Bonn")),
+    ("llama", f"{BARE}".join(["<|python_tag|>", "; "]) + BARE.replace("Rome", "Bonn")),
+    ("mistral", f"[TOOL_CALLS][{BARE}, {BARE.replace('Rome', 'Bonn')}]"),
+    ("mistral", f"[TOOL_CALLS]weather[ARGS]{ARGS}[TOOL_CALLS]weather{ARGS.replace('R', 'B')}"),
+    (
+        "lfm2",
+        "<|tool_call_start|>[weather(city='Rome', days=2), weather(city='Bonn', days=2)]"
+        "<|tool_call_end|>",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "text"), TWO)
+def test_several_calls(family: str, text: str) -> None:
+    (first, second) = read(family, text).calls
+    assert first == ("weather", ROME)
+    assert second[1]["days"] == 2 and second[1]["city"] in ("Bonn", "Bome")
+
+
+def test_text_around_calls_stays() -> None:
+    reply = read("hermes", f"\n\nI look.  \n\n{HERMES}\n\nAnd on.")
+    assert reply == ("\n\nI look.And on.", "", [("weather", ROME)])
+    assert read("hermes", "  a \n b  ").text == "  a \n b  "
+
+
+def test_harmony_has_reasoning_and_text() -> None:
+    text = (
+        "<|channel|>analysis<|message|>Let me <see>.<|end|><|start|>assistant<|channel|>final"
+        "<|message|>It is {sunny}.<|return|>"
+    )
+    assert read("harmony", text) == ("It is {sunny}.", "Let me <see>.", [])
+    assert read("harmony", "just text") == ("just text", "", [])
+    call = f"<|start|>assistant to=functions.weather<|channel|>commentary<|message|>{ARGS}<|call|>"
+    thought = "<|channel|>analysis<|message|>Hm.<|end|>"
+    assert read("harmony", thought + call) == ("", "Hm.", [("weather", ROME)])
+
+
+NO_CALLS = [
+    ("hermes", "a <tool_call> is a tag"),
+    ("hermes", '<tool_call>{"name": "unknown", "arguments": {}}</tool_call>'),
+    ("hermes", '<tool_call>{"name": "weather"'[:-2]),
+    ("hermes", "<tool_call>\nno JSON</tool_call>"),
+    ("hermes", '{"answer": 42, "name": "weather"}'),
+    ("hermes", '{"name": "Ada", "age": 36}'),
+    ("hermes", "<function=unknown>\n</function>"),
+    ("hermes", "<tool_call>" * 50),
+    ("llama", '<|python_tag|>brave_search.call(query="x")'),
+    ("llama", "{not JSON"),
+    ("mistral", "[TOOL_CALLS]unknown[ARGS]{}"),
+    ("mistral", "[TOOL_CALLS]" + "x" * 5000),
+    ("deepseek", "<｜tool▁call▁begin｜>unknown<｜tool▁sep｜>{}"),
+    ("dsml", f'<{DSML}invoke name="unknown">'),
+    ("lfm2", "<|tool_call_start|>[weather(city=__import__('os'))]<|tool_call_end|>"),
+    ("lfm2", "<|tool_call_start|>[weather('Rome')]<|tool_call_end|>"),
+    ("lfm2", "<|tool_call_start|>[now(), unknown()]<|tool_call_end|>"),
+    ("gemma", "<|tool_call>call:unknown{}<tool_call|>"),
+    ("gemma", "<|tool_call>weather<tool_call|>"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "text"), NO_CALLS)
+def test_what_is_no_call_is_text(family: str, text: str) -> None:
+    assert read(family, [text]) == (text, "", [])
+    assert read(family, text) == (text, "", [])
+
+
+MENDED = [
+    ('{"city": "Rome", "days": 2,}', ROME),
+    ("{'city': 'Rome', 'days': 2}", ROME),
+    ('{city: "Rome", days: 2}', ROME),
+    ('{"tags": [[1] [2]], "days": 2}', {"tags": [[1], [2]], "days": 2}),
+    ('{"city": "Rome", "days": 2', ROME),
+    ('{"city": "Rome", "exact": True, "days": None}', {**ROME, "exact": True, "days": None}),
+    ('{"city": "say "hi" now", "days": 2}', {"city": 'say "hi" now', "days": 2}),
+    ('{"city": "two\nlines\ttab"}', {"city": "two\nlines\ttab"}),
+    ('{"city": "C:\\dir"}', {"city": "C:\\dir"}),
+    ('{"city": "\\u12"}', {"city": "\\u12"}),
+    ('{"city": Rome}', {"city": "Rome"}),
+    ('{"tags": [1, 2, [3, {"a": }], 4}', {"tags": [1, 2, [3, {"a": ""}], 4]}),
+    ('{"days": NaN}', {"days": "NaN"}),
+    ("{" + '"a":[' * 200, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "meant"), MENDED)
+def test_broken_arguments_are_mended(arguments: str, meant: Any) -> None:
+    text = f'<tool_call>{{"name": "weather", "arguments": {arguments}}}</tool_call> after'
+    found = read("hermes", text)
+    assert [name for name, _ in found.calls] == ["weather"]
+    if meant is not None:
+        assert found.calls[0][1] == meant
+    assert read("hermes", [text]) == found
+
+
+def test_arguments_come_as_they_are_written() -> None:
+    finder = CallFinder(call_format(SIGNS["hermes"]), TOOLS)
+    begun = '<tool_call>{"name": "functions_write", "arguments": {"path": "a", "text": "'
+    finder.push(begun)
+    for word in ("one ", "two "):
+        (delta,) = finder.push(word)
+        assert delta.call is not None and delta.call.arguments == word
+
+
+def test_what_was_cut_stays_open() -> None:
+    text = '<tool_call>{"name": "functions_write", "arguments": {"path": "a", "text": "one tw'
+    cut = read("hermes", text, was_cut=True, parse=False)
+    assert cut.calls == [("functions_write", '{"path": "a", "text": "one tw')]
+    coder = "<function=functions_write>\n<parameter=text>\none\ntwo"
+    assert read("hermes", coder, was_cut=True, parse=False).calls[0][1] == '{"text": "one\\ntwo'
+    assert read("hermes", '<tool_call>{"name": "wea', was_cut=True).calls == []
+    assert read("hermes", '<tool_call>{"name": "wea', was_cut=True).text.endswith("wea")
+    number = '<tool_call>{"name": "weather", "arguments": {"days": 1'
+    assert read("hermes", number, was_cut=True, parse=False).calls == [("weather", '{"days": ')]
+
+
+def test_a_value_that_holds_markers() -> None:
+    text = 'say "</tool_call>" and\n<function=now>, "}\\u00e9'
+    arguments = json.dumps({"text": text})
+    reply = f'<tool_call>{{"name": "functions_write", "arguments": {arguments}}}</tool_call>'
+    assert read("hermes", reply).calls == [("functions_write", {"text": text})]
+
+
+# -- any way to cut a reply -----------------------------------------------------------------------
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=12),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
+    ),
+    max_leaves=8,
+)  # fmt: skip
+OBJECTS = st.dictionaries(st.text(max_size=8), VALUES, max_size=4)
+BITS = st.sampled_from(
+    ["<tool_call>", "</tool_call>", '{"name": "', "weather", "now", '", "arguments": ', "{", "}",
+     "[TOOL_CALLS]", "[ARGS]", "<function=", ">", "\n", " ", '"', "'", "a", "é", "[", "]", ",", ":",
+     "<parameter=city>", "</parameter>", "<|channel|>", "<|message|>", "<|end|>", "analysis",
+     "call:", '<|"|>', "<|tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "\\", "2", "to=",
+     "<|tool_call_start|>", "(", ")", "=", "<|tool_call_end|>", "<|python_tag|>", ";"]
+)  # fmt: skip
+
+
+def cut(text: str, at: list[int]) -> list[str]:
+    places = sorted({min(place, len(text)) for place in at} | {0, len(text)})
+    return [text[a:b] for a, b in zip(places, places[1:], strict=False)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(OBJECTS, st.sampled_from([None, 1, "\t"]), st.booleans(), st.lists(st.integers(0, 200)))
+def test_valid_json_passes_unchanged(
+    value: Any, indent: Any, is_ascii: bool, at: list[int]
+) -> None:
+    text = json.dumps(value, indent=indent, ensure_ascii=is_ascii)
+    reader, found = Reader(), list[str]()
+    steps = copy_value(reader, found.append)
+    for piece in cut(text, at):
+        reader.push(piece)
+        next(steps, None)
+    reader.end(was_cut=False)
+    next(steps, None)
+    assert "".join(found) == text
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(BITS, max_size=40),
+    st.sampled_from(sorted(SIGNS)),
+    st.booleans(),
+    st.lists(st.integers(0, 300)),
+)
+def test_any_cut_gives_the_same_reply(
+    bits: list[str], family: str, was_cut: bool, at: list[int]
+) -> None:
+    """And whatever comes is a reply: it never fails, and calls that were not cut off are JSON."""
+    text = "".join(bits)
+    whole = read(family, [text], was_cut=was_cut, parse=not was_cut)
+    assert read(family, cut(text, at), was_cut=was_cut, parse=not was_cut) == whole
+    assert all(name in ("weather", "now") for name, _ in whole.calls)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(max_size=60), st.lists(st.integers(0, 90)))
+def test_a_text_comes_through_the_tags(value: str, at: list[int]) -> None:
+    """Of Qwen's form, which has no quotes; a line end at either end belongs to the form."""
+    if "<parameter=" in value or "</" in value:
+        return
+    text = f"<function=functions_write>\n<parameter=text>\n{value}\n</parameter>\n</function>"
+    assert read("hermes", cut(text, at)).calls == [("functions_write", {"text": value})]
+
+
+def test_nothing_follows_a_cut() -> None:
+    reader = Reader()
+    reader.push("ab")
+    reader.end(was_cut=True)
+    with pytest.raises(CutOff):
+        next(reader.peek(3))
