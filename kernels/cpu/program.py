@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable, Sequence
+from operator import is_
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -147,7 +148,8 @@ class CpuProgram(CacheVerbs):
         self._drawn, self._lowered, self._weights = drawn, drawn.lowered, drawn.weights
         self.draft: CpuProgram | None = None  # what guesses tokens, with weights of this one
         self._memories: list[platform.Memory] = []
-        self._pages, self._pages_at = np.zeros(0, np.int32), 0  # of the page tables of a step
+        self._pages = self._copies = np.zeros(0, np.int32)  # of the page tables of a step
+        self._placed: list[PageTable] = []
         try:
             self._make()
         except BaseException:
@@ -206,16 +208,25 @@ class CpuProgram(CacheVerbs):
 
     def _copy_tables(self, tables: list[tuple[PageTable, ...]]) -> None:
         """Keep the page tables of a step: whoever gave them may change them meanwhile."""
+        flat = [table for of_sequence in tables for table in of_sequence]
+        # Those of the step before, as most are, have their places.
+        if len(flat) != len(self._placed) or not all(map(is_, flat, self._placed)):
+            self._place_tables(tables)
+            self._placed = flat
+        if flat:
+            np.concatenate([table.pages for table in flat], out=self._copies)
+
+    def _place_tables(self, tables: list[tuple[PageTable, ...]]) -> None:
+        """Tell kernels where the copies of these tables lie, and what is seen of them."""
         n = sum(len(table.pages) for of_sequence in tables for table in of_sequence)
+        self._placed = []
         if n > len(self._pages):
             self._pages = np.empty(n, np.int32)
-            self._pages_at = self._pages.ctypes.data
-        copies, address, end = self._pages, self._pages_at, 0
+        self._copies, address = self._pages[:n], self._pages.ctypes.data
         for i, of_sequence in enumerate(tables):
             for group, (pages, n_pinned, n_visible) in zip(self._tables, of_sequence, strict=True):
-                start, end = end, end + len(pages)
-                copies[start:end] = pages
-                group[i] = address + 4 * start, len(pages), n_pinned, n_visible
+                group[i] = address, len(pages), n_pinned, n_visible
+                address += pages.nbytes
 
     def _run(self, batch: Batch, schedule: Schedule) -> Outputs:
         tape = self._step_tape(schedule, batch.output)
