@@ -163,6 +163,17 @@ class TimesOps(Protocol):
 
 
 @runtime_checkable
+class Drafts(Protocol):
+    """It may have its segment's `draft` beside it: a program that is closed with it.
+
+    Steps of that take token ids and `hidden`, and yield logits and hidden rows.
+    """
+
+    @property
+    def draft(self) -> Program | None: ...
+
+
+@runtime_checkable
 class RunsOnGpu(Backend, Protocol):
     """A backend that compiles for a GPU, or for what stands in its place."""
 

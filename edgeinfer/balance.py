@@ -12,6 +12,7 @@ from edgeinfer.backend import Backend
 from edgeinfer.batch import StepRequest
 from edgeinfer.chain import Stretch
 from edgeinfer.engine.memory_plan import PlanRequest, available_bytes, usual_n_ctx
+from edgeinfer.engine.plan_rows import LEAST_STATES
 from edgeinfer.errors import UnsupportedModelError
 from edgeinfer.graph import Segment
 
@@ -60,7 +61,8 @@ class _Shares:
         self.cuts = _cuts(segment, first)
         self._known: dict[tuple[int, int, int], float] = {}
         n_ctx = usual_n_ctx(segment) if request.n_ctx is None else request.n_ctx
-        self._step = StepRequest(n_ctx, request.slots, request.n_threads)
+        n_states = LEAST_STATES * request.slots if segment.states else 0
+        self._step = StepRequest(n_ctx, request.slots, request.n_threads, n_states=n_states)
         # Steps are as large as the least machine runs, and so is what all reserve for them.
         piece = self._part(len(self.cuts) - 1, len(self.cuts))
         limits = [each.demand(piece, self._step).limits for each in (*gpus, *before)]

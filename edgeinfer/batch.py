@@ -209,6 +209,11 @@ class StepLimits(NamedTuple):
     row_cost: float = ROW_COST
     n_states: int = 0  # slots
 
+    def of_draft(self, windows: Iterable[int]) -> StepLimits:
+        """Of the block that guesses tokens beside a model of these limits, in the same pages."""
+        n_pages = {window: self.n_pages[window] for window in windows}
+        return self._replace(n_pages=n_pages, max_outputs=self.max_sequences, n_states=0)
+
     @classmethod
     def of(
         cls,

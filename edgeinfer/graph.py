@@ -12,7 +12,9 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from edgeinfer.errors import InvalidModelError, InvalidRequestError
+from edgeinfer import draft
+from edgeinfer.draft import Draft
+from edgeinfer.errors import InvalidModelError
 from edgeinfer.model_reader import Heads, ModelReader, without_leading_ones
 from edgeinfer.ops import (
     KV,
@@ -48,7 +50,7 @@ from edgeinfer.ops import (
 )
 from edgeinfer.quant import Weight
 from edgeinfer.rope import Growth, Rope, RopeKind, Yarn
-from edgeinfer.segment import Segment
+from edgeinfer.segment import Segment, in_context, of_types
 from edgeinfer.settings import Settings
 
 __all__ = [
@@ -76,6 +78,7 @@ class Graph(ModelReader):
         self.hidden: Value | None = None  # what the head reads
         self._n_values = 0
         self._boundaries: list[Value] = []  # the residual stream leaving layer i
+        self._draft: Draft | None = None
 
     # -- structure ---------------------------------------------------------------------------
 
@@ -85,6 +88,13 @@ class Graph(ModelReader):
             self._layer = i
             yield f"blk.{i}"
         self._layer = self.hparams.n_layers
+
+    def drafts(self) -> Iterator[tuple[str, Value]]:
+        """Yield the prefix of a block that guesses tokens, and what the head reads before each.
+
+        What is recorded meanwhile, its `head` too, is the draft's.
+        """
+        yield from draft.record(self)
 
     def layer_output(self, x: Value) -> Value:
         """Mark x as the residual stream that leaves this layer: where a graph can be cut."""
@@ -98,12 +108,14 @@ class Graph(ModelReader):
         n_ctx: int | None = None,
         residuals: Iterable[int] = (),
         kv_types: tuple[KVType, KVType] = ("f16", "f16"),
+        drafts: bool = False,
     ) -> Segment:
         """Layers first <= i < last; the embedding rides with layer 0, the head with the last.
 
         For sequences of up to n_ctx positions; without that, as many as it was trained for. Steps
         may also yield the streams that enter the layers `residuals`, all from `first` to `last`.
         Caches keep K and V in `kv_types`; InvalidRequestError where a layer has but one for both.
+        With `drafts` a whole model has the `draft` that its file holds, if any.
         """
         n = self.hparams.n_layers
         last = n if last is None else last
@@ -120,12 +132,20 @@ class Graph(ModelReader):
         if layers and not first <= layers[0] <= layers[-1] <= last:
             raise ValueError(f"residuals {layers} are not within {first}:{last}")
         kept = {layer: self.residual(layer) for layer in layers}
-        return Segment(self, ops, entering, output, hidden, last == n, kept)
+        found = Segment(self, ops, entering, output, hidden, last == n, kept)
+        if not drafts or self._draft is None or last - first < n:
+            return found
+        return self._draft.beside(found, self._rewritten(self._draft.block.ops, n_ctx, kv_types))
 
     def ops_for(self, n_ctx: int | None, kv_types: tuple[KVType, KVType]) -> tuple[Op, ...]:
         """All that was recorded, for contexts of that length and caches of these types."""
+        return self._rewritten(self.ops, n_ctx, kv_types)
+
+    def _rewritten(
+        self, ops: Iterable[Op], n_ctx: int | None, kv_types: tuple[KVType, KVType]
+    ) -> tuple[Op, ...]:
         n_ctx = self.hparams.n_ctx_train if n_ctx is None else n_ctx
-        return tuple(_of_types(_in_context(op, n_ctx), kv_types) for op in self.ops)
+        return tuple(of_types(in_context(op, n_ctx), kv_types) for op in ops)
 
     def residual(self, layer: int) -> Value:
         """The residual stream that enters a layer; that of layer `n_layers` enters the head."""
@@ -159,6 +179,10 @@ class Graph(ModelReader):
         weight = self._weight(f"{name}.weight", out_dim, x.dim)
         bias = self._optional(f"{name}.bias", out_dim)
         return self._linear(x, weight, bias, name)
+
+    def linear_of(self, parts: Sequence[Value], name: str, out_dim: int) -> Value:
+        """A matrix times values that lie beside each other, part by part."""
+        return draft.linear_of(self, parts, name, out_dim)
 
     def linears(self, x: Value, fused: str, parts: Mapping[str, int]) -> list[Value]:
         """Linears of one x by name and width, which a file may hold as one matrix, `fused`."""
@@ -324,12 +348,14 @@ class Graph(ModelReader):
     def select_rows(self, x: Value) -> Value:
         return self._record(SelectRows, x.dim, x=x)
 
-    def head(self, x: Value, scale: float = 1.0, soft_cap: float = 0.0) -> None:
-        """Logits from `output.weight`, or from the embedding where the file ties the two.
+    def head(
+        self, x: Value, scale: float = 1.0, soft_cap: float = 0.0, name: str = "output"
+    ) -> None:
+        """Logits from a matrix, or from the embedding where the file ties the two.
 
         They are multiplied by `scale`, then kept below `soft_cap` where there is one.
         """
-        name = "output" if self.has("output.weight") else "token_embd"
+        name = self.first(name, "token_embd")
         self.hidden = x
         logits = self.scale(self.linear(x, name, self.hparams.vocab_size), scale)
         self.logits = self.soft_cap(logits, soft_cap) if soft_cap else logits
@@ -364,25 +390,6 @@ class Graph(ModelReader):
         self._n_values += 1
         self.ops.append(op(layer=self._layer, out=out, **fields))  # type: ignore[arg-type]
         return out
-
-
-def _of_types(op: Op, kv_types: tuple[KVType, KVType]) -> Op:
-    if not isinstance(op, Attention) or kv_types == ("f16", "f16"):
-        return op
-    k_type, v_type = kv_types
-    if op.cache.k_is_v and k_type != v_type:
-        raise InvalidRequestError(
-            f"K is {k_type} and V is {v_type}, but in layer {op.layer} K serves as V; give one "
-            "type for both",
-            param="kv_type",
-        )
-    return op._replace(cache=op.cache._replace(k_type=k_type, v_type=v_type))
-
-
-def _in_context(op: Op, n_ctx: int) -> Op:
-    if not isinstance(op, Rotate) or op.rope.longer is None:
-        return op
-    return op._replace(rope=op.rope.in_context(n_ctx))
 
 
 def _of_heads(weight: Weight, n_heads: int, first: int, last: int) -> Weight:

@@ -80,10 +80,13 @@ class Keys:
         self._read: set[str] = set()
         self._arrays: dict[str, tuple[Any, ...]] = {}
         self._n_blocks = self._whole("block_count", _MAX_LAYERS)
-        # Blocks that guess tokens stand behind those of the model, and are counted with them.
-        self.n_layers = self._n_blocks - self.count("nextn_predict_layers", 0, low=0)
+        # Blocks that guess tokens stand behind those of the model, and are counted with them. Who
+        # knows of them reads the key; for others it is one that acts and that nobody has read.
+        drafts = "nextn_predict_layers"
+        n_drafts = self._metadata.get_int(self._key(drafts), 0, low=0, high=_MAX_LAYERS)
+        self.n_layers = self._n_blocks - n_drafts
         if self.n_layers < 1:
-            self.wrong("nextn_predict_layers", self._n_blocks - self.n_layers, "fewer than blocks")
+            self.wrong(drafts, n_drafts, f"fewer than the {self._n_blocks} blocks")
         self.n_ctx_train = self._whole("context_length", 2**31 - 1)
 
     def has(self, name: str) -> bool:

@@ -32,7 +32,7 @@ from edgeinfer.sampling.params import SamplingParams, breaker_tokens, recommende
 from edgeinfer.stream import Stream, read_all
 from edgeinfer.text.call_finder import CallFinder, call_finder
 from edgeinfer.text.messages import Conversation, Message
-from edgeinfer.text.prompt import chat_prompt
+from edgeinfer.text.prompt import Prompt, chat_prompt
 from edgeinfer.text.reply import AnswerText, ReasoningSplitter, opened_tags, reasoning_tags
 from edgeinfer.text.template_engine import TemplateEngine
 from edgeinfer.text.tokenizer import TooManyTokens
@@ -103,7 +103,8 @@ class LLM:
     def stream(self, prompt: str | Sequence[int], **sampling: Unpack[Sampling]) -> Stream:
         """`generate`, as events while it runs."""
         given = checked("stream", sampling, ANSWER)
-        return self._submit(self._prompt_ids(prompt, given), given, None, n_pinned=1)
+        ids = self._prompt_ids(prompt, given)
+        return self._submit(Prompt(ids, 1, 0, n_stable=given.get("n_stable", 0)), given, None)
 
     def generate_batch(
         self, prompts: Iterable[str | Sequence[int]], **sampling: Unpack[Sampling]
@@ -151,12 +152,14 @@ class LLM:
                 overflow=given.get("overflow", "error"),
                 n_ctx=self.n_ctx,
                 most=self._most_tokens(given),
+                n_stable=given.get("n_stable", 0),
+                has_borders=bool(opened.segment.states) or any(opened.segment.groups),
             )
         end = opened.tokenizer.decode(prompt.ids[-16:], special=True)
         tags = reasoning_tags(opened.template.source, opened.tokenizer)
         splitter = ReasoningSplitter(tags, opened_tags(end, tags))
         finder = call_finder(opened.template.source, chat.tools)
-        return self._submit(prompt.ids, given, splitter, prompt.n_pinned, prompt.n_dropped, finder)
+        return self._submit(prompt, given, splitter, finder)
 
     def chat_batch(
         self,
@@ -295,22 +298,22 @@ class LLM:
 
     def _submit(
         self,
-        ids: list[int],
+        prompt: Prompt,
         given: dict[str, Any],
         splitter: ReasoningSplitter | None,
-        n_pinned: int,
-        n_dropped: int = 0,
         finder: CallFinder | None = None,
     ) -> Stream:
         opened = self._open()
         answer = AnswerText.open(opened.tokenizer, given.get("stop", ()), splitter, finder)
         request = Request(
-            ids=tuple(ids),
+            ids=tuple(prompt.ids),
             params=self._params(given),
             max_tokens=given.get("max_tokens"),
-            overflow=self._cache_overflow(given.get("overflow", "error"), len(ids)),
+            overflow=self._cache_overflow(given.get("overflow", "error"), len(prompt.ids)),
             stop_ids=self._stop_ids(given.get("stop_token_ids", frozenset())),
-            n_pinned=given.get("n_keep", n_pinned),
+            n_pinned=given.get("n_keep", prompt.n_pinned),
+            borders=prompt.borders,
+            n_stable=prompt.n_stable,
             priority=given.get("priority", 0),
             hook=watching.hook_of(given, opened),
             speculation=given.get("speculation", opened.plan.limits.row_cost < 1),
@@ -323,7 +326,7 @@ class LLM:
             model=self.name,
             load_s=opened.load_s,
             owner=self,
-            dropped_turns=n_dropped,
+            dropped_turns=prompt.n_dropped,
         )
 
     def _stop_ids(self, given: frozenset[int]) -> frozenset[int]:

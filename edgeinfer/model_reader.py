@@ -169,13 +169,20 @@ class ModelReader:
     @property
     def _here(self) -> int | None:
         """The layer that is being recorded."""
-        return self._layer if 0 <= self._layer < self.hparams.n_layers else None
+        n = self.hparams.n_layers
+        if self._layer > n:  # a draft, whose block stands behind those of the layers
+            return self._layer - 1
+        return self._layer if 0 <= self._layer < n else None
 
     # -- tensors -----------------------------------------------------------------------------
 
     def has(self, name: str) -> bool:
         """Whether the file holds this tensor (full name)."""
         return name in self._weights
+
+    def first(self, *names: str) -> str:
+        """The first of these names whose weight the file holds, or the last."""
+        return next((name for name in names if self.has(f"{name}.weight")), names[-1])
 
     @property
     def unused(self) -> list[str]:

@@ -74,6 +74,7 @@ class Sampling(TypedDict, total=False):
     min_keep: int | None
     logit_bias: Mapping[int, float] | None
     logprobs: int | None
+    n_stable: int | None  # leading messages, or tokens, that later prompts share: kept longest, 0
     priority: int | None  # larger ones run first, 0
     on_step: Callable[[Any], object] | None  # gets a Step, in the engine's thread: it can't wait
     watch: Sequence[str | int] | None  # what it is shown: "logits" alone, "hidden", layers

@@ -164,6 +164,11 @@ REQUEST = _by_name(
         "n_keep", integer, "Tokens at the start that stay when it slides (the system message).",
         0, _INT32, usual=(0, 1_000_000),
     ),
+    Parameter(
+        "n_stable", integer,
+        "Messages (of a chat) or tokens at the start that later prompts share, and are kept for.",
+        0, _INT32, 0,
+    ),
     Parameter("priority", integer, "Larger ones run first.", -_INT32, _INT32, 0),
     Parameter("on_step", function, "Called after each step, before its token is picked."),
     Parameter("watch", watched, "What on_step is shown.", default=("logits",)),

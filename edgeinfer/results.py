@@ -11,11 +11,17 @@ from typing import Literal, TypeAlias
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """Token counts; `cached_tokens` of the prompt were still in the cache from before."""
+    """Token counts; `cached_tokens` of the prompt had been computed for others, or before.
+
+    `cache_miss` says why the rest was not: it is "new", or was given up ("evicted"), or is not kept
+    that far back ("window", "state"), or is for another context or another way to slide
+    ("settings").
+    """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    cache_miss: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

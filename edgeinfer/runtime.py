@@ -275,7 +275,9 @@ def _planned(
 
 def _plan_request(model: Model, settings: LoadSettings, freed: Mapping[str, int]) -> PlanRequest:
     text = text_bytes(model.file.metadata)
-    host = HostBytes(text.kept, text.building, _SCREEN_BYTES if "textual" in sys.modules else 0)
+    screen = _SCREEN_BYTES if "textual" in sys.modules else 0
+    gpu = _GPU_BYTES if settings.device.kind == "cuda" else 0
+    host = HostBytes(text.kept, text.building, screen, gpu)
     usual = platform.memory_budget(min(platform.rss(), PYTHON_BYTES))
     return PlanRequest(
         settings.n_ctx, settings.slots, settings.n_threads, settings.allowed_memory(usual), freed,
@@ -285,6 +287,7 @@ def _plan_request(model: Model, settings: LoadSettings, freed: Mapping[str, int]
 
 # Textual, and what the chat shows: VmRSS on x86-64 Linux grew by 36 MiB.
 _SCREEN_BYTES = 40 << 20
+_GPU_BYTES = 50 << 20  # CuPy and the driver; not measured on a machine that has them
 
 
 def _gpus(

@@ -6,8 +6,20 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
-from edgeinfer.errors import UnsupportedModelError
-from edgeinfer.ops import KV, Attention, Conv, DeltaNet, Op, Recording, State, Value, inputs
+from edgeinfer.errors import InvalidRequestError, UnsupportedModelError
+from edgeinfer.ops import (
+    KV,
+    Attention,
+    Conv,
+    DeltaNet,
+    KVType,
+    Op,
+    Recording,
+    Rotate,
+    State,
+    Value,
+    inputs,
+)
 
 
 class Segment(NamedTuple):
@@ -17,6 +29,7 @@ class Segment(NamedTuple):
     it. `output` is the value it yields: logits of the selected rows, or the residual stream.
     `hidden` is what steps yield that want no logits: what the head reads, or the output.
     `residuals` are the streams that enter some layers, by layer, which steps may yield beside it.
+    `draft` guesses tokens with weights and pages of this one: see `edgeinfer.draft`.
     """
 
     graph: Recording
@@ -26,6 +39,7 @@ class Segment(NamedTuple):
     hidden: Value
     is_last: bool
     residuals: Mapping[int, Value] = MappingProxyType({})
+    draft: Segment | None = None
 
     @property
     def kept(self) -> set[Value]:
@@ -75,6 +89,25 @@ class Segment(NamedTuple):
         early = {i: value for i, value in self.residuals.items() if value in made}
         late = {i: value for i, value in self.residuals.items() if value not in made}
         first = self._replace(
-            ops=before, output=stream, hidden=stream, is_last=False, residuals=early
+            ops=before, output=stream, hidden=stream, is_last=False, residuals=early, draft=None
         )
-        return first, self._replace(ops=after, input=stream, residuals=late)
+        return first, self._replace(ops=after, input=stream, residuals=late, draft=None)
+
+
+def of_types(op: Op, kv_types: tuple[KVType, KVType]) -> Op:
+    if not isinstance(op, Attention) or kv_types == ("f16", "f16"):
+        return op
+    k_type, v_type = kv_types
+    if op.cache.k_is_v and k_type != v_type:
+        raise InvalidRequestError(
+            f"K is {k_type} and V is {v_type}, but in layer {op.layer} K serves as V; give one "
+            "type for both",
+            param="kv_type",
+        )
+    return op._replace(cache=op.cache._replace(k_type=k_type, v_type=v_type))
+
+
+def in_context(op: Op, n_ctx: int) -> Op:
+    if not isinstance(op, Rotate) or op.rope.longer is None:
+        return op
+    return op._replace(rope=op.rope.in_context(n_ctx))

@@ -238,7 +238,7 @@ class Stream(Iterator[Event]):
         self._show(last or ([Delta()] if self._n_shown < len(self._ids) else []))
         if self._answer.stop is not None:
             reason, stop = "stop", self._answer.stop
-        prompt, first = self._generation.request, self._prefill[:1]
+        prompt, read = self._generation.request, self._prefill[-1:]
         self._completion = Completion(
             text=self._answer.text,
             reasoning=self._answer.reasoning,
@@ -250,7 +250,8 @@ class Stream(Iterator[Event]):
             usage=Usage(
                 prompt_tokens=len(prompt.ids),
                 completion_tokens=len(self._ids),
-                cached_tokens=first[0].cached if first else 0,
+                cached_tokens=read[0].cached if read else 0,
+                cache_miss=read[0].miss if read else "",
             ),
             timings=self._timings(),
             seed=prompt.params.seed or 0,
@@ -268,7 +269,7 @@ class Stream(Iterator[Event]):
         prefill_s, n_prefilled, decode_s = 0.0, 0, self._last_at - self._first_at
         if self._prefill:
             start, end = self._prefill[0], self._prefill[-1]
-            prefill_s, n_prefilled = end.at - start.at, end.done - start.cached
+            prefill_s, n_prefilled = end.at - start.at, end.done - end.cached
         return Timings(
             load_s=self._load_s,
             first_token_s=self._first_at - submitted if self._ids else 0.0,

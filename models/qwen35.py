@@ -10,21 +10,36 @@ NAMES: dict[str, Pairing] = {"qwen35": "tiled", "qwen35moe": "tiled", "qwen3next
 
 
 def forward(g: Graph) -> None:
-    g.skip_drafts()
     x = g.embed()  # (T, D)
     for blk in g.layers():
         h = g.rms_norm(x, f"{blk}.attn_norm")
         x = x + (delta_net(g, h, blk) if g.is_recurrent(4) else attention(g, h, blk))
-        h = g.rms_norm(x, f"{blk}.post_attention_norm")
-        if g.hparams.architecture == "qwen35":
-            gate, up = g.gate_up(h, blk)  # (T, F)
-            f = g.linear(g.silu(gate) * up, f"{blk}.ffn_down", g.dim)
-        else:
-            f = g.experts(
-                h, blk, g.count("feed_forward_length", 0, low=0) // g.count("expert_used_count")
-            )
-        x = g.layer_output(x + f)
+        x = g.layer_output(x + feed_forward(g, x, blk))
     g.head(g.rms_norm(g.select_rows(x), "output_norm"))  # (wanted rows, V)
+    for blk, read in g.drafts():
+        draft(g, read, blk)
+    g.skip_drafts()
+
+
+def draft(g: Graph, read: Value, blk: str) -> None:
+    """The token after next, from the next one and what the head read before it."""
+    own = f"{blk}.nextn"
+    e = g.rms_norm(g.embed(g.first(f"{own}.embed_tokens", "token_embd")), f"{own}.enorm")
+    h = g.rms_norm(read, f"{own}.hnorm")
+    x = g.linear_of((e, h), f"{own}.eh_proj", g.dim)
+    x = x + attention(g, g.rms_norm(x, f"{blk}.attn_norm"), blk)
+    x = g.select_rows(x + feed_forward(g, x, blk))
+    norm = g.first(f"{own}.shared_head_norm", "output_norm")
+    g.head(g.rms_norm(x, norm), name=g.first(f"{own}.shared_head_head", "output"))
+
+
+def feed_forward(g: Graph, x: Value, blk: str) -> Value:
+    h = g.rms_norm(x, f"{blk}.post_attention_norm")
+    if g.hparams.architecture == "qwen35":
+        gate, up = g.gate_up(h, blk)  # (T, F)
+        return g.linear(g.silu(gate) * up, f"{blk}.ffn_down", g.dim)
+    width = g.count("feed_forward_length", 0, low=0) // g.count("expert_used_count")
+    return g.experts(h, blk, width)
 
 
 def attention(g: Graph, h: Value, blk: str) -> Value:

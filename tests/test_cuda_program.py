@@ -23,7 +23,7 @@ from edgeinfer.sampling.sampler import ReferenceSampler
 from . import test_graphs
 from .backends import IDS, LIMITS, batch_of
 from .models_for_tests import tiny_model
-from .random_graphs import MODELS, Drawn, Recorder
+from .random_graphs import MODELS, TYPED_MODELS, Drawn, Recorder
 from .shim import shim
 
 
@@ -54,9 +54,15 @@ def test_every_graph_has_the_references_bits(drawn: Drawn) -> None:
     check_drawn(drawn)
 
 
+@settings(max_examples=12, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(TYPED_MODELS)
+def test_every_graph_has_them_over_caches_in_blocks(drawn: Drawn) -> None:
+    check_drawn(drawn)
+
+
 @pytest.mark.slow
 @settings(max_examples=2000, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-@given(MODELS)
+@given(MODELS | TYPED_MODELS)
 def test_many_graphs_have_the_references_bits(drawn: Drawn) -> None:
     check_drawn(drawn)
 

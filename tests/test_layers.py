@@ -24,6 +24,7 @@ device gguf dequantize
 rope
 text sampling hub ops
 mixture model_reader segment
+draft
 graph keys
 batch models.*
 fusion known

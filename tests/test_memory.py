@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from edgeinfer import LLM, plan, platform
 from edgeinfer.batch import StepLimits, StepRequest
 from edgeinfer.engine.plan_rows import HostBytes, base_bytes
-from edgeinfer.errors import PlanError
-from edgeinfer.gguf import GGUFFile
+from edgeinfer.errors import Keyword, PlanError
+from edgeinfer.gguf import GGUFFile, TensorBytes
 from edgeinfer.kernels.cpu.blueprint import Blueprint
 from edgeinfer.kernels.cpu.library import BUILDER_BYTES, build_command, n_builders
 from edgeinfer.kernels.cpu.program import CpuBackend, CpuProgram
@@ -360,6 +360,31 @@ def test_what_is_reserved_is_what_was_planned(
             assert program.step_weight_bytes == rows["weights F32"] and not kept
         again = plan(path, **options).rows  # the kernels are built by now
         assert again == {name: llm.plan.rows[name] for name in again}
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_a_tenth_less_than_fits_is_refused_with_settings_that_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slots: int
+) -> None:
+    """Before a tensor was read or memory reserved; each of the settings then loads and answers."""
+    path = make_model(tmp_path / "m.gguf", quant="Q4_0", **{**_SMALL, "n_kv_heads": 4})
+    with LLM(path, n_ctx=64, threads=1):
+        pass  # kernels are there from now on
+    given: LoadOptions = {"n_ctx": 4096 if slots > 1 else 8192, "slots": slots, "threads": 1}
+    least = plan(path, kv_type="q8_0", **given)
+    spare = least.rows.get("prefix pages", 0)
+    with monkeypatch.context() as context, pytest.raises(PlanError) as caught:
+        context.setattr(platform, "Memory", None)
+        context.setattr(TensorBytes, "read_into", None)
+        LLM(path, memory=(least.total_bytes - spare) * 9 // 10, **given)
+    named = [each for each in caught.value.advice if isinstance(each, Keyword)]
+    assert [each.name for each in named][:1] == ["n_ctx"] and len(named) == 2
+    for name, value in named:
+        memory = (least.total_bytes - spare) * 9 // 10
+        options: Any = {"memory": memory, **given, name: value}
+        with LLM(path, **options) as llm:
+            assert llm.plan.total_bytes <= llm.plan.available
+            assert len(llm.generate([3] * 20, max_tokens=4).token_ids) > 0
 
 
 class Counted:

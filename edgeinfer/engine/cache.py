@@ -310,6 +310,7 @@ class SequenceCache:
 
     def free(self) -> None:
         """Give everything back."""
+        self.room = 0
         for table, pool in zip(self.tables, self._pools, strict=True):
             held = table.pages[table.pages >= 0].tolist()
             table.pages[:] = -1
@@ -318,7 +319,7 @@ class SequenceCache:
         if self._states is not None and self.state >= 0:
             self._states.release([self.state])
         self.state = -1
-        self.n_tokens = self._n_written = self.room = 0
+        self.n_tokens = self._n_written = 0
 
     @property
     def _top(self) -> int:

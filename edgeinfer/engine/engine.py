@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from edgeinfer.backend import Program, Ticket
-from edgeinfer.batch import Batch, Outputs, StepLimits
+from edgeinfer.batch import Outputs, StepLimits
 from edgeinfer.engine import hooks
 from edgeinfer.engine.cache import CacheLayout, Overflow, PagePool
 from edgeinfer.engine.cache_store import CacheStore
+from edgeinfer.engine.delivery import Delivery
 from edgeinfer.engine.errand import Errand
 from edgeinfer.engine.generation import (
     WAKE_SECONDS,
@@ -69,6 +70,7 @@ class Engine:
         self._store = CacheStore(limits, program)
         self._scheduler = Scheduler(limits, self._costs, self._store)
         self._samples = SampleTable(self._scheduler.max_samples)
+        self.delivery = Delivery()
         self._changed = threading.Condition()
         self._ticket: Ticket | None = None
         self._in_step: list[Work] = []
@@ -129,6 +131,10 @@ class Engine:
             check_length(len(each), self.n_ctx)
         layout = self.layout("error")
         job = LogitsJob.of(lists, first, prefill_chunk, self.limits, layout, take)
+        self._do(job)
+
+    def _do(self, job: LogitsJob) -> None:
+        self._check_thread()
         self._queue(job)
         job.wait(self)
 
@@ -141,8 +147,7 @@ class Engine:
         hook = hooks.Hook(take, residuals=layers)
         layout = self.layout("error")
         job = LogitsJob.of((ids,), len(ids), None, self.limits, layout, lambda *_: None, hook)
-        self._queue(job)
-        job.wait(self)
+        self._do(job)
 
     def sessions(self, model: str) -> Sessions:
         """What saves and loads what the cache holds: see there for `model`."""
@@ -201,7 +206,10 @@ class Engine:
     def check_waiting(self) -> None:
         """The same for who waits for them here: a callback that does stops all that runs."""
         self.check_alive()
-        if threading.current_thread() is self._thread:
+        self._check_thread()
+
+    def _check_thread(self) -> None:
+        if threading.current_thread() is self._thread or self.delivery.is_here():
             raise InvalidRequestError("a callback can't wait for an answer; wait in a thread")
 
     def close(self, timeout: float = _JOIN_SECONDS, *, is_exit: bool = False) -> None:
@@ -217,7 +225,7 @@ class Engine:
             if self._ticket is not None:
                 self._ticket.abort()
             self._changed.notify()
-        if threading.current_thread() is not self._thread:
+        if threading.current_thread() is not self._thread and not self.delivery.is_here():
             self._thread.join(timeout)
         # A thread that is still in a step keeps its memory: freeing it would crash.
         if not self._thread.is_alive():
@@ -253,6 +261,7 @@ class Engine:
             self._scheduler.fail_all(ClosedError(self._closed), also_waiting=True)
             while self._errands:
                 self._errands.popleft().fail(ClosedError(self._closed))
+            self.delivery.close(_JOIN_SECONDS)
 
     def _serve(self) -> None:
         """Turns until it is closed. An error outside of any one request costs a turn at first."""
@@ -274,6 +283,8 @@ class Engine:
     def _wait_for_work(self) -> bool:
         """False once the engine is closed."""
         scheduler = self._scheduler
+        if not scheduler.has_work:
+            self.delivery.send()
         with self._changed:
             while not (self._closed or scheduler.has_work or self._errands):
                 self._changed.wait()
@@ -287,7 +298,9 @@ class Engine:
         scheduler.drop_cancelled()
         scheduler.pause_unread()
         scheduler.admit()
-        for parts in scheduler.next_steps():
+        steps = scheduler.next_steps()
+        self.delivery.send()  # what the last step has yielded, and what has ended since
+        for parts in steps:
             self._step(parts)
 
     def _step(self, parts: list[Rows]) -> None:
@@ -320,9 +333,8 @@ class Engine:
 
     def _run(self, parts: list[Rows]) -> Outputs:
         """Run one step; its outputs are views that the next step overwrites."""
-        samples = self._samples if isinstance(parts[0].work, Generation) else None
-        if samples is not None:
-            fill_samples(samples, parts)
+        samples = self._samples
+        fill_samples(samples, parts)
         batch = build_batch(parts, samples)
         is_watched = any([part.work.hook is not None for part in parts])
         if is_watched:
@@ -343,19 +355,14 @@ class Engine:
         finally:
             with self._changed:
                 self._ticket, self._in_step = None, []
-        if is_watched and not outputs.aborted:
-            self._show(batch, outputs, parts, samples)
+        if not outputs.aborted:
+            if is_watched:
+                for part, error in hooks.show(batch, outputs, parts):
+                    self._scheduler.fail(part.work, error)  # type: ignore[arg-type]
+            if batch.samples is None and samples.n_rows:  # tokens are still to be picked
+                self._program.sample(outputs.logits[: samples.n_rows], samples)
+                outputs.ids = samples.ids[: samples.n_rows]
         return outputs
-
-    def _show(
-        self, batch: Batch, outputs: Outputs, parts: list[Rows], samples: SampleTable | None
-    ) -> None:
-        """To who watches; tokens are picked then, where the step has not picked them."""
-        for part, error in hooks.show(batch, outputs, parts):
-            self._scheduler.fail(part.work, error)  # type: ignore[arg-type]
-        if samples is not None and batch.samples is None:
-            self._program.sample(outputs.logits, samples)
-            outputs.ids = samples.ids[: len(outputs.logits)]
 
 
 _NOTHING = Outputs(

@@ -18,6 +18,7 @@ import numpy as np
 from edgeinfer.batch import PAGE, StepLimits
 from edgeinfer.engine.cache import STEP_SLOTS, CacheLayout
 from edgeinfer.engine.cache_store import CacheStore
+from edgeinfer.engine.delivery import Delivery
 from edgeinfer.engine.event_queue import EventQueue
 from edgeinfer.engine.sequence import EngineEvent, Finished, Rank, Request, Rows, Sequence
 from edgeinfer.engine.speculation import MAX_ROWS, Speculator
@@ -41,6 +42,11 @@ MOST_UNREAD = 256  # events; a step may add a few more, 40 KiB in all
 
 class Worker(Protocol):
     """What a generation asks of the engine that runs it."""
+
+    @property
+    def delivery(self) -> Delivery:
+        """What its events take to who reads them."""
+        ...
 
     def interrupt(self) -> None:
         """Look at cancelled work now, also when a step of it is running."""
@@ -69,6 +75,7 @@ class Generation:
         self.submitted_at = time.perf_counter()
         self.is_cancelled = False
         self.keeps_cache = False
+        self.error: BaseException | None = None  # what it was cancelled for
         self.rank: Rank = (0, 0)  # the scheduler's
         # Prompt and answer are no longer together than the context; one that slides has no end.
         self.max_tokens = request.max_tokens
@@ -76,7 +83,7 @@ class Generation:
             room = layout.n_ctx - len(request.ids)
             self.max_tokens = room if request.max_tokens is None else min(request.max_tokens, room)
         self.events: EventQueue[EngineEvent] = EventQueue(MOST_UNREAD, worker.wake)
-        self._worker = worker
+        self._worker, self._delivery = worker, worker.delivery
         self._is_finished = False
 
     def __iter__(self) -> Generation:
@@ -116,8 +123,8 @@ class Generation:
         """Whether it should pause."""
         return self.events.is_full and self.sequence is not None and self.sequence.n_generated > 0
 
-    def next_rows(self, most: int, limits: StepLimits) -> list[Rows]:
-        """Up to `most` rows of its prompt, or of what it computes again."""
+    def next_rows(self, most: int, most_outputs: int) -> list[Rows]:
+        """Up to `most` rows of its prompt, or of what it computes again; one output at most."""
         sequence = self.sequence
         assert sequence is not None, "the generation does not run"
         n = min(sequence.n_waiting, most, sequence.cache.step_limit())
@@ -136,11 +143,17 @@ class Generation:
         return self.speculator.guess(most)
 
     def emit(self, event: EngineEvent) -> None:
-        self.events.put(event)
+        self._delivery.put(self, event)
 
     def cancel(self, *, keep_cache: bool = False) -> None:
         """End it now, from any thread. With `keep_cache` its pages may serve a later prompt."""
         self.keeps_cache = keep_cache
+        self.is_cancelled = True
+        self._worker.interrupt()
+
+    def break_off(self, error: BaseException) -> None:
+        """End it with an error of its reader's, from any thread."""
+        self.error = error
         self.is_cancelled = True
         self._worker.interrupt()
 
@@ -217,13 +230,13 @@ class LogitsJob:
         lists = (self.ids, *self.others)
         self.sequences = [store.open_empty(ids, self.layout) for ids in lists]
 
-    def next_rows(self, most: int, limits: StepLimits) -> list[Rows]:
+    def next_rows(self, most: int, most_outputs: int) -> list[Rows]:
         """The parts of its next step: about `most` rows."""
         main, *others = self.sequences
         start = main.cache.n_tokens
         n = min(self.chunk, main.n_waiting, max(1, most - len(others)))
         n_wanted = max(0, start + n - max(start, self.first, self.n_taken))
-        excess = max(0, n_wanted - limits.max_outputs)
+        excess = max(0, n_wanted - max(1, most_outputs))
         n, n_wanted = n - excess, n_wanted - excess
         parts = [Rows(main, n, n_wanted, self)]
         for i, other in enumerate(others):

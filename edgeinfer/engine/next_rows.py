@@ -46,16 +46,18 @@ def next_rows(
     n_left = limits.max_rows - len(parts)
     if parts:
         n_left = min(n_left, limits.shared_rows, costs.rows_beside(len(parts)))
+    n_outputs = limits.max_outputs - len(running)  # beside what these may pick
     for work in sorted(reading, key=lambda work: work.rank):
         if n_left < 1:
             break
         try:
-            more = work.next_rows(n_left, limits) if may_read(work, parts) else []
+            more = work.next_rows(n_left, n_outputs) if may_read(work, parts) else []
         except BaseException as error:
             fail(work, error)
             continue
         parts += more
-        n_left -= sum(part.n for part in more)
+        n_left -= sum([part.n for part in more])
+        n_outputs -= sum([part.n_wanted for part in more if work in jobs])
     return parts
 
 

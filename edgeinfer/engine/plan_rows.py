@@ -34,6 +34,7 @@ class HostBytes(NamedTuple):
     text: int = 0  # by the tokenizer, and the header that it is read from
     text_building: int = 0  # while it is built
     screen: int = 0  # by what this process has loaded to show the model's answers
+    gpu: int = 0  # by what drives a GPU from here
 
 
 class Pool(NamedTuple):
@@ -64,7 +65,7 @@ class Pool(NamedTuple):
 
 def base_bytes(host: HostBytes) -> int:
     """What is held before a machine takes anything."""
-    return PYTHON_BYTES + TEMPLATES_BYTES + host.screen + host.text
+    return PYTHON_BYTES + TEMPLATES_BYTES + host.screen + host.gpu + host.text
 
 
 def pools_of(
@@ -81,6 +82,7 @@ def pools_of(
         "Python": PYTHON_BYTES,
         "chat templates": TEMPLATES_BYTES,
         "chat screen": host.screen,
+        "GPU libraries": host.gpu,
     }
     rows = {name: n_bytes for name, n_bytes in rows.items() if n_bytes}
     # Builders have ended before weights are packed, and steps begin after that: of either only

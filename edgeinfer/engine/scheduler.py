@@ -66,7 +66,10 @@ class Scheduler:
         self.may_be_cancelled = False
         for work in [w for w in (*self._begun, *self.waiting) if w.is_cancelled]:
             try:
-                self.finish(work, "cancelled")
+                if work.error is not None:
+                    self.fail(work, work.error)
+                else:
+                    self.finish(work, "cancelled")
             except BaseException as error:
                 self.fail(work, error)
 
@@ -93,7 +96,7 @@ class Scheduler:
         n_free, n_places = self.store.n_pages, self.limits.max_sequences
         for work in sorted((*self._at_work, *self.waiting), key=_RANK):
             left = [n - needed for n, needed in zip(n_free, work.next_pages, strict=True)]
-            takes_place = isinstance(work, Generation)  # logits have steps of their own
+            takes_place = isinstance(work, Generation)  # logits may have steps of their own
             is_at_work = work in self.running or work in self.jobs
             if not is_at_work and (n_places < takes_place or min(left) < 0):
                 continue
@@ -210,7 +213,7 @@ class Scheduler:
     def next_steps(self) -> list[list[Rows]]:
         """The parts of the next steps, whose pages are held; a request has parts in one of them.
 
-        Logits are computed in steps of their own.
+        Logits are computed beside answers where a step has room for their sequences and rows.
         """
         for generation in tuple(self.running):
             try:
@@ -225,9 +228,26 @@ class Scheduler:
             parts = with_drafts(parts, most, self.costs, self.fail)
         if not all([self._holds(part) for part in parts]):
             parts = [self._make_room(part) for part in sorted(parts, key=lambda p: p.work.rank)]
-        running = set(self.running)  # whose pages were not taken meanwhile
-        steps = [[part for part in parts if part.work in running]]
-        steps += [[part for part in parts if part.work is job] for job in self.jobs]
+        at_work = set(self._at_work)  # whose pages were not taken meanwhile
+        parts = [part for part in parts if part.work in at_work]
+        if not self.jobs:
+            return [parts] if parts else []
+        return self._in_steps(parts)
+
+    def _in_steps(self, parts: list[Rows]) -> list[list[Rows]]:
+        """Generations first, then logits in the same step, or in the next where it has no room."""
+        steps = [[part for part in parts if isinstance(part.work, Generation)]]
+        for job in self.jobs:
+            more = [part for part in parts if part.work is job]
+            together = [*steps[-1], *more]
+            n_outputs = sum(part.n_wanted for part in together)
+            fits = (
+                len(together) <= self.limits.max_sequences and n_outputs <= self.limits.max_outputs
+            )
+            if fits:
+                steps[-1] = together
+            else:
+                steps.append(more)
         return [step for step in steps if step]
 
     def _may_read(self, work: AnyWork, parts: list[Rows]) -> bool:
@@ -258,10 +278,10 @@ class Scheduler:
         return part
 
     def _take_pages_for(self, work: Work) -> None:
-        """Of who is not read, else of the last behind it, else it is the last itself."""
-        for generation in self.paused:
-            if _holds_pages(generation):
-                self.store.park(generation.sequences[0])
+        """Of who does not run, else of the last behind it, else it is the last itself."""
+        for waiting in (*self.paused, *self.waiting):  # these hold some if they were paused
+            if _holds_pages(waiting):
+                self.store.park(waiting.sequences[0])
                 return
         behind = [each for each in self._at_work if each.rank > work.rank and _holds_pages(each)]
         in_front = [each for each in self._at_work if each.rank < work.rank]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as SequenceOf
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from edgeinfer.batch import Batch, Outputs
 from edgeinfer.engine.generation import Generation, LogitsJob
 from edgeinfer.engine.sequence import FinishReason, Rows, Sequence, Token
 from edgeinfer.errors import EdgeInferError
-from edgeinfer.sampling.params import OK, SampleTable
+from edgeinfer.sampling.params import OK, SampleTable, SamplingParams
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -34,34 +34,38 @@ class Ends(Protocol):
 # -- before it -----------------------------------------------------------------------------------
 
 
-def build_batch(parts: SequenceOf[Rows], samples: SampleTable | None) -> Batch:
-    """The flat arrays of a step; logits are asked for where there is nothing to sample."""
+def build_batch(parts: SequenceOf[Rows], samples: SampleTable) -> Batch:
+    """The flat arrays of a step: of logits where some are asked for, else of picked tokens.
+
+    Parts of generations come first, so that theirs are the first rows of logits.
+    """
     ids: list[int] = []
     pos: list[int] = []
     seq: list[int] = []
     wanted: list[int] = []
     for i, part in enumerate(parts):
-        start = part.sequence.cache.n_tokens
-        if part.n == 1:
-            ids.append(part.sequence.ids[start])
+        sequence, n = part.sequence, part.n
+        start = sequence.cache.n_tokens
+        if n == 1:  # as most have
+            ids.append(sequence.ids[start])
             pos.append(start)
             seq.append(i)
         else:
-            end = start + part.n
-            ids += part.sequence.ids[start:end]
+            ids += sequence.ids[start : start + n]
             ids += part.drafts
-            pos += range(start, end)
-            seq += [i] * part.n
+            pos += range(start, start + n)
+            seq += [i] * n
         wanted += range(len(pos) - part.n_wanted, len(pos))
     states, kept = _states(parts)
+    is_picked = len(wanted) == samples.n_rows > 0
     return Batch(
         ids=np.array(ids, np.int32),
         pos=np.array(pos, np.int64),
         seq=np.array(seq, np.int32),
         tables=[part.sequence.cache.tables for part in parts],
         wanted=np.array(wanted, np.int32),
-        output="logits" if samples is None else "ids",
-        samples=samples,
+        output="ids" if is_picked else "logits",
+        samples=samples if is_picked else None,
         states=states,
         kept=kept,
     )
@@ -83,22 +87,33 @@ def _states(
 
 
 def fill_samples(table: SampleTable, parts: SequenceOf[Rows]) -> None:
-    """How the token of each wanted row is picked."""
+    """How the token of each wanted row of a generation is picked."""
     table.clear()
+    parts = [part for part in parts if part.n_wanted and isinstance(part.work, Generation)]
+    params = _params(parts)
+    if any([part.drafts or each.n_history for part, each in zip(parts, params, strict=True)]):
+        _fill_one_by_one(table, parts)
+        return
+    sequences = [part.sequence for part in parts]
+    indices = [len(sequence.ids) - sequence.n_prompt for sequence in sequences]
+    table.set_rows(params, indices, [sequence.mu for sequence in sequences])
+
+
+def _fill_one_by_one(table: SampleTable, parts: SequenceOf[Rows]) -> None:
+    """Where there are guesses, or tokens before that matter."""
     row = 0
-    for part in parts:
-        if not part.n_wanted:
-            continue
-        assert isinstance(part.work, Generation)
-        params, sequence = part.work.request.params, part.sequence
-        seed, index, mu = params.seed or 0, sequence.n_generated, sequence.mu
-        n_history = params.n_history
-        history = part.history(n_history) if n_history else _EMPTY
+    for part, params in zip(parts, _params(parts), strict=True):
+        sequence = part.sequence
+        history = part.history(params.n_history)
         n_before = len(history) - len(part.drafts)
         for i in range(part.n_wanted):
-            tokens = history[: n_before + i] if n_history else _EMPTY
-            table.set_row(row, params, seed, index + i, tokens, mu)
+            index, tokens = sequence.n_generated + i, history[: n_before + i]
+            table.set_row(row, params, params.seed or 0, index, tokens, sequence.mu)
             row += 1
+
+
+def _params(parts: SequenceOf[Rows]) -> list[SamplingParams]:
+    return [cast(Generation, part.work).request.params for part in parts]
 
 
 # -- after it ------------------------------------------------------------------------------------
@@ -108,7 +123,6 @@ class _Picked(NamedTuple):
     """What was sampled, by row; `at` is when."""
 
     ids: list[int]
-    status: list[int]
     mu: list[float]
     table: SampleTable
     at: float
@@ -116,26 +130,23 @@ class _Picked(NamedTuple):
 
 def commit(parts: SequenceOf[Rows], outputs: Outputs, table: SampleTable, ends: Ends) -> None:
     """The one place where what a step has computed becomes part of its sequences."""
-    n = len(outputs.ids)
-    picked = _Picked(
-        outputs.ids.tolist(), table.status[:n].tolist(), table.mu[:n].tolist(), table,
-        time.perf_counter(),
-    )  # fmt: skip
-    row = 0
+    n, row = len(outputs.ids), 0
+    picked = _Picked(outputs.ids.tolist(), table.mu[:n].tolist(), table, time.perf_counter())
     for part in parts:
         work = part.work
-        assert isinstance(work, (Generation, LogitsJob))
         try:
-            if work.is_cancelled or part.sequence not in work.sequences:
-                pass  # nobody wants it any more
+            if work.is_cancelled:
+                pass
             elif isinstance(work, Generation):
-                _commit_part(part, work, picked, row, ends)
-            else:
+                if work.sequence is part.sequence:  # what has ended has none
+                    _commit_part(part, work, picked, row, ends)
+            elif part.sequence in work.sequences:
+                assert isinstance(work, LogitsJob)
                 work.commit(part, outputs.logits[row : row + part.n_wanted])
                 if work.is_complete:
                     ends.finish(work, "stop")
         except BaseException as error:
-            ends.fail(work, error)
+            ends.fail(work, error)  # type: ignore[arg-type]
         row += part.n_wanted
 
 
@@ -170,7 +181,7 @@ def _take_token(
     work: Generation, sequence: Sequence, picked: _Picked, row: int, ends: Ends
 ) -> None:
     request, token, table = work.request, picked.ids[row], picked.table
-    if picked.status[row] != OK:
+    if table.status[row] != OK:
         raise EdgeInferError("the model yields no number to choose a token by")
     sequence.mu = picked.mu[row]
     if token in request.stop_ids:
@@ -185,6 +196,3 @@ def _take_token(
         work.emit(Token(token, picked.at, float(table.logprobs[row]), top))
     if sequence.n_generated == work.max_tokens:
         ends.finish(work, "length")
-
-
-_EMPTY = np.zeros(0, np.int32)

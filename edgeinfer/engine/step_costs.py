@@ -39,6 +39,10 @@ class StepCosts:
             factor = self._factor(n_rows) * surprise ** max(_RATE, 1 / (n + 1))
             self._factors[n_rows] = factor, n, self._n_steps
         self._row_seconds *= surprise**_SPEED_RATE
+        if self._n_steps % _SWEEP == 0:
+            self._forget()
+
+    def _forget(self) -> None:
         for n in [n for n, (_, _, at) in self._factors.items() if self._n_steps - at > _KEEP]:
             del self._factors[n]
 
@@ -76,7 +80,7 @@ class StepCosts:
 
 # Kernels cost the same for ever, a shared machine changes within steps.
 _RATE, _SPEED_RATE, _JUMP = 0.05, 0.25, 2.0
-_KEEP = 512  # steps until a cost is forgotten
+_KEEP, _SWEEP = 512, 64  # steps until a cost is forgotten, and from one look to the next
 
 # Prompts are read at more than half their speed so, and steps last less than three times as long.
 _SLOWER, _PROMPT_RATE, _LEAST_ROW = 2.5, 0.25, 1e-4

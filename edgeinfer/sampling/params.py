@@ -302,7 +302,11 @@ class SampleTable:
         self.n_rows = 0
         self._words = self.rows.view(np.int64).reshape(max_rows, -1)
         self._bytes = self.rows.view(np.uint8).data
-        self._given: list[SampleRow | None] = [None] * max_rows
+        self._params: list[SamplingParams | None] = [None] * max_rows  # whose words a row has
+        self._histories: list[NDArray[np.int32]] = [_EMPTY] * max_rows
+        self._given: list[SampleRow | None] = [None] * max_rows  # once somebody has asked
+        self._seeds = self.rows["seed"].view(np.uint64)
+        self._indices, self._mus = self.rows["index"], self.rows["mu"]
         self._arguments = np.zeros(1, ARRAYS)
         for name in ("rows", "ids", "status", "logprobs", "mu", "top_ids", "top_logprobs"):
             self._arguments[name] = getattr(self, name).ctypes.data
@@ -333,25 +337,50 @@ class SampleTable:
         `mu` is the `mu` output of the token before, None for the first one.
         """
         assert (params.logprobs or 0) <= self.top_ids.shape[1]
-        n = params.n_history
-        tokens = _EMPTY
+        n, tokens, address = params.n_history, _EMPTY, 0
         if n != 0 and len(history):
             tokens = np.ascontiguousarray(history if n < 0 else history[-n:], np.int32)
+            address = tokens.ctypes.data
         mu = 2.0 * params.mirostat_tau if mu is None else mu
-        given, self._given[i] = self._given[i], None  # what a fault cuts short is written anew
-        if given is None or given.params is not params:
+        if self._params[i] is not params:
+            self._params[i] = None  # what a fault cuts short is written anew
             self._words[i, : len(_STATIC)] = params.words
         at = i * ROW.itemsize + 8 * len(_STATIC)
-        address = tokens.ctypes.data if len(tokens) else 0
         _DYNAMIC_FIELDS.pack_into(self._bytes, at, seed, index, address, len(tokens), mu)
-        self._given[i] = SampleRow(params, seed, index, tokens, mu)
+        self._histories[i], self._params[i], self._given[i] = tokens, params, None
         self.n_rows = max(self.n_rows, i + 1)
 
+    def set_rows(
+        self, params: Sequence[SamplingParams], indices: Sequence[int], mu: Sequence[float | None]
+    ) -> None:
+        """Describe all rows, with the seeds of their params, where none looks at a history.
+
+        Rows that go on from the last step, as most do, are written together.
+        """
+        n = len(params)
+        for i, each in enumerate(params):
+            if self._params[i] is not each:
+                self.set_row(i, each, each.seed or 0, indices[i], _EMPTY, mu[i])
+        self._given[:n] = [None] * n
+        self._indices[:n] = indices
+        self._mus[:n] = [
+            2.0 * each.mirostat_tau if of_row is None else of_row
+            for each, of_row in zip(params, mu, strict=True)
+        ]
+        self.n_rows = n
+
     def row(self, i: int) -> SampleRow:
-        """What `set_row` was given."""
-        given = self._given[i]
-        assert given is not None
+        """What was given for row i."""
+        given, params = self._given[i], self._params[i]
+        if given is None:
+            assert params is not None
+            seed, index, mu = int(self._seeds[i]), int(self._indices[i]), float(self._mus[i])
+            given = self._given[i] = SampleRow(params, seed, index, self._histories[i], mu)
         return given
+
+    def is_greedy(self, n_rows: int) -> bool:
+        """Whether the lowest id with the largest logit is all that is asked for, of any row."""
+        return all([params is not None and params.is_greedy for params in self._params[:n_rows]])
 
     def store(self, i: int, sampled: Sampled) -> None:
         """Fill row i's outputs, for a backend that samples in Python."""

@@ -45,13 +45,17 @@ def limits(segment: Segment) -> StepLimits:
         max_outputs=MOST_ROWS,
         max_sequences=2,
         n_threads=2,
+        n_states=2 * Sequences.N,
     )
 
 
 class Sequences:
-    """The page tables of a case: of two sequences that see everything, and of one that slides."""
+    """The page tables of a case: of two sequences that see everything, and of one that slides.
 
-    SLID = 2
+    A step goes on from the states that the last one with rows of the same sequence has left.
+    """
+
+    N, SLID = 3, 2
 
     def __init__(self, segment: Segment) -> None:
         tables = (
@@ -62,6 +66,7 @@ class Sequences:
         )
         self._n_vocab = segment.graph.hparams.vocab_size
         self._tables = [(table,) * len(segment.groups) for table in tables]
+        self._slots = [-1] * self.N
 
     def step(
         self,
@@ -72,6 +77,7 @@ class Sequences:
         """Every row's result is wanted; without `ids` tokens follow from positions."""
         pos = np.concatenate([np.arange(r.first, r.first + r.n, dtype=np.int64) for r in rows])
         own = np.repeat([r.sequence for r in rows], [r.n for r in rows])
+        states, kept = self._states(rows, len(pos))
         return Batch(
             ids=np.array(
                 (7 * pos + 31 * own + 3) % self._n_vocab if ids is None else ids, np.int32
@@ -81,7 +87,20 @@ class Sequences:
             tables=[self._tables[r.sequence] for r in rows],
             wanted=np.arange(len(pos), dtype=np.int32),
             output=output,
+            states=states,
+            kept=kept,
         )
+
+    def _states(
+        self, rows: Sequence[Rows], n_rows: int
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Slots to start from, and to keep what is behind the last row of each sequence."""
+        states = np.array([self._slots[r.sequence] for r in rows], np.int32)
+        kept = np.full(n_rows, -1, np.int32)
+        for r, end in zip(rows, np.cumsum([r.n for r in rows]), strict=True):
+            i = r.sequence
+            self._slots[i] = kept[end - 1] = 2 * i if self._slots[i] != 2 * i else 2 * i + 1
+        return states, kept
 
 
 def logits(program: Program, *steps: Batch) -> NDArray[np.float32]:

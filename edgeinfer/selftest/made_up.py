@@ -121,6 +121,8 @@ def _floats(
     values = _uniform(n, bits)
     if name.endswith(".bias"):
         values = values / 4
+    elif name.endswith(".ssm_a"):  # states fade
+        values = (values - 2) / 8
     elif len(shape) == 1:  # of a norm
         values = 1 + values / 4
     else:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from edgeinfer import quant
 from edgeinfer.backend import Program
 from edgeinfer.graph import Graph, Hparams, Segment
-from edgeinfer.models import gemma, llama, qwen3
+from edgeinfer.models import gemma, lfm2, llama, qwen3, qwen35
 from edgeinfer.quant import QuantType
 from edgeinfer.sampling.params import SampleTable, SamplingParams
 from edgeinfer.selftest.cases import Case, Results, Rows, Sequences, logits
@@ -67,7 +67,37 @@ _FAMILIES = (
         },
         types=(quant.Q4_K, quant.F16),
     ),
+    Family(
+        "qwen35",
+        qwen35.forward,
+        {
+            **_HEADS,
+            "attention.key_length": 32,
+            "attention.recurrent_layers": (True, False),
+            "ssm.conv_kernel": 4,
+            "ssm.group_count": 2,
+            "ssm.time_step_rank": 4,
+            "ssm.state_size": 64,
+            "ssm.inner_size": 256,
+        },
+        has_more=r"output\.weight|.*\.attn_qkv\.weight",
+        types=(quant.Q4_0, quant.Q4_K),
+    ),
+    Family(
+        "lfm2",
+        lfm2.forward,
+        {
+            **_HEADS,
+            "attention.head_count_kv": (0, 2),
+            "attention.key_length": 48,
+            "shortconv.l_cache": 3,
+        },
+        has_more="",
+        types=(quant.Q8_0,),
+    ),
 )  # fmt: skip
+# Matrices that files have in floats, whatever the others are.
+_IN_FLOATS = ("ffn_gate_inp.weight", "ssm_conv1d.weight", "shortconv.conv.weight")
 
 
 def cases() -> list[Case]:
@@ -84,7 +114,7 @@ def _segment(family: Family, kind: QuantType) -> Segment:
     dim, ffn_dim = (256, 256) if kind.block == 256 else (96, 160)
 
     def kind_of(name: str) -> QuantType:
-        return quant.F32 if name.endswith("ffn_gate_inp.weight") else kind
+        return quant.F32 if name.endswith(_IN_FLOATS) else kind
 
     # Heads side by side are what attn_output reads: a row of whole blocks, too.
     numbers = {**family.numbers, "feed_forward_length": ffn_dim}

@@ -52,6 +52,10 @@ class Conversation(NamedTuple):
     tools: list[Any]
     arguments: dict[str, Any]  # what else a template is told, by name
 
+    def first(self, n: int) -> Conversation:
+        """Its first n messages."""
+        return self._replace(messages=self.messages[:n])
+
     @classmethod
     def of(
         cls,

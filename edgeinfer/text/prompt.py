@@ -19,12 +19,18 @@ from edgeinfer.text.turns import SYSTEM, drop_turns
 _AROUND_MESSAGE = 8  # tokens of the template beside a message, roughly
 
 
-class ChatPrompt(NamedTuple):
-    """The ids of a chat: `n_pinned` of them stay when it slides, `n_dropped` turns are left out."""
+class Prompt(NamedTuple):
+    """The ids of a prompt: `n_pinned` of them stay when it slides, `n_dropped` turns are left out.
+
+    Prompts to come are likely to part from it behind one of `borders` tokens, and to share the
+    first `n_stable`.
+    """
 
     ids: list[int]
     n_pinned: int
     n_dropped: int
+    borders: tuple[int, ...] = ()
+    n_stable: int = 0
 
 
 class ChatTokenizer(Protocol):
@@ -53,12 +59,16 @@ def chat_prompt(
     overflow: Overflow = "error",
     n_ctx: int = 0,
     most: int | None = None,
-) -> ChatPrompt:
+    n_stable: int = 0,
+    has_borders: bool = False,
+) -> Prompt:
     """What asks a model to go on with a conversation that has `n_ctx` tokens of room.
 
-    TooManyTokens once there are more than `most`.
+    Later ones begin with the same `n_stable` messages. Borders take time to find, and are looked
+    for where a model `has_borders`. TooManyTokens once there are more than `most` tokens.
     """
     n_dropped, n_pinned = 0, 1
+    n_system = next((i for i, m in enumerate(chat.messages) if m["role"] not in SYSTEM), 0)
     if overflow == "drop-turns":
 
         def n_tokens(message: Mapping[str, Any]) -> int:
@@ -71,8 +81,15 @@ def chat_prompt(
         chat = chat._replace(messages=kept)
     ids = _encode(tokenizer, template, chat, most)
     if overflow != "error":
-        n_pinned = _n_system_tokens(tokenizer, template, chat, ids)
-    return ChatPrompt(ids, n_pinned, n_dropped)
+        system = Conversation(chat.messages[: min(1, n_system)], [], {})
+        n_pinned = max(1, _n_tokens(tokenizer, template, system, ids))
+    n_stable = min(n_stable, n_system if n_dropped else len(chat.messages))
+    counts = {n_stable}
+    if has_borders:  # the system's, what the last question follows, and what the answer follows
+        counts |= {n_system, len(chat.messages) - 1, len(chat.messages)}
+    ends = {n: _n_tokens(tokenizer, template, chat.first(n), ids) for n in counts}
+    borders = tuple(sorted({end for n, end in ends.items() if has_borders and end}))
+    return Prompt(ids, n_pinned, n_dropped, borders, ends[n_stable])
 
 
 def _encode(
@@ -93,16 +110,15 @@ def _encode(
     return ids[1:] if ids[:2] == [tokenizer.bos_id] * 2 else ids
 
 
-def _n_system_tokens(
-    tokenizer: ChatTokenizer, template: ChatTemplate, chat: Conversation, ids: list[int]
+def _n_tokens(
+    tokenizer: ChatTokenizer, template: ChatTemplate, begun: Conversation, ids: list[int]
 ) -> int:
-    """Tokens before the first turn that is not the system's, at least one."""
-    system = [message for message in chat.messages[:1] if message["role"] in SYSTEM]
-    if not system:
-        return 1
+    """Tokens of the first messages of a prompt, as far as it begins with them."""
+    if not begun.messages:
+        return 0
     try:
-        alone = _encode(tokenizer, template, Conversation(system, [], {}), asks=False)
+        alone = _encode(tokenizer, template, begun, asks=False)
     except EdgeInferError:  # a template that wants a user's turn
-        return 1
+        return 0
     pairs = zip(ids, alone, strict=False)
-    return max(1, next((i for i, (a, b) in enumerate(pairs) if a != b), len(alone)))
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ids), len(alone)))

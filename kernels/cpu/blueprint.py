@@ -32,33 +32,43 @@ from edgeinfer.kernels.cpu.weights import PackedWeights
 class Blueprint:
     """A segment lowered for steps of up to `limits`. It becomes a program once."""
 
-    def __init__(self, segment: Segment, limits: StepLimits) -> None:
+    def __init__(
+        self, segment: Segment, limits: StepLimits, beside: PackedWeights | None = None
+    ) -> None:
+        """Weights that lie `beside` are those of another program, which lives longer."""
         self.segment, self.limits = segment, limits
         taps = [op.weight for op in segment.ops if isinstance(op, Conv)]
-        self.weights = PackedWeights(*weights_of(segment), taps)
+        self.weights = PackedWeights(*weights_of(segment), taps, beside)
         self.kv = Arena()
         self._caches = _place_caches(segment, self.kv, limits)
         self.states = _place_states(segment, self.kv, limits)
         lowering = Lowering(segment, limits, self.weights, self._caches, self.states)
         self.lowered = lowering.run()
         self.scratch = self.lowered.scratch
-        self.sample = self._sample_op() if segment.is_last else None
+        self.sample = self._sample_op() if segment.is_last and beside is None else None
+        self.draft: Blueprint | None = None
+        if (block := segment.draft) is not None:
+            self.draft = Blueprint(block, limits.of_draft(block.groups), self.weights)
 
     def kernels(self) -> set[str]:
         """Names of the kernels that the program loads."""
         names = self.lowered.kernels() | ({SAMPLE} if self.sample else set())
         names |= {f"pack.{name.lower()}" for name in self.weights.matrix_types}
+        names |= self.draft.kernels() if self.draft else set()
         return names | {*KERNELS, "read"}
 
     def rows(self) -> dict[str, int]:
         """Bytes that the program reserves, by purpose."""
         weights = self.weights.bytes_by_type
-        return {
+        rows = {
             **{f"weights {kind}": n_bytes for kind, n_bytes in weights.items()},
             **self._cache_rows(),
             **self._state_rows(),
             **self._scratch_rows(),
         }
+        for purpose, n_bytes in self.draft.rows().items() if self.draft else ():
+            rows[purpose] = rows.get(purpose, 0) + n_bytes
+        return rows
 
     def cached(self) -> Cached:
         """What the program keeps between steps, once the arena of pages has memory."""

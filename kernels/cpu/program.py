@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable, Sequence
+from operator import is_
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -145,8 +146,10 @@ class CpuProgram(CacheVerbs):
         self.segment, self.limits = drawn.segment, drawn.limits
         self._backend, self._closed = backend, False
         self._drawn, self._lowered, self._weights = drawn, drawn.lowered, drawn.weights
+        self.draft: CpuProgram | None = None  # what guesses tokens, with weights of this one
         self._memories: list[platform.Memory] = []
-        self._pages, self._pages_at = np.zeros(0, np.int32), 0  # of the page tables of a step
+        self._pages = self._copies = np.zeros(0, np.int32)  # of the page tables of a step
+        self._placed: list[PageTable] = []
         try:
             self._make()
         except BaseException:
@@ -174,6 +177,7 @@ class CpuProgram(CacheVerbs):
         # One after the other: what is measured must be the kernels that will run.
         build = IdleBuild(library.inexact() if can_build else (), library.folder, library.target)
         self._idle: IdleWork = self._tuning if build.is_done else build
+        self.draft = CpuProgram(backend, drawn.draft) if drawn.draft else None
 
     # -- steps ---------------------------------------------------------------------------------
 
@@ -188,9 +192,9 @@ class CpuProgram(CacheVerbs):
         batch.check()
         self._pos[:n_rows], self._seq[:n_rows] = batch.pos, batch.seq
         self._wanted[:n_wanted] = batch.wanted
-        if batch.hidden is None:
+        if len(batch.ids):
             self._ids[:n_rows] = batch.ids
-        else:
+        if batch.hidden is not None:
             self._input[:n_rows] = batch.hidden
         self._copy_tables(batch.tables)
         if self._drawn.states:
@@ -204,16 +208,25 @@ class CpuProgram(CacheVerbs):
 
     def _copy_tables(self, tables: list[tuple[PageTable, ...]]) -> None:
         """Keep the page tables of a step: whoever gave them may change them meanwhile."""
+        flat = [table for of_sequence in tables for table in of_sequence]
+        # Those of the step before, as most are, have their places.
+        if len(flat) != len(self._placed) or not all(map(is_, flat, self._placed)):
+            self._place_tables(tables)
+            self._placed = flat
+        if flat:
+            np.concatenate([table.pages for table in flat], out=self._copies)
+
+    def _place_tables(self, tables: list[tuple[PageTable, ...]]) -> None:
+        """Tell kernels where the copies of these tables lie, and what is seen of them."""
         n = sum(len(table.pages) for of_sequence in tables for table in of_sequence)
+        self._placed = []
         if n > len(self._pages):
             self._pages = np.empty(n, np.int32)
-            self._pages_at = self._pages.ctypes.data
-        copies, address, end = self._pages, self._pages_at, 0
+        self._copies, address = self._pages[:n], self._pages.ctypes.data
         for i, of_sequence in enumerate(tables):
             for group, (pages, n_pinned, n_visible) in zip(self._tables, of_sequence, strict=True):
-                start, end = end, end + len(pages)
-                copies[start:end] = pages
-                group[i] = address + 4 * start, len(pages), n_pinned, n_visible
+                group[i] = address, len(pages), n_pinned, n_visible
+                address += pages.nbytes
 
     def _run(self, batch: Batch, schedule: Schedule) -> Outputs:
         tape = self._step_tape(schedule, batch.output)
@@ -272,6 +285,8 @@ class CpuProgram(CacheVerbs):
         if self._closed:
             return
         self._closed = True
+        if self.draft is not None:
+            self.draft.close()
         self._idle.close()
         self._tuning.close()
         self._team.quiesce()

@@ -37,20 +37,27 @@ class PackedWeights:
     """
 
     def __init__(
-        self, matrices: Iterable[Weight], vectors: Iterable[Weight], taps: Iterable[Weight] = ()
+        self,
+        matrices: Iterable[Weight],
+        vectors: Iterable[Weight],
+        taps: Iterable[Weight] = (),
+        beside: PackedWeights | None = None,
     ) -> None:
-        self._matrices = {w.name: w for w in matrices}
+        """What lies `beside`, in another program of the same life, is not packed again."""
+        known = {} if beside is None else {**beside._packed, **beside._floats}
+        self._matrices = {w.name: w for w in matrices if w.name not in known}
         self._taps = {w.name: w for w in taps}
-        self._vectors = {w.name: w for w in vectors if w.name not in self._taps}
+        elsewhere = known.keys() | self._taps.keys()
+        self._vectors = {w.name: w for w in vectors if w.name not in elsewhere}
         self._tables: list[tuple[Buffer, np.ndarray]] = []
         self._arena = Arena()
         self._memory: platform.Memory | None = None
         self.bytes_by_type: dict[str, int] = {}
-        self._packed = {
+        self._packed: dict[str, Buffer] = {
             weight.name: self._place(weight.type.name, _packed_bytes(weight))
             for weight in self._matrices.values()
         }
-        self._floats = {
+        self._floats: dict[str, Buffer] = {
             weight.name: self._place(
                 "F32", math.prod(weight.shape[:-1]) * layout.row_stride(weight.shape[-1])
             )
@@ -60,6 +67,7 @@ class PackedWeights:
             weight.name: self._place("F32", weight.shape[1] * layout.row_stride(weight.shape[0]))
             for weight in self._taps.values()
         }
+        self._found = {**known, **self._packed, **self._floats}
 
     def _place(self, type_name: str, n_bytes: int) -> Buffer:
         counts = self.bytes_by_type
@@ -87,11 +95,11 @@ class PackedWeights:
 
     def matrix(self, weight: Weight) -> Buffer:
         """A packed matrix."""
-        return self._packed[weight.name]
+        return self._found[weight.name]
 
     def vector(self, weight: Weight) -> Buffer:
         """A vector of floats, or a stack of them, each padded with zeros to 8."""
-        return self._floats[weight.name]
+        return self._found[weight.name]
 
     def taps(self, weight: Weight) -> Buffer:
         """For each tap of a convolution a vector of channels, padded with zeros to 8."""

@@ -176,7 +176,7 @@ class CudaProgram(CacheVerbs):
         table, n_wanted = batch.samples, len(batch.wanted)
         if table is None or not n_wanted:
             return Result.LOGITS
-        if all(table.row(i).is_greedy for i in range(n_wanted)):
+        if table.is_greedy(n_wanted):
             return Result.LIKELIEST
         return Result.SAMPLED if self._samples.fits(table, n_wanted) else Result.LOGITS
 

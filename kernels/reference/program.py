@@ -126,7 +126,8 @@ class ReferenceBackend:
         vocab_size = segment.graph.hparams.vocab_size
         # Row by row: more rows are never cheaper here.
         limits = StepLimits.of(request, vocab_size, segment.groups, _MAX_ROWS, row_cost=1.0)
-        matmuls = [op for op in segment.ops if isinstance(op, (Linear, ExpertLinear))]
+        ops = (*segment.ops, *(segment.draft.ops if segment.draft else ()))
+        matmuls = [op for op in ops if isinstance(op, (Linear, ExpertLinear))]
         weights = {op.weight.name: op.weight for op in matmuls}
         state_bytes = sum(each.n_bytes for of_layer in segment.states.values() for each in of_layer)
         rows = {
@@ -139,7 +140,7 @@ class ReferenceBackend:
                 for window, group in segment.groups.items()
             },
             **({STATE_ROW: limits.n_states * state_bytes} if state_bytes else {}),
-            "scratch": 4 * limits.max_rows * sum(op.out.dim for op in segment.ops),
+            "scratch": 4 * limits.max_rows * sum(op.out.dim for op in ops),
         }
         return Demand(limits, {HOST: rows})
 
@@ -183,6 +184,9 @@ class ReferenceProgram(CacheVerbs):
         }
         self._ticket: ReferenceTicket | None = None
         self._is_closed = False
+        self.draft: ReferenceProgram | None = None
+        if (block := segment.draft) is not None:
+            self.draft = ReferenceProgram(block, limits.of_draft(block.groups), numerics, sampler)
 
     def submit(self, batch: Batch) -> ReferenceTicket:
         """Queue a step; it runs when it is waited for, at the latest before the next one."""
@@ -207,6 +211,8 @@ class ReferenceProgram(CacheVerbs):
         return {"device": "reference" if is_exact else "law"}
 
     def close(self) -> None:
+        if self.draft is not None:
+            self.draft.close()
         self._is_closed, self._ticket, self._cached = True, None, None
         self._weights.clear()
         self._pages.clear()
