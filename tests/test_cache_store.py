@@ -17,12 +17,15 @@ from edgeinfer.engine.cache import CacheLayout, Overflow
 from edgeinfer.engine.cache_store import CacheStore
 from edgeinfer.engine.sequence import Rows, Sequence
 from edgeinfer.engine.step import build_batch
+from edgeinfer.sampling.params import SampleTable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 N_CTX = 480
 MAX_ROWS = 48
+NO_SAMPLES = SampleTable(1)
+NO_SAMPLES.clear()
 
 
 class Memory:
@@ -40,7 +43,7 @@ class Memory:
 
     def run(self, part: Rows, *, fails: bool = False) -> None:
         """A step of one sequence: it reads what every row sees, then it has stored the rows."""
-        batch = build_batch([part], None)
+        batch = build_batch([part], NO_SAMPLES)
         batch.check()
         known = _prefixes([*part.sequence.ids[: int(batch.pos[0])], *batch.ids.tolist()])
         rows = {0, batch.n_rows - 1, self.rng.randrange(batch.n_rows)}

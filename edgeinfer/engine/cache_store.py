@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from array import array
 from bisect import insort
-from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from itertools import takewhile
@@ -15,12 +14,12 @@ from itertools import takewhile
 from edgeinfer.backend import Program
 from edgeinfer.batch import PAGE, StepLimits
 from edgeinfer.engine.cache import CacheLayout, PagePool, SequenceCache
+from edgeinfer.engine.checkpoints import EVERY, checkpoints
 from edgeinfer.engine.prefix_index import BORDER, PLAIN, STABLE, USED, Match, Node, PrefixIndex
 from edgeinfer.engine.sequence import Sequence
 
 _NO_LIMIT = 1 << 30
 _STRIDE = 256  # tokens that are compared at a time
-_CHECKPOINT = 16 * PAGE  # tokens from one state that is kept where there is room to the next
 
 
 class CacheStore:
@@ -180,7 +179,7 @@ class CacheStore:
             source = node.held[group]
             pool.share(source)  # it must not be what is given up for its copy
             try:
-                if not self._free_one(group):
+                if not self._free(group, 1):
                     return False
                 pages[group][page] = target = pool.take()
                 self._program.copy_pages(group, [source], [target])
@@ -233,8 +232,12 @@ class CacheStore:
         cache.grow(n_rows, missing)
         return True
 
-    def _free_one(self, kind: int) -> bool:
-        return self._kinds[kind].n_free > 0 or self.index.evict(kind)
+    def _free(self, kind: int, n: int) -> bool:
+        """Have n of a kind free, of what the index gives up; False where it holds too few."""
+        while self._kinds[kind].n_free < n:
+            if not self.index.evict(kind):
+                return False
+        return True
 
     def _free_pages(self, cache: SequenceCache, missing: list[list[int]]) -> bool:
         """Free a page of a group that lacks one, or make one that turns the cache's alone."""
@@ -252,29 +255,16 @@ class CacheStore:
         kind, done = len(self.pools), sequence.cache.n_tokens
         end = done + n_rows
         needed = list(range(end - n_drafts, end + 1))
-        while self._states.n_free < len(needed):
-            if not self.index.evict(kind):
-                return False
-        needed += self._checkpoints(sequence, range(done + 1, end - n_drafts), len(needed))
-        sequence.cache.keep_states(needed)
+        if not self._free(kind, len(needed)):
+            return False
+        # All that have begun may need a slot in this step: what is kept beside must leave them.
+        n_free = self._states.n_free - len(needed) - len(self._begun)
+        n_spare = n_free + self.index.n_idle(kind) if sequence.borders else 0
+        borders, within = (n for n, _ in sequence.borders), range(done + 1, end - n_drafts)
+        beside = checkpoints(borders, within, n_spare, n_free)
+        self._free(kind, len(needed) + len(beside))
+        sequence.cache.keep_states([*needed, *beside])
         return True
-
-    def _checkpoints(self, sequence: Sequence, within: range, n_needed: int) -> list[int]:
-        """Behind which tokens to keep a state as well, of slots that nobody needs in this step."""
-        assert self._states is not None
-        kind, chosen = len(self.pools), list[int]()
-        # Most wanted first: a border stands there once for each sequence that parts at it.
-        wanted = Counter(n for n, _ in sequence.borders if n in within).most_common()
-        n_spare = 0
-        if wanted:
-            n_spare = self._states.n_free + self.index.n_idle(kind) - n_needed - len(self._begun)
-        for n_tokens, _ in wanted[: max(0, n_spare)]:
-            if self._states.n_free > n_needed + len(chosen) or self.index.evict(kind):
-                chosen.append(n_tokens)
-        first = -(-within.start // _CHECKPOINT) * _CHECKPOINT
-        n_free = self._states.n_free - n_needed - len(chosen) - len(self._begun)
-        unwanted = [n for n in range(first, within.stop, _CHECKPOINT) if n not in chosen]
-        return chosen + unwanted[-n_free:] if n_free > 0 else chosen
 
     # -- what is left for others -----------------------------------------------------------------
 
@@ -285,7 +275,7 @@ class CacheStore:
         ends = {}
         if self._states is not None:
             counts = (*sequence.cache.kept, done)
-            ends = {n: PLAIN for n in counts if 0 < n <= done and n % _CHECKPOINT == 0}
+            ends = {n: PLAIN for n in counts if 0 < n <= done and n % EVERY == 0}
         ends.update(passed)
         if not ends:
             return
@@ -350,23 +340,17 @@ class CacheStore:
 
     def receive(self, ids: SequenceOf[int], layout: CacheLayout) -> Sequence | None:
         """A sequence for what is about to be written; None where that many pages are not left."""
-        guest, pages = self.open_empty(ids, layout), list[dict[int, int]]()
+        guest = self.open_empty(ids, layout)
+        seen = [layout.seen_pages(group, len(ids)) for group in range(len(self.pools))]
+        needed = [*map(len, seen), *([1] if self._states is not None else [])]
+        if not all(self._free(kind, n) for kind, n in enumerate(needed)):
+            return None
+        pages = [
+            {page: pool.take() for page in of_group}
+            for pool, of_group in zip(self.pools, seen, strict=True)
+        ]
+        state = -1 if self._states is None else self._states.take()
         self._guests.append(guest)
-        for group, pool in enumerate(self.pools):
-            pages.append({})
-            for page in layout.seen_pages(group, len(ids)):
-                if not self._free_one(group):
-                    self._release(pages, -1)
-                    self.dismiss(guest, is_kept=False)
-                    return None
-                pages[-1][page] = pool.take()
-        state = -1
-        if self._states is not None:
-            if not self._free_one(len(self.pools)):
-                self._release(pages, -1)
-                self.dismiss(guest, is_kept=False)
-                return None
-            state = self._states.take()
         guest.cache.begin_at(len(ids), pages, state)
         return guest
 

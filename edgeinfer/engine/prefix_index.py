@@ -18,9 +18,8 @@ from edgeinfer.engine.cache import CacheLayout, PagePool
 # a window or the state there have been given up.
 Miss: TypeAlias = Literal["", "new", "evicted", "window", "state"]
 
-# What is given up first: what may do, what ends where prompts are likely to go on, what one has gone
-# on with, what was asked to stay. Of each of these two there is at most half: it leaves room for
-# what is new.
+# What is given up first: what may do, what ends where prompts are likely to go on, what one has
+# gone on with, what was asked to stay. These two have half of the room at most each.
 PLAIN, BORDER, USED, STABLE = range(4)
 _BYTES = 4  # of a token
 _FEW_NODES = 1024
