@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgeinfer.batch import Batch, Outputs, StepLimits, StepRequest
+from edgeinfer.batch import PAGE, Batch, Outputs, StepLimits, StepRequest
 from edgeinfer.engine import generation as generations
 from edgeinfer.engine.engine import Engine
 from edgeinfer.engine.generation import Generation
@@ -83,6 +83,7 @@ class Storm:
     def __init__(self, engine: Engine, alone: Engine, n_kinds: int, seed: int) -> None:
         rng = random.Random(seed)
         self.engine, self.seed = engine, seed
+        self.has_room = engine.pools[0].n_pages * PAGE >= 2 * N_CTX  # for two lists of logits
         self.asked: list[Request] = []
         for _ in range(n_kinds):
             self.asked.append(_request(rng, self.asked))
@@ -123,7 +124,7 @@ class Storm:
 
     def _check_logits(self, rng: random.Random) -> None:
         which = rng.randrange(len(self.ids))
-        others = rng.sample(self.ids, rng.randrange(2))
+        others = rng.sample(self.ids, rng.randrange(2)) if self.has_room else []
         try:
             found = self.engine.logits(self.ids[which], None, rng.choice((None, 1, 7)), others)
         except StepFault:
@@ -236,12 +237,18 @@ def opened(
 
 
 def _storm(
-    model: Segment, device: str, n_kinds: int, n_requests: int, seed: int, slots: int = 2
+    model: Segment,
+    device: str,
+    n_kinds: int,
+    n_requests: int,
+    seed: int,
+    slots: int = 2,
+    share: float = 0.02,
 ) -> Counter[str]:
-    """What came of the requests."""
+    """What came of the requests; a `share` of the steps fail."""
     with (
         opened(model, device, 2, 2) as (alone, _),
-        opened(model, device, slots, 6, 0.02, seed) as (engine, program),
+        opened(model, device, slots, 6, share, seed) as (engine, program),
     ):
         storm = Storm(engine, alone, n_kinds, seed)
         storm.run(8, n_requests)
@@ -250,7 +257,7 @@ def _storm(
             assert time.perf_counter() < deadline
             time.sleep(0.01)
         engine.between_steps(lambda: check_all_is_given_back(engine))
-        assert program.n_failed and program.most > 3
+        assert program.n_failed and program.most > 1
         return storm.done
 
 
@@ -275,11 +282,11 @@ def test_answers_are_what_they_are_alone(
     assert {"length", "cancelled", "logits", "guessed"} <= done.keys()
 
 
-@pytest.mark.parametrize("kind", ["full", "hybrid"])
+@pytest.mark.parametrize("kind", ["full", pytest.param("hybrid", marks=pytest.mark.slow)])
 def test_answers_on_a_gpu_are_what_they_are_alone(
     models: dict[str, Segment], kind: str, gave_way: list[Any]
 ) -> None:
-    assert _storm(models[kind], "shim", 6, 20, seed=7)["length"]
+    assert _storm(models[kind], "shim", 4, 10, seed=7, share=0.1)["length"]
 
 
 @pytest.mark.slow
