@@ -183,9 +183,11 @@ def test_a_prompt_beside_others_takes_as_many_rows_as_the_machine_says(model: Mo
     program, limits = _program(model, shared_rows=5)
     engine = Engine(program, limits, N_CTX, VOCAB, StepCosts(row_cost=1e-9))
     try:
-        short = engine.submit(_request(max_tokens=90))
+        short = engine.submit(_request(max_tokens=240))
         next(short)
+        program.gate.clear()  # it has not ended yet
         long = engine.submit(_request(*[5] * 200, max_tokens=1))
+        program.gate.set()
         assert _finish(long).reason == _finish(short).reason == "length"
         assert max(n_rows for n_rows, n_sequences in program.batches if n_sequences == 2) == 6
     finally:
