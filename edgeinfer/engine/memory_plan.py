@@ -179,13 +179,13 @@ def planned(
 ) -> MemoryPlan:
     """What a setting takes, whether it fits or not."""
     # Of the same values: whatever else a segment says of them stays.
-    ops = segment.graph.ops_for(setting.n_ctx, setting.kv_types)
+    segment = segment.for_context(setting.n_ctx, setting.kv_types)
     n_states = LEAST_STATES * request.slots + setting.n_spare_states if segment.states else 0
     step = StepRequest(
         setting.n_ctx, request.slots, request.n_threads, setting.most_rows, n_states,
         setting.n_spare_pages,
     )  # fmt: skip
-    demand = backend.demand(segment._replace(ops=ops), step)
+    demand = backend.demand(segment, step)
     pools = pools_of(demand, step, available_bytes(backend, request), request.host)
     return MemoryPlan(
         pools, setting.n_ctx, request.slots, demand.limits, "", setting.kv_types,
