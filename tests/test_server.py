@@ -131,7 +131,7 @@ KEY = {"x-api-key": "one"}
         (b'{"messages": [{"role": "user", "content": "x"}], "n": 1000}', 400),
         (b'{"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function"}]}', 400),
         (b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 1e99}', 400),
-        (b'{"messages": [{"role": "user", "content": "x"}], "seed": -1}', 400),
+        (b'{"messages": [{"role": "user", "content": "x"}], "seed": 0.5}', 400),
         (b'{"messages": [{"role": "user", "content": "x"}], "stop": [""]}', 400),
     ],
 )  # fmt: skip
