@@ -135,15 +135,16 @@ class Graph(ModelReader):
         found = Segment(self, ops, entering, output, hidden, last == n, kept)
         if not drafts or self._draft is None or last - first < n:
             return found
-        return self._draft.beside(found, self._rewritten(self._draft.block.ops, n_ctx, kv_types))
+        return self._draft.beside(found, self.ops_for(n_ctx, kv_types, of_draft=True))
 
-    def ops_for(self, n_ctx: int | None, kv_types: tuple[KVType, KVType]) -> tuple[Op, ...]:
-        """All that was recorded, for contexts of that length and caches of these types."""
-        return self._rewritten(self.ops, n_ctx, kv_types)
-
-    def _rewritten(
-        self, ops: Iterable[Op], n_ctx: int | None, kv_types: tuple[KVType, KVType]
+    def ops_for(
+        self, n_ctx: int | None, kv_types: tuple[KVType, KVType], *, of_draft: bool = False
     ) -> tuple[Op, ...]:
+        """All that was recorded, for contexts of that length and caches of these types."""
+        ops: Iterable[Op] = self.ops
+        if of_draft:
+            assert self._draft is not None, "there is none"
+            ops = self._draft.block.ops
         n_ctx = self.hparams.n_ctx_train if n_ctx is None else n_ctx
         return tuple(of_types(in_context(op, n_ctx), kv_types) for op in ops)
 

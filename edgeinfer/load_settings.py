@@ -36,6 +36,7 @@ class LoadSettings(NamedTuple):
     may_download: bool
     progress: Callable[[Progress], None] | None
     residuals: tuple[int, ...] = ()  # layers whose entering stream may be watched
+    drafts: bool = False  # whether the block that guesses tokens is wanted
 
     @classmethod
     def resolve(cls, function: str, given: LoadOptions) -> LoadSettings:
@@ -69,6 +70,7 @@ class LoadSettings(NamedTuple):
             may_download=options.get("download", False),
             progress=options.get("progress"),
             residuals=options.get("residuals", ()),
+            drafts=options.get("drafts", False),
         )
 
     def on_cpu(self, note: str) -> LoadSettings:

@@ -92,7 +92,9 @@ class Recording(Protocol):
         """The residual stream that leaves a layer."""
         ...
 
-    def ops_for(self, n_ctx: int | None, kv_types: tuple[KVType, KVType]) -> tuple[Op, ...]:
+    def ops_for(
+        self, n_ctx: int | None, kv_types: tuple[KVType, KVType], *, of_draft: bool = False
+    ) -> tuple[Op, ...]:
         """All that was recorded, for contexts of that length and caches of these types."""
         ...
 

@@ -143,6 +143,7 @@ LOAD = _by_name(
     Parameter("slots", integer, "Full-length contexts that the cache holds.", 1, _INT32),
     Parameter("pre", text, "Pre-tokenizer, for a file that names none."),
     Parameter("chat_template", text, "Instead of the file's own."),
+    Parameter("drafts", switch, "Load the block that guesses tokens.", default=False),
     Parameter("residuals", layers, "Layers whose entering stream may be watched."),
     Parameter("download", switch, "Fetch a model that is not here.", default=False),
     Parameter("progress", function, "Told how far loading is."),

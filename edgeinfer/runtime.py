@@ -192,7 +192,8 @@ def _load(path: Path, settings: LoadSettings, templates: TemplateEngine | None) 
             tokenizer.wait()
         try:
             tokenizer.result()
-            engine = Engine(program, plan.limits, plan.n_ctx, model.hparams.vocab_size)
+            n_vocab = model.hparams.vocab_size
+            engine = Engine(program, plan.limits, plan.n_ctx, n_vocab, segment=segment)
         except BaseException:
             program.close()
             raise
@@ -218,7 +219,17 @@ def _segment(
             param="residuals",
         )
     types = USUAL_TYPES if kv_types is None else kv_types
-    return model.graph.segment(n_ctx=n_ctx, kv_types=types, residuals=settings.residuals)
+    segment = model.graph.segment(
+        n_ctx=n_ctx, kv_types=types, residuals=settings.residuals, drafts=settings.drafts
+    )
+    if settings.drafts and (segment.draft is None or settings.device.has_number):
+        found = "holds none" if segment.draft is None else f"runs on {settings.device}"
+        raise InvalidRequestError(
+            f"drafts is on, and the model {found}; a block that guesses tokens is in some files of "
+            "qwen35, and runs on the devices cpu, law and reference",
+            param="drafts",
+        )
+    return segment
 
 
 def find_file(name: str | PathLike[str], *, download: bool = False) -> Path:

@@ -16,6 +16,7 @@ from edgeinfer.ops import (
     Op,
     Recording,
     Rotate,
+    SelectRows,
     State,
     Value,
     inputs,
@@ -68,6 +69,17 @@ class Segment(NamedTuple):
             if isinstance(op, (Conv, DeltaNet)):
                 states[op.layer] = (*states.get(op.layer, ()), op.state)
         return states
+
+    def for_context(self, n_ctx: int, kv_types: tuple[KVType, KVType]) -> Segment:
+        """The same of a whole model, for contexts of a length and caches of these types."""
+        ops = self.graph.ops_for(n_ctx, kv_types)
+        if self.draft is None:
+            return self._replace(ops=ops)
+        made = {op.out for op in ops}
+        added = [op for op in self.ops if op.out not in made]
+        at = next(i for i, op in enumerate(ops) if isinstance(op, SelectRows))
+        block = self.draft._replace(ops=self.graph.ops_for(n_ctx, kv_types, of_draft=True))
+        return self._replace(ops=(*ops[:at], *added, *ops[at:]), draft=block)
 
     def cut(self, layer: int) -> tuple[Segment, Segment]:
         """The layers before `layer`, and those from it on.

@@ -145,13 +145,11 @@ def slid_rows(program: Any, chunk: int) -> NDArray[np.float32]:
     return np.concatenate(parts)
 
 
-@pytest.mark.parametrize("name", [*WHOLE, "cpu+cpu"])
+@pytest.mark.parametrize("name", [*WHOLE, "cpu+cpu", "cpu+shim"])
 def test_bits_of_caches_in_blocks(
     in_blocks: tuple[Segment, NDArray[np.float32]], name: str
 ) -> None:
     segment, expected = in_blocks
-    if "shim" in name or "cuda" in name:
-        pytest.skip("no CUDA kernels of such caches")
     with backend(name).compile(segment, LIMITS) as program:
         np.testing.assert_array_equal(slid_rows(program, 13), expected)
         batch = batch_of(IDS, 5 * 32)

@@ -11,13 +11,15 @@ import pytest
 from edgeinfer import quant
 from edgeinfer.gguf import GGUFFile
 from edgeinfer.kernels.cuda import tiles
+from edgeinfer.kernels.cuda.backend import CudaBackend
 from edgeinfer.kernels.cuda.program import CudaProgram
 from edgeinfer.kernels.reference import ReferenceBackend
 from edgeinfer.model import Model
 
 from .backends import IDS, LIMITS, batch_of
 from .models_for_tests import tiny_model
-from .test_cuda_program import cuda
+from .random_graphs import RandomGraph
+from .test_cuda_program import backend, cuda
 
 
 def kernels(program: CudaProgram, n_rows: int) -> list[str]:
@@ -55,6 +57,39 @@ def test_one_row_has_the_bits_of_many(tmp_path: Path, fused: bool, options: Any)
     if fused:  # norms and quantises apart only before the head
         assert [one.count(name) for name in ("rms_norm", "quantise", "pointwise")] == [1, 1, 0]
         assert len(one) <= len(two) - 6 * n_layers
+
+
+@pytest.mark.parametrize(
+    ("kinds", "n_kernels"),
+    [
+        (["Q4_0"] * 4, 2),  # three of a type, and one
+        (["Q4_0", "Q8_0", "Q4_0", "Q8_0", "Q4_0", "Q8_0"], 2),
+        (["Q4_0", "Q8_0", "Q4_1", "Q4_0"], 2),  # two of a type with one of another
+        (["Q4_0", "Q8_0"], 2),
+    ],
+)
+def test_one_norm_may_have_any_products(kinds: list[str], n_kernels: int) -> None:
+    g = RandomGraph(1)
+    x = g.embed()
+    for _ in g.layers():
+        h = g.rms_norm(x, "norm")
+        products = []
+        for i, kind in enumerate(kinds):
+            g._types = (kind,)
+            products.append(g.linear(h, f"product{i}", 32))
+        for product in products:
+            x = x + g.activation("gelu", product)
+        x = g.layer_output(x)
+    g.head(g.select_rows(x))
+    rows = []
+    for machine in (backend(), ReferenceBackend()):
+        mode = {} if isinstance(machine, CudaBackend) else {"mode": "quantised"}
+        with machine.compile(g.segment(), LIMITS._replace(n_pages={}), **mode) as program:
+            steps = [batch_of([3, 14, 15], n_groups=0), batch_of([9], 3, n_groups=0)]
+            rows.append(np.concatenate([program.submit(each).wait().logits for each in steps]))
+            if isinstance(program, CudaProgram):
+                assert kernels(program, 1).count("norm_matmul") == n_kernels
+    np.testing.assert_array_equal(rows[0], rows[1])
 
 
 def test_a_row_of_a_large_model_fits_into_shared_memory() -> None:

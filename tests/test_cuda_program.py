@@ -87,7 +87,7 @@ def test_steps_of_few_and_of_many_rows_have_the_same_bits(segment: Segment) -> N
         np.testing.assert_array_equal(np.concatenate(rows), expected)
 
 
-TYPES: list[tuple[KVType, KVType]] = [("q8_0", "q8_0"), ("q4_0", "q4_0"), ("f16", "q8_0")]
+TYPES: list[tuple[KVType, KVType]] = [("q8_0", "q8_0"), ("q4_0", "q4_0")]
 
 
 @pytest.mark.parametrize("types", TYPES)

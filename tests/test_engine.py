@@ -14,6 +14,7 @@ from edgeinfer.batch import Batch, Outputs, StepLimits
 from edgeinfer.engine.engine import MAX_WAITING, Engine
 from edgeinfer.engine.generation import Generation
 from edgeinfer.engine.sequence import Finished, Prefilled, Request, Token
+from edgeinfer.engine.step_costs import StepCosts
 from edgeinfer.errors import (
     BusyError,
     ClosedError,
@@ -170,22 +171,23 @@ def test_batched_generations_equal_lone_ones(engine: Engine, program: Programs) 
 
 
 def test_a_long_prompt_does_not_starve_others(engine: Engine, program: Programs) -> None:
-    short = engine.submit(_request(max_tokens=50))
+    short = engine.submit(_request(max_tokens=240))
     next(short)
     long = engine.submit(_request(*[5] * 200, max_tokens=1))
     assert _finish(long).reason == "length"
-    assert len(_tokens(short)) == 50
+    assert len(_tokens(short)) == 240
     assert (1, 1) in program.batches
 
 
 def test_a_prompt_beside_others_takes_as_many_rows_as_the_machine_says(model: Model) -> None:
-    limits = _limits(shared_rows=5)
-    program = Programs(ReferenceBackend(ReferenceSampler()).compile(model.graph.segment(), limits))
-    engine = Engine(program, limits, N_CTX, VOCAB)
+    program, limits = _program(model, shared_rows=5)
+    engine = Engine(program, limits, N_CTX, VOCAB, StepCosts(row_cost=1e-9))
     try:
-        short = engine.submit(_request(max_tokens=90))
+        short = engine.submit(_request(max_tokens=240))
         next(short)
+        program.gate.clear()  # it has not ended yet
         long = engine.submit(_request(*[5] * 200, max_tokens=1))
+        program.gate.set()
         assert _finish(long).reason == _finish(short).reason == "length"
         assert max(n_rows for n_rows, n_sequences in program.batches if n_sequences == 2) == 6
     finally:
@@ -295,19 +297,25 @@ def test_logits_give_way_and_are_taken_once(model: Model) -> None:
         engine.close()
 
 
-def test_a_small_request_passes_what_does_not_fit(engine: Engine) -> None:
-    """Seven of 16 pages each: logits of a full context wait for one of them to end."""
-    running = [engine.submit(_request(*[n] * 180, max_tokens=44)) for n in range(2)]
-    for generation in running:
-        next(generation)
-    job = threading.Thread(target=engine.logits, args=([5] * N_CTX,))
-    job.start()
-    assert _finish(engine.submit(_request(256, 4, max_tokens=3))).reason == "length"
-    assert engine.n_running == 2
-    for generation in running:
-        assert _finish(generation).reason == "length"
-    job.join(30)
-    assert not job.is_alive()
+def test_a_small_request_passes_what_does_not_fit(model: Model) -> None:
+    """Of 9 pages, logits of a full context take 8: they wait for others to end."""
+    program, limits = _program(model, n_pages={0: 9})
+    engine = Engine(program, limits, N_CTX, VOCAB)
+    try:
+        program.gate.clear()
+        running = [engine.submit(_request(256, n, max_tokens=120)) for n in range(2)]
+        job = threading.Thread(target=engine.logits, args=([5] * N_CTX,))
+        job.start()
+        while len(engine._scheduler.waiting) < 1:
+            time.sleep(0.001)
+        small = engine.submit(_request(256, 4, max_tokens=3))
+        program.gate.set()
+        first, *others = (_finish(generation) for generation in (small, *running))
+        assert first.reason == "length" and first.at < min(each.at for each in others)
+        job.join(30)
+        assert not job.is_alive()
+    finally:
+        engine.close()
 
 
 def test_logits_pass_a_generation_that_has_no_place(engine: Engine) -> None:

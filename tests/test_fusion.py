@@ -335,7 +335,7 @@ def test_every_field_that_a_backend_does_not_know_is_named(
 
 
 def all_ops(g: Graph, h: Value, blk: str) -> Value:
-    windowed = CACHE._replace(window=5, k_is_v=True)
+    windowed = CACHE._replace(window=5, k_is_v=True, k_type="q8_0", v_type="q8_0")
     q, k, _ = qkv(g, h, blk)
     q = g.rotate(q, N_HEADS, NEOX)
     a = g.attention(q, k, cache=windowed, soft_cap=2.0, sinks=f"{blk}.attn_sinks")

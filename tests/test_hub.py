@@ -32,6 +32,7 @@ from edgeinfer.errors import (
 from edgeinfer.hub import client as hub
 from edgeinfer.hub import fetch, wheel
 from edgeinfer.hub.header import open_header
+from edgeinfer.hub.repository import read_repository
 from edgeinfer.options import Progress
 
 from . import fake_hub
@@ -304,24 +305,24 @@ def facts(**changes: Any) -> dict[str, Any]:
 )
 def test_a_checksum_that_is_none_is_refused(sha256: Any) -> None:
     with pytest.raises(ValueError):
-        hub._repository(REPO, facts(sha256=sha256))
+        read_repository(REPO, facts(sha256=sha256))
 
 
 def test_a_checksum_may_be_in_capitals_or_missing() -> None:
-    assert hub._repository(REPO, facts(sha256="A" * 64)).files["a-Q4_K_M.gguf"].sha256 == "a" * 64
-    assert hub._repository(REPO, facts(sha256=None)).files["a-Q4_K_M.gguf"].sha256 is None
+    assert read_repository(REPO, facts(sha256="A" * 64)).files["a-Q4_K_M.gguf"].sha256 == "a" * 64
+    assert read_repository(REPO, facts(sha256=None)).files["a-Q4_K_M.gguf"].sha256 is None
 
 
 @pytest.mark.parametrize("size", [-1, 0, 1 << 60, 1.5, "9", True, [], float("nan")])
 def test_a_size_that_is_none_is_refused(size: Any) -> None:
     with pytest.raises(ValueError):
-        hub._repository(REPO, facts(size=size))
+        read_repository(REPO, facts(size=size))
 
 
 @pytest.mark.parametrize("sha", ["", "../x", "a/b", 5, None, "a" * 65, "a b", "?x"])
 def test_a_revision_that_is_none_is_refused(sha: Any) -> None:
     with pytest.raises(ValueError):
-        hub._repository(REPO, facts(sha=sha))
+        read_repository(REPO, facts(sha=sha))
 
 
 @pytest.mark.parametrize(
@@ -333,12 +334,12 @@ def test_a_revision_that_is_none_is_refused(sha: Any) -> None:
     ],
 )  # fmt: skip
 def test_a_name_that_is_no_file_below_our_folder_is_left_out(name: str) -> None:
-    assert hub._repository(REPO, facts(rfilename=name)).files == {}
+    assert read_repository(REPO, facts(rfilename=name)).files == {}
 
 
 @pytest.mark.parametrize("id", ["../x", "a/b/c", "/etc", "a", "a/..", 5, "org/\x1b"])
 def test_a_hub_does_not_choose_our_folder(id: Any) -> None:
-    assert hub._repository(REPO, facts(id=id)).name == REPO
+    assert read_repository(REPO, facts(id=id)).name == REPO
 
 
 @pytest.mark.parametrize("answer", [b"[" * 200_000, b"[]", b'{"siblings": 5}', b"null", b"\xff"])

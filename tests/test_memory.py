@@ -368,8 +368,8 @@ def test_a_tenth_less_than_fits_is_refused_with_settings_that_work(
 ) -> None:
     """Before a tensor was read or memory reserved; each of the settings then loads and answers."""
     path = make_model(tmp_path / "m.gguf", quant="Q4_0", **{**_SMALL, "n_kv_heads": 4})
-    with LLM(path, n_ctx=64, threads=1):
-        pass  # kernels are there from now on
+    for kv_type in ("f16", "q8_0"):
+        LLM(path, n_ctx=64, threads=1, kv_type=kv_type).close()  # its kernels are there from now on
     given: LoadOptions = {"n_ctx": 4096 if slots > 1 else 8192, "slots": slots, "threads": 1}
     least = plan(path, kv_type="q8_0", **given)
     spare = least.rows.get("prefix pages", 0)

@@ -109,3 +109,12 @@ def test_a_folder_that_others_delete_from_is_counted_and_listed(tmp_path: Path) 
     finally:
         is_over.set()
         other.join()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+def test_the_peak_of_a_process_is_its_own() -> None:
+    """Not that of the larger one which started it."""
+    kept = bytearray(os.urandom(1 << 20) * 64)
+    code = "from edgeinfer import platform; print(platform.peak_rss())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0 < int(done.stdout) < 32 << 20 < len(kept) <= platform.peak_rss()

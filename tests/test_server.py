@@ -19,6 +19,7 @@ from typing import Any
 import httpx2
 import pytest
 
+from edgeinfer.server import connections
 from edgeinfer.server.gate import _bare, _host_name
 from edgeinfer.server.requests import conversation
 
@@ -131,7 +132,7 @@ KEY = {"x-api-key": "one"}
         (b'{"messages": [{"role": "user", "content": "x"}], "n": 1000}', 400),
         (b'{"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function"}]}', 400),
         (b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 1e99}', 400),
-        (b'{"messages": [{"role": "user", "content": "x"}], "seed": -1}', 400),
+        (b'{"messages": [{"role": "user", "content": "x"}], "seed": 0.5}', 400),
         (b'{"messages": [{"role": "user", "content": "x"}], "stop": [""]}', 400),
     ],
 )  # fmt: skip
@@ -149,6 +150,28 @@ def test_bodies_of_other_forms_are_refused(guarded: Running) -> None:
             yield b"x" * 1000
 
     assert guarded.http.post(CHAT, content=parts(), headers=KEY).status_code == 413
+
+
+def test_who_sends_no_request_is_cut(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 0.2)
+    address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+    request = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
+    for parts in ([], [b"GET / HT"], [request, b"GET"]):
+        with socket.create_connection(address) as connection:
+            connection.settimeout(10)
+            found = b""
+            for part in parts:
+                connection.sendall(part)
+                time.sleep(0.05)
+            while data := connection.recv(1 << 16):
+                found += data
+        assert (b'{"status":"ok"}' in found) == (request in parts)
+    with socket.create_connection(address) as connection:  # who was answered may be silent
+        connection.sendall(request)
+        assert connection.recv(1 << 16)
+        time.sleep(0.4)
+        connection.sendall(request)
+        assert connection.recv(1 << 16)
 
 
 # -- answers --------------------------------------------------------------------------------------

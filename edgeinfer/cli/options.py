@@ -25,6 +25,7 @@ _SPELLINGS = {
     "max_tokens": ("-n", "--max-tokens"),
     "temperature": ("--temperature", "--temp"),
     "speculation": ("--speculation/--no-speculation",),
+    "drafts": ("--drafts/--no-drafts",),
 }
 _NO_LIMIT = -1  # of tokens, as a flag spells it
 _MORE_HELP = {"max_tokens": " -1: no limit."}

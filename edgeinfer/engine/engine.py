@@ -24,6 +24,7 @@ from edgeinfer.engine import hooks
 from edgeinfer.engine.cache import CacheLayout, Overflow, PagePool
 from edgeinfer.engine.cache_store import CacheStore
 from edgeinfer.engine.delivery import Delivery
+from edgeinfer.engine.drafter import Drafter
 from edgeinfer.engine.errand import Errand
 from edgeinfer.engine.generation import (
     WAKE_SECONDS,
@@ -39,6 +40,7 @@ from edgeinfer.engine.step import build_batch, commit, fill_samples
 from edgeinfer.engine.step_costs import StepCosts
 from edgeinfer.errors import BusyError, ClosedError, InvalidRequestError
 from edgeinfer.sampling.params import SampleTable
+from edgeinfer.segment import Segment
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -63,10 +65,13 @@ class Engine:
         n_ctx: int,
         n_vocab: int,
         costs: StepCosts | None = None,
+        segment: Segment | None = None,
     ) -> None:
+        """`segment` is what the program was made of, where its own guesses are to be used."""
         self.limits, self.n_ctx, self.n_vocab = limits, n_ctx, n_vocab
         self._program = program
         self._costs = costs or StepCosts(limits.row_cost)
+        self._drafter = Drafter.of(program, segment, limits, self._costs)
         self._store = CacheStore(limits, program)
         self._scheduler = Scheduler(limits, self._costs, self._store)
         self._samples = SampleTable(self._scheduler.max_samples)
@@ -322,6 +327,15 @@ class Engine:
             with contextlib.suppress(BaseException):  # it decides about rows, never about answers
                 self._measure(parts, time.perf_counter() - begun)
             commit(parts, outputs, self._samples, self._scheduler)
+            self._draft(parts, outputs)
+
+    def _draft(self, parts: list[Rows], outputs: Outputs) -> None:
+        """Guess with the model's own block; a fault of it ends its guesses and nothing else."""
+        try:
+            if self._drafter is not None:
+                self._drafter.follow(parts, outputs)
+        except BaseException:
+            self._drafter = None
 
     def _measure(self, parts: list[Rows], seconds: float) -> None:
         n_decode = sum([part.n for part in parts if part.is_decoding])
@@ -336,6 +350,8 @@ class Engine:
         samples = self._samples
         fill_samples(samples, parts)
         batch = build_batch(parts, samples)
+        if self._drafter is not None:
+            self._drafter.ask(batch, parts)
         is_watched = any([part.work.hook is not None for part in parts])
         if is_watched:
             hooks.ask(batch, parts)

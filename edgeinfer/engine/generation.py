@@ -19,6 +19,7 @@ from edgeinfer.batch import PAGE, StepLimits
 from edgeinfer.engine.cache import STEP_SLOTS, CacheLayout
 from edgeinfer.engine.cache_store import CacheStore
 from edgeinfer.engine.delivery import Delivery
+from edgeinfer.engine.drafting import Drafting
 from edgeinfer.engine.event_queue import EventQueue
 from edgeinfer.engine.sequence import EngineEvent, Finished, Rank, Request, Rows, Sequence
 from edgeinfer.engine.speculation import MAX_ROWS, Speculator
@@ -70,6 +71,7 @@ class Generation:
         self.sequence: Sequence | None = None  # the engine's, while it runs
         self.next_row: Rows | None = None  # the engine's: of a step in which it decodes
         self.can_guess = request.can_speculate
+        self.drafting = Drafting()  # what the model's own block guesses, where it has one
         self.speculator: Speculator | None = None  # the engine's
         self.n_proposed, self.n_accepted = 0, 0  # tokens guessed, and those that came true
         self.submitted_at = time.perf_counter()
@@ -140,7 +142,8 @@ class Generation:
         most = min(MAX_ROWS, sequence.cache.step_limit()) - 1
         if self.max_tokens is not None:
             most = min(most, self.max_tokens - sequence.n_generated - 1)
-        return self.speculator.guess(most)
+        drafted = self.drafting.guess(len(sequence.ids), most)
+        return max(self.speculator.guess(most), drafted, key=lambda found: sum(found[1]))
 
     def emit(self, event: EngineEvent) -> None:
         self._delivery.put(self, event)

@@ -48,7 +48,8 @@ def ask(batch: Batch, parts: SequenceOf[Rows]) -> None:
     if any(hook.logits and n_wanted for hook, n_wanted in hooked):
         batch.output, batch.samples = "logits", None
     batch.with_hidden = any(hook.hidden and n_wanted for hook, n_wanted in hooked)
-    batch.residuals = tuple(sorted({layer for hook, _ in hooked for layer in hook.residuals}))
+    layers = {layer for hook, _ in hooked for layer in hook.residuals}
+    batch.residuals = tuple(sorted({*batch.residuals, *layers}))
 
 
 def show(

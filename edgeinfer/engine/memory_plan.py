@@ -102,6 +102,11 @@ class MemoryPlan(NamedTuple):
     def fits(self) -> bool:
         return all(pool.fits for pool in self.pools)
 
+    @property
+    def n_missing(self) -> int:
+        """Bytes by which it is too large for the memories that there are."""
+        return sum(max(0, pool.total_bytes - pool.available) for pool in self.pools)
+
 
 class PlanRequest(NamedTuple):
     """What a plan is solved for; what is None is chosen: see `solve`."""
@@ -146,20 +151,18 @@ def solve(segment: Segment, backend: Backend, request: PlanRequest) -> MemoryPla
     f16 and spare pages for earlier prompts; without them; in q8_0; half the context in f16, then
     in q8_0, and so on down to 512 tokens; steps of fewer rows.
     """
-    smallest = None
+    plans = []
     for setting, plan in _plans(segment, backend, request, _settings(segment, request)):
         if plan.fits:
             return plan._replace(note=_note(setting, request, usual_n_ctx(segment)))
-        smallest = plan
-    assert smallest is not None, "what is asked for is tried"
+        plans.append(plan)
 
     def fits(asked: PlanRequest) -> bool:
-        """Whether `solve` would find a plan: the last that it tries is the smallest."""
-        settings = reversed([*_settings(segment, asked)])
-        _, plan = next(_plans(segment, backend, asked, settings))
-        return plan.fits
+        """Whether `solve` would find a plan: by those that it tries last, the smallest ones."""
+        settings = [*_settings(segment, asked)][-len(_types(asked)) :]
+        return any(plan.fits for _, plan in _plans(segment, backend, asked, settings))
 
-    raise does_not_fit(smallest, request, fits)
+    raise does_not_fit(min(plans, key=lambda plan: plan.n_missing), request, fits)
 
 
 def _plans(
@@ -179,13 +182,13 @@ def planned(
 ) -> MemoryPlan:
     """What a setting takes, whether it fits or not."""
     # Of the same values: whatever else a segment says of them stays.
-    ops = segment.graph.ops_for(setting.n_ctx, setting.kv_types)
+    segment = segment.for_context(setting.n_ctx, setting.kv_types)
     n_states = LEAST_STATES * request.slots + setting.n_spare_states if segment.states else 0
     step = StepRequest(
         setting.n_ctx, request.slots, request.n_threads, setting.most_rows, n_states,
         setting.n_spare_pages,
     )  # fmt: skip
-    demand = backend.demand(segment._replace(ops=ops), step)
+    demand = backend.demand(segment, step)
     pools = pools_of(demand, step, available_bytes(backend, request), request.host)
     return MemoryPlan(
         pools, setting.n_ctx, request.slots, demand.limits, "", setting.kv_types,
@@ -197,7 +200,7 @@ def _settings(segment: Segment, request: PlanRequest) -> Iterator[Setting]:
     """What may be chosen, in the order in which it is tried."""
     usual = usual_n_ctx(segment)
     n_ctx = usual if request.n_ctx is None else request.n_ctx
-    choices = [USUAL_TYPES, _SMALLER_TYPES] if request.kv_types is None else [request.kv_types]
+    choices = _types(request)
     spare = spare_pages(segment, n_ctx, choices[0]), spare_states(segment)
     least = 0, min(1, spare[1])  # a state can't be shared but where one was kept
     if spare != least:
@@ -206,7 +209,11 @@ def _settings(segment: Segment, request: PlanRequest) -> Iterator[Setting]:
     while request.n_ctx is None and (half := n_ctx // 2 // PAGE * PAGE) >= min(usual, _LEAST_N_CTX):
         n_ctx = half
         yield from (Setting(n_ctx, types, *least) for types in choices)
-    yield Setting(n_ctx, choices[-1], *least, most_rows=_FEW_ROWS)
+    yield from (Setting(n_ctx, types, *least, most_rows=_FEW_ROWS) for types in choices)
+
+
+def _types(request: PlanRequest) -> tuple[KVTypes, ...]:
+    return (USUAL_TYPES, _SMALLER_TYPES) if request.kv_types is None else (request.kv_types,)
 
 
 def _note(setting: Setting, request: PlanRequest, usual: int) -> str:

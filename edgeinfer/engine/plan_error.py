@@ -19,7 +19,10 @@ _LESS_TYPES: tuple[KVTypes, ...] = (("q8_0", "q8_0"), ("q4_0", "q4_0"))
 
 
 def does_not_fit(plan: MemoryPlan, request: PlanRequest, fits: Fits) -> PlanError:
-    """The error for a request whose smallest plan does not fit; `fits` tells of other requests."""
+    """The error for a request none of whose plans fits, `plan` the one that lacks least.
+
+    `fits` tells of other requests.
+    """
     pool = next(pool for pool in plan.pools if not pool.fits)
     n_ctx = _longest(plan, request, fits)
     advice: Advice = ("no context length would fit; take a smaller file",)

@@ -22,7 +22,8 @@ class StepCosts:
         # By rows: times the usual cost, how often measured, and when last.
         self._factors: dict[int, tuple[float, int, int]] = {}
         self._n_steps = 0
-        self._prompt_row = row_cost  # what a row of a prompt adds to a step of one row, of that
+        # What a row of a prompt adds to a step, of a step of one row: too large at first.
+        self._prompt_row = 2 * row_cost
 
     def measure(self, n_rows: int, seconds: float) -> None:
         """Count a step of rows that decode.
@@ -83,4 +84,4 @@ _RATE, _SPEED_RATE, _JUMP = 0.05, 0.25, 2.0
 _KEEP, _SWEEP = 512, 64  # steps until a cost is forgotten, and from one look to the next
 
 # Prompts are read at more than half their speed so, and steps last less than three times as long.
-_SLOWER, _PROMPT_RATE, _LEAST_ROW = 2.5, 0.25, 1e-4
+_SLOWER, _PROMPT_RATE, _LEAST_ROW = 2.4, 0.5, 1e-4

@@ -17,12 +17,12 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from edgeinfer import config, platform
 from edgeinfer.errors import DownloadError, ModelNotFoundError
+from edgeinfer.hub.repository import SHA256, RemoteFile, Repository, read_repository
 
 # bytes done, bytes in all
 BytesProgress = Callable[[int, int], None]
@@ -32,36 +32,15 @@ _TIMEOUT = 30.0
 _ATTEMPTS = 5  # in a row without a new byte
 _SPARE = 64 << 20  # disk space that is left free
 _MOST_FACTS = 64 << 20  # bytes of what a hub says about a repository
-_MOST_BYTES = 1 << 50  # of a file
-_MOST_NAME = 200  # bytes of a file's name: file systems take 255, and we add to it
 _NO_FACTS = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 _RETRIED = (408, 425, 429, 500, 502, 503, 504)
-
-
-@dataclass(frozen=True, slots=True)
-class RemoteFile:
-    """A file of a repository; only large ones have a checksum."""
-
-    name: str
-    n_bytes: int
-    sha256: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Repository:
-    """One revision of a repository."""
-
-    name: str
-    revision: str
-    licence: str | None
-    files: dict[str, RemoteFile]
 
 
 def look_up(repo: str) -> Repository:
     """What the hub's main revision of `org/repo` holds."""
     try:
         with _open(f"/api/models/{repo}?blobs=true", repo) as response:
-            return _repository(repo, json.loads(response.read(_MOST_FACTS)))
+            return read_repository(repo, json.loads(response.read(_MOST_FACTS)))
     except (DownloadError, ModelNotFoundError):
         raise
     except OSError as error:
@@ -168,7 +147,7 @@ def is_current(file: RemoteFile, target: Path) -> bool:
         noted = _digest_file(target).read_text("ascii").strip()
     except (OSError, UnicodeDecodeError):
         noted = ""
-    if not _SHA256.fullmatch(noted):
+    if not SHA256.fullmatch(noted):
         with target.open("rb") as stored:
             noted = _digest_of(stored, file.n_bytes).hexdigest()
         _note_digest(target, noted)
@@ -362,50 +341,3 @@ def _refusal(error: urllib.error.HTTPError, repo: str, *, has_token: bool) -> Ex
     if error.code in _RETRIED:
         return _Again(f"HTTP {error.code}")
     return DownloadError(f"{page} answered HTTP {error.code} {error.reason}")
-
-
-def _repository(repo: str, facts: dict[str, Any]) -> Repository:
-    files = {}
-    for entry in facts["siblings"]:
-        name, large = str(entry["rfilename"]), entry.get("lfs") or {}
-        size, digest = large.get("size", entry.get("size")), large.get("sha256")
-        if name.lower().endswith(".gguf") and _is_plain(name) and size is not None:
-            if type(size) is not int or not 0 < size < _MOST_BYTES:
-                raise ValueError(f"{name} of {size!r} bytes")
-            if digest is not None:
-                digest = _matching(_SHA256, digest).lower()
-            files[name] = RemoteFile(name, size, digest)
-    licence = (facts.get("cardData") or {}).get("license")
-    full_name = str(facts.get("id") or repo)
-    return Repository(
-        full_name if _is_plain(full_name) and full_name.count("/") == 1 else repo,
-        _matching(_REVISION, facts["sha"]),
-        licence if isinstance(licence, str) else None,
-        files,
-    )
-
-
-_SHA256, _REVISION = re.compile(r"[0-9A-Fa-f]{64}"), re.compile(r"[0-9A-Za-z]{1,64}")
-
-
-def _matching(form: re.Pattern[str], text: object) -> str:
-    """A text of this form; ValueError for anything else. It becomes part of a file's name."""
-    if not isinstance(text, str) or not form.fullmatch(text):
-        raise ValueError(f"{text!r} is not {form.pattern}")
-    return text
-
-
-def _is_plain(name: str) -> bool:
-    """Whether a name can become a path below our folder, on every system."""
-    return all(_PLAIN.fullmatch(part) and _is_short(part) for part in name.split("/"))
-
-
-# Windows drops dots and spaces at the end, and means devices by some names.
-_PLAIN = re.compile(
-    r"(?!(?:con|prn|aux|nul|com\d|lpt\d)(?:\.|$))(?!\.+$)[^\x00-\x1f\x7f\\:*?\"<>|]+(?<![. ])",
-    re.IGNORECASE,
-)
-
-
-def _is_short(part: str) -> bool:
-    return len(part.encode("utf-8", "surrogatepass")) <= _MOST_NAME

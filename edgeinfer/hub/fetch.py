@@ -26,6 +26,7 @@ from edgeinfer.hub.catalog import (
     quant_of,
 )
 from edgeinfer.hub.discovery import OURS, ModelInfo, find_name, list_models, models_folder
+from edgeinfer.hub.repository import RemoteFile, Repository
 from edgeinfer.options import Progress
 
 Report = Callable[[Progress], None]
@@ -79,8 +80,8 @@ def _ask(what: str, n_bytes: int, n_here: int, licence: str | None, agree: Agree
 
 
 def _fetch_all(
-    repository: hub.Repository,
-    files: list[hub.RemoteFile],
+    repository: Repository,
+    files: list[RemoteFile],
     folder: Path,
     progress: Report,
     agree: Agree,

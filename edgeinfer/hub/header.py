@@ -8,6 +8,7 @@ from edgeinfer.errors import ModelNotFoundError
 from edgeinfer.gguf import GGUFFile
 from edgeinfer.hub import client as hub
 from edgeinfer.hub.catalog import choose_file, find_alias, parse_repo
+from edgeinfer.hub.repository import RemoteFile, Repository
 
 _STEP = 64 << 10  # of what is asked for at least, so that small tensors beside each other come once
 
@@ -42,7 +43,7 @@ def open_header(name: str) -> GGUFFile:
 class _RemoteBytes:
     """A file of a repository, as `edgeinfer.gguf` reads files; what has come last is kept."""
 
-    def __init__(self, repository: hub.Repository, file: hub.RemoteFile) -> None:
+    def __init__(self, repository: Repository, file: RemoteFile) -> None:
         self._repository, self._file = repository, file
         self.n_bytes, self.is_closed = file.n_bytes, False
         self._start, self._kept = 0, b""

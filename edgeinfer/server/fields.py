@@ -11,6 +11,8 @@ from typing import Any
 from edgeinfer.parameters import ANSWER, shown
 from edgeinfer.server.errors import ApiError, Json
 
+_SEEDS = 1 << 64
+
 
 class Fields:
     """A JSON object, and where in a request it stands."""
@@ -76,7 +78,11 @@ class Fields:
     def sampling(self, names: Mapping[str, str]) -> dict[str, Any]:
         """Keywords of an answer, from the fields that an API names them by."""
         given = {names[name]: self._values[name] for name in names if name in self}
-        return {keyword: _whole(keyword, value) for keyword, value in given.items()}
+        found = {keyword: _whole(keyword, value) for keyword, value in given.items()}
+        seed = found.get("seed")
+        if isinstance(seed, int) and seed < 0:  # -1 asks for any; elsewhere integers have signs
+            found["seed"] = None if seed == -1 else seed % _SEEDS
+        return found
 
 
 def _whole(keyword: str, value: Any) -> Any:

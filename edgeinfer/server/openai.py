@@ -46,17 +46,18 @@ def sampling_of(body: Fields, *most_tokens: str) -> dict[str, Any]:
     if found.get("stop") in ("", []):
         del found["stop"]
     limits = [body.get(name) for name in most_tokens if name in body]
-    if limits and limits[0] not in (-1, 0):
-        found["max_tokens"] = limits[0]
+    if limits and limits[0] != -1:
+        found["max_tokens"] = limits[0] or 1  # no answer has less
     if "logit_bias" in body:
         found["logit_bias"] = _logit_bias(body)
     return found
 
 
 def _logit_bias(body: Fields) -> dict[int, Any]:
-    """Ids are the names of members in JSON."""
+    """Ids are the names of members in JSON; what adds nothing may have any name."""
+    given = body.object("logit_bias").values
     try:
-        return {int(token): bias for token, bias in body.object("logit_bias").values.items()}
+        return {int(token): bias for token, bias in given.items() if bias != 0}
     except ValueError:
         raise body.wrong("logit_bias", "numbers by token id") from None
 

@@ -90,8 +90,8 @@ def _messages(body: Fields) -> list[Json]:
     if body.text("instructions"):
         found.append({"role": "system", "content": body.text("instructions")})
     given = body.get("input")
-    if isinstance(given, str):
-        return [*found, {"role": "user", "content": given}]
+    if isinstance(given, str) or not given:  # nothing to say is a message, too
+        return [*found, {"role": "user", "content": given or ""}]
     for item in body.objects("input"):
         kind = item.text("type", "message")
         if kind == "message":

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import uvicorn
 
 from edgeinfer.server.app import make_app
+from edgeinfer.server.connections import Connection
 from edgeinfer.server.service import Service
 
 _KEEP_ALIVE_SECONDS = 75
@@ -31,7 +32,7 @@ class Server(uvicorn.Server):
             log_level="error",
             access_log=False,
             loop="asyncio",
-            http="h11",
+            http=Connection,
             ws="none",
             lifespan="off",
             server_header=False,

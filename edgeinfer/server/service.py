@@ -119,7 +119,7 @@ async def _begin(model: ServedModel, request: Request, stack: AsyncExitStack) ->
         for i in range(request.n):
             sampling: Any = dict(request.sampling)
             if i and isinstance(sampling.get("seed"), int):
-                sampling["seed"] += i
+                sampling["seed"] = (sampling["seed"] + i) % (1 << 64)
             if isinstance(prompt, Chat):
                 messages: Any = prompt.messages
                 stream = await face.stream_chat(

@@ -45,73 +45,71 @@ class _Products(NamedTuple):
     def shared_bytes(self) -> int:
         return tiles.normed_bytes(self.kinds, self.x.dim, self.n_warps, _MOST_ROWS)
 
-    @property
-    def are_of_one_type(self) -> bool:
-        """All matrices but a third."""
-        return len(set(self.kinds[:2])) == 1
-
 
 class FusedLowering(AttentionLowering, ProductLowering):
     """Runs of steps that have a kernel of their own."""
 
     def _fused(self, i: int) -> int:
-        """Lower the steps from i on that one kernel can do; how many these are, maybe none."""
+        """Lower the steps from i on that few kernels can do; how many these are, maybe none."""
         found = self._normed_products(i) or self._products(i)
-        if found is None:
+        if not found:
             return 0
-        at = i + 1 if found.norm else i  # of the products
-        swiglu = self._swiglu(at + 1, found.parts) if found.norm else None
+        norm, parts = found[0].norm, [part for each in found for part in each.parts]
+        at = i + 1 if norm else i  # of the products
+        swiglu = self._swiglu(at + 1, parts) if norm and len(found) == 1 else None
         with self._from_rows(_MOST_ROWS + 1):
-            if found.norm is not None:
-                self._norm(found.norm)
-            for part in found.parts:
+            if norm is not None:
+                self._norm(norm)
+            for part in parts:
                 self._matmul(part, at)
             if swiglu is not None:
                 self._pointwise("swiglu", swiglu.out, swiglu.gate, swiglu.up)
                 if self._reads.is_quantised(swiglu.out):
                     self._x8(swiglu.out)
         if swiglu is None:
-            self._emit_products(found)
+            for each in found:
+                self._emit_products(each)
             return at + 1 - i
-        self._emit_swiglu(found, swiglu)
+        self._emit_swiglu(found[0], swiglu)
         return at + 2 - i
 
-    def _normed_products(self, i: int) -> _Products | None:
+    def _normed_products(self, i: int) -> list[_Products]:
         """Step i is the norm of whole rows, and the next one its products."""
         norm, products = self._steps[i], self._steps[i + 1] if i + 1 < len(self._steps) else None
-        if not isinstance(products, Matmuls) or len(products.parts) > _MOST_PARTS:
-            return None
+        if not isinstance(products, Matmuls):
+            return []
         if not isinstance(norm, (RmsNorm, WholeNorm)) or not self._reads.is_only(norm.out, i + 1):
-            return None
+            return []
         if isinstance(norm, RmsNorm) and norm.n_heads != 1:
-            return None
+            return []
         # What is added may lie where x does, which other blocks of threads still read.
         if any(part.residual is not None or not reads_blocks(part) for part in products.parts):
-            return None
-        return self._that_fit(norm.x, norm, products.parts)
+            return []
+        return self._that_fit(norm.x, norm, _of_one_kernel(products.parts))
 
-    def _products(self, i: int) -> _Products | None:
+    def _products(self, i: int) -> list[_Products]:
         """Step i is a product that quantises what nobody has quantised, for itself alone."""
         products = self._steps[i]
         if not isinstance(products, Matmuls) or len(products.parts) > 1:
-            return None
+            return []
         (part,) = products.parts
         if part.x in self._quantised or not self._reads.is_only(part.x, i):
-            return None
+            return []
         if part.residual is part.x or not reads_blocks(part):
-            return None
+            return []
         if part.weight.shape[0] > _MOST_UNNORMED_ROWS:
-            return None
-        return self._that_fit(part.x, None, products.parts)
+            return []
+        return self._that_fit(part.x, None, [products.parts])
 
     def _that_fit(
-        self, x: Value, norm: RmsNorm | WholeNorm | None, parts: tuple[Matmul, ...]
-    ) -> _Products | None:
-        """Products of types that are one kernel's, if a block of threads has room for the row."""
+        self, x: Value, norm: RmsNorm | WholeNorm | None, groups: Sequence[tuple[Matmul, ...]]
+    ) -> list[_Products]:
+        """Products, a kernel each, if a block of threads has room for the row; else none."""
         is_fast = self._arch in _FAST_ARCHS
-        found = _Products(x, norm, parts, _MORE_WARPS if is_fast else _WARPS)
-        fits = found.shared_bytes <= (_MORE_SHARED_BYTES if is_fast else _SHARED_BYTES)
-        return found if fits and found.are_of_one_type else None
+        n_warps = _MORE_WARPS if is_fast else _WARPS
+        found = [_Products(x, norm, parts, n_warps) for parts in groups]
+        most = max(each.shared_bytes for each in found)
+        return found if most <= (_MORE_SHARED_BYTES if is_fast else _SHARED_BYTES) else []
 
     def _swiglu(self, i: int, parts: Sequence[Matmul]) -> SwiGlu | None:
         """Step i, if it is made of these two products and nobody else reads them."""
@@ -183,6 +181,24 @@ class FusedLowering(AttentionLowering, ProductLowering):
             rows, op.x, self._float_buffer(op.out, "norm"), op.weight, op.eps, n_heads,
             self._step.wanted if gathers else 0,
         )  # fmt: skip
+
+
+def _of_one_kernel(parts: Sequence[Matmul]) -> list[tuple[Matmul, ...]]:
+    """Products in groups that are a kernel's: three of a type, or two and one of any."""
+    by_type: dict[str, list[Matmul]] = {}
+    for part in parts:
+        by_type.setdefault(part.weight.type.name, []).append(part)
+    groups = [
+        alike[first : first + _MOST_PARTS]
+        for alike in by_type.values()
+        for first in range(0, len(alike), _MOST_PARTS)
+    ]
+    alone = [group for group in groups if len(group) == 1]
+    for pair in (group for group in groups if len(group) == _MOST_PARTS - 1):
+        if alone:
+            pair += alone.pop()
+    joined = [group for group in groups if len(group) > 1]
+    return [tuple(group) for group in (*joined, *alone)]
 
 
 def _blocks(n_rows: int) -> int:

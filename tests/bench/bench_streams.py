@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("-r", type=int, default=3, help="repeats")
     parser.add_argument("-k", default="total,host", help="what to measure")
     parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--prompt", type=int, default=2000)
     parser.add_argument("--slots", type=int)
     parser.add_argument("--ctx", type=int, default=2560)
     args = parser.parse_args()
@@ -122,30 +123,45 @@ def _host(llm: LLM, watched: Watched, args: argparse.Namespace) -> dict[str, flo
 
 
 def _beside(llm: LLM, watched: Watched, args: argparse.Namespace) -> dict[str, float]:
-    """A prompt of 2,000 tokens beside 8 streams: their gaps, and how fast it is read."""
-    prompt = [3 + i * 7 % 250 for i in range(2000)]
+    """A prompt beside 8 streams: the gaps between their tokens, and how fast it is read."""
+    prompt = [3 + i * 7 % 250 for i in range(args.prompt)]
+    times: list[list[float]] = [[] for _ in range(8)]
+    is_over = threading.Event()
+
+    def client(i: int) -> None:
+        options = PLAIN | {"logit_bias": {2: -1e9}}
+        with llm.stream([30 + i, *range(20, 35)], max_tokens=2000, **options) as stream:
+            for _ in stream:
+                times[i].append(time.perf_counter())
+                if is_over.is_set():
+                    return
+
+    alone = _seconds(llm, [9, *prompt])
+    threads = [threading.Thread(target=client, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    while min(map(len, times)) < args.tokens:
+        time.sleep(0.05)
     begun = time.perf_counter()
-    llm.generate([9, *prompt], max_tokens=1, **PLAIN)
-    alone = time.perf_counter() - begun
-    found: list[list[list[float]]] = []
-    streams = threading.Thread(target=lambda: found.append(_read(llm, 8, args.tokens * 12)))
-    streams.start()
-    time.sleep(3.0)
-    begun = time.perf_counter()
-    llm.generate([8, *prompt], max_tokens=1, **PLAIN)
-    end = time.perf_counter()
-    streams.join()
-    quiet, loud = [], []
-    for times in found[0]:
-        times = times[4:]
-        for a, b in zip(times, times[1:], strict=False):
-            (loud if begun < b < end else quiet if b < begun else []).append(b - a)
-    p95 = [sorted(gaps)[95 * len(gaps) // 100] for gaps in (quiet, loud)]
+    beside = _seconds(llm, [8, *prompt])
+    is_over.set()
+    for thread in threads:
+        thread.join()
+    pairs = [pair for each in times for pair in zip(each[4:], each[5:], strict=False)]
+    quiet = sorted(b - a for a, b in pairs if b < begun)
+    loud = sorted(b - a for a, b in pairs if begun < a and b < begun + beside)
+    median, p95 = statistics.median(quiet), loud[95 * len(loud) // 100]
     return {
-        "quiet_median_ms": 1e3 * statistics.median(quiet), "quiet_p95_ms": 1e3 * p95[0],
-        "loud_p95_ms": 1e3 * p95[1], "gap_times": p95[1] / statistics.median(quiet),
-        "alone_s": alone, "beside_s": end - begun, "speed_kept": alone / (end - begun),
+        "quiet_ms": 1e3 * median, "quiet_p95_ms": 1e3 * quiet[95 * len(quiet) // 100],
+        "beside_p95_ms": 1e3 * p95, "gap_times": p95 / median,
+        "alone_s": alone, "beside_s": beside, "speed_kept": alone / beside,
     }  # fmt: skip
+
+
+def _seconds(llm: LLM, prompt: list[int]) -> float:
+    begun = time.perf_counter()
+    llm.generate(prompt, max_tokens=1, **PLAIN)
+    return time.perf_counter() - begun
 
 
 _MEASURES = {"total": _total, "host": _host, "beside": _beside}

@@ -1,0 +1,101 @@
+"""Guesses of a model's own block change the time that an answer takes, and no token of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgeinfer import LLM, InvalidRequestError
+from edgeinfer.engine.drafting import MOST, Drafting
+
+from .golden_models import GOLDENS
+from .models_for_tests import tiny_model
+
+SPEC: Any = dict(max_tokens=70, logit_bias={257: -1e9}, seed=5)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A hybrid model with a block that guesses; its vocabulary has room for a tokenizer."""
+    draft = GOLDENS["qwen35"].draft()
+    rng = np.random.default_rng(3)
+    for name in ("token_embd.weight", "output.weight"):
+        if name in draft.tensors:
+            draft.tensors[name] = rng.standard_normal((320, 64)).astype(np.float32)
+    draft.keys["vocab_size"] = 320
+    folder = tmp_path_factory.mktemp("drafting")
+    return draft.write(folder / "drafts.gguf", "Q8_0", has_tokenizer=True)
+
+
+@pytest.fixture(scope="module")
+def plain(path: Path) -> Iterator[LLM]:
+    with LLM(path, n_ctx=256, slots=3) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def drafting(path: Path) -> Iterator[LLM]:
+    with LLM(path, n_ctx=256, slots=3, drafts=True) as llm:
+        yield llm
+
+
+PROMPTS: list[Any] = ["hello", "x" * 150, list(range(20, 120)), [5]]
+WAYS: list[dict[str, Any]] = [
+    dict(temperature=0.0), dict(temperature=0.9), dict(temperature=0.7, repeat_penalty=1.2),
+    dict(temperature=0.8, logprobs=2), dict(overflow="slide", max_tokens=300, temperature=0.5),
+]  # fmt: skip
+
+
+def always(monkeypatch: pytest.MonkeyPatch, chance: float) -> None:
+    """Guesses are taken to hold with this chance, whatever has become of them."""
+    monkeypatch.setattr(Drafting, "chances", property(lambda _: [chance**k for k in range(1, 5)]))
+
+
+@pytest.mark.parametrize("chance", [None, 0.999])
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_no_token_changes(
+    plain: LLM, drafting: LLM, monkeypatch: pytest.MonkeyPatch, way: dict[str, Any], chance: Any
+) -> None:
+    if chance is not None:
+        always(monkeypatch, chance)
+    for prompt in PROMPTS:
+        expected = plain.generate(prompt, speculation=False, **SPEC | way)
+        found = drafting.generate(prompt, **SPEC | way)
+        assert (found.token_ids, found.logprobs) == (expected.token_ids, expected.logprobs)
+    assert drafting.runtime.engine._drafter is not None, "it failed, and was put away"
+
+
+def test_answers_beside_each_other(
+    plain: LLM, drafting: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    always(monkeypatch, 0.999)
+    prompts = [f"one of {i} prompts, each with its end" * (1 + i % 3) for i in range(6)]
+    expected = plain.generate_batch(prompts, temperature=0.8, **SPEC)
+    found = drafting.generate_batch(prompts, temperature=0.8, **SPEC)
+    assert [a.token_ids for a in found] == [a.token_ids for a in expected]
+    assert drafting.runtime.engine._drafter is not None
+    assert sum(a.timings.proposed_tokens for a in found) > 0
+
+
+def test_what_does_not_hold_is_given_up() -> None:
+    state = Drafting()
+    for at in range(40):
+        state.at, state.tokens = at, [7, 7]
+        state.learn([*[1] * at, 1])
+    assert state.chances[0] < 0.1 and state.guess(5, 9) == ([], [])
+    state.at, state.tokens = 5, [1, 2, 3]
+    assert state.guess(5, 2)[0] == [1, 2] and state.guess(6, 2) == ([], [])
+    for at in range(60):
+        state.at, state.tokens = at, [1] * MOST
+        state.learn([1] * (at + MOST))
+    assert state.chances[-1] > 0.7
+
+
+def test_a_file_without_a_block_says_so(tmp_path: Path, path: Path) -> None:
+    with pytest.raises(InvalidRequestError, match="holds none") as caught:
+        LLM(tiny_model(tmp_path), drafts=True)
+    assert caught.value.param == "drafts"
