@@ -198,13 +198,20 @@ class CpuProgram(CacheVerbs):
             self._input[:n_rows] = batch.hidden
         self._copy_tables(batch.tables)
         if self._drawn.states:
-            assert batch.states is not None and batch.kept is not None, "this segment has states"
-            self._states[: len(batch.states)], self._kept[:n_rows] = batch.states, batch.kept
+            self._copy_states(batch)
         samples = batch.samples.address if batch.samples else 0
         self._header[:_STEP_WORDS] = n_rows, n_wanted, len(batch.tables), samples, 0
         is_few = n_rows <= _FEW_ROWS
         schedule = self._tuning.next(n_rows) if is_few else self._schedules[0]
         return CpuTicket(self, batch, schedule)
+
+    def _copy_states(self, batch: Batch) -> None:
+        states, kept = batch.states, batch.kept
+        assert states is not None and kept is not None, "this segment has states"
+        slots = np.concatenate([states, kept])
+        n_states = self.limits.n_states
+        assert ((slots >= -1) & (slots < n_states)).all(), f"{n_states} slots"
+        self._states[: len(states)], self._kept[: len(kept)] = states, kept
 
     def _copy_tables(self, tables: list[tuple[PageTable, ...]]) -> None:
         """Keep the page tables of a step: whoever gave them may change them meanwhile."""
