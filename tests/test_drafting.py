@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from edgeinfer import LLM, InvalidRequestError
+from edgeinfer.engine import drafter
 from edgeinfer.engine.drafting import MOST, Drafting
 
-from .golden_models import GOLDENS
 from .models_for_tests import tiny_model
 
 SPEC: Any = dict(max_tokens=70, logit_bias={257: -1e9}, seed=5)
@@ -20,15 +19,9 @@ SPEC: Any = dict(max_tokens=70, logit_bias={257: -1e9}, seed=5)
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A hybrid model with a block that guesses; its vocabulary has room for a tokenizer."""
-    draft = GOLDENS["qwen35"].draft()
-    rng = np.random.default_rng(3)
-    for name in ("token_embd.weight", "output.weight"):
-        if name in draft.tensors:
-            draft.tensors[name] = rng.standard_normal((320, 64)).astype(np.float32)
-    draft.keys["vocab_size"] = 320
+    """A hybrid model whose last block guesses."""
     folder = tmp_path_factory.mktemp("drafting")
-    return draft.write(folder / "drafts.gguf", "Q8_0", has_tokenizer=True)
+    return tiny_model(folder, arch="qwen35", n_layers=4, drafts=True, n_ctx=512)
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +97,36 @@ def test_a_file_without_a_block_says_so(tmp_path: Path, path: Path) -> None:
     with pytest.raises(InvalidRequestError, match="holds none") as caught:
         LLM(tiny_model(tmp_path), drafts=True)
     assert caught.value.param == "drafts"
+
+
+def test_the_law_guesses_too(path: Path, plain: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    always(monkeypatch, 0.999)
+    with LLM(path, n_ctx=64, device="law", drafts=True) as law:
+        found = law.generate("hello", temperature=0.0, **SPEC | dict(max_tokens=12))
+        assert is_well(law)
+    expected = plain.generate("hello", temperature=0.0, **SPEC | dict(max_tokens=12))
+    assert found.token_ids == expected.token_ids
+
+
+def test_who_guesses_right_is_believed(
+    plain: LLM, drafting: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the block says what comes, steps yield several tokens."""
+    spec: Any = SPEC | dict(temperature=0.0)
+    ids = list(range(20, 60))
+    answer = plain.generate(ids, speculation=False, **spec)
+    known, run = (*ids, *answer.token_ids, 0), drafter.Drafter._run
+
+    def knowing(self: Any, followers: Any, wanted: Any) -> Any:
+        outputs = run(self, followers, wanted)
+        for i, each in enumerate(wanted):
+            outputs.logits[i] = 0
+            outputs.logits[i, known[min(drafter._end(each), len(known) - 1)]] = 1
+        return outputs
+
+    monkeypatch.setattr(drafter.Drafter, "_run", knowing)
+    always(monkeypatch, 0.999)
+    found = drafting.generate(ids, **spec)
+    assert found.token_ids == answer.token_ids and is_well(drafting)
+    assert found.timings.accepted_tokens > 10
+    assert found.timings.accepted_tokens > 0.7 * found.timings.proposed_tokens
