@@ -11,6 +11,7 @@ import pytest
 from edgeinfer import LLM, InvalidRequestError
 from edgeinfer.engine import drafter
 from edgeinfer.engine.drafting import MOST, Drafting
+from edgeinfer.engine.step_costs import StepCosts
 
 from .models_for_tests import tiny_model
 
@@ -21,7 +22,7 @@ SPEC: Any = dict(max_tokens=70, logit_bias={257: -1e9}, seed=5)
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A hybrid model whose last block guesses."""
     folder = tmp_path_factory.mktemp("drafting")
-    return tiny_model(folder, arch="qwen35", n_layers=4, drafts=True, n_ctx=512)
+    return tiny_model(folder, arch="qwen35", n_layers=8, drafts=True, n_ctx=512)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,8 @@ WAYS: list[dict[str, Any]] = [
 
 
 def always(monkeypatch: pytest.MonkeyPatch, chance: float) -> None:
-    """Guesses are taken to hold with this chance, whatever has become of them."""
+    """Guesses are taken to hold with this chance, and rows of steps to cost nothing."""
+    monkeypatch.setattr(StepCosts, "of", lambda *_: 1.0)
     monkeypatch.setattr(Drafting, "chances", property(lambda _: [chance**k for k in range(1, 5)]))
 
 
@@ -76,7 +78,7 @@ def test_answers_beside_each_other(
     found = drafting.generate_batch(prompts, temperature=0.8, **SPEC)
     assert [a.token_ids for a in found] == [a.token_ids for a in expected]
     assert is_well(drafting)
-    assert sum(a.timings.proposed_tokens for a in found) > 0
+    assert sum(a.timings.proposed_tokens for a in found) > 100
 
 
 def test_what_does_not_hold_is_given_up() -> None:
