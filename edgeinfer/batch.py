@@ -116,6 +116,7 @@ class Batch:
         assert (self.states is None) == (self.kept is None), "states come with what is kept"
         if self.states is not None and self.kept is not None:
             assert (len(self.states), len(self.kept)) == (len(self.tables), self.n_rows)
+            assert np.count_nonzero(np.diff(self.seq)) < len(self.tables), "runs of sequences"
             written = [slot for slot in self.kept.tolist() if slot >= 0]
             assert len(set(written)) == len(written), "a step writes no state slot twice"
             assert set(written).isdisjoint(self.states.tolist()), "nor one that it reads"

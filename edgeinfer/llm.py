@@ -6,12 +6,13 @@ Knows nothing of terminals or command lines.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from os import PathLike
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,13 +30,16 @@ from edgeinfer.parameters import ANSWER, LOGITS, REQUEST, TEXT, checked, id_list
 from edgeinfer.results import Completion
 from edgeinfer.runtime import Runtime
 from edgeinfer.sampling.params import SamplingParams, breaker_tokens, recommended
-from edgeinfer.stream import Stream, read_all
+from edgeinfer.stream import Stream, items, run_all
 from edgeinfer.text.call_finder import CallFinder, call_finder
 from edgeinfer.text.messages import Conversation, Message
 from edgeinfer.text.prompt import Prompt, chat_prompt
 from edgeinfer.text.reply import AnswerText, ReasoningSplitter, opened_tags, reasoning_tags
 from edgeinfer.text.template_engine import TemplateEngine
 from edgeinfer.text.tokenizer import TooManyTokens
+
+if TYPE_CHECKING:
+    from edgeinfer.engine.session import Sessions
 
 _COUNTED_BEYOND = 1 << 16  # tokens that an error may count beyond the context: 0.2 s
 
@@ -110,7 +114,7 @@ class LLM:
         self, prompts: Iterable[str | Sequence[int]], **sampling: Unpack[Sampling]
     ) -> list[Completion]:
         """Continue several prompts side by side."""
-        return _run_all(lambda prompt: self.stream(prompt, **sampling), prompts, "prompts")
+        return run_all(lambda prompt: self.stream(prompt, **sampling), prompts, "prompts")
 
     # -- chat ------------------------------------------------------------------------------------
 
@@ -170,7 +174,7 @@ class LLM:
         **sampling: Unpack[Sampling],
     ) -> list[Completion]:
         """Answer several conversations side by side."""
-        return _run_all(
+        return run_all(
             lambda each: self.stream_chat(
                 each, tools=tools, template_args=template_args, **sampling
             ),
@@ -209,7 +213,7 @@ class LLM:
         fits = partial(check_length, n_ctx=self.n_ctx)
         ids = id_list(token_ids, "token_ids", fits)
         given_others = () if batch_with is None else batch_with
-        others = [id_list(each, "batch_with", fits) for each in _items(given_others, "batch_with")]
+        others = [id_list(each, "batch_with", fits) for each in items(given_others, "batch_with")]
         n_rows = given.get("last", len(ids))
         needed = 4 * n_rows * opened.model.hparams.vocab_size
         available = platform.available_memory()
@@ -238,6 +242,23 @@ class LLM:
         layer without attention is refused.
         """
         return watching.attention(self._open(), token_ids, layer, last)
+
+    # -- sessions --------------------------------------------------------------------------------
+
+    def save_session(self, path: str | PathLike[str], of: Stream | Sequence[int]) -> int:
+        """Write what is cached of an answer and its prompt, or of tokens; how many tokens that is.
+
+        A file that is there is replaced only once the new one is whole.
+        """
+        ids = (*of.prompt_ids, *of.completion.token_ids) if isinstance(of, Stream) else of
+        return _sessions(self._open()).save(Path(path), id_list(ids, "of"))
+
+    def load_session(self, path: str | PathLike[str]) -> tuple[int, ...]:
+        """Put what a file holds into the cache: what begins with its tokens goes on from there.
+
+        SessionError for a file that is damaged, or of another model or kind of cache.
+        """
+        return _sessions(self._open()).load(Path(path))
 
     # -- end -------------------------------------------------------------------------------------
 
@@ -361,20 +382,11 @@ class LLM:
         return params.with_breakers(found)
 
 
-def _run_all(
-    open_stream: Callable[[Any], Stream], asked: Iterable[Any], param: str
-) -> list[Completion]:
-    """Run streams side by side; one that fails ends them all."""
-    with ExitStack() as stack:
-        return read_all(stack.enter_context(open_stream(each)) for each in _items(asked, param))
+def _sessions(opened: Runtime) -> Sessions:
+    from edgeinfer.engine.session import model_name  # most programs need none
 
-
-def _items(given: Iterable[Any], param: str) -> Iterable[Any]:
-    """What to go through; a text would be gone through letter by letter."""
-    with suppress(TypeError):  # NumPy's arrays of no dimension are iterable by their type alone
-        if not isinstance(given, (str, bytes, Mapping)):
-            return iter(given)
-    raise InvalidRequestError(f"{param} is {shown(given)}; it must be a list", param=param)
+    name = model_name(opened.model.file.fingerprint(), opened.segment)
+    return opened.engine.sessions(name)
 
 
 def _check_text(value: str, param: str) -> None:

@@ -11,8 +11,9 @@ from typing import NamedTuple
 from edgeinfer import config, platform
 from edgeinfer.backend import find_device
 from edgeinfer.device import Device
-from edgeinfer.errors import DeviceError, Keyword
-from edgeinfer.graph import KVType
+from edgeinfer.errors import DeviceError, InvalidRequestError, Keyword
+from edgeinfer.graph import KVType, Segment
+from edgeinfer.model import Model
 from edgeinfer.options import LoadOptions, Progress
 from edgeinfer.parameters import LOAD, checked, parse_memory
 
@@ -72,6 +73,27 @@ class LoadSettings(NamedTuple):
             residuals=options.get("residuals", ()),
             drafts=options.get("drafts", False),
         )
+
+    def segment(self, model: Model, n_ctx: int | None, kv_types: tuple[KVType, KVType]) -> Segment:
+        """The whole model, as it is to be loaded; InvalidRequestError for what it has not."""
+        n_layers = model.hparams.n_layers
+        if self.residuals and self.residuals[-1] > n_layers:
+            raise InvalidRequestError(
+                f"residuals names layer {self.residuals[-1]}; the model has 0 to {n_layers - 1}, "
+                f"and {n_layers} is what enters the head",
+                param="residuals",
+            )
+        segment = model.graph.segment(
+            n_ctx=n_ctx, kv_types=kv_types, residuals=self.residuals, drafts=self.drafts
+        )
+        if self.drafts and (segment.draft is None or self.device.has_number):
+            found = "holds none" if segment.draft is None else f"runs on {self.device}"
+            raise InvalidRequestError(
+                f"drafts is on, and the model {found}; a block that guesses tokens is in some "
+                "files of qwen35, and runs on the devices cpu, law and reference",
+                param="drafts",
+            )
+        return segment
 
     def on_cpu(self, note: str) -> LoadSettings:
         """The same on the processors, with a line that says why."""

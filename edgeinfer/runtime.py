@@ -23,7 +23,7 @@ from edgeinfer.batch import HOST
 from edgeinfer.device import Device
 from edgeinfer.engine.engine import Engine
 from edgeinfer.engine.generation import WAKE_SECONDS
-from edgeinfer.engine.memory_plan import USUAL_TYPES, KVTypes, MemoryPlan, PlanRequest, solve
+from edgeinfer.engine.memory_plan import USUAL_TYPES, MemoryPlan, PlanRequest, solve
 from edgeinfer.engine.plan_rows import PYTHON_BYTES, HostBytes, base_bytes
 from edgeinfer.errors import (
     DeviceError,
@@ -185,7 +185,7 @@ def _load(path: Path, settings: LoadSettings, templates: TemplateEngine | None) 
         tokenizer = _Later(lambda: _make_tokenizer(file, settings, packs))
         try:
             template = _Later(lambda: _make_template(file, settings, templates, tokenizer))
-            segment = _segment(model, settings, plan.n_ctx, plan.kv_types)
+            segment = settings.segment(model, plan.n_ctx, plan.kv_types)
             program = backend.compile(segment, plan.limits)
         finally:
             packs.set()
@@ -205,31 +205,6 @@ def _load(path: Path, settings: LoadSettings, templates: TemplateEngine | None) 
         model, segment, plan, program, engine, settings.device, note, settings.n_threads,
         n_gpu_layers, load_s, tokenizer, template,
     )  # fmt: skip
-
-
-def _segment(
-    model: Model, settings: LoadSettings, n_ctx: int | None, kv_types: KVTypes | None
-) -> Segment:
-    """The whole model, as it is to be loaded."""
-    n_layers = model.hparams.n_layers
-    if settings.residuals and settings.residuals[-1] > n_layers:
-        raise InvalidRequestError(
-            f"residuals names layer {settings.residuals[-1]}; the model has 0 to {n_layers - 1}, "
-            f"and {n_layers} is what enters the head",
-            param="residuals",
-        )
-    types = USUAL_TYPES if kv_types is None else kv_types
-    segment = model.graph.segment(
-        n_ctx=n_ctx, kv_types=types, residuals=settings.residuals, drafts=settings.drafts
-    )
-    if settings.drafts and (segment.draft is None or settings.device.has_number):
-        found = "holds none" if segment.draft is None else f"runs on {settings.device}"
-        raise InvalidRequestError(
-            f"drafts is on, and the model {found}; a block that guesses tokens is in some files of "
-            "qwen35, and runs on the devices cpu, law and reference",
-            param="drafts",
-        )
-    return segment
 
 
 def find_file(name: str | PathLike[str], *, download: bool = False) -> Path:
@@ -271,7 +246,7 @@ def _planned(
     def opened(device: Device) -> Backend:
         return open_backend(device, progress=progress, memory=memory)
 
-    segment = _segment(model, settings, settings.n_ctx, settings.kv_types)
+    segment = settings.segment(model, settings.n_ctx, settings.kv_types or USUAL_TYPES)
     if settings.device.has_number:
         from edgeinfer.placement import place  # what other devices don't need
 

@@ -10,11 +10,11 @@ import threading
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from queue import Empty, SimpleQueue
 from types import TracebackType
-from typing import Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 from edgeinfer.engine.generation import WAKE_SECONDS, Generation
 from edgeinfer.engine.sequence import Finished, Prefilled, Request, Token
@@ -305,3 +305,21 @@ def read_all(streams: Iterable[Stream]) -> list[Completion]:
             opened[-1].check_waiting()
         except StopIteration:
             n_open -= 1
+
+
+def run_all(
+    open_stream: Callable[[Any], Stream], asked: Iterable[Any], param: str
+) -> list[Completion]:
+    """Run streams side by side; one that fails ends them all."""
+    with contextlib.ExitStack() as stack:
+        return read_all(stack.enter_context(open_stream(each)) for each in items(asked, param))
+
+
+def items(given: Iterable[Any], param: str) -> Iterable[Any]:
+    """What to go through; a text would be gone through letter by letter."""
+    with contextlib.suppress(
+        TypeError
+    ):  # NumPy's arrays of no dimension are iterable by their type alone
+        if not isinstance(given, (str, bytes, Mapping)):
+            return iter(given)
+    raise InvalidRequestError(f"{param} is {shown(given)}; it must be a list", param=param)

@@ -61,12 +61,14 @@ class Running:
             prompts.append(self.llm.detokenize(request.ids, special=True))
             now = time.perf_counter()
             n = len(request.ids)
-            generation.emit(Prefilled(n, n, 0, now))
+            generation.events.put(Prefilled(n, n, 0, now))
             logprob = None if request.params.logprobs is None else -0.5
             for token in tokenizer.encode(text, bos=False):
-                generation.emit(Token(token, now, logprob, ((token, -0.5),) if logprob else ()))
+                generation.events.put(
+                    Token(token, now, logprob, ((token, -0.5),) if logprob else ())
+                )
             stop = None if reason == "length" else tokenizer.eos_id
-            generation.emit(Finished("error" if error else reason, now, stop, error))
+            generation.events.put(Finished("error" if error else reason, now, stop, error))
             return generation
 
         engine.submit = submit  # type: ignore[method-assign]

@@ -11,11 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edgeinfer.graph import KV, KVType
 from edgeinfer.kernels.cpu import layout
 from edgeinfer.kernels.cpu.formats import FORMATS, packed_bytes
 from edgeinfer.kernels.cpu.library import build_objects, symbol
+from edgeinfer.kernels.cpu.lower_attention import attend_kernel, fold_kernel
 from edgeinfer.kernels.cpu.targets import Target
+from edgeinfer.kernels.reference.quantised import Quantised
 from tests import native
+from tests.kv_pages import k_pages, v_pages
 from tests.test_cpu_matmul import random_rows
 
 GCC, OBJDUMP, QEMU = "aarch64-linux-gnu-gcc", "aarch64-linux-gnu-objdump", "qemu-aarch64"
@@ -30,6 +34,7 @@ TYPES = tuple(FORMATS)
 KERNELS = [
     *(f"{op}.{name}" for op in ("pack", "matmul") for name in TYPES),
     *("quantise", "norm", "swiglu", "plan_attention", "attend.64.64", "fold"),
+    *("attend.64.64.k_q8_0.v_q4_0.hadamard", "fold.hadamard"),
     *("route.softmax", "dispatch", "gather.a32", "experts.q4_k", "expert_sum"),
 ]
 N_ROWS, N_COLS, N_TOKENS = 40, 512, 13
@@ -247,16 +252,18 @@ def test_norm_and_swiglu(driver: Path) -> None:
     same_here_and_emulated(arena, driver)
 
 
-def test_attention(driver: Path) -> None:
+@pytest.mark.parametrize(("k_type", "v_type"), [("f16", "f16"), ("q8_0", "q4_0")])
+def test_attention(driver: Path, k_type: KVType, v_type: KVType) -> None:
     """9 tokens behind 600 others, 6 heads over 2: two segments, masked and unmasked pages."""
     rng = np.random.default_rng(3)
     arena, n, n_heads, n_kv, dim, first = Arena(), 9, 6, 2, 64, 600
     n_pages = -(-(first + n) // layout.PAGE)
-    page_bytes = 2 * n_kv * dim * layout.PAGE
-    k, v = (
-        arena.put(rng.standard_normal((n_pages, n_kv, dim, layout.PAGE)).astype(np.float16))
-        for _ in "kv"
-    )
+    cache = KV(n_kv, dim, dim, k_type=k_type, v_type=v_type)
+    rows = rng.standard_normal((2, n_pages * layout.PAGE, n_kv, dim)).astype(np.float32)
+    stored = [Quantised().stored(x, t) for x, t in zip(rows, (k_type, v_type), strict=True)]
+    k_rows, v_rows = (each.reshape(n_pages, layout.PAGE, n_kv, -1) for each in stored)
+    k_bytes, v_bytes = k_pages(k_rows, k_type), v_pages(v_rows, v_type)
+    k, v = arena.put(k_bytes), arena.put(v_bytes)
     pages = arena.put(rng.permutation(n_pages).astype(np.int32))
     table = arena.words(
         "TABLE", layout.TABLE_BYTES // 8, PAGES=pages, SLOTS=n_pages, VISIBLE=1 << 20
@@ -272,15 +279,15 @@ def test_attention(driver: Path) -> None:
     row, out = 4 * n_heads * dim, arena.room(4 * n * n_heads * dim)
     args = arena.words(
         "ATTEND", 24, ITEMS=items, Q=q, Q_STRIDE=row, PINNED_Q=q, N_HEADS=n_heads, N_KV_HEADS=n_kv,
-        SCALE=native.float_bits(0.125), K_BASE=k, K_PAGE_BYTES=page_bytes, V_BASE=v,
-        V_PAGE_BYTES=page_bytes, K_ROOM=dim, V_ROOM=dim, V_DIM=dim,
+        SCALE=native.float_bits(0.125), K_BASE=k, K_PAGE_BYTES=k_bytes[0].nbytes, V_BASE=v,
+        V_PAGE_BYTES=v_bytes[0].nbytes, K_ROOM=dim, V_ROOM=dim, V_DIM=dim,
         PARTS=arena.room(layout.parts_bytes(n, n_heads, dim, dim, n_segments) + 4096),
     )  # fmt: skip
     left_in(arena, args, layout.FOLD_SINK, out, row)
     arena.call("plan_attention", header, items_args, 1)
     n_items = 4  # two runs of rows in blocks of 16 positions, by two segments
-    arena.call("attend.64.64", header, args, n_items * n_kv)
-    arena.call("fold", header, args, n)
+    arena.call(attend_kernel(cache, has_cap=False), header, args, n_items * n_kv)
+    arena.call(fold_kernel(cache, has_sinks=False), header, args, n)
     memory = same_here_and_emulated(arena, driver)
     assert memory[items.offset : items.offset + 8].view(np.int64) == n_items
     y = memory[out.offset : out.offset + n * row].view(np.float32)

@@ -17,7 +17,15 @@ from edgeinfer import LLM, ContextLengthError, DeviceError, EdgeInferError
 from edgeinfer.batch import OpTime
 from edgeinfer.bench.compare import Comparison, Rates, compare, llama_command, parse_rates
 from edgeinfer.bench.speed import run_bench
-from edgeinfer.bench.steps import OpRow, SweepRow, group_ops, sweep, sweep_threads, time_ops
+from edgeinfer.bench.steps import (
+    OpRow,
+    SweepRow,
+    group_ops,
+    step_seconds,
+    sweep,
+    sweep_threads,
+    time_ops,
+)
 from edgeinfer.bench.tables import compare_lines, op_lines, sweep_lines, table
 from edgeinfer.cli.main import commands
 
@@ -150,6 +158,14 @@ def test_ops_of_a_real_step_cover_all_weights(path: Path) -> None:
             assert head.gmac_s * 1e9 * head.seconds == pytest.approx(320 * 64)
     with LLM(path, device="reference") as llm, pytest.raises(DeviceError, match="op|step"):
         time_ops(llm.runtime, 1, 0, 1)
+
+
+def test_steps_of_a_model_with_states_are_timed(tmp_path: Path) -> None:
+    path = tiny_model(tmp_path, arch="qwen35", n_layers=4)
+    with LLM(path, n_ctx=200) as llm:
+        names = {row.op for row in time_ops(llm.runtime, 1, 40, 1)}
+        assert {"conv", "delta_net", "attend"} <= names
+        assert step_seconds(llm.runtime, [1, 4], 40, 1).keys() == {1, 4}
 
 
 def test_sweep_goes_as_deep_as_the_context(path: Path) -> None:

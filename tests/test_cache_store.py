@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from edgeinfer.batch import PAGE, StepLimits
 from edgeinfer.engine.cache import CacheLayout, Overflow
 from edgeinfer.engine.cache_store import CacheStore
+from edgeinfer.engine.leaders import waits
 from edgeinfer.engine.sequence import Rows, Sequence
 from edgeinfer.engine.step import build_batch
 from edgeinfer.sampling.params import SampleTable
@@ -117,7 +118,7 @@ class Requests:
         read: list[Sequence] = []
         for sequence in self.running:
             self.store.catch_up(sequence)
-            if self.store.waits(sequence, read):
+            if waits(sequence, read):
                 continue
             drafts: list[int] = []
             if not sequence.n_waiting:

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from edgeinfer import LLM, InvalidRequestError
+from edgeinfer.engine import drafter
 from edgeinfer.engine.drafting import MOST, Drafting
+from edgeinfer.engine.step_costs import StepCosts
 
-from .golden_models import GOLDENS
 from .models_for_tests import tiny_model
 
 SPEC: Any = dict(max_tokens=70, logit_bias={257: -1e9}, seed=5)
@@ -20,15 +20,9 @@ SPEC: Any = dict(max_tokens=70, logit_bias={257: -1e9}, seed=5)
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A hybrid model with a block that guesses; its vocabulary has room for a tokenizer."""
-    draft = GOLDENS["qwen35"].draft()
-    rng = np.random.default_rng(3)
-    for name in ("token_embd.weight", "output.weight"):
-        if name in draft.tensors:
-            draft.tensors[name] = rng.standard_normal((320, 64)).astype(np.float32)
-    draft.keys["vocab_size"] = 320
+    """A hybrid model whose last block guesses."""
     folder = tmp_path_factory.mktemp("drafting")
-    return draft.write(folder / "drafts.gguf", "Q8_0", has_tokenizer=True)
+    return tiny_model(folder, arch="qwen35", n_layers=8, drafts=True, n_ctx=512)
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +37,11 @@ def drafting(path: Path) -> Iterator[LLM]:
         yield llm
 
 
+def is_well(llm: LLM) -> bool:
+    drafter = llm.runtime.engine._drafter
+    return drafter is not None and not drafter.has_failed
+
+
 PROMPTS: list[Any] = ["hello", "x" * 150, list(range(20, 120)), [5]]
 WAYS: list[dict[str, Any]] = [
     dict(temperature=0.0), dict(temperature=0.9), dict(temperature=0.7, repeat_penalty=1.2),
@@ -51,7 +50,8 @@ WAYS: list[dict[str, Any]] = [
 
 
 def always(monkeypatch: pytest.MonkeyPatch, chance: float) -> None:
-    """Guesses are taken to hold with this chance, whatever has become of them."""
+    """Guesses are taken to hold with this chance, and rows of steps to cost nothing."""
+    monkeypatch.setattr(StepCosts, "of", lambda *_: 1.0)
     monkeypatch.setattr(Drafting, "chances", property(lambda _: [chance**k for k in range(1, 5)]))
 
 
@@ -66,7 +66,7 @@ def test_no_token_changes(
         expected = plain.generate(prompt, speculation=False, **SPEC | way)
         found = drafting.generate(prompt, **SPEC | way)
         assert (found.token_ids, found.logprobs) == (expected.token_ids, expected.logprobs)
-    assert drafting.runtime.engine._drafter is not None, "it failed, and was put away"
+    assert is_well(drafting)
 
 
 def test_answers_beside_each_other(
@@ -77,8 +77,8 @@ def test_answers_beside_each_other(
     expected = plain.generate_batch(prompts, temperature=0.8, **SPEC)
     found = drafting.generate_batch(prompts, temperature=0.8, **SPEC)
     assert [a.token_ids for a in found] == [a.token_ids for a in expected]
-    assert drafting.runtime.engine._drafter is not None
-    assert sum(a.timings.proposed_tokens for a in found) > 0
+    assert is_well(drafting)
+    assert sum(a.timings.proposed_tokens for a in found) > 100
 
 
 def test_what_does_not_hold_is_given_up() -> None:
@@ -99,3 +99,36 @@ def test_a_file_without_a_block_says_so(tmp_path: Path, path: Path) -> None:
     with pytest.raises(InvalidRequestError, match="holds none") as caught:
         LLM(tiny_model(tmp_path), drafts=True)
     assert caught.value.param == "drafts"
+
+
+def test_the_law_guesses_too(path: Path, plain: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    always(monkeypatch, 0.999)
+    with LLM(path, n_ctx=64, device="law", drafts=True) as law:
+        found = law.generate("hello", temperature=0.0, **SPEC | dict(max_tokens=12))
+        assert is_well(law)
+    expected = plain.generate("hello", temperature=0.0, **SPEC | dict(max_tokens=12))
+    assert found.token_ids == expected.token_ids
+
+
+def test_who_guesses_right_is_believed(
+    plain: LLM, drafting: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the block says what comes, steps yield several tokens."""
+    spec: Any = SPEC | dict(temperature=0.0)
+    ids = list(range(20, 60))
+    answer = plain.generate(ids, speculation=False, **spec)
+    known, run = (*ids, *answer.token_ids, 0), drafter.Drafter._run
+
+    def knowing(self: Any, followers: Any, wanted: Any) -> Any:
+        outputs = run(self, followers, wanted)
+        for i, each in enumerate(wanted):
+            outputs.logits[i] = 0
+            outputs.logits[i, known[min(drafter._end(each), len(known) - 1)]] = 1
+        return outputs
+
+    monkeypatch.setattr(drafter.Drafter, "_run", knowing)
+    always(monkeypatch, 0.999)
+    found = drafting.generate(ids, **spec)
+    assert found.token_ids == answer.token_ids and is_well(drafting)
+    assert found.timings.accepted_tokens > 10
+    assert found.timings.accepted_tokens > 0.7 * found.timings.proposed_tokens

@@ -267,11 +267,14 @@ def test_the_command_prints_each_memory(path: str, capsys: pytest.CaptureFixture
     text = capsys.readouterr().out
     assert text.index("host:") < text.index("staging") < text.index("of 1024\n")
     assert text.index("of 1024\n") < text.index("cuda:0:") < text.index("102.0 MiB of 103\n")
+    for line in ("context 2048 tokens", "K and V as f16", "earlier prompts", "8192 would be usual"):
+        assert line in text
     with pytest.raises(SystemExit):
         main(["plan", path, "--json"])
     facts = json.loads(capsys.readouterr().out)
     assert {row["memory"] for row in facts["rows"]} == {"host", "cuda:0"}
     assert facts["total_bytes"] == sum(row["bytes"] for row in facts["rows"])
+    assert (facts["solved"]["n_ctx"], facts["solved"]["kv_type"]) == (2048, ["f16", "f16"])
     gpu = {"name": "cuda:0", "bytes": 102 * MiB, "available_bytes": 103 * MiB}
     assert facts["memories"][1] == gpu and facts["memories"][0]["name"] == "host"
 

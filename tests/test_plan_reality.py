@@ -22,13 +22,17 @@ from .models_for_tests import tiny_model
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
 MiB = 1 << 20
-_GROWTH = 2 * MiB  # Python's own heap moves by that much
+_GROWTH = MiB  # Python's own heap moves by that much
+_TOKEN_BYTES = (
+    256  # of an answer, held while it runs: its ids as Python's integers, its text in pieces
+)
 
 
 def check(name: str, model: Path, more: int = 0, **options: Any) -> None:
     held = measure(model, more, **options)
     print(HEADER, line(name, held), sep="\n")
-    assert held.is_kept and held.is_close and held.grown <= _GROWTH, line(name, held)
+    assert held.is_kept and held.is_close, line(name, held)
+    assert held.grown <= _GROWTH + _TOKEN_BYTES * more, line(name, held)
 
 
 def test_a_filled_context_takes_what_was_planned_and_no_more_after(tmp_path: Path) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from edgeinfer import LLM, Message
+from edgeinfer import LLM, InvalidRequestError, Message, SessionError
 
 from .models_for_tests import tiny_model
 
@@ -75,3 +76,27 @@ def test_what_is_cached_changes_no_token(llm: LLM) -> None:
     again = llm.chat(turn, **SPEC)
     assert first.token_ids == again.token_ids
     assert again.usage.cached_tokens > first.usage.prompt_tokens - 40
+
+
+def test_a_session_goes_on_in_another_model_of_the_file(llm: LLM, tmp_path: Path) -> None:
+    turn = [SYSTEM, *asked("What is a sail? " * 20)]
+    with llm.stream_chat(turn, **SPEC) as stream:
+        answer = stream.run()
+    n_saved = llm.save_session(tmp_path / "one.session", stream)
+    ids = (*stream.prompt_ids, *answer.token_ids)
+    assert n_saved >= len(stream.prompt_ids) - 32
+    later = [*ids, *range(30, 60)]
+    expected = llm.generate(later, **SPEC)
+    with LLM(llm.runtime.model.file.path, n_ctx=2048, slots=2) as other:
+        assert other.load_session(tmp_path / "one.session") == ids[:n_saved]
+        found = other.generate(later, **SPEC)
+        assert found.token_ids == expected.token_ids
+        assert found.usage.cached_tokens == n_saved
+        with pytest.raises(InvalidRequestError, match="cache"):
+            other.save_session(tmp_path / "none.session", [1, 2, 3])
+        for wrong in (5, "text", [1.5]):
+            with pytest.raises(InvalidRequestError):
+                other.save_session(tmp_path / "none.session", wrong)  # type: ignore[arg-type]
+    (tmp_path / "bad.session").write_bytes(b"no session")
+    with pytest.raises(SessionError):
+        llm.load_session(tmp_path / "bad.session")

@@ -197,7 +197,7 @@ def test_something_comes_while_a_prompt_is_read(server: Running) -> None:
         def slow(request: Any) -> Any:
             generation = scripted(request)
             events = [generation.events.poll() for _ in range(3)]
-            threading.Timer(1, lambda: [generation.emit(e) for e in events if e]).start()
+            threading.Timer(1, lambda: [generation.events.put(e) for e in events if e]).start()
             return generation
 
         engine.submit = slow  # type: ignore[method-assign]

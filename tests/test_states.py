@@ -111,6 +111,22 @@ def test_a_step_writes_a_slot_once_and_none_that_it_reads(
     assert copy.states.tolist() == [0, 1] and copy.kept.tolist() == [-1, 3, -1, 2]
 
 
+@pytest.mark.parametrize("machine", ["cpu", "shim"])
+def test_kernels_see_no_slot_that_is_not_there(machine: str, tmp_path: Path) -> None:
+    with GOLDENS["qwen35"].draft().loaded(tmp_path) as model:
+        with backend(machine).compile(model.graph.segment(), LIMITS) as program:
+            for state, slots in ((8, {}), (-2, {}), (-1, {1: 8})):
+                with pytest.raises(AssertionError, match="slots"):
+                    logits(program, (0, 0, 2, state, slots))
+            batch = step((0, 0, 2, -1, {}), (1, 0, 2, -1, {}))
+            batch.seq[:] = 0, 1, 0, 1
+            with pytest.raises(AssertionError, match="runs"):
+                program.submit(batch)
+            batch.states = batch.kept = None
+            with pytest.raises(AssertionError, match="has states"):
+                program.submit(batch)
+
+
 @pytest.mark.parametrize("name", ["cpu", "reference"])
 def test_the_demand_has_every_slot(name: str, tmp_path: Path) -> None:
     with GOLDENS["qwen35"].draft().loaded(tmp_path) as model:

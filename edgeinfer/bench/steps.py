@@ -143,8 +143,13 @@ def _filled(runtime: Runtime, depth: int, n_more: int, tell: Tell) -> SequenceCa
 
 
 def _rows(cache: SequenceCache, start: int, n: int, samples: SampleTable | None) -> Batch:
-    """A step of `n` rows of one sequence; without samples only the last row's logits."""
+    """A step of `n` rows of one sequence; without samples only the last row's logits.
+
+    What is in the state that it goes on from has no part in its time: it is always the same slot's.
+    """
     wanted = range(n) if samples is not None else [n - 1]
+    kept = np.full(n, -1, np.int32)
+    kept[-1] = 1
     return Batch(
         ids=np.arange(start, start + n, dtype=np.int32) % 97,
         pos=np.arange(start, start + n, dtype=np.int64),
@@ -153,4 +158,6 @@ def _rows(cache: SequenceCache, start: int, n: int, samples: SampleTable | None)
         wanted=np.array(wanted, np.int32),
         output="logits" if samples is None else "ids",
         samples=samples,
+        states=np.array([0 if start else -1], np.int32),
+        kept=kept,
     )

@@ -15,18 +15,18 @@ from edgeinfer.backend import Program
 from edgeinfer.batch import PAGE, StepLimits
 from edgeinfer.engine.cache import CacheLayout, PagePool, SequenceCache
 from edgeinfer.engine.checkpoints import EVERY, checkpoints
+from edgeinfer.engine.leaders import leader_of
 from edgeinfer.engine.prefix_index import BORDER, PLAIN, STABLE, USED, Match, Node, PrefixIndex
 from edgeinfer.engine.sequence import Sequence
 
 _NO_LIMIT = 1 << 30
-_STRIDE = 256  # tokens that are compared at a time
 
 
 class CacheStore:
     """Opens sequences on what others have computed of their beginnings.
 
     Full pages are shared by reference, of the page in which two sequences part a copy is made. Two
-    that are read at a time share, too: see `waits`. What an error cuts short here is made good by
+    that are read at a time share, too: see `leaders`. What an error cuts short here is made good by
     `recover`: the sequences' page tables and the nodes of the index are the truth, and which pages
     are free follows from them.
     """
@@ -62,7 +62,7 @@ class CacheStore:
         """
         sequence = self.open_empty(ids, layout)
         sequence.borders = self._borders(sequence, borders, n_stable)
-        sequence.leader = self._leader(sequence)
+        sequence.leader = leader_of(sequence, self._begun)
         self._extend(sequence)
         if sequence.leader is not None and self._states is not None:
             leader, n_equal = sequence.leader
@@ -88,45 +88,16 @@ class CacheStore:
             ends[n_stable] = STABLE
         return sorted(ends.items())
 
-    def _leader(self, sequence: Sequence) -> tuple[Sequence, int] | None:
-        """Who has begun with most of the same tokens, and how many."""
-        found, most = None, 0
-        for other in self._begun:
-            layout, most_equal = other.cache.layout, len(sequence.ids) - 1
-            if layout != sequence.cache.layout:
-                n_alike = min(layout.n_alike, sequence.cache.layout.n_alike)
-                most_equal = min(most_equal, n_alike * PAGE)
-            if other is not sequence:
-                n = _n_equal(other.ids, sequence.ids, most_equal)
-                if n > most:
-                    found, most = (other, n), n
-        return found
-
     def catch_up(self, sequence: Sequence) -> None:
         """Take over what others have computed meanwhile of the tokens it waits for."""
         if sequence.is_behind:
             sequence.is_behind = False
-            sequence.leader = self._leader(sequence)
+            sequence.leader = leader_of(sequence, self._begun)
             if all(each is not sequence for each in self._begun):
                 self._begun.append(sequence)
         elif sequence.leader is None:
             return
         self._extend(sequence)
-
-    def waits(self, sequence: Sequence, read: SequenceOf[Sequence]) -> bool:
-        """Whether one that reads its prompt in this step computes what `sequence` needs next.
-
-        Then it pays to wait: what two have in common is computed once.
-        """
-        if sequence.leader is None:
-            return False
-        leader, n_equal = sequence.leader
-        at, done = leader.cache.n_tokens, sequence.cache.n_tokens
-        if not any(each is leader for each in read) or not done <= at < n_equal:
-            return False
-        if self._states is not None:
-            return any(done < n <= n_equal for n, _ in leader.borders)
-        return n_equal // PAGE > done // PAGE
 
     def _extend(self, sequence: Sequence) -> None:
         """Go on with the longest beginning that the index knows, if it is longer than its own."""
@@ -413,11 +384,3 @@ def _page_ids(sequence: Sequence, page: int, end: int | None = None) -> bytes:
     """The key of an absolute page's tokens, of those before `end`."""
     stop = (page + 1) * PAGE
     return array("i", sequence.ids[page * PAGE : stop if end is None else min(end, stop)]).tobytes()
-
-
-def _n_equal(a: list[int], b: list[int], most: int) -> int:
-    """How many tokens two lists begin with alike, at most `most`."""
-    n, most = 0, min(len(a), len(b), most)
-    while n < most and a[n : n + _STRIDE] == b[n : n + _STRIDE]:
-        n += _STRIDE
-    return next((i for i in range(n, most) if a[i] != b[i]), most)

@@ -52,7 +52,7 @@ class Drafter:
         """The block reads a `share` of the weights that the model reads."""
         self._program, self._layer, self._group = program, layer, group
         self._limits, self._costs = limits, costs
-        self._share = share
+        self._share, self.has_failed = share, False
         self._seconds = 0.0  # of a step that guesses, once measured
         self._starts: list[int] = []  # the places of the first rows of a step's parts
 
@@ -72,13 +72,22 @@ class Drafter:
     def ask(self, batch: Batch, parts: SequenceOf[Rows]) -> None:
         """Have a step of the model yield what the block starts from."""
         self._starts = [part.sequence.cache.n_tokens for part in parts]
-        if any([_follows(part) for part in parts]):
+        if not self.has_failed and any([_follows(part) for part in parts]):
             batch.residuals = (*batch.residuals, self._layer)
 
     def follow(self, parts: SequenceOf[Rows], outputs: Outputs) -> None:
-        """Fill the block's cache for what a step has computed, and guess what comes next."""
-        if self._layer not in outputs.residuals:
+        """Fill the block's cache for what a step has computed, and guess what comes next.
+
+        A fault ends its guesses and nothing else.
+        """
+        if self._layer not in outputs.residuals or self.has_failed:
             return
+        try:
+            self._follow(parts, outputs)
+        except BaseException:
+            self.has_failed = True
+
+    def _follow(self, parts: SequenceOf[Rows], outputs: Outputs) -> None:
         rows, first, n_left = outputs.residuals[self._layer], 0, self._limits.max_rows
         followers = list[_Follower]()
         for part, start in zip(parts, self._starts, strict=True):

@@ -33,7 +33,6 @@ from edgeinfer.engine.generation import (
     check_ids,
     check_length,
 )
-from edgeinfer.engine.hooks import Step
 from edgeinfer.engine.scheduler import AnyWork, Scheduler
 from edgeinfer.engine.sequence import Request, Rows, Work
 from edgeinfer.engine.step import build_batch, commit, fill_samples
@@ -67,7 +66,6 @@ class Engine:
         costs: StepCosts | None = None,
         segment: Segment | None = None,
     ) -> None:
-        """`segment` is what the program was made of, where its own guesses are to be used."""
         self.limits, self.n_ctx, self.n_vocab = limits, n_ctx, n_vocab
         self._program = program
         self._costs = costs or StepCosts(limits.row_cost)
@@ -144,13 +142,12 @@ class Engine:
         job.wait(self)
 
     def each_residual(
-        self, ids: SequenceOf[int], take: Callable[[Step], object], layers: tuple[int, ...]
+        self, ids: SequenceOf[int], take: Callable[[hooks.Step], object], layers: tuple[int, ...]
     ) -> None:
         """Call `take(step)` for runs of rows of `ids`, from the first on, with these residuals."""
         check_ids(ids, self.n_vocab)
         check_length(len(ids), self.n_ctx)
-        hook = hooks.Hook(take, residuals=layers)
-        layout = self.layout("error")
+        hook, layout = hooks.Hook(take, residuals=layers), self.layout("error")
         job = LogitsJob.of((ids,), len(ids), None, self.limits, layout, lambda *_: None, hook)
         self._do(job)
 
@@ -327,15 +324,8 @@ class Engine:
             with contextlib.suppress(BaseException):  # it decides about rows, never about answers
                 self._measure(parts, time.perf_counter() - begun)
             commit(parts, outputs, self._samples, self._scheduler)
-            self._draft(parts, outputs)
-
-    def _draft(self, parts: list[Rows], outputs: Outputs) -> None:
-        """Guess with the model's own block; a fault of it ends its guesses and nothing else."""
-        try:
             if self._drafter is not None:
                 self._drafter.follow(parts, outputs)
-        except BaseException:
-            self._drafter = None
 
     def _measure(self, parts: list[Rows], seconds: float) -> None:
         n_decode = sum([part.n for part in parts if part.is_decoding])

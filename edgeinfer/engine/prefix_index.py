@@ -198,10 +198,11 @@ class PrefixIndex:
         found = None
         for n_full in range(len(path), least // PAGE - 1, -1):
             above = path[n_full - 1] if n_full else self.root
-            nodes = _alike(above.tails, layout, n_full)
+            rest = ids[n_full * PAGE : min(most, (n_full + 1) * PAGE)]
+            nodes = _alike(above.tails, layout, n_full, rest)
             if n_full == len(path):
-                nodes += _alike(above.children, layout, n_full)
-            for n_tokens, last in self._ends(above, n_full, nodes, ids, most):
+                nodes += _alike(above.children, layout, n_full, rest)
+            for n_tokens, last in self._ends(above, n_full * PAGE, nodes, rest):
                 if n_tokens > least and self._lacks(layout, path[:n_full], last, n_tokens) < 0:
                     found = Match(n_tokens, path[:n_full], last, "")
                     break
@@ -225,18 +226,17 @@ class PrefixIndex:
         """Tokens of `ids` that have been computed before."""
         above, n_full = path[-1] if path else self.root, len(path)
         rest = ids[n_full * PAGE : min(most, (n_full + 1) * PAGE)]
-        nodes = _alike(above.children, layout, n_full) + _alike(above.tails, layout, n_full)
+        nodes = _alike(above.children, layout, n_full, rest)
+        nodes += _alike(above.tails, layout, n_full, rest)
         return n_full * PAGE + max((_agree(node, rest) for node in nodes), default=0)
 
     def _ends(
-        self, above: Node, n_full: int, nodes: list[Node], ids: array[int], most: int
+        self, above: Node, start: int, nodes: list[Node], rest: array[int]
     ) -> Iterator[tuple[int, Node | None]]:
-        """Where a path may be gone on from behind its first pages: (tokens, which of `nodes`).
+        """Where a path may be gone on from behind `start` tokens: (tokens, which of `nodes`).
 
         State is known only where it was kept; K and V of every token that agrees.
         """
-        start = n_full * PAGE
-        rest = ids[start : min(most, start + PAGE)]
         ends = [(_agree(node, rest), node) for node in nodes]
         if self._has_state:
             ends = [
@@ -277,9 +277,14 @@ def _key(layout: CacheLayout, page: int, ids: bytes) -> bytes:
     return ids if page < layout.n_alike else ids + repr(layout).encode()
 
 
-def _alike(nodes: dict[bytes, Node], layout: CacheLayout, page: int) -> list[Node]:
-    """Those that hold what is computed under a layout."""
-    return [node for key, node in nodes.items() if key == _key(layout, page, node.ids)]
+def _alike(nodes: dict[bytes, Node], layout: CacheLayout, page: int, ids: array[int]) -> list[Node]:
+    """Those that hold what is computed under a layout and begin like `ids`; they may be many."""
+    first = ids[:1].tobytes()
+    return [
+        node
+        for key, node in nodes.items()
+        if first and key.startswith(first) and key == _key(layout, page, node.ids)
+    ]
 
 
 def _next(node: Node) -> Iterator[Node]:

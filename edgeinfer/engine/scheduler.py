@@ -16,6 +16,7 @@ from typing import TypeAlias
 from edgeinfer.batch import StepLimits
 from edgeinfer.engine.cache_store import CacheStore
 from edgeinfer.engine.generation import Generation, LogitsJob, public_error
+from edgeinfer.engine.leaders import waits
 from edgeinfer.engine.next_rows import is_decode_step, next_rows, with_drafts
 from edgeinfer.engine.sequence import Finished, FinishReason, Rows, Work
 from edgeinfer.engine.speculation import MAX_ROWS
@@ -263,7 +264,7 @@ class Scheduler:
             return True
         (sequence,) = work.sequences
         self.store.catch_up(sequence)
-        return not self.store.waits(sequence, [part.sequence for part in parts])
+        return not waits(sequence, [part.sequence for part in parts])
 
     def _holds(self, part: Rows) -> bool:
         """Whether it holds the pages for its rows now; False where too few are free."""

@@ -30,7 +30,7 @@ from edgeinfer.errors import ClosedError
 from edgeinfer.graph import Segment
 from edgeinfer.kernels.buffers import Arena, Buffer
 from edgeinfer.kernels.cached import CacheVerbs
-from edgeinfer.kernels.cpu import layout
+from edgeinfer.kernels.cpu import layout, measure
 from edgeinfer.kernels.cpu.blueprint import Blueprint
 from edgeinfer.kernels.cpu.commands import KernelOp, recut
 from edgeinfer.kernels.cpu.host_sampler import SampleRun
@@ -50,9 +50,6 @@ if TYPE_CHECKING:
 
 Progress: TypeAlias = Callable[[str, int, int], None]  # stage, done, total
 
-_READ_CHUNK = 256 << 10
-_STARTS = 9  # of an empty op, to know what starting one costs
-_LEAST_SECONDS = 1e-7  # of an op: less is not measured
 _FEW_ROWS = 8  # of steps that read weights faster than they multiply
 _MAX_ROWS = 256  # of a step
 _STEP_WORDS = layout.H_ABORT // layout.WORD + 1  # of the header, from H_ROWS on
@@ -198,13 +195,20 @@ class CpuProgram(CacheVerbs):
             self._input[:n_rows] = batch.hidden
         self._copy_tables(batch.tables)
         if self._drawn.states:
-            assert batch.states is not None and batch.kept is not None, "this segment has states"
-            self._states[: len(batch.states)], self._kept[:n_rows] = batch.states, batch.kept
+            self._copy_states(batch)
         samples = batch.samples.address if batch.samples else 0
         self._header[:_STEP_WORDS] = n_rows, n_wanted, len(batch.tables), samples, 0
         is_few = n_rows <= _FEW_ROWS
         schedule = self._tuning.next(n_rows) if is_few else self._schedules[0]
         return CpuTicket(self, batch, schedule)
+
+    def _copy_states(self, batch: Batch) -> None:
+        states, kept = batch.states, batch.kept
+        assert states is not None and kept is not None, "this segment has states"
+        slots = np.concatenate([states, kept])
+        n_states = self.limits.n_states
+        assert ((slots >= -1) & (slots < n_states)).all(), f"{n_states} slots"
+        self._states[: len(states)], self._kept[: len(kept)] = states, kept
 
     def _copy_tables(self, tables: list[tuple[PageTable, ...]]) -> None:
         """Keep the page tables of a step: whoever gave them may change them meanwhile."""
@@ -396,51 +400,18 @@ class CpuProgram(CacheVerbs):
 
     def read_bandwidth(self) -> float:
         """Bytes per second at which the team reads the packed weights once, doing nothing else."""
-        address, n_bytes = self._weights.address, self._weights.n_bytes
-        n_chunks = -(-n_bytes // _READ_CHUNK)
-        sink = np.zeros(1, np.int64)
-        args = [address, n_bytes // 64 * 64, _READ_CHUNK, sink.ctypes.data]
-        part = Part(self._backend.library.address("read"), args, n_chunks)
         self._set(layout.H_ABORT, 0)
-        seconds = self._team.run_once([Op([part])], *self._team_args())
-        return n_bytes / seconds
+        weights, library = self._weights, self._backend.library
+        return measure.read_bandwidth(weights, library, self._team, self._team_args())
 
     def op_seconds(self, batch: Batch) -> list[OpTime]:
         """Run a step op by op and time each, less what starting any costs; for benchmarks."""
-        import statistics  # 5 ms that starts don't need
-
         self.submit(batch)
-        if self._lowered.prologue:  # as an op of its own: it plans the attention of this step
-            plan = KernelOp("plan", self._lowered.prologue)
-            self._team.run_once([Op.of(plan, self._backend.library)], *self._team_args())
-        starting = statistics.median(
-            self._team.run_once([], *self._team_args()) for _ in range(_STARTS)
-        )
-        return [self._op_time(op, batch, starting) for op in self._lowered.ops]
-
-    def _op_time(self, op: KernelOp, batch: Batch, starting: float) -> OpTime:
-        alone = Op.of(op, self._backend.library)
-        if not op.plans:
-            alone = Op([part._replace(rule=_planned(part)) for part in alone.parts])
-        seconds = self._team.run_once([alone], *self._team_args())
-        seconds = max(seconds - starting, _LEAST_SECONDS)
-        macs = 0
-        for part in op.parts:
-            is_wanted = part.rows == layout.WANTED_ROWS
-            macs += part.macs * (len(batch.wanted) if is_wanted else batch.n_rows)
-        kernels = tuple(dict.fromkeys(part.kernel for part in op.parts))
-        return OpTime(op.group, kernels, seconds, sum(p.weight_bytes for p in op.parts), macs)
+        library, team = self._backend.library, self._team
+        return measure.op_seconds(self._lowered, batch, library, team, self._team_args())
 
     def _team_args(self) -> tuple[int, int]:
         return self._header.ctypes.data, self.limits.n_threads
-
-
-def _planned(part: Part) -> int:
-    """The rule of a part, or how many chunks it has by the plan that was made last."""
-    if part.rule != layout.COUNT_PLANNED:
-        return part.rule
-    plan, per_item = part.args[:2]
-    return ctypes.c_int64.from_address(plan).value * per_item
 
 
 def _float_view(buffer: Buffer, n_rows: int, dim: int) -> NDArray[np.float32]:

@@ -69,6 +69,7 @@ def make_model(
     n_experts: int = 0,
     n_used: int = 0,
     delta_heads: tuple[int, int, int] = (2, 4, 16),
+    drafts: bool = False,
     tokenizer: str | Path = "bytes",
     chat_template: str | None = None,
     metadata: Mapping[str, bool | int | float | str | Sequence[int]] | None = None,
@@ -80,7 +81,8 @@ def make_model(
     default to what `arch` has. `tokenizer` is "bytes" or a GGUF file to copy one from, which then
     sets `vocab`. `metadata` adds keys. With `n_experts` the feed-forward networks are as many, of
     which `n_used` are chosen. Of the qwen35 family three of four layers are delta nets of
-    `delta_heads`: key heads, value heads, and their width.
+    `delta_heads`: key heads, value heads, and their width; with `drafts` the last block, which has
+    to be one of attention, guesses tokens.
     """
     path, rng = Path(path), np.random.default_rng(seed)
     head_dim = head_dim or dim // n_heads
@@ -113,6 +115,7 @@ def make_model(
         writer.add_expert_feed_forward_length(ffn_dim)
     is_hybrid = arch in HYBRIDS
     keys = _ssm_keys(arch, *delta_heads) if is_hybrid else {}
+    keys |= {f"{arch}.nextn_predict_layers": 1} if drafts else {}
     for key, value in (keys | dict(metadata or {})).items():
         add_value(writer, key, value)
 
@@ -121,7 +124,7 @@ def make_model(
             n_layers=n_layers, dim=dim, q_dim=n_heads * head_dim, kv_dim=n_kv_heads * head_dim,
             head_dim=head_dim, ffn_dim=ffn_dim, vocab=vocab, rope_freqs=rope_freqs, bias=bias,
             qk_norm=qk_norm, tied=tied, n_experts=n_experts,
-            delta_heads=delta_heads if is_hybrid else None,
+            delta_heads=delta_heads if is_hybrid else None, drafts=drafts,
         )
     )  # fmt: skip
     types = {
@@ -158,6 +161,7 @@ def tensor_shapes(
     tied: bool,
     n_experts: int,
     delta_heads: tuple[int, int, int] | None,
+    drafts: bool = False,
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and NumPy-order shapes of all tensors, in file order."""
     yield "token_embd.weight", (vocab, dim)
@@ -184,6 +188,10 @@ def tensor_shapes(
         yield f"blk.{i}.ffn_gate{suffix}.weight", (*stack, ffn_dim, dim)
         yield f"blk.{i}.ffn_up{suffix}.weight", (*stack, ffn_dim, dim)
         yield f"blk.{i}.ffn_down{suffix}.weight", (*stack, dim, ffn_dim)
+    if drafts:
+        yield f"blk.{n_layers - 1}.nextn.eh_proj.weight", (dim, 2 * dim)
+        for name in ("enorm", "hnorm", "shared_head_norm"):
+            yield f"blk.{n_layers - 1}.nextn.{name}.weight", (dim,)
     yield "output_norm.weight", (dim,)
     if not tied:
         yield "output.weight", (vocab, dim)
@@ -514,7 +522,7 @@ def main() -> None:
     parser.add_argument("--n-ctx", type=int, default=4096)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rope-base", type=float, default=10000.0)
-    for name in ("--rope-freqs", "--bias", "--qk-norm", "--tied"):
+    for name in ("--rope-freqs", "--bias", "--qk-norm", "--tied", "--drafts"):
         default = None if name in ("--bias", "--qk-norm") else False
         parser.add_argument(name, action=argparse.BooleanOptionalAction, default=default)
     parser.add_argument("--tokenizer", default="bytes", help="bytes, or a GGUF file to copy from")

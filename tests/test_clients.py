@@ -1,0 +1,156 @@
+"""Clients that people use, each in a conversation with a tool: a call, its result, an answer."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import venv
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .server_for_tests import Running, running, small_model
+
+pytestmark = [pytest.mark.slow, pytest.mark.network]
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
+ANSWER = "It is sunny."
+# None of them is to look for prices or to report to its maker.
+QUIET = {
+    **os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "OPENAI_AGENTS_DISABLE_TRACING": "1",
+    "LANGSMITH_TRACING": "false",
+}  # fmt: skip
+PACKAGES = (
+    "langchain-openai", "langchain-anthropic", "langchain-ollama", "litellm", "openai-agents",
+    "instructor", "pydantic-ai-slim[openai]",
+)  # fmt: skip
+
+LANGCHAIN = """
+from langchain_core.messages import HumanMessage, ToolMessage
+from langchain_core.tools import tool
+
+@tool
+def weather(city: str) -> str:
+    "Says what the weather is."
+    return f"sunny in {city}"
+
+def talk(model):
+    model = model.bind_tools([weather])
+    messages = [HumanMessage("How is the weather?")]
+    first = sum_up(model.stream(messages))
+    (call,) = first.tool_calls
+    assert call["args"] == {"city": "Köln"}, call
+    messages += [first, ToolMessage(weather.invoke(call["args"]), tool_call_id=call["id"])]
+    return model.invoke(messages).text
+
+def sum_up(chunks):
+    whole = None
+    for chunk in chunks:
+        whole = chunk if whole is None else whole + chunk
+    return whole
+"""
+SCRIPTS = {
+    "langchain-openai": LANGCHAIN + """
+from langchain_openai import ChatOpenAI
+print(talk(ChatOpenAI(model="m", base_url=URL + "/v1", api_key="x")))
+""",
+    "langchain-openai responses": LANGCHAIN + """
+from langchain_openai import ChatOpenAI
+print(talk(ChatOpenAI(model="m", base_url=URL + "/v1", api_key="x", use_responses_api=True)))
+""",
+    "langchain-anthropic": LANGCHAIN + """
+from langchain_anthropic import ChatAnthropic
+print(talk(ChatAnthropic(model="m", base_url=URL, api_key="x")))
+""",
+    "langchain-ollama": LANGCHAIN + """
+from langchain_ollama import ChatOllama
+print(talk(ChatOllama(model="tiny", base_url=URL)))
+""",
+    "litellm": """
+import json, litellm
+schema = {"type": "object", "properties": {"city": {"type": "string"}}}
+function = {"name": "weather", "parameters": schema}
+asked = dict(model="openai/m", api_base=URL + "/v1", api_key="x",
+             tools=[{"type": "function", "function": function}])
+messages = [{"role": "user", "content": "How is the weather?"}]
+first = litellm.completion(messages=messages, **asked).choices[0].message
+(call,) = first.tool_calls
+assert json.loads(call.function.arguments) == {"city": "Köln"}
+messages += [first.model_dump(), {"role": "tool", "tool_call_id": call.id, "content": "sunny"}]
+chunks = litellm.completion(messages=messages, stream=True, **asked)
+print("".join(chunk.choices[0].delta.content or "" for chunk in chunks))
+""",
+    "openai-agents": """
+import asyncio
+from agents import Agent, OpenAIResponsesModel, Runner, function_tool, set_tracing_disabled
+from openai import AsyncOpenAI
+set_tracing_disabled(True)
+
+@function_tool
+def weather(city: str) -> str:
+    assert city == "Köln"
+    return "sunny"
+
+client = AsyncOpenAI(base_url=URL + "/v1", api_key="x")
+agent = Agent("a", tools=[weather], model=OpenAIResponsesModel("m", client))
+print(asyncio.run(Runner.run(agent, "How is the weather?")).final_output)
+""",
+    "pydantic-ai": """
+from pydantic_ai import Agent
+from pydantic_ai.models.openai import OpenAIChatModel
+from pydantic_ai.providers.openai import OpenAIProvider
+agent = Agent(OpenAIChatModel("m", provider=OpenAIProvider(base_url=URL + "/v1", api_key="x")))
+
+@agent.tool_plain
+def weather(city: str) -> str:
+    assert city == "Köln"
+    return "sunny"
+
+print(agent.run_sync("How is the weather?").output)
+""",
+    "instructor": """
+import instructor, openai
+from pydantic import BaseModel
+
+class weather(BaseModel):
+    city: str
+
+bare = openai.OpenAI(base_url=URL + "/v1", api_key="x")
+client = instructor.from_openai(bare, mode=instructor.Mode.TOOLS)
+asked = dict(model="m", messages=[{"role": "user", "content": "Where?"}])
+assert client.chat.completions.create(response_model=weather, **asked).city == "Köln"
+print(bare.chat.completions.create(**asked).choices[0].message.content)
+""",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An interpreter with the clients; EDGEINFER_TEST_CLIENTS names one that is there already."""
+    if there := os.environ.get("EDGEINFER_TEST_CLIENTS"):
+        return there
+    folder = tmp_path_factory.mktemp("clients")
+    venv.create(folder, with_pip=True)
+    python = str(folder / ("Scripts" if os.name == "nt" else "bin") / "python")
+    subprocess.run([python, "-m", "pip", "install", "-q", *PACKAGES], check=True, timeout=1800)
+    return python
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with running([("tiny", small_model(tmp_path_factory.mktemp("clients")))]) as found:
+        yield found
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_client_calls_a_tool(served: Running, python: str, tmp_path: Path, name: str) -> None:
+    script = tmp_path / "talk.py"
+    script.write_text(f"URL = {served.url!r}\n{SCRIPTS[name]}", encoding="utf-8")
+    with served.replying(CALL, ANSWER) as prompts:
+        done = subprocess.run(
+            [python, script], env=QUIET, capture_output=True, text=True, timeout=120
+        )
+    print(done.stderr[-3000:], file=sys.stderr)
+    assert done.stdout.strip() == ANSWER
+    assert len(prompts) == 2 and (name == "instructor" or "sunny" in prompts[1])
