@@ -329,11 +329,7 @@ class Engine:
 
     def _measure(self, parts: list[Rows], seconds: float) -> None:
         n_decode = sum([part.n for part in parts if part.is_decoding])
-        n_others = sum([part.n for part in parts]) - n_decode
-        if n_others:
-            self._costs.measure_beside(n_decode, n_others, seconds)
-        else:
-            self._costs.measure(n_decode, seconds)
+        self._costs.count(n_decode, sum([part.n for part in parts]) - n_decode, seconds)
 
     def _run(self, parts: list[Rows]) -> Outputs:
         """Run one step; its outputs are views that the next step overwrites."""

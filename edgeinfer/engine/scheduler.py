@@ -216,11 +216,7 @@ class Scheduler:
 
         Logits are computed beside answers where a step has room for their sequences and rows.
         """
-        for generation in tuple(self.running):
-            try:
-                self.store.settle(generation.sequences[0])
-            except BaseException as error:
-                self.fail(generation, error)
+        self._settle()
         parts = next_rows(
             self.running, self.jobs, self.limits, self.costs, self.fail, self._may_read
         )
@@ -250,6 +246,17 @@ class Scheduler:
             else:
                 steps.append(more)
         return [step for step in steps if step]
+
+    def _settle(self) -> None:
+        """Count what the last step has left of borders and states; most have neither."""
+        for generation in tuple(self.running):
+            sequence = generation.sequence
+            if sequence is None or not sequence.borders and sequence.cache.room:
+                continue
+            try:
+                self.store.settle(sequence)
+            except BaseException as error:
+                self.fail(generation, error)
 
     def _may_read(self, work: AnyWork, parts: list[Rows]) -> bool:
         """Whether nobody else computes in this step what it needs next."""

@@ -25,6 +25,13 @@ class StepCosts:
         # What a row of a prompt adds to a step, of a step of one row: too large at first.
         self._prompt_row = 2 * row_cost
 
+    def count(self, n_rows: int, n_prompt_rows: int, seconds: float) -> None:
+        """Count a step of `n_rows` rows that decode, and others of prompts."""
+        if n_prompt_rows:
+            self._measure_beside(n_rows, n_prompt_rows, seconds)
+        else:
+            self.measure(n_rows, seconds)
+
     def measure(self, n_rows: int, seconds: float) -> None:
         """Count a step of rows that decode.
 
@@ -47,8 +54,7 @@ class StepCosts:
         for n in [n for n, (_, _, at) in self._factors.items() if self._n_steps - at > _KEEP]:
             del self._factors[n]
 
-    def measure_beside(self, n_rows: int, n_prompt_rows: int, seconds: float) -> None:
-        """Count a step of `n_rows` rows that decode, and others of prompts."""
+    def _measure_beside(self, n_rows: int, n_prompt_rows: int, seconds: float) -> None:
         if not (n_rows and self._row_seconds):
             return
         each = (seconds - self.of(n_rows)) / n_prompt_rows / self._row_seconds
