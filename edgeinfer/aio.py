@@ -14,7 +14,7 @@ from os import PathLike
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
-from edgeinfer.errors import InvalidRequestError
+from edgeinfer.errors import ClosedError, InvalidRequestError
 from edgeinfer.llm import LLM
 from edgeinfer.options import LoadOptions, Sampling, Unpack
 from edgeinfer.parameters import shown
@@ -35,6 +35,7 @@ class AsyncLLM:
         self._given, self._load = model, load
         self._llm = model if isinstance(model, LLM) else None
         self._opening = threading.Lock()
+        self._is_closed = False
         self._worker = _Worker()
 
     async def open(self) -> LLM:
@@ -47,6 +48,8 @@ class AsyncLLM:
         with self._opening:  # `_close` waits for what is still being loaded
             llm = self._llm
             if llm is None:
+                if self._is_closed:
+                    raise ClosedError("the model was closed")
                 assert not isinstance(self._given, LLM)
                 llm = self._llm = LLM(self._given, **self._load)
         return llm
@@ -102,6 +105,7 @@ class AsyncLLM:
 
     def _close(self) -> None:
         with self._opening:
+            self._is_closed = True  # also for who asked for it and has not begun to load it
             if self._llm is not None:
                 self._llm.close()
 

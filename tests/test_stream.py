@@ -698,6 +698,9 @@ def test_a_model_that_is_opened_twice_at_once_is_loaded_once(path: Path) -> None
         await late.close()
         with pytest.raises(ClosedError):
             (await opening).tokenize("a")
+        await (never := AsyncLLM(path, device="reference")).close()
+        with pytest.raises(ClosedError):
+            await never.open()
         await model.close()
         with pytest.raises(ClosedError):
             first.tokenize("a")
