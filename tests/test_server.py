@@ -322,6 +322,13 @@ def test_models_take_turns_in_memory(path: Path, tmp_path: Path) -> None:
         assert "'one', 'two'" in unknown.json()["error"]["message"]
         ids = [model["id"] for model in found.http.get("/v1/models").json()["data"]]
         assert ids == ["one", "two"]
+        with found.http.stream("POST", CHAT, json={**STREAMED, "model": "one"}) as reply:
+            lines = reply.iter_lines()
+            next(lines)  # it is not unloaded while it answers
+            with pytest.raises(httpx2.ReadTimeout):
+                found.post(CHAT, {**asked, "model": "two"}, timeout=0.3)
+            assert loaded() == ["one:latest"]
+        assert second["choices"] == found.post(CHAT, {**asked, "model": "two"}).json()["choices"]
 
 
 def test_names_of_one_model(path: Path, server: Running) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import click
 from edgeinfer import platform
 from edgeinfer.cli.console import note
 from edgeinfer.cli.models import choose_model, start_notes
+from edgeinfer.cli.opening import GC_THRESHOLD
 from edgeinfer.cli.options import common_flags, load_flags, load_options
 from edgeinfer.errors import EdgeInferError
 
@@ -129,6 +131,8 @@ def _url(host: str, port: int) -> str:
 
 def _tell_start(models: Models, url: str, keys: tuple[str, ...], host: str) -> None:
     """What a person needs to point a client here."""
+    gc.freeze()  # what a start has made stays, as in other commands
+    gc.set_threshold(GC_THRESHOLD)
     first, *others = models.served
     llm = first.opened
     for each in start_notes(llm):

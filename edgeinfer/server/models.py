@@ -23,6 +23,8 @@ from edgeinfer.server.errors import ApiError
 from edgeinfer.server.metrics import ModelMetrics
 
 _USUAL_SLOTS = (4, 2, 1)  # contexts at full length, as many as need no shorter ones
+_IDLE_SECONDS = 60.0  # that a request waits for another model's answers to end
+_LOOK_SECONDS = 0.05
 _MOST_UNLOADS = 64  # tries to make room for one model
 
 
@@ -33,9 +35,8 @@ class ServedModel:
         self.name, self.path = name, path
         self.llm: LLM | None = None
         self.face: AsyncLLM | None = None
-        self.error: Exception | None = None  # of the last try to load it
         self.metrics = ModelMetrics()
-        self.last_used = self.loaded_at = 0.0
+        self.last_used = 0.0
         self.n_users = 0
         self.changing = asyncio.Lock()  # held while it is loaded or unloaded
 
@@ -141,16 +142,11 @@ class Models:
             face = AsyncLLM(model.path, **await self._options(model))
             try:
                 model.llm = await face.open()
-                model.face, model.error = face, None
-                model.loaded_at = time.time()
+                model.face = face
                 return
-            except PlanError as error:
+            except PlanError:
                 if not await self._unload_oldest(model):
-                    model.error = error
                     raise
-            except Exception as error:
-                model.error = error
-                raise
 
     async def _options(self, model: ServedModel) -> LoadOptions:
         options: LoadOptions = {**self._load}
@@ -164,13 +160,19 @@ class Models:
         return options
 
     async def _unload_oldest(self, wanted: ServedModel) -> bool:
-        idle = [m for m in self.served if m.llm is not None and not m.n_users and m is not wanted]
-        if not idle:
-            return False
-        oldest = min(idle, key=lambda model: model.last_used)
-        self._tell(f"unloading {oldest.name}: {wanted.name} needs its memory")
-        await self._close(oldest)
-        return True
+        """The one used longest ago, once one is idle; False if there is none to unload."""
+        end = time.monotonic() + _IDLE_SECONDS
+        while others := [m for m in self.served if m.llm is not None and m is not wanted]:
+            idle = [model for model in others if not model.n_users]
+            if idle:
+                oldest = min(idle, key=lambda model: model.last_used)
+                self._tell(f"unloading {oldest.name}: {wanted.name} needs its memory")
+                await self._close(oldest)
+                return True
+            if time.monotonic() > end:
+                raise ApiError(503, "all models are busy and there is no memory for another")
+            await asyncio.sleep(_LOOK_SECONDS)
+        return False
 
     async def _close(self, model: ServedModel) -> None:
         llm, model.llm, model.face = model.llm, None, None

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import AsyncGenerator
-from datetime import datetime, timezone
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from edgeinfer.llm import LLM
 from edgeinfer.results import Completion, Delta, Done
 from edgeinfer.server.blocks import Blocks, arguments_object
 from edgeinfer.server.errors import ApiError, Json
 from edgeinfer.server.fields import Fields
-from edgeinfer.server.models import ServedModel
+from edgeinfer.server.ollama_models import listed, now, running, shown
 from edgeinfer.server.requests import (
     SAMPLING,
     Chat,
@@ -72,16 +69,16 @@ class Ollama:
         return reply({"version": _VERSION})
 
     async def tags(self, http: HttpRequest) -> Response:
-        return reply({"models": [_listed(model) for model in self._service.models.served]})
+        return reply({"models": [listed(model) for model in self._service.models.served]})
 
     async def ps(self, http: HttpRequest) -> Response:
         loaded = [model for model in self._service.models.served if model.llm is not None]
-        return reply({"models": [_running(model) for model in loaded]})
+        return reply({"models": [running(model) for model in loaded]})
 
     async def show(self, http: HttpRequest) -> Response:
         body = await self._body(http)
         async with self._service.model(_name(body)) as model:
-            return reply(_shown(model))
+            return reply(shown(model))
 
     # -- answers ---------------------------------------------------------------------------------
 
@@ -109,7 +106,7 @@ class Ollama:
             async with self._service.model(model.name):
                 pass
         reason = "unload" if is_unload else "load"
-        head = {"model": _name(body), "created_at": _now(), "done": True, "done_reason": reason}
+        head = {"model": _name(body), "created_at": now(), "done": True, "done_reason": reason}
         return reply({**head, **told})
 
     async def _answer(
@@ -287,7 +284,7 @@ class _Shape:
         return {"message": message}
 
     def _object(self, told: Json) -> Json:
-        return {"model": self._name, "created_at": _now(), **told}
+        return {"model": self._name, "created_at": now(), **told}
 
     def _end(self, answer: Completion) -> Json:
         usage, timings = answer.usage, answer.timings
@@ -318,84 +315,3 @@ class _Shape:
 
 def _duration(n: int, per_second: float) -> int:
     return int(n / per_second * _NS) if per_second else 0
-
-
-# -- what is told of models -----------------------------------------------------------------------
-
-
-def _now() -> str:
-    return _time(datetime.now(timezone.utc).timestamp())
-
-
-def _time(seconds: float) -> str:
-    moment = datetime.fromtimestamp(seconds, timezone.utc)
-    return moment.isoformat().replace("+00:00", "Z")
-
-
-def _listed(model: ServedModel) -> Json:
-    name = model.name if ":" in model.name else f"{model.name}:latest"
-    return {
-        "name": name,
-        "model": name,
-        "modified_at": _time(model.created),
-        "size": model.n_bytes,
-        "digest": hashlib.sha256(f"{name} {model.n_bytes} {model.created}".encode()).hexdigest(),
-        "details": _details(model.llm),
-    }
-
-
-def _running(model: ServedModel) -> Json:
-    llm = model.opened
-    others = sum(pool.total_bytes for pool in llm.plan.pools[1:])
-    return {
-        **_listed(model),
-        "size": llm.plan.total_bytes,
-        "size_vram": others,
-        "context_length": llm.n_ctx,
-        "expires_at": "2099-01-01T00:00:00Z",  # it stays until its memory is needed
-    }
-
-
-def _details(llm: LLM | None) -> Json:
-    if llm is None:
-        family, size, quant = "", "", ""
-    else:
-        model = llm.runtime.model
-        family, quant = model.hparams.architecture, model.quantisation
-        size = (
-            f"{model.n_params / 1e9:.1f}B"
-            if model.n_params > 1e9
-            else f"{model.n_params / 1e6:.0f}M"
-        )
-    return {
-        "parent_model": "",
-        "format": "gguf",
-        "family": family,
-        "families": [family] if family else [],
-        "parameter_size": size,
-        "quantization_level": quant,
-    }
-
-
-def _shown(model: ServedModel) -> Json:
-    llm = model.opened
-    opened, architecture = llm.runtime, llm.runtime.model.hparams.architecture
-    source = opened.template.source
-    capabilities = ["completion", "tools"]
-    if "think" in source:
-        capabilities.append("thinking")
-    return {
-        "modelfile": "",
-        "parameters": "\n".join(f"{name} {value}" for name, value in llm.recommended.items()),
-        "template": source,
-        "modified_at": _time(model.created),
-        "details": _details(llm),
-        "model_info": {
-            "general.architecture": architecture,
-            "general.parameter_count": opened.model.n_params,
-            f"{architecture}.context_length": llm.n_ctx_train,
-            f"{architecture}.embedding_length": opened.model.hparams.dim,
-            f"{architecture}.block_count": opened.model.hparams.n_layers,
-        },
-        "capabilities": capabilities,
-    }
