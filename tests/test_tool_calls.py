@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgeinfer.results import ToolCall
@@ -276,12 +276,16 @@ BITS = st.sampled_from(
 )  # fmt: skip
 
 
+# A busy machine is slow.
+PATIENT: Any = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+
+
 def cut(text: str, at: list[int]) -> list[str]:
     places = sorted({min(place, len(text)) for place in at} | {0, len(text)})
     return [text[a:b] for a, b in zip(places, places[1:], strict=False)]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, **PATIENT)
 @given(OBJECTS, st.sampled_from([None, 1, "\t"]), st.booleans(), st.lists(st.integers(0, 200)))
 def test_valid_json_passes_unchanged(
     value: Any, indent: Any, is_ascii: bool, at: list[int]
@@ -297,7 +301,7 @@ def test_valid_json_passes_unchanged(
     assert "".join(found) == text
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, **PATIENT)
 @given(
     st.lists(BITS, max_size=40),
     st.sampled_from(sorted(SIGNS)),
@@ -314,7 +318,7 @@ def test_any_cut_gives_the_same_reply(
     assert all(name in ("weather", "now") for name, _ in whole.calls)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, **PATIENT)
 @given(st.text(max_size=60), st.lists(st.integers(0, 90)))
 def test_a_text_comes_through_the_tags(value: str, at: list[int]) -> None:
     """Of Qwen's form, which has no quotes; a line end at either end belongs to the form."""
