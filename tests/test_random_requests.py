@@ -257,7 +257,7 @@ def _storm(
             assert time.perf_counter() < deadline
             time.sleep(0.01)
         engine.between_steps(lambda: check_all_is_given_back(engine))
-        assert program.n_failed and program.most > 1
+        assert program.n_failed and (program.most > 1 or slots == 1)
         return storm.done
 
 
