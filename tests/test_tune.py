@@ -7,10 +7,12 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from edgeinfer import platform
 from edgeinfer.batch import StepLimits
 from edgeinfer.gguf import GGUFFile
 from edgeinfer.kernels.cpu import layout, tune
@@ -158,6 +160,24 @@ def test_a_program_tunes_itself(tmp_path: Path) -> None:
                 assert np.array_equal(logits, expected), "views are valid until the next step"
                 assert tune.read(path, schedules(2)) == tuning.schedule
             assert np.array_equal(program.submit(batch).wait().logits, expected)
+
+
+def test_what_a_step_finds_while_another_schedule_is_being_written_is_kept_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuning = Tuning(KNOWN, path := tmp_path / "x.json", Runs(dict.fromkeys(KNOWN, 1.0)))
+    tuning.schedule = KNOWN[2]
+    write = platform.write_whole
+
+    def write_slowly(*args: Any) -> None:
+        write(*args)
+        tuning.schedule = KNOWN[1]
+
+    with monkeypatch.context() as context:
+        context.setattr(platform, "write_whole", write_slowly)
+        tuning.finish()
+    tuning.close()
+    assert tune.read(path, KNOWN) == KNOWN[1]
 
 
 def run_steps(probes: Probes[str], seconds: dict[str, float], n: int) -> list[str]:

@@ -132,11 +132,12 @@ class Tuning(IdleWork):
         return True
 
     def _keep_found(self) -> None:
-        if self.schedule in (None, self._kept):
+        schedule = self.schedule  # a step may find another one meanwhile
+        if schedule in (None, self._kept):
             return
         try:
-            platform.write_whole(self._path, json.dumps(self.schedule).encode())
-            self._kept, self.unkept = self.schedule, ""
+            platform.write_whole(self._path, json.dumps(schedule).encode())
+            self._kept, self.unkept = schedule, ""
         except OSError as error:  # the next process measures again
             self.unkept = error.strerror or str(error)
 
