@@ -362,6 +362,13 @@ def test_what_is_reserved_is_what_was_planned(
         assert again == {name: llm.plan.rows[name] for name in again}
 
 
+@pytest.fixture
+def no_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tests have imported what a full-screen chat takes memory for."""
+    monkeypatch.delitem(sys.modules, "textual", raising=False)
+
+
+@pytest.mark.usefixtures("no_screen")
 @pytest.mark.parametrize("slots", [1, 3])
 def test_a_tenth_less_than_fits_is_refused_with_settings_that_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slots: int
@@ -431,6 +438,7 @@ def test_the_kernels_of_a_plan_are_those_that_load(tmp_path: Path) -> None:
         assert backend.demand(segment, StepRequest(64, 1, 1)).building_bytes == 0
 
 
+@pytest.mark.usefixtures("no_screen")
 def test_building_is_planned_and_takes_no_more_than_there_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
