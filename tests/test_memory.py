@@ -374,7 +374,9 @@ def test_a_tenth_less_than_fits_is_refused_with_settings_that_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slots: int
 ) -> None:
     """Before a tensor was read or memory reserved; each of the settings then loads and answers."""
-    path = make_model(tmp_path / "m.gguf", quant="Q4_0", **{**_SMALL, "n_kv_heads": 4})
+    path = make_model(
+        tmp_path / "m.gguf", quant="Q4_0", **_SMALL | {"n_kv_heads": 4, "n_layers": 8}
+    )
     for kv_type in ("f16", "q8_0"):
         LLM(path, n_ctx=64, threads=1, kv_type=kv_type).close()  # its kernels are there from now on
     given: LoadOptions = {"n_ctx": 4096 if slots > 1 else 8192, "slots": slots, "threads": 1}
