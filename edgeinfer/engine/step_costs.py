@@ -90,4 +90,4 @@ _RATE, _SPEED_RATE, _JUMP = 0.05, 0.25, 2.0
 _KEEP, _SWEEP = 512, 64  # steps until a cost is forgotten, and from one look to the next
 
 # Prompts are read at more than half their speed so, and steps last less than three times as long.
-_SLOWER, _PROMPT_RATE, _LEAST_ROW = 2.2, 0.5, 1e-4
+_SLOWER, _PROMPT_RATE, _LEAST_ROW = 2.35, 0.5, 1e-4
