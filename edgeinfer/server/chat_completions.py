@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator
-from typing import Any
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -13,7 +12,7 @@ from starlette.routing import Route
 from edgeinfer.results import CallDelta, Completion, Delta, Done, PromptProgress, TokenLogprob
 from edgeinfer.server.chat_request import read_chat
 from edgeinfer.server.errors import ApiError, Json
-from edgeinfer.server.fields import Fields
+from edgeinfer.server.fields import read_fields
 from edgeinfer.server.openai import FINGERPRINT, envelope, timings_json, usage_json
 from edgeinfer.server.requests import new_call_id, new_id
 from edgeinfer.server.service import Answer, Service
@@ -22,10 +21,8 @@ from edgeinfer.server.wire import (
     EVENTS,
     PING,
     Frames,
-    decode,
     event,
     guarded,
-    read_body,
     reply,
     unless_gone,
 )
@@ -44,7 +41,7 @@ class ChatCompletions:
         self._service = service
 
     async def create(self, http: HttpRequest) -> Response:
-        body = Fields(decode(await read_body(http, self._service.limits.most_body)))
+        body = await read_fields(http, self._service.limits.most_body)
         request = read_chat(body)
         is_streamed, options = body.flag("stream"), body.object("stream_options")
         answer = await self._service.answer(request)
@@ -55,7 +52,7 @@ class ChatCompletions:
         return reply(shape.whole(await unless_gone(http.receive, shape.collect())))
 
     async def count(self, http: HttpRequest) -> Response:
-        body = Fields(decode(await read_body(http, self._service.limits.most_body)))
+        body = await read_fields(http, self._service.limits.most_body)
         n_tokens = await self._service.count_tokens(read_chat(body))
         return reply({"object": "response.input_tokens", "input_tokens": n_tokens})
 
@@ -82,11 +79,7 @@ class _Shape:
     # -- whole -----------------------------------------------------------------------------------
 
     async def collect(self) -> list[Completion]:
-        async with self._answer.reading() as events:
-            async for each in events:
-                if each is not None and isinstance(each[1], Delta):
-                    self._count(each[1])
-        return [self._answer.completions[i] for i in range(self._n)]
+        return await self._answer.collect(self._count)
 
     def whole(self, answers: list[Completion]) -> Json:
         return {
@@ -195,17 +188,7 @@ class _Shape:
     def _logprobs(self, found: tuple[TokenLogprob, ...] | None) -> Json | None:
         if not self._has_logprobs or found is None:
             return None
-        piece = self._answer.model.opened.runtime.tokenizer.piece
-        return {"content": [_logprob(each, piece) for each in found], "refusal": None}
-
-
-def _logprob(found: TokenLogprob, piece: Any) -> Json:
-    def shown(id: int, logprob: float) -> Json:
-        data: bytes = piece(id)
-        return {"token": data.decode(errors="replace"), "logprob": logprob, "bytes": list(data)}
-
-    top = [shown(id, logprob) for id, logprob in found.top]
-    return {**shown(found.id, found.logprob), "top_logprobs": top}
+        return {"content": self._answer.logprobs_json(found), "refusal": None}
 
 
 def _reasoning(text: str) -> Json:

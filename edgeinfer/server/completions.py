@@ -13,7 +13,7 @@ from starlette.routing import Route
 from edgeinfer.parameters import shown
 from edgeinfer.results import Completion, Delta, Done, TokenLogprob
 from edgeinfer.server.errors import ApiError, Json
-from edgeinfer.server.fields import Fields
+from edgeinfer.server.fields import Fields, read_fields
 from edgeinfer.server.openai import FINGERPRINT, envelope, refuse_format, sampling_of, timings_json
 from edgeinfer.server.requests import Request, new_id
 from edgeinfer.server.service import Answer, Service
@@ -22,10 +22,8 @@ from edgeinfer.server.wire import (
     EVENTS,
     PING,
     Frames,
-    decode,
     event,
     guarded,
-    read_body,
     reply,
     unless_gone,
 )
@@ -42,7 +40,7 @@ class Completions:
         self._service = service
 
     async def create(self, http: HttpRequest) -> Response:
-        body = Fields(decode(await read_body(http, self._service.limits.most_body)))
+        body = await read_fields(http, self._service.limits.most_body)
         request = read_request(body)
         is_streamed, options = body.flag("stream"), body.object("stream_options")
         answer = await self._service.answer(request)

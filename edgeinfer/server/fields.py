@@ -8,8 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from starlette.requests import Request as HttpRequest
+
 from edgeinfer.parameters import ANSWER, shown
 from edgeinfer.server.errors import ApiError, Json
+from edgeinfer.server.wire import decode, read_body
 
 _SEEDS = 1 << 64
 
@@ -89,3 +92,8 @@ def _whole(keyword: str, value: Any) -> Any:
     """Some clients send every number as a float."""
     is_whole = isinstance(value, float) and value.is_integer()
     return int(value) if is_whole and ANSWER[keyword].kind is int else value
+
+
+async def read_fields(http: HttpRequest, most: int) -> Fields:
+    """Those of a body of at most so many bytes; ApiError where it is no JSON object."""
+    return Fields(decode(await read_body(http, most)))

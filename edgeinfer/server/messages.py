@@ -12,7 +12,7 @@ from starlette.routing import Route
 from edgeinfer.results import Completion, Delta
 from edgeinfer.server.blocks import Block, Blocks, Change, arguments_object
 from edgeinfer.server.errors import ApiError, Json
-from edgeinfer.server.fields import Fields
+from edgeinfer.server.fields import Fields, read_fields
 from edgeinfer.server.requests import (
     Chat,
     Request,
@@ -26,10 +26,8 @@ from edgeinfer.server.service import Answer, Service
 from edgeinfer.server.wire import (
     EVENTS,
     Frames,
-    decode,
     event,
     guarded,
-    read_body,
     reply,
     unless_gone,
 )
@@ -69,7 +67,7 @@ class Messages:
         self._service = service
 
     async def create(self, http: HttpRequest) -> Response:
-        body = Fields(decode(await read_body(http, self._service.limits.most_body)))
+        body = await read_fields(http, self._service.limits.most_body)
         request, is_streamed = read_request(body), body.flag("stream")
         answer = await self._service.answer(request)
         shape = _Shape(answer)
@@ -78,7 +76,7 @@ class Messages:
         return reply(await unless_gone(http.receive, shape.whole()))
 
     async def count(self, http: HttpRequest) -> Response:
-        body = Fields(decode(await read_body(http, self._service.limits.most_body)))
+        body = await read_fields(http, self._service.limits.most_body)
         return reply({"input_tokens": await self._service.count_tokens(read_request(body))})
 
 
@@ -210,11 +208,7 @@ class _Shape:
         self._call_ids: dict[int, str] = {}
 
     async def whole(self) -> Json:
-        async with self._answer.reading() as events:
-            async for each in events:
-                if each is not None and isinstance(each[1], Delta):
-                    self._blocks.add(each[1])
-        answer = self._answer.completions[0]
+        (answer,) = await self._answer.collect(self._blocks.add)
         content = [self._block(block) for block in self._blocks.all]
         return {**self._message(), "content": content, **_end(answer), "usage": _usage(answer)}
 

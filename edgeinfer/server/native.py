@@ -10,9 +10,9 @@ from edgeinfer import __version__
 from edgeinfer.llm import LLM
 from edgeinfer.server.chat_request import read_chat
 from edgeinfer.server.errors import RETRY_SECONDS, Json
-from edgeinfer.server.fields import Fields
+from edgeinfer.server.fields import read_fields
 from edgeinfer.server.service import Service
-from edgeinfer.server.wire import decode, read_body, reply
+from edgeinfer.server.wire import reply
 
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -47,7 +47,7 @@ class Native:
         return reply(await self._service.with_model(name, _props))
 
     async def tokenize(self, http: HttpRequest) -> Response:
-        body = await self._body(http)
+        body = await read_fields(http, self._service.limits.most_body)
         text = body.text("content") or body.text("text") or body.text("prompt")
         bos, special = body.flag("add_special"), body.flag("parse_special", True)
         has_pieces = body.flag("with_pieces")
@@ -61,7 +61,7 @@ class Native:
         return reply(await self._service.with_model(body.text("model"), work))
 
     async def detokenize(self, http: HttpRequest) -> Response:
-        body = await self._body(http)
+        body = await read_fields(http, self._service.limits.most_body)
         ids = body.get("tokens") or []
 
         def work(llm: LLM) -> Json:
@@ -71,11 +71,8 @@ class Native:
         return reply(await self._service.with_model(body.text("model"), work))
 
     async def apply_template(self, http: HttpRequest) -> Response:
-        body = await self._body(http)
+        body = await read_fields(http, self._service.limits.most_body)
         return reply({"prompt": await self._service.render(read_chat(body))})
-
-    async def _body(self, http: HttpRequest) -> Fields:
-        return Fields(decode(await read_body(http, self._service.limits.most_body)))
 
 
 def _piece(llm: LLM, id: int) -> str | list[int]:

@@ -12,7 +12,7 @@ from starlette.routing import Route
 from edgeinfer.results import Completion, Delta, Done
 from edgeinfer.server.blocks import Blocks, arguments_object
 from edgeinfer.server.errors import ApiError, Json
-from edgeinfer.server.fields import Fields
+from edgeinfer.server.fields import Fields, read_fields
 from edgeinfer.server.ollama_models import listed, now, running, shown
 from edgeinfer.server.requests import (
     SAMPLING,
@@ -26,10 +26,8 @@ from edgeinfer.server.service import Answer, Service
 from edgeinfer.server.wire import (
     LINES,
     Frames,
-    decode,
     guarded,
     line,
-    read_body,
     reply,
     unless_gone,
 )
@@ -76,14 +74,14 @@ class Ollama:
         return reply({"models": [running(model) for model in loaded]})
 
     async def show(self, http: HttpRequest) -> Response:
-        body = await self._body(http)
+        body = await read_fields(http, self._service.limits.most_body)
         async with self._service.model(_name(body)) as model:
             return reply(shown(model))
 
     # -- answers ---------------------------------------------------------------------------------
 
     async def chat(self, http: HttpRequest) -> Response:
-        body = await self._body(http)
+        body = await read_fields(http, self._service.limits.most_body)
         if not body.objects("messages"):
             return await self._load_or_unload(
                 body, {"message": {"role": "assistant", "content": ""}}
@@ -91,7 +89,7 @@ class Ollama:
         return await self._answer(http, body, read_chat(body), is_chat=True)
 
     async def generate(self, http: HttpRequest) -> Response:
-        body = await self._body(http)
+        body = await read_fields(http, self._service.limits.most_body)
         if not body.text("prompt") and not body.text("suffix"):
             return await self._load_or_unload(body, {"response": ""})
         return await self._answer(http, body, read_generate(body), is_chat=False)
@@ -118,9 +116,6 @@ class Ollama:
         if is_streamed:
             return Frames(guarded(shape.lines(), _error_line), LINES, answer.close)
         return reply(await unless_gone(http.receive, shape.whole()))
-
-    async def _body(self, http: HttpRequest) -> Fields:
-        return Fields(decode(await read_body(http, self._service.limits.most_body)))
 
 
 def _error_line(error: ApiError) -> bytes:
@@ -231,15 +226,11 @@ class _Shape:
         self._is_chat, self._has_logprobs = is_chat, has_logprobs
 
     async def whole(self) -> Json:
-        async with self._answer.reading() as events:
-            async for each in events:
-                if each is not None and isinstance(each[1], Delta):
-                    self._blocks.add(each[1])
-        answer = self._answer.completions[0]
+        (answer,) = await self._answer.collect(self._blocks.add)
         calls = [self._call(block.name, block.text) for block in self._blocks.all if block.name]
         told = self._told(answer.text, answer.reasoning, calls)
         if answer.logprobs is not None:
-            told["logprobs"] = self._logprobs(answer.logprobs)
+            told["logprobs"] = self._answer.logprobs_json(answer.logprobs)
         return self._object(told | self._end(answer))
 
     async def lines(self) -> AsyncGenerator[bytes, None]:
@@ -262,7 +253,7 @@ class _Shape:
         if delta.text or delta.reasoning:
             found.append(self._told(delta.text, delta.reasoning, []))
         if delta.logprobs and found:
-            found[-1]["logprobs"] = self._logprobs(delta.logprobs)
+            found[-1]["logprobs"] = self._answer.logprobs_json(delta.logprobs)
         return found
 
     def _calls_of(self, changes: list[Any]) -> list[Json]:
@@ -299,18 +290,6 @@ class _Shape:
             "eval_count": usage.completion_tokens,
             "eval_duration": _duration(usage.completion_tokens, timings.decode_tok_s),
         }
-
-    def _logprobs(self, found: Any) -> list[Json]:
-        piece = self._answer.model.opened.runtime.tokenizer.piece
-
-        def shown(id: int, logprob: float) -> Json:
-            data = piece(id)
-            return {"token": data.decode(errors="replace"), "logprob": logprob, "bytes": list(data)}
-
-        return [
-            {**shown(each.id, each.logprob), "top_logprobs": [shown(*top) for top in each.top]}
-            for each in found
-        ]
 
 
 def _duration(n: int, per_second: float) -> int:

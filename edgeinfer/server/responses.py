@@ -9,7 +9,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from edgeinfer.server.errors import ApiError, Json
-from edgeinfer.server.fields import Fields
+from edgeinfer.server.fields import Fields, read_fields
 from edgeinfer.server.openai import (
     refuse_format,
     sampling_of,
@@ -21,7 +21,7 @@ from edgeinfer.server.openai import (
 from edgeinfer.server.requests import Chat, Request, conversation, offered_tools
 from edgeinfer.server.responses_shape import Shape
 from edgeinfer.server.service import Service
-from edgeinfer.server.wire import EVENTS, Frames, decode, guarded, read_body, reply, unless_gone
+from edgeinfer.server.wire import EVENTS, Frames, guarded, reply, unless_gone
 
 _NEEDS_STORE = ("previous_response_id", "conversation", "prompt")
 
@@ -42,7 +42,7 @@ class Responses:
         self._service = service
 
     async def create(self, http: HttpRequest) -> Response:
-        body = Fields(decode(await read_body(http, self._service.limits.most_body)))
+        body = await read_fields(http, self._service.limits.most_body)
         request, is_streamed = read_request(body), body.flag("stream")
         assert request.chat is not None
         echoed = _echo(body, request.chat.tools)
@@ -53,7 +53,7 @@ class Responses:
         return reply(await unless_gone(http.receive, shape.whole()))
 
     async def count(self, http: HttpRequest) -> Response:
-        body = Fields(decode(await read_body(http, self._service.limits.most_body)))
+        body = await read_fields(http, self._service.limits.most_body)
         n_tokens = await self._service.count_tokens(read_request(body))
         return reply({"object": "response.input_tokens", "input_tokens": n_tokens})
 

@@ -32,10 +32,7 @@ class Shape:
         self._n_events = self._n_reasoning = 0
 
     async def whole(self) -> Json:
-        async with self._answer.reading() as events:
-            async for each in events:
-                if each is not None and isinstance(each[1], Delta):
-                    self._add(each[1])
+        await self._answer.collect(self._add)
         self._note(self._blocks.finish())
         return self._finished()
 

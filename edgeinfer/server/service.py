@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from edgeinfer.aio import AsyncStream
 from edgeinfer.llm import LLM
-from edgeinfer.results import Completion, Done, Event
-from edgeinfer.server.errors import ApiError
+from edgeinfer.results import Completion, Delta, Done, Event, TokenLogprob
+from edgeinfer.server.errors import ApiError, Json
 from edgeinfer.server.metrics import Exposition
 from edgeinfer.server.models import Models, ServedModel
 from edgeinfer.server.requests import Chat, Request
@@ -200,12 +200,26 @@ class Answer:
             self.completions[i] = event.completion
             self.model.metrics.add(event.completion)
 
-    async def collect(self) -> list[Completion]:
-        """All answers, once they are whole."""
+    async def collect(self, take: Callable[[Delta], object] | None = None) -> list[Completion]:
+        """All answers, once they are whole; `take` is given their deltas as these come."""
         async with self.reading() as events:
-            async for _ in events:
-                pass
+            async for each in events:
+                if take is not None and each is not None and isinstance(each[1], Delta):
+                    take(each[1])
         return [self.completions[i] for i in range(len(self.streams))]
+
+    def logprobs_json(self, found: Iterable[TokenLogprob]) -> list[Json]:
+        """Tokens as OpenAI and Ollama both spell them, with the likeliest in their places."""
+        piece = self.model.opened.runtime.tokenizer.piece
+
+        def shown(id: int, logprob: float) -> Json:
+            data = piece(id)
+            return {"token": data.decode(errors="replace"), "logprob": logprob, "bytes": list(data)}
+
+        return [
+            {**shown(each.id, each.logprob), "top_logprobs": [shown(*top) for top in each.top]}
+            for each in found
+        ]
 
     def cut_short(self) -> None:
         self._stop.set()
