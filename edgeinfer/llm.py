@@ -31,10 +31,15 @@ from edgeinfer.results import Completion
 from edgeinfer.runtime import Runtime
 from edgeinfer.sampling.params import SamplingParams, breaker_tokens, recommended
 from edgeinfer.stream import Stream, items, run_all
-from edgeinfer.text.call_finder import CallFinder, call_finder
 from edgeinfer.text.messages import Conversation, Message
 from edgeinfer.text.prompt import Prompt, chat_prompt
-from edgeinfer.text.reply import AnswerText, ReasoningSplitter, opened_tags, reasoning_tags
+from edgeinfer.text.reply import (
+    AnswerText,
+    FindsCalls,
+    ReasoningSplitter,
+    opened_tags,
+    reasoning_tags,
+)
 from edgeinfer.text.template_engine import TemplateEngine
 from edgeinfer.text.tokenizer import TooManyTokens
 
@@ -162,6 +167,8 @@ class LLM:
         end = opened.tokenizer.decode(prompt.ids[-16:], special=True)
         tags = reasoning_tags(opened.template.source, opened.tokenizer)
         splitter = ReasoningSplitter(tags, opened_tags(end, tags))
+        from edgeinfer.text.call_finder import call_finder  # 8 ms that no start needs
+
         finder = call_finder(opened.template.source, chat.tools)
         return self._submit(prompt, given, splitter, finder)
 
@@ -322,7 +329,7 @@ class LLM:
         prompt: Prompt,
         given: dict[str, Any],
         splitter: ReasoningSplitter | None,
-        finder: CallFinder | None = None,
+        finder: FindsCalls | None = None,
     ) -> Stream:
         opened = self._open()
         answer = AnswerText.open(opened.tokenizer, given.get("stop", ()), splitter, finder)

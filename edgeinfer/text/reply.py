@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 from edgeinfer.errors import InvalidRequestError
 from edgeinfer.results import Delta, ToolCall
-from edgeinfer.text.call_finder import CallFinder
 from edgeinfer.text.tokenizer import StreamDecoder, Tokenizer
 
 
@@ -31,6 +30,15 @@ class Tags(NamedTuple):
     close: str
 
 
+class FindsCalls(Protocol):
+    """Tells calls of tools from text: `call_finder.CallFinder`, which starts do without."""
+
+    @property
+    def done(self) -> tuple[ToolCall, ...]: ...
+    def push(self, text: str, *, is_control: bool = False) -> list[Delta]: ...
+    def end(self, was_cut: bool) -> list[Delta]: ...
+
+
 @dataclass(slots=True)
 class AnswerText:
     """The text of one answer, from its token ids."""
@@ -39,7 +47,7 @@ class AnswerText:
     decoder: StreamDecoder
     stops: StopFinder
     splitter: ReasoningSplitter | None
-    finder: CallFinder | None
+    finder: FindsCalls | None
     stop: str | None = None
     _text: list[str] = field(default_factory=list)
     _reasoning: list[str] = field(default_factory=list)
@@ -50,7 +58,7 @@ class AnswerText:
         tokenizer: Tokenizer,
         stop: tuple[str, ...],
         splitter: ReasoningSplitter | None,
-        finder: CallFinder | None = None,
+        finder: FindsCalls | None = None,
     ) -> AnswerText:
         """A `splitter` means a chat, else the answer continues the prompt's text."""
         strip_space = None if splitter is not None else False
