@@ -58,11 +58,11 @@ class Drafter:
 
     @classmethod
     def of(
-        cls, program: Program, segment: Segment, limits: StepLimits, costs: StepCosts
+        cls, program: Program, segment: Segment | None, limits: StepLimits, costs: StepCosts
     ) -> Drafter | None:
         """For a program that has a block beside it."""
         block = program.draft if isinstance(program, Drafts) else None
-        if block is None or segment.draft is None:
+        if block is None or segment is None or segment.draft is None:
             return None
         (window,) = segment.draft.groups
         share = block.step_weight_bytes / program.step_weight_bytes

@@ -24,6 +24,7 @@ from edgeinfer.engine import hooks
 from edgeinfer.engine.cache import CacheLayout, Overflow, PagePool
 from edgeinfer.engine.cache_store import CacheStore
 from edgeinfer.engine.delivery import Delivery
+from edgeinfer.engine.drafter import Drafter
 from edgeinfer.engine.errand import Errand
 from edgeinfer.engine.generation import (
     WAKE_SECONDS,
@@ -43,7 +44,6 @@ from edgeinfer.segment import Segment
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from edgeinfer.engine.drafter import Drafter
     from edgeinfer.engine.session import Sessions
 
 T = TypeVar("T")
@@ -69,11 +69,7 @@ class Engine:
         self.limits, self.n_ctx, self.n_vocab = limits, n_ctx, n_vocab
         self._program = program
         self._costs = costs or StepCosts(limits.row_cost)
-        self._drafter: Drafter | None = None
-        if segment is not None and segment.draft is not None:
-            from edgeinfer.engine.drafter import Drafter  # 2 ms that other models don't need
-
-            self._drafter = Drafter.of(program, segment, limits, self._costs)
+        self._drafter = Drafter.of(program, segment, limits, self._costs)
         self._store = CacheStore(limits, program)
         self._scheduler = Scheduler(limits, self._costs, self._store)
         self._samples = SampleTable(self._scheduler.max_samples)

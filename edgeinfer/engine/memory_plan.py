@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from edgeinfer.backend import Backend
 from edgeinfer.batch import PAGE, StepLimits, StepRequest
+from edgeinfer.engine.plan_error import does_not_fit
 from edgeinfer.engine.plan_rows import (
     LEAST_STATES,
     SPARE_PAGES,
@@ -160,8 +161,6 @@ def solve(segment: Segment, backend: Backend, request: PlanRequest) -> MemoryPla
         """Whether `solve` would find a plan: by those that it tries last, the smallest ones."""
         settings = [*_settings(segment, asked)][-len(_types(asked)) :]
         return any(plan.fits for _, plan in _plans(segment, backend, asked, settings))
-
-    from edgeinfer.engine.plan_error import does_not_fit  # 1 ms that what fits does not need
 
     raise does_not_fit(min(plans, key=lambda plan: plan.n_missing), request, fits)
 
