@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from edgeinfer.graph import Segment
+
     from .server_for_tests import Running
 
 # A job started in the background inherits that interrupts are ignored, and so would the programs
@@ -52,3 +54,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     path = small_model(tmp_path_factory.mktemp("server"))
     with running([("tiny", path)], ping_seconds=0.3) as found:
         yield found
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Segment]]:
+    """A model of each kind of what is kept of a sequence: all pages, the last ones, states."""
+    from .golden_models import GOLDENS
+    from .test_windows import segment
+
+    with GOLDENS["qwen35"].draft().loaded(tmp_path_factory.mktemp("hybrid"), "Q8_0") as model:
+        yield {
+            "full": segment(0), "windows": segment(0, 40, 40), "hybrid": model.graph.segment()
+        }  # fmt: skip

@@ -115,6 +115,7 @@ class PseudoTerminal:
 def _take_terminal() -> None:
     import fcntl
 
-    # Whoever runs the tests may ignore it, as nohup does; in a terminal it ends a program.
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    # Whoever runs the tests may ignore some, as nohup does, or a job in the background.
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)

@@ -17,9 +17,7 @@ from edgeinfer.engine.sequence import Prefilled, Request, Token
 from edgeinfer.graph import Segment
 from edgeinfer.sampling.params import SamplingParams
 
-from .golden_models import GOLDENS
 from .test_graphs import backend
-from .test_windows import segment
 
 N_CTX, VOCAB, MAX_ROWS = 640, 40, 64
 KINDS = ["full", "windows", "hybrid"]
@@ -42,14 +40,6 @@ class Counted:
         held = {int(page) for table in batch.tables for page in table[0].pages if page >= 0}
         self.most_pages = max(self.most_pages, len(held))
         return self.program.submit(batch)
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Segment]]:
-    with GOLDENS["qwen35"].draft().loaded(tmp_path_factory.mktemp("hybrid"), "Q8_0") as model:
-        yield {
-            "full": segment(0), "windows": segment(0, 40, 40), "hybrid": model.graph.segment()
-        }  # fmt: skip
 
 
 @contextmanager

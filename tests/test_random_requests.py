@@ -26,9 +26,7 @@ from edgeinfer.graph import Segment
 from edgeinfer.sampling.params import SamplingParams
 
 from .backends import backend
-from .golden_models import GOLDENS
 from .test_prefix_reuse import check_all_is_given_back
-from .test_windows import segment
 
 N_CTX, VOCAB, MAX_ROWS = 160, 40, 48
 UNREAD = 24  # events until a generation waits for its reader
@@ -210,14 +208,6 @@ def _request(rng: random.Random, before: list[Request]) -> Request:
 
 def _text(rng: random.Random, n: int) -> list[int]:
     return rng.choices(range(VOCAB), k=n)
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Segment]]:
-    with GOLDENS["qwen35"].draft().loaded(tmp_path_factory.mktemp("random"), "Q8_0") as model:
-        yield {
-            "full": segment(0), "windows": segment(0, 40, 40), "hybrid": model.graph.segment()
-        }  # fmt: skip
 
 
 @contextmanager

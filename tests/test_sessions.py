@@ -6,7 +6,6 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +17,9 @@ from edgeinfer.errors import BusyError, InvalidRequestError, SessionError
 from edgeinfer.graph import Segment
 
 from .backends import backend
-from .golden_models import GOLDENS
 from .test_prefix_reuse import KINDS, VOCAB, ask, check_all_is_given_back, opened, text, told
-from .test_windows import segment
 
 PROMPT = text(60, 133)
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Segment]]:
-    with GOLDENS["qwen35"].draft().loaded(tmp_path_factory.mktemp("hybrid"), "Q8_0") as model:
-        yield {
-            "full": segment(0), "windows": segment(0, 40, 40), "hybrid": model.graph.segment()
-        }  # fmt: skip
 
 
 def engine_of(name: str, model: Segment) -> Engine:
@@ -157,6 +146,7 @@ import os, signal, sys
 from pathlib import Path
 from edgeinfer import platform
 from tests.test_sessions import *
+from tests.test_windows import segment
 
 engine, path = engine_of("reference", segment(0, 40, 40)), Path(sys.argv[1])
 told(engine.submit(ask(PROMPT, 2)))
