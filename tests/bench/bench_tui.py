@@ -41,10 +41,11 @@ class Terminal:
     """A child on a pseudo-terminal of 100 x 40; everything it draws is read."""
 
     def __init__(self, command: list[str], home: str) -> None:
+        from tests.bench.bench_start import users_environment
+
         share_cache(Path(home))
-        environment = {**os.environ, "EDGEINFER_HOME": home, "TERM": "xterm-256color"}
-        for name in ("NO_COLOR", "PYTHONDONTWRITEBYTECODE"):  # compiling our modules takes 0.1 s
-            environment.pop(name, None)
+        environment = {**users_environment(home), "TERM": "xterm-256color"}
+        environment.pop("NO_COLOR", None)
         self.started_at = time.perf_counter()
         self.pid, self.fd = pty.fork()
         if not self.pid:

@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.bench.bench_start import first_byte
+from tests.bench.bench_start import first_byte, users_environment
 
 Measure = Callable[[str, dict[str, str]], dict[str, float]]
 _BENCH = ("prefill_tok_s", "decode_tok_s", "load_s", "first_token_s", "peak_rss_mib")
@@ -47,7 +47,7 @@ def main() -> None:
         lambda python, home: _bench(python, home, model, *args.flags),
     )
     with tempfile.TemporaryDirectory() as folder:
-        homes = tuple({**os.environ, "EDGEINFER_HOME": f"{folder}/{name}"} for name in "ab")
+        homes = tuple(users_environment(f"{folder}/{name}") for name in "ab")
         for python, home in zip(pythons, homes, strict=True):
             _bench(python, home, model, *args.flags)  # builds and tunes
             _start(python, home, model, "--raw")
