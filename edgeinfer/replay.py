@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NoReturn
 
+from edgeinfer import platform
 from edgeinfer.errors import InvalidRequestError
 from edgeinfer.llm import LLM
 from edgeinfer.parameters import LOAD, REQUEST, SAMPLING, id_list, shown
@@ -230,10 +231,8 @@ class _Fields:
 
 def _read(path: Path) -> Mapping[str, Any]:
     try:
-        n_bytes = path.stat().st_size
-        if n_bytes > _MOST_BYTES:
-            raise ValueError(f"{n_bytes} bytes; at most {_MOST_BYTES} are read")
-        return _mapping(json.loads(path.read_bytes()))
+        with open(path, "rb") as file:
+            return _mapping(json.loads(platform.read_whole(file, _MOST_BYTES)))
     except OSError as error:
         why, cause = error.strerror or str(error), error
         raise InvalidRequestError(

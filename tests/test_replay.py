@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from edgeinfer import LLM, InvalidRequestError, Recording
+from edgeinfer import LLM, InvalidRequestError, Recording, replay
 from edgeinfer.cli.main import main
 
 from .models_for_tests import tiny_model
@@ -194,6 +194,18 @@ def test_what_is_no_recording_is_refused(recorded: Path, tmp_path: Path, call: C
             Recording.read(missing)
     code, out, err = call("replay", tmp_path / "wrong.json")
     assert (code, out) == (2, "") and "run --json" in err and "Traceback" not in err
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no device without an end here")
+def test_what_has_no_end_or_is_too_long_is_not_read(
+    recorded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replay, "_MOST_BYTES", recorded.stat().st_size)
+    Recording.read(recorded)
+    monkeypatch.setattr(replay, "_MOST_BYTES", recorded.stat().st_size - 1)
+    for path in (recorded, Path("/dev/zero")):
+        with pytest.raises(InvalidRequestError, match="can't be read"):
+            Recording.read(path)
 
 
 def test_every_field_is_checked(recorded: Path) -> None:
