@@ -16,9 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import httpx2
 import pytest
 
+from edgeinfer.cli import serve
 from edgeinfer.server import connections
 from edgeinfer.server.gate import _bare, _host_name
 from edgeinfer.server.requests import conversation
@@ -392,6 +394,23 @@ def test_the_command_serves_until_it_is_interrupted(path: Path) -> None:
     finally:
         program.kill()
         program.communicate()
+
+
+def test_a_file_of_keys_is_read_as_editors_write_it(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    for data in (b"one\n\n two \n", b"\xef\xbb\xbfone\r\ntwo"):
+        file.write_bytes(data)
+        assert serve._keys_of(str(file)) == ["one", "two"]
+
+
+def test_a_file_that_holds_no_keys_is_refused(tmp_path: Path) -> None:
+    for data in (b"", b" \n", b"\x8d\xff", bytes(serve._MOST_KEYS + 1)):
+        (tmp_path / "keys").write_bytes(data)
+        with pytest.raises(click.UsageError, match="--api-key-file"):
+            serve._keys_of(str(tmp_path / "keys"))
+    for name in ("none", "."):
+        with pytest.raises(click.UsageError, match="--api-key-file"):
+            serve._keys_of(str(tmp_path / name))
 
 
 def test_a_port_that_is_taken_is_named(path: Path) -> None:

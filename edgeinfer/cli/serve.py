@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from edgeinfer.server.models import Models
 
 _ANY_HOST = ("0.0.0.0", "::", "")
+_MOST_KEYS = 1 << 20  # bytes of a file of keys
 
 
 @click.command("serve", epilog="Example: edgeinfer serve qwen3-4b --port 8080")
@@ -104,7 +105,14 @@ def _listen(host: str, port: int) -> Any:
 def _keys_of(path: str | None) -> list[str]:
     if path is None:
         return []
-    keys = [line.strip() for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
+    try:
+        with open(path, "rb") as file:
+            text = platform.read_whole(file, _MOST_KEYS).decode("utf-8-sig")  # some editors mark it
+    except OSError as error:
+        raise click.UsageError(f"--api-key-file {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise click.UsageError(f"--api-key-file {path}: it is not text in UTF-8") from None
+    keys = [line.strip() for line in text.splitlines() if line.strip()]
     if not keys:
         raise click.UsageError(f"--api-key-file {path}: there is no key in it")
     return keys
