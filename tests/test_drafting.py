@@ -95,6 +95,26 @@ def test_what_does_not_hold_is_given_up() -> None:
     assert state.chances[-1] > 0.7
 
 
+def test_answers_learn_from_those_before(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once guesses don't hold, a new answer tries few; now and then one tries anew."""
+    run, tried = drafter.Drafter._run, list[int]()
+
+    def counting(self: Any, followers: Any, wanted: Any) -> Any:
+        tried[-1] += len(wanted)
+        return run(self, followers, wanted)
+
+    monkeypatch.setattr(drafter.Drafter, "_run", counting)
+    monkeypatch.setattr(StepCosts, "of", lambda self, n: 1.0 + 0.2 * (n - 1))
+    monkeypatch.setattr(drafter, "_RETRY", 8)
+    with LLM(path, n_ctx=512, drafts=True) as llm:
+        for i in range(16):
+            tried.append(0)
+            llm.generate([20, i], **SPEC | dict(temperature=1.0, max_tokens=60, seed=i))
+        assert is_well(llm)
+    assert tried[0] and tried[7]  # the eighth begins as if nothing were known
+    assert not any(tried[2:7]) and not any(tried[9:15])
+
+
 def test_a_file_without_a_block_says_so(tmp_path: Path, path: Path) -> None:
     with pytest.raises(InvalidRequestError, match="holds none") as caught:
         LLM(tiny_model(tmp_path), drafts=True)
