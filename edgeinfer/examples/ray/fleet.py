@@ -25,6 +25,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Message
 
 from edgeinfer.options import LoadOptions
 from edgeinfer.server.app import find_envelope, make_app
@@ -92,20 +93,21 @@ class KnowsBeginnings(RequestRouter):
             self._copies.popitem(last=False)
 
 
-@serve.deployment(request_router_config=RequestRouterConfig(request_router_class=KnowsBeginnings))
 class Copy:
     """One model with its engine; it answers a request as `edgeinfer serve` would."""
 
-    async def __init__(self, name: str, model: Path, load: LoadOptions, limits: Limits) -> None:
+    async def __init__(  # type: ignore[misc]  # Ray waits for it
+        self, name: str, model: Path, load: LoadOptions, limits: Limits
+    ) -> None:
         models = Models([(name, model)], load)
         await models.start()
         self._app = make_app(Service(models, limits))
 
     async def answer(
         self, hashes: Sequence[bytes], scope: dict[str, Any], body: bytes
-    ) -> AsyncGenerator[dict[str, Any], None]:
+    ) -> AsyncGenerator[Message, None]:
         """The messages of ASGI that a reply consists of. Closing the generator ends the answer."""
-        messages: asyncio.Queue[dict[str, Any]] = asyncio.Queue(1)  # a slow reader slows it down
+        messages: asyncio.Queue[Message | None] = asyncio.Queue()
         unread, gone = [{"type": "http.request", "body": body}], asyncio.Event()
 
         async def receive() -> dict[str, Any]:
@@ -113,12 +115,15 @@ class Copy:
                 await gone.wait()
             return unread.pop() if unread else {"type": "http.disconnect"}
 
-        task = asyncio.create_task(self._app(scope, receive, messages.put))
+        async def run() -> None:
+            try:
+                await self._app(scope, receive, messages.put)
+            finally:
+                messages.put_nowait(None)
+
+        task = asyncio.create_task(run())
         try:
-            has_more = True
-            while has_more:
-                message = await messages.get()
-                has_more = message["type"] != "http.response.body" or message.get("more_body")
+            while (message := await messages.get()) is not None:
                 yield message
         finally:
             gone.set()
@@ -127,7 +132,6 @@ class Copy:
                 await task
 
 
-@serve.deployment
 class Door:
     """Reads requests and passes on replies; it has no model and little to do."""
 
@@ -172,7 +176,8 @@ def fleet(
     limits = limits or Limits()
     slots = load.setdefault("slots", 8)
     load.setdefault("threads", max(1, int(cores)))
-    copies = Copy.options(
+    copies = serve.deployment(
+        request_router_config=RequestRouterConfig(request_router_class=KnowsBeginnings),
         ray_actor_options={"num_cpus": cores},
         max_ongoing_requests=2 * slots,  # as many wait as are being answered
         autoscaling_config={
@@ -183,8 +188,8 @@ def fleet(
             "downscale_delay_s": 300,  # what has read much is worth keeping
         },
     )
-    door = Door.options(max_ongoing_requests=4096, ray_actor_options={"num_cpus": 0})
-    return door.bind(copies.bind(model.stem, model, load, limits), limits)
+    door = serve.deployment(max_ongoing_requests=4096, ray_actor_options={"num_cpus": 0})
+    return door(Door).bind(copies(Copy).bind(model.stem, model, load, limits), limits)
 
 
 def main() -> None:
