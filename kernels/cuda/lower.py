@@ -9,12 +9,13 @@ from __future__ import annotations
 from typing import NoReturn
 
 from edgeinfer.fusion import (
+    Convs,
     ExpertMatmuls,
+    GatedDeltaNet,
     Matmuls,
     PinnedAttention,
     PinnedRotate,
     RotatedAttention,
-    SiluConv,
     Step,
     SwiGlu,
     WholeNorm,
@@ -24,8 +25,6 @@ from edgeinfer.graph import (
     Add,
     Bias,
     Clamp,
-    Conv,
-    DeltaNet,
     Embed,
     ExpertSum,
     Gain,
@@ -55,10 +54,10 @@ class Lowering(FusedLowering, RecurrentLowering):
         out, segment = self._out, self._segment
         if segment.input is not None:
             out.input = self._float_buffer(segment.input, "input")
-        i, left = 0, self._left_to_delta_nets()
+        i = 0
         while i < len(self._steps):
             n_fused = self._fused(i)
-            if not n_fused and i not in left:
+            if not n_fused:
                 self._lower(self._steps[i], i)
             i += n_fused or 1
             if segment.hidden in self._floats and not out.head:
@@ -135,10 +134,10 @@ class Lowering(FusedLowering, RecurrentLowering):
                 self._expert_sum(step)
             case SelectRows():
                 self._select(step)
-            case Conv() | SiluConv():
-                self._conv(step)
-            case DeltaNet():
-                self._delta_net(step, i)
+            case Convs():
+                self._convs(step)
+            case GatedDeltaNet():
+                self._delta_net(step)
             case _:
                 _never(step)
 
