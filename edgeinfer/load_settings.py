@@ -86,11 +86,10 @@ class LoadSettings(NamedTuple):
         segment = model.graph.segment(
             n_ctx=n_ctx, kv_types=kv_types, residuals=self.residuals, drafts=self.drafts
         )
-        if self.drafts and (segment.draft is None or self.device.has_number):
-            found = "holds none" if segment.draft is None else f"runs on {self.device}"
+        if self.drafts and segment.draft is None:
             raise InvalidRequestError(
-                f"drafts is on, and the model {found}; a block that guesses tokens is in some "
-                "files of qwen35, and runs on the devices cpu, law and reference",
+                "drafts is on, and the model holds none; a block that guesses tokens is in some "
+                "files of qwen35",
                 param="drafts",
             )
         return segment

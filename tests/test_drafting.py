@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from edgeinfer import LLM, InvalidRequestError
@@ -13,6 +14,7 @@ from edgeinfer.engine import drafter
 from edgeinfer.engine.drafting import MOST, Drafting
 from edgeinfer.engine.step_costs import StepCosts
 
+from .backends import backend
 from .models_for_tests import tiny_model
 
 SPEC: Any = dict(max_tokens=70, logit_bias={257: -1e9}, seed=5)
@@ -20,7 +22,7 @@ SPEC: Any = dict(max_tokens=70, logit_bias={257: -1e9}, seed=5)
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A hybrid model whose last block guesses."""
+    """A hybrid model whose last block guesses; of its seven layers the fourth has attention."""
     folder = tmp_path_factory.mktemp("drafting")
     return tiny_model(folder, arch="qwen35", n_layers=8, drafts=True, n_ctx=512)
 
@@ -121,13 +123,51 @@ def test_a_file_without_a_block_says_so(tmp_path: Path, path: Path) -> None:
     assert caught.value.param == "drafts"
 
 
-def test_the_law_guesses_too(path: Path, plain: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+# Where the layers run: the last of them may have no cache that the block shares pages with.
+PLACES: list[dict[str, Any]] = [
+    dict(device="law"), dict(device="shim"), dict(device="shim", gpu_layers=1),
+    dict(device="shim:0,shim:1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+def test_every_machine_guesses(
+    path: Path, plain: LLM, monkeypatch: pytest.MonkeyPatch, place: dict[str, Any]
+) -> None:
+    """The same tokens, and the guesses that the CPU's block makes, bit for bit."""
     always(monkeypatch, 0.999)
-    with LLM(path, n_ctx=64, device="law", drafts=True) as law:
-        found = law.generate("hello", temperature=0.0, **SPEC | dict(max_tokens=12))
-        assert is_well(law)
-    expected = plain.generate("hello", temperature=0.0, **SPEC | dict(max_tokens=12))
-    assert found.token_ids == expected.token_ids
+    monkeypatch.setattr(drafter.Drafter, "_n_guesses", lambda _, states: 2 * bool(states))
+    backend(place["device"])
+    rows = [list[Any](), list[Any]()]
+    spec = SPEC | dict(max_tokens=12, speculation=True)  # by itself the law does not
+    for found, options in zip(rows, (dict(device="cpu"), place), strict=True):
+        with LLM(path, n_ctx=96, slots=2, threads=1, drafts=True, **options) as llm:
+            with monkeypatch.context() as patch:
+                keep_rows(patch, found)
+                for prompt in ([5], "hello"):
+                    found.append(llm.generate(prompt, temperature=0.0, **spec).token_ids)
+            # Which rows of these share a step hangs on the clock.
+            several = llm.generate_batch(["a b", "x" * 40], temperature=0.9, **spec)
+            found += [answer.token_ids for answer in several]
+            assert is_well(llm) and sum(each.timings.proposed_tokens for each in several) > 5
+            if options == dict(device="shim"):
+                free, total = llm.runtime.program._device.memory()  # type: ignore[attr-defined]
+                assert total - free == llm.plan.pools[1].total_bytes
+    assert rows[0] == rows[1]
+    expected = plain.generate("hello", temperature=0.0, **spec)
+    assert expected.token_ids in rows[0]
+
+
+def keep_rows(monkeypatch: pytest.MonkeyPatch, rows: list[Any]) -> None:
+    """What the block yields, as bits."""
+    run = drafter.Drafter._run
+
+    def kept(self: Any, *args: Any) -> Any:
+        outputs = run(self, *args)
+        rows.append([each.view(np.int32).tolist() for each in (outputs.logits, outputs.hidden)])
+        return outputs
+
+    monkeypatch.setattr(drafter.Drafter, "_run", kept)
 
 
 def test_who_guesses_right_is_believed(
