@@ -23,6 +23,7 @@ from edgeinfer.text.messages import Conversation
 from edgeinfer.text.prompt import chat_prompt
 
 T = TypeVar("T")
+_NEVER = -1e9  # what keeps a token from being picked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +119,9 @@ async def _begin(model: ServedModel, request: Request, stack: AsyncExitStack) ->
     for prompt in request.prompts if request.chat is None else [request.chat]:
         for i in range(request.n):
             sampling: Any = dict(request.sampling)
+            if request.ignores_eos:
+                ends = dict.fromkeys(model.opened.runtime.tokenizer.eog_ids, _NEVER)
+                sampling["logit_bias"] = ends | sampling.get("logit_bias", {})
             if i and isinstance(sampling.get("seed"), int):
                 sampling["seed"] = (sampling["seed"] + i) % (1 << 64)
             if isinstance(prompt, Chat):
