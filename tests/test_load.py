@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -187,8 +188,11 @@ def scripted(script: Script) -> Iterator[str]:
         started.set()
         await stop.wait()
         server.close()
-        for task in asyncio.all_tasks() - {asyncio.current_task()}:
-            task.cancel()
+        talks = asyncio.all_tasks() - {asyncio.current_task()}
+        for each in talks:
+            each.cancel()
+        await asyncio.gather(*talks, return_exceptions=True)
+        await asyncio.sleep(0.01)  # connections are closed in the loop's next turns
 
     thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
     thread.start()
@@ -313,28 +317,28 @@ def test_a_server_that_dies_in_a_run() -> None:
         writer.write(reply(frames("a"), more="connection: close\r\n"))
         writer.close()
 
-    with scripted(script) as url:
+    died = threading.Event()
+    asked = [Conversation(i * 0.02, [Turn(5, 3)]) for i in range(40)]
+
+    async def run(url: str) -> Measured:
         settings = Settings(model="m", seconds=5.0)
-        asked = [Conversation(i * 0.02, [Turn(5, 3)]) for i in range(40)]
+        generator = Generator(Client(Target.of(url), {}), settings, asked, Texts())
+        running = asyncio.create_task(generator.run())
+        await asyncio.sleep(0.3)
+        died.set()
+        await running
+        return generator.measured
 
-        async def run() -> Measured:
-            generator = Generator(Client(Target.of(url), {}), settings, asked, Texts())
-            running = asyncio.create_task(generator.run())
-            await asyncio.sleep(0.3)
-            died.set()
-            await running
-            return generator.measured
+    def live() -> None:
+        with scripted(script) as url:
+            urls.put(url)
+            died.wait(10)
 
-        died = threading.Event()
-        context = scripted(script)
-        other = context.__enter__()
-        thread = threading.Thread(
-            target=lambda: (died.wait(10), context.__exit__(None, None, None))
-        )
-        thread.start()
-        url = other
-        told = summary(asyncio.run(run()))
-        thread.join()
+    urls: SimpleQueue[str] = SimpleQueue()
+    server = threading.Thread(target=live)
+    server.start()
+    told = summary(asyncio.run(run(urls.get(timeout=10))))
+    server.join()
     assert told["answered"] > 3 and told["failed"]["connection refused"] > 3
     assert told["answered"] + sum(told["failed"].values()) == 40
 
@@ -393,8 +397,12 @@ def test_a_reply_that_was_begun_is_not_asked_for_twice() -> None:
 
     async def run(url: str) -> None:
         client = Client(Target.of(url), {})
-        for _ in range(2):
-            await client.request("POST", "/x", b"", lambda at, status, data: None)
+        try:
+            for _ in range(2):
+                await client.request("POST", "/x", b"", lambda at, status, data: None)
+        finally:
+            client.close()
+            await asyncio.sleep(0.01)
 
     with scripted(script) as url, pytest.raises(ConnectionLost):
         asyncio.run(run(url))
