@@ -38,6 +38,7 @@ class LoadSettings(NamedTuple):
     progress: Callable[[Progress], None] | None
     residuals: tuple[int, ...] = ()  # layers whose entering stream may be watched
     drafts: bool = False  # whether the block that guesses tokens is wanted
+    naive: bool = False  # one answer at a time, nothing reused
 
     @classmethod
     def resolve(cls, function: str, given: LoadOptions) -> LoadSettings:
@@ -72,6 +73,7 @@ class LoadSettings(NamedTuple):
             progress=options.get("progress"),
             residuals=options.get("residuals", ()),
             drafts=options.get("drafts", False),
+            naive=options.get("naive", False),
         )
 
     def segment(self, model: Model, n_ctx: int | None, kv_types: tuple[KVType, KVType]) -> Segment:
