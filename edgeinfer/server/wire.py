@@ -25,7 +25,18 @@ _BODY_SECONDS = 60.0  # a body that takes longer is no client's
 _MOST_AT_ONCE = 64 << 10  # bytes that are written at once
 _STALLED_SECONDS = 120.0  # a reader that takes nothing for so long is gone
 
-encode = msgspec.json.Encoder().encode
+_encode = msgspec.json.Encoder().encode
+# JSON leaves them as they are; Python's `splitlines`, by which clients read, ends a line at them.
+_LINE_ENDS = tuple((end.encode(), f"\\u{ord(end):04x}".encode()) for end in "\x85\u2028\u2029")
+
+
+def encode(value: Any) -> bytes:
+    """JSON on one line, whatever a client takes for the end of one."""
+    found = bytes(_encode(value))
+    if not found.isascii():
+        for end, escaped in _LINE_ENDS:
+            found = found.replace(end, escaped)
+    return found
 
 
 def event(value: Any, name: str = "") -> bytes:
@@ -35,7 +46,7 @@ def event(value: Any, name: str = "") -> bytes:
 
 
 def line(value: Any) -> bytes:
-    return bytes(encode(value)) + b"\n"
+    return encode(value) + b"\n"
 
 
 def reply(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
