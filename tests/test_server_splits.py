@@ -188,11 +188,13 @@ VALUES = st.recursive(
     max_leaves=6,
 )
 CALLS = st.builds(
-    lambda name, arguments, indent: "<tool_call>\n"
-    + json.dumps(
-        {"name": name, "arguments": arguments}, indent=indent, ensure_ascii=indent is None
-    )
-    + "\n</tool_call>",
+    lambda name, arguments, indent: (
+        "<tool_call>\n"
+        + json.dumps(
+            {"name": name, "arguments": arguments}, indent=indent, ensure_ascii=indent is None
+        )
+        + "\n</tool_call>"
+    ),
     st.sampled_from([*TOOLS, "unknown"]),
     st.dictionaries(st.text(CHARACTERS, max_size=6), VALUES, max_size=3),
     st.sampled_from([None, 1]),
