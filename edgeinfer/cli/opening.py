@@ -14,10 +14,12 @@ from edgeinfer.cli.options import load_options
 from edgeinfer.terminal import printable
 
 if TYPE_CHECKING:
+    from edgeinfer.chat_model import ChatStream
     from edgeinfer.engine.memory_plan import MemoryPlan
     from edgeinfer.llm import LLM
     from edgeinfer.options import LoadOptions, Progress
-    from edgeinfer.stream import Stream
+    from edgeinfer.remote.model import RemoteModel
+    from edgeinfer.remote.server import Server
 
 GC_THRESHOLD = 10_000  # new objects between two collections; Python's own are 700 to 2,000
 
@@ -63,6 +65,18 @@ def open_model(
         yield llm
 
 
+@contextlib.contextmanager
+def open_on_server(server: Server, model: str | None) -> Iterator[RemoteModel]:
+    """A model that runs there, the only one where none is named, and what is told of it."""
+    opened = server.open(model or "")
+    context = f": context {opened.n_ctx} tokens" if opened.n_ctx else ""
+    note(f"{opened.name}{context}")
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
 def _kept(plan: MemoryPlan) -> str:
     """How much of a plan is for what has been read before."""
     from edgeinfer.engine.plan_rows import size_text
@@ -71,7 +85,7 @@ def _kept(plan: MemoryPlan) -> str:
     return f", {size_text(n_bytes)} of them for earlier prompts" if n_bytes else ""
 
 
-def follow(stream: Stream, output: Output | None) -> None:
+def follow(stream: ChatStream, output: Output | None) -> None:
     """Write an answer as it comes; its reasoning goes to stderr where a person reads that."""
     shows_reasoning = sys.stderr.isatty()
     with ProgressLine() as line:

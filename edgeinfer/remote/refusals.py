@@ -106,11 +106,11 @@ def refused(refusal: Refusal, address: Address, model: str, known: Sequence[str]
     if status in (401, 403):
         return ServerError(_about_key(address, found), advice=_KEY_ADVICE)
     if status == 404 and (not said or "model" in said.lower()):
-        shown = ", ".join(map(one_line, known[:_MOST_SHOWN])) + ", …"[: 3 * (len(known) > 6)]
-        has = f"it has {shown}" if known else "check the name, and the URL"
-        return ModelNotFoundError(
-            f"{place} has no model {one_line(model)} ({found})", advice=(has,), near=known[:1]
-        )
+        missing = f"{place} has no model {one_line(model)} ({found})"
+        if not known:
+            return ServerError(f"{missing}; check the name, and the URL")
+        names = [*map(one_line, known[:_MOST_SHOWN]), *["…"][: len(known) - _MOST_SHOWN]]
+        return ModelNotFoundError(f"{missing}; it has {', '.join(names)}", near=known[:1])
     if status in (404, 405):
         return ServerError(f"{place} has no {address.path('')} ({found}); check the URL's path")
     if status in (429, 503, 529):

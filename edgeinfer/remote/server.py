@@ -101,7 +101,10 @@ class Server:
         if len(ids) == 1:
             return ids[0]
         if not ids:
-            raise ModelNotFoundError(f"{self.place} lists no models: give the name of one")
+            raise ServerError(
+                f"{self.place} lists no models at {self.address.path('/models')}; check the URL's "
+                "path, or give the name of a model"
+            )
         shown = ", ".join(map(one_line, ids[:_MOST_SHOWN]))
         more = f" and {len(ids) - _MOST_SHOWN} more" if len(ids) > _MOST_SHOWN else ""
         raise ModelNotFoundError(
