@@ -31,8 +31,8 @@ fusion known
 kernels.buffers kernels.cached kernels.shapes
 kernels.reference kernels.cpu kernels.cuda
 model backend
-engine load_settings chain chat_model
-balance
+engine load_settings chain
+balance chat_model
 placement
 runtime stream
 watching

@@ -164,7 +164,8 @@ def choose_model(app: ChatApp, title: str = "") -> None:
     from edgeinfer.tui.model_screen import ModelScreen
 
     current = app.session.last_path
-    if app.session.model is None and app.session.loader is None:
+    is_without = app.session.model is None and app.session.loader is None
+    if is_without and not app.session.is_served:
         title = title or _FIRST_RUN
 
     def take(path: str | None) -> None:

@@ -95,7 +95,9 @@ class ParamsScreen(Dialog[ChatParams | None]):
             yield Static(Text(printable(now.source)), classes="source")
 
     def on_mount(self) -> None:
-        self.query_one(".dialog").border_title = "Sampling and context"
+        self.query_one(".dialog").border_title = (
+            "Sampling" if self._is_served else "Sampling and context"
+        )
         self.set_interval(1 / 8, self._tick)
         if self._length is not None:
             self._apply()

@@ -230,7 +230,8 @@ class Session:
             news.n_dropped = self.n_dropped = turn.n_dropped
         if is_over:
             news.is_over = True
-            self._end("failed" if turn.error else "done")
+            is_cut = turn.is_stopped and running.completion is None
+            self._end("failed" if turn.error else "stopped" if is_cut else "done")
         else:
             self._save_partial(running)
         return news

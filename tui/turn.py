@@ -47,6 +47,11 @@ class Turn:
             with contextlib.suppress(Exception):
                 stream.close()
 
+    @property
+    def is_stopped(self) -> bool:
+        """Whether somebody ended it."""
+        return self._is_stopping.is_set()
+
     def wait(self, timeout: float) -> bool:
         """Whether the thread has ended by then."""
         self._thread.join(timeout)

@@ -10,6 +10,7 @@ from edgeinfer.remote.refusals import ServerError
 from edgeinfer.terminal import one_line
 
 _MOST_BYTES = 8 << 20  # of one event
+_LINE_BYTES = 64  # that keeping a line takes beside it
 _END = "[DONE]"
 
 
@@ -19,13 +20,15 @@ def frames(chunks: Iterable[bytes], place: str) -> Iterator[dict[str, Any] | Non
     ServerError for what is no event; one that is cut off is left out.
     """
     data: list[bytes] = []
+    n_held = 0
     for line in _lines(chunks, place):
         if line.startswith(b"data:"):
             data.append(line[5:].removeprefix(b" "))
-            if sum(map(len, data)) > _MOST_BYTES:
+            n_held += len(line) + _LINE_BYTES
+            if n_held > _MOST_BYTES:
                 raise _too_large(place)
         elif not line and data:
-            text, data = b"\n".join(data).decode("utf-8", "replace"), []
+            text, data, n_held = b"\n".join(data).decode("utf-8", "replace"), [], 0
             if text.strip() == _END:
                 yield None
                 return

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from edgeinfer import config
-from edgeinfer.errors import Advice, EdgeInferError, Keyword, ModelNotFoundError
+from edgeinfer.errors import EdgeInferError, ModelNotFoundError
 from edgeinfer.remote.address import Address
 from edgeinfer.terminal import one_line
 
@@ -47,6 +47,13 @@ class Refusal(NamedTuple):
     status: int
     headers: Mapping[str, str]
     body: bytes
+
+
+def names_of(known: Sequence[str]) -> str:
+    """The first models of a server, in words."""
+    shown = ", ".join(one_line(id, 100) for id in known[:_MOST_SHOWN])
+    n_more = len(known) - _MOST_SHOWN
+    return f"{shown} and {n_more} more" if n_more > 0 else shown
 
 
 # -- connections ---------------------------------------------------------------------------------
@@ -104,13 +111,12 @@ def refused(refusal: Refusal, address: Address, model: str, known: Sequence[str]
         where = one_line(address.hidden(refusal.headers.get("location") or "nowhere"))
         return ServerError(f"{place} sends on to {where}, which is not followed; give that URL")
     if status in (401, 403):
-        return ServerError(_about_key(address, found), advice=_KEY_ADVICE)
+        return ServerError(_about_key(address, found))
     if status == 404 and (not said or "model" in said.lower()):
         missing = f"{place} has no model {one_line(model)} ({found})"
         if not known:
             return ServerError(f"{missing}; check the name, and the URL")
-        names = [*map(one_line, known[:_MOST_SHOWN]), *["…"][: len(known) - _MOST_SHOWN]]
-        return ModelNotFoundError(f"{missing}; it has {', '.join(names)}", near=known[:1])
+        return ModelNotFoundError(f"{missing}; it has {names_of(known)}", near=known[:1])
     if status in (404, 405):
         return ServerError(f"{place} has no {address.path('')} ({found}); check the URL's path")
     if status in (429, 503, 529):
@@ -121,15 +127,13 @@ def refused(refusal: Refusal, address: Address, model: str, known: Sequence[str]
     )
 
 
-_KEY_ADVICE: Advice = ("set EDGEINFER_API_KEY to one, or give it as ", Keyword("api_key"))
-
-
 def _about_key(address: Address, found: str) -> str:
+    to_do = "set EDGEINFER_API_KEY, or give --api-key"
     if address.key:
-        return f"{address.place} does not take this API key ({found})"
+        return f"{address.place} does not take this API key ({found}); {to_do} another one"
     is_held_back = config.api_key(is_private=True) is not None
-    why = "; OPENAI_API_KEY is not sent over http" if is_held_back else ""
-    return f"{address.place} asks for an API key ({found}{why})"
+    why = ", and OPENAI_API_KEY is not sent over http" if is_held_back else ""
+    return f"{address.place} asks for an API key ({found}){why}; {to_do}"
 
 
 def said_in_answer(frame: Mapping[str, Any], address: Address) -> ServerError:

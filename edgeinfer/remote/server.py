@@ -12,9 +12,8 @@ from edgeinfer.remote.address import Address
 from edgeinfer.remote.connection import Connection
 from edgeinfer.remote.frames import as_object, no_api
 from edgeinfer.remote.model import RemoteModel
-from edgeinfer.remote.refusals import ServerError, refused
+from edgeinfer.remote.refusals import ServerError, names_of, refused
 from edgeinfer.remote.told import context_of, number
-from edgeinfer.terminal import one_line
 
 _SECONDS = 20.0
 _PROPS_SECONDS = 5.0
@@ -22,7 +21,6 @@ _MOST_BYTES = 8 << 20  # of a list
 _MOST_MODELS = 2000
 _LONGEST = 500  # characters of a name
 _NO_LIST = (404, 405, 501)
-_MOST_SHOWN = 8
 _SHOWN = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty")
 
 
@@ -105,11 +103,9 @@ class Server:
                 f"{self.place} lists no models at {self.address.path('/models')}; check the URL's "
                 "path, or give the name of a model"
             )
-        shown = ", ".join(map(one_line, ids[:_MOST_SHOWN]))
-        more = f" and {len(ids) - _MOST_SHOWN} more" if len(ids) > _MOST_SHOWN else ""
         raise ModelNotFoundError(
-            f"{self.place} has {len(ids)} models and none was named: choose one of {shown}{more}",
-            near=ids[:_MOST_SHOWN],
+            f"{self.place} has {len(ids)} models and none was named: choose one of {names_of(ids)}",
+            near=ids[:1],
         )
 
     def _props(self, id: str) -> Mapping[str, Any]:
