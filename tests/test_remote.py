@@ -223,6 +223,14 @@ def test_a_request_is_made_anew_as_the_server_wants_it(api: FakeApi) -> None:
     assert "max_tokens" not in last and "stream_options" not in last
 
 
+def test_what_an_answer_must_be_is_sent_by_the_names_that_servers_know(api: FakeApi) -> None:
+    ask(api, SAYS_HI, schema='{"type": "object"}', stop=("a", "b"), repeat_penalty=1.1, seed=None)
+    sent = api.bodies()[-1]
+    assert sent["response_format"]["json_schema"]["schema"] == {"type": "object"}
+    assert sent["stop"] == ["a", "b"] and sent["repetition_penalty"] == 1.1
+    assert "seed" not in sent and "schema" not in sent
+
+
 def test_old_turns_go_where_there_is_no_room(api: FakeApi) -> None:
     said = {"message": "too long", "code": "context_length_exceeded", "n_prompt_tokens": 900}
     too_long = reply({"error": {**said, "n_ctx": 500}}, "400 Bad Request")
@@ -267,6 +275,8 @@ def error(status: str, message: str, **more: str) -> bytes:
         (reply({"hello": 1}), "does not answer as OpenAI's API does"),
         (b"SSH-2.0-OpenSSH\r\n", "does not answer in HTTP .*https://"),
         (b"", "does not answer in HTTP"),
+        (f"{KEY}\r\n\r\n".encode(), "does not answer in HTTP"),
+        (reply(f"<p>{KEY}</p>".encode(), kind="text/html"), r"'<p>\[the key\]</p>'"),
         (b"HTTP/1.1 200 OK\r\n" + b"x: y\r\n" * 200 + b"\r\n", "does not answer in HTTP"),
     ],
 )
@@ -419,7 +429,7 @@ def test_events_are_the_same_however_they_are_cut() -> None:
     wanted = [*events, {"d": 4}, None]
     for n in (1, 2, 3, 7, 50, len(whole)):
         cut = [whole[i : i + n] for i in range(0, len(whole), n)]
-        assert list(frames(cut, "here")) == wanted
+        assert list(frames(cut, read_address("http://here", None))) == wanted
 
 
 def test_a_chat_without_a_server_imports_none_of_this() -> None:

@@ -48,18 +48,18 @@ class Collected:
 
     def events(self, chunks: Iterator[bytes], *, is_stream: bool) -> Iterator[Event]:
         """Deltas and how far the prompt is read; ServerError where the answer fails."""
-        place = self.address.place
+        address = self.address
         if is_stream:
-            for frame in frames(chunks, place):
+            for frame in frames(chunks, address):
                 if frame is None:
                     self.reason = self.reason or "stop"
                 else:
                     yield from self._take(frame)
         else:  # some servers can't stream
-            text = b"".join(_limited(chunks, place)).decode("utf-8", "replace")
-            found = as_object(text, place)
+            text = b"".join(_limited(chunks, address.place)).decode("utf-8", "replace")
+            found = as_object(text, address)
             if "choices" not in found and "error" not in found:
-                raise no_api(text, place)
+                raise no_api(text, address)
             yield from self._take(found)
             self.reason = self.reason or "stop"
         rest = self._delta(*self._splitter.flush())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -236,6 +237,9 @@ def _as_sent(sampling: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if name == "logprobs":
             found |= {"logprobs": True, "top_logprobs": value}
+        elif name == "schema":
+            form = {"name": "answer", "strict": True, "schema": _schema(value)}
+            found["response_format"] = {"type": "json_schema", "json_schema": form}
         elif name == "repeat_penalty":
             found |= {name: value, "repetition_penalty": value}
         elif isinstance(value, (tuple, frozenset)):
@@ -243,3 +247,10 @@ def _as_sent(sampling: Mapping[str, Any]) -> dict[str, Any]:
         else:
             found[name] = value
     return found
+
+
+def _schema(given: Any) -> Any:
+    try:
+        return json.loads(given) if isinstance(given, str) else {**given}
+    except (ValueError, TypeError, RecursionError):
+        raise InvalidRequestError("the schema is no JSON", param="schema") from None

@@ -65,7 +65,9 @@ def broken(error: Exception, address: Address, *, has_begun: bool) -> ServerErro
     if isinstance(error, ServerError):
         return error
     if has_begun:
-        return ServerError(f"{place} broke off before the end of its answer ({_reason(error)})")
+        return ServerError(
+            f"{place} broke off before the end of its answer ({_reason(error, address)})"
+        )
     if isinstance(error, socket.gaierror):
         return ServerError(f"no address is known for {place}; check the URL, and the network")
     if isinstance(error, ssl.SSLCertVerificationError):
@@ -76,7 +78,7 @@ def broken(error: Exception, address: Address, *, has_begun: bool) -> ServerErro
         )
     if isinstance(error, ssl.SSLError):
         return ServerError(
-            f"{place} does not speak TLS as it should ({_reason(error)}); would http:// be right?"
+            f"{place} does not speak TLS as it should ({_reason(error, address)}); would http:// be right?"
         )
     if isinstance(error, ConnectionRefusedError):
         return ServerError(f"nothing listens at {place}; start the server, or check the URL")
@@ -84,17 +86,17 @@ def broken(error: Exception, address: Address, *, has_begun: bool) -> ServerErro
         return ServerError(f"{place} does not answer in time; try again later, or check the URL")
     if isinstance(error, http.client.HTTPException):
         return ServerError(
-            f"{place} does not answer in HTTP ({_reason(error)}); would "
+            f"{place} does not answer in HTTP ({_reason(error, address)}); would "
             f"http{'' if address.is_secure else 's'}:// be right?"
         )
     if isinstance(error, UnicodeError):
         return ServerError(f"{place} can't be the name of a host; check the URL")
-    return ServerError(f"no connection to {place} ({_reason(error)}); check the network")
+    return ServerError(f"no connection to {place} ({_reason(error, address)}); check the network")
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, address: Address) -> str:
     said = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return one_line(" ".join(str(said).split()), 160)
+    return one_line(address.hidden(" ".join(str(said).split())), 160)
 
 
 # -- replies -------------------------------------------------------------------------------------
@@ -121,7 +123,9 @@ def refused(refusal: Refusal, address: Address, model: str, known: Sequence[str]
         return ServerError(f"{place} has no {address.path('')} ({found}); check the URL's path")
     if status in (429, 503, 529):
         state = "is not ready" if status == 503 else "takes no more requests for now"
-        return ServerError(f"{place} {state} ({found}); try again {_when(refusal.headers)}")
+        return ServerError(
+            f"{place} {state} ({found}); try again {_when(refusal.headers, address)}"
+        )
     return ServerError(
         f"{place} refuses ({found})" if status < 500 else f"{place} failed ({found})"
     )
@@ -201,12 +205,12 @@ def _json(text: str) -> Any:
         return None
 
 
-def _when(headers: Mapping[str, str]) -> str:
+def _when(headers: Mapping[str, str], address: Address) -> str:
     """What Retry-After says: seconds, or a date."""
     value = (headers.get("retry-after") or "").strip()
     if value.isdecimal() and len(value) < 7:
         return f"in {int(value):,} s"
-    return f"after {one_line(value, 40)}" if value else "later"
+    return f"after {one_line(address.hidden(value), 40)}" if value else "later"
 
 
 def _count(value: Any) -> int:

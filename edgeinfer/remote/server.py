@@ -87,10 +87,10 @@ class Server:
             connection.close()
         if text.lstrip()[:1] == "[":
             text = f'{{"data": {text}}}'
-        found = as_object(text, self.place)
+        found = as_object(text, self.address)
         rows = found.get("data", found.get("models"))
         if not isinstance(rows, list):
-            raise no_api(text, self.place)
+            raise no_api(text, self.address)
         offered = (_offered(row) for row in rows[:_MOST_MODELS])
         return tuple({each.id: each for each in offered if each is not None}.values())
 
@@ -117,7 +117,7 @@ class Server:
             if connection.refusal is not None:
                 return {}
             text = connection.body(_MOST_BYTES).decode("utf-8", "replace")
-            settings = as_object(text, self.place).get("default_generation_settings")
+            settings = as_object(text, self.address).get("default_generation_settings")
         except ServerError:
             return {}
         finally:
