@@ -64,10 +64,9 @@ def broken(error: Exception, address: Address, *, has_begun: bool) -> ServerErro
     place = address.place
     if isinstance(error, ServerError):
         return error
+    reason = _reason(error, address)
     if has_begun:
-        return ServerError(
-            f"{place} broke off before the end of its answer ({_reason(error, address)})"
-        )
+        return ServerError(f"{place} broke off before the end of its answer ({reason})")
     if isinstance(error, socket.gaierror):
         return ServerError(f"no address is known for {place}; check the URL, and the network")
     if isinstance(error, ssl.SSLCertVerificationError):
@@ -78,7 +77,7 @@ def broken(error: Exception, address: Address, *, has_begun: bool) -> ServerErro
         )
     if isinstance(error, ssl.SSLError):
         return ServerError(
-            f"{place} does not speak TLS as it should ({_reason(error, address)}); would http:// be right?"
+            f"{place} does not speak TLS as it should ({reason}); would http:// be right?"
         )
     if isinstance(error, ConnectionRefusedError):
         return ServerError(f"nothing listens at {place}; start the server, or check the URL")
@@ -86,12 +85,12 @@ def broken(error: Exception, address: Address, *, has_begun: bool) -> ServerErro
         return ServerError(f"{place} does not answer in time; try again later, or check the URL")
     if isinstance(error, http.client.HTTPException):
         return ServerError(
-            f"{place} does not answer in HTTP ({_reason(error, address)}); would "
+            f"{place} does not answer in HTTP ({reason}); would "
             f"http{'' if address.is_secure else 's'}:// be right?"
         )
     if isinstance(error, UnicodeError):
         return ServerError(f"{place} can't be the name of a host; check the URL")
-    return ServerError(f"no connection to {place} ({_reason(error, address)}); check the network")
+    return ServerError(f"no connection to {place} ({reason}); check the network")
 
 
 def _reason(error: Exception, address: Address) -> str:
