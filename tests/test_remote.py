@@ -415,6 +415,12 @@ def test_the_environments_proxy_is_asked(api: FakeApi, monkeypatch: pytest.Monke
     head = api.requests[0][0]
     assert head.startswith("GET http://far.example/v1/models HTTP/1.1\r\nHost: far.example\r\n")
     assert "Proxy-Authorization: Basic bWU6cEBzcw==" in head
+    monkeypatch.setenv("https_proxy", api.url)
+    with pytest.raises(EdgeInferError, match=r"no connection to far.example \(Tunnel .* 404"):
+        Server(read_address("https://far.example/v1", KEY)).open()
+    assert api.requests[-1][0].startswith("CONNECT far.example:443") and KEY not in str(
+        api.requests
+    )
     monkeypatch.setenv("http_proxy", "socks5://127.0.0.1:1")
     with pytest.raises(EdgeInferError, match="proxy .* is of kind socks5, http is supported"):
         Server(read_address("http://far.example", None)).open()

@@ -106,6 +106,10 @@ def test_a_long_chat_goes_on_in_a_short_context(tmp_path: Path) -> None:
         list(answer)
         assert answer.dropped_turns > 0
         assert answer.completion.usage.prompt_tokens < 256
+        again = model.stream_chat(turns, overflow="drop-turns", max_tokens=2)
+        list(again)  # how long texts are is known by now: there is room for an answer
+        assert again.dropped_turns >= answer.dropped_turns
+        assert again.completion.usage.prompt_tokens < 256 * 0.85
         with pytest.raises(Exception, match="the context at .* holds 256; shorten it"):
             list(model.stream_chat(turns, max_tokens=2))
 

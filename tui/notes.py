@@ -30,7 +30,9 @@ def answer_note(node: Node, place: tuple[int, int]) -> str:
     if node.state == "stopped":
         parts.append("stopped")
     elif details.get("finish") == "length":
-        parts.append("cut off at the limit, /params raises it")
+        # A server's may be that of its context.
+        raises = "" if details.get("server") else ", /params raises it"
+        parts.append(f"cut off at the limit{raises}")
     if details.get("server"):
         parts.append(f"from {one_line(details['server'])}")
     if _branch(place):

@@ -20,15 +20,15 @@ from edgeinfer.cli.models import (
     remember,
     start_notes,
 )
-from edgeinfer.cli.opening import GC_THRESHOLD, follow, open_model, open_on_server
+from edgeinfer.cli.opening import GC_THRESHOLD, follow, open_model, open_on_server, server_of
 from edgeinfer.cli.options import (
     common_flags,
     load_flags,
     load_options,
     sampling_flags,
     sampling_options,
+    url_flags,
 )
-from edgeinfer.cli.remote import server_of, url_flags
 
 if TYPE_CHECKING:
     from edgeinfer.llm import LLM

@@ -8,9 +8,12 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from edgeinfer.cli.console import Output, ProgressLine, note, tell
 from edgeinfer.cli.models import choose_model, start_notes
-from edgeinfer.cli.options import load_options
+from edgeinfer.cli.options import as_flag, load_options
+from edgeinfer.errors import Keyword
 from edgeinfer.terminal import printable
 
 if TYPE_CHECKING:
@@ -63,6 +66,27 @@ def open_model(
             f"{plan.summary} planned{_kept(plan)}"
         )
         yield llm
+
+
+def server_of(flags: dict[str, Any]) -> Server | None:
+    """The server that the flags name, which nothing is asked yet; None where they name none.
+
+    Takes its flags away. UsageError for others that say how this machine would load a model.
+    """
+    url, key = flags.pop("url"), flags.pop("api_key")
+    if url is None:
+        if key is not None:
+            raise click.UsageError("--api-key is for the server of --url, and there is none")
+        return None
+    given = [as_flag(Keyword(name)) for name in load_options(flags)]
+    if given:
+        raise click.UsageError(
+            f"{', '.join(given)}: how a model is loaded is set where it runs, not with --url"
+        )
+    from edgeinfer.remote.address import read_address
+    from edgeinfer.remote.server import Server
+
+    return Server(read_address(url, key))
 
 
 @contextlib.contextmanager

@@ -132,6 +132,8 @@ class _Conversation:
         self.last = answer
         if answer.text:
             self.messages = [*turns, {"role": "assistant", "content": answer.text}]
+        if answer.finish_reason == "length" and not self._sampling.get("max_tokens"):
+            note("(cut off: the context is full)")
         used = answer.usage.prompt_tokens + answer.usage.completion_tokens
         self._tell_dropped(int(used > (self._llm.n_ctx or used)))
 
@@ -189,7 +191,7 @@ def _stats(conversation: _Conversation, rest: str) -> None:
         return
     usage, times = answer.usage, answer.timings
     used = usage.prompt_tokens + usage.completion_tokens
-    used_text = f"{min(used, llm.n_ctx)} of {context}" if llm.n_ctx else f"{used} tokens"
+    used_text = f"{min(used, llm.n_ctx)} of {context}" if llm.n_ctx and used else context
     n_turns = sum(message["role"] == "user" for message in conversation.messages)
     lines = [
         f"context: {used_text}, {n_turns} turns, {conversation.n_dropped} of them dropped",

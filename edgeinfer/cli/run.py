@@ -10,7 +10,7 @@ import click
 from edgeinfer.cli.console import Output, note, show_json
 from edgeinfer.cli.input import read_prompt
 from edgeinfer.cli.models import advise_after
-from edgeinfer.cli.opening import follow, open_model, open_on_server
+from edgeinfer.cli.opening import follow, open_model, open_on_server, server_of
 from edgeinfer.cli.options import (
     common_flags,
     input_flags,
@@ -18,8 +18,8 @@ from edgeinfer.cli.options import (
     load_options,
     sampling_flags,
     sampling_options,
+    url_flags,
 )
-from edgeinfer.cli.remote import server_of, url_flags
 
 if TYPE_CHECKING:
     from edgeinfer.chat_model import ChatStream

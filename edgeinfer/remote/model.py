@@ -50,6 +50,7 @@ class RemoteModel:
         self.recommended = dict(recommended or {})
         self.plan = None  # whose memory it is knows the server
         self.known, self.tells_progress = tuple(known), tells_progress
+        self.token_share = 0.0  # tokens a character, as the last prompt was counted
         self._tokens: list[str] = []  # that log-probabilities have named
         self._numbers: dict[str, int] = {}
 
@@ -70,7 +71,7 @@ class RemoteModel:
         turns: list[Any] = (
             [{"role": "user", "content": messages}] if isinstance(messages, str) else [*messages]
         )
-        turns = [{**turn, "content": clean_text(str(turn["content"]))} for turn in turns]
+        turns = [_clean(turn) for turn in turns]
         overflow = sampling.get("overflow") or "error"
         if overflow == "slide":
             raise InvalidRequestError(
@@ -162,6 +163,8 @@ class RemoteStream:
             if not self.told.has_ended:
                 raise broken(EOFError("no end was sent"), self._model.address, has_begun=True)
             self._completion = self.told.completion(is_whole=True)
+            if n_prompt := self._completion.usage.prompt_tokens:
+                self._model.token_share = n_prompt / _length(self._messages)
             yield Done(completion=self._completion)
         except EdgeInferError:
             if not self._is_closed:
@@ -183,6 +186,8 @@ class RemoteStream:
     def _ask(self) -> None:
         """Until the server takes the request, or what it refuses can't be left out."""
         model = self._model
+        if self._drops_turns and model.n_ctx:
+            self._drop_turns(model.token_share, model.n_ctx)
         for n_left in reversed(range(_MOST_TRIES)):
             body = {**self._body, "messages": self._messages}
             self._connection.ask(model.address.path(_ENDPOINT), body, seconds=_WAIT_SECONDS)
@@ -201,32 +206,35 @@ class RemoteStream:
         """Whether there is another way to ask, which the next try takes."""
         body, said = self._body, str(error)
         if isinstance(error, TooLongError):
-            n_dropped = self._drop_turns(error) if self._drops_turns else 0
-            self.dropped_turns += n_dropped
-            return n_dropped > 0
+            return self._drops_turns and self._shorten(error) > 0
         if "max_completion_tokens" in said and "max_tokens" in body:
             body["max_completion_tokens"] = body.pop("max_tokens")
             return True
         return "stream_options" in said and body.pop("stream_options", None) is not None
 
-    def _drop_turns(self, error: TooLongError) -> int:
-        """Leave out the oldest ones; how many, 0 where the last alone is too long.
-
-        Tokens are taken to be spread as characters are: the server counts again.
-        """
-        n_characters = sum(map(_length, self._messages))
+    def _shorten(self, error: TooLongError) -> int:
+        """Leave out turns after a refusal; how many, 0 where the last alone is too long."""
+        n_characters = _length(self._messages)
         n_tokens = error.n_tokens or n_characters
-        n_ctx = min(error.n_ctx or n_tokens, n_tokens)
-        share = n_tokens / n_characters
-        kept, n_dropped = drop_turns(
-            self._messages, lambda message: math.ceil(_length(message) * share), n_ctx
+        return self._drop_turns(n_tokens / n_characters, min(error.n_ctx or n_tokens, n_tokens))
+
+    def _drop_turns(self, share: float, n_ctx: int) -> int:
+        """Leave out the oldest ones that have no room, at `share` tokens a character."""
+        self._messages, n_dropped = drop_turns(
+            self._messages, lambda message: math.ceil(_length([message]) * share), n_ctx
         )
-        self._messages = kept
+        self.dropped_turns += n_dropped
         return n_dropped
 
 
-def _length(message: Mapping[str, Any]) -> int:
-    return len(str(message["content"])) + 16  # what a template puts around it
+def _clean(turn: Mapping[str, Any]) -> dict[str, Any]:
+    content = turn["content"]
+    return {**turn, "content": clean_text(content) if isinstance(content, str) else content}
+
+
+def _length(messages: Sequence[Mapping[str, Any]]) -> int:
+    """Characters, with what a template puts around each."""
+    return sum(len(str(message["content"])) + 16 for message in messages)
 
 
 def _as_sent(sampling: Mapping[str, Any]) -> dict[str, Any]:

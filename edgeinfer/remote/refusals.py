@@ -94,6 +94,8 @@ def broken(error: Exception, address: Address, *, has_begun: bool) -> ServerErro
 
 
 def _reason(error: Exception, address: Address) -> str:
+    if isinstance(error, http.client.IncompleteRead):
+        return "the connection was closed"
     said = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return one_line(address.hidden(" ".join(str(said).split())), 160)
 
