@@ -265,6 +265,8 @@ def error(status: str, message: str, **more: str) -> bytes:
     [
         (error("404 Not Found", "The model `m` does not exist"), "has no model m .*; it has m$"),
         (error("404 Not Found", "nothing here"), "check the URL's path"),
+        (error("403 Forbidden", "not from there"), r"refuses \(HTTP 403: not from there"),
+        (error("403 Forbidden", "no such key"), "does not take this API key .*no such key"),
         (error("429 Too Many", "slow down", retry_after="20"), "slow down.*try again in 20 s"),
         (error("503 Unavailable", "Loading model"), "is not ready .*Loading model.*later"),
         (error("500 Oops", "it \x1b[2Jbroke\nhere"), r"failed \(HTTP 500: it broke here\)"),
