@@ -265,6 +265,8 @@ def error(status: str, message: str, **more: str) -> bytes:
     [
         (error("404 Not Found", "The model `m` does not exist"), "has no model m .*; it has m$"),
         (error("404 Not Found", "nothing here"), "check the URL's path"),
+        (error("403 Forbidden", "not from there"), r"refuses \(HTTP 403: not from there"),
+        (error("403 Forbidden", "no such key"), "does not take this API key .*no such key"),
         (error("429 Too Many", "slow down", retry_after="20"), "slow down.*try again in 20 s"),
         (error("503 Unavailable", "Loading model"), "is not ready .*Loading model.*later"),
         (error("500 Oops", "it \x1b[2Jbroke\nhere"), r"failed \(HTTP 500: it broke here\)"),
@@ -418,9 +420,8 @@ def test_the_environments_proxy_is_asked(api: FakeApi, monkeypatch: pytest.Monke
     monkeypatch.setenv("https_proxy", api.url)
     with pytest.raises(EdgeInferError, match=r"no connection to far.example \(Tunnel .* 404"):
         Server(read_address("https://far.example/v1", KEY)).open()
-    assert api.requests[-1][0].startswith("CONNECT far.example:443") and KEY not in str(
-        api.requests
-    )
+    assert api.requests[-1][0].startswith("CONNECT far.example:443")
+    assert KEY not in str(api.requests)
     monkeypatch.setenv("http_proxy", "socks5://127.0.0.1:1")
     with pytest.raises(EdgeInferError, match="proxy .* is of kind socks5, http is supported"):
         Server(read_address("http://far.example", None)).open()

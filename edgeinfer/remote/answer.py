@@ -72,9 +72,10 @@ class Collected:
         progress = frame.get("prompt_progress")
         if isinstance(progress, Mapping) and (total := count(progress.get("total"))):
             yield PromptProgress(done=min(count(progress.get("processed")), total), total=total)
-        for name in ("usage", "timings"):
-            if isinstance(told := frame.get(name), Mapping):
-                setattr(self, name, told)
+        if isinstance(told := frame.get("usage"), Mapping):
+            self.usage = told
+        if isinstance(told := frame.get("timings"), Mapping):
+            self.timings = told
         choices = frame.get("choices")
         choice = choices[0] if isinstance(choices, list) and choices else None
         if isinstance(choice, Mapping):

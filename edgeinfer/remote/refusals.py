@@ -113,7 +113,7 @@ def refused(refusal: Refusal, address: Address, model: str, known: Sequence[str]
     if 300 <= status < 400:
         where = one_line(address.hidden(refusal.headers.get("location") or "nowhere"))
         return ServerError(f"{place} sends on to {where}, which is not followed; give that URL")
-    if status in (401, 403):
+    if status == 401 or (status == 403 and "key" in said.lower()):
         return ServerError(_about_key(address, found))
     if status == 404 and (not said or "model" in said.lower()):
         missing = f"{place} has no model {one_line(model)} ({found})"
