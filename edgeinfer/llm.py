@@ -8,7 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -44,7 +44,9 @@ from edgeinfer.text.template_engine import TemplateEngine
 from edgeinfer.text.tokenizer import TooManyTokens
 
 if TYPE_CHECKING:
+    from edgeinfer.constraining import Grammars
     from edgeinfer.engine.session import Sessions
+    from edgeinfer.text.grammar import Grammar
 
 _COUNTED_BEYOND = 1 << 16  # tokens that an error may count beyond the context: 0.2 s
 
@@ -113,7 +115,8 @@ class LLM:
         """`generate`, as events while it runs."""
         given = checked("stream", sampling, ANSWER)
         ids = self._prompt_ids(prompt, given)
-        return self._submit(Prompt(ids, 1, 0, n_stable=given.get("n_stable", 0)), given, None)
+        start = Prompt(ids, 1, 0, n_stable=given.get("n_stable", 0))
+        return self._submit(start, given, None, grammar=self._grammar(given))
 
     def generate_batch(
         self, prompts: Iterable[str | Sequence[int]], **sampling: Unpack[Sampling]
@@ -170,7 +173,12 @@ class LLM:
         from edgeinfer.text.call_finder import call_finder  # 2 ms that starts do without
 
         finder = call_finder(opened.template.source, chat.tools)
-        return self._submit(prompt, given, splitter, finder)
+        grammar = self._grammar(given)
+        if grammar is not None:
+            from edgeinfer.constraining import after_reasoning
+
+            grammar = after_reasoning(grammar, tags, end, opened.template.source, opened.tokenizer)
+        return self._submit(prompt, given, splitter, finder, grammar)
 
     def chat_batch(
         self,
@@ -330,9 +338,11 @@ class LLM:
         given: dict[str, Any],
         splitter: ReasoningSplitter | None,
         finder: FindsCalls | None = None,
+        grammar: Grammar | None = None,
     ) -> Stream:
         opened = self._open()
-        answer = AnswerText.open(opened.tokenizer, given.get("stop", ()), splitter, finder)
+        tokenizer, stop, is_exact = opened.tokenizer, given.get("stop", ()), grammar is not None
+        answer = AnswerText.open(tokenizer, stop, splitter, finder, is_exact=is_exact)
         request = Request(
             ids=tuple(prompt.ids),
             params=self._params(given),
@@ -345,6 +355,7 @@ class LLM:
             priority=given.get("priority", 0),
             hook=watching.hook_of(given, opened),
             speculation=given.get("speculation", opened.plan.limits.row_cost < 1),
+            constraint=None if grammar is None else self._grammars.compile(grammar, tokenizer),
         )
         generation = opened.engine.submit(request)
         return Stream(
@@ -356,6 +367,21 @@ class LLM:
             owner=self,
             dropped_turns=prompt.n_dropped,
         )
+
+    @staticmethod
+    def _grammar(given: dict[str, Any]) -> Grammar | None:
+        """What the answer must be, where that is asked for."""
+        if given.keys().isdisjoint(("schema", "grammar", "regex")):
+            return None
+        from edgeinfer.constraining import grammar_of
+
+        return grammar_of(given)
+
+    @cached_property
+    def _grammars(self) -> Grammars:
+        from edgeinfer.constraining import Grammars  # most programs need none
+
+        return Grammars()
 
     def _stop_ids(self, given: frozenset[int]) -> frozenset[int]:
         tokenizer = self._open().tokenizer

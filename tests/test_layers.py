@@ -35,7 +35,7 @@ engine load_settings chain
 balance
 placement
 runtime stream
-watching
+watching constraining
 llm inspect_file
 aio bench selftest replay
 server

@@ -20,9 +20,8 @@ from edgeinfer.sampling.params import (
     SampleTable,
     SamplingParams,
     breaker_tokens,
-    philox,
-    uniforms,
 )
+from edgeinfer.sampling.philox import philox, uniforms
 from edgeinfer.sampling.sampler import sample_reference
 
 OFF = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "temperature": 1.0}  # nothing but the draw
@@ -383,7 +382,7 @@ def test_logprobs_are_those_of_the_untouched_logits():
 def test_a_row_says_whether_the_largest_logit_is_all_it_asks_for(params, is_greedy):
     table = SampleTable(1)
     table.set_row(0, SamplingParams(**params), 1, 0, [3, 3, 3], 2.5)
-    assert table.row(0).is_greedy == is_greedy
+    assert table.is_greedy(1) == is_greedy
     most = np.finfo("f4").max
     for logits in ([1, 5, 2, 5], [math.nan, 1, most, math.inf], [-math.inf] * 3, [math.nan]):
         if is_greedy:

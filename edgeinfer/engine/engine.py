@@ -35,7 +35,7 @@ from edgeinfer.engine.generation import (
 )
 from edgeinfer.engine.scheduler import AnyWork, Scheduler
 from edgeinfer.engine.sequence import Request, Rows, Work
-from edgeinfer.engine.step import build_batch, commit, fill_samples
+from edgeinfer.engine.step import are_masked, build_batch, commit, fill_masks, fill_samples
 from edgeinfer.engine.step_costs import StepCosts
 from edgeinfer.errors import BusyError, ClosedError, InvalidRequestError
 from edgeinfer.sampling.params import SampleTable
@@ -341,12 +341,15 @@ class Engine:
         is_watched = any([part.work.hook is not None for part in parts])
         if is_watched:
             hooks.ask(batch, parts)
+        if is_masked := are_masked(parts):
+            batch.output, batch.samples = "logits", None  # masks may come while it runs
         with self._changed:
             if self._closed or any([part.work.is_cancelled for part in parts]):
                 return _NOTHING
             self._in_step = [part.work for part in parts]
             self._ticket = ticket = self._program.submit(batch)
         try:
+            failed = list(fill_masks(samples, parts, self.n_vocab)) if is_masked else []
             outputs = ticket.wait()
         except BaseException:
             # Nothing of it may run any more once its pages go to others.
@@ -359,8 +362,9 @@ class Engine:
                 self._ticket, self._in_step = None, []
         if not outputs.aborted:
             if is_watched:
-                for part, error in hooks.show(batch, outputs, parts):
-                    self._scheduler.fail(part.work, error)  # type: ignore[arg-type]
+                failed += hooks.show(batch, outputs, parts)
+            for part, error in failed:
+                self._scheduler.fail(part.work, error)  # type: ignore[arg-type]
             if batch.samples is None and samples.n_rows:  # tokens are still to be picked
                 self._program.sample(outputs.logits[: samples.n_rows], samples)
                 outputs.ids = samples.ids[: samples.n_rows]

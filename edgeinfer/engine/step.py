@@ -6,6 +6,7 @@ Knows nothing of scheduling or threads.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
@@ -112,6 +113,30 @@ def _fill_one_by_one(table: SampleTable, parts: SequenceOf[Rows]) -> None:
             row += 1
 
 
+def are_masked(parts: SequenceOf[Rows]) -> bool:
+    """Whether not every token may be picked: then it is, once the step has yielded logits."""
+    works = [part.work for part in parts if part.n_wanted]
+    return any([isinstance(work, Generation) and work.matcher is not None for work in works])
+
+
+def fill_masks(
+    table: SampleTable, parts: SequenceOf[Rows], n_vocab: int
+) -> Iterator[tuple[Rows, BaseException]]:
+    """Which tokens may be picked for wanted rows; the parts of which that can't be told."""
+    row = 0
+    for part in parts:
+        if not isinstance(part.work, Generation):
+            return  # they come first
+        if part.n_wanted and part.work.matcher is not None:
+            masks = table.masks(row, part.n_wanted, n_vocab)
+            try:
+                part.work.matcher.fill(masks, part.drafts)
+            except BaseException as error:
+                masks[:] = 0
+                yield part, error
+        row += part.n_wanted
+
+
 def _params(parts: SequenceOf[Rows]) -> list[SamplingParams]:
     return [cast(Generation, part.work).request.params for part in parts]
 
@@ -182,7 +207,8 @@ def _take_token(
 ) -> None:
     request, token, table = work.request, picked.ids[row], picked.table
     if table.status[row] != OK:
-        raise EdgeInferError("the model yields no number to choose a token by")
+        what = "of what the grammar allows here" if work.matcher is not None else "a token"
+        raise EdgeInferError(f"the model yields no number to choose {what} by")
     sequence.mu = picked.mu[row]
     if token in request.stop_ids:
         ends.finish(work, "stop", token)
@@ -194,5 +220,9 @@ def _take_token(
         ids, logprobs = table.top(row)
         top = tuple(zip(ids.tolist(), logprobs.tolist(), strict=True))
         work.emit(Token(token, picked.at, float(table.logprobs[row]), top))
-    if sequence.n_generated == work.max_tokens:
+    if work.matcher is not None:
+        work.matcher.advance(token)
+    if work.matcher is not None and work.matcher.is_ended:
+        ends.finish(work, "stop")
+    elif sequence.n_generated == work.max_tokens:
         ends.finish(work, "length")

@@ -59,9 +59,14 @@ class AnswerText:
         stop: tuple[str, ...],
         splitter: ReasoningSplitter | None,
         finder: FindsCalls | None = None,
+        *,
+        is_exact: bool = False,
     ) -> AnswerText:
-        """A `splitter` means a chat, else the answer continues the prompt's text."""
-        strip_space = None if splitter is not None else False
+        """A `splitter` means a chat, else the answer continues the prompt's text.
+
+        `is_exact` leaves a space at its start, which a vocabulary may have put there, in the text.
+        """
+        strip_space = None if splitter is not None and not is_exact else False
         decoder = StreamDecoder(tokenizer, strip_space=strip_space)
         return cls(tokenizer, decoder, StopFinder(stop), splitter, finder)
 
