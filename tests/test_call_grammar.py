@@ -14,11 +14,10 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from edgeinfer.errors import InvalidRequestError
 from edgeinfer.results import ToolCall
 from edgeinfer.text.call_finder import CallFinder
 from edgeinfer.text.call_formats import call_format
-from edgeinfer.text.call_grammar import call_grammar
+from edgeinfer.text.call_grammar import OfferedTool, call_grammar
 
 llguidance = pytest.importorskip("llguidance", reason="pip install 'edgeinfer[grammar]'")
 jsonschema = pytest.importorskip("jsonschema", reason="pip install jsonschema")
@@ -161,7 +160,12 @@ VALUES = st.recursive(
     SCALARS,
     lambda inner: st.one_of(
         st.builds(
-            lambda items, least: {"type": "array", "items": items, "minItems": least, "maxItems": 3},
+            lambda items, least: {
+                "type": "array",
+                "items": items,
+                "minItems": least,
+                "maxItems": 3,
+            },
             inner,
             st.integers(0, 2),
         ),
@@ -170,12 +174,18 @@ VALUES = st.recursive(
     ),
     max_leaves=4,
 )
-TOOLS = st.lists(st.tuples(NAMES, objects(VALUES)), min_size=1, max_size=3, unique_by=lambda t: t[0])
+TOOLS = st.lists(
+    st.tuples(NAMES, objects(VALUES)), min_size=1, max_size=3, unique_by=lambda t: t[0]
+)
 
 
 def tool(name: str, parameters: Any, strict: bool = True) -> dict[str, Any]:
     function = {"name": name, "parameters": parameters, "strict": strict}
     return {"type": "function", "function": function}
+
+
+def offered(tools: Sequence[Mapping[str, Any]]) -> list[OfferedTool]:
+    return [each for each in map(OfferedTool.of, tools) if each is not None]
 
 
 def vocabulary_of(spelling: str, has_controls: bool) -> Bytes:
@@ -194,7 +204,11 @@ def test_what_is_required_is_calls_and_they_are_valid(
     tools = [tool(*each) for each in drawn]
     vocabulary = VOCABULARIES[spelling, has_controls]
     grammar = call_grammar(
-        SPELLINGS[spelling], tools, vocabulary.controls.get, is_required=True, is_single=is_single
+        SPELLINGS[spelling],
+        offered(tools),
+        vocabulary.controls.get,
+        is_required=True,
+        is_single=is_single,
     )
     tokens = walk(matcher(grammar, vocabulary), vocabulary, seed)
     assume(tokens is not None)
@@ -213,7 +227,8 @@ PREFIXES = st.sampled_from(
      '<|python_tag|>{"name": "get"}', "[TOOL_CALLS]get[ARGS]{", '[TOOL_CALLS][{"name": "get"',
      "<|channel|>final<|message|>Hi", "<|channel|>commentary to=functions.get<|message|>{",
      "<|channel|>analysis<|message|>So <|end|><|start|>assistant<|channel|>",
-     "<｜tool▁call▁begin｜>get<｜tool▁sep｜>{", "<｜tool▁calls▁begin｜>", f'<{DSML}invoke name="get">',
+     "<｜tool▁call▁begin｜>get<｜tool▁sep｜>{", "<｜tool▁calls▁begin｜>",
+     f'<{DSML}invoke name="get">',
      f"<{DSML}function_calls>\n", "<|tool_call_start|>[get(", "<|tool_call>call:get{",
      "<start_function_call>call:", '<|tool_call|>[{"name"']
 )  # fmt: skip
@@ -250,7 +265,11 @@ def test_in_text_calls_are_valid_too(
     tools = [tool(*each) for each in drawn]
     vocabulary = VOCABULARIES[spelling, has_controls]
     grammar = call_grammar(
-        SPELLINGS[spelling], tools, vocabulary.controls.get, is_required=False, is_single=is_single
+        SPELLINGS[spelling],
+        offered(tools),
+        vocabulary.controls.get,
+        is_required=False,
+        is_single=is_single,
     )
     found = matcher(grammar, vocabulary)
     tokens = begun(found, vocabulary, prefix, as_text)

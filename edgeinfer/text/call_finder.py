@@ -51,6 +51,8 @@ class CallFinder:
 
     def end(self, was_cut: bool) -> list[Delta]:
         """What was held back. `was_cut`: the model had more to say, and a call may be open."""
+        if self._calls.is_full:
+            return []
         self._reader.end(was_cut)
         self._go_on()
         return self._calls.take()

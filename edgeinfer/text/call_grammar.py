@@ -57,7 +57,7 @@ def _of_object(name: str, schema: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def call_grammar(
     template: str,
-    tools: Sequence[Mapping[str, Any]],
+    offered: Sequence[OfferedTool],
     control_id: ControlId,
     *,
     is_required: bool,
@@ -70,7 +70,6 @@ def call_grammar(
     `is_single`: one call at most. InvalidRequestError for tools that it can't be written for.
     """
     format = call_format(template)
-    offered = [each for each in map(OfferedTool.of, tools) if each is not None]
     rules = Rules(format.controls, control_id)
     if format.family == "harmony":
         writer: _Harmony | _Calls = _Harmony(rules, format)

@@ -10,10 +10,10 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+from edgeinfer.text.grammar import with_options
+
 ControlId: TypeAlias = Callable[[str], "int | None"]
 
-# White space in JSON: room for an indented line, and an end for a model that writes nothing else.
-_SPACE = r"\n?[ \t]{0,20}"
 _ANY = "/(?s:.*)/"
 
 
@@ -103,5 +103,4 @@ def exactly(text: str) -> str:
 
 def json_of(schema: Mapping[str, Any], *, lenient: bool = False) -> str:
     """JSON by a schema; `lenient` leaves out what llguidance does not know of it."""
-    settings = {"whitespace_pattern": _SPACE, "lenient": lenient}
-    return "%json " + json.dumps({**schema, "x-guidance": settings})
+    return "%json " + json.dumps(with_options(schema, lenient=lenient))

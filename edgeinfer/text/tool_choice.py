@@ -31,10 +31,15 @@ class ToolChoice(NamedTuple):
     @classmethod
     def of(cls, tools: Tools, choice: Any = None, parallel: bool | None = None) -> ToolChoice:
         """`choice` is "auto", "none", "required", or an object with the name of a tool."""
+        if parallel is not None and not isinstance(parallel, bool):
+            raise InvalidRequestError(
+                f"parallel_tool_calls is {shown(parallel)}; it must be True or False",
+                param="parallel_tool_calls",
+            )
         if choice == "none":
             return cls([], [], False, False)
         names, is_required = _read(choice)
-        callable = [tool for tool in tools if names is None or _name(tool) in names]
+        callable = [t for t in tools if _name(t) and (names is None or _name(t) in names)]
         for name in names or ():
             if name not in map(_name, callable):
                 raise InvalidRequestError(

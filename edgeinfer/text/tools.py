@@ -92,7 +92,7 @@ class Calls:
             self._name = ""
 
     def text(self, text: str) -> None:
-        if text:
+        if text and not self.is_full:
             self._deltas.append(Delta(text=text))
 
     def reasoning(self, text: str) -> None:
