@@ -6,14 +6,17 @@ Text for llguidance, which is not needed to write them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from edgeinfer.errors import InvalidRequestError
+from edgeinfer.results import ToolCall
 from edgeinfer.text.call_finder import CallFinder
 from edgeinfer.text.call_formats import CallFormat, call_format
 from edgeinfer.text.call_json import HARMONY_ENDS
 from edgeinfer.text.call_spellings import Spelling, spelling
-from edgeinfer.text.call_values import Parameters, Unwritable, bare, python, tagged
+from edgeinfer.text.call_values import Parameters, Unwritable, tagged
+from edgeinfer.text.call_words import bare, python
 from edgeinfer.text.lark import ControlId, Rules, json_of, quoted, text_without
 from edgeinfer.text.tools import Tool
 
@@ -93,7 +96,8 @@ class _Calls:
         """From the name to the end."""
         how, name = self._spelling, offered.tool.name
         said = quoted(name) if how.has_quotes else name
-        _check_name(self._format, offered.tool, self._sample(said))
+        if not _is_read_back(self._format, name, self._sample(name)):
+            raise _unwritable(name, "its name")
         try:
             arguments = self._arguments(offered)
         except Unwritable as error:
@@ -101,20 +105,31 @@ class _Calls:
         body = [self._rules.say(said + how.after), arguments, self._rules.say(how.close)]
         return self._rules.rule(" ".join(body))
 
-    def _sample(self, name: str) -> str:
-        """A call without arguments."""
-        how = self._spelling
+    def _sample(self, name: str, key: str | None = None) -> str:
+        """A call without arguments, or with one."""
+        how, member = self._spelling, self._spelling.member
         arguments = "{}" if how.arguments in ("json", "bare") else ""
+        if key is not None and member is not None:
+            arguments = f"{member.before}{key}{member.after}null{member.close}"
+        elif key is not None:
+            arguments = f"{key}=None"
+        name = quoted(name) if how.has_quotes else name
         return f"{how.begin}{how.before}{name}{how.after}{arguments}{how.close}{how.end}"
+
+    def _can_name(self, name: str, key: str) -> bool:
+        return _is_read_back(
+            self._format, name, self._sample(name, key), f"{{{quoted(key)}: null}}"
+        )
 
     def _arguments(self, offered: OfferedTool) -> str:
         how, parameters = self._spelling, Parameters(offered.parameters, offered.is_strict)
+        can_name = partial(self._can_name, offered.tool.name)
         if how.arguments == "members":
-            return tagged(self._rules, how, offered.tool, parameters)
+            return tagged(self._rules, how, offered.tool, parameters, can_name)
         if how.arguments == "bare":
             return bare(self._rules, how, parameters)
         if how.arguments == "python":
-            return python(self._rules, how, parameters)
+            return python(self._rules, how, parameters, can_name)
         return json_of(offered.parameters, lenient=not offered.is_strict)
 
     def calls(self, calls: Sequence[str], is_single: bool) -> str:
@@ -183,7 +198,8 @@ class _Harmony:
             f"<|channel|>commentary to={name} <|constrain|>json<|message|>",
         )
         for each in spelled:
-            _check_name(self._format, offered.tool, each + "{}<|call|>")
+            if not _is_read_back(self._format, offered.tool.name, each + "{}<|call|>"):
+                raise _unwritable(offered.tool.name, "its name")
         head = self._rules.rule(" | ".join(map(self._rules.say, spelled)))
         arguments = json_of(offered.parameters, lenient=not offered.is_strict)
         return self._rules.rule(f"{head} {arguments} ({self._rules.say('<|call|>')})?")
@@ -214,13 +230,12 @@ class _Harmony:
         return self._rules.rule(f"{said} {self._rules.until(close, others)}")
 
 
-def _check_name(format: CallFormat, tool: Tool, sample: str) -> None:
-    """That a call is read back: not every name can be told from what stands around it."""
-    finder = CallFinder(format, [{"name": tool.name}])
+def _is_read_back(format: CallFormat, name: str, sample: str, arguments: str = "{}") -> bool:
+    """Whether a call is: not every name can be told from what stands around it."""
+    finder = CallFinder(format, [{"name": name}])
     finder.push(sample)
     finder.end(was_cut=False)
-    if [call.name for call in finder.done] != [tool.name]:
-        raise _unwritable(tool.name, "its name")
+    return finder.done == (ToolCall(name=name, arguments=arguments),)
 
 
 def _unwritable(name: str, what: str) -> InvalidRequestError:

@@ -20,7 +20,8 @@ _WORDS = {"auto": False, "required": True, "any": True}
 class ToolChoice(NamedTuple):
     """`told` are the tools that the model is told of, `callable` those that it may call.
 
-    One must be called where that `is_required`, more than one may not be where `is_single`.
+    One must be called where that `is_required`, and no second one where it `is_single`, as the
+    choice of one tool by its name is.
     """
 
     told: list[dict[str, Any]]
@@ -50,7 +51,8 @@ class ToolChoice(NamedTuple):
                 "tool_choice asks for a call, and there is no function to call; give tools",
                 param="tool_choice",
             )
-        return cls([_told(tool) for tool in tools], callable, is_required, parallel is False)
+        is_single = parallel is False or (is_required and names is not None and len(names) == 1)
+        return cls([_told(tool) for tool in tools], callable, is_required, is_single)
 
     @property
     def is_strict(self) -> bool:
