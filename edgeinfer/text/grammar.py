@@ -17,7 +17,7 @@ from typing import Any
 from edgeinfer.errors import InvalidRequestError
 from edgeinfer.values import shown
 
-MOST_TEXT = 1 << 18  # characters; what reads it takes about a second for so many
+MOST_TEXT = 1 << 17  # characters; what reads the worst of so many takes seconds
 _MOST_DEPTH = 96  # of objects in one another; llguidance's JSON reader stops at 128
 _ANSWER = "answer"
 # No more space than a person would write, so that no model fills an answer with it.
@@ -81,10 +81,10 @@ class Grammar:
                 f"{param} is {shown(regex)}; it must be a regular expression", param=param
             )
         _check_length(regex, param)
-        made = json.loads(_llguidance().LLMatcher.grammar_from_regex(regex))
         try:
+            made = json.loads(_llguidance().LLMatcher.grammar_from_regex(regex))
             return cls._of({"lark_grammar": made["grammars"][0]["lark_grammar"]}, param)
-        except _Refused as refused:
+        except (_Refused, UnicodeEncodeError) as refused:
             raise InvalidRequestError(
                 f"{param} can't be used: {refused}; it must be a regular expression as Rust's "
                 "crate regex reads it, without look-around and references",
@@ -122,7 +122,10 @@ def limits() -> Any:
 
 
 def first_line(message: str) -> str:
-    return message.strip().split("\n")[0].rstrip(": ")
+    """Of a message, and the lines below that say what is wrong with a regex in it."""
+    first, *others = message.strip().split("\n")
+    more = [line.removeprefix("error: ") for line in others if line.startswith("error: ")]
+    return ": ".join([first.rstrip(": "), *more])
 
 
 def _llguidance() -> ModuleType:
@@ -152,14 +155,14 @@ def _lark(text: str) -> str:
     if "::=" not in text:
         return text
     _llguidance()
-    from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
+    from llguidance.gbnf_to_lark import gbnf_to_lark
 
     try:
         lark: str = gbnf_to_lark(text)
-    except (GbnfToLarkError, KeyError, ValueError, IndexError) as error:
-        raise _Refused(f"GBNF: {error}") from None
     except RecursionError:
         raise _Refused("GBNF: it is nested too deeply") from None
+    except Exception as error:  # it raises what has no other name
+        raise _Refused(f"GBNF: {error}") from None
     return lark
 
 
