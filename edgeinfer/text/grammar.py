@@ -20,9 +20,14 @@ from edgeinfer.values import shown
 MOST_TEXT = 1 << 17  # characters; what reads the worst of so many takes seconds
 _MOST_DEPTH = 96  # of objects in one another; llguidance's JSON reader stops at 128
 _ANSWER = "answer"
-# No more space than a person would write, so that no model fills an answer with it.
-_SPACE = r"( |\n{1,2}[ \t]{0,20})?"
-_JSON_OPTIONS = {"lenient": False, "coerce_one_of": False, "whitespace_pattern": _SPACE}
+# One way to write a value: what is certain need not be guessed, and no model fills it with space.
+_JSON_OPTIONS = {
+    "lenient": False,
+    "coerce_one_of": False,
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+}
 # Keywords of old drafts, which llguidance takes for annotations.
 _OLD_KEYWORDS = ("divisibleBy", "extends", "disallow")
 _SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
