@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgeinfer import LLM, EdgeInferError, InvalidRequestError, Recording
+from edgeinfer.cli.main import main
 from edgeinfer.engine.step_costs import StepCosts
 from edgeinfer.text.grammar_matcher import GrammarMatcher
 
@@ -333,6 +334,49 @@ def test_a_recording_keeps_what_an_answer_had_to_be(llm: LLM, tmp_path: Path) ->
     del older["replay"]["grammar"]
     file.write_text(json.dumps(older))
     assert Recording.read(file).grammar == ""
+
+
+@pytest.fixture
+def run(path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """`edgeinfer run MODEL x --raw` with flags: exit code, stdout, stderr."""
+
+    def call(*flags: str | Path) -> tuple[int, str, str]:
+        capfd.readouterr()
+        asked = ["run", path, "x", "--raw", "-c", 256, "--seed", 3, "-n", 100, *flags]
+        with pytest.raises(SystemExit) as ended:
+            main([str(each) for each in asked])
+        return (int(str(ended.value.code)), *capfd.readouterr())
+
+    return call
+
+
+def test_a_command_reads_schemas_and_grammars_from_files(run: Any, tmp_path: Path) -> None:
+    schema, rules = tmp_path / "thing.json", tmp_path / "rules.gbnf"
+    schema.write_text(json.dumps(THING))
+    rules.write_text('root ::= "ab" [0-9]+ "."')
+    code, out, _ = run("--schema", schema)
+    assert code == 0
+    jsonschema.validate(json.loads(out), THING)
+    code, out, _ = run("--grammar", rules)
+    assert code == 0 and re.fullmatch(r"ab[0-9]+\.\n", out)
+    code, out, _ = run("--regex", "(yes|no) thanks", "--json")
+    assert code == 0 and json.loads(out)["text"] in ("yes thanks", "no thanks")
+
+
+def test_a_command_refuses_before_it_loads(run: Any, tmp_path: Path) -> None:
+    wrong, binary = tmp_path / "wrong.json", tmp_path / "x.json"
+    wrong.write_text('{"items": {"contains": {}}}')
+    binary.write_bytes(b"\0\1\2" * 50)
+    for flags, message in (
+        (("--schema", wrong), "'contains' at $.items"),
+        (("--schema", tmp_path / "none.json"), "none.json"), (("--schema", binary), "is not text"),
+        (("--schema", tmp_path), "directory"), (("--grammar", wrong), "can't be used"),
+        (("--regex", "("), "can't be used"),
+        (("--regex", "a", "--schema", wrong), "'contains' at $.items"),
+    ):  # fmt: skip
+        code, out, err = run(*flags)
+        assert (code != 0, out) == (True, "")
+        assert message in err and "context" not in err and "Traceback" not in err
 
 
 def test_a_started_tokenizer_is_no_part_of_other_starts() -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-import jsonschema
 import numpy as np
 import pydantic
 import pytest
@@ -28,6 +29,18 @@ from edgeinfer.text.reply import THINK
 from edgeinfer.text.tokenizer import Tokenizer
 
 from .models_for_tests import tiny_model
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """256 bytes, a few merges, two control tokens."""
+    return _tokenizer(tiny_model(tmp_path_factory.mktemp("grammar")))
+
+
+def _tokenizer(path: Path) -> Tokenizer:
+    with GGUFFile.open(path) as file:
+        return Tokenizer.from_metadata(file.metadata)
+
 
 # -- values ----------------------------------------------------------------------------------------
 
@@ -148,14 +161,10 @@ def test_regexes_that_are_refused(regex: Any, message: str) -> None:
         "start: <|nope|>", "\ud800", "x" * (MOST_TEXT + 1), "[]", '{"grammars":[]}', "::=",
     ],
 )  # fmt: skip
-def test_grammars_that_are_refused(text: str) -> None:
+def test_grammars_that_are_refused(tiny: Tokenizer, text: str) -> None:
     with pytest.raises(InvalidRequestError) as caught:
-        Grammars().compile(Grammar.of_text(text), _no_tokens())
+        Grammars().compile(Grammar.of_text(text), tiny)
     assert caught.value.param == "grammar"
-
-
-def _no_tokens() -> Tokenizer:
-    return _tokenizer(tiny_model(Path("/tmp")))
 
 
 def test_two_of_them_are_refused() -> None:
@@ -181,19 +190,14 @@ except edgeinfer.InvalidRequestError as error:
 # -- tokens ----------------------------------------------------------------------------------------
 
 
-def _tokenizer(path: Path) -> Tokenizer:
-    with GGUFFile.open(path) as file:
-        return Tokenizer.from_metadata(file.metadata)
-
-
 @pytest.fixture(scope="module", params=["tiny", "smollm2", "spm"])
 def vocabulary(
     request: pytest.FixtureRequest,
-    tmp_path_factory: pytest.TempPathFactory,
+    tiny: Tokenizer,
     data_file: Callable[[str], Path],
 ) -> tuple[Tokenizer, Grammars]:
     if request.param == "tiny":
-        return _tokenizer(tiny_model(tmp_path_factory.mktemp("grammar"))), Grammars()
+        return tiny, Grammars()
     files = {
         "smollm2": "models/SmolLM2-135M-Instruct.Q4_1.gguf",
         "spm": "vocab/ggml-vocab-llama-spm.gguf",
@@ -214,15 +218,14 @@ TEXTS = st.lists(
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @given(texts=TEXTS, dice=st.randoms(use_true_random=False))
 def test_a_mask_has_the_tokens_that_go_on(
     vocabulary: tuple[Tokenizer, Grammars], texts: list[str], dice: Any
 ) -> None:
     """Of a finite language: each of several, or one where bytes and so tokens are certain."""
     tokenizer, grammars = vocabulary
-    pieces = [tokenizer.piece(id) for id in range(tokenizer.n_vocab)]
-    hidden = {id for id in range(tokenizer.n_vocab) if tokenizer.is_control(id)}
+    ids_of = _ids_by_piece(tokenizer)
     rules = "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
     matcher = grammars.compile(Grammar.of_text(rules), tokenizer).begin()
     language, done = {text.encode() for text in texts}, b""
@@ -231,18 +234,24 @@ def test_a_mask_has_the_tokens_that_go_on(
         assert (found >= tokenizer.eog_ids) == (done in language)
         found -= tokenizer.eog_ids
         left = [text[len(done) :] for text in language if text.startswith(done)]
-        longest = max(map(len, left))
-        expected = {
-            id for id, piece in enumerate(pieces)
-            if piece and len(piece) <= longest and id not in hidden | tokenizer.eog_ids
-            and any(text.startswith(piece) for text in left)
-        }  # fmt: skip
+        starts = {text[:n] for text in left for n in range(1, len(text) + 1)}
+        expected = {id for start in starts for id in ids_of.get(start, ())}
         assert found and found <= expected
         assert len(found) == 1 or found == expected
         token = dice.choice(sorted(found))
         matcher.advance(token)
-        done += pieces[token]
+        done += tokenizer.piece(token)
     assert done in language
+
+
+@functools.cache
+def _ids_by_piece(tokenizer: Tokenizer) -> dict[bytes, list[int]]:
+    """The tokens that are text."""
+    found: dict[bytes, list[int]] = {}
+    for id in range(tokenizer.n_vocab):
+        if not tokenizer.is_control(id) and id not in tokenizer.eog_ids:
+            found.setdefault(tokenizer.piece(id), []).append(id)
+    return found
 
 
 def test_drafts_have_masks_and_leave_no_trace(vocabulary: tuple[Tokenizer, Grammars]) -> None:
@@ -289,8 +298,7 @@ def test_a_grammar_is_compiled_once(vocabulary: tuple[Tokenizer, Grammars]) -> N
 # -- reasoning -------------------------------------------------------------------------------------
 
 
-def accepts(grammar: Grammar, text: str, tmp_path: Path) -> bool:
-    tokenizer = _tokenizer(tiny_model(tmp_path))
+def accepts(grammar: Grammar, text: str, tokenizer: Tokenizer) -> bool:
     matcher = Grammars().compile(grammar, tokenizer).begin()
     ids = tokenizer.encode_middle(text)
     if matcher.count_possible(ids) < len(ids):
@@ -310,11 +318,11 @@ def accepts(grammar: Grammar, text: str, tmp_path: Path) -> bool:
     ],
 )  # fmt: skip
 def test_a_grammar_begins_after_reasoning(
-    tmp_path: Path, end: str, text: str, is_right: bool
+    tiny: Tokenizer, end: str, text: str, is_right: bool
 ) -> None:
-    regex, tokenizer = Grammar.of_regex("yes|no"), _tokenizer(tiny_model(tmp_path))
-    grammar = after_reasoning(regex, (THINK,), end, "... </think> ...", tokenizer)
-    assert accepts(grammar, text, tmp_path) == is_right
+    regex = Grammar.of_regex("yes|no")
+    grammar = after_reasoning(regex, (THINK,), end, "... </think> ...", tiny)
+    assert accepts(grammar, text, tiny) == is_right
 
 
 HARMONY = "<|start|>assistant<|channel|>analysis<|message|> ... <|end|>"
@@ -331,11 +339,11 @@ HARMONY = "<|start|>assistant<|channel|>analysis<|message|> ... <|end|>"
     ],
 )  # fmt: skip
 def test_a_grammar_is_for_the_last_message_of_harmony(
-    tmp_path: Path, text: str, is_right: bool
+    tiny: Tokenizer, text: str, is_right: bool
 ) -> None:
-    regex, tokenizer = Grammar.of_regex("yes|no"), _tokenizer(tiny_model(tmp_path))
-    grammar = after_reasoning(regex, (THINK,), "<|start|>assistant", HARMONY, tokenizer)
-    assert accepts(grammar, text, tmp_path) == is_right
+    regex = Grammar.of_regex("yes|no")
+    grammar = after_reasoning(regex, (THINK,), "<|start|>assistant", HARMONY, tiny)
+    assert accepts(grammar, text, tiny) == is_right
 
 
 # -- what is hostile -------------------------------------------------------------------------------
@@ -355,20 +363,14 @@ def test_a_grammar_is_for_the_last_message_of_harmony(
         {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(2000)}},
     ],
 )  # fmt: skip
-def test_hostile_schemas_end_soon(tmp_path: Path, schema: Any) -> None:
+def test_hostile_schemas_end_soon(tiny: Tokenizer, schema: Any) -> None:
     """Refused when compiled, or by the matcher; else it goes on for as long as anyone likes."""
-    tokenizer = _tokenizer(tiny_model(tmp_path))
-    with_text = b'{"a1": "aaaaaaaaaa'
+    begun = time.perf_counter()
     try:
-        matcher = Grammars().compile(Grammar.of_schema(schema), tokenizer).begin()
-        for id in with_text:
-            (found,) = allowed(matcher, tokenizer.n_vocab)
+        matcher = Grammars().compile(Grammar.of_schema(schema), tiny).begin()
+        for id in b'{"a1": "aaaaaaaaaa':
+            (found,) = allowed(matcher, tiny.n_vocab)
             matcher.advance(id if id in found else min(found))
-    except EdgeInferError:
-        pass
-
-
-def test_validation_is_jsonschemas() -> None:
-    """What other tests rely on."""
-    with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate({"a": 1}, {"required": ["b"]})
+    except EdgeInferError as error:
+        assert "can't" in str(error) or "at most" in str(error)
+    assert time.perf_counter() - begun < 10  # half a second at rest
