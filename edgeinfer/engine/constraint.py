@@ -41,6 +41,11 @@ class Matcher(Protocol):
 class Constraint(Protocol):
     """What answers must be; a value, for any number of them."""
 
+    @property
+    def text(self) -> str:
+        """What it can be made of again."""
+        ...
+
     def begin(self) -> Matcher:
         """For one more answer."""
         ...

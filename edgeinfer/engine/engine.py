@@ -35,7 +35,7 @@ from edgeinfer.engine.generation import (
 )
 from edgeinfer.engine.scheduler import AnyWork, Scheduler
 from edgeinfer.engine.sequence import Request, Rows, Work
-from edgeinfer.engine.step import are_masked, build_batch, commit, fill_masks, fill_samples
+from edgeinfer.engine.step import build_batch, commit, fill_masks, fill_samples
 from edgeinfer.engine.step_costs import StepCosts
 from edgeinfer.errors import BusyError, ClosedError, InvalidRequestError
 from edgeinfer.sampling.params import SampleTable
@@ -334,22 +334,20 @@ class Engine:
     def _run(self, parts: list[Rows]) -> Outputs:
         """Run one step; its outputs are views that the next step overwrites."""
         samples = self._samples
-        fill_samples(samples, parts)
+        masked = fill_samples(samples, parts, self.n_vocab)
         batch = build_batch(parts, samples)
         if self._drafter is not None:
             self._drafter.ask(batch, parts)
         is_watched = any([part.work.hook is not None for part in parts])
         if is_watched:
             hooks.ask(batch, parts)
-        if is_masked := are_masked(parts):
-            batch.output, batch.samples = "logits", None  # masks may come while it runs
         with self._changed:
             if self._closed or any([part.work.is_cancelled for part in parts]):
                 return _NOTHING
             self._in_step = [part.work for part in parts]
             self._ticket = ticket = self._program.submit(batch)
         try:
-            failed = list(fill_masks(samples, parts, self.n_vocab)) if is_masked else []
+            failed = fill_masks(masked)  # which takes no time where a device runs meanwhile
             outputs = ticket.wait()
         except BaseException:
             # Nothing of it may run any more once its pages go to others.

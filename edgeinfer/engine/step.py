@@ -6,7 +6,7 @@ Knows nothing of scheduling or threads.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
@@ -87,17 +87,25 @@ def _states(
     return np.array(states, np.int32), np.array(kept, np.int32)
 
 
-def fill_samples(table: SampleTable, parts: SequenceOf[Rows]) -> None:
-    """How the token of each wanted row of a generation is picked."""
+class Masked(NamedTuple):
+    """Wanted rows of which not every token may be picked, and the memory for which may."""
+
+    part: Rows
+    masks: NDArray[np.uint32]
+
+
+def fill_samples(table: SampleTable, parts: SequenceOf[Rows], n_vocab: int) -> list[Masked]:
+    """How the token of each wanted row of a generation is picked; masks are still to be filled."""
     table.clear()
     parts = [part for part in parts if part.n_wanted and isinstance(part.work, Generation)]
     params = _params(parts)
     if any([part.drafts or each.n_history for part, each in zip(parts, params, strict=True)]):
         _fill_one_by_one(table, parts)
-        return
-    sequences = [part.sequence for part in parts]
-    indices = [len(sequence.ids) - sequence.n_prompt for sequence in sequences]
-    table.set_rows(params, indices, [sequence.mu for sequence in sequences])
+    else:
+        sequences = [part.sequence for part in parts]
+        indices = [len(sequence.ids) - sequence.n_prompt for sequence in sequences]
+        table.set_rows(params, indices, [sequence.mu for sequence in sequences])
+    return _open_masks(table, parts, n_vocab)
 
 
 def _fill_one_by_one(table: SampleTable, parts: SequenceOf[Rows]) -> None:
@@ -113,28 +121,27 @@ def _fill_one_by_one(table: SampleTable, parts: SequenceOf[Rows]) -> None:
             row += 1
 
 
-def are_masked(parts: SequenceOf[Rows]) -> bool:
-    """Whether not every token may be picked: then it is, once the step has yielded logits."""
-    works = [part.work for part in parts if part.n_wanted]
-    return any([isinstance(work, Generation) and work.matcher is not None for work in works])
-
-
-def fill_masks(
-    table: SampleTable, parts: SequenceOf[Rows], n_vocab: int
-) -> Iterator[tuple[Rows, BaseException]]:
-    """Which tokens may be picked for wanted rows; the parts of which that can't be told."""
-    row = 0
+def _open_masks(table: SampleTable, parts: SequenceOf[Rows], n_vocab: int) -> list[Masked]:
+    masked, row = list[Masked](), 0
     for part in parts:
-        if not isinstance(part.work, Generation):
-            return  # they come first
-        if part.n_wanted and part.work.matcher is not None:
-            masks = table.masks(row, part.n_wanted, n_vocab)
-            try:
-                part.work.matcher.fill(masks, part.drafts)
-            except BaseException as error:
-                masks[:] = 0
-                yield part, error
+        if cast(Generation, part.work).matcher is not None:
+            masked.append(Masked(part, table.masks(row, part.n_wanted, n_vocab)))
         row += part.n_wanted
+    return masked
+
+
+def fill_masks(masked: Iterable[Masked]) -> list[tuple[Rows, BaseException]]:
+    """Which tokens may be picked, told until a step is waited for; parts where that can't be."""
+    failed: list[tuple[Rows, BaseException]] = []
+    for part, masks in masked:
+        try:
+            matcher = cast(Generation, part.work).matcher
+            assert matcher is not None
+            matcher.fill(masks, part.drafts)
+        except BaseException as error:
+            masks[:] = 0
+            failed.append((part, error))
+    return failed
 
 
 def _params(parts: SequenceOf[Rows]) -> list[SamplingParams]:

@@ -17,12 +17,12 @@ from typing import Any
 from edgeinfer.errors import InvalidRequestError
 from edgeinfer.values import shown
 
-MOST_TEXT = 1 << 18  # characters; what reads it takes about a second for so many
+MOST_TEXT = 1 << 17  # characters; what reads the worst of so many takes seconds
 _MOST_DEPTH = 96  # of objects in one another; llguidance's JSON reader stops at 128
 _ANSWER = "answer"
 _REPLY = "reply"
-# No more space than a person would write, so that no model fills an answer with it.
-_SPACE = r"( |\n{1,2}[ \t]{0,20})?"
+# One way to write a value: what is certain need not be guessed, and no model fills it with space.
+_ONE_WAY = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 # Keywords of old drafts, which llguidance takes for annotations.
 _OLD_KEYWORDS = ("divisibleBy", "extends", "disallow")
 _SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
@@ -82,10 +82,10 @@ class Grammar:
                 f"{param} is {shown(regex)}; it must be a regular expression", param=param
             )
         _check_length(regex, param)
-        made = json.loads(_llguidance().LLMatcher.grammar_from_regex(regex))
         try:
+            made = json.loads(_llguidance().LLMatcher.grammar_from_regex(regex))
             return cls._of({"lark_grammar": made["grammars"][0]["lark_grammar"]}, param)
-        except _Refused as refused:
+        except (_Refused, UnicodeEncodeError) as refused:
             raise InvalidRequestError(
                 f"{param} can't be used: {refused}; it must be a regular expression as Rust's "
                 "crate regex reads it, without look-around and references",
@@ -120,8 +120,7 @@ class Grammar:
 
 def with_options(schema: Mapping[str, Any], *, lenient: bool = False) -> dict[str, Any]:
     """A schema, and how llguidance is to read it."""
-    options = {"lenient": lenient, "coerce_one_of": lenient, "whitespace_pattern": _SPACE}
-    return {**schema, "x-guidance": options}
+    return {**schema, "x-guidance": {"lenient": lenient, "coerce_one_of": lenient, **_ONE_WAY}}
 
 
 class _Refused(Exception):
@@ -139,7 +138,10 @@ def check_installed() -> None:
 
 
 def first_line(message: str) -> str:
-    return message.strip().split("\n")[0].rstrip(": ")
+    """Of a message, and the lines below that say what is wrong with a regex in it."""
+    first, *others = message.strip().split("\n")
+    more = [line.removeprefix("error: ") for line in others if line.startswith("error: ")]
+    return ": ".join([first.rstrip(": "), *more])
 
 
 def _llguidance() -> ModuleType:
@@ -169,14 +171,14 @@ def _lark(text: str) -> str:
     if "::=" not in text:
         return text
     _llguidance()
-    from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
+    from llguidance.gbnf_to_lark import gbnf_to_lark
 
     try:
         lark: str = gbnf_to_lark(text)
-    except (GbnfToLarkError, KeyError, ValueError, IndexError) as error:
-        raise _Refused(f"GBNF: {error}") from None
     except RecursionError:
         raise _Refused("GBNF: it is nested too deeply") from None
+    except Exception as error:  # it raises what has no other name
+        raise _Refused(f"GBNF: {error}") from None
     return lark
 
 

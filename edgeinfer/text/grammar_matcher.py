@@ -42,10 +42,11 @@ class GrammarCompiler:
                 return kept
         # Without the lock: what takes long holds up nobody else.
         matcher = llguidance.LLMatcher(self._vocabulary, grammar.text, log_level=0, limits=limits())
-        if matcher.is_error():
+        first = matcher.deep_copy()
+        first.compute_bitmask()  # some are only now seen to be too large, or to allow nothing
+        if first.is_error():
             raise InvalidRequestError(
-                f"{grammar.param} can't be used: {first_line(matcher.get_error())}",
-                param=grammar.param,
+                f"{grammar.param} can't be used: {_error(first)}", param=grammar.param
             )
         made = CompiledGrammar(grammar, matcher, self._vocabulary.vocab_size)
         with self._lock:
@@ -59,7 +60,7 @@ class CompiledGrammar:
     """A grammar for one vocabulary: an engine's `Constraint`."""
 
     def __init__(self, grammar: Grammar, matcher: Any, n_tokens: int) -> None:
-        self.grammar = grammar
+        self.text = grammar.text
         self._matcher, self._n_tokens = matcher, n_tokens
 
     def begin(self) -> GrammarMatcher:
@@ -115,8 +116,12 @@ class GrammarMatcher:
         if self._matcher.is_error():
             raise EdgeInferError(
                 "the answer can't go on by its grammar: "
-                f"{first_line(self._matcher.get_error())}; simplify the grammar"
+                f"{_error(self._matcher)}; simplify the grammar"
             )
+
+
+def _error(matcher: Any) -> str:
+    return first_line(matcher.get_error()) or f"nothing may follow ({matcher.stop_reason()})"
 
 
 def _has(mask: NDArray[np.uint32], token: int) -> bool:
