@@ -22,6 +22,7 @@ from edgeinfer.text.call_grammar import OfferedTool, call_grammar
 llguidance = pytest.importorskip("llguidance", reason="pip install 'edgeinfer[grammar]'")
 jsonschema = pytest.importorskip("jsonschema", reason="pip install jsonschema")
 
+EXAMPLES = 5  # of each spelling
 DSML = "｜DSML｜"
 # A text that tells the spelling, as it would in a template.
 SPELLINGS = {
@@ -196,7 +197,7 @@ VOCABULARIES = {(s, c): vocabulary_of(s, c) for s in SPELLINGS for c in (False, 
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-@settings(max_examples=12, **PATIENT)
+@settings(max_examples=EXAMPLES, **PATIENT)
 @given(TOOLS, st.booleans(), st.booleans(), st.integers(0, 2**32))
 def test_what_is_required_is_calls_and_they_are_valid(
     spelling: str, drawn: Any, has_controls: bool, is_single: bool, seed: int
@@ -251,7 +252,7 @@ def begun(found: Any, vocabulary: Bytes, prefix: str, as_text: bool) -> list[int
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-@settings(max_examples=25, **PATIENT)
+@settings(max_examples=2 * EXAMPLES, **PATIENT)
 @given(TOOLS, PREFIXES, st.booleans(), st.booleans(), st.booleans(), st.integers(0, 2**32))
 def test_in_text_calls_are_valid_too(
     spelling: str,
