@@ -35,7 +35,12 @@ def read_chat(body: Fields) -> Request:
     )
     n = body.integer("n", 1, 1, 128)
     return Request(
-        model=body.text("model"), chat=chat, sampling=sampling, structure=of_chat(body), n=n
+        model=body.text("model"),
+        chat=chat,
+        sampling=sampling,
+        structure=of_chat(body),
+        n=n,
+        ignores_eos=body.flag("ignore_eos"),
     )
 
 

@@ -48,7 +48,7 @@ class Completions:
         shape = _Shape(answer, request, body.flag("echo"), "logprobs" in body)
         if is_streamed:
             parts = shape.frames(options.flag("include_usage"))
-            return Frames(guarded(parts, _error_frame), EVENTS, answer.close)
+            return Frames(guarded(parts, _error_frame), EVENTS, answer)
         return reply(shape.whole(await unless_gone(http.receive, answer.collect())))
 
 
@@ -66,6 +66,7 @@ def read_request(body: Fields) -> Request:
         sampling=sampling,
         structure=of_chat(body),
         n=n,
+        ignores_eos=body.flag("ignore_eos"),
     )
 
 

@@ -55,6 +55,7 @@ class Request:
     sampling: dict[str, Any] = field(default_factory=dict)
     structure: Structure = Structure()
     n: int = 1
+    ignores_eos: bool = False  # whether answers are as long as they may be
 
 
 def new_id(prefix: str) -> str:
