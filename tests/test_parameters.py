@@ -99,6 +99,7 @@ def _wrong(parameter: Parameter) -> list[Any]:
         "device": [5, b"cpu", ["cpu"], True, Odd()],
         "pre": [5, b"x", ["x"], True, Odd()],
         "chat_template": [5, b"x", ["x"], True, Odd()],
+        "pooling": [5, "", "cls", "Mean", b"mean", ["mean"], True, Odd()],
         "progress": [5, "x", True, [print], object()],
         "on_step": [5, "x", True, [print], object()],
         "residuals": [5, "1", b"1", [1.0], [True], ["1"], [-1], [2**70], [[1]], {1: 2}, Odd()],

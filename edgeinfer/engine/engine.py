@@ -145,15 +145,25 @@ class Engine:
         self._queue(job)
         job.wait(self)
 
-    def each_residual(
-        self, ids: SequenceOf[int], take: Callable[[hooks.Step], object], layers: tuple[int, ...]
-    ) -> None:
-        """Call `take(step)` for runs of rows of `ids`, from the first on, with these residuals."""
+    def begin_residuals(
+        self,
+        ids: SequenceOf[int],
+        take: Callable[[hooks.Step], object],
+        layers: tuple[int, ...],
+        ended: Callable[[LogitsJob], object] | None = None,
+    ) -> LogitsJob:
+        """Begin to call `take(step)` for runs of rows of `ids`, from the first on, with residuals.
+
+        Rows of a job that had to give way are shown again. At the end, whatever that is, `ended`
+        is called with the job, in the engine's thread, and can't raise.
+        """
         check_ids(ids, self.n_vocab)
         check_length(len(ids), self.n_ctx)
         hook, layout = hooks.Hook(take, residuals=layers), self.layout("error")
         job = LogitsJob.of((ids,), len(ids), None, self.limits, layout, lambda *_: None, hook)
-        self._do(job)
+        job.ended = ended
+        self._queue(job)
+        return job
 
     def sessions(self, model: str) -> Sessions:
         """What saves and loads what the cache holds: see there for `model`."""

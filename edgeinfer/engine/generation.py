@@ -180,6 +180,7 @@ class LogitsJob:
     rank: Rank = (0, 0)  # the scheduler's
     hook: Hook | None = None
     n_taken: int = 0  # positions up to which logits were passed on
+    ended: Callable[[LogitsJob], object] | None = None  # told in the engine's thread
     _done: threading.Event = field(default_factory=threading.Event)
 
     @property
@@ -260,6 +261,8 @@ class LogitsJob:
     def finish(self, error: BaseException | None = None) -> None:
         self.error = error
         self._done.set()
+        if self.ended is not None:
+            self.ended(self)
 
     def wait(self, worker: Worker) -> None:
         """Until every row was taken; an interrupted wait cancels the job."""

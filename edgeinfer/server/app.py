@@ -10,10 +10,12 @@ from starlette.types import ASGIApp
 from edgeinfer.server import (
     chat_completions,
     completions,
+    embeddings,
     messages,
     model_list,
     native,
     ollama,
+    ollama_embed,
     openai,
     responses,
 )
@@ -21,7 +23,10 @@ from edgeinfer.server.errors import ApiError, Json
 from edgeinfer.server.gate import Gate
 from edgeinfer.server.service import Service
 
-_APIS = (native, chat_completions, completions, responses, model_list, messages, ollama)
+_APIS = (
+    native, chat_completions, completions, responses, embeddings, model_list, messages, ollama,
+    ollama_embed,
+)  # fmt: skip
 
 
 def make_app(service: Service) -> ASGIApp:
