@@ -11,6 +11,7 @@ from edgeinfer.server import (
     chat_completions,
     completions,
     embeddings,
+    kserve,
     messages,
     model_list,
     native,
@@ -25,7 +26,7 @@ from edgeinfer.server.service import Service
 
 _APIS = (
     native, chat_completions, completions, responses, embeddings, model_list, messages, ollama,
-    ollama_embed,
+    ollama_embed, kserve,
 )  # fmt: skip
 
 
@@ -38,6 +39,8 @@ def find_envelope(path: str, headers: Mapping[str, str]) -> Callable[[ApiError],
     """That of the API which a path, or a header, belongs to."""
     if path.startswith("/api/"):
         return ollama.envelope
+    if path == "/v2" or path.startswith("/v2/"):
+        return kserve.envelope
     if path.startswith("/messages") or "anthropic-version" in headers:
         return messages.envelope
     return openai.envelope
