@@ -114,7 +114,8 @@ class AsyncLLM:
         """The same, and how many tokens the texts have; a cancelled task ends it."""
         from edgeinfer.embedding import Embedding, begin  # most programs need none
 
-        begun = await self._worker.do(
+        # Many texts may take long to become tokens: chats don't wait behind them.
+        begun = await _Worker().do(
             lambda: begin(self._open().runtime, texts, given), Embedding.cancel
         )
         loop = asyncio.get_running_loop()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import threading
+from array import array
 from collections.abc import Callable, Sequence
 from functools import partial
 from numbers import Integral
@@ -27,6 +28,7 @@ from edgeinfer.errors import (
 )
 from edgeinfer.parameters import EMBED, POOLINGS, checked, id_list, shown
 from edgeinfer.runtime import Runtime
+from edgeinfer.stream import items
 from edgeinfer.text.tokenizer import Tokenizer, TooManyTokens
 
 _COUNTED_BEYOND = 1 << 16  # tokens that an error may count beyond the context
@@ -209,22 +211,15 @@ def _without_pooling(opened: Runtime) -> InvalidRequestError:
     )
 
 
-def _each(texts: Any) -> Sequence[Any]:
+def _each(texts: Any) -> list[Any]:
     """Several texts; one, or one as token ids, is a list of it."""
     if isinstance(texts, str):
         return [texts]
-    if isinstance(texts, bytes) or not (
-        hasattr(texts, "__len__") and hasattr(texts, "__getitem__")
-    ):
-        raise InvalidRequestError(
-            f"texts is {shown(texts)}; it must be a text, token ids, or a list of either",
-            param="texts",
-        )
-    is_one = len(texts) and all(isinstance(each, Integral) for each in texts[:1])
-    return [texts] if is_one else texts
+    found = list(items(texts, "texts"))
+    return [found] if found and isinstance(found[0], Integral) else found
 
 
-def _ids(opened: Runtime, text: Any, name: str, truncate: bool) -> list[int]:
+def _ids(opened: Runtime, text: Any, name: str, truncate: bool) -> array[int]:
     """The tokens of a text as the model was trained to embed them; ids are taken as they are."""
     n_ctx, tokenizer = opened.plan.n_ctx, opened.tokenizer
     if isinstance(text, str):
@@ -238,7 +233,7 @@ def _ids(opened: Runtime, text: Any, name: str, truncate: bool) -> list[int]:
         if not truncate:
             raise _too_long(name, f"{len(ids)}", len(ids), n_ctx)
         ids = ids[:n_ctx]
-    return ids
+    return array("i", ids)  # a ninth of a list's bytes: there may be millions of them
 
 
 def _encoded(tokenizer: Tokenizer, text: str, n_ctx: int, name: str, truncate: bool) -> list[int]:

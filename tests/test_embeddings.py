@@ -105,6 +105,15 @@ def test_vectors_are_pooled_rows_of_the_law(path: Path, where: str) -> None:
     np.testing.assert_allclose(np.linalg.norm(last, axis=1), 1, rtol=1e-6)
 
 
+def test_rounded_activations_turn_vectors_little(path: Path, llm: LLM) -> None:
+    """Against the forward pass in float32."""
+    for pooling in ("last", "mean"):
+        with LLM(path, **BASE, device="reference") as exact:
+            truth = exact.embed(TEXTS, pooling=pooling)
+        cosines = (truth * llm.embed(TEXTS, pooling=pooling)).sum(1)
+        assert 0.999 < cosines.min() < 1 - 1e-9
+
+
 @pytest.mark.parametrize("kv_type", ["f16", "q8_0/q4_0"])
 @pytest.mark.parametrize("family", ["gemma3", "qwen35"])
 def test_windows_states_and_short_caches(tmp_path: Path, family: str, kv_type: str) -> None:
@@ -226,6 +235,11 @@ def test_what_is_longer_than_the_context(llm: LLM) -> None:
     [
         (5, {}, "texts is 5"),
         (b"x", {}, "texts is b'x'"),
+        (bytearray(b"x"), {}, "texts is bytearray"),
+        ({"x": 1}, {}, "texts is {'x': 1}"),
+        (np.array(5), {}, "texts is array"),
+        ([5, "x"], {}, "text 0 is"),
+        ([True], {}, "text 0 is"),
         ([None], {}, "text 0 is None"),
         (["x", [1.5]], {}, "text 1 is"),
         ([[]], {}, "text 0 has no tokens"),

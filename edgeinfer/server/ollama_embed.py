@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import msgspec
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
 
 from edgeinfer.server.fields import Fields, read_fields
 from edgeinfer.server.service import Service
-from edgeinfer.server.wire import reply, unless_gone
+from edgeinfer.server.wire import floats, reply, unless_gone
 
 _MOST_DIMENSIONS = 1 << 20
 
@@ -45,7 +46,7 @@ class OllamaEmbed:
 
     async def _vectors(
         self, http: HttpRequest, body: Fields, texts: list[str | list[int]]
-    ) -> tuple[list[list[float]], int]:
+    ) -> tuple[list[msgspec.Raw], int]:
         """Of no text, nothing but the model, loaded."""
         name = body.text("model")
         options: dict[str, Any] = {"truncate": body.flag("truncate", True)}
@@ -56,7 +57,7 @@ class OllamaEmbed:
                 return [], 0
         work = self._service.embed(name, texts, **options)
         vectors, n_tokens = await unless_gone(http.receive, work)
-        return vectors.tolist(), n_tokens
+        return [floats(vector) for vector in vectors], n_tokens
 
 
 def _inputs(body: Fields) -> list[str | list[int]]:

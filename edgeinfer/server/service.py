@@ -39,6 +39,7 @@ from edgeinfer.text.prompt import chat_prompt
 
 T = TypeVar("T")
 _NEVER = -1e9  # what keeps a token from being picked
+_MOST_TEXTS = 2048  # to embed in one request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +106,9 @@ class Service:
         self, name: str, texts: Sequence[str | list[int]], **options: Any
     ) -> tuple[NDArray[np.float32], int]:
         """The vectors of texts, as `LLM.embed` makes them, and how many tokens those have."""
+        if len(texts) > _MOST_TEXTS:
+            found = f"there are {len(texts)} texts, at most {_MOST_TEXTS} work"
+            raise ApiError(400, found, param="input")
         async with self.model(name) as model:
             assert model.face is not None
             try:

@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from edgeinfer.server.errors import ApiError, Json
 from edgeinfer.server.fields import Fields
-from edgeinfer.server.wire import decode, encode
+from edgeinfer.server.wire import decode, encode, floats
 
 LENGTH_HEADER = "inference-header-content-length"
 _MOST_SIZE = 2**31 - 1  # of a dimension
@@ -129,7 +129,7 @@ def write(head: Json, outputs: Sequence[Output]) -> Response:
             behind.append(_bytes_of(values))
             each["parameters"] = {"binary_data_size": len(behind[-1])}
         else:
-            each["data"] = values.ravel().tolist() if isinstance(values, np.ndarray) else values
+            each["data"] = floats(values.ravel()) if isinstance(values, np.ndarray) else values
         told.append(each)
     text = encode({**head, "outputs": told})
     if not behind:
