@@ -164,19 +164,20 @@ class _Pool:
         if self._pooling == "last":
             rows = rows[-1:] if self._n_taken == self._n_rows else rows[:0]
         # One after the other in float64: the same sum wherever steps have cut the text.
-        for row in self._read(rows):
-            if self._sum is None:
-                self._sum = row.astype(np.float64)
-            else:
-                self._sum += row
+        with np.errstate(all="ignore"):  # what is no number is told of the whole
+            for row in self._read(rows):
+                if self._sum is None:
+                    self._sum = row.astype(np.float64)
+                else:
+                    self._sum += row
 
     def vector(self, n_dims: int) -> NDArray[np.float64]:
         """The first values, of length 1 together; those of a zero vector stay zeros."""
         assert self._sum is not None and self._n_taken == self._n_rows, "rows are missing"
         values = self._sum[:n_dims] / (1 if self._pooling == "last" else self._n_rows)
-        length = math.sqrt(math.fsum((values * values).tolist()))
-        if not math.isfinite(length):
+        if not np.isfinite(values).all():
             raise EdgeInferError("the model yields an embedding that is no number")
+        length = math.sqrt(math.fsum((values * values).tolist()))
         return values / length if length else values
 
 

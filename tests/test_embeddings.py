@@ -195,7 +195,7 @@ def test_a_zero_vector_stays_one_and_no_number_is_an_error() -> None:
     np.testing.assert_array_equal(pool.vector(4), np.zeros(4))
     for bad in (np.nan, np.inf):
         pool = _Pool(lambda x: x, 2, "mean", 2)
-        pool.take(step_of(np.array([[1.0, bad], [1.0, 1.0]]), 0))
+        pool.take(step_of(np.array([[1.0, bad], [1.0, -bad]]), 0))
         with pytest.raises(EdgeInferError, match="no number"):
             pool.vector(2)
     pool = _Pool(lambda x: x, 2, "mean", 2)  # whose squares no float32 has
