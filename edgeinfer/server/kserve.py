@@ -162,7 +162,7 @@ class KServe:
     async def stream(self, http: HttpRequest) -> Response:
         model, body, answer = await self._begin(http)
         parts = _frames(answer, _head(model, body))
-        return Frames(guarded(parts, _error_frame), EVENTS, answer.close)
+        return Frames(guarded(parts, _error_frame), EVENTS, answer)
 
     async def _begin(self, http: HttpRequest) -> tuple[ServedModel, Fields, Answer]:
         model = self._model(http)
