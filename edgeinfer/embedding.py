@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from edgeinfer.backend import head_reader
 from edgeinfer.engine.generation import WAKE_SECONDS, LogitsJob, check_ids
-from edgeinfer.engine.hooks import Step
+from edgeinfer.engine.hooks import Hook, Step
 from edgeinfer.errors import (
     ClosedError,
     ContextLengthError,
@@ -91,9 +91,9 @@ class Embedding:
             self._n_begun += 1
         ids = self._lists[i]
         pool = _Pool(self._read, self._layer, self._pooling, len(ids))
-        ended = partial(self._ended, i, pool)
+        hook = Hook(pool.take, residuals=(self._layer,))
         try:
-            job = self._engine.begin_residuals(ids, pool.take, (self._layer,), ended)
+            job = self._engine.begin_job(ids, hook, partial(self._ended, i, pool))
         except BaseException as error:
             self._stop(error)
             with self._lock:

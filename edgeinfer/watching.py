@@ -43,7 +43,7 @@ def residuals(opened: Runtime, token_ids: Sequence[int], layer: int) -> NDArray[
         rows[step.position : step.position + len(step.token_ids)] = step.residuals[layer]
 
     opened.engine.check_waiting()
-    opened.engine.begin_residuals(ids, take, (layer,)).wait(opened.engine)
+    opened.engine.begin_job(ids, Hook(take, residuals=(layer,))).wait(opened.engine)
     return rows
 
 

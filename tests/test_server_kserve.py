@@ -71,7 +71,8 @@ def outputs_of(reply: httpx2.Response) -> dict[str, Any]:
                 data = read_texts(
                     [Fields({**each, "name": "x", "shape": each["shape"]})], data, "x"
                 )
-        found[each["name"]] = np.reshape(data, each["shape"])
+        kind = np.float32 if each["datatype"] == "FP32" else object  # or a last NUL would be lost
+        found[each["name"]] = np.array(data, kind).reshape(each["shape"])
     assert behind == b""
     return found
 
