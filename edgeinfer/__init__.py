@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from edgeinfer.aio import AsyncLLM, AsyncStream
+    from edgeinfer.chat_model import ChatModel, ChatStream
     from edgeinfer.engine.hooks import Step
     from edgeinfer.engine.memory_plan import MemoryPlan
     from edgeinfer.errors import (
@@ -60,6 +61,7 @@ if not os.path.isdir(os.path.join(os.path.dirname(__file__), "kernels")):
 
 _HOME = {
     "LLM": "llm", "AsyncLLM": "aio", "Message": "text.messages",
+    "ChatModel": "chat_model", "ChatStream": "chat_model",
     "Recording": "replay", "Replay": "replay",
     "LoadOptions": "options", "Progress": "options", "Sampling": "options", "Step": "engine.hooks",
     "ANSWER": "parameters", "LOAD": "parameters", "Parameter": "parameters",
@@ -83,6 +85,8 @@ __all__ = [
     "AsyncStream",
     "BusyError",
     "CallDelta",
+    "ChatModel",
+    "ChatStream",
     "ClosedError",
     "Completion",
     "ContextLengthError",

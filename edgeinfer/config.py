@@ -13,6 +13,7 @@ HOME = "EDGEINFER_HOME"  # one folder for everything we write
 ISA = "EDGEINFER_ISA"  # force a poorer instruction set: "avx2", "generic"
 THREADS = "EDGEINFER_THREADS"  # default of `threads`
 DEBUG = "EDGEINFER_DEBUG"  # any value: tracebacks instead of one-line errors
+API_KEY = "EDGEINFER_API_KEY"  # for the server of --url
 
 
 # What is neither found nor kept where nobody knows a home: files can't even be made by root there.
@@ -64,6 +65,12 @@ def isa() -> str | None:
 
 def is_debug() -> bool:
     return bool(os.environ.get(DEBUG))
+
+
+def api_key(*, is_private: bool) -> str | None:
+    """The key for a server: ours, else OpenAI's, for those alone that nobody can listen to."""
+    others = os.environ.get("OPENAI_API_KEY") if is_private else None
+    return os.environ.get(API_KEY) or others or None
 
 
 # -- variables of the Hugging Face hub and of other programs' model folders -----------------------

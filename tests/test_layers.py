@@ -32,13 +32,13 @@ kernels.buffers kernels.cached kernels.shapes
 kernels.reference kernels.cpu kernels.cuda
 model backend
 engine load_settings chain
-balance
+balance chat_model
 placement
 runtime stream
 watching constraining
 replying
 llm inspect_file
-aio bench load selftest replay
+aio bench load remote selftest replay
 server
 cli tui pyinstaller
 __main__
@@ -46,7 +46,7 @@ __main__
 LINE = {name: i for i, line in enumerate(LAYERS.split("\n")) for name in line.split()}
 ROOMS = (
     "platform", "text", "sampling", "hub", "gguf", "kernels.reference", "kernels.cpu",
-    "kernels.cuda", "engine", "bench", "load", "selftest", "server", "cli", "tui",
+    "kernels.cuda", "engine", "bench", "load", "selftest", "server", "remote", "cli", "tui",
 )  # fmt: skip
 SLOW = ("numpy", "numba", "llvmlite", "cupy", "textual", "tokenizers", "huggingface_hub", "jinja2")
 

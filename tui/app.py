@@ -141,6 +141,8 @@ class ChatApp(ChatView):
 
     def _begin(self) -> None:
         path = self.settings.model or self.settings.last_model()
+        if path is None and self.settings.server is not None:
+            path = ""  # the only one that it has
         if path is None:
             controls.choose_model(self)
         else:

@@ -121,8 +121,9 @@ def _activity(readings: Readings, palette: Palette) -> Text:
 
 def _facts(readings: Readings, memory: int, palette: Palette) -> list[Text]:
     """Most important first."""
-    if not readings.n_ctx:
-        return []
+    if not readings.n_ctx:  # a server may not tell it
+        n = readings.n_used
+        return [Text(f"{n:,} tokens", palette.muted)] if n else []
     share = readings.n_used / readings.n_ctx
     if share >= _NEARLY_FULL:
         count = Text(f"{share:.0%} full, oldest turns will go", palette.warn)

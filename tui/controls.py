@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from edgeinfer import EdgeInferError
+from edgeinfer import EdgeInferError, one_line
 from edgeinfer.tui.files import from_shown, shown_name
-from edgeinfer.tui.params import CONTEXT, PARAMS, context_in_force, in_force, parse_param
+from edgeinfer.tui.params import CONTEXT, PARAMS, SAMPLING, context_in_force, in_force, parse_param
 from edgeinfer.tui.records import Draft
 from edgeinfer.tui.settings_file import FILE_NAME
 
@@ -154,7 +154,7 @@ def load_model(app: ChatApp, path: str) -> None:
     """Load it in the background; an answer runs until the model changes."""
     if app.session.loader is not None:
         app.say("another model is loading; this one comes after it")
-    app.session.load(from_shown(path))
+    app.session.load(path if app.session.is_served else from_shown(path))
     app.refresh_title()
     app.refresh_hint()
 
@@ -163,8 +163,9 @@ def choose_model(app: ChatApp, title: str = "") -> None:
     """Let one be chosen; `title` says why, where nobody asked."""
     from edgeinfer.tui.model_screen import ModelScreen
 
-    current = app.session.store.preference("model")
-    if app.session.model is None and app.session.loader is None:
+    current = app.session.last_path
+    is_without = app.session.model is None and app.session.loader is None
+    if is_without and not app.session.is_served:
         title = title or _FIRST_RUN
 
     def take(path: str | None) -> None:
@@ -182,12 +183,16 @@ def switch_model(app: ChatApp, path: str) -> None:
 
 
 def model_values(app: ChatApp) -> list[tuple[str, str]]:
-    return [(shown_name(each.path), each.name) for each in app.model_choices() if each.path]
+    shown = one_line if app.session.is_served else shown_name
+    return [(shown(each.path), each.name) for each in app.model_choices() if each.path]
 
 
 def set_params(app: ChatApp, argument: str) -> None:
     """`name value`, or a form."""
     name, _, value = argument.replace("=", " ").partition(" ")
+    if name == CONTEXT.name and (server := app.settings.server) is not None:
+        app.say(f"the context length is set where the model runs, at {server.place}", "warning")
+        return
     if not name or (name == CONTEXT.name and value.strip()):
         _show_params(app, value.strip() or None)
         return
@@ -207,7 +212,7 @@ def _in_words(app: ChatApp, name: str) -> str:
     if name == CONTEXT.name:
         now = context_in_force(session.n_ctx, session.model)
         return f"context: {now.value} tokens, {now.source}"
-    now = in_force(name, session.sampling, session.model)
+    now = in_force(name, session.sampling, session.model, is_served=session.is_served)
     return f"{name} = {now.value} ({now.source}), from the next answer on"
 
 
@@ -230,7 +235,12 @@ def _show_params(app: ChatApp, context: str | None) -> None:
         else:
             app.say("changed, from the next answer on")
 
-    app.push_screen(ParamsScreen(given, session.model, _room_check(app), context=context), take)
+    app.push_screen(
+        ParamsScreen(
+            given, session.model, _room_check(app), context=context, is_served=session.is_served
+        ),
+        take,
+    )
 
 
 def _room_check(app: ChatApp) -> Callable[[int], None]:
@@ -248,7 +258,7 @@ def _room_check(app: ChatApp) -> Callable[[int], None]:
 def _held(app: ChatApp) -> dict[str, int]:
     """Bytes by memory that the open model gives back; it may not have taken all it planned yet."""
     model = app.session.model
-    if model is None:
+    if model is None or model.plan is None:
         return {}
     held = {pool.name: pool.total_bytes for pool in model.plan.pools}
     host = model.plan.host
@@ -256,7 +266,8 @@ def _held(app: ChatApp) -> dict[str, int]:
 
 
 def param_values(app: ChatApp) -> list[tuple[str, str]]:
-    return [(f"{param.name} ", param.help) for param in PARAMS]
+    params = SAMPLING if app.session.is_served else PARAMS
+    return [(f"{param.name} ", param.help) for param in params]
 
 
 # -- the screen ----------------------------------------------------------------------------------

@@ -5,9 +5,13 @@ Knows nothing of widgets.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from edgeinfer.tui.loader import Task
 from edgeinfer.tui.records import Attachment
-from edgeinfer.tui.settings import ChatModel
+
+if TYPE_CHECKING:
+    from edgeinfer import ChatModel
 
 
 class TokenCounts:

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeinfer import one_line
-from edgeinfer.tui.settings import ChatModel
 
 if TYPE_CHECKING:
-    from edgeinfer import Completion
+    from edgeinfer import ChatModel, Completion
 
 _WINDOW_SECONDS = 1.0
 _LEAST_SECONDS = 0.2  # two tokens that come together have no rate
@@ -47,14 +46,15 @@ class Readings:
     _started_at: float = 0.0
 
     def start_loading(self, path: str) -> None:
-        self.state, self.is_busy = f"opening {one_line(Path(path).name)}", True
+        self.state, self.is_busy = f"opening {one_line(Path(path).name)}".rstrip(), True
 
     def fail_loading(self) -> None:
         self.state, self.is_busy = "no model", False
 
     def start_model(self, model: ChatModel) -> None:
         self.state, self.is_busy = "ready", False
-        self.n_ctx, self.planned_bytes = model.n_ctx, model.plan.host.total_bytes
+        self.n_ctx = model.n_ctx or 0
+        self.planned_bytes = model.plan.host.total_bytes if model.plan is not None else 0
         self.clear_context()
 
     def clear_context(self) -> None:
@@ -76,11 +76,15 @@ class Readings:
         self.state = "reading"
 
     def take_token(self, now: float) -> None:
-        if not self.n_answer:
-            self.state, self.n_read = "writing", self.n_prompt
-            self.first_s = now - self._started_at
+        self.take_text(now)
         self.n_answer += 1
         self._times.append(now)
+
+    def take_text(self, now: float) -> None:
+        """Of an answer that nobody says the number of tokens of."""
+        if self.state != "writing":
+            self.state, self.n_read = "writing", self.n_prompt
+            self.first_s = now - self._started_at
 
     def sample_rate(self, now: float) -> None:
         """Tokens per second over the last second, and its course over the last ones."""

@@ -8,17 +8,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 from edgeinfer import one_line
-from edgeinfer.tui.settings import ChatModel, ChatSettings, ModelChoice, StopForShell
+from edgeinfer.tui.settings import ChatServer, ChatSettings, ModelChoice, StopForShell
 
 if TYPE_CHECKING:
     from textual.driver import Driver
 
-    from edgeinfer import LLM, LoadOptions, MemoryPlan, Progress
+    from edgeinfer import LLM, ChatModel, LoadOptions, MemoryPlan, Progress
 
 SignalsCall: TypeAlias = Callable[
     [Callable[[int], None], Callable[[], None]], AbstractContextManager[None]
@@ -60,11 +61,12 @@ def run_chat(
     last_model: Callable[[], str | None],
     take_loaded: Callable[[str, LLM], None],
     downloads: Callable[[], Sequence[Downloadable]],
+    server: ChatServer | None = None,
 ) -> int | None:
     """Run until the user leaves; raises what ended the chat before, returns the signal that did.
 
     `note` takes a line for the shell's screen. `take_loaded` hears of every model that was opened.
-    `downloads` are models that could be here.
+    `downloads` are models that could be here. With a `server` all models are there, none here.
     """
     from edgeinfer.tui.app import ChatApp
 
@@ -96,6 +98,8 @@ def run_chat(
         memory_now=memory_now, run_tool=run_tool, run_editor=run_editor, decode=decode,
         stop_for_shell=stop_for_shell, environment=environment,
     )  # fmt: skip
+    if server is not None:
+        settings = _on_server(settings, server)
     app = ChatApp(settings, driver())
     with signals_call(app.end_by, app.give_up):
         app.run()
@@ -110,6 +114,27 @@ def run_chat(
     if app.failure is not None:
         raise app.failure
     return app.ended_by
+
+
+def _on_server(settings: ChatSettings, server: ChatServer) -> ChatSettings:
+    """The same without what is about files and memory; nothing is asked of it unasked."""
+
+    def open_model(
+        name: str, progress: Callable[[Progress], None], n_ctx: int | None = None
+    ) -> ChatModel:
+        return server.open(name)
+
+    return replace(
+        settings,
+        open_model=open_model,
+        list_models=list,
+        plan_model=None,
+        fetch=None,
+        last_model=lambda: None,
+        memory_now=lambda: 0,
+        finds_titles=False,
+        server=server,
+    )
 
 
 def _plan(path: str, given: LoadOptions, freed: Mapping[str, int]) -> MemoryPlan:

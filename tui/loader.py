@@ -13,10 +13,10 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from edgeinfer import PlanError
-from edgeinfer.tui.settings import ChatModel, ChatSettings
+from edgeinfer.tui.settings import ChatSettings
 
 if TYPE_CHECKING:
-    from edgeinfer import Progress
+    from edgeinfer import ChatModel, Progress
 
 T = TypeVar("T")
 

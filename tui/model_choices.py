@@ -16,7 +16,13 @@ _MOST = 200
 
 
 def find_models(settings: ChatSettings, store: Store) -> list[ModelChoice]:
-    """Choices without doubles, those on disk first."""
+    """Choices without doubles, those on disk first; of a server those that it has named."""
+    if settings.server is not None:
+        named = [
+            ModelChoice(each.id, each.id, 0, f"context {each.n_ctx:,}" if each.n_ctx else "")
+            for each in settings.server.offered
+        ]
+        return named or [ModelChoice(settings.server.place, "", 0, "ask it again")]
     listed = settings.list_models()
     paths = [Path(each.path) for each in listed if each.path]
     known = [path for path in (settings.model, store.preference("model")) if path]

@@ -27,6 +27,7 @@ from edgeinfer.tui.palette import Palette
 from edgeinfer.tui.settings import ChatSettings, ModelChoice
 
 _HINT = "enter choose   esc back   or type the path of a .gguf file"
+_HINT_SERVED = "enter choose   esc back   or type the name of a model"
 _HINT_RUNNING = "esc leaves the download running   ctrl+x cancels it   enter choose"
 
 
@@ -67,8 +68,10 @@ class ModelScreen(Dialog[str | None]):
             yield Static(id="welcome-text")
             yield OptionList(id="choices", compact=True)
             yield Static(id="preview")
-            yield Input(placeholder="path/to/model.gguf", id="path", compact=True)
-            yield Static(_HINT, id="keys", classes="hint")
+            is_served = self._settings.server is not None
+            example = "name" if is_served else "path/to/model.gguf"
+            yield Input(placeholder=example, id="path", compact=True)
+            yield Static(_HINT_SERVED if is_served else _HINT, id="keys", classes="hint")
 
     def on_mount(self) -> None:
         self.query_one(".dialog").border_title = "Model"
@@ -81,7 +84,8 @@ class ModelScreen(Dialog[str | None]):
         for each in self._choices:
             where = each.note or ("" if each.path else "download")
             row = Text(f"{one_line(each.name):{min(44, width)}}", no_wrap=True)
-            row.append(f"  {size_text(each.n_bytes):>8}", palette.muted)
+            if each.n_bytes:
+                row.append(f"  {size_text(each.n_bytes):>8}", palette.muted)
             row.append(f"  {one_line(where)}" if where else "", palette.accent)
             shown.add_option(Option(row))
         shown.display = bool(self._choices)

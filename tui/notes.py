@@ -15,6 +15,7 @@ from edgeinfer.tui.keys import Keys
 from edgeinfer.tui.palette import Palette
 from edgeinfer.tui.records import Node, Summary
 from edgeinfer.tui.session import Session
+from edgeinfer.tui.settings import ChatServer
 
 
 def answer_note(node: Node, place: tuple[int, int]) -> str:
@@ -29,7 +30,11 @@ def answer_note(node: Node, place: tuple[int, int]) -> str:
     if node.state == "stopped":
         parts.append("stopped")
     elif details.get("finish") == "length":
-        parts.append("cut off at the limit, /params raises it")
+        # A server's may be that of its context.
+        raises = "" if details.get("server") else ", /params raises it"
+        parts.append(f"cut off at the limit{raises}")
+    if details.get("server"):
+        parts.append(f"from {one_line(details['server'])}")
     if _branch(place):
         parts.append(_branch(place))
     return " · ".join(parts)
@@ -64,17 +69,26 @@ def hint(
     return "", f"/ commands · @ files · {keys.label('help') or '/help'} keys"
 
 
+def _whereabouts(server: ChatServer | None) -> str:
+    if server is None:
+        return "It runs on this machine; nothing you write leaves it."
+    if server.is_here:
+        return f"{server.place} runs it, on this machine."
+    return f"{server.place} runs it: what you write is sent there."
+
+
 def welcome(session: Session, keys: Keys, last: Summary | None, palette: Palette) -> Text:
     """What an empty conversation shows."""
     name = session.model.name if session.model is not None else ""
     text = Text(justify="center")
+    server = session.settings.server
     if session.loader is not None:
         text.append("The model is on its way. You can write already.", palette.muted)
     elif session.model is None:
         text.append(f"No model yet: {keys.label('model') or '/model'} chooses one.", palette.muted)
     else:
         text.append(f"{one_line(name)}\n\n", f"bold {palette.accent}")
-        text.append("It runs on this machine; nothing you write leaves it.", palette.muted)
+        text.append(_whereabouts(server), palette.muted)
     if last is not None:
         title = one_line(last.title)
         short = title if len(title) <= 40 else title[:39] + "…"

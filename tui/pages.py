@@ -57,19 +57,23 @@ def help_page(
 def stats_page(session: Session, memory: int, palette: Palette) -> RenderableType:
     """The last answer and the machine, in numbers."""
     readings: Readings = session.readings
+    held = f"{size_text(memory)} of {size_text(readings.planned_bytes)} planned"
+    # Each with whether a server, too, would have told it, were it so.
     rows = [
-        ("prompt", f"{readings.n_prompt:,} tokens, {readings.n_cached:,} of them cached"),
-        ("answer", f"{readings.n_answer:,} tokens"),
-        ("first token", f"{readings.first_s:.2f} s"),
-        ("prompt speed", f"{readings.prefill_tok_s:,.0f} tok/s"),
-        ("answer speed", f"{readings.rate:.1f} tok/s"),
-        ("guessed ahead", _guessed(readings)),
-        ("context", f"{readings.n_used:,} of {readings.n_ctx:,} tokens"),
-        ("when full", "the oldest turns go, the system message stays"),
-        ("memory", f"{size_text(memory)} of {size_text(readings.planned_bytes)} planned"),
-    ]
-    parts: list[RenderableType] = [_table(rows, palette)]
-    if session.model is not None:
+        ("prompt", f"{readings.n_prompt:,} tokens, {readings.n_cached:,} of them cached",
+         readings.n_prompt),
+        ("answer", f"{readings.n_answer:,} tokens", readings.n_answer),
+        ("first token", f"{readings.first_s:.2f} s", readings.first_s),
+        ("prompt speed", f"{readings.prefill_tok_s:,.0f} tok/s", readings.prefill_tok_s),
+        ("answer speed", f"{readings.rate:.1f} tok/s", readings.rate),
+        ("guessed ahead", _guessed(readings), readings.n_guessed),
+        ("context", f"{readings.n_used:,} of {readings.n_ctx:,} tokens", readings.n_ctx),
+        ("when full", "the oldest turns go, the system message stays", True),
+        ("memory", held, False),
+    ]  # fmt: skip
+    shown = [(name, text) for name, text, is_told in rows if is_told or not session.is_served]
+    parts: list[RenderableType] = [_table(shown, palette)]
+    if session.model is not None and session.model.plan is not None:
         plan = [(name, size_text(size)) for name, size in session.model.plan.rows.items()]
         parts += [Text(), Text("Planned", f"bold {palette.accent}"), _table(plan, palette)]
     return Group(*parts)

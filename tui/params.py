@@ -6,10 +6,12 @@ Knows nothing of widgets.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgeinfer import ANSWER, LOAD, EdgeInferError
-from edgeinfer.tui.settings import ChatModel
+
+if TYPE_CHECKING:
+    from edgeinfer import ChatModel
 
 SAMPLING = tuple(
     ANSWER[name]
@@ -25,6 +27,7 @@ CONTEXT = LOAD["n_ctx"]._replace(
 PARAMS = (*SAMPLING, CONTEXT)
 CHAT_DEFAULTS = {"overflow": "drop-turns"}  # a chat goes on where a single request would fail
 _UNSET = {"max_tokens": "no limit", "seed": "another each time", "logprobs": "none"}
+_AT_SERVER = "the server’s own"
 
 
 class InForce(NamedTuple):
@@ -34,8 +37,13 @@ class InForce(NamedTuple):
     source: str
 
 
-def in_force(name: str, sampling: Mapping[str, Any], model: ChatModel | None) -> InForce:
-    """What the next answer will use, were `sampling` all that the user has set."""
+def in_force(
+    name: str, sampling: Mapping[str, Any], model: ChatModel | None, *, is_served: bool = False
+) -> InForce:
+    """What the next answer will use, were `sampling` all that the user has set.
+
+    Of a model that `is_served` by others the value is empty where they do not tell it.
+    """
     if sampling.get(name) is not None:
         return InForce(str(sampling[name]), "yours")
     try:
@@ -43,7 +51,9 @@ def in_force(name: str, sampling: Mapping[str, Any], model: ChatModel | None) ->
     except EdgeInferError:  # the answer will say so
         advised = {}
     if name in advised:
-        return InForce(str(advised[name]), "the model’s own")
+        return InForce(str(advised[name]), _AT_SERVER if is_served else "the model’s own")
+    if is_served and name not in CHAT_DEFAULTS and name not in _UNSET:
+        return InForce("", _AT_SERVER)
     usual = CHAT_DEFAULTS.get(name, ANSWER[name].default)
     return InForce(_UNSET[name] if usual is None else str(usual), "usual")
 
@@ -52,6 +62,8 @@ def context_in_force(asked: int | None, model: ChatModel | None) -> InForce:
     """The context length; `asked` is what the user wants of it."""
     if model is None:
         return InForce(str(asked or "what fits"), "yours" if asked else "usual")
+    if model.plan is None or model.n_ctx_train is None:  # on a server
+        return InForce(str(model.n_ctx or ""), _AT_SERVER)
     trained = f"trained for {model.n_ctx_train:,}"
     if asked is None:
         return InForce(str(model.n_ctx), model.plan.note or f"usual; {trained}")

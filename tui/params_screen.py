@@ -6,7 +6,7 @@ Knows nothing of how a model is opened anew.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from rich.text import Text
 from textual import events, on
@@ -20,8 +20,10 @@ from edgeinfer.tui.dialog import Dialog
 from edgeinfer.tui.errors import in_chat
 from edgeinfer.tui.loader import Task
 from edgeinfer.tui.palette import Palette
-from edgeinfer.tui.params import CONTEXT, PARAMS, context_in_force, in_force, parse_param
-from edgeinfer.tui.settings import ChatModel
+from edgeinfer.tui.params import CONTEXT, PARAMS, SAMPLING, context_in_force, in_force, parse_param
+
+if TYPE_CHECKING:
+    from edgeinfer import ChatModel
 
 _HINT = "tab next   enter apply   empty = the value in grey   esc back"
 
@@ -58,8 +60,10 @@ class ParamsScreen(Dialog[ChatParams | None]):
         check: CheckContext,
         *,
         context: str | None = None,
+        is_served: bool = False,
     ) -> None:
         super().__init__()
+        self._is_served = is_served  # by a server, which sets the context length
         self._given, self._model, self._check = given, model, check
         self._length = context
         self._wrong = "", ""  # a field, and why it is
@@ -68,7 +72,7 @@ class ParamsScreen(Dialog[ChatParams | None]):
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog"):
             with Vertical(id="rows"):
-                for param in PARAMS:
+                for param in SAMPLING if self._is_served else PARAMS:
                     yield from self._row(param.name)
             yield Static(id="about", classes="hint")
             yield Static(_HINT, id="keys", classes="hint")
@@ -79,7 +83,10 @@ class ParamsScreen(Dialog[ChatParams | None]):
             now, usual = context_in_force(given.n_ctx, model), context_in_force(None, model)
             value: Any = self._length or given.n_ctx
         else:
-            now, usual = in_force(name, given.sampling, model), in_force(name, {}, model)
+            now, usual = (
+                in_force(name, each, model, is_served=self._is_served)
+                for each in (given.sampling, {})
+            )
             value = given.sampling.get(name)
         text = "" if value is None else str(value)
         with Horizontal(classes="row"):
@@ -88,7 +95,9 @@ class ParamsScreen(Dialog[ChatParams | None]):
             yield Static(Text(printable(now.source)), classes="source")
 
     def on_mount(self) -> None:
-        self.query_one(".dialog").border_title = "Sampling and context"
+        self.query_one(".dialog").border_title = (
+            "Sampling" if self._is_served else "Sampling and context"
+        )
         self.set_interval(1 / 8, self._tick)
         if self._length is not None:
             self._apply()
@@ -113,7 +122,7 @@ class ParamsScreen(Dialog[ChatParams | None]):
                 field.focus()
                 return
         self._wrong = "", ""
-        n_ctx = values.pop(CONTEXT.name)
+        n_ctx = values.pop(CONTEXT.name, self._given.n_ctx)
         set_values = {name: value for name, value in values.items() if value is not None}
         params = ChatParams(set_values, n_ctx)
         if n_ctx is None or n_ctx == self._given.n_ctx:

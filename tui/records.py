@@ -207,7 +207,7 @@ def _is_pair(value: object) -> bool:
 _DETAILS = (
     (("n_tokens", "n_prompt", "n_cached", "seed"), _is_count),
     (("tok_s", "first_s", "thinking_s"), _is_number),
-    (("model", "finish", "error"), _is_text),
+    (("model", "server", "finish", "error"), _is_text),
     (("logprobs",), _are_logprobs),
 )
 DETAILS = frozenset(name for names, _ in _DETAILS for name in names)

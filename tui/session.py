@@ -15,13 +15,13 @@ from edgeinfer.tui.gauge import Readings
 from edgeinfer.tui.loader import ModelLoader
 from edgeinfer.tui.params import CHAT_DEFAULTS
 from edgeinfer.tui.records import Draft, Node, draft_column, draft_of
-from edgeinfer.tui.settings import ChatModel, ChatSettings
+from edgeinfer.tui.settings import ChatSettings
 from edgeinfer.tui.store import Store
 from edgeinfer.tui.titles import TitleWriter
 from edgeinfer.tui.turn import Turn
 
 if TYPE_CHECKING:
-    from edgeinfer import Completion
+    from edgeinfer import ChatModel, Completion
 
 _SAVE_SECONDS = 0.2  # with the screen's looks between: what a kill or a power cut takes
 _DRAFT = "draft"  # a preference
@@ -75,6 +75,22 @@ class Session:
         self.conversation = Conversation(self.store, system=self.settings.system)
 
     @property
+    def is_served(self) -> bool:
+        """Whether models run elsewhere: what is not told of them is not known."""
+        return self.settings.server is not None
+
+    @property
+    def _preference(self) -> str:
+        """Under which the store keeps the model that was opened last."""
+        server = self.settings.server
+        return "model" if server is None else f"model at {server.place}"
+
+    @property
+    def last_path(self) -> str | None:
+        """The model that was opened last, here or on the server."""
+        return self.store.preference(self._preference)
+
+    @property
     def is_ready(self) -> bool:
         return self.model is not None and self.running is None and self.loader is None
 
@@ -122,7 +138,7 @@ class Session:
         elif self.model is None:
             self.readings.fail_loading()
         if error is None:
-            self.store.set_preference("model", loader.path)
+            self.store.set_preference(self._preference, self.path)
         if self.next_path:
             path, self.next_path = self.next_path, ""
             self.load(path)
@@ -214,7 +230,8 @@ class Session:
             news.n_dropped = self.n_dropped = turn.n_dropped
         if is_over:
             news.is_over = True
-            self._end("failed" if turn.error else "done")
+            is_cut = turn.is_stopped and running.completion is None
+            self._end("failed" if turn.error else "stopped" if is_cut else "done")
         else:
             self._save_partial(running)
         return news
@@ -236,7 +253,10 @@ class Session:
             running.thinking_from = now
         if reasoning or (text and running.thinking_from and not running.thinking_s):
             running.thinking_s = now - running.thinking_from if not reasoning else 0.0
-        self.readings.take_token(now)
+        if self.is_served:  # an event of a server may be many tokens
+            self.readings.take_text(now)
+        else:
+            self.readings.take_token(now)
 
     def thinking_seconds(self) -> float:
         """How long the running answer has been thinking, or thought."""
@@ -264,6 +284,8 @@ class Session:
         if running.turn.error is not None:
             drops = (CHAT_DEFAULTS | self.sampling)["overflow"] == "drop-turns"
             node.details["error"] = in_chat(running.turn.error, drops_turns=drops)
+        if self.settings.server is not None:
+            node.details["server"] = self.settings.server.place
         if completion is not None:
             node.details |= self._facts(completion)
         self.readings.end_turn(completion, state)
@@ -289,4 +311,5 @@ class Session:
                 [each.text, each.logprob, [[name([id], special=True), p] for id, p in each.top]]
                 for each in completion.logprobs
             ]
-        return facts
+        # What a server did not tell is 0.
+        return {name: fact for name, fact in facts.items() if fact or not self.is_served}

@@ -1,65 +1,25 @@
-"""What the chat is started with, and the little it asks of a model.
+"""What the chat is started with.
 
 Knows nothing of widgets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 if TYPE_CHECKING:
-    from edgeinfer import Event, MemoryPlan, Message, Progress, Sampling
-
-
-class AnswerStream(Protocol):
-    """The events of one answer; `close`, from any thread, ends it at once."""
-
-    dropped_turns: int
-
-    def __iter__(self) -> Iterator[Event]: ...
-
-    def close(self) -> None: ...
-
-
-class ChatModel(Protocol):
-    """The part of `edgeinfer.LLM` that a chat uses; tests script one."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def n_ctx(self) -> int: ...
-
-    @property
-    def n_ctx_train(self) -> int: ...
-
-    @property
-    def recommended(self) -> Mapping[str, Any]: ...
-
-    @property
-    def plan(self) -> MemoryPlan: ...
-
-    def stream_chat(
-        self,
-        messages: str | Sequence[Message],
-        *,
-        template_args: Mapping[str, Any] | None = None,
-        **sampling: Any,
-    ) -> AnswerStream: ...
-
-    def tokenize(self, text: str, *, bos: bool = False, special: bool = False) -> list[int]: ...
-
-    def detokenize(self, token_ids: Sequence[int], *, special: bool = False) -> str: ...
-
-    def close(self) -> None: ...
+    from edgeinfer import ChatModel, MemoryPlan, Progress, Sampling
 
 
 @dataclass(frozen=True, slots=True)
 class ModelChoice:
-    """A model to offer: on disk when it has a path, else it would be fetched by its name."""
+    """A model to offer: on disk when it has a path, else it would be fetched by its name.
+
+    On a server the path is its name there, and 0 bytes are not shown.
+    """
 
     name: str
     path: str | None
@@ -67,6 +27,34 @@ class ModelChoice:
     note: str = ""
     licence: str = ""
     resumes: bool = True  # a download that was cut short goes on where it stopped
+
+
+class OfferedModel(Protocol):
+    """A model of a server by its name; the context length is 0 where that is not told."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def n_ctx(self) -> int: ...
+
+
+class ChatServer(Protocol):
+    """What runs the models where this process only talks to them.
+
+    `offered` is what it told when it was last asked to `open` one, "" being the only one.
+    """
+
+    @property
+    def place(self) -> str: ...
+
+    @property
+    def is_here(self) -> bool: ...
+
+    @property
+    def offered(self) -> Sequence[OfferedModel]: ...
+
+    def open(self, id: str = ...) -> ChatModel: ...
 
 
 class OpenModel(Protocol):
@@ -147,6 +135,8 @@ class ChatSettings:
     a program of the system, `run_editor` a file and the terminal. `decode` makes a text of the
     bytes of a file, and says how many characters were none; it raises for what is no text.
     `finds_titles` lets the model name conversations while it is idle.
+
+    Where there is a `server` it opens and lists models, by names for paths; this machine has none.
     """
 
     data_folder: Path
@@ -156,6 +146,7 @@ class ChatSettings:
     sampling: Sampling = field(default_factory=lambda: _no_sampling())
     keeps_history: bool = True
     finds_titles: bool = False
+    server: ChatServer | None = None
     list_models: ListModels = _no_models
     plan_model: PlanModel | None = None
     fetch: Fetch | None = None

@@ -12,9 +12,8 @@ from edgeinfer.tui.search import tokens
 from edgeinfer.tui.turn import Turn
 
 if TYPE_CHECKING:
-    from edgeinfer import Completion, Message
+    from edgeinfer import ChatModel, Completion, Message
     from edgeinfer.tui.records import Node
-    from edgeinfer.tui.settings import ChatModel
 
 _IDLE_SECONDS = 2.0
 _MOST_TRIES = 2

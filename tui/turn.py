@@ -13,10 +13,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from edgeinfer.tui.params import CHAT_DEFAULTS
-from edgeinfer.tui.settings import AnswerStream, ChatModel
 
 if TYPE_CHECKING:
-    from edgeinfer import Event, Message
+    from edgeinfer import ChatModel, ChatStream, Event, Message
 
 
 class Turn:
@@ -32,7 +31,7 @@ class Turn:
         self.is_over = False
         self._model, self._messages = model, list(messages)
         self._sampling = {**CHAT_DEFAULTS, **sampling}
-        self._stream: AnswerStream | None = None
+        self._stream: ChatStream | None = None
         self._is_stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="edgeinfer-turn", daemon=True)
 
@@ -48,6 +47,11 @@ class Turn:
             with contextlib.suppress(Exception):
                 stream.close()
 
+    @property
+    def is_stopped(self) -> bool:
+        """Whether somebody ended it."""
+        return self._is_stopping.is_set()
+
     def wait(self, timeout: float) -> bool:
         """Whether the thread has ended by then."""
         self._thread.join(timeout)
@@ -61,6 +65,7 @@ class Turn:
             if self._is_stopping.is_set():
                 stream.close()
             for event in stream:
+                self.n_dropped = stream.dropped_turns  # a server has said by now
                 if self._is_stopping.is_set():
                     break
                 self.events.append((time.perf_counter(), event))

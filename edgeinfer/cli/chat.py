@@ -20,17 +20,19 @@ from edgeinfer.cli.models import (
     remember,
     start_notes,
 )
-from edgeinfer.cli.opening import GC_THRESHOLD, follow, open_model
+from edgeinfer.cli.opening import GC_THRESHOLD, follow, open_model, open_on_server, server_of
 from edgeinfer.cli.options import (
     common_flags,
     load_flags,
     load_options,
     sampling_flags,
     sampling_options,
+    url_flags,
 )
 
 if TYPE_CHECKING:
     from edgeinfer.llm import LLM
+    from edgeinfer.remote.server import Server
 
 _TYPED = "typed-lines"  # at a plain terminal
 
@@ -40,6 +42,7 @@ _TYPED = "typed-lines"  # at a plain terminal
 @click.option("--plain", is_flag=True, help="Line by line, without the full-screen view.")
 @click.option("--system", metavar="TEXT", help="System message.")
 @click.option("--no-history", is_flag=True, help="Keep nothing of this chat.")
+@url_flags
 @load_flags
 @sampling_flags
 @common_flags
@@ -47,7 +50,11 @@ def command(
     model: str | None, plain: bool, system: str | None, no_history: bool, **flags: Any
 ) -> None:
     """Talk to a model, full-screen on a terminal; with --plain a line is a message."""
+    server = server_of(flags)
     if not plain and draws_screens(os.environ):
+        if server is not None:
+            _open_tui(model, system, not no_history, flags, server)
+            return
         if model is not None or flags["yes"]:
             model = choose_model(model, bool(flags["yes"]), is_chat=True)
         _open_tui(model, system, not no_history, flags)
@@ -55,16 +62,24 @@ def command(
         return
     from edgeinfer.cli.plain_chat import talk
 
+    typed = None if no_history else config.data_folder() / _TYPED
+    if server is not None:
+        with open_on_server(server, model) as answering:
+            talk(answering, system, sampling_options(flags), follow, history=typed)
+        return
     with open_model(model, flags, is_chat=True, templates=True) as llm:
         path = llm.runtime.model.file.path
         for why in remember(str(path.resolve())):
             note(why)
-        typed = None if no_history else config.data_folder() / _TYPED
         talk(llm, system, sampling_options(flags), follow, lambda: advise_after(path), typed)
 
 
 def _open_tui(
-    model: str | None, system: str | None, keeps_history: bool, flags: dict[str, Any]
+    model: str | None,
+    system: str | None,
+    keeps_history: bool,
+    flags: dict[str, Any],
+    server: Server | None = None,
 ) -> None:
     gc.set_threshold(GC_THRESHOLD)
     notes: dict[str, None] = {}  # said once the screen is the shell's again
@@ -95,6 +110,7 @@ def _open_tui(
         last_model=last_model,
         take_loaded=take_loaded,
         downloads=downloadable,
+        server=server,
     )
     for line in notes:
         note(line)

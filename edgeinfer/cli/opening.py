@@ -8,16 +8,21 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from edgeinfer.cli.console import Output, ProgressLine, note, tell
 from edgeinfer.cli.models import choose_model, start_notes
-from edgeinfer.cli.options import load_options
+from edgeinfer.cli.options import as_flag, load_options
+from edgeinfer.errors import Keyword
 from edgeinfer.terminal import printable
 
 if TYPE_CHECKING:
+    from edgeinfer.chat_model import ChatStream
     from edgeinfer.engine.memory_plan import MemoryPlan
     from edgeinfer.llm import LLM
     from edgeinfer.options import LoadOptions, Progress
-    from edgeinfer.stream import Stream
+    from edgeinfer.remote.model import RemoteModel
+    from edgeinfer.remote.server import Server
 
 GC_THRESHOLD = 10_000  # new objects between two collections; Python's own are 700 to 2,000
 
@@ -63,6 +68,39 @@ def open_model(
         yield llm
 
 
+def server_of(flags: dict[str, Any]) -> Server | None:
+    """The server that the flags name, which nothing is asked yet; None where they name none.
+
+    Takes its flags away. UsageError for others that say how this machine would load a model.
+    """
+    url, key = flags.pop("url"), flags.pop("api_key")
+    if url is None:
+        if key is not None:
+            raise click.UsageError("--api-key is for the server of --url, and there is none")
+        return None
+    given = [as_flag(Keyword(name)) for name in load_options(flags)]
+    if given:
+        raise click.UsageError(
+            f"{', '.join(given)}: how a model is loaded is set where it runs, not with --url"
+        )
+    from edgeinfer.remote.address import read_address
+    from edgeinfer.remote.server import Server
+
+    return Server(read_address(url, key))
+
+
+@contextlib.contextmanager
+def open_on_server(server: Server, model: str | None) -> Iterator[RemoteModel]:
+    """A model that runs there, the only one where none is named, and what is told of it."""
+    opened = server.open(model or "")
+    context = f": context {opened.n_ctx} tokens" if opened.n_ctx else ""
+    note(f"{opened.name}{context}")
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
 def _kept(plan: MemoryPlan) -> str:
     """How much of a plan is for what has been read before."""
     from edgeinfer.engine.plan_rows import size_text
@@ -71,7 +109,7 @@ def _kept(plan: MemoryPlan) -> str:
     return f", {size_text(n_bytes)} of them for earlier prompts" if n_bytes else ""
 
 
-def follow(stream: Stream, output: Output | None) -> None:
+def follow(stream: ChatStream, output: Output | None) -> None:
     """Write an answer as it comes; its reasoning goes to stderr where a person reads that."""
     shows_reasoning = sys.stderr.isatty()
     with ProgressLine() as line:

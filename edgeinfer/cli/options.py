@@ -119,6 +119,19 @@ def common_flags(command: F) -> F:
     return flag(command)
 
 
+def url_flags(command: F) -> F:
+    """Where the model runs, if not here."""
+    url = click.option(
+        "--url",
+        metavar="URL",
+        help="Ask a server that speaks OpenAI's API; MODEL is its name there.",
+    )
+    key = click.option(
+        "--api-key", metavar="KEY", help="For that server; else EDGEINFER_API_KEY, OPENAI_API_KEY."
+    )
+    return _with(command, (url, key))
+
+
 def input_flags(command: F) -> F:
     """Where text comes from."""
     words = click.argument("words", metavar="[TEXT]", nargs=-1)

@@ -22,10 +22,10 @@ from edgeinfer.errors import (
 )
 
 if TYPE_CHECKING:
+    from edgeinfer.chat_model import ChatModel, ChatStream
     from edgeinfer.llm import LLM
     from edgeinfer.options import Sampling
     from edgeinfer.results import Completion
-    from edgeinfer.stream import Stream
     from edgeinfer.text.messages import Message
 
 HELP = """\
@@ -36,11 +36,11 @@ HELP = """\
 Any other line is a message; so is a text of several lines that is pasted."""
 _ENDS = ("/exit", "/quit", "/bye")
 
-Follow = Callable[["Stream", Output | None], None]
+Follow = Callable[["ChatStream", Output | None], None]
 
 
 def talk(
-    llm: LLM,
+    llm: LLM | ChatModel,
     system: str | None,
     sampling: Sampling,
     follow: Follow,
@@ -83,7 +83,9 @@ def _obey(conversation: _Conversation, line: str) -> bool:
 class _Conversation:
     """The messages so far, and what the last answer took."""
 
-    def __init__(self, llm: LLM, system: str | None, sampling: Sampling, follow: Follow) -> None:
+    def __init__(
+        self, llm: LLM | ChatModel, system: str | None, sampling: Sampling, follow: Follow
+    ) -> None:
         self._llm, self._follow, self._sampling = llm, follow, sampling
         self._sampling.setdefault("overflow", "drop-turns")
         self.messages: list[Message] = []
@@ -105,11 +107,12 @@ class _Conversation:
     def answer(self, line: str) -> bool:
         """Answer a message, False if that failed; what came of a stopped answer is kept."""
         turns: list[Message] = [*self.messages, {"role": "user", "content": line}]
+        output = Output()
         try:
             with self._llm.stream_chat(turns, **self._sampling) as stream:
                 self._tell_dropped(stream.dropped_turns)
                 try:
-                    self._follow(stream, Output())
+                    self._follow(stream, output)
                 except KeyboardInterrupt:
                     if not sys.stdin.isatty():
                         raise
@@ -118,8 +121,10 @@ class _Conversation:
         except EdgeInferError as error:
             if not sys.stdin.isatty():
                 raise
+            output.end()
             note(f"edgeinfer: {_in_words(error)}")
             return False
+        self._tell_dropped(stream.dropped_turns)  # a server has said only now
         self._take(turns, stream.completion)
         return True
 
@@ -127,8 +132,10 @@ class _Conversation:
         self.last = answer
         if answer.text:
             self.messages = [*turns, {"role": "assistant", "content": answer.text}]
+        if answer.finish_reason == "length" and not self._sampling.get("max_tokens"):
+            note("(cut off: the context is full)")
         used = answer.usage.prompt_tokens + answer.usage.completion_tokens
-        self._tell_dropped(int(used > self._llm.n_ctx))
+        self._tell_dropped(int(used > (self._llm.n_ctx or used)))
 
     def _tell_dropped(self, n_dropped: int) -> None:
         """One line, the first time that something is forgotten."""
@@ -136,7 +143,8 @@ class _Conversation:
         if n_dropped and not self._told and self._sampling.get("overflow") != "error":
             self._told = True
             kept = "; the system message stays" if self.system else ""
-            full = f"the context of {self._llm.n_ctx} tokens is full"
+            n_ctx = self._llm.n_ctx
+            full = f"the context of {n_ctx} tokens is full" if n_ctx else "the context is full"
             note(f"({full}: the oldest turns drop out{kept})")
 
 
@@ -174,21 +182,26 @@ def _system(conversation: _Conversation, rest: str) -> None:
 
 
 def _stats(conversation: _Conversation, rest: str) -> None:
+    """What is known: a server may not tell its context length or the count of tokens."""
     answer, llm = conversation.last, conversation._llm
-    memory = f"{platform.rss() >> 20} MiB held, {llm.plan.summary} planned"
+    context = f"{llm.n_ctx} tokens" if llm.n_ctx else "of unknown length"
+    memory = llm.plan and f"{platform.rss() >> 20} MiB held, {llm.plan.summary} planned"
     if answer is None:
-        note(f"no answer yet; context {llm.n_ctx} tokens; {memory}")
+        note("; ".join(filter(None, [f"no answer yet; context {context}", memory])))
         return
     usage, times = answer.usage, answer.timings
-    used = min(usage.prompt_tokens + usage.completion_tokens, llm.n_ctx)
+    used = usage.prompt_tokens + usage.completion_tokens
+    used_text = f"{min(used, llm.n_ctx)} of {context}" if llm.n_ctx and used else context
     n_turns = sum(message["role"] == "user" for message in conversation.messages)
-    note(
-        f"context: {used} of {llm.n_ctx} tokens, {n_turns} turns, "
-        f"{conversation.n_dropped} of them dropped\n"
+    lines = [
+        f"context: {used_text}, {n_turns} turns, {conversation.n_dropped} of them dropped",
         f"last answer: {usage.completion_tokens} tokens at {times.decode_tok_s:.1f} tok/s, first "
         f"after {times.first_token_s:.2f} s; prompt {usage.prompt_tokens} tokens, "
-        f"{usage.cached_tokens} of them kept from before\nmemory: {memory}"
-    )
+        f"{usage.cached_tokens} of them kept from before",
+    ]
+    if not used:
+        lines[1] = f"last answer: first text after {times.first_token_s:.2f} s"
+    note("\n".join([*lines, *([f"memory: {memory}"] if memory else [])]))
 
 
 _COMMANDS = {

@@ -10,7 +10,7 @@ import click
 from edgeinfer.cli.console import Output, note, show_json
 from edgeinfer.cli.input import read_prompt
 from edgeinfer.cli.models import advise_after
-from edgeinfer.cli.opening import follow, open_model
+from edgeinfer.cli.opening import follow, open_model, open_on_server, server_of
 from edgeinfer.cli.options import (
     common_flags,
     input_flags,
@@ -18,10 +18,13 @@ from edgeinfer.cli.options import (
     load_options,
     sampling_flags,
     sampling_options,
+    url_flags,
 )
 
 if TYPE_CHECKING:
+    from edgeinfer.chat_model import ChatStream
     from edgeinfer.llm import LLM
+    from edgeinfer.remote.model import RemoteStream
     from edgeinfer.stream import Stream
 
 
@@ -34,6 +37,7 @@ _MOST_TOKENS = 2048  # of an answer, unless -n says otherwise
 @click.option("--system", metavar="TEXT", help="System message.")
 @click.option("--raw", is_flag=True, help="Continue the text as it is, without chat template.")
 @click.option("as_json", "--json", is_flag=True, help="One JSON object instead of the text.")
+@url_flags
 @load_flags
 @sampling_flags
 @common_flags
@@ -54,11 +58,22 @@ def command(
     """
     if raw and system is not None:
         raise click.UsageError("--system needs the chat template, --raw leaves it out")
+    server = server_of(flags)
+    if raw and server is not None:
+        raise click.UsageError("--raw needs the model here; the server of --url has the template")
     text = _read(model, words, prompt, files, raw)
     is_limited = flags["max_tokens"] is None
     if is_limited:
         flags["max_tokens"] = _MOST_TOKENS
     sampling = sampling_options(flags)
+    if server is not None:
+        with open_on_server(server, model) as answering:
+            with answering.stream_chat(_conversation(system, text), **sampling) as answer:
+                follow(answer, None if as_json else Output())
+            _tell_why_it_ended(answer, is_limited, answering.n_ctx)
+            if as_json:
+                show_json(_told_json(answer, text, system, flags))
+        return
     with open_model(model, flags, templates=not raw) as llm:
         if raw:
             stream = llm.stream(text, **sampling)
@@ -90,7 +105,7 @@ def _read(
     return text
 
 
-def _tell_why_it_ended(stream: Stream, is_limited: bool, n_ctx: int) -> None:
+def _tell_why_it_ended(stream: ChatStream, is_limited: bool, n_ctx: int | None) -> None:
     """A line where an answer ended that nobody had asked to end there."""
     answer = stream.completion
     if answer.finish_reason != "length":
@@ -98,7 +113,7 @@ def _tell_why_it_ended(stream: Stream, is_limited: bool, n_ctx: int) -> None:
     n_tokens = answer.usage.completion_tokens
     if is_limited and n_tokens == _MOST_TOKENS:
         note(f"(stopped after {n_tokens:,} tokens; -n -1 goes on to the end, -n N to another)")
-    elif answer.usage.prompt_tokens + n_tokens >= n_ctx:
+    elif n_ctx and answer.usage.prompt_tokens + n_tokens >= n_ctx:
         note(f"(stopped: the context of {n_ctx:,} tokens is full; -c N makes it longer)")
 
 
@@ -129,4 +144,22 @@ def _answer_json(
         "sampling": sampling_options(flags),
         **Recording.of(llm, stream).as_json(),
         "timings": asdict(answer.timings),
+    }
+
+
+def _told_json(
+    stream: RemoteStream, prompt: str, system: str | None, flags: dict[str, Any]
+) -> dict[str, Any]:
+    """What came from a server; `usage` and `timings` as it told them, null where it did not."""
+    answer = stream.completion
+    return {
+        "text": answer.text,
+        "reasoning": answer.reasoning,
+        "finish_reason": answer.finish_reason,
+        "model": answer.model,
+        "prompt": prompt,
+        "system": system,
+        "sampling": sampling_options(flags),
+        "usage": stream.told.usage,
+        "timings": stream.told.timings,
     }

@@ -29,7 +29,8 @@ class Delivery:
     """Events on their way from the engine's thread to their queues, in order.
 
     To wake up a reader takes the system 5 to 10 us, and none goes on before the engine's thread has
-    begun the next step. So where there are many they are woken beside that step.
+    begun the next step. So where there are many they are woken beside that step; so is one that is
+    called back, for to wake an event loop takes longer, and it would take the interpreter, too.
     """
 
     def __init__(self) -> None:
@@ -48,7 +49,10 @@ class Delivery:
         if not self._events:
             return
         is_idle = self._n_called == self._n_come
-        if is_idle and (len(self._events) <= _FEW or not self._has_thread()):
+        is_quick = len(self._events) <= _FEW and not any(
+            [receiver.events.calls_back for receiver, _ in self._events]
+        )
+        if is_idle and (is_quick or not self._has_thread()):
             self._deliver()
         else:
             self._n_called += 1

@@ -35,6 +35,11 @@ class EventQueue(Generic[T]):
         """Whether so much has been read that it pays to go on."""
         return self._events.qsize() <= self._size // 2
 
+    @property
+    def calls_back(self) -> bool:
+        """Whether a callback waits for the next event."""
+        return bool(self._callbacks)
+
     def put(self, event: T) -> None:
         self._events.put(event)
         if self._callbacks:

@@ -10,7 +10,6 @@ import hashlib
 import http.client
 import json
 import re
-import ssl
 import time
 import urllib.error
 import urllib.parse
@@ -312,14 +311,7 @@ def _open(path: str, repo: str, start: int = 0, end: int | None = None) -> Itera
 
 
 def _opener() -> urllib.request.OpenerDirector:
-    context = ssl.create_default_context()
-    try:
-        # Some Pythons on macOS come without certificates; more of them do no harm elsewhere.
-        import certifi
-
-        context.load_verify_locations(certifi.where())
-    except (ImportError, OSError):
-        pass
+    context = platform.tls_context()
     return urllib.request.build_opener(_Redirects, urllib.request.HTTPSHandler(context=context))
 
 

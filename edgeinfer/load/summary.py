@@ -16,6 +16,7 @@ from edgeinfer.load.generator import RUNNING, Measured, Record
 Json: TypeAlias = "dict[str, Any]"
 PERCENTS = (50, 90, 95, 99)
 _TAKES_TIME = ("", "deadline", RUNNING)  # failures whose time tells something
+_USERS_TAKE = ("", "deadline")  # without pauses each has one that the end cuts off
 
 
 def summary(measured: Measured) -> Json:
@@ -29,6 +30,8 @@ def summary(measured: Measured) -> Json:
     failed = Counter(each.failure for each in records if each.failure not in ("", RUNNING))
     in_time = [each for each in measured.records if not each.failure and begin <= each.ended < end]
     n_tokens = sum(_tokens_within(each, begin, end) for each in measured.records)
+    counted = _USERS_TAKE if settings.n_users else _TAKES_TIME
+    timed = [each for each in records if each.failure in counted]
     wall = max(measured.ended - measured.begun, 1e-9)
     return {
         "seconds": seconds,
@@ -47,9 +50,9 @@ def summary(measured: Measured) -> Json:
         "prompt_tokens": _mean([each.n_prompt for each in done]),
         "answer_tokens": _mean([each.n_answer for each in done]),
         "cached_share": _cached_share(done),
-        "first_token_s": percentiles(first_token_seconds(records, measured.ended)),
+        "first_token_s": percentiles(first_token_seconds(timed, measured.ended)),
         "gap_s": percentiles(gaps(done)),
-        "end_to_end_s": percentiles(end_to_end_seconds(records, measured.ended)),
+        "end_to_end_s": percentiles(end_to_end_seconds(timed, measured.ended)),
         "joules": measured.joules,
         "joules_per_token": _joules_per_token(measured),
         "client": {
@@ -150,7 +153,7 @@ def notes(found: Json) -> list[str]:
     for kind, n in found["failed"].items():
         said = found["messages"].get(kind, "")
         lines.append(f"failed: {n} x {kind}" + (f" ({said})" if said else ""))
-    if found["still_running"]:
+    if found["still_running"] and not found["users"]:
         lines.append(f"still running at the end: {found['still_running']}, with their time so far")
     if found["retried"]:
         lines.append(f"asked again because the server said so: {found['retried']}")

@@ -72,7 +72,7 @@ if TYPE_CHECKING:
         signals_handled,
         stop_for_shell,
     )
-    from edgeinfer.platform.sockets import listen
+    from edgeinfer.platform.sockets import end_reading, listen, tls_context
     from edgeinfer.platform.terminals import input_waits
     from edgeinfer.platform.trust import distrust, read_private
 
@@ -94,7 +94,7 @@ _NAMES = {
     "native": "Code Memory ThreadCalls can_run_generated_code keep thread_calls",
     "processors": "cpu_name default_threads processor_facts",
     "signals": "SIGNAL_CODE signals_call signals_exit signals_handled stop_for_shell",
-    "sockets": "listen",
+    "sockets": "end_reading listen tls_context",
     "terminals": "input_waits",
     "trust": "distrust read_private",
 }
@@ -126,6 +126,7 @@ __all__ = [
     "default_threads",
     "delete_all",
     "distrust",
+    "end_reading",
     "ended_for_time",
     "files_below",
     "find_program",
@@ -159,6 +160,7 @@ __all__ = [
     "stop_for_shell",
     "sync",
     "thread_calls",
+    "tls_context",
     "try_lock",
     "unlink_open",
     "write_whole",

@@ -1,9 +1,13 @@
-"""Listening for connections."""
+"""Listening for connections, and whom to trust over TLS."""
 
 from __future__ import annotations
 
 import os
 import socket
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import ssl
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -19,3 +23,27 @@ def listen(host: str, port: int) -> socket.socket:
         listener.close()
         raise
     return listener
+
+
+def end_reading(connection: socket.socket) -> None:
+    """Wake whatever waits for bytes of a connection, in any thread: none come any more."""
+    try:
+        # NOTE: SSLSocket's own would take the state away that the reader is using.
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)
+    except OSError:  # it is closed, or was never open
+        pass
+
+
+def tls_context() -> ssl.SSLContext:
+    """Certificates of the system, or of SSL_CERT_FILE and SSL_CERT_DIR, and certifi's."""
+    import ssl  # 10 ms that most commands do without
+
+    context = ssl.create_default_context()
+    try:
+        # Some Pythons on macOS come without certificates; more of them do no harm elsewhere.
+        import certifi
+
+        context.load_verify_locations(certifi.where())
+    except (ImportError, OSError):
+        pass
+    return context

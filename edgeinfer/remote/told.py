@@ -1,0 +1,73 @@
+"""What servers tell, by all the names that they have for it; anything malformed is not told."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+_LENGTHS = ("max_model_len", "context_length", "context_window", "max_context_length")
+_MOST = 1 << 40
+
+
+def count(value: Any) -> int:
+    """A number of tokens, 0 where it is none."""
+    return value if type(value) is int and 0 < value < _MOST else 0
+
+
+def number(value: Any) -> float:
+    """A rate, 0 where it is none."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if is_number and 0 < value < _MOST and math.isfinite(value) else 0.0
+
+
+def clean_text(text: str) -> str:
+    """Text that every encoding can take: half of a surrogate pair is no character."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+
+
+def parts_of(message: Mapping[str, Any]) -> tuple[str, str]:
+    """Reasoning and text; servers that know several names for reasoning send it by each."""
+    thoughts = (message.get(name) for name in _REASONING)
+    reasoning = next((each for each in thoughts if isinstance(each, str) and each), "")
+    content = message.get("content") or message.get("refusal")
+    if isinstance(content, list):
+        reasoning += "".join(_thought(part) for part in content)
+        content = "".join(_text(part) for part in content)
+    return clean_text(reasoning), clean_text(content) if isinstance(content, str) else ""
+
+
+def _thought(part: Any) -> str:
+    thought = part.get("thinking") if isinstance(part, Mapping) else None
+    if isinstance(thought, list):
+        return "".join(map(_text, thought))
+    return thought if isinstance(thought, str) else ""
+
+
+def _text(part: Any) -> str:
+    text = part.get("text") if isinstance(part, Mapping) else None
+    return text if isinstance(text, str) else ""
+
+
+def counts_of(usage: Mapping[str, Any], timings: Mapping[str, Any]) -> tuple[int, int, int, int]:
+    """Tokens of the prompt, of the answer, of the cache, and of reasoning inside the answer."""
+    n_cached = count(_within(usage, "prompt_tokens_details", "cached_tokens"))
+    n_cached = n_cached or count(timings.get("cache_n"))
+    n_prompt = count(usage.get("prompt_tokens"))
+    n_prompt = n_prompt or (count(timings.get("prompt_n")) + n_cached)
+    n_new = count(usage.get("completion_tokens")) or count(timings.get("predicted_n"))
+    n_reasoning = count(_within(usage, "completion_tokens_details", "reasoning_tokens"))
+    return n_prompt, n_new, min(n_cached, n_prompt), min(n_reasoning, n_new)
+
+
+def context_of(entry: Mapping[str, Any]) -> tuple[int, int]:
+    """The context length of a listed model, and the one that it was trained for."""
+    n_ctx = count(_within(entry, "meta", "n_ctx"))
+    found = n_ctx or next(filter(None, (count(entry.get(name)) for name in _LENGTHS)), 0)
+    return found, count(_within(entry, "meta", "n_ctx_train"))
+
+
+def _within(outer: Mapping[str, Any], name: str, inner: str) -> Any:
+    value = outer.get(name)
+    return value.get(inner) if isinstance(value, Mapping) else None
