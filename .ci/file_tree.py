@@ -21,6 +21,7 @@ SAID = {
     "NOTICE": "Projects whose published facts are used.",
     "README.md": "This file.",
     "edgeinfer/examples": "Small programs, each showing one thing, and a notebook.",
+    "edgeinfer/examples/ray": "Many copies of a model behind one address, and what to set.",
     "edgeinfer/pyinstaller/rthooks": "What runs before a frozen program.",
     "pyproject.toml": "Packaging, dependencies, settings of ruff, mypy and pytest.",
     "tests/bench": "Benchmarks, and the log of what was tuned.",

@@ -137,6 +137,11 @@ class AsyncStream(AsyncIterator[Event]):
         self._reading = threading.Lock()
 
     @property
+    def stream(self) -> Stream:
+        """The same for who reads it with `poll` and `notify` instead."""
+        return self._stream
+
+    @property
     def completion(self) -> Completion:
         return self._stream.completion
 

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from edgeinfer.backend import Backend, Program, Ticket, build_exactly, tune, unkept_kernels
+from edgeinfer.backend import (
+    Backend,
+    Drafts,
+    Program,
+    Ticket,
+    build_exactly,
+    tune,
+    unkept_kernels,
+)
 from edgeinfer.batch import Batch, Demand, Outputs, StepLimits, StepRequest
 from edgeinfer.graph import Segment
 
@@ -59,7 +67,7 @@ class ChainBackend:
         limits = [demand.limits for demand in demands]
         n_pages = {window: n for each in limits for window, n in each.n_pages.items()}
         whole = limits[-1]._replace(
-            n_pages={window: n_pages[window] for window in segment.groups},
+            n_pages={window: n_pages[window] for window in segment.windows},
             max_sequences=min(each.max_sequences for each in limits),
             shared_rows=min(each.shared_rows for each in limits),
             row_cost=max(each.row_cost for each in limits),
@@ -74,15 +82,15 @@ class ChainBackend:
 
     def compile(self, segment: Segment, limits: StepLimits) -> Chain:
         """One program for each stretch; none is left where one of them can't be made."""
-        windows = list(segment.groups)
+        windows = segment.windows
         with ExitStack() as stack:
             links = []
             parts, n_layers = self._parts(segment), self._layer_counts(segment)
             for (backend, part), n in zip(parts, n_layers, strict=True):
-                n_pages = {window: limits.n_pages[window] for window in part.groups}
+                n_pages = {window: limits.n_pages[window] for window in part.windows}
                 program = backend.compile(part, limits._replace(n_pages=n_pages))
                 stack.callback(program.close)
-                groups = tuple(map(windows.index, n_pages))
+                groups = tuple(map(windows.index, part.groups))
                 links.append(Link(program, groups, n, frozenset(part.residuals)))
             stack.pop_all()
         return Chain(links)
@@ -144,6 +152,12 @@ class Chain:
     @property
     def programs(self) -> tuple[Program, ...]:
         return tuple(link.program for link in self._links)
+
+    @property
+    def draft(self) -> Program | None:
+        """Beside the last program, which has the head."""
+        last = self._links[-1].program
+        return last.draft if isinstance(last, Drafts) else None
 
     @property
     def step_weight_bytes(self) -> int:

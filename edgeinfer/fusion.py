@@ -8,7 +8,7 @@ runs the plain kernel of each.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar
 
 from edgeinfer.errors import UnsupportedModelError
 from edgeinfer.graph import (
@@ -85,6 +85,35 @@ class SiluConv(NamedTuple):
     convolved: int  # index of that value
 
 
+class Convs(NamedTuple):
+    """Convolutions of as many taps, none of which reads what another leaves."""
+
+    parts: tuple[Conv | SiluConv, ...]
+
+
+class GatedDeltaNet(NamedTuple):
+    """A delta net, and what makes its operands of q, k, decay and beta for nothing else.
+
+    With an `eps` each head of q and k is normed, without a weight, and multiplied by a factor. With
+    a `rate` decay is softplus(decay + bias) * rate, and beta the sigmoid of beta.
+    """
+
+    layer: int
+    out: Value
+    q: Value
+    k: Value
+    v: Value
+    decay: Value
+    beta: Value
+    net: DeltaNet
+    made_by: tuple[Op, ...]  # in the order of the segment
+    eps: float | None
+    q_factor: float
+    k_factor: float
+    bias: Weight | None
+    rate: Weight | None
+
+
 class WholeNorm(NamedTuple):
     """out = the norm of each of the wanted rows of x as a whole."""
 
@@ -148,13 +177,13 @@ class RotatedAttention(NamedTuple):
 Step: TypeAlias = (
     Embed | RmsNorm | Matmuls | Rotate | PinnedRotate | PinnedAttention | RotatedAttention | Add
     | Mul | Bias | Gain | Scale | SoftCap | Activation | Clamp | MulParts | Route | ExpertMatmuls
-    | ExpertSum | Conv | DeltaNet | SelectRows | WholeNorm | SwiGlu | SiluConv
+    | ExpertSum | Convs | GatedDeltaNet | SelectRows | WholeNorm | SwiGlu
 )  # fmt: skip
 
 
 def fuse(segment: Segment) -> list[Step]:
     """What computes the same as the segment's ops, in an order that respects who reads what."""
-    uses, absorbed, steps = Uses(segment), set[Value](), list[Step | Matmul]()
+    uses, absorbed, steps = Uses(segment), set[Value](), list[_Single]()
     # From the end, so that the op that ends a pattern is met before those that it takes in.
     for op in reversed(segment.ops):
         if op.out not in absorbed:
@@ -162,6 +191,9 @@ def fuse(segment: Segment) -> list[Step]:
             absorbed.update(taken)
             steps += reversed(new)
     return list(_side_by_side(steps[::-1]))
+
+
+_Made = TypeVar("_Made")
 
 
 class Uses:
@@ -189,8 +221,15 @@ class Uses:
         is_inner = value in self.makers and value not in self._kept
         return is_inner and len(readers) == 1 and readers[0] is reader
 
+    def only(self, kind: type[_Made], value: Value, reader: Op) -> _Made | None:
+        """The op of a kind that makes a value for this op alone, None where there is none."""
+        made = self.makers.get(value)
+        return made if isinstance(made, kind) and self.are_only(value, reader) else None
 
-_Rewritten: TypeAlias = "tuple[Sequence[Step | Matmul], Sequence[Value]]"  # steps, values taken in
+
+_Part: TypeAlias = Matmul | ExpertLinear | Conv | SiluConv  # some of which are one step
+_Single: TypeAlias = "Step | _Part"
+_Rewritten: TypeAlias = "tuple[Sequence[_Single], Sequence[Value]]"  # steps, values taken in
 
 
 def _rewritten(op: Op, uses: Uses) -> _Rewritten:
@@ -198,8 +237,6 @@ def _rewritten(op: Op, uses: Uses) -> _Rewritten:
         return _rotated_attention(op, uses) or _pinned_attention(op, uses)
     if isinstance(op, Linear):
         return [Matmul(*op, residual=None)], []
-    if isinstance(op, ExpertLinear):
-        return [ExpertMatmuls((op,))], []
     if isinstance(op, Add):
         return _residual(op, uses) or ([op], [])
     if isinstance(op, Mul):
@@ -208,6 +245,8 @@ def _rewritten(op: Op, uses: Uses) -> _Rewritten:
         return _silu_conv(op, uses) or ([op], [])
     if isinstance(op, RmsNorm):
         return _selected_norm(op, uses) or ([op], [])
+    if isinstance(op, DeltaNet):
+        return _gated_delta_net(op, uses)
     return [op], []
 
 
@@ -242,6 +281,59 @@ def _selected_norm(op: RmsNorm, uses: Uses) -> _Rewritten | None:
     if op.n_heads != 1 or op.weight is None:
         return None
     return [WholeNorm(op.layer, op.out, select.x, op.weight, op.eps)], [op.x]
+
+
+def _gated_delta_net(op: DeltaNet, uses: Uses) -> _Rewritten:
+    """q and k that are normed alike, and the usual gates; either of these two, or neither."""
+    step = GatedDeltaNet(*op[:7], op, (), None, 1.0, 1.0, None, None)
+    made_by: list[Op] = []
+    q, k = (_normed_heads(value, op, uses) for value in (op.q, op.k))
+    if q is not None and k is not None and q.norm.eps == k.norm.eps:
+        step = step._replace(
+            q=q.norm.x, k=k.norm.x, eps=q.norm.eps, q_factor=q.factor, k_factor=k.factor
+        )
+        made_by += [*q.made_by, *k.made_by]
+    if (gates := _gates(op, uses)) is not None:
+        bias, _, gain, sigmoid = gates
+        step = step._replace(decay=bias.x, beta=sigmoid.x, bias=bias.weight, rate=gain.weight)
+        made_by += gates
+    step = step._replace(made_by=tuple(sorted(made_by, key=lambda each: each.out.index)))
+    return [step], [each.out for each in made_by]
+
+
+class _NormedHeads(NamedTuple):
+    """Heads that are normed without a weight, then maybe multiplied by a factor."""
+
+    norm: RmsNorm
+    scale: Scale | None
+
+    @property
+    def factor(self) -> float:
+        return 1.0 if self.scale is None else self.scale.factor
+
+    @property
+    def made_by(self) -> list[Op]:
+        return [self.norm] if self.scale is None else [self.norm, self.scale]
+
+
+def _normed_heads(value: Value, op: DeltaNet, uses: Uses) -> _NormedHeads | None:
+    scale = uses.only(Scale, value, op)
+    norm = uses.only(RmsNorm, value, op) if scale is None else uses.only(RmsNorm, scale.x, scale)
+    if norm is None or norm.weight is not None or norm.n_heads != op.n_k_heads:
+        return None
+    return _NormedHeads(norm, scale)
+
+
+def _gates(op: DeltaNet, uses: Uses) -> tuple[Bias, Activation, Gain, Activation] | None:
+    """softplus(x + bias) * rate for the decay, and a sigmoid for beta."""
+    gain, sigmoid = uses.only(Gain, op.decay, op), uses.only(Activation, op.beta, op)
+    if gain is None or sigmoid is None or sigmoid.kind != "sigmoid":
+        return None
+    softplus = uses.only(Activation, gain.x, gain)
+    if softplus is None or softplus.kind != "softplus":
+        return None
+    bias = uses.only(Bias, softplus.x, softplus)
+    return None if bias is None else (bias, softplus, gain, sigmoid)
 
 
 def _rotated_attention(op: Attention, uses: Uses) -> _Rewritten | None:
@@ -326,28 +418,38 @@ def pinned_query(op: Attention, uses: Uses) -> list[Op]:
     return [each for value, each in turned.items() if value in needed]
 
 
-def _side_by_side(steps: Sequence[Step | Matmul]) -> Iterator[Step]:
-    """Runs of matmuls of one x, cut where one adds what an earlier one leaves."""
-    run: list[Matmul] = []
-    experts: list[ExpertLinear] = []
+def _side_by_side(steps: Sequence[_Single]) -> Iterator[Step]:
+    """Products and convolutions that need not wait for each other become one step."""
+    run: list[_Part] = []
     for step in [*steps, None]:
-        if run and not (isinstance(step, Matmul) and _joins(step, run)):
-            yield Matmuls(tuple(run))
+        if run and not (step is not None and _joins(step, run)):
+            yield _together(run)
             run = []
-        if experts and not (isinstance(step, ExpertMatmuls) and _meets(step, experts[0])):
-            yield ExpertMatmuls(tuple(experts))
-            experts = []
-        if isinstance(step, Matmul):
+        if isinstance(step, (Matmul, ExpertLinear, Conv, SiluConv)):
             run.append(step)
-        elif isinstance(step, ExpertMatmuls):
-            experts += step.parts
         elif step is not None:
             yield step
 
 
-def _joins(step: Matmul, run: Sequence[Matmul]) -> bool:
-    return step.x is run[0].x and all(step.residual is not each.out for each in run)
+def _joins(step: _Single, run: Sequence[_Part]) -> bool:
+    first = run[0]
+    if isinstance(step, Matmul) and isinstance(first, Matmul):
+        return step.x is first.x and all(step.residual is not each.out for each in run)
+    if isinstance(step, ExpertLinear) and isinstance(first, ExpertLinear):
+        return step.x is first.x and step.route is first.route
+    if isinstance(step, (Conv, SiluConv)) and type(step) is type(first):
+        is_alike = step.weight.shape[-1] == first.weight.shape[-1]
+        return is_alike and all(step.x is not each.out for each in run)
+    return False
 
 
-def _meets(step: ExpertMatmuls, first: ExpertLinear) -> bool:
-    return all(op.x is first.x and op.route is first.route for op in step.parts)
+def _together(run: Sequence[_Part]) -> Step:
+    """Parts of one kind as a step."""
+    kinds = {Matmul: Matmuls, ExpertLinear: ExpertMatmuls, Conv: Convs, SiluConv: Convs}
+    step: Step = kinds[type(run[0])](tuple(run))
+    return step
+
+
+def parts_of(step: Step) -> Sequence[Step | _Part]:
+    """What a step does side by side: mostly it is one thing."""
+    return step.parts if isinstance(step, (Matmuls, ExpertMatmuls, Convs)) else (step,)

@@ -38,6 +38,7 @@ class LoadSettings(NamedTuple):
     progress: Callable[[Progress], None] | None
     residuals: tuple[int, ...] = ()  # layers whose entering stream may be watched
     drafts: bool = False  # whether the block that guesses tokens is wanted
+    naive: bool = False  # one answer at a time, nothing reused
 
     @classmethod
     def resolve(cls, function: str, given: LoadOptions) -> LoadSettings:
@@ -72,6 +73,7 @@ class LoadSettings(NamedTuple):
             progress=options.get("progress"),
             residuals=options.get("residuals", ()),
             drafts=options.get("drafts", False),
+            naive=options.get("naive", False),
         )
 
     def segment(self, model: Model, n_ctx: int | None, kv_types: tuple[KVType, KVType]) -> Segment:
@@ -86,11 +88,10 @@ class LoadSettings(NamedTuple):
         segment = model.graph.segment(
             n_ctx=n_ctx, kv_types=kv_types, residuals=self.residuals, drafts=self.drafts
         )
-        if self.drafts and (segment.draft is None or self.device.has_number):
-            found = "holds none" if segment.draft is None else f"runs on {self.device}"
+        if self.drafts and segment.draft is None:
             raise InvalidRequestError(
-                f"drafts is on, and the model {found}; a block that guesses tokens is in some "
-                "files of qwen35, and runs on the devices cpu, law and reference",
+                "drafts is on, and the model holds none; a block that guesses tokens is in some "
+                "files of qwen35",
                 param="drafts",
             )
         return segment

@@ -36,6 +36,7 @@ class LoadOptions(TypedDict, total=False):
     chat_template: str | None  # a name or a file
     pre: str | None  # pre-tokenizer, for a file that names none or an unknown one
     drafts: bool | None  # load the block that guesses tokens (MTP) which some files hold, False
+    naive: bool | None  # one answer at a time, nothing reused: to measure against; False
     residuals: Sequence[int] | None  # layers whose entering stream may be watched; n_layers: head
     download: bool
     progress: Callable[[Progress], None] | None

@@ -146,6 +146,7 @@ LOAD = _by_name(
     Parameter("pre", text, "Pre-tokenizer, for a file that names none."),
     Parameter("chat_template", text, "Instead of the file's own."),
     Parameter("drafts", switch, "Load the block that guesses tokens.", default=False),
+    Parameter("naive", switch, "One answer at a time, nothing reused.", default=False),
     Parameter("residuals", layers, "Layers whose entering stream may be watched."),
     Parameter("download", switch, "Fetch a model that is not here.", default=False),
     Parameter("progress", function, "Told how far loading is."),

@@ -193,7 +193,9 @@ def _load(path: Path, settings: LoadSettings, templates: TemplateEngine | None) 
         try:
             tokenizer.result()
             n_vocab = model.hparams.vocab_size
-            engine = Engine(program, plan.limits, plan.n_ctx, n_vocab, segment=segment)
+            engine = Engine(
+                program, plan.limits, plan.n_ctx, n_vocab, segment=segment, is_naive=settings.naive
+            )
         except BaseException:
             program.close()
             raise

@@ -62,6 +62,12 @@ class Segment(NamedTuple):
         return groups
 
     @property
+    def windows(self) -> list[int]:
+        """Of the groups, and of those of the draft, ascending."""
+        of_draft = self.draft.groups if self.draft else {}
+        return sorted({**self.groups, **of_draft})
+
+    @property
     def states(self) -> dict[int, tuple[State, ...]]:
         """What a state slot holds of a sequence: the states of each layer, in the ops' order."""
         states: dict[int, tuple[State, ...]] = {}
@@ -84,7 +90,8 @@ class Segment(NamedTuple):
     def cut(self, layer: int) -> tuple[Segment, Segment]:
         """The layers before `layer`, and those from it on.
 
-        UnsupportedModelError where these read more of the others than the stream that leaves them.
+        What guesses tokens stays with the head. UnsupportedModelError where these layers read more
+        of the others than the stream that leaves them.
         """
         stream = self.graph.boundary(layer - 1)
         before = tuple(op for op in self.ops if op.layer < layer)
@@ -103,7 +110,7 @@ class Segment(NamedTuple):
         first = self._replace(
             ops=before, output=stream, hidden=stream, is_last=False, residuals=early, draft=None
         )
-        return first, self._replace(ops=after, input=stream, residuals=late, draft=None)
+        return first, self._replace(ops=after, input=stream, residuals=late)
 
 
 def of_types(op: Op, kv_types: tuple[KVType, KVType]) -> Op:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from edgeinfer.fusion import ExpertMatmuls, Matmul, Matmuls, Step
+from edgeinfer.fusion import Matmul, Step, parts_of
 from edgeinfer.graph import Embed, ExpertLinear, Linear, Segment, Value
 from edgeinfer.ops import named_inputs
 from edgeinfer.quant import Weight
@@ -96,7 +96,7 @@ class Reads:
         self._as_floats, self._as_blocks = set(kept), set[Value]()
         self._kept = kept
         for i, step in enumerate(steps):
-            for op in step.parts if isinstance(step, (Matmuls, ExpertMatmuls)) else [step]:
+            for op in parts_of(step):
                 in_blocks = isinstance(op, (Matmul, ExpertLinear)) and reads_blocks(op)
                 for name, value in named_inputs(op):
                     self._reads.setdefault(value, []).append(i)

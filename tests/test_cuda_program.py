@@ -87,6 +87,36 @@ def test_steps_of_few_and_of_many_rows_have_the_same_bits(segment: Segment) -> N
         np.testing.assert_array_equal(np.concatenate(rows), expected)
 
 
+# Of a GPU its architecture, the most shared memory of a block, and an order of its threads.
+GPUS = {"Pascal": (61, 48, 1), "Turing": (75, 64, 7), "Orin": (87, 163, 1)}
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_every_gpu_has_the_same_bits(segment: Segment, gpu: str) -> None:
+    """Each takes other kernels, by how many rows there are."""
+    arch, shared_kb, seed = GPUS[gpu]
+    device = shim(arch=arch, shared_bytes=shared_kb << 10, seed=seed, runs_at_once=False)
+    machine = CudaBackend(device, "shim:0", lambda n_vocab, n_threads: ReferenceSampler())
+    limits = LIMITS._replace(max_rows=64, max_outputs=64)
+    ids, at = (IDS * 7)[:71], 0
+    with ReferenceBackend().compile(segment, limits, mode="quantised") as reference:
+        first = reference.submit(batch_of(ids[:64])).wait().logits
+        expected = np.concatenate([first, reference.submit(batch_of(ids[64:], 64)).wait().logits])
+    with machine.compile(segment, limits) as program:
+        for chunk in (1, 2, 3, 4, 5, 9, 16, 31):
+            logits = program.submit(batch_of(ids[at : at + chunk], at)).wait().logits
+            np.testing.assert_array_equal(logits, expected[at : at + chunk])
+            at += chunk
+        launches = program._lowered.launches
+    tensor_cores = [
+        n
+        for n in (2, 3, 4, 5)
+        if any(each.takes(n) and each.kernel.name == "matmul_mma" for each in launches)
+    ]
+    assert tensor_cores == {"Pascal": [], "Turing": [5], "Orin": [3, 4, 5]}[gpu]
+    device.close()
+
+
 TYPES: list[tuple[KVType, KVType]] = [("q8_0", "q8_0"), ("q4_0", "q4_0")]
 
 

@@ -10,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from edgeinfer.batch import Batch, PageTable, StepLimits, StepRequest
+from edgeinfer.fusion import Convs, SiluConv, fuse
 from edgeinfer.graph import KV, Conv, DeltaNet, Pairing, Segment, Value
 from edgeinfer.kernels.cuda.kernel import Kernel
 from edgeinfer.kernels.reference.functions import silu
@@ -77,14 +78,24 @@ def test_conv(rows: Rows, dim: int, n_taps: int, bias: bool, has_silu: bool) -> 
     slots = slots.reshape(N_SLOTS, n_taps - 1, dim)
     ours, law, out = slots.copy(), slots.copy(), empty_rows(n, dim)
     expected = convolve(Quantised(), op, x, rows.batch, law)
-    run(
-        Kernel("conv"), (-(-dim // 256), n + 1), 256, **rows.args, seq=rows.seq,
-        x=rows_in_memory(x), x_stride=stride_of(dim), weight=floats_of(weight),
-        bias=floats_of(op.bias) if op.bias else None, slots=ours, n_taps=n_taps, dim=dim,
-        silu=int(has_silu), out=out, out_stride=stride_of(dim),
+    part = dict(
+        x=rows_in_memory(x), weight=floats_of(weight), slots=ours, out=out, dim=dim,
+        bias=floats_of(op.bias) if op.bias else None,
     )  # fmt: skip
-    same_bits(out[:, :dim], silu(expected) if has_silu else expected)
+    # The second of two parts, behind one that has another width.
+    first = {**part, "slots": slots[..., :5].copy(), "out": empty_rows(n, 5), "dim": 5}
+    first["x"] = rows_in_memory(x[:, :5])
+    parts = [first, part, dict.fromkeys(part, 0)]
+    given = {f"{name}_{i}": each[name] for i, each in enumerate(parts) for name in each}
+    run(
+        Kernel("conv"), (1 + -(-dim // 256), n + 1), 256, **rows.args, seq=rows.seq,
+        n_taps=n_taps, silu=int(has_silu), **given,
+    )  # fmt: skip
+    law_out = silu(expected) if has_silu else expected
+    same_bits(out[:, :dim], law_out)
     same_bits(ours, law)
+    same_bits(first["out"][:, :5], law_out[:, :5])
+    same_bits(first["slots"], law[..., :5].copy())
 
 
 def floats_of(weight: Any) -> Floats:
@@ -349,13 +360,50 @@ def test_a_delta_net_makes_what_only_it_reads(way: str) -> None:
         x = g.layer_output(x + mixer(g, g.rms_norm(x, f"{blk}.norm"), blk, way))
     g.head(g.rms_norm(g.select_rows(x), "output_norm"))
     rows = []
-    for name in ("shim", "reference"):
+    for name in ("shim", "cpu", "reference"):
         with backend(name).compile(g.segment(), LIMITS._replace(n_pages={})) as program:
             parts = Part(0, 11, -1, {10: 2}, ()), Part(11, 12, 2, {}, ())
             rows.append(np.concatenate([run_step(program, part, n_groups=0) for part in parts]))
             if name == "shim":
                 kernels = [str(launch.kernel) for launch in program._lowered.launches]
-    np.testing.assert_array_equal(rows[0], rows[1])
+            if name == "cpu":
+                groups = [op.group for op in program._lowered.ops]
+    np.testing.assert_array_equal(rows[0], rows[2])
+    np.testing.assert_array_equal(rows[1], rows[2])
+    assert sum(each == "conv" for each in kernels) == groups.count("conv") == 1
+    before = groups[: groups.index("delta_net")][-3:]
+    together = ["norm+norm+add+sigmoid", "scale+scale+softplus", "mul"]
+    assert (before == together) == (way == "as usual"), groups
     apart = [each for each in kernels if "pointwise" in each or "rms_norm(WARPS=1)" in each]
     apart = [each for each in apart if "KIND=silu" not in each]  # of the convolutions
     assert (apart == []) == (way in ("as usual", "no factor"))
+
+
+def test_convolutions_run_beside_each_other_where_none_reads_another() -> None:
+    g = RandomGraph(1, 64)
+    x = g.embed()
+    for blk in g.layers():
+        h = g.rms_norm(x, f"{blk}.norm")
+        parts = g.convs((h, h, x, h), f"{blk}.conv", 3)
+        (of_one,) = g.convs((parts[0],), f"{blk}.more", 3)
+        longer, wide = g.convs((h, g.linear(h, f"{blk}.wide", 300)), f"{blk}.long", 4)
+        silus = [g.silu(each) for each in g.convs((longer, wide), f"{blk}.last", 4)]
+        every = [*parts, of_one, g.linear(silus[1], f"{blk}.narrow", 64), silus[0]]
+        for each in every:
+            x = x + each
+        g.layer_output(x)
+    g.head(g.rms_norm(g.select_rows(x), "output_norm"))
+    segment, rows = g.segment(), list[Floats]()
+    sizes = [
+        (len(step.parts), type(step.parts[0])) for step in fuse(segment) if isinstance(step, Convs)
+    ]
+    assert sizes == [(4, Conv), (1, Conv), (2, Conv), (2, SiluConv)]
+    for name in ("shim", "cpu", "reference"):
+        with backend(name).compile(segment, LIMITS._replace(n_pages={})) as program:
+            steps = Part(0, 11, -1, {10: 2}, ()), Part(11, 12, 2, {}, ())
+            rows.append(np.concatenate([run_step(program, each, n_groups=0) for each in steps]))
+            if name == "shim":
+                kernels = [launch.kernel.name for launch in program._lowered.launches]
+                assert kernels.count("conv") == 5  # of four parts one is left
+    np.testing.assert_array_equal(rows[0], rows[2])
+    np.testing.assert_array_equal(rows[1], rows[2])

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from edgeinfer import LLM, InvalidRequestError
@@ -13,6 +14,7 @@ from edgeinfer.engine import drafter
 from edgeinfer.engine.drafting import MOST, Drafting
 from edgeinfer.engine.step_costs import StepCosts
 
+from .backends import backend
 from .models_for_tests import tiny_model
 
 SPEC: Any = dict(max_tokens=70, logit_bias={257: -1e9}, seed=5)
@@ -20,7 +22,7 @@ SPEC: Any = dict(max_tokens=70, logit_bias={257: -1e9}, seed=5)
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A hybrid model whose last block guesses."""
+    """A hybrid model whose last block guesses; of its seven layers the fourth has attention."""
     folder = tmp_path_factory.mktemp("drafting")
     return tiny_model(folder, arch="qwen35", n_layers=8, drafts=True, n_ctx=512)
 
@@ -95,19 +97,77 @@ def test_what_does_not_hold_is_given_up() -> None:
     assert state.chances[-1] > 0.7
 
 
+def test_answers_learn_from_those_before(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once guesses don't hold, a new answer tries few; now and then one tries anew."""
+    run, tried = drafter.Drafter._run, list[int]()
+
+    def counting(self: Any, followers: Any, wanted: Any) -> Any:
+        tried[-1] += len(wanted)
+        return run(self, followers, wanted)
+
+    monkeypatch.setattr(drafter.Drafter, "_run", counting)
+    monkeypatch.setattr(StepCosts, "of", lambda self, n: 1.0 + 0.2 * (n - 1))
+    monkeypatch.setattr(drafter, "_RETRY", 8)
+    with LLM(path, n_ctx=512, drafts=True) as llm:
+        for i in range(16):
+            tried.append(0)
+            llm.generate([20, i], **SPEC | dict(temperature=1.0, max_tokens=60, seed=i))
+        assert is_well(llm)
+    assert tried[0] and tried[7]  # the eighth begins as if nothing were known
+    assert not any(tried[2:7]) and not any(tried[9:15])
+
+
 def test_a_file_without_a_block_says_so(tmp_path: Path, path: Path) -> None:
     with pytest.raises(InvalidRequestError, match="holds none") as caught:
         LLM(tiny_model(tmp_path), drafts=True)
     assert caught.value.param == "drafts"
 
 
-def test_the_law_guesses_too(path: Path, plain: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+# Where the layers run: the last of them may have no cache that the block shares pages with.
+PLACES: list[dict[str, Any]] = [
+    dict(device="law"), dict(device="shim"), dict(device="shim", gpu_layers=1),
+    dict(device="shim:0,shim:1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+def test_every_machine_guesses(
+    path: Path, plain: LLM, monkeypatch: pytest.MonkeyPatch, place: dict[str, Any]
+) -> None:
+    """The same tokens, and the guesses that the CPU's block makes, bit for bit."""
     always(monkeypatch, 0.999)
-    with LLM(path, n_ctx=64, device="law", drafts=True) as law:
-        found = law.generate("hello", temperature=0.0, **SPEC | dict(max_tokens=12))
-        assert is_well(law)
-    expected = plain.generate("hello", temperature=0.0, **SPEC | dict(max_tokens=12))
-    assert found.token_ids == expected.token_ids
+    monkeypatch.setattr(drafter.Drafter, "_n_guesses", lambda _, states: 2 * bool(states))
+    backend(place["device"])
+    rows = [list[Any](), list[Any]()]
+    spec = SPEC | dict(max_tokens=12, speculation=True)  # by itself the law does not
+    for found, options in zip(rows, (dict(device="cpu"), place), strict=True):
+        with LLM(path, n_ctx=96, slots=2, threads=1, drafts=True, **options) as llm:
+            with monkeypatch.context() as patch:
+                keep_rows(patch, found)
+                for prompt in ([5], "hello"):
+                    found.append(llm.generate(prompt, temperature=0.0, **spec).token_ids)
+            # Which rows of these share a step hangs on the clock.
+            several = llm.generate_batch(["a b", "x" * 40], temperature=0.9, **spec)
+            found += [answer.token_ids for answer in several]
+            assert is_well(llm) and sum(each.timings.proposed_tokens for each in several) > 5
+            if options == dict(device="shim"):
+                free, total = llm.runtime.program._device.memory()  # type: ignore[attr-defined]
+                assert total - free == llm.plan.pools[1].total_bytes
+    assert rows[0] == rows[1]
+    expected = plain.generate("hello", temperature=0.0, **spec)
+    assert expected.token_ids in rows[0]
+
+
+def keep_rows(monkeypatch: pytest.MonkeyPatch, rows: list[Any]) -> None:
+    """What the block yields, as bits."""
+    run = drafter.Drafter._run
+
+    def kept(self: Any, *args: Any) -> Any:
+        outputs = run(self, *args)
+        rows.append([each.view(np.int32).tolist() for each in (outputs.logits, outputs.hidden)])
+        return outputs
+
+    monkeypatch.setattr(drafter.Drafter, "_run", kept)
 
 
 def test_who_guesses_right_is_believed(

@@ -37,7 +37,7 @@ placement
 runtime stream
 watching constraining
 llm inspect_file
-aio bench selftest replay
+aio bench load selftest replay
 server
 cli tui pyinstaller
 __main__
@@ -45,7 +45,7 @@ __main__
 LINE = {name: i for i, line in enumerate(LAYERS.split("\n")) for name in line.split()}
 ROOMS = (
     "platform", "text", "sampling", "hub", "gguf", "kernels.reference", "kernels.cpu",
-    "kernels.cuda", "engine", "bench", "selftest", "server", "cli", "tui",
+    "kernels.cuda", "engine", "bench", "load", "selftest", "server", "cli", "tui",
 )  # fmt: skip
 SLOW = ("numpy", "numba", "llvmlite", "cupy", "textual", "tokenizers", "huggingface_hub", "jinja2")
 

@@ -115,7 +115,7 @@ def _wrong(parameter: Parameter) -> list[Any]:
 def test_no_keyword_is_missing_from_the_table() -> None:
     assert set(LOAD) == set(LoadOptions.__annotations__)
     assert set(ANSWER) == set(Sampling.__annotations__)
-    assert set(LOAD_NAMES) | {"download", "progress", "residuals"} == set(LOAD)
+    assert set(LOAD_NAMES) | {"download", "progress", "naive", "residuals"} == set(LOAD)
     assert set(SAMPLING_NAMES) < set(ANSWER)
     assert set(SAMPLING) | {"dry_breaker_tokens"} == set(SamplingParams.__dataclass_fields__)
 

@@ -38,6 +38,14 @@ def test_a_chat_streamed_and_whole_is_the_same(client: ollama.Client) -> None:
     assert whole.eval_count == parts[-1].eval_count == 6 and (whole.total_duration or 0) > 0
 
 
+def test_no_character_ends_a_line(server: Running, client: ollama.Client) -> None:
+    """The client reads lines as Python splits them."""
+    text = "a\x85b\u2028c\u2029d\x1ce\x0bf\r\ng"
+    with server.replying(text):
+        parts = list(client.chat(model="tiny", messages=HI, stream=True))
+    assert "".join(part.message.content or "" for part in parts) == text
+
+
 @pytest.mark.parametrize("reply", ["text", THOUGHT + "text", CALL, f"{THOUGHT}Look.\n{CALL}{CALL}"])
 def test_thoughts_and_calls(server: Running, client: ollama.Client, reply: str) -> None:
     asked: Any = {"model": "tiny", "messages": HI, "tools": TOOLS, "think": True}

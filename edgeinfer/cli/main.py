@@ -122,8 +122,8 @@ def _is_somewhere() -> bool:
 
 
 _NAMES = (
-    "bench", "cache", "chat", "doctor", "history", "info", "list", "perplexity", "plan", "pull",
-    "replay", "rm", "run", "selftest", "serve", "tokenize", "warmup",
+    "bench", "cache", "chat", "doctor", "history", "info", "list", "load", "perplexity", "plan",
+    "pull", "replay", "rm", "run", "selftest", "serve", "tokenize", "warmup",
 )  # fmt: skip
 
 

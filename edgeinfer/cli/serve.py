@@ -17,6 +17,7 @@ from edgeinfer.cli.options import common_flags, load_flags, load_options
 from edgeinfer.errors import EdgeInferError
 
 if TYPE_CHECKING:
+    from edgeinfer.options import LoadOptions
     from edgeinfer.server.models import Models
 
 _ANY_HOST = ("0.0.0.0", "::", "")
@@ -49,6 +50,9 @@ _MOST_KEYS = 1 << 20  # bytes of a file of keys
     "--max-body", type=click.IntRange(1, 4096), default=32, show_default=True, metavar="MIB",
     help="Largest request.",
 )  # fmt: skip
+@click.option(
+    "--naive", is_flag=True, help="One request at a time, nothing reused: to measure against."
+)
 @load_flags
 @common_flags
 def command(
@@ -62,6 +66,7 @@ def command(
     origins: tuple[str, ...],
     max_queue: int,
     max_body: int,
+    naive: bool,
     **flags: Any,
 ) -> None:
     """Serve models over HTTP until Ctrl-C.
@@ -79,7 +84,8 @@ def command(
         from edgeinfer.server.service import Limits, Service
 
         served = [(_name(name, path), path) for name, path in zip(names, paths, strict=True)]
-        found = Models(served, load_options(flags), has_strict_names=strict_names, tell=note)
+        options: LoadOptions = {**load_options(flags), "naive": naive}
+        found = Models(served, options, has_strict_names=strict_names, tell=note)
         limits = Limits(
             most_body=max_body << 20,
             most_waiting=max_queue,

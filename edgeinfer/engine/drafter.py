@@ -15,7 +15,7 @@ import numpy as np
 from edgeinfer.backend import Drafts, Program
 from edgeinfer.batch import PAGE, Batch, Outputs, StepLimits
 from edgeinfer.draft import rows_layer
-from edgeinfer.engine.drafting import MOST, Drafting
+from edgeinfer.engine.drafting import MOST, Drafting, Record
 from edgeinfer.engine.generation import Generation
 from edgeinfer.engine.sequence import Rows, Sequence
 from edgeinfer.engine.step_costs import StepCosts
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _LEAST_GAIN = 1.02  # what an estimate may be wrong by
 _RATE = 0.1  # at which measured seconds are followed
+_RETRY = 16  # of so many answers one is guessed for as if nothing were known
 
 
 class _Follower(NamedTuple):
@@ -54,6 +55,7 @@ class Drafter:
         self._limits, self._costs = limits, costs
         self._share, self.has_failed = share, False
         self._seconds = 0.0  # of a step that guesses, once measured
+        self._record, self._n_answers = Record(), 0  # of all answers; what a new one starts from
         self._starts: list[int] = []  # the places of the first rows of a step's parts
 
     @classmethod
@@ -92,6 +94,7 @@ class Drafter:
         followers = list[_Follower]()
         for part, start in zip(parts, self._starts, strict=True):
             if _follows(part):
+                self._learn(part)
                 found = _follower(part, start, rows[first : first + part.n], self._group)
                 if found is not None and len(found.hidden) <= n_left:
                     followers.append(found)
@@ -99,6 +102,18 @@ class Drafter:
             first += part.n
         if followers:
             self._guess(followers)
+
+    def _learn(self, part: Rows) -> None:
+        """Count how the last guesses have fared; of a new answer's the others' are expected."""
+        assert isinstance(part.work, Generation)
+        state = part.work.drafting
+        if state.is_new:
+            state.is_new = False
+            self._n_answers += 1
+            if self._n_answers % _RETRY:
+                state.record = Record(self._record.chances)
+        state.learn(part.sequence.ids, self._record)
+        state.at = len(part.sequence.ids)
 
     def _guess(self, followers: list[_Follower]) -> None:
         decoding = [each for each in followers if each.is_next]
@@ -178,8 +193,6 @@ def _follower(part: Rows, start: int, rows: NDArray[np.float32], group: int) -> 
     work, sequence = part.work, part.sequence
     assert isinstance(work, Generation)
     state = work.drafting
-    state.learn(sequence.ids)
-    state.at = len(sequence.ids)
     n = sequence.cache.n_tokens - start
     hidden = [row.copy() for row in rows[:n]] if n == 1 else list(rows[:n])
     first = start + 1

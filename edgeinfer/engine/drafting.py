@@ -19,6 +19,24 @@ MOST = 4  # guesses of a sequence for one step
 _PRIOR, _PRIOR_WEIGHT, _MEMORY = 0.6, 8.0, 0.95
 
 
+class Record:
+    """How guesses have fared: of those at each place in a row of them, how many held."""
+
+    def __init__(self, chances: SequenceOf[float] = (_PRIOR,) * MOST) -> None:
+        """One that expects these, until guesses tell."""
+        self._hits = [chance * _PRIOR_WEIGHT for chance in chances]
+        self._tries = [_PRIOR_WEIGHT] * MOST
+
+    def count(self, place: int, is_hit: bool) -> None:
+        self._hits[place] = self._hits[place] * _MEMORY + is_hit
+        self._tries[place] = self._tries[place] * _MEMORY + 1
+
+    @property
+    def chances(self) -> list[float]:
+        """That a guess holds where all before it do."""
+        return [hits / tries for hits, tries in zip(self._hits, self._tries, strict=True)]
+
+
 @dataclass(slots=True, eq=False)
 class Drafting:
     """What has been guessed for one sequence, and how that fares."""
@@ -27,8 +45,8 @@ class Drafting:
     at: int = 0
     pending: NDArray[np.float32] | None = None  # the hidden row of a place that had no page yet
     is_off: bool = False  # it did not pay
-    hits: list[float] = field(default_factory=lambda: [_PRIOR * _PRIOR_WEIGHT] * MOST)
-    tries: list[float] = field(default_factory=lambda: [_PRIOR_WEIGHT] * MOST)
+    record: Record = field(default_factory=Record)
+    is_new: bool = True  # nothing has been guessed for it
 
     def guess(self, at: int, n: int) -> tuple[list[int], list[float]]:
         """Up to n tokens from a place on, and the chance of each that it is reached and right."""
@@ -37,17 +55,17 @@ class Drafting:
 
     @property
     def chances(self) -> list[float]:
-        chances = [hit / n for hit, n in zip(self.hits, self.tries, strict=True)]
-        return list(accumulate(chances, operator.mul))
+        """That each of a row of guesses is reached and right."""
+        return list(accumulate(self.record.chances, operator.mul))
 
-    def learn(self, ids: SequenceOf[int]) -> None:
+    def learn(self, ids: SequenceOf[int], *records: Record) -> None:
         """Count the guesses for places that have their tokens now, up to the first that failed."""
         for i, token in enumerate(self.tokens):
             if self.at + i >= len(ids):
                 break
             is_hit = ids[self.at + i] == token
-            self.hits[i] = self.hits[i] * _MEMORY + is_hit
-            self.tries[i] = self.tries[i] * _MEMORY + 1
+            for record in (self.record, *records):
+                record.count(i, is_hit)
             if not is_hit:
                 break
         self.tokens = []

@@ -37,6 +37,7 @@ from edgeinfer.engine.scheduler import AnyWork, Scheduler
 from edgeinfer.engine.sequence import Request, Rows, Work
 from edgeinfer.engine.step import build_batch, commit, fill_masks, fill_samples
 from edgeinfer.engine.step_costs import StepCosts
+from edgeinfer.engine.unshared_store import UnsharedStore
 from edgeinfer.errors import BusyError, ClosedError, InvalidRequestError
 from edgeinfer.sampling.params import SampleTable
 from edgeinfer.segment import Segment
@@ -65,13 +66,16 @@ class Engine:
         n_vocab: int,
         costs: StepCosts | None = None,
         segment: Segment | None = None,
+        is_naive: bool = False,
     ) -> None:
+        """`is_naive` answers one request at a time and reuses nothing: to measure against."""
         self.limits, self.n_ctx, self.n_vocab = limits, n_ctx, n_vocab
         self._program = program
         self._costs = costs or StepCosts(limits.row_cost)
         self._drafter = Drafter.of(program, segment, limits, self._costs)
-        self._store = CacheStore(limits, program)
-        self._scheduler = Scheduler(limits, self._costs, self._store)
+        self._store = (UnsharedStore if is_naive else CacheStore)(limits, program)
+        places = limits._replace(max_sequences=1) if is_naive else limits
+        self._scheduler = Scheduler(places, self._costs, self._store)
         self._samples = SampleTable(self._scheduler.max_samples)
         self.delivery = Delivery()
         self._changed = threading.Condition()

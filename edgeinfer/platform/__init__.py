@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         cuda_driver,
         nvrtc_libraries,
     )
+    from edgeinfer.platform.energy import EnergyMeter
     from edgeinfer.platform.files import (
         ReadableFile,
         append_private,
@@ -82,6 +83,7 @@ _NAMES = {
     ),
     "forks": "ForkedProcess",
     "devices": "CudaDriver Gpu NvrtcLibrary board_name cuda_driver nvrtc_libraries",
+    "energy": "EnergyMeter",
     "files": (
         "ReadableFile append_private bytes_below delete_all files_below forget_file_pages "
         "free_disk is_at is_writable make_folder open_appending open_scratch read_whole sync "
@@ -101,6 +103,7 @@ _HOME = {name: module for module, names in _NAMES.items() for name in names.spli
 __all__ = [
     "Code",
     "CudaDriver",
+    "EnergyMeter",
     "ForkedProcess",
     "Gpu",
     "MODULE_FLAG",

@@ -48,7 +48,7 @@ class ChatCompletions:
         shape = _Shape(answer, "logprobs" in request.sampling)
         if is_streamed:
             parts = shape.frames(options.flag("include_usage"), body.flag("return_progress"))
-            return Frames(guarded(parts, _error_frame), EVENTS, answer.close)
+            return Frames(guarded(parts, _error_frame), EVENTS, answer)
         return reply(shape.whole(await unless_gone(http.receive, shape.collect())))
 
     async def count(self, http: HttpRequest) -> Response:

@@ -34,7 +34,10 @@ def read_chat(body: Fields) -> Request:
         template_args=template_args(body, effort),
     )
     n = body.integer("n", 1, 1, 128)
-    return Request(model=body.text("model"), chat=chat, sampling=sampling, n=n)
+    return Request(
+        model=body.text("model"), chat=chat, sampling=sampling, n=n,
+        ignores_eos=body.flag("ignore_eos"),
+    )  # fmt: skip
 
 
 def _message(given: Fields) -> Json:

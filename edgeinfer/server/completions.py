@@ -47,7 +47,7 @@ class Completions:
         shape = _Shape(answer, request, body.flag("echo"), "logprobs" in body)
         if is_streamed:
             parts = shape.frames(options.flag("include_usage"))
-            return Frames(guarded(parts, _error_frame), EVENTS, answer.close)
+            return Frames(guarded(parts, _error_frame), EVENTS, answer)
         return reply(shape.whole(await unless_gone(http.receive, answer.collect())))
 
 
@@ -61,8 +61,9 @@ def read_request(body: Fields) -> Request:
         sampling["logprobs"] = body.integer("logprobs", 0, 0, 128)
     n = body.integer("n", 1, 1, 128)
     return Request(
-        model=body.text("model"), prompts=_prompts(body.get("prompt")), sampling=sampling, n=n
-    )
+        model=body.text("model"), prompts=_prompts(body.get("prompt")), sampling=sampling, n=n,
+        ignores_eos=body.flag("ignore_eos"),
+    )  # fmt: skip
 
 
 def _prompts(given: Any) -> list[str | list[int]]:

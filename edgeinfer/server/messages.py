@@ -72,7 +72,7 @@ class Messages:
         answer = await self._service.answer(request)
         shape = _Shape(answer)
         if is_streamed:
-            return Frames(guarded(shape.frames(), _error_frame), EVENTS, answer.close)
+            return Frames(guarded(shape.frames(), _error_frame), EVENTS, answer)
         return reply(await unless_gone(http.receive, shape.whole()))
 
     async def count(self, http: HttpRequest) -> Response:

@@ -114,7 +114,7 @@ class Ollama:
         answer = await self._service.answer(request)
         shape = _Shape(answer, _name(body), is_chat, "logprobs" in request.sampling)
         if is_streamed:
-            return Frames(guarded(shape.lines(), _error_line), LINES, answer.close)
+            return Frames(guarded(shape.lines(), _error_line), LINES, answer)
         return reply(await unless_gone(http.receive, shape.whole()))
 
 

@@ -48,6 +48,7 @@ class Request:
     prompts: Sequence[str | list[int]] = ()
     sampling: dict[str, Any] = field(default_factory=dict)
     n: int = 1
+    ignores_eos: bool = False  # whether answers are as long as they may be
 
 
 def new_id(prefix: str) -> str:

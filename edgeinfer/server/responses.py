@@ -49,7 +49,7 @@ class Responses:
         answer = await self._service.answer(request)
         shape = Shape(answer, echoed)
         if is_streamed:
-            return Frames(guarded(shape.frames(), shape.failed), EVENTS, answer.close)
+            return Frames(guarded(shape.frames(), shape.failed), EVENTS, answer)
         return reply(await unless_gone(http.receive, shape.whole()))
 
     async def count(self, http: HttpRequest) -> Response:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -15,14 +16,17 @@ from typing import Any, TypeVar
 from edgeinfer.aio import AsyncStream
 from edgeinfer.llm import LLM
 from edgeinfer.results import Completion, Delta, Done, Event, TokenLogprob
+from edgeinfer.server.doorbell import Doorbell
 from edgeinfer.server.errors import ApiError, Json
 from edgeinfer.server.metrics import Exposition
 from edgeinfer.server.models import Models, ServedModel
 from edgeinfer.server.requests import Chat, Request
+from edgeinfer.stream import Stream
 from edgeinfer.text.messages import Conversation
 from edgeinfer.text.prompt import chat_prompt
 
 T = TypeVar("T")
+_NEVER = -1e9  # what keeps a token from being picked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +50,7 @@ class Service:
         self.models, self.limits = models, limits
         self.answers: set[Answer] = set()
         self._n_open = 0
+        self._doorbell = Doorbell()
         self.is_stopping = False
 
     @asynccontextmanager
@@ -76,7 +81,9 @@ class Service:
         async with AsyncExitStack() as stack:
             model = await stack.enter_async_context(self.model(request.model))
             streams = await _begin(model, request, stack)
-            answer = Answer(model, streams, self.limits.ping_seconds, stack.pop_all())
+            answer = Answer(
+                model, streams, self.limits.ping_seconds, self._doorbell, stack.pop_all()
+            )
         self.answers.add(answer)
         answer.stack.callback(self.answers.discard, answer)
         return answer
@@ -118,6 +125,9 @@ async def _begin(model: ServedModel, request: Request, stack: AsyncExitStack) ->
     for prompt in request.prompts if request.chat is None else [request.chat]:
         for i in range(request.n):
             sampling: Any = dict(request.sampling)
+            if request.ignores_eos:
+                ends = dict.fromkeys(model.opened.runtime.tokenizer.eog_ids, _NEVER)
+                sampling["logit_bias"] = ends | sampling.get("logit_bias", {})
             if i and isinstance(sampling.get("seed"), int):
                 sampling["seed"] = (sampling["seed"] + i) % (1 << 64)
             if isinstance(prompt, Chat):
@@ -140,13 +150,18 @@ class Answer:
         model: ServedModel,
         streams: list[AsyncStream],
         ping_seconds: float,
+        doorbell: Doorbell,
         stack: AsyncExitStack,
     ) -> None:
         self.model, self.streams, self.stack = model, streams, stack
         self.completions: dict[int, Completion] = {}
         self.has_begun = False
         self._ping_seconds = ping_seconds
-        self._stop = asyncio.Event()
+        self._doorbell = doorbell
+        self._woken: deque[int] = deque()  # streams that have events
+        self._ready: deque[tuple[int, Event]] = deque()  # what was read of one
+        self._waiter: asyncio.Future[bool] | None = None
+        self._is_cut_short = False
         model.metrics.n_running += 1
         stack.callback(self._leave)
 
@@ -168,31 +183,55 @@ class Answer:
 
     async def _events(self) -> AsyncGenerator[tuple[int, Event] | None, None]:
         """Events with the index of their answer; None now and then while there are none."""
-        waiting = {_next(stream): i for i, stream in enumerate(self.streams)}
-        stop: asyncio.Future[Any] = asyncio.ensure_future(self._stop.wait())
-        try:
-            while waiting:
-                ready, _ = await asyncio.wait(
-                    {*waiting, stop},
-                    timeout=self._ping_seconds,
-                    return_when=asyncio.FIRST_COMPLETED,
-                )
-                if stop in ready:
-                    raise ApiError(503, "the server is stopping; the answer was cut short")
-                if not ready:
+        left = {i: stream.stream for i, stream in enumerate(self.streams)}
+        for i, stream in left.items():
+            self._listen(i, stream)
+        while left:
+            if self._is_cut_short:
+                raise ApiError(503, "the server is stopping; the answer was cut short")
+            if not self._woken:
+                if not await self._wait():
                     yield None
-                for task in ready & waiting.keys():
-                    i = waiting.pop(task)
-                    with contextlib.suppress(StopAsyncIteration):
-                        event = task.result()
-                        waiting[_next(self.streams[i])] = i
-                        self._note(i, event)
-                        yield i, event
+                continue
+            i, error = self._woken.popleft(), None
+            try:
+                while (event := left[i].poll()) is not None:
+                    self._ready.append((i, event))
+                self._listen(i, left[i])
+            except StopIteration:
+                del left[i]
+            except Exception as failure:
+                error = failure  # what came before it is told first
+            while self._ready:
+                found = self._ready.popleft()
+                self._note(*found)
+                yield found
+            if error is not None:
+                raise error
+
+    def _listen(self, i: int, stream: Stream) -> None:
+        """Be woken once a stream has events."""
+        loop = asyncio.get_running_loop()
+        stream.notify(lambda: self._doorbell.ring(loop, lambda: self._wake(i)))
+
+    def _wake(self, i: int) -> None:
+        self._woken.append(i)
+        _end_wait(self._waiter, True)
+
+    async def _wait(self) -> bool:
+        """Until a stream is ready or the answer is cut short; False after a while."""
+        loop = asyncio.get_running_loop()
+        self._waiter = loop.create_future()
+        alarm = loop.call_later(self._ping_seconds, _end_wait, self._waiter, False)
+        try:
+            return await self._waiter
         finally:
-            for each in (*waiting, stop):
-                each.cancel()
-            # What is cancelled closes its stream before it is forgotten.
-            await asyncio.gather(*waiting, stop, return_exceptions=True)
+            alarm.cancel()
+
+    @property
+    def has_ready(self) -> bool:
+        """Whether the next event is there already."""
+        return bool(self._ready)
 
     def _note(self, i: int, event: Event) -> None:
         self.has_begun = True
@@ -222,15 +261,17 @@ class Answer:
         ]
 
     def cut_short(self) -> None:
-        self._stop.set()
+        self._is_cut_short = True
+        _end_wait(self._waiter, True)
 
     async def close(self) -> None:
         """Cancel what is left; safe to call twice."""
         await self.stack.aclose()
 
 
-def _next(stream: AsyncStream) -> asyncio.Future[Any]:
-    return asyncio.ensure_future(stream.__anext__())
+def _end_wait(waiter: asyncio.Future[bool] | None, has_come: bool) -> None:
+    if waiter is not None and not waiter.done():
+        waiter.set_result(has_come)
 
 
 def _conversation(chat: Chat) -> Conversation:

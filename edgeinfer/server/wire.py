@@ -6,9 +6,9 @@ Knows nothing of what they say.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping
 from contextlib import aclosing, contextmanager
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
@@ -22,9 +22,21 @@ PING = b": ping\n\n"  # a comment, which keeps a connection and says nothing
 DONE = b"data: [DONE]\n\n"
 EVENTS, LINES = "text/event-stream", "application/x-ndjson"
 _BODY_SECONDS = 60.0  # a body that takes longer is no client's
+_MOST_AT_ONCE = 64 << 10  # bytes that are written at once
 _STALLED_SECONDS = 120.0  # a reader that takes nothing for so long is gone
 
-encode = msgspec.json.Encoder().encode
+_encode = msgspec.json.Encoder().encode
+# JSON leaves them as they are; Python's `splitlines`, by which clients read, ends a line at them.
+_LINE_ENDS = tuple((end.encode(), f"\\u{ord(end):04x}".encode()) for end in "\x85\u2028\u2029")
+
+
+def encode(value: Any) -> bytes:
+    """JSON on one line, whatever a client takes for the end of one."""
+    found = bytes(_encode(value))
+    if not found.isascii():
+        for end, escaped in _LINE_ENDS:
+            found = found.replace(end, escaped)
+    return found
 
 
 def event(value: Any, name: str = "") -> bytes:
@@ -34,7 +46,7 @@ def event(value: Any, name: str = "") -> bytes:
 
 
 def line(value: Any) -> bytes:
-    return bytes(encode(value)) + b"\n"
+    return encode(value) + b"\n"
 
 
 def reply(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -81,17 +93,26 @@ def decode(body: bytes) -> Json:
     return value
 
 
-class Frames(Response):
-    """A reply that comes in parts. `close` is called as soon as the reader has gone."""
+class Source(Protocol):
+    """What the parts of a reply are made of."""
 
-    def __init__(
-        self,
-        parts: AsyncGenerator[bytes, None],
-        media_type: str,
-        close: Callable[[], Awaitable[None]],
-    ) -> None:
+    @property
+    def has_ready(self) -> bool:
+        """Whether another part comes without a wait."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class Frames(Response):
+    """A reply that comes in parts; those that are there at a time are written at once.
+
+    Its source is closed as soon as the reader has gone.
+    """
+
+    def __init__(self, parts: AsyncGenerator[bytes, None], media_type: str, source: Source) -> None:
         super().__init__(media_type=media_type)
-        self._parts, self._close = parts, close
+        self._parts, self._source = parts, source
         del self.headers["content-length"]
         self.headers["cache-control"] = "no-cache"
         self.headers["x-accel-buffering"] = "no"
@@ -104,15 +125,22 @@ class Frames(Response):
         finally:
             # NOTE: a generator that was never begun does not run its own end.
             await self._parts.aclose()
-            await self._close()
+            await self._source.close()
 
     async def _write(self, send: Send) -> None:
         head = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await send(head)
-        async for part in self._parts:
-            with _ending_stalls():
-                await send({"type": "http.response.body", "body": part, "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
+        found = b""
+        with _ending_stalls() as watch:
+            async for part in self._parts:
+                found += part
+                if self._source.has_ready and len(found) < _MOST_AT_ONCE:
+                    continue
+                watch.begin()
+                await send({"type": "http.response.body", "body": found, "more_body": True})
+                watch.end()
+                found = b""
+        await send({"type": "http.response.body", "body": found})
 
 
 async def guarded(
@@ -156,11 +184,35 @@ async def _until_gone(receive: Receive) -> None:
 
 
 @contextmanager
-def _ending_stalls() -> Iterator[None]:
-    task = asyncio.current_task()
-    assert task is not None
-    alarm = asyncio.get_running_loop().call_later(_STALLED_SECONDS, task.cancel)
+def _ending_stalls() -> Iterator[_Watch]:
+    """Cancels the task that is inside while one of its writes takes too long."""
+    watch = _Watch()
     try:
-        yield
+        yield watch
     finally:
-        alarm.cancel()
+        watch.stop()
+
+
+class _Watch:
+    """Looks now and then how long a write has taken: a timer for each would cost more than it."""
+
+    def __init__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task, self._loop = task, asyncio.get_running_loop()
+        self._begun: float | None = None
+        self._look()
+
+    def begin(self) -> None:
+        self._begun = self._loop.time()
+
+    def end(self) -> None:
+        self._begun = None
+
+    def stop(self) -> None:
+        self._alarm.cancel()
+
+    def _look(self) -> None:
+        if self._begun is not None and self._loop.time() - self._begun >= _STALLED_SECONDS:
+            self._task.cancel()
+        self._alarm = self._loop.call_later(_STALLED_SECONDS / 4, self._look)

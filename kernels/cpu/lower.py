@@ -8,16 +8,18 @@ What `edgeinfer.fusion` has put together runs as one kernel; every other op runs
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NoReturn
 
 from edgeinfer.fusion import (
+    Convs,
     ExpertMatmuls,
+    GatedDeltaNet,
     Matmul,
     Matmuls,
     PinnedAttention,
     PinnedRotate,
     RotatedAttention,
-    SiluConv,
     Step,
     SwiGlu,
     WholeNorm,
@@ -27,13 +29,12 @@ from edgeinfer.graph import (
     Add,
     Bias,
     Clamp,
-    Conv,
-    DeltaNet,
     Embed,
     ExpertSum,
     Gain,
     Mul,
     MulParts,
+    Op,
     RmsNorm,
     Rotate,
     Route,
@@ -60,7 +61,7 @@ from edgeinfer.kernels.cpu.lower_base import (
     type_name,
 )
 from edgeinfer.kernels.cpu.lower_experts import ExpertLowering
-from edgeinfer.kernels.cpu.lower_states import StateLowering
+from edgeinfer.kernels.cpu.lower_states import StateLowering, generations
 from edgeinfer.quant import Weight
 
 
@@ -131,12 +132,23 @@ class Lowering(AttentionLowering, ExpertLowering, StateLowering):
             case SelectRows():
                 args = self._copy(step.x, layout.PICKED_ROWS, self._sinks(step.out, "selected"))
                 self._emit("select", "copy_rows", args, layout.COUNT_WANTED)
-            case Conv() | SiluConv():
-                self._conv(step)
-            case DeltaNet():
-                self._delta_net(step)
+            case Convs():
+                self._convs(step)
+            case GatedDeltaNet():
+                for alike in generations(step.made_by):
+                    self._side_by_side(alike, i)
+                self._delta_net(step.net)
             case _:
                 _never(step)
+
+    def _side_by_side(self, ops: Sequence[Op], i: int) -> None:
+        """Ops none of which reads what another leaves, as one: threads wait but once."""
+        first = len(self._out.ops)
+        for op in ops:
+            self._lower(op, i)  # type: ignore[arg-type]
+        made = self._out.ops[first:]
+        parts = [part for each in made for part in each.parts]
+        self._out.ops[first:] = [KernelOp("+".join(each.group for each in made), parts)]
 
     def _embed(self, op: Embed) -> None:
         fmt = format_of(op.weight)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from edgeinfer.fusion import SiluConv
-from edgeinfer.graph import Conv, DeltaNet
+from collections.abc import Iterable
+
+from edgeinfer.fusion import Convs, SiluConv
+from edgeinfer.graph import Conv, DeltaNet, Op, Value, inputs
 from edgeinfer.kernels.buffers import Buffer
 from edgeinfer.kernels.cpu import layout
-from edgeinfer.kernels.cpu.commands import Args, KernelPart
+from edgeinfer.kernels.cpu.commands import Args, KernelOp, KernelPart
 from edgeinfer.kernels.cpu.layout import row_stride
 from edgeinfer.kernels.cpu.lower_base import LoweringBase
 
@@ -14,7 +16,11 @@ from edgeinfer.kernels.cpu.lower_base import LoweringBase
 class StateLowering(LoweringBase):
     """The steps of recurrent ops."""
 
-    def _conv(self, op: Conv | SiluConv) -> None:
+    def _convs(self, step: Convs) -> None:
+        parts = [self._conv(op) for op in step.parts]
+        self._out.ops.append(KernelOp("conv", parts))
+
+    def _conv(self, op: Conv | SiluConv) -> KernelPart:
         stride, out = row_stride(op.x.dim), self._float_buffer(op.out, "convolved")
         args = self._of_runs(op, -(-stride // layout.CONV_BYTES)) + layout.CONV.pack(
             x=self._floats[op.x], stride=stride, weight=self._weights.taps(op.weight),
@@ -22,7 +28,7 @@ class StateLowering(LoweringBase):
             n_taps=op.weight.shape[-1], out=out,
         )  # fmt: skip
         kernel = "conv.silu" if isinstance(op, SiluConv) else "conv"
-        self._emit("conv", kernel, args, layout.COUNT_ITEMS)
+        return KernelPart(kernel, args, layout.COUNT_ITEMS)
 
     def _delta_net(self, op: DeltaNet) -> None:
         n_groups = layout.whole_vectors(op.dim) // 8
@@ -50,3 +56,14 @@ class StateLowering(LoweringBase):
         return layout.OF_RUNS.pack(
             at=self._runs, per_run=per_run, states=states.at, slot_bytes=states.slot_bytes
         )
+
+
+def generations(ops: Iterable[Op]) -> list[list[Op]]:
+    """Ops in runs none of whose members reads what another leaves, each as early as can be."""
+    runs: list[list[Op]] = []
+    places: dict[Value, int] = {}
+    for op in ops:
+        places[op.out] = place = max((places[x] + 1 for x in inputs(op) if x in places), default=0)
+        runs += [[]] if place == len(runs) else []
+        runs[place].append(op)
+    return runs

@@ -87,7 +87,7 @@ class CpuBackend:
         """
         check_shapes(segment, self.name)
         vocab_size = segment.graph.hparams.vocab_size
-        limits = StepLimits.of(request, vocab_size, segment.groups, _MAX_ROWS)
+        limits = StepLimits.of(request, vocab_size, segment.windows, _MAX_ROWS)
         drawn = self._drawn = Blueprint(segment, limits)
         kernels = drawn.kernels()
         rows = {**drawn.rows(), "code": self.library.code_bytes(kernels)}
@@ -331,7 +331,7 @@ class CpuProgram(CacheVerbs):
         self._wanted = np.zeros(limits.max_outputs, np.int32)
         self._states = np.zeros(limits.max_sequences, np.int32)
         self._kept = np.zeros(limits.max_rows, np.int32)
-        shape = len(limits.n_pages), limits.max_sequences, layout.TABLE_BYTES // layout.WORD
+        shape = len(self.segment.groups), limits.max_sequences, layout.TABLE_BYTES // layout.WORD
         self._tables: NDArray[np.int64] = np.zeros(shape, np.int64)
         for word, array in (
             (layout.H_POS, self._pos),

@@ -54,7 +54,7 @@ class CudaBackend:
         limits = StepLimits.of(
             request,
             segment.graph.hparams.vocab_size,
-            segment.groups,
+            segment.windows,
             _max_rows(self.device.facts),
             _SHARED_ROWS,
             _ROW_COST,
@@ -68,7 +68,7 @@ class CudaBackend:
         sampler = self.sampler(drawn)
         here = {
             "logits": drawn.logits_bytes + (sampler.n_bytes if sampler else 0),
-            "weights on their way": 2 * drawn.weights.staging.n_bytes,
+            "weights on their way": 2 * drawn.staging_bytes,
         }
         if self.device.facts.has_own_memory:
             return {HOST: here, self.name: drawn.rows()}

@@ -32,10 +32,13 @@ from edgeinfer.kernels.cuda.weights import TiledWeights, matrix_bytes
 class Blueprint:
     """A segment lowered for steps of up to `limits` on a GPU of `arch`, to become one program."""
 
-    def __init__(self, segment: Segment, limits: StepLimits, arch: int) -> None:
+    def __init__(
+        self, segment: Segment, limits: StepLimits, arch: int, beside: TiledWeights | None = None
+    ) -> None:
+        """Weights that lie `beside` are those of another program, which lives longer."""
         self.segment, self.limits = segment, limits
-        self.weights = TiledWeights(*weights_of(segment))
-        self.step_arrays = StepArrays(limits, bool(segment.states))
+        self.weights = TiledWeights(*weights_of(segment), beside)
+        self.step_arrays = StepArrays(limits, segment.groups, bool(segment.states))
         n_tokens = segment.output.dim if segment.is_last else 0
         self.sample_arrays = SampleArrays(limits, n_tokens)
         self.kv, self.step = Arena(ALIGNMENT), Arena(ALIGNMENT)
@@ -43,28 +46,37 @@ class Blueprint:
         caches = self._caches = self._place_caches()
         self._recurrent = [op for op in segment.ops if isinstance(op, (Conv, DeltaNet))]
         states = self._states = self._place_states()
-        self.lowered = Lowering(segment, limits, self.weights, caches, states, step, arch).run()
+        lowering = Lowering(segment, limits, self.weights, caches, states, step, arch)
+        self.lowered = lowering.run(picks=segment.is_last and beside is None)
         self.scratch = self.lowered.scratch
         self.scratch.place(self.weights.staging, 0 if self.scratch.n_bytes else None)
         self.scratch.n_bytes = max(
             self.scratch.n_bytes, self.scratch.aligned(self.weights.staging.n_bytes)
         )
+        self.draft: Blueprint | None = None
+        if (block := segment.draft) is not None:
+            self.draft = Blueprint(block, limits.of_draft(block.groups), arch, self.weights)
 
     def arenas(self) -> tuple[Arena, ...]:
         return self.weights.arena, self.kv, self.scratch, self.step
 
     def kernels(self) -> set[Kernel]:
-        return self.lowered.kernels() | self.weights.kernels()
+        """Those of the block that guesses tokens, too."""
+        of_draft = self.draft.kernels() if self.draft else set()
+        return self.lowered.kernels() | self.weights.kernels() | of_draft
 
     def rows(self) -> dict[str, int]:
         """Bytes that the program reserves, by purpose."""
         weights = self.weights.bytes_by_type
-        return {
+        rows = {
             **{f"weights {kind}": n_bytes for kind, n_bytes in weights.items()},
             **self._cache_rows,
             **self._state_rows,
             "scratch": self.scratch.n_bytes + self.step.n_bytes + self._counters_bytes,
         }
+        for purpose, n_bytes in self.draft.rows().items() if self.draft else ():
+            rows[purpose] = rows.get(purpose, 0) + n_bytes
+        return rows
 
     def cached(self, device: Device) -> Cached:
         """What the program keeps between steps, once the arena of pages has memory."""
@@ -90,7 +102,14 @@ class Blueprint:
     def logits_bytes(self) -> int:
         """Of the host's memory, for what comes back of a step."""
         dim = self.segment.output.dim if self.segment.is_last else self.segment.hidden.dim
-        return 4 * row_stride(dim) * self.limits.max_outputs
+        of_draft = self.draft.logits_bytes if self.draft else 0
+        return 4 * row_stride(dim) * self.limits.max_outputs + of_draft
+
+    @property
+    def staging_bytes(self) -> int:
+        """Of rows that go up at a time."""
+        of_draft = self.draft.staging_bytes if self.draft else 0
+        return max(self.weights.staging.n_bytes, of_draft)
 
     @property
     def step_weight_bytes(self) -> int:

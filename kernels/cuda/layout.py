@@ -6,6 +6,7 @@ matrices are in `tiles.py`.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -46,11 +47,12 @@ class StepArrays:
     to the device.
     """
 
-    def __init__(self, limits: StepLimits, has_states: bool) -> None:
-        n_groups, n_sequences = len(limits.n_pages), limits.max_sequences
+    def __init__(self, limits: StepLimits, windows: Collection[int], has_states: bool) -> None:
+        """Sequences have a table for each of the `windows`."""
+        n_groups, n_sequences = len(windows), limits.max_sequences
         self._n_states, self._has_states = limits.n_states, has_states
         n_recurrent = n_sequences if has_states else 0
-        n_pages = n_sequences * sum(limits.n_pages.values())
+        n_pages = n_sequences * sum(limits.n_pages[window] for window in windows)
         shapes = {
             "step": ((1,), _STEP),
             "ids": ((limits.max_rows,), np.dtype(np.int32)),
@@ -92,7 +94,7 @@ class StepArrays:
         arrays["step"][0] = n_rows, n_wanted, len(batch.tables), 0
         arrays["pos"][:n_rows], arrays["seq"][:n_rows] = batch.pos, batch.seq
         arrays["wanted"][:n_wanted] = batch.wanted
-        if batch.hidden is None:
+        if len(batch.ids):
             arrays["ids"][:n_rows] = batch.ids
         if self._has_states:
             self._fill_states(batch)

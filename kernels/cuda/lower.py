@@ -9,12 +9,13 @@ from __future__ import annotations
 from typing import NoReturn
 
 from edgeinfer.fusion import (
+    Convs,
     ExpertMatmuls,
+    GatedDeltaNet,
     Matmuls,
     PinnedAttention,
     PinnedRotate,
     RotatedAttention,
-    SiluConv,
     Step,
     SwiGlu,
     WholeNorm,
@@ -24,8 +25,6 @@ from edgeinfer.graph import (
     Add,
     Bias,
     Clamp,
-    Conv,
-    DeltaNet,
     Embed,
     ExpertSum,
     Gain,
@@ -50,14 +49,15 @@ from edgeinfer.kernels.cuda.tiles import row_stride
 class Lowering(FusedLowering, RecurrentLowering):
     """One pass over a segment's steps."""
 
-    def run(self) -> Lowered:
+    def run(self, *, picks: bool) -> Lowered:
+        """Whether there is also what `picks` tokens from logits."""
         out, segment = self._out, self._segment
         if segment.input is not None:
             out.input = self._float_buffer(segment.input, "input")
-        i, left = 0, self._left_to_delta_nets()
+        i = 0
         while i < len(self._steps):
             n_fused = self._fused(i)
-            if not n_fused and i not in left:
+            if not n_fused:
                 self._lower(self._steps[i], i)
             i += n_fused or 1
             if segment.hidden in self._floats and not out.head:
@@ -65,7 +65,7 @@ class Lowering(FusedLowering, RecurrentLowering):
         out.hidden = self._floats[segment.hidden]
         out.residuals = {i: self._floats[value] for i, value in segment.residuals.items()}
         out.logits = self._floats[segment.output] if segment.is_last else None
-        if out.logits is not None:
+        if out.logits is not None and picks:
             out.argmax, out.sample = self._argmax(out.logits), self._sample(out.logits)
         out.place()
         return out
@@ -134,10 +134,10 @@ class Lowering(FusedLowering, RecurrentLowering):
                 self._expert_sum(step)
             case SelectRows():
                 self._select(step)
-            case Conv() | SiluConv():
-                self._conv(step)
-            case DeltaNet():
-                self._delta_net(step, i)
+            case Convs():
+                self._convs(step)
+            case GatedDeltaNet():
+                self._delta_net(step)
             case _:
                 _never(step)
 

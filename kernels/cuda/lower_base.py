@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from edgeinfer.batch import StepLimits
-from edgeinfer.fusion import ExpertMatmuls, Matmuls, fuse
+from edgeinfer.fusion import fuse
 from edgeinfer.graph import Attention, Rope, Segment, Value
 from edgeinfer.kernels.buffers import Buffer, Reads
 from edgeinfer.kernels.cuda.commands import (
@@ -103,11 +103,6 @@ class LoweringBase:
         self._states, self._arch = states, arch  # slots, by number of what an op leaves
         self._steps = fuse(segment)
         self._reads = Reads(self._steps, segment.kept)
-        self._makers = {  # of what the step of a number makes alone
-            step.out: i
-            for i, step in enumerate(self._steps)
-            if not isinstance(step, (Matmuls, ExpertMatmuls))
-        }
         self._selected = selected(segment)
         self._floats: dict[Value, Buffer] = {}  # where a value's f32 rows are
         self._quantised: dict[Value, Buffer] = {}

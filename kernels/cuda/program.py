@@ -94,6 +94,7 @@ class CudaProgram(CacheVerbs):
         self._drawn, self._lowered = drawn, drawn.lowered
         self._reserved: list[int] = []
         self._sampler = sampler
+        self.draft: CudaProgram | None = None  # what guesses tokens, with weights of this one
         self._closed = False
         try:
             self._make(progress)
@@ -112,7 +113,7 @@ class CudaProgram(CacheVerbs):
         self._cached = drawn.cached(device)
         device.load(drawn.kernels(), lambda done, total, _: progress("kernels", done, total))
         self._arrays = drawn.step_arrays
-        self._asked = StepArrays(self.limits, bool(self.segment.states))
+        self._asked = StepArrays(self.limits, self.segment.groups, bool(self.segment.states))
         n_vocab = self.segment.output.dim if self.segment.is_last else 0
         self._samples, self._asked_samples = (
             drawn.sample_arrays, SampleArrays(self.limits, n_vocab)
@@ -133,6 +134,8 @@ class CudaProgram(CacheVerbs):
         self._lock = threading.Lock()  # over these three: an abort comes from any thread
         self._no_rows = np.zeros((0, 0), np.float32)
         self._no_ids = np.zeros(0, np.int32)
+        if drawn.draft is not None:
+            self.draft = CudaProgram(device, self._name, drawn.draft, None, {}, progress)
 
     # -- steps ---------------------------------------------------------------------------------
 
@@ -336,6 +339,8 @@ class CudaProgram(CacheVerbs):
             self._free()
 
     def _free(self) -> None:
+        if self.draft is not None:
+            self.draft.close()
         if self._sampler is not None:
             self._sampler.close()
         for address in self._reserved:

@@ -32,17 +32,25 @@ class TiledWeights:
     Of a stack of matrices each is as if it were alone, and they lie side by side.
     """
 
-    def __init__(self, matrices: Iterable[Weight], vectors: Iterable[Weight]) -> None:
-        self._matrices = {w.name: w for w in matrices}
-        self._vectors = {w.name: w for w in vectors}
+    def __init__(
+        self,
+        matrices: Iterable[Weight],
+        vectors: Iterable[Weight],
+        beside: TiledWeights | None = None,
+    ) -> None:
+        """What lies `beside`, in another program of the same life, does not go up again."""
+        tiled: dict[str, Buffer] = {} if beside is None else beside._tiled
+        floats: dict[str, Buffer] = {} if beside is None else beside._floats
+        self._matrices = {w.name: w for w in matrices if w.name not in tiled}
+        self._vectors = {w.name: w for w in vectors if w.name not in floats}
         self._tables: list[tuple[Buffer, NDArray[np.float64]]] = []
         self.arena = Arena(ALIGNMENT)
         self.bytes_by_type: dict[str, int] = {}
-        self._tiled = {
+        self._tiled: dict[str, Buffer] = tiled | {
             weight.name: self._place(weight.type.name, _n_matrices(weight) * matrix_bytes(weight))
             for weight in self._matrices.values()
         }
-        self._floats = {
+        self._floats: dict[str, Buffer] = floats | {
             weight.name: self._place("F32", 4 * weight.n_elements)
             for weight in self._vectors.values()
         }

@@ -125,7 +125,7 @@ class ReferenceBackend:
         check(segment, KNOWN, "reference")
         vocab_size = segment.graph.hparams.vocab_size
         # Row by row: more rows are never cheaper here.
-        limits = StepLimits.of(request, vocab_size, segment.groups, _MAX_ROWS, row_cost=1.0)
+        limits = StepLimits.of(request, vocab_size, segment.windows, _MAX_ROWS, row_cost=1.0)
         ops = (*segment.ops, *(segment.draft.ops if segment.draft else ()))
         matmuls = [op for op in ops if isinstance(op, (Linear, ExpertLinear))]
         weights = {op.weight.name: op.weight for op in matmuls}

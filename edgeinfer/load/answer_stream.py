@@ -1,0 +1,123 @@
+"""A streamed chat completion as it comes: when there was text, what there was, how it ended."""
+
+from __future__ import annotations
+
+from array import array
+from typing import Any
+
+import msgspec
+
+
+class StreamError(Exception):
+    """What came is no stream of a chat completion, or one that tells of an error. `kind` counts."""
+
+    def __init__(self, kind: str, message: str = "") -> None:
+        self.kind = kind
+        super().__init__(message or kind)
+
+
+class _Delta(msgspec.Struct):
+    content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[Any] | None = None
+
+
+class _Choice(msgspec.Struct):
+    delta: _Delta | None = None
+    finish_reason: str | None = None
+
+
+class _Details(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    prompt_tokens_details: _Details | None = None
+
+
+class _Chunk(msgspec.Struct):
+    choices: list[_Choice] = []
+    usage: _Usage | None = None
+    error: Any = None
+
+
+_decode = msgspec.json.Decoder(_Chunk).decode
+_FIELDS = (b"data", b"event", b"id", b"retry", b"")  # of server-sent events; "": a comment
+_MOST_LINE = 4 << 20  # bytes
+_MOST_ERROR = 4096  # bytes of a refusal that are kept
+
+
+class AnswerStream:
+    """Takes the parts of one reply."""
+
+    def __init__(self) -> None:
+        self.times = array("d")  # when each piece of text came
+        self.usage: _Usage | None = None
+        self.has_ended = False
+        self._texts: list[str] = []
+        self._line = b""
+        self._refusal = b""
+
+    @property
+    def text(self) -> str:
+        return "".join(self._texts)
+
+    @property
+    def n_cached(self) -> int | None:
+        """Tokens of the prompt that were not computed again; None where it is not told."""
+        details = self.usage.prompt_tokens_details if self.usage is not None else None
+        return details.cached_tokens if details is not None else None
+
+    @property
+    def refusal(self) -> str:
+        """What was said where the reply is no answer."""
+        return self._refusal.decode(errors="replace")
+
+    def take(self, at: float, status: int, data: bytes) -> None:
+        """Parts of a body; StreamError where it can't be gone on with."""
+        if status != 200:
+            self._refusal += data[: _MOST_ERROR - len(self._refusal)]
+            return
+        *lines, self._line = (self._line + data).split(b"\n")
+        if len(self._line) > _MOST_LINE:
+            raise StreamError("malformed stream", "a line has no end")
+        for line in lines:
+            self._take_line(at, line.rstrip(b"\r"))
+
+    def _take_line(self, at: float, line: bytes) -> None:
+        field, _, value = line.partition(b":")
+        if field != b"data":
+            if line and field not in _FIELDS:
+                raise StreamError("malformed stream", "the reply is no stream of events")
+            return
+        value = value.strip()
+        if value == b"[DONE]":
+            self.has_ended = True
+            return
+        try:
+            chunk = _decode(value)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise StreamError("malformed stream", str(error)) from None
+        if chunk.error is not None:
+            raise StreamError("error in the stream", str(chunk.error)[:200])
+        self._take_chunk(at, chunk)
+
+    def _take_chunk(self, at: float, chunk: _Chunk) -> None:
+        if chunk.usage is not None:
+            self.usage = chunk.usage
+        for choice in chunk.choices:
+            self.has_ended |= choice.finish_reason is not None
+            delta = choice.delta
+            if delta is None:
+                continue
+            if delta.content or delta.reasoning_content or delta.reasoning or delta.tool_calls:
+                self.times.append(at)
+                self._texts.append(delta.content or "")
+
+    def finish(self) -> None:
+        """The reply is whole; StreamError where the answer is not."""
+        if not self.has_ended:
+            raise StreamError("cut short", "the stream ended without an end of its answer")

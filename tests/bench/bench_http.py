@@ -1,0 +1,181 @@
+"""What HTTP costs: decode through it and without, the way of a first byte, microseconds a token.
+
+    python -m tests.bench.bench_http MODEL.gguf [-r 5] [--tokens 128] [-k decode,path]
+
+`decode` streams answers over HTTP and from the engine alone, in turns, and compares the rates; the
+client is a process of its own. `path` has a program that computes nothing, so that what is left is
+the way from a token to the socket: processor time of the event loop's thread, and of all threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from edgeinfer.engine.generation import Generation
+from edgeinfer.engine.sequence import Finished, Prefilled, Request, Token
+from edgeinfer.load.answer_stream import AnswerStream
+from edgeinfer.load.http_client import Client, Target
+from edgeinfer.stream import Stream
+
+from ..server_for_tests import Running, running
+
+_STEP_SECONDS = 0.004  # of a program that computes nothing
+_PROMPT = "Once upon a time there was a"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("-r", type=int, default=5, help="repeats")
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("-k", default="decode,path", help="what to measure")
+    parser.add_argument("--client", help=argparse.SUPPRESS)
+    parser.add_argument("--streams", type=int, default=1, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.client:
+        print(json.dumps(asyncio.run(_ask(args.client, args.streams, args.tokens))))
+        return
+    found: dict[str, Any] = {}
+    with running([("m", args.model)], load={"device": "cpu", "slots": 4, "n_ctx": 1024}) as server:
+        for kind in args.k.split(","):
+            found |= _MEASURES[kind](server, args)
+    print(json.dumps(found))
+
+
+# -- the client -----------------------------------------------------------------------------------
+
+
+async def _ask(url: str, n: int, n_tokens: int) -> list[list[float]]:
+    """The times at which each of `n` clients has its pieces of text."""
+    client = Client(Target.of(url), {})
+
+    async def one(i: int) -> list[float]:
+        message = {"role": "user", "content": f"{_PROMPT} {i}"}
+        body = json.dumps(
+            {"messages": [message], "max_tokens": n_tokens, "temperature": 0, "stream": True,
+             "ignore_eos": True}
+        ).encode()  # fmt: skip
+        stream = AnswerStream()
+        await client.request("POST", "/chat/completions", body, stream.take)
+        stream.finish()
+        return list(stream.times)
+
+    try:
+        return await asyncio.gather(*(one(i) for i in range(n)))
+    finally:
+        client.close()
+
+
+def _client(server: Running, n: int, n_tokens: int) -> list[list[float]]:
+    command = [sys.executable, "-m", "tests.bench.bench_http", "-", "--client", server.url]
+    command += ["--streams", str(n), "--tokens", str(n_tokens)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    times: list[list[float]] = json.loads(done.stdout)
+    return times
+
+
+# -- what is measured -----------------------------------------------------------------------------
+
+
+def _decode(server: Running, args: argparse.Namespace) -> dict[str, Any]:
+    """Tokens a second of one client and of a reader in the process; a first byte's way."""
+    llm, opened = server.llm, list[Stream]()
+    ends = dict.fromkeys(llm.runtime.tokenizer.eog_ids, -1e9)
+    of_chat = llm.stream_chat
+
+    def noted(*given: Any, **more: Any) -> Stream:
+        opened.append(of_chat(*given, **more))
+        return opened[-1]
+
+    llm.stream_chat = noted  # type: ignore[method-assign]
+    ratios, rates, ways = [], [], []
+    message: Any = [{"role": "user", "content": f"{_PROMPT} 0"}]
+    for turn in range(args.r + 1):
+        stream = of_chat(message, max_tokens=args.tokens, temperature=0.0, logit_bias=ends)
+        alone = stream.run().timings.decode_tok_s
+        (times,) = _client(server, 1, args.tokens)
+        over_http = (args.tokens - 1) / (times[-1] - times[0])
+        if turn:  # the first one warms up
+            ratios.append(over_http / alone)
+            rates.append((alone, over_http))
+            ways.append(1e3 * (times[0] - opened[-1]._first_at))
+    return {
+        "engine_tok_s": statistics.median(rate[0] for rate in rates),
+        "http_tok_s": statistics.median(rate[1] for rate in rates),
+        "http_of_engine": statistics.median(ratios),
+        "first_byte_ms": statistics.median(ways),
+        "first_byte_worst_ms": max(ways),
+    }
+
+
+def _path(server: Running, args: argparse.Namespace) -> dict[str, Any]:
+    """Processor time a token of the event loop's thread, and of the whole process."""
+    found = {}
+    loop_thread = next(t for t in threading.enumerate() if t.name.startswith("Thread-"))
+    clock = time.pthread_getcpuclockid(loop_thread.ident or 0)
+    for n in (1, 16):
+        costs, costs_all = [], []
+        for turn in range(args.r + 1):
+            with _paced(server, n, args.tokens):
+                begun = time.clock_gettime(clock), time.process_time()
+                _client(server, n, args.tokens)
+                ended = time.clock_gettime(clock), time.process_time()
+            if turn:
+                costs.append(1e6 * (ended[0] - begun[0]) / (n * args.tokens))
+                costs_all.append(1e6 * (ended[1] - begun[1]) / (n * args.tokens))
+        found[f"loop_us_{n}"] = statistics.median(costs)
+        found[f"process_us_{n}"] = statistics.median(costs_all)
+    return found
+
+
+class _paced:
+    """Inside, answers come from a thread that yields a token for each every few milliseconds."""
+
+    def __init__(self, server: Running, n: int, n_tokens: int) -> None:
+        self._engine = server.llm.runtime.engine
+        self._id = server.llm.tokenize(" house")[0]
+        self._n, self._n_tokens = n, n_tokens
+        self._begun: list[Generation] = []
+        self._thread = threading.Thread(target=self._step)
+
+    def __enter__(self) -> None:
+        self._engine.submit = self._submit  # type: ignore[method-assign]
+        self._thread.start()
+
+    def _submit(self, request: Request) -> Generation:
+        generation = Generation(self._engine, request, self._engine.layout("error"))
+        self._begun.append(generation)
+        return generation
+
+    def _step(self) -> None:
+        while len(self._begun) < self._n:
+            time.sleep(_STEP_SECONDS)
+        for i in range(-1, self._n_tokens + 1):
+            now = time.perf_counter()
+            for each in self._begun:
+                if i < 0:
+                    each.events.put(Prefilled(9, 9, 0, now))
+                elif i < self._n_tokens:
+                    each.events.put(Token(self._id, now, None, ()))
+                else:
+                    each.events.put(Finished("length", now))
+            time.sleep(_STEP_SECONDS)
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.join()
+        del self._engine.submit
+
+
+_MEASURES = {"decode": _decode, "path": _path}
+
+if __name__ == "__main__":
+    main()

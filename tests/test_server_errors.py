@@ -1,0 +1,223 @@
+"""Every kind of failure in every API, streamed and whole, as the clients' exceptions tell it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import anthropic
+import ollama
+import openai
+import pytest
+
+from .server_for_tests import N_CTX, Running, running, small_model
+
+KEY = "secret"
+LONG = "x" * (N_CTX + 10)
+MOST_BODY = 64 << 10
+Ask = Callable[["Clients", str, str, bool], object]
+
+
+class Clients(NamedTuple):
+    openai: openai.OpenAI
+    anthropic: anthropic.Anthropic
+    ollama: ollama.Client
+
+    @classmethod
+    def of(cls, server: Running, key: str) -> Clients:
+        return cls(
+            openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0),
+            anthropic.Anthropic(base_url=server.url, api_key=key, max_retries=0),
+            ollama.Client(server.url, headers={"authorization": f"Bearer {key}"}),
+        )
+
+    def close(self) -> None:
+        self.openai.close()
+        self.anthropic.close()
+        self.ollama._client.close()
+
+
+@pytest.fixture(scope="module")
+def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    path = small_model(tmp_path_factory.mktemp("model"))
+    with running(
+        [("tiny", path)], strict=True, api_keys=(KEY,), most_waiting=8, most_body=MOST_BODY
+    ) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def clients(strict: Running) -> Iterator[dict[str, Clients]]:
+    """By their keys."""
+    found = {key: Clients.of(strict, key) for key in (KEY, "wrong")}
+    yield found
+    for each in found.values():
+        each.close()
+
+
+# -- what is asked ---------------------------------------------------------------------------------
+
+
+def chat(clients: Clients, model: str, text: str, is_streamed: bool) -> object:
+    said: Any = [{"role": "user", "content": text}]
+    found: Any = clients.openai.chat.completions.create(
+        model=model, messages=said, max_tokens=4, stream=is_streamed
+    )
+    return list(found) if is_streamed else found
+
+
+def text(clients: Clients, model: str, text: str, is_streamed: bool) -> object:
+    found: Any = clients.openai.completions.create(
+        model=model, prompt=text, max_tokens=4, stream=is_streamed
+    )
+    return list(found) if is_streamed else found
+
+
+def responses(clients: Clients, model: str, text: str, is_streamed: bool) -> object:
+    if not is_streamed:
+        return clients.openai.responses.create(model=model, input=text)
+    with clients.openai.responses.stream(model=model, input=text) as stream:
+        for event in stream:
+            if event.type == "response.failed":
+                error: Any = event.response.error
+                raise openai.APIError(error.message, None, body=None)  # type: ignore[arg-type]
+        return stream.get_final_response()
+
+
+def messages(clients: Clients, model: str, text: str, is_streamed: bool) -> object:
+    said: Any = [{"role": "user", "content": text}]
+    if not is_streamed:
+        return clients.anthropic.messages.create(model=model, max_tokens=4, messages=said)
+    with clients.anthropic.messages.stream(model=model, max_tokens=4, messages=said) as stream:
+        return stream.get_final_message()
+
+
+def ollama_chat(clients: Clients, model: str, text: str, is_streamed: bool) -> object:
+    said: Any = [{"role": "user", "content": text}]
+    found: Any = clients.ollama.chat(model=model, messages=said, stream=is_streamed)
+    return list(found) if is_streamed else found
+
+
+def ollama_text(clients: Clients, model: str, text: str, is_streamed: bool) -> object:
+    found: Any = clients.ollama.generate(model=model, prompt=text, stream=is_streamed)
+    return list(found) if is_streamed else found
+
+
+ASKS = (chat, text, responses, messages, ollama_chat, ollama_text)
+
+# -- what fails ------------------------------------------------------------------------------------
+
+
+class Failure(NamedTuple):
+    """A way to fail: HTTP's status, and words that every client's exception has."""
+
+    status: int
+    words: str
+    model: str = "tiny"
+    text: str = "hi"
+    key: str = KEY
+    inside: Callable[[Running], AbstractContextManager[object]] | None = None
+
+
+@contextmanager
+def loading(server: Running) -> Iterator[None]:
+    server.service.models.is_ready = False
+    yield
+    server.service.models.is_ready = True
+
+
+@contextmanager
+def stopping(server: Running) -> Iterator[None]:
+    server.service.is_stopping = True
+    yield
+    server.service.is_stopping = False
+
+
+@contextmanager
+def full(server: Running) -> Iterator[None]:
+    server.service._n_open += 8
+    yield
+    server.service._n_open -= 8
+
+
+def failing_at_once(server: Running) -> AbstractContextManager[object]:
+    return server.replying("", error=RuntimeError("it broke"))
+
+
+def failing_midway(server: Running) -> AbstractContextManager[object]:
+    return server.replying("some text", error=RuntimeError("it broke"))
+
+
+FAILURES = {
+    "too long": Failure(400, "prompt is too long", text=LONG),
+    "no such model": Failure(404, "'nobody' not found", model="nobody"),
+    "no key": Failure(401, "API key", key="wrong"),
+    "too large": Failure(413, "--max-body", text="y" * (MOST_BODY + 1)),
+    "loading": Failure(503, "loading", inside=loading),
+    "stopping": Failure(503, "stopping", inside=stopping),
+    "full": Failure(429, "try again", inside=full),
+    "a fault at once": Failure(500, "RuntimeError", inside=failing_at_once),
+    "a fault midway": Failure(500, "RuntimeError", inside=failing_midway),
+}
+OPENAI = {
+    400: openai.BadRequestError, 401: openai.AuthenticationError, 404: openai.NotFoundError,
+    413: openai.APIStatusError, 429: openai.RateLimitError, 500: openai.InternalServerError,
+    503: openai.InternalServerError,
+}  # fmt: skip
+ANTHROPIC = {
+    400: anthropic.BadRequestError, 401: anthropic.AuthenticationError,
+    404: anthropic.NotFoundError, 413: anthropic.RequestTooLargeError,
+    429: anthropic.RateLimitError, 500: anthropic.InternalServerError,
+    503: anthropic.APIStatusError,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("is_streamed", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("ask", ASKS)
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_client_is_told(
+    strict: Running, clients: dict[str, Clients], name: str, ask: Ask, is_streamed: bool
+) -> None:
+    failure = FAILURES[name]
+    with failure.inside(strict) if failure.inside is not None else nullcontext():
+        with pytest.raises(Exception) as caught:
+            ask(clients[failure.key], failure.model, failure.text, is_streamed)
+    error: Any = caught.value
+    assert failure.words in str(error)
+    is_late = failure.status == 500 and is_streamed  # the reply had begun
+    if isinstance(error, openai.APIError):
+        assert is_late or type(error) is OPENAI[failure.status]
+    elif isinstance(error, anthropic.APIError):
+        assert isinstance(error, anthropic.APIStatusError if is_late else ANTHROPIC[failure.status])
+    else:
+        assert isinstance(error, ollama.ResponseError)
+        assert is_late or error.status_code == failure.status
+    strict.wait_until_idle()
+
+
+def test_what_goes_away_says_when_to_come_back(strict: Running) -> None:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
+    key = {"authorization": f"Bearer {KEY}"}
+    for inside in (loading, full):
+        with inside(strict):
+            reply = strict.post("/v1/chat/completions", body, headers=key)
+        assert int(reply.headers["retry-after"]) >= 1
+    with failing_at_once(strict):
+        reply = strict.post("/v1/chat/completions", body, headers=key)
+    assert reply.headers.get("x-should-retry") == "false"
+
+
+BROKEN = [b"{", b"[]", b"null", b"\xff", b'{"a":' * 5000, b'{"messages": 1e999}', b'"x"', b"NaN"]
+PATHS = {
+    "/v1/chat/completions": "error", "/v1/completions": "error", "/v1/responses": "error",
+    "/v1/messages": "type", "/api/chat": "error", "/api/generate": "error",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("body", BROKEN, ids=range(len(BROKEN)))
+def test_no_body_breaks_an_api(strict: Running, path: str, body: bytes) -> None:
+    reply = strict.http.post(path, content=body, headers={"x-api-key": KEY})
+    assert reply.status_code in (400, 404), reply.text
+    assert PATHS[path] in reply.json()
