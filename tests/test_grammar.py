@@ -356,7 +356,7 @@ def test_a_grammar_is_for_the_last_message_of_harmony(
         {"type": "string", "pattern": "(a{1000}){1000}"},
         {"type": "string", "pattern": "(.*a){40}"},
         {"type": "string", "pattern": "^(.*a.{20}){5}$"},
-        {"type": "string", "pattern": "|".join(f".*{c}.{{30}}{d}" for c in "abcdef" for d in "xyz")},
+        {"type": "string", "pattern": "|".join(f".*{c}.{{30}}{d}" for c in "abcde" for d in "xy")},
         {"type": "string", "minLength": 10**9}, {"type": "array", "minItems": 10**9},
         {"anyOf": [{"type": "string", "pattern": "|".join(f"[a-z]{{{i}}}x" for i in range(500))}]},
         {"allOf": [{"anyOf": [{"required": [f"{i}{j}"]} for i in range(6)]} for j in range(6)]},
