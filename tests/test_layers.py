@@ -36,6 +36,7 @@ balance
 placement
 runtime stream
 watching constraining
+replying
 llm inspect_file
 aio bench load selftest replay
 server

@@ -20,14 +20,9 @@ from edgeinfer.values import shown
 MOST_TEXT = 1 << 17  # characters; what reads the worst of so many takes seconds
 _MOST_DEPTH = 96  # of objects in one another; llguidance's JSON reader stops at 128
 _ANSWER = "answer"
+_REPLY = "reply"
 # One way to write a value: what is certain need not be guessed, and no model fills it with space.
-_JSON_OPTIONS = {
-    "lenient": False,
-    "coerce_one_of": False,
-    "whitespace_flexible": False,
-    "item_separator": ", ",
-    "key_separator": ": ",
-}
+_ONE_WAY = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 # Keywords of old drafts, which llguidance takes for annotations.
 _OLD_KEYWORDS = ("divisibleBy", "extends", "disallow")
 _SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
@@ -42,18 +37,19 @@ class Grammar:
     param: str = "grammar"
 
     @classmethod
-    def of_schema(cls, schema: Any, param: str = "schema") -> Grammar:
+    def of_schema(cls, schema: Any, param: str = "schema", *, lenient: bool = False) -> Grammar:
         """JSON that a schema allows: a mapping, its text, or a type.
 
         A type is a pydantic model, a dataclass, a TypedDict or what else msgspec describes;
-        objects that are made of it have no other keys. A keyword that can't be enforced is refused.
+        objects that are made of it have no other keys. A keyword that can't be enforced is refused,
+        or passed over where that is `lenient`.
         """
         found = _schema(schema, param)
-        for keyword in _OLD_KEYWORDS:
+        for keyword in () if lenient else _OLD_KEYWORDS:
             for path in _paths(found, keyword):
                 raise _unsupported(keyword, path, param)
         if isinstance(found, dict):
-            found = {**found, "x-guidance": _JSON_OPTIONS}
+            found = with_options(found, lenient=lenient)
         try:
             return cls._of({"json_schema": found}, param)
         except _Refused as refused:
@@ -96,10 +92,15 @@ class Grammar:
                 param=param,
             ) from None
 
-    def after(self, lead: str) -> Grammar:
-        """With something before it: `lead` are Lark rules, whose `start` refers to `@answer`."""
+    @classmethod
+    def of_rules(cls, rules: str, param: str) -> Grammar:
+        """Rules of our own making; they are checked when they are compiled."""
+        return cls(_json({"grammars": [{"lark_grammar": rules}]}), param)
+
+    def after(self, lead: str, name: str = _REPLY) -> Grammar:
+        """With something before it: `lead` are Lark rules that refer to it as `@name`."""
         grammars = json.loads(self.text)["grammars"]
-        grammars[0]["name"] = _ANSWER
+        grammars[0]["name"] = name
         return Grammar(_json({"grammars": [{"lark_grammar": lead}, *grammars]}), self.param)
 
     @classmethod
@@ -117,6 +118,11 @@ class Grammar:
         return cls(text, param)
 
 
+def with_options(schema: Mapping[str, Any], *, lenient: bool = False) -> dict[str, Any]:
+    """A schema, and how llguidance is to read it."""
+    return {**schema, "x-guidance": {"lenient": lenient, "coerce_one_of": lenient, **_ONE_WAY}}
+
+
 class _Refused(Exception):
     """llguidance's message."""
 
@@ -124,6 +130,11 @@ class _Refused(Exception):
 def limits() -> Any:
     """Of what a grammar may take, 20 MB of states; and messages without what was read."""
     return _llguidance().LLParserLimits(max_lexer_states=20_000, verbose_errors=False)
+
+
+def check_installed() -> None:
+    """InvalidRequestError where what reads grammars is missing."""
+    _llguidance()
 
 
 def first_line(message: str) -> str:

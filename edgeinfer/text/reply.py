@@ -35,6 +35,8 @@ class FindsCalls(Protocol):
 
     @property
     def done(self) -> tuple[ToolCall, ...]: ...
+    @property
+    def is_full(self) -> bool: ...
     def push(self, text: str, *, is_control: bool = False) -> list[Delta]: ...
     def end(self, was_cut: bool) -> list[Delta]: ...
 
@@ -81,6 +83,11 @@ class AnswerText:
     @property
     def tool_calls(self) -> tuple[ToolCall, ...]:
         return self.finder.done if self.finder is not None else ()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether a stop string has ended it, or the last call that is wanted."""
+        return self.stop is not None or (self.finder is not None and self.finder.is_full)
 
     def push(self, token: int) -> list[Delta]:
         """What the token adds; nothing while it may belong to a stop string or to a call."""
