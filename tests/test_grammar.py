@@ -325,27 +325,6 @@ def test_a_grammar_begins_after_reasoning(
     assert accepts(grammar, text, tiny) == is_right
 
 
-HARMONY = "<|start|>assistant<|channel|>analysis<|message|> ... <|end|>"
-
-
-@pytest.mark.parametrize(
-    ("text", "is_right"),
-    [
-        ("<|channel|>final<|message|>yes", True), ("yes", False),
-        ("<|channel|>analysis<|message|>no</x><|end|><|start|>assistant<|channel|>final<|message|>no",
-         True),
-        ("<|channel|>final<|constrain|>json<|message|>no", True),
-        ("<|channel|>analysis<|message|>yes", False), ("<|channel|>final<|message|>nope", False),
-    ],
-)  # fmt: skip
-def test_a_grammar_is_for_the_last_message_of_harmony(
-    tiny: Tokenizer, text: str, is_right: bool
-) -> None:
-    regex = Grammar.of_regex("yes|no")
-    grammar = after_reasoning(regex, (THINK,), "<|start|>assistant", HARMONY, tiny)
-    assert accepts(grammar, text, tiny) == is_right
-
-
 # -- what is hostile -------------------------------------------------------------------------------
 
 
