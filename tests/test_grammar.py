@@ -29,6 +29,7 @@ from edgeinfer.text.reply import THINK
 from edgeinfer.text.tokenizer import Tokenizer
 
 from .models_for_tests import tiny_model
+from .test_tokenizer import byte_pair, tokenizer_of
 
 
 @pytest.fixture(scope="module")
@@ -293,6 +294,59 @@ def test_a_grammar_is_compiled_once(vocabulary: tuple[Tokenizer, Grammars]) -> N
     assert grammars.compile(Grammar.of_regex("ab"), tokenizer) is grammars.compile(
         Grammar.of_regex("ab"), tokenizer
     )
+
+
+@pytest.mark.parametrize("ends", [[], [0], [1, 2]])
+@pytest.mark.parametrize("lacks", ["", "b", "q"])
+def test_odd_vocabularies(ends: list[int], lacks: str) -> None:
+    """No end, or several; characters that no token has; texts of two tokens; a padded one."""
+    words = ["<end>", "<stop>", "<halt>", "ab", "a", "b", "c", "▁c", "", "<0x61>", "q", "ab"[::-1]]
+    words = [f"[{word}]" if word == lacks else word for word in words]
+    meta = {
+        "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": words,
+        "tokenizer.ggml.scores": [0.0] * len(words),
+        "tokenizer.ggml.token_type": [1, 1, 1, 1, 1, 1, 1, 1, 5, 6, 1, 1],
+        "tokenizer.ggml.eos_token_id": ends[0] if ends else len(words),
+    }  # fmt: skip
+    if ends[1:]:
+        meta["tokenizer.ggml.eos_token_ids"] = ends
+    tokenizer = tokenizer_of(meta)
+    n_vocab = 64  # of a model with more rows than tokens; here also a bit more than words hold
+    matcher = Grammars().compile(Grammar.of_regex("(ab c|ab{0,3}c)"), tokenizer).begin()
+    done = b""
+    while not matcher.is_ended:
+        (found,) = allowed(matcher, n_vocab)
+        found -= tokenizer.eog_ids
+        assert found and max(found) < len(words)
+        matcher.advance(max(found))
+        done += tokenizer.piece(max(found))
+    assert done in (b"ab c", b"abc", b"abbc", b"abbbc", b"ac")
+
+
+def test_a_vocabulary_without_an_end_of_any_size() -> None:
+    for n in (257, 287, 288, 289):
+        extra = tuple(f"<x{i}>" for i in range(n - 257))
+        tokenizer = tokenizer_of(byte_pair(extra, eos_token_id=n))
+        assert tokenizer.n_vocab == n and not tokenizer.eog_ids
+        matcher = Grammars().compile(Grammar.of_regex("ab|abc"), tokenizer).begin()
+        seen = []
+        while not matcher.is_ended and len(seen) < 9:
+            (found,) = allowed(matcher, n)
+            seen.append(max(found))
+            matcher.advance(seen[-1])
+        assert b"".join(map(tokenizer.piece, seen)) == b"abc"
+
+
+def test_what_no_token_spells_is_refused_or_ends() -> None:
+    meta = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", "a"]}
+    tokenizer = tokenizer_of(meta)
+    with pytest.raises(InvalidRequestError, match="regex can't be used"):
+        Grammars().compile(Grammar.of_regex("b"), tokenizer)
+    matcher = Grammars().compile(Grammar.of_regex("ab"), tokenizer).begin()
+    with pytest.raises(EdgeInferError, match="can't go on by its grammar"):
+        for _ in range(3):
+            (found,) = allowed(matcher, 4)
+            matcher.advance(min(found))
 
 
 # -- reasoning -------------------------------------------------------------------------------------
