@@ -17,6 +17,8 @@ import openai
 import pytest
 from openai.types import CreateEmbeddingResponse
 
+from edgeinfer.server.token_ids import check_origin
+
 from .models_for_tests import tiny_model
 from .server_for_tests import LOAD, Running, running
 
@@ -106,6 +108,15 @@ def test_what_can_not_be_is_refused(
     assert reply.status_code == 400, reply.text
     error = reply.json()["error"]
     assert error["param"] == param and found in error["message"]
+
+
+def test_every_part_of_the_models_own_tokens_is_taken(embedder: Running) -> None:
+    """Also one that begins inside a character, or spells a control token."""
+    tokenizer = embedder.llm.runtime.tokenizer
+    ids = tokenizer.encode("the others in the 水 said <|eos|> and then 🙂 the end", bos=True)
+    parts = [ids[i:j] for i in range(len(ids)) for j in range(i + 1, len(ids) + 1)]
+    check_origin(tokenizer, parts)
+    check_origin(tokenizer, [tokenizer.encode("<|eos|> the end", parse_special=True)])
 
 
 def test_a_text_is_cut_only_where_that_is_asked(embedder: Running, client: openai.OpenAI) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from edgeinfer.server.errors import ApiError
 from edgeinfer.text.tokenizer import Tokenizer
 
-_EDGE = 2  # tokens at each end of a part of a text, which the whole may have cut elsewhere
+_EDGE = 3  # tokens at each end of a part of a text: of a character cut in bytes, or cut elsewhere
 
 
 def check_origin(tokenizer: Tokenizer, texts: Sequence[str | list[int]]) -> None:
@@ -29,12 +29,12 @@ def check_origin(tokenizer: Tokenizer, texts: Sequence[str | list[int]]) -> None
 
 
 def _is_own(tokenizer: Tokenizer, ids: list[int]) -> bool:
+    """Of a few ids nobody can tell: a vocabulary's tokens stand for themselves."""
     if not all(0 <= id < tokenizer.n_vocab for id in ids):
         return False
-    text = tokenizer.decode(ids, special=True)
-    made = tokenizer.encode(text, bos=False, parse_special=True)
-    if made == ids:
-        return True
-    inner = ids[_EDGE:-_EDGE]
-    starts = range(min(4 * _EDGE, len(made)))
-    return bool(inner) and any(made[i : i + len(inner)] == inner for i in starts)
+    text, inner = tokenizer.decode(ids, special=True), ids[_EDGE:-_EDGE]
+    for parse_special in (True, False):  # a text may spell a control token, and mean the spelling
+        made = tokenizer.encode(text, bos=False, parse_special=parse_special)
+        if any(made[i : i + len(inner)] == inner for i in range(4 * _EDGE)):
+            return True
+    return False
