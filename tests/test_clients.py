@@ -164,9 +164,10 @@ def test_a_client_calls_a_tool(served: Running, python: str, tmp_path: Path, nam
 # A model that knows nothing answers: whatever it says is of the type, or the client raises.
 VERDICT = """
 from typing import Literal
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 class Verdict(BaseModel):
+    model_config = ConfigDict(extra="forbid")  # or whoever knows nothing adds to it without end
     kind: Literal["yes", "no"]
     is_sure: bool
 
