@@ -71,12 +71,19 @@ class AsyncLLM:
         messages: str | Sequence[Message],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool = True,
         template_args: Mapping[str, Any] | None = None,
         **sampling: Unpack[Sampling],
     ) -> Completion:
         """Answer a conversation."""
         stream = await self.stream_chat(
-            messages, tools=tools, template_args=template_args, **sampling
+            messages,
+            tools=tools,
+            tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls,
+            template_args=template_args,
+            **sampling,
         )
         return await stream.run()
 
@@ -85,13 +92,20 @@ class AsyncLLM:
         messages: str | Sequence[Message],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool = True,
         template_args: Mapping[str, Any] | None = None,
         **sampling: Unpack[Sampling],
     ) -> AsyncStream:
         """`chat`, as events while it runs."""
         return await self._begin(
             lambda llm: llm.stream_chat(
-                messages, tools=tools, template_args=template_args, **sampling
+                messages,
+                tools=tools,
+                tool_choice=tool_choice,
+                parallel_tool_calls=parallel_tool_calls,
+                template_args=template_args,
+                **sampling,
             )
         )
 

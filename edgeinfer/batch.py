@@ -83,7 +83,8 @@ class Batch:
 
     Rows of one sequence are consecutive and their positions ascend by one. Input is `ids`, or
     `hidden` for a segment that does not start with token ids. Output "ids" comes with `samples`,
-    which say how each is picked and take what is, and no other output does.
+    which say how each is picked and take what is, and no other output does; their masks may be
+    filled until the step is waited for.
 
     Beside the output a step yields what the head reads of the wanted rows, `with_hidden`, and of
     all its rows the `residuals` that enter these layers, all of them declared by the segment.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -27,24 +27,21 @@ from edgeinfer.engine.sequence import Request
 from edgeinfer.errors import ClosedError, InvalidRequestError, PlanError
 from edgeinfer.options import LoadOptions, Sampling, Unpack
 from edgeinfer.parameters import ANSWER, LOGITS, REQUEST, TEXT, checked, id_list, shown
+from edgeinfer.replying import Reading, chosen_tools, reading
 from edgeinfer.results import Completion
 from edgeinfer.runtime import Runtime
 from edgeinfer.sampling.params import SamplingParams, breaker_tokens, recommended
 from edgeinfer.stream import Stream, items, run_all
 from edgeinfer.text.messages import Conversation, Message
 from edgeinfer.text.prompt import Prompt, chat_prompt
-from edgeinfer.text.reply import (
-    AnswerText,
-    FindsCalls,
-    ReasoningSplitter,
-    opened_tags,
-    reasoning_tags,
-)
+from edgeinfer.text.reply import AnswerText
 from edgeinfer.text.template_engine import TemplateEngine
 from edgeinfer.text.tokenizer import TooManyTokens
 
 if TYPE_CHECKING:
+    from edgeinfer.constraining import Grammars
     from edgeinfer.engine.session import Sessions
+    from edgeinfer.text.grammar import Grammar
 
 _COUNTED_BEYOND = 1 << 16  # tokens that an error may count beyond the context: 0.2 s
 
@@ -113,7 +110,8 @@ class LLM:
         """`generate`, as events while it runs."""
         given = checked("stream", sampling, ANSWER)
         ids = self._prompt_ids(prompt, given)
-        return self._submit(Prompt(ids, 1, 0, n_stable=given.get("n_stable", 0)), given, None)
+        start = Prompt(ids, 1, 0, n_stable=given.get("n_stable", 0))
+        return self._submit(start, given, Reading(None, None, self._grammar(given)))
 
     def generate_batch(
         self, prompts: Iterable[str | Sequence[int]], **sampling: Unpack[Sampling]
@@ -128,15 +126,23 @@ class LLM:
         messages: str | Sequence[Message],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool = True,
         template_args: Mapping[str, Any] | None = None,
         **sampling: Unpack[Sampling],
     ) -> Completion:
         """Answer a conversation; the turns it shares with the last one are not read again.
 
         Calls of `tools`, functions in the form that chat APIs share, are apart in `tool_calls`.
+        `tool_choice` is "auto", "none", "required" or `{"name": NAME}`.
         """
         return self.stream_chat(
-            messages, tools=tools, template_args=template_args, **sampling
+            messages,
+            tools=tools,
+            tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls,
+            template_args=template_args,
+            **sampling,
         ).run()
 
     def stream_chat(
@@ -144,6 +150,8 @@ class LLM:
         messages: str | Sequence[Message],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool = True,
         template_args: Mapping[str, Any] | None = None,
         **sampling: Unpack[Sampling],
     ) -> Stream:
@@ -153,6 +161,8 @@ class LLM:
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         chat = Conversation.of(messages, tools, template_args)
+        choice = chosen_tools(chat.tools, tool_choice, parallel_tool_calls)
+        chat = chat._replace(tools=choice.told if choice is not None else [])
         with self._counting():
             prompt = chat_prompt(
                 opened.tokenizer,
@@ -165,25 +175,28 @@ class LLM:
                 has_borders=bool(opened.segment.states) or any(opened.segment.groups),
             )
         end = opened.tokenizer.decode(prompt.ids[-16:], special=True)
-        tags = reasoning_tags(opened.template.source, opened.tokenizer)
-        splitter = ReasoningSplitter(tags, opened_tags(end, tags))
-        from edgeinfer.text.call_finder import call_finder  # 2 ms that starts do without
-
-        finder = call_finder(opened.template.source, chat.tools)
-        return self._submit(prompt, given, splitter, finder)
+        read = reading(opened.tokenizer, opened.template.source, end, choice, self._grammar(given))
+        return self._submit(prompt, given, read)
 
     def chat_batch(
         self,
         conversations: Iterable[str | Sequence[Message]],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool = True,
         template_args: Mapping[str, Any] | None = None,
         **sampling: Unpack[Sampling],
     ) -> list[Completion]:
         """Answer several conversations side by side."""
         return run_all(
             lambda each: self.stream_chat(
-                each, tools=tools, template_args=template_args, **sampling
+                each,
+                tools=tools,
+                tool_choice=tool_choice,
+                parallel_tool_calls=parallel_tool_calls,
+                template_args=template_args,
+                **sampling,
             ),
             conversations,
             "conversations",
@@ -328,11 +341,11 @@ class LLM:
         self,
         prompt: Prompt,
         given: dict[str, Any],
-        splitter: ReasoningSplitter | None,
-        finder: FindsCalls | None = None,
+        read: Reading,
     ) -> Stream:
-        opened = self._open()
-        answer = AnswerText.open(opened.tokenizer, given.get("stop", ()), splitter, finder)
+        opened, grammar = self._open(), read.grammar
+        tokenizer, stop, is_exact = opened.tokenizer, given.get("stop", ()), grammar is not None
+        answer = AnswerText.open(tokenizer, stop, read.splitter, read.finder, is_exact=is_exact)
         request = Request(
             ids=tuple(prompt.ids),
             params=self._params(given),
@@ -345,6 +358,7 @@ class LLM:
             priority=given.get("priority", 0),
             hook=watching.hook_of(given, opened),
             speculation=given.get("speculation", opened.plan.limits.row_cost < 1),
+            constraint=None if grammar is None else self._grammars.compile(grammar, tokenizer),
         )
         generation = opened.engine.submit(request)
         return Stream(
@@ -356,6 +370,21 @@ class LLM:
             owner=self,
             dropped_turns=prompt.n_dropped,
         )
+
+    @staticmethod
+    def _grammar(given: dict[str, Any]) -> Grammar | None:
+        """What the answer must be, where that is asked for."""
+        if given.keys().isdisjoint(("schema", "grammar", "regex")):
+            return None
+        from edgeinfer.constraining import grammar_of
+
+        return grammar_of(given)
+
+    @cached_property
+    def _grammars(self) -> Grammars:
+        from edgeinfer.constraining import Grammars  # most programs need none
+
+        return Grammars()
 
     def _stop_ids(self, given: frozenset[int]) -> frozenset[int]:
         tokenizer = self._open().tokenizer

@@ -77,6 +77,9 @@ class Sampling(TypedDict, total=False):
     logit_bias: Mapping[int, float] | None
     logprobs: int | None
     n_stable: int | None  # leading messages, or tokens, that later prompts share: kept longest, 0
+    schema: Any  # the answer is JSON by it: a JSON schema, pydantic model, dataclass, TypedDict
+    grammar: str | None  # the answer follows it: Lark, GBNF
+    regex: str | None  # the answer matches it
     priority: int | None  # larger ones run first, 0
     on_step: Callable[[Any], object] | None  # gets a Step, in the engine's thread: it can't wait
     watch: Sequence[str | int] | None  # what it is shown: "logits" alone, "hidden", layers

@@ -22,6 +22,7 @@ from edgeinfer.values import (
     memory_size,
     number,
     positive,
+    schema,
     switch,
     text,
     text_or_texts,
@@ -107,6 +108,7 @@ _WORDS: dict[Callable[[Any], Any], str] = {
     memory_size: "bytes, 512M, 2G, or a share such as 80%",
     cache_types: f"one of {', '.join(map(repr, CACHE_TYPES))}, or two, for K and for V",
     function: "a function",
+    schema: "a JSON schema, a pydantic model, a dataclass or a TypedDict",
     layers: "numbers of layers",
     watched: "some of 'logits', 'hidden' and numbers of layers",
 }
@@ -172,6 +174,9 @@ REQUEST = _by_name(
         0, _INT32, 0,
     ),
     Parameter("priority", integer, "Larger ones run first.", -_INT32, _INT32, 0),
+    Parameter("schema", schema, "The answer is JSON by this schema."),
+    Parameter("grammar", text, "The answer follows this grammar, Lark or GBNF."),
+    Parameter("regex", text, "The answer matches this regular expression."),
     Parameter("on_step", function, "Called after each step, before its token is picked."),
     Parameter("watch", watched, "What on_step is shown.", default=("logits",)),
     Parameter(

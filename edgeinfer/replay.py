@@ -40,6 +40,7 @@ class Recording:
     token_ids: tuple[int, ...]
     finish_reason: str
     stop_id: int | None  # the token that ended it, where one did
+    grammar: str = ""  # that it had to follow, as the keyword of this name takes it
 
     @classmethod
     def of(cls, llm: LLM, stream: Stream) -> Recording:
@@ -64,6 +65,7 @@ class Recording:
             token_ids=answer.token_ids,
             finish_reason=answer.finish_reason,
             stop_id=answer.stop if isinstance(answer.stop, int) else None,
+            grammar=request.constraint.text if request.constraint is not None else "",
         )
 
     # -- files -----------------------------------------------------------------------------------
@@ -90,6 +92,7 @@ class Recording:
                 "n_keep": self.n_keep,
                 "stop_token_ids": list(self.stop_token_ids),
                 "stop_id": self.stop_id,
+                "grammar": self.grammar,
                 "sampling": sampling,
             },
         }
@@ -121,6 +124,7 @@ class Recording:
             token_ids=fields.get("token_ids", _ids, "token ids"),
             finish_reason=fields.get("finish_reason", _text, "a text"),
             stop_id=inner.get("stop_id", _optional_id, "a token id or null"),
+            grammar=inner.get("grammar", _text, "a text", default=""),
         )
 
     # -- again -----------------------------------------------------------------------------------
@@ -162,6 +166,7 @@ class Recording:
             "n_keep": self.n_keep,
             "stop_token_ids": self.stop_token_ids,
             "max_tokens": len(self.tokens),
+            "grammar": self.grammar or None,
         }
         answer = llm.generate(self.prompt_ids, **given)
         ended = (answer.stop,) if isinstance(answer.stop, int) else ()
@@ -203,7 +208,11 @@ class _Fields:
     def __init__(self, path: str, values: Mapping[str, Any]) -> None:
         self.path, self._values = path, values
 
-    def get(self, name: str, read: Callable[[Any], Any], supported: str) -> Any:
+    def get(
+        self, name: str, read: Callable[[Any], Any], supported: str, default: Any = None
+    ) -> Any:
+        if name not in self._values and default is not None:
+            return default
         if name not in self._values:
             raise InvalidRequestError(
                 f"{shown(self.path)} has no field {name!r}: it is not what `edgeinfer run --json` "

@@ -213,7 +213,7 @@ class Stream(Iterator[Event]):
         if token.logprob is not None:
             self._logprobs.append(self._logprob(token))
         self._show(self._answer.push(token.id))
-        if self._answer.stop is not None:
+        if self._answer.is_whole:
             self._generation.cancel(keep_cache=True)
             self._end("stop", self._answer.stop)
 

@@ -129,6 +129,13 @@ def watched(value: Any) -> tuple[str | int, ...]:
     return (*sorted(set(names)), *layers([each for each in value if not isinstance(each, str)]))
 
 
+def schema(value: Any) -> Any:
+    """What may be a JSON schema: `text.grammar` says whether it is."""
+    if not isinstance(value, (str, bool, Mapping, type)) and not hasattr(value, "__origin__"):
+        raise ValueError
+    return value
+
+
 def function(value: Any) -> Callable[..., Any]:
     if not callable(value):
         raise ValueError

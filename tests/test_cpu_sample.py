@@ -14,7 +14,13 @@ from hypothesis import strategies as st
 
 from edgeinfer.kernels.cpu import layout
 from edgeinfer.parameters import SAMPLING
-from edgeinfer.sampling.params import Sampled, SampleRow, SampleTable, SamplingParams
+from edgeinfer.sampling.params import (
+    Sampled,
+    SampleRow,
+    SampleTable,
+    SamplingParams,
+    mask_words,
+)
 from edgeinfer.sampling.sampler import _Candidates, exp, sample_reference, sum_vocabulary
 from tests import native
 
@@ -28,6 +34,8 @@ def run(logits: np.ndarray, rows: list[SampleRow], family: str | None = None) ->
     table = SampleTable(n_rows)
     for i, row in enumerate(rows):
         table.set_row(i, row.params, row.seed, row.index, row.history, row.mu)
+        if row.mask is not None:
+            table.masks(i, 1, n_vocab)[:] = row.mask
     n_bytes = layout.sample_scratch_bytes(n_vocab)
     scratch = native.huge(n_bytes)
     before = logits.copy()
@@ -100,8 +108,9 @@ def test_no_parameter_is_left_out_here():
     holes=st.sampled_from([None, math.nan, -math.inf, math.inf]),
     index=st.integers(0, 2**40),
     seed=st.integers(0, 2**64 - 1),
+    allowed=st.sampled_from([None, 0.0, 0.01, 0.5, 1.0]),
 )
-def test_any_parameters(params, n_vocab, spread, round_to, holes, index, seed):
+def test_any_parameters(params, n_vocab, spread, round_to, holes, index, seed, allowed):
     random = np.random.default_rng(index)
     logits = random.normal(0, spread, (3, n_vocab)).astype(np.float32)
     if round_to is not None:
@@ -111,7 +120,11 @@ def test_any_parameters(params, n_vocab, spread, round_to, holes, index, seed):
     rows = []
     for i in range(3):
         history = random.integers(-1, 8, random.integers(0, 200)).astype(np.int32)
-        rows.append(SampleRow(params, seed, index + i, history, float(random.uniform(1, 14))))
+        mu, mask = float(random.uniform(1, 14)), None
+        if allowed is not None and i != 1:  # beside one without
+            bits = random.random(32 * mask_words(n_vocab)) < allowed
+            mask = np.packbits(bits, bitorder="little").view(np.uint32)
+        rows.append(SampleRow(params, seed, index + i, history, mu, mask))
     check(logits, rows)
 
 

@@ -35,7 +35,8 @@ engine load_settings chain
 balance chat_model
 placement
 runtime stream
-watching
+watching constraining
+replying
 llm inspect_file
 aio bench load remote selftest replay
 server

@@ -100,6 +100,9 @@ def _wrong(parameter: Parameter) -> list[Any]:
         "pre": [5, b"x", ["x"], True, Odd()],
         "chat_template": [5, b"x", ["x"], True, Odd()],
         "progress": [5, "x", True, [print], object()],
+        "schema": [5, 1.5, b"{}", ["x"], (), print, 5j, "", "[1]", False, {"not": {}}, Path, Odd()],
+        "grammar": [5, b"start: a", ["x"], True, "", "nothing", {"a": 1}, Odd()],
+        "regex": [5, b"a", ["a"], True, "(", "(?=a)", Odd()],
         "on_step": [5, "x", True, [print], object()],
         "residuals": [5, "1", b"1", [1.0], [True], ["1"], [-1], [2**70], [[1]], {1: 2}, Odd()],
         "watch": [

@@ -20,9 +20,9 @@ from edgeinfer.sampling.params import (
     SampleTable,
     SamplingParams,
     breaker_tokens,
-    philox,
-    uniforms,
+    mask_words,
 )
+from edgeinfer.sampling.philox import philox, uniforms
 from edgeinfer.sampling.sampler import sample_reference
 
 OFF = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "temperature": 1.0}  # nothing but the draw
@@ -383,7 +383,7 @@ def test_logprobs_are_those_of_the_untouched_logits():
 def test_a_row_says_whether_the_largest_logit_is_all_it_asks_for(params, is_greedy):
     table = SampleTable(1)
     table.set_row(0, SamplingParams(**params), 1, 0, [3, 3, 3], 2.5)
-    assert table.row(0).is_greedy == is_greedy
+    assert table.is_greedy(1) == is_greedy
     most = np.finfo("f4").max
     for logits in ([1, 5, 2, 5], [math.nan, 1, most, math.inf], [-math.inf] * 3, [math.nan]):
         if is_greedy:
@@ -430,3 +430,49 @@ def test_the_table_gives_back_what_it_was_given():
     assert table.top(1)[0].tolist() == [3]
     table.clear()
     assert table.n_rows == 0
+
+
+# -- masks -----------------------------------------------------------------------------------------
+
+
+def masked(n_vocab: int, *tokens: int) -> np.ndarray:
+    mask = np.zeros(mask_words(n_vocab), np.uint32)
+    for token in tokens:
+        mask[token // 32] |= np.uint32(1 << token % 32)
+    return mask
+
+
+def test_nothing_makes_a_masked_token_a_candidate():
+    logits = np.array([9.0, 8.0, 1.0, 0.0], np.float32)
+    for params in (
+        {"temperature": 0.0}, OFF, {"top_k": 1}, {"mirostat": 2}, {"mirostat": 1}, {"min_p": 1.0},
+        {"logit_bias": {0: math.inf}, "temperature": 0.0}, {"top_p": 0.01, "logprobs": 2},
+    ):  # fmt: skip
+        row = SampleRow(SamplingParams(**params), 7, 0, np.zeros(0, np.int32), 9.0, masked(4, 2))
+        assert sample_reference(logits, row).id == 2
+    # Log-probabilities stay those of the model.
+    expected = sample(logits, logprobs=2, temperature=0.0)
+    row = SampleRow(SamplingParams(logprobs=2), 7, 0, np.zeros(0, np.int32), 9.0, masked(4, 2))
+    found = sample_reference(logits, row)
+    assert found.top[0].tolist() == expected.top[0].tolist() == [0, 1]
+    assert found.logprob < found.top[1][1]
+
+
+def test_what_allows_nothing_has_no_candidate():
+    for mask in (masked(4), masked(4, 3)):
+        row = SampleRow(SamplingParams(), 7, 0, np.zeros(0, np.int32), 9.0, mask)
+        assert sample_reference(np.array([1, 2, 3, -np.inf], "f4"), row).status == NO_CANDIDATE
+
+
+def test_a_table_forgets_masks_with_its_rows():
+    table = SampleTable(3)
+    for i in range(3):
+        table.set_row(i, SamplingParams(temperature=0.0), 1, i)
+    assert table.is_greedy(3)
+    table.masks(1, 2, 40)[:] = masked(40, 39)
+    assert table.has_masks and not table.is_greedy(3)
+    assert [row.mask is None for row in map(table.row, range(3))] == [True, False, False]
+    assert table.row(2).mask[1] == 1 << 7
+    table.clear()
+    table.set_rows([SamplingParams(temperature=0.0)] * 2, [5, 6], [None, None])
+    assert not table.has_masks and table.row(1).mask is None and table.is_greedy(2)

@@ -32,7 +32,7 @@ _MORE_HELP = {"max_tokens": " -1: no limit."}
 _METAVARS = {
     "memory": "2G|80%", "kv_type": "TYPE[/TYPE]", "device": "auto|cpu|cuda[:N,...]|reference|law",
     "gpu_layers": "N|auto", "pre": "NAME", "chat_template": "NAME|FILE", "stop": "TEXT",
-    "stop_token_ids": "ID",
+    "stop_token_ids": "ID", "schema": "FILE", "grammar": "FILE", "regex": "REGEX",
 }  # fmt: skip
 _KIND_METAVARS = {int: "INTEGER", float: "NUMBER"}
 _NOT_FLAGS = (
@@ -41,6 +41,19 @@ _NOT_FLAGS = (
 )  # fmt: skip
 LOAD_NAMES = tuple(name for name in LOAD if name not in _NOT_FLAGS)
 SAMPLING_NAMES = tuple(name for name in ANSWER if name not in _NOT_FLAGS)
+
+
+_GRAMMARS = ("schema", "grammar", "regex")
+
+
+def _grammar(name: str, value: str) -> str:
+    """What an answer must be, from a file but for a regex, checked before a model is loaded."""
+    from edgeinfer.cli.input import read_file
+    from edgeinfer.constraining import grammar_of
+
+    text = value if name == "regex" else read_file(value)
+    grammar_of({name: text})
+    return text
 
 
 def as_flag(keyword: Keyword) -> str:
@@ -61,6 +74,8 @@ def _flag(parameter: Parameter) -> Callable[[F], F]:
         if parameter.name == "max_tokens" and value == str(_NO_LIMIT):
             return _NO_LIMIT
         try:
+            if parameter.name in _GRAMMARS:
+                return _grammar(parameter.name, value)
             return parameter.parse(value) if isinstance(value, str) else parameter.check(value)
         except InvalidRequestError as error:
             raise click.BadParameter(str(error), context, flag) from None

@@ -35,7 +35,7 @@ from edgeinfer.engine.generation import (
 )
 from edgeinfer.engine.scheduler import AnyWork, Scheduler
 from edgeinfer.engine.sequence import Request, Rows, Work
-from edgeinfer.engine.step import build_batch, commit, fill_samples
+from edgeinfer.engine.step import build_batch, commit, fill_masks, fill_samples
 from edgeinfer.engine.step_costs import StepCosts
 from edgeinfer.engine.unshared_store import UnsharedStore
 from edgeinfer.errors import BusyError, ClosedError, InvalidRequestError
@@ -338,7 +338,7 @@ class Engine:
     def _run(self, parts: list[Rows]) -> Outputs:
         """Run one step; its outputs are views that the next step overwrites."""
         samples = self._samples
-        fill_samples(samples, parts)
+        masked = fill_samples(samples, parts, self.n_vocab)
         batch = build_batch(parts, samples)
         if self._drafter is not None:
             self._drafter.ask(batch, parts)
@@ -351,6 +351,7 @@ class Engine:
             self._in_step = [part.work for part in parts]
             self._ticket = ticket = self._program.submit(batch)
         try:
+            failed = fill_masks(masked)  # which takes no time where a device runs meanwhile
             outputs = ticket.wait()
         except BaseException:
             # Nothing of it may run any more once its pages go to others.
@@ -363,8 +364,9 @@ class Engine:
                 self._ticket, self._in_step = None, []
         if not outputs.aborted:
             if is_watched:
-                for part, error in hooks.show(batch, outputs, parts):
-                    self._scheduler.fail(part.work, error)  # type: ignore[arg-type]
+                failed += hooks.show(batch, outputs, parts)
+            for part, error in failed:
+                self._scheduler.fail(part.work, error)  # type: ignore[arg-type]
             if batch.samples is None and samples.n_rows:  # tokens are still to be picked
                 self._program.sample(outputs.logits[: samples.n_rows], samples)
                 outputs.ids = samples.ids[: samples.n_rows]

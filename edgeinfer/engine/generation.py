@@ -34,6 +34,7 @@ from edgeinfer.errors import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from edgeinfer.engine.constraint import Matcher
     from edgeinfer.engine.hooks import Hook
 
 # Waking up now and then lets signals in where a wait can't be interrupted.
@@ -59,6 +60,16 @@ class Worker(Protocol):
         """Raise unless events can still come to who waits for them in this thread."""
 
 
+_FORCED = 0.999  # the chance of a token that must follow
+
+
+def _possible(
+    matcher: Matcher, tokens: list[int], chances: list[float]
+) -> tuple[list[int], list[float]]:
+    n = matcher.count_possible(tokens) if tokens else 0
+    return tokens[:n], chances[:n]
+
+
 class Generation:
     """A request on its way: yields its events to one consumer, in any thread.
 
@@ -68,6 +79,7 @@ class Generation:
 
     def __init__(self, worker: Worker, request: Request, layout: CacheLayout) -> None:
         self.request, self.layout, self.hook = request, layout, request.hook
+        self.matcher = request.constraint.begin() if request.constraint is not None else None
         self.sequence: Sequence | None = None  # the engine's, while it runs
         self.next_row: Rows | None = None  # the engine's: of a step in which it decodes
         self.can_guess = request.can_speculate
@@ -142,8 +154,12 @@ class Generation:
         most = min(MAX_ROWS, sequence.cache.step_limit()) - 1
         if self.max_tokens is not None:
             most = min(most, self.max_tokens - sequence.n_generated - 1)
-        drafted = self.drafting.guess(len(sequence.ids), most)
-        return max(self.speculator.guess(most), drafted, key=lambda found: sum(found[1]))
+        guesses = [self.speculator.guess(most), self.drafting.guess(len(sequence.ids), most)]
+        if self.matcher is not None:
+            guesses = [_possible(self.matcher, *guess) for guess in guesses]
+            forced = self.matcher.forced(most)
+            guesses.append((forced, [_FORCED] * len(forced)))
+        return max(guesses, key=lambda found: sum(found[1]))
 
     def emit(self, event: EngineEvent) -> None:
         self._delivery.put(self, event)

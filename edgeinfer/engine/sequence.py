@@ -20,6 +20,7 @@ from edgeinfer.sampling.params import SamplingParams
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from edgeinfer.engine.constraint import Constraint
     from edgeinfer.engine.hooks import Hook
 
 FinishReason: TypeAlias = Literal["stop", "length", "cancelled", "error"]
@@ -30,7 +31,8 @@ class Request:
     """`n_pinned` tokens at the start stay visible for ever when the context slides.
 
     With `speculation` tokens are guessed ahead where that is faster; the answer is the same. What
-    has a larger `priority` runs first, and of equals what came first. `borders` are numbers of
+    has a larger `priority` runs first, and of equals what came first. An answer is what a
+    `constraint` allows, and ends with it. `borders` are numbers of
     tokens behind which later prompts are likely to differ, the ends of messages; what is kept of
     the first `n_stable` tokens is the last to be given up.
     """
@@ -46,6 +48,7 @@ class Request:
     borders: tuple[int, ...] = ()
     n_stable: int = 0
     hook: Hook | None = None
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:

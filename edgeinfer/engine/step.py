@@ -6,6 +6,7 @@ Knows nothing of scheduling or threads.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
@@ -86,17 +87,25 @@ def _states(
     return np.array(states, np.int32), np.array(kept, np.int32)
 
 
-def fill_samples(table: SampleTable, parts: SequenceOf[Rows]) -> None:
-    """How the token of each wanted row of a generation is picked."""
+class Masked(NamedTuple):
+    """Wanted rows of which not every token may be picked, and the memory for which may."""
+
+    part: Rows
+    masks: NDArray[np.uint32]
+
+
+def fill_samples(table: SampleTable, parts: SequenceOf[Rows], n_vocab: int) -> list[Masked]:
+    """How the token of each wanted row of a generation is picked; masks are still to be filled."""
     table.clear()
     parts = [part for part in parts if part.n_wanted and isinstance(part.work, Generation)]
     params = _params(parts)
     if any([part.drafts or each.n_history for part, each in zip(parts, params, strict=True)]):
         _fill_one_by_one(table, parts)
-        return
-    sequences = [part.sequence for part in parts]
-    indices = [len(sequence.ids) - sequence.n_prompt for sequence in sequences]
-    table.set_rows(params, indices, [sequence.mu for sequence in sequences])
+    else:
+        sequences = [part.sequence for part in parts]
+        indices = [len(sequence.ids) - sequence.n_prompt for sequence in sequences]
+        table.set_rows(params, indices, [sequence.mu for sequence in sequences])
+    return _open_masks(table, parts, n_vocab)
 
 
 def _fill_one_by_one(table: SampleTable, parts: SequenceOf[Rows]) -> None:
@@ -110,6 +119,29 @@ def _fill_one_by_one(table: SampleTable, parts: SequenceOf[Rows]) -> None:
             index, tokens = sequence.n_generated + i, history[: n_before + i]
             table.set_row(row, params, params.seed or 0, index, tokens, sequence.mu)
             row += 1
+
+
+def _open_masks(table: SampleTable, parts: SequenceOf[Rows], n_vocab: int) -> list[Masked]:
+    masked, row = list[Masked](), 0
+    for part in parts:
+        if cast(Generation, part.work).matcher is not None:
+            masked.append(Masked(part, table.masks(row, part.n_wanted, n_vocab)))
+        row += part.n_wanted
+    return masked
+
+
+def fill_masks(masked: Iterable[Masked]) -> list[tuple[Rows, BaseException]]:
+    """Which tokens may be picked, told until a step is waited for; parts where that can't be."""
+    failed: list[tuple[Rows, BaseException]] = []
+    for part, masks in masked:
+        try:
+            matcher = cast(Generation, part.work).matcher
+            assert matcher is not None
+            matcher.fill(masks, part.drafts)
+        except BaseException as error:
+            masks[:] = 0
+            failed.append((part, error))
+    return failed
 
 
 def _params(parts: SequenceOf[Rows]) -> list[SamplingParams]:
@@ -182,7 +214,8 @@ def _take_token(
 ) -> None:
     request, token, table = work.request, picked.ids[row], picked.table
     if table.status[row] != OK:
-        raise EdgeInferError("the model yields no number to choose a token by")
+        what = "of what the grammar allows here" if work.matcher is not None else "a token"
+        raise EdgeInferError(f"the model yields no number to choose {what} by")
     sequence.mu = picked.mu[row]
     if token in request.stop_ids:
         ends.finish(work, "stop", token)
@@ -194,5 +227,9 @@ def _take_token(
         ids, logprobs = table.top(row)
         top = tuple(zip(ids.tolist(), logprobs.tolist(), strict=True))
         work.emit(Token(token, picked.at, float(table.logprobs[row]), top))
-    if sequence.n_generated == work.max_tokens:
+    if work.matcher is not None:
+        work.matcher.advance(token)
+    if work.matcher is not None and work.matcher.is_ended:
+        ends.finish(work, "stop")
+    elif sequence.n_generated == work.max_tokens:
         ends.finish(work, "length")

@@ -215,31 +215,6 @@ def _decode(tail: bytes) -> str:
     return tail.decode(errors="ignore")
 
 
-# -- random numbers ------------------------------------------------------------------------------
-
-
-def philox(counter: Sequence[int], key: Sequence[int]) -> tuple[int, int, int, int]:
-    """Philox4x32-10 (Salmon et al. 2011): four 32-bit words from a counter and a key."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
-        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = b >> 32 ^ c1 ^ k0, b & 0xFFFFFFFF, a >> 32 ^ c3 ^ k1, a & 0xFFFFFFFF
-        k0, k1 = k0 + 0x9E3779B9 & 0xFFFFFFFF, k1 + 0xBB67AE85 & 0xFFFFFFFF
-    return c0, c1, c2, c3
-
-
-def uniforms(seed: int, index: int) -> tuple[float, float]:
-    """Two numbers in [0, 1) for the token at `index`: one draws it, one is XTC's chance."""
-    low = 0xFFFFFFFF
-    a, b, c, d = philox((index & low, index >> 32, 0, 0), (seed & low, seed >> 32))
-    return _uniform(a, b), _uniform(c, d)
-
-
-def _uniform(a: int, b: int) -> float:
-    return ((a >> 5) * 2.0**26 + (b >> 6)) * 2.0**-53
-
-
 # -- the table -----------------------------------------------------------------------------------
 
 # One row as backends read it, by name; every field has 8 bytes. First the numbers of
@@ -253,10 +228,15 @@ ROW = np.dtype([(n, "f8" if n in _FLOATS else "i8") for n in (*_STATIC, *_DYNAMI
 # The rows of a step, and the addresses of what is left of each.
 ARRAYS = np.dtype([(name, "i8") for name in (
     "rows", "row_bytes", "ids", "status", "logprobs", "mu", "top_ids", "top_logprobs",
-    "max_logprobs",
+    "max_logprobs", "masks",
 )])  # fmt: skip
 
-OK, NO_CANDIDATE = 0, 1  # status: NO_CANDIDATE where every logit is NaN or -inf
+OK, NO_CANDIDATE = 0, 1  # status: NO_CANDIDATE where every logit is NaN, -inf or masked
+
+
+def mask_words(n_vocab: int) -> int:
+    """Words of 32 bits of a mask: a bit for each token, and one to spare."""
+    return n_vocab // 32 + 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -268,11 +248,7 @@ class SampleRow:
     index: int  # of the token within its sequence: the counter of the random numbers
     history: NDArray[np.int32]  # tokens before it, at least the last `params.n_history`
     mu: float  # mirostat's state
-
-    @property
-    def is_greedy(self) -> bool:
-        """Whether the lowest id with the largest logit is all that is asked for."""
-        return self.params.is_greedy
+    mask: NDArray[np.uint32] | None = None  # bit t % 32 of word t // 32: whether it may be token t
 
 
 class Sampled(NamedTuple):
@@ -288,7 +264,7 @@ class Sampled(NamedTuple):
 class SampleTable:
     """The rows to sample in a step, in flat arrays that are filled anew for every step.
 
-    Output arrays are indexed by row and valid until the next step.
+    Output arrays are indexed by row and valid until the next step. Masks take memory once used.
     """
 
     def __init__(self, max_rows: int, max_logprobs: int = MAX_LOGPROBS) -> None:
@@ -300,6 +276,8 @@ class SampleTable:
         self.top_ids = np.zeros((max_rows, max_logprobs), np.int32)
         self.top_logprobs = np.zeros((max_rows, max_logprobs), np.float32)
         self.n_rows = 0
+        self._masks: NDArray[np.uint32] | None = None  # (max_rows, mask_words)
+        self._mask_addresses = np.zeros(max_rows, np.int64)  # of each row's mask, 0 for none
         self._words = self.rows.view(np.int64).reshape(max_rows, -1)
         self._bytes = self.rows.view(np.uint8).data
         self._params: list[SamplingParams | None] = [None] * max_rows  # whose words a row has
@@ -310,6 +288,7 @@ class SampleTable:
         self._arguments = np.zeros(1, ARRAYS)
         for name in ("rows", "ids", "status", "logprobs", "mu", "top_ids", "top_logprobs"):
             self._arguments[name] = getattr(self, name).ctypes.data
+        self._arguments["masks"] = self._mask_addresses.ctypes.data
         self._arguments["row_bytes"] = ROW.itemsize
         self._arguments["max_logprobs"] = max_logprobs
         self.address: int = self._arguments.ctypes.data
@@ -322,6 +301,9 @@ class SampleTable:
     def clear(self) -> None:
         """Start a step with no rows."""
         self.n_rows = 0
+        if self.has_masks:
+            self._mask_addresses[:] = 0
+            self._given[:] = [None] * len(self._given)
 
     def set_row(
         self,
@@ -369,18 +351,38 @@ class SampleTable:
         ]
         self.n_rows = n
 
+    def masks(self, start: int, n: int, n_vocab: int) -> NDArray[np.uint32]:
+        """The masks (n, `mask_words`) of rows from `start` on, which are described: fill them."""
+        if self._masks is None:
+            self._masks = np.zeros((len(self.rows), mask_words(n_vocab)), np.uint32)
+        masks = self._masks[start : start + n]
+        assert masks.shape == (n, mask_words(n_vocab)), "rows of one vocabulary, as many as fit"
+        first, stride = masks.ctypes.data, masks.strides[0]
+        self._mask_addresses[start : start + n] = first + stride * np.arange(n)
+        self._given[start : start + n] = [None] * n
+        return masks
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether a row has one."""
+        return self._masks is not None and bool(self._mask_addresses.any())
+
     def row(self, i: int) -> SampleRow:
         """What was given for row i."""
         given, params = self._given[i], self._params[i]
         if given is None:
             assert params is not None
             seed, index, mu = int(self._seeds[i]), int(self._indices[i]), float(self._mus[i])
-            given = self._given[i] = SampleRow(params, seed, index, self._histories[i], mu)
+            mask = self._masks[i] if self._masks is not None and self._mask_addresses[i] else None
+            given = SampleRow(params, seed, index, self._histories[i], mu, mask)
+            self._given[i] = given
         return given
 
     def is_greedy(self, n_rows: int) -> bool:
         """Whether the lowest id with the largest logit is all that is asked for, of any row."""
-        return all([params is not None and params.is_greedy for params in self._params[:n_rows]])
+        return not self.has_masks and all(
+            [params is not None and params.is_greedy for params in self._params[:n_rows]]
+        )
 
     def store(self, i: int, sampled: Sampled) -> None:
         """Fill row i's outputs, for a backend that samples in Python."""

@@ -29,8 +29,8 @@ from edgeinfer.sampling.params import (
     SampleRow,
     SampleTable,
     SamplingParams,
-    uniforms,
 )
+from edgeinfer.sampling.philox import uniforms
 
 Floats = NDArray[np.float64]
 _LARGEST = float(np.finfo(np.float32).max)
@@ -141,6 +141,9 @@ def _clean(logits: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def _changed(raw: NDArray[np.float32], row: SampleRow) -> NDArray[np.float32]:
     params, logits = row.params, raw.copy()
+    if row.mask is not None:
+        is_allowed = np.unpackbits(row.mask.view(np.uint8), count=len(logits), bitorder="little")
+        logits[is_allowed == 0] = -np.inf
     for token, bias in zip(*params.bias_arrays, strict=True):
         if token < len(logits):
             _set(logits, token, float(logits[token]) + float(bias))

@@ -5,39 +5,43 @@ from __future__ import annotations
 from edgeinfer.server.errors import ApiError, Json
 from edgeinfer.server.fields import Fields
 from edgeinfer.server.openai import (
-    refuse_format,
     sampling_of,
     template_args,
     text_content,
-    tool_choice,
     tools_of,
 )
-from edgeinfer.server.requests import Chat, Request, conversation, function_tool, offered_tools
+from edgeinfer.server.requests import Chat, Request, conversation, function_tool
+from edgeinfer.server.structure import of_chat
 
 _MOST_LOGPROBS = 128
 
 
 def read_chat(body: Fields) -> Request:
-    refuse_format(body.object("response_format").text("type"), "response_format")
     sampling = sampling_of(body, "max_completion_tokens", "max_tokens", "n_predict")
     if body.flag("logprobs"):
         sampling["logprobs"] = body.integer("top_logprobs", 0, 0, _MOST_LOGPROBS)
     effort = body.text("reasoning_effort") if "reasoning_effort" in body else None
     tools = tools_of(body.objects("tools"))
     tools += [
-        function_tool(each.get("name"), each.get("description"), each.get("parameters"))
+        function_tool(each.get("name"), each.get("description"), each.get("parameters"), False)
         for each in body.objects("functions")
     ]
     chat = Chat(
         messages=conversation([_message(each) for each in body.objects("messages")]),
-        tools=offered_tools(tools, tool_choice(body)),
+        tools=tools,
+        tool_choice=body.get("tool_choice") or body.get("function_call"),
+        parallel_tool_calls=body.flag("parallel_tool_calls", True),
         template_args=template_args(body, effort),
     )
     n = body.integer("n", 1, 1, 128)
     return Request(
-        model=body.text("model"), chat=chat, sampling=sampling, n=n,
+        model=body.text("model"),
+        chat=chat,
+        sampling=sampling,
+        structure=of_chat(body),
+        n=n,
         ignores_eos=body.flag("ignore_eos"),
-    )  # fmt: skip
+    )
 
 
 def _message(given: Fields) -> Json:

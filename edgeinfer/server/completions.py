@@ -14,9 +14,10 @@ from edgeinfer.parameters import shown
 from edgeinfer.results import Completion, Delta, Done, TokenLogprob
 from edgeinfer.server.errors import ApiError, Json
 from edgeinfer.server.fields import Fields, read_fields
-from edgeinfer.server.openai import FINGERPRINT, envelope, refuse_format, sampling_of, timings_json
+from edgeinfer.server.openai import FINGERPRINT, envelope, sampling_of, timings_json
 from edgeinfer.server.requests import Request, new_id
 from edgeinfer.server.service import Answer, Service
+from edgeinfer.server.structure import of_chat
 from edgeinfer.server.wire import (
     DONE,
     EVENTS,
@@ -52,7 +53,6 @@ class Completions:
 
 
 def read_request(body: Fields) -> Request:
-    refuse_format(body.object("response_format").text("type"), "response_format")
     if body.text("suffix"):
         raise ApiError(400, "suffix is not supported: no text is filled in", param="suffix")
     sampling: dict[str, Any] = {"max_tokens": _USUAL_TOKENS}
@@ -61,9 +61,13 @@ def read_request(body: Fields) -> Request:
         sampling["logprobs"] = body.integer("logprobs", 0, 0, 128)
     n = body.integer("n", 1, 1, 128)
     return Request(
-        model=body.text("model"), prompts=_prompts(body.get("prompt")), sampling=sampling, n=n,
+        model=body.text("model"),
+        prompts=_prompts(body.get("prompt")),
+        sampling=sampling,
+        structure=of_chat(body),
+        n=n,
         ignores_eos=body.flag("ignore_eos"),
-    )  # fmt: skip
+    )
 
 
 def _prompts(given: Any) -> list[str | list[int]]:

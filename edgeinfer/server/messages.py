@@ -20,9 +20,9 @@ from edgeinfer.server.requests import (
     function_tool,
     new_call_id,
     new_id,
-    offered_tools,
 )
 from edgeinfer.server.service import Answer, Service
+from edgeinfer.server.structure import Structure, of_format
 from edgeinfer.server.wire import (
     EVENTS,
     Frames,
@@ -99,14 +99,26 @@ def read_request(body: Fields) -> Request:
     choice = body.object("tool_choice")
     chat = Chat(
         messages=conversation(messages),
-        tools=offered_tools(_tools(body), _choice(choice)),
+        tools=_tools(body),
+        tool_choice=_choice(choice),
+        parallel_tool_calls=not choice.flag("disable_parallel_tool_use"),
         template_args=_template_args(body),
     )
-    return Request(model=body.text("model"), chat=chat, sampling=sampling)
+    return Request(
+        model=body.text("model"), chat=chat, sampling=sampling, structure=_structure(body)
+    )
 
 
-def _choice(choice: Fields) -> str | Json:
-    return {"name": choice.text("name")} if choice.text("type") == "tool" else choice.text("type")
+def _choice(choice: Fields) -> str | Json | None:
+    kind = choice.text("type")
+    return {"name": choice.text("name")} if kind == "tool" else kind or None
+
+
+def _structure(body: Fields) -> Structure:
+    """It was a field of its own before it became one of `output_config`."""
+    if "output_format" in body:
+        return of_format(body.object("output_format"), "output_format")
+    return of_format(body.object("output_config").object("format"), "output_config.format")
 
 
 def _template_args(body: Fields) -> dict[str, Any]:
@@ -129,7 +141,12 @@ def _system(body: Fields) -> str:
 def _tools(body: Fields) -> list[Json]:
     """Those of the client; tools that Anthropic's servers run are no concern of a model's here."""
     return [
-        function_tool(tool.get("name"), tool.get("description"), tool.get("input_schema"))
+        function_tool(
+            tool.get("name"),
+            tool.get("description"),
+            tool.get("input_schema"),
+            tool.flag("strict"),
+        )
         for tool in body.objects("tools")
         if tool.text("type", "custom") == "custom"
     ]

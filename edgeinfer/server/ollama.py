@@ -23,6 +23,7 @@ from edgeinfer.server.requests import (
     new_call_id,
 )
 from edgeinfer.server.service import Answer, Service
+from edgeinfer.server.structure import of_ollama
 from edgeinfer.server.wire import (
     LINES,
     Frames,
@@ -135,31 +136,34 @@ def read_chat(body: Fields) -> Request:
         function = tool.object("function")
         tools.append(
             function_tool(
-                function.get("name"), function.get("description"), function.get("parameters")
+                function.get("name"),
+                function.get("description"),
+                function.get("parameters"),
+                function.flag("strict"),
             )
         )
     messages = [_message(each) for each in body.objects("messages")]
     chat = Chat(messages=conversation(messages), tools=tools, template_args=_thinking(body))
-    return Request(model=_name(body), chat=chat, sampling=_sampling(body))
+    return Request(
+        model=_name(body), chat=chat, sampling=_sampling(body), structure=of_ollama(body)
+    )
 
 
 def read_generate(body: Fields) -> Request:
     if body.text("suffix"):
         raise ApiError(400, "suffix is not supported: no text is filled in", param="suffix")
     _refuse_images(body)
-    prompt, sampling = body.text("prompt"), _sampling(body)
+    prompt, sampling, structure = body.text("prompt"), _sampling(body), of_ollama(body)
     if body.flag("raw"):
-        return Request(model=_name(body), prompts=[prompt], sampling=sampling)
+        return Request(model=_name(body), prompts=[prompt], sampling=sampling, structure=structure)
     system = body.text("system")
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
     chat = Chat(messages=messages, template_args=_thinking(body))
-    return Request(model=_name(body), chat=chat, sampling=sampling)
+    return Request(model=_name(body), chat=chat, sampling=sampling, structure=structure)
 
 
 def _sampling(body: Fields) -> dict[str, Any]:
-    if body.get("format") not in (None, ""):
-        raise ApiError(400, "format is not supported", param="format")
     options = body.object("options")
     found = options.sampling({**SAMPLING, "stop": "stop", "num_predict": "max_tokens"})
     if not found.get("stop"):

@@ -73,17 +73,6 @@ def template_args(body: Fields, effort: str | None) -> dict[str, Any]:
     return found | body.object("chat_template_kwargs").values
 
 
-def refuse_format(kind: str, param: str) -> None:
-    """Answers that follow a schema need a mask on tokens, which there is none of yet."""
-    if kind not in ("", "text"):
-        raise ApiError(
-            400,
-            f"{param} of type {kind!r} is not supported, 'text' is",
-            param=param,
-            code="unsupported",
-        )
-
-
 def text_content(content: Any, param: str) -> str | None:
     """A content's text; ApiError for parts that are none."""
     if content is None or isinstance(content, str):
@@ -114,18 +103,13 @@ def tools_of(tools: Iterable[Fields]) -> list[Json]:
             function = tool.object("function") if "function" in tool else tool
             found.append(
                 function_tool(
-                    function.get("name"), function.get("description"), function.get("parameters")
+                    function.get("name"),
+                    function.get("description"),
+                    function.get("parameters"),
+                    function.flag("strict"),
                 )
             )
     return found
-
-
-def tool_choice(body: Fields) -> Any:
-    """ "auto", "none", "required", or an object with the name of one."""
-    choice = body.get("tool_choice")
-    if isinstance(choice, dict):
-        return choice.get("function") if isinstance(choice.get("function"), dict) else choice
-    return choice
 
 
 def usage_json(usages: Iterable[Usage], n_reasoning: int = 0) -> Json:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edgeinfer.server.errors import ApiError, Json
+from edgeinfer.server.structure import Structure
 
 # Sampling keywords that APIs agree on; what is ours alone goes by the same name everywhere.
 SAMPLING = {
@@ -36,17 +37,23 @@ class Chat:
 
     messages: list[Json]
     tools: list[Json] = field(default_factory=list)
+    tool_choice: str | Json | None = None
+    parallel_tool_calls: bool = True
     template_args: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """Answers that a client wants: `n` of them to a chat or to each of the prompts."""
+    """Answers that a client wants: `n` of them to a chat or to each of the prompts.
+
+    `structure` is what they must be.
+    """
 
     model: str
     chat: Chat | None = None
     prompts: Sequence[str | list[int]] = ()
     sampling: dict[str, Any] = field(default_factory=dict)
+    structure: Structure = Structure()
     n: int = 1
     ignores_eos: bool = False  # whether answers are as long as they may be
 
@@ -90,26 +97,14 @@ def _short_id(id: str) -> str:
     return hashlib.sha256(id.encode("utf-8", "surrogatepass")).hexdigest()[:_ID_LENGTH]
 
 
-def offered_tools(tools: list[Json], choice: str | Json | None) -> list[Json]:
-    """The tools that may be called: "none" offers none, a name that one alone."""
-    if choice == "none":
-        return []
-    if isinstance(choice, dict) and (name := choice.get("name")):
-        named = [tool for tool in tools if tool["function"]["name"] == name]
-        if not named:
-            raise ApiError(
-                400, f"tool_choice names {name!r}, which is no tool", param="tool_choice"
-            )
-        return named
-    return tools
-
-
-def function_tool(name: Any, description: Any, parameters: Any) -> Json:
-    """A tool in the form that templates take."""
+def function_tool(name: Any, description: Any, parameters: Any, is_strict: bool) -> Json:
+    """A tool in the form that templates take; it is called by its schema if `is_strict`."""
     if not isinstance(name, str) or not name:
         raise ApiError(400, "a tool has no name", param="tools")
     if not isinstance(parameters, (Mapping, type(None))):
         raise ApiError(400, f"the parameters of tool {name!r} are no schema", param="tools")
     function: Json = {"name": name, "description": description or ""}
     function["parameters"] = parameters or {"type": "object", "properties": {}}
+    if is_strict:
+        function["strict"] = True
     return {"type": "function", "function": function}

@@ -11,16 +11,15 @@ from starlette.routing import Route
 from edgeinfer.server.errors import ApiError, Json
 from edgeinfer.server.fields import Fields, read_fields
 from edgeinfer.server.openai import (
-    refuse_format,
     sampling_of,
     template_args,
     text_content,
-    tool_choice,
     tools_of,
 )
-from edgeinfer.server.requests import Chat, Request, conversation, offered_tools
+from edgeinfer.server.requests import Chat, Request, conversation
 from edgeinfer.server.responses_shape import Shape
 from edgeinfer.server.service import Service
+from edgeinfer.server.structure import of_format
 from edgeinfer.server.wire import EVENTS, Frames, guarded, reply, unless_gone
 
 _NEEDS_STORE = ("previous_response_id", "conversation", "prompt")
@@ -72,17 +71,18 @@ def read_request(body: Fields) -> Request:
             )
     if body.flag("background"):
         raise ApiError(400, "background is not supported", param="background", code="unsupported")
-    text_format = body.object("text").object("format")
-    refuse_format(text_format.text("type"), "text.format")
     sampling = sampling_of(body, "max_output_tokens")
     reasoning = body.object("reasoning")
     effort = reasoning.text("effort") if "effort" in reasoning else None
     chat = Chat(
         messages=conversation(_messages(body)),
-        tools=offered_tools(tools_of(body.objects("tools")), tool_choice(body)),
+        tools=tools_of(body.objects("tools")),
+        tool_choice=body.get("tool_choice"),
+        parallel_tool_calls=body.flag("parallel_tool_calls", True),
         template_args=template_args(body, effort),
     )
-    return Request(model=body.text("model"), chat=chat, sampling=sampling)
+    structure = of_format(body.object("text").object("format"), "text.format")
+    return Request(model=body.text("model"), chat=chat, sampling=sampling, structure=structure)
 
 
 def _messages(body: Fields) -> list[Json]:
@@ -152,7 +152,7 @@ def _echo(body: Fields, tools: list[Json]) -> Json:
         "reasoning": {"effort": reasoning.get("effort"), "summary": None},
         "store": False,
         "temperature": body.get("temperature"),
-        "text": {"format": {"type": "text"}},
+        "text": {"format": body.object("text").get("format") or {"type": "text"}},
         "tool_choice": choice if choice is not None else "auto",
         "tools": [{"type": "function", "strict": False, **tool["function"]} for tool in tools],
         "top_p": body.get("top_p"),

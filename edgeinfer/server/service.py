@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from edgeinfer.aio import AsyncStream
+from edgeinfer.errors import InvalidRequestError
 from edgeinfer.llm import LLM
+from edgeinfer.replying import chosen_tools
 from edgeinfer.results import Completion, Delta, Done, Event, TokenLogprob
 from edgeinfer.server.doorbell import Doorbell
 from edgeinfer.server.errors import ApiError, Json
@@ -80,7 +82,10 @@ class Service:
             )
         async with AsyncExitStack() as stack:
             model = await stack.enter_async_context(self.model(request.model))
-            streams = await _begin(model, request, stack)
+            try:
+                streams = await _begin(model, request, stack)
+            except InvalidRequestError as error:
+                raise request.structure.renamed(error) from error
             answer = Answer(
                 model, streams, self.limits.ping_seconds, self._doorbell, stack.pop_all()
             )
@@ -124,7 +129,7 @@ async def _begin(model: ServedModel, request: Request, stack: AsyncExitStack) ->
     assert face is not None
     for prompt in request.prompts if request.chat is None else [request.chat]:
         for i in range(request.n):
-            sampling: Any = dict(request.sampling)
+            sampling: Any = request.sampling | request.structure.sampling
             if request.ignores_eos:
                 ends = dict.fromkeys(model.opened.runtime.tokenizer.eog_ids, _NEVER)
                 sampling["logit_bias"] = ends | sampling.get("logit_bias", {})
@@ -133,7 +138,12 @@ async def _begin(model: ServedModel, request: Request, stack: AsyncExitStack) ->
             if isinstance(prompt, Chat):
                 messages: Any = prompt.messages
                 stream = await face.stream_chat(
-                    messages, tools=prompt.tools, template_args=prompt.template_args, **sampling
+                    messages,
+                    tools=prompt.tools,
+                    tool_choice=prompt.tool_choice,
+                    parallel_tool_calls=prompt.parallel_tool_calls,
+                    template_args=prompt.template_args,
+                    **sampling,
                 )
             else:
                 stream = await face.stream(prompt, **sampling)
@@ -276,7 +286,9 @@ def _end_wait(waiter: asyncio.Future[bool] | None, has_come: bool) -> None:
 
 def _conversation(chat: Chat) -> Conversation:
     messages: Any = chat.messages
-    return Conversation.of(messages, chat.tools, chat.template_args)
+    choice = chosen_tools(chat.tools, chat.tool_choice, chat.parallel_tool_calls)
+    told = choice.told if choice is not None else []
+    return Conversation.of(messages, told, chat.template_args)
 
 
 def _count(llm: LLM, request: Request) -> int:

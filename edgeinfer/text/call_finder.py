@@ -12,14 +12,19 @@ from edgeinfer.results import Delta, ToolCall
 from edgeinfer.text.call_formats import CallFormat, Parse, call_format
 from edgeinfer.text.call_json import json_calls
 from edgeinfer.text.reader import CutOff, Reader, Steps
-from edgeinfer.text.tools import Calls, NotACall
+from edgeinfer.text.tools import Calls, Enough, NotACall
 
 
 class CallFinder:
-    """Turns a reply into text and calls. How it is cut into pieces changes nothing in them."""
+    """Turns a reply into text and calls. How it is cut into pieces changes nothing in them.
 
-    def __init__(self, format: CallFormat, tools: Sequence[Mapping[str, Any]]) -> None:
-        self._format, self._reader, self._calls = format, Reader(), Calls(tools)
+    Where there is a limit, what follows the last of the `most` calls is nobody's concern.
+    """
+
+    def __init__(
+        self, format: CallFormat, tools: Sequence[Mapping[str, Any]], most: int | None = None
+    ) -> None:
+        self._format, self._reader, self._calls = format, Reader(), Calls(tools, most)
         self._controls = format.controls
         self._steps = self._read()
         self._gap = ""  # white space that is text if no call follows
@@ -31,6 +36,11 @@ class CallFinder:
         """The calls by now; the last may have been cut off."""
         return tuple(self._calls.done)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether there are as many calls as are wanted."""
+        return self._calls.is_full
+
     def push(self, text: str, *, is_control: bool = False) -> list[Delta]:
         """What is certain by now."""
         if not text or (is_control and text not in self._controls):
@@ -41,6 +51,8 @@ class CallFinder:
 
     def end(self, was_cut: bool) -> list[Delta]:
         """What was held back. `was_cut`: the model had more to say, and a call may be open."""
+        if self._calls.is_full:
+            return []
         self._reader.end(was_cut)
         self._go_on()
         return self._calls.take()
@@ -48,7 +60,7 @@ class CallFinder:
     def _go_on(self) -> None:
         try:
             next(self._steps)
-        except StopIteration:
+        except (StopIteration, Enough):
             pass
         if self._calls.is_open:  # no way back from here
             self._reader.mark()
@@ -118,7 +130,9 @@ class CallFinder:
         self._gap, self._is_first = "", False
 
 
-def call_finder(template: str, tools: Sequence[Mapping[str, Any]]) -> CallFinder | None:
+def call_finder(
+    template: str, tools: Sequence[Mapping[str, Any]], most: int | None = None
+) -> CallFinder | None:
     """For the replies of a model with that chat template; None where nothing is to be found."""
     format = call_format(template)
-    return CallFinder(format, tools) if tools or format.whole_reply is not None else None
+    return CallFinder(format, tools, most) if tools or format.whole_reply is not None else None

@@ -31,6 +31,7 @@ class CallFormat(NamedTuple):
     Of control tokens, parsers see the markers and those `inside` calls.
     """
 
+    family: str
     markers: dict[str, Parse]
     inside: tuple[str, ...] = ()
     may_be_bare: bool = False  # a reply that begins with a JSON object may be a call
@@ -43,13 +44,17 @@ class CallFormat(NamedTuple):
 
 _GEMMA_3_END = "<end_function_call>"
 _TAGS = CallFormat(
-    {"<tool_call>": tool_call_tag, "<function=": function_tag}, ("</tool_call>",), may_be_bare=True
+    "tags",
+    {"<tool_call>": tool_call_tag, "<function=": function_tag},
+    ("</tool_call>",),
+    may_be_bare=True,
 )
 # A text in the template that tells the spelling, the most telling first.
 _SIGNS: tuple[tuple[str, CallFormat], ...] = (
     (
         "<|channel|>",
         CallFormat(
+            "harmony",
             {},
             ("<|channel|>", "<|message|>", "<|constrain|>", *HARMONY_ENDS),
             whole_reply=harmony,
@@ -57,23 +62,30 @@ _SIGNS: tuple[tuple[str, CallFormat], ...] = (
     ),
     (
         DSML,
-        CallFormat({f'<{DSML}invoke name="': dsml, f"<{DSML}function_calls>": wrapper}, (DSML,)),
+        CallFormat(
+            "dsml", {f'<{DSML}invoke name="': dsml, f"<{DSML}function_calls>": wrapper}, (DSML,)
+        ),
     ),
     (
         "<｜tool▁call▁begin｜>",
         CallFormat(
+            "deepseek",
             {"<｜tool▁call▁begin｜>": deepseek, "<｜tool▁calls▁begin｜>": wrapper},
             ("<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>"),
         ),
     ),
     (
         "<|tool_call_start|>",
-        CallFormat({"<|tool_call_start|>": python_list}, ("<|tool_call_end|>",)),
+        CallFormat("lfm2", {"<|tool_call_start|>": python_list}, ("<|tool_call_end|>",)),
     ),
-    ("[TOOL_CALLS]", CallFormat({"[TOOL_CALLS]": mistral}, ("[ARGS]", "[CALL_ID]"))),
+    (
+        "[TOOL_CALLS]",
+        CallFormat("mistral", {"[TOOL_CALLS]": mistral}, ("[ARGS]", "[CALL_ID]")),
+    ),
     (
         "<|tool_call>",
         CallFormat(
+            "gemma",
             {"<|tool_call>": partial(gemma, quote='<|"|>', close="<tool_call|>")},
             ('<|"|>', "<tool_call|>"),
         ),
@@ -81,16 +93,17 @@ _SIGNS: tuple[tuple[str, CallFormat], ...] = (
     (
         "<start_function_call>",
         CallFormat(
+            "functiongemma",
             {"<start_function_call>": partial(gemma, quote="<escape>", close=_GEMMA_3_END)},
             ("<escape>", _GEMMA_3_END),
         ),
     ),
     ("<tool_call>", _TAGS),
-    ("<|tool_call|>", CallFormat({"<|tool_call|>": json_calls})),
+    ("<|tool_call|>", CallFormat("granite", {"<|tool_call|>": json_calls})),
     ("<function=", _TAGS),
     (
         '{"name": function name, "parameters"',
-        CallFormat({"<|python_tag|>": python_tag}, may_be_bare=True),
+        CallFormat("llama", {"<|python_tag|>": python_tag}, may_be_bare=True),
     ),
 )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from edgeinfer.text.reader import Reader, Steps
 from edgeinfer.text.tools import Calls, Members, NotACall
 
 DSML = "｜DSML｜"
+_STRINGS = re.compile(r'"(\\.|[^"\\\n])*"')
 
 
 def tool_call_tag(reader: Reader, calls: Calls) -> Steps[None]:
@@ -109,9 +111,24 @@ def _member(
         yield from reader.peek()  # what is cut stays open
         members.write('"')
     else:
-        value = (yield from reader.until(*ends)).strip()
+        value = (yield from _json_text(reader, ends)).strip()
         yield from reader.peek()
         members.write(_as_json(value))
+
+
+def _json_text(reader: Reader, ends: tuple[str, ...]) -> Steps[str]:
+    """What comes before the first of `ends` that is not inside a string of JSON."""
+    text = yield from reader.until(*ends)
+    while _is_inside_string(text) and (following := (yield from reader.look())):
+        reader.skip(1)
+        text += following + (yield from reader.until(*ends))
+    return text
+
+
+def _is_inside_string(text: str) -> bool:
+    """Whether JSON that begins like that has a string open; no line ends in one."""
+    begun = text.lstrip()
+    return begun[:1] in ("{", "[", '"') and '"' in _STRINGS.sub("", begun).rpartition("\n")[2]
 
 
 def _as_json(text: str) -> str:
@@ -201,14 +218,23 @@ def _python_calls(text: str) -> list[tuple[str, dict[str, Any]]]:
         nodes = tree.elts if isinstance(tree, (ast.List, ast.Tuple)) else [tree]
         found = []
         for node in nodes:
-            if not isinstance(node, ast.Call) or node.args:
+            call = node
+            while isinstance(call, ast.BinOp) and isinstance(call.op, ast.Sub):
+                call = call.right  # a name with hyphens
+            if not isinstance(call, ast.Call) or call.args:
                 raise NotACall
-            given = {k.arg: _literal(k.value) for k in node.keywords if k.arg is not None}
+            given = {k.arg: _literal(k.value) for k in call.keywords if k.arg is not None}
             json.dumps(given, allow_nan=False)
-            found.append((ast.unparse(node.func), given))
+            found.append((_between(text, node, call.func), given))
         return found
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         raise NotACall from None
+
+
+def _between(text: str, first: ast.expr, last: ast.expr) -> str:
+    """The text from where one node begins to where another ends."""
+    first.end_lineno, first.end_col_offset = last.end_lineno, last.end_col_offset
+    return ast.get_source_segment(text, first) or ""
 
 
 def _literal(node: ast.expr) -> Any:

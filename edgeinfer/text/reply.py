@@ -35,6 +35,8 @@ class FindsCalls(Protocol):
 
     @property
     def done(self) -> tuple[ToolCall, ...]: ...
+    @property
+    def is_full(self) -> bool: ...
     def push(self, text: str, *, is_control: bool = False) -> list[Delta]: ...
     def end(self, was_cut: bool) -> list[Delta]: ...
 
@@ -59,9 +61,14 @@ class AnswerText:
         stop: tuple[str, ...],
         splitter: ReasoningSplitter | None,
         finder: FindsCalls | None = None,
+        *,
+        is_exact: bool = False,
     ) -> AnswerText:
-        """A `splitter` means a chat, else the answer continues the prompt's text."""
-        strip_space = None if splitter is not None else False
+        """A `splitter` means a chat, else the answer continues the prompt's text.
+
+        `is_exact` leaves a space at its start, which a vocabulary may have put there, in the text.
+        """
+        strip_space = None if splitter is not None and not is_exact else False
         decoder = StreamDecoder(tokenizer, strip_space=strip_space)
         return cls(tokenizer, decoder, StopFinder(stop), splitter, finder)
 
@@ -76,6 +83,11 @@ class AnswerText:
     @property
     def tool_calls(self) -> tuple[ToolCall, ...]:
         return self.finder.done if self.finder is not None else ()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether a stop string has ended it, or the last call that is wanted."""
+        return self.stop is not None or (self.finder is not None and self.finder.is_full)
 
     def push(self, token: int) -> list[Delta]:
         """What the token adds; nothing while it may belong to a stop string or to a call."""

@@ -116,6 +116,13 @@ class Tokenizer:
         fragments = _partition(_sound(text), self._parsed if parse_special else self._literal)
         return self._with_bos(self._encode_fragments(fragments, most), bos)
 
+    def encode_middle(self, text: str) -> list[int]:
+        """Token ids of a text that stands inside another: nothing is put before it."""
+        ids: list[int] = []
+        for fragment in _partition(_sound(text), self._literal):
+            ids += [fragment] if isinstance(fragment, int) else self._encode_raw(fragment)
+        return ids
+
     def encode_marked(
         self,
         text: str,

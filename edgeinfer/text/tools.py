@@ -16,6 +16,10 @@ class NotACall(Exception):
     """What looked like a call is none: it is text."""
 
 
+class Enough(Exception):
+    """There is a call, and no more are wanted."""
+
+
 class Tool(NamedTuple):
     """A function that a model may call; `properties` are the schemas of its parameters."""
 
@@ -40,11 +44,12 @@ class Tool(NamedTuple):
 
 
 class Calls:
-    """The deltas of a reply. A call is told of when its arguments begin."""
+    """The deltas of a reply. A call is told of when its arguments begin, up to `most` calls."""
 
-    def __init__(self, tools: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, tools: Sequence[Mapping[str, Any]], most: int | None = None) -> None:
         found = filter(None, map(Tool.of, tools))
         self.tools = {tool.name: tool for tool in found}
+        self._most = most
         self.done: list[ToolCall] = []
         self._deltas: list[Delta] = []
         self._name = ""
@@ -53,6 +58,10 @@ class Calls:
     @property
     def is_open(self) -> bool:
         return bool(self._name)
+
+    @property
+    def is_full(self) -> bool:
+        return self._most is not None and len(self.done) >= self._most
 
     def find(self, name: str) -> Tool:
         """A tool by the name that a model gives it; NotACall if there is none."""
@@ -64,6 +73,8 @@ class Calls:
         return self.tools[name]
 
     def begin(self, tool: Tool) -> None:
+        if self.is_full:
+            raise Enough
         self._name, self._arguments = tool.name, []
         self._deltas.append(Delta(call=CallDelta(index=len(self.done), name=tool.name)))
 
@@ -81,7 +92,7 @@ class Calls:
             self._name = ""
 
     def text(self, text: str) -> None:
-        if text:
+        if text and not self.is_full:
             self._deltas.append(Delta(text=text))
 
     def reasoning(self, text: str) -> None:

@@ -177,8 +177,8 @@ class CudaProgram(CacheVerbs):
         if not self.segment.is_last or batch.output == "hidden":
             return Result.HIDDEN
         table, n_wanted = batch.samples, len(batch.wanted)
-        if table is None or not n_wanted:
-            return Result.LOGITS
+        if table is None or not n_wanted or table.has_masks:
+            return Result.LOGITS  # of masked rows the host picks, who knows masks later
         if table.is_greedy(n_wanted):
             return Result.LIKELIEST
         return Result.SAMPLED if self._samples.fits(table, n_wanted) else Result.LOGITS

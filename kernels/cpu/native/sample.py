@@ -11,11 +11,17 @@ from numba import njit
 from edgeinfer.kernels.cpu import layout as at
 from edgeinfer.kernels.cpu.native.sampling.candidates import logit, n_sorted, open_first, token
 from edgeinfer.kernels.cpu.native.sampling.chain import pick
-from edgeinfer.kernels.cpu.native.sampling.changes import change, logit_of, restore
+from edgeinfer.kernels.cpu.native.sampling.changes import (
+    change,
+    logit_of,
+    per_token_floats,
+    restore,
+)
 from edgeinfer.kernels.cpu.native.sampling.mirostat import mirostat
 from edgeinfer.kernels.cpu.native.sampling.numbers import INF, log, narrow
 from edgeinfer.kernels.cpu.native.sampling.table import output, param
 from edgeinfer.kernels.cpu.native.sampling.vocabulary import (
+    copy_masked,
     first_at_least,
     largest_logit,
     sum_exp,
@@ -43,9 +49,13 @@ def _sample(table, i, logits, n_vocab, scratch):
         offset = 4 * i * output(table, "max_logprobs")
         ids, values = output(table, "top_ids") + offset, output(table, "top_logprobs") + offset
         _list_top(logits, n_vocab, scratch, n_top, largest, log_total, ids, values)
-    change(row, logits, n_vocab, scratch)
-    id, mu, status = _choose(row, logits, n_vocab, scratch)
-    restore(row, logits, n_vocab, scratch)
+    mask, changed = word(output(table, "masks") + 8 * i), logits
+    if mask != 0:
+        changed = per_token_floats(scratch, n_vocab)
+        copy_masked(changed, logits, n_vocab, mask)
+    change(row, changed, n_vocab, scratch)
+    id, mu, status = _choose(row, changed, n_vocab, scratch)
+    restore(row, changed, n_vocab, scratch)
     logprob = narrow(INF - INF)
     if n_top >= 0:
         logprob = narrow(-INF)

@@ -54,7 +54,7 @@ def _copy(to, logits, ids, n, n_vocab):
 @jit
 def change(row, logits, n_vocab, scratch):
     """Apply bias, penalties and DRY; `restore` undoes it from the same scratch."""
-    saved, per_token = _saved(scratch, n_vocab), scratch + at.SAMPLE_KEYS
+    saved, per_token = per_token_floats(scratch, n_vocab), scratch + at.SAMPLE_KEYS
     history, n_history = param(row, "history"), param(row, "n_history")
     _copy(saved, logits, param(row, "bias_ids"), param(row, "n_bias"), n_vocab)
     _copy(saved, logits, history, n_history, n_vocab)
@@ -67,14 +67,17 @@ def change(row, logits, n_vocab, scratch):
 
 @jit
 def restore(row, logits, n_vocab, scratch):
-    saved = _saved(scratch, n_vocab)
+    saved = per_token_floats(scratch, n_vocab)
     _copy(logits, saved, param(row, "bias_ids"), param(row, "n_bias"), n_vocab)
     _copy(logits, saved, param(row, "history"), param(row, "n_history"), n_vocab)
 
 
 @jit
-def _saved(scratch, n_vocab):
-    """A float per token, behind all that sampling itself needs."""
+def per_token_floats(scratch, n_vocab):
+    """A float per token, behind all that sampling itself needs.
+
+    `change` saves there what it changes, unless it changes the floats that lie there.
+    """
     return scratch + at.SAMPLE_KEYS + 8 * (n_vocab + at.SAMPLE_SPARE_KEYS)
 
 

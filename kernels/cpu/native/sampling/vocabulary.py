@@ -41,9 +41,10 @@ from edgeinfer.kernels.cpu.native.simd import (
     splat_f32,
     splat_f64,
     splat_ir,
+    store_ir,
     sub_f,
 )
-from edgeinfer.kernels.cpu.native.words import load_f32, set_word, store_f32, word
+from edgeinfer.kernels.cpu.native.words import load_f32, load_u8, set_word, store_f32, word
 
 jit = njit(error_model="numpy")
 
@@ -69,11 +70,34 @@ def _emit_real(b, x, other):
     return b.select(b.fcmp_ordered(">", x, lowest), x, other)
 
 
+def _emit_masked(b, to, p, mask):
+    """The 8 floats at p go to `to`, -inf where the bit of the byte at `mask` is 0."""
+    is_allowed = b.bitcast(load_ir(b, mask, I8), ir.VectorType(ir.IntType(1), 8))
+    lowest = ir.Constant(f32x8.ir, [float("-inf")] * 8)
+    store_ir(b, to, b.select(is_allowed, load_ir(b, p, f32x8.ir), lowest))
+
+
+_masked8 = scalar(types.void, (intp, intp, intp), _emit_masked)
 _above = scalar(intp, (intp, types.float32), lambda b, p, x: _emit_mask(b, p, x, ">"))
 _at_least = scalar(intp, (intp, types.float32), lambda b, p, x: _emit_mask(b, p, x, ">="))
 _lowest_bit = scalar(intp, (intp,), lambda b, x: call(b, "llvm.cttz.i64", I64, x, ir.IntType(1)(0)))
 _n_bits = scalar(intp, (intp,), lambda b, x: call(b, "llvm.ctpop.i64", I64, x))
 _real8 = mapped(2, lambda x, y: x, _emit_real)
+
+
+# -- masks ---------------------------------------------------------------------------------------
+
+
+@jit
+def copy_masked(to, logits, n_vocab, mask):
+    """Copy logits, -inf for tokens whose bit of the mask is 0."""
+    not_inlined()
+    n = n_vocab & ~7
+    for i in range(0, n, 8):
+        _masked8(to + 4 * i, logits + 4 * i, mask + (i >> 3))
+    for i in range(n, n_vocab):
+        is_allowed = (load_u8(mask + (i >> 3)) >> (i & 7)) & 1
+        store_f32(to + 4 * i, load_f32(logits + 4 * i) if is_allowed else narrow(-INF))
 
 
 # -- the largest ---------------------------------------------------------------------------------

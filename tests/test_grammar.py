@@ -1,0 +1,376 @@
+"""Schemas, grammars and regexes as values, and which tokens of real vocabularies they allow."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+import numpy as np
+import pydantic
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from edgeinfer.constraining import Grammars, after_reasoning, grammar_of
+from edgeinfer.engine.constraint import Matcher
+from edgeinfer.errors import EdgeInferError, InvalidRequestError
+from edgeinfer.gguf import GGUFFile
+from edgeinfer.sampling.params import mask_words
+from edgeinfer.text.grammar import MOST_TEXT, Grammar
+from edgeinfer.text.reply import THINK
+from edgeinfer.text.tokenizer import Tokenizer
+
+from .models_for_tests import tiny_model
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """256 bytes, a few merges, two control tokens."""
+    return _tokenizer(tiny_model(tmp_path_factory.mktemp("grammar")))
+
+
+def _tokenizer(path: Path) -> Tokenizer:
+    with GGUFFile.open(path) as file:
+        return Tokenizer.from_metadata(file.metadata)
+
+
+# -- values ----------------------------------------------------------------------------------------
+
+
+class Mood(Enum):
+    GOOD = "good"
+    BAD = "bad"
+
+
+@dataclasses.dataclass
+class Part:
+    name: str
+    size: float
+
+
+@dataclasses.dataclass
+class Thing:
+    parts: list[Part]
+    mood: Mood
+    kind: Literal["a", "b"]
+    note: str | None = None
+
+
+class Row(TypedDict):
+    x: int
+    y: list[int]
+
+
+class Node(pydantic.BaseModel):
+    value: int
+    children: list[Node] = []
+
+
+@pydantic.dataclasses.dataclass
+class Sized:
+    n: int = pydantic.Field(ge=3, le=5)
+
+
+def schema_in(grammar: Grammar) -> Any:
+    return json.loads(grammar.text)["grammars"][0]["json_schema"]
+
+
+@pytest.mark.parametrize("kind", [Thing, Row, Node, Sized, list[Part], dict[str, int]])
+def test_types_are_schemas_without_other_keys(kind: Any) -> None:
+    schema = schema_in(Grammar.of_schema(kind))
+    objects = [each for each in walk(schema) if "properties" in each]
+    assert all(each["additionalProperties"] is False for each in objects)
+    assert objects or kind == dict[str, int]
+
+
+def walk(schema: Any) -> Any:
+    if isinstance(schema, dict):
+        yield schema
+    for each in schema.values() if isinstance(schema, dict) else schema:
+        if isinstance(each, (dict, list)):
+            yield from walk(each)
+
+
+def test_what_a_pydantic_dataclass_demands_is_kept() -> None:
+    assert schema_in(Grammar.of_schema(Sized))["properties"]["n"]["maximum"] == 5
+
+
+def test_a_schema_is_the_same_as_a_mapping_and_as_its_text() -> None:
+    schema = {"type": "object", "properties": {"é": {"type": "integer"}}}
+    assert Grammar.of_schema(schema) == Grammar.of_schema(json.dumps(schema))
+    assert schema_in(Grammar.of_schema(True)) is True
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ({"properties": {"a": {"items": {"contains": {}}}}}, r"'contains' at \$.properties.a.item"),
+        ({"properties": {"not": {"not": {}}}}, r"'not' at \$.properties.not,"),
+        ({"anyOf": [{}, {"uniqueItems": True}]}, r"'uniqueItems' at \$.anyOf\[1\]"),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"if": {}}}}, r"'if' at \$.\$defs.a"),
+        ({"x-guidance": {"lenient": True}, "contains": {}}, r"'contains' at \$,"),
+        ({"properties": {"t": {"format": "ipv9"}}}, r"'format: ipv9' at \$.properties.t"),
+        ({"extends": {}}, "'extends'"),
+        ({"oneOf": [{"type": "string"}, {"maxLength": 3}]}, "oneOf"),
+        ({"type": "string", "pattern": "(?=a)b"}, "regex parse error"),
+        ({"minimum": 3, "maximum": 1, "type": "integer"}, "Unsatisfiable"),
+        ({"$ref": "http://elsewhere.org/x"}, "elsewhere"), ({"$ref": "#/nope"}, "nope"),
+        ({"type": "strin"}, "strin"), (False, "false"), ("[1]", "must be a JSON schema"),
+        ('{"type":', "no JSON"), (5, "must be a JSON schema"), ({"enum": {1, 2}}, "no JSON"),
+        ({"a": float("nan")}, "no JSON"), (int | str, "no JSON"), (Path, "no schema can be made"),
+        ({"enum": ["x" * MOST_TEXT]}, "at most"), ({"enum": ["\ud800"]}, "can't be used"),
+        ('{"not":' * 5000 + "{}" + "}" * 5000, "levels deep"),
+        ('{"items":' * 100 + "{}" + "}" * 100, "levels deep"),
+    ],
+)  # fmt: skip
+def test_what_can_not_be_enforced_is_refused(schema: Any, message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message) as caught:
+        Grammar.of_schema(schema)
+    assert caught.value.param == "schema"
+
+
+def test_what_a_schema_only_says_of_itself_is_no_error() -> None:
+    notes = {"title": "t", "default": {"not": 1}, "examples": [{"contains": 2}], "$comment": "if"}
+    Grammar.of_schema({"type": "object", "properties": {"if": {"type": "string"}}, **notes})
+
+
+@pytest.mark.parametrize(
+    ("regex", "message"),
+    [("(?!a)b", "look-around"), ("(a)\\1", "backreferences"), ("a{2,", "unclosed"), (5, "must be")],
+)
+def test_regexes_that_are_refused(regex: Any, message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message) as caught:
+        Grammar.of_regex(regex)
+    assert caught.value.param == "regex"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "root ::= x", 'root ::= "a', 'start: "a', "stop: /a/", 'root ::= "a" (', "{}", '{"a":1}',
+        "start: " + "(" * 5000 + '"a"' + ")" * 5000, "root ::= " + "(" * 5000 + '"a"' + ")" * 5000,
+        "start: <|nope|>", "\ud800", "x" * (MOST_TEXT + 1), "[]", '{"grammars":[]}', "::=",
+    ],
+)  # fmt: skip
+def test_grammars_that_are_refused(tiny: Tokenizer, text: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        Grammars().compile(Grammar.of_text(text), tiny)
+    assert caught.value.param == "grammar"
+
+
+def test_two_of_them_are_refused() -> None:
+    with pytest.raises(InvalidRequestError, match="schema and regex are given") as caught:
+        grammar_of({"schema": {}, "regex": "a"})
+    assert caught.value.param == "regex"
+
+
+def test_without_the_package_one_line_says_what_to_install() -> None:
+    code = """
+import sys
+sys.modules["llguidance"] = None
+import edgeinfer.llm, edgeinfer.constraining as constraining
+try:
+    constraining.grammar_of({"regex": "a"})
+except edgeinfer.InvalidRequestError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "pip install 'edgeinfer[grammar]'" in done.stdout
+
+
+# -- tokens ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["tiny", "smollm2", "spm"])
+def vocabulary(
+    request: pytest.FixtureRequest,
+    tiny: Tokenizer,
+    data_file: Callable[[str], Path],
+) -> tuple[Tokenizer, Grammars]:
+    if request.param == "tiny":
+        return tiny, Grammars()
+    files = {
+        "smollm2": "models/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "spm": "vocab/ggml-vocab-llama-spm.gguf",
+    }
+    return _tokenizer(data_file(files[request.param])), Grammars()
+
+
+def allowed(matcher: Matcher, n_vocab: int, drafts: list[int] = []) -> list[set[int]]:  # noqa: B006
+    masks = np.full((1 + len(drafts), mask_words(n_vocab)), 7, np.uint32)
+    matcher.fill(masks, drafts)
+    bits = np.unpackbits(masks.view(np.uint8), axis=1, bitorder="little")
+    assert not bits[:, n_vocab:].any()
+    return [set(np.flatnonzero(row).tolist()) for row in bits]
+
+
+TEXTS = st.lists(
+    st.text(st.sampled_from(' ab\n"\\1é日🎈<s>'), min_size=1, max_size=6), min_size=1, max_size=6
+)
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@given(texts=TEXTS, dice=st.randoms(use_true_random=False))
+def test_a_mask_has_the_tokens_that_go_on(
+    vocabulary: tuple[Tokenizer, Grammars], texts: list[str], dice: Any
+) -> None:
+    """Of a finite language: each of several, or one where bytes and so tokens are certain."""
+    tokenizer, grammars = vocabulary
+    ids_of = _ids_by_piece(tokenizer)
+    rules = "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
+    matcher = grammars.compile(Grammar.of_text(rules), tokenizer).begin()
+    language, done = {text.encode() for text in texts}, b""
+    while not matcher.is_ended:
+        (found,) = allowed(matcher, tokenizer.n_vocab)
+        assert (found >= tokenizer.eog_ids) == (done in language)
+        found -= tokenizer.eog_ids
+        left = [text[len(done) :] for text in language if text.startswith(done)]
+        starts = {text[:n] for text in left for n in range(1, len(text) + 1)}
+        expected = {id for start in starts for id in ids_of.get(start, ())}
+        assert found and found <= expected
+        assert len(found) == 1 or found == expected
+        token = dice.choice(sorted(found))
+        matcher.advance(token)
+        done += tokenizer.piece(token)
+    assert done in language
+
+
+@functools.cache
+def _ids_by_piece(tokenizer: Tokenizer) -> dict[bytes, list[int]]:
+    """The tokens that are text."""
+    found: dict[bytes, list[int]] = {}
+    for id in range(tokenizer.n_vocab):
+        if not tokenizer.is_control(id) and id not in tokenizer.eog_ids:
+            found.setdefault(tokenizer.piece(id), []).append(id)
+    return found
+
+
+def test_drafts_have_masks_and_leave_no_trace(vocabulary: tuple[Tokenizer, Grammars]) -> None:
+    tokenizer, grammars = vocabulary
+    schema = {"type": "object", "properties": {"a": {"type": "array", "items": {"type": "number"}}}}
+    compiled = grammars.compile(Grammar.of_schema(schema), tokenizer)
+    text = '{"a": [1, 2.5, 33, -4e5]}'
+    ids, matcher, n = tokenizer.encode_middle(text), compiled.begin(), tokenizer.n_vocab
+    one_by_one = []
+    for id in ids:
+        one_by_one += allowed(matcher, n)
+        if id not in one_by_one[-1]:  # a text that people write otherwise than what is certain
+            break
+        matcher.advance(id)
+    taken = ids[: len(one_by_one) - 1]
+    drafted = compiled.begin()
+    for _ in range(2):
+        assert allowed(drafted, n, taken) == one_by_one
+    wrong = allowed(drafted, n, [*taken[:1], min(tokenizer.eog_ids), *taken[1:]])
+    assert wrong[:2] == one_by_one[:2] and not any(wrong[2:])
+    assert allowed(drafted, n) == one_by_one[:1]
+
+
+def test_forced_tokens_are_those_of_the_masks(vocabulary: tuple[Tokenizer, Grammars]) -> None:
+    tokenizer, grammars = vocabulary
+    rules = Grammar.of_text('start: "the weather" (" is good" | " is bad")')
+    matcher = grammars.compile(rules, tokenizer).begin()
+    while forced := matcher.forced(8):
+        assert matcher.count_possible(forced) == len(forced)
+        for id, found in zip(forced, allowed(matcher, tokenizer.n_vocab, forced), strict=False):
+            assert found == {id}
+        for id in forced:
+            matcher.advance(id)
+    assert not matcher.is_ended
+
+
+def test_a_grammar_is_compiled_once(vocabulary: tuple[Tokenizer, Grammars]) -> None:
+    tokenizer, grammars = vocabulary
+    assert grammars.compile(Grammar.of_regex("ab"), tokenizer) is grammars.compile(
+        Grammar.of_regex("ab"), tokenizer
+    )
+
+
+# -- reasoning -------------------------------------------------------------------------------------
+
+
+def accepts(grammar: Grammar, text: str, tokenizer: Tokenizer) -> bool:
+    matcher = Grammars().compile(grammar, tokenizer).begin()
+    ids = tokenizer.encode_middle(text)
+    if matcher.count_possible(ids) < len(ids):
+        return False
+    for id in ids:
+        matcher.advance(id)
+    return allowed(matcher, tokenizer.n_vocab)[0] >= tokenizer.eog_ids
+
+
+@pytest.mark.parametrize(
+    ("end", "text", "is_right"),
+    [
+        ("<think>\n", "so be it: no</think>\n\nyes", True), ("<think>\n", "</think>yes", True),
+        ("<think>\n", "yes", False), ("<think>", "yes</think>", False),
+        ("<think>\n\n</think>\n\n", "yes", True), ("<think>\n\n</think>\n\n", "</think>yes", False),
+        ("assistant\n", "yes", True), ("assistant\n", "<think>yes</think>yes", False),
+    ],
+)  # fmt: skip
+def test_a_grammar_begins_after_reasoning(
+    tiny: Tokenizer, end: str, text: str, is_right: bool
+) -> None:
+    regex = Grammar.of_regex("yes|no")
+    grammar = after_reasoning(regex, (THINK,), end, "... </think> ...", tiny)
+    assert accepts(grammar, text, tiny) == is_right
+
+
+HARMONY = "<|start|>assistant<|channel|>analysis<|message|> ... <|end|>"
+
+
+@pytest.mark.parametrize(
+    ("text", "is_right"),
+    [
+        ("<|channel|>final<|message|>yes", True), ("yes", False),
+        ("<|channel|>analysis<|message|>no</x><|end|><|start|>assistant<|channel|>final<|message|>no",
+         True),
+        ("<|channel|>final<|constrain|>json<|message|>no", True),
+        ("<|channel|>analysis<|message|>yes", False), ("<|channel|>final<|message|>nope", False),
+    ],
+)  # fmt: skip
+def test_a_grammar_is_for_the_last_message_of_harmony(
+    tiny: Tokenizer, text: str, is_right: bool
+) -> None:
+    regex = Grammar.of_regex("yes|no")
+    grammar = after_reasoning(regex, (THINK,), "<|start|>assistant", HARMONY, tiny)
+    assert accepts(grammar, text, tiny) == is_right
+
+
+# -- what is hostile -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$ref": "#"}, {"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"},
+        {"type": "string", "pattern": "(a{1000}){1000}"},
+        {"type": "string", "pattern": "(.*a){40}"},
+        {"type": "string", "minLength": 10**9}, {"type": "array", "minItems": 10**9},
+        {"anyOf": [{"type": "string", "pattern": "|".join(f"[a-z]{{{i}}}x" for i in range(500))}]},
+        {"allOf": [{"anyOf": [{"required": [f"{i}{j}"]} for i in range(6)]} for j in range(6)]},
+        {"$defs": {f"d{i}": {"anyOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(60)}
+         | {"d60": {"type": "string"}}, "$ref": "#/$defs/d0"},
+        {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(2000)}},
+    ],
+)  # fmt: skip
+def test_hostile_schemas_end_soon(tiny: Tokenizer, schema: Any) -> None:
+    """Refused when compiled, or by the matcher; else it goes on for as long as anyone likes."""
+    begun = time.perf_counter()
+    try:
+        matcher = Grammars().compile(Grammar.of_schema(schema), tiny).begin()
+        for id in b'{"a1": "aaaaaaaaaa':
+            (found,) = allowed(matcher, tiny.n_vocab)
+            matcher.advance(id if id in found else min(found))
+    except EdgeInferError as error:
+        assert "can't" in str(error) or "at most" in str(error)
+    assert time.perf_counter() - begun < 10  # half a second at rest
