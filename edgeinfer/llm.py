@@ -111,7 +111,7 @@ class LLM:
         given = checked("stream", sampling, ANSWER)
         ids = self._prompt_ids(prompt, given)
         start = Prompt(ids, 1, 0, n_stable=given.get("n_stable", 0))
-        return self._submit(start, given, Reading(None, None, self._grammar(given)))
+        return self._submit(start, given, Reading(None, None, _grammar(given)))
 
     def generate_batch(
         self, prompts: Iterable[str | Sequence[int]], **sampling: Unpack[Sampling]
@@ -175,7 +175,7 @@ class LLM:
                 has_borders=bool(opened.segment.states) or any(opened.segment.groups),
             )
         end = opened.tokenizer.decode(prompt.ids[-16:], special=True)
-        read = reading(opened.tokenizer, opened.template.source, end, choice, self._grammar(given))
+        read = reading(opened.tokenizer, opened.template.source, end, choice, _grammar(given))
         return self._submit(prompt, given, read)
 
     def chat_batch(
@@ -371,15 +371,6 @@ class LLM:
             dropped_turns=prompt.n_dropped,
         )
 
-    @staticmethod
-    def _grammar(given: dict[str, Any]) -> Grammar | None:
-        """What the answer must be, where that is asked for."""
-        if given.keys().isdisjoint(("schema", "grammar", "regex")):
-            return None
-        from edgeinfer.constraining import grammar_of
-
-        return grammar_of(given)
-
     @cached_property
     def _grammars(self) -> Grammars:
         from edgeinfer.constraining import Grammars  # most programs need none
@@ -423,6 +414,15 @@ def _sessions(opened: Runtime) -> Sessions:
 
     name = model_name(opened.model.file.fingerprint(), opened.segment)
     return opened.engine.sessions(name)
+
+
+def _grammar(given: dict[str, Any]) -> Grammar | None:
+    """What the answer must be, where that is asked for."""
+    if given.keys().isdisjoint(("schema", "grammar", "regex")):
+        return None
+    from edgeinfer.constraining import grammar_of
+
+    return grammar_of(given)
 
 
 def _check_text(value: str, param: str) -> None:

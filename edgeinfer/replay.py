@@ -76,6 +76,7 @@ class Recording:
         # JSON has neither infinities, which ban and force tokens, nor keys that are numbers.
         bias: Mapping[int, float] = sampling["logit_bias"]
         sampling["logit_bias"] = [[token, repr(float(value))] for token, value in bias.items()]
+        grammar = {"grammar": self.grammar} if self.grammar else {}
         return {
             "prompt_token_ids": list(self.prompt_ids),
             "token_ids": list(self.token_ids),
@@ -92,8 +93,8 @@ class Recording:
                 "n_keep": self.n_keep,
                 "stop_token_ids": list(self.stop_token_ids),
                 "stop_id": self.stop_id,
-                "grammar": self.grammar,
                 "sampling": sampling,
+                **grammar,
             },
         }
 

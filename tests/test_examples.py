@@ -26,7 +26,7 @@ TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}[a
 SHOWS = {
     "chat": "tokens were known)", "stream": "tokens a second]", "many": " Lima: ",
     "logprobs": "else ", "hooks": "what enters layer 2 is", "replay": "equal: True",
-    "sessions": "loaded: ",
+    "sessions": "loaded: ", "schema": " is a ",
 }  # fmt: skip
 
 

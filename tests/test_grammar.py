@@ -29,6 +29,7 @@ from edgeinfer.text.reply import THINK
 from edgeinfer.text.tokenizer import Tokenizer
 
 from .models_for_tests import tiny_model
+from .test_tokenizer import byte_pair, tokenizer_of
 
 
 @pytest.fixture(scope="module")
@@ -295,6 +296,59 @@ def test_a_grammar_is_compiled_once(vocabulary: tuple[Tokenizer, Grammars]) -> N
     )
 
 
+@pytest.mark.parametrize("ends", [[], [0], [1, 2]])
+@pytest.mark.parametrize("lacks", ["", "b", "q"])
+def test_odd_vocabularies(ends: list[int], lacks: str) -> None:
+    """No end, or several; characters that no token has; texts of two tokens; a padded one."""
+    words = ["<end>", "<stop>", "<halt>", "ab", "a", "b", "c", "▁c", "", "<0x61>", "q", "ab"[::-1]]
+    words = [f"[{word}]" if word == lacks else word for word in words]
+    meta = {
+        "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": words,
+        "tokenizer.ggml.scores": [0.0] * len(words),
+        "tokenizer.ggml.token_type": [1, 1, 1, 1, 1, 1, 1, 1, 5, 6, 1, 1],
+        "tokenizer.ggml.eos_token_id": ends[0] if ends else len(words),
+    }  # fmt: skip
+    if ends[1:]:
+        meta["tokenizer.ggml.eos_token_ids"] = ends
+    tokenizer = tokenizer_of(meta)
+    n_vocab = 64  # of a model with more rows than tokens; here also a bit more than words hold
+    matcher = Grammars().compile(Grammar.of_regex("(ab c|ab{0,3}c)"), tokenizer).begin()
+    done = b""
+    while not matcher.is_ended:
+        (found,) = allowed(matcher, n_vocab)
+        found -= tokenizer.eog_ids
+        assert found and max(found) < len(words)
+        matcher.advance(max(found))
+        done += tokenizer.piece(max(found))
+    assert done in (b"ab c", b"abc", b"abbc", b"abbbc", b"ac")
+
+
+def test_a_vocabulary_without_an_end_of_any_size() -> None:
+    for n in (257, 287, 288, 289):
+        extra = tuple(f"<x{i}>" for i in range(n - 257))
+        tokenizer = tokenizer_of(byte_pair(extra, eos_token_id=n))
+        assert tokenizer.n_vocab == n and not tokenizer.eog_ids
+        matcher = Grammars().compile(Grammar.of_regex("ab|abc"), tokenizer).begin()
+        seen = []
+        while not matcher.is_ended and len(seen) < 9:
+            (found,) = allowed(matcher, n)
+            seen.append(max(found))
+            matcher.advance(seen[-1])
+        assert b"".join(map(tokenizer.piece, seen)) == b"abc"
+
+
+def test_what_no_token_spells_is_refused_or_ends() -> None:
+    meta = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", "a"]}
+    tokenizer = tokenizer_of(meta)
+    with pytest.raises(InvalidRequestError, match="regex can't be used"):
+        Grammars().compile(Grammar.of_regex("b"), tokenizer)
+    matcher = Grammars().compile(Grammar.of_regex("ab"), tokenizer).begin()
+    with pytest.raises(EdgeInferError, match="can't go on by its grammar"):
+        for _ in range(3):
+            (found,) = allowed(matcher, 4)
+            matcher.advance(min(found))
+
+
 # -- reasoning -------------------------------------------------------------------------------------
 
 
@@ -325,27 +379,6 @@ def test_a_grammar_begins_after_reasoning(
     assert accepts(grammar, text, tiny) == is_right
 
 
-HARMONY = "<|start|>assistant<|channel|>analysis<|message|> ... <|end|>"
-
-
-@pytest.mark.parametrize(
-    ("text", "is_right"),
-    [
-        ("<|channel|>final<|message|>yes", True), ("yes", False),
-        ("<|channel|>analysis<|message|>no</x><|end|><|start|>assistant<|channel|>final<|message|>no",
-         True),
-        ("<|channel|>final<|constrain|>json<|message|>no", True),
-        ("<|channel|>analysis<|message|>yes", False), ("<|channel|>final<|message|>nope", False),
-    ],
-)  # fmt: skip
-def test_a_grammar_is_for_the_last_message_of_harmony(
-    tiny: Tokenizer, text: str, is_right: bool
-) -> None:
-    regex = Grammar.of_regex("yes|no")
-    grammar = after_reasoning(regex, (THINK,), "<|start|>assistant", HARMONY, tiny)
-    assert accepts(grammar, text, tiny) == is_right
-
-
 # -- what is hostile -------------------------------------------------------------------------------
 
 
@@ -355,6 +388,8 @@ def test_a_grammar_is_for_the_last_message_of_harmony(
         {"$ref": "#"}, {"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"},
         {"type": "string", "pattern": "(a{1000}){1000}"},
         {"type": "string", "pattern": "(.*a){40}"},
+        {"type": "string", "pattern": "^(.*a.{20}){5}$"},
+        {"type": "string", "pattern": "|".join(f".*{c}.{{30}}{d}" for c in "abcde" for d in "xy")},
         {"type": "string", "minLength": 10**9}, {"type": "array", "minItems": 10**9},
         {"anyOf": [{"type": "string", "pattern": "|".join(f"[a-z]{{{i}}}x" for i in range(500))}]},
         {"allOf": [{"anyOf": [{"required": [f"{i}{j}"]} for i in range(6)]} for j in range(6)]},

@@ -128,8 +128,8 @@ class _Refused(Exception):
 
 
 def limits() -> Any:
-    """Of what a grammar may take: states of 1 to 2 KB, and messages without what was read."""
-    return _llguidance().LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
+    """Of what a grammar may take, 20 MB of states; and messages without what was read."""
+    return _llguidance().LLParserLimits(max_lexer_states=20_000, verbose_errors=False)
 
 
 def check_installed() -> None:

@@ -30,6 +30,7 @@ class GrammarCompiler:
         vocabulary: Any = _Vocabulary(tokenizer)
         ends = sorted(tokenizer.eog_ids) or [vocabulary.eos_token_id]
         self._vocabulary = llguidance.LLTokenizer(vocabulary, eos_token=ends)
+        self._unused = None if tokenizer.eog_ids else vocabulary.eos_token_id
         self._lock = threading.Lock()
         self._kept: OrderedDict[str, CompiledGrammar] = OrderedDict()
 
@@ -48,7 +49,7 @@ class GrammarCompiler:
             raise InvalidRequestError(
                 f"{grammar.param} can't be used: {_error(first)}", param=grammar.param
             )
-        made = CompiledGrammar(grammar, matcher, self._vocabulary.vocab_size)
+        made = CompiledGrammar(grammar, matcher, self._vocabulary.vocab_size, self._unused)
         with self._lock:
             self._kept[grammar.text] = made
             while len(self._kept) > _MOST_KEPT:
@@ -59,20 +60,23 @@ class GrammarCompiler:
 class CompiledGrammar:
     """A grammar for one vocabulary: an engine's `Constraint`."""
 
-    def __init__(self, grammar: Grammar, matcher: Any, n_tokens: int) -> None:
+    def __init__(self, grammar: Grammar, matcher: Any, n_tokens: int, unused: int | None) -> None:
         self.text = grammar.text
-        self._matcher, self._n_tokens = matcher, n_tokens
+        self._matcher, self._n_tokens, self._unused = matcher, n_tokens, unused
 
     def begin(self) -> GrammarMatcher:
         """For one more answer."""
-        return GrammarMatcher(self._matcher.deep_copy(), self._n_tokens)
+        return GrammarMatcher(self._matcher.deep_copy(), self._n_tokens, self._unused)
 
 
 class GrammarMatcher:
-    """How far one answer has come in its grammar: an engine's `Matcher`."""
+    """How far one answer has come in its grammar: an engine's `Matcher`.
 
-    def __init__(self, matcher: Any, n_tokens: int) -> None:
-        self._matcher, self._n_words = matcher, -(-n_tokens // 32)
+    llguidance knows `n_tokens`; of these one may be `unused` by the model.
+    """
+
+    def __init__(self, matcher: Any, n_tokens: int, unused: int | None) -> None:
+        self._matcher, self._n_words, self._unused = matcher, -(-n_tokens // 32), unused
 
     @property
     def is_ended(self) -> bool:
@@ -100,6 +104,8 @@ class GrammarMatcher:
             own = mask[: self._n_words]
             self._matcher.unsafe_compute_mask_ptr(own.ctypes.data, own.nbytes)
             self._check()
+            if self._unused is not None:
+                mask[self._unused >> 5] &= ~np.uint32(1 << (self._unused & 31))
         if n_taken and not self._matcher.rollback(n_taken):
             self._check()
 
