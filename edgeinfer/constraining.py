@@ -71,7 +71,7 @@ def reply_grammar(
     is_required = choice is not None and choice.is_required
     rules = call_grammar(
         template,
-        [_checked(tool) for tool in callable],
+        [checked(tool) for tool in callable],
         partial(_control_id, tokenizer),
         is_required=is_required,
         is_single=choice is not None and choice.is_single,
@@ -82,7 +82,7 @@ def reply_grammar(
     return answer.after(rules, ANSWER)
 
 
-def _checked(tool: Mapping[str, Any]) -> OfferedTool:
+def checked(tool: Mapping[str, Any]) -> OfferedTool:
     """A schema that can't be enforced is refused where it is strict, else any object will do."""
     offered = OfferedTool.of(tool)
     assert offered is not None  # what has no name can't be chosen

@@ -11,18 +11,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from edgeinfer.constraining import checked
+from edgeinfer.errors import InvalidRequestError
 from edgeinfer.results import ToolCall
 from edgeinfer.text.call_finder import CallFinder
 from edgeinfer.text.call_formats import call_format
-from edgeinfer.text.call_grammar import OfferedTool, call_grammar
+from edgeinfer.text.call_grammar import ANSWER, OfferedTool, call_grammar
+from edgeinfer.text.grammar import Grammar
 
 llguidance = pytest.importorskip("llguidance", reason="pip install 'edgeinfer[grammar]'")
 jsonschema = pytest.importorskip("jsonschema", reason="pip install jsonschema")
 
 EXAMPLES = 5  # of each spelling
+MORE = 60  # where there is time
 DSML = "｜DSML｜"
 # A text that tells the spelling, as it would in a template.
 SPELLINGS = {
@@ -196,13 +200,10 @@ def vocabulary_of(spelling: str, has_controls: bool) -> Bytes:
 VOCABULARIES = {(s, c): vocabulary_of(s, c) for s in SPELLINGS for c in (False, True)}
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS)
-@settings(max_examples=EXAMPLES, **PATIENT)
-@given(TOOLS, st.booleans(), st.booleans(), st.integers(0, 2**32))
-def test_what_is_required_is_calls_and_they_are_valid(
-    spelling: str, drawn: Any, has_controls: bool, is_single: bool, seed: int
+def see_that_calls_are_valid(
+    spelling: str, tools: Any, has_controls: bool, is_single: bool, seed: int
 ) -> None:
-    tools = [tool(*each) for each in drawn]
+    """Of a reply that consists of them."""
     vocabulary = VOCABULARIES[spelling, has_controls]
     grammar = call_grammar(
         SPELLINGS[spelling],
@@ -212,14 +213,121 @@ def test_what_is_required_is_calls_and_they_are_valid(
         is_single=is_single,
     )
     tokens = walk(matcher(grammar, vocabulary), vocabulary, seed)
-    assume(tokens is not None)
-    assert tokens is not None
+    if tokens is None:
+        return
     text, calls = calls_of(spelling, tools, vocabulary, tokens)
     shown = bytes(t if t < 256 else 0 for t in tokens).decode()
     assert text.strip() == "" and calls, shown
     assert len(calls) == 1 or not is_single, shown
     check(calls, tools)
 
+
+ANY_REPLY = (TOOLS, st.booleans(), st.booleans(), st.integers(0, 2**32))
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@settings(max_examples=EXAMPLES, **PATIENT)
+@given(*ANY_REPLY)
+def test_what_is_required_is_calls_and_they_are_valid(
+    spelling: str, drawn: Any, has_controls: bool, is_single: bool, seed: int
+) -> None:
+    tools = [tool(*each) for each in drawn]
+    see_that_calls_are_valid(spelling, tools, has_controls, is_single, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@settings(max_examples=MORE, **PATIENT)
+@given(*ANY_REPLY)
+def test_many_more_of_them_are_valid(
+    spelling: str, drawn: Any, has_controls: bool, is_single: bool, seed: int
+) -> None:
+    tools = [tool(*each) for each in drawn]
+    see_that_calls_are_valid(spelling, tools, has_controls, is_single, seed)
+
+
+# Regular expressions, quotes, markers, words of the formats, other scripts, and a long one.
+NAMES_TO_TRY = [
+    "a.*b", "(z)|y", "[q]", 'a"b', "a'b", "日本", "a b", "a>b", "a<b", "a{b}", "a:b", "a\\b",
+    "</tool_call>", "<|end|>", "functions.x", "class", "1st", "a-b", "a\nb", " lead", "😀", "%json",
+    "@answer", "to=y", "x" * 300, "get ::= x",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_any_name_is_called_or_refused(spelling: str) -> None:
+    parameters = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    refused = []
+    for seed, name in enumerate(NAMES_TO_TRY):
+        tools = [tool(name, parameters), tool("other", parameters)]
+        try:
+            see_that_calls_are_valid(spelling, tools, seed % 2 == 0, True, seed)
+        except InvalidRequestError as error:
+            assert error.param == "tools" and "its name" in str(error)
+            refused.append(name)
+    assert " lead" in refused and "a-b" not in refused and "functions.x" not in refused
+
+
+NODE = {
+    "type": "object",
+    "properties": {"next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]}},
+    "required": ["next"],
+    "additionalProperties": False,
+}
+SCHEMAS: list[Any] = [
+    {"type": "object", "properties": {"n": {"$ref": "#/$defs/node"}}, "required": ["n"],
+     "$defs": {"node": NODE}},
+    {"$ref": "#/$defs/node", "$defs": {"node": NODE}},
+    {"type": "object", "properties": {"self": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}},
+     "required": ["self"], "additionalProperties": False},
+    {"type": "object", "additionalProperties": {"type": "integer"}},
+    {"type": "object", "properties": {"m": {"type": "object", "additionalProperties": False}}},
+    {"type": "object", "properties": {"e": {"enum": ["a", 1, None, True, [1, "x"], {"k": "v"}]}},
+     "required": ["e"]},
+    {"type": "object", "properties": {"e": {"enum": []}}, "required": ["e"]},
+    {},
+    {"properties": {"x": {"type": "string"}}},
+    {"type": ["object", "null"], "properties": {"x": {"type": "string"}}},
+    {"type": "string"},
+    {"type": "object", "properties": {"s": {"type": "string", "pattern": "^[a-z]{2}/?$"}},
+     "required": ["s"]},
+    {"type": "object", "properties": {"s": {"type": "string", "pattern": "^a|b$"}},
+     "required": ["s"]},
+    {"type": "object", "properties": {"s": {"type": "string", "format": "date"}},
+     "required": ["s"]},
+    {"type": "object", "properties": {"s": {"type": "string", "minLength": 2, "maxLength": 3}},
+     "required": ["s"]},
+    {"type": "object", "properties": {"s": {"type": "string", "minLength": -1}}},
+    {"type": "object", "properties": {"s": {"not": {}}}},
+    {"type": "object", "properties": {"s": {"$ref": "https://localhost/y"}}},
+    {"type": "object", "properties": {"s": "no schema"}},
+    {"type": "object", "properties": {"s": True, "f": False}},
+    {"type": "object", "properties": ["a"]},
+    {"type": "object", "properties": {"we ird:key}": {"type": "integer"}, "": {"type": "null"}},
+     "required": ["we ird:key}", ""]},
+    {"type": "object", "properties": {"s": {"type": "array", "minItems": 2, "maxItems": 1}},
+     "required": ["s"]},
+    {"type": "object", "properties": {"s": {"oneOf": [{"type": "null"}, {"type": "boolean"}]}}},
+    {"type": "object", "properties": {"s": {"const": 'a\nb"c\\d</parameter>'}}, "required": ["s"]},
+    {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a", "b"]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_any_schema_is_kept_to_or_refused(spelling: str) -> None:
+    n_kept = 0
+    for seed, schema in enumerate(SCHEMAS):
+        try:
+            (found,) = map(checked, [tool("get", schema)])
+            tools = [tool("get", found.parameters)]
+            see_that_calls_are_valid(spelling, tools, seed % 2 == 0, True, seed)
+            n_kept += 1
+        except InvalidRequestError as error:
+            assert error.param in ("tools", "tools.get.parameters")
+    assert n_kept >= 10
+
+
+# -- replies that need not be calls ---------------------------------------------------------------
 
 PREFIXES = st.sampled_from(
     ["", "Well, ", "\n\n", "{", '{"name": "get", "arguments": {"b": 1}}', '{"name": "get", "x"',
@@ -275,8 +383,38 @@ def test_in_text_calls_are_valid_too(
     found = matcher(grammar, vocabulary)
     tokens = begun(found, vocabulary, prefix, as_text)
     rest = walk(found, vocabulary, seed)
-    assume(rest is not None)
-    assert rest is not None
+    if rest is None:
+        return
     _, calls = calls_of(spelling, tools, vocabulary, tokens + rest)
     assert len(calls) <= 1 or not is_single
     check(calls, tools)
+
+
+SHORT = {
+    "type": "object",
+    "properties": {"kind": {"enum": ["yes", "no"]}, "name": {"const": "get"}},
+    "required": ["kind", "name"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("has_tools", [False, True])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_reply_is_calls_or_an_answer_by_a_schema(spelling: str, has_tools: bool) -> None:
+    parameters = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
+    tools = [tool("get", {**parameters, "additionalProperties": False})] if has_tools else []
+    kinds = set()
+    for seed in range(12):
+        vocabulary = VOCABULARIES[spelling, seed % 2 == 0]
+        ask: Any = {"is_required": False, "is_single": True, "has_answer": True}
+        rules = call_grammar(SPELLINGS[spelling], offered(tools), vocabulary.controls.get, **ask)
+        grammar = Grammar.of_schema(SHORT).after(rules, ANSWER)
+        tokens = walk(matcher(grammar.text, vocabulary), vocabulary, seed)
+        if tokens is None:
+            continue
+        text, calls = calls_of(spelling, tools, vocabulary, tokens)
+        check(calls, tools)
+        if not calls:
+            jsonschema.Draft202012Validator(SHORT).validate(json.loads(text))
+        kinds.add(bool(calls))
+    assert kinds == ({True, False} if has_tools else {False})

@@ -57,7 +57,7 @@ SUITES = [
         "",
         ("test_messages.py", "test_models.py"),
         "create or stream or count_tokens or list or retrieve",
-        {},
+        {"test_messages.py create_with_all_params": "a strict tool by a schema that is none"},
     ),
 ]  # fmt: skip
 

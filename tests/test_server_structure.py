@@ -14,6 +14,8 @@ import pytest
 from openai import OpenAI
 from pydantic import BaseModel, ConfigDict, Field
 
+from edgeinfer.errors import InvalidRequestError
+
 from .server_for_tests import Running, running, small_model
 
 pytest.importorskip("llguidance", reason="pip install 'edgeinfer[grammar]'")
@@ -324,3 +326,18 @@ def test_what_is_missing_is_said(served: Running, without_llguidance: None, body
     assert reply.status_code == 400
     assert "pip install 'edgeinfer[grammar]'" in reply.json()["error"]["message"]
     assert served.post("/v1/chat/completions", {"messages": HI, "max_tokens": 1}).is_success
+
+
+def test_chats_in_python_call_what_they_must(served: Running) -> None:
+    llm = served.llm
+    one = llm.chat("hi", tools=TOOLS, tool_choice={"name": "set_lamp"}, seed=1, max_tokens=200)
+    (call,) = one.tool_calls
+    check(call.name, json.loads(call.arguments))
+    batch = llm.chat_batch(
+        ["hi", "ho"], tools=TOOLS, tool_choice="required", parallel_tool_calls=False, max_tokens=200
+    )
+    assert [len(each.tool_calls) for each in batch] == [1, 1]
+    with pytest.raises(InvalidRequestError, match="tool_choice names 'x'"):
+        llm.chat("hi", tools=TOOLS, tool_choice={"name": "x"})
+    calling: Any = {"schema": Answer, "tool_choice": "required", "parallel_tool_calls": False}
+    assert llm.chat("hi", tools=TOOLS, max_tokens=200, **calling).tool_calls

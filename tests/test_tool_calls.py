@@ -153,6 +153,41 @@ def test_several_calls(family: str, text: str) -> None:
     assert second[1]["days"] == 2 and second[1]["city"] in ("Bonn", "Bome")
 
 
+def test_no_more_calls_than_are_wanted() -> None:
+    """What follows the last one that is wanted is dropped, however it comes."""
+    for family, text in TWO:
+        for pieces in ([text + " more"], list(text + " more")):
+            finder = CallFinder(call_format(SIGNS[family]), TOOLS, most=1)
+            deltas = [delta for piece in pieces for delta in finder.push(piece)]
+            deltas += finder.end(was_cut=True)
+            (call,) = finder.done
+            assert finder.is_full and json.loads(call.arguments) == ROME
+            assert not any(delta.text for delta in deltas)
+
+
+def test_names_with_hyphens_and_dots() -> None:
+    for name in ("get-it", "a.b-c.d", "x-1"):
+        finder = CallFinder(call_format(SIGNS["lfm2"]), [tool(name)])
+        finder.push(f"<|tool_call_start|>[{name}(n=1 - 1 if 0 else 2), {name}()]<|tool_call_end|>")
+        assert finder.done == ()
+        finder.push(f"<|tool_call_start|>[{name}(n=[-1]), {name}()]<|tool_call_end|>")
+        assert [call.name for call in finder.done] == [name, name]
+
+
+def test_json_in_tags_may_hold_them() -> None:
+    value = ["</parameter>", '\\"</arg_value>', "<parameter=a>"]
+    coder = f"<function=weather>\n<parameter=tags>\n{json.dumps(value)}\n</parameter>\n</function>"
+    glm = f"<tool_call>weather\n<arg_key>tags</arg_key><arg_value>{json.dumps(value)}</arg_value>"
+    for text in (coder, glm + "</tool_call>"):
+        assert (
+            read("hermes", text)
+            == read("hermes", [text])
+            == ("", "", [("weather", {"tags": value})])
+        )
+    broken = '<function=weather>\n<parameter=tags>\n["open\n</parameter>\n</function> on'
+    assert read("hermes", broken) == ("on", "", [("weather", {"tags": '["open'})])
+
+
 def test_text_around_calls_stays() -> None:
     reply = read("hermes", f"\n\nI look.  \n\n{HERMES}\n\nAnd on.")
     assert reply == ("\n\nI look.And on.", "", [("weather", ROME)])

@@ -147,6 +147,12 @@ class _Calls:
         return f"{one} {more} {self._rules.say(how.end)}"
 
     def calls_or_answer(self, calls: Sequence[str], is_single: bool) -> str:
+        if not calls:
+            return f"@{ANSWER}"
+        how = self._spelling
+        if not (how.begin + how.before).startswith(tuple(self._format.markers)):
+            # NOTE: what begins like an answer would always be one: llguidance does not go back.
+            self._spelling = how._replace(begin=next(iter(self._format.markers)) + how.begin)
         return f"{self.calls(calls, is_single)} | {_GAP} @{ANSWER}"
 
     def calls_and_text(self, calls: Sequence[str], is_single: bool) -> str:
@@ -209,20 +215,18 @@ class _Harmony:
         return f"{thought}? {self._rules.rule(' | '.join(calls))}"
 
     def calls_or_answer(self, calls: Sequence[str], is_single: bool) -> str:
-        final = self._rules.say("<|channel|>final<|message|>")
-        return self._before(
-            f"{final} @{ANSWER} | {' | '.join(calls)}" if calls else f"{final} @{ANSWER}"
-        )
+        final = f"{self._rules.say('<|channel|>final<|message|>')} @{ANSWER}"
+        return self._before([*calls, final], ["analysis"])
 
     def calls_and_text(self, calls: Sequence[str], is_single: bool) -> str:
         text = self._rules.terminal(text_without(HARMONY_ENDS))
         final = f"{self._rules.say('<|channel|>final<|message|>')} {text}"
-        return self._before(" | ".join([*calls, final]))
+        return self._before([*calls, final], ["analysis", "commentary"])
 
-    def _before(self, last: str) -> str:
-        """Reasoning and remarks, then the last message."""
-        kinds = [self._message(each, self._close) for each in ("analysis", "commentary")]
-        return f"({' | '.join(kinds)})* {self._rules.rule(last)}"
+    def _before(self, last: Sequence[str], channels: Sequence[str]) -> str:
+        """Messages to other channels, then one of the last."""
+        kinds = [self._message(each, self._close) for each in channels]
+        return f"({' | '.join(kinds)})* {self._rules.rule(' | '.join(last))}"
 
     def _message(self, channel: str, close: str) -> str:
         said = self._rules.say(f"<|channel|>{channel}<|message|>")
