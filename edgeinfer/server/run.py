@@ -74,7 +74,7 @@ class Server(uvicorn.Server):
         for listening in self.servers:
             listening.close()
         end = time.monotonic() + service.limits.grace_seconds
-        while service.answers and not self.force_exit and time.monotonic() < end:
+        while service.is_busy and not self.force_exit and time.monotonic() < end:
             await asyncio.sleep(_LOOK_SECONDS)
         service.end_answers()
         await super().shutdown(sockets)
