@@ -35,7 +35,7 @@ engine load_settings chain
 balance chat_model
 placement
 runtime stream
-watching constraining
+watching constraining reasoning_budget
 replying
 llm inspect_file
 aio bench load remote selftest replay
