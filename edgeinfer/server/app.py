@@ -10,6 +10,7 @@ from starlette.types import ASGIApp
 from edgeinfer.server import (
     chat_completions,
     completions,
+    lm_studio,
     messages,
     model_list,
     native,
@@ -21,7 +22,8 @@ from edgeinfer.server.errors import ApiError, Json
 from edgeinfer.server.gate import Gate
 from edgeinfer.server.service import Service
 
-_APIS = (native, chat_completions, completions, responses, model_list, messages, ollama)
+_APIS = (native, chat_completions, completions, responses, model_list, messages, ollama,
+         lm_studio)  # fmt: skip
 
 
 def make_app(service: Service) -> ASGIApp:
