@@ -165,6 +165,10 @@ def test_no_more_calls_than_are_wanted() -> None:
             assert not any(delta.text for delta in deltas)
 
 
+def test_a_template_that_shows_no_call_tells_its_family_otherwise() -> None:
+    assert call_format('system_prompt + "List of tools: ["') == call_format(SIGNS["lfm2"])
+
+
 def test_names_with_hyphens_and_dots() -> None:
     for name in ("get-it", "a.b-c.d", "x-1"):
         finder = CallFinder(call_format(SIGNS["lfm2"]), [tool(name)])

@@ -49,6 +49,7 @@ _TAGS = CallFormat(
     ("</tool_call>",),
     may_be_bare=True,
 )
+_LFM2 = CallFormat("lfm2", {"<|tool_call_start|>": python_list}, ("<|tool_call_end|>",))
 # A text in the template that tells the spelling, the most telling first.
 _SIGNS: tuple[tuple[str, CallFormat], ...] = (
     (
@@ -74,10 +75,8 @@ _SIGNS: tuple[tuple[str, CallFormat], ...] = (
             ("<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>"),
         ),
     ),
-    (
-        "<|tool_call_start|>",
-        CallFormat("lfm2", {"<|tool_call_start|>": python_list}, ("<|tool_call_end|>",)),
-    ),
+    ("<|tool_call_start|>", _LFM2),
+    ("List of tools: [", _LFM2),  # of LFM2.5, which shows no call in its template
     (
         "[TOOL_CALLS]",
         CallFormat("mistral", {"[TOOL_CALLS]": mistral}, ("[ARGS]", "[CALL_ID]")),
