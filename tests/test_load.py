@@ -558,3 +558,8 @@ def test_an_interrupt_shows_what_was_measured() -> None:
         out, err = process.communicate(timeout=30)
     assert process.returncode == 130 and "stopped" in err
     assert "answer p50" in out and "of a processor" in out
+
+
+def test_the_committed_traffic_is_what_the_headline_says() -> None:
+    asked = read_traffic(Path(__file__).parent / "bench" / "headline.jsonl")
+    assert asked == list(islice(synthetic(Shape(), 16), 200))
