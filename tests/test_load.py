@@ -193,11 +193,13 @@ def scripted(script: Script) -> Iterator[str]:
         found.append(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
         started.set()
         await stop.wait()
+        for each in server.sockets:  # a server that is closed forgets what it has just accepted
+            loop.remove_reader(each.fileno())
+        await turns()
         server.close()
-        await turns()  # what was accepted has a task then that can close it
         talks = asyncio.all_tasks() - {asyncio.current_task()}
-        for each in talks:
-            each.cancel()
+        for talking in talks:
+            talking.cancel()
         await asyncio.gather(*talks, return_exceptions=True)
         await turns()
 
