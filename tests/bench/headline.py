@@ -229,14 +229,7 @@ class Bench:
 
         found = asyncio.run(measure()) | {"requests_per_s": rate}
         self.keep(name, found)
-        p95 = (found["end_to_end_s"] or {}).get("p95", float("nan"))
-        _tell(
-            f"  {found['answered_per_s']:.2f} answered/s, {found['answer_tok_s']:.0f} tok/s, "
-            f"p95 {p95:.2f} s, {sum(found['failed'].values())} failed, "
-            f"{found['still_running']} still running, client {found['client']['cpu_share']:.1%}"
-        )
-        for kind, said in found["messages"].items():
-            _tell(f"  {kind}: {said}")
+        _tell_run(found)
         return found
 
     def saturate(self, name: str, seconds: float, *, shares: bool = True) -> dict[str, Any]:
@@ -289,6 +282,17 @@ class Bench:
                 return
             time.sleep(0.3)
         raise SystemExit(f"the server did not start: {log.read_text(errors='replace')[-2000:]}")
+
+
+def _tell_run(found: dict[str, Any]) -> None:
+    p95 = (found["end_to_end_s"] or {}).get("p95", float("nan"))
+    _tell(
+        f"  {found['answered_per_s']:.2f} answered/s, {found['answer_tok_s']:.0f} tok/s, "
+        f"p95 {p95:.2f} s, {sum(found['failed'].values())} failed, "
+        f"{found['still_running']} still running, client {found['client']['cpu_share']:.1%}"
+    )
+    for kind, said in found["messages"].items():
+        _tell(f"  {kind}: {said}")
 
 
 async def _is_ready(url: str) -> bool:
