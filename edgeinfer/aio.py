@@ -14,6 +14,9 @@ from os import PathLike
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edgeinfer.errors import ClosedError, InvalidRequestError
 from edgeinfer.llm import LLM
 from edgeinfer.options import LoadOptions, Sampling, Unpack
@@ -108,6 +111,36 @@ class AsyncLLM:
                 **sampling,
             )
         )
+
+    async def embed(
+        self,
+        texts: str | Sequence[int] | Sequence[str | Sequence[int]],
+        *,
+        pooling: str | None = None,
+        dimensions: int | None = None,
+        truncate: bool | None = None,
+    ) -> NDArray[np.float32]:
+        """A vector of length 1 for each text; see `LLM.embed`."""
+        given = dict(pooling=pooling, dimensions=dimensions, truncate=truncate)
+        return (await self.embedding(texts, given))[0]
+
+    async def embedding(self, texts: Any, given: dict[str, Any]) -> tuple[NDArray[Any], int]:
+        """The same, and how many tokens the texts have; a cancelled task ends it."""
+        from edgeinfer.embedding import Embedding, begin  # most programs need none
+
+        # Many texts may take long to become tokens: chats don't wait behind them.
+        begun = await _Worker().do(
+            lambda: begin(self._open().runtime, texts, given), Embedding.cancel
+        )
+        loop = asyncio.get_running_loop()
+        done = loop.create_future()
+        begun.notify(lambda: _tell(loop, _wake, done))
+        try:
+            await done
+        except BaseException:
+            begun.cancel()
+            raise
+        return begun.result(), begun.n_tokens
 
     async def _begin(self, stream: Callable[[LLM], Stream]) -> AsyncStream:
         return AsyncStream(await self._worker.do(lambda: stream(self._open()), Stream.close))

@@ -244,6 +244,18 @@ def attention_weights(
     return attention_weights(segment, layer, x, rows)
 
 
+def head_reader(
+    segment: Segment,
+) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+    """What makes of rows (n, D) of the stream that leaves the last layer what the head reads.
+
+    By the law; UnsupportedModelError where the head reads more than that stream.
+    """
+    from edgeinfer.kernels.reference.head_rows import head_reader
+
+    return head_reader(segment)
+
+
 def host_sampler(
     n_vocab: int,
     n_threads: int,

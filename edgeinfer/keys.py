@@ -13,6 +13,8 @@ from edgeinfer.errors import InvalidModelError, UnsupportedModelError
 from edgeinfer.gguf import Array, GGUFFile
 from edgeinfer.terminal import one_line
 
+# The values of `pooling_type`: -1 and 0 say nothing.
+_POOLINGS = {-1: "", 0: "", 1: "mean", 2: "cls", 3: "last", 4: "rank"}
 # Far above any model in use: a hostile file can't make loading slow or sizes overflow.
 _MAX_LAYERS = 4096
 _MAX_COUNT = 1 << 20
@@ -30,7 +32,7 @@ class _Inert(NamedTuple):
 
 
 _SAYS_NOTHING = _Inert("tells tools about the file")
-_EMBEDDINGS = _Inert("how embeddings are made, which is not done here")
+_AFTERWARDS = _Inert("of matrices behind the model, which are refused where there are any")
 _MULTIPLIES = _Inert("multiplies by 1", (1,))
 _WINDOWED = _Inert("of layers with a window; there are none", None, "attention.sliding_window")
 _YARN = _Inert("acts with YaRN alone, which `rope.scaling.type` asks for")
@@ -38,15 +40,13 @@ _LENGTH = _Inert("acts with YaRN, or rope factors that it chooses between")
 _INERT = {
     "vocab_size": _Inert("the embedding has as many rows"),
     "tensor_data_layout": _Inert("how converters of 2023 ordered rows"),
-    "attention.causal": _Inert("every attention is", (True,)),
     "attention.layer_norm_epsilon": _Inert("of norms that subtract the mean, which it has none of"),
     "hidden_activation": _Inert("what the model file writes", ("silu", "swish", "swiglu")),
     "rope.dimension_sections": _Inert("text has one position"),
     "rope.scaling.finetuned": _SAYS_NOTHING,
     "rope.scale_linear": _Inert("gives way to `rope.scaling.factor`"),
-    "pooling_type": _EMBEDDINGS,
-    "embedding_length_out": _EMBEDDINGS,
-    "classifier.output_labels": _EMBEDDINGS,
+    "embedding_length_out": _AFTERWARDS,
+    "classifier.output_labels": _AFTERWARDS,
     "attention.output_scale": _MULTIPLIES,
     "attention.value_scale": _MULTIPLIES,
     "embedding_scale": _MULTIPLIES,
@@ -140,6 +140,16 @@ class Keys:
 
     def text(self, name: str, default: str | None = None) -> str:
         return self._metadata.get_str(self._tick(name), default)
+
+    def pooling(self) -> str:
+        """How the file says that embeddings are pooled, "" where it does not.
+
+        UnsupportedModelError for a model whose tokens see those behind them.
+        """
+        if not self.flag("attention.causal", True):
+            self.unsupported("attention.causal", "attention to later tokens (an encoder)")
+        kind = self._metadata.get_int(self._tick("pooling_type"), -1, low=-1)
+        return _POOLINGS.get(kind, str(kind))
 
     def wrong(self, name: str, value: object, wanted: str) -> NoReturn:
         """InvalidModelError for what no model can have."""

@@ -210,7 +210,25 @@ class LLM:
             "conversations",
         )
 
-    # -- tokens and logits -----------------------------------------------------------------------
+    # -- embeddings, tokens and logits -----------------------------------------------------------
+
+    def embed(
+        self,
+        texts: str | Sequence[int] | Sequence[str | Sequence[int]],
+        *,
+        pooling: str | None = None,
+        dimensions: int | None = None,
+        truncate: bool | None = None,
+    ) -> NDArray[np.float32]:
+        """A vector of length 1 for each text, or list of token ids: (texts, dimensions).
+
+        `pooling` is "mean" or "last", by default what the model was loaded with or its file says.
+        A text longer than the context is an error, or cut there with `truncate`.
+        """
+        from edgeinfer.embedding import begin  # most programs need none
+
+        given = dict(pooling=pooling, dimensions=dimensions, truncate=truncate)
+        return begin(self._open(), texts, given).result()
 
     def tokenize(self, text: str, *, bos: bool = False, special: bool = False) -> list[int]:
         """Token ids of a text; with `special`, spellings of control tokens become those."""

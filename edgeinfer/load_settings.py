@@ -15,7 +15,7 @@ from edgeinfer.errors import DeviceError, InvalidRequestError, Keyword
 from edgeinfer.graph import KVType, Segment
 from edgeinfer.model import Model
 from edgeinfer.options import LoadOptions, Progress
-from edgeinfer.parameters import LOAD, checked, parse_memory
+from edgeinfer.parameters import LOAD, POOLINGS, checked, parse_memory
 
 
 class LoadSettings(NamedTuple):
@@ -39,6 +39,7 @@ class LoadSettings(NamedTuple):
     residuals: tuple[int, ...] = ()  # layers whose entering stream may be watched
     drafts: bool = False  # whether the block that guesses tokens is wanted
     naive: bool = False  # one answer at a time, nothing reused
+    pooling: str = ""  # of embeddings; "": as the file says
 
     @classmethod
     def resolve(cls, function: str, given: LoadOptions) -> LoadSettings:
@@ -74,6 +75,7 @@ class LoadSettings(NamedTuple):
             residuals=options.get("residuals", ()),
             drafts=options.get("drafts", False),
             naive=options.get("naive", False),
+            pooling=options.get("pooling", ""),
         )
 
     def segment(self, model: Model, n_ctx: int | None, kv_types: tuple[KVType, KVType]) -> Segment:
@@ -85,8 +87,12 @@ class LoadSettings(NamedTuple):
                 f"and {n_layers} is what enters the head",
                 param="residuals",
             )
+        embedded = (n_layers,) if self.pooling_of(model) else ()
         segment = model.graph.segment(
-            n_ctx=n_ctx, kv_types=kv_types, residuals=self.residuals, drafts=self.drafts
+            n_ctx=n_ctx,
+            kv_types=kv_types,
+            residuals=(*self.residuals, *embedded),
+            drafts=self.drafts,
         )
         if self.drafts and segment.draft is None:
             raise InvalidRequestError(
@@ -95,6 +101,10 @@ class LoadSettings(NamedTuple):
                 param="drafts",
             )
         return segment
+
+    def pooling_of(self, model: Model) -> str:
+        """How embeddings are pooled, "" where neither the caller nor the file says so."""
+        return self.pooling or (model.pooling if model.pooling in POOLINGS else "")
 
     def on_cpu(self, note: str) -> LoadSettings:
         """The same on the processors, with a line that says why."""

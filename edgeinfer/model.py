@@ -23,7 +23,8 @@ from edgeinfer.terminal import one_line
 class Model:
     """Everything about one file. The file must stay open for as long as the weights are read.
 
-    `sampling` holds the file's `general.sampling.*` values without that prefix.
+    `sampling` holds the file's `general.sampling.*` values without that prefix. `pooling` is what
+    it says of embeddings: "mean", "last", what is not done here ("cls", "rank"), or "".
     """
 
     file: GGUFFile
@@ -31,6 +32,7 @@ class Model:
     hparams: Hparams
     graph: Graph
     sampling: Mapping[str, bool | int | float | str]
+    pooling: str = ""
 
     @classmethod
     def load(cls, file: GGUFFile) -> Model:
@@ -46,11 +48,12 @@ class Model:
         )
         graph = Graph(hparams, keys, file.tensors)
         forward(graph)
+        pooling = keys.pooling()
         keys.check_all_read()
         _check_unused(graph)
         _check_types(graph, file.tensors)
         _check_rope_factors(graph)
-        return cls(file, file.name, hparams, graph, _read_sampling(file))
+        return cls(file, file.name, hparams, graph, _read_sampling(file), pooling)
 
     @property
     def architecture(self) -> str:
@@ -75,6 +78,10 @@ class Model:
         return " + ".join(self.bytes_by_type)
 
 
+_ENCODERS = (
+    "bert", "eurobert", "gemma-embedding", "jina-bert-v2", "jina-bert-v3", "llama-embed",
+    "modern-bert", "neo-bert", "nomic-bert", "nomic-bert-moe", "t5encoder",
+)  # fmt: skip
 _Forward: TypeAlias = "Callable[[Graph], None]"
 
 
@@ -101,6 +108,13 @@ def _forward(architecture: str) -> _Forward:
         for name, forward in _read(file):
             if name == architecture:
                 return forward
+    if architecture in _ENCODERS:
+        raise UnsupportedModelError(
+            f"{architecture} is an encoder: its tokens see those behind them, which edgeinfer "
+            "lacks; for embeddings choose a model with a causal one, for example Qwen3-Embedding",
+            architecture=architecture,
+            missing=["attention to later tokens"],
+        )
     raise UnsupportedModelError(
         f"architecture {one_line(architecture, 60)!r} is not known here; edgeinfer runs "
         f"{', '.join(sorted(architectures()))}. Choose a model of one of these.",

@@ -35,6 +35,7 @@ class LoadOptions(TypedDict, total=False):
     slots: int | None  # full-length contexts that the cache holds, 1
     chat_template: str | None  # a name or a file
     pre: str | None  # pre-tokenizer, for a file that names none or an unknown one
+    pooling: str | None  # how `embed` makes one row of a text's: "mean", "last"; as the file says
     drafts: bool | None  # load the block that guesses tokens (MTP) which some files hold, False
     naive: bool | None  # one answer at a time, nothing reused: to measure against; False
     residuals: Sequence[int] | None  # layers whose entering stream may be watched; n_layers: head

@@ -34,6 +34,7 @@ from edgeinfer.values import parse_memory as parse_memory
 from edgeinfer.values import shown as shown
 
 MAX_LOGPROBS = 128
+POOLINGS = ("mean", "last")
 _INT32, _INT64 = 2**31 - 1, 2**63 - 1
 _MOST_THREADS = 1024  # more than any machine has; each takes a stack
 
@@ -147,10 +148,14 @@ LOAD = _by_name(
     Parameter("chat_template", text, "Instead of the file's own."),
     Parameter("drafts", switch, "Load the block that guesses tokens.", default=False),
     Parameter("naive", switch, "One answer at a time, nothing reused.", default=False),
+    Parameter(
+        "pooling", text, "What of a text its embedding is made of, where the file does not say.",
+        choices=POOLINGS,
+    ),
     Parameter("residuals", layers, "Layers whose entering stream may be watched."),
     Parameter("download", switch, "Fetch a model that is not here.", default=False),
     Parameter("progress", function, "Told how far loading is."),
-)
+)  # fmt: skip
 
 # When an answer ends, and how it is made.
 REQUEST = _by_name(
@@ -248,6 +253,18 @@ LOOK = _by_name(
     Parameter("layer", integer, "The layer that is looked at.", 0, _INT32),
     Parameter("last", integer, "Rows to give back, the last ones.", 1, _INT64),
 )
+
+# How `embed` makes vectors of texts.
+EMBED = _by_name(
+    Parameter(
+        "pooling", text, "The mean of a text's rows, or the last one; as it was loaded.",
+        choices=POOLINGS,
+    ),
+    Parameter("dimensions", integer, "Keep so many of a vector's values, the first.", 1, _INT32),
+    Parameter(
+        "truncate", switch, "Leave out the end of what the context does not hold.", default=False
+    ),
+)  # fmt: skip
 
 # What `tokenize` and `detokenize` take beside the text or the ids.
 TEXT = _by_name(

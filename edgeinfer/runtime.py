@@ -32,6 +32,7 @@ from edgeinfer.errors import (
     Keyword,
     ModelNotFoundError,
     PlanError,
+    TemplateError,
     UnsupportedModelError,
     memory_ran_out,
 )
@@ -64,6 +65,7 @@ class Runtime:
     n_threads: int
     n_gpu_layers: int  # the last ones
     load_s: float
+    pooling: str  # of embeddings, "" where that is not known
     _tokenizer: _Later[Tokenizer]
     _template: _Later[ChatTemplate]
 
@@ -74,6 +76,14 @@ class Runtime:
     @property
     def template(self) -> ChatTemplate:
         return self._template.result()
+
+    @property
+    def found_template(self) -> ChatTemplate | None:
+        """None for a model without one, as base models and those for embeddings are."""
+        try:
+            return self.template
+        except TemplateError:
+            return None
 
     @property
     def bytes_per_token(self) -> int:
@@ -205,7 +215,7 @@ def _load(path: Path, settings: LoadSettings, templates: TemplateEngine | None) 
     load_s = time.perf_counter() - start
     return Runtime(
         model, segment, plan, program, engine, settings.device, note, settings.n_threads,
-        n_gpu_layers, load_s, tokenizer, template,
+        n_gpu_layers, load_s, settings.pooling_of(model), tokenizer, template,
     )  # fmt: skip
 
 

@@ -320,6 +320,6 @@ def items(given: Iterable[Any], param: str) -> Iterable[Any]:
     with contextlib.suppress(
         TypeError
     ):  # NumPy's arrays of no dimension are iterable by their type alone
-        if not isinstance(given, (str, bytes, Mapping)):
+        if not isinstance(given, (str, bytes, bytearray, memoryview, Mapping)):
             return iter(given)
     raise InvalidRequestError(f"{param} is {shown(given)}; it must be a list", param=param)

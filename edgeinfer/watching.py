@@ -42,7 +42,8 @@ def residuals(opened: Runtime, token_ids: Sequence[int], layer: int) -> NDArray[
     def take(step: Step) -> None:
         rows[step.position : step.position + len(step.token_ids)] = step.residuals[layer]
 
-    opened.engine.each_residual(ids, take, (layer,))
+    opened.engine.check_waiting()
+    opened.engine.begin_job(ids, Hook(take, residuals=(layer,))).wait(opened.engine)
     return rows
 
 

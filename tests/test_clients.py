@@ -1,7 +1,11 @@
-"""Clients that people use, each in a conversation with a tool: a call, its result, an answer."""
+"""Clients that people use, each in a conversation with a tool: a call, its result, an answer.
+
+And those that ask for embeddings.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,9 +13,10 @@ import venv
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from .server_for_tests import Running, running, small_model
+from .server_for_tests import LOAD, Running, running, small_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.network]
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
@@ -154,3 +159,45 @@ def test_a_client_calls_a_tool(served: Running, python: str, tmp_path: Path, nam
     print(done.stderr[-3000:], file=sys.stderr)
     assert done.stdout.strip() == ANSWER
     assert len(prompts) == 2 and (name == "instructor" or "sunny" in prompts[1])
+
+
+EMBEDDING = {
+    "langchain-openai": """
+from langchain_openai import OpenAIEmbeddings
+model = OpenAIEmbeddings(
+    model="m", base_url=URL + "/v1", api_key="x", check_embedding_ctx_length=False
+)
+found = model.embed_documents(TEXTS)
+assert found[0] == model.embed_query(TEXTS[0])
+""",
+    "langchain-ollama": """
+from langchain_ollama import OllamaEmbeddings
+found = OllamaEmbeddings(model="m", base_url=URL).embed_documents(TEXTS)
+""",
+    "litellm": """
+import litellm
+asked = dict(api_base=URL + "/v1", api_key="x", encoding_format="float")
+reply = litellm.embedding(model="openai/m", input=TEXTS, **asked)
+found = [each["embedding"] for each in reply.data]
+""",
+    "litellm ollama": """
+import litellm
+reply = litellm.embedding(model="ollama/m", input=TEXTS, api_base=URL)
+found = [each["embedding"] for each in reply.data]
+""",
+}
+
+
+@pytest.mark.parametrize("name", EMBEDDING)
+def test_a_client_asks_for_embeddings(python: str, tmp_path: Path, name: str) -> None:
+    texts = ["some words", "others"]
+    script = tmp_path / "embed.py"
+    head = f"import json\nURL, TEXTS = {{!r}}, {texts!r}\n"
+    with running([("m", small_model(tmp_path))], load={**LOAD, "pooling": "mean"}) as served:
+        source = f"{head.format(served.url)}{EMBEDDING[name]}print(json.dumps(found))\n"
+        script.write_text(source, encoding="utf-8")
+        done = subprocess.run(
+            [python, script], env=QUIET, capture_output=True, text=True, timeout=120
+        )
+        print(done.stderr[-3000:], file=sys.stderr)
+        np.testing.assert_array_equal(np.float32(json.loads(done.stdout)), served.llm.embed(texts))

@@ -265,7 +265,7 @@ def test_an_unknown_architecture_is_named_beside_those_that_run(tmp_path: Path, 
     [
         ("rope.scaling.type", "dynamic", "rope scaling 'dynamic'"),
         ("expert_count", 8, "expert_count"),
-        ("attention.causal", False, None),
+        ("attention.causal", False, "attention to later tokens (an encoder)"),
         ("attention.clamp_kqv", 8.0, "attention.clamp_kqv"),
         ("final_logit_softcapping", 30.0, "final_logit_softcapping"),
         ("nextn_predict_layers", 1, "nextn_predict_layers"),

@@ -99,6 +99,7 @@ def _wrong(parameter: Parameter) -> list[Any]:
         "device": [5, b"cpu", ["cpu"], True, Odd()],
         "pre": [5, b"x", ["x"], True, Odd()],
         "chat_template": [5, b"x", ["x"], True, Odd()],
+        "pooling": [5, "", "cls", "Mean", b"mean", ["mean"], True, Odd()],
         "progress": [5, "x", True, [print], object()],
         "schema": [5, 1.5, b"{}", ["x"], (), print, 5j, "", "[1]", False, {"not": {}}, Path, Odd()],
         "grammar": [5, b"start: a", ["x"], True, "", "nothing", {"a": 1}, Odd()],

@@ -28,6 +28,7 @@ from edgeinfer.engine.drafter import Drafter
 from edgeinfer.engine.errand import Errand
 from edgeinfer.engine.generation import (
     WAKE_SECONDS,
+    Ended,
     Generation,
     LogitsJob,
     check_ids,
@@ -138,22 +139,22 @@ class Engine:
             check_length(len(each), self.n_ctx)
         layout = self.layout("error")
         job = LogitsJob.of(lists, first, prefill_chunk, self.limits, layout, take)
-        self._do(job)
-
-    def _do(self, job: LogitsJob) -> None:
         self._check_thread()
         self._queue(job)
         job.wait(self)
 
-    def each_residual(
-        self, ids: SequenceOf[int], take: Callable[[hooks.Step], object], layers: tuple[int, ...]
-    ) -> None:
-        """Call `take(step)` for runs of rows of `ids`, from the first on, with these residuals."""
+    def begin_job(self, ids: SequenceOf[int], hook: hooks.Hook, ended: Ended = None) -> LogitsJob:
+        """Begin to show a hook all rows of `ids` in order, again from the first after giving way.
+
+        `ended`, which can't raise, is then called with the job, in the engine's thread.
+        """
         check_ids(ids, self.n_vocab)
         check_length(len(ids), self.n_ctx)
-        hook, layout = hooks.Hook(take, residuals=layers), self.layout("error")
+        layout = self.layout("error")
         job = LogitsJob.of((ids,), len(ids), None, self.limits, layout, lambda *_: None, hook)
-        self._do(job)
+        job.ended = ended
+        self._queue(job)
+        return job
 
     def sessions(self, model: str) -> Sessions:
         """What saves and loads what the cache holds: see there for `model`."""

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
 
@@ -177,6 +177,10 @@ class Generation:
         self._worker.interrupt()
 
 
+# Told of a job's end, in the engine's thread.
+Ended: TypeAlias = "Callable[[LogitsJob], object] | None"
+
+
 @dataclass(slots=True, eq=False)
 class LogitsJob:
     """Logits of `ids` from position `first` on, computed beside the token lists `others`.
@@ -196,6 +200,7 @@ class LogitsJob:
     rank: Rank = (0, 0)  # the scheduler's
     hook: Hook | None = None
     n_taken: int = 0  # positions up to which logits were passed on
+    ended: Ended = None
     _done: threading.Event = field(default_factory=threading.Event)
 
     @property
@@ -276,6 +281,8 @@ class LogitsJob:
     def finish(self, error: BaseException | None = None) -> None:
         self.error = error
         self._done.set()
+        if self.ended is not None:
+            self.ended(self)
 
     def wait(self, worker: Worker) -> None:
         """Until every row was taken; an interrupted wait cancels the job."""

@@ -10,11 +10,14 @@ from starlette.types import ASGIApp
 from edgeinfer.server import (
     chat_completions,
     completions,
+    embeddings,
+    kserve,
     lm_studio,
     messages,
     model_list,
     native,
     ollama,
+    ollama_embed,
     openai,
     responses,
 )
@@ -22,8 +25,10 @@ from edgeinfer.server.errors import ApiError, Json
 from edgeinfer.server.gate import Gate
 from edgeinfer.server.service import Service
 
-_APIS = (native, chat_completions, completions, responses, model_list, messages, ollama,
-         lm_studio)  # fmt: skip
+_APIS = (
+    native, chat_completions, completions, responses, embeddings, model_list, messages, ollama,
+    ollama_embed, kserve, lm_studio,
+)  # fmt: skip
 
 
 def make_app(service: Service) -> ASGIApp:
@@ -35,6 +40,8 @@ def find_envelope(path: str, headers: Mapping[str, str]) -> Callable[[ApiError],
     """That of the API which a path, or a header, belongs to."""
     if path.startswith("/api/"):
         return ollama.envelope
+    if path == "/v2" or path.startswith("/v2/"):
+        return kserve.envelope
     if path.startswith("/messages") or "anthropic-version" in headers:
         return messages.envelope
     return openai.envelope

@@ -22,7 +22,7 @@ from edgeinfer.server.wire import reply
 
 # The envelope of the API that a path belongs to.
 FindEnvelope = Callable[[str, Mapping[str, str]], Callable[[ApiError], Json]]
-_OPEN_PATHS = ("/", "/health")  # without a key
+_OPEN_PATHS = ("/", "/health", "/v2/health/live", "/v2/health/ready")  # without a key
 _LOCAL_NAMES = ("localhost", "ip6-localhost")
 
 

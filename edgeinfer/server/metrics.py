@@ -72,6 +72,10 @@ class ModelMetrics:
         for name, value in values.items():
             self._histograms[name].add(value)
 
+    def add_prompt(self, n_tokens: int) -> None:
+        """Count tokens that were read for no answer."""
+        self._tokens["prompt"] += n_tokens
+
     def lines(self, model: str) -> Iterable[tuple[str, str, str]]:
         """Metric, kind, line."""
         label = f'model_name="{_escaped(model)}"'

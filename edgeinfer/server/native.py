@@ -86,16 +86,16 @@ def _piece(llm: LLM, id: int) -> str | list[int]:
 
 def _props(llm: LLM) -> Json:
     opened = llm.runtime
-    can = opened.template.capabilities
+    template = opened.found_template
     return {
         "default_generation_settings": {"n_ctx": llm.n_ctx, "params": llm.recommended},
         "total_slots": llm.plan.slots,
         "model_alias": llm.name,
         "model_path": "",  # where files lie is nobody's concern
-        "chat_template": opened.template.source,
+        "chat_template": "" if template is None else template.source,
         "chat_template_caps": {
-            "supports_tools": can.tools,
-            "supports_system_role": can.system_role,
+            "supports_tools": template is not None and template.capabilities.tools,
+            "supports_system_role": template is not None and template.capabilities.system_role,
         },
         "bos_token": opened.tokenizer.bos_text,
         "eos_token": opened.tokenizer.eos_text,

@@ -76,10 +76,13 @@ def _details(llm: LLM | None) -> Json:
 def shown(model: ServedModel) -> Json:
     llm = model.opened
     opened, architecture = llm.runtime, llm.runtime.model.hparams.architecture
-    source = opened.template.source
+    template = opened.found_template
+    source = "" if template is None else template.source
     capabilities = ["completion", "tools"]
     if "think" in source:
         capabilities.append("thinking")
+    if opened.pooling:
+        capabilities.append("embedding")
     return {
         "modelfile": "",
         "parameters": "\n".join(f"{name} {value}" for name, value in llm.recommended.items()),

@@ -86,7 +86,7 @@ class Server(uvicorn.Server):
                 "them now"
             )
         end = time.monotonic() + seconds
-        while service.answers and not self.force_exit and time.monotonic() < end:
+        while service.is_busy and not self.force_exit and time.monotonic() < end:
             await asyncio.sleep(_LOOK_SECONDS)
         service.end_answers()
         await super().shutdown(sockets)

@@ -8,13 +8,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterable,
+    Sequence,
+)
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edgeinfer.aio import AsyncStream
-from edgeinfer.errors import InvalidRequestError
+from edgeinfer.errors import ContextLengthError, InvalidRequestError, Keyword
 from edgeinfer.llm import LLM
 from edgeinfer.replying import chosen_tools
 from edgeinfer.results import Completion, Delta, Done, Event, TokenLogprob
@@ -24,6 +34,7 @@ from edgeinfer.server.metrics import Exposition
 from edgeinfer.server.models import Models, ServedModel
 from edgeinfer.server.prefix_care import steady
 from edgeinfer.server.requests import Chat, Request
+from edgeinfer.server.token_ids import check_origin
 from edgeinfer.stream import Stream
 from edgeinfer.text.infill import infill_prompt
 from edgeinfer.text.messages import Conversation
@@ -31,6 +42,7 @@ from edgeinfer.text.prompt import chat_prompt
 
 T = TypeVar("T")
 _NEVER = -1e9  # what keeps a token from being picked
+_MOST_TEXTS = 2048  # to embed in one request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +74,7 @@ class Service:
         self.answers: set[Answer] = set()
         self._n_open = 0
         self._doorbell = Doorbell()
+        self._stop = asyncio.Event()
         self.is_stopping = False
 
     @asynccontextmanager
@@ -119,6 +132,40 @@ class Service:
             sampling = {"n_stable": len(chat.messages), **sampling}
         return replace(request, chat=chat, sampling=sampling)
 
+    async def embed(
+        self, name: str, texts: Sequence[str | list[int]], **options: Any
+    ) -> tuple[NDArray[np.float32], int]:
+        """The vectors of texts, as `LLM.embed` makes them, and how many tokens those have."""
+        if len(texts) > _MOST_TEXTS:
+            found = f"there are {len(texts)} texts, at most {_MOST_TEXTS} work"
+            raise ApiError(400, found, param="input")
+        async with self.model(name) as model:
+            assert model.face is not None
+            try:
+                await asyncio.to_thread(check_origin, model.opened.runtime.tokenizer, texts)
+                vectors, n_tokens = await self._unless_stopped(model.face.embedding(texts, options))
+            except (ContextLengthError, InvalidRequestError) as error:
+                refused = ApiError.of(error)
+                refused.message = refused.message if refused.code else error.spelled(_as_flag)
+                is_named = refused.param in ("model", "dimensions")
+                refused.param = refused.param if is_named else "input"
+                raise refused from None
+            model.metrics.add_prompt(n_tokens)
+            return vectors, n_tokens
+
+    async def _unless_stopped(self, work: Coroutine[Any, Any, T]) -> T:
+        """What `work` gives; it is cancelled where answers are cut short."""
+        working, stop = asyncio.ensure_future(work), asyncio.ensure_future(self._stop.wait())
+        try:
+            await asyncio.wait((working, stop), return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                raise ApiError(503, "the server is stopping; the request was cut short")
+            return working.result()
+        finally:
+            for each in (working, stop):
+                each.cancel()
+            await asyncio.gather(working, stop, return_exceptions=True)
+
     async def count_tokens(self, request: Request) -> int:
         """Tokens of a prompt."""
         async with self.model(request.model) as model:
@@ -144,8 +191,14 @@ class Service:
         by_name = {model.name: model.metrics for model in self.models.served}
         return Exposition(by_name, n_waiting).text()
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a request is being answered."""
+        return self._n_open > 0
+
     def end_answers(self) -> None:
         """Cut short what still runs."""
+        self._stop.set()
         for answer in list(self.answers):
             answer.cut_short()
 
@@ -316,6 +369,11 @@ class Answer:
 def _end_wait(waiter: asyncio.Future[bool] | None, has_come: bool) -> None:
     if waiter is not None and not waiter.done():
         waiter.set_result(has_come)
+
+
+def _as_flag(keyword: Keyword) -> str:
+    """As whoever has started the server would have said it."""
+    return f"--{keyword.name} {keyword.value}"
 
 
 def _conversation(chat: Chat) -> Conversation:

@@ -11,6 +11,8 @@ from contextlib import aclosing, contextmanager
 from typing import Any, Protocol, TypeVar
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -47,6 +49,11 @@ def event(value: Any, name: str = "") -> bytes:
 
 def line(value: Any) -> bytes:
     return encode(value) + b"\n"
+
+
+def floats(values: NDArray[np.float32]) -> msgspec.Raw:
+    """Numbers as JSON: a list of Python's, as many as vectors have, takes four times as much."""
+    return msgspec.Raw(encode(values.tolist()))
 
 
 def reply(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

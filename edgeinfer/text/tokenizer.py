@@ -215,7 +215,12 @@ class Tokenizer:
             n_units = len(text.encode().translate(None, self._lacking))
         else:
             n_units = 0 if self._lacking else len(text)
-        return -(-n_units // max(map(len, self._spellings)))
+        return -(-n_units // self.longest_text)
+
+    @cached_property
+    def longest_text(self) -> int:
+        """Characters that no token's text has more of."""
+        return max(map(len, self._spellings))
 
     @cached_property
     def _lacking(self) -> bytes:

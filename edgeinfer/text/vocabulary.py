@@ -25,7 +25,7 @@ _MAX_NAME = 60  # characters of a name that are looked at
 
 # Metadata that changes what text becomes. Without effect on these vocabularies are
 # `remove_extra_whitespaces`, `precompiled_charsmap`, `add_sep_token` and the ids that go with them;
-# `add_eos_token` too, since what is encoded here is to be continued.
+# `add_eos_token` acts on embeddings alone, since what else is encoded is to be continued.
 _UNSUPPORTED = {
     "suppress_tokens": "tokens that are never generated",
     "normalizer.lowercase": "text in lower case",
