@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
+from edgeinfer import config
 from edgeinfer.batch import HOST, Demand, Sampler, StepLimits, StepRequest
 from edgeinfer.graph import Segment
 from edgeinfer.kernels.cuda.blueprint import Blueprint
@@ -107,7 +108,11 @@ def open_device(kind: str, index: int) -> Device:
         return ShimDevice()
     from edgeinfer.kernels.cuda.cupy_device import CudaDevice
 
-    return CudaDevice(index)
+    return CudaDevice(
+        index,
+        waits_for_each=config.waits_for_each_kernel(),
+        begins_early=config.begins_kernels_early(),
+    )
 
 
 def _max_rows(facts: DeviceFacts) -> int:
