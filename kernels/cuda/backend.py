@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 from edgeinfer import config
 from edgeinfer.batch import HOST, Demand, Sampler, StepLimits, StepRequest
+from edgeinfer.errors import UnsupportedModelError
 from edgeinfer.graph import Segment
 from edgeinfer.kernels.cuda.blueprint import Blueprint
 from edgeinfer.kernels.cuda.device import Device, DeviceFacts
@@ -97,7 +98,16 @@ class CudaBackend:
         return len(kernels)
 
     def _draw(self, segment: Segment, limits: StepLimits) -> Blueprint:
-        return Blueprint(segment, limits, self.device.facts.arch)
+        drawn, facts = Blueprint(segment, limits, self.device.facts.arch), self.device.facts
+        launches = drawn.lowered.launches
+        most = max(launches, key=lambda each: each.shared_bytes)
+        if most.shared_bytes > facts.shared_bytes:
+            raise UnsupportedModelError(
+                f"kernel {most.kernel} would take {most.shared_bytes} bytes of shared memory, a "
+                f"block of {self.name} ({facts.name}) has {facts.shared_bytes}; run this model "
+                "with device cpu"
+            )
+        return drawn
 
 
 def open_device(kind: str, index: int) -> Device:
