@@ -20,7 +20,7 @@ from edgeinfer.kernels.cuda.nvrtc import Usage, compile_all
 TABLE = Path(__file__).with_suffix(".json")
 MOST_SHARED = 48 << 10  # bytes of static shared memory
 # The architectures of our users' GPUs, by the CUDA whose compiler knows them; some stand for all.
-ALL = {12: (61, 70, 72, 75, 80, 86, 87, 89, 90, 100, 101, 103, 120), 13: (110, 121)}
+ALL = {12: (61, 70, 72, 75, 80, 86, 87, 89, 90, 120), 13: (110, 121)}
 USUAL = {12: (61, 87, 90), 13: (110,)}
 
 
