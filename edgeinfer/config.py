@@ -14,6 +14,8 @@ ISA = "EDGEINFER_ISA"  # force a poorer instruction set: "avx2", "generic"
 THREADS = "EDGEINFER_THREADS"  # default of `threads`
 DEBUG = "EDGEINFER_DEBUG"  # any value: tracebacks instead of one-line errors
 API_KEY = "EDGEINFER_API_KEY"  # for the server of --url
+SYNC = "EDGEINFER_SYNC"  # any value: each kernel of a GPU is waited for, and named where it fails
+EARLY = "EDGEINFER_EARLY"  # any value: a GPU's kernels begin before those ahead have ended
 
 
 # What is neither found nor kept where nobody knows a home: files can't even be made by root there.
@@ -71,6 +73,14 @@ def api_key(*, is_private: bool) -> str | None:
     """The key for a server: ours, else OpenAI's, for those alone that nobody can listen to."""
     others = os.environ.get("OPENAI_API_KEY") if is_private else None
     return os.environ.get(API_KEY) or others or None
+
+
+def waits_for_each_kernel() -> bool:
+    return bool(os.environ.get(SYNC))
+
+
+def begins_kernels_early() -> bool:
+    return bool(os.environ.get(EARLY))
 
 
 # -- variables of the Hugging Face hub and of other programs' model folders -----------------------

@@ -40,6 +40,7 @@ from edgeinfer.text.tokenizer import TooManyTokens
 
 if TYPE_CHECKING:
     from edgeinfer.constraining import Grammars
+    from edgeinfer.engine.constraint import Constraint
     from edgeinfer.engine.session import Sessions
     from edgeinfer.text.grammar import Grammar
 
@@ -175,7 +176,14 @@ class LLM:
                 has_borders=bool(opened.segment.states) or any(opened.segment.groups),
             )
         end = opened.tokenizer.decode(prompt.ids[-16:], special=True)
-        read = reading(opened.tokenizer, opened.template.source, end, choice, _grammar(given))
+        read = reading(
+            opened.tokenizer,
+            opened.template.source,
+            end,
+            choice,
+            _grammar(given),
+            given.get("reasoning_budget"),
+        )
         return self._submit(prompt, given, read)
 
     def chat_batch(
@@ -364,6 +372,11 @@ class LLM:
         opened, grammar = self._open(), read.grammar
         tokenizer, stop, is_exact = opened.tokenizer, given.get("stop", ()), grammar is not None
         answer = AnswerText.open(tokenizer, stop, read.splitter, read.finder, is_exact=is_exact)
+        constraint: Constraint | None = None
+        if grammar is not None:
+            constraint = self._grammars.compile(grammar, tokenizer)
+        if read.limit is not None:
+            constraint = read.limit(constraint)
         request = Request(
             ids=tuple(prompt.ids),
             params=self._params(given),
@@ -376,7 +389,7 @@ class LLM:
             priority=given.get("priority", 0),
             hook=watching.hook_of(given, opened),
             speculation=given.get("speculation", opened.plan.limits.row_cost < 1),
-            constraint=None if grammar is None else self._grammars.compile(grammar, tokenizer),
+            constraint=constraint,
         )
         generation = opened.engine.submit(request)
         return Stream(

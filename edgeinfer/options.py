@@ -81,6 +81,7 @@ class Sampling(TypedDict, total=False):
     schema: Any  # the answer is JSON by it: a JSON schema, pydantic model, dataclass, TypedDict
     grammar: str | None  # the answer follows it: Lark, GBNF
     regex: str | None  # the answer matches it
+    reasoning_budget: int | None  # most tokens of reasoning in a chat; then it is closed
     priority: int | None  # larger ones run first, 0
     on_step: Callable[[Any], object] | None  # gets a Step, in the engine's thread: it can't wait
     watch: Sequence[str | int] | None  # what it is shown: "logits" alone, "hidden", layers

@@ -182,6 +182,10 @@ REQUEST = _by_name(
     Parameter("schema", schema, "The answer is JSON by this schema."),
     Parameter("grammar", text, "The answer follows this grammar, Lark or GBNF."),
     Parameter("regex", text, "The answer matches this regular expression."),
+    Parameter(
+        "reasoning_budget", integer, "Most tokens of reasoning in a chat; then it is closed.",
+        0, _INT32,
+    ),
     Parameter("on_step", function, "Called after each step, before its token is picked."),
     Parameter("watch", watched, "What on_step is shown.", default=("logits",)),
     Parameter(

@@ -5,23 +5,29 @@ Knows nothing of engines. What a chat has no use for is not imported.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgeinfer.text.reply import FindsCalls, ReasoningSplitter, opened_tags, reasoning_tags
 from edgeinfer.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from edgeinfer.engine.constraint import Constraint
     from edgeinfer.text.grammar import Grammar
     from edgeinfer.text.tool_choice import ToolChoice
 
 
 class Reading(NamedTuple):
-    """Without a `splitter` the reply is no chat's, but continues a text."""
+    """Without a `splitter` the reply is no chat's, but continues a text.
+
+    `limit` makes of a constraint one that closes reasoning, too.
+    """
 
     splitter: ReasoningSplitter | None
     finder: FindsCalls | None
     grammar: Grammar | None
+    limit: Callable[[Constraint | None], Constraint] | None = None
 
 
 def chosen_tools(
@@ -41,20 +47,29 @@ def reading(
     prompt_end: str,
     choice: ToolChoice | None,
     answer: Grammar | None,
+    budget: int | None = None,
 ) -> Reading:
-    """For a reply that follows a prompt's end, and has an `answer` by a grammar or none."""
+    """For a reply that follows a prompt's end, and has an `answer` by a grammar or none.
+
+    Its reasoning has at most `budget` tokens.
+    """
     from edgeinfer.text.call_finder import call_finder  # 2 ms that starts do without
 
     tags = reasoning_tags(template, tokenizer)
-    splitter = ReasoningSplitter(tags, opened_tags(prompt_end, tags))
+    opened, limit = opened_tags(prompt_end, tags), None
+    splitter = ReasoningSplitter(tags, opened)
+    if budget is not None:
+        from edgeinfer.reasoning_budget import ReasoningBudget
+
+        limit = partial(ReasoningBudget, budget, tokenizer, tags, opened)
     told = choice.told if choice is not None else []
     is_single = choice is not None and choice.is_single
     finder = call_finder(template, told, most=1 if is_single else None)
     if answer is None and (choice is None or choice.is_free):
-        return Reading(splitter, finder, None)
+        return Reading(splitter, finder, None, limit)
     from edgeinfer.constraining import after_reasoning, reply_grammar
 
     grammar = reply_grammar(answer, choice, template, tokenizer)
     if grammar is not None:
         grammar = after_reasoning(grammar, tags, prompt_end, template, tokenizer)
-    return Reading(splitter, finder, grammar)
+    return Reading(splitter, finder, grammar, limit)

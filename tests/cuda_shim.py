@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,13 @@ from numpy.typing import NDArray
 from edgeinfer.graph import KVType
 from edgeinfer.kernels.cuda.kernel import Kernel
 from edgeinfer.kernels.cuda.shim import ShimDevice
-from tests.shim import shim
+from tests.shim import SEEDS, shim
 
 Floats = NDArray[np.float32]
 
 
 _shim = cache(shim)
+_SEEDS = cycle(SEEDS)
 
 
 def step(n_rows: int, n_wanted: int = 0, n_sequences: int = 1, abort: int = 0) -> NDArray[np.int32]:
@@ -30,13 +32,14 @@ def run(
     threads: int,
     *,
     shared: int = 0,
-    seed: int = 0,
+    seed: int | None = None,
     device: ShimDevice | None = None,
     **args: Any,
 ) -> None:
     """Launch a kernel whose arguments are numbers, arrays, or None for a null pointer.
 
     What the kernel writes is in the arrays afterwards; those that it reads must be as they were.
+    Without a seed threads run in another order each time.
     """
     device = device or _shim()
     device.load([kernel])
@@ -47,7 +50,7 @@ def run(
                 addresses[name] = device.reserve(value.nbytes)
                 device.write(addresses[name], value)
         values = {name: 0 if value is None else value for name, value in args.items()}
-        device.seed = seed
+        device.seed = next(_SEEDS) if seed is None else seed
         device.launch(kernel, (*grid, 1, 1)[:3], threads, shared, {**values, **addresses})
         for name, address in addresses.items():
             device.read(address, args[name])

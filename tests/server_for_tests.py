@@ -87,10 +87,16 @@ class Running:
 
 @contextmanager
 def running(
-    models: list[tuple[str, Path]], *, load: LoadOptions = LOAD, strict: bool = False, **limits: Any
+    models: list[tuple[str, Path]],
+    *,
+    load: LoadOptions = LOAD,
+    strict: bool = False,
+    may_pull: bool = False,
+    **limits: Any,
 ) -> Iterator[Running]:
     """A server on a free port; it has ended when the block is left."""
-    service = Service(Models(models, load, has_strict_names=strict), Limits(**limits))
+    found_models = Models(models, load, has_strict_names=strict, may_pull=may_pull)
+    service = Service(found_models, Limits(**limits))
     loaded = threading.Event()
     server = Server(service, loaded.set)
     with platform.listen("127.0.0.1", 0) as listener:

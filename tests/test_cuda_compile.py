@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -110,6 +112,37 @@ def test_all_kernels_compile_for_every_architecture_of_our_users(cuda: int) -> N
     kernels = Kernels(Sources(), cuda_registers.read())
     found = kernels.usages(kernels.all, cuda, ALL[cuda])
     assert not list(filter(None, (kernels.objection(*each) for each in found)))
+
+
+def early(kernels: Sequence[Kernel], arch: int, folder: Path) -> list[tuple[Job, Job]]:
+    """Kernels as they are, and as they are where they may begin early."""
+    sources = Sources()
+    each = [Cubins(folder, sources, arch, 12, begins_early=is_early) for is_early in (False, True)]
+    return [(each[0].job(kernel), each[1].job(kernel)) for kernel in kernels]
+
+
+def test_a_kernel_that_may_begin_early_waits_before_anything_else(tmp_path: Path) -> None:
+    """Every kernel; nothing else of its text changes, nor anything on a GPU that has no such."""
+    sources, path = Sources(), library(12).path
+    kernels = [sources.variants(name)[0] for name in sources.names()]
+    for plain, waiting in early(kernels, 90, tmp_path):
+        head, body = waiting.text.split(" ei_wait_for_predecessor();")
+        assert (head + body).endswith(plain.text) and re.search(r"\n\S[^;}]*\{$", head)
+    select = Kernel.of("select")
+    for arch, is_changed in ((89, False), (90, True)):
+        plain_cubin, early_cubin = compile_all(path, early([select], arch, tmp_path)[0])
+        assert (plain_cubin.data != early_cubin.data) == is_changed
+        assert early_cubin.usage[1:3] == (0, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [90, 120])
+def test_kernels_that_may_begin_early_spill_nothing(tmp_path: Path, arch: int) -> None:
+    sources = Sources()
+    kernels = [kernel for name in sources.names() for kernel in sources.variants(name)]
+    jobs = [waiting for _, waiting in early(kernels, arch, tmp_path)]
+    usages = [cubin.usage for cubin in compile_all(library(12).path, jobs)]
+    assert not [job.name for job, usage in zip(jobs, usages, strict=True) if any(usage[1:3])]
 
 
 def test_the_table_is_of_the_kernels_that_there_are() -> None:

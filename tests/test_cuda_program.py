@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from edgeinfer.batch import Batch, PageTable, StepLimits
+from edgeinfer.batch import Batch, PageTable, StepLimits, StepRequest
+from edgeinfer.errors import UnsupportedModelError
 from edgeinfer.gguf import GGUFFile
-from edgeinfer.graph import KVType, Segment
+from edgeinfer.graph import KVType, Route, Segment
 from edgeinfer.kernels.cuda.backend import CudaBackend
 from edgeinfer.kernels.cuda.program import CudaProgram
 from edgeinfer.kernels.reference import ReferenceBackend
@@ -23,7 +24,7 @@ from edgeinfer.sampling.sampler import ReferenceSampler
 from . import test_graphs
 from .backends import IDS, LIMITS, batch_of
 from .models_for_tests import tiny_model
-from .random_graphs import MODELS, TYPED_MODELS, Drawn, Recorder
+from .random_graphs import MODELS, TYPED_MODELS, Drawn, RandomGraph, Recorder
 from .shim import shim
 
 
@@ -115,6 +116,30 @@ def test_every_gpu_has_the_same_bits(segment: Segment, gpu: str) -> None:
     ]
     assert tensor_cores == {"Pascal": [], "Turing": [5], "Orin": [3, 4, 5]}[gpu]
     device.close()
+
+
+def test_what_no_block_of_threads_has_room_for_is_refused() -> None:
+    """A choice among more experts than fit into the shared memory of this GPU."""
+    g = RandomGraph(1)
+    x = g.embed()
+    for blk in g.layers():
+        h = g.rms_norm(x, f"{blk}.norm")
+        scores = g.linear(h, f"{blk}.gate", 5000)
+        route = g._record(
+            Route, 4, x=scores, gating="softmax", n_used=2, bias=None, n_groups=1,
+            n_groups_used=1, norm=False, scale=1.0,
+        )  # fmt: skip
+        x = g.layer_output(x + g.linear(route, f"{blk}.out", 32))
+    g.head(g.rms_norm(g.select_rows(x), "output_norm"))
+    request, make = StepRequest(64, 1, 1), lambda n_vocab, n_threads: ReferenceSampler()
+    for shared_kb, fits in ((99, True), (48, False)):
+        device = shim(shared_bytes=shared_kb << 10)
+        machine = CudaBackend(device, "shim:0", make)
+        if fits:
+            assert machine.demand(g.segment(), request).memories
+            continue
+        with pytest.raises(UnsupportedModelError, match="kernel route.* 60004 bytes .* 49152; run"):
+            machine.demand(g.segment(), request)
 
 
 TYPES: list[tuple[KVType, KVType]] = [("q8_0", "q8_0"), ("q4_0", "q4_0")]

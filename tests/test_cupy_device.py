@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -180,6 +182,80 @@ def test_each_launch_can_be_waited_for(cuda: Cuda, tmp_path: Path) -> None:
     cuda.runtime.fails["synchronize"] = 700
     with pytest.raises(DeviceError, match="cuda:0 failed: kernel k: cudaError700"):
         device.launch(K, (1, 1, 1), 32, 0, {"step": 0, "x": 0, "n": 1, "c": 0})
+
+
+class FakeLibrary:
+    """Of a driver, the call that takes attributes of a launch; as words of its structures."""
+
+    def __init__(self, status: int = 0) -> None:
+        self.launches: list[dict[str, Any]] = []
+        self.status = status
+        types = (ctypes.c_int, *[ctypes.c_void_p] * 4)
+        self.cuLaunchKernelEx = ctypes.CFUNCTYPE(*types)(self._launch)
+
+    def _launch(self, config: int, function: int, parameters: int, extra: int | None) -> int:
+        words = (ctypes.c_uint * 7).from_address(config)
+        stream, attributes = (ctypes.c_void_p.from_address(config + at).value for at in (32, 40))
+        assert attributes is not None and extra is None
+        pointers = (ctypes.c_void_p * 4).from_address(parameters)
+        types = (ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int, ctypes.c_float)
+        self.launches.append({
+            "grid": tuple(words[:3]), "block": tuple(words[3:6]), "shared": words[6],
+            "stream": stream, "function": function,
+            "attributes": ctypes.c_uint.from_address(config + 48).value,
+            "attribute": [ctypes.c_int.from_address(attributes + at).value for at in (0, 8)],
+            "values": [t.from_address(p).value for t, p in zip(types, pointers, strict=True)],
+        })  # fmt: skip
+        return self.status
+
+
+HOPPER = CudaDriver(12060, (Gpu("H200", "9.0", 8 << 30), ORIN))
+
+
+def test_a_kernel_behind_a_kernel_may_begin_early(
+    cuda: Cuda, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Behind anything else, or first in a graph, it may not; below Hopper none may."""
+    if not any(each.cuda == 12 for each in platform.nvrtc_libraries()):
+        pytest.skip("no NVRTC of CUDA 12: pip install nvidia-cuda-nvrtc-cu12")
+    monkeypatch.setattr(platform, "cuda_driver", lambda: HOPPER)
+    library = FakeLibrary()
+    monkeypatch.setattr(platform, "cuda_library", lambda: library)
+    (tmp_path / "k.cu").write_text(_TEXT)
+    folder = tmp_path / "cache"
+    device, orin = (CudaDevice(i, folder, sources=[tmp_path], begins_early=True) for i in (0, 1))
+    args = {"step": 7, "x": 8, "n": -5, "c": 0.5}
+    counts = []
+    for each in (device, orin):
+        each.load([K])
+        bound, address = each.bind(K, args), each.reserve(4)
+
+        def launch(each: CudaDevice = each, bound: Any = bound) -> None:
+            each.launch(K, (1, 2, 3), 64, 128, bound)
+
+        for between in (
+            lambda: None,
+            lambda each=each, address=address: each.fill(address, 4),
+            lambda each=each: each.mark(),
+            lambda each=each: each.record(lambda: None),
+        ):
+            launch()
+            between()
+        launch()
+        each.record(lambda: (launch(), launch()))
+        launch()
+        counts.append((len(library.launches), len(cuda.launches)))
+    assert counts == [(2, 5), (2, 11)]
+    assert library.launches[0] == library.launches[1] == {
+        "grid": (1, 2, 3), "block": (64, 1, 1), "shared": 128, "stream": 5, "function": 77,
+        "attributes": 1, "attribute": [6, 1], "values": [7, 8, -5, 0.5],
+    }  # fmt: skip
+    library.status = 700
+    with pytest.raises(DeviceError, match="kernel k: error 700 of cuLaunchKernelEx"):
+        device.launch(K, (1, 1, 1), 32, 0, args)
+    monkeypatch.setattr(platform, "cuda_library", lambda: None)
+    with pytest.raises(DeviceError, match="has no cuLaunchKernelEx"):
+        CudaDevice(0, tmp_path, begins_early=True)
 
 
 def test_calls_are_those_of_cupy() -> None:

@@ -13,6 +13,7 @@ import pytest
 from edgeinfer import platform
 from edgeinfer.cli import doctor
 from edgeinfer.cli.fact_lines import fact_lines
+from edgeinfer.cli.gpu_advice import gpu_advice
 from edgeinfer.cli.main import main
 from edgeinfer.platform import CudaDriver, Gpu
 
@@ -106,6 +107,46 @@ def test_no_usable_gpu_needs_no_command(
 ) -> None:
     monkeypatch.setattr(platform, "cuda_driver", lambda: driver)
     assert doctor._gpu()["install"] is None
+
+
+ORIN, PASCAL = Gpu("Orin", "8.7", 8 << 30), Gpu("GTX 1080", "6.1", 8 << 30)
+
+
+@pytest.mark.parametrize(
+    ("driver", "cupys", "nvrtcs", "said"),
+    [
+        (CudaDriver(12040, (ORIN,)), [12], [12], []),
+        (CudaDriver(13000, (ORIN,)), [12], [13, 12], []),
+        (CudaDriver(13000, (PASCAL,)), [12], [12], []),
+        (CudaDriver(12040, (ORIN,)), [], [], []),  # the facts say what to install
+        (None, [], [], []),
+        (None, [12], [12], ["cupy-cuda12x is here, and no NVIDIA GPU"]),
+        (CudaDriver(13000, (), 100), [13], [13], ["cupy-cuda13x is here, and no NVIDIA GPU"]),
+        (CudaDriver(12040, (ORIN,)), [12], [], ["no NVRTC of CUDA 12 .* install"]),
+        (CudaDriver(12040, (ORIN,)), [13], [13], ["13, .* up to 12.4: uninst.*12x", "no NVRTC"]),
+        (CudaDriver(13000, (ORIN,)), [12, 13], [13], ["12x and cupy-cuda13x are both"]),
+        (CudaDriver(13000, (PASCAL,)), [13], [13], ["GTX 1080 needs CUDA 12.*cupy-cuda12x"]),
+    ],
+)
+def test_what_keeps_a_gpu_from_being_used(
+    monkeypatch: pytest.MonkeyPatch,
+    driver: CudaDriver | None,
+    cupys: list[int],
+    nvrtcs: list[int],
+    said: list[str],
+) -> None:
+    found = [platform.NvrtcLibrary(Path("nvrtc"), cuda) for cuda in nvrtcs]
+    names = [f"cupy-cuda{cuda}x" for cuda in cupys]
+    needs = [f"cupy-cuda{cuda}x>=14; extra == 'cuda{cuda}'" for cuda in (12, 13)]
+    monkeypatch.setattr(platform, "cuda_driver", lambda: driver)
+    monkeypatch.setattr(platform, "nvrtc_libraries", lambda: found)
+    monkeypatch.setattr("edgeinfer.device.has_cupy", lambda: bool(cupys))
+    monkeypatch.setattr("edgeinfer.cli.gpu_advice._is_installed", names.__contains__)
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: needs)
+    lines = list(gpu_advice())
+    assert len(lines) == len(said), lines
+    for line, part in zip(lines, said, strict=True):
+        assert re.search(part, line), line
 
 
 def test_advice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ engine load_settings chain
 balance chat_model
 placement
 runtime stream
-watching constraining embedding
+watching constraining reasoning_budget embedding
 replying
 llm inspect_file
 aio bench load remote selftest replay

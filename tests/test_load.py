@@ -160,6 +160,12 @@ def test_a_stream_that_is_none(body: bytes, kind: str) -> None:
 Script = Callable[[int, asyncio.StreamWriter], Any]  # the number of the request, where to reply
 
 
+async def turns() -> None:
+    """Several of the loop's, in which connections are made and closed."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
 @contextmanager
 def scripted(script: Script) -> Iterator[str]:
     """A server that replies as it is told; its URL."""
@@ -187,13 +193,15 @@ def scripted(script: Script) -> Iterator[str]:
         found.append(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
         started.set()
         await stop.wait()
+        for each in server.sockets:  # a server that is closed forgets what it has just accepted
+            loop.remove_reader(each.fileno())
+        await turns()
         server.close()
-        await asyncio.sleep(0.05)  # what was accepted has a task that can close it
         talks = asyncio.all_tasks() - {asyncio.current_task()}
-        for each in talks:
-            each.cancel()
+        for talking in talks:
+            talking.cancel()
         await asyncio.gather(*talks, return_exceptions=True)
-        await asyncio.sleep(0.01)  # connections are closed in the loop's next turns
+        await turns()
 
     thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
     thread.start()
@@ -358,6 +366,28 @@ def test_what_the_end_cuts_off_counts_with_its_time() -> None:
     assert told["end_to_end_s"]["p99"] > 0.5
 
 
+def test_conversations_that_had_begun_go_on() -> None:
+    """Of three turns, one that began before the run has the first two behind it."""
+    asked = [Conversation(0.0, [Turn(5, 3), Turn(6, 3, 1.0), Turn(7, 3, 1.1)])] * 2
+    asked += [Conversation(0.1, [Turn(5, 3)])]  # it was all over before
+    settings = Settings(model="m", seconds=2.0, head_start=6.0)
+    messages = []
+
+    class Listening(Generator):
+        async def _ask(self, record: Record, said: list[dict[str, str]], turn: Turn) -> None:
+            messages.append(([each["role"] for each in said], turn.user, record.due))
+
+    async def run() -> Measured:
+        generator = Listening(Client(Target.of("h:1"), {}), settings, asked, Texts())
+        await generator.run()
+        return generator.measured
+
+    found = asyncio.run(run())
+    roles = ["user", "assistant"] * 2 + ["user"]
+    assert [each[:2] for each in messages] == [(roles, 7)] * 2
+    assert [each[2] - found.begun for each in messages] == pytest.approx([0.1] * 2)
+
+
 def test_users_without_pauses_close_the_loop() -> None:
     n_open, most = 0, 0
 
@@ -406,7 +436,7 @@ def test_a_reply_that_was_begun_is_not_asked_for_twice() -> None:
                 await client.request("POST", "/x", b"", lambda at, status, data: None)
         finally:
             client.close()
-            await asyncio.sleep(0.01)
+            await turns()
 
     with scripted(script) as url, pytest.raises(ConnectionLost):
         asyncio.run(run(url))
@@ -558,3 +588,8 @@ def test_an_interrupt_shows_what_was_measured() -> None:
         out, err = process.communicate(timeout=30)
     assert process.returncode == 130 and "stopped" in err
     assert "answer p50" in out and "of a processor" in out
+
+
+def test_the_committed_traffic_is_what_the_headline_says() -> None:
+    asked = read_traffic(Path(__file__).parent / "bench" / "headline.jsonl")
+    assert asked == list(islice(synthetic(Shape(), 16), 200))

@@ -18,6 +18,7 @@ import click
 from edgeinfer import backend, config, device, platform
 from edgeinfer.cli.console import show, show_json
 from edgeinfer.cli.fact_lines import SECTIONS, fact_lines, version_lines
+from edgeinfer.cli.gpu_advice import gpu_advice
 from edgeinfer.cli.options import common_flags, json_flag
 from edgeinfer.hub.catalog import ALIASES, DEFAULT_MODEL, largest_that_fits
 from edgeinfer.hub.discovery import list_models, models_folder
@@ -152,6 +153,7 @@ def _gpu() -> dict[str, Any]:
             }
             for gpu in driver.devices
         ],
+        "nvrtc": [f"of CUDA {library.cuda}" for library in platform.nvrtc_libraries()],
         "auto": [str(device.Device("cuda", index)) for index in usable if has_cupy] or None,
         "install": device.install_command(driver, usable[0]) if usable and not has_cupy else None,
     }
@@ -192,7 +194,7 @@ def _models() -> dict[str, Any]:
 
 
 def _advice(facts: dict[str, Any]) -> list[str]:
-    advice = []
+    advice = list(gpu_advice())
     if facts["memory"]["generated_code_may_run"] is False:
         advice.append("this system forbids generated code (SELinux execmem?): --device reference")
     if facts["cpu"]["family"] == "generic":

@@ -29,6 +29,7 @@ _LABELS = {
     "available_bytes": "free",
     "models_bytes": "for models, if nothing else is said",
     "driver": "NVIDIA driver",
+    "nvrtc": "NVRTC, which compiles kernels",
     "auto": "taken by --device auto, the later ones where a model needs them",
     "install": "to use it",
     "n_objects": "built files",

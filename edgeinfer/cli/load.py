@@ -88,6 +88,8 @@ def _traffic_flags(command: Callable[..., Any]) -> Callable[..., Any]:
 )  # fmt: skip
 @click.option("--seconds", type=click.FloatRange(0, 1e6, min_open=True), default=60.0,
               show_default=True, help="How long requests come.")  # fmt: skip
+@click.option("--head-start", type=_SECONDS, default=0.0, show_default=True,
+              help="Seconds of conversations before, which go on.")  # fmt: skip
 @click.option("--warmup", type=_SECONDS, default=0.0, help="Seconds at first that don't count.")
 @click.option("--drain", type=_SECONDS, default=60.0, show_default=True,
               help="Seconds that the last answers may take.")  # fmt: skip
@@ -179,6 +181,7 @@ def _settings(flags: dict[str, Any], model: str) -> Settings:
         model=model,
         n_users=flags["users"] or 0,
         seconds=flags["seconds"],
+        head_start=0.0 if flags["users"] else flags["head_start"],
         warmup=flags["warmup"],
         drain=flags["drain"],
         deadline=flags["deadline"],

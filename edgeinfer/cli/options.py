@@ -38,6 +38,7 @@ _KIND_METAVARS = {int: "INTEGER", float: "NUMBER"}
 _NOT_FLAGS = (
     "download", "progress", "dry_sequence_breakers", "min_keep", "logit_bias", "logprobs",
     "naive", "residuals", "n_stable", "priority", "on_step", "watch",
+    "reasoning_budget",
 )  # fmt: skip
 LOAD_NAMES = tuple(name for name in LOAD if name not in _NOT_FLAGS)
 SAMPLING_NAMES = tuple(name for name in ANSWER if name not in _NOT_FLAGS)

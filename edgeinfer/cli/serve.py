@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import ipaddress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgeinfer import platform
-from edgeinfer.cli.console import note
+from edgeinfer.cli.console import ProgressLine, note
 from edgeinfer.cli.models import choose_model, start_notes
 from edgeinfer.cli.opening import GC_THRESHOLD
 from edgeinfer.cli.options import common_flags, load_flags, load_options
@@ -35,6 +36,12 @@ _MOST_KEYS = 1 << 20  # bytes of a file of keys
     "--api-key-file", type=click.Path(dir_okay=False), help="A file with a key on each line."
 )
 @click.option("--strict-names", is_flag=True, help="Unknown model names are errors.")
+@click.option(
+    "--allow-pull", is_flag=True, help="A request that names a model of the hub has it fetched."
+)
+@click.option(
+    "--as-sent", is_flag=True, help="Leave lines in prompts that change with each request."
+)
 @click.option(
     "allowed", "--allow-host", metavar="NAME", multiple=True, help="Another name of this server."
 )
@@ -62,6 +69,8 @@ def command(
     api_keys: tuple[str, ...],
     api_key_file: str | None,
     strict_names: bool,
+    allow_pull: bool,
+    as_sent: bool,
     allowed: tuple[str, ...],
     origins: tuple[str, ...],
     max_queue: int,
@@ -84,18 +93,27 @@ def command(
         from edgeinfer.server.service import Limits, Service
 
         served = [(_name(name, path), path) for name, path in zip(names, paths, strict=True)]
+        line = ProgressLine()
         options: LoadOptions = {**load_options(flags), "naive": naive}
-        found = Models(served, options, has_strict_names=strict_names, tell=note)
+        options["progress"] = lambda event: (
+            None if found.is_ready else line.show(event.stage, event.done, event.total)
+        )
+        found = Models(
+            served, options, has_strict_names=strict_names, may_pull=allow_pull, tell=note
+        )
         limits = Limits(
             most_body=max_body << 20,
             most_waiting=max_queue,
             api_keys=keys,
             origins=origins,
             hosts=allowed if allowed or _is_loopback(host) else None,
+            has_prefix_care=not as_sent,
         )
         url = _url(host, listener.getsockname()[1])
         note(f"loading {served[0][0]} ...")
-        Server(Service(found, limits), lambda: _tell_start(found, url, keys, host)).run_on(listener)
+        with line:
+            tell = partial(_tell_start, found, url, keys, host, line)
+            Server(Service(found, limits), tell, note).run_on(listener)
 
 
 def _listen(host: str, port: int) -> Any:
@@ -143,8 +161,11 @@ def _url(host: str, port: int) -> str:
     return f"http://{shown}:{port}"
 
 
-def _tell_start(models: Models, url: str, keys: tuple[str, ...], host: str) -> None:
+def _tell_start(
+    models: Models, url: str, keys: tuple[str, ...], host: str, line: ProgressLine
+) -> None:
     """What a person needs to point a client here."""
+    line.clear()
     gc.freeze()  # what a start has made stays, as in other commands
     gc.set_threshold(GC_THRESHOLD)
     first, *others = models.served

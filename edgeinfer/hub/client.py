@@ -300,7 +300,8 @@ def _open(path: str, repo: str, start: int = 0, end: int | None = None) -> Itera
         with _opener().open(request, timeout=_TIMEOUT) as response:
             yield response
     except urllib.error.HTTPError as error:
-        raise _refusal(error, repo, has_token=bool(token)) from None
+        with error:  # it holds the connection
+            raise _refusal(error, repo, has_token=bool(token)) from None
     except urllib.error.URLError as error:
         if start:  # a download under way tries again
             raise _Again(str(error.reason)) from None

@@ -25,6 +25,7 @@ from edgeinfer.platform import EnergyMeter
 _SAMPLE_SECONDS = 0.5  # between looks at the meter
 _LONGEST_WAIT = 60.0  # seconds that a server's Retry-After is obeyed for
 _USUAL_WAIT = 1.0
+_GUESSED_SECONDS = 2.0  # that an answer took before the run
 _RETRIED = (429, 503)
 RUNNING = "still running"  # the failure of what the end of a run has cut off
 
@@ -39,7 +40,8 @@ class Settings:
     rate: float = 1.0  # conversations a second; with `n_users` it is nobody's
     n_users: int = 0  # that many ask one thing after the other, without pauses; 0: open loop
     seconds: float = 60.0  # in which requests come
-    warmup: float = 0.0  # the first of them, which are not counted
+    head_start: float = 0.0  # before them, in which conversations had begun that go on
+    warmup: float = 0.0  # the first of those in which requests come, which are not counted
     drain: float = 60.0  # that answers may take after those
     deadline: float = 600.0  # from when a request was due to its answer's end
     most_in_flight: int = 1024
@@ -127,8 +129,9 @@ class Generator:
 
     async def _let_come(self, talks: set[asyncio.Task[None]]) -> None:
         """Begin conversations at their times, until the end."""
+        settings = self._settings
         for i, conversation in self._conversations:
-            due = self.measured.begun + conversation.at / self._settings.rate
+            due = self.measured.begun + conversation.at / settings.rate - settings.head_start
             await asyncio.sleep(min(due, self._end) - time.perf_counter())
             if due >= self._end:
                 return
@@ -150,21 +153,31 @@ class Generator:
 
     async def _talk(self, i: int, conversation: Conversation, due: float) -> None:
         messages = self._system(i, conversation)
-        for n, turn in enumerate(conversation.turns):
-            said = self._texts.words(turn.user, f"{self._settings.seed} {i} {n}")
-            messages.append({"role": "user", "content": said})
+        turns, n = conversation.turns, 0
+        while due < self.measured.begun:  # that was before the run: what it left is made up
+            answer = self._texts.words(turns[n].answer, f"{self._settings.seed} {i} {n} answer")
+            messages += [self._said(i, n, turns[n]), {"role": "assistant", "content": answer}]
+            n += 1
+            if n == len(turns):
+                return
+            due += turns[n].think + _GUESSED_SECONDS
+        await asyncio.sleep(due - time.perf_counter())
+        while due < self._end:
+            messages.append(self._said(i, n, turns[n]))
             record = Record(due)
             self.measured.records.append(record)
-            stream = await self._ask(record, messages, turn, f"{i} {n}")
-            if stream is None:
+            stream = await self._ask(record, messages, turns[n])
+            n += 1
+            if stream is None or n == len(turns):
                 return
             messages.append({"role": "assistant", "content": stream.text})
-            if n + 1 < len(conversation.turns):
-                think = 0.0 if self._settings.n_users else conversation.turns[n + 1].think
-                due = record.ended + think
-                if due >= self._end:
-                    return
-                await asyncio.sleep(due - time.perf_counter())
+            due = record.ended + (0.0 if self._settings.n_users else turns[n].think)
+            await asyncio.sleep(min(due, self._end) - time.perf_counter())
+
+    def _said(self, i: int, n: int, turn: Turn) -> dict[str, str]:
+        """What a user says."""
+        text = self._texts.words(turn.user, f"{self._settings.seed} {i} {n}")
+        return {"role": "user", "content": text}
 
     def _system(self, i: int, conversation: Conversation) -> list[dict[str, str]]:
         if not conversation.system_tokens:
@@ -174,10 +187,10 @@ class Generator:
         return [{"role": "system", "content": self._texts.words(conversation.system_tokens, key)}]
 
     async def _ask(
-        self, record: Record, messages: list[dict[str, str]], turn: Turn, key: str
+        self, record: Record, messages: list[dict[str, str]], turn: Turn
     ) -> AnswerStream | None:
         """The answer, None where there was none; the record says why."""
-        body = _encode(self._body(messages, turn, key))
+        body = _encode(self._body(messages, turn))
         is_held = self._guard.locked()
         self.measured.n_held += is_held
         try:
@@ -194,7 +207,7 @@ class Generator:
         record.ended = time.perf_counter()
         return stream if not record.failure else None
 
-    def _body(self, messages: list[dict[str, str]], turn: Turn, key: str) -> dict[str, Any]:
+    def _body(self, messages: list[dict[str, str]], turn: Turn) -> dict[str, Any]:
         settings = self._settings
         more: dict[str, Any] = {}
         if settings.ignores_eos:
@@ -283,7 +296,7 @@ async def tokens_per_word(client: Client, settings: Settings) -> float:
         generator = Generator(client, settings, (), Texts())
         record = Record(time.perf_counter())
         message = {"role": "user", "content": Texts().words(n, f"calibration {settings.seed}")}
-        if await generator._ask(record, [message], Turn(n, 1), "") is None:
+        if await generator._ask(record, [message], Turn(n, 1)) is None:
             raise EdgeInferError(
                 f"the server gave no answer to a first request: {record.failure} {record.message}"
             )

@@ -32,7 +32,6 @@ def summary(measured: Measured) -> Json:
     n_tokens = sum(_tokens_within(each, begin, end) for each in measured.records)
     counted = _USERS_TAKE if settings.n_users else _TAKES_TIME
     timed = [each for each in records if each.failure in counted]
-    wall = max(measured.ended - measured.begun, 1e-9)
     return {
         "seconds": seconds,
         "users": settings.n_users or None,
@@ -55,11 +54,7 @@ def summary(measured: Measured) -> Json:
         "end_to_end_s": percentiles(end_to_end_seconds(timed, measured.ended)),
         "joules": measured.joules,
         "joules_per_token": _joules_per_token(measured),
-        "client": {
-            "cpu_share": measured.cpu_seconds / wall,
-            "late_s": measured.latest,
-            "held": measured.n_held,
-        },
+        "client": _client(measured),
     }
 
 
@@ -109,6 +104,13 @@ def _cached_share(records: Sequence[Record]) -> float | None:
     told = [each for each in records if each.n_cached is not None]
     n_prompt = sum(each.n_prompt for each in told)
     return sum(each.n_cached or 0 for each in told) / n_prompt if n_prompt else None
+
+
+def _client(measured: Measured) -> Json:
+    """What makes figures doubtful: a client that takes processors, or comes late."""
+    wall = max(measured.ended - measured.begun, 1e-9)
+    cpu_share = measured.cpu_seconds / wall
+    return {"cpu_share": cpu_share, "late_s": measured.latest, "held": measured.n_held}
 
 
 def _joules_per_token(measured: Measured) -> float | None:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         NvrtcLibrary,
         board_name,
         cuda_driver,
+        cuda_library,
         nvrtc_libraries,
     )
     from edgeinfer.platform.energy import EnergyMeter
@@ -82,7 +83,7 @@ _NAMES = {
         "python_command run_editor run_tool set_for_us start_isolated start_program"
     ),
     "forks": "ForkedProcess",
-    "devices": "CudaDriver Gpu NvrtcLibrary board_name cuda_driver nvrtc_libraries",
+    "devices": "CudaDriver Gpu NvrtcLibrary board_name cuda_driver cuda_library nvrtc_libraries",
     "energy": "EnergyMeter",
     "files": (
         "ReadableFile append_private bytes_below delete_all files_below forget_file_pages "
@@ -123,6 +124,7 @@ __all__ = [
     "can_start_python",
     "cpu_name",
     "cuda_driver",
+    "cuda_library",
     "default_threads",
     "delete_all",
     "distrust",

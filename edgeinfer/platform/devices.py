@@ -37,11 +37,18 @@ class CudaDriver(NamedTuple):
     error: int = 0
 
 
+def cuda_library() -> ctypes.CDLL | None:
+    """The CUDA driver's own library, None where there is none."""
+    try:
+        return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return None
+
+
 def cuda_driver() -> CudaDriver | None:
     """What the CUDA driver says, None where there is none. Loads no CUDA library but libcuda."""
-    try:
-        cuda = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError:
+    cuda = cuda_library()
+    if cuda is None:
         return None
     version, count = ctypes.c_int(), ctypes.c_int()
     cuda.cuDriverGetVersion(ctypes.byref(version))

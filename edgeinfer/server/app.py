@@ -12,6 +12,7 @@ from edgeinfer.server import (
     completions,
     embeddings,
     kserve,
+    lm_studio,
     messages,
     model_list,
     native,
@@ -26,7 +27,7 @@ from edgeinfer.server.service import Service
 
 _APIS = (
     native, chat_completions, completions, responses, embeddings, model_list, messages, ollama,
-    ollama_embed, kserve,
+    ollama_embed, kserve, lm_studio,
 )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -14,7 +15,7 @@ from edgeinfer.server.chat_request import read_chat
 from edgeinfer.server.errors import ApiError, Json
 from edgeinfer.server.fields import read_fields
 from edgeinfer.server.openai import FINGERPRINT, envelope, timings_json, usage_json
-from edgeinfer.server.requests import new_call_id, new_id
+from edgeinfer.server.requests import new_call_id, new_id, session_of
 from edgeinfer.server.service import Answer, Service
 from edgeinfer.server.wire import (
     DONE,
@@ -43,11 +44,14 @@ class ChatCompletions:
     async def create(self, http: HttpRequest) -> Response:
         body = await read_fields(http, self._service.limits.most_body)
         request = read_chat(body)
-        is_streamed, options = body.flag("stream"), body.object("stream_options")
+        is_streamed, has_progress = body.flag("stream"), body.flag("return_progress")
+        has_usage = body.object("stream_options").flag("include_usage")
+        session = session_of(http.headers, body.get("prompt_cache_key"))
+        request = replace(request, session=session)
         answer = await self._service.answer(request)
         shape = _Shape(answer, "logprobs" in request.sampling)
         if is_streamed:
-            parts = shape.frames(options.flag("include_usage"), body.flag("return_progress"))
+            parts = shape.frames(has_usage, has_progress)
             return Frames(guarded(parts, _error_frame), EVENTS, answer)
         return reply(shape.whole(await unless_gone(http.receive, shape.collect())))
 

@@ -43,18 +43,17 @@ class Completions:
     async def create(self, http: HttpRequest) -> Response:
         body = await read_fields(http, self._service.limits.most_body)
         request = read_request(body)
-        is_streamed, options = body.flag("stream"), body.object("stream_options")
+        is_streamed, has_echo = body.flag("stream"), body.flag("echo")
+        has_usage = body.object("stream_options").flag("include_usage")
         answer = await self._service.answer(request)
-        shape = _Shape(answer, request, body.flag("echo"), "logprobs" in body)
+        shape = _Shape(answer, request, has_echo, "logprobs" in body)
         if is_streamed:
-            parts = shape.frames(options.flag("include_usage"))
+            parts = shape.frames(has_usage)
             return Frames(guarded(parts, _error_frame), EVENTS, answer)
         return reply(shape.whole(await unless_gone(http.receive, answer.collect())))
 
 
 def read_request(body: Fields) -> Request:
-    if body.text("suffix"):
-        raise ApiError(400, "suffix is not supported: no text is filled in", param="suffix")
     sampling: dict[str, Any] = {"max_tokens": _USUAL_TOKENS}
     sampling |= sampling_of(body, "max_tokens", "n_predict")
     if "logprobs" in body:
@@ -66,6 +65,7 @@ def read_request(body: Fields) -> Request:
         sampling=sampling,
         structure=of_chat(body),
         n=n,
+        suffix=body.text("suffix"),
         ignores_eos=body.flag("ignore_eos"),
     )
 

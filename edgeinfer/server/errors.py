@@ -6,6 +6,7 @@ Each API puts these into an envelope of its own.
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -63,8 +64,14 @@ class ApiError(Exception):
             return cls(404, str(error), code="model_not_found", param="model")
         if isinstance(error, EdgeInferError):
             return cls(500, str(error))
-        _LOG.error("a request failed", exc_info=error)
+        _log(error)
         return cls(500, f"an error that should not be: {type(error).__name__}")
+
+
+def _log(error: BaseException) -> None:
+    """Where it came from, but not what it says: that may hold a prompt."""
+    lines = "".join(traceback.format_tb(error.__traceback__)).rstrip()
+    _LOG.error("a request failed: %s\n%s", type(error).__name__, lines)
 
 
 def _usual_headers(status: int) -> Mapping[str, str]:

@@ -15,6 +15,7 @@ from edgeinfer.server.errors import ApiError, Json
 from edgeinfer.server.wire import decode, read_body
 
 _SEEDS = 1 << 64
+_MOST_STOPS = 64  # each is looked for with each token
 
 
 class Fields:
@@ -82,6 +83,8 @@ class Fields:
         """Keywords of an answer, from the fields that an API names them by."""
         given = {names[name]: self._values[name] for name in names if name in self}
         found = {keyword: _whole(keyword, value) for keyword, value in given.items()}
+        if isinstance(found.get("stop"), list) and len(found["stop"]) > _MOST_STOPS:
+            raise ApiError(400, f"at most {_MOST_STOPS} stop texts work", param="stop")
         seed = found.get("seed")
         if isinstance(seed, int) and seed < 0:  # -1 asks for any; elsewhere integers have signs
             found["seed"] = None if seed == -1 else seed % _SEEDS

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+import re
 from collections.abc import Callable, Mapping
 from urllib.parse import urlsplit
 
@@ -30,6 +31,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, limits: Limits, find_envelope: FindEnvelope) -> None:
         self._app, self._limits, self._find_envelope = app, limits, find_envelope
+        self._n_held = 0  # bytes of the bodies of all requests that are being answered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -40,6 +42,16 @@ class Gate:
         scope["path"] = _bare(scope["path"])
         scope["app"] = self  # or the router would reply to what it does not know
         has_begun = is_trusted = False
+        n_body = 0
+
+        async def take() -> Message:
+            nonlocal n_body
+            message = await receive()
+            n_more = len(message.get("body", b""))
+            n_body, self._n_held = n_body + n_more, self._n_held + n_more
+            if self._n_held > self._limits.most_held and n_more:
+                raise ApiError(503, "the server holds too many large requests; try again later")
+            return message
 
         async def pass_on(message: Message) -> None:
             nonlocal has_begun
@@ -50,13 +62,14 @@ class Gate:
             await send(message)
 
         try:
+            _check_framing(request.headers)
             self._check_source(request, origin)
             is_trusted = True
             self._check_key(request)
             if request.method == "OPTIONS":
                 await Response(status_code=204, headers=_PREFLIGHT)(scope, receive, pass_on)
             else:
-                await self._app(scope, receive, pass_on)
+                await self._app(scope, take, pass_on)
         except Exception as error:
             if isinstance(error, HTTPException):
                 refused = _of_router(error, scope)
@@ -66,6 +79,8 @@ class Gate:
                 tell = self._find_envelope(scope["path"], request.headers)
                 response = reply(tell(refused), refused.status, refused.headers)
                 await response(scope, receive, pass_on)
+        finally:
+            self._n_held -= n_body
 
     def _check_source(self, request: Request, origin: str) -> None:
         """ApiError where a page that a browser shows has no business here."""
@@ -92,7 +107,10 @@ class Gate:
         """Local pages and local programs, which have schemes of their own; "*" means all."""
         if "*" in self._limits.origins or origin in self._limits.origins:
             return True
-        parts = urlsplit(origin)
+        try:
+            parts = urlsplit(origin)
+        except ValueError:
+            return False
         if parts.scheme in ("http", "https"):
             return _is_local(parts.hostname or "")
         return bool(parts.scheme)
@@ -101,9 +119,9 @@ class Gate:
         bearer = headers.get("authorization", "")
         given = [headers.get("x-api-key", ""), headers.get("api-key", "")]
         given += [bearer[7:]] if bearer[:7].lower() == "bearer " else []
-        # All are compared, and each in constant time.
+        # All are compared, and each in constant time, as the bytes that came.
         matches = [
-            hmac.compare_digest(key.encode(), each.strip().encode("utf-8", "surrogateescape"))
+            hmac.compare_digest(key.encode(), each.strip().encode("latin-1", "replace"))
             for key in self._limits.api_keys
             for each in given
         ]
@@ -144,10 +162,23 @@ def _bare(path: str) -> str:
     return path.rstrip("/") or "/"
 
 
+_HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\s:/@\[\]]*))(?::\d*)?", re.IGNORECASE)
+
+
 def _host_name(host: str) -> str:
-    """Without the port."""
-    name = host.rpartition("]")[0].removeprefix("[") if "]" in host else host.partition(":")[0]
-    return name.lower().rstrip(".")
+    """Without the port; what is no name with one stays as it is, and is nobody's."""
+    match = _HOST.fullmatch(host)
+    return (match[1] or match[2]).lower().rstrip(".") if match else host
+
+
+def _check_framing(headers: Mapping[str, str]) -> None:
+    """ApiError where a proxy in front may see the body end elsewhere than we do."""
+    if "content-length" in headers and "transfer-encoding" in headers:
+        raise ApiError(
+            400,
+            "both content-length and transfer-encoding are given; send one",
+            headers={"connection": "close"},
+        )
 
 
 def _is_local(host: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterable
+from dataclasses import replace
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -14,12 +15,14 @@ from edgeinfer.server.blocks import Block, Blocks, Change, arguments_object
 from edgeinfer.server.errors import ApiError, Json
 from edgeinfer.server.fields import Fields, read_fields
 from edgeinfer.server.requests import (
+    MOST_BUDGET,
     Chat,
     Request,
     conversation,
     function_tool,
     new_call_id,
     new_id,
+    session_of,
 )
 from edgeinfer.server.service import Answer, Service
 from edgeinfer.server.structure import Structure, of_format
@@ -31,6 +34,7 @@ from edgeinfer.server.wire import (
     reply,
     unless_gone,
 )
+from edgeinfer.text.messages import reminder_of
 
 _SAMPLING = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "seed": "seed",
              "stop_sequences": "stop", "max_tokens": "max_tokens"}  # fmt: skip
@@ -42,8 +46,6 @@ _ERROR_TYPES = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
-# A client's header of its own at the front, with a number that is another for each request.
-_CHANGING_HEADER = "x-anthropic-billing-header:"
 _PING = event({"type": "ping"}, "ping")
 
 
@@ -69,6 +71,7 @@ class Messages:
     async def create(self, http: HttpRequest) -> Response:
         body = await read_fields(http, self._service.limits.most_body)
         request, is_streamed = read_request(body), body.flag("stream")
+        request = replace(request, session=session_of(http.headers, None))
         answer = await self._service.answer(request)
         shape = _Shape(answer)
         if is_streamed:
@@ -96,6 +99,9 @@ def read_request(body: Fields) -> Request:
         messages.append({"role": "system", "content": system})
     for given in body.objects("messages"):
         messages += _turn(given, is_first=not messages)
+    thinking = body.object("thinking")
+    if thinking.text("type") == "enabled" and "budget_tokens" in thinking:
+        sampling["reasoning_budget"] = thinking.integer("budget_tokens", 0, 0, MOST_BUDGET)
     choice = body.object("tool_choice")
     chat = Chat(
         messages=conversation(messages),
@@ -135,7 +141,7 @@ def _template_args(body: Fields) -> dict[str, Any]:
 def _system(body: Fields) -> str:
     given = body.get("system")
     texts = [given] if isinstance(given, str) else [p.text("text") for p in body.objects("system")]
-    return "\n\n".join(text for text in texts if text and not text.startswith(_CHANGING_HEADER))
+    return "\n\n".join(filter(None, texts))
 
 
 def _tools(body: Fields) -> list[Json]:
@@ -157,7 +163,7 @@ def _turn(given: Fields, is_first: bool) -> list[Json]:
     role, content = given.text("role"), given.get("content")
     if role == "system" and not is_first:  # templates have it at the front alone
         text = content if isinstance(content, str) else _joined(given.objects("content"))
-        return [{"role": "user", "content": f"<system-reminder>\n{text}\n</system-reminder>"}]
+        return [{"role": "user", "content": reminder_of(text)}]
     if not role:
         raise ApiError(400, "a message has no role", param="messages")
     if isinstance(content, str):

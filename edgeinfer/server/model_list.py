@@ -1,4 +1,4 @@
-"""GET /v1/models: what is served, in the form of OpenAI's API or of Anthropic's."""
+"""GET /v1/models, in the form of OpenAI's API or of Anthropic's; loading and unloading by name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
 
-from edgeinfer.server.errors import Json
+from edgeinfer.server.errors import ApiError, Json
+from edgeinfer.server.fields import read_fields
 from edgeinfer.server.models import ServedModel
 from edgeinfer.server.service import Service
 from edgeinfer.server.wire import reply
@@ -18,6 +19,8 @@ def routes(service: Service) -> list[Route]:
     api = ModelList(service)
     return [
         Route("/models", api.list, methods=["GET"]),
+        Route("/models/load", api.load, methods=["POST"]),
+        Route("/models/unload", api.unload, methods=["POST"]),
         Route("/models/{name:path}", api.one, methods=["GET"]),
     ]
 
@@ -44,6 +47,19 @@ class ModelList:
         model = self._service.models.find(name)
         return reply(_anthropic(model) if _is_anthropic(http) else _openai(model))
 
+    async def load(self, http: HttpRequest) -> Response:
+        """As llama-server has it; the reply comes once it is loaded."""
+        body = await read_fields(http, self._service.limits.most_body)
+        async with self._service.model(body.text("model")):
+            return reply({"success": True})
+
+    async def unload(self, http: HttpRequest) -> Response:
+        body = await read_fields(http, self._service.limits.most_body)
+        models = self._service.models
+        if not await models.unload(models.find(body.text("model"))):
+            raise ApiError(409, "the model is answering; it can be unloaded once it is idle")
+        return reply({"success": True})
+
 
 def _is_anthropic(http: HttpRequest) -> bool:
     return "anthropic-version" in http.headers
@@ -66,6 +82,7 @@ def _openai(model: ServedModel) -> Json:
         "object": "model",
         "created": model.created,
         "owned_by": "edgeinfer",
+        "status": {"value": model.state},
     }
     llm = model.llm
     if llm is None:

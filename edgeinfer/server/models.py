@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 from edgeinfer import platform
 from edgeinfer.aio import AsyncLLM
@@ -21,15 +21,22 @@ from edgeinfer.options import LoadOptions
 from edgeinfer.parameters import parse_memory
 from edgeinfer.server.errors import ApiError
 from edgeinfer.server.metrics import ModelMetrics
+from edgeinfer.server.pull import is_on_hub, pull
 
+T = TypeVar("T")
 _USUAL_SLOTS = (4, 2, 1)  # contexts at full length, as many as need no shorter ones
 _IDLE_SECONDS = 60.0  # that a request waits for another model's answers to end
 _LOOK_SECONDS = 0.05
+_LONGEST_NAME = 256  # characters
 _MOST_UNLOADS = 64  # tries to make room for one model
 
 
 class ServedModel:
-    """A model by its name. `llm` is there while it is loaded."""
+    """A model by its name. `llm` is there while it is loaded.
+
+    `keep_seconds` are those that it stays loaded without requests; None: until its memory is
+    needed.
+    """
 
     def __init__(self, name: str, path: Path) -> None:
         self.name, self.path = name, path
@@ -38,7 +45,16 @@ class ServedModel:
         self.metrics = ModelMetrics()
         self.last_used = 0.0
         self.n_users = 0
-        self.changing = asyncio.Lock()  # held while it is loaded or unloaded
+        self.keep_seconds: float | None = None
+        self.alarm: asyncio.TimerHandle | None = None  # until it is unloaded for being idle
+        self.is_loading = False
+        self.changing = asyncio.Lock()  # held while it is loaded
+
+    @property
+    def state(self) -> Literal["loaded", "loading", "unloaded"]:
+        if self.llm is not None:
+            return "loaded"
+        return "loading" if self.is_loading else "unloaded"
 
     @property
     def opened(self) -> LLM:
@@ -70,11 +86,15 @@ class Models:
         load: LoadOptions,
         *,
         has_strict_names: bool = False,
+        may_pull: bool = False,
         tell: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.served = [ServedModel(name, path) for name, path in served]
         self._load, self._is_strict, self._tell = load, has_strict_names, tell
-        self._making_room = asyncio.Lock()
+        self._may_pull = may_pull
+        self._pulling = asyncio.Lock()
+        self._making_room = asyncio.Lock()  # whoever holds it alone changes what memory is taken
+        self._tasks: set[asyncio.Task[Any]] = set()
         self.is_ready = False
         budget = load.get("memory")
         self._budget = None
@@ -83,14 +103,12 @@ class Models:
 
     def find(self, name: str) -> ServedModel:
         """The one that a request names; where one is served, any name means it."""
-        wanted = name.lower().removesuffix(":latest")
-        for model in self.served:
-            names = [model.name, model.path.stem, model.path.name]
-            names += [model.llm.name] if model.llm is not None else []
-            if wanted in (each.lower().removesuffix(":latest") for each in names):
-                return model
-        if len(self.served) == 1 and not (self._is_strict and wanted):
-            return self.served[0]
+        model = self._named(name)
+        is_any = len(self.served) == 1 and not (self._is_strict and name)
+        if model is None and is_any and len(name) <= _LONGEST_NAME:  # replies repeat it
+            model = self.served[0]
+        if model is not None:
+            return model
         there = ", ".join(repr(model.name) for model in self.served)
         raise ApiError(
             404,
@@ -98,6 +116,32 @@ class Models:
             code="model_not_found",
             param="model",
         )
+
+    def _named(self, name: str) -> ServedModel | None:
+        wanted = name.lower().removesuffix(":latest")
+        for model in self.served:
+            names = [model.name, model.path.stem, model.path.name]
+            names += [model.llm.name] if model.llm is not None else []
+            if wanted in (each.lower().removesuffix(":latest") for each in names):
+                return model
+        return None
+
+    async def find_or_pull(self, name: str) -> ServedModel:
+        """`find`; a name of the hub is fetched where the server may do that."""
+        if self._may_pull and self._named(name) is None and is_on_hub(name):
+            return await self._finish(self._pull(name))  # also where nobody waits any more
+        return self.find(name)
+
+    async def _pull(self, name: str) -> ServedModel:
+        async with self._pulling:
+            model = self._named(name)
+            if model is None:  # others may have asked for it meanwhile
+                path = await asyncio.to_thread(pull, name, self._tell)
+                model = next((each for each in self.served if each.path == path), None)
+            if model is None:
+                model = ServedModel(name, path)
+                self.served.append(model)
+            return model
 
     async def start(self) -> None:
         """Load the first; the others are loaded when they are asked for."""
@@ -107,34 +151,70 @@ class Models:
     @asynccontextmanager
     async def lease(self, name: str) -> AsyncIterator[ServedModel]:
         """A loaded model, which stays loaded inside."""
-        model = self.find(name)
         if not self.is_ready:
             raise ApiError(503, "the model is loading; try again in a moment")
+        model = await self.find_or_pull(name)
         model.n_users += 1  # first, so that nobody unloads it meanwhile
+        _silence(model)
         try:
-            await self._open(model)
+            await self._finish(self._open(model))
             model.last_used = time.time()
             yield model
         finally:
             model.n_users -= 1
             model.last_used = time.time()
+            self._expect_idle(model)
 
-    async def unload(self, model: ServedModel) -> None:
-        """Give its memory back, once nobody uses it."""
-        async with model.changing:
+    def keep(self, model: ServedModel, seconds: float | None) -> None:
+        """Have it unloaded once it has been idle so long; None: when its memory is needed."""
+        model.keep_seconds = seconds
+        _silence(model)
+        self._expect_idle(model)
+
+    def _expect_idle(self, model: ServedModel) -> None:
+        seconds = model.keep_seconds
+        if model.llm is None or model.n_users or seconds is None:
+            return
+        loop = asyncio.get_running_loop()
+        model.alarm = loop.call_later(seconds, lambda: self._begin(self.unload(model)))
+
+    async def unload(self, model: ServedModel) -> bool:
+        """Give its memory back; False where it is in use."""
+        return await self._finish(self._unload(model))
+
+    async def _unload(self, model: ServedModel) -> bool:
+        # NOTE: whoever waits here must not hold `changing`, which who uses the model waits for.
+        async with self._making_room:
             if model.n_users == 0:
                 await self._close(model)
+            return model.llm is None
 
     async def close(self) -> None:
         for model in self.served:
             await self._close(model)
 
+    def _begin(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)  # or nobody holds it
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _finish(self, work: Coroutine[Any, Any, T]) -> T:
+        """What `work` gives; it goes on where who waits for it is cancelled."""
+        task = self._begin(work)
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # it is told once
+        return await asyncio.shield(task)
+
     async def _open(self, model: ServedModel) -> None:
         async with model.changing:
             if model.llm is not None:
                 return
-            async with self._making_room:
-                await self._load_somehow(model)
+            model.is_loading = True
+            try:
+                async with self._making_room:
+                    await self._load_somehow(model)
+            finally:
+                model.is_loading = False
 
     async def _load_somehow(self, model: ServedModel) -> None:
         """Load it; while memory is short, unload those that were used longest ago."""
@@ -175,9 +255,16 @@ class Models:
         return False
 
     async def _close(self, model: ServedModel) -> None:
-        llm, model.llm, model.face = model.llm, None, None
+        _silence(model)
+        llm, model.llm, model.face, model.keep_seconds = model.llm, None, None, None
         if llm is not None:
             await asyncio.to_thread(llm.close)
+
+
+def _silence(model: ServedModel) -> None:
+    if model.alarm is not None:
+        model.alarm.cancel()
+        model.alarm = None
 
 
 def _usual_slots(path: Path, options: Any) -> int:

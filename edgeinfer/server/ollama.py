@@ -11,6 +11,7 @@ from starlette.routing import Route
 
 from edgeinfer.results import Completion, Delta, Done
 from edgeinfer.server.blocks import Blocks, arguments_object
+from edgeinfer.server.durations import keep_alive
 from edgeinfer.server.errors import ApiError, Json
 from edgeinfer.server.fields import Fields, read_fields
 from edgeinfer.server.ollama_models import listed, now, running, shown
@@ -97,13 +98,16 @@ class Ollama:
 
     async def _load_or_unload(self, body: Fields, told: Json) -> Response:
         """What a request without a prompt is for."""
-        model = self._service.models.find(_name(body))
-        is_unload = body.get("keep_alive") in (0, "0", "0s")
+        is_unload = "keep_alive" in body and keep_alive(body) == 0
         if is_unload:
-            await self._service.models.unload(model)
+            models = self._service.models
+            model = models.find(_name(body))
+            if not await models.unload(model):
+                models.keep(model, 0)  # once it has answered
         else:
-            async with self._service.model(model.name):
-                pass
+            async with self._service.model(_name(body)) as model:
+                if "keep_alive" in body:
+                    self._service.models.keep(model, keep_alive(body))
         reason = "unload" if is_unload else "load"
         head = {"model": _name(body), "created_at": now(), "done": True, "done_reason": reason}
         return reply({**head, **told})
@@ -111,8 +115,11 @@ class Ollama:
     async def _answer(
         self, http: HttpRequest, body: Fields, request: Request, *, is_chat: bool
     ) -> Response:
-        is_streamed = body.flag("stream", True)
+        is_streamed, is_kept = body.flag("stream", True), "keep_alive" in body
+        seconds = keep_alive(body) if is_kept else None
         answer = await self._service.answer(request)
+        if is_kept:
+            self._service.models.keep(answer.model, seconds)
         shape = _Shape(answer, _name(body), is_chat, "logprobs" in request.sampling)
         if is_streamed:
             return Frames(guarded(shape.lines(), _error_line), LINES, answer)
@@ -150,12 +157,16 @@ def read_chat(body: Fields) -> Request:
 
 
 def read_generate(body: Fields) -> Request:
-    if body.text("suffix"):
-        raise ApiError(400, "suffix is not supported: no text is filled in", param="suffix")
     _refuse_images(body)
     prompt, sampling, structure = body.text("prompt"), _sampling(body), of_ollama(body)
-    if body.flag("raw"):
-        return Request(model=_name(body), prompts=[prompt], sampling=sampling, structure=structure)
+    if body.flag("raw") or body.text("suffix"):
+        return Request(
+            model=_name(body),
+            prompts=[prompt],
+            suffix=body.text("suffix"),
+            sampling=sampling,
+            structure=structure,
+        )
     system = body.text("system")
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})

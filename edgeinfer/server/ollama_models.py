@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from datetime import datetime, timezone
 
 from edgeinfer.llm import LLM
@@ -39,8 +40,16 @@ def running(model: ServedModel) -> Json:
         "size": llm.plan.total_bytes,
         "size_vram": others,
         "context_length": llm.n_ctx,
-        "expires_at": "2099-01-01T00:00:00Z",  # it stays until its memory is needed
+        "expires_at": _expiry(model),
     }
+
+
+def _expiry(model: ServedModel) -> str:
+    """When an idle model is unloaded; one that stays until its memory is needed says never."""
+    if model.keep_seconds is None:
+        return "2099-01-01T00:00:00Z"
+    since = time.time() if model.n_users else model.last_used
+    return _time(since + model.keep_seconds)
 
 
 def _details(llm: LLM | None) -> Json:

@@ -12,7 +12,7 @@ from edgeinfer import __version__
 from edgeinfer.results import Completion, Usage
 from edgeinfer.server.errors import ApiError, Json
 from edgeinfer.server.fields import Fields
-from edgeinfer.server.requests import SAMPLING, function_tool
+from edgeinfer.server.requests import MOST_BUDGET, SAMPLING, function_tool
 
 FINGERPRINT = f"edgeinfer-{__version__}"
 _TYPES = {
@@ -24,6 +24,13 @@ _TYPES = {
     503: "unavailable_error",
 }
 _EFFORTS_WITHOUT_THOUGHT = ("none", "minimal")
+# As llama-server, vLLM and the makers of models call the most tokens that may be thought.
+_BUDGETS = (
+    "reasoning_budget",
+    "thinking_budget",
+    "thinking_budget_tokens",
+    "thinking_token_budget",
+)
 _TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 
 
@@ -50,7 +57,16 @@ def sampling_of(body: Fields, *most_tokens: str) -> dict[str, Any]:
         found["max_tokens"] = limits[0] or 1  # no answer has less
     if "logit_bias" in body:
         found["logit_bias"] = _logit_bias(body)
-    return found
+    return found | _budget(body)
+
+
+def _budget(body: Fields) -> dict[str, Any]:
+    """-1 is no limit."""
+    reasoning = body.object("reasoning")
+    n = reasoning.integer("max_tokens", -1, -1, MOST_BUDGET)
+    for name in _BUDGETS:
+        n = body.integer(name, n, -1, MOST_BUDGET)
+    return {"reasoning_budget": n} if n >= 0 else {}
 
 
 def _logit_bias(body: Fields) -> dict[int, Any]:
@@ -62,9 +78,14 @@ def _logit_bias(body: Fields) -> dict[int, Any]:
         raise body.wrong("logit_bias", "numbers by token id") from None
 
 
-def template_args(body: Fields, effort: str | None) -> dict[str, Any]:
+def template_args(body: Fields, effort: str | None = None) -> dict[str, Any]:
     """How much a model is to think, in the words that templates know; and what is meant for one."""
     found: dict[str, Any] = {}
+    reasoning = body.object("reasoning")
+    if effort is None and "effort" in reasoning:
+        effort = reasoning.text("effort")
+    if "enabled" in reasoning:
+        found["enable_thinking"] = reasoning.flag("enabled")
     if effort is not None:
         found["reasoning_effort"] = effort
         found["enable_thinking"] = effort not in _EFFORTS_WITHOUT_THOUGHT

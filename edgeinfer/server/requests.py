@@ -26,6 +26,7 @@ SAMPLING = {
     )
 }  # fmt: skip
 SAMPLING["repetition_penalty"] = "repeat_penalty"
+MOST_BUDGET = 2**31 - 1  # tokens of reasoning
 _ID_LENGTH = 9  # some templates refuse ids of calls that have another
 _ID_PREFIXES = ("call_", "toolu_")
 _SYSTEM = ("system", "developer")
@@ -46,7 +47,8 @@ class Chat:
 class Request:
     """Answers that a client wants: `n` of them to a chat or to each of the prompts.
 
-    `structure` is what they must be.
+    `structure` is what they must be. Requests of one `session`, a client's own name for it, go on
+    from each other.
     """
 
     model: str
@@ -55,7 +57,19 @@ class Request:
     sampling: dict[str, Any] = field(default_factory=dict)
     structure: Structure = Structure()
     n: int = 1
+    suffix: str = ""  # what follows the text that is asked for
     ignores_eos: bool = False  # whether answers are as long as they may be
+    session: str = ""
+
+
+_SESSION_HEADERS = ("session-id", "session_id", "x-session-id", "x-session-affinity", "thread-id")
+
+
+def session_of(headers: Mapping[str, str], given: Any) -> str:
+    """The session that a request says it belongs to, in its body or else in a header."""
+    if isinstance(given, str) and given:
+        return given
+    return next((headers[name] for name in _SESSION_HEADERS if headers.get(name)), "")
 
 
 def new_id(prefix: str) -> str:

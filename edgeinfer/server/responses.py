@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -16,7 +17,7 @@ from edgeinfer.server.openai import (
     text_content,
     tools_of,
 )
-from edgeinfer.server.requests import Chat, Request, conversation
+from edgeinfer.server.requests import Chat, Request, conversation, session_of
 from edgeinfer.server.responses_shape import Shape
 from edgeinfer.server.service import Service
 from edgeinfer.server.structure import of_format
@@ -45,6 +46,8 @@ class Responses:
         request, is_streamed = read_request(body), body.flag("stream")
         assert request.chat is not None
         echoed = _echo(body, request.chat.tools)
+        session = session_of(http.headers, body.get("prompt_cache_key"))
+        request = replace(request, session=session)
         answer = await self._service.answer(request)
         shape = Shape(answer, echoed)
         if is_streamed:
@@ -72,14 +75,12 @@ def read_request(body: Fields) -> Request:
     if body.flag("background"):
         raise ApiError(400, "background is not supported", param="background", code="unsupported")
     sampling = sampling_of(body, "max_output_tokens")
-    reasoning = body.object("reasoning")
-    effort = reasoning.text("effort") if "effort" in reasoning else None
     chat = Chat(
         messages=conversation(_messages(body)),
         tools=tools_of(body.objects("tools")),
         tool_choice=body.get("tool_choice"),
         parallel_tool_calls=body.flag("parallel_tool_calls", True),
-        template_args=template_args(body, effort),
+        template_args=template_args(body),
     )
     structure = of_format(body.object("text").object("format"), "text.format")
     return Request(model=body.text("model"), chat=chat, sampling=sampling, structure=structure)

@@ -22,10 +22,15 @@ _LOOK_SECONDS = 0.05
 class Server(uvicorn.Server):
     """Loads the first model beside listening, and ends answers before connections.
 
-    `tell` is called once that model is loaded.
+    `tell` is called once that model is loaded, `say` with what a person should know after that.
     """
 
-    def __init__(self, service: Service, tell: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        service: Service,
+        tell: Callable[[], None] = lambda: None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
         config = uvicorn.Config(
             make_app(service),
             log_config=None,
@@ -41,7 +46,7 @@ class Server(uvicorn.Server):
             h11_max_incomplete_event_size=_MOST_HEADER,
         )
         super().__init__(config)
-        self._service, self._tell = service, tell
+        self._service, self._tell, self._say = service, tell, say
         self._error: Exception | None = None
         self._loading: asyncio.Task[None] | None = None
 
@@ -73,7 +78,14 @@ class Server(uvicorn.Server):
         service.is_stopping = True
         for listening in self.servers:
             listening.close()
-        end = time.monotonic() + service.limits.grace_seconds
+        seconds = service.limits.grace_seconds
+        if service.answers:
+            n = len(service.answers)
+            self._say(
+                f"{n} answer{'s' if n > 1 else ''} may end within {seconds:g} s; Ctrl-C again ends "
+                "them now"
+            )
+        end = time.monotonic() + seconds
         while service.is_busy and not self.force_exit and time.monotonic() < end:
             await asyncio.sleep(_LOOK_SECONDS)
         service.end_answers()

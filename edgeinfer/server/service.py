@@ -17,7 +17,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -32,9 +32,11 @@ from edgeinfer.server.doorbell import Doorbell
 from edgeinfer.server.errors import ApiError, Json
 from edgeinfer.server.metrics import Exposition
 from edgeinfer.server.models import Models, ServedModel
+from edgeinfer.server.prefix_care import steady
 from edgeinfer.server.requests import Chat, Request
 from edgeinfer.server.token_ids import check_origin
 from edgeinfer.stream import Stream
+from edgeinfer.text.infill import infill_prompt
 from edgeinfer.text.messages import Conversation
 from edgeinfer.text.prompt import chat_prompt
 
@@ -48,6 +50,7 @@ class Limits:
     """What a server takes on."""
 
     most_body: int = 32 << 20  # bytes
+    most_bodies: int = 8  # of the largest, at once; smaller ones as many as take their place
     most_waiting: int = 256  # requests at once, running ones included
     most_answers: int = 128  # of one request
     ping_seconds: float = 10.0
@@ -55,6 +58,12 @@ class Limits:
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     origins: tuple[str, ...] = ()  # that may be where a browser's page comes from
     hosts: tuple[str, ...] | None = None  # names that the server answers to; None: any
+    has_prefix_care: bool = True  # what changes in a system message is moved behind the history
+
+    @property
+    def most_held(self) -> int:
+        """Bytes of all bodies together."""
+        return self.most_bodies * self.most_body
 
 
 class Service:
@@ -95,8 +104,11 @@ class Service:
             )
         async with AsyncExitStack() as stack:
             model = await stack.enter_async_context(self.model(request.model))
+            prepared = self._prepared(request)
             try:
-                streams = await _begin(model, request, stack)
+                if request.suffix:
+                    prepared = await asyncio.to_thread(_filled_in, model.opened, prepared)
+                streams = await _begin(model, prepared, stack)
             except InvalidRequestError as error:
                 raise request.structure.renamed(error) from error
             answer = Answer(
@@ -140,13 +152,28 @@ class Service:
                 each.cancel()
             await asyncio.gather(working, stop, return_exceptions=True)
 
+    def _prepared(self, request: Request) -> Request:
+        """With a beginning that the next request shares, and is kept for it in a session.
+
+        Who gives tools has one; side requests, such as for a title, give none.
+        """
+        chat, sampling = request.chat, request.sampling
+        if chat is None:
+            return request
+        if self.limits.has_prefix_care:
+            chat = replace(chat, messages=steady(chat.messages))
+        if request.session or chat.tools:
+            sampling = {"n_stable": len(chat.messages), **sampling}
+        return replace(request, chat=chat, sampling=sampling)
+
     async def count_tokens(self, request: Request) -> int:
         """Tokens of a prompt."""
         async with self.model(request.model) as model:
-            return await asyncio.to_thread(_count, model.opened, request)
+            return await asyncio.to_thread(_count, model.opened, self._prepared(request))
 
     async def render(self, request: Request) -> str:
         """The text of a chat's prompt."""
+        request = self._prepared(request)
         assert request.chat is not None
         chat = _conversation(request.chat)
         async with self.model(request.model) as model:
@@ -174,6 +201,13 @@ class Service:
         self._stop.set()
         for answer in list(self.answers):
             answer.cut_short()
+
+
+def _filled_in(llm: LLM, request: Request) -> Request:
+    """With prompts that ask for what is between them and the suffix."""
+    tokenizer = llm.runtime.tokenizer
+    prompts = [infill_prompt(tokenizer, each, request.suffix) for each in request.prompts]
+    return replace(request, prompts=prompts)
 
 
 async def _begin(model: ServedModel, request: Request, stack: AsyncExitStack) -> list[AsyncStream]:

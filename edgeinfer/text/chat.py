@@ -18,7 +18,15 @@ from edgeinfer.text.chat_templates import (
     fallback_name,
     own_template,
 )
-from edgeinfer.text.messages import Capabilities, Conversation, Message, by_turns, fit, probe
+from edgeinfer.text.messages import (
+    Capabilities,
+    Conversation,
+    Message,
+    by_turns,
+    fit,
+    late_system_folded,
+    probe,
+)
 from edgeinfer.text.template_engine import Budget, LimitError, RenderError, TemplateEngine
 
 _Hide: TypeAlias = "Callable[[Any, str], Any]"
@@ -140,7 +148,9 @@ class ChatTemplate:
         shown |= {"add_generation_prompt": add_generation_prompt}
         fitted = fit(chat.messages, capabilities, self.source)
         text, error = self._attempt(_hidden(fitted, hide), shown, budget)
-        if error is not None:
+        if error is not None and (folded := late_system_folded(fitted)) != fitted:
+            text, _ = self._attempt(_hidden(folded, hide), shown, budget)
+        if error is not None and text is None:
             # Some templates insist on user and assistant by turns, the system text within.
             text, _ = self._attempt(_hidden(by_turns(fitted), hide), shown, budget)
         if text is None:

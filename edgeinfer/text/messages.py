@@ -248,10 +248,33 @@ def _spelled(calls: Sequence[Any]) -> list[str]:
     return [f"<tool_call>{json.dumps(f, ensure_ascii=False)}</tool_call>" for f in kept]
 
 
+def reminder_of(text: str) -> str:
+    """What the system says in the middle of a conversation, told apart from its user's words."""
+    return f"<system-reminder>\n{text}\n</system-reminder>"
+
+
+def late_system_folded(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """System messages behind others as the user's, in their places: what is before them stays."""
+    n_front = _n_front(messages)
+    return messages[:n_front] + [
+        {**m, "role": "user", "content": reminder_of(m["content"])}
+        if m["role"] == "system" and isinstance(m["content"], str)
+        else m
+        for m in messages[n_front:]
+    ]
+
+
+def _n_front(messages: list[dict[str, Any]]) -> int:
+    """Of the system's, before any other."""
+    return next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
+
+
 def _system_folded(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The system text moved to the front of the first user message."""
-    system = [m["content"] for m in messages if m["role"] == "system"]
-    rest = [dict(m) for m in messages if m["role"] != "system"]
+    messages = late_system_folded(messages)
+    n_front = _n_front(messages)
+    system = [m["content"] for m in messages[:n_front]]
+    rest = [dict(m) for m in messages[n_front:]]
     if not system:
         return rest
     user = next((m for m in rest if m["role"] == "user"), None)

@@ -87,6 +87,8 @@ def chat_prompt(
     counts = {n_stable}
     if has_borders:  # the system's, what the last question follows, and what the answer follows
         counts |= {n_system, len(chat.messages) - 1, len(chat.messages)}
+    elif n_stable == len(chat.messages):  # near enough, and takes no time
+        return Prompt(ids, n_pinned, n_dropped, n_stable=len(ids))
     ends = {n: _n_tokens(tokenizer, template, chat.first(n), ids) for n in counts}
     borders = tuple(sorted({end for n, end in ends.items() if has_borders and end}))
     return Prompt(ids, n_pinned, n_dropped, borders, ends[n_stable])

@@ -62,7 +62,7 @@ class Tokenizer:
         self.bos_id, self.eos_id = vocab.bos_id, vocab.eos_id
         self.add_bos, self.add_eos = vocab.add_bos, vocab.add_eos
         self.add_space_prefix = vocab.add_space_prefix
-        self.eog_ids = vocab.eog_ids
+        self.eog_ids, self.infill_ids = vocab.eog_ids, vocab.infill_ids
         self._encode_raw, self._word_ends = encode_raw, word_ends
         self._byte_level = vocab.byte_level
         self._kinds = bytes(vocab.kinds)

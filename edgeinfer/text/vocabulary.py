@@ -62,6 +62,7 @@ _DEPRECATED_FIM_KEYS = {
     "fim_suf_token_id": "suffix_token_id",
     "fim_mid_token_id": "middle_token_id",
 }
+_N_INFILL = 3  # the first of these keys
 _FIM_THAT_ENDS = ("fim_pad_token_id", "fim_rep_token_id", "fim_sep_token_id")
 _ALWAYS_SHOWN = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
 _NOT_RSTRIPPED = ("<unk>", "<s>", "<|endoftext|>")
@@ -86,6 +87,7 @@ class Vocabulary:
     add_eos: bool = False
     add_space_prefix: bool = False
     eog_ids: frozenset[int] = frozenset()
+    infill_ids: tuple[int, ...] = ()  # before, after, between; none or all three
     rstrip_ids: frozenset[int] = frozenset()
 
     @property
@@ -188,7 +190,7 @@ def _override_kinds(vocab: Vocabulary, meta: Metadata) -> None:
     """Some files call control tokens normal ones: the spelling decides, then the exceptions."""
     ids, kinds = vocab.ids, vocab.kinds
     eog = {ids[text] for text in _EOG_TEXTS if text in ids}
-    control = set(eog)
+    control, infill = set(eog), list[int]()
     for key, texts in _FIM_TEXTS.items():
         id = _token_id(meta, key, len(kinds))
         if id is None and key in _DEPRECATED_FIM_KEYS:
@@ -198,6 +200,9 @@ def _override_kinds(vocab: Vocabulary, meta: Metadata) -> None:
             control |= found
         if key in _FIM_THAT_ENDS:
             eog |= found
+        elif found:
+            infill.append(min(found))
+    vocab.infill_ids = tuple(infill) if len(infill) == _N_INFILL else ()
     for i in control:
         kinds[i] = CONTROL
     for text in _ALWAYS_SHOWN:

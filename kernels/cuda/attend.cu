@@ -16,7 +16,7 @@
 //   K_TYPE = f16; V_TYPE = f16
 // Variants: K_DIM = 256; V_DIM = 256; QUERIES = 2; WARPS = 16; K_IS_V = 0; SOFT_CAP = 0 1;
 //   K_TYPE = f16; V_TYPE = f16
-// Variants: K_DIM = 128; V_DIM = 128; QUERIES = 4; WARPS = 16; K_IS_V = 0; SOFT_CAP = 0;
+// Variants: K_DIM = 128; V_DIM = 128; QUERIES = 4; WARPS = 8; K_IS_V = 0; SOFT_CAP = 0;
 //   K_TYPE = q8_0 q4_0; V_TYPE = q8_0 q4_0
 // Variants: K_DIM = 64; V_DIM = 64; QUERIES = 3; WARPS = 16; K_IS_V = 0; SOFT_CAP = 0;
 //   K_TYPE = q8_0; V_TYPE = q8_0 q4_0

@@ -37,7 +37,8 @@ class AttendLaunch(NamedTuple):
             return queries * _query_floats(cache) + warps * of_warp + 2 * queries + 4
 
         # 512 threads have 128 registers each: too few for the loads and scores of more queries.
-        choices = (16, 8, 4, 2, 1) if queries <= 4 else (8, 4, 2, 1)
+        most_queries = 4 if cache.k_type == cache.v_type == "f16" else 3
+        choices = (16, 8, 4, 2, 1) if queries <= most_queries else (8, 4, 2, 1)
         warps = _most_warps(cache, choices, n_floats)
         kernel = _kernel("attend", cache, has_cap, QUERIES=queries, WARPS=warps)
         return cls(kernel, n_tiles * cache.n_heads, _LANES * warps)

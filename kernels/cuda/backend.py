@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
+from edgeinfer import config
 from edgeinfer.batch import HOST, Demand, Sampler, StepLimits, StepRequest
+from edgeinfer.errors import UnsupportedModelError
 from edgeinfer.graph import Segment
 from edgeinfer.kernels.cuda.blueprint import Blueprint
 from edgeinfer.kernels.cuda.device import Device, DeviceFacts
@@ -96,7 +98,16 @@ class CudaBackend:
         return len(kernels)
 
     def _draw(self, segment: Segment, limits: StepLimits) -> Blueprint:
-        return Blueprint(segment, limits, self.device.facts.arch)
+        drawn, facts = Blueprint(segment, limits, self.device.facts.arch), self.device.facts
+        launches = drawn.lowered.launches
+        most = max(launches, key=lambda each: each.shared_bytes)
+        if most.shared_bytes > facts.shared_bytes:
+            raise UnsupportedModelError(
+                f"kernel {most.kernel} would take {most.shared_bytes} bytes of shared memory, a "
+                f"block of {self.name} ({facts.name}) has {facts.shared_bytes}; run this model "
+                "with device cpu"
+            )
+        return drawn
 
 
 def open_device(kind: str, index: int) -> Device:
@@ -107,7 +118,11 @@ def open_device(kind: str, index: int) -> Device:
         return ShimDevice()
     from edgeinfer.kernels.cuda.cupy_device import CudaDevice
 
-    return CudaDevice(index)
+    return CudaDevice(
+        index,
+        waits_for_each=config.waits_for_each_kernel(),
+        begins_early=config.begins_kernels_early(),
+    )
 
 
 def _max_rows(facts: DeviceFacts) -> int:

@@ -12,6 +12,7 @@ from edgeinfer import platform
 from edgeinfer.errors import DeviceError
 from edgeinfer.kernels.cuda.cache import Cache, key_of
 from edgeinfer.kernels.cuda.device import Progress
+from edgeinfer.kernels.cuda.early import waiting_first
 from edgeinfer.kernels.cuda.kernel import Kernel, Sources
 from edgeinfer.kernels.cuda.nvrtc import FLAGS, Job, Nvrtc, compile_all
 
@@ -20,10 +21,16 @@ _FIRST_CUDA = 12
 
 
 class Cubins:
-    """Of one architecture (89), for a driver that runs CUDA up to this major version (12)."""
+    """Of one architecture (89), for a driver that runs CUDA up to this major version (12).
 
-    def __init__(self, folder: Path, sources: Sources, arch: int, cuda: int) -> None:
+    `begins_early`: of kernels that may begin before those ahead of them have ended, see `early.py`.
+    """
+
+    def __init__(
+        self, folder: Path, sources: Sources, arch: int, cuda: int, *, begins_early: bool = False
+    ) -> None:
         self._sources, self._arch, self._cuda = sources, arch, cuda
+        self._begins_early = begins_early
         self._cache = Cache(folder)
         self._packaged = Cache(PACKAGED, is_ours=True)
 
@@ -48,6 +55,8 @@ class Cubins:
         """What NVRTC is told."""
         self._sources.signature(kernel)
         text = self._sources.kernel_text(kernel.name)
+        if self._begins_early:
+            text = waiting_first(text, self._sources)
         return Job(kernel.label, text, tuple(kernel.flags), self._arch)
 
     def key(self, kernel: Kernel) -> str:

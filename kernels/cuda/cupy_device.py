@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from edgeinfer import config, device, platform
 from edgeinfer.errors import DeviceError
+from edgeinfer.kernels.cuda import early
 from edgeinfer.kernels.cuda.cubins import Cubins
 from edgeinfer.kernels.cuda.device import (
     Args,
@@ -60,6 +61,8 @@ class CudaDevice:
 
     After an error of CUDA, but for memory that ran out, nothing works any more on this GPU in this
     process: everything raises that error. `waits_for_each` launch: the error names the kernel.
+    With `begins_early` a kernel behind a kernel may begin before that one has ended, on a GPU that
+    can do so: every kernel then waits for the one ahead before it does anything else.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class CudaDevice:
         *,
         sources: Iterable[Path] = (),
         waits_for_each: bool = False,
+        begins_early: bool = False,
     ) -> None:
         device.choose(device.Device("cuda", index))
         driver = platform.cuda_driver()
@@ -81,6 +85,7 @@ class CudaDevice:
         self._waits_for_each = waits_for_each
         self._fault = ""
         self._is_recording = False
+        self._is_behind_kernel = False  # what comes next in the stream
         self._reserved: set[int] = set()
         # Whoever forgets to close this: a GPU's memory is nobody else's to return.
         self._end = weakref.finalize(self, _free, self._runtime, index, self._reserved)
@@ -95,7 +100,12 @@ class CudaDevice:
         self._large: _Uploads | None = None
         self._sources = Sources(*sources)
         folder = folder or config.cache_folder() / "kernels" / "cuda"
-        self._cubins = Cubins(folder, self._sources, self.facts.arch, driver.version // 1000)
+        is_early = begins_early and self.facts.arch >= early.LEAST_ARCH
+        self._early = early.EarlyLauncher() if is_early else None
+        cuda_version = driver.version // 1000
+        self._cubins = Cubins(
+            folder, self._sources, self.facts.arch, cuda_version, begins_early=is_early
+        )
 
     def _ask(self, gpu: platform.Gpu) -> DeviceFacts:
         def attribute(name: str) -> int:
@@ -115,6 +125,7 @@ class CudaDevice:
         """Calls of CUDA, on this GPU; its errors become ours."""
         if self._fault:
             raise DeviceError(self._fault)
+        self._is_behind_kernel = False
         try:
             self._runtime.setDevice(self._index)
             yield
@@ -229,8 +240,14 @@ class CudaDevice:
         check_launch(kernel, grid, threads, loaded.most_threads, shared, self.facts.shared_bytes)
         check_args(kernel, args)
         values = (args if isinstance(args, Bound) else self.bind(kernel, args)).values
+        is_behind_kernel = self._is_behind_kernel
         with self._calls(f"kernel {kernel}"):
-            loaded.function(grid, (threads, 1, 1), values, shared, self._stream)
+            if self._early is not None and is_behind_kernel:
+                function, stream = loaded.function.ptr, self._stream.ptr
+                self._early.launch(function, grid, threads, shared, stream, values)
+            else:
+                loaded.function(grid, (threads, 1, 1), values, shared, self._stream)
+            self._is_behind_kernel = True
             if self._waits_for_each and not self._is_recording:
                 self._stream.synchronize()
 
@@ -253,7 +270,7 @@ class CudaDevice:
                     self._stream.end_capture()
                 raise
             finally:
-                self._is_recording = False
+                self._is_recording = self._is_behind_kernel = False
             graph = self._stream.end_capture()
             graph.upload(self._stream)
         return _Graph(self, graph)

@@ -99,7 +99,7 @@ class Signature(NamedTuple):
     @classmethod
     def parse(cls, name: str, text: str) -> Signature:
         """Read `EI_KERNEL(THREADS) name(const Step* step, ...) {` in the text of a kernel."""
-        found = _DECLARATION.findall(_COMMENT.sub("", text))
+        found = DECLARATION.findall(_COMMENT.sub("", text))
         if len(found) != 1 or found[0][0] != name:
             names = ", ".join(each[0] for each in found) or "none"
             raise DeviceError(
@@ -125,7 +125,7 @@ class Signature(NamedTuple):
 
 
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
-_DECLARATION = re.compile(r"^EI_KERNEL\([^\n]*\)\s+(\w+)\(([^()]*)\)\s*\{", re.MULTILINE)
+DECLARATION = re.compile(r"^EI_KERNEL\([^\n]*\)\s+(\w+)\(([^()]*)\)\s*\{", re.MULTILINE)
 _PARAMETER = re.compile(r"((?:const )?\w+\*|" + "|".join(_SCALARS) + r") (\w+)")
 
 

@@ -1,0 +1,217 @@
+"""Models by name: loaded, unloaded and fetched on request, never beyond the plan of memory."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgeinfer import LLM
+from edgeinfer.hub.fetch import models_folder
+from edgeinfer.server.durations import keep_alive
+from edgeinfer.server.errors import ApiError
+from edgeinfer.server.fields import Fields
+from edgeinfer.server.models import Models
+from edgeinfer.server.pull import is_on_hub
+
+from .fake_hub import FakeHub
+from .server_for_tests import LOAD, Running, running, small_model
+
+HI: Any = [{"role": "user", "content": "hi"}]
+CHAT = "/v1/chat/completions"
+SMALL: Any = dict(LOAD, n_ctx=512)
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return [small_model(folder, seed=seed) for seed in (1, 2, 3)]
+
+
+def states(found: Running) -> dict[str, str]:
+    return {
+        each["id"]: each["status"]["value"] for each in found.http.get("/models").json()["data"]
+    }
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_models_are_loaded_and_unloaded_by_name(paths: list[Path]) -> None:
+    with running([("one", paths[0]), ("two", paths[1])], load=SMALL) as found:
+        assert states(found) == {"one": "loaded", "two": "unloaded"}
+        assert found.post("/models/load", {"model": "two"}).json() == {"success": True}
+        assert states(found) == {"one": "loaded", "two": "loaded"}
+        assert found.post("/v1/models/unload", {"model": "one"}).json() == {"success": True}
+        assert states(found) == {"one": "unloaded", "two": "loaded"}
+        assert found.post("/models/unload", {"model": "three"}).status_code == 404
+        assert found.post("/models/load", {"model": "../one.gguf"}).status_code == 404
+        endless = {"messages": HI, "max_tokens": 400, "logit_bias": {"257": -1000}}
+        asked = {**endless, "model": "two", "stream": True}
+        with found.http.stream("POST", CHAT, json=asked) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            assert found.post("/models/unload", {"model": "two"}).status_code == 409
+
+
+def test_the_catalog_of_lm_studio(paths: list[Path]) -> None:
+    with running([("one", paths[0]), ("two", paths[1])], load=SMALL) as found:
+        one, two = found.http.get("/api/v1/models").json()["models"]
+        assert (one["key"], one["loaded_instances"]) == (
+            "one", [{"id": "one", "config": {"context_length": 512}}],
+        )  # fmt: skip
+        assert two["loaded_instances"] == [] and two["size_bytes"] == paths[1].stat().st_size
+        loaded = found.post("/api/v1/models/load", {"model": "two"}).json()
+        assert (loaded["instance_id"], loaded["status"]) == ("two", "loaded")
+        told = found.post("/api/v1/models/unload", {"instance_id": "two"}).json()
+        assert told == {"instance_id": "two"}
+        older = found.http.get("/api/v0/models").json()["data"]
+        assert [each["state"] for each in older] == ["loaded", "not-loaded"]
+
+
+# -- how long they stay ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"),
+    [
+        (0, 0), ("0", 0), ("0s", 0), (1.5, 1.5), (-1, None), ("-1", None), ("-1m", None),
+        ("5m", 300), ("1h30m", 5400), ("300ms", 0.3), ("1.5h", 5400), (10**12, None),
+        (300, 300), ("5", 5),
+    ],
+)  # fmt: skip
+def test_durations(given: Any, seconds: float | None) -> None:
+    assert keep_alive(Fields({"keep_alive": given})) == seconds
+
+
+@pytest.mark.parametrize("given", ["", "m", "5x", "5 m", "--5m", "1e3s", True, [], "nan"])
+def test_what_is_no_duration(given: Any) -> None:
+    with pytest.raises(ApiError, match="keep_alive"):
+        keep_alive(Fields({"keep_alive": given}))
+
+
+def test_an_idle_model_leaves_when_it_was_told_to(paths: list[Path]) -> None:
+    with running([("one", paths[0])], load=SMALL) as found:
+        asked: Any = {"model": "one", "messages": HI, "options": {"num_predict": 2}}
+
+        def answered(**more: Any) -> None:
+            assert found.post("/api/chat", {**asked, "stream": False, **more}).status_code == 200
+
+        answered(keep_alive="200ms")
+        assert states(found) == {"one": "loaded"}
+        expires = found.http.get("/api/ps").json()["models"][0]["expires_at"]
+        assert not expires.startswith("2099")
+        until(lambda: states(found) == {"one": "unloaded"})
+        answered(keep_alive="200ms")
+        answered(keep_alive=-1)
+        time.sleep(0.4)
+        assert states(found) == {"one": "loaded"}
+        answered(keep_alive=0)
+        until(lambda: states(found) == {"one": "unloaded"})
+        answered()  # it is loaded anew, and what was said of the one before is forgotten
+        assert found.http.get("/api/ps").json()["models"][0]["expires_at"].startswith("2099")
+        refused = found.post("/api/chat", {**asked, "keep_alive": "soon"})
+        assert refused.status_code == 400 and "keep_alive" in refused.json()["error"]
+        found.wait_until_idle()
+
+
+# -- memory ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_order_of_requests_takes_more_than_the_plan(
+    paths: list[Path], seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loaded, unloaded, asked and given up at random by many tasks: all end, none exceeds."""
+    with LLM(paths[0], **SMALL) as llm:
+        budget = llm.plan.host.total_bytes * 5 // 2  # for two of three
+    alive: dict[int, int] = {}
+    most = 0
+    opened, closed = LLM._take, LLM.close
+
+    def take(self: LLM, loaded: Any) -> None:
+        nonlocal most
+        opened(self, loaded)
+        alive[id(self)] = self.plan.host.total_bytes
+        most = max(most, sum(alive.values()))
+
+    def close(self: LLM) -> None:
+        closed(self)
+        time.sleep(0.002)
+        alive.pop(id(self), None)
+
+    monkeypatch.setattr(LLM, "_take", take)
+    monkeypatch.setattr(LLM, "close", close)
+    names = ["a", "b", "c"]
+
+    async def work(models: Models, rng: random.Random) -> None:
+        for _ in range(6):
+            name = rng.choice(names)
+            if rng.random() < 0.3:
+                await models.unload(models.find(name))
+            elif rng.random() < 0.1:
+                models.keep(models.find(name), rng.choice([None, 0, 0.01]))
+            else:
+                async with models.lease(name) as model:
+                    face = model.face
+                    assert face is not None
+                    await face.generate("hi", max_tokens=2)
+                    await asyncio.sleep(rng.random() / 100)
+
+    async def main() -> None:
+        rng = random.Random(seed)
+        models = Models(list(zip(names, paths, strict=True)), {**SMALL, "memory": budget})
+        await models.start()
+        tasks = [asyncio.create_task(work(models, random.Random(rng.random()))) for _ in range(12)]
+        for task in rng.sample(tasks, 3):
+            asyncio.get_running_loop().call_later(rng.random() / 5, task.cancel)
+        ended = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 60)
+        assert [each for each in ended if isinstance(each, Exception)] == []
+        assert all(model.n_users == 0 for model in models.served)
+        await models.close()
+
+    asyncio.run(main())
+    assert 0 < most <= budget and not alive
+
+
+# -- from the hub ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "/etc/passwd", "a/b/c", "a/../b", "models/x.gguf", "C:\\x", "x", "~/x", ""]
+)
+def test_a_path_is_no_name_of_the_hub(name: str) -> None:
+    assert not is_on_hub(name)
+
+
+def test_models_are_fetched_where_that_is_allowed(
+    paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGEINFER_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    asked: Any = {"messages": HI, "max_tokens": 2, "model": "org/Tiny-GGUF:Q4_0"}
+    with FakeHub() as hub, contextlib.ExitStack() as stack:
+        hub.repos["org/Tiny-GGUF"] = {"Tiny-Q4_0.gguf": paths[1].read_bytes()}
+        monkeypatch.setenv("HF_ENDPOINT", hub.address)
+        usual = stack.enter_context(running([("one", paths[0])], load=SMALL, strict=True))
+        assert usual.post(CHAT, asked).status_code == 404 and not hub.requests
+        found = stack.enter_context(running([("one", paths[0])], load=SMALL, may_pull=True))
+        assert found.post(CHAT, {**asked, "model": "gpt-9"}).json()["model"] == "one"
+        missing = found.post(CHAT, {**asked, "model": "org/none"})
+        assert missing.status_code == 404
+        assert missing.json()["error"]["code"] == "model_not_found"
+        assert found.post(CHAT, asked).json()["model"] == "org/Tiny-GGUF:Q4_0"
+        assert list(models_folder().rglob("Tiny-Q4_0.gguf"))
+        n_asked = len(hub.requests)
+        assert found.post(CHAT, asked).status_code == 200 and len(hub.requests) == n_asked
+        assert list(states(found)) == ["one", "org/Tiny-GGUF:Q4_0"]

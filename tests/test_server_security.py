@@ -1,0 +1,323 @@
+"""What hostile clients send, byte by byte: each is refused or cut off, and none hurts another."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgeinfer.server import connections, run, wire
+from edgeinfer.server.errors import ApiError
+from edgeinfer.server.gate import _host_name
+
+from .server_for_tests import LOAD, Running, running, small_model
+
+CHAT = "/v1/chat/completions"
+BODY = b'{"messages":[{"role":"user","content":"hi"}],"max_tokens":1}'
+CHUNKED = b"transfer-encoding: chunked"
+CHUNKS = b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """As the command serves at a loopback address."""
+    path = small_model(tmp_path_factory.mktemp("security"))
+    limits: Any = {"hosts": (), "most_body": MIB, "most_bodies": 2}
+    with running([("tiny", path)], load=dict(LOAD, n_ctx=1024), **limits) as found:
+        yield found
+
+
+def connected(found: Running) -> socket.socket:
+    connection = socket.create_connection(("127.0.0.1", int(found.url.rpartition(":")[2])))
+    connection.settimeout(10)
+    return connection
+
+
+def replies(found: Running, sent: bytes, *, ends: bool = True) -> list[tuple[int, bytes]]:
+    """Statuses and bodies of all replies until the connection is closed; `ends` closes it."""
+    with connected(found) as connection:
+        connection.sendall(sent)
+        if ends:
+            connection.shutdown(socket.SHUT_WR)
+        data = b""
+        while part := connection.recv(1 << 16):
+            data += part
+    parts = [part.split(b"\r\n\r\n", 1) for part in data.split(b"HTTP/1.1 ")[1:]]
+    return [(int(head[:3]), body) for head, body in parts]
+
+
+def post(body: bytes, *headers: bytes) -> bytes:
+    lines = (b"POST /v1/chat/completions HTTP/1.1", b"host: localhost", *headers)
+    return b"\r\n".join(lines) + b"\r\n\r\n" + body
+
+
+def get(*headers: bytes, target: bytes = b"/health") -> bytes:
+    return b"\r\n".join((b"GET %s HTTP/1.1" % target, *headers)) + b"\r\n\r\n"
+
+
+def length(n: int) -> bytes:
+    return b"content-length: %d" % n
+
+
+# -- where a request ends -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        post(BODY, length(len(BODY)), length(5)),
+        post(BODY, b"content-length: -5"),
+        post(BODY, b"content-length: +61"),
+        post(BODY, b"content-length : 61"),
+        post(BODY, b"content-length: 0x3d"),
+        post(CHUNKS, length(5), CHUNKED),
+        post(CHUNKS, length(len(BODY)), CHUNKED),
+        post(BODY, length(len(BODY)), b"transfer-encoding: identity"),
+        post(CHUNKS, b"transfer-encoding: gzip, chunked"),
+        post(CHUNKS, b"transfer-encoding: xchunked"),
+        post(CHUNKS, CHUNKED, CHUNKED),
+        post(b"zz\r\n" + BODY, CHUNKED),
+        post(b"-1\r\n" + BODY, CHUNKED),
+        get(b"host: localhost", b"host: evil.org"),
+        get(b"host: localhost", b"x: a\0b"),
+        get(),
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(40),  # TLS
+    ],
+)
+def test_a_request_that_others_may_read_otherwise(local: Running, sent: bytes) -> None:
+    """One refusal and no more: what follows on the connection is never a request."""
+    found = replies(local, sent + get(b"host: localhost"))
+    assert [status for status, _ in found] == [400]
+
+
+def test_what_follows_a_body_is_a_request_of_its_own(local: Running) -> None:
+    """It passes the gate as any other does."""
+    next_one = get(b"host: evil.org", b"connection: close", target=b"/metrics")
+    found = replies(local, post(BODY + next_one, length(len(BODY))), ends=False)
+    assert [status for status, _ in found] == [200, 403]
+    found = replies(local, post(CHUNKS + next_one, CHUNKED), ends=False)
+    assert [status for status, _ in found] == [200, 403]
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (get(b"host: localhost", target=b"http://evil.org/health"), 404),
+        (get(b"host: evil.org", target=b"http://localhost/health"), 403),
+        (get(b"host: localhost", target=b"/%zz%ff"), 404),
+        (get(b"host: localhost", target=b"/v1/../etc/passwd"), 404),
+        (get(b"host: localhost", target=b"//etc/passwd"), 404),
+        (b"CONNECT evil.org:80 HTTP/1.1\r\nhost: localhost\r\n\r\n", 404),
+        (b"TRACE /health HTTP/1.1\r\nhost: localhost\r\n\r\n", 405),
+        (get(b"host: localhost", b"upgrade: websocket", b"connection: upgrade"), 200),
+        (get(b"host: localhost", b"origin: http://["), 403),
+        (get(b"host: localhost", b"origin: \xff"), 403),
+        (b"GET /health HTTP/1.0\r\n\r\n", 200),  # no browser sends it
+    ],
+)
+def test_odd_requests(local: Running, sent: bytes, status: int) -> None:
+    assert [each for each, _ in replies(local, sent)] == [status]
+
+
+def test_headers_have_an_end(local: Running) -> None:
+    with connected(local) as connection:
+        data = b""
+        try:
+            connection.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n")
+            for _ in range(1000):
+                connection.sendall(b"x: " + b"a" * 1000 + b"\r\n")
+            data = connection.recv(1 << 16)
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+    assert not data or b" 400 " in data
+
+
+# -- which names are this machine's ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200), ("LOCALHOST:80", 200), ("localhost.", 200), ("localhost.:80", 200),
+        ("127.0.0.1", 200), ("127.1.2.3:9", 200), ("[::1]", 200), ("[::1]:80", 200), ("", 200),
+        ("[0:0:0:0:0:0:0:1]", 200), ("app.localhost", 200),
+        ("evil.org", 403), ("evil.org:80", 403), ("localhost.evil.org", 403), ("10.0.0.1", 403),
+        ("127.0.0.1.nip.io", 403), ("localhost@evil.org", 403), ("localhost:80@evil.org", 403),
+        ("evil.org#localhost", 403), ("::1", 200), ("[::1", 403), ("evil.org]localhost", 403),
+        ("x[localhost]", 403), ("[::2]", 403), ("2130706433", 403), ("0.0.0.0", 403),
+        ("localhost evil.org", 403), ("localhost,evil.org", 403), ("evillocalhost", 403),
+    ],
+)  # fmt: skip
+def test_names_of_this_machine(local: Running, host: str, status: int) -> None:
+    assert [each for each, _ in replies(local, get(b"host: " + host.encode()))] == [status]
+
+
+def test_a_host_is_read_whole_or_not_at_all() -> None:
+    for odd in ("a:b:c", "a:80:90", "[::1]x", "a b", "[a", "a]:1"):
+        assert _host_name(odd) == odd  # with what no name has in it
+
+
+def test_a_name_that_was_pointed_here_reads_nothing(local: Running) -> None:
+    """The page of a name that now means this machine: it is of its own origin, so only the name
+    tells."""
+    headers = {"host": "rebound.evil.org:80", "sec-fetch-site": "same-origin"}
+    for path in ("/v1/models", "/api/ps", "/metrics", "/props"):
+        reply = local.http.get(path, headers=headers)
+        assert reply.status_code == 403 and "tiny" not in reply.text
+    assert local.http.post(CHAT, content=BODY, headers=headers).status_code == 403
+
+
+def test_a_strangers_page_gets_no_preflight(local: Running) -> None:
+    asked = {"origin": "https://evil.org", "access-control-request-method": "POST",
+             "access-control-request-headers": "content-type"}  # fmt: skip
+    reply = local.http.request("OPTIONS", CHAT, headers=asked)
+    assert reply.status_code == 403
+    assert not any(name.startswith("access-control-allow") for name in reply.headers)
+    # A form needs no preflight, but says where it comes from.
+    form = {"origin": "https://evil.org", "content-type": "text/plain"}
+    assert local.http.post(CHAT, content=BODY, headers=form).status_code == 403
+    assert local.http.post(CHAT, content=BODY, headers=form | {"origin": "null"}).status_code == 403
+
+
+# -- bodies ---------------------------------------------------------------------------------------
+
+
+def nested(n: int, name: str) -> bytes:
+    head = b'{"messages":[{"role":"user","content":"x"}],"max_tokens":1,"%s":' % name.encode()
+    return head + b'{"a":' * n + b"1" + b"}" * n + b"}"
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b'{"temperature":NaN}', 400), (b'{"temperature":Infinity}', 400),
+        (b'{"temperature":1e999}', 400), (b'{"seed":' + b"9" * 5000 + b"}", 400),
+        (b"\xef\xbb\xbf" + BODY, 400), (BODY + BODY, 400), (b'{"a":"\\ud800"}', 400),
+        (b'{"messages":[],' + BODY[1:], 200),  # of two that have one name the last counts
+        (nested(900, "ignored"), 200), (nested(100_000, "ignored"), 400),
+        (nested(200, "chat_template_kwargs"), 400), (nested(900, "metadata"), 200),
+        (BODY[:-1] + b',"stop":[' + b'"x",' * 9999 + b'"x"]}', 400),
+        (b'{"model":"' + b"m" * 9999 + b'",' + BODY[1:], 404),
+        (b'{"model":"../../etc/passwd",' + BODY[1:], 200),  # with one model, any name means it
+    ],
+)  # fmt: skip
+def test_bodies(local: Running, body: bytes, status: int) -> None:
+    reply = local.http.post(CHAT, content=body)
+    assert reply.status_code == status
+    assert "error" in reply.json() or status == 200
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "zstd", "br", "gzip, identity", "x"])
+def test_compressed_bodies_are_refused_unread(local: Running, encoding: str) -> None:
+    reply = local.http.post(CHAT, content=b"x" * 100, headers={"content-encoding": encoding})
+    assert reply.status_code == 415 and "compressed" in reply.json()["error"]["message"]
+
+
+def test_a_body_that_never_ends_is_cut(local: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "_BODY_SECONDS", 0.3)
+    begun = time.monotonic()
+    for start in (post(b"", length(50)), post(b"5\r\n", CHUNKED)):
+        with connected(local) as connection:
+            connection.sendall(start)
+            connection.sendall(b"{")
+            assert b" 408 " in connection.recv(1 << 16)
+    assert time.monotonic() - begun < 5
+
+
+def test_bodies_together_have_an_end(local: Running) -> None:
+    """Many that are not whole yet take no more than a few of the largest."""
+    opened = []
+    try:
+        for _ in range(3):
+            opened.append(connected(local))
+            opened[-1].sendall(post(b"", length(MIB)))
+            opened[-1].sendall(b" " * (MIB * 9 // 10))
+        assert b" 503 " in opened[-1].recv(1 << 16)
+    finally:
+        for each in opened:
+            each.close()
+    deadline = time.monotonic() + 10
+    while (status := local.http.post(CHAT, content=BODY).status_code) != 200:
+        assert status == 503 and time.monotonic() < deadline
+        time.sleep(0.05)
+    local.http.post(CHAT, content=b" " * (MIB + 1))
+    local.wait_until_idle()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"stream": True, "stream_options": {"include_usage": 5}},
+        {"stream": True, "return_progress": 5},
+        {"keep_alive": "soon", "model": "tiny"},
+        {"echo": 5, "prompt": "x"},
+    ],
+)
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/api/chat"])
+def test_a_wrong_field_holds_nothing(local: Running, path: str, fields: Any) -> None:
+    """What is refused after the model was found gives it back."""
+    body = {"messages": [{"role": "user", "content": "x"}], "prompt": "x", "max_tokens": 1}
+    local.post(path, {**body, **fields, "options": {"num_predict": 1}})
+    local.wait_until_idle()
+    assert local.service.models.served[0].n_users == 0 and local.service._n_open == 0
+
+
+# -- readers and logs -----------------------------------------------------------------------------
+
+
+def test_who_reads_nothing_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its answer, its reply and its socket, even where the system's buffers are full."""
+    monkeypatch.setattr(run, "_KEEP_ALIVE_SECONDS", 0.2)
+    monkeypatch.setattr(connections, "LINGER_SECONDS", 0.3)
+    with running([("tiny", small_model(tmp_path))]) as found:
+        large = json.dumps({"input": "x", "max_output_tokens": 1, "instructions": "",
+                            "metadata": {"a": "x" * (15 * MIB)}}).encode()  # fmt: skip
+        with connected(found) as connection:
+            sent = post(large, length(len(large))).replace(b"chat/completions", b"responses", 1)
+            connection.sendall(sent)
+            deadline = time.monotonic() + 20
+            while not found.server.server_state.connections:
+                time.sleep(0.01)
+            while found.server.server_state.connections:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            found.wait_until_idle()
+
+
+def test_a_log_has_no_words_of_a_prompt(caplog: pytest.LogCaptureFixture) -> None:
+    def fail(prompt: str) -> None:
+        raise KeyError(prompt)
+
+    with caplog.at_level(logging.DEBUG):
+        try:
+            fail(" ".join(("my", "secret")))
+        except KeyError as error:
+            told = ApiError.of(error)
+    assert told.status == 500 and "secret" not in told.message
+    assert "KeyError" in caplog.text and "my secret" not in caplog.text
+    assert "in fail" in caplog.text
+
+
+def test_nothing_is_logged_of_requests(local: Running, caplog: pytest.LogCaptureFixture) -> None:
+    with (
+        caplog.at_level(logging.INFO, logger="edgeinfer"),
+        caplog.at_level(logging.INFO, "uvicorn"),
+    ):
+        assert local.http.post(CHAT, content=BODY).status_code == 200
+        assert local.http.post(CHAT, content=b'{"my secret').status_code == 400
+    assert "secret" not in caplog.text and "hi" not in [r.getMessage() for r in caplog.records]
+
+
+@pytest.mark.parametrize("key", ["plain", "schlüssel", "鍵"])
+def test_keys_of_any_letters(tmp_path: Path, key: str) -> None:
+    with running([("tiny", small_model(tmp_path))], api_keys=(key,)) as found:
+        right = {b"authorization": b"Bearer " + key.encode()}
+        assert found.http.get("/v1/models", headers=right).status_code == 200
+        assert found.http.get("/v1/models", headers={b"x-api-key": b"\xff"}).status_code == 401
