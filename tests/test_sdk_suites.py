@@ -48,7 +48,7 @@ SUITES = [
         {
             "test_responses.py create_with_all_params": "previous_response_id: nothing is stored",
             "responses/test_input_tokens.py count_with_all_params": "previous_response_id",
-            "test_completions.py create_with_all_params": "suffix: no text is filled in",
+            "test_completions.py create_with_all_params": "suffix; echo with logprobs",
             # The client asks for base64, and with strict types takes that for an error.
             "test_embeddings.py create": "base64, as asked for",
             "test_embeddings.py raw_response_create": "base64, as asked for",
