@@ -36,7 +36,7 @@ balance chat_model
 placement
 runtime stream
 watching constraining reasoning_budget embedding
-replying
+replying requesting
 llm inspect_file
 aio bench load remote selftest replay
 server
