@@ -127,16 +127,19 @@ class Engine:
         first: int = 0,
         prefill_chunk: int | None = None,
         batch_with: SequenceOf[SequenceOf[int]] | None = None,
+        overflow: Overflow = "error",
     ) -> None:
         """Call `take(row, logits)` for runs of rows, row 0 being position `first`.
 
         Steps take at most `prefill_chunk` rows of `ids`, beside rows of the `batch_with` lists.
+        Where they slide the first token stays, as that of an answer does.
         """
         lists = (ids, *(batch_with or ()))
         for each in lists:
             check_ids(each, self.n_vocab)
-            check_length(len(each), self.n_ctx)
-        layout = self.layout("error")
+            if overflow == "error":
+                check_length(len(each), self.n_ctx)
+        layout = self.layout(overflow, n_pinned=1)
         job = LogitsJob.of(lists, first, prefill_chunk, self.limits, layout, take)
         self._do(job)
 
