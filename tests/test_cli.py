@@ -159,16 +159,15 @@ def test_perplexity_in_windows(call: Call, path: Path, tmp_path: Path) -> None:
     assert "ppl" in call(*arguments)[1]
 
 
-def test_perplexity_of_the_end_of_a_text_that_slides(call: Call, path: Path, tmp_path: Path) -> None:
+def test_perplexity_where_the_context_slides(call: Call, path: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("a few words of text " * 20)
 
-    def found(*flags: str) -> dict[str, Any]:
+    def found(*flags: str) -> str:
         arguments = ("perplexity", path, text, "--device", "reference", "--json", "--last", "40")
-        result: dict[str, Any] = json.loads(call(*arguments, *flags)[1])
-        return result
+        return call(*arguments, *flags)[1]
 
-    assert found("--slide")["tokens"] == 40
+    assert json.loads(found("--slide"))["tokens"] == 40
     assert found("--slide") != found("--slide", "-c", "128") != found("-c", "128")
     code, _, err = call("perplexity", path, text, "--last", "0")
     assert code == 2 and "--last" in err

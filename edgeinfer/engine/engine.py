@@ -292,8 +292,9 @@ class Engine:
     def _wait_for_work(self) -> bool:
         """False once the engine is closed."""
         scheduler = self._scheduler
-        if not scheduler.has_work:
-            self.delivery.send()
+        if scheduler.has_work:
+            return not self._closed
+        self.delivery.send()
         with self._changed:
             while not (self._closed or scheduler.has_work or self._errands):
                 self._changed.wait()
@@ -305,7 +306,8 @@ class Engine:
             if not self._errands.popleft().run():
                 scheduler.recover()
         scheduler.drop_cancelled()
-        scheduler.pause_unread()
+        if self.delivery.take_full():
+            scheduler.pause_unread()
         scheduler.admit()
         steps = scheduler.next_steps()
         self.delivery.send()  # what the last step has yielded, and what has ended since
@@ -335,8 +337,13 @@ class Engine:
                 self._drafter.follow(parts, outputs)
 
     def _measure(self, parts: list[Rows], seconds: float) -> None:
-        n_decode = sum([part.n for part in parts if part.is_decoding])
-        self._costs.count(n_decode, sum([part.n for part in parts]) - n_decode, seconds)
+        n_decode = n_other = 0
+        for part in parts:
+            if part.is_decoding:
+                n_decode += part.n
+            else:
+                n_other += part.n
+        self._costs.count(n_decode, n_other, seconds)
 
     def _run(self, parts: list[Rows]) -> Outputs:
         """Run one step; its outputs are views that the next step overwrites."""
@@ -345,13 +352,14 @@ class Engine:
         batch = build_batch(parts, samples)
         if self._drafter is not None:
             self._drafter.ask(batch, parts)
-        is_watched = any([part.work.hook is not None for part in parts])
+        works = [part.work for part in parts]
+        is_watched = any([work.hook is not None for work in works])
         if is_watched:
             hooks.ask(batch, parts)
         with self._changed:
-            if self._closed or any([part.work.is_cancelled for part in parts]):
+            if self._closed or any([work.is_cancelled for work in works]):
                 return _NOTHING
-            self._in_step = [part.work for part in parts]
+            self._in_step = works
             self._ticket = ticket = self._program.submit(batch)
         try:
             outputs = ticket.wait()

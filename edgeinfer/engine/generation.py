@@ -71,6 +71,7 @@ class Generation:
         self.sequence: Sequence | None = None  # the engine's, while it runs
         self.next_row: Rows | None = None  # the engine's: of a step in which it decodes
         self.can_guess = request.can_speculate
+        self.n_history, self.n_logprobs = request.params.n_history, request.params.logprobs
         self.drafting = Drafting()  # what the model's own block guesses, where it has one
         self.speculator: Speculator | None = None  # the engine's
         self.n_proposed, self.n_accepted = 0, 0  # tokens guessed, and those that came true

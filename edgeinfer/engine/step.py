@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as SequenceOf
-from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
-from edgeinfer.batch import Batch, Outputs
+from edgeinfer.batch import Batch, Outputs, PageTable
 from edgeinfer.engine.generation import Generation, LogitsJob
 from edgeinfer.engine.sequence import FinishReason, Rows, Sequence, Token
 from edgeinfer.errors import EdgeInferError
@@ -39,36 +39,50 @@ def build_batch(parts: SequenceOf[Rows], samples: SampleTable) -> Batch:
 
     Parts of generations come first, so that theirs are the first rows of logits.
     """
-    ids: list[int] = []
-    pos: list[int] = []
-    seq: list[int] = []
-    wanted: list[int] = []
-    for i, part in enumerate(parts):
+    ids, pos, tables = list[int](), list[int](), list[tuple[PageTable, ...]]()
+    for part in parts:
         sequence, n = part.sequence, part.n
         start = sequence.cache.n_tokens
+        tables.append(sequence.cache.tables)
         if n == 1:  # as most have
             ids.append(sequence.ids[start])
             pos.append(start)
-            seq.append(i)
         else:
             ids += sequence.ids[start : start + n]
             ids += part.drafts
             pos += range(start, start + n)
-            seq += [i] * n
-        wanted += range(len(pos) - part.n_wanted, len(pos))
+    seq, wanted = _seq_and_wanted(parts, len(pos))
     states, kept = _states(parts)
     is_picked = len(wanted) == samples.n_rows > 0
     return Batch(
         ids=np.array(ids, np.int32),
         pos=np.array(pos, np.int64),
-        seq=np.array(seq, np.int32),
-        tables=[part.sequence.cache.tables for part in parts],
-        wanted=np.array(wanted, np.int32),
+        seq=seq,
+        tables=tables,
+        wanted=wanted,
         output="ids" if is_picked else "logits",
         samples=samples if is_picked else None,
         states=states,
         kept=kept,
     )
+
+
+def _seq_and_wanted(
+    parts: SequenceOf[Rows], n_rows: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Whose each row is, and the rows of which outputs are wanted."""
+    n_wanted = [part.n_wanted for part in parts]
+    rows = _FEW[:n_rows] if n_rows <= len(_FEW) else np.arange(n_rows, dtype=np.int32)
+    if n_rows == len(parts) == sum(n_wanted):  # as in most steps: one of each
+        return rows, rows
+    counts = [part.n for part in parts]
+    ends = np.cumsum(counts)
+    is_wanted = ends.repeat(counts) - rows <= np.repeat(n_wanted, counts)
+    return np.arange(len(parts), dtype=np.int32).repeat(counts), rows[is_wanted]
+
+
+_FEW = np.arange(64, dtype=np.int32)
+_FEW.flags.writeable = False  # batches share them
 
 
 def _states(
@@ -89,31 +103,32 @@ def _states(
 def fill_samples(table: SampleTable, parts: SequenceOf[Rows]) -> None:
     """How the token of each wanted row of a generation is picked."""
     table.clear()
-    parts = [part for part in parts if part.n_wanted and isinstance(part.work, Generation)]
-    params = _params(parts)
-    if any([part.drafts or each.n_history for part, each in zip(parts, params, strict=True)]):
-        _fill_one_by_one(table, parts)
-        return
-    sequences = [part.sequence for part in parts]
-    indices = [len(sequence.ids) - sequence.n_prompt for sequence in sequences]
-    table.set_rows(params, indices, [sequence.mu for sequence in sequences])
+    params, indices, mu = list[SamplingParams](), list[int](), list[float | None]()
+    for part in parts:
+        work, sequence = part.work, part.sequence
+        if part.n_wanted and isinstance(work, Generation):
+            params.append(work.request.params)
+            indices.append(len(sequence.ids) - sequence.n_prompt)
+            mu.append(sequence.mu)
+            if part.drafts or work.n_history:
+                _fill_one_by_one(table, parts)
+                return
+    table.set_rows(params, indices, mu)
 
 
 def _fill_one_by_one(table: SampleTable, parts: SequenceOf[Rows]) -> None:
     """Where there are guesses, or tokens before that matter."""
     row = 0
-    for part, params in zip(parts, _params(parts), strict=True):
-        sequence = part.sequence
-        history = part.history(params.n_history)
+    for part in parts:
+        if not isinstance(part.work, Generation):
+            continue
+        sequence, params = part.sequence, part.work.request.params
+        history = part.history(part.work.n_history)
         n_before = len(history) - len(part.drafts)
         for i in range(part.n_wanted):
             index, tokens = sequence.n_generated + i, history[: n_before + i]
             table.set_row(row, params, params.seed or 0, index, tokens, sequence.mu)
             row += 1
-
-
-def _params(parts: SequenceOf[Rows]) -> list[SamplingParams]:
-    return [cast(Generation, part.work).request.params for part in parts]
 
 
 # -- after it ------------------------------------------------------------------------------------
@@ -188,7 +203,7 @@ def _take_token(
         ends.finish(work, "stop", token)
         return
     sequence.ids.append(token)
-    if request.params.logprobs is None:
+    if work.n_logprobs is None:
         work.emit(Token(token, picked.at))
     else:
         ids, logprobs = table.top(row)
