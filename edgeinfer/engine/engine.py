@@ -165,6 +165,10 @@ class Engine:
         layout = self.layout("error")
         return Sessions(self._store, self._program, layout, model, self.n_vocab, self.between_steps)
 
+    def forget(self) -> None:
+        """Give up what is kept of all that has ended."""
+        self.between_steps(self._store.index.clear)
+
     def between_steps(self, action: Callable[[], T]) -> T:
         """Call `action` in the engine's thread while no step runs; what it returns or raises."""
         if threading.current_thread() is self._thread:
