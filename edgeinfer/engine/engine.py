@@ -341,13 +341,8 @@ class Engine:
                 self._drafter.follow(parts, outputs)
 
     def _measure(self, parts: list[Rows], seconds: float) -> None:
-        n_decode = n_other = 0
-        for part in parts:
-            if part.is_decoding:
-                n_decode += part.n
-            else:
-                n_other += part.n
-        self._costs.count(n_decode, n_other, seconds)
+        n_decode = sum([part.n for part in parts if part.is_decoding])
+        self._costs.count(n_decode, sum([part.n for part in parts]) - n_decode, seconds)
 
     def _run(self, parts: list[Rows]) -> Outputs:
         """Run one step; its outputs are views that the next step overwrites."""
