@@ -110,7 +110,8 @@ SETTINGS: dict[str, Any] = dict(
 
 def test_any_graph_gives_the_references_bits() -> None:
     SEEN.clear()
-    settings(max_examples=500, **SETTINGS)(given(MODELS)(check_drawn))()
+    # These see all steps and kernels that 500 do.
+    settings(max_examples=250, **SETTINGS)(given(MODELS)(check_drawn))()
     assert set(get_args(fusion.Step)) == set(SEEN)
 
 

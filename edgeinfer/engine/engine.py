@@ -128,16 +128,19 @@ class Engine:
         first: int = 0,
         prefill_chunk: int | None = None,
         batch_with: SequenceOf[SequenceOf[int]] | None = None,
+        overflow: Overflow = "error",
     ) -> None:
         """Call `take(row, logits)` for runs of rows, row 0 being position `first`.
 
         Steps take at most `prefill_chunk` rows of `ids`, beside rows of the `batch_with` lists.
+        Where they slide the first token stays, as that of an answer does.
         """
         lists = (ids, *(batch_with or ()))
         for each in lists:
             check_ids(each, self.n_vocab)
-            check_length(len(each), self.n_ctx)
-        layout = self.layout("error")
+            if overflow == "error":
+                check_length(len(each), self.n_ctx)
+        layout = self.layout(overflow, n_pinned=1)
         job = LogitsJob.of(lists, first, prefill_chunk, self.limits, layout, take)
         self._check_thread()
         self._queue(job)
@@ -162,6 +165,10 @@ class Engine:
 
         layout = self.layout("error")
         return Sessions(self._store, self._program, layout, model, self.n_vocab, self.between_steps)
+
+    def forget(self) -> None:
+        """Give up what is kept of all that has ended."""
+        self.between_steps(self._store.index.clear)
 
     def between_steps(self, action: Callable[[], T]) -> T:
         """Call `action` in the engine's thread while no step runs; what it returns or raises."""
@@ -290,8 +297,9 @@ class Engine:
     def _wait_for_work(self) -> bool:
         """False once the engine is closed."""
         scheduler = self._scheduler
-        if not scheduler.has_work:
-            self.delivery.send()
+        if scheduler.has_work:
+            return not self._closed
+        self.delivery.send()
         with self._changed:
             while not (self._closed or scheduler.has_work or self._errands):
                 self._changed.wait()
@@ -303,7 +311,8 @@ class Engine:
             if not self._errands.popleft().run():
                 scheduler.recover()
         scheduler.drop_cancelled()
-        scheduler.pause_unread()
+        if self.delivery.take_full():
+            scheduler.pause_unread()
         scheduler.admit()
         steps = scheduler.next_steps()
         self.delivery.send()  # what the last step has yielded, and what has ended since
@@ -343,13 +352,14 @@ class Engine:
         batch = build_batch(parts, samples)
         if self._drafter is not None:
             self._drafter.ask(batch, parts)
-        is_watched = any([part.work.hook is not None for part in parts])
+        works = [part.work for part in parts]
+        is_watched = any([work.hook is not None for work in works])
         if is_watched:
             hooks.ask(batch, parts)
         with self._changed:
-            if self._closed or any([part.work.is_cancelled for part in parts]):
+            if self._closed or any([work.is_cancelled for work in works]):
                 return _NOTHING
-            self._in_step = [part.work for part in parts]
+            self._in_step = works
             self._ticket = ticket = self._program.submit(batch)
         try:
             failed = fill_masks(masked)  # which takes no time where a device runs meanwhile

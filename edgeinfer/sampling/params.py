@@ -283,6 +283,7 @@ class SampleTable:
         self._params: list[SamplingParams | None] = [None] * max_rows  # whose words a row has
         self._histories: list[NDArray[np.int32]] = [_EMPTY] * max_rows
         self._given: list[SampleRow | None] = [None] * max_rows  # once somebody has asked
+        self._has_mirostat = False  # whether any row ever had: else nobody reads `mu`
         self._seeds = self.rows["seed"].view(np.uint64)
         self._indices, self._mus = self.rows["index"], self.rows["mu"]
         self._arguments = np.zeros(1, ARRAYS)
@@ -325,6 +326,7 @@ class SampleTable:
             address = tokens.ctypes.data
         mu = 2.0 * params.mirostat_tau if mu is None else mu
         if self._params[i] is not params:
+            self._has_mirostat = self._has_mirostat or params.mirostat != 0
             self._params[i] = None  # what a fault cuts short is written anew
             self._words[i, : len(_STATIC)] = params.words
         at = i * ROW.itemsize + 8 * len(_STATIC)
@@ -345,10 +347,11 @@ class SampleTable:
                 self.set_row(i, each, each.seed or 0, indices[i], _EMPTY, mu[i])
         self._given[:n] = [None] * n
         self._indices[:n] = indices
-        self._mus[:n] = [
-            2.0 * each.mirostat_tau if of_row is None else of_row
-            for each, of_row in zip(params, mu, strict=True)
-        ]
+        if self._has_mirostat:
+            self._mus[:n] = [
+                2.0 * each.mirostat_tau if of_row is None else of_row
+                for each, of_row in zip(params, mu, strict=True)
+            ]
         self.n_rows = n
 
     def masks(self, start: int, n: int, n_vocab: int) -> NDArray[np.uint32]:

@@ -6,6 +6,7 @@ travels as pieces in which the spellings of control tokens are marked.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -51,8 +52,8 @@ class AnswerText:
     splitter: ReasoningSplitter | None
     finder: FindsCalls | None
     stop: str | None = None
-    _text: list[str] = field(default_factory=list)
-    _reasoning: list[str] = field(default_factory=list)
+    _text: io.StringIO = field(default_factory=io.StringIO)  # a byte of memory for most letters
+    _reasoning: io.StringIO = field(default_factory=io.StringIO)
 
     @classmethod
     def open(
@@ -74,11 +75,11 @@ class AnswerText:
 
     @property
     def text(self) -> str:
-        return "".join(self._text)
+        return self._text.getvalue()
 
     @property
     def reasoning(self) -> str:
-        return "".join(self._reasoning)
+        return self._reasoning.getvalue()
 
     @property
     def tool_calls(self) -> tuple[ToolCall, ...]:
@@ -130,8 +131,9 @@ class AnswerText:
         if is_last and self.finder is not None:
             found += self.finder.end(was_cut)
         deltas = _merged(found)
-        self._reasoning += [delta.reasoning for delta in deltas]
-        self._text += [delta.text for delta in deltas]
+        for delta in deltas:
+            self._reasoning.write(delta.reasoning)
+            self._text.write(delta.text)
         return deltas
 
     def _split(self, piece: Piece) -> list[Delta]:
