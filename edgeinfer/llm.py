@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeinfer import platform, requesting, runtime, watching
-from edgeinfer.engine.engine import close_first_at_exit
 from edgeinfer.engine.generation import check_length
 from edgeinfer.engine.memory_plan import MemoryPlan
+from edgeinfer.engine.process_end import close_first_at_exit
 from edgeinfer.errors import ClosedError, InvalidRequestError, PlanError
 from edgeinfer.options import LoadOptions, Sampling, Unpack
 from edgeinfer.parameters import ANSWER, LOGITS, TEXT, checked, id_list, shown

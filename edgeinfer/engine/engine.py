@@ -5,12 +5,10 @@ Sees token ids only; knows nothing of text, files or devices.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import os
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
@@ -20,7 +18,7 @@ import numpy as np
 
 from edgeinfer.backend import Program, Ticket
 from edgeinfer.batch import Outputs, StepLimits
-from edgeinfer.engine import hooks
+from edgeinfer.engine import hooks, process_end
 from edgeinfer.engine.cache import CacheLayout, Overflow, PagePool
 from edgeinfer.engine.cache_store import CacheStore
 from edgeinfer.engine.delivery import Delivery
@@ -87,7 +85,7 @@ class Engine:
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._loop, name="edgeinfer-engine", daemon=True)
         self._thread.start()
-        _engines.add(self)
+        process_end.tell(self)
 
     # -- any thread ------------------------------------------------------------------------------
 
@@ -387,27 +385,3 @@ class Engine:
 _NOTHING = Outputs(
     np.empty((0, 0), np.float32), np.empty((0, 0), np.float32), np.empty(0, np.int32), aborted=True
 )
-
-# NOTE: the only module state; the interpreter's exit and fork have no other way to find engines.
-_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
-
-
-def _close_engines() -> None:
-    for engine in list(_engines):
-        engine.close(timeout=2.0, is_exit=True)
-
-
-def close_first_at_exit() -> None:
-    """Before all that was registered for the exit until now, as what engines run on may be."""
-    atexit.unregister(_close_engines)
-    atexit.register(_close_engines)
-
-
-def _mark_forked() -> None:
-    for engine in list(_engines):
-        engine.mark_forked()
-
-
-close_first_at_exit()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_mark_forked)

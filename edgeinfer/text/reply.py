@@ -6,7 +6,6 @@ travels as pieces in which the spellings of control tokens are marked.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -52,8 +51,8 @@ class AnswerText:
     splitter: ReasoningSplitter | None
     finder: FindsCalls | None
     stop: str | None = None
-    _text: io.StringIO = field(default_factory=io.StringIO)  # a byte of memory for most letters
-    _reasoning: io.StringIO = field(default_factory=io.StringIO)
+    _text: list[str] = field(default_factory=list)
+    _reasoning: list[str] = field(default_factory=list)
 
     @classmethod
     def open(
@@ -75,11 +74,11 @@ class AnswerText:
 
     @property
     def text(self) -> str:
-        return self._text.getvalue()
+        return "".join(self._text)
 
     @property
     def reasoning(self) -> str:
-        return self._reasoning.getvalue()
+        return "".join(self._reasoning)
 
     @property
     def tool_calls(self) -> tuple[ToolCall, ...]:
@@ -131,9 +130,8 @@ class AnswerText:
         if is_last and self.finder is not None:
             found += self.finder.end(was_cut)
         deltas = _merged(found)
-        for delta in deltas:
-            self._reasoning.write(delta.reasoning)
-            self._text.write(delta.text)
+        _extend(self._reasoning, [delta.reasoning for delta in deltas])
+        _extend(self._text, [delta.text for delta in deltas])
         return deltas
 
     def _split(self, piece: Piece) -> list[Delta]:
@@ -150,6 +148,16 @@ class AnswerText:
         if self.finder is not None:
             return found + self.finder.push(text)
         return found + ([Delta(text=text)] if text else [])
+
+
+def _extend(parts: list[str], more: list[str]) -> None:
+    """Append; many are joined, as one takes 60 bytes beside its letters."""
+    parts += more
+    if len(parts) > _MOST_PARTS:
+        parts[:] = ["".join(parts)]
+
+
+_MOST_PARTS = 1024
 
 
 def _merged(deltas: Iterable[Delta]) -> list[Delta]:
