@@ -26,7 +26,7 @@ from edgeinfer.parameters import ANSWER, LOGITS, TEXT, checked, id_list, shown
 from edgeinfer.replying import Reading, chosen_tools, reading
 from edgeinfer.results import Completion
 from edgeinfer.runtime import Runtime
-from edgeinfer.sampling.params import recommended
+from edgeinfer.sampling.recommended import recommended
 from edgeinfer.stream import Stream, items, run_all
 from edgeinfer.text.messages import Conversation, Message
 from edgeinfer.text.prompt import Prompt, chat_prompt

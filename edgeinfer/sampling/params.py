@@ -7,44 +7,19 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from edgeinfer.errors import InvalidModelError, InvalidRequestError
+from edgeinfer.errors import InvalidRequestError
 from edgeinfer.parameters import MAX_LOGPROBS, SAMPLING, checked
+from edgeinfer.sampling.recommended import recommended
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-# Names under `general.sampling.` that differ from ours. The order of samplers is fixed here.
-_FILE_NAMES = {
-    "temp": "temperature",
-    "penalty_last_n": "repeat_last_n",
-    "penalty_repeat": "repeat_penalty",
-}
-_FILE_PREFIX = "general.sampling."
-
-
-def recommended(model_defaults: Mapping[str, Any], *, but: Container[str] = ()) -> dict[str, Any]:
-    """A file's `general.sampling.*` values, with or without that prefix, by our names.
-
-    Those named in `but` are neither read nor checked; raises InvalidModelError for others.
-    """
-    values = {}
-    for key, value in model_defaults.items():
-        bare = key.removeprefix(_FILE_PREFIX)
-        name = _FILE_NAMES.get(bare, bare)
-        if name in SAMPLING and name not in but:
-            try:
-                values[name] = SAMPLING[name].check(value)
-            except InvalidRequestError as error:
-                raise InvalidModelError(str(error), field=_FILE_PREFIX + bare) from None
-    return values
-
 
 _DEFAULTS = {name: parameter.default for name, parameter in SAMPLING.items()}
 
