@@ -1,6 +1,6 @@
 """Clients that people use, each in a conversation with a tool: a call, its result, an answer.
 
-And those that ask for embeddings.
+And those that ask for answers of a type, or for embeddings.
 """
 
 from __future__ import annotations
@@ -161,6 +161,114 @@ def test_a_client_calls_a_tool(served: Running, python: str, tmp_path: Path, nam
     assert len(prompts) == 2 and (name == "instructor" or "sunny" in prompts[1])
 
 
+# A model that knows nothing answers: whatever it says is of the type, or the client raises.
+VERDICT = """
+from typing import Literal
+from pydantic import BaseModel, ConfigDict
+
+class Verdict(BaseModel):
+    model_config = ConfigDict(extra="forbid")  # or whoever knows nothing adds to it without end
+    kind: Literal["yes", "no"]
+    is_sure: bool
+
+def check(found):
+    assert isinstance(found, Verdict), found
+"""
+STRUCTURE = {
+    "langchain-openai": """
+from langchain_openai import ChatOpenAI
+for is_responses in (False, True):
+    model = ChatOpenAI(
+        model="m", base_url=URL + "/v1", api_key="x", use_responses_api=is_responses
+    )
+    for method in ("json_schema", "function_calling"):
+        check(model.with_structured_output(Verdict, method=method).invoke("Is it?"))
+    check(model.with_structured_output(Verdict, method="function_calling", strict=True).invoke("?"))
+""",
+    "langchain-anthropic": """
+from langchain_anthropic import ChatAnthropic
+model = ChatAnthropic(model="m", base_url=URL, api_key="x")
+for method in ("function_calling", "json_schema"):
+    check(model.with_structured_output(Verdict, method=method).invoke("Is it?"))
+""",
+    "langchain-ollama": """
+from langchain_ollama import ChatOllama
+model = ChatOllama(model="m", base_url=URL)
+check(model.with_structured_output(Verdict).invoke("Is it?"))
+""",
+    "litellm": """
+import litellm
+litellm.enable_json_schema_validation = True
+messages = [{"role": "user", "content": "Is it?"}]
+for model, base in (("openai/m", URL + "/v1"), ("ollama_chat/m", URL)):
+    found = litellm.completion(
+        model=model, api_base=base, api_key="x", messages=messages, response_format=Verdict
+    )
+    check(Verdict.model_validate_json(found.choices[0].message.content))
+""",
+    "openai-agents": """
+import asyncio
+from agents import (
+    Agent, ModelSettings, OpenAIChatCompletionsModel, OpenAIResponsesModel, Runner, function_tool,
+    set_tracing_disabled,
+)
+from openai import AsyncOpenAI
+set_tracing_disabled(True)
+called = []
+
+@function_tool
+def weather(city: Literal["Rome", "Paris"]) -> str:
+    called.append(city)
+    return "sunny"
+
+client = AsyncOpenAI(base_url=URL + "/v1", api_key="x")
+for kind in (OpenAIResponsesModel, OpenAIChatCompletionsModel):
+    settings, model = ModelSettings(tool_choice="required"), kind("m", client)
+    agent = Agent("a", tools=[weather], model=model, output_type=Verdict, model_settings=settings)
+    check(asyncio.run(Runner.run(agent, "Is it?", max_turns=50)).final_output)
+    assert called.pop()
+""",
+    "pydantic-ai": """
+from pydantic_ai import Agent, NativeOutput
+from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
+from pydantic_ai.providers.openai import OpenAIProvider
+provider = OpenAIProvider(base_url=URL + "/v1", api_key="x")
+for kind in (OpenAIChatModel, OpenAIResponsesModel):
+    for output in (Verdict, NativeOutput(Verdict)):
+        check(Agent(kind("m", provider=provider), output_type=output).run_sync("Is it?").output)
+""",
+    "instructor": """
+import instructor, openai
+bare = openai.OpenAI(base_url=URL + "/v1", api_key="x")
+for mode in ("TOOLS", "TOOLS_STRICT", "JSON_SCHEMA"):
+    client = instructor.from_openai(bare, mode=instructor.Mode[mode])
+    messages = [{"role": "user", "content": "Is it?"}]
+    check(client.chat.completions.create(
+        model="m", messages=messages, response_model=Verdict, max_retries=0
+    ))
+""",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def random_answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    path = small_model(tmp_path_factory.mktemp("structure"))
+    with running([("tiny", path)], load={"device": "cpu", "slots": 2, "n_ctx": 2048}) as found:
+        yield found
+
+
+@pytest.mark.parametrize("name", STRUCTURE)
+def test_a_client_asks_for_a_type(
+    random_answers: Running, python: str, tmp_path: Path, name: str
+) -> None:
+    script = tmp_path / "ask.py"
+    source = f"URL = {random_answers.url!r}\n{VERDICT}{STRUCTURE[name]}print('done')\n"
+    script.write_text(source, encoding="utf-8")
+    done = subprocess.run([python, script], env=QUIET, capture_output=True, text=True, timeout=120)
+    print(done.stderr[-3000:], file=sys.stderr)
+    assert done.stdout.strip() == "done"
+
+
 EMBEDDING = {
     "langchain-openai": """
 from langchain_openai import OpenAIEmbeddings
@@ -179,6 +287,10 @@ import litellm
 asked = dict(api_base=URL + "/v1", api_key="x", encoding_format="float")
 reply = litellm.embedding(model="openai/m", input=TEXTS, **asked)
 found = [each["embedding"] for each in reply.data]
+""",
+    "ollama": """
+import ollama
+found = [list(each) for each in ollama.Client(URL).embed("m", TEXTS).embeddings]
 """,
     "litellm ollama": """
 import litellm

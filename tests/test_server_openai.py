@@ -168,7 +168,7 @@ def test_what_clients_send_that_means_nothing_here_is_ignored(server: Running) -
     body = {
         "messages": HI, "max_completion_tokens": 2, "store": True, "metadata": {"a": "b"},
         "user": "u", "service_tier": "auto", "prediction": None, "prompt_cache_key": "k",
-        "verbosity": "low", "web_search_options": {}, "modalities": ["text"], "stop": None,
+        "verbosity": "low", "web_search_options": {}, "modalities": ["text"], "stop": [""],
         "response_format": {"type": "text"}, "parallel_tool_calls": True, "unknown": [1],
         "tools": [], "logit_bias": {"5": -100}, "top_k": 40.0, "frequency_penalty": 0,
         "chat_template_kwargs": {"x": 1}, "reasoning_effort": "low", "audio": None,
@@ -181,13 +181,15 @@ def test_what_clients_send_that_means_nothing_here_is_ignored(server: Running) -
 
 def test_texts_streamed_and_whole(server: Running, client: OpenAI) -> None:
     asked: Any = {"model": "x", "prompt": ["a", "bc"], "max_tokens": 5, "seed": 1, "echo": True}
-    whole = client.completions.create(**asked, logprobs=2)
+    whole = client.completions.create(**asked)
     texts = ["", ""]
     for chunk in client.completions.create(**asked, stream=True):
         texts[chunk.choices[0].index] += chunk.choices[0].text
     assert texts == [choice.text for choice in whole.choices]
     assert texts[0].startswith("a") and texts[1].startswith("bc")
-    logprobs = whole.choices[0].logprobs
+    with pytest.raises(openai.BadRequestError, match="echo with logprobs"):
+        client.completions.create(**asked, logprobs=2)
+    logprobs = client.completions.create(**{**asked, "echo": False}, logprobs=2).choices[0].logprobs
     assert logprobs is not None and logprobs.tokens is not None and len(logprobs.tokens) == 5
     for body in ({"prompt": [65, 66], "max_tokens": 1}, {"prompt": [[65], [66]], "max_tokens": 1}):
         reply = server.post("/v1/completions", body)

@@ -44,6 +44,14 @@ class Completions:
         body = await read_fields(http, self._service.limits.most_body)
         request = read_request(body)
         is_streamed, has_echo = body.flag("stream"), body.flag("echo")
+        if has_echo and "logprobs" in body:
+            raise ApiError(
+                400,
+                "echo with logprobs is not supported: those of a prompt's tokens are not told; "
+                "leave out one of the two",
+                param="echo",
+                code="unsupported",
+            )
         has_usage = body.object("stream_options").flag("include_usage")
         answer = await self._service.answer(request)
         shape = _Shape(answer, request, has_echo, "logprobs" in body)

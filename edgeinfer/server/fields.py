@@ -83,8 +83,12 @@ class Fields:
         """Keywords of an answer, from the fields that an API names them by."""
         given = {names[name]: self._values[name] for name in names if name in self}
         found = {keyword: _whole(keyword, value) for keyword, value in given.items()}
-        if isinstance(found.get("stop"), list) and len(found["stop"]) > _MOST_STOPS:
-            raise ApiError(400, f"at most {_MOST_STOPS} stop texts work", param="stop")
+        if isinstance(stops := found.get("stop"), list):
+            if len(stops) > _MOST_STOPS:
+                raise ApiError(400, f"at most {_MOST_STOPS} stop texts work", param="stop")
+            found["stop"] = [each for each in stops if each != ""]  # a form that was left empty
+        if found.get("stop") in ("", []):
+            del found["stop"]
         seed = found.get("seed")
         if isinstance(seed, int) and seed < 0:  # -1 asks for any; elsewhere integers have signs
             found["seed"] = None if seed == -1 else seed % _SEEDS

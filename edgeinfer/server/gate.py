@@ -156,7 +156,9 @@ def _cors(request: Request) -> list[tuple[bytes, bytes]]:
 
 
 def _bare(path: str) -> str:
-    """/v1/models/ and /models are one; so is what clients make of a base URL with /v1."""
+    """/v1/models/ and /models are one; so is what clients make of base URLs with these."""
+    while "//" in path:
+        path = path.replace("//", "/")
     while path.startswith("/v1/") or path == "/v1":
         path = path[3:] or "/"
     return path.rstrip("/") or "/"

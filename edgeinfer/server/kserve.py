@@ -209,8 +209,6 @@ def _sampling(*given: Fields) -> Json:
     found: Json = {"max_tokens": _USUAL_TOKENS}
     for each in given:
         found |= each.sampling(_FIELDS)
-    if found.get("stop") in ("", []):
-        del found["stop"]
     return found
 
 

@@ -92,8 +92,6 @@ def _error_frame(error: ApiError) -> bytes:
 
 def read_request(body: Fields) -> Request:
     sampling = body.sampling(_SAMPLING)
-    if not sampling.get("stop"):
-        sampling.pop("stop", None)
     messages: list[Json] = []
     if system := _system(body):
         messages.append({"role": "system", "content": system})

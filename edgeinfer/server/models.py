@@ -28,6 +28,7 @@ _USUAL_SLOTS = (4, 2, 1)  # contexts at full length, as many as need no shorter 
 _IDLE_SECONDS = 60.0  # that a request waits for another model's answers to end
 _LOOK_SECONDS = 0.05
 _LONGEST_NAME = 256  # characters
+_SERVER_BYTES = 24 << 20  # beside models: many connections, and what reads grammars
 _MOST_UNLOADS = 64  # tries to make room for one model
 
 
@@ -99,7 +100,7 @@ class Models:
         budget = load.get("memory")
         self._budget = None
         if budget is not None:
-            self._budget = parse_memory(budget, platform.available_memory())
+            self._budget = parse_memory(budget, platform.available_memory()) - _SERVER_BYTES
 
     def find(self, name: str) -> ServedModel:
         """The one that a request names; where one is served, any name means it."""

@@ -177,8 +177,6 @@ def read_generate(body: Fields) -> Request:
 def _sampling(body: Fields) -> dict[str, Any]:
     options = body.object("options")
     found = options.sampling({**SAMPLING, "stop": "stop", "num_predict": "max_tokens"})
-    if not found.get("stop"):
-        found.pop("stop", None)
     most = found.get("max_tokens")
     if isinstance(most, int) and most <= 0:  # -1 and -2: no limit
         del found["max_tokens"]

@@ -50,8 +50,6 @@ def envelope(error: ApiError) -> Json:
 def sampling_of(body: Fields, *most_tokens: str) -> dict[str, Any]:
     """Sampling keywords; the first of the fields `most_tokens` that is there limits an answer."""
     found = body.sampling({**SAMPLING, "stop": "stop"})
-    if found.get("stop") in ("", []):
-        del found["stop"]
     limits = [body.get(name) for name in most_tokens if name in body]
     if limits and limits[0] != -1:
         found["max_tokens"] = limits[0] or 1  # no answer has less
