@@ -96,7 +96,8 @@ class Batch:
     ids: NDArray[np.int32]  # (T,)
     pos: NDArray[np.int64]  # (T,) absolute positions
     seq: NDArray[np.int32]  # (T,) index into `tables`
-    tables: list[tuple[PageTable, ...]]  # of a sequence, one for each cache group of the segment
+    # Of a sequence, one for each cache group of the segment; another page is in another table.
+    tables: list[tuple[PageTable, ...]]
     wanted: NDArray[np.int32]  # (R,) rows whose output is asked for, ascending
     output: OutputKind = "logits"
     hidden: NDArray[np.float32] | None = None  # (T, D)

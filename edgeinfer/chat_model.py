@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from types import TracebackType
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from types import TracebackType
-
-    from edgeinfer.engine.memory_plan import MemoryPlan
-    from edgeinfer.results import Completion, Event
-    from edgeinfer.text.messages import Message
+from edgeinfer.engine.memory_plan import MemoryPlan
+from edgeinfer.results import Completion, Event
+from edgeinfer.text.messages import Message
 
 
 class ChatStream(Protocol):

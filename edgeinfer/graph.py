@@ -15,6 +15,7 @@ from dataclasses import replace
 from edgeinfer import draft
 from edgeinfer.draft import Draft
 from edgeinfer.errors import InvalidModelError
+from edgeinfer.hparams import Hparams
 from edgeinfer.model_reader import Heads, ModelReader, without_leading_ones
 from edgeinfer.ops import (
     KV,
@@ -31,7 +32,6 @@ from edgeinfer.ops import (
     ExpertSum,
     Gain,
     GatingKind,
-    Hparams,
     KVType,
     Linear,
     Mul,

@@ -6,45 +6,38 @@ Knows nothing of terminals or command lines.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeinfer import platform, runtime, watching
-from edgeinfer.batch import PAGE
-from edgeinfer.engine.cache import LEAST_SLIDING
-from edgeinfer.engine.engine import close_first_at_exit
+from edgeinfer import platform, requesting, runtime, watching
 from edgeinfer.engine.generation import check_length
 from edgeinfer.engine.memory_plan import MemoryPlan
-from edgeinfer.engine.sequence import Request
+from edgeinfer.engine.process_end import close_first_at_exit
 from edgeinfer.errors import ClosedError, InvalidRequestError, PlanError
 from edgeinfer.options import LoadOptions, Sampling, Unpack
-from edgeinfer.parameters import ANSWER, LOGITS, REQUEST, TEXT, checked, id_list, shown
+from edgeinfer.parameters import ANSWER, LOGITS, TEXT, checked, id_list, shown
 from edgeinfer.replying import Reading, chosen_tools, reading
 from edgeinfer.results import Completion
 from edgeinfer.runtime import Runtime
-from edgeinfer.sampling.params import SamplingParams, breaker_tokens, recommended
+from edgeinfer.sampling.recommended import recommended
 from edgeinfer.stream import Stream, items, run_all
 from edgeinfer.text.messages import Conversation, Message
 from edgeinfer.text.prompt import Prompt, chat_prompt
 from edgeinfer.text.reply import AnswerText
 from edgeinfer.text.template_engine import TemplateEngine
-from edgeinfer.text.tokenizer import TooManyTokens
 
 if TYPE_CHECKING:
     from edgeinfer.constraining import Grammars
     from edgeinfer.engine.constraint import Constraint
     from edgeinfer.engine.session import Sessions
     from edgeinfer.text.grammar import Grammar
-
-_COUNTED_BEYOND = 1 << 16  # tokens that an error may count beyond the context: 0.2 s
 
 
 class LLM:
@@ -110,7 +103,7 @@ class LLM:
     def stream(self, prompt: str | Sequence[int], **sampling: Unpack[Sampling]) -> Stream:
         """`generate`, as events while it runs."""
         given = checked("stream", sampling, ANSWER)
-        ids = self._prompt_ids(prompt, given)
+        ids = requesting.prompt_ids(self._open(), prompt, given)
         start = Prompt(ids, 1, 0, n_stable=given.get("n_stable", 0))
         return self._submit(start, given, Reading(None, None, _grammar(given)))
 
@@ -164,14 +157,14 @@ class LLM:
         chat = Conversation.of(messages, tools, template_args)
         choice = chosen_tools(chat.tools, tool_choice, parallel_tool_calls)
         chat = chat._replace(tools=choice.told if choice is not None else [])
-        with self._counting():
+        with requesting.counting(opened):
             prompt = chat_prompt(
                 opened.tokenizer,
                 opened.template,
                 chat,
                 overflow=given.get("overflow", "error"),
                 n_ctx=self.n_ctx,
-                most=self._most_tokens(given),
+                most=requesting.most_tokens(opened, given),
                 n_stable=given.get("n_stable", 0),
                 has_borders=bool(opened.segment.states) or any(opened.segment.groups),
             )
@@ -343,32 +336,7 @@ class LLM:
         self._runtime.engine.check_alive()
         return self._runtime
 
-    def _prompt_ids(self, prompt: str | Sequence[int], given: dict[str, Any]) -> list[int]:
-        most = self._most_tokens(given)
-        if isinstance(prompt, str):
-            with self._counting():
-                return self._open().tokenizer.encode(prompt, parse_special=True, most=most)
-        fits = None if most is None else partial(check_length, n_ctx=self.n_ctx, n_answer=1)
-        return id_list(prompt, "prompt", fits)
-
-    def _most_tokens(self, given: dict[str, Any]) -> int | None:
-        """How far a prompt is counted: what can't fit is refused before all of it is tokens."""
-        return None if given.get("overflow") == "slide" else self.n_ctx + _COUNTED_BEYOND
-
-    @contextmanager
-    def _counting(self) -> Iterator[None]:
-        """What has more tokens than are counted does not fit."""
-        try:
-            yield
-        except TooManyTokens as error:
-            check_length(error.at_least, self.n_ctx, is_least=True)
-
-    def _submit(
-        self,
-        prompt: Prompt,
-        given: dict[str, Any],
-        read: Reading,
-    ) -> Stream:
+    def _submit(self, prompt: Prompt, given: dict[str, Any], read: Reading) -> Stream:
         opened, grammar = self._open(), read.grammar
         tokenizer, stop, is_exact = opened.tokenizer, given.get("stop", ()), grammar is not None
         answer = AnswerText.open(tokenizer, stop, read.splitter, read.finder, is_exact=is_exact)
@@ -377,24 +345,10 @@ class LLM:
             constraint = self._grammars.compile(grammar, tokenizer)
         if read.limit is not None:
             constraint = read.limit(constraint)
-        request = Request(
-            ids=tuple(prompt.ids),
-            params=self._params(given),
-            max_tokens=given.get("max_tokens"),
-            overflow=self._cache_overflow(given.get("overflow", "error"), len(prompt.ids)),
-            stop_ids=self._stop_ids(given.get("stop_token_ids", frozenset())),
-            n_pinned=given.get("n_keep", prompt.n_pinned),
-            borders=prompt.borders,
-            n_stable=prompt.n_stable,
-            priority=given.get("priority", 0),
-            hook=watching.hook_of(given, opened),
-            speculation=given.get("speculation", opened.plan.limits.row_cost < 1),
-            constraint=constraint,
-        )
-        generation = opened.engine.submit(request)
+        request = requesting.request_of(opened, prompt, given, constraint)
         return Stream(
-            generation,
-            opened.tokenizer,
+            opened.engine.submit(request),
+            tokenizer,
             answer,
             model=self.name,
             load_s=opened.load_s,
@@ -407,37 +361,6 @@ class LLM:
         from edgeinfer.constraining import Grammars  # most programs need none
 
         return Grammars()
-
-    def _stop_ids(self, given: frozenset[int]) -> frozenset[int]:
-        tokenizer = self._open().tokenizer
-        unknown = [id for id in given if id >= tokenizer.n_vocab]
-        if unknown:
-            raise InvalidRequestError(
-                f"stop_token_ids names {min(unknown)}; the vocabulary has 0 .. "
-                f"{tokenizer.n_vocab - 1}",
-                param="stop_token_ids",
-            )
-        return given | frozenset(tokenizer.eog_ids)
-
-    def _cache_overflow(self, overflow: str, n_tokens: int) -> Literal["error", "slide"]:
-        """What the cache does when it is full; turns were dropped before, where that was asked."""
-        can_slide = self.n_ctx >= LEAST_SLIDING
-        # What slides holds whole pages: a prompt that it would cut short does not slide.
-        fits = n_tokens < self.n_ctx // PAGE * PAGE
-        if overflow == "slide" or (overflow == "drop-turns" and can_slide and fits):
-            return "slide"
-        return "error"
-
-    def _params(self, given: dict[str, Any]) -> SamplingParams:
-        opened = self._open()
-        sampling = {name: value for name, value in given.items() if name not in REQUEST}
-        params = SamplingParams.resolve(sampling, opened.model.sampling)
-        if not params.has_dry:
-            return params
-        tokenizer = opened.tokenizer
-        pieces = [tokenizer.piece(id) for id in range(tokenizer.n_vocab)]
-        found = breaker_tokens(params.dry_sequence_breakers, pieces, tokenizer.encode)
-        return params.with_breakers(found)
 
 
 def _sessions(opened: Runtime) -> Sessions:

@@ -11,7 +11,8 @@ from dataclasses import replace
 from typing import NamedTuple, NoReturn
 
 from edgeinfer.errors import InvalidModelError, UnsupportedModelError
-from edgeinfer.ops import KV, Hparams
+from edgeinfer.hparams import Hparams
+from edgeinfer.ops import KV
 from edgeinfer.quant import Weight
 from edgeinfer.rope import FREQS, LONG, SHORT, Rope, RopeKind, RopeReader
 from edgeinfer.settings import Settings

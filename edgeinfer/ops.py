@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol, TypeAlias
 
+from edgeinfer.hparams import Hparams
 from edgeinfer.quant import Weight
 from edgeinfer.rope import Rope
 
@@ -21,16 +22,6 @@ KVType: TypeAlias = Literal["f16", "q8_0", "q4_0"]
 
 KV_BLOCK = 32  # values of a head that share a scale, in types that have one
 HADAMARD = 64  # the order of the transform; heads that are no multiple of it are stored as they are
-
-
-class Hparams(NamedTuple):
-    """The numbers that every model has; all others are its model file's affair."""
-
-    architecture: str
-    n_layers: int
-    dim: int
-    vocab_size: int
-    n_ctx_train: int
 
 
 class KV(NamedTuple):

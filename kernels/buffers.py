@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from edgeinfer.fusion import Matmul, Step, parts_of
+from edgeinfer.fused_ops import Matmul, Step
+from edgeinfer.fusion import parts_of
 from edgeinfer.graph import Embed, ExpertLinear, Linear, Segment, Value
 from edgeinfer.ops import named_inputs
 from edgeinfer.quant import Weight

@@ -263,7 +263,7 @@ def test_an_aborted_step_says_so_and_the_next_one_is_right(
 def test_arrays_may_change_once_a_step_was_submitted(
     program: Any, expected: NDArray[np.float32]
 ) -> None:
-    """Those of the batch, and page tables in place, as the engine edits them."""
+    """Those of the batch, and those of page tables that are given anew."""
     pages = np.array([4, 5, 6], np.int32)
     batch = batch_of(IDS)
     batch.tables = [(PageTable(pages, 0, 3),)]

@@ -168,6 +168,19 @@ def test_steps_of_a_model_with_states_are_timed(tmp_path: Path) -> None:
         assert step_seconds(llm.runtime, [1, 4], 40, 1).keys() == {1, 4}
 
 
+@pytest.mark.parametrize("arch", ["llama", "qwen35"])
+def test_what_is_measured_overwrites_no_conversation(tmp_path: Path, arch: str) -> None:
+    path = tiny_model(tmp_path, arch=arch, n_layers=4)
+    with LLM(path, n_ctx=200, device="reference") as llm:
+
+        def answer() -> tuple[int, ...]:
+            return llm.generate(list(range(3, 80)), max_tokens=8, temperature=0.0).token_ids
+
+        before = answer()
+        step_seconds(llm.runtime, [1, 4], 70, 1)
+        assert answer() == before
+
+
 def test_sweep_goes_as_deep_as_the_context(path: Path) -> None:
     with LLM(path, n_ctx=600, device="reference") as llm:
         rows = sweep(llm.runtime, 1)

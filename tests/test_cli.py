@@ -159,6 +159,20 @@ def test_perplexity_in_windows(call: Call, path: Path, tmp_path: Path) -> None:
     assert "ppl" in call(*arguments)[1]
 
 
+def test_perplexity_where_the_context_slides(call: Call, path: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("a few words of text " * 20)
+
+    def found(*flags: str) -> str:
+        arguments = ("perplexity", path, text, "--device", "reference", "--json", "--last", "40")
+        return call(*arguments, *flags)[1]
+
+    assert json.loads(found("--slide"))["tokens"] == 40
+    assert found("--slide") != found("--slide", "-c", "128") != found("-c", "128")
+    code, _, err = call("perplexity", path, text, "--last", "0")
+    assert code == 2 and "--last" in err
+
+
 def test_a_model_without_numbers_has_no_perplexity(call: Call, tmp_path: Path) -> None:
     model, text = tiny_model(tmp_path, quant="F32"), tmp_path / "text.txt"
     text.write_text("a few words of text")

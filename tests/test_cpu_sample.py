@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from edgeinfer.kernels.cpu import layout
 from edgeinfer.parameters import SAMPLING
+from edgeinfer.sampling.exact_math import exp, sum_vocabulary
 from edgeinfer.sampling.params import (
     Sampled,
     SampleRow,
@@ -21,7 +22,7 @@ from edgeinfer.sampling.params import (
     SamplingParams,
     mask_words,
 )
-from edgeinfer.sampling.sampler import _Candidates, exp, sample_reference, sum_vocabulary
+from edgeinfer.sampling.sampler import _Candidates, sample_reference
 from tests import native
 
 from .test_sampling import VOCABULARIES

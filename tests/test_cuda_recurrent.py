@@ -10,7 +10,8 @@ import pytest
 from numpy.typing import NDArray
 
 from edgeinfer.batch import Batch, PageTable, StepLimits, StepRequest
-from edgeinfer.fusion import Convs, SiluConv, fuse
+from edgeinfer.fused_ops import Convs, SiluConv
+from edgeinfer.fusion import fuse
 from edgeinfer.graph import KV, Conv, DeltaNet, Pairing, Segment, Value
 from edgeinfer.kernels.cuda.kernel import Kernel
 from edgeinfer.kernels.reference.functions import silu

@@ -12,7 +12,8 @@ import pytest
 from edgeinfer import fusion
 from edgeinfer.batch import StepRequest
 from edgeinfer.errors import UnsupportedModelError
-from edgeinfer.fusion import Matmuls, PinnedAttention, RotatedAttention, Step, SwiGlu, fuse
+from edgeinfer.fused_ops import Matmuls, PinnedAttention, RotatedAttention, Step, SwiGlu
+from edgeinfer.fusion import fuse
 from edgeinfer.graph import (
     KV,
     Activation,

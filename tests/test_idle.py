@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 
 from edgeinfer.batch import StepLimits
+from edgeinfer.errors import ClosedError
 from edgeinfer.gguf import GGUFFile
 from edgeinfer.kernels.cpu import library, ready
-from edgeinfer.kernels.cpu.idle import IdleBuild
+from edgeinfer.kernels.cpu.idle import IdleBuild, IdleWork
 from edgeinfer.kernels.cpu.library import Library
 from edgeinfer.kernels.cpu.program import CpuBackend
 from edgeinfer.kernels.cpu.ready import Ready
@@ -64,6 +66,28 @@ def test_it_builds_when_idle_and_a_step_ends_it_at_once(tmp_path: Path) -> None:
     assert build.wait(60)
     assert all(library.read_object(tmp_path, name) for name in NAMES)
     build.close()
+
+
+class Ended(IdleWork):
+    """Work on a team of threads that has ended: an interpreter that exits closes that first."""
+
+    is_done = False
+
+    def _go_on(self) -> bool:
+        raise ClosedError("this program ends")
+
+    def _interrupt(self) -> None:
+        pass
+
+
+def test_the_end_of_the_program_is_no_fault_of_its(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", told.append)
+    work = Ended(idle_seconds=0.0)
+    work.end_step()
+    assert work._thread is not None
+    work._thread.join(10)
+    assert not work._thread.is_alive() and not told
 
 
 def test_closing_ends_its_process(tmp_path: Path) -> None:

@@ -21,12 +21,13 @@ errors
 values
 config quant platform options parameters results settings
 device gguf dequantize
-rope
+rope hparams
 text sampling hub ops
 mixture model_reader segment
 draft
 graph keys
 batch models.*
+fused_ops
 fusion known
 kernels.buffers kernels.cached kernels.shapes
 kernels.reference kernels.cpu kernels.cuda
@@ -36,7 +37,7 @@ balance chat_model
 placement
 runtime stream
 watching constraining reasoning_budget embedding
-replying
+replying requesting
 llm inspect_file
 aio bench load remote selftest replay
 server

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from edgeinfer import platform
 from edgeinfer.batch import StepLimits, StepRequest
 from edgeinfer.engine.engine import Engine
 from edgeinfer.errors import BusyError, InvalidRequestError, SessionError
@@ -174,7 +176,17 @@ def test_a_save_that_is_killed_leaves_the_old_session(
         [sys.executable, "-c", KILLED, path, when], cwd=root, capture_output=True, timeout=120
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    assert len(list(tmp_path.iterdir())) == 2  # what was being written, too
+    (left,) = tmp_path.glob("*.part")  # what was being written
     engine = engine_of("reference", models["windows"])
     assert engine.sessions("m").load(path) == tuple(PROMPT[:132])
+    sessions = engine.sessions("m")
+    sessions.save(path, PROMPT[:132])
+    assert left.exists()  # somebody may have just begun it
+    os.utime(left, (1, 1))
+    with open(left, "rb") as claimed:
+        assert platform.try_lock(claimed)
+        sessions.save(path, PROMPT[:132])
+        assert left.exists()
+    sessions.save(path, PROMPT[:132])
+    assert list(tmp_path.iterdir()) == [path]
     engine.close()

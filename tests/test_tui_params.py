@@ -12,7 +12,8 @@ from textual.widgets import Input
 
 from edgeinfer import LLM, InvalidModelError, PlanError, plan, platform
 from edgeinfer.options import LoadOptions
-from edgeinfer.sampling.params import SamplingParams, recommended
+from edgeinfer.sampling.params import SamplingParams
+from edgeinfer.sampling.recommended import recommended
 from edgeinfer.tui import launch
 from edgeinfer.tui.params import (
     CONTEXT,

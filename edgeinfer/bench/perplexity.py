@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeinfer.engine.cache import Overflow
 from edgeinfer.engine.engine import Engine
 from edgeinfer.errors import EdgeInferError, InvalidRequestError
 
@@ -29,21 +30,30 @@ def measure(
     ids: Sequence[int],
     bos_id: int | None,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    last: int | None = None,
+    overflow: Overflow = "error",
 ) -> Perplexity:
-    """Every token given those before it in its window of the context's length.
+    """The `last` tokens (all by default) given those before each in its window of the context.
 
-    With a `bos_id` every window begins with it; else its first token is not predicted.
+    What overflows is read in windows that begin anew, of these tokens alone; what slides is one
+    text, whose first token stays visible. With a `bos_id` every window begins with it; else its
+    first token is not predicted.
     """
     body = list(ids[1:]) if bos_id is not None and ids[:1] == [bos_id] else list(ids)
     head = [] if bos_id is None else [bos_id]
-    width = engine.n_ctx - len(head)
+    n_unscored = 0 if last is None else max(0, len(body) - last)
+    width = max(1, len(body))
+    if overflow == "error":
+        body, n_unscored, width = body[n_unscored:], 0, engine.n_ctx - len(head)
     total, n_scored = 0.0, 0
     for start in range(0, len(body), width):
         window = head + body[start : start + width]
-        if len(window) > 1:
-            score = _Score(window)
-            engine.each_logits(window[:-1], score.take)
-            total, n_scored = total + score.total, n_scored + len(window) - 1
+        first = max(1, len(head) + n_unscored)  # the first token that is scored
+        if len(window) > first:
+            score = _Score(window[first:])
+            engine.each_logits(window[:-1], score.take, first - 1, overflow=overflow)
+            total, n_scored = total + score.total, n_scored + len(window) - first
         if progress:
             progress(min(start + width, len(body)), len(body))
     if not n_scored:
@@ -52,10 +62,10 @@ def measure(
 
 
 class _Score:
-    """Adds up the negative log-probabilities of a window's tokens as their logits come."""
+    """Adds up the negative log-probabilities of tokens as the logits before each come."""
 
-    def __init__(self, window: list[int]) -> None:
-        self._next = np.array(window[1:], np.int64)
+    def __init__(self, tokens: list[int]) -> None:
+        self._next = np.array(tokens, np.int64)
         self.total = 0.0
 
     def take(self, row: int, logits: NDArray[np.float32]) -> None:

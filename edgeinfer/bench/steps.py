@@ -129,8 +129,9 @@ def group_ops(runs: list[list[OpTime]], read_bandwidth: float) -> list[OpRow]:
 
 
 def _filled(runtime: Runtime, depth: int, n_more: int, tell: Tell) -> SequenceCache:
-    """A sequence of `depth` tokens with room for more, on pages that idle prompts may hold."""
+    """A sequence of `depth` tokens with room for more, in place of all that is kept of others."""
     engine, program = runtime.engine, runtime.program
+    engine.forget()
     limits = engine.limits
     pools = [PagePool(n_pages) for n_pages in limits.n_pages.values()]
     cache = SequenceCache(pools, engine.layout("error"))

@@ -5,13 +5,16 @@ Never touches their values, and knows nothing of tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
 from edgeinfer.batch import EVERY_PAGE, PAGE, PageTable, pages_for, ring_pages
 from edgeinfer.errors import InvalidRequestError, Keyword
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _NO_LIMIT = 1 << 30
 
@@ -169,6 +172,12 @@ STEP_SLOTS = 2  # of state: one that a step reads, one that it writes
 LEAST_SLIDING = _MIN_SLIDING_PAGES * PAGE  # tokens of the shortest context that can slide
 
 
+def _no_pages(n_slots: int) -> NDArray[np.int32]:
+    pages = np.full(n_slots, -1, np.int32)
+    pages.flags.writeable = False
+    return pages
+
+
 class SequenceCache:
     """The pages of one sequence: taken as it grows, recycled when rings turn.
 
@@ -181,8 +190,9 @@ class SequenceCache:
     ) -> None:
         self._pools, self._states = pools, states
         self.layout = layout
+        # Never written to: a step that has one reads it while the next one is made.
         self.tables = tuple(
-            PageTable(np.full(ring.n_slots, -1, np.int32), ring.n_pinned, ring.n_visible)
+            PageTable(_no_pages(ring.n_slots), ring.n_pinned, ring.n_visible)
             for ring in layout.rings
         )
         self.n_tokens = 0  # positions whose K and V are stored
@@ -250,12 +260,11 @@ class SequenceCache:
         self._n_written = max(self._n_written, self.n_tokens + n_tokens)
         self.room = 0
         missing = self.missing(n_tokens) if missing is None else missing
-        for table, pool, slots in zip(self.tables, self._pools, missing, strict=True):
-            for slot in slots:
-                shared = int(table.pages[slot])
-                table.pages[slot] = pool.take()
-                if shared >= 0:
-                    pool.release([shared])
+        for group, (pool, slots) in enumerate(zip(self._pools, missing, strict=True)):
+            if slots:
+                before = self.tables[group].pages[slots].tolist()
+                self._set_pages(group, {slot: pool.take() for slot in slots})
+                pool.release([page for page in before if page >= 0])
         self.room = 0 if self._states else pages_for(self.n_tokens + n_tokens) * PAGE
 
     def keep_states(self, counts: Iterable[int]) -> None:
@@ -293,7 +302,7 @@ class SequenceCache:
         slot = table.slot(page)
         own = int(table.pages[slot])
         pool.share(equal)
-        table.pages[slot] = equal
+        self._set_pages(group, {slot: equal})
         pool.release([own])
 
     def begin_at(self, n_tokens: int, pages: Sequence[dict[int, int]], state: int = -1) -> None:
@@ -302,24 +311,33 @@ class SequenceCache:
         Whoever calls has counted this as one more holder of each, and of the state.
         """
         self.free()
-        for table, held in zip(self.tables, pages, strict=True):
-            for page, number in held.items():
-                table.pages[table.slot(page)] = number
+        for group, (table, held) in enumerate(zip(self.tables, pages, strict=True)):
+            self._set_pages(group, {table.slot(page): number for page, number in held.items()})
         self.n_tokens = self._n_written = n_tokens
         self.state = state
 
     def free(self) -> None:
         """Give everything back."""
         self.room = 0
-        for table, pool in zip(self.tables, self._pools, strict=True):
+        for group, (table, pool) in enumerate(zip(self.tables, self._pools, strict=True)):
             held = table.pages[table.pages >= 0].tolist()
-            table.pages[:] = -1
+            self._set_pages(group, dict.fromkeys(range(len(table.pages)), -1))
             pool.release(held)
         self.drop_states()
         if self._states is not None and self.state >= 0:
             self._states.release([self.state])
         self.state = -1
         self.n_tokens = self._n_written = 0
+
+    def _set_pages(self, group: int, pages: Mapping[int, int]) -> None:
+        """Hold these by slot, in a table of its own."""
+        table = self.tables[group]
+        changed = table.pages.copy()
+        changed[list(pages)] = list(pages.values())
+        changed.flags.writeable = False
+        tables = list(self.tables)
+        tables[group] = table._replace(pages=changed)
+        self.tables = tuple(tables)
 
     @property
     def _top(self) -> int:

@@ -39,6 +39,7 @@ class Delivery:
         # How often it was called and has come; each is counted in one thread only.
         self._n_called = self._n_come = 0
         self._thread: threading.Thread | None = None
+        self._is_full = False  # whether a queue was, that something has come to since one asked
 
     def put(self, receiver: Receiver, event: Any) -> None:
         """Have an event delivered with the next `send`."""
@@ -57,6 +58,11 @@ class Delivery:
         else:
             self._n_called += 1
             self._calls.put(True)
+
+    def take_full(self) -> bool:
+        """Whether a queue was full, as something came to it since this was asked last."""
+        is_full, self._is_full = self._is_full, False
+        return is_full
 
     def is_here(self) -> bool:
         """Whether the caller is called back by the thread that delivers."""
@@ -89,7 +95,10 @@ class Delivery:
             receiver, event = events[0]
             try:
                 del events[0]
-                receiver.events.put(event)
+                queue = receiver.events
+                queue.put(event)
+                if queue.is_full:
+                    self._is_full = True
             except BaseException as error:  # a callback's
                 receiver.break_off(error)
 

@@ -5,12 +5,10 @@ Sees token ids only; knows nothing of text, files or devices.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import os
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
@@ -20,7 +18,7 @@ import numpy as np
 
 from edgeinfer.backend import Program, Ticket
 from edgeinfer.batch import Outputs, StepLimits
-from edgeinfer.engine import hooks
+from edgeinfer.engine import hooks, process_end
 from edgeinfer.engine.cache import CacheLayout, Overflow, PagePool
 from edgeinfer.engine.cache_store import CacheStore
 from edgeinfer.engine.delivery import Delivery
@@ -87,7 +85,7 @@ class Engine:
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._loop, name="edgeinfer-engine", daemon=True)
         self._thread.start()
-        _engines.add(self)
+        process_end.tell(self)
 
     # -- any thread ------------------------------------------------------------------------------
 
@@ -128,16 +126,19 @@ class Engine:
         first: int = 0,
         prefill_chunk: int | None = None,
         batch_with: SequenceOf[SequenceOf[int]] | None = None,
+        overflow: Overflow = "error",
     ) -> None:
         """Call `take(row, logits)` for runs of rows, row 0 being position `first`.
 
         Steps take at most `prefill_chunk` rows of `ids`, beside rows of the `batch_with` lists.
+        Where they slide the first token stays, as that of an answer does.
         """
         lists = (ids, *(batch_with or ()))
         for each in lists:
             check_ids(each, self.n_vocab)
-            check_length(len(each), self.n_ctx)
-        layout = self.layout("error")
+            if overflow == "error":
+                check_length(len(each), self.n_ctx)
+        layout = self.layout(overflow, n_pinned=1)
         job = LogitsJob.of(lists, first, prefill_chunk, self.limits, layout, take)
         self._check_thread()
         self._queue(job)
@@ -162,6 +163,10 @@ class Engine:
 
         layout = self.layout("error")
         return Sessions(self._store, self._program, layout, model, self.n_vocab, self.between_steps)
+
+    def forget(self) -> None:
+        """Give up what is kept of all that has ended."""
+        self.between_steps(self._store.index.clear)
 
     def between_steps(self, action: Callable[[], T]) -> T:
         """Call `action` in the engine's thread while no step runs; what it returns or raises."""
@@ -290,8 +295,9 @@ class Engine:
     def _wait_for_work(self) -> bool:
         """False once the engine is closed."""
         scheduler = self._scheduler
-        if not scheduler.has_work:
-            self.delivery.send()
+        if scheduler.has_work:
+            return not self._closed
+        self.delivery.send()
         with self._changed:
             while not (self._closed or scheduler.has_work or self._errands):
                 self._changed.wait()
@@ -303,7 +309,8 @@ class Engine:
             if not self._errands.popleft().run():
                 scheduler.recover()
         scheduler.drop_cancelled()
-        scheduler.pause_unread()
+        if self.delivery.take_full():
+            scheduler.pause_unread()
         scheduler.admit()
         steps = scheduler.next_steps()
         self.delivery.send()  # what the last step has yielded, and what has ended since
@@ -343,13 +350,14 @@ class Engine:
         batch = build_batch(parts, samples)
         if self._drafter is not None:
             self._drafter.ask(batch, parts)
-        is_watched = any([part.work.hook is not None for part in parts])
+        works = [part.work for part in parts]
+        is_watched = any([work.hook is not None for work in works])
         if is_watched:
             hooks.ask(batch, parts)
         with self._changed:
-            if self._closed or any([part.work.is_cancelled for part in parts]):
+            if self._closed or any([work.is_cancelled for work in works]):
                 return _NOTHING
-            self._in_step = [part.work for part in parts]
+            self._in_step = works
             self._ticket = ticket = self._program.submit(batch)
         try:
             failed = fill_masks(masked)  # which takes no time where a device runs meanwhile
@@ -377,27 +385,3 @@ class Engine:
 _NOTHING = Outputs(
     np.empty((0, 0), np.float32), np.empty((0, 0), np.float32), np.empty(0, np.int32), aborted=True
 )
-
-# NOTE: the only module state; the interpreter's exit and fork have no other way to find engines.
-_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
-
-
-def _close_engines() -> None:
-    for engine in list(_engines):
-        engine.close(timeout=2.0, is_exit=True)
-
-
-def close_first_at_exit() -> None:
-    """Before all that was registered for the exit until now, as what engines run on may be."""
-    atexit.unregister(_close_engines)
-    atexit.register(_close_engines)
-
-
-def _mark_forked() -> None:
-    for engine in list(_engines):
-        engine.mark_forked()
-
-
-close_first_at_exit()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_mark_forked)

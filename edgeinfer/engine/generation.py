@@ -83,6 +83,7 @@ class Generation:
         self.sequence: Sequence | None = None  # the engine's, while it runs
         self.next_row: Rows | None = None  # the engine's: of a step in which it decodes
         self.can_guess = request.can_speculate
+        self.n_history, self.n_logprobs = request.params.n_history, request.params.logprobs
         self.drafting = Drafting()  # what the model's own block guesses, where it has one
         self.speculator: Speculator | None = None  # the engine's
         self.n_proposed, self.n_accepted = 0, 0  # tokens guessed, and those that came true
@@ -258,13 +259,13 @@ class LogitsJob:
         """The parts of its next step: about `most` rows."""
         main, *others = self.sequences
         start = main.cache.n_tokens
-        n = min(self.chunk, main.n_waiting, max(1, most - len(others)))
+        n = min(self.chunk, main.n_waiting, main.cache.step_limit(), max(1, most - len(others)))
         n_wanted = max(0, start + n - max(start, self.first, self.n_taken))
         excess = max(0, n_wanted - max(1, most_outputs))
         n, n_wanted = n - excess, n_wanted - excess
         parts = [Rows(main, n, n_wanted, self)]
         for i, other in enumerate(others):
-            n_other = min(other.n_waiting, (most - n) // len(others))
+            n_other = min(other.n_waiting, other.cache.step_limit(), (most - n) // len(others))
             if n_other:
                 # Before and after, so that the rows of `ids` lie anywhere in the step.
                 parts.insert(0 if i % 2 else len(parts), Rows(other, n_other, 0, self))

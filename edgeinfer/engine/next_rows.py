@@ -27,21 +27,24 @@ def next_rows(
     costs: StepCosts,
     fail: Fail,
     may_read: MayRead,
-) -> list[Rows]:
-    """One row of all that decode, then prompts by rank; beside others, so many that those flow."""
+) -> tuple[list[Rows], bool]:
+    """One row of all that decode, then prompts by rank; beside others, so many that those flow.
+
+    And whether there are prompts to be read.
+    """
     parts: list[Rows] = []
     reading: list[Generation | LogitsJob] = []
     for generation in running:
         sequence, row = generation.sequence, generation.next_row
         assert sequence is not None and row is not None, "the generation does not run"
-        n_waiting = len(sequence.ids) - sequence.cache.n_tokens
-        if n_waiting == 1 and len(sequence.ids) > sequence.n_prompt:
+        n_tokens = len(sequence.ids)
+        if n_tokens - sequence.cache.n_tokens == 1 and n_tokens > sequence.n_prompt:
             parts.append(row)
         else:
             reading.append(generation)
     reading += jobs
     if not reading:
-        return parts
+        return parts, False
     # There is always room for rows that decode: there are at most max_sequences.
     n_left = limits.max_rows - len(parts)
     if parts:
@@ -58,12 +61,7 @@ def next_rows(
         parts += more
         n_left -= sum([part.n for part in more])
         n_outputs -= sum([part.n_wanted for part in more if work in jobs])
-    return parts
-
-
-def is_decode_step(parts: SequenceOf[Rows]) -> bool:
-    """Whether every part is an answer's next row."""
-    return all(part.is_decoding for part in parts)
+    return parts, True
 
 
 def with_drafts(parts: list[Rows], most: int, costs: StepCosts, fail: Fail) -> list[Rows]:
@@ -71,6 +69,8 @@ def with_drafts(parts: list[Rows], most: int, costs: StepCosts, fail: Fail) -> l
 
     `most` is the most rows in the step.
     """
+    if not any([part.work.can_guess for part in parts]):  # type: ignore[attr-defined]
+        return parts
     kept: list[Rows] = []
     guesses: list[tuple[list[int], list[float]]] = []
     for part in parts:

@@ -17,7 +17,7 @@ from edgeinfer.batch import StepLimits
 from edgeinfer.engine.cache_store import CacheStore
 from edgeinfer.engine.generation import Generation, LogitsJob, public_error
 from edgeinfer.engine.leaders import waits
-from edgeinfer.engine.next_rows import is_decode_step, next_rows, with_drafts
+from edgeinfer.engine.next_rows import next_rows, with_drafts
 from edgeinfer.engine.sequence import Finished, FinishReason, Rows, Work
 from edgeinfer.engine.speculation import MAX_ROWS
 from edgeinfer.engine.step_costs import StepCosts
@@ -217,16 +217,16 @@ class Scheduler:
         Logits are computed beside answers where a step has room for their sequences and rows.
         """
         self._settle()
-        parts = next_rows(
+        parts, is_reading = next_rows(
             self.running, self.jobs, self.limits, self.costs, self.fail, self._may_read
         )
-        if is_decode_step(parts):
+        if not is_reading:
             most = min(self.limits.max_rows, self.max_samples, self.store.most_rows())
             parts = with_drafts(parts, most, self.costs, self.fail)
         if not all([self._holds(part) for part in parts]):
             parts = [self._make_room(part) for part in sorted(parts, key=lambda p: p.work.rank)]
-        at_work = set(self._at_work)  # whose pages were not taken meanwhile
-        parts = [part for part in parts if part.work in at_work]
+            at_work = set(self._at_work)  # whose pages were not taken meanwhile
+            parts = [part for part in parts if part.work in at_work]
         if not self.jobs:
             return [parts] if parts else []
         return self._in_steps(parts)
@@ -267,7 +267,7 @@ class Scheduler:
         return not waits(sequence, [part.sequence for part in parts])
 
     def _holds(self, part: Rows) -> bool:
-        """Whether it holds the pages for its rows now; False where too few are free."""
+        """Whether it holds the pages for its rows now; False if too few are free or it fails."""
         cache = part.sequence.cache
         if cache.n_tokens + part.n <= cache.room:
             return True
@@ -275,14 +275,15 @@ class Scheduler:
             return self.store.hold(part.sequence, part.n, len(part.drafts))
         except BaseException as error:
             self.fail(part.work, error)  # type: ignore[arg-type]
-            return True
+            return False
 
     def _make_room(self, part: Rows) -> Rows:
         """Hold its pages, or have it give way; parts of who is in front come first."""
-        if part.drafts and not self._holds(part):
-            part = part.with_drafts(())  # nobody gives way to a guess
         while part.work in self._at_work and not self._holds(part):
-            self._take_pages_for(part.work)
+            if part.drafts:
+                part = part.with_drafts(())  # nobody gives way to a guess
+            else:
+                self._take_pages_for(part.work)
         return part
 
     def _take_pages_for(self, work: Work) -> None:

@@ -91,6 +91,7 @@ class Sessions:
                     "nothing of these tokens is in the cache; save them once they were read",
                     param="ids",
                 )
+            platform.delete_parts(path)
             with platform.written_whole(path) as file:
                 self._write(file, guest, ids[:n_tokens])
                 platform.sync(file)

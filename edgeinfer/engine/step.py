@@ -8,11 +8,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
-from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
-from edgeinfer.batch import Batch, Outputs
+from edgeinfer.batch import Batch, Outputs, PageTable
 from edgeinfer.engine.generation import Generation, LogitsJob
 from edgeinfer.engine.sequence import FinishReason, Rows, Sequence, Token
 from edgeinfer.errors import EdgeInferError
@@ -40,36 +40,50 @@ def build_batch(parts: SequenceOf[Rows], samples: SampleTable) -> Batch:
 
     Parts of generations come first, so that theirs are the first rows of logits.
     """
-    ids: list[int] = []
-    pos: list[int] = []
-    seq: list[int] = []
-    wanted: list[int] = []
-    for i, part in enumerate(parts):
+    ids, pos, tables = list[int](), list[int](), list[tuple[PageTable, ...]]()
+    for part in parts:
         sequence, n = part.sequence, part.n
         start = sequence.cache.n_tokens
+        tables.append(sequence.cache.tables)
         if n == 1:  # as most have
             ids.append(sequence.ids[start])
             pos.append(start)
-            seq.append(i)
         else:
             ids += sequence.ids[start : start + n]
             ids += part.drafts
             pos += range(start, start + n)
-            seq += [i] * n
-        wanted += range(len(pos) - part.n_wanted, len(pos))
+    seq, wanted = _seq_and_wanted(parts, len(pos))
     states, kept = _states(parts)
     is_picked = len(wanted) == samples.n_rows > 0
     return Batch(
         ids=np.array(ids, np.int32),
         pos=np.array(pos, np.int64),
-        seq=np.array(seq, np.int32),
-        tables=[part.sequence.cache.tables for part in parts],
-        wanted=np.array(wanted, np.int32),
+        seq=seq,
+        tables=tables,
+        wanted=wanted,
         output="ids" if is_picked else "logits",
         samples=samples if is_picked else None,
         states=states,
         kept=kept,
     )
+
+
+def _seq_and_wanted(
+    parts: SequenceOf[Rows], n_rows: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Whose each row is, and the rows of which outputs are wanted."""
+    n_wanted = [part.n_wanted for part in parts]
+    rows = _FEW[:n_rows] if n_rows <= len(_FEW) else np.arange(n_rows, dtype=np.int32)
+    if n_rows == len(parts) == sum(n_wanted):  # as in most steps: one of each
+        return rows, rows
+    counts = [part.n for part in parts]
+    ends = np.cumsum(counts)
+    is_wanted = ends.repeat(counts) - rows <= np.repeat(n_wanted, counts)
+    return np.arange(len(parts), dtype=np.int32).repeat(counts), rows[is_wanted]
+
+
+_FEW = np.arange(64, dtype=np.int32)
+_FEW.flags.writeable = False  # batches share them
 
 
 def _states(
@@ -97,23 +111,29 @@ class Masked(NamedTuple):
 def fill_samples(table: SampleTable, parts: SequenceOf[Rows], n_vocab: int) -> list[Masked]:
     """How the token of each wanted row of a generation is picked; masks are still to be filled."""
     table.clear()
-    parts = [part for part in parts if part.n_wanted and isinstance(part.work, Generation)]
-    params = _params(parts)
-    if any([part.drafts or each.n_history for part, each in zip(parts, params, strict=True)]):
-        _fill_one_by_one(table, parts)
+    params, indices, mu = list[SamplingParams](), list[int](), list[float | None]()
+    for part in parts:
+        work, sequence = part.work, part.sequence
+        if part.n_wanted and isinstance(work, Generation):
+            params.append(work.request.params)
+            indices.append(len(sequence.ids) - sequence.n_prompt)
+            mu.append(sequence.mu)
+            if part.drafts or work.n_history:
+                _fill_one_by_one(table, parts)
+                break
     else:
-        sequences = [part.sequence for part in parts]
-        indices = [len(sequence.ids) - sequence.n_prompt for sequence in sequences]
-        table.set_rows(params, indices, [sequence.mu for sequence in sequences])
+        table.set_rows(params, indices, mu)
     return _open_masks(table, parts, n_vocab)
 
 
 def _fill_one_by_one(table: SampleTable, parts: SequenceOf[Rows]) -> None:
     """Where there are guesses, or tokens before that matter."""
     row = 0
-    for part, params in zip(parts, _params(parts), strict=True):
-        sequence = part.sequence
-        history = part.history(params.n_history)
+    for part in parts:
+        if not isinstance(part.work, Generation):
+            continue
+        sequence, params = part.sequence, part.work.request.params
+        history = part.history(part.work.n_history)
         n_before = len(history) - len(part.drafts)
         for i in range(part.n_wanted):
             index, tokens = sequence.n_generated + i, history[: n_before + i]
@@ -124,9 +144,10 @@ def _fill_one_by_one(table: SampleTable, parts: SequenceOf[Rows]) -> None:
 def _open_masks(table: SampleTable, parts: SequenceOf[Rows], n_vocab: int) -> list[Masked]:
     masked, row = list[Masked](), 0
     for part in parts:
-        if cast(Generation, part.work).matcher is not None:
-            masked.append(Masked(part, table.masks(row, part.n_wanted, n_vocab)))
-        row += part.n_wanted
+        if part.n_wanted and isinstance(part.work, Generation):
+            if part.work.matcher is not None:
+                masked.append(Masked(part, table.masks(row, part.n_wanted, n_vocab)))
+            row += part.n_wanted
     return masked
 
 
@@ -134,18 +155,13 @@ def fill_masks(masked: Iterable[Masked]) -> list[tuple[Rows, BaseException]]:
     """Which tokens may be picked, told until a step is waited for; parts where that can't be."""
     failed: list[tuple[Rows, BaseException]] = []
     for part, masks in masked:
+        assert isinstance(part.work, Generation) and part.work.matcher is not None
         try:
-            matcher = cast(Generation, part.work).matcher
-            assert matcher is not None
-            matcher.fill(masks, part.drafts)
+            part.work.matcher.fill(masks, part.drafts)
         except BaseException as error:
             masks[:] = 0
             failed.append((part, error))
     return failed
-
-
-def _params(parts: SequenceOf[Rows]) -> list[SamplingParams]:
-    return [cast(Generation, part.work).request.params for part in parts]
 
 
 # -- after it ------------------------------------------------------------------------------------
@@ -221,7 +237,7 @@ def _take_token(
         ends.finish(work, "stop", token)
         return
     sequence.ids.append(token)
-    if request.params.logprobs is None:
+    if work.n_logprobs is None:
         work.emit(Token(token, picked.at))
     else:
         ids, logprobs = table.top(row)

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         append_private,
         bytes_below,
         delete_all,
+        delete_parts,
         files_below,
         forget_file_pages,
         free_disk,
@@ -86,9 +87,9 @@ _NAMES = {
     "devices": "CudaDriver Gpu NvrtcLibrary board_name cuda_driver cuda_library nvrtc_libraries",
     "energy": "EnergyMeter",
     "files": (
-        "ReadableFile append_private bytes_below delete_all files_below forget_file_pages "
-        "free_disk is_at is_writable make_folder open_appending open_scratch read_whole sync "
-        "try_lock unlink_open write_whole written_whole"
+        "ReadableFile append_private bytes_below delete_all delete_parts files_below "
+        "forget_file_pages free_disk is_at is_writable make_folder open_appending open_scratch "
+        "read_whole sync try_lock unlink_open write_whole written_whole"
     ),
     "limits": "ProcessLimits ended_for_time",
     "memory": "available_memory memory_budget peak_rss rss",
@@ -127,6 +128,7 @@ __all__ = [
     "cuda_library",
     "default_threads",
     "delete_all",
+    "delete_parts",
     "distrust",
     "end_reading",
     "ended_for_time",

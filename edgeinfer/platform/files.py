@@ -105,15 +105,41 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
     import tempfile
 
     make_folder(path.parent)
-    descriptor, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    descriptor, part = tempfile.mkstemp(dir=path.parent, prefix=_part_prefix(path), suffix=_PART)
     try:
         with open(descriptor, "wb") as file:
+            try_lock(file)
             yield file
         os.replace(part, path)
     except BaseException:
         with suppress(OSError):
             os.unlink(part)
         raise
+
+
+def delete_parts(path: Path) -> None:
+    """Delete what processes left beside a file that were killed while they wrote it whole."""
+    import time
+
+    with suppress(OSError):
+        for name in os.listdir(path.parent):
+            part = path.parent / name
+            if not (name.startswith(_part_prefix(path)) and name.endswith(_PART)):
+                continue
+            with suppress(OSError):
+                with open(part, "rb") as file:
+                    # One that is new may not have been claimed yet.
+                    is_old = time.time() - os.fstat(file.fileno()).st_mtime > _PART_SECONDS
+                    is_left = is_old and try_lock(file)
+                if is_left:
+                    part.unlink()
+
+
+def _part_prefix(path: Path) -> str:
+    return path.name[:100] + "."  # names have a limit
+
+
+_PART, _PART_SECONDS = ".part", 60.0
 
 
 def delete_all(path: Path) -> None:

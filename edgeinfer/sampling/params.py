@@ -7,44 +7,19 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from edgeinfer.errors import InvalidModelError, InvalidRequestError
+from edgeinfer.errors import InvalidRequestError
 from edgeinfer.parameters import MAX_LOGPROBS, SAMPLING, checked
+from edgeinfer.sampling.recommended import recommended
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-# Names under `general.sampling.` that differ from ours. The order of samplers is fixed here.
-_FILE_NAMES = {
-    "temp": "temperature",
-    "penalty_last_n": "repeat_last_n",
-    "penalty_repeat": "repeat_penalty",
-}
-_FILE_PREFIX = "general.sampling."
-
-
-def recommended(model_defaults: Mapping[str, Any], *, but: Container[str] = ()) -> dict[str, Any]:
-    """A file's `general.sampling.*` values, with or without that prefix, by our names.
-
-    Those named in `but` are neither read nor checked; raises InvalidModelError for others.
-    """
-    values = {}
-    for key, value in model_defaults.items():
-        bare = key.removeprefix(_FILE_PREFIX)
-        name = _FILE_NAMES.get(bare, bare)
-        if name in SAMPLING and name not in but:
-            try:
-                values[name] = SAMPLING[name].check(value)
-            except InvalidRequestError as error:
-                raise InvalidModelError(str(error), field=_FILE_PREFIX + bare) from None
-    return values
-
 
 _DEFAULTS = {name: parameter.default for name, parameter in SAMPLING.items()}
 
@@ -283,6 +258,7 @@ class SampleTable:
         self._params: list[SamplingParams | None] = [None] * max_rows  # whose words a row has
         self._histories: list[NDArray[np.int32]] = [_EMPTY] * max_rows
         self._given: list[SampleRow | None] = [None] * max_rows  # once somebody has asked
+        self._has_mirostat = False  # whether any row ever had: else nobody reads `mu`
         self._seeds = self.rows["seed"].view(np.uint64)
         self._indices, self._mus = self.rows["index"], self.rows["mu"]
         self._arguments = np.zeros(1, ARRAYS)
@@ -325,6 +301,7 @@ class SampleTable:
             address = tokens.ctypes.data
         mu = 2.0 * params.mirostat_tau if mu is None else mu
         if self._params[i] is not params:
+            self._has_mirostat = self._has_mirostat or params.mirostat != 0
             self._params[i] = None  # what a fault cuts short is written anew
             self._words[i, : len(_STATIC)] = params.words
         at = i * ROW.itemsize + 8 * len(_STATIC)
@@ -345,10 +322,11 @@ class SampleTable:
                 self.set_row(i, each, each.seed or 0, indices[i], _EMPTY, mu[i])
         self._given[:n] = [None] * n
         self._indices[:n] = indices
-        self._mus[:n] = [
-            2.0 * each.mirostat_tau if of_row is None else of_row
-            for each, of_row in zip(params, mu, strict=True)
-        ]
+        if self._has_mirostat:
+            self._mus[:n] = [
+                2.0 * each.mirostat_tau if of_row is None else of_row
+                for each, of_row in zip(params, mu, strict=True)
+            ]
         self.n_rows = n
 
     def masks(self, start: int, n: int, n_vocab: int) -> NDArray[np.uint32]:

@@ -130,8 +130,8 @@ class AnswerText:
         if is_last and self.finder is not None:
             found += self.finder.end(was_cut)
         deltas = _merged(found)
-        self._reasoning += [delta.reasoning for delta in deltas]
-        self._text += [delta.text for delta in deltas]
+        _extend(self._reasoning, [delta.reasoning for delta in deltas])
+        _extend(self._text, [delta.text for delta in deltas])
         return deltas
 
     def _split(self, piece: Piece) -> list[Delta]:
@@ -148,6 +148,16 @@ class AnswerText:
         if self.finder is not None:
             return found + self.finder.push(text)
         return found + ([Delta(text=text)] if text else [])
+
+
+def _extend(parts: list[str], more: list[str]) -> None:
+    """Append; many are joined, as one takes 60 bytes beside its letters."""
+    parts += more
+    if len(parts) > _MOST_PARTS:
+        parts[:] = ["".join(parts)]
+
+
+_MOST_PARTS = 1024
 
 
 def _merged(deltas: Iterable[Delta]) -> list[Delta]:

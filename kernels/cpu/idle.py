@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeinfer import platform
+from edgeinfer.errors import ClosedError
 from edgeinfer.kernels.cpu.library import build_command, read_object
 from edgeinfer.kernels.cpu.targets import Target
 
@@ -105,9 +106,10 @@ class IdleWork(ABC):
         return self._is_closed or time.monotonic() < self._idle_from
 
     def _run(self) -> None:
-        while not self.is_done and self._wait_for_idle():
-            if not self._go_on():
-                return
+        with suppress(ClosedError):  # the interpreter ends before its programs are closed
+            while not self.is_done and self._wait_for_idle():
+                if not self._go_on():
+                    return
 
     def _wait_for_idle(self) -> bool:
         """True once nothing has run for a while, False when this is closed."""

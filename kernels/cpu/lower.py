@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NoReturn
 
-from edgeinfer.fusion import (
+from edgeinfer.fused_ops import (
     Convs,
     ExpertMatmuls,
     GatedDeltaNet,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from edgeinfer.fusion import PinnedAttention, PinnedRotate, RotatedAttention
+from edgeinfer.fused_ops import PinnedAttention, PinnedRotate, RotatedAttention
 from edgeinfer.graph import KV, RopeKind, Rotate
 from edgeinfer.kernels.buffers import Buffer
 from edgeinfer.kernels.cpu import layout, page_layout

@@ -6,7 +6,7 @@ What a step chooses decides how long its later ops are: `dispatch` says it to al
 
 from __future__ import annotations
 
-from edgeinfer.fusion import ExpertMatmuls
+from edgeinfer.fused_ops import ExpertMatmuls
 from edgeinfer.graph import ExpertLinear, ExpertSum, Route, Value
 from edgeinfer.kernels.buffers import Buffer
 from edgeinfer.kernels.cpu import layout

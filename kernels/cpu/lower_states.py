@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from edgeinfer.fusion import Convs, SiluConv
+from edgeinfer.fused_ops import Convs, SiluConv
 from edgeinfer.graph import Conv, DeltaNet, Op, Value, inputs
 from edgeinfer.kernels.buffers import Buffer
 from edgeinfer.kernels.cpu import layout

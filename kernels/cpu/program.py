@@ -147,6 +147,7 @@ class CpuProgram(CacheVerbs):
         self._memories: list[platform.Memory] = []
         self._pages = self._copies = np.zeros(0, np.int32)  # of the page tables of a step
         self._placed: list[PageTable] = []
+        self._shapes: list[tuple[int, int, int]] = []
         try:
             self._make()
         except BaseException:
@@ -211,19 +212,21 @@ class CpuProgram(CacheVerbs):
         self._states[: len(states)], self._kept[: len(kept)] = states, kept
 
     def _copy_tables(self, tables: list[tuple[PageTable, ...]]) -> None:
-        """Keep the page tables of a step: whoever gave them may change them meanwhile."""
+        """Have the page tables of a step where kernels find them, as those of most steps lie."""
         flat = [table for of_sequence in tables for table in of_sequence]
-        # Those of the step before, as most are, have their places.
-        if len(flat) != len(self._placed) or not all(map(is_, flat, self._placed)):
+        if len(flat) == len(self._placed) and all(map(is_, flat, self._placed)):
+            return
+        shapes = [(len(pages), n_pinned, n_visible) for pages, n_pinned, n_visible in flat]
+        if shapes != self._shapes:
             self._place_tables(tables)
-            self._placed = flat
-        if flat:
-            np.concatenate([table.pages for table in flat], out=self._copies)
+            self._shapes = shapes
+        np.concatenate([table.pages for table in flat], out=self._copies)
+        self._placed = flat
 
     def _place_tables(self, tables: list[tuple[PageTable, ...]]) -> None:
         """Tell kernels where the copies of these tables lie, and what is seen of them."""
         n = sum(len(table.pages) for of_sequence in tables for table in of_sequence)
-        self._placed = []
+        self._placed, self._shapes = [], []  # until all of it is done
         if n > len(self._pages):
             self._pages = np.empty(n, np.int32)
         self._copies, address = self._pages[:n], self._pages.ctypes.data

@@ -133,7 +133,7 @@ class Team:
         self._library = library  # owns the code the workers run
         self._workers: list[threading.Thread] = []
         self._lock = threading.Lock()
-        self._dead = False
+        self._dead = ""  # why nothing runs any more
 
     def grow(self, n_threads: int) -> None:
         """Have at least n_threads - 1 workers; the caller of `run` is the remaining thread."""
@@ -152,7 +152,7 @@ class Team:
     def run(self, tape: Tape) -> None:
         """Run one step to its end, on this thread and the workers; other threads may use Python."""
         if self._dead:
-            raise ClosedError("this process was forked after the model was loaded; load it again")
+            raise ClosedError(self._dead)
         with self._lock:
             self._step(self._base, tape.address)
 
@@ -178,7 +178,7 @@ class Team:
         """End the workers; joins with a timeout, so that an exit never hangs."""
         if self._dead:
             return
-        self._dead = True
+        self._dead = "this program ends"
         _word(self._base + layout.TEAM_STOP).value = 1
         futex = _word(self._base + layout.TEAM_FUTEX).value
         if futex:
@@ -190,7 +190,7 @@ class Team:
 
     def abandon(self) -> None:
         """In a forked child: the workers do not exist there."""
-        self._dead = True
+        self._dead = "this process was forked after the model was loaded; load it again"
 
 
 _teams: dict[int, Team] = {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-from edgeinfer.fusion import (
+from edgeinfer.fused_ops import (
     Convs,
     ExpertMatmuls,
     GatedDeltaNet,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgeinfer.fusion import PinnedAttention, PinnedRotate, RotatedAttention
+from edgeinfer.fused_ops import PinnedAttention, PinnedRotate, RotatedAttention
 from edgeinfer.graph import KV, Rope, Rotate, Value
 from edgeinfer.kernels.buffers import Buffer
 from edgeinfer.kernels.cuda.attention import (

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from edgeinfer.fusion import Matmul, Matmuls, SwiGlu, WholeNorm
+from edgeinfer.fused_ops import Matmul, Matmuls, SwiGlu, WholeNorm
 from edgeinfer.graph import RmsNorm, Value
 from edgeinfer.kernels.buffers import reads_blocks
 from edgeinfer.kernels.cuda import tiles

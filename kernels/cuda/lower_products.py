@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from edgeinfer.fusion import Matmul
+from edgeinfer.fused_ops import Matmul
 from edgeinfer.graph import ExpertLinear, ExpertSum, Route, Value
 from edgeinfer.kernels.buffers import Buffer, reads_blocks
 from edgeinfer.kernels.cuda import tiles

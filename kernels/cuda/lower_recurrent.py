@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from edgeinfer.fusion import Convs, GatedDeltaNet, SiluConv
+from edgeinfer.fused_ops import Convs, GatedDeltaNet, SiluConv
 from edgeinfer.graph import Conv
 from edgeinfer.kernels.cuda.commands import ALL_ROWS, Arg
 from edgeinfer.kernels.cuda.kernel import Kernel

@@ -21,7 +21,7 @@ from edgeinfer.engine.plan_rows import BUILDING
 ROOT = Path(__file__).resolve().parents[2]
 MiB = 1 << 20
 SHARE, SPARE = 0.05, 16 * MiB  # of a plan, that may be left once its context was filled
-_ANSWER = 24
+_ANSWER, _LOGITS = 24, 256  # tokens
 
 
 class Held(NamedTuple):
@@ -65,6 +65,8 @@ def fill() -> None:
                 for slot in range(n_slots)
             ]
             llm.generate_batch(prompts, max_tokens=_ANSWER, temperature=0.8, seed=1)
+        # Whoever asks for logits has as many rows of them as there are at a time.
+        llm.runtime.engine.each_logits(prompts[0], lambda row, logits: None, max(0, n - _LOGITS))
         filled, before, n_tokens = _peak(), _field("VmRSS:"), 0
         while n_tokens < more:
             answer = llm.generate([3], max_tokens=more - n_tokens, overflow="slide", seed=n_tokens)
