@@ -24,6 +24,7 @@ from edgeinfer.engine.constraint import Matcher
 from edgeinfer.errors import EdgeInferError, InvalidRequestError
 from edgeinfer.gguf import GGUFFile
 from edgeinfer.sampling.params import mask_words
+from edgeinfer.text.closed_schema import closed
 from edgeinfer.text.grammar import MOST_TEXT, Grammar
 from edgeinfer.text.reply import THINK
 from edgeinfer.text.tokenizer import Tokenizer
@@ -409,3 +410,37 @@ def test_hostile_schemas_end_soon(tiny: Tokenizer, schema: Any) -> None:
     except EdgeInferError as error:
         assert "can't" in str(error) or "at most" in str(error)
     assert time.perf_counter() - begun < 10  # half a second at rest
+
+
+OBJECT: Any = {"type": "object", "properties": {"a": {"type": "integer"}}}
+OPEN: list[Any] = [
+    {"type": "object"},
+    {**OBJECT, "additionalProperties": {"type": "string"}},
+    {**OBJECT, "patternProperties": {"^b": {}}},
+    {**OBJECT, "required": ["b"]},  # which is not listed
+    {"allOf": [OBJECT, {"type": "object", "properties": {"b": {}}}]},
+    {**OBJECT, "anyOf": [{"properties": {"b": {}}, "required": ["b"]}, {"required": ["a"]}]},
+    {"$defs": {"x": OBJECT}, "$ref": "#/$defs/x", "required": ["b"]},
+]
+
+
+@pytest.mark.parametrize("schema", OPEN, ids=str)
+def test_objects_stay_open_where_the_schema_says_more(schema: Any) -> None:
+    assert closed(schema) == schema
+
+
+def test_objects_have_the_keys_that_are_listed() -> None:
+    named = {"properties": {"properties": OBJECT, "required": OBJECT, "not": {"type": "null"}}}
+    whole = {
+        "$defs": {"x": OBJECT},
+        "anyOf": [{"$ref": "#/$defs/x"}, {"type": "array", "items": OBJECT}],
+    }
+    inner = {**OBJECT, "additionalProperties": False}
+    assert closed(OBJECT) == inner and closed([OBJECT, True]) == [inner, True]
+    assert closed(whole)["$defs"]["x"] == closed(whole)["anyOf"][1]["items"] == inner
+    assert closed(named)["properties"] == {
+        "properties": inner, "required": inner, "not": {"type": "null"},
+    }  # fmt: skip
+    assert closed(named)["additionalProperties"] is False
+    value = {"enum": [OBJECT], "const": OBJECT, "default": OBJECT}
+    assert closed(value) == value

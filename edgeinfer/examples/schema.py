@@ -1,6 +1,6 @@
 """An answer that is a value of a class: its schema says which tokens may follow.
 
-python schema.py [MODEL]      (needs llguidance: pip install 'edgeinfer[grammar]')
+python schema.py [MODEL]
 """
 
 import sys

@@ -17,6 +17,7 @@ from edgeinfer.text.call_json import HARMONY_ENDS
 from edgeinfer.text.call_spellings import Spelling, spelling
 from edgeinfer.text.call_values import Parameters, Unwritable, tagged
 from edgeinfer.text.call_words import bare, python
+from edgeinfer.text.closed_schema import closed
 from edgeinfer.text.lark import ControlId, Rules, json_of, quoted, text_without
 from edgeinfer.text.tools import Tool
 
@@ -44,7 +45,7 @@ class OfferedTool(NamedTuple):
         function = given.get("function", given)
         schema = function.get("parameters")
         parameters = _of_object(tool.name, schema if isinstance(schema, Mapping) else {})
-        return cls(tool, parameters, bool(function.get("strict") or given.get("strict")))
+        return cls(tool, closed(parameters), bool(function.get("strict") or given.get("strict")))
 
 
 def _of_object(name: str, schema: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from edgeinfer.errors import InvalidRequestError
+from edgeinfer.text.closed_schema import VALUES, closed
 from edgeinfer.values import shown
 
 MOST_TEXT = 1 << 17  # characters; what reads the worst of so many takes seconds
@@ -26,7 +27,6 @@ _ONE_WAY = {"whitespace_flexible": False, "item_separator": ", ", "key_separator
 # Keywords of old drafts, which llguidance takes for annotations.
 _OLD_KEYWORDS = ("divisibleBy", "extends", "disallow")
 _SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-_VALUES = ("enum", "const", "default", "examples", "required")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +40,16 @@ class Grammar:
     def of_schema(cls, schema: Any, param: str = "schema", *, lenient: bool = False) -> Grammar:
         """JSON that a schema allows: a mapping, its text, or a type.
 
-        A type is a pydantic model, a dataclass, a TypedDict or what else msgspec describes;
-        objects that are made of it have no other keys. A keyword that can't be enforced is refused,
-        or passed over where that is `lenient`.
+        A type is a pydantic model, a dataclass, a TypedDict or what else msgspec describes. Objects
+        have no other keys than are listed, unless the schema says otherwise. A keyword that can't
+        be enforced is refused, or passed over where that is `lenient`.
         """
         found = _schema(schema, param)
         for keyword in () if lenient else _OLD_KEYWORDS:
             for path in _paths(found, keyword):
                 raise _unsupported(keyword, path, param)
         if isinstance(found, dict):
-            found = with_options(found, lenient=lenient)
+            found = with_options(closed(found), lenient=lenient)
         try:
             return cls._of({"json_schema": found}, param)
         except _Refused as refused:
@@ -189,7 +189,7 @@ def _schema(given: Any, param: str) -> dict[str, Any] | bool:
     """A schema as JSON has it; InvalidRequestError where it is none."""
     value = given
     if isinstance(given, type) or hasattr(given, "__origin__"):
-        value = _closed(_schema_of_type(given, param))
+        value = _schema_of_type(given, param)
     elif isinstance(given, Mapping):
         value = dict(given)
     try:
@@ -247,18 +247,6 @@ def _schema_of_type(given: Any, param: str) -> Any:
         ) from error
 
 
-def _closed(schema: Any) -> Any:
-    """With no other keys in the objects of a type than its own."""
-    if isinstance(schema, list):
-        return [_closed(each) for each in schema]
-    if not isinstance(schema, dict):
-        return schema
-    closed = {key: each if key in _VALUES else _closed(each) for key, each in schema.items()}
-    if isinstance(closed.get("properties"), dict) and closed.get("type") == "object":
-        closed.setdefault("additionalProperties", False)
-    return closed
-
-
 def _schema_error(message: str, schema: Any, param: str) -> InvalidRequestError:
     """llguidance's message, with where the keyword is that it names."""
     if named := re.match(r"Unimplemented keys: \[(.*)\]", message):
@@ -291,5 +279,5 @@ def _paths(schema: Any, keyword: str, value: Any = None, path: str = "$") -> Ite
             if key in _SCHEMAS_BY_NAME and isinstance(each, dict):
                 for name, inner in each.items():
                     yield from _paths(inner, keyword, value, f"{path}.{key}.{name}")
-            elif key not in _VALUES:
+            elif key not in VALUES:
                 yield from _paths(each, keyword, value, f"{path}.{key}")
