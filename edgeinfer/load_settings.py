@@ -32,6 +32,7 @@ class LoadSettings(NamedTuple):
     n_ctx: int | None  # None: the usual length, or what fits
     kv_types: tuple[KVType, KVType] | None  # of K and V; None: f16, or what fits
     slots: int
+    kept_tokens: int | None  # None: as the plan chooses
     chat_template: str | None
     pre: str | None
     may_download: bool
@@ -68,6 +69,7 @@ class LoadSettings(NamedTuple):
             n_ctx=options.get("n_ctx"),
             kv_types=options.get("kv_type"),
             slots=options.get("slots", 1),
+            kept_tokens=options.get("kept_tokens"),
             chat_template=options.get("chat_template"),
             pre=options.get("pre"),
             may_download=options.get("download", False),

@@ -33,6 +33,7 @@ class LoadOptions(TypedDict, total=False):
     device: str | None  # "auto", "cpu", "cuda", "cuda:1", "cuda:0,cuda:1", "reference", "law"
     gpu_layers: int | str | None  # the last ones; -1: all; "auto": as many as fit
     slots: int | None  # full-length contexts that the cache holds, 1
+    kept_tokens: int | None  # of earlier prompts, beside those contexts; a quarter of one
     chat_template: str | None  # a name or a file
     pre: str | None  # pre-tokenizer, for a file that names none or an unknown one
     pooling: str | None  # how `embed` makes one row of a text's: "mean", "last"; as the file says

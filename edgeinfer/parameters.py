@@ -144,6 +144,9 @@ LOAD = _by_name(
     Parameter("device", text, "Where to run."),
     Parameter("gpu_layers", layer_count, "Layers on GPUs, the last ones (auto: what fits)."),
     Parameter("slots", integer, "Full-length contexts that the cache holds.", 1, _INT32),
+    Parameter(
+        "kept_tokens", integer, "Of earlier prompts, kept beside the contexts.", 0, _INT32,
+    ),
     Parameter("pre", text, "Pre-tokenizer, for a file that names none."),
     Parameter("chat_template", text, "Instead of the file's own."),
     Parameter("drafts", switch, "Load the block that guesses tokens.", default=False),

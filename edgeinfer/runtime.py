@@ -279,7 +279,7 @@ def _plan_request(model: Model, settings: LoadSettings, freed: Mapping[str, int]
     usual = platform.memory_budget(min(platform.rss(), PYTHON_BYTES))
     return PlanRequest(
         settings.n_ctx, settings.slots, settings.n_threads, settings.allowed_memory(usual), freed,
-        settings.kv_types, host, usual,
+        settings.kv_types, host, usual, settings.kept_tokens,
     )  # fmt: skip
 
 

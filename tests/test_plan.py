@@ -242,6 +242,22 @@ def test_pages_for_earlier_prompts_are_few_and_printed(
     assert found.limits.n_pages[0] == slots * -(-n_ctx // 32) + found.n_spare_pages
 
 
+@pytest.mark.parametrize("kept", [0, 1, 5000, 100_000])
+def test_what_is_to_be_kept_is_planned_to_the_page(segment: Segment, kept: int) -> None:
+    machine = OneMemory(512, 0, 0)
+    types = ("f16", "f16")
+    request = PlanRequest(1024, 2, 1, 4 << 30, kv_types=types, kept_tokens=kept)
+    found = solve(segment, machine, request)
+    assert found.n_spare_pages == -(-kept // 32)
+    if kept > 1:  # asked for, so not given up where memory is short
+        short = request._replace(available=found.total_bytes - 1, most_available=0)
+        with pytest.raises(PlanError) as caught:
+            solve(segment, machine, short)
+        (setting,) = [e for e in caught.value.advice if isinstance(e, Keyword)][:1]
+        assert setting.name == "kept_tokens"
+        solve(segment, machine, short._replace(kept_tokens=int(setting.value)))
+
+
 def test_sizes_of_an_error_are_never_nothing_nor_equal(segment: Segment) -> None:
     with pytest.raises(PlanError) as caught:
         plan_for(segment, TwoMemories(100, weights=700), 1)

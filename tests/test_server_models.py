@@ -215,3 +215,17 @@ def test_models_are_fetched_where_that_is_allowed(
         n_asked = len(hub.requests)
         assert found.post(CHAT, asked).status_code == 200 and len(hub.requests) == n_asked
         assert list(states(found)) == ["one", "org/Tiny-GGUF:Q4_0"]
+
+
+def test_a_server_of_one_model_keeps_as_much_as_its_contexts_hold(paths: list[Path]) -> None:
+    kept = []
+    for served, load in (
+        ([("one", paths[0])], SMALL),
+        ([("one", paths[0]), ("two", paths[1])], SMALL),
+        ([("one", paths[0])], dict(SMALL, kept_tokens=64)),
+    ):
+        with running(served, load=load) as found:
+            plan = found.llm.plan
+            kept.append(plan.n_spare_pages * 32)
+            assert plan.fits
+    assert kept[0] == SMALL["slots"] * SMALL["n_ctx"] > kept[1] > kept[2] == 64

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from edgeinfer.backend import Backend
-from edgeinfer.batch import PAGE, StepLimits, StepRequest
+from edgeinfer.batch import PAGE, StepLimits, StepRequest, pages_for
 from edgeinfer.engine.plan_error import does_not_fit
 from edgeinfer.engine.plan_rows import (
     LEAST_STATES,
@@ -119,6 +119,7 @@ class PlanRequest(NamedTuple):
     kv_types: KVTypes | None = None
     host: HostBytes = HostBytes()
     most_available: int = 0  # bytes of the host's that there would be, were the user to allow it
+    kept_tokens: int | None = None  # of earlier prompts, beside the slots
 
 
 class Setting(NamedTuple):
@@ -203,6 +204,9 @@ def _settings(segment: Segment, request: PlanRequest) -> Iterator[Setting]:
     choices = _types(request)
     spare = spare_pages(segment, n_ctx, choices[0]), spare_states(segment)
     least = 0, min(1, spare[1])  # a state can't be shared but where one was kept
+    if request.kept_tokens is not None:
+        kept = pages_for(request.kept_tokens)
+        spare, least = (kept, spare[1]), (kept, least[1])
     if spare != least:
         yield Setting(n_ctx, choices[0], *spare)
     yield from (Setting(n_ctx, types, *least) for types in choices)

@@ -63,6 +63,10 @@ def _settings(
 ) -> list[Keyword]:
     """Settings each of which would fit by itself, up to two."""
     settings = [] if n_ctx is None else [Keyword("n_ctx", n_ctx)]
+    if request.kept_tokens and fits(request._replace(kept_tokens=0)):
+        most = request.kept_tokens // PAGE
+        n_pages = _most(most, lambda n: fits(request._replace(kept_tokens=n * PAGE)))
+        settings.insert(0, Keyword("kept_tokens", n_pages * PAGE))
     if n_slots := _most(request.slots - 1, lambda n: fits(request._replace(slots=n))):
         settings.append(Keyword("slots", n_slots))
     if request.kv_types is not None:

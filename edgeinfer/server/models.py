@@ -25,6 +25,7 @@ from edgeinfer.server.pull import is_on_hub, pull
 
 T = TypeVar("T")
 _USUAL_SLOTS = (4, 2, 1)  # contexts at full length, as many as need no shorter ones
+_KEPT_SHARE = 4  # of what a plan leaves free: a quarter is for earlier prompts
 _IDLE_SECONDS = 60.0  # that a request waits for another model's answers to end
 _LOOK_SECONDS = 0.05
 _LONGEST_NAME = 256  # characters
@@ -238,6 +239,8 @@ class Models:
             options["memory"] = max(1, self._budget - taken)
         if options.get("slots") is None:
             options["slots"] = await asyncio.to_thread(_usual_slots, model.path, options)
+        if options.get("kept_tokens") is None and len(self.served) == 1:
+            options["kept_tokens"] = await asyncio.to_thread(_usual_kept, model.path, options)
         return options
 
     async def _unload_oldest(self, wanted: ServedModel) -> bool:
@@ -277,3 +280,20 @@ def _usual_slots(path: Path, options: Any) -> int:
         except PlanError:
             continue
     return 1
+
+
+def _usual_kept(path: Path, options: Any) -> int | None:
+    """As many tokens of earlier prompts as all contexts have, in a quarter of what is left.
+
+    None leaves it to the plan: where a GPU has the cache, or memory is short.
+    """
+    try:
+        least = plan(path, **options)
+        kept = least.slots * least.n_ctx
+        most = plan(path, **{**options, "kept_tokens": kept})
+    except PlanError:
+        return None
+    room, taken = (least.available - least.total_bytes) // _KEPT_SHARE, most.kept_bytes
+    if len(least.pools) > 1 or taken <= least.kept_bytes or room <= least.kept_bytes:
+        return None
+    return min(kept, kept * room // taken)
