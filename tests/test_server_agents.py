@@ -171,7 +171,7 @@ def test_side_requests_leave_a_session_alone(tmp_path: Path, family: Any, hint: 
     tool = {"type": "function", "function": {"name": "shell", "parameters": SHELL}}
     more: Any = {"key": {"prompt_cache_key": "s"}, "tools": {"tools": [tool]}}.get(hint, {})
     headers = {"session-id": "s"} if hint == "header" else {}
-    load: Any = dict(LOAD, n_ctx=1024, slots=1, device="cpu")
+    load: Any = dict(LOAD, n_ctx=1024, slots=1, kept_tokens=256, device="cpu")
     with running([("tiny", path)], load=load) as found:
 
         def ask(messages: Any, **fields: Any) -> Any:
