@@ -27,11 +27,10 @@ from edgeinfer.errors import (
     Keyword,
 )
 from edgeinfer.parameters import EMBED, POOLINGS, checked, id_list, shown
+from edgeinfer.requesting import COUNTED_BEYOND
 from edgeinfer.runtime import Runtime
 from edgeinfer.stream import items
 from edgeinfer.text.tokenizer import Tokenizer, TooManyTokens
-
-_COUNTED_BEYOND = 1 << 16  # tokens that an error may count beyond the context
 
 
 class Embedding:
@@ -240,7 +239,7 @@ def _ids(opened: Runtime, text: Any, name: str, truncate: bool) -> array[int]:
 def _encoded(tokenizer: Tokenizer, text: str, n_ctx: int, name: str, truncate: bool) -> list[int]:
     if truncate:  # of what is cut off in the end not all is read
         text = text[: (n_ctx + 1) * tokenizer.longest_text]
-    most = None if truncate else n_ctx + _COUNTED_BEYOND
+    most = None if truncate else n_ctx + COUNTED_BEYOND
     try:
         ids = tokenizer.encode(text, parse_special=True, most=most)
     except TooManyTokens as error:

@@ -25,7 +25,7 @@ from edgeinfer.text.tokenizer import TooManyTokens
 if TYPE_CHECKING:
     from edgeinfer.engine.constraint import Constraint
 
-_COUNTED_BEYOND = 1 << 16  # tokens that an error may count beyond the context: 0.2 s
+COUNTED_BEYOND = 1 << 16  # tokens that an error may count beyond the context: 0.2 s
 
 
 def prompt_ids(opened: Runtime, prompt: str | Sequence[int], given: Mapping[str, Any]) -> list[int]:
@@ -40,7 +40,7 @@ def prompt_ids(opened: Runtime, prompt: str | Sequence[int], given: Mapping[str,
 
 def most_tokens(opened: Runtime, given: Mapping[str, Any]) -> int | None:
     """How far a prompt is counted: what can't fit is refused before all of it is tokens."""
-    return None if given.get("overflow") == "slide" else opened.plan.n_ctx + _COUNTED_BEYOND
+    return None if given.get("overflow") == "slide" else opened.plan.n_ctx + COUNTED_BEYOND
 
 
 @contextmanager

@@ -36,8 +36,9 @@ engine load_settings chain
 balance chat_model
 placement
 runtime stream
-watching constraining reasoning_budget embedding
+watching constraining reasoning_budget
 replying requesting
+embedding
 llm inspect_file
 aio bench load remote selftest replay
 server

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 
 from edgeinfer import platform
 from edgeinfer.aio import AsyncLLM
+from edgeinfer.engine.memory_plan import MemoryPlan
 from edgeinfer.errors import PlanError
 from edgeinfer.inspect_file import plan
 from edgeinfer.llm import LLM
@@ -237,11 +238,8 @@ class Models:
                 each.llm.plan.host.total_bytes for each in self.served if each.llm is not None
             )
             options["memory"] = max(1, self._budget - taken)
-        if options.get("slots") is None:
-            options["slots"] = await asyncio.to_thread(_usual_slots, model.path, options)
-        if options.get("kept_tokens") is None and len(self.served) == 1:
-            options["kept_tokens"] = await asyncio.to_thread(_usual_kept, model.path, options)
-        return options
+        is_alone = len(self.served) == 1
+        return await asyncio.to_thread(_usual, model.path, options, is_alone=is_alone)
 
     async def _unload_oldest(self, wanted: ServedModel) -> bool:
         """The one used longest ago, once one is idle; False if there is none to unload."""
@@ -271,26 +269,33 @@ def _silence(model: ServedModel) -> None:
         model.alarm = None
 
 
-def _usual_slots(path: Path, options: Any) -> int:
-    """As many contexts as memory holds without making them shorter."""
-    for slots in _USUAL_SLOTS:
+def _usual(path: Path, options: LoadOptions, *, is_alone: bool) -> LoadOptions:
+    """The options, with what they leave open as a server wants it.
+
+    Slots: as many contexts as memory holds without making them shorter. Tokens of earlier prompts,
+    where the model `is_alone`: as many as all contexts have, in a quarter of what is left.
+    """
+    slots = options.get("slots")
+    for tried in _USUAL_SLOTS if slots is None else (slots,):
+        usual: LoadOptions = {**options, "slots": tried}
         try:
-            if not plan(path, **{**options, "slots": slots}).note:
-                return slots
+            found = plan(path, **usual)
         except PlanError:
             continue
-    return 1
+        if slots is None and found.note and tried > 1:
+            continue
+        if is_alone and options.get("kept_tokens") is None:
+            usual["kept_tokens"] = _usual_kept(path, usual, found)
+        return usual
+    return {**options, "slots": slots or 1}
 
 
-def _usual_kept(path: Path, options: Any) -> int | None:
-    """As many tokens of earlier prompts as all contexts have, in a quarter of what is left.
-
-    None leaves it to the plan: where a GPU has the cache, or memory is short.
-    """
+def _usual_kept(path: Path, options: LoadOptions, least: MemoryPlan) -> int | None:
+    """None leaves it to the plan: where a GPU has the cache, or memory is short."""
+    kept = least.slots * least.n_ctx
+    asked: LoadOptions = {**options, "kept_tokens": kept}
     try:
-        least = plan(path, **options)
-        kept = least.slots * least.n_ctx
-        most = plan(path, **{**options, "kept_tokens": kept})
+        most = plan(path, **asked)
     except PlanError:
         return None
     room, taken = (least.available - least.total_bytes) // _KEPT_SHARE, most.kept_bytes

@@ -17,7 +17,8 @@ _OF_KEYS = (
 )  # fmt: skip
 _COMBINED = ("allOf", "if", "not", "dependentSchemas", "$dynamicRef", "$recursiveRef")
 _CHOSEN = ("anyOf", "oneOf", "$ref")  # schemas that are apart from this, or say more of the same
-_BY_NAME = ("properties", "$defs", "definitions")  # keywords that hold schemas by names
+# Keywords that hold schemas by names.
+BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 
 
 def closed(schema: Any) -> Any:
@@ -44,7 +45,7 @@ def _combines(schema: Any) -> bool:
 
 def _schemas(key: str, value: Any) -> list[Any]:
     """Those that a keyword holds."""
-    return list(value.values()) if key in _BY_NAME and isinstance(value, dict) else [value]
+    return list(value.values()) if key in BY_NAME and isinstance(value, dict) else [value]
 
 
 def _closed(schema: Any) -> Any:
@@ -54,7 +55,7 @@ def _closed(schema: Any) -> Any:
         return schema
     found: dict[str, Any] = {}
     for key, each in schema.items():
-        if key in _BY_NAME and isinstance(each, dict):
+        if key in BY_NAME and isinstance(each, dict):
             found[key] = {name: _closed(inner) for name, inner in each.items()}
         else:
             found[key] = each if key in VALUES else _closed(each)

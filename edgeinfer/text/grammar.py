@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from edgeinfer.errors import InvalidRequestError
-from edgeinfer.text.closed_schema import VALUES, closed
+from edgeinfer.text.closed_schema import BY_NAME, VALUES, closed
 from edgeinfer.values import shown
 
 MOST_TEXT = 1 << 17  # characters; what reads the worst of so many takes seconds
@@ -26,7 +26,6 @@ _REPLY = "reply"
 _ONE_WAY = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 # Keywords of old drafts, which llguidance takes for annotations.
 _OLD_KEYWORDS = ("divisibleBy", "extends", "disallow")
-_SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,7 +275,7 @@ def _paths(schema: Any, keyword: str, value: Any = None, path: str = "$") -> Ite
         if keyword in schema and value in (None, schema[keyword]):
             yield path
         for key, each in schema.items():
-            if key in _SCHEMAS_BY_NAME and isinstance(each, dict):
+            if key in BY_NAME and isinstance(each, dict):
                 for name, inner in each.items():
                     yield from _paths(inner, keyword, value, f"{path}.{key}.{name}")
             elif key not in VALUES:
