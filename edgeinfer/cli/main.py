@@ -99,9 +99,16 @@ def _interrupts_raise() -> AbstractContextManager[None]:
     return platform.signals_handled(numbers, signal.default_int_handler)
 
 
+def _message(error: Exception) -> str:
+    if isinstance(error, EdgeInferError):
+        return error.spelled(as_flag)
+    if isinstance(error, OSError) and error.filename and error.strerror and not error.filename2:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
 def _one_line(error: Exception) -> str:
-    message = error.spelled(as_flag) if isinstance(error, EdgeInferError) else str(error)
-    text = one_line(" ".join(message.split()), _MAX_LINE)
+    text = one_line(" ".join(_message(error).split()), _MAX_LINE)
     if isinstance(error, FileNotFoundError) and not _is_somewhere():
         text += "; the folder you are in was deleted: cd to another"
     if isinstance(error, EdgeInferError):
