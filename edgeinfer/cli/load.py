@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
@@ -204,7 +205,9 @@ async def _measure(target: Target, flags: dict[str, Any], runs: list[Measured]) 
     try:
         model = flags["model"] or await find_model(client)
     except Exception as error:
-        raise click.ClickException(f"there is no server at {target.authority}: {error}") from None
+        number = error.errno if isinstance(error, OSError) else None
+        why = os.strerror(number) if number and number > 0 else error
+        raise click.ClickException(f"there is no server at {target.authority}: {why}") from None
     settings = _settings(flags, model)
     texts = Texts(await tokens_per_word(client, settings))
     for rate in _conversation_rates(flags):
