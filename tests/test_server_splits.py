@@ -213,6 +213,7 @@ APIS = (chat, responses, messages, ollama)
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @example(reply='<tool_call>\n{"name": "weather", "arguments": {"a": "<tool_call>')
+@example(reply='<tool_call>\n{"name": "weather", "arguments": {"a": "\\ud83d')
 @example(reply="<think>\n\n</think>\n\n")
 @given(reply=REPLIES)
 def test_a_reply_is_one_message_everywhere(server: Running, reply: str, reason: str) -> None:

@@ -65,6 +65,7 @@ def read(family: str, pieces: Iterable[str], *, was_cut: bool = False, parse: bo
             calls[delta.call.index][1] += delta.call.arguments
     assert finder.done == tuple(ToolCall(name=n, arguments=a) for n, a in calls)
     found = [(name, json.loads(text) if parse else text) for name, text in calls]
+    json.dumps(found, ensure_ascii=False).encode()  # no API can send half of a surrogate pair
     return Reply("".join(d.text for d in deltas), "".join(d.reasoning for d in deltas), found)
 
 
@@ -169,6 +170,15 @@ def test_a_template_that_shows_no_call_tells_its_family_otherwise() -> None:
     assert call_format('system_prompt + "List of tools: ["') == call_format(SIGNS["lfm2"])
 
 
+@pytest.mark.parametrize("was_cut", [False, True])
+@pytest.mark.parametrize("end", ['"', "}", '}, "', '}, "x" 1}', "} x"])
+def test_a_call_inside_an_object_is_read_once(end: str, was_cut: bool) -> None:
+    """What follows a call that is whole may be no call, or be cut off."""
+    text = f'<tool_call>{{"function": {BARE}{end}'
+    assert read("hermes", [text], was_cut=was_cut).calls == [("weather", ROME)]
+    assert read("hermes", text, was_cut=was_cut).calls == [("weather", ROME)]
+
+
 def test_names_with_hyphens_and_dots() -> None:
     for name in ("get-it", "a.b-c.d", "x-1"):
         finder = CallFinder(call_format(SIGNS["lfm2"]), [tool(name)])
@@ -250,6 +260,8 @@ MENDED = [
     ('{"city": "two\nlines\ttab"}', {"city": "two\nlines\ttab"}),
     ('{"city": "C:\\dir"}', {"city": "C:\\dir"}),
     ('{"city": "\\u12"}', {"city": "\\u12"}),
+    ('{"city": "\\ud83d\\ude00\\ud800x\\udc00"}', {"city": "\U0001f600\ufffdx\ufffd"}),
+    ('{"city": "\\uD83D\\u0041"}', {"city": "\ufffdA"}),
     ('{"city": Rome}', {"city": "Rome"}),
     ('{"tags": [1, 2, [3, {"a": }], 4}', {"tags": [1, 2, [3, {"a": ""}], 4]}),
     ('{"days": NaN}', {"days": "NaN"}),
@@ -311,7 +323,9 @@ BITS = st.sampled_from(
      "[TOOL_CALLS]", "[ARGS]", "<function=", ">", "\n", " ", '"', "'", "a", "é", "[", "]", ",", ":",
      "<parameter=city>", "</parameter>", "<|channel|>", "<|message|>", "<|end|>", "analysis",
      "call:", '<|"|>', "<|tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "\\", "2", "to=",
-     "<|tool_call_start|>", "(", ")", "=", "<|tool_call_end|>", "<|python_tag|>", ";"]
+     "<|tool_call_start|>", "(", ")", "=", "<|tool_call_end|>", "<|python_tag|>", ";",
+     '{"function": ', '{"name": "now", "arguments": {}}', '"parameters": ',
+     "\\ud83d", "\\ude00"]
 )  # fmt: skip
 
 
@@ -353,8 +367,19 @@ def test_any_cut_gives_the_same_reply(
     """And whatever comes is a reply: it never fails, and calls that were not cut off are JSON."""
     text = "".join(bits)
     whole = read(family, [text], was_cut=was_cut, parse=not was_cut)
+    assert len(whole.calls) <= len(bits)
     assert read(family, cut(text, at), was_cut=was_cut, parse=not was_cut) == whole
     assert all(name in ("weather", "now") for name, _ in whole.calls)
+
+
+@pytest.mark.parametrize(("family", "text"), SPELLED)
+@pytest.mark.parametrize("half", ["\\ud83d", "\\ude00", "\\ud83d\\ud83d", "\\\\ud83d"])
+def test_half_of_a_pair_is_a_character(family: str, text: str, half: str) -> None:
+    for found in ("Rome", "days", "2"):
+        said = text.replace(found, half)
+        for end in range(said.index(half) + 1, len(said) + 1):
+            read(family, [said[:end]], was_cut=False)
+            read(family, [said[:end]], was_cut=True, parse=False)
 
 
 @settings(max_examples=60, **PATIENT)

@@ -24,7 +24,8 @@ class CallFinder:
     def __init__(
         self, format: CallFormat, tools: Sequence[Mapping[str, Any]], most: int | None = None
     ) -> None:
-        self._format, self._reader, self._calls = format, Reader(), Calls(tools, most)
+        self._format, self._reader = format, Reader()
+        self._calls = Calls(tools, most, on_done=self._reader.mark)
         self._controls = format.controls
         self._steps = self._read()
         self._gap = ""  # white space that is text if no call follows

@@ -81,7 +81,6 @@ def json_calls(reader: Reader, calls: Calls, ends: tuple[str, ...] = ()) -> Step
         return
     while True:
         yield from json_call(reader, calls, ends)
-        reader.mark()
         yield from reader.space()
         if not (yield from reader.take(",")):
             break
@@ -92,7 +91,6 @@ def python_tag(reader: Reader, calls: Calls) -> Steps[None]:
     """Llama 3: objects with ; between them."""
     yield from json_call(reader, calls)
     while True:
-        reader.mark()
         yield from reader.space()
         if not (yield from reader.take(";")):
             return

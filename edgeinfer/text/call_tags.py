@@ -10,10 +10,11 @@ import ast
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from edgeinfer.text.call_json import MOST_NAME, copy_arguments, json_calls
-from edgeinfer.text.lenient_json import is_json
+from edgeinfer.text.lenient_json import as_json, is_json
 from edgeinfer.text.reader import Reader, Steps
 from edgeinfer.text.tools import Calls, Members, NotACall
 
@@ -135,10 +136,10 @@ def _as_json(text: str) -> str:
     """A value that may be JSON, or Python's spelling of it, or text."""
     if is_json(text):
         return text
-    try:
-        return json.dumps(ast.literal_eval(text), ensure_ascii=False, allow_nan=False)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return json.dumps(text, ensure_ascii=False)
+    for read in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            return as_json(read(text))
+    return json.dumps(text, ensure_ascii=False)
 
 
 # -- formats of their own -------------------------------------------------------------------------
@@ -208,11 +209,12 @@ def python_list(reader: Reader, calls: Calls) -> Steps[None]:
     found = [(calls.find(name), arguments) for name, arguments in _python_calls(text)]
     for tool, arguments in found:
         calls.begin(tool)
-        calls.write(json.dumps(arguments, ensure_ascii=False))
+        calls.write(arguments)
         calls.finish()
 
 
-def _python_calls(text: str) -> list[tuple[str, dict[str, Any]]]:
+def _python_calls(text: str) -> list[tuple[str, str]]:
+    """Names and arguments."""
     try:
         tree = ast.parse(text, mode="eval").body
         nodes = tree.elts if isinstance(tree, (ast.List, ast.Tuple)) else [tree]
@@ -224,8 +226,7 @@ def _python_calls(text: str) -> list[tuple[str, dict[str, Any]]]:
             if not isinstance(call, ast.Call) or call.args:
                 raise NotACall
             given = {k.arg: _literal(k.value) for k in call.keywords if k.arg is not None}
-            json.dumps(given, allow_nan=False)
-            found.append((_between(text, node, call.func), given))
+            found.append((_between(text, node, call.func), as_json(given)))
         return found
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         raise NotACall from None

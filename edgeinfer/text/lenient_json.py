@@ -1,12 +1,14 @@
 """JSON as models write it, to JSON as it must be, character by character.
 
 What is valid passes unchanged. What is not is mended, and nothing of it is lost: Python's words
-and quotes, quotes and line ends inside strings, spare commas, brackets that nobody closed.
+and quotes, quotes and line ends inside strings, spare commas, brackets that nobody closed. Half of
+a surrogate pair, which no encoding can take, becomes U+FFFD.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 
 from edgeinfer.text.reader import Reader, Steps, Write
@@ -14,7 +16,8 @@ from edgeinfer.text.reader import Reader, Steps, Write
 _DEEPEST = 64  # values deeper than this are taken as words
 _WORDS = {"True": "true", "False": "false", "None": "null"}
 _ESCAPED = '"\\/bfnrt'
-_HEX = set("0123456789abcdefABCDEF")
+_CODE = re.compile("u[0-9a-fA-F]{4}")
+_FIRST_HALF, _SECOND_HALF = re.compile("u[dD][89abAB]"), re.compile("u[dD][c-fC-F]")
 
 
 def copy_value(
@@ -120,10 +123,10 @@ def _escape(reader: Reader) -> Steps[str]:
     """What stands behind a backslash, with it."""
     character = yield from reader.peek()
     if character == "u":
-        digits = (yield from reader.peek(5))[1:]
-        if len(digits) == 4 and _HEX.issuperset(digits):
+        code = yield from reader.peek(5)
+        if _CODE.fullmatch(code):
             reader.skip(5)
-            return "\\u" + digits
+            return (yield from _whole_character(reader, code))
     elif character and character in _ESCAPED:
         reader.skip(1)
         return "\\" + character
@@ -131,6 +134,18 @@ def _escape(reader: Reader) -> Steps[str]:
         reader.skip(1)
         return "'"
     return "\\\\"
+
+
+def _whole_character(reader: Reader, code: str) -> Steps[str]:
+    """The escape of a code, with that of its other half."""
+    if _FIRST_HALF.match(code):
+        other = yield from reader.peek(6)
+        if other[:1] == "\\" and _CODE.fullmatch(other[1:]) and _SECOND_HALF.match(other[1:]):
+            reader.skip(6)
+            return f"\\{code}{other}"
+    elif not _SECOND_HALF.match(code):
+        return f"\\{code}"
+    return "\\ufffd"
 
 
 def _copy_word(reader: Reader, write: Write, ends: Sequence[str]) -> Steps[None]:
@@ -147,12 +162,20 @@ def _copy_word(reader: Reader, write: Write, ends: Sequence[str]) -> Steps[None]
 
 
 def is_json(text: str) -> bool:
-    """Whether a text is a JSON value."""
+    """Whether a text is a JSON value, of whole characters."""
     try:
-        json.loads(text, parse_constant=_no_constant)
+        value = json.loads(text, parse_constant=_no_constant)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         return False
     return True
+
+
+def as_json(value: object) -> str:
+    """JSON of a value of Python; ValueError where there is none."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _no_constant(name: str) -> float:

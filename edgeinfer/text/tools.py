@@ -6,7 +6,7 @@ Knows nothing of how models spell calls.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from edgeinfer.results import CallDelta, Delta, ToolCall
@@ -44,12 +44,20 @@ class Tool(NamedTuple):
 
 
 class Calls:
-    """The deltas of a reply. A call is told of when its arguments begin, up to `most` calls."""
+    """The deltas of a reply. A call is told of when its arguments begin, up to `most` calls.
 
-    def __init__(self, tools: Sequence[Mapping[str, Any]], most: int | None = None) -> None:
+    `on_done` is called after each that is whole: what it was read from must not be read again.
+    """
+
+    def __init__(
+        self,
+        tools: Sequence[Mapping[str, Any]],
+        most: int | None = None,
+        on_done: Callable[[], None] = lambda: None,
+    ) -> None:
         found = filter(None, map(Tool.of, tools))
         self.tools = {tool.name: tool for tool in found}
-        self._most = most
+        self._most, self._on_done = most, on_done
         self.done: list[ToolCall] = []
         self._deltas: list[Delta] = []
         self._name = ""
@@ -90,6 +98,7 @@ class Calls:
         if self._name:
             self.done.append(ToolCall(name=self._name, arguments="".join(self._arguments)))
             self._name = ""
+            self._on_done()
 
     def text(self, text: str) -> None:
         if text and not self.is_full:
