@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from edgeinfer.graph import Segment
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
 # that tests start and interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# A run says of a change what the run before it would have said. Other draws are for whoever looks
+# for more: HYPOTHESIS_PROFILE=search pytest ..., as often as there is time.
+settings.register_profile("repeatable", derandomize=True)
+settings.register_profile("search", derandomize=False, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 
