@@ -23,7 +23,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 START = (
     "python3 -m venv .venv && .venv/bin/python -m pip install . && .venv/bin/edgeinfer chat -y",
     "python3 -m venv .venv && .venv/bin/python -m pip install '.[test]' "
-    "&& .venv/bin/python -m pytest",
+    "&& .venv/bin/python -m pytest -n auto",
 )
 
 
