@@ -53,6 +53,18 @@ def data_file() -> Callable[[str], Path]:
     return find
 
 
+@pytest.fixture(scope="session", autouse=True)
+def kernels_are_built_once(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    from .builder import kernels_built_once
+
+    folder = tmp_path_factory.getbasetemp()
+    is_one_of_many = hasattr(request.config, "workerinput")  # as pytest-xdist's processes are
+    with kernels_built_once((folder.parent if is_one_of_many else folder) / "building"):
+        yield
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A server that all its tests share."""
