@@ -24,6 +24,13 @@ if TYPE_CHECKING:
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# NumPy's library spins in a thread for each processor, and what our tests multiply is small.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Processes that run tests side by side share the processors; teams of two threads are left.
+_n_processes, _n_cores = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")), os.cpu_count() or 1
+if _n_processes > 1 and _n_cores > 2:
+    os.environ.setdefault("EDGEINFER_THREADS", str(max(2, _n_cores // _n_processes)))
+
 # A run says of a change what the run before it would have said. Other draws are for whoever looks
 # for more: HYPOTHESIS_PROFILE=search pytest ..., as often as there is time.
 settings.register_profile("repeatable", derandomize=True)
