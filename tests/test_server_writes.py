@@ -4,73 +4,120 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 
-from edgeinfer.server import wire
+from edgeinfer.server import connections, frames
+from edgeinfer.server.app import make_app
 from edgeinfer.server.doorbell import Doorbell
-from edgeinfer.server.wire import EVENTS, Frames
+from edgeinfer.server.models import Models
+from edgeinfer.server.service import Limits, Service
 
-from .server_for_tests import Running
+from .server_for_tests import LOAD, Running, small_model
 
+CHAT = "/v1/chat/completions"
+BODY: Any = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
 
-class Parts:
-    """Batches of parts, with a wait between; whether it was closed."""
-
-    def __init__(self, *batches: list[bytes]) -> None:
-        self.batches, self.n_ready, self.is_closed = batches, 0, False
-
-    @property
-    def has_ready(self) -> bool:
-        return self.n_ready > 0
-
-    async def close(self) -> None:
-        self.is_closed = True
-
-    async def parts(self) -> AsyncGenerator[bytes, None]:
-        for batch in self.batches:
-            await asyncio.sleep(0.01)
-            for i, part in enumerate(batch):
-                self.n_ready = len(batch) - i - 1
-                yield part
+LONG = "0123456789" * 2200  # a token each
+LONG_BODY = {**BODY, "logprobs": True, "top_logprobs": 1}
 
 
-async def write(source: Parts, send: Callable[[Any], Any]) -> None:
-    async def receive() -> Any:
-        await asyncio.sleep(60)
-
-    await Frames(source.parts(), EVENTS, source)({"type": "http"}, receive, send)
-
-
-def test_what_is_there_at_a_time_is_one_write(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "_MOST_AT_ONCE", 8)
-    source = Parts([b"a", b"b"], [b"c"], [b"d" * 7, b"e" * 7, b"f"])
-    sent: list[Any] = []
-
-    async def send(message: Any) -> None:
-        sent.append(message.get("body"))
-
-    asyncio.run(write(source, send))
-    assert sent == [None, b"ab", b"c", b"d" * 7 + b"e" * 7, b"f", b""] and source.is_closed
+def exchange(server: Running, body: Any, read: Callable[[socket.socket], bytes]) -> bytes:
+    """All that comes for a request, by a reader with little room."""
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
+        content = json.dumps(body).encode()
+        head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(content)}\r\n"
+        client.sendall(f"{head}connection: close\r\n\r\n".encode() + content)
+        return read(client)
 
 
-def test_a_write_that_nobody_takes_ends_the_reply(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "_STALLED_SECONDS", 0.2)
-    source = Parts([b"a"], [b"b"])
+def read_all(client: socket.socket) -> bytes:
+    return b"".join(iter(lambda: client.recv(1 << 16), b""))
 
-    async def send(message: Any) -> None:
-        if message.get("body") == b"b":
-            await asyncio.sleep(60)
-        await asyncio.sleep(0.3 if message.get("body") is None else 0)
 
-    begun = time.monotonic()
-    with pytest.raises(asyncio.CancelledError):
-        asyncio.run(write(source, send))
-    assert 0.2 < time.monotonic() - begun < 10 and source.is_closed
+def chunks(reply: bytes) -> list[bytes]:
+    """Those of a chunked body."""
+    found, at = list[bytes](), reply.index(b"\r\n\r\n") + 4
+    while at < len(reply):
+        start = reply.index(b"\r\n", at) + 2
+        end = start + int(reply[at:start], 16)
+        found.append(reply[start:end])
+        at = end + 2
+    return found
+
+
+def text_of(body: str) -> str:
+    """What a streamed chat says."""
+    frames = [json.loads(line[6:]) for line in body.split("\n") if line.startswith("data: {")]
+    return "".join(frame["choices"][0]["delta"].get("content", "") for frame in frames)
+
+
+def test_what_is_there_at_a_time_is_one_write(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with server.replying("one two three"):
+        *told, done, end = chunks(exchange(server, BODY, read_all))
+        assert (len(told), done, end) == (1, b"data: [DONE]\n\n", b"")
+        assert text_of(told[0].decode()) == "one two three"
+        monkeypatch.setattr(frames, "_MOST_AT_ONCE", 400)
+        told = chunks(exchange(server, BODY, read_all))[:-2]
+    assert len(told) > 3 and all(len(chunk) < 1000 for chunk in told)
+    assert text_of(b"".join(told).decode()) == "one two three"
+
+
+def test_who_reads_slowly_gets_all_of_it(server: Running) -> None:
+    """The reply is larger than what the system keeps of it."""
+
+    def read(client: socket.socket) -> bytes:
+        time.sleep(0.2)
+        return read_all(client)
+
+    with server.replying(LONG):
+        reply = exchange(server, LONG_BODY, read)
+    assert len(reply) > 6e6 and text_of(b"".join(chunks(reply)).decode()) == LONG
+
+
+def test_who_reads_nothing_is_cut_off_without_a_word(
+    server: Running, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(connections, "STALLED_SECONDS", 0.2)
+
+    def read(client: socket.socket) -> bytes:
+        end = time.monotonic() + 20
+        while not server.service.answers and time.monotonic() < end:
+            time.sleep(0.01)
+        server.wait_until_idle()
+        return read_all(client)  # what the system has kept
+
+    with server.replying(LONG):
+        assert b"[DONE]" not in exchange(server, LONG_BODY, read)
+    assert capfd.readouterr().err == ""
+
+
+def test_any_server_of_asgi_can_send_an_answer(server: Running, tmp_path: Path) -> None:
+    """One whose connections can't `write_now`."""
+
+    async def ask() -> str:
+        models = Models([("m", small_model(tmp_path))], LOAD)
+        await models.start()
+        transport = httpx2.ASGITransport(app=make_app(Service(models, Limits())))
+        async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            told = (await client.post(CHAT, json={**BODY, "max_tokens": 20, "temperature": 0})).text
+        await models.close()
+        return told
+
+    wanted = server.post(CHAT, {**BODY, "max_tokens": 20, "temperature": 0}).text
+    told = asyncio.run(ask())
+    assert text_of(told) == text_of(wanted) != "" and told.endswith("data: [DONE]\n\n")
 
 
 def test_a_doorbell_loses_no_call_and_keeps_their_order() -> None:
@@ -98,6 +145,22 @@ def test_a_doorbell_loses_no_call_and_keeps_their_order() -> None:
 
     asyncio.run(listen())
     assert [[i for who, i in heard if who == w] for w in range(n_threads)] == [[*range(n)]] * 4
+
+
+def test_a_doorbell_that_is_rung_again_makes_a_call_once() -> None:
+    bell, heard = Doorbell(), list[int]()
+
+    def hear() -> None:
+        heard.append(1)
+
+    async def listen() -> None:
+        for n in range(1, 4):
+            for _ in range(3):
+                bell.ring(asyncio.get_running_loop(), hear)
+            await asyncio.sleep(0.01)
+            assert len(heard) == n
+
+    asyncio.run(listen())
 
 
 def test_a_closed_loop_is_told_to_who_rings() -> None:

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
 from dataclasses import replace
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
 
-from edgeinfer.results import CallDelta, Completion, Delta, Done, PromptProgress, TokenLogprob
+from edgeinfer.results import (
+    CallDelta,
+    Completion,
+    Delta,
+    Done,
+    Event,
+    PromptProgress,
+    TokenLogprob,
+)
+from edgeinfer.server.answers import Answer
 from edgeinfer.server.chat_request import read_chat
 from edgeinfer.server.errors import ApiError, Json
 from edgeinfer.server.fields import read_fields
+from edgeinfer.server.frames import Frames
 from edgeinfer.server.openai import FINGERPRINT, envelope, timings_json, usage_json
 from edgeinfer.server.requests import new_call_id, new_id, session_of
-from edgeinfer.server.service import Answer, Service
-from edgeinfer.server.wire import (
-    DONE,
-    EVENTS,
-    PING,
-    Frames,
-    event,
-    guarded,
-    reply,
-    unless_gone,
-)
+from edgeinfer.server.service import Service
+from edgeinfer.server.wire import DONE, EVENTS, PING, event, reply, unless_gone
 
 
 def routes(service: Service) -> list[Route]:
@@ -49,10 +49,9 @@ class ChatCompletions:
         session = session_of(http.headers, body.get("prompt_cache_key"))
         request = replace(request, session=session)
         answer = await self._service.answer(request)
-        shape = _Shape(answer, "logprobs" in request.sampling)
+        shape = _Shape(answer, "logprobs" in request.sampling, has_usage, has_progress)
         if is_streamed:
-            parts = shape.frames(has_usage, has_progress)
-            return Frames(guarded(parts, _error_frame), EVENTS, answer)
+            return Frames(shape, EVENTS, answer)
         return reply(shape.whole(await unless_gone(http.receive, shape.collect())))
 
     async def count(self, http: HttpRequest) -> Response:
@@ -61,15 +60,16 @@ class ChatCompletions:
         return reply({"object": "response.input_tokens", "input_tokens": n_tokens})
 
 
-def _error_frame(error: ApiError) -> bytes:
-    return event(envelope(error))
-
-
 class _Shape:
     """An answer as this API has it."""
 
-    def __init__(self, answer: Answer, has_logprobs: bool) -> None:
+    ping = PING
+
+    def __init__(
+        self, answer: Answer, has_logprobs: bool, has_usage: bool, has_progress: bool
+    ) -> None:
         self._answer, self._has_logprobs = answer, has_logprobs
+        self._has_usage, self._has_progress = has_usage, has_progress  # in a stream
         self._n = len(answer.streams)
         self._head = {
             "id": new_id("chatcmpl-"),
@@ -120,31 +120,31 @@ class _Shape:
 
     # -- in parts --------------------------------------------------------------------------------
 
-    async def frames(self, has_usage: bool, has_progress: bool) -> AsyncGenerator[bytes, None]:
-        for i in range(self._n):
-            yield self._chunk(i, {"role": "assistant", "content": "", "refusal": None})
-        async with self._answer.reading() as events:
-            async for each in events:
-                if each is None:
-                    yield PING
-                    continue
-                i, found = each
-                if isinstance(found, Delta):
-                    self._count(found)
-                    if (chunk := self._delta(i, found)) is not None:
-                        yield chunk
-                elif isinstance(found, Done):
-                    answer = found.completion
-                    more = {"timings": timings_json(answer)}
-                    yield self._chunk(i, {}, _finish_reason(answer), more=more)
-                elif has_progress:
-                    yield self._progress(found)
-        if has_usage:
-            usages = [self._answer.completions[i].usage for i in range(self._n)]
-            yield self._frame([], {"usage": usage_json(usages, self._n_reasoning)})
-        yield DONE
+    def begin(self) -> bytes:
+        start = {"role": "assistant", "content": "", "refusal": None}
+        return b"".join(self._chunk(i, start) for i in range(self._n))
 
-    def _delta(self, i: int, delta: Delta) -> bytes | None:
+    def part(self, i: int, found: Event) -> bytes:
+        if isinstance(found, Delta):
+            self._count(found)
+            return self._delta(i, found)
+        if isinstance(found, Done):
+            answer = found.completion
+            return self._chunk(
+                i, {}, _finish_reason(answer), more={"timings": timings_json(answer)}
+            )
+        return self._progress(found) if self._has_progress else b""
+
+    def end(self) -> bytes:
+        if not self._has_usage:
+            return DONE
+        usages = [self._answer.completions[i].usage for i in range(self._n)]
+        return self._frame([], {"usage": usage_json(usages, self._n_reasoning)}) + DONE
+
+    def failed(self, error: ApiError) -> bytes:
+        return event(envelope(error))
+
+    def _delta(self, i: int, delta: Delta) -> bytes:
         told: Json = _reasoning(delta.reasoning)
         if delta.text:
             told["content"] = delta.text
@@ -152,7 +152,7 @@ class _Shape:
             told["tool_calls"] = [self._call_delta(i, delta.call)]
         logprobs = self._logprobs(delta.logprobs)
         if not told and not (logprobs and logprobs["content"]):
-            return None
+            return b""
         return self._chunk(i, told, logprobs=logprobs)
 
     def _call_delta(self, i: int, call: CallDelta) -> Json:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -11,23 +10,16 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from edgeinfer.parameters import shown
-from edgeinfer.results import Completion, Delta, Done, TokenLogprob
+from edgeinfer.results import Completion, Delta, Done, Event, TokenLogprob
+from edgeinfer.server.answers import Answer
 from edgeinfer.server.errors import ApiError, Json
 from edgeinfer.server.fields import Fields, read_fields
+from edgeinfer.server.frames import Frames
 from edgeinfer.server.openai import FINGERPRINT, envelope, sampling_of, timings_json
 from edgeinfer.server.requests import Request, new_id
-from edgeinfer.server.service import Answer, Service
+from edgeinfer.server.service import Service
 from edgeinfer.server.structure import of_chat
-from edgeinfer.server.wire import (
-    DONE,
-    EVENTS,
-    PING,
-    Frames,
-    event,
-    guarded,
-    reply,
-    unless_gone,
-)
+from edgeinfer.server.wire import DONE, EVENTS, PING, event, reply, unless_gone
 
 _USUAL_TOKENS = 16  # of this API, where nobody says otherwise
 
@@ -54,10 +46,9 @@ class Completions:
             )
         has_usage = body.object("stream_options").flag("include_usage")
         answer = await self._service.answer(request)
-        shape = _Shape(answer, request, has_echo, "logprobs" in body)
+        shape = _Shape(answer, request, has_echo, "logprobs" in body, has_usage)
         if is_streamed:
-            parts = shape.frames(has_usage)
-            return Frames(guarded(parts, _error_frame), EVENTS, answer)
+            return Frames(shape, EVENTS, answer)
         return reply(shape.whole(await unless_gone(http.receive, answer.collect())))
 
 
@@ -98,17 +89,20 @@ def _is_ids(value: Any) -> bool:
     return isinstance(value, list) and all(type(each) is int for each in value)
 
 
-def _error_frame(error: ApiError) -> bytes:
-    return event(envelope(error))
-
-
 class _Shape:
     """Answers as this API has them."""
 
+    ping = PING
+
     def __init__(
-        self, answer: Answer, request: Request, has_echo: bool, has_logprobs: bool
+        self,
+        answer: Answer,
+        request: Request,
+        has_echo: bool,
+        has_logprobs: bool,
+        has_usage: bool,  # in a stream
     ) -> None:
-        self._answer, self._has_logprobs = answer, has_logprobs
+        self._answer, self._has_logprobs, self._has_usage = answer, has_logprobs, has_usage
         self._n, self._n_each = len(answer.streams), request.n
         self._head = {
             "id": new_id("cmpl-"),
@@ -133,24 +127,24 @@ class _Shape:
         usage, timings = self._usage(), timings_json(answers[0])
         return {**self._head, "choices": choices, "usage": usage, "timings": timings}
 
-    async def frames(self, has_usage: bool) -> AsyncGenerator[bytes, None]:
-        for i, text in enumerate(self._before):
-            if text:
-                yield self._frame([self._choice(i, text)])
-        async with self._answer.reading() as events:
-            async for each in events:
-                if each is None:
-                    yield PING
-                    continue
-                i, found = each
-                if isinstance(found, Delta) and (found.text or found.logprobs):
-                    yield self._frame([self._choice(i, found.text, found.logprobs)])
-                elif isinstance(found, Done):
-                    reason = _finish_reason(found.completion)
-                    yield self._frame([self._choice(i, "", None, reason)])
-        if has_usage:
-            yield event({**self._head, "choices": [], "usage": self._usage()})
-        yield DONE
+    def begin(self) -> bytes:
+        texts = enumerate(self._before)
+        return b"".join(self._frame([self._choice(i, text)]) for i, text in texts if text)
+
+    def part(self, i: int, found: Event) -> bytes:
+        if isinstance(found, Delta) and (found.text or found.logprobs):
+            return self._frame([self._choice(i, found.text, found.logprobs)])
+        if isinstance(found, Done):
+            return self._frame([self._choice(i, "", None, _finish_reason(found.completion))])
+        return b""
+
+    def end(self) -> bytes:
+        if not self._has_usage:
+            return DONE
+        return event({**self._head, "choices": [], "usage": self._usage()}) + DONE
+
+    def failed(self, error: ApiError) -> bytes:
+        return event(envelope(error))
 
     def _usage(self) -> Json:
         """Each prompt is counted once, however many answers it has."""

@@ -1,20 +1,38 @@
-"""Connections that are ended where no request comes: what holds them open must say something."""
+"""Connections that are ended where no request comes, or where nobody reads a reply."""
 
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
+import h11
+from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
 
 HEADER_SECONDS = 20.0  # from the first byte of a header, or from the connection, to its last
+STALLED_SECONDS = 120.0  # a reader that takes nothing for so long is gone
 LINGER_SECONDS = 30.0  # at least, in which who is cut off may still read what was sent
 
 
 class Connection(H11Protocol):
-    """One client's connection; between requests uvicorn's own limit for idle ones holds."""
+    """One client's connection; between requests uvicorn's own limit for idle ones holds.
+
+    The application finds `write_now` in a request's state.
+    """
 
     _alarm: asyncio.TimerHandle | None = None
     _linger: asyncio.TimerHandle | None = None
+    _stalled: asyncio.TimerHandle | None = None
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, {**app_state, "write_now": self.write_now}, _loop)
 
     def connection_made(  # type: ignore[override]  # as in the class above
         self, transport: asyncio.Transport
@@ -29,9 +47,27 @@ class Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget()
-        if self._linger is not None:
-            self._linger.cancel()
+        for alarm in (self._linger, self._stalled):
+            if alarm is not None:
+                alarm.cancel()
         super().connection_lost(exc)
+
+    def write_now(self, part: bytes) -> bool:
+        """Write more of the reply that has begun; False where that must wait for its reader."""
+        if self.flow.write_paused:
+            return False
+        if not self.cycle.disconnected:
+            self.transport.write(self.conn.send(h11.Data(data=part)))
+        return True
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stalled = self.loop.call_later(STALLED_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._stalled is not None:
+            self._stalled.cancel()
 
     def _look_later(self) -> None:
         self._linger = self.loop.call_later(LINGER_SECONDS, self._end_lingering)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 
 class Doorbell:
-    """Calls from other threads, made in the loop in the order of `ring`."""
+    """Calls from other threads, made in the loop in the order of `ring`, equal ones once."""
 
     def __init__(self) -> None:
         self._calls: deque[Callable[[], None]] = deque()
@@ -31,5 +31,8 @@ class Doorbell:
     def _answer(self) -> None:
         # NOTE: before the calls, or one that comes behind them would be heard by nobody.
         self._is_rung = False
+        calls: dict[Callable[[], None], None] = {}
         while self._calls:
-            self._calls.popleft()()
+            calls[self._calls.popleft()] = None
+        for call in calls:
+            call()

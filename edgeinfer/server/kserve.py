@@ -6,7 +6,7 @@ output, too.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeAlias
 
 from starlette.exceptions import HTTPException
@@ -16,14 +16,16 @@ from starlette.routing import Route
 
 from edgeinfer import __version__
 from edgeinfer.llm import LLM
-from edgeinfer.results import Delta
+from edgeinfer.results import Delta, Event
+from edgeinfer.server.answers import Answer
 from edgeinfer.server.errors import RETRY_SECONDS, ApiError, Json
 from edgeinfer.server.fields import Fields, read_fields
+from edgeinfer.server.frames import Frames
 from edgeinfer.server.models import ServedModel
 from edgeinfer.server.requests import SAMPLING, Request
-from edgeinfer.server.service import Answer, Service
+from edgeinfer.server.service import Service
 from edgeinfer.server.tensors import LENGTH_HEADER, Output, read_body, read_texts, write
-from edgeinfer.server.wire import EVENTS, PING, Frames, event, guarded, reply, unless_gone
+from edgeinfer.server.wire import EVENTS, PING, event, reply, unless_gone
 from edgeinfer.server.wire import read_body as read_bytes
 
 _Handler: TypeAlias = "Callable[[HttpRequest], Coroutine[Any, Any, Response]]"
@@ -161,8 +163,7 @@ class KServe:
 
     async def stream(self, http: HttpRequest) -> Response:
         model, body, answer = await self._begin(http)
-        parts = _frames(answer, _head(model, body))
-        return Frames(guarded(parts, _error_frame), EVENTS, answer)
+        return Frames(_Shape(_head(model, body)), EVENTS, answer)
 
     async def _begin(self, http: HttpRequest) -> tuple[ServedModel, Fields, Answer]:
         model = self._model(http)
@@ -217,19 +218,26 @@ def _head(model: ServedModel, body: Fields) -> Json:
     return {**head, "id": body.text("id")} if "id" in body else head
 
 
-async def _frames(answer: Answer, head: Json) -> AsyncGenerator[bytes, None]:
+class _Shape:
     """Text as it comes; an answer without any is one frame."""
-    is_empty = True
-    async with answer.reading() as events:
-        async for each in events:
-            if each is None:
-                yield PING
-            elif isinstance(each[1], Delta) and each[1].text:
-                is_empty = False
-                yield event({**head, _TEXT: each[1].text})
-    if is_empty:
-        yield event({**head, _TEXT: ""})
 
+    ping = PING
 
-def _error_frame(error: ApiError) -> bytes:
-    return event(envelope(error))
+    def __init__(self, head: Json) -> None:
+        self._head, self._is_empty = head, True
+
+    def begin(self) -> bytes:
+        return b""
+
+    def part(self, i: int, found: Event) -> bytes:
+        return self._frame(found.text) if isinstance(found, Delta) and found.text else b""
+
+    def end(self) -> bytes:
+        return self._frame("") if self._is_empty else b""
+
+    def failed(self, error: ApiError) -> bytes:
+        return event(envelope(error))
+
+    def _frame(self, text: str) -> bytes:
+        self._is_empty = False
+        return event({**self._head, _TEXT: text})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -10,10 +10,12 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
 
-from edgeinfer.results import Completion, Delta
+from edgeinfer.results import Completion, Delta, Event
+from edgeinfer.server.answers import Answer
 from edgeinfer.server.blocks import Block, Blocks, Change, arguments_object
 from edgeinfer.server.errors import ApiError, Json
 from edgeinfer.server.fields import Fields, read_fields
+from edgeinfer.server.frames import Frames
 from edgeinfer.server.requests import (
     MOST_BUDGET,
     Chat,
@@ -24,16 +26,9 @@ from edgeinfer.server.requests import (
     new_id,
     session_of,
 )
-from edgeinfer.server.service import Answer, Service
+from edgeinfer.server.service import Service
 from edgeinfer.server.structure import Structure, of_format
-from edgeinfer.server.wire import (
-    EVENTS,
-    Frames,
-    event,
-    guarded,
-    reply,
-    unless_gone,
-)
+from edgeinfer.server.wire import EVENTS, event, reply, unless_gone
 from edgeinfer.text.messages import reminder_of
 
 _SAMPLING = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "seed": "seed",
@@ -46,7 +41,6 @@ _ERROR_TYPES = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
-_PING = event({"type": "ping"}, "ping")
 
 
 def routes(service: Service) -> list[Route]:
@@ -75,16 +69,12 @@ class Messages:
         answer = await self._service.answer(request)
         shape = _Shape(answer)
         if is_streamed:
-            return Frames(guarded(shape.frames(), _error_frame), EVENTS, answer)
+            return Frames(shape, EVENTS, answer)
         return reply(await unless_gone(http.receive, shape.whole()))
 
     async def count(self, http: HttpRequest) -> Response:
         body = await read_fields(http, self._service.limits.most_body)
         return reply({"input_tokens": await self._service.count_tokens(read_request(body))})
-
-
-def _error_frame(error: ApiError) -> bytes:
-    return event(envelope(error), "error")
 
 
 # -- requests -------------------------------------------------------------------------------------
@@ -223,6 +213,8 @@ def _joined(blocks: Iterable[Fields]) -> str:
 class _Shape:
     """An answer as a message."""
 
+    ping = event({"type": "ping"}, "ping")
+
     def __init__(self, answer: Answer) -> None:
         self._answer, self._blocks = answer, Blocks()
         self._id = new_id("msg_")
@@ -233,22 +225,24 @@ class _Shape:
         content = [self._block(block) for block in self._blocks.all]
         return {**self._message(), "content": content, **_end(answer), "usage": _usage(answer)}
 
-    async def frames(self) -> AsyncGenerator[bytes, None]:
+    def begin(self) -> bytes:
         n_prompt = len(self._answer.prompt_ids(0))
         usage = {"input_tokens": n_prompt, "output_tokens": 0, **_NO_CACHE}
-        yield _event("message_start", message={**self._message(), "usage": usage})
-        async with self._answer.reading() as events:
-            async for each in events:
-                if each is None:
-                    yield _PING
-                elif isinstance(each[1], Delta):
-                    for change in self._blocks.add(each[1]):
-                        yield self._told(change)
-        for change in self._blocks.finish():
-            yield self._told(change)
+        return _event("message_start", message={**self._message(), "usage": usage})
+
+    def part(self, i: int, found: Event) -> bytes:
+        if not isinstance(found, Delta):
+            return b""
+        return b"".join(map(self._told, self._blocks.add(found)))
+
+    def end(self) -> bytes:
         answer = self._answer.completions[0]
-        yield _event("message_delta", delta=_end(answer), usage=_usage(answer))
-        yield _event("message_stop")
+        rest = map(self._told, self._blocks.finish())
+        delta = _event("message_delta", delta=_end(answer), usage=_usage(answer))
+        return b"".join([*rest, delta, _event("message_stop")])
+
+    def failed(self, error: ApiError) -> bytes:
+        return event(envelope(error), "error")
 
     def _message(self) -> Json:
         return {

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from edgeinfer.results import Completion, Delta, Done
+from edgeinfer.results import Completion, Delta, Done, Event
+from edgeinfer.server.answers import Answer
 from edgeinfer.server.blocks import Blocks, arguments_object
 from edgeinfer.server.durations import keep_alive
 from edgeinfer.server.errors import ApiError, Json
 from edgeinfer.server.fields import Fields, read_fields
+from edgeinfer.server.frames import Frames
 from edgeinfer.server.ollama_models import listed, now, running, shown
 from edgeinfer.server.requests import (
     SAMPLING,
@@ -23,16 +24,9 @@ from edgeinfer.server.requests import (
     function_tool,
     new_call_id,
 )
-from edgeinfer.server.service import Answer, Service
+from edgeinfer.server.service import Service
 from edgeinfer.server.structure import of_ollama
-from edgeinfer.server.wire import (
-    LINES,
-    Frames,
-    guarded,
-    line,
-    reply,
-    unless_gone,
-)
+from edgeinfer.server.wire import LINES, line, reply, unless_gone
 
 _VERSION = "0.12.0"  # of Ollama's API; clients ask whether it is new enough
 _NS = 1_000_000_000
@@ -122,12 +116,8 @@ class Ollama:
             self._service.models.keep(answer.model, seconds)
         shape = _Shape(answer, _name(body), is_chat, "logprobs" in request.sampling)
         if is_streamed:
-            return Frames(guarded(shape.lines(), _error_line), LINES, answer)
+            return Frames(shape, LINES, answer)
         return reply(await unless_gone(http.receive, shape.whole()))
-
-
-def _error_line(error: ApiError) -> bytes:
-    return line(envelope(error))
 
 
 # -- requests -------------------------------------------------------------------------------------
@@ -233,6 +223,8 @@ def _refuse_images(given: Fields) -> None:
 class _Shape:
     """An answer as this API has it."""
 
+    ping = b""  # lines have no comments: what keeps the connection is TCP
+
     def __init__(self, answer: Answer, name: str, is_chat: bool, has_logprobs: bool) -> None:
         self._answer, self._blocks = answer, Blocks()
         self._name = name or answer.model.name
@@ -246,19 +238,25 @@ class _Shape:
             told["logprobs"] = self._answer.logprobs_json(answer.logprobs)
         return self._object(told | self._end(answer))
 
-    async def lines(self) -> AsyncGenerator[bytes, None]:
-        async with self._answer.reading() as events:
-            async for each in events:
-                if each is None:
-                    continue  # lines have no comments: what keeps the connection is TCP
-                if isinstance(each[1], Delta):
-                    for told in self._changes(each[1]):
-                        yield line(self._object({**told, "done": False}))
-                elif isinstance(each[1], Done):
-                    for told in self._calls_of(self._blocks.finish()):
-                        yield line(self._object({**told, "done": False}))
-                    answer = each[1].completion
-                    yield line(self._object(self._told("", "", []) | self._end(answer)))
+    def begin(self) -> bytes:
+        return b""
+
+    def part(self, i: int, found: Event) -> bytes:
+        if isinstance(found, Delta):
+            return self._lines(self._changes(found))
+        if isinstance(found, Done):
+            end = self._object(self._told("", "", []) | self._end(found.completion))
+            return self._lines(self._calls_of(self._blocks.finish())) + line(end)
+        return b""
+
+    def end(self) -> bytes:
+        return b""
+
+    def failed(self, error: ApiError) -> bytes:
+        return line(envelope(error))
+
+    def _lines(self, told: list[Json]) -> bytes:
+        return b"".join(line(self._object({**each, "done": False})) for each in told)
 
     def _changes(self, delta: Delta) -> list[Json]:
         """Text as it comes, and calls once they are whole."""

@@ -11,6 +11,7 @@ from starlette.routing import Route
 
 from edgeinfer.server.errors import ApiError, Json
 from edgeinfer.server.fields import Fields, read_fields
+from edgeinfer.server.frames import Frames
 from edgeinfer.server.openai import (
     sampling_of,
     template_args,
@@ -21,7 +22,7 @@ from edgeinfer.server.requests import Chat, Request, conversation, session_of
 from edgeinfer.server.responses_shape import Shape
 from edgeinfer.server.service import Service
 from edgeinfer.server.structure import of_format
-from edgeinfer.server.wire import EVENTS, Frames, guarded, reply, unless_gone
+from edgeinfer.server.wire import EVENTS, reply, unless_gone
 
 _NEEDS_STORE = ("previous_response_id", "conversation", "prompt")
 
@@ -51,7 +52,7 @@ class Responses:
         answer = await self._service.answer(request)
         shape = Shape(answer, echoed)
         if is_streamed:
-            return Frames(guarded(shape.frames(), shape.failed), EVENTS, answer)
+            return Frames(shape, EVENTS, answer)
         return reply(await unless_gone(http.receive, shape.whole()))
 
     async def count(self, http: HttpRequest) -> Response:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import Iterable
 from typing import Any
 
-from edgeinfer.results import Completion, Delta
+from edgeinfer.results import Completion, Delta, Event
+from edgeinfer.server.answers import Answer
 from edgeinfer.server.blocks import Block, Blocks, Change
 from edgeinfer.server.errors import ApiError, Json
 from edgeinfer.server.requests import new_call_id, new_id
-from edgeinfer.server.service import Answer
 from edgeinfer.server.wire import PING, event
 
 _PREFIXES = {"reasoning": "rs_", "text": "msg_", "call": "fc_"}
@@ -18,6 +18,8 @@ _PREFIXES = {"reasoning": "rs_", "text": "msg_", "call": "fc_"}
 
 class Shape:
     """One response; `echoed` is what it repeats of its request."""
+
+    ping = PING
 
     def __init__(self, answer: Answer, echoed: Json) -> None:
         self._answer, self._blocks = answer, Blocks()
@@ -36,23 +38,19 @@ class Shape:
         self._note(self._blocks.finish())
         return self._finished()
 
-    async def frames(self) -> AsyncGenerator[bytes, None]:
-        yield self._event("response.created", response=self._response("in_progress"))
-        yield self._event("response.in_progress", response=self._response("in_progress"))
-        async with self._answer.reading() as events:
-            async for each in events:
-                if each is None:
-                    yield PING
-                elif isinstance(each[1], Delta):
-                    for frame in self._told(self._add(each[1])):
-                        yield frame
-        for frame in self._told(self._note(self._blocks.finish())):
-            yield frame
+    def begin(self) -> bytes:
+        kinds = ("response.created", "response.in_progress")
+        return b"".join(self._event(kind, response=self._response("in_progress")) for kind in kinds)
+
+    def part(self, i: int, found: Event) -> bytes:
+        return self._told(self._add(found)) if isinstance(found, Delta) else b""
+
+    def end(self) -> bytes:
+        told = self._told(self._note(self._blocks.finish()))
         response = self._finished()
-        yield self._event(f"response.{response['status']}", response=response)
+        return told + self._event(f"response.{response['status']}", response=response)
 
     def failed(self, error: ApiError) -> bytes:
-        """The event that ends a response which can't go on."""
         code = error.code or "server_error"
         response = self._response("failed", error={"code": code, "message": error.message})
         return self._event("response.failed", response=response)
@@ -115,14 +113,15 @@ class Shape:
 
     # -- events ----------------------------------------------------------------------------------
 
-    def _told(self, changes: list[Change]) -> Iterable[bytes]:
-        for change in changes:
-            if change.kind == "begin":
-                yield from self._begun(change.block)
-            elif change.kind == "more":
-                yield self._more(change.block, change.text)
-            else:
-                yield from self._ended(change.block)
+    def _told(self, changes: list[Change]) -> bytes:
+        return b"".join(frame for change in changes for frame in self._frames(change))
+
+    def _frames(self, change: Change) -> Iterable[bytes]:
+        if change.kind == "begin":
+            return self._begun(change.block)
+        if change.kind == "end":
+            return self._ended(change.block)
+        return [self._more(change.block, change.text)]
 
     def _begun(self, block: Block) -> Iterable[bytes]:
         item = self._item(block, "in_progress", is_empty=True)

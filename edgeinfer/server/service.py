@@ -6,16 +6,7 @@ Knows nothing of HTTP.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections import deque
-from collections.abc import (
-    AsyncGenerator,
-    AsyncIterator,
-    Callable,
-    Coroutine,
-    Iterable,
-    Sequence,
-)
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -27,15 +18,14 @@ from edgeinfer.aio import AsyncStream
 from edgeinfer.errors import ContextLengthError, InvalidRequestError, Keyword
 from edgeinfer.llm import LLM
 from edgeinfer.replying import chosen_tools
-from edgeinfer.results import Completion, Delta, Done, Event, TokenLogprob
+from edgeinfer.server.answers import Answer
 from edgeinfer.server.doorbell import Doorbell
-from edgeinfer.server.errors import ApiError, Json
+from edgeinfer.server.errors import ApiError
 from edgeinfer.server.metrics import Exposition
 from edgeinfer.server.models import Models, ServedModel
 from edgeinfer.server.prefix_care import steady
 from edgeinfer.server.requests import Chat, Request
 from edgeinfer.server.token_ids import check_origin
-from edgeinfer.stream import Stream
 from edgeinfer.text.infill import infill_prompt
 from edgeinfer.text.messages import Conversation
 from edgeinfer.text.prompt import chat_prompt
@@ -237,138 +227,6 @@ async def _begin(model: ServedModel, request: Request, stack: AsyncExitStack) ->
             stack.push_async_callback(stream.close)
             streams.append(stream)
     return streams
-
-
-class Answer:
-    """One request's answers while they run. `close` gives everything back, however it ends."""
-
-    def __init__(
-        self,
-        model: ServedModel,
-        streams: list[AsyncStream],
-        ping_seconds: float,
-        doorbell: Doorbell,
-        stack: AsyncExitStack,
-    ) -> None:
-        self.model, self.streams, self.stack = model, streams, stack
-        self.completions: dict[int, Completion] = {}
-        self.has_begun = False
-        self._ping_seconds = ping_seconds
-        self._doorbell = doorbell
-        self._woken: deque[int] = deque()  # streams that have events
-        self._ready: deque[tuple[int, Event]] = deque()  # what was read of one
-        self._waiter: asyncio.Future[bool] | None = None
-        self._is_cut_short = False
-        model.metrics.n_running += 1
-        stack.callback(self._leave)
-
-    def prompt_ids(self, i: int) -> tuple[int, ...]:
-        """The tokens of a prompt, template included."""
-        return self.streams[i].prompt_ids
-
-    def _leave(self) -> None:
-        self.model.metrics.n_running -= 1
-
-    @asynccontextmanager
-    async def reading(self) -> AsyncIterator[AsyncIterator[tuple[int, Event] | None]]:
-        """The events, for one reader; leaving the block closes the answer."""
-        try:
-            async with contextlib.aclosing(self._events()) as events:
-                yield events
-        finally:
-            await self.close()
-
-    async def _events(self) -> AsyncGenerator[tuple[int, Event] | None, None]:
-        """Events with the index of their answer; None now and then while there are none."""
-        left = {i: stream.stream for i, stream in enumerate(self.streams)}
-        for i, stream in left.items():
-            self._listen(i, stream)
-        while left:
-            if self._is_cut_short:
-                raise ApiError(503, "the server is stopping; the answer was cut short")
-            if not self._woken:
-                if not await self._wait():
-                    yield None
-                continue
-            i, error = self._woken.popleft(), None
-            try:
-                while (event := left[i].poll()) is not None:
-                    self._ready.append((i, event))
-                self._listen(i, left[i])
-            except StopIteration:
-                del left[i]
-            except Exception as failure:
-                error = failure  # what came before it is told first
-            while self._ready:
-                found = self._ready.popleft()
-                self._note(*found)
-                yield found
-            if error is not None:
-                raise error
-
-    def _listen(self, i: int, stream: Stream) -> None:
-        """Be woken once a stream has events."""
-        loop = asyncio.get_running_loop()
-        stream.notify(lambda: self._doorbell.ring(loop, lambda: self._wake(i)))
-
-    def _wake(self, i: int) -> None:
-        self._woken.append(i)
-        _end_wait(self._waiter, True)
-
-    async def _wait(self) -> bool:
-        """Until a stream is ready or the answer is cut short; False after a while."""
-        loop = asyncio.get_running_loop()
-        self._waiter = loop.create_future()
-        alarm = loop.call_later(self._ping_seconds, _end_wait, self._waiter, False)
-        try:
-            return await self._waiter
-        finally:
-            alarm.cancel()
-
-    @property
-    def has_ready(self) -> bool:
-        """Whether the next event is there already."""
-        return bool(self._ready)
-
-    def _note(self, i: int, event: Event) -> None:
-        self.has_begun = True
-        if isinstance(event, Done):
-            self.completions[i] = event.completion
-            self.model.metrics.add(event.completion)
-
-    async def collect(self, take: Callable[[Delta], object] | None = None) -> list[Completion]:
-        """All answers, once they are whole; `take` is given their deltas as these come."""
-        async with self.reading() as events:
-            async for each in events:
-                if take is not None and each is not None and isinstance(each[1], Delta):
-                    take(each[1])
-        return [self.completions[i] for i in range(len(self.streams))]
-
-    def logprobs_json(self, found: Iterable[TokenLogprob]) -> list[Json]:
-        """Tokens as OpenAI and Ollama both spell them, with the likeliest in their places."""
-        piece = self.model.opened.runtime.tokenizer.piece
-
-        def shown(id: int, logprob: float) -> Json:
-            data = piece(id)
-            return {"token": data.decode(errors="replace"), "logprob": logprob, "bytes": list(data)}
-
-        return [
-            {**shown(each.id, each.logprob), "top_logprobs": [shown(*top) for top in each.top]}
-            for each in found
-        ]
-
-    def cut_short(self) -> None:
-        self._is_cut_short = True
-        _end_wait(self._waiter, True)
-
-    async def close(self) -> None:
-        """Cancel what is left; safe to call twice."""
-        await self.stack.aclose()
-
-
-def _end_wait(waiter: asyncio.Future[bool] | None, has_come: bool) -> None:
-    if waiter is not None and not waiter.done():
-        waiter.set_result(has_come)
 
 
 def _as_flag(keyword: Keyword) -> str:
