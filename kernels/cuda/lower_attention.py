@@ -39,29 +39,39 @@ class AttentionLowering(LoweringBase):
         )  # fmt: skip
 
     def _rotated_attention(self, op: RotatedAttention) -> None:
-        """Norms, rotations and stores in one launch, then what reads them."""
+        """Norms, rotations and stores in one launch, then what reads them; of one row in one."""
         kv, cache, step = op.cache, self._cache_of(op), self._step
         q, pinned_q = (self._rows_buffer(op.q, name) for name in ("q", "pinned q"))
-        stored = (op.k, op.v) if op.k is not None else (None, None)
-        k, v = (0 if value is None else self._floats[value] for value in stored)
-        k_stride, v_stride = (0 if value is None else row_stride(value.dim) for value in stored)
-        angles, pinned_angles = (self._angles_of(op.rope, t) for t in (None, cache.tables))
+        heads = self._heads(op)
+        k_stride, v_stride = (0 if x is None else row_stride(x.dim) for x in (op.k, op.v))
         n_kv_heads = 0 if op.k is None else kv.n_heads
         n_warps = 4 if 4 * _bytes_of_head(kv) <= SHARED_BYTES else 1
-        self._emit(
-            Kernel.of("rotate_store", NEOX=int(op.rope.kind == "neox")), ALL_ROWS,
-            -(-(op.n_heads + n_kv_heads) // n_warps), 32 * n_warps,
-            LaunchShape(shared_bytes=n_warps * _bytes_of_head(kv)),
-            q=self._floats[op.q], q_stride=row_stride(op.q.dim), k=k, k_stride=k_stride,
-            v=v, v_stride=v_stride, q_norm=self._weights.vector(op.q_norm) if op.q_norm else 0,
-            k_norm=self._weights.vector(op.k_norm) if op.k_norm else 0, eps=op.eps,
-            angles=angles, pinned_angles=pinned_angles, n_pairs=op.rope.n_dims // 2,
-            pos=step.pos, seq=step.seq, tables=cache.tables, pages=step.pages,
-            out=q, pinned_out=pinned_q, k_cache=cache.k, v_cache=cache.v, n_heads=op.n_heads,
-            n_kv_heads=n_kv_heads, k_dim=kv.k_dim, v_dim=kv.v_dim if op.v is not None else 0,
-            **_types_of(kv),
-        )  # fmt: skip
-        self._attend(op, q, pinned_q)
+        one_row = AttendLaunch.of(kv, op.n_heads, op.soft_cap > 0)
+        with self._from_rows(2 if one_row.makes_heads else 1):
+            self._emit(
+                Kernel.of("rotate_store", NEOX=int(op.rope.kind == "neox")), ALL_ROWS,
+                -(-(op.n_heads + n_kv_heads) // n_warps), 32 * n_warps,
+                LaunchShape(shared_bytes=n_warps * _bytes_of_head(kv)), **heads,
+                q=self._floats[op.q], q_stride=row_stride(op.q.dim), k_stride=k_stride,
+                v_stride=v_stride, pos=step.pos, seq=step.seq, tables=cache.tables,
+                pages=step.pages, out=q, pinned_out=pinned_q, k_cache=cache.k, v_cache=cache.v,
+                n_heads=op.n_heads, n_kv_heads=n_kv_heads, k_dim=kv.k_dim,
+                v_dim=kv.v_dim if op.v is not None else 0, **_types_of(kv),
+            )  # fmt: skip
+        self._attend(op, q, pinned_q, heads if one_row.makes_heads else None)
+
+    def _heads(self, op: RotatedAttention) -> dict[str, Arg]:
+        """What makes heads of products, but for q."""
+        angles, pinned_angles = (
+            self._angles_of(op.rope, tables) for tables in (None, self._cache_of(op).tables)
+        )
+        return {
+            "k": self._floats[op.k] if op.k is not None else 0,
+            "v": self._floats[op.v] if op.v is not None else 0,
+            "q_norm": self._weights.vector(op.q_norm) if op.q_norm else 0,
+            "k_norm": self._weights.vector(op.k_norm) if op.k_norm else 0, "eps": op.eps,
+            "angles": angles, "pinned_angles": pinned_angles, "n_pairs": op.rope.n_dims // 2,
+        }  # fmt: skip
 
     def _pinned_attention(self, op: PinnedAttention) -> None:
         if op.k is not None:
@@ -122,8 +132,17 @@ class AttentionLowering(LoweringBase):
             **_types_of(kv),
         )  # fmt: skip
 
-    def _attend(self, op: RotatedAttention | PinnedAttention, q: Buffer, pinned_q: Buffer) -> None:
-        """Of few rows each by itself, in parts; of many by blocks that walk all that they see."""
+    def _attend(
+        self,
+        op: RotatedAttention | PinnedAttention,
+        q: Buffer,
+        pinned_q: Buffer,
+        heads: dict[str, Arg] | None = None,
+    ) -> None:
+        """Of few rows each by itself, in parts; of many by blocks that walk all that they see.
+
+        Of one row from products whose `heads` are still to be made, where these are given.
+        """
         kv, cache = op.cache, self._cache_of(op)
         common: dict[str, Arg] = {
             "q": q, "pinned_q": pinned_q, "q_stride": row_stride(op.q.dim), "k_cache": cache.k,
@@ -136,11 +155,19 @@ class AttentionLowering(LoweringBase):
         }  # fmt: skip
         few = AttendLaunch.of(kv, op.n_heads, op.soft_cap > 0)
         n_parts = FEW_ROWS * op.n_heads * self._max_segments
-        self._emit(
-            few.kernel, ALL_ROWS, (few.n_tiles, Segments.OF_STEP), few.threads,
-            LaunchShape(most_rows=FEW_ROWS), counters=self._step.counters,
-            parts=Buffer("attention parts", 4 * n_parts * part_floats(kv.v_dim)), **common,
-        )  # fmt: skip
+        of_few: dict[str, Arg] = {
+            **_READY_HEADS, **common, "counters": self._step.counters,
+            "parts": Buffer("attention parts", 4 * n_parts * part_floats(kv.v_dim)),
+        }  # fmt: skip
+        grid, least = (few.n_tiles, Segments.OF_STEP), 1
+        if heads is not None:
+            assert isinstance(op, RotatedAttention)
+            of_one = {**of_few, **heads, "q": self._floats[op.q], "pinned_q": 0}
+            of_one["is_neox"] = int(op.rope.kind == "neox")
+            shape, least = LaunchShape(most_rows=1), 2
+            self._emit(few.kernel, ALL_ROWS, grid, few.threads, shape, **of_one)
+        shape = LaunchShape(least_rows=least, most_rows=FEW_ROWS)
+        self._emit(few.kernel, ALL_ROWS, grid, few.threads, shape, **of_few)
         many = AttendRowsLaunch.of(kv, op.n_heads, op.soft_cap > 0)
         shape = LaunchShape(rows_per_block=many.n_rows, least_rows=FEW_ROWS + 1)
         self._emit(many.kernel, ALL_ROWS, many.n_tiles, many.threads, shape, **common)
@@ -155,6 +182,13 @@ class AttentionLowering(LoweringBase):
         if not has_x8 or not self._reads.is_quantised_only(value):
             rows["out"] = self._float_buffer(value, "attention")
         return rows
+
+
+# What `attend` is given where queries are ready and keys are stored.
+_READY_HEADS: dict[str, Arg] = {
+    "k": 0, "v": 0, "q_norm": 0, "k_norm": 0, "eps": 0.0, "angles": 0, "pinned_angles": 0,
+    "n_pairs": 0, "is_neox": 0,
+}  # fmt: skip
 
 
 def _types_of(kv: KV) -> dict[str, Arg]:
