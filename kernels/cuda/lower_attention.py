@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from edgeinfer.fused_ops import PinnedAttention, PinnedRotate, RotatedAttention
-from edgeinfer.graph import KV, Rope, Rotate, Value
+from edgeinfer.graph import KV, Rope, Rotate
 from edgeinfer.kernels.buffers import Buffer
 from edgeinfer.kernels.cuda.attention import (
     SHARED_BYTES,
@@ -22,7 +22,6 @@ from edgeinfer.kernels.cuda.lower_base import (
     LoweringBase,
 )
 from edgeinfer.kernels.cuda.tiles import row_stride, x8_bytes
-from edgeinfer.quant import Weight
 
 
 class AttentionLowering(LoweringBase):
@@ -80,25 +79,6 @@ class AttentionLowering(LoweringBase):
 
     def _cache_of(self, op: RotatedAttention | PinnedAttention) -> LayerCache:
         return self._caches[op.layer if op.source is None else op.source]
-
-    def _norm_rows(
-        self,
-        rows: int,
-        x: Value,
-        out: Buffer,
-        weight: Weight | None,
-        eps: float,
-        n_heads: int = 1,
-        gather: Buffer | int = 0,
-    ) -> None:
-        """The norm of each of `n_heads` parts of rows of x."""
-        n_warps = 8 if n_heads == 1 else 1
-        self._emit(
-            Kernel.of("rms_norm", WARPS=n_warps), rows, n_heads, 32 * n_warps,
-            rows=rows, gather=gather, x=self._floats[x],
-            weight=self._weights.vector(weight) if weight else 0, y=out, x8=0,
-            width=x.dim // n_heads, eps=eps,
-        )  # fmt: skip
 
     def _angles_of(self, rope: Rope, tables: Buffer | None) -> Buffer:
         """The step's cosines and sines, made once for all layers that rotate alike."""
