@@ -137,6 +137,38 @@ def test_heads_too_wide_for_their_room_are_made_before() -> None:
     assert not Heads(case_of([Rows(0)], 1, k_dim=192, v_dim=128), 32, True, True).has_room
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(60))
+def test_any_heads_of_any_row(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    k_dim, v_dim = (int(rng.choice([rng.integers(1, 300), 64, 128])) for _ in range(2))
+    n_visible = int(rng.choice([1, 3, 20, 1 << 30]))
+    row = Rows(
+        first=int(rng.integers(0, 1500)),
+        n_pinned=int(rng.choice([0, 1, 4, 17])),
+        n_visible=n_visible,
+        n_ring=0 if n_visible == 1 << 30 else n_visible + 3,
+    )
+    k_is_v, types = bool(v_dim <= k_dim and rng.integers(0, 2)), ["f16", "q8_0", "q4_0"]
+    k_type = str(rng.choice(types))
+    case = case_of(
+        [row],
+        group=int(rng.integers(1, 17)),
+        seed=seed,
+        n_heads=int(rng.integers(1, 4)),
+        k_dim=k_dim,
+        v_dim=v_dim,
+        k_is_v=k_is_v,
+        k_type=k_type,
+        v_type=k_type if k_is_v else str(rng.choice(types)),
+        window=int(rng.choice([0, 0, 1, 33, 700])),
+    )
+    n_pairs = int(rng.integers(0, k_dim // 2 + 1))
+    heads = Heads(case, n_pairs, bool(rng.integers(0, 2)), bool(rng.integers(0, 2)))
+    if heads.has_room:
+        heads.check(SEEDS)
+
+
 # What goes wrong without a line of a kernel's text.
 PLANTED = {
     "a barrier before pages": ("attend.cu", "        __syncthreads();\n        for (int first ="),

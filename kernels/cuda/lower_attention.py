@@ -33,7 +33,7 @@ class AttentionLowering(LoweringBase):
         self._emit(
             Kernel.of("rotate", NEOX=int(op.rope.kind == "neox")), ALL_ROWS, op.n_heads, 128,
             x=self._floats[op.x], x_stride=row_stride(op.x.dim), n_pairs=op.rope.n_dims // 2,
-            angles=self._angles_of(op.rope, tables), head_dim=op.x.dim // op.n_heads,
+            angles=self._angles_of(op.rope, tables)[0], head_dim=op.x.dim // op.n_heads,
             out=self._float_buffer(op.out, "rotated"), out_stride=row_stride(op.out.dim),
         )  # fmt: skip
 
@@ -61,9 +61,7 @@ class AttentionLowering(LoweringBase):
 
     def _heads(self, op: RotatedAttention) -> dict[str, Arg]:
         """What makes heads of products, but for q."""
-        angles, pinned_angles = (
-            self._angles_of(op.rope, tables) for tables in (None, self._cache_of(op).tables)
-        )
+        angles, pinned_angles = self._angles_of(op.rope, None, self._cache_of(op).tables)
         return {
             "k": self._floats[op.k] if op.k is not None else 0,
             "v": self._floats[op.v] if op.v is not None else 0,
@@ -80,24 +78,33 @@ class AttentionLowering(LoweringBase):
     def _cache_of(self, op: RotatedAttention | PinnedAttention) -> LayerCache:
         return self._caches[op.layer if op.source is None else op.source]
 
-    def _angles_of(self, rope: Rope, tables: Buffer | None) -> Buffer:
-        """The step's cosines and sines, made once for all layers that rotate alike."""
-        key, n_pairs = (rope, tables), rope.n_dims // 2
-        if key not in self._angles:
+    def _angles_of(self, rope: Rope, *tables: Buffer | None) -> list[Buffer]:
+        """The step's cosines and sines, made once for all layers that rotate alike.
+
+        By rows' own positions, for None, or by those for pinned pages of `tables`; at most both.
+        """
+        n_pairs = rope.n_dims // 2
+        missing = [each for each in tables if (rope, each) not in self._angles]
+        for each in missing:
+            n_bytes = 8 * max(1, n_pairs) * self._limits.max_rows
+            self._angles[rope, each] = Buffer("angles", n_bytes)
+        if missing:
             # One buffer for all of a rope's: its frequencies are the same at both positions.
             if rope not in self._frequencies:
                 tables_of_rope = rope.frequencies(), rope.magnitudes()
                 self._frequencies[rope] = tuple(map(self._weights.doubles, tables_of_rope))
             frequencies, magnitudes = self._frequencies[rope]
-            out = self._angles[key] = Buffer("angles", 8 * max(1, n_pairs) * self._limits.max_rows)
+            pinned = next((each for each in missing if each is not None), None)
             self._emit(
-                Kernel.of("angles"), ALL_ROWS, max(1, -(-n_pairs // 32)), 32,
-                pos=self._step.pos, seq=self._step.seq, tables=tables or 0,
-                pinned=int(tables is not None), frequencies=frequencies, n_pairs=n_pairs,
-                magnitudes=magnitudes, n_magnitudes=magnitudes.n_bytes // 8,
-                span=rope.growth.n_ctx if rope.growth else 1, angles=out,
+                Kernel.of("angles"), ALL_ROWS, (max(1, -(-n_pairs // 32)), len(missing)), 32,
+                pos=self._step.pos, seq=self._step.seq, tables=pinned or 0,
+                frequencies=frequencies, n_pairs=n_pairs, magnitudes=magnitudes,
+                n_magnitudes=magnitudes.n_bytes // 8,
+                span=rope.growth.n_ctx if rope.growth else 1,
+                angles=self._angles[rope, None] if None in missing else 0,
+                pinned_angles=self._angles[rope, pinned] if pinned is not None else 0,
             )  # fmt: skip
-        return self._angles[key]
+        return [self._angles[rope, each] for each in tables]
 
     def _store(self, op: RotatedAttention | PinnedAttention, k: Buffer) -> None:
         kv, cache = op.cache, self._cache_of(op)
