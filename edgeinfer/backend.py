@@ -174,6 +174,19 @@ class Drafts(Protocol):
 
 
 @runtime_checkable
+class GuessesOn(Protocol):
+    """A draft that goes on from its own tokens: of its steps no logits come to the host."""
+
+    def guess(self, batch: Batch, n: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """The likeliest token behind each wanted row, one a sequence, and n - 1 more: (n, R).
+
+        At most 4. All places but the last token's have their pages. With the last step's hidden
+        rows (R, D), where the batch asks for them.
+        """
+        ...
+
+
+@runtime_checkable
 class RunsOnGpu(Backend, Protocol):
     """A backend that compiles for a GPU, or for what stands in its place."""
 

@@ -24,6 +24,10 @@ from tests.cuda_shim import Floats, pages_of_blocks, rows_in_memory, run, same_b
 from tests.shim import SEEDS
 
 TWIN = Quantised()
+READY: dict[str, Any] = dict(  # queries are, and keys are stored
+    k=None, v=None, q_norm=None, k_norm=None, eps=0.0, angles=None, pinned_angles=None,
+    n_pairs=0, is_neox=0,
+)  # fmt: skip
 
 
 @dataclass
@@ -199,7 +203,7 @@ class Case:
         parts = np.full((n, self.n_heads, most, part_floats(cache.v_dim)), np.nan, np.float32)
         grid = launch.n_tiles, most, n + 1
         counters = np.zeros((n, launch.n_tiles), np.int32)
-        args = dict(**common, **inputs, **end, parts=parts, counters=counters)
+        args = dict(**READY, **common, **inputs, **end, parts=parts, counters=counters)
         run(launch.kernel, grid, launch.threads, **args)
         assert not counters.any()
 

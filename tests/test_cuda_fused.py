@@ -21,6 +21,8 @@ from .models_for_tests import tiny_model
 from .random_graphs import RandomGraph
 from .test_cuda_program import backend, cuda
 
+BESIDE_LAYERS = ("embed", "angles", "rms_norm", "quantise")
+
 
 def kernels(program: CudaProgram, n_rows: int) -> list[str]:
     """What a step launches, by name."""
@@ -54,9 +56,12 @@ def test_one_row_has_the_bits_of_many(tmp_path: Path, fused: bool, options: Any)
     n_layers = options.get("n_layers", 2)
     assert one.count("norm_swiglu") == n_layers * fused
     assert ("norm_matmul" in one) == fused and "norm_matmul" not in two
-    if fused:  # norms and quantises apart only before the head
-        assert [one.count(name) for name in ("rms_norm", "quantise", "pointwise")] == [1, 1, 0]
-        assert len(one) <= len(two) - 6 * n_layers
+    if fused:  # norms apart only before the head, and of several rows, and quantises with them
+        assert [one.count(name) for name in ("rms_norm", "quantise", "pointwise")] == [1, 0, 0]
+        assert two.count("rms_norm") == 1 + 2 * n_layers
+        of_layers = [name.removeprefix("norm_") for name in one if name not in BESIDE_LAYERS]
+        dense = ["matmul", "attend", "matmul", "swiglu", "matmul"]
+        assert of_layers == [*dense * n_layers, "matmul"]  # the last is the head
 
 
 @pytest.mark.parametrize(

@@ -149,17 +149,21 @@ ROPES = [
 
 
 def angles_of(positions: Positions, rope: Rope, pinned: int, seed: int = 0) -> Floats:
+    """Those of one position, as they are made alone and beside those of the other."""
     n_pairs = rope.n_dims // 2
-    out = np.full((8, n_pairs, 2), np.nan, np.float32)
-    if n_pairs:
+    both = [np.full((8, n_pairs, 2), np.nan, np.float32) for _ in range(2)]
+    alone = [both[i].copy() if i == pinned else None for i in range(2)]
+    for outs in (both, alone) if n_pairs else ():
         run(
-            Kernel("angles"), (-(-n_pairs // 32), 8), 32, seed=seed, **positions.arrays,
-            pinned=pinned, frequencies=rope.frequencies(), n_pairs=n_pairs,
+            Kernel("angles"), (-(-n_pairs // 32), 2 if outs is both else 1, 8), 32, seed=seed,
+            **positions.arrays, frequencies=rope.frequencies(), n_pairs=n_pairs,
             magnitudes=rope.magnitudes(), n_magnitudes=len(rope.magnitudes()),
-            span=rope.growth.n_ctx if rope.growth else 1, angles=out,
+            span=rope.growth.n_ctx if rope.growth else 1, angles=outs[0], pinned_angles=outs[1],
         )  # fmt: skip
-        assert np.isnan(out[7]).all()
-    return out
+    found = alone[pinned]
+    assert found is not None and np.isnan(found[7]).all()
+    same_bits(found, both[pinned])
+    return found
 
 
 @pytest.mark.parametrize("rope", ROPES)

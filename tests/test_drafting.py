@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from edgeinfer import LLM, InvalidRequestError
@@ -101,9 +100,9 @@ def test_answers_learn_from_those_before(path: Path, monkeypatch: pytest.MonkeyP
     """Once guesses don't hold, a new answer tries few; now and then one tries anew."""
     run, tried = drafter.Drafter._run, list[int]()
 
-    def counting(self: Any, followers: Any, wanted: Any) -> Any:
+    def counting(self: Any, followers: Any, wanted: Any, n: int, *, goes_on: bool) -> Any:
         tried[-1] += len(wanted)
-        return run(self, followers, wanted)
+        return run(self, followers, wanted, n, goes_on=goes_on)
 
     monkeypatch.setattr(drafter.Drafter, "_run", counting)
     monkeypatch.setattr(StepCosts, "of", lambda self, n: 1.0 + 0.2 * (n - 1))
@@ -134,7 +133,7 @@ PLACES: list[dict[str, Any]] = [
 def test_every_machine_guesses(
     path: Path, plain: LLM, monkeypatch: pytest.MonkeyPatch, place: dict[str, Any]
 ) -> None:
-    """The same tokens, and the guesses that the CPU's block makes, bit for bit."""
+    """The same tokens, and the guesses that the CPU's block makes."""
     always(monkeypatch, 0.999)
     monkeypatch.setattr(drafter.Drafter, "_n_guesses", lambda _, states: 2 * bool(states))
     backend(place["device"])
@@ -143,7 +142,7 @@ def test_every_machine_guesses(
     for found, options in zip(rows, (dict(device="cpu"), place), strict=True):
         with LLM(path, n_ctx=96, slots=2, threads=1, drafts=True, **options) as llm:
             with monkeypatch.context() as patch:
-                keep_rows(patch, found)
+                keep_guesses(patch, found)
                 for prompt in ([5], "hello"):
                     found.append(llm.generate(prompt, temperature=0.0, **spec).token_ids)
             # Which rows of these share a step hangs on the clock.
@@ -158,16 +157,15 @@ def test_every_machine_guesses(
     assert expected.token_ids in rows[0]
 
 
-def keep_rows(monkeypatch: pytest.MonkeyPatch, rows: list[Any]) -> None:
-    """What the block yields, as bits."""
-    run = drafter.Drafter._run
+def keep_guesses(monkeypatch: pytest.MonkeyPatch, guesses: list[Any]) -> None:
+    """What the block makes of every step that it follows."""
+    guess = drafter.Drafter._guess
 
-    def kept(self: Any, *args: Any) -> Any:
-        outputs = run(self, *args)
-        rows.append([each.view(np.int32).tolist() for each in (outputs.logits, outputs.hidden)])
-        return outputs
+    def kept(self: Any, followers: Any) -> None:
+        guess(self, followers)
+        guesses.append([list(each.work.drafting.tokens) for each in followers])
 
-    monkeypatch.setattr(drafter.Drafter, "_run", kept)
+    monkeypatch.setattr(drafter.Drafter, "_guess", kept)
 
 
 def test_who_guesses_right_is_believed(
@@ -179,12 +177,9 @@ def test_who_guesses_right_is_believed(
     answer = plain.generate(ids, speculation=False, **spec)
     known, run = (*ids, *answer.token_ids, 0), drafter.Drafter._run
 
-    def knowing(self: Any, followers: Any, wanted: Any) -> Any:
-        outputs = run(self, followers, wanted)
-        for i, each in enumerate(wanted):
-            outputs.logits[i] = 0
-            outputs.logits[i, known[min(drafter._end(each), len(known) - 1)]] = 1
-        return outputs
+    def knowing(self: Any, followers: Any, wanted: Any, n: int, *, goes_on: bool) -> Any:
+        _, hidden = run(self, followers, wanted, n, goes_on=goes_on)
+        return [[known[min(drafter._end(each), len(known) - 1)] for each in wanted]], hidden
 
     monkeypatch.setattr(drafter.Drafter, "_run", knowing)
     always(monkeypatch, 0.999)

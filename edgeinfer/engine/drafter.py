@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from edgeinfer.backend import Drafts, Program
+from edgeinfer.backend import Drafts, GuessesOn, Program
 from edgeinfer.batch import PAGE, Batch, Outputs, StepLimits
 from edgeinfer.draft import rows_layer
 from edgeinfer.engine.drafting import MOST, Drafting, Record
@@ -122,22 +122,30 @@ class Drafter:
             for each in decoding:
                 each.work.drafting.is_off = True
         wanted = decoding[: self._limits.max_sequences] if n_guesses else []
-        outputs = self._run(followers, wanted)
-        hidden = [row.copy() for row in outputs.hidden]
-        tokens = outputs.logits.argmax(axis=1).tolist()
-        while wanted:
-            for each, token in zip(wanted, tokens, strict=True):
-                each.work.drafting.tokens.append(token)
-            n_guesses -= 1
-            kept = [i for i, each in enumerate(wanted) if _has_page(each, self._group)]
-            if not kept or not n_guesses:
-                return
-            wanted = [wanted[i]._replace(first=_end(wanted[i]), hidden=[hidden[i]]) for i in kept]
+        while True:
+            n = self._n_at_once(wanted, n_guesses)
             begun = time.perf_counter()
-            outputs = self._run(wanted, wanted)
-            hidden = [row.copy() for row in outputs.hidden]
-            tokens = outputs.logits.argmax(axis=1).tolist()
-            self._measure(time.perf_counter() - begun)
+            tokens, hidden = self._run(followers, wanted, n, goes_on=n < n_guesses)
+            if n > 1 or followers is wanted:  # else it fills the cache, mostly
+                self._measure((time.perf_counter() - begun) / n)
+            for each, *its in zip(wanted, *tokens, strict=True):
+                each.work.drafting.tokens += its
+            n_guesses -= n
+            kept = [i for i, each in enumerate(wanted) if _has_page(each, self._group, n - 1)]
+            if not kept or n_guesses < 1:
+                return
+            followers = wanted = [
+                wanted[i]._replace(first=_end(wanted[i]) + n - 1, hidden=[hidden[i]]) for i in kept
+            ]
+
+    def _n_at_once(self, wanted: list[_Follower], most: int) -> int:
+        """How many guesses of each the block makes before any of them is looked at."""
+        if not isinstance(self._program, GuessesOn):
+            return 1
+        n = 1
+        while n < most and all([_has_page(each, self._group, n - 1) for each in wanted]):
+            n += 1
+        return n
 
     def _n_guesses(self, states: list[Drafting]) -> int:
         """How many guesses of each make most tokens a second: each costs a step of the block."""
@@ -157,7 +165,13 @@ class Drafter:
         before = self._seconds or seconds
         self._seconds = before + _RATE * (min(seconds, 4 * before) - before)
 
-    def _run(self, followers: list[_Follower], wanted: list[_Follower]) -> Outputs:
+    def _run(
+        self, followers: list[_Follower], wanted: list[_Follower], n: int, *, goes_on: bool
+    ) -> tuple[list[list[int]], NDArray[np.float32]]:
+        """Fill the cache for followers; n guesses of each that is wanted, one list for each of n.
+
+        And the hidden rows from which a step more `goes_on`.
+        """
         counts = [len(each.hidden) for each in followers]
         ends = np.cumsum(counts)
         ids, pos = list[int](), list[int]()
@@ -176,9 +190,13 @@ class Drafter:
                 np.int32,
             ),
             hidden=np.stack([row for each in followers for row in each.hidden]),
-            with_hidden=True,
+            with_hidden=goes_on,
         )
-        return self._program.submit(batch).wait()
+        if isinstance(self._program, GuessesOn):
+            guesses, rows = self._program.guess(batch, n)
+            return guesses.tolist(), rows
+        outputs = self._program.submit(batch).wait()
+        return [outputs.logits.argmax(axis=1).tolist()], outputs.hidden.copy()
 
 
 def _follows(part: Rows) -> bool:
@@ -220,6 +238,7 @@ def _end(each: _Follower) -> int:
     return each.first + len(each.hidden)
 
 
-def _has_page(each: _Follower, group: int) -> bool:
+def _has_page(each: _Follower, group: int, n_further: int) -> bool:
+    """Whether there is one for the place behind its rows, or for one further on."""
     table = _sequence(each).cache.tables[group]
-    return bool(table.pages[table.slot(_end(each) // PAGE)] >= 0)
+    return bool(table.pages[table.slot((_end(each) + n_further) // PAGE)] >= 0)

@@ -1,6 +1,7 @@
 // Attention of each row by itself: a block takes a segment of 16 pages; the last block that is done
 // with a row folds the segments.
 #include "attend.cuh"
+#include "heads.cuh"
 #include "x8.cuh"
 
 // K_DIM, V_DIM: widths of heads, any. QUERIES: query heads of a block. WARPS: of a block.
@@ -36,6 +37,13 @@ constexpr int BATCH = 16;
 constexpr int BATCH = 8;
 #endif
 
+template <class T>
+constexpr int KIND = KV_F16;
+template <>
+constexpr int KIND<q8_0> = KV_Q8_0;
+template <>
+constexpr int KIND<q4_0> = KV_Q4_0;
+
 struct __align__(16) Shared {
     typename QueriesOf<IS_BLOCKS, QUERIES, K_DIM>::Type queries;
     float p[WARPS][EI_PAGE][L::PADDED];
@@ -46,8 +54,8 @@ struct __align__(16) Shared {
 
 // What is the same for all pages of a block.
 struct Heads {
-    const uint8_t* k_cache;
-    const uint8_t* v_cache;
+    uint8_t* k_cache;
+    uint8_t* v_cache;
     int n_kv_heads;
     int kv_head;
     int first;  // query head of the block,
@@ -66,18 +74,93 @@ EI_DEV void find_heads(Heads& heads, int n_heads) {
     heads.n = min(QUERIES, group - in_group);
 }
 
+// A row's heads: those of q as they are to be read, one for pinned pages too. Or, where there are
+// angles, products whose norms and rotation are still to be made, and what is to be stored.
+struct Row {
+    const float* q;  // from the block's first query head on
+    const float* pinned_q;
+    const float* k;  // of its kv head; null: nothing is stored
+    const float* v;
+    const float* q_norm;  // null: none
+    const float* k_norm;
+    float eps;
+    const float2* angles;
+    const float2* pinned_angles;
+    int n_pairs;
+    bool is_neox;
+
+    __device__ __forceinline__ bool is_ready() const { return angles == nullptr; }
+};
+
+// A warp has head `head` of x ready in shared memory.
+EI_DEV void make_head(
+    float* head, const float* x, const float* weight, const Row& row, bool is_pinned) {
+    const float2* of_pairs = is_pinned ? row.pinned_angles : row.angles;
+    const Angles angles = {of_pairs, row.n_pairs, row.is_neox};
+    load_head(head, x, weight, row.eps, K_DIM);
+    turn_head(head, angles, K_DIM, [&](int i, float value) { head[i] = value; });
+    __syncwarp();
+}
+
+// Room for a head that a warp makes, while it has no values of a page.
+EI_DEV float* head_room(Shared& shared) {
+    return shared.o[threadIdx.x / 32];
+}
+
 // Queries that have no head are zeros.
-EI_DEV void load_queries(FloatQueries<QUERIES, K_DIM>& queries, const float* q, int n_queries) {
-    for (int i = threadIdx.x; i < QUERIES * K_DIM; i += THREADS) {
-        const int g = i / K_DIM;
-        queries.q[g][i % K_DIM] = g < n_queries ? q[i] : 0.0f;
+EI_DEV void load_queries(Shared& shared, FloatQueries<QUERIES, K_DIM>& queries, const Heads& heads,
+                         const Row& row, bool is_pinned) {
+    const float* q = is_pinned && row.is_ready() ? row.pinned_q : row.q;
+    if (row.is_ready()) {
+        for (int i = threadIdx.x; i < QUERIES * K_DIM; i += THREADS) {
+            const int g = i / K_DIM;
+            queries.q[g][i % K_DIM] = g < heads.n ? q[i] : 0.0f;
+        }
+        return;
+    }
+    for (int g = threadIdx.x / 32; g < QUERIES; g += WARPS) {
+        if (g < heads.n) {
+            make_head(queries.q[g], q + g * K_DIM, row.q_norm, row, is_pinned);
+        } else {
+            for (int i = threadIdx.x % 32; i < K_DIM; i += 32) {
+                queries.q[g][i] = 0.0f;
+            }
+        }
     }
 }
 
 template <int WIDTH>
-EI_DEV void load_queries(BlockQueries<QUERIES, WIDTH>& queries, const float* q, int n_queries) {
+EI_DEV void load_queries(Shared& shared, BlockQueries<QUERIES, WIDTH>& queries, const Heads& heads,
+                         const Row& row, bool is_pinned) {
     for (int g = threadIdx.x / 32; g < QUERIES; g += WARPS) {
-        load_query<K_TYPE, TRANSFORMS_K>(queries, g, g < n_queries ? q + g * K_DIM : nullptr);
+        const float* q = (is_pinned && row.is_ready() ? row.pinned_q : row.q) + g * K_DIM;
+        if (!row.is_ready() && g < heads.n) {
+            float* head = head_room(shared);
+            make_head(head, q, row.q_norm, row, is_pinned);
+            q = head;
+        }
+        load_query<K_TYPE, TRANSFORMS_K>(queries, g, g < heads.n ? q : nullptr);
+    }
+}
+
+// K and V of the row into its page, by two warps. All tiles of a kv head leave the same bytes there:
+// each reads only what it has written itself.
+EI_DEV void store_row(
+    Shared& shared, const Heads& heads, const Row& row, int arena_page, int position) {
+    const int warp = threadIdx.x / 32;
+    const int lane = threadIdx.x % 32;
+    const size_t place = (size_t)arena_page * heads.n_kv_heads + heads.kv_head;
+    if (warp == WARPS - 1) {
+        float* head = head_room(shared);
+        make_head(head, row.k, row.k_norm, row, false);
+        const Kept kept = {KIND<K_TYPE>, TRANSFORMS_K, K_DIM};
+        store_head(place_key(heads.k_cache + place * K_PAGE, kept, position), kept, head, lane, 32);
+        __syncwarp();
+    }
+    if (!K_IS_V && warp == WARPS / 2) {
+        const Kept kept = {KIND<V_TYPE>, TRANSFORMS_V, V_DIM};
+        const Place value = place_value(heads.v_cache + place * V_PAGE, kept, position);
+        store_head(value, kept, row.v, lane, 32);
     }
 }
 
@@ -116,8 +199,12 @@ EI_DEV void attend_page(Shared& shared, const Heads& heads, int arena_page, int 
 
 // All that a row sees of the segment that begins with page `first_page`, into o and shared.fold.
 EI_DEV void attend_segment(
-    Shared& shared, const Heads& heads, const Table& table, const Seen& seen, const float* q,
-    const float* pinned_q, int first_page, float (&o)[ITEMS]) {
+    Shared& shared, const Heads& heads, const Table& table, const Seen& seen, const Row& row,
+    int first_page, float (&o)[ITEMS]) {
+    const int last_page = seen.end - 1;
+    if (!row.is_ready() && row.k && last_page < first_page + EI_SEGMENT_PAGES) {
+        store_row(shared, heads, row, arena_page(table, last_page), seen.last);
+    }
     bool starts = true;
     for (int is_pinned = 1; is_pinned >= 0; --is_pinned) {
         const int begin = max(first_page, is_pinned ? seen.pinned_begin : seen.begin);
@@ -126,7 +213,7 @@ EI_DEV void attend_segment(
         if (begin >= end) {
             continue;
         }
-        load_queries(shared.queries, is_pinned ? pinned_q : q, heads.n);
+        load_queries(shared, shared.queries, heads, row, is_pinned);
         __syncthreads();
         for (int first = begin; first < end; first += WARPS) {
             const int page = first + threadIdx.x / 32;
@@ -250,17 +337,22 @@ EI_DEV void write_row(
 
 // Grid: (kv heads * tiles, segments, rows), 32 * WARPS threads; a tile is QUERIES query heads of a
 // kv head. Segments: as many as the row has that sees most, or more.
-// q, pinned_q: float (row, n_heads * K_DIM); pinned_q is read of rows that have slid.
+// q, pinned_q: float (row, n_heads * K_DIM); pinned_q is read of rows that have slid. Where angles
+// are not null, q is not yet normed and rotated, nor k, float (row, kv heads * K_DIM), which, with v
+// like it, is stored first: see rotate_store.cu. This is for steps of one row, and K_DIM is at most
+// QUERIES * V_DIM then.
 // k_cache, v_cache: pages of a layer, (page, kv head), as kv_types.cuh has them. window 0: all.
 // parts: float (row, query head, segment, V_DIM + 2), not used where there is one segment.
 // counters: int (row, kv heads * tiles), zeros before the first step; they are zeros afterwards.
 // sinks: a float of each query head, or null. out: float (row, n_heads * V_DIM), or null. x8: the
 // same quantised, or null; there is none where V_DIM is no multiple of 32.
 EI_KERNEL(32 * WARPS, 1) attend(
-    const Step* step, const float* q, const float* pinned_q, int q_stride, const uint8_t* k_cache,
-    const uint8_t* v_cache, const int64_t* pos, const int* seq, const int4* tables,
-    const int* pages, const float* sinks, float* parts, int* counters, float* out, int out_stride,
-    uint8_t* x8, int n_heads, int n_kv_heads, int window, float scale, float soft_cap) {
+    const Step* step, const float* q, const float* pinned_q, int q_stride, const float* k,
+    const float* v, const float* q_norm, const float* k_norm, float eps, const float2* angles,
+    const float2* pinned_angles, int n_pairs, int is_neox, uint8_t* k_cache, uint8_t* v_cache,
+    const int64_t* pos, const int* seq, const int4* tables, const int* pages, const float* sinks,
+    float* parts, int* counters, float* out, int out_stride, uint8_t* x8, int n_heads,
+    int n_kv_heads, int window, float scale, float soft_cap) {
     EI_SHARED(Shared, memory, [1]);
     Shared& shared = memory[0];
     const int row = blockIdx.z;
@@ -282,8 +374,11 @@ EI_KERNEL(32 * WARPS, 1) attend(
     float o[ITEMS];
     if (!is_aborted) {
         const int page = EI_SEGMENT_PAGES * segment_at(segments, blockIdx.y);
-        const float* pinned = pinned_q + first_value;
-        attend_segment(shared, heads, table, seen, q + first_value, pinned, page, o);
+        const Row values = {
+            q + first_value, pinned_q + first_value, k ? k + heads.kv_head * K_DIM : nullptr,
+            v + heads.kv_head * V_DIM, q_norm, k_norm, eps, angles, pinned_angles, n_pairs,
+            is_neox != 0};
+        attend_segment(shared, heads, table, seen, values, page, o);
     }
     if (segments.n > 1) {
         float* row_parts =

@@ -23,6 +23,7 @@ class AttendLaunch(NamedTuple):
     kernel: Kernel
     n_tiles: int  # of query heads, in all
     threads: int
+    makes_heads: bool  # whether a warp has room to norm and rotate a head, in steps of one row
 
     @classmethod
     def of(cls, cache: KV, n_heads: int, has_cap: bool) -> AttendLaunch:
@@ -41,7 +42,8 @@ class AttendLaunch(NamedTuple):
         choices = (16, 8, 4, 2, 1) if queries <= most_queries else (8, 4, 2, 1)
         warps = _most_warps(cache, choices, n_floats)
         kernel = _kernel("attend", cache, has_cap, QUERIES=queries, WARPS=warps)
-        return cls(kernel, n_tiles * cache.n_heads, _LANES * warps)
+        makes_heads = cache.k_dim <= queries * cache.v_dim
+        return cls(kernel, n_tiles * cache.n_heads, _LANES * warps, makes_heads)
 
 
 class AttendRowsLaunch(NamedTuple):

@@ -47,7 +47,7 @@ class Blueprint:
         self._recurrent = [op for op in segment.ops if isinstance(op, (Conv, DeltaNet))]
         states = self._states = self._place_states()
         lowering = Lowering(segment, limits, self.weights, caches, states, step, arch)
-        self.lowered = lowering.run(picks=segment.is_last and beside is None)
+        self.lowered = lowering.run(samples=beside is None)
         self.scratch = self.lowered.scratch
         self.scratch.place(self.weights.staging, 0 if self.scratch.n_bytes else None)
         self.scratch.n_bytes = max(

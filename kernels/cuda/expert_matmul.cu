@@ -28,6 +28,8 @@ template <class T>
 constexpr int LEAST_BLOCKS = 0;
 template <>
 constexpr int LEAST_BLOCKS<Q3_K> = 3;
+template <>
+constexpr int LEAST_BLOCKS<F32> = 5;
 
 // Grid: (n / 32 or fewer, for floats n / (8 * WARPS) rounded up; experts of a row; rows). A row of
 // `route` holds the numbers of its experts, then as many weights. A row of x has `n_parts` of k

@@ -49,8 +49,8 @@ from edgeinfer.kernels.cuda.tiles import row_stride
 class Lowering(FusedLowering, RecurrentLowering):
     """One pass over a segment's steps."""
 
-    def run(self, *, picks: bool) -> Lowered:
-        """Whether there is also what `picks` tokens from logits."""
+    def run(self, *, samples: bool) -> Lowered:
+        """Of the last segment also what picks the likeliest tokens, and what `samples` them."""
         out, segment = self._out, self._segment
         if segment.input is not None:
             out.input = self._float_buffer(segment.input, "input")
@@ -65,8 +65,9 @@ class Lowering(FusedLowering, RecurrentLowering):
         out.hidden = self._floats[segment.hidden]
         out.residuals = {i: self._floats[value] for i, value in segment.residuals.items()}
         out.logits = self._floats[segment.output] if segment.is_last else None
-        if out.logits is not None and picks:
-            out.argmax, out.sample = self._argmax(out.logits), self._sample(out.logits)
+        if out.logits is not None:
+            out.argmax = self._argmax(out.logits)
+            out.sample = self._sample(out.logits) if samples else None
         out.place()
         return out
 

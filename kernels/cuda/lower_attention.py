@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from edgeinfer.fused_ops import PinnedAttention, PinnedRotate, RotatedAttention
-from edgeinfer.graph import KV, Rope, Rotate, Value
+from edgeinfer.graph import KV, Rope, Rotate
 from edgeinfer.kernels.buffers import Buffer
 from edgeinfer.kernels.cuda.attention import (
     SHARED_BYTES,
@@ -22,7 +22,6 @@ from edgeinfer.kernels.cuda.lower_base import (
     LoweringBase,
 )
 from edgeinfer.kernels.cuda.tiles import row_stride, x8_bytes
-from edgeinfer.quant import Weight
 
 
 class AttentionLowering(LoweringBase):
@@ -34,34 +33,42 @@ class AttentionLowering(LoweringBase):
         self._emit(
             Kernel.of("rotate", NEOX=int(op.rope.kind == "neox")), ALL_ROWS, op.n_heads, 128,
             x=self._floats[op.x], x_stride=row_stride(op.x.dim), n_pairs=op.rope.n_dims // 2,
-            angles=self._angles_of(op.rope, tables), head_dim=op.x.dim // op.n_heads,
+            angles=self._angles_of(op.rope, tables)[0], head_dim=op.x.dim // op.n_heads,
             out=self._float_buffer(op.out, "rotated"), out_stride=row_stride(op.out.dim),
         )  # fmt: skip
 
     def _rotated_attention(self, op: RotatedAttention) -> None:
-        """Norms, rotations and stores in one launch, then what reads them."""
+        """Norms, rotations and stores in one launch, then what reads them; of one row in one."""
         kv, cache, step = op.cache, self._cache_of(op), self._step
         q, pinned_q = (self._rows_buffer(op.q, name) for name in ("q", "pinned q"))
-        stored = (op.k, op.v) if op.k is not None else (None, None)
-        k, v = (0 if value is None else self._floats[value] for value in stored)
-        k_stride, v_stride = (0 if value is None else row_stride(value.dim) for value in stored)
-        angles, pinned_angles = (self._angles_of(op.rope, t) for t in (None, cache.tables))
+        heads = self._heads(op)
+        k_stride, v_stride = (0 if x is None else row_stride(x.dim) for x in (op.k, op.v))
         n_kv_heads = 0 if op.k is None else kv.n_heads
         n_warps = 4 if 4 * _bytes_of_head(kv) <= SHARED_BYTES else 1
-        self._emit(
-            Kernel.of("rotate_store", NEOX=int(op.rope.kind == "neox")), ALL_ROWS,
-            -(-(op.n_heads + n_kv_heads) // n_warps), 32 * n_warps,
-            LaunchShape(shared_bytes=n_warps * _bytes_of_head(kv)),
-            q=self._floats[op.q], q_stride=row_stride(op.q.dim), k=k, k_stride=k_stride,
-            v=v, v_stride=v_stride, q_norm=self._weights.vector(op.q_norm) if op.q_norm else 0,
-            k_norm=self._weights.vector(op.k_norm) if op.k_norm else 0, eps=op.eps,
-            angles=angles, pinned_angles=pinned_angles, n_pairs=op.rope.n_dims // 2,
-            pos=step.pos, seq=step.seq, tables=cache.tables, pages=step.pages,
-            out=q, pinned_out=pinned_q, k_cache=cache.k, v_cache=cache.v, n_heads=op.n_heads,
-            n_kv_heads=n_kv_heads, k_dim=kv.k_dim, v_dim=kv.v_dim if op.v is not None else 0,
-            **_types_of(kv),
-        )  # fmt: skip
-        self._attend(op, q, pinned_q)
+        one_row = AttendLaunch.of(kv, op.n_heads, op.soft_cap > 0)
+        with self._from_rows(2 if one_row.makes_heads else 1):
+            self._emit(
+                Kernel.of("rotate_store", NEOX=int(op.rope.kind == "neox")), ALL_ROWS,
+                -(-(op.n_heads + n_kv_heads) // n_warps), 32 * n_warps,
+                LaunchShape(shared_bytes=n_warps * _bytes_of_head(kv)), **heads,
+                q=self._floats[op.q], q_stride=row_stride(op.q.dim), k_stride=k_stride,
+                v_stride=v_stride, pos=step.pos, seq=step.seq, tables=cache.tables,
+                pages=step.pages, out=q, pinned_out=pinned_q, k_cache=cache.k, v_cache=cache.v,
+                n_heads=op.n_heads, n_kv_heads=n_kv_heads, k_dim=kv.k_dim,
+                v_dim=kv.v_dim if op.v is not None else 0, **_types_of(kv),
+            )  # fmt: skip
+        self._attend(op, q, pinned_q, heads if one_row.makes_heads else None)
+
+    def _heads(self, op: RotatedAttention) -> dict[str, Arg]:
+        """What makes heads of products, but for q."""
+        angles, pinned_angles = self._angles_of(op.rope, None, self._cache_of(op).tables)
+        return {
+            "k": self._floats[op.k] if op.k is not None else 0,
+            "v": self._floats[op.v] if op.v is not None else 0,
+            "q_norm": self._weights.vector(op.q_norm) if op.q_norm else 0,
+            "k_norm": self._weights.vector(op.k_norm) if op.k_norm else 0, "eps": op.eps,
+            "angles": angles, "pinned_angles": pinned_angles, "n_pairs": op.rope.n_dims // 2,
+        }  # fmt: skip
 
     def _pinned_attention(self, op: PinnedAttention) -> None:
         if op.k is not None:
@@ -71,43 +78,33 @@ class AttentionLowering(LoweringBase):
     def _cache_of(self, op: RotatedAttention | PinnedAttention) -> LayerCache:
         return self._caches[op.layer if op.source is None else op.source]
 
-    def _norm_rows(
-        self,
-        rows: int,
-        x: Value,
-        out: Buffer,
-        weight: Weight | None,
-        eps: float,
-        n_heads: int = 1,
-        gather: Buffer | int = 0,
-    ) -> None:
-        """The norm of each of `n_heads` parts of rows of x."""
-        n_warps = 8 if n_heads == 1 else 1
-        self._emit(
-            Kernel.of("rms_norm", WARPS=n_warps), rows, n_heads, 32 * n_warps,
-            rows=rows, gather=gather, x=self._floats[x],
-            weight=self._weights.vector(weight) if weight else 0, y=out, x8=0,
-            width=x.dim // n_heads, eps=eps,
-        )  # fmt: skip
+    def _angles_of(self, rope: Rope, *tables: Buffer | None) -> list[Buffer]:
+        """The step's cosines and sines, made once for all layers that rotate alike.
 
-    def _angles_of(self, rope: Rope, tables: Buffer | None) -> Buffer:
-        """The step's cosines and sines, made once for all layers that rotate alike."""
-        key, n_pairs = (rope, tables), rope.n_dims // 2
-        if key not in self._angles:
+        By rows' own positions, for None, or by those for pinned pages of `tables`; at most both.
+        """
+        n_pairs = rope.n_dims // 2
+        missing = [each for each in tables if (rope, each) not in self._angles]
+        for each in missing:
+            n_bytes = 8 * max(1, n_pairs) * self._limits.max_rows
+            self._angles[rope, each] = Buffer("angles", n_bytes)
+        if missing:
             # One buffer for all of a rope's: its frequencies are the same at both positions.
             if rope not in self._frequencies:
                 tables_of_rope = rope.frequencies(), rope.magnitudes()
                 self._frequencies[rope] = tuple(map(self._weights.doubles, tables_of_rope))
             frequencies, magnitudes = self._frequencies[rope]
-            out = self._angles[key] = Buffer("angles", 8 * max(1, n_pairs) * self._limits.max_rows)
+            pinned = next((each for each in missing if each is not None), None)
             self._emit(
-                Kernel.of("angles"), ALL_ROWS, max(1, -(-n_pairs // 32)), 32,
-                pos=self._step.pos, seq=self._step.seq, tables=tables or 0,
-                pinned=int(tables is not None), frequencies=frequencies, n_pairs=n_pairs,
-                magnitudes=magnitudes, n_magnitudes=magnitudes.n_bytes // 8,
-                span=rope.growth.n_ctx if rope.growth else 1, angles=out,
+                Kernel.of("angles"), ALL_ROWS, (max(1, -(-n_pairs // 32)), len(missing)), 32,
+                pos=self._step.pos, seq=self._step.seq, tables=pinned or 0,
+                frequencies=frequencies, n_pairs=n_pairs, magnitudes=magnitudes,
+                n_magnitudes=magnitudes.n_bytes // 8,
+                span=rope.growth.n_ctx if rope.growth else 1,
+                angles=self._angles[rope, None] if None in missing else 0,
+                pinned_angles=self._angles[rope, pinned] if pinned is not None else 0,
             )  # fmt: skip
-        return self._angles[key]
+        return [self._angles[rope, each] for each in tables]
 
     def _store(self, op: RotatedAttention | PinnedAttention, k: Buffer) -> None:
         kv, cache = op.cache, self._cache_of(op)
@@ -122,8 +119,17 @@ class AttentionLowering(LoweringBase):
             **_types_of(kv),
         )  # fmt: skip
 
-    def _attend(self, op: RotatedAttention | PinnedAttention, q: Buffer, pinned_q: Buffer) -> None:
-        """Of few rows each by itself, in parts; of many by blocks that walk all that they see."""
+    def _attend(
+        self,
+        op: RotatedAttention | PinnedAttention,
+        q: Buffer,
+        pinned_q: Buffer,
+        heads: dict[str, Arg] | None = None,
+    ) -> None:
+        """Of few rows each by itself, in parts; of many by blocks that walk all that they see.
+
+        Of one row from products whose `heads` are still to be made, where these are given.
+        """
         kv, cache = op.cache, self._cache_of(op)
         common: dict[str, Arg] = {
             "q": q, "pinned_q": pinned_q, "q_stride": row_stride(op.q.dim), "k_cache": cache.k,
@@ -136,11 +142,19 @@ class AttentionLowering(LoweringBase):
         }  # fmt: skip
         few = AttendLaunch.of(kv, op.n_heads, op.soft_cap > 0)
         n_parts = FEW_ROWS * op.n_heads * self._max_segments
-        self._emit(
-            few.kernel, ALL_ROWS, (few.n_tiles, Segments.OF_STEP), few.threads,
-            LaunchShape(most_rows=FEW_ROWS), counters=self._step.counters,
-            parts=Buffer("attention parts", 4 * n_parts * part_floats(kv.v_dim)), **common,
-        )  # fmt: skip
+        of_few: dict[str, Arg] = {
+            **_READY_HEADS, **common, "counters": self._step.counters,
+            "parts": Buffer("attention parts", 4 * n_parts * part_floats(kv.v_dim)),
+        }  # fmt: skip
+        grid, least = (few.n_tiles, Segments.OF_STEP), 1
+        if heads is not None:
+            assert isinstance(op, RotatedAttention)
+            of_one = {**of_few, **heads, "q": self._floats[op.q], "pinned_q": 0}
+            of_one["is_neox"] = int(op.rope.kind == "neox")
+            shape, least = LaunchShape(most_rows=1), 2
+            self._emit(few.kernel, ALL_ROWS, grid, few.threads, shape, **of_one)
+        shape = LaunchShape(least_rows=least, most_rows=FEW_ROWS)
+        self._emit(few.kernel, ALL_ROWS, grid, few.threads, shape, **of_few)
         many = AttendRowsLaunch.of(kv, op.n_heads, op.soft_cap > 0)
         shape = LaunchShape(rows_per_block=many.n_rows, least_rows=FEW_ROWS + 1)
         self._emit(many.kernel, ALL_ROWS, many.n_tiles, many.threads, shape, **common)
@@ -155,6 +169,13 @@ class AttentionLowering(LoweringBase):
         if not has_x8 or not self._reads.is_quantised_only(value):
             rows["out"] = self._float_buffer(value, "attention")
         return rows
+
+
+# What `attend` is given where queries are ready and keys are stored.
+_READY_HEADS: dict[str, Arg] = {
+    "k": 0, "v": 0, "q_norm": 0, "k_norm": 0, "eps": 0.0, "angles": 0, "pinned_angles": 0,
+    "n_pairs": 0, "is_neox": 0,
+}  # fmt: skip
 
 
 def _types_of(kv: KV) -> dict[str, Arg]:

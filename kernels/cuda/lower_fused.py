@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 from edgeinfer.fused_ops import Matmul, Matmuls, SwiGlu, WholeNorm
 from edgeinfer.graph import RmsNorm, Value
-from edgeinfer.kernels.buffers import reads_blocks
+from edgeinfer.kernels.buffers import Buffer, reads_blocks
 from edgeinfer.kernels.cuda import tiles
 from edgeinfer.kernels.cuda.commands import Arg
 from edgeinfer.kernels.cuda.kernel import Kernel
 from edgeinfer.kernels.cuda.lower_attention import AttentionLowering
-from edgeinfer.kernels.cuda.lower_base import LaunchShape
+from edgeinfer.kernels.cuda.lower_base import PLAIN, LaunchShape
 from edgeinfer.kernels.cuda.lower_products import ProductLowering
 from edgeinfer.quant import QuantType
 
@@ -175,11 +175,21 @@ class FusedLowering(AttentionLowering, ProductLowering):
 
     def _norm(self, op: RmsNorm | WholeNorm) -> None:
         """Of every row of x; or of its wanted rows, where the result has only those."""
-        rows, n_heads = self._rows_of(op.out), op.n_heads if isinstance(op, RmsNorm) else 1
-        gathers = rows != self._rows_of(op.x)
-        self._norm_rows(
-            rows, op.x, self._float_buffer(op.out, "norm"), op.weight, op.eps, n_heads,
-            self._step.wanted if gathers else 0,
+        out, rows = op.out, self._rows_of(op.out)
+        n_heads = op.n_heads if isinstance(op, RmsNorm) else 1
+        has_x8 = n_heads == 1 and self._reads.is_quantised(out)
+        results: dict[str, Arg] = {"y": 0, "x8": 0}
+        if has_x8:
+            n_bytes = tiles.x8_bytes(out.dim) * self._n_rows(out)
+            results["x8"] = self._quantised[out] = Buffer("quantised norm", n_bytes)
+        if not has_x8 or not self._reads.is_quantised_only(out):
+            results["y"] = self._float_buffer(out, "norm")
+        n_warps = 8 if n_heads == 1 else 1
+        self._emit(
+            Kernel.of("rms_norm", WARPS=n_warps), rows, n_heads, 32 * n_warps, PLAIN,
+            rows=rows, gather=self._step.wanted if rows != self._rows_of(op.x) else 0,
+            x=self._floats[op.x], weight=self._weights.vector(op.weight) if op.weight else 0,
+            **results, width=op.x.dim // n_heads, eps=op.eps,
         )  # fmt: skip
 
 

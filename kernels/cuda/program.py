@@ -8,8 +8,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -19,13 +19,14 @@ from edgeinfer.kernels.buffers import Buffer
 from edgeinfer.kernels.cached import Cached, CacheVerbs
 from edgeinfer.kernels.cuda.attention import n_segments
 from edgeinfer.kernels.cuda.blueprint import Blueprint
-from edgeinfer.kernels.cuda.device import Device, Event
+from edgeinfer.kernels.cuda.device import Device
 from edgeinfer.kernels.cuda.layout import StepArrays
 from edgeinfer.kernels.cuda.lower_base import FEW_ROWS
+from edgeinfer.kernels.cuda.running import Picked, Running, store
 from edgeinfer.kernels.cuda.samples import SampleArrays
 from edgeinfer.kernels.cuda.steps import Result, Shape, Steps
 from edgeinfer.kernels.cuda.tiles import row_stride
-from edgeinfer.sampling.params import Sampled, SampleTable
+from edgeinfer.sampling.params import SampleTable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -34,24 +35,6 @@ Progress: TypeAlias = Callable[[str, int, int], None]  # stage, done, total
 
 
 _N_RESULTS = 4  # steps whose tokens are on their way or not yet taken, at most
-
-
-class Picked(NamedTuple):
-    """The tokens that the device has picked for R rows."""
-
-    ids: NDArray[np.int32]
-    status: NDArray[np.int32]
-    mu: NDArray[np.float64]  # of SAMPLED
-
-
-@dataclass(eq=False, slots=True)
-class Running:
-    """A step on the device."""
-
-    result: Result
-    is_over: Event
-    picked: Picked | None  # once it is over, where the device picks
-    is_aborted: bool = False
 
 
 class CudaTicket:
@@ -141,14 +124,8 @@ class CudaProgram(CacheVerbs):
 
     def submit(self, batch: Batch) -> CudaTicket:
         """Send a step to the device, if it is not there already."""
-        if self._closed:
-            raise ClosedError("this program was closed")
-        batch.check()
-        n_rows, n_wanted, limits = batch.n_rows, len(batch.wanted), self.limits
-        assert 0 < n_rows <= limits.max_rows, f"{n_rows} rows, room for {limits.max_rows}"
-        assert n_wanted <= limits.max_outputs, f"{n_wanted} outputs, room for {limits.max_outputs}"
-        assert len(batch.tables) <= limits.max_sequences
-        running = self._guessed(batch) or self._begin(batch)
+        self._check(batch)
+        running = self._guessed(batch) or self._begin(batch, self._result_of(batch))
         with self._lock:
             self._current = running
         if self._is_told(batch, running):
@@ -156,16 +133,50 @@ class CudaProgram(CacheVerbs):
         self._last_pos = batch.pos.copy()
         return CudaTicket(self, batch, running)
 
-    def _begin(self, batch: Batch) -> Running:
-        self._asked.fill(batch)
-        self._arrays, self._asked = self._asked, self._arrays
+    def guess(self, batch: Batch, n: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """The likeliest token behind each wanted row, and n - 1 more behind that: (n, R).
+
+        With the last step's hidden rows, where the batch asks for them.
+        """
+        self._check(batch)
+        assert 0 < n <= _N_RESULTS, f"{n} tokens, room for {_N_RESULTS}"
+        result, n_wanted = Result.LIKELIEST, len(batch.wanted)
+        runs, step, lowered = [self._begin(batch, result)], self._drawn.step_buffers, self._lowered
+        assert lowered.input is not None and lowered.hidden is not None, "this is no draft"
+        row_bytes = 4 * row_stride(self.segment.hidden.dim)
+        for _ in range(n - 1):
+            batch = _following(batch)
+            self._take_in(batch)
+            self._write_step(result)
+            self._device.copy(step.ids.address, step.sampled.address, 4 * n_wanted)
+            self._device.copy(lowered.input.address, lowered.hidden.address, n_wanted * row_bytes)
+            runs.append(self._run(batch, batch.pos, result))
+        runs[-1].is_over.wait()
+        out = Outputs(self._no_rows, self._no_rows, self._no_ids)
+        self._read_beside(batch, runs[-1], out)
+        return np.stack([run.picked.ids for run in runs if run.picked is not None]), out.hidden
+
+    def _check(self, batch: Batch) -> None:
+        if self._closed:
+            raise ClosedError("this program was closed")
+        batch.check()
+        n_rows, n_wanted, limits = batch.n_rows, len(batch.wanted), self.limits
+        assert 0 < n_rows <= limits.max_rows, f"{n_rows} rows, room for {limits.max_rows}"
+        assert n_wanted <= limits.max_outputs, f"{n_wanted} outputs, room for {limits.max_outputs}"
+        assert len(batch.tables) <= limits.max_sequences
+
+    def _begin(self, batch: Batch, result: Result) -> Running:
+        self._take_in(batch)
         if batch.hidden is not None:
             self._write_rows(self._lowered.input, batch.hidden)
-        result = self._result_of(batch)
         if result is Result.SAMPLED:
             self._samples.fill(_samples_of(batch), len(batch.wanted))
         self._write_step(result)
         return self._run(batch, batch.pos, result)
+
+    def _take_in(self, batch: Batch) -> None:
+        self._asked.fill(batch)
+        self._arrays, self._asked = self._asked, self._arrays
 
     def _write_step(self, result: Result) -> None:
         write, arrays, samples = self._device.write, self._arrays, self._samples
@@ -283,7 +294,7 @@ class CudaProgram(CacheVerbs):
         if running.result is Result.HIDDEN:
             return out
         if running.picked is not None:
-            _store(running, batch)
+            store(running.picked, running.result, _samples_of(batch))
         else:
             out.logits = self._read_rows(lowered.logits, n_wanted, segment.output.dim)
         if batch.output == "ids":
@@ -355,16 +366,13 @@ class CudaProgram(CacheVerbs):
         self.close()
 
 
+def _following(batch: Batch) -> Batch:
+    """A row more of each sequence of which a row was wanted: nobody here knows what it holds."""
+    wanted, rows = batch.wanted, np.arange(len(batch.wanted), dtype=np.int32)
+    ids, pos, seq = np.zeros_like(rows), batch.pos[wanted] + 1, batch.seq[wanted]
+    return replace(batch, ids=ids, pos=pos, seq=seq, wanted=rows, hidden=None)
+
+
 def _samples_of(batch: Batch) -> SampleTable:
     assert batch.samples is not None
     return batch.samples
-
-
-def _store(running: Running, batch: Batch) -> None:
-    """Fill the outputs of a table as a sampler does."""
-    assert running.picked is not None
-    table, (ids, status, mu) = _samples_of(batch), running.picked
-    nothing = np.zeros(0, np.int32), np.zeros(0, np.float32)
-    for i in range(len(ids)):
-        after = mu[i] if running.result is Result.SAMPLED else table.row(i).mu
-        table.store(i, Sampled(int(ids[i]), float("nan"), nothing, float(after), int(status[i])))

@@ -1,53 +1,18 @@
 // What stands between the products q, k, v of a layer and its attention, in one launch: norms of
 // heads, rotation of q (also for pinned pages) and k, and storing K and V in the row's page.
+#include "heads.cuh"
 #include "kv_types.cuh"
 
 // NEOX 1: dims i and i + n_pairs are a pair, 0: dims 2i and 2i + 1.
 // Variants: NEOX = 0 1
-// A warp's head of x, times its norm's weights where there are any, into shared memory.
-EI_DEV void load_head(float* head, const float* x, const float* weight, float eps, int dim) {
-    const int lane = threadIdx.x % 32;
-    float sum = 0.0f;
-    for (int i = lane; i < dim; i += 32) {
-        head[i] = x[i];
-        sum = ei_fma(x[i], x[i], sum);
-    }
-    sum = ei_sum32(sum);
-    if (weight) {
-        const float scale = ei_div(1.0f, ei_sqrt(ei_div(sum, ei_to_float(dim)) + eps));
-        for (int i = lane; i < dim; i += 32) {
-            head[i] = (head[i] * scale) * weight[i];
-        }
-    }
-    __syncwarp();
-}
-
-// The head turned by its row's angles; write(i, value) takes it, a pair once both were read.
-template <typename Write>
-EI_DEV void turn_head(const float* head, const float2* angles, int n_pairs, int dim, Write write) {
-    const int lane = threadIdx.x % 32;
-    for (int i = lane; i < n_pairs; i += 32) {
-        const int first = NEOX ? i : 2 * i;
-        const int second = NEOX ? i + n_pairs : 2 * i + 1;
-        const float x0 = head[first];
-        const float x1 = head[second];
-        write(first, ei_fma(x0, angles[i].x, -(x1 * angles[i].y)));
-        write(second, ei_fma(x0, angles[i].y, x1 * angles[i].x));
-    }
-    for (int i = 2 * n_pairs + lane; i < dim; i += 32) {
-        write(i, head[i]);
-    }
-}
 
 // A head of q, rotated for the pages of the ring and, where the row has slid, for the pinned ones.
 EI_DEV void make_query(
-    const float* head, const float2* angles, const float2* pinned_angles, int n_pairs, int dim,
-    float* out, float* pinned_out) {
-    turn_head(head, angles, n_pairs, dim, [&](int i, float value) { out[i] = value; });
+    const float* head, const Angles& angles, const Angles& pinned_angles, int dim, float* out,
+    float* pinned_out) {
+    turn_head(head, angles, dim, [&](int i, float value) { out[i] = value; });
     if (pinned_out) {
-        turn_head(head, pinned_angles, n_pairs, dim, [&](int i, float value) {
-            pinned_out[i] = value;
-        });
+        turn_head(head, pinned_angles, dim, [&](int i, float value) { pinned_out[i] = value; });
     }
 }
 
@@ -75,14 +40,14 @@ EI_KERNEL(128) rotate_store(
     const Table table = table_of(tables, pages, seq, row);
     const int page = (int)(pos[row] / EI_PAGE);
     float* values = memory + warp * k_dim;
-    angles += (size_t)row * n_pairs;
+    const Angles turn = {angles + (size_t)row * n_pairs, n_pairs, NEOX != 0};
     if (head < n_heads) {
         const size_t at = (size_t)row * q_stride + head * k_dim;
         load_head(values, q + at, q_norm, eps, k_dim);
         const bool is_pinned = pinned_out && n_gone(table, page) > 0;
+        const Angles pinned = {pinned_angles + (size_t)row * n_pairs, n_pairs, NEOX != 0};
         make_query(
-            values, angles, pinned_angles + (size_t)row * n_pairs, n_pairs, k_dim, out + at,
-            is_pinned ? pinned_out + at : nullptr);
+            values, turn, pinned, k_dim, out + at, is_pinned ? pinned_out + at : nullptr);
         return;
     }
     head -= n_heads;
@@ -91,7 +56,7 @@ EI_KERNEL(128) rotate_store(
     const size_t page_head = (size_t)arena_page(table, page) * n_kv_heads + head;
     const Kept keys = {k_type, transforms_k != 0, k_dim};
     load_head(values, k + (size_t)row * k_stride + head * k_dim, k_norm, eps, k_dim);
-    turn_head(values, angles, n_pairs, k_dim, [&](int i, float value) { values[i] = value; });
+    turn_head(values, turn, k_dim, [&](int i, float value) { values[i] = value; });
     __syncwarp();
     store_head(place_key(k_cache + page_head * keys.bytes(), keys, position), keys, values, lane, 32);
     const Kept kept = {v_type, transforms_v != 0, v_dim};
