@@ -154,7 +154,8 @@ class LLM:
         opened = self._open()
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        chat = Conversation.of(messages, tools, template_args)
+        continues = given.get("continue_last", False)
+        chat = Conversation.of(messages, tools, template_args, continues=continues)
         choice = chosen_tools(chat.tools, tool_choice, parallel_tool_calls)
         chat = chat._replace(tools=choice.told if choice is not None else [])
         with requesting.counting(opened):
@@ -339,6 +340,7 @@ class LLM:
     def _submit(self, prompt: Prompt, given: dict[str, Any], read: Reading) -> Stream:
         opened, grammar = self._open(), read.grammar
         tokenizer, stop, is_exact = opened.tokenizer, given.get("stop", ()), grammar is not None
+        is_exact |= given.get("continue_last", False)
         answer = AnswerText.open(tokenizer, stop, read.splitter, read.finder, is_exact=is_exact)
         constraint: Constraint | None = None
         if grammar is not None:

@@ -46,6 +46,7 @@ class LoadSettings(NamedTuple):
     def resolve(cls, function: str, given: LoadOptions) -> LoadSettings:
         """For the public `function`; the error names the option that can't be, and why."""
         options = checked(function, given, LOAD)
+        is_naive = options.get("naive", False)
         asked = options.get("device", "auto")
         device, note, further, if_needed = find_device(asked)
         gpu_layers = options.get("gpu_layers", "auto")
@@ -69,14 +70,14 @@ class LoadSettings(NamedTuple):
             n_ctx=options.get("n_ctx"),
             kv_types=options.get("kv_type"),
             slots=options.get("slots", 1),
-            kept_tokens=options.get("kept_tokens"),
+            kept_tokens=options.get("kept_tokens", 0 if is_naive else None),
             chat_template=options.get("chat_template"),
             pre=options.get("pre"),
             may_download=options.get("download", False),
             progress=options.get("progress"),
             residuals=options.get("residuals", ()),
             drafts=options.get("drafts", False),
-            naive=options.get("naive", False),
+            naive=is_naive,
             pooling=options.get("pooling", ""),
         )
 

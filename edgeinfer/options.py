@@ -83,6 +83,7 @@ class Sampling(TypedDict, total=False):
     grammar: str | None  # the answer follows it: Lark, GBNF
     regex: str | None  # the answer matches it
     reasoning_budget: int | None  # most tokens of reasoning in a chat; then it is closed
+    continue_last: bool | None  # go on with the assistant's message that ends a chat, False
     priority: int | None  # larger ones run first, 0
     on_step: Callable[[Any], object] | None  # gets a Step, in the engine's thread: it can't wait
     watch: Sequence[str | int] | None  # what it is shown: "logits" alone, "hidden", layers

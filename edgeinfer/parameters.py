@@ -12,7 +12,10 @@ from typing import Any, NamedTuple
 from edgeinfer.errors import InvalidRequestError
 from edgeinfer.values import (
     CACHE_TYPES,
+    LONGEST_BREAKER,
+    MOST_BREAKERS,
     biases,
+    breakers,
     cache_types,
     function,
     id_set,
@@ -26,7 +29,6 @@ from edgeinfer.values import (
     switch,
     text,
     text_or_texts,
-    texts,
     watched,
 )
 from edgeinfer.values import id_list as id_list
@@ -101,7 +103,7 @@ _WORDS: dict[Callable[[Any], Any], str] = {
     positive: "a number above 0",
     switch: "True or False",
     text: "a text",
-    texts: "texts, none empty",
+    breakers: f"at most {MOST_BREAKERS} texts, none empty or above {LONGEST_BREAKER} characters",
     text_or_texts: "a text or several, none empty",
     id_set: "token ids",
     biases: "numbers by token id",
@@ -163,7 +165,7 @@ LOAD = _by_name(
 # When an answer ends, and how it is made.
 REQUEST = _by_name(
     Parameter(
-        "max_tokens", integer, "Most tokens to generate.", 1, _INT64, usual=(1, 10_000_000)
+        "max_tokens", integer, "Most tokens to generate.", 0, _INT64, usual=(1, 10_000_000)
     ),
     Parameter("stop", text_or_texts, "End before this text.", default=()),
     Parameter("stop_token_ids", id_set, "End at this token.", default=frozenset()),
@@ -180,6 +182,10 @@ REQUEST = _by_name(
         "n_stable", integer,
         "Messages (of a chat) or tokens at the start that later prompts share, and are kept for.",
         0, _INT32, 0,
+    ),
+    Parameter(
+        "continue_last", switch, "Go on with the assistant's message that ends a chat.",
+        default=False,
     ),
     Parameter("priority", integer, "Larger ones run first.", -_INT32, _INT32, 0),
     Parameter("schema", schema, "The answer is JSON by this schema."),
@@ -225,7 +231,7 @@ SAMPLING = _by_name(
     Parameter("dry_allowed_length", integer, "Repeats that cost nothing.", 0, _INT32, 2),
     Parameter("dry_penalty_last_n", integer, "Tokens that DRY looks at; -1: all.", -1, _INT32, 64),
     Parameter(
-        "dry_sequence_breakers", texts, "Texts that no repeat goes across.",
+        "dry_sequence_breakers", breakers, "Texts that no repeat goes across.",
         default=("\n", ":", '"', "*"),
     ),
     Parameter("dynatemp_range", number, "Temperature by entropy, this far around.", 0, default=0.0),

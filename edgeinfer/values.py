@@ -15,6 +15,7 @@ from typing import Any
 
 from edgeinfer.errors import InvalidRequestError
 
+MOST_BREAKERS, LONGEST_BREAKER = 32, 128  # texts, characters
 MOST_IDS = 1 << 24  # more than any context holds; copied they take 0.7 GB
 CACHE_TYPES = ("f16", "q8_0", "q4_0")
 _INT32, _INT64 = 2**31 - 1, 2**63 - 1
@@ -63,6 +64,14 @@ def texts(value: Any) -> tuple[str, ...]:
     if not all(isinstance(each, str) and each for each in value):
         raise ValueError
     return tuple(value)
+
+
+def breakers(value: Any) -> tuple[str, ...]:
+    """Texts, few and short: each is looked for in all of a vocabulary."""
+    found = texts(value)
+    if len(found) > MOST_BREAKERS or any(len(each) > LONGEST_BREAKER for each in found):
+        raise ValueError
+    return found
 
 
 def text_or_texts(value: Any) -> tuple[str, ...]:

@@ -388,7 +388,7 @@ def test_unusable_prompts_are_refused(engine: Engine, ids: tuple[int, ...]) -> N
 
 def test_max_tokens_must_be_positive(engine: Engine) -> None:
     with pytest.raises(InvalidRequestError, match="max_tokens"):
-        engine.submit(_request(max_tokens=0))
+        engine.submit(_request(max_tokens=-1))
 
 
 def test_cancel_in_a_step_acts_at_once_and_frees_pages(engine: Engine, program: Programs) -> None:

@@ -210,7 +210,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         },
         "classification is 2",
     ),
-    ({"inputs": [input_of(["x"])], "parameters": {"max_tokens": 0}}, "max_tokens is 0"),
+    ({"inputs": [input_of(["x"])], "parameters": {"max_tokens": -1}}, "parameters.max_tokens is -1"),
     ({"inputs": [input_of(["x"])], "parameters": {"temperature": "hot"}}, "temperature is 'hot'"),
     ({"inputs": [input_of(["x"])], "parameters": {"binary_data_output": 1}}, "binary_data_output"),
     ({"inputs": [input_of(["x"])], "id": 5}, "id is 5"),
@@ -389,7 +389,7 @@ found.append(shown(client.infer(model_version="1", **asked)))
 found.append(shown(client.async_infer(**asked).get_result()))
 for name, wrong in (("nothing", "not found"), (MODEL, "max_tokens is 0")):
     try:
-        client.infer(name, inputs_of(http, True), parameters={"max_tokens": 0})
+        client.infer(name, inputs_of(http, True), parameters={"max_tokens": -1})
         raise SystemExit("no error")
     except InferenceServerException as error:
         assert wrong in str(error), error

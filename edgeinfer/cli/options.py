@@ -37,7 +37,7 @@ _METAVARS = {
 _KIND_METAVARS = {int: "INTEGER", float: "NUMBER"}
 _NOT_FLAGS = (
     "download", "progress", "dry_sequence_breakers", "min_keep", "logit_bias", "logprobs",
-    "naive", "residuals", "n_stable", "priority", "on_step", "watch",
+    "naive", "residuals", "n_stable", "continue_last", "priority", "on_step", "watch",
     "reasoning_budget",
 )  # fmt: skip
 LOAD_NAMES = tuple(name for name in LOAD if name not in _NOT_FLAGS)

@@ -132,7 +132,7 @@ class _Conversation:
         self.last = answer
         if answer.text:
             self.messages = [*turns, {"role": "assistant", "content": answer.text}]
-        if answer.finish_reason == "length" and not self._sampling.get("max_tokens"):
+        if answer.finish_reason == "length" and self._sampling.get("max_tokens") is None:
             note("(cut off: the context is full)")
         used = answer.usage.prompt_tokens + answer.usage.completion_tokens
         self._tell_dropped(int(used > (self._llm.n_ctx or used)))

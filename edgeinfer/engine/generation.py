@@ -93,10 +93,11 @@ class Generation:
         self.error: BaseException | None = None  # what it was cancelled for
         self.rank: Rank = (0, 0)  # the scheduler's
         # Prompt and answer are no longer together than the context; one that slides has no end.
-        self.max_tokens = request.max_tokens
+        most = request.max_tokens
+        self.max_tokens = None if most is None else max(1, most)  # of none its prompt is read
         if layout.n_ctx is not None:
             room = layout.n_ctx - len(request.ids)
-            self.max_tokens = room if request.max_tokens is None else min(request.max_tokens, room)
+            self.max_tokens = room if self.max_tokens is None else min(self.max_tokens, room)
         self.events: EventQueue[EngineEvent] = EventQueue(MOST_UNREAD, worker.wake)
         self._worker, self._delivery = worker, worker.delivery
         self._is_finished = False

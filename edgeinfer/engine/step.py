@@ -233,6 +233,9 @@ def _take_token(
         what = "of what the grammar allows here" if work.matcher is not None else "a token"
         raise EdgeInferError(f"the model yields no number to choose {what} by")
     sequence.mu = picked.mu[row]
+    if request.max_tokens == 0:
+        ends.finish(work, "length")
+        return
     if token in request.stop_ids:
         ends.finish(work, "stop", token)
         return

@@ -248,6 +248,8 @@ def _as_sent(sampling: Mapping[str, Any]) -> dict[str, Any]:
         elif name == "schema":
             form = {"name": "answer", "strict": True, "schema": _schema(value)}
             found["response_format"] = {"type": "json_schema", "json_schema": form}
+        elif name == "continue_last":
+            found |= {"continue_final_message": value, "add_generation_prompt": not value}
         elif name == "repeat_penalty":
             found |= {name: value, "repetition_penalty": value}
         elif isinstance(value, (tuple, frozenset)):

@@ -169,17 +169,28 @@ def breaker_tokens(
     A token containing a breaker is one by itself; a token ending in the start of a breaker is
     one when followed by the tokens of the rest (at most 20, so that the search stays linear).
     """
-    found: set[tuple[int, ...]] = set()
-    for text in breakers:
-        whole = _LONE_SURROGATE.sub("\ufffd", text).encode()  # as the tokenizer reads it
-        rests = {n: tuple(encode(_decode(whole[n:])))[:20] for n in range(1, len(whole))}
-        for token, piece in enumerate(pieces):
-            if whole in piece:
-                found.add((token,))
-                continue
-            for n, rest in rests.items():
-                if piece.endswith(whole[:n]):
-                    found.add((token, *rest))
+    as_read = (_LONE_SURROGATE.sub("\ufffd", text).encode() for text in breakers)
+    wholes = list(dict.fromkeys(as_read))
+    most = max(map(len, pieces), default=0)  # bytes of a token
+    short = [whole for whole in wholes if len(whole) <= most]
+    found: set[tuple[int, ...]] = {
+        (id,) for whole in short for id, piece in enumerate(pieces) if whole in piece
+    }
+    begun: dict[bytes, list[bytes]] = {}  # the breakers that begin so
+    for whole in wholes:
+        for n in range(1, min(most + 1, len(whole))):
+            begun.setdefault(whole[:n], []).append(whole)
+    rests: dict[bytes, tuple[int, ...]] = {}
+    longest = max(map(len, begun), default=0)
+    for id, piece in enumerate(pieces):
+        for n in range(1, min(longest, len(piece)) + 1):
+            for whole in begun.get(piece[-n:], ()):
+                rest = whole[n:]
+                if whole in piece:
+                    continue
+                if rest not in rests:
+                    rests[rest] = tuple(encode(_decode(rest)))[:20]
+                found.add((id, *rests[rest]))
     return tuple(sorted(found))
 
 

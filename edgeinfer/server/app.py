@@ -18,6 +18,7 @@ from edgeinfer.server import (
     native,
     ollama,
     ollama_embed,
+    ollama_pull,
     openai,
     responses,
 )
@@ -27,7 +28,7 @@ from edgeinfer.server.service import Service
 
 _APIS = (
     native, chat_completions, completions, responses, embeddings, model_list, messages, ollama,
-    ollama_embed, kserve, lm_studio,
+    ollama_embed, ollama_pull, kserve, lm_studio,
 )  # fmt: skip
 
 

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from edgeinfer.results import Delta
-from edgeinfer.text.lenient_json import copy_value
-from edgeinfer.text.reader import Reader
+from edgeinfer.text.lenient_json import mended
 
 Kind: TypeAlias = Literal["reasoning", "text", "call"]
 
@@ -81,10 +80,5 @@ class Blocks:
 
 def arguments_object(text: str) -> dict[str, Any]:
     """The arguments of a call as an object, also of one that was cut off."""
-    reader, found = Reader(), list[str]()
-    reader.push(text or "{}")
-    reader.end(was_cut=False)
-    for _ in copy_value(reader, found.append):
-        pass
-    value = json.loads("".join(found))
+    value = json.loads(mended(text or "{}"))
     return value if isinstance(value, dict) else {}

@@ -10,7 +10,7 @@ from edgeinfer.server.openai import (
     text_content,
     tools_of,
 )
-from edgeinfer.server.requests import Chat, Request, conversation, function_tool
+from edgeinfer.server.requests import Chat, Request, can_go_on, conversation, function_tool
 from edgeinfer.server.structure import of_chat
 
 _MOST_LOGPROBS = 128
@@ -22,16 +22,15 @@ def read_chat(body: Fields) -> Request:
         sampling["logprobs"] = body.integer("top_logprobs", 0, 0, _MOST_LOGPROBS)
     effort = body.text("reasoning_effort") if "reasoning_effort" in body else None
     tools = tools_of(body.objects("tools"))
-    tools += [
-        function_tool(each.get("name"), each.get("description"), each.get("parameters"), False)
-        for each in body.objects("functions")
-    ]
+    tools += map(function_tool, body.objects("functions"))
+    messages = conversation([_message(each) for each in body.objects("messages")])
     chat = Chat(
-        messages=conversation([_message(each) for each in body.objects("messages")]),
+        messages=messages,
         tools=tools,
         tool_choice=body.get("tool_choice") or body.get("function_call"),
         parallel_tool_calls=body.flag("parallel_tool_calls", True),
         template_args=template_args(body, effort),
+        continues=_continues(body, messages),
     )
     n = body.integer("n", 1, 1, 128)
     return Request(
@@ -44,13 +43,31 @@ def read_chat(body: Fields) -> Request:
     )
 
 
+def _continues(body: Fields, messages: list[Json]) -> bool:
+    """As vLLM asks for it, or Mistral and DeepSeek in the message itself."""
+    last = next(reversed(body.objects("messages")), Fields({}))
+    name = "continue_final_message"
+    is_asked = body.flag(name)
+    if is_asked and body.flag("add_generation_prompt"):
+        raise body.wrong("add_generation_prompt", f"false where {name} is true")
+    if not is_asked and not body.flag("add_generation_prompt", True):
+        raise body.wrong("add_generation_prompt", f"true, unless {name} is")
+    is_asked |= last.flag("prefix")
+    if is_asked and not can_go_on(messages):
+        raise ApiError(
+            400, "the last message is not the assistant's text, which could be continued",
+            param="messages",
+        )  # fmt: skip
+    return is_asked
+
+
 def _message(given: Fields) -> Json:
     message: Json = {
         "role": given.text("role"),
         "content": text_content(given.get("content"), "messages"),
     }
     if not message["role"]:
-        raise ApiError(400, "a message has no role", param="messages")
+        raise given.wrong("role", "who speaks, such as 'user'")
     reasoning = given.text("reasoning_content") or given.text("reasoning")
     if reasoning:
         message["reasoning_content"] = reasoning

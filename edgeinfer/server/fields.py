@@ -10,6 +10,7 @@ from typing import Any
 
 from starlette.requests import Request as HttpRequest
 
+from edgeinfer.errors import InvalidRequestError
 from edgeinfer.parameters import ANSWER, shown
 from edgeinfer.server.errors import ApiError, Json
 from edgeinfer.server.wire import decode, read_body
@@ -48,7 +49,7 @@ class Fields:
         return value
 
     def integer(self, name: str, default: int, least: int, most: int) -> int:
-        value = self._values.get(name)
+        value = whole(self._values.get(name))
         if value is None:
             return default
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
@@ -80,25 +81,37 @@ class Fields:
         return ApiError(400, f"{param} is {found}; it must be {needed}", param=param)
 
     def sampling(self, names: Mapping[str, str]) -> dict[str, Any]:
-        """Keywords of an answer, from the fields that an API names them by."""
-        given = {names[name]: self._values[name] for name in names if name in self}
-        found = {keyword: _whole(keyword, value) for keyword, value in given.items()}
-        if isinstance(stops := found.get("stop"), list):
-            if len(stops) > _MOST_STOPS:
-                raise ApiError(400, f"at most {_MOST_STOPS} stop texts work", param="stop")
-            found["stop"] = [each for each in stops if each != ""]  # a form that was left empty
-        if found.get("stop") in ("", []):
-            del found["stop"]
-        seed = found.get("seed")
-        if isinstance(seed, int) and seed < 0:  # -1 asks for any; elsewhere integers have signs
-            found["seed"] = None if seed == -1 else seed % _SEEDS
+        """Keywords of an answer, checked, from the fields that an API names them by."""
+        found: dict[str, Any] = {}
+        for name, keyword in names.items():
+            value = self._meant(name, keyword)
+            if value is None:
+                continue
+            try:
+                found[keyword] = ANSWER[keyword].check(value)
+            except InvalidRequestError as error:
+                param = f"{self._path}{name}"
+                raise ApiError(400, param + str(error).removeprefix(keyword), param=param) from None
         return found
 
+    def _meant(self, name: str, keyword: str) -> Any:
+        """A field's value as the keyword has it, None for what is the same as nothing."""
+        value = whole(self._values.get(name)) if ANSWER[keyword].kind is int else self.get(name)
+        if keyword == "stop" and value == "":  # a form that was left empty
+            return None
+        if keyword == "stop" and isinstance(value, list):
+            if len(value) > _MOST_STOPS:
+                param = f"{self._path}{name}"
+                raise ApiError(400, f"{param} has over {_MOST_STOPS} texts", param=param)
+            return [each for each in value if each != ""] or None
+        if keyword == "seed" and type(value) is int and value < 0:
+            return None if value == -1 else value % _SEEDS  # -1 asks for any; some have signs
+        return value
 
-def _whole(keyword: str, value: Any) -> Any:
+
+def whole(value: Any) -> Any:
     """Some clients send every number as a float."""
-    is_whole = isinstance(value, float) and value.is_integer()
-    return int(value) if is_whole and ANSWER[keyword].kind is int else value
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 async def read_fields(http: HttpRequest, most: int) -> Fields:

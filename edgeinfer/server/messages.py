@@ -20,6 +20,7 @@ from edgeinfer.server.requests import (
     MOST_BUDGET,
     Chat,
     Request,
+    can_go_on,
     conversation,
     function_tool,
     new_call_id,
@@ -91,16 +92,23 @@ def read_request(body: Fields) -> Request:
     if thinking.text("type") == "enabled" and "budget_tokens" in thinking:
         sampling["reasoning_budget"] = thinking.integer("budget_tokens", 0, 0, MOST_BUDGET)
     choice = body.object("tool_choice")
+    told = conversation(messages)
+    structure, continues = _structure(body), can_go_on(told)
+    if structure.keyword and continues:
+        raise ApiError(
+            400,
+            "messages ends with the assistant's, which an answer in a form can't go on with",
+            param="messages",
+        )
     chat = Chat(
-        messages=conversation(messages),
+        messages=told,
         tools=_tools(body),
         tool_choice=_choice(choice),
         parallel_tool_calls=not choice.flag("disable_parallel_tool_use"),
         template_args=_template_args(body),
+        continues=continues,
     )
-    return Request(
-        model=body.text("model"), chat=chat, sampling=sampling, structure=_structure(body)
-    )
+    return Request(model=body.text("model"), chat=chat, sampling=sampling, structure=structure)
 
 
 def _choice(choice: Fields) -> str | Json | None:
@@ -135,12 +143,7 @@ def _system(body: Fields) -> str:
 def _tools(body: Fields) -> list[Json]:
     """Those of the client; tools that Anthropic's servers run are no concern of a model's here."""
     return [
-        function_tool(
-            tool.get("name"),
-            tool.get("description"),
-            tool.get("input_schema"),
-            tool.flag("strict"),
-        )
+        function_tool(tool, "input_schema")
         for tool in body.objects("tools")
         if tool.text("type", "custom") == "custom"
     ]
@@ -153,7 +156,7 @@ def _turn(given: Fields, is_first: bool) -> list[Json]:
         text = content if isinstance(content, str) else _joined(given.objects("content"))
         return [{"role": "user", "content": reminder_of(text)}]
     if not role:
-        raise ApiError(400, "a message has no role", param="messages")
+        raise given.wrong("role", "who speaks, such as 'user'")
     if isinstance(content, str):
         return [{"role": role, "content": content}]
     blocks = given.objects("content")

@@ -135,6 +135,25 @@ class Models:
             return await self._finish(self._pull(name))  # also where nobody waits any more
         return self.find(name)
 
+    async def fetch(self, name: str) -> ServedModel:
+        """The model of that very name, fetched where it is not here and the server may do that."""
+        model = self._named(name)
+        if model is not None:
+            return model
+        if not self._may_pull:
+            raise ApiError(
+                403,
+                "this server fetches no models: it must be started with --allow-pull, or with the "
+                f"model: edgeinfer serve {name[:200]}",
+                param="model",
+            )
+        if not is_on_hub(name):
+            raise ApiError(
+                404, f"{name[:200]!r} is no model's name: an alias or org/repo[:QUANT]",
+                code="model_not_found", param="model",
+            )  # fmt: skip
+        return await self._finish(self._pull(name))
+
     async def _pull(self, name: str) -> ServedModel:
         async with self._pulling:
             model = self._named(name)
@@ -222,24 +241,32 @@ class Models:
     async def _load_somehow(self, model: ServedModel) -> None:
         """Load it; while memory is short, unload those that were used longest ago."""
         for _ in range(_MOST_UNLOADS):
-            face = AsyncLLM(model.path, **await self._options(model))
-            try:
-                model.llm = await face.open()
-                model.face = face
-                return
-            except PlanError:
-                if not await self._unload_oldest(model):
-                    raise
+            options = await self._options(model)
+            usual = await asyncio.to_thread(
+                _usual, model.path, options, is_alone=len(self.served) == 1
+            )
+            # What a server adds is nobody's wish: less memory than there was a moment ago may do.
+            for tried in (usual, {**options, "slots": options.get("slots") or 1}):
+                face = AsyncLLM(model.path, **tried)
+                try:
+                    model.llm = await face.open()
+                    model.face = face
+                    return
+                except PlanError as error:
+                    failed = error
+            if not await self._unload_oldest(model):
+                raise failed
+        raise failed
 
     async def _options(self, model: ServedModel) -> LoadOptions:
+        """Those that were given, in the memory that the other models leave."""
         options: LoadOptions = {**self._load}
         if self._budget is not None:
             taken = sum(
                 each.llm.plan.host.total_bytes for each in self.served if each.llm is not None
             )
             options["memory"] = max(1, self._budget - taken)
-        is_alone = len(self.served) == 1
-        return await asyncio.to_thread(_usual, model.path, options, is_alone=is_alone)
+        return options
 
     async def _unload_oldest(self, wanted: ServedModel) -> bool:
         """The one used longest ago, once one is idle; False if there is none to unload."""
@@ -275,7 +302,9 @@ def _usual(path: Path, options: LoadOptions, *, is_alone: bool) -> LoadOptions:
     Slots: as many contexts as memory holds without making them shorter. Tokens of earlier prompts,
     where the model `is_alone`: as many as all contexts have, in a quarter of what is left.
     """
-    slots = options.get("slots")
+    is_naive, slots = options.get("naive"), options.get("slots")
+    if is_naive and slots is None:
+        slots = 1
     for tried in _USUAL_SLOTS if slots is None else (slots,):
         usual: LoadOptions = {**options, "slots": tried}
         try:
@@ -284,7 +313,7 @@ def _usual(path: Path, options: LoadOptions, *, is_alone: bool) -> LoadOptions:
             continue
         if slots is None and found.note and tried > 1:
             continue
-        if is_alone and options.get("kept_tokens") is None:
+        if is_alone and not is_naive and options.get("kept_tokens") is None:
             usual["kept_tokens"] = _usual_kept(path, usual, found)
         return usual
     return {**options, "slots": slots or 1}

@@ -20,6 +20,7 @@ from edgeinfer.server.requests import (
     SAMPLING,
     Chat,
     Request,
+    can_go_on,
     conversation,
     function_tool,
     new_call_id,
@@ -128,19 +129,14 @@ def _name(body: Fields) -> str:
 
 
 def read_chat(body: Fields) -> Request:
-    tools = []
-    for tool in body.objects("tools"):
-        function = tool.object("function")
-        tools.append(
-            function_tool(
-                function.get("name"),
-                function.get("description"),
-                function.get("parameters"),
-                function.flag("strict"),
-            )
-        )
-    messages = [_message(each) for each in body.objects("messages")]
-    chat = Chat(messages=conversation(messages), tools=tools, template_args=_thinking(body))
+    tools = [function_tool(tool.object("function")) for tool in body.objects("tools")]
+    messages = conversation([_message(each) for each in body.objects("messages")])
+    chat = Chat(
+        messages=messages,
+        tools=tools,
+        template_args=_thinking(body),
+        continues=can_go_on(messages),  # as that program's own templates do
+    )
     return Request(
         model=_name(body), chat=chat, sampling=_sampling(body), structure=of_ollama(body)
     )
@@ -189,7 +185,7 @@ def _message(given: Fields) -> Json:
     _refuse_images(given)
     message: Json = {"role": given.text("role"), "content": given.text("content")}
     if not message["role"]:
-        raise ApiError(400, "a message has no role", param="messages")
+        raise given.wrong("role", "who speaks, such as 'user'")
     if given.text("thinking"):
         message["reasoning_content"] = given.text("thinking")
     if calls := given.objects("tool_calls"):

@@ -50,9 +50,9 @@ def envelope(error: ApiError) -> Json:
 def sampling_of(body: Fields, *most_tokens: str) -> dict[str, Any]:
     """Sampling keywords; the first of the fields `most_tokens` that is there limits an answer."""
     found = body.sampling({**SAMPLING, "stop": "stop"})
-    limits = [body.get(name) for name in most_tokens if name in body]
-    if limits and limits[0] != -1:
-        found["max_tokens"] = limits[0] or 1  # no answer has less
+    limit = next((name for name in most_tokens if name in body), None)
+    if limit is not None and body.get(limit) != -1:
+        found |= body.sampling({limit: "max_tokens"})
     if "logit_bias" in body:
         found["logit_bias"] = _logit_bias(body)
     return found | _budget(body)
@@ -119,15 +119,7 @@ def tools_of(tools: Iterable[Fields]) -> list[Json]:
         if kind == "namespace":
             found += tools_of(tool.objects("tools"))
         elif kind == "function":
-            function = tool.object("function") if "function" in tool else tool
-            found.append(
-                function_tool(
-                    function.get("name"),
-                    function.get("description"),
-                    function.get("parameters"),
-                    function.flag("strict"),
-                )
-            )
+            found.append(function_tool(tool.object("function") if "function" in tool else tool))
     return found
 
 

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from edgeinfer.server.errors import ApiError, Json
+from edgeinfer.server.errors import Json
+from edgeinfer.server.fields import Fields
 from edgeinfer.server.structure import Structure
 
 # Sampling keywords that APIs agree on; what is ours alone goes by the same name everywhere.
@@ -41,6 +42,7 @@ class Chat:
     tool_choice: str | Json | None = None
     parallel_tool_calls: bool = True
     template_args: dict[str, Any] = field(default_factory=dict)
+    continues: bool = False  # whether the answer goes on with the last message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,14 +113,20 @@ def _short_id(id: str) -> str:
     return hashlib.sha256(id.encode("utf-8", "surrogatepass")).hexdigest()[:_ID_LENGTH]
 
 
-def function_tool(name: Any, description: Any, parameters: Any, is_strict: bool) -> Json:
-    """A tool in the form that templates take; it is called by its schema if `is_strict`."""
-    if not isinstance(name, str) or not name:
-        raise ApiError(400, "a tool has no name", param="tools")
-    if not isinstance(parameters, (Mapping, type(None))):
-        raise ApiError(400, f"the parameters of tool {name!r} are no schema", param="tools")
-    function: Json = {"name": name, "description": description or ""}
-    function["parameters"] = parameters or {"type": "object", "properties": {}}
-    if is_strict:
-        function["strict"] = True
-    return {"type": "function", "function": function}
+def can_go_on(messages: Sequence[Json]) -> bool:
+    """Whether the last message is the assistant's, and text that an answer may continue."""
+    last = messages[-1] if messages else {}
+    return last.get("role") == "assistant" and not last.get("tool_calls")
+
+
+def function_tool(function: Fields, schema: str = "parameters") -> Json:
+    """A tool in the form that templates take; it is called by its schema if it is strict."""
+    name = function.text("name")
+    if not name:
+        raise function.wrong("name", "the name of a function")
+    parameters = function.object(schema).values or {"type": "object", "properties": {}}
+    told: Json = {"name": name, "description": function.text("description")}
+    told["parameters"] = parameters
+    if function.flag("strict"):
+        told["strict"] = True
+    return {"type": "function", "function": told}

@@ -116,7 +116,7 @@ def _messages(body: Fields) -> list[Json]:
 def _add_message(found: list[Json], item: Fields) -> None:
     role, content = item.text("role"), text_content(item.get("content"), "input")
     if not role:
-        raise ApiError(400, "a message of the input has no role", param="input")
+        raise item.wrong("role", "who speaks, such as 'user'")
     last = found[-1] if found else {}
     if role == "assistant" and last.get("role") == role and not last["content"]:
         last["content"] = content  # its reasoning came before

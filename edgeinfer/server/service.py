@@ -154,6 +154,8 @@ class Service:
             chat = replace(chat, messages=steady(chat.messages))
         if request.session or chat.tools:
             sampling = {"n_stable": len(chat.messages), **sampling}
+        if chat.continues:
+            sampling = {**sampling, "continue_last": True}
         return replace(request, chat=chat, sampling=sampling)
 
     async def count_tokens(self, request: Request) -> int:
@@ -238,7 +240,7 @@ def _conversation(chat: Chat) -> Conversation:
     messages: Any = chat.messages
     choice = chosen_tools(chat.tools, chat.tool_choice, chat.parallel_tool_calls)
     told = choice.told if choice is not None else []
-    return Conversation.of(messages, told, chat.template_args)
+    return Conversation.of(messages, told, chat.template_args, continues=chat.continues)
 
 
 def _count(llm: LLM, request: Request) -> int:

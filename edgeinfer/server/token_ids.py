@@ -11,6 +11,7 @@ from edgeinfer.server.errors import ApiError
 from edgeinfer.text.tokenizer import Tokenizer
 
 _EDGE = 3  # tokens at each end of a part of a text: of a character cut in bytes, or cut elsewhere
+_WHOLE = 4 * _EDGE  # tokens up to which a text is no part
 
 
 def check_origin(tokenizer: Tokenizer, texts: Sequence[str | list[int]]) -> None:
@@ -29,12 +30,13 @@ def check_origin(tokenizer: Tokenizer, texts: Sequence[str | list[int]]) -> None
 
 
 def _is_own(tokenizer: Tokenizer, ids: list[int]) -> bool:
-    """Of a few ids nobody can tell: a vocabulary's tokens stand for themselves."""
+    """Of one id nobody can tell: a vocabulary's tokens stand for themselves."""
     if not all(0 <= id < tokenizer.n_vocab for id in ids):
         return False
-    text, inner = tokenizer.decode(ids, special=True), ids[_EDGE:-_EDGE]
+    text = tokenizer.decode(ids, special=True)
+    inner = ids if len(ids) <= _WHOLE else ids[_EDGE:-_EDGE]
     for parse_special in (True, False):  # a text may spell a control token, and mean the spelling
         made = tokenizer.encode(text, bos=False, parse_special=parse_special)
-        if any(made[i : i + len(inner)] == inner for i in range(4 * _EDGE)):
+        if any(made[i : i + len(inner)] == inner for i in range(_WHOLE)):
             return True
     return False

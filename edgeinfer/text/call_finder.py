@@ -15,6 +15,9 @@ from edgeinfer.text.reader import CutOff, Reader, Steps
 from edgeinfer.text.tools import Calls, Enough, NotACall
 
 
+_MOST_AGAIN = 1 << 16  # what follows after so many is text: each marker might read all of it
+
+
 class CallFinder:
     """Turns a reply into text and calls. How it is cut into pieces changes nothing in them.
 
@@ -30,6 +33,7 @@ class CallFinder:
         self._steps = self._read()
         self._gap = ""  # white space that is text if no call follows
         self._is_first = True  # no text has come yet
+        self._n_again = 0  # characters that are read again because they were no call
         next(self._steps)
 
     @property
@@ -87,6 +91,8 @@ class CallFinder:
     def _copy_text(self) -> Steps[str | None]:
         """Text up to a marker, which stays; None at the end. Space before it is kept apart."""
         reader, markers = self._reader, tuple(self._format.markers)
+        if self._n_again > _MOST_AGAIN:
+            markers = ()
         while True:
             self._gap += yield from reader.space()
             if self._is_first and self._format.may_be_bare and (yield from reader.look()) == "{":
@@ -123,6 +129,7 @@ class CallFinder:
         was_open = calls.is_open
         calls.finish()
         if len(calls.done) == n_before:
+            self._n_again += reader.n_taken
             calls.text(self._gap + marker)
             reader.reset()
             reader.skip(len(marker))

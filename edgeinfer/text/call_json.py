@@ -6,7 +6,9 @@ is no call.
 
 from __future__ import annotations
 
-from edgeinfer.text.lenient_json import copy_value, is_json, read_string
+import re
+
+from edgeinfer.text.lenient_json import copy_value, is_json, mended, read_string
 from edgeinfer.text.reader import Reader, Steps
 from edgeinfer.text.tools import Calls, NotACall, Tool
 
@@ -16,8 +18,10 @@ MOST_NAME = 256  # characters of a name; what has more is none
 # -- JSON: {"name": ..., "arguments": {...}} ------------------------------------------------------
 
 
-def json_call(reader: Reader, calls: Calls, ends: tuple[str, ...] = ()) -> Steps[None]:
-    """One object; its keys in any order, and nested in "function" as in requests."""
+def json_call(
+    reader: Reader, calls: Calls, ends: tuple[str, ...] = (), *, is_inner: bool = False
+) -> Steps[None]:
+    """One object; its keys in any order, and nested in "function" once, as in requests."""
     yield from reader.space()
     if not (yield from reader.take("{")):
         raise NotACall
@@ -30,8 +34,8 @@ def json_call(reader: Reader, calls: Calls, ends: tuple[str, ...] = ()) -> Steps
             break
         key = yield from _json_key(reader)
         first = yield from reader.peek()
-        if key == "function" and first == "{" and not name:
-            yield from json_call(reader, calls, ends)
+        if key == "function" and first == "{" and not (name or is_inner):
+            yield from json_call(reader, calls, ends, is_inner=True)
             is_done = True
         elif key in ("name", "function") and first == '"' and not name:
             name = yield from read_string(reader)
@@ -47,6 +51,9 @@ def json_call(reader: Reader, calls: Calls, ends: tuple[str, ...] = ()) -> Steps
         calls.begin(calls.find(name))
         calls.write(held or "{}")
     calls.finish()
+
+
+_NO_ARGUMENTS = ("", "null", '""', "[]")
 
 
 def _json_key(reader: Reader) -> Steps[str]:
@@ -67,10 +74,14 @@ def _held_arguments(reader: Reader, calls: Calls, name: str, ends: tuple[str, ..
         yield from copy_value(reader, calls.write, ends)
         return ""
     if first == '"':
-        text = yield from read_string(reader)
-        return text if text.lstrip().startswith("{") and is_json(text) else "{}"
-    yield from copy_value(reader, held.append, ends)
-    return "".join(held) if first == "{" else "{}"
+        text = (yield from read_string(reader)).strip()
+        text = text if is_json(text) or text[:1] != "{" else mended(text)
+    else:
+        yield from copy_value(reader, held.append, ends)
+        text = "".join(held).strip()
+    if text not in _NO_ARGUMENTS and text[:1] != "{":
+        raise NotACall
+    return text if text[:1] == "{" else "{}"
 
 
 def json_calls(reader: Reader, calls: Calls, ends: tuple[str, ...] = ()) -> Steps[None]:
@@ -156,21 +167,25 @@ def harmony(reader: Reader, calls: Calls) -> Steps[None]:
 
     The prompt ends with the role of the first. Whom it is to may also stand behind the channel.
     """
+    has_role = False  # a role was announced, not only what the prompt ends with
     while not reader.is_at_end:
         role = yield from reader.until("<|channel|>", "<|message|>", *HARMONY_ENDS)
         header = ""
         if (yield from reader.take("<|channel|>")):
             header = yield from reader.until("<|message|>", *HARMONY_ENDS)
         if (yield from reader.take("<|message|>")):
+            if not has_role:
+                calls.text(_TO.sub("", role.removeprefix("assistant")).lstrip())
             recipient = f"{role} {header}".partition("to=")[2].replace("<|", " ").split()
             yield from _harmony_body(reader, calls, header.split()[:1], recipient[:1])
         else:
             calls.text(role.removeprefix("assistant") + header)
         yield from reader.take_any(*HARMONY_ENDS)
-        yield from reader.take("<|start|>")
+        has_role = (yield from reader.take("<|start|>"))
         reader.mark()
 
 
+_TO = re.compile(r"\s*\bto=\S*\s*")
 HARMONY_ENDS = ("<|end|>", "<|return|>", "<|call|>", "<|start|>")
 
 
@@ -181,7 +196,7 @@ def _harmony_body(
         yield from reader.space()
         if (yield from reader.look()) == "{":
             yield from copy_arguments(reader, calls, calls.find(recipient[0]), HARMONY_ENDS)
-            yield from reader.until(*HARMONY_ENDS)
+            calls.text((yield from reader.until(*HARMONY_ENDS)).strip())
             return
     write = calls.reasoning if channel == ["analysis"] else calls.text
     yield from reader.copy_until(HARMONY_ENDS, write)

@@ -19,6 +19,7 @@ from edgeinfer.text.reader import Reader, Steps
 from edgeinfer.text.tools import Calls, Members, NotACall
 
 DSML = "｜DSML｜"
+_MOST_ENDS = 64  # inside a string: each has all before it looked at again
 _STRINGS = re.compile(r'"(\\.|[^"\\\n])*"')
 
 
@@ -79,10 +80,12 @@ def _glm(reader: Reader, calls: Calls) -> Steps[None]:
 def dsml(reader: Reader, calls: Calls) -> Steps[None]:
     """DeepSeek 3.2: invoke and parameter tags, where an attribute says what is text."""
     name = yield from reader.until('"', ">", most=MOST_NAME)
-    members = Members(calls, calls.find(name))
-    yield from reader.until(">")
-    yield from reader.take(">")
+    tool = calls.find(name)
+    yield from reader.until(">", most=MOST_NAME)
+    if not (yield from reader.take(">")):
+        raise NotACall
     yield from reader.space()
+    members = Members(calls, tool)
     while (yield from reader.take(f'<{DSML}parameter name="')):
         key = yield from reader.until('"', ">", most=MOST_NAME)
         attributes = yield from reader.until(">", most=MOST_NAME)
@@ -120,7 +123,9 @@ def _member(
 def _json_text(reader: Reader, ends: tuple[str, ...]) -> Steps[str]:
     """What comes before the first of `ends` that is not inside a string of JSON."""
     text = yield from reader.until(*ends)
-    while _is_inside_string(text) and (following := (yield from reader.look())):
+    for _ in range(_MOST_ENDS):
+        if not _is_inside_string(text) or not (following := (yield from reader.look())):
+            break
         reader.skip(1)
         text += following + (yield from reader.until(*ends))
     return text
@@ -157,7 +162,7 @@ def gemma(reader: Reader, calls: Calls, quote: str, close: str) -> Steps[None]:
     calls.begin(tool)
     yield from _gemma_value(reader, calls, quote, close, 0)
     calls.finish()
-    yield from reader.until(close)
+    yield from reader.space()
     yield from reader.take(close)
 
 
@@ -179,6 +184,8 @@ def _gemma_value(reader: Reader, calls: Calls, quote: str, close: str, depth: in
     reader.skip(1)
     separator = opened
     while (yield from reader.peek()) not in ("}", "]", ""):
+        if (yield from reader.take(close)):
+            break
         if opened == "{":
             key = yield from reader.until(":", "}", close)
             yield from reader.take(":")
@@ -189,8 +196,7 @@ def _gemma_value(reader: Reader, calls: Calls, quote: str, close: str, depth: in
         separator = ", "
         yield from _gemma_value(reader, calls, quote, close, depth + 1)
         yield from reader.space()
-        if not (yield from reader.take(",")):
-            break
+        yield from reader.take(",")
         yield from reader.space()
     calls.write(opened + closed if separator == opened else closed)
     yield from reader.take_any("}", "]")

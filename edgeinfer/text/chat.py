@@ -30,6 +30,8 @@ from edgeinfer.text.messages import (
 from edgeinfer.text.template_engine import Budget, LimitError, RenderError, TemplateEngine
 
 _Hide: TypeAlias = "Callable[[Any, str], Any]"
+_HERE = "\U0010ffff"  # stands for no character, and is no mark of those that hide
+_DROPS_LAST = "the chat template does not show the last message, so it can't be continued"
 _KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "model")
 
 
@@ -135,6 +137,13 @@ class ChatTemplate:
 
         All renders together keep to one budget.
         """
+        if chat.continues:
+            marked = chat.with_last_ending(_HERE)
+            whole = self.render_chat(marked, hide, add_generation_prompt=False)
+            begun, is_shown, _ = whole.rpartition(_HERE)
+            if not is_shown:
+                raise TemplateError(_DROPS_LAST)
+            return begun
         if chat.tools and self._for_tools is not None:
             return self._for_tools.render_chat(
                 chat, hide, add_generation_prompt=add_generation_prompt

@@ -40,6 +40,16 @@ def read_string(reader: Reader) -> Steps[str]:
     return str(json.loads("".join(found)))
 
 
+def mended(text: str) -> str:
+    """The JSON value that a text is meant to be; what follows it is left out."""
+    reader, found = Reader(), list[str]()
+    reader.push(text)
+    reader.end(was_cut=False)
+    for _ in copy_value(reader, found.append):
+        pass
+    return "".join(found)
+
+
 def _copy_items(reader: Reader, write: Write, ends: Sequence[str], depth: int) -> Steps[None]:
     """An object or an array."""
     opened = yield from reader.peek()
@@ -110,13 +120,11 @@ def _copy_string(reader: Reader, write: Write, ends: Sequence[str]) -> Steps[Non
 
 def _ends_string(reader: Reader, ends: Sequence[str]) -> Steps[bool]:
     """Whether a quote that was just taken is the last: a quote inside is followed by words."""
-    n = 1
-    while (following := (yield from reader.look(n)))[n - 1 :].isspace():
-        n += 1
-    last = following[n - 1 :]
+    n = yield from reader.n_spaces()
+    last = (yield from reader.look(n + 1))[n:]
     if last in ("", ",", ":", "}", "]"):
         return True
-    return bool(ends) and (yield from _is_next(reader, ends, n - 1))
+    return bool(ends) and (yield from _is_next(reader, ends, n))
 
 
 def _escape(reader: Reader) -> Steps[str]:

@@ -51,10 +51,18 @@ class Conversation(NamedTuple):
     messages: list[dict[str, Any]]  # each with a role, and text as its content
     tools: list[Any]
     arguments: dict[str, Any]  # what else a template is told, by name
+    continues: bool = False  # whether an answer goes on with the last message, the assistant's
 
     def first(self, n: int) -> Conversation:
         """Its first n messages."""
-        return self._replace(messages=self.messages[:n])
+        continues = self.continues and n >= len(self.messages)
+        return self._replace(messages=self.messages[:n], continues=continues)
+
+    def with_last_ending(self, mark: str) -> Conversation:
+        """The same with a mark where an answer is to go on, as a conversation that is whole."""
+        *before, last = self.messages
+        last = {**last, "content": last["content"] + mark}
+        return self._replace(messages=[*before, last], continues=False)
 
     @classmethod
     def of(
@@ -62,9 +70,14 @@ class Conversation(NamedTuple):
         messages: Iterable[Message],
         tools: Sequence[Mapping[str, Any]] | None = None,
         arguments: Mapping[str, Any] | None = None,
+        *,
+        continues: bool = False,
     ) -> Conversation:
         """InvalidRequestError says what they lack."""
-        return cls(_messages(messages), _tools(tools), _arguments(arguments))
+        found = _messages(messages)
+        if continues and (found[-1]["role"] != "assistant" or found[-1].get("tool_calls")):
+            raise _wrong("the last message is not the assistant's text, which could be continued")
+        return cls(found, _tools(tools), _arguments(arguments), continues)
 
     def with_tools_told(self) -> Conversation:
         """The same with tools in a system message, for a template that does not tell of them."""
@@ -75,7 +88,7 @@ class Conversation(NamedTuple):
             told["content"] = f"{first['content']}\n\n{told['content']}"
         else:
             rest = self.messages
-        return Conversation([told, *rest], [], self.arguments)
+        return self._replace(messages=[told, *rest], tools=[])
 
 
 _TOLD = """\

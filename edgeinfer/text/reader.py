@@ -44,6 +44,11 @@ class Reader:
     def is_at_end(self) -> bool:
         return self._has_ended and self._at == len(self._text)
 
+    @property
+    def n_taken(self) -> int:
+        """Characters that were taken since the mark."""
+        return self._at - self._marked
+
     def mark(self) -> None:
         """Here `reset` comes back to."""
         self._marked = self._at
@@ -95,6 +100,18 @@ class Reader:
             self._at += 1
         return found
 
+    def n_spaces(self) -> Steps[int]:
+        """How much white space comes next; none is taken."""
+        n = 0
+        while True:
+            while self._at + n < len(self._text):
+                if not self._text[self._at + n].isspace():
+                    return n
+                n += 1
+            if self._has_ended:
+                return n
+            yield
+
     def until(self, *ends: str, most: int | None = None) -> Steps[str]:
         """Take what comes before the first of some literals, or all; the literal stays."""
         found: list[str] = []
@@ -123,7 +140,7 @@ class Reader:
 
 def _begun(text: str, literals: Sequence[str]) -> int:
     """The length of the longest end of `text` that begins one of the literals."""
-    longest = min(len(text), max(map(len, literals)) - 1)
+    longest = min(len(text), max(map(len, literals), default=1) - 1)
     return next(
         (n for n in range(longest, 0, -1) if any(each.startswith(text[-n:]) for each in literals)),
         0,
