@@ -91,6 +91,10 @@ class Program(Protocol):
         """Put what was read into pages; ValueError where it has another shape."""
         ...
 
+    def page_positions(self, group: int) -> NDArray[np.uint8]:
+        """Which of the 32 positions of a page each of its bytes belongs to, (bytes of a page,)."""
+        ...
+
     def read_states(self, slots: Sequence[int]) -> NDArray[np.uint8]:
         """A copy of slots of state, (n, bytes of a slot): none where the segment has no state."""
         ...

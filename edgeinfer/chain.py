@@ -212,6 +212,10 @@ class Chain:
         for (program, own), part in zip(owners, _columns(data, widths), strict=True):
             program.write_pages(own, pages, part)
 
+    def page_positions(self, group: int) -> NDArray[np.uint8]:
+        owners = self._with_group(group)
+        return np.concatenate([program.page_positions(own) for program, own in owners])
+
     def read_states(self, slots: Sequence[int]) -> NDArray[np.uint8]:
         return np.concatenate([program.read_states(slots) for program in self.programs], axis=1)
 

@@ -5,12 +5,13 @@ Knows neither machines nor what the bytes mean.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeinfer.batch import PAGE
 from edgeinfer.errors import ClosedError
 from edgeinfer.graph import Segment
 
@@ -53,10 +54,15 @@ class HostPart:
 
 
 class Pieces:
-    """Pieces by number, each spread over parts: its bytes are those of the parts in order."""
+    """Pieces by number, each spread over parts: its bytes are those of the parts in order.
 
-    def __init__(self, n: int, parts: Iterable[Part]) -> None:
-        self._n, self._parts = n, tuple(parts)
+    `positions` yields, part by part of a page, which of its 32 positions each byte belongs to.
+    """
+
+    def __init__(
+        self, n: int, parts: Iterable[Part], positions: Callable[[], Iterable[Bytes]] = tuple
+    ) -> None:
+        self._n, self._parts, self._positions = n, tuple(parts), positions
         self.n_bytes = sum(part.n_bytes for part in self._parts)
 
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
@@ -85,10 +91,19 @@ class Pieces:
             start, end = end, end + part.n_bytes
             part.write(index, data[:, start:end])
 
+    def positions(self) -> Bytes:
+        """Which of a page's positions each of its bytes belongs to."""
+        return np.concatenate([np.empty(0, np.uint8), *self._positions()])
+
     def _numbers(self, numbers: Sequence[int]) -> Numbers:
         index = np.array(numbers, np.intp)
         assert index.ndim == 1 and ((index >= 0) & (index < self._n)).all(), f"of {self._n} pieces"
         return index
+
+
+def position_runs(n: int, n_bytes: int) -> Bytes:
+    """The positions of n runs of bytes in which each of a page's positions has `n_bytes`."""
+    return np.tile(np.repeat(np.arange(PAGE, dtype=np.uint8), n_bytes), n)
 
 
 class Cached(NamedTuple):
@@ -115,6 +130,9 @@ class CacheVerbs:
 
     def write_pages(self, group: int, pages: Sequence[int], data: Bytes) -> None:
         self._changing().pages[group].write(pages, data)
+
+    def page_positions(self, group: int) -> Bytes:
+        return self._open().pages[group].positions()
 
     def read_states(self, slots: Sequence[int]) -> Bytes:
         return self._open().states.read(slots)

@@ -15,7 +15,7 @@ from edgeinfer.errors import ClosedError
 from edgeinfer.graph import KV, KVType, Segment, Value
 from edgeinfer.sampling.params import SampleTable, SamplingParams
 
-from .backends import BACKENDS, LIMITS, backend, batch_of
+from .backends import BACKENDS, LIMITS, WHOLE, backend, batch_of
 from .random_graphs import HEADS, ROPES, RandomGraph
 
 N_PAGES = {0: 8, 40: 7}
@@ -248,3 +248,19 @@ def test_a_step_that_runs_ahead_is_dropped_when_pages_change(
         return picked
 
     assert tokens("shim") == tokens("reference") != tokens("reference", change=False)
+
+
+@pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("name", [*WHOLE, "cpu+reference"])
+def test_a_row_changes_the_bytes_of_its_position(
+    name: str, kind: KVType, limits: StepLimits
+) -> None:
+    with backend(name).compile(recorded(kind), limits) as program:
+        positions = [program.page_positions(group) for group in range(2)]
+        for at in range(33):
+            page, position = divmod(at, 32)
+            before = [program.read_pages(group, [p[page]])[0] for group, p in enumerate(PAGES)]
+            program.submit(step([3 + at], at, PAGES)).wait()
+            for group, pages in enumerate(PAGES):
+                changed = program.read_pages(group, [pages[page]])[0] != before[group]
+                assert changed.any() and set(positions[group][changed]) == {position}

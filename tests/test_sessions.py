@@ -56,6 +56,24 @@ def test_a_conversation_goes_on_in_another_engine(
     second.close()
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"), [("full", "cpu"), ("windows", "shim"), ("full", "cpu+reference")]
+)
+def test_a_file_holds_nothing_of_the_conversation_that_it_began_with(
+    models: dict[str, Segment], kind: str, name: str, tmp_path: Path
+) -> None:
+    """Whatever else was in the cache: its bytes are those of a cache that had nothing else."""
+    parted = [*PROMPT[:105], 1, 2, 3]  # in the middle of a page that the other had filled
+    first, second = engine_of(name, models[kind]), engine_of(name, models[kind])
+    told(first.submit(ask(PROMPT, 20)))
+    for engine, path in ((first, tmp_path / "first"), (second, tmp_path / "second")):
+        answer, n_cached, _ = told(engine.submit(ask(parted, 4)))
+        assert n_cached == (105 if engine is first else 0)
+        assert engine.sessions("m").save(path, [*parted, *answer]) == 111
+        engine.close()
+    assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
+
+
 @pytest.fixture(scope="module")
 def saved(models: dict[str, Segment], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("saved") / "talk.session"

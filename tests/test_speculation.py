@@ -197,13 +197,38 @@ def test_chances_fall_and_longer_matches_are_better() -> None:
 
 def test_guesses_that_no_step_checked_are_learnt_from() -> None:
     tokens = [1, 2, 3, 4] * 2
-    speculator = Speculator(tokens)
+    speculator = Speculator(tokens, Acceptance.of_all())
     before = speculator.guess(1)[1]
     for i in range(8):
         tokens.append(1 + i % 4)
         speculator.learn(1)
     assert speculator.guess(1)[0] == [1]
     assert speculator.guess(1)[1] > before
+
+
+def n_checked(rng: random.Random, of_all: Acceptance) -> int:
+    """Guesses that an answer of tokens by chance, of few kinds, has checked."""
+    usual, tokens = costs(1.0, 1.2, 1.3, 1.5, 1.6, 1.7, 1.8, 1.9), rng.choices(range(8), k=200)
+    speculator, n = Speculator(tokens, of_all), 0
+    for _ in range(16):
+        n += sum(best_drafts([speculator.guess(7)[1]], usual, 8))
+        tokens.append(rng.randrange(8))
+        speculator.learn(1)
+    return n
+
+
+def test_an_answer_begins_with_what_guesses_of_others_have_shown() -> None:
+    rng, of_all = random.Random(5), Acceptance.of_all()
+    alone = sum(n_checked(rng, Acceptance.of_all()) for _ in range(20))
+    for _ in range(10):
+        n_checked(rng, of_all)
+    assert sum(n_checked(rng, of_all) for _ in range(20)) < alone / 10
+    expected = of_all.expected()
+    for _ in range(60):
+        of_all.count(Evidence.PAIR, True)
+    assert (
+        of_all.expected().chances(Evidence.PAIR, 1)[0] > 2 * expected.chances(Evidence.PAIR, 1)[0]
+    )
 
 
 # -- answers are the same ------------------------------------------------------------------------

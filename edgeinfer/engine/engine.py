@@ -22,7 +22,6 @@ from edgeinfer.engine import hooks, process_end
 from edgeinfer.engine.cache import CacheLayout, Overflow, PagePool
 from edgeinfer.engine.cache_store import CacheStore
 from edgeinfer.engine.delivery import Delivery
-from edgeinfer.engine.drafter import Drafter
 from edgeinfer.engine.errand import Errand
 from edgeinfer.engine.generation import (
     WAKE_SECONDS,
@@ -34,9 +33,9 @@ from edgeinfer.engine.generation import (
 )
 from edgeinfer.engine.scheduler import AnyWork, Scheduler
 from edgeinfer.engine.sequence import Request, Rows, Work
+from edgeinfer.engine.speculation import Acceptance
 from edgeinfer.engine.step import build_batch, commit, fill_masks, fill_samples
 from edgeinfer.engine.step_costs import StepCosts
-from edgeinfer.engine.unshared_store import UnsharedStore
 from edgeinfer.errors import BusyError, ClosedError, InvalidRequestError
 from edgeinfer.sampling.params import SampleTable
 from edgeinfer.segment import Segment
@@ -44,6 +43,7 @@ from edgeinfer.segment import Segment
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from edgeinfer.engine.drafter import Drafter
     from edgeinfer.engine.session import Sessions
 
 T = TypeVar("T")
@@ -71,12 +71,16 @@ class Engine:
         self.limits, self.n_ctx, self.n_vocab = limits, n_ctx, n_vocab
         self._program = program
         self._costs = costs or StepCosts(limits.row_cost)
-        self._drafter = Drafter.of(program, segment, limits, self._costs)
-        self._store = (UnsharedStore if is_naive else CacheStore)(limits, program)
+        self._drafter: Drafter | None = None
+        if segment is not None and segment.draft is not None:
+            from edgeinfer.engine.drafter import Drafter  # few models have a block that guesses
+
+            self._drafter = Drafter.of(program, segment, limits, self._costs)
+        self._store = _store_class(is_naive)(limits, program)
         places = limits._replace(max_sequences=1) if is_naive else limits
         self._scheduler = Scheduler(places, self._costs, self._store)
         self._samples = SampleTable(self._scheduler.max_samples)
-        self.delivery = Delivery()
+        self.delivery, self.acceptance = Delivery(), Acceptance.of_all()
         self._changed = threading.Condition()
         self._ticket: Ticket | None = None
         self._in_step: list[Work] = []
@@ -380,6 +384,14 @@ class Engine:
                 self._program.sample(outputs.logits[: samples.n_rows], samples)
                 outputs.ids = samples.ids[: samples.n_rows]
         return outputs
+
+
+def _store_class(is_naive: bool) -> type[CacheStore]:
+    if not is_naive:
+        return CacheStore
+    from edgeinfer.engine.unshared_store import UnsharedStore  # only for measurements
+
+    return UnsharedStore
 
 
 _NOTHING = Outputs(

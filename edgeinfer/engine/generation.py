@@ -22,7 +22,7 @@ from edgeinfer.engine.delivery import Delivery
 from edgeinfer.engine.drafting import Drafting
 from edgeinfer.engine.event_queue import EventQueue
 from edgeinfer.engine.sequence import EngineEvent, Finished, Rank, Request, Rows, Sequence
-from edgeinfer.engine.speculation import MAX_ROWS, Speculator
+from edgeinfer.engine.speculation import MAX_ROWS, Acceptance, Speculator
 from edgeinfer.errors import (
     ContextLengthError,
     EdgeInferError,
@@ -48,6 +48,11 @@ class Worker(Protocol):
     @property
     def delivery(self) -> Delivery:
         """What its events take to who reads them."""
+        ...
+
+    @property
+    def acceptance(self) -> Acceptance:
+        """How the guesses of all answers fare."""
         ...
 
     def interrupt(self) -> None:
@@ -152,7 +157,7 @@ class Generation:
         if sequence is None or not self.can_guess:
             return [], []
         if self.speculator is None:
-            self.speculator = Speculator(sequence.ids)
+            self.speculator = Speculator(sequence.ids, self._worker.acceptance)
         most = min(MAX_ROWS, sequence.cache.step_limit()) - 1
         if self.max_tokens is not None:
             most = min(most, self.max_tokens - sequence.n_generated - 1)

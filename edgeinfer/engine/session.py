@@ -50,11 +50,15 @@ def model_name(fingerprint: str, segment: Segment) -> str:
 
 
 class _Part(NamedTuple):
-    """Pages of a group or, for group -1, the state: the numbers of some, and bytes of one."""
+    """Pages of a group or, for group -1, the state: the numbers of some, and bytes of one.
+
+    Of the last page `n_last` positions are the conversation's, others hold what was there before.
+    """
 
     group: int
     numbers: list[int]
     n_bytes: int
+    n_last: int = PAGE
 
 
 class Sessions:
@@ -144,7 +148,9 @@ class Sessions:
             numbers = [int(table.pages[table.slot(page)]) for page in seen]
             n_bytes = self._page_bytes(group)
             for first in range(0, len(numbers), _RUN):
-                yield _Part(group, numbers[first : first + _RUN], n_bytes)
+                is_last = first + _RUN >= len(numbers)
+                n_last = cache.n_tokens % PAGE or PAGE if is_last else PAGE
+                yield _Part(group, numbers[first : first + _RUN], n_bytes, n_last)
         if cache.state >= 0:
             yield _Part(-1, [cache.state], self._page_bytes(-1))
 
@@ -174,7 +180,10 @@ class Sessions:
     def _get(self, part: _Part) -> NDArray[np.uint8]:
         if part.group < 0:
             return self._call(lambda: self._program.read_states(part.numbers))
-        return self._call(lambda: self._program.read_pages(part.group, part.numbers))
+        pages = self._call(lambda: self._program.read_pages(part.group, part.numbers))
+        if part.n_last < PAGE:  # of other conversations, too, where it was copied from one
+            pages[-1, self._program.page_positions(part.group) >= part.n_last] = 0
+        return pages
 
     # -- reading ---------------------------------------------------------------------------------
 

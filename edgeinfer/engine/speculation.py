@@ -129,6 +129,7 @@ _PRIOR = (0.0, 0.11, 0.2, 0.3, 0.52, 0.46, 0.6, 0.7, 0.78, 0.84, 0.88, 0.95)  # 
 _LEVELS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 8, 9, 9, 9, 10, 10, 10, 10, 10, 10, 11)  # by evidence
 _PRIOR_WEIGHT = 8.0
 _MEMORY = 0.97  # of a count, per later one: about the last 30 matter
+_LONG_MEMORY = 0.99  # about 100: of all answers
 
 
 @dataclass(slots=True)
@@ -141,11 +142,22 @@ class Acceptance:
 
     hits: list[float] = field(default_factory=lambda: [w * _PRIOR_WEIGHT for w in _PRIOR])
     tries: list[float] = field(default_factory=lambda: [_PRIOR_WEIGHT] * len(_PRIOR))
+    memory: float = _MEMORY
+
+    @classmethod
+    def of_all(cls) -> Acceptance:
+        """How the guesses of all answers fare."""
+        return cls(memory=_LONG_MEMORY)
+
+    def expected(self) -> Acceptance:
+        """That of a new answer, whose guesses may fare as those before until they tell."""
+        pairs = zip(self.hits, self.tries, strict=True)
+        return Acceptance([hits / tries * _PRIOR_WEIGHT for hits, tries in pairs])
 
     def count(self, evidence: int, is_hit: bool) -> None:
         level = _LEVELS[evidence]
-        self.hits[level] = self.hits[level] * _MEMORY + is_hit
-        self.tries[level] = self.tries[level] * _MEMORY + 1
+        self.hits[level] = self.hits[level] * self.memory + is_hit
+        self.tries[level] = self.tries[level] * self.memory + 1
 
     def chances(self, evidence: int, n: int) -> list[float]:
         """For each of n guesses, that it and all before it come true."""
@@ -160,10 +172,11 @@ class Acceptance:
 
 
 class Speculator:
-    """Guesses for one sequence, and how they fare."""
+    """Guesses for one sequence, and how they fare; `of_all` counts those of all sequences."""
 
-    def __init__(self, tokens: list[int]) -> None:
-        self._tokens, self._lookup, self._acceptance = tokens, Lookup(tokens), Acceptance()
+    def __init__(self, tokens: list[int], of_all: Acceptance) -> None:
+        self._tokens, self._lookup = tokens, Lookup(tokens)
+        self._acceptance, self._of_all = of_all.expected(), of_all
 
     def guess(self, n: int) -> tuple[list[int], list[float]]:
         """Up to `n` tokens, and the chance of each that it is reached and right."""
@@ -175,7 +188,9 @@ class Speculator:
         for end in range(len(self._tokens) - n_new, len(self._tokens)):
             evidence, guessed = self._lookup.find(1)
             if guessed:
-                self._acceptance.count(evidence, guessed[0] == self._tokens[end])
+                is_hit = guessed[0] == self._tokens[end]
+                self._acceptance.count(evidence, is_hit)
+                self._of_all.count(evidence, is_hit)
             self._lookup.push()
 
 

@@ -6,7 +6,8 @@ Knows no team and no machine; `program.py` makes it run.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from edgeinfer.graph import (
     Segment,
 )
 from edgeinfer.kernels.buffers import Arena, Buffer, weights_of
-from edgeinfer.kernels.cached import Cached, HostPart, Pieces, layout_of
+from edgeinfer.kernels.cached import Bytes, Cached, HostPart, Pieces, layout_of
 from edgeinfer.kernels.cpu import layout, page_layout
 from edgeinfer.kernels.cpu.commands import KernelOp
 from edgeinfer.kernels.cpu.host_sampler import SAMPLE, Sampling
@@ -75,7 +76,8 @@ class Blueprint:
         groups, n_states = [], self.limits.n_states
         for window, group in self.segment.groups.items():
             first, n_pages = self._caches[next(iter(group))], self.limits.n_pages[window]
-            groups.append(Pieces(n_pages, [_part(first.k_base, n_pages, first.page_bytes)]))
+            pages = [_part(first.k_base, n_pages, first.page_bytes)]
+            groups.append(Pieces(n_pages, pages, partial(_positions, group.values())))
         slots = self.states.values() if n_states else ()
         parts = [_part(each.at, n_states, each.slot_bytes) for each in slots]
         return Cached(tuple(groups), Pieces(n_states, parts), layout_of("cpu 1", self.segment))
@@ -124,6 +126,12 @@ def _layer_bytes(kv: KV) -> tuple[int, int]:
     """Bytes of a layer's K and V in a page."""
     v_bytes = 0 if kv.k_is_v else page_layout.v_bytes(kv.v_dim, kv.v_type)
     return kv.n_heads * page_layout.k_bytes(kv.k_dim, kv.k_type), kv.n_heads * v_bytes
+
+
+def _positions(group: Iterable[KV]) -> Iterable[Bytes]:
+    from edgeinfer.kernels.cpu.page_positions import positions_of  # what sessions need
+
+    return positions_of(group)
 
 
 def _place_caches(segment: Segment, arena: Arena, limits: StepLimits) -> dict[int, LayerCache]:

@@ -30,7 +30,7 @@ from edgeinfer.errors import ClosedError
 from edgeinfer.graph import Segment
 from edgeinfer.kernels.buffers import Arena, Buffer
 from edgeinfer.kernels.cached import CacheVerbs
-from edgeinfer.kernels.cpu import layout, measure
+from edgeinfer.kernels.cpu import layout
 from edgeinfer.kernels.cpu.blueprint import Blueprint
 from edgeinfer.kernels.cpu.commands import KernelOp, recut
 from edgeinfer.kernels.cpu.host_sampler import SampleRun
@@ -403,12 +403,16 @@ class CpuProgram(CacheVerbs):
 
     def read_bandwidth(self) -> float:
         """Bytes per second at which the team reads the packed weights once, doing nothing else."""
+        from edgeinfer.kernels.cpu import measure  # what benchmarks need
+
         self._set(layout.H_ABORT, 0)
         weights, library = self._weights, self._backend.library
         return measure.read_bandwidth(weights, library, self._team, self._team_args())
 
     def op_seconds(self, batch: Batch) -> list[OpTime]:
         """Run a step op by op and time each, less what starting any costs; for benchmarks."""
+        from edgeinfer.kernels.cpu import measure  # what benchmarks need
+
         self.submit(batch)
         library, team = self._backend.library, self._team
         return measure.op_seconds(self._lowered, batch, library, team, self._team_args())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from itertools import count, takewhile
 
 import numpy as np
@@ -21,7 +22,7 @@ from edgeinfer.kernels.buffers import Arena, Buffer, weights_of
 from edgeinfer.kernels.cached import Bytes, Cached, Numbers, Pieces, layout_of
 from edgeinfer.kernels.cuda.device import Device
 from edgeinfer.kernels.cuda.kernel import Kernel
-from edgeinfer.kernels.cuda.layout import ALIGNMENT, StepArrays, page_bytes
+from edgeinfer.kernels.cuda.layout import ALIGNMENT, StepArrays, page_bytes, page_positions
 from edgeinfer.kernels.cuda.lower import Lowering
 from edgeinfer.kernels.cuda.lower_base import FEW_ROWS, LayerCache, SampleBuffers, StepBuffers
 from edgeinfer.kernels.cuda.samples import ROWS_OFFSET, SampleArrays
@@ -81,7 +82,11 @@ class Blueprint:
     def cached(self, device: Device) -> Cached:
         """What the program keeps between steps, once the arena of pages has memory."""
         groups = tuple(
-            Pieces(self.limits.n_pages[window], self._parts_of(group, device))
+            Pieces(
+                self.limits.n_pages[window],
+                self._parts_of(group, device),
+                partial(_positions, group.values()),
+            )
             for window, group in self.segment.groups.items()
         )
         states = [
@@ -190,6 +195,11 @@ class Blueprint:
             slots[op.out.index] = self.kv.place(Buffer("state", n_bytes, is_kept=True))
         self._state_rows = {STATE_ROW: self.kv.n_bytes - before} if slots else {}
         return slots
+
+
+def _positions(group: Iterable[KV]) -> Iterator[Bytes]:
+    for kv in group:
+        yield from page_positions(kv)
 
 
 class DevicePart:

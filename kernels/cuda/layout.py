@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from edgeinfer.batch import PAGE, Batch, StepLimits
 from edgeinfer.graph import KV, KVType
+from edgeinfer.kernels.cached import position_runs
 from edgeinfer.ops import KV_BLOCK
 
 ALIGNMENT = 256  # of every buffer: what a device's own allocator gives
@@ -34,6 +35,26 @@ def _head_bytes(dim: int, kind: KVType) -> int:
     if kind == "f16":
         return 2 * PAGE * (-(-dim // 8) * 8)
     return PAGE * -(-dim // KV_BLOCK) * _BLOCK_BYTES[kind]
+
+
+def page_positions(kv: KV) -> list[NDArray[np.uint8]]:
+    """Of K, and of V where it is kept: which position of a page each byte belongs to.
+
+    `kv_types.cuh` has the order: codes of a head in units of 16 bytes, then the scales of blocks.
+    """
+    k, v = _head_bytes(kv.k_dim, kv.k_type), _head_bytes(kv.v_dim, kv.v_type)
+    k_scales, v_scales = _scale_bytes(kv.k_dim, kv.k_type), _scale_bytes(kv.v_dim, kv.v_type)
+    keys = [
+        position_runs((k - k_scales) // (16 * PAGE), 16),
+        position_runs(k_scales // (2 * PAGE), 2),
+    ]
+    values = [position_runs(1, (v - v_scales) // PAGE), position_runs(1, v_scales // PAGE)]
+    kept = [keys] if kv.k_is_v else [keys, values]
+    return [np.tile(np.concatenate(parts), kv.n_heads) for parts in kept]
+
+
+def _scale_bytes(dim: int, kind: KVType) -> int:
+    return 0 if kind == "f16" else 2 * PAGE * -(-dim // KV_BLOCK)
 
 
 _STEP = np.dtype([(name, np.int32) for name in ("n_rows", "n_wanted", "n_sequences", "abort")])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -59,7 +60,14 @@ from edgeinfer.graph import (
     Yarn,
     inputs,
 )
-from edgeinfer.kernels.cached import Cached, CacheVerbs, HostPart, Pieces, layout_of
+from edgeinfer.kernels.cached import (
+    Cached,
+    CacheVerbs,
+    HostPart,
+    Pieces,
+    layout_of,
+    position_runs,
+)
 from edgeinfer.kernels.reference.exact import Exact
 from edgeinfer.kernels.reference.experts import add_parts, choose, multiply_chosen
 from edgeinfer.kernels.reference.numerics import Floats, Ints, Numerics, embed, rotate, scaled
@@ -239,12 +247,18 @@ class ReferenceProgram(CacheVerbs):
             Pieces(
                 self._limits.n_pages[window],
                 [HostPart(part) for layer in group for part in self._pages[layer].bytes()],
+                partial(self._positions, group),
             )
             for window, group in self._segment.groups.items()
         )
         machine = f"reference 1 {type(self._numerics).__name__.lower()}"
         states = Pieces(self._limits.n_states, map(HostPart, map(_as_bytes, self._states.values())))
         return Cached(groups, states, layout_of(machine, self._segment))
+
+    def _positions(self, group: Iterable[int]) -> Iterator[NDArray[np.uint8]]:
+        for layer in group:
+            for part in self._pages[layer].bytes():
+                yield position_runs(1, part.shape[1] // PAGE)
 
     def run(self, batch: Batch, ticket: ReferenceTicket) -> Outputs:
         """Compute the step that `ticket` stands for."""
