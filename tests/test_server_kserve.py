@@ -210,7 +210,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         },
         "classification is 2",
     ),
-    ({"inputs": [input_of(["x"])], "parameters": {"max_tokens": -1}}, "parameters.max_tokens is -1"),
+    (
+        {"inputs": [input_of(["x"])], "parameters": {"max_tokens": -1}},
+        "parameters.max_tokens is -1",
+    ),
     ({"inputs": [input_of(["x"])], "parameters": {"temperature": "hot"}}, "temperature is 'hot'"),
     ({"inputs": [input_of(["x"])], "parameters": {"binary_data_output": 1}}, "binary_data_output"),
     ({"inputs": [input_of(["x"])], "id": 5}, "id is 5"),

@@ -6,14 +6,14 @@ import asyncio
 from collections.abc import AsyncGenerator
 
 from starlette.requests import Request as HttpRequest
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from edgeinfer.server.errors import ApiError
 from edgeinfer.server.fields import read_fields
 from edgeinfer.server.models import ServedModel
 from edgeinfer.server.service import Service
-from edgeinfer.server.wire import LINES, Frames, guarded, line, reply
+from edgeinfer.server.wire import LINES, line, reply
 
 _DONE = {"status": "success"}
 
@@ -39,8 +39,8 @@ class OllamaPull:
         await asyncio.wait({fetching}, timeout=0)  # what is refused at once has a status
         if fetching.done():
             fetching.result()
-        parts = guarded(_lines(fetching, self._service.limits.ping_seconds), _error_line)
-        return Frames(parts, LINES, _Fetching())
+        parts = _lines(fetching, self._service.limits.ping_seconds)
+        return StreamingResponse(parts, media_type=LINES)
 
 
 async def _lines(
@@ -50,18 +50,5 @@ async def _lines(
     while not fetching.done():
         yield line({"status": "pulling manifest"})
         await asyncio.wait({fetching}, timeout=seconds)
-    fetching.result()
-    yield line(_DONE)
-
-
-class _Fetching:
-    """What the lines come from: it needs no end."""
-
-    has_ready = False
-
-    async def close(self) -> None:
-        pass
-
-
-def _error_line(error: ApiError) -> bytes:
-    return line({"error": error.message})
+    error = fetching.exception()
+    yield line({"error": ApiError.of(error).message} if error else _DONE)

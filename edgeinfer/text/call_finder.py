@@ -14,7 +14,6 @@ from edgeinfer.text.call_json import json_calls
 from edgeinfer.text.reader import CutOff, Reader, Steps
 from edgeinfer.text.tools import Calls, Enough, NotACall
 
-
 _MOST_AGAIN = 1 << 16  # what follows after so many is text: each marker might read all of it
 
 

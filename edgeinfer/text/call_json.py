@@ -181,7 +181,7 @@ def harmony(reader: Reader, calls: Calls) -> Steps[None]:
         else:
             calls.text(role.removeprefix("assistant") + header)
         yield from reader.take_any(*HARMONY_ENDS)
-        has_role = (yield from reader.take("<|start|>"))
+        has_role = yield from reader.take("<|start|>")
         reader.mark()
 
 
