@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from edgeinfer.graph import Segment
@@ -32,9 +32,11 @@ if _n_processes > 1 and _n_cores > 2:
     os.environ.setdefault("EDGEINFER_THREADS", str(max(2, _n_cores // _n_processes)))
 
 # A run says of a change what the run before it would have said. Other draws are for whoever looks
-# for more: HYPOTHESIS_PROFILE=search pytest ..., as often as there is time.
-settings.register_profile("repeatable", derandomize=True)
-settings.register_profile("search", derandomize=False, print_blob=True)
+# for more: HYPOTHESIS_PROFILE=search pytest ..., as often as there is time. How long one takes says
+# what else the machine does.
+_PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("repeatable", _PATIENT, derandomize=True)
+settings.register_profile("search", _PATIENT, derandomize=False, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 _REPOSITORY = Path(__file__).resolve().parent.parent

@@ -449,7 +449,7 @@ def test_a_file_that_is_really_huge_costs_little(
             out.truncate(2**36)  # zeros that take no disk
         except OSError:
             pytest.skip("this file system has no sparse files: use another TMPDIR")
-    start = time.perf_counter()
+    start = time.process_time()
     if message is not None:
         with pytest.raises(InvalidModelError, match=message):
             GGUFFile.open(path)
@@ -461,7 +461,7 @@ def test_a_file_that_is_really_huge_costs_little(
                 assert len(array.numpy()) == 2**23
                 with pytest.raises(InvalidModelError, match="found 8388608 numbers, at most"):
                     array.tolist()
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 3
 
 
 def test_no_such_file(tmp_path: Path) -> None:

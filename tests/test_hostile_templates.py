@@ -465,13 +465,13 @@ def test_a_message_may_hold_every_private_character_of_the_first_plane(
 def test_hiding_takes_no_more_than_the_vocabulary(specials: list[str]) -> None:
     import tracemalloc
 
-    start = time.monotonic()
+    start = time.process_time()
     tracemalloc.start()
     hiding = Hiding(tuple(specials), "x")
     hidden = hiding(specials[0][1:] + "b <" + "a" * 5000 + specials[0], "user")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert time.monotonic() - start < 8
+    assert time.process_time() - start < 8
     assert peak < 4 * sum(map(len, specials)) + (20 << 20)
     assert specials[0] not in hidden
 

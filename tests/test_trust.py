@@ -215,10 +215,10 @@ def test_a_measurement_is_checked_when_it_is_read(tmp_path: Path, text: str) -> 
 def test_looking_costs_a_start_nothing(cache: Path) -> None:
     import time
 
-    begun = time.perf_counter()
+    begun = time.process_time()
     for _ in range(200):
         platform.distrust(cache)
-    assert (time.perf_counter() - begun) / 200 < 1e-3
+    assert (time.process_time() - begun) / 200 < 1e-3
 
 
 # -- history -------------------------------------------------------------------------------------

@@ -213,10 +213,10 @@ def test_strings_where_numbers_belong_take_no_memory(key: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("key", ["pre", "model"])
 def test_a_long_name_is_neither_compared_nor_shown_whole(key: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(EdgeInferError) as caught:
         tokenizer_of(byte_pair(**{key: "qwen2\n\x1b[2J" + "x" * 10**6}))
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
     assert len(str(caught.value)) < 600 and str(caught.value).isprintable()
 
 
