@@ -29,14 +29,17 @@ LONG = "0123456789" * 2200  # a token each
 LONG_BODY = {**BODY, "logprobs": True, "top_logprobs": 1}
 
 
-def exchange(server: Running, body: Any, read: Callable[[socket.socket], bytes]) -> bytes:
+def exchange(
+    server: Running, body: Any, read: Callable[[socket.socket], bytes], version: str = "1.1"
+) -> bytes:
     """All that comes for a request, by a reader with little room."""
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
         content = json.dumps(body).encode()
-        head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(content)}\r\n"
-        client.sendall(f"{head}connection: close\r\n\r\n".encode() + content)
+        head = f"POST {CHAT} HTTP/{version}\r\nhost: localhost\r\n"
+        head += f"content-length: {len(content)}\r\nconnection: close\r\n\r\n"
+        client.sendall(head.encode() + content)
         return read(client)
 
 
@@ -101,6 +104,13 @@ def test_who_reads_nothing_is_cut_off_without_a_word(
     with server.replying(LONG):
         assert b"[DONE]" not in exchange(server, LONG_BODY, read)
     assert capfd.readouterr().err == ""
+
+
+def test_a_client_of_http_1_0_gets_no_chunks(server: Running) -> None:
+    with server.replying("one two three"):
+        head, _, body = exchange(server, BODY, read_all, "1.0").partition(b"\r\n\r\n")
+    assert b"chunked" not in head and text_of(body.decode()) == "one two three"
+    assert body.startswith(b"data: {") and body.endswith(b"data: [DONE]\n\n")
 
 
 def test_any_server_of_asgi_can_send_an_answer(server: Running, tmp_path: Path) -> None:

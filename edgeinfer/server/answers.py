@@ -54,8 +54,7 @@ class Answer:
         self._doorbell = doorbell
         self._loop = asyncio.get_running_loop()
         self._heard_at = self._loop.time()
-        self._listener = Listener()
-        self._waiter: asyncio.Future[bool] | None = None  # while somebody listens
+        self._waiter: asyncio.Future[bool | Exception] | None = None  # while somebody listens
         self._is_cut_short = False
         model.metrics.n_running += 1
         stack.callback(self._leave)
@@ -69,15 +68,19 @@ class Answer:
 
     async def listen(self, listener: Listener) -> bool:
         """Tell it what comes: until that has to wait, then True, or to the end, then False."""
-        self._listener, self._heard_at = listener, self._loop.time()
-        self._waiter = self._loop.create_future()
-        self._pass_on()
+        self._listener, self._waiter = listener, self._loop.create_future()
+        self._heard_at = self._loop.time()
         self._look_later()
+        self._pass_on()
         try:
-            return await self._waiter
+            found = await self._waiter
         finally:
             self._waiter = None
+            del self._listener  # which holds this, as a rule
             self._alarm.cancel()
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     def _wake(self, i: int) -> None:
         """A stream has events; called in any thread."""
@@ -91,7 +94,7 @@ class Answer:
         try:
             is_behind = not (self._tell_all() and self._listener.rest())
         except Exception as error:
-            self._waiter.set_exception(error)
+            self._waiter.set_result(error)  # one that nobody waits for any more is no news
         else:
             if is_behind or not self._left:
                 self._waiter.set_result(is_behind)

@@ -5,6 +5,7 @@ Knows nothing of what the parts say.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from starlette.responses import Response
@@ -42,6 +43,7 @@ class Frames(Response, Listener):
         super().__init__(media_type=media_type)
         self._parts, self._answer = parts, answer
         self._found = b""  # what has not been written
+        self._write_now: Callable[[bytes], bool] = _not_now
         del self.headers["content-length"]
         self.headers["cache-control"] = "no-cache"
         self.headers["x-accel-buffering"] = "no"
