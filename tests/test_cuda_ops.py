@@ -15,6 +15,7 @@ from edgeinfer.graph import KV, GatingKind, KVType, Rotate, Route, Value
 from edgeinfer.kernels.cuda.kernel import Kernel
 from edgeinfer.kernels.cuda.layout import page_bytes
 from edgeinfer.kernels.cuda.lower_attention import _types_of
+from edgeinfer.kernels.cuda.tiles import x8_bytes
 from edgeinfer.kernels.reference.caches import BLOCK
 from edgeinfer.kernels.reference.experts import add_parts, choose
 from edgeinfer.kernels.reference.functions import silu
@@ -36,6 +37,7 @@ from tests.cuda_shim import (
 from tests.random_graphs import RandomGraph
 from tests.shim import SEEDS
 from tests.test_cpu_ops import rows_of
+from tests.test_cuda_attend import check_quantised
 from tests.test_experts import route
 
 TWIN = Quantised()
@@ -59,14 +61,17 @@ def pointwise(
 ) -> Floats:
     """Of all 5 rows of the step, or its 3 wanted ones; b is rows, or one vector."""
     dim, n = a.shape[1], 3 if rows else 5
-    out = empty_rows(5, dim)
+    out = empty_rows(6, dim)
+    x8 = np.full((6, x8_bytes(dim)), 0xEE, np.uint8) if dim % 32 == 0 else None
     vector = len(b) == 1
     args = dict(a=rows_in_memory(a), b=b[0].copy() if vector else rows_in_memory(b))
     run(
         Kernel.of("pointwise", KIND=kind), (-(-dim // 1024), 5), 256, step=step(5, 3), **args,
         a_stride=stride_of(dim), b_stride=0 if vector else stride_of(dim), out=out,
-        out_stride=stride_of(dim), dim=dim, rows=rows, first=bounds[0], second=bounds[1],
+        out_stride=stride_of(dim), x8=x8, dim=dim, rows=rows, first=bounds[0], second=bounds[1],
     )  # fmt: skip
+    if x8 is not None:
+        check_quantised(x8[: n + 1], out[: n + 1, :dim])
     assert np.isnan(out[n:]).all() and np.isnan(out[:, dim:]).all()
     return out[:n, :dim]
 

@@ -21,7 +21,7 @@ from edgeinfer.kernels.cuda.lower_base import (
     LayerCache,
     LoweringBase,
 )
-from edgeinfer.kernels.cuda.tiles import row_stride, x8_bytes
+from edgeinfer.kernels.cuda.tiles import row_stride
 
 
 class AttentionLowering(LoweringBase):
@@ -131,6 +131,7 @@ class AttentionLowering(LoweringBase):
         Of one row from products whose `heads` are still to be made, where these are given.
         """
         kv, cache = op.cache, self._cache_of(op)
+        out, x8 = self._results(op.out, "attention", can_quantise=kv.v_dim % 32 == 0)
         common: dict[str, Arg] = {
             "q": q, "pinned_q": pinned_q, "q_stride": row_stride(op.q.dim), "k_cache": cache.k,
             "v_cache": cache.v, "pages": self._step.pages, "n_heads": op.n_heads,
@@ -138,7 +139,7 @@ class AttentionLowering(LoweringBase):
             "pos": self._step.pos, "seq": self._step.seq, "tables": cache.tables,
             "window": kv.window,
             "sinks": self._weights.vector(op.sinks) if op.sinks else 0,
-            "out_stride": row_stride(op.out.dim), **self._results(op),
+            "out": out, "out_stride": row_stride(op.out.dim), "x8": x8,
         }  # fmt: skip
         few = AttendLaunch.of(kv, op.n_heads, op.soft_cap > 0)
         n_parts = FEW_ROWS * op.n_heads * self._max_segments
@@ -158,17 +159,6 @@ class AttentionLowering(LoweringBase):
         many = AttendRowsLaunch.of(kv, op.n_heads, op.soft_cap > 0)
         shape = LaunchShape(rows_per_block=many.n_rows, least_rows=FEW_ROWS + 1)
         self._emit(many.kernel, ALL_ROWS, many.n_tiles, many.threads, shape, **common)
-
-    def _results(self, op: RotatedAttention | PinnedAttention) -> dict[str, Arg]:
-        """What attention leaves: floats, rows for matrices in blocks, or both."""
-        value, rows = op.out, dict[str, Arg](out=0, x8=0)
-        has_x8 = self._reads.is_quantised(value) and op.cache.v_dim % 32 == 0
-        if has_x8:
-            n_bytes = x8_bytes(value.dim) * self._n_rows(value)
-            rows["x8"] = self._quantised[value] = Buffer("quantised attention", n_bytes)
-        if not has_x8 or not self._reads.is_quantised_only(value):
-            rows["out"] = self._float_buffer(value, "attention")
-        return rows
 
 
 # What `attend` is given where queries are ready and keys are stored.

@@ -22,7 +22,7 @@ from edgeinfer.kernels.cuda.commands import (
     Segments,
 )
 from edgeinfer.kernels.cuda.kernel import Kernel
-from edgeinfer.kernels.cuda.tiles import row_stride
+from edgeinfer.kernels.cuda.tiles import row_stride, x8_bytes
 from edgeinfer.known import selected
 from edgeinfer.quant import Weight
 
@@ -136,6 +136,18 @@ class LoweringBase:
         self._floats[value] = self._rows_buffer(value, name)
         return self._floats[value]
 
+    def _results(self, value: Value, name: str, can_quantise: bool = True) -> tuple[Arg, Arg]:
+        """Where a kernel leaves a value: as floats, quantised for products, or both; 0 for not."""
+        floats: Arg = 0
+        x8: Arg = 0
+        quantises = can_quantise and self._reads.is_quantised(value)
+        if quantises:
+            n_bytes = x8_bytes(value.dim) * self._n_rows(value)
+            x8 = self._quantised[value] = Buffer(f"quantised {name}", n_bytes)
+        if not quantises or not self._reads.is_quantised_only(value):
+            floats = self._float_buffer(value, name)
+        return floats, x8
+
     def _rows_buffer(self, value: Value, name: str) -> Buffer:
         return Buffer(name, 4 * row_stride(value.dim) * self._n_rows(value))
 
@@ -172,10 +184,11 @@ class LoweringBase:
             operand = self._floats[b]
         elif b is not None:
             operand, stride = self._weights.vector(b), 0
-        rows = self._rows_of(out)
+        rows, x = self._rows_of(out), self._floats[a]
+        floats, x8 = self._results(out, kind)
         self._emit(
-            Kernel.of("pointwise", KIND=kind), rows, -(-a.dim // 1024), 256,
-            rows=rows, a=self._floats[a], a_stride=row_stride(a.dim), b=operand, b_stride=stride,
-            dim=a.dim, first=first, second=second, out=self._float_buffer(out, kind),
-            out_stride=row_stride(out.dim),
+            Kernel.of("pointwise", KIND=kind), rows, -(-a.dim // 1024), 256, PLAIN,
+            rows=rows, a=x, a_stride=row_stride(a.dim), b=operand, b_stride=stride,
+            dim=a.dim, first=first, second=second, out=floats, out_stride=row_stride(out.dim),
+            x8=x8,
         )  # fmt: skip

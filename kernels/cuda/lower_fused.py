@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from edgeinfer.fused_ops import Matmul, Matmuls, SwiGlu, WholeNorm
 from edgeinfer.graph import RmsNorm, Value
-from edgeinfer.kernels.buffers import Buffer, reads_blocks
+from edgeinfer.kernels.buffers import reads_blocks
 from edgeinfer.kernels.cuda import tiles
 from edgeinfer.kernels.cuda.commands import Arg
 from edgeinfer.kernels.cuda.kernel import Kernel
@@ -64,8 +64,6 @@ class FusedLowering(AttentionLowering, ProductLowering):
                 self._matmul(part, at)
             if swiglu is not None:
                 self._pointwise("swiglu", swiglu.out, swiglu.gate, swiglu.up)
-                if self._reads.is_quantised(swiglu.out):
-                    self._x8(swiglu.out)
         if swiglu is None:
             for each in found:
                 self._emit_products(each)
@@ -175,21 +173,14 @@ class FusedLowering(AttentionLowering, ProductLowering):
 
     def _norm(self, op: RmsNorm | WholeNorm) -> None:
         """Of every row of x; or of its wanted rows, where the result has only those."""
-        out, rows = op.out, self._rows_of(op.out)
-        n_heads = op.n_heads if isinstance(op, RmsNorm) else 1
-        has_x8 = n_heads == 1 and self._reads.is_quantised(out)
-        results: dict[str, Arg] = {"y": 0, "x8": 0}
-        if has_x8:
-            n_bytes = tiles.x8_bytes(out.dim) * self._n_rows(out)
-            results["x8"] = self._quantised[out] = Buffer("quantised norm", n_bytes)
-        if not has_x8 or not self._reads.is_quantised_only(out):
-            results["y"] = self._float_buffer(out, "norm")
+        rows, n_heads = self._rows_of(op.out), op.n_heads if isinstance(op, RmsNorm) else 1
+        floats, x8 = self._results(op.out, "norm", can_quantise=n_heads == 1)
         n_warps = 8 if n_heads == 1 else 1
         self._emit(
             Kernel.of("rms_norm", WARPS=n_warps), rows, n_heads, 32 * n_warps, PLAIN,
             rows=rows, gather=self._step.wanted if rows != self._rows_of(op.x) else 0,
             x=self._floats[op.x], weight=self._weights.vector(op.weight) if op.weight else 0,
-            **results, width=op.x.dim // n_heads, eps=op.eps,
+            y=floats, x8=x8, width=op.x.dim // n_heads, eps=op.eps,
         )  # fmt: skip
 
 
