@@ -167,8 +167,14 @@ class ClosedError(EdgeInferError):
 
 
 def memory_ran_out(error: BaseException) -> bool:
-    """Whether an error, of whoever raised it, says that there was no memory for something."""
+    """Whether an error, of whoever raised it, says that there was no memory for something.
+
+    Or the error does that it was raised in place of: libraries tell in their own words.
+    """
     # A library that finds no room says so in the middle of how it can be installed.
-    is_unmapped = isinstance(error, ImportError) and "failed to map" in str(error)
+    is_unmapped = isinstance(error, (ImportError, OSError)) and "failed to map" in str(error)
     is_refused = getattr(error, "errno", 0) == errno.ENOMEM
-    return isinstance(error, MemoryError) or is_refused or is_unmapped
+    if isinstance(error, MemoryError) or is_refused or is_unmapped:
+        return True
+    before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return before is not None and memory_ran_out(before)

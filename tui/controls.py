@@ -88,7 +88,8 @@ def open_settings(app: ChatApp) -> None:
             path.write_text(app.keys.template(), "utf-8")
         complaint = editor.open_in_editor(app, path)
     except (OSError, EdgeInferError) as error:
-        app.say(f"{path}: {error}", "error")
+        why = (error.strerror if isinstance(error, OSError) else "") or error
+        app.say(f"{path}: {why}", "error")
         return
     app.read_settings()
     app.say("\n".join(filter(None, [complaint, *app.complaints])) or f"{path} counts", "warning")

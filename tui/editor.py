@@ -29,7 +29,7 @@ def write_in_editor(app: TerminalApp, text: str) -> str:
         file = folder / "prompt.md"
         file.write_bytes(f"{text}\n".encode("utf-8", "surrogatepass"))
     except OSError as error:
-        raise EdgeInferError(f"no file for the editor can be made ({error})") from error
+        raise EdgeInferError(f"no file for the editor can be made ({error.strerror})") from error
     start = time.monotonic()
     try:
         complaint = open_in_editor(app, file)

@@ -102,8 +102,8 @@ def _interrupts_raise() -> AbstractContextManager[None]:
 def _message(error: Exception) -> str:
     if isinstance(error, EdgeInferError):
         return error.spelled(as_flag)
-    if isinstance(error, OSError) and error.filename and error.strerror and not error.filename2:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror and not error.filename2:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)
 
 

@@ -44,7 +44,7 @@ def look_up(repo: str) -> Repository:
         raise
     except OSError as error:
         raise DownloadError(
-            f"{config.hub_endpoint()} does not answer ({error}); try again later"
+            f"{config.hub_endpoint()} does not answer ({_reason(error)}); try again later"
         ) from error
     except (*_NO_FACTS, http.client.HTTPException) as error:
         raise DownloadError(
@@ -83,7 +83,7 @@ def read_range(repository: Repository, file: RemoteFile, start: int, n_bytes: in
     data = b""
     for attempt in range(_ATTEMPTS):
         first = start + len(data)
-        with suppress(TimeoutError, ConnectionError, http.client.HTTPException, _Again):
+        with _tried_again():
             address = _address(repository, file)
             with _open(address, repository.name, first, start + n_bytes) as response:
                 if response.status != 206:
@@ -100,6 +100,16 @@ def read_range(repository: Repository, file: RemoteFile, start: int, n_bytes: in
     raise DownloadError(
         f"the connection broke at byte {start + len(data)} of {file.name}; try again later"
     )
+
+
+@contextmanager
+def _tried_again() -> Iterator[None]:
+    """What a broken connection raises ends the block alone."""
+    try:
+        yield
+    except (OSError, http.client.HTTPException) as error:
+        if isinstance(error, (DownloadError, ModelNotFoundError)):
+            raise
 
 
 def _check_part(content_range: str | None, start: int, file: RemoteFile) -> None:
@@ -175,21 +185,19 @@ def _fetch(repo: Repository, file: RemoteFile, out: BinaryIO, progress: BytesPro
     address, n_failed = _address(repo, file), 0
     while (n_done := out.tell()) < file.n_bytes:
         _check_space(Path(out.name).parent, file.n_bytes - n_done)
-        try:
-            with _open(address, repo.name, start=n_done) as response:
-                if n_done and response.status != 206:  # a server that sends all of it again
-                    out.truncate(0)
-                    out.seek(0)
-                    digest = hashlib.sha256()
-                for chunk in _chunks(response):
-                    _write(out, chunk, file)
-                    digest.update(chunk)
-                    progress(out.tell(), file.n_bytes)
-                    if out.tell() > file.n_bytes:
-                        break
-        except (OSError, http.client.HTTPException) as error:
-            if isinstance(error, (DownloadError, ModelNotFoundError)):
-                raise
+        with _tried_again(), _open(address, repo.name, start=n_done) as response:
+            if n_done and response.status == 206:
+                _check_part(response.headers.get("Content-Range"), n_done, file)
+            elif n_done:  # a server that sends all of it again
+                out.truncate(0)
+                out.seek(0)
+                digest = hashlib.sha256()
+            for chunk in _chunks(response):
+                _write(out, chunk, file)
+                digest.update(chunk)
+                progress(out.tell(), file.n_bytes)
+                if out.tell() > file.n_bytes:
+                    break
         n_failed = 0 if out.tell() > n_done else n_failed + 1
         if n_failed == _ATTEMPTS:
             raise DownloadError(
@@ -209,7 +217,13 @@ def _address(repo: Repository, file: RemoteFile) -> str:
 
 
 def _chunks(response: IO[bytes]) -> Iterator[bytes]:
-    while chunk := response.read(_CHUNK):
+    while True:
+        try:
+            chunk = response.read(_CHUNK)
+        except ValueError as error:  # of a length that is none
+            raise http.client.HTTPException(str(error)) from None
+        if not chunk:
+            return
         yield chunk
 
 
@@ -297,8 +311,7 @@ def _open(path: str, repo: str, start: int = 0, end: int | None = None) -> Itera
     if token:
         request.add_unredirected_header("Authorization", f"Bearer {token}")
     try:
-        with _opener().open(request, timeout=_TIMEOUT) as response:
-            yield response
+        response = _opener().open(request, timeout=_TIMEOUT)
     except urllib.error.HTTPError as error:
         with error:  # it holds the connection
             raise _refusal(error, repo, has_token=bool(token)) from None
@@ -306,9 +319,22 @@ def _open(path: str, repo: str, start: int = 0, end: int | None = None) -> Itera
         if start:  # a download under way tries again
             raise _Again(str(error.reason)) from None
         raise DownloadError(
-            f"no connection to {config.hub_endpoint()} ({error.reason}); check the network, or "
+            f"no connection to {config.hub_endpoint()} ({_reason(error)}); check the network, or "
             "copy a .gguf file here and give its path"
         ) from None
+    except ValueError:
+        raise DownloadError(
+            f"{config.hub_endpoint()} is no address, or redirects to what is none; check "
+            "HF_ENDPOINT"
+        ) from None
+    with response:
+        yield response
+
+
+def _reason(error: OSError) -> str:
+    """In words, without the system's number."""
+    reason = error.reason if isinstance(error, urllib.error.URLError) else error
+    return (reason.strerror if isinstance(reason, OSError) else None) or str(reason)
 
 
 def _opener() -> urllib.request.OpenerDirector:

@@ -247,8 +247,13 @@ class ReadableFile:
         return n_done
 
     def _read_some(self, buffer: memoryview, at: int) -> int:
-        if hasattr(os, "preadv"):
+        try:
             return os.preadv(self._file.fileno(), [buffer], at)
+        except AttributeError:  # Windows
+            pass
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EPERM):  # a sandbox that lacks the call
+                raise
         with self._lock:
             self._file.seek(at)
             return self._file.readinto(buffer) or 0

@@ -41,7 +41,8 @@ class ProcessLimits:
             signal.signal(signal.SIGPROF, signal.SIG_DFL)
             signal.signal(signal.SIGVTALRM, _raise_timeout)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF, signal.SIGVTALRM])
-        pages = int((system_files.read("/proc/self/statm") or "0").split()[0])
+        words = (system_files.read("/proc/self/statm") or "").split()
+        pages = system_files.number(words[0]) if words else None
         if pages:
             _lower_limit("RLIMIT_AS", pages * mmap.PAGESIZE + n_bytes)
         _lower_limit("RLIMIT_CORE", 0)

@@ -79,7 +79,13 @@ def _process_limits(root: Path) -> Iterator[tuple[int, int]]:
     status: dict[str, int] | None = None
     for limit_name, used_name in (("RLIMIT_AS", "VmSize:"), ("RLIMIT_DATA", "VmData:")):
         which = getattr(resource, limit_name, None)  # not every system has both
-        if which is not None and (limit := resource.getrlimit(which)[0]) >= 0:  # -1: none
+        if which is None:
+            continue
+        try:
+            limit = resource.getrlimit(which)[0]
+        except OSError:  # a sandbox may forbid the question
+            continue
+        if limit >= 0:  # -1: none
             if status is None:  # most processes have no such limits
                 status = system_files.fields(root / "proc/self/status")
             yield limit, limit - 1024 * status.get(used_name, 0)
@@ -101,8 +107,9 @@ def peak_rss(root: Path = _ROOT) -> int:
 
 def rss() -> int:
     """The memory this process holds now, in bytes; 0 where the system doesn't tell."""
-    fields = (system_files.read("/proc/self/statm") or "0 0").split()
-    return int(fields[1]) * mmap.PAGESIZE
+    fields = (system_files.read("/proc/self/statm") or "").split()
+    n_pages = system_files.number(fields[1]) if len(fields) > 1 else None
+    return (n_pages or 0) * mmap.PAGESIZE
 
 
 def _windows_memory() -> int | None:

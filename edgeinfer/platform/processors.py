@@ -24,9 +24,10 @@ def default_threads(root: Path = _ROOT) -> int:
 
 
 def _affinity() -> set[int] | None:
-    if hasattr(os, "sched_getaffinity"):
+    try:
         return set(os.sched_getaffinity(0))
-    return None
+    except (AttributeError, OSError):  # not on every system, and a sandbox may forbid it
+        return None
 
 
 def _physical_cores(cpus: set[int]) -> int | None:

@@ -118,8 +118,9 @@ class _Worker:
             self._process = platform.start_isolated(_MODULE, _folders(), may_fork=may_fork)
         except OSError as error:
             raise TemplateError(
-                f"chat templates run in a process of their own, which can't be started: {error}; "
-                "a prompt without a template (`run --raw`, generate) needs none"
+                "chat templates run in a process of their own, which can't be started "
+                f"({error.strerror or error}); a prompt without a template (`run --raw`, generate) "
+                "needs none"
             ) from error
         self._requests, self._replies = _pipes(self._process)
         self._patience: float | None = None
