@@ -1,7 +1,6 @@
 """Answers on their way: their events are passed on in the very call of the loop that brings them.
 
-A task that wakes up for each token would cost more than all else that is done with it here. Knows
-nothing of HTTP.
+No task wakes up for a token. Knows nothing of HTTP.
 """
 
 from __future__ import annotations
