@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -12,7 +14,8 @@ import sys
 import threading
 import time
 import zipfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from edgeinfer import platform
 from edgeinfer.cli.main import main
 from edgeinfer.errors import (
     DownloadError,
+    EdgeInferError,
     InvalidModelError,
     InvalidRequestError,
     ModelNotFoundError,
@@ -35,9 +39,10 @@ from edgeinfer.hub.header import open_header
 from edgeinfer.hub.repository import read_repository
 from edgeinfer.options import Progress
 
-from . import fake_hub
+from . import fake_hub, hostile_hub
 from .bench.make_model import make_model
 from .fake_hub import FakeHub
+from .models_for_tests import tiny_model
 from .test_plain_chat import read_until
 
 DATA = b"GGUF" + bytes(range(256)) * 8192  # 2 MiB
@@ -349,6 +354,47 @@ def test_an_answer_that_is_no_model_hubs_is_an_error(
     monkeypatch.setattr(fake_hub.json, "dumps", lambda facts: answer.decode("latin-1"))
     with pytest.raises(DownloadError, match="does not answer like a model hub"):
         edgeinfer.pull(REPO)
+
+
+# Where a reply is none, urllib leaves its socket to the collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.parametrize("n", [40, pytest.param(3000, marks=pytest.mark.slow)])
+def test_whatever_a_hub_answers_is_the_file_or_an_error(
+    server: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, n: int
+) -> None:
+    data = tiny_model(tmp_path, n_layers=1).read_bytes()
+    large = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    sibling = {"rfilename": "Tiny-Q4_K_M.gguf", "size": len(data), "lfs": large}
+    sound = {"id": REPO, "sha": "c0ffee", "siblings": [sibling], "cardData": {"license": "mit"}}
+    context = platform.tls_context()  # which takes longer than all else here
+    monkeypatch.setattr(platform, "tls_context", lambda: context)
+    monkeypatch.setattr(hub, "_TIMEOUT", 0.5)
+    outcomes = Counter[str]()
+    for seed in range(n):
+        answer = hostile_hub.answering(random.Random(seed), data, sound)
+        monkeypatch.setattr(fake_hub, "_answer", answer)
+        reads: tuple[Callable[[], Any], ...] = (
+            lambda: edgeinfer.pull(REPO), lambda: _first_tensor(REPO)
+        )  # fmt: skip
+        for read in reads:
+            try:
+                found = read()
+                outcomes["sound"] += 1
+            except EdgeInferError as error:
+                outcomes["refused"] += 1
+                assert "Errno" not in str(error) and len(str(error)) < 500, seed
+                continue
+            if isinstance(found, Path):
+                assert found.read_bytes() == data, seed
+                hub.delete(found)
+    gc.collect()
+    assert min(outcomes["sound"], outcomes["refused"]) > n // 5, outcomes
+
+
+def _first_tensor(repo: str) -> memoryview:
+    with open_header(repo) as file:
+        return next(iter(file.tensors.values())).data[:]
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from array import array
+
 import pytest
 
 from edgeinfer.batch import PAGE
 from edgeinfer.engine.cache import CacheLayout, PagePool, Ring, SequenceCache, pages_for
+from edgeinfer.engine.prefix_index import PrefixIndex
 from edgeinfer.errors import InvalidRequestError
 
 
@@ -85,3 +89,28 @@ def test_sliding_never_overwrites_what_a_row_of_the_step_sees() -> None:
     assert pool.n_free == 0
     cache.free()
     assert pool.n_free == pages_for(n_ctx)
+
+
+def test_what_is_known_of_an_endless_answer_is_small() -> None:
+    """The tokens of pages that were overwritten stay, as a chain of nodes."""
+    index, layout = PrefixIndex([PagePool(8)], False), CacheLayout.of("slide", 256)
+    tracemalloc.start()
+    node = index.root
+    for page in range(1000):
+        node = index.child(node, layout, page, array("i", range(page, page + PAGE)).tobytes())
+    n_bytes, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert index.n_nodes == 1000 and n_bytes < 750 * 1000
+
+
+def test_what_has_slid_is_never_taken_for_what_has_not() -> None:
+    index, last = PrefixIndex([PagePool(8)], False), 20
+    slides = [CacheLayout.of("slide", 256, n_pinned) for n_pinned in (1, 40)]
+    layouts = [CacheLayout.of("error", 1024), *slides]
+    for n in range(1, PAGE + 1):
+        ids = array("i", [*range(n - 1), 0x2B]).tobytes()
+        nodes = [index.child(index.root, layout, last, ids) for layout in layouts]
+        assert len({id(node) for node in nodes}) == 3
+    assert index.n_nodes == 3 * PAGE
+    for slide in slides:  # before anything is overwritten it is what it would be in any layout
+        assert index.child(index.root, slide, 0, ids) is index.child(index.root, layouts[0], 0, ids)

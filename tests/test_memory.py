@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from edgeinfer import LLM, plan, platform
 from edgeinfer.batch import StepLimits, StepRequest
 from edgeinfer.engine.plan_rows import HostBytes, base_bytes
-from edgeinfer.errors import Keyword, PlanError
+from edgeinfer.errors import Keyword, PlanError, memory_ran_out
 from edgeinfer.gguf import GGUFFile, TensorBytes
 from edgeinfer.kernels.cpu.blueprint import Blueprint
 from edgeinfer.kernels.cpu.library import BUILDER_BYTES, build_command, n_builders
@@ -479,3 +479,19 @@ def test_a_builder_of_all_kernels_takes_no_more_than_planned(
     peak = int(status[status.index("VmHWM:") + 1]) << 10
     print(f"{family}: {peak / MiB:.0f} MiB")
     assert peak <= BUILDER_BYTES
+
+
+def test_memory_that_ran_out_is_seen_behind_what_a_library_says_of_it() -> None:
+    def raised(inner: Exception, *, hides: bool = False) -> Exception:
+        try:
+            try:
+                raise inner
+            except Exception as error:
+                raise OSError("could not be found or loaded") from (None if hides else error)
+        except OSError as error:
+            return error
+
+    unmapped = OSError("libllvmlite.so: failed to map segment from shared object")
+    assert memory_ran_out(raised(unmapped)) and memory_ran_out(raised(MemoryError()))
+    assert not memory_ran_out(raised(unmapped, hides=True))
+    assert not memory_ran_out(raised(OSError("no such file")))

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pytest
 
 from edgeinfer import platform
 from edgeinfer.gguf import GGUFFile
+from edgeinfer.platform import system_files
 
 from .models_for_tests import tiny_model
 
@@ -73,6 +75,38 @@ def test_nothing_is_forgotten_where_the_system_can_not(
         os.close(reader), os.close(writer)
         monkeypatch.delattr(os, "posix_fadvise", raising=False)
         assert not platform.forget_file_pages(file.fileno(), 0, 9000)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EPERM])
+def test_what_a_sandbox_forbids_is_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def forbidden(*_: object) -> Any:
+        raise OSError(code, os.strerror(code))
+
+    for name in ("sched_getaffinity", "preadv", "posix_fadvise", "fsync", "statvfs"):
+        monkeypatch.setattr(os, name, forbidden, raising=False)
+    if (resource := pytest.importorskip("resource")) is not None:
+        monkeypatch.setattr(resource, "getrlimit", forbidden)
+        monkeypatch.setattr(resource, "setrlimit", forbidden)
+    assert platform.default_threads() >= 1 and platform.available_memory() > 0
+    assert platform.memory_budget() > 0
+    path = tmp_path / "f"
+    platform.write_whole(path, b"abcdef")
+    with path.open("rb+") as written:
+        platform.sync(written)
+    read, buffer = platform.ReadableFile(path), bytearray(4)
+    assert read.read_into(memoryview(buffer), 1) == 4 and buffer == b"bcde"
+    assert not read.forget(0, 4) and platform.free_disk(tmp_path) > 0
+    read.close()
+
+
+@pytest.mark.parametrize("text", ["", "x", "1", "-1 -1", f"{'9' * 30} {'9' * 30}", None])
+def test_what_the_system_says_of_memory_may_make_no_sense(
+    monkeypatch: pytest.MonkeyPatch, text: str | None
+) -> None:
+    monkeypatch.setattr(system_files, "read", lambda path: text)
+    assert platform.rss() == 0 and platform.peak_rss() >= 0
 
 
 @pytest.mark.slow

@@ -37,8 +37,7 @@ class Node:
 
     def __init__(self, ids: bytes, n_kinds: int) -> None:
         self.ids = ids
-        self.children: dict[bytes, Node] = {}
-        self.tails: dict[bytes, Node] = {}
+        self.children = self.tails = _NO_NODES
         self.held = [-1] * n_kinds
 
     @property
@@ -48,6 +47,16 @@ class Node:
     @property
     def is_empty(self) -> bool:
         return max(self.held, default=-1) < 0 and not self.children and not self.tails
+
+    def add(self, key: bytes, node: Node) -> None:
+        """A full one as a child, another as a tail."""
+        name = "children" if node.is_full else "tails"
+        if not (nodes := getattr(self, name)):
+            setattr(self, name, nodes := {})
+        nodes[key] = node
+
+
+_NO_NODES: dict[bytes, Node] = {}  # of all that have none: an answer without end has many nodes
 
 
 class Match(NamedTuple):
@@ -70,6 +79,7 @@ class PrefixIndex:
         self._pools, self._has_state = pools, has_state
         self._n_groups = len(pools) - has_state
         self.root = Node(b"", len(pools))
+        self._layouts: dict[CacheLayout, bytes] = {}  # what keys that depend on one end with
         # By kind and rank: the nodes that hold a page; it counts as one holder of it.
         self._held: list[list[OrderedDict[int, list[Node]]]] = [
             [OrderedDict() for _ in range(STABLE + 1)] for _ in pools
@@ -87,12 +97,21 @@ class PrefixIndex:
     def child(self, node: Node, layout: CacheLayout, page: int, ids: bytes) -> Node:
         """The node of the next tokens, made where there is none; less than a page is a tail."""
         nodes = node.children if len(ids) == PAGE * _BYTES else node.tails
-        key = _key(layout, page, ids)
+        key = self._key(layout, page, ids)
         found = nodes.get(key)
         if found is None:
-            found = nodes[key] = Node(ids, len(self._pools))
+            found = Node(ids, len(self._pools))
+            node.add(key, found)
             self.n_nodes += 1
         return found
+
+    def _key(self, layout: CacheLayout, page: int, ids: bytes) -> bytes:
+        """What is computed depends on the layout as well once something has been overwritten."""
+        if page < layout.n_alike:
+            return ids
+        # A byte more than a token has: no ids end so.
+        number = b"+" + len(self._layouts).to_bytes(_BYTES, "little")
+        return ids + self._layouts.setdefault(layout, number)
 
     def put(self, node: Node, kind: int, number: int, rank: int = PLAIN) -> None:
         """Hold a page or slot for a node that has none; it may be another node's, too."""
@@ -199,9 +218,9 @@ class PrefixIndex:
         for n_full in range(len(path), least // PAGE - 1, -1):
             above = path[n_full - 1] if n_full else self.root
             rest = ids[n_full * PAGE : min(most, (n_full + 1) * PAGE)]
-            nodes = _alike(above.tails, layout, n_full, rest)
+            nodes = self._alike(above.tails, layout, n_full, rest)
             if n_full == len(path):
-                nodes += _alike(above.children, layout, n_full, rest)
+                nodes += self._alike(above.children, layout, n_full, rest)
             for n_tokens, last in self._ends(above, n_full * PAGE, nodes, rest):
                 if n_tokens > least and self._lacks(layout, path[:n_full], last, n_tokens) < 0:
                     found = Match(n_tokens, path[:n_full], last, "")
@@ -214,7 +233,7 @@ class PrefixIndex:
     def _walk(self, layout: CacheLayout, ids: array[int], most: int) -> list[Node]:
         node, path = self.root, []
         for page in range(most // PAGE):
-            key = _key(layout, page, ids[page * PAGE : (page + 1) * PAGE].tobytes())
+            key = self._key(layout, page, ids[page * PAGE : (page + 1) * PAGE].tobytes())
             child = node.children.get(key)
             if child is None:
                 break
@@ -226,9 +245,20 @@ class PrefixIndex:
         """Tokens of `ids` that have been computed before."""
         above, n_full = path[-1] if path else self.root, len(path)
         rest = ids[n_full * PAGE : min(most, (n_full + 1) * PAGE)]
-        nodes = _alike(above.children, layout, n_full, rest)
-        nodes += _alike(above.tails, layout, n_full, rest)
+        nodes = self._alike(above.children, layout, n_full, rest)
+        nodes += self._alike(above.tails, layout, n_full, rest)
         return n_full * PAGE + max((_agree(node, rest) for node in nodes), default=0)
+
+    def _alike(
+        self, nodes: dict[bytes, Node], layout: CacheLayout, page: int, ids: array[int]
+    ) -> list[Node]:
+        """Those that hold what is computed under a layout and begin like `ids`; may be many."""
+        first = ids[:1].tobytes()
+        return [
+            node
+            for key, node in nodes.items()
+            if first and key.startswith(first) and key == self._key(layout, page, node.ids)
+        ]
 
     def _ends(
         self, above: Node, start: int, nodes: list[Node], rest: array[int]
@@ -270,21 +300,6 @@ class PrefixIndex:
         if lacking >= 0:
             return "window" if layout.rings[lacking].window else "evicted"
         return "state" if self._has_state else "evicted"
-
-
-def _key(layout: CacheLayout, page: int, ids: bytes) -> bytes:
-    """What is computed depends on the layout as well once something has been overwritten."""
-    return ids if page < layout.n_alike else ids + repr(layout).encode()
-
-
-def _alike(nodes: dict[bytes, Node], layout: CacheLayout, page: int, ids: array[int]) -> list[Node]:
-    """Those that hold what is computed under a layout and begin like `ids`; they may be many."""
-    first = ids[:1].tobytes()
-    return [
-        node
-        for key, node in nodes.items()
-        if first and key.startswith(first) and key == _key(layout, page, node.ids)
-    ]
 
 
 def _next(node: Node) -> Iterator[Node]:
