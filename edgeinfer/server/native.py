@@ -63,6 +63,8 @@ class Native:
     async def detokenize(self, http: HttpRequest) -> Response:
         body = await read_fields(http, self._service.limits.most_body)
         ids = body.get("tokens") or []
+        if not isinstance(ids, list) or not all(type(each) is int for each in ids):
+            raise body.wrong("tokens", "a list of token ids")
 
         def work(llm: LLM) -> Json:
             text = llm.detokenize(ids, special=True)
