@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -83,7 +82,7 @@ REQUESTS: list[tuple[str, Any]] = [
         "/api/chat",
         {
             "model": "tiny", "messages": [*HI, {**CALLED, "content": "", "tool_calls": []}],
-            "tools": [{"function": FUNCTION}], "format": SCHEMA, "keep_alive": "5m",
+            "tools": [{"function": FUNCTION}], "format": SCHEMA,
             "think": "low", "options": {"num_predict": 2, **SAMPLING}, "stream": False,
         },
     ),
@@ -108,13 +107,13 @@ ODD: list[Any] = [
 def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     if at:
         yield at
-    inner = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, each in inner if isinstance(value, (dict, list)) else ():
+    items = enumerate(value) if isinstance(value, list) else ()
+    for key, each in value.items() if isinstance(value, dict) else items:
         yield from places(each, (*at, key))
 
 
 def changed(body: Any, at: tuple[Any, ...], odd: Any) -> Any:
-    found = inner = copy.deepcopy(body)
+    found = inner = json.loads(json.dumps(body))  # what it has twice is changed once
     for key in at[:-1]:
         inner = inner[key]
     if odd is MISSING:
