@@ -169,6 +169,8 @@ def test_perplexity_where_the_context_slides(call: Call, path: Path, tmp_path: P
 
     assert json.loads(found("--slide"))["tokens"] == 40
     assert found("--slide") != found("--slide", "-c", "128") != found("-c", "128")
+    code, _, err = call("perplexity", path, text, "-c", "1", "--device", "reference")
+    assert code == 2 and "give 2 or more" in err
     code, _, err = call("perplexity", path, text, "--last", "0")
     assert code == 2 and "--last" in err
 
@@ -216,6 +218,7 @@ def test_plain_chat_answers_line_by_line(path: Path) -> None:
         (["run", "PATH", "-p", "x", "--memory", "1M"], 1, "MiB"),
         (["run", "PATH", "-f", "/no/such/file"], 1, "No such file"),
         (["run", "PATH", "-f", "/no/such/file"], 1, "edgeinfer: /no/such/file: "),
+        (["run", "PATH", "-f", ""], 1, "edgeinfer: '': No such file"),
         (["run", "PATH", "hi", "--schema", "/no/such"], 1, "edgeinfer: /no/such: No such file"),
         (["run", "PATH", "-p", "x" * 500, "-c", "64"], 1, "context holds 64"),
         (["frobnicate"], 2, "No such command"),

@@ -187,7 +187,7 @@ def test_malformed_facts_are_not_told(api: FakeApi) -> None:
     odd = {"choices": [{"delta": None, "logprobs": {"content": [{"token": 3}, 4]}}]}
     bad = [{"choices": "none"}, {"choices": [None]}, odd, {"usage": usage}, {"timings": 3}, {}]
     _, answer = ask(api, stream(*bad, delta(content="a\ud800b"), delta("stop"), DONE))
-    assert (answer.text, answer.usage.prompt_tokens) == ("a?b", 0)
+    assert (answer.text, answer.usage.prompt_tokens) == ("a\ufffdb", 0)
     rows = [None, 3, {"id": 4}, {"id": "x" * 9999}, "plain", {"id": "m", "max_model_len": True}]
     api.models = reply({"data": rows})
     server = Server(read_address(api.url, None))

@@ -331,6 +331,16 @@ def test_breaker_tokens():
     assert breaker_tokens([":="], pieces, encode) == ((2, 4), (3, 4))
 
 
+def test_long_breakers_are_refused_and_short_ones_quick():
+    """Each is looked for in all of a vocabulary."""
+    pieces = [bytes([97 + i % 26, 97 + i // 26 % 26]) for i in range(30_000)]
+    found = breaker_tokens(["ab" * 64] * 32, pieces, lambda text: [len(text)])
+    assert {rest for _, rest in found} == {126, 127}
+    for wrong in (["x" * 129], ["x"] * 33, [""], "x"):
+        with pytest.raises(InvalidRequestError, match="at most 32 texts"):
+            SamplingParams(dry_sequence_breakers=wrong)
+
+
 def test_dynamic_temperature_follows_the_entropy():
     params = SamplingParams(**OFF | {"temperature": 1.0}, dynatemp_range=0.5)
     flat = sampler._Candidates(np.zeros(10, np.float32))

@@ -90,6 +90,7 @@ def test_replies_are_of_the_declared_type(embedder: Running) -> None:
         ({"input": LONG}, "input", "context_length_exceeded: "),
         ({"input": FOREIGN}, "input", "check_embedding_ctx_length=False"),
         ({"input": [[-1]]}, "input", "check_embedding_ctx_length=False"),
+        ({"input": [[116, 104, 101]]}, "input", "tokenizer"),
         ({"input": [[119, 111, 259, 258, 258, 116, 104, 101] * 3]}, "input", "tokenizer"),
         ({"input": "x", "encoding_format": "int8"}, "encoding_format", "'float', 'base64'"),
         ({"input": "x", "dimensions": 0}, "dimensions", "dimensions is 0"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import random
 import time
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from typing import Any
 import pytest
 
 from edgeinfer import LLM
+from edgeinfer.aio import AsyncLLM
+from edgeinfer.errors import PlanError
 from edgeinfer.hub.fetch import models_folder
 from edgeinfer.server.durations import keep_alive
 from edgeinfer.server.errors import ApiError
@@ -205,11 +208,20 @@ def test_models_are_fetched_where_that_is_allowed(
         monkeypatch.setenv("HF_ENDPOINT", hub.address)
         usual = stack.enter_context(running([("one", paths[0])], load=SMALL, strict=True))
         assert usual.post(CHAT, asked).status_code == 404 and not hub.requests
+        refused = usual.post("/api/pull", {"model": "org/Tiny-GGUF:Q4_0"})
+        assert refused.status_code == 403 and "--allow-pull" in refused.json()["error"]
+        assert usual.post("/api/pull", {"model": "one"}).text.endswith('{"status":"success"}\n')
+        assert usual.post("/api/pull", {}).status_code == 400 and not hub.requests
         found = stack.enter_context(running([("one", paths[0])], load=SMALL, may_pull=True))
         assert found.post(CHAT, {**asked, "model": "gpt-9"}).json()["model"] == "one"
         missing = found.post(CHAT, {**asked, "model": "org/none"})
         assert missing.status_code == 404
         assert missing.json()["error"]["code"] == "model_not_found"
+        assert found.post("/api/pull", {"model": "gpt-9"}).status_code == 404
+        lines = found.post("/api/pull", {"model": "org/none"}).text.splitlines()
+        assert "error" in json.loads(lines[-1])
+        lines = found.post("/api/pull", {"model": "org/Tiny-GGUF:Q4_0"}).text.splitlines()
+        assert json.loads(lines[-1]) == {"status": "success"}
         assert found.post(CHAT, asked).json()["model"] == "org/Tiny-GGUF:Q4_0"
         assert list(models_folder().rglob("Tiny-Q4_0.gguf"))
         n_asked = len(hub.requests)
@@ -223,9 +235,29 @@ def test_a_server_of_one_model_keeps_as_much_as_its_contexts_hold(paths: list[Pa
         ([("one", paths[0])], SMALL),
         ([("one", paths[0]), ("two", paths[1])], SMALL),
         ([("one", paths[0])], dict(SMALL, kept_tokens=64)),
+        ([("one", paths[0])], {**SMALL, "naive": True, "slots": None}),
     ):
         with running(served, load=load) as found:
             plan = found.llm.plan
             kept.append(plan.n_spare_pages * 32)
             assert plan.fits
     assert kept[0] == SMALL["slots"] * SMALL["n_ctx"] > kept[1] > kept[2] == 64
+    assert kept[3] == 0 and plan.slots == 1  # it answers one at a time, and uses nothing again
+
+
+def test_memory_that_vanishes_before_loading_takes_what_nobody_asked_for(
+    paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what the server chose itself no error speaks: it goes without."""
+    opened = AsyncLLM.open
+    tried: list[Any] = []
+
+    async def open_unless_kept(face: AsyncLLM) -> LLM:
+        tried.append(face._load.get("kept_tokens"))
+        if face._load.get("kept_tokens"):
+            raise PlanError("there was more memory a moment ago")
+        return await opened(face)
+
+    monkeypatch.setattr(AsyncLLM, "open", open_unless_kept)
+    with running([("one", paths[0])], load={**SMALL, "slots": None}) as found:
+        assert found.llm.plan.slots == 1 and tried[0] and tried[1:] == [None]

@@ -179,6 +179,56 @@ def test_a_call_inside_an_object_is_read_once(end: str, was_cut: bool) -> None:
     assert read("hermes", text, was_cut=was_cut).calls == [("weather", ROME)]
 
 
+LOOPS = [
+    ("hermes", '{"function": '),
+    ("hermes", '<tool_call>{"function": '),
+    ("hermes", '<tool_call>{"id":"'),
+    ("hermes", '<tool_call>{"arguments": {"a":"'),
+    ("hermes", '<function=weather><parameter=tags>["</parameter>'),
+    ("hermes", '<tool_call>{"name": "weather", "arguments": ['),
+    ("mistral", '[TOOL_CALLS][{"id":"'),
+    ("granite", '<|tool_call|>{"id":"'),
+    ("gemma", "<|tool_call>call:weather{a:["),
+    ("dsml", f'<{DSML}invoke name="weather"'),
+    ("deepseek", '<｜tool▁call▁begin｜>weather<｜tool▁sep｜>{"a":"'),
+    ("harmony", "<|start|>assistant to=functions.weather<|channel|>x<|message|>{"),
+    ("lfm2", "<|tool_call_start|>[weather(a=-"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "text"), LOOPS)
+def test_whatever_a_model_loops_on_is_read(family: str, text: str) -> None:
+    """Not in the square of its length, nor as deep as it goes."""
+    looped = text * (12_000 // len(text))
+    found = read(family, [looped], parse=False)
+    assert found.calls or found.text == looped
+    assert read(family, [looped[:5000], looped[5000:]], parse=False) == found
+
+
+BESIDE = [
+    ("gemma", '<|tool_call>call:weather{city:<|"|>Rome<|"|> days:2} x <|tool_call>call:now{}', "x"),
+    ("harmony", f"x<|channel|>commentary to=functions.weather<|message|>{ARGS}<|call|>", "x"),
+    ("harmony", f" to=functions.weather<|channel|>c<|message|>{ARGS}\nx<|call|>", "x"),
+    ("harmony", f"<|channel|>c<|message|><|end|>x<|channel|>c to=weather<|message|>{ARGS}", "x"),
+    ("hermes", f'<tool_call>{{"name": "weather", "arguments": {json.dumps(ARGS[:-1])}}}x', "x"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "text", "beside"), BESIDE)
+def test_what_stands_beside_a_call_is_kept(family: str, text: str, beside: str) -> None:
+    found = read(family, text)
+    assert found.calls[0] == ("weather", ROME) and found.text.strip() == beside
+
+
+@pytest.mark.parametrize("arguments", ['"Rome"', "Rome", "[1]", '"[1]"', "2", "True"])
+def test_arguments_that_are_no_object_make_no_call(arguments: str) -> None:
+    text = f'<tool_call>{{"name": "weather", "arguments": {arguments}}}</tool_call>'
+    assert read("hermes", [text]) == read("hermes", text) == (text, "", [])
+    for nothing in ("null", "None", '""', "[]", "{}", '"{}"'):
+        said = text.replace(arguments, nothing)
+        assert read("hermes", said).calls == [("weather", {})]
+
+
 def test_names_with_hyphens_and_dots() -> None:
     for name in ("get-it", "a.b-c.d", "x-1"):
         finder = CallFinder(call_format(SIGNS["lfm2"]), [tool(name)])

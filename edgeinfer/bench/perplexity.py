@@ -45,6 +45,11 @@ def measure(
     n_unscored = 0 if last is None else max(0, len(body) - last)
     width = max(1, len(body))
     if overflow == "error":
+        if engine.n_ctx < 2:
+            raise InvalidRequestError(
+                "a context of 1 token has no room for what it predicts; give 2 or more",
+                param="n_ctx",
+            )
         body, n_unscored, width = body[n_unscored:], 0, engine.n_ctx - len(head)
     total, n_scored = 0.0, 0
     for start in range(0, len(body), width):

@@ -103,7 +103,8 @@ def _message(error: Exception) -> str:
     if isinstance(error, EdgeInferError):
         return error.spelled(as_flag)
     if isinstance(error, OSError) and error.strerror and not error.filename2:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        named = error.filename is not None
+        return f"{error.filename or repr('')}: {error.strerror}" if named else error.strerror
     return str(error)
 
 

@@ -33,19 +33,20 @@ class _Details(msgspec.Struct):
 
 
 class _Usage(msgspec.Struct):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
     prompt_tokens_details: _Details | None = None
 
 
 class _Chunk(msgspec.Struct):
-    choices: list[_Choice] = []
+    choices: list[_Choice] | None = None
     usage: _Usage | None = None
     error: Any = None
 
 
 _decode = msgspec.json.Decoder(_Chunk).decode
 _FIELDS = (b"data", b"event", b"id", b"retry", b"")  # of server-sent events; "": a comment
+_MARK = b"\xef\xbb\xbf"  # of UTF-8, with which some begin
 _MOST_LINE = 4 << 20  # bytes
 _MOST_ERROR = 4096  # bytes of a refusal that are kept
 
@@ -88,12 +89,14 @@ class AnswerStream:
             self._take_line(at, line.rstrip(b"\r"))
 
     def _take_line(self, at: float, line: bytes) -> None:
-        field, _, value = line.partition(b":")
+        field, _, value = line.removeprefix(_MARK).partition(b":")
         if field != b"data":
             if line and field not in _FIELDS:
                 raise StreamError("malformed stream", "the reply is no stream of events")
             return
         value = value.strip()
+        if not value:  # it keeps the connection
+            return
         if value == b"[DONE]":
             self.has_ended = True
             return
@@ -108,7 +111,7 @@ class AnswerStream:
     def _take_chunk(self, at: float, chunk: _Chunk) -> None:
         if chunk.usage is not None:
             self.usage = chunk.usage
-        for choice in chunk.choices:
+        for choice in chunk.choices or ():
             self.has_ended |= choice.finish_reason is not None
             delta = choice.delta
             if delta is None:

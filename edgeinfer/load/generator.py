@@ -237,8 +237,8 @@ class Generator:
                 raise StreamError(f"HTTP {reply.status}", stream.refusal)
             stream.finish()
             if stream.usage is not None:
-                record.n_prompt = stream.usage.prompt_tokens
-                record.n_answer = stream.usage.completion_tokens
+                record.n_prompt = stream.usage.prompt_tokens or 0
+                record.n_answer = stream.usage.completion_tokens or 0
             record.n_answer = record.n_answer or len(stream.times)
             record.n_cached = stream.n_cached
             return stream

@@ -8,16 +8,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal
 
 from edgeinfer.remote.address import Address
 from edgeinfer.remote.frames import as_object, frames, no_api
 from edgeinfer.remote.refusals import ServerError, said_in_answer
-from edgeinfer.remote.told import clean_text, count, counts_of, number, parts_of
+from edgeinfer.remote.told import WholeCharacters, clean_text, count, counts_of, number, parts_of
 from edgeinfer.results import Completion, Delta, Event, PromptProgress, Timings, TokenLogprob, Usage
 from edgeinfer.text.reply import Piece, ReasoningSplitter
 
 _MOST_CHARACTERS = 64 << 20  # of an answer: one that never ends would take all memory
+_OF_EVENTS, _OF_JSON = b":deir", b'{[<"'  # what those begin with: fields of events, and replies
+_BLANK = b" \t\r\n\xef\xbb\xbf"
+_MOST_BLANK = 1024  # chunks
 _Reason = Literal["stop", "length", "cancelled"]
 _REASONS: dict[str, _Reason] = {"length": "length", "max_tokens": "length"}
 
@@ -38,6 +42,8 @@ class Collected:
     _reasoning: list[str] = field(default_factory=list)
     _logprobs: list[TokenLogprob] = field(default_factory=list)
     _splitter: ReasoningSplitter = field(default_factory=ReasoningSplitter)
+    _thoughts: WholeCharacters = field(default_factory=WholeCharacters)
+    _words: WholeCharacters = field(default_factory=WholeCharacters)
     _n_characters: int = 0
     _first_at: float = 0.0
     _last_at: float = 0.0
@@ -47,8 +53,14 @@ class Collected:
         return bool(self.reason)
 
     def events(self, chunks: Iterator[bytes], *, is_stream: bool) -> Iterator[Event]:
-        """Deltas and how far the prompt is read; ServerError where the answer fails."""
+        """Deltas and how far the prompt is read; ServerError where the answer fails.
+
+        `is_stream` is what the reply's type says, which how it begins may know better.
+        """
         address = self.address
+        first, chunks = _begun(chunks)
+        if first and first in _OF_EVENTS + _OF_JSON:
+            is_stream = first in _OF_EVENTS
         if is_stream:
             for frame in frames(chunks, address):
                 if frame is None:
@@ -62,7 +74,9 @@ class Collected:
                 raise no_api(text, address)
             yield from self._take(found)
             self.reason = self.reason or "stop"
-        rest = self._delta(*self._splitter.flush())
+        thought, text = self._splitter.push(Piece(self._words.flush()))
+        last_thought, last_text = self._splitter.flush()
+        rest = self._delta(self._thoughts.flush() + thought + last_thought, text + last_text)
         if rest is not None:
             yield rest
 
@@ -84,6 +98,8 @@ class Collected:
     def _take_choice(self, choice: Mapping[str, Any]) -> Iterator[Event]:
         given = choice.get("delta") or choice.get("message")
         reasoning, text = parts_of(given if isinstance(given, Mapping) else {})
+        reasoning = self._thoughts.push(reasoning) if reasoning else ""
+        text = self._words.push(text) if text else ""
         if text:
             thought, text = self._splitter.push(Piece(text))
             reasoning += thought
@@ -170,6 +186,16 @@ def _priced(rows: Any) -> Iterator[tuple[Mapping[str, Any], str, float]]:
             p = row.get("logprob")
             if isinstance(p, (int, float)) and not isinstance(p, bool) and p <= 0:
                 yield row, clean_text(text), float(p)
+
+
+def _begun(chunks: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
+    """The first byte that is no space, and all of them."""
+    blank: list[bytes] = []
+    for chunk in chunks:
+        if len(blank) > _MOST_BLANK or chunk.lstrip(_BLANK):
+            return chunk.lstrip(_BLANK)[:1], chain(blank, [chunk], chunks)
+        blank.append(chunk)
+    return b"", iter(blank)
 
 
 def _limited(chunks: Iterator[bytes], place: str) -> Iterator[bytes]:

@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 from edgeinfer import __version__, platform
 from edgeinfer.remote.address import Address
+from edgeinfer.remote.packing import unpacked
 from edgeinfer.remote.refusals import Refusal, ServerError, broken
 from edgeinfer.terminal import one_line
 
@@ -88,12 +89,15 @@ class Connection:
         response = self._response
         assert response is not None
         try:
-            while chunk := response.read1(_READ_BYTES):
-                yield chunk
+            yield from unpacked(self._read(response), response.getheader("content-encoding"))
             if response.length:
                 raise http.client.IncompleteRead(b"", response.length)
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise broken(error, self._address, has_begun=True) from None
+
+    def _read(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
+        while chunk := response.read1(_READ_BYTES):
+            yield chunk
 
     def body(self, most: int) -> bytes:
         """The whole reply, its first `most` bytes where it is longer."""

@@ -14,13 +14,25 @@ _MOST_BYTES = 8 << 20  # of one event
 _LINE_BYTES = 64  # that keeping a line takes beside it
 _MOST_SHOWN = 400  # characters of what can't be read
 _END = "[DONE]"
+_MARK = b"\xef\xbb\xbf"  # of UTF-8
 
 
 def frames(chunks: Iterable[bytes], address: Address) -> Iterator[dict[str, Any] | None]:
     """The events of a stream; None is the mark of its end, which is missing where it broke off.
 
-    ServerError for what is no event; one that is cut off is left out.
+    ServerError for what is no event; one that is cut off is left out, and one without data, which
+    only keeps the connection.
     """
+    for text in _events(chunks, address):
+        if text == _END:
+            yield None
+            return
+        if text:
+            yield as_object(text, address)
+
+
+def _events(chunks: Iterable[bytes], address: Address) -> Iterator[str]:
+    """The data of each; the last may lack the empty line that ends it, where it is whole."""
     data: list[bytes] = []
     n_held = 0
     for line in _lines(chunks, address):
@@ -30,22 +42,27 @@ def frames(chunks: Iterable[bytes], address: Address) -> Iterator[dict[str, Any]
             if n_held > _MOST_BYTES:
                 raise _too_large(address)
         elif not line and data:
-            text, data, n_held = b"\n".join(data).decode("utf-8", "replace"), [], 0
-            if text.strip() == _END:
-                yield None
-                return
-            yield as_object(text, address)
+            text, data, n_held = b"\n".join(data), [], 0
+            yield text.decode("utf-8", "replace").strip()
+    last = b"\n".join(data).decode("utf-8", "replace").strip()
+    if last == _END or isinstance(_json(last), dict):
+        yield last
 
 
 def as_object(text: str, address: Address) -> dict[str, Any]:
     """What a server sends as JSON; ServerError for anything else."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        found = None
+    found = _json(text)
     if not isinstance(found, dict):
         raise no_api(text, address)
     return found
+
+
+def _json(text: str) -> Any:
+    """None for what is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def no_api(text: str, address: Address) -> ServerError:
@@ -57,20 +74,33 @@ def no_api(text: str, address: Address) -> ServerError:
 
 
 def _lines(chunks: Iterable[bytes], address: Address) -> Iterator[bytes]:
-    """Whole lines, without what ends them."""
+    """Lines, without what ends them: CR, LF, or both. The last may not have ended."""
     parts: list[bytes] = []  # of a line that has not ended
     n_held = 0
-    for chunk in chunks:
+    for chunk in _with_one_end(chunks):
         first, *others = chunk.split(b"\n")
         parts.append(first)
         n_held += len(first)
         if n_held > _MOST_BYTES:
             raise _too_large(address)
         if others:
-            yield b"".join(parts).removesuffix(b"\r")
+            yield b"".join(parts)
             *whole, rest = others
-            yield from (line.removesuffix(b"\r") for line in whole)
+            yield from whole
             parts, n_held = [rest], len(rest)
+    yield b"".join(parts)
+
+
+def _with_one_end(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """The bytes with LF alone at the ends of lines, and without the mark that some begin with."""
+    was_cr, mark = False, _MARK
+    for chunk in filter(None, chunks):
+        rest = chunk.removeprefix(b"\n") if was_cr else chunk
+        was_cr = chunk.endswith(b"\r")
+        while mark and rest[:1] == mark[:1]:
+            rest, mark = rest[1:], mark[1:]
+        mark = mark if not rest else b""
+        yield rest.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
 
 def _too_large(address: Address) -> ServerError:

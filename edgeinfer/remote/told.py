@@ -23,19 +23,39 @@ def number(value: Any) -> float:
 
 
 def clean_text(text: str) -> str:
-    """Text that every encoding can take: half of a surrogate pair is no character."""
-    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+    """Text that every encoding can take: half of a surrogate pair becomes U+FFFD."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+class WholeCharacters:
+    """Text that comes in parts, between which some servers cut characters in half."""
+
+    def __init__(self) -> None:
+        self._half = ""
+
+    def push(self, text: str) -> str:
+        """What is whole by now."""
+        text = self._half + text
+        self._half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
+        return clean_text(text[:-1] if self._half else text)
+
+    def flush(self) -> str:
+        """What is left of one that was never completed."""
+        half, self._half = self._half, ""
+        return clean_text(half)
 
 
 def parts_of(message: Mapping[str, Any]) -> tuple[str, str]:
-    """Reasoning and text; servers that know several names for reasoning send it by each."""
+    """Reasoning and text as they came; who knows several names for reasoning sends it by each."""
     thoughts = (message.get(name) for name in _REASONING)
     reasoning = next((each for each in thoughts if isinstance(each, str) and each), "")
     content = message.get("content") or message.get("refusal")
     if isinstance(content, list):
         reasoning += "".join(_thought(part) for part in content)
         content = "".join(_text(part) for part in content)
-    return clean_text(reasoning), clean_text(content) if isinstance(content, str) else ""
+    return reasoning, content if isinstance(content, str) else ""
 
 
 def _thought(part: Any) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from starlette.requests import Request as HttpRequest
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
@@ -14,6 +16,7 @@ from edgeinfer.server.fields import read_fields
 from edgeinfer.server.service import Service
 from edgeinfer.server.wire import reply
 
+_MOST_ID = 2**31
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -63,6 +66,8 @@ class Native:
     async def detokenize(self, http: HttpRequest) -> Response:
         body = await read_fields(http, self._service.limits.most_body)
         ids = body.get("tokens") or []
+        if not isinstance(ids, list) or not all(map(_is_id, ids)):
+            raise body.wrong("tokens", "a list of token ids")
 
         def work(llm: LLM) -> Json:
             text = llm.detokenize(ids, special=True)
@@ -73,6 +78,10 @@ class Native:
     async def apply_template(self, http: HttpRequest) -> Response:
         body = await read_fields(http, self._service.limits.most_body)
         return reply({"prompt": await self._service.render(read_chat(body))})
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int and 0 <= value < _MOST_ID
 
 
 def _piece(llm: LLM, id: int) -> str | list[int]:

@@ -110,6 +110,8 @@ def _messages(body: Fields) -> list[Json]:
             found.append({"role": "tool", "tool_call_id": item.text("call_id"), "content": output})
         elif kind == "item_reference":
             raise ApiError(400, "item_reference is not supported: nothing is stored", param="input")
+    if not found:
+        raise body.wrong("input", "a text, or items of which one is a message")
     return found
 
 

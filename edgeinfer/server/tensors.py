@@ -65,7 +65,7 @@ def read_texts(inputs: Sequence[Fields], behind: bytes, name: str) -> list[str]:
             raise each.wrong("shape", f"that of {len(texts)} elements, which the input has")
         found = texts
     if found is None:
-        raise _wrong(f"there is no input; {name!r} is needed")
+        raise _wrong(f"inputs has no {name!r}, which is needed")
     if start != len(behind):
         raise _wrong(f"{len(behind) - start} bytes behind the JSON belong to no input")
     return found

@@ -11,13 +11,15 @@ from edgeinfer.server.errors import ApiError
 from edgeinfer.text.tokenizer import Tokenizer
 
 _EDGE = 3  # tokens at each end of a part of a text: of a character cut in bytes, or cut elsewhere
-_WHOLE = 4 * _EDGE  # tokens up to which a text is no part
+_WHOLE = 4 * _EDGE  # tokens up to which a text is no part, unless it comes with longer ones
 
 
 def check_origin(tokenizer: Tokenizer, texts: Sequence[str | list[int]]) -> None:
     """ApiError for ids that the tokenizer does not make of the text that they stand for."""
-    for ids in texts:
-        if isinstance(ids, str) or not ids or _is_own(tokenizer, ids):
+    given = [ids for ids in texts if not isinstance(ids, str) and ids]
+    has_parts = any(len(ids) > _WHOLE for ids in given)
+    for ids in given:
+        if _is_own(tokenizer, ids, is_part=has_parts or len(ids) > _WHOLE):
             continue
         raise ApiError(
             400,
@@ -29,12 +31,12 @@ def check_origin(tokenizer: Tokenizer, texts: Sequence[str | list[int]]) -> None
         )
 
 
-def _is_own(tokenizer: Tokenizer, ids: list[int]) -> bool:
+def _is_own(tokenizer: Tokenizer, ids: list[int], *, is_part: bool) -> bool:
     """Of one id nobody can tell: a vocabulary's tokens stand for themselves."""
     if not all(0 <= id < tokenizer.n_vocab for id in ids):
         return False
     text = tokenizer.decode(ids, special=True)
-    inner = ids if len(ids) <= _WHOLE else ids[_EDGE:-_EDGE]
+    inner = ids[_EDGE:-_EDGE] if is_part else ids
     for parse_special in (True, False):  # a text may spell a control token, and mean the spelling
         made = tokenizer.encode(text, bos=False, parse_special=parse_special)
         if any(made[i : i + len(inner)] == inner for i in range(_WHOLE)):

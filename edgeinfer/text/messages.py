@@ -107,7 +107,7 @@ def _messages(messages: Iterable[Message]) -> list[dict[str, Any]]:
         )
     found = [_checked(message, i) for i, message in enumerate(messages)]
     if not found:
-        raise _wrong("a chat needs at least one message")
+        raise _wrong("messages are empty; a chat needs at least one message")
     return found
 
 
