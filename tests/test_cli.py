@@ -452,7 +452,7 @@ def _shell(path: Path, script: str) -> subprocess.CompletedProcess[str]:
         ("edgeinfer plan $FILE --json 2>&-", 0, "total_bytes"),
         ("edgeinfer plan $FILE >&-", 0, ""),
         ("edgeinfer tokenize $FILE --json <&-", 0, '"token_ids": []'),
-        ("edgeinfer plan $FILE >/dev/full", 1, "edgeinfer: [Errno 28]"),
+        ("edgeinfer plan $FILE >/dev/full", 1, "edgeinfer: No space left on device"),
     ],
 )
 def test_a_standard_stream_that_is_full_or_closed(
