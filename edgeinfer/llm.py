@@ -154,8 +154,7 @@ class LLM:
         opened = self._open()
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        continues = given.get("continue_last", False)
-        chat = Conversation.of(messages, tools, template_args, continues=continues)
+        chat = Conversation.of(messages, tools, template_args, given.get("continue_last", False))
         choice = chosen_tools(chat.tools, tool_choice, parallel_tool_calls)
         chat = chat._replace(tools=choice.told if choice is not None else [])
         with requesting.counting(opened):

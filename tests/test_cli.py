@@ -313,7 +313,7 @@ def test_every_flag_is_an_api_keyword() -> None:
     ("flag", "text"),
     [
         ("-c", "64.0"), ("-c", "0"), ("-t", "1000000"), ("--slots", "x"), ("--memory", "lots"),
-        ("-n", "0"), ("-n", "1.5"), ("--top-p", "1.5"), ("--temp", "nan"), ("--seed", "-1"),
+        ("-n", "-2"), ("-n", "1.5"), ("--top-p", "1.5"), ("--temp", "nan"), ("--seed", "-1"),
         ("--stop", ""), ("--mirostat", "3"), ("--repeat-penalty", "0"), ("--overflow", "drop"),
         ("--stop-token-ids", "-1"),
     ],

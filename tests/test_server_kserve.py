@@ -177,7 +177,7 @@ def test_no_text_is_no_answer(both: Running) -> None:
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"inputs": []}, "no input"),
+    ({"inputs": []}, "inputs has no 'text_input'"),
     ({"inputs": {}}, "inputs is {}"),
     ({"inputs": [input_of(["x"]), input_of(["x"])]}, "inputs[1].name"),
     ({"inputs": [input_of(["x"], name="y")]}, "inputs[0].name is 'y'"),

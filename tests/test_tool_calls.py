@@ -375,7 +375,10 @@ BITS = st.sampled_from(
      "call:", '<|"|>', "<|tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "\\", "2", "to=",
      "<|tool_call_start|>", "(", ")", "=", "<|tool_call_end|>", "<|python_tag|>", ";",
      '{"function": ', '{"name": "now", "arguments": {}}', '"parameters": ',
-     "\\ud83d", "\\ude00"]
+     "\\ud83d", "\\ude00", "\x00", "\x1c", "\x85", "\u2028", "\U0010ffff", "null", "<|start|>",
+     "<escape>",
+     "<start_function_call>", "[CALL_ID]", f'<{DSML}invoke name="', f'<{DSML}parameter name="',
+     "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "```json", "<|tool_call|>", "[TOOL_CALLS][", "}}"]
 )  # fmt: skip
 
 

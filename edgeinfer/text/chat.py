@@ -138,12 +138,7 @@ class ChatTemplate:
         All renders together keep to one budget.
         """
         if chat.continues:
-            marked = chat.with_last_ending(_HERE)
-            whole = self.render_chat(marked, hide, add_generation_prompt=False)
-            begun, is_shown, _ = whole.rpartition(_HERE)
-            if not is_shown:
-                raise TemplateError(_DROPS_LAST)
-            return begun
+            return self._begun(chat, hide)
         if chat.tools and self._for_tools is not None:
             return self._for_tools.render_chat(
                 chat, hide, add_generation_prompt=add_generation_prompt
@@ -166,6 +161,15 @@ class ChatTemplate:
             assert error is not None
             raise error
         return text
+
+    def _begun(self, chat: Conversation, hide: _Hide) -> str:
+        """A conversation as far as the text goes that its last message has."""
+        marked = chat.with_last_ending(_HERE)
+        text = self.render_chat(marked, hide, add_generation_prompt=False)
+        begun, is_shown, _ = text.rpartition(_HERE)
+        if not is_shown:
+            raise TemplateError(_DROPS_LAST)
+        return begun
 
     def _attempt(
         self, messages: list[dict[str, Any]], more: Mapping[str, Any], budget: Budget

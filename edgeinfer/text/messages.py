@@ -70,7 +70,6 @@ class Conversation(NamedTuple):
         messages: Iterable[Message],
         tools: Sequence[Mapping[str, Any]] | None = None,
         arguments: Mapping[str, Any] | None = None,
-        *,
         continues: bool = False,
     ) -> Conversation:
         """InvalidRequestError says what they lack."""
