@@ -1,10 +1,10 @@
 """Products of R groups of 8 weight rows with T tokens: every operation does all R x T of them.
 
 Knows no quant type. What a type's `unpack` makes of 32 columns, a tuple of vectors of 32 bytes
-("fields"), is read in one of two places: in registers, for one group, or in a panel in memory,
-where field k of group r lies at (k * R + r) * 32. A panel is unpacked once for all tokens of a
-step's tile, and each of its vectors is loaded once for T of them: with two tokens beside each
-other, 256 products take 27 instructions, with one 36.
+("fields"), is read in one of two places: in registers, for one group or `join`ed for all, or in a
+panel in memory, where field k of group r lies at (k * R + r) * 32. A panel is unpacked once for all
+tokens of a step's tile, and each of its vectors is loaded once for T of them: with two tokens
+beside each other, 256 products take 27 instructions, with one 36.
 
 Values are tiles of vectors: for weights, for activations, and for sums, token by token. Where a
 family has wider vectors for panels, one holds the same field of several groups.
@@ -23,7 +23,18 @@ from numba.extending import intrinsic
 from edgeinfer.kernels.cpu.layout import A32_BYTES, A32_D, A32_DSUM, A32_SUMS
 from edgeinfer.kernels.cpu.native import simd
 from edgeinfer.kernels.cpu.native.isa import Isa
-from edgeinfer.kernels.cpu.native.simd import I32, I64, Tile, Vec, f32x8, i16x16, i32x8, intp, u8x32
+from edgeinfer.kernels.cpu.native.simd import (
+    I16,
+    I32,
+    I64,
+    Tile,
+    Vec,
+    f32x8,
+    i16x16,
+    i32x8,
+    intp,
+    u8x32,
+)
 
 VECTOR = 32  # bytes
 PREFETCH = 1024  # bytes ahead: see tests/bench/TUNING.md
@@ -57,7 +68,7 @@ class Grid:
     @property
     def width(self) -> int:
         """Groups in one vector."""
-        return 1 if self.in_registers else self.isa.panel_width
+        return min(self.n_groups, self.isa.panel_width)
 
     def _wide(self, vec):
         return Vec(vec.element, vec.lanes * self.width)
@@ -195,11 +206,21 @@ class Grid:
         zero = simd.const_ir(self._wide(i32x8), 0)
         if offset == 0:
             return [zero] * self._sums(i32x8).n
-        pairs = simd.const_ir(self._wide(i16x16), offset)
-        by_token = [
-            self.isa.pair_dot(b, zero, pairs, sums) for sums in self._splats(b, x, A32_SUMS)
-        ]
+        if self.width > 1:
+            by_token = [self._offset_sum(b, x, offset, t) for t in range(self.n_tokens)]
+        else:
+            pairs = simd.const_ir(self._wide(i16x16), offset)
+            by_token = [
+                self.isa.pair_dot(b, zero, pairs, sums) for sums in self._splats(b, x, A32_SUMS)
+            ]
         return [by_token[t] for _, t, _ in self._cells()]
+
+    def _offset_sum(self, b, x, offset, t):
+        """The same of token t by scalars: wide vectors leave room for these beside the dots."""
+        at = I64(A32_BYTES * t + A32_SUMS)
+        halves = (simd.load_ir(b, b.add(x, b.add(at, I64(i))), I16) for i in (0, 2))
+        first, last = (b.sext(half, I32) for half in halves)
+        return simd.splat_ir(b, b.mul(b.add(first, last), I32(offset)), 8 * self.width)
 
     def _dot(self, b, acc, emit, quad, which, x):
         """The weights of each of these quads, `quad(j)`, meet quad j of every token."""
@@ -223,7 +244,8 @@ class Grid:
 
     def _field(self, b, fields, k, r):
         if self.in_registers:
-            return b.bitcast(b.extract_value(fields, k), u8x32.ir)
+            field = b.extract_value(fields, k * self.n_groups // self.width + r)
+            return b.bitcast(field, self._wide(u8x32).ir)
         at = I64(VECTOR * (k * self.n_groups + r * self.width))
         return simd.load_ir(b, b.add(fields, at), self._wide(u8x32).ir, VECTOR)
 
@@ -249,6 +271,30 @@ class Grid:
         if adds:
             return intrinsic(lambda _, fields, x, acc: (kind(fields, x, acc), codegen))
         return intrinsic(lambda _, fields, x: (kind(fields, x), codegen))
+
+
+def join(isa, n_groups):
+    """`fields(groups)`: those of all groups, given as a tuple of tuples, in wide registers."""
+    width = isa.panel_width
+    wide = Vec(u8x32.element, u8x32.lanes * width)
+
+    @intrinsic
+    def fields(typingctx, groups):
+        n_fields = groups[0].count
+        kind = types.UniTuple(wide, n_fields * n_groups // width)
+
+        def codegen(context, b, signature, values):
+            def vector(k, first):
+                parts = (b.extract_value(values[0], (g, k)) for g in range(first, first + width))
+                return simd.joined_ir(b, [b.bitcast(part, u8x32.ir) for part in parts])
+
+            firsts = range(0, n_groups, width)
+            vectors = [vector(k, first) for k in range(n_fields) for first in firsts]
+            return context.make_tuple(b, kind, vectors)
+
+        return kind(groups), codegen
+
+    return fields
 
 
 def keep(n_groups):

@@ -58,7 +58,7 @@ class Isa:
     look_up: Callable
     pause: Callable
     reset_float: Callable  # round to nearest, denormals kept, whatever this thread had before
-    panel_width: int = 1  # groups in one vector of a panel
+    panel_width: int = 1  # groups in one vector of a panel; with 2 it fits in registers
 
 
 # -- AVX2: pairs into int16, then into int32 -----------------------------------------------------
@@ -208,8 +208,8 @@ VNNI = Isa(
 )
 
 
-# The same instructions on more registers, and on twice as wide ones for panels: their port bound
-# is half, and no processor has less than half as many of them.
+# The same instructions on more registers, and on twice as wide ones for two groups at a time: their
+# port bound is half, and no processor has less than half as many of them.
 AVX512 = replace(VNNI, name="avx512", registers=32, panel_width=2)
 
 

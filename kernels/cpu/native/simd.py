@@ -89,6 +89,14 @@ def splat_ir(builder, x, lanes):
     return builder.shuffle_vector(one, one, zeros)
 
 
+def joined_ir(builder, vectors):
+    """One vector of the lanes of one or of two."""
+    if len(vectors) == 1:
+        return vectors[0]
+    n = sum(vector.type.count for vector in vectors)
+    return builder.shuffle_vector(*vectors, ir.Constant(ir.VectorType(I32, n), list(range(n))))
+
+
 def const_ir(vec, x):
     return ir.Constant(vec.ir, [x] * vec.lanes)
 
@@ -304,7 +312,7 @@ def zero(vec):
     return scalar(vec, (), lambda b: const_ir(vec, 0.0 if vec.element.startswith("f") else 0))
 
 
-zeros_f32 = zeros(f32x8)
+zeros_f32, zeros_f32x16 = zeros(f32x8), zeros(Vec("f32", 16))
 zero_f32 = zero(f32x8)
 
 
@@ -360,6 +368,22 @@ def row(typingctx, tile, i):
         return builder.extract_value(values[0], i.literal_value)
 
     return tile.vec(tile, i), codegen
+
+
+@intrinsic(prefer_literal=True)
+def eight_f32(typingctx, tile, i):
+    """Of every vector of a float tile the eight floats from 8 i (a literal) on."""
+    if not isinstance(tile, Tile) or not isinstance(i, types.IntegerLiteral):
+        return None
+    kind = Tile(f32x8, tile.n)
+
+    def codegen(context, builder, signature, values):
+        first = 8 * i.literal_value
+        lanes = ir.Constant(ir.VectorType(I32, 8), list(range(first, first + 8)))
+        rows = (builder.extract_value(values[0], k) for k in range(tile.n))
+        return tile_ir(builder, kind, [builder.shuffle_vector(v, v, lanes) for v in rows])
+
+    return kind(tile, i), codegen
 
 
 @intrinsic
