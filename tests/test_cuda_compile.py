@@ -45,6 +45,9 @@ EI_KERNEL(64) k(const Step* step, float* out, const uint4* x, unsigned n) {
   int sum[4] = {0, 1, 2, 3};
   ei_mma_m16n8k32(sum, words, right);
   ei_mma_m16n8k16(sum, half, ei_stream((const unsigned*)x));
+  float sums[4] = {};
+  ei_mma_halves(sums, words, right);
+  sum[0] ^= (int)ei_to_halves(sums[0], sums[3]);
   float y = ei_byte_to_float(a.x, 3) + ei_from_half(ei_to_half(ei_to_float(sum[0] ^ sum[3])));
   y = ei_fma(y, ei_div(y, 3.0f), ei_sqrt(y)) + ei_rint(y);
   const double z = ei_fma((double)y, ei_div((double)y, 3.0), ei_sqrt((double)y));

@@ -9,6 +9,7 @@ from edgeinfer.kernels.cuda.attention import (
     SHARED_BYTES,
     AttendLaunch,
     AttendRowsLaunch,
+    fits_mma,
     part_floats,
 )
 from edgeinfer.kernels.cuda.commands import ALL_ROWS, Arg, Segments
@@ -134,14 +135,15 @@ class AttentionLowering(LoweringBase):
             "sinks": self._weights.vector(op.sinks) if op.sinks else 0,
             "out_stride": row_stride(op.out.dim), **self._results(op),
         }  # fmt: skip
-        few = AttendLaunch.of(kv, op.n_heads, op.soft_cap > 0)
+        heads, mma = (kv, op.n_heads, op.soft_cap > 0), self._is_fast and fits_mma(kv)
+        few = AttendLaunch.of(*heads, mma=mma)
         n_parts = FEW_ROWS * op.n_heads * self._max_segments
         self._emit(
             few.kernel, ALL_ROWS, (few.n_tiles, Segments.OF_STEP), few.threads,
             LaunchShape(most_rows=FEW_ROWS), counters=self._step.counters,
             parts=Buffer("attention parts", 4 * n_parts * part_floats(kv.v_dim)), **common,
         )  # fmt: skip
-        many = AttendRowsLaunch.of(kv, op.n_heads, op.soft_cap > 0)
+        many = AttendRowsLaunch.by_mma(*heads) if mma else AttendRowsLaunch.of(*heads)
         shape = LaunchShape(rows_per_block=many.n_rows, least_rows=FEW_ROWS + 1)
         self._emit(many.kernel, ALL_ROWS, many.n_tiles, many.threads, shape, **common)
 
