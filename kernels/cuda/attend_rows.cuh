@@ -92,10 +92,10 @@ EI_DEV int least_lane(int x) {
     return x;
 }
 
-// A tile takes in, in order, what its queries see; `seen` is that of the lane's query, if it
-// `has_query`. A tile loads queries of `q`, and takes a page of the arena: of the lane's query
-// `bounds` is the first position that it sees and, times 64, the one behind the last; `sees` whether
-// it sees any, `is_next` whether that begins a segment.
+// A tile takes in, in order, what its queries see. `seen` is that of the lane's query, if it
+// `has_query`. tile.load(q) loads queries; tile.take(page of the arena, bounds, sees, is_next) takes
+// a page, of which the lane's query `sees` anything: from position bounds % 64 to the one before
+// bounds / 64. `is_next`: it begins a segment of its own.
 template <class Tile>
 EI_DEV void take_pages(
     Tile& tile, const Layer& layer, const Table& table, const Seen& seen, bool has_query) {
@@ -167,7 +167,7 @@ EI_DEV void write_rows(
     __syncwarp();
 }
 
-// attend(rows) of each run of at most n_most rows of one sequence, from `first` on, which a warp has.
+// attend(rows) for each run of rows of one sequence, of the n_most from `first` on that a warp has.
 template <int N_HEADS, class Attend>
 EI_DEV void for_runs(int first, int n_most, int n_rows, const int* seq, const Attend& attend) {
     const int end = min(first + n_most, n_rows);
