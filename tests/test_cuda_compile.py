@@ -221,7 +221,7 @@ def test_what_does_not_compile_is_told_with_its_line(tmp_path: Path) -> None:
     (tmp_path / "k.cu").write_text(_EVERYTHING.replace("ei_max32(y)", "none(y)"))
     job = Cubins(tmp_path, Sources(tmp_path), 90, 12).job(Kernel.of("k"))
     path = library(12).path
-    with pytest.raises(DeviceError, match=r'compile k: .* k.cu\(18\): error: .*"none"'):
+    with pytest.raises(DeviceError, match=r'compile k: .* k.cu\(21\): error: .*"none"'):
         compile_all(path, [job] * 3)
     with pytest.raises(DeviceError, match="compile k: .*invalid value for --gpu-architecture"):
         Nvrtc(path).compile(Job("k", "", (), 13))
