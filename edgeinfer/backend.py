@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 from edgeinfer import config
-from edgeinfer.batch import Batch, Demand, OpTime, Outputs, Sampler, StepLimits, StepRequest
+from edgeinfer.batch import (
+    Batch,
+    Demand,
+    Numerics,
+    OpTime,
+    Outputs,
+    Sampler,
+    StepLimits,
+    StepRequest,
+)
 from edgeinfer.device import Choice, Device, find
 from edgeinfer.graph import Segment
 
@@ -67,7 +76,8 @@ class Program(Protocol):
     def describe(self) -> dict[str, Any]:
         """Facts of what it runs on, for reports: its "device" first, then what only that has.
 
-        Where there are any: the number of "threads", the name of the "gpu", "layers" by device.
+        Where there are any: the number of "threads", the name of the "gpu", "layers" by device, and
+        the "numerics" where they are not exact.
         """
         ...
 
@@ -197,6 +207,15 @@ class RunsOnGpu(Backend, Protocol):
     @property
     def device(self) -> Gpu: ...
 
+    @property
+    def numerics(self) -> Numerics:
+        """Those of its programs: "exact" also on a GPU that has no "fast" ones."""
+        ...
+
+    def with_numerics(self, numerics: Numerics) -> RunsOnGpu:
+        """Another one of the same device; it may have to stay with exact ones."""
+        ...
+
     def prepare(self, segments: Iterable[tuple[Segment, StepLimits]]) -> int:
         """Compile the kernels of programs to come, all at once; how many there are."""
         ...
@@ -216,8 +235,11 @@ def open_backend(
     progress: CompileProgress | None = None,
     memory: int | None = None,
     make_sampler: MakeSampler | None = None,
+    numerics: Numerics = "exact",
 ) -> Backend:
     """The backend of a device; its kernels are imported here and nowhere else.
+
+    `numerics` are what GPUs are asked for: see `RunsOnGpu`.
 
     `memory` is how many bytes of the host's memory there are for all that it does. A GPU leaves
     what it can't sample to what `make_sampler` gives, by default to `host_sampler`.
@@ -238,7 +260,8 @@ def open_backend(
         return host_sampler(n_vocab, n_threads, progress=progress, memory=memory)
 
     opened = open_device(device.kind, device.index)
-    return CudaBackend(opened, str(device), make_sampler or make_host_sampler, progress)
+    make_sampler = make_sampler or make_host_sampler
+    return CudaBackend(opened, str(device), make_sampler, progress, numerics)
 
 
 def compile_law(segment: Segment, limits: StepLimits, sampler: Sampler) -> Program:

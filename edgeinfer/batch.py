@@ -28,6 +28,8 @@ SEGMENT_PAGES = 16  # pages whose partial attention folds into one segment (512 
 ROW_COST = 0.17
 
 OutputKind: TypeAlias = Literal["logits", "hidden", "ids"]
+# "exact": every device's bits. "fast": of GPUs, attention and floats by tensor cores, rounded.
+Numerics: TypeAlias = Literal["exact", "fast"]
 
 
 class PageTable(NamedTuple):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _NAME = re.compile(r"(auto|cpu|reference|law)|(cuda|shim)(?::(\d{1,3}))?", re.ASCII)
 _LEAST_DRIVER = 12000  # CUDA 12.0, as drivers write it
 _LEAST_CAPABILITY = (6, 1)  # the first with products of four bytes
+_LEAST_CAPABILITY_OF_FAST = (7, 5)
 _CAPABILITY_OF_CUDA_13 = (7, 5)  # its compiler knows none below
 _ON_THE_CPU: Advice = (", or use ", Keyword("device", "cpu"))
 
@@ -185,6 +186,11 @@ def usable_gpus(driver: CudaDriver) -> list[int]:
         return []
     capabilities = map(_capability, driver.devices)
     return [i for i, each in enumerate(capabilities) if each >= _LEAST_CAPABILITY]
+
+
+def has_fast_numerics(gpu: Gpu) -> bool:
+    """Whether its tensor cores multiply halves; kernels/cuda/backend.py says the same."""
+    return _capability(gpu) >= _LEAST_CAPABILITY_OF_FAST
 
 
 class ModelRoom(NamedTuple):

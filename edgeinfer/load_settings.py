@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from edgeinfer import config, platform
 from edgeinfer.backend import find_device
+from edgeinfer.batch import Numerics
 from edgeinfer.device import Device
 from edgeinfer.errors import DeviceError, InvalidRequestError, Keyword
 from edgeinfer.graph import KVType, Segment
@@ -27,6 +28,7 @@ class LoadSettings(NamedTuple):
     further_if_needed: bool  # where one alone does not hold the model
     may_leave_gpu: bool  # nobody asked for it
     gpu_layers: int | None  # the last ones; -1: all; None: as many as fit
+    numerics: Numerics
     n_threads: int
     memory: int | str | None  # as it was given
     n_ctx: int | None  # None: the usual length, or what fits
@@ -55,6 +57,13 @@ class LoadSettings(NamedTuple):
                 f"gpu_layers is {gpu_layers}, and the device is {device}",
                 advice=("leave it out, or choose another ", Keyword("device")),
             )
+        numerics = options.get("numerics", "exact")
+        if numerics == "fast" and (gpu_layers == 0 or not device.has_number):
+            raise DeviceError(
+                f"numerics is 'fast', which GPUs have, and the device is "
+                f"{'cpu' if gpu_layers == 0 else device}",
+                advice=("leave it out, or choose another ", Keyword("device")),
+            )
         if gpu_layers == 0:
             device, note = Device("cpu") if device.has_number else device, ""
             further = ()
@@ -63,8 +72,11 @@ class LoadSettings(NamedTuple):
             device_note=note,
             further=further,
             further_if_needed=if_needed,
-            may_leave_gpu=asked == "auto" and gpu_layers == "auto" and device.has_number,
+            may_leave_gpu=asked == gpu_layers == "auto"
+            and numerics == "exact"
+            and device.has_number,
             gpu_layers=None if gpu_layers == "auto" else gpu_layers,
+            numerics=numerics,
             n_threads=options.get("threads") or _usual_threads(),
             memory=options.get("memory"),
             n_ctx=options.get("n_ctx"),

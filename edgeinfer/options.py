@@ -32,6 +32,7 @@ class LoadOptions(TypedDict, total=False):
     kv_type: str | tuple[str, str] | None  # of K and V: "f16", "q8_0", "q4_0"; f16
     device: str | None  # "auto", "cpu", "cuda", "cuda:1", "cuda:0,cuda:1", "reference", "law"
     gpu_layers: int | str | None  # the last ones; -1: all; "auto": as many as fit
+    numerics: str | None  # "exact", every device's bits; "fast": of GPUs, rounded more; "exact"
     slots: int | None  # full-length contexts that the cache holds, 1
     kept_tokens: int | None  # of earlier prompts, beside those contexts; a quarter of one
     chat_template: str | None  # a name or a file

@@ -145,6 +145,12 @@ LOAD = _by_name(
     Parameter("kv_type", cache_types, "K and V in the cache: f16 (usual), q8_0, q4_0."),
     Parameter("device", text, "Where to run."),
     Parameter("gpu_layers", layer_count, "Layers on GPUs, the last ones (auto: what fits)."),
+    Parameter(
+        "numerics", text,
+        "exact: the bits of every device. fast: a GPU's tensor cores round more, in attention and "
+        "matrices of F16 and BF16.",
+        default="exact", choices=("exact", "fast"),
+    ),
     Parameter("slots", integer, "Full-length contexts that the cache holds.", 1, _INT32),
     Parameter(
         "kept_tokens", integer, "Of earlier prompts, kept beside the contexts.", 0, _INT32,

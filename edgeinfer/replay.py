@@ -32,6 +32,7 @@ class Recording:
     fingerprint: str  # of that file: `GGUFFile.fingerprint`
     n_ctx: int
     kv_type: tuple[str, ...]
+    numerics: str
     overflow: str
     n_keep: int
     sampling: Mapping[str, Any]
@@ -57,6 +58,7 @@ class Recording:
             fingerprint=opened.model.file.fingerprint(),
             n_ctx=llm.n_ctx,
             kv_type=_kv_type(llm),
+            numerics=_numerics(llm),
             overflow=request.overflow,
             n_keep=request.n_pinned,
             sampling={name: getattr(params, name) for name in names},
@@ -89,6 +91,7 @@ class Recording:
                 "device": self.device,
                 "n_ctx": self.n_ctx,
                 "kv_type": list(self.kv_type),
+                "numerics": self.numerics,
                 "overflow": self.overflow,
                 "n_keep": self.n_keep,
                 "stop_token_ids": list(self.stop_token_ids),
@@ -117,6 +120,9 @@ class Recording:
             fingerprint=inner.get("fingerprint", _text, "a text"),
             n_ctx=inner.get("n_ctx", LOAD["n_ctx"].check, LOAD["n_ctx"].supported),
             kv_type=inner.get("kv_type", _types, "two types"),
+            numerics=inner.get(
+                "numerics", LOAD["numerics"].check, LOAD["numerics"].supported, "exact"
+            ),
             overflow=inner.get("overflow", _overflow, "'error' or 'slide'"),
             n_keep=inner.get("n_keep", REQUEST["n_keep"].check, REQUEST["n_keep"].supported),
             sampling=sampling,
@@ -148,6 +154,7 @@ class Recording:
         for name, then, now in (
             ("n_ctx", self.n_ctx, llm.n_ctx),
             ("kv_type", self.kv_type, _kv_type(llm)),
+            ("numerics", self.numerics, _numerics(llm)),
         ):
             if then != now:
                 raise InvalidRequestError(
@@ -198,6 +205,11 @@ def _kv_type(llm: LLM) -> tuple[str, ...]:
     """As the option spells it; all layers have the same."""
     kinds = ((kv.k_type, kv.v_type) for kv in llm.runtime.segment.caches.values())
     return next(kinds, ("f16", "f16"))
+
+
+def _numerics(llm: LLM) -> str:
+    """Those of a part, where it has others than the rest."""
+    return str(llm.runtime.program.describe().get("numerics", "exact"))
 
 
 # -- fields of a file ------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import Generic, TypeVar
 
 from edgeinfer import platform
-from edgeinfer.backend import Backend, CompileProgress, Program, open_backend
+from edgeinfer.backend import Backend, CompileProgress, Program, RunsOnGpu, open_backend
 from edgeinfer.batch import HOST
 from edgeinfer.device import Device
 from edgeinfer.engine.engine import Engine
@@ -108,7 +108,9 @@ class Runtime:
         if "gpu" in facts:
             by_device = facts.get("layers", {})
             counts = " + ".join(str(n) for name, n in by_device.items() if name != "cpu")
-            words.insert(0, (counts and f"{counts} of {n_layers} layers on ") + facts["gpu"])
+            numerics = f", {facts['numerics']} numerics" if "numerics" in facts else ""
+            where = counts and f"{counts} of {n_layers} layers on "
+            words.insert(0, where + facts["gpu"] + numerics)
         return ", ".join(words) or str(self.device)
 
     def close(self) -> None:
@@ -255,15 +257,20 @@ def _planned(
     request = _plan_request(model, settings, freed)
     memory = request.available + freed.get(HOST, 0) - base_bytes(request.host)
 
+    notes = list[str]()
+
     def opened(device: Device) -> Backend:
-        return open_backend(device, progress=progress, memory=memory)
+        backend = open_backend(device, progress=progress, memory=memory, numerics=settings.numerics)
+        if isinstance(backend, RunsOnGpu) and backend.numerics != settings.numerics:
+            gpu = backend.device.facts.name
+            notes.append(f"numerics on {device} are exact: {gpu} lacks the tensor cores for others")
+        return backend
 
     segment = settings.segment(model, settings.n_ctx, settings.kv_types or USUAL_TYPES)
     if settings.device.has_number:
         from edgeinfer.placement import place  # what other devices don't need
 
         open_cpu = functools.cache(lambda: opened(Device("cpu")))
-        notes = list[str]()
         gpus = _gpus(settings, opened, notes)
         placed = place(segment, gpus, open_cpu, settings.gpu_layers, request)
         return *placed, "; ".join(notes)

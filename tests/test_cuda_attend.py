@@ -152,7 +152,10 @@ class Case:
         abort: int = 0,
         kernel: str = "attend",
     ) -> Floats:
-        """Rows of attention from the kernels, of these rows only; `spare` segments too many."""
+        """Rows of attention from the kernels, of these rows only; `spare` segments too many.
+
+        `kernel`: "attend", "rows" or "single rows", or the first two "by mma".
+        """
         chosen = list(range(len(self.pos))) if rows is None else rows
         cache, n = self.cache, len(chosen)
         q, pinned_q = self.q[chosen].reshape(n, -1), self.pinned_q[chosen].reshape(n, -1).copy()
@@ -174,11 +177,14 @@ class Case:
         has_x8, dim = cache.v_dim % 32 == 0, self.n_heads * cache.v_dim
         x8 = np.full((n + 1, x8_bytes(dim)), 0xEE, np.uint8) if has_x8 else None
         end = dict(sinks=self.sinks, out=out, out_stride=out.shape[1], x8=x8)
-        if kernel == "attend":
-            self.run_segments(common, inputs, end, n, spare)
+        heads = cache, self.n_heads, self.cap > 0
+        if kernel.startswith("attend"):
+            launch = AttendLaunch.of(*heads, mma="mma" in kernel)
+            self.run_segments(launch, common, inputs, end, n, spare)
         else:
             most_rows = 1 if kernel == "single rows" else 16
-            launch = AttendRowsLaunch.of(cache, self.n_heads, self.cap > 0, most_rows)
+            launch = AttendRowsLaunch.of(*heads, most_rows)
+            launch = AttendRowsLaunch.by_mma(*heads) if "mma" in kernel else launch
             grid = launch.n_tiles, -(-n // launch.n_rows) + spare
             run(launch.kernel, grid, launch.threads, **common, **inputs, **end)
         assert np.isnan(out[n]).all()
@@ -188,6 +194,7 @@ class Case:
 
     def run_segments(
         self,
+        launch: AttendLaunch,
         common: dict[str, Any],
         inputs: dict[str, Any],
         end: dict[str, Any],
@@ -195,7 +202,7 @@ class Case:
         spare: int,
     ) -> None:
         """By segments, whose parts are folded."""
-        cache, launch = self.cache, AttendLaunch.of(self.cache, self.n_heads, self.cap > 0)
+        cache = self.cache
         most = spare + max(
             n_segments(self.tables[s], p, cache.window)
             for s, p in zip(common["seq"], common["pos"].tolist(), strict=True)

@@ -45,6 +45,9 @@ EI_KERNEL(64) k(const Step* step, float* out, const uint4* x, unsigned n) {
   int sum[4] = {0, 1, 2, 3};
   ei_mma_m16n8k32(sum, words, right);
   ei_mma_m16n8k16(sum, half, ei_stream((const unsigned*)x));
+  float sums[4] = {};
+  ei_mma_halves(sums, words, right);
+  sum[0] ^= (int)ei_to_halves(sums[0], sums[3]);
   float y = ei_byte_to_float(a.x, 3) + ei_from_half(ei_to_half(ei_to_float(sum[0] ^ sum[3])));
   y = ei_fma(y, ei_div(y, 3.0f), ei_sqrt(y)) + ei_rint(y);
   const double z = ei_fma((double)y, ei_div((double)y, 3.0), ei_sqrt((double)y));
@@ -218,7 +221,7 @@ def test_what_does_not_compile_is_told_with_its_line(tmp_path: Path) -> None:
     (tmp_path / "k.cu").write_text(_EVERYTHING.replace("ei_max32(y)", "none(y)"))
     job = Cubins(tmp_path, Sources(tmp_path), 90, 12).job(Kernel.of("k"))
     path = library(12).path
-    with pytest.raises(DeviceError, match=r'compile k: .* k.cu\(18\): error: .*"none"'):
+    with pytest.raises(DeviceError, match=r'compile k: .* k.cu\(21\): error: .*"none"'):
         compile_all(path, [job] * 3)
     with pytest.raises(DeviceError, match="compile k: .*invalid value for --gpu-architecture"):
         Nvrtc(path).compile(Job("k", "", (), 13))

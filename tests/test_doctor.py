@@ -95,7 +95,7 @@ def test_the_command_for_the_gpu(monkeypatch: pytest.MonkeyPatch, version: int, 
     assert gpu["devices"][0]["compute_capability"] == "8.7"
     monkeypatch.setattr("edgeinfer.device.has_cupy", lambda: True)
     gpu = doctor._gpu()
-    assert gpu["install"] is None and gpu["auto"] == ["cuda:0"]
+    assert gpu["install"] is None and gpu["auto"] == gpu["fast_numerics"] == ["cuda:0"]
     assert "taken by --device auto, the later ones where a model needs them: cuda:0" in fact_lines(
         gpu
     )

@@ -96,6 +96,7 @@ def _wrong(parameter: Parameter) -> list[Any]:
             5, "q8", "F16", "", ("f16",), ("f16", "q8"), ["f16"] * 3, ["f16", 5], b"f16", True,
             Odd(),
         ],
+        "numerics": [5, "", "Fast", "mma", b"fast", ["fast"], True, Odd()],
         "device": [5, b"cpu", ["cpu"], True, Odd()],
         "pre": [5, b"x", ["x"], True, Odd()],
         "chat_template": [5, b"x", ["x"], True, Odd()],

@@ -18,7 +18,7 @@ from edgeinfer import config
 from edgeinfer.backend import Backend, find_device, open_backend
 from edgeinfer.kernels.cuda.kernel import Sources
 from edgeinfer.sampling.sampler import ReferenceSampler
-from edgeinfer.selftest import judge, numerics, run, speed, table, tiny
+from edgeinfer.selftest import fast, judge, numerics, run, speed, table, tiny
 from edgeinfer.selftest.cases import Case, limits
 from edgeinfer.selftest.judge import Judge
 from edgeinfer.selftest.run import Run
@@ -118,8 +118,10 @@ def test_every_kernel_is_tested() -> None:
     kernels = set()
     for case in (*numerics.cases(), *tiny.cases()):
         segment = case.segment()
-        lowered = Blueprint(segment, limits(segment), arch=90)
-        kernels |= lowered.kernels()
+        kernels |= Blueprint(segment, limits(segment), arch=90).kernels()
+    for make in fast.cases().values():
+        segment = make()
+        kernels |= Blueprint(segment, limits(segment), 90, "fast").kernels()
     assert {kernel.name for kernel in kernels} == set(Sources().names())
 
 
@@ -211,3 +213,22 @@ def test_errors_say_what_there_is(tmp_path: Path) -> None:
     if not shutil.which("nvidia-smi"):
         done = selftest("--device", "cuda", home=tmp_path)
         assert done.returncode == 1 and "needs an NVIDIA driver" in done.stderr
+
+
+@needs_compiler
+def test_fast_numerics_are_judged_by_how_far_they_are(
+    shim: Any, cpu: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device that has them; what is far, or not the same in all steps, is told."""
+    some = dict(list(fast.cases().items())[:1])
+    assert len(fast.cases()) == 6
+    monkeypatch.setattr(fast, "cases", lambda: some)
+    checked = Run(shim, "shim:0", None, lambda text: None)
+    found = fast.compare(checked, np.inf)
+    assert (found["state"], found["cases"]) == ("ok", 1) and 0 < found["divergence"] < 1e-6
+    assert fast.compare(checked, 0)["left_out"] == list(some)
+    assert fast.compare(Run(cpu, "cpu", None, print), np.inf)["state"] == "skipped"
+    monkeypatch.setattr(fast, "MOST_DIVERGENCE", 0.0)
+    monkeypatch.setattr(fast, "_IN_PARTS", (8, 32, 40, 39, 1, 0)[:5])
+    far = fast.compare(checked, np.inf)
+    assert far["state"] == "differs" and "nats from exact numerics" in far["differ"][0]["why"]

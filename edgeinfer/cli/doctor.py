@@ -155,6 +155,12 @@ def _gpu() -> dict[str, Any]:
         ],
         "nvrtc": [f"of CUDA {library.cuda}" for library in platform.nvrtc_libraries()],
         "auto": [str(device.Device("cuda", index)) for index in usable if has_cupy] or None,
+        "fast_numerics": [
+            str(device.Device("cuda", i))
+            for i in usable
+            if device.has_fast_numerics(driver.devices[i])
+        ]
+        or None,
         "install": device.install_command(driver, usable[0]) if usable and not has_cupy else None,
     }
 

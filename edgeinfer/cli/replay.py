@@ -25,14 +25,15 @@ if TYPE_CHECKING:
 def command(file: str, model: str | None, as_json: bool, **flags: Any) -> None:
     """Compute again what `edgeinfer run --json` wrote to FILE, and compare the tokens.
 
-    They are the same on every device but `reference`, which has numbers of its own. Exit code 1
-    says that they are not.
+    They are the same on every device but `reference`, which has numbers of its own; those of `fast`
+    numerics on GPUs of the same kind. Exit code 1 says that they are not.
     """
     from edgeinfer.replay import Recording
 
     recording = Recording.read(file)
     flags["n_ctx"] = flags["n_ctx"] or recording.n_ctx
     flags["kv_type"] = flags["kv_type"] or recording.kv_type
+    flags["numerics"] = flags["numerics"] or recording.numerics
     with open_model(model or recording.model, flags) as llm:
         replay = recording.replay(llm)
         line = _verdict(replay, recording, llm)
@@ -57,6 +58,8 @@ def _verdict(replay: Replay, recording: Recording, llm: LLM) -> str:
         return f"equal: {n} tokens, as recorded on {recording.device}"
     if "reference" in (recording.device, llm.runtime.devices):
         note("(the device reference has numbers of its own; law has those of all others)")
+    if recording.numerics != "exact":
+        note(f"({recording.numerics} numerics are the same on GPUs of one kind alone)")
     if recording.version != __version__:
         note(f"(recorded by edgeinfer {recording.version}, this is {__version__})")
     then, now = (_token(llm, tokens, at) for tokens in (replay.expected, replay.found))

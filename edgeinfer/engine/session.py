@@ -243,8 +243,8 @@ class Sessions:
 
 _ANOTHER = {
     "model": "{path} is of another model, or of a much longer context",
-    "cache": "{path} was saved on another kind of device or with another kv_type; use what it was "
-    "saved with",
+    "cache": "{path} was saved on another kind of device, or with another kv_type or numerics; use "
+    "what it was saved with",
     "page": "{path} is a session of another version of edgeinfer",
 }
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 from edgeinfer import platform
 from edgeinfer.backend import Backend, RunsOnGpu
 from edgeinfer.errors import EdgeInferError
-from edgeinfer.selftest import numerics, speed, tiny
+from edgeinfer.selftest import fast, numerics, speed, tiny
 from edgeinfer.selftest.cases import Case, limits
 from edgeinfer.selftest.judge import Judge, hash_of
 
@@ -168,6 +168,7 @@ STEPS = (
     Step("facts", 60, facts),
     Step("numerics", 90, lambda run, end: compare(numerics.cases(), run, end)),
     Step("tiny", 60, lambda run, end: compare(tiny.cases(), run, end)),
+    Step("fast", 40, fast.compare),
     Step("speed", 150, speed.measure, needs_gpu=True),
 )
 NAMES = tuple(step.name for step in STEPS)

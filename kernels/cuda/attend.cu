@@ -1,26 +1,28 @@
 // Attention of each row by itself: a block takes a segment of 16 pages; the last block that is done
 // with a row folds the segments.
-#include "attend.cuh"
+#include "attend_mma.cuh"
 #include "heads.cuh"
 #include "x8.cuh"
 
 // K_DIM, V_DIM: widths of heads, any. QUERIES: query heads of a block. WARPS: of a block.
 // K_IS_V 1: V is the first V_DIM values of K, and v_cache is not read. SOFT_CAP 0: soft_cap is not
-// used. K_TYPE, V_TYPE: of the cache.
+// used. K_TYPE, V_TYPE: of the cache. MMA 1: by tensor cores, "fast" numerics, QUERIES at most 16.
 // Variants: K_DIM = 128; V_DIM = 128; QUERIES = 1 2 4; WARPS = 16; K_IS_V = 0; SOFT_CAP = 0;
-//   K_TYPE = f16; V_TYPE = f16
+//   K_TYPE = f16; V_TYPE = f16; MMA = 0 1
 // Variants: K_DIM = 128; V_DIM = 128; QUERIES = 8; WARPS = 8; K_IS_V = 0; SOFT_CAP = 0;
-//   K_TYPE = f16; V_TYPE = f16
+//   K_TYPE = f16; V_TYPE = f16; MMA = 0 1
 // Variants: K_DIM = 64; V_DIM = 64; QUERIES = 3 4; WARPS = 16; K_IS_V = 0; SOFT_CAP = 0;
-//   K_TYPE = f16; V_TYPE = f16
+//   K_TYPE = f16; V_TYPE = f16; MMA = 0 1
 // Variants: K_DIM = 64; V_DIM = 64; QUERIES = 7; WARPS = 8; K_IS_V = 0; SOFT_CAP = 0;
-//   K_TYPE = f16; V_TYPE = f16
+//   K_TYPE = f16; V_TYPE = f16; MMA = 0 1
 // Variants: K_DIM = 256; V_DIM = 256; QUERIES = 2; WARPS = 16; K_IS_V = 0; SOFT_CAP = 0 1;
-//   K_TYPE = f16; V_TYPE = f16
+//   K_TYPE = f16; V_TYPE = f16; MMA = 0 1
 // Variants: K_DIM = 128; V_DIM = 128; QUERIES = 4; WARPS = 8; K_IS_V = 0; SOFT_CAP = 0;
-//   K_TYPE = q8_0 q4_0; V_TYPE = q8_0 q4_0
+//   K_TYPE = q8_0 q4_0; V_TYPE = q8_0 q4_0; MMA = 0 1
 // Variants: K_DIM = 64; V_DIM = 64; QUERIES = 3; WARPS = 16; K_IS_V = 0; SOFT_CAP = 0;
-//   K_TYPE = q8_0; V_TYPE = q8_0 q4_0
+//   K_TYPE = q8_0; V_TYPE = q8_0 q4_0; MMA = 0
+// Variants: K_DIM = 64; V_DIM = 64; QUERIES = 3; WARPS = 8; K_IS_V = 0; SOFT_CAP = 0;
+//   K_TYPE = q8_0; V_TYPE = q8_0 q4_0; MMA = 1
 typedef Lanes<V_DIM, QUERIES> L;
 constexpr int THREADS = 32 * WARPS;
 constexpr bool IS_BLOCKS = K_TYPE::IS_BLOCKS;
@@ -45,7 +47,7 @@ template <>
 constexpr int KIND<q4_0> = KV_Q4_0;
 
 struct __align__(16) Shared {
-    typename QueriesOf<IS_BLOCKS, QUERIES, K_DIM>::Type queries;
+    typename PageQueries<MMA, IS_BLOCKS, QUERIES, K_DIM>::Type queries;
     float p[WARPS][EI_PAGE][L::PADDED];
     float o[WARPS][QUERIES * V_DIM];
     Folding<WARPS, QUERIES> fold;
@@ -129,9 +131,9 @@ EI_DEV void load_queries(Shared& shared, FloatQueries<QUERIES, K_DIM>& queries, 
     }
 }
 
-template <int WIDTH>
-EI_DEV void load_queries(Shared& shared, BlockQueries<QUERIES, WIDTH>& queries, const Heads& heads,
-                         const Row& row, bool is_pinned) {
+template <class Queries>
+EI_DEV void load_queries(
+    Shared& shared, Queries& queries, const Heads& heads, const Row& row, bool is_pinned) {
     for (int g = threadIdx.x / 32; g < QUERIES; g += WARPS) {
         const float* q = (is_pinned && row.is_ready() ? row.pinned_q : row.q) + g * K_DIM;
         if (!row.is_ready() && g < heads.n) {
@@ -164,23 +166,25 @@ EI_DEV void store_row(
     }
 }
 
-// A warp's part of a page, of which it sees the positions first to end - 1.
-EI_DEV void attend_page(Shared& shared, const Heads& heads, int arena_page, int first, int end) {
+// What a page of a head is made of.
+struct Page {
+    const uint8_t* k;
+    PageView<V_TYPE> v;
+    Bounds seen;
+};
+
+// A warp's part of a page.
+template <class Queries>
+EI_DEV void attend_page(
+    Shared& shared, const Queries& queries, const Heads& heads, const Page& page) {
     const int warp = threadIdx.x / 32;
     const int lane = threadIdx.x % 32;
-    const size_t place = (size_t)arena_page * heads.n_kv_heads + heads.kv_head;
-    const uint8_t* k = heads.k_cache + place * K_PAGE;
-    const uint8_t* v = heads.v_cache + place * V_PAGE;
-    for (int i = 128 * lane; i < V_PAGE && !K_IS_V; i += 128 * 32) {
-        ei_prefetch(v + i);
-    }
     float scores[QUERIES];
-    score_page<K_TYPE, BATCH, SOFT_CAP>(
-        shared.queries, k, heads.scale, heads.soft_cap, scores);
+    score_page<K_TYPE, BATCH, SOFT_CAP>(queries, page.k, heads.scale, heads.soft_cap, scores);
 #pragma unroll
     for (int g = 0; g < QUERIES; ++g) {
         float m, l;
-        shared.p[warp][lane][g] = soften(scores[g], lane >= first && lane < end, &m, &l);
+        shared.p[warp][lane][g] = soften(scores[g], page.seen.has(lane), &m, &l);
         if (lane == 0) {
             shared.fold.m[warp][g] = m;
             shared.fold.l[warp][g] = l;
@@ -188,13 +192,59 @@ EI_DEV void attend_page(Shared& shared, const Heads& heads, int arena_page, int 
     }
     __syncwarp();
     float o[L::ROUNDS][L::SET_QUERIES][8];
-    const auto view = K_IS_V ? view_keys<V_TYPE, K_DIM>(k) : view_values<V_TYPE, V_DIM>(v);
     add_values<V_DIM, QUERIES, BATCH>(
-        shared.p[warp], view,
-        [&](int query, int position) { return position >= first && position < end; }, o);
+        shared.p[warp], page.v, [&](int query, int position) { return page.seen.has(position); },
+        o);
     for_values<V_DIM, QUERIES>([&](int query, int value, int round, int g, int e) {
         shared.o[warp][query * V_DIM + value] = o[round][g][e];
     });
+}
+
+template <int WIDTH>
+EI_DEV void attend_page(
+    Shared& shared, const HalfQueries<QUERIES, WIDTH>& queries, const Heads& heads,
+    const Page& page) {
+    const int warp = threadIdx.x / 32;
+    const auto keys = view_keys<K_TYPE, K_DIM>(page.k);
+    float scores[4][4], m[2], l[2];
+    unsigned p[2][4];
+    score_page<K_TYPE, SOFT_CAP>(queries, keys, heads.scale, heads.soft_cap, scores);
+    soften(scores, {page.seen, page.seen}, p, m, l);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const int query = query_of_value(2 * i);
+        if (threadIdx.x % 4 == 0 && query < QUERIES) {
+            shared.fold.m[warp][query] = m[i];
+            shared.fold.l[warp][query] = l[i];
+        }
+    }
+#pragma unroll 1
+    for (int group = 0; group < GROUPS<V_DIM>; ++group) {
+        float o[8][4];
+        add_values<V_DIM>(p, page.v, group, page.seen, o);
+#pragma unroll
+        for (int i = 0; i < 32; ++i) {
+            const int query = query_of_value(i % 4);
+            const int value = place_of_value(group, i / 4, i % 4);
+            if (query < QUERIES && value < V_DIM) {
+                shared.o[warp][query * V_DIM + value] = o[i / 4][i % 4];
+            }
+        }
+    }
+}
+
+// The part of page `page`, which the row sees.
+EI_DEV void attend_page(
+    Shared& shared, const Heads& heads, const Table& table, const Seen& seen, int page) {
+    const size_t place = (size_t)arena_page(table, page) * heads.n_kv_heads + heads.kv_head;
+    const uint8_t* k = heads.k_cache + place * K_PAGE;
+    const uint8_t* v = heads.v_cache + place * V_PAGE;
+    for (int i = 128 * (threadIdx.x % 32); i < V_PAGE && !K_IS_V; i += 128 * 32) {
+        ei_prefetch(v + i);
+    }
+    const auto view = K_IS_V ? view_keys<V_TYPE, K_DIM>(k) : view_values<V_TYPE, V_DIM>(v);
+    const Bounds bounds = {first_seen(seen, page), end_seen(seen, page)};
+    attend_page(shared, shared.queries, heads, Page{k, view, bounds});
 }
 
 // All that a row sees of the segment that begins with page `first_page`, into o and shared.fold.
@@ -218,9 +268,7 @@ EI_DEV void attend_segment(
         for (int first = begin; first < end; first += WARPS) {
             const int page = first + threadIdx.x / 32;
             if (page < end) {
-                attend_page(
-                    shared, heads, arena_page(table, page), first_seen(seen, page),
-                    end_seen(seen, page));
+                attend_page(shared, heads, table, seen, page);
             }
             fold_parts<V_DIM>(
                 shared.fold, min(WARPS, end - first), starts,

@@ -1,6 +1,5 @@
 // Attention of many rows: a warp takes rows of one sequence over all pages that they see, in order.
-#include "attend.cuh"
-#include "x8.cuh"
+#include "attend_rows.cuh"
 
 // K_DIM, V_DIM: widths of heads, any. GROUP: query heads of a kv head that a warp takes. ROWS: rows
 // that it takes at a time. WARPS: of a block. K_IS_V 1: V is the first V_DIM values of K, and
@@ -32,6 +31,7 @@ constexpr bool TRANSFORMS_V =
     K_IS_V ? TRANSFORMS_K : V_TYPE::IS_BLOCKS && V_DIM % 64 == 0;
 typedef QueriesOf<IS_BLOCKS, QUERIES, K_DIM>::Type Queries;
 typedef Lanes<V_DIM, QUERIES> L;
+typedef Rows<GROUP> TileRows;
 constexpr int BATCH = 4;  // loads of a lane in flight: other warps and blocks wait less than these
 typedef float Values[L::ROUNDS][L::SET_QUERIES][8];
 
@@ -41,60 +41,6 @@ struct __align__(16) Shared {
     float whole[WARPS][8 * L::ROUNDS][L::SET_QUERIES][32];  // of segments folded so far, by lane
 };
 
-// What a block reads and writes.
-struct Layer {
-    const float* q;
-    const float* pinned_q;
-    int q_stride;
-    const uint8_t* k_cache;
-    const uint8_t* v_cache;
-    const float* sinks;
-    float* out;
-    int out_stride;
-    uint8_t* x8;
-    int x8_dim;  // values of a row
-    int kv_head;
-    int n_kv_heads;
-    int head;     // the first of the query heads of the block,
-    int n_heads;  // and how many of GROUP there are
-    float scale;
-    float soft_cap;
-};
-
-// m and l of a lane's query, for lanes that have one: query GROUP * r + g is head g of row r.
-struct State {
-    float m;
-    float l;
-    bool is_empty;
-};
-
-// How a state takes in a part. A scale of NaN would do for neither: so `how` is beside them.
-enum How { KEEP, START, FOLD };
-struct Take {
-    int how;
-    float state_scale;
-    float part_scale;
-};
-
-EI_DEV Take take_part(State& state, float m, float l, bool is_wanted) {
-    Take take = {KEEP, 1.0f, 1.0f};
-    if (!is_wanted) {
-        return take;
-    }
-    if (state.is_empty) {
-        take.how = START;
-        state = State{m, l, false};
-        return take;
-    }
-    const float top = fmaxf(state.m, m);
-    take.how = FOLD;
-    take.state_scale = ei_exp(state.m - top);
-    take.part_scale = ei_exp(m - top);
-    state.l = ei_fma(state.l, take.state_scale, l * take.part_scale);
-    state.m = top;
-    return take;
-}
-
 // The values of a part into those of a state, as each query's lane has said. state(i, g): where it
 // has this lane's value i of query g of its set.
 template <typename Value>
@@ -102,44 +48,31 @@ EI_DEV void take_values(const Take& take, const Values& part, Value state) {
 #pragma unroll
     for (int g = 0; g < L::SET_QUERIES; ++g) {
         const int from = L::first_query() + g;
-        const int how = __shfl_sync(EI_ALL_LANES, take.how, from);
-        const float state_scale = __shfl_sync(EI_ALL_LANES, take.state_scale, from);
-        const float part_scale = __shfl_sync(EI_ALL_LANES, take.part_scale, from);
+        Take each;
+        each.how = __shfl_sync(EI_ALL_LANES, take.how, from);
+        each.state_scale = __shfl_sync(EI_ALL_LANES, take.state_scale, from);
+        each.part_scale = __shfl_sync(EI_ALL_LANES, take.part_scale, from);
 #pragma unroll
         for (int i = 0; i < 8 * L::ROUNDS; ++i) {
-            float& o = state(i, g);
-            const float x = part[i / 8][g][i % 8];
-            if (how == START) {
-                o = x;
-            } else if (how == FOLD) {
-                o = ei_fma(o, state_scale, x * part_scale);
-            }
+            each.value(state(i, g), part[i / 8][g][i % 8]);
         }
     }
 }
 
-// Query `query` of n rows from `row` on, null where there is none.
-EI_DEV const float* query_of(const Layer& layer, const float* q, int row, int n, int query) {
-    const int r = query / GROUP;
-    const int g = query % GROUP;
-    const size_t at = (size_t)(row + r) * layer.q_stride + (layer.head + g) * K_DIM;
-    return r < n && g < layer.n_heads ? q + at : nullptr;
-}
-
-// The queries of n rows from `row` on to the warp's shared memory; those that are missing as zeros.
+// Queries of rows to the warp's shared memory; those that are missing as zeros.
 EI_DEV void load_queries(
-    FloatQueries<QUERIES, K_DIM>& to, const Layer& layer, const float* q, int row, int n) {
+    FloatQueries<QUERIES, K_DIM>& to, const Layer& layer, const float* q, const TileRows& rows) {
     for (int i = threadIdx.x % 32; i < QUERIES * K_DIM; i += 32) {
-        const float* query = query_of(layer, q, row, n, i / K_DIM);
+        const float* query = rows.query_of<K_DIM>(layer, q, i / K_DIM);
         to.q[i / K_DIM][i % K_DIM] = query ? query[i % K_DIM] : 0.0f;
     }
 }
 
 template <int WIDTH>
 EI_DEV void load_queries(
-    BlockQueries<QUERIES, WIDTH>& to, const Layer& layer, const float* q, int row, int n) {
+    BlockQueries<QUERIES, WIDTH>& to, const Layer& layer, const float* q, const TileRows& rows) {
     for (int i = 0; i < QUERIES; ++i) {
-        load_query<K_TYPE, TRANSFORMS_K>(to, i, query_of(layer, q, row, n, i));
+        load_query<K_TYPE, TRANSFORMS_K>(to, i, rows.query_of<K_DIM>(layer, q, i));
     }
 }
 
@@ -188,107 +121,56 @@ EI_DEV void attend_page(
     __syncwarp();
 }
 
-EI_DEV int least_lane(int x) {
-    for (int step = 16; step > 0; step >>= 1) {
-        x = min(x, __shfl_xor_sync(EI_ALL_LANES, x, step));
-    }
-    return x;
-}
+// Queries of a warp, and what is folded of them so far.
+struct Tile {
+    Shared& shared;
+    const Layer& layer;
+    TileRows rows;
+    State segment, whole;  // of the lane's query
+    Values segment_o;
 
-// What attention leaves for n rows from `row` on.
-EI_DEV void write_rows(Shared& shared, const Layer& layer, const State& whole, int row, int n) {
-    const int warp = threadIdx.x / 32;
-    const int lane = threadIdx.x % 32;
-    const bool has_query = lane / GROUP < n && lane % GROUP < layer.n_heads;
-    const float* sink = layer.sinks + layer.head + lane % GROUP;
-    const Scales scales =
-        last_scales(whole.m, whole.l, layer.sinks && has_query ? sink : nullptr);
-    __syncwarp();
-    const auto value_of = [&](int i) {
-        const int query = i / V_DIM;
-        const float factor = __shfl_sync(EI_ALL_LANES, scales.factor, query);
-        const float inverse = __shfl_sync(EI_ALL_LANES, scales.inverse, query);
-        const int chunk = i % V_DIM / 8;
-        const int held_by = query / L::SET_QUERIES * L::WIDTH + chunk % L::WIDTH;
-        const int held_as = chunk / L::WIDTH * 8 + i % V_DIM % 8;
-        const float held = shared.whole[warp][held_as][query % L::SET_QUERIES][held_by];
-        return (held * factor) * inverse;
-    };
-    const auto write = [&](int i, float value) {
-        const int query = i / V_DIM;
-        if (query / GROUP >= n || query % GROUP >= layer.n_heads) {
-            return;  // all lanes of a block of 32
-        }
-        const int at = (layer.head + query % GROUP) * V_DIM + i % V_DIM;
-        if (layer.out) {
-            layer.out[(size_t)(row + query / GROUP) * layer.out_stride + at] = value;
-        }
-        if (V_DIM % 32 == 0 && layer.x8) {
-            quantise_block(x8_row(layer.x8, row + query / GROUP, layer.x8_dim), at / 32, value);
-        }
-    };
-    for (int first = 0; first < QUERIES * V_DIM; first += TRANSFORMS_V ? 64 : 32) {
-        const int i = min(first + lane, QUERIES * V_DIM - 1);
-        float x0 = value_of(i);
-        if (TRANSFORMS_V) {
-            float x1 = value_of(i + 32);
-            hadamard64(x0, x1);
-            write(i + 32, x1);
-        }
-        write(i, x0);
+    __device__ __forceinline__ void load(const float* q) {
+        load_queries(shared.queries[threadIdx.x / 32], layer, q, rows);
     }
-    __syncwarp();
-}
 
-// n rows of one sequence, from `row` on.
+    __device__ __forceinline__ void take(int arena_page, int bounds, bool sees, bool is_next) {
+        Values o;
+        float m, l;
+        attend_page(shared, layer, arena_page, bounds, &m, &l, o);
+        if (__any_sync(EI_ALL_LANES, is_next)) {
+            end_segment(is_next && !segment.is_empty);
+            segment.is_empty |= is_next;
+        }
+        take_values(take_part(segment, m, l, sees), o, [&](int i, int g) -> float& {
+            return segment_o[i / 8][g][i % 8];
+        });
+    }
+
+    // Of queries that are done with one.
+    __device__ __forceinline__ void end_segment(bool is_done) {
+        take_values(
+            take_part(whole, segment.m, segment.l, is_done), segment_o,
+            [&](int i, int g) -> float& {
+                return shared.whole[threadIdx.x / 32][i][g][threadIdx.x % 32];
+            });
+    }
+};
+
 EI_DEV void attend_run(
-    Shared& shared, const Layer& layer, const Table& table, const int64_t* pos, int window, int row,
-    int n) {
+    Shared& shared, const Layer& layer, const Table& table, const int64_t* pos, int window,
+    const TileRows& rows) {
     const int lane = threadIdx.x % 32;
-    const bool has_query = lane / GROUP < n && lane % GROUP < layer.n_heads;
-    const Seen seen = seen_of(table, pos[row + min(lane / GROUP, n - 1)], window);
-    State page_state, segment = {0, 0, true}, whole = {0, 0, true};
-    Values page_o, segment_o;
-    const auto segment_value = [&](int i, int g) -> float& { return segment_o[i / 8][g][i % 8]; };
-    const auto whole_value = [&](int i, int g) -> float& {
-        return shared.whole[threadIdx.x / 32][i][g][lane];
-    };
-    int last_segment = -1;
-    for (int is_pinned = 1; is_pinned >= 0; --is_pinned) {
-        const int begin = is_pinned ? seen.pinned_begin : seen.begin;
-        const int end = is_pinned ? seen.pinned_end : seen.end;
-        const int first = least_lane(begin);
-        const int behind = -least_lane(-end);
-        if (first >= behind) {
-            continue;
-        }
-        load_queries(
-            shared.queries[threadIdx.x / 32], layer, is_pinned ? layer.pinned_q : layer.q, row, n);
-        __syncwarp();
-        for (int page = first; page < behind; ++page) {
-            const bool sees = has_query && page >= begin && page < end;
-            if (!__any_sync(EI_ALL_LANES, sees)) {
-                continue;
-            }
-            const int bounds = sees ? first_seen(seen, page) + 64 * end_seen(seen, page) : 0;
-            attend_page(
-                shared, layer, arena_page(table, page), bounds, &page_state.m, &page_state.l,
-                page_o);
-            const bool is_next = sees && last_segment != page / EI_SEGMENT_PAGES;
-            if (__any_sync(EI_ALL_LANES, is_next)) {
-                const bool is_done = is_next && !segment.is_empty;
-                const Take take = take_part(whole, segment.m, segment.l, is_done);
-                take_values(take, segment_o, whole_value);
-                segment.is_empty |= is_next;
-            }
-            last_segment = sees ? page / EI_SEGMENT_PAGES : last_segment;
-            const Take take = take_part(segment, page_state.m, page_state.l, sees);
-            take_values(take, page_o, segment_value);
-        }
-        __syncwarp();
-    }
-    take_values(take_part(whole, segment.m, segment.l, has_query), segment_o, whole_value);
-    write_rows(shared, layer, whole, row, n);
+    const bool has_query = rows.has(layer, lane);
+    const Seen seen = seen_of(table, pos[rows.row + min(lane / GROUP, rows.n - 1)], window);
+    Tile tile = {shared, layer, rows, {0, 0, true}, {0, 0, true}};
+    take_pages(tile, layer, table, seen, has_query);
+    tile.end_segment(has_query);
+    write_rows<GROUP, QUERIES, V_DIM, TRANSFORMS_V>(
+        layer, rows, tile.whole, [&](int query, int value) {
+            const int held_by = query / L::SET_QUERIES * L::WIDTH + value / 8 % L::WIDTH;
+            const int held_as = value / 8 / L::WIDTH * 8 + value % 8;
+            return shared.whole[threadIdx.x / 32][held_as][query % L::SET_QUERIES][held_by];
+        });
 }
 
 // Grid: (kv heads * tiles, rows / (ROWS * WARPS)), 32 * WARPS threads; a tile is GROUP query heads
@@ -317,13 +199,8 @@ EI_KERNEL(32 * WARPS, 1) attend_rows(
     layer.scale = scale;
     layer.soft_cap = soft_cap;
     const int first = (blockIdx.y * WARPS + threadIdx.x / 32) * ROWS;
-    const int end = min(first + ROWS, ei_rows(step, 0));
-    for (int row = first, n; row < end; row += n) {
-        n = 1;
-        while (row + n < end && seq[row + n] == seq[row]) {
-            ++n;
-        }
-        const Table table = table_of(tables, pages, seq, row);
-        attend_run(memory[0], layer, table, pos, window, row, n);
-    }
+    for_runs<GROUP>(first, ROWS, ei_rows(step, 0), seq, [&](const TileRows& rows) {
+        const Table table = table_of(tables, pages, seq, rows.row);
+        attend_run(memory[0], layer, table, pos, window, rows);
+    });
 }

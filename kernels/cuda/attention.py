@@ -14,6 +14,8 @@ from edgeinfer.ops import KV_BLOCK
 SHARED_BYTES = 48 << 10  # static shared memory of a block, on any GPU
 _TILE_VALUES = 1024  # of the query heads of a block: more take registers that loads in flight need
 _MOST_QUERIES = 12  # of a warp that takes several rows
+_TILE_QUERIES = 16  # of a warp with tensor cores
+_MOST_MMA_DIM = 256  # of heads: what is folded of wider ones has no room in shared memory
 _LANES = 32
 
 
@@ -26,22 +28,25 @@ class AttendLaunch(NamedTuple):
     makes_heads: bool  # whether a warp has room to norm and rotate a head, in steps of one row
 
     @classmethod
-    def of(cls, cache: KV, n_heads: int, has_cap: bool) -> AttendLaunch:
-        """UnsupportedModelError where heads are too wide."""
+    def of(cls, cache: KV, n_heads: int, has_cap: bool, *, mma: bool = False) -> AttendLaunch:
+        """`mma`: by tensor cores. UnsupportedModelError where heads are too wide."""
         most = max(1, _TILE_VALUES // cache.v_dim)
+        most = min(most, _TILE_QUERIES) if mma else most
         queries, n_tiles = _tiles(n_heads // cache.n_heads, most)
         lanes = _Lanes.of(cache.v_dim, queries)
 
         def n_floats(warps: int) -> int:
             """Of `Shared` in attend.cu."""
             of_warp = PAGE * lanes.padded + queries * cache.v_dim + 4 * queries
-            return queries * _query_floats(cache) + warps * of_warp + 2 * queries + 4
+            return queries * _query_floats(cache, mma) + warps * of_warp + 2 * queries + 4
 
-        # 512 threads have 128 registers each: too few for the loads and scores of more queries.
-        most_queries = 4 if cache.k_type == cache.v_type == "f16" else 3
+        # 512 threads have 128 registers each: too few for the loads and scores of more queries, and
+        # for blocks that are made halves.
+        are_halves = cache.k_type == cache.v_type == "f16"
+        most_queries = 4 if are_halves else 0 if mma else 3
         choices = (16, 8, 4, 2, 1) if queries <= most_queries else (8, 4, 2, 1)
         warps = _most_warps(cache, choices, n_floats)
-        kernel = _kernel("attend", cache, has_cap, QUERIES=queries, WARPS=warps)
+        kernel = _kernel("attend", cache, has_cap, QUERIES=queries, WARPS=warps, MMA=int(mma))
         makes_heads = cache.k_dim <= queries * cache.v_dim
         return cls(kernel, n_tiles * cache.n_heads, _LANES * warps, makes_heads)
 
@@ -69,11 +74,31 @@ class AttendRowsLaunch(NamedTuple):
         def n_floats(warps: int) -> int:
             """Of `Shared` in attend_rows.cu."""
             values = 8 * lanes.rounds * lanes.set_queries * _LANES
-            return warps * (queries * _query_floats(cache) + PAGE * lanes.padded + values)
+            return warps * (queries * _query_floats(cache, False) + PAGE * lanes.padded + values)
 
         warps = _most_warps(cache, (4, 2, 1), n_floats)
         kernel = _kernel("attend_rows", cache, has_cap, GROUP=group, ROWS=rows, WARPS=warps)
         return cls(kernel, n_tiles * cache.n_heads, rows * warps, _LANES * warps)
+
+    @classmethod
+    def by_mma(cls, cache: KV, n_heads: int, has_cap: bool) -> AttendRowsLaunch:
+        """Of attend_rows_mma.cu; UnsupportedModelError where heads are too wide."""
+        group, n_tiles = _tiles(n_heads // cache.n_heads, _TILE_QUERIES)
+        rows = _TILE_QUERIES // group
+        queries, room = rows * group, -(-cache.v_dim // 64) * 64
+
+        def n_floats(warps: int) -> int:
+            """Of `Shared` in attend_rows_mma.cu."""
+            return warps * (queries * _query_floats(cache, True) + 2 * _TILE_QUERIES * room)
+
+        warps = _most_warps(cache, (4, 2, 1), n_floats)
+        kernel = _kernel("attend_rows_mma", cache, has_cap, GROUP=group, ROWS=rows, WARPS=warps)
+        return cls(kernel, n_tiles * cache.n_heads, rows * warps, _LANES * warps)
+
+
+def fits_mma(cache: KV) -> bool:
+    """Whether tensor cores may take heads of these widths."""
+    return max(cache.k_dim, cache.v_dim) <= _MOST_MMA_DIM
 
 
 def part_floats(v_dim: int) -> int:
@@ -110,8 +135,13 @@ class _Lanes(NamedTuple):
         return cls(-(-chunks // width), set_queries, sets * set_queries)
 
 
-def _query_floats(cache: KV) -> int:
-    """Of `QueriesOf` of attend.cuh: of blocks their codes, scales and sums, in whole 16 bytes."""
+def _query_floats(cache: KV, mma: bool) -> int:
+    """Of `QueriesOf` of attend.cuh: of blocks their codes, scales and sums, in whole 16 bytes.
+
+    Or of `HalfQueries` of attend_mma.cuh, a bit more.
+    """
+    if mma:
+        return 16 * (-(-cache.k_dim // 32) | 1) + 4
     if cache.k_type == "f16":
         return _whole(cache.k_dim)
     return -(-10 * -(-cache.k_dim // KV_BLOCK) // 4) * 4

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
 from edgeinfer import config
-from edgeinfer.batch import HOST, Demand, Sampler, StepLimits, StepRequest
+from edgeinfer.batch import HOST, Demand, Numerics, Sampler, StepLimits, StepRequest
 from edgeinfer.errors import UnsupportedModelError
 from edgeinfer.graph import Segment
 from edgeinfer.kernels.cuda.blueprint import Blueprint
@@ -21,6 +21,7 @@ Progress: TypeAlias = Callable[[str, int, int], None]  # stage, done, total
 # The sampler for a vocabulary of a size, and so many threads: what the device leaves to the host.
 MakeSampler: TypeAlias = Callable[[int, int], Sampler]
 
+LEAST_FAST_ARCH = 75  # the first whose tensor cores have sums of halves in floats by this mma
 _DRIVER_BYTES = 300 << 20  # that a GPU's driver takes beside all that is reserved
 _SHARED_ROWS = 256  # of prompts, in a step that also decodes
 _ROW_COST = 0.02  # of a step of few rows, for one row more: weights are read once for all
@@ -38,10 +39,18 @@ class CudaBackend:
         name: str,
         make_sampler: MakeSampler,
         progress: Progress | None = None,
+        numerics: Numerics = "exact",
     ) -> None:
+        """`numerics` are "fast" only where the device has the tensor cores for it."""
+        has_fast = device.facts.arch >= LEAST_FAST_ARCH
+        self.numerics: Numerics = numerics if has_fast else "exact"
         self.device, self.name, self._make_sampler = device, name, make_sampler
         self._progress = progress or (lambda stage, done, total: None)
         self._drawn: Blueprint | None = None  # what `compile` will most likely be asked for
+
+    def with_numerics(self, numerics: Numerics) -> CudaBackend:
+        """Another one of the same device."""
+        return CudaBackend(self.device, self.name, self._make_sampler, self._progress, numerics)
 
     def memories(self, host: int) -> dict[str, int]:
         """Bytes that may be taken of the host's memory and of the device's own, if it has any."""
@@ -98,7 +107,8 @@ class CudaBackend:
         return len(kernels)
 
     def _draw(self, segment: Segment, limits: StepLimits) -> Blueprint:
-        drawn, facts = Blueprint(segment, limits, self.device.facts.arch), self.device.facts
+        facts = self.device.facts
+        drawn = Blueprint(segment, limits, facts.arch, self.numerics)
         launches = drawn.lowered.launches
         most = max(launches, key=lambda each: each.shared_bytes)
         if most.shared_bytes > facts.shared_bytes:

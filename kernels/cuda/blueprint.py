@@ -8,7 +8,7 @@ from itertools import count, takewhile
 
 import numpy as np
 
-from edgeinfer.batch import SEGMENT_PAGES, STATE_ROW, StepLimits, cache_row
+from edgeinfer.batch import SEGMENT_PAGES, STATE_ROW, Numerics, StepLimits, cache_row
 from edgeinfer.graph import (
     KV,
     Attention,
@@ -34,10 +34,16 @@ class Blueprint:
     """A segment lowered for steps of up to `limits` on a GPU of `arch`, to become one program."""
 
     def __init__(
-        self, segment: Segment, limits: StepLimits, arch: int, beside: TiledWeights | None = None
+        self,
+        segment: Segment,
+        limits: StepLimits,
+        arch: int,
+        numerics: Numerics = "exact",
+        beside: TiledWeights | None = None,
     ) -> None:
         """Weights that lie `beside` are those of another program, which lives longer."""
         self.segment, self.limits = segment, limits
+        self.numerics, self._arch = numerics, arch
         self.weights = TiledWeights(*weights_of(segment), beside)
         self.step_arrays = StepArrays(limits, segment.groups, bool(segment.states))
         n_tokens = segment.output.dim if segment.is_last else 0
@@ -47,7 +53,7 @@ class Blueprint:
         caches = self._caches = self._place_caches()
         self._recurrent = [op for op in segment.ops if isinstance(op, (Conv, DeltaNet))]
         states = self._states = self._place_states()
-        lowering = Lowering(segment, limits, self.weights, caches, states, step, arch)
+        lowering = Lowering(segment, limits, self.weights, caches, states, step, arch, numerics)
         self.lowered = lowering.run(samples=beside is None)
         self.scratch = self.lowered.scratch
         self.scratch.place(self.weights.staging, 0 if self.scratch.n_bytes else None)
@@ -56,7 +62,9 @@ class Blueprint:
         )
         self.draft: Blueprint | None = None
         if (block := segment.draft) is not None:
-            self.draft = Blueprint(block, limits.of_draft(block.groups), arch, self.weights)
+            self.draft = Blueprint(
+                block, limits.of_draft(block.groups), arch, numerics, self.weights
+            )
 
     def arenas(self) -> tuple[Arena, ...]:
         return self.weights.arena, self.kv, self.scratch, self.step
@@ -93,7 +101,9 @@ class Blueprint:
             DevicePart(device, self._states[op.out.index].address, op.state.n_bytes)
             for op in self._recurrent
         ]
-        layout = layout_of("cuda 1", self.segment)
+        # Rounded otherwise, the bytes are of a kind of GPU.
+        machine = f" {self.numerics} sm_{self._arch}" if self.numerics != "exact" else ""
+        layout = layout_of(f"cuda 1{machine}", self.segment)
         return Cached(groups, Pieces(self.limits.n_states, states), layout)
 
     def _parts_of(self, group: Mapping[int, KV], device: Device) -> Iterator[DevicePart]:

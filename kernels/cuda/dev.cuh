@@ -79,6 +79,17 @@ EI_DEV uint16_t ei_to_half(float x) {
 #endif
 }
 
+// Two halves in a word, `low` in its low bits.
+EI_DEV unsigned ei_to_halves(float low, float high) {
+#if !defined(EI_CPU) && __CUDA_ARCH__ >= 800
+    unsigned halves;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(halves) : "f"(high), "f"(low));
+    return halves;
+#else
+    return ei_to_half(low) | (unsigned)ei_to_half(high) << 16;
+#endif
+}
+
 // The float of byte i of a word: exact, one permutation and one subtraction.
 EI_DEV float ei_byte_to_float(unsigned word, int i) {
     return __uint_as_float(__byte_perm(word, 0x4B000000u, 0x7440u | i)) - 8388608.0f;
@@ -199,7 +210,7 @@ EI_DEV int ei_sum32(int x) {
     return x;
 }
 
-// -- tensor cores: int8, sums of 32 bits; fragments as PTX has them --
+// -- tensor cores: int8, or halves, and sums of 32 bits; fragments as PTX has them --
 
 #if !defined(EI_CPU) && __CUDA_ARCH__ >= 750 && __CUDA_ARCH__ < 800
 // 8 rows by 8 columns, 16 deep: all that sm_75 has.
@@ -239,5 +250,26 @@ EI_DEV void ei_mma_m16n8k16(int (&sum)[4], const unsigned (&a)[2], unsigned b) {
 #elif __CUDA_ARCH__ >= 750
     ei_mma_m8n8k16(sum[0], sum[1], a[0], b);
     ei_mma_m8n8k16(sum[2], sum[3], a[1], b);
+#endif
+}
+
+// sum += A B of halves, 16 rows by 8 columns, 16 deep, in floats; in which order a GPU adds up, and
+// whether it rounds or cuts off, is its own. Below sm_75 there is none.
+EI_DEV void ei_mma_halves(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+#if defined(EI_CPU)
+    ei_cpu_mma_halves(sum, a, b, EI_HERE);
+#elif __CUDA_ARCH__ >= 800
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, "
+                 "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#elif __CUDA_ARCH__ >= 750
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, "
+                     "{%4, %5}, {%6}, {%0, %1, %2, %3};"
+                     : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+                     : "r"(a[2 * i]), "r"(a[2 * i + 1]), "r"(b[i]));
+    }
 #endif
 }

@@ -9,6 +9,7 @@ from edgeinfer.kernels.cuda.attention import (
     SHARED_BYTES,
     AttendLaunch,
     AttendRowsLaunch,
+    fits_mma,
     part_floats,
 )
 from edgeinfer.kernels.cuda.commands import ALL_ROWS, Arg, Segments
@@ -45,8 +46,8 @@ class AttentionLowering(LoweringBase):
         k_stride, v_stride = (0 if x is None else row_stride(x.dim) for x in (op.k, op.v))
         n_kv_heads = 0 if op.k is None else kv.n_heads
         n_warps = 4 if 4 * _bytes_of_head(kv) <= SHARED_BYTES else 1
-        one_row = AttendLaunch.of(kv, op.n_heads, op.soft_cap > 0)
-        with self._from_rows(2 if one_row.makes_heads else 1):
+        makes_heads = AttendLaunch.of(*self._shape_of(op), mma=self._is_mma(op)).makes_heads
+        with self._from_rows(2 if makes_heads else 1):
             self._emit(
                 Kernel.of("rotate_store", NEOX=int(op.rope.kind == "neox")), ALL_ROWS,
                 -(-(op.n_heads + n_kv_heads) // n_warps), 32 * n_warps,
@@ -57,7 +58,7 @@ class AttentionLowering(LoweringBase):
                 n_heads=op.n_heads, n_kv_heads=n_kv_heads, k_dim=kv.k_dim,
                 v_dim=kv.v_dim if op.v is not None else 0, **_types_of(kv),
             )  # fmt: skip
-        self._attend(op, q, pinned_q, heads if one_row.makes_heads else None)
+        self._attend(op, q, pinned_q, heads if makes_heads else None)
 
     def _heads(self, op: RotatedAttention) -> dict[str, Arg]:
         """What makes heads of products, but for q."""
@@ -74,6 +75,12 @@ class AttentionLowering(LoweringBase):
         if op.k is not None:
             self._store(op, self._floats[op.k])
         self._attend(op, self._floats[op.q], self._floats[op.pinned_q])
+
+    def _shape_of(self, op: RotatedAttention | PinnedAttention) -> tuple[KV, int, bool]:
+        return op.cache, op.n_heads, op.soft_cap > 0
+
+    def _is_mma(self, op: RotatedAttention | PinnedAttention) -> bool:
+        return self._is_fast and fits_mma(op.cache)
 
     def _cache_of(self, op: RotatedAttention | PinnedAttention) -> LayerCache:
         return self._caches[op.layer if op.source is None else op.source]
@@ -141,7 +148,8 @@ class AttentionLowering(LoweringBase):
             "sinks": self._weights.vector(op.sinks) if op.sinks else 0,
             "out": out, "out_stride": row_stride(op.out.dim), "x8": x8,
         }  # fmt: skip
-        few = AttendLaunch.of(kv, op.n_heads, op.soft_cap > 0)
+        of_heads, mma = self._shape_of(op), self._is_mma(op)
+        few = AttendLaunch.of(*of_heads, mma=mma)
         n_parts = FEW_ROWS * op.n_heads * self._max_segments
         of_few: dict[str, Arg] = {
             **_READY_HEADS, **common, "counters": self._step.counters,
@@ -156,7 +164,7 @@ class AttentionLowering(LoweringBase):
             self._emit(few.kernel, ALL_ROWS, grid, few.threads, shape, **of_one)
         shape = LaunchShape(least_rows=least, most_rows=FEW_ROWS)
         self._emit(few.kernel, ALL_ROWS, grid, few.threads, shape, **of_few)
-        many = AttendRowsLaunch.of(kv, op.n_heads, op.soft_cap > 0)
+        many = AttendRowsLaunch.by_mma(*of_heads) if mma else AttendRowsLaunch.of(*of_heads)
         shape = LaunchShape(rows_per_block=many.n_rows, least_rows=FEW_ROWS + 1)
         self._emit(many.kernel, ALL_ROWS, many.n_tiles, many.threads, shape, **common)
 

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from edgeinfer.batch import StepLimits
+from edgeinfer.batch import Numerics, StepLimits
 from edgeinfer.fusion import fuse
 from edgeinfer.graph import Attention, Rope, Segment, Value
 from edgeinfer.kernels.buffers import Buffer, Reads
@@ -97,15 +97,18 @@ class LoweringBase:
         states: Mapping[int, Buffer],
         step: StepBuffers,
         arch: int,
+        numerics: Numerics,
     ) -> None:
         self._segment, self._limits = segment, limits
         self._weights, self._caches, self._step = weights, caches, step
         self._states, self._arch = states, arch  # slots, by number of what an op leaves
+        self._is_fast = numerics == "fast"
         self._steps = fuse(segment)
         self._reads = Reads(self._steps, segment.kept)
         self._selected = selected(segment)
         self._floats: dict[Value, Buffer] = {}  # where a value's f32 rows are
         self._quantised: dict[Value, Buffer] = {}
+        self._halved: dict[Value, Buffer] = {}
         # Angles that layers share: by position, and by that for pinned pages of a group.
         self._angles: dict[tuple[Rope, Buffer | None], Buffer] = {}
         self._frequencies: dict[Rope, tuple[Buffer, ...]] = {}  # and magnitudes

@@ -20,6 +20,8 @@ _FEW_TILES = 256  # of a matrix: more warps share one, so that enough of them ar
 _LEAST_MMA_ARCH = 75
 _ORIN_ARCH = 87  # where tensor cores are faster from 3 rows on, elsewhere from 5
 _MMA = ((8, 2), (16, 2), (64, 4))  # tokens and warps of a block
+# In "fast" numerics. F32 stays: it is what chooses experts, and what is small.
+_HALVED = ("F16", "BF16")
 
 
 class _Way(NamedTuple):
@@ -45,8 +47,14 @@ def _ways(kind: QuantType, n_rows_of_matrix: int, arch: int) -> Iterator[_Way]:
         shape = LaunchShape(rows_per_block=n_rows, least_rows=least, most_rows=most)
         yield _Way(kernel, tiles.TILE, 32 * warps, shape)
         least = most + 1
-    for n_tokens, warps in _MMA if has_mma else ():
-        kernel = Kernel.of("matmul_mma", TYPE=kind.name, TOKENS=n_tokens, WARPS=warps)
+    if has_mma:
+        yield from _mma_ways("matmul_mma", kind, least)
+
+
+def _mma_ways(name: str, kind: QuantType, least: int) -> Iterator[_Way]:
+    """By tensor cores, from so many rows on."""
+    for n_tokens, warps in _MMA:
+        kernel = Kernel.of(name, TYPE=kind.name, TOKENS=n_tokens, WARPS=warps)
         most = n_tokens if n_tokens <= 16 else ANY_NUMBER
         shape = LaunchShape(rows_per_block=n_tokens, least_rows=least, most_rows=most)
         yield _Way(kernel, tiles.mma_rows(n_tokens, warps), 32 * warps, shape)
@@ -72,9 +80,12 @@ class ProductLowering(LoweringBase):
             "bias": self._weights.vector(op.bias) if op.bias else 0,
             "residual": residual or 0, "y": out,
         }  # fmt: skip
-        in_blocks = reads_blocks(op)
-        x = self._x8(op.x) if in_blocks else self._floats[op.x]
-        ways = _ways(kind, n_rows, self._arch) if in_blocks else _float_ways(kind)
+        if reads_blocks(op):
+            x, ways = self._x8(op.x), _ways(kind, n_rows, self._arch)
+        elif self._is_fast and kind.name in _HALVED:
+            x, ways = self._halves(op.x), _mma_ways("matmul_half", kind, 1)
+        else:
+            x, ways = self._floats[op.x], _float_ways(kind)
         for way in ways:
             blocks = -(-n_rows // way.matrix_rows)
             self._emit(way.kernel, rows, blocks, way.threads, way.shape, x=x, **common)
@@ -101,6 +112,17 @@ class ProductLowering(LoweringBase):
                 k=x.dim,
             )  # fmt: skip
         return self._quantised[x]
+
+    def _halves(self, x: Value) -> Buffer:
+        """A value's rows as halves; the first who reads them makes them."""
+        if x not in self._halved:
+            n_bytes = tiles.half_row_bytes(x.dim) * self._n_rows(x)
+            rows, out = self._rows_of(x), Buffer("halves", n_bytes)
+            self._halved[x] = out
+            self._emit(
+                Kernel.of("halve"), rows, 1, 256, rows=rows, x=self._floats[x], out=out, k=x.dim
+            )
+        return self._halved[x]
 
     def _route(self, op: Route) -> None:
         self._emit(

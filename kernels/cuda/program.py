@@ -336,7 +336,9 @@ class CudaProgram(CacheVerbs):
     # -- what it is ----------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
-        return {"device": self._name, "gpu": self._device.facts.name}
+        facts = {"device": self._name, "gpu": self._device.facts.name}
+        numerics = self._drawn.numerics
+        return facts if numerics == "exact" else {**facts, "numerics": numerics}
 
     @property
     def step_weight_bytes(self) -> int:

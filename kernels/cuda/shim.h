@@ -319,6 +319,31 @@ EI_DEV void ei_cpu_mma(int (&sum)[4], const unsigned (&a)[4], const unsigned (&b
     }
 }
 
+// mma.sync.m16n8k16.f16: the same of halves, two a word, the first in the low bits: a[i], row
+// g + 8 (i % 2) of A, from column 2t + 8 (i / 2) on; b[i], column g of B, from row 2t + 8 i on.
+// Products are exact; here they are added one after the other, each sum rounded to a float.
+EI_DEV void ei_cpu_mma_halves(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2],
+                              const char* where) {
+    const unsigned words[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+    unsigned(*shown)[8] = ei_exchange(words, sizeof words, where);
+    const int g = ei_run->thread->lane / 4, t = ei_run->thread->lane % 4;
+    float left[2][16], right[2][16];
+    for (int k = 0; k < 16; ++k) {
+        const int lane = k % 8 / 2, shift = 16 * (k % 2);
+        for (int i = 0; i < 2; ++i) {
+            const unsigned of_a = shown[4 * g + lane][i + k / 8 * 2] >> shift;
+            const unsigned of_b = shown[4 * (2 * t + i) + lane][4 + k / 8] >> shift;
+            left[i][k] = ei_cpu_from_half(uint16_t(of_a));
+            right[i][k] = ei_cpu_from_half(uint16_t(of_b));
+        }
+    }
+    for (int i = 0; i < 4; ++i) {
+        for (int k = 0; k < 16; ++k) {
+            sum[i] = __fmaf_rn(left[i / 2][k], right[i % 2][k], sum[i]);
+        }
+    }
+}
+
 // -- memory --
 
 template <class T>

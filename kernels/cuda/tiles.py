@@ -1,4 +1,4 @@
-"""Sizes of weights and activations in device memory: what tiles.cuh and x8.cuh compute too."""
+"""Sizes of weights and activations in device memory: those of tiles.cuh, x8.cuh and halves.cuh."""
 
 from __future__ import annotations
 
@@ -68,6 +68,11 @@ def x8_bytes(dim: int) -> int:
     if dim % BLOCK:
         raise ValueError(f"{dim} values can't be quantised: they are no multiple of {BLOCK}")
     return _up(dim, CHUNK) // CHUNK * 352 + 32
+
+
+def half_row_bytes(dim: int) -> int:
+    """Bytes of a row of activations as halves: `halves.cuh`."""
+    return 2 * _up(dim, 32) + 16
 
 
 def most_warps(kind: QuantType, n_rows: int) -> int:
