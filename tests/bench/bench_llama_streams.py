@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from edgeinfer import LLM
+from edgeinfer.results import Delta
 
 PROMPT, ANSWER = 16, 48  # tokens
 _TEMPERATURE = 0.8
@@ -97,14 +98,15 @@ def _rate(client: Client, n: int, n_ids: int, turn: int) -> float:
 
 
 def _ours(llm: LLM, ids: list[int], seed: int) -> list[float]:
-    times = []
+    times: list[float] = []
     ends = llm.runtime.tokenizer.eog_ids
     with llm.stream(
         ids, max_tokens=ANSWER, temperature=_TEMPERATURE, seed=seed, speculation=False,
         logit_bias=dict.fromkeys(ends, -1e9),
     ) as stream:  # fmt: skip
-        for _ in stream:
-            times.append(time.perf_counter())
+        for event in stream:
+            if isinstance(event, Delta):
+                times += [time.perf_counter()] * len(event.token_ids)
     return times
 
 
