@@ -24,6 +24,11 @@ from tests.cuda_shim import Floats, pages_of_blocks, rows_in_memory, run, same_b
 from tests.shim import SEEDS
 
 TWIN = Quantised()
+for_usual_heads = pytest.mark.parametrize(
+    ("n_heads", "n_kv_heads", "dim", "has_cap"),
+    [(32, 32, 128, False), (16, 8, 128, False), (32, 8, 128, False), (64, 8, 128, False)]
+    + [(9, 3, 64, False), (32, 8, 64, False), (14, 2, 64, False), (8, 4, 256, True)],
+)
 READY: dict[str, Any] = dict(  # queries are, and keys are stored
     k=None, v=None, q_norm=None, k_norm=None, eps=0.0, angles=None, pinned_angles=None,
     n_pairs=0, is_neox=0,
@@ -383,11 +388,7 @@ def test_segments_are_counted_as_pages_are_seen() -> None:
         assert n_segments(table, pos, window) == len(segments)
 
 
-@pytest.mark.parametrize(
-    ("n_heads", "n_kv_heads", "dim", "has_cap"),
-    [(32, 32, 128, False), (16, 8, 128, False), (32, 8, 128, False), (64, 8, 128, False)]
-    + [(9, 3, 64, False), (32, 8, 64, False), (14, 2, 64, False), (8, 4, 256, True)],
-)
+@for_usual_heads
 def test_what_usual_models_need_is_compiled_ahead(
     n_heads: int, n_kv_heads: int, dim: int, has_cap: bool
 ) -> None:

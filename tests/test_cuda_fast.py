@@ -35,7 +35,7 @@ from edgeinfer.selftest.fast import divergence
 from .backends import LIMITS, batch_of
 from .models_for_tests import tiny_model
 from .shim import SEEDS, put, put_step, shim
-from .test_cuda_attend import IN_BLOCKS, TWIN, Case, Rows, case_of
+from .test_cuda_attend import IN_BLOCKS, TWIN, Case, Rows, case_of, for_usual_heads
 from .test_cuda_matmul import GUARD, Out, launch, padded, put_weight, rows_of, up, weight
 
 Floats = NDArray[np.float32]
@@ -201,11 +201,7 @@ def test_an_aborted_step_writes_nothing() -> None:
         assert np.isnan(case_of([Rows(40)]).run(abort=1, kernel=kernel)).all()
 
 
-@pytest.mark.parametrize(
-    ("n_heads", "n_kv_heads", "dim", "has_cap"),
-    [(32, 32, 128, False), (16, 8, 128, False), (32, 8, 128, False), (64, 8, 128, False)]
-    + [(9, 3, 64, False), (32, 8, 64, False), (14, 2, 64, False), (8, 4, 256, True)],
-)
+@for_usual_heads
 def test_what_usual_models_need_is_compiled_ahead(
     n_heads: int, n_kv_heads: int, dim: int, has_cap: bool
 ) -> None:

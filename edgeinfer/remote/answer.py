@@ -14,8 +14,9 @@ from typing import Any, Literal
 from edgeinfer.remote.address import Address
 from edgeinfer.remote.frames import as_object, frames, no_api
 from edgeinfer.remote.refusals import ServerError, said_in_answer
-from edgeinfer.remote.told import WholeCharacters, clean_text, count, counts_of, number, parts_of
+from edgeinfer.remote.told import WholeCharacters, count, counts_of, number, parts_of
 from edgeinfer.results import Completion, Delta, Event, PromptProgress, Timings, TokenLogprob, Usage
+from edgeinfer.text.lenient_json import clean_text
 from edgeinfer.text.reply import Piece, ReasoningSplitter
 
 _MOST_CHARACTERS = 64 << 20  # of an answer: one that never ends would take all memory

@@ -15,9 +15,9 @@ from edgeinfer.remote.address import Address
 from edgeinfer.remote.answer import Collected
 from edgeinfer.remote.connection import Connection
 from edgeinfer.remote.refusals import ServerError, TooLongError, broken, refused
-from edgeinfer.remote.told import clean_text
 from edgeinfer.results import Completion, Done, Event
 from edgeinfer.terminal import one_line
+from edgeinfer.text.lenient_json import clean_text
 from edgeinfer.text.turns import drop_turns
 
 if TYPE_CHECKING:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from edgeinfer.text.lenient_json import clean_text
+
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _LENGTHS = ("max_model_len", "context_length", "context_window", "max_context_length")
 _MOST = 1 << 40
@@ -20,13 +22,6 @@ def number(value: Any) -> float:
     """A rate, 0 where it is none."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return float(value) if is_number and 0 < value < _MOST and math.isfinite(value) else 0.0
-
-
-def clean_text(text: str) -> str:
-    """Text that every encoding can take: half of a surrogate pair becomes U+FFFD."""
-    if text.isascii():
-        return text
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class WholeCharacters:

@@ -52,7 +52,6 @@ class Answer:
         self._ping_seconds = ping_seconds
         self._doorbell = doorbell
         self._loop = asyncio.get_running_loop()
-        self._heard_at = self._loop.time()
         self._waiter: asyncio.Future[bool | Exception] | None = None  # while somebody listens
         self._is_cut_short = False
         model.metrics.n_running += 1

@@ -182,7 +182,13 @@ def is_json(text: str) -> bool:
 
 def as_json(value: object) -> str:
     """JSON of a value of Python; ValueError where there is none."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return clean_text(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+def clean_text(text: str) -> str:
+    """Text that every encoding can take: half of a surrogate pair becomes U+FFFD."""
+    if text.isascii():
+        return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
