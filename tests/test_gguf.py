@@ -469,3 +469,21 @@ def test_no_such_file(tmp_path: Path) -> None:
         GGUFFile.open(tmp_path / "absent.gguf")
     with pytest.raises(ModelNotFoundError, match="is not a file"):
         GGUFFile.open(tmp_path)
+
+
+def test_a_fingerprint_tells_models_that_differ_in_tensors_of_one_kind(tmp_path: Path) -> None:
+    """As adapters leave most kinds as they were; so many layers that few of each could be read."""
+    path = tiny_model(tmp_path, n_layers=64, dim=32, n_heads=1, n_kv_heads=1, ffn_dim=32)
+    tensors, other = gguf.GGUFReader(path).tensors, tmp_path / "other.gguf"
+    kinds = {tensor.name.split(".", 2)[-1] for tensor in tensors}
+    found = set[str]()
+    for kind in sorted({"", *kinds}):
+        data = bytearray(path.read_bytes())
+        for tensor in tensors:
+            if kind and tensor.name.endswith(kind):
+                for at in range(tensor.data_offset, tensor.data_offset + tensor.n_bytes):
+                    data[at] ^= 1
+        other.write_bytes(data)
+        with GGUFFile.open(other) as file:
+            found.add(file.fingerprint())
+    assert len(kinds) > 9 and len(found) == len(kinds) + 1
