@@ -19,7 +19,10 @@ MOST_BREAKERS, LONGEST_BREAKER = 32, 128  # texts, characters
 MOST_IDS = 1 << 24  # more than any context holds; copied they take 0.7 GB
 CACHE_TYPES = ("f16", "q8_0", "q4_0")
 _INT32, _INT64 = 2**31 - 1, 2**63 - 1
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "%": 0}
+_UNITS = {"": 1, "B": 1, "%": 1} | {
+    letter + ending: 1 << 10 * n for n, letter in enumerate("KMGT", 1) for ending in ("", "B", "IB")
+}
+_UNIT_LETTERS = "KMGTIBkmgtib%"
 
 
 def integer(value: Any) -> int:
@@ -159,13 +162,20 @@ def _real(value: Any) -> float:
 
 
 def parse_memory(value: int | str, available: int) -> int:
-    """Bytes from a count, "512M", "2G" or "80%" of `available`."""
-    text = str(value).strip().upper().removesuffix("IB").removesuffix("B")
-    number, unit = (text[:-1], text[-1:]) if text[-1:] in _UNITS else (text, "")
-    size = float(number)
-    if not 0 < size < 2**60:
+    """Bytes from a count, "512M", "2 GiB" or "80%" of `available`."""
+    text = str(value).strip()
+    number = text.rstrip(_UNIT_LETTERS)
+    unit = text[len(number) :].upper()
+    if unit not in _UNITS or "_" in number or not number.isascii():
         raise ValueError
-    return int(available * size / 100) if unit == "%" else int(size * _UNITS[unit])
+    size = float(number) * _UNITS[unit]
+    if unit == "%":
+        if not 0 < size <= 100:
+            raise ValueError
+        return int(available * size / 100)
+    if not 1 <= size < 2**60:
+        raise ValueError
+    return int(size)
 
 
 def id_list(

@@ -23,7 +23,7 @@ from edgeinfer.errors import (
     TemplateError,
     UnsupportedModelError,
 )
-from edgeinfer.parameters import SAMPLING, Parameter
+from edgeinfer.parameters import SAMPLING, Parameter, parse_memory
 from edgeinfer.sampling.params import SamplingParams
 
 from .models_for_tests import tiny_model
@@ -88,7 +88,11 @@ def _wrong(parameter: Parameter) -> list[Any]:
             5, "5", [5], [(5, 1.0)], {"5": 1.0}, {5: "1"}, {5.0: 1.0}, {True: 1.0}, {-1: 1.0},
             {2**40: 1.0}, {320: 1.0}, {5: math.nan}, {5: True}, {5: None}, {5: 10**400}, Odd(),
         ],
-        "memory": [True, math.nan, math.inf, -1, 0, 0.5, "", "lots", "-1G", b"1G", [1], Odd()],
+        "memory": [
+            True, math.nan, math.inf, -1, 0, 0.5, 10**400, "", "lots", "-1G", b"1G", [1], Odd(),
+            "0", "0%", "0.5", "150%", "-5%", "%", "G", "80%B", "1_0G", "٢G", "2GıB", "nan", "infG",
+            "2GiBiB", "2PB", "1e30", "0x10", "2,5G", "9" * 5000,
+        ],
         "gpu_layers": [
             "5x", "", "AUTO", "-2", 1.5, -2, 2**70, "9" * 5000, True, [1], b"auto", Odd(),
         ],
@@ -154,6 +158,20 @@ def test_a_wrong_value_of_loading_is_refused_by_name(path: Path, parameter: Para
             with pytest.raises(InvalidRequestError, match=parameter.name) as caught:
                 load(path, **options)
             assert caught.value.param == parameter.name
+
+
+@pytest.mark.parametrize(
+    ("spelt", "n_bytes"),
+    [
+        ("2G", 2 << 30), ("2g", 2 << 30), ("2GB", 2 << 30), ("2 GiB", 2 << 30), (" 2gib ", 2 << 30),
+        ("1.5M", 3 << 19), ("512K", 512 << 10), ("1T", 1 << 40), ("1e9", 10**9), ("5B", 5),
+        (10**9, 10**9), (1e9, 10**9), (np.int64(7), 7), ("80%", 800), (" 80 % ", 800),
+        ("100%", 1000), ("0.5%", 5),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_memory_is_spelt_as_people_do(spelt: Any, n_bytes: int) -> None:
+    assert parse_memory(LOAD["memory"].check(spelt), 1000) == n_bytes
 
 
 @pytest.mark.parametrize("kind", [np.int64, np.int8, np.uint16, np.intp])
