@@ -7,13 +7,14 @@ import json
 import re
 import stat
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
 
-from edgeinfer import LLM, ContextLengthError, DeviceError, EdgeInferError
+from edgeinfer import LLM, BusyError, ContextLengthError, DeviceError, EdgeInferError
 from edgeinfer.batch import OpTime
 from edgeinfer.bench.compare import Comparison, Rates, compare, llama_command, parse_rates
 from edgeinfer.bench.speed import run_bench
@@ -179,6 +180,22 @@ def test_what_is_measured_overwrites_no_conversation(tmp_path: Path, arch: str) 
         before = answer()
         step_seconds(llm.runtime, [1, 4], 70, 1)
         assert answer() == before
+
+
+def test_nothing_is_measured_in_what_an_unread_answer_holds(tmp_path: Path) -> None:
+    """It pauses, and keeps its pages and its state."""
+    for arch in ("llama", "qwen35"):
+        path = tiny_model(tmp_path, arch=arch, n_layers=4)
+        asked: Any = dict(max_tokens=400, temperature=0.0, logit_bias={257: -1e9})
+        with LLM(path, n_ctx=600, threads=1) as llm:
+            expected = llm.generate([3, 4, 5], **asked).token_ids
+            with llm.stream([3, 4, 5], **asked) as stream:
+                while not llm.runtime.engine._scheduler.paused:
+                    time.sleep(0.01)
+                with pytest.raises(BusyError, match="end them first"):
+                    step_seconds(llm.runtime, [1, 4], 40, 1)
+                assert stream.run().token_ids == expected
+            assert step_seconds(llm.runtime, [1, 4], 40, 1).keys() == {1, 4}
 
 
 def test_sweep_goes_as_deep_as_the_context(path: Path) -> None:

@@ -16,7 +16,7 @@ from edgeinfer.backend import ReadsMemory, TimesOps
 from edgeinfer.batch import Batch, OpTime
 from edgeinfer.bench.speed import Tell, check_room, quiet
 from edgeinfer.engine.cache import PagePool, SequenceCache
-from edgeinfer.errors import DeviceError, Keyword
+from edgeinfer.errors import BusyError, DeviceError, Keyword
 from edgeinfer.runtime import Runtime
 from edgeinfer.sampling.params import SampleTable, SamplingParams
 
@@ -129,9 +129,13 @@ def group_ops(runs: list[list[OpTime]], read_bandwidth: float) -> list[OpRow]:
 
 
 def _filled(runtime: Runtime, depth: int, n_more: int, tell: Tell) -> SequenceCache:
-    """A sequence of `depth` tokens with room for more, in place of all that is kept of others."""
+    """A sequence of `depth` tokens with room for more, in place of all that is kept of others.
+
+    BusyError where an answer runs, or is paused: it would lose what it holds.
+    """
     engine, program = runtime.engine, runtime.program
-    engine.forget()
+    if not engine.forget():
+        raise BusyError("answers that have not ended hold what is measured in; end them first")
     limits = engine.limits
     pools = [PagePool(n_pages) for n_pages in limits.n_pages.values()]
     cache = SequenceCache(pools, engine.layout("error"))

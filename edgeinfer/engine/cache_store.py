@@ -362,6 +362,11 @@ class CacheStore:
             if each.leader is not None and each.leader[0] is sequence:
                 each.leader, each.is_behind = None, True
 
+    def forget(self) -> bool:
+        """Give up what the index holds; whether nobody holds anything then."""
+        self.index.clear()
+        return all(pool.n_free == pool.n_pages for pool in self._kinds)
+
     def most_rows(self) -> int:
         """Rows of a step, drafts among them, whose state there are slots for."""
         if self._states is None:

@@ -168,9 +168,9 @@ class Engine:
         layout = self.layout("error")
         return Sessions(self._store, self._program, layout, model, self.n_vocab, self.between_steps)
 
-    def forget(self) -> None:
-        """Give up what is kept of all that has ended."""
-        self.between_steps(self._store.index.clear)
+    def forget(self) -> bool:
+        """Give up what is kept of all that has ended; whether nobody holds anything then."""
+        return self.between_steps(self._store.forget)
 
     def between_steps(self, action: Callable[[], T]) -> T:
         """Call `action` in the engine's thread while no step runs; what it returns or raises."""
