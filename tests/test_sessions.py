@@ -106,6 +106,9 @@ def test_what_is_damaged_is_refused(
             if no_file.exists():
                 with pytest.raises(SessionError, match="no file"):
                     engine.sessions("m").load(no_file)
+                with pytest.raises(SessionError, match="no file"):
+                    engine.sessions("m").save(no_file, PROMPT)
+                assert not no_file.is_file()
         with pytest.raises(FileNotFoundError):
             engine.sessions("m").load(tmp_path / "absent")
         assert engine.sessions("m").load(saved) == tuple(PROMPT[:132])

@@ -73,6 +73,22 @@ def test_a_file_is_the_new_one_or_the_old_one(tmp_path: Path, lasts: bool) -> No
     assert n > 4
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+def test_no_file_takes_the_place_of_a_pipe(tmp_path: Path) -> None:
+    """Nor of a device: whoever may write to /dev would lose /dev/null."""
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    for path in (pipe, link):
+        platform.write_whole(path, b"data")
+        assert os.read(reader, 100) == b"data"
+    os.close(reader)
+    assert pipe.is_fifo() and link.is_symlink() and leftovers(tmp_path) == []
+    with pytest.raises(IsADirectoryError):
+        platform.write_whole(tmp_path, b"data")
+
+
 def test_a_full_disk_takes_empty_files_and_is_not_writable(tmp_path: Path) -> None:
     def write(folder: Path, made: Any) -> None:
         made.append(platform.is_writable(folder))

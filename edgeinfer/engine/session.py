@@ -86,6 +86,7 @@ class Sessions:
         The file takes the place of one that is there only once it is whole. InvalidRequestError
         where nothing is cached.
         """
+        _check_file(path)
         check_ids(ids, self._n_vocab)
         guest = self._call(lambda: self._store.lend(ids, self._layout))
         try:
@@ -109,8 +110,7 @@ class Sessions:
         SessionError for a file that is damaged or does not fit, BusyError where what runs leaves
         no room for it.
         """
-        if path.exists() and not path.is_file():
-            raise SessionError(f"{path} is no file")  # a pipe may have no end
+        _check_file(path)
         with open(path, "rb") as file:
             ids = self._read_head(file, path)
             guest = self._call(lambda: self._store.receive(ids, self._layout))
@@ -247,6 +247,11 @@ _ANOTHER = {
     "what it was saved with",
     "page": "{path} is a session of another version of edgeinfer",
 }
+
+
+def _check_file(path: Path) -> None:
+    if path.exists() and not path.is_file():  # a pipe may have no end, a device no contents
+        raise SessionError(f"{path} is no file")
 
 
 def _checked(file: BinaryIO, n_bytes: int, path: Path) -> bytes:

@@ -101,7 +101,14 @@ def write_whole(path: Path, data: bytes) -> None:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` at the end, or never where an error comes before."""
+    """A file that takes the place of `path` at the end, or never where an error comes before.
+
+    A pipe or a device is written to itself: no file may take its place.
+    """
+    if path.exists() and not path.is_file():
+        with open(path, "wb") as file:
+            yield file
+        return
     import tempfile
 
     make_folder(path.parent)
