@@ -45,10 +45,19 @@ class Recording:
 
     @classmethod
     def of(cls, llm: LLM, stream: Stream) -> Recording:
-        """What reproduces the answer of a stream that has ended."""
+        """What reproduces the answer of a stream that has ended.
+
+        InvalidRequestError for one that follows from what no file holds.
+        """
         from edgeinfer import __version__
 
         answer, request, opened = stream.completion, stream.request, llm.runtime
+        if request.hook is not None and request.hook.logits:
+            raise InvalidRequestError(
+                "an answer whose on_step was shown logits can't be recorded: it may have edited "
+                "them; leave 'logits' out of watch",
+                param="watch",
+            )
         params = request.params
         names = [name for name in SAMPLING if name != "logprobs"]
         return cls(

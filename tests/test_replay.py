@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from edgeinfer import LLM, InvalidRequestError, Recording, replay
+from edgeinfer import LLM, InvalidRequestError, Recording, Step, replay
 from edgeinfer.cli.main import main
 
 from .models_for_tests import tiny_model
@@ -194,6 +194,19 @@ def test_what_is_no_recording_is_refused(recorded: Path, tmp_path: Path, call: C
             Recording.read(missing)
     code, out, err = call("replay", tmp_path / "wrong.json")
     assert (code, out) == (2, "") and "run --json" in err and "Traceback" not in err
+
+
+def test_what_on_step_may_have_edited_is_not_recorded(llm: LLM) -> None:
+    """Of its tokens a file can't say what they follow from."""
+
+    def ban(step: Step) -> None:
+        if step.logits is not None:
+            step.logits[:300] = -1e9
+
+    with pytest.raises(InvalidRequestError, match="leave 'logits' out of watch"):
+        record(llm, on_step=ban)
+    seen: list[Any] = []
+    assert record(llm, on_step=seen.append, watch=("hidden",)).replay(llm).is_equal and seen
 
 
 @pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no device without an end here")
