@@ -261,3 +261,23 @@ def test_memory_that_vanishes_before_loading_takes_what_nobody_asked_for(
     monkeypatch.setattr(AsyncLLM, "open", open_unless_kept)
     with running([("one", paths[0])], load={**SMALL, "slots": None}) as found:
         assert found.llm.plan.slots == 1 and tried[0] and tried[1:] == [None]
+
+
+def test_a_plan_that_failed_is_not_tried_again(
+    paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a server adds nothing, that is: slots and kept tokens were given."""
+    opened = AsyncLLM.open
+    tried: list[Any] = []
+
+    async def fail_first(face: AsyncLLM) -> LLM:
+        tried.append(face._load)
+        if len(tried) == 1:
+            raise PlanError("there was more memory a moment ago")
+        return await opened(face)
+
+    monkeypatch.setattr(AsyncLLM, "open", fail_first)
+    models = Models([("one", paths[0])], {**SMALL, "kept_tokens": 64})
+    with pytest.raises(PlanError):
+        asyncio.run(models.start())
+    assert len(tried) == 1

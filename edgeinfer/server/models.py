@@ -246,7 +246,8 @@ class Models:
                 _usual, model.path, options, is_alone=len(self.served) == 1
             )
             # What a server adds is nobody's wish: less memory than there was a moment ago may do.
-            for tried in (usual, {**options, "slots": options.get("slots") or 1}):
+            asked: LoadOptions = {**options, "slots": options.get("slots") or 1}
+            for tried in [usual, asked] if usual != asked else [asked]:
                 face = AsyncLLM(model.path, **tried)
                 try:
                     model.llm = await face.open()
