@@ -68,9 +68,13 @@ def fill() -> None:
         # Whoever asks for logits has as many rows of them as there are at a time.
         llm.runtime.engine.each_logits(prompts[0], lambda row, logits: None, max(0, n - _LOGITS))
         filled, before, n_tokens = _peak(), _field("VmRSS:"), 0
-        while n_tokens < more:
-            answer = llm.generate([3], max_tokens=more - n_tokens, overflow="slide", seed=n_tokens)
-            n_tokens += max(1, len(answer.token_ids))
+        while n_tokens < more:  # side by side, as many answers as there are slots
+            answers = llm.generate_batch(
+                [[3 + slot] for slot in range(n_slots)],
+                max_tokens=-(-(more - n_tokens) // n_slots),
+                overflow="slide", seed=n_tokens,
+            )  # fmt: skip
+            n_tokens += sum(max(1, len(answer.token_ids)) for answer in answers)
         grown = _field("VmRSS:") - before
         # What builders of kernels took is not ours any more.
         planned = llm.plan.total_bytes - llm.plan.rows.get(BUILDING, 0)
