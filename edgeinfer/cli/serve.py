@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import ipaddress
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,7 +84,7 @@ def command(
     The first MODEL is loaded at once, the others when a request names them; where memory does not
     hold all, the one that was used longest ago gives way.
     """
-    keys = (*api_keys, *_keys_of(api_key_file))
+    keys = _checked_keys(api_keys, api_key_file)
     names = models or (None,)
     paths = [Path(choose_model(name, bool(flags.get("yes")))) for name in names]
     listener = _listen(host, port)
@@ -93,6 +94,7 @@ def command(
         from edgeinfer.server.service import Limits, Service
 
         served = [(_name(name, path), path) for name, path in zip(names, paths, strict=True)]
+        _check_names(served)
         line = ProgressLine()
         options: LoadOptions = {**load_options(flags), "naive": naive}
         options["progress"] = lambda event: (
@@ -126,6 +128,17 @@ def _listen(host: str, port: int) -> Any:
         ) from error
 
 
+def _checked_keys(given: Sequence[str], path: str | None) -> tuple[str, ...]:
+    """Keys that a client can send; an empty one would let everybody in."""
+    keys = tuple(key.strip() for key in (*given, *_keys_of(path)))
+    for key in keys:
+        if not key:
+            raise click.UsageError("an API key is empty; is a variable not set?")
+        if not key.isprintable():
+            raise click.UsageError("an API key has characters that no header can hold")
+    return keys
+
+
 def _keys_of(path: str | None) -> list[str]:
     if path is None:
         return []
@@ -147,6 +160,17 @@ def _name(given: str | None, path: Path) -> str:
     if given is None or "\\" in given or given.endswith(".gguf") or Path(given).exists():
         return path.stem
     return given
+
+
+def _check_names(served: Sequence[tuple[str, Path]]) -> None:
+    """UsageError where a request could not name one of them."""
+    seen: dict[str, Path] = {}
+    for name, path in served:
+        other = seen.setdefault(name.lower(), path)
+        if other is not path:
+            raise click.UsageError(
+                f"{other} and {path} are both called {name!r}; rename one, or serve it elsewhere"
+            )
 
 
 def _is_loopback(host: str) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from edgeinfer.server.errors import ApiError, Json
 from edgeinfer.server.fields import Fields
 from edgeinfer.server.openai import (
@@ -27,7 +29,7 @@ def read_chat(body: Fields) -> Request:
     chat = Chat(
         messages=messages,
         tools=tools,
-        tool_choice=body.get("tool_choice") or body.get("function_call"),
+        tool_choice=_tool_choice(body),
         parallel_tool_calls=body.flag("parallel_tool_calls", True),
         template_args=template_args(body, effort),
         continues=_continues(body, messages),
@@ -41,6 +43,12 @@ def read_chat(body: Fields) -> Request:
         n=n,
         ignores_eos=body.flag("ignore_eos"),
     )
+
+
+def _tool_choice(body: Fields) -> Any:
+    """`function_call` was its name before; a form may leave it empty."""
+    given = body.get("tool_choice")
+    return body.get("function_call") if given in (None, "") else given
 
 
 def _continues(body: Fields, messages: list[Json]) -> bool:

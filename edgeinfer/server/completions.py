@@ -53,8 +53,10 @@ class Completions:
 
 
 def read_request(body: Fields) -> Request:
-    sampling: dict[str, Any] = {"max_tokens": _USUAL_TOKENS}
-    sampling |= sampling_of(body, "max_tokens", "n_predict")
+    limits = ("max_tokens", "n_predict")
+    sampling = sampling_of(body, *limits)
+    if not any(name in body for name in limits):
+        sampling["max_tokens"] = _USUAL_TOKENS
     if "logprobs" in body:
         sampling["logprobs"] = body.integer("logprobs", 0, 0, 128)
     n = body.integer("n", 1, 1, 128)

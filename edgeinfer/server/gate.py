@@ -31,6 +31,8 @@ class Gate:
 
     def __init__(self, app: ASGIApp, limits: Limits, find_envelope: FindEnvelope) -> None:
         self._app, self._limits, self._find_envelope = app, limits, find_envelope
+        self._hosts = None if limits.hosts is None else set(map(_host_name, limits.hosts))
+        self._origins = set(map(_as_sent, limits.origins))
         self._n_held = 0  # bytes of the bodies of all requests that are being answered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -85,7 +87,7 @@ class Gate:
     def _check_source(self, request: Request, origin: str) -> None:
         """ApiError where a page that a browser shows has no business here."""
         host = _host_name(request.headers.get("host", ""))
-        if self._limits.hosts is not None and host and not self._answers_to(host):
+        if self._hosts is not None and host and not self._answers_to(host):
             raise ApiError(
                 403, f"this server is not {host[:200]!r}; --allow-host NAME lets it answer to that"
             )
@@ -101,11 +103,11 @@ class Gate:
             raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
 
     def _answers_to(self, host: str) -> bool:
-        return _is_local(host) or host in (self._limits.hosts or ())
+        return _is_local(host) or host in (self._hosts or ())
 
     def _is_trusted(self, origin: str) -> bool:
         """Local pages and local programs, which have schemes of their own; "*" means all."""
-        if "*" in self._limits.origins or origin in self._limits.origins:
+        if "*" in self._origins or _as_sent(origin) in self._origins:
             return True
         try:
             parts = urlsplit(origin)
@@ -123,7 +125,7 @@ class Gate:
         matches = [
             hmac.compare_digest(key.encode(), each.strip().encode("latin-1", "replace"))
             for key in self._limits.api_keys
-            for each in given
+            for each in filter(None, given)
         ]
         return any(matches)
 
@@ -171,6 +173,11 @@ def _host_name(host: str) -> str:
     """Without the port; what is no name with one stays as it is, and is nobody's."""
     match = _HOST.fullmatch(host)
     return (match[1] or match[2]).lower().rstrip(".") if match else host
+
+
+def _as_sent(origin: str) -> str:
+    """An origin as browsers spell it: without a path, in lower case."""
+    return origin.rstrip("/").lower()
 
 
 def _check_framing(headers: Mapping[str, str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +10,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
 
+from edgeinfer.parameters import shown
 from edgeinfer.results import Completion, Delta, Event
 from edgeinfer.server.answers import Answer
 from edgeinfer.server.blocks import Block, Blocks, Change, arguments_object
@@ -34,6 +35,10 @@ from edgeinfer.text.messages import reminder_of
 
 _SAMPLING = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "seed": "seed",
              "stop_sequences": "stop", "max_tokens": "max_tokens"}  # fmt: skip
+# Blocks that go back as they came, and say nothing to a model: what Anthropic alone can read, and
+# what its own tools have done.
+_UNTOLD = ("thinking", "redacted_thinking", "tool_reference")
+_OF_SERVERS = ("_tool_use", "_tool_result")
 _ERROR_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -136,7 +141,7 @@ def _template_args(body: Fields) -> dict[str, Any]:
 
 def _system(body: Fields) -> str:
     given = body.get("system")
-    texts = [given] if isinstance(given, str) else [p.text("text") for p in body.objects("system")]
+    texts = [given] if isinstance(given, str) else _texts(body.objects("system"))
     return "\n\n".join(filter(None, texts))
 
 
@@ -169,8 +174,8 @@ def _turn(given: Fields, is_first: bool) -> list[Json]:
 
 
 def _assistant(blocks: list[Fields]) -> Json:
-    texts = [each for each in blocks if each.text("type") in ("", "text")]
-    message: Json = {"role": "assistant", "content": _joined(texts)}
+    told = [each for each in blocks if each.text("type") != "tool_use"]
+    message: Json = {"role": "assistant", "content": _joined(told)}
     thoughts = [each.text("thinking") for each in blocks if each.text("type") == "thinking"]
     if any(thoughts):
         message["reasoning_content"] = "\n".join(thoughts)
@@ -192,22 +197,25 @@ def _result(block: Fields) -> Json:
 
 
 def _joined(blocks: Iterable[Fields]) -> str:
-    """The text of blocks; what a client may send of other kinds is refused."""
-    texts = []
+    return "\n".join(_texts(blocks))
+
+
+def _texts(blocks: Iterable[Fields]) -> Iterator[str]:
+    """Those of blocks; what a model can't be told is refused, unless it is of no use to one."""
     for block in blocks:
         kind = block.text("type", "text")
+        source = block.object("source") if kind == "document" else Fields({})
         if kind == "text":
-            texts.append(block.text("text"))
-        elif kind in ("document", "image"):
-            source = block.object("source")
-            if source.text("type") != "text":
-                raise ApiError(
-                    400, f"content of type {kind!r} is not supported; text is", param="messages"
-                )
-            texts.append(source.text("data"))
+            yield block.text("text")
+        elif source.text("type") == "text":
+            yield source.text("data")
         elif kind == "search_result":
-            texts.append(f"{block.text('title')}\n{_joined(block.objects('content'))}")
-    return "\n".join(texts)
+            found = [part.text("text") for part in block.objects("content")]
+            yield "\n".join([block.text("title"), *found])
+        elif kind not in _UNTOLD and not kind.endswith(_OF_SERVERS):
+            raise ApiError(
+                400, f"content of type {shown(kind)} is not supported; text is", param="messages"
+            )
 
 
 # -- replies --------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 from edgeinfer import platform
 from edgeinfer.aio import AsyncLLM
 from edgeinfer.engine.memory_plan import MemoryPlan
-from edgeinfer.errors import PlanError
+from edgeinfer.errors import EdgeInferError, ModelNotFoundError, PlanError
 from edgeinfer.inspect_file import plan
 from edgeinfer.llm import LLM
 from edgeinfer.options import LoadOptions
@@ -179,7 +179,7 @@ class Models:
         model.n_users += 1  # first, so that nobody unloads it meanwhile
         _silence(model)
         try:
-            await self._finish(self._open(model))
+            await self._finish(self._open_or_tell(model))
             model.last_used = time.time()
             yield model
         finally:
@@ -226,6 +226,20 @@ class Models:
         task = self._begin(work)
         task.add_done_callback(lambda done: done.cancelled() or done.exception())  # it is told once
         return await asyncio.shield(task)
+
+    async def _open_or_tell(self, model: ServedModel) -> None:
+        """`_open` for a request, which is not told where files lie."""
+        try:
+            await self._open(model)
+        except PlanError:
+            raise
+        except (EdgeInferError, OSError) as error:
+            self._tell(f"{model.name} can't be loaded: {error}")
+            raise ApiError(
+                404 if isinstance(error, ModelNotFoundError) else 500,
+                f"model {model.name!r} can't be loaded: whoever has started the server sees why",
+                param="model",
+            ) from error
 
     async def _open(self, model: ServedModel) -> None:
         async with model.changing:

@@ -13,7 +13,7 @@ from edgeinfer.server.answers import Answer
 from edgeinfer.server.blocks import Blocks, arguments_object
 from edgeinfer.server.durations import keep_alive
 from edgeinfer.server.errors import ApiError, Json
-from edgeinfer.server.fields import Fields, read_fields
+from edgeinfer.server.fields import Fields, read_fields, whole
 from edgeinfer.server.frames import Frames
 from edgeinfer.server.ollama_models import listed, now, running, shown
 from edgeinfer.server.requests import (
@@ -32,6 +32,10 @@ from edgeinfer.server.wire import LINES, line, reply, unless_gone
 _VERSION = "0.12.0"  # of Ollama's API; clients ask whether it is new enough
 _NS = 1_000_000_000
 _MOST_LOGPROBS = 20
+_NOT_SUPPORTED = {
+    "template": "the model's own is used; raw: true sends a prompt as it is",
+    "context": "send what was said before to api/chat",
+}
 
 
 def routes(service: Service) -> list[Route]:
@@ -144,6 +148,9 @@ def read_chat(body: Fields) -> Request:
 
 def read_generate(body: Fields) -> Request:
     _refuse_images(body)
+    for name, advice in _NOT_SUPPORTED.items():
+        if body.get(name):
+            raise ApiError(400, f"{name} is not supported: {advice}", param=name)
     prompt, sampling, structure = body.text("prompt"), _sampling(body), of_ollama(body)
     if body.flag("raw") or body.text("suffix"):
         return Request(
@@ -162,10 +169,11 @@ def read_generate(body: Fields) -> Request:
 
 def _sampling(body: Fields) -> dict[str, Any]:
     options = body.object("options")
-    found = options.sampling({**SAMPLING, "stop": "stop", "num_predict": "max_tokens"})
-    most = found.get("max_tokens")
-    if isinstance(most, int) and most <= 0:  # -1 and -2: no limit
-        del found["max_tokens"]
+    names = {**SAMPLING, "stop": "stop", "num_predict": "max_tokens"}
+    most = whole(options.get("num_predict"))
+    if type(most) is int and most <= 0:  # of these none is a limit
+        del names["num_predict"]
+    found = options.sampling(names)
     if body.flag("logprobs"):
         found["logprobs"] = body.integer("top_logprobs", 0, 0, _MOST_LOGPROBS)
     return found

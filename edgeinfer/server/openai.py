@@ -5,10 +5,12 @@ Knows nothing of endpoints.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from edgeinfer import __version__
+from edgeinfer.parameters import shown
 from edgeinfer.results import Completion, Usage
 from edgeinfer.server.errors import ApiError, Json
 from edgeinfer.server.fields import Fields
@@ -51,7 +53,7 @@ def sampling_of(body: Fields, *most_tokens: str) -> dict[str, Any]:
     """Sampling keywords; the first of the fields `most_tokens` that is there limits an answer."""
     found = body.sampling({**SAMPLING, "stop": "stop"})
     limit = next((name for name in most_tokens if name in body), None)
-    if limit is not None and body.get(limit) != -1:
+    if limit is not None and body.get(limit) not in (-1, -2):
         found |= body.sampling({limit: "max_tokens"})
     if "logit_bias" in body:
         found["logit_bias"] = _logit_bias(body)
@@ -107,17 +109,21 @@ def _part_text(part: Any, param: str) -> str:
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
     text = part.get("text", part.get("refusal")) if isinstance(part, Mapping) else None
     if kind not in _TEXT_PARTS or not isinstance(text, str):
-        raise ApiError(400, f"{param} has a part of type {kind!r}; text is supported", param=param)
+        raise ApiError(
+            400, f"{param} has a part of type {shown(kind)}; text is supported", param=param
+        )
     return text
 
 
 def tools_of(tools: Iterable[Fields]) -> list[Json]:
     """Functions, also those inside of namespaces; other kinds of tools are the client's concern."""
     found: list[Json] = []
-    for tool in tools:
+    left = deque(tools)
+    while left:
+        tool = left.popleft()
         kind = tool.get("type") or "function"
         if kind == "namespace":
-            found += tools_of(tool.objects("tools"))
+            left.extendleft(reversed(tool.objects("tools")))
         elif kind == "function":
             found.append(function_tool(tool.object("function") if "function" in tool else tool))
     return found

@@ -15,6 +15,7 @@ from edgeinfer.text.messages import reminder_of
 # Lines that say nothing to a model: a client's header of its own, with a number for each request.
 _MEANINGLESS = re.compile(r"x-anthropic-billing-header:", re.IGNORECASE)
 _LONGEST = 200  # characters of a line that tells a number; instructions are longer
+_MOST_LINES = 20_000  # that are looked at: more would hold up other requests
 _CHANGING = (
     # "Token usage: 1234/200000; 198766 remaining", "You have 1,234 tokens left."
     re.compile(r"(?=.*\d)(.*\b(token usage|tokens? (left|remaining)|remaining tokens?)\b)", re.I),
@@ -46,7 +47,7 @@ def steady(messages: Sequence[Json]) -> list[Json]:
 
 def _sorted_out(content: object) -> tuple[str | None, list[str]]:
     """The text without such lines, None where it has none; and those to be told later."""
-    if not isinstance(content, str):
+    if not isinstance(content, str) or content.count("\n") > _MOST_LINES:
         return None, []
     kept: list[str] = []
     moved: list[str] = []

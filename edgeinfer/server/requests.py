@@ -99,8 +99,8 @@ def conversation(messages: Sequence[Json]) -> list[Json]:
             message.setdefault("name", names.get(message["tool_call_id"], ""))
         is_system = message["role"] in _SYSTEM
         if is_system and len(found) == 1 and found[0]["role"] in _SYSTEM:
-            content = f"{found[0]['content']}\n\n{message['content']}"
-            found[0] = {"role": "system", "content": content}
+            told = filter(None, (found[0]["content"], message["content"]))
+            found[0] = {"role": "system", "content": "\n\n".join(told)}
         else:
             found.append(message)
     return found

@@ -24,6 +24,10 @@ from edgeinfer.server.service import Service
 from edgeinfer.server.structure import of_format
 from edgeinfer.server.wire import EVENTS, reply, unless_gone
 
+# Of functions, and of tools that take a text, which another model may have called before.
+_CALLS = ("function_call", "custom_tool_call")
+_OUTPUTS = ("function_call_output", "custom_tool_call_output")
+_LOGPROBS, _MOST_LOGPROBS = "message.output_text.logprobs", 128
 _NEEDS_STORE = ("previous_response_id", "conversation", "prompt")
 
 
@@ -45,8 +49,7 @@ class Responses:
     async def create(self, http: HttpRequest) -> Response:
         body = await read_fields(http, self._service.limits.most_body)
         request, is_streamed = read_request(body), body.flag("stream")
-        assert request.chat is not None
-        echoed = _echo(body, request.chat.tools)
+        echoed = _echo(body, request)
         session = session_of(http.headers, body.get("prompt_cache_key"))
         request = replace(request, session=session)
         answer = await self._service.answer(request)
@@ -76,6 +79,9 @@ def read_request(body: Fields) -> Request:
     if body.flag("background"):
         raise ApiError(400, "background is not supported", param="background", code="unsupported")
     sampling = sampling_of(body, "max_output_tokens")
+    included = body.get("include")
+    if isinstance(included, list) and _LOGPROBS in included:
+        sampling["logprobs"] = body.integer("top_logprobs", 0, 0, _MOST_LOGPROBS)
     chat = Chat(
         messages=conversation(_messages(body)),
         tools=tools_of(body.objects("tools")),
@@ -92,7 +98,7 @@ def _messages(body: Fields) -> list[Json]:
     if body.text("instructions"):
         found.append({"role": "system", "content": body.text("instructions")})
     given = body.get("input")
-    if isinstance(given, str) or not given:  # nothing to say is a message, too
+    if given is None or given == [] or isinstance(given, str):  # nothing to say is a message, too
         return [*found, {"role": "user", "content": given or ""}]
     for item in body.objects("input"):
         kind = item.text("type", "message")
@@ -101,11 +107,11 @@ def _messages(body: Fields) -> list[Json]:
         elif kind == "reasoning":
             if thought := _thought(item):  # what only its maker can read says nothing here
                 _assistant(found, reasoning_content=thought)
-        elif kind == "function_call":
-            function = {"name": item.text("name"), "arguments": item.text("arguments", "{}")}
+        elif kind in _CALLS:
+            function = {"name": item.text("name"), "arguments": _arguments(item, kind)}
             call = {"id": item.text("call_id"), "type": "function", "function": function}
             _assistant(found, tool_calls=[call])
-        elif kind == "function_call_output":
+        elif kind in _OUTPUTS:
             output = text_content(item.get("output"), "input")
             found.append({"role": "tool", "tool_call_id": item.text("call_id"), "content": output})
         elif kind == "item_reference":
@@ -126,6 +132,10 @@ def _add_message(found: list[Json], item: Fields) -> None:
         found.append({"role": role, "content": content})
 
 
+def _arguments(item: Fields, kind: str) -> str | Json:
+    return {"input": item.text("input")} if kind == _CALLS[1] else item.text("arguments", "{}")
+
+
 def _thought(item: Fields) -> str:
     parts = [*item.objects("content"), *item.objects("summary")]
     return "\n".join(part.text("text") for part in parts)
@@ -143,8 +153,9 @@ def _assistant(found: list[Json], **more: Any) -> None:
         last.setdefault("tool_calls", []).extend(calls)
 
 
-def _echo(body: Fields, tools: list[Json]) -> Json:
+def _echo(body: Fields, request: Request) -> Json:
     """What a response repeats of its request."""
+    tools = request.chat.tools if request.chat is not None else []
     reasoning = body.object("reasoning")
     choice = body.get("tool_choice")
     return {
@@ -159,6 +170,7 @@ def _echo(body: Fields, tools: list[Json]) -> Json:
         "text": {"format": body.object("text").get("format") or {"type": "text"}},
         "tool_choice": choice if choice is not None else "auto",
         "tools": [{"type": "function", "strict": False, **tool["function"]} for tool in tools],
+        "top_logprobs": request.sampling.get("logprobs", 0),
         "top_p": body.get("top_p"),
         "truncation": "disabled",
         "background": False,

@@ -32,6 +32,9 @@ class Shape:
         }
         self._items: list[Json] = []
         self._n_events = self._n_reasoning = 0
+        self._logprobs: dict[int, list[Json]] = {}  # by the index of a text's block
+        self._latest: list[Json] = []  # of the latest piece of text
+        self._waiting: list[Json] = []  # of tokens that have no text yet
 
     async def whole(self) -> Json:
         await self._answer.collect(self._add)
@@ -59,7 +62,16 @@ class Shape:
 
     def _add(self, delta: Delta) -> list[Change]:
         self._n_reasoning += len(delta.token_ids) if delta.reasoning and not delta.text else 0
-        return self._note(self._blocks.add(delta))
+        changes = self._note(self._blocks.add(delta))
+        if delta.logprobs and (delta.text or not (delta.reasoning or delta.call)):
+            self._waiting += self._answer.logprobs_json(delta.logprobs)
+        for change in changes:
+            if change.kind == "more" and change.block.kind == "text":
+                found = self._logprobs.setdefault(change.block.index, [])
+                begun = self._waiting if found else _of_text(self._waiting, change.text)
+                self._latest, self._waiting = begun, []
+                found += begun
+        return changes
 
     def _note(self, changes: list[Change]) -> list[Change]:
         """Items that are begun get their names."""
@@ -73,7 +85,7 @@ class Shape:
 
     def _item(self, block: Block, status: str, is_empty: bool = False) -> Json:
         item = {**self._items[block.index], "status": status}
-        parts = [] if is_empty else [_part(block, block.text)]
+        parts = [] if is_empty else [self._part(block)]
         if block.kind == "reasoning":
             return {**item, "type": "reasoning", "summary": [], "content": parts}
         if block.kind == "text":
@@ -111,6 +123,13 @@ class Shape:
             "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         }
 
+    def _part(self, block: Block, is_empty: bool = False) -> Json:
+        text = "" if is_empty else block.text
+        if block.kind == "reasoning":
+            return {"type": "reasoning_text", "text": text}
+        logprobs = [] if is_empty else self._logprobs.get(block.index, [])
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
+
     # -- events ----------------------------------------------------------------------------------
 
     def _told(self, changes: list[Change]) -> bytes:
@@ -127,7 +146,7 @@ class Shape:
         item = self._item(block, "in_progress", is_empty=True)
         yield self._event("response.output_item.added", output_index=block.index, item=item)
         if block.kind != "call":
-            part = _part(block, "")
+            part = self._part(block, is_empty=True)
             yield self._event("response.content_part.added", part=part, **self._place(block))
 
     def _more(self, block: Block, text: str) -> bytes:
@@ -137,9 +156,8 @@ class Shape:
             )
         if block.kind == "reasoning":
             return self._event("response.reasoning_text.delta", delta=text, **self._place(block))
-        return self._event(
-            "response.output_text.delta", delta=text, logprobs=[], **self._place(block)
-        )
+        place, logprobs = self._place(block), self._latest
+        return self._event("response.output_text.delta", delta=text, logprobs=logprobs, **place)
 
     def _ended(self, block: Block) -> Iterable[bytes]:
         place, text = self._place(block), block.text
@@ -151,8 +169,11 @@ class Shape:
             if block.kind == "reasoning":
                 yield self._event("response.reasoning_text.done", text=text, **place)
             else:
-                yield self._event("response.output_text.done", text=text, logprobs=[], **place)
-            yield self._event("response.content_part.done", part=_part(block, text), **place)
+                logprobs = self._part(block)["logprobs"]
+                yield self._event(
+                    "response.output_text.done", text=text, logprobs=logprobs, **place
+                )
+            yield self._event("response.content_part.done", part=self._part(block), **place)
         item = self._item(block, self._status(block))
         yield self._event("response.output_item.done", output_index=block.index, item=item)
 
@@ -166,7 +187,11 @@ class Shape:
         return frame
 
 
-def _part(block: Block, text: str) -> Json:
-    if block.kind == "reasoning":
-        return {"type": "reasoning_text", "text": text}
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+def _of_text(tokens: list[Json], text: str) -> list[Json]:
+    """The last of them that spell a text: before it may be those of a tag."""
+    n_bytes, n = len(text.encode()), 0
+    for each in reversed(tokens):
+        if n_bytes <= 0:
+            break
+        n_bytes, n = n_bytes - len(each["bytes"]), n + 1
+    return tokens[len(tokens) - n :]

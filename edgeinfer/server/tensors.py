@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from edgeinfer.server.wire import decode, encode, floats
 LENGTH_HEADER = "inference-header-content-length"
 _MOST_SIZE = 2**31 - 1  # of a dimension
 _MOST_DIMENSIONS = 8
+_MOST_ELEMENTS = 2048
 
 
 class Output(NamedTuple):
@@ -51,18 +53,21 @@ def read_texts(inputs: Sequence[Fields], behind: bytes, name: str) -> list[str]:
             raise each.wrong("name", f"{name!r}, and there is one such input")
         if each.text("datatype") != "BYTES":
             raise each.wrong("datatype", "'BYTES'")
+        n_needed = math.prod(_shape(each))
+        if n_needed > _MOST_ELEMENTS:
+            raise each.wrong("shape", f"of at most {_MOST_ELEMENTS} elements")
         parameters = each.object("parameters")
         if "binary_data_size" in parameters:
             size = parameters.integer("binary_data_size", 0, 0, len(behind) - start)
             if "data" in each:
                 raise _wrong(f"input {name} has both data and binary_data_size")
-            texts = list(_texts_in(behind[start : start + size], name))
+            texts = list(islice(_texts_in(behind[start : start + size], name), n_needed + 1))
             start += size
         else:
             texts = _flat(each)
-        n_needed = math.prod(_shape(each))
         if n_needed != len(texts):
-            raise each.wrong("shape", f"that of {len(texts)} elements, which the input has")
+            more = " or more" if len(texts) > n_needed else ""
+            raise each.wrong("shape", f"that of {len(texts)}{more} elements, which the input has")
         found = texts
     if found is None:
         raise _wrong(f"inputs has no {name!r}, which is needed")

@@ -22,6 +22,8 @@ T = TypeVar("T")
 PING = b": ping\n\n"  # a comment, which keeps a connection and says nothing
 DONE = b"data: [DONE]\n\n"
 EVENTS, LINES = "text/event-stream", "application/x-ndjson"
+_MOST_VALUES = 1 << 20  # of a body
+_OF_A_LIST = 8  # values that take what a list or an object does
 _BODY_SECONDS = 60.0  # a body that takes longer is no client's
 
 _encode = msgspec.json.Encoder().encode
@@ -88,6 +90,7 @@ def _too_large(most: int) -> ApiError:
 
 def decode(body: bytes) -> Json:
     """The JSON object that a body is."""
+    _check_size(body)
     try:
         value = msgspec.json.decode(body) if body.strip() else {}
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
@@ -95,6 +98,22 @@ def decode(body: bytes) -> Json:
     if not isinstance(value, dict):
         raise ApiError(400, "the body must be a JSON object")
     return value
+
+
+def _check_size(body: bytes) -> None:
+    """ApiError for values so many that making them would hold up other requests, or fill memory."""
+    n_most = body.count(b",") + _OF_A_LIST * (body.count(b"[") + body.count(b"{"))
+    if n_most > _MOST_VALUES and _n_values(body) > _MOST_VALUES:
+        raise ApiError(413, f"the body has more than {_MOST_VALUES:,} values")
+
+
+def _n_values(body: bytes) -> int:
+    """About how many there are: what stands in strings is none."""
+    bare = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    found = np.frombuffer(bare, np.uint8)
+    is_outside = ~np.logical_xor.accumulate(found == ord('"'))
+    commas, lists, objects = (np.count_nonzero(is_outside & (found == ord(c))) for c in ",[{")
+    return int(commas + _OF_A_LIST * (lists + objects))
 
 
 class ClientGone(ApiError):

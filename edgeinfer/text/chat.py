@@ -152,6 +152,11 @@ class ChatTemplate:
         shown |= {"add_generation_prompt": add_generation_prompt}
         fitted = fit(chat.messages, capabilities, self.source)
         text, error = self._attempt(_hidden(fitted, hide), shown, budget)
+        if error is not None:  # some templates go through the arguments of calls
+            told = fit(chat.messages, capabilities, self.source, tells_odd_calls=True)
+            if told != fitted:
+                fitted = told
+                text, error = self._attempt(_hidden(fitted, hide), shown, budget)
         if error is not None and (folded := late_system_folded(fitted)) != fitted:
             text, _ = self._attempt(_hidden(folded, hide), shown, budget)
         if error is not None and text is None:

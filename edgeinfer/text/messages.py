@@ -16,6 +16,7 @@ from edgeinfer.errors import InvalidRequestError
 from edgeinfer.parameters import shown
 
 _DEEPEST = 100
+_MOST_MENDED = 1 << 16  # characters of arguments, which are read one by one
 _MOST_BITS = 4096  # of an integer: Python writes none of over 4,300 digits
 
 
@@ -215,8 +216,13 @@ def _joined(content: Any, i: int) -> str:
     return "\n".join(texts)
 
 
-def fit(messages: list[dict[str, Any]], can: Capabilities, source: str) -> list[dict[str, Any]]:
-    """The messages as a template of such capabilities takes them."""
+def fit(
+    messages: list[dict[str, Any]], can: Capabilities, source: str, *, tells_odd_calls: bool = False
+) -> list[dict[str, Any]]:
+    """The messages as a template of such capabilities takes them.
+
+    Where it `tells_odd_calls`, those with arguments that are no object are text.
+    """
     messages = [dict(message) for message in messages]
     for message in messages:
         if message["role"] == "developer" and "developer" not in source:
@@ -227,8 +233,11 @@ def fit(messages: list[dict[str, Any]], can: Capabilities, source: str) -> list[
         if isinstance(calls, Sequence) and calls:
             calls = [_with_arguments(c, can.object_arguments or not can.tool_calls) for c in calls]
             message["tool_calls"] = calls
-            if not can.tool_calls:
+            is_told = tells_odd_calls and any(map(_is_odd, calls))
+            if is_told or not can.tool_calls:
                 message["content"] = "\n".join(filter(None, [message["content"], *_spelled(calls)]))
+            if is_told:
+                del message["tool_calls"]
     if not can.system_role:
         messages = _system_folded(messages)
     if can.typed_content and not can.string_content:
@@ -244,13 +253,30 @@ def _with_arguments(call: Any, as_object: bool) -> Any:
         return {**call, "function": _with_arguments(call["function"], as_object)}
     arguments = call.get("arguments")
     if as_object and isinstance(arguments, str):
-        try:
-            return {**call, "arguments": plain(json.loads(arguments), "messages")}
-        except (ValueError, RecursionError):  # what is no object of a sane depth stays text
-            return call
+        return {**call, "arguments": _value_of(arguments)}
     if not as_object and isinstance(arguments, Mapping):
         return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
     return call
+
+
+def _value_of(arguments: str) -> Any:
+    """The value that a text is, or was meant to be; what can be no object stays text.
+
+    A call that was cut off comes back with each request that follows.
+    """
+    with suppress(ValueError, RecursionError):
+        return plain(json.loads(arguments or "{}"), "messages")
+    if arguments.lstrip().startswith("{") and len(arguments) <= _MOST_MENDED:
+        from edgeinfer.text.lenient_json import mended  # most calls need none
+
+        with suppress(ValueError, RecursionError):  # of no sane depth
+            return plain(json.loads(mended(arguments)), "messages")
+    return arguments
+
+
+def _is_odd(call: Any) -> bool:
+    """Whether a call has arguments that are no object."""
+    return not isinstance(call.get("function", call).get("arguments"), Mapping)
 
 
 def _spelled(calls: Sequence[Any]) -> list[str]:
