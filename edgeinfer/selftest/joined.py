@@ -34,7 +34,7 @@ def measure(
 
     Launches apart, joined, and both once more: what differs between turns is noise.
     """
-    segment = _model(layers, dim)
+    segment = model(layers, dim)
     took: dict[str, list[float]] = {"apart_us": [], "joined_us": []}
     for _ in range(2):
         for name, backend in zip(took, (apart, joined), strict=True):
@@ -44,7 +44,7 @@ def measure(
     return took
 
 
-def _model(layers: int, dim: int) -> Segment:
+def model(layers: int, dim: int) -> Segment:
     numbers = {
         "attention.head_count": dim // 64,
         "attention.head_count_kv": max(1, dim // 256),
