@@ -216,6 +216,15 @@ class RunsOnGpu(Backend, Protocol):
         """Another one of the same device; it may have to stay with exact ones."""
         ...
 
+    @property
+    def joins(self) -> bool:
+        """Whether steps of one row are few launches: never on a GPU that can't have that."""
+        ...
+
+    def with_joined_kernels(self, joins: bool) -> RunsOnGpu:
+        """Another one of the same device, with few launches for steps of one row if it can."""
+        ...
+
     def prepare(self, segments: Iterable[tuple[Segment, StepLimits]]) -> int:
         """Compile the kernels of programs to come, all at once; how many there are."""
         ...
@@ -261,7 +270,8 @@ def open_backend(
 
     opened = open_device(device.kind, device.index)
     make_sampler = make_sampler or make_host_sampler
-    return CudaBackend(opened, str(device), make_sampler, progress, numerics)
+    joins = config.joins_kernels()
+    return CudaBackend(opened, str(device), make_sampler, progress, numerics, joins=joins)
 
 
 def compile_law(segment: Segment, limits: StepLimits, sampler: Sampler) -> Program:

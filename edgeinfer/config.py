@@ -16,6 +16,7 @@ DEBUG = "EDGEINFER_DEBUG"  # any value: tracebacks instead of one-line errors
 API_KEY = "EDGEINFER_API_KEY"  # for the server of --url
 SYNC = "EDGEINFER_SYNC"  # any value: each kernel of a GPU is waited for, and named where it fails
 EARLY = "EDGEINFER_EARLY"  # any value: a GPU's kernels begin before those ahead have ended
+PERSISTENT = "EDGEINFER_PERSISTENT"  # any value: a GPU's launches for one row are joined into one
 
 
 # What is neither found nor kept where nobody knows a home: files can't even be made by root there.
@@ -81,6 +82,10 @@ def waits_for_each_kernel() -> bool:
 
 def begins_kernels_early() -> bool:
     return bool(os.environ.get(EARLY))
+
+
+def joins_kernels() -> bool:
+    return bool(os.environ.get(PERSISTENT))
 
 
 # -- variables of the Hugging Face hub and of other programs' model folders -----------------------

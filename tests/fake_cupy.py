@@ -25,11 +25,11 @@ class Runtime:
 
     memcpyHostToDevice, memcpyDeviceToHost, memcpyDeviceToDevice = 1, 2, 3
     cudaDevAttrMultiProcessorCount, cudaDevAttrIntegrated = 16, 18
-    cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
+    cudaDevAttrCooperativeLaunch, cudaDevAttrMaxSharedMemoryPerBlockOptin = 95, 97
 
     def __init__(self) -> None:
         self.fails: dict[str, int] = {}
-        self.version = 12090
+        self.version, self.is_cooperative = 12090, 1
         self.devices: list[int] = []
         self.memory: dict[int, Any] = {}
         self.captured: list[Any] | None = None
@@ -47,7 +47,7 @@ class Runtime:
         self.devices.append(device)
 
     def deviceGetAttribute(self, attrib: int, device: int) -> int:
-        return {16: 14, 18: 1, 97: 166912}[attrib]
+        return {16: 14, 18: 1, 95: self.is_cooperative, 97: 166912}[attrib]
 
     def memGetInfo(self) -> tuple[int, int]:
         return 1 << 62, 1 << 63
@@ -81,6 +81,11 @@ class Driver:
 
     def funcGetAttribute(self, attribute: int, f: int) -> int:
         return {0: 64, 1: 1024}[attribute]
+
+    def occupancyMaxActiveBlocksPerMultiprocessor(
+        self, func: int, blockSize: int, dynamicSMemSize: int
+    ) -> int:
+        return min(2048 // blockSize, (166912 + 1024) // (dynamicSMemSize + 1024))
 
     def funcSetAttribute(self, f: int, attribute: int, value: int) -> None:
         self.attributes[f, attribute] = value
@@ -139,9 +144,16 @@ class Cuda(ModuleType):
                 self.ptr, self.name = 77, funcname
 
             def __call__(
-                self, grid: Any, block: Any, args: Any, shared_mem: int = 0, stream: Any = None
+                self,
+                grid: Any,
+                block: Any,
+                args: Any,
+                shared_mem: int = 0,
+                stream: Any = None,
+                enable_cooperative_groups: bool = False,
             ) -> None:
-                call = (self.name, grid, block, args, shared_mem, stream.ptr)
+                call: tuple[Any, ...] = (self.name, grid, block, args, shared_mem, stream.ptr)
+                call += ("cooperative",) if enable_cooperative_groups else ()
                 runtime.do("launch", lambda: launches.append(call))
 
         class Module:

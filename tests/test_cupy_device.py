@@ -72,7 +72,7 @@ def test_cupy_is_imported_only_when_a_device_is_opened() -> None:
 
 
 def test_what_a_gpu_is(device: CudaDevice, cuda: Cuda) -> None:
-    assert device.facts == ("Orin", 87, 14, 166912, False)
+    assert device.facts == ("Orin", 87, 14, 166912, False, True)
     assert device.memory()[0] <= platform.available_memory() * 2  # of the host, which it shares
     assert set(cuda.runtime.devices) == {1}
 
@@ -150,6 +150,32 @@ def test_launches_and_graphs(device: CudaDevice, cuda: Cuda) -> None:
     with pytest.raises(DeviceError, match="write can't be recorded"):
         device.record(lambda: device.write(x, np.zeros(4, np.uint8)))
     device.write(x, np.zeros(4, np.uint8))  # nothing is recorded any more
+
+
+def test_blocks_that_wait_for_each_other_are_at_once(
+    cuda: Cuda, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As many as all multiprocessors hold, by a launch that fails where they are more."""
+    if not any(each.cuda == 12 for each in platform.nvrtc_libraries()):
+        pytest.skip("no NVRTC of CUDA 12: pip install nvidia-cuda-nvrtc-cu12")
+    monkeypatch.setattr(platform, "cuda_driver", lambda: HOPPER)
+    library = FakeLibrary()
+    monkeypatch.setattr(platform, "cuda_library", lambda: library)
+    (tmp_path / "k.cu").write_text(_TEXT)
+    device = CudaDevice(0, tmp_path / "cache", sources=[tmp_path], begins_early=True)
+    device.load([K])
+    bound = device.bind(K, {"step": 7, "x": 8, "n": -5, "c": 0.5})
+    assert device.blocks_at_once(K, 64, 48 << 10) == 14 * 3
+    assert device.blocks_at_once(K, 64, 166912) == 14
+    device.launch(K, (1, 1, 1), 64, 0, bound)
+    device.launch(K, (42, 1, 1), 64, 48 << 10, bound, at_once=True)  # nor may it begin early
+    device.launch(K, (1, 1, 1), 64, 0, bound)
+    assert [call[1] for call in cuda.launches if call[-1] == "cooperative"] == [(42, 1, 1)]
+    assert (len(cuda.launches), len(library.launches)) == (2, 1)
+    cuda.runtime.is_cooperative = 0
+    other = CudaDevice(0, tmp_path / "cache", sources=[tmp_path])
+    other.load([K])
+    assert other.blocks_at_once(K, 64, 0) == 0 and not other.facts.is_cooperative
 
 
 def test_after_a_fault_everything_says_so(device: CudaDevice, cuda: Cuda) -> None:

@@ -18,7 +18,7 @@ from edgeinfer import config
 from edgeinfer.backend import Backend, find_device, open_backend
 from edgeinfer.kernels.cuda.kernel import Sources
 from edgeinfer.sampling.sampler import ReferenceSampler
-from edgeinfer.selftest import fast, judge, numerics, run, speed, table, tiny
+from edgeinfer.selftest import fast, joined, judge, numerics, run, speed, table, tiny
 from edgeinfer.selftest.cases import Case, limits
 from edgeinfer.selftest.judge import Judge
 from edgeinfer.selftest.run import Run
@@ -112,6 +112,23 @@ def test_speed_is_measured_by_what_every_device_has(shim: Any) -> None:
     assert speed.measure(checked, 0, sizes)["left_out"][0] == "copy"
 
 
+@needs_compiler
+def test_joined_launches_are_compared_and_measured(
+    shim: Any, cpu: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some = joined.cases()[:1]
+    monkeypatch.setattr(joined, "cases", lambda: some)
+    checked = Run(shim, "shim:0", Judge.committed(), lambda text: None)
+    found = run.compare_joined(checked, np.inf)
+    assert (found["state"], found["cases"], found["differ"]) == ("ok", 1, [])
+    assert run.compare_joined(Run(cpu, "cpu", None, print), np.inf)["state"] == "skipped"
+    took = joined.measure(shim, shim.with_joined_kernels(True), layers=2, dim=256)
+    assert all(len(each) == 2 and min(each) > 0 for each in took.values())
+    wrong = {some[0].name: dict.fromkeys(json.loads(judge.COMMITTED.read_text())[some[0].name], "")}
+    checked.judge = Judge(wrong)
+    assert run.compare_joined(checked, np.inf)["state"] == "differs"
+
+
 def test_every_kernel_is_tested() -> None:
     from edgeinfer.kernels.cuda.blueprint import Blueprint
 
@@ -122,6 +139,11 @@ def test_every_kernel_is_tested() -> None:
     for make in fast.cases().values():
         segment = make()
         kernels |= Blueprint(segment, limits(segment), 90, "fast").kernels()
+    for case in joined.cases():
+        segment = case.segment()
+        drawn = Blueprint(segment, limits(segment), 90, joins=True)
+        assert drawn.runs, case.name
+        kernels |= drawn.kernels()
     assert {kernel.name for kernel in kernels} == set(Sources().names())
 
 

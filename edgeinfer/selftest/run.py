@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 from edgeinfer import platform
 from edgeinfer.backend import Backend, RunsOnGpu
 from edgeinfer.errors import EdgeInferError
-from edgeinfer.selftest import fast, numerics, speed, tiny
+from edgeinfer.selftest import fast, joined, numerics, speed, tiny
 from edgeinfer.selftest.cases import Case, limits
 from edgeinfer.selftest.judge import Judge, hash_of
 
@@ -147,6 +147,24 @@ def compare(cases: Sequence[Case], run: Run, end: float) -> dict[str, Any]:
     }
 
 
+def compare_joined(run: Run, end: float) -> dict[str, Any]:
+    """The same bits where launches for one row are joined; on a GPU also what that gains."""
+    apart = run.backend
+    other = apart.with_joined_kernels(True) if isinstance(apart, RunsOnGpu) else apart
+    if not isinstance(apart, RunsOnGpu) or not isinstance(other, RunsOnGpu) or not other.joins:
+        return {"state": "skipped", "why": "its blocks can't be promised to run at once"}
+    checked = Run(other, run.report["device"], run.judge, run.tell)
+    segments = [case.segment() for case in joined.cases()]
+    other.prepare((each, limits(each)) for each in segments)
+    found = compare(joined.cases(), checked, end)
+    if run.report["device"].startswith("cuda") and time.monotonic() < end:
+        apart = apart.with_joined_kernels(False)
+        measured = run.attempt("joined", lambda: joined.measure(apart, other))
+        run.tell(f"joined: {measured}")
+        found = {**found, **measured}
+    return found
+
+
 def _why(error: Exception) -> str:
     """A line that says what ended a step, and where if that is our own mistake."""
     if isinstance(error, EdgeInferError):
@@ -169,6 +187,7 @@ STEPS = (
     Step("numerics", 90, lambda run, end: compare(numerics.cases(), run, end)),
     Step("tiny", 60, lambda run, end: compare(tiny.cases(), run, end)),
     Step("fast", 40, fast.compare),
+    Step("joined", 40, compare_joined),
     Step("speed", 150, speed.measure, needs_gpu=True),
 )
 NAMES = tuple(step.name for step in STEPS)

@@ -1,6 +1,7 @@
 // Attention of each row by itself: a block takes a segment of 16 pages; the last block that is done
 // with a row folds the segments.
 #include "attend_mma.cuh"
+#include "await.cuh"
 #include "heads.cuh"
 #include "x8.cuh"
 
@@ -403,6 +404,7 @@ EI_KERNEL(32 * WARPS, 1) attend(
     int n_kv_heads, int window, float scale, float soft_cap) {
     EI_SHARED(Shared, memory, [1]);
     Shared& shared = memory[0];
+    EI_AWAIT_INPUT();
     const int row = blockIdx.z;
     const bool is_aborted = ei_aborted(step);
     if (row >= ei_rows(step, 0)) {

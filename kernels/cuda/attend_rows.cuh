@@ -15,14 +15,27 @@ struct Layer {
     float* out;
     int out_stride;
     uint8_t* x8;
-    int x8_dim;  // values of a row
-    int kv_head;
     int n_kv_heads;
-    int head;     // the first of the query heads of the block,
-    int n_heads;  // and how many of the tile's there are
     float scale;
     float soft_cap;
+    int x8_dim;  // values of a row
+    int kv_head;
+    int head;     // the first of the query heads of the block,
+    int n_heads;  // and how many of the tile's there are
 };
+
+// That of this block, which takes a tile of N_HEADS query heads of a kv head.
+template <int N_HEADS, int V_WIDTH>
+EI_DEV Layer layer_of_block(Layer layer, int n_heads) {
+    const int group = n_heads / layer.n_kv_heads;
+    const int n_tiles = (group + N_HEADS - 1) / N_HEADS;
+    const int first_head = blockIdx.x % n_tiles * N_HEADS;
+    layer.x8_dim = n_heads * V_WIDTH;
+    layer.kv_head = blockIdx.x / n_tiles;
+    layer.head = layer.kv_head * group + first_head;
+    layer.n_heads = min(N_HEADS, group - first_head);
+    return layer;
+}
 
 // Rows row .. row + n - 1 of a step. Query N_HEADS * r + g is head g of row r.
 template <int N_HEADS>
@@ -167,9 +180,10 @@ EI_DEV void write_rows(
     __syncwarp();
 }
 
-// attend(rows) for each run of rows of one sequence, of the n_most from `first` on that a warp has.
+// attend(rows) for each run of rows of one sequence, of the n_most that this warp has.
 template <int N_HEADS, class Attend>
-EI_DEV void for_runs(int first, int n_most, int n_rows, const int* seq, const Attend& attend) {
+EI_DEV void for_runs(int n_most, int n_rows, const int* seq, const Attend& attend) {
+    const int first = (blockIdx.y * blockDim.x + threadIdx.x) / 32 * n_most;
     const int end = min(first + n_most, n_rows);
     for (int row = first, n; row < end; row += n) {
         n = 1;

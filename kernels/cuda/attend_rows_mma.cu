@@ -175,19 +175,11 @@ EI_KERNEL(32 * WARPS, 1) attend_rows_mma(
     if (ei_aborted(step)) {
         return;
     }
-    const int group = n_heads / n_kv_heads;
-    const int n_tiles = (group + GROUP - 1) / GROUP;
-    const int first_head = blockIdx.x % n_tiles * GROUP;
-    Layer layer = {q, pinned_q, q_stride, k_cache, v_cache, sinks, out, out_stride, x8};
-    layer.x8_dim = n_heads * V_DIM;
-    layer.kv_head = blockIdx.x / n_tiles;
-    layer.n_kv_heads = n_kv_heads;
-    layer.head = layer.kv_head * group + first_head;
-    layer.n_heads = min(GROUP, group - first_head);
-    layer.scale = scale;
-    layer.soft_cap = soft_cap;
-    const int first = (blockIdx.y * WARPS + threadIdx.x / 32) * ROWS;
-    for_runs<GROUP>(first, ROWS, ei_rows(step, 0), seq, [&](const TileRows& rows) {
+    const Layer layer = layer_of_block<GROUP, V_DIM>(
+        {q, pinned_q, q_stride, k_cache, v_cache, sinks, out, out_stride, x8, n_kv_heads, scale,
+         soft_cap},
+        n_heads);
+    for_runs<GROUP>(ROWS, ei_rows(step, 0), seq, [&](const TileRows& rows) {
         const Table table = table_of(tables, pages, seq, rows.row);
         attend_run(memory[0], layer, table, pos, window, rows);
     });

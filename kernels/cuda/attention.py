@@ -28,7 +28,9 @@ class AttendLaunch(NamedTuple):
     makes_heads: bool  # whether a warp has room to norm and rotate a head, in steps of one row
 
     @classmethod
-    def of(cls, cache: KV, n_heads: int, has_cap: bool, *, mma: bool = False) -> AttendLaunch:
+    def of(
+        cls, cache: KV, n_heads: int, has_cap: bool, *, mma: bool = False, most_warps: int = 16
+    ) -> AttendLaunch:
         """`mma`: by tensor cores. UnsupportedModelError where heads are too wide."""
         most = max(1, _TILE_VALUES // cache.v_dim)
         most = min(most, _TILE_QUERIES) if mma else most
@@ -44,7 +46,8 @@ class AttendLaunch(NamedTuple):
         # for blocks that are made halves.
         are_halves = cache.k_type == cache.v_type == "f16"
         most_queries = 4 if are_halves else 0 if mma else 3
-        choices = (16, 8, 4, 2, 1) if queries <= most_queries else (8, 4, 2, 1)
+        most_warps = most_warps if queries <= most_queries else 8
+        choices = tuple(n for n in (16, 8, 4, 2, 1) if n <= most_warps)
         warps = _most_warps(cache, choices, n_floats)
         kernel = _kernel("attend", cache, has_cap, QUERIES=queries, WARPS=warps, MMA=int(mma))
         makes_heads = cache.k_dim <= queries * cache.v_dim

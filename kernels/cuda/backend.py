@@ -12,6 +12,7 @@ from edgeinfer import config
 from edgeinfer.batch import HOST, Demand, Numerics, Sampler, StepLimits, StepRequest
 from edgeinfer.errors import UnsupportedModelError
 from edgeinfer.graph import Segment
+from edgeinfer.kernels.cuda import joined
 from edgeinfer.kernels.cuda.blueprint import Blueprint
 from edgeinfer.kernels.cuda.device import Device, DeviceFacts
 from edgeinfer.kernels.cuda.program import CudaProgram
@@ -40,17 +41,32 @@ class CudaBackend:
         make_sampler: MakeSampler,
         progress: Progress | None = None,
         numerics: Numerics = "exact",
+        *,
+        joins: bool = False,
     ) -> None:
-        """`numerics` are "fast" only where the device has the tensor cores for it."""
+        """`numerics` are "fast" only where the device has the tensor cores for it.
+
+        `joins`: where it can, the launches of a step of one row are joined, see `joined.py`.
+        """
         has_fast = device.facts.arch >= LEAST_FAST_ARCH
         self.numerics: Numerics = numerics if has_fast else "exact"
+        has_room = device.facts.shared_bytes > joined.MOST_SHARED_BYTES
+        self.joins = joins and has_room and device.facts.is_cooperative
         self.device, self.name, self._make_sampler = device, name, make_sampler
         self._progress = progress or (lambda stage, done, total: None)
         self._drawn: Blueprint | None = None  # what `compile` will most likely be asked for
 
     def with_numerics(self, numerics: Numerics) -> CudaBackend:
         """Another one of the same device."""
-        return CudaBackend(self.device, self.name, self._make_sampler, self._progress, numerics)
+        return self._other(numerics, self.joins)
+
+    def with_joined_kernels(self, joins: bool) -> CudaBackend:
+        """Another one of the same device."""
+        return self._other(self.numerics, joins)
+
+    def _other(self, numerics: Numerics, joins: bool) -> CudaBackend:
+        make = self._make_sampler
+        return CudaBackend(self.device, self.name, make, self._progress, numerics, joins=joins)
 
     def memories(self, host: int) -> dict[str, int]:
         """Bytes that may be taken of the host's memory and of the device's own, if it has any."""
@@ -108,7 +124,7 @@ class CudaBackend:
 
     def _draw(self, segment: Segment, limits: StepLimits) -> Blueprint:
         facts = self.device.facts
-        drawn = Blueprint(segment, limits, facts.arch, self.numerics)
+        drawn = Blueprint(segment, limits, facts.arch, self.numerics, joins=self.joins)
         launches = drawn.lowered.launches
         most = max(launches, key=lambda each: each.shared_bytes)
         if most.shared_bytes > facts.shared_bytes:

@@ -21,6 +21,7 @@ from edgeinfer.graph import (
 from edgeinfer.kernels.buffers import Arena, Buffer, weights_of
 from edgeinfer.kernels.cached import Bytes, Cached, Numbers, Pieces, layout_of
 from edgeinfer.kernels.cuda.device import Device
+from edgeinfer.kernels.cuda.joined import runs_of
 from edgeinfer.kernels.cuda.kernel import Kernel
 from edgeinfer.kernels.cuda.layout import ALIGNMENT, StepArrays, page_bytes, page_positions
 from edgeinfer.kernels.cuda.lower import Lowering
@@ -40,8 +41,13 @@ class Blueprint:
         arch: int,
         numerics: Numerics = "exact",
         beside: TiledWeights | None = None,
+        *,
+        joins: bool = False,
     ) -> None:
-        """Weights that lie `beside` are those of another program, which lives longer."""
+        """Weights that lie `beside` are those of another program, which lives longer.
+
+        `joins`: steps of one row are to be few launches, see `joined.py`.
+        """
         self.segment, self.limits = segment, limits
         self.numerics, self._arch = numerics, arch
         self.weights = TiledWeights(*weights_of(segment), beside)
@@ -53,8 +59,13 @@ class Blueprint:
         caches = self._caches = self._place_caches()
         self._recurrent = [op for op in segment.ops if isinstance(op, (Conv, DeltaNet))]
         states = self._states = self._place_states()
-        lowering = Lowering(segment, limits, self.weights, caches, states, step, arch, numerics)
+        lowering = Lowering(
+            segment, limits, self.weights, caches, states, step, arch, numerics, joins=joins
+        )
         self.lowered = lowering.run(samples=beside is None)
+        self.runs = runs_of(self.lowered, len(self.segment_counts)) if joins else []
+        for run in self.runs:
+            self.step.place(run.calls)
         self.scratch = self.lowered.scratch
         self.scratch.place(self.weights.staging, 0 if self.scratch.n_bytes else None)
         self.scratch.n_bytes = max(
@@ -63,7 +74,7 @@ class Blueprint:
         self.draft: Blueprint | None = None
         if (block := segment.draft) is not None:
             self.draft = Blueprint(
-                block, limits.of_draft(block.groups), arch, numerics, self.weights
+                block, limits.of_draft(block.groups), arch, numerics, self.weights, joins=joins
             )
 
     def arenas(self) -> tuple[Arena, ...]:
@@ -72,7 +83,8 @@ class Blueprint:
     def kernels(self) -> set[Kernel]:
         """Those of the block that guesses tokens, too."""
         of_draft = self.draft.kernels() if self.draft else set()
-        return self.lowered.kernels() | self.weights.kernels() | of_draft
+        joined = {run.kernel for run in self.runs}
+        return self.lowered.kernels() | self.weights.kernels() | joined | of_draft
 
     def rows(self) -> dict[str, int]:
         """Bytes that the program reserves, by purpose."""
@@ -171,11 +183,16 @@ class Blueprint:
         return SampleBuffers(rows, goes_on)
 
     def _counters(self) -> Buffer:
-        """Of blocks that have left a part of attention, in memory that begins as zeros."""
+        """Of blocks that have left a part of attention, in memory that begins as zeros.
+
+        Behind them `count`, of those that wait for each other.
+        """
         heads = [op.n_heads for op in self.segment.ops if isinstance(op, Attention)]
         n_bytes = 4 * FEW_ROWS * max(heads, default=0)
-        self._counters_bytes = self.kv.aligned(n_bytes)
-        return self.kv.place(Buffer("counters", n_bytes, is_kept=True))
+        counters = self.kv.place(Buffer("counters", n_bytes + 4, is_kept=True))
+        self.count = self.kv.place(Buffer("count", 4, is_kept=True), counters.address + n_bytes)
+        self._counters_bytes = self.kv.aligned(counters.n_bytes)
+        return counters
 
     def _part(self, name: str, group: int = 0) -> Buffer:
         offset = self.step_buffer.address + self.step_arrays.offset(name, group)

@@ -54,7 +54,7 @@ class Cubins:
     def job(self, kernel: Kernel) -> Job:
         """What NVRTC is told."""
         self._sources.signature(kernel)
-        text = self._sources.kernel_text(kernel.name)
+        text = self._sources.kernel_text(kernel)
         if self._begins_early:
             text = waiting_first(text, self._sources)
         return Job(kernel.label, text, tuple(kernel.flags), self._arch)

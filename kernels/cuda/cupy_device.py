@@ -118,6 +118,7 @@ class CudaDevice:
             n_multiprocessors=attribute("MultiProcessorCount"),
             shared_bytes=attribute("MaxSharedMemoryPerBlockOptin"),
             has_own_memory=not attribute("Integrated"),
+            is_cooperative=bool(attribute("CooperativeLaunch")),
         )
 
     @contextmanager
@@ -234,7 +235,14 @@ class CudaDevice:
         return Bound(kernel, self._find(kernel).signature.pack(args))
 
     def launch(
-        self, kernel: Kernel, grid: Grid, threads: int, shared: int, args: Args | Bound
+        self,
+        kernel: Kernel,
+        grid: Grid,
+        threads: int,
+        shared: int,
+        args: Args | Bound,
+        *,
+        at_once: bool = False,
     ) -> None:
         loaded = self._find(kernel)
         check_launch(kernel, grid, threads, loaded.most_threads, shared, self.facts.shared_bytes)
@@ -242,7 +250,10 @@ class CudaDevice:
         values = (args if isinstance(args, Bound) else self.bind(kernel, args)).values
         is_behind_kernel = self._is_behind_kernel
         with self._calls(f"kernel {kernel}"):
-            if self._early is not None and is_behind_kernel:
+            if at_once:
+                block = threads, 1, 1
+                loaded.function(grid, block, values, shared, self._stream, at_once)
+            elif self._early is not None and is_behind_kernel:
                 function, stream = loaded.function.ptr, self._stream.ptr
                 self._early.launch(function, grid, threads, shared, stream, values)
             else:
@@ -250,6 +261,14 @@ class CudaDevice:
             self._is_behind_kernel = True
             if self._waits_for_each and not self._is_recording:
                 self._stream.synchronize()
+
+    def blocks_at_once(self, kernel: Kernel, threads: int, shared: int) -> int:
+        function, facts = self._find(kernel).function, self.facts
+        if not facts.is_cooperative:
+            return 0
+        with self._calls(f"kernel {kernel}"):
+            ask = self._driver.occupancyMaxActiveBlocksPerMultiprocessor
+            return facts.n_multiprocessors * int(ask(function.ptr, threads, shared))
 
     def _find(self, kernel: Kernel) -> _Loaded:
         if kernel not in self._loaded:

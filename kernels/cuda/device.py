@@ -26,13 +26,21 @@ class DeviceFacts(NamedTuple):
     n_multiprocessors: int
     shared_bytes: int  # the most that a block may have, static and dynamic
     has_own_memory: bool  # False where it shares the host's, as on a Jetson
+    is_cooperative: bool  # it can promise that all blocks of a launch run at once
 
 
 class Bound(NamedTuple):
-    """Arguments of a kernel that have been checked, as its device passes them."""
+    """Arguments of a kernel that have been checked, in order and as C takes them."""
 
     kernel: Kernel
-    values: Any
+    values: tuple[np.generic, ...]
+
+    def slots(self) -> NDArray[np.uint64]:
+        """The same with 8 bytes each."""
+        slots = np.zeros(len(self.values), np.uint64)
+        for i, value in enumerate(self.values):
+            slots[i : i + 1].view(value.dtype)[0] = value
+        return slots
 
 
 class Event(Protocol):
@@ -109,9 +117,23 @@ class Device(Protocol):
         ...
 
     def launch(
-        self, kernel: Kernel, grid: Grid, threads: int, shared: int, args: Args | Bound
+        self,
+        kernel: Kernel,
+        grid: Grid,
+        threads: int,
+        shared: int,
+        args: Args | Bound,
+        *,
+        at_once: bool = False,
     ) -> None:
-        """Run a loaded kernel with `shared` bytes of dynamic shared memory a block."""
+        """Run a loaded kernel with `shared` bytes of dynamic shared memory a block.
+
+        `at_once`: its blocks, at most `blocks_at_once`, may wait for each other.
+        """
+        ...
+
+    def blocks_at_once(self, kernel: Kernel, threads: int, shared: int) -> int:
+        """How many blocks of a loaded kernel can run at once, 0 where that can't be promised."""
         ...
 
     def record(self, body: Callable[[], None]) -> Graph:

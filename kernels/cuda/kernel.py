@@ -6,7 +6,8 @@ A kernel's declaration and its list of variants are read from its .cu text: they
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from hashlib import sha256
 from itertools import product
 from operator import index
 from pathlib import Path
@@ -17,15 +18,20 @@ import numpy as np
 from edgeinfer.errors import DeviceError
 
 SYMBOL = "ei_kernel_"
+JOINED = "joined"  # the kernel that has others as its parts
 _HERE = Path(__file__).parent
 _WORD = re.compile(r"-?\w+")
 
 
 class Kernel(NamedTuple):
-    """A variant of a kernel: the name of its .cu file, and macros with their values, by name."""
+    """A variant of a kernel: the name of its .cu file, and macros with their values, by name.
+
+    `JOINED` has others as its `parts`.
+    """
 
     name: str
     defines: tuple[tuple[str, str], ...] = ()
+    parts: tuple[Kernel, ...] = ()
 
     @classmethod
     def of(cls, name: str, **defines: str | int) -> Kernel:
@@ -44,10 +50,14 @@ class Kernel(NamedTuple):
     @property
     def label(self) -> str:
         """What its files are called after: "matmul.TYPE=Q4_0.WARPS=4"."""
+        if self.parts:
+            labels = " ".join(part.label for part in self.parts)
+            return f"{self.name}.{sha256(labels.encode()).hexdigest()[:24]}"
         return ".".join([self.name, *(f"{macro}={value}" for macro, value in self.defines)])
 
     def __str__(self) -> str:
         values = ", ".join(f"{macro}={value}" for macro, value in self.defines)
+        values = values or ", ".join(map(str, self.parts))
         return f"{self.name}({values})" if values else self.name
 
 
@@ -164,13 +174,42 @@ class Sources:
             )
         return Signature.parse(kernel.name, self._read(f"{kernel.name}.cu"))
 
-    def kernel_text(self, name: str) -> str:
+    def kernel_text(self, kernel: Kernel) -> str:
         """The text of a kernel as a compiler takes it; in it, the kernel is called `SYMBOL` name.
 
         CUDA has functions of its own that are called `norm` or `exp`.
         """
-        declared = re.compile(rf"^(EI_KERNEL\([^\n]*\)\s+){name}\(", re.MULTILINE)
-        return declared.sub(rf"\g<1>{SYMBOL}{name}(", self.flat(f"{name}.cu"))
+        seen = set[str]()
+        text = "\n".join(self._lines(f"{kernel.name}.cu", seen)) + "\n"
+        text = _HEAD.sub(rf"\g<1>{SYMBOL}\g<2>(", text)
+        if kernel.name == JOINED:
+            text += "\n".join(self._parts(kernel.parts, seen)) + "\n"
+        return text
+
+    def _parts(self, parts: Sequence[Kernel], seen: set[str]) -> Iterator[str]:
+        """Kernels as functions, each in a namespace of its own, and `ei_run_part` of joined.cuh.
+
+        Headers that are not yet `seen` come before each.
+        """
+        calls = []
+        for i, part in enumerate(parts):
+            lines = self._read(f"{part.name}.cu").splitlines()
+            for found in filter(None, map(_INCLUDE.fullmatch, lines)):
+                if found[1] not in seen:
+                    yield from self._lines(found[1], seen)
+            body = "\n".join("" if _INCLUDE.fullmatch(line) else line for line in lines)
+            body = _HEAD.sub(r"EI_DEV void \g<2>(", body)
+            yield from (f"#define {macro} {value}" for macro, value in part.defines)
+            yield f"namespace part_{i} {{"
+            yield f'#line 1 "{part.name}.cu"'
+            yield body.replace("EI_SHARED(", "EI_SHARED_OF_PART(")
+            yield "}"
+            yield from (f"#undef {macro}" for macro, _ in part.defines)
+            types = [each.type for each in self.signature(part).parameters]
+            args = [f"ei_argument<{each}>(call.arguments, {n})" for n, each in enumerate(types)]
+            calls.append(f"case {i}: part_{i}::{part.name}({', '.join(args)}); break;")
+        yield from ("EI_DEV void ei_run_part(const Call& call) {", "switch (call.kernel) {")
+        yield from (*calls, "}", "}")
 
     def variants(self, name: str) -> list[Kernel]:
         """The usual variants: `// Variants: TYPE = Q4_0 Q4_1; WARPS = 1 4` in its text.
@@ -211,6 +250,7 @@ class Sources:
         raise DeviceError(f"there is no {file} in {folders}")
 
 
+_HEAD = re.compile(r"^(EI_KERNEL\([^\n]*\)\s+)(\w+)\(", re.MULTILINE)
 _INCLUDE = re.compile(r'\s*#\s*include\s+"([^"]+)".*')
 _VARIANTS = re.compile(r"^// Variants:(.*(?:\n//   .*)*)", re.MULTILINE)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from edgeinfer.fused_ops import PinnedAttention, PinnedRotate, RotatedAttention
 from edgeinfer.graph import KV, Rope, Rotate
 from edgeinfer.kernels.buffers import Buffer
+from edgeinfer.kernels.cuda import joined
 from edgeinfer.kernels.cuda.attention import (
     SHARED_BYTES,
     AttendLaunch,
@@ -149,7 +150,8 @@ class AttentionLowering(LoweringBase):
             "out": out, "out_stride": row_stride(op.out.dim), "x8": x8,
         }  # fmt: skip
         of_heads, mma = self._shape_of(op), self._is_mma(op)
-        few = AttendLaunch.of(*of_heads, mma=mma)
+        most_warps = joined.WARPS if self._joins else 16
+        few = AttendLaunch.of(*of_heads, mma=mma, most_warps=most_warps)
         n_parts = FEW_ROWS * op.n_heads * self._max_segments
         of_few: dict[str, Arg] = {
             **_READY_HEADS, **common, "counters": self._step.counters,

@@ -98,11 +98,14 @@ class LoweringBase:
         step: StepBuffers,
         arch: int,
         numerics: Numerics,
+        *,
+        joins: bool,
     ) -> None:
+        """`joins`: launches for one row are to become parts of one kernel, see `joined.py`."""
         self._segment, self._limits = segment, limits
         self._weights, self._caches, self._step = weights, caches, step
         self._states, self._arch = states, arch  # slots, by number of what an op leaves
-        self._is_fast = numerics == "fast"
+        self._is_fast, self._joins = numerics == "fast", joins
         self._steps = fuse(segment)
         self._reads = Reads(self._steps, segment.kept)
         self._selected = selected(segment)

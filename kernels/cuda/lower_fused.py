@@ -11,7 +11,7 @@ from typing import NamedTuple
 from edgeinfer.fused_ops import Matmul, Matmuls, SwiGlu, WholeNorm
 from edgeinfer.graph import RmsNorm, Value
 from edgeinfer.kernels.buffers import reads_blocks
-from edgeinfer.kernels.cuda import tiles
+from edgeinfer.kernels.cuda import joined, tiles
 from edgeinfer.kernels.cuda.commands import Arg
 from edgeinfer.kernels.cuda.kernel import Kernel
 from edgeinfer.kernels.cuda.lower_attention import AttentionLowering
@@ -21,7 +21,8 @@ from edgeinfer.quant import QuantType
 
 _WARPS, _SHARED_BYTES = 4, 48 << 10  # of a block of threads, on any GPU
 # Where memory is so fast that more must be on its way, and blocks may have more for it.
-_FAST_ARCHS, _MORE_WARPS, _MORE_SHARED_BYTES = (90, 100, 103), 8, 96 << 10
+_FAST_ARCHS = (90, 100, 103)
+_MORE_WARPS, _MORE_SHARED_BYTES = joined.WARPS, joined.MOST_SHARED_BYTES
 _MOST_ROWS = 1
 _MOST_PARTS = 3
 # Each block of threads makes the rows that it multiplies anew: worth it for few blocks only.
@@ -103,7 +104,7 @@ class FusedLowering(AttentionLowering, ProductLowering):
         self, x: Value, norm: RmsNorm | WholeNorm | None, groups: Sequence[tuple[Matmul, ...]]
     ) -> list[_Products]:
         """Products, a kernel each, if a block of threads has room for the row; else none."""
-        is_fast = self._arch in _FAST_ARCHS
+        is_fast = self._joins or self._arch in _FAST_ARCHS
         n_warps = _MORE_WARPS if is_fast else _WARPS
         found = [_Products(x, norm, parts, n_warps) for parts in groups]
         most = max(each.shared_bytes for each in found)

@@ -33,15 +33,17 @@ class _Way(NamedTuple):
     shape: LaunchShape
 
 
-def _ways(kind: QuantType, n_rows_of_matrix: int, arch: int) -> Iterator[_Way]:
-    """Of a matrix in blocks: by the number of rows that multiply it."""
+def _ways(kind: QuantType, arch: int, *, shares: bool) -> Iterator[_Way]:
+    """Of a matrix in blocks: by the number of rows that multiply it.
+
+    Of one row more warps share a tile where it `shares`.
+    """
     has_mma, least = arch >= _LEAST_MMA_ARCH, 1
-    is_small = n_rows_of_matrix <= _FEW_TILES * tiles.TILE
     sizes = [(1, 1), (2, 2)] if arch == _ORIN_ARCH else [(1, 1), (2, 2), (4, 4)]
     if not has_mma:
         sizes[-1] = (sizes[-1][0], ANY_NUMBER)
     for n_rows, most in sizes:
-        wanted = 2 if n_rows > 1 else 2 * _WARPS if is_small else _WARPS
+        wanted = 2 if n_rows > 1 else 2 * _WARPS if shares else _WARPS
         warps = min(wanted, tiles.most_warps(kind, n_rows))
         kernel = Kernel.of("matmul", TYPE=kind.name, WARPS=warps, ROWS=n_rows)
         shape = LaunchShape(rows_per_block=n_rows, least_rows=least, most_rows=most)
@@ -81,7 +83,8 @@ class ProductLowering(LoweringBase):
             "residual": residual or 0, "y": out,
         }  # fmt: skip
         if reads_blocks(op):
-            x, ways = self._x8(op.x), _ways(kind, n_rows, self._arch)
+            shares = self._joins or n_rows <= _FEW_TILES * tiles.TILE
+            x, ways = self._x8(op.x), _ways(kind, self._arch, shares=shares)
         elif self._is_fast and kind.name in _HALVED:
             x, ways = self._halves(op.x), _mma_ways("matmul_half", kind, 1)
         else:

@@ -1,6 +1,7 @@
 // Rows of activations times a matrix in tiles, in the order of kernels/reference: a lane takes
 // whole rows of the matrix and columns ascend in it, so no block type is summed across lanes.
 #pragma once
+#include "await.cuh"
 #include "tiles.cuh"
 #include "x8.cuh"
 
@@ -297,6 +298,7 @@ EI_DEV void multiply(
 // For a multiply of what is there already.
 struct NothingToBegin {
     __device__ __forceinline__ void operator()() const {
+        EI_AWAIT_INPUT();
     }
 };
 

@@ -1,5 +1,6 @@
 // Root mean square norm of a row: (x * s) * weight, in the order of kernels/reference/quantised.py.
 #pragma once
+#include "await.cuh"
 #include "tiles.cuh"
 #include "x8.cuh"
 
@@ -34,6 +35,7 @@ struct Normed {
 
     __device__ __forceinline__ void operator()() const {
         EI_SHARED(float, scales, [N_ROWS]);
+        EI_AWAIT_INPUT();
         const int warp = threadIdx.x / 32;
         const int lane = threadIdx.x & 31;
         const int there = min(N_ROWS, n_rows - first);

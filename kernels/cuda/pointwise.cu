@@ -1,4 +1,5 @@
 // Ops that make each value of a row of one or two others in the same place.
+#include "await.cuh"
 #include "math.cuh"
 #include "x8.cuh"
 
@@ -50,6 +51,7 @@ constexpr int EACH = 4;  // values of a thread
 EI_KERNEL(256) pointwise(
     const Step* step, const float* a, int a_stride, const float* b, int b_stride, float* out,
     int out_stride, uint8_t* x8, int dim, int rows, float first, float second) {
+    EI_AWAIT_INPUT();
     const int row = blockIdx.y;
     if (row >= ei_rows(step, rows) || ei_aborted(step)) {
         return;

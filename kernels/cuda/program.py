@@ -20,6 +20,7 @@ from edgeinfer.kernels.cached import Cached, CacheVerbs
 from edgeinfer.kernels.cuda.attention import n_segments
 from edgeinfer.kernels.cuda.blueprint import Blueprint
 from edgeinfer.kernels.cuda.device import Device
+from edgeinfer.kernels.cuda.joined import Joined
 from edgeinfer.kernels.cuda.layout import StepArrays
 from edgeinfer.kernels.cuda.lower_base import FEW_ROWS
 from edgeinfer.kernels.cuda.running import Picked, Running, store
@@ -106,7 +107,8 @@ class CudaProgram(CacheVerbs):
         drawn.weights.upload(device, step, lambda done, total: progress("weights", done, total))
         if self._sampler is not None:
             self._sampler.open()
-        self._steps = Steps(device, self._lowered)
+        joined = Joined(device, drawn.runs, drawn.segment_counts, drawn.count)
+        self._steps = Steps(device, self._lowered, joined)
         n_words = 4 * self.limits.max_outputs
         self._results = device.host(4 * _N_RESULTS * n_words).view(np.int32)
         self._results = self._results.reshape(_N_RESULTS, n_words)

@@ -1,9 +1,11 @@
 // Rows of floats as X8.
+#include "await.cuh"
 #include "tiles.cuh"
 #include "x8.cuh"
 
 // Grid: (k / 1024 rounded up, rows). k is a multiple of 32.
 EI_KERNEL(256) quantise(const Step* step, int rows, const float* x, uint8_t* x8, int k) {
+    EI_AWAIT_INPUT();
     const int row = blockIdx.y;
     const int first = 1024 * blockIdx.x + threadIdx.x / 32 * 128;
     if (ei_aborted(step) || row >= ei_rows(step, rows) || first >= k) {

@@ -10,6 +10,7 @@
 EI_KERNEL(32 * WARPS) rms_norm(const Step* step, int rows, const int* gather, const float* x,
                                const float* weight, float* y, uint8_t* x8, int width, float eps) {
     EI_SHARED(float, shared_scale, [1]);
+    EI_AWAIT_INPUT();
     const int row = blockIdx.y;
     if (ei_aborted(step) || row >= ei_rows(step, rows)) {
         return;

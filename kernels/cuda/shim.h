@@ -84,10 +84,10 @@ struct EiSharedArray {
 
 // A word of memory as the first thread of a block finds it, for all threads of the block.
 EI_DEV int ei_cpu_block_value(const volatile int* word, const char* where) {
-    static unsigned long long block;
+    static unsigned long long asked_at;
     static int value;
-    if (block != ei_run->n_blocks) {
-        block = ei_run->n_blocks;
+    if (asked_at != ei_run->n_barriers) {
+        asked_at = ei_run->n_barriers;
         value = *word;
     }
     const int found = value;

@@ -10,6 +10,7 @@ import ctypes
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -53,8 +54,9 @@ class ShimDevice:
     """See `Device`. `seed` is the order of threads, 0 for that of their numbers; it may be set.
 
     `sources` are folders with further kernels, `flags` go to the compiler, `allocate` gives
-    memory; `arch`, `shared_bytes` and `memory_bytes` are those of the GPU it stands for. Where it
-    `runs_at_once`, everything is done when it returns, and what fails spoils nothing else.
+    memory; `arch`, `shared_bytes` and `memory_bytes` are those of the GPU it stands for, which has
+    `blocks_at_once`. Where it `runs_at_once`, everything is done when it returns, and what fails
+    spoils nothing else.
     """
 
     def __init__(
@@ -67,10 +69,11 @@ class ShimDevice:
         arch: int = 90,
         shared_bytes: int = 99 << 10,
         memory_bytes: int = 4 << 30,
+        blocks_at_once: int = 4,
         allocate: Callable[[int], HostMemory] = platform.Memory,
         runs_at_once: bool = False,
     ) -> None:
-        self.facts = DeviceFacts("CPU shim", arch, 4, shared_bytes, True)
+        self.facts = DeviceFacts("CPU shim", arch, 4, shared_bytes, True, True)
         self.seed = seed
         self._sources = Sources(*sources)
         self._compiler = Compiler(folder or config.cache_folder() / "kernels" / "cuda")
@@ -79,6 +82,7 @@ class ShimDevice:
         self._runs_at_once = runs_at_once
         self._allocate = allocate
         self._memory_bytes = memory_bytes
+        self._blocks_at_once = blocks_at_once
         self._reserved: dict[int, tuple[HostMemory, int]] = {}  # by address, with its bytes
         self._loaded: dict[Kernel, _Loaded] = {}
         self._recording: list[Callable[[], None]] | None = None
@@ -172,20 +176,28 @@ class ShimDevice:
 
     def bind(self, kernel: Kernel, args: Args) -> Bound:
         signature = self._find(kernel).signature
-        slots = np.zeros(len(signature.parameters), np.uint64)
-        for i, value in enumerate(signature.pack(args)):
-            slots[i : i + 1].view(value.dtype)[0] = value
-            if signature.parameters[i].type.endswith("*") and value:
+        values = signature.pack(args)
+        for parameter, value in zip(signature.parameters, values, strict=True):
+            if parameter.type.endswith("*") and value:
                 self._check_range(int(value), 0)
-        return Bound(kernel, slots)
+        return Bound(kernel, values)
 
     def launch(
-        self, kernel: Kernel, grid: Grid, threads: int, shared: int, args: Args | Bound
+        self,
+        kernel: Kernel,
+        grid: Grid,
+        threads: int,
+        shared: int,
+        args: Args | Bound,
+        *,
+        at_once: bool = False,
     ) -> None:
         loaded = self._find(kernel)
         check_launch(kernel, grid, threads, loaded.most_threads, shared, self.facts.shared_bytes)
         check_args(kernel, args)
-        slots = (args if isinstance(args, Bound) else self.bind(kernel, args)).values
+        if at_once and prod(grid) > self._blocks_at_once:
+            raise DeviceError(f"kernel {kernel}: {grid} blocks can't run at once")
+        slots = (args if isinstance(args, Bound) else self.bind(kernel, args)).slots()
         launch = (
             ctypes.c_void_p(loaded.entry),
             (ctypes.c_uint * 3)(*grid),
@@ -194,8 +206,13 @@ class ShimDevice:
             ctypes.c_size_t(self.facts.shared_bytes),
             ctypes.c_void_p(slots.ctypes.data),
             ctypes.c_uint(self.seed),
+            ctypes.c_uint(at_once),
         )
         self._do(partial(_launch, kernel, loaded.launch, launch, slots))
+
+    def blocks_at_once(self, kernel: Kernel, threads: int, shared: int) -> int:
+        self._find(kernel)
+        return self._blocks_at_once
 
     def _find(self, kernel: Kernel) -> _Loaded:
         if kernel not in self._loaded:
@@ -207,7 +224,7 @@ class ShimDevice:
         defines = [f"#define {macro} {value}" for macro, value in kernel.defines]
         args = [f"ei_argument<{p.type}>(slots, {i})" for i, p in enumerate(signature.parameters)]
         entry = f"EI_ENTRY({SYMBOL}{kernel.name}({', '.join(args)}))\n"
-        body = self._sources.kernel_text(kernel.name)
+        body = self._sources.kernel_text(kernel)
         return "\n".join([self._sources.flat("shim.h"), *defines, body, entry])
 
     # -- order --

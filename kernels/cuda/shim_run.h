@@ -38,10 +38,12 @@ struct Shared {
 struct Run {
     Thread* thread;
     Dim block, block_dim, grid_dim;
-    unsigned long long n_blocks;  // so far, this one included, of all launches
+    unsigned long long n_barriers;  // of blocks that were passed, and times that a block went on
     void* dynamic_shared;
     void (*wait_for_block)(const char* where);
     void (*wait_for_warp)(const char* where);
+    // Goes on once all other blocks have run on that are there at once.
+    void (*let_others_run)(const char* where);
     // Copies to shared memory that are done when a thread waits for their group; until then there
     // is nothing but 0xFF bytes.
     void (*copy_later)(void* to, const void* from, unsigned n_bytes);

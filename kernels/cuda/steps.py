@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from edgeinfer.kernels.cuda.commands import WANTED_ROWS, Launch, Lowered
 from edgeinfer.kernels.cuda.device import Bound, Device, Graph
+from edgeinfer.kernels.cuda.joined import Joined
 from edgeinfer.kernels.cuda.lower_base import FEW_ROWS
 
 _MOST_GRAPHS = 32  # each takes a few MiB of the driver's memory
@@ -46,8 +47,8 @@ def _up(n: int) -> int:
 class Steps:
     """Computes the step that has been written to the device's memory."""
 
-    def __init__(self, device: Device, lowered: Lowered) -> None:
-        self._device, self._lowered = device, lowered
+    def __init__(self, device: Device, lowered: Lowered, joined: Joined) -> None:
+        self._device, self._lowered, self._joined = device, lowered, joined
         self._bound: dict[tuple[int, int], Bound] = {}  # by launch and segments
         self._counts: Counter[Shape] = Counter()
         self._graphs: dict[Shape, Graph] = {}
@@ -73,9 +74,13 @@ class Steps:
         return self._counts[shape] >= _FROM
 
     def _launch(self, shape: Shape) -> None:
+        is_of_one = shape.n_rows == shape.n_wanted == 1
+        done = range(0)
         for i, launch in self._launches(shape.result):
+            if is_of_one and i not in done:
+                done = self._joined.launch(i, shape.n_segments)
             n_rows = shape.n_wanted if launch.rows == WANTED_ROWS else shape.n_rows
-            if n_rows and launch.takes(n_rows):
+            if i not in done and n_rows and launch.takes(n_rows):
                 grid = launch.grid(n_rows, shape.n_segments)
                 bound = self._bind(i, launch, shape.n_segments)
                 self._device.launch(launch.kernel, grid, launch.threads, launch.shared_bytes, bound)
