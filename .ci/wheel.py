@@ -18,7 +18,8 @@ from pathlib import Path
 
 from edgeinfer.config import cache_folder as cache_root
 from edgeinfer.kernels.cpu import ready
-from edgeinfer.kernels.cpu.library import build_objects, cache_folder, read_object
+from edgeinfer.kernels.cpu.builders import build_objects
+from edgeinfer.kernels.cpu.kept_objects import cache_folder, read_object
 from edgeinfer.kernels.cpu.targets import FAMILIES, TRIPLES, Target
 from edgeinfer.kernels.cuda.cubins import Cubins
 from edgeinfer.kernels.cuda.kernel import Sources

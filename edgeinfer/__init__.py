@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         SessionError,
         TemplateError,
         UnsupportedModelError,
+        reason_of,
     )
     from edgeinfer.hub.discovery import ModelInfo, list_models
     from edgeinfer.hub.fetch import pull
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from edgeinfer.llm import LLM
     from edgeinfer.options import LoadOptions, Progress, Sampling
     from edgeinfer.parameters import ANSWER, LOAD, Parameter
+    from edgeinfer.repeats import RepeatGuard
     from edgeinfer.replay import Recording, Replay
     from edgeinfer.results import (
         CallDelta,
@@ -76,7 +78,8 @@ _HOME = {
     "DeviceError": "errors", "DownloadError": "errors", "EdgeInferError": "errors",
     "InvalidModelError": "errors", "InvalidRequestError": "errors",
     "ModelNotFoundError": "errors", "PlanError": "errors", "SessionError": "errors",
-    "TemplateError": "errors", "UnsupportedModelError": "errors",
+    "TemplateError": "errors", "UnsupportedModelError": "errors", "reason_of": "errors",
+    "RepeatGuard": "repeats",
 }  # fmt: skip
 
 __all__ = [
@@ -110,6 +113,7 @@ __all__ = [
     "Progress",
     "PromptProgress",
     "Recording",
+    "RepeatGuard",
     "Replay",
     "Sampling",
     "SessionError",
@@ -128,6 +132,7 @@ __all__ = [
     "plan",
     "printable",
     "pull",
+    "reason_of",
 ]
 
 

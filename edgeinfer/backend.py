@@ -260,7 +260,7 @@ def open_backend(
         is_law = device.kind == "law"
         return ReferenceBackend(ReferenceSampler(), "quantised" if is_law else "exact")
     if device.kind == "cpu":
-        from edgeinfer.kernels.cpu.program import CpuBackend
+        from edgeinfer.kernels.cpu.backend import CpuBackend
 
         return CpuBackend(config.cache_folder(), progress, config.isa(), memory)
     from edgeinfer.kernels.cuda.backend import CudaBackend, open_device
@@ -364,7 +364,8 @@ def tune(program: Program, progress: Callable[[int, int], None]) -> str:
 
 def kernel_origins() -> dict[str, int]:
     """How many CPU kernels are cached for this machine, came ready with the package, or neither."""
-    from edgeinfer.kernels.cpu.library import cache_folder, kernels_here
+    from edgeinfer.kernels.cpu.kept_objects import cache_folder
+    from edgeinfer.kernels.cpu.library import kernels_here
     from edgeinfer.kernels.cpu.ready import NAMES
     from edgeinfer.kernels.cpu.targets import Target
 
@@ -376,7 +377,7 @@ def kernel_origins() -> dict[str, int]:
 
 def can_build_kernels() -> bool:
     """Whether kernels that are not here can be built: not in a frozen program."""
-    from edgeinfer.kernels.cpu.library import can_build
+    from edgeinfer.kernels.cpu.builders import can_build
 
     return can_build()
 

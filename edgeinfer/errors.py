@@ -178,3 +178,12 @@ def memory_ran_out(error: BaseException) -> bool:
         return True
     before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return before is not None and memory_ran_out(before)
+
+
+def reason_of(error: BaseException) -> str:
+    """Why something failed, in words: the system's, without its number and a file's name."""
+    inner = getattr(error, "reason", None)
+    if isinstance(inner, BaseException):  # what urllib puts around it
+        return reason_of(inner)
+    words = getattr(error, "strerror", None) or (inner if isinstance(error, OSError) else None)
+    return str(words or error) or type(error).__name__

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from edgeinfer import platform
-from edgeinfer.errors import InvalidRequestError
+from edgeinfer.errors import InvalidRequestError, reason_of
 from edgeinfer.llm import LLM
 from edgeinfer.parameters import LOAD, REQUEST, SAMPLING, id_list, shown
 from edgeinfer.stream import Stream
@@ -265,10 +265,9 @@ def _read(path: Path) -> Mapping[str, Any]:
         with open(path, "rb") as file:
             return _mapping(json.loads(platform.read_whole(file, _MOST_BYTES)))
     except OSError as error:
-        why, cause = error.strerror or str(error), error
         raise InvalidRequestError(
-            f"{shown(str(path))} can't be read ({why})", param="recording"
-        ) from cause
+            f"{shown(str(path))} can't be read ({reason_of(error)})", param="recording"
+        ) from error
     except (ValueError, TypeError, RecursionError, MemoryError) as error:
         raise InvalidRequestError(
             f"{shown(str(path))} is not what `edgeinfer run --json` writes ({shown(str(error))})",

@@ -17,7 +17,7 @@ from edgeinfer.backend import Backend, find_device, open_backend
 from edgeinfer.batch import Batch, Demand, PageTable, StepLimits, StepRequest
 from edgeinfer.chain import ChainBackend, Stretch
 from edgeinfer.graph import Segment
-from edgeinfer.kernels.cpu.program import CpuBackend
+from edgeinfer.kernels.cpu.backend import CpuBackend
 from edgeinfer.kernels.reference import ReferenceBackend, ReferenceProgram
 from edgeinfer.sampling.sampler import ReferenceSampler
 

@@ -18,7 +18,7 @@ import pytest
 
 from edgeinfer import config, platform
 from edgeinfer.errors import DeviceError
-from edgeinfer.kernels.cpu import library
+from edgeinfer.kernels.cpu import builders, kept_objects
 from edgeinfer.kernels.cpu.library import Library
 from edgeinfer.kernels.cpu.targets import Target
 
@@ -38,7 +38,7 @@ class Builder:
     def _build(self, name: str, target: Target) -> bytes:
         if self._process is None or target != self._target:
             self.close()
-            command = library.build_command(None, target)
+            command = builders.build_command(None, target)
             # A child that ends with us ends with the thread, which may be that of a test.
             self._process = platform.start_program(command, ends_with_us=False)
             self._target = target
@@ -84,12 +84,12 @@ def kernels_built_once(folder: Path) -> Iterator[None]:
             return build(self, names, progress)
         objects = {}
         platform.make_folder(self.folder)
-        with claimed((library.object_path(self.folder, name) for name in names), folder):
+        with claimed((kept_objects.object_path(self.folder, name) for name in names), folder):
             for name in names:
-                data = library.read_object(self.folder, name)
+                data = kept_objects.read_object(self.folder, name)
                 if data is None:
                     data = builder.build(name, self.target)
-                    library.write_object(self.folder, name, data)
+                    kept_objects.write_object(self.folder, name, data)
                 objects[name] = data
         return objects
 

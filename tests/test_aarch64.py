@@ -13,8 +13,9 @@ import pytest
 
 from edgeinfer.graph import KV, KVType
 from edgeinfer.kernels.cpu import layout
+from edgeinfer.kernels.cpu.builders import build_objects
 from edgeinfer.kernels.cpu.formats import FORMATS, packed_bytes
-from edgeinfer.kernels.cpu.library import build_objects, symbol
+from edgeinfer.kernels.cpu.kept_objects import symbol
 from edgeinfer.kernels.cpu.lower_attention import attend_kernel, fold_kernel
 from edgeinfer.kernels.cpu.targets import Target
 from edgeinfer.kernels.reference.quantised import Quantised

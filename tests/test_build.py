@@ -15,11 +15,11 @@ import pytest
 from edgeinfer.batch import StepLimits
 from edgeinfer.errors import DeviceError
 from edgeinfer.gguf import GGUFFile
-from edgeinfer.kernels.cpu import build, library, ready, soft_float
+from edgeinfer.kernels.cpu import build, builders, kept_objects, library, ready, soft_float
+from edgeinfer.kernels.cpu.backend import CpuBackend
 from edgeinfer.kernels.cpu.blueprint import Blueprint
 from edgeinfer.kernels.cpu.library import Library
 from edgeinfer.kernels.cpu.object_files import undefined_symbols
-from edgeinfer.kernels.cpu.program import CpuBackend
 from edgeinfer.kernels.cpu.ready import Ready
 from edgeinfer.kernels.cpu.targets import TRIPLES, Target
 from edgeinfer.model import Model, architectures
@@ -40,7 +40,7 @@ def module_of(body: str, declare: str = "") -> llvm.ModuleRef:
 
 
 def test_every_kernel_is_in_the_list() -> None:
-    modules = {path.stem for path in (library._HERE / "native").glob("*.py")}
+    modules = {path.stem for path in (kept_objects._HERE / "native").glob("*.py")}
     parts = {
         "__init__", "simd", "words", "isa", "isa_aarch64", "registry", "fields", "floats",
         "formats", "blocks32", "blocks256", "blocks_table", "grid", "math", "activations", "sink",
@@ -51,10 +51,10 @@ def test_every_kernel_is_in_the_list() -> None:
 
 @pytest.mark.parametrize("module", sorted({name.partition(".")[0] for name in KERNELS}))
 def test_a_kernels_key_covers_all_of_ours_that_its_sources_import(module: str) -> None:
-    sources = library._sources(module)
+    sources = kept_objects._sources(module)
     names = {path.stem for path in sources}
-    for path in sources - set(library._BUILDER):
-        if library._HERE not in path.parents:
+    for path in sources - set(kept_objects._BUILDER):
+        if kept_objects._HERE not in path.parents:
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and str(node.module).startswith("edgeinfer"):
@@ -101,26 +101,26 @@ def test_exact_arithmetic_is_accepted() -> None:
 def test_a_damaged_object_is_built_again(tmp_path: Path) -> None:
     target = Target.host()
     Library(target, tmp_path).load(["probe"])
-    path = library.object_path(tmp_path, "probe")
+    path = kept_objects.object_path(tmp_path, "probe")
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    assert library.read_object(tmp_path, "probe") is None
+    assert kept_objects.read_object(tmp_path, "probe") is None
     again = Library(target, tmp_path)
     again.load(["probe"])
     assert again.address("probe")
-    assert library.read_object(tmp_path, "probe") is not None
+    assert kept_objects.read_object(tmp_path, "probe") is not None
 
 
 def test_a_cut_object_counts_as_absent(tmp_path: Path) -> None:
-    library.write_object(tmp_path, "probe", b"some machine code")
-    path = library.object_path(tmp_path, "probe")
-    assert library.read_object(tmp_path, "probe") == b"some machine code"
+    kept_objects.write_object(tmp_path, "probe", b"some machine code")
+    path = kept_objects.object_path(tmp_path, "probe")
+    assert kept_objects.read_object(tmp_path, "probe") == b"some machine code"
     for n in (0, 5, 32, len(path.read_bytes()) - 1):
         cut = path.read_bytes()[:n]
         path.write_bytes(cut)
-        assert library.read_object(tmp_path, "probe") is None
-        library.write_object(tmp_path, "probe", b"some machine code")
+        assert kept_objects.read_object(tmp_path, "probe") is None
+        kept_objects.write_object(tmp_path, "probe", b"some machine code")
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def shipped(tmp_path: Path) -> Ready:
     """A file of two ready kernels for any machine of this one's family, read back."""
     host = Target.host()
     target = Target.any(host.family, host.machine, host.triple)
-    objects = library.build_objects(tmp_path / "objects", ["norm", "read"], target, None)
+    objects = builders.build_objects(tmp_path / "objects", ["norm", "read"], target, None)
     ready.write(tmp_path, target, objects)
     return Ready.of(target, tmp_path)
 

@@ -15,7 +15,7 @@ import pytest
 
 import edgeinfer
 from edgeinfer import platform
-from edgeinfer.kernels.cpu.library import build_command, build_objects
+from edgeinfer.kernels.cpu.builders import build_command, build_objects
 from edgeinfer.kernels.cpu.targets import Target
 
 from .models_for_tests import tiny_model

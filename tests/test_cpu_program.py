@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from edgeinfer.gguf import GGUFFile
 from edgeinfer.graph import Segment
-from edgeinfer.kernels.cpu.program import CpuBackend, CpuProgram
+from edgeinfer.kernels.cpu.backend import CpuBackend
+from edgeinfer.kernels.cpu.program import CpuProgram
 from edgeinfer.model import Model
 
 from .backends import IDS, LIMITS, batch_of

@@ -29,7 +29,8 @@ from edgeinfer.graph import (
     Rotate,
     Segment,
 )
-from edgeinfer.kernels.cpu.program import CpuBackend, CpuProgram
+from edgeinfer.kernels.cpu.backend import CpuBackend
+from edgeinfer.kernels.cpu.program import CpuProgram
 from edgeinfer.kernels.reference import ReferenceBackend
 from edgeinfer.platform import Memory
 from edgeinfer.quant import QUANT_TYPES, Weight

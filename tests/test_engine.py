@@ -23,7 +23,7 @@ from edgeinfer.errors import (
     PlanError,
 )
 from edgeinfer.gguf import GGUFFile
-from edgeinfer.kernels.cpu.program import CpuBackend
+from edgeinfer.kernels.cpu.backend import CpuBackend
 from edgeinfer.kernels.reference import ReferenceBackend
 from edgeinfer.model import Model
 from edgeinfer.sampling.params import SamplingParams

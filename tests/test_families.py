@@ -15,7 +15,7 @@ from edgeinfer.batch import Batch, PageTable, StepLimits
 from edgeinfer.errors import InvalidModelError, UnsupportedModelError
 from edgeinfer.gguf import GGUFFile
 from edgeinfer.graph import Attention, Growth, Rotate, Segment
-from edgeinfer.kernels.cpu.program import CpuBackend
+from edgeinfer.kernels.cpu.backend import CpuBackend
 from edgeinfer.kernels.reference import ReferenceBackend, exact
 from edgeinfer.model import Model
 

@@ -18,7 +18,7 @@ from edgeinfer.engine.engine import Engine
 from edgeinfer.engine.sequence import Finished, Request, Token
 from edgeinfer.errors import EdgeInferError
 from edgeinfer.gguf import GGUFFile
-from edgeinfer.kernels.cpu.program import CpuBackend
+from edgeinfer.kernels.cpu.backend import CpuBackend
 from edgeinfer.model import Model
 from edgeinfer.sampling.params import SamplingParams
 

@@ -36,7 +36,7 @@ from edgeinfer.graph import (
 )
 from edgeinfer.kernels import shapes
 from edgeinfer.kernels.reference import ReferenceBackend
-from edgeinfer.kernels.reference import program as reference
+from edgeinfer.kernels.reference import backend as reference
 from edgeinfer.known import Known
 
 from .random_graphs import ROPES, RandomGraph

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from edgeinfer import fused_ops, fusion
 from edgeinfer.batch import Batch, OutputKind, PageTable, StepLimits
 from edgeinfer.graph import Segment
-from edgeinfer.kernels.cpu.program import CpuBackend
+from edgeinfer.kernels.cpu.backend import CpuBackend
 from edgeinfer.kernels.reference import ReferenceBackend
 
 from .native import cache_root

@@ -14,10 +14,10 @@ import pytest
 from edgeinfer.batch import StepLimits
 from edgeinfer.errors import ClosedError
 from edgeinfer.gguf import GGUFFile
-from edgeinfer.kernels.cpu import library, ready
+from edgeinfer.kernels.cpu import builders, kept_objects, ready
+from edgeinfer.kernels.cpu.backend import CpuBackend
 from edgeinfer.kernels.cpu.idle import IdleBuild, IdleWork
 from edgeinfer.kernels.cpu.library import Library
-from edgeinfer.kernels.cpu.program import CpuBackend
 from edgeinfer.kernels.cpu.ready import Ready
 from edgeinfer.kernels.cpu.targets import Target
 from edgeinfer.model import Model
@@ -64,7 +64,7 @@ def test_it_builds_when_idle_and_a_step_ends_it_at_once(tmp_path: Path) -> None:
     assert build._job is None  # a step runs, for however long
     build.end_step()
     assert build.wait(60)
-    assert all(library.read_object(tmp_path, name) for name in NAMES)
+    assert all(kept_objects.read_object(tmp_path, name) for name in NAMES)
     build.close()
 
 
@@ -119,13 +119,13 @@ def test_a_program_changes_to_exact_kernels_without_changing_a_bit(tmp_path: Pat
         with CpuBackend(cache_root()).compile(segment, LIMITS) as program:
             names = [*program._backend.library.origins]
             expected = program.submit(batch_of(IDS)).wait().logits.copy()
-        exact = library.cache_folder(cache_root(), host)
+        exact = kept_objects.cache_folder(cache_root(), host)
         # Only one kernel is another than the exact one, so that the test takes no minute.
-        objects = library.build_objects(tmp_path / "objects", ["norm"], portable, None)
+        objects = builders.build_objects(tmp_path / "objects", ["norm"], portable, None)
         objects |= {
             name: data
             for name in names
-            if name not in objects and (data := library.read_object(exact, name))
+            if name not in objects and (data := kept_objects.read_object(exact, name))
         }
         ready.write(tmp_path, portable, objects)
         backend = CpuBackend(tmp_path / "cache")

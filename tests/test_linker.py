@@ -10,7 +10,8 @@ import pytest
 
 from edgeinfer import platform
 from edgeinfer.kernels.cpu import linker, targets
-from edgeinfer.kernels.cpu.library import Library, symbol
+from edgeinfer.kernels.cpu.kept_objects import symbol
+from edgeinfer.kernels.cpu.library import Library
 from edgeinfer.kernels.cpu.targets import Target
 from tests.native import library
 

@@ -16,9 +16,10 @@ from edgeinfer.batch import StepLimits, StepRequest
 from edgeinfer.engine.plan_rows import HostBytes, base_bytes
 from edgeinfer.errors import Keyword, PlanError, memory_ran_out
 from edgeinfer.gguf import GGUFFile, TensorBytes
+from edgeinfer.kernels.cpu.backend import CpuBackend
 from edgeinfer.kernels.cpu.blueprint import Blueprint
-from edgeinfer.kernels.cpu.library import BUILDER_BYTES, build_command, n_builders
-from edgeinfer.kernels.cpu.program import CpuBackend, CpuProgram
+from edgeinfer.kernels.cpu.builders import BUILDER_BYTES, build_command, n_builders
+from edgeinfer.kernels.cpu.program import CpuProgram
 from edgeinfer.kernels.cpu.ready import NAMES
 from edgeinfer.kernels.cpu.targets import Target
 from edgeinfer.kernels.cpu.team import shared_team

@@ -152,3 +152,13 @@ def test_the_peak_of_a_process_is_its_own() -> None:
     code = "from edgeinfer import platform; print(platform.peak_rss())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 0 < int(done.stdout) < 32 << 20 < len(kept) <= platform.peak_rss()
+
+
+def test_certificates_are_read_once_for_each_value_of_their_variables(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first = platform.tls_context()
+    assert platform.tls_context() is first
+    monkeypatch.setenv("SSL_CERT_FILE", os.devnull)
+    other = platform.tls_context()
+    assert other is not first and platform.tls_context() is other

@@ -22,7 +22,7 @@ from edgeinfer.engine.speculation import (
 )
 from edgeinfer.engine.step_costs import StepCosts
 from edgeinfer.gguf import GGUFFile
-from edgeinfer.kernels.cpu.program import CpuBackend
+from edgeinfer.kernels.cpu.backend import CpuBackend
 from edgeinfer.model import Model
 from edgeinfer.sampling.params import SamplingParams
 

@@ -24,7 +24,7 @@ from edgeinfer import EdgeInferError, config, platform
 from edgeinfer.cli.main import commands
 from edgeinfer.hub import recent
 from edgeinfer.hub.client import _opener
-from edgeinfer.kernels.cpu import library
+from edgeinfer.kernels.cpu import kept_objects
 from edgeinfer.kernels.cpu.library import Library
 from edgeinfer.kernels.cpu.ready import Ready
 from edgeinfer.kernels.cpu.targets import Target
@@ -242,15 +242,15 @@ def test_a_kernel_is_stored_whole_or_not_at_all(tmp_path: Path, lasts: bool) -> 
     code = b"machine code" * 2000
 
     def write(folder: Path, made: None) -> None:
-        library.write_object(folder / "kernels", "probe", code)
+        kept_objects.write_object(folder / "kernels", "probe", code)
 
     for n, folder, _, error in sweep(tmp_path, lambda folder: None, write, lasts=lasts):
-        found = library.read_object(folder / "kernels", "probe")
+        found = kept_objects.read_object(folder / "kernels", "probe")
         assert found == (None if error else code), n
         if not lasts:
             assert leftovers(folder) == []
         write(folder, None)
-        assert library.read_object(folder / "kernels", "probe") == code
+        assert kept_objects.read_object(folder / "kernels", "probe") == code
 
 
 def test_a_kernel_that_cannot_be_kept_runs_all_the_same(tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_a_kernel_that_cannot_be_kept_runs_all_the_same(tmp_path: Path) -> None:
         lib.load(["probe"])
     assert lib.address("probe") and not lib.is_cached
     assert lib.unkept == os.strerror(errno.ENOSPC)
-    assert library.read_object(tmp_path / "kernels", "probe") is None
+    assert kept_objects.read_object(tmp_path / "kernels", "probe") is None
 
 
 # -- a real disk that is full --------------------------------------------------------------------

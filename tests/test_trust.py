@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from edgeinfer import EdgeInferError, platform
-from edgeinfer.kernels.cpu import library, tune
+from edgeinfer.kernels.cpu import kept_objects, library, tune
 from edgeinfer.kernels.cpu.library import Library
 from edgeinfer.kernels.cpu.ready import Ready
 from edgeinfer.kernels.cpu.targets import Target
@@ -38,7 +38,7 @@ def probe() -> bytes:
     """The object of a kernel."""
     data = native.library().folder
     native.library().load(["norm"])
-    found = library.read_object(data, "norm")
+    found = kept_objects.read_object(data, "norm")
     assert found is not None
     return found
 
@@ -56,7 +56,7 @@ def umask(mask: int) -> Iterator[None]:
 def cache(tmp_path: Path, probe: bytes) -> Path:
     """A cache that holds one kernel, three folders below one of ours."""
     folder = tmp_path / "home" / "cache" / "kernels"
-    library.write_object(folder, "norm", probe)
+    kept_objects.write_object(folder, "norm", probe)
     return folder
 
 
@@ -68,8 +68,8 @@ def takes(folder: Path) -> bool:
 
 def test_what_we_make_is_ours_alone_whatever_the_umask(tmp_path: Path, probe: bytes) -> None:
     with umask(0):
-        library.write_object(tmp_path / "a" / "b", "norm", probe)
-    file = library.object_path(tmp_path / "a" / "b", "norm")
+        kept_objects.write_object(tmp_path / "a" / "b", "norm", probe)
+    file = kept_objects.object_path(tmp_path / "a" / "b", "norm")
     modes = [path.stat().st_mode & 0o777 for path in (tmp_path / "a", file.parent, file)]
     assert modes == [0o700, 0o700, 0o600]
     assert takes(file.parent)
@@ -91,7 +91,7 @@ def test_a_kernel_that_others_can_write_is_not_run(
     cache: Path, mode: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trust, "_is_only_member", lambda gid: False)
-    library.object_path(cache, "norm").chmod(mode)
+    kept_objects.object_path(cache, "norm").chmod(mode)
     assert not takes(cache)
 
 
@@ -113,7 +113,7 @@ def test_folders_that_others_add_to_but_not_change_are_no_reason(cache: Path) ->
 @as_root
 @pytest.mark.parametrize("level", [0, 1, 2, 3])
 def test_a_kernel_of_another_user_is_not_run(cache: Path, level: int) -> None:
-    path = [library.object_path(cache, "norm"), cache, *cache.parents][level]
+    path = [kept_objects.object_path(cache, "norm"), cache, *cache.parents][level]
     os.chown(path, STRANGER, STRANGER)
     assert not takes(cache)
 
@@ -155,14 +155,14 @@ def test_a_link_of_another_user_in_a_sticky_folder_is_not_followed(
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("other", path)])
 def test_only_plain_files_are_read(cache: Path, make: Callable[[Path], None]) -> None:
     """A pipe would be waited for, a link may be anybody's."""
-    path = library.object_path(cache, "norm")
+    path = kept_objects.object_path(cache, "norm")
     path.rename(cache / "other")
     make(path)
     assert not takes(cache)
 
 
 def test_a_file_larger_than_any_kernel_is_not_read(cache: Path) -> None:
-    os.truncate(library.object_path(cache, "norm"), 1 << 40)  # sparse: it takes no room
+    os.truncate(kept_objects.object_path(cache, "norm"), 1 << 40)  # sparse: it takes no room
     assert not takes(cache)
 
 

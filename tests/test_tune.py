@@ -16,9 +16,9 @@ from edgeinfer import platform
 from edgeinfer.batch import StepLimits
 from edgeinfer.gguf import GGUFFile
 from edgeinfer.kernels.cpu import layout, tune
+from edgeinfer.kernels.cpu.backend import CpuBackend
 from edgeinfer.kernels.cpu.lower import KernelOp, KernelPart, recut
 from edgeinfer.kernels.cpu.probe import Probes
-from edgeinfer.kernels.cpu.program import CpuBackend
 from edgeinfer.kernels.cpu.tune import Schedule, Tuning, fastest, schedules
 from edgeinfer.model import Model
 

@@ -12,7 +12,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args
 
-from edgeinfer import EdgeInferError, one_line
+from edgeinfer import EdgeInferError, one_line, reason_of
 from edgeinfer.tui.conversation import Conversation, title_of
 from edgeinfer.tui.export import message_of, write
 from edgeinfer.tui.records import (
@@ -66,7 +66,7 @@ def clear_history(data_folder: Path) -> int | None:
             each.unlink(missing_ok=True)
         except OSError as error:
             raise EdgeInferError(
-                f"{each} can't be deleted: {error.strerror or error}; end what uses it, or delete "
+                f"{each} can't be deleted: {reason_of(error)}; end what uses it, or delete "
                 "it yourself"
             ) from error
     return n
@@ -114,7 +114,7 @@ def export_history(store: Store, path: Path, *, replaces: bool = False) -> int:
     try:
         write(path, text.encode("utf-8", "replace"))
     except (OSError, RuntimeError) as error:  # links in a ring
-        reason = getattr(error, "strerror", None) or error
+        reason = reason_of(error)
         raise EdgeInferError(f"{path} can't be written ({reason})") from error
     return len(found)
 
@@ -157,8 +157,8 @@ def import_history(store: Store, path: Path) -> tuple[int, int]:
             raise EdgeInferError(f"{path} can't be imported: more than {_MOST_BYTES >> 20} MiB")
         whole = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        text = error.strerror if isinstance(error, OSError) else f"it is no JSON: {error}"
-        raise EdgeInferError(f"{path} can't be imported: {text or error}") from error
+        text = reason_of(error) if isinstance(error, OSError) else f"it is no JSON: {error}"
+        raise EdgeInferError(f"{path} can't be imported: {text}") from error
     try:
         found = _checked(whole)
     except _Unfit as error:

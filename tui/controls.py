@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from edgeinfer import EdgeInferError, one_line
+from edgeinfer import EdgeInferError, one_line, reason_of
 from edgeinfer.tui.files import from_shown, shown_name
 from edgeinfer.tui.params import CONTEXT, PARAMS, SAMPLING, context_in_force, in_force, parse_param
 from edgeinfer.tui.records import Draft
@@ -88,7 +88,7 @@ def open_settings(app: ChatApp) -> None:
             path.write_text(app.keys.template(), "utf-8")
         complaint = editor.open_in_editor(app, path)
     except (OSError, EdgeInferError) as error:
-        why = (error.strerror if isinstance(error, OSError) else "") or error
+        why = reason_of(error)
         app.say(f"{path}: {why}", "error")
         return
     app.read_settings()

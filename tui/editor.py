@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from textual.app import SuspendNotSupported
 
-from edgeinfer import EdgeInferError
+from edgeinfer import EdgeInferError, reason_of
 
 if TYPE_CHECKING:
     from edgeinfer.tui.terminal_app import TerminalApp
@@ -29,7 +29,7 @@ def write_in_editor(app: TerminalApp, text: str) -> str:
         file = folder / "prompt.md"
         file.write_bytes(f"{text}\n".encode("utf-8", "surrogatepass"))
     except OSError as error:
-        raise EdgeInferError(f"no file for the editor can be made ({error.strerror})") from error
+        raise EdgeInferError(f"no file for the editor can be made ({reason_of(error)})") from error
     start = time.monotonic()
     try:
         complaint = open_in_editor(app, file)
@@ -57,7 +57,7 @@ def open_in_editor(app: TerminalApp, file: Path) -> str:
         raise EdgeInferError("this terminal can't be given to an editor") from error
     except OSError as error:
         raise EdgeInferError(
-            f"{command[0]} can't be started ({error.strerror or error}); VISUAL or EDITOR names "
+            f"{command[0]} can't be started ({reason_of(error)}); VISUAL or EDITOR names "
             "another editor"
         ) from error
     return f"{command[0]} ended with {code}" if code else ""

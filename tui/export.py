@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from edgeinfer import EdgeInferError
+from edgeinfer import EdgeInferError, reason_of
 from edgeinfer.tui.conversation import Conversation
 from edgeinfer.tui.records import Node
 
@@ -81,7 +81,7 @@ def export(
     except FileExistsError:
         raise
     except (OSError, RuntimeError, ValueError) as error:  # links in a ring, a name with a zero byte
-        reason = getattr(error, "strerror", None) or error
+        reason = reason_of(error)
         raise EdgeInferError(
             f"{path} can't be written ({reason}); /export {kind} PATH takes another place"
         ) from error

@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from edgeinfer import EdgeInferError
+from edgeinfer import EdgeInferError, reason_of
 from edgeinfer.tui.loader import Task
 from edgeinfer.tui.records import Attachment
 from edgeinfer.tui.settings import Decode
@@ -233,7 +233,7 @@ def read_attachment(path: str, name: str, decode: Decode) -> tuple[Attachment, s
     try:
         data = _read_plain(path)
     except (OSError, ValueError) as error:  # a name with a zero byte is no OSError
-        reason = getattr(error, "strerror", None) or error
+        reason = reason_of(error)
         raise EdgeInferError(f"{name} can't be attached: {reason}") from error
     text, n_lost = decode(data, name)
     lost = f"{name}: {n_lost:,} characters are not UTF-8 and were left as \ufffd"

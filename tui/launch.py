@@ -49,6 +49,7 @@ def run_chat(
     load: Mapping[str, Any],
     sampling: Mapping[str, Any],
     keeps_history: bool,
+    stops_repeats: bool,
     data_folder: Path,
     environment: Mapping[str, str],
     memory_now: Callable[[], int],
@@ -93,7 +94,7 @@ def run_chat(
     settings = ChatSettings(
         data_folder=data_folder, open_model=open_model, model=model, last_model=last_model,
         system=system, sampling=cast("Any", dict(sampling)), keeps_history=keeps_history,
-        finds_titles=True,
+        finds_titles=True, stops_repeats=stops_repeats,
         list_models=lambda: _choices(downloads()), plan_model=plan_model, fetch=_fetch,
         memory_now=memory_now, run_tool=run_tool, run_editor=run_editor, decode=decode,
         stop_for_shell=stop_for_shell, environment=environment,

@@ -27,7 +27,9 @@ def answer_note(node: Node, place: tuple[int, int]) -> str:
         parts.append(f"{details['n_tokens']:,} tokens")
     if details.get("tok_s"):
         parts.append(f"{details['tok_s']:.1f} tok/s")
-    if node.state == "stopped":
+    if details.get("finish") == "repeats":
+        parts.append("stopped: it repeats itself")
+    elif node.state == "stopped":
         parts.append("stopped")
     elif details.get("finish") == "length":
         # A server's may be that of its context.

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from edgeinfer import EdgeInferError
+from edgeinfer import EdgeInferError, reason_of
 from edgeinfer.tui.records import message_tokens, title_tokens
 
 # Step i brings a file from version i to i + 1. Steps are never changed, only added.
@@ -166,7 +166,7 @@ def can_wait(error: Exception) -> bool:
 
 def explain(error: Exception, path: Path) -> str:
     """Why the history is not written, and what to do about it: one line."""
-    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    text = reason_of(error)
     if isinstance(error, EdgeInferError):
         return f"{path} is left alone: {text}"
     if is_damaged(error):

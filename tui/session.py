@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from edgeinfer import RepeatGuard
 from edgeinfer.tui.conversation import Conversation
 from edgeinfer.tui.errors import in_chat
 from edgeinfer.tui.gauge import Readings
@@ -185,7 +186,8 @@ class Session:
         messages = self.conversation.for_model()
         node = self.conversation.answer(self.conversation.leaf)
         sampling = {name: value for name, value in self.sampling.items() if value is not None}
-        turn = Turn(self.model, messages, sampling)
+        guard = RepeatGuard() if self.settings.stops_repeats else None
+        turn = Turn(self.model, messages, sampling, guard)
         self.running = Running(node, turn)
         self.readings.start_turn()
         turn.start()
@@ -284,6 +286,8 @@ class Session:
         if running.turn.error is not None:
             drops = (CHAT_DEFAULTS | self.sampling)["overflow"] == "drop-turns"
             node.details["error"] = in_chat(running.turn.error, drops_turns=drops)
+        if running.turn.is_repeating:
+            node.details["finish"] = "repeats"
         if self.settings.server is not None:
             node.details["server"] = self.settings.server.place
         if completion is not None:

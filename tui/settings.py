@@ -134,7 +134,8 @@ class ChatSettings:
     to end it. Without the last two there is no preview and no download. `run_tool` gives a text to
     a program of the system, `run_editor` a file and the terminal. `decode` makes a text of the
     bytes of a file, and says how many characters were none; it raises for what is no text.
-    `finds_titles` lets the model name conversations while it is idle.
+    `finds_titles` lets the model name conversations while it is idle; `stops_repeats` ends answers
+    that say the same again and again.
 
     Where there is a `server` it opens and lists models, by names for paths; this machine has none.
     """
@@ -146,6 +147,7 @@ class ChatSettings:
     sampling: Sampling = field(default_factory=lambda: _no_sampling())
     keeps_history: bool = True
     finds_titles: bool = False
+    stops_repeats: bool = False
     server: ChatServer | None = None
     list_models: ListModels = _no_models
     plan_model: PlanModel | None = None

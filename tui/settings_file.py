@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgeinfer import reason_of
+
 FILE_NAME = "settings.ini"
 _MOST_BYTES = 1 << 20
 
@@ -26,7 +28,7 @@ def read_settings(path: Path) -> tuple[dict[str, dict[str, Entry]], list[str]]:
             return {}, [f"{path} is no file of settings"]
         text = path.read_bytes().decode("utf-8-sig", "replace")
     except OSError as error:
-        return {}, [f"{path} can't be read ({error.strerror or error})"]
+        return {}, [f"{path} can't be read ({reason_of(error)})"]
     sections: dict[str, dict[str, Entry]] = {}
     complaints: list[str] = []
     section = ""

@@ -15,20 +15,29 @@ from typing import TYPE_CHECKING, Any
 from edgeinfer.tui.params import CHAT_DEFAULTS
 
 if TYPE_CHECKING:
-    from edgeinfer import ChatModel, ChatStream, Event, Message
+    from edgeinfer import ChatModel, ChatStream, Event, Message, RepeatGuard
 
 
 class Turn:
-    """Runs a request. `events` are the model's; `error` is set when it failed."""
+    """Runs a request. `events` are the model's; `error` is set when it failed.
+
+    A `guard` ends an answer that says the same again and again.
+    """
 
     def __init__(
-        self, model: ChatModel, messages: Sequence[Message], sampling: Mapping[str, Any]
+        self,
+        model: ChatModel,
+        messages: Sequence[Message],
+        sampling: Mapping[str, Any],
+        guard: RepeatGuard | None = None,
     ) -> None:
         self.events: deque[tuple[float, Event]] = deque()  # with the time they came
         self.error: BaseException | None = None
         self.n_dropped = 0  # turns that the prompt has no room for
         self.started_at = time.perf_counter()
         self.is_over = False
+        self.is_repeating = False  # and was stopped for that
+        self._guard = guard
         self._model, self._messages = model, list(messages)
         self._sampling = {**CHAT_DEFAULTS, **sampling}
         self._stream: ChatStream | None = None
@@ -49,7 +58,7 @@ class Turn:
 
     @property
     def is_stopped(self) -> bool:
-        """Whether somebody ended it."""
+        """Whether it was ended before its end."""
         return self._is_stopping.is_set()
 
     def wait(self, timeout: float) -> bool:
@@ -69,6 +78,10 @@ class Turn:
                 if self._is_stopping.is_set():
                     break
                 self.events.append((time.perf_counter(), event))
+                if event.type == "delta" and self._guard is not None:
+                    self.is_repeating = self._guard.push(event.reasoning + event.text)
+                    if self.is_repeating:
+                        self.stop()
         except BaseException as error:
             if not self._is_stopping.is_set():
                 self.error = error

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from edgeinfer import platform
 from edgeinfer.bench.speed import Tell, quiet, run_bench
-from edgeinfer.errors import EdgeInferError
+from edgeinfer.errors import EdgeInferError, reason_of
 from edgeinfer.runtime import Runtime
 
 _EVERY_LAYER = 99  # and the head, which llama.cpp counts as one more
@@ -111,7 +111,7 @@ def _output(command: list[str]) -> str:
         )
     except OSError as error:
         raise EdgeInferError(
-            f"{command[0]} can't be run ({error.strerror}); give the path of llama-bench"
+            f"{command[0]} can't be run ({reason_of(error)}); give the path of llama-bench"
         ) from None
     with process:
         try:

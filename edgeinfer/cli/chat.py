@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,44 +43,40 @@ _TYPED = "typed-lines"  # at a plain terminal
 @click.option("--plain", is_flag=True, help="Line by line, without the full-screen view.")
 @click.option("--system", metavar="TEXT", help="System message.")
 @click.option("--no-history", is_flag=True, help="Keep nothing of this chat.")
+@click.option("--let-repeat", is_flag=True, help="Let answers repeat themselves without end.")
 @url_flags
 @load_flags
 @sampling_flags
 @common_flags
-def command(
-    model: str | None, plain: bool, system: str | None, no_history: bool, **flags: Any
-) -> None:
+def command(model: str | None, plain: bool, system: str | None, **flags: Any) -> None:
     """Talk to a model, full-screen on a terminal; with --plain a line is a message."""
     server = server_of(flags)
     if not plain and draws_screens(os.environ):
         if server is not None:
-            _open_tui(model, system, not no_history, flags, server)
+            _open_tui(model, system, flags, server)
             return
         if model is not None or flags["yes"]:
             model = choose_model(model, bool(flags["yes"]), is_chat=True)
-        _open_tui(model, system, not no_history, flags)
+        _open_tui(model, system, flags)
         advise_after(Path(last_model() or ""))
         return
     from edgeinfer.cli.plain_chat import talk
 
-    typed = None if no_history else config.data_folder() / _TYPED
+    follows = partial(follow, stops_repeats=not flags["let_repeat"])
+    typed = None if flags["no_history"] else config.data_folder() / _TYPED
     if server is not None:
         with open_on_server(server, model) as answering:
-            talk(answering, system, sampling_options(flags), follow, history=typed)
+            talk(answering, system, sampling_options(flags), follows, history=typed)
         return
     with open_model(model, flags, is_chat=True, templates=True) as llm:
         path = llm.runtime.model.file.path
         for why in remember(str(path.resolve())):
             note(why)
-        talk(llm, system, sampling_options(flags), follow, lambda: advise_after(path), typed)
+        talk(llm, system, sampling_options(flags), follows, lambda: advise_after(path), typed)
 
 
 def _open_tui(
-    model: str | None,
-    system: str | None,
-    keeps_history: bool,
-    flags: dict[str, Any],
-    server: Server | None = None,
+    model: str | None, system: str | None, flags: dict[str, Any], server: Server | None = None
 ) -> None:
     gc.set_threshold(GC_THRESHOLD)
     notes: dict[str, None] = {}  # said once the screen is the shell's again
@@ -97,7 +94,8 @@ def _open_tui(
         system=system,
         load=load_options(flags),
         sampling=sampling_options(flags),
-        keeps_history=keeps_history,
+        keeps_history=not flags["no_history"],
+        stops_repeats=not flags["let_repeat"],
         data_folder=config.data_folder(),
         environment=os.environ,
         memory_now=platform.rss,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import math
 import os
 import sys
 import time
@@ -219,10 +220,18 @@ def show(text: str) -> None:
 
 
 def show_json(value: dict[str, Any]) -> None:
-    """One object on one line; escapes make it safe everywhere."""
-    text = json.dumps(value, ensure_ascii=sys.stdout.isatty())
+    """One object on one line; escapes make it safe everywhere. What is no number is null."""
     try:
+        text = json.dumps(value, ensure_ascii=sys.stdout.isatty(), allow_nan=False)
         text.encode()
-    except UnicodeEncodeError:  # a name that is not UTF-8; JSON must be
-        text = json.dumps(value)
+    except ValueError:  # infinite, or a name that is not UTF-8; JSON must be
+        text = json.dumps(_finite(value))
     sys.stdout.write(text + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return list(map(_finite, value))
+    return None if isinstance(value, float) and not math.isfinite(value) else value

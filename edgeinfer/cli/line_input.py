@@ -15,6 +15,7 @@ from types import FrameType, ModuleType
 
 from edgeinfer import platform
 from edgeinfer.cli.console import note, takes_escapes, tell
+from edgeinfer.errors import reason_of
 from edgeinfer.text.plain_text import lines
 
 _PROMPT = "> "
@@ -210,7 +211,7 @@ class _History:
             self._give_up(error)
 
     def _give_up(self, error: OSError) -> None:
-        note(f"typed lines are not kept in {self._path} ({error.strerror or error})")
+        note(f"typed lines are not kept in {self._path} ({reason_of(error)})")
         self._path = None
 
 

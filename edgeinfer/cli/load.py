@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
@@ -15,6 +14,7 @@ import click
 
 from edgeinfer.cli.console import note, show, show_json
 from edgeinfer.cli.options import common_flags, json_flag
+from edgeinfer.errors import EdgeInferError
 
 if TYPE_CHECKING:
     from edgeinfer.load.generator import Measured, Settings
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from edgeinfer.load.traffic import Conversation, Shape
 
 _MOST_LENGTH = 1 << 20  # tokens
+_MOST_WRITTEN = 1 << 20  # conversations; a file of more would not be read
 _SECONDS = click.FloatRange(0, 1e6)
 
 
@@ -41,7 +42,7 @@ def _range(context: click.Context, flag: click.Parameter, value: str) -> tuple[i
 def _object(context: click.Context, flag: click.Parameter, value: str) -> dict[str, Any]:
     try:
         found = json.loads(value)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise click.BadParameter(f"it is no JSON: {error}", context, flag) from None
     if not isinstance(found, dict):
         raise click.BadParameter("it must be a JSON object", context, flag)
@@ -108,7 +109,7 @@ def _traffic_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     default="{}",
     help="More fields of requests.",
 )
-@click.option("--api-key", metavar="KEY")
+@click.option("--api-key", metavar="KEY", help="Else EDGEINFER_API_KEY, OPENAI_API_KEY.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw a picture.")
 @_traffic_flags
 @json_flag
@@ -131,6 +132,8 @@ def command(context: click.Context, /, url: str, **flags: Any) -> None:
     if flags["write_traffic"]:
         rate = _conversation_rates(flags)[0]
         n = max(1, round(rate * flags["seconds"]))
+        if n > _MOST_WRITTEN:
+            raise click.UsageError(f"{n:,} conversations are too many to write: lower --seconds")
         write_traffic(flags["write_traffic"], list(islice(_conversations(flags), n)))
         return
     target = Target.of(url)
@@ -199,15 +202,14 @@ async def _measure(target: Target, flags: dict[str, Any], runs: list[Measured]) 
     from edgeinfer.load.generator import Generator, find_model, tokens_per_word
     from edgeinfer.load.http_client import Client
     from edgeinfer.load.traffic import Texts
+    from edgeinfer.remote.address import read_key
 
-    key = flags["api_key"]
+    key = read_key(flags["api_key"], may_leave=target.is_tls or target.is_local)
     client = Client(target, {"authorization": f"Bearer {key}"} if key else {})
     try:
         model = flags["model"] or await find_model(client)
-    except Exception as error:
-        number = error.errno if isinstance(error, OSError) else None
-        why = os.strerror(number) if number and number > 0 else error
-        raise click.ClickException(f"there is no server at {target.authority}: {why}") from None
+    except EdgeInferError as error:
+        raise click.ClickException(str(error)) from None
     settings = _settings(flags, model)
     texts = Texts(await tokens_per_word(client, settings))
     for rate in _conversation_rates(flags):

@@ -24,6 +24,7 @@ from edgeinfer.errors import (
     EdgeInferError,
     InvalidRequestError,
     memory_ran_out,
+    reason_of,
 )
 from edgeinfer.terminal import one_line
 
@@ -102,10 +103,10 @@ def _interrupts_raise() -> AbstractContextManager[None]:
 def _message(error: Exception) -> str:
     if isinstance(error, EdgeInferError):
         return error.spelled(as_flag)
-    if isinstance(error, OSError) and error.strerror and not error.filename2:
-        named = error.filename is not None
-        return f"{error.filename or repr('')}: {error.strerror}" if named else error.strerror
-    return str(error)
+    if not isinstance(error, OSError):
+        return str(error)
+    files = [str(f) or repr("") for f in (error.filename, error.filename2) if f is not None]
+    return ": ".join(filter(None, [" to ".join(files), reason_of(error)]))
 
 
 def _one_line(error: Exception) -> str:
@@ -114,7 +115,7 @@ def _one_line(error: Exception) -> str:
         text += "; the folder you are in was deleted: cd to another"
     if isinstance(error, EdgeInferError):
         return text
-    if isinstance(error, OSError) and text:
+    if isinstance(error, OSError) and error.args:
         return text
     if memory_ran_out(error):
         return "memory ran out: close other programs, or raise this one's limits (ulimit -v, -d)"

@@ -14,6 +14,7 @@ from edgeinfer.cli.console import Output, ProgressLine, note, tell
 from edgeinfer.cli.models import choose_model, start_notes
 from edgeinfer.cli.options import as_flag, load_options
 from edgeinfer.errors import Keyword
+from edgeinfer.repeats import RepeatGuard
 from edgeinfer.terminal import printable
 
 if TYPE_CHECKING:
@@ -109,9 +110,13 @@ def _kept(plan: MemoryPlan) -> str:
     return f", {size_text(n_bytes)} of them for earlier prompts" if n_bytes else ""
 
 
-def follow(stream: ChatStream, output: Output | None) -> None:
-    """Write an answer as it comes; its reasoning goes to stderr where a person reads that."""
+def follow(stream: ChatStream, output: Output | None, *, stops_repeats: bool = False) -> None:
+    """Write an answer as it comes; its reasoning goes to stderr where a person reads that.
+
+    One that says the same again and again is ended, with a line that says so, if that is wanted.
+    """
     shows_reasoning = sys.stderr.isatty()
+    guard, is_repeating = RepeatGuard(), False
     with ProgressLine() as line:
         for event in stream:
             if event.type == "prompt_progress":
@@ -122,5 +127,10 @@ def follow(stream: ChatStream, output: Output | None) -> None:
                     tell(printable(event.reasoning))
                 if output:
                     output.write(event.text)
+                if stops_repeats and guard.push(event.reasoning + event.text):
+                    is_repeating = True
+                    stream.close()
     if output:
         output.end()
+    if is_repeating:
+        note("(stopped: it repeats itself; chat --let-repeat lets an answer go on)")

@@ -16,7 +16,7 @@ from edgeinfer.cli.console import ProgressLine, note
 from edgeinfer.cli.models import choose_model, start_notes
 from edgeinfer.cli.opening import GC_THRESHOLD
 from edgeinfer.cli.options import common_flags, load_flags, load_options
-from edgeinfer.errors import EdgeInferError
+from edgeinfer.errors import EdgeInferError, reason_of
 
 if TYPE_CHECKING:
     from edgeinfer.options import LoadOptions
@@ -121,9 +121,9 @@ def command(
 def _listen(host: str, port: int) -> Any:
     try:
         return platform.listen(host, port)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise EdgeInferError(
-            f"can't listen at {host} port {port}: {error.strerror or error}; choose another with "
+            f"can't listen at {host} port {port}: {reason_of(error)}; choose another with "
             "--port N or --host ADDRESS"
         ) from error
 
@@ -146,7 +146,7 @@ def _keys_of(path: str | None) -> list[str]:
         with open(path, "rb") as file:
             text = platform.read_whole(file, _MOST_KEYS).decode("utf-8-sig")  # some editors mark it
     except OSError as error:
-        raise click.UsageError(f"--api-key-file {path}: {error.strerror or error}") from None
+        raise click.UsageError(f"--api-key-file {path}: {reason_of(error)}") from None
     except UnicodeDecodeError:
         raise click.UsageError(f"--api-key-file {path}: it is not text in UTF-8") from None
     keys = [line.strip() for line in text.splitlines() if line.strip()]

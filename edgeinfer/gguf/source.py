@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import NoReturn, Protocol, TypeAlias
 
 from edgeinfer import platform
-from edgeinfer.errors import ClosedError, EdgeInferError, InvalidModelError, ModelNotFoundError
+from edgeinfer.errors import (
+    ClosedError,
+    EdgeInferError,
+    InvalidModelError,
+    ModelNotFoundError,
+    reason_of,
+)
 
 
 class Readable(Protocol):
@@ -115,9 +121,7 @@ class FileBytes:
     def _fail_to_read(self, error: OSError) -> NoReturn:
         if isinstance(error, EdgeInferError):  # it says what to do
             raise error
-        raise InvalidModelError(
-            f"can't be read ({error.strerror or error})", path=self.path
-        ) from error
+        raise InvalidModelError(f"can't be read ({reason_of(error)})", path=self.path) from error
 
 
 _HEADER_STEP = 1 << 20

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from edgeinfer import config, platform
-from edgeinfer.errors import DownloadError, ModelNotFoundError
+from edgeinfer.errors import DownloadError, ModelNotFoundError, reason_of
 from edgeinfer.hub.repository import SHA256, RemoteFile, Repository, read_repository
 
 # bytes done, bytes in all
@@ -44,7 +44,7 @@ def look_up(repo: str) -> Repository:
         raise
     except OSError as error:
         raise DownloadError(
-            f"{config.hub_endpoint()} does not answer ({_reason(error)}); try again later"
+            f"{config.hub_endpoint()} does not answer ({reason_of(error)}); try again later"
         ) from error
     except (*_NO_FACTS, http.client.HTTPException) as error:
         raise DownloadError(
@@ -246,8 +246,8 @@ def _write(out: BinaryIO, chunk: bytes, file: RemoteFile) -> None:
         out.flush()
     except OSError as error:
         raise DownloadError(
-            f"{file.name} could not be written to {Path(out.name).parent}: {error.strerror}; make "
-            "room or set EDGEINFER_HOME to another disk, then run the same command again"
+            f"{file.name} could not be written to {Path(out.name).parent}: {reason_of(error)}; "
+            "make room or set EDGEINFER_HOME to another disk, then run the same command again"
         ) from error
 
 
@@ -319,7 +319,7 @@ def _open(path: str, repo: str, start: int = 0, end: int | None = None) -> Itera
         if start:  # a download under way tries again
             raise _Again(str(error.reason)) from None
         raise DownloadError(
-            f"no connection to {config.hub_endpoint()} ({_reason(error)}); check the network, or "
+            f"no connection to {config.hub_endpoint()} ({reason_of(error)}); check the network, or "
             "copy a .gguf file here and give its path"
         ) from None
     except ValueError:
@@ -329,12 +329,6 @@ def _open(path: str, repo: str, start: int = 0, end: int | None = None) -> Itera
         ) from None
     with response:
         yield response
-
-
-def _reason(error: OSError) -> str:
-    """In words, without the system's number."""
-    reason = error.reason if isinstance(error, urllib.error.URLError) else error
-    return (reason.strerror if isinstance(reason, OSError) else None) or str(reason)
 
 
 def _opener() -> urllib.request.OpenerDirector:

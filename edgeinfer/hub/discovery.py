@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from edgeinfer import config, platform
-from edgeinfer.errors import ModelNotFoundError
+from edgeinfer.errors import ModelNotFoundError, reason_of
 from edgeinfer.hub.catalog import (
     ALIASES,
     choose_file,
@@ -75,7 +75,7 @@ def find_model(name: str) -> Path:
     except ModelNotFoundError:
         raise
     except OSError as error:  # too long a name, a folder of another user
-        raise ModelNotFoundError(f"{name} can't be opened: {error.strerror}") from error
+        raise ModelNotFoundError(f"{name} can't be opened: {reason_of(error)}") from error
     return path
 
 

@@ -11,7 +11,13 @@ from pathlib import Path
 
 from edgeinfer import config, platform
 from edgeinfer.device import model_room
-from edgeinfer.errors import DownloadError, EdgeInferError, InvalidRequestError, ModelNotFoundError
+from edgeinfer.errors import (
+    DownloadError,
+    EdgeInferError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    reason_of,
+)
 from edgeinfer.hub import client as hub
 from edgeinfer.hub import wheel
 from edgeinfer.hub.catalog import (
@@ -144,7 +150,7 @@ class _Writable:
 
     def _error(self, error: OSError) -> DownloadError:
         return DownloadError(
-            f"models can't be written to {self._folder} ({error.strerror or error}); set "
+            f"models can't be written to {self._folder} ({reason_of(error)}); set "
             "EDGEINFER_HOME to a folder that can"
         )
 
@@ -156,7 +162,7 @@ def said_if_undeletable(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise EdgeInferError(
-            f"{error.filename or path} can't be deleted: {error.strerror or error}; end what uses "
+            f"{error.filename or path} can't be deleted: {reason_of(error)}; end what uses "
             "it, or delete it yourself"
         ) from error
 

@@ -9,6 +9,7 @@ import os
 from contextlib import suppress
 
 from edgeinfer import config, platform
+from edgeinfer.errors import reason_of
 from edgeinfer.hub.discovery import find_name
 
 _LAST = "last-model"
@@ -21,7 +22,7 @@ def remember(name: str) -> str:
     try:
         platform.write_whole(path, os.fsencode(name))
     except OSError as error:
-        return f"{path} can't be written ({error.strerror or error})"
+        return f"{path} can't be written ({reason_of(error)})"
     return ""
 
 

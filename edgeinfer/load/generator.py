@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 import time
 from array import array
 from collections.abc import Iterable
@@ -16,17 +17,19 @@ from typing import Any
 
 import msgspec
 
-from edgeinfer.errors import EdgeInferError
+from edgeinfer.errors import EdgeInferError, reason_of
 from edgeinfer.load.answer_stream import AnswerStream, StreamError
 from edgeinfer.load.http_client import Client, ConnectionLost, Reply
 from edgeinfer.load.traffic import Conversation, Texts, Turn
 from edgeinfer.platform import EnergyMeter
+from edgeinfer.terminal import one_line
 
 _SAMPLE_SECONDS = 0.5  # between looks at the meter
 _LONGEST_WAIT = 60.0  # seconds that a server's Retry-After is obeyed for
 _USUAL_WAIT = 1.0
 _GUESSED_SECONDS = 2.0  # that an answer took before the run
 _RETRIED = (429, 503)
+_LIST_SECONDS, _MOST_LIST = 20.0, 8 << 20  # that a list of models may take; bytes of it
 RUNNING = "still running"  # the failure of what the end of a run has cut off
 
 _encode = msgspec.json.Encoder().encode
@@ -201,7 +204,7 @@ class Generator:
                 left = record.due + self._settings.deadline - record.sent
                 stream = await asyncio.wait_for(self._try(record, body), max(0.0, left))
         except (StreamError, ConnectionLost, OSError, asyncio.TimeoutError) as error:
-            record.failure, record.message = _kind(error), str(error)
+            record.failure, record.message = _kind(error), one_line(reason_of(error), 300)
         else:
             record.failure = ""
         record.ended = time.perf_counter()
@@ -277,10 +280,30 @@ def _wait_of(reply: Reply) -> float:
 
 
 async def find_model(client: Client) -> str:
-    """The name of the first model that a server lists, "" where it lists none."""
+    """The name of the first model that a server lists, "" where it lists none.
+
+    EdgeInferError where there is no server.
+    """
     found = bytearray()
-    reply = await client.request("GET", "/models", b"", lambda at, status, data: found.extend(data))
-    with contextlib.suppress(msgspec.MsgspecError, KeyError, IndexError, TypeError):
+
+    def take(at: float, status: int, data: bytes) -> None:
+        found.extend(data[: _MOST_LIST - len(found)])
+
+    try:
+        reply = await asyncio.wait_for(client.request("GET", "/models", b"", take), _LIST_SECONDS)
+    except asyncio.TimeoutError:
+        raise EdgeInferError(f"{client.authority} does not answer; try again later") from None
+    except ssl.SSLError as error:
+        raise EdgeInferError(
+            f"{client.authority} can't be reached over TLS ({reason_of(error)}); would http:// be "
+            "right? SSL_CERT_FILE names further authorities"
+        ) from None
+    except (OSError, ConnectionLost, UnicodeError) as error:
+        raise EdgeInferError(
+            f"there is no server at {client.authority}: {reason_of(error)}; start it, or check "
+            "the URL"
+        ) from None
+    with contextlib.suppress(msgspec.MsgspecError, ValueError, LookupError, TypeError):
         if reply.status == 200:
             return str(msgspec.json.decode(bytes(found))["data"][0]["id"])
     return ""
@@ -298,7 +321,8 @@ async def tokens_per_word(client: Client, settings: Settings) -> float:
         message = {"role": "user", "content": Texts().words(n, f"calibration {settings.seed}")}
         if await generator._ask(record, [message], Turn(n, 1)) is None:
             raise EdgeInferError(
-                f"the server gave no answer to a first request: {record.failure} {record.message}"
+                f"{client.authority} gave no answer to a first request: "
+                f"{record.failure} {record.message}"
             )
         counts.append(record.n_prompt)
     slope = (counts[1] - counts[0]) / (sizes[1] - sizes[0])

@@ -7,7 +7,8 @@ in: a task that wakes up for each part would cost ten times as much.
 from __future__ import annotations
 
 import asyncio
-import ssl
+import errno
+import os
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,10 +16,12 @@ from urllib.parse import urlsplit
 
 import h11
 
+from edgeinfer import platform
 from edgeinfer.errors import InvalidRequestError
 
 OnBody = Callable[[float, int, bytes], None]  # when it came, the reply's status, what came
 _MOST_HEADER = 64 << 10  # bytes
+_REFUSED = errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED)
 
 
 class ConnectionLost(Exception):
@@ -47,12 +50,17 @@ class Target(NamedTuple):
             parts = urlsplit(url if "://" in url else f"http://{url}")
             port = parts.port
         except ValueError as error:
-            raise InvalidRequestError(f"{url[:200]!r} is no URL: {error}", param="url") from None
+            raise _no_url(url, f": {error}") from None
         if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise _no_url(url, " of a server")
+        if not (url.isascii() and url.isprintable()) or " " in url:
+            raise _no_url(url, ": it has characters that none has")
+        if "@" in parts.netloc:  # which is not to be shown
             raise InvalidRequestError(
-                f"{url[:200]!r} is no URL of a server; give one such as http://127.0.0.1:8080",
-                param="url",
+                "the URL holds a password; --api-key takes a key", param="url"
             )
+        if parts.query or parts.fragment:
+            raise _no_url(url, " for this: it has a ? or a # in it")
         path = parts.path.removesuffix("/").removesuffix("/chat/completions")
         is_tls = parts.scheme == "https"
         base = path if path.endswith("/v1") else f"{path}/v1"
@@ -69,13 +77,19 @@ class Target(NamedTuple):
         return self.host in ("localhost", "::1") or self.host.startswith("127.")
 
 
+def _no_url(url: str, why: str) -> InvalidRequestError:
+    example = "give one such as http://127.0.0.1:8080"
+    return InvalidRequestError(f"{url[:200]!r} is no URL{why}; {example}", param="url")
+
+
 class Client:
     """Requests to one server, as many at a time as are asked for."""
 
     def __init__(self, target: Target, headers: dict[str, str]) -> None:
         self._target, self._idle = target, list[_Link]()
-        self._headers = [("host", target.authority), *headers.items()]
-        self._tls = ssl.create_default_context() if target.is_tls else None
+        self.authority = target.authority
+        self._headers = [("host", self.authority), *headers.items()]
+        self._tls = platform.tls_context() if target.is_tls else None
 
     async def request(self, method: str, path: str, body: bytes, on_body: OnBody) -> Reply:
         """The reply, once it is whole; OSError or ConnectionLost where none comes to its end.
@@ -95,10 +109,20 @@ class Client:
                     if link.has_begun:
                         raise
                     # It was closed while it was idle: nobody has seen the request.
-        _, link = await asyncio.get_running_loop().create_connection(
-            _Link, self._target.host, self._target.port, ssl=self._tls
-        )
-        return await self._on(link, head, body, on_body)
+        return await self._on(await self._connect(), head, body, on_body)
+
+    async def _connect(self) -> _Link:
+        target = self._target
+        try:
+            _, link = await asyncio.get_running_loop().create_connection(
+                _Link, target.host, target.port, ssl=self._tls
+            )
+        except OSError as error:
+            # asyncio has words of its own; of a host with several addresses it joins them all.
+            if f"[Errno {errno.ECONNREFUSED}]" in str(error):
+                raise ConnectionRefusedError(*_REFUSED) from None
+            raise
+        return link
 
     async def _on(self, link: _Link, head: h11.Request, body: bytes, on_body: OnBody) -> Reply:
         try:

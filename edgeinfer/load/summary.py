@@ -39,7 +39,7 @@ def summary(measured: Measured) -> Json:
         "requests": len(records),
         "answered": len(done),
         "failed": dict(failed),
-        "messages": {each.failure: each.message[:300] for each in records if each.message},
+        "messages": {each.failure: each.message for each in records if each.message},
         "still_running": sum(each.failure == RUNNING for each in records),
         "retried": sum(each.n_retried for each in records),
         "due_per_s": len(records) / seconds,

@@ -80,11 +80,11 @@ def read_address(url: str, key: str | None) -> Address:
         port=port if port is not None else (443 if is_secure else 80),
         prefix=quote(path or "/v1", safe="/%:@!$&'()*+,;=~"),
         place=one_line(_shown(host, port)),
-        key=_key(key, may_leave=is_secure or _is_loopback(host)),
+        key=read_key(key, may_leave=is_secure or _is_loopback(host)),
     )
 
 
-def _key(given: str | None, *, may_leave: bool) -> str | None:
+def read_key(given: str | None, *, may_leave: bool) -> str | None:
     """The key of the flag, else the environment's."""
     key = given if given is not None else config.api_key(is_private=may_leave)
     key = key.strip() if key is not None else None

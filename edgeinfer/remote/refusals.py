@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from edgeinfer import config
-from edgeinfer.errors import EdgeInferError, ModelNotFoundError
+from edgeinfer.errors import EdgeInferError, ModelNotFoundError, reason_of
 from edgeinfer.remote.address import Address
 from edgeinfer.terminal import one_line
 
@@ -96,8 +96,8 @@ def broken(error: Exception, address: Address, *, has_begun: bool) -> ServerErro
 def _reason(error: Exception, address: Address) -> str:
     if isinstance(error, http.client.IncompleteRead):
         return "the connection was closed"
-    said = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return one_line(address.hidden(" ".join(str(said).split())), 160)
+    said = reason_of(error)
+    return one_line(address.hidden(" ".join(said.split())), 160)
 
 
 # -- replies -------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from edgeinfer.server.errors import ApiError, Json
+from edgeinfer.server.errors import Json
 from edgeinfer.server.fields import Fields
 from edgeinfer.server.openai import (
     sampling_of,
@@ -12,7 +12,7 @@ from edgeinfer.server.openai import (
     text_content,
     tools_of,
 )
-from edgeinfer.server.requests import Chat, Request, can_go_on, conversation, function_tool
+from edgeinfer.server.requests import Chat, Request, conversation, function_tool
 from edgeinfer.server.structure import of_chat
 
 _MOST_LOGPROBS = 128
@@ -25,14 +25,13 @@ def read_chat(body: Fields) -> Request:
     effort = body.text("reasoning_effort") if "reasoning_effort" in body else None
     tools = tools_of(body.objects("tools"))
     tools += map(function_tool, body.objects("functions"))
-    messages = conversation([_message(each) for each in body.objects("messages")])
     chat = Chat(
-        messages=messages,
+        messages=conversation([_message(each) for each in body.objects("messages")]),
         tools=tools,
         tool_choice=_tool_choice(body),
         parallel_tool_calls=body.flag("parallel_tool_calls", True),
         template_args=template_args(body, effort),
-        continues=_continues(body, messages),
+        continues=_continues(body),
     )
     n = body.integer("n", 1, 1, 128)
     return Request(
@@ -51,7 +50,7 @@ def _tool_choice(body: Fields) -> Any:
     return body.get("function_call") if given in (None, "") else given
 
 
-def _continues(body: Fields, messages: list[Json]) -> bool:
+def _continues(body: Fields) -> bool:
     """As vLLM asks for it, or Mistral and DeepSeek in the message itself."""
     last = next(reversed(body.objects("messages")), Fields({}))
     name = "continue_final_message"
@@ -60,13 +59,7 @@ def _continues(body: Fields, messages: list[Json]) -> bool:
         raise body.wrong("add_generation_prompt", f"false where {name} is true")
     if not is_asked and not body.flag("add_generation_prompt", True):
         raise body.wrong("add_generation_prompt", f"true, unless {name} is")
-    is_asked |= last.flag("prefix")
-    if is_asked and not can_go_on(messages):
-        raise ApiError(
-            400, "the last message is not the assistant's text, which could be continued",
-            param="messages",
-        )  # fmt: skip
-    return is_asked
+    return is_asked or last.flag("prefix")
 
 
 def _message(given: Fields) -> Json:

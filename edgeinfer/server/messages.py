@@ -21,7 +21,6 @@ from edgeinfer.server.requests import (
     MOST_BUDGET,
     Chat,
     Request,
-    can_go_on,
     conversation,
     function_tool,
     new_call_id,
@@ -31,7 +30,7 @@ from edgeinfer.server.requests import (
 from edgeinfer.server.service import Service
 from edgeinfer.server.structure import Structure, of_format
 from edgeinfer.server.wire import EVENTS, event, reply, unless_gone
-from edgeinfer.text.messages import reminder_of
+from edgeinfer.text.messages import can_go_on, reminder_of
 
 _SAMPLING = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "seed": "seed",
              "stop_sequences": "stop", "max_tokens": "max_tokens"}  # fmt: skip

@@ -20,7 +20,6 @@ from edgeinfer.server.requests import (
     SAMPLING,
     Chat,
     Request,
-    can_go_on,
     conversation,
     function_tool,
     new_call_id,
@@ -28,6 +27,7 @@ from edgeinfer.server.requests import (
 from edgeinfer.server.service import Service
 from edgeinfer.server.structure import of_ollama
 from edgeinfer.server.wire import LINES, line, reply, unless_gone
+from edgeinfer.text.messages import can_go_on
 
 _VERSION = "0.12.0"  # of Ollama's API; clients ask whether it is new enough
 _NS = 1_000_000_000

@@ -113,12 +113,6 @@ def _short_id(id: str) -> str:
     return hashlib.sha256(id.encode("utf-8", "surrogatepass")).hexdigest()[:_ID_LENGTH]
 
 
-def can_go_on(messages: Sequence[Json]) -> bool:
-    """Whether the last message is the assistant's, and text that an answer may continue."""
-    last = messages[-1] if messages else {}
-    return last.get("role") == "assistant" and not last.get("tool_calls")
-
-
 def function_tool(function: Fields, schema: str = "parameters") -> Json:
     """A tool in the form that templates take; it is called by its schema if it is strict."""
     name = function.text("name")

@@ -75,7 +75,7 @@ class Conversation(NamedTuple):
     ) -> Conversation:
         """InvalidRequestError says what they lack."""
         found = _messages(messages)
-        if continues and (found[-1]["role"] != "assistant" or found[-1].get("tool_calls")):
+        if continues and not can_go_on(found):
             raise _wrong("the last message is not the assistant's text, which could be continued")
         return cls(found, _tools(tools), _arguments(arguments), continues)
 
@@ -89,6 +89,12 @@ class Conversation(NamedTuple):
         else:
             rest = self.messages
         return self._replace(messages=[told, *rest], tools=[])
+
+
+def can_go_on(messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the last message is the assistant's, and text that an answer may continue."""
+    last = messages[-1] if messages else {}
+    return last.get("role") == "assistant" and not last.get("tool_calls")
 
 
 _TOLD = """\

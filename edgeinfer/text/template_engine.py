@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from edgeinfer import platform
-from edgeinfer.errors import TemplateError
+from edgeinfer.errors import TemplateError, reason_of
 from edgeinfer.text.jinja_process import ERROR, LENGTH, LIMIT, REPLY, Request, most_chars
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class _Worker:
         except OSError as error:
             raise TemplateError(
                 "chat templates run in a process of their own, which can't be started "
-                f"({error.strerror or error}); a prompt without a template (`run --raw`, generate) "
+                f"({reason_of(error)}); a prompt without a template (`run --raw`, generate) "
                 "needs none"
             ) from error
         self._requests, self._replies = _pipes(self._process)

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from edgeinfer.kernels.cpu.library import symbol, write_object
+from edgeinfer.kernels.cpu.kept_objects import symbol, write_object
 from edgeinfer.kernels.cpu.object_files import undefined_symbols
 from edgeinfer.kernels.cpu.soft_float import without_fma
 from edgeinfer.kernels.cpu.targets import FAMILIES, Target

@@ -12,8 +12,9 @@ import numpy as np
 from edgeinfer import platform
 from edgeinfer.kernels.buffers import Arena, Buffer
 from edgeinfer.kernels.cpu import layout
+from edgeinfer.kernels.cpu.builders import Progress
 from edgeinfer.kernels.cpu.commands import KernelOp, KernelPart
-from edgeinfer.kernels.cpu.library import Library, Progress
+from edgeinfer.kernels.cpu.library import Library
 from edgeinfer.kernels.cpu.team import KERNELS, Op, Tape, Team, shared_team
 from edgeinfer.sampling.params import SampleTable
 

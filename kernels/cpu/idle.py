@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 from edgeinfer import platform
 from edgeinfer.errors import ClosedError
-from edgeinfer.kernels.cpu.library import build_command, read_object
+from edgeinfer.kernels.cpu.builders import build_command
+from edgeinfer.kernels.cpu.kept_objects import read_object
 from edgeinfer.kernels.cpu.targets import Target
 
 if TYPE_CHECKING:

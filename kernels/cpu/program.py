@@ -9,25 +9,19 @@ import ctypes
 import time
 from collections.abc import Callable, Sequence
 from operator import is_
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgeinfer import platform
 from edgeinfer.batch import (
-    HOST,
     Batch,
-    Demand,
     OpTime,
     OutputKind,
     Outputs,
     PageTable,
-    StepLimits,
-    StepRequest,
 )
 from edgeinfer.errors import ClosedError
-from edgeinfer.graph import Segment
 from edgeinfer.kernels.buffers import Arena, Buffer
 from edgeinfer.kernels.cached import CacheVerbs
 from edgeinfer.kernels.cpu import layout
@@ -36,89 +30,18 @@ from edgeinfer.kernels.cpu.commands import KernelOp, recut
 from edgeinfer.kernels.cpu.host_sampler import SampleRun
 from edgeinfer.kernels.cpu.idle import IdleBuild, IdleWork
 from edgeinfer.kernels.cpu.layout import row_stride
-from edgeinfer.kernels.cpu.library import BUILDER_BYTES, Library
-from edgeinfer.kernels.cpu.team import Op, Part, Tape, Team, shared_team
+from edgeinfer.kernels.cpu.team import Op, Part, Tape, shared_team
 from edgeinfer.kernels.cpu.trial import Trial
 from edgeinfer.kernels.cpu.tune import Schedule, Tuning, schedules
-from edgeinfer.kernels.cpu.weights import PackedWeights
-from edgeinfer.kernels.shapes import check_shapes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from edgeinfer.kernels.cpu.backend import CpuBackend
     from edgeinfer.sampling.params import SampleTable
 
-Progress: TypeAlias = Callable[[str, int, int], None]  # stage, done, total
-
 _FEW_ROWS = 8  # of steps that read weights faster than they multiply
-_MAX_ROWS = 256  # of a step
 _STEP_WORDS = layout.H_ABORT // layout.WORD + 1  # of the header, from H_ROWS on
-
-
-class CpuBackend:
-    """Compiles segments for this machine's CPU.
-
-    `cache_dir` keeps compiled kernels. `progress("kernels" | "weights", done, total)` follows
-    `compile`. `memory` is how many bytes there are for all that is done here.
-    """
-
-    name = "cpu"
-
-    def __init__(
-        self,
-        cache_dir: Path,
-        progress: Progress | None = None,
-        isa: str | None = None,
-        memory: int | None = None,
-    ) -> None:
-        self._progress = progress or (lambda stage, done, total: None)
-        self.library = Library.host(cache_dir, isa, memory)
-        self._memory = memory
-        self._drawn: Blueprint | None = None  # what `compile` will most likely be asked for
-
-    def memories(self, host: int) -> dict[str, int]:
-        """All is in the host's memory."""
-        return {HOST: host}
-
-    def demand(self, segment: Segment, request: StepRequest) -> Demand:
-        """What a program would take; UnsupportedModelError names what no kernel takes.
-
-        Nothing is allocated. `compile` with the limits that this gives does not lower again.
-        """
-        check_shapes(segment, self.name)
-        vocab_size = segment.graph.hparams.vocab_size
-        limits = StepLimits.of(request, vocab_size, segment.windows, _MAX_ROWS)
-        drawn = self._drawn = Blueprint(segment, limits)
-        kernels = drawn.kernels()
-        rows = {**drawn.rows(), "code": self.library.code_bytes(kernels)}
-        building_bytes = self.library.building_bytes(kernels)
-        return Demand(limits, {HOST: rows}, building_bytes, drawn.weights.packing_bytes)
-
-    def can_build_beside(self, n_bytes: int) -> bool:
-        """Whether there is memory for building when idle, beside what a program takes."""
-        return self._memory is None or self._memory - n_bytes >= BUILDER_BYTES
-
-    def compile(self, segment: Segment, limits: StepLimits) -> CpuProgram:
-        """Load or build kernels, pack weights, reserve memory for `limits`.
-
-        UnsupportedModelError names what no kernel takes.
-        """
-        drawn, self._drawn = self._drawn, None
-        if drawn is None or (drawn.segment, drawn.limits) != (segment, limits):
-            check_shapes(segment, self.name)
-            drawn = Blueprint(segment, limits)
-        return CpuProgram(self, drawn)
-
-    def load(self, names: set[str]) -> None:
-        self.library.load(names, lambda done, total, name: self._progress("kernels", done, total))
-
-    def pack(self, weights: PackedWeights, team: Team, n_threads: int) -> None:
-        weights.pack(
-            team,
-            self.library,
-            n_threads,
-            lambda done, total: self._progress("weights", done, total),
-        )
 
 
 class CpuTicket:

@@ -117,7 +117,7 @@ def write(folder: Path, target: Target, objects: Mapping[str, bytes]) -> Path:
     """Write the file of a target's family, complete or not at all."""
     import llvmlite
 
-    from edgeinfer.kernels.cpu.library import source_key
+    from edgeinfer.kernels.cpu.kept_objects import source_key
 
     blobs, kernels, offset = [], {}, 0
     for name, data in sorted(objects.items()):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from edgeinfer import platform
+from edgeinfer.errors import reason_of
 from edgeinfer.kernels.cpu.commands import SHARE
 from edgeinfer.kernels.cpu.idle import IDLE_SECONDS, IdleWork
 from edgeinfer.kernels.cpu.probe import Probes
@@ -139,7 +140,7 @@ class Tuning(IdleWork):
             platform.write_whole(self._path, json.dumps(schedule).encode())
             self._kept, self.unkept = schedule, ""
         except OSError as error:  # the next process measures again
-            self.unkept = error.strerror or str(error)
+            self.unkept = reason_of(error)
 
     def _interrupt(self) -> None:
         self._runs.interrupt()

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from edgeinfer import platform
-from edgeinfer.errors import DeviceError
+from edgeinfer.errors import DeviceError, reason_of
 
 _MAX_VERSIONS = 12
 _HEX_DIGITS = 24  # of a key, and of a digest
@@ -62,7 +62,7 @@ class Cache:
             platform.write_whole(path, data)
         except OSError as error:
             raise DeviceError(
-                f"kernels can't be kept in {self.folder} ({error.strerror or error}); make room, "
+                f"kernels can't be kept in {self.folder} ({reason_of(error)}); make room, "
                 "or set EDGEINFER_HOME to another folder"
             ) from error
         self._paths = None

@@ -23,6 +23,7 @@ Rules of the quantised mode that span functions:
 
 from __future__ import annotations
 
-from edgeinfer.kernels.reference.program import Mode, ReferenceBackend, ReferenceProgram
+from edgeinfer.kernels.reference.backend import Mode, ReferenceBackend
+from edgeinfer.kernels.reference.program import ReferenceProgram
 
 __all__ = ["Mode", "ReferenceBackend", "ReferenceProgram"]

@@ -22,7 +22,7 @@ from pathlib import Path
 import llvmlite.binding as llvm
 
 from edgeinfer.kernels.cpu.formats import packed_bytes
-from edgeinfer.kernels.cpu.library import symbol
+from edgeinfer.kernels.cpu.kept_objects import symbol
 from tests.bench import bench_matmul as bench
 
 _DIGEST = 32  # bytes of SHA-256 in front of an object that the builder writes
