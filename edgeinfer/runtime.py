@@ -180,8 +180,9 @@ def _or_on_cpu(run: Callable[[LoadSettings], T], settings: LoadSettings) -> T:
     """Run, and again on the processors, with a note, where a GPU fails that nobody asked for."""
     try:
         return run(settings)
-    except (DeviceError, UnsupportedModelError) as error:  # what only GPUs lack too
-        if not settings.may_leave_gpu:
+    except (DeviceError, UnsupportedModelError, PlanError) as error:  # what only GPUs lack too
+        is_hosts = isinstance(error, PlanError) and error.memory == HOST
+        if is_hosts or not settings.may_leave_gpu:
             raise
         return run(settings.on_cpu(f"no GPU is used: {error}"))
 
@@ -273,6 +274,8 @@ def _planned(
         open_cpu = functools.cache(lambda: opened(Device("cpu")))
         gpus = _gpus(settings, opened, notes)
         placed = place(segment, gpus, open_cpu, settings.gpu_layers, request)
+        if not placed.n_gpu_layers:
+            notes.append(_without_layers(settings))
         return *placed, "; ".join(notes)
     backend = opened(settings.device)
     return backend, solve(segment, backend, request), 0, settings.device_note
@@ -299,19 +302,39 @@ def _gpus(
     settings: LoadSettings, opened: Callable[[Device], Backend], notes: list[str]
 ) -> Iterator[Sequence[Backend]]:
     """Which GPUs may have layers, the first choice first; `notes` tell of what can't be opened."""
+    devices = settings.device, *settings.further
     if not settings.further_if_needed:
-        yield [opened(device) for device in (settings.device, *settings.further)]
+        yield [opened(device) for device in devices]
         return
-    gpus = [opened(settings.device)]
-    yield gpus
-    for device in settings.further:
+    gpus, errors = list[Backend](), list[EdgeInferError]()
+    for device in devices:
         try:
             gpus.append(opened(device))
-        except DeviceError as error:
+        except (DeviceError, PlanError) as error:
+            errors.append(error)
             notes.append(f"{device} is not used: {error}")
             continue
         yield gpus[-1:]
+    if not gpus:
+        raise errors[0]
     yield from (gpus[:n] for n in range(2, len(gpus) + 1))
+
+
+def _without_layers(settings: LoadSettings) -> str:
+    """Why no GPU is used where none has room for a layer; PlanError where one was asked for."""
+    found = f"not one layer fits into the free memory of {settings.device}"
+    if settings.may_leave_gpu:
+        return f"no GPU is used: {found}"
+    raise PlanError(
+        found,
+        advice=(
+            "make room there, give a smaller ",
+            Keyword("n_ctx"),
+            ", or use ",
+            Keyword("device", "cpu"),
+        ),
+        memory=str(settings.device),
+    )
 
 
 def _make_tokenizer(file: GGUFFile, settings: LoadSettings, packs: threading.Event) -> Tokenizer:
