@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _NAME = re.compile(r"(auto|cpu|reference|law)|(cuda|shim)(?::(\d{1,3}))?", re.ASCII)
 _LEAST_DRIVER = 12000  # CUDA 12.0, as drivers write it
+_NO_GPU = 100  # a driver's error where there is none, or all are hidden
 _LEAST_CAPABILITY = (6, 1)  # the first with products of four bytes
 _LEAST_CAPABILITY_OF_FAST = (7, 5)
 _CAPABILITY_OF_CUDA_13 = (7, 5)  # its compiler knows none below
@@ -126,12 +127,29 @@ def _best() -> Choice:
     driver = platform.cuda_driver()
     usable = [] if driver is None else usable_gpus(driver)
     if driver is None or not usable:
-        return Choice(Device("cpu"))
+        return Choice(Device("cpu"), why_unusable(driver))
     first, *others = usable
     if has_cupy():
         return _if_needed(first, others)
     name, command = driver.devices[first].name, install_command(driver, first)
     return Choice(Device("cpu"), f"{name} is not used, since CuPy is missing; run: {command}")
+
+
+def why_unusable(driver: CudaDriver | None) -> str:
+    """Of a machine without a usable GPU, why: "" where nobody would expect to have one."""
+    if driver is None or driver.error == _NO_GPU or not (driver.error or driver.devices):
+        return ""
+    if driver.error:
+        return f"no GPU is used: the NVIDIA driver fails (error {driver.error}); see nvidia-smi"
+    gpu = driver.devices[0]
+    if driver.version < _LEAST_DRIVER:
+        return (
+            f"{gpu.name} is not used: its driver runs CUDA up to {cuda_version(driver)}, 12.0 is "
+            "needed; update the driver"
+        )
+    return (
+        f"{gpu.name} is not used: it has compute capability {gpu.compute_capability}, 6.1 is needed"
+    )
 
 
 def _check_cuda(driver: CudaDriver | None, index: int) -> None:

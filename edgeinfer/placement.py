@@ -5,15 +5,23 @@ Knows no kernels, and nothing of how memory is obtained.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from edgeinfer.backend import Backend
 from edgeinfer.balance import balanced
 from edgeinfer.chain import ChainBackend, Stretch
+from edgeinfer.device import Device
 from edgeinfer.engine.memory_plan import MemoryPlan, PlanRequest, solve
-from edgeinfer.errors import PlanError, UnsupportedModelError
+from edgeinfer.errors import (
+    DeviceError,
+    EdgeInferError,
+    Keyword,
+    PlanError,
+    UnsupportedModelError,
+)
 from edgeinfer.graph import Segment
+from edgeinfer.load_settings import LoadSettings
 
 
 class Placement(NamedTuple):
@@ -96,3 +104,42 @@ def _most(placed: Callable[[int], Placement], n_layers: int) -> Placement | None
         else:
             best, low = found, middle + 1
     return best
+
+
+def gpus_in_turn(
+    settings: LoadSettings, opened: Callable[[Device], Backend], notes: list[str]
+) -> Iterator[Sequence[Backend]]:
+    """Which GPUs may have layers, the first choice first; `notes` tell of what can't be opened."""
+    devices = settings.device, *settings.further
+    if not settings.further_if_needed:
+        yield [opened(device) for device in devices]
+        return
+    gpus, errors = list[Backend](), list[EdgeInferError]()
+    for device in devices:
+        try:
+            gpus.append(opened(device))
+        except (DeviceError, PlanError) as error:
+            errors.append(error)
+            notes.append(f"{device} is not used: {error}")
+            continue
+        yield gpus[-1:]
+    if not gpus:
+        raise errors[0]
+    yield from (gpus[:n] for n in range(2, len(gpus) + 1))
+
+
+def without_layers(settings: LoadSettings) -> str:
+    """Why no GPU is used where none has room for a layer; PlanError where one was asked for."""
+    found = f"not one layer fits into the free memory of {settings.device}"
+    if settings.may_leave_gpu:
+        return f"no GPU is used: {found}"
+    raise PlanError(
+        found,
+        advice=(
+            "make room there, give a smaller ",
+            Keyword("n_ctx"),
+            ", or use ",
+            Keyword("device", "cpu"),
+        ),
+        memory=str(settings.device),
+    )

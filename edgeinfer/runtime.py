@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -180,8 +180,9 @@ def _or_on_cpu(run: Callable[[LoadSettings], T], settings: LoadSettings) -> T:
     """Run, and again on the processors, with a note, where a GPU fails that nobody asked for."""
     try:
         return run(settings)
-    except (DeviceError, UnsupportedModelError) as error:  # what only GPUs lack too
-        if not settings.may_leave_gpu:
+    except (DeviceError, UnsupportedModelError, PlanError) as error:  # what only GPUs lack too
+        is_hosts = isinstance(error, PlanError) and error.memory == HOST
+        if is_hosts or not settings.may_leave_gpu:
             raise
         return run(settings.on_cpu(f"no GPU is used: {error}"))
 
@@ -268,11 +269,17 @@ def _planned(
 
     segment = settings.segment(model, settings.n_ctx, settings.kv_types or USUAL_TYPES)
     if settings.device.has_number:
-        from edgeinfer.placement import place  # what other devices don't need
+        from edgeinfer.placement import (  # what other devices don't need
+            gpus_in_turn,
+            place,
+            without_layers,
+        )
 
         open_cpu = functools.cache(lambda: opened(Device("cpu")))
-        gpus = _gpus(settings, opened, notes)
+        gpus = gpus_in_turn(settings, opened, notes)
         placed = place(segment, gpus, open_cpu, settings.gpu_layers, request)
+        if not placed.n_gpu_layers:
+            notes.append(without_layers(settings))
         return *placed, "; ".join(notes)
     backend = opened(settings.device)
     return backend, solve(segment, backend, request), 0, settings.device_note
@@ -293,25 +300,6 @@ def _plan_request(model: Model, settings: LoadSettings, freed: Mapping[str, int]
 # Textual, and what the chat shows: VmRSS on x86-64 Linux grew by 36 MiB.
 _SCREEN_BYTES = 40 << 20
 _GPU_BYTES = 50 << 20  # CuPy and the driver; not measured on a machine that has them
-
-
-def _gpus(
-    settings: LoadSettings, opened: Callable[[Device], Backend], notes: list[str]
-) -> Iterator[Sequence[Backend]]:
-    """Which GPUs may have layers, the first choice first; `notes` tell of what can't be opened."""
-    if not settings.further_if_needed:
-        yield [opened(device) for device in (settings.device, *settings.further)]
-        return
-    gpus = [opened(settings.device)]
-    yield gpus
-    for device in settings.further:
-        try:
-            gpus.append(opened(device))
-        except DeviceError as error:
-            notes.append(f"{device} is not used: {error}")
-            continue
-        yield gpus[-1:]
-    yield from (gpus[:n] for n in range(2, len(gpus) + 1))
 
 
 def _make_tokenizer(file: GGUFFile, settings: LoadSettings, packs: threading.Event) -> Tokenizer:

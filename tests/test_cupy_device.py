@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgeinfer import platform
+from edgeinfer import LLM, platform
+from edgeinfer.cli.models import start_notes
 from edgeinfer.errors import DeviceError
 from edgeinfer.kernels.cuda.cupy_device import CudaDevice
 from edgeinfer.kernels.cuda.kernel import Kernel
 from edgeinfer.platform import CudaDriver, Gpu
 from tests import fake_cupy
 from tests.fake_cupy import Cuda
+from tests.models_for_tests import tiny_model
 
 ORIN = Gpu("Orin", "8.7", 8 << 30)
 DRIVER = CudaDriver(12060, (Gpu("A", "8.9", 8 << 30), ORIN))
@@ -57,6 +59,27 @@ def test_without_cupy_the_command_that_installs_it_is_named(
         CudaDevice(0, tmp_path)
     with pytest.raises(DeviceError, match="there is no cuda:2"):
         CudaDevice(2, tmp_path)
+
+
+def test_a_cupy_that_is_broken_is_named_with_what_it_lacks(
+    cuda: Cuda, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And `auto` does without."""
+    for name in ("cupy", "cupy.cuda"):
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "cupy").mkdir()
+    (tmp_path / "cupy/__init__.py").write_text(
+        "try:\n    raise OSError('libcudart.so.12: cannot open shared object file')\n"
+        "except OSError as error:\n    raise ImportError('== ten lines ==') from error\n"
+    )
+    said = "can't be used: OSError: libcudart.so.12: .*; uninstall it, then run .*pip install"
+    with pytest.raises(DeviceError, match=said):
+        CudaDevice(0, tmp_path)
+    with LLM(tiny_model(tmp_path), device="auto", threads=1, n_ctx=64) as llm:
+        assert llm.runtime.device.kind == "cpu"
+        [note] = start_notes(llm)
+        assert note.startswith("no GPU is used: CuPy is here and can't be used: OSError: libcudart")
 
 
 @pytest.mark.skipif(platform.cuda_driver() is not None, reason="there is a driver")
@@ -284,11 +307,14 @@ def test_a_kernel_behind_a_kernel_may_begin_early(
         CudaDevice(0, tmp_path, begins_early=True)
 
 
+OURS = ("do", "call", "fail")  # of the fake, for tests
+
+
 def test_calls_are_those_of_cupy() -> None:
     real = pytest.importorskip("cupy.cuda", reason="no CuPy to compare with")
     fake = Cuda()
     for ours, theirs in ((fake.runtime, real.runtime), (fake.driver, real.driver)):
-        for name in (name for name in vars(type(ours)) if name[0] != "_" and name != "do"):
+        for name in (name for name in vars(type(ours)) if name[0] != "_" and name not in OURS):
             there = getattr(theirs, name)
             if isinstance(there, int):
                 assert getattr(ours, name) == there, name

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from edgeinfer import LLM, DeviceError, UnsupportedModelError, backend, plan, platform
+from edgeinfer import LLM, DeviceError, PlanError, UnsupportedModelError, backend, plan, platform
 from edgeinfer.backend import Program, find_device
 from edgeinfer.batch import Demand, StepLimits, StepRequest
 from edgeinfer.cli.models import start_notes
@@ -61,15 +62,24 @@ def with_cupy(monkeypatch: pytest.MonkeyPatch, is_there: bool) -> None:
 
 @pytest.mark.parametrize("has_cupy", [True, False])
 @pytest.mark.parametrize(
-    "driver",
-    [None, CudaDriver(11040, (NEW,)), CudaDriver(13000, (), 100), CudaDriver(12000, (OLD,))],
+    ("driver", "note"),
+    [
+        (None, ""),
+        (CudaDriver(13000, (), 100), ""),  # all are hidden, or there is none
+        (CudaDriver(13000, ()), ""),
+        (CudaDriver(11040, (NEW,)), "RTX 4090 is not used: .* up to 11.4, 12.0 .*; update the dr"),
+        (CudaDriver(12000, (OLD,)), "GTX 960 is not used: .*capability 5.2, 6.1 is needed$"),
+        (CudaDriver(13000, (), 999), r"no GPU is used: the NVIDIA driver fails \(error 999\)"),
+    ],
 )
-def test_auto_is_the_cpu_where_no_gpu_is_usable(
-    monkeypatch: pytest.MonkeyPatch, driver: CudaDriver | None, has_cupy: bool
+def test_auto_is_the_cpu_where_no_gpu_is_usable_and_says_why(
+    monkeypatch: pytest.MonkeyPatch, driver: CudaDriver | None, note: str, has_cupy: bool
 ) -> None:
     monkeypatch.setattr(platform, "cuda_driver", lambda: driver)
     with_cupy(monkeypatch, has_cupy)
-    assert choose(Device("auto")) == Choice(Device("cpu"))
+    found = choose(Device("auto"))
+    assert found == Choice(Device("cpu"), found.note)
+    assert bool(found.note) == bool(note) and re.match(note, found.note)
 
 
 def test_auto_takes_the_first_gpu_that_is_usable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,6 +221,8 @@ class Broken:
         ("open", DeviceError("no NVRTC was found; run pip install it")),
         ("compile", DeviceError("no NVRTC was found; run pip install it")),
         ("compile", UnsupportedModelError("CUDA runs no such operation")),
+        ("open", PlanError("cuda:1: 64 bytes of the host: all is taken", memory="cuda:1")),
+        ("compile", PlanError("cuda:1: 9 bytes: cudaErrorMemoryAllocation", memory="cuda:1")),
     ],
 )
 def test_a_gpu_that_fails_is_left_where_nobody_asked_for_it(

@@ -110,6 +110,7 @@ def test_no_usable_gpu_needs_no_command(
 
 
 ORIN, PASCAL = Gpu("Orin", "8.7", 8 << 30), Gpu("GTX 1080", "6.1", 8 << 30)
+KEPLER = Gpu("GTX 780", "3.5", 3 << 30)
 
 
 @pytest.mark.parametrize(
@@ -122,6 +123,9 @@ ORIN, PASCAL = Gpu("Orin", "8.7", 8 << 30), Gpu("GTX 1080", "6.1", 8 << 30)
         (None, [], [], []),
         (None, [12], [12], ["cupy-cuda12x is here, and no NVIDIA GPU"]),
         (CudaDriver(13000, (), 100), [13], [13], ["cupy-cuda13x is here, and no NVIDIA GPU"]),
+        (CudaDriver(11040, (ORIN,)), [12], [12], ["Orin is not used: .*11.4, .*update the driver"]),
+        (CudaDriver(12040, (KEPLER,)), [], [], ["GTX 780 is not used: .*3.5, 6.1 is needed"]),
+        (CudaDriver(12040, (), 804), [12], [12], [r"the NVIDIA driver fails \(error 804\)"]),
         (CudaDriver(12040, (ORIN,)), [12], [], ["no NVRTC of CUDA 12 .* install"]),
         (CudaDriver(12040, (ORIN,)), [13], [13], ["13, .* up to 12.4: uninst.*12x", "no NVRTC"]),
         (CudaDriver(13000, (ORIN,)), [12, 13], [13], ["12x and cupy-cuda13x are both"]),

@@ -291,6 +291,43 @@ def test_one_that_can_not_be_opened_is_done_without_and_said(
         assert start_notes(llm) == ["shim:1 is not used: shim:1 is busy"]
 
 
+def test_the_next_one_is_taken_where_the_first_can_not_be_opened(
+    model: Model, shims: dict[int, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choice = Choice(BOTH[0], further=BOTH[1:], if_needed=True)
+    monkeypatch.setattr("edgeinfer.load_settings.find_device", lambda name: choice)
+    for error in (DeviceError("in use"), PlanError("nothing is free", memory="shim:0")):
+        shims.clear()
+        shims[0] = error
+        with LLM(model.file.path, **OPTIONS) as llm:
+            assert llm.runtime.devices == "shim:1"
+            assert start_notes(llm) == [f"shim:0 is not used: {error}"]
+    shims[1] = DeviceError("neither")
+    with pytest.raises(PlanError, match="nothing is free"):
+        LLM(model.file.path, device="cuda", **OPTIONS)
+    with LLM(model.file.path, **OPTIONS) as llm:
+        assert start_notes(llm) == ["no GPU is used: nothing is free"]
+
+
+def test_where_not_one_layer_fits_the_gpu_is_left_or_an_error(
+    model: Model, shims: dict[int, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The latter where somebody has asked for it."""
+    monkeypatch.setattr("edgeinfer.load_settings.find_device", lambda name: Choice(BOTH[0]))
+    shims[0] = 1 << 20
+    with LLM(model.file.path, **OPTIONS) as llm:
+        assert llm.runtime.devices == "cpu"
+        [note] = start_notes(llm)
+        assert note == "no GPU is used: not one layer fits into the free memory of shim:0"
+    for asked in ({"device": "cuda"}, {"device": "cuda", "gpu_layers": "auto"}):
+        shims[0] = 1 << 20
+        with pytest.raises(
+            PlanError, match="^not one layer fits .* or use device='cpu'$"
+        ) as caught:
+            LLM(model.file.path, **{**OPTIONS, **asked})  # type: ignore[typeddict-item]
+        assert caught.value.memory == "shim:0"
+
+
 def test_on_the_command_line(model: Model, capsys: pytest.CaptureFixture[str]) -> None:
     backend("shim")
     path = str(model.file.path)

@@ -101,14 +101,16 @@ def test_the_shim_computes_what_the_cpu_does_on_a_bare_machine(tmp_path: Path) -
 def test_speed_is_measured_by_what_every_device_has(shim: Any) -> None:
     """In small sizes; on a GPU the figures mean something."""
     checked = Run(shim, "cuda:0", None, lambda text: None)
-    sizes = speed.Sizes(1 << 20, 1 << 16, 256, 512, 2, 256, 256, 4, 300, (1, 4), 33, 3)
+    shape = speed.Shape(2, 256, 256, 4, (1, 4), (33,))
+    sizes = speed.Sizes(1 << 20, 1 << 16, 1 << 16, 256, 512, (512,), 300, 3, {"tiny": shape})
     found = speed.measure(checked, np.inf, sizes)
     assert found["state"] == "ok" and found["copy"]["gb_s"] > 0
-    assert found["matrices Q4_K"]["gb_s"] > 0 and found["model"]["prompt_tok_s"] > 0
-    assert list(found["model"]["decode"]) == ["1", "4"]
+    assert found["upload"]["gb_s"] > 0 and found["attention 512"]["gb_s"] > 0
+    assert found["matrices Q4_K"]["gb_s"] > 0 and found["model tiny"]["prompt_33_tok_s"] > 0
+    assert list(found["model tiny"]["decode"]) == ["1", "4"]
     checked.report["steps"]["speed"] = {**found, "seconds": 1.0}
     lines = list(table.lines({**checked.report, "not_run": []}))
-    assert len(lines) == 1 + 1 + 5 + 1 + 2 and "of a copy" in lines[-1]
+    assert len(lines) == 1 + 2 + 5 + 1 + 1 + 2 and "of a copy" in lines[-1]
     assert speed.measure(checked, 0, sizes)["left_out"][0] == "copy"
 
 

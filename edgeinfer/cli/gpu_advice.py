@@ -20,7 +20,9 @@ def gpu_advice() -> Iterator[str]:
     names = " and ".join(cupys.values())
     usable = [] if driver is None else device.usable_gpus(driver)
     if driver is None or not usable:
-        if cupys:
+        if why := device.why_unusable(driver):
+            yield why
+        elif cupys:
             yield f"{names} is here, and no NVIDIA GPU that can be used: models run on the CPU"
         return
     if not device.has_cupy():

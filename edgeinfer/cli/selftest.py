@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @click.command("selftest", epilog="Example: edgeinfer selftest --device cuda --json report.json")
 @click.option("--device", default="cuda", show_default=True, metavar="cpu|shim|cuda[:N]")
-@click.option("--budget", default=300.0, show_default=True, help="Seconds; no step begins later.")
+@click.option("--budget", default=300.0, show_default=True, help="Seconds; nothing begins later.")
 @click.option("--only", metavar="NAME,NAME", help="These steps alone.")
 @click.option("--json", "report", type=click.Path(), help="Write a report there after every step.")
 @click.option("--write", type=click.Path(), help="Write hashes there, and compare with none.")
@@ -33,10 +33,14 @@ def command(
     from edgeinfer.selftest import judge, table
     from edgeinfer.selftest.run import NAMES, Run
 
-    names = only.split(",") if only else list(NAMES)
-    unknown = [name for name in names if name not in NAMES]
+    names = list(NAMES) if only is None else [name.strip() for name in only.split(",")]
+    unknown = [name or repr(name) for name in names if name not in NAMES]
     if unknown:
         raise click.UsageError(f"no step {', '.join(unknown)}; there are {', '.join(NAMES)}")
+    if not budget >= 0:
+        raise click.UsageError(f"--budget is {budget:g}; it must be seconds, 0 or more")
+    if "," in device:
+        raise InvalidRequestError(f"{device} are several devices; test one at a time")
     kind = Device.parse(device).kind
     if kind not in ("cpu", "shim", "cuda"):
         raise InvalidRequestError(f"{device} is not tested; choose cpu, shim or cuda")

@@ -25,7 +25,7 @@ Tell: TypeAlias = Callable[[str], None]
 
 
 class Step(NamedTuple):
-    """A part of the self-test. On a GPU, which may be lent, it begins nothing after `seconds`."""
+    """A part of the self-test; on a GPU, which may be lent, it begins no case after `seconds`."""
 
     name: str
     seconds: float
@@ -60,6 +60,7 @@ class Run:
         """Run the steps of these names until the budget, in seconds, is used up."""
         end, report = time.monotonic() + budget, self.report
         report["not_run"] = list(dict.fromkeys(names))
+        self._write(path)
         for step in STEPS:
             if step.name not in names or time.monotonic() >= end:
                 continue
@@ -77,7 +78,7 @@ class Run:
         if step.needs_gpu and not is_on_gpu:
             return {"state": "skipped", "why": "it measures a GPU", "seconds": 0.0}
         begin = time.monotonic()
-        until = begin + step.seconds if is_on_gpu else end
+        until = min(end, begin + step.seconds) if is_on_gpu else end
         found = self.attempt(step.name, lambda: step.run(self, until))
         return {"state": "ok", **found, "seconds": round(time.monotonic() - begin, 2)}
 

@@ -33,11 +33,12 @@ def _speed(step: Mapping[str, Any]) -> Iterator[str]:
     most = step.get("copy", {}).get("gb_s", float("nan"))
     for name, part in step.items():
         if isinstance(part, dict):
-            share = f"  {part['gb_s'] / most:4.0%} of a copy" if "products" in part else ""
+            share = f"  {part['gb_s'] / most:4.0%} of a copy" if "step_us" in part else ""
             figures = {key: value for key, value in part.items() if key != "decode"}
             yield f"  {name:15} {_figures(figures)}{share}"
-    for n_rows, part in step.get("model", {}).get("decode", {}).items():
-        yield f"  {n_rows:>2} sequences    {_figures(part)}  {part['gb_s'] / most:4.0%} of a copy"
+            for n_rows, row in part.get("decode", {}).items():
+                share = f"{row['gb_s'] / most:4.0%} of a copy"
+                yield f"  {n_rows:>2} sequences    {_figures(row)}  {share}"
 
 
 def _figures(part: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ Knows neither CuPy nor a GPU but by the number of its architecture.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from edgeinfer import platform
@@ -18,6 +19,7 @@ from edgeinfer.kernels.cuda.nvrtc import FLAGS, Job, Nvrtc, compile_all
 
 PACKAGED = Path(__file__).parent / "ready"
 _FIRST_CUDA = 12
+_FIRST_ARCH_OF_CUDA_13 = 75
 
 
 class Cubins:
@@ -31,6 +33,7 @@ class Cubins:
     ) -> None:
         self._sources, self._arch, self._cuda = sources, arch, cuda
         self._begins_early = begins_early
+        self.unkept = ""  # why the next process will have to compile what this one has
         self._cache = Cache(folder)
         self._packaged = Cache(PACKAGED, is_ours=True)
 
@@ -47,7 +50,7 @@ class Cubins:
             compiled = compile_all(library.path, [jobs[k] for k in missing], progress)
             for kernel, cubin in zip(missing, compiled, strict=True):
                 job = jobs[kernel]
-                self._cache.add(job.name, self._key(job), self._ending(library.cuda), cubin.data)
+                self._keep(job, self._ending(library.cuda), cubin.data)
                 cubins[kernel] = cubin.data
         return cubins
 
@@ -75,21 +78,33 @@ class Cubins:
             for cuda in range(self._cuda, _FIRST_CUDA - 1, -1):
                 path = cache.find(job.name, self._key(job), self._ending(cuda))
                 if path is not None:
-                    return path.read_bytes()
+                    with suppress(OSError):  # somebody has cleared the cache meanwhile
+                        return path.read_bytes()
         return None
+
+    def _keep(self, job: Job, ending: str, data: bytes) -> None:
+        try:
+            self._cache.add(job.name, self._key(job), ending, data)
+        except DeviceError as error:  # it is here all the same
+            self.unkept = getattr(error.__cause__, "strerror", None) or str(error)
 
     def _library(self) -> platform.NvrtcLibrary:
         """The newest NVRTC that the driver can follow and that knows the architecture."""
         known = ""
         for library in platform.nvrtc_libraries():
-            if library.cuda <= self._cuda:
-                architectures = Nvrtc(library.path).architectures
+            if _FIRST_CUDA <= library.cuda <= self._cuda:
+                try:
+                    architectures = Nvrtc(library.path).architectures
+                except DeviceError as error:
+                    known = known or str(error)
+                    continue
                 if self._arch in architectures:
                     return library
                 known = known or f"that of CUDA {library.cuda} knows sm_" + ", ".join(
                     map(str, architectures)
                 )
-        package = "nvidia-cuda-nvrtc" + ("-cu12" if self._cuda == 12 else "")
+        is_old = self._cuda == 12 or self._arch < _FIRST_ARCH_OF_CUDA_13
+        package = "nvidia-cuda-nvrtc" + ("-cu12" if is_old else "")
         raise DeviceError(
             f"kernels for sm_{self._arch} must be compiled, and there is no NVRTC of CUDA "
             f"{self._cuda} for that here{known and f' ({known})'}: pip install {package}"

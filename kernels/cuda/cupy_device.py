@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeinfer import config, device, platform
-from edgeinfer.errors import DeviceError
+from edgeinfer.errors import DeviceError, memory_ran_out
 from edgeinfer.kernels.cuda import early
 from edgeinfer.kernels.cuda.cubins import Cubins
 from edgeinfer.kernels.cuda.device import (
@@ -28,6 +28,7 @@ from edgeinfer.kernels.cuda.device import (
     Progress,
     check_args,
     check_launch,
+    out_of_memory,
 )
 from edgeinfer.kernels.cuda.kernel import SYMBOL, Kernel, Signature, Sources
 
@@ -40,14 +41,24 @@ def _arch(gpu: platform.Gpu) -> int:
     return 10 * int(major) + int(minor)
 
 
-def _check_cupy(version: int, driver: platform.CudaDriver, index: int) -> None:
-    """Raise DeviceError where CuPy is made for a CUDA that the driver does not run."""
-    if version // 1000 > driver.version // 1000:
-        raise DeviceError(
-            f"CuPy is here for CUDA {version // 1000}, and the NVIDIA driver runs CUDA up to "
-            f"{device.cuda_version(driver)}",
-            advice=(f"uninstall it, then run {device.install_command(driver, index)}",),
-        )
+def _cupy_cuda(driver: platform.CudaDriver, index: int) -> Any:
+    """cupy.cuda; DeviceError where that is broken, or for a CUDA that the driver does not run."""
+    try:
+        import cupy.cuda
+
+        cuda = cupy.cuda.runtime.runtimeGetVersion() // 1000
+    except Exception as error:  # of whatever it needs and does not find
+        if memory_ran_out(error):
+            raise
+        why = error.__cause__ or error  # itself CuPy says in ten lines
+        found = f"CuPy is here and can't be used: {type(why).__name__}: {why}"
+    else:
+        if cuda <= driver.version // 1000:
+            return cupy.cuda
+        runs = device.cuda_version(driver)
+        found = f"CuPy is here for CUDA {cuda}, and the NVIDIA driver runs CUDA up to {runs}"
+    command = device.install_command(driver, index)
+    raise DeviceError(found, advice=(f"uninstall it, then run {command}",))
 
 
 class _Loaded(NamedTuple):
@@ -77,11 +88,8 @@ class CudaDevice:
         device.choose(device.Device("cuda", index))
         driver = platform.cuda_driver()
         assert driver is not None
-        import cupy.cuda
-
-        _check_cupy(cupy.cuda.runtime.runtimeGetVersion(), driver, index)
-        self._index, self._cuda = index, cupy.cuda
-        self._runtime, self._driver = cupy.cuda.runtime, cupy.cuda.driver
+        self._index, self._cuda = index, _cupy_cuda(driver, index)
+        self._runtime, self._driver = self._cuda.runtime, self._cuda.driver
         self._waits_for_each = waits_for_each
         self._fault = ""
         self._is_recording = False
@@ -93,8 +101,8 @@ class CudaDevice:
         self._loaded: dict[Kernel, _Loaded] = {}
         with self._calls("open"):
             self.facts = self._ask(driver.devices[index])
-            self._stream = cupy.cuda.Stream(non_blocking=True)
-            self._overtaking = cupy.cuda.Stream(non_blocking=True)
+            self._stream = self._cuda.Stream(non_blocking=True)
+            self._overtaking = self._cuda.Stream(non_blocking=True)
             self._word = self.host(4).view(np.int32)
             self._small = self._uploads(64, _SMALL)
         self._large: _Uploads | None = None
@@ -133,7 +141,7 @@ class CudaDevice:
         except RuntimeError as error:  # of CuPy, for CUDA's runtime and for its driver
             status = getattr(error, "status", None)
             if status == _OUT_OF_MEMORY:
-                raise MemoryError(f"cuda:{self._index}: {what}: {error}") from error
+                raise out_of_memory(f"cuda:{self._index}", f"{what}: {error}") from error
             if status is not None:
                 self._fault = f"cuda:{self._index} failed: {what}: {error}"
                 raise DeviceError(self._fault) from error
@@ -223,6 +231,10 @@ class CudaDevice:
                 which = self._driver.CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK
                 most = self._driver.funcGetAttribute(which, function.ptr)
             self._loaded[kernel] = _Loaded(self._sources.signature(kernel), function, most)
+
+    @property
+    def unkept(self) -> str:
+        return self._cubins.unkept
 
     def _allow_shared_memory(self, function: Any) -> None:
         """All that a block may have: without this it is 48 KB."""

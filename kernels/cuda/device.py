@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeinfer.errors import Keyword, PlanError
 from edgeinfer.kernels.cuda.kernel import Kernel
 
 Progress: TypeAlias = Callable[[int, int, str], None]  # done, total, kernel
@@ -72,7 +73,7 @@ class Device(Protocol):
         ...
 
     def reserve(self, n_bytes: int) -> int:
-        """The address of new memory, 256-byte aligned, of any content; MemoryError."""
+        """The address of new memory, 256-byte aligned, of any content; PlanError."""
         ...
 
     def free(self, address: int) -> None:
@@ -92,7 +93,7 @@ class Device(Protocol):
         ...
 
     def host(self, n_bytes: int) -> NDArray[np.uint8]:
-        """Memory of the host that `fetch` can fill while the device goes on; MemoryError."""
+        """Memory of the host that `fetch` can fill while the device goes on; PlanError."""
         ...
 
     def fetch(self, address: int, into: NDArray[Any]) -> None:
@@ -107,6 +108,11 @@ class Device(Protocol):
 
     def load(self, kernels: Iterable[Kernel], progress: Progress | None = None) -> None:
         """Make kernels ready for `bind` and `launch`: from a cache, or compiled now."""
+        ...
+
+    @property
+    def unkept(self) -> str:
+        """Why what was compiled can't be kept for the next process; "" where it is."""
         ...
 
     def bind(self, kernel: Kernel, args: Args) -> Bound:
@@ -145,6 +151,18 @@ class Device(Protocol):
     def close(self) -> None:
         """Return all memory."""
         ...
+
+
+def out_of_memory(memory: str, what: str) -> PlanError:
+    """That something has no room on a device, though the plan had found some for it."""
+    return PlanError(
+        f"{memory}: {what}",
+        advice=(
+            "close what else uses it, or give fewer ", Keyword("gpu_layers"), " or a smaller ",
+            Keyword("n_ctx"),
+        ),
+        memory=memory,
+    )  # fmt: skip
 
 
 def check_launch(

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from edgeinfer import platform
 from edgeinfer.errors import DeviceError
@@ -30,6 +30,7 @@ FLAGS = (
     "--std=c++17", "--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true",
     "--ptxas-options=-v",
 )  # fmt: skip
+Progress: TypeAlias = Callable[[int, int, str], None]  # done, total, kernel
 _MOST_PROCESSES = 8  # of up to 200 MB each
 
 
@@ -134,16 +135,17 @@ def _strings(values: Sequence[bytes]) -> Any:
 
 
 def compile_all(
-    library: Path, jobs: Sequence[Job], progress: Callable[[int, int, str], None] | None = None
+    library: Path, jobs: Sequence[Job], progress: Progress | None = None
 ) -> list[Cubin]:
     """Every job's cubin, in order, from several processes; DeviceError with the first message."""
+    if not platform.can_start_python():  # a frozen program would start itself
+        return _compile_here(library, jobs, progress)
     from concurrent.futures import ThreadPoolExecutor
     from queue import SimpleQueue
 
-    n = max(1, min(os.cpu_count() or 1, _MOST_PROCESSES, len(jobs) // 2))
     idle: SimpleQueue[subprocess.Popen[str]] = SimpleQueue()
-    command = platform.python_command("edgeinfer.kernels.cuda.nvrtc", str(library))
-    processes = [platform.start_program(command) for _ in range(n)]
+    n = max(1, min(os.cpu_count() or 1, _MOST_PROCESSES, len(jobs) // 2))
+    processes = _start(library, n)
     for process in processes:
         idle.put(process)
 
@@ -155,7 +157,7 @@ def compile_all(
             idle.put(process)
 
     try:
-        with ThreadPoolExecutor(n) as pool:
+        with ThreadPoolExecutor(len(processes)) as pool:
             cubins: list[Cubin] = []
             for cubin in pool.map(compile_one, jobs):
                 if progress:
@@ -166,6 +168,30 @@ def compile_all(
         for process in processes:
             with process:  # ends when it has nothing more to read
                 pass
+
+
+def _compile_here(library: Path, jobs: Sequence[Job], progress: Progress | None) -> list[Cubin]:
+    """One after the other, in this process."""
+    compiler, cubins = Nvrtc(library), list[Cubin]()
+    for job in jobs:
+        if progress:
+            progress(len(cubins), len(jobs), job.name)
+        cubins.append(compiler.compile(job))
+    return cubins
+
+
+def _start(library: Path, n: int) -> list[subprocess.Popen[str]]:
+    """Up to n processes that compile: as many as the system lets us have."""
+    command = platform.python_command("edgeinfer.kernels.cuda.nvrtc", str(library))
+    processes: list[subprocess.Popen[str]] = []
+    while len(processes) < n:
+        try:
+            processes.append(platform.start_program(command))
+        except OSError as error:
+            if not processes:
+                raise DeviceError(f"no compiler of kernels can be started: {error}") from error
+            break
+    return processes
 
 
 def _ask(process: subprocess.Popen[str], job: Job) -> Cubin:

@@ -347,6 +347,11 @@ class CudaProgram(CacheVerbs):
         """Bytes of weights that a step of one row reads."""
         return self._drawn.step_weight_bytes
 
+    @property
+    def unkept(self) -> str:
+        """Why kernels that were compiled can't be kept for the next process; "" where they are."""
+        return self._device.unkept
+
     def close(self) -> None:
         """Free everything."""
         if not self._closed:

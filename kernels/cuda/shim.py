@@ -28,6 +28,7 @@ from edgeinfer.kernels.cuda.device import (
     Progress,
     check_args,
     check_launch,
+    out_of_memory,
 )
 from edgeinfer.kernels.cuda.host_stream import HostStream, StreamEvent
 from edgeinfer.kernels.cuda.kernel import SYMBOL, Kernel, Signature, Sources
@@ -98,11 +99,11 @@ class ShimDevice:
 
     def reserve(self, n_bytes: int) -> int:
         if n_bytes > self.memory()[0]:
-            raise MemoryError(f"{n_bytes} bytes are not free on the {self.facts.name}")
+            raise out_of_memory(self.facts.name, f"{n_bytes} bytes are not free")
         try:
             memory = self._allocate(max(n_bytes, 1))
         except OSError as error:
-            raise MemoryError(f"{n_bytes} bytes: {error}") from error
+            raise out_of_memory(self.facts.name, f"{n_bytes} bytes: {error}") from error
         self._reserved[memory.address] = memory, n_bytes
         ctypes.memset(memory.address, 0xFF, n_bytes)
         return memory.address
@@ -173,6 +174,10 @@ class ShimDevice:
                 entry.contents.most_threads,
                 run.launch,
             )
+
+    @property
+    def unkept(self) -> str:
+        return ""  # it loads files alone
 
     def bind(self, kernel: Kernel, args: Args) -> Bound:
         signature = self._find(kernel).signature

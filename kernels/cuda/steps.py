@@ -14,6 +14,7 @@ from edgeinfer.kernels.cuda.lower_base import FEW_ROWS
 
 _MOST_GRAPHS = 32  # each takes a few MiB of the driver's memory
 _FROM = 2  # the step of a shape from which on it is a graph: all kernels have run by then
+_TRIED_AGAIN = 1000  # steps after one that could not become a graph
 
 
 class Result(Enum):
@@ -60,7 +61,7 @@ class Steps:
         shape = shape.rounded
         graph = self._graphs.pop(shape, None)
         if graph is None and self._is_known(shape):
-            graph = self._device.record(lambda: self._launch(shape))
+            graph = self._record(shape)
         if graph is None:
             self._launch(shape)
             return
@@ -68,6 +69,14 @@ class Steps:
         if len(self._graphs) > _MOST_GRAPHS:
             del self._graphs[next(iter(self._graphs))]
         graph.replay()
+
+    def _record(self, shape: Shape) -> Graph | None:
+        """None where the driver has no memory for a graph: launches need none."""
+        try:
+            return self._device.record(lambda: self._launch(shape))
+        except MemoryError:
+            self._counts[shape] = -_TRIED_AGAIN
+            return None
 
     def _is_known(self, shape: Shape) -> bool:
         self._counts[shape] += 1
