@@ -36,6 +36,8 @@ _PLACEHOLDERS = {
     "ei.x86.pause": "llvm.x86.sse2.pause",
     "ei.x86.ldmxcsr": "llvm.x86.sse.ldmxcsr",
     "ei.aarch64.sdot": "llvm.aarch64.neon.sdot.v4i32.v16i8",
+    "ei.aarch64.smull": "llvm.aarch64.neon.smull.v4i32",
+    "ei.aarch64.addp": "llvm.aarch64.neon.addp.v4i32",
     "ei.aarch64.tbl": "llvm.aarch64.neon.tbl1.v16i8",
     "ei.aarch64.hint": "llvm.aarch64.hint",
     "ei.aarch64.set_fpcr": "llvm.aarch64.set.fpcr",

@@ -251,10 +251,9 @@ class Grid:
 
     def _splats(self, b, x, at):
         """Four bytes of every token's block, in every lane, as bytes."""
-        places = (b.add(x, I64(A32_BYTES * t + at)) for t in range(self.n_tokens))
-        words = (simd.load_ir(b, place, I32) for place in places)
-        kind = self._wide(u8x32).ir
-        return [b.bitcast(simd.splat_ir(b, word, 8 * self.width), kind) for word in words]
+        kind, lanes = self._wide(u8x32).ir, 8 * self.width
+        starts = (A32_BYTES * t for t in range(self.n_tokens))
+        return [b.bitcast(self.isa.splat(b, x, start, at, lanes), kind) for start in starts]
 
     def _define(self, vec, cells, adds=False):
         """`(fields, x)`, and the sums to add to where it `adds`, to a tile of all cells."""

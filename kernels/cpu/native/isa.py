@@ -13,7 +13,9 @@ bytes of activations in every 32-bit lane. Lane r of a sum belongs to row r. A f
 - `byte_dot(b, acc, parts, x)`: the dot product of w + `byte_excess`, 0 or 128, and x, for signed
   bytes w as a family likes to have them: `byte_form(w)`, a tuple of vectors. `byte_parts(b, u)`
   makes it of u = w + 128;
-- `look_up(b, table, v)`: for places v of 0 to 15, the bytes that a table of 16 holds there.
+- `look_up(b, table, v)`: for places v of 0 to 15, the bytes that a table of 16 holds there;
+- `splat(b, x, start, at, lanes)`: of the block of activations at x + start the four bytes from `at`
+  on, in 32-bit lanes.
 
 Sums and the vectors that meet in them may be `panel_width` times as wide, for as many groups of 8
 rows beside each other. All are exact, so every family gives the same bits.
@@ -28,9 +30,13 @@ from llvmlite import ir
 from numba import types
 
 from edgeinfer.kernels.cpu.native import fields, simd
-from edgeinfer.kernels.cpu.native.simd import I16, I32, call, const_ir, i16x16, i32x8, u8x32
+from edgeinfer.kernels.cpu.native.simd import I16, I32, I64, call, const_ir, i16x16, i32x8, u8x32
 
 _I8x32, _I16x16, _I32x8 = u8x32.ir, i16x16.ir, i32x8.ir
+
+
+def splat(b, x, start, at, lanes):
+    return simd.splat_ir(b, simd.load_ir(b, b.add(x, I64(start + at)), I32), lanes)
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,7 @@ class Isa:
     pause: Callable
     reset_float: Callable  # round to nearest, denormals kept, whatever this thread had before
     panel_width: int = 1  # groups in one vector of a panel; with 2 it fits in registers
+    splat: Callable = splat
 
 
 # -- AVX2: pairs into int16, then into int32 -----------------------------------------------------
