@@ -32,9 +32,9 @@ from edgeinfer.engine.generation import (
     check_length,
 )
 from edgeinfer.engine.scheduler import AnyWork, Scheduler
-from edgeinfer.engine.sequence import Request, Rows, Work
+from edgeinfer.engine.sequence import Request, Rows
 from edgeinfer.engine.speculation import Acceptance
-from edgeinfer.engine.step import build_batch, commit, fill_masks, fill_samples
+from edgeinfer.engine.step import Steps, commit, fill_masks
 from edgeinfer.engine.step_costs import StepCosts
 from edgeinfer.errors import BusyError, ClosedError, InvalidRequestError
 from edgeinfer.sampling.params import SampleTable
@@ -80,10 +80,13 @@ class Engine:
         places = limits._replace(max_sequences=1) if is_naive else limits
         self._scheduler = Scheduler(places, self._costs, self._store)
         self._samples = SampleTable(self._scheduler.max_samples)
+        self._steps = Steps(self._samples, n_vocab)
         self.delivery, self.acceptance = Delivery(), Acceptance.of_all()
-        self._changed = threading.Condition()
+        # Reentrant: what a signal's handler calls may interrupt what holds it.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._ticket: Ticket | None = None
-        self._in_step: list[Work] = []
+        self._in_step: list[Rows] = []
         self._errands: deque[Errand[Any]] = deque()
         self._closed, self._is_exit = "", False
         self._pid = os.getpid()
@@ -202,7 +205,7 @@ class Engine:
             return
         with self._changed:
             self._scheduler.may_be_cancelled = True
-            if self._ticket is not None and all(each.is_cancelled for each in self._in_step):
+            if self._ticket is not None and all(part.work.is_cancelled for part in self._in_step):
                 self._ticket.abort()
             self._changed.notify()
 
@@ -249,7 +252,8 @@ class Engine:
 
     def mark_forked(self) -> None:
         """In the child of a fork the thread does not exist: every use is an error."""
-        self._closed, self._changed = _FORKED, threading.Condition()
+        self._closed, self._lock = _FORKED, threading.RLock()
+        self._changed = threading.Condition(self._lock)
 
     def layout(self, overflow: Overflow, n_pinned: int = 0) -> CacheLayout:
         """How the cache of a sequence is cut here."""
@@ -337,8 +341,10 @@ class Engine:
             return
         # Rows of a step that did not run to its end are computed again, for who still wants them.
         if not outputs.aborted:
-            with contextlib.suppress(BaseException):  # it decides about rows, never about answers
+            try:
                 self._measure(parts, time.perf_counter() - begun)
+            except BaseException:  # it decides about rows, never about answers
+                pass
             commit(parts, outputs, self._samples, self._scheduler)
             if self._drafter is not None:
                 self._drafter.follow(parts, outputs)
@@ -350,18 +356,16 @@ class Engine:
     def _run(self, parts: list[Rows]) -> Outputs:
         """Run one step; its outputs are views that the next step overwrites."""
         samples = self._samples
-        masked = fill_samples(samples, parts, self.n_vocab)
-        batch = build_batch(parts, samples)
+        batch, masked = self._steps.next(parts)
         if self._drafter is not None:
             self._drafter.ask(batch, parts)
-        works = [part.work for part in parts]
-        is_watched = any([work.hook is not None for work in works])
+        is_watched = any([part.work.hook is not None for part in parts])
         if is_watched:
             hooks.ask(batch, parts)
-        with self._changed:
-            if self._closed or any([work.is_cancelled for work in works]):
+        with self._lock:
+            if self._closed or self._scheduler.is_any_cancelled(parts):
                 return _NOTHING
-            self._in_step = works
+            self._in_step = parts
             self._ticket = ticket = self._program.submit(batch)
         try:
             failed = fill_masks(masked)  # which takes no time where a device runs meanwhile
@@ -373,7 +377,7 @@ class Engine:
                 ticket.wait()
             raise
         finally:
-            with self._changed:
+            with self._lock:
                 self._ticket, self._in_step = None, []
         if not outputs.aborted:
             if is_watched:

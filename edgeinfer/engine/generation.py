@@ -89,6 +89,7 @@ class Generation:
         self.next_row: Rows | None = None  # the engine's: of a step in which it decodes
         self.can_guess = request.can_speculate
         self.n_history, self.n_logprobs = request.params.n_history, request.params.logprobs
+        self.has_mirostat = request.params.mirostat != 0
         self.drafting = Drafting()  # what the model's own block guesses, where it has one
         self.speculator: Speculator | None = None  # the engine's
         self.n_proposed, self.n_accepted = 0, 0  # tokens guessed, and those that came true

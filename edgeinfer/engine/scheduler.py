@@ -74,6 +74,10 @@ class Scheduler:
             except BaseException as error:
                 self.fail(work, error)
 
+    def is_any_cancelled(self, parts: list[Rows]) -> bool:
+        """Whether any of these was since `drop_cancelled` looked."""
+        return self.may_be_cancelled and any([part.work.is_cancelled for part in parts])
+
     def pause_unread(self) -> None:
         """Without a reader a generation gives way to all that have one; it keeps what it can."""
         for generation in [g for g in self.running if g.events.is_full and g.is_unread]:
@@ -223,7 +227,9 @@ class Scheduler:
         if not is_reading:
             most = min(self.limits.max_rows, self.max_samples, self.store.most_rows())
             parts = with_drafts(parts, most, self.costs, self.fail)
-        if not all([self._holds(part) for part in parts]):
+        caches = [(part, part.sequence.cache) for part in parts]
+        growing = [part for part, cache in caches if cache.n_tokens + part.n > cache.room]
+        if not all([self._holds(part) for part in growing]):
             parts = [self._make_room(part) for part in sorted(parts, key=lambda p: p.work.rank)]
             at_work = set(self._at_work)  # whose pages were not taken meanwhile
             parts = [part for part in parts if part.work in at_work]
@@ -268,9 +274,6 @@ class Scheduler:
 
     def _holds(self, part: Rows) -> bool:
         """Whether it holds the pages for its rows now; False if too few are free or it fails."""
-        cache = part.sequence.cache
-        if cache.n_tokens + part.n <= cache.room:
-            return True
         try:
             return self.store.hold(part.sequence, part.n, len(part.drafts))
         except BaseException as error:

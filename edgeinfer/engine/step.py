@@ -35,6 +35,59 @@ class Ends(Protocol):
 # -- before it -----------------------------------------------------------------------------------
 
 
+class Steps:
+    """Makes what programs read.
+
+    In most steps the answers of the last one go on by a token each: only the tokens are new then,
+    and where they stand.
+    """
+
+    def __init__(self, samples: SampleTable, n_vocab: int) -> None:
+        self._samples, self._n_vocab = samples, n_vocab
+        self._last: Batch | None = None
+        self._parts: list[Rows] = []  # of the last step, where another of the same may follow
+        self._before = np.zeros(0, np.int64)  # of each its position when its answer began
+
+    def next(self, parts: list[Rows]) -> tuple[Batch, list[Masked]]:
+        """The batch of some parts, and masks that are still to be filled."""
+        if self._last is not None and parts == self._parts:
+            return self._go_on(self._last), []
+        self._last = None
+        masked = fill_samples(self._samples, parts, self._n_vocab)
+        batch = build_batch(parts, self._samples)
+        if all([_is_plain(part) for part in parts]) and not masked:
+            self._before = np.array([part.sequence.n_prompt - 1 for part in parts], np.int64)
+            self._parts, self._last = parts, batch
+        return batch, masked
+
+    def _go_on(self, last: Batch) -> Batch:
+        sequences = [part.sequence for part in self._parts]
+        pos = np.array([sequence.cache.n_tokens for sequence in sequences], np.int64)
+        self._samples.go_on(pos - self._before)
+        return Batch(
+            ids=np.array([sequence.ids[-1] for sequence in sequences], np.int32),
+            pos=pos,
+            seq=last.seq,
+            tables=[sequence.cache.tables for sequence in sequences],
+            wanted=last.wanted,
+            output="ids",
+            samples=self._samples,
+        )
+
+
+def _is_plain(part: Rows) -> bool:
+    """Whether its answer goes on from its last token, and nothing else decides about the next."""
+    work = part.work
+    return (
+        isinstance(work, Generation)
+        and part is work.next_row
+        and work.hook is None
+        and not work.n_history
+        and not work.has_mirostat
+        and not part.sequence.cache.has_state
+    )
+
+
 def build_batch(parts: SequenceOf[Rows], samples: SampleTable) -> Batch:
     """The flat arrays of a step: of logits where some are asked for, else of picked tokens.
 
@@ -171,7 +224,7 @@ class _Picked(NamedTuple):
     """What was sampled, by row; `at` is when."""
 
     ids: list[int]
-    mu: list[float]
+    status: list[int]
     table: SampleTable
     at: float
 
@@ -179,7 +232,7 @@ class _Picked(NamedTuple):
 def commit(parts: SequenceOf[Rows], outputs: Outputs, table: SampleTable, ends: Ends) -> None:
     """The one place where what a step has computed becomes part of its sequences."""
     n, row = len(outputs.ids), 0
-    picked = _Picked(outputs.ids.tolist(), table.mu[:n].tolist(), table, time.perf_counter())
+    picked = _Picked(outputs.ids.tolist(), table.status[:n].tolist(), table, time.perf_counter())
     for part in parts:
         work = part.work
         try:
@@ -229,10 +282,11 @@ def _take_token(
     work: Generation, sequence: Sequence, picked: _Picked, row: int, ends: Ends
 ) -> None:
     request, token, table = work.request, picked.ids[row], picked.table
-    if table.status[row] != OK:
+    if picked.status[row] != OK:
         what = "of what the grammar allows here" if work.matcher is not None else "a token"
         raise EdgeInferError(f"the model yields no number to choose {what} by")
-    sequence.mu = picked.mu[row]
+    if work.has_mirostat:
+        sequence.mu = float(table.mu[row])
     if request.max_tokens == 0:
         ends.finish(work, "length")
         return

@@ -24,13 +24,24 @@ class StepCosts:
         self._n_steps = 0
         # What a row of a prompt adds to a step, of a step of one row: too large at first.
         self._prompt_row = 2 * row_cost
+        self._counted: list[tuple[int, int, float]] = []  # steps that nothing was learnt from yet
 
     def count(self, n_rows: int, n_prompt_rows: int, seconds: float) -> None:
-        """Count a step of `n_rows` rows that decode, and others of prompts."""
-        if n_prompt_rows:
-            self._measure_beside(n_rows, n_prompt_rows, seconds)
-        else:
-            self.measure(n_rows, seconds)
+        """Count a step of `n_rows` rows that decode, and others of prompts.
+
+        What that tells is found out when somebody asks: between steps the processors wait.
+        """
+        self._counted.append((n_rows, n_prompt_rows, seconds))
+        if len(self._counted) == _SWEEP:
+            self._learn()
+
+    def _learn(self) -> None:
+        counted, self._counted = self._counted, []
+        for n_rows, n_prompt_rows, seconds in counted:
+            if n_prompt_rows:
+                self._measure_beside(n_rows, n_prompt_rows, seconds)
+            else:
+                self.measure(n_rows, seconds)
 
     def measure(self, n_rows: int, seconds: float) -> None:
         """Count a step of rows that decode.
@@ -41,7 +52,7 @@ class StepCosts:
         if not self._row_seconds:
             self._row_seconds = seconds / self._usual(n_rows)
         # A hiccup must not outweigh what many steps have shown.
-        surprise = min(max(seconds / self.of(n_rows), 1 / _JUMP), _JUMP)
+        surprise = min(max(seconds / self._of(n_rows), 1 / _JUMP), _JUMP)
         if n_rows > 1:
             n = self._factors.get(n_rows, (0.0, 0, 0))[1] + 1
             factor = self._factor(n_rows) * surprise ** max(_RATE, 1 / (n + 1))
@@ -57,16 +68,23 @@ class StepCosts:
     def _measure_beside(self, n_rows: int, n_prompt_rows: int, seconds: float) -> None:
         if not (n_rows and self._row_seconds):
             return
-        each = (seconds - self.of(n_rows)) / n_prompt_rows / self._row_seconds
+        each = (seconds - self._of(n_rows)) / n_prompt_rows / self._row_seconds
         surprise = min(max(each / self._prompt_row, 1 / _JUMP), _JUMP)
         self._prompt_row = max(_LEAST_ROW, self._prompt_row * surprise**_PROMPT_RATE)
 
     def rows_beside(self, n_rows: int) -> int:
         """Rows of prompts beside `n_rows` that decode: these wait _SLOWER times as long then."""
-        n = (_SLOWER - 1) * self.of(n_rows) / ((self._row_seconds or 1.0) * self._prompt_row)
+        self._learn()
+        n = (_SLOWER - 1) * self._of(n_rows) / ((self._row_seconds or 1.0) * self._prompt_row)
         return max(1, int(n))
 
     def of(self, n_rows: int) -> float:
+        """Seconds of a step of rows that decode."""
+        if self._counted:
+            self._learn()
+        return self._of(n_rows)
+
+    def _of(self, n_rows: int) -> float:
         return (self._row_seconds or 1.0) * self._usual(n_rows) * self._factor(n_rows)
 
     def _usual(self, n_rows: int) -> float:
@@ -87,7 +105,8 @@ class StepCosts:
 
 # Kernels cost the same for ever, a shared machine changes within steps.
 _RATE, _SPEED_RATE, _JUMP = 0.05, 0.25, 2.0
-_KEEP, _SWEEP = 512, 64  # steps until a cost is forgotten, and from one look to the next
+# Steps until a cost is forgotten, and from one look for those to the next; as many wait to be told.
+_KEEP, _SWEEP = 512, 64
 
 # Prompts are read at more than half their speed so, and steps last less than three times as long.
 _SLOWER, _PROMPT_RATE, _LEAST_ROW = 2.35, 0.5, 1e-4

@@ -340,6 +340,12 @@ class SampleTable:
             ]
         self.n_rows = n
 
+    def go_on(self, indices: NDArray[np.int64]) -> None:
+        """The rows of the last step, none of which looks at a history, with other indices."""
+        self.n_rows = n = len(indices)
+        self._given[:n] = [None] * n
+        self._indices[:n] = indices
+
     def masks(self, start: int, n: int, n_vocab: int) -> NDArray[np.uint32]:
         """The masks (n, `mask_words`) of rows from `start` on, which are described: fill them."""
         if self._masks is None:

@@ -60,14 +60,19 @@ class IdleWork(ABC):
         """Interrupt: a step takes the machine for itself."""
         if self.is_done:
             return
-        with self._changed:
-            self._idle_from = float("inf")
-            self._interrupt()
+        idle_from, self._idle_from = self._idle_from, float("inf")
+        # NOTE: this clock is read after that is set, so whoever looks in between sees one of them.
+        if time.monotonic() >= idle_from:
+            with self._changed:
+                self._interrupt()
 
     def end_step(self) -> None:
         if self.is_done:
             return
-        self._begin_at(time.monotonic() + self._idle_seconds)
+        # Who waits for that looks again within as many seconds: nobody is woken between steps.
+        self._idle_from = time.monotonic() + self._idle_seconds
+        if self._thread is None:
+            self._begin_at(self._idle_from)
 
     def finish(self, look: Callable[[], object] = lambda: None) -> None:
         """Do all of it now, and `look` now and then; no step may run meanwhile."""

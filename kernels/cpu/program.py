@@ -6,6 +6,7 @@ Knows no scheduling and no files. One step is one native call; see `team.py`.
 from __future__ import annotations
 
 import ctypes
+import struct
 import time
 from collections.abc import Callable, Sequence
 from operator import is_
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from edgeinfer.sampling.params import SampleTable
 
 _FEW_ROWS = 8  # of steps that read weights faster than they multiply
-_STEP_WORDS = layout.H_ABORT // layout.WORD + 1  # of the header, from H_ROWS on
+_STEP = struct.Struct(f"={layout.H_ABORT // layout.WORD + 1}q")  # of the header, from H_ROWS on
 
 
 class CpuTicket:
@@ -123,7 +124,7 @@ class CpuProgram(CacheVerbs):
         if self._drawn.states:
             self._copy_states(batch)
         samples = batch.samples.address if batch.samples else 0
-        self._header[:_STEP_WORDS] = n_rows, n_wanted, len(batch.tables), samples, 0
+        _STEP.pack_into(self._step_words, 0, n_rows, n_wanted, len(batch.tables), samples, 0)
         is_few = n_rows <= _FEW_ROWS
         schedule = self._tuning.next(n_rows) if is_few else self._schedules[0]
         return CpuTicket(self, batch, schedule)
@@ -253,6 +254,7 @@ class CpuProgram(CacheVerbs):
     def _make_step_arrays(self) -> None:
         limits = self.limits
         self._header = np.zeros(layout.HEADER_WORDS, np.int64)
+        self._step_words = self._header.data.cast("B")
         self._pos = np.zeros(limits.max_rows, np.int64)
         self._seq = np.zeros(limits.max_rows, np.int32)
         self._ids = np.zeros(limits.max_rows, np.int32)
