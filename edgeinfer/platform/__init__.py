@@ -75,6 +75,7 @@ if TYPE_CHECKING:
         stop_for_shell,
     )
     from edgeinfer.platform.sockets import end_reading, listen, tls_context
+    from edgeinfer.platform.stacks import with_stack
     from edgeinfer.platform.terminals import input_waits
     from edgeinfer.platform.trust import distrust, read_private
 
@@ -97,6 +98,7 @@ _NAMES = {
     "processors": "cpu_name default_threads processor_facts",
     "signals": "SIGNAL_CODE signals_call signals_exit signals_handled stop_for_shell",
     "sockets": "end_reading listen tls_context",
+    "stacks": "with_stack",
     "terminals": "input_waits",
     "trust": "distrust read_private",
 }
@@ -167,6 +169,7 @@ __all__ = [
     "tls_context",
     "try_lock",
     "unlink_open",
+    "with_stack",
     "write_whole",
     "written_whole",
 ]

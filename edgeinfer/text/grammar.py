@@ -11,11 +11,13 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 from edgeinfer.errors import InvalidRequestError
 from edgeinfer.text.closed_schema import BY_NAME, VALUES, closed
+from edgeinfer.text.grammar_limits import check_repeats, check_schema, deeply, narrowed
 from edgeinfer.values import shown
 
 MOST_TEXT = 1 << 17  # characters; what reads the worst of so many takes seconds
@@ -44,11 +46,12 @@ class Grammar:
         be enforced is refused, or passed over where that is `lenient`.
         """
         found = _schema(schema, param)
+        check_schema(found, param)
         for keyword in () if lenient else _OLD_KEYWORDS:
             for path in _paths(found, keyword):
                 raise _unsupported(keyword, path, param)
         if isinstance(found, dict):
-            found = with_options(closed(found), lenient=lenient)
+            found = with_options(closed(narrowed(found)), lenient=lenient)
         try:
             return cls._of({"json_schema": found}, param)
         except _Refused as refused:
@@ -62,6 +65,7 @@ class Grammar:
                 f"{param} is {shown(text)}; it must be a text in Lark or GBNF", param=param
             )
         _check_length(text, param)
+        check_repeats(text, param)
         try:
             if text.lstrip().startswith("{"):
                 return cls._checked(text, param)
@@ -81,6 +85,7 @@ class Grammar:
                 f"{param} is {shown(regex)}; it must be a regular expression", param=param
             )
         _check_length(regex, param)
+        check_repeats(regex, param)
         try:
             made = json.loads(_llguidance().LLMatcher.grammar_from_regex(regex))
             return cls._of({"lark_grammar": made["grammars"][0]["lark_grammar"]}, param)
@@ -109,7 +114,8 @@ class Grammar:
     @classmethod
     def _checked(cls, text: str, param: str) -> Grammar:
         try:
-            message = _llguidance().LLMatcher.validate_grammar(text, None, limits=limits())
+            validate = partial(_llguidance().LLMatcher.validate_grammar, limits=limits())
+            message = deeply(lambda: validate(text, None), param)
         except ValueError as error:
             raise _Refused(str(error)) from None
         if message and not message.startswith("WARNING"):

@@ -15,6 +15,7 @@ import numpy as np
 
 from edgeinfer.errors import EdgeInferError, InvalidRequestError
 from edgeinfer.text.grammar import Grammar, first_line, limits
+from edgeinfer.text.grammar_limits import deeply
 from edgeinfer.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -42,9 +43,7 @@ class GrammarCompiler:
                 self._kept.move_to_end(grammar.text)
                 return kept
         # Without the lock: what takes long holds up nobody else.
-        matcher = llguidance.LLMatcher(self._vocabulary, grammar.text, log_level=0, limits=limits())
-        first = matcher.deep_copy()
-        first.compute_bitmask()  # some are only now seen to be too large, or to allow nothing
+        matcher, first = deeply(lambda: self._begun(grammar), grammar.param)
         if first.is_error():
             raise InvalidRequestError(
                 f"{grammar.param} can't be used: {_error(first)}", param=grammar.param
@@ -55,6 +54,13 @@ class GrammarCompiler:
             while len(self._kept) > _MOST_KEPT:
                 self._kept.popitem(last=False)
         return made
+
+    def _begun(self, grammar: Grammar) -> tuple[Any, Any]:
+        """A matcher, and a copy that has taken its first step."""
+        matcher = llguidance.LLMatcher(self._vocabulary, grammar.text, log_level=0, limits=limits())
+        first = matcher.deep_copy()
+        first.compute_bitmask()  # some are only now seen to be too large, or to allow nothing
+        return matcher, first
 
 
 class CompiledGrammar:

@@ -1,0 +1,112 @@
+"""What of grammars and schemas is refused before llguidance reads it.
+
+It keeps limits of its own, but not of what some few characters make it compute, nor of its stack.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from typing import Any, TypeVar
+
+from edgeinfer import platform
+from edgeinfer.errors import InvalidRequestError
+from edgeinfer.text.closed_schema import BY_NAME, VALUES
+
+T = TypeVar("T")
+# A rule that refers to another takes up to 9 KB of stack, and 6 characters of a text.
+_STACK = 256 << 20
+_MOST_REPEATS = 2000  # in regular expressions: these take memory by the square of their number
+_REPEAT = re.compile(r"[?*+{]")
+_MOST_EXACT = 2**53  # above it llguidance takes one whole number for another
+_MOST_MULTIPLE = 100_000  # each remainder is a state
+_LEAST, _MOST = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
+
+
+def deeply(work: Callable[[], T], param: str) -> T:
+    """What llguidance gives: it goes down as far as a grammar refers from one rule to another."""
+    try:
+        return platform.with_stack(_STACK, work)
+    except MemoryError as error:
+        raise InvalidRequestError(
+            f"{param} can't be read: {error}; make room, or leave it out", param=param
+        ) from error
+
+
+def check_repeats(text: str, param: str) -> None:
+    """InvalidRequestError for a regular expression, or a grammar, that repeats too many parts."""
+    n = len(_REPEAT.findall(text))
+    if n > _MOST_REPEATS:
+        raise InvalidRequestError(
+            f"{param} has {n:,} repetitions (? * + {{); at most {_MOST_REPEATS:,} are read",
+            param=param,
+        )
+
+
+def check_schema(schema: Any, param: str) -> None:
+    """InvalidRequestError for what can't be enforced exactly, or in reasonable time."""
+    patterns: list[str] = []
+    for keyword, value, path in _keywords(schema):
+        if keyword == "pattern" and isinstance(value, str):
+            patterns.append(value)
+        elif keyword == "patternProperties" and isinstance(value, dict):
+            patterns += value
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if type(value) is int and (
+            (keyword in _LEAST and value > _MOST_EXACT)
+            or (keyword in _MOST and value < -_MOST_EXACT)
+        ):
+            raise _refused(keyword, path, "a number from -2**53 to 2**53", param)
+        if keyword == "multipleOf" and is_number and _significant(value) > _MOST_MULTIPLE:
+            raise _refused(keyword, path, f"a number of at most {_MOST_MULTIPLE:,}", param)
+    check_repeats("".join(patterns), param)
+
+
+def narrowed(schema: Any) -> Any:
+    """With bounds of whole numbers that are exact: what they allow is allowed as it was given."""
+    if isinstance(schema, list):
+        return [narrowed(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found: dict[str, Any] = {}
+    for key, each in schema.items():
+        if key in BY_NAME and isinstance(each, dict):
+            found[key] = {name: narrowed(inner) for name, inner in each.items()}
+        elif key in (*_LEAST, *_MOST) and type(each) is int:
+            found[key] = max(-_MOST_EXACT, min(each, _MOST_EXACT))
+        else:
+            found[key] = each if key in VALUES else narrowed(each)
+    return found
+
+
+def _significant(value: float) -> float:
+    """Its digits as a whole number, without zeros at their ends."""
+    if not math.isfinite(value):
+        return math.inf
+    digits = Decimal(repr(value)).normalize().as_tuple().digits
+    return int("".join(map(str, digits)))
+
+
+def _refused(keyword: str, path: str, needed: str, param: str) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"{param} has {keyword!r} at {path}, which can only be enforced for {needed}; leave it "
+        "out, and check answers for it",
+        param=param,
+    )
+
+
+def _keywords(schema: Any, path: str = "$") -> Iterator[tuple[str, Any, str]]:
+    """Each keyword of a schema with its value, and where it stands."""
+    if isinstance(schema, list):
+        for i, each in enumerate(schema):
+            yield from _keywords(each, f"{path}[{i}]")
+    elif isinstance(schema, dict):
+        for key, each in schema.items():
+            yield key, each, path
+            if key in BY_NAME and isinstance(each, dict):
+                for name, inner in each.items():
+                    yield from _keywords(inner, f"{path}.{key}.{name}")
+            elif key not in VALUES:
+                yield from _keywords(each, f"{path}.{key}")

@@ -1,0 +1,72 @@
+"""Grammars and schemas that llguidance would not survive, or would not keep to."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from edgeinfer.errors import InvalidRequestError
+from edgeinfer.text.grammar import Grammar
+from edgeinfer.text.tokenizer import Tokenizer
+
+from .test_grammar import accepts
+from .test_grammar import tiny as tiny
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def chain(n: int, rule: str, last: str) -> str:
+    return "\n".join([rule.format(i, i + 1) for i in range(n)] + [last.format(n)])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        'Grammar.of_text("start: a0\\n" + chain(9000, "a{}: a{}", "a{}: /x/"))',
+        'Grammar.of_text("start: A0\\n" + chain(9000, "A{}: A{}", "A{}: /x/"))',
+        'Grammar.of_text("root ::= a0\\n" + chain(7000, "a{} ::= a{}", "a{} ::= [x]"))',
+        'Grammar.of_schema({"$ref": "#/$defs/d0", "$defs": {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"}'
+        ' if i < 3000 else {} for i in range(3001)}})',
+    ],
+)  # fmt: skip
+def test_no_chain_of_rules_ends_the_process(make: str) -> None:
+    """Each goes down a level of the stack: eight megabytes held 2,600 of them."""
+    code = f"""
+from edgeinfer.constraining import Grammars
+from edgeinfer.text.grammar import Grammar
+from tests.test_grammar_limits import chain
+from tests.test_tokenizer import byte_pair, tokenizer_of
+print(Grammars().compile({make}, tokenizer_of(byte_pair())).begin().is_ended)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout == "False\n", done.stderr[-500:]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Grammar.of_regex("a?" * 60_000), "repetitions"),
+        (lambda: Grammar.of_text("start: /" + "a?" * 60_000 + "/"), "repetitions"),
+        (lambda: Grammar.of_schema({"type": "string", "pattern": "a*" * 60_000}), "repetitions"),
+        (lambda: Grammar.of_schema({"properties": {"a": {"multipleOf": 99_999_989}}}),
+         r"'multipleOf' at \$.properties.a"),
+        (lambda: Grammar.of_schema({"type": "integer", "minimum": 2**53 + 1}), "'minimum' at"),
+        (lambda: Grammar.of_schema({"items": {"maximum": -(10**400)}}), r"'maximum' at \$.items"),
+    ],
+)  # fmt: skip
+def test_what_takes_without_end_is_refused(make: Callable[[], Grammar], message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        make()
+
+
+def test_bounds_that_are_not_exact_are_narrowed(tiny: Tokenizer) -> None:
+    """Numbers are read as 64 bits have them: of 2**53 + 1 there are two."""
+    schema = {"type": "integer", "minimum": 2**53 - 2, "maximum": 2**63 - 1}
+    grammar = Grammar.of_schema(schema)
+    for number, is_right in ((2**53 - 3, False), (2**53 - 1, True), (2**53, True)):
+        assert accepts(grammar, str(number), tiny) == is_right
+    Grammar.of_schema({"type": "number", "multipleOf": 0.01, "minimum": -(10**30)})
