@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import time
 from bisect import insort
 from operator import attrgetter
@@ -230,6 +231,17 @@ class Scheduler:
         if not self.jobs:
             return [parts] if parts else []
         return self._in_steps(parts)
+
+    def seconds_of(self, parts: list[Rows]) -> float:
+        """What a step will take; infinity where nobody knows."""
+        if all([part.is_decoding and part.work.hook is None for part in parts]):
+            return self.costs.of(sum([part.n for part in parts]))
+        return math.inf
+
+    def count(self, parts: list[Rows], seconds: float) -> None:
+        """Count what a step has taken."""
+        n_decode = sum([part.n for part in parts if part.is_decoding])
+        self.costs.count(n_decode, sum([part.n for part in parts]) - n_decode, seconds)
 
     def _in_steps(self, parts: list[Rows]) -> list[list[Rows]]:
         """Generations first, then logits in the same step, or in the next where it has no room."""

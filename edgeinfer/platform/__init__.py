@@ -77,6 +77,7 @@ if TYPE_CHECKING:
     from edgeinfer.platform.sockets import end_reading, listen, tls_context
     from edgeinfer.platform.terminals import input_waits
     from edgeinfer.platform.trust import distrust, read_private
+    from edgeinfer.platform.wakeups import Wakeup
 
 _NAMES = {
     "children": (
@@ -99,6 +100,7 @@ _NAMES = {
     "sockets": "end_reading listen tls_context",
     "terminals": "input_waits",
     "trust": "distrust read_private",
+    "wakeups": "Wakeup",
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 
@@ -117,6 +119,7 @@ __all__ = [
     "SIGNAL_CODE",
     "STARTS_ITSELF",
     "ThreadCalls",
+    "Wakeup",
     "append_private",
     "available_memory",
     "board_name",
