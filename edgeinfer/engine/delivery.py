@@ -32,8 +32,8 @@ class Delivery:
 
     To wake up a reader takes the system 5 to 10 us, and none goes on before the engine's thread has
     begun the next step. So where there are many they are woken beside that step; so is one whose
-    callback may take longer. And a reader takes a processor from the next step: where steps are
-    quick, what can wait comes with every second one.
+    callback may take longer. And a reader that wakes up takes a processor from the step, and finds
+    its code and data gone from the caches: what can wait comes with every second of quick steps.
     """
 
     def __init__(self) -> None:
@@ -56,19 +56,21 @@ class Delivery:
         if not self._events:
             return
         now = time.perf_counter()
-        if not (self._is_due or self._is_held) and now + next_in < self._sent_at + _REST_SECONDS:
+        is_quick = max(now - self._sent_at, next_in) < _MOST_WAIT
+        if is_quick and not (self._is_due or self._is_held):
             self._is_held = True
             return
         self._is_due, self._is_held, self._sent_at = False, False, now
         is_idle = self._n_called == self._n_come
-        is_quick = len(self._events) <= _FEW and not any(
-            [receiver.events.takes_time for receiver, _ in self._events]
-        )
-        if is_idle and (is_quick or not self._has_thread()):
+        if is_idle and (self._wakes_few() or not self._has_thread()):
             self._deliver()
         else:
             self._n_called += 1
             self._calls.put(True)
+
+    def _wakes_few(self) -> bool:
+        receivers = {receiver for receiver, _ in self._events}
+        return len(receivers) <= _FEW and not any([each.events.takes_time for each in receivers])
 
     def take_full(self) -> bool:
         """Whether a queue was full, as something came to it since this was asked last."""
@@ -114,5 +116,5 @@ class Delivery:
                 receiver.break_off(error)
 
 
-_FEW = 4
-_REST_SECONDS = 0.006  # from one waking of readers to the next, at most, for what can wait
+_FEW = 4  # readers that are woken in the engine's thread
+_MOST_WAIT = 0.004  # seconds between wakings of readers, and that an event waits for the next one
