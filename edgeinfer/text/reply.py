@@ -91,17 +91,7 @@ class AnswerText:
 
     def push(self, token: int) -> list[Delta]:
         """What the token adds; nothing while it may belong to a stop string or to a call."""
-        piece = self._piece(token)
-        if self._is_plain and piece.text and not piece.is_control:  # as most are
-            _extend(self._text, [piece.text])
-            return [Delta(text=piece.text)]
-        return self._add(self._find(piece))
-
-    @property
-    def _is_plain(self) -> bool:
-        """Whether text is shown as it comes."""
-        is_past = self.splitter is None or self.splitter.is_past
-        return is_past and self.finder is None and self.stops.finds_none
+        return self._add(self._find(self._piece(token)))
 
     def flush(self, last: int | None = None) -> list[Delta]:
         """What was held back, at the end; `last` is the token that was the end, if one was."""
@@ -196,11 +186,6 @@ class StopFinder:
             raise InvalidRequestError("a stop string is empty", param="stop")
         self._stops = tuple(stops)
         self._held: list[Piece] = []
-
-    @property
-    def finds_none(self) -> bool:
-        """Whether there is nothing to be found."""
-        return not self._stops
 
     def push(self, piece: Piece) -> tuple[list[Piece], str | None]:
         """What is certain not to belong to a stop string, and the one that was completed or None.
@@ -337,11 +322,6 @@ class ReasoningSplitter:
     def in_reasoning(self) -> bool:
         """Whether what comes next is reasoning, for all that is known."""
         return self._state == "reasoning" or (self._state == "start" and bool(self._opened))
-
-    @property
-    def is_past(self) -> bool:
-        """Whether text is text, until a tag that is a control token."""
-        return self._state == "text"
 
     def _begin(self) -> None:
         text = self._held.lstrip()
