@@ -21,7 +21,7 @@ from edgeinfer.engine.cache_store import CacheStore
 from edgeinfer.engine.delivery import Delivery
 from edgeinfer.engine.drafting import Drafting
 from edgeinfer.engine.event_queue import EventQueue
-from edgeinfer.engine.sequence import EngineEvent, Finished, Rank, Request, Rows, Sequence
+from edgeinfer.engine.sequence import EngineEvent, Finished, Rank, Request, Rows, Sequence, Token
 from edgeinfer.engine.speculation import MAX_ROWS, Acceptance, Speculator
 from edgeinfer.errors import (
     ContextLengthError,
@@ -170,7 +170,9 @@ class Generation:
         return max(guesses, key=lambda found: sum(found[1]))
 
     def emit(self, event: EngineEvent) -> None:
-        self._delivery.put(self, event)
+        """Have it delivered. Only a token that others have come before can wait for a step."""
+        is_more = self.sequence is not None and self.sequence.n_generated > 1
+        self._delivery.put(self, event, can_wait=is_more and isinstance(event, Token))
 
     def cancel(self, *, keep_cache: bool = False) -> None:
         """End it now, from any thread. With `keep_cache` its pages may serve a later prompt."""
