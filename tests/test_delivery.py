@@ -13,6 +13,8 @@ from edgeinfer import LLM
 from edgeinfer.engine import delivery
 from edgeinfer.engine.delivery import Delivery
 from edgeinfer.engine.event_queue import EventQueue
+from edgeinfer.engine.sequence import Finished, Request, Token
+from edgeinfer.sampling.params import SamplingParams
 from edgeinfer.server.wire import TextFrame, event
 
 from .models_for_tests import tiny_model
@@ -25,6 +27,9 @@ class Reader:
 
     def __init__(self) -> None:
         self.events: EventQueue[int] = EventQueue(256, lambda: None)
+
+    def take(self, event: int) -> None:
+        self.events.put(event)
 
     def break_off(self, error: BaseException) -> None:
         raise error
@@ -48,6 +53,33 @@ def test_what_can_wait_waits_once(patient: None) -> None:
         assert reader.read() == ([0], [], [1, 2], [], [3, 4], [])[i]
     sender.close(1)
     assert reader.read() == [5]
+
+
+def test_the_end_comes_though_a_callback_fails_and_nothing_behind_what_was_lost(llm: LLM) -> None:
+    """Tokens that were found in one step are on their way together."""
+    engine = llm.runtime.engine
+    ids = llm.tokenize("ab")
+    generation = engine.submit(Request(ids=tuple(ids), params=SamplingParams(), max_tokens=4))
+    assert isinstance([*generation][-1], Finished)  # it runs no more
+    put, lost = generation.events.put, [True]
+
+    def fails_once(found: Any) -> None:
+        if lost:
+            raise ValueError(lost.pop())
+        put(found)
+
+    generation.events.put = fails_once  # type: ignore[method-assign]
+    sender = Delivery()
+    for each in (Token(1, 0.0), Token(2, 0.0), Finished("length", 0.0)):
+        sender.put(generation, each)
+    sender.send()
+    (end,) = iter(generation.events.poll, None)
+    assert isinstance(end, Finished)
+    assert (end.reason, type(end.error)) == ("error", ValueError)
+    lost.append(True)
+    sender.put(generation, Finished("length", 0.0))
+    sender.send()
+    assert isinstance(generation.events.poll(), Finished)
 
 
 @pytest.mark.parametrize("next_in", [61.0, math.inf])

@@ -22,6 +22,10 @@ class Receiver(Protocol):
     @property
     def events(self) -> EventQueue[Any]: ...
 
+    def take(self, event: Any) -> None:
+        """Pass an event on to its reader; once broken off, its end alone."""
+        ...
+
     def break_off(self, error: BaseException) -> None:
         """A callback of its reader's has raised, in any thread."""
         ...
@@ -108,12 +112,13 @@ class Delivery:
             receiver, event = events[0]
             try:
                 del events[0]
-                queue = receiver.events
-                queue.put(event)
-                if queue.is_full:
+                receiver.take(event)
+                if receiver.events.is_full:
                     self._is_full = True
             except BaseException as error:  # a callback's
                 receiver.break_off(error)
+                with contextlib.suppress(BaseException):
+                    receiver.take(event)  # an end is waited for
 
 
 _FEW = 4  # readers that are woken in the engine's thread

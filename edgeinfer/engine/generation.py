@@ -180,6 +180,14 @@ class Generation:
         self.is_cancelled = True
         self._worker.interrupt()
 
+    def take(self, event: EngineEvent) -> None:
+        """Pass an event on to the reader; behind one that may be lost only the end, an error."""
+        if self.error is None:
+            self.events.put(event)
+        elif isinstance(event, Finished):
+            error = event.error or public_error(self.error)
+            self.events.put(Finished("error", event.at, error=error))
+
     def break_off(self, error: BaseException) -> None:
         """End it with an error of its reader's, from any thread."""
         self.error = error
