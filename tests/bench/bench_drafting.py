@@ -23,14 +23,14 @@ def hold(chance: float, truth: list[int]) -> None:
     """Have the block say what comes next, or another token; it takes the time that it takes."""
     run, draw = drafter.Drafter._run, random.Random(1)
 
-    def knowing(self: Any, followers: Any, wanted: Any) -> Any:
-        outputs = run(self, followers, wanted)
-        for i, each in enumerate(wanted):
-            place = drafter._end(each) - len(IDS)
-            token = truth[place] if place < len(truth) else 0
-            outputs.logits[i] = 0
-            outputs.logits[i, token if draw.random() < chance else token ^ 1] = 1
-        return outputs
+    def knowing(self: Any, followers: Any, wanted: Any, n: int, *, goes_on: bool) -> Any:
+        guesses, hidden = run(self, followers, wanted, n, goes_on=goes_on)
+        for k, of_place in enumerate(guesses):
+            for i, each in enumerate(wanted):
+                place = drafter._end(each) + k - len(IDS)
+                token = truth[place] if place < len(truth) else 0
+                of_place[i] = token if draw.random() < chance else token ^ 1
+        return guesses, hidden
 
     drafter.Drafter._run = knowing  # type: ignore[method-assign]
 
@@ -49,6 +49,8 @@ def main() -> None:
         for _ in range(given.rounds):
             answers = [llm.generate(IDS, speculation=on, **SPEC) for on in (False, True)]
             assert all(answer.token_ids == truth for answer in answers)
+            used = llm.runtime.engine._drafter
+            assert used is not None and not used.has_failed
             plain, drafted = (answer.timings.decode_tok_s for answer in answers)
             rates.append((plain, drafted))
     plain, drafted = (statistics.median(each) for each in zip(*rates, strict=True))
