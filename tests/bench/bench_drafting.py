@@ -45,17 +45,21 @@ def main() -> None:
     with LLM(given.model, n_ctx=512, threads=given.threads, drafts=True) as llm:
         truth = llm.generate(IDS, speculation=False, **SPEC).token_ids
         hold(given.chance, list(truth))
-        rates: list[tuple[float, float]] = []
+        rates, held, tried = list[tuple[float, float]](), 0, 0
         for _ in range(given.rounds):
             answers = [llm.generate(IDS, speculation=on, **SPEC) for on in (False, True)]
             assert all(answer.token_ids == truth for answer in answers)
             used = llm.runtime.engine._drafter
             assert used is not None and not used.has_failed
+            held += answers[1].timings.accepted_tokens
+            tried += answers[1].timings.proposed_tokens
             plain, drafted = (answer.timings.decode_tok_s for answer in answers)
             rates.append((plain, drafted))
     plain, drafted = (statistics.median(each) for each in zip(*rates, strict=True))
     ratio = statistics.median(b / a for a, b in rates)
-    print(f"{plain:.1f} tok/s plain, {drafted:.1f} with guesses: {ratio:.2f}x")
+    print(
+        f"{plain:.1f} tok/s plain, {drafted:.1f} with guesses: {ratio:.2f}x; {held} of {tried} held"
+    )
 
 
 if __name__ == "__main__":
