@@ -87,14 +87,14 @@ def command(
     keys = _checked_keys(api_keys, api_key_file)
     names = models or (None,)
     paths = [Path(choose_model(name, bool(flags.get("yes")))) for name in names]
+    served = [(_name(name, path), path) for name, path in zip(names, paths, strict=True)]
+    _check_names(served)
     listener = _listen(host, port)
     with listener:
         from edgeinfer.server.models import Models
         from edgeinfer.server.run import Server
         from edgeinfer.server.service import Limits, Service
 
-        served = [(_name(name, path), path) for name, path in zip(names, paths, strict=True)]
-        _check_names(served)
         line = ProgressLine()
         options: LoadOptions = {**load_options(flags), "naive": naive}
         options["progress"] = lambda event: (
