@@ -346,6 +346,12 @@ def served(*arguments: str | Path) -> None:
         serve.command.main([*map(str, arguments), "--port", port], standalone_mode=False)
 
 
+@pytest.mark.parametrize("host", ["", " "])
+def test_an_address_that_is_empty_is_not_every_address(tmp_path: Path, host: str) -> None:
+    with pytest.raises(click.UsageError, match="--host is empty"):
+        served(small_model(tmp_path), "--host", host)
+
+
 @pytest.mark.parametrize("flags", [("--api-key", ""), ("--api-key", "a\nb")])
 def test_the_command_refuses_such_keys(tmp_path: Path, flags: tuple[str, ...]) -> None:
     with pytest.raises(click.UsageError, match="API key"):
