@@ -180,3 +180,16 @@ def test_certificates_are_read_once_for_each_value_of_their_variables(
     monkeypatch.setenv("SSL_CERT_FILE", os.devnull)
     other = platform.tls_context()
     assert other is not first and platform.tls_context() is other
+
+
+# -- stacks ---------------------------------------------------------------------------------------
+
+
+def test_work_with_a_stack_of_its_own_gives_or_raises_what_it_does() -> None:
+    before = threading.stack_size()
+    assert platform.with_stack(64 << 20, lambda: 5) == 5
+    with pytest.raises(KeyError, match="x"):
+        platform.with_stack(64 << 20, lambda: {}["x"])
+    with pytest.raises(MemoryError, match="stack"):
+        platform.with_stack(1 << 60, lambda: 5)
+    assert threading.stack_size() == before
