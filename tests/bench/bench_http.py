@@ -23,7 +23,8 @@ from typing import Any
 from edgeinfer.engine.generation import Generation
 from edgeinfer.engine.sequence import Finished, Prefilled, Request, Token
 from edgeinfer.load.answer_stream import AnswerStream
-from edgeinfer.load.http_client import Client, Target
+from edgeinfer.load.http_client import Client
+from edgeinfer.remote.address import read_address
 from edgeinfer.stream import Stream
 
 from ..server_for_tests import Running, running
@@ -56,7 +57,7 @@ def main() -> None:
 
 async def _ask(url: str, n: int, n_tokens: int) -> list[list[float]]:
     """The times at which each of `n` clients has its pieces of text."""
-    client = Client(Target.of(url), {})
+    client = Client(read_address(url, None))
 
     async def one(i: int) -> list[float]:
         message = {"role": "user", "content": f"{_PROMPT} {i}"}
