@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import http.client
 import os
 import time
 from collections.abc import Callable
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 import h11
 
 from edgeinfer import platform
-from edgeinfer.errors import InvalidRequestError
 from edgeinfer.load.framing import Body, MalformedBodyError, body_of
+from edgeinfer.remote.address import Address
 
 OnBody = Callable[[float, int, bytes], None]  # when it came, the reply's status, what came
 _MOST_HEADER = 64 << 10  # bytes
@@ -26,7 +26,7 @@ _READ_BYTES = 64 << 10  # at a time
 _REFUSED = errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED)
 
 
-class ConnectionLost(Exception):
+class ConnectionLost(http.client.HTTPException):
     """A reply did not come to its end."""
 
 
@@ -45,61 +45,15 @@ class Reply(NamedTuple):
         return cls(head.status_code, headers, head.http_version == b"1.1" and not is_last)
 
 
-class Target(NamedTuple):
-    """Where a server is; `path` is what all paths there begin with."""
-
-    host: str
-    port: int
-    is_tls: bool
-    path: str
-
-    @classmethod
-    def of(cls, url: str) -> Target:
-        """The base URL of an OpenAI-compatible API, with or without /v1 and what follows it."""
-        try:
-            parts = urlsplit(url if "://" in url else f"http://{url}")
-            port = parts.port
-        except ValueError as error:
-            raise _no_url(url, f": {error}") from None
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise _no_url(url, " of a server")
-        if not (url.isascii() and url.isprintable()) or " " in url:
-            raise _no_url(url, ": it has characters that none has")
-        if "@" in parts.netloc:  # which is not to be shown
-            raise InvalidRequestError(
-                "the URL holds a password; --api-key takes a key", param="url"
-            )
-        if parts.query or parts.fragment:
-            raise _no_url(url, " for this: it has a ? or a # in it")
-        path = parts.path.removesuffix("/").removesuffix("/chat/completions")
-        is_tls = parts.scheme == "https"
-        base = path if path.endswith("/v1") else f"{path}/v1"
-        return cls(parts.hostname, port or (443 if is_tls else 80), is_tls, base)
-
-    @property
-    def authority(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{host}:{self.port}"
-
-    @property
-    def is_local(self) -> bool:
-        """Whether it is on this machine."""
-        return self.host in ("localhost", "::1") or self.host.startswith("127.")
-
-
-def _no_url(url: str, why: str) -> InvalidRequestError:
-    example = "give one such as http://127.0.0.1:8080"
-    return InvalidRequestError(f"{url[:200]!r} is no URL{why}; {example}", param="url")
-
-
 class Client:
     """Requests to one server, as many at a time as are asked for."""
 
-    def __init__(self, target: Target, headers: dict[str, str]) -> None:
-        self._target, self._idle = target, list[_Link]()
-        self.authority = target.authority
-        self._headers = [("host", self.authority), *headers.items()]
-        self._tls = platform.tls_context() if target.is_tls else None
+    def __init__(self, address: Address) -> None:
+        self.address, self._idle = address, list[_Link]()
+        self._headers = [("host", address.place)]
+        if address.key:
+            self._headers.append(("authorization", f"Bearer {address.key}"))
+        self._tls = platform.tls_context() if address.is_secure else None
 
     async def request(self, method: str, path: str, body: bytes, on_body: OnBody) -> Reply:
         """The reply, once it is whole; OSError or ConnectionLost where none comes to its end.
@@ -108,7 +62,7 @@ class Client:
         """
         sent = [("content-length", str(len(body))), ("content-type", "application/json")]
         head = h11.Request(
-            method=method, target=self._target.path + path, headers=[*self._headers, *sent]
+            method=method, target=self.address.path(path), headers=[*self._headers, *sent]
         )
         while self._idle:
             link = self._idle.pop()
@@ -122,10 +76,9 @@ class Client:
         return await self._on(await self._connect(), head, body, on_body)
 
     async def _connect(self) -> _Link:
-        target = self._target
         try:
             _, link = await asyncio.get_running_loop().create_connection(
-                _Link, target.host, target.port, ssl=self._tls
+                _Link, self.address.host, self.address.port, ssl=self._tls
             )
         except OSError as error:
             # asyncio has words of its own; of a host with several addresses it joins them all.

@@ -28,7 +28,8 @@ import h11
 from edgeinfer.engine.generation import Generation
 from edgeinfer.engine.sequence import Finished, Prefilled, Request, Token
 from edgeinfer.load.answer_stream import AnswerStream
-from edgeinfer.load.http_client import Client, Target
+from edgeinfer.load.http_client import Client
+from edgeinfer.remote.address import read_address
 from edgeinfer.stream import Stream
 
 from ..server_for_tests import Running, running
@@ -65,9 +66,9 @@ def main() -> None:
 
 def _read(url: str, n_tokens: int) -> dict[str, Any]:
     """When one client has its pieces of text; it looks at them once all have come."""
-    target = Target.of(url)
+    target = read_address(url, None)
     body = _body(0, n_tokens)
-    head = f"POST {target.path}/chat/completions HTTP/1.1\r\nhost: {target.authority}\r\n"
+    head = f"POST {target.path('/chat/completions')} HTTP/1.1\r\nhost: {target.place}\r\n"
     head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
     came: list[tuple[float, bytes]] = []
     with socket.create_connection((target.host, target.port)) as connection:
@@ -93,7 +94,7 @@ def _read(url: str, n_tokens: int) -> dict[str, Any]:
 
 async def _ask(url: str, n: int, n_tokens: int) -> dict[str, Any]:
     """The times at which each of `n` clients has its pieces of text, and processor time a token."""
-    client = Client(Target.of(url), {})
+    client = Client(read_address(url, None))
     begun = list[float]()
 
     async def one(i: int) -> list[float]:
