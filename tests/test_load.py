@@ -246,7 +246,7 @@ def test_answers_are_timed_and_connections_kept() -> None:
         writer.write(b"0\r\n\r\n")
 
     with scripted(script) as url:
-        found = measured(url, gap=0.2)
+        found = measured(url, n_users=1)
     told = summary(found)
     assert [each.failure for each in found.records] == [""] * 6 and len(writers) == 1
     assert told["answered"] == 6 and told["cached_share"] == 3 / 9
@@ -267,7 +267,7 @@ def test_time_counts_from_when_a_request_was_due() -> None:
 
     for guard in (100, 1):
         with scripted(script) as url:
-            found = measured(url, gap=0.01, most_in_flight=guard)
+            found = measured(url, gap=0.0, most_in_flight=guard)
         took = sorted(each.ended - each.due for each in found.records)
         assert took[-1] > 0.5 and took[0] < 0.3
         assert found.n_held == (0 if guard == 100 else 5)
@@ -541,6 +541,9 @@ def test_answers_may_be_told_not_to_end(server: Running) -> None:
         (["--warmup", "60"], "nothing would count"),
         (["--turns", "x"], "is no range"),
         (["--turns", "5-2"], "falls"),
+        (["--turns", "9" * 5000], "is no range"),
+        (["--model", "\udcff"], "not Unicode"),
+        (["--body", r'{"a": "\ud800"}'], "not Unicode"),
         (["--turns", "0-2"], "below 1"),
         (["--body", "[1]"], "JSON object"),
         (["--body", "{"], "no JSON"),

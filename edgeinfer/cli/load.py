@@ -29,7 +29,7 @@ _SECONDS = click.FloatRange(0, 1e6)
 def _range(context: click.Context, flag: click.Parameter, value: str) -> tuple[int, int]:
     """A number, or two with a hyphen between: the least and the most."""
     low, _, high = value.partition("-")
-    if not (low.isdecimal() and (high or low).isdecimal()):
+    if not all(each.isdecimal() and len(each) < 20 for each in (low, high or low)):
         raise click.BadParameter(f"{value!r} is no range; give one such as 20-200", context, flag)
     found = int(low), int(high or low)
     if not 1 <= found[0] <= found[1] <= _MOST_LENGTH:
@@ -127,6 +127,10 @@ def command(context: click.Context, /, url: str, **flags: Any) -> None:
 
     if flags["rates"] and flags["users"]:
         raise click.UsageError("--rate and --users are two kinds of load: give one")
+    try:
+        json.dumps([flags["model"], flags["body"]], ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise click.UsageError("--model or --body has characters that are not Unicode") from None
     if flags["warmup"] >= flags["seconds"]:
         raise click.UsageError("--warmup is not shorter than --seconds: nothing would count")
     if flags["write_traffic"]:
