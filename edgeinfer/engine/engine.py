@@ -203,8 +203,9 @@ class Engine:
         """Look at cancelled work now. A step that others share runs on: they need its rows."""
         if self._pid != os.getpid():
             return
+        # Before the lock: this thread may get that only after another step has been submitted.
+        self._scheduler.may_be_cancelled = True
         with self._changed:
-            self._scheduler.may_be_cancelled = True
             if self._ticket is not None and all(part.work.is_cancelled for part in self._in_step):
                 self._ticket.abort()
             self._changed.notify()
