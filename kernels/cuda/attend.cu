@@ -13,7 +13,9 @@
 // Variants: K_DIM = 128; V_DIM = 128; QUERIES = 8; WARPS = 8; K_IS_V = 0; SOFT_CAP = 0;
 //   K_TYPE = f16; V_TYPE = f16; MMA = 0 1
 // Variants: K_DIM = 64; V_DIM = 64; QUERIES = 3 4; WARPS = 16; K_IS_V = 0; SOFT_CAP = 0;
-//   K_TYPE = f16; V_TYPE = f16; MMA = 0 1
+//   K_TYPE = f16; V_TYPE = f16; MMA = 0
+// Variants: K_DIM = 64; V_DIM = 64; QUERIES = 3 4; WARPS = 8; K_IS_V = 0; SOFT_CAP = 0;
+//   K_TYPE = f16; V_TYPE = f16; MMA = 1
 // Variants: K_DIM = 64; V_DIM = 64; QUERIES = 7; WARPS = 8; K_IS_V = 0; SOFT_CAP = 0;
 //   K_TYPE = f16; V_TYPE = f16; MMA = 0 1
 // Variants: K_DIM = 256; V_DIM = 256; QUERIES = 2; WARPS = 16; K_IS_V = 0; SOFT_CAP = 0 1;
