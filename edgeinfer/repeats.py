@@ -5,7 +5,8 @@ Knows nothing of models or tokens.
 
 from __future__ import annotations
 
-_LEAST = 1200  # characters in which nothing new was said
+_LEAST = 1200  # characters in which nothing new was said; half of them where most are wide
+_WIDE = "\u0800"  # from here on a character is three bytes, often a token and more
 _TIMES = 5  # that a passage has come, one right after the other
 _LONGEST = 1000  # characters of a passage
 _SIGN = 32  # characters by which earlier copies of the end are found
@@ -22,7 +23,8 @@ class RepeatGuard:
     def push(self, text: str) -> bool:
         """Whether it now ends in a passage of 1,000 characters at most, five times and more.
 
-        Together these are 1,200 characters at least: a line of dashes or a short refrain is none.
+        Together these are 1,200 characters at least, or 600 of Chinese, symbols and the like: a
+        line of dashes or a short refrain is none.
         """
         self._end += text
         self._n_new += len(text)
@@ -35,9 +37,11 @@ class RepeatGuard:
 
 def _ends_in_repeats(text: str) -> bool:
     sign, at = text[-_SIGN:], len(text) - _SIGN
+    n_wide = sum(each >= _WIDE for each in text[-_LEAST // 2 :])
+    least = _LEAST // 2 if n_wide > _LEAST // 4 else _LEAST
     while (at := text.rfind(sign, 0, max(0, at + _SIGN - 1))) >= 0:
         period = len(text) - _SIGN - at
-        n = max(_LEAST, _TIMES * period)
+        n = max(least, _TIMES * period)
         if n > len(text):  # as for all longer periods
             return False
         if text[-n:-period] == text[period - n :]:

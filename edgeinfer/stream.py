@@ -119,15 +119,17 @@ class Stream(Iterator[Event]):
         finally:
             self._reader = 0
 
-    def notify(self, callback: Callable[[], object]) -> None:
+    def notify(self, callback: Callable[[], object], *, is_quick: bool = False) -> None:
         """Call `callback` once when `poll` has something: at once, or in the engine's thread.
 
-        It must not block; if it raises in that thread, the answer ends with the error.
+        It must not block; if it raises in that thread, the answer ends with the error. One that
+        `is_quick` takes microseconds and never gives the interpreter to another thread: the next
+        step waits for it.
         """
         if self._ready or self._is_over:
             callback()
         else:
-            self._generation.events.notify(callback)
+            self._generation.events.notify(callback, is_quick=is_quick)
 
     def check_waiting(self) -> None:
         """Raise unless events can still come to who waits for them in this thread."""

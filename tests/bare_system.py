@@ -13,7 +13,7 @@ from typing import Any
 
 _OS_CALLS = (
     "sched_getaffinity", "sysconf", "posix_fadvise", "fork", "forkpty", "register_at_fork",
-    "getloadavg", "fsync", "preadv",
+    "getloadavg", "fsync", "preadv", "eventfd",
 )  # fmt: skip
 _ADVICE = ("MADV_HUGEPAGE", "MADV_DONTNEED", "MADV_WILLNEED", "MADV_SEQUENTIAL")
 

@@ -265,3 +265,16 @@ def test_a_folder_that_is_gone_is_named(path: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 1
     assert "the folder you are in was deleted" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["load", "h", "--seconds", "[" * 80_000], ["selftest", "--only", "a\nb"], ["x" * 80_000]],
+)
+def test_a_wrong_value_is_one_line_however_it_is(
+    arguments: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    _, _, told = capfd.readouterr().err.partition("Error: ")
+    assert exit.value.code == 2 and told.count("\n") == 1 and 0 < len(told) < 3000

@@ -183,9 +183,10 @@ def test_a_prompt_beside_others_takes_as_many_rows_as_the_machine_says(model: Mo
     program, limits = _program(model, shared_rows=5)
     engine = Engine(program, limits, N_CTX, VOCAB, StepCosts(row_cost=1e-9))
     try:
+        program.gate.clear()
         short = engine.submit(_request(max_tokens=240))
-        next(short)
-        program.gate.clear()  # it has not ended yet
+        while not program.batches:  # until its prompt is being read
+            time.sleep(0.001)
         long = engine.submit(_request(*[5] * 200, max_tokens=1))
         program.gate.set()
         assert _finish(long).reason == _finish(short).reason == "length"

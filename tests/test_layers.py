@@ -16,7 +16,7 @@ FOLDERS = {"edgeinfer": ROOT / "edgeinfer"} | {
 }
 # A module imports only modules of lines above its own; modules of one room may import each other.
 LAYERS = """
-terminal repeats
+terminal repeats event_stream
 errors
 values
 config quant platform options parameters results settings

@@ -22,10 +22,11 @@ import pytest
 from click.testing import CliRunner
 
 from edgeinfer.cli.main import commands
-from edgeinfer.errors import InvalidRequestError
+from edgeinfer.errors import EdgeInferError, InvalidRequestError
+from edgeinfer.load import generator
 from edgeinfer.load.answer_stream import AnswerStream, StreamError
-from edgeinfer.load.generator import RUNNING, Generator, Measured, Record, Settings
-from edgeinfer.load.http_client import Client, ConnectionLost, Target
+from edgeinfer.load.generator import RUNNING, Generator, Measured, Record, Settings, find_model
+from edgeinfer.load.http_client import Client, ConnectionLost
 from edgeinfer.load.summary import percentiles, summary
 from edgeinfer.load.traffic import (
     Conversation,
@@ -38,6 +39,7 @@ from edgeinfer.load.traffic import (
     write_traffic,
 )
 from edgeinfer.platform import EnergyMeter
+from edgeinfer.remote.address import read_address
 
 from .server_for_tests import Running
 
@@ -88,26 +90,6 @@ def test_texts_have_lengths_and_keys() -> None:
     assert len(texts.words(100, "a").split()) == 50
     assert texts.words(100, "a") == texts.words(100, "a") != texts.words(100, "b")
     assert texts.words(0, "a")
-
-
-@pytest.mark.parametrize(
-    ("url", "path", "port"),
-    [
-        ("http://h:1", "/v1", 1),
-        ("h:1/v1/", "/v1", 1),
-        ("https://h/api/v1/chat/completions", "/api/v1", 443),
-        ("http://[::1]:5", "/v1", 5),
-    ],
-)
-def test_urls(url: str, path: str, port: int) -> None:
-    target = Target.of(url)
-    assert (target.path, target.port) == (path, port)
-
-
-@pytest.mark.parametrize("url", ["", "ftp://h", "http://", "http://h:99999", "http://h:x"])
-def test_what_is_no_url(url: str) -> None:
-    with pytest.raises(InvalidRequestError):
-        Target.of(url)
 
 
 # -- replies --------------------------------------------------------------------------------------
@@ -167,8 +149,11 @@ async def turns() -> None:
 
 
 @contextmanager
-def scripted(script: Script) -> Iterator[str]:
-    """A server that replies as it is told; its URL."""
+def scripted(
+    script: Script, listed: bytes | None = None, heads: list[bytes] | None = None
+) -> Iterator[str]:
+    """A server that replies as it is told, and has a list of models; its URL."""
+    listed = reply(b'{"data": [{"id": "m"}]}') if listed is None else listed
     loop, started, stop = asyncio.new_event_loop(), threading.Event(), asyncio.Event()
     found: list[str] = []
     counted = iter(range(10**6))
@@ -179,8 +164,10 @@ def scripted(script: Script) -> Iterator[str]:
                 fields = dict(line.split(b": ", 1) for line in head.split(b"\r\n")[1:] if line)
                 fields = {name.lower(): value for name, value in fields.items()}
                 await reader.readexactly(int(fields[b"content-length"]))
+                if heads is not None:
+                    heads.append(head)
                 if b"/models" in head:
-                    writer.write(reply(b'{"data": [{"id": "m"}]}'))
+                    writer.write(listed)
                 else:
                     await script(next(counted), writer)
         except (asyncio.IncompleteReadError, OSError):
@@ -218,13 +205,29 @@ def reply(body: bytes, status: str = "200 OK", more: str = "") -> bytes:
     return f"HTTP/1.1 {status}\r\ncontent-length: {len(body)}\r\n{more}\r\n".encode() + body
 
 
+def client_of(url: str, key: str = "") -> Client:
+    return Client(read_address(url, key))
+
+
+def first_model(url: str, key: str = "") -> str:
+    async def run() -> str:
+        client = client_of(url, key)
+        try:
+            return await find_model(client)
+        finally:
+            client.close()
+            await turns()
+
+    return asyncio.run(run())
+
+
 def measured(url: str, n: int = 6, gap: float = 0.02, **more: Any) -> Measured:
     """What a run of `n` conversations of one turn comes to, one after each gap."""
     asked = [Conversation(i * gap, [Turn(5, 3)]) for i in range(n)]
     settings = Settings(**{"model": "m", "seconds": 5.0, "drain": 5.0, **more})
 
     async def run() -> Measured:
-        generator = Generator(Client(Target.of(url), {}), settings, asked, Texts())
+        generator = Generator(client_of(url), settings, asked, Texts())
         await generator.run()
         return generator.measured
 
@@ -243,7 +246,7 @@ def test_answers_are_timed_and_connections_kept() -> None:
         writer.write(b"0\r\n\r\n")
 
     with scripted(script) as url:
-        found = measured(url, gap=0.2)
+        found = measured(url, n_users=1)
     told = summary(found)
     assert [each.failure for each in found.records] == [""] * 6 and len(writers) == 1
     assert told["answered"] == 6 and told["cached_share"] == 3 / 9
@@ -264,7 +267,7 @@ def test_time_counts_from_when_a_request_was_due() -> None:
 
     for guard in (100, 1):
         with scripted(script) as url:
-            found = measured(url, gap=0.01, most_in_flight=guard)
+            found = measured(url, gap=0.0, most_in_flight=guard)
         took = sorted(each.ended - each.due for each in found.records)
         assert took[-1] > 0.5 and took[0] < 0.3
         assert found.n_held == (0 if guard == 100 else 5)
@@ -281,9 +284,12 @@ def test_a_server_that_asks_for_patience_is_given_it() -> None:
     with scripted(script) as url:
         (record,) = measured(url, 1).records
         assert (record.failure, record.n_retried) == ("", 2) and record.ended - record.due > 0.4
-    with scripted(lambda i, writer: _write(writer, reply(b"busy", "503 Unavailable"))) as url:
+    busy = b"busy\x1b[31m\n" + b"x" * 999
+    with scripted(lambda i, writer: _write(writer, reply(busy, "503 Unavailable"))) as url:
         told = summary(measured(url, 3, n_retries=0))
-        assert told["failed"] == {"HTTP 503": 3} and told["messages"] == {"HTTP 503": "busy"}
+        said = told["messages"]["HTTP 503"]
+        assert told["failed"] == {"HTTP 503": 3} and said.startswith("busy")
+        assert said.isprintable() and len(said) <= 300
         assert told["end_to_end_s"] is None and told["answered"] == 0
 
 
@@ -331,7 +337,7 @@ def test_a_server_that_dies_in_a_run() -> None:
 
     async def run(url: str) -> Measured:
         settings = Settings(model="m", seconds=5.0)
-        generator = Generator(Client(Target.of(url), {}), settings, asked, Texts())
+        generator = Generator(client_of(url), settings, asked, Texts())
         running = asyncio.create_task(generator.run())
         await asyncio.sleep(0.3)
         died.set()
@@ -378,7 +384,7 @@ def test_conversations_that_had_begun_go_on() -> None:
             messages.append(([each["role"] for each in said], turn.user, record.due))
 
     async def run() -> Measured:
-        generator = Listening(Client(Target.of("h:1"), {}), settings, asked, Texts())
+        generator = Listening(client_of("http://h:1"), settings, asked, Texts())
         await generator.run()
         return generator.measured
 
@@ -430,7 +436,7 @@ def test_a_reply_that_was_begun_is_not_asked_for_twice() -> None:
             await _write(writer, b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n", ends=True)
 
     async def run(url: str) -> None:
-        client = Client(Target.of(url), {})
+        client = client_of(url)
         try:
             for _ in range(2):
                 await client.request("POST", "/x", b"", lambda at, status, data: None)
@@ -535,9 +541,14 @@ def test_answers_may_be_told_not_to_end(server: Running) -> None:
         (["--warmup", "60"], "nothing would count"),
         (["--turns", "x"], "is no range"),
         (["--turns", "5-2"], "falls"),
+        (["--turns", "9" * 5000], "is no range"),
+        (["--model", "\udcff"], "not Unicode"),
+        (["--body", r'{"a": "\ud800"}'], "not Unicode"),
         (["--turns", "0-2"], "below 1"),
         (["--body", "[1]"], "JSON object"),
         (["--body", "{"], "no JSON"),
+        (["--body", '{"a":' + "[" * 100_000], "no JSON"),
+        (["--write-traffic", "t", "--rate", "1e6", "--seconds", "1e6"], "too many to write"),
         (["--rate", "0"], "rate"),
         (["--traffic", "nowhere"], "nowhere"),
     ],
@@ -550,10 +561,114 @@ def test_flags_that_can_not_be(flags: list[str], says: str) -> None:
 def test_no_server_is_one_line(tmp_path: Path) -> None:
     done = CliRunner().invoke(commands, ["load", "http://127.0.0.1:1"])
     assert done.exit_code == 1
-    assert "there is no server at 127.0.0.1:1: Connection refused" in done.output
+    assert str(done.exception).startswith("nothing listens at 127.0.0.1:1; start the server")
     path = tmp_path / "t.jsonl"
     done = CliRunner().invoke(commands, ["load", "h", "--write-traffic", str(path), "--rate", "2"])
     assert done.exit_code == 0 and len(read_traffic(path)) == round(2 / 3.5 * 60)
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("", "no URL of a server"),
+        ("ftp://h", "no http://"),
+        ("http://h:x", "Port could not"),
+        ("http://h/?q", "a ? or a #"),
+        ("http://h/a b", "characters that no URL has"),
+        ("http://me:secret@h", "the URL holds a password"),
+        ("http://" + "a" * 70 + ".b", "can't be the name of a host"),
+    ],
+)
+def test_a_url_that_can_not_be_is_one_line(url: str, says: str) -> None:
+    done = CliRunner().invoke(commands, ["load", url])
+    told = str(done.exception)
+    assert done.exit_code == 1 and isinstance(done.exception, EdgeInferError)
+    assert says in told and "\n" not in told and "secret" not in told
+
+
+@pytest.mark.parametrize(
+    ("status", "says"),
+    [
+        (
+            "401 Unauthorized",
+            "does not take this API key .*asked with \\[the key\\].*EDGEINFER_API_KEY",
+        ),
+        ("302 Found", "sends on to http://other/, which is not followed; give that URL"),
+    ],
+)
+def test_a_server_that_refuses_the_list_says_why(status: str, says: str) -> None:
+    async def body(i: int, writer: asyncio.StreamWriter) -> None:
+        raise AssertionError("nothing else is asked")
+
+    listed = reply(b'{"error": "asked with s3cret-key"}', status, "location: http://other/\r\n")
+    with scripted(body, listed) as url, pytest.raises(EdgeInferError, match=says) as caught:
+        first_model(url, "s3cret-key")
+    assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"[]", b'{"data": []}', b'{"data": {"0": 1}}', b'{"data": [7]}', b"\xff",
+     b'{"data": [{"id": "m"}], "more": "' + b"x" * (9 << 20) + b'"}'],
+)  # fmt: skip
+def test_a_list_that_is_none_names_no_model(body: bytes) -> None:
+    with scripted(lambda i, writer: None, reply(body)) as url:
+        assert first_model(url) == ""
+
+
+def test_a_list_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generator, "_LIST_SECONDS", 0.1)
+    listed = b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n"
+    with scripted(lambda i, writer: None, listed) as url:
+        with pytest.raises(EdgeInferError, match="does not answer in time"):
+            first_model(url)
+
+
+def test_tls_where_http_was_meant_is_one_line(server: Running) -> None:
+    with pytest.raises(EdgeInferError, match="does not speak TLS .*would http:// be right"):
+        first_model(server.url.replace("http", "https"))
+
+
+def test_the_key_is_the_flag_s_or_the_environment_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[bytes] = []
+
+    async def script(i: int, writer: asyncio.StreamWriter) -> None:
+        writer.write(reply(b"key s3cret-key is \x1b[31mbad", "403 Forbidden"))
+
+    monkeypatch.setenv("EDGEINFER_API_KEY", "s3cret-key")
+    with scripted(script, heads=sent) as url:
+        done = CliRunner().invoke(commands, ["load", url])
+        CliRunner().invoke(commands, ["load", url, "--api-key", "another-key"])
+    assert b"authorization: Bearer s3cret-key" in sent[0].lower().replace(b"bearer", b"Bearer")
+    assert b"another-key" in sent[-1]
+    told = str(done.exception)
+    assert "gave no answer to a first request: HTTP 403" in told
+    assert "s3cret" not in told and "\x1b" not in told
+
+
+def test_talks_that_have_ended_are_not_kept() -> None:
+    """But those that failed are: the run raises what ended them."""
+    asked = [Conversation(i * 1e-4, [Turn(5, 3)]) for i in range(300)]
+    most = 0
+
+    class Quick(Generator):
+        async def _talk(self, i: int, conversation: Conversation, due: float) -> None:
+            nonlocal most
+            most = max(most, len(talks))
+            if i == 100:
+                raise ZeroDivisionError
+
+    talks: set[asyncio.Task[None]] = set()
+
+    async def run() -> None:
+        quick = Quick(client_of("http://h:1"), Settings(model="m"), asked, Texts())
+        quick._end = time.perf_counter() + 60
+        quick.measured.begun = time.perf_counter()
+        await quick._let_come(talks)
+        await turns()
+
+    asyncio.run(run())
+    assert most < 200 and [type(each.exception()) for each in talks] == [ZeroDivisionError]
 
 
 def test_a_plot_is_drawn_or_asked_for(server: Running, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import mmap
 import os
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import threading
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import pytest
 
 from edgeinfer import platform
@@ -36,6 +39,21 @@ def test_a_locked_file_is_refused_to_a_second_claim(tmp_path: Path) -> None:
     with (tmp_path / "f").open("ab") as first, (tmp_path / "f").open("ab") as second:
         assert platform.try_lock(first)
         assert not platform.try_lock(second)
+
+
+@pytest.mark.skipif(not Path("/proc/self/pagemap").exists(), reason="needs pagemap")
+@pytest.mark.parametrize("n_bytes", [1, 2 << 20, (5 << 20) + 1, (4 << 20) - 1])
+def test_no_page_is_held_but_those_of_the_data(n_bytes: int) -> None:
+    """Huge pages may not reach over its ends: no plan has a row for that."""
+    memory = platform.Memory(n_bytes, huge=True)
+    try:
+        ctypes.memset(memory.address, 1, n_bytes)
+        with Path("/proc/self/pagemap").open("rb") as file:  # 8 bytes a page, the first bit: held
+            file.seek(ctypes.addressof(memory._view) // mmap.PAGESIZE * 8)
+            pages = np.frombuffer(file.read(len(memory._map) // mmap.PAGESIZE * 8), np.uint64)
+    finally:
+        memory.close()
+    assert np.count_nonzero(pages >> np.uint64(63)) == -(-n_bytes // mmap.PAGESIZE)
 
 
 def is_cached(file: BinaryIO, at: int) -> bool:
@@ -162,3 +180,16 @@ def test_certificates_are_read_once_for_each_value_of_their_variables(
     monkeypatch.setenv("SSL_CERT_FILE", os.devnull)
     other = platform.tls_context()
     assert other is not first and platform.tls_context() is other
+
+
+# -- stacks ---------------------------------------------------------------------------------------
+
+
+def test_work_with_a_stack_of_its_own_gives_or_raises_what_it_does() -> None:
+    before = threading.stack_size()
+    assert platform.with_stack(64 << 20, lambda: 5) == 5
+    with pytest.raises(KeyError, match="x"):
+        platform.with_stack(64 << 20, lambda: {}["x"])
+    with pytest.raises(MemoryError, match="stack"):
+        platform.with_stack(1 << 60, lambda: 5)
+    assert threading.stack_size() == before

@@ -77,6 +77,11 @@ def test_however_events_are_spelled(
         data = gzip.compress(data) if packing == "gzip" else zlib.compress(data)
     found = said(unpacked(cut(data, at), packing))
     assert found == ("Hm é", "\U0001f600 one\r\ntwo", "length")
+    load = AnswerStream()
+    for chunk in unpacked(cut(data, at), packing):
+        load.take(0.0, 200, chunk)
+    load.finish()
+    assert (load.text, len(load.times)) == ("\U0001f600 one\r\ntwo", 3)
 
 
 @pytest.mark.parametrize("name", ["content", "reasoning_content"])

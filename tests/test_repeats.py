@@ -39,10 +39,21 @@ def test_what_only_repeats_is_found_after_five_times(unit: str, begin: str) -> N
     assert at is not None and least - len(unit) <= at <= least + 200
 
 
+@pytest.mark.parametrize("unit", ["！", "🐵", "我很乐意帮助您。", "─" * 60 + "\n"])
+def test_what_repeats_in_wide_characters_is_found_after_half_as_many(unit: str) -> None:
+    at = stops_at(PROSE[:700] + unit * 600)
+    assert at is not None and 1300 - len(unit) <= at <= 1500
+
+
+BOARD = ("├" + "───┼" * 7 + "───┤\n" + "│   " * 8 + "│\n") * 8
+
+
 @pytest.mark.parametrize(
     "text",
     [
         PROSE,
+        BOARD,
+        PROSE[:900] + "─" * 500 + PROSE[:200],
         SENTENCE * 4 + PROSE,
         "-" * 1000 + PROSE[:200] + "=" * 1000,
         "".join(f"{i}. the same line but for its number\n" for i in range(300)),

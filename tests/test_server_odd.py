@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,13 @@ import click
 import pytest
 
 from edgeinfer.cli import serve
+from edgeinfer.server.completions import read_request
+from edgeinfer.server.errors import ApiError
+from edgeinfer.server.fields import Fields
+from edgeinfer.server.openai import tools_of
 from edgeinfer.server.prefix_care import steady
 from edgeinfer.server.requests import conversation
+from edgeinfer.server.tensors import read_texts
 from edgeinfer.server.wire import _MOST_VALUES
 from edgeinfer.text.chat import ChatTemplate
 
@@ -46,9 +52,8 @@ def test_a_text_has_no_limit_where_it_is_told_so(server: Running, name: str) -> 
     long = {"prompt": "hi", "logit_bias": {"257": -1000}, "temperature": 0}
     usual = server.post("/v1/completions", {**long, name: None}).json()
     assert usual["usage"]["completion_tokens"] == 16
-    with server.replying(ALL) as _:
-        reply = server.post("/v1/completions", {"prompt": "hi", name: -1}).json()
-    assert reply["choices"][0]["text"] == ALL
+    for none in (-1, -1.0, -2):
+        assert "max_tokens" not in read_request(Fields({"prompt": "hi", name: none})).sampling
 
 
 # -- contents --------------------------------------------------------------------------------------
@@ -73,6 +78,10 @@ def test_a_system_that_says_nothing_adds_nothing() -> None:
          "'image'"),
         ({"messages": [{"role": "user", "content": [
             {"type": "document", "source": {"type": "url", "url": "x"}}]}]}, "'document'"),
+        ({"messages": [{"role": "user", "content": [{"type": "document", "source": {
+            "type": "content", "content": [{"type": "image"}]}}]}]}, "'image'"),
+        ({"messages": [{"role": "user", "content": [
+            {"type": "search_result", "content": [{"type": "image"}]}]}]}, "'image'"),
     ],
 )  # fmt: skip
 def test_anthropics_content_that_is_no_text_is_refused(
@@ -92,13 +101,20 @@ def test_what_only_anthropic_can_read_says_nothing(server: Running) -> None:
         {"type": "mcp_tool_result", "tool_use_id": "m", "content": []},
     ]  # fmt: skip
     document = {"type": "document", "source": {"type": "text", "data": "a page"}, "title": "t"}
+    parts = [{"type": "text", "text": "in parts"}]
+    documents = [
+        {"type": "document", "source": {"type": "content", "content": each}}
+        for each in ("whole", parts)
+    ]
     found = {"type": "search_result", "title": "of it", "source": "s", "content": [
         {"type": "text", "text": "words"}]}  # fmt: skip
     said = [*HI, {"role": "assistant", "content": blocks}]
-    said.append({"role": "user", "content": [document, found]})
+    said.append({"role": "user", "content": [document, *documents, found]})
     with server.replying("x") as prompts:
         assert server.post(MESSAGES, {"messages": said, "max_tokens": 9}).status_code == 200
-    assert prompts[0].endswith("[assistant]I looked.[user]a page\nof it\nwords[assistant]")
+    assert prompts[0].endswith(
+        "[assistant]I looked.[user]a page\nwhole\nin parts\nof it\nwords[assistant]"
+    )
 
 
 def nested(kind: str, name: str, n: int = 300) -> Any:
@@ -106,6 +122,35 @@ def nested(kind: str, name: str, n: int = 300) -> Any:
     for _ in range(n):
         found = {"type": kind, name: [found]}
     return found
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (5, "content 5"), ({"type": "text", "text": "x"}, "a list of parts"),
+        ([{"type": "text"}], "no text in it"), ([{"type": "text", "text": 5}], "no text in it"),
+        ([{"text": "x"}], "type None"), ([["x"]], "type 'list'"),
+        ([{"type": "image_url", "image_url": {"url": "data:,"}}], "'image_url'; text is supp"),
+    ],
+)  # fmt: skip
+def test_a_content_that_is_no_text_is_told(server: Running, content: Any, named: str) -> None:
+    for path, role, place in ((CHAT, "user", "messages"), (RESPONSES, "user", "input")):
+        reply = server.post(path, {place: [{"role": role, "content": content}]})
+        assert reply.status_code == 400 and named in told(path, reply)
+
+
+@pytest.mark.parametrize("key", ["1_0", " 5", "+5", "\u0663", "05", "5.0", "", "9" * 5000])
+def test_keys_of_biases_are_ids_as_json_spells_them(server: Running, key: str) -> None:
+    """`int` takes more for one, and then two keys may be of one token."""
+    reply = server.post(CHAT, {"messages": HI, "max_tokens": 1, "logit_bias": {key: 1}})
+    assert reply.status_code == 400 and "logit_bias" in told(CHAT, reply)
+
+
+def test_namespaces_are_read_however_deep_they_are() -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    for _ in range(5000):
+        tool = {"type": "namespace", "tools": [tool]}
+    assert [each["function"]["name"] for each in tools_of([Fields(tool)])] == ["f"]
 
 
 @pytest.mark.parametrize(
@@ -166,6 +211,12 @@ def test_a_call_that_broke_does_not_break_what_follows(arguments: str, shown: st
 
 
 def test_calls_of_tools_that_take_a_text_are_told(server: Running) -> None:
+    custom = {"id": "c", "type": "custom", "custom": {"name": "patch", "input": "*** Begin"}}
+    said = [*HI, {"role": "assistant", "content": None, "tool_calls": [custom]}]
+    said.append({"role": "tool", "tool_call_id": "c", "content": "Done"})
+    with server.replying("x") as prompts:
+        assert server.post(CHAT, {"messages": said}).status_code == 200
+    assert 'patch{"input": "*** Begin"}' in prompts[0] and "[tool]Done" in prompts[0]
     items: Any = [
         {"type": "message", "role": "user", "content": "mend it"},
         {"type": "custom_tool_call", "call_id": "c", "name": "patch", "input": "*** Begin"},
@@ -206,6 +257,18 @@ def test_a_body_of_too_many_values_is_refused(server: Running, item: bytes) -> N
     body = b'{"messages":[' + b",".join([item] * (_MOST_VALUES // 8 + 1)) + b"]}"
     reply = server.http.post(CHAT, content=body)
     assert reply.status_code == 413 and "values" in told(CHAT, reply)
+
+
+@pytest.mark.parametrize(
+    ("shape", "told"), [([1], "that of 2 or more elements"), ([64, 64], "at most 2048 elements")]
+)
+def test_no_more_texts_are_read_than_a_shape_tells(shape: list[int], told: str) -> None:
+    """Each empty one takes four bytes here, and tens of them as a text."""
+    behind = bytes(1 << 20)
+    given = {"name": "text_input", "datatype": "BYTES", "shape": shape,
+             "parameters": {"binary_data_size": len(behind)}}  # fmt: skip
+    with pytest.raises(ApiError, match=told):
+        read_texts([Fields(given)], behind, "text_input")
 
 
 def test_what_stands_in_a_text_is_no_value(server: Running) -> None:
@@ -274,6 +337,34 @@ def test_keys_that_can_not_be_sent_are_refused(key: str) -> None:
 def test_keys_are_taken_without_the_space_around_them(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("two\n")
     assert serve._checked_keys((" one ",), str(tmp_path / "keys")) == ("one", "two")
+
+
+def served(*arguments: str | Path) -> None:
+    """The command with these, where it would not get to serve."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        serve.command.main([*map(str, arguments), "--port", port], standalone_mode=False)
+
+
+@pytest.mark.parametrize("host", ["", " "])
+def test_an_address_that_is_empty_is_not_every_address(tmp_path: Path, host: str) -> None:
+    with pytest.raises(click.UsageError, match="--host is empty"):
+        served(small_model(tmp_path), "--host", host)
+
+
+@pytest.mark.parametrize("flags", [("--api-key", ""), ("--api-key", "a\nb")])
+def test_the_command_refuses_such_keys(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    with pytest.raises(click.UsageError, match="API key"):
+        served(small_model(tmp_path), *flags)
+
+
+def test_the_command_refuses_two_models_of_one_name(tmp_path: Path) -> None:
+    paths = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        paths.append(small_model(tmp_path / folder))
+    with pytest.raises(click.UsageError, match="both called 'tiny'"):
+        served(*paths)
 
 
 def test_two_models_of_one_name_are_refused(tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +132,8 @@ def test_any_server_of_asgi_can_send_an_answer(server: Running, tmp_path: Path) 
     assert text_of(told) == text_of(wanted) != "" and told.endswith("data: [DONE]\n\n")
 
 
-def test_a_doorbell_loses_no_call_and_keeps_their_order() -> None:
+@pytest.mark.parametrize("is_listening", [True, False])
+def test_a_doorbell_loses_no_call_and_keeps_their_order(is_listening: bool) -> None:
     bell, n_threads, n = Doorbell(), 4, 2000
     heard: list[tuple[int, int]] = []
 
@@ -147,9 +150,10 @@ def test_a_doorbell_loses_no_call_and_keeps_their_order() -> None:
                 bell.ring(loop, lambda i=i: hear(who, i))  # type: ignore[misc]
 
         threads = [threading.Thread(target=ring, args=(who,)) for who in range(n_threads)]
-        for thread in threads:
-            thread.start()
-        await asyncio.wait_for(all_heard.wait(), 30)
+        with bell.listening(loop) if is_listening else contextlib.nullcontext():
+            for thread in threads:
+                thread.start()
+            await asyncio.wait_for(all_heard.wait(), 30)
         for thread in threads:
             thread.join()
 
@@ -171,6 +175,25 @@ def test_a_doorbell_that_is_rung_again_makes_a_call_once() -> None:
             assert len(heard) == n
 
     asyncio.run(listen())
+
+
+def test_what_is_rung_while_nobody_listens_is_heard_once_somebody_does() -> None:
+    """Whatever a thread that rings has seen of who listens: no later call is lost by it."""
+    bell, heard = Doorbell(), list[str]()
+
+    async def listen() -> None:
+        loop = asyncio.get_running_loop()
+        for name in ("first", "second"):
+            with bell.listening(loop), bell.listening(loop):
+                bell.ring(loop, partial(heard.append, name))
+            with bell.listening(loop):
+                await asyncio.sleep(0.01)
+            assert heard[-1:] == [name]
+        bell.ring(loop, partial(heard.append, "third"))
+        await asyncio.sleep(0.01)
+
+    asyncio.run(listen())
+    assert heard == ["first", "second", "third"]
 
 
 def test_a_closed_loop_is_told_to_who_rings() -> None:

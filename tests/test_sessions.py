@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +166,65 @@ def test_saving_and_loading_beside_requests(models: dict[str, Segment], tmp_path
             assert [told(each)[0] for each in running[:2]] == [alone] * 2
             files = {(tmp_path / f"{i}").read_bytes() for i in range(4)}
             assert len(files) == 1
+            check_all_is_given_back(engine)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs limits of processes")
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+def test_a_save_without_room_leaves_the_old_session(
+    models: dict[str, Segment], share: float, tmp_path: Path
+) -> None:
+    import resource
+
+    path, limit = tmp_path / "talk.session", resource.RLIMIT_FSIZE
+    with opened(models["hybrid"]) as (engine, _):
+        answer = told(engine.submit(ask(PROMPT, 20)))[0]
+        engine.sessions("m").save(path, PROMPT)
+        before, limits = path.read_bytes(), resource.getrlimit(limit)
+        resource.setrlimit(limit, (int(len(before) * share), limits[1]))
+        try:
+            with pytest.raises(OSError) as error:
+                engine.sessions("m").save(path, [*PROMPT, *answer])
+        finally:
+            resource.setrlimit(limit, limits)
+        assert error.value.errno == errno.EFBIG
+        assert [*tmp_path.iterdir()] == [path] and path.read_bytes() == before
+        assert engine.sessions("m").load(path) == tuple(PROMPT[:132])
+        assert engine.sessions("m").save(path, [*PROMPT, *answer]) == 152
+        check_all_is_given_back(engine)
+
+
+def test_of_two_that_save_at_once_one_is_whole(models: dict[str, Segment], tmp_path: Path) -> None:
+    """Who loads meanwhile finds one of them, too."""
+    path, found = tmp_path / "talk.session", list[object]()
+    prompts = [text(70, 133), text(71, 200)]
+    whole = {tuple(prompt) for prompt in prompts}
+    with ExitStack() as stack:
+        engines = [stack.enter_context(opened(models["full"]))[0] for _ in range(3)]
+        for engine, prompt in zip(engines, prompts, strict=False):
+            told(engine.submit(ask(prompt, 2)))
+        engines[0].sessions("m").save(path, prompts[0])
+
+        def repeat(action: Callable[[], object]) -> None:
+            try:
+                found.extend(action() for _ in range(20))
+            except BaseException as error:
+                found.append(error)
+
+        threads = [
+            threading.Thread(target=repeat, args=[partial(engine.sessions("m").save, path, prompt)])
+            for engine, prompt in zip(engines, prompts, strict=False)
+        ]
+        threads.append(
+            threading.Thread(target=repeat, args=[partial(engines[2].sessions("m").load, path)])
+        )
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert len(found) == 60 and set(found) <= {133, 200, *whole}
+        assert [*tmp_path.iterdir()] == [path]
+        for engine in engines:
             check_all_is_given_back(engine)
 
 

@@ -166,6 +166,18 @@ def test_a_slower_machine_changes_no_ratio() -> None:
     assert made.of(3) == pytest.approx(3.0, rel=0.1)
 
 
+def test_a_first_step_that_took_long_forbids_its_number_of_rows_for_a_short_time() -> None:
+    """As it may on a busy machine: guesses that pay are tried again, and soon."""
+    chances, rest = [0.7, 0.6], costs(1.0, 1.1)
+    assert best_drafts([chances], rest, 8) == [2]
+    rest.measure(3, 2.0)
+    assert best_drafts([chances], rest, 8) == [1]
+    for _ in range(64):
+        rest.measure(1, 1.0)
+        rest.measure(2, 1.1)
+    assert best_drafts([chances], rest, 8) == [2]
+
+
 def test_one_slow_step_changes_little_and_is_forgotten() -> None:
     made = costs(1.0, 1.1)
     made.measure(2, 100.0)

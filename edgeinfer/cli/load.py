@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,12 +15,11 @@ import click
 
 from edgeinfer.cli.console import note, show, show_json
 from edgeinfer.cli.options import common_flags, json_flag
-from edgeinfer.errors import EdgeInferError
 
 if TYPE_CHECKING:
     from edgeinfer.load.generator import Measured, Settings
-    from edgeinfer.load.http_client import Target
     from edgeinfer.load.traffic import Conversation, Shape
+    from edgeinfer.remote.address import Address
 
 _MOST_LENGTH = 1 << 20  # tokens
 _MOST_WRITTEN = 1 << 20  # conversations; a file of more would not be read
@@ -29,7 +29,7 @@ _SECONDS = click.FloatRange(0, 1e6)
 def _range(context: click.Context, flag: click.Parameter, value: str) -> tuple[int, int]:
     """A number, or two with a hyphen between: the least and the most."""
     low, _, high = value.partition("-")
-    if not (low.isdecimal() and (high or low).isdecimal()):
+    if not all(each.isdecimal() and len(each) < 20 for each in (low, high or low)):
         raise click.BadParameter(f"{value!r} is no range; give one such as 20-200", context, flag)
     found = int(low), int(high or low)
     if not 1 <= found[0] <= found[1] <= _MOST_LENGTH:
@@ -121,12 +121,16 @@ def command(context: click.Context, /, url: str, **flags: Any) -> None:
     Conversations come by chance, whether or not earlier requests were answered, and what one took
     counts from when it was due. Lengths of texts and answers are log-normal between their limits.
     """
-    from edgeinfer.load.http_client import Target
     from edgeinfer.load.plot import check_plot
     from edgeinfer.load.traffic import write_traffic
+    from edgeinfer.remote.address import read_address
 
     if flags["rates"] and flags["users"]:
         raise click.UsageError("--rate and --users are two kinds of load: give one")
+    try:
+        json.dumps([flags["model"], flags["body"]], ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise click.UsageError("--model or --body has characters that are not Unicode") from None
     if flags["warmup"] >= flags["seconds"]:
         raise click.UsageError("--warmup is not shorter than --seconds: nothing would count")
     if flags["write_traffic"]:
@@ -136,17 +140,17 @@ def command(context: click.Context, /, url: str, **flags: Any) -> None:
             raise click.UsageError(f"{n:,} conversations are too many to write: lower --seconds")
         write_traffic(flags["write_traffic"], list(islice(_conversations(flags), n)))
         return
-    target = Target.of(url)
+    address = read_address(url, flags["api_key"])
     if flags["plot"]:
         check_plot(flags["plot"])
     runs: list[Measured] = []
     try:
-        asyncio.run(_measure(target, flags, runs))
+        asyncio.run(_measure(address, flags, runs))
     except KeyboardInterrupt:
         note("stopped; this is what was measured until then")
-        _report(target, runs, flags)
+        _report(address, runs, flags)
         context.exit(130)
-    _report(target, runs, flags)
+    _report(address, runs, flags)
 
 
 def _conversations(flags: dict[str, Any]) -> Iterator[Conversation]:
@@ -198,31 +202,25 @@ def _settings(flags: dict[str, Any], model: str) -> Settings:
     )
 
 
-async def _measure(target: Target, flags: dict[str, Any], runs: list[Measured]) -> None:
+async def _measure(address: Address, flags: dict[str, Any], runs: list[Measured]) -> None:
     from edgeinfer.load.generator import Generator, find_model, tokens_per_word
     from edgeinfer.load.http_client import Client
     from edgeinfer.load.traffic import Texts
-    from edgeinfer.remote.address import read_key
 
-    key = read_key(flags["api_key"], may_leave=target.is_tls or target.is_local)
-    client = Client(target, {"authorization": f"Bearer {key}"} if key else {})
-    try:
+    with contextlib.closing(Client(address)) as client:
         model = flags["model"] or await find_model(client)
-    except EdgeInferError as error:
-        raise click.ClickException(str(error)) from None
-    settings = _settings(flags, model)
-    texts = Texts(await tokens_per_word(client, settings))
-    for rate in _conversation_rates(flags):
-        generator = Generator(
-            client, replace(settings, rate=rate), _conversations(flags), texts, target.is_local
-        )
-        runs.append(generator.measured)
-        if not flags["as_json"]:
-            note(f"{len(runs)}: {settings.seconds:.0f} s of requests to {target.authority} ...")
-        await generator.run()
+        settings = _settings(flags, model)
+        texts = Texts(await tokens_per_word(client, settings))
+        for rate in _conversation_rates(flags):
+            asked = replace(settings, rate=rate)
+            generator = Generator(client, asked, _conversations(flags), texts, address.is_local)
+            runs.append(generator.measured)
+            if not flags["as_json"]:
+                note(f"{len(runs)}: {settings.seconds:.0f} s of requests to {address.place} ...")
+            await generator.run()
 
 
-def _report(target: Target, runs: list[Measured], flags: dict[str, Any]) -> None:
+def _report(address: Address, runs: list[Measured], flags: dict[str, Any]) -> None:
     from edgeinfer.bench.tables import table
     from edgeinfer.load.plot import Series, write_plot
     from edgeinfer.load.summary import (
@@ -237,7 +235,7 @@ def _report(target: Target, runs: list[Measured], flags: dict[str, Any]) -> None
     runs = [each for each in runs if each.ended]
     found = [summary(each) for each in runs]
     if flags["as_json"]:
-        show_json({"url": target.authority, "seed": flags["seed"], "runs": found})
+        show_json({"url": address.place, "seed": flags["seed"], "runs": found})
     elif found:
         for line in table(HEADER, [row(each) for each in found]):
             show(line)
@@ -250,4 +248,4 @@ def _report(target: Target, runs: list[Measured], flags: dict[str, Any]) -> None
                    end_to_end_seconds(each.records, each.ended))
             for one, each in zip(found, runs, strict=True)
         ]  # fmt: skip
-        write_plot(flags["plot"], series, f"{target.authority}, seed {flags['seed']}")
+        write_plot(flags["plot"], series, f"{address.place}, seed {flags['seed']}")

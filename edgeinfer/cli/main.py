@@ -68,6 +68,7 @@ def _exit_code(arguments: list[str]) -> int:
         ):
             commands.invoke(context)
     except click.ClickException as error:
+        error.message = _on_a_line(error.message)  # type: ignore[misc]
         with unheard():
             error.show()
         return error.exit_code
@@ -110,7 +111,7 @@ def _message(error: Exception) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    text = one_line(" ".join(_message(error).split()), _MAX_LINE)
+    text = _on_a_line(_message(error))
     if isinstance(error, FileNotFoundError) and not _is_somewhere():
         text += "; the folder you are in was deleted: cd to another"
     if isinstance(error, EdgeInferError):
@@ -120,6 +121,10 @@ def _one_line(error: Exception) -> str:
     if memory_ran_out(error):
         return "memory ran out: close other programs, or raise this one's limits (ulimit -v, -d)"
     return f"unexpected {type(error).__name__}: {text} (--debug shows where)"
+
+
+def _on_a_line(message: str) -> str:
+    return one_line(" ".join(message.split()), _MAX_LINE)
 
 
 def _is_somewhere() -> bool:

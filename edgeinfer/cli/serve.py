@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from edgeinfer.options import LoadOptions
     from edgeinfer.server.models import Models
 
-_ANY_HOST = ("0.0.0.0", "::", "")
+_ANY_HOST = ("0.0.0.0", "::")
 _MOST_KEYS = 1 << 20  # bytes of a file of keys
 
 
@@ -84,17 +84,21 @@ def command(
     The first MODEL is loaded at once, the others when a request names them; where memory does not
     hold all, the one that was used longest ago gives way.
     """
+    if not host.strip():  # to the system that is every address
+        raise click.UsageError("--host is empty; is a variable not set? 0.0.0.0 is every address")
     keys = _checked_keys(api_keys, api_key_file)
     names = models or (None,)
     paths = [Path(choose_model(name, bool(flags.get("yes")))) for name in names]
+    served = [(_name(name, path), path) for name, path in zip(names, paths, strict=True)]
+    _check_names(served)
     listener = _listen(host, port)
+    address, port, *_ = listener.getsockname()
+    is_local = ipaddress.ip_address(address).is_loopback  # whatever it was called by
     with listener:
         from edgeinfer.server.models import Models
         from edgeinfer.server.run import Server
         from edgeinfer.server.service import Limits, Service
 
-        served = [(_name(name, path), path) for name, path in zip(names, paths, strict=True)]
-        _check_names(served)
         line = ProgressLine()
         options: LoadOptions = {**load_options(flags), "naive": naive}
         options["progress"] = lambda event: (
@@ -108,13 +112,13 @@ def command(
             most_waiting=max_queue,
             api_keys=keys,
             origins=origins,
-            hosts=allowed if allowed or _is_loopback(host) else None,
+            hosts=(*allowed, host) if allowed or is_local else None,
             has_prefix_care=not as_sent,
         )
-        url = _url(host, listener.getsockname()[1])
+        url = _url(host, port)
         note(f"loading {served[0][0]} ...")
         with line:
-            tell = partial(_tell_start, found, url, keys, host, line)
+            tell = partial(_tell_start, found, url, keys, is_local, line)
             Server(Service(found, limits), tell, note).run_on(listener)
 
 
@@ -173,20 +177,13 @@ def _check_names(served: Sequence[tuple[str, Path]]) -> None:
             )
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def _url(host: str, port: int) -> str:
     shown = "localhost" if host in _ANY_HOST else f"[{host}]" if ":" in host else host
     return f"http://{shown}:{port}"
 
 
 def _tell_start(
-    models: Models, url: str, keys: tuple[str, ...], host: str, line: ProgressLine
+    models: Models, url: str, keys: tuple[str, ...], is_local: bool, line: ProgressLine
 ) -> None:
     """What a person needs to point a client here."""
     line.clear()
@@ -206,5 +203,5 @@ def _tell_start(
     if others:
         note(f"when asked for: {', '.join(model.name for model in others)}")
     note(f"{url}/v1 (OpenAI), {url} (Anthropic, Ollama), {guard}; Ctrl-C stops")
-    if not keys and not _is_loopback(host):
+    if not keys and not is_local:
         note("anyone who can reach this machine can use the models: --api-key KEY asks for one")

@@ -6,7 +6,9 @@ Knows nothing of what the events are.
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
+import time
 from collections import deque
 from queue import SimpleQueue
 from typing import Any, Protocol
@@ -20,6 +22,10 @@ class Receiver(Protocol):
     @property
     def events(self) -> EventQueue[Any]: ...
 
+    def take(self, event: Any) -> None:
+        """Pass an event on to its reader; once broken off, its end alone."""
+        ...
+
     def break_off(self, error: BaseException) -> None:
         """A callback of its reader's has raised, in any thread."""
         ...
@@ -29,8 +35,9 @@ class Delivery:
     """Events on their way from the engine's thread to their queues, in order.
 
     To wake up a reader takes the system 5 to 10 us, and none goes on before the engine's thread has
-    begun the next step. So where there are many they are woken beside that step; so is one that is
-    called back, for to wake an event loop takes longer, and it would take the interpreter, too.
+    begun the next step. So where there are many they are woken beside that step; so is one whose
+    callback may take longer. And a reader that wakes up takes a processor from the step, and finds
+    its code and data gone from the caches: what can wait comes with every second of quick steps.
     """
 
     def __init__(self) -> None:
@@ -40,24 +47,34 @@ class Delivery:
         self._n_called = self._n_come = 0
         self._thread: threading.Thread | None = None
         self._is_full = False  # whether a queue was, that something has come to since one asked
+        self._is_due = self._is_held = False  # what can't wait; what has waited
+        self._sent_at = -math.inf
 
-    def put(self, receiver: Receiver, event: Any) -> None:
-        """Have an event delivered with the next `send`."""
+    def put(self, receiver: Receiver, event: Any, *, can_wait: bool = False) -> None:
+        """Have an event delivered with the next `send`; with the one after it, where it can."""
         self._events.append((receiver, event))
+        self._is_due |= not can_wait
 
-    def send(self) -> None:
-        """Deliver what has been put."""
+    def send(self, next_in: float = math.inf) -> None:
+        """Deliver what has been put; this is called again in `next_in` seconds."""
         if not self._events:
             return
+        now = time.perf_counter()
+        is_quick = max(now - self._sent_at, next_in) < _MOST_WAIT
+        if is_quick and not (self._is_due or self._is_held):
+            self._is_held = True
+            return
+        self._is_due, self._is_held, self._sent_at = False, False, now
         is_idle = self._n_called == self._n_come
-        is_quick = len(self._events) <= _FEW and not any(
-            [receiver.events.calls_back for receiver, _ in self._events]
-        )
-        if is_idle and (is_quick or not self._has_thread()):
+        if is_idle and (self._wakes_few() or not self._has_thread()):
             self._deliver()
         else:
             self._n_called += 1
             self._calls.put(True)
+
+    def _wakes_few(self) -> bool:
+        receivers = {receiver for receiver, _ in self._events}
+        return len(receivers) <= _FEW and not any([each.events.takes_time for each in receivers])
 
     def take_full(self) -> bool:
         """Whether a queue was full, as something came to it since this was asked last."""
@@ -95,12 +112,14 @@ class Delivery:
             receiver, event = events[0]
             try:
                 del events[0]
-                queue = receiver.events
-                queue.put(event)
-                if queue.is_full:
+                receiver.take(event)
+                if receiver.events.is_full:
                     self._is_full = True
             except BaseException as error:  # a callback's
                 receiver.break_off(error)
+                with contextlib.suppress(BaseException):
+                    receiver.take(event)  # an end is waited for
 
 
-_FEW = 4
+_FEW = 4  # readers that are woken in the engine's thread
+_MOST_WAIT = 0.004  # seconds between wakings of readers, and that an event waits for the next one

@@ -314,6 +314,7 @@ class Engine:
     def _turn(self) -> None:
         scheduler = self._scheduler
         while self._errands:
+            self.delivery.send()  # which an errand may hold up for long
             if not self._errands.popleft().run():
                 scheduler.recover()
         scheduler.drop_cancelled()
@@ -321,7 +322,8 @@ class Engine:
             scheduler.pause_unread()
         scheduler.admit()
         steps = scheduler.next_steps()
-        self.delivery.send()  # what the last step has yielded, and what has ended since
+        if not steps:
+            self.delivery.send()
         for parts in steps:
             self._step(parts)
 
@@ -342,16 +344,12 @@ class Engine:
         # Rows of a step that did not run to its end are computed again, for who still wants them.
         if not outputs.aborted:
             try:
-                self._measure(parts, time.perf_counter() - begun)
+                self._scheduler.count(parts, time.perf_counter() - begun)
             except BaseException:  # it decides about rows, never about answers
                 pass
             commit(parts, outputs, self._samples, self._scheduler)
             if self._drafter is not None:
                 self._drafter.follow(parts, outputs)
-
-    def _measure(self, parts: list[Rows], seconds: float) -> None:
-        n_decode = sum([part.n for part in parts if part.is_decoding])
-        self._costs.count(n_decode, sum([part.n for part in parts]) - n_decode, seconds)
 
     def _run(self, parts: list[Rows]) -> Outputs:
         """Run one step; its outputs are views that the next step overwrites."""
@@ -368,7 +366,9 @@ class Engine:
             self._in_step = parts
             self._ticket = ticket = self._program.submit(batch)
         try:
-            failed = fill_masks(masked)  # which takes no time where a device runs meanwhile
+            # Both take no time where a device runs meanwhile.
+            self.delivery.send(self._scheduler.seconds_of(parts))
+            failed = fill_masks(masked)
             outputs = ticket.wait()
         except BaseException:
             # Nothing of it may run any more once its pages go to others.

@@ -23,6 +23,7 @@ class EventQueue(Generic[T]):
         self._size, self._on_room = size, on_room
         self._events: SimpleQueue[T] = SimpleQueue()
         self._callbacks: list[Callable[[], object]] = []  # one at most
+        self._is_quick = True  # that one
         self._arming = threading.Lock()
         self._is_paused = False
 
@@ -36,9 +37,9 @@ class EventQueue(Generic[T]):
         return self._events.qsize() <= self._size // 2
 
     @property
-    def calls_back(self) -> bool:
-        """Whether a callback waits for the next event."""
-        return bool(self._callbacks)
+    def takes_time(self) -> bool:
+        """Whether the next event is told to a callback that may take longer than a wait ends."""
+        return bool(self._callbacks) and not self._is_quick
 
     def put(self, event: T) -> None:
         self._events.put(event)
@@ -66,14 +67,16 @@ class EventQueue(Generic[T]):
             self._tell_room()
         return event
 
-    def notify(self, callback: Callable[[], object]) -> None:
+    def notify(self, callback: Callable[[], object], *, is_quick: bool = False) -> None:
         """Call `callback` once as soon as there is an event: at once, or in the producer's thread.
 
-        It must not block. Who asks while another waits is refused.
+        It must not block; one that `is_quick` takes microseconds and keeps the interpreter. Who
+        asks while another waits is refused.
         """
         with self._arming:
             if self._callbacks:
                 raise InvalidRequestError("the stream is being read already; it has one reader")
+            self._is_quick = is_quick
             self._callbacks.append(callback)
         # NOTE: after arming, or an event that comes in between would wake nobody.
         if not self._events.empty():

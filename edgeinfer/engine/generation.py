@@ -21,7 +21,7 @@ from edgeinfer.engine.cache_store import CacheStore
 from edgeinfer.engine.delivery import Delivery
 from edgeinfer.engine.drafting import Drafting
 from edgeinfer.engine.event_queue import EventQueue
-from edgeinfer.engine.sequence import EngineEvent, Finished, Rank, Request, Rows, Sequence
+from edgeinfer.engine.sequence import EngineEvent, Finished, Rank, Request, Rows, Sequence, Token
 from edgeinfer.engine.speculation import MAX_ROWS, Acceptance, Speculator
 from edgeinfer.errors import (
     ContextLengthError,
@@ -170,13 +170,23 @@ class Generation:
         return max(guesses, key=lambda found: sum(found[1]))
 
     def emit(self, event: EngineEvent) -> None:
-        self._delivery.put(self, event)
+        """Have it delivered. Only a token that others have come before can wait for a step."""
+        is_more = self.sequence is not None and self.sequence.n_generated > 1
+        self._delivery.put(self, event, can_wait=is_more and isinstance(event, Token))
 
     def cancel(self, *, keep_cache: bool = False) -> None:
         """End it now, from any thread. With `keep_cache` its pages may serve a later prompt."""
         self.keeps_cache = keep_cache
         self.is_cancelled = True
         self._worker.interrupt()
+
+    def take(self, event: EngineEvent) -> None:
+        """Pass an event on to the reader; behind one that may be lost only the end, an error."""
+        if self.error is None:
+            self.events.put(event)
+        elif isinstance(event, Finished):
+            error = event.error or public_error(self.error)
+            self.events.put(Finished("error", event.at, error=error))
 
     def break_off(self, error: BaseException) -> None:
         """End it with an error of its reader's, from any thread."""

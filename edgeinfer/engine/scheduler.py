@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import time
 from bisect import insort
 from operator import attrgetter
@@ -45,6 +46,7 @@ class Scheduler:
         self.jobs: list[LogitsJob] = []
         self.may_start = False  # whether something came or went since `admit` looked
         self.may_be_cancelled = False  # whether something was since `drop_cancelled` looked
+        self._last_seconds = math.inf  # of a step
         self._arrivals = itertools.count()
 
     @property
@@ -236,6 +238,18 @@ class Scheduler:
         if not self.jobs:
             return [parts] if parts else []
         return self._in_steps(parts)
+
+    def seconds_of(self, parts: list[Rows]) -> float:
+        """What a step will take: of rows that decode what the last one took, else nobody knows."""
+        if all([part.is_decoding and part.work.hook is None for part in parts]):
+            return self._last_seconds
+        return math.inf
+
+    def count(self, parts: list[Rows], seconds: float) -> None:
+        """Count what a step has taken."""
+        self._last_seconds = seconds
+        n_decode = sum([part.n for part in parts if part.is_decoding])
+        self.costs.count(n_decode, sum([part.n for part in parts]) - n_decode, seconds)
 
     def _in_steps(self, parts: list[Rows]) -> list[list[Rows]]:
         """Generations first, then logits in the same step, or in the next where it has no room."""

@@ -46,7 +46,8 @@ class StepCosts:
     def measure(self, n_rows: int, seconds: float) -> None:
         """Count a step of rows that decode.
 
-        What has not been measured for long is forgotten, and so tried again.
+        What has not been measured for long is forgotten, and so tried again; the sooner, the less
+        often it was: one step that took long would forbid its number of rows else.
         """
         self._n_steps += 1
         if not self._row_seconds:
@@ -62,8 +63,9 @@ class StepCosts:
             self._forget()
 
     def _forget(self) -> None:
-        for n in [n for n, (_, _, at) in self._factors.items() if self._n_steps - at > _KEEP]:
-            del self._factors[n]
+        for n_rows, (_, n, at) in tuple(self._factors.items()):
+            if self._n_steps - at > min(_KEEP, n * _SWEEP):
+                del self._factors[n_rows]
 
     def _measure_beside(self, n_rows: int, n_prompt_rows: int, seconds: float) -> None:
         if not (n_rows and self._row_seconds):
@@ -105,7 +107,8 @@ class StepCosts:
 
 # Kernels cost the same for ever, a shared machine changes within steps.
 _RATE, _SPEED_RATE, _JUMP = 0.05, 0.25, 2.0
-# Steps until a cost is forgotten, and from one look for those to the next; as many wait to be told.
+# Steps until a cost is forgotten at the latest, and from one look for those to the next, which is
+# how long each time that it was measured counts; as many wait to be told.
 _KEEP, _SWEEP = 512, 64
 
 # Prompts are read at more than half their speed so, and steps last less than three times as long.

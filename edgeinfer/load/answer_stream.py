@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from array import array
 from typing import Any
 
 import msgspec
+
+from edgeinfer.event_stream import BEGINNINGS, BLANK, EventReader, EventTooLargeError
 
 
 class StreamError(Exception):
@@ -45,9 +48,7 @@ class _Chunk(msgspec.Struct):
 
 
 _decode = msgspec.json.Decoder(_Chunk).decode
-_FIELDS = (b"data", b"event", b"id", b"retry", b"")  # of server-sent events; "": a comment
-_MARK = b"\xef\xbb\xbf"  # of UTF-8, with which some begin
-_MOST_LINE = 4 << 20  # bytes
+_MOST_EVENT = 4 << 20  # bytes
 _MOST_ERROR = 4096  # bytes of a refusal that are kept
 
 
@@ -59,7 +60,9 @@ class AnswerStream:
         self.usage: _Usage | None = None
         self.has_ended = False
         self._texts: list[str] = []
-        self._line = b""
+        self._events = EventReader(_MOST_EVENT)
+        self._has_begun = False
+        self._taken_at = 0.0
         self._refusal = b""
 
     @property
@@ -82,33 +85,35 @@ class AnswerStream:
         if status != 200:
             self._refusal += data[: _MOST_ERROR - len(self._refusal)]
             return
-        *lines, self._line = (self._line + data).split(b"\n")
-        if len(self._line) > _MOST_LINE:
-            raise StreamError("malformed stream", "a line has no end")
-        for line in lines:
-            self._take_line(at, line.rstrip(b"\r"))
+        if not self._has_begun:
+            self._begin(data)
+        self._taken_at = at
+        try:
+            found = self._events.push(data)
+        except EventTooLargeError:
+            raise StreamError("malformed stream", "an event has no end") from None
+        for each in found:
+            self._take_event(each)
 
-    def _take_line(self, at: float, line: bytes) -> None:
-        field, _, value = line.removeprefix(_MARK).partition(b":")
-        if field != b"data":
-            if line and field not in _FIELDS:
-                raise StreamError("malformed stream", "the reply is no stream of events")
-            return
-        value = value.strip()
-        if not value:  # it keeps the connection
-            return
-        if value == b"[DONE]":
+    def _begin(self, data: bytes) -> None:
+        begun = data.lstrip(BLANK)[:1]
+        self._has_begun = bool(begun)
+        if begun not in BEGINNINGS:
+            raise StreamError("malformed stream", "the reply is no stream of events")
+
+    def _take_event(self, data: bytes) -> None:
+        data = data.strip()
+        if data == b"[DONE]":
             self.has_ended = True
             return
+        if not data:  # it keeps the connection
+            return
         try:
-            chunk = _decode(value)
+            chunk = _decode(data)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise StreamError("malformed stream", str(error)) from None
         if chunk.error is not None:
             raise StreamError("error in the stream", str(chunk.error)[:200])
-        self._take_chunk(at, chunk)
-
-    def _take_chunk(self, at: float, chunk: _Chunk) -> None:
         if chunk.usage is not None:
             self.usage = chunk.usage
         for choice in chunk.choices or ():
@@ -117,10 +122,13 @@ class AnswerStream:
             if delta is None:
                 continue
             if delta.content or delta.reasoning_content or delta.reasoning or delta.tool_calls:
-                self.times.append(at)
+                self.times.append(self._taken_at)
                 self._texts.append(delta.content or "")
 
     def finish(self) -> None:
         """The reply is whole; StreamError where the answer is not."""
+        if not self.has_ended:  # the last event may lack what ends it
+            with contextlib.suppress(StreamError):
+                self._take_event(self._events.end())
         if not self.has_ended:
             raise StreamError("cut short", "the stream ended without an end of its answer")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ssl
 import time
 from array import array
 from collections.abc import Iterable
@@ -22,6 +21,7 @@ from edgeinfer.load.answer_stream import AnswerStream, StreamError
 from edgeinfer.load.http_client import Client, ConnectionLost, Reply
 from edgeinfer.load.traffic import Conversation, Texts, Turn
 from edgeinfer.platform import EnergyMeter
+from edgeinfer.remote.refusals import Refusal, broken, refused
 from edgeinfer.terminal import one_line
 
 _SAMPLE_SECONDS = 0.5  # between looks at the meter
@@ -29,6 +29,7 @@ _LONGEST_WAIT = 60.0  # seconds that a server's Retry-After is obeyed for
 _USUAL_WAIT = 1.0
 _GUESSED_SECONDS = 2.0  # that an answer took before the run
 _RETRIED = (429, 503)
+_FINAL = (301, 302, 303, 307, 308, 401, 403)  # of a list of models: answers won't come either
 _LIST_SECONDS, _MOST_LIST = 20.0, 8 << 20  # that a list of models may take; bytes of it
 RUNNING = "still running"  # the failure of what the end of a run has cut off
 
@@ -133,12 +134,19 @@ class Generator:
     async def _let_come(self, talks: set[asyncio.Task[None]]) -> None:
         """Begin conversations at their times, until the end."""
         settings = self._settings
+
+        def forget(talk: asyncio.Task[None]) -> None:
+            if not talk.cancelled() and talk.exception() is None:  # else `run` raises it
+                talks.discard(talk)
+
         for i, conversation in self._conversations:
             due = self.measured.begun + conversation.at / settings.rate - settings.head_start
             await asyncio.sleep(min(due, self._end) - time.perf_counter())
             if due >= self._end:
                 return
-            talks.add(asyncio.create_task(self._talk(i, conversation, due)))
+            talk = asyncio.create_task(self._talk(i, conversation, due))
+            talks.add(talk)
+            talk.add_done_callback(forget)
 
     async def _drain(self, talks: set[asyncio.Task[None]]) -> None:
         """Wait for the answers that are on their way; users without pauses end at once."""
@@ -204,7 +212,8 @@ class Generator:
                 left = record.due + self._settings.deadline - record.sent
                 stream = await asyncio.wait_for(self._try(record, body), max(0.0, left))
         except (StreamError, ConnectionLost, OSError, asyncio.TimeoutError) as error:
-            record.failure, record.message = _kind(error), one_line(reason_of(error), 300)
+            said = self._client.address.hidden(reason_of(error))
+            record.failure, record.message = _kind(error), one_line(said, 300)
         else:
             record.failure = ""
         record.ended = time.perf_counter()
@@ -282,27 +291,22 @@ def _wait_of(reply: Reply) -> float:
 async def find_model(client: Client) -> str:
     """The name of the first model that a server lists, "" where it lists none.
 
-    EdgeInferError where there is no server.
+    EdgeInferError where there is no server, or one that asks for a key or sends elsewhere.
     """
     found = bytearray()
 
     def take(at: float, status: int, data: bytes) -> None:
         found.extend(data[: _MOST_LIST - len(found)])
 
+    address = client.address
     try:
         reply = await asyncio.wait_for(client.request("GET", "/models", b"", take), _LIST_SECONDS)
     except asyncio.TimeoutError:
-        raise EdgeInferError(f"{client.authority} does not answer; try again later") from None
-    except ssl.SSLError as error:
-        raise EdgeInferError(
-            f"{client.authority} can't be reached over TLS ({reason_of(error)}); would http:// be "
-            "right? SSL_CERT_FILE names further authorities"
-        ) from None
+        raise broken(TimeoutError(), address, has_begun=False) from None
     except (OSError, ConnectionLost, UnicodeError) as error:
-        raise EdgeInferError(
-            f"there is no server at {client.authority}: {reason_of(error)}; start it, or check "
-            "the URL"
-        ) from None
+        raise broken(error, address, has_begun=False) from None
+    if reply.status in _FINAL:
+        raise refused(Refusal(reply.status, reply.headers, bytes(found)), address, "", ())
     with contextlib.suppress(msgspec.MsgspecError, ValueError, LookupError, TypeError):
         if reply.status == 200:
             return str(msgspec.json.decode(bytes(found))["data"][0]["id"])
@@ -321,7 +325,7 @@ async def tokens_per_word(client: Client, settings: Settings) -> float:
         message = {"role": "user", "content": Texts().words(n, f"calibration {settings.seed}")}
         if await generator._ask(record, [message], Turn(n, 1)) is None:
             raise EdgeInferError(
-                f"{client.authority} gave no answer to a first request: "
+                f"{client.address.place} gave no answer to a first request: "
                 f"{record.failure} {record.message}"
             )
         counts.append(record.n_prompt)

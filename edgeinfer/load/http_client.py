@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import http.client
 import os
 import time
 from collections.abc import Callable
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 import h11
 
 from edgeinfer import platform
-from edgeinfer.errors import InvalidRequestError
+from edgeinfer.load.framing import Body, MalformedBodyError, body_of
+from edgeinfer.remote.address import Address
 
 OnBody = Callable[[float, int, bytes], None]  # when it came, the reply's status, what came
 _MOST_HEADER = 64 << 10  # bytes
+_READ_BYTES = 64 << 10  # at a time
 _REFUSED = errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED)
 
 
-class ConnectionLost(Exception):
+class ConnectionLost(http.client.HTTPException):
     """A reply did not come to its end."""
 
 
@@ -33,63 +35,25 @@ class Reply(NamedTuple):
 
     status: int
     headers: dict[str, str]
-
-
-class Target(NamedTuple):
-    """Where a server is; `path` is what all paths there begin with."""
-
-    host: str
-    port: int
-    is_tls: bool
-    path: str
+    keeps_connection: bool = False
 
     @classmethod
-    def of(cls, url: str) -> Target:
-        """The base URL of an OpenAI-compatible API, with or without /v1 and what follows it."""
-        try:
-            parts = urlsplit(url if "://" in url else f"http://{url}")
-            port = parts.port
-        except ValueError as error:
-            raise _no_url(url, f": {error}") from None
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise _no_url(url, " of a server")
-        if not (url.isascii() and url.isprintable()) or " " in url:
-            raise _no_url(url, ": it has characters that none has")
-        if "@" in parts.netloc:  # which is not to be shown
-            raise InvalidRequestError(
-                "the URL holds a password; --api-key takes a key", param="url"
-            )
-        if parts.query or parts.fragment:
-            raise _no_url(url, " for this: it has a ? or a # in it")
-        path = parts.path.removesuffix("/").removesuffix("/chat/completions")
-        is_tls = parts.scheme == "https"
-        base = path if path.endswith("/v1") else f"{path}/v1"
-        return cls(parts.hostname, port or (443 if is_tls else 80), is_tls, base)
-
-    @property
-    def authority(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{host}:{self.port}"
-
-    @property
-    def is_local(self) -> bool:
-        """Whether it is on this machine."""
-        return self.host in ("localhost", "::1") or self.host.startswith("127.")
-
-
-def _no_url(url: str, why: str) -> InvalidRequestError:
-    example = "give one such as http://127.0.0.1:8080"
-    return InvalidRequestError(f"{url[:200]!r} is no URL{why}; {example}", param="url")
+    def of(cls, head: h11.Response) -> Reply:
+        headers = {name.decode(): value.decode("latin-1") for name, value in head.headers}
+        told = b",".join(value for name, value in head.headers if name == b"connection")
+        is_last = b"close" in [each.strip() for each in told.lower().split(b",")]
+        return cls(head.status_code, headers, head.http_version == b"1.1" and not is_last)
 
 
 class Client:
     """Requests to one server, as many at a time as are asked for."""
 
-    def __init__(self, target: Target, headers: dict[str, str]) -> None:
-        self._target, self._idle = target, list[_Link]()
-        self.authority = target.authority
-        self._headers = [("host", self.authority), *headers.items()]
-        self._tls = platform.tls_context() if target.is_tls else None
+    def __init__(self, address: Address) -> None:
+        self.address, self._idle = address, list[_Link]()
+        self._headers = [("host", address.place)]
+        if address.key:
+            self._headers.append(("authorization", f"Bearer {address.key}"))
+        self._tls = platform.tls_context() if address.is_secure else None
 
     async def request(self, method: str, path: str, body: bytes, on_body: OnBody) -> Reply:
         """The reply, once it is whole; OSError or ConnectionLost where none comes to its end.
@@ -98,7 +62,7 @@ class Client:
         """
         sent = [("content-length", str(len(body))), ("content-type", "application/json")]
         head = h11.Request(
-            method=method, target=self._target.path + path, headers=[*self._headers, *sent]
+            method=method, target=self.address.path(path), headers=[*self._headers, *sent]
         )
         while self._idle:
             link = self._idle.pop()
@@ -112,10 +76,9 @@ class Client:
         return await self._on(await self._connect(), head, body, on_body)
 
     async def _connect(self) -> _Link:
-        target = self._target
         try:
             _, link = await asyncio.get_running_loop().create_connection(
-                _Link, target.host, target.port, ssl=self._tls
+                _Link, self.address.host, self.address.port, ssl=self._tls
             )
         except OSError as error:
             # asyncio has words of its own; of a host with several addresses it joins them all.
@@ -140,14 +103,16 @@ class Client:
         self._idle.clear()
 
 
-class _Link(asyncio.Protocol):
+class _Link(asyncio.BufferedProtocol):
     """One connection, and the reply that it waits for."""
 
     def __init__(self) -> None:
-        self._parser = h11.Connection(h11.CLIENT, max_incomplete_event_size=_MOST_HEADER)
+        self._buffer = memoryview(bytearray(_READ_BYTES))
         self._transport: asyncio.Transport | None = None
+        self._head: h11.Connection | None = None  # until that of the reply has come
         self._done: asyncio.Future[Reply] | None = None
         self._reply: Reply | None = None
+        self._body: Body | None = None
         self._on_body: OnBody = lambda at, status, data: None
 
     @property
@@ -161,16 +126,18 @@ class _Link(asyncio.Protocol):
 
     async def exchange(self, head: h11.Request, body: bytes, on_body: OnBody) -> Reply:
         assert self._transport is not None
-        self._reply, self._on_body = None, on_body
+        self._reply, self._body, self._on_body = None, None, on_body
+        self._head = h11.Connection(h11.CLIENT, max_incomplete_event_size=_MOST_HEADER)
         self._done = asyncio.get_running_loop().create_future()
         parts = (head, h11.Data(data=body), h11.EndOfMessage())
-        self._transport.write(b"".join(self._parser.send(part) or b"" for part in parts))
+        self._transport.write(b"".join(self._head.send(part) or b"" for part in parts))
         return await self._done
 
     def renew(self) -> bool:
-        """Get ready for another request; False, and closed, where that can't be."""
-        if self.is_open and self._parser.our_state is self._parser.their_state is h11.DONE:
-            self._parser.start_next_cycle()
+        """Whether it takes another request; it is closed where it does not."""
+        body, reply = self._body, self._reply
+        assert body is not None and reply is not None
+        if self.is_open and reply.keeps_connection and not body.has_more:
             return True
         self.abort()
         return False
@@ -185,40 +152,52 @@ class _Link(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
 
-    def data_received(self, data: bytes) -> None:
-        self._read(data, time.perf_counter())
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._buffer
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._read(b"", time.perf_counter())
-        self._fail(ConnectionLost("the server has closed the connection"))
-
-    def _read(self, data: bytes, at: float) -> None:
+    def buffer_updated(self, nbytes: int) -> None:
         if self._done is None or self._done.done():
-            return  # nobody waits: what comes now belongs to nothing
+            self.abort()  # nobody waits: what comes now belongs to nothing
+            return
         try:
-            self._parser.receive_data(data)
-            while not self._done.done():
-                event = self._parser.next_event()
-                if event is h11.NEED_DATA or event is h11.PAUSED:
-                    return
-                self._take(event, at)
-        except h11.RemoteProtocolError as error:
+            self._take(bytes(self._buffer[:nbytes]), time.perf_counter())
+        except (h11.RemoteProtocolError, MalformedBodyError) as error:
             self._fail(ConnectionLost(f"the reply is no HTTP: {error}"))
         except Exception as error:
             self._fail(error)
 
-    def _take(self, event: object, at: float) -> None:
-        if isinstance(event, h11.Data):
-            assert self._reply is not None
-            self._on_body(at, self._reply.status, bytes(event.data))
-        elif isinstance(event, h11.Response):
-            headers = {name.decode(): value.decode("latin-1") for name, value in event.headers}
-            self._reply = Reply(event.status_code, headers)
-        elif isinstance(event, h11.EndOfMessage):
-            assert self._done is not None and self._reply is not None
+    def connection_lost(self, exc: Exception | None) -> None:
+        if exc is None and self._body is not None and self._body.ends_with_connection:
+            self._finish()
+        self._fail(ConnectionLost("the server has closed the connection"))
+
+    def _take(self, data: bytes, at: float) -> None:
+        if self._body is None:
+            data = self._take_head(data)
+        if self._body is None:
+            return
+        assert self._reply is not None
+        for part in self._body.push(data):
+            self._on_body(at, self._reply.status, part)
+        if self._body.is_whole:
+            self._finish()
+
+    def _take_head(self, data: bytes) -> bytes:
+        """What stands behind the head of the reply, once that is whole."""
+        assert self._head is not None
+        self._head.receive_data(data)
+        while (event := self._head.next_event()) not in (h11.NEED_DATA, h11.PAUSED):
+            if isinstance(event, h11.Response):
+                self._reply, self._body = Reply.of(event), body_of(event)
+                rest, _ = self._head.trailing_data
+                self._head = None
+                return rest
+        return b""
+
+    def _finish(self) -> None:
+        assert self._reply is not None
+        if self._done is not None and not self._done.done():
             self._done.set_result(self._reply)
-        elif isinstance(event, h11.ConnectionClosed):
-            self._fail(ConnectionLost("the server has closed the connection"))
 
     def _fail(self, error: Exception) -> None:
         if self._done is not None and not self._done.done():

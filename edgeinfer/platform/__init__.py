@@ -78,6 +78,7 @@ if TYPE_CHECKING:
     from edgeinfer.platform.stacks import with_stack
     from edgeinfer.platform.terminals import input_waits
     from edgeinfer.platform.trust import distrust, read_private
+    from edgeinfer.platform.wakeups import Wakeup
 
 _NAMES = {
     "children": (
@@ -101,6 +102,7 @@ _NAMES = {
     "stacks": "with_stack",
     "terminals": "input_waits",
     "trust": "distrust read_private",
+    "wakeups": "Wakeup",
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 
@@ -119,6 +121,7 @@ __all__ = [
     "SIGNAL_CODE",
     "STARTS_ITSELF",
     "ThreadCalls",
+    "Wakeup",
     "append_private",
     "available_memory",
     "board_name",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import platform as _platform
@@ -14,21 +15,27 @@ _HUGE_PAGE = 2 << 20
 class Memory:
     """Zeroed memory outside the Python heap; pages cost nothing until they are touched.
 
-    With `huge` it asks for huge pages, for data that is read from end to end.
+    With `huge` it asks for huge pages, for data that is read from end to end. None of them is more
+    than data, so that no more is held than was asked for.
     """
 
     def __init__(self, n_bytes: int, *, huge: bool = False) -> None:
         self.n_bytes = n_bytes
         # One huge page more, so that the start can be aligned; a prefetch may run past the end.
         self._map = _map_anonymous(n_bytes + _HUGE_PAGE + mmap.PAGESIZE)
-        if huge and hasattr(mmap, "MADV_HUGEPAGE"):
-            try:
-                self._map.madvise(mmap.MADV_HUGEPAGE)
-            except OSError:  # a kernel without transparent huge pages
-                pass
         self._view = (ctypes.c_char * len(self._map)).from_buffer(self._map)
         base = ctypes.addressof(self._view)
         self.address = -(-base // _HUGE_PAGE) * _HUGE_PAGE
+        start = self.address - base
+        end = start + n_bytes // _HUGE_PAGE * _HUGE_PAGE
+        if huge and end > start:
+            self._advise("MADV_HUGEPAGE", start, end)
+        self._advise("MADV_NOHUGEPAGE", end, len(self._map))  # some systems make them unasked
+
+    def _advise(self, advice: str, start: int, end: int) -> None:
+        if hasattr(mmap, advice):
+            with contextlib.suppress(OSError):  # a kernel without transparent huge pages
+                self._map.madvise(getattr(mmap, advice), start, end - start)
 
     def close(self) -> None:
         """Return the memory; every address into it is dead from here on."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Literal
 
+from edgeinfer.event_stream import BEGINNINGS, BLANK
 from edgeinfer.remote.address import Address
 from edgeinfer.remote.frames import as_object, frames, no_api
 from edgeinfer.remote.refusals import ServerError, said_in_answer
@@ -20,8 +21,7 @@ from edgeinfer.text.lenient_json import clean_text
 from edgeinfer.text.reply import Piece, ReasoningSplitter
 
 _MOST_CHARACTERS = 64 << 20  # of an answer: one that never ends would take all memory
-_OF_EVENTS, _OF_JSON = b":deir", b'{[<"'  # what those begin with: fields of events, and replies
-_BLANK = b" \t\r\n\xef\xbb\xbf"
+_OF_JSON = b'{[<"'  # what replies begin with
 _MOST_BLANK = 1024  # chunks
 _Reason = Literal["stop", "length", "cancelled"]
 _REASONS: dict[str, _Reason] = {"length": "length", "max_tokens": "length"}
@@ -60,8 +60,8 @@ class Collected:
         """
         address = self.address
         first, chunks = _begun(chunks)
-        if first and first in _OF_EVENTS + _OF_JSON:
-            is_stream = first in _OF_EVENTS
+        if first and first in BEGINNINGS + _OF_JSON:
+            is_stream = first in BEGINNINGS
         if is_stream:
             for frame in frames(chunks, address):
                 if frame is None:
@@ -193,8 +193,8 @@ def _begun(chunks: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
     """The first byte that is no space, and all of them."""
     blank: list[bytes] = []
     for chunk in chunks:
-        if len(blank) > _MOST_BLANK or chunk.lstrip(_BLANK):
-            return chunk.lstrip(_BLANK)[:1], chain(blank, [chunk], chunks)
+        if len(blank) > _MOST_BLANK or chunk.lstrip(BLANK):
+            return chunk.lstrip(BLANK)[:1], chain(blank, [chunk], chunks)
         blank.append(chunk)
     return b"", iter(blank)
 

@@ -48,6 +48,7 @@ class Answer:
         self.completions: dict[int, Completion] = {}
         self.has_begun = False
         self._left = {i: stream.stream for i, stream in enumerate(streams)}
+        self._wakers = [partial(self._wake, i) for i in self._left]
         self._woken = deque(self._left)  # those that may have events
         self._ping_seconds = ping_seconds
         self._doorbell = doorbell
@@ -56,6 +57,7 @@ class Answer:
         self._is_cut_short = False
         model.metrics.n_running += 1
         stack.callback(self._leave)
+        stack.enter_context(doorbell.listening(self._loop))
 
     def prompt_ids(self, i: int) -> tuple[int, ...]:
         """The tokens of a prompt, template included."""
@@ -121,7 +123,7 @@ class Answer:
             del self._left[i]
             return None
         if event is None:
-            stream.notify(partial(self._wake, i))
+            stream.notify(self._wakers[i], is_quick=True)
         return event
 
     def _note(self, i: int, event: Event) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -26,7 +27,7 @@ from edgeinfer.server.frames import Frames
 from edgeinfer.server.openai import FINGERPRINT, envelope, timings_json, usage_json
 from edgeinfer.server.requests import new_call_id, new_id, session_of
 from edgeinfer.server.service import Service
-from edgeinfer.server.wire import DONE, EVENTS, PING, event, reply, unless_gone
+from edgeinfer.server.wire import DONE, EVENTS, PING, TextFrame, event, reply, unless_gone
 
 
 def routes(service: Service) -> list[Route]:
@@ -79,6 +80,7 @@ class _Shape:
         }
         self._call_ids: dict[tuple[int, int], str] = {}
         self._n_reasoning = 0
+        self._texts = [TextFrame(partial(self._text, i)) for i in range(self._n)]
 
     # -- whole -----------------------------------------------------------------------------------
 
@@ -145,6 +147,8 @@ class _Shape:
         return event(envelope(error))
 
     def _delta(self, i: int, delta: Delta) -> bytes:
+        if delta.text and not (delta.reasoning or delta.call or self._has_logprobs):
+            return self._texts[i].of(delta.text)  # as most are
         told: Json = _reasoning(delta.reasoning)
         if delta.text:
             told["content"] = delta.text
@@ -154,6 +158,9 @@ class _Shape:
         if not told and not (logprobs and logprobs["content"]):
             return b""
         return self._chunk(i, told, logprobs=logprobs)
+
+    def _text(self, i: int, text: str) -> bytes:
+        return self._chunk(i, {"content": text})
 
     def _call_delta(self, i: int, call: CallDelta) -> Json:
         """What names a call comes once: clients join what comes twice."""

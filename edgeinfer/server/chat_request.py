@@ -85,6 +85,9 @@ def _message(given: Fields) -> Json:
 def _call(given: Fields) -> Json:
     function = given.object("function")
     arguments = function.get("arguments")
+    if "custom" in given:  # of a tool that takes a text
+        function = given.object("custom")
+        arguments = {"input": function.text("input")}
     return {
         "id": given.text("id"),
         "type": "function",

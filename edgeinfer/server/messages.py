@@ -208,13 +208,29 @@ def _texts(blocks: Iterable[Fields]) -> Iterator[str]:
             yield block.text("text")
         elif source.text("type") == "text":
             yield source.text("data")
+        elif source.text("type") == "content":
+            parts = source.get("content")
+            yield parts if isinstance(parts, str) else _of_parts(source.objects("content"))
         elif kind == "search_result":
-            found = [part.text("text") for part in block.objects("content")]
-            yield "\n".join([block.text("title"), *found])
+            yield f"{block.text('title')}\n{_of_parts(block.objects('content'))}"
         elif kind not in _UNTOLD and not kind.endswith(_OF_SERVERS):
-            raise ApiError(
-                400, f"content of type {shown(kind)} is not supported; text is", param="messages"
-            )
+            raise _unsupported(kind)
+
+
+def _of_parts(parts: Iterable[Fields]) -> str:
+    """Of what stands inside of a block, where text alone may."""
+    texts = []
+    for part in parts:
+        if (kind := part.text("type", "text")) != "text":
+            raise _unsupported(kind)
+        texts.append(part.text("text"))
+    return "\n".join(texts)
+
+
+def _unsupported(kind: str) -> ApiError:
+    return ApiError(
+        400, f"content of type {shown(kind)} is not supported; text is", param="messages"
+    )
 
 
 # -- replies --------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ Knows nothing of endpoints.
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -33,6 +34,7 @@ _BUDGETS = (
     "thinking_budget_tokens",
     "thinking_token_budget",
 )
+_IDS = re.compile(r"0|-?[1-9][0-9]{0,18}")
 _TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 
 
@@ -71,11 +73,10 @@ def _budget(body: Fields) -> dict[str, Any]:
 
 def _logit_bias(body: Fields) -> dict[int, Any]:
     """Ids are the names of members in JSON; what adds nothing may have any name."""
-    given = body.object("logit_bias").values
-    try:
-        return {int(token): bias for token, bias in given.items() if bias != 0}
-    except ValueError:
-        raise body.wrong("logit_bias", "numbers by token id") from None
+    given = {token: bias for token, bias in body.object("logit_bias").values.items() if bias != 0}
+    if not all(map(_IDS.fullmatch, given)):  # `int` reads more, and then two may be one
+        raise body.wrong("logit_bias", "numbers by token id")
+    return {int(token): bias for token, bias in given.items()}
 
 
 def template_args(body: Fields, effort: str | None = None) -> dict[str, Any]:
@@ -99,7 +100,11 @@ def text_content(content: Any, param: str) -> str | None:
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise ApiError(400, f"{param} is neither text nor a list of parts", param=param)
+        raise ApiError(
+            400,
+            f"{param} has content {shown(content)}; it must be text or a list of parts",
+            param=param,
+        )
     return "\n".join(_part_text(part, param) for part in content)
 
 
@@ -108,10 +113,12 @@ def _part_text(part: Any, param: str) -> str:
         return part
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
     text = part.get("text", part.get("refusal")) if isinstance(part, Mapping) else None
-    if kind not in _TEXT_PARTS or not isinstance(text, str):
+    if kind not in _TEXT_PARTS:
         raise ApiError(
             400, f"{param} has a part of type {shown(kind)}; text is supported", param=param
         )
+    if not isinstance(text, str):
+        raise ApiError(400, f"{param} has a part of type {kind!r} with no text in it", param=param)
     return text
 
 

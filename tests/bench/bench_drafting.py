@@ -23,14 +23,14 @@ def hold(chance: float, truth: list[int]) -> None:
     """Have the block say what comes next, or another token; it takes the time that it takes."""
     run, draw = drafter.Drafter._run, random.Random(1)
 
-    def knowing(self: Any, followers: Any, wanted: Any) -> Any:
-        outputs = run(self, followers, wanted)
-        for i, each in enumerate(wanted):
-            place = drafter._end(each) - len(IDS)
-            token = truth[place] if place < len(truth) else 0
-            outputs.logits[i] = 0
-            outputs.logits[i, token if draw.random() < chance else token ^ 1] = 1
-        return outputs
+    def knowing(self: Any, followers: Any, wanted: Any, n: int, *, goes_on: bool) -> Any:
+        guesses, hidden = run(self, followers, wanted, n, goes_on=goes_on)
+        for k, of_place in enumerate(guesses):
+            for i, each in enumerate(wanted):
+                place = drafter._end(each) + k - len(IDS)
+                token = truth[place] if place < len(truth) else 0
+                of_place[i] = token if draw.random() < chance else token ^ 1
+        return guesses, hidden
 
     drafter.Drafter._run = knowing  # type: ignore[method-assign]
 
@@ -45,15 +45,21 @@ def main() -> None:
     with LLM(given.model, n_ctx=512, threads=given.threads, drafts=True) as llm:
         truth = llm.generate(IDS, speculation=False, **SPEC).token_ids
         hold(given.chance, list(truth))
-        rates: list[tuple[float, float]] = []
+        rates, held, tried = list[tuple[float, float]](), 0, 0
         for _ in range(given.rounds):
             answers = [llm.generate(IDS, speculation=on, **SPEC) for on in (False, True)]
             assert all(answer.token_ids == truth for answer in answers)
+            used = llm.runtime.engine._drafter
+            assert used is not None and not used.has_failed
+            held += answers[1].timings.accepted_tokens
+            tried += answers[1].timings.proposed_tokens
             plain, drafted = (answer.timings.decode_tok_s for answer in answers)
             rates.append((plain, drafted))
     plain, drafted = (statistics.median(each) for each in zip(*rates, strict=True))
     ratio = statistics.median(b / a for a, b in rates)
-    print(f"{plain:.1f} tok/s plain, {drafted:.1f} with guesses: {ratio:.2f}x")
+    print(
+        f"{plain:.1f} tok/s plain, {drafted:.1f} with guesses: {ratio:.2f}x; {held} of {tried} held"
+    )
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
     python -m tests.bench.bench_http MODEL.gguf [-r 5] [--tokens 128] [-k decode,path]
 
-`decode` streams answers over HTTP and from the engine alone, in turns, and compares the rates; the
-client is a process of its own. `path` has a program that computes nothing, so that what is left is
-the way from a token to the socket: processor time of the event loop's thread, and of all threads.
+`decode` streams answers over HTTP and from the engine alone, in turns, and compares the rates. The
+client is a process of its own that reads first and understands later: what it does takes from the
+processors that decode. `path` has a program that computes nothing, so that what is left is the way
+from a token to the socket: processor time of the event loop's thread, of all threads, and of the
+client that `edgeinfer load` has.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import socket
 import statistics
 import subprocess
 import sys
@@ -20,10 +23,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import h11
+
 from edgeinfer.engine.generation import Generation
 from edgeinfer.engine.sequence import Finished, Prefilled, Request, Token
 from edgeinfer.load.answer_stream import AnswerStream
-from edgeinfer.load.http_client import Client, Target
+from edgeinfer.load.http_client import Client
+from edgeinfer.remote.address import read_address
 from edgeinfer.stream import Stream
 
 from ..server_for_tests import Running, running
@@ -42,9 +48,13 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=1, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.client:
-        print(json.dumps(asyncio.run(_ask(args.client, args.streams, args.tokens))))
+        if args.streams:
+            found = asyncio.run(_ask(args.client, args.streams, args.tokens))
+        else:
+            found = _read(args.client, args.tokens)
+        print(json.dumps(found))
         return
-    found: dict[str, Any] = {}
+    found = {}
     with running([("m", args.model)], load={"device": "cpu", "slots": 4, "n_ctx": 1024}) as server:
         for kind in args.k.split(","):
             found |= _MEASURES[kind](server, args)
@@ -54,33 +64,74 @@ def main() -> None:
 # -- the client -----------------------------------------------------------------------------------
 
 
-async def _ask(url: str, n: int, n_tokens: int) -> list[list[float]]:
-    """The times at which each of `n` clients has its pieces of text."""
-    client = Client(Target.of(url), {})
+def _read(url: str, n_tokens: int) -> dict[str, Any]:
+    """When one client has its pieces of text; it looks at them once all have come."""
+    target = read_address(url, None)
+    body = _body(0, n_tokens)
+    head = f"POST {target.path('/chat/completions')} HTTP/1.1\r\nhost: {target.place}\r\n"
+    head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    came: list[tuple[float, bytes]] = []
+    with socket.create_connection((target.host, target.port)) as connection:
+        connection.sendall(head.encode() + body)
+        while not (came and came[-1][1].endswith(b"0\r\n\r\n")):
+            data = connection.recv(1 << 16)
+            came.append((time.perf_counter(), data))
+            assert data, "the server has closed the connection"
+    parser = h11.Connection(h11.CLIENT)
+    parser.send(h11.Request(method="POST", target="/", headers=[("host", "h")]))
+    parser.send(h11.EndOfMessage())
+    stream = AnswerStream()
+    for at, data in came:
+        parser.receive_data(data)
+        while (event := parser.next_event()) is not h11.NEED_DATA:
+            if isinstance(event, h11.EndOfMessage):
+                break
+            if isinstance(event, h11.Data):
+                stream.take(at, 200, bytes(event.data))
+    stream.finish()
+    return {"times": [list(stream.times)]}
+
+
+async def _ask(url: str, n: int, n_tokens: int) -> dict[str, Any]:
+    """The times at which each of `n` clients has its pieces of text, and processor time a token."""
+    client = Client(read_address(url, None))
+    begun = list[float]()
 
     async def one(i: int) -> list[float]:
-        message = {"role": "user", "content": f"{_PROMPT} {i}"}
-        body = json.dumps(
-            {"messages": [message], "max_tokens": n_tokens, "temperature": 0, "stream": True,
-             "ignore_eos": True}
-        ).encode()  # fmt: skip
         stream = AnswerStream()
-        await client.request("POST", "/chat/completions", body, stream.take)
+
+        def take(at: float, status: int, data: bytes) -> None:
+            if not begun:
+                begun.append(time.process_time())
+            stream.take(at, status, data)
+
+        await client.request("POST", "/chat/completions", _body(i, n_tokens), take)
         stream.finish()
         return list(stream.times)
 
     try:
-        return await asyncio.gather(*(one(i) for i in range(n)))
+        times = await asyncio.gather(*(one(i) for i in range(n)))
+        seconds = time.process_time() - begun[0]
+        return {"times": times, "us": 1e6 * seconds / (n * n_tokens)}
     finally:
         client.close()
 
 
-def _client(server: Running, n: int, n_tokens: int) -> list[list[float]]:
+def _body(i: int, n_tokens: int) -> bytes:
+    message = {"role": "user", "content": f"{_PROMPT} {i}"}
+    return json.dumps(
+        {"messages": [message], "max_tokens": n_tokens, "temperature": 0, "stream": True,
+         "ignore_eos": True}
+    ).encode()  # fmt: skip
+
+
+def _client(server: Running, n: int, n_tokens: int) -> dict[str, Any]:
+    """What a client in another process finds; with no streams one that only reads."""
     command = [sys.executable, "-m", "tests.bench.bench_http", "-", "--client", server.url]
     command += ["--streams", str(n), "--tokens", str(n_tokens)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    times: list[list[float]] = json.loads(done.stdout)
-    return times
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
 
 # -- what is measured -----------------------------------------------------------------------------
@@ -102,7 +153,7 @@ def _decode(server: Running, args: argparse.Namespace) -> dict[str, Any]:
     for turn in range(args.r + 1):
         stream = of_chat(message, max_tokens=args.tokens, temperature=0.0, logit_bias=ends)
         alone = stream.run().timings.decode_tok_s
-        (times,) = _client(server, 1, args.tokens)
+        (times,) = _client(server, 0, args.tokens)["times"]
         over_http = (args.tokens - 1) / (times[-1] - times[0])
         if turn:  # the first one warms up
             ratios.append(over_http / alone)
@@ -123,17 +174,19 @@ def _path(server: Running, args: argparse.Namespace) -> dict[str, Any]:
     loop_thread = next(t for t in threading.enumerate() if t.name.startswith("Thread-"))
     clock = time.pthread_getcpuclockid(loop_thread.ident or 0)
     for n in (1, 16):
-        costs, costs_all = [], []
+        costs, costs_all, loads = [], [], []
         for turn in range(args.r + 1):
             with _paced(server, n, args.tokens):
                 begun = time.clock_gettime(clock), time.process_time()
-                _client(server, n, args.tokens)
+                load = _client(server, n, args.tokens)["us"]
                 ended = time.clock_gettime(clock), time.process_time()
             if turn:
                 costs.append(1e6 * (ended[0] - begun[0]) / (n * args.tokens))
                 costs_all.append(1e6 * (ended[1] - begun[1]) / (n * args.tokens))
+                loads.append(load)
         found[f"loop_us_{n}"] = statistics.median(costs)
         found[f"process_us_{n}"] = statistics.median(costs_all)
+        found[f"load_us_{n}"] = statistics.median(loads)
     return found
 
 

@@ -26,14 +26,15 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from edgeinfer.load.generator import Generator, Settings, tokens_per_word
-from edgeinfer.load.http_client import Client, Target
+from edgeinfer.load.http_client import Client
 from edgeinfer.load.summary import summary
 from edgeinfer.load.traffic import Texts, read_traffic, repeated
+from edgeinfer.remote.address import read_address
 
 LOADED = 0.85
 TRAFFIC = Path(__file__).with_suffix(".jsonl")
@@ -219,7 +220,7 @@ class Bench:
         )
 
         async def measure() -> dict[str, Any]:
-            client = Client(Target.of(self.url), {})
+            client = Client(read_address(self.url, None))
             if "tokens_per_word" not in self.found:
                 self.found["tokens_per_word"] = await tokens_per_word(client, settings)
             texts = Texts(self.found["tokens_per_word"])
@@ -296,8 +297,7 @@ def _tell_run(found: dict[str, Any]) -> None:
 
 
 async def _is_ready(url: str) -> bool:
-    target = Target.of(url)._replace(path="")
-    client = Client(target, {})
+    client = Client(replace(read_address(url, None), prefix=""))
     try:
         reply = await client.request("GET", "/health", b"", lambda at, status, data: None)
         return reply.status == 200
