@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from edgeinfer import platform
 from edgeinfer.errors import DeviceError
 from edgeinfer.kernels.cuda import cubins as cubins_module
+from edgeinfer.kernels.cuda.compiler import Compiler
 from edgeinfer.kernels.cuda.cubins import Cubins
 from edgeinfer.kernels.cuda.kernel import Kernel, Sources
 from edgeinfer.kernels.cuda.nvrtc import Cubin, Job, Nvrtc, compile_all
@@ -243,6 +245,52 @@ def test_a_compiler_that_ends_or_is_none_is_an_error(tmp_path: Path) -> None:
         compile_all(none, [Job("k", "", (), 90)])
     with pytest.raises(DeviceError, match="the process that compiles k has ended"):
         compile_all(library(12).path, [Job("k", "", 1, 90)])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("answer", ["", '{"cubin": "f0', "\\xff"])
+def test_a_compiler_that_ends_amid_its_answer_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, answer: str
+) -> None:
+    ending = f"import sys; sys.stdin.readline(); sys.stdout.buffer.write(b'{answer}')"
+    monkeypatch.setattr(platform, "python_command", lambda *args: [sys.executable, "-c", ending])
+    with pytest.raises(DeviceError, match="the process that compiles k has ended"):
+        compile_all(Path("libnvrtc.so.12"), [Job("k", "", (), 90)])
+
+
+def test_a_compiler_that_can_not_be_started_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "g++").write_bytes(b"\x7fELF no program")
+    (tmp_path / "g++").chmod(0o755)
+    with monkeypatch.context() as broken, pytest.raises(DeviceError, match="be started: .*Exec"):
+        broken.setattr(sys, "executable", str(tmp_path / "g++"))
+        compile_all(Path("libnvrtc.so.12"), [Job("k", "", (), 90)])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(DeviceError, match=r"g\+\+ can't be run: Exec format error"):
+        Compiler(tmp_path / "kernels").libraries({"k": ""}, [])
+
+
+def test_a_library_that_is_no_nvrtc_is_done_without(
+    sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The C library has none of its functions."""
+    other, right = NvrtcLibrary(Path("libc.so.6"), 13), library(12)
+    monkeypatch.setattr(platform, "nvrtc_libraries", lambda: [other, right])
+    assert Cubins(tmp_path, sources, 90, 13).load([Kernel.of("k")])
+    monkeypatch.setattr(platform, "nvrtc_libraries", lambda: [other])
+    with pytest.raises(DeviceError, match=r"NVRTC can't be loaded: .*nvrtcGetErrorString"):
+        Cubins(tmp_path, sources, 89, 13).load([Kernel.of("k")])
+    nvrtc = Nvrtc(right.path)
+    with pytest.raises(DeviceError, match="NVRTC is too old: .*nvrtcGetNothing"):
+        nvrtc._call("GetNothing")
+
+
+def test_what_can_not_be_kept_is_used_all_the_same(sources: Sources, tmp_path: Path) -> None:
+    library(12)
+    (tmp_path / "file").touch()
+    cubins = Cubins(tmp_path / "file" / "cache", sources, 90, 12)
+    [data] = cubins.load([Kernel.of("k")]).values()
+    assert data.startswith(b"\x7fELF") and cubins.unkept == "Not a directory"
 
 
 def test_compilers_are_found_where_jetpack_has_them(tmp_path: Path) -> None:
