@@ -197,8 +197,8 @@ EI_DEV void add_values(
     }
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
-#if __CUDA_ARCH__ == 750
-        __syncwarp();  // else loads of both are in flight, and 512 threads have no registers for that
+#if __CUDA_ARCH__ == 750 || __CUDA_ARCH__ == 800
+        __syncwarp();  // else loads of both are in flight: 512 threads have no registers for that
 #endif
         uint4 x[4];
 #pragma unroll

@@ -10,8 +10,9 @@
 constexpr int SIXTEENS = TOKENS > 16 ? 2 : 1;
 constexpr int EIGHTS = 2 * SIXTEENS;  // of rows of the matrix, as tiles have them
 constexpr int N = TOKENS / 8;
-// Blocks a processor should have, 0: as the compiler likes, which spills on sm_100 to 107 to have 3.
-#if __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1100
+// Blocks a processor should have, 0: as the compiler likes, which spills on sm_100 to sm_103 to
+// have 3.
+#if __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ <= 1030
 constexpr int LEAST_BLOCKS = TOKENS > 16 ? 1 : 0;
 #else
 constexpr int LEAST_BLOCKS = 0;

@@ -8,8 +8,9 @@
 // Variants: TYPE = Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4;
 //   TOKENS = 64; WARPS = 4
 
-// Blocks a processor should have, 0: as the compiler likes, which spills on sm_103 to have 3.
-#if __CUDA_ARCH__ == 1030
+// Blocks a processor should have, 0: as the compiler likes, which spills on sm_103 and sm_107 to
+// have 3.
+#if __CUDA_ARCH__ == 1030 || __CUDA_ARCH__ == 1070
 constexpr int LEAST_BLOCKS = TOKENS > 16 ? 1 : 0;
 #else
 constexpr int LEAST_BLOCKS = 0;
