@@ -197,9 +197,6 @@ EI_DEV void add_values(
     }
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
-#if __CUDA_ARCH__ == 750 || __CUDA_ARCH__ == 800
-        __syncwarp();  // else loads of both are in flight: 512 threads have no registers for that
-#endif
         uint4 x[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {

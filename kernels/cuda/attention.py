@@ -15,7 +15,6 @@ SHARED_BYTES = 48 << 10  # static shared memory of a block, on any GPU
 _TILE_VALUES = 1024  # of the query heads of a block: more take registers that loads in flight need
 _MOST_QUERIES = 12  # of a warp that takes several rows
 _TILE_QUERIES = 16  # of a warp with tensor cores
-_GROUP_VALUES = 64  # of a head, which tensor cores make at once
 _MOST_MMA_DIM = 256  # of heads: what is folded of wider ones has no room in shared memory
 _LANES = 32
 
@@ -44,13 +43,9 @@ class AttendLaunch(NamedTuple):
             return queries * _query_floats(cache, mma) + warps * of_warp + 2 * queries + 4
 
         # 512 threads have 128 registers each: too few for the loads and scores of more queries, and
-        # with tensor cores for blocks that are made halves, and for heads whose scores and values
-        # the compiler has at once, as there is only one group of 64 values.
+        # with tensor cores for any, as compilers for one GPU or another have it.
         are_halves = cache.k_type == cache.v_type == "f16"
-        if mma:
-            most_queries = 4 if are_halves and cache.v_dim > _GROUP_VALUES else 0
-        else:
-            most_queries = 4 if are_halves else 3
+        most_queries = 0 if mma else 4 if are_halves else 3
         most_warps = most_warps if queries <= most_queries else 8
         choices = tuple(n for n in (16, 8, 4, 2, 1) if n <= most_warps)
         warps = _most_warps(cache, choices, n_floats)
