@@ -11,12 +11,16 @@
 // Variants: TYPE = Q2_K; WARPS = 1; ROWS = 4
 
 // Several rows, and some types beside many warps, want more registers than the compiler takes by
-// itself: it may take all that a block of threads can have. Tables do, and on sm_100 to 107 Q4_K.
+// itself: it may take all that a block of threads can have. Tables do, Q4_K on sm_100 to 107, and
+// Q5_0 on sm_72.
 template <class T>
 constexpr bool IS_LARGE = T::IS_TABLE;
 #if __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1100
 template <>
 constexpr bool IS_LARGE<Q4_K> = true;
+#elif __CUDA_ARCH__ == 720
+template <>
+constexpr bool IS_LARGE<Q5_0> = true;
 #endif
 
 // Grid: (n / 32 or fewer, rows / ROWS rounded up). x is X8, w (n, k) tiles; bias and residual may
