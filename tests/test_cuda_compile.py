@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from edgeinfer import platform
 from edgeinfer.errors import DeviceError
 from edgeinfer.kernels.cuda import cubins as cubins_module
+from edgeinfer.kernels.cuda.compiler import Compiler
 from edgeinfer.kernels.cuda.cubins import Cubins
 from edgeinfer.kernels.cuda.kernel import Kernel, Sources
 from edgeinfer.kernels.cuda.nvrtc import Cubin, Job, Nvrtc, compile_all
@@ -19,6 +21,7 @@ from tests import cuda_registers
 from tests.cuda_registers import ALL, USUAL, Kernels
 
 _OLDEST = 61
+_NO_DRIVER = 62  # has run none since CUDA 10.2
 
 
 def library(cuda: int) -> NvrtcLibrary:
@@ -91,7 +94,7 @@ def test_all_of_dev_cuh_compiles_for_every_architecture(
 ) -> None:
     path = library(cuda).path
     architectures = [arch for arch in Nvrtc(path).architectures if arch >= _OLDEST]
-    assert set(ALL[cuda]) <= set(architectures)
+    assert set(USUAL[cuda]) <= set(architectures)
     jobs = [Cubins(tmp_path, sources, arch, cuda).job(Kernel.of("k")) for arch in architectures]
     for arch, cubin in zip(architectures, compile_all(path, jobs), strict=True):
         assert cubin.data.startswith(b"\x7fELF") and b"ei_kernel_k" in cubin.data
@@ -103,18 +106,25 @@ def test_all_of_dev_cuh_compiles_for_every_architecture(
 def test_changed_kernels_spill_nothing_and_take_no_more_registers(cuda: int) -> None:
     library(cuda)
     kernels = Kernels(Sources(), cuda_registers.read())
-    found = kernels.usages(kernels.changed(), cuda, USUAL[cuda])
-    wrong = list(filter(None, (kernels.objection(*each) for each in found)))
+    wrong = kernels.objections(kernels.changed(), cuda, USUAL[cuda])
     assert not wrong, "\n".join(["python -m tests.cuda_registers writes the table:", *wrong])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cuda", [12, 13])
-def test_all_kernels_compile_for_every_architecture_of_our_users(cuda: int) -> None:
-    library(cuda)
+def test_no_architecture_that_a_compiler_knows_is_left_out(cuda: int) -> None:
+    known = {arch for arch in Nvrtc(library(cuda).path).architectures if arch >= _OLDEST}
+    assert known - {_NO_DRIVER} <= set(ALL[cuda])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("cuda", "arch"), [(cuda, arch) for cuda in ALL for arch in ALL[cuda]])
+def test_all_kernels_compile_for_every_architecture_of_our_users(cuda: int, arch: int) -> None:
+    if arch not in Nvrtc(library(cuda).path).architectures:
+        pytest.skip(f"this NVRTC of CUDA {cuda} does not know sm_{arch}")
     kernels = Kernels(Sources(), cuda_registers.read())
-    found = kernels.usages(kernels.all, cuda, ALL[cuda])
-    assert not list(filter(None, (kernels.objection(*each) for each in found)))
+    wrong = kernels.objections(kernels.all, cuda, [arch])
+    assert not wrong, "\n".join(wrong)
 
 
 def early(kernels: Sequence[Kernel], arch: int, folder: Path) -> list[tuple[Job, Job]]:
@@ -139,13 +149,14 @@ def test_a_kernel_that_may_begin_early_waits_before_anything_else(tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [90, 120])
-def test_kernels_that_may_begin_early_spill_nothing(tmp_path: Path, arch: int) -> None:
+@pytest.mark.parametrize(("cuda", "arch"), [(12, 90), (12, 100), (13, 110), (12, 120)])
+def test_kernels_that_may_begin_early_spill_nothing(tmp_path: Path, cuda: int, arch: int) -> None:
     sources = Sources()
     kernels = [kernel for name in sources.names() for kernel in sources.variants(name)]
     jobs = [waiting for _, waiting in early(kernels, arch, tmp_path)]
-    usages = [cubin.usage for cubin in compile_all(library(12).path, jobs)]
-    assert not [job.name for job, usage in zip(jobs, usages, strict=True) if any(usage[1:3])]
+    usages = [cubin.usage for cubin in compile_all(library(cuda).path, jobs)]
+    wrong = [f"{job.name}: {u}" for job, u in zip(jobs, usages, strict=True) if any(u[1:3])]
+    assert not wrong, "\n".join(wrong)
 
 
 def test_the_table_is_of_the_kernels_that_there_are() -> None:
@@ -161,14 +172,14 @@ def test_what_a_kernel_takes_is_held_against_the_table(sources: Sources, tmp_pat
     [fine, spilt] = compile_all(library(12).path, [job, spilling])
     usage, kernel = fine.usage, Kernel.of("k")
     kernels = Kernels(sources, {"k": {"key": "old", "registers": {"90": usage.registers}}})
-    assert kernels.objection(kernel, 90, usage) is None
+    assert kernels.objection(kernel, 12, 90, usage) is None
     assert spilt.usage.spilled_bytes > 0
     for each, said in [
         (spilt.usage, f"{spilt.usage.spilled_bytes} spilled"),
         (usage._replace(registers=200), "takes 200 registers"),
         (usage._replace(shared_bytes=49153), "49153 bytes of static shared memory"),
     ]:
-        assert said in (kernels.objection(kernel, 90, each) or "")
+        assert said in (kernels.objection(kernel, 12, 90, each) or "")
     with pytest.raises(ValueError, match="no registers are told of"):
         assert Cubin(b"", "warning").usage
 
@@ -234,6 +245,52 @@ def test_a_compiler_that_ends_or_is_none_is_an_error(tmp_path: Path) -> None:
         compile_all(none, [Job("k", "", (), 90)])
     with pytest.raises(DeviceError, match="the process that compiles k has ended"):
         compile_all(library(12).path, [Job("k", "", 1, 90)])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("answer", ["", '{"cubin": "f0', "\\xff"])
+def test_a_compiler_that_ends_amid_its_answer_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, answer: str
+) -> None:
+    ending = f"import sys; sys.stdin.readline(); sys.stdout.buffer.write(b'{answer}')"
+    monkeypatch.setattr(platform, "python_command", lambda *args: [sys.executable, "-c", ending])
+    with pytest.raises(DeviceError, match="the process that compiles k has ended"):
+        compile_all(Path("libnvrtc.so.12"), [Job("k", "", (), 90)])
+
+
+def test_a_compiler_that_can_not_be_started_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "g++").write_bytes(b"\x7fELF no program")
+    (tmp_path / "g++").chmod(0o755)
+    with monkeypatch.context() as broken, pytest.raises(DeviceError, match="be started: .*Exec"):
+        broken.setattr(sys, "executable", str(tmp_path / "g++"))
+        compile_all(Path("libnvrtc.so.12"), [Job("k", "", (), 90)])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(DeviceError, match=r"g\+\+ can't be run: Exec format error"):
+        Compiler(tmp_path / "kernels").libraries({"k": ""}, [])
+
+
+def test_a_library_that_is_no_nvrtc_is_done_without(
+    sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The C library has none of its functions."""
+    other, right = NvrtcLibrary(Path("libc.so.6"), 13), library(12)
+    monkeypatch.setattr(platform, "nvrtc_libraries", lambda: [other, right])
+    assert Cubins(tmp_path, sources, 90, 13).load([Kernel.of("k")])
+    monkeypatch.setattr(platform, "nvrtc_libraries", lambda: [other])
+    with pytest.raises(DeviceError, match=r"NVRTC can't be loaded: .*nvrtcGetErrorString"):
+        Cubins(tmp_path, sources, 89, 13).load([Kernel.of("k")])
+    nvrtc = Nvrtc(right.path)
+    with pytest.raises(DeviceError, match="NVRTC is too old: .*nvrtcGetNothing"):
+        nvrtc._call("GetNothing")
+
+
+def test_what_can_not_be_kept_is_used_all_the_same(sources: Sources, tmp_path: Path) -> None:
+    library(12)
+    (tmp_path / "file").touch()
+    cubins = Cubins(tmp_path / "file" / "cache", sources, 90, 12)
+    [data] = cubins.load([Kernel.of("k")]).values()
+    assert data.startswith(b"\x7fELF") and cubins.unkept == "Not a directory"
 
 
 def test_compilers_are_found_where_jetpack_has_them(tmp_path: Path) -> None:

@@ -204,6 +204,27 @@ def test_a_report_is_there_after_every_step(cpu: Backend, tmp_path: Path) -> Non
     assert "running" not in seen[1] and seen[1]["ok"]
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from edgeinfer.selftest import run
+def die(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
+steps = run.Step("first", 1.0, lambda *args: {"found": 1}), run.Step("last", 1.0, die)
+run.STEPS = steps
+run.Run(None, "cuda:0", None, print).steps([step.name for step in steps], 9.0, Path(sys.argv[1]))
+"""
+
+
+def test_a_report_can_be_read_of_a_test_that_was_killed(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    done = subprocess.run([sys.executable, "-c", KILLED, str(path)], cwd=_REPOSITORY, check=False)
+    report = json.loads(path.read_text())
+    assert done.returncode == -9 and os.listdir(tmp_path) == ["report.json"]
+    assert report["steps"]["first"]["found"] == 1
+    assert report["running"] == "last" and report["not_run"] == ["last"]
+
+
 def test_what_fails_is_named_and_the_rest_goes_on(cpu: Backend) -> None:
     first, second = (each for each in numerics.cases() if each.name.startswith("matrix Q4_0"))
 

@@ -9,15 +9,21 @@
 // K_IS_V 1: V is the first V_DIM values of K, and v_cache is not read. SOFT_CAP 0: soft_cap is not
 // used. K_TYPE, V_TYPE: of the cache. MMA 1: by tensor cores, "fast" numerics, QUERIES at most 16.
 // Variants: K_DIM = 128; V_DIM = 128; QUERIES = 1 2 4; WARPS = 16; K_IS_V = 0; SOFT_CAP = 0;
-//   K_TYPE = f16; V_TYPE = f16; MMA = 0 1
+//   K_TYPE = f16; V_TYPE = f16; MMA = 0
+// Variants: K_DIM = 128; V_DIM = 128; QUERIES = 1 2 4; WARPS = 8; K_IS_V = 0; SOFT_CAP = 0;
+//   K_TYPE = f16; V_TYPE = f16; MMA = 1
 // Variants: K_DIM = 128; V_DIM = 128; QUERIES = 8; WARPS = 8; K_IS_V = 0; SOFT_CAP = 0;
 //   K_TYPE = f16; V_TYPE = f16; MMA = 0 1
 // Variants: K_DIM = 64; V_DIM = 64; QUERIES = 3 4; WARPS = 16; K_IS_V = 0; SOFT_CAP = 0;
-//   K_TYPE = f16; V_TYPE = f16; MMA = 0 1
+//   K_TYPE = f16; V_TYPE = f16; MMA = 0
+// Variants: K_DIM = 64; V_DIM = 64; QUERIES = 3 4; WARPS = 8; K_IS_V = 0; SOFT_CAP = 0;
+//   K_TYPE = f16; V_TYPE = f16; MMA = 1
 // Variants: K_DIM = 64; V_DIM = 64; QUERIES = 7; WARPS = 8; K_IS_V = 0; SOFT_CAP = 0;
 //   K_TYPE = f16; V_TYPE = f16; MMA = 0 1
 // Variants: K_DIM = 256; V_DIM = 256; QUERIES = 2; WARPS = 16; K_IS_V = 0; SOFT_CAP = 0 1;
-//   K_TYPE = f16; V_TYPE = f16; MMA = 0 1
+//   K_TYPE = f16; V_TYPE = f16; MMA = 0
+// Variants: K_DIM = 256; V_DIM = 256; QUERIES = 2; WARPS = 8; K_IS_V = 0; SOFT_CAP = 0 1;
+//   K_TYPE = f16; V_TYPE = f16; MMA = 1
 // Variants: K_DIM = 128; V_DIM = 128; QUERIES = 4; WARPS = 8; K_IS_V = 0; SOFT_CAP = 0;
 //   K_TYPE = q8_0 q4_0; V_TYPE = q8_0 q4_0; MMA = 0 1
 // Variants: K_DIM = 64; V_DIM = 64; QUERIES = 3; WARPS = 16; K_IS_V = 0; SOFT_CAP = 0;

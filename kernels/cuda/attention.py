@@ -43,9 +43,9 @@ class AttendLaunch(NamedTuple):
             return queries * _query_floats(cache, mma) + warps * of_warp + 2 * queries + 4
 
         # 512 threads have 128 registers each: too few for the loads and scores of more queries, and
-        # for blocks that are made halves.
+        # with tensor cores for any, as compilers for one GPU or another have it.
         are_halves = cache.k_type == cache.v_type == "f16"
-        most_queries = 4 if are_halves else 0 if mma else 3
+        most_queries = 0 if mma else 4 if are_halves else 3
         most_warps = most_warps if queries <= most_queries else 8
         choices = tuple(n for n in (16, 8, 4, 2, 1) if n <= most_warps)
         warps = _most_warps(cache, choices, n_floats)

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from edgeinfer import platform
-from edgeinfer.errors import DeviceError
+from edgeinfer.errors import DeviceError, reason_of
 from edgeinfer.kernels.cuda.cache import Cache, key_of
 from edgeinfer.kernels.cuda.device import Progress
 
@@ -37,7 +37,18 @@ class Compiler:
     def libraries(
         self, texts: Mapping[str, str], flags: Sequence[str], progress: Progress | None = None
     ) -> dict[str, Path]:
-        """The library of each text, compiled now where it is not there, several at a time."""
+        """The library of each text, compiled now where it is not there, several at a time.
+
+        DeviceError where one can't be compiled, or kept.
+        """
+        try:
+            return self._libraries(texts, flags, progress)
+        except OSError as error:  # it can't be started, or has no room for what it writes
+            raise DeviceError(f"{self._program} can't be run: {reason_of(error)}") from error
+
+    def _libraries(
+        self, texts: Mapping[str, str], flags: Sequence[str], progress: Progress | None
+    ) -> dict[str, Path]:
         version = _version(self._program)
         keys = {label: key_of(text, version, *flags) for label, text in texts.items()}
         found = {label: self._cache.find(label, keys[label], ".so") for label in texts}

@@ -9,13 +9,23 @@
 // Variants: TYPE = Q2_K; WARPS = 4; ROWS = 1
 // Variants: TYPE = Q2_K; WARPS = 2; ROWS = 2
 // Variants: TYPE = Q2_K; WARPS = 1; ROWS = 4
-//
+
+// Several rows, and some types beside many warps, want more registers than the compiler takes by
+// itself: it may take all that a block of threads can have. Tables do, Q4_K on sm_100 to 107, and
+// Q5_0 on sm_72.
+template <class T>
+constexpr bool IS_LARGE = T::IS_TABLE;
+#if __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1100
+template <>
+constexpr bool IS_LARGE<Q4_K> = true;
+#elif __CUDA_ARCH__ == 720
+template <>
+constexpr bool IS_LARGE<Q5_0> = true;
+#endif
+
 // Grid: (n / 32 or fewer, rows / ROWS rounded up). x is X8, w (n, k) tiles; bias and residual may
 // be null, the residual may be y.
-//
-// Several rows, and tables beside many warps, want more registers than the compiler takes by
-// itself: it may take all that a block of threads can have.
-EI_KERNEL(32 * WARPS, ROWS > 1 || (TYPE::IS_TABLE && WARPS > 4)) matmul(
+EI_KERNEL(32 * WARPS, ROWS > 1 || (IS_LARGE<TYPE> && WARPS > 4)) matmul(
     const Step* step, int rows, const uint8_t* x, const uint8_t* w, const float* bias,
     const float* residual, float* y, int n, int k) {
     const int n_rows = ei_rows(step, rows);

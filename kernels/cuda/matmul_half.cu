@@ -10,6 +10,13 @@
 constexpr int SIXTEENS = TOKENS > 16 ? 2 : 1;
 constexpr int EIGHTS = 2 * SIXTEENS;  // of rows of the matrix, as tiles have them
 constexpr int N = TOKENS / 8;
+// Blocks a processor should have, 0: as the compiler likes, which spills on sm_100 to sm_103 to
+// have 3.
+#if __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ <= 1030
+constexpr int LEAST_BLOCKS = TOKENS > 16 ? 1 : 0;
+#else
+constexpr int LEAST_BLOCKS = 0;
+#endif
 constexpr int AHEAD = SIXTEENS == 1 ? 8 : 2;  // loads of a lane in flight, of each eight rows
 
 EI_DEV uint4 halves_of(uint4 words, F16) {
@@ -70,9 +77,9 @@ EI_DEV void store_sums(
 
 // Grid: (n / (16 * SIXTEENS * WARPS), rows / TOKENS, both rounded up). x is rows of halves.cuh, w
 // (n, k) tiles; bias and residual may be null, the residual may be y.
-EI_KERNEL(32 * WARPS) matmul_half(const Step* step, int rows, const uint8_t* x, const uint8_t* w,
-                                  const float* bias, const float* residual, float* y, int n,
-                                  int k) {
+EI_KERNEL(32 * WARPS, LEAST_BLOCKS) matmul_half(
+    const Step* step, int rows, const uint8_t* x, const uint8_t* w, const float* bias,
+    const float* residual, float* y, int n, int k) {
     const int n_rows = ei_rows(step, rows);
     const int first_row = blockIdx.y * TOKENS;
     const int first = (blockIdx.x * WARPS + threadIdx.x / 32) * 16 * SIXTEENS;

@@ -7,13 +7,21 @@
 //   TOKENS = 8 16; WARPS = 2
 // Variants: TYPE = Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4;
 //   TOKENS = 64; WARPS = 4
-//
+
+// Blocks a processor should have, 0: as the compiler likes, which spills on sm_103 and sm_107 to
+// have 3.
+#if __CUDA_ARCH__ == 1030 || __CUDA_ARCH__ == 1070
+constexpr int LEAST_BLOCKS = TOKENS > 16 ? 1 : 0;
+#else
+constexpr int LEAST_BLOCKS = 0;
+#endif
+
 // Grid: (n / rows of the matrix, rows / TOKENS, both rounded up). Blocks of threads that take the
 // same rows of the matrix run beside each other, so that memory is asked for these once. x is X8,
 // w (n, k) tiles; bias and residual may be null, the residual may be y.
-EI_KERNEL(32 * WARPS) matmul_mma(const Step* step, int rows, const uint8_t* x, const uint8_t* w,
-                                 const float* bias, const float* residual, float* y, int n,
-                                 int k) {
+EI_KERNEL(32 * WARPS, LEAST_BLOCKS) matmul_mma(
+    const Step* step, int rows, const uint8_t* x, const uint8_t* w, const float* bias,
+    const float* residual, float* y, int n, int k) {
     const int n_rows = ei_rows(step, rows);
     const int number = blockIdx.y * gridDim.x + blockIdx.x;
     const int first_row = (int)(number % gridDim.y) * TOKENS;

@@ -16,6 +16,15 @@ constexpr bool IS_SAME = false;
 template <class A>
 constexpr bool IS_SAME<A, A> = true;
 
+// Blocks a processor should have, 0: as the compiler likes. Codes of 8 bits want more registers than
+// it takes by itself, see matmul.cu; so do those of Q5_K on sm_70 and sm_72, where it spills.
+template <class T>
+constexpr int LEAST_BLOCKS = T::LOW_BITS == 8;
+#if __CUDA_ARCH__ == 700 || __CUDA_ARCH__ == 720
+template <>
+constexpr int LEAST_BLOCKS<Q5_K> = 1;
+#endif
+
 // A matrix and the part that a block of threads has in it.
 struct Part {
     const uint8_t* w;
@@ -38,9 +47,7 @@ EI_DEV void multiply_part(const Part& part, const Normed<WARPS, ROWS>& x, uint8_
 // one block of threads and at most n / 32, or none where there is no such matrix. Its dynamic
 // shared memory: tiles.py `normed_bytes`. `gather`, if any, names rows of x; norm is null where
 // there is no weight or is_normed is 0. Biases and the residual, which may be y_0, may be null.
-//
-// Codes of 8 bits want more registers than the compiler takes by itself: see matmul.cu.
-EI_KERNEL(32 * WARPS, TYPE::LOW_BITS == 8) norm_matmul(
+EI_KERNEL(32 * WARPS, LEAST_BLOCKS<TYPE>) norm_matmul(
     const Step* step, int rows, const int* gather, const float* x, const float* norm, float eps,
     int is_normed, const uint8_t* w_0, const uint8_t* w_1, const uint8_t* w_2, const float* bias_0,
     const float* bias_1, const float* bias_2, const float* residual, float* y_0, float* y_1,

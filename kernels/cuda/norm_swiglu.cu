@@ -7,6 +7,15 @@
 // WARPS warps share a tile of 32 rows of both matrices, for ROWS rows of x.
 // Variants: TYPE = Q4_0 Q4_K Q5_K Q6_K Q8_0; WARPS = 4 8; ROWS = 1
 
+// Blocks a processor should have, 0: as the compiler likes. Two matrices of Q5_K want more registers
+// than it takes by itself on sm_70 and sm_72, where it spills.
+template <class T>
+constexpr int LEAST_BLOCKS = 0;
+#if __CUDA_ARCH__ == 700 || __CUDA_ARCH__ == 720
+template <>
+constexpr int LEAST_BLOCKS<Q5_K> = 1;
+#endif
+
 // A tile is a block of X8.
 template <int N_ROWS>
 struct SwiGlu {
@@ -44,7 +53,7 @@ struct SwiGlu {
 // Grid: (n / 32 or fewer, rows / ROWS rounded up). Its dynamic shared memory: tiles.py
 // `normed_bytes`. `gather`, if any, names rows of x; biases, y and x8 may be null; for x8 n is a
 // multiple of 32.
-EI_KERNEL(32 * WARPS) norm_swiglu(
+EI_KERNEL(32 * WARPS, LEAST_BLOCKS<TYPE>) norm_swiglu(
     const Step* step, int rows, const int* gather, const float* x, const float* norm, float eps,
     const uint8_t* gate, const uint8_t* up, const float* gate_bias, const float* up_bias, float* y,
     uint8_t* x8, int n, int k) {

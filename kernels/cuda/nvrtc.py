@@ -78,9 +78,9 @@ class Nvrtc:
     def __init__(self, path: Path) -> None:
         try:
             self._library = ctypes.CDLL(str(path))
-        except OSError as error:
+            self._library.nvrtcGetErrorString.restype = ctypes.c_char_p
+        except (OSError, AttributeError) as error:  # no library, or another one
             raise DeviceError(f"NVRTC can't be loaded: {error}") from error
-        self._library.nvrtcGetErrorString.restype = ctypes.c_char_p
 
     @property
     def architectures(self) -> list[int]:
@@ -122,8 +122,11 @@ class Nvrtc:
         return buffer.raw
 
     def _call(self, name: str, *args: Any) -> None:
-        status = getattr(self._library, f"nvrtc{name}")(*args)
-        if status:
+        try:
+            function = getattr(self._library, f"nvrtc{name}")
+        except AttributeError as error:  # of a CUDA before 11.2
+            raise DeviceError(f"NVRTC is too old: {error}") from error
+        if status := function(*args):
             raise DeviceError(self._library.nvrtcGetErrorString(status).decode())
 
 
@@ -199,15 +202,12 @@ def _ask(process: subprocess.Popen[str], job: Job) -> Cubin:
     try:
         process.stdin.write(json.dumps(job) + "\n")
         process.stdin.flush()
-        line = process.stdout.readline()
-    except OSError:
-        line = ""
-    if not line:
+        answer = json.loads(process.stdout.readline())
+    except (OSError, ValueError):  # no answer, or half of one
         raise DeviceError(
             f"the process that compiles {job.name} has ended, as one does that is killed where "
             "memory runs out"
-        )
-    answer = json.loads(line)
+        ) from None
     if "error" in answer:
         raise DeviceError(answer["error"])
     return Cubin(base64.b64decode(answer["cubin"]), answer["log"])
