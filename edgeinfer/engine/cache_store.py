@@ -74,7 +74,7 @@ class CacheStore:
     def open_empty(self, ids: SequenceOf[int], layout: CacheLayout) -> Sequence:
         """A sequence that computes every one of its tokens, and shares none."""
         cache = SequenceCache(self.pools, layout, self._states)
-        return Sequence(list(ids), len(ids), cache)
+        return Sequence(array("i", ids), len(ids), cache)
 
     def _borders(
         self, sequence: Sequence, borders: Iterable[int], n_stable: int
