@@ -132,6 +132,20 @@ class OfPydantic1:
         return {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 
 
+@pytest.mark.parametrize("kind", ["Minimum", "Maximum"])
+def test_bounds_of_draft_4_are_out_where_a_flag_says_so(kind: str) -> None:
+    bound, flag = kind.lower(), f"exclusive{kind}"
+    numbers = [{bound: 3, flag: each} for each in (True, False)]
+    schema = {"anyOf": numbers, "properties": {flag: {}}}
+    found = schema_in(Grammar.of_schema(schema))
+    assert found["anyOf"] == [{flag: 3}, {bound: 3}] and found["properties"] == {flag: {}}
+
+
+def test_a_long_schema_is_told_to_be_long() -> None:
+    with pytest.raises(InvalidRequestError, match=r"^schema is 198,\d+ characters long; at most"):
+        Grammar.of_schema({"enum": list(range(30_000))})
+
+
 def test_a_model_of_pydantic_1_is_a_schema() -> None:
     schema = schema_in(Grammar.of_schema(OfPydantic1))
     assert schema["required"] == ["a"] and schema["additionalProperties"] is False

@@ -201,14 +201,14 @@ def _schema(given: Any, param: str) -> dict[str, Any] | bool:
     try:
         if not isinstance(value, str):
             value = json.dumps(value, allow_nan=False)
-        _check_length(value, param)
-        found = json.loads(value)
+        found = json.loads(value) if len(value) <= MOST_TEXT else None
     except (TypeError, ValueError) as error:
         raise InvalidRequestError(
             f"{param} is {shown(given)}, which is no JSON ({error})", param=param
         ) from None
     except RecursionError:
         raise _too_deep(param) from None
+    _check_length(value, param)
     if not isinstance(found, (dict, bool)):
         raise InvalidRequestError(
             f"{param} is {shown(given)}; it must be a JSON schema, or a pydantic model, "
