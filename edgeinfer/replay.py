@@ -72,7 +72,7 @@ class Recording:
             n_keep=request.n_pinned,
             sampling={name: getattr(params, name) for name in names},
             stop_token_ids=tuple(sorted(request.stop_ids)),
-            prompt_ids=request.ids,
+            prompt_ids=tuple(request.ids),
             token_ids=answer.token_ids,
             finish_reason=answer.finish_reason,
             stop_id=answer.stop if isinstance(answer.stop, int) else None,

@@ -56,7 +56,7 @@ def request_of(
     opened: Runtime, prompt: Prompt, given: Mapping[str, Any], constraint: Constraint | None
 ) -> Request:
     return Request(
-        ids=tuple(prompt.ids),
+        ids=prompt.ids,
         params=_params(opened, given),
         max_tokens=given.get("max_tokens"),
         overflow=_cache_overflow(opened, given.get("overflow", "error"), len(prompt.ids)),

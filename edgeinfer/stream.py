@@ -18,7 +18,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 from edgeinfer.engine.generation import WAKE_SECONDS, Generation
 from edgeinfer.engine.sequence import Finished, Prefilled, Request, Token
-from edgeinfer.errors import ClosedError, InvalidRequestError
+from edgeinfer.errors import BusyError, ClosedError, InvalidRequestError
 from edgeinfer.parameters import shown
 from edgeinfer.results import (
     Completion,
@@ -87,7 +87,7 @@ class Stream(Iterator[Event]):
     @property
     def prompt_ids(self) -> tuple[int, ...]:
         """The tokens of the prompt, template included."""
-        return self._generation.request.ids
+        return tuple(self._generation.request.ids)
 
     def __iter__(self: _Self) -> _Self:
         return self
@@ -283,19 +283,27 @@ class Stream(Iterator[Event]):
         )
 
 
-def read_all(streams: Iterable[Stream]) -> list[Completion]:
-    """The completions of streams that are read side by side, as their events come.
+def _read_all(openers: Iterable[Callable[[], Stream]]) -> list[Completion]:
+    """The completions of streams that are opened as there is room, and read as their events come.
 
-    An iterator that opens each as it is asked for has at most MOST_OPEN open.
+    At most MOST_OPEN are open, and no more than the engine lets wait.
     """
     ready: SimpleQueue[Stream] = SimpleQueue()
     opened: list[Stream] = []
-    more, n_open = iter(streams), 0
+    more, n_open, has_room = iter(openers), 0, True
+    opener = next(more, None)
     while True:
-        while n_open < MOST_OPEN and (stream := next(more, None)) is not None:
+        while opener is not None and has_room and n_open < MOST_OPEN:
+            try:
+                stream = opener()
+            except BusyError:
+                if not n_open:
+                    raise
+                has_room = False  # until one has ended
+                break
             opened.append(stream)
             stream.notify(partial(ready.put, stream))
-            n_open += 1
+            n_open, opener = n_open + 1, next(more, None)
         if not n_open:
             return [stream.completion for stream in opened]
         try:
@@ -306,7 +314,7 @@ def read_all(streams: Iterable[Stream]) -> list[Completion]:
         except Empty:
             opened[-1].check_waiting()
         except StopIteration:
-            n_open -= 1
+            n_open, has_room = n_open - 1, True
 
 
 def run_all(
@@ -314,7 +322,11 @@ def run_all(
 ) -> list[Completion]:
     """Run streams side by side; one that fails ends them all."""
     with contextlib.ExitStack() as stack:
-        return read_all(stack.enter_context(open_stream(each)) for each in items(asked, param))
+
+        def opened(each: Any) -> Stream:
+            return stack.enter_context(open_stream(each))
+
+        return _read_all(partial(opened, each) for each in items(asked, param))
 
 
 def items(given: Iterable[Any], param: str) -> Iterable[Any]:

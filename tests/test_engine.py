@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,8 +13,9 @@ import numpy as np
 import pytest
 
 from edgeinfer.batch import Batch, Outputs, StepLimits
-from edgeinfer.engine.engine import MAX_WAITING, Engine
+from edgeinfer.engine.engine import Engine
 from edgeinfer.engine.generation import Generation
+from edgeinfer.engine.plan_rows import WAITING_BYTES
 from edgeinfer.engine.sequence import Finished, Prefilled, Request, Token
 from edgeinfer.engine.step_costs import StepCosts
 from edgeinfer.errors import (
@@ -351,21 +354,97 @@ def test_small_requests_that_keep_coming_do_not_starve_a_large_one(
     waiter.join()
 
 
-def test_the_queue_has_a_bound(engine: Engine, program: Programs) -> None:
+def test_the_queue_has_a_bound(
+    engine: Engine, program: Programs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bytes, which are what it takes."""
+    most = WAITING_BYTES // 8
+    monkeypatch.setattr("edgeinfer.engine.engine.WAITING_BYTES", most)
     program.gate.clear()
-    waiting = []
-    with pytest.raises(BusyError, match="try again"):
-        for n in range(2 * MAX_WAITING):
-            waiting.append(engine.submit(_request(256, n % 250, max_tokens=1)))
+    waiting = [engine.submit(_request(256, 7, max_tokens=1))]
+    while not engine.n_running:
+        time.sleep(0.001)
+    tracemalloc.start()
+    try:
+        with pytest.raises(BusyError, match=r"requests of 102\d KiB wait already; try again later"):
+            for n in range(most):
+                params = SamplingParams(seed=n)
+                ids = (256, *range(n % 250))
+                waiting.append(engine.submit(Request(ids=ids, params=params, max_tokens=1)))
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(waiting) > 300 and 0.8 * most <= held <= most
     with pytest.raises(BusyError):
         engine.logits([1])
-    assert MAX_WAITING <= len(waiting) <= MAX_WAITING + engine.limits.max_sequences
     for generation in waiting[4:]:
         generation.cancel()
     program.gate.set()
     assert [_finish(generation).reason for generation in waiting[:4]] == ["length"] * 4
     assert {_finish(generation).reason for generation in waiting[4:]} == {"cancelled"}
     assert _finish(engine.submit(_request())).reason == "length"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_waits_never_takes_more_than_planned(
+    engine: Engine, program: Programs, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Whatever waits: prompts, biases, answers that nobody reads. One alone is always taken."""
+    most, rng = 100_000, random.Random(seed)
+    monkeypatch.setattr("edgeinfer.engine.engine.WAITING_BYTES", most)
+    scheduler, taken, n_refused = engine._scheduler, list[Generation](), 0
+    for _ in range(300):
+        if rng.random() < 0.1:
+            program.gate.set() if rng.random() < 0.5 else program.gate.clear()
+        elif taken and rng.random() < 0.2:
+            taken.pop(rng.randrange(len(taken))).cancel()
+        ids = [rng.randrange(VOCAB) for _ in range(rng.choice([1, 200]))]
+        bias = dict.fromkeys(range(rng.choice([0, 0, 300])), 1.0)
+        request = _request(*ids, params=SamplingParams(seed=1, logit_bias=bias), max_tokens=9)
+        try:
+            taken.append(engine.submit(request))
+        except BusyError:
+            n_refused += 1
+            assert scheduler.n_bytes_waiting
+        # Those that ran may have given way meanwhile: their part is in the row "requests".
+        assert scheduler.n_bytes_waiting <= most + 4 * 50_000
+    assert n_refused
+    program.gate.set()
+    assert {_finish(generation).reason for generation in taken} <= {"length"}
+    while scheduler.n_bytes_waiting:
+        time.sleep(0.001)
+
+
+def test_answers_that_nobody_reads_count(
+    engine: Engine, program: Programs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are paused, with their events and all that they go on from."""
+    unread = [engine.submit(_request(256, n, max_tokens=None, overflow="slide")) for n in range(3)]
+    while len(engine._scheduler.paused) < 3:
+        time.sleep(0.001)
+    held = engine._scheduler.n_bytes_waiting
+    assert held > 3 * 40_000 and not any(generation.speculator for generation in unread)
+    monkeypatch.setattr("edgeinfer.engine.engine.WAITING_BYTES", held + 100)
+    with pytest.raises(BusyError, match="wait already"):
+        engine.submit(_request())
+    unread[0].cancel()
+    assert _finish(unread[0]).reason == "cancelled"
+    assert _finish(engine.submit(_request())).reason == "length"
+
+
+def test_a_prompt_of_any_length_is_taken_where_nobody_waits(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgeinfer.engine.engine.WAITING_BYTES", 100)
+    assert _finish(engine.submit(_request())).reason == "length"
+    rows = 0
+
+    def take(row: int, logits: Any) -> None:
+        nonlocal rows
+        rows += len(logits)
+
+    engine.each_logits([7] * 1000, take, overflow="slide")
+    assert rows == 1000
 
 
 def test_context_end_is_length(engine: Engine) -> None:

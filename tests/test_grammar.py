@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import random
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NewType, TypedDict
 
 import numpy as np
 import pydantic
@@ -105,6 +106,59 @@ def test_what_a_pydantic_dataclass_demands_is_kept() -> None:
     assert schema_in(Grammar.of_schema(Sized))["properties"]["n"]["maximum"] == 5
 
 
+def test_types_of_every_make_are_schemas() -> None:
+    """Also those of pydantic inside of what only msgspec knows, and of pydantic 1."""
+
+    @dataclasses.dataclass
+    class Holds:
+        node: Node
+
+    for kind in (list[Node], Node | None, Thing | Part, Holds, pydantic.TypeAdapter(Node)):
+        schema = schema_in(Grammar.of_schema(kind))
+        found = [each for each in walk(schema) if "properties" in each]
+        assert found and all(each["additionalProperties"] is False for each in found)
+    optional = [{"type": "integer"}, {"type": "null"}]
+    assert schema_in(Grammar.of_schema(int | None))["anyOf"] == optional
+    assert schema_in(Grammar.of_schema(NewType("Count", int)))["type"] == "integer"
+
+
+class OfPydantic1:
+    """What a model of pydantic 1 has."""
+
+    __fields__ = {"a": "int"}
+
+    @classmethod
+    def schema(cls) -> Any:
+        return {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+
+
+@pytest.mark.parametrize("kind", ["Minimum", "Maximum"])
+def test_bounds_of_draft_4_are_out_where_a_flag_says_so(kind: str) -> None:
+    bound, flag = kind.lower(), f"exclusive{kind}"
+    numbers = [{bound: 3, flag: each} for each in (True, False)]
+    schema = {"anyOf": numbers, "properties": {flag: {}}}
+    found = schema_in(Grammar.of_schema(schema))
+    assert found["anyOf"] == [{flag: 3}, {bound: 3}] and found["properties"] == {flag: {}}
+
+
+def test_a_long_schema_is_told_to_be_long() -> None:
+    with pytest.raises(InvalidRequestError, match=r"^schema is 198,\d+ characters long; at most"):
+        Grammar.of_schema({"enum": list(range(30_000))})
+
+
+def test_a_model_of_pydantic_1_is_a_schema() -> None:
+    schema = schema_in(Grammar.of_schema(OfPydantic1))
+    assert schema["required"] == ["a"] and schema["additionalProperties"] is False
+
+
+def test_a_class_without_a_schema_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InvalidRequestError, match="no schema can be made"):
+        Grammar.of_schema(random.Random)
+    monkeypatch.delitem(sys.modules, "pydantic")
+    with pytest.raises(InvalidRequestError, match="none that has one, as dataclasses have"):
+        Grammar.of_schema(random.Random)
+
+
 def test_a_schema_is_the_same_as_a_mapping_and_as_its_text() -> None:
     schema = {"type": "object", "properties": {"é": {"type": "integer"}}}
     assert Grammar.of_schema(schema) == Grammar.of_schema(json.dumps(schema))
@@ -127,7 +181,7 @@ def test_a_schema_is_the_same_as_a_mapping_and_as_its_text() -> None:
         ({"$ref": "http://elsewhere.org/x"}, "elsewhere"), ({"$ref": "#/nope"}, "nope"),
         ({"type": "strin"}, "strin"), (False, "false"), ("[1]", "must be a JSON schema"),
         ('{"type":', "no JSON"), (5, "must be a JSON schema"), ({"enum": {1, 2}}, "no JSON"),
-        ({"a": float("nan")}, "no JSON"), (int | str, "no JSON"), (Path, "no schema can be made"),
+        ({"a": float("nan")}, "no JSON"), (object(), "no JSON"), (Path, "no schema|path"),
         ({"enum": ["x" * MOST_TEXT]}, "at most"), ({"enum": ["\ud800"]}, "can't be used"),
         ('{"not":' * 5000 + "{}" + "}" * 5000, "levels deep"),
         ('{"items":' * 100 + "{}" + "}" * 100, "levels deep"),

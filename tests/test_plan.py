@@ -70,7 +70,7 @@ def test_each_memory_has_its_rows_and_its_budget(segment: Segment) -> None:
     host, gpu = plan.pools
     assert gpu == Pool("cuda:0", {"weights Q4_0": 100 * MiB, "KV cache": MiB}, 200 * MiB)
     assert (host.name, host.available, plan.host) == ("host", 1 << 30, host)
-    assert {"staging", "requests", "Python", "chat templates"} == set(host.rows)
+    assert {"staging", "requests", "waiting requests", "Python", "chat templates"} == set(host.rows)
     assert plan.rows["KV cache (cuda:0)"] == MiB and plan.rows["staging"] == 64 * MiB
     assert sum(plan.rows.values()) == plan.total_bytes == host.total_bytes + gpu.total_bytes
     assert plan.summary == f"{host.total_bytes // MiB} MiB, 101 MiB on cuda:0"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -141,6 +142,27 @@ def full(server: Running) -> Iterator[None]:
     server.service._n_open -= 8
 
 
+@contextmanager
+def crowded(server: Running) -> Iterator[None]:
+    """What waits for the engine takes all that it may."""
+    engine, is_held, gate = server.llm.runtime.engine, threading.Event(), threading.Event()
+
+    def hold() -> None:
+        is_held.set()
+        gate.wait()
+
+    holder = threading.Thread(target=engine.between_steps, args=(hold,))
+    holder.start()
+    is_held.wait()
+    try:
+        with pytest.MonkeyPatch.context() as patch, server.llm.stream("x", max_tokens=1):
+            patch.setattr("edgeinfer.engine.engine.WAITING_BYTES", 0)
+            yield
+    finally:
+        gate.set()
+        holder.join()
+
+
 def failing_at_once(server: Running) -> AbstractContextManager[object]:
     return server.replying("", error=RuntimeError("it broke"))
 
@@ -157,6 +179,7 @@ FAILURES = {
     "loading": Failure(503, "loading", inside=loading),
     "stopping": Failure(503, "stopping", inside=stopping),
     "full": Failure(429, "try again", inside=full),
+    "crowded": Failure(429, "wait already; try again later", inside=crowded),
     "a fault at once": Failure(500, "RuntimeError", inside=failing_at_once),
     "a fault midway": Failure(500, "RuntimeError", inside=failing_midway),
 }

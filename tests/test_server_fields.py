@@ -10,6 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from edgeinfer.server.responses import _HOSTED
+
 from .server_for_tests import Running
 
 HI: Any = [{"role": "user", "content": "hi"}]
@@ -93,6 +95,7 @@ REQUESTS: list[tuple[str, Any]] = [
     ("/v2/models/tiny/infer", {"inputs": [TENSOR], "parameters": {"max_tokens": 2, "top_k": 1}}),
     ("/v2/models/tiny/generate", {"text_input": "a", "parameters": {"stop_words": ["x"]}}),
 ]  # fmt: skip
+TOOLS: Any = [{"type": "function", "function": FUNCTION}]
 DEEP: Any = []
 for _ in range(70):
     DEEP = [DEEP]
@@ -101,6 +104,7 @@ ODD: list[Any] = [
     None, True, False, 0, -1, 1, -0.0, 1.0, 2.5, 1e308, 10**30, -(10**30), 2**63, "", "x", "1",
     "é\x00\u2028\U0010ffff", "x" * 3000, [], {}, [[]], [None], [1], [1.5], ["x"], [True], {"a": 1},
     {"": None}, {"type": 5}, {"role": "user"}, DEEP, [{}], [10**30], MISSING,
+    " ", {" ": 1},
 ]  # fmt: skip
 
 
@@ -158,6 +162,15 @@ def test_a_field_that_is_something_else(
     assert is_about_all or any(name in said for name in names), said
 
 
+def test_what_another_server_did_is_passed_over(server: Running) -> None:
+    """The message behind it tells of it."""
+    items = [{"type": kind, "id": "x", "status": "completed"} for kind in _HOSTED]
+    said = [*HI, *items, {"role": "assistant", "content": "so"}, {"role": "user", "content": "?"}]
+    with server.replying("x") as prompts:
+        assert server.post("/v1/responses", {"input": said}).status_code == 200
+    assert prompts[0].endswith("[user]hi[assistant]so[user]?[assistant]")
+
+
 @pytest.mark.parametrize("text", ['{"n": NaN}', '{"n": 1e999}', "[" * 5000, '{"n": 1', "\xff", "5"])
 def test_what_is_no_object_is_refused(server: Running, text: str) -> None:
     for path in ("/v1/chat/completions", "/v1/messages", "/api/chat", "/v2/models/tiny/infer"):
@@ -186,6 +199,27 @@ def test_the_last_of_equal_names_counts(server: Running) -> None:
         ("/api/chat", {"messages": HI, "options": {"num_predict": "x"}}, "options.num_predict"),
         ("/v1/chat/completions", {"messages": HI, "dry_sequence_breakers": ["x" * 5000]},
          "dry_sequence_breakers"),
+        ("/v1/chat/completions", {"messages": HI, "modalities": ["text", "audio"]},
+         "modalities is ['text', 'audio']; it must be ['text']"),
+        ("/v1/chat/completions", {"messages": HI, "response_format": {"type": "json_schema"}},
+         "response_format.json_schema.schema is missing"),
+        ("/v1/responses", {"input": "hi", "text": {"format": {"type": "json_schema"}}},
+         "text.format.schema is missing"),
+        ("/v1/responses", {"input": [*HI, {"type": "local_shell_call_output", "output": "x"}]},
+         "input[1].type is 'local_shell_call_output'; it must be one of message,"),
+        ("/v1/responses", {"input": [{"type": "compaction", "encrypted_content": "x"}, *HI]},
+         "input[0].type is 'compaction'"),
+        ("/v1/responses", {"input": [*HI, {"type": "mesage", "role": "user", "content": "x"}]},
+         "input[1].type is 'mesage'"),
+        *[("/v1/chat/completions", {"messages": HI, "tools": TOOLS, "tool_choice": {
+            "type": "allowed_tools", **choice}}, named)
+          for choice, named in (
+              ({"mode": "auto"}, "tool_choice.tools is None"),
+              ({"allowed_tools": {"mode": "required"}}, "tool_choice.tools is None"),
+              ({"mode": "auto", "tools": []}, "tool_choice.tools is []"),
+              ({"mode": "auto", "tools": ["f"]}, "tool_choice.tools is ['f']"),
+              ({"tools": TOOLS}, "tool_choice.mode is None; it must be 'auto' or 'required'"),
+              ({"mode": "any", "tools": TOOLS}, "tool_choice.mode is 'any'"))],
     ],
 )  # fmt: skip
 def test_a_refusal_names_the_field_that_came(

@@ -290,7 +290,7 @@ def test_a_schema_that_need_not_be_kept_to_is_no_error(client: OpenAI) -> None:
         ({"tool_choice": {"type": "web_search"}, "tools": TOOLS}, "tool_choice"),
         ({"parallel_tool_calls": "no", "tools": TOOLS}, "parallel_tool_calls"),
         ({"tools": [tool("a", {"type": "string"})], "tool_choice": "required"}, "tools"),
-        ({"response_format": {"type": "json_schema"}}, "response_format.schema"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
         ({"response_format": {"type": "xml"}}, "response_format"),
         ({"grammar": "root ::= ("}, "grammar"),
         ({"guided_regex": "(?=x)"}, "guided_regex"),

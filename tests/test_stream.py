@@ -23,13 +23,15 @@ from edgeinfer import (
     LLM,
     AsyncLLM,
     AsyncStream,
+    BusyError,
     ClosedError,
     Completion,
     Done,
     EdgeInferError,
     InvalidRequestError,
 )
-from edgeinfer.engine.generation import MOST_UNREAD
+from edgeinfer.engine.generation import MOST_UNREAD, Generation
+from edgeinfer.engine.sequence import Request
 from edgeinfer.engine.speculation import MAX_ROWS
 from edgeinfer.stream import MOST_OPEN, Stream
 
@@ -199,6 +201,34 @@ def test_a_batch_of_any_size(llm: LLM) -> None:
     answers = llm.generate_batch(([n % 250] for n in range(2 * MOST_OPEN + 5)), max_tokens=1)
     assert len(answers) == 2 * MOST_OPEN + 5
     assert llm.generate_batch([]) == []
+
+
+def test_a_batch_waits_where_no_more_may(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch is refused only where others fill the queue."""
+    prompts = [[n % 250] * 60 for n in range(30)]
+    alone = [llm.generate(prompt, max_tokens=2, seed=1).token_ids for prompt in prompts]
+    monkeypatch.setattr("edgeinfer.engine.engine.WAITING_BYTES", 8_000)
+    engine, n_refused = llm.runtime.engine, 0
+    submit = engine.submit
+
+    def counted(request: Request) -> Generation:
+        nonlocal n_refused
+        try:
+            return submit(request)
+        except BusyError:
+            n_refused += 1
+            raise
+
+    monkeypatch.setattr(engine, "submit", counted)
+    found = llm.generate_batch(prompts, max_tokens=2, seed=1)
+    assert [each.token_ids for each in found] == alone
+    assert 0 < n_refused <= len(prompts)  # tried again only once one has ended
+    monkeypatch.setattr("edgeinfer.engine.engine.WAITING_BYTES", 0)
+    unread = llm.stream("hello", **SLIDING)
+    _wait_paused(llm)
+    with pytest.raises(BusyError, match="wait already"):
+        llm.generate_batch(prompts, max_tokens=2)
+    unread.close()
 
 
 # -- readers that go away ------------------------------------------------------------------------

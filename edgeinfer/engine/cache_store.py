@@ -74,7 +74,7 @@ class CacheStore:
     def open_empty(self, ids: SequenceOf[int], layout: CacheLayout) -> Sequence:
         """A sequence that computes every one of its tokens, and shares none."""
         cache = SequenceCache(self.pools, layout, self._states)
-        return Sequence(list(ids), len(ids), cache)
+        return Sequence(array("i", ids), len(ids), cache)
 
     def _borders(
         self, sequence: Sequence, borders: Iterable[int], n_stable: int
@@ -105,7 +105,10 @@ class CacheStore:
             self._enter(each)
         if sequence.leader is not None and self._states is None:
             leader, n_equal = sequence.leader
-            if leader.cache.n_tokens // PAGE == n_equal // PAGE:  # they part in its last page
+            n_full = leader.cache.n_tokens // PAGE
+            # They part in its last page, and all before that were entered: of a leader that
+            # gave way, or was counted anew after an error, they may not be.
+            if n_full == n_equal // PAGE and n_full <= len(leader.path):
                 self._mark(leader, leader.cache.n_tokens, PLAIN)
         cache, most = sequence.cache, len(sequence.ids) - 1
         ids, before = array("i", sequence.ids), cache.n_tokens

@@ -9,9 +9,11 @@ import contextlib
 import os
 import threading
 import time
+from array import array
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -31,6 +33,7 @@ from edgeinfer.engine.generation import (
     check_ids,
     check_length,
 )
+from edgeinfer.engine.plan_rows import WAITING_BYTES, size_text
 from edgeinfer.engine.scheduler import AnyWork, Scheduler
 from edgeinfer.engine.sequence import Request, Rows
 from edgeinfer.engine.speculation import Acceptance
@@ -48,7 +51,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-MAX_WAITING = 4096  # requests: thousands of clients are real, and each holds its prompt
 _MOST_FAULTS = 3  # turns in a row that an error ended outside of any one request
 _JOIN_SECONDS = 5.0
 _FORKED = "this process was forked from the one that loaded the model; load it again here"
@@ -103,7 +105,8 @@ class Engine:
             check_length(len(request.ids), self.n_ctx, n_answer=1)
         request.params.check_vocabulary(self.n_vocab)
         layout = self.layout(request.overflow, request.n_pinned)
-        generation = Generation(self, request, layout)
+        # An eighth of what Python's integers take, for as long as it waits and runs.
+        generation = Generation(self, replace(request, ids=array("i", request.ids)), layout)
         self._queue(generation, request.priority)
         return generation
 
@@ -266,8 +269,10 @@ class Engine:
         with self._changed:
             if self._closed:
                 raise ClosedError(self._closed)
-            if len(self._scheduler.waiting) >= MAX_WAITING:
-                raise BusyError(f"{MAX_WAITING} requests wait already; try again later")
+            # One that nobody waits in front of is taken whatever it holds: it starts at once.
+            n_bytes = self._scheduler.n_bytes_waiting
+            if n_bytes and n_bytes + work.n_bytes > WAITING_BYTES:
+                raise BusyError(f"requests of {size_text(n_bytes)} wait already; try again later")
             self._scheduler.enqueue(work, priority)
             self._changed.notify()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from array import array
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
@@ -21,7 +22,17 @@ from edgeinfer.engine.cache_store import CacheStore
 from edgeinfer.engine.delivery import Delivery
 from edgeinfer.engine.drafting import Drafting
 from edgeinfer.engine.event_queue import EventQueue
-from edgeinfer.engine.sequence import EngineEvent, Finished, Rank, Request, Rows, Sequence, Token
+from edgeinfer.engine.sequence import (
+    ID_BYTES,
+    REQUEST_BYTES,
+    EngineEvent,
+    Finished,
+    Rank,
+    Request,
+    Rows,
+    Sequence,
+    Token,
+)
 from edgeinfer.engine.speculation import MAX_ROWS, Acceptance, Speculator
 from edgeinfer.errors import (
     ContextLengthError,
@@ -98,6 +109,7 @@ class Generation:
         self.keeps_cache = False
         self.error: BaseException | None = None  # what it was cancelled for
         self.rank: Rank = (0, 0)  # the scheduler's
+        self.n_bytes = request.n_bytes  # about what it takes while it does not run
         # Prompt and answer are no longer together than the context; one that slides has no end.
         most = request.max_tokens
         self.max_tokens = None if most is None else max(1, most)  # of none its prompt is read
@@ -169,6 +181,11 @@ class Generation:
             guesses.append((forced, [_FORCED] * len(forced)))
         return max(guesses, key=lambda found: sum(found[1]))
 
+    def rest(self) -> None:
+        """Hold no more than what it goes on from: an index of guesses is made again."""
+        self.speculator = None
+        self.n_bytes = self.request.n_bytes + sum([each.n_bytes for each in self.sequences])
+
     def emit(self, event: EngineEvent) -> None:
         """Have it delivered. Only a token that others have come before can wait for a step."""
         is_more = self.sequence is not None and self.sequence.n_generated > 1
@@ -206,12 +223,13 @@ class LogitsJob:
     `take(row, logits)` is called in the engine's thread with views of the next rows.
     """
 
-    ids: tuple[int, ...]
-    others: list[tuple[int, ...]]
+    ids: array[int]
+    others: list[array[int]]
     first: int
     chunk: int
     layout: CacheLayout
     take: Callable[[int, NDArray[np.float32]], None]
+    n_bytes: int  # about what it takes while it does not run
     sequences: list[Sequence] = field(default_factory=list)  # the engine's, while it runs
     error: BaseException | None = None
     is_cancelled: bool = False
@@ -248,7 +266,7 @@ class LogitsJob:
             raise InvalidRequestError(
                 f"prefill_chunk is {prefill_chunk}, need at least 1", param="prefill_chunk"
             )
-        ids, *others = map(tuple, lists)
+        ids, *others = (array("i", each) for each in lists)
         most = limits.max_sequences
         if limits.n_states:
             most = min(most, limits.n_states // STEP_SLOTS)
@@ -257,7 +275,8 @@ class LogitsJob:
                 f"{len(others)} token lists, at most {most - 1} fit in a step", param="batch_with"
             )
         chunk = min(prefill_chunk or limits.max_rows, limits.max_rows - len(others))
-        job = cls(ids, others, first, chunk, layout, take, hook=hook)
+        n_bytes = REQUEST_BYTES + ID_BYTES * sum(map(len, (ids, *others)))
+        job = cls(ids, others, first, chunk, layout, take, n_bytes, hook=hook)
         for n_pages, there_are in zip(job.next_pages, limits.n_pages.values(), strict=False):
             if n_pages > there_are:
                 raise PlanError(

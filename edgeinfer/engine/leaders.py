@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 
@@ -42,7 +43,7 @@ def waits(sequence: Sequence, read: SequenceOf[Sequence]) -> bool:
     return n_equal // PAGE > done // PAGE
 
 
-def _n_equal(a: list[int], b: list[int], most: int) -> int:
+def _n_equal(a: array[int], b: array[int], most: int) -> int:
     """How many tokens two lists begin with alike, at most `most`."""
     n, most = 0, min(len(a), len(b), most)
     while n < most and a[n : n + _STRIDE] == b[n : n + _STRIDE]:

@@ -16,7 +16,9 @@ _MiB = 1 << 20
 PYTHON_BYTES = 40 * _MiB
 # The process that renders chat templates: 15.5 MiB, 17.8 with the longest of 12 public ones.
 TEMPLATES_BYTES = 18 * _MiB
-_TOKEN_BYTES = 64  # ids as Python's integers in a prompt and its sequence, and the index of guesses
+_TOKEN_BYTES = 64  # Python's integers while a prompt is read, then 4 bytes thrice; text in pieces
+# By requests that don't run: some 2,900 short ones, or 2 million tokens; no more are taken.
+WAITING_BYTES = 8 * _MiB
 _SEQUENCE_BYTES = 192 << 10  # that index's tables, and what is sampled by
 _MOST_SPARE_BYTES = 64 * _MiB
 _SPARE_SHARE = 4  # of a context: a quarter
@@ -78,6 +80,7 @@ def pools_of(
     rows = {
         **taken,
         "requests": n_tokens * _TOKEN_BYTES + demand.limits.max_sequences * _SEQUENCE_BYTES,
+        "waiting requests": WAITING_BYTES,
         "tokenizer": host.text,
         "Python": PYTHON_BYTES,
         "chat templates": TEMPLATES_BYTES,

@@ -55,6 +55,11 @@ class Scheduler:
             return True
         return any(work.is_cancelled or work.events.has_room for work in self.paused)
 
+    @property
+    def n_bytes_waiting(self) -> int:
+        """Held by all that don't run; other threads call this."""
+        return sum([work.n_bytes for work in (*self.waiting, *self.paused)])
+
     def enqueue(self, work: AnyWork, priority: int = 0) -> None:
         """Have it wait behind all that have its priority; other threads call this too."""
         work.rank = -priority, next(self._arrivals)
@@ -86,6 +91,7 @@ class Scheduler:
             self.may_start = True
             self.paused.append(generation)
             self.running.remove(generation)
+            generation.rest()
             generation.events.pause()
 
     def admit(self) -> None:
@@ -156,6 +162,7 @@ class Scheduler:
             self.jobs.remove(work)
         else:
             self.running.remove(work)
+            work.rest()
 
     def finish(self, work: AnyWork, reason: FinishReason, stop_id: int | None = None) -> None:
         """End a request: its pages are kept for a later prompt or go back at once."""

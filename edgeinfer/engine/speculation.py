@@ -41,7 +41,7 @@ class Lookup:
     the guess is what followed the last one mostly, or the place at which a match just ended.
     """
 
-    def __init__(self, tokens: list[int]) -> None:
+    def __init__(self, tokens: Sequence[int]) -> None:
         self._tokens = tokens  # the caller's, which grows
         self._heads = array("i", [-1]) * _BUCKETS
         self._previous = array("i")
@@ -174,7 +174,7 @@ class Acceptance:
 class Speculator:
     """Guesses for one sequence, and how they fare; `of_all` counts those of all sequences."""
 
-    def __init__(self, tokens: list[int], of_all: Acceptance) -> None:
+    def __init__(self, tokens: Sequence[int], of_all: Acceptance) -> None:
         self._tokens, self._lookup = tokens, Lookup(tokens)
         self._acceptance, self._of_all = of_all.expected(), of_all
 

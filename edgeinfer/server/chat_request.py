@@ -22,6 +22,8 @@ def read_chat(body: Fields) -> Request:
     sampling = sampling_of(body, "max_completion_tokens", "max_tokens", "n_predict")
     if body.flag("logprobs"):
         sampling["logprobs"] = body.integer("top_logprobs", 0, 0, _MOST_LOGPROBS)
+    if body.get("modalities") not in (None, [], ["text"]):
+        raise body.wrong("modalities", "['text']: answers here are nothing else")
     effort = body.text("reasoning_effort") if "reasoning_effort" in body else None
     tools = tools_of(body.objects("tools"))
     tools += map(function_tool, body.objects("functions"))

@@ -27,7 +27,14 @@ from edgeinfer.server.wire import EVENTS, reply, unless_gone
 # Of functions, and of tools that take a text, which another model may have called before.
 _CALLS = ("function_call", "custom_tool_call")
 _OUTPUTS = ("function_call_output", "custom_tool_call_output")
+# What another's server did on its own, and tells of in the message that follows.
+_HOSTED = (
+    "web_search_call", "file_search_call", "image_generation_call", "code_interpreter_call",
+    "mcp_list_tools", "mcp_call", "mcp_approval_request", "mcp_approval_response",
+    "tool_search_call", "tool_search_output", "additional_tools", "compaction_trigger",
+)  # fmt: skip
 _LOGPROBS, _MOST_LOGPROBS = "message.output_text.logprobs", 128
+_KINDS = ("message", "reasoning", *_CALLS, *_OUTPUTS)
 _NEEDS_STORE = ("previous_response_id", "conversation", "prompt")
 
 
@@ -116,6 +123,8 @@ def _messages(body: Fields) -> list[Json]:
             found.append({"role": "tool", "tool_call_id": item.text("call_id"), "content": output})
         elif kind == "item_reference":
             raise ApiError(400, "item_reference is not supported: nothing is stored", param="input")
+        elif kind not in _HOSTED:
+            raise item.wrong("type", f"one of {', '.join(_KINDS)}")
     if not found:
         raise body.wrong("input", "a text, or items of which one is a message")
     return found

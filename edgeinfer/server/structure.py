@@ -52,7 +52,9 @@ def of_format(given: Fields, param: str) -> Structure:
     if kind in ("", "text"):
         return Structure()
     inner = given.object("json_schema") if "json_schema" in given else given
-    place = f"{param}.json_schema.schema" if inner is not given else f"{param}.schema"
+    # Chat completions have it a level deeper; llama-server takes it there, too.
+    is_deeper = inner is not given or (param == "response_format" and "schema" not in given)
+    place = f"{param}.json_schema.schema" if is_deeper else f"{param}.schema"
     if kind == "json_object":  # llama-server's has a schema, too
         return Structure("schema", inner.get("schema") or _ANY_OBJECT, place)
     if kind == "json_schema":

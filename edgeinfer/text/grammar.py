@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from types import ModuleType
+from types import ModuleType, UnionType
 from typing import Any
 
 from edgeinfer.errors import InvalidRequestError
@@ -27,6 +27,7 @@ _REPLY = "reply"
 # One way to write a value: what is certain need not be guessed, and no model fills it with space.
 _ONE_WAY = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 # Keywords of old drafts, which llguidance takes for annotations.
+_OF_TYPES = ("__origin__", "__supertype__", "json_schema")  # list[int], NewType, TypeAdapter
 _OLD_KEYWORDS = ("divisibleBy", "extends", "disallow")
 
 
@@ -193,21 +194,21 @@ def _lark(text: str) -> str:
 def _schema(given: Any, param: str) -> dict[str, Any] | bool:
     """A schema as JSON has it; InvalidRequestError where it is none."""
     value = given
-    if isinstance(given, type) or hasattr(given, "__origin__"):
+    if isinstance(given, (type, UnionType)) or any(hasattr(given, each) for each in _OF_TYPES):
         value = _schema_of_type(given, param)
     elif isinstance(given, Mapping):
         value = dict(given)
     try:
         if not isinstance(value, str):
             value = json.dumps(value, allow_nan=False)
-        _check_length(value, param)
-        found = json.loads(value)
+        found = json.loads(value) if len(value) <= MOST_TEXT else None
     except (TypeError, ValueError) as error:
         raise InvalidRequestError(
             f"{param} is {shown(given)}, which is no JSON ({error})", param=param
         ) from None
     except RecursionError:
         raise _too_deep(param) from None
+    _check_length(value, param)
     if not isinstance(found, (dict, bool)):
         raise InvalidRequestError(
             f"{param} is {shown(given)}; it must be a JSON schema, or a pydantic model, "
@@ -237,18 +238,27 @@ def _depth(text: str) -> int:
 
 def _schema_of_type(given: Any, param: str) -> Any:
     try:
-        if callable(make := getattr(given, "model_json_schema", None)):
-            return make()
+        for name in ("model_json_schema", "json_schema"):
+            if callable(make := getattr(given, name, None)):
+                return make()
+        if hasattr(given, "__fields__") and callable(make := getattr(given, "schema", None)):
+            return make()  # pydantic 1
         if dataclasses.is_dataclass(given) and hasattr(given, "__pydantic_core_schema__"):
             return sys.modules["pydantic"].TypeAdapter(given).json_schema()
         import msgspec
 
-        return msgspec.json.schema(given)
+        try:
+            return msgspec.json.schema(given)
+        except TypeError:  # a list of pydantic's models, a union of dataclasses
+            if (pydantic := sys.modules.get("pydantic")) is None:
+                raise
+            return pydantic.TypeAdapter(given).json_schema()
     except Exception as error:  # whatever a model's own code raises
+        reason = first_line(str(error)) or type(error).__name__
+        if reason.startswith("Generating JSON schema for custom types"):
+            reason = "a class in it is none that has one, as dataclasses have"
         raise InvalidRequestError(
-            f"{param} is {shown(given)}, of which no schema can be made: "
-            f"{first_line(str(error)) or type(error).__name__}",
-            param=param,
+            f"{param} is {shown(given)}, of which no schema can be made: {reason}", param=param
         ) from error
 
 

@@ -65,7 +65,10 @@ def check_schema(schema: Any, param: str) -> None:
 
 
 def narrowed(schema: Any) -> Any:
-    """With bounds of whole numbers that are exact: what they allow is allowed as it was given."""
+    """With bounds as llguidance has them, of whole numbers that are exact.
+
+    What they allow is allowed as it was given.
+    """
     if isinstance(schema, list):
         return [narrowed(each) for each in schema]
     if not isinstance(schema, dict):
@@ -78,6 +81,9 @@ def narrowed(schema: Any) -> Any:
             found[key] = max(-_MOST_EXACT, min(each, _MOST_EXACT))
         else:
             found[key] = each if key in VALUES else narrowed(each)
+    for bound, exclusive in (_LEAST, _MOST):  # in draft 4 a flag says that the bound is out
+        if isinstance(found.get(exclusive), bool) and bound in found and found.pop(exclusive):
+            found[exclusive] = found.pop(bound)
     return found
 
 

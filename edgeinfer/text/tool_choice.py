@@ -82,9 +82,8 @@ def _read(choice: Any) -> tuple[list[str] | None, bool]:
         kind = choice.get("type", "function")
         inner = choice.get(kind) if isinstance(kind, str) else None
         inner = inner if isinstance(inner, Mapping) else choice
-        if kind == "allowed_tools" and isinstance(inner.get("tools"), list):
-            names = [_name(each) for each in inner["tools"] if isinstance(each, Mapping)]
-            return [name for name in names if name], inner.get("mode") == "required"
+        if kind == "allowed_tools":
+            return _allowed(inner), inner.get("mode") == "required"
         if kind in ("function", "tool") and isinstance(inner.get("name"), str):
             return [inner["name"]], True
     raise InvalidRequestError(
@@ -92,6 +91,23 @@ def _read(choice: Any) -> tuple[list[str] | None, bool]:
         "with the name of a function",
         param="tool_choice",
     )
+
+
+def _allowed(choice: Mapping[str, Any]) -> list[str]:
+    """The names of those that `allowed_tools` lists; hosted ones, which have none, are no tools."""
+    if (mode := choice.get("mode")) not in ("auto", "required"):
+        raise InvalidRequestError(
+            f"tool_choice.mode is {shown(mode)}; it must be 'auto' or 'required'",
+            param="tool_choice.mode",
+        )
+    tools = choice.get("tools")
+    if not isinstance(tools, list) or not tools or not all(isinstance(t, Mapping) for t in tools):
+        raise InvalidRequestError(
+            f"tool_choice.tools is {shown(tools)}; it must be a list of tools, such as "
+            "{'type': 'function', 'name': NAME}",
+            param="tool_choice.tools",
+        )
+    return [name for each in tools if (name := _name(each))]
 
 
 def _name(tool: Mapping[str, Any]) -> str:
