@@ -89,6 +89,7 @@ class Engine:
         self._in_step: list[Rows] = []
         self._errands: deque[Errand[Any]] = deque()
         self._closed, self._is_exit = "", False
+        self._has_ended = self._is_left = False  # by its thread, by who opened it
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._loop, name="edgeinfer-engine", daemon=True)
         self._thread.start()
@@ -239,16 +240,14 @@ class Engine:
         if self._pid != os.getpid():
             return
         with self._changed:
-            self._is_exit = is_exit
+            self._is_exit, self._is_left = is_exit, True
             self._closed = self._closed or "the model was closed"
             if self._ticket is not None:
                 self._ticket.abort()
             self._changed.notify()
         if threading.current_thread() is not self._thread and not self.delivery.is_here():
             self._thread.join(timeout)
-        # A thread that is still in a step keeps its memory: freeing it would crash.
-        if not self._thread.is_alive():
-            self._program.close()
+        self._free()
 
     def mark_forked(self) -> None:
         """In the child of a fork the thread does not exist: every use is an error."""
@@ -282,6 +281,16 @@ class Engine:
             while self._errands:
                 self._errands.popleft().fail(ClosedError(self._closed))
             self.delivery.close(_JOIN_SECONDS)
+        self._has_ended = True
+        self._free()
+
+    def _free(self) -> None:
+        """Once nobody needs the memory: a step that outlasts `close`, or calls it, does."""
+        with self._lock:
+            is_last = self._has_ended and self._is_left
+            self._is_left = self._is_left and not is_last
+        if is_last:
+            self._program.close()
 
     def _serve(self) -> None:
         """Turns until it is closed. An error outside of any one request costs a turn at first."""
