@@ -35,6 +35,11 @@ class AsyncLLM:
     """
 
     def __init__(self, model: str | PathLike[str] | LLM, **load: Unpack[LoadOptions]) -> None:
+        if isinstance(model, LLM) and load:
+            raise InvalidRequestError(
+                f"{next(iter(load))} is given with a model that is open; it says how one is loaded",
+                param=next(iter(load)),
+            )
         self._given, self._load = model, load
         self._llm = model if isinstance(model, LLM) else None
         self._opening = threading.Lock()

@@ -89,6 +89,10 @@ class Stream(Iterator[Event]):
         """The tokens of the prompt, template included."""
         return self._generation.request.ids
 
+    def is_of(self, engine: object) -> bool:
+        """Whether this engine makes its tokens."""
+        return self._generation.is_of(engine)
+
     def __iter__(self: _Self) -> _Self:
         return self
 
@@ -126,6 +130,10 @@ class Stream(Iterator[Event]):
         `is_quick` takes microseconds and never gives the interpreter to another thread: the next
         step waits for it.
         """
+        if not callable(callback):
+            raise InvalidRequestError(
+                f"callback is {shown(callback)}; it must be a function", param="callback"
+            )
         if self._ready or self._is_over:
             callback()
         else:

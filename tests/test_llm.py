@@ -317,6 +317,40 @@ def test_a_switch_is_a_boolean(llm: LLM) -> None:
     assert llm.tokenize("a", bos=np.True_, special=np.False_) == llm.tokenize("a", bos=True)
 
 
+@pytest.mark.parametrize("wrong", [3, None, b"x", "", "a\0b", "\ud800", ["x"], np.array("x")])
+def test_a_path_is_a_path(llm: LLM, wrong: Any) -> None:
+    for use in (
+        lambda: llm.save_session(wrong, [1, 2, 3]),
+        lambda: llm.load_session(wrong),
+        lambda: edgeinfer.Recording.read(wrong),
+    ):
+        with pytest.raises(InvalidRequestError, match="path is .*; it must be a path"):
+            use()
+
+
+@pytest.mark.parametrize("wrong", [np.array(3), np.array([1, 2]), np.array("auto")])
+def test_arrays_are_no_chats(llm: LLM, wrong: Any) -> None:
+    """NumPy's are iterable by type alone where they have no dimension, and equal to nothing."""
+    for name in ("tools", "tool_choice"):
+        with pytest.raises(InvalidRequestError, match="tool"):
+            llm.chat("hi", max_tokens=1, **{name: wrong})
+    with pytest.raises(InvalidRequestError, match="message"):
+        llm.chat(wrong, max_tokens=1)
+
+
+def test_what_is_of_another_model_or_none_is_refused(llm: LLM, path: Path) -> None:
+    with LLM(path, device="reference") as other, llm.stream("x", max_tokens=1) as stream:
+        stream.run()
+        with pytest.raises(InvalidRequestError, match="not one of this model"):
+            edgeinfer.Recording.of(other, stream)
+    with pytest.raises(InvalidRequestError, match="n_ctx is given with a model that is open"):
+        AsyncLLM(llm, n_ctx=64)
+    with llm.stream("x", max_tokens=2) as stream:
+        with pytest.raises(InvalidRequestError, match="callback is None"):
+            stream.notify(None)  # type: ignore[arg-type]
+        assert len(stream.run().token_ids) == 2
+
+
 def test_chat_continues_from_the_turn_before(path: Path) -> None:
     with LLM(path, device="reference") as llm:
         ask: Any = dict(max_tokens=5, logit_bias={i: -1e9 for i in range(320) if not 97 <= i < 123})

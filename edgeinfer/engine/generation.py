@@ -127,6 +127,10 @@ class Generation:
         """Raise unless events can still come to who waits for them in this thread."""
         self._worker.check_waiting()
 
+    def is_of(self, worker: object) -> bool:
+        """Whether this one runs it."""
+        return self._worker is worker
+
     @property
     def sequences(self) -> list[Sequence]:
         """Those that hold pages for it."""
