@@ -134,6 +134,7 @@ class Stream(Iterator[Event]):
             raise InvalidRequestError(
                 f"callback is {shown(callback)}; it must be a function", param="callback"
             )
+        self._check_process()
         if self._ready or self._is_over:
             callback()
         else:
@@ -155,6 +156,8 @@ class Stream(Iterator[Event]):
 
         What was read and written stays in the cache until the room is needed.
         """
+        if self._generation.is_forked:  # the parent's goes on
+            return
         with self._lock:
             if not self._is_over:
                 self._generation.cancel(keep_cache=True)
@@ -186,7 +189,13 @@ class Stream(Iterator[Event]):
             with contextlib.suppress(Exception):
                 self._generation.cancel()
 
+    def _check_process(self) -> None:
+        """Raise in the child of a fork, where waiting for the lock may have no end either."""
+        if self._generation.is_forked:
+            self._generation.check_waiting()
+
     def _begin_reading(self) -> None:
+        self._check_process()
         with self._lock:
             if self._reader not in (0, threading.get_ident()):
                 raise InvalidRequestError("the stream is being read already; it has one reader")

@@ -599,6 +599,41 @@ print(len(llm.generate("x", max_tokens=2, logit_bias={{257: -1e9}}).token_ids))
     assert _python(code).stdout.strip() == "2"
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a system without fork")
+def test_no_lock_of_another_thread_is_waited_for_in_a_forked_child(path: Path) -> None:
+    """Nobody is there to release it: streams say so, and what was being loaded is loaded again."""
+    code = f"""
+import asyncio, os, signal, sys, threading
+from edgeinfer import LLM, AsyncLLM, ClosedError
+llm = LLM({str(path)!r}, device="reference")
+stream, later = llm.stream("x", max_tokens=200), AsyncLLM({str(path)!r}, device="reference")
+held = threading.Event()
+def hold():
+    with stream._lock, later._opening:
+        held.set()
+        threading.Event().wait()
+threading.Thread(target=hold, daemon=True).start()
+held.wait()
+def told(use):
+    try:
+        use()
+    except ClosedError as error:
+        return "fork" in str(error)
+pid = os.fork()
+if pid == 0:
+    signal.alarm(20)
+    uses = (lambda: next(stream), stream.poll, stream.run, lambda: stream.notify(print))
+    is_told = all([told(use) for use in uses])
+    stream.close()
+    answer = asyncio.run(later.generate("x", max_tokens=2, logit_bias={{257: -1e9}}))
+    os._exit(0 if is_told and len(answer.token_ids) == 2 else 3)
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+sys.stdout.flush()
+os._exit(0)
+"""
+    assert _python(code).stdout.strip() == "0"
+
+
 @pytest.mark.parametrize("device", ["reference", "cpu"])
 @pytest.mark.parametrize("ending", ["", "raise SystemExit(0)", "import os, signal"])
 def test_exit_never_hangs(path: Path, device: str, ending: str) -> None:

@@ -191,6 +191,11 @@ class Engine:
         return errand.result()
 
     @property
+    def is_forked(self) -> bool:
+        """Whether this is the child of a fork: it has no thread, and locks as others held them."""
+        return self._pid != os.getpid()
+
+    @property
     def n_running(self) -> int:
         """Generations whose tokens are being computed."""
         return len(self._scheduler.running)
@@ -202,7 +207,7 @@ class Engine:
 
     def interrupt(self) -> None:
         """Look at cancelled work now. A step that others share runs on: they need its rows."""
-        if self._pid != os.getpid():
+        if self.is_forked:
             return
         with self._changed:
             self._scheduler.may_be_cancelled = True
@@ -212,13 +217,13 @@ class Engine:
 
     def wake(self) -> None:
         """Look at what is paused now."""
-        if self._pid == os.getpid():
+        if not self.is_forked:
             with self._changed:
                 self._changed.notify()
 
     def check_alive(self) -> None:
         """Raise ClosedError unless events can still come."""
-        if self._pid != os.getpid() or not self._thread.is_alive():
+        if self.is_forked or not self._thread.is_alive():
             if self._is_exit and threading.current_thread() is not threading.main_thread():
                 threading.Event().wait()  # all such threads end now: none needs an error for that
             raise ClosedError(self._closed or _FORKED)
@@ -237,7 +242,7 @@ class Engine:
 
         `is_exit` says that the interpreter ends: nobody is told.
         """
-        if self._pid != os.getpid():
+        if self.is_forked:
             return
         with self._changed:
             self._is_exit, self._is_left = is_exit, True
