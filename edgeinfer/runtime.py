@@ -277,9 +277,8 @@ def _planned(
 
         open_cpu = functools.cache(lambda: opened(Device("cpu")))
         gpus = gpus_in_turn(settings, opened, notes)
-        placed = place(segment, gpus, open_cpu, settings.gpu_layers, request)
-        if not placed.n_gpu_layers:
-            notes.append(without_layers(settings))
+        leave = lambda: notes.append(without_layers(settings))  # noqa: E731
+        placed = place(segment, gpus, open_cpu, settings.gpu_layers, request, leave)
         return *placed, "; ".join(notes)
     backend = opened(settings.device)
     return backend, solve(segment, backend, request), 0, settings.device_note

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from edgeinfer import platform, runtime
+from edgeinfer import plan, platform, runtime
 from edgeinfer.backend import Program
 from edgeinfer.batch import Demand, StepLimits, StepRequest
 from edgeinfer.cli.main import main
@@ -308,3 +309,17 @@ def test_what_an_open_model_holds_of_a_gpu_counts_for_the_next(path: str) -> Non
     assert found.n_ctx == 8192 and found.note == "once the open model is closed"
     assert found.available == 1 << 30
     assert _plan(path, {}, {"host": 5 * MiB}).n_ctx == 2048  # of the memory that is not short
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile kernels for processors")
+def test_a_plan_for_a_gpu_takes_no_memory_and_names_no_other_way(tmp_path: Path) -> None:
+    """However large what is asked for: arrays of a step come with the program, not with its plan.
+
+    Where a GPU was asked for and holds no layer, more memory of the host would change nothing.
+    """
+    path = tiny_model(tmp_path, n_ctx=4096)
+    with pytest.raises(PlanError, match="not one layer fits into the free memory of shim:0"):
+        plan(path, device="shim", slots=100_000, n_ctx=2048, memory="1000T")
+    with pytest.raises(PlanError, match="not one layer fits") as caught:
+        plan(path, device="shim", slots=1_000_000, n_ctx=32, memory="900M")
+    assert caught.value.memory == "shim:0"
