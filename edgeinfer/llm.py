@@ -368,7 +368,7 @@ class LLM:
 def _sessions(opened: Runtime) -> Sessions:
     from edgeinfer.engine.session import model_name  # most programs need none
 
-    name = model_name(opened.model.file.fingerprint(), opened.segment)
+    name = model_name(opened.fingerprint, opened.segment)
     return opened.engine.sessions(name)
 
 

@@ -66,7 +66,7 @@ class Recording:
             version=__version__,
             device=opened.devices,
             model=str(opened.model.file.path),
-            fingerprint=opened.model.file.fingerprint(),
+            fingerprint=opened.fingerprint,
             n_ctx=llm.n_ctx,
             kv_type=_kv_type(llm),
             numerics=_numerics(llm),
@@ -154,7 +154,7 @@ class Recording:
 
     def check(self, llm: LLM) -> None:
         """InvalidRequestError unless this is the model, open as it was."""
-        found = llm.runtime.model.file.fingerprint()
+        found = llm.runtime.fingerprint
         if found != self.fingerprint:
             raise InvalidRequestError(
                 f"the answer is of a model with fingerprint {self.fingerprint[:12]}, "

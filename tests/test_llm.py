@@ -552,7 +552,7 @@ def test_an_interrupted_load_is_closed_when_it_is_done(
 ) -> None:
     from edgeinfer import runtime
 
-    closed, close, wait = threading.Event(), runtime.Runtime.close, runtime._Later.wait
+    closed, close, wait = threading.Event(), runtime.Runtime.close, runtime.Later.wait
 
     def interrupted(later: Any) -> None:
         if threading.current_thread() is threading.main_thread():
@@ -563,7 +563,7 @@ def test_an_interrupted_load_is_closed_when_it_is_done(
         close(opened)
         closed.set()
 
-    monkeypatch.setattr(runtime._Later, "wait", interrupted)
+    monkeypatch.setattr(runtime.Later, "wait", interrupted)
     monkeypatch.setattr(runtime.Runtime, "close", close_and_tell)
     with pytest.raises(KeyboardInterrupt):
         LLM(path, device="reference")
