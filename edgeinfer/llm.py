@@ -331,10 +331,10 @@ class LLM:
         self.close()
 
     def _open(self) -> Runtime:
-        if not self._close.alive:
-            raise ClosedError("the model was closed")
         # In a forked child, too: what threads there were still making will never be there.
         self._runtime.engine.check_alive()
+        if not self._close.alive:
+            raise ClosedError("the model was closed")
         return self._runtime
 
     def _submit(self, prompt: Prompt, given: dict[str, Any], read: Reading) -> Stream:

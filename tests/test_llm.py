@@ -649,6 +649,49 @@ next(stream)
     assert time.perf_counter() - start < 20
 
 
+@pytest.mark.parametrize(
+    "use",
+    ["llm.save_session({file!r}, stream)", "llm.generate('y', max_tokens=1)", "llm.embed('y')"],
+)
+def test_what_threads_do_at_exit_is_no_error(path: Path, tmp_path: Path, use: str) -> None:
+    """Daemons end with the interpreter: a traceback of theirs would be all that a user sees."""
+    code = f"""
+import threading, time
+from edgeinfer import LLM
+llm = LLM({str(path)!r}, device="reference", pooling="mean")
+stream = llm.stream("x", max_tokens=2)
+stream.run()
+began = threading.Event()
+def work():
+    while True:
+        {use.format(file=str(tmp_path / "one.session"))}
+        began.set()
+threading.Thread(target=work, daemon=True).start()
+began.wait()
+"""
+    done = _python(code)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_exit_waits_once_for_a_callback(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the engine itself; the model's own end, which comes after it, had waited again."""
+    began, gate = threading.Event(), threading.Event()
+
+    def wait(step: object) -> None:
+        began.set()
+        gate.wait(20)
+
+    llm = LLM(path, device="reference")
+    stream, engine, waits = llm.stream("x", max_tokens=2, on_step=wait), llm.runtime.engine, []
+    assert began.wait(20)
+    monkeypatch.setattr(engine._thread, "join", waits.append)
+    engine.close(timeout=2.0, is_exit=True)
+    llm.close()
+    assert waits == [2.0]
+    gate.set()
+    assert stream.prompt_ids
+
+
 def test_import_is_light() -> None:
     code = """
 import sys, edgeinfer

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import numpy as np
 
@@ -182,10 +182,11 @@ class Engine:
             return action()
         errand = Errand(action)
         with self._changed:
-            if self._closed:
-                raise ClosedError(self._closed)
-            self._errands.append(errand)
-            self._changed.notify()
+            if is_open := not self._closed:
+                self._errands.append(errand)
+                self._changed.notify()
+        if not is_open:
+            self._refuse()
         while not errand.wait(WAKE_SECONDS):
             self.check_alive()
         return errand.result()
@@ -224,9 +225,12 @@ class Engine:
     def check_alive(self) -> None:
         """Raise ClosedError unless events can still come."""
         if self.is_forked or not self._thread.is_alive():
-            if self._is_exit and threading.current_thread() is not threading.main_thread():
-                threading.Event().wait()  # all such threads end now: none needs an error for that
-            raise ClosedError(self._closed or _FORKED)
+            self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        if self._is_exit and threading.current_thread().daemon:
+            threading.Event().wait()  # all such threads end now: none needs an error for that
+        raise ClosedError(self._closed or _FORKED)
 
     def check_waiting(self) -> None:
         """The same for who waits for them here: a callback that does stops all that runs."""
@@ -245,6 +249,8 @@ class Engine:
         if self.is_forked:
             return
         with self._changed:
+            if self._is_exit:  # nobody waits for it twice
+                return
             self._is_exit, self._is_left = is_exit, True
             self._closed = self._closed or "the model was closed"
             if self._ticket is not None:
@@ -266,6 +272,12 @@ class Engine:
         return CacheLayout.of(overflow, self.n_ctx, n_pinned, windows, limits.max_rows, has_state)
 
     def _queue(self, work: AnyWork, priority: int = 0) -> None:
+        with contextlib.suppress(ClosedError):
+            self._put(work, priority)
+            return
+        self._refuse()
+
+    def _put(self, work: AnyWork, priority: int) -> None:
         with self._changed:
             if self._closed:
                 raise ClosedError(self._closed)
