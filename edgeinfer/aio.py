@@ -17,6 +17,7 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeinfer import platform
 from edgeinfer.errors import ClosedError, InvalidRequestError
 from edgeinfer.llm import LLM
 from edgeinfer.options import LoadOptions, Sampling, Unpack
@@ -35,9 +36,14 @@ class AsyncLLM:
     """
 
     def __init__(self, model: str | PathLike[str] | LLM, **load: Unpack[LoadOptions]) -> None:
+        if isinstance(model, LLM) and load:
+            raise InvalidRequestError(
+                f"{next(iter(load))} is given with a model that is open; it says how one is loaded",
+                param=next(iter(load)),
+            )
         self._given, self._load = model, load
         self._llm = model if isinstance(model, LLM) else None
-        self._opening = threading.Lock()
+        self._opening = platform.ProcessLock()
         self._is_closed = False
         self._worker = _Worker()
 
@@ -269,7 +275,7 @@ class _Worker:
     def __init__(self) -> None:
         self._jobs: deque[Callable[[], None]] = deque()
         self._thread: threading.Thread | None = None
-        self._lock = threading.Lock()
+        self._lock = platform.ProcessLock()
 
     async def do(
         self, work: Callable[[], T], discard: Callable[[T], object] = lambda found: None

@@ -294,9 +294,10 @@ def attention_weights(
     return attention_weights(segment, layer, x, rows)
 
 
-def head_reader(
-    segment: Segment,
-) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+HeadReader: TypeAlias = "Callable[[NDArray[np.float32]], NDArray[np.float32]]"
+
+
+def head_reader(segment: Segment) -> HeadReader:
     """What makes of rows (n, D) of the stream that leaves the last layer what the head reads.
 
     By the law; UnsupportedModelError where the head reads more than that stream.

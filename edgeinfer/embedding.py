@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeinfer.backend import head_reader
+from edgeinfer.backend import HeadReader
 from edgeinfer.engine.generation import WAKE_SECONDS, LogitsJob, check_ids
 from edgeinfer.engine.hooks import Hook, Step
 from edgeinfer.errors import (
@@ -43,7 +43,7 @@ class Embedding:
         self._vectors = np.empty((len(lists), n_dims), np.float32)
         self._engine, self._lists, self._pooling = opened.engine, lists, pooling
         self._layer = opened.model.hparams.n_layers
-        self._read = head_reader(opened.segment)
+        self._read = opened.head_reader
         self._lock = threading.Lock()
         self._jobs: set[LogitsJob] = set()
         self._n_begun = self._n_ended = 0
@@ -147,7 +147,7 @@ class _Pool:
 
     def __init__(
         self,
-        read: Callable[[NDArray[np.float32]], NDArray[np.float32]],
+        read: HeadReader,
         layer: int,
         pooling: str,
         n_rows: int,

@@ -9,7 +9,6 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from os import PathLike
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -22,7 +21,7 @@ from edgeinfer.engine.memory_plan import MemoryPlan
 from edgeinfer.engine.process_end import close_first_at_exit
 from edgeinfer.errors import ClosedError, InvalidRequestError, PlanError
 from edgeinfer.options import LoadOptions, Sampling, Unpack
-from edgeinfer.parameters import ANSWER, LOGITS, TEXT, checked, id_list, shown
+from edgeinfer.parameters import ANSWER, LOGITS, TEXT, checked, file_path, id_list, shown
 from edgeinfer.replying import Reading, chosen_tools, reading
 from edgeinfer.results import Completion
 from edgeinfer.runtime import Runtime
@@ -287,17 +286,19 @@ class LLM:
     def save_session(self, path: str | PathLike[str], of: Stream | Sequence[int]) -> int:
         """Write what is cached of an answer and its prompt, or of tokens; how many tokens that is.
 
-        A file that is there is replaced only once the new one is whole.
+        A file that is there is replaced only once the new one is whole. OSError where the system
+        can't write it.
         """
         ids = (*of.prompt_ids, *of.completion.token_ids) if isinstance(of, Stream) else of
-        return _sessions(self._open()).save(Path(path), id_list(ids, "of"))
+        return _sessions(self._open()).save(file_path(path, "path"), id_list(ids, "of"))
 
     def load_session(self, path: str | PathLike[str]) -> tuple[int, ...]:
         """Put what a file holds into the cache: what begins with its tokens goes on from there.
 
-        SessionError for a file that is damaged, or of another model or kind of cache.
+        SessionError for a file that is damaged, or of another model or kind of cache; OSError
+        where the system can't read it.
         """
-        return _sessions(self._open()).load(Path(path))
+        return _sessions(self._open()).load(file_path(path, "path"))
 
     # -- end -------------------------------------------------------------------------------------
 
@@ -330,10 +331,10 @@ class LLM:
         self.close()
 
     def _open(self) -> Runtime:
-        if not self._close.alive:
-            raise ClosedError("the model was closed")
         # In a forked child, too: what threads there were still making will never be there.
         self._runtime.engine.check_alive()
+        if not self._close.alive:
+            raise ClosedError("the model was closed")
         return self._runtime
 
     def _submit(self, prompt: Prompt, given: dict[str, Any], read: Reading) -> Stream:
@@ -367,7 +368,7 @@ class LLM:
 def _sessions(opened: Runtime) -> Sessions:
     from edgeinfer.engine.session import model_name  # most programs need none
 
-    name = model_name(opened.model.file.fingerprint(), opened.segment)
+    name = model_name(opened.fingerprint, opened.segment)
     return opened.engine.sessions(name)
 
 

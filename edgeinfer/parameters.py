@@ -31,6 +31,7 @@ from edgeinfer.values import (
     text_or_texts,
     watched,
 )
+from edgeinfer.values import file_path as file_path
 from edgeinfer.values import id_list as id_list
 from edgeinfer.values import parse_memory as parse_memory
 from edgeinfer.values import shown as shown

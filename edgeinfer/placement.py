@@ -38,12 +38,14 @@ def place(
     open_cpu: Callable[[], Backend],
     n_gpu_layers: int | None,
     request: PlanRequest,
+    leave: Callable[[], object] = lambda: None,
 ) -> Placement:
     """`n_gpu_layers` on GPUs, -1 being all, or for None as many as fit beside the usual context.
 
     Of the `choices` of GPUs the first is taken that holds them beside that context, else the last;
     the layers of several are split by their free memory, in their order. PlanError where what was
-    asked for does not fit.
+    asked for does not fit. Before all layers go to the processors `leave` is called, which raises
+    where a GPU was asked for.
     """
     n_layers = segment.graph.hparams.n_layers
     is_whole = n_gpu_layers is None or n_gpu_layers < 0
@@ -65,7 +67,10 @@ def place(
             return found
         shorter = found
     if n_gpu_layers is None:
-        return _most(placed, n_layers) or shorter or placed(0)
+        if best := _most(placed, n_layers) or shorter:
+            return best
+        leave()
+        return placed(0)
     if shorter is None:
         assert error is not None, "there are choices"
         raise error

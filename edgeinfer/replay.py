@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from edgeinfer import platform
 from edgeinfer.errors import InvalidRequestError, reason_of
 from edgeinfer.llm import LLM
-from edgeinfer.parameters import LOAD, REQUEST, SAMPLING, id_list, shown
+from edgeinfer.parameters import LOAD, REQUEST, SAMPLING, file_path, id_list, shown
 from edgeinfer.stream import Stream
 
 FORMAT = 1
@@ -52,6 +52,8 @@ class Recording:
         from edgeinfer import __version__
 
         answer, request, opened = stream.completion, stream.request, llm.runtime
+        if not stream.is_of(opened.engine):
+            raise InvalidRequestError("the stream is not one of this model", param="stream")
         if request.hook is not None and request.hook.logits:
             raise InvalidRequestError(
                 "an answer whose on_step was shown logits can't be recorded: it may have edited "
@@ -64,7 +66,7 @@ class Recording:
             version=__version__,
             device=opened.devices,
             model=str(opened.model.file.path),
-            fingerprint=opened.model.file.fingerprint(),
+            fingerprint=opened.fingerprint,
             n_ctx=llm.n_ctx,
             kv_type=_kv_type(llm),
             numerics=_numerics(llm),
@@ -113,7 +115,7 @@ class Recording:
     @classmethod
     def read(cls, path: str | PathLike[str]) -> Recording:
         """What `edgeinfer run --json` wrote; InvalidRequestError says what is wrong with it."""
-        fields = _Fields(str(path), _read(Path(path)))
+        fields = _Fields(str(path), _read(file_path(path, "path")))
         inner = _Fields(fields.path, fields.get("replay", _mapping, "an object"))
         if inner.get("format", int, "a number") != FORMAT:
             inner.refuse("format", f"{FORMAT}, which this version of edgeinfer reads")
@@ -152,7 +154,7 @@ class Recording:
 
     def check(self, llm: LLM) -> None:
         """InvalidRequestError unless this is the model, open as it was."""
-        found = llm.runtime.model.file.fingerprint()
+        found = llm.runtime.fingerprint
         if found != self.fingerprint:
             raise InvalidRequestError(
                 f"the answer is of a model with fingerprint {self.fingerprint[:12]}, "

@@ -34,7 +34,7 @@ def chosen_tools(
     tools: Sequence[Mapping[str, Any]], choice: Any, parallel: bool | None
 ) -> ToolChoice | None:
     """What of the tools may be called; None where there are none."""
-    if not tools and choice in (None, "auto", "none"):
+    if not tools and (choice is None or isinstance(choice, str) and choice in ("auto", "none")):
         return None
     from edgeinfer.text.tool_choice import ToolChoice
 

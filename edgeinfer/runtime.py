@@ -15,14 +15,21 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 from edgeinfer import platform
-from edgeinfer.backend import Backend, CompileProgress, Program, RunsOnGpu, open_backend
+from edgeinfer.backend import (
+    Backend,
+    CompileProgress,
+    HeadReader,
+    Program,
+    RunsOnGpu,
+    head_reader,
+    open_backend,
+)
 from edgeinfer.batch import HOST
 from edgeinfer.device import Device
 from edgeinfer.engine.engine import Engine
-from edgeinfer.engine.generation import WAKE_SECONDS
 from edgeinfer.engine.memory_plan import USUAL_TYPES, MemoryPlan, PlanRequest, solve
 from edgeinfer.engine.plan_rows import PYTHON_BYTES, HostBytes, base_bytes
 from edgeinfer.errors import (
@@ -38,6 +45,7 @@ from edgeinfer.errors import (
 )
 from edgeinfer.gguf import GGUFFile
 from edgeinfer.hub.discovery import find_model
+from edgeinfer.later import Later
 from edgeinfer.load_settings import LoadSettings
 from edgeinfer.model import Model
 from edgeinfer.options import LoadOptions, Progress
@@ -66,8 +74,21 @@ class Runtime:
     n_gpu_layers: int  # the last ones
     load_s: float
     pooling: str  # of embeddings, "" where that is not known
-    _tokenizer: _Later[Tokenizer]
-    _template: _Later[ChatTemplate]
+    _tokenizer: Later[Tokenizer]
+    _template: Later[ChatTemplate]
+    _fingerprint: Later[str]
+    _head_reader: Later[HeadReader] | None
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the file as it was loaded, whatever has become of it since."""
+        return self._fingerprint.result()
+
+    @property
+    def head_reader(self) -> HeadReader:
+        """What makes rows of streams for embeddings; their pooling is known."""
+        assert self._head_reader is not None, "nobody has said how embeddings are pooled"
+        return self._head_reader.result()
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -143,7 +164,7 @@ def _load_apart(found: Path, settings: LoadSettings, templates: TemplateEngine |
             raise MemoryError(f"{available >> 10} KiB are available")
         if templates is not None:
             templates.start()
-        later = _Later(lambda: _or_on_cpu(lambda s: _load(found, s, templates), settings))
+        later = Later(lambda: _or_on_cpu(lambda s: _load(found, s, templates), settings))
         try:
             return later.result()
         except BaseException:
@@ -195,16 +216,22 @@ def _load(path: Path, settings: LoadSettings, templates: TemplateEngine | None) 
         progress = _progress(settings, packs)
         backend, plan, n_gpu_layers, note = _planned(model, settings, progress)
         # Text is got ready while weights are packed, which needs no Python: sooner it delays that.
-        tokenizer = _Later(lambda: _make_tokenizer(file, settings, packs))
+        tokenizer = Later(lambda: _make_tokenizer(file, settings, packs))
+        # Read now, though an answer needs neither: the file may be changed once it is loaded.
+        fingerprint, pooling = Later(lambda: _fingerprint(file, packs)), settings.pooling_of(model)
         try:
-            template = _Later(lambda: _make_template(file, settings, templates, tokenizer))
+            template = Later(lambda: _make_template(file, settings, templates, tokenizer))
             segment = settings.segment(model, plan.n_ctx, plan.kv_types)
+            reader = Later(lambda: head_reader(segment)) if pooling else None
             program = backend.compile(segment, plan.limits)
         finally:
             packs.set()
             tokenizer.wait()
         try:
             tokenizer.result()
+            fingerprint.result()
+            if reader is not None:
+                reader.wait()
             n_vocab = model.hparams.vocab_size
             engine = Engine(
                 program, plan.limits, plan.n_ctx, n_vocab, segment=segment, is_naive=settings.naive
@@ -218,7 +245,7 @@ def _load(path: Path, settings: LoadSettings, templates: TemplateEngine | None) 
     load_s = time.perf_counter() - start
     return Runtime(
         model, segment, plan, program, engine, settings.device, note, settings.n_threads,
-        n_gpu_layers, load_s, settings.pooling_of(model), tokenizer, template,
+        n_gpu_layers, load_s, pooling, tokenizer, template, fingerprint, reader,
     )  # fmt: skip
 
 
@@ -277,9 +304,8 @@ def _planned(
 
         open_cpu = functools.cache(lambda: opened(Device("cpu")))
         gpus = gpus_in_turn(settings, opened, notes)
-        placed = place(segment, gpus, open_cpu, settings.gpu_layers, request)
-        if not placed.n_gpu_layers:
-            notes.append(without_layers(settings))
+        leave = lambda: notes.append(without_layers(settings))  # noqa: E731
+        placed = place(segment, gpus, open_cpu, settings.gpu_layers, request, leave)
         return *placed, "; ".join(notes)
     backend = opened(settings.device)
     return backend, solve(segment, backend, request), 0, settings.device_note
@@ -307,11 +333,16 @@ def _make_tokenizer(file: GGUFFile, settings: LoadSettings, packs: threading.Eve
     return Tokenizer.from_metadata(file.metadata, pre=settings.pre)
 
 
+def _fingerprint(file: GGUFFile, packs: threading.Event) -> str:
+    packs.wait()
+    return file.fingerprint()
+
+
 def _make_template(
     file: GGUFFile,
     settings: LoadSettings,
     templates: TemplateEngine | None,
-    tokenizer: _Later[Tokenizer],
+    tokenizer: Later[Tokenizer],
 ) -> ChatTemplate:
     """After the tokenizer, which loading waits for; probed here while weights are packed."""
     known = tokenizer.result()
@@ -339,49 +370,6 @@ def _progress(settings: LoadSettings, packs: threading.Event) -> CompileProgress
             report(Progress(stage, done, total))
 
     return progress
-
-
-class _Later(Generic[T]):
-    """A value that another thread is making; an error waits for whoever asks for the value."""
-
-    def __init__(self, make: Callable[[], T]) -> None:
-        self._make = make
-        self._lock = threading.Lock()
-        self._values: list[T] = []
-        self._error: BaseException | None = None
-        self._discard: Callable[[T], None] | None = None
-        self._thread = threading.Thread(target=self._run, name="edgeinfer-load", daemon=True)
-        self._thread.start()
-
-    def wait(self) -> None:
-        while self._thread.is_alive():
-            self._thread.join(WAKE_SECONDS)
-
-    def result(self) -> T:
-        self.wait()
-        if self._error is not None:
-            raise self._error
-        return self._values[0]
-
-    def abandon(self, discard: Callable[[T], None]) -> None:
-        """Nobody wants the value any more: `discard` it, as soon as it is there."""
-        with self._lock:
-            self._discard = discard
-            values = list(self._values)
-        for value in values:
-            discard(value)
-
-    def _run(self) -> None:
-        try:
-            value = self._make()
-        except BaseException as error:
-            self._error = error
-            return
-        with self._lock:
-            self._values.append(value)
-            discard = self._discard
-        if discard is not None:
-            discard(value)
 
 
 _LEAST_MEMORY = 32 << 20  # with less, a thread may fail before Python can say that it did

@@ -89,6 +89,10 @@ class Stream(Iterator[Event]):
         """The tokens of the prompt, template included."""
         return tuple(self._generation.request.ids)
 
+    def is_of(self, engine: object) -> bool:
+        """Whether this engine makes its tokens."""
+        return self._generation.is_of(engine)
+
     def __iter__(self: _Self) -> _Self:
         return self
 
@@ -126,6 +130,11 @@ class Stream(Iterator[Event]):
         `is_quick` takes microseconds and never gives the interpreter to another thread: the next
         step waits for it.
         """
+        if not callable(callback):
+            raise InvalidRequestError(
+                f"callback is {shown(callback)}; it must be a function", param="callback"
+            )
+        self._check_process()
         if self._ready or self._is_over:
             callback()
         else:
@@ -147,6 +156,8 @@ class Stream(Iterator[Event]):
 
         What was read and written stays in the cache until the room is needed.
         """
+        if self._generation.is_forked:  # the parent's goes on
+            return
         with self._lock:
             if not self._is_over:
                 self._generation.cancel(keep_cache=True)
@@ -178,7 +189,13 @@ class Stream(Iterator[Event]):
             with contextlib.suppress(Exception):
                 self._generation.cancel()
 
+    def _check_process(self) -> None:
+        """Raise in the child of a fork, where waiting for the lock may have no end either."""
+        if self._generation.is_forked:
+            self._generation.check_waiting()
+
     def _begin_reading(self) -> None:
+        self._check_process()
         with self._lock:
             if self._reader not in (0, threading.get_ident()):
                 raise InvalidRequestError("the stream is being read already; it has one reader")

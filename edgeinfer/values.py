@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import reprlib
 from collections.abc import Callable, Collection, Mapping
 from itertools import islice
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 from edgeinfer.errors import InvalidRequestError
@@ -201,6 +203,15 @@ def id_list(
                 return ids
     kind = "text or a list of token ids" if param == "prompt" else "a list of token ids"
     raise InvalidRequestError(f"{param} is {shown(value)}; it must be {kind}", param=param)
+
+
+def file_path(value: Any, param: str) -> Path:
+    """A path that a system can take; InvalidRequestError for anything else."""
+    with contextlib.suppress(TypeError, ValueError):
+        text = os.fspath(value)
+        if isinstance(text, str) and text and b"\0" not in os.fsencode(text):
+            return Path(text)
+    raise InvalidRequestError(f"{param} is {shown(value)}; it must be a path", param=param)
 
 
 def _n_items(value: Any) -> int | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgeinfer import LLM, platform
+from edgeinfer import LLM, Recording, platform
 from edgeinfer.dequantize import dequantize
 from edgeinfer.errors import InvalidModelError
 from edgeinfer.gguf import GGUFFile
@@ -163,10 +163,14 @@ def change_at(
 
 
 def test_nothing_is_read_of_the_file_once_it_is_loaded(tmp_path: Path) -> None:
-    path = tiny_model(tmp_path)
-    with LLM(path, device="cpu") as llm:
-        before = llm.generate("a b c", max_tokens=8, temperature=0).token_ids
+    path, session = tiny_model(tmp_path), tmp_path / "one.session"
+    with LLM(path, device="cpu", pooling="mean") as llm:
         cut(path)
+        with llm.stream("a b c", max_tokens=8, temperature=0) as stream:
+            before = stream.run().token_ids
+        assert Recording.of(llm, stream).replay(llm).is_equal
+        assert llm.save_session(session, stream) == len(llm.load_session(session))
+        assert llm.embed("hello").shape == (1, 64)
         assert llm.generate("a b c", max_tokens=8, temperature=0).token_ids == before
         assert llm.detokenize(llm.tokenize("hello")) == "hello"
         assert llm.logits([1, 2, 3]).shape[0] == 3

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgeinfer import LLM, EdgeInferError, InvalidRequestError, Step
+from edgeinfer import LLM, ClosedError, EdgeInferError, InvalidRequestError, Step
 from edgeinfer.backend import attention_weights
 from edgeinfer.batch import StepLimits
 from edgeinfer.graph import Attention
@@ -301,3 +301,35 @@ def test_weights_times_values_are_what_attention_yields(tmp_path: Path, name: st
             if op.cache.window:
                 ages = np.subtract.outer(rows, range(len(PROMPT)))
                 assert not weights.transpose(1, 0, 2)[:, ages >= op.cache.window].any()
+
+
+# -- what outlives the model ---------------------------------------------------------------------
+
+
+def test_views_outlive_the_model(path: Path) -> None:
+    """Whoever keeps one past the end reads what was there: no crash, and the rest is given back."""
+    kept: list[Step] = []
+    with opened(path, "cpu") as llm:
+        llm.generate("x", on_step=kept.append, watch=["logits", "hidden", 2], **SPEC)
+        expected = copied(kept[-1])
+    for found, array in (
+        (kept[-1].logits, expected.logits),
+        (kept[-1].hidden, expected.hidden),
+        (kept[-1].residuals[2], expected.residuals[2]),
+    ):
+        assert found is not None and array is not None
+        np.testing.assert_array_equal(found, array)
+
+
+@pytest.mark.parametrize("where", ["hook", "notify"])
+def test_a_model_that_a_callback_closes_gives_its_memory_back(path: Path, where: str) -> None:
+    llm, is_freed = opened(path, "cpu"), threading.Event()
+    program = llm.runtime.program
+    close = program.close
+    program.close = lambda: (close(), is_freed.set())  # type: ignore[method-assign,func-returns-value]
+    if where == "hook":
+        with pytest.raises(ClosedError, match="closed"):
+            llm.generate("x", on_step=lambda step: llm.close(), **SPEC)
+    else:
+        llm.stream("x", **SPEC).notify(llm.close)
+    assert is_freed.wait(20)

@@ -35,6 +35,7 @@ model backend
 engine load_settings chain
 balance chat_model
 placement
+later
 runtime stream
 watching constraining reasoning_budget
 replying requesting

@@ -317,6 +317,40 @@ def test_a_switch_is_a_boolean(llm: LLM) -> None:
     assert llm.tokenize("a", bos=np.True_, special=np.False_) == llm.tokenize("a", bos=True)
 
 
+@pytest.mark.parametrize("wrong", [3, None, b"x", "", "a\0b", "\ud800", ["x"], np.array("x")])
+def test_a_path_is_a_path(llm: LLM, wrong: Any) -> None:
+    for use in (
+        lambda: llm.save_session(wrong, [1, 2, 3]),
+        lambda: llm.load_session(wrong),
+        lambda: edgeinfer.Recording.read(wrong),
+    ):
+        with pytest.raises(InvalidRequestError, match="path is .*; it must be a path"):
+            use()
+
+
+@pytest.mark.parametrize("wrong", [np.array(3), np.array([1, 2]), np.array("auto")])
+def test_arrays_are_no_chats(llm: LLM, wrong: Any) -> None:
+    """NumPy's are iterable by type alone where they have no dimension, and equal to nothing."""
+    for name in ("tools", "tool_choice"):
+        with pytest.raises(InvalidRequestError, match="tool"):
+            llm.chat("hi", max_tokens=1, **{name: wrong})
+    with pytest.raises(InvalidRequestError, match="message"):
+        llm.chat(wrong, max_tokens=1)
+
+
+def test_what_is_of_another_model_or_none_is_refused(llm: LLM, path: Path) -> None:
+    with LLM(path, device="reference") as other, llm.stream("x", max_tokens=1) as stream:
+        stream.run()
+        with pytest.raises(InvalidRequestError, match="not one of this model"):
+            edgeinfer.Recording.of(other, stream)
+    with pytest.raises(InvalidRequestError, match="n_ctx is given with a model that is open"):
+        AsyncLLM(llm, n_ctx=64)
+    with llm.stream("x", max_tokens=2) as stream:
+        with pytest.raises(InvalidRequestError, match="callback is None"):
+            stream.notify(None)  # type: ignore[arg-type]
+        assert len(stream.run().token_ids) == 2
+
+
 def test_chat_continues_from_the_turn_before(path: Path) -> None:
     with LLM(path, device="reference") as llm:
         ask: Any = dict(max_tokens=5, logit_bias={i: -1e9 for i in range(320) if not 97 <= i < 123})
@@ -518,7 +552,7 @@ def test_an_interrupted_load_is_closed_when_it_is_done(
 ) -> None:
     from edgeinfer import runtime
 
-    closed, close, wait = threading.Event(), runtime.Runtime.close, runtime._Later.wait
+    closed, close, wait = threading.Event(), runtime.Runtime.close, runtime.Later.wait
 
     def interrupted(later: Any) -> None:
         if threading.current_thread() is threading.main_thread():
@@ -529,7 +563,7 @@ def test_an_interrupted_load_is_closed_when_it_is_done(
         close(opened)
         closed.set()
 
-    monkeypatch.setattr(runtime._Later, "wait", interrupted)
+    monkeypatch.setattr(runtime.Later, "wait", interrupted)
     monkeypatch.setattr(runtime.Runtime, "close", close_and_tell)
     with pytest.raises(KeyboardInterrupt):
         LLM(path, device="reference")
@@ -565,6 +599,41 @@ print(len(llm.generate("x", max_tokens=2, logit_bias={{257: -1e9}}).token_ids))
     assert _python(code).stdout.strip() == "2"
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a system without fork")
+def test_no_lock_of_another_thread_is_waited_for_in_a_forked_child(path: Path) -> None:
+    """Nobody is there to release it: streams say so, and what was being loaded is loaded again."""
+    code = f"""
+import asyncio, os, signal, sys, threading
+from edgeinfer import LLM, AsyncLLM, ClosedError
+llm = LLM({str(path)!r}, device="reference")
+stream, later = llm.stream("x", max_tokens=200), AsyncLLM({str(path)!r}, device="reference")
+held = threading.Event()
+def hold():
+    with stream._lock, later._opening:
+        held.set()
+        threading.Event().wait()
+threading.Thread(target=hold, daemon=True).start()
+held.wait()
+def told(use):
+    try:
+        use()
+    except ClosedError as error:
+        return "fork" in str(error)
+pid = os.fork()
+if pid == 0:
+    signal.alarm(20)
+    uses = (lambda: next(stream), stream.poll, stream.run, lambda: stream.notify(print))
+    is_told = all([told(use) for use in uses])
+    stream.close()
+    answer = asyncio.run(later.generate("x", max_tokens=2, logit_bias={{257: -1e9}}))
+    os._exit(0 if is_told and len(answer.token_ids) == 2 else 3)
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+sys.stdout.flush()
+os._exit(0)
+"""
+    assert _python(code).stdout.strip() == "0"
+
+
 @pytest.mark.parametrize("device", ["reference", "cpu"])
 @pytest.mark.parametrize("ending", ["", "raise SystemExit(0)", "import os, signal"])
 def test_exit_never_hangs(path: Path, device: str, ending: str) -> None:
@@ -578,6 +647,49 @@ next(stream)
     start = time.perf_counter()
     assert _python(code).returncode == 0
     assert time.perf_counter() - start < 20
+
+
+@pytest.mark.parametrize(
+    "use",
+    ["llm.save_session({file!r}, stream)", "llm.generate('y', max_tokens=1)", "llm.embed('y')"],
+)
+def test_what_threads_do_at_exit_is_no_error(path: Path, tmp_path: Path, use: str) -> None:
+    """Daemons end with the interpreter: a traceback of theirs would be all that a user sees."""
+    code = f"""
+import threading, time
+from edgeinfer import LLM
+llm = LLM({str(path)!r}, device="reference", pooling="mean")
+stream = llm.stream("x", max_tokens=2)
+stream.run()
+began = threading.Event()
+def work():
+    while True:
+        {use.format(file=str(tmp_path / "one.session"))}
+        began.set()
+threading.Thread(target=work, daemon=True).start()
+began.wait()
+"""
+    done = _python(code)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_exit_waits_once_for_a_callback(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the engine itself; the model's own end, which comes after it, had waited again."""
+    began, gate = threading.Event(), threading.Event()
+
+    def wait(step: object) -> None:
+        began.set()
+        gate.wait(20)
+
+    llm = LLM(path, device="reference")
+    stream, engine, waits = llm.stream("x", max_tokens=2, on_step=wait), llm.runtime.engine, []
+    assert began.wait(20)
+    monkeypatch.setattr(engine._thread, "join", waits.append)
+    engine.close(timeout=2.0, is_exit=True)
+    llm.close()
+    assert waits == [2.0]
+    gate.set()
+    assert stream.prompt_ids
 
 
 def test_import_is_light() -> None:

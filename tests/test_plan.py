@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from edgeinfer import platform, runtime
+from edgeinfer import plan, platform, runtime
 from edgeinfer.backend import Program
 from edgeinfer.batch import Demand, StepLimits, StepRequest
 from edgeinfer.cli.main import main
@@ -157,42 +158,49 @@ TYPES: list[tuple[str, str] | None] = [None, ("f16", "f16"), ("f16", "q8_0"), ("
     weights=st.integers(0, 500 * MiB), per_token=st.integers(1, 60_000),
     per_row=st.integers(0, 200_000), host=st.integers(0, 1 << 30),
     n_ctx=st.none() | st.integers(1, 40_000), slots=st.integers(1, 20),
-    types=st.sampled_from(TYPES), is_allowed=st.booleans(),
+    types=st.sampled_from(TYPES), is_allowed=st.booleans(), kept=st.none() | st.integers(0, 90_000),
 )  # fmt: skip
+@example(9 * MiB, 20_000, 0, 150 * MiB, 40_000, 700, None, False, None)
+@example(9 * MiB, 20_000, 0, 150 * MiB, 40_000, 2, ("f16", "f16"), False, 90_000)
 def test_every_setting_that_an_error_names_works_by_itself(
     segment: Segment, weights: int, per_token: int, per_row: int, host: int, n_ctx: int | None,
-    slots: int, types: Any, is_allowed: bool,
+    slots: int, types: Any, is_allowed: bool, kept: int | None,
 ) -> None:  # fmt: skip
     machine = OneMemory(per_token, weights, per_row, packing=16 * MiB)
     request = PlanRequest(
-        n_ctx, slots, 1, host, {}, types, HostBytes(9 * MiB, 20 * MiB), host << is_allowed
+        n_ctx, slots, 1, host, {}, types, HostBytes(9 * MiB, 20 * MiB), host << is_allowed, kept
     )
     try:
         found = solve(segment, machine, request)
     except PlanError as error:
         named = [each for each in error.advice if isinstance(each, Keyword)]
-        assert error.available == host < (error.needed or 0) and len(named) <= 2
+        assert error.available == host < (error.needed or 0)
+        if "together" in str(error):
+            assert error.n_ctx is None and 2 <= len(named) <= 4
+            assert works(segment, machine, request, *named), str(error)
+            assert not any(works(segment, machine, request, each) for each in named)
+            return
+        assert len(named) <= 2
         assert (error.n_ctx is not None) == ("n_ctx" in {each.name for each in named})
-        for name, value in named:
-            assert works(segment, machine, request, name, value), f"{name}={value}"
+        for each in named:
+            assert works(segment, machine, request, each), str(each)
         if not named:
             assert "smaller file" in str(error)
-            assert not works(segment, machine, request, "n_ctx", 32)
+            least = dict(n_ctx=32, slots=1, kept_tokens=0, kv_type=types and "q4_0")
+            assert not works(segment, machine, request, *(Keyword(*each) for each in least.items()))
     else:
         assert found.fits and (n_ctx is None or found.n_ctx == n_ctx)
         assert types is None or found.kv_types == types
         assert found.slots == slots
 
 
-def works(
-    segment: Segment, machine: OneMemory, request: PlanRequest, name: str, value: Any
-) -> bool:
-    """Whether the same request with the setting that an error named has a plan."""
-    changed: dict[str, Any] = {name: value}
-    if name == "memory":
-        changed = {"available": parse_memory(value, request.available)}
-    elif name == "kv_type":
-        changed = {"kv_types": (value, value)}
+def works(segment: Segment, machine: OneMemory, request: PlanRequest, *named: Keyword) -> bool:
+    """Whether the same request with the settings that an error named has a plan."""
+    changed: dict[str, Any] = dict(named)
+    if "memory" in changed:
+        changed["available"] = parse_memory(changed.pop("memory"), request.available)
+    if kind := changed.pop("kv_type", None):
+        changed["kv_types"] = kind, kind
     try:
         return solve(segment, machine, request._replace(**changed)).fits
     except PlanError:
@@ -301,3 +309,17 @@ def test_what_an_open_model_holds_of_a_gpu_counts_for_the_next(path: str) -> Non
     assert found.n_ctx == 8192 and found.note == "once the open model is closed"
     assert found.available == 1 << 30
     assert _plan(path, {}, {"host": 5 * MiB}).n_ctx == 2048  # of the memory that is not short
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile kernels for processors")
+def test_a_plan_for_a_gpu_takes_no_memory_and_names_no_other_way(tmp_path: Path) -> None:
+    """However large what is asked for: arrays of a step come with the program, not with its plan.
+
+    Where a GPU was asked for and holds no layer, more memory of the host would change nothing.
+    """
+    path = tiny_model(tmp_path, n_ctx=4096)
+    with pytest.raises(PlanError, match="not one layer fits into the free memory of shim:0"):
+        plan(path, device="shim", slots=100_000, n_ctx=2048, memory="1000T")
+    with pytest.raises(PlanError, match="not one layer fits") as caught:
+        plan(path, device="shim", slots=1_000_000, n_ctx=32, memory="900M")
+    assert caught.value.memory == "shim:0"

@@ -11,6 +11,7 @@ import random
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -195,6 +196,19 @@ def test_closing_the_model_ends_what_is_paused(llm: LLM) -> None:
     llm.close()
     with pytest.raises(ClosedError):
         list(stream)
+
+
+def test_each_reader_has_an_error_of_its_own(llm: LLM) -> None:
+    """What all raise would hold the frames of all, and tell each of where the others were."""
+    streams = [llm.stream("hello", **SLIDING) for _ in range(3)]
+    llm.close()
+    errors = []
+    for stream in streams:
+        with pytest.raises(ClosedError, match="the model was closed") as caught:
+            stream.run()
+        errors.append(caught.value)
+    assert len(set(map(id, errors))) == 3 and all(each.found for each in errors)
+    assert len({len(traceback.extract_tb(each.__traceback__)) for each in errors}) == 1
 
 
 def test_a_batch_of_any_size(llm: LLM) -> None:

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import numpy as np
 
@@ -91,6 +91,7 @@ class Engine:
         self._in_step: list[Rows] = []
         self._errands: deque[Errand[Any]] = deque()
         self._closed, self._is_exit = "", False
+        self._has_ended = self._is_left = False  # by its thread, by who opened it
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._loop, name="edgeinfer-engine", daemon=True)
         self._thread.start()
@@ -184,13 +185,19 @@ class Engine:
             return action()
         errand = Errand(action)
         with self._changed:
-            if self._closed:
-                raise ClosedError(self._closed)
-            self._errands.append(errand)
-            self._changed.notify()
+            if is_open := not self._closed:
+                self._errands.append(errand)
+                self._changed.notify()
+        if not is_open:
+            self._refuse()
         while not errand.wait(WAKE_SECONDS):
             self.check_alive()
         return errand.result()
+
+    @property
+    def is_forked(self) -> bool:
+        """Whether this is the child of a fork: it has no thread, and locks as others held them."""
+        return self._pid != os.getpid()
 
     @property
     def n_running(self) -> int:
@@ -204,7 +211,7 @@ class Engine:
 
     def interrupt(self) -> None:
         """Look at cancelled work now. A step that others share runs on: they need its rows."""
-        if self._pid != os.getpid():
+        if self.is_forked:
             return
         # Before the lock: this thread may get that only after another step has been submitted.
         self._scheduler.may_be_cancelled = True
@@ -215,16 +222,19 @@ class Engine:
 
     def wake(self) -> None:
         """Look at what is paused now."""
-        if self._pid == os.getpid():
+        if not self.is_forked:
             with self._changed:
                 self._changed.notify()
 
     def check_alive(self) -> None:
         """Raise ClosedError unless events can still come."""
-        if self._pid != os.getpid() or not self._thread.is_alive():
-            if self._is_exit and threading.current_thread() is not threading.main_thread():
-                threading.Event().wait()  # all such threads end now: none needs an error for that
-            raise ClosedError(self._closed or _FORKED)
+        if self.is_forked or not self._thread.is_alive():
+            self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        if self._is_exit and threading.current_thread().daemon:
+            threading.Event().wait()  # all such threads end now: none needs an error for that
+        raise ClosedError(self._closed or _FORKED)
 
     def check_waiting(self) -> None:
         """The same for who waits for them here: a callback that does stops all that runs."""
@@ -240,19 +250,19 @@ class Engine:
 
         `is_exit` says that the interpreter ends: nobody is told.
         """
-        if self._pid != os.getpid():
+        if self.is_forked:
             return
         with self._changed:
-            self._is_exit = is_exit
+            if self._is_exit:  # nobody waits for it twice
+                return
+            self._is_exit, self._is_left = is_exit, True
             self._closed = self._closed or "the model was closed"
             if self._ticket is not None:
                 self._ticket.abort()
             self._changed.notify()
         if threading.current_thread() is not self._thread and not self.delivery.is_here():
             self._thread.join(timeout)
-        # A thread that is still in a step keeps its memory: freeing it would crash.
-        if not self._thread.is_alive():
-            self._program.close()
+        self._free()
 
     def mark_forked(self) -> None:
         """In the child of a fork the thread does not exist: every use is an error."""
@@ -266,6 +276,12 @@ class Engine:
         return CacheLayout.of(overflow, self.n_ctx, n_pinned, windows, limits.max_rows, has_state)
 
     def _queue(self, work: AnyWork, priority: int = 0) -> None:
+        with contextlib.suppress(ClosedError):
+            self._put(work, priority)
+            return
+        self._refuse()
+
+    def _put(self, work: AnyWork, priority: int) -> None:
         with self._changed:
             if self._closed:
                 raise ClosedError(self._closed)
@@ -288,6 +304,16 @@ class Engine:
             while self._errands:
                 self._errands.popleft().fail(ClosedError(self._closed))
             self.delivery.close(_JOIN_SECONDS)
+        self._has_ended = True
+        self._free()
+
+    def _free(self) -> None:
+        """Once nobody needs the memory: a step that outlasts `close`, or calls it, does."""
+        with self._lock:
+            is_last = self._has_ended and self._is_left
+            self._is_left = self._is_left and not is_last
+        if is_last:
+            self._program.close()
 
     def _serve(self) -> None:
         """Turns until it is closed. An error outside of any one request costs a turn at first."""

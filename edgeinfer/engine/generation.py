@@ -66,6 +66,11 @@ class Worker(Protocol):
         """How the guesses of all answers fare."""
         ...
 
+    @property
+    def is_forked(self) -> bool:
+        """Whether this is the child of a fork, which it does not run in."""
+        ...
+
     def interrupt(self) -> None:
         """Look at cancelled work now, also when a step of it is running."""
 
@@ -138,6 +143,15 @@ class Generation:
     def check_waiting(self) -> None:
         """Raise unless events can still come to who waits for them in this thread."""
         self._worker.check_waiting()
+
+    @property
+    def is_forked(self) -> bool:
+        """Whether this is the child of a fork: nothing comes any more."""
+        return self._worker.is_forked
+
+    def is_of(self, worker: object) -> bool:
+        """Whether this one runs it."""
+        return self._worker is worker
 
     @property
     def sequences(self) -> list[Sequence]:

@@ -1,4 +1,7 @@
-"""What to tell of a plan that does not fit: how much is short, and which settings would fit."""
+"""What to tell of a plan that does not fit: how much is short, and which settings would fit.
+
+Of settings that fit each by itself up to two are named, else some that do together.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +35,8 @@ def does_not_fit(plan: MemoryPlan, request: PlanRequest, fits: Fits) -> PlanErro
         )
     elif settings := _settings(plan, request, n_ctx, fits):
         advice = _either(settings)
+    elif settings := _together(plan, request, fits):
+        advice = _all(settings)
     slots = f" in {plan.slots} slots" if plan.slots > 1 else ""
     return PlanError(
         f"the model needs {_needed(pool)} for {plan.n_ctx} tokens of context{slots}, "
@@ -81,6 +86,24 @@ def _settings(
     return settings[:2]
 
 
+def _together(plan: MemoryPlan, request: PlanRequest, fits: Fits) -> list[Keyword]:
+    """Settings that fit together, where none does by itself; the longest context is among them."""
+    alone = request._replace(slots=1, kept_tokens=request.kept_tokens and 0)
+    for types in (request.kv_types, *(_LESS_TYPES if request.kv_types else ())):
+        least = alone._replace(kv_types=types)
+        if not fits(least):
+            least = least._replace(n_ctx=_longest(plan, least, fits))
+        if fits(least):
+            break
+    else:
+        return []
+    found = {"kept_tokens": least.kept_tokens, "slots": least.slots, "n_ctx": least.n_ctx}
+    settings = [Keyword(*each) for each in found.items() if each[1] != getattr(request, each[0])]
+    if types is not None and types != request.kv_types:
+        settings.append(Keyword("kv_type", types[0]))
+    return settings
+
+
 def _most(high: int, fits: Callable[[int], bool]) -> int:
     """The largest of 1 to `high` that fits, where all below one that does fit too; else 0."""
     low = 0
@@ -93,3 +116,9 @@ def _most(high: int, fits: Callable[[int], bool]) -> int:
 def _either(settings: list[Keyword]) -> Advice:
     first, *others = settings
     return (first, *(part for each in others for part in (" or ", each)), " would fit")
+
+
+def _all(settings: list[Keyword]) -> Advice:
+    first, *others, last = settings
+    further = (part for each in others for part in (", ", each))
+    return (first, *further, " and ", last, " together would fit")

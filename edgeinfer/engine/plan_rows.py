@@ -11,8 +11,7 @@ from edgeinfer.graph import KV, KVType, Segment
 _MiB = 1 << 20
 
 # VmHWM on x86-64 Linux, CPython 3.11, NumPy 2, with a model of 0.1 MB: 36 MiB with all that is
-# imported, threads and their stacks among it. The rest is for other versions, and for the huge
-# pages at the ends of what is reserved.
+# imported, threads and their stacks among it. The rest is for other versions.
 PYTHON_BYTES = 40 * _MiB
 # The process that renders chat templates: 15.5 MiB, 17.8 with the longest of 12 public ones.
 TEMPLATES_BYTES = 18 * _MiB

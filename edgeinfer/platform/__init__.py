@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     )
     from edgeinfer.platform.forks import ForkedProcess
     from edgeinfer.platform.limits import ProcessLimits, ended_for_time
+    from edgeinfer.platform.locks import ProcessLock
     from edgeinfer.platform.memory import available_memory, memory_budget, peak_rss, rss
     from edgeinfer.platform.native import (
         Code,
@@ -94,6 +95,7 @@ _NAMES = {
         "read_whole sync try_lock unlink_open write_whole written_whole"
     ),
     "limits": "ProcessLimits ended_for_time",
+    "locks": "ProcessLock",
     "memory": "available_memory memory_budget peak_rss rss",
     "native": "Code Memory ThreadCalls can_run_generated_code keep thread_calls",
     "processors": "cpu_name default_threads processor_facts",
@@ -117,6 +119,7 @@ __all__ = [
     "NOT_RUN",
     "NvrtcLibrary",
     "ProcessLimits",
+    "ProcessLock",
     "ReadableFile",
     "SIGNAL_CODE",
     "STARTS_ITSELF",

@@ -37,12 +37,19 @@ class Memory:
             with contextlib.suppress(OSError):  # a kernel without transparent huge pages
                 self._map.madvise(getattr(mmap, advice), start, end - start)
 
+    def view(self, address: int, n_bytes: int) -> memoryview:
+        """Bytes of it, which stay as long as somebody holds the view."""
+        start = address - ctypes.addressof(self._view)
+        return memoryview(self._map)[start : start + n_bytes]
+
     def close(self) -> None:
-        """Return the memory; every address into it is dead from here on."""
+        """Return the memory, or leave it to who holds a view; every address into it is dead."""
         if self.address:
             self.address = 0
             del self._view
-            self._map.close()
+            with contextlib.suppress(BufferError):
+                self._map.close()
+            del self._map
 
 
 class Code:

@@ -6,8 +6,10 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
+from edgeinfer.platform.locks import ProcessLock
+
 T = TypeVar("T")
-_lock = threading.Lock()
+_lock = ProcessLock()
 
 
 def with_stack(n_bytes: int, work: Callable[[], T]) -> T:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from types import NoneType
 from typing import Any, NamedTuple, TypedDict, cast
 
 from edgeinfer.errors import InvalidRequestError
@@ -107,23 +106,36 @@ To call one, reply with nothing but its name and its arguments as JSON, in this 
 
 
 def _messages(messages: Iterable[Message]) -> list[dict[str, Any]]:
-    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
+    listed = _listed(messages)
+    if listed is None:
         raise _wrong(
             f"messages is of type {_kind(messages)}; a list with at least one message is needed"
         )
-    found = [_checked(message, i) for i, message in enumerate(messages)]
+    found = [_checked(message, i) for i, message in enumerate(listed)]
     if not found:
         raise _wrong("messages are empty; a chat needs at least one message")
     return found
 
 
 def _tools(tools: Sequence[Mapping[str, Any]] | None) -> list[Any]:
-    if isinstance(tools, (str, Mapping)) or not isinstance(tools, (Iterable, NoneType)):
+    listed = _listed(() if tools is None else tools)
+    if listed is None:
         raise _wrong("tools are not a list of objects", "tools")
-    tools = list(tools or ())
-    if not all(isinstance(tool, Mapping) for tool in tools):
+    found = list(listed)
+    if not all(isinstance(tool, Mapping) for tool in found):
         raise _wrong("a tool is not an object", "tools")
-    return cast("list[Any]", plain(tools, "tools"))
+    return cast("list[Any]", plain(found, "tools"))
+
+
+def _listed(given: Any) -> Iterator[Any] | None:
+    """What to go through, None for what is no list; of no dimension, NumPy's arrays are none."""
+    if isinstance(given, (str, bytes, Mapping)):
+        return None
+    try:
+        items: Iterator[Any] = iter(given)
+    except TypeError:
+        return None
+    return items
 
 
 _RESERVED = ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token")

@@ -37,7 +37,7 @@ class ToolChoice(NamedTuple):
                 f"parallel_tool_calls is {shown(parallel)}; it must be True or False",
                 param="parallel_tool_calls",
             )
-        if choice == "none":
+        if isinstance(choice, str) and choice == "none":
             return cls([], [], False, False)
         names, is_required = _read(choice)
         callable = [t for t in tools if _name(t) and (names is None or _name(t) in names)]

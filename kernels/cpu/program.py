@@ -5,7 +5,6 @@ Knows no scheduling and no files. One step is one native call; see `team.py`.
 
 from __future__ import annotations
 
-import ctypes
 import struct
 import time
 from collections.abc import Callable, Sequence
@@ -214,7 +213,7 @@ class CpuProgram(CacheVerbs):
         return self._backend.library.unkept or self._tuning.unkept
 
     def close(self) -> None:
-        """Free everything; views into outputs are dead from here on."""
+        """Free everything, but scratch for who keeps a view of what a step yielded."""
         if self._closed:
             return
         self._closed = True
@@ -277,17 +276,23 @@ class CpuProgram(CacheVerbs):
         self._no_ids = np.zeros(0, np.int32)
         lowered, dim = self._lowered, self.segment.graph.hparams.dim
         if lowered.input:
-            self._input = _float_view(lowered.input, limits.max_rows, dim)
+            self._input = self._floats(lowered.input, limits.max_rows, dim)
         assert lowered.hidden is not None
         n_hidden = limits.max_outputs if self.segment.is_last else limits.max_rows
-        self._hidden = _float_view(lowered.hidden, n_hidden, dim)
+        self._hidden = self._floats(lowered.hidden, n_hidden, dim)
         if lowered.logits:
             vocab = self.segment.output.dim
-            self._logits = _float_view(lowered.logits, limits.max_outputs, vocab)
+            self._logits = self._floats(lowered.logits, limits.max_outputs, vocab)
         self._residuals = {
-            layer: _float_view(buffer, limits.max_rows, dim)
+            layer: self._floats(buffer, limits.max_rows, dim)
             for layer, buffer in lowered.residuals.items()
         }
+
+    def _floats(self, buffer: Buffer, n_rows: int, dim: int) -> NDArray[np.float32]:
+        """A view of scratch, which hooks may keep for longer than this program lives."""
+        stride = row_stride(dim)
+        raw = self._scratch.view(buffer.address, n_rows * stride)
+        return np.frombuffer(raw, np.float32).reshape(n_rows, stride // 4)[:, :dim]
 
     def _step_tape(self, schedule: Schedule, output: OutputKind) -> Tape:
         if (schedule, output) not in self._tapes:
@@ -346,9 +351,3 @@ class CpuProgram(CacheVerbs):
 
     def _team_args(self) -> tuple[int, int]:
         return self._header.ctypes.data, self.limits.n_threads
-
-
-def _float_view(buffer: Buffer, n_rows: int, dim: int) -> NDArray[np.float32]:
-    stride = row_stride(dim)
-    raw = (ctypes.c_float * (n_rows * stride // 4)).from_address(buffer.address)
-    return np.frombuffer(memoryview(raw), np.float32).reshape(n_rows, stride // 4)[:, :dim]

@@ -194,7 +194,7 @@ class Team:
 
 
 _teams: dict[int, Team] = {}
-_teams_lock = threading.Lock()
+_teams_lock = platform.ProcessLock()
 
 
 def shared_team(library: Library, n_threads: int) -> Team:

@@ -157,7 +157,7 @@ class Blueprint:
 
     def _place_step(self) -> StepBuffers:
         arrays = self.step_arrays
-        whole = self.step.place(Buffer("step", arrays.memory.nbytes, is_kept=True))
+        whole = self.step.place(Buffer("step", arrays.most_bytes, is_kept=True))
         self.step_buffer = whole
         n_bytes = 4 * self.limits.max_outputs
         results = self.step.place(Buffer("sampled", 4 * n_bytes, is_kept=True))

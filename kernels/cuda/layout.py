@@ -6,7 +6,9 @@ matrices are in `tiles.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -74,7 +76,7 @@ class StepArrays:
         self._n_states, self._has_states = limits.n_states, has_states
         n_recurrent = n_sequences if has_states else 0
         n_pages = n_sequences * sum(limits.n_pages[window] for window in windows)
-        shapes = {
+        self._shapes = {
             "step": ((1,), _STEP),
             "ids": ((limits.max_rows,), np.dtype(np.int32)),
             "pos": ((limits.max_rows,), np.dtype(np.int64)),
@@ -87,20 +89,28 @@ class StepArrays:
             "pages": ((n_pages,), np.dtype(np.int32)),
         }
         self._offsets, end = dict[str, int](), 0
-        for name, (shape, dtype) in shapes.items():
+        for name, (shape, dtype) in self._shapes.items():
             self._offsets[name] = end
-            end += -(-int(np.prod(shape)) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
-        self.memory: NDArray[np.uint8] = np.zeros(end, np.uint8)
+            end += -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        self.most_bytes = end
         self._n_pages = 0
-        self._arrays = {
+        self._table_bytes = n_sequences * _TABLE.itemsize
+
+    @cached_property
+    def memory(self) -> NDArray[np.uint8]:
+        """All of it, taken when first asked for: a plan is drawn for steps of any size."""
+        return np.zeros(self.most_bytes, np.uint8)
+
+    @cached_property
+    def _arrays(self) -> dict[str, NDArray[Any]]:
+        return {
             name: np.ndarray(shape, dtype, self.memory.data, self._offsets[name])
-            for name, (shape, dtype) in shapes.items()
+            for name, (shape, dtype) in self._shapes.items()
         }
 
     def offset(self, name: str, group: int = 0) -> int:
         """Where an array begins; of "tables", those of one cache group."""
-        tables = self._arrays["tables"]
-        return self._offsets[name] + (tables[:group].nbytes if name == "tables" else 0)
+        return self._offsets[name] + (group * self._table_bytes if name == "tables" else 0)
 
     @property
     def abort_offset(self) -> int:

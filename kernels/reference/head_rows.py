@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +14,8 @@ from edgeinfer.graph import Segment, inputs
 from edgeinfer.kernels.reference.numerics import Floats
 from edgeinfer.kernels.reference.program import ReferenceProgram
 from edgeinfer.kernels.reference.quantised import Quantised
+from edgeinfer.ops import Op
+from edgeinfer.quant import Weight
 
 _ROWS = 32  # at a time, so that what is in between stays small
 
@@ -56,4 +60,12 @@ def _before_head(segment: Segment) -> Segment:
             "model can't be made",
             missing=[f"{len(others)} other values before the head"],
         )
-    return Segment(segment.graph, tuple(reversed(kept)), stream, hidden, hidden, False)
+    return Segment(segment.graph, tuple(map(_held, reversed(kept))), stream, hidden, hidden, False)
+
+
+def _held(op: Op) -> Op:
+    """The same with its weights in memory: whatever becomes of their file."""
+    fields: dict[str, Any] = op._asdict()
+    weights = {name: x for name, x in fields.items() if isinstance(x, Weight)}
+    fields |= {name: replace(x, data=x.data[:]) for name, x in weights.items()}
+    return type(op)(**fields)
