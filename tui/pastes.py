@@ -33,7 +33,7 @@ class Pastes:
         return bool(self._held) and self._parts is None
 
     def push(self, text: str) -> Iterator[tuple[str, bool]]:
-        """Texts in order, and whether each was pasted; those are whole, clean and end lines by LF."""
+        """Texts in order, and whether each was pasted: whole then, clean, its lines ended by LF."""
         text, self._held = self._held + text, ""
         while text:
             if self._parts is None:

@@ -53,6 +53,7 @@ class Output:
             sys.stdout.write(self._filter.flush())
         if not self._ends_line:
             sys.stdout.write("\n")
+        self._ends_line = True
         sys.stdout.flush()
 
 
