@@ -22,6 +22,7 @@ from edgeinfer.tui.app import ChatApp
 from edgeinfer.tui.clipboard import copy_with_tools, osc52
 from edgeinfer.tui.model_screen import ModelScreen
 from edgeinfer.tui.palette import OURS, Palette
+from edgeinfer.tui.records import Attachment
 from edgeinfer.tui.settings import ModelChoice
 from edgeinfer.tui.terminal_colors import Answers, TerminalBackground, is_light_by
 from tests.test_tui_chat import Chat, drive
@@ -444,3 +445,33 @@ def test_a_terminal_that_draws_nothing_gets_the_plain_chat(term: str | None, dra
     assert f"is {draws}".encode() in seen
     os.waitpid(pid, 0)
     os.close(fd)
+
+
+@pytest.mark.parametrize("size", [(24, 6), (30, 8), (40, 10), (80, 12), (80, 24)])
+def test_what_is_written_and_the_status_stay_on_the_screen(size: tuple[int, int]) -> None:
+    lines = "\n".join(map(str, range(30)))
+
+    async def body(chat: Chat) -> None:
+        await chat.idle()
+        await chat.ask("hi")
+        screen, composer = chat.app.screen, chat.app.composer
+
+        async def check() -> None:
+            await chat.settle()
+            status = screen.query_one("#status").region
+            assert composer.prompt.cursor_screen_offset.y < status.y < size[1]
+            assert screen.max_scroll_y == 0, chat.screen_text
+
+        composer.prompt.set_text(lines)
+        await check()
+        composer.prompt.set_text("/")
+        await check()
+        await chat.press("escape")
+        composer.prompt.set_text(lines)
+        for i in range(5):
+            composer.attach(Attachment(f"file {i}", "x"))
+        await check()
+        chat.app.say("a notice of many words " * 20, "warning")
+        await check()
+
+    drive(body, size=size)
