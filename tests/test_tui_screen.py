@@ -431,18 +431,26 @@ def read_until(fd: int, is_so: Callable[[bytes], bool], seconds: float = 20.0) -
 
 @posix
 @pytest.mark.parametrize(
-    ("term", "draws"), [("dumb", False), ("", False), (None, False), ("xterm", True)]
-)
-def test_a_terminal_that_draws_nothing_gets_the_plain_chat(term: str | None, draws: bool) -> None:
+    ("term", "charset", "draws"),
+    [
+        ("dumb", "utf-8", False), ("", "utf-8", False), (None, "utf-8", False),
+        ("xterm", "utf-8", True), ("xterm", "ascii", False), ("xterm", "iso-8859-1", False),
+    ],
+)  # fmt: skip
+def test_a_terminal_that_draws_nothing_gets_the_plain_chat(
+    term: str | None, charset: str, draws: bool
+) -> None:
     pty = pytest.importorskip("pty")
     code = "import os, edgeinfer.cli.console as c; print('is', c.draws_screens(os.environ))"
     pid, fd = pty.fork()
     if not pid:
         environment = {name: value for name, value in os.environ.items() if name != "TERM"}
         environment |= {"TERM": term} if term is not None else {}
+        environment["PYTHONIOENCODING"] = charset
         os.execve(sys.executable, [sys.executable, "-c", code], environment)
     seen = read_until(fd, lambda seen: b"is " in seen and seen.endswith(b"\n"))
     assert f"is {draws}".encode() in seen
+    assert (b"the locale's " + charset.encode() in seen) == (charset != "utf-8")
     os.waitpid(pid, 0)
     os.close(fd)
 

@@ -24,7 +24,19 @@ _REDRAW_SECONDS = 0.1
 def draws_screens(environment: Mapping[str, str]) -> bool:
     """Whether there is a terminal that takes a full-screen view, which is drawn on stderr."""
     is_terminal = all(s.isatty() for s in (sys.stdin, sys.stdout, sys.stderr))
-    return is_terminal and takes_escapes(environment)
+    return is_terminal and takes_escapes(environment) and _has_characters(sys.stderr)
+
+
+def _has_characters(stream: TextIO) -> bool:
+    """Whether frames and bars can be drawn; where the locale lacks them, all would be "?"."""
+    try:
+        "╭─▌█●".encode(stream.encoding)
+    except UnicodeEncodeError:
+        note(
+            f"(line by line: the locale's {stream.encoding} lacks what the full screen is made of)"
+        )
+        return False
+    return True
 
 
 def takes_escapes(environment: Mapping[str, str]) -> bool:
