@@ -32,9 +32,7 @@ def _has_characters(stream: TextIO) -> bool:
     try:
         "╭─▌█●".encode(stream.encoding)
     except UnicodeEncodeError:
-        note(
-            f"(line by line: the locale's {stream.encoding} lacks what the full screen is made of)"
-        )
+        note(f"(line by line: the locale's {stream.encoding} lacks the full screen's characters)")
         return False
     return True
 
