@@ -40,7 +40,8 @@ watching constraining reasoning_budget
 replying requesting
 embedding
 llm inspect_file
-aio bench load remote selftest replay
+aio bench remote selftest replay
+load
 server
 cli tui pyinstaller
 __main__
