@@ -80,8 +80,11 @@ class Parameter(NamedTuple):
 
     def parse(self, text: str, *, in_form: bool = False) -> Any:
         """The value that a flag spells, or a form, which takes usual ones only."""
+        is_number = self.kind in (int, float)
+        if is_number and not (text.isascii() and "_" not in text):
+            raise self._refused(text)  # Python takes 1_0 for 10, and the digits of all scripts
         try:
-            value: Any = self.kind(text) if self.kind in (int, float) else text
+            value: Any = self.kind(text) if is_number else text
         except ValueError:
             raise self._refused(text) from None
         if in_form and self.usual and not self.usual[0] <= value <= self.usual[1]:

@@ -222,6 +222,16 @@ def test_plain_chat_answers_line_by_line(path: Path) -> None:
         (["run", "PATH", "hi", "--schema", "/no/such"], 1, "edgeinfer: /no/such: No such file"),
         (["run", "PATH", "-p", "x" * 500, "-c", "64"], 1, "context holds 64"),
         (["frobnicate"], 2, "No such command"),
+        (["runn", "x"], 2, "No such command 'runn'. Did you mean `edgeinfer run`?"),
+        (["RUN", "x"], 2, "Did you mean `edgeinfer run`?"),
+        (["my.gguf"], 2, "Did you mean `edgeinfer chat my.gguf`?"),
+        (["run", "PATH", "x", "-n", "1_0"], 2, "max_tokens is '1_0'"),
+        (["run", "PATH", "x", "--temp", "\u0661"], 2, "temperature is '\u0661'"),
+        (["serve", "PATH", "--port", "8_0"], 2, "'8_0' is not a number in plain digits"),
+        (["load", "http://127.0.0.1:1", "--rate", "nan"], 2, "'nan' is not a number"),
+        (["load", "http://127.0.0.1:1", "--seconds", "-NaN "], 2, "is not a number"),
+        (["load", "http://127.0.0.1:1", "--turns", "5-"], 2, "'5-' is no range"),
+        (["load", "http://127.0.0.1:1", "--turns", "\u0663"], 2, "is no range"),
     ],
 )
 def test_errors_are_one_line_with_an_exit_code(

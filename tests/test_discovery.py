@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,12 @@ def test_paths_come_before_names(home: Path, monkeypatch: pytest.MonkeyPatch) ->
         ("models/mistrel.gguf", "did you mean models.mistral.gguf"),
         ("/none/of/this.gguf", "no file or folder"),
         ("zzzz", "edgeinfer list --all"),
+        ("", "name of the model is empty"),
+        ("hf://org/repo", "edgeinfer pull hf://org/repo"),
+        ("https://huggingface.co/org/repo", "edgeinfer pull https://huggingface.co/org/repo"),
+        ("https://example.org/x.gguf", "is an address, not a file; download that file"),
+        ("file:///x.gguf", "is an address, not a file"),
+        (os.devnull, "is a device" if os.name != "nt" else ""),
     ],
 )
 def test_names_that_mean_nothing(
@@ -135,3 +142,26 @@ def test_names_that_mean_nothing(
     put(home / "models" / "mistral.gguf")
     with pytest.raises(ModelNotFoundError, match=message):
         find_model(name)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no such files there")
+def test_what_is_there_but_no_file(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+    os.mkfifo("pipe.gguf")
+    Path("loop.gguf").symlink_to("loop.gguf")
+    Path("old.gguf").symlink_to("moved.gguf")
+    (home / "folder.gguf").mkdir()
+    for name, message in (
+        ("pipe.gguf", "pipe.gguf is a pipe"),
+        ("loop.gguf", "a link to loop.gguf, where nothing is"),
+        ("old.gguf", "a link to moved.gguf, where nothing is"),
+        (".", "it has none"),
+    ):
+        with pytest.raises(ModelNotFoundError, match=message):
+            find_model(name)
+    for i in range(20):
+        put(home / f"{i:02}.gguf")
+    with pytest.raises(ModelNotFoundError, match="00.gguf, .*, 07.gguf and 12 more; name it"):
+        find_model(".")
+    Path("here.gguf").symlink_to("03.gguf")
+    assert find_model("here.gguf") == Path("here.gguf")

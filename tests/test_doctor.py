@@ -178,7 +178,11 @@ def test_list_and_cache_and_rm(capsys: pytest.CaptureFixture[str], home: Path) -
     assert "unfinished" in call(capsys, "cache")[1]
     cached: dict[str, Any] = json.loads(call(capsys, "cache", "--json")[1])
     assert cached["folders"][str(home / "cache")] == 1000
-    assert call(capsys, "cache", "--clear")[0] == 0
+    cleared: dict[str, Any] = json.loads(call(capsys, "cache", "--clear", "--json")[1])
+    assert cleared == {
+        "folders": {**cached["folders"], str(home / "cache"): 0, str(home / "data/models"): 104},
+        "unfinished": [],
+    }
     assert not kernels.exists() and [p.name for p in model.parent.iterdir()] == [model.name]
     assert call(capsys, "rm", "smolm2")[0] == 1
     assert call(capsys, "rm", "smollm2")[0] == 0

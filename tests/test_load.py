@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -642,8 +643,28 @@ def test_the_key_is_the_flag_s_or_the_environment_s(monkeypatch: pytest.MonkeyPa
     assert b"authorization: Bearer s3cret-key" in sent[0].lower().replace(b"bearer", b"Bearer")
     assert b"another-key" in sent[-1]
     told = str(done.exception)
-    assert "gave no answer to a first request: HTTP 403" in told
+    assert "gave no answer to a first request: HTTP 403: key [the key] is bad" in told
     assert "s3cret" not in told and "\x1b" not in told
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (reply(b'{"error": {"message": "no \\u001b[31mkey"}}', "401 No"), "HTTP 401: no key$"),
+        (reply(b"<html><h1>Not Found</h1>", "404 Not Found"), "request: HTTP 404$"),
+        (reply(b"busy", "429 Slow", more="retry-after: 9\r\n"), "in 0.3 s after HTTP 429: busy$"),
+        (reply(b'data: {"error": {"message": "out of it"}}\n\n'), "in the stream: out of it$"),
+        (reply(b"<html>"), "malformed stream: the reply is no stream of events$"),
+    ],
+)
+def test_a_first_request_that_fails_is_told_in_words(data: bytes, why: str) -> None:
+    async def script(i: int, writer: asyncio.StreamWriter) -> None:
+        writer.write(data)
+
+    with scripted(script) as url:
+        flags = ["load", url, "--model", "m", "--deadline", "0.3", "--json"]
+        done = CliRunner().invoke(commands, flags)
+    assert done.stdout == "" and re.search(why, str(done.exception)), done.exception
 
 
 def test_talks_that_have_ended_are_not_kept() -> None:

@@ -263,7 +263,8 @@ def error(status: str, message: str, **more: str) -> bytes:
 @pytest.mark.parametrize(
     ("answer", "why"),
     [
-        (error("404 Not Found", "The model `m` does not exist"), "has no model m .*; it has m$"),
+        (error("404 Not Found", "The model `m` does not exist"), "no model m .*; it lists it all"),
+        (reply(b"<h1>Not Found</h1>", "404 Not Found"), r"has no /v1 \(HTTP 404\); check the URL"),
         (error("404 Not Found", "nothing here"), "check the URL's path"),
         (error("403 Forbidden", "not from there"), r"refuses \(HTTP 403: not from there"),
         (error("403 Forbidden", "no such key"), "does not take this API key .*no such key"),
@@ -276,7 +277,7 @@ def error(status: str, message: str, **more: str) -> bytes:
         (reply(b"<html>hi</html>", kind="text/html"), "does not answer as OpenAI's API does"),
         (reply({"hello": 1}), "does not answer as OpenAI's API does"),
         (b"SSH-2.0-OpenSSH\r\n", "does not answer in HTTP .*https://"),
-        (b"", "does not answer in HTTP"),
+        (b"", "closed the connection without an answer; does it run, and without TLS"),
         (f"{KEY}\r\n\r\n".encode(), "does not answer in HTTP"),
         (reply(f"<p>{KEY}</p>".encode(), kind="text/html"), r"'<p>\[the key\]</p>'"),
         (b"HTTP/1.1 200 OK\r\n" + b"x: y\r\n" * 200 + b"\r\n", "does not answer in HTTP"),

@@ -303,3 +303,16 @@ def test_a_plain_chat_goes_on_where_an_answer_broke_off(
     assert said.out == "so far\nyes\n"
     assert "broke off before the end" in said.err and "1 turns" in said.err
     assert "tok/s" not in said.err
+
+
+def test_what_went_wrong_in_an_answer_is_a_line_of_its_own(
+    api: FakeApi, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from edgeinfer.cli.main import main
+
+    api.answers = [stream(delta(content="so far"))]
+    with pytest.raises(SystemExit) as end:
+        main(["run", "--url", api.url, "m", "-p", "hi"])
+    said = capsys.readouterr()
+    assert end.value.code == 1 and said.out == "so far\n"
+    assert said.err.splitlines()[-1].startswith("edgeinfer: ")

@@ -22,6 +22,7 @@ from edgeinfer.tui.app import ChatApp
 from edgeinfer.tui.clipboard import copy_with_tools, osc52
 from edgeinfer.tui.model_screen import ModelScreen
 from edgeinfer.tui.palette import OURS, Palette
+from edgeinfer.tui.records import Attachment
 from edgeinfer.tui.settings import ModelChoice
 from edgeinfer.tui.terminal_colors import Answers, TerminalBackground, is_light_by
 from tests.test_tui_chat import Chat, drive
@@ -430,17 +431,55 @@ def read_until(fd: int, is_so: Callable[[bytes], bool], seconds: float = 20.0) -
 
 @posix
 @pytest.mark.parametrize(
-    ("term", "draws"), [("dumb", False), ("", False), (None, False), ("xterm", True)]
-)
-def test_a_terminal_that_draws_nothing_gets_the_plain_chat(term: str | None, draws: bool) -> None:
+    ("term", "charset", "draws"),
+    [
+        ("dumb", "utf-8", False), ("", "utf-8", False), (None, "utf-8", False),
+        ("xterm", "utf-8", True), ("xterm", "ascii", False), ("xterm", "iso-8859-1", False),
+    ],
+)  # fmt: skip
+def test_a_terminal_that_draws_nothing_gets_the_plain_chat(
+    term: str | None, charset: str, draws: bool
+) -> None:
     pty = pytest.importorskip("pty")
     code = "import os, edgeinfer.cli.console as c; print('is', c.draws_screens(os.environ))"
     pid, fd = pty.fork()
     if not pid:
         environment = {name: value for name, value in os.environ.items() if name != "TERM"}
         environment |= {"TERM": term} if term is not None else {}
+        environment["PYTHONIOENCODING"] = charset
         os.execve(sys.executable, [sys.executable, "-c", code], environment)
     seen = read_until(fd, lambda seen: b"is " in seen and seen.endswith(b"\n"))
     assert f"is {draws}".encode() in seen
+    assert (b"line by line: the locale" in seen) == (charset != "utf-8")
     os.waitpid(pid, 0)
     os.close(fd)
+
+
+@pytest.mark.parametrize("size", [(24, 6), (30, 8), (40, 10), (80, 12), (80, 24)])
+def test_what_is_written_and_the_status_stay_on_the_screen(size: tuple[int, int]) -> None:
+    lines = "\n".join(map(str, range(30)))
+
+    async def body(chat: Chat) -> None:
+        await chat.idle()
+        await chat.ask("hi")
+        screen, composer = chat.app.screen, chat.app.composer
+
+        async def check() -> None:
+            await chat.settle()
+            status = screen.query_one("#status").region
+            assert composer.prompt.cursor_screen_offset.y < status.y < size[1]
+            assert screen.max_scroll_y == 0, chat.screen_text
+
+        composer.prompt.set_text(lines)
+        await check()
+        composer.prompt.set_text("/")
+        await check()
+        await chat.press("escape")
+        composer.prompt.set_text(lines)
+        for i in range(5):
+            composer.attach(Attachment(f"file {i}", "x"))
+        await check()
+        chat.app.say("a notice of many words " * 20, "warning")
+        await check()
+
+    drive(body, size=size)

@@ -115,7 +115,13 @@ class ChatView(TerminalApp):
         self._draw_status()
 
     def on_resize(self, event: events.Resize) -> None:
-        self.screen_stack[0].set_class(event.size.height < _SHORT_SCREEN, "short")
+        screen, is_short = self.screen_stack[0], event.size.height < _SHORT_SCREEN
+        screen.set_class(is_short, "short")
+        # What is above the prompt gives way where there is no room for all of it: beside it are the
+        # title, a row of the transcript and the status.
+        bottom = screen.query_one("#bottom")
+        bottom.styles.max_height = event.size.height - (3 if is_short else 5)
+        bottom.anchor()
 
     # -- an answer -------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from textual._parser import ParseError
 from textual._xterm_parser import XTermParser
 from textual.drivers.linux_driver import LinuxDriver
 
+from edgeinfer.tui.pastes import Pastes
 from edgeinfer.tui.terminal_colors import ASK, Answers, TerminalBackground
 
 _ESCAPE = "\x1b"
@@ -162,7 +163,7 @@ class ChatDriver(LinuxDriver):
         """Until the app ends: bytes to events."""
         parser = _Parser(self._debug)
         decode = getincrementaldecoder("utf-8")("replace").decode
-        answers = Answers()
+        answers, pastes = Answers(), Pastes()
         n_empty = 0
         # In the background a read fails then, and does not stop what `fg` has just let go on.
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTIN])
@@ -176,7 +177,8 @@ class ChatDriver(LinuxDriver):
                         self._owner.hang_up()
                         self.exit_event.wait()
                     text = decode(data)
-                    if text == _ESCAPE and not selector.select(_ESCAPE_SECONDS):
+                    is_alone = text == _ESCAPE and not pastes.is_open
+                    if is_alone and not selector.select(_ESCAPE_SECONDS):
                         self.process_message(events.Key("escape", _ESCAPE))
                         continue
                     text, is_light = answers.push(text)
@@ -184,8 +186,12 @@ class ChatDriver(LinuxDriver):
                         self.send_message(TerminalBackground(is_light))
                     if answers.is_unfinished and not selector.select(_ESCAPE_SECONDS):
                         text += answers.flush()
-                    for event in parser.feed(text) if text else ():
-                        self.process_message(event)
+                    for part, is_pasted in pastes.push(text):
+                        for event in [events.Paste(part)] if is_pasted else parser.feed(part):
+                            self.process_message(event)
+                    if pastes.is_unfinished and not selector.select(_ESCAPE_SECONDS):
+                        for event in parser.feed(pastes.flush()):
+                            self.process_message(event)
                 for event in parser.tick():
                     self.process_message(event)
         try:

@@ -13,6 +13,7 @@ from textual.message import Message
 from textual.widgets import TextArea
 
 _MOST_ROWS = 10
+_ROWS_AROUND = 4  # the title, the frame and the status
 _REPEAT_SECONDS = 0.12  # at most, between two events of a key that is held
 _LONG_PASTE = 4000  # characters; more becomes an attachment, an editor of a megabyte is slow
 
@@ -85,8 +86,9 @@ class Prompt(TextArea):
         return self.document.get_line(row)[:column]
 
     def fit(self) -> None:
-        """As many rows as the text takes, within reason."""
-        rows = max(1, min(_MOST_ROWS, self.wrapped_document.height))
+        """As many rows as the text takes, within reason; half of a screen that is short."""
+        most = min(_MOST_ROWS, (self.app.size.height - _ROWS_AROUND) // 2)
+        rows = max(1, min(most, self.wrapped_document.height))
         if self.styles.height is None or self.styles.height.value != rows:
             self.styles.height = rows
 

@@ -30,7 +30,9 @@ def command(clear: bool, as_json: bool) -> None:
             discard_unfinished()
             platform.delete_all(kernels)
         note(f"emptied {kernels}; models stay (edgeinfer rm NAME deletes one)")
-        return
+        if not as_json:
+            return
+        unfinished = [path for path in unfinished if path.exists()]
     sizes = {str(folder): platform.bytes_below(folder) for folder in (kernels, models)}
     if as_json:
         show_json({"folders": sizes, "unfinished": [str(path) for path in unfinished]})

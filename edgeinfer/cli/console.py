@@ -24,7 +24,17 @@ _REDRAW_SECONDS = 0.1
 def draws_screens(environment: Mapping[str, str]) -> bool:
     """Whether there is a terminal that takes a full-screen view, which is drawn on stderr."""
     is_terminal = all(s.isatty() for s in (sys.stdin, sys.stdout, sys.stderr))
-    return is_terminal and takes_escapes(environment)
+    return is_terminal and takes_escapes(environment) and _has_characters(sys.stderr)
+
+
+def _has_characters(stream: TextIO) -> bool:
+    """Whether frames and bars can be drawn; where the locale lacks them, all would be "?"."""
+    try:
+        "╭─▌█●".encode(stream.encoding)
+    except UnicodeEncodeError:
+        note(f"(line by line: the locale's {stream.encoding} lacks the full screen's characters)")
+        return False
+    return True
 
 
 def takes_escapes(environment: Mapping[str, str]) -> bool:
@@ -53,6 +63,7 @@ class Output:
             sys.stdout.write(self._filter.flush())
         if not self._ends_line:
             sys.stdout.write("\n")
+        self._ends_line = True
         sys.stdout.flush()
 
 

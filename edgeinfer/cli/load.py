@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgeinfer.cli.console import note, show, show_json
+from edgeinfer.cli.numbers import Number, Whole
 from edgeinfer.cli.options import common_flags, json_flag
 
 if TYPE_CHECKING:
@@ -23,15 +24,16 @@ if TYPE_CHECKING:
 
 _MOST_LENGTH = 1 << 20  # tokens
 _MOST_WRITTEN = 1 << 20  # conversations; a file of more would not be read
-_SECONDS = click.FloatRange(0, 1e6)
+_SECONDS = Number(0, 1e6)
 
 
 def _range(context: click.Context, flag: click.Parameter, value: str) -> tuple[int, int]:
     """A number, or two with a hyphen between: the least and the most."""
-    low, _, high = value.partition("-")
-    if not all(each.isdecimal() and len(each) < 20 for each in (low, high or low)):
+    low, dash, high = value.partition("-")
+    ends = (low, high) if dash else (low,)
+    if not all(each.isdecimal() and each.isascii() and len(each) < 20 for each in ends):
         raise click.BadParameter(f"{value!r} is no range; give one such as 20-200", context, flag)
-    found = int(low), int(high or low)
+    found = int(low), int(ends[-1])
     if not 1 <= found[0] <= found[1] <= _MOST_LENGTH:
         raise click.BadParameter(
             f"{value!r} begins below 1, falls, or ends above {_MOST_LENGTH}", context, flag
@@ -59,16 +61,16 @@ def _traffic_flags(command: Callable[..., Any]) -> Callable[..., Any]:
                      help="Conversations recorded in this file, instead of made ones."),
         click.option("--write-traffic", type=click.Path(dir_okay=False, path_type=Path),
                      help="Write the conversations to this file, and end."),
-        click.option("--seed", type=click.IntRange(0), default=1, show_default=True),
+        click.option("--seed", type=Whole(0), default=1, show_default=True),
         click.option("--turns", **_RANGE, default="1-6", show_default=True,
                      help="Requests of a conversation."),
         click.option("--user-tokens", **_RANGE, default="20-200", show_default=True),
         click.option("--answer-tokens", **_RANGE, default="30-300", show_default=True),
         click.option("--think", type=_SECONDS, default=5.0, show_default=True,
                      help="Seconds between an answer and what follows it."),
-        click.option("--systems", type=click.IntRange(1, 1 << 20), default=4, show_default=True,
+        click.option("--systems", type=Whole(1, 1 << 20), default=4, show_default=True,
                      help="Different system prompts."),
-        click.option("--system-tokens", type=click.IntRange(0, _MOST_LENGTH), default=500,
+        click.option("--system-tokens", type=Whole(0, _MOST_LENGTH), default=500,
                      show_default=True),
         click.option("--shared/--not-shared", default=True, show_default=True,
                      help="Whether conversations have system prompts in common."),
@@ -81,24 +83,24 @@ def _traffic_flags(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.argument("url")
 @click.option("--model", default="", help="Its name there; else the first that the server lists.")
 @click.option(
-    "rates", "--rate", type=click.FloatRange(0, 1e6, min_open=True), multiple=True,
+    "rates", "--rate", type=Number(0, 1e6, min_open=True), multiple=True,
     help="Requests a second, on average [1]; several are run one after the other.",
 )  # fmt: skip
 @click.option(
-    "--users", type=click.IntRange(1, 1 << 16),
+    "--users", type=Whole(1, 1 << 16),
     help="Instead of a rate: so many ask without pauses.",
 )  # fmt: skip
-@click.option("--seconds", type=click.FloatRange(0, 1e6, min_open=True), default=60.0,
+@click.option("--seconds", type=Number(0, 1e6, min_open=True), default=60.0,
               show_default=True, help="How long requests come.")  # fmt: skip
 @click.option("--head-start", type=_SECONDS, default=0.0, show_default=True,
               help="Seconds of conversations before, which go on.")  # fmt: skip
 @click.option("--warmup", type=_SECONDS, default=0.0, help="Seconds at first that don't count.")
 @click.option("--drain", type=_SECONDS, default=60.0, show_default=True,
               help="Seconds that the last answers may take.")  # fmt: skip
-@click.option("--deadline", type=click.FloatRange(0, 1e6, min_open=True), default=600.0,
+@click.option("--deadline", type=Number(0, 1e6, min_open=True), default=600.0,
               show_default=True, help="Seconds that an answer may take.")  # fmt: skip
-@click.option("--max-in-flight", type=click.IntRange(1, 1 << 16), default=1024, show_default=True)
-@click.option("--retries", type=click.IntRange(0, 100), default=2, show_default=True,
+@click.option("--max-in-flight", type=Whole(1, 1 << 16), default=1024, show_default=True)
+@click.option("--retries", type=Whole(0, 100), default=2, show_default=True,
               help="After 429 and 503.")  # fmt: skip
 @click.option("--ignore-eos", is_flag=True, help="Answers as long as they may be, where it works.")
 @click.option(

@@ -153,6 +153,20 @@ class _Commands(click.Group):
         command: click.Command = importlib.import_module(f"edgeinfer.cli.{name}").command
         return command
 
+    def resolve_command(
+        self, context: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Says what a word may have been meant for that is no command."""
+        if args[0] not in _NAMES and not args[0].startswith("-"):
+            from edgeinfer.hub.catalog import nearest
+
+            near = nearest(args[0], _NAMES, 1)
+            is_file = args[0].lower().endswith(".gguf")
+            meant = near[0] if near else f"chat {args[0]}" if is_file else ""
+            hint = f"Did you mean `edgeinfer {meant}`?" if meant else ""
+            context.fail(f"No such command {args[0]!r}. {hint}".strip())
+        return super().resolve_command(context, args)
+
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="edgeinfer")

@@ -13,7 +13,7 @@ import click
 from edgeinfer.cli.console import Output, ProgressLine, note, tell
 from edgeinfer.cli.models import choose_model, start_notes
 from edgeinfer.cli.options import as_flag, load_options
-from edgeinfer.errors import Keyword
+from edgeinfer.errors import EdgeInferError, Keyword
 from edgeinfer.repeats import RepeatGuard
 from edgeinfer.terminal import printable
 
@@ -117,19 +117,24 @@ def follow(stream: ChatStream, output: Output | None, *, stops_repeats: bool = F
     """
     shows_reasoning = sys.stderr.isatty()
     guard, is_repeating = RepeatGuard(), False
-    with ProgressLine() as line:
-        for event in stream:
-            if event.type == "prompt_progress":
-                line.show("prompt", event.done, event.total)
-            elif event.type == "delta":
-                line.clear()
-                if event.reasoning and shows_reasoning:
-                    tell(printable(event.reasoning))
-                if output:
-                    output.write(event.text)
-                if stops_repeats and guard.push(event.reasoning + event.text):
-                    is_repeating = True
-                    stream.close()
+    try:
+        with ProgressLine() as line:
+            for event in stream:
+                if event.type == "prompt_progress":
+                    line.show("prompt", event.done, event.total)
+                elif event.type == "delta":
+                    line.clear()
+                    if event.reasoning and shows_reasoning:
+                        tell(printable(event.reasoning))
+                    if output:
+                        output.write(event.text)
+                    if stops_repeats and guard.push(event.reasoning + event.text):
+                        is_repeating = True
+                        stream.close()
+    except EdgeInferError:
+        if output:
+            output.end()  # what went wrong is a line of its own
+        raise
     if output:
         output.end()
     if is_repeating:

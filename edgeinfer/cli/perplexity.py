@@ -9,6 +9,7 @@ import click
 
 from edgeinfer.cli.console import ProgressLine, show, show_json
 from edgeinfer.cli.input import read_file
+from edgeinfer.cli.numbers import Whole
 from edgeinfer.cli.opening import open_model
 from edgeinfer.cli.options import common_flags, json_flag, load_flags
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 @click.argument("model")
 @click.argument("file", type=click.Path())
 @click.option("--slide", is_flag=True, help="Read on in a context that slides, not in windows.")
-@click.option("--last", type=click.IntRange(min=1), help="Score the last so many tokens alone.")
+@click.option("--last", type=Whole(min=1), help="Score the last so many tokens alone.")
 @json_flag
 @load_flags
 @common_flags

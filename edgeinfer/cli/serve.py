@@ -14,6 +14,7 @@ import click
 from edgeinfer import platform
 from edgeinfer.cli.console import ProgressLine, note
 from edgeinfer.cli.models import choose_model, start_notes
+from edgeinfer.cli.numbers import Whole
 from edgeinfer.cli.opening import GC_THRESHOLD
 from edgeinfer.cli.options import common_flags, load_flags, load_options
 from edgeinfer.errors import EdgeInferError, reason_of
@@ -30,7 +31,7 @@ _MOST_KEYS = 1 << 20  # bytes of a file of keys
 @click.argument("models", metavar="[MODEL]...", nargs=-1)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
 @click.option(
-    "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: a free one."
+    "--port", type=Whole(0, 65535), default=8080, show_default=True, help="0: a free one."
 )
 @click.option("api_keys", "--api-key", metavar="KEY", multiple=True, help="Ask clients for one.")
 @click.option(
@@ -51,11 +52,11 @@ _MOST_KEYS = 1 << 20  # bytes of a file of keys
     help='Pages that may ask: "https://example.org", "*".',
 )  # fmt: skip
 @click.option(
-    "--max-queue", type=click.IntRange(1, 100_000), default=256, show_default=True,
+    "--max-queue", type=Whole(1, 100_000), default=256, show_default=True,
     help="Requests at once; more are refused.",
 )  # fmt: skip
 @click.option(
-    "--max-body", type=click.IntRange(1, 4096), default=32, show_default=True, metavar="MIB",
+    "--max-body", type=Whole(1, 4096), default=32, show_default=True, metavar="MIB",
     help="Largest request.",
 )  # fmt: skip
 @click.option(

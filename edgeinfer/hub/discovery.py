@@ -6,6 +6,7 @@ Never touches the network, and never writes.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,9 @@ from edgeinfer.hub.catalog import (
 
 OURS = "edgeinfer"
 _MAGIC = b"GGUF"
+_NAMES_SHOWN = "`edgeinfer list --all` shows the names"
+_MOST_NAMED = 8  # files of a folder
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
 class ModelInfo(NamedTuple):
@@ -66,6 +70,8 @@ def list_models() -> list[ModelInfo]:
 
 def find_model(name: str) -> Path:
     """The file that a path or a model's name means on this machine; ModelNotFoundError if none."""
+    if not name.strip():  # a variable that a script did not set: no folder is meant
+        raise ModelNotFoundError("the name of the model is empty", advice=(_NAMES_SHOWN,))
     try:
         path = _at_path(name)
         if path is None and (info := find_name(name)) is not None:
@@ -83,7 +89,20 @@ def _at_path(name: str) -> Path | None:
     path = config.expand_user(name)
     if path.is_dir() and (any(path.glob("*.gguf")) or parse_repo(name) is None):
         return _only_model(path)
-    return path if path.is_file() else None
+    if path.is_file() or path.is_dir():
+        return path if path.is_file() else None
+    if what := _kind_of(path):
+        raise ModelNotFoundError(f"{name} is {what}", advice=("give the path of a .gguf file",))
+    return None
+
+
+def _kind_of(path: Path) -> str:
+    """What is there that can't be a model, "" where nothing is."""
+    if path.is_fifo() or path.is_socket():
+        return "a pipe or a socket, which can't be read at any place"
+    if path.is_char_device() or path.is_block_device():
+        return "a device"
+    return f"a link to {path.readlink()}, where nothing is" if path.is_symlink() else ""
 
 
 def find_name(name: str) -> ModelInfo | None:
@@ -104,18 +123,26 @@ def find_name(name: str) -> ModelInfo | None:
 
 
 def _only_model(folder: Path) -> Path:
-    files = [file for file in sorted(folder.glob("*.gguf")) if is_model_file(file.name)]
+    found = sorted(folder.glob("*.gguf"))
+    files = [file for file in found if is_model_file(file.name) and file.is_file()]
     if len(files) == 1:
         return files[0]
-    names = ", ".join(file.name for file in files) or "none"
+    names = ", ".join(file.name for file in files[:_MOST_NAMED]) or "none"
+    if len(files) > _MOST_NAMED:
+        names += f" and {len(files) - _MOST_NAMED} more"
     raise ModelNotFoundError(f"folder {folder} needs one .gguf model, it has {names}; name it")
 
 
 def _not_here(name: str) -> ModelNotFoundError:
     """What to do about a name that means nothing here: near names, or the command to fetch it."""
-    if find_alias(name) or (parse_repo(name) and "\\" not in name and name.count("/") == 1):
+    is_address = name.startswith(("hf://", "hf.co/")) or _ADDRESS.match(name) is not None
+    is_repo = parse_repo(name) and (is_address or ("\\" not in name and name.count("/") == 1))
+    if find_alias(name) or is_repo:
         fetch = f"fetch it with `edgeinfer pull {name}` (or add -y)"
         return ModelNotFoundError(f"{name} is not on this machine", advice=(fetch,))
+    if is_address:
+        how = "download that file and give its path, or name a model of the hub: org/repo[:QUANT]"
+        return ModelNotFoundError(f"{name} is an address, not a file", advice=(how,))
     path = config.expand_user(name)
     beside: list[str] = []
     if path.parent.is_dir():
@@ -129,8 +156,7 @@ def _not_here(name: str) -> ModelNotFoundError:
     if "/" in name or "\\" in name or name.lower().endswith(".gguf"):
         give = "give the path of a .gguf file (`edgeinfer list`)"
         return ModelNotFoundError(f"no file or folder {name!r}", advice=(give,))
-    all_names = "`edgeinfer list --all` shows the names"
-    return ModelNotFoundError(f"no model {name!r}", advice=(all_names,))
+    return ModelNotFoundError(f"no model {name!r}", advice=(_NAMES_SHOWN,))
 
 
 # -- folders -------------------------------------------------------------------------------------

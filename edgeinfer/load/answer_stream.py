@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from edgeinfer.event_stream import BEGINNINGS, BLANK, EventReader, EventTooLargeError
+from edgeinfer.remote.refusals import text_of
 
 
 class StreamError(Exception):
@@ -76,9 +77,9 @@ class AnswerStream:
         return details.cached_tokens if details is not None else None
 
     @property
-    def refusal(self) -> str:
+    def refusal(self) -> bytes:
         """What was said where the reply is no answer."""
-        return self._refusal.decode(errors="replace")
+        return self._refusal
 
     def take(self, at: float, status: int, data: bytes) -> None:
         """Parts of a body; StreamError where it can't be gone on with."""
@@ -113,7 +114,7 @@ class AnswerStream:
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise StreamError("malformed stream", str(error)) from None
         if chunk.error is not None:
-            raise StreamError("error in the stream", str(chunk.error)[:200])
+            raise StreamError("error in the stream", text_of({"error": chunk.error})[:200])
         if chunk.usage is not None:
             self.usage = chunk.usage
         for choice in chunk.choices or ():

@@ -21,7 +21,7 @@ from edgeinfer.load.answer_stream import AnswerStream, StreamError
 from edgeinfer.load.http_client import Client, ConnectionLost, Reply
 from edgeinfer.load.traffic import Conversation, Texts, Turn
 from edgeinfer.platform import EnergyMeter
-from edgeinfer.remote.refusals import Refusal, broken, refused
+from edgeinfer.remote.refusals import Refusal, broken, refused, words_of
 from edgeinfer.terminal import one_line
 
 _SAMPLE_SECONDS = 0.5  # between looks at the meter
@@ -213,6 +213,9 @@ class Generator:
                 stream = await asyncio.wait_for(self._try(record, body), max(0.0, left))
         except (StreamError, ConnectionLost, OSError, asyncio.TimeoutError) as error:
             said = self._client.address.hidden(reason_of(error))
+            if isinstance(error, asyncio.TimeoutError):
+                after = f" after {record.message}" if record.message else ""
+                said = f"no whole answer in {self._settings.deadline:g} s{after}"
             record.failure, record.message = _kind(error), one_line(said, 300)
         else:
             record.failure = ""
@@ -243,11 +246,15 @@ class Generator:
             reply = await self._client.request("POST", path, body, stream.take)
             if reply.status in _RETRIED and record.n_retried < self._settings.n_retries:
                 record.n_retried += 1
+                said = words_of(stream.refusal, self._client.address)
+                record.message = f"HTTP {reply.status}: {said}".removesuffix(": ")
                 await asyncio.sleep(_wait_of(reply))
                 continue
             if reply.status != 200:
-                raise StreamError(f"HTTP {reply.status}", stream.refusal)
+                said = words_of(stream.refusal, self._client.address)
+                raise StreamError(f"HTTP {reply.status}", said)
             stream.finish()
+            record.message = ""
             if stream.usage is not None:
                 record.n_prompt = stream.usage.prompt_tokens or 0
                 record.n_answer = stream.usage.completion_tokens or 0
@@ -324,9 +331,9 @@ async def tokens_per_word(client: Client, settings: Settings) -> float:
         record = Record(time.perf_counter())
         message = {"role": "user", "content": Texts().words(n, f"calibration {settings.seed}")}
         if await generator._ask(record, [message], Turn(n, 1)) is None:
+            parts = dict.fromkeys(filter(None, (record.failure, record.message)))
             raise EdgeInferError(
-                f"{client.address.place} gave no answer to a first request: "
-                f"{record.failure} {record.message}"
+                f"{client.address.place} gave no answer to a first request: {': '.join(parts)}"
             )
         counts.append(record.n_prompt)
     slope = (counts[1] - counts[0]) / (sizes[1] - sizes[0])

@@ -83,6 +83,9 @@ def broken(error: Exception, address: Address, *, has_begun: bool) -> ServerErro
         return ServerError(f"nothing listens at {place}; start the server, or check the URL")
     if isinstance(error, TimeoutError):
         return ServerError(f"{place} does not answer in time; try again later, or check the URL")
+    if isinstance(error, ConnectionResetError):  # of http.client, too, where nothing came
+        ask = "does it still run?" if address.is_secure else "does it run, and without TLS?"
+        return ServerError(f"{place} closed the connection without an answer; {ask}")
     if isinstance(error, http.client.HTTPException):
         return ServerError(
             f"{place} does not answer in HTTP ({reason}); would "
@@ -106,7 +109,7 @@ def _reason(error: Exception, address: Address) -> str:
 def refused(refusal: Refusal, address: Address, model: str, known: Sequence[str]) -> EdgeInferError:
     """Why a server gives no answer; `known` are the models that it has told of."""
     status, place = refusal.status, address.place
-    said, error = _said(refusal.body, address), _error_of(refusal.body)
+    said, error = words_of(refusal.body, address), _error_of(refusal.body)
     found = f"HTTP {status}: {said}" if said else f"HTTP {status}"
     if is_too_long(error, said):
         return too_long(error, said, address)
@@ -115,11 +118,12 @@ def refused(refusal: Refusal, address: Address, model: str, known: Sequence[str]
         return ServerError(f"{place} sends on to {where}, which is not followed; give that URL")
     if status == 401 or (status == 403 and "key" in said.lower()):
         return ServerError(_about_key(address, found))
-    if status == 404 and (not said or "model" in said.lower()):
+    if status == 404 and ("model" in said.lower() if said else model not in known):
         missing = f"{place} has no model {one_line(model)} ({found})"
         if not known:
             return ServerError(f"{missing}; check the name, and the URL")
-        return ModelNotFoundError(f"{missing}; it has {names_of(known)}", near=known[:1])
+        has = "lists it all the same" if model in known else f"has {names_of(known)}"
+        return ModelNotFoundError(f"{missing}; it {has}", near=known[:1])
     if status in (404, 405):
         return ServerError(f"{place} has no {address.path('')} ({found}); check the URL's path")
     if status in (429, 503, 529):
@@ -143,7 +147,7 @@ def _about_key(address: Address, found: str) -> str:
 
 def said_in_answer(frame: Mapping[str, Any], address: Address) -> ServerError:
     """An error that comes in place of the rest of an answer."""
-    said, error = one_line(address.hidden(_text_of(frame)), _MOST_SAID), frame.get("error")
+    said, error = one_line(address.hidden(text_of(frame)), _MOST_SAID), frame.get("error")
     if is_too_long(error, said):
         return too_long(error, said, address)
     return ServerError(f"{address.place} ended the answer with an error: {said or 'no reason'}")
@@ -170,25 +174,25 @@ def too_long(error: Any, said: str, address: Address) -> TooLongError:
     )
 
 
-def _said(body: bytes, address: Address) -> str:
+def words_of(body: bytes, address: Address) -> str:
     """A server's reason; of a page for browsers nothing."""
     text = body.decode("utf-8", "replace")
     found = _json(text)
     if isinstance(found, Mapping):
-        text = _text_of(found)
+        text = text_of(found)
     elif text.lstrip()[:1] == "<":
         text = ""
     return one_line(address.hidden(" ".join(text.split())), _MOST_SAID)
 
 
-def _text_of(found: Mapping[str, Any]) -> str:
+def text_of(found: Mapping[str, Any]) -> str:
     """An error's text, by the names that it has."""
     for name in ("error", "message", "detail", "msg"):
         value = found.get(name)
         if isinstance(value, str):
             return value
         if isinstance(value, Mapping):
-            return _text_of(value)
+            return text_of(value)
         if value:
             return json.dumps(value)
     return ""
