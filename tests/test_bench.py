@@ -113,7 +113,7 @@ class Program:
 def test_a_context_is_read_once_and_every_prompt_after_it_anew(path: Path, depth: int) -> None:
     with LLM(path, n_ctx=128, threads=1) as llm:
         engine = llm.runtime.engine
-        engine._program = program = Program(engine._program)
+        engine._runner.program = program = Program(engine._runner.program)
         result = run_bench(llm.runtime, 40, 8, depth, 2)
         assert (result.depth, result.prompt_tokens, result.gen_tokens) == (depth, 40, 8)
         assert program.n_rows == depth + 2 * (40 + 9 + 9)

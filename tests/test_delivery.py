@@ -125,7 +125,7 @@ ENDLESS: Any = {"logit_bias": {257: -1e9}, "temperature": 0.0, "speculation": Fa
 
 def test_a_token_waits_for_one_step_at_most(llm: LLM, patient: None) -> None:
     engine: Any = llm.runtime.engine
-    seen, submit = list[tuple[int, int]](), engine._program.submit
+    seen, submit = list[tuple[int, int]](), engine._runner.program.submit
     begun: list[Any] = []
 
     def noted(batch: Any) -> Any:
@@ -136,7 +136,7 @@ def test_a_token_waits_for_one_step_at_most(llm: LLM, patient: None) -> None:
     def n_delivered() -> int:
         return begun[0].events._events.qsize()
 
-    engine._program.submit = noted
+    engine._runner.program.submit = noted
     try:
         stream = llm.stream("ab", max_tokens=60, **ENDLESS)
         begun.append(stream._generation)
@@ -146,7 +146,7 @@ def test_a_token_waits_for_one_step_at_most(llm: LLM, patient: None) -> None:
             time.sleep(0.01)
         engine.between_steps(lambda: None)
     finally:
-        del engine._program.submit
+        del engine._runner.program.submit
     n_others = n_delivered() - 60  # of the prompt, and the end
     # Before a step the last token is still to be sent, and maybe the one before it.
     lags = [made - (came - n_others + 1) for made, came in seen if made > 2]

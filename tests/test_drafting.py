@@ -39,7 +39,7 @@ def drafting(path: Path) -> Iterator[LLM]:
 
 
 def is_well(llm: LLM) -> bool:
-    drafter = llm.runtime.engine._drafter
+    drafter = llm.runtime.engine._runner.drafter
     return drafter is not None and not drafter.has_failed
 
 

@@ -493,12 +493,12 @@ def test_a_step_runs_on_while_anybody_wants_its_rows(
     expected = [_tokens(engine.submit(request)) for request in requests]
     program.gate.clear()
     first = engine.submit(_request(7))  # what comes meanwhile shares the next step
-    while engine._ticket is None:
+    while not engine._runner.is_running:
         time.sleep(0.001)
     generations = [engine.submit(request) for request in requests]
     program.batches.clear()
     first.cancel()
-    while not program.batches or engine._ticket is None:
+    while not program.batches or not engine._runner.is_running:
         time.sleep(0.001)
     assert program.batches[-1][1] == 3
     n_before = len(program.batches)

@@ -204,7 +204,8 @@ class SlowProgram:
 
 def test_a_stop_frees_its_slot_within_one_step(served: Running) -> None:
     engine: Any = served.llm.runtime.engine
-    usual, engine._program = engine._program, (slow := SlowProgram(engine._program))
+    runner = engine._runner
+    usual, runner.program = runner.program, (slow := SlowProgram(runner.program))
     path, body, _ = asked(0)
     body |= {"stream": True, "max_tokens": 500, "ignore_eos": True}
     try:
@@ -215,7 +216,7 @@ def test_a_stop_frees_its_slot_within_one_step(served: Running) -> None:
             wait_for(lambda: engine.n_running == 1)
             assert slow.n_steps <= n_before + 1
     finally:
-        engine._program = usual
+        runner.program = usual
     served.wait_until_idle()
     check_all_free(served)
 

@@ -240,8 +240,8 @@ told(engine.submit(ask(PROMPT, 2)))
 assert engine.sessions("m").save(path, PROMPT[:132]) == 132
 kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[2] == "writing":
-    read, n_reads = engine._program.read_pages, []
-    engine._program.read_pages = lambda *given: (
+    read, n_reads = engine._runner.program.read_pages, []
+    engine._runner.program.read_pages = lambda *given: (
         n_reads.append(given[1]), kill() if sum(map(bool, n_reads)) == 2 else None, read(*given)
     )[2]
 else:

@@ -337,9 +337,9 @@ def test_tokens_and_logprobs_are_the_same(engine: Engine, name: str, seed: int) 
 
 
 def test_steps_hold_up_to_eight_rows(engine: Engine) -> None:
-    engine._program.rows.clear()  # type: ignore[attr-defined]
+    engine._runner.program.rows.clear()  # type: ignore[attr-defined]
     _events(engine, _request(256, *[70, 71, 72] * 8), True)
-    rows = engine._program.rows[1:]  # type: ignore[attr-defined]
+    rows = engine._runner.program.rows[1:]  # type: ignore[attr-defined]
     assert max(rows) == MAX_ROWS
     assert len(rows) < 60
 

@@ -171,8 +171,13 @@ def test_a_batch_is_read_side_by_side(path: Path) -> None:
         alone = [llm.generate(prompt, **options).token_ids for prompt in prompts]
         paused: list[int] = []
         engine = llm.runtime.engine
-        step = engine._step
-        engine._step = lambda parts: (paused.append(len(engine._scheduler.paused)), step(parts))[1]  # type: ignore[method-assign, assignment, func-returns-value]
+        run = engine._runner.run
+
+        def counted(parts: Any) -> None:
+            paused.append(len(engine._scheduler.paused))
+            run(parts)
+
+        engine._runner.run = counted  # type: ignore[method-assign]
         assert [c.token_ids for c in llm.generate_batch(prompts, **options)] == alone
         assert max(paused) == 0
         with pytest.raises(InvalidRequestError):

@@ -1,4 +1,4 @@
-"""The loop that runs generations: one step after the other, tokens committed, events emitted.
+"""The loop that runs generations, one step after the other, and who may ask for one.
 
 Sees token ids only; knows nothing of text, files or devices.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import time
 from array import array
 from collections import deque
 from collections.abc import Callable
@@ -18,8 +17,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import numpy as np
 
-from edgeinfer.backend import Program, Ticket
-from edgeinfer.batch import Outputs, StepLimits
+from edgeinfer.backend import Program
+from edgeinfer.batch import StepLimits
 from edgeinfer.engine import hooks, process_end
 from edgeinfer.engine.cache import CacheLayout, Overflow, PagePool
 from edgeinfer.engine.cache_store import CacheStore
@@ -35,12 +34,11 @@ from edgeinfer.engine.generation import (
 )
 from edgeinfer.engine.plan_rows import WAITING_BYTES, size_text
 from edgeinfer.engine.scheduler import AnyWork, Scheduler
-from edgeinfer.engine.sequence import Request, Rows
+from edgeinfer.engine.sequence import Request
 from edgeinfer.engine.speculation import Acceptance
-from edgeinfer.engine.step import Steps, commit, fill_masks
 from edgeinfer.engine.step_costs import StepCosts
+from edgeinfer.engine.step_runner import StepRunner
 from edgeinfer.errors import BusyError, ClosedError, InvalidRequestError
-from edgeinfer.sampling.params import SampleTable
 from edgeinfer.segment import Segment
 
 if TYPE_CHECKING:
@@ -71,24 +69,22 @@ class Engine:
     ) -> None:
         """`is_naive` answers one request at a time and reuses nothing: to measure against."""
         self.limits, self.n_ctx, self.n_vocab = limits, n_ctx, n_vocab
-        self._program = program
         self._costs = costs or StepCosts(limits.row_cost)
-        self._drafter: Drafter | None = None
+        drafter: Drafter | None = None
         if segment is not None and segment.draft is not None:
             from edgeinfer.engine.drafter import Drafter  # few models have a block that guesses
 
-            self._drafter = Drafter.of(program, segment, limits, self._costs)
+            drafter = Drafter.of(program, segment, limits, self._costs)
         self._store = _store_class(is_naive)(limits, program)
         places = limits._replace(max_sequences=1) if is_naive else limits
         self._scheduler = Scheduler(places, self._costs, self._store)
-        self._samples = SampleTable(self._scheduler.max_samples)
-        self._steps = Steps(self._samples, n_vocab)
         self.delivery, self.acceptance = Delivery(), Acceptance.of_all()
         # Reentrant: what a signal's handler calls may interrupt what holds it.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
-        self._ticket: Ticket | None = None
-        self._in_step: list[Rows] = []
+        self._runner = StepRunner(
+            program, self._scheduler, self.delivery, self._lock, n_vocab, drafter
+        )
         self._errands: deque[Errand[Any]] = deque()
         self._closed, self._is_exit = "", False
         self._has_ended = self._is_left = False  # by its thread, by who opened it
@@ -172,8 +168,8 @@ class Engine:
         """What saves and loads what the cache holds: see there for `model`."""
         from edgeinfer.engine.session import Sessions  # most starts need none
 
-        layout = self.layout("error")
-        return Sessions(self._store, self._program, layout, model, self.n_vocab, self.between_steps)
+        layout, program = self.layout("error"), self._runner.program
+        return Sessions(self._store, program, layout, model, self.n_vocab, self.between_steps)
 
     def forget(self) -> bool:
         """Give up what is kept of all that has ended; whether nobody holds anything then."""
@@ -216,8 +212,7 @@ class Engine:
         # Before the lock: this thread may get that only after another step has been submitted.
         self._scheduler.may_be_cancelled = True
         with self._changed:
-            if self._ticket is not None and all(part.work.is_cancelled for part in self._in_step):
-                self._ticket.abort()
+            self._runner.abort_cancelled()
             self._changed.notify()
 
     def wake(self) -> None:
@@ -257,8 +252,7 @@ class Engine:
                 return
             self._is_exit, self._is_left = is_exit, True
             self._closed = self._closed or "the model was closed"
-            if self._ticket is not None:
-                self._ticket.abort()
+            self._runner.close()
             self._changed.notify()
         if threading.current_thread() is not self._thread and not self.delivery.is_here():
             self._thread.join(timeout)
@@ -313,7 +307,7 @@ class Engine:
             is_last = self._has_ended and self._is_left
             self._is_left = self._is_left and not is_last
         if is_last:
-            self._program.close()
+            self._runner.program.close()
 
     def _serve(self) -> None:
         """Turns until it is closed. An error outside of any one request costs a turn at first."""
@@ -357,69 +351,7 @@ class Engine:
         if not steps:
             self.delivery.send()
         for parts in steps:
-            self._step(parts)
-
-    def _step(self, parts: list[Rows]) -> None:
-        """Run a step. One that fails is repeated for each request: only whose own fails ends."""
-        begun = time.perf_counter()
-        try:
-            outputs = self._run(parts)
-        except BaseException as error:
-            self._scheduler.recover()
-            works = list(dict.fromkeys(part.work for part in parts))
-            for work in works:
-                if len(works) > 1:
-                    self._step([part for part in parts if part.work is work])
-                else:
-                    self._scheduler.fail(work, error)  # type: ignore[arg-type]
-            return
-        # Rows of a step that did not run to its end are computed again, for who still wants them.
-        if not outputs.aborted:
-            try:
-                self._scheduler.count(parts, time.perf_counter() - begun)
-            except BaseException:  # it decides about rows, never about answers
-                pass
-            commit(parts, outputs, self._samples, self._scheduler)
-            if self._drafter is not None:
-                self._drafter.follow(parts, outputs)
-
-    def _run(self, parts: list[Rows]) -> Outputs:
-        """Run one step; its outputs are views that the next step overwrites."""
-        samples = self._samples
-        batch, masked = self._steps.next(parts)
-        if self._drafter is not None:
-            self._drafter.ask(batch, parts)
-        is_watched = any([part.work.hook is not None for part in parts])
-        if is_watched:
-            hooks.ask(batch, parts)
-        with self._lock:
-            if self._closed or self._scheduler.is_any_cancelled(parts):
-                return _NOTHING
-            self._in_step = parts
-            self._ticket = ticket = self._program.submit(batch)
-        try:
-            # Both take no time where a device runs meanwhile.
-            self.delivery.send(self._scheduler.seconds_of(parts))
-            failed = fill_masks(masked)
-            outputs = ticket.wait()
-        except BaseException:
-            # Nothing of it may run any more once its pages go to others.
-            ticket.abort()
-            with contextlib.suppress(BaseException):
-                ticket.wait()
-            raise
-        finally:
-            with self._lock:
-                self._ticket, self._in_step = None, []
-        if not outputs.aborted:
-            if is_watched:
-                failed += hooks.show(batch, outputs, parts)
-            for part, error in failed:
-                self._scheduler.fail(part.work, error)  # type: ignore[arg-type]
-            if batch.samples is None and samples.n_rows:  # tokens are still to be picked
-                self._program.sample(outputs.logits[: samples.n_rows], samples)
-                outputs.ids = samples.ids[: samples.n_rows]
-        return outputs
+            self._runner.run(parts)
 
 
 def _store_class(is_naive: bool) -> type[CacheStore]:
@@ -428,8 +360,3 @@ def _store_class(is_naive: bool) -> type[CacheStore]:
     from edgeinfer.engine.unshared_store import UnsharedStore  # only for measurements
 
     return UnsharedStore
-
-
-_NOTHING = Outputs(
-    np.empty((0, 0), np.float32), np.empty((0, 0), np.float32), np.empty(0, np.int32), aborted=True
-)

@@ -49,7 +49,7 @@ def main() -> None:
         for _ in range(given.rounds):
             answers = [llm.generate(IDS, speculation=on, **SPEC) for on in (False, True)]
             assert all(answer.token_ids == truth for answer in answers)
-            used = llm.runtime.engine._drafter
+            used = llm.runtime.engine._runner.drafter
             assert used is not None and not used.has_failed
             held += answers[1].timings.accepted_tokens
             tried += answers[1].timings.proposed_tokens

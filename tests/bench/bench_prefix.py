@@ -80,7 +80,7 @@ def turns(engine: Engine, n: int, repeats: int) -> None:
 
 def share(engine: Engine, n: int) -> None:
     system = tokens(engine, 7, n)
-    program = engine._program = Watched(engine._program)
+    program = engine._runner.program = Watched(engine._runner.program)
     asked = [
         Request(
             ids=(*system, *tokens(engine, 2000 + i, 20)), params=PARAMS, max_tokens=8, borders=(n,)

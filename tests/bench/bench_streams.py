@@ -64,8 +64,8 @@ def main() -> None:
     args = parser.parse_args()
     found: dict[str, Any] = {}
     with LLM(args.model, n_ctx=args.ctx, slots=args.slots or args.n, device="cpu") as llm:
-        watched = Watched(llm.runtime.engine._program)
-        llm.runtime.engine._program = watched
+        watched = Watched(llm.runtime.engine._runner.program)
+        llm.runtime.engine._runner.program = watched
         _read(llm, args.n, 8)
         for kind in args.k.split(","):
             runs = [_MEASURES[kind](llm, watched, args) for _ in range(args.r)]
