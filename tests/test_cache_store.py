@@ -115,22 +115,24 @@ class Requests:
         self.running.append(sequence)
 
     def step(self, *, fails: bool = False) -> None:
-        read: list[Sequence] = []
+        """Who computes what is settled before anything of it is computed, as in an engine."""
+        parts: dict[Sequence, int] = {}
         for sequence in self.running:
             self.store.catch_up(sequence)
-            if waits(sequence, read):
-                continue
+            if not waits(sequence, [*parts]):
+                if not sequence.n_waiting:
+                    sequence.ids.append(self.rng.randrange(3))
+                most = min(sequence.n_waiting, sequence.cache.step_limit())
+                n = min(most, self.rng.randrange(1, 40))
+                if n > 0:
+                    parts[sequence] = n
+        for sequence, n in parts.items():
             drafts: list[int] = []
-            if not sequence.n_waiting:
-                sequence.ids.append(self.rng.randrange(3))
-            n = min(sequence.n_waiting, sequence.cache.step_limit(), self.rng.randrange(1, 40))
             if n == sequence.n_waiting:
                 room = min(MAX_ROWS, sequence.cache.step_limit()) - n
                 room = min(room, self.store.most_rows() - 1)
                 drafts = [self.rng.randrange(3) for _ in range(min(room, self.rng.randrange(4)))]
-            if n > 0:
-                self._run(sequence, n, drafts, fails)
-                read.append(sequence)
+            self._run(sequence, n, drafts, fails)
 
     def _run(self, sequence: Sequence, n: int, drafts: list[int], fails: bool) -> None:
         part = Rows(sequence, n, 0, None)  # type: ignore[arg-type]
@@ -158,7 +160,9 @@ class Requests:
     def act(self, action: str) -> None:
         if action in ("keep", "free", "park"):
             self.end(action)
-        elif action == "recover":
+        elif action in ("recover", "lose"):
+            if action == "lose" and self.running:  # one whose request has failed
+                self.running.remove(self.rng.choice(self.running))
             self.store.recover(self.running)
         elif action == "open":
             self.open()
@@ -175,12 +179,12 @@ class Requests:
         assert all(pool.n_free == pool.n_pages for pool in kinds)
 
 
-ACTIONS = ["open", "step", "fail", "keep", "free", "park", "recover"]
+ACTIONS = ["open", "step", "fail", "keep", "free", "park", "recover", "lose"]
 MIXES = [
-    (4, 20, 2, 2, 1, 1, 1),
-    (3, 40, 0, 3, 0, 0, 0),
-    (2, 60, 1, 1, 0, 1, 0),
-    (9, 9, 1, 5, 1, 1, 0),
+    (4, 20, 2, 2, 1, 1, 1, 1),
+    (3, 40, 0, 3, 0, 0, 0, 0),
+    (2, 60, 1, 1, 0, 1, 0, 0),
+    (9, 9, 1, 5, 1, 1, 0, 2),
 ]
 
 
@@ -202,6 +206,27 @@ def _run_requests(kind: tuple[tuple[int, ...], int, int, tuple[int, ...], int]) 
 @given(KINDS)
 def test_what_is_shared_is_what_would_be_computed(kind: Any) -> None:
     _run_requests(kind)
+
+
+@pytest.mark.parametrize("is_entered", [False, True])
+@pytest.mark.parametrize("n_others", [0, 1])
+def test_nothing_is_taken_over_of_who_has_failed(n_others: int, is_entered: bool) -> None:
+    requests = Requests((0,), 30, 0, seed=1)
+    store, layout = requests.store, requests.layout("error")
+    leader, follower = (store.open([*[7] * 45, *[k] * 20], layout) for k in (1, 2))
+    requests.running = [follower]
+    store.catch_up(follower)
+    assert waits(follower, [leader])
+    requests._run(leader, 50, [], fails=False)
+    if is_entered:  # as all that run are when a prompt comes
+        requests.running.append(store.open([5] * 9, layout))
+    store.recover(requests.running)
+    for _ in range(n_others):  # which write to the pages that the leader has had
+        requests.running.insert(0, other := store.open([3] * 90, layout))
+        requests._run(other, 90, [], fails=False)
+    store.catch_up(follower)
+    requests._run(follower, 5, [], fails=False)
+    requests.close()
 
 
 @pytest.mark.slow

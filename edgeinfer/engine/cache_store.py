@@ -106,9 +106,7 @@ class CacheStore:
         if sequence.leader is not None and self._states is None:
             leader, n_equal = sequence.leader
             n_full = leader.cache.n_tokens // PAGE
-            # They part in its last page, and all before that were entered: of a leader that
-            # gave way, or was counted anew after an error, they may not be.
-            if n_full == n_equal // PAGE and n_full <= len(leader.path):
+            if n_full == n_equal // PAGE:  # they part in its last page
                 self._mark(leader, leader.cache.n_tokens, PLAIN)
         cache, most = sequence.cache, len(sequence.ids) - 1
         ids, before = array("i", sequence.ids), cache.n_tokens
@@ -361,8 +359,12 @@ class CacheStore:
     def _forget(self, sequence: Sequence) -> None:
         """It can't be shared any more; who follows it takes over what it has left."""
         self._begun = [each for each in self._begun if each is not sequence]
+        self._leave_leaders()
+
+    def _leave_leaders(self) -> None:
+        """Nobody follows who is not shared any more: its pages may be others' by now."""
         for each in self._begun:
-            if each.leader is not None and each.leader[0] is sequence:
+            if each.leader is not None and not any(each.leader[0] is one for one in self._begun):
                 each.leader, each.is_behind = None, True
 
     def forget(self) -> bool:
@@ -380,6 +382,7 @@ class CacheStore:
         """Count anew who holds what, from the sequences in use and the index."""
         used = [*used, *self._guests]
         self._begun = [each for each in self._begun if any(each is one for one in used)]
+        self._leave_leaders()
         held = self.index.recover()
         for group, pool in enumerate(self.pools):
             tables = (each.cache.tables[group].pages.tolist() for each in used)
