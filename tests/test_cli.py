@@ -139,7 +139,16 @@ def test_bench(call: Call, path: Path) -> None:
     assert result["decode_tok_s"] > 0
     assert result["device"] == "reference" and "threads" not in result
     assert "prefill_tok_s" in call(*arguments)[1]
-    assert call("bench", path, "-r", "0")[0] == 2
+    for wrong in (("-r", "0"), ("-p", "1_0"), ("-d", "-1"), ("-n", "٣")):
+        assert call("bench", path, *wrong)[0] == 2
+
+
+@pytest.mark.parametrize("named", ["missing/llama-bench", "no-such-llama-bench", "."])
+def test_a_missing_llama_bench_is_found_out_before_a_model_is_loaded(
+    call: Call, named: str
+) -> None:
+    code, out, err = call("bench", "no-such-model.gguf", "--compare", named)
+    assert code == 1 and not out and "give the path of llama-bench" in err
 
 
 def test_bench_measures_the_memory_on_the_cpu(call: Call, path: Path) -> None:

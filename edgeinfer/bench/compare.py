@@ -99,12 +99,23 @@ def parse_rates(text: str) -> Rates:
         ) from None
 
 
-def _output(command: list[str]) -> str:
+def check_llama_bench(llama_bench: str) -> None:
+    """Raise where there is no such program; whether it is llama-bench shows when it runs."""
+    if not Path(_program(llama_bench)).is_file():
+        raise EdgeInferError(f"{llama_bench} is no file; give the path of llama-bench")
+
+
+def _program(llama_bench: str) -> str:
     # Windows would take one in the current folder first; who wants that one gives its path.
-    is_path = Path(command[0]).name != command[0]
-    program = command[0] if is_path else platform.find_program(command[0])
+    is_path = Path(llama_bench).name != llama_bench
+    program = llama_bench if is_path else platform.find_program(llama_bench)
     if program is None:
-        raise EdgeInferError(f"no {command[0]} in PATH; give the path of llama-bench")
+        raise EdgeInferError(f"no {llama_bench} in PATH; give the path of llama-bench")
+    return program
+
+
+def _output(command: list[str]) -> str:
+    program = _program(command[0])
     try:
         process = platform.start_program(
             [program, *command[1:]], errors=subprocess.PIPE, folder=Path()

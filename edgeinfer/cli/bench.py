@@ -8,19 +8,30 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgeinfer.cli.console import ProgressLine, show, show_json
+from edgeinfer.cli.numbers import Whole
 from edgeinfer.cli.opening import open_model
 from edgeinfer.cli.options import common_flags, json_flag, load_flags
 
 if TYPE_CHECKING:
     from edgeinfer.llm import LLM
 
+_MOST = 1 << 20
+_SOME = Whole(1, _MOST)
+
 
 @click.command("bench", epilog="Example: edgeinfer bench smollm2 -p 512 -n 128")
 @click.argument("model", required=False)
-@click.option("-p", "--prompt-tokens", default=256, show_default=True)
-@click.option("-n", "--gen-tokens", default=64, show_default=True)
-@click.option("-d", "--depth", default=0, show_default=True, help="Tokens of context before.")
-@click.option("-r", "--repeat", default=3, show_default=True)
+@click.option("-p", "--prompt-tokens", type=_SOME, default=256, show_default=True)
+@click.option("-n", "--gen-tokens", type=_SOME, default=64, show_default=True)
+@click.option(
+    "-d",
+    "--depth",
+    type=Whole(0, _MOST),
+    default=0,
+    show_default=True,
+    help="Tokens of context before.",
+)
+@click.option("-r", "--repeat", type=_SOME, default=3, show_default=True)
 @click.option("--compare", metavar="LLAMA_BENCH", help="Against this llama-bench, in turns.")
 @click.option("--sweep", is_flag=True, help="Steps by threads, depth and rows.")
 @click.option("--ops", is_flag=True, help="A decode and a prefill step, op by op.")
@@ -41,16 +52,14 @@ def command(
 ) -> None:
     """Measure speed on this machine."""
     from edgeinfer.bench import report
+    from edgeinfer.bench.compare import check_llama_bench
 
-    for name, value in (("-p", prompt_tokens), ("-n", gen_tokens), ("-r", repeat)):
-        if value < 1:
-            raise click.UsageError(f"{name} is {value}, need at least 1")
-    if depth < 0:
-        raise click.UsageError(f"-d is {depth}, need at least 0")
     if sweep and depth:
         raise click.UsageError("--sweep goes through depths of its own; leave -d out")
     if bool(compare) + sweep + ops > 1:
         raise click.UsageError("--compare, --sweep and --ops each measure alone")
+    if compare is not None:
+        check_llama_bench(compare)  # which is found out before a model is loaded
     with ProgressLine() as line:
         tell = line.on_terminals
         if sweep:
