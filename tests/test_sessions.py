@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -20,6 +21,7 @@ import pytest
 from edgeinfer import platform
 from edgeinfer.batch import StepLimits, StepRequest
 from edgeinfer.engine.engine import Engine
+from edgeinfer.engine.sequence import Finished, Token
 from edgeinfer.errors import BusyError, InvalidRequestError, SessionError
 from edgeinfer.graph import Segment
 
@@ -132,20 +134,18 @@ def test_what_does_not_fit_is_refused_and_says_what(
     assert "another model" in refused(models["hybrid"], "n")
     assert "kv_type" in refused(models["full"])
     assert "132 tokens, the context 128; raise n_ctx" in refused(models["hybrid"], n_ctx=128)
-    with opened(models["hybrid"], slots=1) as (engine, program):
+    with opened(models["hybrid"], slots=1) as (engine, _):
         with pytest.raises(InvalidRequestError, match="nothing"):
             engine.sessions("m").save(saved.parent / "none", [1, 2, 3])
         assert not (saved.parent / "none").exists()
-        running = engine.submit(ask(text(61, 600), 30))
-        while running.sequence is None or not running.sequence.n_generated:
-            pass
-        program.gate.clear()  # errands are run between steps; this one holds all pages
-        program.gate.set()
+        events = iter(engine.submit(ask(text(61, 600), 30)))
+        read = [next(events)]  # it has begun, and holds all pages unless it has ended since
         try:
             engine.sessions("m").load(saved)
         except BusyError as error:
             assert "no room" in str(error)
-        assert len(told(running)[0]) >= 29
+        read += events
+        assert sum(isinstance(event, Token) for event in read) >= 29
         check_all_is_given_back(engine)
 
 
@@ -275,3 +275,29 @@ def test_a_save_that_is_killed_leaves_the_old_session(
     sessions.save(path, PROMPT[:132])
     assert list(tmp_path.iterdir()) == [path]
     engine.close()
+
+
+@pytest.mark.parametrize("is_saved", [False, True])
+def test_an_answer_that_lacks_pages_waits_for_a_session(
+    models: dict[str, Segment], is_saved: bool
+) -> None:
+    """What is being saved or loaded can't give up its pages, and ends soon."""
+    request = ask(text(62, 600), 30)
+    with opened(models["full"], slots=1) as (engine, _):
+        expected = told(engine.submit(request))[0]
+        assert engine.forget()
+        told(engine.submit(ask(PROMPT, 1)))
+        store, layout = engine._store, engine.layout("error")
+        opens = partial(store.lend if is_saved else store.receive, PROMPT, layout)
+        guest = engine.between_steps(opens)
+        assert guest is not None and not guest.cache.is_empty
+        running, cancelled = engine.submit(request), engine.submit(request)
+        end = time.monotonic() + 20
+        while running.sequence is None or running not in engine._scheduler.waiting:
+            assert time.monotonic() < end
+            time.sleep(0.001)
+        cancelled.cancel()
+        assert isinstance(list(cancelled)[-1], Finished)
+        engine.between_steps(partial(store.dismiss, guest, is_kept=is_saved))
+        assert told(running)[0] == expected
+        check_all_is_given_back(engine)

@@ -46,6 +46,11 @@ class CacheStore:
         """All there is of each kind: pages by cache group, then state slots if there are any."""
         return [pool.n_pages for pool in self._kinds]
 
+    @property
+    def has_guests(self) -> bool:
+        """Whether pages are held for files, which no request may have until these are done."""
+        return bool(self._guests)
+
     # -- beginning -------------------------------------------------------------------------------
 
     def open(

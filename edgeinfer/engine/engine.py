@@ -51,6 +51,7 @@ T = TypeVar("T")
 
 _MOST_FAULTS = 3  # turns in a row that an error ended outside of any one request
 _JOIN_SECONDS = 5.0
+_GUEST_SECONDS = 0.01
 _FORKED = "this process was forked from the one that loaded the model; load it again here"
 
 
@@ -337,12 +338,19 @@ class Engine:
                 self._changed.wait()
         return not self._closed
 
+    def _wait_for_guests(self) -> None:
+        """Who gave way to a session that is saved or loaded looks for pages now and then."""
+        with self._changed:
+            if self._store.has_guests and not (self._errands or self._closed):
+                self._changed.wait(_GUEST_SECONDS)
+
     def _turn(self) -> None:
         scheduler = self._scheduler
         while self._errands:
             self.delivery.send()  # which an errand may hold up for long
             if not self._errands.popleft().run():
                 scheduler.recover()
+            scheduler.may_start = True  # it may have given pages back
         scheduler.drop_cancelled()
         if self.delivery.take_full():
             scheduler.pause_unread()
@@ -350,6 +358,7 @@ class Engine:
         steps = scheduler.next_steps()
         if not steps:
             self.delivery.send()
+            self._wait_for_guests()
         for parts in steps:
             self._runner.run(parts)
 
