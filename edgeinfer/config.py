@@ -18,6 +18,7 @@ SYNC = "EDGEINFER_SYNC"  # any value: each kernel of a GPU is waited for, and na
 EARLY = "EDGEINFER_EARLY"  # any value: a GPU's kernels begin before those ahead have ended
 PERSISTENT = "EDGEINFER_PERSISTENT"  # any value: a GPU's launches for one row are joined into one
 
+_MOST_DIGITS = 10  # Python refuses to read thousands
 
 # What is neither found nor kept where nobody knows a home: files can't even be made by root there.
 _NOWHERE = Path(os.devnull, "no-home-folder")
@@ -58,7 +59,8 @@ def expand_user(path: str | Path) -> Path:
 def threads() -> int | None:
     """The number of threads asked for in the environment, None when nothing usable is."""
     value = os.environ.get(THREADS, "")
-    return int(value) if value.isdecimal() and int(value) > 0 else None
+    is_number = value.isascii() and value.isdecimal() and len(value) < _MOST_DIGITS
+    return (int(value) or None) if is_number else None
 
 
 def isa() -> str | None:

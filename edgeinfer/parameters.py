@@ -20,6 +20,7 @@ from edgeinfer.values import (
     function,
     id_set,
     integer,
+    is_plain,
     layer_count,
     layers,
     memory_size,
@@ -81,8 +82,8 @@ class Parameter(NamedTuple):
     def parse(self, text: str, *, in_form: bool = False) -> Any:
         """The value that a flag spells, or a form, which takes usual ones only."""
         is_number = self.kind in (int, float)
-        if is_number and not (text.isascii() and "_" not in text):
-            raise self._refused(text)  # Python takes 1_0 for 10, and the digits of all scripts
+        if is_number and not is_plain(text):
+            raise self._refused(text)
         try:
             value: Any = self.kind(text) if is_number else text
         except ValueError:

@@ -163,12 +163,17 @@ def _real(value: Any) -> float:
     return float(value)
 
 
+def is_plain(text: str) -> bool:
+    """Whether Python reads no number out of a text that nobody meant: 10 out of 1_0, or ٣."""
+    return text.isascii() and "_" not in text
+
+
 def parse_memory(value: int | str, available: int) -> int:
     """Bytes from a count, "512M", "2 GiB" or "80%" of `available`."""
     text = str(value).strip()
     number = text.rstrip(_UNIT_LETTERS)
     unit = text[len(number) :].upper()
-    if unit not in _UNITS or "_" in number or not number.isascii():
+    if unit not in _UNITS or not is_plain(number):
         raise ValueError
     size = float(number) * _UNITS[unit]
     if unit == "%":

@@ -236,6 +236,7 @@ def test_plain_chat_answers_line_by_line(path: Path) -> None:
         (["my.gguf"], 2, "Did you mean `edgeinfer chat my.gguf`?"),
         (["run", "PATH", "x", "-n", "1_0"], 2, "max_tokens is '1_0'"),
         (["run", "PATH", "x", "--temp", "\u0661"], 2, "temperature is '\u0661'"),
+        (["run", "PATH", "x", "--stop-token-ids", "1_0"], 2, "'1_0' is not a number in plain"),
         (["serve", "PATH", "--port", "8_0"], 2, "'8_0' is not a number in plain digits"),
         (["load", "http://127.0.0.1:1", "--rate", "nan"], 2, "'nan' is not a number"),
         (["load", "http://127.0.0.1:1", "--seconds", "-NaN "], 2, "is not a number"),

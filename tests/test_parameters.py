@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edgeinfer import ANSWER, LLM, LOAD, InvalidRequestError, LoadOptions, Sampling, plan
+from edgeinfer import ANSWER, LLM, LOAD, InvalidRequestError, LoadOptions, Sampling, config, plan
 from edgeinfer.cli.options import LOAD_NAMES, SAMPLING_NAMES
 from edgeinfer.errors import (
     ContextLengthError,
@@ -293,3 +293,14 @@ def test_errors_come_through_between_processes(error: EdgeInferError) -> None:
     """A pool of processes waits for ever for an error that can't be unpickled."""
     again = pickle.loads(pickle.dumps(error))
     assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))
+
+
+@pytest.mark.parametrize(
+    ("text", "n"),
+    [("3", 3), *[(wrong, None) for wrong in ("", "0", "-1", "1_0", "٣", "9" * 5000)]],
+)
+def test_threads_of_the_environment(
+    monkeypatch: pytest.MonkeyPatch, text: str, n: int | None
+) -> None:
+    monkeypatch.setenv(config.THREADS, text)
+    assert config.threads() == n

@@ -17,6 +17,7 @@ from edgeinfer.backend import Program
 from edgeinfer.batch import Demand, StepLimits, StepRequest
 from edgeinfer.cli.main import main
 from edgeinfer.engine.memory_plan import MemoryPlan, PlanRequest, solve
+from edgeinfer.engine.plan_error import _would_fit
 from edgeinfer.engine.plan_rows import HostBytes, Pool
 from edgeinfer.errors import Keyword, PlanError
 from edgeinfer.gguf import GGUFFile
@@ -323,3 +324,13 @@ def test_a_plan_for_a_gpu_takes_no_memory_and_names_no_other_way(tmp_path: Path)
     with pytest.raises(PlanError, match="not one layer fits") as caught:
         plan(path, device="shim", slots=1_000_000, n_ctx=32, memory="900M")
     assert caught.value.memory == "shim:0"
+
+
+def test_advice_names_any_number_of_settings() -> None:
+    settings = [Keyword("slots", 1), Keyword("n_ctx", 512), Keyword("kv_type", "q8_0")]
+    told = ["".join(map(str, _would_fit(settings[:n], " and "))) for n in (1, 2, 3)]
+    assert told == [
+        "slots=1 would fit",
+        "slots=1 and n_ctx=512 would fit",
+        "slots=1, n_ctx=512 and kv_type='q8_0' would fit",
+    ]

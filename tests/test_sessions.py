@@ -278,12 +278,13 @@ def test_a_save_that_is_killed_leaves_the_old_session(
 
 
 @pytest.mark.parametrize("is_saved", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_answer_that_lacks_pages_waits_for_a_session(
-    models: dict[str, Segment], is_saved: bool
+    models: dict[str, Segment], kind: str, is_saved: bool
 ) -> None:
     """What is being saved or loaded can't give up its pages, and ends soon."""
     request = ask(text(62, 600), 30)
-    with opened(models["full"], slots=1) as (engine, _):
+    with opened(models[kind], slots=1) as (engine, _):
         expected = told(engine.submit(request))[0]
         assert engine.forget()
         told(engine.submit(ask(PROMPT, 1)))

@@ -6,12 +6,14 @@ from typing import Any
 
 import click
 
+from edgeinfer.values import is_plain
+
 
 class Whole(click.IntRange):
     """An integer in a range."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if not is_plain(value):
+        if isinstance(value, str) and not is_plain(value):
             self.fail(f"{value!r} is not a number in plain digits.", param, ctx)
         found: int = super().convert(value, param, ctx)
         return found
@@ -23,12 +25,8 @@ class Number(click.FloatRange):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
-        if not is_plain(value) or value != value or str(value).strip().lower().endswith("nan"):
+        is_nan = value != value or str(value).strip().lower().endswith("nan")
+        if is_nan or (isinstance(value, str) and not is_plain(value)):
             self.fail(f"{value!r} is not a number in plain digits.", param, ctx)
         found: float = super().convert(value, param, ctx)
         return found
-
-
-def is_plain(value: object) -> bool:
-    """Whether Python reads nothing into a text that nobody meant: 1_0 for 10, digits of others."""
-    return not isinstance(value, str) or (value.isascii() and "_" not in value)

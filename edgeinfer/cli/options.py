@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
+from edgeinfer.cli.numbers import Whole
 from edgeinfer.errors import InvalidRequestError, Keyword
 from edgeinfer.parameters import ANSWER, LOAD, Parameter
 
@@ -88,7 +89,7 @@ def _flag(parameter: Parameter) -> Callable[[F], F]:
     elif parameter.kind is bool:
         shape = {"default": None}
     elif name in ("stop", "stop_token_ids"):
-        shape |= {"multiple": True, "type": int if name == "stop_token_ids" else str}
+        shape |= {"multiple": True, "type": Whole() if name == "stop_token_ids" else str}
     spellings = _SPELLINGS.get(name, ("--" + name.replace("_", "-"),))
     text = parameter.help + _MORE_HELP.get(name, "")
     return click.option(name, *spellings, help=text, callback=check, **shape)

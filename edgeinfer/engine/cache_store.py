@@ -110,8 +110,7 @@ class CacheStore:
             self._enter(each)
         if sequence.leader is not None and self._states is None:
             leader, n_equal = sequence.leader
-            n_full = leader.cache.n_tokens // PAGE
-            if n_full == n_equal // PAGE:  # they part in its last page
+            if leader.cache.n_tokens // PAGE == n_equal // PAGE:  # they part in its last page
                 self._mark(leader, leader.cache.n_tokens, PLAIN)
         cache, most = sequence.cache, len(sequence.ids) - 1
         ids, before = array("i", sequence.ids), cache.n_tokens

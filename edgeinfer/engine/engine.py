@@ -5,7 +5,6 @@ Sees token ids only; knows nothing of text, files or devices.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 from array import array
@@ -271,21 +270,18 @@ class Engine:
         return CacheLayout.of(overflow, self.n_ctx, n_pinned, windows, limits.max_rows, has_state)
 
     def _queue(self, work: AnyWork, priority: int = 0) -> None:
-        with contextlib.suppress(ClosedError):
-            self._put(work, priority)
-            return
-        self._refuse()
-
-    def _put(self, work: AnyWork, priority: int) -> None:
         with self._changed:
-            if self._closed:
-                raise ClosedError(self._closed)
-            # One that nobody waits in front of is taken whatever it holds: it starts at once.
-            n_bytes = self._scheduler.n_bytes_waiting
-            if n_bytes and n_bytes + work.n_bytes > WAITING_BYTES:
-                raise BusyError(f"requests of {size_text(n_bytes)} wait already; try again later")
-            self._scheduler.enqueue(work, priority)
-            self._changed.notify()
+            if is_open := not self._closed:
+                # One that nobody waits in front of is taken whatever it holds: it starts at once.
+                n_bytes = self._scheduler.n_bytes_waiting
+                if n_bytes and n_bytes + work.n_bytes > WAITING_BYTES:
+                    raise BusyError(
+                        f"requests of {size_text(n_bytes)} wait already; try again later"
+                    )
+                self._scheduler.enqueue(work, priority)
+                self._changed.notify()
+        if not is_open:
+            self._refuse()
 
     # -- the engine's thread: one step after the other -------------------------------------------
 

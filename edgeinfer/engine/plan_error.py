@@ -34,9 +34,9 @@ def does_not_fit(plan: MemoryPlan, request: PlanRequest, fits: Fits) -> PlanErro
             "give it that once: `edgeinfer warmup` builds the kernels that later starts take",
         )
     elif settings := _settings(plan, request, n_ctx, fits):
-        advice = _either(settings)
+        advice = _would_fit(settings, " or ")
     elif settings := _together(plan, request, fits):
-        advice = _all(settings)
+        advice = _would_fit(settings, " and ", " together" if len(settings) > 1 else "")
     slots = f" in {plan.slots} slots" if plan.slots > 1 else ""
     return PlanError(
         f"the model needs {_needed(pool)} for {plan.n_ctx} tokens of context{slots}, "
@@ -91,9 +91,10 @@ def _together(plan: MemoryPlan, request: PlanRequest, fits: Fits) -> list[Keywor
     alone = request._replace(slots=1, kept_tokens=request.kept_tokens and 0)
     for types in (request.kv_types, *(_LESS_TYPES if request.kv_types else ())):
         least = alone._replace(kv_types=types)
-        if not fits(least):
-            least = least._replace(n_ctx=_longest(plan, least, fits))
         if fits(least):
+            break
+        if (n_ctx := _longest(plan, least, fits)) is not None:
+            least = least._replace(n_ctx=n_ctx)
             break
     else:
         return []
@@ -113,12 +114,8 @@ def _most(high: int, fits: Callable[[int], bool]) -> int:
     return low
 
 
-def _either(settings: list[Keyword]) -> Advice:
-    first, *others = settings
-    return (first, *(part for each in others for part in (" or ", each)), " would fit")
-
-
-def _all(settings: list[Keyword]) -> Advice:
-    first, *others, last = settings
-    further = (part for each in others for part in (", ", each))
-    return (first, *further, " and ", last, " together would fit")
+def _would_fit(settings: list[Keyword], joint: str, how: str = "") -> Advice:
+    """Such as "slots=1, n_ctx=512 and kv_type=q8_0 together would fit"."""
+    joints = [*[", "] * (len(settings) - 2), joint]
+    further = (part for each in zip(joints, settings[1:], strict=False) for part in each)
+    return (settings[0], *further, f"{how} would fit")
