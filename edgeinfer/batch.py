@@ -89,7 +89,8 @@ class Batch:
     filled until the step is waited for.
 
     Beside the output a step yields what the head reads of the wanted rows, `with_hidden`, and of
-    all its rows the `residuals` that enter these layers, all of them declared by the segment.
+    all its rows the `residuals` that enter these layers, all of them declared by the segment. Of
+    logits it yields the first `n_logits`, where that is not 0; a program need not compute others.
 
     A segment with states reads and writes them in numbered slots. A slot is written as a whole,
     once, and no step writes one that it reads, so a step that fails has spoilt nothing.
@@ -109,6 +110,7 @@ class Batch:
     kept: NDArray[np.int32] | None = None  # (T,) the slot for the state behind a row, -1: none
     with_hidden: bool = False
     residuals: tuple[int, ...] = ()
+    n_logits: int = 0
 
     @property
     def n_rows(self) -> int:
@@ -117,6 +119,7 @@ class Batch:
     def check(self) -> None:
         """Assert what every program relies on, whatever its limits are."""
         assert (self.output == "ids") == (self.samples is not None), "ids come with samples"
+        assert self.n_logits >= 0 and (self.output == "logits" or not self.n_logits), "of logits"
         assert (self.states is None) == (self.kept is None), "states come with what is kept"
         if self.states is not None and self.kept is not None:
             assert (len(self.states), len(self.kept)) == (len(self.tables), self.n_rows)
@@ -137,6 +140,7 @@ class Batch:
         return Batch(
             self.ids.copy(), self.pos.copy(), self.seq.copy(), tables, self.wanted.copy(),
             self.output, hidden, self.samples, states, kept, self.with_hidden, self.residuals,
+            self.n_logits,
         )  # fmt: skip
 
 
@@ -148,7 +152,7 @@ class Outputs:
     written to, and given to `Program.sample` then.
     """
 
-    logits: NDArray[np.float32]  # (R, V)
+    logits: NDArray[np.float32]  # (R, V), or (R, n_logits)
     hidden: NDArray[np.float32]  # (R, D); for a segment before the last every row of the step
     ids: NDArray[np.int32]  # (R,)
     aborted: bool = False  # the step was cut short: nothing else here means anything

@@ -139,7 +139,7 @@ class Link(NamedTuple):
         nothing = np.zeros(0, np.int32)
         return replace(
             step, tables=tables, wanted=nothing, output="hidden", samples=None,
-            with_hidden=False, residuals=residuals,
+            with_hidden=False, residuals=residuals, n_logits=0,
         )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import product
 from typing import Any, get_args
 
@@ -193,6 +194,19 @@ def test_only_wanted_rows_come_back(program: Any, expected: NDArray[np.float32])
         batch = batch_of(IDS)
         batch.wanted = np.array(wanted, np.int32)
         np.testing.assert_array_equal(run(program, batch), expected[wanted])
+
+
+def test_the_first_logits_are_those_of_all(program: Any, expected: NDArray[np.float32]) -> None:
+    n_vocab = expected.shape[1]
+    for n in (1, 8, 37, n_vocab - 1, n_vocab, n_vocab + 9):
+        batch = batch_of(IDS)
+        batch.n_logits = n
+        found = run(program, batch)
+        assert found.shape[1] == min(n, n_vocab)
+        np.testing.assert_array_equal(found, expected[:, :n])
+        np.testing.assert_array_equal(run(program, batch_of(IDS)), expected)
+    with pytest.raises(AssertionError, match="of logits"):
+        program.submit(replace(batch_of(IDS, output="hidden"), n_logits=8))
 
 
 def test_hidden_rows_are_what_the_head_reads(program: Any, small: Segment) -> None:

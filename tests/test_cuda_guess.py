@@ -122,7 +122,7 @@ def test_who_leaves_in_the_middle_changes_no_token_of_the_others(
 ) -> None:
     shim()
     always(monkeypatch, 0.999)
-    monkeypatch.setattr(drafter.Drafter, "_n_guesses", lambda _, states: MOST * bool(states))
+    monkeypatch.setattr(drafter.Drafter, "_choose", lambda _, states: (MOST * bool(states), False))
     spec = SPEC | dict(max_tokens=16, temperature=0.7)
     with LLM(path, n_ctx=96, slots=3, threads=1) as llm:
         expected = [llm.generate([30 + i], **spec).text for i in range(2)]

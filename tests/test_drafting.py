@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from edgeinfer import LLM, InvalidRequestError
 from edgeinfer.engine import drafter
+from edgeinfer.engine import drafting as drafting_module
 from edgeinfer.engine.drafting import MOST, Drafting
 from edgeinfer.engine.step_costs import StepCosts
 
@@ -53,7 +56,7 @@ WAYS: list[dict[str, Any]] = [
 def always(monkeypatch: pytest.MonkeyPatch, chance: float) -> None:
     """Guesses are taken to hold with this chance, and rows of steps to cost nothing."""
     monkeypatch.setattr(StepCosts, "of", lambda *_: 1.0)
-    monkeypatch.setattr(Drafting, "chances", property(lambda _: [chance**k for k in range(1, 5)]))
+    monkeypatch.setattr(Drafting, "chances", lambda *_, **__: [chance**k for k in range(1, 5)])
 
 
 @pytest.mark.parametrize("chance", [None, 0.999])
@@ -87,22 +90,83 @@ def test_what_does_not_hold_is_given_up() -> None:
     for at in range(40):
         state.at, state.tokens = at, [7, 7]
         state.learn([*[1] * at, 1])
-    assert state.chances[0] < 0.1 and state.guess(5, 9) == ([], [])
+    assert state.chances(is_short=False)[0] < 0.1 and state.guess(5, 9) == ([], [])
     state.at, state.tokens = 5, [1, 2, 3]
     assert state.guess(5, 2)[0] == [1, 2] and state.guess(6, 2) == ([], [])
     for at in range(60):
         state.at, state.tokens = at, [1] * MOST
         state.learn([1] * (at + MOST))
-    assert state.chances[-1] > 0.7
+    assert state.chances(is_short=False)[-1] > 0.7
+
+
+def test_a_token_that_is_not_listed_tells_nothing_of_the_block() -> None:
+    n = drafting_module.SHORTLIST
+    state = Drafting(is_short=True)
+    before = state.chances(is_short=False)
+    for at in range(40):
+        state.at, state.tokens = at, [7, 7]
+        state.learn([*[1] * at, n])
+    assert state.chances(is_short=False) == before
+    assert state.chances(is_short=True)[1] == pytest.approx(state.listed**2 * before[1])
+    for at in range(40):
+        state.at, state.tokens, state.is_short = at, [7, 7], False
+        state.learn([*[1] * at, n])
+    assert state.chances(is_short=False)[0] < 0.1
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.booleans(), min_size=1, max_size=400), st.randoms(use_true_random=False))
+def test_how_much_is_listed_is_counted_once_a_token(listed: list[bool], rng: Any) -> None:
+    """However many tokens a step yields; a long prompt counts by its end."""
+    ids = [0 if each else drafting_module.SHORTLIST for each in listed]
+    one, several, end = Drafting(), Drafting(), 0
+    for one.at in range(len(ids)):
+        one.learn(ids[: one.at + 1])
+    while end < len(ids):
+        several.at, end = end, min(len(ids), end + rng.randint(1, 9))
+        several.learn(ids[:end])
+    assert several.listed == one.listed
+    whole = Drafting()
+    whole.learn(ids)
+    assert whole.listed == pytest.approx(one.listed, abs=0.02)
+    share = sum(listed[-200:]) / len(listed[-200:])
+    assert len(ids) < 300 or abs(whole.listed - share) < 0.5
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_no_token_changes_by_a_shortlist(
+    plain: LLM, path: Path, monkeypatch: pytest.MonkeyPatch, way: dict[str, Any]
+) -> None:
+    """Guesses are picked from it, some tokens lie outside."""
+    monkeypatch.setattr(drafter, "SHORTLIST", 100)
+    monkeypatch.setattr(drafting_module, "SHORTLIST", 100)
+    always(monkeypatch, 0.999)
+    ways, guess = list[bool](), drafter.Drafter._run
+
+    def watching(self: Any, followers: Any, wanted: Any, n: int, n_logits: int, **how: Any) -> Any:
+        found = guess(self, followers, wanted, n, n_logits, **how)
+        if wanted:
+            ways.append(bool(n_logits))
+            assert not n_logits or max(sum(found[0], [])) < 100
+        return found
+
+    monkeypatch.setattr(drafter.Drafter, "_run", watching)
+    with LLM(path, n_ctx=256, slots=3, drafts=True) as llm:
+        for prompt in PROMPTS:
+            expected = plain.generate(prompt, speculation=False, **SPEC | way)
+            found = llm.generate(prompt, **SPEC | way)
+            assert (found.token_ids, found.logprobs) == (expected.token_ids, expected.logprobs)
+        assert is_well(llm) and max(expected.token_ids) >= 100
+    assert any(ways)
 
 
 def test_answers_learn_from_those_before(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once guesses don't hold, a new answer tries few; now and then one tries anew."""
     run, tried = drafter.Drafter._run, list[int]()
 
-    def counting(self: Any, followers: Any, wanted: Any, n: int, *, goes_on: bool) -> Any:
+    def counting(self: Any, followers: Any, wanted: Any, *how: int, goes_on: bool) -> Any:
         tried[-1] += len(wanted)
-        return run(self, followers, wanted, n, goes_on=goes_on)
+        return run(self, followers, wanted, *how, goes_on=goes_on)
 
     monkeypatch.setattr(drafter.Drafter, "_run", counting)
     monkeypatch.setattr(StepCosts, "of", lambda self, n: 1.0 + 0.2 * (n - 1))
@@ -135,7 +199,7 @@ def test_every_machine_guesses(
 ) -> None:
     """The same tokens, and the guesses that the CPU's block makes."""
     always(monkeypatch, 0.999)
-    monkeypatch.setattr(drafter.Drafter, "_n_guesses", lambda _, states: 2 * bool(states))
+    monkeypatch.setattr(drafter.Drafter, "_choose", lambda _, states: (2 * bool(states), False))
     backend(place["device"])
     rows = [list[Any](), list[Any]()]
     spec = SPEC | dict(max_tokens=12, speculation=True)  # by itself the law does not
@@ -177,8 +241,8 @@ def test_who_guesses_right_is_believed(
     answer = plain.generate(ids, speculation=False, **spec)
     known, run = (*ids, *answer.token_ids, 0), drafter.Drafter._run
 
-    def knowing(self: Any, followers: Any, wanted: Any, n: int, *, goes_on: bool) -> Any:
-        _, hidden = run(self, followers, wanted, n, goes_on=goes_on)
+    def knowing(self: Any, followers: Any, wanted: Any, *how: int, goes_on: bool) -> Any:
+        _, hidden = run(self, followers, wanted, *how, goes_on=goes_on)
         return [[known[min(drafter._end(each), len(known) - 1)] for each in wanted]], hidden
 
     monkeypatch.setattr(drafter.Drafter, "_run", knowing)

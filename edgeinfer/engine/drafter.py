@@ -7,6 +7,7 @@ nothing else: what the block's cache lacks or has wrong costs guesses, never an 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,10 +16,11 @@ import numpy as np
 from edgeinfer.backend import Drafts, GuessesOn, Program
 from edgeinfer.batch import PAGE, Batch, Outputs, StepLimits
 from edgeinfer.draft import rows_layer
-from edgeinfer.engine.drafting import MOST, Drafting, Record
+from edgeinfer.engine.drafting import MOST, SHORTLIST, Drafting, Record
 from edgeinfer.engine.generation import Generation
 from edgeinfer.engine.sequence import Rows, Sequence
 from edgeinfer.engine.step_costs import StepCosts
+from edgeinfer.ops import Linear
 from edgeinfer.segment import Segment
 
 if TYPE_CHECKING:
@@ -48,13 +50,16 @@ class Drafter:
         group: int,
         limits: StepLimits,
         costs: StepCosts,
-        share: float,
+        shares: Mapping[bool, float],
     ) -> None:
-        """The block reads a `share` of the weights that the model reads."""
+        """The block reads a share of what the model reads, and less where it `is_short`, if known.
+
+        Where it is, it makes no more logits than those of the shortlist.
+        """
         self._program, self._layer, self._group = program, layer, group
         self._limits, self._costs = limits, costs
-        self._share, self.has_failed = share, False
-        self._seconds = 0.0  # of a step that guesses, once measured
+        self._shares, self.has_failed = shares, False
+        self._seconds = dict.fromkeys(shares, 0.0)  # of a step that guesses, once measured
         self._record, self._n_answers = Record(), 0  # of all answers; what a new one starts from
         self._starts: list[int] = []  # the places of the first rows of a step's parts
 
@@ -67,9 +72,11 @@ class Drafter:
         if block is None or segment is None or segment.draft is None:
             return None
         (window,) = segment.draft.groups
-        share = block.step_weight_bytes / program.step_weight_bytes
+        shares = {False: block.step_weight_bytes / program.step_weight_bytes}
+        if segment.draft.output.dim >= 2 * SHORTLIST and not isinstance(block, GuessesOn):
+            shares[True] = shares[False] * _short_share(segment.draft)
         group = list(segment.groups).index(window)
-        return cls(block, rows_layer(segment), group, limits, costs, share)
+        return cls(block, rows_layer(segment), group, limits, costs, shares)
 
     def ask(self, batch: Batch, parts: SequenceOf[Rows]) -> None:
         """Have a step of the model yield what the block starts from."""
@@ -117,7 +124,7 @@ class Drafter:
 
     def _guess(self, followers: list[_Follower]) -> None:
         decoding = [each for each in followers if each.is_next]
-        n_guesses = self._n_guesses([each.work.drafting for each in decoding])
+        n_guesses, is_short = self._choose([each.work.drafting for each in decoding])
         if decoding and not n_guesses:
             for each in decoding:
                 each.work.drafting.is_off = True
@@ -125,11 +132,13 @@ class Drafter:
         while True:
             n = self._n_at_once(wanted, n_guesses)
             begun = time.perf_counter()
-            tokens, hidden = self._run(followers, wanted, n, goes_on=n < n_guesses)
+            n_logits = SHORTLIST if is_short else 0
+            tokens, hidden = self._run(followers, wanted, n, n_logits, goes_on=n < n_guesses)
             if n > 1 or followers is wanted:  # else it fills the cache, mostly
-                self._measure((time.perf_counter() - begun) / n)
+                self._measure(is_short, (time.perf_counter() - begun) / n)
             for each, *its in zip(wanted, *tokens, strict=True):
                 each.work.drafting.tokens += its
+                each.work.drafting.is_short = is_short
             n_guesses -= n
             kept = [i for i, each in enumerate(wanted) if _has_page(each, self._group, n - 1)]
             if not kept or n_guesses < 1:
@@ -147,30 +156,44 @@ class Drafter:
             n += 1
         return n
 
-    def _n_guesses(self, states: list[Drafting]) -> int:
-        """How many guesses of each make most tokens a second: each costs a step of the block."""
-        n = len(states)
+    def _choose(self, states: list[Drafting]) -> tuple[int, bool]:
+        """How many guesses of each make most tokens a second, and whether from the shortlist.
+
+        Each costs a step of the block.
+        """
+        n, best = len(states), (0, False)
         if not n:
-            return 0
-        seconds = self._seconds or self._costs.of(1) * self._share
-        best, best_rate, expected = 0, n / self._costs.of(n) * _LEAST_GAIN, float(n)
-        for k in range(1, MOST + 1):
-            expected += sum(state.chances[k - 1] for state in states)
-            rate = expected / (self._costs.of(n * (k + 1)) + k * seconds)
-            if rate > best_rate:
-                best, best_rate = k, rate
+            return best
+        best_rate = n / self._costs.of(n) * _LEAST_GAIN
+        steps = [self._costs.of(n * (k + 1)) for k in range(1, MOST + 1)]
+        for is_short, share in self._shares.items():
+            seconds = self._seconds[is_short] or self._costs.of(1) * share
+            chances = [state.chances(is_short=is_short) for state in states]
+            expected = float(n)
+            for k in range(1, MOST + 1):
+                expected += sum(each[k - 1] for each in chances)
+                rate = expected / (steps[k - 1] + k * seconds)
+                if rate > best_rate:
+                    best, best_rate = (k, is_short), rate
         return best
 
-    def _measure(self, seconds: float) -> None:
-        before = self._seconds or seconds
-        self._seconds = before + _RATE * (min(seconds, 4 * before) - before)
+    def _measure(self, is_short: bool, seconds: float) -> None:
+        before = self._seconds[is_short] or seconds
+        self._seconds[is_short] = before + _RATE * (min(seconds, 4 * before) - before)
 
     def _run(
-        self, followers: list[_Follower], wanted: list[_Follower], n: int, *, goes_on: bool
+        self,
+        followers: list[_Follower],
+        wanted: list[_Follower],
+        n: int,
+        n_logits: int,
+        *,
+        goes_on: bool,
     ) -> tuple[list[list[int]], NDArray[np.float32]]:
         """Fill the cache for followers; n guesses of each that is wanted, one list for each of n.
 
-        And the hidden rows from which a step more `goes_on`.
+        They are among the first `n_logits` tokens, or 0: all. And the hidden rows from which a
+        step more `goes_on`.
         """
         counts = [len(each.hidden) for each in followers]
         ends = np.cumsum(counts)
@@ -191,12 +214,19 @@ class Drafter:
             ),
             hidden=np.stack([row for each in followers for row in each.hidden]),
             with_hidden=goes_on,
+            n_logits=n_logits,
         )
         if isinstance(self._program, GuessesOn):
             guesses, rows = self._program.guess(batch, n)
             return guesses.tolist(), rows
         outputs = self._program.submit(batch).wait()
         return [outputs.logits.argmax(axis=1).tolist()], outputs.hidden.copy()
+
+
+def _short_share(block: Segment) -> float:
+    """Of the matrices that a block reads, about, where its head makes the shortlist's logits."""
+    sizes = [op.weight.n_elements for op in block.ops if isinstance(op, Linear)]
+    return 1 - sizes[-1] * (1 - SHORTLIST / block.output.dim) / sum(sizes)
 
 
 def _follows(part: Rows) -> bool:

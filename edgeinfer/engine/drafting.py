@@ -16,7 +16,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MOST = 4  # guesses of a sequence for one step
+# So many tokens of a large vocabulary make up most texts: byte pairs are numbered as they were
+# merged, the commonest first. How much of this text they make up is counted.
+SHORTLIST = 1 << 16
 _PRIOR, _PRIOR_WEIGHT, _MEMORY = 0.6, 8.0, 0.95
+_LATELY = 64  # tokens after which what came before them hardly counts
 
 
 class Record:
@@ -47,21 +51,28 @@ class Drafting:
     is_off: bool = False  # it did not pay
     record: Record = field(default_factory=Record)
     is_new: bool = True  # nothing has been guessed for it
+    is_short: bool = False  # the tokens were picked from the shortlist
+    listed: float = 0.9  # of the tokens of late, how many that holds
 
     def guess(self, at: int, n: int) -> tuple[list[int], list[float]]:
         """Up to n tokens from a place on, and the chance of each that it is reached and right."""
         tokens = self.tokens[: max(0, n)] if at == self.at else []
-        return tokens, self.chances[: len(tokens)]
+        return tokens, self.chances(is_short=self.is_short)[: len(tokens)]
 
-    @property
-    def chances(self) -> list[float]:
+    def chances(self, *, is_short: bool) -> list[float]:
         """That each of a row of guesses is reached and right."""
-        return list(accumulate(self.record.chances, operator.mul))
+        share = self.listed if is_short else 1.0
+        return list(accumulate([share * each for each in self.record.chances], operator.mul))
 
     def learn(self, ids: SequenceOf[int], *records: Record) -> None:
-        """Count the guesses for places that have their tokens now, up to the first that failed."""
+        """Count the guesses for places that have their tokens now, up to the first that failed.
+
+        A token that could not be guessed tells nothing about the block.
+        """
+        for token in ids[max(self.at, len(ids) - 4 * _LATELY) :]:
+            self.listed += ((token < SHORTLIST) - self.listed) / _LATELY
         for i, token in enumerate(self.tokens):
-            if self.at + i >= len(ids):
+            if self.at + i >= len(ids) or (self.is_short and ids[self.at + i] >= SHORTLIST):
                 break
             is_hit = ids[self.at + i] == token
             for record in (self.record, *records):

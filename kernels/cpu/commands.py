@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeAlias
 
 from edgeinfer.kernels.buffers import Arena, Buffer
 from edgeinfer.kernels.cpu import layout
+from edgeinfer.kernels.cpu.formats import GROUP_ROWS
 
 # Weight bytes of a matmul's chunks: long ones read memory fastest, short ones even out the end.
 # Measured in tests/bench/TUNING.md, "Chunks".
@@ -97,6 +98,24 @@ def cut(
         bounds.append(min(bounds[-1] + n_panels * layout.PANEL_GROUPS, n_groups))
         left -= (bounds[-1] - bounds[-2]) * group_bytes
     return bounds
+
+
+def first_rows(op: KernelOp, n: int) -> KernelOp:
+    """Matmuls that leave the first n values of each row at least; another op as it is.
+
+    They are values of the same bits, in the same places.
+    """
+    if not op.reads_weights:
+        return op
+    first, parts = layout.MATMUL_BOUNDS // layout.WORD, list[KernelPart]()
+    for part in op.parts:
+        whole = part.args[-1]
+        assert isinstance(whole, int)
+        n_groups = min(whole, -(-n // GROUP_ROWS))
+        n_bytes, macs = (each * n_groups // whole for each in (part.weight_bytes, part.macs))
+        args = [*part.args[:first], 0, n_groups]
+        parts.append(part._replace(args=args, rule=1, weight_bytes=n_bytes, macs=macs))
+    return KernelOp(op.group, parts)
 
 
 def recut(op: KernelOp, n_threads: int, share: float) -> KernelOp:

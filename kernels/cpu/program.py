@@ -26,7 +26,7 @@ from edgeinfer.kernels.buffers import Arena, Buffer
 from edgeinfer.kernels.cached import CacheVerbs
 from edgeinfer.kernels.cpu import layout
 from edgeinfer.kernels.cpu.blueprint import Blueprint
-from edgeinfer.kernels.cpu.commands import KernelOp, recut
+from edgeinfer.kernels.cpu.commands import KernelOp, first_rows, recut
 from edgeinfer.kernels.cpu.host_sampler import SampleRun
 from edgeinfer.kernels.cpu.idle import IdleBuild, IdleWork
 from edgeinfer.kernels.cpu.layout import row_stride
@@ -89,7 +89,8 @@ class CpuProgram(CacheVerbs):
         self._team = shared_team(library, limits.n_threads)
         backend.pack(self._weights, self._team, limits.n_threads)
         self._make_step_arrays()
-        self._tapes: dict[tuple[Schedule, OutputKind], Tape] = {}  # those that steps have asked for
+        # Those that steps have asked for.
+        self._tapes: dict[tuple[Schedule, OutputKind, int], Tape] = {}
         self._sample_run: SampleRun | None = None  # once somebody has edited logits
         self._trial = Trial(self._team, lowered.ops, self._tape)
         self._schedules = schedules(limits.n_threads)
@@ -161,7 +162,7 @@ class CpuProgram(CacheVerbs):
                 address += pages.nbytes
 
     def _run(self, batch: Batch, schedule: Schedule) -> Outputs:
-        tape = self._step_tape(schedule, batch.output)
+        tape = self._step_tape(schedule, batch.output, batch.n_logits)
         self._idle.begin_step()
         try:
             begun = time.perf_counter()
@@ -178,7 +179,7 @@ class CpuProgram(CacheVerbs):
         if not is_last or batch.output == "hidden" or batch.with_hidden:
             out.hidden = self._hidden[: n if is_last else batch.n_rows]
         if is_last and batch.output == "logits":
-            out.logits = self._logits[:n]
+            out.logits = self._logits[:n, : batch.n_logits or None]
         elif is_last and batch.output == "ids":
             assert batch.samples is not None
             out.ids = batch.samples.ids[:n]
@@ -294,18 +295,22 @@ class CpuProgram(CacheVerbs):
         raw = self._scratch.view(buffer.address, n_rows * stride)
         return np.frombuffer(raw, np.float32).reshape(n_rows, stride // 4)[:, :dim]
 
-    def _step_tape(self, schedule: Schedule, output: OutputKind) -> Tape:
-        if (schedule, output) not in self._tapes:
+    def _step_tape(self, schedule: Schedule, output: OutputKind, n_logits: int) -> Tape:
+        key = schedule, output, n_logits
+        if key not in self._tapes:
             lowered = self._lowered
-            ops = lowered.ops[: lowered.head] if output == "hidden" else [*lowered.ops]
-            if schedule != self._schedules[0]:
+            ops = lowered.ops[: lowered.head]
+            if output != "hidden":
+                head = lowered.ops[lowered.head :]
+                ops += [first_rows(op, n_logits) for op in head] if n_logits else head
+            if schedule != self._schedules[0] or n_logits:
                 ops = [recut(op, *schedule) if op.reads_weights else op for op in ops]
             if output == "ids" and self._drawn.sample:
                 ops.append(self._drawn.sample)
             prologue = [Part.of(part, self._backend.library) for part in lowered.prologue]
             tape = self._tape(ops, self._header.ctypes.data, schedule.n_threads, prologue)
-            self._tapes[schedule, output] = tape
-        return self._tapes[schedule, output]
+            self._tapes[key] = tape
+        return self._tapes[key]
 
     def _tape(
         self, ops: Sequence[KernelOp], header: int, n_threads: int, prologue: Sequence[Part] = ()

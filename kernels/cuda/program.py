@@ -298,7 +298,8 @@ class CudaProgram(CacheVerbs):
         if running.picked is not None:
             store(running.picked, running.result, _samples_of(batch))
         else:
-            out.logits = self._read_rows(lowered.logits, n_wanted, segment.output.dim)
+            rows = self._read_rows(lowered.logits, n_wanted, segment.output.dim)
+            out.logits = rows[:, : batch.n_logits or None]
         if batch.output == "ids":
             assert batch.samples is not None and self._sampler is not None
             if running.picked is None and n_wanted:

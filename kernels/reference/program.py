@@ -296,7 +296,7 @@ class ReferenceProgram(CacheVerbs):
         if batch.output == "hidden" or batch.with_hidden or not segment.is_last:
             out.hidden = values[segment.hidden.index]
         if batch.output == "logits" and segment.is_last:
-            out.logits = result
+            out.logits = result[:, : batch.n_logits or None]
         elif batch.output == "ids" and segment.is_last:
             assert batch.samples is not None
             self.sample(result, batch.samples)
