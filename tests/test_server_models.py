@@ -15,7 +15,7 @@ import pytest
 
 from edgeinfer import LLM
 from edgeinfer.aio import AsyncLLM
-from edgeinfer.errors import PlanError
+from edgeinfer.errors import Keyword, PlanError
 from edgeinfer.hub.fetch import models_folder
 from edgeinfer.server.durations import keep_alive
 from edgeinfer.server.errors import ApiError
@@ -185,6 +185,24 @@ def test_no_order_of_requests_takes_more_than_the_plan(
 
     asyncio.run(main())
     assert 0 < most <= budget and not alive
+
+
+def test_memory_that_would_fit_is_the_servers(paths: list[Path]) -> None:
+    """What a model lacks is said of the memory that was given, of which it has a part."""
+
+    async def start(memory: str) -> None:
+        models = Models([("one", paths[0])], {**SMALL, "memory": memory})
+        await models.start()
+        await models.close()
+
+    with pytest.raises(PlanError, match="beside 24 MiB of the server; memory='") as caught:
+        asyncio.run(start("60M"))
+    (advised,) = [each for each in caught.value.advice if isinstance(each, Keyword)]
+    assert advised.name == "memory" and isinstance(advised.value, str)
+    asyncio.run(start(advised.value))
+    less = int(advised.value.removesuffix("M")) - 2
+    with pytest.raises(PlanError):
+        asyncio.run(start(f"{less}M"))
 
 
 # -- from the hub ---------------------------------------------------------------------------------

@@ -163,14 +163,14 @@ def peak_of(process: int) -> int:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux tells of a process")
 def test_a_storm_takes_no_more_memory_than_is_planned(tmp_path: Path) -> None:
-    path, memory = small_model(tmp_path), 100 << 20
+    path, memory = small_model(tmp_path), 112 << 20
     command = [sys.executable, "-m", "edgeinfer", "serve", str(path), "--port", "0"]
     command += ["--device", "cpu", "--pooling", "mean", "--memory", str(memory)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as program:
         assert program.stderr is not None
         try:
             while "Ctrl-C" not in (line := program.stderr.readline()):
-                assert line
+                assert line, f"it ended with {program.wait()}"
             with httpx2.Client(base_url=line.split("/v1")[0].split()[-1], timeout=60) as http:
                 storm = Storm(http)
                 storm.blow(2000)

@@ -14,8 +14,10 @@ from typing import Any, Literal, TypeVar
 
 from edgeinfer import platform
 from edgeinfer.aio import AsyncLLM
+from edgeinfer.batch import HOST
 from edgeinfer.engine.memory_plan import MemoryPlan
-from edgeinfer.errors import EdgeInferError, ModelNotFoundError, PlanError
+from edgeinfer.engine.plan_rows import size_text
+from edgeinfer.errors import Advice, EdgeInferError, Keyword, ModelNotFoundError, PlanError
 from edgeinfer.inspect_file import plan
 from edgeinfer.llm import LLM
 from edgeinfer.options import LoadOptions
@@ -31,6 +33,7 @@ _IDLE_SECONDS = 60.0  # that a request waits for another model's answers to end
 _LOOK_SECONDS = 0.05
 _LONGEST_NAME = 256  # characters
 _SERVER_BYTES = 24 << 20  # beside models: many connections, and what reads grammars
+_MiB = 1 << 20
 _MOST_UNLOADS = 64  # tries to make room for one model
 
 
@@ -269,19 +272,39 @@ class Models:
                     return
                 except PlanError as error:
                     failed = error
+                    if self._budget is not None and error.memory == HOST:
+                        failed = self._beside_others(error)
             if not await self._unload_oldest(model):
                 raise failed
         raise failed
+
+    def _beside_others(self, error: PlanError) -> PlanError:
+        """What is short of the memory that was given: the model has but a part of that."""
+        others = _SERVER_BYTES + self._taken
+        advice: Advice = [
+            Keyword("memory", f"{-(-(others + error.needed) // _MiB)}M")
+            if isinstance(each, Keyword) and each.name == "memory" and error.needed
+            else each
+            for each in error.advice
+        ]
+        found = f"{error.found}, beside {size_text(others)} of the server"
+        found += " and other models" if self._taken else ""
+        return PlanError(
+            found, advice=advice, needed=error.needed, available=error.available,
+            n_ctx=error.n_ctx, memory=error.memory,
+        )  # fmt: skip
 
     async def _options(self, model: ServedModel) -> LoadOptions:
         """Those that were given, in the memory that the other models leave."""
         options: LoadOptions = {**self._load}
         if self._budget is not None:
-            taken = sum(
-                each.llm.plan.host.total_bytes for each in self.served if each.llm is not None
-            )
-            options["memory"] = max(1, self._budget - taken)
+            options["memory"] = max(1, self._budget - self._taken)
         return options
+
+    @property
+    def _taken(self) -> int:
+        """Bytes that models have now."""
+        return sum(each.llm.plan.host.total_bytes for each in self.served if each.llm is not None)
 
     async def _unload_oldest(self, wanted: ServedModel) -> bool:
         """The one used longest ago, once one is idle; False if there is none to unload."""
