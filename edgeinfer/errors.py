@@ -159,7 +159,14 @@ class DeviceError(EdgeInferError):
 
 
 class BusyError(EdgeInferError):
-    """So many requests wait already that no other is taken on."""
+    """So many requests wait already that no other is taken on.
+
+    This one would take `n_bytes` while it waits; all that wait may take `most`.
+    """
+
+    def __init__(self, found: str = "", *, n_bytes: int = 0, most: int = 0) -> None:
+        self.n_bytes, self.most = n_bytes, most
+        super().__init__(found)
 
 
 class ClosedError(EdgeInferError):
