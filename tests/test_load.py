@@ -86,6 +86,16 @@ def test_a_file_that_is_no_traffic_is_refused(tmp_path: Path, text: str, says: s
         read_traffic(path)
 
 
+def test_traffic_is_read_before_a_server_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generator, "find_model", None)
+    (tmp_path / "t.jsonl").write_text("{}")
+    asked = ["load", "http://127.0.0.1:1", "--traffic", str(tmp_path / "t.jsonl")]
+    with pytest.raises(InvalidRequestError, match="line 1 of"):
+        commands.main(asked, standalone_mode=False)
+
+
 def test_texts_have_lengths_and_keys() -> None:
     texts = Texts(2.0)
     assert len(texts.words(100, "a").split()) == 50

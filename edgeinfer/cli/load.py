@@ -145,9 +145,10 @@ def command(context: click.Context, /, url: str, **flags: Any) -> None:
     address = read_address(url, flags["api_key"])
     if flags["plot"]:
         check_plot(flags["plot"])
+    rates = _conversation_rates(flags)  # reads --traffic, before a server is asked
     runs: list[Measured] = []
     try:
-        asyncio.run(_measure(address, flags, runs))
+        asyncio.run(_measure(address, flags, rates, runs))
     except KeyboardInterrupt:
         note("stopped; this is what was measured until then")
         _report(address, runs, flags)
@@ -204,7 +205,9 @@ def _settings(flags: dict[str, Any], model: str) -> Settings:
     )
 
 
-async def _measure(address: Address, flags: dict[str, Any], runs: list[Measured]) -> None:
+async def _measure(
+    address: Address, flags: dict[str, Any], rates: list[float], runs: list[Measured]
+) -> None:
     from edgeinfer.load.generator import Generator, find_model, tokens_per_word
     from edgeinfer.load.http_client import Client
     from edgeinfer.load.traffic import Texts
@@ -213,7 +216,7 @@ async def _measure(address: Address, flags: dict[str, Any], runs: list[Measured]
         model = flags["model"] or await find_model(client)
         settings = _settings(flags, model)
         texts = Texts(await tokens_per_word(client, settings))
-        for rate in _conversation_rates(flags):
+        for rate in rates:
             asked = replace(settings, rate=rate)
             generator = Generator(client, asked, _conversations(flags), texts, address.is_local)
             runs.append(generator.measured)

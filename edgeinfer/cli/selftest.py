@@ -46,6 +46,8 @@ def command(
         raise InvalidRequestError(f"{device} is not tested; choose cpu, shim or cuda")
     if write is not None and kind != "cpu":
         raise click.UsageError("hashes are written of what the CPU computes: --device cpu")
+    if write is not None:
+        judge.check_writable(Path(write))
     found = find_device(device).device
     run = Run(
         open_backend(found, make_sampler=_make_sampler),

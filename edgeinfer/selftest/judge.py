@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from edgeinfer import platform
 from edgeinfer.backend import compile_law
+from edgeinfer.errors import EdgeInferError
 from edgeinfer.sampling.sampler import ReferenceSampler
 from edgeinfer.selftest.cases import Case, Results, limits
 
@@ -75,6 +76,13 @@ def hash_of(array: NDArray[Any]) -> str:
     return hashlib.sha256(whole.astype(whole.dtype.newbyteorder("<")).tobytes()).hexdigest()[
         :_HEX_DIGITS
     ]
+
+
+def check_writable(path: Path) -> None:
+    """EdgeInferError where `write` will fail: computing what it is given takes minutes."""
+    folder = path.absolute().parent
+    if path.is_dir() or not platform.is_writable(folder):
+        raise EdgeInferError(f"{path} can't be written: choose a file in a folder that can")
 
 
 def write(path: Path, hashes: Mapping[str, Mapping[str, str]]) -> None:
