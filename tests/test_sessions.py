@@ -22,6 +22,7 @@ from edgeinfer import platform
 from edgeinfer.batch import StepLimits, StepRequest
 from edgeinfer.engine.engine import Engine
 from edgeinfer.engine.sequence import Finished, Token
+from edgeinfer.engine.session import _DIGEST, _digest
 from edgeinfer.errors import BusyError, InvalidRequestError, SessionError
 from edgeinfer.graph import Segment
 
@@ -101,6 +102,9 @@ def test_what_is_damaged_is_refused(
     for number in ("0", "-3", "true", "1e300", "99999999999999999999999", '"9"', "null"):
         head = data[24:n_head].replace(b'"n_tokens": 132', f'"n_tokens": {number}'.encode())
         damaged.append(data[:20] + len(head).to_bytes(4, "little") + head + data[n_head:])
+    head, n_ids = data[24:n_head].replace(b'"page": 32', b'"page": 32.0'), 4 * 132
+    begin = data[:20] + len(head).to_bytes(4, "little") + head + data[n_head : n_head + n_ids]
+    damaged.append(begin + _digest(begin) + data[n_head + n_ids + _DIGEST :])
     for at in [*rng.sample(range(len(data)), k=40), 0, 21, 30, n_head + 1]:
         damaged.append(data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :])
     with opened(models["hybrid"]) as (engine, _):

@@ -15,7 +15,7 @@ import click
 
 from edgeinfer.cli.console import note, show, show_json
 from edgeinfer.cli.numbers import Number, Whole
-from edgeinfer.cli.options import common_flags, json_flag
+from edgeinfer.cli.options import FileName, common_flags, json_flag
 
 if TYPE_CHECKING:
     from edgeinfer.load.generator import Measured, Settings
@@ -57,9 +57,9 @@ _RANGE: Any = {"metavar": "LOW-HIGH", "callback": _range}
 def _traffic_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     """Who asks what."""
     for flag in (
-        click.option("--traffic", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        click.option("--traffic", type=FileName(exists=True, dir_okay=False, path_type=Path),
                      help="Conversations recorded in this file, instead of made ones."),
-        click.option("--write-traffic", type=click.Path(dir_okay=False, path_type=Path),
+        click.option("--write-traffic", type=FileName(dir_okay=False, path_type=Path),
                      help="Write the conversations to this file, and end."),
         click.option("--seed", type=Whole(0), default=1, show_default=True),
         click.option("--turns", **_RANGE, default="1-6", show_default=True,
@@ -112,7 +112,7 @@ def _traffic_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     help="More fields of requests.",
 )
 @click.option("--api-key", metavar="KEY", help="Else EDGEINFER_API_KEY, OPENAI_API_KEY.")
-@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw a picture.")
+@click.option("--plot", type=FileName(dir_okay=False, path_type=Path), help="Draw a picture.")
 @_traffic_flags
 @json_flag
 @common_flags
