@@ -139,6 +139,13 @@ def test_bounds_of_draft_4_are_out_where_a_flag_says_so(kind: str) -> None:
     schema = {"anyOf": numbers, "properties": {flag: {}}}
     found = schema_in(Grammar.of_schema(schema))
     assert found["anyOf"] == [{flag: 3}, {bound: 3}] and found["properties"] == {flag: {}}
+    lone = {"properties": {"a": {"items": {"type": "number", flag: True}, bound: 3}}}
+    said = rf"'{flag}': true at \$\.properties\.a\.items without '{bound}'"
+    with pytest.raises(InvalidRequestError, match=said):
+        Grammar.of_schema(lone)
+    Grammar.of_schema(lone, lenient=True)
+    # Older OpenAPI writes it beside every number; no bound is in.
+    Grammar.of_schema({"type": "number", flag: False, "default": {flag: True}})
 
 
 def test_a_long_schema_is_told_to_be_long() -> None:
