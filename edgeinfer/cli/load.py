@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgeinfer.cli.console import note, show, show_json
+from edgeinfer.cli.console import note, noted_if_silent, show, show_json
 from edgeinfer.cli.numbers import Number, Whole
 from edgeinfer.cli.options import FileName, common_flags, json_flag
 
@@ -213,9 +213,10 @@ async def _measure(
     from edgeinfer.load.traffic import Texts
 
     with contextlib.closing(Client(address)) as client:
-        model = flags["model"] or await find_model(client)
-        settings = _settings(flags, model)
-        texts = Texts(await tokens_per_word(client, settings))
+        with noted_if_silent(address.place):
+            model = flags["model"] or await find_model(client)
+            settings = _settings(flags, model)
+            texts = Texts(await tokens_per_word(client, settings))
         for rate in rates:
             asked = replace(settings, rate=rate)
             generator = Generator(client, asked, _conversations(flags), texts, address.is_local)
