@@ -46,8 +46,10 @@ _MAX_PATH = 1000
 
 
 def _clean(text: str, limit: int = 200) -> str:
-    from edgeinfer.terminal import one_line  # a start needs no errors
-
+    try:
+        from edgeinfer.terminal import one_line  # a start needs no errors
+    except ImportError:  # nothing can be imported any more: the interpreter is almost gone
+        return text[:limit]
     return one_line(text, limit)
 
 

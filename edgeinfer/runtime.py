@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 import threading
 import time
@@ -190,10 +191,11 @@ def _explained(error: Exception) -> EdgeInferError | None:
             ),
             available=platform.available_memory(),
         )
-    if isinstance(error, RuntimeError) and "new thread" in str(error):
+    # In an interpreter that ends, modules that have threads can't even be imported.
+    if isinstance(error, RuntimeError) and re.search("new thread|shutdown", str(error)):
         return DeviceError(
-            f"{error}: loading a model needs a few; load it before the interpreter exits, or "
-            "raise this process's limits (ulimit -u, -v)"
+            f"{error}: loading a model needs a few threads; load it before the interpreter exits, "
+            "or raise this process's limits (ulimit -u, -v)"
         )
     return None
 
@@ -374,7 +376,7 @@ def _make_template(
         engine=templates,
     )
     if templates is not None:
-        template.capabilities  # noqa: B018
+        template.look()
     return template
 
 

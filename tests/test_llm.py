@@ -710,6 +710,33 @@ began.wait()
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_model_that_outlives_all_modules_says_that_it_is_closed(path: Path) -> None:
+    """Where nothing can be imported any more: an error's own words had raised another there."""
+    code = f"""
+import builtins
+from edgeinfer import LLM
+class Late:
+    def __init__(self, llm):
+        self.llm = llm
+    def __del__(self):
+        llm = self.llm
+        for use in (llm.generate, llm.chat, llm.tokenize, llm.embed, lambda x: llm.logits([1])):
+            try:
+                use("x")
+            except BaseException as error:
+                print(type(error).__name__, error, flush=True)
+        llm.close()
+        print(llm)
+late = Late(LLM({str(path)!r}, device="reference", pooling="mean"))
+builtins.kept = late
+del late
+"""
+    done = _python(code)
+    assert (done.returncode, done.stderr) == (0, "")
+    *told, shown = done.stdout.splitlines()
+    assert told == ["ClosedError the model was closed"] * 5 and "LLM" in shown
+
+
 def test_an_exit_waits_once_for_a_callback(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For the engine itself; the model's own end, which comes after it, had waited again."""
     began, gate = threading.Event(), threading.Event()

@@ -78,6 +78,7 @@ if TYPE_CHECKING:
     from edgeinfer.platform.sockets import end_reading, listen, tls_context
     from edgeinfer.platform.stacks import with_stack
     from edgeinfer.platform.terminals import input_waits
+    from edgeinfer.platform.threads import mapped, start_some
     from edgeinfer.platform.trust import distrust, read_private
     from edgeinfer.platform.wakeups import Wakeup
 
@@ -103,6 +104,7 @@ _NAMES = {
     "sockets": "end_reading listen tls_context",
     "stacks": "with_stack",
     "terminals": "input_waits",
+    "threads": "mapped start_some",
     "trust": "distrust read_private",
     "wakeups": "Wakeup",
 }
@@ -150,6 +152,7 @@ __all__ = [
     "keep",
     "listen",
     "make_folder",
+    "mapped",
     "memory_budget",
     "module_folders",
     "nvrtc_libraries",
@@ -169,6 +172,7 @@ __all__ = [
     "signals_handled",
     "start_isolated",
     "start_program",
+    "start_some",
     "stop_for_shell",
     "sync",
     "thread_calls",

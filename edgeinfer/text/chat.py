@@ -128,6 +128,14 @@ class ChatTemplate:
         """
         return self._probed(Budget())[0]
 
+    def look(self) -> None:
+        """Find its `capabilities` now; what the system lacks for that may be there for a chat."""
+        try:
+            self.capabilities  # noqa: B018
+        except TemplateError as error:
+            if isinstance(error.__cause__, RenderError):  # its own
+                raise
+
     def render_chat(
         self,
         chat: Conversation,

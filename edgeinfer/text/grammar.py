@@ -118,6 +118,8 @@ class Grammar:
         try:
             validate = partial(_llguidance().LLMatcher.validate_grammar, limits=limits())
             message = deeply(lambda: validate(text, None), param)
+        except InvalidRequestError:  # of no room to read it, whatever it says
+            raise
         except ValueError as error:
             raise _Refused(str(error)) from None
         if message and not message.startswith("WARNING"):

@@ -190,7 +190,13 @@ class _Alarm:
         self._timer.daemon = True
 
     def __enter__(self) -> None:
-        self._timer.start()
+        try:
+            self._timer.start()
+        except RuntimeError as error:
+            raise TemplateError(
+                f"{error}: rendering a chat template takes one that ends it in time; raise this "
+                "process's limits (ulimit -u, -v)"
+            ) from None
 
     def __exit__(self, *_: object) -> None:
         self._timer.cancel()
