@@ -198,6 +198,27 @@ def test_a_save_without_room_leaves_the_old_session(
         check_all_is_given_back(engine)
 
 
+@pytest.mark.skipif(not hasattr(os, "fchmod"), reason="links and modes of another kind")
+def test_a_session_behind_a_link_is_replaced_there(
+    models: dict[str, Segment], tmp_path: Path
+) -> None:
+    """What a killed save has left lies there, too."""
+    kept, link = tmp_path / "disk" / "talk.session", tmp_path / "talk"
+    kept.parent.mkdir()
+    kept.write_bytes(b"old")
+    link.symlink_to(kept)
+    left = kept.with_name("talk.session.x.part")
+    left.write_bytes(b"half")
+    os.utime(left, (0, 0))
+    with opened(models["full"]) as (engine, _):
+        told(engine.submit(ask(PROMPT, 2)))
+        n = engine.sessions("m").save(link, PROMPT)
+        assert link.is_symlink() and [*kept.parent.iterdir()] == [kept]
+        assert engine.sessions("m").load(link) == engine.sessions("m").load(kept)
+        assert n == len(engine.sessions("m").load(kept))
+        check_all_is_given_back(engine)
+
+
 def test_of_two_that_save_at_once_one_is_whole(models: dict[str, Segment], tmp_path: Path) -> None:
     """Who loads meanwhile finds one of them, too."""
     path, found = tmp_path / "talk.session", list[object]()

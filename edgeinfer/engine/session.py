@@ -97,7 +97,7 @@ class Sessions:
                     param="ids",
                 )
             platform.delete_parts(path)
-            with platform.written_whole(path) as file:
+            with platform.replaced_whole(path) as file:
                 self._write(file, guest, ids[:n_tokens])
                 platform.sync(file)
             return n_tokens

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
         open_appending,
         open_scratch,
         read_whole,
+        replaced_whole,
         sync,
         try_lock,
         unlink_open,
@@ -93,7 +94,7 @@ _NAMES = {
     "files": (
         "ReadableFile append_private bytes_below delete_all delete_parts files_below "
         "forget_file_pages free_disk is_at is_writable make_folder open_appending open_scratch "
-        "read_whole sync try_lock unlink_open write_whole written_whole"
+        "read_whole replaced_whole sync try_lock unlink_open write_whole written_whole"
     ),
     "limits": "ProcessLimits ended_for_time",
     "locks": "ProcessLock",
@@ -163,6 +164,7 @@ __all__ = [
     "python_command",
     "read_private",
     "read_whole",
+    "replaced_whole",
     "rss",
     "run_editor",
     "run_tool",

@@ -80,7 +80,7 @@ def hash_of(array: NDArray[Any]) -> str:
 
 def check_writable(path: Path) -> None:
     """EdgeInferError where `write` will fail: computing what it is given takes minutes."""
-    folder = path.absolute().parent
+    folder = path.resolve().parent
     if path.is_dir() or not platform.is_writable(folder):
         raise EdgeInferError(f"{path} can't be written: choose a file in a folder that can")
 
@@ -88,7 +88,8 @@ def check_writable(path: Path) -> None:
 def write(path: Path, hashes: Mapping[str, Mapping[str, str]]) -> None:
     """Make of hashes what `Judge.committed` reads."""
     text = json.dumps(hashes, indent=0, sort_keys=True) + "\n"
-    platform.write_whole(path, text.encode())
+    with platform.replaced_whole(path) as file:
+        file.write(text.encode())
 
 
 def _first_difference(found: NDArray[Any], law: NDArray[Any]) -> str:
