@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeinfer import platform
-from edgeinfer.errors import ClosedError, InvalidRequestError
+from edgeinfer.errors import ClosedError, DeviceError, InvalidRequestError
 from edgeinfer.llm import LLM
 from edgeinfer.options import LoadOptions, Sampling, Unpack
 from edgeinfer.parameters import shown
@@ -301,10 +301,13 @@ class _Worker:
     def _add(self, job: Callable[[], None]) -> None:
         with self._lock:
             if self._thread is None or not self._thread.is_alive():  # a fork has no threads
-                self._thread = threading.Thread(
-                    target=self._run, name="edgeinfer-text", daemon=True
-                )
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="edgeinfer-text", daemon=True)
+                if not platform.start_some([thread]):
+                    raise DeviceError(
+                        "can't start the thread that works beside the event loop; raise this "
+                        "process's limits (ulimit -u, -v)"
+                    )
+                self._thread = thread
             self._jobs.append(job)
 
     def _run(self) -> None:

@@ -46,8 +46,10 @@ _MAX_PATH = 1000
 
 
 def _clean(text: str, limit: int = 200) -> str:
-    from edgeinfer.terminal import one_line  # a start needs no errors
-
+    try:
+        from edgeinfer.terminal import one_line  # a start needs no errors
+    except ImportError:  # nothing can be imported any more: the interpreter is almost gone
+        return text[:limit]
     return one_line(text, limit)
 
 
@@ -159,7 +161,14 @@ class DeviceError(EdgeInferError):
 
 
 class BusyError(EdgeInferError):
-    """So many requests wait already that no other is taken on."""
+    """So many requests wait already that no other is taken on.
+
+    This one would take `n_bytes` while it waits; all that wait may take `most`.
+    """
+
+    def __init__(self, found: str = "", *, n_bytes: int = 0, most: int = 0) -> None:
+        self.n_bytes, self.most = n_bytes, most
+        super().__init__(found)
 
 
 class ClosedError(EdgeInferError):

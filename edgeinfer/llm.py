@@ -217,10 +217,11 @@ class LLM:
         `pooling` is "mean" or "last", by default what the model was loaded with or its file says.
         A text longer than the context is an error, or cut there with `truncate`.
         """
+        opened = self._open()
         from edgeinfer.embedding import begin  # most programs need none
 
         given = dict(pooling=pooling, dimensions=dimensions, truncate=truncate)
-        return begin(self._open(), texts, given).result()
+        return begin(opened, texts, given).result()
 
     def tokenize(self, text: str, *, bos: bool = False, special: bool = False) -> list[int]:
         """Token ids of a text; with `special`, spellings of control tokens become those."""

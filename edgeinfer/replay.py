@@ -117,8 +117,7 @@ class Recording:
         """What `edgeinfer run --json` wrote; InvalidRequestError says what is wrong with it."""
         fields = _Fields(str(path), _read(file_path(path, "path")))
         inner = _Fields(fields.path, fields.get("replay", _mapping, "an object"))
-        if inner.get("format", int, "a number") != FORMAT:
-            inner.refuse("format", f"{FORMAT}, which this version of edgeinfer reads")
+        inner.get("format", _format, f"{FORMAT}, which this version of edgeinfer reads")
         sampling = {
             name: inner.of(inner.get("sampling", _mapping, "keywords"), name)
             for name in SAMPLING
@@ -281,6 +280,12 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise ValueError("no JSON object")
     return value
+
+
+def _format(value: Any) -> int:
+    if value != FORMAT or type(value) is not int:  # True and 1.0 are equal to 1
+        raise ValueError
+    return FORMAT
 
 
 def _text(value: Any) -> str:

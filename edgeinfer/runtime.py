@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 import threading
 import time
@@ -51,10 +52,11 @@ from edgeinfer.model import Model
 from edgeinfer.options import LoadOptions, Progress
 from edgeinfer.parameters import shown
 from edgeinfer.segment import Segment
-from edgeinfer.text.chat import ChatTemplate
+from edgeinfer.text.chat import ChatTemplate, read_template
 from edgeinfer.text.footprint import text_bytes
 from edgeinfer.text.template_engine import TemplateEngine
 from edgeinfer.text.tokenizer import Tokenizer
+from edgeinfer.text.vocabulary import pre_tokenizer
 
 T = TypeVar("T")
 
@@ -189,10 +191,11 @@ def _explained(error: Exception) -> EdgeInferError | None:
             ),
             available=platform.available_memory(),
         )
-    if isinstance(error, RuntimeError) and "new thread" in str(error):
+    # In an interpreter that ends, modules that have threads can't even be imported.
+    if isinstance(error, RuntimeError) and re.search("new thread|shutdown", str(error)):
         return DeviceError(
-            f"{error}: loading a model needs a few; load it before the interpreter exits, or "
-            "raise this process's limits (ulimit -u, -v)"
+            f"{error}: loading a model needs a few threads; load it before the interpreter exits, "
+            "or raise this process's limits (ulimit -u, -v)"
         )
     return None
 
@@ -213,6 +216,7 @@ def _load(path: Path, settings: LoadSettings, templates: TemplateEngine | None) 
     file = GGUFFile.open(path)
     try:
         model, packs = Model.load(file), threading.Event()
+        chosen, templates = _read_chosen(file, settings, templates)
         progress = _progress(settings, packs)
         backend, plan, n_gpu_layers, note = _planned(model, settings, progress)
         # Text is got ready while weights are packed, which needs no Python: sooner it delays that.
@@ -220,7 +224,7 @@ def _load(path: Path, settings: LoadSettings, templates: TemplateEngine | None) 
         # Read now, though an answer needs neither: the file may be changed once it is loaded.
         fingerprint, pooling = Later(lambda: _fingerprint(file, packs)), settings.pooling_of(model)
         try:
-            template = Later(lambda: _make_template(file, settings, templates, tokenizer))
+            template = Later(lambda: _make_template(file, settings, chosen, templates, tokenizer))
             segment = settings.segment(model, plan.n_ctx, plan.kv_types)
             reader = Later(lambda: head_reader(segment)) if pooling else None
             program = backend.compile(segment, plan.limits)
@@ -328,6 +332,21 @@ _SCREEN_BYTES = 40 << 20
 _GPU_BYTES = 50 << 20  # CuPy and the driver; not measured on a machine that has them
 
 
+def _read_chosen(
+    file: GGUFFile, settings: LoadSettings, templates: TemplateEngine | None
+) -> tuple[str | None, TemplateEngine | None]:
+    """The text of a template that was asked for, and what renders it.
+
+    That it can't be, or that there is no such pre-tokenizer, is told before the weights are read.
+    """
+    if settings.pre is not None:
+        pre_tokenizer(file.metadata, settings.pre)
+    if settings.chat_template is None:
+        return None, templates
+    templates = templates or TemplateEngine()
+    return read_template(settings.chat_template, file.metadata, templates), templates
+
+
 def _make_tokenizer(file: GGUFFile, settings: LoadSettings, packs: threading.Event) -> Tokenizer:
     packs.wait()
     return Tokenizer.from_metadata(file.metadata, pre=settings.pre)
@@ -341,6 +360,7 @@ def _fingerprint(file: GGUFFile, packs: threading.Event) -> str:
 def _make_template(
     file: GGUFFile,
     settings: LoadSettings,
+    chosen: str | None,
     templates: TemplateEngine | None,
     tokenizer: Later[Tokenizer],
 ) -> ChatTemplate:
@@ -349,13 +369,14 @@ def _make_template(
     template = ChatTemplate.from_metadata(
         file.metadata,
         settings.chat_template,
+        source=chosen,
         texts=known.texts,
         bos_token=known.bos_text,
         eos_token=known.eos_text,
         engine=templates,
     )
     if templates is not None:
-        template.capabilities  # noqa: B018
+        template.look()
     return template
 
 

@@ -22,6 +22,8 @@ from edgeinfer.kernels.cpu import builders, kept_objects
 from edgeinfer.kernels.cpu.library import Library
 from edgeinfer.kernels.cpu.targets import Target
 
+_MOST_SECONDS = 1800.0  # that another process of a run builds for
+
 
 class Builder:
     """A process that builds kernels of one target after another, started when it is needed."""
@@ -65,7 +67,9 @@ def claimed(paths: Iterable[Path], folder: Path) -> Iterator[None]:
         for path in sorted(paths):  # all in one order, or two would wait for each other
             name = hashlib.sha256(str(path).encode()).hexdigest()
             file = held.enter_context(open(folder / name, "ab"))
+            end = time.monotonic() + _MOST_SECONDS
             while not platform.try_lock(file):
+                assert time.monotonic() < end, f"another process does not let go of {path}"
                 time.sleep(0.02)
         yield
 

@@ -84,7 +84,9 @@ class FakeApi:
             head, _, rest = data.partition(b"\r\n\r\n")
             n_bytes = int(_header(head, "content-length") or "0")
             while len(rest) < n_bytes:
-                rest += connection.recv(65536)
+                if not (more := connection.recv(65536)):
+                    return
+                rest += more
             self.requests.append((head.decode(), json.loads(rest) if rest else None))
             self._answer(connection, head.split()[1].decode())
 

@@ -31,6 +31,7 @@ TEMPLATE = (
     "{{ c.id }}{% endfor %}\n{% endfor %}[assistant]"
 )
 N_CTX = 4096
+_LOAD_SECONDS = 600.0  # kernels are built where none are kept: minutes, if busy
 LOAD: LoadOptions = {"device": "reference", "slots": 2, "n_ctx": N_CTX}
 
 
@@ -105,8 +106,9 @@ def running(
         thread.start()
         found = Running(service, server, port)
         try:
-            while not loaded.wait(1):  # kernels are built where none are kept: minutes, if busy
-                assert thread.is_alive()
+            end = time.monotonic() + _LOAD_SECONDS
+            while not loaded.wait(1):
+                assert thread.is_alive() and time.monotonic() < end, "no model was loaded"
             yield found
         finally:
             found.http.close()

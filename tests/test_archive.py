@@ -110,6 +110,8 @@ def in_conversation(**fields: Any) -> bytes:
 REFUSED = {
     b"": "no JSON", b"\xff\xfe": "no JSON", b"[" * 100_000: "no JSON", b"5": "holds 5",
     b"{}": "format", b'{"format": 1}': "format", changed(lambda v: v.update(version=2)): "knows 1",
+    changed(lambda v: v.update(version=True)): "version is True",
+    changed(lambda v: v.update(version=1.0)): "version is 1.0",
     changed(lambda v: v.update(conversations=5)): "conversations of it is 5",
     changed(lambda v: v.update(conversations=[5])): "conversation 1 is 5",
     changed(lambda v: v["conversations"].append({"messages": []})): "conversation 2 has no mess",

@@ -56,7 +56,20 @@ def test_rates_of_llama_bench() -> None:
     assert parse_rates(LLAMA) == Rates(200.5, 40.25)
 
 
-@pytest.mark.parametrize("text", ["", "nothing", "[]", "{}", "[1]", '[{"n_prompt": 1}]', "null"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "nothing",
+        "[]",
+        "{}",
+        "[1]",
+        '[{"n_prompt": 1}]',
+        "null",
+        '[{"n_prompt": 1, "n_gen": 0, "avg_ts": 1%s}]' % ("0" * 400),
+        "[" * 100_000,
+    ],
+)
 def test_other_output_is_refused(text: str) -> None:
     with pytest.raises(EdgeInferError, match="llama-bench"):
         parse_rates(text)

@@ -205,6 +205,15 @@ def test_damaged_or_stale_ready_kernels_count_as_absent(shipped: Ready) -> None:
             continue
 
 
+@pytest.mark.parametrize("wrong", ["-1", "true", "1.5", "1e999", '"1"'])
+def test_no_number_of_bytes_in_ready_kernels_counts_as_absent(tmp_path: Path, wrong: str) -> None:
+    for place in ("%s, 1", "1, %s"):
+        manifest = f'{{"kernels": {{"read": ["key", "digest", {place % wrong}]}}}}'.encode()
+        file = tmp_path / "x.kernels"
+        file.write_bytes(ready._MAGIC + len(manifest).to_bytes(ready._LENGTH, "little") + manifest)
+        assert Ready.open(file) == Ready()
+
+
 def test_ready_kernels_cover_what_supported_models_need(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

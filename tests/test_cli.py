@@ -227,7 +227,7 @@ def test_plain_chat_answers_line_by_line(path: Path) -> None:
         (["run", "PATH", "-p", "x", "--memory", "1M"], 1, "MiB"),
         (["run", "PATH", "-f", "/no/such/file"], 1, "No such file"),
         (["run", "PATH", "-f", "/no/such/file"], 1, "edgeinfer: /no/such/file: "),
-        (["run", "PATH", "-f", ""], 1, "edgeinfer: '': No such file"),
+        (["run", "PATH", "hi", "--schema", ""], 1, "edgeinfer: '': No such file"),
         (["run", "PATH", "hi", "--schema", "/no/such"], 1, "edgeinfer: /no/such: No such file"),
         (["run", "PATH", "-p", "x" * 500, "-c", "64"], 1, "context holds 64"),
         (["frobnicate"], 2, "No such command"),

@@ -278,3 +278,22 @@ def test_a_wrong_value_is_one_line_however_it_is(
         main(arguments)
     _, _, told = capfd.readouterr().err.partition("Error: ")
     assert exit.value.code == 2 and told.count("\n") == 1 and 0 < len(told) < 3000
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["replay", ""], ["perplexity", "smollm2", ""], ["run", "smollm2", "hi", "-f", ""],
+        ["selftest", "--json", ""], ["selftest", "--device", "cpu", "--write", ""],
+        ["load", "h", "--plot", ""], ["load", "h", "--traffic", ""],
+        ["load", "h", "--write-traffic", ""], ["serve", "smollm2", "--api-key-file", ""],
+        ["history", "--export", ""], ["history", "--import", ""],
+    ],
+)  # fmt: skip
+def test_no_file_is_called_nothing(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    """Which would mean the folder that a person is in, or that nothing was asked for."""
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    out, err = capfd.readouterr()
+    assert (exit.value.code, out) == (2, "")
+    assert "the name is empty; is a variable not set?" in err

@@ -34,6 +34,7 @@ from .backends import batch_of
 from .golden_models import GOLDENS, N_CTX, PROMPT, VOCAB
 from .models_for_tests import tiny_model
 from .test_plan_reality import with_tokens
+from .waiting import wait_until
 
 DIM, EOS = 64, 257
 TEXTS = ["a few words", "x", "another text, of more words than the first one has. " * 2, "the end"]
@@ -332,8 +333,7 @@ def test_who_waits_is_told_that_the_model_was_closed(path: Path) -> None:
     with LLM(path, **BASE) as llm:
         thread = threading.Thread(target=embed)
         thread.start()
-        while not llm.runtime.engine._scheduler.jobs:
-            assert thread.is_alive()
+        wait_until(lambda: llm.runtime.engine._scheduler.jobs or errors, "a text that is read")
     thread.join(20)
     assert [type(error) for error in errors] == [ClosedError]
 

@@ -34,6 +34,7 @@ from edgeinfer.sampling.sampler import ReferenceSampler
 
 from .models_for_tests import tiny_model
 from .native import cache_root
+from .waiting import wait_until
 
 N_CTX = 256
 VOCAB = 320
@@ -188,8 +189,7 @@ def test_a_prompt_beside_others_takes_as_many_rows_as_the_machine_says(model: Mo
     try:
         program.gate.clear()
         short = engine.submit(_request(max_tokens=240))
-        while not program.batches:  # until its prompt is being read
-            time.sleep(0.001)
+        wait_until(lambda: program.batches, "a step that reads its prompt")
         long = engine.submit(_request(*[5] * 200, max_tokens=1))
         program.gate.set()
         assert _finish(long).reason == _finish(short).reason == "length"
@@ -289,8 +289,7 @@ def test_logits_give_way_and_are_taken_once(model: Model) -> None:
 
         job = threading.Thread(target=engine.each_logits, args=(ids, take, 0, 3))
         job.start()
-        while not rows:
-            time.sleep(0.001)
+        wait_until(lambda: rows, "a first row")
         urgent = engine.submit(_request(256, *range(40), max_tokens=150, priority=1))
         assert _finish(urgent).reason == "length"
         job.join(30)
@@ -310,8 +309,7 @@ def test_a_small_request_passes_what_does_not_fit(model: Model) -> None:
         running = [engine.submit(_request(256, n, max_tokens=120)) for n in range(2)]
         job = threading.Thread(target=engine.logits, args=([5] * N_CTX,))
         job.start()
-        while len(engine._scheduler.waiting) < 1:
-            time.sleep(0.001)
+        wait_until(lambda: engine._scheduler.waiting, "the job that waits")
         small = engine.submit(_request(256, 4, max_tokens=3))
         program.gate.set()
         first, *others = (_finish(generation) for generation in (small, *running))
@@ -344,7 +342,9 @@ def test_small_requests_that_keep_coming_do_not_starve_a_large_one(
     n_small, is_begun = 0, threading.Event()
     waiter = threading.Thread(target=lambda: (next(large), is_begun.set()))
     waiter.start()
+    end = time.monotonic() + 60
     while not is_begun.is_set():
+        assert time.monotonic() < end, "the large request has not begun"
         assert _finish(engine.submit(_request(256, n_small % 250, max_tokens=3))).reason
         n_small += 1
     assert 0 < n_small < 200
@@ -362,8 +362,7 @@ def test_the_queue_has_a_bound(
     monkeypatch.setattr("edgeinfer.engine.engine.WAITING_BYTES", most)
     program.gate.clear()
     waiting = [engine.submit(_request(256, 7, max_tokens=1))]
-    while not engine.n_running:
-        time.sleep(0.001)
+    wait_until(lambda: engine.n_running, "an answer that runs")
     tracemalloc.start()
     try:
         with pytest.raises(BusyError, match=r"requests of 102\d KiB wait already; try again later"):
@@ -411,8 +410,7 @@ def test_what_waits_never_takes_more_than_planned(
     assert n_refused
     program.gate.set()
     assert {_finish(generation).reason for generation in taken} <= {"length"}
-    while scheduler.n_bytes_waiting:
-        time.sleep(0.001)
+    wait_until(lambda: not scheduler.n_bytes_waiting, "the end of what waits")
 
 
 def test_answers_that_nobody_reads_count(
@@ -420,8 +418,7 @@ def test_answers_that_nobody_reads_count(
 ) -> None:
     """They are paused, with their events and all that they go on from."""
     unread = [engine.submit(_request(256, n, max_tokens=None, overflow="slide")) for n in range(3)]
-    while len(engine._scheduler.paused) < 3:
-        time.sleep(0.001)
+    wait_until(lambda: len(engine._scheduler.paused) == 3, "the third answer's pause")
     held = engine._scheduler.n_bytes_waiting
     assert held > 3 * 40_000 and not any(generation.speculator for generation in unread)
     monkeypatch.setattr("edgeinfer.engine.engine.WAITING_BYTES", held + 100)
@@ -475,8 +472,7 @@ def test_cancel_in_a_step_acts_at_once_and_frees_pages(engine: Engine, program: 
     program.gate.clear()
     generation = engine.submit(_request(*[9] * 200))
     next(generation)
-    while not program.batches:
-        time.sleep(0.001)
+    wait_until(lambda: program.batches, "a step")
     start = time.perf_counter()
     generation.cancel()
     assert _finish(generation).reason == "cancelled"
@@ -493,13 +489,11 @@ def test_a_step_runs_on_while_anybody_wants_its_rows(
     expected = [_tokens(engine.submit(request)) for request in requests]
     program.gate.clear()
     first = engine.submit(_request(7))  # what comes meanwhile shares the next step
-    while not engine._runner.is_running:
-        time.sleep(0.001)
+    wait_until(lambda: engine._runner.is_running, "a step that runs")
     generations = [engine.submit(request) for request in requests]
     program.batches.clear()
     first.cancel()
-    while not program.batches or not engine._runner.is_running:
-        time.sleep(0.001)
+    wait_until(lambda: program.batches and engine._runner.is_running, "another step that runs")
     assert program.batches[-1][1] == 3
     n_before = len(program.batches)
     for generation in generations[:n_cancelled]:

@@ -14,6 +14,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, NewType, TypedDict
 
+import llguidance
 import numpy as np
 import pydantic
 import pytest
@@ -27,6 +28,7 @@ from edgeinfer.gguf import GGUFFile
 from edgeinfer.sampling.params import mask_words
 from edgeinfer.text.closed_schema import closed
 from edgeinfer.text.grammar import MOST_TEXT, Grammar
+from edgeinfer.text.grammar_matcher import _MOST_KEPT
 from edgeinfer.text.reply import THINK
 from edgeinfer.text.tokenizer import Tokenizer
 
@@ -139,6 +141,13 @@ def test_bounds_of_draft_4_are_out_where_a_flag_says_so(kind: str) -> None:
     schema = {"anyOf": numbers, "properties": {flag: {}}}
     found = schema_in(Grammar.of_schema(schema))
     assert found["anyOf"] == [{flag: 3}, {bound: 3}] and found["properties"] == {flag: {}}
+    lone = {"properties": {"a": {"items": {"type": "number", flag: True}, bound: 3}}}
+    said = rf"'{flag}': true at \$\.properties\.a\.items without '{bound}'"
+    with pytest.raises(InvalidRequestError, match=said):
+        Grammar.of_schema(lone)
+    Grammar.of_schema(lone, lenient=True)
+    # Older OpenAPI writes it beside every number; no bound is in.
+    Grammar.of_schema({"type": "number", flag: False, "default": {flag: True}})
 
 
 def test_a_long_schema_is_told_to_be_long() -> None:
@@ -349,6 +358,48 @@ def test_a_grammar_is_compiled_once(vocabulary: tuple[Tokenizer, Grammars]) -> N
     assert grammars.compile(Grammar.of_regex("ab"), tokenizer) is grammars.compile(
         Grammar.of_regex("ab"), tokenizer
     )
+
+
+def test_compiled_grammars_are_kept_by_number_and_length(tiny: Tokenizer) -> None:
+    """The latest ones: what they take is no part of a plan."""
+    grammars = Grammars()
+
+    def compiled(*names: str) -> list[object]:
+        return [grammars.compile(Grammar.of_regex(name), tiny) for name in names]
+
+    names = [f"a{n}" for n in range(_MOST_KEPT + 1)]
+    first, *others = compiled(*names)
+    assert compiled(*names[1:]) == others and compiled(names[0]) != [first]
+    short = compiled("short")
+    long = compiled("b" * 120_000)
+    assert compiled("b" * 120_000) == long and compiled("short") == short
+    compiled("c" * 100_000)
+    assert compiled("short") == short and compiled("b" * 120_000) != long
+
+
+def test_a_grammar_whose_lexer_is_spent_is_compiled_anew(
+    tiny: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All answers by one share its states: after some of them every other had failed."""
+    limits = llguidance.LLParserLimits(max_lexer_states=400, verbose_errors=False)
+    monkeypatch.setattr("edgeinfer.text.grammar_matcher.limits", lambda: limits)
+    grammar, grammars, chance = (
+        Grammar.of_regex("(a|b)*a" + "(a|b)" * 12),
+        Grammars(),
+        random.Random(1),
+    )
+    n_failed = 0
+    for _ in range(60):
+        matcher = grammars.compile(grammar, tiny).begin()
+        try:
+            for _ in range(30):
+                allowed(matcher, tiny.n_vocab)
+                matcher.advance(tiny.encode(chance.choice("ab"), bos=False)[0])
+        except EdgeInferError as error:
+            assert "too many states" in str(error)
+            n_failed += 1
+            assert grammars.compile(grammar, tiny) is not matcher._grammar  # type: ignore[attr-defined]
+    assert 1 <= n_failed < 30
 
 
 @pytest.mark.parametrize("ends", [[], [0], [1, 2]])

@@ -239,7 +239,9 @@ def test_kill_during_a_pull_leaves_nothing_under_a_final_name(server: FakeHub) -
     code = f"import edgeinfer; edgeinfer.pull({REPO!r})"
     process = subprocess.Popen([sys.executable, "-c", code], env=dict(os.environ))
     parts: list[Path] = []
+    end = time.monotonic() + 60
     while process.poll() is None and not any(p.stat().st_size for p in parts):
+        assert time.monotonic() < end, "nothing is fetched"
         parts = list(fetch.models_folder().rglob("*.part"))
     process.send_signal(signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
     process.wait()

@@ -35,7 +35,9 @@ from edgeinfer import (
     ModelNotFoundError,
     PlanError,
     Progress,
+    TemplateError,
 )
+from edgeinfer.text.template_engine import MAX_SOURCE
 
 from .models_for_tests import tiny_model
 
@@ -498,6 +500,41 @@ def test_bad_options(path: Path, options: Any, error: type[Exception]) -> None:
             llm.chat("hello", max_tokens=1)
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"chat_template": "/nope.jinja"}, "no chat template '/nope.jinja': neither a file"),
+        ({"chat_template": "FILE:{{ x"}, "chat template .*bad.jinja.* line 1: "),
+        ({"chat_template": "FILE:{% for m in messages %}\n{{ m"}, "chat template .* line 2: "),
+        ({"chat_template": "FILE:" + "x" * (MAX_SOURCE + 1)}, "more source"),
+        ({"pre": "gpt-3"}, "unknown pre-tokenizer 'gpt-3'"),
+        ({"pre": ""}, "unknown pre-tokenizer ''"),
+    ],
+)
+def test_what_the_text_needs_is_looked_for_before_weights_are_read(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: Any, says: str
+) -> None:
+    name, is_file, text = options.get("chat_template", "").partition("FILE:")
+    if is_file:
+        (tmp_path / "bad.jinja").write_text(text)
+        options = {"chat_template": str(tmp_path / "bad.jinja")}
+    monkeypatch.setattr("edgeinfer.runtime._planned", None)
+    with pytest.raises(edgeinfer.EdgeInferError, match=says):
+        LLM(path, device="reference", **options)
+
+
+def test_a_template_that_fails_on_some_chats_alone_is_taken(path: Path, tmp_path: Path) -> None:
+    """It is compiled while a model is loaded, and not run: what it needs is not known."""
+    file = tmp_path / "chat.jinja"
+    source = "{{ raise_exception('no text') if SAID != 'hi' }}{{ SAID }}"
+    file.write_text(source.replace("SAID", "messages[0].content"))
+    with LLM(path, device="reference", chat_template=str(file)) as llm:
+        file.unlink()
+        with pytest.raises(TemplateError, match="no text"):
+            llm.chat("hello", max_tokens=1)
+        assert llm.chat("hi", max_tokens=1).token_ids
+
+
 def test_unknown_keywords_name_the_nearest(path: Path, llm: LLM) -> None:
     with pytest.raises(TypeError, match="n_ctx"):
         LLM(path, n_ctxs=5)  # type: ignore[call-arg]
@@ -671,6 +708,33 @@ began.wait()
 """
     done = _python(code)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_model_that_outlives_all_modules_says_that_it_is_closed(path: Path) -> None:
+    """Where nothing can be imported any more: an error's own words had raised another there."""
+    code = f"""
+import builtins
+from edgeinfer import LLM
+class Late:
+    def __init__(self, llm):
+        self.llm = llm
+    def __del__(self):
+        llm = self.llm
+        for use in (llm.generate, llm.chat, llm.tokenize, llm.embed, lambda x: llm.logits([1])):
+            try:
+                use("x")
+            except BaseException as error:
+                print(type(error).__name__, error, flush=True)
+        llm.close()
+        print(llm)
+late = Late(LLM({str(path)!r}, device="reference", pooling="mean"))
+builtins.kept = late
+del late
+"""
+    done = _python(code)
+    assert (done.returncode, done.stderr) == (0, "")
+    *told, shown = done.stdout.splitlines()
+    assert told == ["ClosedError the model was closed"] * 5 and "LLM" in shown
 
 
 def test_an_exit_waits_once_for_a_callback(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,7 @@ from edgeinfer.load.traffic import (
 )
 from edgeinfer.platform import EnergyMeter
 from edgeinfer.remote.address import read_address
+from edgeinfer.remote.model import RemoteModel
 
 from .server_for_tests import Running
 
@@ -84,6 +85,16 @@ def test_a_file_that_is_no_traffic_is_refused(tmp_path: Path, text: str, says: s
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(InvalidRequestError, match=says):
         read_traffic(path)
+
+
+def test_traffic_is_read_before_a_server_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generator, "find_model", None)
+    (tmp_path / "t.jsonl").write_text("{}")
+    asked = ["load", "http://127.0.0.1:1", "--traffic", str(tmp_path / "t.jsonl")]
+    with pytest.raises(InvalidRequestError, match="line 1 of"):
+        commands.main(asked, standalone_mode=False)
 
 
 def test_texts_have_lengths_and_keys() -> None:
@@ -273,6 +284,33 @@ def test_time_counts_from_when_a_request_was_due() -> None:
         assert took[-1] > 0.5 and took[0] < 0.3
         assert found.n_held == (0 if guard == 100 else 5)
         turn = asyncio.Lock()
+
+
+STREAMED = reply(frames("a", done=False), more="content-type: text/event-stream\r\n")
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"", "closed the connection without an answer; does it run, and without TLS"),
+        (b"SSH-2.0-x\r\n\r\n", "does not answer in HTTP .*would https:// be right"),
+        (STREAMED[:-9], "broke off before the end"),
+    ],
+)
+def test_what_is_lost_is_told_as_run_tells_it(data: bytes, says: str) -> None:
+    """Of the list of models, of a first request and of those that are measured."""
+
+    async def script(i: int, writer: asyncio.StreamWriter) -> None:
+        await _write(writer, data, ends=True)
+
+    with scripted(script) as url:
+        (said,) = summary(measured(url, 2))["messages"].values()
+        assert re.search(says, said)
+        with pytest.raises(EdgeInferError, match=f"first request: connection lost: .*{says}"):
+            commands.main(["load", url, "--model", "m"], standalone_mode=False)
+        remote = RemoteModel(read_address(url, None), "m").stream_chat("hi")
+        with pytest.raises(EdgeInferError, match=says):
+            list(remote)
 
 
 def test_a_server_that_asks_for_patience_is_given_it() -> None:

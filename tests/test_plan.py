@@ -16,8 +16,9 @@ from edgeinfer import plan, platform, runtime
 from edgeinfer.backend import Program
 from edgeinfer.batch import Demand, StepLimits, StepRequest
 from edgeinfer.cli.main import main
+from edgeinfer.engine import memory_plan
 from edgeinfer.engine.memory_plan import MemoryPlan, PlanRequest, solve
-from edgeinfer.engine.plan_error import _would_fit
+from edgeinfer.engine.plan_error import _most, _would_fit
 from edgeinfer.engine.plan_rows import HostBytes, Pool
 from edgeinfer.errors import Keyword, PlanError
 from edgeinfer.gguf import GGUFFile
@@ -334,3 +335,59 @@ def test_advice_names_any_number_of_settings() -> None:
         "slots=1 and n_ctx=512 would fit",
         "slots=1, n_ctx=512 and kv_type='q8_0' would fit",
     ]
+
+
+_HUGE = 2**31 - 1
+
+
+@given(
+    high=st.integers(0, _HUGE), edge=st.integers(-9, _HUGE), slope=st.integers(1, 1 << 40),
+    stair=st.integers(1, 4096), bend=st.integers(1, 1 << 20), most=st.integers(1, 1 << 50),
+)  # fmt: skip
+@example(_HUGE, 5000, 1 << 40, 1, 1 << 20, 1)
+@example(_HUGE, 5000, 1, 4096, 1 << 20, 1 << 50)
+def test_the_largest_that_fits_is_found_in_few_looks(
+    high: int, edge: int, slope: int, stair: int, bend: int, most: int
+) -> None:
+    """Of what grows in stairs, faster or slower from some size on, or not at all for long."""
+    looks = []
+
+    def room(n: int) -> int:
+        looks.append(n)
+        beyond = (edge - n) // stair * slope + (0 if n > edge else slope)
+        return min(beyond if n <= edge else beyond * bend, most)
+
+    found = _most(high, room)
+    expected = max((n for n in (0, high) if n == 0 or room(n) >= 0), default=0)
+    del looks[-1:]
+    if 0 < found < high:
+        assert room(found) >= 0 > room(found + 1)
+    else:
+        assert found == expected or high < 1
+    assert len(looks) <= 50 and (not looks or 1 <= min(looks) <= max(looks) <= max(1, high))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"n_ctx": _HUGE}, {"slots": _HUGE}, {"kept_tokens": _HUGE}, {"memory": "1K"},
+        {"n_ctx": _HUGE, "slots": _HUGE, "kept_tokens": _HUGE},
+        {"slots": 1_000_000, "threads": 1024, "kv_type": "f16"},
+    ],
+)  # fmt: skip
+def test_an_absurd_request_is_refused_after_few_reckonings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: Any
+) -> None:
+    """One takes 10 to 80 ms of a real model; there were up to 250, of a search by halves."""
+    reckon, n = memory_plan.planned, 0
+
+    def counted(*given: Any) -> MemoryPlan:
+        nonlocal n
+        n += 1
+        return reckon(*given)
+
+    monkeypatch.setattr(memory_plan, "planned", counted)
+    monkeypatch.setattr(platform, "memory_budget", lambda held: 1 << 30)
+    with pytest.raises(PlanError, match="would fit|smaller file"):
+        plan(tiny_model(tmp_path, n_ctx=8192), device="cpu", **asked)
+    assert n <= 60

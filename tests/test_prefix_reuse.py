@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -140,7 +141,9 @@ def test_who_waits_for_one_that_is_cancelled_reads_on_alone(
         program.gate.clear()
         first = engine.submit(ask(system + [1] * 9))
         second = engine.submit(ask(system + [2] * 9))
+        end = time.monotonic() + 30
         while not program.n_rows:
+            assert time.monotonic() < end, "no row was read"
             first.cancel()
             program.gate.set()
         assert list(first)[-1].reason == "cancelled"  # type: ignore[union-attr]

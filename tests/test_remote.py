@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from edgeinfer.cli.main import main
 from edgeinfer.errors import EdgeInferError, InvalidRequestError
 from edgeinfer.remote.address import read_address
 from edgeinfer.remote.frames import frames
@@ -288,6 +289,41 @@ def test_a_reply_that_is_no_answer_is_told_in_a_line(api: FakeApi, answer: Any, 
 
     text, told = failing(api, answer, key=KEY)
     assert text == "" and re.search(why, told), told
+
+
+def test_a_reply_that_only_drips_is_not_waited_for(
+    api: FakeApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of its bytes comes in time."""
+    monkeypatch.setattr("edgeinfer.remote.model._WAIT_SECONDS", 0.4)
+    drips = [part for i in range(30) for part in (f"x-{i}: y\r\n".encode(), 0.05)]
+    text, told = failing(api, [b"HTTP/1.1 200 OK\r\n", *drips, *SAYS_HI[1:]])
+    assert text == "" and "does not answer in time" in told
+
+
+@pytest.mark.parametrize("life", [b": ping\n\n", {"choices": []}, delta(content="")])
+def test_signs_of_life_are_no_answer(
+    api: FakeApi, monkeypatch: pytest.MonkeyPatch, life: Any
+) -> None:
+    """They keep whoever waits for long, and not for ever; what comes of an answer begins anew."""
+    monkeypatch.setattr("edgeinfer.remote.model._LIFE_SECONDS", 0.6)
+    some = [life, 0.05] * 7
+    parts = stream(*some, delta(content="so "), *some, delta(content="far"), *some * 8)
+    text, told = failing(api, parts)
+    assert text == "so far" and "signs of life for 0 minutes" in told and api.place in told
+
+
+def test_who_waits_is_told_for_whom(
+    api: FakeApi, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("edgeinfer.cli.console._SILENT_SECONDS", 0.1)
+    waiting = f"waiting for {api.place} to answer; Ctrl-C stops\n"
+    for answer, n in ([0.5, *SAYS_HI], 1), (SAYS_HI, 0):
+        api.answers = [answer]
+        with pytest.raises(SystemExit) as exit:
+            main(["run", "--url", api.url, "-p", "hello"])
+        said = capsys.readouterr()
+        assert (exit.value.code, said.out) == (0, "Hi there\n") and said.err.count(waiting) == n
 
 
 HALF = frame(delta(content="lost"))[:-20]

@@ -189,9 +189,16 @@ def test_what_is_no_recording_is_refused(recorded: Path, tmp_path: Path, call: C
         with pytest.raises(InvalidRequestError, match="run --json|format|replay in") as caught:
             Recording.read(file)
         assert len(str(caught.value)) < 500
+    answer = json.loads(recorded.read_text())
+    for odd in (True, 1.0, 1.9, "1", 2, None):
+        answer["replay"]["format"] = odd
+        (tmp_path / "wrong.json").write_text(json.dumps(answer))
+        with pytest.raises(InvalidRequestError, match="format in .* it must be 1, which"):
+            Recording.read(tmp_path / "wrong.json")
     for missing in (tmp_path / "none.json", tmp_path):
         with pytest.raises(InvalidRequestError, match="can't be read"):
             Recording.read(missing)
+    (tmp_path / "wrong.json").write_text("[]")
     code, out, err = call("replay", tmp_path / "wrong.json")
     assert (code, out) == (2, "") and "run --json" in err and "Traceback" not in err
 

@@ -21,6 +21,7 @@ from edgeinfer.server.token_ids import check_origin
 
 from .models_for_tests import tiny_model
 from .server_for_tests import LOAD, Running, running
+from .waiting import wait_until
 
 DIM, EOS = 64, 257
 TEXTS = ["a few words", "x", "another text, of more words than the first one has. " * 2]
@@ -182,8 +183,8 @@ def test_the_end_of_the_server_cuts_short_with_an_error(tmp_path: Path) -> None:
             target=lambda: replies.append(served.post("/v1/embeddings", body))
         )
         thread.start()
-        while not served.llm.runtime.engine._scheduler.jobs:
-            assert thread.is_alive()
+        engine = served.llm.runtime.engine
+        wait_until(lambda: engine._scheduler.jobs or replies, "a text that is read")
         served.server.stop()
         thread.join(20)
     assert replies[0].status_code == 503 and "stopping" in replies[0].json()["error"]["message"]

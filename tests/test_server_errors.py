@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import anthropic
@@ -143,24 +143,31 @@ def full(server: Running) -> Iterator[None]:
 
 
 @contextmanager
-def crowded(server: Running) -> Iterator[None]:
-    """What waits for the engine takes all that it may."""
+def held(server: Running) -> Iterator[None]:
+    """No step runs, so that all that comes waits."""
     engine, is_held, gate = server.llm.runtime.engine, threading.Event(), threading.Event()
 
     def hold() -> None:
         is_held.set()
-        gate.wait()
+        gate.wait(60)
 
     holder = threading.Thread(target=engine.between_steps, args=(hold,))
     holder.start()
-    is_held.wait()
+    assert is_held.wait(60)
     try:
-        with pytest.MonkeyPatch.context() as patch, server.llm.stream("x", max_tokens=1):
-            patch.setattr("edgeinfer.engine.engine.WAITING_BYTES", 0)
-            yield
+        yield
     finally:
         gate.set()
         holder.join()
+
+
+@contextmanager
+def crowded(server: Running) -> Iterator[None]:
+    """What waits for the engine takes all that it may."""
+    with held(server), pytest.MonkeyPatch.context() as patch:
+        with server.llm.stream("x", max_tokens=1):
+            patch.setattr("edgeinfer.engine.engine.WAITING_BYTES", 0)
+            yield
 
 
 def failing_at_once(server: Running) -> AbstractContextManager[object]:
@@ -229,6 +236,34 @@ def test_what_goes_away_says_when_to_come_back(strict: Running) -> None:
     with failing_at_once(strict):
         reply = strict.post("/v1/chat/completions", body, headers=key)
     assert reply.headers.get("x-should-retry") == "false"
+
+
+def test_answers_that_never_fit_are_refused_for_good(
+    strict: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one request, whoever else waits; who would fit once others have gone may come back."""
+    monkeypatch.setattr("edgeinfer.engine.engine.WAITING_BYTES", 20_000)
+    key = {"authorization": f"Bearer {KEY}"}
+    several: dict[str, dict[str, object]] = {
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}], "n": 9},
+        "/v1/completions": {"prompt": ["hi"] * 9},
+    }
+    for path, asked in several.items():
+        body = {"model": "tiny", "max_tokens": 1, **asked}
+        with held(strict):
+            reply = strict.post(path, body, headers=key)
+        assert reply.status_code == 400 and "retry-after" not in reply.headers
+        told = reply.json()["error"]
+        assert told["type"] == "invalid_request_error"
+        assert "of the answers that are asked for take" in told["message"]
+        assert "20 KiB" in told["message"] and "ask for fewer answers" in told["message"]
+        with held(strict), ExitStack() as others:
+            for _ in range(4):
+                others.enter_context(strict.llm.stream("x", max_tokens=1))
+            few = {**body, "n": 4} if "n" in body else {**body, "prompt": ["hi"] * 4}
+            assert strict.post(path, few, headers=key).status_code == 429
+        strict.wait_until_idle()
+        assert strict.post(path, few, headers=key).status_code == 200
 
 
 BROKEN = [b"{", b"[]", b"null", b"\xff", b'{"a":' * 5000, b'{"messages": 1e999}', b'"x"', b"NaN"]

@@ -18,6 +18,7 @@ from edgeinfer.server.errors import ApiError
 from edgeinfer.server.gate import _host_name
 
 from .server_for_tests import LOAD, Running, running, small_model
+from .waiting import wait_until
 
 CHAT = "/v1/chat/completions"
 BODY = b'{"messages":[{"role":"user","content":"hi"}],"max_tokens":1}'
@@ -284,8 +285,7 @@ def test_who_reads_nothing_is_forgotten(tmp_path: Path, monkeypatch: pytest.Monk
             sent = post(large, length(len(large))).replace(b"chat/completions", b"responses", 1)
             connection.sendall(sent)
             deadline = time.monotonic() + 20
-            while not found.server.server_state.connections:
-                time.sleep(0.01)
+            wait_until(lambda: found.server.server_state.connections, "the connection")
             while found.server.server_state.connections:
                 assert time.monotonic() < deadline
                 time.sleep(0.05)

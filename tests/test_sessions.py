@@ -22,6 +22,7 @@ from edgeinfer import platform
 from edgeinfer.batch import StepLimits, StepRequest
 from edgeinfer.engine.engine import Engine
 from edgeinfer.engine.sequence import Finished, Token
+from edgeinfer.engine.session import _DIGEST, _digest
 from edgeinfer.errors import BusyError, InvalidRequestError, SessionError
 from edgeinfer.graph import Segment
 
@@ -101,6 +102,9 @@ def test_what_is_damaged_is_refused(
     for number in ("0", "-3", "true", "1e300", "99999999999999999999999", '"9"', "null"):
         head = data[24:n_head].replace(b'"n_tokens": 132', f'"n_tokens": {number}'.encode())
         damaged.append(data[:20] + len(head).to_bytes(4, "little") + head + data[n_head:])
+    head, n_ids = data[24:n_head].replace(b'"page": 32', b'"page": 32.0'), 4 * 132
+    begin = data[:20] + len(head).to_bytes(4, "little") + head + data[n_head : n_head + n_ids]
+    damaged.append(begin + _digest(begin) + data[n_head + n_ids + _DIGEST :])
     for at in [*rng.sample(range(len(data)), k=40), 0, 21, 30, n_head + 1]:
         damaged.append(data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :])
     with opened(models["hybrid"]) as (engine, _):
@@ -191,6 +195,27 @@ def test_a_save_without_room_leaves_the_old_session(
         assert [*tmp_path.iterdir()] == [path] and path.read_bytes() == before
         assert engine.sessions("m").load(path) == tuple(PROMPT[:132])
         assert engine.sessions("m").save(path, [*PROMPT, *answer]) == 152
+        check_all_is_given_back(engine)
+
+
+@pytest.mark.skipif(not hasattr(os, "fchmod"), reason="links and modes of another kind")
+def test_a_session_behind_a_link_is_replaced_there(
+    models: dict[str, Segment], tmp_path: Path
+) -> None:
+    """What a killed save has left lies there, too."""
+    kept, link = tmp_path / "disk" / "talk.session", tmp_path / "talk"
+    kept.parent.mkdir()
+    kept.write_bytes(b"old")
+    link.symlink_to(kept)
+    left = kept.with_name("talk.session.x.part")
+    left.write_bytes(b"half")
+    os.utime(left, (0, 0))
+    with opened(models["full"]) as (engine, _):
+        told(engine.submit(ask(PROMPT, 2)))
+        n = engine.sessions("m").save(link, PROMPT)
+        assert link.is_symlink() and [*kept.parent.iterdir()] == [kept]
+        assert engine.sessions("m").load(link) == engine.sessions("m").load(kept)
+        assert n == len(engine.sessions("m").load(kept))
         check_all_is_given_back(engine)
 
 

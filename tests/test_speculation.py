@@ -28,6 +28,7 @@ from edgeinfer.sampling.params import SamplingParams
 
 from .models_for_tests import tiny_model
 from .native import cache_root
+from .waiting import wait_until
 
 N_CTX = 128
 VOCAB = 320
@@ -440,7 +441,6 @@ def test_cancelling_frees_every_page(engine: Engine) -> None:
             next(generation)
         generation.cancel()
         list(generation)
-        while engine.n_running:
-            time.sleep(0.001)
+        wait_until(lambda: not engine.n_running, "the end of what runs")
         engine._store.index.clear()  # of one that had ended before
         assert engine.pools[0].n_free == engine.pools[0].n_pages

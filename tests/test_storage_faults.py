@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import subprocess
 import sys
 import time
@@ -87,6 +88,40 @@ def test_no_file_takes_the_place_of_a_pipe(tmp_path: Path) -> None:
     assert pipe.is_fifo() and link.is_symlink() and leftovers(tmp_path) == []
     with pytest.raises(IsADirectoryError):
         platform.write_whole(tmp_path, b"data")
+
+
+@pytest.mark.skipif(not hasattr(os, "fchmod"), reason="links and modes of another kind")
+def test_a_file_that_a_person_names_stays_where_it_is(tmp_path: Path) -> None:
+    """What is behind a link is replaced, with the mode that it had; a cache's links are not."""
+
+    def write(name: str) -> None:
+        with platform.replaced_whole(tmp_path / name) as file:
+            file.write(b"new")
+
+    target, chain = tmp_path / "folder" / "target", tmp_path / "chain"
+    target.parent.mkdir()
+    target.write_text("old")
+    target.chmod(0o640)
+    (tmp_path / "link").symlink_to("folder/target")
+    chain.symlink_to("link")
+    write("chain")
+    assert chain.is_symlink() and (tmp_path / "link").is_symlink()
+    assert target.read_text() == "new" and stat.S_IMODE(target.stat().st_mode) == 0o640
+    (tmp_path / "dangling").symlink_to("folder/made")
+    write("dangling")
+    assert (target.parent / "made").read_text() == "new"
+    assert stat.S_IMODE((target.parent / "made").stat().st_mode) == 0o600
+    (tmp_path / "ring").symlink_to("ring")
+    with pytest.raises(OSError, match="symbolic links"):
+        write("ring")
+    assert (tmp_path / "ring").is_symlink()
+    with pytest.raises(RuntimeError), platform.replaced_whole(chain) as file:
+        file.write(b"newer")
+        raise RuntimeError
+    assert target.read_text() == "new"
+    platform.write_whole(chain, b"ours")
+    assert not chain.is_symlink() and target.read_text() == "new"
+    assert leftovers(tmp_path) == leftovers(target.parent) == []
 
 
 def test_a_full_disk_takes_empty_files_and_is_not_writable(tmp_path: Path) -> None:

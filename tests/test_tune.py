@@ -81,6 +81,10 @@ def test_what_was_found_is_kept_and_nonsense_is_not(tmp_path: Path) -> None:
         path.write_text(text)
         assert tune.read(path, KNOWN) is None
     assert again.n == 0
+    for text, known in (("[4.0, 2]", KNOWN), ("[true, 2]", schedules(1))):  # equal, but in type
+        path.write_text(text)
+        found = tune.read(path, known)
+        assert found is known[0] and type(found.n_threads) is int and type(found.share) is float
 
 
 def test_a_step_interrupts_it_and_what_was_measured_stays(tmp_path: Path) -> None:

@@ -180,10 +180,9 @@ def _checked(whole: object) -> list[_Whole]:
         return [_conversation(whole, "it")]
     if whole.get("format") != _FORMAT:
         raise _Unfit(f"its format is {str(whole.get('format'))[:40]!r}, not {_FORMAT!r}")
-    if whole.get("version") != _VERSION:
-        raise _Unfit(
-            f"its version is {str(whole.get('version'))[:40]}, this edgeinfer knows {_VERSION}"
-        )
+    version = whole.get("version")
+    if version != _VERSION or type(version) is not int:  # True and 1.0 are equal to 1
+        raise _Unfit(f"its version is {str(version)[:40]}, this edgeinfer knows {_VERSION}")
     each = _field(whole, "conversations", list, "it")
     found = [_conversation(one, f"conversation {i}") for i, one in enumerate(each, 1)]
     ids = [id for id, *_ in found if id is not None]

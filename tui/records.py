@@ -6,7 +6,6 @@ Knows nothing of SQL.
 from __future__ import annotations
 
 import json
-import math
 import sqlite3
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -185,7 +184,7 @@ def _is_count(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value) and abs(value) < _MOST
+    return type(value) in (int, float) and abs(cast("float", value)) < _MOST  # not NaN either
 
 
 def _are_logprobs(value: object) -> bool:
@@ -198,7 +197,7 @@ def _are_logprobs(value: object) -> bool:
 
 
 def _is_pair(value: object) -> bool:
-    if not isinstance(value, list) or len(value) != 2 or not isinstance(value[1], (int, float)):
+    if not isinstance(value, list) or len(value) != 2 or type(value[1]) not in (int, float):
         return False
     p = value[1]  # NaN where it is unknown
     return _is_text(value[0]) and not p > 1 and (isinstance(p, float) or p > -_MOST)

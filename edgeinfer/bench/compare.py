@@ -92,7 +92,7 @@ def parse_rates(text: str) -> Rates:
         prefill = [float(t["avg_ts"]) for t in tests if t["n_prompt"] and not t["n_gen"]]
         decode = [float(t["avg_ts"]) for t in tests if t["n_gen"] and not t["n_prompt"]]
         return Rates(prefill[0], decode[0])
-    except (ValueError, KeyError, TypeError, IndexError):
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
         raise EdgeInferError(
             f"llama-bench printed {text[:60]!r}, not JSON with a prompt and a generation test; "
             "compare with llama-bench of llama.cpp"

@@ -66,6 +66,7 @@ def command(model: str | None, plain: bool, system: str | None, **flags: Any) ->
     typed = None if flags["no_history"] else config.data_folder() / _TYPED
     if server is not None:
         with open_on_server(server, model) as answering:
+            follows = partial(follows, place=server.place)
             talk(answering, system, sampling_options(flags), follows, history=typed)
         return
     with open_model(model, flags, is_chat=True, templates=True) as llm:

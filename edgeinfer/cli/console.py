@@ -10,15 +10,17 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, TextIO
 
 from edgeinfer.terminal import StreamFilter, printable
 
 _QUIET_SECONDS = 1.0  # what takes no longer needs no progress line
 _REDRAW_SECONDS = 0.1
+_SILENT_SECONDS = 10.0  # of a server, before a person is told what is waited for
 
 
 def draws_screens(environment: Mapping[str, str]) -> bool:
@@ -223,6 +225,24 @@ def tell(text: str) -> None:
 def note(text: str) -> None:
     """One line for the person at the terminal."""
     tell(printable(text) + "\n")
+
+
+@contextmanager
+def noted_after(seconds: float, text: str) -> Iterator[None]:
+    """A line for whoever waits, where the block takes longer."""
+    timer = threading.Timer(seconds, note, (text,))
+    timer.daemon = True
+    with suppress(RuntimeError):  # no thread is to be had for it
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def noted_if_silent(place: str) -> AbstractContextManager[None]:
+    """The same of a server that is asked for something."""
+    return noted_after(_SILENT_SECONDS, f"waiting for {place} to answer; Ctrl-C stops")
 
 
 def show(text: str) -> None:

@@ -12,14 +12,22 @@ import click
 
 from edgeinfer import config
 from edgeinfer.cli.console import note, show
-from edgeinfer.cli.options import common_flags
+from edgeinfer.cli.options import FileName, common_flags
 from edgeinfer.errors import EdgeInferError
 
 
 @click.command("history", epilog="Example: edgeinfer history --export talks.json")
 @click.option("--list", "lists", is_flag=True, help="Number, day, messages, title, tags of each.")
-@click.option("--export", "target", metavar="FILE", help="Write all conversations to one file.")
-@click.option("--import", "source", metavar="FILE", help="Take in what --export wrote.")
+@click.option(
+    "--export",
+    "target",
+    metavar="FILE",
+    type=FileName(),
+    help="Write all conversations to one file.",
+)
+@click.option(
+    "--import", "source", metavar="FILE", type=FileName(), help="Take in what --export wrote."
+)
 @click.option("--rename", nargs=2, metavar="NUMBER TITLE", help="Give a conversation a title.")
 @click.option("--tag", nargs=2, metavar="NUMBER TAGS", help="Give it tags; '' takes them away.")
 @click.option("--clear", is_flag=True, help="Delete every conversation of the full-screen chat.")

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import stat
 import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import BinaryIO
 
 import click
 
 from edgeinfer import platform
-from edgeinfer.cli.console import note
+from edgeinfer.cli.console import note, noted_after
 from edgeinfer.text.plain_text import decode
 
 _MOST_TEXT = 256 << 20  # bytes of a prompt or a book
@@ -65,20 +64,12 @@ def _read(file: BinaryIO, name: str) -> bytes:
         return platform.read_whole(file, _MOST_TEXT)
 
 
-@contextlib.contextmanager
-def _told_if_it_waits(file: BinaryIO, name: str) -> Iterator[None]:
+def _told_if_it_waits(file: BinaryIO, name: str) -> AbstractContextManager[None]:
     """Whoever did not know that a pipe would be read is told what is waited for."""
+    if _kind(file) not in (stat.S_IFIFO, stat.S_IFSOCK):
+        return nullcontext()
     how = ", or give </dev/null" if name == _STDIN else ""
-    text = f"waiting for {name} to end{how}"
-    timer = threading.Timer(_QUIET_SECONDS, note, (text,))
-    timer.daemon = True
-    is_pipe = _kind(file) in (stat.S_IFIFO, stat.S_IFSOCK)
-    if is_pipe:
-        timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+    return noted_after(_QUIET_SECONDS, f"waiting for {name} to end{how}")
 
 
 def _is_piped() -> bool:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgeinfer.cli.console import note, show, show_json
+from edgeinfer.cli.console import note, noted_if_silent, show, show_json
 from edgeinfer.cli.numbers import Number, Whole
-from edgeinfer.cli.options import common_flags, json_flag
+from edgeinfer.cli.options import FileName, common_flags, json_flag
 
 if TYPE_CHECKING:
     from edgeinfer.load.generator import Measured, Settings
@@ -57,9 +57,9 @@ _RANGE: Any = {"metavar": "LOW-HIGH", "callback": _range}
 def _traffic_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     """Who asks what."""
     for flag in (
-        click.option("--traffic", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        click.option("--traffic", type=FileName(exists=True, dir_okay=False, path_type=Path),
                      help="Conversations recorded in this file, instead of made ones."),
-        click.option("--write-traffic", type=click.Path(dir_okay=False, path_type=Path),
+        click.option("--write-traffic", type=FileName(dir_okay=False, path_type=Path),
                      help="Write the conversations to this file, and end."),
         click.option("--seed", type=Whole(0), default=1, show_default=True),
         click.option("--turns", **_RANGE, default="1-6", show_default=True,
@@ -112,7 +112,7 @@ def _traffic_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     help="More fields of requests.",
 )
 @click.option("--api-key", metavar="KEY", help="Else EDGEINFER_API_KEY, OPENAI_API_KEY.")
-@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw a picture.")
+@click.option("--plot", type=FileName(dir_okay=False, path_type=Path), help="Draw a picture.")
 @_traffic_flags
 @json_flag
 @common_flags
@@ -145,9 +145,10 @@ def command(context: click.Context, /, url: str, **flags: Any) -> None:
     address = read_address(url, flags["api_key"])
     if flags["plot"]:
         check_plot(flags["plot"])
+    rates = _conversation_rates(flags)  # reads --traffic, before a server is asked
     runs: list[Measured] = []
     try:
-        asyncio.run(_measure(address, flags, runs))
+        asyncio.run(_measure(address, flags, rates, runs))
     except KeyboardInterrupt:
         note("stopped; this is what was measured until then")
         _report(address, runs, flags)
@@ -204,16 +205,19 @@ def _settings(flags: dict[str, Any], model: str) -> Settings:
     )
 
 
-async def _measure(address: Address, flags: dict[str, Any], runs: list[Measured]) -> None:
+async def _measure(
+    address: Address, flags: dict[str, Any], rates: list[float], runs: list[Measured]
+) -> None:
     from edgeinfer.load.generator import Generator, find_model, tokens_per_word
     from edgeinfer.load.http_client import Client
     from edgeinfer.load.traffic import Texts
 
     with contextlib.closing(Client(address)) as client:
-        model = flags["model"] or await find_model(client)
-        settings = _settings(flags, model)
-        texts = Texts(await tokens_per_word(client, settings))
-        for rate in _conversation_rates(flags):
+        with noted_if_silent(address.place):
+            model = flags["model"] or await find_model(client)
+            settings = _settings(flags, model)
+            texts = Texts(await tokens_per_word(client, settings))
+        for rate in rates:
             asked = replace(settings, rate=rate)
             generator = Generator(client, asked, _conversations(flags), texts, address.is_local)
             runs.append(generator.measured)

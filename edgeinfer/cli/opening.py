@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgeinfer.cli.console import Output, ProgressLine, note, tell
+from edgeinfer.cli.console import Output, ProgressLine, note, noted_if_silent, tell
 from edgeinfer.cli.models import choose_model, start_notes
 from edgeinfer.cli.options import as_flag, load_options
 from edgeinfer.errors import EdgeInferError, Keyword
@@ -93,7 +93,8 @@ def server_of(flags: dict[str, Any]) -> Server | None:
 @contextlib.contextmanager
 def open_on_server(server: Server, model: str | None) -> Iterator[RemoteModel]:
     """A model that runs there, the only one where none is named, and what is told of it."""
-    opened = server.open(model or "")
+    with noted_if_silent(server.place):
+        opened = server.open(model or "")
     context = f": context {opened.n_ctx} tokens" if opened.n_ctx else ""
     note(f"{opened.name}{context}")
     try:
@@ -110,16 +111,22 @@ def _kept(plan: MemoryPlan) -> str:
     return f", {size_text(n_bytes)} of them for earlier prompts" if n_bytes else ""
 
 
-def follow(stream: ChatStream, output: Output | None, *, stops_repeats: bool = False) -> None:
+def follow(
+    stream: ChatStream, output: Output | None, *, stops_repeats: bool = False, place: str = ""
+) -> None:
     """Write an answer as it comes; its reasoning goes to stderr where a person reads that.
 
-    One that says the same again and again is ended, with a line that says so, if that is wanted.
+    One that says the same again and again is ended, with a line that says so, if that is wanted. So
+    is said what is waited for, where the server at `place` is silent for long.
     """
     shows_reasoning = sys.stderr.isatty()
     guard, is_repeating = RepeatGuard(), False
     try:
-        with ProgressLine() as line:
+        with ProgressLine() as line, contextlib.ExitStack() as waiting:
+            if place:
+                waiting.enter_context(noted_if_silent(place))
             for event in stream:
+                waiting.close()
                 if event.type == "prompt_progress":
                     line.show("prompt", event.done, event.total)
                 elif event.type == "delta":

@@ -45,6 +45,17 @@ LOAD_NAMES = tuple(name for name in LOAD if name not in _NOT_FLAGS)
 SAMPLING_NAMES = tuple(name for name in ANSWER if name not in _NOT_FLAGS)
 
 
+class FileName(click.Path):
+    """The name of a file; an empty one would mean the folder that a person is in."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, context: click.Context | None
+    ) -> Any:
+        if value == "":
+            self.fail("the name is empty; is a variable not set?", param, context)
+        return super().convert(value, param, context)
+
+
 _GRAMMARS = ("schema", "grammar", "regex")
 
 
@@ -141,7 +152,7 @@ def input_flags(command: F) -> F:
         "-p", "--prompt", metavar="TEXT", help="The text, which may also follow MODEL."
     )
     file = click.option(
-        "files", "-f", "--file", multiple=True, type=click.Path(), help="Append this file."
+        "files", "-f", "--file", multiple=True, type=FileName(), help="Append this file."
     )
     return _with(command, (words, prompt, file))
 

@@ -11,7 +11,7 @@ from edgeinfer.cli.console import ProgressLine, show, show_json
 from edgeinfer.cli.input import read_file
 from edgeinfer.cli.numbers import Whole
 from edgeinfer.cli.opening import open_model
-from edgeinfer.cli.options import common_flags, json_flag, load_flags
+from edgeinfer.cli.options import FileName, common_flags, json_flag, load_flags
 
 if TYPE_CHECKING:
     from edgeinfer.engine.cache import Overflow
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @click.command("perplexity", epilog="Example: edgeinfer perplexity smollm2 book.txt")
 @click.argument("model")
-@click.argument("file", type=click.Path())
+@click.argument("file", type=FileName())
 @click.option("--slide", is_flag=True, help="Read on in a context that slides, not in windows.")
 @click.option("--last", type=Whole(min=1), help="Score the last so many tokens alone.")
 @json_flag

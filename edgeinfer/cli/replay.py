@@ -9,7 +9,7 @@ import click
 from edgeinfer import __version__
 from edgeinfer.cli.console import note, show, show_json
 from edgeinfer.cli.opening import open_model
-from edgeinfer.cli.options import common_flags, json_flag, load_flags
+from edgeinfer.cli.options import FileName, common_flags, json_flag, load_flags
 
 if TYPE_CHECKING:
     from edgeinfer.llm import LLM
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command("replay", epilog="Example: edgeinfer replay answer.json --device cpu")
-@click.argument("file", type=click.Path())
+@click.argument("file", type=FileName())
 @click.option("--model", metavar="MODEL", help="Where the model is now.")
 @json_flag
 @load_flags

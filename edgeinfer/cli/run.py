@@ -69,7 +69,7 @@ def command(
     if server is not None:
         with open_on_server(server, model) as answering:
             with answering.stream_chat(_conversation(system, text), **sampling) as answer:
-                follow(answer, None if as_json else Output())
+                follow(answer, None if as_json else Output(), place=server.place)
             _tell_why_it_ended(answer, is_limited, answering.n_ctx)
             if as_json:
                 show_json(_told_json(answer, text, system, flags))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edgeinfer.cli.console import note, show
-from edgeinfer.cli.options import common_flags
+from edgeinfer.cli.options import FileName, common_flags
 from edgeinfer.errors import EdgeInferError, InvalidRequestError
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 @click.option("--device", default="cuda", show_default=True, metavar="cpu|shim|cuda[:N]")
 @click.option("--budget", default=300.0, show_default=True, help="Seconds; nothing begins later.")
 @click.option("--only", metavar="NAME,NAME", help="These steps alone.")
-@click.option("--json", "report", type=click.Path(), help="Write a report there after every step.")
-@click.option("--write", type=click.Path(), help="Write hashes there, and compare with none.")
+@click.option("--json", "report", type=FileName(), help="Write a report there after every step.")
+@click.option("--write", type=FileName(), help="Write hashes there, and compare with none.")
 @common_flags
 def command(
     device: str, budget: float, only: str | None, report: str | None, write: str | None
@@ -46,6 +46,8 @@ def command(
         raise InvalidRequestError(f"{device} is not tested; choose cpu, shim or cuda")
     if write is not None and kind != "cpu":
         raise click.UsageError("hashes are written of what the CPU computes: --device cpu")
+    if write is not None:
+        judge.check_writable(Path(write))
     found = find_device(device).device
     run = Run(
         open_backend(found, make_sampler=_make_sampler),

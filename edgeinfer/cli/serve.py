@@ -16,7 +16,7 @@ from edgeinfer.cli.console import ProgressLine, note
 from edgeinfer.cli.models import choose_model, start_notes
 from edgeinfer.cli.numbers import Whole
 from edgeinfer.cli.opening import GC_THRESHOLD
-from edgeinfer.cli.options import common_flags, load_flags, load_options
+from edgeinfer.cli.options import FileName, common_flags, load_flags, load_options
 from edgeinfer.errors import EdgeInferError, reason_of
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ _MOST_KEYS = 1 << 20  # bytes of a file of keys
 )
 @click.option("api_keys", "--api-key", metavar="KEY", multiple=True, help="Ask clients for one.")
 @click.option(
-    "--api-key-file", type=click.Path(dir_okay=False), help="A file with a key on each line."
+    "--api-key-file", type=FileName(dir_okay=False), help="A file with a key on each line."
 )
 @click.option("--strict-names", is_flag=True, help="Unknown model names are errors.")
 @click.option(

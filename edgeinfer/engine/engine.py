@@ -276,7 +276,9 @@ class Engine:
                 n_bytes = self._scheduler.n_bytes_waiting
                 if n_bytes and n_bytes + work.n_bytes > WAITING_BYTES:
                     raise BusyError(
-                        f"requests of {size_text(n_bytes)} wait already; try again later"
+                        f"requests of {size_text(n_bytes)} wait already; try again later",
+                        n_bytes=work.n_bytes,
+                        most=WAITING_BYTES,
                     )
                 self._scheduler.enqueue(work, priority)
                 self._changed.notify()

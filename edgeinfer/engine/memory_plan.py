@@ -103,6 +103,11 @@ class MemoryPlan(NamedTuple):
         return all(pool.fits for pool in self.pools)
 
     @property
+    def room(self) -> int:
+        """Bytes that are left of the shortest memory, below 0 where it does not fit."""
+        return min(pool.available - pool.total_bytes for pool in self.pools)
+
+    @property
     def n_missing(self) -> int:
         """Bytes by which it is too large for the memories that there are."""
         return sum(max(0, pool.total_bytes - pool.available) for pool in self.pools)
@@ -158,12 +163,17 @@ def solve(segment: Segment, backend: Backend, request: PlanRequest) -> MemoryPla
             return plan._replace(note=_note(setting, request, usual_n_ctx(segment)))
         plans.append(plan)
 
-    def fits(asked: PlanRequest) -> bool:
-        """Whether `solve` would find a plan: by those that it tries last, the smallest ones."""
+    def room(asked: PlanRequest) -> int:
+        """Bytes that `solve` would leave, below 0 where it finds no plan: of what it tries last."""
         settings = [*_settings(segment, asked)][-len(_types(asked)) :]
-        return any(plan.fits for _, plan in _plans(segment, backend, asked, settings))
+        found = []
+        for _, plan in _plans(segment, backend, asked, reversed(settings)):  # the smallest first
+            found.append(plan.room)
+            if plan.fits:
+                break
+        return max(found)
 
-    raise does_not_fit(min(plans, key=lambda plan: plan.n_missing), request, fits)
+    raise does_not_fit(min(plans, key=lambda plan: plan.n_missing), request, room)
 
 
 def _plans(

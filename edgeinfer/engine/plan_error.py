@@ -15,27 +15,28 @@ from edgeinfer.errors import Advice, Keyword, PlanError
 if TYPE_CHECKING:
     from edgeinfer.engine.memory_plan import KVTypes, MemoryPlan, PlanRequest
 
-    Fits = Callable[[PlanRequest], bool]
+    Room = Callable[[PlanRequest], int]
 
 _MiB = 1 << 20
+_MOST_GUESSES = 12  # then it is halved: the line was none
 _LESS_TYPES: tuple[KVTypes, ...] = (("q8_0", "q8_0"), ("q4_0", "q4_0"))
 
 
-def does_not_fit(plan: MemoryPlan, request: PlanRequest, fits: Fits) -> PlanError:
+def does_not_fit(plan: MemoryPlan, request: PlanRequest, room: Room) -> PlanError:
     """The error for a request none of whose plans fits, `plan` the one that lacks least.
 
-    `fits` tells of other requests.
+    `room` tells of other requests how many bytes they leave, below 0 where they do not fit.
     """
     pool = next(pool for pool in plan.pools if not pool.fits)
-    n_ctx = _longest(plan, request, fits)
+    n_ctx = _longest(plan, request, room)
     advice: Advice = ("no context length would fit; take a smaller file",)
     if pool.is_for_building:
         advice = (
             "give it that once: `edgeinfer warmup` builds the kernels that later starts take",
         )
-    elif settings := _settings(plan, request, n_ctx, fits):
+    elif settings := _settings(plan, request, n_ctx, room):
         advice = _would_fit(settings, " or ")
-    elif settings := _together(plan, request, fits):
+    elif settings := _together(plan, request, room):
         advice = _would_fit(settings, " and ", " together" if len(settings) > 1 else "")
     slots = f" in {plan.slots} slots" if plan.slots > 1 else ""
     return PlanError(
@@ -57,26 +58,26 @@ def _needed(pool: Pool) -> str:
     return needed + where + (f", {size_text(short)} more than there are," * (needed == available))
 
 
-def _longest(plan: MemoryPlan, request: PlanRequest, fits: Fits) -> int | None:
+def _longest(plan: MemoryPlan, request: PlanRequest, room: Room) -> int | None:
     """The longest context that would fit, in whole pages."""
-    n_pages = _most((plan.n_ctx - 1) // PAGE, lambda n: fits(request._replace(n_ctx=n * PAGE)))
+    n_pages = _most((plan.n_ctx - 1) // PAGE, lambda n: room(request._replace(n_ctx=n * PAGE)))
     return n_pages * PAGE or None
 
 
 def _settings(
-    plan: MemoryPlan, request: PlanRequest, n_ctx: int | None, fits: Fits
+    plan: MemoryPlan, request: PlanRequest, n_ctx: int | None, room: Room
 ) -> list[Keyword]:
     """Settings each of which would fit by itself, up to two."""
     settings = [] if n_ctx is None else [Keyword("n_ctx", n_ctx)]
-    if request.kept_tokens and fits(request._replace(kept_tokens=0)):
+    if request.kept_tokens and room(request._replace(kept_tokens=0)) >= 0:
         most = request.kept_tokens // PAGE
-        n_pages = _most(most, lambda n: fits(request._replace(kept_tokens=n * PAGE)))
+        n_pages = _most(most, lambda n: room(request._replace(kept_tokens=n * PAGE)))
         settings.insert(0, Keyword("kept_tokens", n_pages * PAGE))
-    if n_slots := _most(request.slots - 1, lambda n: fits(request._replace(slots=n))):
+    if n_slots := _most(request.slots - 1, lambda n: room(request._replace(slots=n))):
         settings.append(Keyword("slots", n_slots))
     if request.kv_types is not None:
         for types in _LESS_TYPES:
-            if fits(request._replace(kv_types=types)):
+            if room(request._replace(kv_types=types)) >= 0:
                 settings.append(Keyword("kv_type", types[0]))
                 break
     needed = -(-plan.host.total_bytes // _MiB)
@@ -86,14 +87,14 @@ def _settings(
     return settings[:2]
 
 
-def _together(plan: MemoryPlan, request: PlanRequest, fits: Fits) -> list[Keyword]:
+def _together(plan: MemoryPlan, request: PlanRequest, room: Room) -> list[Keyword]:
     """Settings that fit together, where none does by itself; the longest context is among them."""
     alone = request._replace(slots=1, kept_tokens=request.kept_tokens and 0)
     for types in (request.kv_types, *(_LESS_TYPES if request.kv_types else ())):
         least = alone._replace(kv_types=types)
-        if fits(least):
+        if room(least) >= 0:
             break
-        if (n_ctx := _longest(plan, least, fits)) is not None:
+        if (n_ctx := _longest(plan, least, room)) is not None:
             least = least._replace(n_ctx=n_ctx)
             break
     else:
@@ -105,12 +106,29 @@ def _together(plan: MemoryPlan, request: PlanRequest, fits: Fits) -> list[Keywor
     return settings
 
 
-def _most(high: int, fits: Callable[[int], bool]) -> int:
-    """The largest of 1 to `high` that fits, where all below one that does fit too; else 0."""
-    low = 0
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+def _most(high: int, room: Callable[[int], int]) -> int:
+    """The largest of 1 to `high` that leaves `room`, where all below one that does do too; else 0.
+
+    A reckoning takes long, of a large model 50 ms: as memory grows about in a line, the place where
+    it ends is guessed from both sides, by regula falsi with half of what an end that stays lacks.
+    """
+    if high < 1 or (at_low := room(1)) < 0:
+        return 0
+    if (at_high := room(high)) >= 0:
+        return high
+    low, n_tries, was_low = 1, 0, None
+    while high - low > 1:
+        guess = (low + high) // 2
+        if (n_tries := n_tries + 1) <= _MOST_GUESSES:
+            guess = low + (high - low) * at_low // (at_low - at_high)
+            guess = min(max(guess, low + 1), high - 1)
+        if is_low := (found := room(guess)) >= 0:
+            low, at_low = guess, found
+            at_high //= 2 if was_low else 1
+        else:
+            high, at_high = guess, found
+            at_low //= 2 if was_low is False else 1
+        was_low = is_low
     return low
 
 

@@ -97,7 +97,7 @@ class Sessions:
                     param="ids",
                 )
             platform.delete_parts(path)
-            with platform.written_whole(path) as file:
+            with platform.replaced_whole(path) as file:
                 self._write(file, guest, ids[:n_tokens])
                 platform.sync(file)
             return n_tokens
@@ -223,7 +223,7 @@ class Sessions:
         if type(n_tokens) is not int or n_tokens < 1:
             raise _damaged(path, "its head has no number of tokens")
         for name, expected in self._head(n_tokens).items():
-            if head.get(name) != expected:
+            if head.get(name) != expected or type(head[name]) is not type(expected):
                 raise SessionError(_ANOTHER[name].format(path=path))
         n_ctx = self._layout.n_ctx
         if n_ctx is not None and n_tokens > n_ctx:

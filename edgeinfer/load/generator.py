@@ -21,7 +21,8 @@ from edgeinfer.load.answer_stream import AnswerStream, StreamError
 from edgeinfer.load.http_client import Client, ConnectionLost, Reply
 from edgeinfer.load.traffic import Conversation, Texts, Turn
 from edgeinfer.platform import EnergyMeter
-from edgeinfer.remote.refusals import Refusal, broken, refused, words_of
+from edgeinfer.remote.address import Address
+from edgeinfer.remote.refusals import Refusal, ServerError, broken, refused, words_of
 from edgeinfer.terminal import one_line
 
 _SAMPLE_SECONDS = 0.5  # between looks at the meter
@@ -212,10 +213,13 @@ class Generator:
                 left = record.due + self._settings.deadline - record.sent
                 stream = await asyncio.wait_for(self._try(record, body), max(0.0, left))
         except (StreamError, ConnectionLost, OSError, asyncio.TimeoutError) as error:
-            said = self._client.address.hidden(reason_of(error))
             if isinstance(error, asyncio.TimeoutError):
                 after = f" after {record.message}" if record.message else ""
                 said = f"no whole answer in {self._settings.deadline:g} s{after}"
+            elif isinstance(error, StreamError):
+                said = self._client.address.hidden(reason_of(error))
+            else:  # in the words in which `run --url` tells it
+                said = str(_lost(error, self._client.address))
             record.failure, record.message = _kind(error), one_line(said, 300)
         else:
             record.failure = ""
@@ -286,6 +290,10 @@ def _kind(error: Exception) -> str:
     return "connection refused" if isinstance(error, ConnectionRefusedError) else "no connection"
 
 
+def _lost(error: Exception, address: Address) -> ServerError:
+    return broken(error, address, has_begun=isinstance(error, ConnectionLost) and error.has_begun)
+
+
 def _wait_of(reply: Reply) -> float:
     """Seconds that a server asks to be left alone; dates are not read."""
     with contextlib.suppress(ValueError):
@@ -311,7 +319,7 @@ async def find_model(client: Client) -> str:
     except asyncio.TimeoutError:
         raise broken(TimeoutError(), address, has_begun=False) from None
     except (OSError, ConnectionLost, UnicodeError) as error:
-        raise broken(error, address, has_begun=False) from None
+        raise _lost(error, address) from None
     if reply.status in _FINAL:
         raise refused(Refusal(reply.status, reply.headers, bytes(found)), address, "", ())
     with contextlib.suppress(msgspec.MsgspecError, ValueError, LookupError, TypeError):

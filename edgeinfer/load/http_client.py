@@ -27,7 +27,13 @@ _REFUSED = errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED)
 
 
 class ConnectionLost(http.client.HTTPException):
-    """A reply did not come to its end."""
+    """A reply did not come to its end; `has_begun` where some of it came."""
+
+    has_begun = False
+
+
+class ConnectionClosed(ConnectionLost, ConnectionResetError):
+    """The server has closed the connection, as the standard library's RemoteDisconnected says."""
 
 
 class Reply(NamedTuple):
@@ -169,7 +175,7 @@ class _Link(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if exc is None and self._body is not None and self._body.ends_with_connection:
             self._finish()
-        self._fail(ConnectionLost("the server has closed the connection"))
+        self._fail(ConnectionClosed("the connection was closed"))
 
     def _take(self, data: bytes, at: float) -> None:
         if self._body is None:
@@ -200,5 +206,7 @@ class _Link(asyncio.BufferedProtocol):
             self._done.set_result(self._reply)
 
     def _fail(self, error: Exception) -> None:
+        if isinstance(error, ConnectionLost):
+            error.has_begun = self.has_begun
         if self._done is not None and not self._done.done():
             self._done.set_exception(error)

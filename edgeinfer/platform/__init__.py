@@ -49,6 +49,7 @@ if TYPE_CHECKING:
         open_appending,
         open_scratch,
         read_whole,
+        replaced_whole,
         sync,
         try_lock,
         unlink_open,
@@ -78,6 +79,7 @@ if TYPE_CHECKING:
     from edgeinfer.platform.sockets import end_reading, listen, tls_context
     from edgeinfer.platform.stacks import with_stack
     from edgeinfer.platform.terminals import input_waits
+    from edgeinfer.platform.threads import mapped, start_some
     from edgeinfer.platform.trust import distrust, read_private
     from edgeinfer.platform.wakeups import Wakeup
 
@@ -92,7 +94,7 @@ _NAMES = {
     "files": (
         "ReadableFile append_private bytes_below delete_all delete_parts files_below "
         "forget_file_pages free_disk is_at is_writable make_folder open_appending open_scratch "
-        "read_whole sync try_lock unlink_open write_whole written_whole"
+        "read_whole replaced_whole sync try_lock unlink_open write_whole written_whole"
     ),
     "limits": "ProcessLimits ended_for_time",
     "locks": "ProcessLock",
@@ -103,6 +105,7 @@ _NAMES = {
     "sockets": "end_reading listen tls_context",
     "stacks": "with_stack",
     "terminals": "input_waits",
+    "threads": "mapped start_some",
     "trust": "distrust read_private",
     "wakeups": "Wakeup",
 }
@@ -150,6 +153,7 @@ __all__ = [
     "keep",
     "listen",
     "make_folder",
+    "mapped",
     "memory_budget",
     "module_folders",
     "nvrtc_libraries",
@@ -160,6 +164,7 @@ __all__ = [
     "python_command",
     "read_private",
     "read_whole",
+    "replaced_whole",
     "rss",
     "run_editor",
     "run_tool",
@@ -169,6 +174,7 @@ __all__ = [
     "signals_handled",
     "start_isolated",
     "start_program",
+    "start_some",
     "stop_for_shell",
     "sync",
     "thread_calls",

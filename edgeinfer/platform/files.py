@@ -124,10 +124,32 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+@contextmanager
+def replaced_whole(path: Path) -> Iterator[BinaryIO]:
+    """`written_whole` for a file that a person names: through links, and it keeps its mode.
+
+    OSError for links in a ring. Names of our own are not followed: who knows what is there.
+    """
+    path = _behind_links(path)
+    with written_whole(path) as file:
+        with suppress(OSError, AttributeError):  # there was none, or Windows
+            os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
+        yield file
+
+
+def _behind_links(path: Path) -> Path:
+    found = Path(os.path.realpath(path))
+    if found.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    return found
+
+
 def delete_parts(path: Path) -> None:
-    """Delete what processes left beside a file that were killed while they wrote it whole."""
+    """Delete what processes left that were killed while they replaced a file whole."""
     import time
 
+    with suppress(OSError):
+        path = _behind_links(path)
     with suppress(OSError):
         for name in os.listdir(path.parent):
             part = path.parent / name

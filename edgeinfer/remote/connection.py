@@ -9,9 +9,11 @@ import base64
 import http.client
 import json
 import socket
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
@@ -34,13 +36,13 @@ class Connection:
         self._socket: socket.socket | None = None
         self._http: http.client.HTTPConnection | None = None
         self._response: http.client.HTTPResponse | None = None
-        self.is_ended = False
+        self.is_ended = self._is_late = False
 
     def ask(self, path: str, body: Mapping[str, Any] | None = None, *, seconds: float) -> None:
         """Send a request, a GET without a `body`, and wait for the reply to begin.
 
-        Neither that nor any later wait for a byte takes longer than `seconds`. ServerError where
-        there is no connection.
+        Neither that, however slowly its head comes, nor any later wait for a byte takes longer than
+        `seconds`. ServerError where there is no connection.
         """
         data = None if body is None else json.dumps(body).encode()
         try:
@@ -54,11 +56,34 @@ class Connection:
             if proxy is not None and not self._address.is_secure:
                 path = self._address.url + path
                 headers |= proxy.headers
-            self._http.request("GET" if data is None else "POST", path, data, headers)
-            self._response = self._http.getresponse()
+            with self._ended_after(seconds):
+                self._http.request("GET" if data is None else "POST", path, data, headers)
+                self._response = self._http.getresponse()
         except (OSError, http.client.HTTPException, ValueError) as error:
             self.close()
             raise broken(error, self._address, has_begun=False) from None
+
+    @contextmanager
+    def _ended_after(self, seconds: float) -> Iterator[None]:
+        """TimeoutError where the block takes longer: each byte alone has that time, too."""
+        timer = threading.Timer(seconds, self._end_late)
+        timer.daemon = True
+        with suppress(RuntimeError):  # no thread is to be had: each byte has its time
+            timer.start()
+        try:
+            yield
+        except (OSError, http.client.HTTPException, ValueError):
+            if not self._is_late:
+                raise
+        finally:
+            timer.cancel()
+        if self._is_late:  # or what is cut off was taken for a whole head
+            raise TimeoutError
+
+    def _end_late(self) -> None:
+        self._is_late = True
+        if self._socket is not None:
+            platform.end_reading(self._socket)
 
     def wait_at_most(self, seconds: float) -> None:
         """For the next bytes."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 _ENDPOINT = "/chat/completions"
 _WAIT_SECONDS = 600.0  # for the next byte: long prompts are read in silence
+_LIFE_SECONDS = 3600.0  # that pings and the like, and no event, may come for
 _LAST_SECONDS = 5.0  # for what may follow the end of an answer
 _MOST_TRIES = 8  # of one request, each shorter or plainer than the one before
 _HERE_ALONE = ("overflow", "on_step", "watch", "priority", "n_stable", "speculation")
@@ -119,6 +121,7 @@ class RemoteStream:
             model.address, model.name, seed if isinstance(seed, int) else 0, model.number_of
         )
         self._is_closed = False
+        self._heard_at = 0.0  # when an event came, or was asked for
         self._completion: Completion | None = None
         self._events = self._read()
 
@@ -159,7 +162,10 @@ class RemoteStream:
         try:
             self._ask()
             is_stream = self._connection.content_type not in _WHOLE
-            yield from self.told.events(self._chunks(), is_stream=is_stream)
+            self._heard_at = time.monotonic()
+            for event in self.told.events(self._chunks(), is_stream=is_stream):
+                yield event
+                self._heard_at = time.monotonic()
             if not self.told.has_ended:
                 raise broken(EOFError("no end was sent"), self._model.address, has_begun=True)
             self._completion = self.told.completion(is_whole=True)
@@ -179,6 +185,12 @@ class RemoteStream:
                 yield chunk
                 if self.told.has_ended:
                     self._connection.wait_at_most(_LAST_SECONDS)
+                elif time.monotonic() - self._heard_at > _LIFE_SECONDS:
+                    raise ServerError(
+                        f"{self._model.address.place} has sent signs of life for "
+                        f"{_LIFE_SECONDS / 60:.0f} minutes, and nothing of an answer; see what it "
+                        "does, or try again later"
+                    )
         except ServerError:
             if not self.told.has_ended:
                 raise

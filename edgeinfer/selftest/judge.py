@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from edgeinfer import platform
 from edgeinfer.backend import compile_law
+from edgeinfer.errors import EdgeInferError
 from edgeinfer.sampling.sampler import ReferenceSampler
 from edgeinfer.selftest.cases import Case, Results, limits
 
@@ -77,10 +78,18 @@ def hash_of(array: NDArray[Any]) -> str:
     ]
 
 
+def check_writable(path: Path) -> None:
+    """EdgeInferError where `write` will fail: computing what it is given takes minutes."""
+    folder = path.resolve().parent
+    if path.is_dir() or not platform.is_writable(folder):
+        raise EdgeInferError(f"{path} can't be written: choose a file in a folder that can")
+
+
 def write(path: Path, hashes: Mapping[str, Mapping[str, str]]) -> None:
     """Make of hashes what `Judge.committed` reads."""
     text = json.dumps(hashes, indent=0, sort_keys=True) + "\n"
-    platform.write_whole(path, text.encode())
+    with platform.replaced_whole(path) as file:
+        file.write(text.encode())
 
 
 def _first_difference(found: NDArray[Any], law: NDArray[Any]) -> str:

@@ -92,7 +92,8 @@ class Run:
 
     def _write(self, path: Path | None) -> None:
         if path is not None:
-            platform.write_whole(path, (json.dumps(self.report, indent=1) + "\n").encode())
+            with platform.replaced_whole(path) as file:
+                file.write((json.dumps(self.report, indent=1) + "\n").encode())
 
 
 _BAD = ("differs", "failed")

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeinfer.aio import AsyncStream
-from edgeinfer.errors import ContextLengthError, InvalidRequestError, Keyword
+from edgeinfer.engine.plan_rows import size_text
+from edgeinfer.errors import BusyError, ContextLengthError, InvalidRequestError, Keyword
 from edgeinfer.llm import LLM
 from edgeinfer.replying import chosen_tools
 from edgeinfer.server.answers import Answer
@@ -204,31 +205,54 @@ def _filled_in(llm: LLM, request: Request) -> Request:
 
 async def _begin(model: ServedModel, request: Request, stack: AsyncExitStack) -> list[AsyncStream]:
     """The streams of all answers; all are closed when the stack is."""
-    face, streams = model.face, []
-    assert face is not None
+    streams: list[AsyncStream] = []
     for prompt in request.prompts if request.chat is None else [request.chat]:
         for i in range(request.n):
-            sampling: Any = request.sampling | request.structure.sampling
-            if request.ignores_eos:
-                ends = dict.fromkeys(model.opened.runtime.tokenizer.eog_ids, _NEVER)
-                sampling["logit_bias"] = ends | sampling.get("logit_bias", {})
-            if i and isinstance(sampling.get("seed"), int):
-                sampling["seed"] = (sampling["seed"] + i) % (1 << 64)
-            if isinstance(prompt, Chat):
-                messages: Any = prompt.messages
-                stream = await face.stream_chat(
-                    messages,
-                    tools=prompt.tools,
-                    tool_choice=prompt.tool_choice,
-                    parallel_tool_calls=prompt.parallel_tool_calls,
-                    template_args=prompt.template_args,
-                    **sampling,
-                )
-            else:
-                stream = await face.stream(prompt, **sampling)
+            try:
+                stream = await _begin_one(model, request, prompt, i)
+            except BusyError as error:
+                _check_room(error, streams)
+                raise
             stack.push_async_callback(stream.close)
             streams.append(stream)
     return streams
+
+
+async def _begin_one(
+    model: ServedModel, request: Request, prompt: Chat | str | list[int], i: int
+) -> AsyncStream:
+    """The stream of the answer `i` to a prompt."""
+    face = model.face
+    assert face is not None
+    sampling: Any = request.sampling | request.structure.sampling
+    if request.ignores_eos:
+        ends = dict.fromkeys(model.opened.runtime.tokenizer.eog_ids, _NEVER)
+        sampling["logit_bias"] = ends | sampling.get("logit_bias", {})
+    if i and isinstance(sampling.get("seed"), int):
+        sampling["seed"] = (sampling["seed"] + i) % (1 << 64)
+    if not isinstance(prompt, Chat):
+        return await face.stream(prompt, **sampling)
+    messages: Any = prompt.messages
+    return await face.stream_chat(
+        messages,
+        tools=prompt.tools,
+        tool_choice=prompt.tool_choice,
+        parallel_tool_calls=prompt.parallel_tool_calls,
+        template_args=prompt.template_args,
+        **sampling,
+    )
+
+
+def _check_room(error: BusyError, streams: Sequence[AsyncStream]) -> None:
+    """ApiError where it is a request's own answers that take what those that wait may take."""
+    taken = error.n_bytes + sum(each.stream.request.n_bytes for each in streams)
+    if streams and taken > error.most:
+        raise ApiError(
+            400,
+            f"{len(streams) + 1} of the answers that are asked for take {size_text(taken)}, what "
+            f"waits for a model may take {size_text(error.most)}: this request can't be answered "
+            "at any time; ask for fewer answers in one request",
+        ) from error
 
 
 def _as_flag(keyword: Keyword) -> str:

@@ -75,6 +75,7 @@ class ChatTemplate:
         meta: Metadata,
         override: str | None = None,
         *,
+        source: str | None = None,
         texts: Sequence[str] = (),
         bos_token: str = "",
         eos_token: str = "",
@@ -82,18 +83,19 @@ class ChatTemplate:
     ) -> ChatTemplate:
         """The file's template, or `override`: the name of one, or a file that holds one.
 
-        `texts` are those of the vocabulary; `bos_token` and `eos_token` two of them.
+        `source` is the text of that where it was read before. `texts` are those of the vocabulary;
+        `bos_token` and `eos_token` two of them.
         """
         if override is not None:
-            name, source = override, choose_template(override, meta)
+            name, text = override, choose_template(override, meta) if source is None else source
         elif found := own_template(meta):
-            name, source = "the file's own", found
+            name, text = "the file's own", found
         else:
             name = fallback_name(meta, texts)
-            source = BUILT_IN[name]
+            text = BUILT_IN[name]
         tool_source = own_template(meta, "tool_use") if override is None else None
         return cls(
-            source,
+            text,
             bos_token=bos_token,
             eos_token=eos_token,
             name=name,
@@ -125,6 +127,14 @@ class ChatTemplate:
         TemplateError says that the template takes too long or too much memory.
         """
         return self._probed(Budget())[0]
+
+    def look(self) -> None:
+        """Find its `capabilities` now; what the system lacks for that may be there for a chat."""
+        try:
+            self.capabilities  # noqa: B018
+        except TemplateError as error:
+            if isinstance(error.__cause__, RenderError):  # its own
+                raise
 
     def render_chat(
         self,
@@ -192,17 +202,9 @@ class ChatTemplate:
         try:
             return self._engine.render(self.source, variables, budget), None
         except LimitError as error:
-            raise self._error(error) from error
+            raise _failed(self.name, error) from error
         except RenderError as error:
-            return None, self._error(error)
-
-    def _error(self, error: RenderError) -> TemplateError:
-        where = f" line {error.line}" if error.line is not None else ""
-        return TemplateError(
-            f"chat template ({self.name or 'unnamed'}){where}: {error}; "
-            "--chat-template NAME|FILE chooses another",
-            line=error.line,
-        )
+            return None, _failed(self.name, error)
 
     def _probed(self, budget: Budget) -> tuple[Capabilities, list[Any] | None]:
         """What the template can do, and what it takes for "no tools": a few fail on None."""
@@ -219,6 +221,25 @@ class ChatTemplate:
                 no_tools = [] if attempt(hello) else None
             self._found = probe(attempt), no_tools
         return self._found
+
+
+def read_template(override: str, meta: Metadata, engine: TemplateEngine) -> str:
+    """The text of the template of that name, or in that file, which `engine` can compile."""
+    source = choose_template(override, meta)
+    try:
+        engine.check(source)
+    except RenderError as error:
+        raise _failed(override, error) from error
+    return source
+
+
+def _failed(name: str, error: RenderError) -> TemplateError:
+    where = f" line {error.line}" if error.line is not None else ""
+    return TemplateError(
+        f"chat template ({name or 'unnamed'}){where}: {error}; "
+        "--chat-template NAME|FILE chooses another",
+        line=error.line,
+    )
 
 
 def _hidden(messages: list[dict[str, Any]], hide: _Hide) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from edgeinfer.errors import InvalidRequestError
 from edgeinfer.text.closed_schema import BY_NAME, VALUES, closed
-from edgeinfer.text.grammar_limits import check_repeats, check_schema, deeply, narrowed
+from edgeinfer.text.grammar_limits import check_flags, check_repeats, check_schema, deeply, narrowed
 from edgeinfer.values import shown
 
 MOST_TEXT = 1 << 17  # characters; what reads the worst of so many takes seconds
@@ -48,8 +48,9 @@ class Grammar:
         """
         found = _schema(schema, param)
         check_schema(found, param)
-        for keyword in () if lenient else _OLD_KEYWORDS:
-            for path in _paths(found, keyword):
+        if not lenient:
+            check_flags(found, param)
+            for path, keyword in ((p, each) for each in _OLD_KEYWORDS for p in _paths(found, each)):
                 raise _unsupported(keyword, path, param)
         if isinstance(found, dict):
             found = with_options(closed(narrowed(found)), lenient=lenient)
@@ -117,6 +118,8 @@ class Grammar:
         try:
             validate = partial(_llguidance().LLMatcher.validate_grammar, limits=limits())
             message = deeply(lambda: validate(text, None), param)
+        except InvalidRequestError:  # of no room to read it, whatever it says
+            raise
         except ValueError as error:
             raise _Refused(str(error)) from None
         if message and not message.startswith("WARNING"):

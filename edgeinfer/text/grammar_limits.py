@@ -64,6 +64,23 @@ def check_schema(schema: Any, param: str) -> None:
     check_repeats("".join(patterns), param)
 
 
+def check_flags(schema: Any, param: str) -> None:
+    """InvalidRequestError for a flag of draft 4 that a bound is out, where there is no bound.
+
+    llguidance would take any number: it passes over what it takes for no number.
+    """
+    found = [(path, keyword, value) for keyword, value, path in _keywords(schema)]
+    there = {(path, keyword) for path, keyword, _ in found}
+    for path, keyword, value in found:
+        for bound, exclusive in (_LEAST, _MOST):
+            if keyword == exclusive and value is True and (path, bound) not in there:
+                raise InvalidRequestError(
+                    f"{param} has {keyword!r}: true at {path} without {bound!r}, which draft 4 has "
+                    f"beside it; give that, or a number as {keyword!r}",
+                    param=param,
+                )
+
+
 def narrowed(schema: Any) -> Any:
     """With bounds as llguidance has them, of whole numbers that are exact.
 

@@ -21,7 +21,10 @@ from edgeinfer.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_MOST_KEPT = 32  # compiled grammars, the latest ones
+# Compiled grammars, the latest ones. Most take up to 1 MiB, of a long text 50 to 250 bytes a
+# character, and 12 MiB more where answers have been in all the states that a lexer may have.
+_MOST_KEPT = 16
+_MOST_KEPT_TEXT = 1 << 17  # characters of all together: of one, a whole text may be as long
 
 
 class GrammarCompiler:
@@ -39,7 +42,7 @@ class GrammarCompiler:
         """InvalidRequestError where it is too large, or asks for what the vocabulary lacks."""
         with self._lock:
             kept = self._kept.get(grammar.text)
-            if kept is not None:
+            if kept is not None and not kept.is_spent:
                 self._kept.move_to_end(grammar.text)
                 return kept
         # Without the lock: what takes long holds up nobody else.
@@ -50,10 +53,14 @@ class GrammarCompiler:
             )
         made = CompiledGrammar(grammar, matcher, self._vocabulary.vocab_size, self._unused)
         with self._lock:
+            self._kept.pop(grammar.text, None)
             self._kept[grammar.text] = made
-            while len(self._kept) > _MOST_KEPT:
+            while len(self._kept) > 1 and self._is_over():
                 self._kept.popitem(last=False)
         return made
+
+    def _is_over(self) -> bool:
+        return len(self._kept) > _MOST_KEPT or sum(map(len, self._kept)) > _MOST_KEPT_TEXT
 
     def _begun(self, grammar: Grammar) -> tuple[Any, Any]:
         """A matcher, and a copy that has taken its first step."""
@@ -64,15 +71,18 @@ class GrammarCompiler:
 
 
 class CompiledGrammar:
-    """A grammar for one vocabulary: an engine's `Constraint`."""
+    """A grammar for one vocabulary: an engine's `Constraint`.
+
+    Its answers share a lexer, whose states add up; one that `is_spent` has no more to give.
+    """
 
     def __init__(self, grammar: Grammar, matcher: Any, n_tokens: int, unused: int | None) -> None:
-        self.text = grammar.text
+        self.text, self.is_spent = grammar.text, False
         self._matcher, self._n_tokens, self._unused = matcher, n_tokens, unused
 
     def begin(self) -> GrammarMatcher:
         """For one more answer."""
-        return GrammarMatcher(self._matcher.deep_copy(), self._n_tokens, self._unused)
+        return GrammarMatcher(self, self._matcher.deep_copy(), self._n_tokens, self._unused)
 
 
 class GrammarMatcher:
@@ -81,7 +91,10 @@ class GrammarMatcher:
     llguidance knows `n_tokens`; of these one may be `unused` by the model.
     """
 
-    def __init__(self, matcher: Any, n_tokens: int, unused: int | None) -> None:
+    def __init__(
+        self, grammar: CompiledGrammar, matcher: Any, n_tokens: int, unused: int | None
+    ) -> None:
+        self._grammar = grammar
         self._matcher, self._n_words, self._unused = matcher, -(-n_tokens // 32), unused
 
     @property
@@ -126,6 +139,7 @@ class GrammarMatcher:
 
     def _check(self) -> None:
         if self._matcher.is_error():
+            self._grammar.is_spent |= "too many states" in self._matcher.get_error()
             raise EdgeInferError(
                 "the answer can't go on by its grammar: "
                 f"{_error(self._matcher)}; simplify the grammar"

@@ -29,10 +29,13 @@ _LONGEST_ERROR = 500
 
 
 class Request(NamedTuple):
-    """One text to render, in at most `seconds` of processor time."""
+    """One text to render, in at most `seconds` of processor time.
+
+    Without variables the source is compiled, and nothing of it runs.
+    """
 
     source: str
-    variables: dict[str, Any]
+    variables: dict[str, Any] | None
     seconds: float
 
 
@@ -155,7 +158,7 @@ class _Templates:
             if len(self._compiled) >= _KEPT_TEMPLATES:
                 self._compiled.clear()
             self._compiled[request.source] = template
-        return template.generate(request.variables)
+        return () if request.variables is None else template.generate(request.variables)
 
     def _to_json(
         self,

@@ -74,13 +74,20 @@ class TemplateEngine:
 
         `variables` is plain data: dicts, lists, tuples, strings, numbers, booleans and None.
         """
+        return self._answer(source, dict(variables), budget)
+
+    def check(self, source: str) -> None:
+        """RenderError where a template can't be compiled; nothing of it runs."""
+        self._answer(source, None, Budget())
+
+    def _answer(self, source: str, variables: dict[str, Any] | None, budget: Budget) -> str:
         if len(source) > MAX_SOURCE:
             raise LimitError(_LIMIT % f"source (over {MAX_SOURCE} characters)")
         with self._lock:
             if budget.seconds <= 0:
                 raise LimitError(_LIMIT % "time")
             try:
-                return self._running().render(source, dict(variables), budget)
+                return self._running().render(source, variables, budget)
             except RenderError as error:
                 if isinstance(error, LimitError):
                     self._give_up(budget)
@@ -131,7 +138,7 @@ class _Worker:
         """Whether it lives, and is not the parent's in a process that was forked."""
         return self._owner == os.getpid() and self._process.poll() is None
 
-    def render(self, source: str, variables: dict[str, Any], budget: Budget) -> str:
+    def render(self, source: str, variables: dict[str, Any] | None, budget: Budget) -> str:
         if self._patience is None:
             self._patience = self._await_start()
         data = marshal.dumps(tuple(Request(source, variables, budget.seconds)))
@@ -183,7 +190,13 @@ class _Alarm:
         self._timer.daemon = True
 
     def __enter__(self) -> None:
-        self._timer.start()
+        try:
+            self._timer.start()
+        except RuntimeError as error:
+            raise TemplateError(
+                f"{error}: rendering a chat template takes one that ends it in time; raise this "
+                "process's limits (ulimit -u, -v)"
+            ) from None
 
     def __exit__(self, *_: object) -> None:
         self._timer.cancel()

@@ -108,7 +108,7 @@ def read_vocabulary(meta: Metadata, pre: str | None) -> Vocabulary:
             "gpt2 and gemma4 (byte-pair) vocabularies",
             missing=(f"tokenizer {one_line(model)}",),
         )
-    name, row = _pre_tokenizer(meta, model, pre)
+    name, row = pre_tokenizer(meta, pre)
     texts, is_utf8 = _token_texts(meta)
     ids = dict(zip(texts, range(len(texts)), strict=True))
     if len(ids) != len(texts):
@@ -138,9 +138,9 @@ def read_vocabulary(meta: Metadata, pre: str | None) -> Vocabulary:
     return vocab
 
 
-def _pre_tokenizer(
-    meta: Metadata, model: str, override: str | None
-) -> tuple[str, PreTokenizer | None]:
+def pre_tokenizer(meta: Metadata, override: str | None) -> tuple[str, PreTokenizer | None]:
+    """The name and the row of the file's, or of the `override`; none of SentencePiece."""
+    model = meta.get_str(_KEY + "model")
     if model == "llama":
         if override is not None:
             raise InvalidRequestError(
@@ -149,7 +149,7 @@ def _pre_tokenizer(
             )
         return "", None
     found = "gemma4" if model == "gemma4" else meta.get_str(_KEY + "pre", "") or "default"
-    name = override or found
+    name = found if override is None else override
     if row := PRE_TOKENIZERS.get(name):
         return name, row
     import difflib  # 2 ms that starts don't need

@@ -73,8 +73,15 @@ def build_objects(
             for job in jobs
         ]
         try:
-            for feeder in feeders:
-                feeder.start()
+            feeders = platform.start_some(feeders)
+            if not feeders:
+                raise DeviceError(
+                    "building CPU kernels takes a thread, and none can be started: raise this "
+                    "process's limits (ulimit -u, -v)"
+                )
+            for job in jobs[len(feeders) :]:  # which would wait for names
+                assert job.stdin is not None
+                job.stdin.close()
             n_told = 0
             while any(feeder.is_alive() for feeder in feeders) or n_told < len(done):
                 for feeder in feeders:

@@ -77,6 +77,8 @@ class IdleWork(ABC):
     def finish(self, look: Callable[[], object] = lambda: None) -> None:
         """Do all of it now, and `look` now and then; no step may run meanwhile."""
         self._begin_at(0.0)
+        if self._thread is None:
+            self._run()
         while self._thread is not None and self._thread.is_alive():
             look()
             self._thread.join(_LOOK_SECONDS)
@@ -101,10 +103,9 @@ class IdleWork(ABC):
         with self._changed:
             self._idle_from = moment
             if self._thread is None and not self._is_closed and not self.is_done:
-                self._thread = threading.Thread(
-                    target=self._run, name="edgeinfer-idle", daemon=True
-                )
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="edgeinfer-idle", daemon=True)
+                if platform.start_some([thread]):  # else the end of a later step tries again
+                    self._thread = thread
             self._changed.notify()
 
     @property

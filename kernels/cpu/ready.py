@@ -82,7 +82,7 @@ class Ready(NamedTuple):
         end = start + int.from_bytes(data[len(_MAGIC) : start], "little")
         manifest = json.loads(data[start:end])
         entries = {
-            name: _Entry(str(key), str(digest), end + int(offset), int(size))
+            name: _Entry(str(key), str(digest), end + _count(offset), _count(size))
             for name, (key, digest, offset, size) in manifest["kernels"].items()
         }
         return cls(entries, data)
@@ -106,6 +106,12 @@ class Ready(NamedTuple):
         except zlib.error:
             return None
         return data if hashlib.sha256(data).hexdigest() == entry.sha256 else None
+
+
+def _count(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value} is no number of bytes")
+    return value
 
 
 def path(folder: Path, target: Target) -> Path:

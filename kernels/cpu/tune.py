@@ -47,7 +47,8 @@ def read(path: Path, known: Sequence[Schedule]) -> Schedule | None:
     """What was found before; None where nothing was, or nothing that makes sense."""
     with suppress(OSError, ValueError, TypeError, RecursionError):
         schedule = Schedule(*json.loads(platform.read_private(path)))
-        return schedule if schedule in known else None
+        # Not what was read: True and 1.0 are equal to 1 thread.
+        return next((each for each in known if each == schedule), None)
     return None
 
 

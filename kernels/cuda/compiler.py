@@ -56,14 +56,13 @@ class Compiler:
         missing = [label for label in texts if label not in paths]
         if not missing:
             return paths
-        from concurrent.futures import ThreadPoolExecutor
-
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            made = pool.map(lambda label: self._compile(label, texts[label], flags), missing)
-            for n_done, (label, data) in enumerate(zip(missing, made, strict=True)):
-                if progress:
-                    progress(n_done, len(missing), label)
-                paths[label] = self._cache.add(label, keys[label], ".so", data)
+        made = platform.mapped(
+            lambda label: self._compile(label, texts[label], flags), missing, os.cpu_count() or 1
+        )
+        for n_done, (label, data) in enumerate(zip(missing, made, strict=True)):
+            if progress:
+                progress(n_done, len(missing), label)
+            paths[label] = self._cache.add(label, keys[label], ".so", data)
         return paths
 
     def _compile(self, label: str, text: str, flags: Sequence[str]) -> bytes:

@@ -143,7 +143,6 @@ def compile_all(
     """Every job's cubin, in order, from several processes; DeviceError with the first message."""
     if not platform.can_start_python():  # a frozen program would start itself
         return _compile_here(library, jobs, progress)
-    from concurrent.futures import ThreadPoolExecutor
     from queue import SimpleQueue
 
     idle: SimpleQueue[subprocess.Popen[str]] = SimpleQueue()
@@ -160,13 +159,12 @@ def compile_all(
             idle.put(process)
 
     try:
-        with ThreadPoolExecutor(len(processes)) as pool:
-            cubins: list[Cubin] = []
-            for cubin in pool.map(compile_one, jobs):
-                if progress:
-                    progress(len(cubins), len(jobs), jobs[len(cubins)].name)
-                cubins.append(cubin)
-            return cubins
+        cubins: list[Cubin] = []
+        for cubin in platform.mapped(compile_one, jobs, len(processes)):
+            if progress:
+                progress(len(cubins), len(jobs), jobs[len(cubins)].name)
+            cubins.append(cubin)
+        return cubins
     finally:
         for process in processes:
             with process:  # ends when it has nothing more to read
