@@ -9,7 +9,8 @@ import numpy as np
 from llvmlite import ir
 from numba import njit, types
 
-from edgeinfer.kernels.cpu.layout import A32_BYTES, MAX_QUERIES, PAGE
+from edgeinfer.kernels.cpu.attention_layout import MAX_QUERIES
+from edgeinfer.kernels.cpu.layout import A32_BYTES, PAGE
 from edgeinfer.kernels.cpu.native.attention import grid, tile_of
 from edgeinfer.kernels.cpu.native.formats import PRODUCTS
 from edgeinfer.kernels.cpu.native.grid import Grid

@@ -9,7 +9,8 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from edgeinfer.kernels.cpu.layout import MAX_QUERIES, SEGMENT_PAGES, TABLE_PINNED
+from edgeinfer.kernels.cpu.attention_layout import MAX_QUERIES
+from edgeinfer.kernels.cpu.layout import SEGMENT_PAGES, TABLE_PINNED
 from edgeinfer.kernels.cpu.native import simd
 from edgeinfer.kernels.cpu.native.math import exp
 from edgeinfer.kernels.cpu.native.pages import first_ring_page, n_gone

@@ -8,8 +8,7 @@ from __future__ import annotations
 from llvmlite import ir
 from numba import njit
 
-from edgeinfer.kernels.cpu.layout import (
-    PAGE,
+from edgeinfer.kernels.cpu.attention_layout import (
     ROTATE_ANGLES,
     ROTATE_EPS,
     ROTATE_K,
@@ -37,6 +36,7 @@ from edgeinfer.kernels.cpu.layout import (
     ROTATE_V_PAGE_BYTES,
     ROTATE_V_STRIDE,
 )
+from edgeinfer.kernels.cpu.layout import PAGE
 from edgeinfer.kernels.cpu.native.copy_rows import copy
 from edgeinfer.kernels.cpu.native.kv_store import KEYS, VALUES
 from edgeinfer.kernels.cpu.native.kv_store import scratch as scratch_of
