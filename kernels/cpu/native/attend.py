@@ -68,15 +68,7 @@ from edgeinfer.kernels.cpu.native.attention import (
     tile_of,
 )
 from edgeinfer.kernels.cpu.native.math import exp
-from edgeinfer.kernels.cpu.native.pages import (
-    arena_page,
-    first_seen,
-    n_gone,
-    pages_passed,
-    position,
-    table_of,
-)
-from edgeinfer.kernels.cpu.native.simd import (
+from edgeinfer.kernels.cpu.native.operations import (
     add_f,
     div_f,
     fma,
@@ -90,6 +82,14 @@ from edgeinfer.kernels.cpu.native.simd import (
     store_f32x8,
     store_rows,
     sub_f,
+)
+from edgeinfer.kernels.cpu.native.pages import (
+    arena_page,
+    first_seen,
+    n_gone,
+    pages_passed,
+    position,
+    table_of,
 )
 from edgeinfer.kernels.cpu.native.words import (
     load_f32,

@@ -26,7 +26,7 @@ from edgeinfer.kernels.cpu.layout import H_ROWS
 from edgeinfer.kernels.cpu.native.attention import fold_weights, tile_of
 from edgeinfer.kernels.cpu.native.copy_rows import copy
 from edgeinfer.kernels.cpu.native.kv_store import hadamard
-from edgeinfer.kernels.cpu.native.simd import (
+from edgeinfer.kernels.cpu.native.operations import (
     div_f,
     fma,
     load_f32x8,

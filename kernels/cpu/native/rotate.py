@@ -41,17 +41,9 @@ from edgeinfer.kernels.cpu.native.copy_rows import copy
 from edgeinfer.kernels.cpu.native.kv_store import KEYS, VALUES
 from edgeinfer.kernels.cpu.native.kv_store import scratch as scratch_of
 from edgeinfer.kernels.cpu.native.norm import normalise
+from edgeinfer.kernels.cpu.native.operations import fma, load_f32x8, mul_f, neg_f, store_f32x8
 from edgeinfer.kernels.cpu.native.pages import arena_page, n_gone, position, table_of
-from edgeinfer.kernels.cpu.native.simd import (
-    I32,
-    f32x8,
-    fma,
-    load_f32x8,
-    mapped,
-    mul_f,
-    neg_f,
-    store_f32x8,
-)
+from edgeinfer.kernels.cpu.native.simd import I32, f32x8, mapped
 from edgeinfer.kernels.cpu.native.words import (
     fma_f32,
     load_f32,
