@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from edgeinfer.graph import KV, KVType
-from edgeinfer.kernels.cpu import layout
+from edgeinfer.kernels.cpu import attention_layout, layout
 from edgeinfer.kernels.cpu.builders import build_objects
 from edgeinfer.kernels.cpu.formats import FORMATS, packed_bytes
 from edgeinfer.kernels.cpu.kept_objects import symbol
@@ -39,6 +39,7 @@ KERNELS = [
     *("route.softmax", "dispatch", "gather.a32", "experts.q4_k", "expert_sum"),
 ]
 N_ROWS, N_COLS, N_TOKENS = 40, 512, 13
+NAMES = vars(layout) | vars(attention_layout)
 BOUNDS = (0, layout.PANEL_GROUPS, N_ROWS // 8)  # of the matmuls' chunks
 
 # Reads an arena and the calls to make in it, as `Arena` writes them; writes the arena back.
@@ -102,7 +103,7 @@ class Arena:
     def words(self, prefix: str, n: int, **values: int | At) -> At:
         """Argument words by their names in the layout."""
         words = np.zeros(n, np.int64)
-        places = {getattr(layout, f"{prefix}_{name}") // 8: v for name, v in values.items()}
+        places = {NAMES[f"{prefix}_{name}"] // 8: v for name, v in values.items()}
         for i, value in places.items():
             words[i] = value.offset if isinstance(value, At) else value
         at = self.put(words)
@@ -274,7 +275,7 @@ def test_attention(driver: Path, k_type: KVType, v_type: KVType) -> None:
         "H", layout.HEADER_WORDS, ROWS=n, POS=arena.put(np.arange(first, first + n)),
         SEQ=arena.put(np.zeros(n, np.int32)), TABLES=table,
     )  # fmt: skip
-    items = arena.room(layout.items_bytes(n, n_segments))
+    items = arena.room(attention_layout.items_bytes(n, n_segments))
     items_args = arena.words("ITEMS", 4, AT=items, MAX_SEGMENTS=n_segments)
     q = arena.put(rng.standard_normal((n, n_heads, dim), np.float32))
     row, out = 4 * n_heads * dim, arena.room(4 * n * n_heads * dim)
@@ -282,9 +283,9 @@ def test_attention(driver: Path, k_type: KVType, v_type: KVType) -> None:
         "ATTEND", 24, ITEMS=items, Q=q, Q_STRIDE=row, PINNED_Q=q, N_HEADS=n_heads, N_KV_HEADS=n_kv,
         SCALE=native.float_bits(0.125), K_BASE=k, K_PAGE_BYTES=k_bytes[0].nbytes, V_BASE=v,
         V_PAGE_BYTES=v_bytes[0].nbytes, K_ROOM=dim, V_ROOM=dim, V_DIM=dim,
-        PARTS=arena.room(layout.parts_bytes(n, n_heads, dim, dim, n_segments) + 4096),
+        PARTS=arena.room(attention_layout.parts_bytes(n, n_heads, dim, dim, n_segments) + 4096),
     )  # fmt: skip
-    left_in(arena, args, layout.FOLD_SINK, out, row)
+    left_in(arena, args, attention_layout.FOLD_SINK, out, row)
     arena.call("plan_attention", header, items_args, 1)
     n_items = 4  # two runs of rows in blocks of 16 positions, by two segments
     arena.call(attend_kernel(cache, has_cap=False), header, args, n_items * n_kv)

@@ -44,7 +44,7 @@ def test_every_kernel_is_in_the_list() -> None:
     parts = {
         "__init__", "simd", "words", "isa", "isa_aarch64", "registry", "fields", "floats",
         "formats", "blocks32", "blocks256", "blocks_table", "grid", "math", "activations", "sink",
-        "pages", "attention", "attend_kv", "kv_store", "inlining", "runs",
+        "pages", "attention", "attend_kv", "kv_store", "inlining", "operations", "runs",
     }  # fmt: skip
     assert {name.partition(".")[0] for name in KERNELS} == modules - parts
 

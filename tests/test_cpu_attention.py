@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from edgeinfer.batch import PAGE, PageTable
 from edgeinfer.graph import KV, KVType
-from edgeinfer.kernels.cpu import layout, page_layout
+from edgeinfer.kernels.cpu import attention_layout, page_layout
 from edgeinfer.kernels.cpu.lower_attention import attend_kernel, fold_kernel
 from edgeinfer.kernels.reference.caches import hadamard
 from edgeinfer.kernels.reference.quantised import Quantised
@@ -150,9 +150,9 @@ class Case:
             [[t.pages.ctypes.data, len(t.pages), t.n_pinned, t.n_visible] for t in self.tables]
         )
         max_segments = int(pos.max()) // 512 + 1
-        items = np.full(layout.items_bytes(n, max_segments) // 8, -1, np.int64)
+        items = np.full(attention_layout.items_bytes(n, max_segments) // 8, -1, np.int64)
         rooms = page_layout.rooms(heads.k_dim, heads.v_dim, *heads.types)
-        n_parts = layout.parts_bytes(n, heads.n_heads, *rooms, max_segments) // 4
+        n_parts = attention_layout.parts_bytes(n, heads.n_heads, *rooms, max_segments) // 4
         parts = np.full(n_parts + 4096, np.nan, np.float32)
         out = np.full((n, heads.n_heads * heads.v_dim), np.nan, np.float32)
         h = native.header(

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from edgeinfer.kernels.cpu import layout
+from edgeinfer.kernels.cpu import attention_layout, layout
 from edgeinfer.kernels.cpu.commands import cut
 from edgeinfer.kernels.cpu.layout import PANEL_GROUPS
 
@@ -34,17 +34,18 @@ def test_every_thread_gets_work_and_chunks_shrink() -> None:
 
 # -- argument words ------------------------------------------------------------------------------
 
-BLOCKS = {name: block for name, block in vars(layout).items() if isinstance(block, layout.Block)}
+NAMES = vars(layout) | vars(attention_layout)
+BLOCKS = {name: block for name, block in NAMES.items() if isinstance(block, layout.Block)}
 OWNERS = {"ANGLES_SCALED": "ANGLES"}
 
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_words_are_written_where_kernels_read_them(name: str) -> None:
     block, prefix = BLOCKS[name], OWNERS.get(name, name)
-    read = [getattr(layout, f"{prefix}_{word.upper()}") for word in block.names]
+    read = [NAMES[f"{prefix}_{word.upper()}"] for word in block.names]
     assert read == list(block) == [block[0] + layout.WORD * i for i in range(len(block))]
-    if hasattr(layout, f"{prefix}_SINK"):  # of whoever has a tail, where that begins
-        assert getattr(layout, f"{prefix}_SINK") == block[-1] + layout.WORD
+    if f"{prefix}_SINK" in NAMES:  # of whoever has a tail, where that begins
+        assert NAMES[f"{prefix}_SINK"] == block[-1] + layout.WORD
 
 
 def test_a_word_that_is_missing_or_of_no_such_name_is_refused() -> None:

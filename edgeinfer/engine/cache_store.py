@@ -14,7 +14,7 @@ from itertools import takewhile
 from edgeinfer.backend import Program
 from edgeinfer.batch import PAGE, StepLimits
 from edgeinfer.engine.cache import CacheLayout, PagePool, SequenceCache
-from edgeinfer.engine.checkpoints import EVERY, checkpoints
+from edgeinfer.engine.checkpoints import EVERY, borders_of, checkpoints
 from edgeinfer.engine.leaders import leader_of
 from edgeinfer.engine.prefix_index import BORDER, PLAIN, STABLE, USED, Match, Node, PrefixIndex
 from edgeinfer.engine.sequence import Sequence
@@ -66,7 +66,8 @@ class CacheStore:
         the first `n_stable` is the last to be given up.
         """
         sequence = self.open_empty(ids, layout)
-        sequence.borders = self._borders(sequence, borders, n_stable)
+        loses = self._states is not None or any(ring.window for ring in layout.rings)
+        sequence.borders = borders_of(len(ids), borders if loses else None, n_stable)
         sequence.leader = leader_of(sequence, self._begun)
         self._extend(sequence)
         if sequence.leader is not None and self._states is not None:
@@ -80,18 +81,6 @@ class CacheStore:
         """A sequence that computes every one of its tokens, and shares none."""
         cache = SequenceCache(self.pools, layout, self._states)
         return Sequence(array("i", ids), len(ids), cache)
-
-    def _borders(
-        self, sequence: Sequence, borders: Iterable[int], n_stable: int
-    ) -> list[tuple[int, int]]:
-        """Where to hold what a ring or the state is going to lose; without those nothing is."""
-        n_prompt, ends = sequence.n_prompt, {}
-        if self._states is not None or any(ring.window for ring in sequence.cache.layout.rings):
-            # The same prompt once more needs its last token's logits.
-            ends = {n: BORDER for n in (*borders, n_prompt - 1) if 0 < n < n_prompt}
-        if 0 < n_stable <= n_prompt:
-            ends[n_stable] = STABLE
-        return sorted(ends.items())
 
     def catch_up(self, sequence: Sequence) -> None:
         """Take over what others have computed meanwhile of the tokens it waits for."""

@@ -1,4 +1,4 @@
-"""Behind which tokens the state of recurrent layers is kept for prompts to come.
+"""Behind which tokens what rings and recurrent layers lose is kept for prompts to come.
 
 Knows nothing of slots but how many there are.
 """
@@ -9,8 +9,26 @@ from collections import Counter
 from collections.abc import Iterable
 
 from edgeinfer.batch import PAGE
+from edgeinfer.engine.prefix_index import BORDER, STABLE
 
 EVERY = 16 * PAGE  # tokens, where nobody has asked for any and slots are free
+
+
+def borders_of(
+    n_prompt: int, borders: Iterable[int] | None, n_stable: int
+) -> list[tuple[int, int]]:
+    """Numbers of a prompt's tokens behind which something is held, and how dear that is.
+
+    `borders` are where later prompts may part from it, None where nothing is lost behind them; what
+    is kept of the first `n_stable` tokens is the last to be given up.
+    """
+    ends = {}
+    if borders is not None:
+        # The same prompt once more needs its last token's logits.
+        ends = {n: BORDER for n in (*borders, n_prompt - 1) if 0 < n < n_prompt}
+    if 0 < n_stable <= n_prompt:
+        ends[n_stable] = STABLE
+    return sorted(ends.items())
 
 
 def checkpoints(borders: Iterable[int], within: range, n_spare: int, n_free: int) -> list[int]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from edgeinfer.fused_ops import PinnedAttention, PinnedRotate, RotatedAttention
 from edgeinfer.graph import KV, RopeKind, Rotate
 from edgeinfer.kernels.buffers import Buffer
-from edgeinfer.kernels.cpu import layout, page_layout
+from edgeinfer.kernels.cpu import attention_layout, layout, page_layout
 from edgeinfer.kernels.cpu.commands import KernelPart
 from edgeinfer.kernels.cpu.layout import row_stride
 from edgeinfer.kernels.cpu.lower_base import (
@@ -93,7 +93,7 @@ class AttentionLowering(LoweringBase):
     ) -> None:
         """Norm and rotate heads in place, and store those of k and v."""
         q_norm, k_norm = (self._weights.vector(heads.norm) if heads.norm else 0 for heads in (q, k))
-        args = layout.ROTATE.pack(
+        args = attention_layout.ROTATE.pack(
             q=q.rows, q_stride=q.stride, k=k.rows, k_stride=k.stride, v=v.rows, v_stride=v.stride,
             pinned_q=pinned_q, n_heads=q.n, n_kv_heads=k.n, k_dim=k.dim or q.dim, v_dim=v.dim,
             n_pairs=n_pairs, angles=angles, pinned_angles=pinned_angles, q_norm=q_norm,
@@ -110,9 +110,9 @@ class AttentionLowering(LoweringBase):
         rooms = page_layout.rooms(kv.k_dim, kv.v_dim, kv.k_type, kv.v_type)
         parts = Buffer(
             "attention parts",
-            layout.parts_bytes(limits.max_rows, op.n_heads, *rooms, cache.max_segments),
+            attention_layout.parts_bytes(limits.max_rows, op.n_heads, *rooms, cache.max_segments),
         )
-        common = layout.ATTEND.pack(
+        common = attention_layout.ATTEND.pack(
             items=self._items_of(kv.window, cache), n_kv_heads=kv.n_heads,
             q=self._floats[op.q], q_stride=row_stride(op.q.dim), pinned_q=pinned_q,
             n_heads=op.n_heads, scale=float_bits(op.scale), k_base=cache.k_base,
@@ -134,10 +134,10 @@ class AttentionLowering(LoweringBase):
     def _items_of(self, window: int, cache: LayerCache) -> Buffer:
         """The step's attention work, planned once for all layers whose rows see the same pages."""
         if window not in self._items:
-            n_bytes = layout.items_bytes(self._limits.max_rows, cache.max_segments)
+            n_bytes = attention_layout.items_bytes(self._limits.max_rows, cache.max_segments)
             items = self._out.scratch.place(Buffer("attention items", n_bytes, is_kept=True))
             self._items[window] = items
-            args = layout.ITEMS.pack(
+            args = attention_layout.ITEMS.pack(
                 at=items, max_segments=cache.max_segments, window=window, tables=cache.tables
             )
             self._out.prologue.append(KernelPart("plan_attention", args, 1))
@@ -158,7 +158,7 @@ class AttentionLowering(LoweringBase):
             out = Buffer("angles", size)
             pinned_out = 0 if tables is None else Buffer("pinned angles", size)
             self._angles[rope, tables] = out, pinned_out
-            args = layout.ANGLES.pack(
+            args = attention_layout.ANGLES.pack(
                 freqs=self._weights.doubles(rope.frequencies()), n_pairs=n_pairs, out=out,
                 pinned_out=pinned_out, tables=tables or 0,
             )  # fmt: skip
@@ -166,7 +166,7 @@ class AttentionLowering(LoweringBase):
                 self._emit("angles", "angles", args)
             else:
                 table, span = rope.magnitudes(), rope.growth.n_ctx if rope.growth else 1
-                args += layout.ANGLES_SCALED.pack(
+                args += attention_layout.ANGLES_SCALED.pack(
                     magnitudes=self._weights.doubles(table), span=span, n_magnitudes=len(table)
                 )
                 self._emit("angles", "angles.scaled", args)

@@ -16,7 +16,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from edgeinfer.batch import PAGE  # noqa: E402
-from edgeinfer.kernels.cpu import layout, page_layout  # noqa: E402
+from edgeinfer.kernels.cpu import attention_layout, page_layout  # noqa: E402
 from tests import native  # noqa: E402
 
 N_KV_HEADS = 4
@@ -44,9 +44,9 @@ def step(
     tables = np.array([pages.ctypes.data, n_pages, 0, 1 << 20], np.int64)
     pos, seq = np.arange(depth - n_rows, depth), np.zeros(n_rows, np.int32)
     n_segments = depth // 512 + 1
-    items = np.zeros(layout.items_bytes(n_rows, n_segments) // 8, np.int64)
+    items = np.zeros(attention_layout.items_bytes(n_rows, n_segments) // 8, np.int64)
     rooms = page_layout.rooms(dim, dim, *types)
-    parts = native.huge(layout.parts_bytes(n_rows, n_heads, *rooms, n_segments))
+    parts = native.huge(attention_layout.parts_bytes(n_rows, n_heads, *rooms, n_segments))
     out = np.zeros_like(q)
     h = native.header(
         H_ROWS=n_rows, H_POS=pos.ctypes.data, H_SEQ=seq.ctypes.data,

@@ -9,12 +9,11 @@ from llvmlite import ir
 from numba import njit
 
 from edgeinfer.kernels.cpu.native.math import exp
-from edgeinfer.kernels.cpu.native.simd import (
+from edgeinfer.kernels.cpu.native.operations import (
     abs_f,
     add_f,
     div_f,
     fma,
-    mapped,
     max_f,
     mul_f,
     neg_f,
@@ -22,6 +21,7 @@ from edgeinfer.kernels.cpu.native.simd import (
     sub_f,
     zero_f32,
 )
+from edgeinfer.kernels.cpu.native.simd import mapped
 
 jit = njit(error_model="numpy")
 

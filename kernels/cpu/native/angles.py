@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from numba import njit
 
-from edgeinfer.kernels.cpu.layout import (
+from edgeinfer.kernels.cpu.attention_layout import (
     ANGLES_FREQS,
     ANGLES_MAGNITUDES,
     ANGLES_N_MAGNITUDES,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from numba import njit
 
-from edgeinfer.kernels.cpu.layout import (
+from edgeinfer.kernels.cpu.attention_layout import (
     ALL_SEGMENTS,
     ATTEND_CAP,
     ATTEND_ITEMS,
@@ -26,18 +26,16 @@ from edgeinfer.kernels.cpu.layout import (
     ATTEND_V_PAGE_BYTES,
     ATTEND_VALUES,
     ATTEND_WINDOW,
-    H_ROWS,
     ITEM_BYTES,
     ITEM_N_ROWS,
     ITEM_PART,
     ITEM_ROW,
     ITEM_SEGMENT,
     ITEMS_ROWS,
-    PAGE,
     ROW_BYTES,
-    SEGMENT_PAGES,
     query_bytes,
 )
+from edgeinfer.kernels.cpu.layout import H_ROWS, PAGE, SEGMENT_PAGES
 from edgeinfer.kernels.cpu.native.activations import tanh
 from edgeinfer.kernels.cpu.native.attend_kv import (
     BOUNDS,
@@ -70,15 +68,7 @@ from edgeinfer.kernels.cpu.native.attention import (
     tile_of,
 )
 from edgeinfer.kernels.cpu.native.math import exp
-from edgeinfer.kernels.cpu.native.pages import (
-    arena_page,
-    first_seen,
-    n_gone,
-    pages_passed,
-    position,
-    table_of,
-)
-from edgeinfer.kernels.cpu.native.simd import (
+from edgeinfer.kernels.cpu.native.operations import (
     add_f,
     div_f,
     fma,
@@ -92,6 +82,14 @@ from edgeinfer.kernels.cpu.native.simd import (
     store_f32x8,
     store_rows,
     sub_f,
+)
+from edgeinfer.kernels.cpu.native.pages import (
+    arena_page,
+    first_seen,
+    n_gone,
+    pages_passed,
+    position,
+    table_of,
 )
 from edgeinfer.kernels.cpu.native.words import (
     load_f32,

@@ -9,26 +9,23 @@ import numpy as np
 from llvmlite import ir
 from numba import njit, types
 
-from edgeinfer.kernels.cpu.layout import A32_BYTES, MAX_QUERIES, PAGE
+from edgeinfer.kernels.cpu.attention_layout import MAX_QUERIES
+from edgeinfer.kernels.cpu.layout import A32_BYTES, PAGE
 from edgeinfer.kernels.cpu.native.attention import grid, tile_of
 from edgeinfer.kernels.cpu.native.formats import PRODUCTS
 from edgeinfer.kernels.cpu.native.grid import Grid
 from edgeinfer.kernels.cpu.native.kv_store import hadamard, load_part
-from edgeinfer.kernels.cpu.native.simd import (
-    I8,
-    I32,
-    call,
-    intp,
+from edgeinfer.kernels.cpu.native.operations import (
     load_f16x8,
     load_f32x8,
     load_u8x32,
     mul_f,
     prefetch,
-    scalar,
     splat_f32,
     store_f32x8,
     zeros_f32,
 )
+from edgeinfer.kernels.cpu.native.simd import I8, I32, call, intp, scalar
 from edgeinfer.kernels.cpu.native.sink import quantise_32
 from edgeinfer.kernels.cpu.native.words import (
     load_f16,

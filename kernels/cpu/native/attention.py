@@ -9,22 +9,13 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from edgeinfer.kernels.cpu.layout import MAX_QUERIES, SEGMENT_PAGES, TABLE_PINNED
+from edgeinfer.kernels.cpu.attention_layout import MAX_QUERIES
+from edgeinfer.kernels.cpu.layout import SEGMENT_PAGES, TABLE_PINNED
 from edgeinfer.kernels.cpu.native import simd
 from edgeinfer.kernels.cpu.native.math import exp
+from edgeinfer.kernels.cpu.native.operations import fma, max_f, mul_f, sub_f
 from edgeinfer.kernels.cpu.native.pages import first_ring_page, n_gone
-from edgeinfer.kernels.cpu.native.simd import (
-    I32,
-    Tile,
-    f32x8,
-    fma,
-    i32x8,
-    intp,
-    max_f,
-    mul_f,
-    sub_f,
-    u8x8,
-)
+from edgeinfer.kernels.cpu.native.simd import I32, Tile, f32x8, i32x8, intp, u8x8
 from edgeinfer.kernels.cpu.native.words import word
 from edgeinfer.kernels.cpu.page_layout import VECTOR_BYTES
 
@@ -111,7 +102,7 @@ def fold_weights(m0, m, l0, l):  # noqa: E741
 
 
 def _across(combine):
-    """Row i of a tile folded like simd.sum_lanes, in lane i; lanes without a row mean nothing."""
+    """Row i of a tile folded as by `sum_lanes`, in lane i; lanes without a row mean nothing."""
 
     def mix(b, x, y, lanes, step):
         """Lanes (0 .. 15 over x and y) and those `step` further, combined."""

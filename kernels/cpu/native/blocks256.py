@@ -24,7 +24,7 @@ from edgeinfer.kernels.cpu.native.fields import (
     words_right,
 )
 from edgeinfer.kernels.cpu.native.grid import Product
-from edgeinfer.kernels.cpu.native.simd import (
+from edgeinfer.kernels.cpu.native.operations import (
     and_i,
     fma,
     load_f16x8,

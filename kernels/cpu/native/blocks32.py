@@ -11,7 +11,7 @@ from numba import njit
 
 from edgeinfer.kernels.cpu.native.fields import bytes_of, words_left, words_right
 from edgeinfer.kernels.cpu.native.grid import Product
-from edgeinfer.kernels.cpu.native.simd import (
+from edgeinfer.kernels.cpu.native.operations import (
     and_i,
     fma,
     load_f16x8,

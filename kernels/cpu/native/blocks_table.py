@@ -19,21 +19,19 @@ from edgeinfer.kernels.cpu.native.blocks32 import (
 )
 from edgeinfer.kernels.cpu.native.fields import at_places, bytes_at
 from edgeinfer.kernels.cpu.native.grid import Product
-from edgeinfer.kernels.cpu.native.simd import (
-    F32,
+from edgeinfer.kernels.cpu.native.operations import (
     add_i,
     bits_f32,
     load_f16x8,
     load_i8x8,
     load_u8x8,
-    mapped,
     mul_f,
-    scalar,
     shift_left,
     splat_i32,
     sub_i,
     to_f32,
 )
+from edgeinfer.kernels.cpu.native.simd import F32, mapped, scalar
 from edgeinfer.kernels.cpu.native.words import (
     load_f16,
     load_i8,

@@ -14,14 +14,8 @@ from edgeinfer.kernels.cpu.layout import (
     CONV_X,
 )
 from edgeinfer.kernels.cpu.native.math import silu
+from edgeinfer.kernels.cpu.native.operations import add_f, fma, load_f32x8, splat_f32, store_f32x8
 from edgeinfer.kernels.cpu.native.runs import first_state, kept_state, rows_of, run_of
-from edgeinfer.kernels.cpu.native.simd import (
-    add_f,
-    fma,
-    load_f32x8,
-    splat_f32,
-    store_f32x8,
-)
 from edgeinfer.kernels.cpu.native.words import word
 
 jit = njit(error_model="numpy")

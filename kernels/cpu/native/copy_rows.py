@@ -13,7 +13,7 @@ from edgeinfer.kernels.cpu.layout import (
     H_WANTED,
     PICKED_ROWS,
 )
-from edgeinfer.kernels.cpu.native.simd import load_f32x8, store_f32x8
+from edgeinfer.kernels.cpu.native.operations import load_f32x8, store_f32x8
 from edgeinfer.kernels.cpu.native.sink import finish_row, n_rows_of, row_at
 from edgeinfer.kernels.cpu.native.words import load_f32, load_i32, store_f32, word
 

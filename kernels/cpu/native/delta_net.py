@@ -29,8 +29,7 @@ from edgeinfer.kernels.cpu.layout import (
     whole_vectors,
 )
 from edgeinfer.kernels.cpu.native.math import exp
-from edgeinfer.kernels.cpu.native.runs import first_state, kept_state, rows_of, run_of
-from edgeinfer.kernels.cpu.native.simd import (
+from edgeinfer.kernels.cpu.native.operations import (
     add_f,
     fma,
     load_f32x8,
@@ -40,6 +39,7 @@ from edgeinfer.kernels.cpu.native.simd import (
     splat_f32,
     store_f32x8,
 )
+from edgeinfer.kernels.cpu.native.runs import first_state, kept_state, rows_of, run_of
 from edgeinfer.kernels.cpu.native.words import load_f32, store_f32, word
 
 jit = njit(error_model="numpy")

@@ -14,7 +14,7 @@ from edgeinfer.kernels.cpu.layout import (
     SUM_STRIDE,
     SUM_X,
 )
-from edgeinfer.kernels.cpu.native.simd import (
+from edgeinfer.kernels.cpu.native.operations import (
     add_f,
     load_f32x8,
     load_splat_f32,

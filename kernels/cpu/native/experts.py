@@ -47,7 +47,7 @@ from edgeinfer.kernels.cpu.layout import (
 from edgeinfer.kernels.cpu.native.copy_rows import copy
 from edgeinfer.kernels.cpu.native.grid import VECTOR
 from edgeinfer.kernels.cpu.native.matmul import tiles_of
-from edgeinfer.kernels.cpu.native.simd import (
+from edgeinfer.kernels.cpu.native.operations import (
     add_f,
     load_f32x8,
     load_splat_f32,

@@ -26,7 +26,8 @@ from edgeinfer.kernels.cpu.native import simd
 from edgeinfer.kernels.cpu.native.formats import FLOATS
 from edgeinfer.kernels.cpu.native.grid import PREFETCH, VECTOR
 from edgeinfer.kernels.cpu.native.isa import Isa
-from edgeinfer.kernels.cpu.native.simd import F32, I32, I64, Tile, Vec, f32x8, intp, prefetch
+from edgeinfer.kernels.cpu.native.operations import prefetch
+from edgeinfer.kernels.cpu.native.simd import F32, I32, I64, Tile, Vec, f32x8, intp
 from edgeinfer.kernels.cpu.native.words import word
 
 jit = njit(error_model="numpy")

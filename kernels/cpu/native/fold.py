@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from numba import njit
 
-from edgeinfer.kernels.cpu.layout import (
+from edgeinfer.kernels.cpu.attention_layout import (
     ATTEND_ITEMS,
     ATTEND_K_ROOM,
     ATTEND_N_HEADS,
@@ -14,7 +14,6 @@ from edgeinfer.kernels.cpu.layout import (
     ATTEND_V_DIM,
     ATTEND_V_ROOM,
     FOLD_SINK,
-    H_ROWS,
     ITEMS_ROWS,
     ROW_BYTES,
     ROW_INDEX,
@@ -23,10 +22,11 @@ from edgeinfer.kernels.cpu.layout import (
     ROW_PART,
     query_bytes,
 )
+from edgeinfer.kernels.cpu.layout import H_ROWS
 from edgeinfer.kernels.cpu.native.attention import fold_weights, tile_of
 from edgeinfer.kernels.cpu.native.copy_rows import copy
 from edgeinfer.kernels.cpu.native.kv_store import hadamard
-from edgeinfer.kernels.cpu.native.simd import (
+from edgeinfer.kernels.cpu.native.operations import (
     div_f,
     fma,
     load_f32x8,

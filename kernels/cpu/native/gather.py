@@ -25,7 +25,7 @@ from edgeinfer.kernels.cpu.layout import (
     whole_vectors,
 )
 from edgeinfer.kernels.cpu.native.copy_rows import copy
-from edgeinfer.kernels.cpu.native.simd import load_i32x8, store_i32x8
+from edgeinfer.kernels.cpu.native.operations import load_i32x8, store_i32x8
 from edgeinfer.kernels.cpu.native.sink import clear_behind, tile_of
 from edgeinfer.kernels.cpu.native.words import word
 

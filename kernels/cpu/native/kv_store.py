@@ -14,8 +14,7 @@ from numba.extending import intrinsic
 from edgeinfer.kernels.cpu.layout import whole_vectors
 from edgeinfer.kernels.cpu.native import simd
 from edgeinfer.kernels.cpu.native.copy_rows import copy
-from edgeinfer.kernels.cpu.native.simd import (
-    I32,
+from edgeinfer.kernels.cpu.native.operations import (
     add_i,
     load_f32x8,
     load_rows_f32,
@@ -38,6 +37,7 @@ from edgeinfer.kernels.cpu.native.simd import (
     to_i32,
     zero_f32,
 )
+from edgeinfer.kernels.cpu.native.simd import I32
 from edgeinfer.kernels.cpu.native.sink import largest
 from edgeinfer.kernels.cpu.native.words import load_f16, load_f32, load_u32, store_f16, store_u32
 from edgeinfer.kernels.cpu.page_layout import (

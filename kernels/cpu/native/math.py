@@ -8,13 +8,12 @@ from __future__ import annotations
 from llvmlite import ir
 from numba import njit
 
-from edgeinfer.kernels.cpu.native.simd import (
+from edgeinfer.kernels.cpu.native.operations import (
     add_f,
     add_i,
     bits_f32,
     div_f,
     fma,
-    mapped,
     max_f,
     min_f,
     mul_f,
@@ -25,6 +24,7 @@ from edgeinfer.kernels.cpu.native.simd import (
     splat_i32,
     to_i32,
 )
+from edgeinfer.kernels.cpu.native.simd import mapped
 from edgeinfer.kernels.cpu.native.words import fma_f64, round_f64
 
 jit = njit(error_model="numpy")

@@ -33,7 +33,7 @@ from edgeinfer.kernels.cpu.layout import (
 from edgeinfer.kernels.cpu.native import floats
 from edgeinfer.kernels.cpu.native.formats import PRODUCTS
 from edgeinfer.kernels.cpu.native.grid import PREFETCH, VECTOR, Grid, join, keep
-from edgeinfer.kernels.cpu.native.simd import (
+from edgeinfer.kernels.cpu.native.operations import (
     add_f,
     eight_f32,
     load_f32x8,

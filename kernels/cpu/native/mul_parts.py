@@ -12,12 +12,7 @@ from edgeinfer.kernels.cpu.layout import (
     PARTS_STRIDE,
     PARTS_X,
 )
-from edgeinfer.kernels.cpu.native.simd import (
-    load_f32x8,
-    mul_f,
-    splat_f32,
-    store_f32x8,
-)
+from edgeinfer.kernels.cpu.native.operations import load_f32x8, mul_f, splat_f32, store_f32x8
 from edgeinfer.kernels.cpu.native.sink import finish_row, n_rows_of, row_at
 from edgeinfer.kernels.cpu.native.words import load_f32, store_f32, word
 

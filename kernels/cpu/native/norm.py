@@ -16,7 +16,7 @@ from edgeinfer.kernels.cpu.layout import (
     NORM_X,
     PICKED_ROWS,
 )
-from edgeinfer.kernels.cpu.native.simd import (
+from edgeinfer.kernels.cpu.native.operations import (
     add_f,
     fma,
     insert_f32,

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from numba import njit
 
-from edgeinfer.kernels.cpu.layout import (
+from edgeinfer.kernels.cpu.attention_layout import (
     ALL_SEGMENTS,
     ATTEND_FEW_ROWS,
     ATTEND_ROWS,
-    H_ROWS,
-    H_SEQ,
     ITEM_BYTES,
     ITEM_N_ROWS,
     ITEM_PART,
@@ -20,7 +18,6 @@ from edgeinfer.kernels.cpu.layout import (
     ITEMS_ROWS,
     ITEMS_TABLES,
     ITEMS_WINDOW,
-    PAGE,
     ROW_BYTES,
     ROW_INDEX,
     ROW_ITEM_ROWS,
@@ -28,6 +25,7 @@ from edgeinfer.kernels.cpu.layout import (
     ROW_PART,
     SPLIT_ROWS,
 )
+from edgeinfer.kernels.cpu.layout import H_ROWS, H_SEQ, PAGE
 from edgeinfer.kernels.cpu.native.attention import n_segments, segment
 from edgeinfer.kernels.cpu.native.pages import pages_passed, position, table_of
 from edgeinfer.kernels.cpu.native.words import load_i32, set_word, word

@@ -16,15 +16,15 @@ from edgeinfer.kernels.cpu.layout import (
 )
 from edgeinfer.kernels.cpu.native.activations import gelu, relu2, sigmoid, softplus, tanh
 from edgeinfer.kernels.cpu.native.math import silu
-from edgeinfer.kernels.cpu.native.simd import (
+from edgeinfer.kernels.cpu.native.operations import (
     add_f,
     div_f,
     load_f32x8,
-    mapped,
     mul_f,
     splat_f32,
     store_f32x8,
 )
+from edgeinfer.kernels.cpu.native.simd import mapped
 from edgeinfer.kernels.cpu.native.sink import finish_row, n_rows_of, row_at
 from edgeinfer.kernels.cpu.native.words import load_f32, word
 

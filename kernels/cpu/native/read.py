@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from numba import njit
 
-from edgeinfer.kernels.cpu.native.simd import (
+from edgeinfer.kernels.cpu.native.operations import (
     add_i,
     load_i32x8,
     prefetch,

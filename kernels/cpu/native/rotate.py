@@ -8,8 +8,7 @@ from __future__ import annotations
 from llvmlite import ir
 from numba import njit
 
-from edgeinfer.kernels.cpu.layout import (
-    PAGE,
+from edgeinfer.kernels.cpu.attention_layout import (
     ROTATE_ANGLES,
     ROTATE_EPS,
     ROTATE_K,
@@ -37,21 +36,14 @@ from edgeinfer.kernels.cpu.layout import (
     ROTATE_V_PAGE_BYTES,
     ROTATE_V_STRIDE,
 )
+from edgeinfer.kernels.cpu.layout import PAGE
 from edgeinfer.kernels.cpu.native.copy_rows import copy
 from edgeinfer.kernels.cpu.native.kv_store import KEYS, VALUES
 from edgeinfer.kernels.cpu.native.kv_store import scratch as scratch_of
 from edgeinfer.kernels.cpu.native.norm import normalise
+from edgeinfer.kernels.cpu.native.operations import fma, load_f32x8, mul_f, neg_f, store_f32x8
 from edgeinfer.kernels.cpu.native.pages import arena_page, n_gone, position, table_of
-from edgeinfer.kernels.cpu.native.simd import (
-    I32,
-    f32x8,
-    fma,
-    load_f32x8,
-    mapped,
-    mul_f,
-    neg_f,
-    store_f32x8,
-)
+from edgeinfer.kernels.cpu.native.simd import I32, f32x8, mapped
 from edgeinfer.kernels.cpu.native.words import (
     fma_f32,
     load_f32,

@@ -27,7 +27,7 @@ from edgeinfer.kernels.cpu.layout import (
 from edgeinfer.kernels.cpu.native.activations import sigmoid, softplus
 from edgeinfer.kernels.cpu.native.copy_rows import copy
 from edgeinfer.kernels.cpu.native.math import exp
-from edgeinfer.kernels.cpu.native.simd import (
+from edgeinfer.kernels.cpu.native.operations import (
     add_f,
     div_f,
     load_f32x8,

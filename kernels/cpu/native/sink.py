@@ -23,7 +23,7 @@ from edgeinfer.kernels.cpu.layout import (
     SINK_THREAD_STRIDE,
     whole_vectors,
 )
-from edgeinfer.kernels.cpu.native.simd import (
+from edgeinfer.kernels.cpu.native.operations import (
     abs_f,
     add_i,
     load_rows_f32,

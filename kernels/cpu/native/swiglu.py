@@ -11,7 +11,7 @@ from edgeinfer.kernels.cpu.layout import (
     SWIGLU_UP,
 )
 from edgeinfer.kernels.cpu.native.math import silu
-from edgeinfer.kernels.cpu.native.simd import load_f32x8, mul_f, store_f32x8
+from edgeinfer.kernels.cpu.native.operations import load_f32x8, mul_f, store_f32x8
 from edgeinfer.kernels.cpu.native.sink import finish_row, row_at
 from edgeinfer.kernels.cpu.native.words import word
 

@@ -11,23 +11,18 @@ import math
 from llvmlite import ir
 from numba import njit, types
 
+from edgeinfer.kernels.cpu.native.operations import add_f, max_f, min_f, mul_f, splat_f64, sub_f
 from edgeinfer.kernels.cpu.native.simd import (
     F32,
     F64,
     I32,
     I64,
     Vec,
-    add_f,
     call,
     f64x8,
     intp,
     mapped,
-    max_f,
-    min_f,
-    mul_f,
     scalar,
-    splat_f64,
-    sub_f,
 )
 
 jit = njit(error_model="numpy")

@@ -10,6 +10,17 @@ from numba import njit, types
 
 from edgeinfer.kernels.cpu import layout as at
 from edgeinfer.kernels.cpu.native.inlining import not_inlined
+from edgeinfer.kernels.cpu.native.operations import (
+    add_f,
+    load_f32x8,
+    max_f,
+    max_lanes,
+    min_f,
+    mul_f,
+    splat_f32,
+    splat_f64,
+    sub_f,
+)
 from edgeinfer.kernels.cpu.native.sampling.numbers import (
     INF,
     LARGEST,
@@ -26,23 +37,14 @@ from edgeinfer.kernels.cpu.native.sampling.sort import select
 from edgeinfer.kernels.cpu.native.simd import (
     I8,
     I64,
-    add_f,
     call,
     f32x8,
     intp,
-    load_f32x8,
     load_ir,
     mapped,
-    max_f,
-    max_lanes,
-    min_f,
-    mul_f,
     scalar,
-    splat_f32,
-    splat_f64,
     splat_ir,
     store_ir,
-    sub_f,
 )
 from edgeinfer.kernels.cpu.native.words import load_f32, load_u8, set_word, store_f32, word
 
