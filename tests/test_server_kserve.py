@@ -390,7 +390,7 @@ found = [
 asked["inputs"] = inputs_of(http, True)
 found.append(shown(client.infer(model_version="1", **asked)))
 found.append(shown(client.async_infer(**asked).get_result()))
-for name, wrong in (("nothing", "not found"), (MODEL, "max_tokens is 0")):
+for name, wrong in (("nothing", "not found"), (MODEL, "max_tokens is -1; it must be")):
     try:
         client.infer(name, inputs_of(http, True), parameters={"max_tokens": -1})
         raise SystemExit("no error")
