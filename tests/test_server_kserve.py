@@ -345,10 +345,12 @@ def test_an_answer_without_text_and_one_that_fails(server: Running) -> None:
         {"text_input": 5},
         {"text_input": ["a", "b"]},
         {"text_input": "x", "seed": 1.5},
+        {"text_input": "x", "id": 5},
     ):
         for end in ("generate", "generate_stream"):
             reply = server.post(f"/v2/models/tiny/{end}", body)
             assert reply.status_code == 400 and list(reply.json()) == ["error"]
+    server.wait_until_idle()  # nothing is begun of what is refused
 
 
 # -- Triton's client -----------------------------------------------------------------------------
