@@ -111,7 +111,12 @@ class Service:
             except InvalidRequestError as error:
                 raise request.structure.renamed(error) from error
             answer = Answer(
-                model, streams, self.limits.ping_seconds, self._doorbell, stack.pop_all()
+                model,
+                streams,
+                self.limits.ping_seconds,
+                self._doorbell,
+                stack.pop_all(),
+                request.structure,
             )
         self.answers.add(answer)
         answer.stack.callback(self.answers.discard, answer)
