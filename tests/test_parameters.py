@@ -58,6 +58,17 @@ class Odd:
     def __repr__(self) -> str:
         raise RuntimeError("no repr")
 
+    async def later(self, *_: object) -> None:
+        pass
+
+
+async def later(*_: object) -> None:
+    """Called, it does nothing yet."""
+
+
+def made_one_by_one(*_: object) -> Iterator[None]:
+    yield
+
 
 WRONG_INTEGERS = [
     60.0, 1.5, "5", b"5", True, False, np.bool_(True), math.nan, math.inf, 2**70, -(2**70),
@@ -105,15 +116,15 @@ def _wrong(parameter: Parameter) -> list[Any]:
         "pre": [5, b"x", ["x"], True, Odd()],
         "chat_template": [5, b"x", ["x"], True, Odd()],
         "pooling": [5, "", "cls", "Mean", b"mean", ["mean"], True, Odd()],
-        "progress": [5, "x", True, [print], object()],
+        "progress": [5, "x", True, [print], object(), later, made_one_by_one],
         "schema": [5, 1.5, b"{}", ["x"], (), print, 5j, "", "[1]", False, {"not": {}}, Path, Odd()],
         "grammar": [5, b"start: a", ["x"], True, "", "nothing", {"a": 1}, Odd()],
         "regex": [5, b"a", ["a"], True, "(", "(?=a)", Odd()],
-        "on_step": [5, "x", True, [print], object()],
+        "on_step": [5, "x", True, [print], object(), later, made_one_by_one, Odd().later],
         "residuals": [5, "1", b"1", [1.0], [True], ["1"], [-1], [2**70], [[1]], {1: 2}, Odd()],
         "watch": [
             5, "logits", b"logits", [], ["nothing"], ["logits", -1], [1.0], [True], [None],
-            {"logits": 1}, [["logits"]], Odd(),
+            {"logits": 1}, [["logits"]], Odd(), range(10**9),
         ],
     }[parameter.name]  # fmt: skip
 
