@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import pickle
 from collections.abc import Callable, Iterator
@@ -154,7 +155,15 @@ def test_a_wrong_value_of_an_answer_is_refused_by_name(llm: LLM, parameter: Para
     assert _is_unharmed(llm)
 
 
-@pytest.mark.parametrize("value", [5, "ab", ["a"], {5: 1}, {"messages": []}])
+def test_tools_without_end_are_refused_by_the_first(llm: LLM) -> None:
+    for tools in (itertools.count(), range(10**9)):
+        with pytest.raises(InvalidRequestError, match="a tool is not an object"):
+            llm.stream_chat("x", tools=tools)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "value", [5, "ab", ["a"], {5: 1}, {"messages": []}, {"x": range(10**9)}, {"x": [range(10**9)]}]
+)
 def test_wrong_template_args_are_refused_by_name(llm: LLM, value: Any) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         llm.stream_chat("x", template_args=value)
