@@ -142,6 +142,7 @@ class AsyncLLM:
         done = loop.create_future()
         begun.notify(lambda: _tell(loop, _wake, done))
         try:
+            begun.check_waiting()
             await done
         except BaseException:
             begun.cancel()
@@ -227,6 +228,7 @@ class AsyncStream(AsyncIterator[Event]):
 
     async def _wait(self) -> None:
         """Until the engine's thread has an event; a closed loop ends the answer there."""
+        self._stream.check_waiting()
         loop = asyncio.get_running_loop()
         woken = loop.create_future()
         self._stream.notify(partial(loop.call_soon_threadsafe, _wake, woken))

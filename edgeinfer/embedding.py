@@ -69,6 +69,10 @@ class Embedding:
             raise self._error
         return self._vectors
 
+    def check_waiting(self) -> None:
+        """Raise unless there can be a result for who waits for it in this thread."""
+        self._engine.check_waiting()
+
     def notify(self, tell: Callable[[], object]) -> None:
         """Call `tell` once there is a result, from any thread; it can't raise."""
         with self._lock:

@@ -115,7 +115,7 @@ _WORDS: dict[Callable[[Any], Any], str] = {
     layer_count: "a number of layers, -1 for all, or 'auto'",
     memory_size: "bytes, 512M, 2G, or a share such as 80%",
     cache_types: f"one of {', '.join(map(repr, CACHE_TYPES))}, or two, for K and for V",
-    function: "a function",
+    function: "a function, neither async nor with a yield",
     schema: "a JSON schema, a pydantic model, a dataclass or a TypedDict",
     layers: "numbers of layers",
     watched: "some of 'logits', 'hidden' and numbers of layers",

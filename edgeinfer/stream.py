@@ -19,7 +19,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 from edgeinfer.engine.generation import WAKE_SECONDS, Generation
 from edgeinfer.engine.sequence import Finished, Prefilled, Request, Token
 from edgeinfer.errors import BusyError, ClosedError, InvalidRequestError
-from edgeinfer.parameters import shown
+from edgeinfer.parameters import Parameter, shown
 from edgeinfer.results import (
     Completion,
     Delta,
@@ -32,9 +32,11 @@ from edgeinfer.results import (
 )
 from edgeinfer.text.reply import AnswerText
 from edgeinfer.text.tokenizer import Tokenizer
+from edgeinfer.values import function
 
 _Self = TypeVar("_Self", bound="Stream")
 _Reason = Literal["stop", "length", "cancelled"]
+_CALLBACK = Parameter("callback", function, "Called once there is an event.")
 MOST_OPEN = 256  # streams of a batch: more than steps take, fewer than may wait
 
 
@@ -130,10 +132,7 @@ class Stream(Iterator[Event]):
         `is_quick` takes microseconds and never gives the interpreter to another thread: the next
         step waits for it.
         """
-        if not callable(callback):
-            raise InvalidRequestError(
-                f"callback is {shown(callback)}; it must be a function", param="callback"
-            )
+        callback = _CALLBACK.check(callback)
         self._check_process()
         if self._ready or self._is_over:
             callback()

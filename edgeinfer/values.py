@@ -25,6 +25,7 @@ _UNITS = {"": 1, "B": 1, "%": 1} | {
     letter + ending: 1 << 10 * n for n, letter in enumerate("KMGT", 1) for ending in ("", "B", "IB")
 }
 _UNIT_LETTERS = "KMGTIBkmgtib%"
+_MAKES_ITERATORS = 0x2A0  # inspect's CO_GENERATOR, CO_COROUTINE and CO_ASYNC_GENERATOR
 
 
 def integer(value: Any) -> int:
@@ -137,6 +138,8 @@ def watched(value: Any) -> tuple[str | int, ...]:
     """Names of what steps yield, and numbers of layers."""
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Collection):
         raise ValueError
+    if len(value) > MOST_IDS:
+        raise ValueError
     names = [each for each in value if isinstance(each, str)]
     if not len(value) or not set(names) <= {"logits", "hidden"}:
         raise ValueError
@@ -151,7 +154,9 @@ def schema(value: Any) -> Any:
 
 
 def function(value: Any) -> Callable[..., Any]:
-    if not callable(value):
+    """What does something when it is called: a coroutine or a generator would only be made."""
+    flags = getattr(getattr(value, "__code__", None), "co_flags", 0)
+    if not callable(value) or flags & _MAKES_ITERATORS:
         raise ValueError
     checked: Callable[..., Any] = value
     return checked

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from edgeinfer import LLM, AsyncLLM, ClosedError, InvalidRequestError
+from edgeinfer.engine.hooks import Step
 
 from .models_for_tests import tiny_model
 
@@ -160,3 +161,22 @@ def test_a_loop_that_ends_leaves_nothing_behind(llm: LLM) -> None:
     while llm.runtime.engine.n_running:  # until its step is over
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize("what", ["generate", "embed"])
+def test_a_callback_can_not_wait_in_a_loop_of_its_own_either(path: Path, what: str) -> None:
+    """It would wait for itself, and all others with it."""
+
+    async def ask(llm: LLM) -> None:
+        face = AsyncLLM(llm)
+        await (face.generate("x", max_tokens=2) if what == "generate" else face.embed("x"))
+
+    def look(step: Step) -> None:
+        with pytest.raises(InvalidRequestError, match="a callback can't wait"):
+            asyncio.run(ask(llm))
+        looked.append(step.position)
+
+    looked: list[int] = []
+    with LLM(path, device="reference", pooling="mean") as llm:
+        llm.generate("y", max_tokens=2, on_step=look)
+        assert looked and llm.generate("y", max_tokens=2).token_ids

@@ -195,7 +195,7 @@ def test_what_a_matcher_gives_up_on_is_an_error_of_its_answer(
 ) -> None:
     other = llm.stream("other", **SPEC)
     many = {"type": "object", "properties": {f"p{i}": WORDS for i in range(1500)}}
-    with pytest.raises(EdgeInferError, match="can't go on by its grammar: .*max is 2000"):
+    with pytest.raises(EdgeInferError, match="can't be kept to: .*max is 2000"):
         llm.generate("x", schema=many, **SPEC)
     fill = GrammarMatcher.fill
 

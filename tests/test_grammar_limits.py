@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from edgeinfer.constraining import Grammars
 from edgeinfer.errors import InvalidRequestError
 from edgeinfer.text.grammar import Grammar
 from edgeinfer.text.tokenizer import Tokenizer
 
-from .test_grammar import accepts
+from .test_grammar import accepts, allowed
 from .test_grammar import tiny as tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,6 +62,31 @@ print(Grammars().compile({make}, tokenizer_of(byte_pair())).begin().is_ended)
 def test_what_takes_without_end_is_refused(make: Callable[[], Grammar], message: str) -> None:
     with pytest.raises(InvalidRequestError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        Grammar.of_regex("((a{100}){100}){100}"), Grammar.of_regex("a{1000000}"),
+        Grammar.of_text('start: A{1000}\nA: B{30}\nB: "x"'),
+        Grammar.of_schema({"const": "x" * 30_000}),
+    ],
+    ids=range(4),
+)  # fmt: skip
+def test_what_repeats_without_end_is_not_kept(tiny: Tokenizer, grammar: Grammar) -> None:
+    """Its first step took up to 230 MB, and each one seconds, in which nobody else went on."""
+    with pytest.raises(InvalidRequestError, match=f"{grammar.param} can't be (used|kept to): "):
+        Grammars().compile(grammar, tiny)
+
+
+def test_what_must_follow_has_an_end_behind_a_choice_too(tiny: Tokenizer) -> None:
+    many = Grammar.of_text('start: /[ab]/ A{1000}\nA: B{30}\nB: "x"')
+    for looks_first in (False, True):
+        matcher = Grammars().compile(many, tiny).begin()
+        (found,) = allowed(matcher, tiny.n_vocab)
+        matcher.advance(min(found))
+        with pytest.raises(InvalidRequestError, match="can't be kept to: 30,000 tokens in a row"):
+            matcher.forced(1) if looks_first else allowed(matcher, tiny.n_vocab)
 
 
 def test_bounds_that_are_not_exact_are_narrowed(tiny: Tokenizer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import pickle
 from collections.abc import Callable, Iterator
@@ -58,6 +59,17 @@ class Odd:
     def __repr__(self) -> str:
         raise RuntimeError("no repr")
 
+    async def later(self, *_: object) -> None:
+        pass
+
+
+async def later(*_: object) -> None:
+    """Called, it does nothing yet."""
+
+
+def made_one_by_one(*_: object) -> Iterator[None]:
+    yield
+
 
 WRONG_INTEGERS = [
     60.0, 1.5, "5", b"5", True, False, np.bool_(True), math.nan, math.inf, 2**70, -(2**70),
@@ -105,15 +117,15 @@ def _wrong(parameter: Parameter) -> list[Any]:
         "pre": [5, b"x", ["x"], True, Odd()],
         "chat_template": [5, b"x", ["x"], True, Odd()],
         "pooling": [5, "", "cls", "Mean", b"mean", ["mean"], True, Odd()],
-        "progress": [5, "x", True, [print], object()],
+        "progress": [5, "x", True, [print], object(), later, made_one_by_one],
         "schema": [5, 1.5, b"{}", ["x"], (), print, 5j, "", "[1]", False, {"not": {}}, Path, Odd()],
         "grammar": [5, b"start: a", ["x"], True, "", "nothing", {"a": 1}, Odd()],
         "regex": [5, b"a", ["a"], True, "(", "(?=a)", Odd()],
-        "on_step": [5, "x", True, [print], object()],
+        "on_step": [5, "x", True, [print], object(), later, made_one_by_one, Odd().later],
         "residuals": [5, "1", b"1", [1.0], [True], ["1"], [-1], [2**70], [[1]], {1: 2}, Odd()],
         "watch": [
             5, "logits", b"logits", [], ["nothing"], ["logits", -1], [1.0], [True], [None],
-            {"logits": 1}, [["logits"]], Odd(),
+            {"logits": 1}, [["logits"]], Odd(), range(10**9),
         ],
     }[parameter.name]  # fmt: skip
 
@@ -143,7 +155,15 @@ def test_a_wrong_value_of_an_answer_is_refused_by_name(llm: LLM, parameter: Para
     assert _is_unharmed(llm)
 
 
-@pytest.mark.parametrize("value", [5, "ab", ["a"], {5: 1}, {"messages": []}])
+def test_tools_without_end_are_refused_by_the_first(llm: LLM) -> None:
+    for tools in (itertools.count(), range(10**9)):
+        with pytest.raises(InvalidRequestError, match="a tool is not an object"):
+            llm.stream_chat("x", tools=tools)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "value", [5, "ab", ["a"], {5: 1}, {"messages": []}, {"x": range(10**9)}, {"x": [range(10**9)]}]
+)
 def test_wrong_template_args_are_refused_by_name(llm: LLM, value: Any) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         llm.stream_chat("x", template_args=value)

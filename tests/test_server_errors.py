@@ -12,6 +12,8 @@ import ollama
 import openai
 import pytest
 
+from edgeinfer.server.frames import Frames
+
 from .server_for_tests import N_CTX, Running, running, small_model
 
 KEY = "secret"
@@ -264,6 +266,30 @@ def test_answers_that_never_fit_are_refused_for_good(
             assert strict.post(path, few, headers=key).status_code == 429
         strict.wait_until_idle()
         assert strict.post(path, few, headers=key).status_code == 200
+
+
+STREAMED: Any = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}]},
+    "/v1/completions": {"prompt": "hi"}, "/v1/responses": {"input": "hi"},
+    "/v1/messages": {"messages": [{"role": "user", "content": "hi"}]},
+    "/api/generate": {"prompt": "hi"}, "/v2/models/tiny/generate_stream": {"text_input": "hi"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", STREAMED)
+def test_an_answer_of_which_no_reply_comes_ends(
+    strict: Running, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever fails between the two: it would keep its place for ever."""
+
+    def fail(*_: object) -> None:
+        raise ValueError("of a test")
+
+    monkeypatch.setattr(Frames, "__init__", fail)
+    body = {"model": "tiny", "max_tokens": 999, "stream": True, **STREAMED[path]}
+    assert strict.post(path, body, headers={"x-api-key": KEY}).status_code == 500
+    strict.wait_until_idle()
+    assert not strict.service.is_busy
 
 
 BROKEN = [b"{", b"[]", b"null", b"\xff", b'{"a":' * 5000, b'{"messages": 1e999}', b'"x"', b"NaN"]

@@ -94,6 +94,7 @@ REQUESTS: list[tuple[str, Any]] = [
     ("/v1/embeddings", {"input": ["a", [5]], "dimensions": 4, "encoding_format": "float"}),
     ("/v2/models/tiny/infer", {"inputs": [TENSOR], "parameters": {"max_tokens": 2, "top_k": 1}}),
     ("/v2/models/tiny/generate", {"text_input": "a", "parameters": {"stop_words": ["x"]}}),
+    ("/v2/models/tiny/generate_stream", {"text_input": "a", "id": "1", "max_tokens": 2}),
 ]  # fmt: skip
 TOOLS: Any = [{"type": "function", "function": FUNCTION}]
 DEEP: Any = []
@@ -156,6 +157,7 @@ def test_a_field_that_is_something_else(
         assert '"error":{' not in reply.text
         return
     assert reply.status_code in (400, 404), reply.text
+    assert not server.service.answers  # of what is refused none has begun, or goes on
     said = told(path, reply)
     is_about_all = any(words in said for words in ("context_length", "--pooling", "one of them"))
     names = [each for each in at if isinstance(each, str)]

@@ -281,6 +281,18 @@ def test_a_schema_that_need_not_be_kept_to_is_no_error(client: OpenAI) -> None:
     assert "bad" in (chat.choices[0].message.content or "bad")
 
 
+def test_a_form_that_proves_too_large_is_told_by_its_field(served: Running) -> None:
+    """Also where the answer has begun."""
+    body = {"prompt": "hi", "guided_regex": "[bc]((a{100}){100}){100}"}
+    whole = served.post("/v1/completions", body)
+    streamed = served.post("/v1/completions", {**body, "stream": True}).text
+    events = [json.loads(each[6:]) for each in streamed.split("\n\n") if "{" in each]
+    assert whole.status_code == 400
+    for error in (whole.json()["error"], events[-1]["error"]):
+        assert error["param"] == "guided_regex" and error["type"] == "invalid_request_error"
+        assert error["message"].startswith("guided_regex can't be kept to: ")
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [

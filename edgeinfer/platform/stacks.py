@@ -40,5 +40,5 @@ def with_stack(n_bytes: int, work: Callable[[], T]) -> T:
             threading.stack_size(before)
     thread.join()
     if failed:
-        raise failed[0]
+        raise failed.pop()  # kept here it would keep this frame, and all that `work` has made
     return found[0]

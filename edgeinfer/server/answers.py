@@ -12,10 +12,12 @@ from contextlib import AsyncExitStack
 from functools import partial
 
 from edgeinfer.aio import AsyncStream
+from edgeinfer.errors import InvalidRequestError
 from edgeinfer.results import Completion, Delta, Done, Event, TokenLogprob
 from edgeinfer.server.doorbell import Doorbell
 from edgeinfer.server.errors import ApiError, Json
 from edgeinfer.server.models import ServedModel
+from edgeinfer.server.structure import Structure
 
 
 class Listener:
@@ -43,8 +45,10 @@ class Answer:
         ping_seconds: float,
         doorbell: Doorbell,
         stack: AsyncExitStack,
+        structure: Structure,
     ) -> None:
         self.model, self.streams, self.stack = model, streams, stack
+        self._structure = structure
         self.completions: dict[int, Completion] = {}
         self.has_begun = False
         self._left = {i: stream.stream for i, stream in enumerate(streams)}
@@ -78,6 +82,8 @@ class Answer:
             self._waiter = None
             del self._listener  # which holds this, as a rule
             self._alarm.cancel()
+        if isinstance(found, InvalidRequestError):  # of a grammar that proves too large
+            raise self._structure.renamed(found)
         if isinstance(found, Exception):
             raise found
         return found

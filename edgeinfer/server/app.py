@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from starlette.routing import Router
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from edgeinfer.server import (
     chat_completions,
@@ -34,7 +34,13 @@ _APIS = (
 
 def make_app(service: Service) -> ASGIApp:
     routes = [route for api in _APIS for route in api.routes(service)]
-    return Gate(Router(routes, redirect_slashes=False), service.limits, find_envelope)
+    router = Router(routes, redirect_slashes=False)
+
+    async def answered(scope: Scope, receive: Receive, send: Send) -> None:
+        async with service.request():
+            await router(scope, receive, send)
+
+    return Gate(answered, service.limits, find_envelope)
 
 
 def find_envelope(path: str, headers: Mapping[str, str]) -> Callable[[ApiError], Json]:

@@ -157,15 +157,15 @@ class KServe:
     # -- text ------------------------------------------------------------------------------------
 
     async def generate(self, http: HttpRequest) -> Response:
-        model, body, answer = await self._begin(http)
+        head, answer = await self._begin(http)
         (found,) = await unless_gone(http.receive, answer.collect())
-        return reply({**_head(model, body), _TEXT: found.text})
+        return reply({**head, _TEXT: found.text})
 
     async def stream(self, http: HttpRequest) -> Response:
-        model, body, answer = await self._begin(http)
-        return Frames(_Shape(_head(model, body)), EVENTS, answer)
+        head, answer = await self._begin(http)
+        return Frames(_Shape(head), EVENTS, answer)
 
-    async def _begin(self, http: HttpRequest) -> tuple[ServedModel, Fields, Answer]:
+    async def _begin(self, http: HttpRequest) -> tuple[Json, Answer]:
         model = self._model(http)
         body = await read_fields(http, self._service.limits.most_body)
         text = body.get(_INPUT)
@@ -175,7 +175,8 @@ class KServe:
             raise body.wrong(_INPUT, "a text")
         sampling = _sampling(body, body.object("parameters"))
         request = Request(model=model.name, prompts=[text], sampling=sampling)
-        return model, body, await self._service.answer(request)
+        head = _head(model, body)  # of what can't be used no answer is begun
+        return head, await self._service.answer(request)
 
 
 def _ready(told: Json, is_ready: bool) -> Response:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -34,6 +35,7 @@ from edgeinfer.text.prompt import chat_prompt
 T = TypeVar("T")
 _NEVER = -1e9  # what keeps a token from being picked
 _MOST_TEXTS = 2048  # to embed in one request
+_BEGUN: ContextVar[AsyncExitStack] = ContextVar("begun")  # what ends with a request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +88,15 @@ class Service:
         finally:
             self._n_open -= 1
 
+    @asynccontextmanager
+    async def request(self) -> AsyncIterator[None]:
+        """Answers that are begun inside end with it, also where a handler fails between the two."""
+        async with AsyncExitStack() as stack:
+            _BEGUN.set(stack)
+            yield
+
     async def answer(self, request: Request) -> Answer:
-        """Begin to answer; whoever calls this closes the answer."""
+        """Begin to answer, inside of `request`; whoever reads the answer may close it before."""
         n_answers = request.n * max(1, len(request.prompts))
         if n_answers > self.limits.most_answers:
             raise ApiError(
@@ -103,10 +112,16 @@ class Service:
             except InvalidRequestError as error:
                 raise request.structure.renamed(error) from error
             answer = Answer(
-                model, streams, self.limits.ping_seconds, self._doorbell, stack.pop_all()
+                model,
+                streams,
+                self.limits.ping_seconds,
+                self._doorbell,
+                stack.pop_all(),
+                request.structure,
             )
         self.answers.add(answer)
         answer.stack.callback(self.answers.discard, answer)
+        _BEGUN.get().push_async_callback(answer.close)
         return answer
 
     async def embed(

@@ -137,8 +137,16 @@ class _Refused(Exception):
 
 
 def limits() -> Any:
-    """Of what a grammar may take, 20 MB of states; and messages without what was read."""
-    return _llguidance().LLParserLimits(max_lexer_states=20_000, verbose_errors=False)
+    """Of what a grammar may take, 20 MB of states and as much of expressions; terse messages.
+
+    Schemas of 131,072 characters and patterns with counts of thousands take less than half of it.
+    """
+    return _llguidance().LLParserLimits(
+        max_lexer_states=20_000,
+        initial_lexer_fuel=300_000,
+        step_lexer_fuel=50_000,
+        verbose_errors=False,
+    )
 
 
 def check_installed() -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import llguidance
 import numpy as np
 
-from edgeinfer.errors import EdgeInferError, InvalidRequestError
+from edgeinfer.errors import InvalidRequestError
 from edgeinfer.text.grammar import Grammar, first_line, limits
 from edgeinfer.text.grammar_limits import deeply
 from edgeinfer.text.tokenizer import Tokenizer
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 # character, and 12 MiB more where answers have been in all the states that a lexer may have.
 _MOST_KEPT = 16
 _MOST_KEPT_TEXT = 1 << 17  # characters of all together: of one, a whole text may be as long
+# Tokens in a row that must follow: each step computes all of them, and holds up other answers.
+_MOST_FORCED = 1 << 14
 
 
 class GrammarCompiler:
@@ -36,38 +38,39 @@ class GrammarCompiler:
         self._vocabulary = llguidance.LLTokenizer(vocabulary, eos_token=ends)
         self._unused = None if tokenizer.eog_ids else vocabulary.eos_token_id
         self._lock = threading.Lock()
-        self._kept: OrderedDict[str, CompiledGrammar] = OrderedDict()
+        self._kept: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
         """InvalidRequestError where it is too large, or asks for what the vocabulary lacks."""
         with self._lock:
-            kept = self._kept.get(grammar.text)
+            kept = self._kept.get(grammar)
             if kept is not None and not kept.is_spent:
-                self._kept.move_to_end(grammar.text)
+                self._kept.move_to_end(grammar)
                 return kept
         # Without the lock: what takes long holds up nobody else.
-        matcher, first = deeply(lambda: self._begun(grammar), grammar.param)
-        if first.is_error():
-            raise InvalidRequestError(
-                f"{grammar.param} can't be used: {_error(first)}", param=grammar.param
-            )
-        made = CompiledGrammar(grammar, matcher, self._vocabulary.vocab_size, self._unused)
+        made = deeply(lambda: self._made(grammar), grammar.param)
         with self._lock:
-            self._kept.pop(grammar.text, None)
-            self._kept[grammar.text] = made
+            self._kept.pop(grammar, None)
+            self._kept[grammar] = made
             while len(self._kept) > 1 and self._is_over():
                 self._kept.popitem(last=False)
         return made
 
     def _is_over(self) -> bool:
-        return len(self._kept) > _MOST_KEPT or sum(map(len, self._kept)) > _MOST_KEPT_TEXT
+        n_characters = sum(len(grammar.text) for grammar in self._kept)
+        return len(self._kept) > _MOST_KEPT or n_characters > _MOST_KEPT_TEXT
 
-    def _begun(self, grammar: Grammar) -> tuple[Any, Any]:
-        """A matcher, and a copy that has taken its first step."""
+    def _made(self, grammar: Grammar) -> CompiledGrammar:
         matcher = llguidance.LLMatcher(self._vocabulary, grammar.text, log_level=0, limits=limits())
+        made = CompiledGrammar(grammar, matcher, self._vocabulary.vocab_size, self._unused)
         first = matcher.deep_copy()
+        GrammarMatcher(made, first, self._vocabulary.vocab_size, self._unused).forced(0)
         first.compute_bitmask()  # some are only now seen to be too large, or to allow nothing
-        return matcher, first
+        if first.is_error():
+            raise InvalidRequestError(
+                f"{grammar.param} can't be used: {_error(first)}", param=grammar.param
+            )
+        return made
 
 
 class CompiledGrammar:
@@ -77,7 +80,7 @@ class CompiledGrammar:
     """
 
     def __init__(self, grammar: Grammar, matcher: Any, n_tokens: int, unused: int | None) -> None:
-        self.text, self.is_spent = grammar.text, False
+        self.text, self.param, self.is_spent = grammar.text, grammar.param, False
         self._matcher, self._n_tokens, self._unused = matcher, n_tokens, unused
 
     def begin(self) -> GrammarMatcher:
@@ -88,7 +91,8 @@ class CompiledGrammar:
 class GrammarMatcher:
     """How far one answer has come in its grammar: an engine's `Matcher`.
 
-    llguidance knows `n_tokens`; of these one may be `unused` by the model.
+    llguidance knows `n_tokens`; of these one may be `unused` by the model. Where a grammar proves
+    too large an InvalidRequestError names the keyword that it came by.
     """
 
     def __init__(
@@ -96,6 +100,7 @@ class GrammarMatcher:
     ) -> None:
         self._grammar = grammar
         self._matcher, self._n_words, self._unused = matcher, -(-n_tokens // 32), unused
+        self._is_checked = False  # whether too much must follow here
 
     @property
     def is_ended(self) -> bool:
@@ -105,6 +110,10 @@ class GrammarMatcher:
     def forced(self, n: int) -> list[int]:
         """Up to `n` tokens that must follow, as far as that is known."""
         found: list[int] = self._matcher.compute_ff_tokens()
+        self._check()
+        if len(found) > _MOST_FORCED:
+            raise self._refused(f"{len(found):,} tokens in a row must follow by it")
+        self._is_checked = True
         return found[:n]
 
     def count_possible(self, tokens: Sequence[int]) -> int:
@@ -114,6 +123,8 @@ class GrammarMatcher:
 
     def fill(self, masks: NDArray[np.uint32], drafts: Sequence[int]) -> None:
         """Row i of `masks` (n, words): which tokens may follow the first i of the drafts."""
+        if not self._is_checked:  # where nobody guesses
+            self.forced(0)
         masks[:] = 0
         n_taken = 0
         for i, mask in enumerate(masks):
@@ -130,6 +141,7 @@ class GrammarMatcher:
 
     def advance(self, token: int) -> None:
         """Go on behind a token that a mask has allowed."""
+        self._is_checked = False
         self._matcher.consume_token(token)
         self._check()
 
@@ -140,10 +152,13 @@ class GrammarMatcher:
     def _check(self) -> None:
         if self._matcher.is_error():
             self._grammar.is_spent |= "too many states" in self._matcher.get_error()
-            raise EdgeInferError(
-                "the answer can't go on by its grammar: "
-                f"{_error(self._matcher)}; simplify the grammar"
-            )
+            raise self._refused(_error(self._matcher))
+
+    def _refused(self, reason: str) -> InvalidRequestError:
+        return InvalidRequestError(
+            f"{self._grammar.param} can't be kept to: {reason}; simplify it",
+            param=self._grammar.param,
+        )
 
 
 def _error(matcher: Any) -> str:

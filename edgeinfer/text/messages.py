@@ -16,6 +16,7 @@ from edgeinfer.parameters import shown
 
 _DEEPEST = 100
 _MOST_MENDED = 1 << 16  # characters of arguments, which are read one by one
+_MOST_ITEMS = 1 << 20  # of a list; bodies of requests have as many values at most
 _MOST_BITS = 4096  # of an integer: Python writes none of over 4,300 digits
 
 
@@ -121,9 +122,11 @@ def _tools(tools: Sequence[Mapping[str, Any]] | None) -> list[Any]:
     listed = _listed(() if tools is None else tools)
     if listed is None:
         raise _wrong("tools are not a list of objects", "tools")
-    found = list(listed)
-    if not all(isinstance(tool, Mapping) for tool in found):
-        raise _wrong("a tool is not an object", "tools")
+    found = []
+    for tool in listed:  # however many there are: the first that is none is enough
+        if not isinstance(tool, Mapping):
+            raise _wrong("a tool is not an object", "tools")
+        found.append(tool)
     return cast("list[Any]", plain(found, "tools"))
 
 
@@ -192,6 +195,8 @@ def plain(value: Any, param: str, depth: int = 0) -> Any:
             raise _wrong(f"{param} hold an object with a key that is no text", param)
         items = [plain(item, param, depth + 1) for item in value.values()]
         return dict(zip(keys, items, strict=True))
+    if isinstance(value, Sequence) and len(value) > _MOST_ITEMS:  # a range takes none itself
+        raise _wrong(f"{param} hold a list of over {_MOST_ITEMS:,} items", param)
     if isinstance(value, tuple):
         return tuple(plain(item, param, depth + 1) for item in value)
     if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray, memoryview)):
