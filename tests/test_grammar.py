@@ -371,10 +371,11 @@ def test_compiled_grammars_are_kept_by_number_and_length(tiny: Tokenizer) -> Non
     first, *others = compiled(*names)
     assert compiled(*names[1:]) == others and compiled(names[0]) != [first]
     short = compiled("short")
-    long = compiled("b" * 120_000)
-    assert compiled("b" * 120_000) == long and compiled("short") == short
-    compiled("c" * 100_000)
-    assert compiled("short") == short and compiled("b" * 120_000) != long
+    text, other = ("[abc]" + each * 115 for each in "bc")  # with choices on the way
+    long = compiled(text * 1000)
+    assert compiled(text * 1000) == long and compiled("short") == short
+    compiled(other * 900)
+    assert compiled("short") == short and compiled(text * 1000) != long
 
 
 def test_a_grammar_whose_lexer_is_spent_is_compiled_anew(

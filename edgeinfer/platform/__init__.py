@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         MODULE_FLAG,
         NOT_RUN,
         STARTS_ITSELF,
+        begin_anew,
         can_start_python,
         find_program,
         module_folders,
@@ -85,8 +86,8 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "children": (
-        "MODULE_FLAG NOT_RUN STARTS_ITSELF can_start_python find_program module_folders "
-        "python_command run_editor run_tool set_for_us start_isolated start_program"
+        "MODULE_FLAG NOT_RUN STARTS_ITSELF begin_anew can_start_python find_program "
+        "module_folders python_command run_editor run_tool set_for_us start_isolated start_program"
     ),
     "forks": "ForkedProcess",
     "devices": "CudaDriver Gpu NvrtcLibrary board_name cuda_driver cuda_library nvrtc_libraries",
@@ -130,6 +131,7 @@ __all__ = [
     "Wakeup",
     "append_private",
     "available_memory",
+    "begin_anew",
     "board_name",
     "bytes_below",
     "can_run_generated_code",

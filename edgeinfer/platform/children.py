@@ -6,6 +6,7 @@ import errno
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any
@@ -34,6 +35,16 @@ def python_command(module: str, *arguments: str, folders: Sequence[str] = ()) ->
     flags = ["-B"] if sys.dont_write_bytecode else []
     found = "\n".join([*folders, *module_folders()])
     return [sys.executable, _alone(), *flags, "-c", _RUN_MODULE, found, module, *arguments]
+
+
+def begin_anew() -> None:
+    """Have this process begin anew what it was started for, with the streams that it has.
+
+    Nothing that was read may be left in a buffer. Where the system can't, the process goes on.
+    """
+    if os.name == "posix":
+        with suppress(OSError):
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _alone() -> str:

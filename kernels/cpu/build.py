@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from edgeinfer import platform
 from edgeinfer.kernels.cpu.kept_objects import symbol, write_object
 from edgeinfer.kernels.cpu.object_files import undefined_symbols
 from edgeinfer.kernels.cpu.soft_float import without_fma
@@ -51,6 +52,8 @@ _ALLOWED = re.compile(
 _FAST_MATH = re.compile(r"^.*\b(fast|reassoc|contract|nnan|ninf|nsz|arcp|afn)\b .*$", re.MULTILINE)
 
 _COLLECTED = 4  # kernels between two collections of garbage, 25 MB each
+# Bytes that a builder holds at most when it takes another kernel: Numba forgets nothing.
+_MOST_HELD = 256 << 20
 
 
 class KernelBuildError(Exception):
@@ -214,6 +217,8 @@ def main() -> None:
         else:
             write_object(args.folder, name, build(name, target))
             print(name, flush=True)
+        if not args.names and platform.rss() > _MOST_HELD:
+            platform.begin_anew()  # the next name comes once this one was answered
 
 
 def _target_of(family: str | None) -> Target:
