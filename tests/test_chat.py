@@ -366,6 +366,9 @@ def test_error_names_the_line(source: str, line: int, what: str) -> None:
 
 ENDLESS: list[Any] = []
 ENDLESS.append(ENDLESS)
+DOUBLED: list[Any] = []  # each of 60 lists holds the next one twice
+for _ in range(60):
+    DOUBLED = [DOUBLED, DOUBLED]
 
 
 @pytest.mark.parametrize(
@@ -387,6 +390,8 @@ ENDLESS.append(ENDLESS)
         ([{"role": "user", "content": "x", "tool_calls": [5]}], "tool_calls"),
         ([{"role": "user", "content": "x", "name": object()}], "of type object"),
         ([{"role": "user", "content": "x", "name": ENDLESS}], "deep"),
+        ([{"role": "user", "content": "x", "name": DOUBLED}], "hold over 1,048,576 values"),
+        ([{"role": "user", "content": "x", "name": range(10**12)}], "hold over 1,048,576 values"),
         ([{"role": "user", "content": "x", "name": 10**5000}], "bits"),
         ([{"role": "user", "content": "x", "name": Fraction(10**5000, 3)}], "of type Fraction"),
         *(

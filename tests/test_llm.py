@@ -6,6 +6,7 @@ import asyncio
 import copy
 import gc
 import inspect
+import math
 import os
 import pickle
 import re
@@ -549,6 +550,14 @@ def test_bad_sampling_values_are_errors(llm: LLM) -> None:
         llm.generate("x", top_p=7)
     with pytest.raises(InvalidRequestError, match="logit_bias"):
         llm.generate("x", logit_bias={99999: 1.0})
+
+
+def test_a_bias_that_leaves_no_token_is_its_senders_error(llm: LLM) -> None:
+    banned = dict.fromkeys(range(llm.runtime.tokenizer.n_vocab), -math.inf)
+    with pytest.raises(InvalidRequestError, match="ban fewer tokens") as caught:
+        llm.generate("x", logit_bias=banned)
+    assert caught.value.param == "logit_bias"
+    assert llm.generate("x", max_tokens=1, logit_bias=banned | {77: 0.0}).token_ids == (77,)
 
 
 def test_context_is_lowered_when_memory_is_short(path: Path) -> None:

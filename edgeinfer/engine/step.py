@@ -15,7 +15,7 @@ import numpy as np
 from edgeinfer.batch import Batch, Outputs, PageTable
 from edgeinfer.engine.generation import Generation, LogitsJob
 from edgeinfer.engine.sequence import FinishReason, Rows, Sequence, Token
-from edgeinfer.errors import EdgeInferError
+from edgeinfer.errors import EdgeInferError, InvalidRequestError
 from edgeinfer.sampling.params import OK, SampleTable, SamplingParams
 
 if TYPE_CHECKING:
@@ -136,6 +136,7 @@ def _seq_and_wanted(
 
 
 _FEW = np.arange(64, dtype=np.int32)
+_BANS = -1e30  # a bias below this leaves a token no chance
 _FEW.flags.writeable = False  # batches share them
 
 
@@ -284,7 +285,11 @@ def _take_token(
     request, token, table = work.request, picked.ids[row], picked.table
     if picked.status[row] != OK:
         what = "of what the grammar allows here" if work.matcher is not None else "a token"
-        raise EdgeInferError(f"the model yields no number to choose {what} by")
+        found = f"the model yields no number to choose {what} by"
+        if min(request.params.logit_bias.values(), default=0.0) < _BANS:
+            param = "logit_bias"
+            raise InvalidRequestError(f"{found} with this {param}; ban fewer tokens", param=param)
+        raise EdgeInferError(found)
     if work.has_mirostat:
         sequence.mu = float(table.mu[row])
     if request.max_tokens == 0:

@@ -16,7 +16,7 @@ from edgeinfer.parameters import shown
 
 _DEEPEST = 100
 _MOST_MENDED = 1 << 16  # characters of arguments, which are read one by one
-_MOST_ITEMS = 1 << 20  # of a list; bodies of requests have as many values at most
+_MOST_VALUES = 1 << 20  # of all messages; bodies of requests have as many at most
 _MOST_BITS = 4096  # of an integer: Python writes none of over 4,300 digits
 
 
@@ -177,37 +177,49 @@ def _checked(message: Any, i: int) -> dict[str, Any]:
     return cast("dict[str, Any]", known)
 
 
-def plain(value: Any, param: str, depth: int = 0) -> Any:
+def plain(value: Any, param: str) -> Any:
     """A copy of dicts, lists, tuples, text, numbers, booleans and None: what a template can get."""
-    if value is None or type(value) in (str, float, bool):
-        return value
-    if type(value) is int:
-        if value.bit_length() > _MOST_BITS:
-            raise _wrong(f"{param} hold an integer of over {_MOST_BITS} bits", param)
-        return value
-    if depth > _DEEPEST:
-        raise _wrong(f"{param} are nested over {_DEEPEST} deep", param)
-    if isinstance(value, str):
-        return str.__str__(value)
-    if isinstance(value, Mapping):
-        keys = [plain(key, param, depth + 1) for key in value]
-        if any(isinstance(key, (dict, list, tuple)) for key in keys):
-            raise _wrong(f"{param} hold an object with a key that is no text", param)
-        items = [plain(item, param, depth + 1) for item in value.values()]
-        return dict(zip(keys, items, strict=True))
-    if isinstance(value, Sequence) and len(value) > _MOST_ITEMS:  # a range takes none itself
-        raise _wrong(f"{param} hold a list of over {_MOST_ITEMS:,} items", param)
-    if isinstance(value, tuple):
-        return tuple(plain(item, param, depth + 1) for item in value)
-    if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray, memoryview)):
-        return [plain(item, param, depth + 1) for item in value]
-    for convert in (operator.index, float):
-        with suppress(TypeError, ValueError, OverflowError):
-            return plain(convert(value), param)
-    raise _wrong(
-        f"{param} hold a value of type {_kind(value)}; text, numbers, lists and objects work",
-        param,
-    )
+    return _Copy(param).of(value)
+
+
+class _Copy:
+    """Of one value: what it holds twice is in the copy twice, and counts as often."""
+
+    def __init__(self, param: str) -> None:
+        self._param, self._n_left = param, _MOST_VALUES
+
+    def of(self, value: Any, depth: int = 0) -> Any:
+        param, deeper = self._param, depth + 1
+        self._n_left -= 1
+        if self._n_left < 0:
+            raise _wrong(f"{param} hold over {_MOST_VALUES:,} values", param)
+        if value is None or type(value) in (str, float, bool):
+            return value
+        if type(value) is int:
+            if value.bit_length() > _MOST_BITS:
+                raise _wrong(f"{param} hold an integer of over {_MOST_BITS} bits", param)
+            return value
+        if depth > _DEEPEST:
+            raise _wrong(f"{param} are nested over {_DEEPEST} deep", param)
+        if isinstance(value, str):
+            return str.__str__(value)
+        if isinstance(value, Mapping):
+            keys = [self.of(key, deeper) for key in value]
+            if any(isinstance(key, (dict, list, tuple)) for key in keys):
+                raise _wrong(f"{param} hold an object with a key that is no text", param)
+            items = [self.of(item, deeper) for item in value.values()]
+            return dict(zip(keys, items, strict=True))
+        if isinstance(value, tuple):
+            return tuple(self.of(item, deeper) for item in value)
+        if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray, memoryview)):
+            return [self.of(item, deeper) for item in value]
+        for convert in (operator.index, float):
+            with suppress(TypeError, ValueError, OverflowError):
+                return self.of(convert(value), depth)
+        raise _wrong(
+            f"{param} hold a value of type {_kind(value)}; text, numbers, lists and objects work",
+            param,
+        )
 
 
 def _wrong(message: str, param: str = "messages") -> InvalidRequestError:
