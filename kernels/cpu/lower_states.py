@@ -53,6 +53,7 @@ class StateLowering(LoweringBase):
             self._out.prologue.append(KernelPart("plan_runs", args, 1))
         made = op.convolved if isinstance(op, SiluConv) else op.out.index
         states = self._states[made]
+        assert states.slot_bytes % 32 == 0, "kernels keep whole vectors"
         return layout.OF_RUNS.pack(
             at=self._runs, per_run=per_run, states=states.at, slot_bytes=states.slot_bytes
         )

@@ -38,6 +38,7 @@ from edgeinfer.kernels.cpu.native.operations import (
     neg_f,
     splat_f32,
     store_f32x8,
+    stream_f32x8,
 )
 from edgeinfer.kernels.cpu.native.runs import first_state, kept_state, rows_of, run_of
 from edgeinfer.kernels.cpu.native.words import load_f32, store_f32, word
@@ -100,11 +101,30 @@ def _read(s, k, q, n):
 
 
 @jit
+def _next(s, k, i, g, delta):
+    """Row i of 8 columns that have decayed, plus k delta^T."""
+    return fma(load_splat_f32(k + i), delta, mul_f(load_f32x8(s + 8 * i), g))
+
+
+@jit
 def _write(s, to, k, g, delta, n):
-    """8 columns that have decayed, plus k delta^T."""
     for i in range(0, 4 * n, 4):
-        v = mul_f(load_f32x8(s + 8 * i), g)
-        store_f32x8(to + 8 * i, fma(load_splat_f32(k + i), delta, v))
+        store_f32x8(to + 8 * i, _next(s, k, i, g, delta))
+
+
+@jit
+def _keep(s, kept, k, g, delta, n):
+    """Into a slot: the next step reads it, behind all the model's weights."""
+    for i in range(0, 4 * n, 4):
+        stream_f32x8(kept + 8 * i, _next(s, k, i, g, delta))
+
+
+@jit
+def _write_and_keep(s, to, kept, k, g, delta, n):
+    for i in range(0, 4 * n, 4):
+        v = _next(s, k, i, g, delta)
+        store_f32x8(to + 8 * i, v)
+        stream_f32x8(kept + 8 * i, v)
 
 
 @jit
@@ -135,16 +155,23 @@ def _clear(at, n_bytes):
 
 
 @jit
-def _row(s, to, q, k, v, out, decay, beta, dim, first, last, spare):
-    """Groups first <= j < last of one head and row; to: where S is left, 0 for nowhere."""
+def _row(s, to, kept, q, k, v, out, decay, beta, dim, first, last, spare):
+    """Groups first <= j < last of one head and row.
+
+    to: where S is left for the next row; kept: its part of a slot; 0 for nowhere.
+    """
     g, beta, c, size = exp(load_splat_f32(decay)), load_splat_f32(beta), _dot(k, q, dim), 32 * dim
     for j in range(first, last):
         n, at = min(8, dim - 8 * j), (j - first) * size
         a, b = _read(s + at, k, q, dim)
         delta = mul_f(fma(neg_f(g), a, _load_columns(v + 32 * j, n, spare)), beta)
         _store_columns(out + 32 * j, fma(c, delta, mul_f(g, b)), n, spare)
-        if to != 0:
+        if to != 0 and kept != 0:
+            _write_and_keep(s + at, to + at, kept + at, k, g, delta, dim)
+        elif to != 0:
             _write(s + at, to + at, k, g, delta, dim)
+        elif kept != 0:
+            _keep(s + at, kept + at, k, g, delta, dim)
 
 
 def make(isa):
@@ -178,12 +205,11 @@ def make(isa):
             s = scratch
             _clear(scratch, (last - first) * _group_bytes(dim))
         for i in range(n_rows):
-            to = kept_state(h, a, first_row + i)
-            if to != 0:
-                to += at
-            elif i < n_rows - 1:
-                to = scratch
-            _row(s, to, q, k, v, out, decay, beta, dim, first, last, spare)
+            kept = kept_state(h, a, first_row + i)
+            if kept != 0:
+                kept += at
+            to = scratch if i < n_rows - 1 else 0
+            _row(s, to, kept, q, k, v, out, decay, beta, dim, first, last, spare)
             s = to
             q, k, v, out = q + key_stride, k + key_stride, v + stride, out + stride
             decay, beta = decay + gate_stride, beta + gate_stride

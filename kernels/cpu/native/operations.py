@@ -30,6 +30,7 @@ from edgeinfer.kernels.cpu.native.simd import (
     scalar,
     splat_ir,
     store_ir,
+    stream_ir,
     tile_ir,
     u8x8,
     u8x32,
@@ -200,6 +201,7 @@ load_u8x8 = scalar(i32x8, (intp,), lambda b, p: b.zext(load_ir(b, p, u8x8.ir), i
 load_i8x8 = scalar(i32x8, (intp,), lambda b, p: b.sext(load_ir(b, p, u8x8.ir), i32x8.ir))
 load_splat_f32 = _load_splat(f32x8)
 store_f32x8 = scalar(types.void, (intp, f32x8), lambda b, p, v: store_ir(b, p, v))
+stream_f32x8 = scalar(types.void, (intp, f32x8), lambda b, p, v: stream_ir(b, p, v))
 store_f16x8 = scalar(
     types.void, (intp, f32x8), lambda b, p, v: store_ir(b, p, b.fptrunc(v, ir.VectorType(F16, 8)))
 )

@@ -83,6 +83,16 @@ def store_ir(builder, address, value, align=1):
     builder.store(value, pointer(builder, address, value.type)).align = align
 
 
+def stream_ir(builder, address, value):
+    """Store past the caches what nobody reads before they would have forgotten it.
+
+    The address is one of whole vectors. Who sees the op of this store as done sees the store.
+    """
+    store = builder.store(value, pointer(builder, address, value.type))
+    store.align = 4 * value.type.count
+    store.set_metadata("nontemporal", builder.module.add_metadata([I32(1)]))
+
+
 def load_f16_ir(b, p, kind):
     """Halves as floats."""
     return b.fpext(load_ir(b, p, ir.VectorType(F16, kind.count)), kind)
