@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from edgeinfer.load.traffic import Conversation, Shape, Turn, read_traffic, repeated, synthetic
-from tests.bench import headline
+from tests.bench import headline, headline_runs
 from tests.bench.headline_load import Cost, Served, long_run_p95, p95_of, queue, rate_of_share
 from tests.bench.headline_runs import HEAD_START, TRAFFIC, Bench
 from tests.models_for_tests import tiny_model
@@ -116,6 +116,26 @@ def test_no_window_is_longer_than_that_of_naive_serving(
     monkeypatch.setattr(Bench, "run", lambda _, name, seconds, **more: asked.append(seconds))
     headline._at_rate(bench, "some load", rate)
     assert asked == [pytest.approx(seconds, rel=0.01)]
+
+
+def test_users_say_something_else_in_each_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server has what was said before: later runs had been measured with all they ask kept."""
+    seeds: list[int] = []
+
+    class Asked(Exception):
+        pass
+
+    def settings(**given: Any) -> None:
+        seeds.append(given["seed"])
+        raise Asked
+
+    monkeypatch.setattr(headline_runs, "Settings", settings)
+    bench = Bench(Namespace(again=False, result=Path("f.json")), {"tokens_per_word": 1.0})
+    bench.url = lambda: "http://h"
+    for name in ("ours saturated", "ours at naive's load", "ours saturated"):
+        with pytest.raises(Asked):
+            bench.run(name, 1.0, rate=1.0)
+    assert seeds[0] == seeds[2] != seeds[1]
 
 
 def bench(model: Path, result: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> Any:
