@@ -245,7 +245,7 @@ def test_a_gpu_that_fails_is_left_where_nobody_asked_for_it(
     with LLM(path, threads=1) as llm:
         assert llm.runtime.device == Device("cpu")
         assert start_notes(llm) == [f"no GPU is used: {error}"]
-        assert llm.chat("abc", max_tokens=2).usage.completion_tokens == 2
+        assert llm.chat("abc", max_tokens=2, temperature=0).usage.completion_tokens == 2
     for forced in ({"device": "cuda:1"}, {"gpu_layers": 1}):
         with pytest.raises(type(error), match=f"^{error}$"):
             LLM(path, **forced)  # type: ignore[arg-type]

@@ -218,16 +218,19 @@ def test_all_renders_of_a_request_share_one_budget(
         template.render(HELLO)
 
 
+TWO_TOKENS: Any = {"max_tokens": 2, "logit_bias": {257: -1e9}}  # and no end before
+
+
 def test_a_model_is_loaded_and_generates_whatever_its_template_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(template_engine, "_SECONDS", 0.2)
     path = tiny_model(tmp_path, chat_template=ATTACKS["division"])
     with LLM(path, device="reference") as llm:
-        assert llm.generate("a", max_tokens=2).usage.completion_tokens == 2
+        assert llm.generate("a", **TWO_TOKENS).usage.completion_tokens == 2
         with pytest.raises(TemplateError):
             llm.chat("a", max_tokens=2)
-        assert llm.generate("a", max_tokens=2).usage.completion_tokens == 2
+        assert llm.generate("a", **TWO_TOKENS).usage.completion_tokens == 2
 
 
 # Where it runs
@@ -243,7 +246,7 @@ def test_a_model_runs_without_the_engine_of_templates(
 
     monkeypatch.setattr(template_engine.PathFinder, "find_spec", find_others)
     with LLM(tiny_model(tmp_path, chat_template="{{ messages }}"), device="reference") as llm:
-        assert llm.generate("a", max_tokens=2).usage.completion_tokens == 2
+        assert llm.generate("a", **TWO_TOKENS).usage.completion_tokens == 2
         with pytest.raises(TemplateError, match="pip install jinja2"):
             llm.chat("a")
 

@@ -7,8 +7,8 @@ The traffic is `headline.jsonl`, written before anything was measured: four syst
 tokens, 1 to 6 turns, users' texts of 20 to 200 tokens, answers of 30 to 300, 5 s of thought. Naive
 is the same program with `--naive`: one request at a time, nothing reused. All answers are as long
 as the traffic says, and users say something else in each run: what a server has kept of one serves
-no other, but for the system prompts. The rules below say which loads are compared, and for how long; what they come
-to was not looked at before. `headline_load.py` says why they are these.
+no other, but for the system prompts. The rules below say which loads are compared, and for how
+long; what they come to was not looked at before. `headline_load.py` says why they are these.
 
 - Naive's capacity: one user has CAPACITY conversations, without pauses. They tell what a token of a
   prompt and one of an answer cost naive serving, and so what the whole traffic does.
