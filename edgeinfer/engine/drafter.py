@@ -129,10 +129,10 @@ class Drafter:
             for each in decoding:
                 each.work.drafting.is_off = True
         wanted = decoding[: self._limits.max_sequences] if n_guesses else []
+        n_logits = SHORTLIST if is_short else 0
         while True:
             n = self._n_at_once(wanted, n_guesses)
             begun = time.perf_counter()
-            n_logits = SHORTLIST if is_short else 0
             tokens, hidden = self._run(followers, wanted, n, n_logits, goes_on=n < n_guesses)
             if n > 1 or followers is wanted:  # else it fills the cache, mostly
                 self._measure(is_short, (time.perf_counter() - begun) / n)

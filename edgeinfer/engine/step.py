@@ -136,8 +136,8 @@ def _seq_and_wanted(
 
 
 _FEW = np.arange(64, dtype=np.int32)
-_BANS = -1e30  # a bias below this leaves a token no chance
 _FEW.flags.writeable = False  # batches share them
+_BANS = -1e30  # a bias below this leaves a token no chance
 
 
 def _states(

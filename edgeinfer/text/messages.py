@@ -16,7 +16,7 @@ from edgeinfer.parameters import shown
 
 _DEEPEST = 100
 _MOST_MENDED = 1 << 16  # characters of arguments, which are read one by one
-_MOST_VALUES = 1 << 20  # of all messages; bodies of requests have as many at most
+_MOST_VALUES = 1 << 20  # of a message, or of all tools; bodies of requests have no more
 _MOST_BITS = 4096  # of an integer: Python writes none of over 4,300 digits
 
 

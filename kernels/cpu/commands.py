@@ -16,6 +16,7 @@ from edgeinfer.kernels.cpu.formats import GROUP_ROWS
 # Weight bytes of a matmul's chunks: long ones read memory fastest, short ones even out the end.
 # Measured in tests/bench/TUNING.md, "Chunks".
 _MOST_CHUNK, _LEAST_CHUNK = 1 << 20, 32 << 10
+_N_FIXED = layout.MATMUL_BOUNDS // layout.WORD  # words of a matmul's arguments before its bounds
 SHARE = 2.0  # how many times smaller a chunk is than a thread's even share of the rest
 
 
@@ -107,13 +108,13 @@ def first_rows(op: KernelOp, n: int) -> KernelOp:
     """
     if not op.reads_weights:
         return op
-    first, parts = layout.MATMUL_BOUNDS // layout.WORD, list[KernelPart]()
+    parts = list[KernelPart]()
     for part in op.parts:
         whole = part.args[-1]
         assert isinstance(whole, int)
         n_groups = min(whole, -(-n // GROUP_ROWS))
         n_bytes, macs = (each * n_groups // whole for each in (part.weight_bytes, part.macs))
-        args = [*part.args[:first], 0, n_groups]
+        args = [*part.args[:_N_FIXED], 0, n_groups]
         parts.append(part._replace(args=args, rule=1, weight_bytes=n_bytes, macs=macs))
     return KernelOp(op.group, parts)
 
@@ -123,10 +124,9 @@ def recut(op: KernelOp, n_threads: int, share: float) -> KernelOp:
     parts = []
     left = sum(part.weight_bytes for part in op.parts)
     for part in op.parts:
-        first = layout.MATMUL_BOUNDS // layout.WORD
         n_groups = part.args[-1]
         assert isinstance(n_groups, int)
         bounds = cut(n_groups, part.weight_bytes // n_groups, left, n_threads, share)
         left -= part.weight_bytes
-        parts.append(part._replace(args=[*part.args[:first], *bounds], rule=len(bounds) - 1))
+        parts.append(part._replace(args=[*part.args[:_N_FIXED], *bounds], rule=len(bounds) - 1))
     return KernelOp(op.group, parts)
