@@ -22,7 +22,8 @@ from edgeinfer.gguf import GGUFFile
 from edgeinfer.graph import Activation, DeltaNet, Op, RmsNorm, Rotate, Scale
 from edgeinfer.model import Model
 
-from .bench.make_model import add_byte_tokenizer, add_value, quantize
+from .bench.blocks import quantize
+from .bench.tokenizers import add_byte_tokenizer, add_value
 
 Floats: TypeAlias = NDArray[np.float32]
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]

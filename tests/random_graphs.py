@@ -30,7 +30,7 @@ from edgeinfer.graph import (
     Yarn,
 )
 from edgeinfer.quant import QUANT_TYPES, Weight
-from tests.bench.make_model import quantize
+from tests.bench.blocks import quantize
 
 TYPES = {kind.name: kind for kind in QUANT_TYPES.values()}
 KINDS = get_args(ActivationKind)

@@ -34,7 +34,7 @@ from edgeinfer.kernels.cpu.program import CpuProgram
 from edgeinfer.kernels.reference import ReferenceBackend
 from edgeinfer.platform import Memory
 from edgeinfer.quant import QUANT_TYPES, Weight
-from tests.bench.make_model import quantize
+from tests.bench.blocks import quantize
 
 from .native import cache_root
 from .random_graphs import Given

@@ -10,10 +10,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from edgeinfer.dequantize import dequantize
+from edgeinfer.gguf import GGUFFile
 from edgeinfer.load.traffic import Conversation, Shape, Turn, read_traffic, repeated, synthetic
-from tests.bench import headline, headline_runs
+from edgeinfer.text.tokenizer import Tokenizer
+from tests.bench import headline, headline_runs, tokenizers
 from tests.bench.headline_load import Cost, Served, long_run_p95, p95_of, queue, rate_of_share
 from tests.bench.headline_runs import HEAD_START, TRAFFIC, Bench
 from tests.models_for_tests import tiny_model
@@ -190,3 +194,19 @@ def test_what_is_not_there_or_of_another_load_is_said(
     with pytest.raises(SystemExit):
         bench(model, tmp_path / "new.json", monkeypatch, "--only", "naive,yours")
     assert not (tmp_path / "new.json").exists()
+
+
+def test_a_model_that_says_words_is_read_as_it_wrote(tmp_path: Path) -> None:
+    plain = tiny_model(tmp_path)
+    words = tokenizers.words_of(plain)
+    for quant in ("Q4_0", "Q4_K_M"):
+        path = tiny_model(tmp_path, quant=quant, tokenizer=plain, says_words=True)
+        with GGUFFile.open(path) as file:
+            tokenizer = Tokenizer.from_metadata(file.metadata)
+            rows = dequantize(file.tensors["output.weight"])
+        assert np.flatnonzero(rows.any(axis=1)).tolist() == words
+    assert [tokenizer.text(id) for id in words] == ["Ġt", "Ġthe", "Ġa", "Ġan"]
+    said = random.Random(0).choices(words, k=200)
+    assert tokenizer.encode_middle(tokenizer.decode(said)) == said
+    with pytest.raises(ValueError, match="says_words needs a head of its own and the words"):
+        tiny_model(tmp_path, says_words=True)

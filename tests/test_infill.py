@@ -11,7 +11,7 @@ from edgeinfer.errors import InvalidRequestError
 from edgeinfer.text.infill import infill_prompt
 from edgeinfer.text.tokenizer import Tokenizer
 
-from .bench.make_model import byte_letters
+from .bench.tokenizers import byte_letters
 from .models_for_tests import metadata_of
 from .server_for_tests import LOAD, Running, running, small_model
 

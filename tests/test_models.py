@@ -22,7 +22,7 @@ from edgeinfer.kernels.reference import ReferenceBackend
 from edgeinfer.model import Model, architectures
 from edgeinfer.sampling.params import SamplingParams
 
-from .bench import make_model
+from .bench import tokenizers
 from .models_for_tests import tiny_model
 from .test_cpu_program import IDS, LIMITS, batch_of, logits
 
@@ -394,7 +394,7 @@ def write_with_tensors(
                 continue
             if key != "general.architecture" and not key.startswith("tokenizer."):
                 assert isinstance(value, (bool, int, float, str))
-                make_model.add_value(writer, key, value)
+                tokenizers.add_value(writer, key, value)
         for name, weight in file.tensors.items():
             if name not in (*extra, *without):
                 n_rows = weight.shape[0] if len(weight.shape) == 2 else 1
@@ -402,7 +402,7 @@ def write_with_tensors(
                 kind = gguf.GGMLQuantizationType(weight.type.ggml_id)
                 writer.add_tensor(name, data if n_rows > 1 else data[0], raw_dtype=kind)
         for key, value in (metadata or {}).items():
-            make_model.add_value(writer, key, value)
+            tokenizers.add_value(writer, key, value)
         for name, values in extra.items():
             writer.add_tensor(name, values)
         writer.write_header_to_file()

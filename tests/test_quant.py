@@ -18,7 +18,7 @@ from edgeinfer.dequantize import dequantize
 from edgeinfer.errors import UnsupportedModelError
 from edgeinfer.quant import QUANT_TYPES, RUNNABLE, QuantType, Weight, quant_type
 
-from .bench.make_model import quantize
+from .bench.blocks import quantize
 
 _BY_NAME = {t.name: t for t in RUNNABLE}
 # Root mean square error of unit normal values: what each type's precision allows.

@@ -27,7 +27,7 @@ from edgeinfer.quant import QUANT_TYPES, RUNNABLE, Weight
 from edgeinfer.sampling.params import Sampled, SampleTable, SamplingParams
 from edgeinfer.sampling.sampler import ReferenceSampler
 
-from .bench.make_model import quantize
+from .bench.blocks import quantize
 from .models_for_tests import tiny_model
 
 Floats = NDArray[np.float32]

@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
-from numpy.typing import NDArray
 
-from edgeinfer.quant import E2M1_DOUBLED, IQ4_VALUES
-
-Floats = NDArray[np.float32]
-Bytes = NDArray[np.uint8]
+from tests.bench.blocks import Bytes, Floats, quantize
+from tests.bench.tokenizers import add_byte_tokenizer, add_value, copy_tokenizer, words_of
 
 # The shape of Llama 3.2 1B with an untied 32k vocabulary: 1.10 B parameters.
 LLAMA_1B: dict[str, Any] = dict(
@@ -43,7 +40,6 @@ NARROW = {
 }  # fmt: skip
 HYBRIDS = ("qwen35",)
 N_TAPS = 4  # of a convolution
-N_CONTROL = 2  # <|bos|> and <|eos|>, after the 256 bytes
 
 
 def make_model(
@@ -71,6 +67,7 @@ def make_model(
     delta_heads: tuple[int, int, int] = (2, 4, 16),
     drafts: bool = False,
     tokenizer: str | Path = "bytes",
+    says_words: bool = False,
     chat_template: str | None = None,
     metadata: Mapping[str, bool | int | float | str | Sequence[int]] | None = None,
 ) -> Path:
@@ -79,8 +76,10 @@ def make_model(
     `quant` is a tensor type or a preset (Q4_K_M, Q5_K_M, Q3_K_M, IQ4_XS); Q4_0 to Q5_1 and IQ4_NL
     get a Q6_K head and MXFP4 one of Q8_0, as published files do. `bias` (q, k, v) and `qk_norm`
     default to what `arch` has. `tokenizer` is "bytes" or a GGUF file to copy one from, which then
-    sets `vocab`. `metadata` adds keys. With `n_experts` the feed-forward networks are as many, of
-    which `n_used` are chosen. Of the qwen35 family three of four layers are delta nets of
+    sets `vocab`; with `says_words` all rows of the head are 0 but those of its words (`words_of`):
+    what is sampled from the likelier tokens is read again as it was made, as text mostly is that
+    trained models write. `metadata` adds keys. With `n_experts` the feed-forward networks are as
+    many, of which `n_used` are chosen. Of the qwen35 family three of four layers are delta nets of
     `delta_heads`: key heads, value heads, and their width; with `drafts` the last block, which has
     to be one of attention, guesses tokens.
     """
@@ -113,6 +112,11 @@ def make_model(
         writer.add_expert_count(n_experts)
         writer.add_expert_used_count(n_used)
         writer.add_expert_feed_forward_length(ffn_dim)
+    if says_words and (tied or tokenizer == "bytes"):
+        raise ValueError("says_words needs a head of its own and the words of a tokenizer's file")
+    is_silent = np.full(vocab, says_words)
+    if says_words:
+        is_silent[words_of(Path(tokenizer))] = False
     is_hybrid = arch in HYBRIDS
     keys = _ssm_keys(arch, *delta_heads) if is_hybrid else {}
     keys |= {f"{arch}.nextn_predict_layers": 1} if drafts else {}
@@ -141,7 +145,10 @@ def make_model(
     writer.write_ti_data_to_file()
     weights = RandomWeights(rng, sum(int(np.prod(shape)) for shape in shapes.values()))
     for name, shape in shapes.items():
-        writer.write_tensor_data(weights.tensor(name, shape, types[name]))
+        stored = weights.tensor(name, shape, types[name])
+        if name == "output.weight":
+            stored[is_silent] = 0  # bytes of 0 are weights of 0 in every type
+        writer.write_tensor_data(stored)
     writer.close()
     return path
 
@@ -283,231 +290,6 @@ class RandomWeights:
         return self._rng.standard_normal(shape, dtype=np.float32)
 
 
-def quantize(values: Floats, kind: str) -> Bytes:
-    """The blocks of `values` (rows, K) in a tensor type, as (rows, bytes per row)."""
-    pack = _PACK.get(kind)
-    if pack is None:
-        packed = gguf.quantize(values, gguf.GGMLQuantizationType[kind])
-        return np.ascontiguousarray(packed).view(np.uint8).reshape(len(values), -1)
-    block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][0]
-    parts = np.array_split(values.reshape(-1, block), 1 + (values.size >> 20))
-    return np.concatenate([pack(part) for part in parts]).reshape(len(values), -1)
-
-
-# The blocks' byte layouts are described in edgeinfer/dequantize.py.
-
-
-def _pack_q2_k(x: Floats) -> Bytes:
-    q, scale, low, d, dmin = _scale_and_min(x.reshape(-1, 16, 16), n_quants=3, n_scales=15)
-    return np.concatenate([scale | low << 4, _pack_pairs(q), d, dmin], axis=1)
-
-
-def _pack_q3_k(x: Floats) -> Bytes:
-    q, scale, d = _scale_only(x.reshape(-1, 16, 16), half=4, half_scales=32)
-    q, scale = (q + 4).astype(np.uint8), (scale + 32).astype(np.uint8)
-    third = np.packbits((q >> 2).reshape(-1, 8, 32), axis=1, bitorder="little").reshape(-1, 32)
-    low = scale[:, :8] & 15 | (scale[:, 8:] & 15) << 4
-    fields = (scale >> 4).reshape(-1, 4, 4)
-    high = np.bitwise_or.reduce(fields << np.arange(0, 8, 2, dtype=np.uint8)[:, None], axis=1)
-    return np.concatenate([third, _pack_pairs(q & 3), low, high, d], axis=1)
-
-
-def _pack_q4_k(x: Floats) -> Bytes:
-    q, scale, low, d, dmin = _scale_and_min(x.reshape(-1, 8, 32), n_quants=15, n_scales=63)
-    return np.concatenate([d, dmin, _pack_scales(scale, low), _pack_nibbles(q, 32)], axis=1)
-
-
-def _pack_q5_k(x: Floats) -> Bytes:
-    q, scale, low, d, dmin = _scale_and_min(x.reshape(-1, 8, 32), n_quants=31, n_scales=63)
-    fifth = np.packbits((q >> 4).reshape(-1, 8, 32), axis=1, bitorder="little").reshape(-1, 32)
-    nibbles = _pack_nibbles(q & 15, 32)
-    return np.concatenate([d, dmin, _pack_scales(scale, low), fifth, nibbles], axis=1)
-
-
-def _pack_q6_k(x: Floats) -> Bytes:
-    q, scale, d = _scale_only(x.reshape(-1, 16, 16), half=32, half_scales=128)
-    q = (q + 32).astype(np.uint8)
-    low, high = _pack_nibbles(q & 15, 64), _pack_pairs(q >> 4)
-    return np.concatenate([low, high, scale.astype(np.int8).view(np.uint8), d], axis=1)
-
-
-def _pack_iq4_nl(x: Floats) -> Bytes:
-    d, d_bytes = _half(_largest(x) / -127)
-    return np.concatenate([d_bytes, _pack_nibbles(_nearest(x, d, IQ4_VALUES), 16)], axis=1)
-
-
-def _pack_iq4_xs(x: Floats) -> Bytes:
-    sub_blocks = x.reshape(-1, 8, 32)
-    step = _largest(sub_blocks)[:, :, 0] / -127
-    d, d_bytes = _half(np.abs(step).max(axis=1, keepdims=True) / 31)
-    scale = _ratio(step, d, 31, -32)
-    nibbles = _nearest(sub_blocks, (d * scale)[:, :, None], IQ4_VALUES)
-    fields = (scale + 32).astype(np.uint8)
-    high = fields.reshape(-1, 2, 4) >> 4 << np.arange(0, 8, 2, dtype=np.uint8)
-    low = fields[:, ::2] & 15 | (fields[:, 1::2] & 15) << 4
-    return np.concatenate(
-        [
-            d_bytes,
-            np.bitwise_or.reduce(high, axis=2),
-            low,
-            _pack_nibbles(nibbles.reshape(len(x), 256), 16),
-        ],
-        axis=1,
-    )
-
-
-def _pack_mxfp4(x: Floats) -> Bytes:
-    largest = np.abs(_largest(x))
-    # 6 is the largest element: the power of two that lets the largest weight be 4 to 8 of it.
-    power = np.frexp(largest)[1] - 3
-    exponent = np.where(largest > 0, np.clip(power + 127, 0, 254), 0).astype(np.uint8)
-    d = np.ldexp(np.float32(1), exponent.astype(np.int32) - 128).astype(np.float32)
-    return np.concatenate([exponent, _pack_nibbles(_nearest(x, d, E2M1_DOUBLED), 16)], axis=1)
-
-
-_PACK: dict[str, Callable[[Floats], Bytes]] = {
-    "Q2_K": _pack_q2_k,
-    "Q3_K": _pack_q3_k,
-    "Q4_K": _pack_q4_k,
-    "Q5_K": _pack_q5_k,
-    "Q6_K": _pack_q6_k,
-    "IQ4_NL": _pack_iq4_nl,
-    "IQ4_XS": _pack_iq4_xs,
-    "MXFP4": _pack_mxfp4,
-}
-
-
-def _scale_and_min(
-    x: Floats, n_quants: int, n_scales: int
-) -> tuple[Bytes, Bytes, Bytes, Bytes, Bytes]:
-    """q, scale, low, d, dmin with x about d * scale * q - dmin * low, per sub-block (axis 1)."""
-    lowest = np.minimum(x.min(axis=2), 0)
-    step = (x.max(axis=2) - lowest) / n_quants
-    d, d_bytes = _half(step.max(axis=1, keepdims=True) / n_scales)
-    dmin, dmin_bytes = _half(-lowest.min(axis=1, keepdims=True) / n_scales)
-    scale, low = _ratio(step, d, n_scales), _ratio(-lowest, dmin, n_scales)
-    shifted = x + (dmin * low)[:, :, None]
-    q = _ratio(shifted, (d * scale)[:, :, None], n_quants)
-    to_bytes = [array.astype(np.uint8) for array in (q.reshape(len(x), -1), scale, low)]
-    return to_bytes[0], to_bytes[1], to_bytes[2], d_bytes, dmin_bytes
-
-
-def _scale_only(x: Floats, half: int, half_scales: int) -> tuple[Floats, Floats, Bytes]:
-    """q in [-half, half), scale in [-half_scales, half_scales) and d: x about d * scale * q."""
-    step = np.abs(x).max(axis=2) / (half - 1)
-    d, d_bytes = _half(step.max(axis=1, keepdims=True) / (half_scales - 1))
-    scale = _ratio(step, d, half_scales - 1)
-    q = _ratio(x, (d * scale)[:, :, None], half - 1, -half)
-    return q.reshape(len(x), -1), scale, d_bytes
-
-
-def _ratio(a: Floats, b: Floats, high: int, low: int = 0) -> Floats:
-    """a / b rounded and clipped, 0 where b is 0."""
-    rounded = np.rint(np.divide(a, b, out=np.zeros_like(a), where=b != 0))
-    return np.clip(rounded, low, high)
-
-
-def _largest(x: Floats) -> Floats:
-    """The value farthest from 0 of every last axis, which stays as one of length 1."""
-    at = np.abs(x).argmax(axis=-1, keepdims=True)
-    return np.take_along_axis(x, at, axis=-1)
-
-
-def _nearest(x: Floats, d: Floats, table: Sequence[int]) -> Bytes:
-    """The place in a table of the value nearest to x / d; that of 0 or 1 where d is 0."""
-    order = np.argsort(table, kind="stable")
-    values = np.array(table, np.float32)[order]
-    ratio = np.divide(x, d, out=np.zeros_like(x), where=d != 0)
-    nearest = np.searchsorted((values[1:] + values[:-1]) / 2, ratio)
-    places: Bytes = order.astype(np.uint8)[nearest]
-    return places
-
-
-def _half(values: Floats) -> tuple[Floats, Bytes]:
-    """Values as float16 holds them, and the bytes."""
-    halves = values.astype("<f2")
-    return halves.astype(np.float32), halves.view(np.uint8)
-
-
-def _pack_nibbles(q: Bytes, run: int) -> Bytes:
-    runs = q.reshape(len(q), -1, 2, run)
-    return (runs[:, :, 0] | runs[:, :, 1] << 4).reshape(len(q), -1)
-
-
-def _pack_pairs(q: Bytes) -> Bytes:
-    runs = q.reshape(len(q), -1, 4, 32) << np.arange(0, 8, 2, dtype=np.uint8)[:, None]
-    return np.bitwise_or.reduce(runs, axis=2).reshape(len(q), -1)
-
-
-def _pack_scales(scale: Bytes, low: Bytes) -> Bytes:
-    first = scale[:, :4] | scale[:, 4:] >> 4 << 6
-    second = low[:, :4] | low[:, 4:] >> 4 << 6
-    return np.concatenate([first, second, scale[:, 4:] & 15 | (low[:, 4:] & 15) << 4], axis=1)
-
-
-def add_byte_tokenizer(writer: gguf.GGUFWriter, vocab: int) -> None:
-    """A byte-level BPE: 256 bytes, two control tokens, a few merges, fillers up to `vocab`."""
-    merges = ["Ġ t", "h e", "Ġt he", "i n", "Ġ a", "e r", "o n", "Ġa n"]
-    tokens = [*byte_letters(), "<|bos|>", "<|eos|>"]
-    tokens += [merge.replace(" ", "") for merge in merges]
-    if vocab < len(tokens):
-        raise ValueError(f"vocab is {vocab}, the byte tokenizer needs at least {len(tokens)}")
-    tokens += [f"tok{i}" for i in range(len(tokens), vocab)]
-    kinds = [gguf.TokenType.NORMAL] * vocab
-    kinds[256 : 256 + N_CONTROL] = [gguf.TokenType.CONTROL] * N_CONTROL
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
-    writer.add_token_merges(merges)
-    writer.add_bos_token_id(256)
-    writer.add_eos_token_id(257)
-    writer.add_add_bos_token(True)
-
-
-def byte_letters() -> list[str]:
-    """The character that stands for each byte in a byte-level BPE vocabulary."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    letters, extra = [], 256
-    for byte in range(256):
-        letters.append(chr(byte if byte in printable else extra))
-        extra += byte not in printable
-    return letters
-
-
-def copy_tokenizer(writer: gguf.GGUFWriter, source: Path) -> int:
-    """Copy all tokenizer keys of a GGUF file; returns the number of tokens."""
-    from edgeinfer.gguf import Array, GGUFFile
-
-    with GGUFFile.open(source) as file:
-        for key, value in file.metadata.items():
-            if key.startswith("tokenizer."):
-                if isinstance(value, Array):
-                    kind = value.item_type.upper()
-                    items = value.bytes() if kind == "STRING" else value.tolist()
-                    sub_type = gguf.GGUFValueType[kind]
-                    writer.add_key_value(key, items, gguf.GGUFValueType.ARRAY, sub_type=sub_type)
-                else:
-                    add_value(writer, key, value)
-        return len(file.metadata.get_array("tokenizer.ggml.tokens"))
-
-
-def add_value(
-    writer: gguf.GGUFWriter, key: str, value: bool | int | float | str | Sequence[int]
-) -> None:
-    """Add one key with the GGUF type that fits the Python type."""
-    if isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, int):
-        writer.add_uint32(key, value) if value >= 0 else writer.add_int32(key, value)
-    elif isinstance(value, float):
-        writer.add_float32(key, value)
-    elif isinstance(value, str):
-        writer.add_string(key, value)
-    else:
-        writer.add_array(key, list(value))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write a random GGUF model; default shape 1.10 B.")
     parser.add_argument("path", type=Path)
@@ -522,7 +304,7 @@ def main() -> None:
     parser.add_argument("--n-ctx", type=int, default=4096)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rope-base", type=float, default=10000.0)
-    for name in ("--rope-freqs", "--bias", "--qk-norm", "--tied", "--drafts"):
+    for name in ("--rope-freqs", "--bias", "--qk-norm", "--tied", "--drafts", "--says-words"):
         default = None if name in ("--bias", "--qk-norm") else False
         parser.add_argument(name, action=argparse.BooleanOptionalAction, default=default)
     parser.add_argument("--tokenizer", default="bytes", help="bytes, or a GGUF file to copy from")
