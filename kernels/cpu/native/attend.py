@@ -109,10 +109,10 @@ _INVISIBLE = float("-inf")
 
 def _page_of(isa, n, k_dim, v_dim, kinds, features):
     """Attention of a tile of n queries over one page."""
-    n_sums, is_windowed = isa.registers // 2, "window" in features
+    is_windowed = "window" in features
     k_kind, v_kind = kinds
-    scores = scores_of(isa, n, k_dim, k_kind, n_sums)
-    add_values = values_of(n, v_dim, v_kind, n_sums, is_windowed)
+    scores = scores_of(isa, n, k_dim, k_kind)
+    add_values = values_of(n, v_dim, v_kind, isa.registers, is_windowed)
     hide = _hide_outside if is_windowed else _hide
     cap_scores = _cap_scores if "cap" in features else _keep_scores
     room = v_room(v_dim, v_kind)

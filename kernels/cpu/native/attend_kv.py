@@ -68,15 +68,18 @@ LOCAL_BYTES = SCALED + MAX_QUERIES * ROW
 _VECTOR = 8 * KV_BYTES
 
 
-def _widest(n, n_vectors, n_sums):
-    """How many vectors beside each other for n queries: a divisor of n_vectors."""
-    top = max(1, n_sums // n)
+def _widest(n, n_vectors, registers):
+    """How many vectors beside each other for n queries: a divisor of n_vectors.
+
+    n floats and one of the vectors are in registers beside the sums, of which 16 are enough.
+    """
+    top = max(1, min(16 // n, (registers - 1) // n - 1))
     return max(w for w in range(1, top + 1) if n_vectors % w == 0)
 
 
-def _widest_of_blocks(n, n_vectors, n_sums):
+def _widest_of_blocks(n, n_vectors, registers):
     """Likewise: whole blocks of 4 vectors, or half of one."""
-    top = n_sums // n
+    top = registers // 2 // n
     return max((w for w in range(4, top + 1, 4) if n_vectors % w == 0), default=2)
 
 
@@ -142,15 +145,15 @@ def queries_of(k_dim, kind, has_transform):
 # -- scores --------------------------------------------------------------------------------------
 
 
-def scores_of(isa, n, k_dim, kind, n_sums):
+def scores_of(isa, n, k_dim, kind):
     """`scores(tile, k, next_k, scale, s, last)`: of n queries, up to the vector of `last`."""
     if kind == "f16":
-        return _scores_of_floats(n, k_dim, n_sums)
+        return _scores_of_floats(n, k_dim, isa.registers)
     return _scores_of_blocks(isa, n, k_room(k_dim, kind) // 32, kind)
 
 
-def _scores_of_floats(n, k_dim, n_sums):
-    wide = _widest(n, 4, n_sums)
+def _scores_of_floats(n, k_dim, registers):
+    wide = _widest(n, 4, registers)
     multiply, _, _, store, _ = grid(n, wide)
     sums = n * wide
 
@@ -193,13 +196,13 @@ def _scores_of_blocks(isa, n, n_blocks, kind):
 # -- sums of values ------------------------------------------------------------------------------
 
 
-def values_of(n, v_dim, kind, n_sums, is_windowed):
+def values_of(n, v_dim, kind, registers, is_windowed):
     """`add_to(o, v, next_v, starts, s, common, last)`: what n queries see of V, into their state.
 
     All see `common` positions of the page, the last query `last`. The scores are p.
     """
     room = v_room(v_dim, kind)
-    wide = (_widest if kind == "f16" else _widest_of_blocks)(n, room // 8, n_sums)
+    wide = (_widest if kind == "f16" else _widest_of_blocks)(n, room // 8, registers)
     multiply, multiply_visible, multiply_between, store, fold = grid(n, wide, kind)
     row_bytes, step_bytes = room // 8 * VECTOR_BYTES[kind], wide * VECTOR_BYTES[kind]
     scale_values = _scale_values(n, wide) if kind != "f16" else _keep_values
@@ -208,7 +211,17 @@ def values_of(n, v_dim, kind, n_sums, is_windowed):
     fetch = _prefetch_halves if kind == "f16" else prefetch
 
     @jit
+    def whole_page(acc, s, column, soon):
+        """A loop of its own: in one whose length is not known LLVM spills sums."""
+        for pos in range(PAGE):
+            fetch(soon + step_bytes * pos)
+            acc = multiply(acc, s + x + 4 * pos, ROW, column + row_bytes * pos)
+        return acc
+
+    @jit
     def up_to_bounds(acc, s, column, soon, common, last):
+        if common == PAGE:
+            return whole_page(acc, s, column, soon)
         for pos in range(common):
             fetch(soon + step_bytes * pos)
             acc = multiply(acc, s + x + 4 * pos, ROW, column + row_bytes * pos)
@@ -227,6 +240,8 @@ def values_of(n, v_dim, kind, n_sums, is_windowed):
     @jit
     def within_bounds(acc, s, column, soon, common, last):
         first, all_begun = low(s, 0), low(s, n - 1)
+        if all_begun <= 0 and common == PAGE:
+            return whole_page(acc, s, column, soon)
         acc = between(acc, s, column, first, all_begun)
         for pos in range(all_begun, common):
             fetch(soon + step_bytes * pos)

@@ -184,13 +184,16 @@ def grid(n, wide, y_type="f16"):
     block = wide if y_type == "f16" else 4  # vectors
 
     def products(b, acc, x, stride, y):
-        vectors = list(_LOADS[y_type](b, y, wide))
-        for i in range(n):
-            for v in range(wide):
-                if v % block == 0:
-                    one = splat(b, x, stride, v // block * n + i)
+        """What each of a tile was and is, in its order: emitted vector by vector of y, so that
+        only one of these is in a register beside the sums and the floats."""
+        made = {}
+        for v, vector in enumerate(_LOADS[y_type](b, y, wide)):
+            if v % block == 0:
+                ones = [splat(b, x, stride, v // block * n + i) for i in range(n)]
+            for i in range(n):
                 old = b.extract_value(acc, i * wide + v)
-                yield i, old, simd.call(b, "llvm.fma.v8f32", f32x8.ir, one, vectors[v], old)
+                made[i, v] = old, simd.call(b, "llvm.fma.v8f32", f32x8.ir, ones[i], vector, old)
+        return [(i, *made[i, v]) for i in range(n) for v in range(wide)]
 
     def place(b, p, stride, i, v):
         at = simd.offset_ir(b, p, stride, i)
