@@ -135,8 +135,8 @@ class Grid:
         step = next(n for n in (8, 4, 2) if n <= isa.narrow_dots(largest))
 
         def cells(b, fields, x, _):
-            def quad(j):
-                return self._fields(b, fields, field + j)
+            def quad(j, r):
+                return self._field(b, fields, field + j, r)
 
             total = self._offset_sums(b, x, offset)
             if isa.narrow_is_wide:
@@ -191,10 +191,9 @@ class Grid:
         n_parts = len(isa.byte_form(0))
 
         def cells(b, fields, x, _):
-            def quad(j):
+            def quad(j, r):
                 first = field + n_parts * j
-                parts = [self._fields(b, fields, k) for k in range(first, first + n_parts)]
-                return list(zip(*parts, strict=True))
+                return [self._field(b, fields, k, r) for k in range(first, first + n_parts)]
 
             total = self._offset_sums(b, x, -isa.byte_excess)
             return self._dot(b, total, isa.byte_dot, quad, range(8), x)
@@ -223,10 +222,17 @@ class Grid:
         return simd.splat_ir(b, b.mul(b.add(first, last), I32(offset)), 8 * self.width)
 
     def _dot(self, b, acc, emit, quad, which, x):
-        """The weights of each of these quads, `quad(j)`, meet quad j of every token."""
+        """The weights of each of these quads, `quad(j, r)`, meet quad j of every token.
+
+        Group by group: else LLVM loads the weights of all of them first, and spills sums.
+        """
+        n, acc = self.n_groups // self.width, list(acc)
         for j in which:
-            weights, splats = quad(j), self._splats(b, x, 4 * j)
-            acc = [emit(b, acc[i], weights[r], splats[t]) for i, t, r in self._cells()]
+            splats = self._splats(b, x, 4 * j)
+            for r in range(n):
+                weights = quad(j, r)
+                for t, splat in enumerate(splats):
+                    acc[t * n + r] = emit(b, acc[t * n + r], weights, splat)
         return acc
 
     # -- operands ------------------------------------------------------------------------------
