@@ -11,7 +11,8 @@ import pytest
 from edgeinfer.errors import InvalidModelError, UnsupportedModelError
 from edgeinfer.graph import Attention, Op, Rotate
 
-from .golden_models import FFN, GOLDENS, Draft
+from . import golden_models
+from .golden_models import FFN, GOLDENS, HEAD, Draft
 
 
 def recorded(draft: Draft, folder: Path) -> list[tuple[str, Any]]:
@@ -162,3 +163,16 @@ def test_a_number_that_no_float32_holds_is_named(name: str, key: str, tmp_path: 
         with pytest.raises(InvalidModelError) as caught:
             recorded(draft, tmp_path)
         assert caught.value.field == f"{draft.arch}.{key}"
+
+
+@pytest.mark.parametrize(("quant", "guesses"), [("F32", True), ("Q8_0", False)])
+def test_a_block_that_guesses_is_left_alone_where_it_would_be_cut_inside_a_block(
+    quant: str, guesses: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a stream 48 wide: two beside each other are three blocks of 32, one is none."""
+    monkeypatch.setattr(golden_models, "DIM", 48)
+    golden = next(each for each in golden_models._deltas() if each.name == "qwen35")
+    draft = golden.draft()
+    draft.keys |= {"attention.key_length": HEAD, "attention.value_length": HEAD}
+    with draft.loaded(tmp_path, quant) as model:
+        assert (model.graph.segment(drafts=True).draft is not None) == guesses
