@@ -10,6 +10,7 @@ import pytest
 
 from edgeinfer.errors import InvalidModelError, UnsupportedModelError
 from edgeinfer.graph import Attention, Op, Rotate
+from edgeinfer.rope import LEAST_FACTOR
 
 from . import golden_models
 from .golden_models import FFN, GOLDENS, HEAD, Draft
@@ -176,3 +177,19 @@ def test_a_block_that_guesses_is_left_alone_where_it_would_be_cut_inside_a_block
     draft.keys |= {"attention.key_length": HEAD, "attention.value_length": HEAD}
     with draft.loaded(tmp_path, quant) as model:
         assert (model.graph.segment(drafts=True).draft is not None) == guesses
+
+
+@pytest.mark.parametrize("least", [0.01, 0.009])
+def test_angles_are_none_that_kernels_lose_the_sine_of(least: float, tmp_path: Path) -> None:
+    """Those of position 10^9 are at most 10^13."""
+    for table in (False, True):
+        draft = GOLDENS["llama"].draft()
+        if table:
+            draft.tensors["rope_freqs.weight"][3] = least * (1 + 1e-6)
+        else:
+            draft.keys["rope.scaling.factor"] = least * (1 + 1e-6)
+        if least < LEAST_FACTOR:
+            with pytest.raises(InvalidModelError, match="a number from 0.01"):
+                recorded(draft, tmp_path)
+        else:
+            assert recorded(draft, tmp_path)
