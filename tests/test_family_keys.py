@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from edgeinfer.errors import InvalidModelError, UnsupportedModelError
+from edgeinfer.errors import EdgeInferError, InvalidModelError, UnsupportedModelError
 from edgeinfer.graph import Attention, Op, Rotate
+from edgeinfer.kernels.cpu.blueprint import Blueprint
+from edgeinfer.kernels.shapes import check_shapes
 from edgeinfer.rope import LEAST_FACTOR
 
 from . import golden_models
-from .golden_models import FFN, GOLDENS, HEAD, Draft
+from .golden_models import FFN, GOLDENS, HEAD, N_CTX, Draft
+from .test_families import limits
 
 
 def recorded(draft: Draft, folder: Path) -> list[tuple[str, Any]]:
@@ -193,3 +199,46 @@ def test_angles_are_none_that_kernels_lose_the_sine_of(least: float, tmp_path: P
                 recorded(draft, tmp_path)
         else:
             assert recorded(draft, tmp_path)
+
+
+SIZES = st.sampled_from([0, 1, 2, 3, 4, 7, 16, 24, 31, 33, 64, 96, 255, 1 << 20, (1 << 31) - 1])
+REALS = st.sampled_from([
+    0.0, -0.0, 1.0, -1.0, 0.5, 1e-6, 1e6, 1e-30, 1e30, 1e-40, 3e38, 5e-324, 1e300, 1e39, math.nan,
+    math.inf,
+])  # fmt: skip
+ARRAYED = REALS.filter(lambda x: abs(x) < 1e38)  # which are written as float32
+TEXTS = st.sampled_from(["yarn", "linear", "none", "longrope", "x", ""])
+VALUES = st.one_of(SIZES, REALS, REALS, TEXTS, st.booleans())
+NAMED = sorted({key for _, key in NUMBERS} | WINDOWED.keys() | {
+    "attention.sliding_window", "attention.sliding_window_pattern", "attention.key_length",
+    "attention.value_length", "rope.scaling.type", "rope.scaling.original_context_length",
+    "rope.scaling.yarn_log_multiplier", "rope.scaling.yarn_beta_fast", "expert_weights_norm",
+    "expert_gating_func", "expert_group_count", "expert_group_used_count",
+    "full_attention_interval", "leading_dense_block_count", "nextn_predict_layers",
+    "attention.causal", "pooling_type",
+})  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.data())
+def test_any_numbers_are_refused_by_name_or_lowered(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """What is lowered is what was said: no kernel is told of infinity, or 0, in its place."""
+    pairs = st.tuples(st.sampled_from(sorted(GOLDENS)), st.sampled_from(NAMED))
+    name, first = data.draw(st.one_of(st.sampled_from(NUMBERS), pairs))
+    draft = GOLDENS[name].draft()
+    n_layers = draft.keys["block_count"]
+    for key in [first, *data.draw(st.lists(st.sampled_from([*draft.keys, *NAMED]), max_size=2))]:
+        is_of_layers = data.draw(st.sampled_from([False, False, True]))
+        kind = data.draw(st.sampled_from([SIZES, ARRAYED, st.booleans()]))
+        of_layers = st.lists(kind, min_size=n_layers, max_size=n_layers)
+        draft.keys[key] = data.draw(of_layers if is_of_layers else VALUES)
+    with suppress(EdgeInferError):
+        with draft.loaded(tmp_path_factory.mktemp("any")) as model:
+            segment = model.graph.segment(n_ctx=N_CTX)
+            check_shapes(segment, "cpu")
+            Blueprint(segment, limits(segment))
+            for value in (field for op in segment.ops for field in op):
+                is_number = isinstance(value, float) and math.isfinite(value) and value != 0
+                assert not is_number or 1e-37 < abs(value) < 3e38, "a float32 holds it"
