@@ -23,6 +23,7 @@ from edgeinfer.model import Model
 from tests import native
 
 from .backends import FAST, IDS, LIMITS, backend, batch_of
+from .golden_models import GOLDENS, PROMPT
 from .kv_pages import k_pages, v_pages
 from .models_for_tests import tiny_model
 from .test_cpu_ops import Positions, Sinks, rows_of
@@ -135,3 +136,20 @@ def test_logits_of_a_damaged_model_are_none(damaged: Path, machine: str) -> None
 def test_an_answer_of_a_damaged_model_is_an_error(damaged: Path) -> None:
     with LLM(damaged) as llm, pytest.raises(EdgeInferError, match="yields no number to choose a"):
         llm.generate([1, 2, 3], max_tokens=2)
+
+
+@pytest.mark.parametrize("name", ["lfm2", "qwen35"])
+@pytest.mark.parametrize("machine", FAST)
+def test_a_tap_that_is_no_number_meets_the_zeros_before_a_sequence(
+    name: str, machine: str, tmp_path: Path
+) -> None:
+    draft = GOLDENS[name].draft()
+    taps = next(x for name, x in draft.tensors.items() if "conv" in name and x.shape[-1] < 5)
+    taps[7, 0] = np.nan
+    with draft.loaded(tmp_path) as model:
+        segment = model.graph.segment(n_ctx=64)
+        batch, room = batch_of(PROMPT[:6]), LIMITS._replace(n_states=2)
+        with ReferenceBackend().compile(segment, room, mode="quantised") as program:
+            assert np.isnan(program.submit(batch).wait().logits).all()
+        with backend(machine).compile(segment, room) as program:
+            assert np.isnan(program.submit(batch).wait().logits).all()
