@@ -71,10 +71,13 @@ def linear_of(g: Recorder, parts: Sequence[Value], name: str, out_dim: int) -> V
 
 
 def record(g: Recorder) -> Iterator[tuple[str, Value]]:
-    """See `Graph.drafts`. Of several blocks the first is taken, of one without its tensors none."""
+    """See `Graph.drafts`. Of several blocks the first is taken, of one without its tensors none.
+
+    Nor of one whose first matrix would be cut inside a block: the model runs without.
+    """
     n = g.hparams.n_layers
     blk, logits, hidden = f"blk.{n}", g.logits, g.hidden
-    if not all(g.has(f"{blk}.{name}.weight") for name in _NAMES):
+    if not all(g.has(f"{blk}.{name}.weight") for name in _NAMES) or not _can_be_cut(g, blk):
         return
     g.rms_norm(g.boundary(n - 1), "output_norm")
     source = g.ops.pop()
@@ -90,3 +93,8 @@ def record(g: Recorder) -> Iterator[tuple[str, Value]]:
 
 
 _NAMES = ("nextn.eh_proj", "nextn.enorm", "nextn.hnorm", "attn_norm", "attn_q")
+
+
+def _can_be_cut(g: Recorder, blk: str) -> bool:
+    kind = g._weight(f"{blk}.nextn.eh_proj.weight", g.dim, 2 * g.dim).type
+    return kind.is_runnable and g.dim % kind.block == 0

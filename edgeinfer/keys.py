@@ -18,12 +18,13 @@ _POOLINGS = {-1: "", 0: "", 1: "mean", 2: "cls", 3: "last", 4: "rank"}
 # Far above any model in use: a hostile file can't make loading slow or sizes overflow.
 _MAX_LAYERS = 4096
 _MAX_COUNT = 1 << 20
+_LEAST_NUMBER, _MOST_NUMBER = 1e-30, 1e30  # in size: a float32 holds those, and what they make
 
 
 class _Inert(NamedTuple):
     """Why a key may stay unread: with any value, or only with one of `values`.
 
-    Not so once the model file has read the key `unless`.
+    Not so once the model file has found a number other than 0 behind the key `unless`.
     """
 
     reason: str
@@ -37,6 +38,7 @@ _MULTIPLIES = _Inert("multiplies by 1", (1,))
 _WINDOWED = _Inert("of layers with a window; there are none", None, "attention.sliding_window")
 _YARN = _Inert("acts with YaRN alone, which `rope.scaling.type` asks for")
 _LENGTH = _Inert("acts with YaRN, or rope factors that it chooses between")
+_GELU = _Inert("what the model file writes", ("gelu", "gelu_pytorch_tanh"))
 _INERT = {
     "vocab_size": _Inert("the embedding has as many rows"),
     "tensor_data_layout": _Inert("how converters of 2023 ordered rows"),
@@ -68,6 +70,9 @@ _INERT = {
     "rope.scaling.yarn_ext_factor": _Inert("the default", (-1,)),
     # With its prefix: of one architecture alone.
     "phi3.attention.sliding_window": _Inert("not applied, as in llama.cpp"),
+    "lfm2moe.feed_forward_length": _Inert("of layers without experts; there are none"),
+    "gemma2.hidden_activation": _GELU,
+    "gemma3.hidden_activation": _GELU,
 }
 
 
@@ -78,6 +83,7 @@ class Keys:
         self.architecture = file.metadata.get_str("general.architecture")
         self._file, self._metadata = file, file.metadata
         self._read: set[str] = set()
+        self._acting: set[str] = set()  # whole numbers that were read and are not 0
         self._arrays: dict[str, tuple[Any, ...]] = {}
         self._n_blocks = self._whole("block_count", _MAX_LAYERS)
         # Blocks that guess tokens stand behind those of the model, and are counted with them. Who
@@ -103,13 +109,18 @@ class Keys:
         *,
         layer: int | None = None,
         low: int = 1,
+        high: int = _MAX_COUNT,
     ) -> int:
         """A whole number; of an array, the one of a layer."""
-        if not self.is_array(name):
-            return self._metadata.get_int(self._tick(name), default, low=low, high=_MAX_COUNT)
-        count: int = self._of_layer(name, self._metadata.get_ints, layer)
-        if not low <= count <= _MAX_COUNT:
-            self.wrong(name, count, f"integers from {low} to {_MAX_COUNT}")
+        count: int
+        if self.is_array(name):
+            count = self._of_layer(name, self._metadata.get_ints, layer)
+            if not low <= count <= high:
+                self.wrong(name, count, f"integers from {low} to {high}")
+        else:
+            count = self._metadata.get_int(self._tick(name), default, low=low, high=high)
+        if count:
+            self._acting.add(name)
         return count
 
     def number(
@@ -129,6 +140,9 @@ class Keys:
             value = self._metadata.get_float(self._tick(name), default)
         if not low <= value <= high:
             self.wrong(name, value, f"a number from {low:g} to {high:g}")
+        if value and not _LEAST_NUMBER <= abs(value) <= _MOST_NUMBER:
+            wanted = f"0 or a number of a size from {_LEAST_NUMBER:g} to {_MOST_NUMBER:g}"
+            self.wrong(name, value, wanted)
         return value
 
     def flag(self, name: str, default: bool | None = None, *, layer: int | None = None) -> bool:
@@ -183,7 +197,7 @@ class Keys:
     def _is_inert(self, name: str) -> bool:
         value = self._metadata[self._key(name)]
         entry = _INERT.get(self._key(name)) or _INERT.get(name)
-        acts = entry is None or entry.unless in self._read
+        acts = entry is None or entry.unless in self._acting
         if entry is not None and not acts and entry.values is None:
             return True
         if isinstance(value, Array) and value.item_type == "string":

@@ -40,7 +40,10 @@ def fields(names: str, **values: Container[str]) -> dict[str, Container[str] | N
 
 
 def check(segment: Segment, known: Known, backend: str) -> None:
-    """UnsupportedModelError for the first op, field or value that a backend does not know."""
+    """UnsupportedModelError for the first op, field or value that a backend does not know.
+
+    In the block that guesses tokens, too.
+    """
     makers: dict[Value, Op] = {}
     unsure: dict[type, list[tuple[int, str]]] = {}
     for op in segment.ops:
@@ -55,6 +58,8 @@ def check(segment: Segment, known: Known, backend: str) -> None:
                 _check_field(op, record, i, name, known, makers, backend)
     _check_rows(segment, makers, backend)
     _check_caches(segment, makers, backend)
+    if segment.draft is not None:
+        check(segment.draft, known, backend)
 
 
 def selected(segment: Segment) -> set[Value]:

@@ -50,7 +50,7 @@ def experts(
     router: Value,
 ) -> Value:
     """The weighted sum of the chosen experts, and the shared expert where the file has one."""
-    dim = g.count("expert_feed_forward_length", dim)
+    dim = g.count("expert_feed_forward_length", dim or None)
     out_dim, route = x.dim, _route(g, router, blk, gating, norm)
     clamp = g.number("swiglu_clamp_exp", 0.0, 0.0)
     if g.has(f"{blk}.ffn_gate_up_exps.weight"):

@@ -16,6 +16,7 @@ from edgeinfer.gguf import Array, GGUFFile
 from edgeinfer.graph import Graph, Hparams, Rotate, without_leading_ones
 from edgeinfer.keys import Keys
 from edgeinfer.quant import RUNNABLE, Weight
+from edgeinfer.rope import LEAST_FACTOR
 from edgeinfer.terminal import one_line
 
 
@@ -181,9 +182,10 @@ def _check_rope_factors(graph: Graph) -> None:
 
     ropes = {op.rope for op in graph.ops if isinstance(op, Rotate)}
     for factors in {table for rope in ropes for table in rope.tables()}:
-        if not all(x > 1e-6 for x in dequantize(factors).tolist()):
+        if not all(x >= LEAST_FACTOR for x in dequantize(factors).tolist()):
             raise InvalidModelError(
-                "a factor is not a positive number; download the file again", field=factors.name
+                f"a factor is not a number from {LEAST_FACTOR:g} on; download the file again",
+                field=factors.name,
             )
 
 

@@ -197,7 +197,9 @@ class ModelReader:
         if weight.shape != shape:
             if without_leading_ones(weight.shape) != without_leading_ones(shape):
                 raise InvalidModelError(
-                    f"shape is {weight.shape}, the metadata asks for {shape}", field=name
+                    f"shape is {weight.shape}, the metadata asks for {shape}; take a file from "
+                    "another publisher",
+                    field=name,
                 )
             weight = self._weights[name] = replace(weight, shape=shape)
         self._used.add(name)
@@ -218,7 +220,10 @@ class ModelReader:
                 architecture=architecture,
                 missing=others,
             )
-        raise InvalidModelError(f"the file lacks a tensor that {architecture} needs", field=name)
+        raise InvalidModelError(
+            f"the file lacks a tensor that {architecture} needs; take one from another publisher",
+            field=name,
+        )
 
 
 def without_leading_ones(shape: tuple[int, ...]) -> tuple[int, ...]:

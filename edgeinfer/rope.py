@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 RopeKind: TypeAlias = Literal["norm", "neox"]
 
 _N_SPANS = 256  # in which a growing magnitude grows
+_MOST_POSITIONS = 2**31 - 1
+# Of the factors that angles are divided by: at position 10^9 they are 10^13 at most, and kernels
+# still know sines of those.
+LEAST_FACTOR = 0.01
 
 
 class Yarn(NamedTuple):
@@ -168,7 +172,7 @@ class RopeReader(NamedTuple):
     def _trained_length(self) -> int:
         """Positions of the training that scaling sets out from."""
         name = "rope.scaling.original_context_length"
-        return self.settings.count(name, self.n_ctx_train, layer=self.layer)
+        return self.settings.count(name, self.n_ctx_train, layer=self.layer, high=_MOST_POSITIONS)
 
     def _scaling(self) -> tuple[float, Yarn | None, float]:
         """Scale, YaRN and magnitude."""
@@ -180,8 +184,8 @@ class RopeReader(NamedTuple):
         old, name = "rope.scale_linear", f"{prefix}.factor"
         name = name if settings.has(name) or not settings.has(old) else old
         factor = settings.number(name, 0.0, low=0, high=1e6)
-        if 0 < factor < 1e-6:
-            settings.wrong(name, factor, "0 or a number from 1e-6 to 1e6")
+        if 0 < factor < LEAST_FACTOR:
+            settings.wrong(name, factor, f"0 or a number from {LEAST_FACTOR:g} to 1e6")
         factor = 1.0 if kind == "none" or factor == 0 else factor
         if kind != "yarn":
             return 1 / factor, None, magnitude
@@ -192,4 +196,18 @@ class RopeReader(NamedTuple):
         )
         multiplier = settings.number(f"{prefix}.yarn_log_multiplier", 0.0, low=0, high=1e3)
         log = 0.1 * math.log(max(factor, 1.0))
-        return 1 / factor, yarn, magnitude * (1 + log) / (1 + multiplier * log)
+        own = (1 + log) / (1 + multiplier * log)
+        self._check_usual(own)
+        return 1 / factor, yarn, magnitude * own
+
+    def _check_usual(self, magnitude: float) -> None:
+        """What a converter copies beside YaRN must say what YaRN does: nobody acts by it."""
+        name = "rope.scaling.yarn_ext_factor"
+        if self.settings.number(name, -1.0) not in (-1, 1):
+            self.settings.unsupported(name, "a part of YaRN's blend")
+        # The magnitude, as OLMo 3 has it, what would make 1 of it, as DeepSeek's Qwen 3 has it, or
+        # nothing: llama.cpp takes the same one for all three.
+        name = "rope.scaling.yarn_attn_factor"
+        told, usual = self.settings.number(name, 1.0), (1, magnitude, 1 / magnitude)
+        if not any(math.isclose(told, each, rel_tol=1e-3) for each in usual):
+            self.settings.unsupported(name, "another magnitude than YaRN's own")

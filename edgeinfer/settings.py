@@ -13,7 +13,13 @@ class Settings(Protocol):
     def is_array(self, name: str) -> bool: ...
 
     def count(
-        self, name: str, default: int | None = None, *, layer: int | None = None, low: int = 1
+        self,
+        name: str,
+        default: int | None = None,
+        *,
+        layer: int | None = None,
+        low: int = 1,
+        high: int = ...,
     ) -> int: ...
 
     def number(

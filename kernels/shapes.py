@@ -86,11 +86,12 @@ KNOWN: Known = {
 def check_shapes(segment: Segment, backend: str) -> None:
     """Raise UnsupportedModelError for the first op, shape or type that no kernel can be given."""
     check(segment, KNOWN, backend)
-    routes = {op.out: op for op in segment.ops if isinstance(op, Route)}
-    for op in segment.ops:
-        _check_op(op)
-        if isinstance(op, (ExpertLinear, ExpertSum)):
-            _check_along(op, routes)
+    for part in filter(None, (segment, segment.draft)):
+        routes = {op.out: op for op in part.ops if isinstance(op, Route)}
+        for op in part.ops:
+            _check_op(op)
+            if isinstance(op, (ExpertLinear, ExpertSum)):
+                _check_along(op, routes)
 
 
 def _check_op(op: Op) -> None:

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from edgeinfer.batch import Batch, PageTable, StepRequest
 from edgeinfer.draft import rows_layer
-from edgeinfer.errors import ClosedError, InvalidRequestError
+from edgeinfer.errors import ClosedError, InvalidRequestError, UnsupportedModelError
 from edgeinfer.gguf import GGUFFile
-from edgeinfer.graph import KV, KVType, Linear, Segment
+from edgeinfer.graph import KV, KVType, Linear, Op, RmsNorm, Rotate, Segment
 from edgeinfer.kernels.reference import ReferenceBackend
 from edgeinfer.model import Model
 from edgeinfer.sampling.params import SampleTable, SamplingParams
@@ -481,3 +481,27 @@ def test_a_draft_takes_its_own_weights_only(drafted: Segment) -> None:
               if isinstance(op, Linear) and op.weight.name.startswith("blk."))  # fmt: skip
     assert "token_embd.weight" in names or "output.weight" in names
     assert more["weights F32"] < own + n_embedding // 2
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_what_a_machine_lacks_is_refused_in_a_draft_too(drafted: Segment, name: str) -> None:
+    def changed(op: Op) -> Op:
+        if isinstance(op, Rotate):
+            return op._replace(rope=op.rope._replace(kind="made up"))  # type: ignore[arg-type]
+        return op
+
+    assert drafted.draft is not None
+    block = drafted.draft._replace(ops=tuple(map(changed, drafted.draft.ops)))
+    with pytest.raises(UnsupportedModelError, match="does not know kind 'made up' of Rope"):
+        backend(name).demand(drafted._replace(draft=block), StepRequest(64, 1, 2))
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_a_shape_that_no_kernel_takes_is_refused_in_a_draft_too(
+    drafted: Segment, name: str
+) -> None:
+    assert drafted.draft is not None
+    ops = [op._replace(n_heads=3) if isinstance(op, RmsNorm) else op for op in drafted.draft.ops]
+    block = drafted.draft._replace(ops=tuple(ops))
+    with pytest.raises(UnsupportedModelError, match="64; kernels run multiples of 3"):
+        backend(name).demand(drafted._replace(draft=block), StepRequest(64, 1, 2))

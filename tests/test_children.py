@@ -131,12 +131,17 @@ def test_children_run_elsewhere_and_without_our_python_variables(
 
 
 FORKED = """
-import json, os, signal, sys, threading, time
+import contextlib, json, os, signal, sys, threading, time
 from edgeinfer.text.template_engine import Budget, LimitError, TemplateEngine
 signal.signal(signal.SIGTERM, lambda *_: open(sys.argv[2], "a").write("handler "))
 sys.path.insert(0, "")
 secret = open(sys.argv[1])
 os.closerange(0, int(sys.argv[3]))  # a program may be started without standard streams
+def one_by_one(low, high):  # as Python does where its libc had no close_range when it was built
+    for number in range(low, high):
+        with contextlib.suppress(OSError):
+            os.close(number)
+os.closerange, os.sysconf = one_by_one, lambda _: -1  # how many may be open is not told
 engine = TemplateEngine()
 engine.start(may_fork=True)
 child = engine._worker._process

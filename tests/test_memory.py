@@ -196,6 +196,14 @@ def test_damaged_answers_of_the_system_count_as_none(
     assert platform.default_threads(root) >= 1
 
 
+def test_memory_that_nobody_tells_of_is_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`sysconf` says -1 where it knows the name, and not the number."""
+    monkeypatch.setattr(os, "sysconf", lambda name: 4096 if "SIZE" in name else -1, raising=False)
+    assert platform.available_memory(tmp_path) > 1 << 30
+
+
 # -- limits of a process -------------------------------------------------------------------------
 
 _UNDER_LIMITS = """

@@ -102,10 +102,18 @@ def _be_child(
         for stream, end in enumerate([fcntl.fcntl(end, fcntl.F_DUPFD, 3) for end in streams]):
             os.dup2(end, stream)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+        _close_others()
         os.chdir(home)
         sys.path = list(folders)
         importlib.import_module(module).main()
     except BaseException:  # the parent's handlers and destructors are still below on the stack
         os._exit(1)
     os._exit(0)
+
+
+def _close_others() -> None:
+    """All but the standard streams: what is open, since there may be a billion that could be."""
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) > 2:
+            with suppress(OSError):  # the one by which they were listed
+                os.close(int(name))

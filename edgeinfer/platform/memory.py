@@ -122,6 +122,7 @@ def _windows_memory() -> int | None:
 
 def _sysconf_memory() -> int:
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        n_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return _FALLBACK_MEMORY
+    return n_bytes if n_bytes > 0 else _FALLBACK_MEMORY  # -1: it is not told

@@ -11,7 +11,8 @@ Activations come in two formats, "rows" meaning tokens:
 - f32: row-major floats, (rows, K).
 - a32: blocks of 32 values, 44 bytes each: 32 int8 q, float d, float d * sum of q, int16 sum of the
   first 16 q, int16 sum of the last 16. x = d * q.
-d = max|x| / 127 and q = roundeven(x * (127 / max|x|)), all zero where max|x| is below 1e-36.
+d = max|x| / 127 and q = roundeven(x * (127 / max|x|)), all zero where max|x| is below 1e-36. Where
+a value is no number d is none, and so is every product with the block.
 Blocks of a32 are stored tile by tile: rows are cut into tiles of MAX_TILE, the rest is one smaller
 tile; inside a tile of n rows that starts at row t0, block b of row t0 + i lies at t0 * row_bytes +
 (b * n + i) * 44, where row_bytes = K / 32 * 44.

@@ -83,7 +83,7 @@ EI_DEV float ei_soft_cap(float x, float cap) {
     return ei_tanh(ei_div(x, cap)) * cap;
 }
 
-// Sine and cosine of a double, |x| up to 1e9: kernels/cpu/native/math.py, where it is explained.
+// Sine and cosine of a double, |x| up to 1e13: kernels/cpu/native/math.py, where it is explained.
 EI_DEV void ei_sincos(double x, double* sine, double* cosine) {
     const double p1 = 1.5707963267948966;
     const double p2 = 6.123233995736766e-17;

@@ -79,7 +79,8 @@ def add_value(
     elif isinstance(value, int):
         writer.add_uint32(key, value) if value >= 0 else writer.add_int32(key, value)
     elif isinstance(value, float):
-        writer.add_float32(key, value)
+        is_far = 0 < abs(value) < 1e-37 or 3e38 < abs(value) < float("inf")  # of a float32
+        writer.add_float64(key, value) if is_far else writer.add_float32(key, value)
     elif isinstance(value, str):
         writer.add_string(key, value)
     else:

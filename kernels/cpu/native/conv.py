@@ -44,6 +44,9 @@ def make(isa, kind=""):
                 for j in range(n_old):
                     row = j * stride + at
                     acc = fma(load_f32x8(weight + row), load_f32x8(state + row), acc)
+            else:  # zeros, which leave nothing but of a weight that is no number
+                for j in range(n_old):
+                    acc = fma(load_f32x8(weight + j * stride + at), splat_f32(0.0), acc)
             for j in range(n_old, n_taps):
                 row = j * stride + at
                 acc = fma(load_f32x8(weight + row), load_f32x8(x + row), acc)

@@ -100,31 +100,26 @@ def _read(s, k, q, n):
     return add_f(add_f(a0, a1), add_f(a2, a3)), add_f(add_f(b0, b1), add_f(b2, b3))
 
 
-@jit
-def _next(s, k, i, g, delta):
-    """Row i of 8 columns that have decayed, plus k delta^T."""
-    return fma(load_splat_f32(k + i), delta, mul_f(load_f32x8(s + 8 * i), g))
+def _storing(writes, keeps):
+    """`store(s, to, kept, k, g, delta, n)`: 8 columns that have decayed, plus k delta^T.
+
+    It writes them to `to`, for the next row, and keeps them in a slot: that is read by the next
+    step, behind all the model's weights.
+    """
+
+    @jit
+    def store(s, to, kept, k, g, delta, n):
+        for i in range(0, 4 * n, 4):
+            v = fma(load_splat_f32(k + i), delta, mul_f(load_f32x8(s + 8 * i), g))
+            if writes:
+                store_f32x8(to + 8 * i, v)
+            if keeps:
+                stream_f32x8(kept + 8 * i, v)
+
+    return store
 
 
-@jit
-def _write(s, to, k, g, delta, n):
-    for i in range(0, 4 * n, 4):
-        store_f32x8(to + 8 * i, _next(s, k, i, g, delta))
-
-
-@jit
-def _keep(s, kept, k, g, delta, n):
-    """Into a slot: the next step reads it, behind all the model's weights."""
-    for i in range(0, 4 * n, 4):
-        stream_f32x8(kept + 8 * i, _next(s, k, i, g, delta))
-
-
-@jit
-def _write_and_keep(s, to, kept, k, g, delta, n):
-    for i in range(0, 4 * n, 4):
-        v = _next(s, k, i, g, delta)
-        store_f32x8(to + 8 * i, v)
-        stream_f32x8(kept + 8 * i, v)
+_write, _keep, _write_and_keep = _storing(True, False), _storing(False, True), _storing(True, True)
 
 
 @jit
@@ -169,9 +164,9 @@ def _row(s, to, kept, q, k, v, out, decay, beta, dim, first, last, spare):
         if to != 0 and kept != 0:
             _write_and_keep(s + at, to + at, kept + at, k, g, delta, dim)
         elif to != 0:
-            _write(s + at, to + at, k, g, delta, dim)
+            _write(s + at, to + at, kept + at, k, g, delta, dim)
         elif kept != 0:
-            _keep(s + at, kept + at, k, g, delta, dim)
+            _keep(s + at, to + at, kept + at, k, g, delta, dim)
 
 
 def make(isa):

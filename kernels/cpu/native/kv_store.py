@@ -113,13 +113,14 @@ def _codes(x, d, least, most):
     if d != 0:
         inverse = np.float32(1) / d
     v = round_f(mul_f(load_rows_f32(x, 32, 4), splat_f32(inverse)))
-    return to_i32(min_f(max_f(v, splat_f32(least)), splat_f32(most)))
+    # Both yield their second operand where one is no number, as in `math.exp`.
+    return to_i32(min_f(splat_f32(most), max_f(splat_f32(least), v)))
 
 
 @jit
 def _codes_q8_0(x, scale):
     """Tile of the codes of 32 floats; their scale, a half, goes to an address."""
-    store_f16(scale, max_lanes(largest(x)) / np.float32(127))
+    store_f16(scale, largest(x) / np.float32(127))
     return _codes(x, load_f16(scale), np.float32(-127), np.float32(127))
 
 
@@ -133,6 +134,9 @@ def _codes_q4_0(x, scale):
     m = low
     if high > -low:
         m = high
+    size = largest(x)
+    if size != size:
+        m = size
     store_f16(scale, m * np.float32(-0.125))
     return add_i(_codes(x, load_f16(scale), np.float32(-8), np.float32(7)), splat_i32(8))
 

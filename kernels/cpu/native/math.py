@@ -84,7 +84,7 @@ _C4, _C5, _C6 = -2.75573143513906633035e-07, 2.08757232129817482790e-09, -1.1359
 
 @jit
 def sincos(x):
-    """Sine and cosine of a double, |x| up to 1e9, to 1e-15 of their true values."""
+    """Sine and cosine of a double, |x| up to 1e13, to 1e-15 of their true values."""
     n = round_f64(x * _TWO_OVER_PI)
     # x - n P1 is exact: a multiple of 2 ** -52 below 1. The rest is kept as high + low.
     r = fma_f64(-n, _P1, x)

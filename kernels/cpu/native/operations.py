@@ -64,6 +64,13 @@ def _smaller(b, x, y):
     return b.select(b.fcmp_ordered("<", x, y), x, y)
 
 
+def _larger_size(b, x, y):
+    """The larger of two without a sign, by their bits: what is no number is larger than any."""
+    kind = ir.VectorType(I32, x.type.count)
+    sizes = (b.bitcast(v, kind) for v in (x, y))
+    return b.bitcast(call(b, f"llvm.smax.v{kind.count}i32", kind, *sizes), x.type)
+
+
 def _intrinsic(name):
     def emit(b, x):
         suffix = {"float": "f32", "double": "f64"}[str(x.type.element)]
@@ -74,6 +81,7 @@ def _intrinsic(name):
 
 fma = mapped(3, _same, fma_ir)  # x * y + z, rounded once
 max_f = mapped(2, _same, _larger)
+max_size = mapped(2, _same, _larger_size)
 min_f = mapped(2, _same, _smaller)
 abs_f = mapped(1, _same, _intrinsic("fabs"))
 round_f = mapped(1, _same, _intrinsic("roundeven"))
@@ -313,4 +321,5 @@ def _across(vec, result, combine):
 
 sum_lanes = _across(f32x8, types.float32, lambda b, x, y: b.fadd(x, y))
 max_lanes = _across(f32x8, types.float32, _larger)
+max_size_lanes = _across(f32x8, types.float32, _larger_size)
 sum_lanes_i32 = _across(i32x8, types.int32, lambda b, x, y: b.add(x, y))

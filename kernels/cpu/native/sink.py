@@ -27,8 +27,8 @@ from edgeinfer.kernels.cpu.native.operations import (
     abs_f,
     add_i,
     load_rows_f32,
-    max_f,
-    max_lanes,
+    max_size,
+    max_size_lanes,
     mul_f,
     round_f,
     row,
@@ -90,9 +90,10 @@ def finish_row(x, dim, sink, t, n_rows):
 
 @jit
 def largest(x):
-    """Lane by lane, the largest |x| of 32 floats."""
+    """The largest |x| of 32 floats; what is no number is larger than any."""
     v = abs_f(load_rows_f32(x, 32, 4))
-    return max_f(max_f(row(v, 0), row(v, 1)), max_f(row(v, 2), row(v, 3)))
+    top = max_size(max_size(row(v, 0), row(v, 1)), max_size(row(v, 2), row(v, 3)))
+    return max_size_lanes(top)
 
 
 @jit
@@ -106,7 +107,7 @@ def _scales(m):
 @jit
 def quantise_32(x, q):
     """One block of a32, at q, of 32 floats."""
-    inverse, d = _scales(max_lanes(largest(x)))
+    inverse, d = _scales(largest(x))
     v = to_i32(round_f(mul_f(load_rows_f32(x, 32, 4), splat_f32(inverse))))
     store_i8x8(q, row(v, 0))
     store_i8x8(q + 8, row(v, 1))
