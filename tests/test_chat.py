@@ -202,6 +202,30 @@ def call_of(city: str, **more: Any) -> dict[str, Any]:
     return {"type": "function", "function": function, **more}
 
 
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_every_system_message_is_there(template: ChatTemplate, role: str) -> None:
+    """Agents send some in the middle of a conversation: many templates look at the first alone."""
+    chat: list[Any] = [
+        {"role": "system", "content": "ONE-TEXT"},
+        {"role": role, "content": "TWO-TEXT"},
+        *LONG_CHAT[1:3],
+        {"role": role, "content": "THREE-TEXT"},
+        LONG_CHAT[3],
+    ]
+    text = template.render(chat)
+    assert all(text.count(f"{word}-TEXT") == 1 for word in ("ONE", "TWO", "THREE", "SECOND"))
+    assert in_order(text, "REPLY-TEXT", "THREE-TEXT")
+
+
+def test_a_user_may_speak_after_a_tool(template: ChatTemplate) -> None:
+    """Whoever stops an answer to ask something else."""
+    result = {"content": "SUNNY", "tool_call_id": "call00001"}
+    for results in ([], [result]):
+        chat = called(call_of("ROME", id="call00001"), results=results)
+        text = template.render([*chat, {"role": "user", "content": "SECOND-TEXT"}])
+        assert in_order(text, "FIRST-TEXT", "ROME", *["SUNNY"] * len(results), "SECOND-TEXT")
+
+
 @pytest.mark.parametrize("has_ids", [True, False])
 def test_every_call_of_a_message_is_there_with_its_result(
     template: ChatTemplate, has_ids: bool

@@ -172,9 +172,11 @@ class ChatTemplate:
                 text, error = self._attempt(_hidden(fitted, hide), shown, budget)
         if error is not None and (folded := late_system_folded(fitted)) != fitted:
             text, _ = self._attempt(_hidden(folded, hide), shown, budget)
-        if error is not None and text is None:
-            # Some templates insist on user and assistant by turns, the system text within.
-            text, _ = self._attempt(_hidden(by_turns(fitted), hide), shown, budget)
+        for answers_tools in (False, True):
+            if error is not None and text is None:
+                # Some templates insist on user and assistant by turns, the system text within.
+                turns = by_turns(fitted, answers_tools=answers_tools)
+                text, _ = self._attempt(_hidden(turns, hide), shown, budget)
         if text is None:
             assert error is not None
             raise error

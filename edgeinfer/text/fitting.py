@@ -12,6 +12,7 @@ from itertools import takewhile
 from typing import Any, NamedTuple
 
 from edgeinfer.text.messages import plain, reminder_of, spelled_calls
+from edgeinfer.text.turns import SYSTEM
 
 _MOST_MENDED = 1 << 16  # characters of arguments, which are read one by one
 ID_LENGTH = 9  # letters of a call's id: some templates refuse others
@@ -22,6 +23,7 @@ class Capabilities(NamedTuple):
     """What a template can do with a conversation."""
 
     system_role: bool
+    several_systems: bool  # at the front, and behind other messages
     string_content: bool
     typed_content: bool
     tools: bool
@@ -37,6 +39,9 @@ def probe(attempt: Callable[..., str]) -> Capabilities:
     user = {"role": "user", "content": "hello"}
     part = {"type": "text", "text": needle}
     typed = attempt([{"role": "user", "content": [part]}])
+    systems = [{"role": "system", "content": word} for word in (needle, found, second)]
+    answer = {"role": "assistant", "content": "hi"}
+    told = attempt([*systems[:2], user, answer, systems[2], user])
 
     def turns(words: Sequence[str], *, as_object: bool) -> list[dict[str, Any]]:
         """A question, calls with these words, and their results."""
@@ -61,6 +66,7 @@ def probe(attempt: Callable[..., str]) -> Capabilities:
     by_text = attempt(turns([needle], as_object=False))
     return Capabilities(
         system_role=needle in attempt([{"role": "system", "content": needle}, user]),
+        several_systems=all(word in told for word in (needle, found, second)),
         string_content=needle in attempt([{"role": "user", "content": needle}]),
         typed_content=needle in typed and "'text'" not in typed and '"text"' not in typed,
         tools=needle in attempt([user], [{"type": "function", "function": tool}]),
@@ -97,6 +103,8 @@ def fit(
         messages = _calls_apart(messages)
     if not can.system_role:
         messages = _system_folded(messages)
+    elif not can.several_systems:
+        messages = _one_system(messages)
     if can.typed_content and not can.string_content:
         for message in messages:
             message["content"] = [{"type": "text", "text": message["content"]}]
@@ -207,7 +215,7 @@ def late_system_folded(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     n_front = _n_front(messages)
     return messages[:n_front] + [
         {**m, "role": "user", "content": reminder_of(m["content"])}
-        if m["role"] == "system" and isinstance(m["content"], str)
+        if m["role"] in SYSTEM and isinstance(m["content"], str)
         else m
         for m in messages[n_front:]
     ]
@@ -215,7 +223,17 @@ def late_system_folded(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _n_front(messages: list[dict[str, Any]]) -> int:
     """Of the system's, before any other."""
-    return next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
+    return next((i for i, m in enumerate(messages) if m["role"] not in SYSTEM), len(messages))
+
+
+def _one_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One system message at the front, where templates look for it; others leave out the rest."""
+    messages = late_system_folded(messages)
+    n_front = _n_front(messages)
+    if n_front < 2:
+        return messages
+    content = "\n\n".join(m["content"] for m in messages[:n_front])
+    return [{**messages[0], "content": content}, *messages[n_front:]]
 
 
 def _system_folded(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -233,16 +251,25 @@ def _system_folded(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rest
 
 
-def by_turns(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Neighbours of one role as one message, which has all that they have."""
+def by_turns(
+    messages: list[dict[str, Any]], *, answers_tools: bool = False
+) -> list[dict[str, Any]]:
+    """User and assistant by turns; neighbours of one role as one that has all that they have.
+
+    Where it `answers_tools`, an answer without text stands before who speaks right after them.
+    """
     if any(not isinstance(m["content"], str) for m in messages):
         return messages
     turns: list[dict[str, Any]] = []
     for message in _system_folded(messages):
-        if turns and message["role"] == turns[-1]["role"] and message["role"] != "tool":
-            turns[-1] = _joined(turns[-1], message)
-        else:
-            turns.append(dict(message))
+        last = turns[-1] if turns else {"role": ""}
+        if message["role"] == last["role"] != "tool":
+            turns[-1] = _joined(last, message)
+            continue
+        is_interrupted = last["role"] == "tool" or "tool_calls" in last
+        if answers_tools and is_interrupted and message["role"] == "user":
+            turns.append({"role": "assistant", "content": ""})
+        turns.append(dict(message))
     return turns
 
 
