@@ -137,7 +137,7 @@ class _Refused(Exception):
 
 
 def limits() -> Any:
-    """Of what a grammar may take, 20 MB of states and as much of expressions; terse messages.
+    """Of what a grammar may take, 30 MB of states and 20 MB of expressions; terse messages.
 
     A text whose letters are counted takes up to ten states a letter, as far as answers come.
 
