@@ -15,6 +15,7 @@ from edgeinfer.errors import InvalidRequestError
 from edgeinfer.text.call_formats import call_format
 from edgeinfer.text.call_grammar import ANSWER, OfferedTool, call_grammar
 from edgeinfer.text.grammar import Grammar, check_installed
+from edgeinfer.text.grammar_limits import narrowed
 from edgeinfer.text.reply import Tags
 from edgeinfer.text.tokenizer import Tokenizer
 from edgeinfer.text.tool_choice import ToolChoice
@@ -89,7 +90,7 @@ def checked(tool: Mapping[str, Any]) -> OfferedTool:
     schema, param = json.dumps(offered.parameters), f"tools.{offered.tool.name}.parameters"
     if not _can_enforce(schema, param, offered.is_strict):
         return offered._replace(parameters={"type": "object"})
-    return offered
+    return offered._replace(parameters=narrowed(offered.parameters))
 
 
 @lru_cache(maxsize=512)  # clients send the same tools with each request

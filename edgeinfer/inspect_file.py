@@ -5,21 +5,26 @@ Knows nothing of how it is shown.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from os import PathLike
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from edgeinfer.engine.memory_plan import MemoryPlan
-from edgeinfer.errors import ModelNotFoundError, UnsupportedModelError
-from edgeinfer.gguf import GGUFFile
+from edgeinfer.errors import EdgeInferError, ModelNotFoundError, UnsupportedModelError
+from edgeinfer.gguf import GGUFFile, Metadata
 from edgeinfer.graph import Attention, ExpertLinear, Graph, Linear, Route
 from edgeinfer.load_settings import LoadSettings
 from edgeinfer.model import Model
 from edgeinfer.options import LoadOptions, Unpack
 from edgeinfer.runtime import find_file, plan_model
 from edgeinfer.terminal import one_line
+from edgeinfer.text.chat import read_template
+from edgeinfer.text.template_engine import TemplateEngine
 from edgeinfer.text.tokenizer import Tokenizer
 
 
@@ -123,3 +128,24 @@ def read_tokenizer(path: str, pre: str | None) -> Tokenizer:
     """The tokenizer of a file, also of one that has no weights."""
     with GGUFFile.open(find_file(path)) as file:
         return Tokenizer.from_metadata(file.metadata, pre=pre)
+
+
+def check_template(name: str, model: str | None) -> None:
+    """InvalidRequestError or TemplateError where no chat can have the template of this name.
+
+    A model has names of its own: without one, or where it can't be opened, files alone are looked
+    into. A pipe, which can be read once, is left for whoever loads the model.
+    """
+    try:
+        file = GGUFFile.open(find_file(model)) if model is not None else None
+    except (EdgeInferError, OSError):  # told by whoever loads it
+        file = None
+    if Path(name).is_fifo() or (file is None and not os.path.exists(name)):
+        return
+    engine = TemplateEngine()
+    try:
+        with file if file is not None else nullcontext():
+            metadata = file.metadata if file is not None else Metadata(Path(), {})
+            read_template(name, metadata, engine)
+    finally:
+        engine.close()

@@ -245,7 +245,7 @@ SAMPLING = _by_name(
         "dry_sequence_breakers", breakers, "Texts that no repeat goes across.",
         default=("\n", ":", '"', "*"),
     ),
-    Parameter("dynatemp_range", number, "Temperature by entropy, this far around.", 0, default=0.0),
+    Parameter("dynatemp_range", number, "Temperature by entropy, this far around.", 0, 1e6, 0.0),
     Parameter("dynatemp_exponent", number, "How it depends on entropy.", 0, default=1.0),
     Parameter("mirostat", integer, "Hold the surprise near tau: version 1 or 2.", 0, 2, 0),
     Parameter("mirostat_tau", number, "The surprise to hold.", 0, default=5.0),

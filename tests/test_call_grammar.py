@@ -309,6 +309,12 @@ SCHEMAS: list[Any] = [
      "required": ["s"]},
     {"type": "object", "properties": {"s": {"oneOf": [{"type": "null"}, {"type": "boolean"}]}}},
     {"type": "object", "properties": {"s": {"const": 'a\nb"c\\d</parameter>'}}, "required": ["s"]},
+    {"type": "object", "properties": {"s": {"type": "string", "pattern": r"^a\\/b$"}},
+     "required": ["s"]},
+    {"type": "object", "properties": {"s": {"type": "string", "enum": ["a", "bb"], "maxLength": 1}},
+     "required": ["s"]},
+    {"type": "object", "properties": {"n": {"$ref": "#node"}}, "required": ["n"],
+     "$defs": {"node": {"$anchor": "node", "type": "integer"}}},
     {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a", "b"]},
 ]  # fmt: skip
 
@@ -418,3 +424,26 @@ def test_a_reply_is_calls_or_an_answer_by_a_schema(spelling: str, has_tools: boo
             jsonschema.Draft202012Validator(SHORT).validate(json.loads(text))
         kinds.add(bool(calls))
     assert kinds == ({True, False} if has_tools else {False})
+
+
+EXCLUSIVE = {"type": "integer", "minimum": 0, "exclusiveMinimum": True, "maximum": 1}  # draft 4
+
+
+@pytest.mark.parametrize("spelling", ["hermes", "coder", "lfm2", "gemma"])
+def test_bounds_of_tools_are_read_as_those_of_answers(spelling: str) -> None:
+    """A flag that a bound is out was passed over."""
+    schema = {"type": "object", "properties": {"n": EXCLUSIVE}, "required": ["n"]}
+    tools = [tool("get", schema)]
+    vocabulary = VOCABULARIES[spelling, True]
+    grammar = call_grammar(
+        SPELLINGS[spelling],
+        [checked(each) for each in tools],
+        vocabulary.controls.get,
+        is_required=True,
+        is_single=True,
+    )
+    for seed in range(8):
+        tokens = walk(matcher(grammar, vocabulary), vocabulary, seed)
+        assert tokens is not None
+        _, (call,) = calls_of(spelling, tools, vocabulary, tokens)
+        assert json.loads(call.arguments) == {"n": 1}

@@ -181,6 +181,93 @@ def test_tools(template: ChatTemplate, arguments: Any) -> None:
     assert "{'city'" not in text and '\\"city\\"' not in text
 
 
+def test_what_clients_leave_empty_is_not_there(template: ChatTemplate) -> None:
+    """A message that came from a client's library has every field that one can have."""
+    fields = ("tool_calls", "function_call", "refusal", "name", "tool_call_id", "reasoning_content")
+    empty = dict.fromkeys(fields)
+    for odd in (empty, {**empty, "tool_calls": []}, {"tool_calls": ()}):
+        given: Any = [{**message, **odd} for message in LONG_CHAT]
+        assert template.render(given) == template.render(LONG_CHAT)
+
+
+def called(*calls: dict[str, Any], results: Sequence[dict[str, Any]]) -> list[Message]:
+    """A question, calls in one message, and what came of them."""
+    asked: list[Any] = [{"role": "user", "content": "FIRST-TEXT"}]
+    asked += [{"role": "assistant", "content": None, "tool_calls": list(calls)}]
+    return [*asked, *({"role": "tool", "name": "get_weather", **each} for each in results)]
+
+
+def call_of(city: str, **more: Any) -> dict[str, Any]:
+    function = {"name": "get_weather", "arguments": json.dumps({"city": city})}
+    return {"type": "function", "function": function, **more}
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_every_system_message_is_there(template: ChatTemplate, role: str) -> None:
+    """Agents send some in the middle of a conversation: many templates look at the first alone."""
+    chat: list[Any] = [
+        {"role": "system", "content": "ONE-TEXT"},
+        {"role": role, "content": "TWO-TEXT"},
+        *LONG_CHAT[1:3],
+        {"role": role, "content": "THREE-TEXT"},
+        LONG_CHAT[3],
+    ]
+    text = template.render(chat)
+    assert all(text.count(f"{word}-TEXT") == 1 for word in ("ONE", "TWO", "THREE", "SECOND"))
+    assert in_order(text, "REPLY-TEXT", "THREE-TEXT")
+
+
+def test_a_user_may_speak_after_a_tool(template: ChatTemplate) -> None:
+    """Whoever stops an answer to ask something else."""
+    result = {"content": "SUNNY", "tool_call_id": "call00001"}
+    for results in ([], [result]):
+        chat = called(call_of("ROME", id="call00001"), results=results)
+        text = template.render([*chat, {"role": "user", "content": "SECOND-TEXT"}])
+        assert in_order(text, "FIRST-TEXT", "ROME", *["SUNNY"] * len(results), "SECOND-TEXT")
+
+
+@pytest.mark.parametrize("has_ids", [True, False])
+def test_every_call_of_a_message_is_there_with_its_result(
+    template: ChatTemplate, has_ids: bool
+) -> None:
+    """Some templates refuse several, some show the first alone."""
+    ids = ["call00001", "call00002"]
+    calls = [call_of(city, id=id) for city, id in zip(["ROME", "BONN"], ids, strict=True)]
+    results = [
+        {"content": content, "tool_call_id": id}
+        for content, id in zip(["SUNNY", "RAINY"], ids, strict=True)
+    ]
+    if has_ids:
+        results.reverse()
+    for each in [] if has_ids else results:
+        del each["tool_call_id"]
+    text = template.render(called(*calls, results=results)).split("FIRST-TEXT")[1]
+    assert all(text.count(word) == 1 for word in ("ROME", "BONN", "SUNNY", "RAINY"))
+    can = template.capabilities
+    if can.tool_calls and not can.several_calls:
+        assert in_order(text, "ROME", "SUNNY", "BONN", "RAINY")
+
+
+@pytest.mark.parametrize(
+    "ids", [{"id": "call_aBc123", "result": "call_aBc123"}, {"id": "", "result": "1"}, {}]
+)
+def test_ids_of_calls_may_be_of_any_form(template: ChatTemplate, ids: dict[str, str]) -> None:
+    call = call_of("ROME", **{key: ids[key] for key in ids if key == "id"})
+    result = {"content": "SUNNY", **({"tool_call_id": ids["result"]} if ids else {})}
+    text = template.render(called(call, results=[result]), tools=[WEATHER])
+    assert in_order(text.split("FIRST-TEXT")[1], "ROME", "SUNNY")
+
+
+def test_a_call_without_arguments_has_none(template: ChatTemplate) -> None:
+    def text(**arguments: Any) -> str:
+        call = {"id": "call00001", "function": {"name": "get_weather", **arguments}}
+        result = {"content": "SUNNY", "tool_call_id": "call00001"}
+        return template.render(called(call, results=[result]))
+
+    assert text() == text(arguments=None) == text(arguments={})
+    assert "None" not in text().split("FIRST-TEXT")[1]
+
+
 def test_generation_prompt(template: ChatTemplate) -> None:
     with_prompt = template.render(LONG_CHAT)
     without = template.render(LONG_CHAT, add_generation_prompt=False)
@@ -609,3 +696,44 @@ def test_one_bos_only(data_file: DataFile) -> None:
     for bos in ("", tokenizer.bos_text, tokenizer.bos_text * 2):
         template = chat_template(BUILT_IN["llama3"], bos_token=bos)
         assert encode(tokenizer, template, hello).count(tokenizer.bos_id or 0) == 1
+
+
+# What does not fit
+
+
+def test_neighbours_of_one_role_keep_all_that_they_have() -> None:
+    """Where a template insists on turns."""
+    template = chat_template(
+        "{% for m in messages %}{% if loop.index0 % 2 != (m.role == 'assistant') | int %}"
+        "{{ raise_exception('by turns') }}{% endif %}{{ m.role[0] }} {{ m.content }}"
+        "{{ m.reasoning_content }}{% for c in m.tool_calls or [] %}"
+        "({{ c.function.name }}{{ c.function.arguments | tojson }}){% endfor %};{% endfor %}"
+    )
+    chat: Any = [
+        {"role": "user", "content": "a"},
+        *(
+            {"role": "assistant", "content": name, "reasoning_content": name.upper(),
+             "tool_calls": [{"function": {"name": name}}]}
+            for name in "bc"
+        ),
+        {"role": "user", "content": "d"},
+    ]  # fmt: skip
+    assert template.render(chat) == "u a;a b\n\ncB\n\nC(b{})(c{});u d;"
+
+
+def test_turns_give_way_to_tools_too(smollm: tuple[Tokenizer, ChatTemplate]) -> None:
+    tokenizer, template = smollm
+    chat: list[Message] = []
+    for i in range(20):
+        chat += [{"role": "user", "content": f"question {i} " * 5}]
+        chat += [{"role": "assistant", "content": f"answer {i} " * 5}]
+    chat += [{"role": "user", "content": "the last one"}]
+    n_ctx = int(len(encode(tokenizer, template, chat)) / 0.55)
+    tool = {
+        "type": "function",
+        "function": {"name": "f", "description": "word " * (n_ctx * 11 // 20)},
+    }
+    for tools, drops in ([], False), ([tool], True):
+        asked = Conversation.of(chat, tools)
+        prompt = chat_prompt(tokenizer, template, asked, overflow="drop-turns", n_ctx=n_ctx)
+        assert len(prompt.ids) < n_ctx and bool(prompt.n_dropped) == drops

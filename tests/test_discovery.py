@@ -165,3 +165,19 @@ def test_what_is_there_but_no_file(home: Path, monkeypatch: pytest.MonkeyPatch) 
         find_model(".")
     Path("here.gguf").symlink_to("03.gguf")
     assert find_model("here.gguf") == Path("here.gguf")
+
+
+def test_what_is_broken_in_a_folder_hides_nothing_else(home: Path) -> None:
+    kind = "application/vnd.ollama.image.model"
+    for i, digest in enumerate(["sha256:\0", "sha256:\ud800", "sha256:" + "x" * 5000]):
+        manifest(
+            home, f"registry.ollama.ai/library/odd{i}/1b", [{"mediaType": kind, "digest": digest}]
+        )
+    manifest(
+        home, "registry.ollama.ai/library/good/1b", [{"mediaType": kind, "digest": "sha256:aa"}]
+    )
+    put(home / "ollama/blobs/sha256-aa")
+    folder = home / "hf/hub/models--org--Tiny-GGUF/snapshots"
+    put(folder / "rev1/Tiny-Q8_0.gguf")
+    (folder / "rev2").symlink_to(folder / "nowhere")
+    assert names() == [("huggingface", "org/Tiny-GGUF:Q8_0"), ("ollama", "good:1b")]

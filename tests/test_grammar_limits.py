@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -55,6 +56,8 @@ print(Grammars().compile({make}, tokenizer_of(byte_pair())).begin().is_ended)
         (lambda: Grammar.of_schema({"type": "string", "pattern": "a*" * 60_000}), "repetitions"),
         (lambda: Grammar.of_schema({"properties": {"a": {"multipleOf": 99_999_989}}}),
          r"'multipleOf' at \$.properties.a"),
+        (lambda: Grammar.of_schema({"multipleOf": 10**400 + 1}), "'multipleOf' at"),
+        (lambda: Grammar.of_schema({"items": {"minLength": 4000}}), r"'minLength' at \$.items"),
         (lambda: Grammar.of_schema({"type": "integer", "minimum": 2**53 + 1}), "'minimum' at"),
         (lambda: Grammar.of_schema({"items": {"maximum": -(10**400)}}), r"'maximum' at \$.items"),
     ],
@@ -96,3 +99,15 @@ def test_bounds_that_are_not_exact_are_narrowed(tiny: Tokenizer) -> None:
     for number, is_right in ((2**53 - 3, False), (2**53 - 1, True), (2**53, True)):
         assert accepts(grammar, str(number), tiny) == is_right
     Grammar.of_schema({"type": "number", "multipleOf": 0.01, "minimum": -(10**30)})
+
+
+def test_counts_are_whole_and_can_be_kept(tiny: Tokenizer) -> None:
+    """JSON's 2.0 is 2; letters that are counted without end would take all states there may be."""
+    text = Grammar.of_schema({"type": "string", "minLength": 2.0, "maxLength": 3.0})
+    many = Grammar.of_schema({"type": "array", "items": {"const": 1}, "maxItems": 2.0})
+    for grammar, value, is_right in (
+        (text, "a", False), (text, "abc", True), (text, "abcd", False),
+        (many, [1, 1], True), (many, [1, 1, 1], False),
+        (Grammar.of_schema({"type": "string", "maxLength": 10**9}), "a" * 2999, True),
+    ):  # fmt: skip
+        assert accepts(grammar, json.dumps(value), tiny) == is_right

@@ -486,3 +486,12 @@ def test_a_table_forgets_masks_with_its_rows():
     table.clear()
     table.set_rows([SamplingParams(temperature=0.0)] * 2, [5, 6], [None, None])
     assert not table.has_masks and table.row(1).mask is None and table.is_greedy(2)
+
+
+@pytest.mark.parametrize("exponent", [0.0, 1.0, 1e308])
+def test_no_temperature_makes_the_unlikeliest_certain(exponent: float) -> None:
+    """Beyond all numbers, what lay between two temperatures was none."""
+    most = {"temperature": 1.7e308, "dynatemp_range": SAMPLING["dynatemp_range"].most}
+    logits = np.linspace(3, -3, 50)
+    found = survivors(logits, n=20, dynatemp_exponent=exponent, **{**OFF, **most})
+    assert found != {49} and len(found) > 5

@@ -217,3 +217,16 @@ def test_line_commands_end_as_any_program_does(tmp_path: Path, model: Path) -> N
     finally:
         for each in (at_prompt, answers, runs, closed):
             each.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [("nope", b"no chat template 'nope'"), ("broken.jinja", b"line 2")]
+)
+def test_a_wrong_template_is_told_before_the_screen_opens(
+    tmp_path: Path, start: Start, name: str, why: bytes
+) -> None:
+    (tmp_path / "broken.jinja").write_text("a\n{% if %}")
+    chat = start("--chat-template", str(tmp_path / name) if "." in name else name)
+    assert chat.wait() in (1, 2)
+    chat.until(why)
+    assert b"?1049h" not in chat.output

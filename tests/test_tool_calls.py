@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -238,6 +239,27 @@ def test_names_with_hyphens_and_dots() -> None:
         assert [call.name for call in finder.done] == [name, name]
 
 
+PYTHON: list[tuple[str, Any]] = [
+    ('from="Rome", class=1, in=True', {"from": "Rome", "class": 1, "in": True}),
+    ('user-id=5, a.b=[true, null, {"x": false}], $c = {1: 2}',
+     {"user-id": 5, "a.b": [True, None, {"x": False}], "$c": {"1": 2}}),
+    ('ﬁle="ﬁ", größe=1', {"ﬁle": "ﬁ", "größe": 1}),
+    (r'path="C:\users\data", re="\d+\.", raw=r"\d", x="\x4"',
+     {"path": "C:\\users\\data", "re": "\\d+\\.", "raw": "\\d", "x": "\\x4"}),
+    ('text="two\n\r\tlines", more=1', {"text": "two\n\r\tlines", "more": 1}),
+    ("text='say, from=1 (now', x=(1, 2)", {"text": "say, from=1 (now", "x": [1, 2]}),
+    ('**{"from": "x"}, n=-1', {"from": "x", "n": -1}),
+    (r"""a='it\'s', b="\"", c="\x41\u00e9\101" """, {"a": "it's", "b": '"', "c": "AéA"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "meant"), PYTHON)
+def test_python_is_read_as_models_write_it(arguments: str, meant: Any) -> None:
+    for text in (f"[weather({arguments})]", f"weather({arguments})"):
+        reply = f"<|tool_call_start|>{text}<|tool_call_end|>"
+        assert read("lfm2", [reply]) == read("lfm2", reply) == ("", "", [("weather", meant)])
+
+
 def test_json_in_tags_may_hold_them() -> None:
     value = ["</parameter>", '\\"</arg_value>', "<parameter=a>"]
     coder = f"<function=weather>\n<parameter=tags>\n{json.dumps(value)}\n</parameter>\n</function>"
@@ -268,6 +290,20 @@ def test_harmony_has_reasoning_and_text() -> None:
     call = f"<|start|>assistant to=functions.weather<|channel|>commentary<|message|>{ARGS}<|call|>"
     thought = "<|channel|>analysis<|message|>Hm.<|end|>"
     assert read("harmony", thought + call) == ("", "Hm.", [("weather", ROME)])
+
+
+@pytest.mark.parametrize(
+    "head",
+    ["<|channel|>anal", "<|channel|>commentary to=functions.wea", " to=functions.wea",
+     " to=x<|chan",
+     "<|channel|>analysis<|message|>Hm.<|end|><|start|>assis",
+     "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>fin"],
+)  # fmt: skip
+def test_a_head_that_is_cut_off_is_no_text(head: str) -> None:
+    reasoning = "Hm." if "Hm." in head else ""
+    for pieces in ([head], list(head)):
+        assert read("harmony", pieces, was_cut=True) == ("", reasoning, [])
+    assert read("harmony", "just text", was_cut=True).text == "just text"
 
 
 NO_CALLS = [
@@ -451,3 +487,38 @@ def test_nothing_follows_a_cut() -> None:
     reader.end(was_cut=True)
     with pytest.raises(CutOff):
         next(reader.peek(3))
+
+
+@pytest.mark.parametrize("family", ["hermes", "mistral"])
+def test_a_long_text_is_not_read_again(family: str) -> None:
+    """With each token all before it was copied: 14 s of a processor for 600 kB."""
+    finder = CallFinder(call_format(SIGNS[family]), TOOLS)
+    found = [delta.text for _ in range(2000) for delta in finder.push("a < word ")]
+    assert finder._reader.n_taken < 100
+    found += [delta.text for delta in finder.end(was_cut=False)]
+    assert "".join(found) == "a < word " * 2000
+
+
+KEYS = st.text("abz_é-.$09ﬁ", min_size=1, max_size=6)
+
+
+@settings(max_examples=150, **PATIENT)
+@given(st.dictionaries(KEYS, VALUES, max_size=4))
+def test_values_of_python_come_as_they_are(value: dict[str, Any]) -> None:
+    said = ", ".join(f"{key}={each!r}" for key, each in value.items())
+    reply = f"<|tool_call_start|>[weather({said})]<|tool_call_end|>"
+    assert read("lfm2", [reply]).calls == [("weather", value)]
+
+
+@pytest.mark.parametrize(
+    ("family", "begun", "end"),
+    [
+        ("lfm2", '<|tool_call_start|>[weather(a="', "<|tool_call_end|>"),
+        ("hermes", '<function=weather><parameter=tags>["', "</parameter>"),
+    ],
+)
+def test_quotes_that_nobody_closes_are_read_once(family: str, begun: str, end: str) -> None:
+    """Each was followed to the end, in the square of their number."""
+    started = time.process_time()
+    read(family, [begun + '\\"' * 60_000 + end], parse=False)
+    assert time.process_time() - started < 5

@@ -57,6 +57,10 @@ def command(model: str | None, plain: bool, system: str | None, **flags: Any) ->
             return
         if model is not None or flags["yes"]:
             model = choose_model(model, bool(flags["yes"]), is_chat=True)
+        if flags["chat_template"] is not None:
+            from edgeinfer.inspect_file import check_template
+
+            check_template(flags["chat_template"], model or last_model())
         _open_tui(model, system, flags)
         advise_after(Path(last_model() or ""))
         return

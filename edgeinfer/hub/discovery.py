@@ -175,14 +175,20 @@ def _hub_cache(root: Path) -> Iterator[ModelInfo]:
     for folder in sorted(root.glob("models--*--*")):
         repo = folder.name.removeprefix("models--").replace("--", "/", 1)
         seen: set[str] = set()
-        newest_first = sorted(
-            folder.glob("snapshots/*"), key=lambda each: each.stat().st_mtime, reverse=True
-        )
+        newest_first = sorted(folder.glob("snapshots/*"), key=_changed_at, reverse=True)
         for snapshot in newest_first:
             for info in _files(snapshot, "huggingface"):
                 if info.path.name not in seen:
                     seen.add(info.path.name)
                     yield _named(info, _repo_name(repo, info.quant), repo)
+
+
+def _changed_at(path: Path) -> float:
+    """When it was changed; of what leads nowhere, long ago."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _lm_studio(root: Path) -> Iterator[ModelInfo]:
@@ -234,7 +240,7 @@ def _is_gguf(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             return file.read(4) == _MAGIC
-    except OSError:
+    except (OSError, ValueError):  # of a name that none can have
         return False
 
 

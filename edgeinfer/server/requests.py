@@ -5,7 +5,6 @@ Knows nothing of APIs or of models.
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any
 from edgeinfer.server.errors import Json
 from edgeinfer.server.fields import Fields
 from edgeinfer.server.structure import Structure
+from edgeinfer.text.fitting import ID_LENGTH, short_id
 
 # Sampling keywords that APIs agree on; what is ours alone goes by the same name everywhere.
 SAMPLING = {
@@ -28,8 +28,6 @@ SAMPLING = {
 }  # fmt: skip
 SAMPLING["repetition_penalty"] = "repeat_penalty"
 MOST_BUDGET = 2**31 - 1  # tokens of reasoning
-_ID_LENGTH = 9  # some templates refuse ids of calls that have another
-_ID_PREFIXES = ("call_", "toolu_")
 _SYSTEM = ("system", "developer")
 
 
@@ -79,7 +77,7 @@ def new_id(prefix: str) -> str:
 
 
 def new_call_id(prefix: str) -> str:
-    return prefix + secrets.token_hex(_ID_LENGTH)[:_ID_LENGTH]
+    return prefix + secrets.token_hex(ID_LENGTH)[:ID_LENGTH]
 
 
 def conversation(messages: Sequence[Json]) -> list[Json]:
@@ -92,10 +90,10 @@ def conversation(messages: Sequence[Json]) -> list[Json]:
     for message in messages:
         message = dict(message)
         for call in message.get("tool_calls") or ():
-            call["id"] = _short_id(str(call.get("id") or ""))
+            call["id"] = short_id(str(call.get("id") or ""))
             names[call["id"]] = str(call.get("function", {}).get("name", ""))
         if message.get("tool_call_id"):
-            message["tool_call_id"] = _short_id(str(message["tool_call_id"]))
+            message["tool_call_id"] = short_id(str(message["tool_call_id"]))
             message.setdefault("name", names.get(message["tool_call_id"], ""))
         is_system = message["role"] in _SYSTEM
         if is_system and len(found) == 1 and found[0]["role"] in _SYSTEM:
@@ -104,13 +102,6 @@ def conversation(messages: Sequence[Json]) -> list[Json]:
         else:
             found.append(message)
     return found
-
-
-def _short_id(id: str) -> str:
-    bare = next((id[len(p) :] for p in _ID_PREFIXES if id.startswith(p)), id)
-    if len(bare) == _ID_LENGTH and bare.isascii() and bare.isalnum():
-        return bare
-    return hashlib.sha256(id.encode("utf-8", "surrogatepass")).hexdigest()[:_ID_LENGTH]
 
 
 def function_tool(function: Fields, schema: str = "parameters") -> Json:

@@ -105,6 +105,7 @@ class CallFinder:
         """Text as it comes, without the space at its end."""
 
         def write(text: str) -> None:
+            self._reader.mark()  # nobody goes back here: what was read is forgotten
             kept = (self._gap + text).rstrip()
             if kept:
                 self._is_first = False

@@ -18,7 +18,8 @@ from edgeinfer.text.call_json import (
     python_tag,
     wrapper,
 )
-from edgeinfer.text.call_tags import DSML, dsml, function_tag, gemma, python_list, tool_call_tag
+from edgeinfer.text.call_python import python_list
+from edgeinfer.text.call_tags import DSML, dsml, function_tag, gemma, tool_call_tag
 from edgeinfer.text.reader import Reader, Steps
 from edgeinfer.text.tools import Calls
 

@@ -179,6 +179,8 @@ def harmony(reader: Reader, calls: Calls) -> Steps[None]:
             recipient = f"{role} {header}".partition("to=")[2].replace("<|", " ").split()
             yield from _harmony_body(reader, calls, header.split()[:1], recipient[:1])
         else:
+            if has_role or header or _TO.fullmatch(role.removeprefix("assistant")):
+                yield from reader.peek()  # a head that is cut off is no text
             calls.text(role.removeprefix("assistant") + header)
         yield from reader.take_any(*HARMONY_ENDS)
         has_role = yield from reader.take("<|start|>")

@@ -6,21 +6,20 @@ is no call.
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
 
 from edgeinfer.text.call_json import MOST_NAME, copy_arguments, json_calls
+from edgeinfer.text.call_python import python_value
 from edgeinfer.text.lenient_json import as_json, is_json
 from edgeinfer.text.reader import Reader, Steps
 from edgeinfer.text.tools import Calls, Members, NotACall
 
 DSML = "｜DSML｜"
 _MOST_ENDS = 64  # inside a string: each has all before it looked at again
-_STRINGS = re.compile(r'"(\\.|[^"\\\n])*"')
+_STRINGS = re.compile(r'"(?:\\.|[^"\\\n])*("?)')
 
 
 def tool_call_tag(reader: Reader, calls: Calls) -> Steps[None]:
@@ -134,14 +133,15 @@ def _json_text(reader: Reader, ends: tuple[str, ...]) -> Steps[str]:
 def _is_inside_string(text: str) -> bool:
     """Whether JSON that begins like that has a string open; no line ends in one."""
     begun = text.lstrip()
-    return begun[:1] in ("{", "[", '"') and '"' in _STRINGS.sub("", begun).rpartition("\n")[2]
+    closed = _STRINGS.sub(lambda found: "" if found[1] else '"', begun)
+    return begun[:1] in ("{", "[", '"') and '"' in closed.rpartition("\n")[2]
 
 
 def _as_json(text: str) -> str:
     """A value that may be JSON, or Python's spelling of it, or text."""
     if is_json(text):
         return text
-    for read in (json.loads, ast.literal_eval):
+    for read in (json.loads, python_value):
         with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             return as_json(read(text))
     return json.dumps(text, ensure_ascii=False)
@@ -204,48 +204,3 @@ def _gemma_value(reader: Reader, calls: Calls, quote: str, close: str, depth: in
 
 def _escaped(calls: Calls) -> Callable[[str], None]:
     return lambda text: calls.write(json.dumps(text, ensure_ascii=False)[1:-1])
-
-
-def python_list(reader: Reader, calls: Calls) -> Steps[None]:
-    """LFM2: [name(key=value, ...), ...] as Python spells it."""
-    close = "<|tool_call_end|>"
-    text = (yield from reader.until(close)).strip()
-    yield from reader.peek()
-    yield from reader.take(close)
-    found = [(calls.find(name), arguments) for name, arguments in _python_calls(text)]
-    for tool, arguments in found:
-        calls.begin(tool)
-        calls.write(arguments)
-        calls.finish()
-
-
-def _python_calls(text: str) -> list[tuple[str, str]]:
-    """Names and arguments."""
-    try:
-        tree = ast.parse(text, mode="eval").body
-        nodes = tree.elts if isinstance(tree, (ast.List, ast.Tuple)) else [tree]
-        found = []
-        for node in nodes:
-            call = node
-            while isinstance(call, ast.BinOp) and isinstance(call.op, ast.Sub):
-                call = call.right  # a name with hyphens
-            if not isinstance(call, ast.Call) or call.args:
-                raise NotACall
-            given = {k.arg: _literal(k.value) for k in call.keywords if k.arg is not None}
-            found.append((_between(text, node, call.func), as_json(given)))
-        return found
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        raise NotACall from None
-
-
-def _between(text: str, first: ast.expr, last: ast.expr) -> str:
-    """The text from where one node begins to where another ends."""
-    first.end_lineno, first.end_col_offset = last.end_lineno, last.end_col_offset
-    return ast.get_source_segment(text, first) or ""
-
-
-def _literal(node: ast.expr) -> Any:
-    """A value; JSON's words may stand among Python's."""
-    if isinstance(node, ast.Name):
-        return {"true": True, "false": False, "null": None}.get(node.id, node.id)
-    return ast.literal_eval(node)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 from urllib.parse import unquote
@@ -21,7 +21,7 @@ Schema: TypeAlias = "Mapping[str, Any] | bool"
 # Keywords that say nothing about what is valid, or where others are.
 _NOTES = frozenset(
     ("title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly",
-     "$schema", "$id", "$comment", "$defs", "definitions")
+     "$schema", "$id", "$anchor", "$comment", "$defs", "definitions")
 )  # fmt: skip
 OF_NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 OF_TYPES = {
@@ -47,7 +47,8 @@ def _matching(pattern: str) -> str:
     has_choice = "|" in re.sub(r"\([^()]*\)", "", plain)
     if re.search(r"[\^$\\\[\]]|\(\?", plain) or (has_choice and (begins or ends)):
         raise Unwritable(f"the pattern {pattern!r}")
-    inner = re.sub(r"(?<!\\)/", r"\\/", inner).replace("\n", r"\n")
+    inner = re.sub(r"(?s)\\.|/", lambda part: part[0] if part[0] != "/" else r"\/", inner)
+    inner = inner.replace("\n", r"\n")
     any_text = "(?s:.*)"
     return f"/{'' if begins else any_text}({inner}){'' if ends else any_text}/"
 
@@ -98,6 +99,10 @@ class Parameters:
         found: Any = self.root
         if not ref.startswith("#"):
             raise Unwritable(f"the reference {ref!r}, which is not to the schema itself")
+        if ref[1:2] not in ("", "/"):
+            found = next(_anchored(self.root, ref[1:]), None)
+            if found is None:
+                raise Unwritable(f"the reference {ref!r}, which leads nowhere,")
         for part in ref[1:].split("/")[1:]:
             key = unquote(part).replace("~1", "/").replace("~0", "~")
             if isinstance(found, list) and key.isdigit() and int(key) < len(found):
@@ -124,6 +129,17 @@ def members(
         elif name in needed:
             raise Unwritable(f"the key {name!r}")
     return found
+
+
+def _anchored(schema: Any, name: str) -> Iterator[Any]:
+    """The parts of a schema that have this name as an anchor."""
+    inner: Iterable[Any] = schema if isinstance(schema, list) else ()
+    if isinstance(schema, Mapping):
+        inner = schema.values()
+        if schema.get("$anchor") == name:
+            yield schema
+    for each in inner:
+        yield from _anchored(each, name)
 
 
 # -- members in tags ------------------------------------------------------------------------------
@@ -164,10 +180,11 @@ def _text(
     ends: Sequence[str],
 ) -> str:
     """A text as it is, and what closes it."""
-    parameters.check(schema, ("type", "enum", "const", *OF_TYPES["string"]))
     values = listed(schema)
     if values is None:
+        parameters.check(schema, ("type", *OF_TYPES["string"]))
         return until(body=parameters.text(schema))
+    parameters.check(schema, ("type", "enum", "const"))
     kept = [v for v in values if isinstance(v, str) and not any(e in v for e in (close, *ends))]
     if not kept:
         raise Unwritable("an enum without a text that can be written")
@@ -188,7 +205,7 @@ def _rooted(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {
             key: f"#/$defs/root{each[1:]}"
-            if key == "$ref" and isinstance(each, str) and each.startswith("#")
+            if key == "$ref" and isinstance(each, str) and (each == "#" or each.startswith("#/"))
             else _rooted(each)
             for key, each in value.items()
         }
@@ -197,9 +214,10 @@ def _rooted(value: Any) -> Any:
 
 def listed(schema: Mapping[str, Any]) -> list[Any] | None:
     """The values of which it must be one."""
-    if "const" in schema:
-        return [schema["const"]]
     found = schema.get("enum")
+    if "const" in schema:
+        is_one = not isinstance(found, list) or schema["const"] in found
+        return [schema["const"]] if is_one else []
     return found if isinstance(found, list) else None
 
 

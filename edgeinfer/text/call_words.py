@@ -66,6 +66,10 @@ def python(
     def text(body: str) -> str:
         if body == "/(?s:.*)/":
             body = rf"/({_PLAIN}|\\[\"\\nrt])*/"
+        elif '"' in body or r"\\" in body:  # what would need a backslash before it
+            if parameters.is_strict:
+                raise Unwritable("a pattern with a quote or a backslash")
+            body = f"/{_PLAIN}*/"
         else:  # of characters that are written as they are, so that they are counted
             body = f"{body} & /{_PLAIN}*/"
         return rules.terminal(f'"\\"" ({text_without(ends, body)}) "\\""')

@@ -18,15 +18,15 @@ from edgeinfer.text.chat_templates import (
     fallback_name,
     own_template,
 )
-from edgeinfer.text.messages import (
+from edgeinfer.text.fitting import (
     Capabilities,
-    Conversation,
-    Message,
     by_turns,
     fit,
     late_system_folded,
     probe,
+    with_short_ids,
 )
+from edgeinfer.text.messages import Conversation, Message
 from edgeinfer.text.template_engine import Budget, LimitError, RenderError, TemplateEngine
 
 _Hide: TypeAlias = "Callable[[Any, str], Any]"
@@ -162,16 +162,21 @@ class ChatTemplate:
         shown |= {"add_generation_prompt": add_generation_prompt}
         fitted = fit(chat.messages, capabilities, self.source)
         text, error = self._attempt(_hidden(fitted, hide), shown, budget)
+        if error is not None and (named := with_short_ids(fitted)) != fitted:
+            fitted = named
+            text, error = self._attempt(_hidden(fitted, hide), shown, budget)
         if error is not None:  # some templates go through the arguments of calls
             told = fit(chat.messages, capabilities, self.source, tells_odd_calls=True)
-            if told != fitted:
+            if (told := with_short_ids(told)) != fitted:
                 fitted = told
                 text, error = self._attempt(_hidden(fitted, hide), shown, budget)
         if error is not None and (folded := late_system_folded(fitted)) != fitted:
             text, _ = self._attempt(_hidden(folded, hide), shown, budget)
-        if error is not None and text is None:
-            # Some templates insist on user and assistant by turns, the system text within.
-            text, _ = self._attempt(_hidden(by_turns(fitted), hide), shown, budget)
+        for answers_tools in (False, True):
+            if error is not None and text is None:
+                # Some templates insist on user and assistant by turns, the system text within.
+                turns = by_turns(fitted, answers_tools=answers_tools)
+                text, _ = self._attempt(_hidden(turns, hide), shown, budget)
         if text is None:
             assert error is not None
             raise error

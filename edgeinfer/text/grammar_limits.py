@@ -22,7 +22,9 @@ _MOST_REPEATS = 2000  # in regular expressions: these take memory by the square 
 _REPEAT = re.compile(r"[?*+{]")
 _MOST_EXACT = 2**53  # above it llguidance takes one whole number for another
 _MOST_MULTIPLE = 100_000  # each remainder is a state
+_MOST_LETTERS = 3000  # that can be counted: each is up to ten states
 _LEAST, _MOST = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
+_COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 
 
 def deeply(work: Callable[[], T], param: str) -> T:
@@ -59,6 +61,8 @@ def check_schema(schema: Any, param: str) -> None:
             or (keyword in _MOST and value < -_MOST_EXACT)
         ):
             raise _refused(keyword, path, "a number from -2**53 to 2**53", param)
+        if keyword == "minLength" and is_number and value > _MOST_LETTERS:
+            raise _refused(keyword, path, f"at most {_MOST_LETTERS:,}", param)
         if keyword == "multipleOf" and is_number and _significant(value) > _MOST_MULTIPLE:
             raise _refused(keyword, path, f"a number of at most {_MOST_MULTIPLE:,}", param)
     check_repeats("".join(patterns), param)
@@ -82,7 +86,7 @@ def check_flags(schema: Any, param: str) -> None:
 
 
 def narrowed(schema: Any) -> Any:
-    """With bounds as llguidance has them, of whole numbers that are exact.
+    """With bounds as llguidance has them, of whole numbers that are exact, and counts it can keep.
 
     What they allow is allowed as it was given.
     """
@@ -94,6 +98,10 @@ def narrowed(schema: Any) -> Any:
     for key, each in schema.items():
         if key in BY_NAME and isinstance(each, dict):
             found[key] = {name: narrowed(inner) for name, inner in each.items()}
+        elif key in _COUNTS and isinstance(each, (int, float)) and not isinstance(each, bool):
+            is_whole = isinstance(each, float) and each.is_integer()  # JSON's 2.0 is 2
+            count = int(each) if is_whole else each
+            found[key] = min(count, _MOST_LETTERS) if key == "maxLength" else count
         elif key in (*_LEAST, *_MOST) and type(each) is int:
             found[key] = max(-_MOST_EXACT, min(each, _MOST_EXACT))
         else:
@@ -106,10 +114,10 @@ def narrowed(schema: Any) -> Any:
 
 def _significant(value: float) -> float:
     """Its digits as a whole number, without zeros at their ends."""
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         return math.inf
-    digits = Decimal(repr(value)).normalize().as_tuple().digits
-    return int("".join(map(str, digits)))
+    digits = "".join(map(str, Decimal(repr(value)).as_tuple().digits)).strip("0")
+    return int(digits or 0)
 
 
 def _refused(keyword: str, path: str, needed: str, param: str) -> InvalidRequestError:

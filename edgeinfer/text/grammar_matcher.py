@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # Compiled grammars, the latest ones. Most take up to 1 MiB, of a long text 50 to 250 bytes a
-# character, and 12 MiB more where answers have been in all the states that a lexer may have.
-_MOST_KEPT = 16
+# character, and 30 MiB more where answers have been in all the states that a lexer may have.
+_MOST_KEPT = 8
 _MOST_KEPT_TEXT = 1 << 17  # characters of all together: of one, a whole text may be as long
 # Tokens in a row that must follow: each step computes all of them, and holds up other answers.
 _MOST_FORCED = 1 << 14

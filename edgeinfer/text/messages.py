@@ -1,4 +1,4 @@
-"""Chat messages: their form, and how to fit them to what a template can do.
+"""Chat messages: their form, checked once where they come in.
 
 Knows nothing of template engines or tokens.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, TypedDict, cast
 
@@ -15,7 +15,6 @@ from edgeinfer.errors import InvalidRequestError
 from edgeinfer.parameters import shown
 
 _DEEPEST = 100
-_MOST_MENDED = 1 << 16  # characters of arguments, which are read one by one
 _MOST_VALUES = 1 << 20  # of a message, or of all tools; bodies of requests have no more
 _MOST_BITS = 4096  # of an integer: Python writes none of over 4,300 digits
 
@@ -32,18 +31,6 @@ class Message(_Turn, total=False):
     name: str
     tool_calls: Sequence[Mapping[str, Any]]
     tool_call_id: str
-
-
-class Capabilities(NamedTuple):
-    """What a template can do with a conversation, found by rendering some."""
-
-    system_role: bool
-    string_content: bool
-    typed_content: bool
-    tools: bool
-    tool_calls: bool
-    tool_results: bool
-    object_arguments: bool
 
 
 class Conversation(NamedTuple):
@@ -164,7 +151,8 @@ def _checked(message: Any, i: int) -> dict[str, Any]:
         )
     if not isinstance(message.get("role"), str):
         raise _wrong(f"message {i} has no role; it is text, such as 'user'")
-    known = plain({**message, "content": _joined(message.get("content"), i)}, "messages")
+    said = {key: each for key, each in message.items() if not _is_nothing(key, each)}
+    known = plain({**said, "content": _joined(message.get("content"), i)}, "messages")
     calls = known.get("tool_calls")
     if calls is not None and not (
         isinstance(calls, (list, tuple))
@@ -175,6 +163,12 @@ def _checked(message: Any, i: int) -> dict[str, Any]:
             "an object"
         )
     return cast("dict[str, Any]", known)
+
+
+def _is_nothing(key: Any, value: Any) -> bool:
+    """What clients write where a message has no such thing: templates look whether it is there."""
+    is_empty = isinstance(value, (list, tuple)) and not value
+    return value is None or (key == "tool_calls" and is_empty)
 
 
 def plain(value: Any, param: str) -> Any:
@@ -232,7 +226,7 @@ def _kind(value: object) -> str:
 
 def text_of(message: Mapping[str, Any]) -> str:
     """The text of a checked message, its calls of tools included."""
-    return "\n".join([message["content"], *_spelled(message.get("tool_calls") or ())])
+    return "\n".join([message["content"], *spelled_calls(message.get("tool_calls") or ())])
 
 
 def _joined(content: Any, i: int) -> str:
@@ -251,70 +245,7 @@ def _joined(content: Any, i: int) -> str:
     return "\n".join(texts)
 
 
-def fit(
-    messages: list[dict[str, Any]], can: Capabilities, source: str, *, tells_odd_calls: bool = False
-) -> list[dict[str, Any]]:
-    """The messages as a template of such capabilities takes them.
-
-    Where it `tells_odd_calls`, those with arguments that are no object are text.
-    """
-    messages = [dict(message) for message in messages]
-    for message in messages:
-        if message["role"] == "developer" and "developer" not in source:
-            message["role"] = "system"
-        if message["role"] == "tool" and not can.tool_results:
-            message["role"] = "user"
-        calls = message.get("tool_calls")
-        if isinstance(calls, Sequence) and calls:
-            calls = [_with_arguments(c, can.object_arguments or not can.tool_calls) for c in calls]
-            message["tool_calls"] = calls
-            is_told = tells_odd_calls and any(map(_is_odd, calls))
-            if is_told or not can.tool_calls:
-                message["content"] = "\n".join(filter(None, [message["content"], *_spelled(calls)]))
-            if is_told:
-                del message["tool_calls"]
-    if not can.system_role:
-        messages = _system_folded(messages)
-    if can.typed_content and not can.string_content:
-        for message in messages:
-            message["content"] = [{"type": "text", "text": message["content"]}]
-    return messages
-
-
-def _with_arguments(call: Any, as_object: bool) -> Any:
-    if not isinstance(call, Mapping):
-        return call
-    if "function" in call:
-        return {**call, "function": _with_arguments(call["function"], as_object)}
-    arguments = call.get("arguments")
-    if as_object and isinstance(arguments, str):
-        return {**call, "arguments": _value_of(arguments)}
-    if not as_object and isinstance(arguments, Mapping):
-        return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
-    return call
-
-
-def _value_of(arguments: str) -> Any:
-    """The value that a text is, or was meant to be; what can be no object stays text.
-
-    A call that was cut off comes back with each request that follows.
-    """
-    with suppress(ValueError, RecursionError):
-        return plain(json.loads(arguments or "{}"), "messages")
-    if arguments.lstrip().startswith("{") and len(arguments) <= _MOST_MENDED:
-        from edgeinfer.text.lenient_json import mended  # most calls need none
-
-        with suppress(ValueError, RecursionError):  # of no sane depth
-            return plain(json.loads(mended(arguments)), "messages")
-    return arguments
-
-
-def _is_odd(call: Any) -> bool:
-    """Whether a call has arguments that are no object."""
-    return not isinstance(call.get("function", call).get("arguments"), Mapping)
-
-
-def _spelled(calls: Sequence[Any]) -> list[str]:
+def spelled_calls(calls: Sequence[Any]) -> list[str]:
     """Calls as text, for a template that would leave them out."""
     functions = [call.get("function", call) for call in calls if isinstance(call, Mapping)]
     kept = [{k: f[k] for k in ("name", "arguments") if k in f} for f in functions]
@@ -324,74 +255,3 @@ def _spelled(calls: Sequence[Any]) -> list[str]:
 def reminder_of(text: str) -> str:
     """What the system says in the middle of a conversation, told apart from its user's words."""
     return f"<system-reminder>\n{text}\n</system-reminder>"
-
-
-def late_system_folded(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """System messages behind others as the user's, in their places: what is before them stays."""
-    n_front = _n_front(messages)
-    return messages[:n_front] + [
-        {**m, "role": "user", "content": reminder_of(m["content"])}
-        if m["role"] == "system" and isinstance(m["content"], str)
-        else m
-        for m in messages[n_front:]
-    ]
-
-
-def _n_front(messages: list[dict[str, Any]]) -> int:
-    """Of the system's, before any other."""
-    return next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
-
-
-def _system_folded(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The system text moved to the front of the first user message."""
-    messages = late_system_folded(messages)
-    n_front = _n_front(messages)
-    system = [m["content"] for m in messages[:n_front]]
-    rest = [dict(m) for m in messages[n_front:]]
-    if not system:
-        return rest
-    user = next((m for m in rest if m["role"] == "user"), None)
-    if user is None:
-        return [{"role": "user", "content": "\n".join(system)}, *rest]
-    user["content"] = "\n".join([*system, user["content"]])
-    return rest
-
-
-def by_turns(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    if any(not isinstance(m["content"], str) for m in messages):
-        return messages
-    turns: list[dict[str, Any]] = []
-    for message in _system_folded(messages):
-        if turns and message["role"] == turns[-1]["role"] and message["role"] != "tool":
-            content = f"{turns[-1]['content']}\n\n{message['content']}"
-            turns[-1] = {**turns[-1], **message, "content": content}
-        else:
-            turns.append(dict(message))
-    return turns
-
-
-def probe(attempt: Callable[..., str]) -> Capabilities:
-    needle, found = "needle-7f3a", "found-5c1e"
-    user = {"role": "user", "content": "hello"}
-    part = {"type": "text", "text": needle}
-    typed = attempt([{"role": "user", "content": [part]}])
-    function = {"name": "look", "arguments": {"word": needle}}
-    call = {"id": "call00001", "type": "function", "function": function}
-    turn = {"role": "assistant", "content": "", "tool_calls": [call]}
-    result = {"role": "tool", "tool_call_id": "call00001", "name": "look", "content": found}
-    called = attempt([user, turn, result])
-    as_text = {**call, "function": {**function, "arguments": json.dumps({"word": needle})}}
-    schema = {"type": "object", "properties": {"word": {"type": "string"}}, "required": ["word"]}
-    tool = {"name": needle, "description": "looks", "parameters": schema}
-    # A template that prints Python's own form of a value has not understood it.
-    by_object = needle in called and "{'word'" not in called
-    by_text = attempt([user, {**turn, "tool_calls": [as_text]}, result])
-    return Capabilities(
-        system_role=needle in attempt([{"role": "system", "content": needle}, user]),
-        string_content=needle in attempt([{"role": "user", "content": needle}]),
-        typed_content=needle in typed and "'text'" not in typed and '"text"' not in typed,
-        tools=needle in attempt([user], [{"type": "function", "function": tool}]),
-        tool_calls=by_object or needle in by_text,
-        tool_results=found in called or found in by_text,
-        object_arguments=by_object,
-    )

@@ -5,8 +5,9 @@ Knows nothing of models or of what becomes of a prompt.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from edgeinfer.errors import EdgeInferError
 from edgeinfer.options import Overflow
@@ -71,13 +72,16 @@ def chat_prompt(
     n_system = next((i for i, m in enumerate(chat.messages) if m["role"] not in SYSTEM), 0)
     if overflow == "drop-turns":
 
-        def n_tokens(message: Mapping[str, Any]) -> int:
+        def n_tokens(text: str) -> int:
             try:
-                return len(tokenizer.encode(text_of(message), most=most)) + _AROUND_MESSAGE
+                return len(tokenizer.encode(text, most=most)) + _AROUND_MESSAGE
             except TooManyTokens as error:
                 return error.at_least
 
-        kept, n_dropped = drop_turns(chat.messages, n_tokens, n_ctx)
+        n_held = n_tokens(json.dumps(chat.tools, ensure_ascii=False)) if chat.tools else 0
+        kept, n_dropped = drop_turns(
+            chat.messages, lambda message: n_tokens(text_of(message)), n_ctx, n_held
+        )
         chat = chat._replace(messages=kept)
     ids = _encode(tokenizer, template, chat, most)
     if overflow != "error":

@@ -130,9 +130,9 @@ class Reader:
             at, end = min(places, default=(-1, ""))
             n = at if places else len(rest) - (0 if self._has_ended else _begun(rest, ends))
             if n:
-                write(rest[:n])
                 self._at += n
                 n_written += n
+                write(rest[:n])
             if places or self._has_ended or (most is not None and n_written > most):
                 return end
             yield

@@ -16,11 +16,15 @@ ANSWER_SHARE = 0.25
 
 
 def drop_turns(
-    messages: Sequence[dict[str, Any]], n_tokens: Callable[[Mapping[str, Any]], int], n_ctx: int
+    messages: Sequence[dict[str, Any]],
+    n_tokens: Callable[[Mapping[str, Any]], int],
+    n_ctx: int,
+    n_held: int = 0,
 ) -> tuple[list[dict[str, Any]], int]:
     """The messages that are kept, and how many turns before them are not.
 
-    A turn is a user's message and what follows it; the system's messages and the last turn stay.
+    A turn is a user's message and what follows it; the system's messages and the last turn stay,
+    as do `n_held` tokens that are no message's.
     The answer depends on the messages alone: a longer conversation is cut at the same places.
     """
     n_system = next((i for i, m in enumerate(messages) if m["role"] not in SYSTEM), len(messages))
@@ -31,7 +35,7 @@ def drop_turns(
     turns = [rest[start:end] for start, end in zip(starts, ends, strict=True)]
     asked = [sum(map(n_tokens, turn[:1])) for turn in turns]
     answered = [sum(map(n_tokens, turn[1:])) for turn in turns]
-    first = _first_kept(asked, answered, sum(map(n_tokens, system)), n_ctx)
+    first = _first_kept(asked, answered, n_held + sum(map(n_tokens, system)), n_ctx)
     return [*system, *(message for turn in turns[first:] for message in turn)], first
 
 
