@@ -224,3 +224,23 @@ def test_ollama(embedder: Running, ollama_client: ollama.Client) -> None:
     for bad in (5, [5], {"x": 1}):
         reply = embedder.post("/api/embed", {"input": bad})
         assert (reply.status_code, list(reply.json())) == (400, ["error"])
+
+
+@pytest.mark.parametrize(
+    ("path", "field"), [("/api/embed", "input"), ("/api/embeddings", "prompt")]
+)
+@pytest.mark.parametrize("text", ["words", ""])
+def test_a_model_stays_as_long_as_it_was_told_to(
+    embedder: Running, path: str, field: str, text: str
+) -> None:
+    def expiry() -> list[str]:
+        return [each["expires_at"][:4] for each in embedder.http.get("/api/ps").json()["models"]]
+
+    body = {"model": "embedder", field: text}
+    assert embedder.post(path, {**body, "keep_alive": "1h"}).status_code == 200
+    assert expiry() not in ([], ["2099"])
+    assert embedder.post(path, {**body, "keep_alive": -1}).status_code == 200
+    assert expiry() == ["2099"]
+    assert embedder.post(path, {**body, "keep_alive": 0}).status_code == 200
+    wait_until(lambda: not expiry(), "the end of the model")
+    assert embedder.post(path, body).status_code == 200 and expiry() == ["2099"]

@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import json
 import random
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 
 from edgeinfer import LLM
@@ -205,6 +207,61 @@ def test_memory_that_would_fit_is_the_servers(paths: list[Path]) -> None:
         asyncio.run(start(f"{less}M"))
 
 
+def test_what_never_fits_costs_no_other_its_place(paths: list[Path], tmp_path: Path) -> None:
+    """Nor is its client told to come back."""
+    large = small_model(tmp_path, n_layers=40, dim=256, n_heads=8, ffn_dim=1024)
+    with LLM(paths[0], **SMALL) as llm:
+        budget = llm.plan.host.total_bytes * 3 // 2 + (24 << 20)
+    served = [("one", paths[0]), ("large", large), ("two", paths[1])]
+    with running(served, load={**SMALL, "memory": budget}) as found:
+        for path, body in (
+            (CHAT, {"messages": HI, "max_tokens": 1}), ("/v1/messages", {"messages": HI}),
+            ("/api/chat", {"messages": HI}), ("/models/load", {}),
+        ):  # fmt: skip
+            refused = found.post(path, {**body, "model": "large"})
+            assert refused.status_code == 507 and "retry-after" not in refused.headers
+            assert refused.headers["x-should-retry"] == "false"
+            assert "the model needs" in refused.text and "beside 24 MiB" in refused.text
+            assert str(tmp_path) not in refused.text
+            assert states(found) == {"one": "loaded", "large": "unloaded", "two": "unloaded"}
+        assert found.post("/models/load", {"model": "two"}).status_code == 200
+        assert states(found) == {"one": "unloaded", "large": "unloaded", "two": "loaded"}
+
+
+def test_who_has_gone_waits_for_no_model(paths: list[Path]) -> None:
+    """One whose memory another model has, while that answers: its place is free at once."""
+    with LLM(paths[0], **SMALL) as llm:
+        budget = llm.plan.host.total_bytes * 3 // 2 + (24 << 20)
+    served = [("one", paths[0]), ("two", paths[1])]
+    with running(served, load={**SMALL, "memory": budget}) as found:
+        one = found.service.models.served[0]
+        one.n_users += 1  # it answers
+        for path, stream in ((CHAT, True), (CHAT, False), ("/tokenize", False)):
+            body = {"model": "two", "messages": HI, "content": "x", "stream": stream}
+            with pytest.raises(httpx2.TimeoutException):
+                found.post(path, body, timeout=0.2)
+            until(lambda: not found.service.is_busy)
+        assert states(found) == {"one": "loaded", "two": "loading"}
+        one.n_users -= 1
+
+
+def test_a_model_is_shown_without_being_loaded(paths: list[Path], tmp_path: Path) -> None:
+    """Front-ends ask for each that there is: that none of them loses its place."""
+    settings = {"general.sampling.temp": 0.25}
+    other = small_model(tmp_path, metadata=settings)
+    with running([("one", paths[0]), ("two", other)], load=SMALL) as found:
+        before = found.post("/api/show", {"model": "two"}).json()
+        assert states(found) == {"one": "loaded", "two": "unloaded"}
+        assert before["parameters"] == "temperature 0.25" and "[assistant]" in before["template"]
+        assert found.post("/models/load", {"model": "two"}).status_code == 200
+        assert found.post("/api/show", {"model": "two"}).json() == before
+        assert found.post("/models/unload", {"model": "two"}).status_code == 200
+        other.write_bytes(b"GGUF")
+        refused = found.post("/api/show", {"model": "two"})
+        assert refused.status_code == 500 and str(tmp_path) not in refused.text
+        assert found.post("/api/show", {"model": "none"}).status_code == 404
+
+
 # -- from the hub ---------------------------------------------------------------------------------
 
 
@@ -245,6 +302,32 @@ def test_models_are_fetched_where_that_is_allowed(
         n_asked = len(hub.requests)
         assert found.post(CHAT, asked).status_code == 200 and len(hub.requests) == n_asked
         assert list(states(found)) == ["one", "org/Tiny-GGUF:Q4_0"]
+
+
+def test_what_is_fetched_ends_with_the_server(
+    paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be waited for, however much is left of it."""
+    monkeypatch.setenv("EDGEINFER_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    with FakeHub() as hub:
+        whole = paths[1].read_bytes()
+        hub.repos["org/Tiny-GGUF"] = {"Tiny-Q4_0.gguf": whole + bytes(64 << 20)}
+        hub.hold, hub.held_after = threading.Event(), len(whole)
+        monkeypatch.setenv("HF_ENDPOINT", hub.address)
+        told: list[str] = []
+        with running([("one", paths[0])], load=SMALL, may_pull=True, grace_seconds=0.1) as found:
+            asked = {"model": "org/Tiny-GGUF:Q4_0"}
+            asking = threading.Thread(
+                target=lambda: told.append(found.post("/api/pull", asked).text)
+            )
+            asking.start()
+            until(lambda: any("/resolve/" in path for path, _ in hub.requests))
+            threading.Timer(1.0, hub.hold.set).start()
+            found.server.stop()
+            asking.join(20)
+        assert "the server is stopping" in told[0]
+        assert hub.bytes_sent < 64 << 20 or list((tmp_path / "home").rglob("*.part"))
 
 
 def test_a_server_of_one_model_keeps_as_much_as_its_contexts_hold(paths: list[Path]) -> None:

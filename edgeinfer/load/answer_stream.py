@@ -50,6 +50,7 @@ class _Chunk(msgspec.Struct):
 
 _decode = msgspec.json.Decoder(_Chunk).decode
 _MOST_EVENT = 4 << 20  # bytes
+_MOST_TEXT = 64 << 20  # characters of an answer: more than any model has said
 _MOST_ERROR = 4096  # bytes of a refusal that are kept
 
 
@@ -61,6 +62,7 @@ class AnswerStream:
         self.usage: _Usage | None = None
         self.has_ended = False
         self._texts: list[str] = []
+        self._n_text = 0
         self._events = EventReader(_MOST_EVENT)
         self._has_begun = False
         self._taken_at = 0.0
@@ -123,8 +125,14 @@ class AnswerStream:
             if delta is None:
                 continue
             if delta.content or delta.reasoning_content or delta.reasoning or delta.tool_calls:
-                self.times.append(self._taken_at)
-                self._texts.append(delta.content or "")
+                self._add(delta.content or "")
+
+    def _add(self, text: str) -> None:
+        self.times.append(self._taken_at)
+        self._texts.append(text)
+        self._n_text += 1 + len(text)
+        if self._n_text > _MOST_TEXT:
+            raise StreamError("malformed stream", "the answer has no end")
 
     def finish(self) -> None:
         """The reply is whole; StreamError where the answer is not."""

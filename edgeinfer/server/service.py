@@ -121,6 +121,8 @@ class Service:
             )
         self.answers.add(answer)
         answer.stack.callback(self.answers.discard, answer)
+        if self._stop.is_set():  # meanwhile
+            answer.cut_short()
         _BEGUN.get().push_async_callback(answer.close)
         return answer
 
@@ -207,6 +209,7 @@ class Service:
     def end_answers(self) -> None:
         """Cut short what still runs."""
         self._stop.set()
+        self.models.end_pulls()
         for answer in list(self.answers):
             answer.cut_short()
 
