@@ -207,7 +207,8 @@ def _sampled(rng: Random) -> Made:
     names = ("temperature", "top_p", "top_k", "min_p", "typical_p", "mirostat", "mirostat_tau",
              "repeat_penalty", "repeat_last_n", "presence_penalty", "dry_multiplier", "dry_base",
              "dynatemp_range", "xtc_probability", "xtc_threshold", "top_n_sigma", "min_keep",
-             "seed", "n", "logprobs", "max_tokens", "stop", "logit_bias", "stream", "echo")  # fmt: skip
+             "seed", "n", "logprobs", "max_tokens", "stop", "logit_bias", "stream",
+             "echo")  # fmt: skip
     values = [*NUMBERS, True, "x", {"5": 1e308}, {"-1": 5}, ["a"], ""]
     kept = rng.sample(names, rng.randrange(1, 6))
     return TEXT, {"prompt": "hello", "max_tokens": 8} | {n: rng.choice(values) for n in kept}

@@ -6,7 +6,7 @@ import http.client
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -74,14 +74,26 @@ def fault(sent: Sent, reply: http.client.HTTPResponse, body: bytes) -> str:
     text = body.decode()
     if reply.status not in STATUSES or "should not be" in text:
         return f"{reply.status} {text[-300:]}"
-    if sent.method in ("HEAD", "OPTIONS"):
-        return "a body" if body else ""
+    if sent.method == "HEAD" or reply.status == 204:
+        return "a body where there can be none" if body else ""
     if reply.status != 200:
         return _fault_of_refusal(sent, text)
-    kind = reply.headers.get_content_type()
-    if kind == "application/json":
-        json.loads(text)
+    for part in _parts(reply.headers.get_content_type(), text):
+        json.loads(part)
+        if '"error":{' in part or '"error":"' in part:
+            return f"an error inside of a reply: {part[:300]}"
     return ""
+
+
+def _parts(kind: str, text: str) -> Iterable[str]:
+    """The JSON that a reply of some kind consists of."""
+    if kind == "text/event-stream":
+        assert text.endswith("\n\n")
+        data = re.findall(r"(?m)^data: (.*)$", text)
+        return [each for each in data if each != "[DONE]"]
+    if kind == "application/x-ndjson":
+        return text.splitlines()
+    return [text] if kind == "application/json" else []
 
 
 def _fault_of_refusal(sent: Sent, text: str) -> str:

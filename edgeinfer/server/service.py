@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeinfer.aio import AsyncStream
+from edgeinfer.engine.generation import check_length
 from edgeinfer.engine.plan_rows import size_text
 from edgeinfer.errors import BusyError, ContextLengthError, InvalidRequestError, Keyword
 from edgeinfer.llm import LLM
@@ -27,7 +28,7 @@ from edgeinfer.server.metrics import Exposition
 from edgeinfer.server.models import Models, ServedModel
 from edgeinfer.server.prefix_care import steady
 from edgeinfer.server.requests import Chat, Request
-from edgeinfer.server.token_ids import check_origin
+from edgeinfer.server.token_ids import MOST_MADE, check_origin, limited
 from edgeinfer.text.infill import infill_prompt
 from edgeinfer.text.messages import Conversation
 from edgeinfer.text.prompt import chat_prompt
@@ -136,7 +137,10 @@ class Service:
         async with self.model(name) as model:
             assert model.face is not None
             try:
-                await asyncio.to_thread(check_origin, model.opened.runtime.tokenizer, texts)
+                # What is longer is refused or cut there.
+                most = model.opened.n_ctx
+                given = [each if isinstance(each, str) else each[:most] for each in texts]
+                await asyncio.to_thread(check_origin, model.opened.runtime.tokenizer, given)
                 vectors, n_tokens = await self._unless_stopped(model.face.embedding(texts, options))
             except (ContextLengthError, InvalidRequestError) as error:
                 refused = ApiError.of(error)
@@ -217,6 +221,8 @@ class Service:
 def _filled_in(llm: LLM, request: Request) -> Request:
     """With prompts that ask for what is between them and the suffix."""
     tokenizer = llm.runtime.tokenizer
+    n_characters = max(map(len, request.prompts)) + len(request.suffix)
+    check_length(n_characters // tokenizer.longest_text, llm.n_ctx, is_least=True)
     prompts = [infill_prompt(tokenizer, each, request.suffix) for each in request.prompts]
     return replace(request, prompts=prompts)
 
@@ -286,12 +292,7 @@ def _conversation(chat: Chat) -> Conversation:
 
 
 def _count(llm: LLM, request: Request) -> int:
-    opened = llm.runtime
-    if request.chat is None:
-        return sum(
-            len(opened.tokenizer.encode(each, parse_special=True))
-            if isinstance(each, str)
-            else len(each)
-            for each in request.prompts
-        )
-    return len(chat_prompt(opened.tokenizer, opened.template, _conversation(request.chat)).ids)
+    assert request.chat is not None
+    opened, chat = llm.runtime, _conversation(request.chat)
+    with limited():
+        return len(chat_prompt(opened.tokenizer, opened.template, chat, most=MOST_MADE).ids)
