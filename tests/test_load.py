@@ -381,6 +381,22 @@ def test_what_the_system_waited_for_is_no_deadline_of_ours(
     assert "whole answer" not in told["messages"]["no connection"]
 
 
+@pytest.mark.parametrize(
+    ("told", "n"), [("5", 5), ("5.0", 5), ("null", 0), ("-5", None), ("1e30", None), ("5.5", None)]
+)
+def test_counts_are_counts_however_they_are_spelled(told: str, n: int | None) -> None:
+    stream = AnswerStream()
+    usage = f'{{"prompt_tokens": {told}, "completion_tokens": 1}}'
+    event = b'data: {"usage": %s, "choices": [{"finish_reason": "stop"}]}\n\n' % usage.encode()
+    if n is None:
+        with pytest.raises(StreamError, match="prompt_tokens"):
+            stream.take(0.0, 200, event)
+        return
+    stream.take(0.0, 200, event)
+    stream.finish()
+    assert stream.usage is not None and (stream.usage.prompt_tokens or 0) == n
+
+
 def test_an_answer_without_an_end_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answer_stream, "_MOST_TEXT", 100)
     stream, event = AnswerStream(), b'data: {"choices": [{"delta": {"content": "a word"}}]}\n\n'
