@@ -6,7 +6,7 @@ Knows nothing of HTTP.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -141,7 +141,7 @@ class Service:
                 most = model.opened.n_ctx
                 given = [each if isinstance(each, str) else each[:most] for each in texts]
                 await asyncio.to_thread(check_origin, model.opened.runtime.tokenizer, given)
-                vectors, n_tokens = await self._unless_stopped(model.face.embedding(texts, options))
+                vectors, n_tokens = await self.unless_stopped(model.face.embedding(texts, options))
             except (ContextLengthError, InvalidRequestError) as error:
                 refused = ApiError.of(error)
                 refused.message = refused.message if refused.code else error.spelled(_as_flag)
@@ -151,7 +151,7 @@ class Service:
             model.metrics.add_prompt(n_tokens)
             return vectors, n_tokens
 
-    async def _unless_stopped(self, work: Coroutine[Any, Any, T]) -> T:
+    async def unless_stopped(self, work: Awaitable[T]) -> T:
         """What `work` gives; it is cancelled where answers are cut short."""
         working, stop = asyncio.ensure_future(work), asyncio.ensure_future(self._stop.wait())
         try:
