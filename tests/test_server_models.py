@@ -245,6 +245,31 @@ def test_who_has_gone_waits_for_no_model(paths: list[Path]) -> None:
         one.n_users -= 1
 
 
+def test_who_waits_for_a_model_is_told_that_the_server_stops(
+    paths: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    with LLM(paths[0], **SMALL) as llm:
+        budget = llm.plan.host.total_bytes * 3 // 2 + (24 << 20)
+    served, told = [("one", paths[0]), ("two", paths[1])], []
+    load: Any = {**SMALL, "memory": budget}
+    with running(served, load=load, grace_seconds=0.1) as found:
+        found.service.models.served[0].n_users += 1  # it answers
+        body = {"model": "two", "messages": HI, "content": "x", "stream": True}
+        asking = [
+            threading.Thread(target=lambda path=path: told.append(found.post(path, body)))  # type: ignore[misc]
+            for path in (CHAT, "/tokenize")
+        ]
+        for each in asking:
+            each.start()
+        until(lambda: found.service._n_open == 2)
+        found.server.stop()
+        for each in asking:
+            each.join(20)
+    assert [each.status_code for each in told] == [503, 503]
+    assert all("the server is stopping" in each.text for each in told)
+    assert caplog.records == []
+
+
 def test_a_model_is_shown_without_being_loaded(paths: list[Path], tmp_path: Path) -> None:
     """Front-ends ask for each that there is: that none of them loses its place."""
     settings = {"general.sampling.temp": 0.25}

@@ -84,8 +84,9 @@ class Service:
             )
         self._n_open += 1
         try:
-            async with self.models.lease(name) as model:
-                yield model
+            async with AsyncExitStack() as stack:
+                lease = stack.enter_async_context(self.models.lease(name))
+                yield await self.unless_stopped(lease)
         finally:
             self._n_open -= 1
 
@@ -183,7 +184,8 @@ class Service:
     async def count_tokens(self, request: Request) -> int:
         """Tokens of a prompt."""
         async with self.model(request.model) as model:
-            return await asyncio.to_thread(_count, model.opened, self._prepared(request))
+            work = asyncio.to_thread(_count, model.opened, self._prepared(request))
+            return await self.unless_stopped(work)
 
     async def render(self, request: Request) -> str:
         """The text of a chat's prompt."""
@@ -196,7 +198,7 @@ class Service:
     async def with_model(self, name: str, work: Callable[[LLM], T]) -> T:
         """What `work` gives in a thread."""
         async with self.model(name) as model:
-            return await asyncio.to_thread(work, model.opened)
+            return await self.unless_stopped(asyncio.to_thread(work, model.opened))
 
     def metrics(self) -> str:
         n_waiting = 0
