@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import random
 import threading
 import time
@@ -17,6 +18,7 @@ import pytest
 
 from edgeinfer import LLM
 from edgeinfer.aio import AsyncLLM
+from edgeinfer.cli import serve
 from edgeinfer.errors import Keyword, PlanError
 from edgeinfer.hub.fetch import models_folder
 from edgeinfer.server.durations import keep_alive
@@ -67,6 +69,22 @@ def test_models_are_loaded_and_unloaded_by_name(paths: list[Path]) -> None:
             lines = reply.iter_lines()
             next(lines)
             assert found.post("/models/unload", {"model": "two"}).status_code == 409
+
+
+def test_a_file_may_have_a_name_that_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"caf\xe9\n\x1b[31m.gguf")
+    try:
+        small_model(tmp_path).rename(path)
+    except (OSError, UnicodeError):
+        pytest.skip("no such name can be given here")
+    assert serve._name(str(path), path) == "caf\ufffd "
+    with running([(path.stem, path)], load=SMALL) as found:
+        assert states(found) == {"caf\ufffd ": "loaded"}
+        for named in ("/api/tags", "/metrics", "/v2/models/x/config", "/api/v1/models"):
+            reply = found.http.get(named)
+            assert reply.status_code == 200 and "caf\ufffd" in reply.text
+        body = {"model": "caf\ufffd ", "messages": HI, "max_tokens": 1}
+        assert found.post(CHAT, body).json()["model"] == "caf\ufffd "
 
 
 def test_the_catalog_of_lm_studio(paths: list[Path]) -> None:
@@ -327,6 +345,8 @@ def test_models_are_fetched_where_that_is_allowed(
         n_asked = len(hub.requests)
         assert found.post(CHAT, asked).status_code == 200 and len(hub.requests) == n_asked
         assert list(states(found)) == ["one", "org/Tiny-GGUF:Q4_0"]
+        # What one client has fetched changes no names of others.
+        assert found.post(CHAT, {**asked, "model": "gpt-9"}).json()["model"] == "one"
 
 
 def test_what_is_fetched_ends_with_the_server(

@@ -26,6 +26,7 @@ from edgeinfer.server.errors import ApiError
 from edgeinfer.server.load_choices import usual_options
 from edgeinfer.server.metrics import ModelMetrics
 from edgeinfer.server.pull import is_on_hub, pull
+from edgeinfer.terminal import one_line
 
 T = TypeVar("T")
 _IDLE_SECONDS = 60.0  # that a request waits for another model's answers to end
@@ -44,7 +45,7 @@ class ServedModel:
     """
 
     def __init__(self, name: str, path: Path) -> None:
-        self.name, self.path = name, path
+        self.name, self.path = one_line(name), path  # that of a file may be no text
         self.llm: LLM | None = None
         self.face: AsyncLLM | None = None
         self.metrics = ModelMetrics()
@@ -95,6 +96,7 @@ class Models:
         tell: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.served = [ServedModel(name, path) for name, path in served]
+        self._is_one = len(served) == 1  # also when others were fetched beside it
         self._load, self._is_strict, self._tell = load, has_strict_names, tell
         self._may_pull = may_pull
         self._pulling = asyncio.Lock()
@@ -108,9 +110,9 @@ class Models:
             self._budget = parse_memory(budget, platform.available_memory()) - _SERVER_BYTES
 
     def find(self, name: str) -> ServedModel:
-        """The one that a request names; where one is served, any name means it."""
+        """The one that a request names; of a server started with one, any name means it."""
         model = self._named(name)
-        is_any = len(self.served) == 1 and not (self._is_strict and name)
+        is_any = self._is_one and not (self._is_strict and name)
         if model is None and is_any and len(name) <= _LONGEST_NAME:  # replies repeat it
             model = self.served[0]
         if model is not None:
