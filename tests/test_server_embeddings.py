@@ -17,6 +17,7 @@ import openai
 import pytest
 from openai.types import CreateEmbeddingResponse
 
+from edgeinfer.server import service
 from edgeinfer.server.token_ids import check_origin
 
 from .models_for_tests import tiny_model
@@ -119,6 +120,17 @@ def test_every_part_of_the_models_own_tokens_is_taken(embedder: Running) -> None
     parts = [ids[i:j] for i in range(len(ids)) for j in range(i + 1, len(ids) + 1)]
     check_origin(tokenizer, parts)
     check_origin(tokenizer, [tokenizer.encode("<|eos|> the end", parse_special=True)])
+
+
+def test_ids_that_do_not_fit_are_not_looked_at(
+    embedder: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[int] = []
+    monkeypatch.setattr(service, "check_origin", lambda _, texts: looked.extend(map(len, texts)))
+    for truncate, status in ((False, 400), (True, 200)):
+        body = {"input": [[5] * 9000, "a text of more letters"], "truncate": truncate}
+        assert embedder.post("/v1/embeddings", body).status_code == status
+    assert looked == [embedder.llm.n_ctx, 22] * 2
 
 
 def test_a_text_is_cut_only_where_that_is_asked(embedder: Running, client: openai.OpenAI) -> None:

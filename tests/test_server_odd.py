@@ -23,7 +23,7 @@ from edgeinfer.server.tensors import read_texts
 from edgeinfer.server.wire import _MOST_VALUES
 from edgeinfer.text.chat import ChatTemplate
 
-from .server_for_tests import LOAD, N_CTX, Running, running, small_model
+from .server_for_tests import LOAD, Running, running, small_model
 
 HI: Any = [{"role": "user", "content": "hi"}]
 CHAT, MESSAGES, RESPONSES = "/v1/chat/completions", "/v1/messages", "/v1/responses"
@@ -293,17 +293,6 @@ def test_no_more_tokens_are_made_than_anybody_counts(
         reply = server.post(path, body)
         assert reply.status_code == 413
         assert "more than 1,000 tokens; send it in parts" in told(path, reply)
-
-
-def test_ids_that_do_not_fit_are_not_looked_at(
-    server: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    looked: list[int] = []
-    monkeypatch.setattr(service, "check_origin", lambda _, texts: looked.extend(map(len, texts)))
-    for truncate in (False, True):
-        body = {"input": [[5] * 9000, "a text of more letters"], "truncate": truncate}
-        assert server.post("/v1/embeddings", body).status_code == 400  # it has no pooling, too
-    assert looked == [N_CTX, 22] * 2
 
 
 def test_lines_of_a_system_message_take_no_time() -> None:
