@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from edgeinfer import platform
-from edgeinfer.aio import AsyncLLM
+from edgeinfer.aio import AsyncLLM, Worker
 from edgeinfer.batch import HOST
 from edgeinfer.engine.plan_rows import size_text
 from edgeinfer.errors import Advice, EdgeInferError, Keyword, ModelNotFoundError, PlanError
@@ -163,7 +163,8 @@ class Models:
         async with self._pulling:
             model = self._named(name)
             if model is None:  # others may have asked for it meanwhile
-                path = await asyncio.to_thread(pull, name, self._tell, self._check_going_on)
+                # In a thread that nobody waits for at the end, should nothing come any more.
+                path = await Worker().do(lambda: pull(name, self._tell, self._check_going_on))
                 model = next((each for each in self.served if each.path == path), None)
             if model is None:
                 model = ServedModel(name, path)
@@ -171,7 +172,7 @@ class Models:
             return model
 
     def end_pulls(self) -> None:
-        """End what is being fetched: an event loop waits for its threads."""
+        """End what is being fetched; what has come of it is kept."""
         self._is_ending = True
 
     def _check_going_on(self) -> None:
