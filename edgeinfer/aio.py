@@ -45,7 +45,7 @@ class AsyncLLM:
         self._llm = model if isinstance(model, LLM) else None
         self._opening = platform.ProcessLock()
         self._is_closed = False
-        self._worker = _Worker()
+        self._worker = Worker()
 
     async def open(self) -> LLM:
         """The model, loaded when first asked for."""
@@ -135,7 +135,7 @@ class AsyncLLM:
         from edgeinfer.embedding import Embedding, begin  # most programs need none
 
         # Many texts may take long to become tokens: chats don't wait behind them.
-        begun = await _Worker().do(
+        begun = await Worker().do(
             lambda: begin(self._open().runtime, texts, given), Embedding.cancel
         )
         loop = asyncio.get_running_loop()
@@ -155,7 +155,7 @@ class AsyncLLM:
     async def close(self) -> None:
         """Close the model, unless it was given open."""
         if self._llm is not self._given:
-            await _Worker().do(self._close)  # not behind what waits for its turn
+            await Worker().do(self._close)  # not behind what waits for its turn
 
     def _close(self) -> None:
         with self._opening:
@@ -268,7 +268,7 @@ def _wake(woken: asyncio.Future[None]) -> None:
         woken.set_result(None)
 
 
-class _Worker:
+class Worker:
     """Does what would hold up an event loop, one after the other, in a thread while there is any.
 
     A thread of its own: a loop's executor is for what else the program waits for.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import re
@@ -24,7 +25,7 @@ from click.testing import CliRunner
 
 from edgeinfer.cli.main import commands
 from edgeinfer.errors import EdgeInferError, InvalidRequestError
-from edgeinfer.load import generator
+from edgeinfer.load import answer_stream, generator
 from edgeinfer.load.answer_stream import AnswerStream, StreamError
 from edgeinfer.load.generator import RUNNING, Generator, Measured, Record, Settings, find_model
 from edgeinfer.load.http_client import Client, ConnectionLost
@@ -364,6 +365,45 @@ def test_failures_are_counted_by_kind(data: bytes, ends: bool, kind: str) -> Non
         told = summary(measured(url, 4, gap=0.1, deadline=0.5))
     assert told["failed"] == {kind: 2} and told["answered"] == 2
     assert told["end_to_end_s"]["max"] > (0.5 if kind == "deadline" else 0)
+
+
+def test_what_the_system_waited_for_is_no_deadline_of_ours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A connection that does not come about: to asyncio that is a timeout like any other."""
+
+    async def connect(client: Client) -> Any:
+        raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+
+    monkeypatch.setattr(Client, "_connect", connect)
+    told = summary(measured("http://127.0.0.1:9", 1))
+    assert told["failed"] == {"no connection": 1}
+    assert "whole answer" not in told["messages"]["no connection"]
+
+
+@pytest.mark.parametrize(
+    ("told", "n"), [("5", 5), ("5.0", 5), ("null", 0), ("-5", None), ("1e30", None), ("5.5", None)]
+)
+def test_counts_are_counts_however_they_are_spelled(told: str, n: int | None) -> None:
+    stream = AnswerStream()
+    usage = f'{{"prompt_tokens": {told}, "completion_tokens": 1}}'
+    event = b'data: {"usage": %s, "choices": [{"finish_reason": "stop"}]}\n\n' % usage.encode()
+    if n is None:
+        with pytest.raises(StreamError, match="prompt_tokens"):
+            stream.take(0.0, 200, event)
+        return
+    stream.take(0.0, 200, event)
+    stream.finish()
+    assert stream.usage is not None and (stream.usage.prompt_tokens or 0) == n
+
+
+def test_an_answer_without_an_end_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answer_stream, "_MOST_TEXT", 100)
+    stream, event = AnswerStream(), b'data: {"choices": [{"delta": {"content": "a word"}}]}\n\n'
+    with pytest.raises(StreamError, match="no end"):
+        for _ in range(100):
+            stream.take(0.0, 200, event)
+    assert len(stream.text) < 200
 
 
 def test_a_server_that_dies_in_a_run() -> None:

@@ -17,6 +17,7 @@ import openai
 import pytest
 from openai.types import CreateEmbeddingResponse
 
+from edgeinfer.server import service
 from edgeinfer.server.token_ids import check_origin
 
 from .models_for_tests import tiny_model
@@ -119,6 +120,17 @@ def test_every_part_of_the_models_own_tokens_is_taken(embedder: Running) -> None
     parts = [ids[i:j] for i in range(len(ids)) for j in range(i + 1, len(ids) + 1)]
     check_origin(tokenizer, parts)
     check_origin(tokenizer, [tokenizer.encode("<|eos|> the end", parse_special=True)])
+
+
+def test_ids_that_do_not_fit_are_not_looked_at(
+    embedder: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[int] = []
+    monkeypatch.setattr(service, "check_origin", lambda _, texts: looked.extend(map(len, texts)))
+    for truncate, status in ((False, 400), (True, 200)):
+        body = {"input": [[5] * 9000, "a text of more letters"], "truncate": truncate}
+        assert embedder.post("/v1/embeddings", body).status_code == status
+    assert looked == [embedder.llm.n_ctx, 22] * 2
 
 
 def test_a_text_is_cut_only_where_that_is_asked(embedder: Running, client: openai.OpenAI) -> None:
@@ -224,3 +236,23 @@ def test_ollama(embedder: Running, ollama_client: ollama.Client) -> None:
     for bad in (5, [5], {"x": 1}):
         reply = embedder.post("/api/embed", {"input": bad})
         assert (reply.status_code, list(reply.json())) == (400, ["error"])
+
+
+@pytest.mark.parametrize(
+    ("path", "field"), [("/api/embed", "input"), ("/api/embeddings", "prompt")]
+)
+@pytest.mark.parametrize("text", ["words", ""])
+def test_a_model_stays_as_long_as_it_was_told_to(
+    embedder: Running, path: str, field: str, text: str
+) -> None:
+    def expiry() -> list[str]:
+        return [each["expires_at"][:4] for each in embedder.http.get("/api/ps").json()["models"]]
+
+    body = {"model": "embedder", field: text}
+    assert embedder.post(path, {**body, "keep_alive": "1h"}).status_code == 200
+    assert expiry() not in ([], ["2099"])
+    assert embedder.post(path, {**body, "keep_alive": -1}).status_code == 200
+    assert expiry() == ["2099"]
+    assert embedder.post(path, {**body, "keep_alive": 0}).status_code == 200
+    wait_until(lambda: not expiry(), "the end of the model")
+    assert embedder.post(path, body).status_code == 200 and expiry() == ["2099"]

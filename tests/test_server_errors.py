@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import anthropic
@@ -12,9 +14,11 @@ import ollama
 import openai
 import pytest
 
+from edgeinfer.server import service
 from edgeinfer.server.frames import Frames
 
 from .server_for_tests import N_CTX, Running, running, small_model
+from .waiting import wait_until
 
 KEY = "secret"
 LONG = "x" * (N_CTX + 10)
@@ -290,6 +294,36 @@ def test_an_answer_of_which_no_reply_comes_ends(
     assert strict.post(path, body, headers={"x-api-key": KEY}).status_code == 500
     strict.wait_until_idle()
     assert not strict.service.is_busy
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_an_answer_that_begins_too_late_is_cut_short(
+    tmp_path: Path, is_streamed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its prompt became tokens while the others were ended: it is told so as they are."""
+    begun, go_on = threading.Event(), threading.Event()
+    begin = service._begin
+
+    async def late(*given: Any) -> Any:
+        begun.set()
+        await asyncio.to_thread(go_on.wait, 20)
+        return await begin(*given)
+
+    monkeypatch.setattr(service, "_begin", late)
+    body = {**STREAMED["/v1/chat/completions"], "stream": is_streamed, "ignore_eos": True}
+    replies = []
+    with running([("tiny", small_model(tmp_path))], grace_seconds=0.1) as found:
+        asking = threading.Thread(
+            target=lambda: replies.append(found.post("/v1/chat/completions", body))
+        )
+        asking.start()
+        assert begun.wait(20)
+        found.server.stop()
+        wait_until(found.service._stop.is_set, "the end of the answers")
+        go_on.set()
+        asking.join(20)
+    assert replies[0].status_code == (200 if is_streamed else 503)
+    assert "the answer was cut short" in replies[0].text
 
 
 BROKEN = [b"{", b"[]", b"null", b"\xff", b'{"a":' * 5000, b'{"messages": 1e999}', b'"x"', b"NaN"]

@@ -12,6 +12,7 @@ import click
 import pytest
 
 from edgeinfer.cli import serve
+from edgeinfer.server import native, service, token_ids
 from edgeinfer.server.completions import read_request
 from edgeinfer.server.errors import ApiError
 from edgeinfer.server.fields import Fields
@@ -275,6 +276,23 @@ def test_what_stands_in_a_text_is_no_value(server: Running) -> None:
     text = '[{,"\\' * (_MOST_VALUES // 10)
     reply = server.post(CHAT, {"messages": [{"role": "user", "content": text}]})
     assert reply.status_code == 400 and "prompt is too long" in told(CHAT, reply)
+
+
+def test_no_more_tokens_are_made_than_anybody_counts(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of 32 MiB take a minute, which nobody ends; what fits no context needs none."""
+    for module in (native, service, token_ids):
+        monkeypatch.setattr(module, "MOST_MADE", 1000)
+    said = [{"role": "user", "content": "word " * 1000}]
+    bodies = {
+        "/tokenize": {"content": "word " * 1000}, f"{MESSAGES}/count_tokens": {"messages": said},
+        f"{CHAT}/input_tokens": {"messages": said}, f"{RESPONSES}/input_tokens": {"input": said},
+    }  # fmt: skip
+    for path, body in bodies.items():
+        reply = server.post(path, body)
+        assert reply.status_code == 413
+        assert "more than 1,000 tokens; send it in parts" in told(path, reply)
 
 
 def test_lines_of_a_system_message_take_no_time() -> None:

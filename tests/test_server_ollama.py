@@ -60,6 +60,17 @@ def test_thoughts_and_calls(server: Running, client: ollama.Client, reply: str) 
     assert len(calls) == reply.count("<tool_call>")
 
 
+@pytest.mark.parametrize("reply", ["text", THOUGHT + "text", f"{THOUGHT}Look.\n{CALL}{CALL}"])
+def test_logprobs_streamed_and_whole_are_the_same(server: Running, reply: str) -> None:
+    """Also those of tokens that have no text."""
+    asked: Any = {"model": "tiny", "messages": HI, "tools": TOOLS, "logprobs": True}
+    with server.replying(reply):
+        whole = server.post("/api/chat", {**asked, "stream": False}).json()["logprobs"]
+        lines = server.post("/api/chat", asked).text.splitlines()
+    streamed = [each for line in lines for each in json.loads(line).get("logprobs", [])]
+    assert streamed == whole and len(whole) > 3
+
+
 def test_calls_go_back_into_the_prompt(server: Running, client: ollama.Client) -> None:
     call = {"function": {"name": "weather", "arguments": {"city": "K"}}}
     messages: Any = [

@@ -154,6 +154,28 @@ def test_without_a_tool_choice_of_none_all_tools_are_told(server: Running) -> No
     ]  # fmt: skip
 
 
+def test_a_client_of_functions_is_told_of_one(server: Running, client: OpenAI) -> None:
+    """As calls were before there were tools: one, without an id, and its result by its name."""
+    asked: Any = {"model": "x", "messages": HI, "functions": [WEATHER]}
+    with server.replying(CALL + CALL):
+        (choice,) = client.chat.completions.create(**asked).choices
+        chunks = list(client.chat.completions.create(**asked, stream=True))
+    called = choice.message.function_call
+    assert called is not None and json.loads(called.arguments) == CITY
+    assert choice.finish_reason == "function_call" and choice.message.tool_calls is None
+    deltas = [found for chunk in chunks if (found := chunk.choices[0].delta.function_call)]
+    assert "".join(each.name or "" for each in deltas) == "weather"
+    assert "".join(each.arguments or "" for each in deltas) == called.arguments
+    assert chunks[-1].choices[0].finish_reason == "function_call"
+    said: Any = [
+        *HI, {"role": "assistant", "content": None, "function_call": called.model_dump()},
+        {"role": "function", "name": "weather", "content": "sunny"},
+    ]  # fmt: skip
+    with server.replying("x") as prompts:
+        client.chat.completions.create(**{**asked, "messages": said})
+    assert '[assistant]weather{"city"' in prompts[0] and "[tool]sunny" in prompts[0]
+
+
 def test_several_answers(client: OpenAI) -> None:
     asked: Any = {"model": "x", "messages": HI, "n": 3, "max_tokens": 4, "seed": 1}
     whole = client.chat.completions.create(**asked)
@@ -198,6 +220,15 @@ def test_texts_streamed_and_whole(server: Running, client: OpenAI) -> None:
         for choice in frame["choices"]:
             choice["finish_reason"] = choice["finish_reason"] or "stop"  # the type knows no null
         TypeAdapter(Completion).validate_json(json.dumps(frame), strict=True)
+
+
+def test_no_more_of_a_prompt_was_known_than_it_has(client: OpenAI) -> None:
+    asked: Any = {"model": "x", "prompt": ["a word " * 30, "other " * 30], "n": 3, "max_tokens": 1}
+    for _ in range(2):
+        usage = client.completions.create(**asked).usage
+        assert usage is not None and usage.prompt_tokens_details is not None
+        assert usage.completion_tokens == 6
+    assert 0 < (usage.prompt_tokens_details.cached_tokens or 0) <= usage.prompt_tokens
 
 
 # -- responses ------------------------------------------------------------------------------------

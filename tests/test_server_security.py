@@ -271,6 +271,18 @@ def test_a_wrong_field_holds_nothing(local: Running, path: str, fields: Any) -> 
     assert local.service.models.served[0].n_users == 0 and local.service._n_open == 0
 
 
+@pytest.mark.parametrize("encoding", ["", "Identity", "IDENTITY"])
+def test_what_is_not_compressed_is_read(local: Running, encoding: str) -> None:
+    reply = local.http.post(CHAT, content=BODY, headers={"content-encoding": encoding})
+    assert reply.status_code == 200
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_a_body_in_another_encoding_is_told(local: Running, encoding: str) -> None:
+    reply = local.http.post(CHAT, content=BODY.decode().encode(encoding))
+    assert reply.status_code == 400 and "send JSON in UTF-8" in reply.json()["error"]["message"]
+
+
 # -- readers and logs -----------------------------------------------------------------------------
 
 
@@ -290,6 +302,47 @@ def test_who_reads_nothing_is_forgotten(tmp_path: Path, monkeypatch: pytest.Monk
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
             found.wait_until_idle()
+
+
+ENDLESS = BODY.replace(b'"max_tokens":1', b'"max_tokens":900,"logit_bias":{"257":-1000}')
+
+
+@pytest.mark.parametrize("early", [b"", b"G", get(b"host: localhost"), b"x" * (1 << 10)])
+def test_who_goes_is_missed_whatever_came_early(local: Running, early: bytes) -> None:
+    """What a client sends before it has its reply is read, or its end would not be seen."""
+    finished = local.service.models.served[0].metrics.finished
+    before = finished.total()
+    with connected(local) as connection:
+        connection.sendall(post(ENDLESS, length(len(ENDLESS))))
+        wait_until(lambda: local.service.answers, "the answer")
+        for part in (early[:1], early[1:]):
+            connection.sendall(part)
+            time.sleep(0.05)
+    local.wait_until_idle()
+    assert finished.total() == before
+
+
+def test_more_than_a_little_is_not_read_early(local: Running) -> None:
+    """Nor is it lost: it is what follows."""
+    with local.replying("x"), connected(local) as connection:
+        connection.sendall(post(BODY, length(len(BODY))) * 500)
+        connection.shutdown(socket.SHUT_WR)
+        while connection.recv(1 << 16):
+            pass
+    local.wait_until_idle()
+
+
+@pytest.mark.parametrize("target", [b"/none", b"/v1/models"])
+def test_a_body_that_breaks_behind_its_reply_is_no_news(
+    local: Running, target: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    with connected(local) as connection:
+        sent = post(b"5\r\nhello", CHUNKED).replace(b"/v1/chat/completions", target, 1)
+        connection.sendall(sent)
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 40")
+        connection.sendall(b"zz\r\n")
+        assert connection.recv(1 << 16) == b""
+    assert caplog.records == []
 
 
 def test_a_log_has_no_words_of_a_prompt(caplog: pytest.LogCaptureFixture) -> None:
@@ -316,9 +369,10 @@ def test_nothing_is_logged_of_requests(local: Running, caplog: pytest.LogCapture
     assert "secret" not in caplog.text and "hi" not in [r.getMessage() for r in caplog.records]
 
 
-@pytest.mark.parametrize("key", ["plain", "schlüssel", "鍵"])
+@pytest.mark.parametrize("key", ["plain", "schlüssel", "鍵", "voilà", "успех", "\u00c5"])
 def test_keys_of_any_letters(tmp_path: Path, key: str) -> None:
     with running([("tiny", small_model(tmp_path))], api_keys=(key,)) as found:
-        right = {b"authorization": b"Bearer " + key.encode()}
-        assert found.http.get("/v1/models", headers=right).status_code == 200
-        assert found.http.get("/v1/models", headers={b"x-api-key": b"\xff"}).status_code == 401
+        for right in ({b"authorization": b"Bearer " + key.encode()}, {b"api-key": key.encode()}):
+            assert found.http.get("/v1/models", headers=right).status_code == 200
+        wrong = found.http.get("/v1/models", headers={b"x-api-key": b"\xff"})
+        assert wrong.status_code == 401 and wrong.headers["www-authenticate"] == "Bearer"

@@ -122,6 +122,7 @@ def command(context: click.Context, /, url: str, **flags: Any) -> None:
 
     Conversations come by chance, whether or not earlier requests were answered, and what one took
     counts from when it was due. Lengths of texts and answers are log-normal between their limits.
+    A percentile is one of the values (nearest rank): of fewer than 20 the p95 is the slowest.
     """
     from edgeinfer.load.plot import check_plot
     from edgeinfer.load.traffic import write_traffic

@@ -18,6 +18,7 @@ from edgeinfer.cli.numbers import Whole
 from edgeinfer.cli.opening import GC_THRESHOLD
 from edgeinfer.cli.options import FileName, common_flags, load_flags, load_options
 from edgeinfer.errors import EdgeInferError, reason_of
+from edgeinfer.terminal import one_line
 
 if TYPE_CHECKING:
     from edgeinfer.options import LoadOptions
@@ -163,7 +164,7 @@ def _keys_of(path: str | None) -> list[str]:
 def _name(given: str | None, path: Path) -> str:
     """How clients name a model: as it was named here, or its file's name."""
     if given is None or "\\" in given or given.endswith(".gguf") or Path(given).exists():
-        return path.stem
+        return one_line(path.stem)
     return given
 
 

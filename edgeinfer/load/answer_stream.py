@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from array import array
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 import msgspec
 
@@ -32,13 +32,16 @@ class _Choice(msgspec.Struct):
     finish_reason: str | None = None
 
 
+_Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
+
+
 class _Details(msgspec.Struct):
-    cached_tokens: int | None = None
+    cached_tokens: _Count | None = None
 
 
 class _Usage(msgspec.Struct):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
+    prompt_tokens: _Count | None = None
+    completion_tokens: _Count | None = None
     prompt_tokens_details: _Details | None = None
 
 
@@ -48,8 +51,9 @@ class _Chunk(msgspec.Struct):
     error: Any = None
 
 
-_decode = msgspec.json.Decoder(_Chunk).decode
+_decode = msgspec.json.Decoder(_Chunk, strict=False).decode  # some spell counts as 5.0
 _MOST_EVENT = 4 << 20  # bytes
+_MOST_TEXT = 64 << 20  # characters of an answer: more than any model has said
 _MOST_ERROR = 4096  # bytes of a refusal that are kept
 
 
@@ -61,6 +65,7 @@ class AnswerStream:
         self.usage: _Usage | None = None
         self.has_ended = False
         self._texts: list[str] = []
+        self._n_text = 0
         self._events = EventReader(_MOST_EVENT)
         self._has_begun = False
         self._taken_at = 0.0
@@ -123,8 +128,14 @@ class AnswerStream:
             if delta is None:
                 continue
             if delta.content or delta.reasoning_content or delta.reasoning or delta.tool_calls:
-                self.times.append(self._taken_at)
-                self._texts.append(delta.content or "")
+                self._add(delta.content or "")
+
+    def _add(self, text: str) -> None:
+        self.times.append(self._taken_at)
+        self._texts.append(text)
+        self._n_text += 1 + len(text)
+        if self._n_text > _MOST_TEXT:
+            raise StreamError("malformed stream", "the answer has no end")
 
     def finish(self) -> None:
         """The reply is whole; StreamError where the answer is not."""

@@ -213,7 +213,7 @@ class Generator:
                 left = record.due + self._settings.deadline - record.sent
                 stream = await asyncio.wait_for(self._try(record, body), max(0.0, left))
         except (StreamError, ConnectionLost, OSError, asyncio.TimeoutError) as error:
-            if isinstance(error, asyncio.TimeoutError):
+            if _is_deadline(error):
                 after = f" after {record.message}" if record.message else ""
                 said = f"no whole answer in {self._settings.deadline:g} s{after}"
             elif isinstance(error, StreamError):
@@ -279,9 +279,15 @@ class Generator:
             self.measured.joules = meter.joules
 
 
+def _is_deadline(error: Exception) -> bool:
+    """Whether it is ours: what the system has waited for too long, such as a connection, has a
+    number."""
+    return isinstance(error, asyncio.TimeoutError) and getattr(error, "errno", None) is None
+
+
 def _kind(error: Exception) -> str:
     """What failures of a kind are counted by."""
-    if isinstance(error, asyncio.TimeoutError):
+    if _is_deadline(error):
         return "deadline"
     if isinstance(error, StreamError):
         return error.kind

@@ -25,6 +25,7 @@ from edgeinfer.server import (
 from edgeinfer.server.errors import ApiError, Json
 from edgeinfer.server.gate import Gate
 from edgeinfer.server.service import Service
+from edgeinfer.server.wire import unless_gone
 
 _APIS = (
     native, chat_completions, completions, responses, embeddings, model_list, messages, ollama,
@@ -38,7 +39,7 @@ def make_app(service: Service) -> ASGIApp:
 
     async def answered(scope: Scope, receive: Receive, send: Send) -> None:
         async with service.request():
-            await router(scope, receive, send)
+            await unless_gone(receive, lambda take: router(scope, take, send))
 
     return Gate(answered, service.limits, find_envelope)
 

@@ -20,14 +20,14 @@ from edgeinfer.results import (
     TokenLogprob,
 )
 from edgeinfer.server.answers import Answer
-from edgeinfer.server.chat_request import read_chat
+from edgeinfer.server.chat_request import is_of_functions, read_chat
 from edgeinfer.server.errors import ApiError, Json
 from edgeinfer.server.fields import read_fields
 from edgeinfer.server.frames import Frames
 from edgeinfer.server.openai import FINGERPRINT, envelope, timings_json, usage_json
 from edgeinfer.server.requests import new_call_id, new_id, session_of
 from edgeinfer.server.service import Service
-from edgeinfer.server.wire import DONE, EVENTS, PING, TextFrame, event, reply, unless_gone
+from edgeinfer.server.wire import DONE, EVENTS, PING, TextFrame, event, reply
 
 
 def routes(service: Service) -> list[Route]:
@@ -50,10 +50,16 @@ class ChatCompletions:
         session = session_of(http.headers, body.get("prompt_cache_key"))
         request = replace(request, session=session)
         answer = await self._service.answer(request)
-        shape = _Shape(answer, "logprobs" in request.sampling, has_usage, has_progress)
+        shape = _Shape(
+            answer,
+            has_logprobs="logprobs" in request.sampling,
+            has_usage=has_usage,
+            has_progress=has_progress,
+            is_of_functions=is_of_functions(body),
+        )
         if is_streamed:
             return Frames(shape, EVENTS, answer)
-        return reply(shape.whole(await unless_gone(http.receive, shape.collect())))
+        return reply(shape.whole(await shape.collect()))
 
     async def count(self, http: HttpRequest) -> Response:
         body = await read_fields(http, self._service.limits.most_body)
@@ -67,9 +73,16 @@ class _Shape:
     ping = PING
 
     def __init__(
-        self, answer: Answer, has_logprobs: bool, has_usage: bool, has_progress: bool
+        self,
+        answer: Answer,
+        *,
+        has_logprobs: bool,
+        has_usage: bool,
+        has_progress: bool,
+        is_of_functions: bool,
     ) -> None:
         self._answer, self._has_logprobs = answer, has_logprobs
+        self._is_of_functions = is_of_functions
         self._has_usage, self._has_progress = has_usage, has_progress  # in a stream
         self._n = len(answer.streams)
         self._head = {
@@ -105,7 +118,7 @@ class _Shape:
             **_reasoning(answer.reasoning),
         }
         if calls:
-            message["tool_calls"] = [
+            told = [
                 {
                     "id": self._call_id(i, n),
                     "type": "function",
@@ -113,11 +126,12 @@ class _Shape:
                 }
                 for n, call in enumerate(calls)
             ]
+            message |= self._calls(told)
         return {
             "index": i,
             "message": message,
             "logprobs": self._logprobs(answer.logprobs),
-            "finish_reason": _finish_reason(answer),
+            "finish_reason": self._finish_reason(answer),
         }
 
     # -- in parts --------------------------------------------------------------------------------
@@ -133,7 +147,7 @@ class _Shape:
         if isinstance(found, Done):
             answer = found.completion
             return self._chunk(
-                i, {}, _finish_reason(answer), more={"timings": timings_json(answer)}
+                i, {}, self._finish_reason(answer), more={"timings": timings_json(answer)}
             )
         return self._progress(found) if self._has_progress else b""
 
@@ -153,7 +167,7 @@ class _Shape:
         if delta.text:
             told["content"] = delta.text
         if delta.call is not None:
-            told["tool_calls"] = [self._call_delta(i, delta.call)]
+            told |= self._calls([self._call_delta(i, delta.call)])
         logprobs = self._logprobs(delta.logprobs)
         if not told and not (logprobs and logprobs["content"]):
             return b""
@@ -190,6 +204,19 @@ class _Shape:
 
     # -- both ------------------------------------------------------------------------------------
 
+    def _calls(self, told: list[Json]) -> Json:
+        """Those of tools; of functions there is one, which has no id."""
+        if self._is_of_functions:
+            return {"function_call": told[0]["function"]}
+        return {"tool_calls": told}
+
+    def _finish_reason(self, answer: Completion) -> str:
+        if answer.finish_reason == "length":
+            return "length"
+        if not answer.tool_calls:
+            return "stop"
+        return "function_call" if self._is_of_functions else "tool_calls"
+
     def _call_id(self, i: int, n: int) -> str:
         return self._call_ids.setdefault((i, n), new_call_id("call_"))
 
@@ -205,9 +232,3 @@ class _Shape:
 def _reasoning(text: str) -> Json:
     """By both names that clients look for."""
     return {"reasoning_content": text, "reasoning": text} if text else {}
-
-
-def _finish_reason(answer: Completion) -> str:
-    if answer.finish_reason == "length":
-        return "length"
-    return "tool_calls" if answer.tool_calls else "stop"

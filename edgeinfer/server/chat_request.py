@@ -31,7 +31,7 @@ def read_chat(body: Fields) -> Request:
         messages=conversation([_message(each) for each in body.objects("messages")]),
         tools=tools,
         tool_choice=_tool_choice(body),
-        parallel_tool_calls=body.flag("parallel_tool_calls", True),
+        parallel_tool_calls=body.flag("parallel_tool_calls", True) and not is_of_functions(body),
         template_args=template_args(body, effort),
         continues=_continues(body),
     )
@@ -44,6 +44,11 @@ def read_chat(body: Fields) -> Request:
         n=n,
         ignores_eos=body.flag("ignore_eos"),
     )
+
+
+def is_of_functions(body: Fields) -> bool:
+    """Whether a client knows no tools, but functions, of which an answer calls one."""
+    return "functions" in body and not body.get("tools")
 
 
 def _tool_choice(body: Fields) -> Any:
@@ -77,10 +82,14 @@ def _message(given: Fields) -> Json:
     if calls := given.objects("tool_calls"):
         message["tool_calls"] = [_call(each) for each in calls]
     if "function_call" in given:
-        message["tool_calls"] = [_call(Fields({"function": given.object("function_call").values}))]
+        called = given.object("function_call")
+        id = called.text("name")
+        message["tool_calls"] = [_call(Fields({"id": id, "function": called.values}))]
     for name in ("name", "tool_call_id"):
         if name in given:
             message[name] = given.text(name)
+    if message["role"] == "function":  # of which there was one at a time, known by its name
+        message |= {"role": "tool", "tool_call_id": given.text("name")}
     return message
 
 

@@ -19,7 +19,7 @@ from edgeinfer.server.openai import FINGERPRINT, envelope, sampling_of, timings_
 from edgeinfer.server.requests import Request, new_id
 from edgeinfer.server.service import Service
 from edgeinfer.server.structure import of_chat
-from edgeinfer.server.wire import DONE, EVENTS, PING, event, reply, unless_gone
+from edgeinfer.server.wire import DONE, EVENTS, PING, event, reply
 
 _USUAL_TOKENS = 16  # of this API, where nobody says otherwise
 
@@ -49,7 +49,7 @@ class Completions:
         shape = _Shape(answer, request, has_echo, "logprobs" in body, has_usage)
         if is_streamed:
             return Frames(shape, EVENTS, answer)
-        return reply(shape.whole(await unless_gone(http.receive, answer.collect())))
+        return reply(shape.whole(await answer.collect()))
 
 
 def read_request(body: Fields) -> Request:
@@ -151,13 +151,14 @@ class _Shape:
     def _usage(self) -> Json:
         """Each prompt is counted once, however many answers it has."""
         answers = [self._answer.completions[i].usage for i in range(self._n)]
-        n_prompt = sum(usage.prompt_tokens for usage in answers[:: self._n_each])
+        firsts = answers[:: self._n_each]
+        n_prompt = sum(usage.prompt_tokens for usage in firsts)
         n_new = sum(usage.completion_tokens for usage in answers)
         return {
             "prompt_tokens": n_prompt,
             "completion_tokens": n_new,
             "total_tokens": n_prompt + n_new,
-            "prompt_tokens_details": {"cached_tokens": sum(u.cached_tokens for u in answers)},
+            "prompt_tokens_details": {"cached_tokens": sum(u.cached_tokens for u in firsts)},
         }
 
     def _frame(self, choices: list[Json]) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import h11
 from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
@@ -12,6 +13,7 @@ from uvicorn.server import ServerState
 HEADER_SECONDS = 20.0  # from the first byte of a header, or from the connection, to its last
 STALLED_SECONDS = 120.0  # a reader that takes nothing for so long is gone
 LINGER_SECONDS = 30.0  # at least, in which who is cut off may still read what was sent
+_MOST_EARLY = 64 << 10  # bytes of what a client sends before it has its reply
 
 
 class Connection(H11Protocol):
@@ -42,7 +44,15 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
+        self._read_on()
         self._watch()
+
+    def send_400_response(self, msg: str) -> None:
+        """Where a reply has begun, or was given, there can be no other."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget()
@@ -72,6 +82,14 @@ class Connection(H11Protocol):
         super().resume_writing()
         if self._stalled is not None:
             self._stalled.cancel()
+
+    def _read_on(self) -> None:
+        """Read what comes before a reply has ended, and with it that the client has gone."""
+        is_answering = self.cycle is not None and not self.cycle.response_complete
+        if is_answering and not self.cycle.more_body:
+            early, _ = self.conn.trailing_data
+            if len(early) < _MOST_EARLY and not self.transport.is_closing():
+                self.flow.resume_reading()
 
     def _look_later(self) -> None:
         self._linger = self.loop.call_later(LINGER_SECONDS, self._end_lingering)

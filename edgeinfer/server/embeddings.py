@@ -15,7 +15,7 @@ from edgeinfer.parameters import shown
 from edgeinfer.server.errors import ApiError
 from edgeinfer.server.fields import read_fields
 from edgeinfer.server.service import Service
-from edgeinfer.server.wire import floats, reply, unless_gone
+from edgeinfer.server.wire import floats, reply
 
 _MOST_DIMENSIONS = 1 << 20
 _FORMATS = ("float", "base64")
@@ -38,8 +38,7 @@ class Embeddings:
         if "dimensions" in body:
             options["dimensions"] = body.integer("dimensions", 0, 1, _MOST_DIMENSIONS)
         name = body.text("model")
-        work = self._service.embed(name, texts, **options)
-        vectors, n_tokens = await unless_gone(http.receive, work)
+        vectors, n_tokens = await self._service.embed(name, texts, **options)
         data = [
             {"object": "embedding", "index": i, "embedding": _shown(vector, kind)}
             for i, vector in enumerate(vectors)

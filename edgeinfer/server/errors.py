@@ -58,8 +58,10 @@ class ApiError(Exception):
             return cls(400, str(error), param="messages")
         if isinstance(error, BusyError):
             return cls(429, str(error), code="rate_limit_exceeded")
-        if isinstance(error, (ClosedError, PlanError)):
+        if isinstance(error, ClosedError):
             return cls(503, str(error))
+        if isinstance(error, PlanError):  # nor will it fit in a moment
+            return cls(507, str(error), param="model")
         if isinstance(error, ModelNotFoundError):
             return cls(404, str(error), code="model_not_found", param="model")
         if isinstance(error, EdgeInferError):
@@ -77,7 +79,7 @@ def _log(error: BaseException) -> None:
 def _usual_headers(status: int) -> Mapping[str, str]:
     if status in (429, 503):
         return {"retry-after": str(RETRY_SECONDS)}
-    return _NEVER_AGAIN if status == 500 else {}
+    return _NEVER_AGAIN if status in (500, 507) else {}
 
 
 def _too_long(error: ContextLengthError) -> ApiError:

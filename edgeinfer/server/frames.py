@@ -14,7 +14,6 @@ from starlette.types import Receive, Scope, Send
 from edgeinfer.results import Event
 from edgeinfer.server.answers import Answer, Listener
 from edgeinfer.server.errors import ApiError
-from edgeinfer.server.wire import ClientGone, unless_gone
 
 _MOST_AT_ONCE = 64 << 10  # bytes that are written at once
 
@@ -51,9 +50,7 @@ class Frames(Response, Listener):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._write_now = scope.get("state", {}).get("write_now", _not_now)
         try:
-            await unless_gone(receive, self._write(send))
-        except ClientGone:
-            pass
+            await self._write(send)
         finally:
             await self._answer.close()
 

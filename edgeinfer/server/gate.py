@@ -100,7 +100,12 @@ class Gate:
     def _check_key(self, request: Request) -> None:
         is_open = request.method == "OPTIONS" or request.scope["path"] in _OPEN_PATHS
         if self._limits.api_keys and not is_open and not self._has_key(request.headers):
-            raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
+            raise ApiError(
+                401,
+                "the API key is missing or wrong",
+                code="invalid_api_key",
+                headers={"www-authenticate": "Bearer"},
+            )
 
     def _answers_to(self, host: str) -> bool:
         return _is_local(host) or host in (self._hosts or ())
@@ -121,9 +126,10 @@ class Gate:
         bearer = headers.get("authorization", "")
         given = [headers.get("x-api-key", ""), headers.get("api-key", "")]
         given += [bearer[7:]] if bearer[:7].lower() == "bearer " else []
-        # All are compared, and each in constant time, as the bytes that came.
+        # All are compared, and each in constant time, as the bytes that came: other kinds of space
+        # than a header may have around it are parts of letters.
         matches = [
-            hmac.compare_digest(key.encode(), each.strip().encode("latin-1", "replace"))
+            hmac.compare_digest(key.encode(), each.strip(" \t").encode("latin-1"))
             for key in self._limits.api_keys
             for each in filter(None, given)
         ]

@@ -25,7 +25,7 @@ from edgeinfer.server.models import ServedModel
 from edgeinfer.server.requests import SAMPLING, Request
 from edgeinfer.server.service import Service
 from edgeinfer.server.tensors import LENGTH_HEADER, Output, read_body, read_texts, write
-from edgeinfer.server.wire import EVENTS, PING, event, reply, unless_gone
+from edgeinfer.server.wire import EVENTS, PING, event, reply
 from edgeinfer.server.wire import read_body as read_bytes
 
 _Handler: TypeAlias = "Callable[[HttpRequest], Coroutine[Any, Any, Response]]"
@@ -138,7 +138,7 @@ class KServe:
         there = [each["name"] for each in await self._outputs(model)]
         wanted = _wanted(body.objects("outputs"), there, is_binary)
         request = Request(model=model.name, prompts=texts, sampling=_sampling(parameters))
-        outputs = await unless_gone(http.receive, self._infer(request, texts, wanted))
+        outputs = await self._infer(request, texts, wanted)
         return write(head, outputs)
 
     async def _infer(
@@ -158,7 +158,7 @@ class KServe:
 
     async def generate(self, http: HttpRequest) -> Response:
         head, answer = await self._begin(http)
-        (found,) = await unless_gone(http.receive, answer.collect())
+        (found,) = await answer.collect()
         return reply({**head, _TEXT: found.text})
 
     async def stream(self, http: HttpRequest) -> Response:

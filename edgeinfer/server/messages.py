@@ -29,7 +29,7 @@ from edgeinfer.server.requests import (
 )
 from edgeinfer.server.service import Service
 from edgeinfer.server.structure import Structure, of_format
-from edgeinfer.server.wire import EVENTS, event, reply, unless_gone
+from edgeinfer.server.wire import EVENTS, event, reply
 from edgeinfer.text.messages import can_go_on, reminder_of
 
 _SAMPLING = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "seed": "seed",
@@ -75,7 +75,7 @@ class Messages:
         shape = _Shape(answer)
         if is_streamed:
             return Frames(shape, EVENTS, answer)
-        return reply(await unless_gone(http.receive, shape.whole()))
+        return reply(await shape.whole())
 
     async def count(self, http: HttpRequest) -> Response:
         body = await read_fields(http, self._service.limits.most_body)

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from edgeinfer import platform
-from edgeinfer.aio import AsyncLLM
+from edgeinfer.aio import AsyncLLM, Worker
 from edgeinfer.batch import HOST
-from edgeinfer.engine.memory_plan import MemoryPlan
 from edgeinfer.engine.plan_rows import size_text
 from edgeinfer.errors import Advice, EdgeInferError, Keyword, ModelNotFoundError, PlanError
 from edgeinfer.inspect_file import plan
@@ -23,12 +23,12 @@ from edgeinfer.llm import LLM
 from edgeinfer.options import LoadOptions
 from edgeinfer.parameters import parse_memory
 from edgeinfer.server.errors import ApiError
+from edgeinfer.server.load_choices import usual_options
 from edgeinfer.server.metrics import ModelMetrics
 from edgeinfer.server.pull import is_on_hub, pull
+from edgeinfer.terminal import one_line
 
 T = TypeVar("T")
-_USUAL_SLOTS = (4, 2, 1)  # contexts at full length, as many as need no shorter ones
-_KEPT_SHARE = 4  # of what a plan leaves free: a quarter is for earlier prompts
 _IDLE_SECONDS = 60.0  # that a request waits for another model's answers to end
 _LOOK_SECONDS = 0.05
 _LONGEST_NAME = 256  # characters
@@ -45,7 +45,7 @@ class ServedModel:
     """
 
     def __init__(self, name: str, path: Path) -> None:
-        self.name, self.path = name, path
+        self.name, self.path = one_line(name), path  # that of a file may be no text
         self.llm: LLM | None = None
         self.face: AsyncLLM | None = None
         self.metrics = ModelMetrics()
@@ -96,9 +96,11 @@ class Models:
         tell: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.served = [ServedModel(name, path) for name, path in served]
+        self._is_one = len(served) == 1  # also when others were fetched beside it
         self._load, self._is_strict, self._tell = load, has_strict_names, tell
         self._may_pull = may_pull
         self._pulling = asyncio.Lock()
+        self._is_ending = False
         self._making_room = asyncio.Lock()  # whoever holds it alone changes what memory is taken
         self._tasks: set[asyncio.Task[Any]] = set()
         self.is_ready = False
@@ -108,9 +110,9 @@ class Models:
             self._budget = parse_memory(budget, platform.available_memory()) - _SERVER_BYTES
 
     def find(self, name: str) -> ServedModel:
-        """The one that a request names; where one is served, any name means it."""
+        """The one that a request names; of a server started with one, any name means it."""
         model = self._named(name)
-        is_any = len(self.served) == 1 and not (self._is_strict and name)
+        is_any = self._is_one and not (self._is_strict and name)
         if model is None and is_any and len(name) <= _LONGEST_NAME:  # replies repeat it
             model = self.served[0]
         if model is not None:
@@ -161,12 +163,21 @@ class Models:
         async with self._pulling:
             model = self._named(name)
             if model is None:  # others may have asked for it meanwhile
-                path = await asyncio.to_thread(pull, name, self._tell)
+                # In a thread that nobody waits for at the end, should nothing come any more.
+                path = await Worker().do(lambda: pull(name, self._tell, self._check_going_on))
                 model = next((each for each in self.served if each.path == path), None)
             if model is None:
                 model = ServedModel(name, path)
                 self.served.append(model)
             return model
+
+    def end_pulls(self) -> None:
+        """End what is being fetched; what has come of it is kept."""
+        self._is_ending = True
+
+    def _check_going_on(self) -> None:
+        if self._is_ending:
+            raise ApiError(503, "the server is stopping; what has come of the model is kept")
 
     async def start(self) -> None:
         """Load the first; the others are loaded when they are asked for."""
@@ -188,6 +199,18 @@ class Models:
         finally:
             model.n_users -= 1
             model.last_used = time.time()
+            self._expect_idle(model)
+
+    async def looked_into(self, name: str, tell: Callable[[ServedModel, LoadOptions], T]) -> T:
+        """What `tell` says in a thread of a model, and how it is loaded, whether or not it is."""
+        model = self.find(name)
+        model.n_users += 1  # so that nobody unloads it meanwhile
+        _silence(model)
+        try:
+            with self._told_of(model):
+                return await asyncio.to_thread(tell, model, self._load)
+        finally:
+            model.n_users -= 1
             self._expect_idle(model)
 
     def keep(self, model: ServedModel, seconds: float | None) -> None:
@@ -231,9 +254,15 @@ class Models:
         return await asyncio.shield(task)
 
     async def _open_or_tell(self, model: ServedModel) -> None:
-        """`_open` for a request, which is not told where files lie."""
-        try:
+        """`_open` for a request."""
+        with self._told_of(model):
             await self._open(model)
+
+    @contextmanager
+    def _told_of(self, model: ServedModel) -> Iterator[None]:
+        """Whoever asked is not told where files lie."""
+        try:
+            yield
         except PlanError:
             raise
         except (EdgeInferError, OSError) as error:
@@ -256,11 +285,15 @@ class Models:
                 model.is_loading = False
 
     async def _load_somehow(self, model: ServedModel) -> None:
-        """Load it; while memory is short, unload those that were used longest ago."""
+        """Load it; while memory is short, unload those that were used longest ago.
+
+        None is unloaded for one that does not fit without them either.
+        """
+        is_known_to_fit = False
         for _ in range(_MOST_UNLOADS):
             options = await self._options(model)
             usual = await asyncio.to_thread(
-                _usual, model.path, options, is_alone=len(self.served) == 1
+                usual_options, model.path, options, is_alone=len(self.served) == 1
             )
             # What a server adds is nobody's wish: less memory than there was a moment ago may do.
             asked: LoadOptions = {**options, "slots": options.get("slots") or 1}
@@ -271,16 +304,36 @@ class Models:
                     model.face = face
                     return
                 except PlanError as error:
-                    failed = error
-                    if self._budget is not None and error.memory == HOST:
-                        failed = self._beside_others(error)
+                    failed = self._of_all_memory(error, self._taken)
+            if not self._taken:
+                raise failed
+            if not is_known_to_fit:
+                await asyncio.to_thread(self._check_alone, model)
+                is_known_to_fit = True
             if not await self._unload_oldest(model):
                 raise failed
         raise failed
 
-    def _beside_others(self, error: PlanError) -> PlanError:
-        """What is short of the memory that was given: the model has but a part of that."""
-        others = _SERVER_BYTES + self._taken
+    def _check_alone(self, model: ServedModel) -> None:
+        """PlanError where a model would not fit if all others were unloaded."""
+        options: LoadOptions = {**self._load, "slots": self._load.get("slots") or 1}
+        held = Counter[str]()  # by memory
+        for each in self.served:
+            for pool in each.llm.plan.pools if each.llm is not None else ():
+                held[pool.name] += pool.total_bytes
+        if self._budget is not None:
+            options["memory"] = max(1, self._budget)
+            del held[HOST]
+        try:
+            plan(model.path, freed=held, **options)
+        except PlanError as error:
+            raise self._of_all_memory(error, 0) from None
+
+    def _of_all_memory(self, error: PlanError, taken: int) -> PlanError:
+        """What is short of the memory that was given, of which other models have `taken` bytes."""
+        if self._budget is None or error.memory != HOST:
+            return error
+        others = _SERVER_BYTES + taken
         advice: Advice = [
             Keyword("memory", f"{-(-(others + error.needed) // _MiB)}M")
             if isinstance(each, Keyword) and each.name == "memory" and error.needed
@@ -288,7 +341,7 @@ class Models:
             for each in error.advice
         ]
         found = f"{error.found}, beside {size_text(others)} of the server"
-        found += " and other models" if self._taken else ""
+        found += " and other models" if taken else ""
         return PlanError(
             found, advice=advice, needed=error.needed, available=error.available,
             n_ctx=error.n_ctx, memory=error.memory,
@@ -332,40 +385,3 @@ def _silence(model: ServedModel) -> None:
     if model.alarm is not None:
         model.alarm.cancel()
         model.alarm = None
-
-
-def _usual(path: Path, options: LoadOptions, *, is_alone: bool) -> LoadOptions:
-    """The options, with what they leave open as a server wants it.
-
-    Slots: as many contexts as memory holds without making them shorter. Tokens of earlier prompts,
-    where the model `is_alone`: as many as all contexts have, in a quarter of what is left.
-    """
-    is_naive, slots = options.get("naive"), options.get("slots")
-    if is_naive and slots is None:
-        slots = 1
-    for tried in _USUAL_SLOTS if slots is None else (slots,):
-        usual: LoadOptions = {**options, "slots": tried}
-        try:
-            found = plan(path, **usual)
-        except PlanError:
-            continue
-        if slots is None and found.note and tried > 1:
-            continue
-        if is_alone and not is_naive and options.get("kept_tokens") is None:
-            usual["kept_tokens"] = _usual_kept(path, usual, found)
-        return usual
-    return {**options, "slots": slots or 1}
-
-
-def _usual_kept(path: Path, options: LoadOptions, least: MemoryPlan) -> int | None:
-    """None leaves it to the plan: where a GPU has the cache, or memory is short."""
-    kept = least.slots * least.n_ctx
-    asked: LoadOptions = {**options, "kept_tokens": kept}
-    try:
-        most = plan(path, **asked)
-    except PlanError:
-        return None
-    room, taken = (least.available - least.total_bytes) // _KEPT_SHARE, most.kept_bytes
-    if len(least.pools) > 1 or taken <= least.kept_bytes or room <= least.kept_bytes:
-        return None
-    return min(kept, kept * room // taken)

@@ -14,6 +14,7 @@ from edgeinfer.server.chat_request import read_chat
 from edgeinfer.server.errors import RETRY_SECONDS, Json
 from edgeinfer.server.fields import read_fields
 from edgeinfer.server.service import Service
+from edgeinfer.server.token_ids import MOST_MADE, limited
 from edgeinfer.server.wire import reply
 
 _MOST_ID = 2**31
@@ -56,7 +57,10 @@ class Native:
         has_pieces = body.flag("with_pieces")
 
         def work(llm: LLM) -> Json:
-            ids = llm.tokenize(text, bos=bos, special=special)
+            with limited():
+                ids = llm.runtime.tokenizer.encode(
+                    text, bos=bos, parse_special=special, most=MOST_MADE
+                )
             if not has_pieces:
                 return {"tokens": ids, "count": len(ids), "max_model_len": llm.n_ctx}
             return {"tokens": [{"id": id, "piece": _piece(llm, id)} for id in ids]}

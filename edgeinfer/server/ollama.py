@@ -26,7 +26,7 @@ from edgeinfer.server.requests import (
 )
 from edgeinfer.server.service import Service
 from edgeinfer.server.structure import of_ollama
-from edgeinfer.server.wire import LINES, line, reply, unless_gone
+from edgeinfer.server.wire import LINES, line, reply
 from edgeinfer.text.messages import can_go_on
 
 _VERSION = "0.12.0"  # of Ollama's API; clients ask whether it is new enough
@@ -76,8 +76,7 @@ class Ollama:
 
     async def show(self, http: HttpRequest) -> Response:
         body = await read_fields(http, self._service.limits.most_body)
-        async with self._service.model(_name(body)) as model:
-            return reply(shown(model))
+        return reply(await self._service.models.looked_into(_name(body), shown))
 
     # -- answers ---------------------------------------------------------------------------------
 
@@ -87,13 +86,13 @@ class Ollama:
             return await self._load_or_unload(
                 body, {"message": {"role": "assistant", "content": ""}}
             )
-        return await self._answer(http, body, read_chat(body), is_chat=True)
+        return await self._answer(body, read_chat(body), is_chat=True)
 
     async def generate(self, http: HttpRequest) -> Response:
         body = await read_fields(http, self._service.limits.most_body)
         if not body.text("prompt") and not body.text("suffix"):
             return await self._load_or_unload(body, {"response": ""})
-        return await self._answer(http, body, read_generate(body), is_chat=False)
+        return await self._answer(body, read_generate(body), is_chat=False)
 
     async def _load_or_unload(self, body: Fields, told: Json) -> Response:
         """What a request without a prompt is for."""
@@ -111,18 +110,16 @@ class Ollama:
         head = {"model": _name(body), "created_at": now(), "done": True, "done_reason": reason}
         return reply({**head, **told})
 
-    async def _answer(
-        self, http: HttpRequest, body: Fields, request: Request, *, is_chat: bool
-    ) -> Response:
+    async def _answer(self, body: Fields, request: Request, *, is_chat: bool) -> Response:
         is_streamed, is_kept = body.flag("stream", True), "keep_alive" in body
         seconds = keep_alive(body) if is_kept else None
         answer = await self._service.answer(request)
         if is_kept:
             self._service.models.keep(answer.model, seconds)
-        shape = _Shape(answer, _name(body), is_chat, "logprobs" in request.sampling)
+        shape = _Shape(answer, _name(body), is_chat)
         if is_streamed:
             return Frames(shape, LINES, answer)
-        return reply(await unless_gone(http.receive, shape.whole()))
+        return reply(await shape.whole())
 
 
 # -- requests -------------------------------------------------------------------------------------
@@ -229,10 +226,9 @@ class _Shape:
 
     ping = b""  # lines have no comments: what keeps the connection is TCP
 
-    def __init__(self, answer: Answer, name: str, is_chat: bool, has_logprobs: bool) -> None:
+    def __init__(self, answer: Answer, name: str, is_chat: bool) -> None:
         self._answer, self._blocks = answer, Blocks()
-        self._name = name or answer.model.name
-        self._is_chat, self._has_logprobs = is_chat, has_logprobs
+        self._name, self._is_chat = name or answer.model.name, is_chat
 
     async def whole(self) -> Json:
         (answer,) = await self._answer.collect(self._blocks.add)
@@ -265,7 +261,7 @@ class _Shape:
     def _changes(self, delta: Delta) -> list[Json]:
         """Text as it comes, and calls once they are whole."""
         found = self._calls_of(self._blocks.add(delta))
-        if delta.text or delta.reasoning:
+        if delta.text or delta.reasoning or (delta.logprobs and not found):
             found.append(self._told(delta.text, delta.reasoning, []))
         if delta.logprobs and found:
             found[-1]["logprobs"] = self._answer.logprobs_json(delta.logprobs)

@@ -6,9 +6,14 @@ import hashlib
 import time
 from datetime import datetime, timezone
 
-from edgeinfer.llm import LLM
+from edgeinfer.gguf import GGUFFile
+from edgeinfer.model import Model
+from edgeinfer.options import LoadOptions
+from edgeinfer.parameters import POOLINGS
+from edgeinfer.sampling.recommended import recommended
 from edgeinfer.server.errors import Json
 from edgeinfer.server.models import ServedModel
+from edgeinfer.text.chat_templates import own_template
 
 
 def now() -> str:
@@ -28,7 +33,7 @@ def listed(model: ServedModel) -> Json:
         "modified_at": _time(model.created),
         "size": model.n_bytes,
         "digest": hashlib.sha256(f"{name} {model.n_bytes} {model.created}".encode()).hexdigest(),
-        "details": _details(model.llm),
+        "details": _details(model.llm.runtime.model if model.llm is not None else None),
     }
 
 
@@ -52,12 +57,11 @@ def _expiry(model: ServedModel) -> str:
     return _time(since + model.keep_seconds)
 
 
-def _details(llm: LLM | None) -> Json:
-    if llm is None:
+def _details(model: Model | None) -> Json:
+    if model is None:
         family, size, quant = "", "", ""
     else:
-        model = llm.runtime.model
-        family, quant = model.hparams.architecture, model.quantisation
+        family, quant = model.architecture, model.quantisation
         size = (
             f"{model.n_params / 1e9:.1f}B"
             if model.n_params > 1e9
@@ -73,28 +77,42 @@ def _details(llm: LLM | None) -> Json:
     }
 
 
-def shown(model: ServedModel) -> Json:
-    llm = model.opened
-    opened, architecture = llm.runtime, llm.runtime.model.hparams.architecture
-    template = opened.found_template
-    source = "" if template is None else template.source
+def shown(served: ServedModel, load: LoadOptions) -> Json:
+    """One in full, by its header where it is not loaded: to be looked at costs no other its place.
+
+    It may be called in any thread.
+    """
+    if (llm := served.llm) is not None:
+        opened = llm.runtime
+        template = opened.found_template
+        source = "" if template is None else template.source
+        return _shown(served, opened.model, source, opened.pooling)
+    with GGUFFile.open(served.path) as file:
+        model = Model.load(file)
+        pooling = load.get("pooling") or (model.pooling if model.pooling in POOLINGS else "")
+        return _shown(served, model, own_template(file.metadata) or "", pooling)
+
+
+def _shown(served: ServedModel, model: Model, template: str, pooling: str) -> Json:
+    architecture, hparams = model.architecture, model.hparams
     capabilities = ["completion", "tools"]
-    if "think" in source:
+    if "think" in template:
         capabilities.append("thinking")
-    if opened.pooling:
+    if pooling:
         capabilities.append("embedding")
+    settings = recommended(model.sampling)
     return {
         "modelfile": "",
-        "parameters": "\n".join(f"{name} {value}" for name, value in llm.recommended.items()),
-        "template": source,
-        "modified_at": _time(model.created),
-        "details": _details(llm),
+        "parameters": "\n".join(f"{name} {value}" for name, value in settings.items()),
+        "template": template,
+        "modified_at": _time(served.created),
+        "details": _details(model),
         "model_info": {
             "general.architecture": architecture,
-            "general.parameter_count": opened.model.n_params,
-            f"{architecture}.context_length": llm.n_ctx_train,
-            f"{architecture}.embedding_length": opened.model.hparams.dim,
-            f"{architecture}.block_count": opened.model.hparams.n_layers,
+            "general.parameter_count": model.n_params,
+            f"{architecture}.context_length": hparams.n_ctx_train,
+            f"{architecture}.embedding_length": hparams.dim,
+            f"{architecture}.block_count": hparams.n_layers,
         },
         "capabilities": capabilities,
     }

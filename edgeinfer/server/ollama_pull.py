@@ -32,21 +32,24 @@ class OllamaPull:
         if not name:
             raise body.wrong("model", "the name of a model")
         fetching = asyncio.ensure_future(self._service.models.fetch(name))
-        fetching.add_done_callback(lambda done: done.cancelled() or done.exception())  # it is told
-        if not body.flag("stream", True):
-            await fetching
-            return reply(_DONE)
         await asyncio.wait({fetching}, timeout=0)  # what is refused at once has a status
         if fetching.done():
             fetching.result()
-        parts = _lines(fetching, self._service.limits.ping_seconds)
+        # It goes on where nobody waits any more.
+        waiting = asyncio.ensure_future(self._service.unless_stopped(asyncio.shield(fetching)))
+        for each in (fetching, waiting):
+            each.add_done_callback(lambda done: done.cancelled() or done.exception())  # it is told
+        if not body.flag("stream", True):
+            await waiting
+            return reply(_DONE)
+        parts = _lines(waiting, self._service.limits.ping_seconds)
         return StreamingResponse(parts, media_type=LINES)
 
 
 async def _lines(
     fetching: asyncio.Future[ServedModel], seconds: float
 ) -> AsyncGenerator[bytes, None]:
-    """One now and then while it is fetched, which goes on where nobody reads them."""
+    """One now and then while it is fetched."""
     while not fetching.done():
         yield line({"status": "pulling manifest"})
         await asyncio.wait({fetching}, timeout=seconds)

@@ -18,8 +18,12 @@ def is_on_hub(name: str) -> bool:
     return find_alias(name) is not None or parse_repo(name) is not None
 
 
-def pull(name: str, tell: Callable[[str], None]) -> Path:
-    """The file of such a model, fetched where this machine has none; `tell` gets its size."""
+def pull(name: str, tell: Callable[[str], None], check: Callable[[], None]) -> Path:
+    """The file of such a model, fetched where this machine has none; `tell` gets its size.
+
+    What `check` raises, which is called as it comes, ends it.
+    """
+    check()
     here = find_name(name)
     if here is not None:
         return here.path
@@ -28,4 +32,4 @@ def pull(name: str, tell: Callable[[str], None]) -> Path:
         tell(what)
         return True
 
-    return fetch_model(name, lambda event: None, tell, agree)
+    return fetch_model(name, lambda event: check(), tell, agree)

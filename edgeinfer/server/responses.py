@@ -22,7 +22,7 @@ from edgeinfer.server.requests import Chat, Request, conversation, session_of
 from edgeinfer.server.responses_shape import Shape
 from edgeinfer.server.service import Service
 from edgeinfer.server.structure import of_format
-from edgeinfer.server.wire import EVENTS, reply, unless_gone
+from edgeinfer.server.wire import EVENTS, reply
 
 # Of functions, and of tools that take a text, which another model may have called before.
 _CALLS = ("function_call", "custom_tool_call")
@@ -63,7 +63,7 @@ class Responses:
         shape = Shape(answer, echoed)
         if is_streamed:
             return Frames(shape, EVENTS, answer)
-        return reply(await unless_gone(http.receive, shape.whole()))
+        return reply(await shape.whole())
 
     async def count(self, http: HttpRequest) -> Response:
         body = await read_fields(http, self._service.limits.most_body)

@@ -6,7 +6,7 @@ Knows nothing of HTTP.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeinfer.aio import AsyncStream
+from edgeinfer.engine.generation import check_length
 from edgeinfer.engine.plan_rows import size_text
 from edgeinfer.errors import BusyError, ContextLengthError, InvalidRequestError, Keyword
 from edgeinfer.llm import LLM
@@ -27,7 +28,7 @@ from edgeinfer.server.metrics import Exposition
 from edgeinfer.server.models import Models, ServedModel
 from edgeinfer.server.prefix_care import steady
 from edgeinfer.server.requests import Chat, Request
-from edgeinfer.server.token_ids import check_origin
+from edgeinfer.server.token_ids import MOST_MADE, check_origin, limited
 from edgeinfer.text.infill import infill_prompt
 from edgeinfer.text.messages import Conversation
 from edgeinfer.text.prompt import chat_prompt
@@ -83,8 +84,9 @@ class Service:
             )
         self._n_open += 1
         try:
-            async with self.models.lease(name) as model:
-                yield model
+            async with AsyncExitStack() as stack:
+                lease = stack.enter_async_context(self.models.lease(name))
+                yield await self.unless_stopped(lease)
         finally:
             self._n_open -= 1
 
@@ -121,6 +123,8 @@ class Service:
             )
         self.answers.add(answer)
         answer.stack.callback(self.answers.discard, answer)
+        if self._stop.is_set():  # meanwhile
+            answer.cut_short()
         _BEGUN.get().push_async_callback(answer.close)
         return answer
 
@@ -134,8 +138,11 @@ class Service:
         async with self.model(name) as model:
             assert model.face is not None
             try:
-                await asyncio.to_thread(check_origin, model.opened.runtime.tokenizer, texts)
-                vectors, n_tokens = await self._unless_stopped(model.face.embedding(texts, options))
+                # What is longer is refused or cut there.
+                most = model.opened.n_ctx
+                given = [each if isinstance(each, str) else each[:most] for each in texts]
+                await asyncio.to_thread(check_origin, model.opened.runtime.tokenizer, given)
+                vectors, n_tokens = await self.unless_stopped(model.face.embedding(texts, options))
             except (ContextLengthError, InvalidRequestError) as error:
                 refused = ApiError.of(error)
                 refused.message = refused.message if refused.code else error.spelled(_as_flag)
@@ -145,7 +152,7 @@ class Service:
             model.metrics.add_prompt(n_tokens)
             return vectors, n_tokens
 
-    async def _unless_stopped(self, work: Coroutine[Any, Any, T]) -> T:
+    async def unless_stopped(self, work: Awaitable[T]) -> T:
         """What `work` gives; it is cancelled where answers are cut short."""
         working, stop = asyncio.ensure_future(work), asyncio.ensure_future(self._stop.wait())
         try:
@@ -177,7 +184,8 @@ class Service:
     async def count_tokens(self, request: Request) -> int:
         """Tokens of a prompt."""
         async with self.model(request.model) as model:
-            return await asyncio.to_thread(_count, model.opened, self._prepared(request))
+            work = asyncio.to_thread(_count, model.opened, self._prepared(request))
+            return await self.unless_stopped(work)
 
     async def render(self, request: Request) -> str:
         """The text of a chat's prompt."""
@@ -190,7 +198,7 @@ class Service:
     async def with_model(self, name: str, work: Callable[[LLM], T]) -> T:
         """What `work` gives in a thread."""
         async with self.model(name) as model:
-            return await asyncio.to_thread(work, model.opened)
+            return await self.unless_stopped(asyncio.to_thread(work, model.opened))
 
     def metrics(self) -> str:
         n_waiting = 0
@@ -207,6 +215,7 @@ class Service:
     def end_answers(self) -> None:
         """Cut short what still runs."""
         self._stop.set()
+        self.models.end_pulls()
         for answer in list(self.answers):
             answer.cut_short()
 
@@ -214,6 +223,8 @@ class Service:
 def _filled_in(llm: LLM, request: Request) -> Request:
     """With prompts that ask for what is between them and the suffix."""
     tokenizer = llm.runtime.tokenizer
+    n_characters = max(map(len, request.prompts)) + len(request.suffix)
+    check_length(n_characters // tokenizer.longest_text, llm.n_ctx, is_least=True)
     prompts = [infill_prompt(tokenizer, each, request.suffix) for each in request.prompts]
     return replace(request, prompts=prompts)
 
@@ -283,12 +294,7 @@ def _conversation(chat: Chat) -> Conversation:
 
 
 def _count(llm: LLM, request: Request) -> int:
-    opened = llm.runtime
-    if request.chat is None:
-        return sum(
-            len(opened.tokenizer.encode(each, parse_special=True))
-            if isinstance(each, str)
-            else len(each)
-            for each in request.prompts
-        )
-    return len(chat_prompt(opened.tokenizer, opened.template, _conversation(request.chat)).ids)
+    assert request.chat is not None
+    opened, chat = llm.runtime, _conversation(request.chat)
+    with limited():
+        return len(chat_prompt(opened.tokenizer, opened.template, chat, most=MOST_MADE).ids)

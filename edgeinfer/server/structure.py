@@ -74,6 +74,8 @@ def of_chat(body: Fields) -> Structure:
     found = [of_format(body.object("response_format"), "response_format")]
     found += [_of(keyword, body, name, name) for name, keyword in _FIELDS.items() if name in body]
     outputs = body.object("structured_outputs")
+    if "structural_tag" in outputs:
+        raise outputs.wrong("structural_tag", f"left out; {', '.join(_STRUCTURED)} are supported")
     for name, keyword in _STRUCTURED.items():
         if name in outputs:
             found.append(_of(keyword, outputs, name, f"structured_outputs.{name}"))

@@ -1,17 +1,31 @@
-"""Whether token ids that a client sends are the model's own.
+"""How many token ids are made of a text, and whether those that a client sends are the model's own.
 
 Some clients send the ids of the tokenizer that the API's first vendor has, whatever the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from edgeinfer.server.errors import ApiError
-from edgeinfer.text.tokenizer import Tokenizer
+from edgeinfer.text.tokenizer import Tokenizer, TooManyTokens
+
+MOST_MADE = 1 << 20  # tokens of a text that is only counted: seconds of a processor
 
 _EDGE = 3  # tokens at each end of a part of a text: of a character cut in bytes, or cut elsewhere
 _WHOLE = 4 * _EDGE  # tokens up to which a text is no part, unless it comes with longer ones
+
+
+@contextmanager
+def limited() -> Iterator[None]:
+    """ApiError for a text of more tokens than are made."""
+    try:
+        yield
+    except TooManyTokens:
+        raise ApiError(
+            413, f"the text has more than {MOST_MADE:,} tokens; send it in parts"
+        ) from None
 
 
 def check_origin(tokenizer: Tokenizer, texts: Sequence[str | list[int]]) -> None:

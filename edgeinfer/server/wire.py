@@ -7,25 +7,26 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable, Coroutine, Mapping
-from typing import Any, TypeVar
+import sys
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Receive
+from starlette.types import Message, Receive
 
 from edgeinfer.server.errors import ApiError, Json
 
-T = TypeVar("T")
 PING = b": ping\n\n"  # a comment, which keeps a connection and says nothing
 DONE = b"data: [DONE]\n\n"
 EVENTS, LINES = "text/event-stream", "application/x-ndjson"
 _MOST_VALUES = 1 << 20  # of a body
 _OF_A_LIST = 8  # values that take what a list or an object does
 _BODY_SECONDS = 60.0  # a body that takes longer is no client's
+_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")  # of UTF-8 and UTF-16
 
 _encode = msgspec.json.Encoder().encode
 # JSON leaves them as they are; Python's `splitlines`, by which clients read, ends a line at them.
@@ -76,7 +77,8 @@ def reply(value: Any, status: int = 200, headers: Mapping[str, str] | None = Non
 
 async def read_body(request: Request, most: int) -> bytes:
     """The body; ApiError where it is longer than `most` bytes, or comes too slowly."""
-    if request.headers.get("content-encoding", "identity") != "identity":
+    encodings = ",".join(request.headers.getlist("content-encoding")).lower()
+    if encodings.strip(", \t") not in ("", "identity"):
         raise ApiError(415, "compressed bodies are not read; send it as it is")
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > most:
@@ -104,6 +106,10 @@ def _too_large(most: int) -> ApiError:
 
 def decode(body: bytes) -> Json:
     """The JSON object that a body is."""
+    if body.startswith(_MARKS) or b"\0" in body[:4]:
+        raise ApiError(
+            400, "the body is not UTF-8, or has a byte order mark; send JSON in UTF-8 alone"
+        )
     _check_size(body)
     try:
         value = msgspec.json.decode(body) if body.strip() else {}
@@ -137,22 +143,37 @@ class ClientGone(ApiError):
         super().__init__(499, "the client has closed the connection")
 
 
-async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """What `work` gives; it is cancelled, and ClientGone raised, once the client has gone."""
-    working = asyncio.create_task(work)
-    gone = asyncio.create_task(_until_gone(receive))
+async def unless_gone(receive: Receive, answer: Callable[[Receive], Awaitable[None]]) -> None:
+    """Run `answer`; it is cancelled, and ClientGone raised, once the client has gone.
+
+    It reads the body by what it is given: behind that nothing comes but the client's end.
+    """
+    task, watching = asyncio.current_task(), set[asyncio.Task[None]]()
+    assert task is not None
+    is_gone = False
+
+    async def take() -> Message:
+        message = await receive()
+        if not (message.get("more_body") or watching):
+            watching.add(asyncio.create_task(watch()))
+        return message
+
+    async def watch() -> None:
+        nonlocal is_gone
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        is_gone = True
+        task.cancel()
+
     try:
-        await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClientGone
+        # In this very task: one more turn of the loop is one in which the client may go.
+        await answer(take)
+    except asyncio.CancelledError:
+        if not is_gone:
+            raise
+        if sys.version_info >= (3, 11):
+            task.uncancel()
+        raise ClientGone from None
     finally:
-        for task in (working, gone):
-            task.cancel()
-        await asyncio.gather(working, gone, return_exceptions=True)
-
-
-async def _until_gone(receive: Receive) -> None:
-    """The body has been read, so that nothing else comes."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
+        for each in watching:
+            each.cancel()

@@ -32,7 +32,7 @@ from edgeinfer.server.app import find_envelope, make_app
 from edgeinfer.server.errors import ApiError
 from edgeinfer.server.models import Models
 from edgeinfer.server.service import Limits, Service
-from edgeinfer.server.wire import read_body, reply
+from edgeinfer.server.wire import decode, read_body, reply
 
 BLOCK = 1024  # characters of a request that are remembered together
 MOST_BLOCKS = 64  # of one request: the first 64 K characters tell conversations apart
@@ -44,10 +44,8 @@ BEGINNINGS = ("system", "instructions", "tools", "messages", "input", "prompt")
 def beginning(body: bytes) -> list[bytes]:
     """Hashes of the first 1, 2, 3 ... blocks of what a request has a model read."""
     try:
-        given = msgspec.json.decode(body)
-    except msgspec.DecodeError:  # the copy says what is wrong
-        return []
-    if not isinstance(given, dict):
+        given = decode(body)
+    except ApiError:  # the copy says what is wrong
         return []
     text = msgspec.json.encode([given[name] for name in BEGINNINGS if given.get(name)])
     hashes, so_far = [], hashlib.blake2b(digest_size=16)

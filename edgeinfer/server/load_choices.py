@@ -1,0 +1,53 @@
+"""What a server adds to how a model is loaded, where nobody has said otherwise.
+
+Knows nothing of other models.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edgeinfer.engine.memory_plan import MemoryPlan
+from edgeinfer.errors import PlanError
+from edgeinfer.inspect_file import plan
+from edgeinfer.options import LoadOptions
+
+_USUAL_SLOTS = (4, 2, 1)  # contexts at full length, as many as need no shorter ones
+_KEPT_SHARE = 4  # of what a plan leaves free: a quarter is for earlier prompts
+
+
+def usual_options(path: Path, options: LoadOptions, *, is_alone: bool) -> LoadOptions:
+    """The options, with what they leave open as a server wants it.
+
+    Slots: as many contexts as memory holds without making them shorter. Tokens of earlier prompts,
+    where the model `is_alone`: as many as all contexts have, in a quarter of what is left.
+    """
+    is_naive, slots = options.get("naive"), options.get("slots")
+    if is_naive and slots is None:
+        slots = 1
+    for tried in _USUAL_SLOTS if slots is None else (slots,):
+        usual: LoadOptions = {**options, "slots": tried}
+        try:
+            found = plan(path, **usual)
+        except PlanError:
+            continue
+        if slots is None and found.note and tried > 1:
+            continue
+        if is_alone and not is_naive and options.get("kept_tokens") is None:
+            usual["kept_tokens"] = _usual_kept(path, usual, found)
+        return usual
+    return {**options, "slots": slots or 1}
+
+
+def _usual_kept(path: Path, options: LoadOptions, least: MemoryPlan) -> int | None:
+    """None leaves it to the plan: where a GPU has the cache, or memory is short."""
+    kept = least.slots * least.n_ctx
+    asked: LoadOptions = {**options, "kept_tokens": kept}
+    try:
+        most = plan(path, **asked)
+    except PlanError:
+        return None
+    room, taken = (least.available - least.total_bytes) // _KEPT_SHARE, most.kept_bytes
+    if len(least.pools) > 1 or taken <= least.kept_bytes or room <= least.kept_bytes:
+        return None
+    return min(kept, kept * room // taken)
