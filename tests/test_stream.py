@@ -706,24 +706,39 @@ def test_logprobs_spell_hidden_tokens(llm: LLM) -> None:
     assert (ended.stop, ended.finish_reason) == ("<|eos|>", "stop")
 
 
-def test_a_callback_that_waits_for_an_answer_is_refused(llm: LLM) -> None:
-    """It runs where answers are made: all of them would wait for ever."""
+@pytest.mark.parametrize("is_step", [False, True])
+def test_a_callback_that_waits_is_refused(llm: LLM, is_step: bool, tmp_path: Path) -> None:
+    """It runs where answers are made: all of them would wait for ever.
+
+    Nor may it have pages copied: those of a step that runs are read meanwhile.
+    """
+    llm.generate([5] * 40, max_tokens=1)
+    llm.save_session(tmp_path / "saved", [5] * 40)
     stream, refused, done = llm.stream("ab", **ENDLESS), [], threading.Event()
 
     def wait() -> None:
-        for waiting in (lambda: llm.generate("ab", max_tokens=3), lambda: llm.logits([5])):
+        for waiting in (
+            lambda: llm.generate("ab", max_tokens=3),
+            lambda: llm.logits([5]),
+            lambda: llm.save_session(tmp_path / "other", [5] * 40),
+            lambda: llm.load_session(tmp_path / "saved"),
+        ):
             try:
                 waiting()
             except InvalidRequestError as error:
                 refused.append(str(error))
         done.set()
 
-    while stream.poll() is not None:
-        pass
-    stream.notify(wait)
-    assert done.wait(9)
+    if is_step:
+        llm.generate("cd", max_tokens=1, on_step=lambda step: wait())
+    else:
+        while stream.poll() is not None:
+            pass
+        stream.notify(wait)
+        assert done.wait(9)
     stream.close()
-    assert len(refused) == 2
+    assert len(refused) == 4 and all("callback can't wait" in each for each in refused)
+    assert not (tmp_path / "other").exists()
     assert llm.generate("ab", max_tokens=3, temperature=0).usage.prompt_tokens
 
 

@@ -177,8 +177,7 @@ class Engine:
 
     def between_steps(self, action: Callable[[], T]) -> T:
         """Call `action` in the engine's thread while no step runs; what it returns or raises."""
-        if threading.current_thread() is self._thread:
-            return action()
+        self._check_thread()  # a callback is called while one runs
         errand = Errand(action)
         with self._changed:
             if is_open := not self._closed:
