@@ -16,6 +16,7 @@ from edgeinfer import platform
 from edgeinfer.aio import AsyncLLM
 from edgeinfer.batch import HOST
 from edgeinfer.engine.memory_plan import MemoryPlan
+from edgeinfer.engine.plan_error import would_fit
 from edgeinfer.engine.plan_rows import size_text
 from edgeinfer.errors import Advice, EdgeInferError, Keyword, ModelNotFoundError, PlanError
 from edgeinfer.inspect_file import plan
@@ -281,12 +282,7 @@ class Models:
     def _beside_others(self, error: PlanError) -> PlanError:
         """What is short of the memory that was given: the model has but a part of that."""
         others = _SERVER_BYTES + self._taken
-        advice: Advice = [
-            Keyword("memory", f"{-(-(others + error.needed) // _MiB)}M")
-            if isinstance(each, Keyword) and each.name == "memory" and error.needed
-            else each
-            for each in error.advice
-        ]
+        advice = _with_others(error, others, platform.memory_budget(platform.rss()))
         found = f"{error.found}, beside {size_text(others)} of the server"
         found += " and other models" if self._taken else ""
         return PlanError(
@@ -332,6 +328,19 @@ def _silence(model: ServedModel) -> None:
     if model.alarm is not None:
         model.alarm.cancel()
         model.alarm = None
+
+
+def _with_others(error: PlanError, others: int, most: int) -> Advice:
+    """What an error advises, with the memory for all: none where that is above `most` bytes."""
+    settings = [each for each in error.advice if isinstance(each, Keyword)]
+    names = [setting.name for setting in settings]
+    if "memory" not in names or error.needed is None:
+        return error.advice
+    at, n_mib = names.index("memory"), -(-(others + error.needed) // _MiB)
+    settings[at : at + 1] = [Keyword("memory", f"{n_mib}M")] if n_mib * _MiB <= most else []
+    if not settings:
+        return ("serve fewer models at a time, or take a smaller file",)
+    return would_fit(settings, " or ")
 
 
 def _usual(path: Path, options: LoadOptions, *, is_alone: bool) -> LoadOptions:
