@@ -38,6 +38,7 @@ from edgeinfer import (
     Progress,
     TemplateError,
 )
+from edgeinfer.errors import Keyword
 from edgeinfer.text.template_engine import MAX_SOURCE
 
 from .models_for_tests import tiny_model
@@ -256,6 +257,11 @@ def test_the_context_bounds_prompt_and_answer(path: Path, n_ctx: int) -> None:
         for n in (n_ctx, n_ctx + 1):
             with pytest.raises(ContextLengthError, match=f"{n} tokens, the context holds {n_ctx}"):
                 llm.generate([70] * n)
+        read = llm.generate([70] * n_ctx, max_tokens=0)
+        assert (read.usage.prompt_tokens, read.usage.completion_tokens) == (n_ctx, 0)
+        for n in (n_ctx + 1, n_ctx + 9):
+            with pytest.raises(ContextLengthError, match=f"{n} tokens, the context holds {n_ctx}"):
+                llm.generate([70] * n, max_tokens=0)
         assert len(llm.logits([70] * n_ctx)) == n_ctx
         if n_ctx < 128:
             with pytest.raises(InvalidRequestError, match="too short to slide"):
@@ -421,6 +427,42 @@ def test_logits_beyond_memory_are_a_plan_error(llm: LLM, monkeypatch: Any) -> No
     monkeypatch.setattr("edgeinfer.platform.available_memory", lambda: 1000)
     with pytest.raises(PlanError, match="last"):
         llm.logits([1, 2, 3])
+    with pytest.raises(PlanError, match="last"):
+        llm.logits([1, 2, 3], last=2)
+
+
+def test_logits_of_nothing_and_of_more_than_there_is(llm: LLM) -> None:
+    """What is wrong is told, not what it would take."""
+    for last in (4, 2**63 - 1):
+        with pytest.raises(InvalidRequestError, match="need 1 to 3") as caught:
+            llm.logits([1, 2, 3], last=last)
+        assert caught.value.param == "last"
+    for last in (None, 1):
+        with pytest.raises(InvalidRequestError, match="has no tokens"):
+            llm.logits([], last=last)
+
+
+@pytest.mark.parametrize("n_ctx", [64, 128])
+def test_what_is_too_long_is_told_what_can_be_done(path: Path, n_ctx: int) -> None:
+    """To slide is advised who has a keyword for it, in contexts that are long enough."""
+    long = [70] * (n_ctx + 1)
+    with LLM(path, n_ctx=n_ctx, threads=1, residuals=[0]) as llm:
+        asked: list[tuple[bool, Any]] = [
+            (n_ctx >= 128, lambda: llm.generate(long)),
+            (n_ctx >= 128, lambda: llm.generate("x" * 9 * n_ctx)),
+            (n_ctx >= 128, lambda: llm.generate("x" * 900_000)),
+            (n_ctx >= 128, lambda: llm.chat("x" * 9 * n_ctx)),
+            (False, lambda: llm.logits(long)),
+            (False, lambda: llm.logits([1], batch_with=[long])),
+            (False, lambda: llm.residuals(long, 0)),
+            (False, lambda: llm.attention(long, 0)),
+        ]
+        for can_slide, ask in asked:
+            with pytest.raises(ContextLengthError) as caught:
+                ask()
+            assert (Keyword("overflow", "slide") in caught.value.advice) == can_slide
+        if n_ctx >= 128:
+            assert llm.generate(long, overflow="slide", max_tokens=2).usage.prompt_tokens > n_ctx
 
 
 # -- loading and closing -------------------------------------------------------------------------

@@ -99,7 +99,8 @@ class Engine:
         """Queue a request; what can be refused is refused here."""
         check_ids(request.ids, self.n_vocab)
         if request.overflow == "error":
-            check_length(len(request.ids), self.n_ctx, n_answer=1)
+            n_answer = int(request.max_tokens != 0)
+            check_length(len(request.ids), self.n_ctx, n_answer, may_slide=True)
         request.params.check_vocabulary(self.n_vocab)
         layout = self.layout(request.overflow, request.n_pinned)
         # An eighth of what Python's integers take, for as long as it waits and runs.
@@ -115,6 +116,7 @@ class Engine:
         batch_with: SequenceOf[SequenceOf[int]] | None = None,
     ) -> NDArray[np.float32]:
         """Logits after each of the `last` tokens of `ids` (all by default), (last, V)."""
+        check_ids(ids, self.n_vocab)
         n_out = len(ids) if last is None else last
         if not 0 < n_out <= len(ids):
             raise InvalidRequestError(f"last is {last}, need 1 to {len(ids)}", param="last")
