@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import threading
 from array import array
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from numbers import Integral
@@ -20,6 +21,7 @@ from edgeinfer.backend import HeadReader
 from edgeinfer.engine.generation import WAKE_SECONDS, LogitsJob, check_ids
 from edgeinfer.engine.hooks import Hook, Step
 from edgeinfer.errors import (
+    BusyError,
     ClosedError,
     ContextLengthError,
     EdgeInferError,
@@ -31,6 +33,7 @@ from edgeinfer.requesting import COUNTED_BEYOND
 from edgeinfer.runtime import Runtime
 from edgeinfer.stream import items
 from edgeinfer.text.tokenizer import Tokenizer, TooManyTokens
+from edgeinfer.watching import check_room
 
 
 class Embedding:
@@ -46,13 +49,17 @@ class Embedding:
         self._read = opened.head_reader
         self._lock = threading.Lock()
         self._jobs: set[LogitsJob] = set()
-        self._n_begun = self._n_ended = 0
+        self._waiting, self._n_running = deque(range(len(lists))), 0
+        # More at a time would be in no step together, and make others wait.
+        self._most_running = opened.plan.limits.max_sequences
         self._error: BaseException | None = None
         self._done = threading.Event()
         self._tell: Callable[[], object] | None = None
-        # More at a time would be in no step together, and make others wait.
-        for _ in range(opened.plan.limits.max_sequences):
-            self._begin_next()
+        try:
+            self._begin_more()
+        except BaseException:  # each begins the next, also where nobody waits for them
+            self.cancel()
+            raise
         self._end_if_over()
 
     # -- who waits -------------------------------------------------------------------------------
@@ -86,27 +93,38 @@ class Embedding:
 
     # -- any thread, most often the engine's -----------------------------------------------------
 
-    def _begin_next(self) -> None:
+    def _begin_more(self) -> None:
+        while self._begin_next():
+            pass
+
+    def _begin_next(self) -> bool:
+        """Whether it has begun one. One that is not taken on waits for those that run."""
         with self._lock:
-            i = self._n_begun
-            if self._error is not None or i == len(self._lists):
-                return
-            self._n_begun += 1
+            is_full = self._n_running >= self._most_running
+            if self._error is not None or not self._waiting or is_full:
+                return False
+            i = self._waiting.popleft()
+            self._n_running += 1
         ids = self._lists[i]
         pool = _Pool(self._read, self._layer, self._pooling, len(ids))
         hook = Hook(pool.take, residuals=(self._layer,))
         try:
             job = self._engine.begin_job(ids, hook, partial(self._ended, i, pool))
         except BaseException as error:
-            self._stop(error)
             with self._lock:
-                self._n_ended += 1
-            return
+                self._n_running -= 1
+                if isinstance(error, BusyError) and self._n_running:
+                    self._waiting.appendleft(i)
+                    return False
+                self._error = self._error or error
+            self._cancel_jobs()
+            return False
         with self._lock:
             self._jobs.add(job)
             is_stopped = self._error is not None
         if is_stopped:
             self._cancel_jobs()
+        return not is_stopped
 
     def _ended(self, i: int, pool: _Pool, job: LogitsJob) -> None:
         try:
@@ -117,9 +135,9 @@ class Embedding:
         except BaseException as error:
             self._stop(error)
         with self._lock:
-            self._n_ended += 1
+            self._n_running -= 1
             self._jobs.discard(job)
-        self._begin_next()
+        self._begin_more()
         self._end_if_over()
 
     def _stop(self, error: BaseException) -> None:
@@ -137,8 +155,8 @@ class Embedding:
 
     def _end_if_over(self) -> None:
         with self._lock:
-            is_whole = self._error is not None or self._n_begun == len(self._lists)
-            if not is_whole or self._n_ended < self._n_begun or self._done.is_set():
+            is_whole = self._error is not None or not self._waiting
+            if not is_whole or self._n_running or self._done.is_set():
                 return
             self._done.set()
             tell = self._tell
@@ -201,6 +219,8 @@ def begin(opened: Runtime, texts: Any, given: dict[str, Any]) -> Embedding:
         )
     truncate = options.get("truncate", False)
     lists = [_ids(opened, each, f"text {i}", truncate) for i, each in enumerate(_each(texts))]
+    n_bytes = 4 * len(lists) * n_dims
+    check_room(n_bytes, f"the vectors of {len(lists)} texts", ("give fewer at a time",))
     return Embedding(opened, lists, pooling, n_dims)
 
 

@@ -280,8 +280,8 @@ class LLM:
     def save_session(self, path: str | PathLike[str], of: Stream | Sequence[int]) -> int:
         """Write what is cached of an answer and its prompt, or of tokens; how many tokens that is.
 
-        A file that is there is replaced only once the new one is whole. OSError where the system
-        can't write it.
+        A file that is there is replaced only once the new one is whole; no folder is made. OSError
+        where the system can't write it.
         """
         ids = (*of.prompt_ids, *of.completion.token_ids) if isinstance(of, Stream) else of
         return _sessions(self._open()).save(file_path(path, "path"), id_list(ids, "of"))

@@ -16,6 +16,7 @@ from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, Literal, NoReturn, TypeVar
 
+from edgeinfer.engine.event_queue import HasReaderError
 from edgeinfer.engine.generation import WAKE_SECONDS, Generation
 from edgeinfer.engine.sequence import Finished, Prefilled, Request, Token
 from edgeinfer.errors import BusyError, ClosedError, InvalidRequestError
@@ -122,6 +123,11 @@ class Stream(Iterator[Event]):
                     return None
                 self._take(taken)
             return event
+        except StopIteration:
+            raise
+        except BaseException:  # an interrupt may have lost the event that it came in between
+            self.close()
+            raise
         finally:
             self._reader = 0
 
@@ -145,9 +151,14 @@ class Stream(Iterator[Event]):
 
     def run(self) -> Completion:
         """Wait for the end; an interrupted wait cancels the generation."""
-        with self:
+        try:
             for _ in self:
                 pass
+        except HasReaderError:
+            raise
+        except BaseException:
+            self.close()
+            raise
         return self.completion
 
     def close(self) -> None:
@@ -197,7 +208,7 @@ class Stream(Iterator[Event]):
         self._check_process()
         with self._lock:
             if self._reader not in (0, threading.get_ident()):
-                raise InvalidRequestError("the stream is being read already; it has one reader")
+                raise HasReaderError
             self._reader = threading.get_ident()
 
     def _next_ready(self) -> Event | None:

@@ -6,6 +6,7 @@ import itertools
 import math
 import pickle
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,13 @@ async def later(*_: object) -> None:
     """Called, it does nothing yet."""
 
 
+class Later:
+    """It can be called, too."""
+
+    async def __call__(self, *_: object) -> None:
+        pass
+
+
 def made_one_by_one(*_: object) -> Iterator[None]:
     yield
 
@@ -117,11 +125,14 @@ def _wrong(parameter: Parameter) -> list[Any]:
         "pre": [5, b"x", ["x"], True, Odd()],
         "chat_template": [5, b"x", ["x"], True, Odd()],
         "pooling": [5, "", "cls", "Mean", b"mean", ["mean"], True, Odd()],
-        "progress": [5, "x", True, [print], object(), later, made_one_by_one],
+        "progress": [5, "x", True, [print], object(), later, made_one_by_one, partial(later)],
         "schema": [5, 1.5, b"{}", ["x"], (), print, 5j, "", "[1]", False, {"not": {}}, Path, Odd()],
         "grammar": [5, b"start: a", ["x"], True, "", "nothing", {"a": 1}, Odd()],
         "regex": [5, b"a", ["a"], True, "(", "(?=a)", Odd()],
-        "on_step": [5, "x", True, [print], object(), later, made_one_by_one, Odd().later],
+        "on_step": [
+            5, "x", True, [print], object(), later, made_one_by_one, Odd().later, Later(),
+            partial(later), partial(partial(later, 1), 2), partial(Later()), partial(Odd().later),
+        ],
         "residuals": [5, "1", b"1", [1.0], [True], ["1"], [-1], [2**70], [[1]], {1: 2}, Odd()],
         "watch": [
             5, "logits", b"logits", [], ["nothing"], ["logits", -1], [1.0], [True], [None],
