@@ -658,6 +658,25 @@ def test_an_interrupted_load_is_closed_when_it_is_done(
     assert closed.wait(10)
 
 
+def test_an_interrupted_close_closes_all_the_same(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever waits for a long step to end may lose patience."""
+    llm = LLM(path, n_ctx=64, threads=1)
+    engine, file = llm.runtime.engine, llm.runtime.model.file
+
+    def interrupted(timeout: float | None = None) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._thread, "join", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.close()
+    assert all(part._bytes._file.is_closed for part in file._parts)
+    engine._thread.join(20)
+    assert not engine._thread.is_alive() and engine._has_ended
+
+
 def test_a_dropped_model_ends_its_thread(path: Path) -> None:
     llm = LLM(path, device="reference")
     thread = llm.runtime.engine._thread
