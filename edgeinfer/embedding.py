@@ -250,9 +250,7 @@ def _ids(opened: Runtime, text: Any, name: str, truncate: bool) -> array[int]:
         ids = _encoded(tokenizer, text, n_ctx, name, truncate)
     else:
         ids = id_list(text, name)
-    if not ids:
-        raise InvalidRequestError(f"{name} has no tokens", param="texts")
-    check_ids(ids, tokenizer.n_vocab)
+    check_ids(ids, tokenizer.n_vocab, "texts", name)
     if len(ids) > n_ctx:
         if not truncate:
             raise _too_long(name, f"{len(ids)}", len(ids), n_ctx)

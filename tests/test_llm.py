@@ -438,8 +438,31 @@ def test_logits_of_nothing_and_of_more_than_there_is(llm: LLM) -> None:
             llm.logits([1, 2, 3], last=last)
         assert caught.value.param == "last"
     for last in (None, 1):
-        with pytest.raises(InvalidRequestError, match="has no tokens"):
+        with pytest.raises(InvalidRequestError, match="token_ids has no tokens"):
             llm.logits([], last=last)
+
+
+def test_ids_of_no_token_are_refused_by_the_name_of_their_keyword(
+    path: Path, tmp_path: Path
+) -> None:
+    with LLM(path, n_ctx=64, threads=1, residuals=[0], pooling="mean") as llm:
+        for ids in ([], [llm.n_vocab], [5, -1], [2**40]):
+            calls: dict[str, list[Any]] = {
+                "prompt": [lambda ids=ids: llm.generate(ids)],
+                "token_ids": [
+                    lambda ids=ids: llm.logits(ids),
+                    lambda ids=ids: llm.residuals(ids, 0),
+                    lambda ids=ids: llm.attention(ids, 0),
+                ],
+                "batch_with": [lambda ids=ids: llm.logits([5], batch_with=[[6], ids])],
+                "texts": [lambda ids=ids: llm.embed(["x", ids])],
+                "of": [lambda ids=ids: llm.save_session(tmp_path / "s", ids)],
+            }
+            for param, asked in calls.items():
+                for ask in asked:
+                    with pytest.raises(InvalidRequestError, match="no tokens|outside the") as error:
+                        ask()
+                    assert error.value.param == param
 
 
 @pytest.mark.parametrize("n_ctx", [64, 128])

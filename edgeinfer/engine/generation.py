@@ -348,14 +348,14 @@ class LogitsJob:
             raise self.error
 
 
-def check_ids(ids: SequenceOf[int], n_vocab: int) -> None:
-    """Raise unless these are one or more tokens of the vocabulary."""
+def check_ids(ids: SequenceOf[int], n_vocab: int, param: str, name: str = "") -> None:
+    """Raise unless these are one or more tokens of the vocabulary; `name` is theirs in words."""
     if not len(ids):
-        raise InvalidRequestError("the prompt has no tokens", param="prompt")
+        raise InvalidRequestError(f"{name or param} has no tokens", param=param)
     for id in (min(ids), max(ids)):
         if not 0 <= id < n_vocab:
             raise InvalidRequestError(
-                f"token id {id} is outside the vocabulary of {n_vocab} tokens", param="prompt"
+                f"token id {id} is outside the vocabulary of {n_vocab} tokens", param=param
             )
 
 

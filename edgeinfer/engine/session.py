@@ -89,13 +89,13 @@ class Sessions:
         where nothing is cached.
         """
         _check_file(path)
-        check_ids(ids, self._n_vocab)
+        check_ids(ids, self._n_vocab, "of")
         with self._guest(lambda: self._store.lend(ids, self._layout), is_kept=False) as guest:
             n_tokens = guest.cache.n_tokens
             if not n_tokens:
                 raise InvalidRequestError(
                     "nothing of these tokens is in the cache; save them once they were read",
-                    param="ids",
+                    param="of",
                 )
             platform.delete_parts(path)
             with platform.replaced_whole(path) as file:
