@@ -27,6 +27,7 @@ from edgeinfer.errors import (
     EdgeInferError,
     InvalidRequestError,
     Keyword,
+    another,
 )
 from edgeinfer.parameters import EMBED, POOLINGS, checked, id_list, shown
 from edgeinfer.requesting import COUNTED_BEYOND
@@ -73,7 +74,7 @@ class Embedding:
             self.cancel()
             raise
         if self._error is not None:
-            raise self._error
+            raise another(self._error)
         return self._vectors
 
     def check_waiting(self) -> None:
@@ -129,8 +130,8 @@ class Embedding:
     def _ended(self, i: int, pool: _Pool, job: LogitsJob) -> None:
         try:
             if job.error is not None:
-                raise job.error
-            if self._error is None:
+                self._stop(job.error)
+            elif self._error is None:
                 self._vectors[i] = pool.vector(self._vectors.shape[1])
         except BaseException as error:
             self._stop(error)

@@ -74,6 +74,7 @@ class Stream(Iterator[Event]):
         self._prefill: list[Prefilled] = []
         self._completion: Completion | None = None
         self._is_over = False
+        self._error: BaseException | None = None  # that is still to be raised
 
     @property
     def completion(self) -> Completion:
@@ -122,6 +123,7 @@ class Stream(Iterator[Event]):
                 if taken is None:
                     return None
                 self._take(taken)
+                del taken
             return event
         except StopIteration:
             raise
@@ -215,6 +217,12 @@ class Stream(Iterator[Event]):
         with self._lock:
             if self._ready:
                 return self._ready.popleft()
+            if self._error is not None:
+                error, self._error = self._error, None
+                try:
+                    raise error
+                finally:  # its frames would keep it, and those of who catches it
+                    del error
             if self._is_over:
                 raise StopIteration
             return None
@@ -229,8 +237,7 @@ class Stream(Iterator[Event]):
                 self._prefill.append(event)
                 self._ready.append(PromptProgress(done=event.done, total=event.total))
             elif event.error is not None:
-                self._is_over = True
-                raise event.error
+                self._is_over, self._error = True, event.error
             else:
                 assert event.reason != "error"
                 self._end(event.reason, event.stop_id)

@@ -14,7 +14,9 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import typing
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -486,6 +488,76 @@ def test_what_is_too_long_is_told_what_can_be_done(path: Path, n_ctx: int) -> No
             assert (Keyword("overflow", "slide") in caught.value.advice) == can_slide
         if n_ctx >= 128:
             assert llm.generate(long, overflow="slide", max_tokens=2).usage.prompt_tokens > n_ctx
+
+
+# -- errors --------------------------------------------------------------------------------------
+
+
+def _failing_uses(llm: LLM, path: Path, file: Path) -> dict[str, Callable[[], object]]:
+    """What raises an error of another thread's."""
+    program = llm.runtime.program
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    def polled() -> None:
+        stream = llm.stream("a", on_step=fail)
+        while True:
+            stream.poll()
+
+    def broken(use: Callable[[], object]) -> Callable[[], None]:
+        def used() -> None:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(program, "submit", fail)
+                use()
+
+        return used
+
+    def saved() -> None:
+        read = program.read_pages
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(program, "read_pages", lambda g, p: fail() if p else read(g, p))
+            llm.save_session(file, [5] * 40)
+
+    return {
+        "stream": lambda: list(llm.stream("a", on_step=fail)),
+        "generate": lambda: llm.generate("a", on_step=fail),
+        "batch": lambda: llm.generate_batch(["a", "b"], on_step=fail),
+        "poll": polled,
+        "logits": broken(lambda: llm.logits([1, 2])),
+        "residuals": broken(lambda: llm.residuals([1, 2], 0)),
+        "embed": broken(lambda: llm.embed(["a", "b"])),
+        "session": saved,
+        "load": lambda: LLM(path, memory=1),
+        "chat": lambda: llm.chat("a"),
+    }
+
+
+def test_an_error_of_another_thread_keeps_nothing_of_who_catches_it(tmp_path: Path) -> None:
+    """No stream, and no array, once its function has ended: not until garbage is collected."""
+    path = tiny_model(tmp_path, n_ctx=64)  # without a template for chats
+    with LLM(path, threads=1, pooling="mean", residuals=[0]) as llm:
+        llm.generate([5] * 40, max_tokens=1)
+        gc.collect()
+        gc.disable()
+        try:
+            for name, use in _failing_uses(llm, path, tmp_path / "s").items():
+                caught = [_caught(use) for _ in range(3)]
+                assert [local() for local, _ in caught] == [None] * 3, name
+                # Nor does it have those of who caught it before.
+                assert caught[0][1] == caught[2][1], name
+        finally:
+            gc.enable()
+
+
+def _caught(use: Callable[[], object]) -> tuple[weakref.ref[Any], int]:
+    """Something that was there, and how many frames the error went through."""
+    local = np.zeros(1)
+    try:
+        use()
+    except Exception as error:
+        return weakref.ref(local), len(traceback.extract_tb(error.__traceback__))
+    raise AssertionError("no error")
 
 
 # -- loading and closing -------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from edgeinfer.errors import (
     PlanError,
     TemplateError,
     UnsupportedModelError,
+    another,
 )
 from edgeinfer.parameters import SAMPLING, Parameter, parse_memory
 from edgeinfer.sampling.params import SamplingParams
@@ -317,6 +318,29 @@ ERRORS = [
     UnsupportedModelError("new", architecture="a", missing=("b",)),
     InvalidRequestError("odd", param="p"),
 ]
+
+
+class Prefixed(Exception):
+    """Made of what it has kept it would be another one."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(f"wrong: {text}")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [*ERRORS, OSError(2, "no", "x"), KeyError("k"), UnicodeDecodeError("utf-8", b"x", 0, 1, "no")],
+    ids=lambda error: type(error).__name__,
+)
+def test_another_error_is_like_the_first(error: Exception) -> None:
+    error.__cause__ = ValueError("before")
+    found = another(error)
+    assert type(found) is type(error) and found is not error
+    assert (str(found), found.args) == (str(error), error.args)
+    assert vars(found) == vars(error) and getattr(found, "errno", 0) == getattr(error, "errno", 0)
+    assert found.__cause__ is error.__cause__
+    odd = Prefixed("a")
+    assert another(odd) is odd
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)

@@ -48,8 +48,7 @@ if TYPE_CHECKING:
     from edgeinfer.engine.constraint import Matcher
     from edgeinfer.engine.hooks import Hook
 
-# Waking up now and then lets signals in where a wait can't be interrupted.
-WAKE_SECONDS = 0.1
+WAKE_SECONDS = 0.1  # lets signals in where a wait can't be interrupted
 MOST_UNREAD = 256  # events; a step may add a few more, 40 KiB in all
 
 
@@ -344,8 +343,12 @@ class LogitsJob:
             self.is_cancelled = True
             worker.interrupt()
             raise
-        if self.error is not None:
-            raise self.error
+        error, self.error = self.error, None
+        if error is not None:
+            try:
+                raise error
+            finally:  # or its frames keep it, and those of who catches it
+                del error
 
 
 def check_ids(ids: SequenceOf[int], n_vocab: int, param: str, name: str = "") -> None:
