@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeinfer import platform
+from edgeinfer.engine.event_queue import HasReaderError
 from edgeinfer.errors import ClosedError, DeviceError, InvalidRequestError
 from edgeinfer.llm import LLM
 from edgeinfer.options import LoadOptions, Sampling, Unpack
@@ -209,7 +210,7 @@ class AsyncStream(AsyncIterator[Event]):
 
     async def __anext__(self) -> Event:
         if not self._reading.acquire(blocking=False):
-            raise InvalidRequestError("the stream is being read already; it has one reader")
+            raise HasReaderError
         try:
             # Also when there is an event: the loop's other tasks get their turn.
             await asyncio.sleep(0)
@@ -218,7 +219,7 @@ class AsyncStream(AsyncIterator[Event]):
             return event
         except StopIteration:
             raise StopAsyncIteration from None
-        except InvalidRequestError:  # someone else is reading it
+        except HasReaderError:
             raise
         except BaseException:
             self._stream.close()
@@ -236,9 +237,14 @@ class AsyncStream(AsyncIterator[Event]):
 
     async def run(self) -> Completion:
         """Wait for the end."""
-        async with self:
+        try:
             async for _ in self:
                 pass
+        except HasReaderError:
+            raise
+        except BaseException:
+            self._stream.close()
+            raise
         return self.completion
 
     async def close(self) -> None:

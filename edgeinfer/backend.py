@@ -266,7 +266,7 @@ def open_backend(
     from edgeinfer.kernels.cuda.backend import CudaBackend, open_device
 
     def make_host_sampler(n_vocab: int, n_threads: int) -> Sampler:
-        return host_sampler(n_vocab, n_threads, progress=progress, memory=memory)
+        return host_sampler(n_vocab, n_threads, progress=progress)
 
     opened = open_device(device.kind, device.index)
     make_sampler = make_sampler or make_host_sampler
@@ -308,11 +308,7 @@ def head_reader(segment: Segment) -> HeadReader:
 
 
 def host_sampler(
-    n_vocab: int,
-    n_threads: int,
-    *,
-    progress: CompileProgress | None = None,
-    memory: int | None = None,
+    n_vocab: int, n_threads: int, *, progress: CompileProgress | None = None
 ) -> Sampler:
     """What samples in host memory for a device that leaves that to the host, still to be opened.
 
@@ -329,7 +325,8 @@ def host_sampler(
         if progress is not None:
             progress("kernels", done, total)
 
-    library = Library.host(config.cache_folder(), config.isa(), memory)
+    # One process builds its three kernels: others may hold what there is by then.
+    library = Library.host(config.cache_folder(), config.isa(), memory=0)
     return HostSampler(library, n_vocab, n_threads, tell)
 
 

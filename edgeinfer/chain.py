@@ -21,7 +21,7 @@ from edgeinfer.backend import (
     tune,
     unkept_kernels,
 )
-from edgeinfer.batch import Batch, Demand, Outputs, StepLimits, StepRequest
+from edgeinfer.batch import HOST, Batch, Demand, Outputs, StepLimits, StepRequest
 from edgeinfer.graph import Segment
 
 if TYPE_CHECKING:
@@ -72,11 +72,11 @@ class ChainBackend:
             shared_rows=min(each.shared_rows for each in limits),
             row_cost=max(each.row_cost for each in limits),
         )
-        # Kernels are built, and weights packed, by one after the other.
+        # Weights are packed by one after the other.
         return Demand(
             whole,
             _added(demand.memories for demand in demands),
-            sum(demand.building_bytes for demand in demands),
+            _building_bytes(demands),
             max(demand.packing_bytes for demand in demands),
         )
 
@@ -106,6 +106,16 @@ class ChainBackend:
             segment, part = segment.cut(stretch.first)
             parts.append((stretch.backend, part))
         return [(self._stretches[0].backend, segment), *reversed(parts)]
+
+
+def _building_bytes(demands: Iterable[Demand]) -> int:
+    """Kernels are built by one after the other, beside what those before it hold of the host's."""
+    held = most = 0
+    for demand in demands:
+        if demand.building_bytes:
+            most = max(most, held + demand.building_bytes)
+        held += sum(demand.memories.get(HOST, {}).values())
+    return most
 
 
 def _added(demands: Iterable[Mapping[str, Mapping[str, int]]]) -> dict[str, dict[str, int]]:

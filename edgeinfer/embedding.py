@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import threading
 from array import array
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from numbers import Integral
@@ -20,17 +21,20 @@ from edgeinfer.backend import HeadReader
 from edgeinfer.engine.generation import WAKE_SECONDS, LogitsJob, check_ids
 from edgeinfer.engine.hooks import Hook, Step
 from edgeinfer.errors import (
+    BusyError,
     ClosedError,
     ContextLengthError,
     EdgeInferError,
     InvalidRequestError,
     Keyword,
+    another,
 )
 from edgeinfer.parameters import EMBED, POOLINGS, checked, id_list, shown
 from edgeinfer.requesting import COUNTED_BEYOND
 from edgeinfer.runtime import Runtime
 from edgeinfer.stream import items
 from edgeinfer.text.tokenizer import Tokenizer, TooManyTokens
+from edgeinfer.watching import check_room
 
 
 class Embedding:
@@ -46,13 +50,17 @@ class Embedding:
         self._read = opened.head_reader
         self._lock = threading.Lock()
         self._jobs: set[LogitsJob] = set()
-        self._n_begun = self._n_ended = 0
+        self._waiting, self._n_running = deque(range(len(lists))), 0
+        # More at a time would be in no step together, and make others wait.
+        self._most_running = opened.plan.limits.max_sequences
         self._error: BaseException | None = None
         self._done = threading.Event()
         self._tell: Callable[[], object] | None = None
-        # More at a time would be in no step together, and make others wait.
-        for _ in range(opened.plan.limits.max_sequences):
-            self._begin_next()
+        try:
+            self._begin_more()
+        except BaseException:  # each begins the next, also where nobody waits for them
+            self.cancel()
+            raise
         self._end_if_over()
 
     # -- who waits -------------------------------------------------------------------------------
@@ -66,7 +74,7 @@ class Embedding:
             self.cancel()
             raise
         if self._error is not None:
-            raise self._error
+            raise another(self._error)
         return self._vectors
 
     def check_waiting(self) -> None:
@@ -86,40 +94,51 @@ class Embedding:
 
     # -- any thread, most often the engine's -----------------------------------------------------
 
-    def _begin_next(self) -> None:
+    def _begin_more(self) -> None:
+        while self._begin_next():
+            pass
+
+    def _begin_next(self) -> bool:
+        """Whether it has begun one. One that is not taken on waits for those that run."""
         with self._lock:
-            i = self._n_begun
-            if self._error is not None or i == len(self._lists):
-                return
-            self._n_begun += 1
+            is_full = self._n_running >= self._most_running
+            if self._error is not None or not self._waiting or is_full:
+                return False
+            i = self._waiting.popleft()
+            self._n_running += 1
         ids = self._lists[i]
         pool = _Pool(self._read, self._layer, self._pooling, len(ids))
         hook = Hook(pool.take, residuals=(self._layer,))
         try:
             job = self._engine.begin_job(ids, hook, partial(self._ended, i, pool))
         except BaseException as error:
-            self._stop(error)
             with self._lock:
-                self._n_ended += 1
-            return
+                self._n_running -= 1
+                if isinstance(error, BusyError) and self._n_running:
+                    self._waiting.appendleft(i)
+                    return False
+                self._error = self._error or error
+            self._cancel_jobs()
+            return False
         with self._lock:
             self._jobs.add(job)
             is_stopped = self._error is not None
         if is_stopped:
             self._cancel_jobs()
+        return not is_stopped
 
     def _ended(self, i: int, pool: _Pool, job: LogitsJob) -> None:
         try:
             if job.error is not None:
-                raise job.error
-            if self._error is None:
+                self._stop(job.error)
+            elif self._error is None:
                 self._vectors[i] = pool.vector(self._vectors.shape[1])
         except BaseException as error:
             self._stop(error)
         with self._lock:
-            self._n_ended += 1
+            self._n_running -= 1
             self._jobs.discard(job)
-        self._begin_next()
+        self._begin_more()
         self._end_if_over()
 
     def _stop(self, error: BaseException) -> None:
@@ -137,8 +156,8 @@ class Embedding:
 
     def _end_if_over(self) -> None:
         with self._lock:
-            is_whole = self._error is not None or self._n_begun == len(self._lists)
-            if not is_whole or self._n_ended < self._n_begun or self._done.is_set():
+            is_whole = self._error is not None or not self._waiting
+            if not is_whole or self._n_running or self._done.is_set():
                 return
             self._done.set()
             tell = self._tell
@@ -201,6 +220,8 @@ def begin(opened: Runtime, texts: Any, given: dict[str, Any]) -> Embedding:
         )
     truncate = options.get("truncate", False)
     lists = [_ids(opened, each, f"text {i}", truncate) for i, each in enumerate(_each(texts))]
+    n_bytes = 4 * len(lists) * n_dims
+    check_room(n_bytes, f"the vectors of {len(lists)} texts", ("give fewer at a time",))
     return Embedding(opened, lists, pooling, n_dims)
 
 
@@ -230,9 +251,7 @@ def _ids(opened: Runtime, text: Any, name: str, truncate: bool) -> array[int]:
         ids = _encoded(tokenizer, text, n_ctx, name, truncate)
     else:
         ids = id_list(text, name)
-    if not ids:
-        raise InvalidRequestError(f"{name} has no tokens", param="texts")
-    check_ids(ids, tokenizer.n_vocab)
+    check_ids(ids, tokenizer.n_vocab, "texts", name)
     if len(ids) > n_ctx:
         if not truncate:
             raise _too_long(name, f"{len(ids)}", len(ids), n_ctx)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FunctionType
 from typing import NamedTuple, TypeAlias
 
 
@@ -173,6 +174,25 @@ class BusyError(EdgeInferError):
 
 class ClosedError(EdgeInferError):
     """The object was closed, or belongs to the parent of a forked process."""
+
+
+def another(error: BaseException) -> BaseException:
+    """One like it, for one more who is told: what is raised keeps the frames that it went through.
+
+    The same one where its class may make it of something else than it has kept.
+    """
+    import copy
+
+    is_ours = isinstance(error, EdgeInferError)
+    if not is_ours and isinstance(type(error).__init__, FunctionType):
+        return error
+    try:
+        found = copy.copy(error)
+    except Exception:
+        return error
+    found.__cause__, found.__context__ = error.__cause__, error.__context__
+    found.__suppress_context__ = error.__suppress_context__
+    return found.with_traceback(error.__traceback__)
 
 
 def memory_ran_out(error: BaseException) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from edgeinfer.engine.generation import WAKE_SECONDS
+from edgeinfer.errors import another
 
 T = TypeVar("T")
 
@@ -30,7 +31,7 @@ class Later(Generic[T]):
     def result(self) -> T:
         self.wait()
         if self._error is not None:
-            raise self._error
+            raise another(self._error)
         return self._values[0]
 
     def abandon(self, discard: Callable[[T], None]) -> None:

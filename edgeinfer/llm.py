@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeinfer import platform, requesting, runtime, watching
+from edgeinfer import requesting, runtime, watching
 from edgeinfer.engine.generation import check_length
 from edgeinfer.engine.memory_plan import MemoryPlan
 from edgeinfer.engine.process_end import close_first_at_exit
-from edgeinfer.errors import ClosedError, InvalidRequestError, PlanError
+from edgeinfer.errors import ClosedError, InvalidRequestError
 from edgeinfer.options import LoadOptions, Sampling, Unpack
 from edgeinfer.parameters import ANSWER, LOGITS, TEXT, checked, file_path, id_list, shown
 from edgeinfer.replying import Reading, chosen_tools, reading
@@ -103,7 +103,7 @@ class LLM:
         """`generate`, as events while it runs."""
         given = checked("stream", sampling, ANSWER)
         ids = requesting.prompt_ids(self._open(), prompt, given)
-        start = Prompt(ids, 1, 0, n_stable=given.get("n_stable", 0))
+        start = Prompt(ids, 1, 0, n_stable=min(given.get("n_stable", 0), len(ids)))
         return self._submit(start, given, Reading(None, None, _grammar(given)))
 
     def generate_batch(
@@ -254,15 +254,8 @@ class LLM:
         given_others = () if batch_with is None else batch_with
         others = [id_list(each, "batch_with", fits) for each in items(given_others, "batch_with")]
         n_rows = given.get("last", len(ids))
-        needed = 4 * n_rows * opened.model.hparams.vocab_size
-        available = platform.available_memory()
-        if needed > available:
-            raise PlanError(
-                f"{n_rows} rows of logits are {needed >> 20} MiB, {available >> 20} MiB are "
-                "available; ask for the last ones with `last`",
-                needed=needed,
-                available=available,
-            )
+        n_bytes = 4 * min(n_rows, len(ids)) * opened.model.hparams.vocab_size
+        watching.check_room(n_bytes, f"{n_rows} rows of logits", watching.FEWER_ROWS)
         return opened.engine.logits(ids, n_rows, given.get("prefill_chunk"), others)
 
     def residuals(self, token_ids: Sequence[int], layer: int) -> NDArray[np.float32]:
@@ -287,8 +280,8 @@ class LLM:
     def save_session(self, path: str | PathLike[str], of: Stream | Sequence[int]) -> int:
         """Write what is cached of an answer and its prompt, or of tokens; how many tokens that is.
 
-        A file that is there is replaced only once the new one is whole. OSError where the system
-        can't write it.
+        A file that is there is replaced only once the new one is whole; no folder is made. OSError
+        where the system can't write it.
         """
         ids = (*of.prompt_ids, *of.completion.token_ids) if isinstance(of, Stream) else of
         return _sessions(self._open()).save(file_path(path, "path"), id_list(ids, "of"))

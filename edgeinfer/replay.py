@@ -14,6 +14,7 @@ from edgeinfer.errors import InvalidRequestError, reason_of
 from edgeinfer.llm import LLM
 from edgeinfer.parameters import LOAD, REQUEST, SAMPLING, file_path, id_list, shown
 from edgeinfer.stream import Stream
+from edgeinfer.values import is_same
 
 FORMAT = 1
 _MOST_BYTES = 256 << 20  # of a file: more ids than any context holds
@@ -283,7 +284,7 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _format(value: Any) -> int:
-    if value != FORMAT or type(value) is not int:  # True and 1.0 are equal to 1
+    if not is_same(value, FORMAT):
         raise ValueError
     return FORMAT
 

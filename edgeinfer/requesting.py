@@ -34,7 +34,10 @@ def prompt_ids(opened: Runtime, prompt: str | Sequence[int], given: Mapping[str,
     if isinstance(prompt, str):
         with counting(opened):
             return opened.tokenizer.encode(prompt, parse_special=True, most=most)
-    fits = None if most is None else partial(check_length, n_ctx=opened.plan.n_ctx, n_answer=1)
+    if most is None:
+        return id_list(prompt, "prompt")
+    n_answer = int(given.get("max_tokens") != 0)
+    fits = partial(check_length, n_ctx=opened.plan.n_ctx, n_answer=n_answer, may_slide=True)
     return id_list(prompt, "prompt", fits)
 
 
@@ -49,7 +52,7 @@ def counting(opened: Runtime) -> Iterator[None]:
     try:
         yield
     except TooManyTokens as error:
-        check_length(error.at_least, opened.plan.n_ctx, is_least=True)
+        check_length(error.at_least, opened.plan.n_ctx, is_least=True, may_slide=True)
 
 
 def request_of(

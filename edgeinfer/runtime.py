@@ -137,9 +137,11 @@ class Runtime:
         return ", ".join(words) or str(self.device)
 
     def close(self) -> None:
-        self.engine.close()
-        self._template.abandon(lambda template: template.close())
-        self.model.file.close()
+        try:
+            self.engine.close()
+        finally:  # an interrupt ends the wait for a long step, and it ends by itself
+            self._template.abandon(lambda template: template.close())
+            self.model.file.close()
 
 
 def load(

@@ -16,6 +16,7 @@ from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, Literal, NoReturn, TypeVar
 
+from edgeinfer.engine.event_queue import HasReaderError
 from edgeinfer.engine.generation import WAKE_SECONDS, Generation
 from edgeinfer.engine.sequence import Finished, Prefilled, Request, Token
 from edgeinfer.errors import BusyError, ClosedError, InvalidRequestError
@@ -73,6 +74,7 @@ class Stream(Iterator[Event]):
         self._prefill: list[Prefilled] = []
         self._completion: Completion | None = None
         self._is_over = False
+        self._error: BaseException | None = None  # that is still to be raised
 
     @property
     def completion(self) -> Completion:
@@ -121,7 +123,13 @@ class Stream(Iterator[Event]):
                 if taken is None:
                     return None
                 self._take(taken)
+                del taken
             return event
+        except StopIteration:
+            raise
+        except BaseException:  # an interrupt may have lost the event that it came in between
+            self.close()
+            raise
         finally:
             self._reader = 0
 
@@ -145,9 +153,14 @@ class Stream(Iterator[Event]):
 
     def run(self) -> Completion:
         """Wait for the end; an interrupted wait cancels the generation."""
-        with self:
+        try:
             for _ in self:
                 pass
+        except HasReaderError:
+            raise
+        except BaseException:
+            self.close()
+            raise
         return self.completion
 
     def close(self) -> None:
@@ -197,13 +210,19 @@ class Stream(Iterator[Event]):
         self._check_process()
         with self._lock:
             if self._reader not in (0, threading.get_ident()):
-                raise InvalidRequestError("the stream is being read already; it has one reader")
+                raise HasReaderError
             self._reader = threading.get_ident()
 
     def _next_ready(self) -> Event | None:
         with self._lock:
             if self._ready:
                 return self._ready.popleft()
+            if self._error is not None:
+                error, self._error = self._error, None
+                try:
+                    raise error
+                finally:  # its frames would keep it, and those of who catches it
+                    del error
             if self._is_over:
                 raise StopIteration
             return None
@@ -218,8 +237,7 @@ class Stream(Iterator[Event]):
                 self._prefill.append(event)
                 self._ready.append(PromptProgress(done=event.done, total=event.total))
             elif event.error is not None:
-                self._is_over = True
-                raise event.error
+                self._is_over, self._error = True, event.error
             else:
                 assert event.reason != "error"
                 self._end(event.reason, event.stop_id)

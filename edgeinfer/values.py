@@ -10,6 +10,7 @@ import math
 import os
 import reprlib
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from itertools import islice
 from numbers import Integral, Real
 from pathlib import Path
@@ -155,8 +156,15 @@ def schema(value: Any) -> Any:
 
 def function(value: Any) -> Callable[..., Any]:
     """What does something when it is called: a coroutine or a generator would only be made."""
-    flags = getattr(getattr(value, "__code__", None), "co_flags", 0)
-    if not callable(value) or flags & _MAKES_ITERATORS:
+    if not callable(value):
+        raise ValueError
+    called = value
+    while isinstance(called, partial):
+        called = called.func
+    if not hasattr(called, "__code__"):  # an object, not a function of Python's
+        called = type(called).__call__
+    flags = getattr(getattr(called, "__code__", None), "co_flags", 0)
+    if flags & _MAKES_ITERATORS:
         raise ValueError
     checked: Callable[..., Any] = value
     return checked
@@ -166,6 +174,11 @@ def _real(value: Any) -> float:
     if not isinstance(value, Real) or isinstance(value, bool):
         raise ValueError
     return float(value)
+
+
+def is_same(value: Any, expected: Any) -> bool:
+    """Whether a value out of a file is this one: True and 1.0 are equal to 1, and another."""
+    return type(value) is type(expected) and bool(value == expected)
 
 
 def is_plain(text: str) -> bool:

@@ -81,11 +81,11 @@ def kernels_built_once(folder: Path) -> Iterator[None]:
     folder.mkdir(exist_ok=True)
 
     def build_once(
-        self: Library, names: Iterable[str], progress: object = None
+        self: Library, names: Iterable[str], progress: object, code_bytes: int
     ) -> dict[str, bytes]:
         names = list(names)
         if self.folder.parent.parent != cache or not self._is_trusted:
-            return build(self, names, progress)
+            return build(self, names, progress, code_bytes)
         objects = {}
         platform.make_folder(self.folder)
         with claimed((kept_objects.object_path(self.folder, name) for name in names), folder):

@@ -105,7 +105,7 @@ def test_the_command_names_its_flags(path: Path, capfd: pytest.CaptureFixture[st
     for arguments, advice in (
         (
             ("-c", "64", "-p", "long " * 300),
-            "raise -c, shorten the prompt, or use --overflow slide",
+            "raise -c or shorten the prompt",
         ),
         (("-c", "2147483000", "-p", "x", "--memory", "2G"), "for 2147483000 tokens of context"),
         (("-c", "64", "-p", "x", "--overflow", "slide"), "raise -c or use --overflow error"),

@@ -186,6 +186,15 @@ def test_a_file_without_a_block_says_so(tmp_path: Path, path: Path) -> None:
     assert caught.value.param == "drafts"
 
 
+def test_what_the_block_starts_from_is_no_layer_of_the_model(path: Path, drafting: LLM) -> None:
+    """It lies behind the last one; what is advised for another can be done."""
+    n_layers = drafting.runtime.model.hparams.n_layers
+    with pytest.raises(InvalidRequestError, match="what enters the head"):
+        drafting.residuals([5], n_layers + 1)
+    with pytest.raises(InvalidRequestError, match=r"with residuals=\[\]; .* residuals=\[2\]"):
+        drafting.generate("x", on_step=print, watch=[2])
+
+
 # Where the layers run: the last of them may have no cache that the block shares pages with.
 PLACES: list[dict[str, Any]] = [
     dict(device="law"), dict(device="shim"), dict(device="shim", gpu_layers=1),

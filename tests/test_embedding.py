@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -132,7 +133,75 @@ def test_models_open_and_close_in_threads(path: Path, other: Path) -> None:
     assert len(set(found[::2])) == len(set(found[1::2])) == 1
 
 
-# -- exits and forks -----------------------------------------------------------------------------
+# -- interrupts, exits and forks -----------------------------------------------------------------
+
+INTERRUPTED = """
+import random
+rng, ids, file = random.Random(8), [5] * 60, sys.argv[2]
+SPEC["max_tokens"] = 60
+llm = LLM(PATH, n_ctx=200, threads=2, residuals=[1], pooling="mean")
+engine, caller = llm.runtime.engine, threading.main_thread().ident
+llm.generate(ids, **SPEC)
+llm.save_session(file, ids)
+uses = [
+    lambda: llm.generate([rng.randrange(250)] * 50, **SPEC),
+    lambda: list(llm.stream(ids, **SPEC)),
+    lambda: llm.generate(ids, on_step=lambda step: None, **SPEC),
+    lambda: llm.generate_batch([[i] * 40 for i in range(9)], **SPEC),
+    lambda: llm.embed(["words " * 8] * 30),
+    lambda: llm.logits(ids),
+    lambda: llm.attention(ids, 1),
+    lambda: llm.save_session(file, ids),
+    lambda: llm.load_session(file),
+]
+
+def holds_nothing():
+    store, scheduler = engine._store, engine._scheduler
+    held = [p.n_pages - p.n_free - store.index.n_idle(i) for i, p in enumerate(store._kinds)]
+    return not (any(held) or store.has_guests or scheduler._begun or scheduler.waiting)
+
+def shoot(at):
+    while time.perf_counter() < at:
+        time.sleep(0)
+    signal.pthread_kill(caller, signal.SIGINT)
+
+def interrupt(*_):
+    if is_armed:
+        is_armed.clear()
+        raise KeyboardInterrupt
+
+is_armed = []
+signal.signal(signal.SIGINT, interrupt)
+for i in range(240):
+    use = uses[i % len(uses)]
+    shooter = threading.Thread(target=shoot, args=[time.perf_counter() + rng.random() ** 3 / 20])
+    shooter.start()
+    try:
+        is_armed.append(True)
+        try:
+            use()
+        except Exception as error:  # a session of what was given up
+            assert "nothing of these tokens" in str(error) or "leaves no room" in str(error), error
+        is_armed.clear()
+    except KeyboardInterrupt:
+        pass
+    shooter.join()
+    end = time.monotonic() + 10
+    while not engine.between_steps(holds_nothing):
+        assert time.monotonic() < end, f"use {i % len(uses)} still holds something"
+        time.sleep(0.001)
+print(len(llm.generate(ids, **SPEC).token_ids))
+llm.close()
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="no signals to threads")
+def test_an_interrupt_at_any_place_leaves_nothing_held(path: Path, tmp_path: Path) -> None:
+    """A program may go on after it, as notebooks do."""
+    command = [sys.executable, "-c", HEAD + INTERRUPTED, path, tmp_path / "session"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "60\n"), done.stderr
+
 
 EXITS = {
     "a thread waits for an answer": """

@@ -8,6 +8,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,18 @@ import pytest
 from edgeinfer import (
     LLM,
     AsyncLLM,
+    BusyError,
     ClosedError,
     ContextLengthError,
     EdgeInferError,
     InvalidRequestError,
+    PlanError,
     Step,
     UnsupportedModelError,
 )
 from edgeinfer.backend import head_reader
 from edgeinfer.batch import StepLimits
-from edgeinfer.embedding import _Pool
+from edgeinfer.embedding import Embedding, _Pool
 from edgeinfer.kernels.reference import ReferenceBackend
 from edgeinfer.options import LoadOptions
 
@@ -319,6 +322,63 @@ def test_a_cancelled_task_gives_all_pages_back(llm: LLM) -> None:
     while held(llm) > before:
         assert time.monotonic() < end, "pages are still held"
         time.sleep(0.01)
+
+
+def test_texts_wait_where_no_more_may(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts are refused only where others fill the queue, not for those before them."""
+    texts = [f"{i} words and more words" for i in range(30)]
+    expected = llm.embed(texts)
+    monkeypatch.setattr("edgeinfer.engine.engine.WAITING_BYTES", 8_000)
+    engine, refused = llm.runtime.engine, list[BusyError]()
+    begin = engine.begin_job
+
+    def counted(*given: Any) -> Any:
+        try:
+            return begin(*given)
+        except BusyError as error:
+            refused.append(error)
+            raise
+
+    monkeypatch.setattr(engine, "begin_job", counted)
+    for _ in range(3):
+        np.testing.assert_array_equal(llm.embed(texts), expected)
+    assert refused
+    monkeypatch.setattr(engine, "begin_job", lambda *_: begin_nothing())
+    with pytest.raises(BusyError, match="nobody of ours runs"):
+        llm.embed(texts)
+
+
+def begin_nothing() -> None:
+    raise BusyError("nobody of ours runs")
+
+
+def test_an_interrupt_while_texts_are_begun_ends_them(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each that ends begins the next: nobody would wait for hundreds of them."""
+    begun, made, before = list[int](), Embedding._begin_next, held(llm)
+
+    def interrupted(self: Embedding) -> bool:
+        if threading.current_thread() is caller and len(begun) == 3:
+            raise KeyboardInterrupt
+        begun.append(1)
+        return made(self)
+
+    caller = threading.current_thread()
+    monkeypatch.setattr(Embedding, "_begin_next", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.embed(["words and more words. " * 10] * 400)
+    engine = llm.runtime.engine
+    is_idle = partial(engine.between_steps, lambda: not engine._scheduler.has_work)
+    wait_until(is_idle, "the end of what had begun")
+    assert len(begun) < 100 and held(llm) <= before
+
+
+def test_vectors_beyond_memory_are_a_plan_error(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgeinfer.platform.available_memory", lambda: 4 * 3 * DIM - 1)
+    with pytest.raises(PlanError, match="3 texts .*fewer at a time"):
+        llm.embed(["a", "b", "c"])
+    assert llm.embed(["a", "b"]).shape == (2, DIM)
 
 
 def test_who_waits_is_told_that_the_model_was_closed(path: Path) -> None:

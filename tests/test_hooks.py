@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgeinfer import LLM, ClosedError, EdgeInferError, InvalidRequestError, Step
+from edgeinfer import LLM, ClosedError, EdgeInferError, InvalidRequestError, PlanError, Step
 from edgeinfer.backend import attention_weights
 from edgeinfer.batch import StepLimits
 from edgeinfer.graph import Attention
@@ -228,6 +228,13 @@ def test_what_can_not_be_watched_is_refused_by_name(path: Path, llm: LLM) -> Non
             one.residuals([5, 6], 2)
         with pytest.raises(InvalidRequestError, match="load it with residuals"):
             one.attention([5, 6], 0)
+    for layer in (N_LAYERS + 1, 99):
+        for ask in (
+            lambda layer=layer: llm.residuals([5], layer),
+            lambda layer=layer: llm.generate("x", on_step=look, watch=[0, layer]),
+        ):
+            with pytest.raises(InvalidRequestError, match="the model has 0 to 2, and 3 is"):
+                ask()
     with pytest.raises(InvalidRequestError, match="on_step") as caught:
         llm.generate("x", watch=["logits"])
     with pytest.raises(InvalidRequestError, match="residuals names layer 4") as caught:
@@ -261,6 +268,24 @@ def test_attention_is_the_softmax_of_scores(llm: LLM) -> None:
         np.testing.assert_array_equal(llm.attention(ids, layer, last=2), weights[-2:])
     with pytest.raises(InvalidRequestError, match="no attention"):
         llm.attention(ids, N_LAYERS)
+
+
+def test_what_a_text_shows_beyond_memory_is_a_plan_error(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any of it is computed; of what is wrong that is told instead."""
+    ids, available = list(range(20, 60)), 4 * 40 * 4 * 40 - 1
+    monkeypatch.setattr("edgeinfer.platform.available_memory", lambda: available)
+    with pytest.raises(PlanError, match="40 rows of 4 heads.*ask for the last") as caught:
+        llm.attention(ids, 0)
+    assert (caught.value.needed, caught.value.available) == (available + 1, available)
+    assert llm.attention(ids, 0, last=39).shape == (39, 4, 40)
+    with pytest.raises(InvalidRequestError, match="need 1 to 40"):
+        llm.attention(ids, 0, last=41)
+    monkeypatch.setattr("edgeinfer.platform.available_memory", lambda: 4 * 40 * DIM - 1)
+    with pytest.raises(PlanError, match="shorten the text"):
+        llm.residuals(ids, 0)
+    assert llm.residuals(ids[1:], 0).shape == (39, DIM)
 
 
 def test_attention_is_that_of_every_device(anywhere: LLM, llm: LLM) -> None:

@@ -14,7 +14,9 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import typing
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ from edgeinfer import (
     Progress,
     TemplateError,
 )
+from edgeinfer.errors import Keyword
 from edgeinfer.text.template_engine import MAX_SOURCE
 
 from .models_for_tests import tiny_model
@@ -256,6 +259,11 @@ def test_the_context_bounds_prompt_and_answer(path: Path, n_ctx: int) -> None:
         for n in (n_ctx, n_ctx + 1):
             with pytest.raises(ContextLengthError, match=f"{n} tokens, the context holds {n_ctx}"):
                 llm.generate([70] * n)
+        read = llm.generate([70] * n_ctx, max_tokens=0)
+        assert (read.usage.prompt_tokens, read.usage.completion_tokens) == (n_ctx, 0)
+        for n in (n_ctx + 1, n_ctx + 9):
+            with pytest.raises(ContextLengthError, match=f"{n} tokens, the context holds {n_ctx}"):
+                llm.generate([70] * n, max_tokens=0)
         assert len(llm.logits([70] * n_ctx)) == n_ctx
         if n_ctx < 128:
             with pytest.raises(InvalidRequestError, match="too short to slide"):
@@ -421,6 +429,135 @@ def test_logits_beyond_memory_are_a_plan_error(llm: LLM, monkeypatch: Any) -> No
     monkeypatch.setattr("edgeinfer.platform.available_memory", lambda: 1000)
     with pytest.raises(PlanError, match="last"):
         llm.logits([1, 2, 3])
+    with pytest.raises(PlanError, match="last"):
+        llm.logits([1, 2, 3], last=2)
+
+
+def test_logits_of_nothing_and_of_more_than_there_is(llm: LLM) -> None:
+    """What is wrong is told, not what it would take."""
+    for last in (4, 2**63 - 1):
+        with pytest.raises(InvalidRequestError, match="need 1 to 3") as caught:
+            llm.logits([1, 2, 3], last=last)
+        assert caught.value.param == "last"
+    for last in (None, 1):
+        with pytest.raises(InvalidRequestError, match="token_ids has no tokens"):
+            llm.logits([], last=last)
+
+
+def test_ids_of_no_token_are_refused_by_the_name_of_their_keyword(
+    path: Path, tmp_path: Path
+) -> None:
+    with LLM(path, n_ctx=64, threads=1, residuals=[0], pooling="mean") as llm:
+        for ids in ([], [llm.n_vocab], [5, -1], [2**40]):
+            calls: dict[str, list[Any]] = {
+                "prompt": [lambda ids=ids: llm.generate(ids)],
+                "token_ids": [
+                    lambda ids=ids: llm.logits(ids),
+                    lambda ids=ids: llm.residuals(ids, 0),
+                    lambda ids=ids: llm.attention(ids, 0),
+                ],
+                "batch_with": [lambda ids=ids: llm.logits([5], batch_with=[[6], ids])],
+                "texts": [lambda ids=ids: llm.embed(["x", ids])],
+                "of": [lambda ids=ids: llm.save_session(tmp_path / "s", ids)],
+            }
+            for param, asked in calls.items():
+                for ask in asked:
+                    with pytest.raises(InvalidRequestError, match="no tokens|outside the") as error:
+                        ask()
+                    assert error.value.param == param
+
+
+@pytest.mark.parametrize("n_ctx", [64, 128])
+def test_what_is_too_long_is_told_what_can_be_done(path: Path, n_ctx: int) -> None:
+    """To slide is advised who has a keyword for it, in contexts that are long enough."""
+    long = [70] * (n_ctx + 1)
+    with LLM(path, n_ctx=n_ctx, threads=1, residuals=[0]) as llm:
+        asked: list[tuple[bool, Any]] = [
+            (n_ctx >= 128, lambda: llm.generate(long)),
+            (n_ctx >= 128, lambda: llm.generate("x" * 9 * n_ctx)),
+            (n_ctx >= 128, lambda: llm.generate("x" * 900_000)),
+            (n_ctx >= 128, lambda: llm.chat("x" * 9 * n_ctx)),
+            (False, lambda: llm.logits(long)),
+            (False, lambda: llm.logits([1], batch_with=[long])),
+            (False, lambda: llm.residuals(long, 0)),
+            (False, lambda: llm.attention(long, 0)),
+        ]
+        for can_slide, ask in asked:
+            with pytest.raises(ContextLengthError) as caught:
+                ask()
+            assert (Keyword("overflow", "slide") in caught.value.advice) == can_slide
+        if n_ctx >= 128:
+            assert llm.generate(long, overflow="slide", max_tokens=2).usage.prompt_tokens > n_ctx
+
+
+# -- errors --------------------------------------------------------------------------------------
+
+
+def _failing_uses(llm: LLM, path: Path, file: Path) -> dict[str, Callable[[], object]]:
+    """What raises an error of another thread's."""
+    program = llm.runtime.program
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    def polled() -> None:
+        stream = llm.stream("a", on_step=fail)
+        while True:
+            stream.poll()
+
+    def broken(use: Callable[[], object]) -> Callable[[], None]:
+        def used() -> None:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(program, "submit", fail)
+                use()
+
+        return used
+
+    def saved() -> None:
+        read = program.read_pages
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(program, "read_pages", lambda g, p: fail() if p else read(g, p))
+            llm.save_session(file, [5] * 40)
+
+    return {
+        "stream": lambda: list(llm.stream("a", on_step=fail)),
+        "generate": lambda: llm.generate("a", on_step=fail),
+        "batch": lambda: llm.generate_batch(["a", "b"], on_step=fail),
+        "poll": polled,
+        "logits": broken(lambda: llm.logits([1, 2])),
+        "residuals": broken(lambda: llm.residuals([1, 2], 0)),
+        "embed": broken(lambda: llm.embed(["a", "b"])),
+        "session": saved,
+        "load": lambda: LLM(path, memory=1),
+        "chat": lambda: llm.chat("a"),
+    }
+
+
+def test_an_error_of_another_thread_keeps_nothing_of_who_catches_it(tmp_path: Path) -> None:
+    """No stream, and no array, once its function has ended: not until garbage is collected."""
+    path = tiny_model(tmp_path, n_ctx=64)  # without a template for chats
+    with LLM(path, threads=1, pooling="mean", residuals=[0]) as llm:
+        llm.generate([5] * 40, max_tokens=1)
+        gc.collect()
+        gc.disable()
+        try:
+            for name, use in _failing_uses(llm, path, tmp_path / "s").items():
+                caught = [_caught(use) for _ in range(3)]
+                assert [local() for local, _ in caught] == [None] * 3, name
+                # Nor does it have those of who caught it before.
+                assert caught[0][1] == caught[2][1], name
+        finally:
+            gc.enable()
+
+
+def _caught(use: Callable[[], object]) -> tuple[weakref.ref[Any], int]:
+    """Something that was there, and how many frames the error went through."""
+    local = np.zeros(1)
+    try:
+        use()
+    except Exception as error:
+        return weakref.ref(local), len(traceback.extract_tb(error.__traceback__))
+    raise AssertionError("no error")
 
 
 # -- loading and closing -------------------------------------------------------------------------
@@ -614,6 +751,25 @@ def test_an_interrupted_load_is_closed_when_it_is_done(
     with pytest.raises(KeyboardInterrupt):
         LLM(path, device="reference")
     assert closed.wait(10)
+
+
+def test_an_interrupted_close_closes_all_the_same(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever waits for a long step to end may lose patience."""
+    llm = LLM(path, n_ctx=64, threads=1)
+    engine, file = llm.runtime.engine, llm.runtime.model.file
+
+    def interrupted(timeout: float | None = None) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._thread, "join", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.close()
+    assert all(part._bytes._file.is_closed for part in file._parts)
+    engine._thread.join(20)
+    assert not engine._thread.is_alive() and engine._has_ended
 
 
 def test_a_dropped_model_ends_its_thread(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -468,6 +469,36 @@ def test_building_is_planned_and_takes_no_more_than_there_is(
     assert [n_builders(99, n * BUILDER_BYTES) for n in (0, 1)] == [1, 1]
     assert n_builders(99, 100 * BUILDER_BYTES) == n_builders(99, None) <= 8
     assert n_builders(1, None) == 1
+
+
+@pytest.mark.usefixtures("no_screen")
+@pytest.mark.parametrize("where", [{}, {"device": "shim", "gpu_layers": 1}], ids=str)
+def test_more_memory_never_refuses_what_less_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: dict[str, Any]
+) -> None:
+    """With kernels to build, by as many processes as there is memory for beside their code."""
+    if where and shutil.which("g++") is None:
+        pytest.skip("no g++ to compile kernels for processors")
+    monkeypatch.setenv("EDGEINFER_HOME", str(tmp_path / "empty"))
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    path = tiny_model(tmp_path, head_dim=24)
+    code = plan(path, n_ctx=64, **where).rows["code"]
+
+    def taken(memory: int) -> int | None:
+        try:
+            return plan(path, n_ctx=64, memory=memory, **where).host.total_bytes
+        except PlanError:
+            return None
+
+    with pytest.raises(PlanError) as caught:  # of one process
+        plan(path, n_ctx=64, memory=1024, **where)
+    least = caught.value.needed
+    assert least
+    for n_builders_more in range(4):
+        for at in (-code, -1, 0, 1, code // 2, code - 1, code, 30 * MiB):
+            memory = least + n_builders_more * BUILDER_BYTES + at
+            found = taken(memory)
+            assert found is None and memory < least or found is not None and found <= memory
 
 
 @ONLY_LINUX

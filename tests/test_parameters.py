@@ -6,6 +6,7 @@ import itertools
 import math
 import pickle
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from edgeinfer.errors import (
     PlanError,
     TemplateError,
     UnsupportedModelError,
+    another,
 )
 from edgeinfer.parameters import SAMPLING, Parameter, parse_memory
 from edgeinfer.sampling.params import SamplingParams
@@ -65,6 +67,13 @@ class Odd:
 
 async def later(*_: object) -> None:
     """Called, it does nothing yet."""
+
+
+class Later:
+    """It can be called, too."""
+
+    async def __call__(self, *_: object) -> None:
+        pass
 
 
 def made_one_by_one(*_: object) -> Iterator[None]:
@@ -117,11 +126,14 @@ def _wrong(parameter: Parameter) -> list[Any]:
         "pre": [5, b"x", ["x"], True, Odd()],
         "chat_template": [5, b"x", ["x"], True, Odd()],
         "pooling": [5, "", "cls", "Mean", b"mean", ["mean"], True, Odd()],
-        "progress": [5, "x", True, [print], object(), later, made_one_by_one],
+        "progress": [5, "x", True, [print], object(), later, made_one_by_one, partial(later)],
         "schema": [5, 1.5, b"{}", ["x"], (), print, 5j, "", "[1]", False, {"not": {}}, Path, Odd()],
         "grammar": [5, b"start: a", ["x"], True, "", "nothing", {"a": 1}, Odd()],
         "regex": [5, b"a", ["a"], True, "(", "(?=a)", Odd()],
-        "on_step": [5, "x", True, [print], object(), later, made_one_by_one, Odd().later],
+        "on_step": [
+            5, "x", True, [print], object(), later, made_one_by_one, Odd().later, Later(),
+            partial(later), partial(partial(later, 1), 2), partial(Later()), partial(Odd().later),
+        ],
         "residuals": [5, "1", b"1", [1.0], [True], ["1"], [-1], [2**70], [[1]], {1: 2}, Odd()],
         "watch": [
             5, "logits", b"logits", [], ["nothing"], ["logits", -1], [1.0], [True], [None],
@@ -306,6 +318,29 @@ ERRORS = [
     UnsupportedModelError("new", architecture="a", missing=("b",)),
     InvalidRequestError("odd", param="p"),
 ]
+
+
+class Prefixed(Exception):
+    """Made of what it has kept it would be another one."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(f"wrong: {text}")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [*ERRORS, OSError(2, "no", "x"), KeyError("k"), UnicodeDecodeError("utf-8", b"x", 0, 1, "no")],
+    ids=lambda error: type(error).__name__,
+)
+def test_another_error_is_like_the_first(error: Exception) -> None:
+    error.__cause__ = ValueError("before")
+    found = another(error)
+    assert type(found) is type(error) and found is not error
+    assert (str(found), found.args) == (str(error), error.args)
+    assert vars(found) == vars(error) and getattr(found, "errno", 0) == getattr(error, "errno", 0)
+    assert found.__cause__ is error.__cause__
+    odd = Prefixed("a")
+    assert another(odd) is odd
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)

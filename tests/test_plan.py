@@ -18,13 +18,14 @@ from edgeinfer.batch import Demand, StepLimits, StepRequest
 from edgeinfer.cli.main import main
 from edgeinfer.engine import memory_plan
 from edgeinfer.engine.memory_plan import MemoryPlan, PlanRequest, solve
-from edgeinfer.engine.plan_error import _most, _would_fit
+from edgeinfer.engine.plan_error import _most, would_fit
 from edgeinfer.engine.plan_rows import HostBytes, Pool
-from edgeinfer.errors import Keyword, PlanError
+from edgeinfer.errors import Keyword, PlanError, UnsupportedModelError
 from edgeinfer.gguf import GGUFFile
 from edgeinfer.graph import Segment
 from edgeinfer.model import Model
 from edgeinfer.parameters import parse_memory
+from edgeinfer.server.load_choices import advice_beside
 from edgeinfer.tui.errors import in_chat
 from edgeinfer.tui.launch import _plan
 
@@ -129,9 +130,12 @@ def test_a_plan_is_within_every_budget_or_an_error(
 class OneMemory:
     """All in the host's memory; `per_token` bytes of cache in f16, and rows of a step."""
 
-    def __init__(self, per_token: int, weights: int, per_row: int, packing: int = 0) -> None:
+    def __init__(
+        self, per_token: int, weights: int, per_row: int, packing: int = 0, *, few: bool = False
+    ) -> None:
+        """`few`: it runs K and V in f16 alone."""
         self._per_token, self._weights, self._per_row = per_token, weights, per_row
-        self._packing = packing
+        self._packing, self._is_few = packing, few
 
     def memories(self, host: int) -> Mapping[str, int]:
         return {"host": host}
@@ -139,6 +143,8 @@ class OneMemory:
     def demand(self, segment: Segment, request: StepRequest) -> Demand:
         limits = StepLimits.of(request, 320, segment.groups, 256)
         (kv, *_) = segment.caches.values()
+        if self._is_few and {kv.k_type, kv.v_type} != {"f16"}:
+            raise UnsupportedModelError("heads that are too wide")
         share = {"f16": 64, "q8_0": 34, "q4_0": 18}
         cache = limits.n_pages[0] * 32 * self._per_token * (share[kv.k_type] + share[kv.v_type])
         rows = {
@@ -161,14 +167,17 @@ TYPES: list[tuple[str, str] | None] = [None, ("f16", "f16"), ("f16", "q8_0"), ("
     per_row=st.integers(0, 200_000), host=st.integers(0, 1 << 30),
     n_ctx=st.none() | st.integers(1, 40_000), slots=st.integers(1, 20),
     types=st.sampled_from(TYPES), is_allowed=st.booleans(), kept=st.none() | st.integers(0, 90_000),
+    few=st.booleans(),
 )  # fmt: skip
-@example(9 * MiB, 20_000, 0, 150 * MiB, 40_000, 700, None, False, None)
-@example(9 * MiB, 20_000, 0, 150 * MiB, 40_000, 2, ("f16", "f16"), False, 90_000)
+@example(9 * MiB, 20_000, 0, 150 * MiB, 40_000, 700, None, False, None, False)
+@example(9 * MiB, 20_000, 0, 150 * MiB, 40_000, 2, ("f16", "f16"), False, 90_000, False)
+@example(9 * MiB, 20_000, 0, 150 * MiB, 40_000, 2, ("f16", "f16"), False, 90_000, True)
 def test_every_setting_that_an_error_names_works_by_itself(
     segment: Segment, weights: int, per_token: int, per_row: int, host: int, n_ctx: int | None,
-    slots: int, types: Any, is_allowed: bool, kept: int | None,
+    slots: int, types: Any, is_allowed: bool, kept: int | None, few: bool,
 ) -> None:  # fmt: skip
-    machine = OneMemory(per_token, weights, per_row, packing=16 * MiB)
+    few = few and types in TYPES[:2]  # what it does not run is refused for that
+    machine = OneMemory(per_token, weights, per_row, packing=16 * MiB, few=few)
     request = PlanRequest(
         n_ctx, slots, 1, host, {}, types, HostBytes(9 * MiB, 20 * MiB), host << is_allowed, kept
     )
@@ -188,12 +197,44 @@ def test_every_setting_that_an_error_names_works_by_itself(
             assert works(segment, machine, request, each), str(each)
         if not named:
             assert "smaller file" in str(error)
-            least = dict(n_ctx=32, slots=1, kept_tokens=0, kv_type=types and "q4_0")
+            least_types = "q4_0" if types and not few else None
+            least = dict(n_ctx=32, slots=1, kept_tokens=0, kv_type=least_types)
             assert not works(segment, machine, request, *(Keyword(*each) for each in least.items()))
     else:
         assert found.fits and (n_ctx is None or found.n_ctx == n_ctx)
         assert types is None or found.kv_types == types
         assert found.slots == slots
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    weights=st.integers(0, 500 * MiB), per_token=st.integers(1, 60_000),
+    budget=st.integers(1, 1 << 30), most=st.integers(1, 2 << 30), left=st.integers(0, 2 << 30),
+    others=st.integers(24 * MiB, 600 * MiB), slots=st.integers(1, 9), n_ctx=st.integers(32, 40_000),
+)  # fmt: skip
+@example(300 * MiB, 1, 300 * MiB, 400 * MiB, 1 << 30, 100 * MiB, 1, 32)
+@example(300 * MiB, 60_000, 300 * MiB, 400 * MiB, 1 << 30, 24 * MiB, 1, 40_000)
+def test_a_server_advises_what_works_and_no_more_memory_than_there_is(
+    segment: Segment, weights: int, per_token: int, budget: int, most: int, left: int, others: int,
+    slots: int, n_ctx: int,
+) -> None:  # fmt: skip
+    """Of its `budget` others have a part; it may have `most`, and `left` of that is left now."""
+    machine = OneMemory(per_token, weights, 0)
+    request = PlanRequest(
+        n_ctx, slots, 1, max(1, budget - others), {}, ("f16", "f16"), most_available=left
+    )
+    try:
+        solve(segment, machine, request)
+    except PlanError as error:
+        advice = advice_beside(error, others, most)
+        named = [each for each in advice if isinstance(each, Keyword)]
+        assert "".join(map(str, advice)).strip()
+        for each in [] if "together" in str(error) else named:
+            if each.name == "memory":
+                memory = parse_memory(str(each.value), 0)
+                assert memory <= most
+                each = Keyword("memory", f"{memory - others}")
+            assert works(segment, machine, request, each), str(each)
 
 
 def works(segment: Segment, machine: OneMemory, request: PlanRequest, *named: Keyword) -> bool:
@@ -205,7 +246,7 @@ def works(segment: Segment, machine: OneMemory, request: PlanRequest, *named: Ke
         changed["kv_types"] = kind, kind
     try:
         return solve(segment, machine, request._replace(**changed)).fits
-    except PlanError:
+    except (PlanError, UnsupportedModelError):
         return False
 
 
@@ -329,7 +370,7 @@ def test_a_plan_for_a_gpu_takes_no_memory_and_names_no_other_way(tmp_path: Path)
 
 def test_advice_names_any_number_of_settings() -> None:
     settings = [Keyword("slots", 1), Keyword("n_ctx", 512), Keyword("kv_type", "q8_0")]
-    told = ["".join(map(str, _would_fit(settings[:n], " and "))) for n in (1, 2, 3)]
+    told = ["".join(map(str, would_fit(settings[:n], " and "))) for n in (1, 2, 3)]
     assert told == [
         "slots=1 would fit",
         "slots=1 and n_ctx=512 would fit",

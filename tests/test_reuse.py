@@ -68,6 +68,8 @@ def test_tokens_that_later_prompts_share(llm: LLM) -> None:
     for i in range(3):
         answer = llm.generate([*head, 200 + i, *range(30, 50)], n_stable=len(head), **SPEC)
     assert answer.usage.cached_tokens >= 96
+    whole = llm.stream(head, n_stable=10**6, **SPEC)  # shorter than what is shared
+    assert whole.request.n_stable == len(head) and whole.run().usage.completion_tokens
 
 
 def test_what_is_cached_changes_no_token(llm: LLM) -> None:

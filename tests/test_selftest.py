@@ -255,8 +255,10 @@ def test_errors_say_what_there_is(tmp_path: Path) -> None:
     assert done.returncode == 2 and f"no step huge; there are {', '.join(run.NAMES)}" in done.stderr
     done = selftest("--device", "reference", home=tmp_path)
     assert done.returncode == 2 and "choose cpu, shim or cuda" in done.stderr
-    done = selftest("--device", "cpu", "--write", str(tmp_path), home=tmp_path, program=PLAIN)
-    assert done.returncode == 1 and "can't be written" in done.stderr and done.stdout == ""
+    for path in (tmp_path, tmp_path / "there" / "hashes"):  # no folder is made
+        done = selftest("--device", "cpu", "--write", str(path), home=tmp_path, program=PLAIN)
+        assert done.returncode == 1 and "can't be written" in done.stderr and done.stdout == ""
+    assert not (tmp_path / "there").exists()
     if not shutil.which("nvidia-smi"):
         done = selftest("--device", "cuda", home=tmp_path)
         assert done.returncode == 1 and "needs an NVIDIA driver" in done.stderr

@@ -46,7 +46,7 @@ def engine_of(name: str, model: Segment) -> Engine:
 def test_a_conversation_goes_on_in_another_engine(
     models: dict[str, Segment], kind: str, name: str, tmp_path: Path
 ) -> None:
-    path = tmp_path / "there" / "talk.session"
+    path = tmp_path / "talk.session"
     first = engine_of(name, models[kind])
     answer = told(first.submit(ask(PROMPT, 20)))[0]
     ids = [*PROMPT, *answer]
@@ -300,6 +300,68 @@ def test_a_save_that_is_killed_leaves_the_old_session(
     sessions.save(path, PROMPT[:132])
     assert list(tmp_path.iterdir()) == [path]
     engine.close()
+
+
+@pytest.mark.parametrize("is_saved", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_interrupted_wait_for_a_session_holds_nothing(
+    models: dict[str, Segment], kind: str, is_saved: bool, tmp_path: Path
+) -> None:
+    """The engine opens it all the same, once it gets there: behind a long step, for example."""
+    path, is_let_go = tmp_path / "talk.session", threading.Event()
+    with opened(models[kind], slots=1) as (engine, _), pytest.MonkeyPatch.context() as patch:
+        told(engine.submit(ask(PROMPT, 1)))
+        sessions = engine.sessions("m")
+        sessions.save(path, PROMPT)
+
+        def interrupted() -> None:
+            if threading.current_thread() is not holder:
+                patch.undo()
+                is_let_go.set()
+                raise KeyboardInterrupt
+
+        holder = threading.Thread(target=engine.between_steps, args=[lambda: is_let_go.wait(20)])
+        holder.start()
+        patch.setattr(engine, "check_alive", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            sessions.save(path, PROMPT) if is_saved else sessions.load(path)
+        holder.join(20)
+        assert not engine._store.has_guests
+        check_all_is_given_back(engine)
+        assert len(told(engine.submit(ask(text(62, 600), 30)))[0]) == 30  # as all pages hold
+
+
+@pytest.mark.parametrize("name", ["copy_pages", "read_pages", "write_pages"])
+def test_a_session_that_a_device_fails_holds_nothing(
+    models: dict[str, Segment], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pages are copied where a conversation ends inside of one."""
+    path = tmp_path / "talk.session"
+    with opened(models["full"]) as (engine, program):
+        told(engine.submit(ask(PROMPT, 1)))
+        sessions = engine.sessions("m")
+        assert sessions.save(path, PROMPT[:100]) == 100
+
+        def fail(group: int, pages: list[int], *rest: Any) -> Any:
+            if not pages:  # how large one is
+                return type(program).__getattr__(program, name)(group, pages, *rest)
+            raise ValueError("the device's")
+
+        monkeypatch.setattr(program, name, fail, raising=False)
+        with pytest.raises(ValueError, match="the device's"):
+            sessions.load(path) if name == "write_pages" else sessions.save(path, PROMPT[:101])
+        assert not engine._store.has_guests
+        check_all_is_given_back(engine)
+
+
+def test_no_folder_is_made_for_a_session(models: dict[str, Segment], tmp_path: Path) -> None:
+    """It may be mistyped; no command that writes a file makes one either."""
+    with opened(models["full"]) as (engine, _):
+        told(engine.submit(ask(PROMPT, 2)))
+        with pytest.raises(FileNotFoundError, match="there"):
+            engine.sessions("m").save(tmp_path / "there" / "talk.session", PROMPT)
+        assert not [*tmp_path.iterdir()]
+        check_all_is_given_back(engine)
 
 
 @pytest.mark.parametrize("is_saved", [False, True])

@@ -306,6 +306,29 @@ def test_an_interrupted_stream_has_what_came_before(
     assert list(stream) == []
 
 
+def test_an_interrupted_poll_loses_no_event_unseen(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interrupt between an event's coming and its being shown: the answer ends there."""
+    stream = llm.stream("hello", **SLIDING)
+    tokens, take = _read(stream, 5), Stream._take
+
+    def interrupted(self: Stream, event: Any) -> None:
+        monkeypatch.setattr(Stream, "_take", take)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Stream, "_take", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        while True:
+            stream.poll()
+    with pytest.raises(StopIteration):
+        stream.poll()
+    assert stream.completion.finish_reason == "cancelled"
+    assert stream.completion.token_ids[:5] == tokens
+    whole = llm.generate("hello", **SLIDING | {"max_tokens": len(stream.completion.token_ids)})
+    assert stream.completion.token_ids == whole.token_ids
+
+
 @needs_signals
 def test_a_signal_handler_may_close_the_stream_being_read(llm: LLM) -> None:
     stream = llm.stream("hello", **SLIDING)
@@ -366,6 +389,29 @@ def test_a_second_reader_is_refused_and_harms_nobody(llm: LLM) -> None:
             break
     thread.join(10)
     assert stream.run().token_ids == alone
+
+
+@pytest.mark.parametrize("way", ["run", "async"])
+def test_a_second_reader_that_wants_the_whole_harms_nobody(llm: LLM, way: str) -> None:
+    gate, begun = _gate(llm), threading.Event()
+    stream, found = llm.stream("hello", max_tokens=40, **ENDLESS), []
+
+    def read() -> None:
+        for event in stream:
+            found.append(event)
+            begun.set()
+
+    thread = threading.Thread(target=read)
+    thread.start()  # it waits for what does not come yet
+    try:
+        _wait_until(lambda: stream._reader == thread.ident)
+        with pytest.raises(InvalidRequestError, match="one reader") as caught:
+            stream.run() if way == "run" else asyncio.run(AsyncStream(stream).run())
+        assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+    finally:
+        gate.set()
+    thread.join(20)
+    assert isinstance(found[-1], Done) and stream.completion.usage.completion_tokens == 40
 
 
 def test_readers_may_follow_one_another(llm: LLM) -> None:
@@ -706,24 +752,39 @@ def test_logprobs_spell_hidden_tokens(llm: LLM) -> None:
     assert (ended.stop, ended.finish_reason) == ("<|eos|>", "stop")
 
 
-def test_a_callback_that_waits_for_an_answer_is_refused(llm: LLM) -> None:
-    """It runs where answers are made: all of them would wait for ever."""
+@pytest.mark.parametrize("is_step", [False, True])
+def test_a_callback_that_waits_is_refused(llm: LLM, is_step: bool, tmp_path: Path) -> None:
+    """It runs where answers are made: all of them would wait for ever.
+
+    Nor may it have pages copied: those of a step that runs are read meanwhile.
+    """
+    llm.generate([5] * 40, max_tokens=1)
+    llm.save_session(tmp_path / "saved", [5] * 40)
     stream, refused, done = llm.stream("ab", **ENDLESS), [], threading.Event()
 
     def wait() -> None:
-        for waiting in (lambda: llm.generate("ab", max_tokens=3), lambda: llm.logits([5])):
+        for waiting in (
+            lambda: llm.generate("ab", max_tokens=3),
+            lambda: llm.logits([5]),
+            lambda: llm.save_session(tmp_path / "other", [5] * 40),
+            lambda: llm.load_session(tmp_path / "saved"),
+        ):
             try:
                 waiting()
             except InvalidRequestError as error:
                 refused.append(str(error))
         done.set()
 
-    while stream.poll() is not None:
-        pass
-    stream.notify(wait)
-    assert done.wait(9)
+    if is_step:
+        llm.generate("cd", max_tokens=1, on_step=lambda step: wait())
+    else:
+        while stream.poll() is not None:
+            pass
+        stream.notify(wait)
+        assert done.wait(9)
     stream.close()
-    assert len(refused) == 2
+    assert len(refused) == 4 and all("callback can't wait" in each for each in refused)
+    assert not (tmp_path / "other").exists()
     assert llm.generate("ab", max_tokens=3, temperature=0).usage.prompt_tokens
 
 

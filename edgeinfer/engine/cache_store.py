@@ -18,6 +18,7 @@ from edgeinfer.engine.checkpoints import EVERY, borders_of, checkpoints
 from edgeinfer.engine.leaders import leader_of
 from edgeinfer.engine.prefix_index import BORDER, PLAIN, STABLE, USED, Match, Node, PrefixIndex
 from edgeinfer.engine.sequence import Sequence
+from edgeinfer.errors import BusyError
 
 _NO_LIMIT = 1 << 30
 
@@ -299,33 +300,33 @@ class CacheStore:
     def lend(self, ids: SequenceOf[int], layout: CacheLayout) -> Sequence:
         """A sequence that runs in no step, on what has been computed of all of `ids`."""
         guest = self.open_empty([*ids, 0], layout)  # of a last one nothing would be looked for
-        self._guests.append(guest)
         self._extend(guest)
+        self._guests.append(guest)  # last: of one that an error cuts short nobody is told
         return guest
 
-    def receive(self, ids: SequenceOf[int], layout: CacheLayout) -> Sequence | None:
-        """A sequence for what is about to be written; None where that many pages are not left."""
+    def receive(self, ids: SequenceOf[int], layout: CacheLayout) -> Sequence:
+        """A sequence for what is about to be written; BusyError where pages are not left for it."""
         guest = self.open_empty(ids, layout)
         seen = [layout.seen_pages(group, len(ids)) for group in range(len(self.pools))]
         needed = [*map(len, seen), *([1] if self._states is not None else [])]
         if not all(self._free(kind, n) for kind, n in enumerate(needed)):
-            return None
+            raise BusyError(f"what runs leaves no room for a session of {len(ids)} tokens")
         pages = [
             {page: pool.take() for page in of_group}
             for pool, of_group in zip(self.pools, seen, strict=True)
         ]
         state = -1 if self._states is None else self._states.take()
-        self._guests.append(guest)
         guest.cache.begin_at(len(ids), pages, state)
+        self._guests.append(guest)
         return guest
 
     def dismiss(self, guest: Sequence, *, is_kept: bool) -> None:
         """End such a sequence, and have the index hold what it does."""
+        self._guests = [each for each in self._guests if each is not guest]
         if is_kept:
             self.keep(guest)
         else:
             self.free(guest)
-        self._guests = [each for each in self._guests if each is not guest]
 
     # -- the end ---------------------------------------------------------------------------------
 

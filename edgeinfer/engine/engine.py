@@ -97,9 +97,10 @@ class Engine:
 
     def submit(self, request: Request) -> Generation:
         """Queue a request; what can be refused is refused here."""
-        check_ids(request.ids, self.n_vocab)
+        check_ids(request.ids, self.n_vocab, "prompt", "the prompt")
         if request.overflow == "error":
-            check_length(len(request.ids), self.n_ctx, n_answer=1)
+            n_answer = int(request.max_tokens != 0)
+            check_length(len(request.ids), self.n_ctx, n_answer, may_slide=True)
         request.params.check_vocabulary(self.n_vocab)
         layout = self.layout(request.overflow, request.n_pinned)
         # An eighth of what Python's integers take, for as long as it waits and runs.
@@ -115,6 +116,7 @@ class Engine:
         batch_with: SequenceOf[SequenceOf[int]] | None = None,
     ) -> NDArray[np.float32]:
         """Logits after each of the `last` tokens of `ids` (all by default), (last, V)."""
+        check_ids(ids, self.n_vocab, "token_ids")
         n_out = len(ids) if last is None else last
         if not 0 < n_out <= len(ids):
             raise InvalidRequestError(f"last is {last}, need 1 to {len(ids)}", param="last")
@@ -141,8 +143,8 @@ class Engine:
         Where they slide the first token stays, as that of an answer does.
         """
         lists = (ids, *(batch_with or ()))
-        for each in lists:
-            check_ids(each, self.n_vocab)
+        for i, each in enumerate(lists):
+            check_ids(each, self.n_vocab, "batch_with" if i else "token_ids")
             if overflow == "error":
                 check_length(len(each), self.n_ctx)
         layout = self.layout(overflow, n_pinned=1)
@@ -156,7 +158,7 @@ class Engine:
 
         `ended`, which can't raise, is then called with the job, in the engine's thread.
         """
-        check_ids(ids, self.n_vocab)
+        check_ids(ids, self.n_vocab, "token_ids")
         check_length(len(ids), self.n_ctx)
         layout = self.layout("error")
         job = LogitsJob.of((ids,), len(ids), None, self.limits, layout, lambda *_: None, hook)
@@ -177,8 +179,7 @@ class Engine:
 
     def between_steps(self, action: Callable[[], T]) -> T:
         """Call `action` in the engine's thread while no step runs; what it returns or raises."""
-        if threading.current_thread() is self._thread:
-            return action()
+        self._check_thread()  # a callback is called while one runs
         errand = Errand(action)
         with self._changed:
             if is_open := not self._closed:

@@ -36,6 +36,11 @@ class Errand(Generic[T]):
         return self._done.wait(timeout)
 
     def result(self) -> T:
-        if self._error is not None:
-            raise self._error
-        return self._found[0]
+        """Once: an error that was kept here would keep the frames of who waited for it."""
+        error, self._error = self._error, None
+        if error is None:
+            return self._found[0]
+        try:
+            raise error
+        finally:
+            del error

@@ -12,6 +12,16 @@ from edgeinfer.errors import InvalidRequestError
 T = TypeVar("T")
 
 
+class HasReaderError(InvalidRequestError):
+    """Who is refused for that must not end what another one reads."""
+
+    def __init__(self) -> None:
+        super().__init__("the stream is being read already; it has one reader")
+
+    def __reduce__(self) -> tuple[type[HasReaderError], tuple[()]]:
+        return type(self), ()
+
+
 class EventQueue(Generic[T]):
     """Events from one producer, which never waits, to one reader.
 
@@ -75,7 +85,7 @@ class EventQueue(Generic[T]):
         """
         with self._arming:
             if self._callbacks:
-                raise InvalidRequestError("the stream is being read already; it has one reader")
+                raise HasReaderError
             self._is_quick = is_quick
             self._callbacks.append(callback)
         # NOTE: after arming, or an event that comes in between would wake nobody.

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 import numpy as np
 
 from edgeinfer.batch import PAGE, StepLimits
-from edgeinfer.engine.cache import STEP_SLOTS, CacheLayout
+from edgeinfer.engine.cache import LEAST_SLIDING, STEP_SLOTS, CacheLayout
 from edgeinfer.engine.cache_store import CacheStore
 from edgeinfer.engine.delivery import Delivery
 from edgeinfer.engine.drafting import Drafting
@@ -48,8 +48,7 @@ if TYPE_CHECKING:
     from edgeinfer.engine.constraint import Matcher
     from edgeinfer.engine.hooks import Hook
 
-# Waking up now and then lets signals in where a wait can't be interrupted.
-WAKE_SECONDS = 0.1
+WAKE_SECONDS = 0.1  # lets signals in where a wait can't be interrupted
 MOST_UNREAD = 256  # events; a step may add a few more, 40 KiB in all
 
 
@@ -115,10 +114,10 @@ class Generation:
         self.error: BaseException | None = None  # what it was cancelled for
         self.rank: Rank = (0, 0)  # the scheduler's
         self.n_bytes = request.n_bytes  # about what it takes while it does not run
-        # Prompt and answer are no longer together than the context; one that slides has no end.
+        # Prompt and answer are no longer together than the context, but what slides has no end.
         most = request.max_tokens
         self.max_tokens = None if most is None else max(1, most)  # of none its prompt is read
-        if layout.n_ctx is not None:
+        if layout.n_ctx is not None and most != 0:
             room = layout.n_ctx - len(request.ids)
             self.max_tokens = room if self.max_tokens is None else min(self.max_tokens, room)
         self.events: EventQueue[EngineEvent] = EventQueue(MOST_UNREAD, worker.wake)
@@ -344,38 +343,46 @@ class LogitsJob:
             self.is_cancelled = True
             worker.interrupt()
             raise
-        if self.error is not None:
-            raise self.error
+        error, self.error = self.error, None
+        if error is not None:
+            try:
+                raise error
+            finally:  # or its frames keep it, and those of who catches it
+                del error
 
 
-def check_ids(ids: SequenceOf[int], n_vocab: int) -> None:
-    """Raise unless these are one or more tokens of the vocabulary."""
+def check_ids(ids: SequenceOf[int], n_vocab: int, param: str, name: str = "") -> None:
+    """Raise unless these are one or more tokens of the vocabulary; `name` is theirs in words."""
     if not len(ids):
-        raise InvalidRequestError("the prompt has no tokens", param="prompt")
+        raise InvalidRequestError(f"{name or param} has no tokens", param=param)
     for id in (min(ids), max(ids)):
         if not 0 <= id < n_vocab:
             raise InvalidRequestError(
-                f"token id {id} is outside the vocabulary of {n_vocab} tokens", param="prompt"
+                f"token id {id} is outside the vocabulary of {n_vocab} tokens", param=param
             )
 
 
-def check_length(n_tokens: int, n_ctx: int, n_answer: int = 0, *, is_least: bool = False) -> None:
+def check_length(
+    n_tokens: int, n_ctx: int, n_answer: int = 0, *, is_least: bool = False, may_slide: bool = False
+) -> None:
     """Raise where a context can't hold so many tokens, and so many of an answer.
 
-    `is_least` says that there are more, which nobody has counted.
+    `is_least` says that there are more, which nobody has counted; `may_slide` that the caller has a
+    keyword for that.
     """
     if n_tokens + n_answer > n_ctx:
         room = f" with {n_answer} of an answer" if n_answer and n_tokens == n_ctx else ""
         counted = f"at least {n_tokens}" if is_least else f"{n_tokens}"
         raise ContextLengthError(
             f"the prompt is {counted} tokens, the context holds {n_ctx}{room}",
-            advice=_ON_LENGTH,
+            advice=_TO_SLIDE if may_slide and n_ctx >= LEAST_SLIDING else _TO_FIT,
             n_tokens=n_tokens,
             n_ctx=n_ctx,
         )
 
 
-_ON_LENGTH = (
+_TO_FIT = ("raise ", Keyword("n_ctx"), " or shorten the prompt")
+_TO_SLIDE = (
     "raise ", Keyword("n_ctx"), ", shorten the prompt, or use ", Keyword("overflow", "slide"),
 )  # fmt: skip
 

@@ -6,6 +6,7 @@ Knows nothing of how memory is obtained.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -167,11 +168,12 @@ def solve(segment: Segment, backend: Backend, request: PlanRequest) -> MemoryPla
         """Bytes that `solve` would leave, below 0 where it finds no plan: of what it tries last."""
         settings = [*_settings(segment, asked)][-len(_types(asked)) :]
         found = []
-        for _, plan in _plans(segment, backend, asked, reversed(settings)):  # the smallest first
-            found.append(plan.room)
-            if plan.fits:
-                break
-        return max(found)
+        with suppress(UnsupportedModelError):  # of types that nobody but an advice asks for
+            for _, plan in _plans(segment, backend, asked, reversed(settings)):  # smallest first
+                found.append(plan.room)
+                if plan.fits:
+                    break
+        return max(found, default=-1)
 
     raise does_not_fit(min(plans, key=lambda plan: plan.n_missing), request, room)
 

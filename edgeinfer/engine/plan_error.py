@@ -35,9 +35,9 @@ def does_not_fit(plan: MemoryPlan, request: PlanRequest, room: Room) -> PlanErro
             "give it that once: `edgeinfer warmup` builds the kernels that later starts take",
         )
     elif settings := _settings(plan, request, n_ctx, room):
-        advice = _would_fit(settings, " or ")
+        advice = would_fit(settings, " or ")
     elif settings := _together(plan, request, room):
-        advice = _would_fit(settings, " and ", " together" if len(settings) > 1 else "")
+        advice = would_fit(settings, " and ", " together" if len(settings) > 1 else "")
     slots = f" in {plan.slots} slots" if plan.slots > 1 else ""
     return PlanError(
         f"the model needs {_needed(pool)} for {plan.n_ctx} tokens of context{slots}, "
@@ -132,7 +132,7 @@ def _most(high: int, room: Callable[[int], int]) -> int:
     return low
 
 
-def _would_fit(settings: list[Keyword], joint: str, how: str = "") -> Advice:
+def would_fit(settings: list[Keyword], joint: str, how: str = "") -> Advice:
     """Such as "slots=1, n_ctx=512 and kv_type=q8_0 together would fit"."""
     joints = [*[", "] * (len(settings) - 2), joint]
     further = (part for each in zip(joints, settings[1:], strict=False) for part in each)

@@ -7,7 +7,6 @@ but how many there are.
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
 import math
 import time
@@ -23,6 +22,7 @@ from edgeinfer.engine.next_rows import next_rows, with_drafts
 from edgeinfer.engine.sequence import Finished, FinishReason, Rows, Work
 from edgeinfer.engine.speculation import MAX_ROWS
 from edgeinfer.engine.step_costs import StepCosts
+from edgeinfer.errors import another
 
 AnyWork: TypeAlias = Generation | LogitsJob
 
@@ -203,7 +203,7 @@ class Scheduler:
             self._forget(work)
         self.recover()
         for work in ended:
-            self._tell(work, _another(error))
+            self._tell(work, another(error))
 
     def _tell(self, work: AnyWork, error: BaseException) -> None:
         told = public_error(error)
@@ -336,11 +336,3 @@ def _holds_pages(work: Work) -> bool:
 
 def _has_slid(work: Work) -> bool:
     return any(sequence.cache.is_full for sequence in work.sequences)
-
-
-def _another(error: BaseException) -> BaseException:
-    """One like it: what several threads raise would hold the frames of all of them."""
-    try:
-        return copy.copy(error).with_traceback(error.__traceback__)
-    except Exception:  # its own constructor wants more than it has kept
-        return error

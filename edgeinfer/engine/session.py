@@ -11,6 +11,7 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
 
@@ -23,9 +24,10 @@ from edgeinfer.engine.cache import CacheLayout
 from edgeinfer.engine.cache_store import CacheStore
 from edgeinfer.engine.generation import check_ids
 from edgeinfer.engine.sequence import Sequence
-from edgeinfer.errors import BusyError, InvalidRequestError, Keyword, SessionError
+from edgeinfer.errors import InvalidRequestError, Keyword, SessionError
 from edgeinfer.ops import Rotate
 from edgeinfer.segment import Segment
+from edgeinfer.values import is_same
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -87,22 +89,19 @@ class Sessions:
         where nothing is cached.
         """
         _check_file(path)
-        check_ids(ids, self._n_vocab)
-        guest = self._call(lambda: self._store.lend(ids, self._layout))
-        try:
+        check_ids(ids, self._n_vocab, "of")
+        with self._guest(lambda: self._store.lend(ids, self._layout), is_kept=False) as guest:
             n_tokens = guest.cache.n_tokens
             if not n_tokens:
                 raise InvalidRequestError(
                     "nothing of these tokens is in the cache; save them once they were read",
-                    param="ids",
+                    param="of",
                 )
             platform.delete_parts(path)
             with platform.replaced_whole(path) as file:
                 self._write(file, guest, ids[:n_tokens])
                 platform.sync(file)
             return n_tokens
-        finally:
-            self._call(lambda: self._store.dismiss(guest, is_kept=False))
 
     def load(self, path: Path) -> tuple[int, ...]:
         """Put what a file holds into the cache; the ids it is of.
@@ -113,18 +112,31 @@ class Sessions:
         _check_file(path)
         with open(path, "rb") as file:
             ids = self._read_head(file, path)
-            guest = self._call(lambda: self._store.receive(ids, self._layout))
-            if guest is None:
-                raise BusyError(f"what runs leaves no room for a session of {len(ids)} tokens")
-            is_whole = False
-            try:
+            with self._guest(lambda: self._store.receive(ids, self._layout), is_kept=True) as guest:
                 for part in self._parts(guest):
                     data = _checked(file, part.n_bytes * len(part.numbers), path)
                     self._put(part, data)
-                is_whole = True
-            finally:
-                self._call(lambda: self._store.dismiss(guest, is_kept=is_whole))
         return ids
+
+    @contextmanager
+    def _guest(self, opens: Callable[[], Sequence], *, is_kept: bool) -> Iterator[Sequence]:
+        """What the store opens for a file, until that is done; then kept where it is whole.
+
+        Where an interrupt ends the wait for it, it is opened all the same: it is dismissed behind
+        that, since what the engine's thread does for others it does in order.
+        """
+        opened, is_whole = list[Sequence](), False
+
+        def dismiss() -> None:
+            for guest in opened:
+                self._store.dismiss(guest, is_kept=is_kept and is_whole)
+
+        try:
+            self._call(lambda: opened.append(opens()))
+            yield opened[0]
+            is_whole = True
+        finally:
+            self._call(dismiss)
 
     def _call(self, action: Callable[[], T]) -> T:
         result: T = self._between_steps(action)
@@ -223,7 +235,7 @@ class Sessions:
         if type(n_tokens) is not int or n_tokens < 1:
             raise _damaged(path, "its head has no number of tokens")
         for name, expected in self._head(n_tokens).items():
-            if head.get(name) != expected or type(head[name]) is not type(expected):
+            if not is_same(head.get(name), expected):
                 raise SessionError(_ANOTHER[name].format(path=path))
         n_ctx = self._layout.n_ctx
         if n_ctx is not None and n_tokens > n_ctx:

@@ -128,9 +128,12 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
 def replaced_whole(path: Path) -> Iterator[BinaryIO]:
     """`written_whole` for a file that a person names: through links, and it keeps its mode.
 
-    OSError for links in a ring. Names of our own are not followed: who knows what is there.
+    OSError for links in a ring, and for a folder that is not there: it may be mistyped. Names of
+    our own are not followed: who knows what is there.
     """
     path = _behind_links(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
     with written_whole(path) as file:
         with suppress(OSError, AttributeError):  # there was none, or Windows
             os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))

@@ -81,7 +81,7 @@ def hash_of(array: NDArray[Any]) -> str:
 def check_writable(path: Path) -> None:
     """EdgeInferError where `write` will fail: computing what it is given takes minutes."""
     folder = path.resolve().parent
-    if path.is_dir() or not platform.is_writable(folder):
+    if path.is_dir() or not folder.is_dir() or not platform.is_writable(folder):
         raise EdgeInferError(f"{path} can't be written: choose a file in a folder that can")
 
 

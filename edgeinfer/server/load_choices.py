@@ -1,4 +1,4 @@
-"""What a server adds to how a model is loaded, where nobody has said otherwise.
+"""What a server adds to how a model is loaded, and to what is advised where that fails.
 
 Knows nothing of other models.
 """
@@ -8,11 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from edgeinfer.engine.memory_plan import MemoryPlan
-from edgeinfer.errors import PlanError
+from edgeinfer.engine.plan_error import would_fit
+from edgeinfer.errors import Advice, Keyword, PlanError
 from edgeinfer.inspect_file import plan
 from edgeinfer.options import LoadOptions
 
 _USUAL_SLOTS = (4, 2, 1)  # contexts at full length, as many as need no shorter ones
+_MiB = 1 << 20
 _KEPT_SHARE = 4  # of what a plan leaves free: a quarter is for earlier prompts
 
 
@@ -51,3 +53,16 @@ def _usual_kept(path: Path, options: LoadOptions, least: MemoryPlan) -> int | No
     if len(least.pools) > 1 or taken <= least.kept_bytes or room <= least.kept_bytes:
         return None
     return min(kept, kept * room // taken)
+
+
+def advice_beside(error: PlanError, others: int, most: int) -> Advice:
+    """What an error advises, with the memory for all: none where that is above `most` bytes."""
+    settings = [each for each in error.advice if isinstance(each, Keyword)]
+    names = [setting.name for setting in settings]
+    if "memory" not in names or error.needed is None:
+        return error.advice
+    at, n_mib = names.index("memory"), -(-(others + error.needed) // _MiB)
+    settings[at : at + 1] = [Keyword("memory", f"{n_mib}M")] if n_mib * _MiB <= most else []
+    if not settings:
+        return ("serve fewer models at a time, or take a smaller file",)
+    return would_fit(settings, " or ")

@@ -17,13 +17,13 @@ from edgeinfer import platform
 from edgeinfer.aio import AsyncLLM, Worker
 from edgeinfer.batch import HOST
 from edgeinfer.engine.plan_rows import size_text
-from edgeinfer.errors import Advice, EdgeInferError, Keyword, ModelNotFoundError, PlanError
+from edgeinfer.errors import EdgeInferError, ModelNotFoundError, PlanError
 from edgeinfer.inspect_file import plan
 from edgeinfer.llm import LLM
 from edgeinfer.options import LoadOptions
 from edgeinfer.parameters import parse_memory
 from edgeinfer.server.errors import ApiError
-from edgeinfer.server.load_choices import usual_options
+from edgeinfer.server.load_choices import advice_beside, usual_options
 from edgeinfer.server.metrics import ModelMetrics
 from edgeinfer.server.pull import is_on_hub, pull
 from edgeinfer.terminal import one_line
@@ -33,7 +33,6 @@ _IDLE_SECONDS = 60.0  # that a request waits for another model's answers to end
 _LOOK_SECONDS = 0.05
 _LONGEST_NAME = 256  # characters
 _SERVER_BYTES = 24 << 20  # beside models: many connections, and what reads grammars
-_MiB = 1 << 20
 _MOST_UNLOADS = 64  # tries to make room for one model
 
 
@@ -334,12 +333,8 @@ class Models:
         if self._budget is None or error.memory != HOST:
             return error
         others = _SERVER_BYTES + taken
-        advice: Advice = [
-            Keyword("memory", f"{-(-(others + error.needed) // _MiB)}M")
-            if isinstance(each, Keyword) and each.name == "memory" and error.needed
-            else each
-            for each in error.advice
-        ]
+        most = platform.memory_budget(platform.rss())
+        advice = advice_beside(error, others, most)
         found = f"{error.found}, beside {size_text(others)} of the server"
         found += " and other models" if taken else ""
         return PlanError(

@@ -80,7 +80,7 @@ class Library:
         objects, origins = self._find(wanted)
         missing = [name for name in wanted if name not in objects]
         if missing:
-            objects |= self._build(missing, progress)
+            objects |= self._build(missing, progress, self.code_bytes(wanted))
         self._link(objects)
         lost = [name for name in wanted if name not in self._addresses]
         if lost:
@@ -102,7 +102,7 @@ class Library:
         """
         names = self.inexact()
         if names:
-            self._build(names, progress)
+            self._build(names, progress, self.code_bytes(names))
         if names and not self.is_cached:
             raise DeviceError(
                 f"kernels can't be kept in {self.folder} ({self.unkept}); make room, or set "
@@ -110,10 +110,15 @@ class Library:
             )
         return len(names)
 
-    def building_bytes(self, names: Iterable[str]) -> int:
+    def building_bytes(self, names: Collection[str]) -> int:
         """Memory that the processes take which will build those of these kernels not here."""
         n_missing = sum(not self._is_here(name) for name in names)
-        return n_builders(n_missing, self._memory) * BUILDER_BYTES if n_missing else 0
+        n = n_builders(n_missing, self._memory_beside(self.code_bytes(names)))
+        return n * BUILDER_BYTES if n_missing else 0
+
+    def _memory_beside(self, code_bytes: int) -> int | None:
+        """What building may take where a plan counts that much beside it; None: without end."""
+        return None if self._memory is None else self._memory - code_bytes
 
     def code_bytes(self, names: Collection[str]) -> int:
         """Memory of these kernels' code, and of LLVM where this process has it or will need it."""
@@ -151,7 +156,9 @@ class Library:
         is_there = self._is_trusted and platform.is_writable(self.folder)
         return is_there and platform.distrust(self.folder) is None
 
-    def _build(self, names: Sequence[str], progress: Progress | None) -> dict[str, bytes]:
+    def _build(
+        self, names: Sequence[str], progress: Progress | None, code_bytes: int
+    ) -> dict[str, bytes]:
         """Build into the cache, or where it can't be written or others can, in memory alone."""
         if not can_build():
             listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
@@ -169,7 +176,8 @@ class Library:
             failed.append(error)
         if failed or platform.distrust(self.folder) is not None:
             folder = None
-        objects = build_objects(folder, names, self.target, progress, failed, self._memory)
+        memory = self._memory_beside(code_bytes)
+        objects = build_objects(folder, names, self.target, progress, failed, memory)
         self.is_cached = folder is not None and not failed
         self.unkept = "".join(map(reason_of, failed[:1]))
         return objects

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,8 @@ def attention_weights(segment: Segment, layer: int, x: Floats, rows: Collection[
     n_rows = len(x)
     n_pages = pages_for(n_rows)
     limits = StepLimits({attention.cache.window: n_pages}, n_rows, 1, 1, 1)
-    numerics = _Weighing(attention.cache.v_dim, rows)
+    weights = np.zeros((len(rows), attention.n_heads, n_rows), np.float32)
+    numerics = _Weighing(attention.cache.v_dim, dict(zip(rows, weights, strict=True)))
     table = PageTable(np.arange(n_pages, dtype=np.int32), 0, n_pages)
     step = Batch(
         ids=np.zeros(0, np.int32),
@@ -41,10 +42,6 @@ def attention_weights(segment: Segment, layer: int, x: Floats, rows: Collection[
     )
     with ReferenceProgram(part, limits, numerics, None) as program:
         program.submit(step).wait()
-    weights = np.zeros((len(rows), attention.n_heads, n_rows), np.float32)
-    for i, row in enumerate(rows):
-        found = numerics.found[row][:, :n_rows]
-        weights[i, :, : found.shape[1]] = found
     return weights
 
 
@@ -78,9 +75,9 @@ def _until_attention(segment: Segment, layer: int) -> tuple[Segment, Attention]:
 class _Weighing(Quantised):
     """Attends as the law does, to see what each position counts."""
 
-    def __init__(self, v_dim: int, rows: Collection[int]) -> None:
-        self._v_dim, self._rows, self._n_calls = v_dim, frozenset(rows), 0
-        self.found: dict[int, Floats] = {}  # (H, positions) by row
+    def __init__(self, v_dim: int, rows: Mapping[int, Floats]) -> None:
+        """`rows` are filled: (H, T) by row, of zeros."""
+        self._v_dim, self._rows, self._n_calls = v_dim, rows, 0
 
     def attend(
         self,
@@ -94,9 +91,8 @@ class _Weighing(Quantised):
         """With the positions as values, some at a time: a result is a weight then."""
         row, self._n_calls = self._n_calls, self._n_calls + 1
         n_pages, n_heads = k.shape[:2]
-        if row in self._rows:
-            n_columns = PAGE * (int(pages[-1]) + 1)
-            weights = np.zeros((n_heads, n_columns), np.float32)
+        if (weights := self._rows.get(row)) is not None:
+            n_columns = min(PAGE * (int(pages[-1]) + 1), weights.shape[1])
             positions = (PAGE * pages[:, None] + np.arange(PAGE))[:, None, :, None]
             for start in range(0, n_columns, _MOST_COLUMNS):
                 columns = np.arange(start, min(start + _MOST_COLUMNS, n_columns))
@@ -104,5 +100,4 @@ class _Weighing(Quantised):
                     positions == columns, (n_pages, n_heads, PAGE, len(columns))
                 ).astype(np.float32)
                 weights[:, columns] = super().attend(q, k, values, pages, is_visible, *rest)
-            self.found[row] = weights
         return np.zeros((n_heads, self._v_dim), np.float32)
