@@ -152,9 +152,9 @@ class SessionError(EdgeInferError, ValueError):
 class TemplateError(EdgeInferError):
     """A chat template failed; `line` is its line number, None when unknown."""
 
-    def __init__(self, message: str, *, line: int | None = None) -> None:
+    def __init__(self, found: str = "", *, advice: Advice = (), line: int | None = None) -> None:
         self.line = line
-        super().__init__(message)
+        super().__init__(found, advice=advice)
 
 
 class DeviceError(EdgeInferError):

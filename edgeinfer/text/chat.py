@@ -10,7 +10,7 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any, TypeAlias
 
-from edgeinfer.errors import TemplateError
+from edgeinfer.errors import Keyword, TemplateError
 from edgeinfer.gguf import Metadata
 from edgeinfer.text.chat_templates import (
     BUILT_IN,
@@ -241,8 +241,8 @@ def read_template(override: str, meta: Metadata, engine: TemplateEngine) -> str:
 def _failed(name: str, error: RenderError) -> TemplateError:
     where = f" line {error.line}" if error.line is not None else ""
     return TemplateError(
-        f"chat template ({name or 'unnamed'}){where}: {error}; "
-        "--chat-template NAME|FILE chooses another",
+        f"chat template ({name or 'unnamed'}){where}: {error}",
+        advice=(Keyword("chat_template"), " NAME|FILE chooses another"),
         line=error.line,
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from edgeinfer import platform
-from edgeinfer.errors import InvalidRequestError, TemplateError
+from edgeinfer.errors import InvalidRequestError, Keyword, TemplateError
 from edgeinfer.gguf import Metadata
 from edgeinfer.text.plain_text import decode
 
@@ -54,8 +54,12 @@ def fallback_name(meta: Metadata, texts: Sequence[str]) -> str:
         if all(word in title for word in words):
             return name
     raise TemplateError(
-        "the file has no chat template and none fits its vocabulary; it may be a base model: "
-        f"use it without chat, or choose with --chat-template {'|'.join(BUILT_IN)}|FILE"
+        "the file has no chat template and none fits its vocabulary; it may be a base model",
+        advice=(
+            "use it without chat, or choose with ",
+            Keyword("chat_template"),
+            f" {'|'.join(BUILT_IN)}|FILE",
+        ),
     )
 
 
