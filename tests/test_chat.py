@@ -739,3 +739,16 @@ def test_turns_give_way_to_tools_too(smollm: tuple[Tokenizer, ChatTemplate]) -> 
         asked = Conversation.of(chat, tools)
         prompt = chat_prompt(tokenizer, template, asked, overflow="drop-turns", n_ctx=n_ctx)
         assert len(prompt.ids) < n_ctx and bool(prompt.n_dropped) == drops
+
+
+@pytest.mark.parametrize("role", ["human", "Assistant", "narrator\n", ""])
+def test_a_message_that_the_template_leaves_out_is_refused(role: str) -> None:
+    users_alone = ChatTemplate(
+        "{% for m in messages if m.role in ('user', 'assistant') %}{{ m.content }}{% endfor %}"
+    )
+    with pytest.raises(InvalidRequestError, match="shows no message of role") as error:
+        users_alone.render([{"role": "user", "content": "a"}, {"role": role, "content": "b"}])
+    assert error.value.param == "messages"
+    everybody = ChatTemplate("{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}")
+    said = [{"role": "user", "content": "a"}, {"role": role, "content": "b"}]
+    assert everybody.render(said) == f"user:a;{role}:b;"

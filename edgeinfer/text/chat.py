@@ -10,7 +10,7 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any, TypeAlias
 
-from edgeinfer.errors import Keyword, TemplateError
+from edgeinfer.errors import InvalidRequestError, Keyword, TemplateError
 from edgeinfer.gguf import Metadata
 from edgeinfer.text.chat_templates import (
     BUILT_IN,
@@ -32,7 +32,8 @@ from edgeinfer.text.template_engine import Budget, LimitError, RenderError, Temp
 _Hide: TypeAlias = "Callable[[Any, str], Any]"
 _HERE = "\U0010ffff"  # stands for no character, and is no mark of those that hide
 _DROPS_LAST = "the chat template does not show the last message, so it can't be continued"
-_KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "model")
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_KNOWN_ROLES = (*_ROLES, "function", "ipython", "model")
 
 
 def _unchanged(value: Any, role: str) -> Any:
@@ -155,6 +156,7 @@ class ChatTemplate:
             )
         budget = Budget()
         capabilities, no_tools = self._probed(budget)
+        self._check_roles(chat.messages, budget)
         if chat.tools and not capabilities.tools:
             chat = chat.with_tools_told()
         shown = {key: hide(value, "") for key, value in chat.arguments.items()}
@@ -181,6 +183,20 @@ class ChatTemplate:
             assert error is not None
             raise error
         return text
+
+    def _check_roles(self, messages: Sequence[Mapping[str, Any]], budget: Budget) -> None:
+        """InvalidRequestError for a role whose messages the template leaves out without a word."""
+        capabilities, no_tools = self._probed(budget)
+        for role in {message["role"] for message in messages}.difference(_ROLES):
+            said = [{"role": "user", "content": "hello"}, {"role": role, "content": _HERE}]
+            more = {"tools": no_tools, "add_generation_prompt": False}
+            text, _ = self._attempt(fit(said, capabilities, self.source), more, budget)
+            if text is not None and _HERE not in text:
+                raise InvalidRequestError(
+                    f"the model's chat template shows no message of role {role[:100]!r}; take one "
+                    f"of {', '.join(_ROLES)}",
+                    param="messages",
+                )
 
     def _begun(self, chat: Conversation, hide: _Hide) -> str:
         """A conversation as far as the text goes that its last message has."""
