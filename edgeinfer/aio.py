@@ -236,15 +236,9 @@ class AsyncStream(AsyncIterator[Event]):
         await woken
 
     async def run(self) -> Completion:
-        """Wait for the end."""
-        try:
-            async for _ in self:
-                pass
-        except HasReaderError:
-            raise
-        except BaseException:
-            self._stream.close()
-            raise
+        """Wait for the end; an interrupted wait cancels the generation."""
+        async for _ in self:
+            pass
         return self.completion
 
     async def close(self) -> None:

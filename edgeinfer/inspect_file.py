@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, closing, suppress
 from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
@@ -136,16 +136,12 @@ def check_template(name: str, model: str | None) -> None:
     A model has names of its own: without one, or where it can't be opened, files alone are looked
     into. A pipe, which can be read once, is left for whoever loads the model.
     """
-    try:
-        file = GGUFFile.open(find_file(model)) if model is not None else None
-    except (EdgeInferError, OSError):  # told by whoever loads it
-        file = None
-    if Path(name).is_fifo() or (file is None and not os.path.exists(name)):
+    if Path(name).is_fifo():
         return
-    engine = TemplateEngine()
-    try:
-        with file if file is not None else nullcontext():
-            metadata = file.metadata if file is not None else Metadata(Path(), {})
+    with ExitStack() as stack, closing(TemplateEngine()) as engine:
+        metadata = Metadata(Path(), {}) if os.path.exists(name) else None
+        with suppress(EdgeInferError, OSError):  # told by whoever loads it
+            if model is not None:
+                metadata = stack.enter_context(GGUFFile.open(find_file(model))).metadata
+        if metadata is not None:
             read_template(name, metadata, engine)
-    finally:
-        engine.close()
