@@ -119,3 +119,11 @@ def running(
 
 def small_model(folder: Path, **more: Any) -> Path:
     return tiny_model(folder, n_ctx=N_CTX, chat_template=TEMPLATE, **more)
+
+
+@contextmanager
+def running_small(folder: Path) -> Iterator[Running]:
+    """One that many requests at once fill: 2 slots of 1,024 tokens, on the CPU."""
+    load: LoadOptions = {"device": "cpu", "slots": 2, "n_ctx": 1024, "pooling": "mean"}
+    with running([("tiny", small_model(folder))], load=load) as found:
+        yield found

@@ -7,12 +7,11 @@ import json
 import re
 import threading
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import pytest
 
 from .fuzz_requests import Sent, asked
-from .server_for_tests import Running, running, small_model
+from .server_for_tests import Running, running_small
 from .test_server_storm import check_all_free
 
 N_CONNECTIONS = 4
@@ -24,9 +23,7 @@ PLAIN = {"prompt": "hello there", "max_tokens": 8, "temperature": 0}
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    path = small_model(tmp_path_factory.mktemp("fuzz"))
-    load: Any = {"device": "cpu", "slots": 2, "n_ctx": 1024, "pooling": "mean"}
-    with running([("tiny", path)], load=load) as found:
+    with running_small(tmp_path_factory.mktemp("fuzz")) as found:
         yield found
 
 

@@ -20,7 +20,7 @@ import pytest
 
 from edgeinfer import platform
 
-from .server_for_tests import Running, running, small_model
+from .server_for_tests import Running, running_small, small_model
 from .storm_requests import asked, content, streamed_content
 
 N_CONNECTIONS = 64
@@ -35,9 +35,7 @@ LOOKS = ("/health", "/metrics", "/v1/models", "/props", "/api/tags", "/api/ps", 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    path = small_model(tmp_path_factory.mktemp("storm"))
-    load: Any = {"device": "cpu", "slots": 2, "n_ctx": 1024, "pooling": "mean"}
-    with running([("tiny", path)], load=load) as found:
+    with running_small(tmp_path_factory.mktemp("storm")) as found:
         yield found
 
 
