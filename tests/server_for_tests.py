@@ -5,6 +5,8 @@ Knows nothing of APIs.
 
 from __future__ import annotations
 
+import re
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -115,6 +117,19 @@ def running(
             server.stop()
             thread.join(30)
             assert not thread.is_alive()
+
+
+def read_reply(connection: socket.socket) -> bytes:
+    """One whole reply of a stated length, in however many pieces it comes; b"" at the end."""
+    data, end = b"", 1
+    while len(data) < end:
+        if not (part := connection.recv(1 << 16)):
+            break
+        data += part
+        head, found, _ = data.partition(b"\r\n\r\n")
+        length = re.search(rb"(?i)\r\ncontent-length: (\d+)", head)
+        end = len(head) + 4 + int(length[1] if length else 0) if found else len(data) + 1
+    return data
 
 
 def small_model(folder: Path, **more: Any) -> Path:

@@ -17,7 +17,7 @@ from edgeinfer.server import connections, run, wire
 from edgeinfer.server.errors import ApiError
 from edgeinfer.server.gate import _host_name
 
-from .server_for_tests import LOAD, Running, running, small_model
+from .server_for_tests import LOAD, Running, read_reply, running, small_model
 from .waiting import wait_until
 
 CHAT = "/v1/chat/completions"
@@ -339,9 +339,9 @@ def test_a_body_that_breaks_behind_its_reply_is_no_news(
     with connected(local) as connection:
         sent = post(b"5\r\nhello", CHUNKED).replace(b"/v1/chat/completions", target, 1)
         connection.sendall(sent)
-        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 40")
+        assert read_reply(connection).startswith(b"HTTP/1.1 40")
         connection.sendall(b"zz\r\n")
-        assert connection.recv(1 << 16) == b""
+        assert read_reply(connection) == b""
     assert caplog.records == []
 
 
