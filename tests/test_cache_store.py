@@ -229,6 +229,33 @@ def test_nothing_is_taken_over_of_who_has_failed(n_others: int, is_entered: bool
     requests.close()
 
 
+@pytest.mark.parametrize(
+    ("windows", "n_states", "n_stable"),
+    [((0,), 0, 0), ((0,), 0, 40), ((0, 70), 0, 0), ((0,), 60, 0), ((0, 70), 60, 40), ((), 60, 0)],
+)
+def test_what_was_dear_long_ago_gives_way_to_what_is_new(
+    windows: tuple[int, ...], n_states: int, n_stable: int
+) -> None:
+    """Six conversations at a time, for long: all that was read of one is there in its next turn."""
+    requests = Requests(windows, 120, n_states, seed=1)
+    store, layout, rng = requests.store, requests.layout("error"), requests.rng
+    talks: list[tuple[list[int], int]] = [([1] * 40, 0)] * 6  # their tokens, and how many are read
+    for _ in range(150):
+        ids, n_read = talks.pop(0)
+        ids = [*ids, *(rng.randrange(2, 999) for _ in range(20))]
+        sequence = store.open(ids, layout, [len(ids) - 5], n_stable)
+        requests.running = [sequence]
+        assert sequence.n_cached >= n_read
+        while sequence.cache.n_tokens < len(ids):
+            requests._run(sequence, min(MAX_ROWS, sequence.n_waiting), [], fails=False)
+        n_read = sequence.cache.n_tokens
+        requests.running = []
+        store.keep(sequence)
+        ends = len(ids) > 120
+        talks.append(([1] * 40, 0) if ends else ([*sequence.ids[:n_read]], n_read))
+    requests.close()
+
+
 @pytest.mark.slow
 @settings(max_examples=3000, deadline=None, database=None)
 @given(KINDS)

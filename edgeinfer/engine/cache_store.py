@@ -16,7 +16,7 @@ from edgeinfer.batch import PAGE, StepLimits
 from edgeinfer.engine.cache import CacheLayout, PagePool, SequenceCache
 from edgeinfer.engine.checkpoints import EVERY, borders_of, checkpoints
 from edgeinfer.engine.leaders import leader_of
-from edgeinfer.engine.prefix_index import BORDER, PLAIN, STABLE, USED, Match, Node, PrefixIndex
+from edgeinfer.engine.prefix_index import BORDER, PLAIN, STABLE, Match, Node, PrefixIndex
 from edgeinfer.engine.sequence import Sequence
 from edgeinfer.errors import BusyError
 
@@ -162,12 +162,12 @@ class CacheStore:
     def _touch(self, sequence: Sequence, match: Match) -> None:
         """Count what a sequence has begun with as used, the first of it last of all."""
         nodes = [*match.path, *([match.last] if match.last else [])]
-        for group in range(len(self.pools)):
+        for group, ring in enumerate(sequence.cache.layout.rings):
             for page in reversed(sequence.cache.layout.seen_pages(group, match.n_tokens)):
                 if nodes[page].held[group] >= 0:
-                    self.index.touch(nodes[page], group, USED)
+                    self.index.touch(nodes[page], group, BORDER if ring.window else PLAIN)
         if self._states is not None:
-            self.index.touch(nodes[-1], len(self.pools), USED)
+            self.index.touch(nodes[-1], len(self.pools), BORDER)
 
     # -- steps -----------------------------------------------------------------------------------
 

@@ -18,9 +18,9 @@ from edgeinfer.engine.cache import CacheLayout, PagePool
 # a window or the state there have been given up.
 Miss: TypeAlias = Literal["", "new", "evicted", "window", "state"]
 
-# What is given up first: what may do, what ends where prompts are likely to go on, what one has
-# gone on with, what was asked to stay. These two have half of the room at most each.
-PLAIN, BORDER, USED, STABLE = range(4)
+# What is given up first, of each the least recently used: what may do, what is held behind which
+# prompts go on where all else is lost, what was asked to stay, which has half of the room at most.
+PLAIN, BORDER, STABLE = range(3)
 _BYTES = 4  # of a token
 _FEW_NODES = 1024
 
@@ -133,10 +133,9 @@ class PrefixIndex:
                 nodes = queue.pop(number)
                 queues[max(rank, before)][number] = nodes
                 break
-        for queue in queues[USED:]:
-            if 2 * len(queue) > self._pools[kind].n_pages:
-                oldest, nodes = queue.popitem(last=False)
-                queues[BORDER][oldest] = nodes
+        if 2 * len(queues[STABLE]) > self._pools[kind].n_pages:
+            oldest, nodes = queues[STABLE].popitem(last=False)
+            queues[PLAIN][oldest] = nodes
 
     # -- giving up -------------------------------------------------------------------------------
 
