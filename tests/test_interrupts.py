@@ -24,22 +24,23 @@ IDS = [5] * 40
 ENDLESS: Any = dict(overflow="slide", logit_bias={257: -1e9}, seed=1)
 # Whose lines run while something has begun that nobody may have yet; a signal may interrupt those
 # of the library, too.
-WATCHED = (
-    "edgeinfer/engine/", "/llm.py", "/stream.py", "/embedding.py", "/watching.py", "/later.py",
-    "/runtime.py", "/threading.py", "/contextlib.py",
+CALLING = (
+    "edgeinfer/engine/", "edgeinfer/llm.py", "edgeinfer/stream.py", "edgeinfer/embedding.py",
+    "edgeinfer/watching.py", "/threading.py", "/contextlib.py",
 )  # fmt: skip
+LOADING = ("edgeinfer/llm.py", "edgeinfer/runtime.py", "edgeinfer/later.py", "engine/engine.py")
 
 
-def is_interrupted(use: Callable[[], object], n: int) -> bool:
-    """Call `use`, and raise KeyboardInterrupt at the n-th of its calls, lines and returns there.
+def is_interrupted(use: Callable[[], object], n: int, files: tuple[str, ...]) -> bool:
+    """Call `use`, and raise KeyboardInterrupt at the n-th call, line or return in these files.
 
-    False where it has fewer.
+    False where there are fewer.
     """
     left = n
 
     def trace(frame: FrameType, event: str, _: object) -> Any:
         nonlocal left
-        if not _is_watched(frame):
+        if not _is_watched(frame, files):
             return None
         if not _is_safe(frame, event):
             left -= 1
@@ -60,20 +61,20 @@ def is_interrupted(use: Callable[[], object], n: int) -> bool:
 
 @cache
 def _blocks(file: str) -> frozenset[int]:
-    """The lines on which `with` stands."""
+    """The lines on which `with` and `try` stand."""
     nodes = ast.walk(ast.parse(Path(file).read_text(encoding="utf-8")))
-    return frozenset(node.lineno for node in nodes if isinstance(node, ast.With))
+    return frozenset(node.lineno for node in nodes if isinstance(node, (ast.With, ast.Try)))
 
 
 def _is_safe(frame: FrameType, event: str) -> bool:
-    """Whether no signal is handled here: where a block ends, on its first line, or a generator yields."""
+    """Whether no signal is handled here: where blocks begin and end, and a generator yields."""
     if event == "line":
         return frame.f_lineno in _blocks(frame.f_code.co_filename)
     return event == "exception" or event == "return" and bool(frame.f_code.co_flags & CO_GENERATOR)
 
 
-def _is_watched(frame: FrameType) -> bool:
-    if not any(part in frame.f_code.co_filename for part in WATCHED):
+def _is_watched(frame: FrameType, files: tuple[str, ...]) -> bool:
+    if not any(part in frame.f_code.co_filename for part in files):
         return False
     each: FrameType | None = frame
     while each is not None:
@@ -128,7 +129,7 @@ def test_an_interrupt_of_a_call_leaves_nothing_held(path: Path, name: str, tmp_p
             "load": lambda: llm.load_session(file),
         }
         for n in itertools.count(1):
-            is_over = not is_interrupted(uses[name], n)
+            is_over = not is_interrupted(uses[name], n, CALLING)
             look(llm, n)
             if is_over:
                 break
@@ -141,9 +142,12 @@ def _threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name in names]
 
 
-def test_an_interrupt_of_a_load_leaves_no_model_open(path: Path) -> None:
+def test_an_interrupt_of_a_load_or_its_end_leaves_no_model_open(path: Path) -> None:
+    def use() -> None:
+        LLM(path, device="reference", n_ctx=64).close()
+
     for n in itertools.count(1):
-        is_over = not is_interrupted(lambda: LLM(path, device="reference", n_ctx=64).close(), n)
+        is_over = not is_interrupted(use, n, LOADING)
         wait_until(lambda: not _threads(), f"the end of what was begun at place {n}")
         if is_over:
             break
