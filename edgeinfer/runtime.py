@@ -16,7 +16,7 @@ from functools import cache, partial
 from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from edgeinfer import platform
 from edgeinfer.backend import (
@@ -120,10 +120,7 @@ class Runtime:
 
     @property
     def runs_on(self) -> str:
-        """In words: "2 threads", "20 of 32 layers on RTX 4090, 2 threads".
-
-        Of several GPUs: "12 + 20 of 32 layers on RTX 3060 + RTX 4090".
-        """
+        """In words: "2 threads", "12 + 20 of 32 layers on RTX 3060 + RTX 4090, 2 threads"."""
         facts, n_layers = self.program.describe(), self.model.hparams.n_layers
         words = []
         if n_threads := facts.get("threads", 0):
@@ -147,6 +144,9 @@ class Runtime:
     def __del__(self) -> None:
         if not self.engine.has_ended:  # an interrupt came before anybody had it, or closed it
             self.close(timeout=0)
+
+    def __reduce__(self) -> NoReturn:  # its end would close the model
+        raise TypeError("an open model can't be copied or pickled")
 
 
 def load(
@@ -223,8 +223,7 @@ def _load(path: Path, settings: LoadSettings, templates: TemplateEngine | None) 
     try:
         model, packs = Model.load(file), threading.Event()
         chosen, templates = _read_chosen(file, settings, templates)
-        progress = _progress(settings, packs)
-        backend, plan, n_gpu_layers, note = _planned(model, settings, progress)
+        backend, plan, n_gpu_layers, note = _planned(model, settings, _progress(settings, packs))
         # Text is got ready while weights are packed, which needs no Python: sooner it delays that.
         make = partial(Tokenizer.from_metadata, file.metadata, pre=settings.pre)
         tokenizer = Later(partial(_after, packs, make))
@@ -254,10 +253,10 @@ def _load(path: Path, settings: LoadSettings, templates: TemplateEngine | None) 
     except BaseException:
         file.close()
         raise
-    load_s = time.perf_counter() - start
     return Runtime(
         model, segment, plan, program, engine, settings.device, note, settings.n_threads,
-        n_gpu_layers, load_s, pooling, tokenizer, template, fingerprint, reader,
+        n_gpu_layers, time.perf_counter() - start, pooling, tokenizer, template, fingerprint,
+        reader,
     )  # fmt: skip
 
 

@@ -584,7 +584,7 @@ def test_what_is_open_can_not_be_copied_and_what_is_done_can(llm: LLM) -> None:
         for copied in (pickle.dumps, copy.deepcopy):
             with pytest.raises(TypeError, match="can('t)? be copied or pickled"):
                 copied(each)
-    for each in bound:
+    for each in (*bound, llm.runtime):
         with pytest.raises(TypeError, match="can't be copied or pickled"):
             copy.copy(each)
     completion = stream.run()
