@@ -26,7 +26,7 @@ ENDLESS: Any = dict(overflow="slide", logit_bias={257: -1e9}, seed=1)
 # of the library, too.
 CALLING = (
     "edgeinfer/engine/", "edgeinfer/llm.py", "edgeinfer/stream.py", "edgeinfer/embedding.py",
-    "edgeinfer/watching.py", "/threading.py", "/contextlib.py",
+    "edgeinfer/watching.py", "platform/files.py", "/threading.py", "/contextlib.py", "/tempfile.py",
 )  # fmt: skip
 LOADING = ("edgeinfer/llm.py", "edgeinfer/runtime.py", "edgeinfer/later.py", "engine/engine.py")
 
@@ -132,6 +132,7 @@ def test_an_interrupt_of_a_call_leaves_nothing_held(path: Path, name: str, tmp_p
         for n in itertools.count(1, step):
             is_over = not is_interrupted(uses[name], n, CALLING)
             look(llm, n)
+            assert list(tmp_path.iterdir()) == [file], f"place {n} leaves a file"
             if is_over:
                 break
         assert n > 50
