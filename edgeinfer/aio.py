@@ -6,9 +6,11 @@ Knows nothing of models; a module of its own because importing asyncio takes 50 
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from os import PathLike
 from types import TracebackType
@@ -19,6 +21,7 @@ from numpy.typing import NDArray
 
 from edgeinfer import platform
 from edgeinfer.engine.event_queue import HasReaderError
+from edgeinfer.engine.generation import public_error
 from edgeinfer.errors import ClosedError, DeviceError, InvalidRequestError
 from edgeinfer.llm import LLM
 from edgeinfer.options import LoadOptions, Sampling, Unpack
@@ -55,7 +58,7 @@ class AsyncLLM:
         return self._llm
 
     def _open(self) -> LLM:
-        with self._opening:  # `_close` waits for what is still being loaded
+        with self._opening.own:  # `_close` waits for what is still being loaded
             llm = self._llm
             if llm is None:
                 if self._is_closed:
@@ -133,16 +136,16 @@ class AsyncLLM:
 
     async def embedding(self, texts: Any, given: dict[str, Any]) -> tuple[NDArray[Any], int]:
         """The same, and how many tokens the texts have; a cancelled task ends it."""
-        from edgeinfer.embedding import Embedding, begin  # most programs need none
+        from edgeinfer.embedding import Embedding, embedding_of  # most programs need none
 
         # Many texts may take long to become tokens: chats don't wait behind them.
         begun = await Worker().do(
-            lambda: begin(self._open().runtime, texts, given), Embedding.cancel
+            lambda: embedding_of(self._open().runtime, texts, given).begin(), Embedding.cancel
         )
-        loop = asyncio.get_running_loop()
-        done = loop.create_future()
-        begun.notify(lambda: _tell(loop, _wake, done))
         try:
+            loop = asyncio.get_running_loop()
+            done = loop.create_future()
+            begun.notify(lambda: _tell(loop, _wake, done))
             begun.check_waiting()
             await done
         except BaseException:
@@ -159,7 +162,7 @@ class AsyncLLM:
             await Worker().do(self._close)  # not behind what waits for its turn
 
     def _close(self) -> None:
-        with self._opening:
+        with self._opening.own:
             self._is_closed = True  # also for who asked for it and has not begun to load it
             if self._llm is not None:
                 self._llm.close()
@@ -276,7 +279,8 @@ class Worker:
 
     def __init__(self) -> None:
         self._jobs: deque[Callable[[], None]] = deque()
-        self._thread: threading.Thread | None = None
+        self._thread: threading.Thread | None = None  # while there is any work
+        self._pid = os.getpid()  # of the process that it is in
         self._lock = platform.ProcessLock()
 
     async def do(
@@ -298,28 +302,35 @@ class Worker:
                     discard(found)
 
         self._add(job)
-        return await done
+        try:
+            return await done
+        except BaseException:
+            # It may have come already: a task that is cancelled then is not given it.
+            if done.done() and not done.cancelled() and done.exception() is None:
+                discard(done.result())
+            raise
 
     def _add(self, job: Callable[[], None]) -> None:
-        with self._lock:
-            if self._thread is None or not self._thread.is_alive():  # a fork has no threads
+        with self._lock.own:
+            if self._thread is None or self._pid != os.getpid():  # a fork has no threads
                 thread = threading.Thread(target=self._run, name="edgeinfer-text", daemon=True)
                 if not platform.start_some([thread]):
                     raise DeviceError(
                         "can't start the thread that works beside the event loop; raise this "
                         "process's limits (ulimit -u, -v)"
                     )
-                self._thread = thread
+                self._thread, self._pid = thread, os.getpid()
             self._jobs.append(job)
 
     def _run(self) -> None:
         while True:
-            with self._lock:
+            with self._lock.own:
                 if not self._jobs:
                     self._thread = None
                     return
                 job = self._jobs.popleft()
-            job()
+            with suppress(BaseException):  # of what gives up what nobody wants
+                job()
 
 
 def _tell(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *values: Any) -> bool:
@@ -339,5 +350,7 @@ def _finish(done: asyncio.Future[T], found: T, discard: Callable[[T], object]) -
 
 
 def _fail(done: asyncio.Future[T], error: BaseException) -> None:
+    if isinstance(error, StopIteration):  # which no future takes: nobody would be told
+        error = public_error(error)
     if not done.done():
         done.set_exception(error)

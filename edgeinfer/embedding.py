@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from edgeinfer.backend import HeadReader
 from edgeinfer.engine.generation import WAKE_SECONDS, LogitsJob, check_ids
 from edgeinfer.engine.hooks import Hook, Step
+from edgeinfer.engine.waits import Outcome
 from edgeinfer.errors import (
     BusyError,
     ClosedError,
@@ -38,7 +39,7 @@ from edgeinfer.watching import check_room
 
 
 class Embedding:
-    """The vectors of some texts, while they are computed and after."""
+    """The vectors of some texts, before they are computed, meanwhile and after."""
 
     def __init__(
         self, opened: Runtime, lists: Sequence[Sequence[int]], pooling: str, n_dims: int
@@ -49,26 +50,31 @@ class Embedding:
         self._layer = opened.model.hparams.n_layers
         self._read = opened.head_reader
         self._lock = threading.Lock()
-        self._jobs: set[LogitsJob] = set()
-        self._waiting, self._n_running = deque(range(len(lists))), 0
+        self._waiting = deque(range(len(lists)))
+        self._jobs: dict[int, LogitsJob | None] = {}  # of texts that run, None until it is made
         # More at a time would be in no step together, and make others wait.
         self._most_running = opened.plan.limits.max_sequences
         self._error: BaseException | None = None
-        self._done = threading.Event()
+        self._outcome = Outcome()
         self._tell: Callable[[], object] | None = None
+
+    # -- who waits -------------------------------------------------------------------------------
+
+    def begin(self) -> Embedding:
+        """Begin, where that was not done; an interrupt ends it."""
         try:
             self._begin_more()
+            self._end_if_over()
         except BaseException:  # each begins the next, also where nobody waits for them
             self.cancel()
             raise
-        self._end_if_over()
-
-    # -- who waits -------------------------------------------------------------------------------
+        return self
 
     def result(self) -> NDArray[np.float32]:
         """The vectors, (texts, dimensions), once all are there; an interrupt ends them."""
         try:
-            while not self._done.wait(WAKE_SECONDS):
+            self.begin()
+            while not self._outcome.wait(WAKE_SECONDS):
                 self._engine.check_waiting()
         except BaseException:
             self.cancel()
@@ -85,7 +91,7 @@ class Embedding:
         """Call `tell` once there is a result, from any thread; it can't raise."""
         with self._lock:
             self._tell = tell
-        if self._done.is_set():
+        if self._outcome.is_told:
             tell()
 
     def cancel(self) -> None:
@@ -101,43 +107,44 @@ class Embedding:
     def _begin_next(self) -> bool:
         """Whether it has begun one. One that is not taken on waits for those that run."""
         with self._lock:
-            is_full = self._n_running >= self._most_running
+            is_full = len(self._jobs) >= self._most_running
             if self._error is not None or not self._waiting or is_full:
                 return False
             i = self._waiting.popleft()
-            self._n_running += 1
+            self._jobs[i] = None
         ids = self._lists[i]
         pool = _Pool(self._read, self._layer, self._pooling, len(ids))
         hook = Hook(pool.take, residuals=(self._layer,))
         try:
-            job = self._engine.begin_job(ids, hook, partial(self._ended, i, pool))
+            job = self._engine.job(ids, hook, partial(self._ended, i, pool))
+            self._jobs[i] = job
+            self._engine.begin(job)
         except BaseException as error:
             with self._lock:
-                self._n_running -= 1
-                if isinstance(error, BusyError) and self._n_running:
+                self._jobs.pop(i, None)  # an interrupted one may have begun, and ended
+                if isinstance(error, BusyError) and self._jobs:
                     self._waiting.appendleft(i)
                     return False
-                self._error = self._error or error
-            self._cancel_jobs()
+            self._stop(error)
+            if not isinstance(error, Exception):
+                raise
             return False
         with self._lock:
-            self._jobs.add(job)
             is_stopped = self._error is not None
         if is_stopped:
             self._cancel_jobs()
         return not is_stopped
 
-    def _ended(self, i: int, pool: _Pool, job: LogitsJob) -> None:
+    def _ended(self, i: int, pool: _Pool, error: BaseException | None) -> None:
         try:
-            if job.error is not None:
-                self._stop(job.error)
+            if error is not None:
+                self._stop(error)
             elif self._error is None:
                 self._vectors[i] = pool.vector(self._vectors.shape[1])
-        except BaseException as error:
-            self._stop(error)
+        except BaseException as own:
+            self._stop(own)
         with self._lock:
-            self._n_running -= 1
-            self._jobs.discard(job)
+            self._jobs.pop(i, None)
         self._begin_more()
         self._end_if_over()
 
@@ -148,7 +155,7 @@ class Embedding:
 
     def _cancel_jobs(self) -> None:
         with self._lock:
-            jobs = list(self._jobs)
+            jobs = [job for job in self._jobs.values() if job is not None]
         for job in jobs:
             job.is_cancelled = True
         if jobs:
@@ -157,9 +164,9 @@ class Embedding:
     def _end_if_over(self) -> None:
         with self._lock:
             is_whole = self._error is not None or not self._waiting
-            if not is_whole or self._n_running or self._done.is_set():
+            if not is_whole or self._jobs or self._outcome.is_told:
                 return
-            self._done.set()
+            self._outcome.tell()
             tell = self._tell
         if tell is not None:
             tell()
@@ -206,8 +213,8 @@ class _Pool:
 # -- what is asked for ---------------------------------------------------------------------------
 
 
-def begin(opened: Runtime, texts: Any, given: dict[str, Any]) -> Embedding:
-    """Begin to embed a text, token ids, or several of either; see `LLM.embed`."""
+def embedding_of(opened: Runtime, texts: Any, given: dict[str, Any]) -> Embedding:
+    """Of a text, token ids, or several of either, which has not begun; see `LLM.embed`."""
     options = checked("embed", given, EMBED)
     pooling = options.get("pooling") or opened.pooling
     if not opened.pooling:

@@ -176,6 +176,24 @@ class ClosedError(EdgeInferError):
     """The object was closed, or belongs to the parent of a forked process."""
 
 
+class KeptError:
+    """An error that one thread keeps for another, which raises it once.
+
+    What is raised keeps the frames that it goes through, and they what they hold: whatever keeps
+    it in turn would keep all that until garbage is collected.
+    """
+
+    def __init__(self) -> None:
+        self._kept: list[BaseException] = []  # one at most
+
+    def keep(self, error: BaseException) -> None:
+        self._kept = [error]
+
+    def raise_once(self) -> None:
+        if self._kept:
+            raise self._kept.pop()  # which no name holds
+
+
 def another(error: BaseException) -> BaseException:
     """One like it, for one more who is told: what is raised keeps the frames that it went through.
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from edgeinfer.engine.generation import WAKE_SECONDS
-from edgeinfer.errors import another
+from edgeinfer.engine.waits import Outcome
+from edgeinfer.errors import ClosedError, another
 
 T = TypeVar("T")
 
@@ -17,16 +19,18 @@ class Later(Generic[T]):
 
     def __init__(self, make: Callable[[], T]) -> None:
         self._make = make
-        self._lock = threading.Lock()
+        self._lock, self._pid = threading.Lock(), os.getpid()
+        self._outcome = Outcome()
         self._values: list[T] = []
         self._error: BaseException | None = None
         self._discard: Callable[[T], None] | None = None
-        self._thread = threading.Thread(target=self._run, name="edgeinfer-load", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._run, name="edgeinfer-load", daemon=True).start()
 
     def wait(self) -> None:
-        while self._thread.is_alive():
-            self._thread.join(WAKE_SECONDS)
+        """ClosedError in the child of a fork, which the thread is not in."""
+        while not self._outcome.wait(WAKE_SECONDS):
+            if self._pid != os.getpid():
+                raise ClosedError("this process was forked while the model was loaded")
 
     def result(self) -> T:
         self.wait()
@@ -47,9 +51,11 @@ class Later(Generic[T]):
             value = self._make()
         except BaseException as error:
             self._error = error
+            self._outcome.tell()
             return
         with self._lock:
             self._values.append(value)
             discard = self._discard
+        self._outcome.tell()
         if discard is not None:
             discard(value)

@@ -218,10 +218,10 @@ class LLM:
         A text longer than the context is an error, or cut there with `truncate`.
         """
         opened = self._open()
-        from edgeinfer.embedding import begin  # most programs need none
+        from edgeinfer.embedding import embedding_of  # most programs need none
 
         given = dict(pooling=pooling, dimensions=dimensions, truncate=truncate)
-        return begin(opened, texts, given).result()
+        return embedding_of(opened, texts, given).result()
 
     def tokenize(self, text: str, *, bos: bool = False, special: bool = False) -> list[int]:
         """Token ids of a text; with `special`, spellings of control tokens become those."""
@@ -342,8 +342,10 @@ class LLM:
         if read.limit is not None:
             constraint = read.limit(constraint)
         request = requesting.request_of(opened, prompt, given, constraint)
-        return Stream(
-            opened.engine.submit(request),
+        generation = opened.engine.generation(request)
+        # The stream ends it when it is dropped: an interrupt may come before anybody has one.
+        stream = Stream(
+            generation,
             tokenizer,
             answer,
             model=self.name,
@@ -351,6 +353,8 @@ class LLM:
             owner=self,
             dropped_turns=prompt.n_dropped,
         )
+        opened.engine.begin(generation)
+        return stream
 
     @cached_property
     def _grammars(self) -> Grammars:

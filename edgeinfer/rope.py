@@ -189,6 +189,8 @@ class RopeReader(NamedTuple):
         factor = 1.0 if kind == "none" or factor == 0 else factor
         if kind != "yarn":
             return 1 / factor, None, magnitude
+        # Converters copy the betas of any family, whose training went by them as Transformers does.
+        # NOTE: llama.cpp reads them in a few families alone, and takes 32 and 1 in all others.
         yarn = Yarn(
             self._trained_length(),
             settings.number(f"{prefix}.yarn_beta_fast", 32.0, low=1e-3, high=1e6),

@@ -5,7 +5,6 @@ Knows nothing of requests or of text that is generated.
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import sys
@@ -13,10 +12,11 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from edgeinfer import platform
 from edgeinfer.backend import (
@@ -120,10 +120,7 @@ class Runtime:
 
     @property
     def runs_on(self) -> str:
-        """In words: "2 threads", "20 of 32 layers on RTX 4090, 2 threads".
-
-        Of several GPUs: "12 + 20 of 32 layers on RTX 3060 + RTX 4090".
-        """
+        """In words: "2 threads", "12 + 20 of 32 layers on RTX 3060 + RTX 4090, 2 threads"."""
         facts, n_layers = self.program.describe(), self.model.hparams.n_layers
         words = []
         if n_threads := facts.get("threads", 0):
@@ -136,12 +133,20 @@ class Runtime:
             words.insert(0, where + facts["gpu"] + numerics)
         return ", ".join(words) or str(self.device)
 
-    def close(self) -> None:
+    def close(self, timeout: float = 5.0) -> None:
+        """Give all back; steps that take longer than so many seconds end by themselves."""
         try:
-            self.engine.close()
+            self.engine.close(timeout)
         finally:  # an interrupt ends the wait for a long step, and it ends by itself
             self._template.abandon(lambda template: template.close())
             self.model.file.close()
+
+    def __del__(self) -> None:
+        if not self.engine.has_ended:  # an interrupt came before anybody had it, or closed it
+            self.close(timeout=0)
+
+    def __reduce__(self) -> NoReturn:  # its end would close the model
+        raise TypeError("an open model can't be copied or pickled")
 
 
 def load(
@@ -214,17 +219,17 @@ def _or_on_cpu(run: Callable[[LoadSettings], T], settings: LoadSettings) -> T:
 
 
 def _load(path: Path, settings: LoadSettings, templates: TemplateEngine | None) -> Runtime:
-    start = time.perf_counter()
-    file = GGUFFile.open(path)
+    start, file = time.perf_counter(), GGUFFile.open(path)
     try:
         model, packs = Model.load(file), threading.Event()
         chosen, templates = _read_chosen(file, settings, templates)
-        progress = _progress(settings, packs)
-        backend, plan, n_gpu_layers, note = _planned(model, settings, progress)
+        backend, plan, n_gpu_layers, note = _planned(model, settings, _progress(settings, packs))
         # Text is got ready while weights are packed, which needs no Python: sooner it delays that.
-        tokenizer = Later(lambda: _make_tokenizer(file, settings, packs))
+        make = partial(Tokenizer.from_metadata, file.metadata, pre=settings.pre)
+        tokenizer = Later(partial(_after, packs, make))
         # Read now, though an answer needs neither: the file may be changed once it is loaded.
-        fingerprint, pooling = Later(lambda: _fingerprint(file, packs)), settings.pooling_of(model)
+        fingerprint = Later(partial(_after, packs, file.fingerprint))
+        pooling = settings.pooling_of(model)
         try:
             template = Later(lambda: _make_template(file, settings, chosen, templates, tokenizer))
             segment = settings.segment(model, plan.n_ctx, plan.kv_types)
@@ -248,10 +253,10 @@ def _load(path: Path, settings: LoadSettings, templates: TemplateEngine | None) 
     except BaseException:
         file.close()
         raise
-    load_s = time.perf_counter() - start
     return Runtime(
         model, segment, plan, program, engine, settings.device, note, settings.n_threads,
-        n_gpu_layers, load_s, pooling, tokenizer, template, fingerprint, reader,
+        n_gpu_layers, time.perf_counter() - start, pooling, tokenizer, template, fingerprint,
+        reader,
     )  # fmt: skip
 
 
@@ -308,7 +313,7 @@ def _planned(
             without_layers,
         )
 
-        open_cpu = functools.cache(lambda: opened(Device("cpu")))
+        open_cpu = cache(lambda: opened(Device("cpu")))
         gpus = gpus_in_turn(settings, opened, notes)
         leave = lambda: notes.append(without_layers(settings))  # noqa: E731
         placed = place(segment, gpus, open_cpu, settings.gpu_layers, request, leave)
@@ -349,14 +354,9 @@ def _read_chosen(
     return read_template(settings.chat_template, file.metadata, templates), templates
 
 
-def _make_tokenizer(file: GGUFFile, settings: LoadSettings, packs: threading.Event) -> Tokenizer:
+def _after(packs: threading.Event, make: Callable[[], T]) -> T:
     packs.wait()
-    return Tokenizer.from_metadata(file.metadata, pre=settings.pre)
-
-
-def _fingerprint(file: GGUFFile, packs: threading.Event) -> str:
-    packs.wait()
-    return file.fingerprint()
+    return make()
 
 
 def _make_template(

@@ -19,7 +19,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 from edgeinfer.engine.event_queue import HasReaderError
 from edgeinfer.engine.generation import WAKE_SECONDS, Generation
 from edgeinfer.engine.sequence import Finished, Prefilled, Request, Token
-from edgeinfer.errors import BusyError, ClosedError, InvalidRequestError
+from edgeinfer.errors import BusyError, ClosedError, InvalidRequestError, KeptError
 from edgeinfer.parameters import Parameter, shown
 from edgeinfer.results import (
     Completion,
@@ -74,7 +74,7 @@ class Stream(Iterator[Event]):
         self._prefill: list[Prefilled] = []
         self._completion: Completion | None = None
         self._is_over = False
-        self._error: BaseException | None = None  # that is still to be raised
+        self._error = KeptError()  # that ended it
 
     @property
     def completion(self) -> Completion:
@@ -217,12 +217,7 @@ class Stream(Iterator[Event]):
         with self._lock:
             if self._ready:
                 return self._ready.popleft()
-            if self._error is not None:
-                error, self._error = self._error, None
-                try:
-                    raise error
-                finally:  # its frames would keep it, and those of who catches it
-                    del error
+            self._error.raise_once()
             if self._is_over:
                 raise StopIteration
             return None
@@ -237,7 +232,8 @@ class Stream(Iterator[Event]):
                 self._prefill.append(event)
                 self._ready.append(PromptProgress(done=event.done, total=event.total))
             elif event.error is not None:
-                self._is_over, self._error = True, event.error
+                self._error.keep(event.error)
+                self._is_over = True
             else:
                 assert event.reason != "error"
                 self._end(event.reason, event.stop_id)

@@ -90,7 +90,8 @@ def _residuals(opened: Runtime, ids: list[int], layer: int) -> NDArray[np.float3
     def take(step: Step) -> None:
         rows[step.position : step.position + len(step.token_ids)] = step.residuals[layer]
 
-    opened.engine.begin_job(ids, Hook(take, residuals=(layer,))).wait(opened.engine)
+    job = opened.engine.job(ids, Hook(take, residuals=(layer,)))
+    opened.engine.run(job)
     return rows
 
 

@@ -58,7 +58,7 @@ class Running:
         engine, tokenizer = self.llm.runtime.engine, self.llm.runtime.tokenizer
         prompts: list[str] = []
 
-        def submit(request: Request) -> Generation:
+        def scripted(request: Request) -> Generation:
             generation = Generation(engine, request, engine.layout("error"))
             text = texts[len(prompts) % len(texts)]
             prompts.append(self.llm.detokenize(request.ids, special=True))
@@ -74,11 +74,12 @@ class Running:
             generation.events.put(Finished("error" if error else reason, now, stop, error))
             return generation
 
-        engine.submit = submit  # type: ignore[method-assign]
+        engine.generation = scripted  # type: ignore[method-assign]
+        engine.begin = lambda work: None  # type: ignore[method-assign]
         try:
             yield prompts
         finally:
-            del engine.submit
+            del engine.generation, engine.begin
 
     def wait_until_idle(self) -> None:
         """Until no answer is on its way, in the server or in the engine."""

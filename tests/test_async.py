@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from edgeinfer import LLM, AsyncLLM, ClosedError, InvalidRequestError
+from edgeinfer import LLM, AsyncLLM, ClosedError, EdgeInferError, InvalidRequestError
 from edgeinfer.engine.hooks import Step
 
 from .models_for_tests import tiny_model
@@ -79,13 +79,13 @@ def test_work_is_begun_in_order_without_the_loops_executor(path: Path) -> None:
         asyncio.get_running_loop().set_default_executor(NoExecutor())
         async with AsyncLLM(path, device="reference") as model:
             assert model._llm is not None
-            submit = model._llm.runtime.engine.submit
+            made = model._llm.runtime.engine.generation
 
             def noted(request: Any) -> Any:
                 begun.append(len(request.ids))
-                return submit(request)
+                return made(request)
 
-            model._llm.runtime.engine.submit = noted  # type: ignore[method-assign]
+            model._llm.runtime.engine.generation = noted  # type: ignore[method-assign]
             texts = ["x" * 50, "y", LONG, "zz", "www"]
             tasks = [asyncio.create_task(model.stream(text, **SLIDING)) for text in texts]
             for stream in await asyncio.gather(*tasks):
@@ -109,6 +109,19 @@ def test_errors_come_to_who_asked_and_to_nobody_else(llm: LLM) -> None:
         )
         kinds = [isinstance(each, InvalidRequestError) for each in results]
         assert kinds == [False, True, True, True, False]
+
+    asyncio.run(work())
+
+
+class Ends(list[int]):
+    def __len__(self) -> int:
+        raise StopIteration
+
+
+def test_what_no_future_takes_is_told_all_the_same(llm: LLM) -> None:
+    async def work() -> None:
+        with pytest.raises(EdgeInferError, match="cut short by StopIteration"):
+            await asyncio.wait_for(AsyncLLM(llm).generate(Ends([1, 2])), 20)
 
     asyncio.run(work())
 

@@ -741,6 +741,43 @@ def test_turns_give_way_to_tools_too(smollm: tuple[Tokenizer, ChatTemplate]) -> 
         assert len(prompt.ids) < n_ctx and bool(prompt.n_dropped) == drops
 
 
+# As Qwen 3.5's: the system's text is shown first, and no conversation without a question.
+ASKED_FIRST = (
+    "{% if not messages | selectattr('role', 'equalto', 'user') | list %}"
+    "{{ raise_exception('No user query found in messages.') }}{% endif %}{{ tools | tojson }}"
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+)
+# As Gemma's: the system's text is a part of the first question.
+IN_QUESTION = (
+    "{% if messages[0].role == 'system' %}{% set first = messages[0].content ~ '\n' %}"
+    "{% set loop_messages = messages[1:] %}{% else %}{% set loop_messages = messages %}{% endif %}"
+    "{% for m in loop_messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    "[{{ m.role }}]{{ first if loop.first }}{{ m.content }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("tools", [[], [WEATHER]])
+@pytest.mark.parametrize("name", [*TEMPLATES, ASKED_FIRST, IN_QUESTION])
+def test_what_comes_before_the_first_question_stays_when_it_slides(
+    smollm: tuple[Tokenizer, ChatTemplate], data_file: DataFile, name: str, tools: list[Any]
+) -> None:
+    tokenizer, source = smollm[0], name
+    if name in TEMPLATES:
+        source = data_file(f"templates/{name}.jinja").read_text(encoding="utf-8")
+    template = chat_template(source, bos_token="<s>", eos_token="</s>")
+    for further in ([], [{"role": "system", "content": "FURTHER-TEXT"}]):
+        chat: list[Any] = [*LONG_CHAT[:1], *further, *LONG_CHAT[1:]]
+        asked = Conversation.of(chat, tools, {"reasoning_effort": "high", "enable_thinking": False})
+        for overflow in ("slide", "drop-turns"):
+            prompt = chat_prompt(tokenizer, template, asked, overflow=overflow, n_ctx=4096)  # type: ignore[arg-type]
+            whole = tokenizer.decode(prompt.ids, special=True)
+            kept = tokenizer.decode(prompt.ids[: prompt.n_pinned], special=True)
+            before = whole[: whole.index("FIRST-TEXT")]
+            # A token may hold the last of it and the first of the question; Nemo has tools and
+            # the system's text before the last one.
+            assert before.startswith(kept) and len(before) - len(kept) <= 8
+
+
 @pytest.mark.parametrize("role", ["human", "Assistant", "narrator\n", ""])
 def test_a_message_that_the_template_leaves_out_is_refused(role: str) -> None:
     users_alone = ChatTemplate(

@@ -26,6 +26,7 @@ from edgeinfer import (
     PlanError,
     Step,
     UnsupportedModelError,
+    aio,
 )
 from edgeinfer.backend import head_reader
 from edgeinfer.batch import StepLimits
@@ -330,20 +331,20 @@ def test_texts_wait_where_no_more_may(llm: LLM, monkeypatch: pytest.MonkeyPatch)
     expected = llm.embed(texts)
     monkeypatch.setattr("edgeinfer.engine.engine.WAITING_BYTES", 8_000)
     engine, refused = llm.runtime.engine, list[BusyError]()
-    begin = engine.begin_job
+    begin = engine.begin
 
-    def counted(*given: Any) -> Any:
+    def counted(job: Any) -> None:
         try:
-            return begin(*given)
+            begin(job)
         except BusyError as error:
             refused.append(error)
             raise
 
-    monkeypatch.setattr(engine, "begin_job", counted)
+    monkeypatch.setattr(engine, "begin", counted)
     for _ in range(3):
         np.testing.assert_array_equal(llm.embed(texts), expected)
     assert refused
-    monkeypatch.setattr(engine, "begin_job", lambda *_: begin_nothing())
+    monkeypatch.setattr(engine, "begin", lambda job: begin_nothing())
     with pytest.raises(BusyError, match="nobody of ours runs"):
         llm.embed(texts)
 
@@ -368,6 +369,35 @@ def test_an_interrupt_while_texts_are_begun_ends_them(
     monkeypatch.setattr(Embedding, "_begin_next", interrupted)
     with pytest.raises(KeyboardInterrupt):
         llm.embed(["words and more words. " * 10] * 400)
+    engine = llm.runtime.engine
+    is_idle = partial(engine.between_steps, lambda: not engine._scheduler.has_work)
+    wait_until(is_idle, "the end of what had begun")
+    assert len(begun) < 100 and held(llm) <= before
+
+
+def test_a_task_that_is_cancelled_as_its_texts_begin_ends_them(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes between the end of what was waited for and the task's next turn is not lost."""
+    begun, made, finish, before = list[int](), Embedding._begin_next, aio._finish, held(llm)
+
+    def counted(self: Embedding) -> bool:
+        begun.append(1)
+        return made(self)
+
+    async def run() -> None:
+        task = asyncio.create_task(AsyncLLM(llm).embed(["words and more words. " * 10] * 400))
+
+        def finish_and_cancel(*given: Any) -> None:
+            finish(*given)
+            task.cancel()
+
+        monkeypatch.setattr(aio, "_finish", finish_and_cancel)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    monkeypatch.setattr(Embedding, "_begin_next", counted)
+    asyncio.run(run())
     engine = llm.runtime.engine
     is_idle = partial(engine.between_steps, lambda: not engine._scheduler.has_work)
     wait_until(is_idle, "the end of what had begun")

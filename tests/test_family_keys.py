@@ -59,6 +59,15 @@ def test_what_says_that_yarn_is_as_usual_changes_nothing(
     assert recorded(draft, tmp_path) == expected
 
 
+@pytest.mark.parametrize("name", ["olmo3", "llama-yarn", "mistral3"])
+def test_the_betas_of_a_file_act_in_every_family(name: str, tmp_path: Path) -> None:
+    draft = GOLDENS[name].draft()
+    draft.keys |= {"rope.scaling.yarn_beta_fast": 4.0, "rope.scaling.yarn_beta_slow": 0.5}
+    ropes = [fact for kind, fact in recorded(draft, tmp_path) if kind == "rotate"]
+    yarns = {rope.yarn for rope in ropes if rope.yarn is not None}
+    assert [yarn[1:] for yarn in yarns] == [(4.0, 0.5)]
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [("yarn_attn_factor", 1.25), ("yarn_attn_factor", 0.0), ("yarn_ext_factor", 0.5)],

@@ -313,16 +313,22 @@ def test_a_published_model(data_file: Callable[[str], Path]) -> None:
 # -- split files -------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def parts(tmp_path: Path) -> list[Path]:
-    writer = gguf.GGUFWriter(tmp_path / "big.gguf", "llama", split_max_tensors=2)
-    for i in range(5):
+def split(folder: Path, n_tensors: int) -> list[Path]:
+    """The three parts of a file, of two tensors each at most."""
+    folder.mkdir(exist_ok=True)
+    writer = gguf.GGUFWriter(folder / "big.gguf", "llama", split_max_tensors=2)
+    for i in range(n_tensors):
         writer.add_tensor(f"t{i}", np.full(4, i, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return [tmp_path / f"big-{no:05}-of-00003.gguf" for no in (1, 2, 3)]
+    return [folder / f"big-{no:05}-of-00003.gguf" for no in (1, 2, 3)]
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> list[Path]:
+    return split(tmp_path, 5)
 
 
 @pytest.mark.parametrize("opened", [0, 2])
@@ -343,6 +349,17 @@ def test_a_missing_part_is_named(parts: list[Path]) -> None:
 def test_parts_in_the_wrong_order_are_noticed(parts: list[Path]) -> None:
     parts[1].write_bytes(parts[2].read_bytes())
     with pytest.raises(InvalidModelError, match="found 2, need 1.*field split.no"):
+        GGUFFile.open(parts[0])
+
+
+@pytest.mark.parametrize("odd", [0, 1])
+def test_a_part_of_another_model_is_named(parts: list[Path], tmp_path: Path, odd: int) -> None:
+    """It fits into the gap, under the right number: only the count of all tensors tells."""
+    others = split(tmp_path / "other", 6)
+    parts[odd].write_bytes(others[odd].read_bytes())
+    named, found, first = (parts[1], 5, 6) if odd == 0 else (parts[1], 6, 5)
+    message = f"found {found}, {parts[0].name} has {first}.*{named.name}, field split.tensors.count"
+    with pytest.raises(InvalidModelError, match=message):
         GGUFFile.open(parts[0])
 
 

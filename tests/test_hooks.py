@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgeinfer import LLM, ClosedError, EdgeInferError, InvalidRequestError, PlanError, Step
+from edgeinfer import LLM, ClosedError, InvalidRequestError, PlanError, Step
 from edgeinfer.backend import attention_weights
 from edgeinfer.batch import StepLimits
 from edgeinfer.graph import Attention
@@ -165,8 +165,9 @@ def test_what_leaves_no_token_is_an_error_of_its_request(llm: LLM) -> None:
         if step.logits is not None:
             step.logits[:] = np.nan
 
-    with pytest.raises(EdgeInferError, match="no number"):
+    with pytest.raises(InvalidRequestError, match="no number.* once on_step was shown") as raised:
         llm.generate("x", on_step=ban, **SPEC)
+    assert raised.value.param == "on_step"
     assert llm.generate("x", **SPEC).token_ids
 
 

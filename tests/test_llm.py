@@ -584,7 +584,7 @@ def test_what_is_open_can_not_be_copied_and_what_is_done_can(llm: LLM) -> None:
         for copied in (pickle.dumps, copy.deepcopy):
             with pytest.raises(TypeError, match="can('t)? be copied or pickled"):
                 copied(each)
-    for each in bound:
+    for each in (*bound, llm.runtime):
         with pytest.raises(TypeError, match="can't be copied or pickled"):
             copy.copy(each)
     completion = stream.run()
@@ -769,7 +769,7 @@ def test_an_interrupted_close_closes_all_the_same(
             llm.close()
     assert all(part._bytes._file.is_closed for part in file._parts)
     engine._thread.join(20)
-    assert not engine._thread.is_alive() and engine._has_ended
+    assert not engine._thread.is_alive() and engine.has_ended
 
 
 def test_a_dropped_model_ends_its_thread(path: Path) -> None:
@@ -811,7 +811,7 @@ llm = LLM({str(path)!r}, device="reference")
 stream, later = llm.stream("x", max_tokens=200), AsyncLLM({str(path)!r}, device="reference")
 held = threading.Event()
 def hold():
-    with stream._lock, later._opening:
+    with stream._lock, later._opening.own:
         held.set()
         threading.Event().wait()
 threading.Thread(target=hold, daemon=True).start()

@@ -193,13 +193,18 @@ def test_every_setting_that_an_error_names_works_by_itself(
             return
         assert len(named) <= 2
         assert (error.n_ctx is not None) == ("n_ctx" in {each.name for each in named})
+        least_types = "q4_0" if types and not few else None
+        least = dict(n_ctx=32, slots=1, kept_tokens=0, kv_type=least_types)
+        smallest = [Keyword(*each) for each in least.items()]
+        if named == [Keyword("memory")]:  # more of it, for less than was asked for
+            more = request._replace(available=request.most_available)
+            assert more.available > host and works(segment, machine, more, *smallest[:3])
+            named = []
+        elif not named:
+            assert "smaller file" in str(error)
         for each in named:
             assert works(segment, machine, request, each), str(each)
-        if not named:
-            assert "smaller file" in str(error)
-            least_types = "q4_0" if types and not few else None
-            least = dict(n_ctx=32, slots=1, kept_tokens=0, kv_type=least_types)
-            assert not works(segment, machine, request, *(Keyword(*each) for each in least.items()))
+        assert named or not works(segment, machine, request, *smallest)
     else:
         assert found.fits and (n_ctx is None or found.n_ctx == n_ctx)
         assert types is None or found.kv_types == types
@@ -307,6 +312,15 @@ def test_what_is_to_be_kept_is_planned_to_the_page(segment: Segment, kept: int) 
         (setting,) = [e for e in caught.value.advice if isinstance(e, Keyword)][:1]
         assert setting.name == "kept_tokens"
         solve(segment, machine, short._replace(kept_tokens=int(setting.value)))
+
+
+def test_an_error_names_memory_where_no_shorter_context_is_of_use(segment: Segment) -> None:
+    """With all that there is, what was asked for does not fit either."""
+    machine = OneMemory(20_000, 9 * MiB, 0)
+    request = PlanRequest(40_000_000, 1, 1, 1, {}, None, HostBytes(), 1 << 30)
+    with pytest.raises(PlanError, match="no context length would fit; raise memory") as raised:
+        solve(segment, machine, request)
+    assert raised.value.advice[1:] == (Keyword("memory"),)
 
 
 def test_sizes_of_an_error_are_never_nothing_nor_equal(segment: Segment) -> None:

@@ -152,8 +152,8 @@ def test_budgets_of_every_api(
 ) -> None:
     seen: list[Any] = []
     engine = thinking.llm.runtime.engine
-    submit = engine.submit
-    monkeypatch.setattr(engine, "submit", lambda request: seen.append(request) or submit(request))
+    made = engine.generation
+    monkeypatch.setattr(engine, "generation", lambda asked: seen.append(asked) or made(asked))
     body = {**ASKED, **fields} | ({"input": "x"} if door == RESPONSES else {})
     assert thinking.post(door, body).status_code == 200
     assert seen[0].constraint.most == 5

@@ -194,7 +194,7 @@ def test_who_goes_away_frees_the_slot(server: Running) -> None:
 def test_something_comes_while_a_prompt_is_read(server: Running) -> None:
     engine = server.llm.runtime.engine
     with server.replying("x"):
-        scripted = engine.submit
+        scripted = engine.generation
 
         def slow(request: Any) -> Any:
             generation = scripted(request)
@@ -202,7 +202,7 @@ def test_something_comes_while_a_prompt_is_read(server: Running) -> None:
             threading.Timer(1, lambda: [generation.events.put(e) for e in events if e]).start()
             return generation
 
-        engine.submit = slow  # type: ignore[method-assign]
+        engine.generation = slow  # type: ignore[method-assign]
         assert server.post(CHAT, STREAMED).text.count(": ping\n\n") >= 2
         told = server.post("/v1/messages", {**STREAMED, "max_tokens": 5}).text
         assert told.count('event: ping\ndata: {"type":"ping"}') >= 2

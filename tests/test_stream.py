@@ -32,7 +32,6 @@ from edgeinfer import (
     InvalidRequestError,
 )
 from edgeinfer.engine.generation import MOST_UNREAD, Generation
-from edgeinfer.engine.sequence import Request
 from edgeinfer.engine.speculation import MAX_ROWS
 from edgeinfer.stream import MOST_OPEN, Stream
 
@@ -228,17 +227,17 @@ def test_a_batch_waits_where_no_more_may(llm: LLM, monkeypatch: pytest.MonkeyPat
     alone = [llm.generate(prompt, max_tokens=2, seed=1).token_ids for prompt in prompts]
     monkeypatch.setattr("edgeinfer.engine.engine.WAITING_BYTES", 8_000)
     engine, n_refused = llm.runtime.engine, 0
-    submit = engine.submit
+    begin = engine.begin
 
-    def counted(request: Request) -> Generation:
+    def counted(generation: Generation) -> None:
         nonlocal n_refused
         try:
-            return submit(request)
+            begin(generation)
         except BusyError:
             n_refused += 1
             raise
 
-    monkeypatch.setattr(engine, "submit", counted)
+    monkeypatch.setattr(engine, "begin", counted)
     found = llm.generate_batch(prompts, max_tokens=2, seed=1)
     assert [each.token_ids for each in found] == alone
     assert 0 < n_refused <= len(prompts)  # tried again only once one has ended

@@ -22,7 +22,6 @@ from edgeinfer.engine import hooks, process_end
 from edgeinfer.engine.cache import CacheLayout, Overflow, PagePool
 from edgeinfer.engine.cache_store import CacheStore
 from edgeinfer.engine.delivery import Delivery
-from edgeinfer.engine.errand import Errand
 from edgeinfer.engine.generation import (
     WAKE_SECONDS,
     Ended,
@@ -37,6 +36,7 @@ from edgeinfer.engine.sequence import Request
 from edgeinfer.engine.speculation import Acceptance
 from edgeinfer.engine.step_costs import StepCosts
 from edgeinfer.engine.step_runner import StepRunner
+from edgeinfer.engine.waits import Bell, Errand
 from edgeinfer.errors import BusyError, ClosedError, InvalidRequestError
 from edgeinfer.segment import Segment
 
@@ -81,13 +81,13 @@ class Engine:
         self.delivery, self.acceptance = Delivery(), Acceptance.of_all()
         # Reentrant: what a signal's handler calls may interrupt what holds it.
         self._lock = threading.RLock()
-        self._changed = threading.Condition(self._lock)
+        self._bell = Bell()  # rung when something has changed that the thread waits for
         self._runner = StepRunner(
             program, self._scheduler, self.delivery, self._lock, n_vocab, drafter
         )
         self._errands: deque[Errand[Any]] = deque()
         self._closed, self._is_exit = "", False
-        self._has_ended = self._is_left = False  # by its thread, by who opened it
+        self.has_ended = self._is_left = False  # by its thread, by who opened it
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._loop, name="edgeinfer-engine", daemon=True)
         self._thread.start()
@@ -96,7 +96,13 @@ class Engine:
     # -- any thread ------------------------------------------------------------------------------
 
     def submit(self, request: Request) -> Generation:
-        """Queue a request; what can be refused is refused here."""
+        """Make a generation and begin it; what can be refused is refused here."""
+        generation = self.generation(request)
+        self.begin(generation)
+        return generation
+
+    def generation(self, request: Request) -> Generation:
+        """One that has not begun: who makes it owns it before it holds anything."""
         check_ids(request.ids, self.n_vocab, "prompt", "the prompt")
         if request.overflow == "error":
             n_answer = int(request.max_tokens != 0)
@@ -104,9 +110,19 @@ class Engine:
         request.params.check_vocabulary(self.n_vocab)
         layout = self.layout(request.overflow, request.n_pinned)
         # An eighth of what Python's integers take, for as long as it waits and runs.
-        generation = Generation(self, replace(request, ids=array("i", request.ids)), layout)
-        self._queue(generation, request.priority)
-        return generation
+        return Generation(self, replace(request, ids=array("i", request.ids)), layout)
+
+    def begin(self, work: AnyWork) -> None:
+        """Queue what was made here; where an interrupt cuts that short nothing of it goes on."""
+        try:
+            self._queue(work)
+        except BaseException:
+            self._cancel(work)
+            raise
+
+    def _cancel(self, work: AnyWork) -> None:
+        work.is_cancelled = True
+        self.interrupt()
 
     def logits(
         self,
@@ -150,21 +166,30 @@ class Engine:
         layout = self.layout(overflow, n_pinned=1)
         job = LogitsJob.of(lists, first, prefill_chunk, self.limits, layout, take)
         self._check_thread()
-        self._queue(job)
-        job.wait(self)
+        self.run(job)
 
-    def begin_job(self, ids: SequenceOf[int], hook: hooks.Hook, ended: Ended = None) -> LogitsJob:
-        """Begin to show a hook all rows of `ids` in order, again from the first after giving way.
+    def job(self, ids: SequenceOf[int], hook: hooks.Hook, ended: Ended = None) -> LogitsJob:
+        """To show a hook all rows of `ids` in order, again from the first after giving way.
 
-        `ended`, which can't raise, is then called with the job, in the engine's thread.
+        It has not begun. Of its end `ended`, which can't raise, is told in the engine's thread.
         """
         check_ids(ids, self.n_vocab, "token_ids")
         check_length(len(ids), self.n_ctx)
         layout = self.layout("error")
         job = LogitsJob.of((ids,), len(ids), None, self.limits, layout, lambda *_: None, hook)
         job.ended = ended
-        self._queue(job)
         return job
+
+    def run(self, job: LogitsJob) -> None:
+        """Begin a job and wait until every row was taken; an interrupt ends it."""
+        try:
+            self._queue(job)
+            while not job.outcome.wait(WAKE_SECONDS):
+                self.check_waiting()
+        except BaseException:
+            self._cancel(job)
+            raise
+        job.outcome.check()
 
     def sessions(self, model: str) -> Sessions:
         """What saves and loads what the cache holds: see there for `model`."""
@@ -181,13 +206,13 @@ class Engine:
         """Call `action` in the engine's thread while no step runs; what it returns or raises."""
         self._check_thread()  # a callback is called while one runs
         errand = Errand(action)
-        with self._changed:
+        with self._lock:
             if is_open := not self._closed:
                 self._errands.append(errand)
-                self._changed.notify()
+                self._bell.ring()
         if not is_open:
             self._refuse()
-        while not errand.wait(WAKE_SECONDS):
+        while not errand.outcome.wait(WAKE_SECONDS):
             self.check_alive()
         return errand.result()
 
@@ -212,19 +237,19 @@ class Engine:
             return
         # Before the lock: this thread may get that only after another step has been submitted.
         self._scheduler.may_be_cancelled = True
-        with self._changed:
+        with self._lock:
             self._runner.abort_cancelled()
-            self._changed.notify()
+            self._bell.ring()
 
     def wake(self) -> None:
         """Look at what is paused now."""
         if not self.is_forked:
-            with self._changed:
-                self._changed.notify()
+            self._bell.ring()
 
     def check_alive(self) -> None:
         """Raise ClosedError unless events can still come."""
-        if self.is_forked or not self._thread.is_alive():
+        # NOTE: not `Thread.is_alive`: once an interrupt comes inside it calls a thread dead.
+        if self.is_forked or self.has_ended:
             self._refuse()
 
     def _refuse(self) -> NoReturn:
@@ -248,13 +273,13 @@ class Engine:
         """
         if self.is_forked:
             return
-        with self._changed:
+        with self._lock:
             if self._is_exit:  # nobody waits for it twice
                 return
             self._is_exit, self._is_left = is_exit, True
             self._closed = self._closed or "the model was closed"
             self._runner.close()
-            self._changed.notify()
+            self._bell.ring()
         if threading.current_thread() is not self._thread and not self.delivery.is_here():
             self._thread.join(timeout)
         self._free()
@@ -262,7 +287,6 @@ class Engine:
     def mark_forked(self) -> None:
         """In the child of a fork the thread does not exist: every use is an error."""
         self._closed, self._lock = _FORKED, threading.RLock()
-        self._changed = threading.Condition(self._lock)
 
     def layout(self, overflow: Overflow, n_pinned: int = 0) -> CacheLayout:
         """How the cache of a sequence is cut here."""
@@ -270,8 +294,9 @@ class Engine:
         windows, has_state = limits.n_pages, limits.n_states > 0
         return CacheLayout.of(overflow, self.n_ctx, n_pinned, windows, limits.max_rows, has_state)
 
-    def _queue(self, work: AnyWork, priority: int = 0) -> None:
-        with self._changed:
+    def _queue(self, work: AnyWork) -> None:
+        priority = work.request.priority if isinstance(work, Generation) else 0
+        with self._lock:
             if is_open := not self._closed:
                 # One that nobody waits in front of is taken whatever it holds: it starts at once.
                 n_bytes = self._scheduler.n_bytes_waiting
@@ -282,7 +307,7 @@ class Engine:
                         most=WAITING_BYTES,
                     )
                 self._scheduler.enqueue(work, priority)
-                self._changed.notify()
+                self._bell.ring()
         if not is_open:
             self._refuse()
 
@@ -293,18 +318,20 @@ class Engine:
             self._serve()
         except BaseException as error:  # a bug: whoever waits is told, nobody hangs
             self._closed = f"the engine failed: {error!r}"
-        if not self._is_exit:
-            self._scheduler.fail_all(ClosedError(self._closed), also_waiting=True)
-            while self._errands:
-                self._errands.popleft().fail(ClosedError(self._closed))
-            self.delivery.close(_JOIN_SECONDS)
-        self._has_ended = True
+        try:
+            if not self._is_exit:
+                self._scheduler.fail_all(ClosedError(self._closed), also_waiting=True)
+                while self._errands:
+                    self._errands.popleft().outcome.tell(ClosedError(self._closed))
+                self.delivery.close(_JOIN_SECONDS)
+        finally:
+            self.has_ended = True
         self._free()
 
     def _free(self) -> None:
         """Once nobody needs the memory: a step that outlasts `close`, or calls it, does."""
         with self._lock:
-            is_last = self._has_ended and self._is_left
+            is_last = self.has_ended and self._is_left
             self._is_left = self._is_left and not is_last
         if is_last:
             self._runner.program.close()
@@ -332,16 +359,14 @@ class Engine:
         if scheduler.has_work:
             return not self._closed
         self.delivery.send()
-        with self._changed:
-            while not (self._closed or scheduler.has_work or self._errands):
-                self._changed.wait()
+        while not (self._closed or scheduler.has_work or self._errands):
+            self._bell.wait()
         return not self._closed
 
     def _wait_for_guests(self) -> None:
         """Who gave way to a session that is saved or loaded looks for pages now and then."""
-        with self._changed:
-            if self._store.has_guests and not (self._errands or self._closed):
-                self._changed.wait(_GUEST_SECONDS)
+        if self._store.has_guests and not (self._errands or self._closed):
+            self._bell.wait(_GUEST_SECONDS)
 
     def _turn(self) -> None:
         scheduler = self._scheduler

@@ -6,7 +6,6 @@ Knows nothing of scheduling.
 from __future__ import annotations
 
 import queue
-import threading
 import time
 from array import array
 from collections.abc import Callable
@@ -34,6 +33,7 @@ from edgeinfer.engine.sequence import (
     Token,
 )
 from edgeinfer.engine.speculation import MAX_ROWS, Acceptance, Speculator
+from edgeinfer.engine.waits import Outcome
 from edgeinfer.errors import (
     ContextLengthError,
     EdgeInferError,
@@ -225,8 +225,8 @@ class Generation:
         self._worker.interrupt()
 
 
-# Told of a job's end, in the engine's thread.
-Ended: TypeAlias = "Callable[[LogitsJob], object] | None"
+# Told of a job's end, with the error that ended it if one did, in the engine's thread.
+Ended: TypeAlias = "Callable[[BaseException | None], object] | None"
 
 
 @dataclass(slots=True, eq=False)
@@ -244,13 +244,12 @@ class LogitsJob:
     take: Callable[[int, NDArray[np.float32]], None]
     n_bytes: int  # about what it takes while it does not run
     sequences: list[Sequence] = field(default_factory=list)  # the engine's, while it runs
-    error: BaseException | None = None
     is_cancelled: bool = False
     rank: Rank = (0, 0)  # the scheduler's
     hook: Hook | None = None
     n_taken: int = 0  # positions up to which logits were passed on
     ended: Ended = None
-    _done: threading.Event = field(default_factory=threading.Event)
+    outcome: Outcome = field(default_factory=Outcome)
 
     @property
     def next_pages(self) -> tuple[int, ...]:
@@ -329,26 +328,9 @@ class LogitsJob:
             self.n_taken = end
 
     def finish(self, error: BaseException | None = None) -> None:
-        self.error = error
-        self._done.set()
+        self.outcome.tell(error)
         if self.ended is not None:
-            self.ended(self)
-
-    def wait(self, worker: Worker) -> None:
-        """Until every row was taken; an interrupted wait cancels the job."""
-        try:
-            while not self._done.wait(WAKE_SECONDS):
-                worker.check_waiting()
-        except BaseException:
-            self.is_cancelled = True
-            worker.interrupt()
-            raise
-        error, self.error = self.error, None
-        if error is not None:
-            try:
-                raise error
-            finally:  # or its frames keep it, and those of who catches it
-                del error
+            self.ended(error)
 
 
 def check_ids(ids: SequenceOf[int], n_vocab: int, param: str, name: str = "") -> None:

@@ -38,6 +38,8 @@ def does_not_fit(plan: MemoryPlan, request: PlanRequest, room: Room) -> PlanErro
         advice = would_fit(settings, " or ")
     elif settings := _together(plan, request, room):
         advice = would_fit(settings, " and ", " together" if len(settings) > 1 else "")
+    elif _fits_in_more(request, room):
+        advice = ("no context length would fit; raise ", Keyword("memory"))
     slots = f" in {plan.slots} slots" if plan.slots > 1 else ""
     return PlanError(
         f"the model needs {_needed(pool)} for {plan.n_ctx} tokens of context{slots}, "
@@ -104,6 +106,14 @@ def _together(plan: MemoryPlan, request: PlanRequest, room: Room) -> list[Keywor
     if types is not None and types != request.kv_types:
         settings.append(Keyword("kv_type", types[0]))
     return settings
+
+
+def _fits_in_more(request: PlanRequest, room: Room) -> bool:
+    """Whether a short context would, in what the user does not allow of the memory there is."""
+    if request.most_available <= request.available:
+        return False
+    least = request._replace(n_ctx=PAGE, slots=1, kept_tokens=request.kept_tokens and 0)
+    return room(least._replace(available=request.most_available)) >= 0
 
 
 def _most(high: int, room: Callable[[int], int]) -> int:

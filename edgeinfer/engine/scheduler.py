@@ -75,7 +75,7 @@ class Scheduler:
         self.may_be_cancelled = False
         for work in [w for w in (*self._begun, *self.waiting) if w.is_cancelled]:
             try:
-                if work.error is not None:
+                if isinstance(work, Generation) and work.error is not None:
                     self.fail(work, work.error)
                 else:
                     self.finish(work, "cancelled")

@@ -128,15 +128,19 @@ class Sessions:
         opened, is_whole = list[Sequence](), False
 
         def dismiss() -> None:
-            for guest in opened:
-                self._store.dismiss(guest, is_kept=is_kept and is_whole)
+            while opened:
+                self._store.dismiss(opened.pop(), is_kept=is_kept and is_whole)
 
         try:
             self._call(lambda: opened.append(opens()))
             yield opened[0]
             is_whole = True
         finally:
-            self._call(dismiss)
+            try:
+                self._call(dismiss)
+            except BaseException:  # an interrupt may have come before the engine was told
+                self._call(dismiss)
+                raise
 
     def _call(self, action: Callable[[], T]) -> T:
         result: T = self._between_steps(action)

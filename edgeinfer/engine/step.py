@@ -289,6 +289,10 @@ def _take_token(
         if min(request.params.logit_bias.values(), default=0.0) < _BANS:
             param = "logit_bias"
             raise InvalidRequestError(f"{found} with this {param}; ban fewer tokens", param=param)
+        if work.hook is not None and work.hook.logits:
+            param = "on_step"
+            found = f"the logits hold no number to choose {what} by once {param} was shown them"
+            raise InvalidRequestError(f"{found}; leave some of them numbers", param=param)
         raise EdgeInferError(found)
     if work.has_mirostat:
         sequence.mu = float(table.mu[row])

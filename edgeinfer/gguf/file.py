@@ -231,10 +231,18 @@ def _check_parts(parts: list[_Part]) -> None:
                     field=key,
                 )
     key, n_tensors = "split.tensors.count", sum(len(part.tensors) for part in parts)
-    wanted = parts[0].metadata.get_int(key, n_tensors)
-    if wanted != n_tensors:
+    counts = [part.metadata.get_int(key, n_tensors) for part in parts]
+    for part, count in zip(parts, counts, strict=True):
+        if count != counts[0]:
+            raise InvalidModelError(
+                f"found {count}, {parts[0].path.name} has {counts[0]}: parts of two models; "
+                "download the parts again",
+                path=part.path,
+                field=key,
+            )
+    if counts[0] != n_tensors:
         raise InvalidModelError(
-            f"the parts hold {n_tensors} tensors, need {wanted}; download the parts again",
+            f"the parts hold {n_tensors} tensors, need {counts[0]}; download the parts again",
             path=parts[0].path,
             field=key,
         )

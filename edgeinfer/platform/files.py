@@ -109,12 +109,11 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
         with open(path, "wb") as file:
             yield file
         return
-    import tempfile
-
     make_folder(path.parent)
-    descriptor, part = tempfile.mkstemp(dir=path.parent, prefix=_part_prefix(path), suffix=_PART)
+    # Its name is known before it is there: an interrupt can't come in between and leave it.
+    part = path.with_name(f"{_part_prefix(path)}{os.urandom(8).hex()}{_PART}")
     try:
-        with open(descriptor, "wb") as file:
+        with open(part, "xb", opener=partial(os.open, mode=0o600)) as file:
             try_lock(file)
             yield file
         os.replace(part, path)

@@ -7,7 +7,7 @@ import threading
 
 
 class ProcessLock:
-    """`with` it as a `threading.Lock`; one that another thread held at a fork is free in the child.
+    """`with` its `own`; one that another thread held at a fork is free in the child.
 
     That thread does not exist there, and would never release it.
     """
@@ -15,8 +15,10 @@ class ProcessLock:
     def __init__(self) -> None:
         self._locks: dict[int, threading.Lock] = {}
 
-    def __enter__(self) -> None:
-        self._locks.setdefault(os.getpid(), threading.Lock()).acquire()
+    @property
+    def own(self) -> threading.Lock:
+        """That of this process.
 
-    def __exit__(self, *error: object) -> None:
-        self._locks[os.getpid()].release()
+        Python's: in methods of ours that take and release it an interrupt might leave it taken.
+        """
+        return self._locks.setdefault(os.getpid(), threading.Lock())

@@ -51,8 +51,9 @@ def _cgroup_limits(root: Path) -> Iterator[tuple[int, int]]:
         for limit_name, used_name, prefix in _MEMORY_LIMITS:
             texts = (system_files.read(folder / name) for name in (limit_name, used_name))
             limit, used = map(system_files.number, texts)
-            if limit is None or used is None:
+            if limit is None:
                 continue
+            used = rss() if used is None else used  # a sandbox may hide it: it is no less
             stat = system_files.fields(folder / "memory.stat")
             clean, dirty = (
                 sum(stat.get(prefix + name, 0) for name in names)

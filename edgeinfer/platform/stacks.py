@@ -27,7 +27,7 @@ def with_stack(n_bytes: int, work: Callable[[], T]) -> T:
             failed.append(error)
 
     thread = threading.Thread(target=run, name="edgeinfer-deep", daemon=True)
-    with _lock:
+    with _lock.own:
         try:
             before = threading.stack_size(n_bytes)
         except (ValueError, RuntimeError):  # a system that has none so large: its own must do

@@ -18,6 +18,7 @@ from edgeinfer.text.tokenizer import TooManyTokens
 from edgeinfer.text.turns import SYSTEM, drop_turns
 
 _AROUND_MESSAGE = 8  # tokens of the template beside a message, roughly
+_OTHER_QUESTION = {"role": "user", "content": "?"}
 
 
 class Prompt(NamedTuple):
@@ -69,7 +70,8 @@ def chat_prompt(
     for where a model `has_borders`. TooManyTokens once there are more than `most` tokens.
     """
     n_dropped, n_pinned = 0, 1
-    n_system = next((i for i, m in enumerate(chat.messages) if m["role"] not in SYSTEM), 0)
+    asked = (i for i, m in enumerate(chat.messages) if m["role"] not in SYSTEM)
+    n_system = next(asked, len(chat.messages))
     if overflow == "drop-turns":
 
         def n_tokens(text: str) -> int:
@@ -85,8 +87,10 @@ def chat_prompt(
         chat = chat._replace(messages=kept)
     ids = _encode(tokenizer, template, chat, most)
     if overflow != "error":
-        system = Conversation(chat.messages[: min(1, n_system)], [], {})
-        n_pinned = max(1, _n_tokens(tokenizer, template, system, ids))
+        # What stays is whatever comes before the first question: most templates have tools there.
+        begun = chat.first(n_system)
+        begun = begun._replace(messages=[*begun.messages, _OTHER_QUESTION], continues=False)
+        n_pinned = max(1, _n_tokens(tokenizer, template, begun, ids))
     n_stable = min(n_stable, n_system if n_dropped else len(chat.messages))
     counts = {n_stable}
     if has_borders:  # the system's, what the last question follows, and what the answer follows

@@ -199,7 +199,7 @@ _teams_lock = platform.ProcessLock()
 
 def shared_team(library: Library, n_threads: int) -> Team:
     """The team of this process, shared by all models, with room for n_threads."""
-    with _teams_lock:
+    with _teams_lock.own:
         pid = os.getpid()
         team = _teams.get(pid)
         if team is None:

@@ -201,10 +201,11 @@ class _paced:
         self._thread = threading.Thread(target=self._step)
 
     def __enter__(self) -> None:
-        self._engine.submit = self._submit  # type: ignore[method-assign]
+        self._engine.generation = self._made  # type: ignore[method-assign]
+        self._engine.begin = lambda work: None  # type: ignore[method-assign]
         self._thread.start()
 
-    def _submit(self, request: Request) -> Generation:
+    def _made(self, request: Request) -> Generation:
         generation = Generation(self._engine, request, self._engine.layout("error"))
         self._begun.append(generation)
         return generation
@@ -225,7 +226,7 @@ class _paced:
 
     def __exit__(self, *error: object) -> None:
         self._thread.join()
-        del self._engine.submit
+        del self._engine.generation, self._engine.begin
 
 
 _MEASURES = {"decode": _decode, "path": _path}
