@@ -23,8 +23,9 @@ template <>
 constexpr bool IS_LARGE<Q5_0> = true;
 #endif
 
-// Grid: (n / 32 or fewer, rows / ROWS rounded up). x is X8, w (n, k) tiles; bias and residual may
-// be null, the residual may be y.
+// Grid: (n / 32 or, for the first values of each row alone, fewer; rows / ROWS rounded up): a block
+// of threads takes a tile. x is X8, w (n, k) tiles; bias and residual may be null, the residual may
+// be y.
 EI_KERNEL(32 * WARPS, ROWS > 1 || (IS_LARGE<TYPE> && WARPS > 4)) matmul(
     const Step* step, int rows, const uint8_t* x, const uint8_t* w, const float* bias,
     const float* residual, float* y, int n, int k) {
@@ -39,5 +40,5 @@ EI_KERNEL(32 * WARPS, ROWS > 1 || (IS_LARGE<TYPE> && WARPS > 4)) matmul(
     const Stores stores = {out, n, first_row, n_rows};
     using Lefts = Left<TYPE, WARPS, ROWS>;
     EI_SHARED(Lefts, left, [2]);
-    multiply<1>(f, left, blockIdx.x, gridDim.x, NothingToBegin(), stores);
+    multiply<1>(f, left, blockIdx.x, f.at.n_tiles, NothingToBegin(), stores);
 }
