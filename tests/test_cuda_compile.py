@@ -210,7 +210,7 @@ def test_cubins_are_compiled_once_and_found_again(
         without.setattr(platform, "nvrtc_libraries", list)
         for cuda in (12, 13):  # a driver also takes what an older CUDA has made
             assert Cubins(folder, sources, 90, cuda).load([kernel]) == first
-        with pytest.raises(DeviceError, match="pip install nvidia-cuda-nvrtc-cu12$"):
+        with pytest.raises(DeviceError, match="pip install --upgrade nvidia-cuda-nvrtc-cu12$"):
             Cubins(folder, sources, 87, 12).load([kernel])
         monkeypatch.setattr(cubins_module, "PACKAGED", folder)
         assert Cubins(tmp_path / "other", sources, 90, 12).load([kernel]) == first
@@ -223,7 +223,7 @@ def test_an_architecture_that_nvrtc_does_not_know_is_named(
     sources: Sources, tmp_path: Path
 ) -> None:
     library(12)
-    said = r"kernels for sm_110 .* \(that of CUDA 12 knows sm_50, .*pip install nvidia-cuda-nvrtc"
+    said = r"kernels for sm_110 .* \(that of CUDA 12 knows sm_50, .*pip install --upgrade nvidia"
     with pytest.raises(DeviceError, match=said):
         Cubins(tmp_path, sources, 110, 12).load([Kernel.of("k")])
 

@@ -313,12 +313,13 @@ class Product:
         tile = 32
         if kernel.name == "matmul_mma":
             tile = tiles.mma_rows(defines["TOKENS"], defines["WARPS"])
+        grid = up(n_made or n, tile), up(n_rows + 3, size), 1
         y = Out.of(self.device, n_rows, n)
         if is_summed:
             self.device.write(y.address, padded(self.residual[:n_rows]))
         self.device.seed = seed
         launch(
-            self.device, kernel, (up(n_made or n, tile), up(n_rows + 3, size), 1), y=y.address, n=n, k=k,
+            self.device, kernel, grid, y=y.address, n=n, k=k,
             step=put_step(self.device, n_rows), rows=0, x=self.at["x"], w=self.at["w"],
             bias=self.at["bias"] * is_summed, residual=y.address * is_summed,
         )  # fmt: skip
