@@ -105,11 +105,11 @@ class Steps:
             yield i, launch.first_values(n_logits) if n_logits else launch
         last = {Result.LIKELIEST: lowered.argmax, Result.SAMPLED: lowered.sample}
         if result in last:
-            launch = last[result]
-            assert launch is not None, "only the last segment has logits"
+            picks = last[result]
+            assert picks is not None, "only the last segment has logits"
             if n_logits:
-                launch = launch._replace(args={**launch.args, "n_vocab": n_logits})
-            yield (-1 if result is Result.LIKELIEST else -2), launch
+                picks = picks._replace(args={**picks.args, "n_vocab": n_logits})
+            yield (-1 if result is Result.LIKELIEST else -2), picks
 
     def _bind(self, i: int, launch: Launch, shape: Shape) -> Bound:
         key = i, shape.n_segments if launch.depends_on_segments else 0, shape.n_logits
