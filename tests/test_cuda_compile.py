@@ -293,6 +293,17 @@ def test_what_can_not_be_kept_is_used_all_the_same(sources: Sources, tmp_path: P
     assert data.startswith(b"\x7fELF") and cubins.unkept == "Not a directory"
 
 
+@pytest.mark.parametrize("at", ["lib/libnvrtc.so.99", "Library/bin/nvrtc64_990_0.dll"])
+def test_compilers_are_found_where_conda_has_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    path = tmp_path / at
+    path.parent.mkdir(parents=True)
+    path.touch()
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    assert platform.nvrtc_libraries()[0] == NvrtcLibrary(path, 99)
+
+
 def test_compilers_are_found_where_jetpack_has_them(tmp_path: Path) -> None:
     folder = tmp_path / "usr/local/cuda-11.4/targets/aarch64-linux/lib"
     folder.mkdir(parents=True)
