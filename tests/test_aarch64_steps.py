@@ -24,6 +24,7 @@ from edgeinfer.kernels.cpu.kept_objects import cache_folder, read_object, symbol
 from edgeinfer.kernels.cpu.program import CpuProgram
 from edgeinfer.kernels.cpu.targets import Target
 from edgeinfer.model import Model
+from edgeinfer.sampling.params import SampleTable, SamplingParams
 
 from .backends import LIMITS, batch_of
 from .models_for_tests import tiny_model
@@ -59,6 +60,7 @@ int main(void) {
 }
 """
 GAP = 8192  # behind every piece: prefetches and tails
+PICKED = ("ids", "status", "logprobs", "mu", "top_ids", "top_logprobs")  # of a sample table
 
 
 class Piece(NamedTuple):
@@ -73,7 +75,9 @@ class Piece(NamedTuple):
 class Image:
     """Memory of a program, and of a step that has been submitted to it."""
 
-    def __init__(self, program: CpuProgram, parts: Sequence[KernelPart]) -> None:
+    def __init__(
+        self, program: CpuProgram, parts: Sequence[KernelPart], samples: SampleTable | None
+    ) -> None:
         self._pieces, self._end = list[Piece](), 0
         for memory in (*program._memories, program._weights._memory):
             if memory is not None:
@@ -83,6 +87,8 @@ class Image:
         for name in ("pos", "seq", "ids", "wanted", "states", "kept", "pages"):
             array = getattr(program, f"_{name}")
             self._put(array.ctypes.data, array.nbytes)
+        if samples is not None:
+            self._put_samples(samples)
         self.header = self.offset(program._header.ctypes.data)
         words = [
             [arg.address if isinstance(arg, Buffer) else arg for arg in part.args] for part in parts
@@ -92,6 +98,16 @@ class Image:
         self._put(self._words.ctypes.data, self._words.nbytes, has_addresses=True)
         first = self.offset(self._words.ctypes.data)
         self.args = [first + 8 * int(start) for start in starts[:-1]]
+
+    def _put_samples(self, table: SampleTable) -> None:
+        for array in (table._arguments, table.rows):
+            self._put(array.ctypes.data, array.nbytes, has_addresses=True)
+        rows = [table.row(i) for i in range(table.n_rows)]
+        inputs = [array for row in rows for array in (row.history, *row.params.bias_arrays)]
+        picked = (getattr(table, name) for name in PICKED)
+        for array in (*inputs, table._mask_addresses, *picked):
+            if array.nbytes:
+                self._put(array.ctypes.data, array.nbytes)
 
     def _put(self, address: int, n_bytes: int, *, has_addresses: bool = False) -> None:
         self._pieces.append(Piece(address, n_bytes, self._end, has_addresses))
@@ -209,16 +225,24 @@ class Twins:
     def __init__(self, program: CpuProgram, folder: Path) -> None:
         self._program, lowered = program, program._lowered
         self._n_first = len(lowered.prologue)
-        self._parts = [*lowered.prologue, *(part for op in lowered.ops for part in op.parts)]
+        ops = [*lowered.ops, program._drawn.sample]
+        self._parts = [*lowered.prologue, *(part for op in ops if op for part in op.parts)]
         names = sorted({part.kernel for part in self._parts})
         self._emulator = Emulator(names, folder)
 
     def check(self, batch: Batch, *, has_bits_of_cache: bool = True) -> NDArray[np.float32]:
         """A step's logits are the same there, and what is then in the cache."""
         ticket = self._program.submit(batch)
-        image = Image(self._program, self._parts)
+        image = Image(self._program, self._parts, batch.samples)
         there = self._emulator.run(image, self._parts, self._n_first)
         here = ticket.wait().logits
+        if (table := batch.samples) is not None:
+            for name in PICKED:
+                ours = getattr(table, name)
+                at = image.offset(ours.ctypes.data)
+                theirs = there[at : at + ours.nbytes].view(ours.dtype).reshape(ours.shape)
+                np.testing.assert_array_equal(theirs, ours)
+            return here
         at = image.offset(here.ctypes.data)
         rows = there[at : at + here.strides[0] * len(here)].view(np.float32)
         np.testing.assert_array_equal(rows.reshape(len(here), -1)[:, : here.shape[1]], here)
@@ -237,6 +261,26 @@ def test_steps_have_our_bits(tmp_path: Path, options: dict[str, Any], kv: Any) -
         for batch in steps(program):
             logits = twins.check(batch)
             assert np.isfinite(logits).all() and np.unique(logits).size > logits.size // 2
+
+
+CHAINS: list[dict[str, Any]] = [
+    dict(temperature=0.0), dict(top_k=40, top_p=0.9, min_p=0.01), dict(top_n_sigma=1.0),
+    dict(typical_p=0.7), dict(xtc_probability=1.0), dict(mirostat=1), dict(mirostat=2),
+    dict(temperature=1.3, repeat_penalty=1.2, frequency_penalty=0.3, repeat_last_n=-1),
+    dict(dynatemp_range=0.5, logit_bias={3: 2.0, 5: -1e9}), dict(top_k=0, top_p=1.0, min_p=0.0),
+]  # fmt: skip
+
+
+def test_tokens_are_those_that_we_pick(tmp_path: Path) -> None:
+    with programs(tmp_path, *MODELS[0]) as program:
+        n, ids = len(CHAINS), np.arange(20, 60, dtype=np.int32)
+        table = SampleTable(n)
+        for i, chain in enumerate(CHAINS):
+            table.set_row(i, SamplingParams(**chain, logprobs=5), seed=i, index=i, history=ids)
+        batch = batch_of(ids[:n].tolist(), output="ids")
+        batch.samples = table
+        Twins(program, tmp_path).check(batch)
+        assert len(set(table.ids.tolist())) > 3 and not table.status.any()
 
 
 @pytest.mark.parametrize(("options", "kv"), MODELS[1:3], ids=str)
