@@ -12,21 +12,19 @@
 
 // Several rows, and some types beside many warps, want more registers than the compiler takes by
 // itself: it may take all that a block of threads can have. Tables do, Q4_K on sm_100 to 107, and
-// Q5_0 on sm_72. Q6_K does beside four, too, on sm_101.
+// Q5_0 on sm_72; Q6_K beside any number of warps on sm_100 to 107.
 template <class T>
 constexpr bool IS_LARGE = T::IS_TABLE;
+template <class T>
+constexpr bool IS_LARGEST = false;
 #if __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1100
 template <>
 constexpr bool IS_LARGE<Q4_K> = true;
+template <>
+constexpr bool IS_LARGEST<Q6_K> = true;
 #elif __CUDA_ARCH__ == 720
 template <>
 constexpr bool IS_LARGE<Q5_0> = true;
-#endif
-template <class T>
-constexpr bool IS_LARGEST = false;
-#if __CUDA_ARCH__ == 1010
-template <>
-constexpr bool IS_LARGEST<Q6_K> = true;
 #endif
 
 // Grid: (n / 32 or, for the first values of each row alone, fewer; rows / ROWS rounded up): a block
