@@ -194,8 +194,9 @@ class GuessesOn(Protocol):
     def guess(self, batch: Batch, n: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """The likeliest token behind each wanted row, one a sequence, and n - 1 more: (n, R).
 
-        At most 4. All places but the last token's have their pages. With the last step's hidden
-        rows (R, D), where the batch asks for them.
+        At most 4, of the batch's `n_logits` first tokens where it names so many. All places but the
+        last token's have their pages. With the last step's hidden rows (R, D), where the batch asks
+        for them.
         """
         ...
 

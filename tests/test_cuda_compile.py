@@ -210,7 +210,7 @@ def test_cubins_are_compiled_once_and_found_again(
         without.setattr(platform, "nvrtc_libraries", list)
         for cuda in (12, 13):  # a driver also takes what an older CUDA has made
             assert Cubins(folder, sources, 90, cuda).load([kernel]) == first
-        with pytest.raises(DeviceError, match="pip install nvidia-cuda-nvrtc-cu12$"):
+        with pytest.raises(DeviceError, match="pip install --upgrade nvidia-cuda-nvrtc-cu12$"):
             Cubins(folder, sources, 87, 12).load([kernel])
         monkeypatch.setattr(cubins_module, "PACKAGED", folder)
         assert Cubins(tmp_path / "other", sources, 90, 12).load([kernel]) == first
@@ -223,7 +223,7 @@ def test_an_architecture_that_nvrtc_does_not_know_is_named(
     sources: Sources, tmp_path: Path
 ) -> None:
     library(12)
-    said = r"kernels for sm_110 .* \(that of CUDA 12 knows sm_50, .*pip install nvidia-cuda-nvrtc"
+    said = r"kernels for sm_110 .* \(that of CUDA 12 knows sm_50, .*pip install --upgrade nvidia"
     with pytest.raises(DeviceError, match=said):
         Cubins(tmp_path, sources, 110, 12).load([Kernel.of("k")])
 
@@ -291,6 +291,17 @@ def test_what_can_not_be_kept_is_used_all_the_same(sources: Sources, tmp_path: P
     cubins = Cubins(tmp_path / "file" / "cache", sources, 90, 12)
     [data] = cubins.load([Kernel.of("k")]).values()
     assert data.startswith(b"\x7fELF") and cubins.unkept == "Not a directory"
+
+
+@pytest.mark.parametrize("at", ["lib/libnvrtc.so.99", "Library/bin/nvrtc64_990_0.dll"])
+def test_compilers_are_found_where_conda_has_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    path = tmp_path / at
+    path.parent.mkdir(parents=True)
+    path.touch()
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    assert platform.nvrtc_libraries()[0] == NvrtcLibrary(path, 99)
 
 
 def test_compilers_are_found_where_jetpack_has_them(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from edgeinfer.engine import drafter
 from edgeinfer.engine.drafting import MOST
 from edgeinfer.gguf import GGUFFile
 from edgeinfer.kernels.cuda.backend import CudaBackend
+from edgeinfer.kernels.cuda.commands import Launch
 from edgeinfer.kernels.cuda.program import CudaProgram
 from edgeinfer.model import Model
 from edgeinfer.sampling.sampler import ReferenceSampler
@@ -92,6 +93,32 @@ def test_guesses_are_those_of_steps_one_by_one(path: Path, seed: int) -> None:
         assert nothing[0].shape == (1, 0)
         with pytest.raises(AssertionError, match="room for 4"):
             program.guess(batch, MOST + 1)
+
+
+@pytest.mark.parametrize("n_logits", [33, 100, 1 << 20])
+def test_guesses_are_the_likeliest_of_the_first_tokens(
+    path: Path, monkeypatch: pytest.MonkeyPatch, n_logits: int
+) -> None:
+    """Of which alone the head's matrix is read; launch by launch and as graphs."""
+    heads, grid = set[int](), Launch.grid
+
+    def seeing(self: Launch, n_rows: int, n_segments: int) -> Any:
+        if self.values_per_block and self.args["n"] == n_vocab:
+            heads.add(grid(self, n_rows, n_segments)[0])
+        return grid(self, n_rows, n_segments)
+
+    with draft(path, seed=1) as program:
+        n_vocab = program.segment.output.dim
+        batch = replace(prompts(program.segment.hidden.dim), n_logits=n_logits)
+        expected = one_by_one(program, batch, MOST)
+        of_all = one_by_one(program, replace(batch, n_logits=0), MOST)
+        monkeypatch.setattr(Launch, "grid", seeing)
+        for _ in range(3):
+            found = program.guess(batch, MOST)
+            for got, each in zip(found, expected, strict=True):
+                np.testing.assert_array_equal(got, each)
+    assert np.array_equal(expected[0], of_all[0]) == (n_logits > n_vocab)
+    assert heads == {-(-min(n_logits, n_vocab) // 32)}
 
 
 @pytest.mark.parametrize("way", [dict(temperature=0.0), dict(temperature=0.01)], ids=str)

@@ -300,22 +300,26 @@ class Product:
             "bias": put(device, bias),
         }
 
-    def run(self, kernel: Kernel, n_rows: int, is_summed: bool = False, seed: int = 0) -> Out:
-        """The first rows; `is_summed`: with the bias, added to what is there."""
+    def run(
+        self, kernel: Kernel, n_rows: int, is_summed: bool = False, seed: int = 0, n_made: int = 0
+    ) -> Out:
+        """The first rows; `is_summed`: with the bias, added to what is there.
+
+        Of each row the first `n_made` values at least, 0: all.
+        """
         n, k = self.w.shape
         defines = {macro: int(v) for macro, v in kernel.defines if macro != "TYPE"}
         size = defines.get("TOKENS", defines.get("ROWS"))
         tile = 32
         if kernel.name == "matmul_mma":
             tile = tiles.mma_rows(defines["TOKENS"], defines["WARPS"])
-        elif kernel.name == "matmul":
-            tile *= 1 + defines["WARPS"] // 4  # a block of threads takes several tiles
+        grid = up(n_made or n, tile), up(n_rows + 3, size), 1
         y = Out.of(self.device, n_rows, n)
         if is_summed:
             self.device.write(y.address, padded(self.residual[:n_rows]))
         self.device.seed = seed
         launch(
-            self.device, kernel, (up(n, tile), up(n_rows + 3, size), 1), y=y.address, n=n, k=k,
+            self.device, kernel, grid, y=y.address, n=n, k=k,
             step=put_step(self.device, n_rows), rows=0, x=self.at["x"], w=self.at["w"],
             bias=self.at["bias"] * is_summed, residual=y.address * is_summed,
         )  # fmt: skip
@@ -380,6 +384,21 @@ def test_matmul_of_floats(device: ShimDevice, kind: QuantType) -> None:
     for j, product in enumerate(products(device, kind)):
         for i, kernel in enumerate(kernels):
             product.check(kernel, 8 - i, bool(i), seed=SEEDS[(i + j) % 3])
+
+
+@pytest.mark.parametrize("n_made", [1, 32, 64, 65, 100])
+def test_fewer_blocks_make_the_first_values_of_each_row(device: ShimDevice, n_made: int) -> None:
+    """With the bits of all, and nothing behind what their blocks of threads take."""
+    plain = Kernel.of("matmul_float", TYPE="F16", WARPS=4, ROWS=4)
+    kernels = [matmul(quant.Q4_K, 4, 1), matmul(quant.Q4_K, 2, 2), matmul_mma(quant.Q4_K, 8), plain]
+    device.load(kernels)
+    for kernel in kernels:
+        kind = quant.F16 if kernel is plain else quant.Q4_K
+        product = Product(device, weight(kind, 200, 512), rows_of(3, 512))
+        out, n_there = product.run(kernel, 3, n_made=n_made), 32 * up(n_made, 32)
+        rows = get(device, out.address, 3 * tiles.row_stride(200), np.float32).reshape(3, -1)
+        np.testing.assert_array_equal(rows[:, :n_there], product.plain[:, :n_there])
+        assert np.isnan(rows[:, n_there:]).all()
 
 
 @pytest.mark.slow

@@ -180,7 +180,8 @@ def test_a_budget_leaves_a_quarter_of_what_is_free_and_a_tenth_of_each_limit(
 def test_threads_are_never_more_than_any_of_our_cgroups_grants(
     tmp_path: Path, files: dict[str, str]
 ) -> None:
-    assert platform.default_threads(system(tmp_path, files)) == 1
+    root = system(tmp_path, files)
+    assert platform.default_threads(root) == platform.usable_processors(root) == 1
 
 
 JUNK = st.one_of(
@@ -480,6 +481,15 @@ def test_building_is_planned_and_takes_no_more_than_there_is(
     assert n_builders(1, None) == 1
 
 
+def test_no_more_processes_build_than_processors_are_ours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a large machine a container may have half a processor."""
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr(platform, "usable_processors", lambda: 1)
+    assert n_builders(99, None) == 1
+
+
 @pytest.mark.usefixtures("no_screen")
 @pytest.mark.parametrize("where", [{}, {"device": "shim", "gpu_layers": 1}], ids=str)
 def test_more_memory_never_refuses_what_less_takes(
@@ -489,7 +499,7 @@ def test_more_memory_never_refuses_what_less_takes(
     if where and shutil.which("g++") is None:
         pytest.skip("no g++ to compile kernels for processors")
     monkeypatch.setenv("EDGEINFER_HOME", str(tmp_path / "empty"))
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr(platform, "usable_processors", lambda: 8)
     path = tiny_model(tmp_path, head_dim=24)
     code = plan(path, n_ctx=64, **where).rows["code"]
 

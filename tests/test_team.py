@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import numpy as np
@@ -65,6 +66,34 @@ def test_every_chunk_runs_once_and_ops_in_order(n_threads: int) -> None:
         assert not probe.records[:, 1].any(), "an op ran before its predecessor ended"
         if block % 20 == 0:
             time.sleep(0.05)  # lets the workers park
+    probe.team.close()
+
+
+@pytest.mark.parametrize("n_given", [0, 1])
+def test_fewer_workers_than_were_asked_for_do_the_same_work(
+    monkeypatch: pytest.MonkeyPatch, n_given: int
+) -> None:
+    """Where the system gives no more threads; those that it gives later are taken then."""
+    start, n_asked = threading.Thread.start, 0
+
+    def refuse(self: threading.Thread) -> None:
+        nonlocal n_asked
+        n_asked += 1
+        if n_asked > n_given:
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        probe = Probe(20, n_threads=4)
+    assert len(probe.team._workers) == n_given
+    for n_workers in (n_given, 3):
+        for rows in range(MAX_CHUNKS):
+            probe.step(rows)
+        assert (probe.records[:, 4:].sum(axis=1) == probe.expected).all()
+        assert not probe.records[:, 1].any()
+        assert len(probe.team._workers) == n_workers
+        probe.team.grow(4)
     probe.team.close()
 
 

@@ -73,7 +73,7 @@ class Drafter:
             return None
         (window,) = segment.draft.groups
         shares = {False: block.step_weight_bytes / program.step_weight_bytes}
-        if segment.draft.output.dim >= 2 * SHORTLIST and not isinstance(block, GuessesOn):
+        if segment.draft.output.dim >= 2 * SHORTLIST:
             shares[True] = shares[False] * _short_share(segment.draft)
         group = list(segment.groups).index(window)
         return cls(block, rows_layer(segment), group, limits, costs, shares)

@@ -69,7 +69,12 @@ if TYPE_CHECKING:
         keep,
         thread_calls,
     )
-    from edgeinfer.platform.processors import cpu_name, default_threads, processor_facts
+    from edgeinfer.platform.processors import (
+        cpu_name,
+        default_threads,
+        processor_facts,
+        usable_processors,
+    )
     from edgeinfer.platform.signals import (
         SIGNAL_CODE,
         signals_call,
@@ -101,7 +106,7 @@ _NAMES = {
     "locks": "ProcessLock",
     "memory": "available_memory memory_budget peak_rss rss",
     "native": "Code Memory ThreadCalls can_run_generated_code keep thread_calls",
-    "processors": "cpu_name default_threads processor_facts",
+    "processors": "cpu_name default_threads processor_facts usable_processors",
     "signals": "SIGNAL_CODE signals_call signals_exit signals_handled stop_for_shell",
     "sockets": "end_reading listen tls_context",
     "stacks": "with_stack",
@@ -183,6 +188,7 @@ __all__ = [
     "tls_context",
     "try_lock",
     "unlink_open",
+    "usable_processors",
     "with_stack",
     "write_whole",
     "written_whole",

@@ -78,12 +78,12 @@ class NvrtcLibrary(NamedTuple):
 
 
 def nvrtc_libraries(root: Path = Path("/")) -> list[NvrtcLibrary]:
-    """Those of pip's wheels, then the system's (JetPack's), the newest CUDA first, one of each.
+    """Those of pip's wheels, of conda, then the system's (JetPack's), the newest CUDA first.
 
-    `root` is where the system's own files are looked for.
+    One of each; `root` is where the system's own files are looked for.
     """
     found: dict[int, NvrtcLibrary] = {}
-    for path in chain(_nvrtc_of_wheels(), _nvrtc_of_system(root)):
+    for path in chain(_nvrtc_of_wheels(), _nvrtc_of_conda(), _nvrtc_of_system(root)):
         version = _NVRTC_NAME.fullmatch(path.name)
         if version is not None:
             cuda = int(version[1] or version[2])
@@ -98,6 +98,11 @@ def _nvrtc_of_wheels() -> Iterator[Path]:
     for folder in map(Path, sys.path):
         for pattern in ("lib/libnvrtc.so.*", "bin/nvrtc64_*.dll", "bin/*/nvrtc64_*.dll"):
             yield from files_below(folder / "nvidia", f"*/{pattern}")
+
+
+def _nvrtc_of_conda() -> Iterator[Path]:
+    for pattern in ("lib/libnvrtc.so.*", "Library/bin/nvrtc64_*.dll"):
+        yield from files_below(Path(sys.prefix), pattern)
 
 
 def _nvrtc_of_system(root: Path) -> Iterator[Path]:

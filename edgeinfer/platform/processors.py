@@ -19,7 +19,13 @@ def default_threads(root: Path = _ROOT) -> int:
     """
     allowed = _affinity()
     cores = _physical_cores(allowed) if allowed else None
-    count = cores or (len(allowed) if allowed else os.cpu_count() or 1)
+    return min(cores, usable_processors(root)) if cores else usable_processors(root)
+
+
+def usable_processors(root: Path = _ROOT) -> int:
+    """Processors, two of a core counted as two, that affinity and cgroup quotas leave us."""
+    allowed = _affinity()
+    count = len(allowed) if allowed else os.cpu_count() or 1
     return max(1, min([count, *_cgroup_cpus(root)]))
 
 

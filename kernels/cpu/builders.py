@@ -5,7 +5,6 @@ Never imports Numba. Knows kernels by name only.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -35,7 +34,7 @@ def can_build() -> bool:
 
 def n_builders(n_kernels: int, memory: int | None) -> int:
     """Processes that build: as many as there are cores and memory for; Numba uses one core each."""
-    n = min(os.cpu_count() or 1, -(-n_kernels // 2), 8)
+    n = min(platform.usable_processors(), -(-n_kernels // 2), 8)
     return max(1, n if memory is None else min(n, memory // BUILDER_BYTES))
 
 

@@ -136,18 +136,22 @@ class Team:
         self._dead = ""  # why nothing runs any more
 
     def grow(self, n_threads: int) -> None:
-        """Have at least n_threads - 1 workers; the caller of `run` is the remaining thread."""
+        """Have at least n_threads - 1 workers; the caller of `run` is the remaining thread.
+
+        Fewer where the system gives no more: they do the same work.
+        """
         with self._lock:
-            while len(self._workers) < n_threads - 1:
-                index = len(self._workers) + 1
-                thread = threading.Thread(
-                    target=self._work,
-                    args=(self._base, index),
-                    name=f"edgeinfer-worker-{index}",
-                    daemon=True,
-                )
-                thread.start()
-                self._workers.append(thread)
+            self._workers += platform.start_some(
+                [
+                    threading.Thread(
+                        target=self._work,
+                        args=(self._base, index),
+                        name=f"edgeinfer-worker-{index}",
+                        daemon=True,
+                    )
+                    for index in range(len(self._workers) + 1, n_threads)
+                ]
+            )
 
     def run(self, tape: Tape) -> None:
         """Run one step to its end, on this thread and the workers; other threads may use Python."""

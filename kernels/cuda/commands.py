@@ -31,6 +31,7 @@ class Launch(NamedTuple):
 
     It runs where there are least_rows to most_rows of them; others do the same for other numbers.
     Blocks for rows are at most `most_blocks`, which then are those for the step's sequences.
+    Where it makes `values_per_block` of each row in a block, fewer blocks make the first of them.
     """
 
     kernel: Kernel
@@ -43,6 +44,7 @@ class Launch(NamedTuple):
     least_rows: int = 1
     most_rows: int = ANY_NUMBER
     most_blocks: int = ANY_NUMBER
+    values_per_block: int = 0
 
     def takes(self, n_rows: int) -> bool:
         return self.least_rows <= n_rows <= self.most_rows
@@ -52,6 +54,17 @@ class Launch(NamedTuple):
         of_rows = min(-(-n_rows // self.rows_per_block), self.most_blocks)
         x, y, z = (*blocks, of_rows, 1)[:3]
         return x, y, z
+
+    def first_values(self, n: int) -> Launch:
+        """The same of the first n values of each row at least, with the bits that all would have.
+
+        As it is where it makes them in another way.
+        """
+        if not self.values_per_block:
+            return self
+        of_values, *others = self.blocks
+        assert isinstance(of_values, int)
+        return self._replace(blocks=(min(of_values, -(-n // self.values_per_block)), *others))
 
     def values(self, n_segments: int) -> dict[str, int | float]:
         """The arguments, once buffers have addresses."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -57,7 +56,9 @@ class Compiler:
         if not missing:
             return paths
         made = platform.mapped(
-            lambda label: self._compile(label, texts[label], flags), missing, os.cpu_count() or 1
+            lambda label: self._compile(label, texts[label], flags),
+            missing,
+            platform.usable_processors(),
         )
         for n_done, (label, data) in enumerate(zip(missing, made, strict=True)):
             if progress:

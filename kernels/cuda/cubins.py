@@ -107,7 +107,7 @@ class Cubins:
         package = "nvidia-cuda-nvrtc" + ("-cu12" if is_old else "")
         raise DeviceError(
             f"kernels for sm_{self._arch} must be compiled, and there is no NVRTC of CUDA "
-            f"{self._cuda} for that here{known and f' ({known})'}: pip install {package}"
+            f"{self._cuda} for that here{known and f' ({known})'}: pip install --upgrade {package}"
         )
 
 

@@ -72,6 +72,7 @@ class LaunchShape(NamedTuple):
     least_rows: int = 1
     most_rows: int = ANY_NUMBER
     most_blocks: int = ANY_NUMBER
+    values_per_block: int = 0
 
 
 PLAIN = LaunchShape()

@@ -91,7 +91,8 @@ class ProductLowering(LoweringBase):
             x, ways = self._floats[op.x], _float_ways(kind)
         for way in ways:
             blocks = -(-n_rows // way.matrix_rows)
-            self._emit(way.kernel, rows, blocks, way.threads, way.shape, x=x, **common)
+            shape = way.shape._replace(values_per_block=way.matrix_rows)
+            self._emit(way.kernel, rows, blocks, way.threads, shape, x=x, **common)
 
     def _residual(self, op: Matmul, i: int) -> tuple[Buffer | None, Buffer]:
         """The rows to add to this matmul's result and the rows it leaves: often the same."""

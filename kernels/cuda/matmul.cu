@@ -12,20 +12,25 @@
 
 // Several rows, and some types beside many warps, want more registers than the compiler takes by
 // itself: it may take all that a block of threads can have. Tables do, Q4_K on sm_100 to 107, and
-// Q5_0 on sm_72.
+// Q5_0 on sm_72; Q6_K beside any number of warps on sm_100 to 107.
 template <class T>
 constexpr bool IS_LARGE = T::IS_TABLE;
+template <class T>
+constexpr bool IS_LARGEST = false;
 #if __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1100
 template <>
 constexpr bool IS_LARGE<Q4_K> = true;
+template <>
+constexpr bool IS_LARGEST<Q6_K> = true;
 #elif __CUDA_ARCH__ == 720
 template <>
 constexpr bool IS_LARGE<Q5_0> = true;
 #endif
 
-// Grid: (n / 32 or fewer, rows / ROWS rounded up). x is X8, w (n, k) tiles; bias and residual may
-// be null, the residual may be y.
-EI_KERNEL(32 * WARPS, ROWS > 1 || (IS_LARGE<TYPE> && WARPS > 4)) matmul(
+// Grid: (n / 32 or, for the first values of each row alone, fewer; rows / ROWS rounded up): a block
+// of threads takes a tile. x is X8, w (n, k) tiles; bias and residual may be null, the residual may
+// be y.
+EI_KERNEL(32 * WARPS, ROWS > 1 || IS_LARGEST<TYPE> || (IS_LARGE<TYPE> && WARPS > 4)) matmul(
     const Step* step, int rows, const uint8_t* x, const uint8_t* w, const float* bias,
     const float* residual, float* y, int n, int k) {
     const int n_rows = ei_rows(step, rows);
@@ -39,5 +44,5 @@ EI_KERNEL(32 * WARPS, ROWS > 1 || (IS_LARGE<TYPE> && WARPS > 4)) matmul(
     const Stores stores = {out, n, first_row, n_rows};
     using Lefts = Left<TYPE, WARPS, ROWS>;
     EI_SHARED(Lefts, left, [2]);
-    multiply<1>(f, left, blockIdx.x, gridDim.x, NothingToBegin(), stores);
+    multiply<1>(f, left, blockIdx.x, f.at.n_tiles, NothingToBegin(), stores);
 }

@@ -10,7 +10,6 @@ import argparse
 import base64
 import ctypes
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -146,7 +145,7 @@ def compile_all(
     from queue import SimpleQueue
 
     idle: SimpleQueue[subprocess.Popen[str]] = SimpleQueue()
-    n = max(1, min(os.cpu_count() or 1, _MOST_PROCESSES, len(jobs) // 2))
+    n = max(1, min(platform.usable_processors(), _MOST_PROCESSES, len(jobs) // 2))
     processes = _start(library, n)
     for process in processes:
         idle.put(process)

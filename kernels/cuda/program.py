@@ -138,7 +138,8 @@ class CudaProgram(CacheVerbs):
     def guess(self, batch: Batch, n: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """The likeliest token behind each wanted row, and n - 1 more behind that: (n, R).
 
-        With the last step's hidden rows, where the batch asks for them.
+        Of the batch's first `n_logits` tokens where it names so many. With the last step's hidden
+        rows, where the batch asks for them.
         """
         self._check(batch)
         assert 0 < n <= _N_RESULTS, f"{n} tokens, room for {_N_RESULTS}"
@@ -200,7 +201,8 @@ class CudaProgram(CacheVerbs):
         """Have the step computed that has been written, of rows at these positions."""
         device, n_wanted = self._device, len(batch.wanted)
         n_seen = self._most_segments(batch, pos)
-        self._steps.run(Shape(batch.n_rows, n_wanted, n_seen, result))
+        n_logits = batch.n_logits if batch.n_logits < self.segment.output.dim else 0
+        self._steps.run(Shape(batch.n_rows, n_wanted, n_seen, result, n_logits))
         picked = None
         if result in (Result.LIKELIEST, Result.SAMPLED):
             self._n_steps += 1

@@ -33,6 +33,7 @@ class Shape(NamedTuple):
     n_wanted: int
     n_segments: int  # of attention
     result: Result
+    n_logits: int = 0  # the first of a row that are wanted, 0: all
 
     @property
     def rounded(self) -> Shape:
@@ -50,7 +51,7 @@ class Steps:
 
     def __init__(self, device: Device, lowered: Lowered, joined: Joined) -> None:
         self._device, self._lowered, self._joined = device, lowered, joined
-        self._bound: dict[tuple[int, int], Bound] = {}  # by launch and segments
+        self._bound: dict[tuple[int, int, int], Bound] = {}  # by launch, segments and logits
         self._counts: Counter[Shape] = Counter()
         self._graphs: dict[Shape, Graph] = {}
 
@@ -85,29 +86,34 @@ class Steps:
     def _launch(self, shape: Shape) -> None:
         is_of_one = shape.n_rows == shape.n_wanted == 1
         done = range(0)
-        for i, launch in self._launches(shape.result):
+        for i, launch in self._launches(shape.result, shape.n_logits):
             if is_of_one and i not in done:
                 done = self._joined.launch(i, shape.n_segments)
             n_rows = shape.n_wanted if launch.rows == WANTED_ROWS else shape.n_rows
             if i not in done and n_rows and launch.takes(n_rows):
                 grid = launch.grid(n_rows, shape.n_segments)
-                bound = self._bind(i, launch, shape.n_segments)
+                bound = self._bind(i, launch, shape)
                 self._device.launch(launch.kernel, grid, launch.threads, launch.shared_bytes, bound)
 
-    def _launches(self, result: Result) -> Iterator[tuple[int, Launch]]:
+    def _launches(self, result: Result, n_logits: int) -> Iterator[tuple[int, Launch]]:
         """With their numbers."""
         lowered = self._lowered
-        n = lowered.head if result is Result.HIDDEN else len(lowered.launches)
-        yield from enumerate(lowered.launches[:n])
+        yield from enumerate(lowered.launches[: lowered.head])
+        if result is Result.HIDDEN:
+            return
+        for i, launch in enumerate(lowered.launches[lowered.head :], lowered.head):
+            yield i, launch.first_values(n_logits) if n_logits else launch
         last = {Result.LIKELIEST: lowered.argmax, Result.SAMPLED: lowered.sample}
         if result in last:
-            launch = last[result]
-            assert launch is not None, "only the last segment has logits"
-            yield (-1 if result is Result.LIKELIEST else -2), launch
+            picks = last[result]
+            assert picks is not None, "only the last segment has logits"
+            if n_logits:
+                picks = picks._replace(args={**picks.args, "n_vocab": n_logits})
+            yield (-1 if result is Result.LIKELIEST else -2), picks
 
-    def _bind(self, i: int, launch: Launch, n_segments: int) -> Bound:
-        key = i, n_segments if launch.depends_on_segments else 0
+    def _bind(self, i: int, launch: Launch, shape: Shape) -> Bound:
+        key = i, shape.n_segments if launch.depends_on_segments else 0, shape.n_logits
         if key not in self._bound:
-            args = launch.values(n_segments)
+            args = launch.values(shape.n_segments)
             self._bound[key] = self._device.bind(launch.kernel, args)
         return self._bound[key]
