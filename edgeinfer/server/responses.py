@@ -23,6 +23,7 @@ from edgeinfer.server.responses_shape import Shape
 from edgeinfer.server.service import Service
 from edgeinfer.server.structure import of_format
 from edgeinfer.server.wire import EVENTS, reply
+from edgeinfer.text.messages import plain
 
 # Of functions, and of tools that take a text, which another model may have called before.
 _CALLS = ("function_call", "custom_tool_call")
@@ -173,7 +174,7 @@ def _echo(body: Fields, request: Request) -> Json:
     tools = request.chat.tools if request.chat is not None else []
     reasoning = body.object("reasoning")
     choice = body.get("tool_choice")
-    return {
+    told: Json = {
         "instructions": body.get("instructions"),
         "max_output_tokens": body.get("max_output_tokens"),
         "metadata": body.object("metadata").values,
@@ -190,3 +191,4 @@ def _echo(body: Fields, request: Request) -> Json:
         "truncation": _truncation(body),
         "background": False,
     }
+    return {name: plain(value, name) for name, value in told.items()}  # so that all can be written
