@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
+from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from edgeinfer.errors import InvalidRequestError
 from edgeinfer.text.chat import ChatTemplate
+from edgeinfer.text.chat_templates import BUILT_IN
 from edgeinfer.text.messages import Conversation
 from edgeinfer.text.template_engine import Budget, TemplateEngine
 
@@ -186,3 +192,45 @@ def test_roles_without_end_are_refused() -> None:
     assert everybody.render(chat[:16])
     with pytest.raises(InvalidRequestError, match="17 roles of other names, at most 16"):
         everybody.render(chat)
+
+
+# -- any conversation ------------------------------------------------------------------------------
+
+KINDS = st.sampled_from(["system", "developer", "user", "assistant"])
+CALLS = st.tuples(st.booleans(), st.integers(1, 3), st.booleans(), st.booleans())
+WORD = {"type": "object", "properties": {"word": {"type": "string"}}}
+LOOK = {"name": "look", "description": "looks", "parameters": WORD}
+
+
+def conversation(turns: list[Any]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Messages, and the words in them: each is there once."""
+    numbers = count()
+    chat: list[dict[str, Any]] = []
+    for each in turns:
+        if isinstance(each, str):
+            chat.append({"role": each, "content": f"W{next(numbers):03}W"})
+            continue
+        has_text, n, is_answered, is_reversed = each
+        text = f"W{next(numbers):03}W" if has_text else ""
+        called, *results = turn(text, *(f"W{next(numbers):03}" for _ in range(n)))
+        chat += [called, *(results[:: -1 if is_reversed else 1] if is_answered else [])]
+    return chat, re.findall(r"W\d{3}W|W\d{3}(?:-OUT)?", json.dumps(chat))
+
+
+@pytest.mark.parametrize("name", [*TEMPLATES, *sorted(BUILT_IN)])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(KINDS | CALLS, min_size=1, max_size=7), st.booleans())
+def test_whatever_was_said_is_there_once(
+    name: str, data_file: Callable[[str], Path], turns: list[Any], has_tools: bool
+) -> None:
+    source = BUILT_IN.get(name) or data_file(f"templates/{name}.jinja").read_text(encoding="utf-8")
+    chat, words = conversation(turns)
+    tools = [{"type": "function", "function": LOOK}] if has_tools else None
+    text = template_of(name, source).render(chat, tools=tools)
+    found = re.findall(r"W\d{3}W|W\d{3}(?:-OUT)?", text)
+    assert sorted(found) == sorted(words), text
+
+
+@cache
+def template_of(name: str, source: str) -> ChatTemplate:
+    return made(source, bos_token="<s>", eos_token="</s>", name=name)

@@ -21,6 +21,7 @@ from edgeinfer.text.chat_templates import (
 )
 from edgeinfer.text.fitting import (
     Capabilities,
+    after_user,
     by_turns,
     fit,
     late_system_folded,
@@ -172,6 +173,8 @@ class ChatTemplate:
         shown |= {"tools": hide(chat.tools, "") or no_tools}
         shown |= {"add_generation_prompt": add_generation_prompt}
         fitted = fit(chat.messages, capabilities, self.source)
+        if chat.tools and not capabilities.calls_first:
+            fitted = after_user(fitted)
         text, error = self._attempt(_hidden(fitted, hide), shown, budget)
         if error is not None and (named := with_short_ids(fitted)) != fitted:
             fitted = named

@@ -32,6 +32,7 @@ class Capabilities(NamedTuple):
     several_calls: bool  # in one message
     text_with_calls: bool
     call_names: bool  # else it shows the ids of calls alone
+    calls_first: bool  # where it is told of tools: some take what comes first for the user's
 
 
 def probe(attempt: Callable[..., str]) -> Capabilities:
@@ -69,19 +70,22 @@ def probe(attempt: Callable[..., str]) -> Capabilities:
     beside = attempt([*turns([needle], as_object=by_object, text=second), answer, user])
     before = attempt([systems[2], *turns([needle], as_object=by_object)])
     named = attempt(turns([needle], as_object=by_object)[:2])
+    tools = [{"type": "function", "function": tool}]
+    first = attempt(turns([second], as_object=by_object)[1:], tools)
     return Capabilities(
         system_role=needle in attempt([{"role": "system", "content": needle}, user]),
         several_systems=all(word in told for word in (needle, found, second)),
         system_before_results=not before or second in before,
         string_content=needle in attempt([{"role": "user", "content": needle}]),
         typed_content=needle in typed and "'text'" not in typed and '"text"' not in typed,
-        tools=needle in attempt([user], [{"type": "function", "function": tool}]),
+        tools=needle in attempt([user], tools),
         tool_calls=by_object or needle in by_text,
         tool_results=found in called or found in by_text,
         object_arguments=by_object,
         several_calls=second in attempt(turns([needle, second], as_object=by_object)),
         text_with_calls=not beside or second in beside,
         call_names=not named or name in named,
+        calls_first=not first or second in first,
     )
 
 
@@ -250,7 +254,7 @@ def by_turns(
 ) -> list[dict[str, Any]]:
     """User and assistant by turns; neighbours of one role as one that has all that they have.
 
-    Unless it `joins_calls`, between an answer's text and its calls a user says nothing. Where it
+    Unless it `joins_calls`, between an answer's text and calls behind it a user says nothing. Where it
     `answers_tools`, an answer without text stands before who speaks right after them.
     """
     if any(not isinstance(m["content"], str) for m in messages):
@@ -262,12 +266,21 @@ def by_turns(
             if joins_calls or ("tool_calls" in last) == ("tool_calls" in message):
                 turns[-1] = _joined(last, message)
                 continue
-            turns.append({"role": "user", "content": ""})
+            if "tool_calls" in message:
+                turns.append({"role": "user", "content": ""})
         is_interrupted = last["role"] == "tool" or "tool_calls" in last
         if answers_tools and is_interrupted and message["role"] == "user":
             turns.append({"role": "assistant", "content": ""})
         turns.append(dict(message))
-    return turns
+    return after_user(turns)
+
+
+def after_user(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same behind a user who says nothing, where one has not begun: clients cut what is old."""
+    n_front = _n_front(messages)
+    if messages[n_front:] and messages[n_front]["role"] == "user":
+        return messages
+    return [*messages[:n_front], {"role": "user", "content": ""}, *messages[n_front:]]
 
 
 def _joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
