@@ -254,8 +254,8 @@ def by_turns(
 ) -> list[dict[str, Any]]:
     """User and assistant by turns; neighbours of one role as one that has all that they have.
 
-    Unless it `joins_calls`, between an answer's text and calls behind it a user says nothing. Where it
-    `answers_tools`, an answer without text stands before who speaks right after them.
+    Unless it `joins_calls`, between an answer's text and calls behind it a user says nothing. Where
+    it `answers_tools`, an answer without text stands before who speaks right after them.
     """
     if any(not isinstance(m["content"], str) for m in messages):
         return messages
