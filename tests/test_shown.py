@@ -142,6 +142,25 @@ def test_a_call_is_named_where_only_its_id_is_shown() -> None:
     )  # fmt: skip
 
 
+def test_users_of_several_names_are_told_apart(template: ChatTemplate) -> None:
+    def text(*names: str | None) -> str:
+        said = [
+            {"role": "user", "content": f"WORDS-{i}", **({"name": name} if name else {})}
+            for i, name in enumerate(names)
+        ]
+        chat: Any = [said[0], LATER[0], *said[1:]]
+        return template.render(chat)
+
+    assert in_order(text("ANN", "BEN"), "ANN: WORDS-0", "BEN: WORDS-1")
+    assert text("ANN", "ANN") == text("ANN", None) == text(None, None)
+
+
+def test_a_name_that_the_template_shows_is_told_once() -> None:
+    shows = made("{% for m in messages %}<{{ m.name or m.role }}>{{ m.content }}{% endfor %}")
+    chat: Any = [{**USER, "name": name} for name in ("ANN", "BEN")]
+    assert shows.render(chat) == "<ANN>ASKED<BEN>ASKED"
+
+
 # -- documents -------------------------------------------------------------------------------------
 
 

@@ -23,6 +23,7 @@ class Capabilities(NamedTuple):
     system_role: bool
     several_systems: bool  # at the front, and behind other messages
     system_before_results: bool  # which some show with the user's last message alone
+    user_names: bool
     string_content: bool
     typed_content: bool
     tools: bool
@@ -76,6 +77,7 @@ def probe(attempt: Callable[..., str]) -> Capabilities:
         system_role=needle in attempt([{"role": "system", "content": needle}, user]),
         several_systems=all(word in told for word in (needle, found, second)),
         system_before_results=not before or second in before,
+        user_names=name in attempt([{**user, "name": name}]),
         string_content=needle in attempt([{"role": "user", "content": needle}]),
         typed_content=needle in typed and "'text'" not in typed and '"text"' not in typed,
         tools=needle in attempt([user], tools),
@@ -97,6 +99,8 @@ def fit(
     Where it `tells_odd_calls`, those with arguments that are no object are text.
     """
     messages = [dict(message) for message in messages]
+    if not can.user_names:
+        _tell_users_apart(messages)
     for message in messages:
         if message["role"] == "developer" and "developer" not in source:
             message["role"] = "system"
@@ -128,6 +132,14 @@ def fit(
         for message in messages:
             message["content"] = [{"type": "text", "text": message["content"]}]
     return messages
+
+
+def _tell_users_apart(messages: Sequence[dict[str, Any]]) -> None:
+    """Put the names of users before what they say, where there are several."""
+    named = [m for m in messages if m["role"] == "user" and isinstance(m.get("name"), str)]
+    if len({message["name"] for message in named}) > 1:
+        for message in named:
+            message["content"] = f"{message['name']}: {message['content']}"
 
 
 def _calls_it_thinking(source: str) -> bool:
