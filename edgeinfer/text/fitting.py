@@ -40,6 +40,7 @@ def probe(attempt: Callable[..., str]) -> Capabilities:
     """What comes of conversations that hold a needle; `attempt` gives "" where one fails."""
     needle, found, second, name = "needle-7f3a", "found-5c1e", "second-9d2b", "look-b80d"
     user = {"role": "user", "content": "hello"}
+    said = attempt([{"role": "user", "content": needle, "name": name}])
     part = {"type": "text", "text": needle}
     typed = attempt([{"role": "user", "content": [part]}])
     systems = [{"role": "system", "content": word} for word in (needle, found, second)]
@@ -77,8 +78,8 @@ def probe(attempt: Callable[..., str]) -> Capabilities:
         system_role=needle in attempt([{"role": "system", "content": needle}, user]),
         several_systems=all(word in told for word in (needle, found, second)),
         system_before_results=not before or second in before,
-        user_names=name in attempt([{**user, "name": name}]),
-        string_content=needle in attempt([{"role": "user", "content": needle}]),
+        user_names=name in said,
+        string_content=needle in said,
         typed_content=needle in typed and "'text'" not in typed and '"text"' not in typed,
         tools=needle in attempt([user], tools),
         tool_calls=by_object or needle in by_text,
