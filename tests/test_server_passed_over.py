@@ -258,3 +258,12 @@ def test_a_chat_is_told_as_tokens(server: Running) -> None:
     text = server.post("/tokenize", {"prompt": "hi", "add_special_tokens": True}).json()["tokens"]
     assert text == server.post("/tokenize", {"content": "hi", "add_special": True}).json()["tokens"]
     assert server.post("/tokenize", {"messages": [{}]}).status_code == 400
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT, RESPONSES])
+def test_an_answer_that_goes_on_may_have_a_least_length(server: Running, path: str) -> None:
+    """As `edgeinfer load` asks servers of any make."""
+    limit = "max_output_tokens" if path == RESPONSES else "max_tokens"
+    body = {**ASKED[path], "ignore_eos": True, "min_tokens": 5, limit: 5}
+    usage = server.post(path, body).json()["usage"]
+    assert usage.get("completion_tokens", usage.get("output_tokens")) == 5

@@ -54,7 +54,10 @@ def envelope(error: ApiError) -> Json:
 
 def sampling_of(body: Fields, *most_tokens: str) -> dict[str, Any]:
     """Sampling keywords; the first of the fields `most_tokens` that is there limits an answer."""
-    body.refuse(NOT_HERE)
+    goes_on = body.flag("ignore_eos")  # however many tokens there must be at least
+    body.refuse(
+        {n: advice for n, advice in NOT_HERE.items() if not (goes_on and n == "min_tokens")}
+    )
     if not body.flag("skip_special_tokens", True):
         raise body.wrong("skip_special_tokens", "true: tokens that control are no text")
     found = body.sampling({**SAMPLING, "stop": "stop"})

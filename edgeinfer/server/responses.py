@@ -97,7 +97,13 @@ def read_request(body: Fields) -> Request:
         template_args=template_args(body),
     )
     structure = of_format(body.object("text").object("format"), "text.format")
-    return Request(model=body.text("model"), chat=chat, sampling=sampling, structure=structure)
+    return Request(
+        model=body.text("model"),
+        chat=chat,
+        sampling=sampling,
+        structure=structure,
+        ignores_eos=body.flag("ignore_eos"),
+    )
 
 
 def _truncation(body: Fields) -> str:

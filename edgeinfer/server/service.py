@@ -199,7 +199,11 @@ class Service:
             return await asyncio.to_thread(model.opened.runtime.template.render_chat, chat)
 
     async def with_model(self, name: str, work: Callable[[LLM], T]) -> T:
-        """What `work` gives in a thread."""
+        """What `work` gives in a thread.
+
+        NOTE: no thread can be ended: it goes on where its client has gone, for the seconds that a
+        text of the most tokens takes.
+        """
         async with self.model(name) as model:
             return await self.unless_stopped(asyncio.to_thread(work, model.opened))
 
