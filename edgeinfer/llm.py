@@ -170,7 +170,7 @@ class LLM:
         end = opened.tokenizer.decode(prompt.ids[-16:], special=True)
         read = reading(
             opened.tokenizer,
-            opened.template.source,
+            opened.template.source_of(chat),
             end,
             choice,
             _grammar(given),

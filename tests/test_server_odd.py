@@ -390,3 +390,26 @@ def test_two_models_of_one_name_are_refused(tmp_path: Path) -> None:
     serve._check_names(served[:2])
     with pytest.raises(click.UsageError, match="both called 'tiny'"):
         serve._check_names(served)
+
+
+# -- what a reply repeats --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("depth", [102, 500, 900, 940])
+@pytest.mark.parametrize("is_streamed", [False, True])
+@pytest.mark.parametrize("name", ["metadata", "text", "tool_choice"])
+def test_what_is_repeated_can_be_written(
+    server: Running, name: str, is_streamed: bool, depth: int
+) -> None:
+    """Where more was read than could be written, the connection broke off in the reply."""
+    inner = '{"a":' * depth + "1" + "}" * depth
+    odd = {
+        "metadata": inner,
+        "text": f'{{"format":{{"type":"text","x":{inner}}}}}',
+        "tool_choice": f'{{"type":"function","name":"f","x":{inner}}}',
+    }
+    rest = '"input":"hi","max_output_tokens":1,"tools":[{"type":"function","name":"f"}]'
+    stream = "true" if is_streamed else "false"
+    body = f'{{{rest},"stream":{stream},"{name}":{odd[name]}}}'
+    reply = server.http.post(RESPONSES, content=body)
+    assert reply.status_code == 400 and f"{name} are nested over 100" in told(RESPONSES, reply)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import logging
 import select
@@ -376,3 +378,48 @@ def test_keys_of_any_letters(tmp_path: Path, key: str) -> None:
             assert found.http.get("/v1/models", headers=right).status_code == 200
         wrong = found.http.get("/v1/models", headers={b"x-api-key": b"\xff"})
         assert wrong.status_code == 401 and wrong.headers["www-authenticate"] == "Bearer"
+
+
+# -- clients that send no more --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_who_sends_no_more_may_still_read(local: Running, streams: bool) -> None:
+    """As HTTP allows; netcat does so, and some proxies."""
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 40, "temperature": 0,
+            "stream": streams, "logit_bias": {"257": -1000}}  # fmt: skip
+    whole = local.post(CHAT, body).content
+    connection = http.client.HTTPConnection("127.0.0.1", int(local.url.rpartition(":")[2]), 30)
+    with contextlib.closing(connection):
+        connection.request("POST", CHAT, json.dumps(body), {"host": "localhost"})
+        connection.sock.shutdown(socket.SHUT_WR)
+        reply = connection.getresponse()
+        assert reply.status == 200 and without_ids(reply.read()) == without_ids(whole)
+    local.wait_until_idle()
+
+
+def without_ids(reply: bytes) -> list[str]:
+    """The texts of a reply, whole or streamed."""
+    parts = reply.decode().split("data: ") if reply.startswith(b"data") else [reply.decode()]
+    objects = [json.loads(part) for part in parts if part.strip().startswith("{")]
+    choices = [choice for each in objects for choice in each["choices"]]
+    return [json.dumps(each.get("delta") or each.get("message")) for each in choices]
+
+
+def test_all_that_was_sent_is_answered(local: Running) -> None:
+    """Whoever sends no more is told of the end, too."""
+    with local.replying("x"):
+        found = replies(local, post(BODY, length(len(BODY))) * 5)
+    assert [status for status, _ in found if status != 100] == [200] * 5
+
+
+def test_who_goes_is_missed_within_a_step(local: Running) -> None:
+    """However it goes: closed for good is told from closed for sending by what comes back."""
+    finished = local.service.models.served[0].metrics.finished
+    for streams in (b"", b',"stream":true'):
+        before, body = finished.total(), ENDLESS[:-1] + streams + b"}"
+        with connected(local) as connection:
+            connection.sendall(post(body, length(len(body))))
+            wait_until(lambda: local.service.answers, "the answer")
+        local.wait_until_idle()
+        assert finished.total() == before

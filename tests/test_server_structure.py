@@ -278,19 +278,21 @@ def test_a_schema_that_need_not_be_kept_to_is_no_error(client: OpenAI) -> None:
     chat = client.chat.completions.create(
         model="x", messages=HI, tools=[tool("bad", NOT)], tool_choice="required", max_tokens=30
     )
-    assert "bad" in (chat.choices[0].message.content or "bad")
+    message = chat.choices[0].message  # whatever comes behind the call, or where it is cut
+    assert message.tool_calls or message.content
 
 
 def test_a_form_that_proves_too_large_is_told_by_its_field(served: Running) -> None:
     """Also where the answer has begun."""
-    body = {"prompt": "hi", "guided_regex": "[bc]((a{100}){100}){100}"}
+    many = 'start: /[bc]/ A{600}\nA: B{30}\nB: "q7"'
+    body = {"prompt": "hi", "guided_grammar": many}
     whole = served.post("/v1/completions", body)
     streamed = served.post("/v1/completions", {**body, "stream": True}).text
     events = [json.loads(each[6:]) for each in streamed.split("\n\n") if "{" in each]
     assert whole.status_code == 400
     for error in (whole.json()["error"], events[-1]["error"]):
-        assert error["param"] == "guided_regex" and error["type"] == "invalid_request_error"
-        assert error["message"].startswith("guided_regex can't be kept to: ")
+        assert error["param"] == "guided_grammar" and error["type"] == "invalid_request_error"
+        assert error["message"].startswith("guided_grammar can't be kept to: ")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgeinfer.results import ToolCall
-from edgeinfer.text.call_finder import CallFinder
+from edgeinfer.text.call_finder import CallFinder, call_finder
 from edgeinfer.text.call_formats import call_format
 from edgeinfer.text.lenient_json import copy_value
 from edgeinfer.text.reader import CutOff, Reader
@@ -42,6 +42,13 @@ SIGNS = {
     "gemma": "<|tool_call>",
     "functiongemma": "<start_function_call>",
     "granite": "<|tool_call|>",
+    "cohere": "<|START_ACTION|>",
+    "kimi": "<|tool_call_argument_begin|>",
+    "minimax": "<minimax:tool_call>",
+    "seed": "<seed:tool_call>",
+    "nemotron": "<TOOLCALL>",
+    "olmo": "<function_calls>",
+    "listed": "<tool_calls>",
 }
 ROME = {"city": "Rome", "days": 2}
 
@@ -78,6 +85,10 @@ CODER = (
 GLM = (
     "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Rome</arg_value>\n"
     "<arg_key>days</arg_key>\n<arg_value>2</arg_value>\n</tool_call>"
+)
+MINIMAX = (
+    '<minimax:tool_call>\n<invoke name="weather">\n<parameter name="city">Rome</parameter>\n'
+    '<parameter name="days">2</parameter>\n</invoke>\n</minimax:tool_call>'
 )
 BARE = '{"name": "weather", "parameters": {"city": "Rome", "days": 2}}'
 ARGS = '{"city": "Rome", "days": 2}'
@@ -125,6 +136,18 @@ SPELLED = [
         "<start_function_call>call:weather{city:<escape>Rome<escape>,days:2}<end_function_call>",
     ),
     ("granite", f'<|tool_call|>[{{"name": "weather", "arguments": {ARGS}}}]'),
+    ("cohere", f'<|START_ACTION|>[\n    {{"tool_call_id": "0", "tool_name": "weather", '
+     f'"parameters": {ARGS}}}\n]<|END_ACTION|>'),
+    ("kimi", "<|tool_calls_section_begin|><|tool_call_begin|>functions.weather:0"
+     f"<|tool_call_argument_begin|>{ARGS}<|tool_call_end|><|tool_calls_section_end|>"),
+    ("minimax", MINIMAX), ("minimax", MINIMAX.replace("\n", "")),
+    ("seed", "<seed:tool_call>\n<function=weather>\n<parameter=city>Rome</parameter>\n"
+     "<parameter=days>2</parameter>\n</function>\n</seed:tool_call>"),
+    ("nemotron", f'<TOOLCALL>[{{"name": "weather", "arguments": {ARGS}}}]</TOOLCALL>'),
+    ("olmo", '<function_calls>\nweather(city="Rome", days=2)\n</function_calls>'),
+    ("listed", f'<tool_calls>\n[{{"name": "weather", "arguments": {ARGS}}}]\n</tool_calls>'),
+    # What we tell of calls where a template does not is read beside its own.
+    *((family, HERMES) for family in sorted(set(SIGNS) - {"hermes", "harmony"})),
 ]  # fmt: skip
 
 
@@ -145,6 +168,16 @@ TWO = [
         "<|tool_call_start|>[weather(city='Rome', days=2), weather(city='Bonn', days=2)]"
         "<|tool_call_end|>",
     ),
+    ("cohere", f"<|START_ACTION|>[{BARE}, {BARE.replace('Rome', 'Bonn')}]<|END_ACTION|>"),
+    ("minimax", MINIMAX + MINIMAX.replace("Rome", "Bonn")),
+    ("minimax", MINIMAX.replace("</invoke>", "</invoke>" + MINIMAX.replace("Rome", "Bonn")
+                                [len("<minimax:tool_call>"):-len("</minimax:tool_call>")])),
+    ("olmo", "<function_calls>\nweather(city='Rome', days=2)\n  weather(city='Bonn', days=2)\n"
+     "</function_calls>"),
+    ("kimi", "".join(["<|tool_calls_section_begin|>", *(
+        f"<|tool_call_begin|>functions.weather:{i}<|tool_call_argument_begin|>{ARGS}<|tool_call_end|>"
+        .replace("Rome", city) for i, city in enumerate(("Rome", "Bonn")))])),
+    ("nemotron", f"<TOOLCALL>[{BARE}, {BARE.replace('Rome', 'Bonn')}]</TOOLCALL>"),
 ]  # fmt: skip
 
 
@@ -194,6 +227,13 @@ LOOPS = [
     ("deepseek", '<｜tool▁call▁begin｜>weather<｜tool▁sep｜>{"a":"'),
     ("harmony", "<|start|>assistant to=functions.weather<|channel|>x<|message|>{"),
     ("lfm2", "<|tool_call_start|>[weather(a=-"),
+    ("olmo", "<function_calls>weather(a=-"),
+    ("minimax", '<minimax:tool_call><invoke name="weather"'),
+    ("minimax", '<minimax:tool_call><invoke name="weather"><parameter name="a">['),
+    ("kimi", '<|tool_call_begin|>functions.weather:0<|tool_call_argument_begin|>{"a":"'),
+    ("cohere", '<|START_ACTION|>[{"tool_call_id":"'),
+    ("nemotron", '<TOOLCALL>[{"id":"'),
+    ("seed", '<seed:tool_call><function=weather><parameter=tags>["'),
 ]  # fmt: skip
 
 
@@ -274,6 +314,27 @@ def test_json_in_tags_may_hold_them() -> None:
     assert read("hermes", broken) == ("on", "", [("weather", {"tags": '["open'})])
 
 
+def test_a_reply_in_wrappers_is_what_is_in_them() -> None:
+    """Cohere's, also where no tools are given."""
+    reply = "<|START_RESPONSE|>Hi {there}.<|END_RESPONSE|>"
+    for tools in ([], TOOLS):
+        for pieces in ([reply], list(reply)):
+            finder = call_finder(SIGNS["cohere"], tools)
+            assert finder is not None
+            deltas = [delta for piece in pieces for delta in finder.push(piece)]
+            deltas += finder.end(was_cut=False)
+            assert "".join(delta.text for delta in deltas) == "Hi {there}."
+    assert call_finder(SIGNS["hermes"], []) is None
+
+
+def test_a_call_that_is_none_behind_one_is_text() -> None:
+    unknown = '<invoke name="unknown">\n</invoke>'
+    text = MINIMAX.replace("</minimax", f"{unknown}</minimax")
+    found = read("minimax", text)
+    assert found.calls == [("weather", ROME)] and found.text.strip().startswith(unknown)
+    assert read("minimax", [text]) == found
+
+
 def test_text_around_calls_stays() -> None:
     reply = read("hermes", f"\n\nI look.  \n\n{HERMES}\n\nAnd on.")
     assert reply == ("\n\nI look.And on.", "", [("weather", ROME)])
@@ -326,6 +387,16 @@ NO_CALLS = [
     ("lfm2", "<|tool_call_start|>[now(), unknown()]<|tool_call_end|>"),
     ("gemma", "<|tool_call>call:unknown{}<tool_call|>"),
     ("gemma", "<|tool_call>weather<tool_call|>"),
+    ("cohere", '<|START_ACTION|>[{"tool_name": "unknown", "parameters": {}}]<|END_ACTION|>'),
+    ("minimax", "<minimax:tool_call>\n</minimax:tool_call>"),
+    ("minimax", '<minimax:tool_call>\n<invoke name="unknown">\n</invoke>\n</minimax:tool_call>'),
+    ("kimi", "<|tool_call_begin|>functions.unknown:0<|tool_call_argument_begin|>{}"),
+    ("nemotron", "<TOOLCALL>[]</TOOLCALL>"),
+    ("olmo", "<function_calls>\n</function_calls>"),
+    ("olmo", "<function_calls>\nimport os\nweather()\n</function_calls>"),
+    ("olmo", "<function_calls>\nweather('Rome')\n</function_calls>"),
+    ("listed", "<tool_calls>\nnone\n</tool_calls>"),
+    ("seed", "<seed:tool_call>\n<function=unknown>\n</function>\n</seed:tool_call>"),
 ]  # fmt: skip
 
 
@@ -414,6 +485,10 @@ BITS = st.sampled_from(
      "\\ud83d", "\\ude00", "\x00", "\x1c", "\x85", "\u2028", "\U0010ffff", "null", "<|start|>",
      "<escape>",
      "<start_function_call>", "[CALL_ID]", f'<{DSML}invoke name="', f'<{DSML}parameter name="',
+     "<minimax:tool_call>", '<invoke name="', '<parameter name="', "</invoke>", "<TOOLCALL>",
+     "<function_calls>", "</function_calls>", "<seed:tool_call>", "<tool_calls>",
+     "<|START_ACTION|>", "<|END_ACTION|>", "<|START_RESPONSE|>", '{"tool_name": "',
+     "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>", "functions.", ":0",
      "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "```json", "<|tool_call|>", "[TOOL_CALLS][", "}}"]
 )  # fmt: skip
 

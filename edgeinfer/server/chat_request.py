@@ -7,6 +7,7 @@ from typing import Any
 from edgeinfer.server.errors import Json
 from edgeinfer.server.fields import Fields
 from edgeinfer.server.openai import (
+    count_of,
     sampling_of,
     template_args,
     text_content,
@@ -16,32 +17,39 @@ from edgeinfer.server.requests import Chat, Request, conversation, function_tool
 from edgeinfer.server.structure import of_chat
 
 _MOST_LOGPROBS = 128
+_NOT_HERE = {
+    "chat_template": "the model's own is used; serve --chat-template takes another",
+    "echo": "an answer is what follows a conversation",
+}
 
 
 def read_chat(body: Fields) -> Request:
+    body.refuse(_NOT_HERE)
     sampling = sampling_of(body, "max_completion_tokens", "max_tokens", "n_predict")
-    if body.flag("logprobs"):
+    if body.flag("logprobs", bool(body.get("top_logprobs"))):
         sampling["logprobs"] = body.integer("top_logprobs", 0, 0, _MOST_LOGPROBS)
     if body.get("modalities") not in (None, [], ["text"]):
         raise body.wrong("modalities", "['text']: answers here are nothing else")
     effort = body.text("reasoning_effort") if "reasoning_effort" in body else None
     tools = tools_of(body.objects("tools"))
     tools += map(function_tool, body.objects("functions"))
+    arguments = template_args(body, effort)
+    if documents := body.objects("documents"):
+        arguments["documents"] = [each.values for each in documents]
     chat = Chat(
         messages=conversation([_message(each) for each in body.objects("messages")]),
         tools=tools,
         tool_choice=_tool_choice(body),
         parallel_tool_calls=body.flag("parallel_tool_calls", True) and not is_of_functions(body),
-        template_args=template_args(body, effort),
+        template_args=arguments,
         continues=_continues(body),
     )
-    n = body.integer("n", 1, 1, 128)
     return Request(
         model=body.text("model"),
         chat=chat,
         sampling=sampling,
         structure=of_chat(body),
-        n=n,
+        n=count_of(body),
         ignores_eos=body.flag("ignore_eos"),
     )
 

@@ -15,7 +15,7 @@ from edgeinfer.server.answers import Answer
 from edgeinfer.server.errors import ApiError, Json
 from edgeinfer.server.fields import Fields, read_fields
 from edgeinfer.server.frames import Frames
-from edgeinfer.server.openai import FINGERPRINT, envelope, sampling_of, timings_json
+from edgeinfer.server.openai import FINGERPRINT, count_of, envelope, sampling_of, timings_json
 from edgeinfer.server.requests import Request, new_id
 from edgeinfer.server.service import Service
 from edgeinfer.server.structure import of_chat
@@ -59,13 +59,12 @@ def read_request(body: Fields) -> Request:
         sampling["max_tokens"] = _USUAL_TOKENS
     if "logprobs" in body:
         sampling["logprobs"] = body.integer("logprobs", 0, 0, 128)
-    n = body.integer("n", 1, 1, 128)
     return Request(
         model=body.text("model"),
         prompts=_prompts(body.get("prompt")),
         sampling=sampling,
         structure=of_chat(body),
-        n=n,
+        n=count_of(body),
         suffix=body.text("suffix"),
         ignores_eos=body.flag("ignore_eos"),
     )

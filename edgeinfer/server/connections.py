@@ -14,6 +14,9 @@ HEADER_SECONDS = 20.0  # from the first byte of a header, or from the connection
 STALLED_SECONDS = 120.0  # a reader that takes nothing for so long is gone
 LINGER_SECONDS = 30.0  # at least, in which who is cut off may still read what was sent
 _MOST_EARLY = 64 << 10  # bytes of what a client sends before it has its reply
+# Seconds between the questions whether who sends no more still reads. One that is gone refuses the
+# first, which here comes back before the second, and from afar before one of those behind it.
+_ASKED_AGAIN = (0.0, 0.05, 1.0)
 
 
 class Connection(H11Protocol):
@@ -25,6 +28,8 @@ class Connection(H11Protocol):
     _alarm: asyncio.TimerHandle | None = None
     _linger: asyncio.TimerHandle | None = None
     _stalled: asyncio.TimerHandle | None = None
+    _asking: asyncio.TimerHandle | None = None
+    _sends_no_more = False
 
     def __init__(
         self,
@@ -56,10 +61,41 @@ class Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget()
-        for alarm in (self._linger, self._stalled):
+        for alarm in (self._linger, self._stalled, self._asking):
             if alarm is not None:
                 alarm.cancel()
         super().connection_lost(exc)
+
+    def eof_received(self) -> bool:  # type: ignore[override]  # as asyncio has it
+        """Whether the connection stays: who has sent all may still read, as HTTP allows.
+
+        Of who has closed it for good nothing else comes: that is found out by writing.
+        """
+        is_reading = self._is_answering and not self.cycle.more_body
+        if not is_reading or self.cycle.scope["http_version"] != "1.1":
+            return False
+        self._sends_no_more = True
+        self._ask(_ASKED_AGAIN)
+        return True
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._sends_no_more and not self._is_answering:
+            self.transport.close()
+
+    @property
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _ask(self, again: tuple[float, ...]) -> None:
+        """Write what says nothing: a reply that is to come, or a zero before a chunk's length."""
+        if not self._is_answering or self.transport.is_closing():
+            return
+        if not self.flow.write_paused:  # else something is being written
+            begun = self.cycle.response_started
+            self.transport.write(b"0" if begun else b"HTTP/1.1 100 Continue\r\n\r\n")
+        if again:
+            self._asking = self.loop.call_later(again[0], self._ask, again[1:])
 
     def write_now(self, part: bytes) -> bool:
         """Write more, which is not empty, of a reply of no known length that has begun.
@@ -85,8 +121,7 @@ class Connection(H11Protocol):
 
     def _read_on(self) -> None:
         """Read what comes before a reply has ended, and with it that the client has gone."""
-        is_answering = self.cycle is not None and not self.cycle.response_complete
-        if is_answering and not self.cycle.more_body:
+        if self._is_answering and not self.cycle.more_body:
             early, _ = self.conn.trailing_data
             if len(early) < _MOST_EARLY and not self.transport.is_closing():
                 self.flow.resume_reading()
@@ -102,8 +137,7 @@ class Connection(H11Protocol):
             self._look_later()
 
     def _watch(self) -> None:
-        is_answering = self.cycle is not None and not self.cycle.response_complete
-        if is_answering or self.timeout_keep_alive_task is not None:
+        if self._is_answering or self.timeout_keep_alive_task is not None:
             self._forget()
         elif self._alarm is None:
             self._alarm = self.loop.call_later(HEADER_SECONDS, self._end)

@@ -19,6 +19,7 @@ from edgeinfer.server.wire import floats, reply
 
 _MOST_DIMENSIONS = 1 << 20
 _FORMATS = ("float", "base64")
+_NOT_HERE = {"truncate_prompt_tokens": "truncate leaves out what the context does not hold"}
 
 
 def routes(service: Service) -> list[Route]:
@@ -31,6 +32,7 @@ class Embeddings:
 
     async def create(self, http: HttpRequest) -> Response:
         body = await read_fields(http, self._service.limits.most_body)
+        body.refuse(_NOT_HERE)
         texts, kind = _inputs(body.get("input")), body.text("encoding_format", "float")
         if kind not in _FORMATS:
             raise body.wrong("encoding_format", f"one of {', '.join(map(repr, _FORMATS))}")

@@ -80,6 +80,14 @@ class Fields:
         found, param = shown(self._values.get(name)), f"{self._path}{name}"
         return ApiError(400, f"{param} is {found}; it must be {needed}", param=param)
 
+    def refuse(self, names: Mapping[str, str]) -> None:
+        """ApiError for a field that asks for anything; `names` say what to do instead of each."""
+        for name, advice in names.items():
+            if self.get(name):
+                param = f"{self._path}{name}"
+                told = f"{param} is not supported: {advice}"
+                raise ApiError(400, told, param=param, code="unsupported")
+
     def sampling(self, names: Mapping[str, str]) -> dict[str, Any]:
         """Keywords of an answer, checked, from the fields that an API names them by."""
         found: dict[str, Any] = {}

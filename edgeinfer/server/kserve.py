@@ -22,7 +22,7 @@ from edgeinfer.server.errors import RETRY_SECONDS, ApiError, Json
 from edgeinfer.server.fields import Fields, read_fields
 from edgeinfer.server.frames import Frames
 from edgeinfer.server.models import ServedModel
-from edgeinfer.server.requests import SAMPLING, Request
+from edgeinfer.server.requests import NOT_HERE, SAMPLING, Request
 from edgeinfer.server.service import Service
 from edgeinfer.server.tensors import LENGTH_HEADER, Output, read_body, read_texts, write
 from edgeinfer.server.wire import EVENTS, PING, event, reply
@@ -210,6 +210,7 @@ def _sampling(*given: Fields) -> Json:
     """Sampling keywords; what is given last counts."""
     found: Json = {"max_tokens": _USUAL_TOKENS}
     for each in given:
+        each.refuse(NOT_HERE)
         found |= each.sampling(_FIELDS)
     return found
 

@@ -38,6 +38,8 @@ _SAMPLING = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "
 # what its own tools have done.
 _UNTOLD = ("thinking", "redacted_thinking", "tool_reference")
 _OF_SERVERS = ("_tool_use", "_tool_result")
+# Tools that a client runs, which Anthropic's models know without being told of.
+_KNOWN_THERE = ("bash_", "computer_", "memory_", "text_editor_")
 _ERROR_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -146,11 +148,14 @@ def _system(body: Fields) -> str:
 
 def _tools(body: Fields) -> list[Json]:
     """Those of the client; tools that Anthropic's servers run are no concern of a model's here."""
-    return [
-        function_tool(tool, "input_schema")
-        for tool in body.objects("tools")
-        if tool.text("type", "custom") == "custom"
-    ]
+    found = []
+    for tool in body.objects("tools"):
+        kind = tool.text("type", "custom")
+        if kind.startswith(_KNOWN_THERE):
+            raise tool.wrong("type", "'custom', with the input_schema that the tool has")
+        if kind == "custom":
+            found.append(function_tool(tool, "input_schema"))
+    return found
 
 
 def _turn(given: Fields, is_first: bool) -> list[Json]:

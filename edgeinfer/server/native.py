@@ -51,14 +51,17 @@ class Native:
         return reply(await self._service.with_model(name, _props))
 
     async def tokenize(self, http: HttpRequest) -> Response:
+        """A text, as llama-server or vLLM have it in a field, or a chat as vLLM has it."""
         body = await read_fields(http, self._service.limits.most_body)
         text = body.text("content") or body.text("text") or body.text("prompt")
-        bos, special = body.flag("add_special"), body.flag("parse_special", True)
-        has_pieces = body.flag("with_pieces")
+        bos = body.flag("add_special", body.flag("add_special_tokens"))
+        special, has_pieces = body.flag("parse_special", True), body.flag("with_pieces")
+        chat = read_chat(body) if "messages" in body else None
+        made = None if chat is None else await self._service.prompt_ids(chat)
 
         def work(llm: LLM) -> Json:
             with limited():
-                ids = llm.runtime.tokenizer.encode(
+                ids = made or llm.runtime.tokenizer.encode(
                     text, bos=bos, parse_special=special, most=MOST_MADE
                 )
             if not has_pieces:

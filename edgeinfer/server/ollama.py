@@ -17,6 +17,7 @@ from edgeinfer.server.fields import Fields, read_fields, whole
 from edgeinfer.server.frames import Frames
 from edgeinfer.server.ollama_models import listed, now, running, shown
 from edgeinfer.server.requests import (
+    NOT_HERE,
     SAMPLING,
     Chat,
     Request,
@@ -32,7 +33,7 @@ from edgeinfer.text.messages import can_go_on
 _VERSION = "0.12.0"  # of Ollama's API; clients ask whether it is new enough
 _NS = 1_000_000_000
 _MOST_LOGPROBS = 20
-_NOT_SUPPORTED = {
+_NOT_HERE = {
     "template": "the model's own is used; raw: true sends a prompt as it is",
     "context": "send what was said before to api/chat",
 }
@@ -145,9 +146,7 @@ def read_chat(body: Fields) -> Request:
 
 def read_generate(body: Fields) -> Request:
     _refuse_images(body)
-    for name, advice in _NOT_SUPPORTED.items():
-        if body.get(name):
-            raise ApiError(400, f"{name} is not supported: {advice}", param=name)
+    body.refuse(_NOT_HERE)
     prompt, sampling, structure = body.text("prompt"), _sampling(body), of_ollama(body)
     if body.flag("raw") or body.text("suffix"):
         return Request(
@@ -170,7 +169,10 @@ def _sampling(body: Fields) -> dict[str, Any]:
     most = whole(options.get("num_predict"))
     if type(most) is int and most <= 0:  # of these none is a limit
         del names["num_predict"]
+    options.refuse(NOT_HERE)
     found = options.sampling(names)
+    if body.flag("truncate") or body.flag("shift"):  # that program does both unless it is told
+        found["overflow"] = "drop-turns"
     if body.flag("logprobs"):
         found["logprobs"] = body.integer("top_logprobs", 0, 0, _MOST_LOGPROBS)
     return found
@@ -197,7 +199,7 @@ def _message(given: Fields) -> Json:
         functions = [call.object("function") for call in calls]
         message["tool_calls"] = [
             {
-                "id": call.text("id") or function.text("name"),
+                "id": call.text("id"),
                 "type": "function",
                 "function": {
                     "name": function.text("name"),
@@ -209,7 +211,7 @@ def _message(given: Fields) -> Json:
     if name := given.text("tool_name") or given.text("name"):
         message["name"] = name
     if message["role"] == "tool":
-        message["tool_call_id"] = given.text("tool_call_id") or name
+        message["tool_call_id"] = given.text("tool_call_id")
     return message
 
 

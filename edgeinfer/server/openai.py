@@ -15,7 +15,7 @@ from edgeinfer.parameters import shown
 from edgeinfer.results import Completion, Usage
 from edgeinfer.server.errors import ApiError, Json
 from edgeinfer.server.fields import Fields
-from edgeinfer.server.requests import MOST_BUDGET, SAMPLING, function_tool
+from edgeinfer.server.requests import MOST_BUDGET, NOT_HERE, SAMPLING, function_tool
 
 FINGERPRINT = f"edgeinfer-{__version__}"
 _TYPES = {
@@ -26,6 +26,7 @@ _TYPES = {
     501: "not_supported_error",
     503: "unavailable_error",
 }
+_MOST_ANSWERS = 128
 _EFFORTS_WITHOUT_THOUGHT = ("none", "minimal")
 # As llama-server, vLLM and the makers of models call the most tokens that may be thought.
 _BUDGETS = (
@@ -53,6 +54,12 @@ def envelope(error: ApiError) -> Json:
 
 def sampling_of(body: Fields, *most_tokens: str) -> dict[str, Any]:
     """Sampling keywords; the first of the fields `most_tokens` that is there limits an answer."""
+    goes_on = body.flag("ignore_eos")  # however many tokens there must be at least
+    body.refuse(
+        {n: advice for n, advice in NOT_HERE.items() if not (goes_on and n == "min_tokens")}
+    )
+    if not body.flag("skip_special_tokens", True):
+        raise body.wrong("skip_special_tokens", "true: tokens that control are no text")
     found = body.sampling({**SAMPLING, "stop": "stop"})
     limit = next((name for name in most_tokens if name in body), None)
     if limit is not None and body.get(limit) not in (-1, -2):
@@ -62,10 +69,19 @@ def sampling_of(body: Fields, *most_tokens: str) -> dict[str, Any]:
     return found | _budget(body)
 
 
+def count_of(body: Fields) -> int:
+    """How many answers are wanted of each prompt."""
+    n = body.integer("n", 1, 1, _MOST_ANSWERS)
+    if body.integer("best_of", n, 0, _MOST_ANSWERS) > n:
+        raise body.wrong("best_of", f"no more than n, {n}: all that are drawn are given back")
+    return n
+
+
 def _budget(body: Fields) -> dict[str, Any]:
     """-1 is no limit."""
     reasoning = body.object("reasoning")
     n = reasoning.integer("max_tokens", -1, -1, MOST_BUDGET)
+    n = _thinking(body).integer("budget_tokens", n, -1, MOST_BUDGET)
     for name in _BUDGETS:
         n = body.integer(name, n, -1, MOST_BUDGET)
     return {"reasoning_budget": n} if n >= 0 else {}
@@ -90,9 +106,18 @@ def template_args(body: Fields, effort: str | None = None) -> dict[str, Any]:
     if effort is not None:
         found["reasoning_effort"] = effort
         found["enable_thinking"] = effort not in _EFFORTS_WITHOUT_THOUGHT
+    if kind := _thinking(body).text("type"):
+        found["enable_thinking"] = kind != "disabled"
     if "enable_thinking" in body:
         found["enable_thinking"] = body.flag("enable_thinking")
     return found | body.object("chat_template_kwargs").values
+
+
+def _thinking(body: Fields) -> Fields:
+    """What Anthropic, DeepSeek and Z.ai have of it beside chats: an object, for others a flag."""
+    if isinstance(given := body.get("thinking"), bool):
+        return Fields({"type": "enabled" if given else "disabled"})
+    return body.object("thinking")
 
 
 def text_content(content: Any, param: str) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any
 from edgeinfer.server.errors import Json
 from edgeinfer.server.fields import Fields
 from edgeinfer.server.structure import Structure
-from edgeinfer.text.fitting import ID_LENGTH, short_id
+from edgeinfer.text.call_ids import ID_LENGTH, with_short_ids
 
 # Sampling keywords that APIs agree on; what is ours alone goes by the same name everywhere.
 SAMPLING = {
@@ -27,6 +27,25 @@ SAMPLING = {
     )
 }  # fmt: skip
 SAMPLING["repetition_penalty"] = "repeat_penalty"
+SAMPLING["random_seed"] = "seed"
+# What changes answers elsewhere, and what to ask for here instead.
+NOT_HERE = {
+    "min_tokens": "an answer ends where its model ends it; ignore_eos has it go on to max_tokens",
+    "bad_words": "logit_bias keeps tokens out of an answer",
+    "allowed_token_ids": "a regex or a grammar says what an answer may hold",
+    "use_beam_search": "answers are drawn one by one",
+    "truncate_prompt_tokens": "what does not fit is refused; send less",
+    "prompt_logprobs": "logprobs are those of an answer",
+    "prompt_embeds": "send text",
+    "logits_processors": "logit_bias, a regex or a grammar says what an answer may hold",
+    "include_stop_str_in_output": "an answer ends before its stop string",
+    "return_token_ids": "tokenize makes them of a text",
+    "return_tokens_as_token_ids": "tokenize makes them of a text",
+    "guided_whitespace_pattern": "JSON is written in one way",
+    "top_a": "min_p leaves out what is below a share of the likeliest",
+    "t_max_predict_ms": "max_tokens limits an answer",
+    "lora": "a model is served as it was loaded",
+}
 MOST_BUDGET = 2**31 - 1  # tokens of reasoning
 _SYSTEM = ("system", "developer")
 
@@ -81,20 +100,9 @@ def new_call_id(prefix: str) -> str:
 
 
 def conversation(messages: Sequence[Json]) -> list[Json]:
-    """Messages as templates want them: one system message at the front, calls with short ids.
-
-    What a tool has said gets the name of the tool.
-    """
+    """Messages as templates want them: one system message at the front, calls with short ids."""
     found: list[Json] = []
-    names: dict[str, str] = {}
-    for message in messages:
-        message = dict(message)
-        for call in message.get("tool_calls") or ():
-            call["id"] = short_id(str(call.get("id") or ""))
-            names[call["id"]] = str(call.get("function", {}).get("name", ""))
-        if message.get("tool_call_id"):
-            message["tool_call_id"] = short_id(str(message["tool_call_id"]))
-            message.setdefault("name", names.get(message["tool_call_id"], ""))
+    for message in with_short_ids(messages):
         is_system = message["role"] in _SYSTEM
         if is_system and len(found) == 1 and found[0]["role"] in _SYSTEM:
             told = filter(None, (found[0]["content"], message["content"]))

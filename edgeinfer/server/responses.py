@@ -23,6 +23,7 @@ from edgeinfer.server.responses_shape import Shape
 from edgeinfer.server.service import Service
 from edgeinfer.server.structure import of_format
 from edgeinfer.server.wire import EVENTS, reply
+from edgeinfer.text.messages import plain
 
 # Of functions, and of tools that take a text, which another model may have called before.
 _CALLS = ("function_call", "custom_tool_call")
@@ -34,8 +35,13 @@ _HOSTED = (
     "tool_search_call", "tool_search_output", "additional_tools", "compaction_trigger",
 )  # fmt: skip
 _LOGPROBS, _MOST_LOGPROBS = "message.output_text.logprobs", 128
+_TRUNCATIONS = ("disabled", "auto")  # of what does not fit: none, or of the oldest turns
 _KINDS = ("message", "reasoning", *_CALLS, *_OUTPUTS)
-_NEEDS_STORE = ("previous_response_id", "conversation", "prompt")
+_NO_STORE = "nothing is stored here; send the whole input"
+_NOT_HERE = {
+    **dict.fromkeys(("previous_response_id", "conversation", "prompt"), _NO_STORE),
+    "background": "wait for the answer, or read it as it comes",
+}
 
 
 def routes(service: Service) -> list[Route]:
@@ -75,19 +81,13 @@ class Responses:
 
 
 def read_request(body: Fields) -> Request:
-    for name in _NEEDS_STORE:
-        if name in body:
-            raise ApiError(
-                400,
-                f"{name} is not supported: nothing is stored here; send the whole input",
-                param=name,
-                code="unsupported",
-            )
-    if body.flag("background"):
-        raise ApiError(400, "background is not supported", param="background", code="unsupported")
+    body.refuse(_NOT_HERE)
     sampling = sampling_of(body, "max_output_tokens")
+    if _truncation(body) == "auto":
+        sampling["overflow"] = "drop-turns"
     included = body.get("include")
-    if isinstance(included, list) and _LOGPROBS in included:
+    is_included = isinstance(included, list) and _LOGPROBS in included
+    if is_included or body.get("top_logprobs"):
         sampling["logprobs"] = body.integer("top_logprobs", 0, 0, _MOST_LOGPROBS)
     chat = Chat(
         messages=conversation(_messages(body)),
@@ -97,7 +97,20 @@ def read_request(body: Fields) -> Request:
         template_args=template_args(body),
     )
     structure = of_format(body.object("text").object("format"), "text.format")
-    return Request(model=body.text("model"), chat=chat, sampling=sampling, structure=structure)
+    return Request(
+        model=body.text("model"),
+        chat=chat,
+        sampling=sampling,
+        structure=structure,
+        ignores_eos=body.flag("ignore_eos"),
+    )
+
+
+def _truncation(body: Fields) -> str:
+    found = body.text("truncation", _TRUNCATIONS[0])
+    if found not in _TRUNCATIONS:
+        raise body.wrong("truncation", f"one of {', '.join(map(repr, _TRUNCATIONS))}")
+    return found
 
 
 def _messages(body: Fields) -> list[Json]:
@@ -167,7 +180,7 @@ def _echo(body: Fields, request: Request) -> Json:
     tools = request.chat.tools if request.chat is not None else []
     reasoning = body.object("reasoning")
     choice = body.get("tool_choice")
-    return {
+    told: Json = {
         "instructions": body.get("instructions"),
         "max_output_tokens": body.get("max_output_tokens"),
         "metadata": body.object("metadata").values,
@@ -181,6 +194,7 @@ def _echo(body: Fields, request: Request) -> Json:
         "tools": [{"type": "function", "strict": False, **tool["function"]} for tool in tools],
         "top_logprobs": request.sampling.get("logprobs", 0),
         "top_p": body.get("top_p"),
-        "truncation": "disabled",
+        "truncation": _truncation(body),
         "background": False,
     }
+    return {name: plain(value, name) for name, value in told.items()}  # so that all can be written

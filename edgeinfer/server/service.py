@@ -182,9 +182,12 @@ class Service:
         return replace(request, chat=chat, sampling=sampling)
 
     async def count_tokens(self, request: Request) -> int:
-        """Tokens of a prompt."""
+        return len(await self.prompt_ids(request))
+
+    async def prompt_ids(self, request: Request) -> list[int]:
+        """Tokens of a chat's prompt."""
         async with self.model(request.model) as model:
-            work = asyncio.to_thread(_count, model.opened, self._prepared(request))
+            work = asyncio.to_thread(_ids, model.opened, self._prepared(request))
             return await self.unless_stopped(work)
 
     async def render(self, request: Request) -> str:
@@ -196,7 +199,11 @@ class Service:
             return await asyncio.to_thread(model.opened.runtime.template.render_chat, chat)
 
     async def with_model(self, name: str, work: Callable[[LLM], T]) -> T:
-        """What `work` gives in a thread."""
+        """What `work` gives in a thread.
+
+        NOTE: no thread can be ended: it goes on where its client has gone, for the seconds that a
+        text of the most tokens takes.
+        """
         async with self.model(name) as model:
             return await self.unless_stopped(asyncio.to_thread(work, model.opened))
 
@@ -293,8 +300,8 @@ def _conversation(chat: Chat) -> Conversation:
     return Conversation.of(messages, told, chat.template_args, continues=chat.continues)
 
 
-def _count(llm: LLM, request: Request) -> int:
+def _ids(llm: LLM, request: Request) -> list[int]:
     assert request.chat is not None
     opened, chat = llm.runtime, _conversation(request.chat)
     with limited():
-        return len(chat_prompt(opened.tokenizer, opened.template, chat, most=MOST_MADE).ids)
+        return chat_prompt(opened.tokenizer, opened.template, chat, most=MOST_MADE).ids

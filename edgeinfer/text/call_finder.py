@@ -143,4 +143,5 @@ def call_finder(
 ) -> CallFinder | None:
     """For the replies of a model with that chat template; None where nothing is to be found."""
     format = call_format(template)
-    return CallFinder(format, tools, most) if tools or format.whole_reply is not None else None
+    is_needed = tools or format.has_wrappers or format.whole_reply is not None
+    return CallFinder(format, tools, most) if is_needed else None

@@ -11,15 +11,25 @@ from typing import NamedTuple, TypeAlias
 
 from edgeinfer.text.call_json import (
     HARMONY_ENDS,
+    closed_json,
     deepseek,
     harmony,
     json_calls,
+    kimi,
     mistral,
     python_tag,
     wrapper,
 )
 from edgeinfer.text.call_python import python_list
-from edgeinfer.text.call_tags import DSML, dsml, function_tag, gemma, tool_call_tag
+from edgeinfer.text.call_tags import (
+    DSML,
+    TOOL_CALL_END,
+    dsml,
+    function_tag,
+    gemma,
+    minimax,
+    tool_call_tag,
+)
 from edgeinfer.text.reader import Reader, Steps
 from edgeinfer.text.tools import Calls
 
@@ -37,6 +47,7 @@ class CallFormat(NamedTuple):
     inside: tuple[str, ...] = ()
     may_be_bare: bool = False  # a reply that begins with a JSON object may be a call
     whole_reply: Parse | None = None  # reads everything, replies without calls too
+    has_wrappers: bool = False  # around replies without calls, too
 
     @property
     def controls(self) -> frozenset[str]:
@@ -44,10 +55,13 @@ class CallFormat(NamedTuple):
 
 
 _GEMMA_3_END = "<end_function_call>"
+_SEED_END, _LIST_END = "</seed:tool_call>", "</tool_calls>"
+# Cohere's, around what is said.
+_COHERE_WRAPPERS = ("<|START_RESPONSE|>", "<|END_RESPONSE|>", "<|START_TEXT|>", "<|END_TEXT|>")
 _TAGS = CallFormat(
     "tags",
     {"<tool_call>": tool_call_tag, "<function=": function_tag},
-    ("</tool_call>",),
+    (TOOL_CALL_END,),
     may_be_bare=True,
 )
 _LFM2 = CallFormat("lfm2", {"<|tool_call_start|>": python_list}, ("<|tool_call_end|>",))
@@ -98,6 +112,54 @@ _SIGNS: tuple[tuple[str, CallFormat], ...] = (
             ("<escape>", _GEMMA_3_END),
         ),
     ),
+    (
+        "<|START_ACTION|>",
+        CallFormat(
+            "cohere",
+            {
+                "<|START_ACTION|>": partial(closed_json, close="<|END_ACTION|>"),
+                **dict.fromkeys(_COHERE_WRAPPERS, wrapper),
+            },
+            ("<|END_ACTION|>",),
+            has_wrappers=True,
+        ),
+    ),
+    (
+        "<|tool_call_argument_begin|>",
+        CallFormat(
+            "kimi",
+            {"<|tool_calls_section_begin|>": wrapper, "<|tool_call_begin|>": kimi},
+            ("<|tool_call_argument_begin|>", "<|tool_call_end|>", "<|tool_calls_section_end|>"),
+        ),
+    ),
+    (
+        "<minimax:tool_call>",
+        CallFormat("minimax", {"<minimax:tool_call>": minimax}, ("</minimax:tool_call>",)),
+    ),
+    (
+        "<seed:tool_call>",
+        CallFormat(
+            "seed",
+            {"<seed:tool_call>": partial(tool_call_tag, close=_SEED_END)},
+            (_SEED_END,),
+        ),
+    ),
+    (
+        "<TOOLCALL>",
+        CallFormat("nemotron", {"<TOOLCALL>": partial(closed_json, close="</TOOLCALL>")}),
+    ),
+    (
+        "<function_calls>",
+        CallFormat("olmo", {"<function_calls>": partial(python_list, close="</function_calls>")}),
+    ),
+    (
+        "<tool_calls>",
+        CallFormat(
+            "listed",
+            {"<tool_calls>": partial(closed_json, close=_LIST_END)},
+            may_be_bare=True,
+        ),
+    ),
     ("<tool_call>", _TAGS),
     ("<|tool_call|>", CallFormat("granite", {"<|tool_call|>": json_calls})),
     ("<function=", _TAGS),
@@ -109,5 +171,12 @@ _SIGNS: tuple[tuple[str, CallFormat], ...] = (
 
 
 def call_format(template: str) -> CallFormat:
-    """The spelling of the model that a chat template belongs to."""
-    return next((format for sign, format in _SIGNS if sign in template), _TAGS)
+    """The spelling of the model that a chat template belongs to.
+
+    What a template does not tell of tools we tell, in a spelling that is read beside its own.
+    """
+    found = next((format for sign, format in _SIGNS if sign in template), _TAGS)
+    if found.whole_reply is not None or "<tool_call>" in found.markers:
+        return found
+    markers = {**found.markers, "<tool_call>": tool_call_tag}
+    return found._replace(markers=markers, inside=(*found.inside, TOOL_CALL_END))

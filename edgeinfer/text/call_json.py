@@ -37,12 +37,12 @@ def json_call(
         if key == "function" and first == "{" and not (name or is_inner):
             yield from json_call(reader, calls, ends, is_inner=True)
             is_done = True
-        elif key in ("name", "function") and first == '"' and not name:
+        elif key in ("name", "function", "tool_name") and first == '"' and not name:
             name = yield from read_string(reader)
             calls.find(name)
         elif key in ("arguments", "parameters") and not calls.is_open:
             held = yield from _held_arguments(reader, calls, name, ends)
-        elif key in ("id", "type", "index") or calls.is_open or is_done:
+        elif key in ("id", "type", "index", "tool_call_id") or calls.is_open or is_done:
             yield from copy_value(reader, lambda text: None, ends)
         else:
             raise NotACall
@@ -98,6 +98,13 @@ def json_calls(reader: Reader, calls: Calls, ends: tuple[str, ...] = ()) -> Step
     yield from reader.take("]")
 
 
+def closed_json(reader: Reader, calls: Calls, close: str) -> Steps[None]:
+    """One object, or an array of them, and a text that closes it."""
+    yield from json_calls(reader, calls, (close,))
+    yield from reader.space()
+    yield from reader.take(close)
+
+
 def python_tag(reader: Reader, calls: Calls) -> Steps[None]:
     """Llama 3: objects with ; between them."""
     yield from json_call(reader, calls)
@@ -124,6 +131,23 @@ def mistral(reader: Reader, calls: Calls) -> Steps[None]:
         yield from reader.until("[ARGS]", "{", most=MOST_NAME)
     yield from reader.take("[ARGS]")
     yield from copy_arguments(reader, calls, tool, ("[TOOL_CALLS]",))
+
+
+def kimi(reader: Reader, calls: Calls) -> Steps[None]:
+    """functions.NAME:NUMBER, and JSON behind a marker."""
+    opened, close = "<|tool_call_argument_begin|>", "<|tool_call_end|>"
+    name = yield from reader.until(opened, close, most=MOST_NAME)
+    if not (yield from reader.take(opened)):
+        raise NotACall
+    tool = calls.find(_NUMBER.sub("", name))
+    yield from copy_arguments(reader, calls, tool, (close,))
+    yield from reader.space()
+    yield from reader.take(close)
+    yield from reader.space()
+    yield from reader.take("<|tool_calls_section_end|>")
+
+
+_NUMBER = re.compile(r":[0-9]+\s*\Z")
 
 
 def deepseek(reader: Reader, calls: Calls) -> Steps[None]:

@@ -20,7 +20,7 @@ _STRING = (
     r"""(?P<string>(?:\b(?P<kind>[A-Za-z]{1,2}))?"""
     r"""(?:"(?:\\.|[^"\\])*(?:"|\\?\Z)|'(?:\\.|[^'\\])*(?:'|\\?\Z)))"""
 )
-_NAME = r"""(?:^|(?<=[\[,]))\s*(?P<name>[^\s"'()\[\]{},=]+)\s*(?=\()"""
+_NAME = r"""(?:^|(?<=[\[,\n]))\s*(?P<name>[^\s"'()\[\]{},=]+)\s*(?=\()"""
 _KEY = r"""(?<=[(,])\s*(?P<key>[^\s"'()\[\]{},=:<>!]+)\s*=(?!=)"""
 _STRINGS = re.compile(_STRING, re.DOTALL)
 _PARTS = re.compile(f"{_STRING}|{_NAME}|{_KEY}", re.DOTALL)
@@ -33,9 +33,8 @@ _MEANT = {"\\": "\\\\", "\n": "\\n", "\r": "\\r"}
 _WORDS = {"true": True, "false": False, "null": None}
 
 
-def python_list(reader: Reader, calls: Calls) -> Steps[None]:
-    """LFM2: [name(key=value, ...), ...] as Python spells it."""
-    close = "<|tool_call_end|>"
+def python_list(reader: Reader, calls: Calls, close: str = "<|tool_call_end|>") -> Steps[None]:
+    """LFM2: [name(key=value, ...), ...] as Python spells it; OLMo 3 has one below the other."""
     text = (yield from reader.until(close)).strip()
     yield from reader.peek()
     yield from reader.take(close)
@@ -59,11 +58,21 @@ def python_calls(text: str) -> list[tuple[str, str]]:
         return found[0].replace(spelled, stand_in, 1)
 
     try:
-        tree = ast.parse(_PARTS.sub(plain, text), mode="eval").body
-        nodes = tree.elts if isinstance(tree, (ast.List, ast.Tuple)) else [tree]
-        return [_call(node, names) for node in nodes]
+        lines = map(str.lstrip, _PARTS.sub(plain, text).split("\n"))
+        return [_call(node, names) for node in _expressions(ast.parse("\n".join(lines)))]
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         raise NotACall from None
+
+
+def _expressions(parsed: ast.Module) -> list[ast.expr]:
+    """Those of a list, or of lines."""
+    found = [each.value for each in parsed.body if isinstance(each, ast.Expr)]
+    if not found or len(found) < len(parsed.body):
+        raise NotACall
+    first = found[0]
+    if len(found) == 1 and isinstance(first, (ast.List, ast.Tuple)):
+        return first.elts
+    return found
 
 
 def python_value(text: str) -> Any:

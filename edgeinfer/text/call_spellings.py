@@ -86,6 +86,7 @@ def _deepseek(template: str) -> Spelling:
     return Spelling(before, "\n```json\n", f"\n```{close}", begin, end, between="\n")
 
 
+_CODER_ENDS = ("</parameter>", "\n<parameter=", "\n</function>")
 _CODER = Spelling(
     "<tool_call>\n<function=",
     ">\n",
@@ -98,7 +99,7 @@ _CODER = Spelling(
         ">\n",
         "\n</parameter>",
         "\n",
-        ("</parameter>", "\n<parameter=", "\n</function>"),
+        _CODER_ENDS,
     ),
 )
 _GLM = Spelling(
@@ -142,6 +143,45 @@ _OTHERS = {
     ),
     "granite": _json_object("", "", "arguments")._replace(
         begin="<|tool_call|>[", end="]", between=", "
+    ),
+    "cohere": _json_object("", "", "parameters")._replace(
+        before='{"tool_call_id": "0", "tool_name": ',
+        begin="<|START_ACTION|>[",
+        end="]<|END_ACTION|>",
+        between=", ",
+    ),
+    "kimi": Spelling(
+        "<|tool_call_begin|>functions.",
+        ":0<|tool_call_argument_begin|>",
+        "<|tool_call_end|>",
+        "<|tool_calls_section_begin|>",
+        "<|tool_calls_section_end|>",
+    ),
+    "minimax": Spelling(
+        '<invoke name="',
+        '">\n',
+        "</invoke>\n",
+        "<minimax:tool_call>\n",
+        "</minimax:tool_call>",
+        arguments="members",
+        member=Member('<parameter name="', '">', '">', "</parameter>", "\n", ()),
+    ),
+    "seed": Spelling(
+        "<seed:tool_call>\n<function=",
+        ">\n",
+        "</function>\n</seed:tool_call>",
+        between="\n",
+        arguments="members",
+        member=Member("<parameter=", ">", ">", "</parameter>", "\n", _CODER_ENDS),
+    ),
+    "nemotron": _json_object("", "", "arguments")._replace(
+        begin="<TOOLCALL>[", end="]</TOOLCALL>", between=", "
+    ),
+    "olmo": Spelling(
+        "", "(", ")", "<function_calls>\n", "\n</function_calls>", "\n", arguments="python"
+    ),
+    "listed": _json_object("", "", "arguments")._replace(
+        begin="<tool_calls>\n[", end="]\n</tool_calls>", between=", "
     ),
     # Several are written only behind a token that these models keep for other tools.
     "llama": _json_object("", "", "parameters")._replace(between=None),

@@ -18,24 +18,25 @@ from edgeinfer.text.reader import Reader, Steps
 from edgeinfer.text.tools import Calls, Members, NotACall
 
 DSML = "｜DSML｜"
+TOOL_CALL_END = "</tool_call>"
 _MOST_ENDS = 64  # inside a string: each has all before it looked at again
 _STRINGS = re.compile(r'"(?:\\.|[^"\\\n])*("?)')
 
 
-def tool_call_tag(reader: Reader, calls: Calls) -> Steps[None]:
+def tool_call_tag(reader: Reader, calls: Calls, close: str = TOOL_CALL_END) -> Steps[None]:
     """What stands in <tool_call>: JSON (Hermes, Qwen), <function=...> (Qwen Coder), or GLM's."""
     yield from reader.space()
     if (yield from reader.peek()) in ("{", "["):
-        yield from json_calls(reader, calls, ("</tool_call>",))
+        yield from json_calls(reader, calls, (close,))
     elif (yield from reader.take("<function=")):
-        yield from function_tag(reader, calls)
+        yield from function_tag(reader, calls, close)
     else:
         yield from _glm(reader, calls)
     yield from reader.space()
-    yield from reader.take("</tool_call>")
+    yield from reader.take(close)
 
 
-def function_tag(reader: Reader, calls: Calls) -> Steps[None]:
+def function_tag(reader: Reader, calls: Calls, close: str = TOOL_CALL_END) -> Steps[None]:
     """<function=NAME>, then <parameter=NAME>VALUE</parameter> or JSON."""
     name = yield from reader.until(">", "<", "\n", most=MOST_NAME)
     tool = calls.find(name)
@@ -58,7 +59,7 @@ def function_tag(reader: Reader, calls: Calls) -> Steps[None]:
     yield from reader.space()
     yield from reader.take("</function>")
     yield from reader.space()
-    yield from reader.take("</tool_call>")
+    yield from reader.take(close)
 
 
 def _glm(reader: Reader, calls: Calls) -> Steps[None]:
@@ -77,7 +78,26 @@ def _glm(reader: Reader, calls: Calls) -> Steps[None]:
 
 
 def dsml(reader: Reader, calls: Calls) -> Steps[None]:
-    """DeepSeek 3.2: invoke and parameter tags, where an attribute says what is text."""
+    """DeepSeek 3.2: tags with a mark, behind the first of them."""
+    yield from _invoked(reader, calls, DSML)
+    yield from reader.space()
+    yield from reader.take(f"</{DSML}function_calls>")
+
+
+def minimax(reader: Reader, calls: Calls) -> Steps[None]:
+    """The same tags without a mark, one or more of them inside of another."""
+    n_before = len(calls.done)
+    yield from reader.space()
+    while (yield from reader.take('<invoke name="')):
+        yield from _invoked(reader, calls, "")
+        yield from reader.space()
+    if len(calls.done) == n_before:
+        raise NotACall
+    yield from reader.take("</minimax:tool_call>")
+
+
+def _invoked(reader: Reader, calls: Calls, mark: str) -> Steps[None]:
+    """Invoke and parameter tags, where an attribute may say what is text."""
     name = yield from reader.until('"', ">", most=MOST_NAME)
     tool = calls.find(name)
     yield from reader.until(">", most=MOST_NAME)
@@ -85,18 +105,16 @@ def dsml(reader: Reader, calls: Calls) -> Steps[None]:
         raise NotACall
     yield from reader.space()
     members = Members(calls, tool)
-    while (yield from reader.take(f'<{DSML}parameter name="')):
+    while (yield from reader.take(f'<{mark}parameter name="')):
         key = yield from reader.until('"', ">", most=MOST_NAME)
         attributes = yield from reader.until(">", most=MOST_NAME)
         yield from reader.take(">")
         is_text = 'string="true"' in attributes or None
-        yield from _member(reader, members, key, (f"</{DSML}parameter>",), is_text)
-        yield from reader.take(f"</{DSML}parameter>")
+        yield from _member(reader, members, key, (f"</{mark}parameter>",), is_text)
+        yield from reader.take(f"</{mark}parameter>")
         yield from reader.space()
-    members.finish()
-    yield from reader.take(f"</{DSML}invoke>")
-    yield from reader.space()
-    yield from reader.take(f"</{DSML}function_calls>")
+    yield from reader.take(f"</{mark}invoke>")
+    members.finish()  # what comes next is read from here, should it be no call
 
 
 def _member(

@@ -61,7 +61,7 @@ def python(
     rules: Rules, spelling: Spelling, parameters: Parameters, can_name: Callable[[str], bool]
 ) -> str:
     """Python's: keyword arguments, and values as its literals."""
-    ends = (spelling.end.lstrip("])"),)
+    ends = (spelling.end.lstrip("])\n"),)
 
     def text(body: str) -> str:
         if body == "/(?s:.*)/":

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 from edgeinfer.errors import InvalidRequestError, Keyword, TemplateError
 from edgeinfer.gguf import Metadata
+from edgeinfer.text.call_ids import with_short_ids
 from edgeinfer.text.chat_templates import (
     BUILT_IN,
     choose_template,
@@ -20,11 +21,11 @@ from edgeinfer.text.chat_templates import (
 )
 from edgeinfer.text.fitting import (
     Capabilities,
+    after_user,
     by_turns,
     fit,
     late_system_folded,
     probe,
-    with_short_ids,
 )
 from edgeinfer.text.messages import Conversation, Message
 from edgeinfer.text.template_engine import Budget, LimitError, RenderError, TemplateEngine
@@ -34,6 +35,8 @@ _HERE = "\U0010ffff"  # stands for no character, and is no mark of those that hi
 _DROPS_LAST = "the chat template does not show the last message, so it can't be continued"
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _KNOWN_ROLES = (*_ROLES, "function", "ipython", "model")
+_MOST_ROLES = 16  # of other names in one conversation: each is tried
+_KEPT_ROLES, _LONGEST_KEPT = 64, 100  # letters; what was found of others is not kept
 
 
 def _unchanged(value: Any, role: str) -> Any:
@@ -60,6 +63,7 @@ class ChatTemplate:
         self.bos_token, self.eos_token = bos_token, eos_token
         self._engine = TemplateEngine() if engine is None else engine
         self._found: tuple[Capabilities, list[Any] | None] | None = None
+        self._shown_roles: dict[str, bool] = {}
         self._for_tools: ChatTemplate | None = None
         if tool_source is not None:
             self._for_tools = ChatTemplate(
@@ -121,6 +125,11 @@ class ChatTemplate:
         chat = Conversation.of(messages, tools, template_args)
         return self.render_chat(chat, add_generation_prompt=add_generation_prompt)
 
+    def source_of(self, chat: Conversation) -> str:
+        """The text of the template that shows a conversation: there may be one for tools."""
+        template = self._for_tools if chat.tools and self._for_tools is not None else self
+        return template.source
+
     @cached_property
     def capabilities(self) -> Capabilities:
         """Found once per template, by rendering conversations that contain a needle.
@@ -157,12 +166,15 @@ class ChatTemplate:
         budget = Budget()
         capabilities, no_tools = self._probed(budget)
         self._check_roles(chat.messages, budget)
+        self._check_documents(chat.arguments)
         if chat.tools and not capabilities.tools:
             chat = chat.with_tools_told()
         shown = {key: hide(value, "") for key, value in chat.arguments.items()}
         shown |= {"tools": hide(chat.tools, "") or no_tools}
         shown |= {"add_generation_prompt": add_generation_prompt}
         fitted = fit(chat.messages, capabilities, self.source)
+        if chat.tools and not capabilities.calls_first:
+            fitted = after_user(fitted)
         text, error = self._attempt(_hidden(fitted, hide), shown, budget)
         if error is not None and (named := with_short_ids(fitted)) != fitted:
             fitted = named
@@ -177,7 +189,11 @@ class ChatTemplate:
         for answers_tools in (False, True):
             if error is not None and text is None:
                 # Some templates insist on user and assistant by turns, the system text within.
-                turns = by_turns(fitted, answers_tools=answers_tools)
+                turns = by_turns(
+                    fitted,
+                    joins_calls=capabilities.text_with_calls,
+                    answers_tools=answers_tools,
+                )
                 text, _ = self._attempt(_hidden(turns, hide), shown, budget)
         if text is None:
             assert error is not None
@@ -186,17 +202,44 @@ class ChatTemplate:
 
     def _check_roles(self, messages: Sequence[Mapping[str, Any]], budget: Budget) -> None:
         """InvalidRequestError for a role whose messages the template leaves out without a word."""
-        capabilities, no_tools = self._probed(budget)
-        for role in {message["role"] for message in messages}.difference(_ROLES):
-            said = [{"role": "user", "content": "hello"}, {"role": role, "content": _HERE}]
-            more = {"tools": no_tools, "add_generation_prompt": False}
-            text, _ = self._attempt(fit(said, capabilities, self.source), more, budget)
-            if text is not None and _HERE not in text:
+        odd = {message["role"] for message in messages}.difference(_ROLES)
+        advice = f"take one of {', '.join(_ROLES)}"
+        if len(odd) > _MOST_ROLES:
+            raise InvalidRequestError(
+                f"messages have {len(odd)} roles of other names, at most {_MOST_ROLES} work; "
+                f"{advice}",
+                param="messages",
+            )
+        for role in sorted(odd):
+            if not self._shows(role, budget):
                 raise InvalidRequestError(
-                    f"the model's chat template shows no message of role {role[:100]!r}; take one "
-                    f"of {', '.join(_ROLES)}",
+                    f"the model's chat template shows no message of role {role[:100]!r}; {advice}",
                     param="messages",
                 )
+
+    def _check_documents(self, arguments: Mapping[str, Any]) -> None:
+        """InvalidRequestError for documents that the template does not know of."""
+        if arguments.get("documents") and "documents" not in self.source:
+            raise InvalidRequestError(
+                "documents are given, and the model's chat template shows none; put them into a "
+                "message",
+                param="documents",
+            )
+
+    def _shows(self, role: str, budget: Budget) -> bool:
+        """Whether messages of a role are in what the template makes of them; found once."""
+        if (kept := self._shown_roles.get(role)) is not None:
+            return kept
+        capabilities, no_tools = self._probed(budget)
+        said = [{"role": "user", "content": "hello"}, {"role": role, "content": _HERE}]
+        more = {"tools": no_tools, "add_generation_prompt": False}
+        text, _ = self._attempt(fit(said, capabilities, self.source), more, budget)
+        is_shown = text is None or _HERE in text  # what fails is told of with the conversation
+        if len(role) <= _LONGEST_KEPT:
+            if len(self._shown_roles) >= _KEPT_ROLES:
+                self._shown_roles.clear()
+            self._shown_roles[role] = is_shown
+        return is_shown
 
     def _begun(self, chat: Conversation, hide: _Hide) -> str:
         """A conversation as far as the text goes that its last message has."""

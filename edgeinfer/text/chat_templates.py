@@ -136,6 +136,7 @@ BUILT_IN: Mapping[str, str] = {
 {{ ' ' + message.content + ' ' + eos_token }}
 {%- endif -%}
 {%- endfor -%}
+{%- if ns.system %}{{ bos_token + '[INST] ' + ns.system + ' [/INST]' }}{% endif -%}
 """,
     "zephyr": """\
 {%- for message in messages -%}

@@ -8,15 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from itertools import takewhile
 from typing import Any, NamedTuple
 
+from edgeinfer.text.call_ids import with_naming_ids, with_short_ids
 from edgeinfer.text.messages import plain, reminder_of, spelled_calls
 from edgeinfer.text.turns import SYSTEM
 
 _MOST_MENDED = 1 << 16  # characters of arguments, which are read one by one
-ID_LENGTH = 9  # letters of a call's id: some templates refuse others
-_ID_PREFIXES = ("call_", "toolu_")
 
 
 class Capabilities(NamedTuple):
@@ -24,6 +22,8 @@ class Capabilities(NamedTuple):
 
     system_role: bool
     several_systems: bool  # at the front, and behind other messages
+    system_before_results: bool  # which some show with the user's last message alone
+    user_names: bool
     string_content: bool
     typed_content: bool
     tools: bool
@@ -31,30 +31,34 @@ class Capabilities(NamedTuple):
     tool_results: bool
     object_arguments: bool
     several_calls: bool  # in one message
+    text_with_calls: bool
+    call_names: bool  # else it shows the ids of calls alone
+    calls_first: bool  # where it is told of tools: some take what comes first for the user's
 
 
 def probe(attempt: Callable[..., str]) -> Capabilities:
     """What comes of conversations that hold a needle; `attempt` gives "" where one fails."""
-    needle, found, second = "needle-7f3a", "found-5c1e", "second-9d2b"
+    needle, found, second, name = "needle-7f3a", "found-5c1e", "second-9d2b", "look-b80d"
     user = {"role": "user", "content": "hello"}
+    said = attempt([{"role": "user", "content": needle, "name": name}])
     part = {"type": "text", "text": needle}
     typed = attempt([{"role": "user", "content": [part]}])
     systems = [{"role": "system", "content": word} for word in (needle, found, second)]
     answer = {"role": "assistant", "content": "hi"}
     told = attempt([*systems[:2], user, answer, systems[2], user])
 
-    def turns(words: Sequence[str], *, as_object: bool) -> list[dict[str, Any]]:
-        """A question, calls with these words, and their results."""
+    def turns(words: Sequence[str], *, as_object: bool, text: str = "") -> list[dict[str, Any]]:
+        """A question, calls with these words beside a text, and their results."""
         ids = [f"call{i:05}" for i, _ in enumerate(words, 1)]
         arguments: list[Any] = [{"word": word} for word in words]
         given = arguments if as_object else map(json.dumps, arguments)
         calls = [
-            {"id": id, "type": "function", "function": {"name": "look", "arguments": each}}
+            {"id": id, "type": "function", "function": {"name": name, "arguments": each}}
             for id, each in zip(ids, given, strict=True)
         ]
-        turn = {"role": "assistant", "content": "", "tool_calls": calls}
+        turn = {"role": "assistant", "content": text, "tool_calls": calls}
         results = [
-            {"role": "tool", "tool_call_id": id, "name": "look", "content": found} for id in ids
+            {"role": "tool", "tool_call_id": id, "name": name, "content": found} for id in ids
         ]
         return [user, turn, *results]
 
@@ -64,16 +68,27 @@ def probe(attempt: Callable[..., str]) -> Capabilities:
     # A template that prints Python's own form of a value has not understood it.
     by_object = needle in called and "{'word'" not in called
     by_text = attempt(turns([needle], as_object=False))
+    # Of what fails for another reason nothing is known.
+    beside = attempt([*turns([needle], as_object=by_object, text=second), answer, user])
+    before = attempt([systems[2], *turns([needle], as_object=by_object)])
+    named = attempt(turns([needle], as_object=by_object)[:2])
+    tools = [{"type": "function", "function": tool}]
+    first = attempt(turns([second], as_object=by_object)[1:], tools)
     return Capabilities(
         system_role=needle in attempt([{"role": "system", "content": needle}, user]),
         several_systems=all(word in told for word in (needle, found, second)),
-        string_content=needle in attempt([{"role": "user", "content": needle}]),
+        system_before_results=not before or second in before,
+        user_names=name in said,
+        string_content=needle in said,
         typed_content=needle in typed and "'text'" not in typed and '"text"' not in typed,
-        tools=needle in attempt([user], [{"type": "function", "function": tool}]),
+        tools=needle in attempt([user], tools),
         tool_calls=by_object or needle in by_text,
         tool_results=found in called or found in by_text,
         object_arguments=by_object,
         several_calls=second in attempt(turns([needle, second], as_object=by_object)),
+        text_with_calls=not beside or second in beside,
+        call_names=not named or name in named,
+        calls_first=not first or second in first,
     )
 
 
@@ -85,11 +100,15 @@ def fit(
     Where it `tells_odd_calls`, those with arguments that are no object are text.
     """
     messages = [dict(message) for message in messages]
+    if not can.user_names:
+        _tell_users_apart(messages)
     for message in messages:
         if message["role"] == "developer" and "developer" not in source:
             message["role"] = "system"
         if message["role"] == "tool" and not can.tool_results:
             message["role"] = "user"
+        if "reasoning_content" in message and _calls_it_thinking(source):
+            message["thinking"] = message["reasoning_content"]
         if calls := message.get("tool_calls"):
             calls = [_with_arguments(c, can.object_arguments or not can.tool_calls) for c in calls]
             message["tool_calls"] = calls
@@ -99,9 +118,14 @@ def fit(
                 message["content"] = "\n".join(filter(None, told))
             if is_told:
                 del message["tool_calls"]
+    if can.tool_calls and not can.text_with_calls:
+        messages = _text_apart(messages)
     if can.tool_calls and not can.several_calls:
         messages = _calls_apart(messages)
-    if not can.system_role:
+    if can.tool_calls and not can.call_names:
+        messages = with_naming_ids(messages)
+    hides_system = messages[-1]["role"] != "user" and not can.system_before_results
+    if hides_system or not can.system_role:
         messages = _system_folded(messages)
     elif not can.several_systems:
         messages = _one_system(messages)
@@ -109,6 +133,19 @@ def fit(
         for message in messages:
             message["content"] = [{"type": "text", "text": message["content"]}]
     return messages
+
+
+def _tell_users_apart(messages: Sequence[dict[str, Any]]) -> None:
+    """Put the names of users before what they say, where there are several."""
+    named = [m for m in messages if m["role"] == "user" and isinstance(m.get("name"), str)]
+    if len({message["name"] for message in named}) > 1:
+        for message in named:
+            message["content"] = f"{message['name']}: {message['content']}"
+
+
+def _calls_it_thinking(source: str) -> bool:
+    """Whether a template looks for reasoning by another name than most."""
+    return "message.thinking" in source and "reasoning_content" not in source
 
 
 # -- calls -----------------------------------------------------------------------------------------
@@ -148,63 +185,37 @@ def _is_odd(call: Mapping[str, Any]) -> bool:
     return not isinstance(call.get("function", call).get("arguments"), Mapping)
 
 
+def _text_apart(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The text of a message that has calls, too, as a message of its own before them."""
+    apart: list[dict[str, Any]] = []
+    for message in messages:
+        if message.get("tool_calls") and message["content"]:
+            apart.append({"role": message["role"], "content": message["content"]})
+            message = {**message, "content": ""}
+        apart.append(message)
+    return apart
+
+
 def _calls_apart(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Calls of one message as messages of their own, each with its results behind it.
 
     Some templates refuse several, others show the first alone.
     """
-    apart: list[dict[str, Any]] = []
-    rest = list(messages)
-    while rest:
-        message, *rest = rest
-        calls = message.get("tool_calls") or ()
-        if len(calls) < 2:
-            apart.append(message)
+    apart: list[list[dict[str, Any]]] = []  # a message, with the results behind it if it calls
+    called: dict[str, list[dict[str, Any]]] = {}  # those of the last that calls, by id
+    for message, named in zip(messages, with_short_ids(messages), strict=True):
+        if message["role"] == "tool" and called:
+            called.get(named["tool_call_id"], apart[-1]).append(message)
             continue
-        results = list(takewhile(lambda each: each["role"] == "tool", rest))
-        del rest[: len(results)]
-        ids = [call.get("id") for call in calls]
+        calls = message.get("tool_calls") or ()
+        called = {}
         for i, call in enumerate(calls):
             begun = message if i == 0 else {"role": message["role"], "content": ""}
-            apart.append({**begun, "tool_calls": [call]})
-            apart += [each for n, each in enumerate(results) if _caller(each, n, ids) == i]
-    return apart
-
-
-def _caller(result: Mapping[str, Any], n: int, ids: Sequence[Any]) -> int:
-    """Which call the nth result is of: by its id, else by its place."""
-    id = result.get("tool_call_id")
-    return ids.index(id) if id is not None and id in ids else min(n, len(ids) - 1)
-
-
-def with_short_ids(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Calls, and their results, with ids of the one length that some templates take.
-
-    Who has none gets one; a result without is that of the first call that waits for one.
-    """
-    found, waiting = [], list[str]()
-    for i, message in enumerate(messages):
-        if calls := message.get("tool_calls"):
-            waiting = [short_id(str(call.get("id") or f"{i}.{n}")) for n, call in enumerate(calls)]
-            named = [{**call, "id": id} for call, id in zip(calls, waiting, strict=True)]
-            message = {**message, "tool_calls": named}
-        elif message["role"] == "tool":
-            given = message.get("tool_call_id")
-            id = short_id(str(given or i)) if given or not waiting else waiting[0]
-            waiting = [each for each in waiting if each != id]
-            message = {**message, "tool_call_id": id}
-        found.append(message)
-    return found
-
-
-def short_id(id: str) -> str:
-    """The id of a call as nine letters and digits, always the same of the same."""
-    bare = next((id[len(p) :] for p in _ID_PREFIXES if id.startswith(p)), id)
-    if len(bare) == ID_LENGTH and bare.isascii() and bare.isalnum():
-        return bare
-    import hashlib  # of calls alone
-
-    return hashlib.sha256(id.encode("utf-8", "surrogatepass")).hexdigest()[:ID_LENGTH]
+            apart.append([{**begun, "tool_calls": [call]}])
+            called[named["tool_calls"][i]["id"]] = apart[-1]
+        if not calls:
+            apart.append([message])
+    return [message for group in apart for message in group]
 
 
 # -- turns -----------------------------------------------------------------------------------------
@@ -252,11 +263,12 @@ def _system_folded(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def by_turns(
-    messages: list[dict[str, Any]], *, answers_tools: bool = False
+    messages: list[dict[str, Any]], *, joins_calls: bool = True, answers_tools: bool = False
 ) -> list[dict[str, Any]]:
     """User and assistant by turns; neighbours of one role as one that has all that they have.
 
-    Where it `answers_tools`, an answer without text stands before who speaks right after them.
+    Unless it `joins_calls`, between an answer's text and calls behind it a user says nothing. Where
+    it `answers_tools`, an answer without text stands before who speaks right after them.
     """
     if any(not isinstance(m["content"], str) for m in messages):
         return messages
@@ -264,13 +276,24 @@ def by_turns(
     for message in _system_folded(messages):
         last = turns[-1] if turns else {"role": ""}
         if message["role"] == last["role"] != "tool":
-            turns[-1] = _joined(last, message)
-            continue
+            if joins_calls or ("tool_calls" in last) == ("tool_calls" in message):
+                turns[-1] = _joined(last, message)
+                continue
+            if "tool_calls" in message:
+                turns.append({"role": "user", "content": ""})
         is_interrupted = last["role"] == "tool" or "tool_calls" in last
         if answers_tools and is_interrupted and message["role"] == "user":
             turns.append({"role": "assistant", "content": ""})
         turns.append(dict(message))
-    return turns
+    return after_user(turns)
+
+
+def after_user(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same behind a user who says nothing, where one has not begun: clients cut what is old."""
+    n_front = _n_front(messages)
+    if messages[n_front:] and messages[n_front]["role"] == "user":
+        return messages
+    return [*messages[:n_front], {"role": "user", "content": ""}, *messages[n_front:]]
 
 
 def _joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,15 @@ from typing import Any
 
 from edgeinfer.errors import InvalidRequestError
 from edgeinfer.text.closed_schema import BY_NAME, VALUES, closed
-from edgeinfer.text.grammar_limits import check_flags, check_repeats, check_schema, deeply, narrowed
+from edgeinfer.text.grammar_limits import (
+    check_counts,
+    check_flags,
+    check_repeats,
+    check_schema,
+    deeply,
+    narrowed,
+)
+from edgeinfer.text.pattern_size import patterns_of
 from edgeinfer.values import shown
 
 MOST_TEXT = 1 << 17  # characters; what reads the worst of so many takes seconds
@@ -68,6 +76,7 @@ class Grammar:
             )
         _check_length(text, param)
         check_repeats(text, param)
+        check_counts(patterns_of(text), param)
         try:
             if text.lstrip().startswith("{"):
                 return cls._checked(text, param)
@@ -88,6 +97,7 @@ class Grammar:
             )
         _check_length(regex, param)
         check_repeats(regex, param)
+        check_counts([regex], param)
         try:
             made = json.loads(_llguidance().LLMatcher.grammar_from_regex(regex))
             return cls._of({"lark_grammar": made["grammars"][0]["lark_grammar"]}, param)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from decimal import Decimal
 from typing import Any, TypeVar
 
 from edgeinfer import platform
 from edgeinfer.errors import InvalidRequestError
 from edgeinfer.text.closed_schema import BY_NAME, VALUES
+from edgeinfer.text.pattern_size import n_counted
 
 T = TypeVar("T")
 # A rule that refers to another takes up to 9 KB of stack, and 6 characters of a text.
@@ -23,6 +24,7 @@ _REPEAT = re.compile(r"[?*+{]")
 _MOST_EXACT = 2**53  # above it llguidance takes one whole number for another
 _MOST_MULTIPLE = 100_000  # each remainder is a state
 _MOST_LETTERS = 3000  # that can be counted: each is up to ten states
+_MOST_COUNTED = 40_000  # states that patterns count: as many as a lexer may have
 _LEAST, _MOST = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 
@@ -47,6 +49,18 @@ def check_repeats(text: str, param: str) -> None:
         )
 
 
+def check_counts(patterns: Iterable[str], param: str) -> None:
+    """InvalidRequestError for patterns that count so far that an answer would break off."""
+    n = sum(map(n_counted, patterns))
+    if n > _MOST_COUNTED:
+        raise InvalidRequestError(
+            f"{param} counts in its patterns to some {n:,} states, at most {_MOST_COUNTED:,} can "
+            "be kept: 4,400 of any letter (.), 660 of \\w, 40,000 of [a-z]; count to less, or take "
+            "* and limit the answer",
+            param=param,
+        )
+
+
 def check_schema(schema: Any, param: str) -> None:
     """InvalidRequestError for what can't be enforced exactly, or in reasonable time."""
     patterns: list[str] = []
@@ -66,6 +80,7 @@ def check_schema(schema: Any, param: str) -> None:
         if keyword == "multipleOf" and is_number and _significant(value) > _MOST_MULTIPLE:
             raise _refused(keyword, path, f"a number of at most {_MOST_MULTIPLE:,}", param)
     check_repeats("".join(patterns), param)
+    check_counts(patterns, param)
 
 
 def check_flags(schema: Any, param: str) -> None:

@@ -114,7 +114,7 @@ def _encode(
 
     Assistant turns keep their <think> tags, since templates look for them.
     """
-    hiding = Hiding(tokenizer.special_texts, [template.source, *chat])
+    hiding = Hiding(tokenizer.special_texts, [template.source_of(chat), *chat])
     text = template.render_chat(chat, hiding, add_generation_prompt=asks)
     ids = tokenizer.encode_marked(hiding.without_escapes(text), hiding.restore, most=most)
     return ids[1:] if ids[:2] == [tokenizer.bos_id] * 2 else ids
