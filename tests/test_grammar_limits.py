@@ -158,7 +158,7 @@ def test_what_counts_too_far_is_refused_before_an_answer(pattern: str, is_kept: 
         assert error.value.param == param
 
 
-@pytest.mark.parametrize("letter", ["a", "é", "\U0001f999"])
+@pytest.mark.parametrize("letter", ["a", "é"])
 @pytest.mark.parametrize("pattern", [r".{0,3000}", r"\w{0,590}", r"\D{0,1800}", r"[^,]{0,3800}"])
 def test_what_is_taken_is_kept_to_the_end(tiny: Tokenizer, pattern: str, letter: str) -> None:
     matcher = Grammars().compile(Grammar.of_regex(pattern), tiny).begin()
