@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from edgeinfer import LLM, AsyncLLM, ClosedError, InvalidRequestError
 from edgeinfer.engine.hooks import Step
 
 from .models_for_tests import tiny_model
+from .waiting import wait_until
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
 LONG = "some words of a book, again and again " * 12_000  # 450 kB, half a second of tokens
@@ -53,10 +55,24 @@ def is_working() -> bool:
 
 
 def wait_for_threads() -> None:
-    end = time.monotonic() + 10
-    while is_working():
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    wait_until(lambda: not is_working(), "the end of what threads do")
+
+
+@contextmanager
+def held_up() -> Iterator[Callable[[], None]]:
+    """Inside, what is asked for stays on its way to the engine until the call that is yielded."""
+    goes_on, stream = threading.Event(), LLM.stream
+
+    def wait(self: LLM, *given: Any, **more: Any) -> Any:
+        goes_on.wait()
+        return stream(self, *given, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LLM, "stream", wait)
+        try:
+            yield goes_on.set
+        finally:
+            goes_on.set()
 
 
 @pytest.mark.parametrize("is_chat", [False, True])
@@ -116,21 +132,20 @@ def test_errors_come_to_who_asked_and_to_nobody_else(llm: LLM) -> None:
 def test_what_is_cancelled_is_given_up_at_once(llm: LLM) -> None:
     async def work() -> None:
         model = AsyncLLM(llm)
-        first = asyncio.create_task(model.stream(LONG, **SLIDING))
-        second = asyncio.create_task(model.stream("never", **SLIDING))
-        await asyncio.sleep(0.05)
-        for task in (first, second):
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-        assert is_working(), "whoever cancels does not wait for the thread"
+        with held_up():
+            first = asyncio.create_task(model.stream(LONG, **SLIDING))
+            second = asyncio.create_task(model.stream("never", **SLIDING))
+            await asyncio.sleep(0.05)
+            for task in (first, second):
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            assert is_working(), "whoever cancels does not wait for the thread"
         answer = await model.generate("still answers", **SLIDING)
         assert answer.usage.completion_tokens == 1
         # The stream that nobody took was closed: it holds no place.
-        end = time.monotonic() + 30
-        while llm.runtime.engine.n_running:
-            assert time.monotonic() < end, "what was cancelled runs on"
-            await asyncio.sleep(0.01)
+        is_idle = partial(wait_until, lambda: not llm.runtime.engine.n_running, "an idle engine")
+        await asyncio.to_thread(is_idle)
 
     asyncio.run(work())
 
@@ -139,11 +154,13 @@ def test_closing_does_not_wait_for_what_waits(path: Path) -> None:
     async def work() -> None:
         model = AsyncLLM(path, device="reference")
         await model.open()
-        tasks = [asyncio.create_task(model.stream(LONG, **SLIDING)) for _ in range(3)]
-        await asyncio.sleep(0.05)
-        await model.close()
-        assert is_working()
-        results = await asyncio.gather(*tasks, return_exceptions=True)
+        with held_up() as go_on:
+            tasks = [asyncio.create_task(model.stream(LONG, **SLIDING)) for _ in range(3)]
+            await asyncio.sleep(0.05)
+            await model.close()
+            assert is_working()
+            go_on()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
         assert all(isinstance(each, ClosedError) for each in results), results
 
     asyncio.run(work())
@@ -157,10 +174,7 @@ def test_a_loop_that_ends_leaves_nothing_behind(llm: LLM) -> None:
     loop.run_until_complete(asyncio.gather(task, return_exceptions=True))
     loop.close()
     wait_for_threads()
-    end = time.monotonic() + 10
-    while llm.runtime.engine.n_running:  # until its step is over
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    wait_until(lambda: not llm.runtime.engine.n_running, "the end of its step")
 
 
 @pytest.mark.parametrize("what", ["generate", "embed"])

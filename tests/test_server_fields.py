@@ -140,9 +140,7 @@ def told(path: str, reply: Any) -> str:
 ALL = [(path, body, at) for path, body in REQUESTS for at in places(body)]
 
 
-@settings(
-    max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from(ALL), st.sampled_from(ODD), st.sampled_from([None, True]))
 def test_a_field_that_is_something_else(
     server: Running, case: tuple[str, Any, tuple[Any, ...]], odd: Any, streams: bool | None
