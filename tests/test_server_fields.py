@@ -194,6 +194,8 @@ def test_the_last_of_equal_names_counts(server: Running) -> None:
         ("/v1/chat/completions", {"messages": HI, "functions": [{}]}, "functions[0].name is None"),
         ("/v1/chat/completions", {"messages": [{}]}, "messages[0].role is None"),
         ("/v1/messages", {"messages": HI, "stop_sequences": [None]}, "stop_sequences is [None]"),
+        ("/v1/messages", {"messages": [{**BLOCKS[1], "role": "x"}]},
+         "messages[0].content[1].type is 'tool_use'; it must be 'text'"),
         ("/v1/messages", {"messages": HI, "tools": [{"name": "f", "input_schema": 5}]},
          "tools[0].input_schema is 5"),
         ("/api/chat", {"messages": HI, "options": {"num_predict": "x"}}, "options.num_predict"),
