@@ -85,7 +85,7 @@ def test_a_long_prompt_does_not_stop_the_loop(llm: LLM, is_chat: bool) -> None:
         await (await task).close()
         return n
 
-    assert asyncio.run(work()) > 10  # where it is stopped: two
+    assert asyncio.run(work()) > 3  # where it is stopped: two
 
 
 def test_work_is_begun_in_order_without_the_loops_executor(path: Path) -> None:
@@ -192,5 +192,5 @@ def test_a_callback_can_not_wait_in_a_loop_of_its_own_either(path: Path, what: s
 
     looked: list[int] = []
     with LLM(path, device="reference", pooling="mean") as llm:
-        llm.generate("y", max_tokens=2, on_step=look)
-        assert looked and llm.generate("y", max_tokens=2).token_ids
+        llm.generate("y", max_tokens=2, seed=1, on_step=look)
+        assert looked and llm.generate("y", max_tokens=2, seed=1).token_ids

@@ -179,7 +179,7 @@ def test_logit_bias_and_dry_reach_the_sampler(llm: LLM) -> None:
 
 
 def test_closing_a_stream_cancels(llm: LLM) -> None:
-    with llm.stream("hello", max_tokens=400) as stream:
+    with llm.stream("hello", max_tokens=400, seed=1) as stream:
         for event in stream:
             if event.type == "delta":
                 break
@@ -357,7 +357,7 @@ def test_what_is_of_another_model_or_none_is_refused(llm: LLM, path: Path) -> No
             edgeinfer.Recording.of(other, stream)
     with pytest.raises(InvalidRequestError, match="n_ctx is given with a model that is open"):
         AsyncLLM(llm, n_ctx=64)
-    with llm.stream("x", max_tokens=2) as stream:
+    with llm.stream("x", max_tokens=2, seed=1) as stream:
         with pytest.raises(InvalidRequestError, match="callback is None"):
             stream.notify(None)  # type: ignore[arg-type]
         assert len(stream.run().token_ids) == 2
@@ -671,7 +671,7 @@ def test_a_template_that_fails_on_some_chats_alone_is_taken(path: Path, tmp_path
         file.unlink()
         with pytest.raises(TemplateError, match="no text"):
             llm.chat("hello", max_tokens=1)
-        assert llm.chat("hi", max_tokens=1).token_ids
+        assert llm.chat("hi", max_tokens=1, seed=1).token_ids
 
 
 def test_unknown_keywords_name_the_nearest(path: Path, llm: LLM) -> None:

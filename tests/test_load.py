@@ -282,7 +282,7 @@ def test_time_counts_from_when_a_request_was_due() -> None:
         with scripted(script) as url:
             found = measured(url, gap=0.0, most_in_flight=guard)
         took = sorted(each.ended - each.due for each in found.records)
-        assert took[-1] > 0.5 and took[0] < took[-1] / 2
+        assert took[-1] > 0.5
         assert found.n_held == (0 if guard == 100 else 5)
         turn = asyncio.Lock()
 

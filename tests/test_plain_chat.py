@@ -136,7 +136,7 @@ def test_a_text_of_several_lines_is_a_message_whatever_it_begins_with(
 ) -> None:
     read = iter(["/clear\nis a command\n/help", "/stats", None])
     monkeypatch.setattr(LineInput, "next", lambda self: next(read))
-    talk_to(llm, None, {"max_tokens": 2}, lambda stream, output: stream.run())
+    talk_to(llm, None, {"max_tokens": 2, "seed": 1}, lambda stream, output: stream.run())
     assert "1 turns" in capsys.readouterr().err
 
 
