@@ -15,6 +15,7 @@ from typing import Any
 
 from .waiting import wait_until
 
+_ESTABLISHED = "01"  # as /proc has it
 Wrap = Callable[[socket.socket], socket.socket]
 MODELS = {"object": "list", "data": [{"id": "m", "object": "model"}]}
 
@@ -51,15 +52,16 @@ DONE = b"data: [DONE]\n\n"
 
 
 def until_read(connection: socket.socket) -> None:
-    """Until who asked has taken all that was sent; where the system does not tell, for a moment."""
+    """Until who asked has taken all that was sent, or gone; where nobody tells, for a moment."""
     ours, theirs = connection.getsockname()[1], connection.getpeername()[1]
 
     def is_read() -> bool:
         waiting = 0
         for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-            here, there, queues = (line.split()[i] for i in (1, 2, 4))
+            here, there, state, queues = line.split()[1:5]
             ports = {int(each.partition(":")[2], 16) for each in (here, there)}
-            waiting += ports == {ours, theirs} and queues != "00000000:00000000"
+            is_open = ports == {ours, theirs} and state == _ESTABLISHED
+            waiting += is_open and queues != "00000000:00000000"
         return not waiting
 
     if sys.platform == "linux":

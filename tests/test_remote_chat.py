@@ -264,7 +264,7 @@ def test_a_server_that_is_not_there_can_be_asked_again(api: FakeApi, tmp_path: P
         assert "is not ready" in chat.screen_text or chat.app.composer.prompt.text
         api.models = up
         await chat.press("f3")
-        assert "ask it again" in chat.screen_text
+        await chat.until(lambda: "ask it again" in chat.screen_text)
         text = chat.app.composer.prompt.text
         await chat.press("enter")
         await chat.idle()

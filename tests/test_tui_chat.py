@@ -125,7 +125,11 @@ def drive(
             with mock.patch("textual.pilot.wait_for_idle", lambda *_: chat.settle()):
                 await body(chat)
 
-    with mock.patch("edgeinfer.tui.app._RATE", 50.0):  # an eighth of a second is long here
+    # An eighth of a second is long here; a busy machine finds files later than another.
+    with (
+        mock.patch("edgeinfer.tui.app._RATE", 50.0),
+        mock.patch("edgeinfer.tui.files._PATIENCE_SECONDS", 20.0),
+    ):
         asyncio.run(run())
     return model
 
