@@ -10,9 +10,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from edgeinfer import platform
+from edgeinfer.platform.signals import signals_handled
 from edgeinfer.tui.store import FILE_NAME, Store
 
 if sys.platform == "win32":
@@ -234,3 +237,21 @@ def test_a_wrong_template_is_told_before_the_screen_opens(
     assert chat.wait() in (1, 2)
     chat.until(why)
     assert b"?1049h" not in chat.output
+
+
+def test_an_editor_that_has_just_begun_is_asked_to_end_with_us(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal that comes before anybody here knows of it: the editor would be waited for."""
+    start, heard = subprocess.Popen, list[int]()
+
+    def start_and_end(*given: Any, **more: Any) -> Any:
+        process = start(*given, **more)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", start_and_end)
+    command = [sys.executable, "-c", "import time; time.sleep(120)"]
+    with signals_handled([signal.SIGTERM], lambda number, frame: heard.append(number)):
+        assert platform.run_editor(command, tmp_path / "file") == -signal.SIGTERM
+    assert heard == [signal.SIGTERM]
