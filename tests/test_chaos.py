@@ -168,7 +168,7 @@ def _ask(llm: LLM, asked: dict[str, Any]) -> Any:
 def _all_pages_are_free(llm: LLM) -> None:
     gc.collect()
     scheduler, pool = llm.runtime.engine._scheduler, llm.runtime.engine.pools[0]
-    deadline = time.perf_counter() + 20
+    deadline = time.perf_counter() + 120
     while scheduler.running or scheduler.paused or scheduler.waiting or scheduler.jobs:
         assert time.perf_counter() < deadline
         time.sleep(0.01)

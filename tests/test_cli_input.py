@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -24,6 +25,7 @@ from edgeinfer.text.chat_templates import choose_template
 from edgeinfer.text.plain_text import decode, lines
 
 from .models_for_tests import metadata_of, tiny_model
+from .waiting import wait_until
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
 Pipe = Callable[[bytes], None]
@@ -109,8 +111,18 @@ def test_a_pipe_that_does_not_end_is_named(
     monkeypatch.setattr("edgeinfer.cli.input._QUIET_SECONDS", 0.05)
     reads, writes = os.pipe()
     monkeypatch.setattr(sys, "stdin", open(reads, encoding="utf-8"))
-    threading.Timer(0.3, os.close, (writes,)).start()
+    said: Any = sys.stderr  # of pytest's
+
+    def end() -> None:
+        try:
+            wait_until(said.getvalue, "a word of what is waited for")
+        finally:
+            os.close(writes)
+
+    ending = threading.Thread(target=end)
+    ending.start()
     assert read_prompt([], "asked", []) == "asked"
+    ending.join()
     assert capsys.readouterr().err == "waiting for standard input to end, or give </dev/null\n"
     sys.stdin.close()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +17,7 @@ from edgeinfer.sampling.params import SamplingParams
 from edgeinfer.server.wire import TextFrame, event
 
 from .models_for_tests import tiny_model
+from .waiting import halting, wait_until
 
 QUICK = 0.001
 
@@ -138,12 +138,10 @@ def test_a_token_waits_for_one_step_at_most(llm: LLM, patient: None) -> None:
 
     engine._runner.program.submit = noted
     try:
-        stream = llm.stream("ab", max_tokens=60, **ENDLESS)
-        begun.append(stream._generation)
-        end = time.monotonic() + 30
-        while not engine.n_running and not n_delivered() or engine.n_running:
-            assert time.monotonic() < end
-            time.sleep(0.01)
+        with halting(llm, 0):  # all of its steps are seen
+            stream = llm.stream("ab", max_tokens=60, **ENDLESS)
+            begun.append(stream._generation)
+        wait_until(lambda: not engine._scheduler.has_work, "the whole answer")
         engine.between_steps(lambda: None)
     finally:
         del engine._runner.program.submit

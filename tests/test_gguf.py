@@ -292,10 +292,10 @@ def test_mixes_of_types_with_tables(
 @pytest.mark.parametrize("name", ["llama-bpe", "llama-spm", "qwen2", "gpt-2", "bert-bge"])
 def test_vocabularies_open_at_once(data_file: Callable[[str], Path], name: str) -> None:
     path = data_file(f"vocab/ggml-vocab-{name}.gguf")
-    start = time.process_time()
+    start = time.thread_time()
     with GGUFFile.open(path) as file:
         # 0.04 s of a processor for llama-bpe where this was written.
-        assert time.process_time() - start < 0.5
+        assert time.thread_time() - start < 0.5
         tokens = file.metadata.get_array("tokenizer.ggml.tokens")
         assert len(tokens.bytes()) == len(tokens) > 30_000
         kinds = file.metadata["tokenizer.ggml.token_type"]
@@ -466,7 +466,7 @@ def test_a_file_that_is_really_huge_costs_little(
             out.truncate(2**36)  # zeros that take no disk
         except OSError:
             pytest.skip("this file system has no sparse files: use another TMPDIR")
-    start = time.process_time()
+    start = time.thread_time()
     if message is not None:
         with pytest.raises(InvalidModelError, match=message):
             GGUFFile.open(path)
@@ -478,7 +478,7 @@ def test_a_file_that_is_really_huge_costs_little(
                 assert len(array.numpy()) == 2**23
                 with pytest.raises(InvalidModelError, match="found 8388608 numbers, at most"):
                     array.tolist()
-    assert time.process_time() - start < 3
+    assert time.thread_time() - start < 3
 
 
 def test_no_such_file(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from edgeinfer.cli.main import commands
 from edgeinfer.tui.archive import clear_history
 from edgeinfer.tui.conversation import Conversation
 from edgeinfer.tui.entries import blocks_of
+from edgeinfer.tui.history_file import _PATIENCE_SECONDS
 from edgeinfer.tui.history_screen import _row
 from edgeinfer.tui.notes import answer_note
 from edgeinfer.tui.palette import DARK, Palette
@@ -244,19 +245,19 @@ def test_a_lock_is_not_waited_for_and_what_was_said_meanwhile_is_kept(
         exchange(conversation, "one")
         with locked(path, mode):
             start = time.monotonic()
-            for i in range(10):
+            for i in range(40):
                 exchange(conversation, f"locked {i}")
             store.set_preference("theme", "dark")
             assert store.preference("theme") == "dark"
             store.search("anything")
             store.prompts()
-            assert time.monotonic() - start < 1.0
+            assert time.monotonic() - start < 40 * _PATIENCE_SECONDS  # but once
             assert "locked" in store.notice(conversation.id)
             assert str(path) in store.notice(conversation.id)
         store._file.try_now()
         store.tend()
         assert store.notice(conversation.id) == ""
-        asked = ["one", *(f"locked {i}" for i in range(10))]
+        asked = ["one", *(f"locked {i}" for i in range(40))]
         assert texts(path, conversation.id) == both(*asked)
 
 
@@ -270,7 +271,9 @@ def test_a_history_that_is_locked_at_the_start_is_taken_up_later(path: Path, is_
         store = Store(path)
         conversation = Conversation(store)
         exchange(conversation, "one")
-        assert time.monotonic() - start < 1.0
+        for _ in range(40):
+            store.recent()
+        assert time.monotonic() - start < 40 * _PATIENCE_SECONDS  # but once
         assert "locked" in store.notice(conversation.id)
         assert [each.title for each in store.recent()] == ["one"]
     store._file.try_now()
@@ -289,9 +292,7 @@ def test_a_lock_that_lasts_to_the_end_is_said_then(
     conversation = Conversation(store)
     with locked(path):
         exchange(conversation, "one")
-        start = time.monotonic()
-        store.close()
-        assert time.monotonic() - start < 1.0
+        store.close()  # the lock stays: it would hang
         assert "locked" in store.notice(conversation.id)
 
 

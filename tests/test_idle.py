@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,16 +25,17 @@ from edgeinfer.model import Model
 from .models_for_tests import tiny_model
 from .native import cache_root
 from .test_cpu_program import IDS, batch_of
+from .waiting import wait_until
 
 LIMITS = StepLimits(n_pages={0: 8}, max_rows=16, max_outputs=16, max_sequences=4, n_threads=2)
 NAMES = ["norm", "swiglu"]
+MOST_SECONDS = 900.0  # for what runs only where a busy machine has nothing else to do
 
 
-def until(happened: Callable[[], object], seconds: float = 60.0) -> bool:
-    end = time.monotonic() + seconds
-    while not happened() and time.monotonic() < end:
-        time.sleep(0.01)
-    return bool(happened())
+@pytest.fixture(autouse=True)
+def _memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It builds however little is free."""
+    monkeypatch.setattr("edgeinfer.kernels.cpu.idle._LEAST_MEMORY", 0)
 
 
 def is_running(pid: int) -> bool:
@@ -51,19 +52,20 @@ def test_it_builds_when_idle_and_a_step_ends_it_at_once(tmp_path: Path) -> None:
     assert build._thread is None  # nothing before the first step
     build.begin_step()
     build.end_step()
-    assert until(lambda: build._job)
+    wait_until(lambda: build._job, "a process that builds")
     process = build._job
     assert process is not None
     if hasattr(os, "getpriority"):
-        assert until(lambda: os.getpriority(os.PRIO_PROCESS, process.pid) == 19, 5)
-    begun = time.perf_counter()
+        lowest = partial(os.getpriority, os.PRIO_PROCESS, process.pid)
+        wait_until(lambda: lowest() == 19, "the lowest priority")
     build.begin_step()
-    assert time.perf_counter() - begun < 0.1
-    assert until(lambda: process.returncode is not None, 5)
+    assert build._job is None
+    wait_until(lambda: process.returncode is not None, "its end")
+    assert process.returncode, "it was left to end by itself"
     time.sleep(0.3)
     assert build._job is None  # a step runs, for however long
     build.end_step()
-    assert build.wait(60)
+    assert build.wait(MOST_SECONDS)
     assert all(kept_objects.read_object(tmp_path, name) for name in NAMES)
     build.close()
 
@@ -86,18 +88,18 @@ def test_the_end_of_the_program_is_no_fault_of_its(monkeypatch: pytest.MonkeyPat
     work = Ended(idle_seconds=0.0)
     work.end_step()
     assert work._thread is not None
-    work._thread.join(10)
+    work._thread.join(120)
     assert not work._thread.is_alive() and not told
 
 
 def test_closing_ends_its_process(tmp_path: Path) -> None:
     build = IdleBuild(NAMES, tmp_path, Target.host(), idle_seconds=0.0)
     build.end_step()
-    assert until(lambda: build._job)
+    wait_until(lambda: build._job, "a process that builds")
     process = build._job
     assert process is not None
     build.close()
-    assert until(lambda: process.returncode is not None, 5)
+    wait_until(lambda: process.returncode is not None, "its end")
     assert not is_running(process.pid)
     build.end_step()
     assert build._thread is not None and not build._thread.is_alive()
@@ -106,7 +108,7 @@ def test_closing_ends_its_process(tmp_path: Path) -> None:
 def test_what_cannot_be_built_is_not_tried_again(tmp_path: Path) -> None:
     build = IdleBuild(["nonsense", "norm"], tmp_path, Target.host(), idle_seconds=0.0)
     build.end_step()
-    assert build.wait(60)
+    assert build.wait(MOST_SECONDS)
     assert not list(tmp_path.glob("*.o"))
 
 
@@ -136,7 +138,7 @@ def test_a_program_changes_to_exact_kernels_without_changing_a_bit(tmp_path: Pat
                 ["norm"], backend.library.folder, host, idle_seconds=0.0
             )
             assert np.array_equal(program.submit(batch_of(IDS)).wait().logits, expected)
-            assert idle.wait(60)
+            assert idle.wait(MOST_SECONDS)
             assert np.array_equal(program.submit(batch_of(IDS)).wait().logits, expected)
         backend.library = Library(host, tmp_path / "cache", Ready.of(portable, tmp_path))
         with backend.compile(segment, LIMITS) as program:

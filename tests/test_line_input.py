@@ -9,7 +9,6 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from edgeinfer.cli.line_input import _History
 if sys.platform == "win32":
     pytest.skip("needs pseudo-terminals", allow_module_level=True)
 
-from .pseudo_terminal import PseudoTerminal
+from .pseudo_terminal import PseudoTerminal, await_rest
 
 SCRIPT = """
 import sys
@@ -28,14 +27,15 @@ from pathlib import Path
 if sys.argv[2] == "bare":
     sys.modules["readline"] = None
 from edgeinfer.cli import line_input
-line_input._TWICE_SECONDS = 0.8
+line_input._TWICE_SECONDS = 0.0  # no two come at once
 typed = line_input.LineInput(Path(sys.argv[1]) if sys.argv[1] else None)
 while (text := typed.next()) is not None:
     print("got", ascii(text))
+    if text == "twice":  # any two do from now on
+        line_input._TWICE_SECONDS = 600.0
 print("ended")
 """
 UP = b"\x1b[A"
-TWICE = 0.8  # seconds
 
 
 class Terminal(PseudoTerminal):
@@ -51,7 +51,7 @@ class Terminal(PseudoTerminal):
         self.expect(then)
 
     def interrupt(self, then: str) -> None:
-        time.sleep(0.15)  # readline shows its prompt before it listens for signals
+        await_rest(self.process.pid)
         self.type(b"\x03", then)
         if then != "ended":
             self.expect("> ")
@@ -112,8 +112,10 @@ def test_an_interrupt_clears_the_line_keeps_it_and_ends_only_when_it_comes_twice
     terminal.type(UP + b"!\r", "got 'half a thought!'")
     terminal.expect("> ")
     terminal.interrupt("once more")
-    time.sleep(TWICE)
     terminal.interrupt("once more")  # much later: as the first one
+    terminal.type(b"twice\rmore\r", "got 'more'")
+    terminal.expect("> ")
+    terminal.interrupt("once more")
     terminal.type(b"text", "text")
     terminal.interrupt("brings it back")  # at once, but there was something to lose
     terminal.interrupt("ended")
@@ -130,7 +132,7 @@ def test_the_prompt_and_what_is_written_are_drawn_again_after_the_shell_had_the_
     kept = "" if editor else "half a thought"
     shell.type(b"half a thought", "thought")
     for number in (None, signal.SIGTSTP, signal.SIGSTOP):
-        time.sleep(0.15)  # readline shows its prompt before it listens for signals
+        await_rest(shell.typed_pid)
         shell.write("\x1a") if number is None else os.kill(shell.typed_pid, number)
         shell.expect("Stopped")
         shell.type(b"bg\n", "&\r\n")

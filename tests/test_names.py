@@ -46,7 +46,7 @@ def test_a_pipe_gets_the_bytes_of_a_name_and_json_stays_json(tmp_path: Path) -> 
         environment = {**os.environ, "EDGEINFER_HOME": str(home)}
         command = [sys.executable, "-m", "edgeinfer", *arguments]
         return subprocess.run(
-            command, env=environment, capture_output=True, check=True, timeout=60
+            command, env=environment, capture_output=True, check=True, timeout=300
         ).stdout
 
     assert os.fsencode(home / "data" / "history.db") in told("history")

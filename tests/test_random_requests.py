@@ -173,7 +173,7 @@ def _live(generation: Generation, habit: str, rng: random.Random) -> list[Any]:
 
         with suppress(ReaderFault):  # where an event is there already
             generation.events.notify(fail)
-        assert raised.wait(60)
+        assert raised.wait(120)
     seen: list[Any] = []
     for i, event in enumerate(generation):
         if habit == "slow" and i % 16 == 5:
@@ -262,7 +262,7 @@ def _storm(
     ):
         storm = Storm(engine, alone, n_kinds, seed)
         storm.run(8, n_requests)
-        deadline = time.perf_counter() + 30
+        deadline = time.perf_counter() + 120
         while engine._scheduler.has_work:
             assert time.perf_counter() < deadline
             time.sleep(0.01)

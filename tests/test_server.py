@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +25,7 @@ from edgeinfer.server.gate import _bare, _host_name
 from edgeinfer.server.requests import conversation
 
 from .server_for_tests import LOAD, N_CTX, Running, read_reply, running, small_model
+from .waiting import halting, wait_until
 
 HI: Any = [{"role": "user", "content": "hi"}]
 CHAT = "/v1/chat/completions"
@@ -180,32 +180,47 @@ def test_who_sends_no_request_is_cut(server: Running, monkeypatch: pytest.Monkey
 
 
 def test_who_goes_away_frees_the_slot(server: Running) -> None:
-    with server.http.stream("POST", CHAT, json=STREAMED) as reply:
-        lines = reply.iter_lines()
-        next(lines)
-        assert server.service.answers
+    with halting(server.llm):
+        with server.http.stream("POST", CHAT, json=STREAMED) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            assert server.service.answers
+        wait_until(lambda: not server.service.answers, "the end of an answer that nobody reads")
     server.wait_until_idle()
-    with pytest.raises(httpx2.TimeoutException):
+    with halting(server.llm), pytest.raises(httpx2.TimeoutException):
         server.post(CHAT, ENDLESS, timeout=0.3)
     server.wait_until_idle()
     assert server.service.models.served[0].n_users == 0
 
 
 def test_something_comes_while_a_prompt_is_read(server: Running) -> None:
+    """Until something has come twice, nothing else does."""
     engine = server.llm.runtime.engine
+    held: list[Any] = []  # an answer, and the events that are kept from it
     with server.replying("x"):
         scripted = engine.generation
 
         def slow(request: Any) -> Any:
             generation = scripted(request)
-            events = [generation.events.poll() for _ in range(3)]
-            threading.Timer(1, lambda: [generation.events.put(e) for e in events if e]).start()
+            held[:] = [generation, [generation.events.poll() for _ in range(3)]]
             return generation
 
         engine.generation = slow  # type: ignore[method-assign]
-        assert server.post(CHAT, STREAMED).text.count(": ping\n\n") >= 2
-        told = server.post("/v1/messages", {**STREAMED, "max_tokens": 5}).text
-        assert told.count('event: ping\ndata: {"type":"ping"}') >= 2
+        anthropic: Any = {**STREAMED, "max_tokens": 5}
+        for path, body, ping in (
+            (CHAT, STREAMED, ": ping\n\n"),
+            ("/v1/messages", anthropic, 'event: ping\ndata: {"type":"ping"}'),
+        ):
+            told = ""
+            with server.http.stream("POST", path, json=body) as reply:
+                for part in reply.iter_text():
+                    told += part
+                    if held and told.count(ping) >= 2:
+                        generation, events = held
+                        held.clear()
+                        for event in filter(None, events):
+                            generation.events.put(event)
+            assert not held
 
 
 def test_progress_is_told_where_it_is_asked_for(server: Running) -> None:
@@ -238,7 +253,7 @@ def test_the_same_answer_alone_and_beside_others(server: Running) -> None:
         assert reply.json()["choices"][0]["message"]["content"] == alone[i % 5]
 
     async def main() -> None:
-        async with httpx2.AsyncClient(base_url=server.url, timeout=60) as client:
+        async with httpx2.AsyncClient(base_url=server.url, timeout=300) as client:
             await asyncio.gather(*(ask(client, i) for i in range(len(bodies))))
 
     asyncio.run(main())
@@ -249,7 +264,7 @@ def test_the_same_answer_alone_and_beside_others(server: Running) -> None:
 
 def test_no_more_than_the_queue_holds(path: Path) -> None:
     with running([("tiny", path)], most_waiting=1) as found:
-        with found.http.stream("POST", CHAT, json=STREAMED) as reply:
+        with halting(found.llm), found.http.stream("POST", CHAT, json=STREAMED) as reply:
             lines = reply.iter_lines()
             next(lines)
             refused = found.post("/v1/messages", {"messages": HI, "max_tokens": 1})
@@ -261,7 +276,7 @@ def test_no_more_than_the_queue_holds(path: Path) -> None:
 
 def test_a_stop_ends_streams_with_an_event(path: Path) -> None:
     with running([("tiny", path)], grace_seconds=0.1) as found:
-        with found.http.stream("POST", CHAT, json=STREAMED) as reply:
+        with halting(found.llm), found.http.stream("POST", CHAT, json=STREAMED) as reply:
             lines = reply.iter_lines()
             next(lines)
             found.server.stop()
@@ -324,7 +339,8 @@ def test_models_take_turns_in_memory(path: Path, tmp_path: Path) -> None:
         assert "'one', 'two'" in unknown.json()["error"]["message"]
         ids = [model["id"] for model in found.http.get("/v1/models").json()["data"]]
         assert ids == ["one", "two"]
-        with found.http.stream("POST", CHAT, json={**STREAMED, "model": "one"}) as reply:
+        asked_one = {**STREAMED, "model": "one"}
+        with halting(found.llm), found.http.stream("POST", CHAT, json=asked_one) as reply:
             lines = reply.iter_lines()
             next(lines)  # it is not unloaded while it answers
             with pytest.raises(httpx2.TimeoutException):
@@ -386,7 +402,8 @@ def test_the_command_serves_until_it_is_interrupted(path: Path) -> None:
             assert words in told
         assert "secret" not in told
         key = {"authorization": "Bearer secret"}
-        reply = httpx2.post(f"{url}{CHAT}", json={"messages": HI, "max_tokens": 2}, headers=key)
+        body = {"messages": HI, "max_tokens": 2}
+        reply = httpx2.post(f"{url}{CHAT}", json=body, headers=key, timeout=120)
         assert reply.json()["model"] == path.stem
         assert httpx2.get(f"{url}/health", headers={"host": "evil.org"}).status_code == 403
         program.send_signal(signal.SIGINT)
@@ -417,7 +434,7 @@ def test_a_port_that_is_taken_is_named(path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         program = start(str(path), "--port", port, "--device", "reference")
-        _, told = program.communicate(timeout=60)
+        _, told = program.communicate(timeout=300)
     assert program.returncode == 1 and f"port {port}" in told and "--port N" in told
 
 
@@ -425,5 +442,5 @@ def test_a_model_that_does_not_load_ends_the_command(tmp_path: Path) -> None:
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF" + bytes(50))
     program = start(str(broken), "--port", "0", "--device", "reference")
-    _, told = program.communicate(timeout=60)
+    _, told = program.communicate(timeout=300)
     assert program.returncode == 1 and "broken.gguf" in told.splitlines()[-1]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -165,7 +164,7 @@ def test_clients_at_once_and_beside_answers_have_the_same(
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(120)
     for _ in stream:
         pass
     assert len(found) == 12
@@ -179,10 +178,8 @@ def test_who_has_gone_keeps_nothing_busy(embedder: Running) -> None:
     body = json.dumps({"model": "m", "input": ["words and more words. " * 8] * 2000}).encode()
     with pytest.raises(httpx2.TimeoutException):
         embedder.http.post("/v1/embeddings", content=body, timeout=0.5)
-    end = time.monotonic() + 20
-    while embedder.service.is_busy or embedder.llm.runtime.engine._scheduler.has_work:
-        assert time.monotonic() < end, "it is still being computed"
-        time.sleep(0.01)
+    scheduler = embedder.llm.runtime.engine._scheduler
+    wait_until(lambda: not (embedder.service.is_busy or scheduler.has_work), "its end")
 
 
 def test_the_end_of_the_server_cuts_short_with_an_error(tmp_path: Path) -> None:
@@ -198,7 +195,7 @@ def test_the_end_of_the_server_cuts_short_with_an_error(tmp_path: Path) -> None:
         engine = served.llm.runtime.engine
         wait_until(lambda: engine._scheduler.jobs or replies, "a text that is read")
         served.server.stop()
-        thread.join(20)
+        thread.join(120)
     assert replies[0].status_code == 503 and "stopping" in replies[0].json()["error"]["message"]
 
 

@@ -140,9 +140,7 @@ def told(path: str, reply: Any) -> str:
 ALL = [(path, body, at) for path, body in REQUESTS for at in places(body)]
 
 
-@settings(
-    max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from(ALL), st.sampled_from(ODD), st.sampled_from([None, True]))
 def test_a_field_that_is_something_else(
     server: Running, case: tuple[str, Any, tuple[Any, ...]], odd: Any, streams: bool | None
@@ -196,6 +194,8 @@ def test_the_last_of_equal_names_counts(server: Running) -> None:
         ("/v1/chat/completions", {"messages": HI, "functions": [{}]}, "functions[0].name is None"),
         ("/v1/chat/completions", {"messages": [{}]}, "messages[0].role is None"),
         ("/v1/messages", {"messages": HI, "stop_sequences": [None]}, "stop_sequences is [None]"),
+        ("/v1/messages", {"messages": [{**BLOCKS[1], "role": "x"}]},
+         "messages[0].content[1].type is 'tool_use'; it must be 'text'"),
         ("/v1/messages", {"messages": HI, "tools": [{"name": "f", "input_schema": 5}]},
          "tools[0].input_schema is 5"),
         ("/api/chat", {"messages": HI, "options": {"num_predict": "x"}}, "options.num_predict"),

@@ -22,6 +22,7 @@ from edgeinfer.server.pull import is_on_hub
 
 from .fake_hub import FakeHub
 from .server_for_tests import LOAD, Running, running, small_model
+from .waiting import halting, wait_until
 
 HI: Any = [{"role": "user", "content": "hi"}]
 CHAT = "/v1/chat/completions"
@@ -41,10 +42,7 @@ def states(found: Running) -> dict[str, str]:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
+    wait_until(condition, "what the models come to")
 
 
 def test_models_are_loaded_and_unloaded_by_name(paths: list[Path]) -> None:
@@ -58,7 +56,8 @@ def test_models_are_loaded_and_unloaded_by_name(paths: list[Path]) -> None:
         assert found.post("/models/load", {"model": "../one.gguf"}).status_code == 404
         endless = {"messages": HI, "max_tokens": 400, "logit_bias": {"257": -1000}}
         asked = {**endless, "model": "two", "stream": True}
-        with found.http.stream("POST", CHAT, json=asked) as reply:
+        two = found.service.models.served[1].opened
+        with halting(two), found.http.stream("POST", CHAT, json=asked) as reply:
             lines = reply.iter_lines()
             next(lines)
             assert found.post("/models/unload", {"model": "two"}).status_code == 409
@@ -123,10 +122,11 @@ def test_an_idle_model_leaves_when_it_was_told_to(paths: list[Path]) -> None:
         def answered(**more: Any) -> None:
             assert found.post("/api/chat", {**asked, "stream": False, **more}).status_code == 200
 
-        answered(keep_alive="200ms")
+        answered(keep_alive="10m")
         assert states(found) == {"one": "loaded"}
         expires = found.http.get("/api/ps").json()["models"][0]["expires_at"]
         assert not expires.startswith("2099")
+        answered(keep_alive="200ms")
         until(lambda: states(found) == {"one": "unloaded"})
         answered(keep_alive="200ms")
         answered(keep_alive=-1)

@@ -297,9 +297,9 @@ def test_no_more_tokens_are_made_than_anybody_counts(
 
 def test_lines_of_a_system_message_take_no_time() -> None:
     said: Any = [{"role": "system", "content": "a time\n" * 3_000_000}, *HI]
-    begun = time.process_time()
+    begun = time.thread_time()
     assert steady(said) == said
-    assert time.process_time() - begun < 1
+    assert time.thread_time() - begun < 1
 
 
 # -- models ----------------------------------------------------------------------------------------

@@ -223,7 +223,13 @@ def test_texts_streamed_and_whole(server: Running, client: OpenAI) -> None:
 
 
 def test_no_more_of_a_prompt_was_known_than_it_has(client: OpenAI) -> None:
-    asked: Any = {"model": "x", "prompt": ["a word " * 30, "other " * 30], "n": 3, "max_tokens": 1}
+    asked: Any = {
+        "model": "x",
+        "prompt": ["a word " * 30, "other " * 30],
+        "n": 3,
+        "max_tokens": 1,
+        "seed": 1,
+    }
     for _ in range(2):
         usage = client.completions.create(**asked).usage
         assert usage is not None and usage.prompt_tokens_details is not None

@@ -209,9 +209,7 @@ APIS = (chat, responses, messages, ollama)
 
 
 @pytest.mark.parametrize("reason", ["stop", "length"])
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @example(reply='<tool_call>\n{"name": "weather", "arguments": {"a": "<tool_call>')
 @example(reply='<tool_call>\n{"name": "weather", "arguments": {"a": "\\ud83d')
 @example(reply="<think>\n\n</think>\n\n")

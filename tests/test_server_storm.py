@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from edgeinfer import platform
 
 from .server_for_tests import Running, running_small, small_model
 from .storm_requests import asked, content, streamed_content
+from .waiting import wait_until
 
 N_CONNECTIONS = 64
 N_ASKED = 66  # requests that are also asked alone, six of each endpoint
@@ -169,20 +170,13 @@ def test_a_storm_takes_no_more_memory_than_is_planned(tmp_path: Path) -> None:
         try:
             while "Ctrl-C" not in (line := program.stderr.readline()):
                 assert line, f"it ended with {program.wait()}"
-            with httpx2.Client(base_url=line.split("/v1")[0].split()[-1], timeout=60) as http:
+            with httpx2.Client(base_url=line.split("/v1")[0].split()[-1], timeout=300) as http:
                 storm = Storm(http)
                 storm.blow(2000)
             assert storm.told.total() == 2000
             assert peak_of(program.pid) < memory
         finally:
             program.kill()
-
-
-def wait_for(is_so: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
-    while not is_so():
-        assert time.monotonic() < end
-        time.sleep(0.001)
 
 
 class SlowProgram:
@@ -209,9 +203,10 @@ def test_a_stop_frees_its_slot_within_one_step(served: Running) -> None:
     try:
         with served.http.stream("POST", path, json=body):
             with served.http.stream("POST", path, json=body):
-                wait_for(lambda: engine.n_running == 2)
+                wait_until(lambda: engine.n_running == 2, "both answers")
+            wait_until(lambda: len(served.service.answers) == 1, "the end of its connection")
             n_before = slow.n_steps
-            wait_for(lambda: engine.n_running == 1)
+            wait_until(lambda: engine.n_running == 1, "a free slot")
             assert slow.n_steps <= n_before + 1
     finally:
         runner.program = usual

@@ -244,7 +244,7 @@ def test_of_two_that_save_at_once_one_is_whole(models: dict[str, Segment], tmp_p
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(60)
+            thread.join(120)
         assert len(found) == 60 and set(found) <= {133, 200, *whole}
         assert [*tmp_path.iterdir()] == [path]
         for engine in engines:
@@ -318,12 +318,12 @@ def test_an_interrupted_wait_for_a_session_holds_nothing(
                 is_let_go.set()
                 raise KeyboardInterrupt
 
-        holder = threading.Thread(target=engine.between_steps, args=[lambda: is_let_go.wait(20)])
+        holder = threading.Thread(target=engine.between_steps, args=[lambda: is_let_go.wait(120)])
         holder.start()
         patch.setattr(engine, "check_alive", interrupted)
         with pytest.raises(KeyboardInterrupt):
             sessions.save(path, PROMPT) if is_saved else sessions.load(path)
-        holder.join(20)
+        holder.join(120)
         assert not engine._store.has_guests
         check_all_is_given_back(engine)
         assert len(told(engine.submit(ask(text(62, 600), 30)))[0]) == 30  # as all pages hold
@@ -378,7 +378,7 @@ def test_an_answer_that_lacks_pages_waits_for_a_session(
         guest = engine.between_steps(opens)
         assert guest is not None and not guest.cache.is_empty
         running, cancelled = engine.submit(request), engine.submit(request)
-        end = time.monotonic() + 20
+        end = time.monotonic() + 120
         while running.sequence is None or running not in engine._scheduler.waiting:
             assert time.monotonic() < end
             time.sleep(0.001)

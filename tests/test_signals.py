@@ -10,9 +10,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from edgeinfer import platform
+from edgeinfer.platform.signals import signals_handled
 from edgeinfer.tui.store import FILE_NAME, Store
 
 if sys.platform == "win32":
@@ -82,12 +85,16 @@ def test_whatever_ends_it_restores_the_terminal_and_keeps_all(tmp_path: Path, st
             assert b"Traceback" not in chat.output, name
 
 
-FAULTS = """
+PATIENT = """
+from edgeinfer.platform import signals
+signals._GRACE_SECONDS = 600.0  # what ends before then has ended by itself
+"""
+FAULTS = f"""{PATIENT}
 import time
 from edgeinfer.tui import controls
 
 def hang(app):
-    time.sleep(60)
+    time.sleep(600)
 
 controls.show_help = hang  # before the table of commands is made of it
 
@@ -116,7 +123,7 @@ def test_neither_a_hang_nor_a_fault_nor_an_editor_keeps_the_terminal(
     editor.write_text(EDITOR)
     editor.chmod(0o700)
     hung, failed = start(home="hung", before=FAULTS), start(home="failed", before=FAULTS)
-    edits = start(home="edits", editor=str(editor))
+    edits = start(home="edits", before=PATIENT, editor=str(editor))
     hung.until(b"ready")
     hung.write("\x1bOP")  # F1
     failed.until(b"ready")
@@ -131,14 +138,14 @@ def test_neither_a_hang_nor_a_fault_nor_an_editor_keeps_the_terminal(
     edits.write("half a thought\x07")  # Ctrl-G
     edits.until(b"IN THE EDITOR")
     edits.send(signal.SIGTERM)  # which an editor takes as all programs do
-    assert edits.wait(3) == 143
+    assert edits.wait() == 143
     edits.until(b"not sent: half a thought\r\nsaved")
     edits.until(lambda: edits.modes() == set())
     hung.send(signal.SIGTERM)
     time.sleep(0.2)
     assert hung.process.poll() is None
     hung.send(signal.SIGTERM)  # the second one does not wait
-    assert hung.wait(3) == 143
+    assert hung.wait() == 143
     hung.until(lambda: hung.modes() == set())
 
 
@@ -167,7 +174,7 @@ def test_it_stops_and_goes_on_with_the_shell_while_it_answers(tmp_path: Path, mo
         shell.until(b"Stopped")
         shell.write("kill %1\n")  # which lets it go on, in the background
         shell.until(lambda: not is_running(chat))
-        end = time.monotonic() + 10
+        end = time.monotonic() + 120
         while b"Exit 143" not in shell.new and time.monotonic() < end:
             shell.write("\n")  # a shell tells it with its next prompt, once it knows
             time.sleep(0.1)
@@ -230,3 +237,21 @@ def test_a_wrong_template_is_told_before_the_screen_opens(
     assert chat.wait() in (1, 2)
     chat.until(why)
     assert b"?1049h" not in chat.output
+
+
+def test_an_editor_that_has_just_begun_is_asked_to_end_with_us(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal that comes before anybody here knows of it: the editor would be waited for."""
+    start, heard = subprocess.Popen, list[int]()
+
+    def start_and_end(*given: Any, **more: Any) -> Any:
+        process = start(*given, **more)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", start_and_end)
+    command = [sys.executable, "-c", "import time; time.sleep(120)"]
+    with signals_handled([signal.SIGTERM], lambda number, frame: heard.append(number)):
+        assert platform.run_editor(command, tmp_path / "file") == -signal.SIGTERM
+    assert heard == [signal.SIGTERM]

@@ -113,11 +113,11 @@ def test_tokens_of_one_bucket_are_kept_apart() -> None:
 def test_a_token_takes_constant_time() -> None:
     tokens = [7] * 20_000  # every place matches every other
     lookup = Lookup(tokens)
-    begun = time.process_time()
+    begun = time.thread_time()
     for _ in range(1000):
         tokens.append(7)
         lookup.push()
-    assert time.process_time() - begun < 1.0
+    assert time.thread_time() - begun < 1.0
 
 
 # -- deciding ------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from edgeinfer.engine.speculation import MAX_ROWS
 from edgeinfer.stream import MOST_OPEN, Stream
 
 from .models_for_tests import tiny_model
+from .waiting import halting, wait_until
 
 N_CTX = 512
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
@@ -60,16 +61,14 @@ def llm(path: Path) -> Iterator[LLM]:
 
 
 def _wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.perf_counter() + 10
-    while not condition():
-        assert time.perf_counter() < deadline
-        time.sleep(0.002)
+    wait_until(condition, "what the engine comes to")
 
 
 def _wait_paused(llm: LLM) -> None:
     """Nothing is computed any more, though nothing has ended."""
     engine = llm.runtime.engine
     _wait_until(lambda: bool(engine._scheduler.paused) and not engine._scheduler.running)
+    engine.between_steps(lambda: None)  # and its last events are delivered
 
 
 def _gate(llm: LLM) -> threading.Event:
@@ -270,19 +269,29 @@ def test_an_interrupt_cancels_what_was_waited_for(llm: LLM, method: str) -> None
     kept: list[BaseException] = []
     main = threading.main_thread().ident
     assert main is not None
-    timer = threading.Timer(0.1, lambda: signal.pthread_kill(main, signal.SIGINT))
+    engine = llm.runtime.engine
+
+    def shoot() -> None:
+        try:
+            wait_until(lambda: engine.n_running, "an answer")
+            time.sleep(0.1)  # what has come is read, and it waits
+        finally:
+            signal.pthread_kill(main, signal.SIGINT)
+
+    shooter = threading.Thread(target=shoot)
     if method == "stream":
         stream = llm.stream("hello", **SLIDING)
         read: Callable[[], Any] = partial(all, (event is not None for event in stream))
     else:
         prompt = ["one", "two"] if method == "generate_batch" else "hello"
         read = partial(getattr(llm, method), prompt, **SLIDING)
-    timer.start()
-    try:
-        read()
-    except KeyboardInterrupt as error:
-        kept.append(error)
-    timer.join()
+    with halting(llm):
+        try:
+            shooter.start()
+            read()
+        except KeyboardInterrupt as error:
+            kept.append(error)
+        shooter.join()
     assert kept
     _wait_until(lambda: pages_held(llm) == 0)
     assert llm.generate("next", max_tokens=3, **ENDLESS).usage.completion_tokens == 3
@@ -352,7 +361,7 @@ def test_a_stream_may_be_closed_while_another_thread_reads_it(llm: LLM) -> None:
         thread.start()
         time.sleep(n * 0.0005)
         stream.close()
-        thread.join(10)
+        thread.join(120)
         assert not thread.is_alive()
         assert sum(isinstance(event, Done) for event in seen) <= 1
         shown = "".join(event.text for event in seen)
@@ -386,7 +395,7 @@ def test_a_second_reader_is_refused_and_harms_nobody(llm: LLM) -> None:
         except InvalidRequestError:
             done.set()
             break
-    thread.join(10)
+    thread.join(120)
     assert stream.run().token_ids == alone
 
 
@@ -409,7 +418,7 @@ def test_a_second_reader_that_wants_the_whole_harms_nobody(llm: LLM, way: str) -
         assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
     finally:
         gate.set()
-    thread.join(20)
+    thread.join(120)
     assert isinstance(found[-1], Done) and stream.completion.usage.completion_tokens == 40
 
 
@@ -670,7 +679,7 @@ class Readers:
                 while stream.poll() is not None:
                     pass
                 stream.notify(fail)
-                assert raised.wait(10)
+                assert raised.wait(120)
         stream.close()
         return stream.completion.token_ids
 
@@ -780,7 +789,7 @@ def test_a_callback_that_waits_is_refused(llm: LLM, is_step: bool, tmp_path: Pat
         while stream.poll() is not None:
             pass
         stream.notify(wait)
-        assert done.wait(9)
+        assert done.wait(120)
     stream.close()
     assert len(refused) == 4 and all("callback can't wait" in each for each in refused)
     assert not (tmp_path / "other").exists()

@@ -137,5 +137,5 @@ def late():
 atexit.register(late)
 """
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     assert done.stdout.startswith("DeviceError") and "before the interpreter exits" in done.stdout

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,9 +39,8 @@ def test_a_title_comes_when_idle_is_given_up_for_a_message_and_never_replaces_a_
             {"role": "user", "content": "tell me of apples"},
             {"role": "assistant", "content": "one"},
         ]
-        start = time.monotonic()
         await chat.ask("and pears?")
-        assert model.streams[1].is_closed.is_set() and time.monotonic() - start < 1.0
+        assert model.streams[1].is_closed.is_set() and not hold.is_set()
         assert "two" in chat.shown and chat.app.session.conversation.title == "tell me of apples"
         await chat.until(lambda: "Apples, and Pears" in chat.screen_text.splitlines()[1])
         assert len(chat.app.session.conversation.branch()) == 4

@@ -486,10 +486,10 @@ PIECES = tokenizer_of(sentence_piece())
 def test_a_text_that_can_not_fit_is_not_read(smollm: Tokenizer) -> None:
     words, letters = "some words " * 1_000_000, "x" * 10_000_000
     for text in (words, letters, "<|im_end|>" * 1_000_000):
-        begun = time.process_time()
+        begun = time.thread_time()
         with pytest.raises(TooManyTokens):
             smollm.encode(text, parse_special=True, most=50_000)
-        assert time.process_time() - begun < 1.5  # before: 4 to 30 s
+        assert time.thread_time() - begun < 1.5  # before: 4 to 30 s
 
 
 def test_where_characters_may_have_no_token_no_length_is_too_long() -> None:

@@ -215,10 +215,10 @@ def test_a_measurement_is_checked_when_it_is_read(tmp_path: Path, text: str) -> 
 def test_looking_costs_a_start_nothing(cache: Path) -> None:
     import time
 
-    begun = time.process_time()
+    begun = time.thread_time()
     for _ in range(200):
         platform.distrust(cache)
-    assert (time.process_time() - begun) / 200 < 1e-3
+    assert (time.thread_time() - begun) / 200 < 1e-3
 
 
 # -- history -------------------------------------------------------------------------------------
@@ -278,7 +278,7 @@ def test_commands_need_no_home(home: str, tmp_path: Path) -> None:
     for arguments in (["cache", "--json"], ["rm", "nothing"]):
         done = subprocess.run(
             [sys.executable, "-c", _NO_USER, home, *arguments],
-            cwd=tmp_path, capture_output=True, text=True, timeout=60,
+            cwd=tmp_path, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         assert done.returncode == (1 if arguments[0] == "rm" else 0), done.stderr
         assert len(done.stderr.splitlines()) <= 1 and "unexpected" not in done.stderr

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -128,7 +127,9 @@ def test_keys_of_the_settings_file_are_those_of_the_chat(tmp_path: Path) -> None
     assert len(drive(body, model, folder=tmp_path, size=(100, 120)).asked) == 2
 
 
-def test_keys_over_a_dialog_in_which_nothing_has_the_focus_wait_for_nothing() -> None:
+def test_keys_over_a_dialog_in_which_nothing_has_the_focus_wait_for_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     async def body(chat: Chat) -> None:
         await chat.idle()
         await chat.press("ctrl+p", "a")
@@ -137,10 +138,9 @@ def test_keys_over_a_dialog_in_which_nothing_has_the_focus_wait_for_nothing() ->
         found._index_to_line.clear()  # as between a new size and its layout
         await chat.press("pagedown")
         chat.app.set_focus(None)  # as a click beside everything does
-        start = time.monotonic()
         for key in (*"abcdefgh", "escape"):
             chat.app.post_message(events.Key(key, key if len(key) == 1 else None))
         await chat.until(lambda: len(chat.app.screen_stack) == 1)
-        assert time.monotonic() - start < 3.0
 
+    monkeypatch.setattr("edgeinfer.tui.terminal_app._MOST_ROUNDS", 1 << 60)  # it would hang
     drive(body)

@@ -182,13 +182,14 @@ def test_a_notice_covers_neither_prompt_nor_status(
         await chat.idle()
         await chat.press(*"my draft")
         chat.app.say("a [bold]notice[/] that is quite long " * 3, "warning")
-        await chat.pilot.pause(0.1)
+        await chat.until(lambda: "a [bold]notice[/] that" in chat.screen_text)
         text = chat.screen_text
-        assert "a [bold]notice[/] that" in text
         assert "my draft" in text and "● ready" in text and "context" in text
+        monkeypatch.setattr(ChatApp, "NOTIFICATION_TIMEOUT", 0.2)
+        chat.app.say("a last notice", "warning")
         await chat.until(lambda: "notice" not in chat.screen_text)
 
-    monkeypatch.setattr(ChatApp, "NOTIFICATION_TIMEOUT", 0.5)
+    monkeypatch.setattr(ChatApp, "NOTIFICATION_TIMEOUT", 600)
     drive(body, size=size)
 
 
@@ -313,7 +314,7 @@ class Tmux:
         return done.stdout.decode("utf-8", "replace")
 
     def until(self, text: str, *flags: str) -> str:
-        end = time.monotonic() + 20
+        end = time.monotonic() + 120
         while text not in (screen := self.run("capture-pane", "-p", *flags)):
             assert time.monotonic() < end, f"waited for {text!r}:\n{screen}"
             time.sleep(0.05)
@@ -418,7 +419,7 @@ def test_the_chat_asks_the_terminal_for_its_colour(tmp_path: Path) -> None:
     os.close(fd)
 
 
-def read_until(fd: int, is_so: Callable[[bytes], bool], seconds: float = 20.0) -> bytes:
+def read_until(fd: int, is_so: Callable[[bytes], bool], seconds: float = 120.0) -> bytes:
     seen, end = b"", time.monotonic() + seconds
     while not is_so(seen):
         assert time.monotonic() < end, seen[-2000:]

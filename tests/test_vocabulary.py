@@ -213,10 +213,10 @@ def test_strings_where_numbers_belong_take_no_memory(key: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("key", ["pre", "model"])
 def test_a_long_name_is_neither_compared_nor_shown_whole(key: str) -> None:
-    start = time.process_time()
+    start = time.thread_time()
     with pytest.raises(EdgeInferError) as caught:
         tokenizer_of(byte_pair(**{key: "qwen2\n\x1b[2J" + "x" * 10**6}))
-    assert time.process_time() - start < 0.5
+    assert time.thread_time() - start < 0.5
     assert len(str(caught.value)) < 600 and str(caught.value).isprintable()
 
 
@@ -228,10 +228,10 @@ def test_no_pre_tokenizer_takes_long_for_long_runs(name: str) -> None:
     tokenizer = tokenizer_of(byte_pair(), pre=name)
     rng = random.Random(name)
     runs = [*rng.sample(RUNS, 5), "7", "".join(rng.sample(RUNS, 2)), "".join(rng.sample(RUNS, 3))]
-    start = time.process_time()
+    start = time.thread_time()
     for run in runs:
         tokenizer.encode(run * (4000 // len(run)) + "x")
-    assert time.process_time() - start < 2
+    assert time.thread_time() - start < 2
 
 
 # The same cuts as patterns, whose time grows with the square of a number's length.

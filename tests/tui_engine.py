@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,11 +46,9 @@ class ScriptedStream:
     def __init__(self, script: Script, model: ScriptedModel) -> None:
         self.dropped_turns = script.n_dropped
         self.is_closed = threading.Event()
-        self.closed_at = 0.0
         self._script, self._model = script, model
 
     def close(self) -> None:
-        self.closed_at = self.closed_at or time.perf_counter()
         self.is_closed.set()
 
     def __iter__(self) -> Iterator[Event]:
@@ -155,7 +152,7 @@ def opener(model: ScriptedModel, hold: threading.Event | None = None, error: Any
         model.n_ctx = n_ctx or model.n_ctx
         progress(Progress("weights", 45, 100))
         if hold is not None:
-            hold.wait(20)
+            hold.wait(120)
         if error is not None:
             raise error
         return model

@@ -159,10 +159,13 @@ def run_editor(command: Sequence[str], file: Path) -> int:
     keys = [getattr(signal, name) for name in ("SIGINT", "SIGQUIT") if hasattr(signal, name)]
     others = {n: signal.getsignal(n) for n in ending_signals() if n not in keys}
     running: list[subprocess.Popen[bytes]] = []
+    came: list[int] = []  # while it was being started
 
     def pass_on(number: int, frame: Any) -> None:
-        for process in running:
-            process.send_signal(number)
+        if running:
+            running[0].send_signal(number)
+        else:
+            came.append(number)
         if callable(ours := others[number]):
             ours(number, frame)
 
@@ -173,6 +176,8 @@ def run_editor(command: Sequence[str], file: Path) -> int:
                 [program, *command[1:], str(file)], cwd=file.parent, env=_environment()
             )
         )
+        for number in came:
+            running[0].send_signal(number)
         return running[0].wait()
 
 

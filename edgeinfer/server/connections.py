@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import h11
@@ -13,10 +14,26 @@ from uvicorn.server import ServerState
 HEADER_SECONDS = 20.0  # from the first byte of a header, or from the connection, to its last
 STALLED_SECONDS = 120.0  # a reader that takes nothing for so long is gone
 LINGER_SECONDS = 30.0  # at least, in which who is cut off may still read what was sent
+LEAVE_SECONDS = 2.0  # in which a client may learn that it is refused, and stop sending
 _MOST_EARLY = 64 << 10  # bytes of what a client sends before it has its reply
 # Seconds between the questions whether who sends no more still reads. One that is gone refuses the
 # first, which here comes back before the second, and from afar before one of those behind it.
 _ASKED_AGAIN = (0.0, 0.05, 1.0)
+
+
+class _Transport:
+    """One whose `close` is another."""
+
+    def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
+        self._transport, self.close = transport, close
+        self.write = transport.write
+        self.is_left = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def is_closing(self) -> bool:
+        return self.is_left or self._transport.is_closing()
 
 
 class Connection(H11Protocol):
@@ -29,6 +46,7 @@ class Connection(H11Protocol):
     _linger: asyncio.TimerHandle | None = None
     _stalled: asyncio.TimerHandle | None = None
     _asking: asyncio.TimerHandle | None = None
+    _leaving: asyncio.TimerHandle | None = None
     _sends_no_more = False
 
     def __init__(
@@ -43,11 +61,14 @@ class Connection(H11Protocol):
     def connection_made(  # type: ignore[override]  # as in the class above
         self, transport: asyncio.Transport
     ) -> None:
-        super().connection_made(transport)
+        self._open, self._way = transport, _Transport(transport, self._leave)
+        super().connection_made(self._way)  # type: ignore[arg-type]  # it does what one does
         self._look_later()
         self._watch()
 
     def data_received(self, data: bytes) -> None:
+        if self._leaving is not None:
+            return  # nobody reads it, but see there
         super().data_received(data)
         self._read_on()
         self._watch()
@@ -61,7 +82,7 @@ class Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget()
-        for alarm in (self._linger, self._stalled, self._asking):
+        for alarm in (self._linger, self._stalled, self._asking, self._leaving):
             if alarm is not None:
                 alarm.cancel()
         super().connection_lost(exc)
@@ -118,6 +139,20 @@ class Connection(H11Protocol):
         super().resume_writing()
         if self._stalled is not None:
             self._stalled.cancel()
+
+    def _leave(self) -> None:
+        """Close, once a client that may be sending still has read why (RFC 9112, 9.6).
+
+        What comes behind a socket that is closed resets it, and takes the reply from its reader.
+        """
+        sends_on = self.conn.their_state in (h11.SEND_BODY, h11.ERROR) or self.conn.trailing_data[0]
+        if not sends_on or self.transport.is_closing():
+            self._open.close()
+            return
+        self._way.is_left = True
+        self._leaving = self.loop.call_later(LEAVE_SECONDS, self._open.close)
+        self._open.write_eof()
+        self._open.resume_reading()
 
     def _read_on(self) -> None:
         """Read what comes before a reply has ended, and with it that the client has gone."""

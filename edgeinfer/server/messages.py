@@ -10,7 +10,6 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
 
-from edgeinfer.parameters import shown
 from edgeinfer.results import Completion, Delta, Event
 from edgeinfer.server.answers import Answer
 from edgeinfer.server.blocks import Block, Blocks, Change, arguments_object
@@ -40,6 +39,7 @@ _UNTOLD = ("thinking", "redacted_thinking", "tool_reference")
 _OF_SERVERS = ("_tool_use", "_tool_result")
 # Tools that a client runs, which Anthropic's models know without being told of.
 _KNOWN_THERE = ("bash_", "computer_", "memory_", "text_editor_")
+_SUPPORTED = "'text', which is all that a model is told"
 _ERROR_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -219,23 +219,17 @@ def _texts(blocks: Iterable[Fields]) -> Iterator[str]:
         elif kind == "search_result":
             yield f"{block.text('title')}\n{_of_parts(block.objects('content'))}"
         elif kind not in _UNTOLD and not kind.endswith(_OF_SERVERS):
-            raise _unsupported(kind)
+            raise block.wrong("type", _SUPPORTED)
 
 
 def _of_parts(parts: Iterable[Fields]) -> str:
     """Of what stands inside of a block, where text alone may."""
     texts = []
     for part in parts:
-        if (kind := part.text("type", "text")) != "text":
-            raise _unsupported(kind)
+        if part.text("type", "text") != "text":
+            raise part.wrong("type", _SUPPORTED)
         texts.append(part.text("text"))
     return "\n".join(texts)
-
-
-def _unsupported(kind: str) -> ApiError:
-    return ApiError(
-        400, f"content of type {shown(kind)} is not supported; text is", param="messages"
-    )
 
 
 # -- replies --------------------------------------------------------------------------------------
