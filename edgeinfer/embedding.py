@@ -105,12 +105,12 @@ class Embedding:
             pass
 
     def _begin_next(self) -> bool:
-        """Whether it has begun one. One that is not taken on waits for those that run."""
+        """Whether to begin another. One that is not taken on waits for those that run."""
         with self._lock:
             is_full = len(self._jobs) >= self._most_running
             if self._error is not None or not self._waiting or is_full:
                 return False
-            i = self._waiting.popleft()
+            i, n_before = self._waiting.popleft(), len(self._jobs)
             self._jobs[i] = None
         ids = self._lists[i]
         pool = _Pool(self._read, self._layer, self._pooling, len(ids))
@@ -122,9 +122,9 @@ class Embedding:
         except BaseException as error:
             with self._lock:
                 self._jobs.pop(i, None)  # an interrupted one may have begun, and ended
-                if isinstance(error, BusyError) and self._jobs:
+                if isinstance(error, BusyError) and n_before:
                     self._waiting.appendleft(i)
-                    return False
+                    return not self._jobs  # all have ended since: none begins it but this one
             self._stop(error)
             if not isinstance(error, Exception):
                 raise

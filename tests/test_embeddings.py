@@ -349,6 +349,28 @@ def test_texts_wait_where_no_more_may(llm: LLM, monkeypatch: pytest.MonkeyPatch)
         llm.embed(texts)
 
 
+def test_a_text_that_was_not_taken_on_is_begun_where_all_others_have_ended(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the two nobody would begin it, and nobody else fills the queue."""
+    texts = ["some words", "and others"]
+    expected, engine, n_begun = llm.embed(texts), llm.runtime.engine, 0
+    begin = engine.begin
+
+    def late(job: Any) -> None:
+        nonlocal n_begun
+        n_begun += 1
+        if n_begun == 2:
+            is_idle = partial(engine.between_steps, lambda: not engine._scheduler.has_work)
+            wait_until(is_idle, "the end of the first text")
+            raise BusyError("it was there when this was asked for")
+        begin(job)
+
+    monkeypatch.setattr(engine, "begin", late)
+    np.testing.assert_array_equal(llm.embed(texts), expected)
+    assert n_begun == 3
+
+
 def begin_nothing() -> None:
     raise BusyError("nobody of ours runs")
 

@@ -116,6 +116,8 @@ class Engine:
         """Queue what was made here; where an interrupt cuts that short nothing of it goes on."""
         try:
             self._queue(work)
+        except BusyError:
+            raise
         except BaseException:
             self._cancel(work)
             raise
