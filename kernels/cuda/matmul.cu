@@ -11,8 +11,8 @@
 // Variants: TYPE = Q2_K; WARPS = 1; ROWS = 4
 
 // Several rows, and some types beside many warps, want more registers than the compiler takes by
-// itself: it may take all that a block of threads can have. Tables do, Q4_K on sm_100 to 107, and
-// Q5_0 on sm_72; Q6_K beside any number of warps on sm_100 to 107.
+// itself: it may take all that a block of threads can have. Tables do, Q4_K on sm_100 to 107,
+// 120 and 121, Q5_0 on sm_72, Q5_1 on sm_86, 88 and 89; Q6_K beside any warps on sm_100 to 107.
 template <class T>
 constexpr bool IS_LARGE = T::IS_TABLE;
 template <class T>
@@ -22,6 +22,12 @@ template <>
 constexpr bool IS_LARGE<Q4_K> = true;
 template <>
 constexpr bool IS_LARGEST<Q6_K> = true;
+#elif __CUDA_ARCH__ >= 1200
+template <>
+constexpr bool IS_LARGE<Q4_K> = true;
+#elif __CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 880 || __CUDA_ARCH__ == 890
+template <>
+constexpr bool IS_LARGE<Q5_1> = true;
 #elif __CUDA_ARCH__ == 720
 template <>
 constexpr bool IS_LARGE<Q5_0> = true;
