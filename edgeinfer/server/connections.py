@@ -109,7 +109,10 @@ class Connection(H11Protocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def _ask(self, again: tuple[float, ...]) -> None:
-        """Write what says nothing: a reply that is to come, or a zero before a chunk's length."""
+        """Write what says nothing: a reply that is to come, or a zero before a chunk's length.
+
+        Replies that have begun and wait are in chunks: one of a stated length is written at once.
+        """
         if not self._is_answering or self.transport.is_closing():
             return
         if not self.flow.write_paused:  # else something is being written
