@@ -18,8 +18,9 @@ from edgeinfer.engine.cache import CacheLayout, PagePool
 # a window or the state there have been given up.
 Miss: TypeAlias = Literal["", "new", "evicted", "window", "state"]
 
-# What is given up first, of each the least recently used: what may do, what is held behind which
-# prompts go on where all else is lost, what was asked to stay, which has half of the room at most.
+# What may be given up; what is held behind which prompts go on where all else is lost, as if it had
+# been used later by half as many pages as there are; what was asked to stay, which goes last but
+# has half of the room at most: more counts as the second. Of each the least recently used goes.
 PLAIN, BORDER, STABLE = range(3)
 _BYTES = 4  # of a token
 _FEW_NODES = 1024
@@ -84,6 +85,9 @@ class PrefixIndex:
         self._held: list[list[OrderedDict[int, list[Node]]]] = [
             [OrderedDict() for _ in range(STABLE + 1)] for _ in pools
         ]
+        # By kind: how many were given up until each was used, and until now.
+        self._used_at: list[dict[int, int]] = [{} for _ in pools]
+        self._n_given_up = [0] * len(pools)
         self.n_nodes = 0
         self._sweep_at = _FEW_NODES + 2 * sum(pool.n_pages for pool in pools)
 
@@ -133,23 +137,37 @@ class PrefixIndex:
                 nodes = queue.pop(number)
                 queues[max(rank, before)][number] = nodes
                 break
+        self._used_at[kind][number] = self._n_given_up[kind]
         if 2 * len(queues[STABLE]) > self._pools[kind].n_pages:
             oldest, nodes = queues[STABLE].popitem(last=False)
-            queues[PLAIN][oldest] = nodes
+            queues[BORDER][oldest] = nodes
+            self._used_at[kind][oldest] = self._n_given_up[kind]
 
     # -- giving up -------------------------------------------------------------------------------
 
     def evict(self, kind: int) -> bool:
-        """Give up what was used least recently of what nobody else holds; False without any."""
-        pool = self._pools[kind]
-        for queue in self._held[kind]:
-            for _ in range(len(queue)):
-                number = next(iter(queue))
-                if pool.n_holders(number) == 1:
-                    self._drop(kind, number, queue)
-                    return True
-                queue.move_to_end(number)  # in use: as good as used now
-        return False
+        """Give up one of what nobody else holds, as the ranks say; False without any."""
+        plain = self._oldest(kind, PLAIN)
+        before = None
+        if plain is not None:
+            before = self._used_at[kind][plain] - self._pools[kind].n_pages // 2
+        number = self._oldest(kind, BORDER, before)
+        if number is None:
+            number = self._oldest(kind, STABLE) if plain is None else plain
+        return number is not None and self.give_up(kind, number)
+
+    def _oldest(self, kind: int, rank: int, before: int | None = None) -> int | None:
+        """What was used least recently of a rank, and before a time, of what nobody else holds."""
+        queue, used_at = self._held[kind][rank], self._used_at[kind]
+        for _ in range(len(queue)):
+            number = next(iter(queue))
+            if before is not None and used_at[number] >= before:
+                break
+            if self._pools[kind].n_holders(number) == 1:
+                return number
+            queue.move_to_end(number)  # in use: as good as used now
+            used_at[number] = self._n_given_up[kind]
+        return None
 
     def give_up(self, kind: int, number: int) -> bool:
         """Hold a page no longer, whoever else does; False if it is not held."""
@@ -170,6 +188,8 @@ class PrefixIndex:
     def _drop(self, kind: int, number: int, queue: OrderedDict[int, list[Node]]) -> None:
         for node in queue.pop(number):
             node.held[kind] = -1
+        del self._used_at[kind][number]
+        self._n_given_up[kind] += 1
         self._pools[kind].release([number])
 
     def sweep(self, in_use: Iterable[Node]) -> None:
@@ -206,6 +226,8 @@ class PrefixIndex:
             for rank, queue in enumerate(queues):
                 queues[rank] = OrderedDict((n, of_kind.pop(n)) for n in queue if n in of_kind)
             queues[PLAIN].update(of_kind)
+            now, used_at = self._n_given_up[kind], self._used_at[kind]
+            self._used_at[kind] = {n: used_at.get(n, now) for queue in queues for n in queue}
         return [[number for queue in queues for number in queue] for queues in self._held]
 
     # -- finding ---------------------------------------------------------------------------------
