@@ -22,36 +22,20 @@ from edgeinfer.text.call_formats import call_format
 from edgeinfer.text.call_grammar import ANSWER, OfferedTool, call_grammar
 from edgeinfer.text.grammar import Grammar
 
+from .call_signs import DSML, SIGNS
+
 llguidance = pytest.importorskip("llguidance", reason="pip install 'edgeinfer[grammar]'")
 jsonschema = pytest.importorskip("jsonschema", reason="pip install jsonschema")
 
 EXAMPLES = 5  # of each spelling
 MORE = 60  # where there is time
-DSML = "｜DSML｜"
-# A text that tells the spelling, as it would in a template.
 SPELLINGS = {
-    "hermes": "<tool_call>",
+    **SIGNS,
     "coder": "<tool_call><function=<parameter=",
     "glm": "<tool_call><arg_key>",
     "function": "<function=",
-    "llama": 'Respond in the format {"name": function name, "parameters": dictionary}',
-    "mistral": "[TOOL_CALLS]",
     "mistral-args": "[TOOL_CALLS][ARGS]",
-    "harmony": "<|channel|>",
-    "deepseek": "<｜tool▁call▁begin｜>",
     "deepseek-fenced": "<｜tool▁call▁begin｜>```json",
-    "dsml": DSML,
-    "lfm2": "<|tool_call_start|>",
-    "gemma": "<|tool_call>",
-    "functiongemma": "<start_function_call>",
-    "granite": "<|tool_call|>",
-    "cohere": "<|START_ACTION|>",
-    "kimi": "<|tool_call_argument_begin|>",
-    "minimax": "<minimax:tool_call>",
-    "seed": "<seed:tool_call>",
-    "nemotron": "<TOOLCALL>",
-    "olmo": "<function_calls>",
-    "listed": "<tool_calls>",
 }
 PATIENT: Any = {
     "deadline": None,

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 
 import numpy as np
@@ -17,6 +16,7 @@ from edgeinfer.kernels.cpu import layout
 from edgeinfer.kernels.cpu.team import KERNELS, Op, Part, Tape, Team
 
 from .native import header, library
+from .refused_threads import few_threads
 
 MAX_CHUNKS = 12
 
@@ -74,17 +74,7 @@ def test_fewer_workers_than_were_asked_for_do_the_same_work(
     monkeypatch: pytest.MonkeyPatch, n_given: int
 ) -> None:
     """Where the system gives no more threads; those that it gives later are taken then."""
-    start, n_asked = threading.Thread.start, 0
-
-    def refuse(self: threading.Thread) -> None:
-        nonlocal n_asked
-        n_asked += 1
-        if n_asked > n_given:
-            raise RuntimeError("can't start new thread")
-        start(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", refuse)
+    with few_threads(n_given, monkeypatch):
         probe = Probe(20, n_threads=4)
     assert len(probe.team._workers) == n_given
     for n_workers in (n_given, 3):

@@ -6,8 +6,6 @@ import asyncio
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +17,7 @@ from edgeinfer.kernels.cpu import builders
 from edgeinfer.kernels.cpu.targets import Target
 
 from .models_for_tests import tiny_model
-
-
-@contextmanager
-def without_threads(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """None of this name can be started."""
-    start = threading.Thread.start
-
-    def refuse(self: threading.Thread) -> None:
-        if self.name.startswith(name):
-            raise RuntimeError("can't start new thread")
-        start(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", refuse)
-        yield
+from .refused_threads import few_threads, without_threads
 
 
 def test_what_is_done_when_idle_needs_no_thread(
@@ -72,31 +56,22 @@ def test_a_thread_that_text_needs_is_said(tmp_path: Path, monkeypatch: pytest.Mo
 def test_work_is_done_by_as_many_threads_as_there_are(
     monkeypatch: pytest.MonkeyPatch, n_given: int
 ) -> None:
-    start, n_asked = threading.Thread.start, 0
-
-    def refuse(self: threading.Thread) -> None:
-        nonlocal n_asked
-        n_asked += 1
-        if n_asked > n_given:
-            raise RuntimeError("can't start new thread")
-        start(self)
-
-    monkeypatch.setattr(threading.Thread, "start", refuse)
     threads = set[str]()
 
     def work(n: int) -> int:
         threads.add(threading.current_thread().name)
         return 10 // n
 
-    assert list(platform.mapped(work, [1, 2, 5], 3)) == [10, 5, 2]
+    with few_threads(n_given, monkeypatch):
+        assert list(platform.mapped(work, [1, 2, 5], 3)) == [10, 5, 2]
     assert len(threads) <= max(1, n_given)
     assert ("MainThread" in threads) == (n_given == 0)
-    n_asked = 0
-    found = platform.mapped(work, [1, 0, 2, 5], 3)
-    assert next(found) == 10
-    with pytest.raises(ZeroDivisionError):
-        next(found)
-    assert list(platform.mapped(work, [], 3)) == []
+    with few_threads(n_given, monkeypatch):
+        found = platform.mapped(work, [1, 0, 2, 5], 3)
+        assert next(found) == 10
+        with pytest.raises(ZeroDivisionError):
+            next(found)
+        assert list(platform.mapped(work, [], 3)) == []
 
 
 @pytest.mark.parametrize("n_given", [0, 1])

@@ -17,7 +17,7 @@ from edgeinfer.text.call_formats import call_format
 from edgeinfer.text.lenient_json import copy_value
 from edgeinfer.text.reader import CutOff, Reader
 
-DSML = "｜DSML｜"
+from .call_signs import DSML, SIGNS
 
 
 def tool(name: str, **kinds: str) -> dict[str, Any]:
@@ -31,25 +31,6 @@ TOOLS = [
     tool("now"),
     tool("functions_write", path="string", text="string"),
 ]
-SIGNS = {
-    "hermes": "<tool_call>",
-    "llama": 'Respond in the format {"name": function name, "parameters": dictionary}',
-    "mistral": "[TOOL_CALLS]",
-    "harmony": "<|channel|>",
-    "deepseek": "<｜tool▁call▁begin｜>",
-    "dsml": DSML,
-    "lfm2": "<|tool_call_start|>",
-    "gemma": "<|tool_call>",
-    "functiongemma": "<start_function_call>",
-    "granite": "<|tool_call|>",
-    "cohere": "<|START_ACTION|>",
-    "kimi": "<|tool_call_argument_begin|>",
-    "minimax": "<minimax:tool_call>",
-    "seed": "<seed:tool_call>",
-    "nemotron": "<TOOLCALL>",
-    "olmo": "<function_calls>",
-    "listed": "<tool_calls>",
-}
 ROME = {"city": "Rome", "days": 2}
 
 
