@@ -42,8 +42,8 @@ def test_a_thread_that_text_needs_is_said(tmp_path: Path, monkeypatch: pytest.Mo
         return len((await face.chat("x", max_tokens=2)).token_ids)
 
     with LLM(path, device="reference") as llm:
-        face = AsyncLLM(llm)
         for name, error in (("Thread-", TemplateError), ("edgeinfer-text", DeviceError)):
+            face = AsyncLLM(llm)  # without a thread that has answered and not yet ended
             with without_threads(name, monkeypatch), pytest.raises(error, match="ulimit -u"):
                 asyncio.run(ask(face))
             assert asyncio.run(ask(face)) == 2
