@@ -173,7 +173,7 @@ def test_any_heads_of_any_row(seed: int) -> None:
 PLANTED = {
     "a barrier before pages": ("attend.cu", "        __syncthreads();\n        for (int first ="),
     "a barrier of a head's norm": ("heads.cuh", "    }\n    __syncwarp();\n}"),
-    "a barrier of a head's turn": ("attend.cu", "= value; });\n    __syncwarp();\n"),
+    "a barrier of a head's turn": ("attend_queries.cuh", "= value; });\n    __syncwarp();\n"),
 }
 
 

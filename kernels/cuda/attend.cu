@@ -1,8 +1,7 @@
 // Attention of each row by itself: a block takes a segment of 16 pages; the last block that is done
 // with a row folds the segments.
-#include "attend_mma.cuh"
+#include "attend_queries.cuh"
 #include "await.cuh"
-#include "heads.cuh"
 #include "x8.cuh"
 
 // K_DIM, V_DIM: widths of heads, any. QUERIES: query heads of a block. WARPS: of a block.
@@ -83,73 +82,9 @@ EI_DEV void find_heads(Heads& heads, int n_heads) {
     heads.n = min(QUERIES, group - in_group);
 }
 
-// A row's heads: those of q as they are to be read, one for pinned pages too. Or, where there are
-// angles, products whose norms and rotation are still to be made, and what is to be stored.
-struct Row {
-    const float* q;  // from the block's first query head on
-    const float* pinned_q;
-    const float* k;  // of its kv head; null: nothing is stored
-    const float* v;
-    const float* q_norm;  // null: none
-    const float* k_norm;
-    float eps;
-    const float2* angles;
-    const float2* pinned_angles;
-    int n_pairs;
-    bool is_neox;
-
-    __device__ __forceinline__ bool is_ready() const { return angles == nullptr; }
-};
-
-// A warp has head `head` of x ready in shared memory.
-EI_DEV void make_head(
-    float* head, const float* x, const float* weight, const Row& row, bool is_pinned) {
-    const float2* of_pairs = is_pinned ? row.pinned_angles : row.angles;
-    const Angles angles = {of_pairs, row.n_pairs, row.is_neox};
-    load_head(head, x, weight, row.eps, K_DIM);
-    turn_head(head, angles, K_DIM, [&](int i, float value) { head[i] = value; });
-    __syncwarp();
-}
-
 // Room for a head that a warp makes, while it has no values of a page.
 EI_DEV float* head_room(Shared& shared) {
     return shared.o[threadIdx.x / 32];
-}
-
-// Queries that have no head are zeros.
-EI_DEV void load_queries(Shared& shared, FloatQueries<QUERIES, K_DIM>& queries, const Heads& heads,
-                         const Row& row, bool is_pinned) {
-    const float* q = is_pinned && row.is_ready() ? row.pinned_q : row.q;
-    if (row.is_ready()) {
-        for (int i = threadIdx.x; i < QUERIES * K_DIM; i += THREADS) {
-            const int g = i / K_DIM;
-            queries.q[g][i % K_DIM] = g < heads.n ? q[i] : 0.0f;
-        }
-        return;
-    }
-    for (int g = threadIdx.x / 32; g < QUERIES; g += WARPS) {
-        if (g < heads.n) {
-            make_head(queries.q[g], q + g * K_DIM, row.q_norm, row, is_pinned);
-        } else {
-            for (int i = threadIdx.x % 32; i < K_DIM; i += 32) {
-                queries.q[g][i] = 0.0f;
-            }
-        }
-    }
-}
-
-template <class Queries>
-EI_DEV void load_queries(
-    Shared& shared, Queries& queries, const Heads& heads, const Row& row, bool is_pinned) {
-    for (int g = threadIdx.x / 32; g < QUERIES; g += WARPS) {
-        const float* q = (is_pinned && row.is_ready() ? row.pinned_q : row.q) + g * K_DIM;
-        if (!row.is_ready() && g < heads.n) {
-            float* head = head_room(shared);
-            make_head(head, q, row.q_norm, row, is_pinned);
-            q = head;
-        }
-        load_query<K_TYPE, TRANSFORMS_K>(queries, g, g < heads.n ? q : nullptr);
-    }
 }
 
 // K and V of the row into its page, by two warps. All tiles of a kv head leave the same bytes there:
@@ -161,7 +96,7 @@ EI_DEV void store_row(
     const size_t place = (size_t)arena_page * heads.n_kv_heads + heads.kv_head;
     if (warp == WARPS - 1) {
         float* head = head_room(shared);
-        make_head(head, row.k, row.k_norm, row, false);
+        make_head(head, row.k, row.k_norm, K_DIM, row, false);
         const Kept kept = {KIND<K_TYPE>, TRANSFORMS_K, K_DIM};
         store_head(place_key(heads.k_cache + place * K_PAGE, kept, position), kept, head, lane, 32);
         __syncwarp();
@@ -270,7 +205,8 @@ EI_DEV void attend_segment(
         if (begin >= end) {
             continue;
         }
-        load_queries(shared, shared.queries, heads, row, is_pinned);
+        load_queries<WARPS, QUERIES, K_DIM, K_TYPE, TRANSFORMS_K>(
+            shared.queries, heads.n, head_room(shared), row, is_pinned);
         __syncthreads();
         for (int first = begin; first < end; first += WARPS) {
             const int page = first + threadIdx.x / 32;
