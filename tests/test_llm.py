@@ -38,6 +38,7 @@ from edgeinfer import (
     ModelNotFoundError,
     PlanError,
     Progress,
+    Stream,
     TemplateError,
 )
 from edgeinfer.errors import Keyword
@@ -389,6 +390,30 @@ def test_chat_slides_with_its_system_message_pinned(path: Path) -> None:
         stream = llm.stream_chat(turns, overflow="slide", max_tokens=300, logit_bias={257: -1e9})
         assert stream.run().usage.completion_tokens == 300
         assert stream._generation.layout.rings[0].n_pinned == 2
+
+
+def test_a_system_text_stays_whole_or_nothing_slides(path: Path) -> None:
+    """Of one longer than a quarter of the context the rest had been forgotten without a word."""
+    endless: Any = dict(max_tokens=300, logit_bias={257: -1e9}, seed=1)
+    with LLM(path, device="reference", n_ctx=256) as llm:
+
+        def asked(n: int, **given: Any) -> Stream:
+            turns: Any = [{"role": "system", "content": "x" * n}, {"role": "user", "content": "hi"}]
+            return llm.stream_chat(turns, **endless | given)
+
+        for overflow in ("slide", "drop-turns"):
+            long = asked(130, overflow=overflow)
+            assert long.run().usage.completion_tokens == 300
+            assert 32 * long._generation.layout.rings[0].n_pinned >= 130
+        too_long = asked(180, overflow="drop-turns").run()
+        assert too_long.finish_reason == "length"
+        assert too_long.usage.prompt_tokens + too_long.usage.completion_tokens == 256
+        with pytest.raises(InvalidRequestError, match="has room for 160 of them") as caught:
+            asked(180, overflow="slide")
+        assert Keyword("n_keep", 160) in caught.value.advice
+        forgets = asked(180, overflow="slide", n_keep=160)
+        assert forgets.run().usage.completion_tokens == 300
+        assert forgets._generation.layout.rings[0].n_pinned == 5
 
 
 def test_chat_batch(llm: LLM) -> None:

@@ -138,7 +138,7 @@ class CacheLayout(NamedTuple):
     ) -> CacheLayout:
         """For a context of `n_ctx` and groups by window, in steps of up to `max_rows` rows.
 
-        `n_pinned_tokens` tokens stay for ever when it slides.
+        `n_pinned_tokens` tokens stay for ever when it slides, `most_pinned` of them at most.
         """
         whole = _whole_ring(overflow, n_ctx, n_pinned_tokens)
 
@@ -163,8 +163,14 @@ def _whole_ring(overflow: Overflow, n_ctx: int, n_pinned_tokens: int) -> Ring:
             advice=("raise ", Keyword("n_ctx"), " or use ", Keyword("overflow", "error")),
             param="overflow",
         )
-    n_pinned = min(pages_for(n_pinned_tokens), n_slots // 4)
+    n_pinned = min(pages_for(n_pinned_tokens), most_pinned(n_ctx) // PAGE)
     return Ring(n_slots, n_pinned, n_slots - n_pinned - 1)
+
+
+def most_pinned(n_ctx: int) -> int:
+    """Tokens that may stay when a context slides: a quarter slides, three pages at least."""
+    n_slots = n_ctx // PAGE
+    return max(0, n_slots - max(_MIN_SLIDING_PAGES - 1, n_slots // 4)) * PAGE
 
 
 _MIN_SLIDING_PAGES = 4  # one pinned, two visible, one being written
