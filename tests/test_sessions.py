@@ -32,10 +32,10 @@ from .test_prefix_reuse import KINDS, VOCAB, ask, check_all_is_given_back, opene
 PROMPT = text(60, 133)
 
 
-def engine_of(name: str, model: Segment) -> Engine:
-    request = StepRequest(400, 2, 2, n_states=9 if model.states else 0)
+def engine_of(name: str, model: Segment, n_ctx: int = 400) -> Engine:
+    request = StepRequest(n_ctx, 2, 2, n_states=9 if model.states else 0)
     limits = StepLimits.of(request, VOCAB, model.groups, 64)
-    return Engine(backend(name).compile(model, limits), limits, 400, model.output.dim)
+    return Engine(backend(name).compile(model, limits), limits, n_ctx, model.output.dim)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +62,29 @@ def test_a_conversation_goes_on_in_another_engine(
     assert told(second.submit(more)) == expected
     check_all_is_given_back(second)
     second.close()
+
+
+@pytest.mark.parametrize("name", ["cpu", "shim", "reference"])
+@pytest.mark.parametrize("contexts", [(400, 160), (160, 400)])
+def test_a_context_of_another_length_goes_on(
+    models: dict[str, Segment], name: str, contexts: tuple[int, int], tmp_path: Path
+) -> None:
+    """Of a window what it sees is kept, also where a ring of its own would be no shorter."""
+    path, asked, saved = tmp_path / "talk.session", [], []
+    for n_ctx in contexts:
+        engine = engine_of(name, models["windows"], n_ctx)
+        answer = told(engine.submit(ask(PROMPT, 4)))[0]
+        asked.append(told(engine.submit(more := ask([*PROMPT, *answer, 3, 4, 5], 15)))[0])
+        engine.sessions("m").save(path, PROMPT)
+        saved.append(path.read_bytes())
+        engine.close()
+    assert saved[0] == saved[1] and asked[0] == asked[1]
+    for n_ctx in contexts:
+        engine = engine_of(name, models["windows"], n_ctx)
+        ids = engine.sessions("m").load(path)
+        assert told(engine.submit(more))[:2] == (asked[0], len(ids))
+        check_all_is_given_back(engine)
+        engine.close()
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,7 @@ class Ring(NamedTuple):
     n_pinned: int
     n_visible: int
     window: int = 0  # 0: it holds whatever fits in the context
+    sees: int = 0  # positions that a query does, the same however long the context is; 0: all held
 
 
 class CacheLayout(NamedTuple):
@@ -122,8 +123,8 @@ class CacheLayout(NamedTuple):
         """Absolute pages of which a query behind `n_tokens` positions sees anything, ascending."""
         ring, end = self.rings[group], pages_for(n_tokens)
         first = max(ring.n_pinned, n_tokens // PAGE - ring.n_visible + 1)
-        if ring.window:
-            first = max(0, n_tokens - ring.window + 1) // PAGE
+        if ring.sees:
+            first = max(first, (n_tokens - ring.sees + 1) // PAGE)
         return [*range(min(ring.n_pinned, end)), *range(first, end)]
 
     @classmethod
@@ -144,8 +145,9 @@ class CacheLayout(NamedTuple):
 
         def ring(window: int) -> Ring:
             n_slots = ring_pages(window, max_rows) if window else whole.n_slots
-            is_own = n_slots < whole.n_slots
-            return Ring(n_slots, 0, EVERY_PAGE, window) if is_own else whole
+            if n_slots < whole.n_slots:
+                return Ring(n_slots, 0, EVERY_PAGE, window, window)
+            return whole if whole.n_pinned else whole._replace(sees=window)
 
         bound = n_ctx if overflow == "error" else None
         return cls(overflow, whole.n_slots, bound, tuple(map(ring, windows)), has_state)
