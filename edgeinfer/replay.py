@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from edgeinfer import platform
-from edgeinfer.errors import InvalidRequestError, reason_of
+from edgeinfer.engine.generation import check_ids
+from edgeinfer.errors import InvalidRequestError, Keyword, reason_of
 from edgeinfer.llm import LLM
 from edgeinfer.parameters import LOAD, REQUEST, SAMPLING, file_path, id_list, shown
 from edgeinfer.stream import Stream
@@ -169,16 +170,15 @@ class Recording:
         ):
             if then != now:
                 raise InvalidRequestError(
-                    f"{name} was {then} when the answer was recorded, the model is open with "
-                    f"{now}; open it with {name}={then!r}",
+                    f"{name} was {then} when the answer was recorded, the model is open with {now}",
+                    advice=("open it with ", Keyword(name, then)),
                     param=name,
                 )
 
     def replay(self, llm: LLM) -> Replay:
         """Compute the answer again, as far as it was recorded."""
         self.check(llm)
-        if not self.tokens:
-            raise InvalidRequestError("the answer has no tokens to compare", param="recording")
+        check_ids(self.tokens, llm.n_vocab, "recording", "the answer")
         given: dict[str, Any] = {
             **self.sampling,
             "overflow": self.overflow,
