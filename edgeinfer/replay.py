@@ -54,8 +54,7 @@ class Recording:
         from edgeinfer import __version__
 
         answer, request, opened = stream.completion, stream.request, llm.runtime
-        if not stream.is_of(opened.engine):
-            raise InvalidRequestError("the stream is not one of this model", param="stream")
+        stream.check_engine(opened.engine, "stream")
         if request.hook is not None and request.hook.logits:
             raise InvalidRequestError(
                 "an answer whose on_step was shown logits can't be recorded: it may have edited "

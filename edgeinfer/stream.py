@@ -93,9 +93,10 @@ class Stream(Iterator[Event]):
         """The tokens of the prompt, template included."""
         return tuple(self._generation.request.ids)
 
-    def is_of(self, engine: object) -> bool:
-        """Whether this engine makes its tokens."""
-        return self._generation.is_of(engine)
+    def check_engine(self, engine: object, param: str) -> None:
+        """Raise unless this engine makes its tokens."""
+        if not self._generation.is_of(engine):
+            raise InvalidRequestError("the stream is not one of this model", param=param)
 
     def __iter__(self: _Self) -> _Self:
         return self

@@ -351,11 +351,15 @@ def test_arrays_are_no_chats(llm: LLM, wrong: Any) -> None:
         llm.chat(wrong, max_tokens=1)
 
 
-def test_what_is_of_another_model_or_none_is_refused(llm: LLM, path: Path) -> None:
+def test_what_is_of_another_model_or_none_is_refused(llm: LLM, path: Path, tmp_path: Path) -> None:
     with LLM(path, device="reference") as other, llm.stream("x", max_tokens=1) as stream:
+        other.generate("xy", max_tokens=1)  # it has the first tokens in its cache, too
         stream.run()
         with pytest.raises(InvalidRequestError, match="not one of this model"):
             edgeinfer.Recording.of(other, stream)
+        with pytest.raises(InvalidRequestError, match="not one of this model") as caught:
+            other.save_session(tmp_path / "talk", stream)
+        assert caught.value.param == "of" and not [*tmp_path.iterdir()]
     with pytest.raises(InvalidRequestError, match="n_ctx is given with a model that is open"):
         AsyncLLM(llm, n_ctx=64)
     with llm.stream("x", max_tokens=2, seed=1) as stream:
