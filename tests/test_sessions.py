@@ -65,7 +65,7 @@ def test_a_conversation_goes_on_in_another_engine(
     second.close()
 
 
-@pytest.mark.parametrize("name", ["cpu", "shim", "reference"])
+@pytest.mark.parametrize("name", ["cpu", "shim"])
 @pytest.mark.parametrize("contexts", [(400, 160), (160, 400)])
 def test_a_context_of_another_length_goes_on(
     models: dict[str, Segment], name: str, contexts: tuple[int, int], tmp_path: Path
