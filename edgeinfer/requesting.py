@@ -25,6 +25,7 @@ from edgeinfer.text.tokenizer import TooManyTokens
 if TYPE_CHECKING:
     from edgeinfer.engine.constraint import Constraint
 
+_STOP_BYTES = 110  # measured, CPython 3.11: of a stop string beside its letters
 COUNTED_BEYOND = 1 << 16  # tokens that an error may count beyond the context: 0.2 s
 
 
@@ -71,6 +72,7 @@ def request_of(
         hook=watching.hook_of(given, opened),
         speculation=given.get("speculation", opened.plan.limits.row_cost < 1),
         constraint=constraint,
+        n_beside=sum(_STOP_BYTES + len(stop) for stop in given.get("stop", ())),
     )
 
 

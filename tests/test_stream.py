@@ -261,6 +261,16 @@ def test_a_batch_waits_where_no_more_may(llm: LLM, monkeypatch: pytest.MonkeyPat
     unread.close()
 
 
+def test_stop_strings_count_as_what_waits(llm: LLM) -> None:
+    """A body of 1 MB may hold 100,000 of them, which take 11."""
+    with llm.stream("hello", **SLIDING):
+        _wait_paused(llm)
+        with pytest.raises(BusyError, match="wait already") as caught:
+            llm.generate("x", max_tokens=1, stop=[f"<{i}>" for i in range(100_000)])
+        assert (caught.value.n_bytes or 0) > 11_000_000
+        assert llm.generate("x", max_tokens=1, stop=["<1>"]).usage.completion_tokens == 1
+
+
 # -- readers that go away ------------------------------------------------------------------------
 
 
