@@ -17,7 +17,7 @@ class Keyword(NamedTuple):
     """A keyword of the API in what an error advises, with the value to give it, if one is meant."""
 
     name: str
-    value: int | str | None = None
+    value: int | str | tuple[str, ...] | None = None
 
     def __str__(self) -> str:
         return self.name if self.value is None else f"{self.name}={self.value!r}"

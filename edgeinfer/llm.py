@@ -283,8 +283,11 @@ class LLM:
         A file that is there is replaced only once the new one is whole; no folder is made. OSError
         where the system can't write it.
         """
-        ids = (*of.prompt_ids, *of.completion.token_ids) if isinstance(of, Stream) else of
-        return _sessions(self._open()).save(file_path(path, "path"), id_list(ids, "of"))
+        opened, ids = self._open(), of
+        if isinstance(of, Stream):
+            of.check_engine(opened.engine, "of")
+            ids = (*of.prompt_ids, *of.completion.token_ids)
+        return _sessions(opened).save(file_path(path, "path"), id_list(ids, "of"))
 
     def load_session(self, path: str | PathLike[str]) -> tuple[int, ...]:
         """Put what a file holds into the cache: what begins with its tokens goes on from there.

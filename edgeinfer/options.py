@@ -52,7 +52,7 @@ class Sampling(TypedDict, total=False):
     stop: str | Sequence[str] | None
     stop_token_ids: Sequence[int] | None  # beside those that end a generation anyway
     overflow: Overflow | None
-    n_keep: int | None  # tokens at the start that stay when it slides; system text, tools
+    n_keep: int | None  # tokens at the start that stay when it slides; unset: system text, tools
     seed: int | None
     temperature: float | None
     top_k: int | None

@@ -186,7 +186,9 @@ REQUEST = _by_name(
         default="error", choices=("error", "slide", "drop-turns"),
     ),
     Parameter(
-        "n_keep", integer, "Tokens at the start that stay when it slides (system text, tools).",
+        "n_keep", integer,
+        "Tokens at the start that stay when it slides, three quarters of it at most; unset: system "
+        "text and tools.",
         0, _INT32, usual=(0, 1_000_000),
     ),
     Parameter(

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from edgeinfer import platform
-from edgeinfer.errors import InvalidRequestError, reason_of
+from edgeinfer.engine.generation import check_ids
+from edgeinfer.errors import InvalidRequestError, Keyword, reason_of
 from edgeinfer.llm import LLM
 from edgeinfer.parameters import LOAD, REQUEST, SAMPLING, file_path, id_list, shown
 from edgeinfer.stream import Stream
@@ -53,8 +54,7 @@ class Recording:
         from edgeinfer import __version__
 
         answer, request, opened = stream.completion, stream.request, llm.runtime
-        if not stream.is_of(opened.engine):
-            raise InvalidRequestError("the stream is not one of this model", param="stream")
+        stream.check_engine(opened.engine, "stream")
         if request.hook is not None and request.hook.logits:
             raise InvalidRequestError(
                 "an answer whose on_step was shown logits can't be recorded: it may have edited "
@@ -169,16 +169,15 @@ class Recording:
         ):
             if then != now:
                 raise InvalidRequestError(
-                    f"{name} was {then} when the answer was recorded, the model is open with "
-                    f"{now}; open it with {name}={then!r}",
+                    f"{name} was {then} when the answer was recorded, the model is open with {now}",
+                    advice=("open it with ", Keyword(name, then)),
                     param=name,
                 )
 
     def replay(self, llm: LLM) -> Replay:
         """Compute the answer again, as far as it was recorded."""
         self.check(llm)
-        if not self.tokens:
-            raise InvalidRequestError("the answer has no tokens to compare", param="recording")
+        check_ids(self.tokens, llm.n_vocab, "recording", "the answer")
         given: dict[str, Any] = {
             **self.sampling,
             "overflow": self.overflow,

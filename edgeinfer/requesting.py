@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from edgeinfer import watching
 from edgeinfer.batch import PAGE
-from edgeinfer.engine.cache import LEAST_SLIDING
+from edgeinfer.engine.cache import LEAST_SLIDING, most_pinned
 from edgeinfer.engine.generation import check_length
 from edgeinfer.engine.sequence import Request
-from edgeinfer.errors import InvalidRequestError
+from edgeinfer.errors import InvalidRequestError, Keyword
 from edgeinfer.parameters import REQUEST, id_list
 from edgeinfer.runtime import Runtime
 from edgeinfer.sampling.params import SamplingParams, breaker_tokens
@@ -25,6 +25,7 @@ from edgeinfer.text.tokenizer import TooManyTokens
 if TYPE_CHECKING:
     from edgeinfer.engine.constraint import Constraint
 
+_STOP_BYTES = 110  # measured, CPython 3.11: of a stop string beside its letters
 COUNTED_BEYOND = 1 << 16  # tokens that an error may count beyond the context: 0.2 s
 
 
@@ -62,7 +63,7 @@ def request_of(
         ids=prompt.ids,
         params=_params(opened, given),
         max_tokens=given.get("max_tokens"),
-        overflow=_cache_overflow(opened, given.get("overflow", "error"), len(prompt.ids)),
+        overflow=_cache_overflow(opened.plan.n_ctx, prompt, given),
         stop_ids=_stop_ids(opened, given.get("stop_token_ids", frozenset())),
         n_pinned=given.get("n_keep", prompt.n_pinned),
         borders=prompt.borders,
@@ -71,6 +72,7 @@ def request_of(
         hook=watching.hook_of(given, opened),
         speculation=given.get("speculation", opened.plan.limits.row_cost < 1),
         constraint=constraint,
+        n_beside=sum(_STOP_BYTES + len(stop) for stop in given.get("stop", ())),
     )
 
 
@@ -85,14 +87,28 @@ def _stop_ids(opened: Runtime, given: frozenset[int]) -> frozenset[int]:
     return given | frozenset(tokenizer.eog_ids)
 
 
-def _cache_overflow(opened: Runtime, overflow: str, n_tokens: int) -> Literal["error", "slide"]:
-    """What the cache does when it is full; turns were dropped before, where that was asked."""
-    n_ctx = opened.plan.n_ctx
-    # What slides holds whole pages: a prompt that it would cut short does not slide.
-    can_slide = n_ctx >= LEAST_SLIDING and n_tokens < n_ctx // PAGE * PAGE
-    if overflow == "slide" or (overflow == "drop-turns" and can_slide):
+def _cache_overflow(
+    n_ctx: int, prompt: Prompt, given: Mapping[str, Any]
+) -> Literal["error", "slide"]:
+    """What the cache does when it is full; turns were dropped before, where that was asked.
+
+    Of what comes before the first question none is forgotten, unless `n_keep` says how much stays.
+    """
+    overflow, most = given.get("overflow", "error"), most_pinned(n_ctx)
+    stays = "n_keep" in given or prompt.n_pinned <= most
+    if overflow == "slide":
+        if n_ctx >= LEAST_SLIDING and not stays:
+            raise InvalidRequestError(
+                f"{prompt.n_pinned} tokens come before the first question and are to stay when the "
+                f"context slides; one of {n_ctx} tokens has room for {most} of them",
+                advice=("raise ", Keyword("n_ctx"), ", shorten them, or use ",
+                        Keyword("n_keep", most), ", which forgets the rest"),
+                param="overflow",
+            )  # fmt: skip
         return "slide"
-    return "error"
+    # What slides holds whole pages: a prompt that it would cut short does not slide.
+    can_slide = n_ctx >= LEAST_SLIDING and len(prompt.ids) < n_ctx // PAGE * PAGE
+    return "slide" if overflow == "drop-turns" and can_slide and stays else "error"
 
 
 def _params(opened: Runtime, given: Mapping[str, Any]) -> SamplingParams:

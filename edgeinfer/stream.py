@@ -45,7 +45,8 @@ class Stream(Iterator[Event]):
     """The events of one answer, for one reader at a time.
 
     `close`, from any thread, cancels it; so do dropping the last reference and an exception that
-    ends the wait for an event. Unread it runs some 250 tokens ahead and then pauses.
+    ends the wait for an event. Unread it runs some 250 tokens ahead,
+    fewer with `logprobs`, and then pauses.
     """
 
     def __init__(
@@ -93,9 +94,10 @@ class Stream(Iterator[Event]):
         """The tokens of the prompt, template included."""
         return tuple(self._generation.request.ids)
 
-    def is_of(self, engine: object) -> bool:
-        """Whether this engine makes its tokens."""
-        return self._generation.is_of(engine)
+    def check_engine(self, engine: object, param: str) -> None:
+        """Raise unless this engine makes its tokens."""
+        if not self._generation.is_of(engine):
+            raise InvalidRequestError("the stream is not one of this model", param=param)
 
     def __iter__(self: _Self) -> _Self:
         return self

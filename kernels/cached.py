@@ -74,9 +74,12 @@ class Pieces:
 
     def read(self, numbers: Sequence[int]) -> Bytes:
         """A copy of some, (n, n_bytes)."""
-        index = self._numbers(numbers)
-        nothing = np.empty((len(index), 0), np.uint8)
-        return np.concatenate([nothing, *(part.read(index) for part in self._parts)], axis=1)
+        index, end = self._numbers(numbers), 0
+        found = np.empty((len(index), self.n_bytes), np.uint8)
+        for part in self._parts:
+            start, end = end, end + part.n_bytes
+            found[:, start:end] = part.read(index)
+        return found
 
     def write(self, numbers: Sequence[int], data: Bytes) -> None:
         """What `read` gave; ValueError where that was no such number of bytes."""

@@ -98,7 +98,8 @@ class Requests:
         self.words = words
 
     def layout(self, overflow: Overflow) -> CacheLayout:
-        return CacheLayout.of(overflow, N_CTX, 40, self.windows, MAX_ROWS, self.limits.n_states > 0)
+        n_pinned, has_state = self.rng.choice([0, 40, 40, 250]), self.limits.n_states > 0
+        return CacheLayout.of(overflow, N_CTX, n_pinned, self.windows, MAX_ROWS, has_state)
 
     def open(self) -> None:
         layout = self.layout(self.rng.choice(["error", "error", "slide"]))
@@ -189,7 +190,7 @@ MIXES = [
 
 
 KINDS = st.tuples(
-    st.sampled_from([(0,), (0, 40), (33,), (0, 70), ()]), st.integers(30, 80),
+    st.sampled_from([(0,), (0, 40), (33,), (0, 70), (0, 440), ()]), st.integers(30, 80),
     st.sampled_from([0, 8, 14, 40]), st.sampled_from(MIXES), st.integers(0, 100000),
 )  # fmt: skip
 

@@ -249,6 +249,7 @@ def test_a_question_in_place_of_a_model_is_named(run: Run, pipe: Pipe) -> None:
         ((), 30, "stopped after 30 tokens; -n -1"),
         (("-n", "40"), 40, ""),
         (("-n", "-1", "-c", "64"), None, "the context of 64 tokens is full"),
+        (("-n", "200", "-c", "128", "--overflow", "slide"), 200, ""),  # it slid
     ],
 )
 def test_an_answer_without_end_is_ended_and_told(

@@ -125,6 +125,11 @@ def test_a_context_that_slides_has_the_cpus_tokens(path: Path) -> None:
             sliding = llm.generate(PROMPTS[3], max_tokens=250, temperature=0.0, overflow="slide")
             again = llm.generate(PROMPTS[3] + " eight", max_tokens=9, temperature=0.0)
             texts.append((sliding.text, again.text))
+        with LLM(path, device=device, n_ctx=1024, threads=1) as llm:  # 24 of 32 pages stay
+            asked: Any = dict(overflow="slide", max_tokens=200, logit_bias={257: -1e9})
+            kept = llm.generate("a long text " * 105, n_keep=768, temperature=0.0, **asked)
+            assert kept.usage.completion_tokens == 200 and kept.usage.prompt_tokens > 900
+            texts[-1] += (kept.text,)
     assert texts[0] == texts[1]
 
 

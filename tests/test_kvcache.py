@@ -8,7 +8,14 @@ from array import array
 import pytest
 
 from edgeinfer.batch import PAGE
-from edgeinfer.engine.cache import CacheLayout, PagePool, Ring, SequenceCache, pages_for
+from edgeinfer.engine.cache import (
+    CacheLayout,
+    PagePool,
+    Ring,
+    SequenceCache,
+    most_pinned,
+    pages_for,
+)
 from edgeinfer.engine.prefix_index import PrefixIndex
 from edgeinfer.errors import InvalidRequestError
 
@@ -44,11 +51,16 @@ def test_error_layout_sees_everything() -> None:
     assert layout.rings == (Ring(4, 0, 4),)
 
 
-def test_sliding_layout_pins_at_most_a_quarter() -> None:
+def test_a_sliding_layout_keeps_what_it_is_to_keep_and_a_quarter_to_slide_in() -> None:
     assert CacheLayout.of("slide", 512, 1).rings[0].n_pinned == 1
     assert CacheLayout.of("slide", 512, 40).rings[0].n_pinned == 2
-    layout = CacheLayout.of("slide", 512, 500)
-    assert layout.rings == (Ring(16, 4, 11),)
+    assert CacheLayout.of("slide", 512, 300).rings == (Ring(16, 10, 5),)
+    assert CacheLayout.of("slide", 512, 500).rings == (Ring(16, 12, 3),)
+    assert most_pinned(512) == 12 * PAGE
+    for n_ctx in (128, 130, 200, 256, 300, 8192):
+        assert most_pinned(n_ctx) <= n_ctx * 3 / 4
+        (ring,) = CacheLayout.of("slide", n_ctx, n_ctx).rings
+        assert ring.n_pinned * PAGE == most_pinned(n_ctx) and ring.n_visible >= 2
 
 
 def test_too_short_a_context_cannot_slide() -> None:
@@ -68,11 +80,12 @@ def test_growing_takes_pages_only_when_they_are_reached() -> None:
     assert pool.n_free == 4
 
 
-def test_sliding_never_overwrites_what_a_row_of_the_step_sees() -> None:
+@pytest.mark.parametrize("n_pinned", [40, 160])
+def test_sliding_never_overwrites_what_a_row_of_the_step_sees(n_pinned: int) -> None:
     """Follow every physical page through 20 contexts: what a query sees is what was written."""
     n_ctx = 256
     pool = PagePool(pages_for(n_ctx))
-    cache = SequenceCache([pool], CacheLayout.of("slide", n_ctx, 40))
+    cache = SequenceCache([pool], CacheLayout.of("slide", n_ctx, n_pinned))
     holds: dict[int, int] = {}  # physical page: absolute page
     while cache.n_tokens < 20 * n_ctx:
         n = min(cache.step_limit(), 50)

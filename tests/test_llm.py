@@ -38,6 +38,7 @@ from edgeinfer import (
     ModelNotFoundError,
     PlanError,
     Progress,
+    Stream,
     TemplateError,
 )
 from edgeinfer.errors import Keyword
@@ -350,11 +351,15 @@ def test_arrays_are_no_chats(llm: LLM, wrong: Any) -> None:
         llm.chat(wrong, max_tokens=1)
 
 
-def test_what_is_of_another_model_or_none_is_refused(llm: LLM, path: Path) -> None:
+def test_what_is_of_another_model_or_none_is_refused(llm: LLM, path: Path, tmp_path: Path) -> None:
     with LLM(path, device="reference") as other, llm.stream("x", max_tokens=1) as stream:
+        other.generate("xy", max_tokens=1)  # it has the first tokens in its cache, too
         stream.run()
         with pytest.raises(InvalidRequestError, match="not one of this model"):
             edgeinfer.Recording.of(other, stream)
+        with pytest.raises(InvalidRequestError, match="not one of this model") as caught:
+            other.save_session(tmp_path / "talk", stream)
+        assert caught.value.param == "of" and not [*tmp_path.iterdir()]
     with pytest.raises(InvalidRequestError, match="n_ctx is given with a model that is open"):
         AsyncLLM(llm, n_ctx=64)
     with llm.stream("x", max_tokens=2, seed=1) as stream:
@@ -389,6 +394,30 @@ def test_chat_slides_with_its_system_message_pinned(path: Path) -> None:
         stream = llm.stream_chat(turns, overflow="slide", max_tokens=300, logit_bias={257: -1e9})
         assert stream.run().usage.completion_tokens == 300
         assert stream._generation.layout.rings[0].n_pinned == 2
+
+
+def test_a_system_text_stays_whole_or_nothing_slides(path: Path) -> None:
+    """Of one longer than a quarter of the context the rest had been forgotten without a word."""
+    endless: Any = dict(max_tokens=300, logit_bias={257: -1e9}, seed=1)
+    with LLM(path, device="reference", n_ctx=256) as llm:
+
+        def asked(n: int, **given: Any) -> Stream:
+            turns: Any = [{"role": "system", "content": "x" * n}, {"role": "user", "content": "hi"}]
+            return llm.stream_chat(turns, **endless | given)
+
+        for overflow in ("slide", "drop-turns"):
+            long = asked(130, overflow=overflow)
+            assert long.run().usage.completion_tokens == 300
+            assert 32 * long._generation.layout.rings[0].n_pinned >= 130
+        too_long = asked(180, overflow="drop-turns").run()
+        assert too_long.finish_reason == "length"
+        assert too_long.usage.prompt_tokens + too_long.usage.completion_tokens == 256
+        with pytest.raises(InvalidRequestError, match="has room for 160 of them") as caught:
+            asked(180, overflow="slide")
+        assert Keyword("n_keep", 160) in caught.value.advice
+        forgets = asked(180, overflow="slide", n_keep=160)
+        assert forgets.run().usage.completion_tokens == 300
+        assert forgets._generation.layout.rings[0].n_pinned == 5
 
 
 def test_chat_batch(llm: LLM) -> None:

@@ -57,6 +57,19 @@ def test_cuts_stay_where_they_are_while_the_conversation_grows() -> None:
     assert len(set(cuts)) < 15  # several turns pass between two cuts
 
 
+@pytest.mark.parametrize("n_system", [100, 500, 600, 700])
+def test_turns_stay_beside_a_long_system_text(n_system: int) -> None:
+    """Of a context of 1,000; beside one that took half of it every cut had left the last alone."""
+    cuts = []
+    for n in range(60):
+        kept, n_dropped = drop_turns([message("system", n_system), *talk(n, 5)[1:]], size, 1000)
+        cuts.append(n_dropped)
+        assert sum(map(size, kept)) <= 1000 * (1 - ANSWER_SHARE)
+        if n_dropped:
+            assert sum(map(size, kept)) - n_system >= (750 - n_system) / 2 - 10
+    assert cuts == sorted(cuts) and len(set(cuts)) < 30
+
+
 def test_the_last_turn_is_kept_however_long() -> None:
     kept, n_dropped = drop_turns([*talk(2, 10), message("user", 999)], size, 100)
     assert [size(m) for m in kept] == [10, 999]

@@ -193,18 +193,16 @@ def test_every_setting_that_an_error_names_works_by_itself(
             return
         assert len(named) <= 2
         assert (error.n_ctx is not None) == ("n_ctx" in {each.name for each in named})
-        least_types = "q4_0" if types and not few else None
-        least = dict(n_ctx=32, slots=1, kept_tokens=0, kv_type=least_types)
-        smallest = [Keyword(*each) for each in least.items()]
-        if named == [Keyword("memory")]:  # more of it, for less than was asked for
-            more = request._replace(available=request.most_available)
-            assert more.available > host and works(segment, machine, more, *smallest[:3])
-            named = []
-        elif not named:
-            assert "smaller file" in str(error)
         for each in named:
             assert works(segment, machine, request, each), str(each)
-        assert named or not works(segment, machine, request, *smallest)
+        if not named:
+            assert "smaller file" in str(error)
+            least_types = "q4_0" if types and not few else None
+            least = dict(n_ctx=32, slots=1, kept_tokens=0, kv_type=least_types)
+            assert not works(segment, machine, request, *(Keyword(*each) for each in least.items()))
+            most = request._replace(available=request.most_available // MiB * MiB)
+            least = dict(n_ctx=32, slots=1, kept_tokens=0)
+            assert not works(segment, machine, most, *(Keyword(*each) for each in least.items()))
     else:
         assert found.fits and (n_ctx is None or found.n_ctx == n_ctx)
         assert types is None or found.kv_types == types
@@ -315,12 +313,18 @@ def test_what_is_to_be_kept_is_planned_to_the_page(segment: Segment, kept: int) 
 
 
 def test_an_error_names_memory_where_no_shorter_context_is_of_use(segment: Segment) -> None:
-    """With all that there is, what was asked for does not fit either."""
+    """With all that there is, what was asked for does not fit either: less does, in more."""
     machine = OneMemory(20_000, 9 * MiB, 0)
-    request = PlanRequest(40_000_000, 1, 1, 1, {}, None, HostBytes(), 1 << 30)
-    with pytest.raises(PlanError, match="no context length would fit; raise memory") as raised:
+    request = PlanRequest(40_000_000, 3, 1, 1, {}, None, HostBytes(), 1 << 30)
+    with pytest.raises(PlanError, match="1 byte is available") as raised:
         solve(segment, machine, request)
-    assert raised.value.advice[1:] == (Keyword("memory"),)
+    named = [each for each in raised.value.advice if isinstance(each, Keyword)]
+    assert [each.name for each in named] == ["slots", "n_ctx", "memory"]
+    assert works(segment, machine, request, *named)
+    beside = advice_beside(raised.value, 100 * MiB, 1 << 30)
+    asked, told = (int(str(each[4].value)[:-1]) for each in (raised.value.advice, beside))
+    assert told == asked + 100 and beside[:4] == raised.value.advice[:4]
+    assert "smaller file" in advice_beside(raised.value, 100 * MiB, told * MiB - 1)[0]
 
 
 def test_sizes_of_an_error_are_never_nothing_nor_equal(segment: Segment) -> None:
@@ -330,7 +334,7 @@ def test_sizes_of_an_error_are_never_nothing_nor_equal(segment: Segment) -> None
     assert "100 bytes are available" in str(caught.value)
     machine = OneMemory(0, 0, 0)
     needed = plan_for(segment, machine, 64).total_bytes
-    with pytest.raises(PlanError, match="1 bytes more than there are"):
+    with pytest.raises(PlanError, match="1 byte more than there are"):
         plan_for(segment, machine, 64, needed - 1)
 
 

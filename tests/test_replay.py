@@ -174,6 +174,21 @@ def test_the_command_says_where_it_differs(call: Call, recorded: Path, path: Pat
     assert found["expected"][:4] == found["found"][:4]
 
 
+def test_the_command_refuses_what_is_not_as_it_was(call: Call, recorded: Path) -> None:
+    """With what would be, as it is typed; of a file that was edited nothing but text is shown."""
+    for flags, advised in ((("-c", 96), "-c 128"), (("--kv-type", "q8_0"), "--kv-type f16/f16")):
+        code, out, err = call("replay", recorded, *flags)
+        assert (code, out) == (2, "") and err.endswith(f"open it with {advised}\n")
+    answer = json.loads(recorded.read_text())
+    answer["replay"]["device"] = "law\nequal: 10 tokens\x1b[2J"
+    recorded.write_text(json.dumps(answer))
+    assert call("replay", recorded)[1] == "equal: 9 tokens, as recorded on law equal: 10 tokens\n"
+    answer["token_ids"][2] = 2**31 - 1
+    recorded.write_text(json.dumps(answer))
+    code, out, err = call("replay", recorded, "--json")
+    assert (code, out) == (2, "") and "id 2147483647 is outside the vocabulary" in err
+
+
 NO_RECORDINGS = [
     b"", b"{}", b"[]", b"5", b"null", b"\xff\xfe", b"[" * 100_000, b'{"replay": 5}',
     b'{"replay": {"format": 2}}', b'{"replay": {"format": 1}}', b'{"token_ids": ' + b"9" * 9000,

@@ -20,6 +20,7 @@ import pytest
 
 from edgeinfer import platform
 from edgeinfer.batch import StepLimits, StepRequest
+from edgeinfer.engine import session
 from edgeinfer.engine.engine import Engine
 from edgeinfer.engine.sequence import Finished, Token
 from edgeinfer.engine.session import _DIGEST, _digest
@@ -32,10 +33,10 @@ from .test_prefix_reuse import KINDS, VOCAB, ask, check_all_is_given_back, opene
 PROMPT = text(60, 133)
 
 
-def engine_of(name: str, model: Segment) -> Engine:
-    request = StepRequest(400, 2, 2, n_states=9 if model.states else 0)
+def engine_of(name: str, model: Segment, n_ctx: int = 400) -> Engine:
+    request = StepRequest(n_ctx, 2, 2, n_states=9 if model.states else 0)
     limits = StepLimits.of(request, VOCAB, model.groups, 64)
-    return Engine(backend(name).compile(model, limits), limits, 400, model.output.dim)
+    return Engine(backend(name).compile(model, limits), limits, n_ctx, model.output.dim)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +65,29 @@ def test_a_conversation_goes_on_in_another_engine(
     second.close()
 
 
+@pytest.mark.parametrize("name", ["cpu", "shim"])
+@pytest.mark.parametrize("contexts", [(400, 160), (160, 400)])
+def test_a_context_of_another_length_goes_on(
+    models: dict[str, Segment], name: str, contexts: tuple[int, int], tmp_path: Path
+) -> None:
+    """Of a window what it sees is kept, also where a ring of its own would be no shorter."""
+    path, asked, saved = tmp_path / "talk.session", [], []
+    for n_ctx in contexts:
+        engine = engine_of(name, models["windows"], n_ctx)
+        answer = told(engine.submit(ask(PROMPT, 4)))[0]
+        asked.append(told(engine.submit(more := ask([*PROMPT, *answer, 3, 4, 5], 15)))[0])
+        engine.sessions("m").save(path, PROMPT)
+        saved.append(path.read_bytes())
+        engine.close()
+    assert saved[0] == saved[1] and asked[0] == asked[1]
+    for n_ctx in contexts:
+        engine = engine_of(name, models["windows"], n_ctx)
+        ids = engine.sessions("m").load(path)
+        assert told(engine.submit(more))[:2] == (asked[0], len(ids))
+        check_all_is_given_back(engine)
+        engine.close()
+
+
 @pytest.mark.parametrize(
     ("kind", "name"), [("full", "cpu"), ("windows", "shim"), ("full", "cpu+reference")]
 )
@@ -80,6 +104,39 @@ def test_a_file_holds_nothing_of_the_conversation_that_it_began_with(
         assert engine.sessions("m").save(path, [*parted, *answer]) == 111
         engine.close()
     assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
+
+
+def test_a_session_passes_through_memory_in_parts(
+    models: dict[str, Segment], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No plan has room for whole runs, which are 64 MiB of a model of 4 B; the file is the same."""
+    paths, moved = [tmp_path / "whole", tmp_path / "parts"], list[tuple[str, int]]()
+    with opened(models["windows"]) as (engine, program):
+
+        def counted(name: str) -> Any:
+            call = getattr(program.program, name)
+            return lambda group, pages, *data: (
+                moved.append((name, len(pages))) or call(group, pages, *data)
+            )
+
+        told(engine.submit(ask(text(61, 600), 5)))
+        for n_bytes, path in ((1 << 40, paths[0]), (1, paths[1])):
+            monkeypatch.setattr(session, "_PART_BYTES", n_bytes)
+            assert engine.sessions("m").save(path, text(61, 600)) == 600
+            for name in ("read_pages", "write_pages"):
+                monkeypatch.setattr(program, name, counted(name), raising=False)
+        assert engine.forget()
+        assert len(engine.sessions("m").load(paths[0])) == 600
+        assert paths[0].read_bytes() == paths[1].read_bytes()
+        assert {(name, n) for name, n in moved if n} == {("read_pages", 1), ("write_pages", 1)}
+        damaged = bytearray(paths[0].read_bytes())
+        damaged[-_DIGEST - 1] ^= 1
+        paths[1].write_bytes(damaged)
+        assert engine.forget()
+        with pytest.raises(SessionError, match="a part of it"):
+            engine.sessions("m").load(paths[1])
+        assert told(engine.submit(ask(text(61, 600), 5)))[1:] == (0, "new")
+        check_all_is_given_back(engine)
 
 
 @pytest.fixture(scope="module")

@@ -118,6 +118,19 @@ def test_an_unread_stream_pauses_and_goes_on_where_it_was(llm: LLM) -> None:
     stream.close()
 
 
+@pytest.mark.parametrize("n_logprobs", [1, 20, 128])
+def test_what_is_unread_with_logprobs_takes_no_more_than_without(llm: LLM, n_logprobs: int) -> None:
+    """256 tokens with the likeliest 128 of each take 3.5 MB, of each client that has stalled."""
+    asked: Any = dict(SLIDING, logprobs=n_logprobs, max_tokens=600, seed=4)
+    alone = llm.generate("hello", **asked)
+    with llm.stream("hello", **asked) as stream:
+        _wait_paused(llm)
+        n_bytes = _n_unread(stream) * (160 + 107 * n_logprobs)
+        assert n_bytes < 512 << 10 and _n_unread(stream) >= min(8, MOST_UNREAD)
+        found = stream.run()
+    assert (found.token_ids, found.logprobs) == (alone.token_ids, alone.logprobs)
+
+
 @pytest.mark.parametrize(
     "sampling",
     [
@@ -246,6 +259,16 @@ def test_a_batch_waits_where_no_more_may(llm: LLM, monkeypatch: pytest.MonkeyPat
     with pytest.raises(BusyError, match="wait already"):
         llm.generate_batch(prompts, max_tokens=2)
     unread.close()
+
+
+def test_stop_strings_count_as_what_waits(llm: LLM) -> None:
+    """A body of 1 MB may hold 100,000 of them, which take 11."""
+    with llm.stream("hello", **SLIDING):
+        _wait_paused(llm)
+        with pytest.raises(BusyError, match="wait already") as caught:
+            llm.generate("x", max_tokens=1, stop=[f"<{i}>" for i in range(100_000)])
+        assert (caught.value.n_bytes or 0) > 11_000_000
+        assert llm.generate("x", max_tokens=1, stop=["<1>"]).usage.completion_tokens == 1
 
 
 # -- readers that go away ------------------------------------------------------------------------

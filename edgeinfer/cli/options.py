@@ -73,6 +73,8 @@ def as_flag(keyword: Keyword) -> str:
     """A keyword that an error advises, as it is typed here."""
     name, value = keyword
     flag = _SPELLINGS.get(name, ("--" + name.replace("_", "-"),))[0]
+    if isinstance(value, tuple):  # of K and V
+        value = "/".join(value)
     return flag if value is None else f"{flag} {value}"
 
 

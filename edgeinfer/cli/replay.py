@@ -10,6 +10,7 @@ from edgeinfer import __version__
 from edgeinfer.cli.console import note, show, show_json
 from edgeinfer.cli.opening import open_model
 from edgeinfer.cli.options import FileName, common_flags, json_flag, load_flags
+from edgeinfer.terminal import one_line
 
 if TYPE_CHECKING:
     from edgeinfer.llm import LLM
@@ -55,7 +56,7 @@ def command(file: str, model: str | None, as_json: bool, **flags: Any) -> None:
 def _verdict(replay: Replay, recording: Recording, llm: LLM) -> str:
     n, at = len(replay.expected), replay.differs_at
     if at is None:
-        return f"equal: {n} tokens, as recorded on {recording.device}"
+        return f"equal: {n} tokens, as recorded on {one_line(recording.device)}"
     if "reference" in (recording.device, llm.runtime.devices):
         note("(the device reference has numbers of its own; law has those of all others)")
     if recording.numerics != "exact":

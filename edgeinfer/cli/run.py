@@ -81,7 +81,8 @@ def command(
             stream = llm.stream_chat(_conversation(system, text), **sampling)
         with stream:
             follow(stream, None if as_json else Output())
-        _tell_why_it_ended(stream, is_limited, llm.n_ctx)
+        slides = stream.request.overflow == "slide"  # such a context is never full
+        _tell_why_it_ended(stream, is_limited, None if slides else llm.n_ctx)
         if model is None:
             advise_after(llm.runtime.model.file.path)
         if as_json:

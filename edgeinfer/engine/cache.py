@@ -81,6 +81,7 @@ class Ring(NamedTuple):
     n_pinned: int
     n_visible: int
     window: int = 0  # 0: it holds whatever fits in the context
+    sees: int = 0  # positions that a query does, the same however long the context is; 0: all held
 
 
 class CacheLayout(NamedTuple):
@@ -122,8 +123,8 @@ class CacheLayout(NamedTuple):
         """Absolute pages of which a query behind `n_tokens` positions sees anything, ascending."""
         ring, end = self.rings[group], pages_for(n_tokens)
         first = max(ring.n_pinned, n_tokens // PAGE - ring.n_visible + 1)
-        if ring.window:
-            first = max(0, n_tokens - ring.window + 1) // PAGE
+        if ring.sees:
+            first = max(first, (n_tokens - ring.sees + 1) // PAGE)
         return [*range(min(ring.n_pinned, end)), *range(first, end)]
 
     @classmethod
@@ -138,14 +139,15 @@ class CacheLayout(NamedTuple):
     ) -> CacheLayout:
         """For a context of `n_ctx` and groups by window, in steps of up to `max_rows` rows.
 
-        `n_pinned_tokens` tokens stay for ever when it slides.
+        `n_pinned_tokens` tokens stay for ever when it slides, `most_pinned` of them at most.
         """
         whole = _whole_ring(overflow, n_ctx, n_pinned_tokens)
 
         def ring(window: int) -> Ring:
             n_slots = ring_pages(window, max_rows) if window else whole.n_slots
-            is_own = n_slots < whole.n_slots
-            return Ring(n_slots, 0, EVERY_PAGE, window) if is_own else whole
+            if n_slots < whole.n_slots:
+                return Ring(n_slots, 0, EVERY_PAGE, window, window)
+            return whole if whole.n_pinned else whole._replace(sees=window)
 
         bound = n_ctx if overflow == "error" else None
         return cls(overflow, whole.n_slots, bound, tuple(map(ring, windows)), has_state)
@@ -163,8 +165,14 @@ def _whole_ring(overflow: Overflow, n_ctx: int, n_pinned_tokens: int) -> Ring:
             advice=("raise ", Keyword("n_ctx"), " or use ", Keyword("overflow", "error")),
             param="overflow",
         )
-    n_pinned = min(pages_for(n_pinned_tokens), n_slots // 4)
+    n_pinned = min(pages_for(n_pinned_tokens), most_pinned(n_ctx) // PAGE)
     return Ring(n_slots, n_pinned, n_slots - n_pinned - 1)
+
+
+def most_pinned(n_ctx: int) -> int:
+    """Tokens that may stay when a context slides: a quarter slides, three pages at least."""
+    n_slots = n_ctx // PAGE
+    return max(0, n_slots - max(_MIN_SLIDING_PAGES - 1, n_slots // 4)) * PAGE
 
 
 _MIN_SLIDING_PAGES = 4  # one pinned, two visible, one being written

@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 
 WAKE_SECONDS = 0.1  # lets signals in where a wait can't be interrupted
 MOST_UNREAD = 256  # events; a step may add a few more, 40 KiB in all
+_LEAST_UNREAD = 8  # so that who reads is not waited for
+_TOKEN_BYTES, _TOP_BYTES = 160, 107  # measured, CPython 3.11: an event, one of its likeliest tokens
 
 
 class Worker(Protocol):
@@ -83,6 +85,12 @@ class Worker(Protocol):
 _FORCED = 0.999  # the chance of a token that must follow
 
 
+def most_unread(n_logprobs: int | None) -> int:
+    """Events that may be unread: as many as take what MOST_UNREAD of plain tokens do."""
+    n_bytes = _TOKEN_BYTES + _TOP_BYTES * (n_logprobs or 0)
+    return min(MOST_UNREAD, max(_LEAST_UNREAD, MOST_UNREAD * _TOKEN_BYTES // n_bytes))
+
+
 def _possible(
     matcher: Matcher, tokens: list[int], chances: list[float]
 ) -> tuple[list[int], list[float]]:
@@ -93,8 +101,8 @@ def _possible(
 class Generation:
     """A request on its way: yields its events to one consumer, in any thread.
 
-    With more than MOST_UNREAD events unread it pauses once its prompt is read: others may take its
-    place and its pages. It goes on, with the same tokens, when half of them have been read.
+    With more than `most_unread` events unread it pauses once its prompt is read: others may take
+    its place and its pages. It goes on, with the same tokens, when half of them have been read.
     """
 
     def __init__(self, worker: Worker, request: Request, layout: CacheLayout) -> None:
@@ -120,7 +128,7 @@ class Generation:
         if layout.n_ctx is not None and most != 0:
             room = layout.n_ctx - len(request.ids)
             self.max_tokens = room if self.max_tokens is None else min(self.max_tokens, room)
-        self.events: EventQueue[EngineEvent] = EventQueue(MOST_UNREAD, worker.wake)
+        self.events: EventQueue[EngineEvent] = EventQueue(most_unread(self.n_logprobs), worker.wake)
         self._worker, self._delivery = worker, worker.delivery
         self._is_finished = False
 

@@ -14,6 +14,7 @@ from edgeinfer.backend import Backend
 from edgeinfer.batch import PAGE, StepLimits, StepRequest, pages_for
 from edgeinfer.engine.plan_error import does_not_fit
 from edgeinfer.engine.plan_rows import (
+    LEAST_N_CTX,
     LEAST_STATES,
     SPARE_PAGES,
     SPARE_STATES,
@@ -28,7 +29,6 @@ from edgeinfer.errors import UnsupportedModelError
 from edgeinfer.graph import KVType, Segment
 
 DEFAULT_N_CTX = 8192
-_LEAST_N_CTX = 512  # what a default is lowered to before a model is refused
 _FEW_ROWS = 64  # of a step, where the usual number leaves no room for even that
 _ALL_ROWS = 1 << 30
 _SPARE_ROWS = SPARE_PAGES, SPARE_STATES
@@ -222,7 +222,7 @@ def _settings(segment: Segment, request: PlanRequest) -> Iterator[Setting]:
     if spare != least:
         yield Setting(n_ctx, choices[0], *spare)
     yield from (Setting(n_ctx, types, *least) for types in choices)
-    while request.n_ctx is None and (half := n_ctx // 2 // PAGE * PAGE) >= min(usual, _LEAST_N_CTX):
+    while request.n_ctx is None and (half := n_ctx // 2 // PAGE * PAGE) >= min(usual, LEAST_N_CTX):
         n_ctx = half
         yield from (Setting(n_ctx, types, *least) for types in choices)
     yield from (Setting(n_ctx, types, *least, most_rows=_FEW_ROWS) for types in choices)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from edgeinfer.batch import HOST, PAGE
-from edgeinfer.engine.plan_rows import Pool, size_text
+from edgeinfer.engine.plan_rows import LEAST_N_CTX, Pool, size_text
 from edgeinfer.errors import Advice, Keyword, PlanError
 
 if TYPE_CHECKING:
@@ -38,12 +38,11 @@ def does_not_fit(plan: MemoryPlan, request: PlanRequest, room: Room) -> PlanErro
         advice = would_fit(settings, " or ")
     elif settings := _together(plan, request, room):
         advice = would_fit(settings, " and ", " together" if len(settings) > 1 else "")
-    elif _fits_in_more(request, room):
-        advice = ("no context length would fit; raise ", Keyword("memory"))
     slots = f" in {plan.slots} slots" if plan.slots > 1 else ""
+    are = "is" if pool.available == 1 else "are"
     return PlanError(
         f"the model needs {_needed(pool)} for {plan.n_ctx} tokens of context{slots}, "
-        f"{size_text(pool.available)} are available (most of it is {pool.largest}, "
+        f"{size_text(pool.available)} {are} available (most of it is {pool.largest}, "
         f"{size_text(pool.rows[pool.largest])})",
         advice=advice,
         needed=pool.total_bytes,
@@ -90,30 +89,35 @@ def _settings(
 
 
 def _together(plan: MemoryPlan, request: PlanRequest, room: Room) -> list[Keyword]:
-    """Settings that fit together, where none does by itself; the longest context is among them."""
+    """Settings that fit together, where none does by itself.
+
+    The longest context is among them; where none fits, a short one, and more of the memory that
+    there is than the user allows.
+    """
     alone = request._replace(slots=1, kept_tokens=request.kept_tokens and 0)
-    for types in (request.kv_types, *(_LESS_TYPES if request.kv_types else ())):
-        least = alone._replace(kv_types=types)
-        if room(least) >= 0:
-            break
-        if (n_ctx := _longest(plan, least, room)) is not None:
-            least = least._replace(n_ctx=n_ctx)
-            break
-    else:
-        return []
-    found = {"kept_tokens": least.kept_tokens, "slots": least.slots, "n_ctx": least.n_ctx}
-    settings = [Keyword(*each) for each in found.items() if each[1] != getattr(request, each[0])]
-    if types is not None and types != request.kv_types:
-        settings.append(Keyword("kv_type", types[0]))
+    types = (request.kv_types, *(_LESS_TYPES if request.kv_types else ()))
+    short = request.n_ctx and min(request.n_ctx, LEAST_N_CTX)
+    more = alone._replace(n_ctx=short, available=request.most_available // _MiB * _MiB)
+    for found in (*(alone._replace(kv_types=each) for each in types), more):
+        if room(found) >= 0:
+            return _changed(request, found, room)
+        if (n_ctx := _longest(plan, found, room)) is not None:
+            return _changed(request, found._replace(n_ctx=n_ctx), room)
+    return []
+
+
+def _changed(request: PlanRequest, found: PlanRequest, room: Room) -> list[Keyword]:
+    """What one that fits has of other settings."""
+    names = ("kept_tokens", "slots", "n_ctx")
+    settings = [
+        Keyword(n, getattr(found, n)) for n in names if getattr(found, n) != getattr(request, n)
+    ]
+    if found.kv_types is not None and found.kv_types != request.kv_types:
+        settings.append(Keyword("kv_type", found.kv_types[0]))
+    if found.available != request.available:  # of which a plan lacks what it takes beyond it
+        lacking = room(found._replace(available=request.available))
+        settings.append(Keyword("memory", f"{-(-(request.available - lacking) // _MiB)}M"))
     return settings
-
-
-def _fits_in_more(request: PlanRequest, room: Room) -> bool:
-    """Whether a short context would, in what the user does not allow of the memory there is."""
-    if request.most_available <= request.available:
-        return False
-    least = request._replace(n_ctx=PAGE, slots=1, kept_tokens=request.kept_tokens and 0)
-    return room(least._replace(available=request.most_available)) >= 0
 
 
 def _most(high: int, room: Callable[[int], int]) -> int:

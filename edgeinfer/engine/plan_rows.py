@@ -21,6 +21,7 @@ WAITING_BYTES = 8 * _MiB
 _SEQUENCE_BYTES = 192 << 10  # that index's tables, and what is sampled by
 _MOST_SPARE_BYTES = 64 * _MiB
 _SPARE_SHARE = 4  # of a context: a quarter
+LEAST_N_CTX = 512  # what a default is lowered to before a model is refused
 LEAST_STATES = 2  # slots of a sequence: one that a step reads, one that it writes
 _TYPE_BITS: Mapping[KVType, float] = {"f16": 16, "q8_0": 8.5, "q4_0": 4.5}
 
@@ -139,4 +140,6 @@ def size_text(n_bytes: int) -> str:
     """ "412 MiB"; below ten of a unit in the next smaller one."""
     if n_bytes >= 10 * _MiB:
         return f"{n_bytes / _MiB:.0f} MiB"
-    return f"{n_bytes / 1024:.0f} KiB" if n_bytes >= 10 << 10 else f"{n_bytes} bytes"
+    if n_bytes >= 10 << 10:
+        return f"{n_bytes / 1024:.0f} KiB"
+    return "1 byte" if n_bytes == 1 else f"{n_bytes} bytes"

@@ -40,7 +40,8 @@ class Request:
     has a larger `priority` runs first, and of equals what came first. An answer is what a
     `constraint` allows, and ends with it. `borders` are numbers of
     tokens behind which later prompts are likely to differ, the ends of messages; what is kept of
-    the first `n_stable` tokens is the last to be given up.
+    the first `n_stable` tokens is the last to be given up. `n_beside` bytes are held for who asks
+    for it as long as it waits, such as its stop strings.
     """
 
     ids: SequenceOf[int]
@@ -55,6 +56,7 @@ class Request:
     n_stable: int = 0
     hook: Hook | None = None
     constraint: Constraint | None = None
+    n_beside: int = 0
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
@@ -68,7 +70,8 @@ class Request:
     @property
     def n_bytes(self) -> int:
         """About what it takes while it waits, its ids in an array."""
-        return REQUEST_BYTES + ID_BYTES * len(self.ids) + _BIAS_BYTES * len(self.params.logit_bias)
+        n_biases = len(self.params.logit_bias)
+        return REQUEST_BYTES + ID_BYTES * len(self.ids) + _BIAS_BYTES * n_biases + self.n_beside
 
     @property
     def can_speculate(self) -> bool:

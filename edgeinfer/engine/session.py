@@ -3,6 +3,8 @@
 The file: `_MAGIC`, the length of the head (4 bytes), the head as JSON, the ids (int32), then for
 each cache group its pages in runs of up to `_RUN`, then the state. A BLAKE2b digest follows the
 head with the ids, every run and the state. Numbers are little-endian.
+
+Runs pass through memory in parts: what is held of one is in no plan.
 """
 
 from __future__ import annotations
@@ -30,13 +32,16 @@ from edgeinfer.segment import Segment
 from edgeinfer.values import is_same
 
 if TYPE_CHECKING:
+    from hashlib import blake2b
+
     from numpy.typing import NDArray
 
 T = TypeVar("T")
 
 _MAGIC = b"edgeinfer session 1\n"
 _MOST_HEAD = 64 << 10  # bytes
-_RUN = 16  # pages that are read or written between two steps
+_RUN = 16  # pages
+_PART_BYTES = 2 << 20  # that are read or written between two steps; a page at least
 _DIGEST = 32  # bytes
 
 
@@ -61,6 +66,7 @@ class _Part(NamedTuple):
     numbers: list[int]
     n_bytes: int
     n_last: int = PAGE
+    ends_run: bool = True
 
 
 class Sessions:
@@ -113,9 +119,7 @@ class Sessions:
         with open(path, "rb") as file:
             ids = self._read_head(file, path)
             with self._guest(lambda: self._store.receive(ids, self._layout), is_kept=True) as guest:
-                for part in self._parts(guest):
-                    data = _checked(file, part.n_bytes * len(part.numbers), path)
-                    self._put(part, data)
+                self._fill(guest, file, path)
         return ids
 
     @contextmanager
@@ -163,10 +167,14 @@ class Sessions:
             seen = self._layout.seen_pages(group, cache.n_tokens)
             numbers = [int(table.pages[table.slot(page)]) for page in seen]
             n_bytes = self._page_bytes(group)
-            for first in range(0, len(numbers), _RUN):
-                is_last = first + _RUN >= len(numbers)
-                n_last = cache.n_tokens % PAGE or PAGE if is_last else PAGE
-                yield _Part(group, numbers[first : first + _RUN], n_bytes, n_last)
+            most = max(1, min(_RUN, _PART_BYTES // max(1, n_bytes)))
+            for start in range(0, len(numbers), _RUN):
+                run = numbers[start : start + _RUN]
+                for first in range(0, len(run), most):
+                    is_last = start + first + most >= len(numbers)
+                    n_last = cache.n_tokens % PAGE or PAGE if is_last else PAGE
+                    ends_run = first + most >= len(run)
+                    yield _Part(group, run[first : first + most], n_bytes, n_last, ends_run)
         if cache.state >= 0:
             yield _Part(-1, [cache.state], self._page_bytes(-1))
 
@@ -188,10 +196,14 @@ class Sessions:
         head = json.dumps(self._head(len(ids))).encode()
         begin = _MAGIC + len(head).to_bytes(4, "little") + head + np.array(ids, "<i4").tobytes()
         file.write(begin + _digest(begin))
+        digest = _hash()
         for part in self._parts(guest):
-            data = self._get(part).tobytes()
+            data = self._get(part).reshape(-1).data
             file.write(data)
-            file.write(_digest(data))
+            digest.update(data)
+            if part.ends_run:
+                file.write(digest.digest())
+                digest = _hash()
 
     def _get(self, part: _Part) -> NDArray[np.uint8]:
         if part.group < 0:
@@ -249,8 +261,20 @@ class Sessions:
             )
         return n_tokens
 
-    def _put(self, part: _Part, data: bytes) -> None:
-        rows = np.frombuffer(data, np.uint8).reshape(len(part.numbers), part.n_bytes)
+    def _fill(self, guest: Sequence, file: io.BufferedReader, path: Path) -> None:
+        """Of what does not match its checksum nothing is kept."""
+        digest = _hash()
+        for part in self._parts(guest):
+            rows = np.empty((len(part.numbers), part.n_bytes), np.uint8)
+            data = rows.reshape(-1).data
+            digest.update(data[: file.readinto(data)])
+            self._put(part, rows)
+            if part.ends_run:
+                if file.read(_DIGEST) != digest.digest():
+                    raise _damaged(path, "a part of it does not match its checksum")
+                digest = _hash()
+
+    def _put(self, part: _Part, rows: NDArray[np.uint8]) -> None:
         if part.group < 0:
             self._call(lambda: self._program.write_states(part.numbers, rows))
         else:
@@ -270,17 +294,14 @@ def _check_file(path: Path) -> None:
         raise SessionError(f"{path} is no file")
 
 
-def _checked(file: BinaryIO, n_bytes: int, path: Path) -> bytes:
-    data = file.read(n_bytes)
-    if file.read(_DIGEST) != _digest(data):
-        raise _damaged(path, "a part of it does not match its checksum")
-    return data
-
-
 def _digest(data: bytes) -> bytes:
+    return _hash(data).digest()
+
+
+def _hash(data: bytes = b"") -> blake2b:
     import hashlib  # 2 ms that starts don't need
 
-    return hashlib.blake2b(data, digest_size=_DIGEST).digest()
+    return hashlib.blake2b(data, digest_size=_DIGEST)
 
 
 def _damaged(path: Path, why: str) -> SessionError:

@@ -12,6 +12,7 @@ from edgeinfer.engine.plan_error import would_fit
 from edgeinfer.errors import Advice, Keyword, PlanError
 from edgeinfer.inspect_file import plan
 from edgeinfer.options import LoadOptions
+from edgeinfer.parameters import parse_memory
 
 _USUAL_SLOTS = (4, 2, 1)  # contexts at full length, as many as need no shorter ones
 _MiB = 1 << 20
@@ -58,11 +59,14 @@ def _usual_kept(path: Path, options: LoadOptions, least: MemoryPlan) -> int | No
 def advice_beside(error: PlanError, others: int, most: int) -> Advice:
     """What an error advises, with the memory for all: none where that is above `most` bytes."""
     settings = [each for each in error.advice if isinstance(each, Keyword)]
-    names = [setting.name for setting in settings]
-    if "memory" not in names or error.needed is None:
+    asked = next((each for each in settings if each.name == "memory"), None)
+    if asked is None:
         return error.advice
-    at, n_mib = names.index("memory"), -(-(others + error.needed) // _MiB)
-    settings[at : at + 1] = [Keyword("memory", f"{n_mib}M")] if n_mib * _MiB <= most else []
-    if not settings:
-        return ("serve fewer models at a time, or take a smaller file",)
-    return would_fit(settings, " or ")
+    n_mib = -(-(others + parse_memory(str(asked.value), 0)) // _MiB)
+    if n_mib * _MiB <= most:
+        beside = Keyword("memory", f"{n_mib}M")
+        return tuple(beside if each is asked else each for each in error.advice)
+    settings.remove(asked)
+    if settings and " or " in error.advice:
+        return would_fit(settings, " or ")
+    return ("serve fewer models at a time, or take a smaller file",)

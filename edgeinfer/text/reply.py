@@ -6,6 +6,7 @@ travels as pieces in which the spellings of control tokens are marked.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -175,7 +176,7 @@ def _merged(deltas: Iterable[Delta]) -> list[Delta]:
 
 
 class StopFinder:
-    """Finds the first stop string in pieces as they come.
+    """Finds the first stop string in pieces as they come, however many there are.
 
     A control token is one symbol: it matches where a stop string spells all of it, and what stands
     before and after it is not adjacent. What might begin a stop string is held back.
@@ -184,7 +185,8 @@ class StopFinder:
     def __init__(self, stops: Sequence[str]) -> None:
         if not all(stops):
             raise InvalidRequestError("a stop string is empty", param="stop")
-        self._stops = tuple(stops)
+        self._stops, self._sorted = frozenset(stops), sorted(stops)
+        self._lengths = sorted({len(stop) for stop in stops}, reverse=True)
         self._held: list[Piece] = []
 
     def push(self, piece: Piece) -> tuple[list[Piece], str | None]:
@@ -197,14 +199,30 @@ class StopFinder:
         pieces = [*self._held, piece]
         text = "".join([each.text for each in pieces])
         inside = _inside_controls(pieces)
-        found = [(at + len(s), at, s) for s in self._stops if (at := _find(text, s, inside)) >= 0]
-        if found:
-            _, start, stop = min(found)
+        if found := self._find(text, len(piece.text), inside):
             self._held = []
-            return _split(pieces, start)[0], stop
-        n_held = max(_overlap(text, stop, inside) for stop in self._stops)
-        shown, self._held = _split(pieces, len(text) - n_held)
+            return _split(pieces, found.start)[0], text[found.start : found.stop]
+        shown, self._held = _split(pieces, len(text) - self._overlap(text, inside))
         return shown, None
+
+    def _find(self, text: str, n_new: int, inside: list[range]) -> range | None:
+        """Where a stop string lies that the last `n_new` characters end, the first and longest."""
+        for end in range(len(text) - n_new + 1, len(text) + 1):
+            for n in self._lengths:
+                if n <= end and text[end - n : end] in self._stops:
+                    if not any(end - n in each or end in each for each in inside):
+                        return range(end - n, end)
+        return None
+
+    def _overlap(self, text: str, inside: list[range]) -> int:
+        """The length of the longest end of `text` that begins a stop string."""
+        for n in range(min(len(text), self._lengths[0] - 1), 0, -1):
+            begun = text[len(text) - n :]
+            at = bisect_right(self._sorted, begun)  # what goes on from it comes right behind it
+            if at < len(self._sorted) and self._sorted[at].startswith(begun):
+                if not any(len(text) - n in each for each in inside):
+                    return n
+        return 0
 
     def flush(self) -> list[Piece]:
         """What was held back, once no more can come."""
@@ -220,21 +238,6 @@ def _inside_controls(pieces: Sequence[Piece]) -> list[range]:
         for piece, end in zip(pieces, ends, strict=True)
         if piece.is_control
     ]
-
-
-def _find(text: str, stop: str, inside: list[range]) -> int:
-    at = text.find(stop)
-    while at >= 0 and any(at in each or at + len(stop) in each for each in inside):
-        at = text.find(stop, at + 1)
-    return at
-
-
-def _overlap(text: str, stop: str, inside: list[range]) -> int:
-    """The length of the longest end of `text` that begins `stop`."""
-    for n in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:n]) and not any(len(text) - n in each for each in inside):
-            return n
-    return 0
 
 
 def _split(pieces: list[Piece], at: int) -> tuple[list[Piece], list[Piece]]:

@@ -40,12 +40,16 @@ def drop_turns(
 
 
 def _first_kept(asked: list[int], answered: list[int], held: int, n_ctx: int) -> int:
-    """Walk through the conversation as it grew, cutting where it had to be cut."""
-    first = 0
+    """Walk through the conversation as it grew, cutting where it had to be cut.
+
+    Beside what is always `held`, and may be long, half of what turns can have stays.
+    """
+    first, most = 0, n_ctx * (1 - ANSWER_SHARE)
+    kept = max(n_ctx * _KEPT_SHARE, (held + most) / 2)
     for i, (question, answer) in enumerate(zip(asked, answered, strict=True)):
         held += question
-        if held > n_ctx * (1 - ANSWER_SHARE):
-            while first < i and held > n_ctx * _KEPT_SHARE:
+        if held > most:
+            while first < i and held > kept:
                 held -= asked[first] + answered[first]
                 first += 1
         held += answer
