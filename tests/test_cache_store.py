@@ -110,7 +110,9 @@ class Requests:
         for _ in range(self.rng.randrange(1, 9)):
             ids += self.rng.choice(self.words)
             borders.append(len(ids))
-        sequence = self.store.open(ids[: N_CTX - 20], layout, borders, self.rng.choice([0, 0, 33]))
+        ids = ids[: N_CTX - 20]
+        n_stable = self.rng.choice([0, 0, 33, len(ids)])
+        sequence = self.store.open(ids, layout, borders, n_stable)
         assert sequence.n_cached == sequence.cache.n_tokens < len(sequence.ids)
         self.running.append(sequence)
 

@@ -39,7 +39,7 @@ class CacheStore:
         # Of every kind that an index holds: pages by group, then state slots.
         self._kinds = [*self.pools, *([self._states] if self._states else [])]
         self.index = PrefixIndex(self._kinds, self._states is not None)
-        self._kept = self.index.kept
+        self._holdings = self.index.holdings
         self._begun: list[Sequence] = []  # that may be shared, in order of arrival
         self._guests: list[Sequence] = []  # that are written to files, or read from them
 
@@ -166,9 +166,9 @@ class CacheStore:
         for group in range(len(self.pools)):
             for page in reversed(sequence.cache.layout.seen_pages(group, match.n_tokens)):
                 if (held := nodes[page].held[group]) >= 0:
-                    self._kept[group].touch(held, PAGE)
+                    self._holdings[group].touch(held, PAGE)
         if self._states is not None:
-            self._kept[-1].touch(nodes[-1].held[-1], has_begun=True)
+            self._holdings[-1].touch(nodes[-1].held[-1], has_begun=True)
         sequence.n_marked = match.n_tokens
 
     # -- steps -----------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ class CacheStore:
     def _free(self, kind: int, n: int) -> bool:
         """Have n of a kind free, of what the index gives up; False where it holds too few."""
         while self._kinds[kind].n_free < n:
-            if not self._kept[kind].evict():
+            if not self._holdings[kind].evict():
                 return False
         return True
 
@@ -212,8 +212,8 @@ class CacheStore:
         for group, (slots, pool) in enumerate(zip(missing, self.pools, strict=True)):
             if len(slots) > pool.n_free:
                 turning = (int(cache.tables[group].pages[slot]) for slot in slots)
-                kept = self._kept[group]
-                return kept.evict() or any(kept.give_up(page) for page in turning)
+                held = self._holdings[group]
+                return held.evict() or any(held.give_up(page) for page in turning)
         return True
 
     def _hold_states(self, sequence: Sequence, n_rows: int, n_drafts: int) -> bool:
@@ -267,8 +267,7 @@ class CacheStore:
         for group in range(len(self.pools)):
             own, equal = cache.page(group, page), node.held[group]
             if own >= 0 and equal < 0:
-                self._kept[group].put(node, own)
-                self._kept[group].touch(own, PAGE)
+                self._holdings[group].put(node, own, PAGE)
             elif own >= 0 and own != equal and node.is_full:  # else both may be written on
                 cache.replace(group, page, equal)
 
@@ -277,7 +276,7 @@ class CacheStore:
         for node in reversed(sequence.path[:n_pages]):
             for group, ring in enumerate(sequence.cache.layout.rings):
                 if not ring.window and node.held[group] >= 0:
-                    self._kept[group].touch(node.held[group], PAGE)
+                    self._holdings[group].touch(node.held[group], PAGE)
 
     def _mark(self, sequence: Sequence, n_tokens: int, rank: int) -> None:
         """Hold what a prompt that goes on behind `n_tokens` needs, which have been entered."""
@@ -288,23 +287,18 @@ class CacheStore:
             ids = _page_ids(sequence, n_full, n_tokens)
             nodes.append(self.index.child(above, layout, n_full, ids))
             self._enter_page(cache, nodes[-1], n_full)
-        saves, is_stable = n_tokens - sequence.n_marked if rank else 0, rank == STABLE
         for group, ring in enumerate(layout.rings):
-            is_dear = is_stable or (ring.window and rank)  # all is lost without one of them
-            of_group = 4 * PAGE if is_dear else PAGE
+            is_dear = rank == STABLE or (ring.window and rank)  # all is lost without one of them
+            saves = 4 * PAGE if is_dear else PAGE
             for page in reversed(layout.seen_pages(group, n_tokens)):
                 if (held := nodes[page].held[group]) >= 0:
-                    self._kept[group].touch(held, of_group, is_stable=is_stable)
+                    self._holdings[group].touch(held, saves, is_stable=rank == STABLE)
         slot = cache.state if n_tokens == cache.n_tokens else cache.kept.get(n_tokens, -1)
         if slot >= 0 and nodes[-1].held[-1] < 0:
-            states = self._kept[-1]
-            states.put(nodes[-1], slot)
-            states.touch(slot, saves, is_stable=is_stable)
-            for node in self.index.passed(nodes) if is_stable else ():
-                if node is not nodes[-1] and node.held[-1] >= 0:
-                    states.supersede(node.held[-1])
-        if rank:
-            sequence.n_marked = max(sequence.n_marked, n_tokens)
+            # It saves what was read since the last one at which prompts are likely to go on.
+            saves = n_tokens - sequence.n_marked if rank else 0
+            self.index.put_state(nodes, slot, saves, is_stable=rank == STABLE)
+            sequence.n_marked = n_tokens if rank else sequence.n_marked
 
     # -- sessions --------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from edgeinfer.batch import PAGE
 from edgeinfer.engine.cache import CacheLayout, PagePool
-from edgeinfer.engine.kept import Kept
+from edgeinfer.engine.holdings import Holdings
 
 # Why no more of a prompt came from the cache: all did; the rest was never read; its pages, those of
 # a window or the state there have been given up.
@@ -77,13 +77,13 @@ class PrefixIndex:
         self._n_groups = len(pools) - has_state
         self.root = Node(b"", len(pools))
         self._layouts: dict[CacheLayout, bytes] = {}  # what keys that depend on one end with
-        self.kept = [Kept(pool, kind) for kind, pool in enumerate(pools)]
+        self.holdings = [Holdings(pool, kind) for kind, pool in enumerate(pools)]
         self.n_nodes = 0
         self._sweep_at = _FEW_NODES + 2 * sum(pool.n_pages for pool in pools)
 
     def n_idle(self, kind: int) -> int:
         """How many it holds that nobody else does: there for whoever needs them."""
-        return self.kept[kind].n_idle
+        return self.holdings[kind].n_idle
 
     # -- entering --------------------------------------------------------------------------------
 
@@ -93,18 +93,24 @@ class PrefixIndex:
         key = self._key(layout, page, ids)
         found = nodes.get(key)
         if found is None:
-            found = Node(ids, len(self.kept))
+            found = Node(ids, len(self.holdings))
             node.add(key, found)
             self.n_nodes += 1
         return found
 
-    def passed(self, path: Iterable[Node]) -> Iterator[Node]:
+    def put_state(self, path: list[Node], slot: int, saves: int, *, is_stable: bool) -> None:
+        """Hold the state behind a path; one that is to stay does so in place of others on it."""
+        states = self.holdings[-1]
+        states.put(path[-1], slot, saves, is_stable=is_stable)
+        for node in self._passed(path) if is_stable else ():
+            if node is not path[-1] and node.held[-1] >= 0:
+                states.supersede(node.held[-1])
+
+    def _passed(self, path: list[Node]) -> Iterator[Node]:
         """The nodes of a path, and the tails that it has come through."""
-        above = self.root
-        for node in path:
+        for above, node in zip([self.root, *path], path, strict=False):
             yield from (tail for tail in above.tails.values() if node.ids.startswith(tail.ids))
             yield node
-            above = node
 
     def _key(self, layout: CacheLayout, page: int, ids: bytes) -> bytes:
         """What is computed depends on the layout as well once something has been overwritten."""
@@ -118,10 +124,10 @@ class PrefixIndex:
 
     def clear(self) -> None:
         """Give up everything."""
-        for kept in self.kept:
-            for number in [*kept]:
-                kept.give_up(number)
-        self.root, self.n_nodes = Node(b"", len(self.kept)), 0
+        for holdings in self.holdings:
+            for number in [*holdings]:
+                holdings.give_up(number)
+        self.root, self.n_nodes = Node(b"", len(self.holdings)), 0
 
     def sweep(self, in_use: Iterable[Node]) -> None:
         """Forget the tokens of what was given up, once they are many; `in_use` are ends of paths.
@@ -144,7 +150,7 @@ class PrefixIndex:
 
     def recover(self) -> list[list[int]]:
         """Derive what is held from the nodes, after an error anywhere; the numbers of each kind."""
-        found: list[dict[int, list[Node]]] = [{} for _ in self.kept]
+        found: list[dict[int, list[Node]]] = [{} for _ in self.holdings]
         nodes = [self.root]
         for node in nodes:  # NOTE: the list grows while it is walked
             nodes += _next(node)
@@ -152,9 +158,9 @@ class PrefixIndex:
                 if number >= 0:
                     found[kind].setdefault(number, []).append(node)
         self.n_nodes = len(nodes) - 1
-        for kept, of_kind in zip(self.kept, found, strict=True):
-            kept.reset(of_kind)
-        return [[*kept] for kept in self.kept]
+        for holdings, of_kind in zip(self.holdings, found, strict=True):
+            holdings.reset(of_kind)
+        return [[*holdings] for holdings in self.holdings]
 
     # -- finding ---------------------------------------------------------------------------------
 

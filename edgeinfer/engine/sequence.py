@@ -121,8 +121,8 @@ class Sequence:
     n_cached: int = 0
     mu: float | None = None  # mirostat's state
     # The store's: why no more was cached; its nodes in the index; where to enter what it has
-    # computed, with what rank, and where it has last; another that begins alike, with how many
-    # tokens.
+    # computed, with what rank; tokens up to the last state that prompts may go on at; another that
+    # begins alike, with how many tokens.
     miss: Miss = ""
     path: list[Node] = field(default_factory=list)
     borders: list[tuple[int, int]] = field(default_factory=list)

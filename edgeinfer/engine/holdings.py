@@ -38,7 +38,7 @@ class _Held:
         return min(self.saves.bit_length(), _MOST_BITS) + min(self.n_begun, _MOST_DOUBLED)
 
 
-class Kept:
+class Holdings:
     """What is held of a pool's, each once, until there is need.
 
     Each is due its worth after it was used last, by a clock that stands where what has been given
@@ -65,7 +65,7 @@ class Kept:
     def __iter__(self) -> Iterator[int]:
         return iter(self._held)
 
-    def put(self, node: Node, number: int) -> None:
+    def put(self, node: Node, number: int, saves: int, *, is_stable: bool = False) -> None:
         """Hold a page or slot for a node that has none; it may be another node's, too."""
         if number in self._held:
             self._held[number].nodes.append(node)
@@ -73,6 +73,7 @@ class Kept:
             self._pool.share(number)
             self._add(number, _Held([node], self._now))
         node.held[self._kind] = number
+        self.touch(number, saves, is_stable=is_stable)
 
     def touch(
         self, number: int, saves: int = 0, *, has_begun: bool = False, is_stable: bool = False

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeinfer.engine.cache import PagePool
-from edgeinfer.engine.kept import Kept
+from edgeinfer.engine.holdings import Holdings
 from edgeinfer.engine.prefix_index import Node
 
 N = 12
@@ -21,7 +21,7 @@ class Slots:
 
     def __init__(self) -> None:
         self.pool, self.nodes = PagePool(N), dict[int, Node]()
-        self.kept = Kept(self.pool, 0)
+        self.holdings = Holdings(self.pool, 0)
         self.told: dict[int, list[int]] = {}  # saves, begun, clock at its last use, when that was
         self.stable: dict[int, None] = {}  # by use
         self.now, self.uses = 0, self._count()
@@ -31,16 +31,15 @@ class Slots:
 
     def put(self, saves: int) -> None:
         if not self.pool.n_free:
-            assert self.kept.evict()
+            assert self.holdings.evict()
             gone = [number for number, node in self.nodes.items() if node.held[0] < 0]
             assert gone == [self.expected()]
             self.forget(gone[0])
         number = self.pool.take()
         self.nodes[number] = node = Node(b"", 1)
-        self.kept.put(node, number)
+        self.holdings.put(node, number, saves)
         self.pool.release([number])
-        self.told[number] = [0, 0, self.now, 0]
-        self.touch(number, saves)
+        self.told[number] = [saves, 0, self.now, next(self.uses)]
 
     def forget(self, number: int) -> None:
         del self.told[number], self.nodes[number]
@@ -66,7 +65,7 @@ class Slots:
     def touch(
         self, number: int, saves: int = 0, *, begun: bool = False, stays: bool = False
     ) -> None:
-        self.kept.touch(number, saves, has_begun=begun, is_stable=stays)
+        self.holdings.touch(number, saves, has_begun=begun, is_stable=stays)
         before = self.told[number]
         self.told[number] = [max(before[0], saves), before[1] + begun, self.now, next(self.uses)]
         if self.stable.pop(number, 0) is None or stays:
@@ -89,7 +88,7 @@ class Slots:
         elif action == 6:
             self.touch(number, stays=True)
         else:
-            self.kept.supersede(number)
+            self.holdings.supersede(number)
             if number in self.stable and self.told[number][1] < 2:
                 self.settle(number)
 
@@ -101,12 +100,12 @@ def test_what_is_due_first_goes_first(seed: int) -> None:
     slots.put(1)
     for _ in range(150):
         slots.act(rng)
-        assert {*slots.kept} == {*slots.told} and slots.kept.n_idle == len(slots.told)
+        assert {*slots.holdings} == {*slots.told} and slots.holdings.n_idle == len(slots.told)
         if rng.random() < 0.05:  # as after an error, which changes nothing here
-            slots.kept.reset({n: [node] for n, node in slots.nodes.items()})
-    for number in [*slots.kept]:
-        assert slots.kept.give_up(number) and not slots.kept.give_up(number)
-    assert slots.pool.n_free == N and not slots.kept.evict()
+            slots.holdings.reset({n: [node] for n, node in slots.nodes.items()})
+    for number in [*slots.holdings]:
+        assert slots.holdings.give_up(number) and not slots.holdings.give_up(number)
+    assert slots.pool.n_free == N and not slots.holdings.evict()
 
 
 @pytest.mark.parametrize("saves", [[5] * N, [1 << i for i in range(N)], [900, 1] * (N // 2)])
@@ -117,11 +116,11 @@ def test_what_is_in_use_stays(saves: list[int]) -> None:
     used = [*slots.told][::3]
     for number in used:
         slots.pool.share(number)
-    while slots.kept.evict():
+    while slots.holdings.evict():
         pass
-    assert sorted(slots.kept) == sorted(used) and slots.kept.n_idle == 0
+    assert sorted(slots.holdings) == sorted(used) and slots.holdings.n_idle == 0
     slots.pool.release(used)
-    assert [slots.kept.evict() for _ in range(5)] == [True] * 4 + [False]
+    assert [slots.holdings.evict() for _ in range(5)] == [True] * 4 + [False]
 
 
 def test_a_text_of_any_length_does_not_stay_for_ever() -> None:
