@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from itertools import count
 
 import pytest
 from hypothesis import given, settings
@@ -24,10 +24,7 @@ class Slots:
         self.holdings = Holdings(self.pool, 0)
         self.told: dict[int, list[int]] = {}  # saves, begun, clock at its last use, when that was
         self.stable: dict[int, None] = {}  # by use
-        self.now, self.uses = 0, self._count()
-
-    def _count(self) -> Iterator[int]:
-        yield from range(1 << 30)
+        self.now, self.uses = 0, count()
 
     def put(self, saves: int) -> None:
         if not self.pool.n_free:
