@@ -111,7 +111,9 @@ class Requests:
         for _ in range(self.rng.randrange(1, 9)):
             ids += self.rng.choice(self.words)
             borders.append(len(ids))
-        sequence = self.store.open(ids[: N_CTX - 20], layout, borders, self.rng.choice([0, 0, 33]))
+        ids = ids[: N_CTX - 20]
+        n_stable = self.rng.choice([0, 0, 33, len(ids)])
+        sequence = self.store.open(ids, layout, borders, n_stable)
         assert sequence.n_cached == sequence.cache.n_tokens < len(sequence.ids)
         self.running.append(sequence)
 
@@ -150,6 +152,27 @@ class Requests:
             sequence.cache.advance(1)
         if sequence.n_waiting == 0 and sequence.cache.step_limit() > 0:
             sequence.ids.append(self.rng.randrange(3))
+
+    def turn(
+        self, ids: list[int], n_user: int, n_answer: int, n_stable: int = 0, n_system: int = 0
+    ) -> tuple[list[int], int]:
+        """A request that goes on behind `ids`, from start to end: its tokens; how many were cached.
+
+        `n_stable` -1 is the whole prompt.
+        """
+        ids = [*ids, *(self.rng.randrange(9, 9999) for _ in range(n_user))]
+        n_stable, borders = n_stable % (len(ids) + 1), [n_system, len(ids) - n_user, len(ids) - 4]
+        sequence = self.store.open(ids, self.layout("error"), borders, n_stable)
+        n_cached, self.running = sequence.n_cached, [sequence]
+        ids += (self.rng.randrange(9, 9999) for _ in range(n_answer))
+        while sequence.cache.n_tokens < len(ids):
+            if not sequence.n_waiting:
+                sequence.ids.append(ids[len(sequence.ids)])
+            self._run(sequence, min(MAX_ROWS, sequence.n_waiting), [], fails=False)
+            del sequence.ids[max(sequence.n_prompt, sequence.cache.n_tokens) :]
+        self.running = []
+        self.store.keep(sequence)
+        return ids, n_cached
 
     def end(self, how: str) -> None:
         if self.running:
@@ -239,21 +262,53 @@ def test_what_was_dear_long_ago_gives_way_to_what_is_new(
 ) -> None:
     """Six conversations at a time, for long: all that was read of one is there in its next turn."""
     requests = Requests(windows, 120, n_states, seed=1)
-    store, layout, rng = requests.store, requests.layout("error"), requests.rng
-    talks: list[tuple[list[int], int]] = [([1] * 40, 0)] * 6  # their tokens, and how many are read
+    talks: list[list[int]] = [[]] * 6
     for _ in range(150):
-        ids, n_read = talks.pop(0)
-        ids = [*ids, *(rng.randrange(2, 999) for _ in range(20))]
-        sequence = store.open(ids, layout, [len(ids) - 5], n_stable)
-        requests.running = [sequence]
-        assert sequence.n_cached >= n_read
-        while sequence.cache.n_tokens < len(ids):
-            requests._run(sequence, min(MAX_ROWS, sequence.n_waiting), [], fails=False)
-        n_read = sequence.cache.n_tokens
-        requests.running = []
-        store.keep(sequence)
-        ends = len(ids) > 120
-        talks.append(([1] * 40, 0) if ends else ([*sequence.ids[:n_read]], n_read))
+        talk = talks.pop(0)
+        ids, n_cached = requests.turn(talk or [1] * 40, 10, 15, n_stable)
+        assert n_cached >= len(talk)
+        talks.append([] if len(ids) > 120 else ids)
+    requests.close()
+
+
+def test_a_conversation_needs_few_slots_however_many_turns_it_has() -> None:
+    """Of ten that go on in turn each finds what it has read: states behind it go first."""
+    requests = Requests((0,), 400, 37, seed=1)
+    talks: list[list[int]] = [[]] * 10
+    n_read = n_cached = 0
+    for turn in range(120):
+        talk = talks.pop(0) or [1] * 40
+        ids, n = requests.turn(talk, 20, 40)
+        if turn >= 40:
+            n_read, n_cached = n_read + len(talk), n_cached + n
+        talks.append([] if len(ids) > 300 else ids)
+    assert n_cached > 0.9 * n_read
+    requests.close()
+
+
+def test_where_many_prompts_part_outlasts_what_nobody_goes_on_with() -> None:
+    """Two systems, whose turn it is after each second text that is read once."""
+    requests = Requests((0,), 300, 10, seed=1)
+    found = []
+    for turn in range(60):
+        system = [turn % 2 + 1] * 60
+        found.append(requests.turn(system, 10, 5, n_system=60)[1])
+        for _ in range(2):
+            requests.turn([], 60, 5)
+    assert found[2:] == [60] * 58
+    requests.close()
+
+
+def test_of_what_was_asked_to_stay_the_last_of_a_conversation_does() -> None:
+    """Two agents, who ask much aside, with a slot each beside those of steps."""
+    requests = Requests((0,), 300, 6, seed=1)
+    talks = [[1] * 60, [2] * 60]
+    for turn in range(20):
+        talk = talks[turn % 2]
+        talks[turn % 2], n_cached = requests.turn(talk, 10, 8, n_stable=-1)
+        assert turn < 2 or n_cached >= len(talk) - 8  # but the answer
+        for _ in range(3):
+            requests.turn([], 60, 5)
     requests.close()
 
 

@@ -14,9 +14,9 @@ from itertools import takewhile
 from edgeinfer.backend import Program
 from edgeinfer.batch import PAGE, StepLimits
 from edgeinfer.engine.cache import CacheLayout, PagePool, SequenceCache
-from edgeinfer.engine.checkpoints import EVERY, borders_of, checkpoints
+from edgeinfer.engine.checkpoints import BORDER, EVERY, PLAIN, STABLE, borders_of, checkpoints
 from edgeinfer.engine.leaders import leader_of
-from edgeinfer.engine.prefix_index import BORDER, PLAIN, STABLE, Match, Node, PrefixIndex
+from edgeinfer.engine.prefix_index import Match, Node, PrefixIndex
 from edgeinfer.engine.sequence import Sequence
 from edgeinfer.errors import BusyError
 
@@ -39,6 +39,7 @@ class CacheStore:
         # Of every kind that an index holds: pages by group, then state slots.
         self._kinds = [*self.pools, *([self._states] if self._states else [])]
         self.index = PrefixIndex(self._kinds, self._states is not None)
+        self._holdings = self.index.holdings
         self._begun: list[Sequence] = []  # that may be shared, in order of arrival
         self._guests: list[Sequence] = []  # that are written to files, or read from them
 
@@ -162,12 +163,13 @@ class CacheStore:
     def _touch(self, sequence: Sequence, match: Match) -> None:
         """Count what a sequence has begun with as used, the first of it last of all."""
         nodes = [*match.path, *([match.last] if match.last else [])]
-        for group, ring in enumerate(sequence.cache.layout.rings):
+        for group in range(len(self.pools)):
             for page in reversed(sequence.cache.layout.seen_pages(group, match.n_tokens)):
-                if nodes[page].held[group] >= 0:
-                    self.index.touch(nodes[page], group, BORDER if ring.window else PLAIN)
+                if (held := nodes[page].held[group]) >= 0:
+                    self._holdings[group].touch(held, PAGE)
         if self._states is not None:
-            self.index.touch(nodes[-1], len(self.pools), BORDER)
+            self._holdings[-1].touch(nodes[-1].held[-1], has_begun=True)
+        sequence.n_marked = match.n_tokens
 
     # -- steps -----------------------------------------------------------------------------------
 
@@ -201,7 +203,7 @@ class CacheStore:
     def _free(self, kind: int, n: int) -> bool:
         """Have n of a kind free, of what the index gives up; False where it holds too few."""
         while self._kinds[kind].n_free < n:
-            if not self.index.evict(kind):
+            if not self._holdings[kind].evict():
                 return False
         return True
 
@@ -210,9 +212,8 @@ class CacheStore:
         for group, (slots, pool) in enumerate(zip(missing, self.pools, strict=True)):
             if len(slots) > pool.n_free:
                 turning = (int(cache.tables[group].pages[slot]) for slot in slots)
-                return self.index.evict(group) or any(
-                    page >= 0 and self.index.give_up(group, page) for page in turning
-                )
+                held = self._holdings[group]
+                return held.evict() or any(held.give_up(page) for page in turning)
         return True
 
     def _hold_states(self, sequence: Sequence, n_rows: int, n_drafts: int) -> bool:
@@ -266,7 +267,7 @@ class CacheStore:
         for group in range(len(self.pools)):
             own, equal = cache.page(group, page), node.held[group]
             if own >= 0 and equal < 0:
-                self.index.put(node, group, own)
+                self._holdings[group].put(node, own, PAGE)
             elif own >= 0 and own != equal and node.is_full:  # else both may be written on
                 cache.replace(group, page, equal)
 
@@ -275,7 +276,7 @@ class CacheStore:
         for node in reversed(sequence.path[:n_pages]):
             for group, ring in enumerate(sequence.cache.layout.rings):
                 if not ring.window and node.held[group] >= 0:
-                    self.index.touch(node, group)
+                    self._holdings[group].touch(node.held[group], PAGE)
 
     def _mark(self, sequence: Sequence, n_tokens: int, rank: int) -> None:
         """Hold what a prompt that goes on behind `n_tokens` needs, which have been entered."""
@@ -287,13 +288,17 @@ class CacheStore:
             nodes.append(self.index.child(above, layout, n_full, ids))
             self._enter_page(cache, nodes[-1], n_full)
         for group, ring in enumerate(layout.rings):
-            of_group = rank if ring.window or rank == STABLE else PLAIN
+            is_dear = rank == STABLE or (ring.window and rank)  # all is lost without one of them
+            saves = 4 * PAGE if is_dear else PAGE
             for page in reversed(layout.seen_pages(group, n_tokens)):
-                if nodes[page].held[group] >= 0:
-                    self.index.touch(nodes[page], group, of_group)
+                if (held := nodes[page].held[group]) >= 0:
+                    self._holdings[group].touch(held, saves, is_stable=rank == STABLE)
         slot = cache.state if n_tokens == cache.n_tokens else cache.kept.get(n_tokens, -1)
         if slot >= 0 and nodes[-1].held[-1] < 0:
-            self.index.put(nodes[-1], len(self.pools), slot, rank)
+            # It saves what was read since the last one at which prompts are likely to go on.
+            saves = n_tokens - sequence.n_marked if rank else 0
+            self.index.put_state(nodes, slot, saves, is_stable=rank == STABLE)
+            sequence.n_marked = n_tokens if rank else sequence.n_marked
 
     # -- sessions --------------------------------------------------------------------------------
 
@@ -346,7 +351,7 @@ class CacheStore:
     def free(self, sequence: Sequence) -> None:
         """Give back what a sequence holds, for nobody to go on with."""
         sequence.cache.free()
-        sequence.path = []
+        sequence.path, sequence.n_marked = [], 0
         self.index.sweep(each.path[-1] for each in self._begun if each.path)
         self._forget(sequence)
 

@@ -9,9 +9,11 @@ from collections import Counter
 from collections.abc import Iterable
 
 from edgeinfer.batch import PAGE
-from edgeinfer.engine.prefix_index import BORDER, STABLE
 
 EVERY = 16 * PAGE  # tokens, where nobody has asked for any and slots are free
+# Whom something is held for: nobody that is known, prompts that are likely to part there, those
+# that were said to go on there.
+PLAIN, BORDER, STABLE = range(3)
 
 
 def borders_of(

@@ -6,22 +6,18 @@ Knows nothing of requests; never touches K, V or state values.
 from __future__ import annotations
 
 from array import array
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from typing import Literal, NamedTuple, TypeAlias
 
 from edgeinfer.batch import PAGE
 from edgeinfer.engine.cache import CacheLayout, PagePool
+from edgeinfer.engine.holdings import Holdings
 
 # Why no more of a prompt came from the cache: all did; the rest was never read; its pages, those of
 # a window or the state there have been given up.
 Miss: TypeAlias = Literal["", "new", "evicted", "window", "state"]
 
-# What may be given up; what is held behind which prompts go on where all else is lost, as if it had
-# been used later by half as many pages as there are; what was asked to stay, which goes last but
-# has half of the room at most: more counts as the second. Of each the least recently used goes.
-PLAIN, BORDER, STABLE = range(3)
 _BYTES = 4  # of a token
 _FEW_NODES = 1024
 
@@ -70,31 +66,24 @@ class Match(NamedTuple):
 
 
 class PrefixIndex:
-    """Holds what it was given until room is needed, the least recently used first.
+    """Holds what it was given until room is needed.
 
     `pools` are those of the cache groups, and that of the state slots where there are any: the
     kinds of what a node holds, by number.
     """
 
     def __init__(self, pools: SequenceOf[PagePool], has_state: bool) -> None:
-        self._pools, self._has_state = pools, has_state
+        self._has_state = has_state
         self._n_groups = len(pools) - has_state
         self.root = Node(b"", len(pools))
         self._layouts: dict[CacheLayout, bytes] = {}  # what keys that depend on one end with
-        # By kind and rank: the nodes that hold a page; it counts as one holder of it.
-        self._held: list[list[OrderedDict[int, list[Node]]]] = [
-            [OrderedDict() for _ in range(STABLE + 1)] for _ in pools
-        ]
-        # By kind: how many were given up until each was used, and until now.
-        self._used_at: list[dict[int, int]] = [{} for _ in pools]
-        self._n_given_up = [0] * len(pools)
+        self.holdings = [Holdings(pool, kind) for kind, pool in enumerate(pools)]
         self.n_nodes = 0
         self._sweep_at = _FEW_NODES + 2 * sum(pool.n_pages for pool in pools)
 
     def n_idle(self, kind: int) -> int:
         """How many it holds that nobody else does: there for whoever needs them."""
-        pool = self._pools[kind]
-        return sum(pool.n_holders(number) == 1 for held in self._held[kind] for number in held)
+        return self.holdings[kind].n_idle
 
     # -- entering --------------------------------------------------------------------------------
 
@@ -104,10 +93,24 @@ class PrefixIndex:
         key = self._key(layout, page, ids)
         found = nodes.get(key)
         if found is None:
-            found = Node(ids, len(self._pools))
+            found = Node(ids, len(self.holdings))
             node.add(key, found)
             self.n_nodes += 1
         return found
+
+    def put_state(self, path: list[Node], slot: int, saves: int, *, is_stable: bool) -> None:
+        """Hold the state behind a path; one that is to stay does so in place of others on it."""
+        states = self.holdings[-1]
+        states.put(path[-1], slot, saves, is_stable=is_stable)
+        for node in self._passed(path) if is_stable else ():
+            if node is not path[-1] and node.held[-1] >= 0:
+                states.supersede(node.held[-1])
+
+    def _passed(self, path: list[Node]) -> Iterator[Node]:
+        """The nodes of a path, and the tails that it has come through."""
+        for above, node in zip([self.root, *path], path, strict=False):
+            yield from (tail for tail in above.tails.values() if node.ids.startswith(tail.ids))
+            yield node
 
     def _key(self, layout: CacheLayout, page: int, ids: bytes) -> bytes:
         """What is computed depends on the layout as well once something has been overwritten."""
@@ -117,80 +120,14 @@ class PrefixIndex:
         number = b"+" + len(self._layouts).to_bytes(_BYTES, "little")
         return ids + self._layouts.setdefault(layout, number)
 
-    def put(self, node: Node, kind: int, number: int, rank: int = PLAIN) -> None:
-        """Hold a page or slot for a node that has none; it may be another node's, too."""
-        for queue in self._held[kind]:
-            if number in queue:
-                queue[number].append(node)
-                break
-        else:
-            self._pools[kind].share(number)
-            self._held[kind][PLAIN][number] = [node]
-        node.held[kind] = number
-        self.touch(node, kind, rank)
-
-    def touch(self, node: Node, kind: int, rank: int = PLAIN) -> None:
-        """Count what a node holds as used now, and as of at least a rank."""
-        number, queues = node.held[kind], self._held[kind]
-        for before, queue in enumerate(queues):
-            if number in queue:
-                nodes = queue.pop(number)
-                queues[max(rank, before)][number] = nodes
-                break
-        self._used_at[kind][number] = self._n_given_up[kind]
-        if 2 * len(queues[STABLE]) > self._pools[kind].n_pages:
-            oldest, nodes = queues[STABLE].popitem(last=False)
-            queues[BORDER][oldest] = nodes
-            self._used_at[kind][oldest] = self._n_given_up[kind]
-
-    # -- giving up -------------------------------------------------------------------------------
-
-    def evict(self, kind: int) -> bool:
-        """Give up one of what nobody else holds, as the ranks say; False without any."""
-        plain = self._oldest(kind, PLAIN)
-        before = None
-        if plain is not None:
-            before = self._used_at[kind][plain] - self._pools[kind].n_pages // 2
-        number = self._oldest(kind, BORDER, before)
-        if number is None:
-            number = self._oldest(kind, STABLE) if plain is None else plain
-        return number is not None and self.give_up(kind, number)
-
-    def _oldest(self, kind: int, rank: int, before: int | None = None) -> int | None:
-        """What was used least recently of a rank, and before a time, of what nobody else holds."""
-        queue, used_at = self._held[kind][rank], self._used_at[kind]
-        for _ in range(len(queue)):
-            number = next(iter(queue))
-            if before is not None and used_at[number] >= before:
-                break
-            if self._pools[kind].n_holders(number) == 1:
-                return number
-            queue.move_to_end(number)  # in use: as good as used now
-            used_at[number] = self._n_given_up[kind]
-        return None
-
-    def give_up(self, kind: int, number: int) -> bool:
-        """Hold a page no longer, whoever else does; False if it is not held."""
-        for queue in self._held[kind]:
-            if number in queue:
-                self._drop(kind, number, queue)
-                return True
-        return False
+    # -- forgetting ------------------------------------------------------------------------------
 
     def clear(self) -> None:
         """Give up everything."""
-        for kind, queues in enumerate(self._held):
-            for queue in queues:
-                for number in list(queue):
-                    self._drop(kind, number, queue)
-        self.root, self.n_nodes = Node(b"", len(self._pools)), 0
-
-    def _drop(self, kind: int, number: int, queue: OrderedDict[int, list[Node]]) -> None:
-        for node in queue.pop(number):
-            node.held[kind] = -1
-        del self._used_at[kind][number]
-        self._n_given_up[kind] += 1
-        self._pools[kind].release([number])
+        for holdings in self.holdings:
+            for number in [*holdings]:
+                holdings.give_up(number)
+        self.root, self.n_nodes = Node(b"", len(self.holdings)), 0
 
     def sweep(self, in_use: Iterable[Node]) -> None:
         """Forget the tokens of what was given up, once they are many; `in_use` are ends of paths.
@@ -213,7 +150,7 @@ class PrefixIndex:
 
     def recover(self) -> list[list[int]]:
         """Derive what is held from the nodes, after an error anywhere; the numbers of each kind."""
-        found: list[dict[int, list[Node]]] = [{} for _ in self._pools]
+        found: list[dict[int, list[Node]]] = [{} for _ in self.holdings]
         nodes = [self.root]
         for node in nodes:  # NOTE: the list grows while it is walked
             nodes += _next(node)
@@ -221,14 +158,9 @@ class PrefixIndex:
                 if number >= 0:
                     found[kind].setdefault(number, []).append(node)
         self.n_nodes = len(nodes) - 1
-        for kind, of_kind in enumerate(found):
-            queues = self._held[kind]
-            for rank, queue in enumerate(queues):
-                queues[rank] = OrderedDict((n, of_kind.pop(n)) for n in queue if n in of_kind)
-            queues[PLAIN].update(of_kind)
-            now, used_at = self._n_given_up[kind], self._used_at[kind]
-            self._used_at[kind] = {n: used_at.get(n, now) for queue in queues for n in queue}
-        return [[number for queue in queues for number in queue] for queues in self._held]
+        for holdings, of_kind in zip(self.holdings, found, strict=True):
+            holdings.reset(of_kind)
+        return [[*holdings] for holdings in self.holdings]
 
     # -- finding ---------------------------------------------------------------------------------
 

@@ -124,10 +124,12 @@ class Sequence:
     n_cached: int = 0
     mu: float | None = None  # mirostat's state
     # The store's: why no more was cached; its nodes in the index; where to enter what it has
-    # computed, with what rank; another that begins alike, with how many tokens.
+    # computed, with what rank; tokens up to the last state that prompts may go on at; another that
+    # begins alike, with how many tokens.
     miss: Miss = ""
     path: list[Node] = field(default_factory=list)
     borders: list[tuple[int, int]] = field(default_factory=list)
+    n_marked: int = 0
     leader: tuple[Sequence, int] | None = None
     is_behind: bool = False  # the index may hold more of it than it does itself
 
