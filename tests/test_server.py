@@ -358,6 +358,23 @@ def test_names_of_one_model(path: Path, server: Running) -> None:
         assert found.post(CHAT, asked).status_code == 200
 
 
+def test_a_name_is_that_of_who_is_served_by_it(tmp_path: Path) -> None:
+    """Whatever the files of others are called, and call themselves."""
+    (tmp_path / "a").mkdir()
+    one = small_model(tmp_path / "a").rename(tmp_path / "a" / "two.gguf")
+    two = small_model(tmp_path, seed=1)
+    with running([("one", one), ("two", two), ("random llama Q4_0", two)]) as found:
+        itself = found.llm.name  # that of the first, which is loaded
+        for name, meant in [
+            ("one", "one"),
+            ("two", "two"),
+            (itself, itself),
+            ("Two:latest", "two"),
+        ]:
+            assert found.service.models.find(name).name == meant
+        assert found.service.models.find("two.gguf").path == one
+
+
 # -- conversations --------------------------------------------------------------------------------
 
 
