@@ -286,6 +286,19 @@ def test_a_stop_ends_streams_with_an_event(path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_answers_at_once(path: Path, second: signal.Signals) -> None:
+    with running([("one", path)], grace_seconds=10) as found:
+        with halting(found.llm), found.http.stream("POST", CHAT, json=STREAMED) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            found.server.handle_exit(signal.SIGTERM, None)
+            wait_until(lambda: found.service.is_stopping, "the first signal")
+            found.server.handle_exit(second, None)
+            assert "the server is stopping" in "".join(lines)
+            assert found.server.force_exit
+
+
 def test_metrics(server: Running) -> None:
     server.post(CHAT, {"messages": HI, "max_tokens": 3})
     text = server.http.get("/metrics").text
