@@ -88,7 +88,7 @@ class Gate:
             self._n_held -= n_body
 
     def _check_host(self, given: str) -> None:
-        """ApiError for a name that is not this server's: one that was pointed here, or a proxy's."""
+        """ApiError for a name that is not this server's: one pointed here, or a proxy's."""
         host = _host_name(given)
         if self._hosts is not None and host and not self._answers_to(host):
             raise ApiError(
