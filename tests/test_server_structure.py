@@ -181,6 +181,16 @@ def test_required_and_named_calls(client: OpenAI) -> None:
     assert {c.function.name for c in chat.choices[0].message.tool_calls or ()} == {"get-time"}
 
 
+def test_no_stop_string_ends_a_call_that_is_demanded(client: OpenAI) -> None:
+    """Agents send the same ones with each request; what spells a call is no text."""
+    ask: Any = {"model": "x", "messages": HI, "tools": TOOLS, "max_tokens": 200}
+    named = {"type": "function", "function": {"name": "set_lamp"}}
+    chat = client.chat.completions.create(**ask, tool_choice=named, stop=["\n", "<", "o", '"'])
+    (call,) = chat.choices[0].message.tool_calls or ()
+    assert call.type == "function" and not chat.choices[0].message.content
+    check(call.function.name, json.loads(call.function.arguments))
+
+
 def test_responses_call_what_they_must(client: OpenAI) -> None:
     flat: Any = [{"type": "function", "strict": True, **each["function"]} for each in TOOLS]
     response = client.responses.create(
