@@ -184,7 +184,7 @@ def test_tools(template: ChatTemplate, arguments: Any) -> None:
 def test_calls_without_text_are_one_turn() -> None:
     """A template may show a turn for any text that is there, and an empty one is."""
     source = (
-        "{% for m in messages %}{% if m.tool_calls %}<a>{{ m.tool_calls[0].function }}<e>{% endif %}"
+        "{% for m in messages %}{% if m.tool_calls %}<a>{{ m.tool_calls[0] }}<e>{% endif %}"
         "{% if m.content is not none %}<{{ m.role }}>{{ m.content }}<e>{% endif %}{% endfor %}"
     )
     template = ChatTemplate(source)
