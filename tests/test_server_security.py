@@ -365,6 +365,20 @@ def test_a_body_that_breaks_behind_its_reply_is_no_news(
     assert caplog.records == []
 
 
+@pytest.mark.parametrize("path", [b"/v1/chat/completions", b"/nowhere", b"/health"])
+def test_a_body_that_breaks_has_one_reply(
+    local: Running, caplog: pytest.LogCaptureFixture, path: bytes
+) -> None:
+    """Whatever there would have been to say: nothing is logged of a second one."""
+    sent = post(b"zz\r\n", CHUNKED).replace(b"/v1/chat/completions", path)
+    for origin in (b"http://localhost", b"https://evil.org"):
+        found = replies(local, sent.replace(b"host:", b"origin: " + origin + b"\r\nhost:"))
+        ((status, _),) = found
+        assert status in (400, 403, 404, 405)  # the head may come by itself
+    local.wait_until_idle()
+    assert caplog.text == ""
+
+
 def test_a_log_has_no_words_of_a_prompt(caplog: pytest.LogCaptureFixture) -> None:
     def fail(prompt: str) -> None:
         raise KeyError(prompt)
@@ -464,6 +478,16 @@ def test_all_that_was_sent_is_answered(local: Running) -> None:
     with local.replying("x"):
         found = replies(local, post(BODY, length(len(BODY))) * 5)
     assert [status for status, _ in found if status != 100] == [200] * 5
+
+
+def test_what_was_not_sent_to_its_end_is_not_waited_for(
+    local: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "_BODY_SECONDS", 1)
+    begun = post(BODY[:20], length(len(BODY)))
+    with local.replying("x"):
+        found = replies(local, post(BODY, length(len(BODY))) + begun)
+    assert [status for status, _ in found if status != 100] == [200]
 
 
 def test_who_goes_is_missed_within_a_step(local: Running) -> None:

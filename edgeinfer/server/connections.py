@@ -85,6 +85,9 @@ class Connection(H11Protocol):
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             for each in _refusal(sys.exc_info()[1]):
                 self.transport.write(self.conn.send(each) or b"")
+        if self._is_answering:  # whoever does so has nobody to tell any more
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -108,8 +111,8 @@ class Connection(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self._sends_no_more and not self._is_answering:
-            self.transport.close()
+        if self._sends_no_more and not (self._is_answering and not self.cycle.more_body):
+            self.transport.close()  # also of a request whose end will never come
 
     @property
     def _is_answering(self) -> bool:
