@@ -197,6 +197,13 @@ def test_calls_without_text_are_one_turn() -> None:
     template.close()
 
 
+def test_a_tool_needs_no_description(template: ChatTemplate) -> None:
+    function = {key: each for key, each in WEATHER["function"].items() if key != "description"}
+    chat: list[Message] = [{"role": "user", "content": "FIRST-TEXT"}]
+    text = template.render(chat, tools=[{"type": "function", "function": function}])
+    assert "get_weather" in text and "FIRST-TEXT" in text
+
+
 def test_what_clients_leave_empty_is_not_there(template: ChatTemplate) -> None:
     """A message that came from a client's library has every field that one can have."""
     fields = ("tool_calls", "function_call", "refusal", "name", "tool_call_id", "reasoning_content")

@@ -157,6 +157,17 @@ def _calls_it_thinking(source: str) -> bool:
     return "message.thinking" in source and "reasoning_content" not in source
 
 
+def described(tools: Sequence[Any]) -> list[Any]:
+    """Tools with a description each, which some templates take for granted."""
+    found = []
+    for tool in tools:
+        function = tool.get("function") if isinstance(tool, Mapping) else None
+        if isinstance(function, Mapping) and "description" not in function:
+            tool = {**tool, "function": {**function, "description": ""}}
+        found.append(tool)
+    return found
+
+
 # -- calls -----------------------------------------------------------------------------------------
 
 
