@@ -191,6 +191,16 @@ def test_no_stop_string_ends_a_call_that_is_demanded(client: OpenAI) -> None:
     check(call.function.name, json.loads(call.function.arguments))
 
 
+def test_what_is_cut_off_of_a_call_that_is_demanded_is_no_text(client: OpenAI) -> None:
+    ask: Any = {"model": "x", "messages": HI, "tools": TOOLS, "tool_choice": "required"}
+    for n in (1, 2, 5, 9):
+        chat = client.chat.completions.create(**ask, max_tokens=n)
+        stream = client.chat.completions.create(**ask, max_tokens=n, stream=True)
+        told = "".join(each.choices[0].delta.content or "" for each in stream if each.choices)
+        assert not chat.choices[0].message.content and told == ""
+        assert chat.choices[0].finish_reason == "length"
+
+
 def test_responses_call_what_they_must(client: OpenAI) -> None:
     flat: Any = [{"type": "function", "strict": True, **each["function"]} for each in TOOLS]
     response = client.responses.create(
