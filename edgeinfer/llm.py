@@ -156,6 +156,8 @@ class LLM:
         chat = Conversation.of(messages, tools, template_args, given.get("continue_last", False))
         choice = chosen_tools(chat.tools, tool_choice, parallel_tool_calls)
         chat = chat._replace(tools=choice.told if choice is not None else [])
+        if choice is not None and choice.is_required:
+            given.pop("stop", None)  # the reply has no text that one could end
         with requesting.counting(opened):
             prompt = chat_prompt(
                 opened.tokenizer,

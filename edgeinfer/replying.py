@@ -64,7 +64,8 @@ def reading(
         limit = partial(ReasoningBudget, budget, tokenizer, tags, opened)
     told = choice.told if choice is not None else []
     is_single = choice is not None and choice.is_single
-    finder = call_finder(template, told, most=1 if is_single else None)
+    has_text = choice is None or not choice.is_required
+    finder = call_finder(template, told, most=1 if is_single else None, has_text=has_text)
     if answer is None and (choice is None or choice.is_free):
         return Reading(splitter, finder, None, limit)
     from edgeinfer.constraining import after_reasoning, reply_grammar

@@ -21,4 +21,7 @@ SIGNS = {
     "nemotron": "<TOOLCALL>",
     "olmo": "<function_calls>",
     "listed": "<tool_calls>",
+    "phi": "<|tool|><|/tool|>",
+    "apertus": "<|tools_prefix|>",
+    "functionary": ">>>all",
 }

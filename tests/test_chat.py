@@ -181,6 +181,29 @@ def test_tools(template: ChatTemplate, arguments: Any) -> None:
     assert "{'city'" not in text and '\\"city\\"' not in text
 
 
+def test_calls_without_text_are_one_turn() -> None:
+    """A template may show a turn for any text that is there, and an empty one is."""
+    source = (
+        "{% for m in messages %}{% if m.tool_calls %}<a>{{ m.tool_calls[0] }}<e>{% endif %}"
+        "{% if m.content is not none %}<{{ m.role }}>{{ m.content }}<e>{% endif %}{% endfor %}"
+    )
+    template = ChatTemplate(source)
+    chat = called(call_of("ROME"), results=[{"content": "SUNNY"}])
+    for text in ("", None):
+        chat[1]["content"] = text  # type: ignore[typeddict-item]
+        assert template.render(chat).count("<e>") == 3
+    chat[1]["content"] = "Well."
+    assert "<assistant>Well.<e>" in template.render(chat)
+    template.close()
+
+
+def test_a_tool_needs_no_description(template: ChatTemplate) -> None:
+    function = {key: each for key, each in WEATHER["function"].items() if key != "description"}
+    chat: list[Message] = [{"role": "user", "content": "FIRST-TEXT"}]
+    text = template.render(chat, tools=[{"type": "function", "function": function}])
+    assert "get_weather" in text and "FIRST-TEXT" in text
+
+
 def test_what_clients_leave_empty_is_not_there(template: ChatTemplate) -> None:
     """A message that came from a client's library has every field that one can have."""
     fields = ("tool_calls", "function_call", "refusal", "name", "tool_call_id", "reasoning_content")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import random
 import subprocess
@@ -30,6 +31,7 @@ from edgeinfer.text.closed_schema import closed
 from edgeinfer.text.grammar import MOST_TEXT, Grammar
 from edgeinfer.text.grammar_matcher import _MOST_KEPT
 from edgeinfer.text.reply import THINK
+from edgeinfer.text.schema_ends import check_ends
 from edgeinfer.text.tokenizer import Tokenizer
 
 from .models_for_tests import tiny_model
@@ -200,6 +202,61 @@ def test_what_can_not_be_enforced_is_refused(schema: Any, message: str) -> None:
     with pytest.raises(InvalidRequestError, match=message) as caught:
         Grammar.of_schema(schema)
     assert caught.value.param == "schema"
+
+
+FOR_EVER = {"type": "object", "properties": {"a": {"$ref": "#/$defs/x"}}, "required": ["a"]}
+AGAIN = {"$ref": "#/$defs/x"}
+
+
+@pytest.mark.parametrize(
+    ("schema", "at"),
+    [
+        ({"$ref": "#"}, r"\$ "), ({"anyOf": [{"$ref": "#"}, {"$ref": "#"}]}, r"\$ "),
+        ({"type": "array", "items": {"$ref": "#"}, "minItems": 1}, r"\$ "),
+        ({"type": "array", "prefixItems": [True, {"$ref": "#"}], "minItems": 2.0}, r"\$ "),
+        ({"items": AGAIN, "$defs": {"x": {"$ref": "#/$defs/y"}, "y": AGAIN}}, r"\$.items"),
+        ({**AGAIN, "$defs": {"x": FOR_EVER}}, r"\$ "),
+        ({"anyOf": [{"type": "null"}, AGAIN], "$defs": {"x": FOR_EVER}}, r"\$.anyOf\[1\]"),
+        ({"properties": {"p": AGAIN}, "$defs": {"x": FOR_EVER}}, r"\$.properties.p"),
+        ({"properties": {"a": {"$ref": "#/properties/a"}}}, r"\$.properties.a"),
+        ({"properties": {"a/~%": {"$ref": "#/properties/a~1~0%25"}}}, r"\$.properties.a/~%"),
+        ({"allOf": [{"type": "object"}, {"$ref": "#/allOf/1"}]}, r"\$ "),
+    ],
+)  # fmt: skip
+def test_what_never_ends_is_refused(schema: Any, at: str) -> None:
+    """What was made of it was no JSON, or went on to the limit."""
+    with pytest.raises(InvalidRequestError, match=f"asks for at {at}.*never ends") as caught:
+        Grammar.of_schema(schema)
+    assert caught.value.param == "schema"
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"anyOf": [{"$ref": "#"}, {"type": "null"}]},
+        {"type": "array", "items": {"$ref": "#"}},
+        {"type": ["object", "null"], "properties": {"a": {"$ref": "#"}}, "required": ["a"]},
+        {"type": "object", "properties": {"a": {"$ref": "#"}}},
+        {"type": "boolean", "$defs": {"x": FOR_EVER}},  # which nothing asks for
+        {"enum": [{}], "properties": {"a": {"$ref": "#/properties/a"}}, "type": "object"},
+    ],
+)
+def test_what_refers_to_itself_may_end(schema: Any) -> None:
+    try:
+        Grammar.of_schema(schema)
+    except InvalidRequestError as error:
+        assert "never ends" not in str(error)
+
+
+def test_whether_a_schema_ends_takes_no_time() -> None:
+    names = [f"a{i}" for i in range(1500)]
+    chained = {name: {"$ref": f"#/properties/{after}"} for name, after in itertools.pairwise(names)}
+    wide = {name: {"$ref": f"#/properties/{names[i // 2]}"} for i, name in enumerate(names) if i}
+    for named in (chained, dict(reversed(chained.items())), wide):
+        named = {**named, names[0] if named is wide else names[-1]: {"type": "null"}}
+        begun = time.thread_time()
+        check_ends({"type": "object", "properties": named, "required": names}, "schema")
+        assert time.thread_time() - begun < 5
 
 
 def test_what_a_schema_only_says_of_itself_is_no_error() -> None:

@@ -310,6 +310,43 @@ def test_a_process_that_was_killed_is_replaced(engine: TemplateEngine) -> None:
     assert template.render(HELLO) == "x"
 
 
+def test_what_is_known_to_end_is_rendered_again(
+    engine: TemplateEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process may be ended by others: what it rendered before is not called too slow for that."""
+    is_usable, n_kills = template_engine._Worker.is_usable, 0
+
+    def killed(worker: Any) -> bool:
+        nonlocal n_kills
+        if not is_usable(worker):
+            return False
+        n_kills += 1
+        worker._process.kill()
+        worker._process.wait()
+        return True
+
+    assert engine.render("{{ a }}", {"a": "b"}, template_engine.Budget()) == "b"
+    with monkeypatch.context() as patched:
+        patched.setattr(template_engine._Worker, "is_usable", killed)
+        assert engine.render("{{ a }}", {"a": "c"}, template_engine.Budget()) == "c"
+        assert n_kills == 1
+        with pytest.raises(template_engine.LimitError):  # of a template that nobody knows
+            engine.render("{{ a }}{{ b }}", {"a": "c"}, template_engine.Budget())
+    assert engine.render("{{ a }}", {"a": "d"}, template_engine.Budget()) == "d"
+
+
+def test_what_was_quick_before_does_not_run_for_ever(
+    engine: TemplateEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(template_engine, "_SECONDS", 0.1)
+    loop = "{% for i in range(n) %}{% for j in range(n) %}{% endfor %}{% endfor %}x"
+    assert engine.render(loop, {"n": 1}, template_engine.Budget()) == "x"
+    for _ in range(2):
+        with pytest.raises(template_engine.LimitError, match="time"):
+            engine.render(loop, {"n": 90_000}, template_engine.Budget())
+    assert engine.render(loop, {"n": 1}, template_engine.Budget()) == "x"
+
+
 def test_threads_share_an_engine(engine: TemplateEngine) -> None:
     wrong = []
 

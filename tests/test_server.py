@@ -286,6 +286,19 @@ def test_a_stop_ends_streams_with_an_event(path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_answers_at_once(path: Path, second: signal.Signals) -> None:
+    with running([("one", path)], grace_seconds=10) as found:
+        with halting(found.llm), found.http.stream("POST", CHAT, json=STREAMED) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            found.server.handle_exit(signal.SIGTERM, None)
+            wait_until(lambda: found.service.is_stopping, "the first signal")
+            found.server.handle_exit(second, None)
+            assert "the server is stopping" in "".join(lines)
+            assert found.server.force_exit
+
+
 def test_metrics(server: Running) -> None:
     server.post(CHAT, {"messages": HI, "max_tokens": 3})
     text = server.http.get("/metrics").text
@@ -356,6 +369,23 @@ def test_names_of_one_model(path: Path, server: Running) -> None:
         assert found.post(CHAT, {**asked, "model": "claude-sonnet"}).status_code == 404
         assert found.post(CHAT, {**asked, "model": "One"}).status_code == 200
         assert found.post(CHAT, asked).status_code == 200
+
+
+def test_a_name_is_that_of_who_is_served_by_it(tmp_path: Path) -> None:
+    """Whatever the files of others are called, and call themselves."""
+    (tmp_path / "a").mkdir()
+    one = small_model(tmp_path / "a").rename(tmp_path / "a" / "two.gguf")
+    two = small_model(tmp_path, seed=1)
+    with running([("one", one), ("two", two), ("random llama Q4_0", two)]) as found:
+        itself = found.llm.name  # that of the first, which is loaded
+        for name, meant in [
+            ("one", "one"),
+            ("two", "two"),
+            (itself, itself),
+            ("Two:latest", "two"),
+        ]:
+            assert found.service.models.find(name).name == meant
+        assert found.service.models.find("two.gguf").path == one
 
 
 # -- conversations --------------------------------------------------------------------------------

@@ -181,6 +181,26 @@ def test_required_and_named_calls(client: OpenAI) -> None:
     assert {c.function.name for c in chat.choices[0].message.tool_calls or ()} == {"get-time"}
 
 
+def test_no_stop_string_ends_a_call_that_is_demanded(client: OpenAI) -> None:
+    """Agents send the same ones with each request; what spells a call is no text."""
+    ask: Any = {"model": "x", "messages": HI, "tools": TOOLS, "max_tokens": 200}
+    named = {"type": "function", "function": {"name": "set_lamp"}}
+    chat = client.chat.completions.create(**ask, tool_choice=named, stop=["\n", "<", "o", '"'])
+    (call,) = chat.choices[0].message.tool_calls or ()
+    assert call.type == "function" and not chat.choices[0].message.content
+    check(call.function.name, json.loads(call.function.arguments))
+
+
+def test_what_is_cut_off_of_a_call_that_is_demanded_is_no_text(client: OpenAI) -> None:
+    ask: Any = {"model": "x", "messages": HI, "tools": TOOLS, "tool_choice": "required"}
+    for n in (1, 2, 5, 9):
+        chat = client.chat.completions.create(**ask, max_tokens=n)
+        stream = client.chat.completions.create(**ask, max_tokens=n, stream=True)
+        told = "".join(each.choices[0].delta.content or "" for each in stream if each.choices)
+        assert not chat.choices[0].message.content and told == ""
+        assert chat.choices[0].finish_reason == "length"
+
+
 def test_responses_call_what_they_must(client: OpenAI) -> None:
     flat: Any = [{"type": "function", "strict": True, **each["function"]} for each in TOOLS]
     response = client.responses.create(
@@ -278,8 +298,8 @@ def test_a_schema_that_need_not_be_kept_to_is_no_error(client: OpenAI) -> None:
     chat = client.chat.completions.create(
         model="x", messages=HI, tools=[tool("bad", NOT)], tool_choice="required", max_tokens=30
     )
-    message = chat.choices[0].message  # whatever comes behind the call, or where it is cut
-    assert message.tool_calls or message.content
+    (choice,) = chat.choices  # whatever comes behind the call, or where it is cut
+    assert choice.message.tool_calls or choice.finish_reason == "length"
 
 
 def test_a_form_that_proves_too_large_is_told_by_its_field(served: Running) -> None:

@@ -71,6 +71,7 @@ MINIMAX = (
     '<minimax:tool_call>\n<invoke name="weather">\n<parameter name="city">Rome</parameter>\n'
     '<parameter name="days">2</parameter>\n</invoke>\n</minimax:tool_call>'
 )
+WHOLE = {"harmony", "functionary"}  # of which a parser reads all
 BARE = '{"name": "weather", "parameters": {"city": "Rome", "days": 2}}'
 ARGS = '{"city": "Rome", "days": 2}'
 SPELLED = [
@@ -127,8 +128,14 @@ SPELLED = [
     ("nemotron", f'<TOOLCALL>[{{"name": "weather", "arguments": {ARGS}}}]</TOOLCALL>'),
     ("olmo", '<function_calls>\nweather(city="Rome", days=2)\n</function_calls>'),
     ("listed", f'<tool_calls>\n[{{"name": "weather", "arguments": {ARGS}}}]\n</tool_calls>'),
+    ("phi", f'<|tool_call|>[{{"name": "weather", "arguments": {ARGS}}}]<|/tool_call|>'),
+    ("phi", f'<|tool_call|>{{"name": "weather", "arguments": {ARGS}}}<|/tool_call|>'),
+    ("apertus", f'<|tools_prefix|>[{{"weather": {ARGS}}}]<|tools_suffix|>'),
+    ("apertus", f'<|tools_prefix|>\n[ {{ "weather" : {ARGS} }} ]'),
+    ("functionary", f"weather\n{ARGS}"),
+    ("functionary", f">>>weather\n{ARGS}"),
     # What we tell of calls where a template does not is read beside its own.
-    *((family, HERMES) for family in sorted(set(SIGNS) - {"hermes", "harmony"})),
+    *((family, HERMES) for family in sorted(set(SIGNS) - WHOLE - {"hermes"})),
 ]  # fmt: skip
 
 
@@ -159,6 +166,10 @@ TWO = [
         f"<|tool_call_begin|>functions.weather:{i}<|tool_call_argument_begin|>{ARGS}<|tool_call_end|>"
         .replace("Rome", city) for i, city in enumerate(("Rome", "Bonn")))])),
     ("nemotron", f"<TOOLCALL>[{BARE}, {BARE.replace('Rome', 'Bonn')}]</TOOLCALL>"),
+    ("phi", f"<|tool_call|>{BARE}<|/tool_call|><|tool_call|>{BARE.replace('Rome', 'Bonn')}"),
+    ("apertus", f'<|tools_prefix|>[{{"weather": {ARGS}}}, {{"weather": '
+     f'{ARGS.replace("Rome", "Bonn")}}}]<|tools_suffix|>'),
+    ("functionary", f"weather\n{ARGS}>>>weather\n{ARGS.replace('Rome', 'Bonn')}"),
 ]  # fmt: skip
 
 
@@ -214,6 +225,10 @@ LOOPS = [
     ("kimi", '<|tool_call_begin|>functions.weather:0<|tool_call_argument_begin|>{"a":"'),
     ("cohere", '<|START_ACTION|>[{"tool_call_id":"'),
     ("nemotron", '<TOOLCALL>[{"id":"'),
+    ("apertus", '<|tools_prefix|>[{"weather": {"a":"'),
+    ("apertus", '<|tools_prefix|>[{"'),
+    ("functionary", ">>>weather\n"),
+    ("functionary", 'weather\n{"a":'),
     ("seed", '<seed:tool_call><function=weather><parameter=tags>["'),
 ]  # fmt: skip
 
@@ -334,6 +349,17 @@ def test_harmony_has_reasoning_and_text() -> None:
     assert read("harmony", thought + call) == ("", "Hm.", [("weather", ROME)])
 
 
+def test_functionary_tells_whom_each_part_is_to() -> None:
+    said = "all\nLet me see: >>> 1\n>>>weather is\n"
+    assert read("functionary", said).text == said[4:]
+    text = f"{said}>>>weather\n{ARGS}\n>>>all\nDone."
+    assert read("functionary", text) == (said[4:] + "Done.", "", [("weather", ROME)])
+    for head in (">>>all\n", "all\n", "weather\n"):
+        for n in range(len(head)):  # who it is to is no text, also where it is cut off
+            assert read("functionary", head[:n], was_cut=True).text == ""
+    assert read("functionary", "al", was_cut=False).text == "al"
+
+
 @pytest.mark.parametrize(
     "head",
     ["<|channel|>anal", "<|channel|>commentary to=functions.wea", " to=functions.wea",
@@ -378,6 +404,13 @@ NO_CALLS = [
     ("olmo", "<function_calls>\nweather('Rome')\n</function_calls>"),
     ("listed", "<tool_calls>\nnone\n</tool_calls>"),
     ("seed", "<seed:tool_call>\n<function=unknown>\n</function>\n</seed:tool_call>"),
+    ("phi", "<|tool_call|>[]<|/tool_call|>"),
+    ("apertus", '<|tools_prefix|>[{"unknown": {}}]<|tools_suffix|>'),
+    ("apertus", '<|tools_prefix|>[{"weather": 5}]<|tools_suffix|>'),
+    ("functionary", "unknown\n{}"),
+    ("functionary", "weather\nis fine"),
+    ("functionary", "weather\n>>>unknown\n{}"),
+    ("functionary", "just text\n>>>x = 1\n>>>all is well"),
 ]  # fmt: skip
 
 

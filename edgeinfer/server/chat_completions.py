@@ -21,10 +21,17 @@ from edgeinfer.results import (
 )
 from edgeinfer.server.answers import Answer
 from edgeinfer.server.chat_request import is_of_functions, read_chat
+from edgeinfer.server.custom_tools import input_of
 from edgeinfer.server.errors import ApiError, Json
 from edgeinfer.server.fields import read_fields
 from edgeinfer.server.frames import Frames
-from edgeinfer.server.openai import FINGERPRINT, envelope, timings_json, usage_json
+from edgeinfer.server.openai import (
+    FINGERPRINT,
+    custom_tools,
+    envelope,
+    timings_json,
+    usage_json,
+)
 from edgeinfer.server.requests import new_call_id, new_id, session_of
 from edgeinfer.server.service import Service
 from edgeinfer.server.wire import DONE, EVENTS, PING, TextFrame, event, reply
@@ -56,6 +63,7 @@ class ChatCompletions:
             has_usage=has_usage,
             has_progress=has_progress,
             is_of_functions=is_of_functions(body),
+            custom=frozenset(custom_tools(body.objects("tools"))),
         )
         if is_streamed:
             return Frames(shape, EVENTS, answer)
@@ -80,9 +88,11 @@ class _Shape:
         has_usage: bool,
         has_progress: bool,
         is_of_functions: bool,
+        custom: frozenset[str],  # tools that take a text
     ) -> None:
         self._answer, self._has_logprobs = answer, has_logprobs
-        self._is_of_functions = is_of_functions
+        self._is_of_functions, self._custom = is_of_functions, custom
+        self._late: set[tuple[int, int]] = set()  # calls of these in a stream
         self._has_usage, self._has_progress = has_usage, has_progress  # in a stream
         self._n = len(answer.streams)
         self._head = {
@@ -119,11 +129,7 @@ class _Shape:
         }
         if calls:
             told = [
-                {
-                    "id": self._call_id(i, n),
-                    "type": "function",
-                    "function": {"name": call.name, "arguments": call.arguments},
-                }
+                {"id": self._call_id(i, n), **self._call(call.name, call.arguments)}
                 for n, call in enumerate(calls)
             ]
             message |= self._calls(told)
@@ -133,6 +139,11 @@ class _Shape:
             "logprobs": self._logprobs(answer.logprobs),
             "finish_reason": self._finish_reason(answer),
         }
+
+    def _call(self, name: str, arguments: str) -> Json:
+        if name in self._custom:
+            return {"type": "custom", "custom": {"name": name, "input": input_of(arguments)}}
+        return {"type": "function", "function": {"name": name, "arguments": arguments}}
 
     # -- in parts --------------------------------------------------------------------------------
 
@@ -146,7 +157,7 @@ class _Shape:
             return self._delta(i, found)
         if isinstance(found, Done):
             answer = found.completion
-            return self._chunk(
+            return self._inputs(i, answer) + self._chunk(
                 i, {}, self._finish_reason(answer), more={"timings": timings_json(answer)}
             )
         return self._progress(found) if self._has_progress else b""
@@ -166,8 +177,8 @@ class _Shape:
         told: Json = _reasoning(delta.reasoning)
         if delta.text:
             told["content"] = delta.text
-        if delta.call is not None:
-            told |= self._calls([self._call_delta(i, delta.call)])
+        if delta.call is not None and (call := self._call_delta(i, delta.call)):
+            told |= self._calls([call])
         logprobs = self._logprobs(delta.logprobs)
         if not told and not (logprobs and logprobs["content"]):
             return b""
@@ -178,11 +189,25 @@ class _Shape:
 
     def _call_delta(self, i: int, call: CallDelta) -> Json:
         """What names a call comes once: clients join what comes twice."""
-        told: Json = {"index": call.index, "function": {"arguments": call.arguments}}
-        if call.name:
-            told |= {"id": self._call_id(i, call.index), "type": "function"}
-            told["function"] = {"name": call.name, "arguments": call.arguments}
-        return told
+        if not call.name:
+            is_late = (i, call.index) in self._late
+            more = {"index": call.index, "function": {"arguments": call.arguments}}
+            return {} if is_late else more
+        arguments = call.arguments
+        if call.name in self._custom:
+            self._late.add((i, call.index))
+            arguments = ""  # of which the text is one that is whole
+        id = self._call_id(i, call.index)
+        return {"index": call.index, "id": id, **self._call(call.name, arguments)}
+
+    def _inputs(self, i: int, answer: Completion) -> bytes:
+        """The texts of calls of custom tools."""
+        told = [
+            {"index": n, "custom": {"input": input_of(call.arguments)}}
+            for n, call in enumerate(answer.tool_calls)
+            if (i, n) in self._late
+        ]
+        return self._chunk(i, self._calls(told)) if told else b""
 
     def _progress(self, found: PromptProgress) -> bytes:
         return self._frame([], {"prompt_progress": {"processed": found.done, "total": found.total}})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from edgeinfer.server.custom_tools import as_arguments
 from edgeinfer.server.errors import Json
 from edgeinfer.server.fields import Fields
 from edgeinfer.server.openai import (
@@ -106,7 +107,7 @@ def _call(given: Fields) -> Json:
     arguments = function.get("arguments")
     if "custom" in given:  # of a tool that takes a text
         function = given.object("custom")
-        arguments = {"input": function.text("input")}
+        arguments = as_arguments(function.text("input"))
     return {
         "id": given.text("id"),
         "type": "function",

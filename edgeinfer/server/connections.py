@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import h11
 from uvicorn.config import Config
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 from uvicorn.server import ServerState
+
+from edgeinfer.server.wire import encode
 
 HEADER_SECONDS = 20.0  # from the first byte of a header, or from the connection, to its last
 STALLED_SECONDS = 120.0  # a reader that takes nothing for so long is gone
@@ -48,6 +51,7 @@ class Connection(H11Protocol):
     _asking: asyncio.TimerHandle | None = None
     _leaving: asyncio.TimerHandle | None = None
     _sends_no_more = False
+    _in_chunks: object = None  # the cycle whose reply is, if any is
 
     def __init__(
         self,
@@ -74,11 +78,17 @@ class Connection(H11Protocol):
         self._watch()
 
     def send_400_response(self, msg: str) -> None:
-        """Where a reply has begun, or was given, there can be no other."""
+        """Say what is wrong with what is no request, which belongs to no API.
+
+        Where a reply has begun, or was given, there can be no other.
+        """
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            super().send_400_response(msg)
-        else:
-            self.transport.close()
+            for each in _refusal(sys.exc_info()[1]):
+                self.transport.write(self.conn.send(each) or b"")
+        if self._is_answering:  # whoever does so has nobody to tell any more
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget()
@@ -101,8 +111,8 @@ class Connection(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self._sends_no_more and not self._is_answering:
-            self.transport.close()
+        if self._sends_no_more and not (self._is_answering and not self.cycle.more_body):
+            self.transport.close()  # also of a request whose end will never come
 
     @property
     def _is_answering(self) -> bool:
@@ -111,24 +121,25 @@ class Connection(H11Protocol):
     def _ask(self, again: tuple[float, ...]) -> None:
         """Write what says nothing: a reply that is to come, or a zero before a chunk's length.
 
-        Replies that have begun and wait are in chunks: one of a stated length is written at once.
+        One of a stated length has no room for it: what is left of that is being written.
         """
         if not self._is_answering or self.transport.is_closing():
             return
-        if not self.flow.write_paused:  # else something is being written
-            begun = self.cycle.response_started
+        begun = self.cycle.response_started
+        if not (self.flow.write_paused or (begun and self._in_chunks is not self.cycle)):
             self.transport.write(b"0" if begun else b"HTTP/1.1 100 Continue\r\n\r\n")
         if again:
             self._asking = self.loop.call_later(again[0], self._ask, again[1:])
 
     def write_now(self, part: bytes) -> bool:
-        """Write more, which is not empty, of a reply of no known length that has begun.
+        """Write more, if there is any, of a reply of no known length that has begun.
 
         False where that must wait for its reader.
         """
+        self._in_chunks = self.cycle
         if self.flow.write_paused:
             return False
-        if not self.cycle.disconnected:
+        if part and not self.cycle.disconnected:
             # As h11 would, in a twentieth of its time.
             is_chunked = self.cycle.scope["http_version"] == "1.1"
             self.transport.write(b"%x\r\n%b\r\n" % (len(part), part) if is_chunked else part)
@@ -189,3 +200,18 @@ class Connection(H11Protocol):
         self._alarm = None
         if not self.transport.is_closing():
             self.transport.close()
+
+
+def _refusal(error: BaseException | None) -> list[h11.Event]:
+    """A reply to what h11 has refused."""
+    status = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
+    why = str(error).partition(": bytearray")[0]  # behind that comes what was sent
+    told = {"message": f"this is no request that can be read: {why}", "param": None, "code": None}
+    body = encode({"error": {**told, "type": "invalid_request_error"}})
+    headers = [
+        ("content-type", "application/json"),
+        ("content-length", str(len(body))),
+        ("connection", "close"),
+    ]
+    head = h11.Response(status_code=status, headers=headers, reason=STATUS_PHRASES[status])
+    return [head, h11.Data(data=body), h11.EndOfMessage()]

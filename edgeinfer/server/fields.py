@@ -25,6 +25,11 @@ class Fields:
     def __init__(self, values: Json, path: str = "") -> None:
         self._values, self._path = values, path
 
+    @property
+    def path(self) -> str:
+        """What stands before the names of its fields."""
+        return self._path
+
     def __contains__(self, name: str) -> bool:
         return self._values.get(name) is not None
 

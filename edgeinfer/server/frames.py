@@ -56,6 +56,7 @@ class Frames(Response, Listener):
 
     async def _write(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        self._write_now(b"")  # tells that it is in chunks
         try:
             self._found += self._parts.begin()
             while await self._answer.listen(self):

@@ -41,7 +41,8 @@ class Gate:
             return
         request = Request(scope)
         origin = request.headers.get("origin", "")
-        scope["path"] = _bare(scope["path"])
+        named, path = _target(scope["path"])
+        scope["path"] = _bare(path)
         scope["app"] = self  # or the router would reply to what it does not know
         has_begun = is_trusted = False
         n_body = 0
@@ -65,7 +66,9 @@ class Gate:
 
         try:
             _check_framing(request.headers)
-            self._check_source(request, origin)
+            self._check_host(request.headers.get("host", ""))
+            self._check_host(named)
+            self._check_origin(origin)
             is_trusted = True
             self._check_key(request)
             if request.method == "OPTIONS":
@@ -84,13 +87,16 @@ class Gate:
         finally:
             self._n_held -= n_body
 
-    def _check_source(self, request: Request, origin: str) -> None:
-        """ApiError where a page that a browser shows has no business here."""
-        host = _host_name(request.headers.get("host", ""))
+    def _check_host(self, given: str) -> None:
+        """ApiError for a name that is not this server's: one pointed here, or a proxy's."""
+        host = _host_name(given)
         if self._hosts is not None and host and not self._answers_to(host):
             raise ApiError(
                 403, f"this server is not {host[:200]!r}; --allow-host NAME lets it answer to that"
             )
+
+    def _check_origin(self, origin: str) -> None:
+        """ApiError where a page that a browser shows has no business here."""
         if origin and not self._is_trusted(origin):
             raise ApiError(
                 403,
@@ -161,6 +167,15 @@ def _cors(request: Request) -> list[tuple[bytes, bytes]]:
         (b"access-control-expose-headers", b"*"),
         (b"vary", b"origin"),
     ]
+
+
+_URL = re.compile(r"https?://([^/]*)(.*)", re.IGNORECASE | re.DOTALL)
+
+
+def _target(target: str) -> tuple[str, str]:
+    """The host, if it names one, and the path: as proxies get it, it is a URL (RFC 9112, 3.2.2)."""
+    match = _URL.fullmatch(target)
+    return (match[1], match[2] or "/") if match else ("", target)
 
 
 def _bare(path: str) -> str:

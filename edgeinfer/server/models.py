@@ -67,6 +67,15 @@ class ServedModel:
         return self.llm
 
     @property
+    def names(self) -> list[str]:
+        """What requests may call it: as it is served, as its file is called, as that calls itself.
+
+        One counts less than another model's that stands before it.
+        """
+        own = [self.llm.name] if self.llm is not None else []
+        return [self.name, self.path.stem, self.path.name, *own]
+
+    @property
     def created(self) -> int:
         """When the file was written."""
         try:
@@ -125,13 +134,13 @@ class Models:
         )
 
     def _named(self, name: str) -> ServedModel | None:
-        wanted = name.lower().removesuffix(":latest")
-        for model in self.served:
-            names = [model.name, model.path.stem, model.path.name]
-            names += [model.llm.name] if model.llm is not None else []
-            if wanted in (each.lower().removesuffix(":latest") for each in names):
-                return model
-        return None
+        wanted = _bare(name)
+        found: list[tuple[int, int]] = []
+        for i, model in enumerate(self.served):
+            names = [*map(_bare, model.names)]
+            if wanted in names:
+                found.append((names.index(wanted), i))
+        return self.served[min(found)[1]] if found else None
 
     async def find_or_pull(self, name: str) -> ServedModel:
         """`find`; a name of the hub is fetched where the server may do that."""
@@ -374,6 +383,10 @@ class Models:
         llm, model.llm, model.face, model.keep_seconds = model.llm, None, None, None
         if llm is not None:
             await asyncio.to_thread(llm.close)
+
+
+def _bare(name: str) -> str:
+    return name.lower().removesuffix(":latest")
 
 
 def _silence(model: ServedModel) -> None:

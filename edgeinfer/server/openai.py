@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from edgeinfer import __version__
 from edgeinfer.parameters import shown
 from edgeinfer.results import Completion, Usage
+from edgeinfer.server.custom_tools import as_function
 from edgeinfer.server.errors import ApiError, Json
 from edgeinfer.server.fields import Fields
 from edgeinfer.server.requests import MOST_BUDGET, NOT_HERE, SAMPLING, function_tool
@@ -148,17 +149,32 @@ def _part_text(part: Any, param: str) -> str:
 
 
 def tools_of(tools: Iterable[Fields]) -> list[Json]:
-    """Functions, also those inside of namespaces; other kinds of tools are the client's concern."""
-    found: list[Json] = []
+    """Functions, and custom tools as such; other kinds are the client's concern."""
+    made: dict[str, Callable[[Fields], Json]] = {"function": function_tool, "custom": as_function}
+    return [made[kind](_inner(each, kind)) for kind, each in _flat(tools)]
+
+
+def custom_tools(tools: Iterable[Fields]) -> dict[str, Json]:
+    """Custom tools by their names, as they were given."""
+    found = (_inner(each, kind) for kind, each in _flat(tools) if kind == "custom")
+    return {each.text("name"): each.values for each in found}
+
+
+def _flat(tools: Iterable[Fields]) -> Iterator[tuple[str, Fields]]:
+    """The tools of the kinds that a model is told of, also those inside of namespaces."""
     left = deque(tools)
     while left:
         tool = left.popleft()
         kind = tool.get("type") or "function"
         if kind == "namespace":
             left.extendleft(reversed(tool.objects("tools")))
-        elif kind == "function":
-            found.append(function_tool(tool.object("function") if "function" in tool else tool))
-    return found
+        elif kind in ("function", "custom"):
+            yield kind, tool
+
+
+def _inner(tool: Fields, kind: str) -> Fields:
+    """Chat completions have it a level deeper."""
+    return tool.object(kind) if kind in tool else tool
 
 
 def usage_json(usages: Iterable[Usage], n_reasoning: int = 0) -> Json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -9,10 +10,12 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
 
+from edgeinfer.server.custom_tools import as_arguments
 from edgeinfer.server.errors import ApiError, Json
 from edgeinfer.server.fields import Fields, read_fields
 from edgeinfer.server.frames import Frames
 from edgeinfer.server.openai import (
+    custom_tools,
     sampling_of,
     template_args,
     text_content,
@@ -66,7 +69,7 @@ class Responses:
         session = session_of(http.headers, body.get("prompt_cache_key"))
         request = replace(request, session=session)
         answer = await self._service.answer(request)
-        shape = Shape(answer, echoed)
+        shape = Shape(answer, echoed, custom_tools(body.objects("tools")))
         if is_streamed:
             return Frames(shape, EVENTS, answer)
         return reply(await shape.whole())
@@ -155,7 +158,7 @@ def _add_message(found: list[Json], item: Fields) -> None:
 
 
 def _arguments(item: Fields, kind: str) -> str | Json:
-    return {"input": item.text("input")} if kind == _CALLS[1] else item.text("arguments", "{}")
+    return as_arguments(item.text("input")) if kind == _CALLS[1] else item.text("arguments", "{}")
 
 
 def _thought(item: Fields) -> str:
@@ -179,7 +182,7 @@ def _echo(body: Fields, request: Request) -> Json:
     """What a response repeats of its request."""
     tools = request.chat.tools if request.chat is not None else []
     reasoning = body.object("reasoning")
-    choice = body.get("tool_choice")
+    choice, custom = body.get("tool_choice"), custom_tools(body.objects("tools"))
     told: Json = {
         "instructions": body.get("instructions"),
         "max_output_tokens": body.get("max_output_tokens"),
@@ -191,10 +194,17 @@ def _echo(body: Fields, request: Request) -> Json:
         "temperature": body.get("temperature"),
         "text": {"format": body.object("text").get("format") or {"type": "text"}},
         "tool_choice": choice if choice is not None else "auto",
-        "tools": [{"type": "function", "strict": False, **tool["function"]} for tool in tools],
+        "tools": [_echo_of_tool(tool["function"], custom) for tool in tools],
         "top_logprobs": request.sampling.get("logprobs", 0),
         "top_p": body.get("top_p"),
         "truncation": _truncation(body),
         "background": False,
     }
     return {name: plain(value, name) for name, value in told.items()}  # so that all can be written
+
+
+def _echo_of_tool(function: Json, custom: Mapping[str, Json]) -> Json:
+    given = custom.get(function["name"])
+    if given is None:
+        return {"type": "function", "strict": False, **function}
+    return {"type": "custom", **given}

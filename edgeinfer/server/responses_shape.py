@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 from edgeinfer.results import Completion, Delta, Event
 from edgeinfer.server.answers import Answer
 from edgeinfer.server.blocks import Block, Blocks, Change
+from edgeinfer.server.custom_tools import input_of
 from edgeinfer.server.errors import ApiError, Json
 from edgeinfer.server.requests import new_call_id, new_id
 from edgeinfer.server.wire import PING, event
 
 _PREFIXES = {"reasoning": "rs_", "text": "msg_", "call": "fc_"}
+_CUSTOM = "response.custom_tool_call_input"
 
 
 class Shape:
-    """One response; `echoed` is what it repeats of its request."""
+    """One response; `echoed` is what it repeats of its request, `custom` has tools of a text."""
 
     ping = PING
 
-    def __init__(self, answer: Answer, echoed: Json) -> None:
-        self._answer, self._blocks = answer, Blocks()
+    def __init__(self, answer: Answer, echoed: Json, custom: Container[str] = ()) -> None:
+        self._answer, self._blocks, self._custom = answer, Blocks(), custom
         self._head = {
             "id": new_id("resp_"),
             "object": "response",
@@ -90,8 +92,10 @@ class Shape:
             return {**item, "type": "reasoning", "summary": [], "content": parts}
         if block.kind == "text":
             return {**item, "type": "message", "role": "assistant", "content": parts}
-        arguments = "" if is_empty else block.text
-        return {**item, "type": "function_call", "name": block.name, "arguments": arguments}
+        arguments, item = "" if is_empty else block.text, {**item, "name": block.name}
+        if block.name in self._custom:
+            return {**item, "type": "custom_tool_call", "input": input_of(arguments)}
+        return {**item, "type": "function_call", "arguments": arguments}
 
     def _finished(self) -> Json:
         answer = self._answer.completions[0]
@@ -150,6 +154,8 @@ class Shape:
             yield self._event("response.content_part.added", part=part, **self._place(block))
 
     def _more(self, block: Block, text: str) -> bytes:
+        if block.kind == "call" and block.name in self._custom:
+            return b""  # a text that is whole comes at its end
         if block.kind == "call":
             return self._event(
                 "response.function_call_arguments.delta", delta=text, **self._place(block)
@@ -161,7 +167,10 @@ class Shape:
 
     def _ended(self, block: Block) -> Iterable[bytes]:
         place, text = self._place(block), block.text
-        if block.kind == "call":
+        if block.kind == "call" and block.name in self._custom:
+            yield self._event(f"{_CUSTOM}.delta", delta=input_of(text), **place)
+            yield self._event(f"{_CUSTOM}.done", input=input_of(text), **place)
+        elif block.kind == "call":
             yield self._event(
                 "response.function_call_arguments.done", arguments=text, name=block.name, **place
             )

@@ -20,14 +20,20 @@ _MOST_AGAIN = 1 << 16  # what follows after so many is text: each marker might r
 class CallFinder:
     """Turns a reply into text and calls. How it is cut into pieces changes nothing in them.
 
-    Where there is a limit, what follows the last of the `most` calls is nobody's concern.
+    Where there is a limit, what follows the last of the `most` calls is nobody's concern; so is
+    what is no call where a reply `has_text` not.
     """
 
     def __init__(
-        self, format: CallFormat, tools: Sequence[Mapping[str, Any]], most: int | None = None
+        self,
+        format: CallFormat,
+        tools: Sequence[Mapping[str, Any]],
+        most: int | None = None,
+        *,
+        has_text: bool = True,
     ) -> None:
         self._format, self._reader = format, Reader()
-        self._calls = Calls(tools, most, on_done=self._reader.mark)
+        self._calls = Calls(tools, most, on_done=self._reader.mark, has_text=has_text)
         self._controls = format.controls
         self._steps = self._read()
         self._gap = ""  # white space that is text if no call follows
@@ -139,9 +145,13 @@ class CallFinder:
 
 
 def call_finder(
-    template: str, tools: Sequence[Mapping[str, Any]], most: int | None = None
+    template: str,
+    tools: Sequence[Mapping[str, Any]],
+    most: int | None = None,
+    *,
+    has_text: bool = True,
 ) -> CallFinder | None:
     """For the replies of a model with that chat template; None where nothing is to be found."""
     format = call_format(template)
     is_needed = tools or format.has_wrappers or format.whole_reply is not None
-    return CallFinder(format, tools, most) if is_needed else None
+    return CallFinder(format, tools, most, has_text=has_text) if is_needed else None

@@ -13,8 +13,10 @@ from edgeinfer.text.call_json import (
     HARMONY_ENDS,
     closed_json,
     deepseek,
+    functionary,
     harmony,
     json_calls,
+    keyed_calls,
     kimi,
     mistral,
     python_tag,
@@ -58,6 +60,8 @@ _GEMMA_3_END = "<end_function_call>"
 _SEED_END, _LIST_END = "</seed:tool_call>", "</tool_calls>"
 # Cohere's, around what is said.
 _COHERE_WRAPPERS = ("<|START_RESPONSE|>", "<|END_RESPONSE|>", "<|START_TEXT|>", "<|END_TEXT|>")
+_PHI_END, _APERTUS_END = "<|/tool_call|>", "<|tools_suffix|>"
+_PHI = CallFormat("phi", {"<|tool_call|>": partial(closed_json, close=_PHI_END)}, (_PHI_END,))
 _TAGS = CallFormat(
     "tags",
     {"<tool_call>": tool_call_tag, "<function=": function_tag},
@@ -160,7 +164,18 @@ _SIGNS: tuple[tuple[str, CallFormat], ...] = (
             may_be_bare=True,
         ),
     ),
+    (
+        "<|tools_prefix|>",
+        CallFormat(
+            "apertus",
+            {"<|tools_prefix|>": partial(keyed_calls, close=_APERTUS_END)},
+            (_APERTUS_END,),
+        ),
+    ),
+    (">>>all", CallFormat("functionary", {}, whole_reply=functionary)),
     ("<tool_call>", _TAGS),
+    (_PHI_END, _PHI),
+    ("<|/tool|>", _PHI),  # of Phi 4, which shows no call in its template
     ("<|tool_call|>", CallFormat("granite", {"<|tool_call|>": json_calls})),
     ("<function=", _TAGS),
     (

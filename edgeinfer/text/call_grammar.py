@@ -13,7 +13,7 @@ from edgeinfer.errors import InvalidRequestError
 from edgeinfer.results import ToolCall
 from edgeinfer.text.call_finder import CallFinder
 from edgeinfer.text.call_formats import CallFormat, call_format
-from edgeinfer.text.call_json import HARMONY_ENDS
+from edgeinfer.text.call_json import FUNCTIONARY, HARMONY_ENDS, TO_ALL
 from edgeinfer.text.call_spellings import Spelling, spelling
 from edgeinfer.text.call_values import Parameters, Unwritable, tagged
 from edgeinfer.text.call_words import bare, python
@@ -75,8 +75,11 @@ def call_grammar(
     """
     format = call_format(template)
     rules = Rules(format.controls, control_id)
+    writer: _Harmony | _Functionary | _Calls
     if format.family == "harmony":
-        writer: _Harmony | _Calls = _Harmony(rules, format)
+        writer = _Harmony(rules, format)
+    elif format.family == "functionary":
+        writer = _Functionary(rules, format)
     else:
         writer = _Calls(rules, format, spelling(format.family, template))
     calls = [writer.call(each) for each in offered]
@@ -233,6 +236,36 @@ class _Harmony:
         said = self._rules.say(f"<|channel|>{channel}<|message|>")
         others = [end for end in HARMONY_ENDS if not close.startswith(end)]
         return self._rules.rule(f"{said} {self._rules.until(close, others)}")
+
+
+class _Functionary:
+    """Parts: text first, if there is any, then calls."""
+
+    def __init__(self, rules: Rules, format: CallFormat) -> None:
+        self._rules, self._format = rules, format
+        self._head = rules.say(f"{TO_ALL}\n")
+
+    def call(self, offered: OfferedTool) -> str:
+        head = f"{offered.tool.name}\n"
+        if not _is_read_back(self._format, offered.tool.name, head + "{}"):
+            raise _unwritable(offered.tool.name, "its name")
+        arguments = json_of(offered.parameters, lenient=not offered.is_strict)
+        return self._rules.rule(f"{self._rules.say(head)} {arguments}")
+
+    def calls(self, calls: Sequence[str], is_single: bool) -> str:
+        one = self._rules.rule(" | ".join(calls))
+        return one if is_single else f"{one} ({self._rules.say(FUNCTIONARY)} {one})*"
+
+    def calls_or_answer(self, calls: Sequence[str], is_single: bool) -> str:
+        answer = f"{self._head} @{ANSWER}"
+        return f"{self.calls(calls, is_single)} | {answer}" if calls else answer
+
+    def calls_and_text(self, calls: Sequence[str], is_single: bool) -> str:
+        text = f"{self._head} {self._rules.terminal(text_without([FUNCTIONARY]))}"
+        if not calls:
+            return text
+        called = self._rules.rule(self.calls(calls, is_single))
+        return f"{called} | {text} | {self._head} {self._rules.until(FUNCTIONARY)} {called}"
 
 
 def _is_read_back(format: CallFormat, name: str, sample: str, arguments: str = "{}") -> bool:

@@ -171,6 +171,30 @@ def deepseek(reader: Reader, calls: Calls) -> Steps[None]:
     yield from reader.take("<｜tool▁calls▁end｜>")
 
 
+def keyed_calls(reader: Reader, calls: Calls, close: str) -> Steps[None]:
+    """An array of objects, each of which has the arguments of a call by its name."""
+    yield from reader.space()
+    if not (yield from reader.take("[")):
+        raise NotACall
+    while True:
+        yield from reader.space()
+        if not (yield from reader.take("{")):
+            raise NotACall
+        yield from reader.space()
+        if (yield from reader.peek()) != '"':
+            raise NotACall
+        tool = calls.find((yield from _json_key(reader)))
+        yield from copy_arguments(reader, calls, tool, (close,))
+        yield from reader.space()
+        yield from reader.take("}")
+        yield from reader.space()
+        if not (yield from reader.take(",")):
+            break
+    yield from reader.take("]")
+    yield from reader.space()
+    yield from reader.take(close)
+
+
 def wrapper(reader: Reader, calls: Calls) -> Steps[None]:
     """A marker around the calls, which says nothing by itself."""
     yield from reader.space()
@@ -226,3 +250,28 @@ def _harmony_body(
             return
     write = calls.reasoning if channel == ["analysis"] else calls.text
     yield from reader.copy_until(HARMONY_ENDS, write)
+
+
+FUNCTIONARY, TO_ALL = ">>>", "all"  # before whom a part is to; who that is for text
+
+
+def functionary(reader: Reader, calls: Calls) -> Steps[None]:
+    """A whole reply of parts: >>>WHOM, a line's end and BODY. The prompt ends with the first mark.
+
+    Text may hold such marks as well, so only those of who is known count.
+    """
+    parts = tuple(f"{FUNCTIONARY}{whom}\n" for whom in (TO_ALL, *calls.tools))
+    heads = (*parts, *(part.removeprefix(FUNCTIONARY) for part in parts))
+    whom = yield from reader.take_any(*heads)
+    if any(head.startswith(reader.rest) for head in heads if not whom):
+        yield from reader.peek(len(reader.rest) + 1)  # a head that is cut off is no text
+    while not reader.is_at_end:
+        name = whom.removeprefix(FUNCTIONARY).removesuffix("\n")
+        if name in calls.tools and (yield from reader.look()) == "{":
+            yield from copy_arguments(reader, calls, calls.find(name), (FUNCTIONARY,))
+            yield from reader.space()
+        elif name != TO_ALL:
+            calls.text(whom)
+        yield from reader.copy_until(parts, calls.text)
+        whom = yield from reader.take_any(*parts)
+        reader.mark()

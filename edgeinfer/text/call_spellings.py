@@ -45,7 +45,7 @@ class Spelling(NamedTuple):
 def spelling(family: str, template: str) -> Spelling:
     """The one that a template's model was trained on; families with several tell by the template.
 
-    Harmony is none of them: its calls are messages.
+    Harmony and Functionary are none of them: their calls are messages.
     """
     if family == "tags":
         return _tags(template)
@@ -143,6 +143,10 @@ _OTHERS = {
     ),
     "granite": _json_object("", "", "arguments")._replace(
         begin="<|tool_call|>[", end="]", between=", "
+    ),
+    "phi": _json_object("<|tool_call|>", "<|/tool_call|>", "arguments"),
+    "apertus": Spelling(
+        "{", ": ", "}", "<|tools_prefix|>[", "]<|tools_suffix|>", ", ", has_quotes=True
     ),
     "cohere": _json_object("", "", "parameters")._replace(
         before='{"tool_call_id": "0", "tool_name": ',

@@ -23,6 +23,7 @@ from edgeinfer.text.fitting import (
     Capabilities,
     after_user,
     by_turns,
+    described,
     fit,
     late_system_folded,
     probe,
@@ -176,6 +177,9 @@ class ChatTemplate:
         if chat.tools and not capabilities.calls_first:
             fitted = after_user(fitted)
         text, error = self._attempt(_hidden(fitted, hide), shown, budget)
+        if error is not None and (tools := described(chat.tools)) != chat.tools:
+            shown |= {"tools": hide(tools, "")}
+            text, error = self._attempt(_hidden(fitted, hide), shown, budget)
         if error is not None and (named := with_short_ids(fitted)) != fitted:
             fitted = named
             text, error = self._attempt(_hidden(fitted, hide), shown, budget)

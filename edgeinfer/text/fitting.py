@@ -34,6 +34,7 @@ class Capabilities(NamedTuple):
     text_with_calls: bool
     call_names: bool  # else it shows the ids of calls alone
     calls_first: bool  # where it is told of tools: some take what comes first for the user's
+    empty_with_calls: bool  # else a text of no letters beside calls is shown as a turn
 
 
 def probe(attempt: Callable[..., str]) -> Capabilities:
@@ -47,7 +48,9 @@ def probe(attempt: Callable[..., str]) -> Capabilities:
     answer = {"role": "assistant", "content": "hi"}
     told = attempt([*systems[:2], user, answer, systems[2], user])
 
-    def turns(words: Sequence[str], *, as_object: bool, text: str = "") -> list[dict[str, Any]]:
+    def turns(
+        words: Sequence[str], *, as_object: bool, text: str | None = ""
+    ) -> list[dict[str, Any]]:
         """A question, calls with these words beside a text, and their results."""
         ids = [f"call{i:05}" for i, _ in enumerate(words, 1)]
         arguments: list[Any] = [{"word": word} for word in words]
@@ -74,6 +77,7 @@ def probe(attempt: Callable[..., str]) -> Capabilities:
     named = attempt(turns([needle], as_object=by_object)[:2])
     tools = [{"type": "function", "function": tool}]
     first = attempt(turns([second], as_object=by_object)[1:], tools)
+    without = attempt(turns([needle], as_object=by_object, text=None)[:2])
     return Capabilities(
         system_role=needle in attempt([{"role": "system", "content": needle}, user]),
         several_systems=all(word in told for word in (needle, found, second)),
@@ -89,6 +93,7 @@ def probe(attempt: Callable[..., str]) -> Capabilities:
         text_with_calls=not beside or second in beside,
         call_names=not named or name in named,
         calls_first=not first or second in first,
+        empty_with_calls=needle not in without or len(without) >= len(named),
     )
 
 
@@ -132,6 +137,10 @@ def fit(
     if can.typed_content and not can.string_content:
         for message in messages:
             message["content"] = [{"type": "text", "text": message["content"]}]
+    if not can.empty_with_calls:
+        for message in messages:
+            if message.get("tool_calls"):
+                message["content"] = message["content"] or None
     return messages
 
 
@@ -146,6 +155,17 @@ def _tell_users_apart(messages: Sequence[dict[str, Any]]) -> None:
 def _calls_it_thinking(source: str) -> bool:
     """Whether a template looks for reasoning by another name than most."""
     return "message.thinking" in source and "reasoning_content" not in source
+
+
+def described(tools: Sequence[Any]) -> list[Any]:
+    """Tools with a description each, which some templates take for granted."""
+    found = []
+    for tool in tools:
+        function = tool.get("function") if isinstance(tool, Mapping) else None
+        if isinstance(function, Mapping) and "description" not in function:
+            tool = {**tool, "function": {**function, "description": ""}}
+        found.append(tool)
+    return found
 
 
 # -- calls -----------------------------------------------------------------------------------------
@@ -270,6 +290,7 @@ def by_turns(
     Unless it `joins_calls`, between an answer's text and calls behind it a user says nothing. Where
     it `answers_tools`, an answer without text stands before who speaks right after them.
     """
+    messages = [m if m["content"] is not None else {**m, "content": ""} for m in messages]
     if any(not isinstance(m["content"], str) for m in messages):
         return messages
     turns: list[dict[str, Any]] = []

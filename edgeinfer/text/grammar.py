@@ -26,6 +26,7 @@ from edgeinfer.text.grammar_limits import (
     narrowed,
 )
 from edgeinfer.text.pattern_size import patterns_of
+from edgeinfer.text.schema_ends import check_ends
 from edgeinfer.values import shown
 
 MOST_TEXT = 1 << 17  # characters; what reads the worst of so many takes seconds
@@ -56,6 +57,7 @@ class Grammar:
         """
         found = _schema(schema, param)
         check_schema(found, param)
+        check_ends(found, param)
         if not lenient:
             check_flags(found, param)
             for path, keyword in ((p, each) for each in _OLD_KEYWORDS for p in _paths(found, each)):

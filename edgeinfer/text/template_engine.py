@@ -31,6 +31,7 @@ MAX_SOURCE = 1 << 16  # characters; the largest of 82 public templates has 16,71
 _SECONDS = 1.0  # of a processor, for all renders of a request together
 _PATIENCE = 5.0  # by the clock, should the system not end what runs too long
 _START_PATIENCE = 30.0
+_MOST_RENDERED = 8
 _MODULE = "edgeinfer.text.jinja_process"
 _LIMIT = "the template asks for more %s than a chat template needs"
 
@@ -47,6 +48,10 @@ class LimitError(RenderError):
     """The template would take too long or too much memory."""
 
 
+class TimeLimitError(LimitError):
+    """It would take too long, or somebody else has ended the process."""
+
+
 class Budget:
     """Seconds of a processor that the renders of one request share."""
 
@@ -60,6 +65,7 @@ class TemplateEngine:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._worker: _Worker | None = None
+        self._rendered = set[str]()  # the latest sources that have come to their end
 
     def start(self, *, may_fork: bool = False) -> None:
         """Let the process get ready meanwhile; that it can't is told by whoever renders.
@@ -85,9 +91,9 @@ class TemplateEngine:
             raise LimitError(_LIMIT % f"source (over {MAX_SOURCE} characters)")
         with self._lock:
             if budget.seconds <= 0:
-                raise LimitError(_LIMIT % "time")
+                raise TimeLimitError(_LIMIT % "time")
             try:
-                return self._running().render(source, variables, budget)
+                text = self._rendered_anew(source, variables, budget)
             except RenderError as error:
                 if isinstance(error, LimitError):
                     self._give_up(budget)
@@ -95,6 +101,27 @@ class TemplateEngine:
             except BaseException:  # an interrupt leaves half an answer in the pipe
                 self._give_up(budget)
                 raise
+            if len(self._rendered) >= _MOST_RENDERED:
+                self._rendered.clear()
+            self._rendered.add(source)
+            return text
+
+    def _rendered_anew(self, source: str, variables: dict[str, Any] | None, budget: Budget) -> str:
+        """The text; once more where it was no fault of the template's, as far as is known.
+
+        A machine that stops for a second, or has no memory left, ends what took a millisecond
+        before.
+        """
+        given = budget.seconds
+        try:
+            return self._running().render(source, variables, budget)
+        except TimeLimitError:
+            if source not in self._rendered or given < _SECONDS / 2:
+                raise
+        self._rendered.remove(source)
+        self._end()
+        budget.seconds = _SECONDS
+        return self._running().render(source, variables, budget)
 
     def close(self) -> None:
         """End the process; a later render starts another."""
@@ -148,14 +175,15 @@ class _Worker:
                 self._requests.flush()
             header = self._replies.read(REPLY.size)
             if len(header) < REPLY.size:
-                raise LimitError(self._why_it_ended())
+                raise self._why_it_ended()
             kind, seconds, line, n_bytes = REPLY.unpack(header)
             if n_bytes > 4 * most_chars(len(data)):
                 raise LimitError(_LIMIT % "text")
             text = self._replies.read(n_bytes).decode("utf-8", "surrogatepass")
         budget.seconds -= seconds
         if kind == LIMIT:
-            raise LimitError(_LIMIT % text, line or None)
+            limit = TimeLimitError if text == "time" else LimitError
+            raise limit(_LIMIT % text, line or None)
         if kind == ERROR:
             raise RenderError(text, line or None)
         return text
@@ -171,11 +199,11 @@ class _Worker:
             )
         return _PATIENCE if ends_loops[0] else _SECONDS
 
-    def _why_it_ended(self) -> str:
+    def _why_it_ended(self) -> LimitError:
         status = self._process.wait()
         if platform.ended_for_time(status):
-            return _LIMIT % "time"
-        return f"the template ended the process that ran it (status {status})"
+            return TimeLimitError(_LIMIT % "time")
+        return LimitError(f"the template ended the process that ran it (status {status})")
 
 
 def _pipes(process: Process) -> tuple[IO[bytes], IO[bytes]]:

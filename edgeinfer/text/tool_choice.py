@@ -84,7 +84,7 @@ def _read(choice: Any) -> tuple[list[str] | None, bool]:
         inner = inner if isinstance(inner, Mapping) else choice
         if kind == "allowed_tools":
             return _allowed(inner), inner.get("mode") == "required"
-        if kind in ("function", "tool") and isinstance(inner.get("name"), str):
+        if kind in ("function", "custom", "tool") and isinstance(inner.get("name"), str):
             return [inner["name"]], True
     raise InvalidRequestError(
         f"tool_choice is {shown(choice)}; it must be 'auto', 'none', 'required', or an object "
@@ -107,7 +107,8 @@ def _allowed(choice: Mapping[str, Any]) -> list[str]:
             "{'type': 'function', 'name': NAME}",
             param="tool_choice.tools",
         )
-    return [name for each in tools if (name := _name(each))]
+    named = (each["custom"] if isinstance(each.get("custom"), Mapping) else each for each in tools)
+    return [name for each in named if (name := _name(each))]
 
 
 def _name(tool: Mapping[str, Any]) -> str:

@@ -47,6 +47,7 @@ class Calls:
     """The deltas of a reply. A call is told of when its arguments begin, up to `most` calls.
 
     `on_done` is called after each that is whole: what it was read from must not be read again.
+    Where a reply `has_text` not, what would be is the beginning of a call that was cut off.
     """
 
     def __init__(
@@ -54,10 +55,11 @@ class Calls:
         tools: Sequence[Mapping[str, Any]],
         most: int | None = None,
         on_done: Callable[[], None] = lambda: None,
+        has_text: bool = True,
     ) -> None:
         found = filter(None, map(Tool.of, tools))
         self.tools = {tool.name: tool for tool in found}
-        self._most, self._on_done = most, on_done
+        self._most, self._on_done, self._has_text = most, on_done, has_text
         self.done: list[ToolCall] = []
         self._deltas: list[Delta] = []
         self._name = ""
@@ -101,7 +103,7 @@ class Calls:
             self._on_done()
 
     def text(self, text: str) -> None:
-        if text and not self.is_full:
+        if text and self._has_text and not self.is_full:
             self._deltas.append(Delta(text=text))
 
     def reasoning(self, text: str) -> None:
