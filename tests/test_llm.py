@@ -606,7 +606,7 @@ def test_every_public_annotation_can_be_read() -> None:
 
 def test_closed_is_closed(path: Path) -> None:
     llm = LLM(path, device="reference")
-    stream = llm.stream("hello", max_tokens=400)
+    stream = llm.stream("hello", max_tokens=400, logit_bias={257: -1e9})  # without an end
     llm.close()
     llm.close()
     with pytest.raises(ClosedError):

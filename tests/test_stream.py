@@ -225,19 +225,25 @@ def test_a_batch_waits_where_no_more_may(llm: LLM, monkeypatch: pytest.MonkeyPat
     prompts = [[n % 250] * 60 for n in range(30)]
     alone = [llm.generate(prompt, max_tokens=2, seed=1).token_ids for prompt in prompts]
     monkeypatch.setattr("edgeinfer.engine.engine.WAITING_BYTES", 8_000)
-    engine, n_refused = llm.runtime.engine, 0
-    begin = engine.begin
+    engine, n_refused, n_begun = llm.runtime.engine, 0, 0
+    begin, halted = engine.begin, contextlib.ExitStack()
 
     def counted(generation: Generation) -> None:
-        nonlocal n_refused
+        nonlocal n_begun, n_refused
+        n_begun += 1
+        if n_begun == len(prompts):
+            halted.close()
         try:
             begin(generation)
         except BusyError:
             n_refused += 1
+            halted.close()
             raise
 
     monkeypatch.setattr(engine, "begin", counted)
-    found = llm.generate_batch(prompts, max_tokens=2, seed=1)
+    with halted:
+        halted.enter_context(halting(llm, 0))  # until one is refused
+        found = llm.generate_batch(prompts, max_tokens=2, seed=1)
     assert [each.token_ids for each in found] == alone
     assert 0 < n_refused <= len(prompts)  # tried again only once one has ended
     monkeypatch.setattr("edgeinfer.engine.engine.WAITING_BYTES", 0)
