@@ -774,6 +774,7 @@ def test_a_callback_that_waits_is_refused(llm: LLM, is_step: bool, tmp_path: Pat
     """
     llm.generate([5] * 40, max_tokens=1)
     llm.save_session(tmp_path / "saved", [5] * 40)
+    gate = _gate(llm)  # what has come already is told of here, where waiting is allowed
     stream, refused, done = llm.stream("ab", **ENDLESS), [], threading.Event()
 
     def wait() -> None:
@@ -790,11 +791,11 @@ def test_a_callback_that_waits_is_refused(llm: LLM, is_step: bool, tmp_path: Pat
         done.set()
 
     if is_step:
+        gate.set()
         llm.generate("cd", max_tokens=1, on_step=lambda step: wait())
     else:
-        while stream.poll() is not None:
-            pass
         stream.notify(wait)
+        gate.set()
         assert done.wait(120)
     stream.close()
     assert len(refused) == 4 and all("callback can't wait" in each for each in refused)
