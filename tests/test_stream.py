@@ -380,6 +380,7 @@ def test_a_stream_may_be_closed_while_another_thread_reads_it(llm: LLM) -> None:
 
 def test_a_second_reader_is_refused_and_harms_nobody(llm: LLM) -> None:
     alone = llm.generate("hello", max_tokens=2000, **SLIDING).token_ids
+    gate = _gate(llm)  # until one is refused the other waits
     stream = llm.stream("hello", max_tokens=2000, **SLIDING)
     refused: list[Exception] = []
     done = threading.Event()
@@ -390,6 +391,7 @@ def test_a_second_reader_is_refused_and_harms_nobody(llm: LLM) -> None:
                 next(stream)
             except InvalidRequestError as error:
                 refused.append(error)
+                gate.set()
             except StopIteration:
                 return
 
@@ -400,6 +402,7 @@ def test_a_second_reader_is_refused_and_harms_nobody(llm: LLM) -> None:
             next(stream)
         except InvalidRequestError:
             done.set()
+            gate.set()
             break
     thread.join(120)
     assert stream.run().token_ids == alone
