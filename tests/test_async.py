@@ -137,7 +137,7 @@ class Ends(list[int]):
 def test_what_no_future_takes_is_told_all_the_same(llm: LLM) -> None:
     async def work() -> None:
         with pytest.raises(EdgeInferError, match="cut short by StopIteration"):
-            await asyncio.wait_for(AsyncLLM(llm).generate(Ends([1, 2])), 20)
+            await asyncio.wait_for(AsyncLLM(llm).generate(Ends([1, 2])), 120)
 
     asyncio.run(work())
 

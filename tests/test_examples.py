@@ -89,5 +89,5 @@ def test_the_notebook_runs_in_a_kernel(models_home: Path, monkeypatch: pytest.Mo
     for name, value in environment.items():
         monkeypatch.setitem(os.environ, name, value)
     notebook = nbformat.read(NOTEBOOK, 4)
-    nbclient.NotebookClient(notebook, timeout=60, kernel_name="python3").execute()
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
     assert all(each.execution_count for each in notebook.cells if each.cell_type == "code")

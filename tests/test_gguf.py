@@ -478,7 +478,7 @@ def test_a_file_that_is_really_huge_costs_little(
                 assert len(array.numpy()) == 2**23
                 with pytest.raises(InvalidModelError, match="found 8388608 numbers, at most"):
                     array.tolist()
-    assert time.thread_time() - start < 3
+    assert time.thread_time() - start < 15
 
 
 def test_no_such_file(tmp_path: Path) -> None:

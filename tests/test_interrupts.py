@@ -101,13 +101,13 @@ def look(llm: LLM, n: int) -> None:
 
     def wait() -> None:
         engine = llm.runtime.engine
-        wait_until(lambda: engine.between_steps(lambda: holds_nothing(llm)), "nothing held", 20)
+        wait_until(lambda: engine.between_steps(lambda: holds_nothing(llm)), "nothing held", 100)
         found.append(True)
 
     found: list[bool] = []
     thread = threading.Thread(target=wait, daemon=True)
     thread.start()
-    thread.join(30)
+    thread.join(120)
     assert found, f"place {n} leaves something behind, or a lock taken"
 
 

@@ -147,7 +147,8 @@ class Shell(Terminal):
     """The script as a job of a shell."""
 
     def __init__(self, editor: str) -> None:
-        variables = {"TERM": "xterm", "INPUTRC": os.devnull, "PS1": "$ "}
+        # Only the script is to show "> ": the shell would before each further line of the command.
+        variables = {"TERM": "xterm", "INPUTRC": os.devnull, "PS1": "$ ", "PS2": ""}
         PseudoTerminal.__init__(self, ["bash", "--norc", "-i"], variables)
         self.write(shlex.join([sys.executable, "-c", SCRIPT, "", editor]) + "\n")
         self.until(lambda: self.output.endswith(b"> ") and b"$ " in self.output)

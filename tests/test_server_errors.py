@@ -155,11 +155,11 @@ def held(server: Running) -> Iterator[None]:
 
     def hold() -> None:
         is_held.set()
-        gate.wait(60)
+        gate.wait(600)
 
     holder = threading.Thread(target=engine.between_steps, args=(hold,))
     holder.start()
-    assert is_held.wait(60)
+    assert is_held.wait(120)
     try:
         yield
     finally:
@@ -317,11 +317,11 @@ def test_an_answer_that_begins_too_late_is_cut_short(
             target=lambda: replies.append(found.post("/v1/chat/completions", body))
         )
         asking.start()
-        assert begun.wait(20)
+        assert begun.wait(120)
         found.server.stop()
         wait_until(found.service._stop.is_set, "the end of the answers")
         go_on.set()
-        asking.join(20)
+        asking.join(120)
     assert replies[0].status_code == (200 if is_streamed else 503)
     assert "the answer was cut short" in replies[0].text
 

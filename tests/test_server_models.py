@@ -205,7 +205,7 @@ def test_what_is_fetched_ends_with_the_server(
             asking.start()
             until(lambda: any("/resolve/" in path for path, _ in hub.requests))
             found.server.stop()
-            asking.join(20)
+            asking.join(120)
         assert "the server is stopping" in told[0]
         assert not hub.bytes_sent  # which still waits
         hub.hold.set()

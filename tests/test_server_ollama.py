@@ -108,6 +108,7 @@ def test_models(client: ollama.Client) -> None:
 
 def test_loading_and_unloading(server: Running, client: ollama.Client) -> None:
     assert client.generate(model="tiny", prompt="").done_reason == "load"
+    server.wait_until_idle()  # what uses it yet would keep it
     assert client.generate(model="tiny", prompt="", keep_alive=0).done_reason == "unload"
     assert list(client.ps().models) == []
     assert client.chat(model="tiny", messages=HI, options={"num_predict": 1}).done

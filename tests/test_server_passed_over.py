@@ -53,7 +53,7 @@ OF_OLLAMAS_MACHINE = {
     "f16_kv": True, "logits_all": True, "vocab_only": False, "use_mmap": True, "use_mlock": True,
     "embedding_only": False, "num_thread": 3, "num_keep": 4, "tfs_z": 1.0, "penalize_newline": True,
 }  # fmt: skip
-# NOTE: other tests use the server as well: its model must not leave after a while.
+# NOTE: other tests use the server, too, maybe a minute later: none has its model leave when idle.
 ASKED: dict[str, dict[str, Any]] = {
     CHAT: {"messages": HI, "functions": [{"name": "f"}]},
     TEXT: {"prompt": "hi"},

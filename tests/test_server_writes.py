@@ -153,7 +153,7 @@ def test_a_doorbell_loses_no_call_and_keeps_their_order(is_listening: bool) -> N
         with bell.listening(loop) if is_listening else contextlib.nullcontext():
             for thread in threads:
                 thread.start()
-            await asyncio.wait_for(all_heard.wait(), 30)
+            await asyncio.wait_for(all_heard.wait(), 120)
         for thread in threads:
             thread.join()
 

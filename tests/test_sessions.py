@@ -338,7 +338,7 @@ def test_a_save_that_is_killed_leaves_the_old_session(
     path = tmp_path / "talk.session"
     root = Path(__file__).resolve().parent.parent
     killed = subprocess.run(
-        [sys.executable, "-c", KILLED, path, when], cwd=root, capture_output=True, timeout=120
+        [sys.executable, "-c", KILLED, path, when], cwd=root, capture_output=True, timeout=300
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     (left,) = tmp_path.glob("*.part")  # what was being written

@@ -90,10 +90,11 @@ from edgeinfer.platform import signals
 signals._GRACE_SECONDS = 600.0  # what ends before then has ended by itself
 """
 FAULTS = f"""{PATIENT}
-import time
+import os, time
 from edgeinfer.tui import controls
 
 def hang(app):
+    open(os.path.join(os.environ["EDGEINFER_HOME"], "hangs"), "w").close()
     time.sleep(600)
 
 controls.show_help = hang  # before the table of commands is made of it
@@ -141,10 +142,12 @@ def test_neither_a_hang_nor_a_fault_nor_an_editor_keeps_the_terminal(
     assert edits.wait() == 143
     edits.until(b"not sent: half a thought\r\nsaved")
     edits.until(lambda: edits.modes() == set())
+    hung.until((tmp_path / "hung" / "hangs").exists)
     hung.send(signal.SIGTERM)
     time.sleep(0.2)
     assert hung.process.poll() is None
-    hung.send(signal.SIGTERM)  # the second one does not wait
+    # The second one does not wait; those that come before the first was heard are that one.
+    hung.until(lambda: hung.process.poll() is not None or hung.send(signal.SIGTERM))
     assert hung.wait() == 143
     hung.until(lambda: hung.modes() == set())
 
@@ -220,7 +223,8 @@ def test_line_commands_end_as_any_program_does(tmp_path: Path, model: Path) -> N
         assert [each.wait() for each in (at_prompt, answers, runs)] == [143, 131, 129]
         assert closed.wait() in (129, 0)  # whichever comes first: the signal, or the input's end
         for each in (at_prompt, answers, runs):
-            assert each.modes() == set() and b"Traceback" not in each.output
+            each.until(lambda each=each: each.modes() == set())
+            assert b"Traceback" not in each.output
     finally:
         for each in (at_prompt, answers, runs, closed):
             each.close()

@@ -238,19 +238,25 @@ def test_a_batch_waits_where_no_more_may(llm: LLM, monkeypatch: pytest.MonkeyPat
     prompts = [[n % 250] * 60 for n in range(30)]
     alone = [llm.generate(prompt, max_tokens=2, seed=1).token_ids for prompt in prompts]
     monkeypatch.setattr("edgeinfer.engine.engine.WAITING_BYTES", 8_000)
-    engine, n_refused = llm.runtime.engine, 0
-    begin = engine.begin
+    engine, n_refused, n_begun = llm.runtime.engine, 0, 0
+    begin, halted = engine.begin, contextlib.ExitStack()
 
     def counted(generation: Generation) -> None:
-        nonlocal n_refused
+        nonlocal n_begun, n_refused
+        n_begun += 1
+        if n_begun == len(prompts):
+            halted.close()
         try:
             begin(generation)
         except BusyError:
             n_refused += 1
+            halted.close()
             raise
 
     monkeypatch.setattr(engine, "begin", counted)
-    found = llm.generate_batch(prompts, max_tokens=2, seed=1)
+    with halted:
+        halted.enter_context(halting(llm, 0))  # until one is refused
+        found = llm.generate_batch(prompts, max_tokens=2, seed=1)
     assert [each.token_ids for each in found] == alone
     assert 0 < n_refused <= len(prompts)  # tried again only once one has ended
     monkeypatch.setattr("edgeinfer.engine.engine.WAITING_BYTES", 0)
@@ -397,6 +403,7 @@ def test_a_stream_may_be_closed_while_another_thread_reads_it(llm: LLM) -> None:
 
 def test_a_second_reader_is_refused_and_harms_nobody(llm: LLM) -> None:
     alone = llm.generate("hello", max_tokens=2000, **SLIDING).token_ids
+    gate = _gate(llm)  # until one is refused the other waits
     stream = llm.stream("hello", max_tokens=2000, **SLIDING)
     refused: list[Exception] = []
     done = threading.Event()
@@ -407,6 +414,7 @@ def test_a_second_reader_is_refused_and_harms_nobody(llm: LLM) -> None:
                 next(stream)
             except InvalidRequestError as error:
                 refused.append(error)
+                gate.set()
             except StopIteration:
                 return
 
@@ -417,6 +425,7 @@ def test_a_second_reader_is_refused_and_harms_nobody(llm: LLM) -> None:
             next(stream)
         except InvalidRequestError:
             done.set()
+            gate.set()
             break
     thread.join(120)
     assert stream.run().token_ids == alone
@@ -791,6 +800,7 @@ def test_a_callback_that_waits_is_refused(llm: LLM, is_step: bool, tmp_path: Pat
     """
     llm.generate([5] * 40, max_tokens=1)
     llm.save_session(tmp_path / "saved", [5] * 40)
+    gate = _gate(llm)  # what has come already is told of here, where waiting is allowed
     stream, refused, done = llm.stream("ab", **ENDLESS), [], threading.Event()
 
     def wait() -> None:
@@ -807,11 +817,11 @@ def test_a_callback_that_waits_is_refused(llm: LLM, is_step: bool, tmp_path: Pat
         done.set()
 
     if is_step:
+        gate.set()
         llm.generate("cd", max_tokens=1, on_step=lambda step: wait())
     else:
-        while stream.poll() is not None:
-            pass
         stream.notify(wait)
+        gate.set()
         assert done.wait(120)
     stream.close()
     assert len(refused) == 4 and all("callback can't wait" in each for each in refused)

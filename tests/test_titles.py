@@ -25,10 +25,10 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_title_comes_when_idle_is_given_up_for_a_message_and_never_replaces_a_name(
     tmp_path: Path,
 ) -> None:
-    hold = threading.Event()
+    hold, seen = threading.Event(), threading.Event()
     model = ScriptedModel([
         Script("one"), Script("a b", hold=hold), Script("two"),
-        Script('**Title: "Apples, and Pears."**'), Script("three"), Script("Not wanted"),
+        Script('**Title: "Apples, and Pears."**', hold=seen), Script("three"), Script("Not wanted"),
     ])  # fmt: skip
 
     async def body(chat: Chat) -> None:
@@ -42,6 +42,7 @@ def test_a_title_comes_when_idle_is_given_up_for_a_message_and_never_replaces_a_
         await chat.ask("and pears?")
         assert model.streams[1].is_closed.is_set() and not hold.is_set()
         assert "two" in chat.shown and chat.app.session.conversation.title == "tell me of apples"
+        seen.set()
         await chat.until(lambda: "Apples, and Pears" in chat.screen_text.splitlines()[1])
         assert len(chat.app.session.conversation.branch()) == 4
         await chat.pilot.pause(0.3)

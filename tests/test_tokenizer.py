@@ -489,7 +489,7 @@ def test_a_text_that_can_not_fit_is_not_read(smollm: Tokenizer) -> None:
         begun = time.thread_time()
         with pytest.raises(TooManyTokens):
             smollm.encode(text, parse_special=True, most=50_000)
-        assert time.thread_time() - begun < 1.5  # before: 4 to 30 s
+        assert time.thread_time() - begun < 3  # before: 4 to 30 s
 
 
 def test_where_characters_may_have_no_token_no_length_is_too_long() -> None:

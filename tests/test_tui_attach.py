@@ -42,7 +42,7 @@ def find(root: Path, query: str) -> list[str]:
 def _search(root: Path, query: str) -> list[FoundFile]:
     search = FileSearch(root)
     found, end = search.find(query), time.monotonic() + 120
-    while search.is_busy and time.monotonic() < end:
+    while search.was_early() and time.monotonic() < end:
         time.sleep(0.01)
         found = search.find(query)
     return found
@@ -116,6 +116,20 @@ def test_a_disk_that_does_not_answer_freezes_nothing(
     assert threading.active_count() < n_before + 10
     hold.set()
     assert find(tmp_path, "slo") == ["slow.txt"]
+
+
+def test_who_looked_too_early_looks_again_though_the_search_has_ended_since(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may end at any moment, also between a look and the question whether another is needed."""
+    hold, scan = threading.Event(), os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: (hold.wait(120), scan(path))[1])
+    search = FileSearch(filled(tmp_path, "slow.txt"))
+    assert search.find("slo") == []
+    hold.set()
+    assert search._searches[-1].wait(120)
+    assert search.was_early()
+    assert [each.name for each in search.find("slo")] == ["slow.txt"] and not search.was_early()
 
 
 def test_a_folder_of_very_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

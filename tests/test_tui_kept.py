@@ -351,11 +351,12 @@ class Slow(ScriptedModel):
 
 def test_a_model_goes_only_for_one_that_can_work_and_off_the_screens_thread() -> None:
     models = {"scripted.gguf": Slow([SLOW]), "next.gguf": Slow([Script("from the next")])}
-    opened: list[str] = []
+    opened, hold = list[str](), threading.Event()
 
     def open_model(path: str, progress: Any) -> ScriptedModel:
         opened.append(path)
         if path not in models:
+            hold.wait(120)
             raise InvalidModelError("truncated", path=path)
         models[path].is_closed = False
         return models[path]
@@ -375,6 +376,7 @@ def test_a_model_goes_only_for_one_that_can_work_and_off_the_screens_thread() ->
         assert session.running is not None and opened == ["scripted.gguf"]
         await chat.send("/model broken.gguf")
         await chat.send("for the next")
+        hold.set()
         await chat.until(lambda: len(opened) == 3 and session.is_ready)
         assert notice(chat) == "Scripted 1B stays: truncated (broken.gguf)"
         assert opened[1:] == ["broken.gguf", "scripted.gguf"]

@@ -99,9 +99,7 @@ class ChatApp(ChatView):
     def compose(self) -> ComposeResult:
         files = FileSearch(self.settings.folder)
         known = tuple((each.name, each.help) for each in commands.TYPED.values())
-        sources = Sources(
-            known, self._argument_values, files.find, lambda: files.is_busy, files.file
-        )
+        sources = Sources(known, self._argument_values, files.find, files.was_early, files.file)
         yield TitleBar(id="title")
         yield Transcript(Palette.of(OURS[0]), id="transcript")
         yield Static(id="welcome")

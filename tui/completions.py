@@ -34,7 +34,7 @@ class Sources:
     commands: tuple[tuple[str, str], ...]
     arguments: Callable[[str], list[tuple[str, str]]]
     files: Callable[[str], list[FoundFile]]
-    is_busy: Callable[[], bool] = lambda: False
+    was_early: Callable[[], bool] = lambda: False
     file: Callable[[str], FoundFile] = lambda name: FoundFile(name, name)
 
 

@@ -215,7 +215,7 @@ class Composer(Vertical):
         prompt = self.prompt
         is_first = prompt.cursor_location[0] == 0
         self._show_candidates(complete(prompt.line_to_cursor, is_first, self._sources))
-        self._is_searching = self._sources.is_busy()
+        self._is_searching = self._sources.was_early()
 
     def _show_candidates(self, candidates: list[Candidate]) -> None:
         if candidates == self._candidates:

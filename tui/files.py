@@ -58,24 +58,30 @@ class FileSearch:
         self._walk_lock = threading.Lock()
         self._walked: tuple[float, list[FoundFile]] = (-_STALE_SECONDS, [])
         self._listed: tuple[str, float, list[FoundFile]] = ("", -_STALE_SECONDS, [])
+        self._was_early = False
 
     def find(self, query: str) -> list[FoundFile]:
-        """The best few for what was typed; none yet while `is_busy`."""
+        """The best few for what was typed; none yet where this `was_early`."""
         now = time.monotonic()
         if query != self._query or now - self._asked_at >= _STALE_SECONDS:
             self._searches = [each for each in self._searches if not each.is_over]
             if len(self._searches) >= _MOST_SEARCHES:
+                self._was_early = True
                 return []
             self._query, self._asked_at = query, now
             self._searches.append(Task(lambda: self._search(query)))
             self._searches[-1].wait(_PATIENCE_SECONDS)
         latest = self._searches[-1]
-        return latest.result if latest.is_over and latest.error is None else []
+        self._was_early = not latest.is_over
+        return latest.result if not self._was_early and latest.error is None else []
 
-    @property
-    def is_busy(self) -> bool:
-        """Whether the latest search goes on: it may find something yet."""
-        return bool(self._searches) and not self._searches[-1].is_over
+    def was_early(self) -> bool:
+        """Whether there was a look since this was asked last that may find something if repeated.
+
+        Not whether a search goes on: it may have ended since, and nobody has seen what it found.
+        """
+        was_early, self._was_early = self._was_early, False
+        return was_early
 
     def file(self, name: str) -> FoundFile:
         """What a name would mean; whether there is such a file is not known."""
