@@ -495,7 +495,7 @@ def test_who_goes_is_missed_within_a_step(local: Running) -> None:
     finished = local.service.models.served[0].metrics.finished
     for streams in (b"", b',"stream":true'):
         before, body = finished.total(), ENDLESS[:-1] + streams + b"}"
-        with connected(local) as connection:
+        with halting(local.llm), connected(local) as connection:
             connection.sendall(post(body, length(len(body))))
             wait_until(lambda: local.service.answers, "the answer")
         local.wait_until_idle()
