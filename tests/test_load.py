@@ -472,6 +472,25 @@ def test_conversations_that_had_begun_go_on() -> None:
     assert [each[2] - found.begun for each in messages] == pytest.approx([0.1] * 2)
 
 
+@pytest.mark.parametrize("shares", [True, False])
+def test_what_is_not_shared_is_not_shared_by_runs_of_other_seeds(shares: bool) -> None:
+    """A server would have it still."""
+    asked = [Conversation(0.0, [Turn(5, 3)], system=i % 2, system_tokens=9) for i in range(4)]
+    texts = []
+
+    class Listening(Generator):
+        async def _ask(self, record: Record, said: list[dict[str, str]], turn: Turn) -> None:
+            texts.append(said[0]["content"])
+
+    async def run(seed: int) -> None:
+        settings = Settings(model="m", seconds=5.0, shares_prompts=shares, seed=seed)
+        await Listening(client_of("http://h:1"), settings, asked, Texts()).run()
+
+    for seed in (1, 2):
+        asyncio.run(run(seed))
+    assert len(texts) == 8 and len(set(texts)) == (2 if shares else 8)
+
+
 def test_users_without_pauses_close_the_loop() -> None:
     n_open, most = 0, 0
 

@@ -194,8 +194,9 @@ class Generator:
     def _system(self, i: int, conversation: Conversation) -> list[dict[str, str]]:
         if not conversation.system_tokens:
             return []
-        shares = self._settings.shares_prompts
-        key = f"system {conversation.system}" if shares else f"system of {i}"
+        key = f"system {conversation.system}"
+        if not self._settings.shares_prompts:  # not with those of a run with another seed, either
+            key = f"{self._settings.seed} {i} system"
         return [{"role": "system", "content": self._texts.words(conversation.system_tokens, key)}]
 
     async def _ask(
