@@ -45,8 +45,8 @@ class Stream(Iterator[Event]):
     """The events of one answer, for one reader at a time.
 
     `close`, from any thread, cancels it; so do dropping the last reference and an exception that
-    ends the wait for an event. Unread it runs some 250 tokens ahead,
-    fewer with `logprobs`, and then pauses.
+    ends the wait for an event. Unread it runs some 250 tokens ahead, fewer
+    with `logprobs`, and then pauses.
     """
 
     def __init__(

@@ -65,11 +65,12 @@ class Responses:
     async def create(self, http: HttpRequest) -> Response:
         body = await read_fields(http, self._service.limits.most_body)
         request, is_streamed = read_request(body), body.flag("stream")
-        echoed = _echo(body, request)
+        custom = custom_tools(body.objects("tools"))
+        echoed = _echo(body, request, custom)
         session = session_of(http.headers, body.get("prompt_cache_key"))
         request = replace(request, session=session)
         answer = await self._service.answer(request)
-        shape = Shape(answer, echoed, custom_tools(body.objects("tools")))
+        shape = Shape(answer, echoed, custom)
         if is_streamed:
             return Frames(shape, EVENTS, answer)
         return reply(await shape.whole())
@@ -178,11 +179,11 @@ def _assistant(found: list[Json], **more: Any) -> None:
         last.setdefault("tool_calls", []).extend(calls)
 
 
-def _echo(body: Fields, request: Request) -> Json:
+def _echo(body: Fields, request: Request, custom: Mapping[str, Json]) -> Json:
     """What a response repeats of its request."""
     tools = request.chat.tools if request.chat is not None else []
     reasoning = body.object("reasoning")
-    choice, custom = body.get("tool_choice"), custom_tools(body.objects("tools"))
+    choice = body.get("tool_choice")
     told: Json = {
         "instructions": body.get("instructions"),
         "max_output_tokens": body.get("max_output_tokens"),

@@ -10,9 +10,9 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias
-from urllib.parse import unquote
 
 from edgeinfer.text.call_spellings import Spelling
+from edgeinfer.text.json_pointer import pointed
 from edgeinfer.text.lark import Rules, json_of
 from edgeinfer.text.tools import Tool
 
@@ -103,14 +103,10 @@ class Parameters:
             found = next(_anchored(self.root, ref[1:]), None)
             if found is None:
                 raise Unwritable(f"the reference {ref!r}, which leads nowhere,")
-        for part in ref[1:].split("/")[1:]:
-            key = unquote(part).replace("~1", "/").replace("~0", "~")
-            if isinstance(found, list) and key.isdigit() and int(key) < len(found):
-                found = found[int(key)]
-            elif isinstance(found, Mapping) and key in found:
-                found = found[key]
-            else:
-                raise Unwritable(f"the reference {ref!r}, which leads nowhere,")
+        try:
+            found = pointed(found, ref[1:])
+        except LookupError as error:
+            raise Unwritable(f"the reference {ref!r}, which leads nowhere,") from error
         return found if isinstance(found, (bool, Mapping)) else {}
 
 

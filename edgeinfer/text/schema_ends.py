@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
-from urllib.parse import unquote
 
 from edgeinfer.errors import InvalidRequestError
+from edgeinfer.text.json_pointer import pointed
 
 _BY_NAME = ("properties", "patternProperties")
 _LISTED = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
@@ -92,15 +92,10 @@ def _referred(schema: dict[str, Any], root: dict[str, Any]) -> Any:
     reference = schema.get("$ref")
     if not isinstance(reference, str) or not reference.startswith("#"):
         return None
-    found: Any = root
-    for step in unquote(reference[1:]).split("/")[1:]:
-        name = step.replace("~1", "/").replace("~0", "~")
-        if isinstance(found, list):
-            is_number = name.isdecimal() and len(name) < 9
-            found = found[int(name)] if is_number and int(name) < len(found) else None
-        else:
-            found = found.get(name) if isinstance(found, dict) else None
-    return found
+    try:
+        return pointed(root, reference[1:])
+    except LookupError:
+        return None
 
 
 def _ends(schema: dict[str, Any], root: dict[str, Any], ends: set[int]) -> bool:
